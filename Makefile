@@ -1,0 +1,67 @@
+# From a fresh clone with Python 3.11 and make, nothing else:
+#   make run     starts the demo: the proxy before a simulated upstream, both on loopback, and prints what to paste
+#   make test    lint, types and all tests
+#   make lint    the first two alone          make bench   the figures of benchmarks/
+#   make lock    new versions into the locks  make clean   away with all that was made here
+#
+# Everything is installed into .venv by hash from a lock: requirements-run.lock is what the program and its image need,
+# requirements.lock is that and the tests' tools. When a lock changes, .venv is made anew.
+
+PYTHON ?= $(shell python3.11 -c '' 2>/dev/null && echo python3.11 || echo python3)
+BIN := .venv/bin
+
+# A .venv with everything serves `make run` as well.
+RUN_VENV := $(if $(wildcard .venv/all),.venv/all,.venv/run)
+
+.PHONY: .venv run test lint bench lock clean
+.DELETE_ON_ERROR:
+
+.venv: .venv/all
+
+run: $(RUN_VENV)
+	$(BIN)/python -m proxy demo
+
+test: lint
+	rm -f .coverage
+	$(BIN)/python -m pytest --cov --cov-context=test
+	$(BIN)/python -m tests.full_coverage
+
+lint: .venv/all
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy proxy
+
+bench: .venv/all
+	$(BIN)/python -m benchmarks
+
+.venv/all: requirements.lock
+	$(call install,$<)
+	@touch $@
+
+.venv/run: requirements-run.lock
+	$(call install,$<)
+	@touch $@
+
+# Two steps, since the tree itself has no hash: first what is locked, then the tree, which needs nothing more.
+define install
+@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed: make PYTHON=...")'
+rm -rf .venv
+$(PYTHON) -m venv .venv
+$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r $(1)
+$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+endef
+
+# uv is used for this alone, from an environment of its own. The second lock takes its versions from the first.
+COMPILE = .venv-lock/bin/uv pip compile pyproject.toml --quiet --upgrade --universal --python-version 3.11 \
+	--generate-hashes --no-header --no-emit-index-url --system-certs
+lock:
+	$(PYTHON) -m venv .venv-lock
+	.venv-lock/bin/python -m pip install --quiet --disable-pip-version-check uv
+	$(COMPILE) --all-extras --output-file requirements.lock
+	$(COMPILE) --extra postgres --extra offline --extra build --constraint requirements.lock \
+		--no-annotate --output-file requirements-run.lock
+	rm -rf .venv-lock
+
+clean:
+	rm -rf .venv .venv-lock .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info
+	find proxy tests -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,25 @@
+"""The admin listener: metrics and health. Nothing of it is reachable on the API listener."""
+
+from aiohttp import web
+
+from proxy.answering import in_openai_shape
+from proxy.health import Health
+from proxy.metrics import Metrics
+
+
+class Admin:
+    """The handlers of the admin listener."""
+
+    def __init__(self, metrics: Metrics, health: Health) -> None:
+        self._metrics = metrics
+        self._health = health
+
+    def application(self) -> web.Application:
+        """The application."""
+        application = web.Application(middlewares=[in_openai_shape])
+        application.router.add_routes([*self._health.routes(), web.get("/metrics", self._exposition)])
+        return application
+
+    async def _exposition(self, request: web.Request) -> web.Response:
+        headers = {"content-type": "text/plain; version=0.0.4; charset=utf-8", "cache-control": "no-store"}
+        return web.Response(headers=headers, body=self._metrics.exposition())

@@ -1,0 +1,44 @@
+"""The one place that turns an error into a response: OpenAI's shape for everything, also for what the server
+library itself says no to."""
+
+from collections.abc import Awaitable, Callable
+
+import structlog
+from aiohttp import web
+
+from proxy.errors import BodyTooLarge, NotServed, ProxyError
+from proxy.strict_json import dump
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+log = structlog.get_logger("answering")
+
+
+@web.middleware
+async def in_openai_shape(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Answer every error as `{"error": {…}}`, with the request's id."""
+    try:
+        return await handler(request)
+    except ProxyError as error:
+        return error_response(error, request)
+    except web.HTTPRequestEntityTooLarge:
+        too_large = BodyTooLarge(f"The request's body is larger than {request.app[BODY_BYTES_MAX]} bytes.")
+        response = error_response(too_large, request)
+        response.force_close()  # the rest of the body is still on its way, and nobody wants it
+        return response
+    except (web.HTTPNotFound, web.HTTPMethodNotAllowed):
+        return error_response(NotServed(f"Invalid URL ({request.method} {request.path[:200]})"), request)
+    except Exception as error:
+        log.error("a request failed", exc_info=error, request=request.get("id"))
+        return error_response(ProxyError("The proxy made a mistake. It has been logged."), request)
+
+
+def error_response(error: ProxyError, request: web.Request) -> web.Response:
+    """The answer that an error is."""
+    headers = {"content-type": "application/json", "cache-control": "no-store", **error.headers}
+    if "id" in request:
+        headers["x-request-id"] = request["id"]
+    return web.Response(status=error.status, headers=headers, body=dump(error.body()))
+
+
+BODY_BYTES_MAX = web.AppKey("body_bytes_max", int)

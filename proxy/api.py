@@ -1,0 +1,138 @@
+"""The OpenAI surface: a closed list of paths, each with and without `/v1`; everything else is a 404.
+
+A handler authenticates, reads and checks the request, and hands the call to the relay in a task of its own. Then
+it only waits: the server cancels it when the client hangs up, and it passes that on.
+"""
+
+import asyncio
+import secrets
+from collections.abc import Callable
+from functools import partial
+
+from aiohttp import hdrs, web
+
+from proxy.answering import BODY_BYTES_MAX, Handler, in_openai_shape
+from proxy.auth import identify
+from proxy.client import Client
+from proxy.errors import InvalidRequest, ModelNotFound, ProxyError, UnsupportedEncoding
+from proxy.health import Health
+from proxy.ledger import Ledger
+from proxy.passage import Passage, passage_for
+from proxy.policy import Policy, User
+from proxy.relay import Relay
+from proxy.reload import Policies
+from proxy.standing import standings
+from proxy.strict_json import dump
+from proxy.tasks import Tasks
+from proxy.wire import ENDPOINTS, Endpoint, parse_call
+
+# OpenAI takes tens of megabytes (pictures and files as base64); this is after decoding.
+REQUEST_BYTES_MAX = 32 * 2**20
+
+
+class Api:
+    """The handlers of the API listener. `now` gives milliseconds since 1970."""
+
+    def __init__(
+        self, policies: Policies, ledger: Ledger, *, relay: Relay, health: Health, now: Callable[[], int]
+    ) -> None:
+        self.calls = Tasks()
+        self._policies = policies
+        self._ledger = ledger
+        self._relay = relay
+        self._health = health
+        self._now = now
+
+    def application(self) -> web.Application:
+        """The application, to be served with `handler_cancellation` on."""
+        application = web.Application(client_max_size=REQUEST_BYTES_MAX, middlewares=[self._give_id, in_openai_shape])
+        application[BODY_BYTES_MAX] = REQUEST_BYTES_MAX
+        application.router.add_routes(self._health.routes())
+        for prefix in ("/v1", ""):
+            for endpoint in ENDPOINTS:
+                application.router.add_post(prefix + endpoint.path, partial(self._metered, endpoint))
+            application.router.add_get(prefix + "/models", self._models)
+            application.router.add_get(prefix + "/models/{model:.+}", self._model)
+            application.router.add_get(prefix + "/quota", self._quota)
+        return application
+
+    @web.middleware
+    async def _give_id(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        # Begins with the time, so that new rows go to the end of the ledger's index.
+        request["id"] = f"req_{self._now():012x}{secrets.token_hex(10)}"
+        return await handler(request)
+
+    async def _metered(self, endpoint: Endpoint, request: web.Request) -> web.StreamResponse:
+        policy = self._policies.current
+        user = identify(request.headers.items(), policy)
+        call = parse_call(endpoint, await _read(request))
+        client = Client(request, id=request["id"])
+        passage = passage_for(call, user, policy, client)
+        carrying = self.calls.start("call", self._carry(passage))
+        try:
+            error = await asyncio.shield(carrying)
+        except asyncio.CancelledError:
+            client.leave()
+            raise
+        if error is not None:
+            raise error
+        assert client.response is not None, "a call that was carried was answered"
+        return client.response
+
+    async def _carry(self, passage: Passage) -> ProxyError | None:
+        # What went wrong is a result here, not an exception: whose client has gone has nobody to raise it to.
+        try:
+            await self._relay.carry(passage)
+        except ProxyError as error:
+            return error
+        return None
+
+    async def _models(self, request: web.Request) -> web.Response:
+        policy = self._policies.current
+        user = identify(request.headers.items(), policy)
+        return _json({"object": "list", "data": [_model(name) for name in _models_of(user, policy)]}, request)
+
+    async def _model(self, request: web.Request) -> web.Response:
+        policy = self._policies.current
+        user = identify(request.headers.items(), policy)
+        name = request.match_info["model"]
+        if policy.model(name) is None or not policy.may_use(user, name) or policy.binding(user, name) is None:
+            raise ModelNotFound(
+                f'The model "{name[:200]}" does not exist here or you may not use it. GET /v1/models lists yours.',
+                param="model",
+            )
+        return _json(_model(name), request)
+
+    async def _quota(self, request: web.Request) -> web.Response:
+        policy = self._policies.current
+        binding = policy.all_quotas(identify(request.headers.items(), policy))
+        counters = await self._ledger.counters(binding.keys())
+        stand = standings(binding, counters, self._now())
+        return _json({"object": "list", "data": [each.as_json(policy.zone) for each in stand.values()]}, request)
+
+
+def _models_of(user: User, policy: Policy) -> list[str]:
+    named = [name for name in policy.models or {} if name != "*"]
+    return [name for name in named if policy.may_use(user, name) and policy.binding(user, name) is not None]
+
+
+def _model(name: str) -> dict[str, object]:
+    return {"id": name, "object": "model", "created": 0, "owned_by": "llm-quota-proxy"}
+
+
+def _json(value: object, request: web.Request) -> web.Response:
+    headers = {"content-type": "application/json", "cache-control": "no-store", "x-request-id": request["id"]}
+    return web.Response(headers=headers, body=dump(value))
+
+
+async def _read(request: web.Request) -> bytes:
+    """The body, decoded and bounded."""
+    if request.content_type.startswith("multipart/"):
+        raise UnsupportedEncoding("This endpoint takes JSON: send `Content-Type: application/json`.")
+    coding = request.headers.get(hdrs.CONTENT_ENCODING, "identity").lower()
+    if coding not in ("identity", "gzip", "deflate"):
+        raise UnsupportedEncoding(f"The content coding {coding[:40]!r} can't be read here: send gzip or none.")
+    try:
+        return await request.read()
+    except web.RequestPayloadError:
+        raise InvalidRequest("The body could not be read: it is cut short or badly encoded.") from None

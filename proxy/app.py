@@ -1,0 +1,152 @@
+"""The roof: builds the parts once, starts them in order, and stops them in order.
+
+Starting: ledger (its schema, and what a dead process left) → connections to the upstreams → listeners.
+Stopping: readiness off → no new connections → let calls end → settle what is left → close the ledger.
+"""
+
+import asyncio
+import secrets
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import structlog
+from aiohttp import web
+
+from proxy.admin import Admin
+from proxy.api import Api
+from proxy.config import Address, Config
+from proxy.departure import Departures
+from proxy.health import Health
+from proxy.ledger import LEASE_MS, Ledger
+from proxy.metrics import Metrics
+from proxy.relay import Relay
+from proxy.reload import Look, Policies
+from proxy.store import Store
+from proxy.tasks import Tasks
+from proxy.upstream import Upstreams
+
+_LOOK_EVERY_S = 1.0
+# What is still running this long after the stop is cut off, and settled.
+GRACE_S = 30.0
+# Bearer tokens of several kilobytes are honest (JSON web tokens); the library's 8190 would answer them in plain text.
+_HEADER_BYTES_MAX = 32_768
+_IDLE_S = 75.0
+
+log = structlog.get_logger("app")
+
+
+def wall_clock_ms() -> int:
+    """Milliseconds since 1970."""
+    return time.time_ns() // 1_000_000
+
+
+class Server:
+    """One running proxy. `api` and `admin` are its listeners' addresses once it has started."""
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        load: Callable[[], Config],
+        look: Callable[[], Look] = lambda: None,
+        now: Callable[[], int] = wall_clock_ms,
+        departures: Departures | None = None,
+    ) -> None:
+        self.metrics = Metrics()
+        self.policies = Policies(config, load=load, look=look, metrics=self.metrics, now=now)
+        self.ledger = Ledger(
+            Store(sqlite_path(config.settings.database)), owner=f"proxy-{secrets.token_hex(8)}", now=now
+        )
+        self.upstreams = Upstreams()
+        relay = Relay(
+            self.ledger, self.upstreams, metrics=self.metrics, departures=departures or Departures(), now=now
+        )
+        self._health = Health(self.ledger, self.policies)
+        self._api = Api(self.policies, self.ledger, relay=relay, health=self._health, now=now)
+        self._admin = Admin(self.metrics, self._health)
+        self._settings = config.settings
+        self._chores = Tasks()
+        self._runners: list[web.AppRunner] = []
+        self.api: Address | None = None
+        self.admin: Address | None = None
+
+    async def start(self) -> None:
+        """Begin to serve. Raises what `Store.open` raises, or OSError where a port is taken."""
+        await self.ledger.start()
+        self.upstreams.open()
+        self.api = await self._listen(self._api.application(), self._settings.api)
+        if self._settings.admin is not None:
+            self.admin = await self._listen(self._admin.application(), self._settings.admin)
+        self._chores.start("lease", _every(LEASE_MS / 4000, self.ledger.renew_lease))
+        self._chores.start("look at the policy", _every(_LOOK_EVERY_S, self.policies.reload_if_changed))
+
+    async def stop(self, grace_s: float = GRACE_S) -> None:
+        """End in order; calls get `grace_s` to end by themselves, and are then cut off and settled."""
+        self._health.is_stopping = True
+        for runner in self._runners:
+            for site in list(runner.sites):
+                await site.stop()
+        cut_off = await self._api.calls.finish(grace_s)
+        if cut_off:
+            log.warning("calls were cut off and settled", calls=cut_off)
+        await self._chores.finish(0)
+        for runner in self._runners:
+            await runner.cleanup()
+        await self.upstreams.close()
+        await self.ledger.close()
+
+    async def _listen(self, application: web.Application, address: Address) -> Address:
+        runner = web.AppRunner(
+            application,
+            access_log=None,
+            # A handler only waits for its call, which runs in a task of its own; so it can be cancelled the moment
+            # its client hangs up, and that is how we notice, also while nothing is being written.
+            handler_cancellation=True,
+            keepalive_timeout=_IDLE_S,
+            max_field_size=_HEADER_BYTES_MAX,
+            max_line_size=_HEADER_BYTES_MAX,
+            shutdown_timeout=1.0,
+        )
+        await runner.setup()
+        self._runners.append(runner)
+        await web.TCPSite(runner, address.host, address.port, reuse_address=True).start()
+        host, port = runner.addresses[0][:2]
+        return Address(host, port)
+
+
+async def serve(server: Server, started: Callable[[Server], None] = lambda _: None) -> None:
+    """Serve until SIGTERM or SIGINT; SIGHUP reloads the policy. `started` is called once it serves."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    reloads = Tasks()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    loop.add_signal_handler(signal.SIGHUP, lambda: reloads.start("reload", server.policies.reload()))
+    await server.start()
+    started(server)
+    try:
+        await stop.wait()
+    finally:
+        await server.stop()
+
+
+def sqlite_path(database: str) -> Path:
+    """The file that `sqlite:///…` names."""
+    return Path(database.removeprefix("sqlite:///"))
+
+
+def look_at(path: str) -> Look:
+    """What tells that a file was changed or replaced; None where it is not there."""
+    try:
+        found = Path(path).stat()
+    except OSError:
+        return None
+    return (found.st_ino, found.st_mtime_ns, found.st_size)
+
+
+async def _every(seconds: float, chore: Callable[[], object]) -> None:
+    while True:
+        await asyncio.sleep(seconds)
+        await chore()  # type: ignore[misc]

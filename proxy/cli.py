@@ -1,0 +1,147 @@
+"""The commands. Exit codes: 0 fine, 1 the answer is no, 2 the command or the config is wrong."""
+
+import logging
+import os
+import sys
+from collections.abc import Coroutine
+from dataclasses import replace
+from functools import partial
+from typing import Any, NoReturn
+
+import click
+import structlog
+import uvloop
+
+from proxy import __version__, demo
+from proxy.app import Server, look_at, serve, sqlite_path
+from proxy.check import sentences, warnings
+from proxy.config import BadConfig, Config, load
+from proxy.policy import digest
+from proxy.schema import json_schema
+from proxy.store import Store, StoreInUse, StoreUnavailable
+from proxy.tables import NewerSchema
+
+_NO, _WRONG = 1, 2
+
+_config_option = click.option(
+    "--config", "path", default="quotas.yaml", show_default=True, help="The policy and the settings, in YAML."
+)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__)
+@click.option("--verbose", is_flag=True, help="Log more.")
+def main(verbose: bool) -> None:
+    """An OpenAI-compatible reverse proxy that enforces group quotas on LLM use."""
+    level = logging.DEBUG if verbose else logging.INFO
+    structlog.configure(
+        processors=[
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso"),
+            structlog.processors.format_exc_info,
+            # JSON keeps a line a line, whatever stands in the fields.
+            structlog.processors.JSONRenderer(),
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(level),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+    )
+
+
+@main.command("serve")
+@_config_option
+@click.option("--host", help="Instead of the host of `server.api`.")
+@click.option("--port", type=click.IntRange(0, 65535), help="Instead of the port of `server.api`.")
+@click.option("--admin-port", type=click.IntRange(0, 65535), help="Instead of the port of `server.admin`.")
+def serve_command(path: str, host: str | None, port: int | None, admin_port: int | None) -> None:
+    """Serve until stopped. The policy is reloaded when the file changes, or on SIGHUP."""
+    config = _listening(_load(path), host, port, admin_port)
+    server = Server(config, load=partial(load, path, os.environ), look=partial(look_at, path))
+    _run(serve(server, _say_where))
+
+
+@main.command("demo")
+@click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True)
+@click.option("--admin-port", type=click.IntRange(0, 65535), default=8081, show_default=True)
+def demo_command(port: int, admin_port: int) -> None:
+    """Serve a demo with a simulated upstream, and print what to paste."""
+    _run(demo.run(port, admin_port, click.echo))
+
+
+@main.command("check")
+@_config_option
+def check_command(path: str) -> None:
+    """Say what is wrong with a config, and what each group may do."""
+    config = _load(path, otherwise=_NO)
+    for warning in warnings(config):
+        click.secho(f"warning: {warning}", fg="yellow", err=True)
+    for sentence in sentences(config.policy):
+        click.echo(sentence)
+
+
+@main.command("schema")
+def schema_command() -> None:
+    """Print the JSON Schema of the config, for editors."""
+    click.echo(json_schema(), nl=False)
+
+
+@main.command("migrate")
+@_config_option
+def migrate_command(path: str) -> None:
+    """Bring the database up to this release's schema."""
+    store = Store(sqlite_path(_load(path).settings.database))
+    try:
+        store.open()
+    except (StoreInUse, StoreUnavailable, NewerSchema) as error:
+        _give_up(str(error), _NO)
+    click.echo("The database has this release's schema.")
+
+
+@main.group("keys")
+def keys_group() -> None:
+    """Keys of users."""
+
+
+@keys_group.command("hash")
+@click.argument("key", required=False)
+def hash_command(key: str | None) -> None:
+    """Print the `sha256:…` of a key, as the config takes it. Without KEY it is asked for, so no shell keeps it."""
+    key = key or click.prompt("Key", hide_input=True)
+    if len(key) < 24:
+        _give_up("A key needs 24 characters or more.", _WRONG)
+    click.echo(f"sha256:{digest(key)}")
+
+
+def _listening(config: Config, host: str | None, port: int | None, admin_port: int | None) -> Config:
+    """The config with its listeners where the command line wants them."""
+    api, admin = config.settings.api, config.settings.admin
+    api = replace(api, host=host or api.host, port=api.port if port is None else port)
+    if admin is not None and admin_port is not None:
+        admin = replace(admin, port=admin_port)
+    return replace(config, settings=replace(config.settings, api=api, admin=admin))
+
+
+def _load(path: str, otherwise: int = _WRONG) -> Config:
+    try:
+        return load(path, os.environ)
+    except BadConfig as error:
+        _give_up(str(error), otherwise)
+
+
+def _run(work: Coroutine[Any, Any, None]) -> None:
+    try:
+        uvloop.run(work)
+    except (StoreInUse, StoreUnavailable, NewerSchema, OSError) as error:
+        _give_up(f"can't serve: {error}", _WRONG)
+    except KeyboardInterrupt:
+        pass
+
+
+def _say_where(server: Server) -> None:
+    for name, address in (("API", server.api), ("admin", server.admin)):
+        if address is not None:
+            click.echo(f"{name} on http://{address.host}:{address.port}", err=True)
+
+
+def _give_up(message: str, code: int) -> NoReturn:
+    click.secho(message, fg="red", err=True)
+    raise SystemExit(code)

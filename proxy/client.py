@@ -1,0 +1,75 @@
+"""The program at the other end of one request: what is sent to it, and that it has gone.
+
+The handler of a request does nothing but wait; when the client hangs up, the server cancels the handler at once,
+also while nothing is being written, and the handler says so here (`leave`). The call itself runs in a task of its
+own, which asks `is_gone` or is told through `when_gone`. Writing to a client that has gone does nothing.
+"""
+
+import asyncio
+from collections.abc import Callable, Mapping
+
+from aiohttp import web
+
+# A client that takes nothing for this long is taken to be gone: it must not hold an upstream's generation.
+_WRITE_S = 60
+
+
+class Client:
+    """One client and the response to it. `id` is the request's id, sent as `x-request-id`."""
+
+    def __init__(self, request: web.Request, *, id: str) -> None:
+        self.id = id
+        self.headers = list(request.headers.items())
+        self.is_gone = False
+        self.response: web.StreamResponse | None = None
+        self._request = request
+        self._when_gone: Callable[[], None] | None = None
+
+    def when_gone(self, act: Callable[[], None] | None) -> None:
+        """Call `act` once the client has gone (None: no longer)."""
+        self._when_gone = act
+        if self.is_gone:
+            self.leave()
+
+    def leave(self) -> None:
+        """Take note that the client has gone."""
+        self.is_gone = True
+        act, self._when_gone = self._when_gone, None
+        if act is not None:
+            act()
+
+    def send(self, status: int, headers: Mapping[str, str], body: bytes) -> None:
+        """Send a whole answer."""
+        if self.is_gone:
+            return
+        self.response = web.Response(status=status, headers={**headers, "x-request-id": self.id}, body=body)
+
+    async def start(self, status: int, headers: Mapping[str, str]) -> None:
+        """Send the head of an answer that is written piece by piece."""
+        response = web.StreamResponse(status=status, headers={**headers, "x-request-id": self.id})
+        self.response = response
+        await self._to_client(lambda: response.prepare(self._request))
+
+    async def write(self, data: bytes | bytearray) -> None:
+        """Send a piece; waits while the client is slow."""
+        response = self.response
+        assert response is not None, "start() first"
+        if data:
+            await self._to_client(lambda: response.write(data))
+
+    async def end(self) -> None:
+        """Say that the answer is over."""
+        response = self.response
+        assert response is not None, "start() first"
+        await self._to_client(response.write_eof)
+
+    async def _to_client(self, act: Callable[[], object]) -> None:
+        if self.is_gone:
+            return
+        try:
+            async with asyncio.timeout(_WRITE_S):
+                await act()  # type: ignore[misc]
+        except (ConnectionError, TimeoutError):
+            if self._request.transport is not None:
+                self._request.transport.abort()
+            self.leave()

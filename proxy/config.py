@@ -1,0 +1,270 @@
+"""The file as a whole: a policy and the settings, or every mistake in one report.
+
+What is wrong with single values and sections comes from `faults`; here are the mistakes of names that point at each
+other: a group that doesn't exist, a key that two users have. They are looked for in the plain data, so that one
+report names them too when something else is wrong. A file with any mistake gives no policy.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from zoneinfo import ZoneInfo
+
+from proxy import scalars
+from proxy.document import BYTES_MAX, Document, Mistake, Path, read_document
+from proxy.faults import Fault, nearest, placed, read_file
+from proxy.policy import DEFAULT, EVERYONE, Group, Model, Policy, Upstream, User
+from proxy.quotas import Globs, Quota
+from proxy.references import ReadFile, Sources
+from proxy.schema import File
+from proxy.schema import Group as GroupSection
+from proxy.windows import WEEKDAYS, parse_per
+
+_MISTAKES_SHOWN = 100
+
+
+class BadConfig(Exception):
+    """The file can't be taken. Its text is the whole report, a line for each mistake."""
+
+    def __init__(self, mistakes: Iterable[Mistake]) -> None:
+        self.mistakes = tuple(sorted(set(mistakes)))
+        more = len(self.mistakes) - _MISTAKES_SHOWN
+        lines = [str(mistake) for mistake in self.mistakes[:_MISTAKES_SHOWN]]
+        super().__init__("\n".join([*lines, f"and {more} more"] if more > 0 else lines))
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where a listener listens."""
+
+    host: str
+    port: int
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What only a restart changes. `admin` is None where that listener is off."""
+
+    api: Address
+    admin: Address | None
+    database: str = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """A file that was taken: its settings, its policy, and its document, which knows the lines."""
+
+    settings: Settings
+    policy: Policy
+    document: Document
+
+    @property
+    def restart_only(self) -> Mapping[str, object]:
+        """The sections that a reload does not change, by name, to be compared with those in force."""
+        return {"server": (self.settings.api, self.settings.admin), "database": self.settings.database}
+
+
+def load(path: str, environ: Mapping[str, str], read_bytes: ReadFile | None = None) -> Config:
+    """The file at `path`; raises BadConfig."""
+    read_bytes = read_bytes or read_some
+    try:
+        source = read_bytes(path)
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or "no such name"
+        raise BadConfig(
+            [Mistake(path, 1, f"the file can't be read ({why}); check its name and who may read it")]
+        ) from None
+    return _load(source, path, Sources(environ, read_bytes))
+
+
+def load_text(
+    text: str,
+    name: str = "quotas.yaml",
+    *,
+    environ: Mapping[str, str] | None = None,
+    read_bytes: ReadFile | None = None,
+) -> Config:
+    """The same for a text; `name` stands for the file in the report."""
+    source = text.encode("utf-8", "surrogatepass")
+    return _load(source, name, Sources(environ or {}, read_bytes or read_some))
+
+
+def read_some(path: str) -> bytes:
+    """A file's bytes, at most one more than is ever taken: also of one that has no end."""
+    with open(path, "rb") as file:
+        return file.read(BYTES_MAX + 1)
+
+
+def _load(source: bytes, name: str, sources: Sources) -> Config:
+    document = read_document(source, name, sources)
+    if document.data is None:
+        raise BadConfig(document.mistakes)
+    file, faults = read_file(document.data)
+    faults = (*faults, *_pointing_nowhere(document.data), *_shared_keys(document.data), *_idle_words(document.data))
+    mistakes = [document.mistake(fault.path, fault.text) for fault in faults if not document.is_bad(fault.path)]
+    if file is None or mistakes or document.mistakes:
+        raise BadConfig([*document.mistakes, *mistakes])
+    return Config(_settings(file), _policy(file, _hash(document.data)), document)
+
+
+# ------------------------------------------------------------------------------------- mistakes across the whole file
+
+
+def _pointing_nowhere(data: Mapping[str, object]) -> Iterator[Fault]:
+    """Names of groups and upstreams that there are not."""
+    groups, upstreams = _mapping(data, "groups"), _mapping(data, "upstreams")
+    for user in _mapping(data, "users"):
+        for path, group in _words(data, "users", user, "groups"):
+            if group in (EVERYONE, DEFAULT):
+                yield Fault(path, placed(path, f'"{group}" holds for users by itself; leave it out'))
+            else:
+                yield from _missing("group", path, group, groups)
+    yield from _missing("upstream", ("default_upstream",), _word(data.get("default_upstream")), upstreams)
+    needs_default = len(upstreams) > 1 and "default_upstream" not in data
+    if needs_default and "models" not in data:
+        text = f"there are several and no models; write default_upstream: one of {', '.join(upstreams)}"
+        yield Fault(("upstreams",), placed(("upstreams",), text))
+    for model in _mapping(data, "models"):
+        path, section = ("models", model), _mapping(data, "models", model)
+        yield from _missing("upstream", (*path, "upstream"), _word(section.get("upstream")), upstreams)
+        if needs_default and "upstream" not in section:
+            yield Fault(path, placed(path, "there are several upstreams; write upstream here, or default_upstream"))
+
+
+def _missing(kind: str, path: Path, name: str, names: Iterable[str]) -> Iterator[Fault]:
+    if name in names or not scalars.NAME.fullmatch(name):
+        return
+    names = [name for name in names if name not in (EVERYONE, DEFAULT)]
+    hint = nearest(name, names) or f"write it below {kind}s, where there is {', '.join(names[:10]) or 'none yet'}"
+    yield Fault(path, placed(path, f'there is no {kind} "{name}"; {hint}'))
+
+
+def _shared_keys(data: Mapping[str, object]) -> Iterator[Fault]:
+    """Keys that don't say who is calling, because they stand in two places. The key itself is not shown."""
+    keys: list[tuple[str, Path, str]] = [
+        ("an admin", ("admin_keys", name), _word(key)) for name, key in _mapping(data, "admin_keys").items()
+    ]
+    for user in _mapping(data, "users"):
+        keys += [(f"user {user}", path, key) for path, key in _words(data, "users", user, "keys")]
+    owners: dict[str, str] = {}
+    for owner, path, key in keys:
+        digest = _digest(key)
+        if digest in owners:
+            yield Fault(path, placed(path, f"{owners[digest]} has this key already; write another one"))
+        elif digest:
+            owners[digest] = owner
+
+
+def _digest(key: str) -> str | None:
+    try:
+        return scalars.key_digest(key)
+    except ValueError:
+        return None
+
+
+def _idle_words(data: Mapping[str, object]) -> Iterator[Fault]:
+    """What stands there and could do nothing."""
+    for key in _mapping(data, "models", "*"):
+        if key != "upstream":
+            path: Path = ("models", "*", key)
+            yield Fault(path, placed(path, 'this is not known of models without a name; write only upstream for "*"'))
+    if _mapping(data, "groups", EVERYONE).get("unlimited") in (True, "true"):
+        path = ("groups", EVERYONE, "unlimited")
+        text = f"{EVERYONE} only adds limits; write unlimited in {DEFAULT}, or unmatched: allow"
+        yield Fault(path, placed(path, text))
+
+
+def _mapping(data: object, *path: str) -> Mapping[str, object]:
+    """The mapping at this place; an empty one where there is none, which is another mistake."""
+    for step in path:
+        data = data.get(step) if isinstance(data, dict) else None
+    return data if isinstance(data, dict) else {}
+
+
+def _words(data: Mapping[str, object], *path: str) -> Iterator[tuple[Path, str]]:
+    """The items of the list at this place, each with its own place."""
+    found = _mapping(data, *path[:-1]).get(path[-1])
+    for index, item in enumerate(found if isinstance(found, list) else []):
+        yield (*path, index), _word(item)
+
+
+def _word(value: object) -> str:
+    """A name or key as it was written; empty for what can be none, which is another mistake."""
+    return str(value) if isinstance(value, str | int) else ""
+
+
+# ------------------------------------------------------------------------------------------- from the file to values
+
+
+def _settings(file: File) -> Settings:
+    admin = file.server.admin
+    return Settings(
+        api=Address(*scalars.split_address(file.server.api)),
+        admin=None if admin is None else Address(*scalars.split_address(admin)),
+        database=file.database,
+    )
+
+
+def _policy(file: File, hash: str) -> Policy:
+    upstreams = {
+        name: Upstream(name, section.base_url, section.api_key, section.kind, section.when_client_leaves())
+        for name, section in file.upstreams.items()
+    }
+    default = file.default_upstream or (next(iter(upstreams)) if len(upstreams) == 1 else "")
+    zone = ZoneInfo(file.timezone)
+    week_starts = WEEKDAYS.index(file.week_starts)
+    return Policy(
+        groups={name: _group(name, section, zone, week_starts) for name, section in file.groups.items()},
+        users={
+            name: User(name, tuple(group for group in file.groups if group in section.groups))
+            for name, section in file.users.items()
+        },
+        key_digests={digest: name for name, section in file.users.items() for digest in section.keys},
+        upstreams=upstreams,
+        models=None if file.models is None else _models(file, upstreams, default),
+        default_upstream=upstreams.get(default),
+        combine=file.combine,
+        unmatched=file.unmatched,
+        zone=zone,
+        help=file.help,
+        admin_digests={digest: name for name, digest in file.admin_keys.items()},
+        hash=hash,
+    )
+
+
+def _models(file: File, upstreams: Mapping[str, Upstream], default: str) -> dict[str, Model]:
+    return {
+        name: Model(
+            name=name,
+            upstream=upstreams[section.upstream or default],
+            upstream_model=section.model or name,
+            max_output_tokens=section.max_output_tokens,
+            context=section.context,
+            encoding=section.encoding,
+            reasoning=section.reasoning,
+        )
+        for name, section in (file.models or {}).items()
+    }
+
+
+def _group(name: str, section: GroupSection, zone: ZoneInfo, week_starts: int) -> Group:
+    quotas = tuple(
+        Quota(
+            group=name,
+            name=quota_name,
+            limits=quota.limits(),
+            per=parse_per(quota.per, zone, week_starts),
+            models=Globs(quota.models),
+            shared=quota.shared,
+            enforce=quota.enforce,
+        )
+        for quota_name, quota in section.quotas.items()
+    )
+    return Group(name, quotas, Globs(section.models) if section.models else None, section.unlimited)
+
+
+def _hash(data: Mapping[str, object]) -> str:
+    """Twelve digits that are the same wherever the same policy is in force, whatever each server's own settings."""
+    effective = {key: value for key, value in data.items() if key not in ("server", "database")}
+    return hashlib.sha256(json.dumps(effective).encode()).hexdigest()[:12]

@@ -1,0 +1,92 @@
+"""The demo: a proxy in front of a simulated upstream, both on loopback, with keys that are new in every run."""
+
+import secrets
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from proxy.app import Server, serve
+from proxy.config import load_text
+from proxy.simulator import Simulator
+from proxy.simulator import serve as serve_simulator
+
+_TOKENS_PER_S = 40.0
+
+_POLICY = """
+server: {{api: "127.0.0.1:{port}", admin: "127.0.0.1:{admin_port}"}}
+database: "sqlite:///{database}"
+help: "This is the demo: restart it for fresh quotas."
+upstreams:
+  simulated: {{base_url: "http://127.0.0.1:{upstream_port}/v1", api_key: "{upstream_key}", kind: simulator}}
+models:
+  demo-small: {{upstream: simulated, max_output_tokens: 100}}
+  demo-large: {{upstream: simulated, max_output_tokens: 400}}
+groups:
+  staff:
+    quotas:
+      hourly: {{tokens: 500, per: 1h}}
+      daily: {{tokens: 20k, requests: 500, per: day}}
+  admins: {{unlimited: true}}
+users:
+  alice: {{groups: [staff], keys: ["{alice}"]}}
+  root: {{groups: [admins], keys: ["{root}"]}}
+"""
+
+_GUIDE = """
+  The demo runs: a proxy with quotas in front of a simulated upstream. Paste this into another terminal:
+
+    curl {url}/chat/completions -H "Authorization: Bearer {alice}" \\
+      -H "Content-Type: application/json" \\
+      -d '{{"model": "demo-small", "messages": [{{"role": "user", "content": "Hello!"}}]}}'
+
+  or this into Python (pip install openai):
+
+    from openai import OpenAI
+    client = OpenAI(base_url="{url}", api_key="{alice}")
+    for turn in range(20):
+        answer = client.chat.completions.create(
+            model="demo-small", messages=[{{"role": "user", "content": "Hello!"}}]
+        )
+        print(turn, answer.usage.total_tokens, answer.choices[0].message.content)
+
+  Alice's group may use 500 tokens an hour: after some calls you get a 429 that says when it resets.
+  What she has left:   curl {url}/quota -H "Authorization: Bearer {alice}"
+  A user without limits has the key {root}.
+  Metrics:             {admin}/metrics
+
+  Stop with Ctrl-C. Everything the demo stored goes away with it.
+"""
+
+
+async def run(port: int, admin_port: int, say: Callable[[str], None]) -> None:
+    """Serve the demo until it is stopped; `say` shows what to paste once it serves."""
+    alice, root, upstream_key = _key(), _key(), _key()
+    simulator, upstream_port = await serve_simulator(Simulator(upstream_key, tokens_per_s=_TOKENS_PER_S))
+    with tempfile.TemporaryDirectory(prefix="llm-quota-proxy-demo-") as folder:
+        config = load_text(
+            _POLICY.format(
+                port=port,
+                admin_port=admin_port,
+                database=Path(folder) / "demo.db",
+                upstream_port=upstream_port,
+                upstream_key=upstream_key,
+                alice=alice,
+                root=root,
+            ),
+            "demo",
+        )
+
+        def started(server: Server) -> None:
+            url, admin = (
+                f"http://{address.host}:{address.port}" for address in (server.api, server.admin) if address
+            )
+            say(_GUIDE.format(url=f"{url}/v1", admin=admin, alice=alice, root=root))
+
+        try:
+            await serve(Server(config, load=lambda: config), started)
+        finally:
+            await simulator.cleanup()
+
+
+def _key() -> str:
+    return f"sk-demo-{secrets.token_urlsafe(24)}"

@@ -1,0 +1,102 @@
+"""What an upstream's failure means: whose fault it was, what is charged, and what the client gets to see.
+
+    4xx (but those below)   the request's fault      one request, no tokens    passed on as it is
+    401, 403                our key's                nothing                   502 that says nothing of the key
+    429                     the upstream's limit     nothing                   429 marked as the upstream's
+    429 insufficient_quota  our account's            nothing                   503
+    408, 5xx                the upstream's           nothing                   passed on, or 502 / 504
+    anything else           the upstream's           nothing                   502
+
+A body passes on only where it is an error in OpenAI's shape, and never with our key in it.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+
+from proxy.errors import ProxyError, UpstreamBusy, UpstreamError, UpstreamExhausted, UpstreamTimeout
+from proxy.policy import Upstream
+
+# OpenAI's codes for an account that is used up: waiting does not help, and it is not the user's account.
+_ACCOUNT_CODES = frozenset(
+    (
+        "insufficient_quota",
+        "credit_balance_exhausted",
+        "billing_hard_limit_reached",
+        "organization_spend_limit_exceeded",
+        "organization_usage_limit_exceeded",
+        "project_spend_limit_exceeded",
+    )
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    """The request was at fault: the upstream's answer passes on, and the call counts as one request."""
+
+    status: int
+    body: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The upstream failed with an error that passes on as it is; nothing is charged."""
+
+    status: int
+    body: bytes
+
+
+def failure_of(
+    status: int, body: bytes, retry_after: str | None, upstream: Upstream
+) -> Rejected | Failed | ProxyError:
+    """What an answer with this status means; `body` as far as it was read."""
+    error = _error_in(body)
+    if status in (401, 403):
+        return UpstreamError(
+            "The upstream did not accept the proxy's key. The operator of this proxy has to mend it."
+        )
+    if status == 429:
+        return _limited(error, retry_after, upstream)
+    if status == 408 or status >= 500:
+        if error is not None and status != 408:
+            return Failed(status, masked(body, upstream))
+        kind = UpstreamTimeout if status in (408, 504) else UpstreamError
+        return kind(f"The upstream failed with status {status}.")
+    if 400 <= status < 500:
+        return Rejected(status, masked(body, upstream) if error is not None else _wrapped(status))
+    return UpstreamError(f"The upstream gave an answer that can't be passed on (status {status}).")
+
+
+def masked(body: bytes, upstream: Upstream) -> bytes:
+    """A body without our key, should the upstream have repeated it."""
+    key = upstream.api_key.reveal().encode() if upstream.api_key else b""
+    return body.replace(key, b"***") if key else body
+
+
+def _limited(error: dict[str, Any] | None, retry_after: str | None, upstream: Upstream) -> ProxyError:
+    error = error or {}
+    if error.get("code") in _ACCOUNT_CODES or error.get("type") in _ACCOUNT_CODES:
+        return UpstreamExhausted("The account behind this proxy is used up. The operator has to mend it.")
+    headers = (
+        {"retry-after": retry_after} if retry_after and retry_after.isascii() and retry_after.isdigit() else None
+    )
+    text = masked(str(error.get("message", "")).encode("utf-8", "replace"), upstream).decode()
+    return UpstreamBusy(
+        f"The upstream itself is limiting requests just now; this is no quota of this proxy. {text[:500]}".strip(),
+        headers=headers,
+    )
+
+
+def _error_in(body: bytes) -> dict[str, Any] | None:
+    try:
+        answer = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        return None
+    error = answer.get("error") if isinstance(answer, dict) else None
+    return error if isinstance(error, dict) else None
+
+
+def _wrapped(status: int) -> bytes:
+    message = f"The upstream refused the request with status {status}."
+    return orjson.dumps({"error": {"message": message, "type": "invalid_request_error", "param": None, "code": None}})

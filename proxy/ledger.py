@@ -1,0 +1,192 @@
+"""The ledger: one loop, one transaction, many calls.
+
+Whoever wants something booked queues an act and waits for its answer. One loop takes up to `BATCH_MAX` of what is
+queued, has the store apply it in one transaction, and answers all: the cost of a commit is shared, and a caller
+who was answered is on the books. Within a batch what gives back goes first, so that a call is never refused for
+room that is being freed in the same moment.
+
+    reserve ──▶ settle        what the call did use is charged, the rest given back
+        ├────▶ release        nothing was generated
+        └────▶ expire         its process died: charged from the reservation
+
+When the database fails, reserves are refused (LedgerUnavailable), because nothing may be let in that is not on
+the books; what gives back stays queued until it works, and there is never more of it than calls in flight. One
+act that can't be booked never fails its neighbours: the batch is done again one by one.
+"""
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import structlog
+
+from proxy.books import Act, Answer, Booked, Expire, NotBooked, Release, Reserve, Settle
+from proxy.errors import LedgerUnavailable
+from proxy.quotas import Counter, CounterKey
+from proxy.store import Store, StoreUnavailable
+from proxy.tasks import Tasks
+
+BATCH_MAX = 256
+LEASE_MS = 60_000
+_ORPHANS_AT_ONCE = 1000
+
+T = TypeVar("T")
+
+log = structlog.get_logger("ledger")
+
+
+@dataclass(slots=True, eq=False)
+class _Queued:
+    act: Act
+    answer: "asyncio.Future[Answer]"
+
+
+class Ledger:
+    """The books of this process. `owner` names the process; `now` gives milliseconds since 1970.
+
+    `retry_s` is how long the loop lets a database that failed alone before it tries again.
+    """
+
+    def __init__(self, store: Store, *, owner: str, now: Callable[[], int], retry_s: float = 0.5) -> None:
+        self.owner = owner
+        self._store = store
+        self._now = now
+        self._retry_s = retry_s
+        self._queue: deque[_Queued] = deque()
+        self._wake = asyncio.Event()
+        self._tasks = Tasks()
+        self._loop: asyncio.Task[None] | None = None
+        self._is_closing = False
+        self.is_healthy = True
+
+    async def start(self) -> None:
+        """Open the store, say that this process is alive, charge what a dead one left behind, and begin.
+
+        Raises what `Store.open` raises.
+        """
+        await self._in_thread(self._store.open)
+        await self._in_thread(self._store.renew, self.owner, self._now() + LEASE_MS)
+        self._loop = self._tasks.start("ledger", self._run())
+        await self.expire_orphans()
+
+    async def reserve(self, act: Reserve) -> Booked | NotBooked:
+        """Let a call in, or say why not. Raises LedgerUnavailable when nothing can be booked.
+
+        If the caller is cancelled meanwhile, what was reserved is released again.
+        """
+        answer = await self._enqueue(act)
+        assert isinstance(answer, (Booked, NotBooked))
+        return answer
+
+    def end(self, act: Settle | Release) -> "asyncio.Future[Answer]":
+        """Queue the end of a call; the future is done when that is committed, however long it takes."""
+        return self._enqueue(act)
+
+    async def expire_orphans(self) -> int:
+        """Charge the open calls of dead processes; returns how many there were."""
+        found = 0
+        while ids := await self._in_thread(self._store.orphans, self.owner, _ORPHANS_AT_ONCE):
+            await asyncio.gather(*(self._enqueue(Expire(call_id)) for call_id in ids))
+            found += len(ids)
+        if found:
+            log.warning("calls of a dead process were charged from their reservations", calls=found)
+        return found
+
+    async def renew_lease(self) -> None:
+        """Say once more that this process is alive; to be called a few times in each LEASE_MS."""
+        try:
+            await self._in_thread(self._store.renew, self.owner, self._now() + LEASE_MS)
+        except StoreUnavailable as error:
+            log.warning("the lease could not be renewed", reason=str(error))
+
+    async def counters(self, keys: Sequence[CounterKey]) -> dict[CounterKey, Counter]:
+        """How counters stand, to be shown. Raises LedgerUnavailable."""
+        try:
+            return await self._store.read_counters(keys)
+        except StoreUnavailable as error:
+            raise LedgerUnavailable from error
+
+    async def close(self) -> None:
+        """Book what is queued, as far as the database lets us, and close the store."""
+        self._is_closing = True
+        if self._loop is not None:
+            self._wake.set()
+            await self._loop
+        await self._store.close()
+
+    def _enqueue(self, act: Act) -> "asyncio.Future[Answer]":
+        queued = _Queued(act, asyncio.get_running_loop().create_future())
+        self._queue.append(queued)
+        self._wake.set()
+        return queued.answer
+
+    async def _run(self) -> None:
+        while self._queue or not self._is_closing:
+            await self._wake.wait()
+            self._wake.clear()
+            while self._queue:
+                taken = [self._queue.popleft() for _ in range(min(BATCH_MAX, len(self._queue)))]
+                # Whoever gave up before we began wants nothing booked.
+                wanted = [queued for queued in taken if not queued.answer.cancelled()]
+                await self._book(sorted(wanted, key=lambda queued: isinstance(queued.act, Reserve)))
+            if self._is_closing:
+                return
+
+    async def _book(self, batch: list[_Queued]) -> None:
+        try:
+            answers = await self._apply(batch)
+        except StoreUnavailable as error:
+            await self._put_off(batch, error)
+        except Exception as error:  # noqa: BLE001 - one bad act, of whatever kind, must not end the loop
+            await self._one_by_one(batch, error)
+        else:
+            self.is_healthy = True
+            for queued, answer in zip(batch, answers, strict=True):
+                self._tell(queued, answer)
+
+    async def _one_by_one(self, batch: list[_Queued], error: Exception) -> None:
+        if len(batch) > 1:
+            for queued in batch:
+                await self._book([queued])
+            return
+        for queued in batch:
+            log.error("an act could not be booked", act=type(queued.act).__name__, call=queued.act.id, exc_info=error)
+            self._fail(queued)
+
+    async def _put_off(self, batch: list[_Queued], error: StoreUnavailable) -> None:
+        """The database is away: refuse what wants to be let in, keep what gives back for later."""
+        self.is_healthy = False
+        log.warning("the ledger's database can't be used", reason=str(error), acts=len(batch))
+        for queued in batch:
+            if isinstance(queued.act, Reserve):
+                self._fail(queued)
+                if error.is_uncertain:  # it may have been committed all the same
+                    self._enqueue(Release(queued.act.id))
+        later = [queued for queued in batch if not isinstance(queued.act, Reserve)]
+        if self._is_closing:
+            # Their reservations are on the books: the next start charges them as lost.
+            log.error("closing with ends that could not be booked", acts=len(later))
+            self._queue.clear()
+            return
+        self._queue.extendleft(reversed(later))
+        await asyncio.sleep(self._retry_s)
+
+    def _tell(self, queued: _Queued, answer: Answer) -> None:
+        if not queued.answer.cancelled():
+            queued.answer.set_result(answer)
+        elif isinstance(queued.act, Reserve) and isinstance(answer, Booked):
+            self._enqueue(Release(queued.act.id))
+
+    @staticmethod
+    def _fail(queued: _Queued) -> None:
+        if not queued.answer.cancelled():
+            queued.answer.set_exception(LedgerUnavailable())
+            queued.answer.exception()  # seen: an end that nobody waits for any more must not warn
+
+    async def _apply(self, batch: list[_Queued]) -> list[Answer]:
+        return await self._in_thread(self._store.apply, [queued.act for queued in batch], self._now())
+
+    async def _in_thread(self, work: Callable[..., T], *arguments: Any) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._store.thread, work, *arguments)

@@ -1,0 +1,162 @@
+"""What one answer used, learned by watching it go by.
+
+A meter is fed an answer in order, as events of a stream or as one whole body, and says of each event what the
+client is to see of it: the very bytes that came, unless we asked for usage in the client's place; then the chunk
+that came only because of that is taken out again, and nothing else. It can be asked for the usage at any moment,
+also after a broken stream: what it knows then is what gets settled.
+
+Pure: no sockets, no clock. Knows the answers of the OpenAI format; framing comes from `sse`.
+"""
+
+from typing import Any
+
+import orjson
+
+from proxy.sse import Event
+from proxy.strict_json import dump
+from proxy.usage import AtLeast, Exactly, Tokens, Usage, read_tokens
+from proxy.wire import Call
+
+# English prose has about four bytes to a token. Used only where the upstream's count never came.
+_BYTES_PER_TOKEN = 4
+
+# What every chunk has; one with no choices and nothing beyond these came only because usage was asked for.
+_COMMON_KEYS = frozenset(
+    ("id", "object", "created", "model", "system_fingerprint", "service_tier", "choices", "usage", "obfuscation")
+)
+_RESPONSE_ENDS = frozenset(("response.completed", "response.incomplete", "response.failed", "error"))
+# Strings inside a choice that are not text of the answer.
+_NOT_TEXT = frozenset(("role", "type", "id", "finish_reason"))
+
+
+class Meter:
+    """Watches one answer. `input_bytes` is the size of the request, for an answer that doesn't say its usage."""
+
+    def __init__(self, call: Call, *, input_bytes: int) -> None:
+        self.is_at_end = False
+        self.is_over = False
+        self.has_error = False
+        self._call = call
+        self._strips = call.adds_usage
+        self._is_responses = call.endpoint.name == "responses"
+        self._input_bytes = input_bytes
+        self._reported: Tokens | None = None
+        self._text_bytes = 0
+        self._text_chunks = 0
+
+    def see_event(self, event: Event) -> bytes:
+        """Take note of one event and return what of it the client is to see.
+
+        `is_at_end` turns true with the event from which on everything belongs to the end of the answer: the
+        usage chunk, `[DONE]`, or the event that ends a response; `is_over` with the last event there is.
+        """
+        data = event.data
+        if data is None:
+            return event.raw
+        if data.startswith(b"[DONE]"):
+            self.is_at_end = self.is_over = True
+            return event.raw
+        chunk = _object(data)
+        if chunk is None:
+            return event.raw
+        if self._is_responses:
+            self._see_response_event(chunk)
+            return event.raw
+        return self._see_chunk(chunk, event)
+
+    def see_whole(self, body: bytes) -> None:
+        """Take note of an answer that is not a stream."""
+        self.is_at_end = True
+        answer = _object(body)
+        if answer is None:
+            self._text_bytes += len(body)
+            return
+        self._see_error(answer)
+        self._reported = read_tokens(answer.get("usage"))
+        if not self.has_error:
+            self._text_bytes += _text_in(answer.get("choices")) + _text_in(answer.get("output"))
+
+    @property
+    def has_usage(self) -> bool:
+        """Whether the upstream has said what was used."""
+        return self._reported is not None
+
+    def usage(self) -> Usage:
+        """What was used, as far as is known now."""
+        estimate = -(-self._input_bytes // _BYTES_PER_TOKEN)
+        if self._reported is None:
+            output = max(self._text_chunks, -(-self._text_bytes // _BYTES_PER_TOKEN))
+            return AtLeast(Tokens(estimate, output if self._call.endpoint.generates else 0))
+        return Exactly(self._reported)
+
+    def _see_chunk(self, chunk: dict[str, Any], event: Event) -> bytes:
+        self._see_error(chunk)
+        choices = chunk.get("choices")
+        usage = chunk.get("usage")
+        if isinstance(usage, dict):
+            self._reported = read_tokens(usage) or self._reported
+            if not choices:
+                self.is_at_end = True
+                return self._without_usage(chunk) if self._strips else event.raw
+        if choices and (text_bytes := _text_in(choices)):
+            self._text_bytes += text_bytes
+            self._text_chunks += 1
+        if self._strips and "usage" in chunk and usage is None:
+            return _without_null_usage(event, chunk)
+        return event.raw
+
+    def _without_usage(self, chunk: dict[str, Any]) -> bytes:
+        """The usage chunk as it would have come unasked: not at all, unless it carries something else too."""
+        if chunk.keys() <= _COMMON_KEYS:
+            return b""
+        return _event({key: value for key, value in chunk.items() if key != "usage"})
+
+    def _see_response_event(self, chunk: dict[str, Any]) -> None:
+        kind = chunk.get("type")
+        if kind in _RESPONSE_ENDS:
+            self.is_at_end = self.is_over = True
+            self.has_error = kind == "error"
+            response = chunk.get("response")
+            if isinstance(response, dict):
+                self._reported = read_tokens(response.get("usage"))
+        elif isinstance(kind, str) and kind.endswith(".delta") and isinstance(delta := chunk.get("delta"), str):
+            self._text_bytes += len(delta.encode("utf-8", "replace"))
+            self._text_chunks += 1
+
+    def _see_error(self, answer: dict[str, Any]) -> None:
+        self.has_error = self.has_error or answer.get("error") is not None
+
+
+def _object(data: bytes) -> dict[str, Any] | None:
+    try:
+        value = orjson.loads(data)
+    except orjson.JSONDecodeError:
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _text_in(value: object) -> int:
+    """Bytes of text in a part of an answer, however it is nested (content, refusals, arguments of tool calls)."""
+    if isinstance(value, str):
+        return len(value) if value.isascii() else len(value.encode())
+    if isinstance(value, list):
+        return sum(map(_text_in, value))
+    if isinstance(value, dict):
+        return sum(_text_in(part) for key, part in value.items() if key not in _NOT_TEXT)
+    return 0
+
+
+def _without_null_usage(event: Event, chunk: dict[str, Any]) -> bytes:
+    """The event without `"usage": null`, which stands there only because usage was asked for.
+
+    Cut out of the bytes, so that the rest stays as it was: inside a JSON string the quotes would be escaped, so
+    what is found once is the member itself.
+    """
+    for member in (b',"usage":null', b', "usage": null', b'"usage":null,', b'"usage": null, '):
+        if event.raw.count(member) == 1:
+            return event.raw.replace(member, b"")
+    return _event({key: value for key, value in chunk.items() if key != "usage"})
+
+
+def _event(chunk: dict[str, Any]) -> bytes:
+    return b"data: " + dump(chunk) + b"\n\n"

@@ -1,0 +1,71 @@
+"""Every metric in one list, for Prometheus.
+
+Labels come from closed lists only: endpoints, outcomes, and the names of quotas and models in the policy. A model
+name that a client made up is counted as "other", so nobody can make a series of their own.
+"""
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
+
+from proxy.books import Entry, Outcome
+from proxy.quotas import Refused
+from proxy.usage import Usage
+
+
+class Metrics:
+    """The counters of one process, in a registry of their own."""
+
+    def __init__(self) -> None:
+        self._registry = CollectorRegistry()
+        self.calls = Counter(
+            "llm_quota_calls",
+            "Calls that were let in, by how they ended",
+            ("endpoint", "model", "outcome"),
+            registry=self._registry,
+        )
+        self.tokens = Counter(
+            "llm_quota_tokens", "Tokens charged", ("model", "direction", "provenance"), registry=self._registry
+        )
+        self.hidden = Counter(
+            "llm_quota_hidden_tokens", "Tokens that calls used beyond their hold", ("model",), registry=self._registry
+        )
+        self.refusals = Counter(
+            "llm_quota_refusals",
+            "Calls that were refused, by the quota",
+            ("quota", "verdict"),
+            registry=self._registry,
+        )
+        self.shadow_refusals = Counter(
+            "llm_quota_shadow_refusals",
+            "Calls that a quota in shadow would have refused",
+            ("quota",),
+            registry=self._registry,
+        )
+        self.in_flight = Gauge("llm_quota_calls_in_flight", "Calls reserved and not ended", registry=self._registry)
+        self.reload_failed = Gauge(
+            "llm_quota_reload_failed", "1 while the policy file can't be taken", registry=self._registry
+        )
+        self.reloaded_at = Gauge(
+            "llm_quota_policy_loaded_timestamp_seconds", "When the policy in force was read", registry=self._registry
+        )
+
+    def refused(self, refused: Refused) -> None:
+        """Count a call that was not let in, at each quota that stood in its way."""
+        for block in refused.blocks:
+            self.refusals.labels(block.quota.id, block.verdict.name.lower()).inc()
+
+    def ended(self, entry: Entry, charged: Usage | None, outcome: Outcome | None, *, model: str) -> None:
+        """Count a call that was let in and has ended. `model` must come from a closed list."""
+        self.calls.labels(entry.facts.endpoint, model, outcome).inc()
+        for quota_id in entry.would_refuse:
+            self.shadow_refusals.labels(quota_id).inc()
+        if charged is None:
+            return
+        tokens = charged.tokens
+        self.tokens.labels(model, "input", charged.provenance).inc(tokens.input)
+        self.tokens.labels(model, "output", charged.provenance).inc(tokens.output)
+        beyond = max(0, tokens.input - entry.hold.input) + max(0, tokens.output - entry.hold.output)
+        self.hidden.labels(model).inc(beyond)
+
+    def exposition(self) -> bytes:
+        """All of it in Prometheus' text format."""
+        return generate_latest(self._registry)

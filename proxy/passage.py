@@ -1,0 +1,83 @@
+"""What one call takes along on its way: fixed when it sets out, whatever is reloaded meanwhile."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from proxy.books import Entry, Facts, NotBooked, Reserve
+from proxy.client import Client
+from proxy.errors import ModelNotFound, ProxyError
+from proxy.policy import Model, Policy, User
+from proxy.quotas import Binding, Counter, CounterKey
+from proxy.standing import rate_limit_headers, refusal, standings
+from proxy.wire import Call, demand_of, forwarded_body
+
+
+@dataclass(frozen=True, slots=True)
+class Passage:
+    """One call, who makes it, and the part of the policy that decides about it."""
+
+    call: Call
+    user: User
+    policy: Policy
+    model: Model
+    binding: Binding
+    client: Client
+
+    @property
+    def model_label(self) -> str:
+        """The model's name where it is one of the policy's; never a name that a client made up."""
+        return self.call.model if self.call.model in (self.policy.models or {}) else "other"
+
+    def reserve(self, body: bytes, *, owner: str) -> Reserve:
+        """The act that lets this call in."""
+        return Reserve(
+            id=self.client.id,
+            owner=owner,
+            facts=Facts(self.user.name, self.call.model, self.call.endpoint.name, self.model.upstream.name),
+            binding=self.binding,
+            demand=demand_of(self.call, self.model, len(body)),
+        )
+
+    def lowered_body(self, entry: Entry) -> bytes:
+        """The body to send where less is left than the call wants: with its maximum lowered to its share."""
+        return forwarded_body(self.call, self.model, maximum=entry.hold.output // self.call.choices)
+
+    def refusal(self, answer: NotBooked, now: int) -> ProxyError:
+        """Why this call is not let in, for its client."""
+        stand = standings(self.binding, answer.counters, now)
+        error = refusal(
+            answer.refused,
+            stand,
+            now=now,
+            zone=self.policy.zone,
+            endpoint=self.call.endpoint.name,
+            help=self.policy.help,
+        )
+        error.headers.update(rate_limit_headers(self.binding, stand, now))
+        return error
+
+    def quota_headers(
+        self, entry: Entry, counters: Mapping[CounterKey, Counter], now: int, *, is_held: bool
+    ) -> dict[str, str]:
+        """The headers of a metered answer that speak of quotas; what the call itself still holds is left out."""
+        stand = standings(self.binding, counters, now, without=entry if is_held else None)
+        capped = {"x-quota-capped": f'{entry.hold.output}; quota="{entry.capped_by}"'} if entry.capped_by else {}
+        return {**rate_limit_headers(self.binding, stand, now), **capped}
+
+
+def passage_for(call: Call, user: User, policy: Policy, client: Client) -> Passage:
+    """Find the model and the quotas of a call; raises ModelNotFound that says what would help."""
+    model = policy.model(call.model)
+    if model is None or not policy.may_use(user, call.model):
+        raise ModelNotFound(
+            f'The model "{call.model}" does not exist here or you may not use it. GET /v1/models lists yours.',
+            param="model",
+        )
+    binding = policy.binding(user, call.model)
+    if binding is None:
+        raise ModelNotFound(
+            f'No quota of yours covers the model "{call.model}". The operator can add it to the `models` of a quota '
+            "of one of your groups, or set `unmatched: allow`.",
+            param="model",
+        )
+    return Passage(call, user, policy, model, binding, client)

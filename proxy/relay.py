@@ -1,0 +1,168 @@
+"""ONE call's whole journey: reserved, sent, its answer passed on, settled.
+
+`Relay.carry` runs in a task of the program's own, so a client that hangs up can't stop it half way. What a client
+saw complete is on the books: the end of an answer goes out when its settle is committed.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+import structlog
+
+from proxy import headers
+from proxy.books import NotBooked, Outcome
+from proxy.departure import Departures
+from proxy.errors import ProxyError, UpstreamError
+from proxy.failures import Rejected, failure_of
+from proxy.ledger import Ledger
+from proxy.meter import Meter
+from proxy.metrics import Metrics
+from proxy.passage import Passage
+from proxy.reservation import Reservation
+from proxy.sse import Splitter
+from proxy.upstream import Answer, Upstreams
+from proxy.usage import Unspent
+from proxy.wire import error_event, forwarded_body
+
+# How long a finished stream may take to close, so that its connection can be used again.
+_CLOSE_S = 1.0
+_JSON = {"content-type": "application/json", "cache-control": "no-store"}
+
+log = structlog.get_logger("relay")
+
+
+class Relay:
+    """Carries calls. `now` gives milliseconds since 1970."""
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        upstreams: Upstreams,
+        *,
+        metrics: Metrics,
+        departures: Departures,
+        now: Callable[[], int],
+    ) -> None:
+        self._ledger = ledger
+        self._upstreams = upstreams
+        self._metrics = metrics
+        self._departures = departures
+        self._now = now
+
+    async def carry(self, passage: Passage) -> None:
+        """Carry one call to the upstream and its answer back.
+
+        Nothing is sent that is not reserved, and every reservation ends exactly once. Raises Refusal where the
+        quotas say no, and UpstreamError as long as nothing of an answer has gone out.
+        """
+        call, model, client = passage.call, passage.model, passage.client
+        body = forwarded_body(call, model)
+        async with (
+            self._reserve(passage, body) as reservation,
+            self._departures.watch(client, reservation, model.upstream.on_disconnect),
+            self._blame_upstream(passage, reservation),
+        ):
+            if reservation.entry.capped_by:
+                body = passage.lowered_body(reservation.entry)
+            sent = headers.to_upstream(client.headers, kind=model.upstream.kind, api_key=model.upstream.api_key)
+            async with self._upstreams.send(model.upstream, call.endpoint.path, body, sent) as answer:
+                if answer.status // 100 != 2:
+                    await self._pass_on_failure(answer, passage, reservation)
+                elif answer.is_stream:
+                    await self._pass_on_stream(answer, passage, reservation)
+                else:
+                    await self._pass_on_whole(answer, passage, reservation)
+
+    @asynccontextmanager
+    async def _reserve(self, passage: Passage, body: bytes) -> AsyncIterator[Reservation]:
+        """Hold what the call may use, and see that it ends; raises Refusal."""
+        began = self._now()
+        answer = await self._ledger.reserve(passage.reserve(body, owner=self._ledger.owner))
+        if isinstance(answer, NotBooked):
+            self._metrics.refused(answer.refused)
+            raise passage.refusal(answer, began)
+        reservation = Reservation(self._ledger, answer, Meter(passage.call, input_bytes=len(body)))
+        with self._metrics.in_flight.track_inprogress():
+            async with reservation:
+                yield reservation
+        self._metrics.ended(reservation.entry, reservation.charged, reservation.outcome, model=passage.model_label)
+
+    @asynccontextmanager
+    async def _blame_upstream(self, passage: Passage, reservation: Reservation) -> AsyncIterator[None]:
+        """Settle what an upstream broke, and tell the client: by status, or, once an answer has begun, in band."""
+        try:
+            yield
+        except UpstreamError as error:
+            log.warning(
+                "upstream failed", upstream=passage.model.upstream.name, call=reservation.entry.id, reason=str(error)
+            )
+            if error.was_sent:
+                await reservation.settle(reservation.meter.usage(), "upstream_broke")
+            else:
+                await reservation.release()
+            if passage.client.response is None:
+                raise
+            await passage.client.write(error_event(passage.call.endpoint, error))
+            await passage.client.end()
+
+    async def _pass_on_stream(self, answer: Answer, passage: Passage, reservation: Reservation) -> None:
+        """Each event at once, and the end when it is settled."""
+        client, meter = passage.client, reservation.meter
+        await client.start(answer.status, self._head(answer, passage, reservation))
+        splitter, end = Splitter(), bytearray()
+        async for chunk in answer.chunks():
+            ready = bytearray()
+            for event in splitter.feed(chunk):
+                piece = meter.see_event(event)
+                (end if meter.is_at_end else ready).extend(piece)
+            await client.write(ready)
+            if meter.is_over:
+                break
+        end += splitter.end()
+        await reservation.settle(meter.usage(), _outcome(passage, meter))
+        await client.write(end)
+        await client.end()
+        await _use_up(answer)
+
+    async def _pass_on_whole(self, answer: Answer, passage: Passage, reservation: Reservation) -> None:
+        body = await answer.whole()
+        reservation.meter.see_whole(body)
+        await reservation.settle(reservation.meter.usage(), _outcome(passage, reservation.meter))
+        passage.client.send(answer.status, self._head(answer, passage, reservation), body)
+
+    async def _pass_on_failure(self, answer: Answer, passage: Passage, reservation: Reservation) -> None:
+        """An error instead of an answer: what it means decides what is charged and what the client sees."""
+        failure = failure_of(answer.status, await answer.whole(), answer.retry_after, passage.model.upstream)
+        if isinstance(failure, Rejected):
+            await reservation.settle(Unspent(requests=1), "rejected")
+        else:
+            await reservation.release()
+        if isinstance(failure, ProxyError):
+            log.warning("upstream failed", upstream=passage.model.upstream.name, status=answer.status)
+            raise failure
+        passage.client.send(failure.status, {**self._quota_headers(passage, reservation), **_JSON}, failure.body)
+
+    def _head(self, answer: Answer, passage: Passage, reservation: Reservation) -> dict[str, str]:
+        passed = headers.to_client(answer.headers, is_stream=answer.is_stream)
+        return {**passed, **self._quota_headers(passage, reservation)}
+
+    def _quota_headers(self, passage: Passage, reservation: Reservation) -> dict[str, str]:
+        is_held = reservation.outcome is None
+        return passage.quota_headers(reservation.entry, reservation.counters, self._now(), is_held=is_held)
+
+
+def _outcome(passage: Passage, meter: Meter) -> Outcome:
+    if passage.client.is_gone:
+        return "client_left"
+    return "upstream_broke" if meter.has_error else "complete"
+
+
+async def _use_up(answer: Answer) -> None:
+    """Read what is left behind the end, so that the connection can carry another call."""
+    try:
+        async with asyncio.timeout(_CLOSE_S):
+            async for _ in answer.chunks():
+                pass
+    except (UpstreamError, TimeoutError):
+        pass  # then it is closed instead

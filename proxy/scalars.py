@@ -1,0 +1,190 @@
+"""What a single value of quotas.yaml may look like: names, numbers, addresses, keys.
+
+Each function takes a value, gives what is kept of it, and raises ValueError with a sentence of what is wrong and
+what to write instead. Values that are or may hold a secret (keys, URLs) are never part of a sentence.
+"""
+
+import re
+from difflib import get_close_matches
+from ipaddress import AddressValueError, IPv6Address
+from urllib.parse import SplitResult, urlsplit
+from zoneinfo import ZoneInfo, available_timezones
+
+from proxy.policy import DEFAULT, EVERYONE, Secret, digest
+from proxy.usage import TOKENS_MAX
+from proxy.windows import parse_per
+
+KEY_CHARACTERS_MIN = 24
+_MODEL_NAME_MAX = 200
+
+NAME = re.compile(r"^(?!\.\.?$)[A-Za-z0-9._-]{1,100}$")
+_COUNT = re.compile(r"(0|[1-9][0-9]{0,14}|[1-9][0-9]{0,2}(?:_[0-9]{3}){1,4})([kM]?)")
+_TIMES = {"": 1, "k": 1_000, "M": 1_000_000}
+_ADDRESS = re.compile(r"(?:\[([0-9A-Fa-f:.]{2,45})\]|([A-Za-z0-9]([A-Za-z0-9.-]{0,252})?)):([0-9]{1,5})")
+_VISIBLE = re.compile(r"[!-~]+")
+_SHA256 = re.compile(r"sha256:([0-9a-fA-F]{64})")
+_UTC = ZoneInfo("UTC")
+
+
+def name(text: str) -> str:
+    """The name of a group, quota, user, upstream or admin: it becomes a part of ids, paths and labels."""
+    if not NAME.fullmatch(text):
+        raise ValueError("this is no name; write letters, digits, dots, dashes and underscores, at most 100")
+    return text
+
+
+def group_name(text: str) -> str:
+    """The name of a group, which must not merely look like a reserved one."""
+    for reserved in (EVERYONE, DEFAULT):
+        if text.lower() == reserved != text:
+            raise ValueError(f'"{text}" is not the reserved group; write "{reserved}", or another name')
+    return name(text)
+
+
+def model_name(text: str) -> str:
+    """A model's name as clients write it, or "*" for all others."""
+    if any(sign in text for sign in "*?[") and text != "*":
+        raise ValueError('models are listed by their whole names; "*" alone opens the list to all others')
+    return glob(text)
+
+
+def served_name(text: str) -> str:
+    """What an upstream calls a model."""
+    if text == "*":
+        raise ValueError('"*" is no model of an upstream; write its name, or leave "model" out')
+    return model_name(text)
+
+
+def glob(text: str) -> str:
+    """A pattern for model names."""
+    if not text.isprintable() or " " in text or not 0 < len(text) <= _MODEL_NAME_MAX:
+        raise ValueError(f"this is no model's name; write 1 to {_MODEL_NAME_MAX} visible characters without blanks")
+    return text
+
+
+def sentence(text: str) -> str:
+    """Words that are shown to users: one line."""
+    text = text.strip()
+    if not text.isprintable():
+        raise ValueError("this has more than one line, or signs that can't be shown; write one line")
+    return text
+
+
+def count(value: object) -> int:
+    """A whole number of tokens or calls."""
+    number = _as_count(value)
+    if number > TOKENS_MAX:
+        raise ValueError(f"this is more than {TOKENS_MAX:,}; write a smaller number")
+    return number
+
+
+def positive(value: object) -> int:
+    """A count of at least 1."""
+    number = count(value)
+    if not number:
+        raise ValueError("0 makes no sense here; write at least 1, or leave it out")
+    return number
+
+
+def _as_count(value: object) -> int:
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        return value
+    if isinstance(value, str) and (match := _COUNT.fullmatch(value)):
+        return int(match[1].replace("_", "")) * _TIMES[match[2]]
+    shown = f'"{value}"' if isinstance(value, str | int) else "this"
+    raise ValueError(f"{shown} is no whole number from 0 up; write 200000, 200_000, 200k or 5M")
+
+
+def per(text: str) -> str:
+    """The text of a window. Its zone is known only later, so what it names is made then."""
+    parse_per(text, _UTC)
+    return text
+
+
+def zone(text: str) -> str:
+    """The name of a time zone."""
+    try:
+        ZoneInfo(text)
+    except (KeyError, ValueError, OSError):  # OSError: "Europe" is a folder
+        near = get_close_matches(text[:50], available_timezones(), n=1) or ["Europe/Berlin"]
+        raise ValueError(f'"{text}" is no time zone; write a name of the IANA list such as {near[0]}') from None
+    return text
+
+
+def address(text: str) -> str:
+    """Where to listen: host:port."""
+    split_address(text)
+    return text
+
+
+def split_address(text: str) -> tuple[str, int]:
+    """The host and the port of an address; an IPv6 host without its brackets."""
+    match = _ADDRESS.fullmatch(text)
+    if not match or int(match[4]) > 65_535:
+        raise ValueError(
+            f'"{text}" is no address; write host:port: 127.0.0.1:8080, [::1]:8080, or 0.0.0.0:8080 for all interfaces'
+        )
+    if match[1]:
+        try:
+            IPv6Address(match[1])
+        except AddressValueError:
+            raise ValueError(f'"{text}" has no IPv6 address in its brackets; write [::1]:8080') from None
+    return match[1] or match[2], int(match[4])
+
+
+def base_url(text: str) -> str:
+    """An upstream's address, without a slash at its end. Where a call goes is said here alone, and nothing else."""
+    url = _split_url(text)
+    if url is None or url.scheme not in ("http", "https") or not url.hostname:
+        raise ValueError("this is no http:// or https:// address; write one such as https://api.openai.com/v1")
+    if "@" in url.netloc:
+        raise ValueError("this holds a user or a password; write the key as api_key: ${NAME}")
+    if "?" in text or "#" in text:
+        raise ValueError("this has a query or a fragment; write the address up to its path")
+    return text.rstrip("/")
+
+
+def database(text: str) -> str:
+    """The URL of the books' database, without a driver."""
+    url = _split_url(text)
+    scheme = url.scheme if url else ""
+    if scheme in ("postgres", "postgresql+asyncpg", "postgresql+psycopg", "postgresql+psycopg2", "sqlite+aiosqlite"):
+        right = "sqlite" if scheme.startswith("sqlite") else "postgresql"
+        raise ValueError(f'"{scheme}://" names no database here; write {right}:// (the driver is chosen by itself)')
+    file = text.removeprefix("sqlite:///")
+    if scheme == "sqlite" and (file == text or file.strip("/") in ("", ":memory:")):
+        raise ValueError("this names no file for SQLite; write sqlite:///quotas.db, or sqlite:////var/lib/quotas.db")
+    if scheme not in ("sqlite", "postgresql"):
+        raise ValueError("this is no database; write sqlite:///quotas.db or postgresql://user:password@host/name")
+    return text
+
+
+def _split_url(text: str) -> SplitResult | None:
+    """The parts of a URL; None where it is none. Python's own splitting would drop line ends silently."""
+    try:
+        url = urlsplit(text) if _VISIBLE.fullmatch(text) else None
+        return url if url is None or url.port is None or url.port > 0 else None
+    except ValueError:
+        return None
+
+
+def key_digest(text: str) -> str:
+    """The digest of a user's or an admin's key: of one in plain, or the one that stands there."""
+    if text.startswith("sha256:"):
+        match = _SHA256.fullmatch(text)
+        if not match:
+            raise ValueError("this is no digest; write sha256: and 64 hex digits")
+        return match[1].lower()
+    secret(text)
+    if len(text) < KEY_CHARACTERS_MIN:
+        raise ValueError(f"this key is too short; write one of {KEY_CHARACTERS_MIN} random characters or more")
+    return digest(text)
+
+
+def secret(value: object) -> Secret:
+    """A key that is sent in a header."""
+    if value == "":
+        raise ValueError("this key is empty; write one, or leave it out")
+    if not isinstance(value, str) or not _VISIBLE.fullmatch(value):
+        raise ValueError("this key can't be sent in a header; write visible ASCII characters without blanks")
+    return Secret(value)

@@ -1,0 +1,305 @@
+"""An upstream of our own that behaves like the real ones, for the demo, the tests and the benchmarks.
+
+It serves chat, completions, embeddings, responses and models to whoever has its key, for any name of a model, with
+texts that follow from its seed (see `scripted`), and is reached through the same code path as a real upstream.
+It remembers what it was sent and what it reported, so that the books can be held against it.
+
+A request can ask it to behave in its `metadata`: `{"simulate": "tokens=300 cut=5"}`, directives between spaces:
+
+    tokens=300           the answer is this long (a maximum still holds)
+    speed=100            tokens a second; a whole answer takes as long as its tokens would
+    delay=0.5            seconds before the head of the answer
+    status=500           an error in OpenAI's words, of any status: 401 shows part of the key, 429 is a rate limit
+    code=…               the `code` of that error; insufficient_quota and context_length_exceeded are worded as theirs
+    html                 502 with an HTML body, as from a load balancer
+    hang                 no head at all, until the client goes
+    header=Name:value    one more header on the answer; may be given several times
+    cut=5                the connection ends after 5 words of text; a whole answer in the middle of its body
+    stall=4              silence after 4 words, until the client goes; a whole answer in the middle of its body
+    error=3              stream: an error event after 3 words, inside the 200
+    crlf                 stream: lines end in CRLF
+    no_done              stream: no [DONE]
+    no_usage             no usage anywhere, as from a server that doesn't know `include_usage`
+    usage_early          chat and completions streams: usage on the last chunk that has a choice, asked for or not,
+                         and none after it
+    usage_zero           the usage says 0
+
+A stream's text is one event a word, so "after 5 words" is after 5 tokens; what comes before the text isn't counted.
+It generates only while somebody listens: when the client goes, it stops at once.
+"""
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from hmac import compare_digest
+from itertools import count, islice
+
+import orjson
+from aiohttp import web
+
+from proxy.directions import NO_DIRECTIONS, Complaint, Directions, complaint_of, read_directions, wrong_key
+from proxy.frames import Stream, write_stream, write_whole
+from proxy.scripted import Author, Endpoint, Script, read_json
+
+MODELS = ("gpt-4o", "gpt-4o-mini", "o4-mini", "gpt-3.5-turbo-instruct", "text-embedding-3-small")
+PATHS = {
+    "/v1/chat/completions": (Endpoint.CHAT, "chatcmpl-"),
+    "/v1/completions": (Endpoint.COMPLETIONS, "cmpl-"),
+    "/v1/embeddings": (Endpoint.EMBEDDINGS, "embd-"),
+    "/v1/responses": (Endpoint.RESPONSES, "resp_"),
+}
+REQUESTS_KEPT = 100
+BODY_BYTES_MAX = 64 << 20
+# What the real one says of its own affairs on every answer. Nothing of it is for the users of a shared key.
+HEADERS = {
+    "openai-organization": "org-simulated",
+    "openai-processing-ms": "1",
+    "openai-version": "2020-10-01",
+    "x-ratelimit-limit-requests": "30000",
+    "x-ratelimit-limit-tokens": "150000000",
+    "x-ratelimit-remaining-requests": "29999",
+    "x-ratelimit-remaining-tokens": "149999976",
+    "x-ratelimit-reset-requests": "2ms",
+    "x-ratelimit-reset-tokens": "9ms",
+    "set-cookie": "__cf_bm=simulated; path=/; HttpOnly",
+}
+JSON_HEADERS = {"content-type": "application/json"}
+HTML_HEADERS = {"content-type": "text/html"}
+STREAM_HEADERS = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache"}
+BAD_GATEWAY = b"<html><head><title>502 Bad Gateway</title></head><body><h1>502 Bad Gateway</h1></body></html>"
+
+
+@dataclass(slots=True)
+class Given:
+    """What was reported: the answers whose usage was sent, and the sums of that usage."""
+
+    calls: int = 0
+    input_tokens: int = 0
+    output_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """One request as it arrived; the path as on the wire, with its query."""
+
+    method: str
+    path: str
+    headers: Mapping[str, str]
+    body: bytes = field(repr=False)
+
+
+class Simulator:
+    """A stand-in for an OpenAI-compatible server; see the module for what it can be asked."""
+
+    def __init__(
+        self,
+        api_key: str,
+        seed: int = 0,
+        tokens_per_s: float | None = None,
+        *,
+        now: Callable[[], float] = lambda: 1_750_000_000.0,
+    ) -> None:
+        self.given = Given()
+        self.requests: deque[Received] = deque(maxlen=REQUESTS_KEPT)
+        self.received = 0  # requests ever
+        self.open_calls = 0
+        self.open_streams = 0
+        self.chunks_sent = 0  # words of text ever sent in streams
+        self.clients_gone = 0  # calls whose client went before the end
+        self._api_key = api_key
+        self._author = Author(seed)
+        self._tokens_per_s = tokens_per_s
+        self._now = now
+        self._numbers = count(1)  # of all ids, so that no two are the same
+        self._waiting: list[asyncio.Future[None]] = []
+
+    def app(self) -> web.Application:
+        """Return the application that serves it."""
+        app = web.Application(client_max_size=BODY_BYTES_MAX)
+        for path, (endpoint, prefix) in PATHS.items():
+            app.router.add_post(path, partial(self._call, endpoint, prefix))
+        app.router.add_get("/v1/models", self._models)
+        app.router.add_get("/v1/models/{model}", self._models)
+        app.router.add_route("*", "/{path:.*}", self._unknown)
+        return app
+
+    async def until(self, is_reached: Callable[[], bool]) -> None:
+        """Wait until this is true of the simulator: `until(lambda: simulator.open_streams == 0)`."""
+        while not is_reached():
+            waiting: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._waiting.append(waiting)
+            await waiting
+
+    def _changed(self) -> None:
+        if self._waiting:
+            waiting, self._waiting = self._waiting, []
+            for each in waiting:
+                if not each.done():
+                    each.set_result(None)
+
+    # ------------------------------------------------------------------------------------------------- requests
+
+    async def _call(self, endpoint: Endpoint, prefix: str, request: web.Request) -> web.StreamResponse:
+        self.open_calls += 1
+        try:
+            body = await self._receive(request)
+            return await self._answer(endpoint, prefix, request, body)
+        except Complaint as complaint:
+            return self._complain(complaint)
+        except asyncio.CancelledError:
+            self.clients_gone += 1
+            raise
+        finally:
+            self.open_calls -= 1
+            self._changed()
+
+    async def _answer(self, endpoint: Endpoint, prefix: str, request: web.Request, body: bytes) -> web.StreamResponse:
+        key = self._check_key(request)
+        asked = read_json(body)
+        directions = read_directions(asked)
+        if directions.hang:
+            await _silence()
+        if directions.delay_s:
+            await asyncio.sleep(directions.delay_s)
+        if directions.html:
+            return web.Response(status=502, body=BAD_GATEWAY, headers=self._headers(directions, HTML_HEADERS))
+        if directions.status is not None:
+            return self._complain(complaint_of(directions.status, directions.code, key), directions)
+        script = self._author.script(endpoint, asked, directions)
+        id, created = f"{prefix}{next(self._numbers):012d}", int(self._now())
+        if script.is_streamed:
+            return await self._stream(request, script, write_stream(script, id=id, created=created))
+        return await self._whole(request, script, write_whole(script, id=id, created=created))
+
+    async def _receive(self, request: web.Request) -> bytes:
+        body = await request.read()
+        self.received += 1
+        self.requests.append(Received(request.method, request.raw_path, request.headers, body))
+        self._changed()
+        return body
+
+    def _check_key(self, request: web.Request) -> str:
+        header = request.headers.get("authorization", "").encode("utf-8", "surrogateescape")
+        scheme, _, key = header.decode("utf-8", "replace").partition(" ")
+        if scheme != "Bearer" or not compare_digest(key.encode(), self._api_key.encode()):
+            raise wrong_key(key)
+        return key
+
+    async def _models(self, request: web.Request) -> web.Response:
+        await self._receive(request)
+        name = request.match_info.get("model")
+        try:
+            self._check_key(request)
+            if name is not None and name not in MODELS:
+                message = f"The model '{name}' does not exist or you do not have access to it."
+                raise Complaint(404, message, code="model_not_found", param="model")
+        except Complaint as complaint:
+            return self._complain(complaint)
+        created = int(self._now())
+        shown = [
+            {"id": model, "object": "model", "created": created, "owned_by": "simulator"}
+            for model in MODELS
+            if name in (None, model)
+        ]
+        return self._json({"object": "list", "data": shown} if name is None else shown[0])
+
+    async def _unknown(self, request: web.Request) -> web.Response:
+        await self._receive(request)
+        return self._complain(Complaint(404, f"Invalid URL ({request.method} {request.path})"))
+
+    # -------------------------------------------------------------------------------------------------- answers
+
+    def _headers(self, directions: Directions, kind: Mapping[str, str] = JSON_HEADERS) -> dict[str, str]:
+        headers = {**HEADERS, **kind, "x-request-id": f"req_{next(self._numbers):012d}"}
+        return headers | {name.lower(): value for name, value in directions.headers}
+
+    def _json(self, answer: dict[str, object]) -> web.Response:
+        return web.Response(body=orjson.dumps(answer), headers=self._headers(NO_DIRECTIONS))
+
+    def _complain(self, complaint: Complaint, directions: Directions = NO_DIRECTIONS) -> web.Response:
+        headers = self._headers(directions)
+        if complaint.error["code"] == "rate_limit_exceeded":
+            headers.setdefault("retry-after", "1")
+        return web.Response(status=complaint.status, body=orjson.dumps({"error": complaint.error}), headers=headers)
+
+    def _report(self, script: Script) -> None:
+        taken, given = script.reported
+        self.given.calls += 1
+        self.given.input_tokens += taken
+        self.given.output_tokens += given
+
+    def _pause_s(self, directions: Directions) -> float:
+        tokens_per_s = directions.tokens_per_s or self._tokens_per_s
+        return 1 / tokens_per_s if tokens_per_s else 0.0
+
+    async def _whole(self, request: web.Request, script: Script, body: bytes) -> web.StreamResponse:
+        directions = script.directions
+        if pause_s := self._pause_s(directions):
+            await asyncio.sleep(pause_s * script.output_tokens)
+        headers = self._headers(directions)
+        if directions.fault not in ("cut", "stall"):
+            if not directions.no_usage:
+                self._report(script)
+            return web.Response(body=body, headers=headers)
+        half = web.StreamResponse(headers={**headers, "content-length": str(len(body))})
+        await half.prepare(request)
+        await half.write(body[: len(body) // 2])
+        await self._break_off(request, directions)
+        return half
+
+    async def _stream(self, request: web.Request, script: Script, stream: Stream) -> web.StreamResponse:
+        response = web.StreamResponse(headers=self._headers(script.directions, STREAM_HEADERS))
+        self.open_streams += 1
+        try:
+            await response.prepare(request)
+            await self._play(request, response, script, stream)
+        except ConnectionResetError:
+            self.clients_gone += 1
+        finally:
+            self.open_streams -= 1
+        return response
+
+    async def _play(self, request: web.Request, response: web.StreamResponse, script: Script, stream: Stream) -> None:
+        directions = script.directions
+        pause_s = self._pause_s(directions)
+        for event in stream.opening:
+            await response.write(event)
+        for event in islice(stream.text, directions.fault_after if directions.fault else None):
+            # Also without a speed: so others go on, a client that has gone is noticed, each event is sent by itself.
+            await asyncio.sleep(pause_s)
+            await response.write(event)
+            self.chunks_sent += 1
+            self._changed()
+        if directions.fault in ("cut", "stall"):
+            return await self._break_off(request, directions)
+        for position, event in enumerate(stream.error if directions.fault else stream.closing):
+            await response.write(event)
+            if position == stream.usage_at and not directions.fault:
+                self._report(script)
+
+    async def _break_off(self, request: web.Request, directions: Directions) -> None:
+        if directions.fault == "stall":
+            await _silence()
+        # Closed, not aborted: what was written does arrive, and then nothing says that it was all.
+        if request.transport is not None:
+            request.transport.close()
+
+
+async def _silence() -> None:
+    """Wait for nothing, until the client goes and the call is cancelled."""
+    await asyncio.get_running_loop().create_future()
+
+
+async def serve(simulator: Simulator, *, host: str = "127.0.0.1", port: int = 0) -> tuple[web.AppRunner, int]:
+    """Serve it, as tests, demo and benchmarks all do, and return what to `cleanup` and the port that it has."""
+    # Cancelled when the client goes: that is how it notices at once. Nobody is owed a graceful end by a stand-in.
+    runner = web.AppRunner(simulator.app(), access_log=None, handler_cancellation=True, shutdown_timeout=0.1)
+    await runner.setup()
+    try:
+        await web.TCPSite(runner, host, port).start()
+    except OSError:
+        await runner.cleanup()
+        raise
+    return runner, runner.addresses[0][1]

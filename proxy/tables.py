@@ -1,0 +1,91 @@
+"""The schema: counters, calls, owners; and how a database is brought up to it.
+
+A row of `calls` is a reservation while its state is "open" and the usage record of the call afterwards. Counters
+have no foreign keys: the call of a user who was deleted meanwhile still settles. Instants are milliseconds since
+1970 in UTC; amounts are tokens and requests; all of them 64-bit integers. Migrations only add.
+"""
+
+from importlib.resources import files
+
+import sqlalchemy as sa
+from alembic import command
+from alembic.config import Config
+from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from sqlalchemy import BigInteger, Column, Connection, Index, MetaData, Table, Text
+
+metadata = MetaData()
+
+counters = Table(
+    "counters",
+    metadata,
+    Column("subject", Text, primary_key=True),
+    Column("quota_id", Text, primary_key=True),
+    Column("opened_at", BigInteger, nullable=False),
+    Column("resets_at", BigInteger, nullable=False),
+    Column("used_input", BigInteger, nullable=False),
+    Column("used_output", BigInteger, nullable=False),
+    Column("used_requests", BigInteger, nullable=False),
+    Column("held_input", BigInteger, nullable=False),
+    Column("held_output", BigInteger, nullable=False),
+    Column("held_requests", BigInteger, nullable=False),
+    sqlite_with_rowid=False,
+)
+
+calls = Table(
+    "calls",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("owner", Text, nullable=False),
+    Column("state", Text, nullable=False),
+    Column("user_name", Text, nullable=False),
+    Column("model", Text, nullable=False),
+    Column("endpoint", Text, nullable=False),
+    Column("upstream", Text, nullable=False),
+    Column("through", Text, nullable=False),
+    Column("reserved_at", BigInteger, nullable=False),
+    Column("ended_at", BigInteger),
+    Column("hold_input", BigInteger, nullable=False),
+    Column("hold_output", BigInteger, nullable=False),
+    Column("lost_input", BigInteger, nullable=False),
+    Column("lost_output", BigInteger, nullable=False),
+    Column("lines", Text, nullable=False),
+    Column("capped_by", Text),
+    Column("would_refuse", Text, nullable=False),
+    Column("input_tokens", BigInteger),
+    Column("output_tokens", BigInteger),
+    Column("cached_tokens", BigInteger),
+    Column("reasoning_tokens", BigInteger),
+    Column("requests", BigInteger),
+    Column("provenance", Text),
+    Column("outcome", Text),
+    Index("calls_open", "owner", sqlite_where=sa.text("state = 'open'"), postgresql_where=sa.text("state = 'open'")),
+    Index("calls_by_user", "user_name", "reserved_at"),
+    sqlite_with_rowid=False,
+)
+
+owners = Table(
+    "owners",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("alive_until", BigInteger, nullable=False),
+)
+
+
+class NewerSchema(Exception):
+    """The database was written by a newer release; serving from it could lose what that one stores."""
+
+
+def migrate(connection: Connection) -> None:
+    """Bring the database up to this release's schema; raises NewerSchema rather than touch one from later."""
+    config = Config()
+    config.set_main_option("script_location", str(files("proxy") / "migrations"))
+    config.attributes["connection"] = connection
+    found = MigrationContext.configure(connection).get_current_revision()
+    known = {script.revision for script in ScriptDirectory.from_config(config).walk_revisions()}
+    if found is not None and found not in known:
+        raise NewerSchema(
+            f"The database has schema {found}, which this release does not know: "
+            "use the release that wrote it, or a newer one."
+        )
+    command.upgrade(config, "head")

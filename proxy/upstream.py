@@ -1,0 +1,103 @@
+"""HTTP to the upstreams: send one call, hand back its answer as it arrives.
+
+What goes wrong is told apart by whether the call can have reached the upstream: `UpstreamError` with
+`was_sent = False` is provably free, everything else may have cost something. The library's defaults that are wrong
+for this job are set here, each with its reason.
+"""
+
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+
+import aiohttp
+from yarl import URL
+
+from proxy.errors import UpstreamError, UpstreamTimeout
+from proxy.policy import Upstream
+
+# SDKs wait ten minutes for an answer, and bill a retry again; giving up earlier would only cost more.
+_SILENCE_S = 600
+_CONNECT_S = 5
+# The largest answer that is taken whole (a stream may be of any length).
+WHOLE_BYTES_MAX = 64 * 2**20
+
+
+class Answer:
+    """What the upstream sends back: the status and headers at once, the body as it comes."""
+
+    def __init__(self, response: aiohttp.ClientResponse) -> None:
+        self._response = response
+        self.status = response.status
+        self.headers = list(response.headers.items())
+        self.retry_after = response.headers.get("retry-after")
+        self.is_stream = response.content_type == "text/event-stream"
+
+    async def chunks(self) -> AsyncIterator[bytes]:
+        """The body's bytes as they arrive; raises UpstreamError where it breaks, UpstreamTimeout where it stalls."""
+        try:
+            async for chunk in self._response.content.iter_any():
+                yield chunk
+        except TimeoutError:
+            raise UpstreamTimeout("The upstream fell silent in the middle of its answer.") from None
+        except (aiohttp.ClientError, ConnectionError):
+            raise UpstreamError("The upstream broke off in the middle of its answer.") from None
+
+    async def whole(self) -> bytes:
+        """The whole body; raises as `chunks`, and UpstreamError where it is over WHOLE_BYTES_MAX."""
+        body = bytearray()
+        async for chunk in self.chunks():
+            body += chunk
+            if len(body) > WHOLE_BYTES_MAX:
+                raise UpstreamError(f"The upstream's answer is larger than {WHOLE_BYTES_MAX} bytes.")
+        return bytes(body)
+
+
+class Upstreams:
+    """Connections to all upstreams, kept and reused. `open()` before use, `close()` after."""
+
+    def __init__(self) -> None:
+        self._session: aiohttp.ClientSession | None = None
+
+    def open(self) -> None:
+        """Make the session; has to be called where the event loop runs."""
+        self._session = aiohttp.ClientSession(
+            # No total time limit: long generations are honest. No limit of connections: quotas bound the calls,
+            # and a queue in here would be silent.
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S, sock_read=_SILENCE_S),
+            connector=aiohttp.TCPConnector(limit=0, ttl_dns_cache=60),
+            # A shared cookie jar would replay one user's Cloudflare cookie for another.
+            cookie_jar=aiohttp.DummyCookieJar(),
+            # A megabyte that unpacks to 400 MB would be ours to carry; `identity` is asked for instead.
+            auto_decompress=False,
+        )
+
+    async def close(self) -> None:
+        """Close all connections."""
+        if self._session is not None:
+            await self._session.close()
+            self._session = None
+
+    @asynccontextmanager
+    async def send(
+        self, upstream: Upstream, path: str, body: bytes | None, headers: Mapping[str, str]
+    ) -> AsyncIterator[Answer]:
+        """POST `body` (or GET, where it is None) and hand out the answer; leaving closes or returns the connection.
+
+        Raises UpstreamError where no answer came, UpstreamTimeout where it did not come in time.
+        """
+        assert self._session is not None, "open() first"
+        # Redirects are not followed: the library would carry `api-key` headers to wherever they point.
+        request = self._session.request(
+            "POST" if body is not None else "GET",
+            URL(upstream.base_url + path, encoded=True),
+            data=body,
+            headers=headers,
+            allow_redirects=False,
+        )
+        try:
+            response = await request
+        except TimeoutError:
+            raise UpstreamTimeout("The upstream did not answer in time.") from None
+        except (aiohttp.ClientError, ConnectionError, OSError):
+            raise UpstreamError(f'The upstream "{upstream.name}" can\'t be reached.', was_sent=False) from None
+        async with response:
+            yield Answer(response)

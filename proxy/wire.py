@@ -1,0 +1,297 @@
+"""The requests of the OpenAI format: which endpoints there are, what a call asks for, and what is sent on.
+
+A `Call` is one metered request as we read it. Fields that we don't know are passed on untouched; the few on which
+something is decided are checked, and what was checked is what is sent: the body is written anew from what was
+read. Sources: OpenAI's published API description, and the vendors' documents for the fields that their servers
+really read (`_MAXIMUM_FIELDS`).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from proxy.errors import InvalidRequest, ProxyError
+from proxy.policy import Kind, Model
+from proxy.quotas import Demand
+from proxy.strict_json import dump, parse_object
+from proxy.usage import TOKENS_MAX
+
+EndpointName = Literal["chat", "completions", "embeddings", "responses"]
+
+# What is held for an answer whose length neither the request nor the model's configuration states.
+_ANSWER_TOKENS = 4096
+# OpenAI's default for /completions, where nothing else is asked.
+_COMPLETION_TOKENS = 16
+# No answer is started that could be shorter than this, unless the request asks for less.
+_SMALLEST_ANSWER = 1024
+# A picture's price in tokens by OpenAI's tile rule at high detail: 85 + 8 tiles of 170, rounded up. Its base64 is
+# not read by the model.
+_IMAGE_TOKENS = 1500
+_MODEL_CHARACTERS_MAX = 256
+# Beyond any answer, and small enough that no product of such numbers leaves 64 bits.
+_NUMBER_MAX = 10**9
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """One path of the OpenAI surface that is metered. `path` is relative to the base URL."""
+
+    name: EndpointName
+    path: str
+    maxima: tuple[str, ...]
+    refused: Mapping[str, str]
+
+    @property
+    def generates(self) -> bool:
+        """Whether it makes output tokens."""
+        return bool(self.maxima)
+
+    @property
+    def has_usage_option(self) -> bool:
+        """Whether a stream tells its usage only when `stream_options.include_usage` asks for it."""
+        return self.name in ("chat", "completions")
+
+
+_ELSEWHERE = "it would change where this call goes or which key it uses, and the proxy decides that"
+_REROUTING = dict.fromkeys(("api_base", "api_key", "base_url", "custom_host", "extra_headers"), _ELSEWHERE)
+_STORED = "it refers to things stored at the upstream, whose tokens this request does not show"
+
+CHAT = Endpoint(
+    "chat",
+    "/chat/completions",
+    ("max_completion_tokens", "max_tokens"),
+    {**_REROUTING, "web_search_options": "hosted tools are not open on this proxy"},
+)
+COMPLETIONS = Endpoint("completions", "/completions", ("max_tokens",), _REROUTING)
+EMBEDDINGS = Endpoint("embeddings", "/embeddings", (), _REROUTING)
+RESPONSES = Endpoint(
+    "responses",
+    "/responses",
+    ("max_output_tokens",),
+    {
+        **_REROUTING,
+        "background": "its cost would arise after the answer",
+        "previous_response_id": _STORED,
+        "conversation": _STORED,
+        "prompt": _STORED,
+    },
+)
+ENDPOINTS = (CHAT, COMPLETIONS, EMBEDDINGS, RESPONSES)
+
+# The fields from which a kind of upstream takes its maximum, the one that is written first. Ollama has no other
+# than max_tokens in its struct; llama.cpp lets n_predict win over all.
+_MAXIMUM_FIELDS: dict[tuple[Kind, EndpointName], tuple[str, ...]] = {
+    ("ollama", "chat"): ("max_tokens",),
+    ("anthropic", "chat"): ("max_tokens", "max_completion_tokens"),
+    ("llamacpp", "chat"): ("n_predict", "max_completion_tokens", "max_tokens"),
+    ("llamacpp", "completions"): ("n_predict", "max_tokens"),
+}
+
+_KNOWN = frozenset(
+    "model stream stream_options max_tokens max_completion_tokens max_output_tokens n_predict n best_of messages "
+    "input prompt tools background previous_response_id conversation api_base api_key base_url".split()
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One metered request: what it asks for, and the body as it was read."""
+
+    endpoint: Endpoint
+    model: str
+    stream: bool
+    choices: int
+    document: Mapping[str, Any]
+
+    @property
+    def asks_for_usage(self) -> bool:
+        """Whether the client wants to see the usage of a stream itself."""
+        options = self.document.get("stream_options")
+        return isinstance(options, dict) and bool(options.get("include_usage"))
+
+    @property
+    def adds_usage(self) -> bool:
+        """Whether we ask for the usage in the client's place, and so take it out of the answer again."""
+        options = self.document.get("stream_options")
+        readable = options is None or isinstance(options, dict)
+        return self.stream and self.endpoint.has_usage_option and readable and not self.asks_for_usage
+
+
+def parse_call(endpoint: Endpoint, body: bytes) -> Call:
+    """Read a request's body; raises InvalidRequest that names the field and says what to write instead."""
+    document = parse_object(body, _KNOWN)
+    _refuse_fields(endpoint, document)
+    return Call(
+        endpoint=endpoint,
+        model=_model(document.get("model")),
+        stream=_stream(document.get("stream")),
+        choices=_choices(endpoint, document),
+        document=document,
+    )
+
+
+def demand_of(call: Call, model: Model, body_bytes: int) -> Demand:
+    """What a call may use at the most.
+
+    Input: one token is at least one byte, and the JSON around a message outweighs what chat templates add, so
+    the bytes of the forwarded body bound it; pictures count at a set price instead of their base64.
+    """
+    base64_bytes, images = _pictures(call.document)
+    bound = body_bytes - base64_bytes + images * _IMAGE_TOKENS
+    each = _asked(call, model.upstream.kind)
+    if each is None:
+        each = model.max_output_tokens or _default_maximum(call.endpoint, model.upstream.kind)
+    if not call.endpoint.generates:
+        return Demand(input=bound, want=0, smallest=0)
+    want = min(each * call.choices, TOKENS_MAX)
+    return Demand(input=bound, want=want, smallest=min(want, _SMALLEST_ANSWER * call.choices))
+
+
+def forwarded_body(call: Call, model: Model, *, maximum: int | None = None) -> bytes:
+    """The body to send: under the upstream's name of the model, usage asked for, and the maximum lowered.
+
+    `maximum` is the output of one choice in tokens; it is written into every field that this kind of upstream
+    reads, so that none of them says more.
+    """
+    document = {**call.document, "model": model.upstream_model}
+    if call.adds_usage:
+        document["stream_options"] = {**(document.get("stream_options") or {}), "include_usage": True}
+    if maximum is not None:
+        names = _fields(call.endpoint, model.upstream.kind)
+        for name in [name for name in names if document.get(name) is not None] or names[:1]:
+            document[name] = maximum
+    return dump(document)
+
+
+def error_event(endpoint: Endpoint, error: ProxyError) -> bytes:
+    """An error in the middle of a stream, in the form at which the SDKs raise.
+
+    For /responses the older SDKs raise only at an `error` member, the newer ones at the event's name: it has both.
+    """
+    if endpoint.name != "responses":
+        return b"data: " + dump(error.body()) + b"\n\n"
+    flat = {"type": "error", "code": error.code, "message": error.message, "param": error.param}
+    return b"event: error\ndata: " + dump({**flat, **error.body()}) + b"\n\n"
+
+
+def _fields(endpoint: Endpoint, kind: Kind) -> tuple[str, ...]:
+    return _MAXIMUM_FIELDS.get((kind, endpoint.name), endpoint.maxima)
+
+
+def _asked(call: Call, kind: Kind) -> int | None:
+    """The maximum that the request states in a field which this upstream reads; the larger one counts."""
+    stated = [
+        _whole(name, call.document.get(name), least=-1 if name == "n_predict" else 0)
+        for name in _fields(call.endpoint, kind)
+    ]
+    return max((number for number in stated if number is not None and number >= 0), default=None)
+
+
+def _default_maximum(endpoint: Endpoint, kind: Kind) -> int:
+    short = endpoint.name == "completions" and kind not in ("llamacpp", "ollama")
+    return _COMPLETION_TOKENS if short else _ANSWER_TOKENS
+
+
+def _refuse_fields(endpoint: Endpoint, document: Mapping[str, Any]) -> None:
+    for name in endpoint.refused:
+        if document.get(name) not in (None, False):
+            raise InvalidRequest(
+                f'"{name}" can\'t be used here: {endpoint.refused[name]}.', param=name, code="unsupported_parameter"
+            )
+    if endpoint is RESPONSES:
+        _refuse_hosted_tools(document.get("tools"))
+        _refuse_stored_items(document.get("input"))
+
+
+def _refuse_hosted_tools(tools: object) -> None:
+    for tool in tools if isinstance(tools, list) else ():
+        kind = tool.get("type") if isinstance(tool, dict) else None
+        if kind not in ("function", "custom"):
+            raise InvalidRequest(
+                f"Tools of type {str(kind)[:40]!r} run at the upstream and are not open on this proxy: "
+                'use tools of type "function" or "custom".',
+                param="tools",
+                code="unsupported_parameter",
+            )
+
+
+def _refuse_stored_items(items: object) -> None:
+    for item in items if isinstance(items, list) else ():
+        if isinstance(item, dict) and item.get("type") == "item_reference":
+            raise InvalidRequest(
+                f'Items of type "item_reference" can\'t be used here: {_STORED}.',
+                param="input",
+                code="unsupported_parameter",
+            )
+
+
+def _model(value: object) -> str:
+    if value is None:
+        raise InvalidRequest(
+            '"model" is missing: name the model to use.', param="model", code="missing_required_parameter"
+        )
+    if not isinstance(value, str) or not value or len(value) > _MODEL_CHARACTERS_MAX or not value.isprintable():
+        raise InvalidRequest(
+            f'"model" must be a name of 1 to {_MODEL_CHARACTERS_MAX} printable characters.', param="model"
+        )
+    return value
+
+
+def _stream(value: object) -> bool:
+    if value is not None and not isinstance(value, bool):
+        raise InvalidRequest('"stream" must be true or false.', param="stream", code="invalid_type")
+    return bool(value)
+
+
+def _choices(endpoint: Endpoint, document: Mapping[str, Any]) -> int:
+    """How many answers the upstream generates: `n` or `best_of` of them, for each prompt."""
+    if not endpoint.generates:
+        return 1
+    for name in ("max_tokens", "max_completion_tokens", "max_output_tokens"):
+        _whole(name, document.get(name), least=0)
+    if endpoint.name == "responses":
+        return 1
+    each = _whole("n", document.get("n"), least=1) or 1
+    if each > 128:
+        raise InvalidRequest('"n" must be 128 or less.', param="n", code="integer_above_max_value")
+    if endpoint.name == "chat":
+        return each
+    prompt = document.get("prompt")
+    is_several = isinstance(prompt, list) and bool(prompt) and not isinstance(prompt[0], int)
+    return max(each, _best_of(document)) * (len(prompt) if isinstance(prompt, list) and is_several else 1)
+
+
+def _best_of(document: Mapping[str, Any]) -> int:
+    best_of = _whole("best_of", document.get("best_of"), least=1) or 1
+    if best_of > 128:
+        raise InvalidRequest('"best_of" must be 128 or less.', param="best_of", code="integer_above_max_value")
+    return best_of
+
+
+def _whole(name: str, value: object, *, least: int) -> int | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise InvalidRequest(f'"{name}" must be a whole number.', param=name, code="invalid_type")
+    if not least <= value <= _NUMBER_MAX:
+        raise InvalidRequest(f'"{name}" must be between {least} and {_NUMBER_MAX}.', param=name)
+    return value
+
+
+def _pictures(document: Mapping[str, Any]) -> tuple[int, int]:
+    """The bytes of base64 in the places where pictures stand, and how many pictures there are."""
+    base64_bytes = images = 0
+    for part in _parts(document):
+        url = part.get("image_url")
+        url = url.get("url") if isinstance(url, dict) else url
+        if part.get("type") in ("image_url", "input_image"):
+            images += 1
+            if isinstance(url, str) and url.startswith("data:image/"):
+                base64_bytes += len(url)
+    return base64_bytes, images
+
+
+def _parts(document: Mapping[str, Any]) -> list[dict[str, Any]]:
+    turns = document.get("messages", document.get("input"))
+    contents = [turn.get("content") for turn in turns if isinstance(turn, dict)] if isinstance(turns, list) else []
+    return [part for content in contents if isinstance(content, list) for part in content if isinstance(part, dict)]

@@ -1,0 +1,1 @@
+"""The proof: one test file for each module, journeys named by what they show."""

@@ -1,0 +1,110 @@
+"""Small values that many tests build: quotas, bindings, counters, calls and instants, in as few words as they need.
+
+staff = quota("staff/daily", tokens=1000)
+who = binding([staff], always=[quota("everyone/calls", requests=10)])
+decide(call(100, 400), who, counters(who, used={"staff/daily": 300}), NOON)
+"""
+
+from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
+from typing import cast
+from zoneinfo import ZoneInfo
+
+from proxy.books import Facts, Reserve
+from proxy.quotas import Binding, Combine, Counter, CounterKey, Demand, Enforce, Globs, Limit, Quota, Route
+from proxy.usage import Amount, Exactly, Measure, Tokens
+from proxy.windows import parse_per
+
+MINUTE = 60_000
+HOUR = 60 * MINUTE
+DAY = 24 * HOUR
+
+
+def instant(text: str) -> int:
+    """`2026-11-24 12:00` in UTC, as milliseconds."""
+    return round(datetime.fromisoformat(text).replace(tzinfo=UTC).timestamp()) * 1000
+
+
+NOON = instant("2026-11-24 12:00")  # a Tuesday
+
+
+def quota(
+    quota_id: str,
+    *,
+    per: str = "day",
+    models: Iterable[str] = ("*",),
+    shared: bool = False,
+    enforce: Enforce = "exact",
+    zone: str = "UTC",
+    **limits: int,
+) -> Quota:
+    """`quota("staff/daily", tokens=1000, per="day")`; its limits are `tokens`, `input_tokens`, … = how many."""
+    group, name = quota_id.split("/")
+    return Quota(
+        group,
+        name,
+        limits=tuple(Limit(cast(Measure, measure), maximum) for measure, maximum in limits.items()),
+        per=parse_per(per, ZoneInfo(zone)),
+        models=Globs(models),
+        shared=shared,
+        enforce=enforce,
+    )
+
+
+def route(group: str, *quotas: Quota) -> Route:
+    """A group as a way in; without quotas it is unlimited."""
+    return Route(group, quotas)
+
+
+def binding(
+    *ways: Route | Iterable[Quota],
+    always: Iterable[Quota] = (),
+    shadows: Iterable[Quota] = (),
+    combine: Combine = "any_group",
+    user: str = "ann",
+) -> Binding:
+    """A binding with one way for each group: its quotas, or a `route(...)` where it has none."""
+    routes = [way if isinstance(way, Route) else _route_of(way) for way in ways]
+    return Binding(user, tuple(always), tuple(routes), tuple(shadows), combine)
+
+
+def _route_of(quotas: Iterable[Quota]) -> Route:
+    listed = tuple(quotas)
+    return Route(listed[0].group, listed)
+
+
+def amount(given: Amount | int) -> Amount:
+    """A bare number means so many input tokens, of one call where there are any."""
+    return given if isinstance(given, Amount) else Amount(given, 0, 1 if given else 0)
+
+
+def counters(
+    who: Binding,
+    *,
+    used: Mapping[str, Amount | int] | None = None,
+    held: Mapping[str, Amount | int] | None = None,
+    opened: int = NOON,
+) -> dict[CounterKey, Counter]:
+    """The counters of a binding's quotas that are named in `used` or `held`, in windows opened at `opened`."""
+    return {
+        quota.key_for(who.user): Counter(
+            quota.per.opening(opened), amount((used or {}).get(quota.id, 0)), amount((held or {}).get(quota.id, 0))
+        )
+        for quota in who.quotas
+        if quota.id in (used or {}) or quota.id in (held or {})
+    }
+
+
+def call(input_tokens: int = 0, want: int = 0, smallest: int | None = None) -> Demand:
+    """What a call asks for; the least worth starting for is `min(want, 1024)`, as for a call with one choice."""
+    return Demand(input_tokens, want, min(want, 1024) if smallest is None else smallest)
+
+
+def reserve(entry_id: str, who: Binding, demand: Demand) -> Reserve:
+    """The act that lets a call in."""
+    return Reserve(entry_id, "process-1", Facts(who.user, "gpt-4o-mini", "chat", "openai"), who, demand)
+
+
+def exactly(input_tokens: int, output_tokens: int = 0) -> Exactly:
+    """The usage that the upstream stated."""
+    return Exactly(Tokens(input_tokens, output_tokens))

@@ -1,0 +1,76 @@
+"""Random quotas, bindings, counters and calls for hypothesis: small numbers, so that limits are met to the token."""
+
+from hypothesis import strategies as st
+
+from proxy.quotas import Binding, Counter, CounterKey, Demand, Quota, Route
+from proxy.usage import MEASURES, Amount
+from proxy.windows import Window
+from tests.builders import DAY, HOUR, MINUTE, NOON, quota
+
+WINDOWS = ("10s", "90s", "minute", "hour", "day", "6h", "month")
+
+# How far clocks are moved: within the shortest window, just over it, and over the longer ones.
+STEPS = (1, 999, 10_000, MINUTE, 10 * MINUTE, HOUR, 6 * HOUR, DAY, 31 * DAY)
+
+# Most quotas are exact, since those have the promises.
+ENFORCED = ("exact", "exact", "after")
+
+
+@st.composite
+def quota_lists(
+    draw: st.DrawFn, group: str, *, least: int = 0, most: int = 3, enforce: tuple[str, ...] = ENFORCED
+) -> tuple[Quota, ...]:
+    """Some quotas of one group, with one or more limits each, now and then of 0."""
+    return tuple(
+        quota(
+            f"{group}/q{number}",
+            per=draw(st.sampled_from(WINDOWS)),
+            shared=draw(st.booleans()),
+            enforce=draw(st.sampled_from(enforce)),
+            **draw(st.dictionaries(st.sampled_from(MEASURES), st.integers(0, 50), min_size=1)),
+        )
+        for number in range(draw(st.integers(least, most)))
+    )
+
+
+@st.composite
+def bindings(draw: st.DrawFn) -> Binding:
+    """Everyone's quotas, up to three groups of which some are unlimited, a few quotas in shadow."""
+    routes = [
+        Route(group, () if draw(st.sampled_from([False] * 5 + [True])) else draw(quota_lists(group, least=1)))
+        for group in ("a", "b", "c")[: draw(st.integers(0, 3))]
+    ]
+    return Binding(
+        user="ann",
+        always=draw(quota_lists("everyone")),
+        routes=tuple(routes),
+        shadows=draw(quota_lists("watch", enforce=("shadow",))),
+        combine=draw(st.sampled_from(["any_group", "every_group"])),
+    )
+
+
+amounts = st.builds(Amount, st.integers(0, 30), st.integers(0, 30), st.integers(0, 5))
+
+
+@st.composite
+def counters_of(draw: st.DrawFn, who: Binding, *, held: bool = True) -> dict[CounterKey, Counter]:
+    """Counters of some of a binding's quotas, whatever was used; without `held` no call is in flight."""
+    found: dict[CounterKey, Counter] = {}
+    for each in who.quotas:
+        if draw(st.sampled_from([True, True, True, False])):
+            opened_at = NOON - draw(st.integers(0, 90_000))
+            # Not only what the quota's own `per` would open: it may have been changed while this one was running.
+            mine = each.per.opening(opened_at)
+            other = Window(opened_at, opened_at + draw(st.sampled_from(STEPS)))
+            window = draw(st.sampled_from([mine, mine, other]))
+            holding = draw(amounts) if held and draw(st.booleans()) else Amount()
+            found[each.key_for(who.user)] = Counter(window, draw(amounts), holding)
+    return found
+
+
+@st.composite
+def demands(draw: st.DrawFn, most: int = 60) -> Demand:
+    """Calls from an empty one to one that is larger than any limit; some generate nothing."""
+    want = draw(st.sampled_from([0, 1, most // 2]) | st.integers(0, most))
+    smallest = min(want, draw(st.sampled_from([1, 1, most // 5, most])))
+    return Demand(draw(st.integers(0, most // 2) | st.integers(0, most)), want, smallest)

@@ -1,0 +1,274 @@
+"""Who is calling: one key, whole and exact, in one of three headers; anything else is the same 401 (T1 to T4, T8)."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from proxy.auth import identify, identify_admin, presented_key
+from proxy.errors import InvalidKey
+from proxy.policy import Policy, User, digest
+
+KEY = "sk-alice-0123456789abcdefghijklmnop"
+ADMIN_KEY = "sk-admin-0123456789abcdefghijklmnop"
+OTHER_KEY = "sk-other-0123456789abcdefghijklmnop"
+GONE_KEY = "sk-gone-0123456789abcdefghijklmnopq"
+
+ALICE = User("alice", ("staff",))
+POLICY = Policy(
+    groups={},
+    users={"alice": ALICE},
+    key_digests={digest(KEY): "alice", digest(GONE_KEY): "bob"},
+    admin_digests={digest(ADMIN_KEY): "ops"},
+)
+
+Headers = list[tuple[str, str]]
+
+
+def refused(headers: Headers, who=identify) -> InvalidKey:
+    """The 401 that these headers get."""
+    with pytest.raises(InvalidKey) as caught:
+        who(headers, POLICY)
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        [("Authorization", f"Bearer {KEY}")],
+        [("authorization", f"bearer {KEY}")],
+        [("AUTHORIZATION", f"BEARER {KEY}")],
+        [("Authorization", f" Bearer {KEY}\t ")],
+        [("api-key", KEY)],
+        [("Api-Key", f" {KEY} ")],
+        [("x-api-key", KEY)],
+        [("X-Api-Key", KEY)],
+        [("Authorization", f"Bearer {KEY}"), ("x-api-key", KEY)],
+        [("Authorization", f"Bearer {KEY}"), ("api-key", KEY), ("x-api-key", KEY)],
+        [("Host", "localhost"), ("Cookie", f"key={OTHER_KEY}"), ("Authorization", f"Bearer {KEY}")],
+        [("Authorization", f"Bearer {KEY}"), ("x-api-key", "")],
+        [("Authorization", "Bearer "), ("api-key", KEY)],
+    ],
+)
+def test_a_key_is_read_from_each_of_its_headers(headers):
+    """`Authorization: Bearer`, `api-key`, `x-api-key`, in any case, also in several of them if it is the same one."""
+    assert identify(headers, POLICY) is ALICE
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        [],
+        [("Host", "localhost")],
+        [("Authorization", "")],
+        [("Authorization", "Bearer")],
+        [("Authorization", "Bearer ")],
+        [("Authorization", "Bearer    ")],
+        [("api-key", "")],
+        [("x-api-key", "  ")],
+        [("Authorization", KEY)],
+        [("Authorization", f"Basic {KEY}")],
+        [("Authorization", f"Token {KEY}")],
+        [("Authorization", f"Bearer\t{KEY}")],
+        [("Authorization", f"Bearer{KEY}")],
+        [("Authorization", f"Bearer,{KEY}")],
+        [("Proxy-Authorization", f"Bearer {KEY}")],
+        [("X-Authorization", f"Bearer {KEY}")],
+        [("api_key", KEY)],
+        [("openai-api-key", KEY)],
+        [("Cookie", f"api-key={KEY}")],
+        [("x-original-url", f"/v1/models?api_key={KEY}")],
+        [("Authorization", "Bearer " + "x" * 100_000)],
+        [("x-api-key", "x" * 100_000)],
+    ],
+)
+def test_without_a_key_the_answer_says_how_to_send_one(headers):
+    """No key, an empty one, another scheme, another header, 100 KB of it: 401, with the three ways to do it right."""
+    error = refused(headers)
+    assert "You didn't send an API key" in error.message
+    for name in ("Authorization: Bearer", "api-key", "x-api-key"):
+        assert name in error.message
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "x",
+        KEY[:-1],
+        KEY + "1",
+        KEY[1:],
+        "x" + KEY,
+        KEY[:20] + "x" * (len(KEY) - 20),  # the same first twenty characters
+        KEY.upper(),
+        KEY.title(),
+        KEY.replace("0", "O"),
+        KEY + ",",
+        f'"{KEY}"',
+        f"Bearer {KEY}",
+        f"{KEY} {KEY}",
+        f"{KEY},{KEY}",
+        digest(KEY),
+        f"sha256:{digest(KEY)}",
+        GONE_KEY,  # a digest whose user is not there
+        ADMIN_KEY,
+        "alice",
+        "' OR 1=1 --",
+        "%",
+        "_" * len(KEY),
+        "%s%n{0}{key}",
+        '{"$gt": ""}',
+        "null",
+        "undefined",
+        "\x00",
+        KEY + "\x00",
+        KEY[:5] + "\x00" + KEY[5:],
+        KEY + "é",
+        KEY.replace("a", "а"),  # noqa: RUF001 — the second is the Cyrillic letter
+        "\udcff\udc80",
+        KEY + "\udcff",
+        "x" * 16_000,
+    ],
+)
+@pytest.mark.parametrize("header", ["authorization", "api-key", "x-api-key"])
+def test_a_wrong_key_is_nobodys(header, key):
+    """One character more or less, another case, a digest, SQL, wildcards, no text at all: 401, never a match."""
+    error = refused([(header, f"Bearer {key}" if header == "authorization" else key)])
+    assert error.status == 401
+    assert error.code == "invalid_api_key"
+    assert "not known here" in error.message
+
+
+def test_the_answer_does_not_repeat_the_key():
+    """A wrong key is often a right one with a slip: it belongs in no message and no log (T8 to T10)."""
+    for headers in ([("api-key", KEY + "1")], [("api-key", KEY), ("x-api-key", OTHER_KEY)]):
+        error = refused(headers)
+        for key in (KEY, OTHER_KEY):
+            assert key[:12] not in f"{error!r} {error} {error.body()} {error.headers} {error.param}"
+
+
+def test_unknown_keys_and_those_of_users_that_are_gone_sound_alike():
+    """A prober can't tell a key that once worked from one that never did."""
+    assert refused([("api-key", GONE_KEY)]).body() == refused([("api-key", OTHER_KEY)]).body()
+
+
+@pytest.mark.parametrize(
+    "blank", ["\u00a0", "\u0085", "\u2003", "\u3000", "\x0b", "\x0c", "\x1c", "\x1f", "\n", "\r\n"]
+)
+@pytest.mark.parametrize("header", ["authorization", "api-key", "x-api-key"])
+def test_only_blanks_and_tabs_are_stripped(header, blank):
+    """Control and non-ASCII characters around a key make it another key: never a match (T2)."""
+    prefix = "Bearer " if header == "authorization" else ""
+    refused([(header, f"{prefix}{KEY}{blank}")])
+    refused([(header, f"{prefix}{blank}{KEY}")])
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        [("Authorization", f"Bearer {KEY}"), ("x-api-key", OTHER_KEY)],
+        [("Authorization", f"Bearer {OTHER_KEY}"), ("x-api-key", KEY)],
+        [("api-key", KEY), ("x-api-key", OTHER_KEY)],
+        [("api-key", KEY), ("api-key", OTHER_KEY)],
+        [("Authorization", f"Bearer {KEY}"), ("Authorization", f"Bearer {OTHER_KEY}")],
+        [("Authorization", f"Bearer {KEY}"), ("api-key", KEY.upper())],
+        [("Authorization", f"Bearer {KEY}"), ("api-key", KEY), ("x-api-key", ADMIN_KEY)],
+    ],
+)
+def test_two_different_keys_are_none(headers):
+    """Which of the two is meant nobody can know, so neither is taken, in whatever order they come."""
+    for order in (headers, headers[::-1]):
+        assert "two different API keys" in refused(order).message
+        with pytest.raises(InvalidKey):
+            presented_key(order)
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        [("Authorization", f"Bearer {KEY}"), ("x-api-key", "x" * 100_000)],
+        [("Authorization", "Bearer " + "x" * 100_000), ("api-key", KEY)],
+    ],
+)
+def test_a_key_too_long_to_look_at_is_still_another_key(headers):
+    """A second key does not stop being a second one by its size (T2)."""
+    refused(headers)
+
+
+@pytest.mark.parametrize(
+    "other", [f"Basic {KEY}", "Basic dXNlcjpwYXNz", "Negotiate abc", f"Bearer\t{OTHER_KEY}", OTHER_KEY]
+)
+def test_two_authorization_headers_that_differ_are_a_401(other):
+    """The header may stand there once: what stands before us may have looked at the other one (T2)."""
+    headers = [("Authorization", other), ("Authorization", f"Bearer {KEY}")]
+    refused(headers)
+    refused(headers[::-1])
+
+
+@given(key=st.text(st.characters(exclude_categories=()), max_size=60))
+def test_no_text_but_the_key_itself_matches(key):
+    """Any text at all, lone surrogates included: a 401, never another exception (T2)."""
+    if key.strip() == KEY:
+        return
+    for header in ("authorization", "api-key"):
+        refused([(header, f"Bearer {key}" if header == "authorization" else key)])
+
+
+@given(
+    headers=st.lists(
+        st.tuples(
+            st.sampled_from(["authorization", "api-key", "X-Api-Key", "cookie"]),
+            st.sampled_from([KEY, OTHER_KEY, f"Bearer {KEY}", f"Bearer {OTHER_KEY}", "Basic x", "", "Bearer"]),
+        ),
+        max_size=4,
+    )
+)
+def test_any_mixture_of_headers_is_alice_or_a_401(headers):
+    """Whoever gets in sent Alice's key and no other one."""
+    try:
+        user = identify(headers, POLICY)
+    except InvalidKey:
+        return
+    sent = {value.removeprefix("Bearer ") for name, value in headers if name != "cookie"}
+    assert user is ALICE
+    assert KEY in sent
+    assert not any(value.endswith(OTHER_KEY) and name in ("api-key", "X-Api-Key") for name, value in headers)
+
+
+# ------------------------------------------------------------------------------------------------------------- admins
+
+
+@pytest.mark.parametrize("headers", [[("Authorization", f"Bearer {ADMIN_KEY}")], [("x-api-key", ADMIN_KEY)]])
+def test_an_admin_is_known_by_name(headers):
+    """So that the log can say who it was."""
+    assert identify_admin(headers, POLICY) == "ops"
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        [],
+        [("Authorization", "Bearer ")],
+        [("Authorization", f"Bearer {KEY}")],
+        [("Authorization", f"Bearer {ADMIN_KEY}x")],
+        [("Authorization", f"Bearer {ADMIN_KEY}"), ("api-key", KEY)],
+        [("Authorization", f"Bearer {digest(ADMIN_KEY)}")],
+        [("Authorization", "Bearer ops")],
+    ],
+)
+def test_nobody_else_is_an_admin(headers):
+    """A user's key opens nothing here (T84), nor does an admin's key open the API of users."""
+    assert refused(headers, identify_admin).status == 401
+    refused([("x-api-key", ADMIN_KEY)], identify)
+
+
+def test_without_admin_keys_nobody_is_an_admin():
+    """Not even with an empty key: an unset secret opens nothing (T7)."""
+    nobody = Policy(groups={}, users={}, key_digests={})
+    for value in ("", " ", "Bearer ", "Bearer x"):
+        with pytest.raises(InvalidKey):
+            identify_admin([("Authorization", value)], nobody)
+
+
+def test_a_policy_does_not_show_its_digests():
+    """A policy that is printed, in a traceback or a log, gives away neither keys nor their hashes."""
+    assert digest(KEY) not in repr(POLICY)
+    assert digest(ADMIN_KEY) not in repr(POLICY)

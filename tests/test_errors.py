@@ -1,0 +1,163 @@
+"""Every way a call can end badly has OpenAI's shape, its own code, and the status that SDKs expect."""
+
+import json
+import re
+from collections import Counter
+
+import pytest
+
+from proxy import errors
+from proxy.errors import (
+    BodyTooLarge,
+    InvalidKey,
+    InvalidRequest,
+    LedgerUnavailable,
+    ModelNotFound,
+    NeverFits,
+    NotServed,
+    ProxyError,
+    Refusal,
+    RequestError,
+    UnsupportedEncoding,
+    UpstreamBusy,
+    UpstreamError,
+    UpstreamExhausted,
+    UpstreamTimeout,
+)
+
+# What the contract says of each: status, type, code.
+TABLE = {
+    InvalidRequest: (400, "invalid_request_error", None),
+    NeverFits: (400, "invalid_request_error", "context_length_exceeded"),
+    InvalidKey: (401, "invalid_request_error", "invalid_api_key"),
+    ModelNotFound: (404, "invalid_request_error", "model_not_found"),
+    NotServed: (404, "invalid_request_error", None),
+    BodyTooLarge: (413, "invalid_request_error", "request_too_large"),
+    UnsupportedEncoding: (415, "invalid_request_error", None),
+    Refusal: (429, "insufficient_quota", "insufficient_quota"),
+    UpstreamError: (502, "upstream_error", "upstream_error"),
+    UpstreamBusy: (429, "rate_limit_error", "upstream_rate_limited"),
+    UpstreamExhausted: (503, "upstream_error", "upstream_unavailable"),
+    UpstreamTimeout: (504, "upstream_error", "upstream_timeout"),
+    LedgerUnavailable: (503, "server_error", "ledger_unavailable"),
+}
+# These two only gather others; what is raised is one of the table.
+ROOTS = {ProxyError, RequestError}
+
+
+def all_below(cls: type[ProxyError]) -> set[type[ProxyError]]:
+    """A class and all that stem from it."""
+    return {cls}.union(*(all_below(child) for child in cls.__subclasses__()))
+
+
+def raised(cls: type[ProxyError]) -> ProxyError:
+    """One of each class, as it would be raised."""
+    if cls is Refusal:
+        return Refusal("No.", type="insufficient_quota", code="insufficient_quota", headers={}, members={})
+    return cls("No.")
+
+
+def test_the_table_knows_every_error():
+    """A new class has to be entered here, with what clients see of it."""
+    assert all_below(ProxyError) == ROOTS | TABLE.keys()
+
+
+@pytest.mark.parametrize("cls", TABLE, ids=lambda cls: cls.__name__)
+def test_each_error_has_its_status_and_code(cls):
+    """SDKs pick the exception by status, and programs decide by type and code."""
+    error = raised(cls)
+    assert (error.status, error.type, error.code) == TABLE[cls]
+
+
+@pytest.mark.parametrize("cls", [*TABLE, *ROOTS], ids=lambda cls: cls.__name__)
+def test_the_body_has_the_four_members_of_openai(cls):
+    """`message`, `type`, `param` and `code` are always there, null where there is nothing to say: SDKs read them."""
+    error = raised(cls)
+    assert error.body() == {"error": {"message": "No.", "type": error.type, "param": None, "code": error.code}}
+    assert str(error) == error.message == "No."
+    assert json.loads(json.dumps(error.body())) == error.body()
+
+
+def test_status_and_code_tell_the_errors_apart():
+    """No two share both, but those whose request is simply wrong in a way that only words can tell."""
+    pairs = Counter((status, code) for status, _, code in TABLE.values())
+    assert all(count == 1 for count in pairs.values())
+    codes = Counter(code for _, _, code in TABLE.values() if code is not None)
+    assert all(count == 1 for count in codes.values())
+
+
+@pytest.mark.parametrize("cls", TABLE, ids=lambda cls: cls.__name__)
+def test_the_status_says_whose_fault_it_is(cls):
+    """4xx: request or quota; 5xx: upstream or ledger. The upstream's own 429 alone keeps its number."""
+    at_fault = 4 if issubclass(cls, RequestError | Refusal) or cls is UpstreamBusy else 5
+    assert cls.status // 100 == at_fault
+
+
+def test_the_tree_in_the_text_is_the_tree_in_the_code():
+    """Each class stands in the module's docstring once, below its parent, with its status."""
+    tree = dict(re.findall(r"^[\s│├└─]*(\w+)(?: +(\d{3}))?", errors.__doc__.split("\n\n")[1], flags=re.MULTILINE))
+    assert tree == {cls.__name__: str(cls.status) if cls in TABLE else "" for cls in TABLE.keys() | ROOTS}
+    for cls in all_below(ProxyError):
+        assert cls.__doc__, cls
+
+
+def test_param_names_what_is_wrong():
+    """A client can point at the field."""
+    error = InvalidRequest('"n" must be a whole number.', param="n", code="invalid_value")
+    assert error.body()["error"] == {
+        "message": '"n" must be a whole number.',
+        "type": "invalid_request_error",
+        "param": "n",
+        "code": "invalid_value",
+    }
+    assert ModelNotFound("No such model.", param="model").body()["error"]["param"] == "model"
+
+
+def test_a_code_given_to_one_error_is_not_the_code_of_the_next():
+    """Types and codes that vary belong to the one that was raised."""
+    InvalidRequest("One.", code="invalid_value")
+    Refusal("One.", type="tokens", code="rate_limit_exceeded", headers={}, members={})
+    assert InvalidRequest("Two.").code is None
+    assert (Refusal.type, Refusal.code) == ("insufficient_quota", "insufficient_quota")
+
+
+def test_a_refusal_carries_its_headers_and_members():
+    """What says when to come back goes out with it: headers for SDKs, members inside `error` for programs."""
+    headers, members = {"retry-after": "18"}, {"retry_after": 18, "help_url": None}
+    refusal = Refusal("Busy.", type="tokens", code="rate_limit_exceeded", headers=headers, members=members)
+    headers.clear()
+    members.clear()
+    assert refusal.headers == {"retry-after": "18"}
+    assert refusal.body() == {
+        "error": {
+            "message": "Busy.",
+            "type": "tokens",
+            "param": None,
+            "code": "rate_limit_exceeded",
+            "retry_after": 18,
+            "help_url": None,
+        }
+    }
+
+
+def test_an_unreachable_ledger_says_when_to_try_again():
+    """Nothing is let in while nothing can be written down: 503 with `Retry-After: 5`."""
+    error = LedgerUnavailable()
+    assert error.headers == {"retry-after": "5"}
+    assert "quota ledger" in error.message
+
+
+@pytest.mark.parametrize(
+    "cls", [cls for cls in TABLE if issubclass(cls, UpstreamError)], ids=lambda cls: cls.__name__
+)
+def test_a_failed_upstream_may_have_cost_something_unless_the_call_was_not_sent(cls):
+    """Charging depends on it, so the careful answer is the one that nobody has to think of."""
+    assert cls("No.").was_sent is True
+    assert cls("No.", was_sent=False).was_sent is False
+
+
+@pytest.mark.parametrize("cls", [NeverFits, UpstreamError, UpstreamBusy], ids=lambda cls: cls.__name__)
+def test_others_carry_headers_only_if_given(cls):
+    """An upstream's `Retry-After` can be handed on; by itself an error adds none."""
+    assert cls("No.").headers == {}
+    assert cls("No.", headers={"retry-after": "7"}).headers == {"retry-after": "7"}

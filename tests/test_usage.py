@@ -1,0 +1,270 @@
+"""What a usage object says is booked to the token; what makes no sense is left to our own count (threats §5)."""
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from proxy.usage import (
+    MEASURES,
+    NOTHING,
+    REPORTED_MAX,
+    TOKENS_MAX,
+    Amount,
+    AtLeast,
+    Exactly,
+    Tokens,
+    Unspent,
+    charge_of,
+    read_tokens,
+)
+
+counts = st.integers(0, TOKENS_MAX)
+reported = st.integers(0, REPORTED_MAX)
+amounts = st.builds(Amount, counts, counts, counts)
+
+# ------------------------------------------------------------------------------------------------------------ amounts
+
+
+def test_each_measure_is_compared_with_its_own_number():
+    """A limit on tokens sees input and output together, the others see their own."""
+    amount = Amount(input=11, output=5, requests=1)
+    assert {measure: amount.of(measure) for measure in MEASURES} == {
+        "tokens": 16,
+        "input_tokens": 11,
+        "output_tokens": 5,
+        "requests": 1,
+    }
+    assert amount.tokens == 16
+
+
+@given(one=amounts, other=amounts)
+def test_what_is_added_can_be_taken_away_again(one, other):
+    """Holding and giving back leaves every measure as it was, to the token."""
+    assert one + other - other == one
+    assert one + NOTHING == one - NOTHING == one
+    for measure in MEASURES:
+        assert (one + other).of(measure) == one.of(measure) + other.of(measure)
+        assert (one - other).of(measure) == one.of(measure) - other.of(measure)
+
+
+@pytest.mark.parametrize(
+    ("amount", "is_something"),
+    [(NOTHING, False), (Amount(input=1), True), (Amount(output=1), True), (Amount(requests=1), True)],
+)
+def test_only_nothing_at_all_is_nothing(amount, is_something):
+    """A request without tokens keeps its window open, as do tokens without a request."""
+    assert bool(amount) is is_something
+
+
+def test_tokens_add_up_part_by_part():
+    """What several answers used together, cached and reasoning tokens included."""
+    assert Tokens(11, 5, 3, 2) + Tokens(100, 50, 30, 20) == Tokens(111, 55, 33, 22)
+
+
+# ------------------------------------------------------------------------------------------------------------ charges
+
+
+@pytest.mark.parametrize(
+    ("usage", "provenance", "charge"),
+    [
+        (Exactly(Tokens(11, 5)), "exactly", Amount(11, 5, 1)),
+        (Exactly(Tokens(0, 0)), "exactly", Amount(0, 0, 1)),
+        (Exactly(Tokens(11, 4005, cached=11, reasoning=4000)), "exactly", Amount(11, 4005, 1)),
+        (AtLeast(Tokens(11, 3)), "at_least", Amount(11, 3, 1)),
+        (Unspent(), "unspent", NOTHING),
+        (Unspent(requests=1), "unspent", Amount(requests=1)),
+    ],
+)
+def test_a_call_is_charged_what_its_usage_says(usage, provenance, charge):
+    """One request and its tokens; parts are never added again; what generated nothing costs no tokens."""
+    assert charge_of(usage) == charge
+    assert usage.provenance == provenance
+
+
+def test_an_unspent_call_has_no_tokens_of_any_kind():
+    """Also where the call itself counts."""
+    assert Unspent(requests=1).tokens == Tokens(0, 0)
+
+
+# --------------------------------------------------------------------------------------------- reading a usage object
+
+
+def chat(input_tokens: object = 11, output_tokens: object = 5, **more: object) -> dict[str, object]:
+    """A chat completion's usage."""
+    return {"prompt_tokens": input_tokens, "completion_tokens": output_tokens, "total_tokens": 16, **more}
+
+
+@pytest.mark.parametrize(
+    ("usage", "tokens"),
+    [
+        pytest.param(chat(), Tokens(11, 5), id="u-ok"),
+        pytest.param(
+            {
+                "input_tokens": 11,
+                "output_tokens": 5,
+                "total_tokens": 16,
+                "input_tokens_details": {"cached_tokens": 8},
+                "output_tokens_details": {"reasoning_tokens": 4},
+            },
+            Tokens(11, 5, cached=8, reasoning=4),
+            id="responses",
+        ),
+        pytest.param(
+            chat(prompt_tokens_details={"cached_tokens": 8}, completion_tokens_details={"reasoning_tokens": 4}),
+            Tokens(11, 5, cached=8, reasoning=4),
+            id="u-cached",
+        ),
+        pytest.param(
+            chat(completion_tokens_details={"reasoning_tokens": 4000}, prompt_tokens_details={"cached_tokens": 4000}),
+            Tokens(11, 5, cached=11, reasoning=5),
+            id="a part is never more than the whole",
+        ),
+        pytest.param(chat(prompt_tokens_details=None, completion_tokens_details=[1]), Tokens(11, 5), id="no details"),
+        pytest.param(
+            chat(prompt_tokens_details={"cached_tokens": -1}, completion_tokens_details={"reasoning_tokens": "x"}),
+            Tokens(11, 5),
+            id="senseless details don't spoil the count",
+        ),
+        pytest.param({"prompt_tokens": 8, "total_tokens": 8}, Tokens(8, 0), id="embeddings"),
+        pytest.param(
+            {"prompt_tokens": 8, "completion_tokens": None, "total_tokens": 8}, Tokens(8, 0), id="vllm null"
+        ),
+        pytest.param({"prompt_tokens": 11, "completion_tokens": 5}, Tokens(11, 5), id="no total"),
+        pytest.param(chat(total_tokens=0), Tokens(11, 5), id="total 0"),
+        pytest.param(chat(0, 0, total_tokens=0), Tokens(0, 0), id="u-zero"),
+        pytest.param(chat(11, 0), Tokens(11, 0), id="zero output"),
+        pytest.param({"total_tokens": 0}, Tokens(0, 0), id="u-zero, total only"),
+        pytest.param({"total_tokens": 16}, Tokens(0, 16), id="u-partial"),
+        pytest.param(chat(None, None), Tokens(0, 16), id="u-partial, the parts null"),
+        pytest.param(chat(total_tokens=9999), Tokens(11, 5), id="u-mismatch"),
+        pytest.param(chat(total_tokens=-16), Tokens(11, 5), id="u-neg-total: a total never counts against its parts"),
+        pytest.param(chat("11", "5"), Tokens(11, 5), id="u-str"),
+        pytest.param(chat(11.0, 5.0), Tokens(11, 5), id="whole floats"),
+        pytest.param(chat(1_000_000, 5), Tokens(1_000_000, 5), id="u-1e6"),
+        pytest.param(chat(1e6, 5), Tokens(1_000_000, 5), id="u-1e6 as a float"),
+        pytest.param(
+            chat(REPORTED_MAX, REPORTED_MAX), Tokens(REPORTED_MAX, REPORTED_MAX), id="the most that is believed"
+        ),
+        pytest.param({**chat(), "cost": 0.1, "queue_time": "x"}, Tokens(11, 5), id="members of other servers"),
+        pytest.param(
+            {**chat(), "input_tokens": 0, "output_tokens": 0}, Tokens(11, 5), id="both namings, one of zeros"
+        ),
+    ],
+)
+def test_what_the_upstream_says_is_what_is_read(usage, tokens):
+    """An explicit zero is a zero, details are parts and not extras, a total alone is charged in full."""
+    assert read_tokens(usage) == tokens
+
+
+@pytest.mark.parametrize(
+    "usage",
+    [
+        pytest.param(None, id="u-null"),
+        pytest.param([11, 5], id="u-list"),
+        pytest.param("16", id="text"),
+        pytest.param(16, id="number"),
+        pytest.param(True, id="true"),
+        pytest.param({}, id="empty"),
+        pytest.param({"unknown": 16}, id="another shape"),
+        pytest.param(chat(None, None, total_tokens=None), id="u-nullfields"),
+        pytest.param(chat(-11, 5), id="u-neg"),
+        pytest.param(chat(11, -5), id="u-neg output"),
+        pytest.param(chat(-11, -5), id="u-neg both, a total beside"),
+        pytest.param({"total_tokens": -16}, id="u-neg-total"),
+        pytest.param(chat(True, False), id="u-bool"),
+        pytest.param(chat(11, True), id="u-bool output"),
+        pytest.param({"total_tokens": True}, id="u-bool total"),
+        pytest.param(chat([11], [5]), id="u-list in a field"),
+        pytest.param(chat({"value": 11}, 5), id="an object in a field"),
+        pytest.param(chat(11.7, 5.0), id="u-float"),
+        pytest.param(chat(11, 5.2), id="u-float output"),
+        pytest.param(chat(float("nan"), 5), id="u-nan"),
+        pytest.param(chat(11, float("nan")), id="u-nan output"),
+        pytest.param(chat(float("inf"), 5), id="infinite"),
+        pytest.param(chat(10**30, 5), id="u-huge"),
+        pytest.param(chat(11, 10**30), id="u-huge output"),
+        pytest.param(chat(1e30, 5), id="u-huge as a float"),
+        pytest.param(chat(2**63, 5), id="u-2e63"),
+        pytest.param(chat(11, REPORTED_MAX + 1), id="just beyond belief"),
+        pytest.param({"total_tokens": 2**63}, id="u-2e63 total only"),
+        pytest.param(chat("9" * 200_000, 5), id="long-int"),
+        pytest.param(chat("eleven", "five"), id="words"),
+        pytest.param(chat("", ""), id="empty text"),
+        pytest.param(chat("-11", "5"), id="negative text"),
+        pytest.param(chat(" 11", "5"), id="text with a blank"),
+        pytest.param(chat("१२", "५"), id="digits of another script"),
+        pytest.param(chat("²", "5"), id="a digit that is no number"),
+        pytest.param({"completion_tokens": 5}, id="no input"),
+        pytest.param({"prompt_tokens": None, "completion_tokens": 5, "total_tokens": 16}, id="input null"),
+        pytest.param({"output_tokens": 5}, id="no input, responses"),
+    ],
+)
+def test_what_makes_no_sense_is_not_read(usage):
+    """Neither an exception nor a guess: None, and the caller counts by itself; nobody is locked out by one answer."""
+    assert read_tokens(usage) is None
+
+
+@pytest.mark.parametrize(
+    "usage",
+    [
+        {"prompt_tokens": 11, "total_tokens": 16},
+        {"prompt_tokens": 11, "completion_tokens": None, "total_tokens": 16},
+        {"input_tokens": 11, "output_tokens": None, "total_tokens": 16},
+    ],
+)
+def test_an_answer_that_only_the_total_counts_is_not_free(usage):
+    """The total is 16 and the input 11, so 5 were generated: charged, or not readable, but never booked as 11."""
+    tokens = read_tokens(usage)
+    assert tokens is None or tokens.input + tokens.output == 16
+
+
+NAMES = [
+    *("prompt_tokens", "completion_tokens", "input_tokens", "output_tokens", "total_tokens"),
+    *("prompt_tokens_details", "completion_tokens_details", "input_tokens_details", "output_tokens_details"),
+    *("cached_tokens", "reasoning_tokens"),
+]
+scalars = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.integers(0, 100)
+    | st.floats()
+    | st.text(max_size=5)
+    | st.from_regex(r"[0-9]{1,15}", fullmatch=True)
+)
+values = st.recursive(
+    scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(NAMES), inner), max_leaves=12
+)
+
+
+@given(usage=st.dictionaries(st.sampled_from(NAMES), values) | values)
+def test_whatever_comes_the_books_stay_whole_and_bounded(usage):
+    """Integers from 0 to the most that is believed of one answer, parts within their wholes, and never an exception (T43)."""
+    tokens = read_tokens(usage)
+    if tokens is None:
+        return
+    for count in (tokens.input, tokens.output, tokens.cached, tokens.reasoning):
+        assert type(count) is int
+        assert 0 <= count <= REPORTED_MAX
+    assert tokens.cached <= tokens.input
+    assert tokens.reasoning <= tokens.output
+
+
+@given(
+    input_tokens=reported,
+    output_tokens=reported,
+    naming=st.sampled_from([("prompt", "completion"), ("input", "output")]),
+)
+def test_an_honest_count_is_booked_to_the_token(input_tokens, output_tokens, naming):
+    """What clients saw as usage is what is charged (invariant I5), in either naming, after a trip through JSON."""
+    first, second = naming
+    usage = {
+        f"{first}_tokens": input_tokens,
+        f"{second}_tokens": output_tokens,
+        "total_tokens": input_tokens + output_tokens,
+    }
+    tokens = read_tokens(json.loads(json.dumps(usage)))
+    assert tokens == Tokens(input_tokens, output_tokens)
+    assert charge_of(Exactly(tokens)) == Amount(input_tokens, output_tokens, 1)
