@@ -11,6 +11,9 @@ from proxy.strict_json import dump
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
+BODY_BYTES_MAX = web.AppKey("body_bytes_max", int)
+REQUEST_ID = web.RequestKey("request_id", str)
+
 log = structlog.get_logger("answering")
 
 
@@ -29,16 +32,13 @@ async def in_openai_shape(request: web.Request, handler: Handler) -> web.StreamR
     except (web.HTTPNotFound, web.HTTPMethodNotAllowed):
         return error_response(NotServed(f"Invalid URL ({request.method} {request.path[:200]})"), request)
     except Exception as error:
-        log.error("a request failed", exc_info=error, request=request.get("id"))
+        log.error("a request failed", exc_info=error, request=request.get(REQUEST_ID))
         return error_response(ProxyError("The proxy made a mistake. It has been logged."), request)
 
 
 def error_response(error: ProxyError, request: web.Request) -> web.Response:
     """The answer that an error is."""
     headers = {"content-type": "application/json", "cache-control": "no-store", **error.headers}
-    if "id" in request:
-        headers["x-request-id"] = request["id"]
+    if REQUEST_ID in request:
+        headers["x-request-id"] = request[REQUEST_ID]
     return web.Response(status=error.status, headers=headers, body=dump(error.body()))
-
-
-BODY_BYTES_MAX = web.AppKey("body_bytes_max", int)

@@ -11,7 +11,7 @@ from functools import partial
 
 from aiohttp import hdrs, web
 
-from proxy.answering import BODY_BYTES_MAX, Handler, in_openai_shape
+from proxy.answering import BODY_BYTES_MAX, REQUEST_ID, Handler, in_openai_shape
 from proxy.auth import identify
 from proxy.client import Client
 from proxy.errors import InvalidRequest, ModelNotFound, ProxyError, UnsupportedEncoding
@@ -59,14 +59,14 @@ class Api:
     @web.middleware
     async def _give_id(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         # Begins with the time, so that new rows go to the end of the ledger's index.
-        request["id"] = f"req_{self._now():012x}{secrets.token_hex(10)}"
+        request[REQUEST_ID] = f"req_{self._now():012x}{secrets.token_hex(10)}"
         return await handler(request)
 
     async def _metered(self, endpoint: Endpoint, request: web.Request) -> web.StreamResponse:
         policy = self._policies.current
         user = identify(request.headers.items(), policy)
         call = parse_call(endpoint, await _read(request))
-        client = Client(request, id=request["id"])
+        client = Client(request, id=request[REQUEST_ID])
         passage = passage_for(call, user, policy, client)
         carrying = self.calls.start("call", self._carry(passage))
         try:
@@ -121,7 +121,7 @@ def _model(name: str) -> dict[str, object]:
 
 
 def _json(value: object, request: web.Request) -> web.Response:
-    headers = {"content-type": "application/json", "cache-control": "no-store", "x-request-id": request["id"]}
+    headers = {"content-type": "application/json", "cache-control": "no-store", "x-request-id": request[REQUEST_ID]}
     return web.Response(headers=headers, body=dump(value))
 
 

@@ -72,6 +72,11 @@ class Server:
         self.api: Address | None = None
         self.admin: Address | None = None
 
+    @property
+    def calls_in_flight(self) -> int:
+        """How many calls have begun and are not settled."""
+        return len(self._api.calls)
+
     async def start(self) -> None:
         """Begin to serve. Raises what `Store.open` raises, or OSError where a port is taken."""
         await self.ledger.start()

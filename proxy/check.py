@@ -33,7 +33,7 @@ _INSIDE = {
     "year": ("year",),
 }
 _SUFFIXES = {"s": "second", "m": "minute", "h": "hour", "d": "day", "w": "week"}
-_ALL_USERS = {EVERYONE: ", whatever the group,", DEFAULT: " whose groups have no quota for the model"}
+_ALL_USERS = {EVERYONE: ", whatever the group,", DEFAULT: " whose own groups have no quota for the model"}
 _MEMBERS = {0: "its members (nobody in this file)", 1: "its one member"}
 _MANNER = {"exact": "", "after": " (counted when calls have ended)", "shadow": " (only watched)"}
 
@@ -300,7 +300,7 @@ def _sentence(group: Group, members: int) -> str:
     own = [_allowance(quota) for quota in group.quotas if not quota.shared]
     pots = [_allowance(quota) for quota in group.quotas if quota.shared]
     parts = [f"{_each(group, members)} may use {', and '.join(own)}"] if own else []
-    parts += [f"{_all(group, members)} together may use {', and '.join(pots)}"] if pots else []
+    parts += [f"{_all(group, members)} may use {', and '.join(pots)}"] if pots else []
     return f"{group.name}: {'; '.join(parts) or 'no quotas'}{within}."
 
 
@@ -312,12 +312,14 @@ def _each(group: Group, members: int) -> str:
 
 def _all(group: Group, members: int) -> str:
     if group.name in _ALL_USERS:
-        return f"all users{_ALL_USERS[group.name]}"
-    return _MEMBERS.get(members, f"all {members:,} members")
+        return f"all users{_ALL_USERS[group.name]} together"
+    return _MEMBERS.get(members, f"all {members:,} members together")
 
 
 def _allowance(quota: Quota) -> str:
-    amount = f"{' and '.join(_words(limit) for limit in quota.limits)} {_window(quota)}{_MANNER[quota.enforce]}"
+    *others, last = [_words(limit) for limit in quota.limits]
+    words = f"{', '.join(others)} and {last}" if others else last
+    amount = f"{words} {_window(quota)}{_MANNER[quota.enforce]}"
     return f"{amount} of any model" if _is_for_all(quota.models) else f"on {', '.join(quota.models.texts)}: {amount}"
 
 

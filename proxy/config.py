@@ -191,7 +191,7 @@ def _words(data: Mapping[str, object], *path: str) -> Iterator[tuple[Path, str]]
 
 def _word(value: object) -> str:
     """A name or key as it was written; empty for what can be none, which is another mistake."""
-    return str(value) if isinstance(value, str | int) else ""
+    return str(value) if isinstance(value, str | int) and not isinstance(value, bool) else ""
 
 
 # ------------------------------------------------------------------------------------------- from the file to values

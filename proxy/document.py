@@ -35,7 +35,7 @@ _WORDS = re.compile(r"y|Y|n|N|yes|Yes|YES|no|No|NO|on|On|ON|off|Off|OFF")
 _SIXTIES = re.compile(r"[-+]?[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?")
 _ANOTHER_BASE = re.compile(r"[-+]?0(?:o?[0-7_]+|x[0-9a-fA-F_]+|b[01_]+|[0-9_]+)")
 
-_TAB_BEFORE_TEXT = re.compile(r"^ *\t[ \t]*[^\s#]", re.MULTILINE)
+_TAB_INDENT = re.compile(r"^ *\t", re.MULTILINE)
 
 # The C parser where PyYAML was built with it; its events carry the same marks, ten times as fast.
 _PARSER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -164,7 +164,7 @@ def _decode(source: bytes) -> str:
     if match := yaml.reader.Reader.NON_PRINTABLE.search(text):
         line = text.count("\n", 0, match.start()) + 1
         raise _Unreadable(line, f"there is a control character (U+{ord(match[0]):04X}) here; remove it")
-    if match := _TAB_BEFORE_TEXT.search(text):
+    if match := _TAB_INDENT.search(text):
         line = text.count("\n", 0, match.start()) + 1
         raise _Unreadable(line, "this line is indented with a tab; write spaces")
     return text

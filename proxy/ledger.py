@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 
 import structlog
 
-from proxy.books import Act, Answer, Booked, Expire, NotBooked, Release, Reserve, Settle
+from proxy.books import Act, Answer, Booked, Entry, Expire, NotBooked, Release, Reserve, Settle
 from proxy.errors import LedgerUnavailable
 from proxy.quotas import Counter, CounterKey
 from proxy.store import Store, StoreUnavailable
@@ -105,6 +105,13 @@ class Ledger:
         """How counters stand, to be shown. Raises LedgerUnavailable."""
         try:
             return await self._store.read_counters(keys)
+        except StoreUnavailable as error:
+            raise LedgerUnavailable from error
+
+    async def entry(self, call_id: str) -> Entry | None:
+        """One call in the books. Raises LedgerUnavailable."""
+        try:
+            return await self._store.read_entry(call_id)
         except StoreUnavailable as error:
             raise LedgerUnavailable from error
 

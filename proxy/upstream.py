@@ -5,6 +5,7 @@ What goes wrong is told apart by whether the call can have reached the upstream:
 for this job are set here, each with its reason.
 """
 
+import io
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 
@@ -19,6 +20,7 @@ _SILENCE_S = 600
 _CONNECT_S = 5
 # The largest answer that is taken whole (a stream may be of any length).
 WHOLE_BYTES_MAX = 64 * 2**20
+_AT_ONCE_BYTES_MAX = 2**20
 
 
 class Answer:
@@ -89,7 +91,8 @@ class Upstreams:
         request = self._session.request(
             "POST" if body is not None else "GET",
             URL(upstream.base_url + path, encoded=True),
-            data=body,
+            # As a file where it is large: the library would write a megabyte of bytes in one go, and warns of it.
+            data=io.BytesIO(body) if body and len(body) > _AT_ONCE_BYTES_MAX else body,
             headers=headers,
             allow_redirects=False,
         )

@@ -11,6 +11,7 @@ from typing import cast
 from zoneinfo import ZoneInfo
 
 from proxy.books import Facts, Reserve
+from proxy.policy import Group, Policy
 from proxy.quotas import Binding, Combine, Counter, CounterKey, Demand, Enforce, Globs, Limit, Quota, Route
 from proxy.usage import Amount, Exactly, Measure, Tokens
 from proxy.windows import parse_per
@@ -108,3 +109,14 @@ def reserve(entry_id: str, who: Binding, demand: Demand) -> Reserve:
 def exactly(input_tokens: int, output_tokens: int = 0) -> Exactly:
     """The usage that the upstream stated."""
     return Exactly(Tokens(input_tokens, output_tokens))
+
+
+def group(name: str, *quotas: Quota, models: Iterable[str] | None = None, unlimited: bool = False) -> Group:
+    """A group of a policy, with the quotas that stand under its name."""
+    return Group(name, quotas, None if models is None else Globs(models), unlimited)
+
+
+def policy(*groups: Group, **settings: object) -> Policy:
+    """A policy of these groups, in this order; without users or upstreams unless `settings` has some."""
+    given: dict[str, object] = {"users": {}, "key_digests": {}, **settings}
+    return Policy(groups={each.name: each for each in groups}, **given)  # type: ignore[arg-type]

@@ -7,10 +7,7 @@ from proxy.usage import MEASURES, Amount
 from proxy.windows import Window
 from tests.builders import DAY, HOUR, MINUTE, NOON, quota
 
-WINDOWS = ("10s", "90s", "minute", "hour", "day", "6h", "month")
-
-# How far clocks are moved: within the shortest window, just over it, and over the longer ones.
-STEPS = (1, 999, 10_000, MINUTE, 10 * MINUTE, HOUR, 6 * HOUR, DAY, 31 * DAY)
+PERS = ("10s", "90s", "minute", "hour", "day", "6h", "month")
 
 # Most quotas are exact, since those have the promises.
 ENFORCED = ("exact", "exact", "after")
@@ -18,13 +15,19 @@ ENFORCED = ("exact", "exact", "after")
 
 @st.composite
 def quota_lists(
-    draw: st.DrawFn, group: str, *, least: int = 0, most: int = 3, enforce: tuple[str, ...] = ENFORCED
+    draw: st.DrawFn,
+    group: str,
+    *,
+    least: int = 0,
+    most: int = 3,
+    enforce: tuple[str, ...] = ENFORCED,
+    pers: tuple[str, ...] = PERS,
 ) -> tuple[Quota, ...]:
     """Some quotas of one group, with one or more limits each, now and then of 0."""
     return tuple(
         quota(
             f"{group}/q{number}",
-            per=draw(st.sampled_from(WINDOWS)),
+            per=draw(st.sampled_from(pers)),
             shared=draw(st.booleans()),
             enforce=draw(st.sampled_from(enforce)),
             **draw(st.dictionaries(st.sampled_from(MEASURES), st.integers(0, 50), min_size=1)),
@@ -61,7 +64,7 @@ def counters_of(draw: st.DrawFn, who: Binding, *, held: bool = True) -> dict[Cou
             opened_at = NOON - draw(st.integers(0, 90_000))
             # Not only what the quota's own `per` would open: it may have been changed while this one was running.
             mine = each.per.opening(opened_at)
-            other = Window(opened_at, opened_at + draw(st.sampled_from(STEPS)))
+            other = Window(opened_at, opened_at + draw(st.sampled_from([10_000, MINUTE, HOUR, 31 * DAY])))
             window = draw(st.sampled_from([mine, mine, other]))
             holding = draw(amounts) if held and draw(st.booleans()) else Amount()
             found[each.key_for(who.user)] = Counter(window, draw(amounts), holding)

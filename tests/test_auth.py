@@ -77,12 +77,10 @@ def test_a_key_is_read_from_each_of_its_headers(headers):
         [("openai-api-key", KEY)],
         [("Cookie", f"api-key={KEY}")],
         [("x-original-url", f"/v1/models?api_key={KEY}")],
-        [("Authorization", "Bearer " + "x" * 100_000)],
-        [("x-api-key", "x" * 100_000)],
     ],
 )
 def test_without_a_key_the_answer_says_how_to_send_one(headers):
-    """No key, an empty one, another scheme, another header, 100 KB of it: 401, with the three ways to do it right."""
+    """No key, an empty one, another scheme, another header: 401, with the three ways to do it right."""
     error = refused(headers)
     assert "You didn't send an API key" in error.message
     for name in ("Authorization: Bearer", "api-key", "x-api-key"):
@@ -184,12 +182,14 @@ def test_two_different_keys_are_none(headers):
 @pytest.mark.parametrize(
     "headers",
     [
+        [("Authorization", "Bearer " + "x" * 100_000)],
+        [("x-api-key", KEY + "x" * 100_000)],
         [("Authorization", f"Bearer {KEY}"), ("x-api-key", "x" * 100_000)],
         [("Authorization", "Bearer " + "x" * 100_000), ("api-key", KEY)],
     ],
 )
-def test_a_key_too_long_to_look_at_is_still_another_key(headers):
-    """A second key does not stop being a second one by its size (T2)."""
+def test_a_key_too_long_to_look_at_is_still_a_key(headers):
+    """100 KB are nobody's key, and beside a right one they are a second one, which a size does not excuse (T2)."""
     refused(headers)
 
 

@@ -241,7 +241,7 @@ values = st.recursive(
 
 @given(usage=st.dictionaries(st.sampled_from(NAMES), values) | values)
 def test_whatever_comes_the_books_stay_whole_and_bounded(usage):
-    """Integers from 0 to the most that is believed of one answer, parts within their wholes, and never an exception (T43)."""
+    """Integers from 0 to the most that is believed, parts within their wholes, and never an exception (T43)."""
     tokens = read_tokens(usage)
     if tokens is None:
         return

@@ -1,0 +1,97 @@
+"""The upstream of streams: `python -m benchmarks.upstream PORT TOKENS_PER_S TOKENS`.
+
+A server of a hundred lines instead of the simulator: it parses next to nothing and writes prepared bytes, so that
+it leaves the machine to what is measured. On the wire it is like OpenAI: one chunk of the transfer coding for each
+event, one event for each token, and `"usage": null` in each of them when usage was asked for, which is what the
+proxy asks for and takes out again.
+"""
+
+import asyncio
+import re
+import sys
+
+import orjson
+import uvloop
+
+_HEAD = (
+    b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\ncache-control: no-cache\r\n"
+    b"x-request-id: req_0123456789abcdef\r\nopenai-processing-ms: 9\r\ntransfer-encoding: chunked\r\n\r\n"
+)
+_LENGTH = re.compile(rb"content-length: *(\d+)", re.IGNORECASE)
+
+
+class Events:
+    """The events of an answer, framed for the wire."""
+
+    def __init__(self, *, with_usage: bool) -> None:
+        null: dict[str, object] = {"usage": None} if with_usage else {}
+        self.token = _framed([_choice({"content": " token"}, None)], **null)
+        end = _framed([_choice({}, "length")], **null)
+        if with_usage:
+            end += _framed([], usage={"prompt_tokens": 20, "completion_tokens": 30, "total_tokens": 50})
+        self.end = end + _chunk(b"data: [DONE]\n\n") + b"0\r\n\r\n"
+
+
+class Upstream(asyncio.Protocol):
+    """One connection: reads a request, streams an answer at a set speed, and waits for the next request."""
+
+    events = (Events(with_usage=False), Events(with_usage=True))
+
+    def __init__(self, tokens_per_s: float, tokens: int) -> None:
+        self._pause_s = 1 / tokens_per_s
+        self._tokens = tokens
+        self._left = 0
+        self._received = b""
+        self._answer = self.events[0]
+        self._next: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = transport
+
+    def connection_lost(self, error: Exception | None) -> None:
+        if self._next is not None:
+            self._next.cancel()
+
+    def data_received(self, data: bytes) -> None:
+        self._received += data
+        head, blank, body = self._received.partition(b"\r\n\r\n")
+        length = _LENGTH.search(head)
+        if not blank or length is None or len(body) < int(length[1]):
+            return
+        self._received = b""
+        self._answer = self.events[b'"include_usage":true' in body]
+        self._left = self._tokens
+        self._transport.write(_HEAD)
+        self._write()
+
+    def _write(self) -> None:
+        if self._left:
+            self._left -= 1
+            self._transport.write(self._answer.token)
+            self._next = asyncio.get_running_loop().call_later(self._pause_s, self._write)
+        else:
+            self._transport.write(self._answer.end)
+
+
+def _choice(delta: dict[str, str], finish: str | None) -> dict[str, object]:
+    return {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}
+
+
+def _framed(choices: list[dict[str, object]], **more: object) -> bytes:
+    head = {"id": "chatcmpl-0123456789", "object": "chat.completion.chunk", "created": 1_750_000_000, "model": "long"}
+    said = {**head, "service_tier": "default", "system_fingerprint": "fp_0123456789", "choices": choices, **more}
+    return _chunk(b"data: " + orjson.dumps(said) + b"\n\n")
+
+
+def _chunk(data: bytes) -> bytes:
+    return b"%x\r\n%b\r\n" % (len(data), data)
+
+
+async def _serve(port: int, tokens_per_s: float, tokens: int) -> None:
+    loop = asyncio.get_running_loop()
+    server = await loop.create_server(lambda: Upstream(tokens_per_s, tokens), "127.0.0.1", port, backlog=4096)
+    await server.serve_forever()
+
+
+if __name__ == "__main__":
+    uvloop.run(_serve(int(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3])))

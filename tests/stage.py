@@ -1,0 +1,195 @@
+"""A running proxy in front of a running simulator, started as production starts them, on real sockets.
+
+async with stage(POLICY) as on:
+    await on.sdk("alice").chat.completions.create(...)
+    assert await on.used("alice", "staff/daily") == 48
+"""
+
+import asyncio
+import io
+import json
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+from openai import AsyncOpenAI
+
+from proxy.app import Server
+from proxy.config import Config, load_text
+from proxy.departure import Departures
+from proxy.simulator import Simulator
+from proxy.simulator import serve as serve_simulator
+from tests.builders import NOON
+
+UPSTREAM_KEY = "sk-upstream-secret-0123456789"
+
+BASE = """
+server: {{api: "127.0.0.1:0", admin: "127.0.0.1:0"}}
+database: "sqlite:///{database}"
+upstreams:
+  simulated: {{base_url: "{upstream}", api_key: "{upstream_key}", kind: simulator{more}}}
+"""
+
+STAFF = """
+models:
+  gpt-4o-mini: {upstream: simulated}
+  fast: {upstream: simulated, model: gpt-4o-mini, max_output_tokens: 100}
+groups:
+  staff: {quotas: {daily: {tokens: 1M, requests: 100k, per: day}}}
+users:
+  alice: {groups: [staff], keys: ["key-of-alice-0123456789abcdef"]}
+  bob: {groups: [staff], keys: ["key-of-bob-0123456789abcdef"]}
+"""
+
+
+def key_of(user: str) -> str:
+    """The key that STAFF and its like give a user."""
+    return f"key-of-{user}-0123456789abcdef"
+
+
+class Clock:
+    """The time as the proxy sees it; tests move it."""
+
+    def __init__(self, now: int = NOON) -> None:
+        self.ms = now
+
+    def __call__(self) -> int:
+        return self.ms
+
+
+class Stage:
+    """What a journey needs at hand."""
+
+    def __init__(self, server: Server, simulator: Simulator, clock: Clock, http: aiohttp.ClientSession) -> None:
+        self.server = server
+        self.simulator = simulator
+        self.clock = clock
+        self.http = http
+        self.sdks: list[AsyncOpenAI] = []
+
+    @property
+    def url(self) -> str:
+        """The API listener, without `/v1`."""
+        assert self.server.api is not None
+        return f"http://127.0.0.1:{self.server.api.port}"
+
+    @property
+    def admin_url(self) -> str:
+        """The admin listener."""
+        assert self.server.admin is not None
+        return f"http://127.0.0.1:{self.server.admin.port}"
+
+    def sdk(self, user: str = "alice", **more: Any) -> AsyncOpenAI:
+        """The official SDK with this user's key, without retries unless asked for."""
+        sdk = AsyncOpenAI(base_url=f"{self.url}/v1", api_key=key_of(user), **{"max_retries": 0, **more})
+        self.sdks.append(sdk)
+        return sdk
+
+    async def post(
+        self, path: str, body: Any, *, user: str | None = "alice", headers: Mapping[str, str] | None = None
+    ) -> "Reply":
+        """POST JSON (or bytes as they are) and read the whole reply."""
+        sent = {**({"authorization": f"Bearer {key_of(user)}"} if user else {}), **(headers or {})}
+        content = {"data": body} if isinstance(body, (bytes, io.IOBase)) else {"json": body}
+        async with self.http.post(self.url + path, headers=sent, **content) as response:
+            return Reply(response.status, response.headers.copy(), await response.read())
+
+    async def get(self, path: str, *, user: str | None = "alice") -> "Reply":
+        """GET and read the whole reply."""
+        sent = {"authorization": f"Bearer {key_of(user)}"} if user else {}
+        async with self.http.get(self.url + path, headers=sent) as response:
+            return Reply(response.status, response.headers.copy(), await response.read())
+
+    async def quota(self, quota_id: str, user: str = "alice") -> dict[str, Any]:
+        """The item of `/v1/quota`."""
+        listed = (await self.get("/v1/quota", user=user)).json()["data"]
+        return next(item for item in listed if item["id"] == quota_id)
+
+    async def used(self, quota_id: str = "staff/daily", user: str = "alice") -> tuple[int, int]:
+        """Tokens used and held, as `/v1/quota` says."""
+        tokens = (await self.quota(quota_id, user))["tokens"]
+        return tokens["used"], tokens["held"]
+
+    def begin(self, path: str, body: Any, *, user: str = "alice") -> "asyncio.Task[Reply]":
+        """POST in the background; cancelling the task hangs up."""
+        return asyncio.get_running_loop().create_task(self.post(path, body, user=user))
+
+    async def hang_up(self, call: "asyncio.Task[Reply]") -> None:
+        """Close the connection of a call that was begun."""
+        call.cancel()
+        await asyncio.wait([call])
+
+    async def at_rest(self) -> None:
+        """Wait until no call is in flight: all that was begun is settled."""
+        await until(lambda: self.server.calls_in_flight == 0)
+
+
+class Reply:
+    """A whole reply."""
+
+    def __init__(self, status: int, headers: Mapping[str, str], body: bytes) -> None:
+        self.status = status
+        self.headers = headers
+        self.body = body
+
+    def json(self) -> Any:
+        """The body as JSON."""
+        return json.loads(self.body)
+
+    @property
+    def error(self) -> dict[str, Any]:
+        """The error object, which must have OpenAI's four members."""
+        error: dict[str, Any] = self.json()["error"]
+        assert {"message", "type", "param", "code"} <= error.keys()
+        return error
+
+
+@asynccontextmanager
+async def stage(
+    policy: str = STAFF,
+    *,
+    folder: Path,
+    clock: Clock | None = None,
+    simulator: Simulator | None = None,
+    departures: Departures | None = None,
+    upstream: str | None = None,
+    on_disconnect: str | None = None,
+) -> AsyncIterator[Stage]:
+    """Start both, and stop them in order."""
+    clock = clock or Clock()
+    simulator = simulator or Simulator(UPSTREAM_KEY)
+    runner, port = await serve_simulator(simulator)
+    config = config_of(
+        policy,
+        folder=folder,
+        upstream=upstream or f"http://127.0.0.1:{port}/v1",
+        more=f", on_disconnect: {on_disconnect}" if on_disconnect else "",
+    )
+    server = Server(config, load=lambda: config, now=clock, departures=departures)
+    await server.start()
+    try:
+        async with aiohttp.ClientSession(auto_decompress=False) as http:
+            on = Stage(server, simulator, clock, http)
+            yield on
+            for sdk in on.sdks:
+                await sdk.close()
+    finally:
+        await server.stop(grace_s=5)
+        await runner.cleanup()
+
+
+def config_of(policy: str, *, folder: Path, upstream: str, more: str = "") -> Config:
+    """A config with the listeners on free ports and one upstream, `simulated`."""
+    base = BASE.format(database=folder / "quotas.db", upstream=upstream, upstream_key=UPSTREAM_KEY, more=more)
+    return load_text(base + policy)
+
+
+Wait = Callable[[], bool]
+
+
+async def until(is_reached: Wait) -> None:
+    """Let the loop turn until something is true that our own tasks bring about; the test's time limit bounds it."""
+    while not is_reached():  # noqa: ASYNC110 - nothing here would set an event for a test
+        await asyncio.sleep(0)

@@ -1,0 +1,198 @@
+"""Bad input at the API listener: always a clear error in OpenAI's shape, and nothing charged."""
+
+import asyncio
+import gzip
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from proxy.api import REQUEST_BYTES_MAX
+from tests.stage import STAFF, Reply, Stage, key_of, stage
+
+HELLO: Any = [{"role": "user", "content": "Hello"}]
+CHAT = "/v1/chat/completions"
+GOOD = {"model": "fast", "messages": HELLO}
+
+
+async def _refused(on: Stage, reply: Reply, status: int, code: str | None) -> str:
+    """The reply is this error, in OpenAI's shape, and neither the upstream nor the books saw the call."""
+    assert reply.status == status
+    assert reply.headers["content-type"] == "application/json"
+    assert reply.headers["x-request-id"].startswith("req_")
+    assert reply.error["code"] == code
+    assert on.simulator.received == 0
+    assert await on.used() == (0, 0)
+    return str(reply.error["message"])
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {},
+        {"authorization": "Bearer wrong-key-0123456789abcdef"},
+        {"authorization": f"Basic {key_of('alice')}"},
+        {"authorization": f"Bearer {key_of('alice')}", "x-api-key": key_of("bob")},
+        {"authorization": f"Bearer {key_of('alice').upper()}"},
+    ],
+    ids=["none", "wrong", "basic", "two", "upper case"],
+)
+async def test_no_key_or_a_wrong_one_is_a_401(headers: dict[str, str], tmp_path: Path) -> None:
+    """Nothing is let in without exactly one key that is known."""
+    async with stage(folder=tmp_path) as on:
+        reply = await on.post(CHAT, GOOD, user=None, headers=headers)
+        await _refused(on, reply, 401, "invalid_api_key")
+
+
+@pytest.mark.parametrize("name", ["authorization", "api-key", "x-api-key"])
+async def test_each_header_that_may_carry_the_key_does(name: str, tmp_path: Path) -> None:
+    """OpenAI's, Azure's and Anthropic's clients each send it their own way."""
+    async with stage(folder=tmp_path) as on:
+        value = key_of("alice") if name != "authorization" else f"Bearer {key_of('alice')}"
+        assert (await on.post(CHAT, GOOD, user=None, headers={name: value})).status == 200
+
+
+async def test_a_key_in_the_query_is_none(tmp_path: Path) -> None:
+    """Query strings end up in logs, so a key there is not taken."""
+    async with stage(folder=tmp_path) as on:
+        reply = await on.post(f"{CHAT}?api-key={key_of('alice')}", GOOD, user=None)
+        await _refused(on, reply, 401, "invalid_api_key")
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        (b"not json", "not valid JSON"),
+        (b"", "empty"),
+        (b"[1]", "must be a JSON object"),
+        (b'{"model": "fast", "model": "gpt-4o", "messages": []}', 'the key "model" stands twice'),
+        (b'{"model": "fast", "MODEL": "gpt-4o", "messages": []}', "differ only in case"),
+        (b'{"model": "fast", "temperature": NaN, "messages": []}', "NaN is no JSON number"),
+        (b'{"model": "fast", "messages": "\xff"}', "not valid UTF-8"),
+        (b"[" * 100_000, "nested"),
+    ],
+)
+async def test_a_body_that_can_be_read_in_two_ways_is_a_400(body: bytes, says: str, tmp_path: Path) -> None:
+    """What was decided on has to be what is sent."""
+    async with stage(folder=tmp_path) as on:
+        reply = await on.post(CHAT, body)
+        assert says in await _refused(on, reply, 400, "invalid_json")
+
+
+async def test_an_unknown_model_says_what_would_help(tmp_path: Path) -> None:
+    """The list is closed; the answer points to it."""
+    async with stage(folder=tmp_path) as on:
+        reply = await on.post(CHAT, {**GOOD, "model": "gpt-9"})
+        assert "GET /v1/models" in await _refused(on, reply, 404, "model_not_found")
+        listed = await on.get("/v1/models/gpt-9")
+        assert (listed.status, listed.error["code"]) == (404, "model_not_found")
+
+
+async def test_a_model_without_a_quota_says_what_to_write(tmp_path: Path) -> None:
+    """`unmatched: refuse`: the operator learns from the message which line is missing."""
+    policy = STAFF.replace("daily: {", "daily: {models: [gpt-4o-mini], ")
+    async with stage(policy, folder=tmp_path) as on:
+        reply = await on.post(CHAT, GOOD)
+        assert "unmatched: allow" in await _refused(on, reply, 404, "model_not_found")
+        assert [model["id"] for model in (await on.get("/v1/models")).json()["data"]] == ["gpt-4o-mini"]
+
+
+async def test_a_body_over_the_limit_is_a_413(tmp_path: Path) -> None:
+    """Announced or not: the answer comes before the whole body, and is readable."""
+    async with stage(folder=tmp_path) as on:
+        reply = await on.post(CHAT, io.BytesIO(b" " * (REQUEST_BYTES_MAX + 1)))
+        await _refused(on, reply, 413, "request_too_large")
+        bomb = gzip.compress(b" " * (REQUEST_BYTES_MAX + 1))
+        reply = await on.post(CHAT, bomb, headers={"content-encoding": "gzip"})
+        await _refused(on, reply, 413, "request_too_large")
+
+
+async def test_content_codings_and_types_that_cannot_be_read_are_a_415(tmp_path: Path) -> None:
+    """gzip is undone; what can't be undone is said, not guessed."""
+    async with stage(folder=tmp_path) as on:
+        packed = gzip.compress(json.dumps(GOOD).encode())
+        assert (await on.post(CHAT, b"x", headers={"content-encoding": "x-snappy"})).status == 415
+        assert (await on.post(CHAT, b"x", headers={"content-type": "multipart/form-data; boundary=b"})).status == 415
+        assert on.simulator.received == 0
+        assert (await on.post(CHAT, packed, headers={"content-encoding": "gzip"})).status == 200
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("GET", "/v1/files"),
+        ("POST", "/v1/batches"),
+        ("POST", "/v1/realtime/client_secrets"),
+        ("GET", CHAT),
+        ("DELETE", "/v1/models/fast"),
+        ("POST", "/v1/../admin"),
+        ("POST", "/v1//chat/completions"),
+        ("POST", "/v1/chat/completions/"),
+        ("GET", "/metrics"),
+        ("GET", "/admin/"),
+    ],
+)
+async def test_every_other_path_is_a_404_in_openai_shape(method: str, path: str, tmp_path: Path) -> None:
+    """The list of endpoints is closed, and the admin listener's are not among them."""
+    async with stage(folder=tmp_path) as on:
+        url = on.url + path
+        async with on.http.request(method, url, headers={"authorization": f"Bearer {key_of('alice')}"}) as response:
+            reply = Reply(response.status, response.headers.copy(), await response.read())
+        assert "Invalid URL" in await _refused(on, reply, 404, None)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("background", True),
+        ("previous_response_id", "resp_1"),
+        ("conversation", "conv_1"),
+        ("prompt", {"id": "pmpt_1"}),
+        ("tools", [{"type": "web_search"}]),
+    ],
+)
+async def test_what_responses_cannot_do_yet_is_a_400_that_says_so(field: str, value: Any, tmp_path: Path) -> None:
+    """Tokens that the request doesn't show, or that arise later, are not let in by accident."""
+    async with stage(folder=tmp_path) as on:
+        reply = await on.post("/v1/responses", {"model": "fast", "input": "Hi", field: value})
+        assert reply.error["param"] == field
+        await _refused(on, reply, 400, "unsupported_parameter")
+
+
+async def test_quota_lists_all_that_bind_the_caller(tmp_path: Path) -> None:
+    """Own groups, everyone, and default where it can apply; nothing of other users."""
+    policy = STAFF.replace("staff: {", "everyone: {quotas: {calls: {requests: 50, per: 1h}}}\n  staff: {")
+    async with stage(policy, folder=tmp_path) as on:
+        await on.post(CHAT, GOOD)
+        assert [item["id"] for item in (await on.get("/v1/quota")).json()["data"]] == [
+            "everyone/calls",
+            "staff/daily",
+        ]
+        assert (await on.used("staff/daily", "bob")) == (0, 0)
+        assert (await on.quota("everyone/calls"))["window"]["kind"] == "first_call"
+        assert (await on.quota("everyone/calls", "bob"))["window"]["opened_at"] is None
+
+
+async def test_a_body_that_breaks_off_is_no_crash(tmp_path: Path) -> None:
+    """A client that lies about its length or hangs up while sending is nobody's call."""
+    async with stage(folder=tmp_path) as on:
+        assert on.server.api
+        reader, writer = await asyncio.open_connection("127.0.0.1", on.server.api.port)
+        head = ("POST /v1/chat/completions HTTP/1.1", "Host: x", f"api-key: {key_of('alice')}", "Content-Length: 99")
+        writer.write("\r\n".join((*head, "", "{")).encode())
+        await writer.drain()
+        writer.close()
+        await writer.wait_closed()
+        del reader
+        assert (await on.post(CHAT, GOOD)).status == 200
+        assert on.simulator.received == 1
+
+
+async def test_a_corrupt_gzip_body_is_a_400(tmp_path: Path) -> None:
+    """What can't be unpacked is the client's mistake."""
+    async with stage(folder=tmp_path) as on:
+        broken = gzip.compress(json.dumps(GOOD).encode())[:-12] + b"000000000000"
+        reply = await on.post(CHAT, broken, headers={"content-encoding": "gzip"})
+        assert reply.status == 400

@@ -1,0 +1,362 @@
+"""What `check` says of a policy that was taken: warnings that are never wrong, and a sentence for each group."""
+
+import pytest
+
+from proxy.check import sentences, warnings
+from proxy.config import load_text
+
+UPSTREAM = "upstreams: {box: {base_url: http://box/v1}}\n"
+DIGEST = f"sha256:{'ab' * 32}"
+
+
+def warned(below: str, **environ: str) -> list[str]:
+    return [f"{warning.line}: {warning.text}" for warning in warnings(load_text(UPSTREAM + below, environ=environ))]
+
+
+def said(below: str) -> tuple[str, ...]:
+    return sentences(load_text(UPSTREAM + below).policy)
+
+
+def group(quotas: str, *, name: str = "staff", more: str = "", users: str = "alice: {groups: [staff]}") -> str:
+    return f"groups:\n  {name}:\n    quotas:\n{quotas}{more}users: {{{users}}}\n"
+
+
+DAILY = "      daily: {tokens: 200k, per: day}\n"
+
+
+def test_a_policy_that_can_work_gets_no_warning():
+    """Silence means that it does what it says."""
+    assert warned(group(DAILY)) == []
+
+
+# ------------------------------------------------------------------------------------------------ groups and users
+
+
+def test_a_group_that_nobody_is_in():
+    """The reserved ones hold for users without naming them."""
+    more = "  empty: {unlimited: true}\n  everyone: {quotas: {a: {tokens: 5k, per: day}}}\n"
+    assert warned(group(DAILY, more=more)) == ['6: nobody in this file is in group "empty"']
+
+
+def test_a_group_that_states_nothing():
+    """A group with a list of models states something."""
+    more = "  a: {}\n  b: {models: [x]}\n"
+    users = "alice: {groups: [staff, a, b]}"
+    assert warned(group(DAILY, more=more, users=users)) == [
+        '6: group "a" states nothing: no quotas, no models, not unlimited'
+    ]
+
+
+def test_a_groups_models_that_are_not_listed():
+    """Only where the list is closed: another one may have them all."""
+    more = "  a: {models: [gpt-5, 'o*']}\n"
+    users = "alice: {groups: [staff, a]}"
+    models = "models: {gpt-4o: {}}\n"
+    assert warned(group(DAILY, more=more, users=users) + models) == [
+        '6: the models of group "a" match none of those listed under models'
+    ]
+    assert warned(group(DAILY, more=more, users=users)) == []
+    assert warned(group(DAILY, more=more, users=users) + "models: {gpt-4o: {}, '*': {}}\n") == []
+
+
+DEFAULT = "  default: {quotas: {d: {tokens: 5k, per: day}}}\n"
+UNREACHABLE = "6: default binds nobody: each user has a group with a quota for every model"
+
+
+@pytest.mark.parametrize(
+    ("quotas", "users", "expected"),
+    [
+        (DAILY, "alice: {groups: [staff]}", [UNREACHABLE]),
+        (DAILY, "alice: {groups: [staff]}, bob: {}", []),
+        ("      o: {models: ['o*'], tokens: 200k, per: day}\n", "alice: {groups: [staff]}", []),
+    ],
+)
+def test_a_default_that_binds_nobody(quotas, users, expected):
+    """Since each user has a quota for whatever is called."""
+    assert warned(group(quotas, more=DEFAULT, users=users)) == expected
+
+
+def test_a_default_beside_an_unlimited_group_binds_nobody():
+    """Unlimited is a say about every model too; with a list of models it is not."""
+    below = "groups:\n  all: {unlimited: true}\n  default: {quotas: {d: {tokens: 5k, per: day}}}\nusers: {a: {groups: [all]}}\n"
+    assert warned(below) == ["4: default binds nobody: each user has a group with a quota for every model"]
+    assert warned(below.replace("unlimited: true", "unlimited: true, models: [x]")) == []
+
+
+def test_users_whom_nothing_covers():
+    """Every call of theirs would be refused; no longer with `default`, `everyone` or unmatched: allow."""
+    text = "no quota covers them, so every call is refused: put them in a group, or add a group called default"
+    alone = "users:\n  alice: {}\n  bob: {}\n"
+    assert warned(alone) == [f"3: alice, bob: {text}"]
+    assert warned(f"{alone}unmatched: allow\n") == []
+    assert warned(f"{alone}groups: {{default: {{unlimited: true}}}}\n") == []
+    assert warned(f"{alone}groups: {{everyone: {{quotas: {{a: {{tokens: 5k, per: day}}}}}}}}\n") == []
+    many = "users:\n" + "".join(f"  u{number}: {{}}\n" for number in range(7))
+    assert warned(many) == [f"3: u0, u1, u2, u3, u4 and 2 more: {text}"]
+    listed = "groups: {a: {models: [x]}}\nusers:\n  alice: {groups: [a]}\n"
+    assert warned(listed) == [f"4: alice: {text}"]
+
+
+# ----------------------------------------------------------------------------------------------------------- limits
+
+
+@pytest.mark.parametrize(
+    ("quota", "expected"),
+    [
+        ("{tokens: 0, per: day}", ["staff/q: 0 tokens refuse every call that it binds"]),
+        ("{requests: 0, per: day}", ["staff/q: 0 requests refuse every call that it binds"]),
+        (
+            "{output_tokens: 1023, per: day}",
+            ["staff/q: calls that ask for a longer answer than 1,023 tokens are never let in"],
+        ),
+        ("{tokens: 500, per: day}", ["staff/q: calls that ask for a longer answer than 500 tokens are never let in"]),
+        ("{output_tokens: 1024, per: day}", []),
+        ("{output_tokens: 500, per: day, enforce: after}", []),
+        ("{input_tokens: 500, requests: 5, per: day}", []),
+    ],
+)
+def test_limits_that_refuse_more_than_they_seem_to(quota, expected):
+    """0 is a switch that is off; the smallest answer that is started has 1024 tokens, or what was asked."""
+    assert warned(group(f"      q: {quota}\n")) == [f"5: {text}" for text in expected]
+
+
+# ---------------------------------------------------------------------------------------------------- idle quotas
+
+NO_MODEL = "can never refuse anybody: it matches no model that its group can use"
+
+
+@pytest.mark.parametrize(
+    ("quota_models", "group_models", "listed", "is_idle"),
+    [
+        ("[gpt-5]", None, "{gpt-4o: {}}", True),
+        ("['gpt-*']", None, "{gpt-4o: {}}", False),
+        ("[gpt-5]", None, "{gpt-4o: {}, '*': {}}", False),
+        ("[gpt-5]", None, None, False),
+        ("[gpt-4o]", "[o3]", "{gpt-4o: {}, o3: {}}", True),
+        ("[gpt-4o, o3]", "[o3]", "{gpt-4o: {}, o3: {}}", False),
+        ("[gpt-4o]", "['o*']", None, True),
+        ("[o3]", "['o*']", None, False),
+        ("['gpt-*']", "[o3]", None, True),
+        ("['o*']", "[o3]", None, False),
+        ("['gpt-*']", "['o*']", None, False),
+    ],
+)
+def test_a_quota_that_matches_no_model(quota_models, group_models, listed, is_idle):
+    """Decided by the closed list, or by names; two patterns might meet in a name that stands nowhere."""
+    below = f"groups:\n  staff:\n    quotas:\n      q: {{models: {quota_models}, requests: 5, per: day}}\n"
+    below += f"    models: {group_models}\n" if group_models else ""
+    below += "users: {alice: {groups: [staff]}}\n"
+    below += f"models: {listed}\n" if listed else ""
+    assert warned(below) == ([f"5: staff/q {NO_MODEL}"] if is_idle else [])
+
+
+def test_a_quota_that_only_watches_is_meant_to_refuse_nobody():
+    """Shadow is no mistake."""
+    assert (
+        warned(group("      q: {models: [x], requests: 5, per: day, enforce: shadow}\n") + "models: {y: {}}\n") == []
+    )
+
+
+ADMINS = "  admins: {unlimited: true}\n"
+IN_BOTH = "alice: {groups: [staff, admins]}"
+
+
+@pytest.mark.parametrize(
+    ("more", "users", "below", "is_idle"),
+    [
+        (ADMINS, IN_BOTH, "", True),
+        (ADMINS, f"{IN_BOTH}, bob: {{groups: [staff]}}", "", False),
+        (ADMINS, IN_BOTH, "combine: every_group\n", False),
+        ("  admins: {unlimited: true, models: ['*']}\n", IN_BOTH, "", True),
+        ("  admins: {unlimited: true, models: ['o*']}\n", IN_BOTH, "", False),
+    ],
+)
+def test_a_quota_beside_an_unlimited_group(more, users, below, is_idle):
+    """With any_group whoever is in both is let in through the other one."""
+    text = "5: staff/daily can never refuse anybody: all its members are also in admins, which is unlimited"
+    assert warned(group(DAILY, more=more, users=users) + below) == ([text] if is_idle else [])
+
+
+def test_everyone_binds_also_those_who_are_unlimited():
+    """So its quotas are never idle for that."""
+    assert warned(group(DAILY, name="everyone", more=ADMINS, users="alice: {groups: [admins]}")) == []
+
+
+@pytest.mark.parametrize(
+    ("tight", "loose", "is_idle"),
+    [
+        ("requests: 5, per: day", "requests: 5, per: hour", True),
+        ("requests: 5, per: day", "requests: 9, per: day", True),
+        ("requests: 5, per: 6h", "requests: 5, per: 6h", True),
+        ("requests: 5, tokens: 9k, per: year", "requests: 5, per: week", False),
+        ("requests: 5, tokens: 9k, per: year", "requests: 5, per: quarter", True),
+        ("requests: 5, per: day", "requests: 4, per: hour", False),
+        ("requests: 5, per: week", "requests: 5, per: month", False),
+        ("requests: 5, per: month", "requests: 5, per: week", False),
+        ("requests: 5, per: 7d", "requests: 6, per: 6h", False),
+        ("requests: 5, per: day", "tokens: 5k, per: hour", False),
+        ("requests: 5, per: day", "requests: 5, tokens: 5k, per: hour", False),
+        ("requests: 5, tokens: 2k, per: 6h", "requests: 5, per: 6h", False),
+        ("requests: 5, per: day, models: [x]", "requests: 5, per: hour", False),
+        ("requests: 5, per: day", "requests: 5, per: hour, models: [x]", True),
+        ("requests: 5, per: 6h", "requests: 5, per: 6h, models: [x]", False),
+        ("requests: 5, per: day, enforce: after", "requests: 5, per: hour", False),
+        ("requests: 5, per: day, shared: true", "requests: 5, per: hour", False),
+        ("requests: 5, per: day, shared: true", "requests: 5, per: hour, shared: true", True),
+    ],
+)
+def test_a_quota_beside_a_tighter_one(tight, loose, is_idle):
+    """Only where the window of the one always lies inside the other's, and both count the same calls."""
+    text = "6: staff/loose can never refuse anybody: staff/tight is used up first"
+    found = warned(group(f"      tight: {{{tight}}}\n      loose: {{{loose}}}\n"))
+    assert found == ([text] if is_idle else [])
+
+
+def test_of_two_equal_quotas_the_second_is_idle():
+    """Not each because of the other."""
+    assert warned(group("      a: {requests: 5, per: day}\n      b: {requests: 5, per: day}\n")) == [
+        "6: staff/b can never refuse anybody: staff/a is used up first"
+    ]
+
+
+def test_a_looser_quota_counts_where_members_have_other_groups():
+    """Calls that come in through another group are charged to each quota by itself, if it has room for them."""
+    quotas = "      tight: {requests: 5, per: day}\n      loose: {requests: 5, per: hour}\n"
+    other = "  other: {quotas: {big: {requests: 50, per: day}}}\n"
+    below = group(quotas, more=other, users="alice: {groups: [staff, other]}")
+    assert warned(below) == []
+    assert len(warned(f"{below}combine: every_group\n")) == 1
+    assert len(warned(group(quotas, name="everyone", users="alice: {}"))) == 1
+
+
+# ---------------------------------------------------------------------------------------------- models, upstreams
+
+MODELS = "models: {gpt-4o: {}, smart: {model: gpt-4o}, gpt-4o-mini: {}}\n"
+ESCAPE = 'it matches "gpt-4o" but not "smart", which is the same model; add "smart" to its models'
+FRONTIER = "      frontier: {models: [gpt-4o], requests: 5, per: day}\n"
+
+
+@pytest.mark.parametrize(
+    ("quotas", "group_models", "below", "escapes"),
+    [
+        (FRONTIER + DAILY, None, "", True),
+        (FRONTIER, None, "", False),
+        (FRONTIER, None, "unmatched: allow\n", True),
+        (FRONTIER + DAILY, "[gpt-4o, gpt-4o-mini]", "", False),
+        (FRONTIER + DAILY + "      own: {models: [smart], requests: 5, per: day}\n", None, "", False),
+        (FRONTIER.replace("[gpt-4o]", "[gpt-4o, smart]") + DAILY, None, "", False),
+        (FRONTIER.replace("[gpt-4o]", "[smart]") + DAILY, None, "", False),
+    ],
+)
+def test_a_model_that_escapes_by_its_other_name(quotas, group_models, below, escapes):
+    """Where a member may use that name, another quota lets it in, and nobody gave it a quota of its own."""
+    text = group(quotas).replace("users:", f"    models: {group_models}\nusers:" if group_models else "users:")
+    assert warned(text + MODELS + below) == ([f"5: staff/frontier: {ESCAPE}"] if escapes else [])
+
+
+def test_a_model_escapes_also_where_its_own_name_is_not_listed():
+    """An open list has it."""
+    models = "models: {smart: {model: gpt-4o}, '*': {}}\n"
+    assert warned(group(FRONTIER + DAILY) + models) == [f"5: staff/frontier: {ESCAPE}"]
+    assert warned(group(FRONTIER + DAILY) + "models: {gpt-4o: {}, smart: {}}\n") == []
+
+
+def test_who_is_not_bound_lets_nothing_escape():
+    """A quota of default is no rule for those who have one of their own."""
+    more = f"  default:\n    quotas:\n{FRONTIER}{DAILY}"
+    assert warned(group(DAILY, more=more, users="alice: {groups: [staff]}, bob: {}") + MODELS) == [
+        f"8: default/frontier: {ESCAPE}"
+    ]
+    assert ESCAPE not in str(warned(group(DAILY, more=more) + MODELS))
+
+
+@pytest.mark.parametrize(
+    ("host", "is_link_local"),
+    [("169.254.169.254", True), ("[fe80::1]", True), ("127.0.0.1", False), ("metadata.example", False)],
+)
+def test_an_upstream_that_is_link_local(host, is_link_local):
+    """There cloud machines keep what nobody else should get."""
+    found = warnings(load_text(f"upstreams:\n  box:\n    base_url: http://{host}/v1\n"))
+    text = f"{host.strip('[]')} is link-local: cloud machines give out their credentials there"
+    assert [(warning.line, warning.text) for warning in found] == ([(3, text)] if is_link_local else [])
+
+
+def test_secrets_in_plain():
+    """A digest, a reference and a file of books are none."""
+    plain = "a secret stands here in plain; write ${NAME} or ${file:/path} for it"
+    key = "a-key-of-24-characters-"
+    below = (
+        f"admin_keys:\n  a: {key}1\n  b: ${{ADMIN}}\n  c: {DIGEST}\n"
+        f"unmatched: allow\nusers:\n  u: {{keys: [{key}2, '${{USER}}', '{DIGEST[:-1]}0']}}\n"
+        "database: postgresql://u:p@h/d\n"
+    )
+    expected = [
+        f"3: admin_keys: {plain}",
+        f"8: users.u.keys[0]: {plain}",
+        f"9: database: {plain}",
+    ]
+    assert warned(below, ADMIN=f"{key}3", USER=f"{key}4") == expected
+    assert warned("database: postgresql://h/d\n") == []
+    assert warned("database: postgresql://u:${P}@h/d\n", P="p") == []
+    upstream = "upstreams: {box: {base_url: http://box/v1, api_key: sk-1}}\n"
+    assert [warning.text for warning in warnings(load_text(upstream))] == [f"upstreams.box.api_key: {plain}"]
+
+
+# --------------------------------------------------------------------------------------------------------- sentences
+
+
+@pytest.mark.parametrize(
+    ("below", "sentence"),
+    [
+        (
+            group(
+                DAILY + "      frontier: {models: [gpt-4o, 'o*'], tokens: 50k, requests: 100, per: 6h}\n",
+                users="a: {groups: [staff]}, b: {groups: [staff]}, c: {groups: [staff]}",
+            ),
+            "staff: each of 3 members may use 200,000 tokens a day of any model, and on gpt-4o, o*: "
+            "50,000 tokens and 100 requests in 6 hours from the first call.",
+        ),
+        (
+            group("      pot: {shared: true, tokens: 5M, per: month}\n" + DAILY, users=IN_BOTH, more=ADMINS),
+            "staff: its one member may use 200,000 tokens a day of any model; "
+            "its one member may use 5,000,000 tokens a month of any model.",
+        ),
+        (
+            group("      pot: {shared: true, output_tokens: 1, input_tokens: 2, requests: 1, per: 1w}\n").replace(
+                "{groups: [staff]}", "{groups: [staff]}, bob: {groups: [staff]}"
+            ),
+            "staff: all 2 members together may use 2 input tokens, 1 output token and 1 request "
+            "in 1 week from the first call of any model.",
+        ),
+        (
+            group("      a: {requests: 5, per: hour, enforce: shadow}\n", users=""),
+            "staff: its members (nobody in this file) may use 5 requests an hour (only watched) of any model.",
+        ),
+        (
+            group("      a: {requests: 5, per: day, enforce: after}\n", name="everyone"),
+            "everyone: every user, whatever the group, may use "
+            "5 requests a day (counted when calls have ended) of any model.",
+        ),
+        (
+            group("      a: {requests: 5, per: day, shared: true}\n", name="default"),
+            "default: all users whose own groups have no quota for the model together may use "
+            "5 requests a day of any model.",
+        ),
+        ("groups: {a: {unlimited: true}}", "a: its members (nobody in this file) may use any model without limit."),
+        (
+            "groups: {a: {unlimited: true, models: [x, y]}}",
+            "a: its members (nobody in this file) may use any model without limit; of models only x, y.",
+        ),
+        ("groups: {a: {models: [x]}}", "a: no quotas; of models only x."),
+    ],
+)
+def test_each_group_in_a_plain_sentence(below, sentence):
+    """What a reader of the file should be able to agree with."""
+    if "{groups: [staff]}" in below and ("everyone" in below or "default" in below):
+        below = below.replace("{groups: [staff]}", "{}")
+    assert said(below)[0] == sentence
+
+
+def test_the_sentences_are_in_the_policys_order():
+    """Since that order decides."""
+    assert [sentence.partition(":")[0] for sentence in said("groups: {z: {}, a: {}}")] == ["z", "a"]

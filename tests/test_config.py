@@ -1,0 +1,392 @@
+"""The file as a whole: the policy it becomes, or every mistake in it with its line."""
+
+import re
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from proxy import schema
+from proxy.config import Address, BadConfig, Config, Settings, load, load_text, read_some
+from proxy.document import BYTES_MAX
+from proxy.policy import Group, Model, Secret, Upstream, User, digest
+from proxy.quotas import Globs, Limit
+from proxy.windows import Calendar, Duration
+
+EXAMPLE = Path(__file__).resolve().parent.parent / "quotas.example.yaml"
+KEY = "a-key-of-24-characters-x"
+
+SMALL = """\
+upstreams:
+  box: {base_url: http://box/v1}
+"""
+
+WHOLE = """\
+server: {api: "[::1]:9000", admin: null}
+admin_keys: {ops: "${ADMIN}"}
+database: postgresql://u:password@h/db
+timezone: Europe/Berlin
+week_starts: sunday
+combine: every_group
+unmatched: allow
+help: Ask ops.
+upstreams:
+  box: {base_url: http://box/v1/, kind: vllm}
+  openai: {base_url: https://api.openai.com/v1, api_key: "${OPENAI}"}
+default_upstream: openai
+models:
+  gpt-4o: {context: 128k, max_output_tokens: 16_384, encoding: o200k_base}
+  big: {upstream: box, model: meta/llama, reasoning: true}
+  "*": {upstream: box}
+groups:
+  everyone: {quotas: {calls: {requests: 5, per: week}}}
+  first: {models: ["gpt-*"], quotas: {a: {tokens: 5, output_tokens: 4, per: 6h, shared: true, enforce: after}}}
+  second: {unlimited: true}
+users:
+  alice: {groups: [second, first], keys: ["${ALICE}"]}
+  1001: {}
+"""
+ENVIRON = {"ADMIN": "an-admins-key-of-some-length", "OPENAI": "sk-upstream", "ALICE": KEY}
+
+
+def whole() -> Config:
+    return load_text(WHOLE, environ=ENVIRON)
+
+
+def mistakes(text: str, **environ: str) -> list[str]:
+    with pytest.raises(BadConfig) as bad:
+        load_text(text, "f.yaml", environ=environ)
+    return str(bad.value).splitlines()
+
+
+# ---------------------------------------------------------------------------------------------- what it becomes
+
+
+def test_the_settings_are_what_only_a_restart_changes():
+    """Where to listen, and the database, whose password does not show."""
+    config = whole()
+    assert config.settings == Settings(Address("::1", 9000), None, "postgresql://u:password@h/db")
+    assert load_text(SMALL).settings.admin == Address("127.0.0.1", 8081)
+    assert "password" not in repr(config)
+
+
+def test_a_change_that_needs_a_restart_is_seen():
+    """Section by section, so that a reload can name it."""
+    now, then = load_text(SMALL).restart_only, load_text(f"{SMALL}database: sqlite:///other.db\n").restart_only
+    assert now.keys() == then.keys() == {"server", "database"}
+    assert [section for section in now if now[section] != then[section]] == ["database"]
+
+
+def test_the_policy_is_what_the_file_says():
+    """Every section, with its references resolved."""
+    policy = whole().policy
+    box = Upstream("box", "http://box/v1", None, "vllm", "stop")
+    openai = Upstream("openai", "https://api.openai.com/v1", Secret("sk-upstream"), "openai", "drain")
+    assert policy.upstreams == {"box": box, "openai": openai}
+    assert policy.default_upstream == openai
+    assert policy.models == {
+        "gpt-4o": Model("gpt-4o", openai, "gpt-4o", 16_384, 128_000, "o200k_base"),
+        "big": Model("big", box, "meta/llama", reasoning=True),
+        "*": Model("*", box, "*"),
+    }
+    assert policy.key_digests == {digest(KEY): "alice"}
+    assert policy.admin_digests == {digest("an-admins-key-of-some-length"): "ops"}
+    assert (policy.combine, policy.unmatched, policy.help) == ("every_group", "allow", "Ask ops.")
+    assert policy.zone.key == "Europe/Berlin"
+
+
+def test_groups_have_their_quotas_in_order():
+    """With windows in the policy's zone and week."""
+    groups = whole().policy.groups
+    assert list(groups) == ["everyone", "first", "second"]
+    [calls] = groups["everyone"].quotas
+    assert isinstance(calls.per, Calendar)
+    assert (calls.per.text, calls.per.zone.key, calls.per.week_starts) == ("week", "Europe/Berlin", 6)
+    [a] = groups["first"].quotas
+    assert (a.id, a.limits) == ("first/a", (Limit("tokens", 5), Limit("output_tokens", 4)))
+    assert (a.per, a.shared, a.enforce, a.models) == (Duration("6h", 21_600_000), True, "after", Globs())
+    assert groups["first"].models == Globs(["gpt-*"])
+    assert groups["second"] == Group("second", unlimited=True)
+
+
+def test_a_users_groups_are_in_the_policys_order():
+    """Whatever their order at the user."""
+    assert whole().policy.users == {"alice": User("alice", ("first", "second")), "1001": User("1001")}
+
+
+def test_the_only_upstream_is_the_default():
+    """Nobody has to say it twice."""
+    policy = load_text(SMALL).policy
+    assert policy.models is None
+    assert policy.default_upstream == policy.upstreams["box"]
+
+
+def test_with_several_upstreams_each_model_may_say_its_own():
+    """Then no default is needed."""
+    policy = load_text(
+        "upstreams: {a: {base_url: http://a}, b: {base_url: http://b}}\nmodels: {m: {upstream: b}}\n"
+    ).policy
+    assert policy.default_upstream is None
+    assert policy.models is not None and policy.models["m"].upstream.name == "b"
+
+
+def test_the_hash_is_that_of_the_policy():
+    """The same for the same policy, however it is laid out and wherever it listens; another for another key."""
+    first = whole().policy.hash
+    assert re.fullmatch("[0-9a-f]{12}", first)
+    again = WHOLE.replace('server: {api: "[::1]:9000", admin: null}', "# elsewhere\nserver: {api: 0.0.0.0:80}")
+    assert load_text(again, environ=ENVIRON).policy.hash == first
+    assert load_text(WHOLE, environ=ENVIRON | {"ALICE": f"{KEY}y"}).policy.hash != first
+    assert load_text(WHOLE.replace("tokens: 5,", "tokens: 6,"), environ=ENVIRON).policy.hash != first
+
+
+# ------------------------------------------------------------------------------------------------- what is refused
+
+NO_SUCH = "users.alice.groups[0]: there is no group"
+
+
+@pytest.mark.parametrize(
+    ("below", "expected"),
+    [
+        ("users: {alice: {groups: [staf]}}\ngroups: {staff: {}}", [f'3: {NO_SUCH} "staf"; did you mean "staff"?']),
+        (
+            "users: {alice: {groups: [x]}}\ngroups: {default: {}, a: {}, b: {}}",
+            [f'3: {NO_SUCH} "x"; write it below groups, where there is a, b'],
+        ),
+        ("users: {alice: {groups: [x]}}", [f'3: {NO_SUCH} "x"; write it below groups, where there is none yet']),
+        (
+            "users:\n  alice:\n    groups:\n      - everyone\n      - default\ngroups: {default: {}}",
+            [
+                '6: users.alice.groups[0]: "everyone" holds for users by itself; leave it out',
+                '7: users.alice.groups[1]: "default" holds for users by itself; leave it out',
+            ],
+        ),
+        (
+            "users: {alice: {groups: [a b, [c], true]}}",
+            [
+                "3: users.alice.groups[0]: this is no name; "
+                "write letters, digits, dots, dashes and underscores, at most 100",
+                "3: users.alice.groups[1]: this has to be one piece of text; write it in quotes",
+                "3: users.alice.groups[2]: this has to be one piece of text; write it in quotes",
+            ],
+        ),
+        ("default_upstream: bo", ['3: default_upstream: there is no upstream "bo"; did you mean "box"?']),
+        ("models:\n  m:\n    upstream: bo", ['5: models.m.upstream: there is no upstream "bo"; did you mean "box"?']),
+        (
+            'models:\n  "*":\n    model: m\n    context: 5',
+            [
+                '5: models.*.model: this is not known of models without a name; write only upstream for "*"',
+                '6: models.*.context: this is not known of models without a name; write only upstream for "*"',
+            ],
+        ),
+        (
+            "groups: {everyone: {unlimited: true}}",
+            [
+                "3: groups.everyone.unlimited: everyone only adds limits; "
+                "write unlimited in default, or unmatched: allow"
+            ],
+        ),
+        (
+            f"users:\n  a: {{keys: [{KEY}]}}\n  b: {{keys: ['sha256:{digest(KEY)}']}}",
+            ["5: users.b.keys[0]: user a has this key already; write another one"],
+        ),
+        (
+            f"users:\n  a: {{keys: [{KEY}, {KEY}]}}",
+            ["4: users.a.keys[1]: user a has this key already; write another one"],
+        ),
+        (
+            f"users:\n  a: {{keys: [{KEY}]}}\nadmin_keys: {{ops: {KEY}}}",
+            ["4: users.a.keys[0]: an admin has this key already; write another one"],
+        ),
+        ("users: [alice]", ['3: users: this has to be a mapping; write "name: …" lines below it']),
+        (
+            "server: {api: 010}",
+            ['3: "010" is not counted in tens by all readers; write it without the 0 in front, or in quotes'],
+        ),
+        ("help: ${NOPE}", ["3: NOPE is not set in the environment; set it, or write ${NOPE:-default}"]),
+        (
+            "groups: {a: 1}\ngroups: {b: 2}",
+            [
+                '3: groups.a: this has to be a mapping; write "key: value" lines below it',
+                '4: "groups" is already there on line 3; merge the two',
+            ],
+        ),
+    ],
+)
+def test_each_mistake_has_its_line_and_what_to_write(below, expected):
+    """`file:line: place: what is wrong; what to write instead`."""
+    assert mistakes(SMALL + below) == [f"f.yaml:{line}" for line in expected]
+
+
+SEVERAL = "upstreams:\n  a: {base_url: http://a}\n  b: {base_url: http://b}\n"
+
+
+def test_several_upstreams_need_a_default():
+    """Where there are no models, or one that names none."""
+    assert mistakes(SEVERAL) == [
+        "f.yaml:1: upstreams: there are several and no models; write default_upstream: one of a, b"
+    ]
+    assert mistakes(f"{SEVERAL}models:\n  m: {{upstream: a}}\n  k: {{}}\n") == [
+        "f.yaml:6: models.k: there are several upstreams; write upstream here, or default_upstream"
+    ]
+
+
+def test_one_report_has_every_mistake():
+    """Of the text, of the shapes and across sections, in the order of the lines."""
+    text = "upstreams: {box: {base_url: box}}\nusers: {a: {groups: [x]}}\nwek: 1\ncombine: no\n"
+    assert [line.split(":")[1] for line in mistakes(text)] == ["1", "2", "3", "4"]
+
+
+def test_a_long_report_has_an_end():
+    """A hundred mistakes are enough to begin with; all of them are kept."""
+    text = SMALL + "".join(f"k{number}: 1\n" for number in range(150))
+    lines = mistakes(text)
+    assert len(lines) == 101
+    assert lines[-1] == "and 50 more"
+    with pytest.raises(BadConfig) as bad:
+        load_text(text)
+    assert len(bad.value.mistakes) == 150
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        "help: [{}]",
+        "combine: {}",
+        "timezone: {}",
+        "database: {}",
+        "server: {{api: {}}}",
+        "default_upstream: {}",
+        "admin_keys: {{{}: ops}}",
+        "users: {{a: {{groups: [{}]}}}}",
+        "users: {{a: {{keys: [{}, {}]}}}}",
+        "users: {{a: {{keys: {}}}}}",
+        "groups: {{g: {{quotas: {{q: {{tokens: {}, per: {}}}}}}}}}",
+        "models: {{m: {{upstream: {}, context: {}}}}}",
+    ],
+)
+def test_a_secret_in_the_wrong_place_is_not_printed(place):
+    """What came from the environment never shows, wherever it was put."""
+    secret = "Pa55word-that-nobody-may-see"
+    assert secret not in str(
+        mistakes(SMALL + place.replace("{}", '"${SECRET}"').replace("{{", "{").replace("}}", "}"), SECRET=secret)
+    )
+
+
+@pytest.mark.parametrize("text", ["users: {a: {keys: [%s]}}", "users: {a: {keys: [%s, %s]}}", "admin_keys: {o: %s}"])
+def test_a_key_in_plain_is_not_printed(text):
+    """Also not one that stands in the file: too short, twice, or with blanks."""
+    for key in ("short-secret", "secret with blanks and some length", KEY):
+        report = "" if key == KEY and text.count("%") == 1 else str(mistakes(SMALL + text.replace("%s", key)))
+        assert "secret" not in report and KEY not in report
+
+
+# ------------------------------------------------------------------------------------------------------ from a file
+
+
+def test_a_file_is_read_with_its_references(tmp_path):
+    """Also those to other files."""
+    (tmp_path / "key").write_text(f"{KEY}\n", encoding="utf-8")
+    path = tmp_path / "quotas.yaml"
+    path.write_text(f'{SMALL}users: {{alice: {{keys: ["${{file:{tmp_path}/key}}"]}}}}\n', encoding="utf-8")
+    assert load(str(path), {}).policy.key_digests == {digest(KEY): "alice"}
+
+
+def test_a_file_that_is_not_there_is_a_mistake(tmp_path):
+    """With its name, as all others."""
+    path = f"{tmp_path}/none.yaml"
+    with pytest.raises(BadConfig, match=r"none.yaml:1: the file can't be read \(No such file or directory\)"):
+        load(path, {})
+    with pytest.raises(BadConfig, match=r"\(no such name\)"):
+        load("a\0b", {})
+
+
+def test_a_file_without_end_is_not_read_without_end():
+    """A device or a pipe gives at most what is refused as too much."""
+    assert len(read_some("/dev/zero")) == BYTES_MAX + 1
+
+
+# ---------------------------------------------------------------------------------------------------- the example
+
+
+def example_environ() -> dict[str, str]:
+    """A value for each name that the example takes from the environment, and its comments don't."""
+    lines = [line.partition(" #")[0] for line in EXAMPLE.read_text(encoding="utf-8").splitlines()]
+    names = re.findall(r"\$\{([A-Z_]+)\}", "\n".join(line for line in lines if not line.startswith("#")))
+    return {name: f"{name}-with-some-more-characters" for name in names}
+
+
+def test_the_example_is_taken():
+    """What people copy works, with the environment that it names."""
+    config = load(str(EXAMPLE), example_environ())
+    assert list(config.policy.users) == ["alice", "bob", "carol", "dave"]
+
+
+def test_the_example_shows_every_key():
+    """A key that is not in the example is a key that nobody finds."""
+    text = EXAMPLE.read_text(encoding="utf-8")
+    for section in (
+        schema.File,
+        schema.Server,
+        schema.Upstream,
+        schema.Model,
+        schema.Group,
+        schema.Quota,
+        schema.User,
+    ):
+        for key in section.model_fields:
+            assert re.search(rf"^[^#\n]*\b{key}:", text, flags=re.MULTILINE), f"{section.__name__}.{key}"
+
+
+# ---------------------------------------------------------------------------------------------------------- any text
+
+KEYS = st.sampled_from(
+    [
+        *schema.File.model_fields,
+        *schema.Quota.model_fields,
+        *schema.User.model_fields,
+        *schema.Upstream.model_fields,
+        "default",
+        "everyone",
+        "*",
+        "a",
+        "no",
+        "1",
+        "x y",
+    ]
+)
+LEAVES = st.sampled_from(
+    ["1", "no", "a", "'*'", "200k", "6h", "", "true", "${A}", "http://a", "[a, b]", "010", "{}", KEY]
+)
+NODES = st.recursive(
+    LEAVES,
+    lambda below: (
+        st.dictionaries(KEYS.map(repr), below, max_size=4).map(
+            lambda parts: "{" + ", ".join(f"{key}: {value}" for key, value in parts.items()) + "}"
+        )
+        | st.lists(below, max_size=3).map(lambda items: f"[{', '.join(items)}]")
+    ),
+)
+
+
+@given(st.dictionaries(KEYS, NODES, max_size=6), st.sampled_from(["", SMALL]))
+def test_any_file_is_taken_or_refused(sections, above):
+    """Never another exception, and every mistake has a line of the file."""
+    text = above + "".join(f"{key!r}: {value}\n" for key, value in sections.items())
+    try:
+        config = load_text(text, environ={"A": "b"})
+    except BadConfig as bad:
+        assert bad.mistakes
+        assert all(1 <= mistake.line <= text.count("\n") + 1 for mistake in bad.mistakes)
+    else:
+        assert config.policy.upstreams
+
+
+@given(st.text())
+def test_any_text_is_taken_or_refused(text):
+    """Also one that is no YAML at all, or can't be written as UTF-8."""
+    with pytest.raises(BadConfig):
+        load_text(f"{text}\ud800")
+    with pytest.raises(BadConfig):
+        load_text(text)

@@ -1,0 +1,441 @@
+"""Which quotas bind which user on which model, which models there are, and who may use them."""
+
+import hashlib
+from dataclasses import replace
+
+import pytest
+
+from proxy.policy import _BINDINGS_KEPT, Group, Model, Policy, Secret, Upstream, User, digest
+from proxy.quotas import Admitted, Binding, Globs, Route, decide
+from tests.builders import NOON, call, group, policy, quota
+
+DAILY = quota("staff/daily", tokens=1000)
+FRONTIER = quota("staff/frontier", tokens=100, models=["gpt-4o", "o*"])
+WEEKLY = quota("team/weekly", tokens=5000, per="week")
+CALLS = quota("everyone/calls", requests=10)
+FALLBACK = quota("default/daily", tokens=50)
+ONLY_MINI = quota("everyone/mini", tokens=9, models=["gpt-4o-mini"])
+WATCHING = quota("staff/watching", tokens=9, enforce="shadow")
+
+STAFF = group("staff", DAILY, FRONTIER)
+TEAM = group("team", WEEKLY)
+MINI_TEAM = group("team", WEEKLY, models=["gpt-4o-mini", "fast"])
+EVERYONE = group("everyone", CALLS)
+DEFAULT = group("default", FALLBACK)
+ADMINS = group("admins", unlimited=True)
+MINI_ADMINS = group("admins", unlimited=True, models=["gpt-4o-mini"])
+FRONTIER_ONLY = group("staff", FRONTIER)
+WATCHED = group("staff", WATCHING)
+
+
+def told(binding: Binding | None) -> tuple[list[str], dict[str, list[str]], list[str]] | None:
+    """A binding in short: everyone's quotas, the ways in with theirs, and those in shadow."""
+    if binding is None:
+        return None
+    return (
+        [each.id for each in binding.always],
+        {route.group: [each.id for each in route.quotas] for route in binding.routes},
+        [each.id for each in binding.shadows],
+    )
+
+
+# --------------------------------------------------------------------------------------------- which quotas bind whom
+
+
+@pytest.mark.parametrize(
+    ("groups", "member_of", "model", "expected"),
+    [
+        pytest.param([STAFF], ["staff"], "gpt-4o", ([], {"staff": [DAILY.id, FRONTIER.id]}, []), id="all that match"),
+        pytest.param([STAFF], ["staff"], "fast", ([], {"staff": [DAILY.id]}, []), id="but not those of other models"),
+        pytest.param([STAFF, TEAM], ["staff"], "fast", ([], {"staff": [DAILY.id]}, []), id="nor of other groups"),
+        pytest.param(
+            [STAFF, TEAM],
+            ["staff", "team"],
+            "fast",
+            ([], {"staff": [DAILY.id], "team": [WEEKLY.id]}, []),
+            id="two groups",
+        ),
+        # a quota reaches its models within its group's
+        pytest.param(
+            [MINI_TEAM],
+            ["team"],
+            "fast",
+            ([], {"team": [WEEKLY.id]}, []),
+            id="a quota for all models of its group's list",
+        ),
+        pytest.param([MINI_TEAM], ["team"], "gpt-4o", None, id="and for none beyond it"),
+        pytest.param(
+            [group("staff", FRONTIER, models=["gpt-4o*"])], ["staff"], "o3", None, id="both lists have to have it"
+        ),
+        pytest.param(
+            [group("staff", FRONTIER, models=["gpt-4o*"])],
+            ["staff"],
+            "gpt-4o-mini",
+            None,
+            id="both, the other way round",
+        ),
+        # a group without a quota for the model has no say
+        pytest.param(
+            [FRONTIER_ONLY, TEAM], ["staff", "team"], "fast", ([], {"team": [WEEKLY.id]}, []), id="no quota, no say"
+        ),
+        pytest.param(
+            [group("empty"), TEAM],
+            ["empty", "team"],
+            "fast",
+            ([], {"team": [WEEKLY.id]}, []),
+            id="a group without quotas",
+        ),
+        # everyone
+        pytest.param(
+            [EVERYONE, STAFF], ["staff"], "fast", ([CALLS.id], {"staff": [DAILY.id]}, []), id="everyone in addition"
+        ),
+        pytest.param([EVERYONE, STAFF], [], "fast", ([CALLS.id], {}, []), id="everyone alone"),
+        pytest.param(
+            [group("everyone", ONLY_MINI), STAFF],
+            ["staff"],
+            "fast",
+            ([], {"staff": [DAILY.id]}, []),
+            id="not this model",
+        ),
+        pytest.param(
+            [group("everyone", CALLS, models=["gpt-4o"]), STAFF],
+            ["staff"],
+            "fast",
+            ([], {"staff": [DAILY.id]}, []),
+            id="everyone's quotas within everyone's models",
+        ),
+        # default
+        pytest.param([DEFAULT, STAFF], [], "fast", ([], {"default": [FALLBACK.id]}, []), id="default: of no group"),
+        pytest.param(
+            [DEFAULT, STAFF],
+            ["staff"],
+            "fast",
+            ([], {"staff": [DAILY.id]}, []),
+            id="default: not for who has a quota",
+        ),
+        pytest.param(
+            [DEFAULT, FRONTIER_ONLY],
+            ["staff"],
+            "fast",
+            ([], {"default": [FALLBACK.id]}, []),
+            id="default: for who has none for this model",
+        ),
+        pytest.param(
+            [DEFAULT, EVERYONE],
+            [],
+            "fast",
+            ([CALLS.id], {"default": [FALLBACK.id]}, []),
+            id="default: everyone's is nobody's own",
+        ),
+        pytest.param(
+            [DEFAULT, ADMINS], ["admins"], "fast", ([], {"admins": []}, []), id="default: not for unlimited"
+        ),
+        pytest.param(
+            [DEFAULT, MINI_ADMINS],
+            ["admins"],
+            "fast",
+            ([], {"default": [FALLBACK.id]}, []),
+            id="default: unlimited, but not for this model",
+        ),
+        pytest.param(
+            [group("default", FALLBACK, models=["gpt-4o"])], [], "fast", None, id="default: within its own models too"
+        ),
+        pytest.param(
+            [group("default", unlimited=True)], [], "fast", ([], {"default": []}, []), id="default: may be unlimited"
+        ),
+        # unlimited
+        pytest.param(
+            [STAFF, ADMINS],
+            ["staff", "admins"],
+            "fast",
+            ([], {"staff": [DAILY.id], "admins": []}, []),
+            id="unlimited is a way in like others",
+        ),
+        pytest.param(
+            [MINI_ADMINS], ["admins"], "gpt-4o-mini", ([], {"admins": []}, []), id="unlimited for its models"
+        ),
+        pytest.param([MINI_ADMINS], ["admins"], "gpt-4o", None, id="unlimited for no others"),
+        # nothing covers the model
+        pytest.param([STAFF], [], "fast", None, id="of no group"),
+        pytest.param([FRONTIER_ONLY], ["staff"], "fast", None, id="no quota for this model"),
+        pytest.param([], [], "fast", None, id="a policy without groups"),
+        # shadow
+        pytest.param(
+            [group("staff", DAILY, WATCHING)],
+            ["staff"],
+            "fast",
+            ([], {"staff": [DAILY.id]}, [WATCHING.id]),
+            id="shadow: beside an enforced one",
+        ),
+        pytest.param(
+            [WATCHED, TEAM],
+            ["staff", "team"],
+            "fast",
+            ([], {"team": [WEEKLY.id]}, [WATCHING.id]),
+            id="shadow: opens no way past another group's quotas",
+        ),
+        pytest.param(
+            [WATCHED, EVERYONE], ["staff"], "fast", ([CALLS.id], {}, [WATCHING.id]), id="shadow: nor past everyone's"
+        ),
+        pytest.param(
+            [WATCHED, DEFAULT],
+            ["staff"],
+            "fast",
+            ([], {"default": [FALLBACK.id]}, [WATCHING.id]),
+            id="shadow: nor past those of default",
+        ),
+        pytest.param(
+            [group("everyone", replace(CALLS, enforce="shadow")), STAFF],
+            ["staff"],
+            "fast",
+            ([], {"staff": [DAILY.id]}, [CALLS.id]),
+            id="shadow: everyone's",
+        ),
+        pytest.param(
+            [group("default", replace(FALLBACK, enforce="shadow"))],
+            [],
+            "fast",
+            ([], {}, [FALLBACK.id]),
+            id="shadow: of default, which binds nobody then",
+        ),
+        pytest.param(
+            [group("admins", replace(WATCHING, group="admins"), unlimited=True)],
+            ["admins"],
+            "fast",
+            ([], {"admins": []}, ["admins/watching"]),
+            id="shadow: of an unlimited group",
+        ),
+    ],
+)
+def test_which_quotas_bind(groups, member_of, model, expected):
+    """The ways in are the user's groups that have a say about this model; None: `unmatched: refuse` decides."""
+    assert told(policy(*groups).binding(User("ann", tuple(member_of)), model)) == expected
+
+
+def test_a_model_that_no_quota_covers_may_be_allowed():
+    """`unmatched: allow`: nothing binds, and the call is let in."""
+    binding = policy(STAFF, unmatched="allow").binding(User("ann"), "fast")
+    assert told(binding) == ([], {}, [])
+    assert isinstance(decide(call(10**6, 10**6), binding, {}, NOON), Admitted)
+
+
+def test_unmatched_allow_frees_nobody_from_the_quotas_that_do_match():
+    """It is about models without a quota only."""
+    allowing = policy(EVERYONE, DEFAULT, STAFF, unmatched="allow")
+    assert told(allowing.binding(User("ann", ("staff",)), "fast")) == ([CALLS.id], {"staff": [DAILY.id]}, [])
+    assert told(allowing.binding(User("bob"), "fast")) == ([CALLS.id], {"default": [FALLBACK.id]}, [])
+
+
+@pytest.mark.parametrize("combine", ["any_group", "every_group"])
+def test_a_binding_carries_the_user_and_how_groups_combine(combine):
+    """So that a decision needs no policy beside it."""
+    binding = policy(STAFF, combine=combine).binding(User("ann", ("staff",)), "fast")
+    assert (binding.user, binding.combine) == ("ann", combine)
+
+
+def test_the_ways_in_keep_the_users_order_of_groups():
+    """Which is the policy's: a call is let in through the first that can carry it."""
+    for order in (("staff", "team"), ("team", "staff")):
+        binding = policy(STAFF, TEAM).binding(User("ann", order), "fast")
+        assert binding.routes == tuple(Route(name, {"staff": (DAILY,), "team": (WEEKLY,)}[name]) for name in order)
+
+
+def test_putting_a_quota_in_shadow_lets_nobody_in_further():
+    """A team tries a quota out: what its members may use is as before, to the token."""
+    before, trying = policy(DEFAULT, group("staff")), policy(DEFAULT, WATCHED)
+    small, large = call(10, 10), call(10**6, 10)
+    for demand in (small, large):
+        decisions = [
+            decide(demand, each.binding(User("ann", ("staff",)), "fast"), {}, NOON) for each in (before, trying)
+        ]
+        assert [isinstance(decision, Admitted) for decision in decisions] == [demand is small] * 2
+
+
+@pytest.mark.parametrize(
+    ("groups", "member_of", "shown"),
+    [
+        pytest.param([], [], [], id="no groups"),
+        pytest.param([EVERYONE, STAFF, TEAM], ["staff"], [CALLS, DAILY, FRONTIER], id="everyone's and the groups'"),
+        pytest.param([STAFF, TEAM], ["team", "staff"], [WEEKLY, DAILY, FRONTIER], id="of all the user's groups"),
+        pytest.param([EVERYONE, DEFAULT], [], [CALLS, FALLBACK], id="default: of no group"),
+        pytest.param([DEFAULT, STAFF], ["staff"], [DAILY, FRONTIER], id="default: covered for every model"),
+        pytest.param([DEFAULT, ADMINS], ["admins"], [], id="default: unlimited for every model"),
+        pytest.param(
+            [DEFAULT, FRONTIER_ONLY], ["staff"], [FRONTIER, FALLBACK], id="default: covered for some models"
+        ),
+        pytest.param([DEFAULT, MINI_TEAM], ["team"], [WEEKLY], id="default: covered for all that it may use"),
+        pytest.param(
+            [DEFAULT, MINI_TEAM, group("lab", models=["o*"])],
+            ["team", "lab"],
+            [WEEKLY, FALLBACK],
+            id="default: not covered for a model that another group allows",
+        ),
+        pytest.param(
+            [DEFAULT, MINI_ADMINS, group("lab", models=["o*"])],
+            ["admins", "lab"],
+            [FALLBACK],
+            id="default: unlimited, but not for a model that another group allows",
+        ),
+        pytest.param([group("staff", DAILY, WATCHING)], ["staff"], [DAILY, WATCHING], id="those in shadow too"),
+        pytest.param([DEFAULT, WATCHED], ["staff"], [WATCHING, FALLBACK], id="default: not covered by one in shadow"),
+    ],
+)
+def test_a_user_is_shown_every_quota_that_can_bind_on_some_model(groups, member_of, shown):
+    """For `/v1/quota`, which is asked without a model: what would refuse a call must not be missing."""
+    user, each_policy = User("ann", tuple(member_of)), policy(*groups)
+    assert sorted(each.id for each in each_policy.all_quotas(user).quotas) == sorted(each.id for each in shown)
+    for model in ("gpt-4o", "gpt-4o-mini", "o3", "fast"):
+        if each_policy.may_use(user, model) and (binding := each_policy.binding(user, model)):
+            assert {each.id for each in binding.quotas} <= {each.id for each in shown}
+
+
+def test_what_is_remembered_of_bindings_is_bounded_and_right():
+    """Model names come from clients: with an open list there is no end of them."""
+    remembering = policy(STAFF)
+    ann, bob = User("ann", ("staff",)), User("bob")
+    first = remembering.binding(ann, "gpt-4o")
+    assert remembering.binding(ann, "gpt-4o") is first
+    assert remembering.binding(bob, "gpt-4o") is None
+    for number in range(_BINDINGS_KEPT + 10):
+        remembering.binding(ann, f"model-{number}")
+        assert len(remembering._bindings) <= _BINDINGS_KEPT
+    assert remembering.binding(ann, "gpt-4o") == first
+    assert "model-1" not in repr(remembering)
+    assert remembering == policy(STAFF)
+
+
+# -------------------------------------------------------------------------------------------------------- model lists
+
+LISTED = group("lab", models=["gpt-4o", "o*"])
+
+
+@pytest.mark.parametrize(
+    ("groups", "member_of", "model", "may"),
+    [
+        pytest.param([STAFF], ["staff"], "anything", True, id="no list anywhere: all"),
+        pytest.param([], [], "anything", True, id="no group at all: all"),
+        pytest.param([LISTED], ["lab"], "o3", True, id="on the list"),
+        pytest.param([LISTED], ["lab"], "fast", False, id="not on the list"),
+        pytest.param([MINI_TEAM, LISTED], ["team", "lab"], "fast", True, id="the union: on the first"),
+        pytest.param([MINI_TEAM, LISTED], ["team", "lab"], "o3", True, id="the union: on the second"),
+        pytest.param([MINI_TEAM, LISTED], ["team", "lab"], "gpt-5", False, id="the union: on neither"),
+        pytest.param([STAFF, LISTED], ["staff", "lab"], "fast", False, id="who states none adds none"),
+        pytest.param([STAFF, LISTED], ["staff"], "fast", True, id="other groups' lists don't matter"),
+        pytest.param([group("lab", models=[])], ["lab"], "o3", False, id="an empty list: none"),
+        pytest.param(
+            [group("default", models=["o3"])], [], "fast", False, id="default's, for who is in no other group"
+        ),
+        pytest.param(
+            [group("default", models=["o3"]), STAFF], ["staff"], "fast", True, id="default's, for nobody else"
+        ),
+        pytest.param(
+            [group("everyone", models=["o3"]), STAFF], ["staff"], "o3", True, id="everyone's is one of them"
+        ),
+        pytest.param(
+            [group("everyone", models=["o3"]), STAFF], ["staff"], "fast", False, id="everyone's binds members"
+        ),
+        pytest.param(
+            [group("everyone", models=["o3"]), MINI_TEAM],
+            ["team"],
+            "fast",
+            True,
+            id="everyone's list and the group's",
+        ),
+    ],
+)
+def test_which_models_a_user_may_use(groups, member_of, model, may):
+    """The union of the lists of those of the user's groups that state one."""
+    assert policy(*groups).may_use(User("ann", tuple(member_of)), model) is may
+
+
+# ------------------------------------------------------------------------------------------------- the models section
+
+OPENAI = Upstream("openai", "https://api.openai.example/v1", Secret("sk-upstream"))
+LOCAL = Upstream("local", "http://localhost:8000/v1", None, kind="vllm", on_disconnect="stop")
+FAST = Model("fast", OPENAI, "gpt-4o-mini", max_output_tokens=16384, context=128_000, encoding="o200k_base")
+ANYTHING = Model("*", LOCAL, "*")
+
+
+@pytest.mark.parametrize(
+    ("listed", "default", "name", "upstream", "upstream_model"),
+    [
+        pytest.param(None, OPENAI, "gpt-4o", "openai", "gpt-4o", id="no section: any name, to the default upstream"),
+        pytest.param(None, None, "gpt-4o", None, None, id="no section and no default upstream: none"),
+        pytest.param([], OPENAI, "gpt-4o", None, None, id="an empty section is closed"),
+        pytest.param([FAST], OPENAI, "fast", "openai", "gpt-4o-mini", id="an alias"),
+        pytest.param([FAST], OPENAI, "gpt-4o-mini", None, None, id="a closed section hides what the alias means"),
+        pytest.param([FAST], OPENAI, "FAST", None, None, id="names are case-sensitive"),
+        pytest.param([FAST, ANYTHING], OPENAI, "gpt-4o", "local", "gpt-4o", id='"*" opens it, to its own upstream'),
+        pytest.param([FAST, ANYTHING], OPENAI, "fast", "openai", "gpt-4o-mini", id='what is listed comes before "*"'),
+        pytest.param([ANYTHING], OPENAI, "*", "local", "*", id='"*" as a name is a name like any other'),
+        pytest.param([FAST], OPENAI, "*", None, None, id='and is not there where "*" is not'),
+        pytest.param([FAST], OPENAI, "", None, None, id="no name"),
+    ],
+)
+def test_what_a_client_means_by_a_models_name(listed, default, name, upstream, upstream_model):
+    """A `models` section is a closed list; aliases are what clients, quotas and records call a model."""
+    models = None if listed is None else {model.name: model for model in listed}
+    found = policy(models=models, default_upstream=default).model(name)
+    if upstream is None:
+        assert found is None
+    else:
+        assert (found.name, found.upstream.name, found.upstream_model) == (name, upstream, upstream_model)
+
+
+def test_nothing_is_known_of_a_model_that_is_not_listed():
+    """`"*"` names an upstream only: what holds for one unknown model need not hold for the next."""
+    found = policy(models={"*": ANYTHING}).model("qwen")
+    assert found == Model("qwen", LOCAL, "qwen")
+
+
+def test_a_listed_model_keeps_all_that_is_known_about_it():
+    """Its maximum and context bound what calls hold."""
+    assert policy(models={"fast": FAST}).model("fast") is FAST
+
+
+def test_quotas_match_the_name_that_the_client_asked_for():
+    """A quota on gpt-4o-mini does not reach the alias `fast`; `check` warns of that."""
+    of_mini = group("staff", quota("staff/mini", tokens=9, models=["gpt-4o-mini"]))
+    aliased = policy(of_mini, models={"fast": FAST})
+    assert aliased.binding(User("ann", ("staff",)), "fast") is None
+    assert aliased.binding(User("ann", ("staff",)), "gpt-4o-mini") is not None
+
+
+# ------------------------------------------------------------------------------------------------------------ secrets
+
+
+def test_a_secret_does_not_show_itself():
+    """Neither by itself nor inside what holds it."""
+    secret = Secret("sk-upstream")
+    assert secret.reveal() == "sk-upstream"
+    shown = f"{secret} {secret!r} {[secret]} {OPENAI} {FAST} {policy(models={'fast': FAST})}"
+    assert "sk-upstream" not in shown
+    assert not hasattr(secret, "__dict__")
+
+
+def test_secrets_are_compared_by_what_they_hide():
+    """So that a reload sees whether a key has changed."""
+    assert Secret("a") == Secret("a") != Secret("b")
+    assert Secret("a") != "a"
+    assert len({Secret("a"), Secret("a"), Secret("b")}) == 2
+
+
+def test_a_policy_does_not_show_whose_key_has_which_digest():
+    """A dump of it in a log helps nobody to search for a key."""
+    shown = repr(policy(key_digests={"d1gest": "ann"}, admin_digests={"adm1n": "ops"}))
+    assert "d1gest" not in shown
+    assert "adm1n" not in shown
+
+
+@pytest.mark.parametrize("key", ["sk-abc", "", "schlüssel", "\udcff"])
+def test_a_digest_is_sha_256_in_hex(key):
+    """As `printf %s KEY | sha256sum` says it; bytes that are no text have one too, which no key has."""
+    assert digest(key) == hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()
+    assert len(digest(key)) == 64
+
+
+def test_groups_and_globs_are_values():
+    """A file that is read again gives an equal policy."""
+    assert group("staff", DAILY, models=["a"]) == Group("staff", (DAILY,), Globs(["a"]))
+    assert isinstance(policy(STAFF), Policy)
+    assert policy(STAFF) != policy(TEAM)

@@ -1,0 +1,143 @@
+"""The shape of the file: its sections, their defaults, and the JSON Schema made of them."""
+
+import json
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from proxy import schema
+from proxy.policy import Secret
+from proxy.quotas import Limit
+from proxy.schema import File, Group, Model, Quota, Section, Server, Upstream, User, json_schema, section_at
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALLEST = {"upstreams": {"box": {"base_url": "http://box/v1"}}}
+SECTIONS = (File, Server, Upstream, Model, Group, Quota, User)
+
+
+def test_the_smallest_file_has_all_defaults():
+    """What is left out is what the contract says."""
+    file = File.model_validate(SMALLEST)
+    assert file.server == Server(api="127.0.0.1:8080", admin="127.0.0.1:8081")
+    assert (file.database, file.timezone, file.week_starts) == ("sqlite:///quotas.db", "UTC", "monday")
+    assert (file.combine, file.unmatched, file.help) == ("any_group", "refuse", "")
+    assert (file.models, file.default_upstream, file.groups, file.users, file.admin_keys) == (None, None, {}, {}, {})
+
+
+def test_only_the_admin_listener_may_be_null():
+    """Null turns it off; anywhere else an empty key would be a rule that silently isn't there."""
+    assert File.model_validate(SMALLEST | {"server": {"admin": None}}).server.admin is None
+    for data in ({"server": None}, {"server": {"api": None}}, {"help": None}, {"models": None}):
+        with pytest.raises(ValidationError):
+            File.model_validate(SMALLEST | data)
+    with pytest.raises(ValidationError):
+        Quota.model_validate({"tokens": None, "requests": 5, "per": "day"})
+
+
+@pytest.mark.parametrize(
+    ("kind", "stated", "outcome"),
+    [
+        ("openai", None, "drain"),
+        ("azure", None, "drain"),
+        ("anthropic", None, "drain"),
+        ("simulator", None, "drain"),
+        ("vllm", None, "stop"),
+        ("ollama", None, "stop"),
+        ("llamacpp", None, "stop"),
+        ("vllm", "drain", "drain"),
+        ("openai", "stop", "stop"),
+    ],
+)
+def test_what_happens_when_a_client_leaves_depends_on_the_kind(kind, stated, outcome):
+    """Unless it is stated."""
+    section = {"base_url": "http://box/v1", "kind": kind} | ({"on_disconnect": stated} if stated else {})
+    assert Upstream.model_validate(section).when_client_leaves() == outcome
+
+
+def test_numbers_that_were_put_in_are_text_and_still_numbers():
+    """${LIMIT} gives text."""
+    quota = Quota.model_validate({"tokens": "200k", "requests": 5, "per": "day", "shared": "true"})
+    assert quota.limits() == (Limit("tokens", 200_000), Limit("requests", 5))
+    assert quota.shared is True
+
+
+def test_a_models_numbers_may_be_equal():
+    """An answer may fill the whole context."""
+    model = Model.model_validate({"context": "128k", "max_output_tokens": 128_000})
+    assert (model.context, model.max_output_tokens) == (128_000, 128_000)
+
+
+def test_names_of_digits_are_names():
+    """A user called 1001 may be listed without quotes."""
+    assert User.model_validate({"groups": [1001]}).groups == ["1001"]
+
+
+@pytest.mark.parametrize("flag", ["yes", 1, 0, "True"])
+def test_a_flag_is_true_or_false(flag):
+    """Nothing that only resembles it."""
+    with pytest.raises(ValidationError):
+        Group.model_validate({"unlimited": flag})
+
+
+def test_secrets_do_not_show():
+    """An upstream's key is wrapped, a user's is a digest at once, and neither is in what is printed."""
+    file = File.model_validate(
+        {
+            "upstreams": {"box": {"base_url": "http://box/v1", "api_key": "sk-something-secret"}},
+            "users": {"alice": {"keys": ["a-secret-of-24-characters"]}},
+            "admin_keys": {"ops": "another-of-24-characters-"},
+            "database": "postgresql://u:password@h/db",
+        }
+    )
+    assert file.upstreams["box"].api_key == Secret("sk-something-secret")
+    for hidden in ("secret", "another", "password"):
+        assert hidden not in repr(file)
+
+
+@pytest.mark.parametrize(
+    ("path", "section"),
+    [
+        (("a",), File),
+        (("server", "a"), Server),
+        (("upstreams", "box", "a"), Upstream),
+        (("models", "m", "a"), Model),
+        (("groups", "g", "a"), Group),
+        (("groups", "g", "quotas", "q", "a"), Quota),
+        (("users", "u", "a"), User),
+    ],
+)
+def test_each_key_belongs_to_a_section(path, section):
+    """So that a fault can name the keys that there are."""
+    assert section_at(path) is section
+
+
+def test_no_section_is_forgotten():
+    """The list of this file is whole."""
+    assert {*Section.__subclasses__()} == {*SECTIONS}
+
+
+def test_every_key_is_described_in_a_sentence():
+    """The descriptions are the documentation that editors show."""
+    for section in SECTIONS:
+        for name, field in section.model_fields.items():
+            assert field.description and field.description.endswith("."), f"{section.__name__}.{name}"
+
+
+def test_the_json_schema_in_config_is_the_one_that_is_printed():
+    """Mend it with: python -m proxy schema > config/quotas.schema.json."""
+    assert (ROOT / "config" / "quotas.schema.json").read_text(encoding="utf-8") == json_schema()
+
+
+def test_the_json_schema_refuses_what_the_file_refuses():
+    """Unknown keys, names that are none, and null but for the admin listener."""
+    whole = json.loads(json_schema())
+    assert whole["$schema"] == "https://json-schema.org/draft/2020-12/schema"
+    assert whole["required"] == ["upstreams"]
+    assert whole["$defs"]["Quota"]["required"] == ["per"]
+    assert all(part["additionalProperties"] is False for part in (whole, *whole["$defs"].values()))
+    assert whole["properties"]["groups"]["additionalProperties"] is False
+    assert list(whole["properties"]["groups"]["patternProperties"]) == [schema.scalars.NAME.pattern]
+    assert json_schema().count('"null"') == 1
+    assert whole["$defs"]["Server"]["properties"]["admin"]["type"] == ["string", "null"]
+    assert "title" not in json_schema()
