@@ -114,7 +114,8 @@ def cost_of_a_chunk() -> list[Figure]:
 
     with _streams(_TOKENS_PER_S, tokens=_TOKENS_PER_S * (_CHUNKS_S + 2)) as (nginx, proxy):
         by_nginx, by_proxy = _in_turn(lambda server: uvloop.run(watch(server)), nginx, proxy)
-    return [Figure(f"CPU of a chunk, {_STREAMS} streams", "µs", by_proxy, by_nginx, Aim(3, is_ratio=True))]
+    what = f"CPU of a chunk, {_STREAMS} streams"
+    return [Figure(what, "µs", by_proxy, by_nginx, Aim(3, is_ratio=True))]
 
 
 def memory_of_streams() -> list[Figure]:

@@ -3,7 +3,6 @@
 All listen on loopback only. nginx runs from configs of its own in a temporary folder, never as the system's service.
 """
 
-import os
 import shutil
 import socket
 import subprocess
@@ -13,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryFile
 
 KEY = "sk-bench-0123456789abcdefghijklmn"
 _START_WITHIN_S = 20
@@ -143,27 +143,35 @@ def _nginx(folder: Path, server: str, port: int) -> Iterator[Server]:
 
 @contextmanager
 def _running(command: list[str], port: int) -> Iterator[Server]:
-    process = subprocess.Popen(command, cwd=Path(__file__).parent.parent, stdout=subprocess.DEVNULL)
-    try:
-        _wait_until_it_listens(process, port)
-        yield Server(port, process.pid)
-    finally:
-        process.terminate()
+    with TemporaryFile() as log:
+        process = subprocess.Popen(command, cwd=Path(__file__).parent.parent, stdout=log, stderr=log)
         try:
-            process.wait(_STOP_WITHIN_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+            if not _listens(process, port):
+                log.seek(0)
+                raise SystemExit(f"{' '.join(command)}: did not start\n{log.read().decode()}")
+            yield Server(port, process.pid)
+        finally:
+            _stop(process)
 
 
-def _wait_until_it_listens(process: "subprocess.Popen[bytes]", port: int) -> None:
+def _listens(process: "subprocess.Popen[bytes]", port: int) -> bool:
+    """Wait until somebody can connect; False where that never comes."""
     give_up_at = time.monotonic() + _START_WITHIN_S
     while process.poll() is None and time.monotonic() < give_up_at:
         with socket.socket() as probe:
             if probe.connect_ex(("127.0.0.1", port)) == 0:
-                return
+                return True
         time.sleep(0.02)
-    raise SystemExit(f"{os.path.basename(process.args[0])} did not start")  # type: ignore[index]
+    return False
+
+
+def _stop(process: "subprocess.Popen[bytes]") -> None:
+    process.terminate()
+    try:
+        process.wait(_STOP_WITHIN_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 def _free_port() -> int:

@@ -9,6 +9,7 @@ proxy asks for and takes out again.
 import asyncio
 import re
 import sys
+from functools import partial
 
 import orjson
 import uvloop
@@ -35,14 +36,13 @@ class Events:
 class Upstream(asyncio.Protocol):
     """One connection: reads a request, streams an answer at a set speed, and waits for the next request."""
 
-    events = (Events(with_usage=False), Events(with_usage=True))
-
-    def __init__(self, tokens_per_s: float, tokens: int) -> None:
+    def __init__(self, tokens_per_s: float, tokens: int, *, plain: Events, with_usage: Events) -> None:
+        self._plain, self._with_usage = plain, with_usage
         self._pause_s = 1 / tokens_per_s
         self._tokens = tokens
         self._left = 0
         self._received = b""
-        self._answer = self.events[0]
+        self._answer = plain
         self._next: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -59,7 +59,7 @@ class Upstream(asyncio.Protocol):
         if not blank or length is None or len(body) < int(length[1]):
             return
         self._received = b""
-        self._answer = self.events[b'"include_usage":true' in body]
+        self._answer = self._with_usage if b'"include_usage":true' in body else self._plain
         self._left = self._tokens
         self._transport.write(_HEAD)
         self._write()
@@ -89,7 +89,10 @@ def _chunk(data: bytes) -> bytes:
 
 async def _serve(port: int, tokens_per_s: float, tokens: int) -> None:
     loop = asyncio.get_running_loop()
-    server = await loop.create_server(lambda: Upstream(tokens_per_s, tokens), "127.0.0.1", port, backlog=4096)
+    connected = partial(
+        Upstream, tokens_per_s, tokens, plain=Events(with_usage=False), with_usage=Events(with_usage=True)
+    )
+    server = await loop.create_server(connected, "127.0.0.1", port, backlog=4096)
     await server.serve_forever()
 
 

@@ -63,9 +63,9 @@ class Server:
         relay = Relay(
             self.ledger, self.upstreams, metrics=self.metrics, departures=departures or Departures(), now=now
         )
-        self._health = Health(self.ledger, self.policies)
-        self._api = Api(self.policies, self.ledger, relay=relay, health=self._health, now=now)
-        self._admin = Admin(self.metrics, self._health)
+        self.health = Health(self.ledger, self.policies)
+        self._api = Api(self.policies, self.ledger, relay=relay, health=self.health, now=now)
+        self._admin = Admin(self.metrics, self.health)
         self._settings = config.settings
         self._chores = Tasks()
         self._runners: list[web.AppRunner] = []
@@ -89,7 +89,7 @@ class Server:
 
     async def stop(self, grace_s: float = GRACE_S) -> None:
         """End in order; calls get `grace_s` to end by themselves, and are then cut off and settled."""
-        self._health.is_stopping = True
+        self.health.is_stopping = True
         for runner in self._runners:
             for site in list(runner.sites):
                 await site.stop()
@@ -129,9 +129,9 @@ async def serve(server: Server, started: Callable[[Server], None] = lambda _: No
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     loop.add_signal_handler(signal.SIGHUP, lambda: reloads.start("reload", server.policies.reload()))
-    await server.start()
-    started(server)
     try:
+        await server.start()
+        started(server)
         await stop.wait()
     finally:
         await server.stop()

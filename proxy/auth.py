@@ -12,6 +12,8 @@ from proxy.policy import Policy, User, digest
 _HEADERS = ("authorization", "api-key", "x-api-key")
 # The longest that is looked at; a key of ours has some 50 characters, a JSON web token up to a few thousand.
 _KEY_CHARACTERS_MAX = 16_384
+# What may stand around a header's value (RFC 9110 §5.5). Anything else is a part of the key, and so a wrong key.
+_BLANKS = " \t"
 
 
 def identify(headers: Iterable[tuple[str, str]], policy: Policy) -> User:
@@ -38,23 +40,24 @@ def identify_admin(headers: Iterable[tuple[str, str]], policy: Policy) -> str:
 
 def presented_key(headers: Iterable[tuple[str, str]]) -> str:
     """The one key in these headers; raises InvalidKey where there is none, or two that differ."""
-    keys = {key for name, value in headers if name.lower() in _HEADERS and (key := _key_in(name.lower(), value))}
+    sent = [(name.lower(), value.strip(_BLANKS)) for name, value in headers if name.lower() in _HEADERS]
+    keys = {key for name, value in sent if (key := _key_in(name, value))}
     if not keys:
         raise InvalidKey(
             "You didn't send an API key. Send it as `Authorization: Bearer YOUR_KEY` (or `api-key`, `x-api-key`)."
         )
-    if len(keys) > 1:
+    if len(keys) > 1 or len({value for name, value in sent if name == "authorization"}) > 1:
         raise InvalidKey("This request carries two different API keys. Send one.")
     return keys.pop()
 
 
 def _key_in(name: str, value: str) -> str:
     if len(value) > _KEY_CHARACTERS_MAX:
-        return ""
+        raise InvalidKey(f"An API key has at most {_KEY_CHARACTERS_MAX} characters.")
     if name != "authorization":
-        return value.strip()
-    scheme, _, key = value.strip().partition(" ")
-    return key.strip() if scheme.lower() == "bearer" else ""
+        return value
+    scheme, _, key = value.partition(" ")
+    return key.strip(_BLANKS) if scheme.lower() == "bearer" else ""
 
 
 def _whose(key: str, digests: Mapping[str, str]) -> str | None:

@@ -103,6 +103,11 @@ class Settle:
     usage: Usage
     outcome: Outcome
 
+    def __post_init__(self) -> None:
+        charge = charge_of(self.usage)
+        if not all(0 <= part <= TOKENS_MAX for part in (charge.input, charge.output, charge.requests)):
+            raise ValueError(f"a usage of {charge.input} + {charge.output} tokens is beyond all bounds")
+
 
 @dataclass(frozen=True, slots=True)
 class Release:
@@ -170,7 +175,7 @@ class Books:
                 return self._end(act.id, "settled", act.usage, act.outcome)
             case Release():
                 return self._end(act.id, "released", None, act.outcome)
-            case Expire():
+            case _:
                 return self._end(act.id, "expired", None, "lost")
 
     def _reserve(self, act: Reserve) -> Answer:

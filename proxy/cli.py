@@ -1,5 +1,6 @@
 """The commands. Exit codes: 0 fine, 1 the answer is no, 2 the command or the config is wrong."""
 
+import asyncio
 import logging
 import os
 import sys
@@ -93,6 +94,8 @@ def migrate_command(path: str) -> None:
         store.open()
     except (StoreInUse, StoreUnavailable, NewerSchema) as error:
         _give_up(str(error), _NO)
+    finally:
+        asyncio.run(store.close())
     click.echo("The database has this release's schema.")
 
 

@@ -17,12 +17,13 @@ _WRITE_S = 60
 class Client:
     """One client and the response to it. `id` is the request's id, sent as `x-request-id`."""
 
-    def __init__(self, request: web.Request, *, id: str) -> None:
+    def __init__(self, request: web.Request, *, id: str, write_s: float = _WRITE_S) -> None:
         self.id = id
         self.headers = list(request.headers.items())
         self.is_gone = False
         self.response: web.StreamResponse | None = None
         self._request = request
+        self._write_s = write_s
         self._when_gone: Callable[[], None] | None = None
 
     def when_gone(self, act: Callable[[], None] | None) -> None:
@@ -67,7 +68,7 @@ class Client:
         if self.is_gone:
             return
         try:
-            async with asyncio.timeout(_WRITE_S):
+            async with asyncio.timeout(self._write_s):
                 await act()  # type: ignore[misc]
         except (ConnectionError, TimeoutError):
             if self._request.transport is not None:

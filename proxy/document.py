@@ -31,7 +31,8 @@ _BOOLEANS = {"true": True, "True": True, "TRUE": True, "false": False, "False": 
 # Other spellings (1_000, +5, 1.5, 0.5e3) stay text as they are written; the schema says which are numbers.
 _INTEGER = re.compile(r"-?[1-9][0-9]{0,17}|0")
 
-_WORDS = re.compile(r"y|Y|n|N|yes|Yes|YES|no|No|NO|on|On|ON|off|Off|OFF")
+# The standard of 1.1 also names y and n, but hardly any reader ever took those for true and false.
+_WORDS = re.compile(r"yes|Yes|YES|no|No|NO|on|On|ON|off|Off|OFF")
 _SIXTIES = re.compile(r"[-+]?[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?")
 _ANOTHER_BASE = re.compile(r"[-+]?0(?:o?[0-7_]+|x[0-9a-fA-F_]+|b[01_]+|[0-9_]+)")
 

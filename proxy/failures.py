@@ -2,8 +2,8 @@
 
     4xx (but those below)   the request's fault      one request, no tokens    passed on as it is
     401, 403                our key's                nothing                   502 that says nothing of the key
+    402, or a code of it    our account's            nothing                   503
     429                     the upstream's limit     nothing                   429 marked as the upstream's
-    429 insufficient_quota  our account's            nothing                   503
     408, 5xx                the upstream's           nothing                   passed on, or 502 / 504
     anything else           the upstream's           nothing                   502
 
@@ -56,6 +56,8 @@ def failure_of(
         return UpstreamError(
             "The upstream did not accept the proxy's key. The operator of this proxy has to mend it."
         )
+    if status == 402 or _is_account_used_up(error):
+        return UpstreamExhausted("The account behind this proxy is used up. The operator has to mend it.")
     if status == 429:
         return _limited(error, retry_after, upstream)
     if status == 408 or status >= 500:
@@ -75,17 +77,20 @@ def masked(body: bytes, upstream: Upstream) -> bytes:
 
 
 def _limited(error: dict[str, Any] | None, retry_after: str | None, upstream: Upstream) -> ProxyError:
-    error = error or {}
-    if error.get("code") in _ACCOUNT_CODES or error.get("type") in _ACCOUNT_CODES:
-        return UpstreamExhausted("The account behind this proxy is used up. The operator has to mend it.")
     headers = (
         {"retry-after": retry_after} if retry_after and retry_after.isascii() and retry_after.isdigit() else None
     )
-    text = masked(str(error.get("message", "")).encode("utf-8", "replace"), upstream).decode()
+    said = error.get("message") if error else None
+    text = masked(said.encode(), upstream).decode() if isinstance(said, str) else ""
     return UpstreamBusy(
         f"The upstream itself is limiting requests just now; this is no quota of this proxy. {text[:500]}".strip(),
         headers=headers,
     )
+
+
+def _is_account_used_up(error: dict[str, Any] | None) -> bool:
+    said = (error.get("code"), error.get("type")) if error else ()
+    return any(isinstance(word, str) and word in _ACCOUNT_CODES for word in said)
 
 
 def _error_in(body: bytes) -> dict[str, Any] | None:

@@ -5,11 +5,11 @@ towards the client nothing that names the account behind our key or speaks of th
 RFC 9110 §7.6.1 (hop-by-hop), and what was seen of the vendors' headers.
 """
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 from proxy.policy import Kind, Secret
 
-Headers = Iterable[tuple[str, str]]
+Headers = Sequence[tuple[str, str]]
 
 _TO_UPSTREAM = frozenset(
     (
@@ -29,7 +29,8 @@ _EVENT_STREAM = {"cache-control": "no-cache, no-transform", "x-accel-buffering":
 
 def to_upstream(headers: Headers, *, kind: Kind, api_key: Secret | None) -> dict[str, str]:
     """The headers of the forwarded request: a few of the client's, our key, and no compression to undo."""
-    sent = {name.lower(): value for name, value in headers if name.lower() in _TO_UPSTREAM}
+    passing = _TO_UPSTREAM - _of_this_connection(headers)
+    sent = {name.lower(): value for name, value in headers if name.lower() in passing}
     sent["content-type"] = "application/json"
     sent["accept-encoding"] = "identity"
     return {**sent, **key_header(kind, api_key)}
@@ -50,8 +51,15 @@ def key_header(kind: Kind, api_key: Secret | None) -> dict[str, str]:
 
 def to_client(headers: Headers, *, is_stream: bool) -> dict[str, str]:
     """The headers of an answer that pass on, with what keeps others from storing or delaying it."""
-    passed = {name.lower(): value for name, value in headers if name.lower() in _TO_CLIENT and value.isprintable()}
+    passing = _TO_CLIENT - _of_this_connection(headers)
+    passed = {name.lower(): value for name, value in headers if name.lower() in passing and value.isprintable()}
     upstream_id = next((value for name, value in headers if name.lower() == "x-request-id"), "")
     if upstream_id and upstream_id.isprintable():
         passed["x-upstream-request-id"] = upstream_id
     return {**passed, **(_EVENT_STREAM if is_stream else {"cache-control": "no-store"})}
+
+
+def _of_this_connection(headers: Headers) -> set[str]:
+    """The names that `Connection` lists: what they say ends here."""
+    lists = (value for name, value in headers if name.lower() == "connection")
+    return {listed.strip().lower() for value in lists for listed in value.split(",")}

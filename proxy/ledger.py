@@ -76,12 +76,21 @@ class Ledger:
 
         If the caller is cancelled meanwhile, what was reserved is released again.
         """
-        answer = await self._enqueue(act)
+        queued = self._enqueue(act)
+        try:
+            answer = await queued
+        except asyncio.CancelledError:
+            if not queued.cancelled():  # it was answered in the very moment in which its caller was cancelled
+                self._enqueue(Release(act.id))
+            raise
         assert isinstance(answer, (Booked, NotBooked))
         return answer
 
     def end(self, act: Settle | Release) -> "asyncio.Future[Answer]":
-        """Queue the end of a call; the future is done when that is committed, however long it takes."""
+        """Queue the end of a call; the future is done when that is committed, however long it takes.
+
+        It is booked also where nobody waits for it any more.
+        """
         return self._enqueue(act)
 
     async def expire_orphans(self) -> int:
@@ -99,7 +108,10 @@ class Ledger:
         try:
             await self._in_thread(self._store.renew, self.owner, self._now() + LEASE_MS)
         except StoreUnavailable as error:
+            self.is_healthy = False
             log.warning("the lease could not be renewed", reason=str(error))
+        else:
+            self.is_healthy = True  # also where no call comes to find it out, because we said that we can't serve
 
     async def counters(self, keys: Sequence[CounterKey]) -> dict[CounterKey, Counter]:
         """How counters stand, to be shown. Raises LedgerUnavailable."""
@@ -125,8 +137,11 @@ class Ledger:
 
     def _enqueue(self, act: Act) -> "asyncio.Future[Answer]":
         queued = _Queued(act, asyncio.get_running_loop().create_future())
-        self._queue.append(queued)
-        self._wake.set()
+        if self._loop is None or self._loop.done():
+            self._fail(queued)  # nobody would ever answer it
+        else:
+            self._queue.append(queued)
+            self._wake.set()
         return queued.answer
 
     async def _run(self) -> None:
@@ -134,12 +149,14 @@ class Ledger:
             await self._wake.wait()
             self._wake.clear()
             while self._queue:
-                taken = [self._queue.popleft() for _ in range(min(BATCH_MAX, len(self._queue)))]
-                # Whoever gave up before we began wants nothing booked.
-                wanted = [queued for queued in taken if not queued.answer.cancelled()]
-                await self._book(sorted(wanted, key=lambda queued: isinstance(queued.act, Reserve)))
-            if self._is_closing:
-                return
+                if batch := self._take():
+                    await self._book(batch)
+
+    def _take(self) -> list[_Queued]:
+        """The next batch: what gives back first. A caller who gave up before we began wants nothing booked."""
+        taken = [self._queue.popleft() for _ in range(min(BATCH_MAX, len(self._queue)))]
+        wanted = [queued for queued in taken if not (_lets_in(queued) and queued.answer.cancelled())]
+        return sorted(wanted, key=_lets_in)
 
     async def _book(self, batch: list[_Queued]) -> None:
         try:
@@ -163,27 +180,27 @@ class Ledger:
             self._fail(queued)
 
     async def _put_off(self, batch: list[_Queued], error: StoreUnavailable) -> None:
-        """The database is away: refuse what wants to be let in, keep what gives back for later."""
+        """The database is away: refuse whoever wants to be let in, keep what gives back for later."""
         self.is_healthy = False
         log.warning("the ledger's database can't be used", reason=str(error), acts=len(batch))
-        for queued in batch:
-            if isinstance(queued.act, Reserve):
-                self._fail(queued)
-                if error.is_uncertain:  # it may have been committed all the same
-                    self._enqueue(Release(queued.act.id))
-        later = [queued for queued in batch if not isinstance(queued.act, Reserve)]
+        waiting = [*batch, *self._queue]
+        self._queue = deque(queued for queued in waiting if not _lets_in(queued))
+        for queued in filter(_lets_in, waiting):
+            self._fail(queued)
+        for queued in filter(_lets_in, batch if error.is_uncertain else ()):
+            self._enqueue(Release(queued.act.id))  # it may have been committed all the same
         if self._is_closing:
             # Their reservations are on the books: the next start charges them as lost.
-            log.error("closing with ends that could not be booked", acts=len(later))
-            self._queue.clear()
+            log.error("closing with ends that could not be booked", acts=len(self._queue))
+            while self._queue:
+                self._fail(self._queue.popleft())
             return
-        self._queue.extendleft(reversed(later))
         await asyncio.sleep(self._retry_s)
 
     def _tell(self, queued: _Queued, answer: Answer) -> None:
         if not queued.answer.cancelled():
             queued.answer.set_result(answer)
-        elif isinstance(queued.act, Reserve) and isinstance(answer, Booked):
+        elif _lets_in(queued) and isinstance(answer, Booked):
             self._enqueue(Release(queued.act.id))
 
     @staticmethod
@@ -197,3 +214,7 @@ class Ledger:
 
     async def _in_thread(self, work: Callable[..., T], *arguments: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._store.thread, work, *arguments)
+
+
+def _lets_in(queued: _Queued) -> bool:
+    return isinstance(queued.act, Reserve)

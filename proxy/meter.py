@@ -25,8 +25,21 @@ _COMMON_KEYS = frozenset(
     ("id", "object", "created", "model", "system_fingerprint", "service_tier", "choices", "usage", "obfuscation")
 )
 _RESPONSE_ENDS = frozenset(("response.completed", "response.incomplete", "response.failed", "error"))
-# Strings inside a choice that are not text of the answer.
-_NOT_TEXT = frozenset(("role", "type", "id", "finish_reason"))
+# What stands inside a choice and is no text that the model wrote: names, verdicts, the text once more as single
+# tokens, sound as base64.
+_NOT_TEXT = frozenset(
+    "role type id call_id status finish_reason native_finish_reason stop_reason logprobs prompt_logprobs "
+    "content_filter_results data".split()
+)
+# The member as servers write it that say "no usage yet" on every chunk, with the comma that goes with it. The zeros
+# are Ollama's, on each chunk of /completions.
+_PLACEHOLDERS = (
+    b',"usage":null',
+    b', "usage": null',
+    b'"usage":null,',
+    b'"usage": null, ',
+    b',"usage":{"prompt_tokens":0,"completion_tokens":0,"total_tokens":0}',
+)
 
 
 class Meter:
@@ -73,8 +86,7 @@ class Meter:
             return
         self._see_error(answer)
         self._reported = read_tokens(answer.get("usage"))
-        if not self.has_error:
-            self._text_bytes += _text_in(answer.get("choices")) + _text_in(answer.get("output"))
+        self._text_bytes += _text_in(answer.get("choices")) + _text_in(answer.get("output"))
 
     @property
     def has_usage(self) -> bool:
@@ -92,35 +104,40 @@ class Meter:
     def _see_chunk(self, chunk: dict[str, Any], event: Event) -> bytes:
         self._see_error(chunk)
         choices = chunk.get("choices")
-        usage = chunk.get("usage")
-        if isinstance(usage, dict):
-            self._reported = read_tokens(usage) or self._reported
-            if not choices:
-                self.is_at_end = True
-                return self._without_usage(chunk) if self._strips else event.raw
         if choices and (text_bytes := _text_in(choices)):
             self._text_bytes += text_bytes
             self._text_chunks += 1
-        if self._strips and "usage" in chunk and usage is None:
-            return _without_null_usage(event, chunk)
-        return event.raw
+        if "usage" not in chunk:
+            return event.raw
+        usage = chunk["usage"]
+        # Zeros beside a choice are no count but a place kept for one, and so is null.
+        is_placeholder = usage is None or (isinstance(usage, dict) and bool(choices) and not any(usage.values()))
+        if isinstance(usage, dict) and not is_placeholder:
+            self._reported = read_tokens(usage) or self._reported
+            if not choices:
+                return self._see_usage_chunk(chunk, event)
+        return _without_usage(event, chunk) if is_placeholder and self._strips else event.raw
 
-    def _without_usage(self, chunk: dict[str, Any]) -> bytes:
-        """The usage chunk as it would have come unasked: not at all, unless it carries something else too."""
-        if chunk.keys() <= _COMMON_KEYS:
-            return b""
-        return _event({key: value for key, value in chunk.items() if key != "usage"})
+    def _see_usage_chunk(self, chunk: dict[str, Any], event: Event) -> bytes:
+        """Return the chunk as it would have come unasked: not at all, unless it carries something else too."""
+        # llama.cpp sends one for each of several choices, as soon as it is finished: then only [DONE] is the end.
+        self.is_at_end = self.is_at_end or self._call.choices == 1
+        if not self._strips:
+            return event.raw
+        carries_more = any(value is not None and key not in _COMMON_KEYS for key, value in chunk.items())
+        return _without_usage(event, chunk) if carries_more else b""
 
     def _see_response_event(self, chunk: dict[str, Any]) -> None:
+        self._see_error(chunk)
         kind = chunk.get("type")
         if kind in _RESPONSE_ENDS:
             self.is_at_end = self.is_over = True
-            self.has_error = kind == "error"
+            self.has_error = self.has_error or kind in ("error", "response.failed")
             response = chunk.get("response")
             if isinstance(response, dict):
                 self._reported = read_tokens(response.get("usage"))
         elif isinstance(kind, str) and kind.endswith(".delta") and isinstance(delta := chunk.get("delta"), str):
-            self._text_bytes += len(delta.encode("utf-8", "replace"))
+            self._text_bytes += _text_in(delta)
             self._text_chunks += 1
 
     def _see_error(self, answer: dict[str, Any]) -> None:
@@ -146,17 +163,25 @@ def _text_in(value: object) -> int:
     return 0
 
 
-def _without_null_usage(event: Event, chunk: dict[str, Any]) -> bytes:
-    """The event without `"usage": null`, which stands there only because usage was asked for.
+def _without_usage(event: Event, chunk: dict[str, Any]) -> bytes:
+    """The event without its `usage`, which stands there only because it was asked for.
 
-    Cut out of the bytes, so that the rest stays as it was: inside a JSON string the quotes would be escaped, so
-    what is found once is the member itself.
+    Where it is a placeholder it is cut out of the bytes, so that all others stay as they were; otherwise the event
+    is written anew.
     """
-    for member in (b',"usage":null', b', "usage": null', b'"usage":null,', b'"usage": null, '):
-        if event.raw.count(member) == 1:
-            return event.raw.replace(member, b"")
-    return _event({key: value for key, value in chunk.items() if key != "usage"})
+    raw = event.raw
+    rest = {key: value for key, value in chunk.items() if key != "usage"}
+    # Inside a string the quotes would be escaped; but "usage" may be a whole string, or the name of an inner member.
+    is_only_one = raw.count(b'"usage"') == 1
+    for member in _PLACEHOLDERS:
+        before, found, after = raw.partition(member)
+        while found:
+            if is_only_one or _says(before + after, rest):
+                return before + after
+            more, found, after = after.partition(member)
+            before += member + more
+    return b"data: " + dump(rest) + b"\n\n"
 
 
-def _event(chunk: dict[str, Any]) -> bytes:
-    return b"data: " + dump(chunk) + b"\n\n"
+def _says(raw: bytes, chunk: dict[str, Any]) -> bool:
+    return _object(raw[raw.find(b"{") : raw.rfind(b"}") + 1]) == chunk

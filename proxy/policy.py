@@ -148,8 +148,8 @@ class Policy:
     def all_quotas(self, user: User) -> Binding:
         """Every quota that can bind this user on some model, to be shown."""
         groups = [self.groups[name] for name in user.groups]
-        covered = any(group.unlimited or ALL_MODELS in (quota.models for quota in group.quotas) for group in groups)
-        if not covered and DEFAULT in self.groups:
+        stated = {text for group in self._groups_of(user) if group.models is not None for text in group.models.texts}
+        if not any(_covers(group, stated) for group in groups) and DEFAULT in self.groups:
             groups.append(self.groups[DEFAULT])
         everyone = self.groups.get(EVERYONE, Group(EVERYONE))
         return Binding(user.name, everyone.quotas, tuple(Route(group.name, group.quotas) for group in groups))
@@ -161,21 +161,19 @@ class Policy:
 
     def _bind(self, user: User, model: str) -> Binding | None:
         always = self._quotas(EVERYONE, model)
-        own = [self.groups[name] for name in user.groups if self._has_a_say(self.groups[name], model)]
-        if not own and DEFAULT in self.groups and self._has_a_say(self.groups[DEFAULT], model):
-            own = [self.groups[DEFAULT]]
-        if not always and not own and self.unmatched == "refuse":
-            return None
+        own = [self.groups[name] for name in user.groups]
+        if DEFAULT in self.groups and not any(self._has_a_say(group, model) for group in own):
+            own.append(self.groups[DEFAULT])
         everything = (*always, *(quota for group in own for quota in group.quotas_for(model)))
+        routes = tuple(
+            Route(group.name, _enforced(group.quotas_for(model))) for group in own if self._has_a_say(group, model)
+        )
+        if not everything and not routes and self.unmatched == "refuse":
+            return None
         return Binding(
             user=user.name,
             always=_enforced(always),
-            routes=tuple(
-                Route(group.name, _enforced(group.quotas_for(model)))
-                for group in own
-                # A group whose quotas only watch must not open a way past those that bind.
-                if group.is_unlimited_for(model) or _enforced(group.quotas_for(model))
-            ),
+            routes=routes,
             shadows=tuple(quota for quota in everything if quota.enforce == "shadow"),
             combine=self.combine,
         )
@@ -185,8 +183,15 @@ class Policy:
 
     @staticmethod
     def _has_a_say(group: Group, model: str) -> bool:
-        return group.is_unlimited_for(model) or bool(group.quotas_for(model))
+        # A group whose quotas only watch must not open a way past those that bind.
+        return group.is_unlimited_for(model) or bool(_enforced(group.quotas_for(model)))
 
 
 def _enforced(quotas: tuple[Quota, ...]) -> tuple[Quota, ...]:
     return tuple(quota for quota in quotas if quota.enforce != "shadow")
+
+
+def _covers(group: Group, stated: set[str]) -> bool:
+    """Whether a group has a say about each model that these lists allow (none of them: about any)."""
+    says_all = group.unlimited or any(quota.models == ALL_MODELS for quota in _enforced(group.quotas))
+    return says_all and (group.models is None or (bool(stated) and stated <= set(group.models.texts)))

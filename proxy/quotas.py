@@ -109,11 +109,18 @@ def standing_at(now: int, quota: Quota, counter: Counter | None) -> Counter:
     """The counter as it stands at `now`: itself while its window is open, else a fresh one.
 
     A running window keeps its end when `per` changes. A clock that jumps back resets nothing, because a window
-    is left only when its end has passed.
+    is left only when its end has passed. A window is known by when it opened, so a new one never opens before, or
+    together with, one that calls in flight may still belong to: not after a change of `per` (the hour and the day
+    that begin at midnight), and not after a clock that went ahead and came back.
     """
-    if counter is not None and counter.is_open and counter.window.is_open(now):
+    opening = quota.per.opening(now)
+    if counter is None:
+        return Counter(opening)
+    last = counter.window
+    if last.is_open(now) and (counter.is_open or now < last.opened_at):
         return counter
-    return Counter(quota.per.opening(now))
+    not_before = last.opened_at if last.is_open(now) else last.resets_at
+    return Counter(Window(max(opening.opened_at, not_before), opening.resets_at))
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,8 +233,8 @@ class Refused:
 
     @property
     def let_in_at(self) -> int | None:
-        """The instant at which this call would be let in, in ms; None where no reset will do (busy, never)."""
-        if self.verdict is not Verdict.EXHAUSTED:
+        """The instant at which this call would be let in, in ms; None where no reset will do (busy, never, a 0)."""
+        if self.verdict is not Verdict.EXHAUSTED or any(block.limit.maximum == 0 for block in self.blocks):
             return None
         return max(block.counter.window.resets_at for block in self.blocks)
 
@@ -246,7 +253,7 @@ def decide(demand: Demand, binding: Binding, counters: Counters, now: int) -> Ad
     whole = (way for way in ways if way.verdict is Verdict.ROOM and way.output == demand.want)
     best = next(whole, None) or min(ways, key=_Way.rank)
     if best.verdict is not Verdict.ROOM:
-        return Refused(best.verdict, tuple(block for block in best.blocks if block.verdict is best.verdict))
+        return Refused(best.verdict, best.telling())
     return _admit(best, demand, binding, at)
 
 
@@ -271,8 +278,12 @@ class _Way:
         """Smaller is better: any that may be let in now or soon, by the most it carries; then the soonest reset."""
         if self.verdict <= Verdict.BUSY:
             return (0, -self.output, self.verdict)
-        resets_at = max(block.counter.window.resets_at for block in self.blocks)
-        return (self.verdict, resets_at, 0)
+        let_in_at = Refused(self.verdict, self.telling()).let_in_at
+        return (self.verdict, int(let_in_at is None), let_in_at or 0)
+
+    def telling(self) -> tuple[Block, ...]:
+        """The blocks that decide: the worst of them."""
+        return tuple(block for block in self.blocks if block.verdict is self.verdict)
 
 
 def _assess(route: Route, demand: Demand, at: Mapping[str, Counter]) -> _Way:

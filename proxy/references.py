@@ -39,6 +39,7 @@ class Sources:
         self._environ = environ
         self._read_file = read_file
         self._outside: set[str] = set()
+        self._lengths: set[int] = set()
 
     def substitute(self, text: str) -> Substituted:
         """The text with its references replaced; one that is wrong stays as it is written."""
@@ -59,9 +60,17 @@ class Sources:
         return Substituted(_REFERENCE.sub(replace, text), looked_up > 0, tuple(wrong))
 
     def hide(self, text: str) -> str:
-        """The text without any value that came from outside."""
-        for value in sorted(self._outside, key=len, reverse=True):
-            text = text.replace(value, "…")
+        """The text without any value that came from outside, the longest first."""
+        # By pieces of the text instead of value by value: there may be a key for each of 50,000 users.
+        for length in sorted(self._lengths, reverse=True):
+            shown, start, here = "", 0, 0
+            while here + length <= len(text):
+                if text[here : here + length] in self._outside:
+                    shown += f"{text[start:here]}…"
+                    start = here = here + length
+                else:
+                    here += 1
+            text = shown + text[start:]
         return text
 
     def _look_up(self, inside: str, *, is_closed: bool) -> str:
@@ -103,4 +112,5 @@ class Sources:
     def _remember(self, value: str) -> str:
         if len(value) >= _HIDDEN_FROM:
             self._outside.add(value)
+            self._lengths.add(len(value))
         return value

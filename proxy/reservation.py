@@ -16,7 +16,7 @@ from proxy.usage import AtLeast, Tokens, Usage
 
 # How long the end of an answer waits for its commit. Past that it goes out: the end stays queued, and the
 # reservation, which is on the books, covers a crash.
-_COMMIT_WAIT_S = 2.0
+COMMIT_WAIT_S = 2.0
 
 
 class Reservation:
@@ -44,19 +44,19 @@ class Reservation:
         """All that was held, for a call whose end we can't wait for."""
         return AtLeast(Tokens(self.entry.hold.input, self.entry.hold.output))
 
-    async def settle(self, usage: Usage, outcome: Outcome) -> None:
-        """Charge this much; returns once it is on the books, or after two seconds. Only the first end counts."""
-        await self._end(Settle(self.entry.id, usage, outcome), usage)
+    async def settle(self, usage: Usage, outcome: Outcome, *, wait_s: float = COMMIT_WAIT_S) -> None:
+        """Charge this much; returns once it is on the books, or after `wait_s`. Only the first end counts."""
+        await self._end(Settle(self.entry.id, usage, outcome), usage, wait_s)
 
     async def release(self) -> None:
         """Give everything back: the upstream never had this call, or failed with it."""
-        await self._end(Release(self.entry.id), None)
+        await self._end(Release(self.entry.id), None, COMMIT_WAIT_S)
 
-    async def _end(self, act: Settle | Release, usage: Usage | None) -> None:
+    async def _end(self, act: Settle | Release, usage: Usage | None, wait_s: float) -> None:
         if self.outcome is not None:
             return
         self.outcome, self.charged = act.outcome, usage
         booking = self._ledger.end(act)
-        await asyncio.wait([booking], timeout=_COMMIT_WAIT_S)
+        await asyncio.wait([booking], timeout=wait_s)
         if booking.done() and not booking.exception() and isinstance(answer := booking.result(), Booked):
             self.counters = {**self.counters, **answer.counters}

@@ -1,7 +1,7 @@
 """An upstream of our own that behaves like the real ones, for the demo, the tests and the benchmarks.
 
 It serves chat, completions, embeddings, responses and models to whoever has its key, for any name of a model, with
-texts that follow from its seed (see `scripted`), and is reached through the same code path as a real upstream.
+texts that follow from its seed (see `simulated_text`), and is reached through the same code path as a real upstream.
 It remembers what it was sent and what it reported, so that the books can be held against it.
 
 A request can ask it to behave in its `metadata`: `{"simulate": "tokens=300 cut=5"}`, directives between spaces:
@@ -39,9 +39,9 @@ from itertools import count, islice
 import orjson
 from aiohttp import web
 
-from proxy.directions import NO_DIRECTIONS, Complaint, Directions, complaint_of, read_directions, wrong_key
-from proxy.frames import Stream, write_stream, write_whole
-from proxy.scripted import Author, Endpoint, Script, read_json
+from proxy.simulated_faults import NO_DIRECTIONS, Complaint, Directions, complaint_of, read_directions, wrong_key
+from proxy.simulated_frames import Stream, write_stream, write_whole
+from proxy.simulated_text import Author, Endpoint, Script, read_json
 
 MODELS = ("gpt-4o", "gpt-4o-mini", "o4-mini", "gpt-3.5-turbo-instruct", "text-embedding-3-small")
 PATHS = {

@@ -32,9 +32,9 @@ class Standing:
     counter: Counter
 
     def remaining(self, limit: Limit) -> int:
-        """What is neither used nor held of a limit; never below 0."""
-        taken = self.counter.used.of(limit.measure) + self.counter.held.of(limit.measure)
-        return max(0, limit.maximum - taken)
+        """What is neither used nor held of a limit; never below 0. `after` lets in whatever is held."""
+        held = 0 if self.quota.enforce == "after" else self.counter.held.of(limit.measure)
+        return max(0, limit.maximum - self.counter.used.of(limit.measure) - held)
 
     def fullness(self, limit: Limit) -> tuple[int, int]:
         """Smaller is tighter: parts per million that remain, then how many."""
@@ -86,13 +86,14 @@ def standings(
     binding: Binding, counters: Mapping[CounterKey, Counter], now: int, *, without: Entry | None = None
 ) -> dict[str, Standing]:
     """How each quota of a binding stands, by its id; `without` leaves out what this open call itself holds."""
-    own = {line.key: line.amount for line in without.lines} if without and without.state == "open" else {}
+    is_held = without is not None and without.state == "open"
+    own = {(line.key, line.opened_at): line.amount for line in without.lines} if without and is_held else {}
     stand: dict[str, Standing] = {}
     for quota in binding.quotas:
         key = quota.key_for(binding.user)
         counter = standing_at(now, quota, counters.get(key))
-        if key in own:
-            counter = replace(counter, held=counter.held - own[key])
+        if mine := own.get((key, counter.window.opened_at)):
+            counter = replace(counter, held=counter.held - mine)
         stand[quota.id] = Standing(quota, counter)
     return stand
 
@@ -132,11 +133,13 @@ def refusal(
     if refused.verdict is Verdict.NEVER:
         return NeverFits(_with_help(_never(block), help))
     let_in_at = refused.let_in_at
+    long_type = "usage_limit_reached" if endpoint == "responses" else "insufficient_quota"
+    if refused.verdict is Verdict.EXHAUSTED and let_in_at is None:
+        return _switched_off(block, stand, zone=zone, type=long_type, help=help)
     wait_s = _BUSY_S if let_in_at is None else max(1, seconds_up(let_in_at - now))
     soon = wait_s <= _SOON_S
     message = _busy(block, wait_s) if let_in_at is None else _exhausted(block, let_in_at, now=now, zone=zone)
     reset_at = now + _BUSY_S * 1000 if let_in_at is None else let_in_at
-    long_type = "usage_limit_reached" if endpoint == "responses" else "insufficient_quota"
     return Refusal(
         _with_help(message, help),
         type=("requests" if block.limit.measure == "requests" else "tokens") if soon else long_type,
@@ -147,9 +150,31 @@ def refusal(
             "resets_at": seconds_up(reset_at),
             "retry_after": wait_s,
             "help_url": help or None,
-            "quotas": [standing.as_json(zone) for standing in stand.values()],
+            "quotas": _binding_quotas(stand, zone),
         },
     )
+
+
+def _switched_off(block: Block, stand: Mapping[str, Standing], *, zone: ZoneInfo, type: str, help: str) -> Refusal:
+    """A limit of 0 has no reset that would let anybody in, so none is promised."""
+    message = f'Quota "{block.quota.id}" is switched off: it allows 0 {_UNIT[block.limit.measure]}.'
+    return Refusal(
+        _with_help(message, help),
+        type=type,
+        code="insufficient_quota",
+        headers={"x-should-retry": "false"},
+        members={
+            "reset_at": None,
+            "resets_at": None,
+            "retry_after": None,
+            "help_url": help or None,
+            "quotas": _binding_quotas(stand, zone),
+        },
+    )
+
+
+def _binding_quotas(stand: Mapping[str, Standing], zone: ZoneInfo) -> list[dict[str, object]]:
+    return [standing.as_json(zone) for standing in stand.values() if standing.quota.enforce != "shadow"]
 
 
 def seconds_up(instant: int) -> int:
@@ -176,7 +201,7 @@ def spoken(length_ms: int) -> str:
 
 def _telling(blocks: Iterable[Block]) -> Block:
     """The block to speak of: the one that lasts longest."""
-    return max(blocks, key=lambda block: block.counter.window.resets_at)
+    return max(blocks, key=lambda block: (block.limit.maximum == 0, block.counter.window.resets_at))
 
 
 def _exhausted(block: Block, let_in_at: int, *, now: int, zone: ZoneInfo) -> str:

@@ -17,9 +17,9 @@ from typing import Any
 
 import orjson
 import sqlalchemy as sa
-from sqlalchemy import Connection, Row, create_engine, event, select, tuple_
+from sqlalchemy import URL, Connection, Dialect, bindparam, create_engine, event, func, select, tuple_
 from sqlalchemy.dialects.sqlite import insert
-from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
+from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, InterfaceError, NotSupportedError, ProgrammingError
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from proxy.books import Act, Answer, Books, Entry, Facts, Line, Reserve
@@ -29,9 +29,16 @@ from proxy.usage import Amount, AtLeast, Exactly, Tokens, Unspent, Usage, charge
 from proxy.windows import Window
 
 # How long a transaction waits for the file's lock, in seconds.
-_BUSY_TIMEOUT_S = 5
-# SQLite reads this many keys in one statement at most (two variables a key, 32,766 variables).
-_KEYS_MAX = 10_000
+_BUSY_TIMEOUT_S = 5.0
+# What the end of a call changes in its row, in the table's order.
+_ENDING = (
+    "state ended_at input_tokens output_tokens cached_tokens reasoning_tokens requests provenance outcome".split()
+)
+# The database's errors that lie in what it was given. All others lie in the database, and may pass.
+_REFUSALS = (DataError, IntegrityError, InterfaceError, NotSupportedError, ProgrammingError)
+
+# A row as it is read and written, its values in the table's order.
+_Row = Sequence[Any]
 
 
 class StoreInUse(Exception):
@@ -54,13 +61,21 @@ class StoreRefused(Exception):
 
 
 class Store:
-    """One SQLite file. `open()` before use, `close()` after; `apply` may be called from one task at a time."""
+    """One SQLite file. `open()` before use, `close()` after; `apply` may be called from one task at a time.
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    `busy_timeout_s` is how long a transaction waits for a lock that somebody else has on the file.
+    """
+
+    def __init__(self, path: Path, *, busy_timeout_s: float = _BUSY_TIMEOUT_S) -> None:
+        self._path = path.resolve()  # by whatever name it is called: one file, one lock
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="ledger")
-        self._engine = create_engine(f"sqlite:///{path}", connect_args={"timeout": _BUSY_TIMEOUT_S})
-        self._reading = create_async_engine(f"sqlite+aiosqlite:///{path}", pool_size=2, max_overflow=0)
+        file, waits = str(self._path), {"timeout": busy_timeout_s}
+        self._engine = create_engine(URL.create("sqlite", database=file), connect_args=waits)
+        self._reading = create_async_engine(
+            URL.create("sqlite+aiosqlite", database=file), connect_args=waits, pool_size=2, max_overflow=0
+        )
+        self._sql = _Statements(self._engine.dialect)
+        self._opened: tuple[int, int] | None = None
         self._lock = -1
         event.listen(self._engine, "connect", _set_up)
         event.listen(self._engine, "begin", _begin_immediate)
@@ -75,28 +90,23 @@ class Store:
 
         Raises StoreInUse, StoreUnavailable, or tables.NewerSchema.
         """
-        self._lock = os.open(f"{self._path}.lock", os.O_CREAT | os.O_RDWR, 0o600)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(self._lock)
-            raise StoreInUse(
-                f"Another process is using {self._path}. Stop it first, or use PostgreSQL to run several."
-            ) from None
+        self._lock = self._take_lock()
         with _translated(), self._engine.begin() as connection:
             migrate(connection)
+        self._opened = self._found()
 
     def apply(self, acts: Sequence[Act], now: int) -> list[Answer]:
         """Do these acts in order, in one transaction, and answer each.
 
-        Raises StoreUnavailable or StoreRefused; then nothing was done, or, where that is uncertain, all of it:
-        every act may be repeated.
+        Raises StoreUnavailable or StoreRefused, or what a rule or a driver raises at a bad act; then nothing was
+        done, or, where that is uncertain, all of it: every act may be repeated.
         """
+        self._look_for_it()
         with _translated(), self._engine.connect() as connection:
-            books = _load(connection, acts, now)
+            books = self._load(connection, acts, now)
             before = set(books.entries)
             answers = [books.apply(act) for act in acts]
-            _write(connection, books, before)
+            self._write(connection, books, before)
             with _translated(is_uncertain=True):
                 connection.commit()
         return answers
@@ -104,6 +114,7 @@ class Store:
     def renew(self, owner: str, alive_until: int) -> None:
         """Say that the process `owner` is alive until then."""
         row = {"id": owner, "alive_until": alive_until}
+        self._look_for_it()
         with _translated(), self._engine.begin() as connection:
             statement = insert(owners)
             connection.execute(
@@ -123,23 +134,92 @@ class Store:
         """How these counters stand, read without a lock."""
         with _translated():
             async with self._reading.connect() as connection:
-                return _counters((await connection.execute(_counters_of(keys))).all())
+                return _counters(await connection.exec_driver_sql(self._sql.counters_of, _given(keys)))
 
     async def read_entry(self, entry_id: str) -> Entry | None:
         """One call in the books."""
         with _translated():
             async with self._reading.connect() as connection:
-                row = (await connection.execute(select(calls).where(calls.c.id == entry_id))).one_or_none()
-        return _entry(row) if row else None
+                found = await connection.exec_driver_sql(self._sql.calls_of, _given([entry_id]))
+        return next(map(_entry, found), None)
 
     async def close(self) -> None:
         """Let go of the file."""
+        self._thread.shutdown()
         await self._reading.dispose()
         self._engine.dispose()
-        self._thread.shutdown()
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
+
+    def _take_lock(self) -> int:
+        try:
+            lock = os.open(f"{self._path}.lock", os.O_CREAT | os.O_RDWR, 0o600)
+        except OSError as error:
+            raise StoreUnavailable(f"{self._path}.lock can't be opened: {error.strerror}") from error
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(lock)
+            raise StoreInUse(
+                f"Another process is using {self._path}. Stop it first, or use PostgreSQL to run several."
+            ) from None
+        return lock
+
+    def _found(self) -> tuple[int, int] | None:
+        """Which file goes by our name now."""
+        try:
+            found = self._path.stat()
+        except OSError:
+            return None
+        return (found.st_dev, found.st_ino)
+
+    def _look_for_it(self) -> None:
+        # What is written to a file that has lost its name is gone with the process.
+        if self._found() != self._opened:
+            raise StoreUnavailable(f"{self._path} was moved, deleted or replaced while in use")
+
+    def _load(self, connection: Connection, acts: Sequence[Act], now: int) -> Books:
+        rows = connection.exec_driver_sql(self._sql.calls_of, _given([act.id for act in acts]))
+        entries = {entry.id: entry for entry in map(_entry, rows.all())}
+        touched = {line.key for entry in entries.values() for line in entry.lines}
+        for act in acts:
+            if isinstance(act, Reserve):
+                touched.update(act.binding.keys())
+        found = connection.exec_driver_sql(self._sql.counters_of, _given(sorted(touched)))
+        return Books(_counters(found.all()), entries, now)
+
+    def _write(self, connection: Connection, books: Books, before: set[str]) -> None:
+        entries, changed = books.entries, sorted(books.entries_changed)
+        counters_now = [_counter_row(key, books.counters[key]) for key in sorted(books.counters_changed)]
+        opened = [_call_row(entries[entry_id]) for entry_id in changed if entry_id not in before]
+        ended = [(*_ending(entries[entry_id]), entry_id) for entry_id in changed if entry_id in before]
+        for statement, rows in (
+            (self._sql.put_counters, counters_now),
+            (self._sql.open_calls, opened),
+            (self._sql.end_calls, ended),
+        ):
+            if rows:
+                connection.exec_driver_sql(statement, rows)
+
+
+class _Statements:
+    """What a batch runs, as text: made once, because making a statement takes longer than running it."""
+
+    def __init__(self, dialect: Dialect) -> None:
+        given = func.json_each(bindparam("given")).table_valued("value").c.value
+        subject, quota_id = (func.json_extract(given, sa.literal_column(f"'$[{place}]'")) for place in (0, 1))
+        is_given = tuple_(counters.c.subject, counters.c.quota_id).in_(select(subject, quota_id))
+        put = insert(counters)
+        values = {column.name: put.excluded[column.name] for column in counters.c if not column.primary_key}
+        put = put.on_conflict_do_update(index_elements=[*counters.primary_key], set_=values)
+        end = sa.update(calls).where(calls.c.id == bindparam("call_id"))
+        # Keys and ids are given as one JSON array, so that there may be as many as a batch needs.
+        self.counters_of = str(select(counters).where(is_given).compile(dialect=dialect))
+        self.calls_of = str(select(calls).where(calls.c.id.in_(select(given))).compile(dialect=dialect))
+        self.put_counters = str(put.compile(dialect=dialect))
+        self.open_calls = str(sa.insert(calls).compile(dialect=dialect))
+        self.end_calls = str(end.compile(dialect=dialect, column_keys=_ENDING))
 
 
 class _translated:
@@ -152,10 +232,10 @@ class _translated:
         return None
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, (OperationalError, InterfaceError)):
-            raise StoreUnavailable(str(error.orig), is_uncertain=self._is_uncertain) from error
-        if isinstance(error, DBAPIError):
+        if isinstance(error, _REFUSALS):
             raise StoreRefused(str(error.orig)) from error
+        if isinstance(error, DBAPIError):
+            raise StoreUnavailable(str(error.orig), is_uncertain=self._is_uncertain) from error
 
 
 def _set_up(connection: Any, _: object) -> None:
@@ -168,139 +248,87 @@ def _begin_immediate(connection: Connection) -> None:
     connection.exec_driver_sql("BEGIN IMMEDIATE")
 
 
-def _load(connection: Connection, acts: Sequence[Act], now: int) -> Books:
-    rows = connection.execute(select(calls).where(calls.c.id.in_([act.id for act in acts]))).all()
-    entries = {row.id: _entry(row) for row in rows}
-    touched = {line.key for entry in entries.values() for line in entry.lines}
-    for act in acts:
-        if isinstance(act, Reserve):
-            touched.update(act.binding.keys())
-    found = connection.execute(_counters_of(sorted(touched))).all() if touched else []
-    return Books(_counters(found), entries, now)
+def _given(keys: Sequence[object]) -> tuple[str]:
+    return (orjson.dumps(keys).decode(),)
 
 
-def _counters_of(keys: Sequence[CounterKey]) -> sa.Select[Any]:
-    return select(counters).where(tuple_(counters.c.subject, counters.c.quota_id).in_(keys[:_KEYS_MAX]))
-
-
-def _write(connection: Connection, books: Books, before: set[str]) -> None:
-    changed = [_counter_row(key, books.counters[key]) for key in sorted(books.counters_changed)]
-    if changed:
-        statement = insert(counters)
-        columns = [column.name for column in counters.columns if not column.primary_key]
-        connection.execute(
-            statement.on_conflict_do_update(
-                index_elements=["subject", "quota_id"],
-                set_={name: statement.excluded[name] for name in columns},
-            ),
-            changed,
-        )
-    opened = [_call_row(books.entries[entry_id]) for entry_id in books.entries_changed - before]
-    if opened:
-        connection.execute(sa.insert(calls), opened)
-    ended = [_ending_row(books.entries[entry_id]) for entry_id in books.entries_changed & before]
-    if ended:
-        connection.execute(sa.update(calls).where(calls.c.id == sa.bindparam("call_id")), ended)
-
-
-def _counters(rows: Iterable[Row[Any]]) -> dict[CounterKey, Counter]:
+def _counters(rows: Iterable[_Row]) -> dict[CounterKey, Counter]:
     return {
-        (row.subject, row.quota_id): Counter(
-            Window(row.opened_at, row.resets_at),
-            used=Amount(row.used_input, row.used_output, row.used_requests),
-            held=Amount(row.held_input, row.held_output, row.held_requests),
-        )
-        for row in rows
+        (subject, quota_id): Counter(Window(opened_at, resets_at), used=Amount(*levels[:3]), held=Amount(*levels[3:]))
+        for subject, quota_id, opened_at, resets_at, *levels in rows
     }
 
 
-def _counter_row(key: CounterKey, counter: Counter) -> dict[str, object]:
-    return {
-        "subject": key[0],
-        "quota_id": key[1],
-        "opened_at": counter.window.opened_at,
-        "resets_at": counter.window.resets_at,
-        "used_input": counter.used.input,
-        "used_output": counter.used.output,
-        "used_requests": counter.used.requests,
-        "held_input": counter.held.input,
-        "held_output": counter.held.output,
-        "held_requests": counter.held.requests,
-    }
-
-
-def _entry(row: Row[Any]) -> Entry:
-    return Entry(
-        id=row.id,
-        owner=row.owner,
-        facts=Facts(user=row.user_name, model=row.model, endpoint=row.endpoint, upstream=row.upstream),
-        through=row.through,
-        reserved_at=row.reserved_at,
-        hold=Amount(row.hold_input, row.hold_output, 1),
-        charge_if_lost=Tokens(row.lost_input, row.lost_output),
-        lines=tuple(Line((key[0], key[1]), at, Amount(*amount)) for key, at, amount in orjson.loads(row.lines)),
-        capped_by=row.capped_by,
-        would_refuse=tuple(orjson.loads(row.would_refuse)),
-        state=row.state,
-        ended_at=row.ended_at,
-        usage=_usage(row),
-        outcome=row.outcome,
+def _counter_row(key: CounterKey, counter: Counter) -> _Row:
+    window, used, held = counter.window, counter.used, counter.held
+    return (
+        *key,
+        window.opened_at,
+        window.resets_at,
+        used.input,
+        used.output,
+        used.requests,
+        held.input,
+        held.output,
+        held.requests,
     )
 
 
-def _usage(row: Row[Any]) -> Usage | None:
-    match row.provenance:
-        case "exactly":
-            return Exactly(_tokens(row))
-        case "at_least":
-            return AtLeast(_tokens(row))
-        case "unspent":
-            return Unspent(row.requests)
-    return None
+def _entry(row: _Row) -> Entry:
+    entry_id, owner, state, user, model, endpoint, upstream, through, reserved_at, ended_at, *rest = row
+    hold_input, hold_output, lost_input, lost_output, lines, capped_by, would_refuse, *used, outcome = rest
+    return Entry(
+        id=entry_id,
+        owner=owner,
+        facts=Facts(user=user, model=model, endpoint=endpoint, upstream=upstream),
+        through=through,
+        reserved_at=reserved_at,
+        hold=Amount(hold_input, hold_output, 1),
+        charge_if_lost=Tokens(lost_input, lost_output),
+        lines=tuple(Line((key[0], key[1]), at, Amount(*amount)) for key, at, amount in orjson.loads(lines)),
+        capped_by=capped_by,
+        would_refuse=tuple(orjson.loads(would_refuse)),
+        state=state,
+        ended_at=ended_at,
+        usage=_usage(*used),
+        outcome=outcome,
+    )
 
 
-def _tokens(row: Row[Any]) -> Tokens:
-    return Tokens(row.input_tokens, row.output_tokens, row.cached_tokens, row.reasoning_tokens)
-
-
-def _call_row(entry: Entry) -> dict[str, object]:
+def _call_row(entry: Entry) -> _Row:
+    facts, hold, lost = entry.facts, entry.hold, entry.charge_if_lost
     lines = [
         (line.key, line.opened_at, (line.amount.input, line.amount.output, line.amount.requests))
         for line in entry.lines
     ]
-    ending = _ending_row(entry)
-    del ending["call_id"]
-    return {
-        "id": entry.id,
-        "owner": entry.owner,
-        "user_name": entry.facts.user,
-        "model": entry.facts.model,
-        "endpoint": entry.facts.endpoint,
-        "upstream": entry.facts.upstream,
-        "through": entry.through,
-        "reserved_at": entry.reserved_at,
-        "hold_input": entry.hold.input,
-        "hold_output": entry.hold.output,
-        "lost_input": entry.charge_if_lost.input,
-        "lost_output": entry.charge_if_lost.output,
-        "lines": orjson.dumps(lines).decode(),
-        "capped_by": entry.capped_by,
-        "would_refuse": orjson.dumps(entry.would_refuse).decode(),
-        **ending,
-    }
+    state, ended_at, *used, outcome = _ending(entry)
+    return (
+        *(entry.id, entry.owner, state, facts.user, facts.model, facts.endpoint, facts.upstream, entry.through),
+        *(entry.reserved_at, ended_at, hold.input, hold.output, lost.input, lost.output),
+        *(orjson.dumps(lines).decode(), entry.capped_by, orjson.dumps(entry.would_refuse).decode()),
+        *(*used, outcome),
+    )
 
 
-def _ending_row(entry: Entry) -> dict[str, object]:
-    tokens = entry.usage.tokens if entry.usage else None
-    return {
-        "call_id": entry.id,
-        "state": entry.state,
-        "ended_at": entry.ended_at,
-        "input_tokens": tokens.input if tokens else None,
-        "output_tokens": tokens.output if tokens else None,
-        "cached_tokens": tokens.cached if tokens else None,
-        "reasoning_tokens": tokens.reasoning if tokens else None,
-        "requests": charge_of(entry.usage).requests if entry.usage else None,
-        "provenance": entry.usage.provenance if entry.usage else None,
-        "outcome": entry.outcome,
-    }
+def _ending(entry: Entry) -> _Row:
+    return (entry.state, entry.ended_at, *_used(entry.usage), entry.outcome)
+
+
+def _usage(
+    input_tokens: int, output_tokens: int, cached: int, reasoning: int, requests: int, provenance: str | None
+) -> Usage | None:
+    match provenance:
+        case "exactly":
+            return Exactly(Tokens(input_tokens, output_tokens, cached, reasoning))
+        case "at_least":
+            return AtLeast(Tokens(input_tokens, output_tokens, cached, reasoning))
+        case "unspent":
+            return Unspent(requests)
+    return None
+
+
+def _used(usage: Usage | None) -> _Row:
+    if usage is None:
+        return (None,) * 6
+    tokens, requests = usage.tokens, charge_of(usage).requests
+    return (tokens.input, tokens.output, tokens.cached, tokens.reasoning, requests, usage.provenance)

@@ -3,7 +3,7 @@
 Quotas and permissions are decided on what is read here, and other servers read the same bytes after us. Go's
 decoder takes `MODEL` for `model` and the last of two twins wins or loses by the language; so what could be read
 in two ways is refused: keys that stand twice, keys of the outermost object that differ only in case, `NaN` and
-`Infinity`, numbers beyond a double, bytes that are not UTF-8. Depth is bounded, so that no body can overflow a
+`Infinity`, fractions beyond a double, bytes that are not UTF-8. Depth is bounded, so that no body can overflow a
 stack, ours or the upstream's.
 """
 
@@ -77,14 +77,16 @@ def _reason(error: Exception) -> str:
     if isinstance(error, RecursionError):
         return f"it is nested more than {DEPTH_MAX} levels deep"
     if isinstance(error, json.JSONDecodeError):
-        return f"{error.msg} at line {error.lineno}, column {error.colno}"
-    return "a number has too many digits" if "digits" in str(error) else str(error)
+        return f"{error.msg.removesuffix(' at')} at line {error.lineno}, column {error.colno}"
+    # Python's own words for it speak of its settings.
+    return "a number has too many digits" if str(error).startswith("Exceeds the limit") else str(error)
 
 
 def _refuse_case_twins(value: dict[str, Any], known: frozenset[str]) -> None:
     by_case = {field: field for field in known}
     for key in value:
-        twin = by_case.setdefault(key.lower(), key)
+        # Folded as Go's decoder does: it takes a long s (U+017F) for an s, which lower() would leave.
+        twin = by_case.setdefault(key.casefold(), key)
         if twin != key:
             raise InvalidRequest(
                 f'The keys "{twin[:80]}" and "{key[:80]}" differ only in case: write it as the first.',

@@ -80,19 +80,18 @@ class Upstreams:
 
     @asynccontextmanager
     async def send(
-        self, upstream: Upstream, path: str, body: bytes | None, headers: Mapping[str, str]
+        self, upstream: Upstream, path: str, body: bytes, headers: Mapping[str, str]
     ) -> AsyncIterator[Answer]:
-        """POST `body` (or GET, where it is None) and hand out the answer; leaving closes or returns the connection.
+        """POST `body` and hand out the answer; leaving closes or returns the connection.
 
         Raises UpstreamError where no answer came, UpstreamTimeout where it did not come in time.
         """
         assert self._session is not None, "open() first"
         # Redirects are not followed: the library would carry `api-key` headers to wherever they point.
-        request = self._session.request(
-            "POST" if body is not None else "GET",
+        request = self._session.post(
             URL(upstream.base_url + path, encoded=True),
             # As a file where it is large: the library would write a megabyte of bytes in one go, and warns of it.
-            data=io.BytesIO(body) if body and len(body) > _AT_ONCE_BYTES_MAX else body,
+            data=io.BytesIO(body) if len(body) > _AT_ONCE_BYTES_MAX else body,
             headers=headers,
             allow_redirects=False,
         )
@@ -101,6 +100,8 @@ class Upstreams:
         except TimeoutError:
             raise UpstreamTimeout("The upstream did not answer in time.") from None
         except (aiohttp.ClientError, ConnectionError, OSError):
-            raise UpstreamError(f'The upstream "{upstream.name}" can\'t be reached.', was_sent=False) from None
+            raise UpstreamError(
+                f'The upstream "{upstream.name}" can\'t be reached.', was_sent=False, headers={"retry-after": "2"}
+            ) from None
         async with response:
             yield Answer(response)

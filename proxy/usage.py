@@ -49,7 +49,7 @@ class Amount:
                 return self.input
             case "output_tokens":
                 return self.output
-            case "requests":
+            case _:
                 return self.requests
 
 
@@ -115,8 +115,8 @@ def charge_of(usage: Usage) -> Amount:
 def read_tokens(usage: object) -> Tokens | None:
     """The tokens in an OpenAI usage object of either naming; None where it makes no sense.
 
-    A total that contradicts its parts is ignored; a total alone is kept as output, so that it is charged in full
-    where the parts are unknown. Numbers as text or as whole floats are taken, since some servers write them so;
+    A total that contradicts its parts is ignored; where parts are missing the total stands for them, as output, so
+    that it is charged in full. Numbers as text or as whole floats are taken, since some servers write them so;
     negative, absurd (over 20 million), fractional, boolean or missing ones make the object unreadable, and the caller
     counts by itself.
     """
@@ -129,13 +129,15 @@ def read_tokens(usage: object) -> Tokens | None:
         return None if total is None or _is_stated(usage) else Tokens(0, total)
     if input_tokens is None or (output_tokens is None and _is_wrong(usage, "completion_tokens", "output_tokens")):
         return None
+    if output_tokens is None:
+        output_tokens = max(0, (total or 0) - input_tokens)
     input_details = _first_dict(usage, "prompt_tokens_details", "input_tokens_details")
     output_details = _first_dict(usage, "completion_tokens_details", "output_tokens_details")
     return Tokens(
         input_tokens,
-        output_tokens or 0,
+        output_tokens,
         cached=min(_count(input_details.get("cached_tokens")) or 0, input_tokens),
-        reasoning=min(_count(output_details.get("reasoning_tokens")) or 0, output_tokens or 0),
+        reasoning=min(_count(output_details.get("reasoning_tokens")) or 0, output_tokens),
     )
 
 

@@ -119,7 +119,10 @@ def _dates(today: date, unit: str, week_starts: int) -> tuple[date, date]:
 
 
 def _local_date(now: int, zone: ZoneInfo) -> date:
-    return datetime.fromtimestamp(now // MS, tz=zone).date()
+    """The day that has begun last. Where clocks go back over midnight, the wall shows the day before once more."""
+    shown = datetime.fromtimestamp(now // MS, tz=zone).date()
+    tomorrow = shown + timedelta(days=1)
+    return tomorrow if _instant(tomorrow, zone) <= now else shown
 
 
 def _instant(day: date, zone: ZoneInfo) -> int:

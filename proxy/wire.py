@@ -28,6 +28,7 @@ _SMALLEST_ANSWER = 1024
 # not read by the model.
 _IMAGE_TOKENS = 1500
 _MODEL_CHARACTERS_MAX = 256
+_ANSWERS_MAX = 128
 # Beyond any answer, and small enough that no product of such numbers leaves 64 bits.
 _NUMBER_MAX = 10**9
 
@@ -79,18 +80,21 @@ RESPONSES = Endpoint(
 ENDPOINTS = (CHAT, COMPLETIONS, EMBEDDINGS, RESPONSES)
 
 # The fields from which a kind of upstream takes its maximum, the one that is written first. Ollama has no other
-# than max_tokens in its struct; llama.cpp lets n_predict win over all.
+# than max_tokens in its struct; llama.cpp lets n_predict win over all, on each of its endpoints.
 _MAXIMUM_FIELDS: dict[tuple[Kind, EndpointName], tuple[str, ...]] = {
     ("ollama", "chat"): ("max_tokens",),
     ("anthropic", "chat"): ("max_tokens", "max_completion_tokens"),
     ("llamacpp", "chat"): ("n_predict", "max_completion_tokens", "max_tokens"),
-    ("llamacpp", "completions"): ("n_predict", "max_tokens"),
+    ("llamacpp", "completions"): ("n_predict", "max_completion_tokens", "max_tokens"),
+    ("llamacpp", "responses"): ("max_output_tokens", "n_predict", "max_completion_tokens", "max_tokens"),
 }
+_MAXIMA = ("max_tokens", "max_completion_tokens", "max_output_tokens", "n_predict")
+# How many answers to one prompt; the second is llama.cpp's own name, which wins there.
+_ANSWER_COUNTS = ("n", "n_cmpl")
 
 _KNOWN = frozenset(
-    "model stream stream_options max_tokens max_completion_tokens max_output_tokens n_predict n best_of messages "
-    "input prompt tools background previous_response_id conversation api_base api_key base_url".split()
-)
+    (*_MAXIMA, *_ANSWER_COUNTS, *"model stream stream_options best_of messages input prompt tools".split())
+).union(*(endpoint.refused for endpoint in ENDPOINTS))
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +125,8 @@ def parse_call(endpoint: Endpoint, body: bytes) -> Call:
     """Read a request's body; raises InvalidRequest that names the field and says what to write instead."""
     document = parse_object(body, _KNOWN)
     _refuse_fields(endpoint, document)
+    if endpoint.has_usage_option:
+        _refuse_unclear_usage_option(document.get("stream_options"))
     return Call(
         endpoint=endpoint,
         model=_model(document.get("model")),
@@ -140,7 +146,7 @@ def demand_of(call: Call, model: Model, body_bytes: int) -> Demand:
     bound = body_bytes - base64_bytes + images * _IMAGE_TOKENS
     each = _asked(call, model.upstream.kind)
     if each is None:
-        each = model.max_output_tokens or _default_maximum(call.endpoint, model.upstream.kind)
+        each = model.max_output_tokens or _default_maximum(call, model.upstream.kind)
     if not call.endpoint.generates:
         return Demand(input=bound, want=0, smallest=0)
     want = min(each * call.choices, TOKENS_MAX)
@@ -150,16 +156,17 @@ def demand_of(call: Call, model: Model, body_bytes: int) -> Demand:
 def forwarded_body(call: Call, model: Model, *, maximum: int | None = None) -> bytes:
     """The body to send: under the upstream's name of the model, usage asked for, and the maximum lowered.
 
-    `maximum` is the output of one choice in tokens; it is written into every field that this kind of upstream
-    reads, so that none of them says more.
+    `maximum` is the output of one choice in tokens; no field that this kind of upstream reads says more after it.
     """
     document = {**call.document, "model": model.upstream_model}
     if call.adds_usage:
         document["stream_options"] = {**(document.get("stream_options") or {}), "include_usage": True}
     if maximum is not None:
-        names = _fields(call.endpoint, model.upstream.kind)
+        kind = model.upstream.kind
+        names = _fields(call.endpoint, kind)
         for name in [name for name in names if document.get(name) is not None] or names[:1]:
-            document[name] = maximum
+            asked = document.get(name)
+            document[name] = maximum if asked is None or _is_endless(asked, kind) else min(asked, maximum)
     return dump(document)
 
 
@@ -180,16 +187,22 @@ def _fields(endpoint: Endpoint, kind: Kind) -> tuple[str, ...]:
 
 def _asked(call: Call, kind: Kind) -> int | None:
     """The maximum that the request states in a field which this upstream reads; the larger one counts."""
-    stated = [
-        _whole(name, call.document.get(name), least=-1 if name == "n_predict" else 0)
-        for name in _fields(call.endpoint, kind)
-    ]
-    return max((number for number in stated if number is not None and number >= 0), default=None)
+    stated = [call.document.get(name) for name in _fields(call.endpoint, kind)]
+    numbers = [number for number in stated if number is not None]
+    if any(_is_endless(number, kind) for number in numbers):
+        return None
+    return max(numbers, default=None)
 
 
-def _default_maximum(endpoint: Endpoint, kind: Kind) -> int:
-    short = endpoint.name == "completions" and kind not in ("llamacpp", "ollama")
-    return _COMPLETION_TOKENS if short else _ANSWER_TOKENS
+def _is_endless(number: int, kind: Kind) -> bool:
+    """Whether this upstream takes the number for no maximum at all: what is negative, and at Ollama 0 too."""
+    return number < (1 if kind == "ollama" else 0)
+
+
+def _default_maximum(call: Call, kind: Kind) -> int:
+    # A field left out means 16, but null means no maximum at all (vLLM).
+    short = call.endpoint.name == "completions" and "max_tokens" not in call.document
+    return _COMPLETION_TOKENS if short and kind not in ("llamacpp", "ollama") else _ANSWER_TOKENS
 
 
 def _refuse_fields(endpoint: Endpoint, document: Mapping[str, Any]) -> None:
@@ -201,6 +214,17 @@ def _refuse_fields(endpoint: Endpoint, document: Mapping[str, Any]) -> None:
     if endpoint is RESPONSES:
         _refuse_hosted_tools(document.get("tools"))
         _refuse_stored_items(document.get("input"))
+
+
+def _refuse_unclear_usage_option(options: object) -> None:
+    """Refuse what leaves in doubt whether usage is asked for: some servers read "false" and `Include_Usage` too."""
+    for name, value in options.items() if isinstance(options, dict) else ():
+        if name.casefold() == "include_usage" and (name != "include_usage" or value not in (None, False, True)):
+            raise InvalidRequest(
+                '"stream_options.include_usage" must be true or false, and written in lower case.',
+                param="stream_options.include_usage",
+                code="invalid_type",
+            )
 
 
 def _refuse_hosted_tools(tools: object) -> None:
@@ -217,12 +241,18 @@ def _refuse_hosted_tools(tools: object) -> None:
 
 def _refuse_stored_items(items: object) -> None:
     for item in items if isinstance(items, list) else ():
-        if isinstance(item, dict) and item.get("type") == "item_reference":
+        if isinstance(item, dict) and _is_reference(item):
             raise InvalidRequest(
                 f'Items of type "item_reference" can\'t be used here: {_STORED}.',
                 param="input",
                 code="unsupported_parameter",
             )
+
+
+def _is_reference(item: Mapping[str, Any]) -> bool:
+    """A reference need not say its type; what else does without one is a message, and has content."""
+    kind = item.get("type")
+    return kind == "item_reference" or (kind is None and "content" not in item)
 
 
 def _model(value: object) -> str:
@@ -247,25 +277,21 @@ def _choices(endpoint: Endpoint, document: Mapping[str, Any]) -> int:
     """How many answers the upstream generates: `n` or `best_of` of them, for each prompt."""
     if not endpoint.generates:
         return 1
-    for name in ("max_tokens", "max_completion_tokens", "max_output_tokens"):
-        _whole(name, document.get(name), least=0)
-    if endpoint.name == "responses":
-        return 1
-    each = _whole("n", document.get("n"), least=1) or 1
-    if each > 128:
-        raise InvalidRequest('"n" must be 128 or less.', param="n", code="integer_above_max_value")
-    if endpoint.name == "chat":
+    for name in _MAXIMA:
+        _whole(name, document.get(name), least=-1 if name == "n_predict" else 0)
+    each = max(_answers(name, document) for name in _ANSWER_COUNTS)
+    if endpoint.name != "completions":
         return each
     prompt = document.get("prompt")
     is_several = isinstance(prompt, list) and bool(prompt) and not isinstance(prompt[0], int)
-    return max(each, _best_of(document)) * (len(prompt) if isinstance(prompt, list) and is_several else 1)
+    return max(each, _answers("best_of", document)) * (len(prompt) if isinstance(prompt, list) and is_several else 1)
 
 
-def _best_of(document: Mapping[str, Any]) -> int:
-    best_of = _whole("best_of", document.get("best_of"), least=1) or 1
-    if best_of > 128:
-        raise InvalidRequest('"best_of" must be 128 or less.', param="best_of", code="integer_above_max_value")
-    return best_of
+def _answers(name: str, document: Mapping[str, Any]) -> int:
+    number = _whole(name, document.get(name), least=1) or 1
+    if number > _ANSWERS_MAX:
+        raise InvalidRequest(f'"{name}" must be {_ANSWERS_MAX} or less.', param=name, code="integer_above_max_value")
+    return number
 
 
 def _whole(name: str, value: object, *, least: int) -> int | None:

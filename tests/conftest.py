@@ -4,7 +4,18 @@ Hypothesis stays random, also where CI is set, since a new example each run find
 prints the blob that repeats it. It has no deadline of its own: each test has the time limit of pyproject.toml.
 """
 
+from collections.abc import Iterator
+
+import pytest
+import structlog
 from hypothesis import settings
 
 settings.register_profile("house", derandomize=False, print_blob=True, deadline=None)
 settings.load_profile("house")
+
+
+@pytest.fixture(autouse=True)
+def _log_as_before() -> Iterator[None]:
+    """The commands set up logging for their process; no test may leave that to the next."""
+    yield
+    structlog.reset_defaults()

@@ -59,10 +59,20 @@ class Clock:
         return self.ms
 
 
+class Files:
+    """The config as it is read at the next reload."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+
 class Stage:
     """What a journey needs at hand."""
 
-    def __init__(self, server: Server, simulator: Simulator, clock: Clock, http: aiohttp.ClientSession) -> None:
+    def __init__(
+        self, server: Server, simulator: Simulator, *, clock: Clock, http: aiohttp.ClientSession, files: "Files"
+    ) -> None:
+        self.files = files
         self.server = server
         self.simulator = simulator
         self.clock = clock
@@ -167,11 +177,12 @@ async def stage(
         upstream=upstream or f"http://127.0.0.1:{port}/v1",
         more=f", on_disconnect: {on_disconnect}" if on_disconnect else "",
     )
-    server = Server(config, load=lambda: config, now=clock, departures=departures)
+    files = Files(config)
+    server = Server(config, load=lambda: files.config, now=clock, departures=departures)
     await server.start()
     try:
         async with aiohttp.ClientSession(auto_decompress=False) as http:
-            on = Stage(server, simulator, clock, http)
+            on = Stage(server, simulator, clock=clock, http=http, files=files)
             yield on
             for sdk in on.sdks:
                 await sdk.close()

@@ -3,7 +3,8 @@
 import pytest
 
 from proxy.check import sentences, warnings
-from proxy.config import load_text
+from proxy.config import load, load_text
+from tests.test_config import EXAMPLE, example_environ
 
 UPSTREAM = "upstreams: {box: {base_url: http://box/v1}}\n"
 DIGEST = f"sha256:{'ab' * 32}"
@@ -27,6 +28,11 @@ DAILY = "      daily: {tokens: 200k, per: day}\n"
 def test_a_policy_that_can_work_gets_no_warning():
     """Silence means that it does what it says."""
     assert warned(group(DAILY)) == []
+
+
+def test_the_example_gets_no_warning():
+    """What people copy is a good start."""
+    assert warnings(load(str(EXAMPLE), example_environ())) == ()
 
 
 # ------------------------------------------------------------------------------------------------ groups and users
@@ -78,7 +84,7 @@ def test_a_default_that_binds_nobody(quotas, users, expected):
 
 def test_a_default_beside_an_unlimited_group_binds_nobody():
     """Unlimited is a say about every model too; with a list of models it is not."""
-    below = "groups:\n  all: {unlimited: true}\n  default: {quotas: {d: {tokens: 5k, per: day}}}\nusers: {a: {groups: [all]}}\n"
+    below = f"groups:\n  all: {{unlimited: true}}\n{DEFAULT}users: {{a: {{groups: [all]}}}}\n"
     assert warned(below) == ["4: default binds nobody: each user has a group with a quota for every model"]
     assert warned(below.replace("unlimited: true", "unlimited: true, models: [x]")) == []
 

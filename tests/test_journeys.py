@@ -186,7 +186,7 @@ def _some_call(chance: random.Random) -> tuple[str, dict[str, Any]]:
 
 
 async def test_many_clients_never_charge_more_than_the_limit(tmp_path: Path) -> None:
-    """64 clients on 10,000 tokens: never over, and nobody refused while a call's worth was free and none in flight."""
+    """64 clients on 10,000 tokens: never over, and nobody refused while a call's worth was free and none flew."""
     body = {"model": "gpt-4o-mini", "messages": HELLO, "max_tokens": 50, "metadata": {"simulate": "tokens=200"}}
     async with stage(SMALL, folder=tmp_path) as on:
         refusals: list[dict[str, Any]] = []
@@ -213,7 +213,7 @@ async def test_many_clients_never_charge_more_than_the_limit(tmp_path: Path) -> 
 
 
 async def test_headers_tell_where_the_user_stands(tmp_path: Path) -> None:
-    """Every metered answer has OpenAI's rate-limit headers and the IETF draft's, from our quotas, not the upstream's."""
+    """Every metered answer has OpenAI's rate-limit headers and the IETF draft's, from our quotas alone."""
     async with stage(folder=tmp_path) as on:
         reply = await on.post("/v1/chat/completions", {"model": "fast", "messages": HELLO})
         total = reply.json()["usage"]["total_tokens"]
@@ -230,12 +230,8 @@ async def test_headers_tell_where_the_user_stands(tmp_path: Path) -> None:
 async def test_an_answer_is_shortened_to_what_is_left_and_says_so(tmp_path: Path) -> None:
     """Where less is free than the call wants, the forwarded maximum is lowered, and the head of the answer says it."""
     async with stage(SMALL, folder=tmp_path) as on:
-        body = {
-            "model": "gpt-4o-mini",
-            "messages": HELLO,
-            "max_tokens": 20_000,
-            "metadata": {"simulate": "tokens=9999"},
-        }
+        long = {"simulate": "tokens=9999"}
+        body = {"model": "gpt-4o-mini", "messages": HELLO, "max_tokens": 20_000, "metadata": long}
         reply = await on.post("/v1/chat/completions", body)
         maximum = json.loads(on.simulator.requests[-1].body)["max_tokens"]
         assert reply.headers["x-quota-capped"] == f'{maximum}; quota="staff/daily"'

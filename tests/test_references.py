@@ -101,3 +101,12 @@ def test_what_came_from_outside_is_hidden():
     for written in ("${NAME}", "${LONG}", "${SHORT}", "${UNSET:-default}"):
         from_outside.substitute(written)
     assert from_outside.hide("value, value-and-more, abc, default") == "…, …, abc, default"
+
+
+def test_hiding_is_not_slowed_by_many_values():
+    """A file may have a key for each of fifty thousand users, and a mistake for each."""
+    many = Sources({f"K{number}": f"key-{number:08}" for number in range(50_000)}, read_bytes)
+    for number in range(50_000):
+        many.substitute(f"${{K{number}}}")
+    texts = [many.hide(f"user {number} has key-{number:08}key-00000001, twice") for number in range(1000)]
+    assert texts[999] == "user 999 has ……, twice"

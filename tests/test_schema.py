@@ -73,6 +73,27 @@ def test_names_of_digits_are_names():
     assert User.model_validate({"groups": [1001]}).groups == ["1001"]
 
 
+@pytest.mark.parametrize(
+    ("section", "data"),
+    [
+        (Model, {"context": 5, "max_output_tokens": 6}),
+        (Quota, {"per": "day"}),
+        (Group, {"unlimited": True, "quotas": {"a": {"requests": 5, "per": "day"}}}),
+    ],
+)
+def test_a_section_that_contradicts_itself_is_refused(section, data):
+    """Each of its values may be right by itself."""
+    with pytest.raises(ValidationError):
+        section.model_validate(data)
+
+
+def test_a_group_is_limited_or_not():
+    """A group may also state only which models there are for its members."""
+    assert Group.model_validate({"unlimited": True}).quotas == {}
+    assert list(Group.model_validate({"quotas": {"a": {"requests": 5, "per": "day"}}}).quotas) == ["a"]
+    assert Group.model_validate({"models": ["gpt-*"]}).models == ["gpt-*"]
+
+
 @pytest.mark.parametrize("flag", ["yes", 1, 0, "True"])
 def test_a_flag_is_true_or_false(flag):
     """Nothing that only resembles it."""

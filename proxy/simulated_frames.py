@@ -12,7 +12,7 @@ from typing import Any
 
 import orjson
 
-from proxy.scripted import Choice, Endpoint, Script
+from proxy.simulated_text import Choice, Endpoint, Script
 
 JSON = dict[str, Any]
 
@@ -57,7 +57,7 @@ def _head(script: Script, id: str, created: int, kind: str) -> JSON:
 
 
 def _chat_choice(index: int, choice: Choice) -> JSON:
-    message = {"role": "assistant", "content": choice.text, "refusal": None, "annotations": []}
+    message: JSON = {"role": "assistant", "content": choice.text, "refusal": None, "annotations": []}
     return {"index": index, "message": message, "logprobs": None, "finish_reason": choice.finish_reason}
 
 

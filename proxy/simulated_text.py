@@ -18,7 +18,7 @@ from typing import Any
 
 import orjson
 
-from proxy.directions import NO_DIRECTIONS, Complaint, Directions
+from proxy.simulated_faults import NO_DIRECTIONS, Complaint, Directions
 
 JSON = dict[str, Any]
 

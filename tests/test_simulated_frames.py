@@ -8,9 +8,9 @@ from typing import Any
 import orjson
 import pytest
 
-from proxy.directions import Directions
-from proxy.frames import Stream, write_stream, write_whole
-from proxy.scripted import Author, Endpoint, Script
+from proxy.simulated_faults import Directions
+from proxy.simulated_frames import Stream, write_stream, write_whole
+from proxy.simulated_text import Author, Endpoint, Script
 from proxy.sse import Event, Splitter
 
 author = cache(Author)

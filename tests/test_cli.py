@@ -1,0 +1,111 @@
+"""The commands: their exit codes and what they say."""
+
+import json
+import re
+import socket
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from proxy.cli import main
+from proxy.policy import digest
+
+GOOD = """
+database: "sqlite:///{folder}/quotas.db"
+upstreams: {{openai: {{base_url: "https://api.openai.com/v1", api_key: "${{TEST_KEY:-sk-0123456789}}"}}}}
+groups:
+  staff: {{quotas: {{daily: {{tokens: 200k, per: day}}}}}}
+users: {{alice: {{groups: [staff], keys: ["sha256:{digest}"]}}}}
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    """A config without mistakes."""
+    path = tmp_path / "quotas.yaml"
+    path.write_text(GOOD.format(folder=tmp_path, digest=digest("key-of-alice-0123456789abcdef")))
+    return path
+
+
+def _run(*arguments: str, input: str | None = None) -> Result:
+    return CliRunner().invoke(main, arguments, input=input)
+
+
+def test_check_says_what_each_group_may_do(file: Path) -> None:
+    """A good file ends with one plain sentence for each group, and 0."""
+    result = _run("check", "--config", str(file))
+    assert result.exit_code == 0
+    assert "staff" in result.output
+    assert "200,000 tokens" in result.output
+
+
+def test_check_names_every_mistake_with_its_line(file: Path) -> None:
+    """All of them at once, and 1: an operator mends the file in one go."""
+    text = file.read_text().replace("{tokens: 200k", "{token: 200k")
+    file.write_text(text.replace("groups: [staff]", "groups: [stuff]"))
+    result = _run("check", "--config", str(file))
+    assert result.exit_code == 1
+    assert re.search(r"quotas\.yaml:5: .*token", result.stderr)
+    assert re.search(r"quotas\.yaml:6: .*stuff", result.stderr)
+
+
+def test_check_warns_without_saying_no(file: Path) -> None:
+    """A group that nobody is in works as written, but is hardly meant."""
+    file.write_text(
+        file.read_text().replace("  staff:", "  idle: {quotas: {daily: {tokens: 1, per: day}}}\n  staff:")
+    )
+    result = _run("check", "--config", str(file))
+    assert result.exit_code == 0
+    assert "warning: " in result.stderr
+    assert "idle" in result.stderr
+
+
+@pytest.mark.parametrize("command", ["serve", "migrate"])
+def test_a_bad_config_is_a_2_elsewhere(command: str, tmp_path: Path) -> None:
+    """Nothing starts on a file with a mistake."""
+    result = _run(command, "--config", str(tmp_path / "nowhere.yaml"))
+    assert result.exit_code == 2
+    assert "nowhere.yaml:1: the file can't be read" in result.stderr
+
+
+def test_schema_is_a_json_schema() -> None:
+    """Editors read it; `config/quotas.schema.json` is the same."""
+    schema = json.loads(_run("schema").output)
+    assert "groups" in schema["properties"]
+    kept = Path(__file__).parent.parent / "config" / "quotas.schema.json"
+    assert kept.read_text() == _run("schema").output
+
+
+def test_migrate_makes_the_schema_and_may_run_twice(file: Path, tmp_path: Path) -> None:
+    """A job of its own, for who wants the schema changed before the program."""
+    for _ in range(2):
+        result = _run("migrate", "--config", str(file))
+        assert result.exit_code == 0
+        assert "this release's schema" in result.output
+    assert (tmp_path / "quotas.db").exists()
+
+
+def test_keys_hash_prints_what_the_config_takes() -> None:
+    """By argument or asked for; a short key is refused."""
+    key = "key-of-alice-0123456789abcdef"
+    assert _run("keys", "hash", key).output.strip() == f"sha256:{digest(key)}"
+    assert f"sha256:{digest(key)}" in _run("keys", "hash", input=f"{key}\n").output
+    short = _run("keys", "hash", "short")
+    assert (short.exit_code, "24 characters" in short.stderr) == (2, True)
+
+
+def test_a_port_that_is_taken_is_said_plainly(file: Path) -> None:
+    """No traceback, exit code 2."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        result = _run("serve", "--config", str(file), "--port", port, "--admin-port", "0", "--host", "127.0.0.1")
+    assert result.exit_code == 2
+    assert "can't serve" in result.stderr
+
+
+def test_the_version_is_the_package_s() -> None:
+    """For bug reports."""
+    assert re.search(r"\d+\.\d+\.\d+", _run("--version").output)

@@ -1,0 +1,95 @@
+"""The other end of a request: gone, slow, or there."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+
+from aiohttp import web
+
+from proxy.client import Client
+
+
+@asynccontextmanager
+async def _served(handler: Callable[[web.Request], Awaitable[web.StreamResponse]]) -> AsyncIterator[int]:
+    application = web.Application()
+    application.router.add_get("/", handler)
+    runner = web.AppRunner(application, handler_cancellation=True, shutdown_timeout=0.1)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    try:
+        yield runner.addresses[0][1]
+    finally:
+        await runner.cleanup()
+
+
+async def _ask(port: int) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1024)
+    writer.write(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+    await writer.drain()
+    return reader, writer
+
+
+async def test_a_client_that_takes_nothing_is_taken_to_be_gone() -> None:
+    """It must not hold an upstream's generation: after the write limit its connection is cut."""
+    done: asyncio.Future[Client] = asyncio.get_running_loop().create_future()
+
+    async def handler(request: web.Request) -> web.StreamResponse:
+        client = Client(request, id="1", write_s=0.05)
+        told: list[bool] = []
+        client.when_gone(lambda: told.append(True))
+        await client.start(200, {})
+        while not client.is_gone:
+            await client.write(b"x" * 65536)
+        assert told == [True]
+        await client.end()  # to nobody: does nothing
+        done.set_result(client)
+        assert client.response
+        return client.response
+
+    async with _served(handler) as port:
+        _, writer = await _ask(port)
+        writer.transport.pause_reading()  # type: ignore[attr-defined]
+        assert (await done).is_gone
+        writer.close()
+
+
+async def test_who_asks_late_is_told_at_once() -> None:
+    """A client that left before anybody watched is not missed, and is reported once."""
+    told: list[int] = []
+
+    async def handler(request: web.Request) -> web.StreamResponse:
+        client = Client(request, id="1")
+        client.leave()
+        client.when_gone(lambda: told.append(1))
+        client.leave()
+        client.when_gone(None)
+        client.send(200, {}, b"nobody reads this")
+        assert client.response is None
+        return web.Response(text="ok")
+
+    async with _served(handler) as port:
+        reader, writer = await _ask(port)
+        assert (await reader.readline()).startswith(b"HTTP/1.1 200")
+        writer.close()
+    assert told == [1]
+
+
+async def test_pieces_arrive_as_they_are_written() -> None:
+    """Head, pieces and end in order; an empty piece is none."""
+
+    async def handler(request: web.Request) -> web.StreamResponse:
+        client = Client(request, id="req_1")
+        await client.start(201, {"content-type": "text/event-stream"})
+        for piece in (b"one", b"", bytearray(b"two")):
+            await client.write(piece)
+        await client.end()
+        assert client.response
+        return client.response
+
+    async with _served(handler) as port:
+        reader, writer = await _ask(port)
+        seen = await reader.readuntil(b"0\r\n\r\n")
+        assert seen.startswith(b"HTTP/1.1 201")
+        assert b"x-request-id: req_1" in seen
+        assert seen.endswith(b"3\r\none\r\n3\r\ntwo\r\n0\r\n\r\n")
+        writer.close()

@@ -1,0 +1,239 @@
+"""What could be read in two ways is refused with words that help; everything else is read and written back as it was.
+
+Threats T26 (bodies that are no JSON object), T27 (twins), T34 (depth), T37 (fields that we don't know).
+"""
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from proxy.errors import InvalidRequest
+from proxy.strict_json import DEPTH_MAX, dump, parse_object
+
+KNOWN = frozenset(("model", "max_tokens", "stream", "messages"))
+
+
+def refusal(body: bytes) -> str:
+    """The words with which a body is refused."""
+    with pytest.raises(InvalidRequest) as caught:
+        parse_object(body, KNOWN)
+    assert (caught.value.status, caught.value.code) == (400, "invalid_json")
+    return caught.value.message
+
+
+def nested(levels: int, inner: bytes = b"1") -> bytes:
+    """Arrays inside an object, `levels` deep in all."""
+    return b'{"a":' + b"[" * (levels - 1) + inner + b"]" * (levels - 1) + b"}"
+
+
+# ---------------------------------------------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        (b"", "is empty"),
+        (b" \r\n\t ", "is empty"),
+        (b"null", "must be a JSON object"),
+        (b"[]", "must be a JSON object"),
+        (b'[{"model":"m"}]', "must be a JSON object"),
+        (b"7", "must be a JSON object"),
+        (b'"text"', "must be a JSON object"),
+        (b"true", "must be a JSON object"),
+        (b"{", "not valid JSON"),
+        (b'{"model":"m"', "not valid JSON"),
+        (b'{"model":"m"} x', "Extra data at line 1, column 15"),
+        (b'{"model":"m"}{"model":"m"}', "Extra data"),
+        (b'{"model":"m",}', "not valid JSON"),
+        (b"{'model':'m'}", "not valid JSON"),
+        (b'{"model":\n"m', "Unterminated string starting at line 2, column 1"),
+        (b'{"model":"a\nb"}', "Invalid control character at line 1, column 12"),
+        (b'{"model":"a\x00b"}', "Invalid control character at line 1, column 12"),
+        (b'{"model":01}', "not valid JSON"),
+        (b'{"model":+1}', "not valid JSON"),
+        (b'{"model":"\\x"}', "Invalid \\escape"),
+        (b"model=m&stream=true", "not valid JSON"),
+        (b"\x1f\x8b\x08\x00", "not valid UTF-8 (byte 1)"),
+        (b"\xef\xbb\xbf{}", "not valid JSON"),
+        ('{"model":"m"}'.encode("utf-16"), "not valid UTF-8 (byte 0)"),
+        ('{"model":"m"}'.encode("utf-16-le"), "not valid JSON"),
+        ('{"model":"m"}'.encode("utf-32-be"), "not valid JSON"),
+        (b'{"model":"\xff"}', "not valid UTF-8 (byte 10)"),
+        (b'{"model":"\xed\xa0\x80"}', "not valid UTF-8"),
+        (b'{"model":"\xc0\xaf"}', "not valid UTF-8"),
+    ],
+)
+def test_what_is_no_json_object_is_a_400_that_says_why(body: bytes, words: str) -> None:
+    """Whatever comes in (T26) is answered in OpenAI's shape, with the place where there is one."""
+    assert words in refusal(body)
+
+
+@pytest.mark.parametrize("text", [b"NaN", b"Infinity", b"-Infinity"])
+@pytest.mark.parametrize("body", [b'{"max_tokens":%b}', b'{"a":[{"b":%b}]}', b"%b"])
+def test_constants_that_json_does_not_have_are_refused(text: bytes, body: bytes) -> None:
+    """Python would read them, other servers don't; also deep inside, where we don't look ourselves."""
+    assert f"{text.decode()} is no JSON number" in refusal(body % text)
+
+
+@pytest.mark.parametrize("text", [b"1e999", b"-1e999", b"1E+400", b"1" + b"0" * 400 + b".5"])
+def test_fractions_beyond_a_double_are_refused(text: bytes) -> None:
+    """They would be read as infinity, which could not be written again."""
+    words = refusal(b'{"temperature":%b}' % text)
+    assert "beyond the range of numbers" in words
+    assert len(words) < 150
+
+
+@pytest.mark.parametrize("body", [b'{"a":%b}', b"%b", b'{"a":[-%b]}'])
+def test_an_integer_of_200_000_digits_is_refused(body: bytes) -> None:
+    """Reading one takes time by the square of its length, so Python's own limit of digits stands."""
+    assert "a number has too many digits" in refusal(body % (b"1" * 200_000))
+
+
+@pytest.mark.parametrize("body", [b'{"%b":1,"%b":2}', b'{"messages":[{"c":{"%b":1,"x":0,"%b":1}}]}'])
+@pytest.mark.parametrize("key", [b"model", b"digits", b"", b"\\u00e9", b"\\ud800", b"a\\nb"])
+def test_a_key_that_stands_twice_is_refused_at_any_depth(body: bytes, key: bytes) -> None:
+    """One server takes the first, another the last (T27). Equal values make no difference: nobody writes that."""
+    words = refusal(body % (key, key))
+    assert f'the key "{json.loads(b"%c%b%c" % (34, key, 34))}" stands twice' in words
+
+
+def test_the_same_key_in_two_spellings_stands_twice() -> None:
+    """Escapes are undone before keys are compared, as every reader does it."""
+    assert 'the key "model" stands twice' in refusal(b'{"model":"a","\\u006dodel":"b"}')
+
+
+def test_the_same_key_in_two_objects_is_no_twin() -> None:
+    """Each message has a role, and a field of a tool may be called `model`."""
+    body = b'{"model":"m","messages":[{"role":"user"},{"role":"user"}],"tools":{"model":{"model":1}}}'
+    assert parse_object(body, KNOWN) == json.loads(body)
+
+
+@pytest.mark.parametrize(
+    ("body", "first", "second"),
+    [
+        (b'{"model":"a","MODEL":"b"}', "model", "MODEL"),
+        (b'{"MODEL":"b","model":"a"}', "model", "MODEL"),
+        (b'{"MODEL":"b"}', "model", "MODEL"),
+        (b'{"Max_Tokens":1}', "max_tokens", "Max_Tokens"),
+        (b'{"model":"a","max_tokens":1,"max_to\xe2\x84\xaaens":9}', "max_tokens", "max_to\u212aens"),
+        (b'{"model":"a","max_tokens":1,"max_token\xc5\xbf":9}', "max_tokens", "max_token\u017f"),
+        (b'{"\xc5\xbftream":true}', "stream", "\u017ftream"),
+        (b'{"\\u004dodel":"b"}', "model", "Model"),
+        (b'{"own":1,"Own":2}', "own", "Own"),
+        (b'{"OWN":1,"own":2}', "OWN", "own"),
+    ],
+)
+def test_keys_that_differ_only_in_case_are_refused(body: bytes, first: str, second: str) -> None:
+    """Go's decoder takes them for one, by its own folding: also the long s and the sign for Kelvin.
+
+    Of a field on which something is decided a single other spelling is enough, since a server behind us may read it.
+    """
+    assert f'"{first}" and "{second}" differ only in case' in refusal(body)
+
+
+def test_case_matters_nowhere_else() -> None:
+    """A field that nobody knows may be spelled as it likes, and deeper nothing is decided."""
+    body = b'{"model":"m","X-Own":1,"metadata":{"a":1,"A":2,"MODEL":3}}'
+    assert parse_object(body, KNOWN) == json.loads(body)
+
+
+def test_words_of_a_refusal_are_short() -> None:
+    """A key of 200 kB does not come back as an answer of 200 kB."""
+    key = b"k" * 200_000
+    assert len(refusal(b'{"%b":1,"%b":2}' % (key, key))) < 200
+    assert len(refusal(b'{"%b":1,"%b":2}' % (key, key.upper()))) < 300
+
+
+# -------------------------------------------------------------------------------------------------------------- depth
+
+
+def test_as_deep_as_allowed_is_read_and_one_deeper_is_not() -> None:
+    """64 levels, counted in objects and arrays alike."""
+    assert parse_object(nested(DEPTH_MAX), KNOWN) == json.loads(nested(DEPTH_MAX))
+    assert f"more than {DEPTH_MAX} levels" in refusal(nested(DEPTH_MAX + 1))
+    assert f"more than {DEPTH_MAX} levels" in refusal(nested(DEPTH_MAX, b"{}"))
+
+
+@pytest.mark.parametrize(("opening", "closing"), [(b"[", b"]"), (b'{"a":', b"}"), (b'[{"a":', b"}]")])
+@pytest.mark.parametrize("levels", [500, 100_000])
+def test_no_depth_overflows_a_stack(opening: bytes, closing: bytes, levels: int) -> None:
+    """100,000 levels are a 400 as well, closed or not: a RecursionError would be a 500 (T26)."""
+    assert "levels deep" in refusal(b'{"a":' + opening * levels + b"1" + closing * levels + b"}")
+    assert "not valid JSON" in refusal(b'{"a":' + opening * levels)
+
+
+# ------------------------------------------------------------------------------------------- what is read and written
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"{}",
+        b' \n{"model" : "m" }\n',
+        b'{"a":[],"b":{},"c":"","d":null,"e":false,"f":0,"":1}',
+        b'{"seed":18446744073709551615,"low":-9223372036854775808}',
+        b'{"seed":18446744073709551616,"low":-9223372036854775809}',
+        b'{"seed":1%b}' % (b"0" * 4000),
+        b'{"t":0.1,"u":-0.0,"v":1.0,"w":5e-324,"x":1.7976931348623157e308,"y":1E5,"z":1e-999}',
+        b'{"text":"\\ud83d\\ude00 \xf0\x9f\x98\x80 \\u0000 \\/ \\" \\u2028"}',
+        b'{"text":"\\ud800","\\udfff":"\\udc00\\ud800"}',
+        b'{"text":"<|endoftext|>","unknown":{"deep":[[[{"x":[null]}]]]}}',
+    ],
+)
+def test_what_is_read_is_written_back(body: bytes) -> None:
+    """The value survives reading and writing: integers of any size, also half of a surrogate pair (T37, T67)."""
+    value = parse_object(body, KNOWN)
+    again = parse_object(dump(value), KNOWN)
+    assert again == value == json.loads(body)
+    assert repr(again) == repr(value)  # 1 is not 1.0, and -0.0 is not 0.0
+
+
+def test_what_is_written_is_compact_utf8() -> None:
+    """So its length bounds the tokens, and no server has to undo escapes."""
+    assert dump({"a": [1, "é😀"], "b": None}) == '{"a":[1,"é😀"],"b":null}'.encode()
+    assert dump({"a": [2**64, "\ud800"]}) == b'{"a":[18446744073709551616,"\\ud800"]}'
+
+
+scalars = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(st.characters(exclude_categories=()), max_size=9)
+)
+values = st.recursive(
+    scalars,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=4),
+    max_leaves=15,
+)
+documents = st.dictionaries(st.text(max_size=5), values, max_size=5)
+
+
+@given(document=documents, spaced=st.booleans(), escaped=st.booleans())
+def test_any_document_is_read_as_json_reads_it_or_refused(document: dict, spaced: bool, escaped: bool) -> None:
+    """However it is spelled, it is read as what it says; only twins by case stand in its way."""
+    separators = (" , ", " : ") if spaced else (",", ":")
+    try:
+        body = json.dumps(document, ensure_ascii=escaped, separators=separators).encode()
+    except UnicodeEncodeError:
+        return  # half a pair can only be written as an escape
+    if len({key.casefold() for key in document}) < len(document):
+        assert "differ only in case" in refusal(body)
+        return
+    value = parse_object(body, KNOWN)
+    assert repr(value) == repr(document)
+    assert repr(parse_object(dump(value), KNOWN)) == repr(document)
+
+
+@given(body=st.binary(max_size=40) | st.text('{}[]",:0123456789eE+-.truefalsn\\ \n', max_size=40).map(str.encode))
+def test_no_bytes_break_the_reading(body: bytes) -> None:
+    """Anything is an object or a 400, never another exception."""
+    try:
+        value = parse_object(body, KNOWN)
+    except InvalidRequest as error:
+        assert error.code == "invalid_json"
+        assert json.loads(dump(error.body())) == error.body()
+    else:
+        assert isinstance(value, dict)

@@ -1,0 +1,120 @@
+"""HTTP to the upstreams: what broke, and whether the call can have been sent."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+
+from proxy.errors import UpstreamError
+from proxy.policy import Upstream
+from proxy.upstream import WHOLE_BYTES_MAX, Upstreams
+
+HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
+
+
+@asynccontextmanager
+async def _upstream(answer: bytes, *, repeat: int = 1) -> AsyncIterator[tuple[Upstream, list[bytes]]]:
+    """A server that reads one request whole, answers with these bytes, and closes."""
+    seen: list[bytes] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = await reader.readuntil(b"\r\n\r\n")
+        length = int(next(line for line in head.lower().split(b"\r\n") if b"content-length" in line).split()[1])
+        seen.append(head + await reader.readexactly(length))
+        try:
+            for _ in range(repeat):
+                writer.write(answer)
+                await writer.drain()
+        except ConnectionError:
+            pass
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    try:
+        yield Upstream("up", f"http://127.0.0.1:{port}/v1", None), seen
+    finally:
+        server.close()
+        await server.wait_closed()
+
+
+@asynccontextmanager
+async def _open() -> AsyncIterator[Upstreams]:
+    upstreams = Upstreams()
+    upstreams.open()
+    try:
+        yield upstreams
+    finally:
+        await upstreams.close()
+        await upstreams.close()  # closing twice is closing
+
+
+async def test_a_whole_answer_comes_back() -> None:
+    """Status, headers and body, and the request as it was given."""
+    async with _upstream(HEAD + b"Retry-After: 3\r\nContent-Length: 2\r\n\r\n{}") as (up, seen), _open() as upstreams:
+        async with upstreams.send(up, "/chat/completions", b'{"a":1}', {"x-title": "T"}) as answer:
+            assert (answer.status, answer.retry_after, answer.is_stream) == (200, "3", False)
+            assert await answer.whole() == b"{}"
+        assert seen[0].startswith(b"POST /v1/chat/completions HTTP/1.1")
+        assert b"x-title: T" in seen[0]
+        assert seen[0].endswith(b'{"a":1}')
+
+
+async def test_a_large_body_is_sent_whole() -> None:
+    """Megabytes of pictures go out as they came in."""
+    body = b"x" * (3 * 2**20)
+    async with _upstream(HEAD + b"Content-Length: 2\r\n\r\n{}") as (up, seen), _open() as upstreams:
+        async with upstreams.send(up, "/chat/completions", body, {}) as answer:
+            await answer.whole()
+        assert seen[0].endswith(body)
+
+
+async def test_nobody_there_means_nothing_was_sent() -> None:
+    """Provably free."""
+    async with _open() as upstreams:
+        with pytest.raises(UpstreamError, match="can't be reached") as failed:
+            async with upstreams.send(Upstream("up", "http://127.0.0.1:1/v1", None), "/x", b"{}", {}):
+                raise AssertionError
+        assert failed.value.was_sent is False
+        assert failed.value.headers == {"retry-after": "2"}
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [b"Content-Length: 100\r\n\r\n{", b"Transfer-Encoding: chunked\r\n\r\n5\r\nab"],
+    ids=["length", "chunked"],
+)
+async def test_an_answer_that_breaks_off_says_so(answer: bytes) -> None:
+    """A body cut short is no body, in either framing."""
+    async with _upstream(HEAD + answer) as (up, _), _open() as upstreams:
+        with pytest.raises(UpstreamError, match="broke off") as failed:
+            async with upstreams.send(up, "/x", b"{}", {}) as begun:
+                await begun.whole()
+        assert failed.value.was_sent is True
+
+
+async def test_redirects_are_not_followed() -> None:
+    """They would carry our key to wherever they point."""
+    async with _upstream(b"HTTP/1.1 307 X\r\nLocation: http://127.0.0.1:1/\r\nContent-Length: 0\r\n\r\n") as (
+        up,
+        seen,
+    ):
+        async with _open() as upstreams, upstreams.send(up, "/x", b"{}", {}) as answer:
+            assert answer.status == 307
+        assert len(seen) == 1
+
+
+async def test_a_whole_answer_has_a_bound() -> None:
+    """An upstream without end is cut off instead of filling the memory."""
+    head = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
+    piece = b"100000\r\n" + b"x" * 2**20 + b"\r\n"
+    async with _upstream(head + piece, repeat=1) as (up, _), _open() as upstreams:
+        with pytest.raises(UpstreamError):
+            async with upstreams.send(up, "/x", b"{}", {}) as answer:
+                await answer.whole()
+    endless = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % (WHOLE_BYTES_MAX * 2)
+    async with _upstream(endless + b"x" * (WHOLE_BYTES_MAX + 2)) as (up, _), _open() as upstreams:
+        with pytest.raises(UpstreamError, match="larger than"):
+            async with upstreams.send(up, "/x", b"{}", {}) as answer:
+                await answer.whole()
