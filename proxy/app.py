@@ -23,7 +23,7 @@ from proxy.ledger import LEASE_MS, Ledger
 from proxy.metrics import Metrics
 from proxy.relay import Relay
 from proxy.reload import Look, Policies
-from proxy.store import Store
+from proxy.store import Store, StoreUnavailable
 from proxy.tasks import Tasks
 from proxy.upstream import Upstreams
 
@@ -138,7 +138,9 @@ async def serve(server: Server, started: Callable[[Server], None] = lambda _: No
 
 
 def sqlite_path(database: str) -> Path:
-    """The file that `sqlite:///…` names."""
+    """The file that `sqlite:///…` names; raises StoreUnavailable for a database that can't be served from yet."""
+    if not database.startswith("sqlite:///"):
+        raise StoreUnavailable("this release keeps its books in SQLite only: write database: sqlite:///quotas.db")
     return Path(database.removeprefix("sqlite:///"))
 
 

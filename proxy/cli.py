@@ -1,6 +1,5 @@
 """The commands. Exit codes: 0 fine, 1 the answer is no, 2 the command or the config is wrong."""
 
-import asyncio
 import logging
 import os
 import sys
@@ -56,8 +55,7 @@ def main(verbose: bool) -> None:
 def serve_command(path: str, host: str | None, port: int | None, admin_port: int | None) -> None:
     """Serve until stopped. The policy is reloaded when the file changes, or on SIGHUP."""
     config = _listening(_load(path), host, port, admin_port)
-    server = Server(config, load=partial(load, path, os.environ), look=partial(look_at, path))
-    _run(serve(server, _say_where))
+    _run(_serve(config, path))
 
 
 @main.command("demo")
@@ -89,13 +87,7 @@ def schema_command() -> None:
 @_config_option
 def migrate_command(path: str) -> None:
     """Bring the database up to this release's schema."""
-    store = Store(sqlite_path(_load(path).settings.database))
-    try:
-        store.open()
-    except (StoreInUse, StoreUnavailable, NewerSchema) as error:
-        _give_up(str(error), _NO)
-    finally:
-        asyncio.run(store.close())
+    _run(_migrate(_load(path)))
     click.echo("The database has this release's schema.")
 
 
@@ -112,6 +104,19 @@ def hash_command(key: str | None) -> None:
     if len(key) < 24:
         _give_up("A key needs 24 characters or more.", _WRONG)
     click.echo(f"sha256:{digest(key)}")
+
+
+async def _migrate(config: Config) -> None:
+    store = Store(sqlite_path(config.settings.database))
+    try:
+        store.open()
+    finally:
+        await store.close()
+
+
+async def _serve(config: Config, path: str) -> None:
+    server = Server(config, load=partial(load, path, os.environ), look=partial(look_at, path))
+    await serve(server, _say_where)
 
 
 def _listening(config: Config, host: str | None, port: int | None, admin_port: int | None) -> Config:
@@ -134,7 +139,7 @@ def _run(work: Coroutine[Any, Any, None]) -> None:
     try:
         uvloop.run(work)
     except (StoreInUse, StoreUnavailable, NewerSchema, OSError) as error:
-        _give_up(f"can't serve: {error}", _WRONG)
+        _give_up(str(error), _WRONG)
     except KeyboardInterrupt:
         pass
 

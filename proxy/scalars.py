@@ -18,6 +18,7 @@ KEY_CHARACTERS_MIN = 24
 _MODEL_NAME_MAX = 200
 
 NAME = re.compile(r"^(?!\.\.?$)[A-Za-z0-9._-]{1,100}$")
+_USER_NAME = re.compile(r"(?!\.\.?$)[A-Za-z0-9._@+-]{1,254}")
 _COUNT = re.compile(r"(0|[1-9][0-9]{0,14}|[1-9][0-9]{0,2}(?:_[0-9]{3}){1,4})([kM]?)")
 _TIMES = {"": 1, "k": 1_000, "M": 1_000_000}
 _ADDRESS = re.compile(r"(?:\[([0-9A-Fa-f:.]{2,45})\]|([A-Za-z0-9]([A-Za-z0-9.-]{0,252})?)):([0-9]{1,5})")
@@ -27,9 +28,16 @@ _UTC = ZoneInfo("UTC")
 
 
 def name(text: str) -> str:
-    """The name of a group, quota, user, upstream or admin: it becomes a part of ids, paths and labels."""
+    """The name of a group, quota, upstream or admin: it becomes a part of ids, paths and labels."""
     if not NAME.fullmatch(text):
         raise ValueError("this is no name; write letters, digits, dots, dashes and underscores, at most 100")
+    return text
+
+
+def user_name(text: str) -> str:
+    """The name of a user, which may be an e-mail address."""
+    if not _USER_NAME.fullmatch(text):
+        raise ValueError("this is no user's name; write letters, digits and . _ - @ +, at most 254")
     return text
 
 

@@ -57,6 +57,7 @@ _NAMED = WithJsonSchema({"type": ["string", "integer"], "pattern": scalars.NAME.
 Text = Annotated[str, _AsWritten, AfterValidator(scalars.sentence)]
 Name = Annotated[str, _AsWritten, AfterValidator(scalars.name), _NAMED]
 GroupName = Annotated[str, _AsWritten, AfterValidator(scalars.group_name), _NAMED]
+UserName = Annotated[str, _AsWritten, AfterValidator(scalars.user_name), _string(minLength=1, maxLength=254)]
 ModelName = Annotated[str, _AsWritten, AfterValidator(scalars.model_name), _string(minLength=1)]
 ServedName = Annotated[str, _AsWritten, AfterValidator(scalars.served_name), _string(minLength=1)]
 Glob = Annotated[str, _AsWritten, AfterValidator(scalars.glob), _string(minLength=1)]
@@ -230,8 +231,7 @@ class File(Section):
     database: Database = Field(
         "sqlite:///quotas.db",
         repr=False,
-        description="Where the books are kept: sqlite:///file or postgresql://user:password@host/name. "
-        "A change needs a restart.",
+        description="Where the books are kept: sqlite:///file. A change needs a restart.",
     )
     timezone: Zone = Field("UTC", description="Where the calendar windows begin, as in Europe/Berlin.")
     week_starts: Weekday = Field("monday", description="On which day a week begins.")
@@ -260,7 +260,7 @@ class File(Section):
         description="In order: a call is let in through the first of the user's groups with room. everyone binds all "
         "users in addition; default binds those none of whose groups has a quota for the model.",
     )
-    users: dict[Name, User] = Field(default={}, description="Who may call.")
+    users: dict[UserName, User] = Field(default={}, description="Who may call.")
 
 
 def section_at(path: tuple[str | int, ...]) -> type[Section]:

@@ -228,7 +228,7 @@ async def test_headers_tell_where_the_user_stands(tmp_path: Path) -> None:
 
 
 async def test_an_answer_is_shortened_to_what_is_left_and_says_so(tmp_path: Path) -> None:
-    """Where less is free than the call wants, the forwarded maximum is lowered, and the head of the answer says it."""
+    """Where less is free than the call wants, the forwarded maximum is lowered, and the answer's head says it."""
     async with stage(SMALL, folder=tmp_path) as on:
         long = {"simulate": "tokens=9999"}
         body = {"model": "gpt-4o-mini", "messages": HELLO, "max_tokens": 20_000, "metadata": long}

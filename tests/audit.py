@@ -1,0 +1,66 @@
+"""An auditor of a ledger's file, who reads it with plain SQL and trusts nothing of the program that wrote it.
+
+audit(path)                 the file is sound, and its counters are the sums of its calls
+contents(path)              all that stands in it
+"""
+
+import json
+import sqlite3
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+Key = tuple[str, str, int]
+
+
+@contextmanager
+def connected(path: Path) -> Iterator[sqlite3.Connection]:
+    """A connection of one's own, that begins and commits only when told, and waits for nobody."""
+    with closing(sqlite3.connect(path, timeout=0, isolation_level=None)) as connection:
+        yield connection
+
+
+def rows(path: Path, table: str) -> list[dict[str, Any]]:
+    """What is committed in a table, by its first columns."""
+    with connected(path) as connection:
+        connection.row_factory = sqlite3.Row
+        found = connection.execute(f"SELECT * FROM {table}").fetchall()
+    return [dict(row) for row in sorted(found, key=lambda row: tuple(row)[:2])]
+
+
+def contents(path: Path) -> list[str]:
+    """The whole file as SQL: schema and rows."""
+    with connected(path) as connection:
+        return list(connection.iterdump())
+
+
+def states(path: Path) -> dict[str, str]:
+    """id → state, of all calls."""
+    return {row["id"]: row["state"] for row in rows(path, "calls")}
+
+
+def audit(path: Path) -> None:
+    """The file is sound; each counter holds what its open calls hold and has used what its ended ones are charged."""
+    with connected(path) as connection:
+        assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+    used: dict[Key, list[int]] = defaultdict(lambda: [0, 0, 0])
+    held: dict[Key, list[int]] = defaultdict(lambda: [0, 0, 0])
+    for call in rows(path, "calls"):
+        charged = [call["input_tokens"] or 0, call["output_tokens"] or 0, call["requests"] or 0]
+        is_open = call["state"] == "open"
+        assert is_open == (call["ended_at"] is None)
+        assert charged == [0, 0, 0] or not is_open
+        for (subject, quota_id), opened_at, *_, amount in json.loads(call["lines"]):
+            _add((held if is_open else used)[subject, quota_id, opened_at], amount if is_open else charged)
+    for counter in rows(path, "counters"):
+        key = (counter["subject"], counter["quota_id"], counter["opened_at"])
+        for side, sums in (("used", used), ("held", held)):
+            levels = [counter[f"{side}_{measure}"] for measure in ("input", "output", "requests")]
+            assert levels == sums.get(key, [0, 0, 0]), f"{side} of {key}"
+            assert min(levels) >= 0, f"{side} of {key}"
+
+
+def _add(sums: list[int], amounts: list[int]) -> None:
+    sums[:] = [total + amount for total, amount in zip(sums, amounts, strict=True)]
