@@ -10,6 +10,7 @@
 A body passes on only where it is an error in OpenAI's shape, and never with our key in it.
 """
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +30,10 @@ _ACCOUNT_CODES = frozenset(
         "project_spend_limit_exceeded",
     )
 )
+
+
+# What passes on of a `Retry-After`: seconds, and not 0, at which some SDKs hammer.
+_SECONDS = re.compile(r"[1-9][0-9]{0,5}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,9 +82,7 @@ def masked(body: bytes, upstream: Upstream) -> bytes:
 
 
 def _limited(error: dict[str, Any] | None, retry_after: str | None, upstream: Upstream) -> ProxyError:
-    headers = (
-        {"retry-after": retry_after} if retry_after and retry_after.isascii() and retry_after.isdigit() else None
-    )
+    headers = {"retry-after": retry_after} if retry_after and _SECONDS.fullmatch(retry_after) else None
     said = error.get("message") if error else None
     text = masked(said.encode(), upstream).decode() if isinstance(said, str) else ""
     return UpstreamBusy(

@@ -43,7 +43,7 @@ _PLACEHOLDERS = (
 
 
 class Meter:
-    """Watches one answer. `input_bytes` is the size of the request, for an answer that doesn't say its usage."""
+    """Watches one answer. `input_bytes` bounds its input, for an answer that doesn't say its usage."""
 
     def __init__(self, call: Call, *, input_bytes: int) -> None:
         self.is_at_end = False
@@ -88,11 +88,6 @@ class Meter:
         self._reported = read_tokens(answer.get("usage"))
         self._text_bytes += _text_in(answer.get("choices")) + _text_in(answer.get("output"))
 
-    @property
-    def has_usage(self) -> bool:
-        """Whether the upstream has said what was used."""
-        return self._reported is not None
-
     def usage(self) -> Usage:
         """What was used, as far as is known now."""
         estimate = -(-self._input_bytes // _BYTES_PER_TOKEN)
@@ -104,6 +99,8 @@ class Meter:
     def _see_chunk(self, chunk: dict[str, Any], event: Event) -> bytes:
         self._see_error(chunk)
         choices = chunk.get("choices")
+        if choices:
+            self.is_at_end = self.is_over  # a usage chunk that came early was not the end
         if choices and (text_bytes := _text_in(choices)):
             self._text_bytes += text_bytes
             self._text_chunks += 1

@@ -82,7 +82,7 @@ class Relay:
         if isinstance(answer, NotBooked):
             self._metrics.refused(answer.refused)
             raise passage.refusal(answer, began)
-        reservation = Reservation(self._ledger, answer, Meter(passage.call, input_bytes=len(body)))
+        reservation = Reservation(self._ledger, answer, Meter(passage.call, input_bytes=answer.entry.hold.input))
         with self._metrics.in_flight.track_inprogress():
             async with reservation:
                 yield reservation
@@ -115,6 +115,9 @@ class Relay:
             ready = bytearray()
             for event in splitter.feed(chunk):
                 piece = meter.see_event(event)
+                if end and not meter.is_at_end:  # what looked like the end was not
+                    ready += end
+                    end.clear()
                 (end if meter.is_at_end else ready).extend(piece)
             await client.write(ready)
             if meter.is_over:

@@ -16,6 +16,8 @@ import orjson
 from proxy.errors import InvalidRequest
 
 DEPTH_MAX = 64
+# A body of nothing but brackets takes the longest to read: 15 MB of `{},` two seconds. So many take 0.4 s at worst.
+_BRACKETS_MAX = 1_000_000
 
 
 def parse_object(body: bytes, known: frozenset[str]) -> dict[str, Any]:
@@ -27,6 +29,8 @@ def parse_object(body: bytes, known: frozenset[str]) -> dict[str, Any]:
         text = body.decode("utf-8")
     except UnicodeDecodeError as error:
         raise InvalidRequest(f"The body is not valid UTF-8 (byte {error.start}).", code="invalid_json") from None
+    if body.count(b"{") + body.count(b"[") > _BRACKETS_MAX:
+        raise InvalidRequest(f"The body has more than {_BRACKETS_MAX} brackets.", code="invalid_json")
     if not text.strip():
         raise InvalidRequest("The body is empty: send a JSON object.", code="invalid_json")
     try:

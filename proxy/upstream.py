@@ -104,4 +104,6 @@ class Upstreams:
                 f'The upstream "{upstream.name}" can\'t be reached.', was_sent=False, headers={"retry-after": "2"}
             ) from None
         async with response:
+            if response.headers.get("content-encoding", "identity").lower() != "identity":
+                raise UpstreamError("The upstream compressed its answer although it was asked not to.")
             yield Answer(response)

@@ -118,3 +118,14 @@ async def test_a_whole_answer_has_a_bound() -> None:
         with pytest.raises(UpstreamError, match="larger than"):
             async with upstreams.send(up, "/x", b"{}", {}) as answer:
                 await answer.whole()
+
+
+async def test_an_answer_compressed_unasked_is_refused() -> None:
+    """It could be neither metered nor, without its header, read."""
+    async with (
+        _upstream(HEAD + b"Content-Encoding: gzip\r\nContent-Length: 2\r\n\r\nxx") as (up, _),
+        _open() as upstreams,
+    ):
+        with pytest.raises(UpstreamError, match="compressed"):
+            async with upstreams.send(up, "/x", b"{}", {}):
+                raise AssertionError

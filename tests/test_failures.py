@@ -1,0 +1,241 @@
+"""Whose fault an upstream's failure was, what it costs, and that nothing of our key or account gets out with it.
+
+The table of the module's docstring; contract "A refusal"; threats T9, T10, T38, T44.
+"""
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from proxy.errors import ProxyError, UpstreamBusy, UpstreamError, UpstreamExhausted, UpstreamTimeout
+from proxy.failures import Failed, Rejected, failure_of, masked
+from proxy.policy import Secret, Upstream
+
+KEY = "sk-of-the-operator-0123456789"
+UPSTREAM = Upstream("up", "http://upstream.example/v1", Secret(KEY))
+OPEN = Upstream("up", "http://upstream.example/v1", None)
+HTML = b"<html><h1>502 Bad Gateway</h1></html>"
+
+
+def error(message: object = "It can't be done.", **more: object) -> bytes:
+    """A body with an error in OpenAI's shape."""
+    return json.dumps(
+        {"error": {"message": message, "type": "some_error", "param": None, "code": None, **more}}
+    ).encode()
+
+
+def failure(status: int, body: bytes = HTML, retry_after: str | None = None) -> Rejected | Failed | ProxyError:
+    """What the answer of an upstream with a key means."""
+    return failure_of(status, body, retry_after, UPSTREAM)
+
+
+# ------------------------------------------------------------------------------------------------ the request's fault
+
+
+@pytest.mark.parametrize("status", [400, 404, 405, 409, 413, 415, 422, 424, 451, 499])
+def test_a_bad_request_passes_on_and_costs_one_request(status: int) -> None:
+    """The upstream's words help the user, and who sends nonsense in a loop is counted."""
+    body = error(code="context_length_exceeded", param="messages")
+    assert failure(status, body) == Rejected(status, body)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        HTML,
+        b"null",
+        b"[]",
+        b"7",
+        b'{"error":"text"}',
+        b'{"error":null}',
+        b'{"error":[]}',
+        b'{"detail":"Not Found"}',
+        b'{"error":{"message":NaN}}',
+        b'{"error":{"message":"cut',
+        b"\xff\xfe",
+        b"[" * 100_000,
+    ],
+)
+def test_a_body_in_another_shape_is_replaced(body: bytes) -> None:
+    """SDKs show nothing of HTML, and nobody knows what is in it."""
+    rejected = failure(400, body)
+    assert isinstance(rejected, Rejected)
+    assert json.loads(rejected.body) == {
+        "error": {
+            "message": "The upstream refused the request with status 400.",
+            "type": "invalid_request_error",
+            "param": None,
+            "code": None,
+        }
+    }
+    assert isinstance(failure(500, body), UpstreamError)
+
+
+# ----------------------------------------------------------------------------------------------- our key, our account
+
+
+@pytest.mark.parametrize("status", [401, 403])
+@pytest.mark.parametrize(
+    "body", [error(f"Incorrect API key provided: {KEY}."), error(code="insufficient_quota"), HTML]
+)
+def test_our_key_is_not_the_user_s_fault(status: int, body: bytes) -> None:
+    """502, since at a 401 users would change their own keys; and not a word of what the upstream said (T9)."""
+    failed = failure(status, body)
+    assert type(failed) is UpstreamError
+    assert (failed.status, failed.code) == (502, "upstream_error")
+    assert "key" in failed.message and "sk-" not in failed.message
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "insufficient_quota",
+        "credit_balance_exhausted",
+        "billing_hard_limit_reached",
+        "organization_spend_limit_exceeded",
+        "organization_usage_limit_exceeded",
+        "project_spend_limit_exceeded",
+    ],
+)
+@pytest.mark.parametrize("status", [400, 429, 500])
+def test_an_account_that_is_used_up_is_the_operator_s_matter(code: str, status: int) -> None:
+    """503 whichever status and member says it: a user who saw `insufficient_quota` would look at the wrong quota."""
+    for body in (error("You, org-123, exceeded it.", code=code), error("You, org-123, exceeded it.", type=code)):
+        failed = failure(status, body, retry_after="5")
+        assert type(failed) is UpstreamExhausted
+        assert (failed.status, failed.code, failed.headers) == (503, "upstream_unavailable", {})
+        assert "org-123" not in failed.message
+
+
+@pytest.mark.parametrize("body", [error("Insufficient credits. Buy more at https://x.example."), HTML, b""])
+def test_payment_required_is_the_operator_s_matter(body: bytes) -> None:
+    """402 (OpenRouter, DeepSeek) is about the account too; the user can't pay it, and isn't charged for it."""
+    failed = failure(402, body)
+    assert type(failed) is UpstreamExhausted
+    assert "https" not in failed.message
+
+
+# ------------------------------------------------------------------------------------------------- the upstream's own
+
+
+def test_the_upstream_s_own_limit_is_marked_as_such() -> None:
+    """A 429 that is no quota of ours keeps its status, its words and its time, under another code."""
+    failed = failure(429, error("Rate limit reached.", code="rate_limit_exceeded", type="tokens"), retry_after="7")
+    assert type(failed) is UpstreamBusy
+    assert (failed.status, failed.type, failed.code) == (429, "rate_limit_error", "upstream_rate_limited")
+    assert failed.headers == {"retry-after": "7"}
+    assert failed.message == (
+        "The upstream itself is limiting requests just now; this is no quota of this proxy. Rate limit reached."
+    )
+
+
+@pytest.mark.parametrize("body", [HTML, b"", b'{"error":"text"}', error(None), error({"a": 1}), error(""), error(7)])
+def test_a_limit_without_words_is_told_in_ours(body: bytes) -> None:
+    """And never with `None`."""
+    failed = failure(429, body)
+    assert isinstance(failed, UpstreamBusy)
+    assert failed.message == "The upstream itself is limiting requests just now; this is no quota of this proxy."
+
+
+@pytest.mark.parametrize("code", [None, 429, {}, [], ["insufficient_quota"], {"insufficient_quota": 1}, True, 1.5])
+def test_codes_of_any_type_are_no_mistake_of_ours(code: object) -> None:
+    """vLLM's are numbers; what can't be hashed must not become a 500."""
+    body = error("x", code=code, type=code)
+    assert isinstance(failure(429, body), UpstreamBusy)
+    assert failure(400, body) == Rejected(400, body)
+    assert failure(500, body) == Failed(500, body)
+
+
+@pytest.mark.parametrize(
+    "retry_after", [None, "", "soon", "1.5", "-1", "7\r\nx: y", "\u0667", "Wed, 21 Oct 2026 07:28:00 GMT"]
+)
+def test_only_whole_seconds_are_passed_on(retry_after: str | None) -> None:
+    """Nothing else becomes a header of ours."""
+    failed = failure(429, error(), retry_after)
+    assert isinstance(failed, UpstreamBusy)
+    assert failed.headers == {}
+
+
+def test_the_words_of_a_limit_are_bounded_and_without_our_key() -> None:
+    """The key goes before the cut, so no half of it stays at the edge (T9)."""
+    for position in range(480, 505):
+        failed = failure(429, error("x" * position + KEY + "y" * 9999))
+        assert isinstance(failed, UpstreamBusy)
+        assert "sk-" not in failed.message
+        assert len(failed.message) < 700
+
+
+@pytest.mark.parametrize("status", [500, 502, 503, 504, 529, 599])
+def test_an_error_of_the_upstream_passes_on_and_costs_nothing(status: int) -> None:
+    """In OpenAI's shape, as it is."""
+    assert failure(status, error()) == Failed(status, error())
+
+
+@pytest.mark.parametrize("status", [500, 501, 502, 503, 529])
+def test_a_failure_in_another_shape_is_a_502(status: int) -> None:
+    """The words are ours, with the status for whoever asks."""
+    failed = failure(status)
+    assert type(failed) is UpstreamError
+    assert (failed.status, failed.message) == (502, f"The upstream failed with status {status}.")
+
+
+@pytest.mark.parametrize(("status", "body"), [(408, HTML), (408, error()), (504, HTML)])
+def test_a_time_limit_of_the_upstream_is_a_504(status: int, body: bytes) -> None:
+    """408 speaks of a connection of ours, so it never passes on."""
+    failed = failure(status, body)
+    assert type(failed) is UpstreamTimeout
+    assert failed.status == 504
+
+
+@pytest.mark.parametrize("status", [100, 101, 199, 300, 301, 302, 304, 307, 308])
+def test_what_is_no_answer_is_a_502(status: int) -> None:
+    """Redirects are not followed, and not passed on either: they name hosts (T44)."""
+    failed = failure(status, error())
+    assert type(failed) is UpstreamError
+    assert failed.message == f"The upstream gave an answer that can't be passed on (status {status})."
+
+
+# ------------------------------------------------------------------------------------------------------------ the key
+
+
+def test_our_key_is_masked_wherever_a_body_passes_on() -> None:
+    """An upstream that repeats what it was sent must not give the key away (T9)."""
+    body = error(f"You sent Bearer {KEY}. Yes, {KEY}!", param=KEY)
+    clean = body.replace(KEY.encode(), b"***")
+    assert clean.count(b"***") == 3
+    assert failure(400, body) == Rejected(400, clean)
+    assert failure(500, body) == Failed(500, clean)
+    assert masked(body, UPSTREAM) == clean
+
+
+def test_without_a_key_nothing_is_masked() -> None:
+    """Nor with an empty one, which is in every text."""
+    empty = Upstream("up", "http://upstream.example/v1", Secret(""))
+    for upstream in (OPEN, empty):
+        assert masked(b"abc", upstream) == b"abc"
+        assert failure_of(400, error(), None, upstream) == Rejected(400, error())
+
+
+bodies = st.binary(max_size=60) | st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text() | st.just(KEY),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["error", "message", "type", "code", "x"]), inner, max_size=3)
+    ),
+).map(lambda value: json.dumps(value).encode())
+
+
+@given(status=st.integers(100, 599), body=bodies, retry_after=st.none() | st.text(max_size=9))
+def test_every_answer_means_something(status: int, body: bytes, retry_after: str | None) -> None:
+    """Nothing is raised, the key is in nothing, and what is charged follows from the kind alone."""
+    meant = failure(status, body, retry_after)
+    if isinstance(meant, ProxyError):
+        assert isinstance(meant, UpstreamError)
+        assert KEY not in json.dumps(meant.body()) + str(meant.headers)
+        return
+    assert KEY.encode() not in meant.body
+    assert isinstance(json.loads(meant.body)["error"], dict)
+    assert isinstance(meant, Rejected if status < 500 else Failed)

@@ -1,0 +1,734 @@
+"""The ledger: who was answered is on the books, each call ends once, and neither faults nor crashes lose or double.
+
+Real files, the real loop, the clock in the test's hand. The auditor reads the file beside the program.
+"""
+
+import asyncio
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from structlog.testing import capture_logs
+
+from proxy.books import Act, Answer, Booked, Books, Expire, NotBooked, Release, Reserve, Settle
+from proxy.errors import LedgerUnavailable
+from proxy.ledger import BATCH_MAX, LEASE_MS, Ledger
+from proxy.quotas import Verdict
+from proxy.store import Store, StoreInUse, StoreUnavailable
+from proxy.tables import NewerSchema
+from proxy.usage import Amount, AtLeast, Exactly, Tokens, Unspent
+from tests.audit import audit, connected, contents, rows, states
+from tests.breakage import BrokenBinding, commits, failing_writes, full, locked, moved, read_only, unfit, writers
+from tests.builders import DAY, HOUR, MINUTE, NOON, binding, call, exactly, quota, reserve
+
+DAILY = quota("staff/daily", tokens=1000)
+ANN = binding([DAILY])
+ROOMY = binding([quota("staff/daily", tokens=10**9)])
+CALL = call(100, 400)
+HELD = Amount(100, 400, 1)
+NOTHING = Amount()
+
+
+class Clock:
+    """The time, which stands still until a test moves it."""
+
+    def __init__(self, now: int = NOON) -> None:
+        self.now = now
+
+    def __call__(self) -> int:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "quotas.db"
+
+
+@asynccontextmanager
+async def running(
+    where: Path | Store, owner: str = "process-1", *, clock: Clock | None = None
+) -> AsyncIterator[Ledger]:
+    """A ledger at work, which neither waits for locks nor long before it tries again."""
+    store = where if isinstance(where, Store) else Store(where, busy_timeout_s=0)
+    ledger = Ledger(store, owner=owner, now=clock or Clock(), retry_s=0.001)
+    await ledger.start()
+    try:
+        yield ledger
+    finally:
+        await ledger.close()
+
+
+@pytest.fixture
+async def ledger(path: Path, clock: Clock) -> AsyncIterator[Ledger]:
+    async with running(path, clock=clock) as ledger:
+        yield ledger
+
+
+async def levels(ledger, each=DAILY, user="ann"):
+    """What is used and held of a quota."""
+    counter = (await ledger.counters([each.key_for(user)]))[each.key_for(user)]
+    return counter.used, counter.held
+
+
+async def at_once(ledger, *acts):
+    """The answers to acts that are queued together, before any of them is begun."""
+    queued = [ledger.end(act) for act in acts]
+    return await asyncio.gather(*queued)
+
+
+async def left_behind(path, *acts):
+    """A file in which a process that is no more has done these acts."""
+    store = Store(path)
+    store.open()
+    store.apply(acts, NOON)
+    await store.close()
+
+
+# ------------------------------------------------------------------------------------------------- the life of a call
+
+
+async def test_a_call_is_reserved_and_settled(ledger, path):
+    """What it did use is charged, the rest given back, and both were on the books when they were answered."""
+    booked = await ledger.reserve(reserve("1", ANN, CALL))
+    assert states(path) == {"1": "open"}
+    assert booked == Booked(await ledger.entry("1"), await ledger.counters(ANN.keys()))
+    assert await levels(ledger) == (NOTHING, HELD)
+    settled = await ledger.end(Settle("1", exactly(90, 60), "complete"))
+    assert states(path) == {"1": "settled"}
+    assert settled == Booked(await ledger.entry("1"), await ledger.counters(ANN.keys()))
+    assert await levels(ledger) == (Amount(90, 60, 1), NOTHING)
+
+
+async def test_a_call_is_reserved_and_released(ledger, path):
+    """Nothing was generated: as if it had not been, but for its record."""
+    await ledger.reserve(reserve("1", ANN, CALL))
+    released = await ledger.end(Release("1"))
+    assert released == Booked(await ledger.entry("1"), await ledger.counters(ANN.keys()))
+    assert await levels(ledger) == (NOTHING, NOTHING)
+    assert states(path) == {"1": "released"}
+
+
+async def test_a_refused_call_leaves_no_trace(ledger, path):
+    """Whoever is refused learns how things stand."""
+    refused = await ledger.reserve(reserve("1", ANN, call(1001)))
+    assert isinstance(refused, NotBooked)
+    assert refused.refused.verdict is Verdict.NEVER
+    assert (rows(path, "calls"), rows(path, "counters")) == ([], [])
+
+
+async def test_the_clock_decides_windows(ledger, clock):
+    """A call of the next day finds a fresh window; one of yesterday that ends today does not touch it."""
+    await ledger.reserve(reserve("1", ANN, CALL))
+    clock.now += DAY
+    await ledger.reserve(reserve("2", ANN, CALL))
+    await ledger.end(Settle("1", exactly(90, 60), "complete"))
+    assert await levels(ledger) == (NOTHING, HELD)
+    assert (await ledger.entry("1")).usage == exactly(90, 60)
+
+
+async def test_an_act_that_is_repeated_changes_nothing(ledger, path):
+    """Whoever does not know whether it was done asks again."""
+    first = await ledger.reserve(reserve("1", ANN, CALL))
+    assert await ledger.reserve(reserve("1", ANN, CALL)) == first
+    settled = await ledger.end(Settle("1", exactly(90, 60), "complete"))
+    assert await at_once(ledger, Settle("1", exactly(9, 9), "complete"), Release("1")) == [settled, settled]
+    audit(path)
+
+
+# ---------------------------------------------------------------------------------------------- all at once, T60, T61
+
+
+@pytest.mark.parametrize("room_for", [0, 1, 7, 99])
+@pytest.mark.parametrize("who_comes", ["never seen", "with a window of yesterday", "who called today"])
+async def test_of_100_calls_at_once_exactly_as_many_are_let_in_as_fit(ledger, clock, path, room_for, who_comes):
+    """No call too many, and none too few, also where there was no row to lock."""
+    used = 0 if who_comes == "never seen" else 500
+    if used:
+        clock.now -= DAY if who_comes == "with a window of yesterday" else 0
+        await ledger.reserve(reserve("before", ROOMY, call(used)))
+        await ledger.end(Settle("before", exactly(used), "complete"))
+        clock.now = NOON
+    counted = used if who_comes == "who called today" else 0
+    who = binding([quota("staff/daily", tokens=room_for * 500 + 499 + counted)])
+    answers = await asyncio.gather(*(ledger.reserve(reserve(str(number), who, CALL)) for number in range(100)))
+    refused = [answer for answer in answers if isinstance(answer, NotBooked)]
+    assert len(answers) - len(refused) == room_for
+    verdict = Verdict.BUSY if room_for else answers[0].refused.verdict
+    assert {answer.refused.verdict for answer in refused} == {verdict}
+    audit(path)
+
+
+async def test_those_who_share_a_pot_share_its_room(ledger, path):
+    """A hundred users, each for the first time: three fit."""
+    pot = quota("team-x/pot", tokens=1500, shared=True)
+    whos = [binding([pot], user=f"user {number}") for number in range(100)]
+    answers = await asyncio.gather(
+        *(ledger.reserve(reserve(str(number), who, CALL)) for number, who in enumerate(whos))
+    )
+    assert sum(isinstance(answer, Booked) for answer in answers) == 3
+    assert await levels(ledger, pot) == (NOTHING, Amount(300, 1200, 3))
+
+
+async def test_what_is_given_back_lets_the_next_in(ledger, path):
+    """64 clients that come again whenever they were let in: never over, and nothing is left unused for nothing."""
+    who = binding([quota("staff/daily", tokens=10_000)])
+    used = []
+
+    async def client(name):
+        for number in range(20):
+            act = reserve(f"{name}-{number}", who, call(10, 50))
+            if isinstance(await ledger.reserve(act), Booked):
+                used.append(10 + number)
+                await ledger.end(Settle(act.id, exactly(10, number), "complete"))
+
+    await asyncio.gather(*(client(name) for name in range(64)))
+    assert 10_000 - 60 < sum(used) <= 10_000
+    assert (await levels(ledger))[0].tokens == sum(used)
+    audit(path)
+
+
+# ------------------------------------------------------------------------------------------------------------ batches
+
+
+@pytest.mark.parametrize(("acts", "transactions"), [(1, 1), (BATCH_MAX, 1), (BATCH_MAX + 1, 2), (3 * BATCH_MAX, 3)])
+async def test_what_is_queued_together_shares_a_commit(ledger, path, acts, transactions):
+    """Up to a bound, so that nobody waits long for the rest of a large batch."""
+    with commits() as seen:
+        answers = await asyncio.gather(
+            *(ledger.reserve(reserve(str(number), ROOMY, call(1))) for number in range(acts))
+        )
+    assert [answer.entry.id for answer in answers] == [str(number) for number in range(acts)]
+    assert len(seen) == transactions
+    audit(path)
+
+
+class Gated(Store):
+    """A store on a slow disk: a batch is done when the test opens the gate."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, busy_timeout_s=0)
+        self.began = threading.Semaphore(0)
+        self.gate = threading.Semaphore(0)
+        self.batches: list[list[Act]] = []
+
+    def apply(self, acts: Sequence[Act], now: int) -> list[Answer]:
+        self.batches.append(list(acts))
+        self.began.release()
+        self.gate.acquire(timeout=10)
+        return super().apply(acts, now)
+
+    async def begun(self) -> None:
+        """A batch has been taken."""
+        await asyncio.to_thread(self.began.acquire, timeout=10)
+
+    def open_for_good(self) -> None:
+        self.gate.release(1000)
+
+
+async def test_what_arrives_during_a_commit_is_the_next_batch(path):
+    """The busier, the larger the batches: the cost of a commit is shared by itself."""
+    store = Gated(path)
+    async with running(store) as ledger:
+        first = asyncio.ensure_future(ledger.reserve(reserve("0", ROOMY, call(1))))
+        await store.begun()
+        others = [
+            asyncio.ensure_future(ledger.reserve(reserve(str(number), ROOMY, call(1)))) for number in range(1, 10)
+        ]
+        await asyncio.sleep(0)
+        store.open_for_good()
+        await asyncio.gather(first, *others)
+        assert [len(batch) for batch in store.batches] == [1, 9]
+
+
+async def test_within_a_batch_what_gives_back_goes_first(ledger):
+    """Nobody is refused for room that is being freed in the same moment, whoever was queued first."""
+    await ledger.reserve(reserve("1", ANN, CALL))
+    await ledger.reserve(reserve("2", ANN, CALL))
+    third = asyncio.ensure_future(ledger.reserve(reserve("3", ANN, CALL)))
+    fourth = asyncio.ensure_future(ledger.reserve(reserve("4", ANN, CALL)))
+    await asyncio.sleep(0)
+    await at_once(ledger, Settle("1", exactly(0, 0), "complete"), Release("2"))
+    assert isinstance(await third, Booked)
+    assert isinstance(await fourth, Booked)
+
+
+async def test_within_a_batch_first_come_is_first_served(ledger):
+    """Among those that want to be let in."""
+    answers = await asyncio.gather(*(ledger.reserve(reserve(str(number), ANN, call(300))) for number in range(5)))
+    assert [isinstance(answer, Booked) for answer in answers] == [True, True, True, False, False]
+
+
+# ------------------------------------------------------------------------------------------------ callers who give up
+
+
+async def test_who_gave_up_before_the_batch_began_has_nothing_booked(path):
+    """A client that hung up while it waited."""
+    store = Gated(path)
+    async with running(store) as ledger:
+        first = asyncio.ensure_future(ledger.reserve(reserve("1", ANN, CALL)))
+        await store.begun()
+        second = asyncio.ensure_future(ledger.reserve(reserve("2", ANN, CALL)))
+        await asyncio.sleep(0)
+        second.cancel()
+        store.open_for_good()
+        await first
+        with pytest.raises(asyncio.CancelledError):
+            await second
+    assert states(path) == {"1": "open"}
+    assert [len(batch) for batch in store.batches] == [1]
+
+
+@pytest.mark.parametrize("demand", [CALL, call(1001)], ids=["let in", "refused"])
+async def test_who_gives_up_while_the_batch_is_done_holds_nothing(path, demand):
+    """It was too late to stop it, so what was reserved is released."""
+    store = Gated(path)
+    async with running(store) as ledger:
+        given_up = asyncio.ensure_future(ledger.reserve(reserve("1", ANN, demand)))
+        await store.begun()
+        given_up.cancel()
+        store.open_for_good()
+        with pytest.raises(asyncio.CancelledError):
+            await given_up
+    assert states(path) == ({"1": "released"} if demand is CALL else {})
+    audit(path)
+
+
+async def test_who_gives_up_in_the_moment_of_the_answer_holds_nothing(ledger, path):
+    """Answered, and cancelled before it could take the answer: the narrowest gap there is."""
+    await ledger.reserve(reserve("1", ANN, CALL))
+    given_up = asyncio.ensure_future(ledger.reserve(reserve("2", ANN, CALL)))
+    await asyncio.sleep(0)
+    # Of one batch the end is answered first, so this runs after the reserve was answered, and before its caller does.
+    ledger.end(Release("1")).add_done_callback(lambda _: given_up.cancel())
+    with pytest.raises(asyncio.CancelledError):
+        await given_up
+    await ledger.close()
+    assert states(path) == {"1": "released", "2": "released"}
+
+
+async def test_an_end_is_booked_also_where_nobody_waits_for_it(ledger, path):
+    """A task that was cut off while it settled has settled."""
+    await ledger.reserve(reserve("1", ANN, CALL))
+    ledger.end(Settle("1", exactly(90, 60), "complete")).cancel()
+    await ledger.close()
+    assert states(path) == {"1": "settled"}
+    audit(path)
+
+
+# ----------------------------------------------------------------------------------------------------------- bad acts
+
+
+BAD = {
+    "a rule raises": lambda: unfit(reserve("bad", ROOMY, call(1)), binding=BrokenBinding()),
+    "the database refuses": lambda: unfit(reserve("bad", ROOMY, call(1)), owner=None),
+    "the driver refuses": lambda: unfit(Settle("0", exactly(1), "complete"), usage=Exactly(Tokens(2**70, 0))),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+@pytest.mark.parametrize("place", [0, 3, 6])
+async def test_one_bad_act_never_fails_its_neighbours(ledger, path, kind, place):
+    """Theirs are booked as if it were not there; its own caller hears that it was not, and the log says why."""
+    await at_once(ledger, *(reserve(str(number), ROOMY, CALL) for number in range(4)))
+    acts = [reserve(str(number), ROOMY, CALL) for number in range(4, 7)]
+    acts += [Settle("1", exactly(90, 60), "complete"), Release("2"), Expire("3")]
+    acts.insert(place, BAD[kind]())
+    with capture_logs() as logs:
+        answers = await asyncio.gather(*(ledger.end(act) for act in acts), return_exceptions=True)
+    assert isinstance(answers.pop(place), LedgerUnavailable)
+    assert {type(answer) for answer in answers} == {Booked}
+    assert [(line["event"], line["log_level"]) for line in logs] == [("an act could not be booked", "error")]
+    assert "".join(state[0] for state in states(path).values()) == "osreooo"
+    assert ledger.is_healthy
+    audit(path)
+
+
+async def test_a_bad_act_whose_caller_gave_up_is_only_logged(ledger, path):
+    """There is nobody left to be told."""
+    with capture_logs() as logs:
+        ledger.end(BAD["the driver refuses"]()).cancel()
+        await at_once(ledger, reserve("0", ROOMY, CALL))
+        ledger.end(BAD["the driver refuses"]()).cancel()
+        await at_once(ledger, reserve("1", ROOMY, CALL))
+    assert [line["event"] for line in logs] == ["an act could not be booked"]
+    assert states(path) == {"0": "open", "1": "open"}
+
+
+# ----------------------------------------------------------------------------------------- while the database is away
+
+
+FAULTS = [locked, read_only, full, failing_writes, moved]
+
+
+def big(number):
+    """A call whose row takes most of a page, so that a full disk is noticed by any act."""
+    act = reserve(f"{number:04}", ROOMY, CALL)
+    return replace(act, facts=replace(act.facts, model="m" * 512, endpoint="e" * 512, upstream="u" * 512))
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
+async def test_while_the_database_is_away_nobody_is_let_in_and_nothing_is_lost(path, fault):
+    """Reserves are refused at once; ends wait, however many, and are booked once it is back: each once."""
+    calls = 2 * BATCH_MAX + 10
+    with writers() as made, capture_logs() as logs:
+        async with running(path) as ledger:
+            await asyncio.gather(*(ledger.reserve(big(number)) for number in range(calls)))
+            with fault(path, made[0]):
+                ends = [
+                    ledger.end(Settle(f"{number:04}", exactly(90, number), "complete")) for number in range(calls)
+                ]
+                late = [ledger.reserve(big(calls + number)) for number in range(20)]
+                answers = await asyncio.gather(*late, return_exceptions=True)
+                assert {type(answer) for answer in answers} == {LedgerUnavailable}
+                assert not ledger.is_healthy
+                assert not any(end.done() for end in ends)
+            await asyncio.gather(*ends)
+            assert ledger.is_healthy
+            assert await levels(ledger) == (Amount(90 * calls, sum(range(calls)), calls), NOTHING)
+            assert isinstance(await ledger.reserve(big(calls)), Booked)
+    assert "the ledger's database can't be used" in {line["event"] for line in logs}
+    audit(path)
+
+
+async def test_the_lease_tells_that_the_database_is_back(ledger, path):
+    """Whoever is told that we can't serve sends no call, so no call would find it out."""
+    with connected(path) as other, capture_logs() as logs:
+        other.execute("BEGIN IMMEDIATE")
+        await ledger.renew_lease()
+        assert not ledger.is_healthy
+        other.execute("ROLLBACK")
+    assert [line["event"] for line in logs] == ["the lease could not be renewed"]
+    await ledger.renew_lease()
+    assert ledger.is_healthy
+
+
+async def test_the_lease_is_renewed_from_now(ledger, clock, path):
+    """Starting says it for the first time."""
+    assert rows(path, "owners") == [{"id": "process-1", "alive_until": NOON + LEASE_MS}]
+    clock.now += 1000
+    await ledger.renew_lease()
+    assert rows(path, "owners") == [{"id": "process-1", "alive_until": NOON + 1000 + LEASE_MS}]
+
+
+async def test_what_cannot_be_read_is_unavailable(ledger, path):
+    """In the words of a call that is answered with it."""
+    with connected(path) as other:
+        other.execute("DROP TABLE counters")
+        other.execute("DROP TABLE calls")
+    with pytest.raises(LedgerUnavailable):
+        await ledger.counters(ANN.keys())
+    with pytest.raises(LedgerUnavailable):
+        await ledger.entry("1")
+
+
+class Uncertain(Store):
+    """A store whose commits are done, and the answer that they are gets lost while `is_cut_off`."""
+
+    is_cut_off = False
+
+    def apply(self, acts: Sequence[Act], now: int) -> list[Answer]:
+        answers = super().apply(acts, now)
+        if self.is_cut_off:
+            self.is_cut_off = False
+            raise StoreUnavailable("the connection broke", is_uncertain=True)
+        return answers
+
+
+async def test_a_reserve_whose_commit_is_uncertain_is_taken_back(path):
+    """Its caller was told no, so nothing may stay held for it."""
+    store = Uncertain(path)
+    async with running(store) as ledger:
+        store.is_cut_off = True
+        with pytest.raises(LedgerUnavailable):
+            await ledger.reserve(reserve("1", ANN, CALL))
+        assert isinstance(await ledger.reserve(reserve("2", ANN, call(600, 400))), Booked)
+    assert states(path) == {"1": "released", "2": "open"}
+    audit(path)
+
+
+async def test_an_end_whose_commit_is_uncertain_is_booked_once(path):
+    """It is done again, and finds that it was done."""
+    store = Uncertain(path)
+    async with running(store) as ledger:
+        await at_once(ledger, *(reserve(str(number), ROOMY, CALL) for number in range(3)))
+        store.is_cut_off = True
+        await at_once(ledger, Settle("0", exactly(90, 60), "complete"), Release("1"))
+        assert await levels(ledger) == (Amount(90, 60, 1), HELD)
+    audit(path)
+
+
+# ----------------------------------------------------------------------------------------------- starting and closing
+
+
+async def test_closing_books_what_is_queued(path):
+    """More than one batch of it, and nobody waits any more."""
+    async with running(path) as ledger:
+        for number in range(BATCH_MAX):
+            ledger.end(reserve(str(number), ROOMY, CALL))
+        for number in range(BATCH_MAX):
+            ledger.end(Release(str(number)))
+    assert set(states(path).values()) == {"released"}
+    assert len(states(path)) == BATCH_MAX
+
+
+async def test_closing_while_the_database_is_away_ends(path):
+    """What could not be booked is said, and charged by the next start from the reservation: once."""
+    async with running(path) as ledger:
+        await at_once(ledger, *(reserve(str(number), ROOMY, CALL) for number in range(3)))
+        with connected(path) as other, capture_logs() as logs:
+            other.execute("BEGIN IMMEDIATE")
+            ends = [ledger.end(Settle(str(number), exactly(1), "complete")) for number in range(3)]
+            given_up = asyncio.ensure_future(ledger.reserve(reserve("9", ROOMY, CALL)))
+            await asyncio.sleep(0)
+            await asyncio.wait_for(ledger.close(), 10)
+            other.execute("ROLLBACK")
+    assert [(line["event"], line["acts"]) for line in logs][-1] == ("closing with ends that could not be booked", 3)
+    for unanswered in (given_up, *ends):
+        with pytest.raises(LedgerUnavailable):
+            await unanswered
+    async with running(path, "process-2") as ledger:
+        assert await levels(ledger) == (Amount(300, 1200, 3), NOTHING)
+    audit(path)
+
+
+async def test_who_comes_before_the_start_or_after_the_end_is_told(path):
+    """Nobody waits for an answer that will never come."""
+    ledger = Ledger(Store(path), owner="process-1", now=Clock())
+    with pytest.raises(LedgerUnavailable):
+        await ledger.reserve(reserve("1", ANN, CALL))
+    await ledger.start()
+    await ledger.close()
+    with pytest.raises(LedgerUnavailable):
+        await ledger.reserve(reserve("1", ANN, CALL))
+    with pytest.raises(LedgerUnavailable):
+        await ledger.end(Release("1"))
+    assert states(path) == {}
+
+
+async def test_a_file_in_use_is_not_served_from(ledger, path):
+    """The second process says so and goes; the first notices nothing."""
+    second = Ledger(Store(path), owner="process-2", now=Clock())
+    with pytest.raises(StoreInUse):
+        await second.start()
+    await second.close()
+    assert isinstance(await ledger.reserve(reserve("1", ANN, CALL)), Booked)
+
+
+async def test_a_newer_schema_is_not_served_from(path):
+    """Nothing of it is touched, not even by saying that we are alive."""
+    await left_behind(path)
+    with connected(path) as connection:
+        connection.execute("UPDATE alembic_version SET version_num = '9999'")
+    before = contents(path)
+    ledger = Ledger(Store(path), owner="process-1", now=Clock())
+    with pytest.raises(NewerSchema):
+        await ledger.start()
+    await ledger.close()
+    assert contents(path) == before
+
+
+# ------------------------------------------------------------------------------------------------------ after a crash
+
+
+async def test_what_a_dead_process_left_open_is_charged_once(path):
+    """From its reservation; what had ended stays as it was. Any number of starts later it is still once (I9)."""
+    acts = [reserve(str(number), ROOMY, CALL) for number in range(5)]
+    await left_behind(path, *acts, Settle("0", exactly(1, 1), "complete"), Release("1"), Expire("2"))
+    with capture_logs() as logs:
+        async with running(path, "process-2") as ledger:
+            assert await levels(ledger) == (Amount(301, 1201, 4), NOTHING)
+            assert (await ledger.entry("3")).usage == AtLeast(Tokens(100, 400))
+            assert (await ledger.entry("3")).outcome == "lost"
+    assert [line["calls"] for line in logs] == [2]
+    assert list(states(path).values()) == ["settled", "released", "expired", "expired", "expired"]
+    audit(path)
+    before = [rows(path, "counters"), rows(path, "calls")]
+    for number in range(3, 6):
+        async with running(path, f"process-{number}", clock=Clock(NOON + DAY)):
+            pass
+    assert [rows(path, "counters"), rows(path, "calls")] == before
+
+
+async def test_any_number_of_calls_may_have_been_left_open(path):
+    """More than are looked up at once."""
+    acts = [reserve(f"{number:04}", ROOMY, call(1)) for number in range(1500)]
+    await left_behind(path, *acts)
+    async with running(path, "process-2") as ledger:
+        assert await levels(ledger) == (Amount(1500, 0, 1500), NOTHING)
+    assert set(states(path).values()) == {"expired"}
+
+
+async def test_calls_of_this_process_are_no_orphans(ledger, path):
+    """They are in flight."""
+    await ledger.reserve(reserve("1", ANN, CALL))
+    await ledger.reserve(replace(reserve("2", ANN, CALL), owner="process-0"))
+    assert await ledger.expire_orphans() == 1
+    assert await ledger.expire_orphans() == 0
+    assert states(path) == {"1": "open", "2": "expired"}
+
+
+async def test_a_process_that_was_taken_for_dead_books_the_difference(ledger):
+    """It was only slow: its settle still counts, in place of what it was charged."""
+    await ledger.reserve(replace(reserve("1", ANN, CALL), owner="process-0"))
+    await ledger.expire_orphans()
+    await ledger.end(Settle("1", exactly(90, 60), "complete"))
+    assert await levels(ledger) == (Amount(90, 60, 1), NOTHING)
+
+
+async def work_until_killed(path: Path, owner: str) -> None:
+    """A small load that says on its output what it was told was on the books; to be run in a process of its own."""
+    chance, pot = random.Random(owner), quota("staff/pot", tokens=10**9, shared=True)
+    ledger = Ledger(Store(path), owner=owner, now=Clock())
+    await ledger.start()
+
+    def say(*words: object) -> None:
+        os.write(1, f"{' '.join(map(str, words))}\n".encode())
+
+    async def client(name: int) -> None:
+        who = binding([quota("staff/daily", tokens=10**9), pot], user=f"user {name % 3}")
+        for number in range(1_000_000):
+            act = reserve(f"{owner}-{name}-{number}", who, CALL)
+            await ledger.reserve(act)
+            say(act.id, "open")
+            match chance.choice(["settle", "settle", "release", "leave"]):
+                case "settle":
+                    used = chance.randrange(400)
+                    await ledger.end(Settle(act.id, exactly(90, used), "complete"))
+                    say(act.id, "settled", used)
+                case "release":
+                    await ledger.end(Release(act.id))
+                    say(act.id, "released")
+
+    await asyncio.gather(*(client(name) for name in range(8)))
+
+
+WORK = """
+import asyncio, pathlib, sys
+from tests.test_ledger import work_until_killed
+asyncio.run(work_until_killed(pathlib.Path(sys.argv[1]), sys.argv[2]))
+"""
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def said_until_killed(path, owner, lines):
+    """What a process at work said before it was killed: after so many lines, wherever it then stood."""
+    command = [sys.executable, "-c", WORK, path, owner]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        said = [process.stdout.readline() for _ in range(lines)]
+        process.send_signal(signal.SIGKILL)
+        said += process.stdout.readlines()
+    return [line.split() for line in said if line.endswith("\n")]
+
+
+def test_kill_9_loses_nothing_and_doubles_nothing(path):
+    """What a client may have seen is on the books, a call in flight is charged from its reservation (T51, I3, I9)."""
+    told: dict[str, tuple[str, int]] = {}
+    for life in range(5):
+        for call_id, state, *used in said_until_killed(path, f"process-{life}", random.randrange(1, 300)):
+            told[call_id] = (state, *map(int, used))
+        audit(path)
+        asyncio.run(started_and_closed(path))
+        audit(path)
+        before = [rows(path, "counters"), rows(path, "calls")]
+        asyncio.run(started_and_closed(path))
+        assert [rows(path, "counters"), rows(path, "calls")] == before
+    booked = {row["id"]: row for row in rows(path, "calls")}
+    for call_id, (state, *used) in told.items():
+        row = booked[call_id]
+        # The last act of a call may have been committed without having been told.
+        assert row["state"] == state or state == "open" != row["state"]
+        assert not used or [row["output_tokens"]] == used
+    lost = [row for row in booked.values() if row["state"] == "expired"]
+    assert {(row["input_tokens"], row["output_tokens"]) for row in lost} == {(100, 400)}
+    assert {row["held_requests"] for row in rows(path, "counters")} == {0}
+
+
+async def started_and_closed(path):
+    async with running(path, "the next"):
+        pass
+
+
+# --------------------------------------------------------------------------------------------------- random histories
+
+
+QUOTAS = {
+    "everyone": quota("everyone/calls", requests=30, per="hour"),
+    "daily": quota("a/daily", tokens=60),
+    "6h": quota("a/6h", output_tokens=40, per="6h"),
+    "pot": quota("b/pot", tokens=90, shared=True, per="10s"),
+    "after": quota("b/after", input_tokens=20, enforce="after"),
+    "watch": quota("watch/tiny", tokens=5, enforce="shadow"),
+}
+WHO = {
+    user: binding(
+        *([QUOTAS["daily"], QUOTAS["6h"]], [QUOTAS["pot"], QUOTAS["after"]])[start:],
+        always=[QUOTAS["everyone"]],
+        shadows=[QUOTAS["watch"]],
+        user=user,
+    )
+    for start, user in enumerate(("ann", "bob"))
+}
+TOKENS = st.builds(Tokens, st.integers(0, 15), st.integers(0, 15), st.integers(0, 3), st.integers(0, 3))
+USAGES = st.one_of(st.builds(Exactly, TOKENS), st.builds(AtLeast, TOKENS), st.builds(Unspent, st.integers(0, 1)))
+IDS = st.integers(0, 15).map(str)
+RESERVES = st.builds(
+    lambda entry_id, user, demand, owner: replace(reserve(entry_id, WHO[user], demand), owner=owner),
+    IDS,
+    st.sampled_from(sorted(WHO)),
+    st.builds(call, st.integers(0, 20), st.integers(0, 20), st.integers(0, 5)),
+    st.sampled_from(["process-1", "process-0"]),
+)
+ENDS = st.one_of(
+    st.builds(Settle, IDS, USAGES, st.sampled_from(["complete", "client_left", "rejected"])),
+    st.builds(Release, IDS, st.sampled_from(["upstream_failed", "stopped"])),
+    st.builds(Expire, IDS),
+)
+STEPS = (0, 0, 0, 1, 10_000, MINUTE, HOUR, 6 * HOUR, DAY, -1, -MINUTE, -DAY)
+BATCHES = st.lists(
+    st.tuples(st.sampled_from(STEPS), st.lists(RESERVES | ENDS, max_size=8)),
+    max_size=12,
+)
+
+
+@settings(max_examples=50)
+@given(batches=BATCHES)
+def test_the_file_says_what_the_rules_say(batches):
+    """Any history through loop, thread and SQL gives the answers and rows that the pure rules give in memory."""
+    with TemporaryDirectory() as folder:
+        asyncio.run(_compare(Path(folder) / "quotas.db", batches))
+
+
+async def _compare(path: Path, batches: list[tuple[int, list[Act]]]) -> None:
+    books, clock = Books({}, {}, NOON), Clock()
+    async with running(path, clock=clock) as ledger:
+        for step, acts in batches:
+            clock.now += step
+            books = Books(books.counters, books.entries, clock.now)
+            in_order = sorted(acts, key=lambda act: isinstance(act, Reserve))
+            expected = [books.apply(act) for act in in_order]
+            assert await at_once(ledger, *in_order) == expected
+            expired = [books.apply(Expire(entry.id)) for entry in list(books.entries.values()) if _is_orphan(entry)]
+            assert await ledger.expire_orphans() == len(expired)
+        assert await ledger.counters(sorted(books.counters)) == books.counters
+        assert {entry_id: await ledger.entry(entry_id) for entry_id in states(path)} == books.entries
+        assert len(rows(path, "counters")) == len(books.counters)
+
+
+def _is_orphan(entry):
+    return entry.state == "open" and entry.owner == "process-0"

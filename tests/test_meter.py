@@ -1,0 +1,670 @@
+"""A meter says to the token what an answer used, and shows a client the bytes that it would have seen without us.
+
+wire §2.2 and §2.3 (usage in streams, and taking it out again), §2.4 (events of /responses); threats T36, T39 to T43
+and the booking table of §5. An honest answer there: 11 tokens of input (44 bytes of request), 5 of output.
+"""
+
+import json
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from proxy.meter import Meter
+from proxy.sse import Event, Splitter
+from proxy.usage import AtLeast, Exactly, Tokens, Usage
+from proxy.wire import CHAT, COMPLETIONS, EMBEDDINGS, RESPONSES, Call, Endpoint, parse_call
+
+INPUT_BYTES = 44  # estimated as 11 tokens
+HONEST = {"prompt_tokens": 11, "completion_tokens": 5, "total_tokens": 16}
+ZEROS = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
+DONE = b"data: [DONE]\n\n"
+
+
+def call(endpoint: Endpoint = CHAT, **fields: object) -> Call:
+    """A streamed call that doesn't ask for usage, unless the test says otherwise."""
+    return parse_call(endpoint, json.dumps({"model": "m", "stream": True, **fields}).encode())
+
+
+UNASKED = call()
+ASKED = call(stream_options={"include_usage": True})
+
+
+def watch(stream: bytes, of: Call = UNASKED, cuts: list[int] | None = None) -> tuple[Meter, bytes]:
+    """Let a whole stream go by; return the meter, and what the client is shown of it."""
+    meter, splitter = Meter(of, input_bytes=INPUT_BYTES), Splitter()
+    places = [0, *sorted(min(cut, len(stream)) for cut in cuts or []), len(stream)]
+    shown = b"".join(
+        meter.see_event(event) for start, end in pairwise(places) for event in splitter.feed(stream[start:end])
+    )
+    return meter, shown + splitter.end()
+
+
+def usage_of(stream: bytes, of: Call = UNASKED) -> Usage:
+    """What is charged for a stream."""
+    return watch(stream, of)[0].usage()
+
+
+def whole(body: bytes | dict, endpoint: Endpoint = CHAT) -> Meter:
+    """A meter that saw a whole answer."""
+    meter = Meter(call(endpoint, stream=False), input_bytes=INPUT_BYTES)
+    meter.see_whole(body if isinstance(body, bytes) else json.dumps(body).encode())
+    return meter
+
+
+def event(document: object, spaced: bool = False) -> bytes:
+    """An event with this JSON, compact unless `spaced`."""
+    separators = (", ", ": ") if spaced else (",", ":")
+    return b"data: " + json.dumps(document, separators=separators, ensure_ascii=spaced).encode() + b"\n\n"
+
+
+def chunk(content: str | None = None, finish: str | None = None, **more: object) -> dict:
+    """A chunk of a chat stream with one choice."""
+    delta = {} if content is None else {"content": content}
+    choice = {"index": 0, "delta": delta, "finish_reason": finish}
+    return {"id": "c-1", "object": "chat.completion.chunk", "created": 1, "model": "m", "choices": [choice], **more}
+
+
+def usage_chunk(usage: object = None, **more: object) -> dict:
+    """The chunk that comes only because usage was asked for."""
+    return {**chunk(), "choices": [], "usage": HONEST if usage is None else usage, **more}
+
+
+TEXT = event(chunk("Hello")) + event(chunk(" world"))  # two chunks, 11 bytes
+FINISH = event(chunk(finish="stop"))
+OWN_COUNT = AtLeast(Tokens(11, 3))  # 11 bytes of text are 3 tokens
+BOOKED = Exactly(Tokens(11, 5))
+
+
+# ------------------------------------------------------------------------------------------- the end of a chat stream
+
+
+def test_the_usage_chunk_is_booked_and_taken_out() -> None:
+    """Not asked for: exactly that is charged, and the client sees no chunk without a choice (T36)."""
+    meter, shown = watch(TEXT + FINISH + event(usage_chunk()) + DONE)
+    assert shown == TEXT + FINISH + DONE
+    assert meter.usage() == BOOKED
+    assert isinstance(meter.usage(), Exactly)
+    assert not meter.has_error
+
+
+def test_who_asked_for_usage_gets_it() -> None:
+    """The stream is the upstream's, byte for byte."""
+    null = event(chunk("Hello", usage=None), spaced=True)
+    stream = null + event(chunk(" ", usage=ZEROS)) + FINISH + event(usage_chunk()) + DONE
+    meter, shown = watch(stream, ASKED)
+    assert shown == stream
+    assert meter.usage() == BOOKED
+
+
+def test_the_meter_knows_the_end_before_it_is_passed_on() -> None:
+    """From the usage chunk on everything waits for the books; with [DONE] there is no more to come."""
+    meter = Meter(UNASKED, input_bytes=INPUT_BYTES)
+    states = []
+    for raw in (event(chunk("Hello")), FINISH, event(usage_chunk()), DONE):
+        (seen,) = Splitter().feed(raw)
+        meter.see_event(seen)
+        states.append((meter.is_at_end, meter.is_over))
+    assert states == [(False, False), (False, False), (True, False), (True, True)]
+
+
+def test_without_usage_the_end_is_done() -> None:
+    """Also in the form with more behind it, which the Python SDK takes for the end."""
+    for end in (b"data: [DONE]\n\n", b"data:[DONE]\r\n\r\n", b"data: [DONE] \n\n"):
+        meter, shown = watch(TEXT + FINISH + end)
+        assert (meter.is_at_end, meter.is_over) == (True, True)
+        assert shown == TEXT + FINISH + end
+        assert meter.usage() == OWN_COUNT
+        assert not isinstance(meter.usage(), Exactly)
+
+
+def test_with_several_choices_a_usage_chunk_is_not_yet_the_end() -> None:
+    """llama.cpp sends one as soon as one of them is finished: the others must not wait for the last (T45)."""
+    several = call(n=2, stream_options={"include_usage": True})
+    meter, shown = watch(TEXT + event(usage_chunk()), several)
+    assert (meter.is_at_end, shown) == (False, TEXT + event(usage_chunk()))
+    assert watch(TEXT + event(usage_chunk()) + DONE, several)[0].is_over
+
+
+def test_a_stream_that_just_ends_is_passed_on_as_it_is() -> None:
+    """No [DONE] is forged, and the bytes of an event that wasn't finished go out too (T40)."""
+    meter, shown = watch(TEXT + b"data: {", ASKED)
+    assert shown == TEXT + b"data: {"
+    assert (meter.is_at_end, meter.is_over, meter.has_error) == (False, False, False)
+    assert meter.usage() == OWN_COUNT
+
+
+@pytest.mark.parametrize(
+    ("stream", "booked"),
+    [
+        (TEXT + event(chunk(finish="stop", usage=HONEST)) + DONE, BOOKED),
+        (event(chunk("Hello", usage={**HONEST, "completion_tokens": 1})) + event(usage_chunk()) + DONE, BOOKED),
+        (
+            event(usage_chunk()) + event(usage_chunk({**HONEST, "completion_tokens": 7})) + DONE,
+            Exactly(Tokens(11, 7)),
+        ),
+        (event(usage_chunk()) + event(usage_chunk({**HONEST, "prompt_tokens": -1})) + DONE, BOOKED),
+        (event(usage_chunk()) + TEXT + event(chunk(usage=ZEROS)) + DONE, BOOKED),
+        (TEXT + DONE + event(usage_chunk()), BOOKED),
+        (event({"usage": HONEST}) + DONE, BOOKED),
+        (TEXT + event(usage_chunk(ZEROS)) + DONE, Exactly(Tokens(0, 0))),
+    ],
+)
+def test_the_last_usage_that_makes_sense_wins(stream: bytes, booked: Usage) -> None:
+    """On any chunk, also with the last choice or behind [DONE]; an explicit zero at the end is a zero."""
+    for of in (UNASKED, ASKED):
+        assert usage_of(stream, of) == booked
+
+
+@pytest.mark.parametrize(
+    ("usage", "booked"),
+    [
+        (HONEST, BOOKED),
+        ({"prompt_tokens": 11, "completion_tokens": 5}, BOOKED),
+        ({**HONEST, "total_tokens": 9999}, BOOKED),
+        ({"prompt_tokens": "11", "completion_tokens": "5"}, BOOKED),
+        ({"prompt_tokens": 11.0, "completion_tokens": 5.0}, BOOKED),
+        ({"total_tokens": 16}, Exactly(Tokens(0, 16))),
+        ({**HONEST, "prompt_tokens_details": {"cached_tokens": 9}}, Exactly(Tokens(11, 5, cached=9))),
+        ({**HONEST, "completion_tokens_details": {"reasoning_tokens": 4000}}, Exactly(Tokens(11, 5, reasoning=5))),
+        ({**HONEST, "completion_tokens": 1_000_000}, Exactly(Tokens(11, 1_000_000))),
+        (ZEROS, Exactly(Tokens(0, 0))),
+        ({**HONEST, "prompt_tokens": 11.7}, OWN_COUNT),
+        ({**HONEST, "completion_tokens": -5}, OWN_COUNT),
+        ({**HONEST, "completion_tokens": True}, OWN_COUNT),
+        ({**HONEST, "completion_tokens": [5]}, OWN_COUNT),
+        ({**HONEST, "prompt_tokens": 10**30}, OWN_COUNT),
+        ({**HONEST, "prompt_tokens": 2**63}, OWN_COUNT),
+        ({"prompt_tokens": None, "completion_tokens": None}, OWN_COUNT),
+        ({}, OWN_COUNT),
+        ([11, 5], OWN_COUNT),
+        ("16", OWN_COUNT),
+        (16, OWN_COUNT),
+        (True, OWN_COUNT),
+    ],
+)
+def test_strange_usage_is_booked_or_counted_by_ourselves(usage: object, booked: Usage) -> None:
+    """The booking table of threats §5: never an exception, never a number that nobody can mean (T43)."""
+    assert usage_of(TEXT + event(usage_chunk(usage)) + DONE) == booked
+    answer = {"choices": [{"message": {"content": "Hello world"}}], "usage": usage}
+    assert whole(answer).usage() == booked
+
+
+def test_a_number_that_no_json_has_leaves_the_rest_to_our_own_count() -> None:
+    """`NaN` makes the chunk unreadable; it passes on as it is."""
+    raw = b'data: {"choices":[],"usage":{"prompt_tokens":NaN,"completion_tokens":5}}\n\n'
+    meter, shown = watch(TEXT + raw + DONE)
+    assert (meter.usage(), shown) == (OWN_COUNT, TEXT + raw + DONE)
+
+
+# -------------------------------------------------------------------------------------------- what is taken out again
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"system_fingerprint": "fp", "service_tier": "default", "obfuscation": "xyz"},
+        {"prompt_filter_results": None, "timings": None, "error": None},
+    ],
+)
+def test_a_chunk_that_says_nothing_but_usage_is_dropped(more: dict) -> None:
+    """What every chunk has, and what is null, is nothing that the client would miss."""
+    assert watch(TEXT + event(usage_chunk(**more)) + DONE)[1] == TEXT + DONE
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"prompt_filter_results": [{"prompt_index": 0}]},
+        {"prompt_annotations": []},
+        {"timings": {"prompt_n": 11, "predicted_n": 5}},
+        {"moderation": {}},
+        {"error": {"message": "x"}},
+        {"x_vendor": 0},
+    ],
+)
+@pytest.mark.parametrize("spaced", [False, True])
+def test_a_chunk_that_says_something_else_too_is_kept_without_its_usage(more: dict, spaced: bool) -> None:
+    """llama.cpp's timings and Azure's filter results would have come without us as well (wire §2.3)."""
+    meter, shown = watch(TEXT + event(usage_chunk(**more), spaced) + DONE)
+    expected = {name: value for name, value in usage_chunk(**more).items() if name != "usage"}
+    assert shown == TEXT + event(expected) + DONE
+    assert meter.usage() == BOOKED
+    assert meter.is_at_end
+
+
+@pytest.mark.parametrize(
+    ("raw", "shown"),
+    [
+        (b'{"id":"1","choices":[],"usage":null}', b'{"id":"1","choices":[]}'),
+        (b'{"id":"1","usage":null,"choices":[]}', b'{"id":"1","choices":[]}'),
+        (b'{"usage":null,"id":"1","choices":[]}', b'{"id":"1","choices":[]}'),
+        (b'{"id": "1", "choices": [], "usage": null}', b'{"id": "1", "choices": []}'),
+        (b'{"id": "1", "usage": null, "choices": []}', b'{"id": "1", "choices": []}'),
+        (b'{"usage": null, "id": "1", "choices": []}', b'{"id": "1", "choices": []}'),
+        (b'{ "id":1.50,"x":1E5,"y":"\\u00e9\\/","usage":null }', b'{ "id":1.50,"x":1E5,"y":"\\u00e9\\/" }'),
+        # Strings that look like it, or are just the word.
+        (rb'{"t":",\"usage\":null","usage":null}', rb'{"t":",\"usage\":null"}'),
+        (rb'{"t":"\\",  "usage": null, "u":"usage"}', rb'{"t":"\\",  "u":"usage"}'),
+        (b'{"usage":null,"t":"usage", "n":1.0}', b'{"t":"usage", "n":1.0}'),
+        (b'{"t":"usage", "n":1.0, "usage": null}', b'{"t":"usage", "n":1.0}'),
+        # Members of that name inside others stay.
+        (b'{"a":{"usage":null},"n":1.0,"usage":null}', b'{"a":{"usage":null},"n":1.0}'),
+        (b'{"a":{"x":1,"usage":null},"n":1.0,"usage":null}', b'{"a":{"x":1,"usage":null},"n":1.0}'),
+        (b'{"a":{"x":1,"usage":null,"y":2},"n":1.0,"usage":null}', b'{"a":{"x":1,"usage":null,"y":2},"n":1.0}'),
+        (b'{"usage":null,"a":{"x":1,"usage":null}}', b'{"a":{"x":1,"usage":null}}'),
+        (
+            b'{"a":[{"usage":null},{"usage":null}],"usage":null,"n":1.0}',
+            b'{"a":[{"usage":null},{"usage":null}],"n":1.0}',
+        ),
+    ],
+)
+@pytest.mark.parametrize(
+    "frame", [b"data: %b\n\n", b"data:%b\r\n\r\n", b": hi\ndata: %b\n\n", b"event: e\rdata: %b\r\r"]
+)
+def test_a_null_usage_is_cut_out_and_no_other_byte(raw: bytes, shown: bytes, frame: bytes) -> None:
+    """`"usage":null` stands there only because we asked; numbers, escapes and line ends stay as they were."""
+    assert json.loads(shown) == {name: value for name, value in json.loads(raw).items() if name != "usage"}
+    assert watch(frame % raw)[1] == frame % shown
+
+
+@pytest.mark.parametrize(
+    ("raw", "shown"),
+    [
+        (b'{"id":1 ,  "usage" : null}', b'{"id":1}'),
+        (b'{"id":1,"us\\u0061ge":null}', b'{"id":1}'),
+        (b'{"a":{"x":1,"usage":null},"usage" : null}', b'{"a":{"x":1,"usage":null}}'),
+        (b'{"usage":null}', b"{}"),
+    ],
+)
+def test_a_spelling_that_nobody_uses_is_written_anew(raw: bytes, shown: bytes) -> None:
+    """It says the same, and no other member is taken for it."""
+    assert watch(b"data: %b\r\n\r\n" % raw)[1] == b"data: %b\n\n" % shown
+
+
+def test_json_over_several_data_lines_is_written_anew() -> None:
+    """Where the member can't be found in one piece the event says the same in another form."""
+    raw = b'data: {"id":1,"a":{"usage":null},\ndata: "usage":null}\n\n'
+    assert watch(raw)[1] == event({"id": 1, "a": {"usage": None}})
+
+
+def test_zeros_on_every_chunk_are_placeholders() -> None:
+    """Ollama's /completions send them where usage was asked for: no count, and not for the client (wire §2.2)."""
+    completions = call(COMPLETIONS)
+
+    def text(**more: object) -> bytes:
+        return event({"id": "c", "choices": [{"text": "Hello world", "index": 0, "finish_reason": None}], **more})
+
+    with_zeros = text(usage=ZEROS)
+    assert watch(with_zeros + with_zeros, completions)[1] == text() + text()
+    assert usage_of(with_zeros, completions) == OWN_COUNT  # it broke here: not free
+    assert usage_of(with_zeros + event(usage_chunk()) + DONE, completions) == BOOKED
+    asked = call(COMPLETIONS, stream_options={"include_usage": True})
+    assert watch(with_zeros, asked)[1] == with_zeros
+
+
+def test_usage_beside_a_choice_is_left_where_it_is() -> None:
+    """Some upstreams send it there unasked, so a client would have seen it without us."""
+    stream = TEXT + event(chunk(finish="stop", usage=HONEST)) + DONE
+    assert watch(stream)[1] == stream
+
+
+def test_an_odd_usage_is_left_where_it_is() -> None:
+    """What is neither null nor an object was not called forth by asking."""
+    for usage in ("16", 16, [], False):
+        stream = event(chunk("x", usage=usage)) + event(usage_chunk(usage)) + DONE
+        assert watch(stream)[1] == stream
+
+
+WORDS = ["a", "é😀", "usage", '"usage"', ',"usage":null', '"usage": null, ', "data: [DONE]", "\\", '\\"', "\n\n", " "]
+texts = st.lists(st.sampled_from(WORDS), max_size=3).map("".join)
+inner = st.fixed_dictionaries({}, optional={"usage": st.none() | texts, "x": st.integers() | texts | st.floats(0, 1)})
+deltas = st.fixed_dictionaries({}, optional={"content": texts, "reasoning_content": texts, "vendor": inner})
+choices = st.lists(st.fixed_dictionaries({"index": st.just(0), "delta": deltas}), max_size=2)
+chunks = st.fixed_dictionaries(
+    {"id": texts, "choices": choices}, optional={"created": st.integers(), "vendor": inner}
+)
+rendering = st.fixed_dictionaries(
+    {
+        "end": st.sampled_from(["\n", "\r\n", "\r"]),
+        "start": st.sampled_from(["data: ", "data:", ": note{end}data: ", "{end}data: "]),
+        "separators": st.sampled_from([(",", ":"), (", ", ": ")]),
+        "ensure_ascii": st.booleans(),
+    }
+)
+
+
+def render(document: object, how: dict) -> bytes:
+    """One event, in the manner of some server."""
+    text = json.dumps(document, separators=how["separators"], ensure_ascii=how["ensure_ascii"])
+    return (how["start"].format(end=how["end"]) + text + 2 * how["end"]).encode()
+
+
+@given(
+    documents=st.lists(st.tuples(chunks, st.integers(0, 3)), max_size=5),
+    how=rendering,
+    cuts=st.lists(st.integers(0, 900), max_size=6),
+    says_usage=st.booleans(),
+)
+def test_the_client_sees_what_it_would_have_seen_without_us(
+    documents: list, how: dict, cuts: list[int], says_usage: bool
+) -> None:
+    """A stream with `usage: null` everywhere and the usage chunk comes out as the same stream without them."""
+    with_usage, without = b"", b""
+    for document, place in documents:
+        members = list(document.items())
+        members.insert(min(place, len(members)), ("usage", None))
+        with_usage += render(dict(members), how)
+        without += render(document, how)
+    # The usage chunk takes what stands before it in its own event along.
+    with_usage += render(usage_chunk(), {**how, "start": "data: "}) if says_usage else b""
+    done = b"data: [DONE]" + 2 * how["end"].encode()
+    meter, shown = watch(with_usage + done, cuts=cuts)
+    assert shown == without + done
+    assert isinstance(meter.usage(), Exactly) == says_usage
+    assert watch(with_usage + done, ASKED, cuts)[1] == with_usage + done
+
+
+@given(pieces=st.lists(st.sampled_from([TEXT, b"\n", b"\r", b"data: ", b"{", b'"usage":', b"}", b"null", b"\xff"])))
+def test_what_cannot_be_read_passes_on(pieces: list[bytes]) -> None:
+    """Whatever comes, nothing is raised, and nothing that holds no usage is changed (T41)."""
+    stream = b"".join(pieces)
+    assert watch(stream, ASKED)[1] == stream
+    shown = watch(stream)[1]
+    if b"usage" not in stream:
+        assert shown == stream
+
+
+# ----------------------------------------------------------------------------------------------- where no usage comes
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b'data: {"choices":[{"delta":{"content":"\n\n',
+        b'data: {"choices":[{"delta":{"content":"\xff"}}]}\n\n',
+        b"data: \n\n",
+        b"data\n\n",
+        b"data: null\n\n",
+        b'data: ["Hello"]\n\n',
+        b'data: "Hello"\n\n',
+        b"data: <html>\n\n",
+        b'data: {"a":' + b"[" * 2000 + b"]" * 2000 + b"}\n\n",
+        b": OPENROUTER PROCESSING\n\n",
+        b"event: ping\n\n",
+        b"\n",
+        b"id: 1\n\n",
+    ],
+)
+def test_events_that_are_no_chunk_pass_on_and_count_nothing(raw: bytes) -> None:
+    """Comments, broken JSON and other values, in the middle of a stream (T41)."""
+    meter, shown = watch(TEXT + raw + event(usage_chunk()) + DONE)
+    assert shown == TEXT + raw + DONE
+    assert meter.usage() == BOOKED
+    assert usage_of(TEXT + raw) == OWN_COUNT
+
+
+@pytest.mark.parametrize(
+    "strange", [None, {}, "text", 5, [None], ["text", 5], [[]], [{"delta": None}], [{"delta": []}]]
+)
+def test_choices_of_any_form_pass_on(strange: object) -> None:
+    """Wrong types raise nothing; text in them counts."""
+    raw = event({"id": "c", "choices": strange})
+    assert watch(raw)[1] == raw
+
+
+def test_an_event_too_large_to_read_passes_on() -> None:
+    """It comes in pieces without data."""
+    meter = Meter(UNASKED, input_bytes=INPUT_BYTES)
+    assert meter.see_event(Event(b'data: {"usage"', None, None)) == b'data: {"usage"'
+    assert meter.usage() == AtLeast(Tokens(11, 0))
+
+
+@pytest.mark.parametrize(
+    "delta",
+    [
+        {"content": "x" * 400},
+        {"refusal": "x" * 400},
+        {"reasoning_content": "x" * 400},
+        {"reasoning": "x" * 400},
+        {"thinking_blocks": [{"type": "thinking", "thinking": "x" * 400}]},
+        {
+            "tool_calls": [
+                {"index": 0, "id": "c", "type": "function", "function": {"name": "f" * 5, "arguments": "x" * 395}}
+            ]
+        },
+        {"function_call": {"name": "f", "arguments": "x" * 399}},
+        {"audio": {"id": "a", "data": "AAAA" * 999, "transcript": "x" * 400}},
+        {"content": "é" * 200},
+        {"content": "😀" * 100},
+    ],
+)
+def test_all_that_the_model_wrote_is_counted(delta: dict) -> None:
+    """Tool calls, refusals and shown thoughts cost as much as words: a token for four bytes of UTF-8."""
+    choice = {"index": 0, "delta": {"role": "assistant", **delta}, "finish_reason": None}
+    assert usage_of(event({"choices": [choice]})) == AtLeast(Tokens(11, 100))
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        {"delta": {"role": "assistant", "content": ""}},
+        {"delta": {}, "finish_reason": "stop", "stop_reason": "</s>", "native_finish_reason": "end_turn"},
+        {"delta": {}, "content_filter_results": {"hate": {"filtered": False, "severity": "safe"}}},
+        {"delta": {}, "logprobs": {"content": [{"token": "Hello", "top_logprobs": [{"token": "Hi"}]}]}},
+        {"text": "", "logprobs": {"tokens": ["Hello"], "top_logprobs": [{"Hi": -1}]}},
+        {"delta": {"content": None, "tool_calls": None}, "index": 17},
+    ],
+)
+def test_what_the_model_did_not_write_is_not_counted(choice: dict) -> None:
+    """Verdicts, reasons and the same text as single tokens would make a broken stream several times too dear."""
+    assert usage_of(event({"choices": [choice]})) == AtLeast(Tokens(11, 0))
+
+
+def test_a_chunk_of_text_is_a_token_at_least() -> None:
+    """Servers send a chunk for each token, however short."""
+    assert usage_of(event(chunk("a")) * 50) == AtLeast(Tokens(11, 50))
+    assert usage_of(event(chunk("a" * 400)) * 2) == AtLeast(Tokens(11, 200))
+
+
+def test_all_choices_are_counted() -> None:
+    """Three answers are three times the text."""
+    texts = [{"index": index, "text": "x" * 40, "finish_reason": None} for index in range(3)]
+    assert usage_of(event({"choices": texts}), call(COMPLETIONS, n=3)) == AtLeast(Tokens(11, 30))
+
+
+def test_before_anything_came_the_input_is_known() -> None:
+    """A call that was sent and never answered may have cost its input; rounded up."""
+    assert usage_of(b"") == AtLeast(Tokens(11, 0))
+    assert Meter(UNASKED, input_bytes=45).usage() == AtLeast(Tokens(12, 0))
+    assert Meter(UNASKED, input_bytes=0).usage() == AtLeast(Tokens(0, 0))
+
+
+@pytest.mark.parametrize(
+    "error", [{"error": {"message": "It broke. " * 40}}, {"error": "It broke. " * 40}, {"type": "error", "error": {}}]
+)
+@pytest.mark.parametrize("of", [UNASKED, ASKED, call(RESPONSES)])
+def test_an_error_event_is_seen_and_never_counted_as_output(error: dict, of: Call) -> None:
+    """It may come inside a 200; its words are not the model's (T44)."""
+    meter, shown = watch(event(error) + DONE, of)
+    assert meter.has_error
+    assert shown == event(error) + DONE
+    assert meter.usage() == AtLeast(Tokens(11, 0))
+
+
+def test_what_came_before_an_error_is_counted() -> None:
+    """Also what came with it, and the usage where it says one."""
+    with_error = event(chunk("Hello", finish="error", error={"message": "It broke."}))
+    assert usage_of(with_error + with_error + DONE) == OWN_COUNT
+    assert usage_of(TEXT + event({"error": {"message": "It broke."}, "choices": [], "usage": HONEST})) == BOOKED
+    assert not watch(event(chunk("Hello", error=None)))[0].has_error
+
+
+def test_an_error_stays_seen() -> None:
+    """vLLM sends [DONE] after it, others more chunks."""
+    assert watch(event({"error": {}}) + TEXT + event(usage_chunk()) + DONE)[0].has_error
+
+
+# --------------------------------------------------------------------------------------------------------- /responses
+
+
+def response_event(kind: str, **more: object) -> bytes:
+    """An event of a response."""
+    return f"event: {kind}\n".encode() + event({"type": kind, "sequence_number": 1, **more})
+
+
+RESPONSE_USAGE = {"input_tokens": 11, "output_tokens": 5, "total_tokens": 16}
+SAID = response_event("response.output_text.delta", delta="Hello") + response_event(
+    "response.output_text.delta", delta=" world"
+)
+
+
+@pytest.mark.parametrize(
+    ("kind", "has_error"),
+    [("response.completed", False), ("response.incomplete", False), ("response.failed", True), ("error", True)],
+)
+@pytest.mark.parametrize(
+    ("said", "booked"), [({"usage": RESPONSE_USAGE}, BOOKED), ({}, OWN_COUNT), ({"usage": None}, OWN_COUNT)]
+)
+def test_a_response_ends_in_one_of_four_ways(kind: str, has_error: bool, said: dict, booked: Usage) -> None:
+    """Whichever it is: charged if it says its usage, counted if not, and passed on as it came (wire §2.4)."""
+    stream = response_event("response.created", response={"usage": None}) + SAID + response_event(kind, response=said)
+    meter, shown = watch(stream, call(RESPONSES))
+    assert shown == stream
+    assert (meter.is_at_end, meter.is_over, meter.has_error) == (True, True, has_error)
+    assert meter.usage() == booked
+
+
+def test_a_flat_error_ends_a_response() -> None:
+    """`{"type":"error","code":…,"message":…}` has no response in it."""
+    meter, _ = watch(
+        SAID + response_event("error", code="server_error", message="It broke.", param=None), call(RESPONSES)
+    )
+    assert (meter.is_over, meter.has_error, meter.usage()) == (True, True, OWN_COUNT)
+
+
+def test_a_response_is_not_over_before_its_end() -> None:
+    """Created, in progress, and text that is done: nothing is held back, and nothing counts twice."""
+    stream = b"".join(
+        [
+            response_event("response.created", response={"usage": None, "error": None}),
+            SAID,
+            response_event("response.output_text.done", text="Hello world"),
+            response_event("response.output_item.done", item={"content": [{"text": "Hello world"}]}),
+        ]
+    )
+    meter, shown = watch(stream, call(RESPONSES))
+    assert (meter.is_at_end, meter.has_error, shown) == (False, False, stream)
+    assert meter.usage() == OWN_COUNT
+
+
+def test_a_done_behind_a_response_is_tolerated() -> None:
+    """Compatible servers send it."""
+    end = response_event("response.completed", response={"usage": RESPONSE_USAGE})
+    meter, shown = watch(SAID + end + DONE, call(RESPONSES))
+    assert (meter.is_over, meter.usage(), shown) == (True, BOOKED, SAID + end + DONE)
+
+
+@pytest.mark.parametrize(
+    ("kind", "delta", "tokens"),
+    [
+        ("response.refusal.delta", "x" * 400, 100),
+        ("response.function_call_arguments.delta", "x" * 400, 100),
+        ("response.reasoning_summary_text.delta", "x" * 400, 100),
+        ("response.custom_tool_call_input.delta", "é" * 200, 100),
+        ("response.output_text.delta", "", 1),
+        ("response.output_text.delta", None, 0),
+        ("response.output_text.delta", {"text": "x"}, 0),
+        ("response.output_text.done", "x" * 400, 0),
+        (None, "x" * 400, 0),
+        (7, "x" * 400, 0),
+    ],
+)
+def test_every_delta_of_text_is_counted(kind: object, delta: object, tokens: int) -> None:
+    """Whatever it is a part of; the padding against onlookers is not."""
+    raw = event({"type": kind, "delta": delta, "obfuscation": "xyz" * 99, "item_id": "m" * 99})
+    assert usage_of(raw, call(RESPONSES)) == AtLeast(Tokens(11, tokens))
+
+
+@pytest.mark.parametrize("response", [None, "x", [], {"usage": []}, {"usage": {"input_tokens": -1}}])
+def test_a_strange_end_of_a_response_is_an_end(response: object) -> None:
+    """Then our own count stands."""
+    meter, _ = watch(SAID + response_event("response.completed", response=response), call(RESPONSES))
+    assert (meter.is_over, meter.usage()) == (True, OWN_COUNT)
+
+
+# ------------------------------------------------------------------------------------------------------ whole answers
+
+
+def message(content: str, **more: object) -> dict:
+    """A choice of a whole chat answer."""
+    return {"message": {"role": "assistant", "content": content, **more.pop("said", {})}, **more}
+
+
+ITEM = {"type": "message", "status": "completed", "role": "assistant", "content": [{"text": "Hello world"}]}
+TOKENS = {"content": [{"token": "Hello", "top_logprobs": [{"token": "Hi"}]}]}
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "answer", "booked"),
+    [
+        (CHAT, {"choices": [message("Hello world")], "usage": HONEST}, BOOKED),
+        (CHAT, {"choices": [message("Hello world")]}, OWN_COUNT),
+        (CHAT, {"choices": [message("Hello world")], "error": None}, OWN_COUNT),
+        (CHAT, {"choices": [message("x" * 40)] * 3}, AtLeast(Tokens(11, 30))),
+        (CHAT, {"choices": [message("a", said={"refusal": "b" * 8}, logprobs=TOKENS)]}, AtLeast(Tokens(11, 3))),
+        (COMPLETIONS, {"choices": [{"text": "Hello world"}]}, OWN_COUNT),
+        (COMPLETIONS, {"choices": [{"text": "Hello world"}], "usage": ZEROS}, Exactly(Tokens(0, 0))),
+        (RESPONSES, {"output": [ITEM]}, OWN_COUNT),
+        (RESPONSES, {"output": [ITEM], "usage": RESPONSE_USAGE}, BOOKED),
+        (RESPONSES, {"status": "incomplete", "output": [], "usage": RESPONSE_USAGE}, BOOKED),
+        (EMBEDDINGS, {"data": [], "usage": {"prompt_tokens": 9, "total_tokens": 9}}, Exactly(Tokens(9, 0))),
+        (EMBEDDINGS, {"data": [{"embedding": "AAAA" * 99}]}, AtLeast(Tokens(11, 0))),
+        (CHAT, {}, AtLeast(Tokens(11, 0))),
+    ],
+)
+def test_a_whole_answer_is_booked_by_its_usage_or_its_text(endpoint: Endpoint, answer: dict, booked: Usage) -> None:
+    """With usage exactly that, without it what can be seen."""
+    meter = whole(answer, endpoint)
+    assert meter.usage() == booked
+    assert meter.is_at_end
+    assert not meter.has_error
+
+
+def test_an_error_in_a_whole_answer_is_seen() -> None:
+    """Inside a 200: its words cost nothing, what was generated before it does (T44)."""
+    error = {"error": {"message": "It broke. " * 40, "code": 500}}
+    assert whole(error).has_error
+    assert whole(error).usage() == AtLeast(Tokens(11, 0))
+    assert whole({**error, "choices": [{"message": {"content": "Hello world"}}]}).usage() == OWN_COUNT
+    assert whole({**error, "usage": HONEST}).usage() == BOOKED
+    assert whole({"status": "failed", "output": [], "usage": RESPONSE_USAGE, **error}, RESPONSES).usage() == BOOKED
+
+
+@pytest.mark.parametrize("body", [b"x" * 400, b"\xff" * 400, b"[" * 400, b'"' + b"x" * 398 + b'"', b"7" * 400])
+def test_a_body_that_is_no_object_counts_in_full(body: bytes) -> None:
+    """Whatever it is, it was generated; but embeddings generate nothing."""
+    assert whole(body).usage() == AtLeast(Tokens(11, 100))
+    assert whole(body, EMBEDDINGS).usage() == AtLeast(Tokens(11, 0))
+    assert not whole(body).has_error
+
+
+def test_a_stream_where_a_whole_answer_was_asked_is_read_as_one() -> None:
+    """The body's form decides, not what was asked for; nothing was injected, so nothing is taken out."""
+    null = event(chunk("Hello", usage=None))
+    meter, shown = watch(null + event(usage_chunk()) + DONE, call(stream=False))
+    assert (meter.usage(), shown) == (BOOKED, null + event(usage_chunk()) + DONE)
+
+
+def test_a_usage_chunk_that_came_early_is_not_the_end() -> None:
+    """What follows it passes on at once again; after [DONE] nothing does."""
+    meter = Meter(parse_call(CHAT, b'{"model": "m", "messages": [], "stream": true}'), input_bytes=40)
+    usage = b'{"choices": [], "usage": {"prompt_tokens": 1, "completion_tokens": 1}}'
+    word = b'{"choices": [{"delta": {"content": "x"}}]}'
+    seen = []
+    for data in (usage, word, b"[DONE]", word):
+        meter.see_event(Event(raw=b"data: " + data + b"\n\n", name=None, data=data))
+        seen.append(meter.is_at_end)
+    assert seen == [True, False, True, True]
