@@ -377,7 +377,7 @@ async def test_closing_twice_closes_nothing_of_others(path, tmp_path, is_refused
     with pytest.raises(StoreInUse) if is_refused else nullcontext():
         twice.open()
     await twice.close()
-    assert os.listdir("/dev/fd") == before
+    assert set(os.listdir("/dev/fd")) <= set(before)
     reader, writer = os.pipe()
     await twice.close()
     os.write(writer, b"fine")
