@@ -8,6 +8,7 @@ import sqlite3
 import subprocess
 import time
 from importlib.metadata import version
+from math import inf
 from statistics import median
 
 from benchmarks import figures
@@ -54,7 +55,8 @@ def _row(figure: Figure) -> str:
     met = {True: "yes", False: "no", None: ""}[figure.is_met]
     rounds = f"{_number(min(figure.proxy))}–{_number(max(figure.proxy))}" if len(figure.proxy) > 1 else ""
     by_proxy, by_nginx = (f"{_number(median(by))} {unit}" for by in (figure.proxy, figure.nginx))
-    return _line(figure.what, by_proxy, rounds, by_nginx, f"{figure.ratio:.1f} ×", wanted, met)
+    ratio = "–" if figure.ratio == inf else f"{figure.ratio:.1f} ×"
+    return _line(figure.what, by_proxy, rounds, by_nginx, ratio, wanted, met)
 
 
 def _number(value: float) -> str:

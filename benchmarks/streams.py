@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import cast
 
 from benchmarks.servers import KEY
 
@@ -48,7 +49,7 @@ class _Stream(asyncio.Protocol):
         self._last = b""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        transport.write(_REQUEST)  # type: ignore[attr-defined]
+        cast(asyncio.WriteTransport, transport).write(_REQUEST)
 
     def data_received(self, data: bytes) -> None:
         if not self._last:

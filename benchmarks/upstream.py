@@ -1,7 +1,7 @@
 """The upstream of streams: `python -m benchmarks.upstream PORT TOKENS_PER_S TOKENS`.
 
-A server of a hundred lines instead of the simulator: it parses next to nothing and writes prepared bytes, so that
-it leaves the machine to what is measured. On the wire it is like OpenAI: one chunk of the transfer coding for each
+Not the simulator, because this one parses next to nothing and writes prepared bytes, and so leaves the machine to
+what is measured. On the wire it is like OpenAI: one chunk of the transfer coding for each
 event, one event for each token, and `"usage": null` in each of them when usage was asked for, which is what the
 proxy asks for and takes out again.
 """
@@ -10,6 +10,7 @@ import asyncio
 import re
 import sys
 from functools import partial
+from typing import cast
 
 import orjson
 import uvloop
@@ -46,7 +47,7 @@ class Upstream(asyncio.Protocol):
         self._next: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = transport
+        self._transport = cast(asyncio.WriteTransport, transport)
 
     def connection_lost(self, error: Exception | None) -> None:
         if self._next is not None:

@@ -11,7 +11,6 @@ from proxy.strict_json import dump
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
-BODY_BYTES_MAX = web.AppKey("body_bytes_max", int)
 REQUEST_ID = web.RequestKey("request_id", str)
 
 log = structlog.get_logger("answering")
@@ -23,11 +22,9 @@ async def in_openai_shape(request: web.Request, handler: Handler) -> web.StreamR
     try:
         return await handler(request)
     except ProxyError as error:
-        return error_response(error, request)
-    except web.HTTPRequestEntityTooLarge:
-        too_large = BodyTooLarge(f"The request's body is larger than {request.app[BODY_BYTES_MAX]} bytes.")
-        response = error_response(too_large, request)
-        response.force_close()  # the rest of the body is still on its way, and nobody wants it
+        response = error_response(error, request)
+        if isinstance(error, BodyTooLarge):
+            response.force_close()  # the rest of the body is still on its way, and nobody wants it
         return response
     except (web.HTTPNotFound, web.HTTPMethodNotAllowed):
         return error_response(NotServed(f"Invalid URL ({request.method} {request.path[:200]})"), request)

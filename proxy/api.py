@@ -9,15 +9,16 @@ import secrets
 from collections.abc import Callable
 from functools import partial
 
+import structlog
 from aiohttp import hdrs, web
 
-from proxy.answering import BODY_BYTES_MAX, REQUEST_ID, Handler, in_openai_shape
+from proxy.answering import REQUEST_ID, Handler, in_openai_shape
 from proxy.auth import identify
 from proxy.client import Client
-from proxy.errors import InvalidRequest, ModelNotFound, ProxyError, UnsupportedEncoding
+from proxy.errors import BodyTooLarge, InvalidRequest, ProxyError, UnsupportedEncoding
 from proxy.health import Health
 from proxy.ledger import Ledger
-from proxy.passage import Passage, passage_for
+from proxy.passage import Passage, no_such_model, passage_for
 from proxy.policy import Policy, User
 from proxy.relay import Relay
 from proxy.reload import Policies
@@ -26,8 +27,11 @@ from proxy.strict_json import dump
 from proxy.tasks import Tasks
 from proxy.wire import ENDPOINTS, Endpoint, parse_call
 
+log = structlog.get_logger("api")
+
 # OpenAI takes tens of megabytes (pictures and files as base64); this is after decoding.
 REQUEST_BYTES_MAX = 32 * 2**20
+_TOO_LARGE = f"The request's body is larger than {REQUEST_BYTES_MAX} bytes."
 
 
 class Api:
@@ -45,8 +49,7 @@ class Api:
 
     def application(self) -> web.Application:
         """The application, to be served with `handler_cancellation` on."""
-        application = web.Application(client_max_size=REQUEST_BYTES_MAX, middlewares=[self._give_id, in_openai_shape])
-        application[BODY_BYTES_MAX] = REQUEST_BYTES_MAX
+        application = web.Application(middlewares=[self._give_id, in_openai_shape])
         application.router.add_routes(self._health.routes())
         for prefix in ("/v1", ""):
             for endpoint in ENDPOINTS:
@@ -85,6 +88,11 @@ class Api:
             await self._relay.carry(passage)
         except ProxyError as error:
             return error
+        except Exception as error:
+            log.error("a call failed", exc_info=error, call=passage.client.id)
+            if passage.client.response is None:
+                return ProxyError("The proxy made a mistake. It has been logged.")
+            passage.client.abort()
         return None
 
     async def _models(self, request: web.Request) -> web.Response:
@@ -96,11 +104,8 @@ class Api:
         policy = self._policies.current
         user = identify(request.headers.items(), policy)
         name = request.match_info["model"]
-        if policy.model(name) is None or not policy.may_use(user, name) or policy.binding(user, name) is None:
-            raise ModelNotFound(
-                f'The model "{name[:200]}" does not exist here or you may not use it. GET /v1/models lists yours.',
-                param="model",
-            )
+        if not policy.serves(user, name):
+            raise no_such_model(name[:200])
         return _json(_model(name), request)
 
     async def _quota(self, request: web.Request) -> web.Response:
@@ -113,7 +118,7 @@ class Api:
 
 def _models_of(user: User, policy: Policy) -> list[str]:
     named = [name for name in policy.models or {} if name != "*"]
-    return [name for name in named if policy.may_use(user, name) and policy.binding(user, name) is not None]
+    return [name for name in named if policy.serves(user, name)]
 
 
 def _model(name: str) -> dict[str, object]:
@@ -132,7 +137,15 @@ async def _read(request: web.Request) -> bytes:
     coding = request.headers.get(hdrs.CONTENT_ENCODING, "identity").lower()
     if coding not in ("identity", "gzip", "deflate"):
         raise UnsupportedEncoding(f"The content coding {coding[:40]!r} can't be read here: send gzip or none.")
+    if request.content_length is not None and request.content_length > REQUEST_BYTES_MAX:
+        raise BodyTooLarge(_TOO_LARGE)
+    body = bytearray()
     try:
-        return await request.read()
+        # Not `request.read()`, which would keep a second copy for as long as the answer streams.
+        async for chunk in request.content.iter_any():
+            body += chunk
+            if len(body) > REQUEST_BYTES_MAX:
+                raise BodyTooLarge(_TOO_LARGE)
     except web.RequestPayloadError:
         raise InvalidRequest("The body could not be read: it is cut short or badly encoded.") from None
+    return bytes(body)

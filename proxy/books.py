@@ -31,6 +31,7 @@ Outcome = Literal[
     "upstream_broke",  # the upstream broke or fell silent after the call was sent
     "rejected",  # the upstream called the request bad (4xx)
     "upstream_failed",  # the upstream failed, refused our key, or could not be reached: nothing is charged
+    "proxy_broke",  # a mistake of ours ended it
     "stopped",  # the proxy was stopped while it ran
     "lost",  # the proxy died, or was taken to be dead
 ]
@@ -150,7 +151,7 @@ class Unknown:
     id: str
 
 
-Answer = Booked | NotBooked | Unknown
+Reply = Booked | NotBooked | Unknown
 
 
 class Books:
@@ -166,7 +167,7 @@ class Books:
         self.entries_changed: set[str] = set()
         self._now = now
 
-    def apply(self, act: Act) -> Answer:
+    def apply(self, act: Act) -> Reply:
         """Do one act and say how things stand after it."""
         match act:
             case Reserve():
@@ -178,7 +179,7 @@ class Books:
             case _:
                 return self._end(act.id, "expired", None, "lost")
 
-    def _reserve(self, act: Reserve) -> Answer:
+    def _reserve(self, act: Reserve) -> Reply:
         keys = act.binding.keys()
         if booked := self.entries.get(act.id):
             return Booked(booked, self._standing(keys))
@@ -193,7 +194,7 @@ class Books:
         self.entries_changed.add(act.id)
         return Booked(entry, self._standing(keys))
 
-    def _end(self, entry_id: str, state: State, usage: Usage | None, outcome: Outcome) -> Answer:
+    def _end(self, entry_id: str, state: State, usage: Usage | None, outcome: Outcome) -> Reply:
         entry = self.entries.get(entry_id)
         if entry is None:
             return Unknown(entry_id)

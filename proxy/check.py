@@ -90,9 +90,14 @@ def _always_has_a_say(policy: Policy, user: User) -> bool:
     """Whether one of this user's groups says something about any model whatever."""
     groups = (policy.groups[name] for name in user.groups)
     return any(
-        _is_for_all(group.models) and (group.unlimited or any(_is_for_all(quota.models) for quota in group.quotas))
+        _is_for_all(group.models)
+        and (group.unlimited or any(_is_for_all(quota.models) for quota in _enforced(group)))
         for group in groups
     )
+
+
+def _enforced(group: Group) -> list[Quota]:
+    return [quota for quota in group.quotas if quota.enforce != "shadow"]
 
 
 def _is_for_all(globs: Globs | None) -> bool:
@@ -224,7 +229,7 @@ def _escaping_models(policy: Policy) -> Warnings:
         for alias, known in _aliases(policy, quota):
             has_its_own = any(other.models.match(alias) and not other.models.match(known) for other in group.quotas)
             bound = (user for user in members[group.name] if _is_bound(policy, user, known, quota))
-            if not has_its_own and any(_is_let_in(policy, user, alias) for user in bound):
+            if not has_its_own and any(policy.serves(user, alias) for user in bound):
                 text = f'it matches "{known}" but not "{alias}", which is the same model; add "{alias}" to its models'
                 yield path, f"{quota.id}: {text}"
 
@@ -232,10 +237,6 @@ def _escaping_models(policy: Policy) -> Warnings:
 def _is_bound(policy: Policy, user: User, model: str, quota: Quota) -> bool:
     binding = policy.binding(user, model)
     return binding is not None and quota in binding.quotas
-
-
-def _is_let_in(policy: Policy, user: User, model: str) -> bool:
-    return policy.may_use(user, model) and policy.binding(user, model) is not None
 
 
 def _aliases(policy: Policy, quota: Quota) -> Iterator[tuple[str, str]]:

@@ -9,10 +9,9 @@ from functools import partial
 from typing import Any, NoReturn
 
 import click
-import structlog
 import uvloop
 
-from proxy import __version__, demo
+from proxy import __version__, demo, logs
 from proxy.app import Server, look_at, serve, sqlite_path
 from proxy.check import sentences, warnings
 from proxy.config import BadConfig, Config, load
@@ -33,18 +32,9 @@ _config_option = click.option(
 @click.option("--verbose", is_flag=True, help="Log more.")
 def main(verbose: bool) -> None:
     """An OpenAI-compatible reverse proxy that enforces group quotas on LLM use."""
-    level = logging.DEBUG if verbose else logging.INFO
-    structlog.configure(
-        processors=[
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso"),
-            structlog.processors.format_exc_info,
-            # JSON keeps a line a line, whatever stands in the fields.
-            structlog.processors.JSONRenderer(),
-        ],
-        wrapper_class=structlog.make_filtering_bound_logger(level),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
-    )
+    stream = logs.LogStream(sys.stderr)
+    click.get_current_context().call_on_close(stream.close)
+    logs.set_up(stream, level=logging.DEBUG if verbose else logging.INFO)
 
 
 @main.command("serve")

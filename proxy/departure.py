@@ -1,20 +1,22 @@
 """What becomes of a call whose client has gone before the end.
 
-`stop`: the upstream is closed at once, and what passed is charged (`input + what had arrived`).
+`stop`, for streams: the upstream is closed at once, and what passed is charged (`input + what had arrived`).
 `drain`: the answer is read on, because its end tells what it cost; for a bounded time and so many at once. Where
 that bound is hit, all that was held is charged, for nobody knows better.
 """
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from proxy.client import Client
-from proxy.policy import OnDisconnect
+from proxy.passage import Passage
 from proxy.reservation import Reservation
 
 DRAIN_S = 30.0
 DRAINS_MAX = 64
+# So that nobody's departures make others pay their whole hold.
+DRAINS_OF_A_USER_MAX = 8
 
 
 class Departures:
@@ -23,16 +25,15 @@ class Departures:
     def __init__(self, *, drain_s: float = DRAIN_S, drains_max: int = DRAINS_MAX) -> None:
         self._drain_s = drain_s
         self._drains_max = drains_max
-        self._draining: set[str] = set()
+        self._draining: Counter[str] = Counter()
 
     @asynccontextmanager
-    async def watch(
-        self, client: Client, reservation: Reservation, on_disconnect: OnDisconnect
-    ) -> AsyncIterator[None]:
+    async def watch(self, passage: Passage, reservation: Reservation) -> AsyncIterator[None]:
         """End the block and settle, when the client has gone and there is no more waiting for the answer.
 
         The block must be the whole of what the running task does with this call.
         """
+        client, on_disconnect, user = passage.client, passage.on_disconnect, passage.user.name
         task = asyncio.current_task()
         assert task is not None, "a call runs in a task"
         loop = asyncio.get_running_loop()
@@ -45,8 +46,8 @@ class Departures:
             task.cancel()
 
         def gone() -> None:
-            if on_disconnect == "drain" and len(self._draining) < self._drains_max:
-                self._draining.add(client.id)
+            if on_disconnect == "drain" and self._has_room_for(user):
+                self._draining[user] += 1
                 deadline.append(loop.call_later(self._drain_s, cut_off))
             else:
                 cut_off()
@@ -55,13 +56,19 @@ class Departures:
         try:
             yield
         except asyncio.CancelledError:
-            usage = reservation.whole_hold if is_at_bound else reservation.meter.usage()
+            # A whole answer is generated and billed whether or not its bytes arrive, and nobody saw how long it was.
+            is_unknown = is_at_bound or not passage.call.stream
+            usage = reservation.whole_hold if is_unknown else reservation.meter.usage()
             await reservation.settle(usage, "client_left" if client.is_gone else "stopped")
             if not client.is_gone:
                 raise
             task.uncancel()
         finally:
             client.when_gone(None)
-            self._draining.discard(client.id)
             for handle in deadline:
+                self._draining.subtract([user])
                 handle.cancel()
+            self._draining += Counter()  # keeps only who still has some
+
+    def _has_room_for(self, user: str) -> bool:
+        return self._draining.total() < self._drains_max and self._draining[user] < DRAINS_OF_A_USER_MAX

@@ -7,7 +7,7 @@
     408, 5xx                the upstream's           nothing                   passed on, or 502 / 504
     anything else           the upstream's           nothing                   502
 
-A body passes on only where it is an error in OpenAI's shape, and never with our key in it.
+A body passes on only where it is an error in OpenAI's shape, and never with our key or account in it.
 """
 
 import re
@@ -32,6 +32,8 @@ _ACCOUNT_CODES = frozenset(
 )
 
 
+# OpenAI names the organisation or project in the text of a 429.
+_ACCOUNT = re.compile(rb"\b(?:org|proj)[-_][A-Za-z0-9]{6,}")
 # What passes on of a `Retry-After`: seconds, and not 0, at which some SDKs hammer.
 _SECONDS = re.compile(r"[1-9][0-9]{0,5}")
 
@@ -76,9 +78,9 @@ def failure_of(
 
 
 def masked(body: bytes, upstream: Upstream) -> bytes:
-    """A body without our key, should the upstream have repeated it."""
+    """A body without our key and account, should the upstream have repeated them."""
     key = upstream.api_key.reveal().encode() if upstream.api_key else b""
-    return body.replace(key, b"***") if key else body
+    return _ACCOUNT.sub(b"***", body.replace(key, b"***") if key else body)
 
 
 def _limited(error: dict[str, Any] | None, retry_after: str | None, upstream: Upstream) -> ProxyError:

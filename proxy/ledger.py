@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 
 import structlog
 
-from proxy.books import Act, Answer, Booked, Entry, Expire, NotBooked, Release, Reserve, Settle
+from proxy.books import Act, Booked, Entry, Expire, NotBooked, Release, Reply, Reserve, Settle
 from proxy.errors import LedgerUnavailable
 from proxy.quotas import Counter, CounterKey
 from proxy.store import Store, StoreUnavailable
@@ -40,7 +40,7 @@ log = structlog.get_logger("ledger")
 @dataclass(slots=True, eq=False)
 class _Queued:
     act: Act
-    answer: "asyncio.Future[Answer]"
+    answer: "asyncio.Future[Reply]"
 
 
 class Ledger:
@@ -86,7 +86,7 @@ class Ledger:
         assert isinstance(answer, (Booked, NotBooked))
         return answer
 
-    def end(self, act: Settle | Release) -> "asyncio.Future[Answer]":
+    def end(self, act: Settle | Release) -> "asyncio.Future[Reply]":
         """Queue the end of a call; the future is done when that is committed, however long it takes.
 
         It is booked also where nobody waits for it any more.
@@ -135,7 +135,7 @@ class Ledger:
             await self._loop
         await self._store.close()
 
-    def _enqueue(self, act: Act) -> "asyncio.Future[Answer]":
+    def _enqueue(self, act: Act) -> "asyncio.Future[Reply]":
         queued = _Queued(act, asyncio.get_running_loop().create_future())
         if self._loop is None or self._loop.done():
             self._fail(queued)  # nobody would ever answer it
@@ -197,7 +197,7 @@ class Ledger:
             return
         await asyncio.sleep(self._retry_s)
 
-    def _tell(self, queued: _Queued, answer: Answer) -> None:
+    def _tell(self, queued: _Queued, answer: Reply) -> None:
         if not queued.answer.cancelled():
             queued.answer.set_result(answer)
         elif _lets_in(queued) and isinstance(answer, Booked):
@@ -209,7 +209,7 @@ class Ledger:
             queued.answer.set_exception(LedgerUnavailable())
             queued.answer.exception()  # seen: an end that nobody waits for any more must not warn
 
-    async def _apply(self, batch: list[_Queued]) -> list[Answer]:
+    async def _apply(self, batch: list[_Queued]) -> list[Reply]:
         return await self._in_thread(self._store.apply, [queued.act for queued in batch], self._now())
 
     async def _in_thread(self, work: Callable[..., T], *arguments: Any) -> T:

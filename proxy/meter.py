@@ -15,10 +15,7 @@ import orjson
 from proxy.sse import Event
 from proxy.strict_json import dump
 from proxy.usage import AtLeast, Exactly, Tokens, Usage, read_tokens
-from proxy.wire import Call
-
-# English prose has about four bytes to a token. Used only where the upstream's count never came.
-_BYTES_PER_TOKEN = 4
+from proxy.wire import BYTES_PER_TOKEN, Call
 
 # What every chunk has; one with no choices and nothing beyond these came only because usage was asked for.
 _COMMON_KEYS = frozenset(
@@ -43,16 +40,17 @@ _PLACEHOLDERS = (
 
 
 class Meter:
-    """Watches one answer. `input_bytes` bounds its input, for an answer that doesn't say its usage."""
+    """Watches one answer. `input_estimate` is the tokens of its input where the answer doesn't say its usage."""
 
-    def __init__(self, call: Call, *, input_bytes: int) -> None:
+    def __init__(self, call: Call, *, input_estimate: int) -> None:
         self.is_at_end = False
         self.is_over = False
         self.has_error = False
-        self._call = call
+        self._generates = call.endpoint.generates
+        self._choices = call.choices
         self._strips = call.adds_usage
         self._is_responses = call.endpoint.name == "responses"
-        self._input_bytes = input_bytes
+        self._input_estimate = input_estimate
         self._reported: Tokens | None = None
         self._text_bytes = 0
         self._text_chunks = 0
@@ -82,6 +80,7 @@ class Meter:
         self.is_at_end = True
         answer = _object(body)
         if answer is None:
+            self.has_error = True
             self._text_bytes += len(body)
             return
         self._see_error(answer)
@@ -90,10 +89,9 @@ class Meter:
 
     def usage(self) -> Usage:
         """What was used, as far as is known now."""
-        estimate = -(-self._input_bytes // _BYTES_PER_TOKEN)
         if self._reported is None:
-            output = max(self._text_chunks, -(-self._text_bytes // _BYTES_PER_TOKEN))
-            return AtLeast(Tokens(estimate, output if self._call.endpoint.generates else 0))
+            output = max(self._text_chunks, -(-self._text_bytes // BYTES_PER_TOKEN))
+            return AtLeast(Tokens(self._input_estimate, output if self._generates else 0))
         return Exactly(self._reported)
 
     def _see_chunk(self, chunk: dict[str, Any], event: Event) -> bytes:
@@ -118,7 +116,7 @@ class Meter:
     def _see_usage_chunk(self, chunk: dict[str, Any], event: Event) -> bytes:
         """Return the chunk as it would have come unasked: not at all, unless it carries something else too."""
         # llama.cpp sends one for each of several choices, as soon as it is finished: then only [DONE] is the end.
-        self.is_at_end = self.is_at_end or self._call.choices == 1
+        self.is_at_end = self.is_at_end or self._choices == 1
         if not self._strips:
             return event.raw
         carries_more = any(value is not None and key not in _COMMON_KEYS for key, value in chunk.items())

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from proxy.books import Entry, Facts, NotBooked, Reserve
 from proxy.client import Client
 from proxy.errors import ModelNotFound, ProxyError
-from proxy.policy import Model, Policy, User
+from proxy.policy import Model, OnDisconnect, Policy, User
 from proxy.quotas import Binding, Counter, CounterKey
 from proxy.standing import rate_limit_headers, refusal, standings
 from proxy.wire import Call, demand_of, forwarded_body
@@ -28,14 +28,19 @@ class Passage:
         """The model's name where it is one of the policy's; never a name that a client made up."""
         return self.call.model if self.call.model in (self.policy.models or {}) else "other"
 
-    def reserve(self, body: bytes, *, owner: str) -> Reserve:
+    @property
+    def on_disconnect(self) -> OnDisconnect:
+        """What to do when the client leaves: a whole answer is always read on, since it is billed anyway."""
+        return self.model.upstream.on_disconnect if self.call.stream else "drain"
+
+    def reserve(self, body_bytes: int, *, owner: str) -> Reserve:
         """The act that lets this call in."""
         return Reserve(
             id=self.client.id,
             owner=owner,
             facts=Facts(self.user.name, self.call.model, self.call.endpoint.name, self.model.upstream.name),
             binding=self.binding,
-            demand=demand_of(self.call, self.model, len(body)),
+            demand=demand_of(self.call, self.model, body_bytes),
         )
 
     def lowered_body(self, entry: Entry) -> bytes:
@@ -69,10 +74,7 @@ def passage_for(call: Call, user: User, policy: Policy, client: Client) -> Passa
     """Find the model and the quotas of a call; raises ModelNotFound that says what would help."""
     model = policy.model(call.model)
     if model is None or not policy.may_use(user, call.model):
-        raise ModelNotFound(
-            f'The model "{call.model}" does not exist here or you may not use it. GET /v1/models lists yours.',
-            param="model",
-        )
+        raise no_such_model(call.model)
     binding = policy.binding(user, call.model)
     if binding is None:
         raise ModelNotFound(
@@ -81,3 +83,9 @@ def passage_for(call: Call, user: User, policy: Policy, client: Client) -> Passa
             param="model",
         )
     return Passage(call, user, policy, model, binding, client)
+
+
+def no_such_model(name: str) -> ModelNotFound:
+    """One answer for a model that isn't there and one that is somebody else's: a prober learns nothing."""
+    text = f'The model "{name}" does not exist here or you may not use it. GET /v1/models lists yours.'
+    return ModelNotFound(text, param="model")

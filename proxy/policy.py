@@ -145,6 +145,10 @@ class Policy:
         lists = [group.models for group in self._groups_of(user) if group.models is not None]
         return not lists or any(globs.match(model) for globs in lists)
 
+    def serves(self, user: User, model: str) -> bool:
+        """Whether this user may call this model: it is there, allowed, and covered."""
+        return self.model(model) is not None and self.may_use(user, model) and self.binding(user, model) is not None
+
     def all_quotas(self, user: User) -> Binding:
         """Every quota that can bind this user on some model, to be shown."""
         groups = [self.groups[name] for name in user.groups]

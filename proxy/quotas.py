@@ -18,7 +18,7 @@ Pure: no clock, no SQL. Everything here is a value; nothing is changed in place.
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from fnmatch import translate
 from typing import Literal
@@ -76,11 +76,11 @@ class Quota:
     models: Globs = ALL_MODELS
     shared: bool = False
     enforce: Enforce = "exact"
+    # Asked for a dozen times in every decision, so it is put together once.
+    id: str = field(init=False, repr=False, compare=False)
 
-    @property
-    def id(self) -> str:
-        """`group/name`, as users see it."""
-        return f"{self.group}/{self.name}"
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "id", f"{self.group}/{self.name}")
 
     def key_for(self, user: str) -> CounterKey:
         """Whose counter this is: the member's own, or the group's one pot.
@@ -113,12 +113,12 @@ def standing_at(now: int, quota: Quota, counter: Counter | None) -> Counter:
     together with, one that calls in flight may still belong to: not after a change of `per` (the hour and the day
     that begin at midnight), and not after a clock that went ahead and came back.
     """
-    opening = quota.per.opening(now)
     if counter is None:
-        return Counter(opening)
+        return Counter(quota.per.opening(now))
     last = counter.window
     if last.is_open(now) and (counter.is_open or now < last.opened_at):
         return counter
+    opening = quota.per.opening(now)
     not_before = last.opened_at if last.is_open(now) else last.resets_at
     return Counter(Window(max(opening.opened_at, not_before), opening.resets_at))
 

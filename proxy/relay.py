@@ -23,10 +23,12 @@ from proxy.reservation import Reservation
 from proxy.sse import Splitter
 from proxy.upstream import Answer, Upstreams
 from proxy.usage import Unspent
-from proxy.wire import error_event, forwarded_body
+from proxy.wire import error_event, estimated_input, forwarded_body
 
 # How long a finished stream may take to close, so that its connection can be used again.
 _CLOSE_S = 1.0
+# The last event of a response holds all of it, pictures included; more than this is no end.
+_END_BYTES_MAX = 16 * 2**20
 _JSON = {"content-type": "application/json", "cache-control": "no-store"}
 
 log = structlog.get_logger("relay")
@@ -59,14 +61,17 @@ class Relay:
         call, model, client = passage.call, passage.model, passage.client
         body = forwarded_body(call, model)
         async with (
-            self._reserve(passage, body) as reservation,
-            self._departures.watch(client, reservation, model.upstream.on_disconnect),
+            self._reserve(passage, len(body)) as reservation,
+            self._departures.watch(passage, reservation),
             self._blame_upstream(passage, reservation),
         ):
             if reservation.entry.capped_by:
                 body = passage.lowered_body(reservation.entry)
             sent = headers.to_upstream(client.headers, kind=model.upstream.kind, api_key=model.upstream.api_key)
             async with self._upstreams.send(model.upstream, call.endpoint.path, body, sent) as answer:
+                # A long stream must not keep the request in memory three times over: agents send megabytes.
+                body = b""
+                call.forget()
                 if answer.status // 100 != 2:
                     await self._pass_on_failure(answer, passage, reservation)
                 elif answer.is_stream:
@@ -75,18 +80,24 @@ class Relay:
                     await self._pass_on_whole(answer, passage, reservation)
 
     @asynccontextmanager
-    async def _reserve(self, passage: Passage, body: bytes) -> AsyncIterator[Reservation]:
+    async def _reserve(self, passage: Passage, body_bytes: int) -> AsyncIterator[Reservation]:
         """Hold what the call may use, and see that it ends; raises Refusal."""
         began = self._now()
-        answer = await self._ledger.reserve(passage.reserve(body, owner=self._ledger.owner))
+        answer = await self._ledger.reserve(passage.reserve(body_bytes, owner=self._ledger.owner))
         if isinstance(answer, NotBooked):
             self._metrics.refused(answer.refused)
             raise passage.refusal(answer, began)
-        reservation = Reservation(self._ledger, answer, Meter(passage.call, input_bytes=answer.entry.hold.input))
-        with self._metrics.in_flight.track_inprogress():
-            async with reservation:
-                yield reservation
-        self._metrics.ended(reservation.entry, reservation.charged, reservation.outcome, model=passage.model_label)
+        reservation = Reservation(
+            self._ledger, answer, Meter(passage.call, input_estimate=estimated_input(passage.call, body_bytes))
+        )
+        try:
+            with self._metrics.in_flight.track_inprogress():
+                async with reservation:
+                    yield reservation
+        finally:
+            self._metrics.ended(
+                reservation.entry, reservation.charged, reservation.outcome, model=passage.model_label
+            )
 
     @asynccontextmanager
     async def _blame_upstream(self, passage: Passage, reservation: Reservation) -> AsyncIterator[None]:
@@ -94,13 +105,12 @@ class Relay:
         try:
             yield
         except UpstreamError as error:
+            if not error.was_sent:
+                await reservation.release()
+            await reservation.settle(reservation.meter.usage(), "upstream_broke")
             log.warning(
                 "upstream failed", upstream=passage.model.upstream.name, call=reservation.entry.id, reason=str(error)
             )
-            if error.was_sent:
-                await reservation.settle(reservation.meter.usage(), "upstream_broke")
-            else:
-                await reservation.release()
             if passage.client.response is None:
                 raise
             await passage.client.write(error_event(passage.call.endpoint, error))
@@ -122,6 +132,8 @@ class Relay:
             await client.write(ready)
             if meter.is_over:
                 break
+            if len(end) > _END_BYTES_MAX:
+                raise UpstreamError("The upstream sends an end that never ends.")
         end += splitter.end()
         await reservation.settle(meter.usage(), _outcome(passage, meter))
         await client.write(end)
@@ -136,13 +148,12 @@ class Relay:
 
     async def _pass_on_failure(self, answer: Answer, passage: Passage, reservation: Reservation) -> None:
         """An error instead of an answer: what it means decides what is charged and what the client sees."""
-        failure = failure_of(answer.status, await answer.whole(), answer.retry_after, passage.model.upstream)
+        failure = failure_of(answer.status, await answer.beginning(), answer.retry_after, passage.model.upstream)
         if isinstance(failure, Rejected):
             await reservation.settle(Unspent(requests=1), "rejected")
         else:
             await reservation.release()
         if isinstance(failure, ProxyError):
-            log.warning("upstream failed", upstream=passage.model.upstream.name, status=answer.status)
             raise failure
         passage.client.send(failure.status, {**self._quota_headers(passage, reservation), **_JSON}, failure.body)
 

@@ -34,6 +34,8 @@ class Policies:
         self._load = load
         self._look = look
         self._seen = look()
+        # A signal and a changed file may come together; the file that is read last must win.
+        self._one_at_a_time = asyncio.Lock()
         self._metrics = metrics
         self._now = now
         metrics.reloaded_at.set(now() / 1000)
@@ -52,22 +54,24 @@ class Policies:
 
     async def reload(self) -> bool:
         """Take the file as it is now; returns False, and changes nothing, where it can't be taken."""
-        try:
-            # In a thread: a file with hundreds of users takes long enough to be felt by the streams.
-            new = await asyncio.to_thread(self._load)
-        except BadConfig as error:
-            self._metrics.reload_failed.set(1)
-            log.error("the policy file can't be taken, the old policy stays in force", report=str(error))
-            return False
-        self._report(new)
-        self._config = new
+        async with self._one_at_a_time:
+            try:
+                # In a thread: a file with hundreds of users takes long enough to be felt by the streams.
+                new = await asyncio.to_thread(self._load)
+            except BadConfig as error:
+                self._metrics.reload_failed.set(1)
+                log.error("the policy file can't be taken, the old policy stays in force", report=str(error))
+                return False
+            old, self._config = self._config, new
+            self._report(old, new)
         self._metrics.reload_failed.set(0)
         self._metrics.reloaded_at.set(self._now() / 1000)
         return True
 
-    def _report(self, new: Config) -> None:
-        before, after = _quota_ids(self._config.policy), _quota_ids(new.policy)
-        ignored = [name for name, value in new.restart_only.items() if value != self._config.restart_only[name]]
+    @staticmethod
+    def _report(old: Config, new: Config) -> None:
+        before, after = _quota_ids(old.policy), _quota_ids(new.policy)
+        ignored = [name for name, value in new.restart_only.items() if value != old.restart_only[name]]
         if ignored:
             log.warning("these sections change only with a restart", sections=ignored)
         log.info(

@@ -1,7 +1,7 @@
 """A call that was let in, until it ends: exactly once, whichever way it is left.
 
 Leaving the block of a reservation that nobody ended settles it with what the meter saw: nothing that a client, an
-upstream or a bug does leaves tokens held.
+upstream or a mistake of ours does leaves tokens held.
 """
 
 import asyncio
@@ -37,15 +37,21 @@ class Reservation:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self.outcome is None:
-            await self.settle(self.meter.usage(), "upstream_broke")
+            await self.settle(self.meter.usage(), "proxy_broke")
 
     @property
     def whole_hold(self) -> Usage:
-        """All that was held, for a call whose end we can't wait for."""
+        """All that was held."""
         return AtLeast(Tokens(self.entry.hold.input, self.entry.hold.output))
 
     async def settle(self, usage: Usage, outcome: Outcome, *, wait_s: float = COMMIT_WAIT_S) -> None:
-        """Charge this much; returns once it is on the books, or after `wait_s`. Only the first end counts."""
+        """Charge this much; returns once it is on the books, or after `wait_s`. Only the first end counts.
+
+        An estimate is never more than what the call was let in for: a guess may not take a quota over its limit.
+        """
+        if isinstance(usage, AtLeast):
+            hold, tokens = self.entry.hold, usage.tokens
+            usage = AtLeast(Tokens(min(tokens.input, hold.input), min(tokens.output, hold.output)))
         await self._end(Settle(self.entry.id, usage, outcome), usage, wait_s)
 
     async def release(self) -> None:

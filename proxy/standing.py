@@ -43,7 +43,8 @@ class Standing:
 
     def tightest(self) -> Limit:
         """The limit of this quota of which the smallest part remains."""
-        return min(self.quota.limits, key=self.fullness)
+        limits = self.quota.limits
+        return limits[0] if len(limits) == 1 else min(limits, key=self.fullness)
 
     def as_json(self, zone: ZoneInfo) -> dict[str, object]:
         """The item of `/v1/quota`."""
@@ -112,13 +113,11 @@ def rate_limit_headers(binding: Binding, stand: Mapping[str, Standing], now: int
             headers[f"x-ratelimit-limit-{kind}"] = str(limit.maximum)
             headers[f"x-ratelimit-remaining-{kind}"] = str(standing.remaining(limit))
             headers[f"x-ratelimit-reset-{kind}"] = go_duration(standing.counter.window.resets_at - now)
-    tightest = sorted(
-        (standing for standing in stand.values() if standing.quota.enforce != "shadow"),
-        key=lambda standing: standing.fullness(standing.tightest()),
-    )[:3]
+    bound = [(standing, standing.tightest()) for standing in stand.values() if standing.quota.enforce != "shadow"]
+    tightest = sorted(bound, key=lambda item: item[0].fullness(item[1]))[:3]
     if tightest:
-        headers["ratelimit-policy"] = ", ".join(_policy_item(standing) for standing in tightest)
-        headers["ratelimit"] = ", ".join(_level_item(standing, now) for standing in tightest)
+        headers["ratelimit-policy"] = ", ".join(_policy_item(standing, limit) for standing, limit in tightest)
+        headers["ratelimit"] = ", ".join(_level_item(standing, limit, now) for standing, limit in tightest)
     return headers
 
 
@@ -252,12 +251,12 @@ def _first_to_refuse(
     return standing, limit
 
 
-def _policy_item(standing: Standing) -> str:
-    limit, window = standing.tightest(), standing.counter.window
+def _policy_item(standing: Standing, limit: Limit) -> str:
+    window = standing.counter.window
     unit = "" if limit.measure == "requests" else ';qu="tokens"'
     return f'"{standing.quota.id}";q={limit.maximum};w={seconds_up(window.resets_at - window.opened_at)}{unit}'
 
 
-def _level_item(standing: Standing, now: int) -> str:
+def _level_item(standing: Standing, limit: Limit, now: int) -> str:
     resets_in = max(0, seconds_up(standing.counter.window.resets_at - now))
-    return f'"{standing.quota.id}";r={standing.remaining(standing.tightest())};t={resets_in}'
+    return f'"{standing.quota.id}";r={standing.remaining(limit)};t={resets_in}'

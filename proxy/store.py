@@ -22,7 +22,7 @@ from sqlalchemy.dialects.sqlite import insert
 from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, InterfaceError, NotSupportedError, ProgrammingError
 from sqlalchemy.ext.asyncio import create_async_engine
 
-from proxy.books import Act, Answer, Books, Entry, Facts, Line, Reserve
+from proxy.books import Act, Books, Entry, Facts, Line, Reply, Reserve
 from proxy.quotas import Counter, CounterKey
 from proxy.tables import calls, counters, migrate, owners
 from proxy.usage import Amount, AtLeast, Exactly, Tokens, Unspent, Usage, charge_of
@@ -95,7 +95,7 @@ class Store:
             migrate(connection)
         self._opened = self._found()
 
-    def apply(self, acts: Sequence[Act], now: int) -> list[Answer]:
+    def apply(self, acts: Sequence[Act], now: int) -> list[Reply]:
         """Do these acts in order, in one transaction, and answer each.
 
         Raises StoreUnavailable or StoreRefused, or what a rule or a driver raises at a bad act; then nothing was

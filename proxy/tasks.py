@@ -31,6 +31,11 @@ class Tasks:
         task.add_done_callback(self._ended)
         return task
 
+    async def all_ended(self) -> None:
+        """Wait until none is running."""
+        while self._running:
+            await asyncio.wait(self._running)
+
     async def finish(self, grace_s: float) -> int:
         """Wait until all have ended, at most `grace_s`; cancel the rest and return how many those were."""
         running = set(self._running)

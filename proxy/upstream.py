@@ -5,6 +5,7 @@ What goes wrong is told apart by whether the call can have reached the upstream:
 for this job are set here, each with its reason.
 """
 
+import asyncio
 import io
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
@@ -21,6 +22,8 @@ _CONNECT_S = 5
 # The largest answer that is taken whole (a stream may be of any length).
 WHOLE_BYTES_MAX = 64 * 2**20
 _AT_ONCE_BYTES_MAX = 2**20
+_ERROR_BYTES_MAX = 2**20
+_ERROR_S = 5.0
 
 
 class Answer:
@@ -50,6 +53,19 @@ class Answer:
             body += chunk
             if len(body) > WHOLE_BYTES_MAX:
                 raise UpstreamError(f"The upstream's answer is larger than {WHOLE_BYTES_MAX} bytes.")
+        return bytes(body)
+
+    async def beginning(self) -> bytes:
+        """The body of an error as far as it comes within bounds; never raises, for the status says enough."""
+        body = bytearray()
+        try:
+            async with asyncio.timeout(_ERROR_S):
+                async for chunk in self.chunks():
+                    body += chunk
+                    if len(body) > _ERROR_BYTES_MAX:
+                        break
+        except (UpstreamError, TimeoutError):
+            pass
         return bytes(body)
 
 
@@ -97,12 +113,16 @@ class Upstreams:
         )
         try:
             response = await request
-        except TimeoutError:
-            raise UpstreamTimeout("The upstream did not answer in time.") from None
-        except (aiohttp.ClientError, ConnectionError, OSError):
+        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError):
             raise UpstreamError(
                 f'The upstream "{upstream.name}" can\'t be reached.', was_sent=False, headers={"retry-after": "2"}
             ) from None
+        except TimeoutError:
+            raise UpstreamTimeout("The upstream did not answer in time.") from None
+        except (aiohttp.ClientError, OSError):
+            raise UpstreamError("The upstream closed the connection without an answer.") from None
+        finally:
+            del body  # sent: a long answer must not keep it
         async with response:
             if response.headers.get("content-encoding", "identity").lower() != "identity":
                 raise UpstreamError("The upstream compressed its answer although it was asked not to.")

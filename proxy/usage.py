@@ -65,14 +65,6 @@ class Tokens:
     cached: int = 0
     reasoning: int = 0
 
-    def __add__(self, other: "Tokens") -> "Tokens":
-        return Tokens(
-            self.input + other.input,
-            self.output + other.output,
-            self.cached + other.cached,
-            self.reasoning + other.reasoning,
-        )
-
 
 @dataclass(frozen=True, slots=True)
 class Exactly:

@@ -27,6 +27,8 @@ _SMALLEST_ANSWER = 1024
 # A picture's price in tokens by OpenAI's tile rule at high detail: 85 + 8 tiles of 170, rounded up. Its base64 is
 # not read by the model.
 _IMAGE_TOKENS = 1500
+# English prose has about four bytes to a token: for estimates, where the upstream's count never came.
+BYTES_PER_TOKEN = 4
 _MODEL_CHARACTERS_MAX = 256
 _ANSWERS_MAX = 128
 # Beyond any answer, and small enough that no product of such numbers leaves 64 bits.
@@ -105,7 +107,11 @@ class Call:
     model: str
     stream: bool
     choices: int
-    document: Mapping[str, Any]
+    document: dict[str, Any]
+
+    def forget(self) -> None:
+        """Let go of the body, which is sent and not needed any more. What the fields say stays."""
+        self.document.clear()
 
     @property
     def asks_for_usage(self) -> bool:
@@ -151,6 +157,12 @@ def demand_of(call: Call, model: Model, body_bytes: int) -> Demand:
         return Demand(input=bound, want=0, smallest=0)
     want = min(each * call.choices, TOKENS_MAX)
     return Demand(input=bound, want=want, smallest=min(want, _SMALLEST_ANSWER * call.choices))
+
+
+def estimated_input(call: Call, body_bytes: int) -> int:
+    """About how many tokens the input of a call has; never the bound, which is meant to be too large."""
+    base64_bytes, images = _pictures(call.document)
+    return -(-(body_bytes - base64_bytes) // BYTES_PER_TOKEN) + images * _IMAGE_TOKENS
 
 
 def forwarded_body(call: Call, model: Model, *, maximum: int | None = None) -> bytes:
@@ -211,6 +223,7 @@ def _refuse_fields(endpoint: Endpoint, document: Mapping[str, Any]) -> None:
             raise InvalidRequest(
                 f'"{name}" can\'t be used here: {endpoint.refused[name]}.', param=name, code="unsupported_parameter"
             )
+    _refuse_stored_files(document)
     if endpoint is RESPONSES:
         _refuse_hosted_tools(document.get("tools"))
         _refuse_stored_items(document.get("input"))
@@ -239,6 +252,15 @@ def _refuse_hosted_tools(tools: object) -> None:
             )
 
 
+def _refuse_stored_files(document: Mapping[str, Any]) -> None:
+    for part in _parts(document):
+        file = part.get("file")
+        if part.get("file_id") or (isinstance(file, dict) and file.get("file_id")):
+            raise InvalidRequest(
+                f'"file_id" can\'t be used here: {_STORED}.', param="file_id", code="unsupported_parameter"
+            )
+
+
 def _refuse_stored_items(items: object) -> None:
     for item in items if isinstance(items, list) else ():
         if isinstance(item, dict) and _is_reference(item):
@@ -260,9 +282,14 @@ def _model(value: object) -> str:
         raise InvalidRequest(
             '"model" is missing: name the model to use.', param="model", code="missing_required_parameter"
         )
-    if not isinstance(value, str) or not value or len(value) > _MODEL_CHARACTERS_MAX or not value.isprintable():
+    if (
+        not isinstance(value, str)
+        or not 0 < len(value.strip()) == len(value) <= _MODEL_CHARACTERS_MAX
+        or not value.isprintable()
+    ):
         raise InvalidRequest(
-            f'"model" must be a name of 1 to {_MODEL_CHARACTERS_MAX} printable characters.', param="model"
+            f'"model" must be a name of 1 to {_MODEL_CHARACTERS_MAX} printable characters, without blanks around it.',
+            param="model",
         )
     return value
 
@@ -317,7 +344,11 @@ def _pictures(document: Mapping[str, Any]) -> tuple[int, int]:
     return base64_bytes, images
 
 
+def _items(value: object) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
 def _parts(document: Mapping[str, Any]) -> list[dict[str, Any]]:
-    turns = document.get("messages", document.get("input"))
-    contents = [turn.get("content") for turn in turns if isinstance(turn, dict)] if isinstance(turns, list) else []
+    turns = [turn for name in ("messages", "input") for turn in _items(document.get(name)) if isinstance(turn, dict)]
+    contents = [turn.get(name) for turn in turns for name in ("content", "output")]
     return [part for content in contents if isinstance(content, list) for part in content if isinstance(part, dict)]

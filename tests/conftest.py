@@ -16,6 +16,10 @@ settings.load_profile("house")
 
 @pytest.fixture(autouse=True)
 def _log_as_before() -> Iterator[None]:
-    """The commands set up logging for their process; no test may leave that to the next."""
+    """The commands set up logging for their process; no test may leave that to the next.
+
+    Plain lines: the library's own for terminals draw every local variable of a traceback, megabytes of bodies too.
+    """
+    structlog.configure(processors=[structlog.processors.add_log_level, structlog.processors.KeyValueRenderer()])
     yield
     structlog.reset_defaults()

@@ -133,7 +133,7 @@ class Stage:
 
     async def at_rest(self) -> None:
         """Wait until no call is in flight: all that was begun is settled."""
-        await until(lambda: self.server.calls_in_flight == 0)
+        await self.server.at_rest()
 
 
 class Reply:

@@ -8,17 +8,15 @@ from aiohttp import web
 from aiohttp.test_utils import make_mocked_request
 from structlog.testing import capture_logs
 
-from proxy.answering import BODY_BYTES_MAX, REQUEST_ID, in_openai_shape
-from proxy.errors import LedgerUnavailable, ProxyError
+from proxy.answering import REQUEST_ID, in_openai_shape
+from proxy.errors import BodyTooLarge, LedgerUnavailable, ProxyError
 
 
 async def _answer(error: Exception) -> tuple[web.StreamResponse, dict[str, Any]]:
     async def handler(request: web.Request) -> web.StreamResponse:
         raise error
 
-    application = web.Application()
-    application[BODY_BYTES_MAX] = 1000
-    request = make_mocked_request("POST", "/v1/x", app=application)
+    request = make_mocked_request("POST", "/v1/x")
     request[REQUEST_ID] = "req_1"
     response = await in_openai_shape(request, handler)
     assert isinstance(response, web.Response)
@@ -32,7 +30,7 @@ async def _answer(error: Exception) -> tuple[web.StreamResponse, dict[str, Any]]
         (LedgerUnavailable(), 503, "ledger"),
         (web.HTTPNotFound(), 404, "Invalid URL (POST /v1/x)"),
         (web.HTTPMethodNotAllowed("POST", ["GET"]), 404, "Invalid URL"),
-        (web.HTTPRequestEntityTooLarge(1000, 2000), 413, "larger than 1000 bytes"),
+        (BodyTooLarge("larger than 1000 bytes"), 413, "larger than 1000 bytes"),
     ],
 )
 async def test_every_error_has_openai_s_shape(error: Exception, status: int, says: str) -> None:

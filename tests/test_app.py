@@ -9,8 +9,9 @@ from typing import Any
 
 import aiohttp
 import pytest
+from structlog.testing import capture_logs
 
-from proxy.app import Server, look_at
+from proxy.app import Server, every, look_at
 from proxy.store import StoreInUse
 from tests.stage import STAFF, UPSTREAM_KEY, Clock, config_of, key_of, stage
 
@@ -129,6 +130,24 @@ async def test_a_process_serves_reloads_and_ends_on_signals(tmp_path: Path) -> N
         if process.returncode is None:
             process.kill()
             await process.wait()
+
+
+async def test_a_chore_that_fails_is_done_again() -> None:
+    """A lease that is renewed no more, or a file that is looked at no more, would be missed by nobody."""
+    done: list[int] = []
+    enough = asyncio.Event()
+
+    async def chore() -> None:
+        done.append(1)
+        if len(done) == 3:
+            enough.set()
+        raise RuntimeError
+
+    with capture_logs() as logged:
+        running = asyncio.get_running_loop().create_task(every(0, chore))
+        await enough.wait()
+        running.cancel()
+    assert [entry["event"] for entry in logged[:2]] == ["a chore failed"] * 2
 
 
 def test_a_file_that_is_not_there_looks_like_none(tmp_path: Path) -> None:

@@ -14,7 +14,6 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invar
 
 from proxy.books import (
     Act,
-    Answer,
     Booked,
     Books,
     Entry,
@@ -23,6 +22,7 @@ from proxy.books import (
     Line,
     NotBooked,
     Release,
+    Reply,
     Settle,
     Unknown,
 )
@@ -41,7 +41,7 @@ class Ledger:
         self.entries: dict[str, Entry] = {}
         self.now = now
 
-    def apply(self, *acts: Act) -> list[Answer]:
+    def apply(self, *acts: Act) -> list[Reply]:
         books = Books(self.counters, self.entries, self.now)
         answers = [books.apply(act) for act in acts]
         self.counters |= {key: books.counters[key] for key in books.counters_changed}

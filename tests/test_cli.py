@@ -108,12 +108,12 @@ def test_a_port_that_is_taken_is_said_plainly(file: Path) -> None:
 
 @pytest.mark.parametrize("command", ["serve", "migrate"])
 def test_a_database_of_a_later_release_is_said_plainly(command: str, file: Path) -> None:
-    """The name is in the contract; what can't be served from yet is refused, not made a file of."""
+    """What can't be served from yet is a mistake with its line, and never made a file of."""
     lines = file.read_text().splitlines()
     file.write_text("\n".join("database: postgresql://h/db" if "sqlite" in line else line for line in lines))
     result = _run(command, "--config", str(file))
     assert result.exit_code == 2
-    assert "sqlite:///quotas.db" in result.stderr
+    assert "quotas.yaml:2: database: this release keeps its books in SQLite only" in result.stderr
 
 
 def test_the_version_is_the_package_s() -> None:

@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 from aiohttp import web
 
 from proxy.client import Client
+from proxy.tasks import Tasks
 
 
 @asynccontextmanager
@@ -31,10 +32,10 @@ async def _ask(port: int) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
 
 async def test_a_client_that_takes_nothing_is_taken_to_be_gone() -> None:
     """It must not hold an upstream's generation: after the write limit its connection is cut."""
+    tasks = Tasks()
     done: asyncio.Future[Client] = asyncio.get_running_loop().create_future()
 
-    async def handler(request: web.Request) -> web.StreamResponse:
-        client = Client(request, id="1", write_s=0.05)
+    async def pour(client: Client) -> None:
         told: list[bool] = []
         client.when_gone(lambda: told.append(True))
         await client.start(200, {})
@@ -43,8 +44,11 @@ async def test_a_client_that_takes_nothing_is_taken_to_be_gone() -> None:
         assert told == [True]
         await client.end()  # to nobody: does nothing
         done.set_result(client)
-        assert client.response
-        return client.response
+
+    async def handler(request: web.Request) -> web.StreamResponse:
+        # In a task of its own, as in production: this one is cancelled when the connection is cut.
+        await asyncio.shield(tasks.start("pour", pour(Client(request, id="1", write_s=0.05))))
+        raise AssertionError
 
     async with _served(handler) as port:
         _, writer = await _ask(port)

@@ -25,7 +25,7 @@ upstreams:
 WHOLE = """\
 server: {api: "[::1]:9000", admin: null}
 admin_keys: {ops: "${ADMIN}"}
-database: postgresql://u:password@h/db
+database: sqlite:////srv/quotas.db
 timezone: Europe/Berlin
 week_starts: sunday
 combine: every_group
@@ -66,7 +66,7 @@ def mistakes(text: str, **environ: str) -> list[str]:
 def test_the_settings_are_what_only_a_restart_changes():
     """Where to listen, and the database, whose password does not show."""
     config = whole()
-    assert config.settings == Settings(Address("::1", 9000), None, "postgresql://u:password@h/db")
+    assert config.settings == Settings(Address("::1", 9000), None, "sqlite:////srv/quotas.db")
     assert load_text(SMALL).settings.admin == Address("127.0.0.1", 8081)
     assert "password" not in repr(config)
 

@@ -23,9 +23,9 @@ FLOORS = {
     ),
     "adapters": (
         "references document scalars schema faults config check "  # the file
-        "tasks tables store ledger upstream metrics client".split()
+        "logs tasks tables store ledger upstream metrics client".split()
     ),
-    "story": "reload reservation departure passage relay".split(),
+    "story": "reload reservation passage departure relay".split(),
     "doors": "answering health api admin".split(),
     "roof": "simulated_faults simulated_text simulated_frames simulator app demo cli".split(),
 }

@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
-from proxy.books import Act, Answer, Booked, Books, Expire, NotBooked, Release, Reserve, Settle
+from proxy.books import Act, Booked, Books, Expire, NotBooked, Release, Reply, Reserve, Settle
 from proxy.errors import LedgerUnavailable
 from proxy.ledger import BATCH_MAX, LEASE_MS, Ledger
 from proxy.quotas import Verdict
@@ -227,7 +227,7 @@ class Gated(Store):
         self.gate = threading.Semaphore(0)
         self.batches: list[list[Act]] = []
 
-    def apply(self, acts: Sequence[Act], now: int) -> list[Answer]:
+    def apply(self, acts: Sequence[Act], now: int) -> list[Reply]:
         self.batches.append(list(acts))
         self.began.release()
         self.gate.acquire(timeout=10)
@@ -442,7 +442,7 @@ class Uncertain(Store):
 
     is_cut_off = False
 
-    def apply(self, acts: Sequence[Act], now: int) -> list[Answer]:
+    def apply(self, acts: Sequence[Act], now: int) -> list[Reply]:
         answers = super().apply(acts, now)
         if self.is_cut_off:
             self.is_cut_off = False

@@ -16,7 +16,7 @@ from proxy.sse import Event, Splitter
 from proxy.usage import AtLeast, Exactly, Tokens, Usage
 from proxy.wire import CHAT, COMPLETIONS, EMBEDDINGS, RESPONSES, Call, Endpoint, parse_call
 
-INPUT_BYTES = 44  # estimated as 11 tokens
+INPUT = 11
 HONEST = {"prompt_tokens": 11, "completion_tokens": 5, "total_tokens": 16}
 ZEROS = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
 DONE = b"data: [DONE]\n\n"
@@ -33,7 +33,7 @@ ASKED = call(stream_options={"include_usage": True})
 
 def watch(stream: bytes, of: Call = UNASKED, cuts: list[int] | None = None) -> tuple[Meter, bytes]:
     """Let a whole stream go by; return the meter, and what the client is shown of it."""
-    meter, splitter = Meter(of, input_bytes=INPUT_BYTES), Splitter()
+    meter, splitter = Meter(of, input_estimate=INPUT), Splitter()
     places = [0, *sorted(min(cut, len(stream)) for cut in cuts or []), len(stream)]
     shown = b"".join(
         meter.see_event(event) for start, end in pairwise(places) for event in splitter.feed(stream[start:end])
@@ -48,7 +48,7 @@ def usage_of(stream: bytes, of: Call = UNASKED) -> Usage:
 
 def whole(body: bytes | dict, endpoint: Endpoint = CHAT) -> Meter:
     """A meter that saw a whole answer."""
-    meter = Meter(call(endpoint, stream=False), input_bytes=INPUT_BYTES)
+    meter = Meter(call(endpoint, stream=False), input_estimate=INPUT)
     meter.see_whole(body if isinstance(body, bytes) else json.dumps(body).encode())
     return meter
 
@@ -100,7 +100,7 @@ def test_who_asked_for_usage_gets_it() -> None:
 
 def test_the_meter_knows_the_end_before_it_is_passed_on() -> None:
     """From the usage chunk on everything waits for the books; with [DONE] there is no more to come."""
-    meter = Meter(UNASKED, input_bytes=INPUT_BYTES)
+    meter = Meter(UNASKED, input_estimate=INPUT)
     states = []
     for raw in (event(chunk("Hello")), FINISH, event(usage_chunk()), DONE):
         (seen,) = Splitter().feed(raw)
@@ -417,7 +417,7 @@ def test_choices_of_any_form_pass_on(strange: object) -> None:
 
 def test_an_event_too_large_to_read_passes_on() -> None:
     """It comes in pieces without data."""
-    meter = Meter(UNASKED, input_bytes=INPUT_BYTES)
+    meter = Meter(UNASKED, input_estimate=INPUT)
     assert meter.see_event(Event(b'data: {"usage"', None, None)) == b'data: {"usage"'
     assert meter.usage() == AtLeast(Tokens(11, 0))
 
@@ -478,8 +478,8 @@ def test_all_choices_are_counted() -> None:
 def test_before_anything_came_the_input_is_known() -> None:
     """A call that was sent and never answered may have cost its input; rounded up."""
     assert usage_of(b"") == AtLeast(Tokens(11, 0))
-    assert Meter(UNASKED, input_bytes=45).usage() == AtLeast(Tokens(12, 0))
-    assert Meter(UNASKED, input_bytes=0).usage() == AtLeast(Tokens(0, 0))
+    assert Meter(UNASKED, input_estimate=12).usage() == AtLeast(Tokens(12, 0))
+    assert Meter(UNASKED, input_estimate=0).usage() == AtLeast(Tokens(0, 0))
 
 
 @pytest.mark.parametrize(
@@ -645,10 +645,10 @@ def test_an_error_in_a_whole_answer_is_seen() -> None:
 
 @pytest.mark.parametrize("body", [b"x" * 400, b"\xff" * 400, b"[" * 400, b'"' + b"x" * 398 + b'"', b"7" * 400])
 def test_a_body_that_is_no_object_counts_in_full(body: bytes) -> None:
-    """Whatever it is, it was generated; but embeddings generate nothing."""
+    """Whatever it is, it was generated, and it is no answer; but embeddings generate nothing."""
     assert whole(body).usage() == AtLeast(Tokens(11, 100))
     assert whole(body, EMBEDDINGS).usage() == AtLeast(Tokens(11, 0))
-    assert not whole(body).has_error
+    assert whole(body).has_error
 
 
 def test_a_stream_where_a_whole_answer_was_asked_is_read_as_one() -> None:
@@ -660,7 +660,7 @@ def test_a_stream_where_a_whole_answer_was_asked_is_read_as_one() -> None:
 
 def test_a_usage_chunk_that_came_early_is_not_the_end() -> None:
     """What follows it passes on at once again; after [DONE] nothing does."""
-    meter = Meter(parse_call(CHAT, b'{"model": "m", "messages": [], "stream": true}'), input_bytes=40)
+    meter = Meter(parse_call(CHAT, b'{"model": "m", "messages": [], "stream": true}'), input_estimate=10)
     usage = b'{"choices": [], "usage": {"prompt_tokens": 1, "completion_tokens": 1}}'
     word = b'{"choices": [{"delta": {"content": "x"}}]}'
     seen = []

@@ -46,7 +46,7 @@ def test_a_lowered_maximum_is_shared_by_the_choices(tmp_path: Path) -> None:
     policy = _policy(tmp_path, STAFF.replace("tokens: 1M", "tokens: 4k"))
     passage = _passage(policy, "gpt-4o-mini", b', "n": 3, "max_tokens": 2000')
     body = forwarded_body(passage.call, passage.model)
-    act = passage.reserve(body, owner="me")
+    act = passage.reserve(len(body), owner="me")
     booked = Books({}, {}, NOON).apply(act)
     assert isinstance(booked, Booked)
     assert booked.entry.hold.tokens == 4000

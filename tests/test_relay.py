@@ -4,10 +4,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import openai
 import pytest
 
 from proxy.books import Entry
+from proxy.meter import Meter
+from proxy.sse import Event
 from tests.stage import STAFF, UPSTREAM_KEY, Stage, stage
 
 HELLO: Any = [{"role": "user", "content": "Hello"}]
@@ -107,6 +110,44 @@ async def test_the_sdk_raises_when_a_stream_breaks(tmp_path: Path) -> None:
                 pass
 
 
+async def test_an_estimate_is_never_more_than_the_hold(tmp_path: Path) -> None:
+    """By their bytes these five words would be more than five tokens: a guess may not take a quota over."""
+    async with stage(folder=tmp_path) as on:
+        reply = await on.post(CHAT, _ask("tokens=90 no_usage", stream=True, max_tokens=5))
+        entry = await _entry(on, reply.headers["x-request-id"])
+        assert entry.usage and entry.usage.tokens.output == 5
+
+
+async def test_ended_calls_are_counted_also_when_the_upstream_failed(tmp_path: Path) -> None:
+    """An operator can see in the metrics what the upstream does."""
+    async with stage(folder=tmp_path) as on:
+        await on.post(CHAT, _ask("status=500"))
+        await on.post(CHAT, _ask("html"))
+        async with on.http.get(f"{on.admin_url}/metrics") as response:
+            assert 'outcome="upstream_failed"} 2.0' in await response.text()
+
+
+async def test_a_mistake_of_ours_never_puts_a_second_answer_into_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the head it is a clean 500; after it the connection is cut, and what passed is charged."""
+
+    def mistake(meter: Meter, event: Event) -> bytes:
+        raise RuntimeError("a mistake")
+
+    async with stage(folder=tmp_path) as on:
+        with monkeypatch.context() as patch:
+            patch.setattr(Meter, "see_event", mistake)
+            with pytest.raises(aiohttp.ClientPayloadError):
+                await on.post(CHAT, _ask("tokens=9", stream=True))
+        assert await _charged(on) != (0, 0)
+        with monkeypatch.context() as patch:
+            patch.setattr(Meter, "see_whole", mistake)
+            reply = await on.post(CHAT, _ask("tokens=9"))
+        assert (reply.status, "mistake" in reply.error["message"]) == (500, True)
+        assert "a mistake" not in reply.error["message"].replace("made a mistake", "")
+
+
 async def test_a_broken_whole_answer_is_a_502_and_charged(tmp_path: Path) -> None:
     """The call was sent, so it may have cost something: the input at least."""
     async with stage(folder=tmp_path) as on:
@@ -193,7 +234,7 @@ async def test_a_call_in_flight_makes_the_next_one_busy_not_exhausted(tmp_path: 
     """Room that a call in flight holds comes back in a moment, and the refusal says so."""
     policy = STAFF.replace("tokens: 1M", "tokens: 300")
     async with stage(policy, folder=tmp_path, on_disconnect="stop") as on:
-        first = on.begin(CHAT, _ask("hang", max_tokens=100))
+        first = on.begin(CHAT, _ask("hang", max_tokens=100, stream=True))
         await on.simulator.until(lambda: on.simulator.received == 1)
         reply = await on.post(CHAT, _ask("tokens=1", max_tokens=100))
         assert (reply.status, reply.error["code"], reply.error["type"]) == (429, "rate_limit_exceeded", "tokens")

@@ -28,7 +28,7 @@ async def _reserved(folder: Path) -> AsyncIterator[tuple[Ledger, Reservation]]:
         who = binding([quota("staff/daily", tokens=1000)])
         booked = await ledger.reserve(reserve("req_1", who, call(100, 200)))
         assert isinstance(booked, Booked)
-        yield ledger, Reservation(ledger, booked, Meter(parse_call(CHAT, BODY), input_bytes=len(BODY)))
+        yield ledger, Reservation(ledger, booked, Meter(parse_call(CHAT, BODY), input_estimate=12))
     finally:
         await ledger.close()
 
@@ -48,7 +48,7 @@ async def test_leaving_without_an_end_settles_what_was_seen(tmp_path: Path) -> N
                     reservation.meter.see_event(event)
                 raise RuntimeError
         entry = await _entry(ledger)
-        assert (entry.state, entry.outcome) == ("settled", "upstream_broke")
+        assert (entry.state, entry.outcome) == ("settled", "proxy_broke")
         assert isinstance(entry.usage, AtLeast)
         assert entry.usage.tokens.output == 2
 

@@ -17,7 +17,7 @@ DIGEST = hashlib.sha256(A_KEY.encode()).hexdigest()
 NUMBER = "is no whole number from 0 up; write 200000, 200_000, 200k or 5M"
 ADDRESS = "is no address; write host:port: 127.0.0.1:8080, [::1]:8080, or 0.0.0.0:8080 for all interfaces"
 URL = "this is no http:// or https:// address; write one such as https://api.openai.com/v1"
-DATABASE = "this is no database; write sqlite:///quotas.db or postgresql://user:password@host/name"
+DATABASE = "this is no database; write sqlite:///quotas.db"
 NO_FILE = "this names no file for SQLite; write sqlite:///quotas.db, or sqlite:////var/lib/quotas.db"
 NO_NAME = "this is no name; write letters, digits, dots, dashes and underscores, at most 100"
 NO_HEADER = "this key can't be sent in a header; write visible ASCII characters without blanks"
@@ -59,8 +59,6 @@ NO_MODEL = "this is no model's name; write 1 to 200 visible characters without b
         (scalars.base_url, "http://[::1]:8000/v1/", "http://[::1]:8000/v1"),
         (scalars.database, "sqlite:///quotas.db", "sqlite:///quotas.db"),
         (scalars.database, "sqlite:////var/lib/quotas.db", "sqlite:////var/lib/quotas.db"),
-        (scalars.database, "postgresql://u:p@h:5432/db", "postgresql://u:p@h:5432/db"),
-        (scalars.database, "postgresql:///db", "postgresql:///db"),
         (scalars.key_digest, A_KEY, DIGEST),
         (scalars.key_digest, f"sha256:{DIGEST.upper()}", DIGEST),
         (scalars.secret, "sk-1", Secret("sk-1")),
@@ -151,15 +149,11 @@ def test_what_is_right_is_kept(take: Callable[[object], object], written, kept):
         (scalars.database, "sqlite:///", NO_FILE),
         (scalars.database, "sqlite:///:memory:", NO_FILE),
         (scalars.database, "sqlite://quotas.db", NO_FILE),
+        (scalars.database, "postgres://u:p@h/db", DATABASE),
         (
             scalars.database,
-            "postgres://u:p@h/db",
-            '"postgres://" names no database here; write postgresql:// (the driver is chosen by itself)',
-        ),
-        (
-            scalars.database,
-            "postgresql+asyncpg://u:p@h/db",
-            '"postgresql+asyncpg://" names no database here; write postgresql:// (the driver is chosen by itself)',
+            "postgresql://u:p@h/db",
+            "this release keeps its books in SQLite only; write sqlite:///quotas.db",
         ),
         (
             scalars.database,

@@ -125,3 +125,21 @@ async def test_what_a_task_starts_while_we_finish_is_finished_too():
     tasks.start("starting", start_another())
     assert await tasks.finish(1) == 1
     assert len(tasks) == 0
+
+
+async def test_all_ended_waits_for_those_that_begin_meanwhile() -> None:
+    """One task may start another; only then is nothing running."""
+    tasks = Tasks()
+    done: list[str] = []
+
+    async def second() -> None:
+        done.append("second")
+
+    async def first() -> None:
+        tasks.start("second", second())
+        done.append("first")
+
+    tasks.start("first", first())
+    await tasks.all_ended()
+    await tasks.all_ended()
+    assert done == ["first", "second"]

@@ -129,3 +129,23 @@ async def test_an_answer_compressed_unasked_is_refused() -> None:
         with pytest.raises(UpstreamError, match="compressed"):
             async with upstreams.send(up, "/x", b"{}", {}):
                 raise AssertionError
+
+
+async def test_an_upstream_that_takes_the_request_and_hangs_up_may_have_cost_something() -> None:
+    """It had the whole of it; that no answer came does not make it free."""
+    async with _upstream(b"") as (up, seen), _open() as upstreams:
+        with pytest.raises(UpstreamError, match="without an answer") as failed:
+            async with upstreams.send(up, "/x", b"{}", {}):
+                raise AssertionError
+        assert failed.value.was_sent is True
+        assert seen
+
+
+async def test_an_error_is_read_as_far_as_it_comes() -> None:
+    """The status says enough; a body that breaks off, or has no end, changes nothing."""
+    head = b"HTTP/1.1 503 X\r\nContent-Length: 4000000\r\n\r\n"
+    async with _upstream(head + b"{") as (up, _), _open() as upstreams, upstreams.send(up, "/x", b"{}", {}) as answer:
+        assert await answer.beginning() == b"{"
+    endless = head + b"x" * 3_000_000
+    async with _upstream(endless) as (up, _), _open() as upstreams, upstreams.send(up, "/x", b"{}", {}) as answer:
+        assert 2**20 < len(await answer.beginning()) < 2**21

@@ -58,11 +58,6 @@ def test_only_nothing_at_all_is_nothing(amount, is_something):
     assert bool(amount) is is_something
 
 
-def test_tokens_add_up_part_by_part():
-    """What several answers used together, cached and reasoning tokens included."""
-    assert Tokens(11, 5, 3, 2) + Tokens(100, 50, 30, 20) == Tokens(111, 55, 33, 22)
-
-
 # ------------------------------------------------------------------------------------------------------------ charges
 
 

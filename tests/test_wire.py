@@ -25,6 +25,7 @@ from proxy.wire import (
     Endpoint,
     demand_of,
     error_event,
+    estimated_input,
     forwarded_body,
     parse_call,
 )
@@ -116,7 +117,7 @@ def test_a_model_is_a_short_printable_name(name: object) -> None:
     assert refused(model=name).param == "model"
 
 
-@pytest.mark.parametrize("name", ["m", "m" * 256, " m ", "M", "мodel", "../m", "org/m:tag@1", "模型"])
+@pytest.mark.parametrize("name", ["m", "m" * 256, "M", "мodel", "../m", "org/m:tag@1", "模型"])
 def test_a_model_is_taken_as_it_is_written(name: str) -> None:
     """No trimming and no folding: permission, price and metrics all use these very characters."""
     assert parse(model=name).model == name
@@ -664,3 +665,36 @@ def test_an_error_in_a_response_has_both_forms() -> None:
     assert (first, rest) == (b"event: error", [b"", b""])
     flat = {"type": "error", "code": "upstream_error", "message": "It broke\nhalf way.", "param": None}
     assert json.loads(second.removeprefix(b"data: ")) == {**flat, **error.body()}
+
+
+def test_an_estimate_of_the_input_counts_text_by_its_bytes_and_pictures_by_their_price() -> None:
+    """Four bytes to a token; the base64 of a picture is not read by the model."""
+    picture = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * 40_000}}
+    body = json.dumps({"model": "m", "messages": [{"role": "user", "content": [picture]}]}).encode()
+    assert estimated_input(parse_call(CHAT, body), len(body)) == -(-(len(body) - 40_022) // 4) + 1500
+    assert estimated_input(parse_call(CHAT, b'{"model": "m"}'), 45) == 12
+
+
+@pytest.mark.parametrize(
+    "part", [{"type": "input_file", "file_id": "file_1"}, {"type": "file", "file": {"file_id": "file_1"}}]
+)
+@pytest.mark.parametrize(("endpoint", "field"), [(CHAT, "messages"), (RESPONSES, "input")])
+def test_stored_files_are_refused(part: dict, endpoint: Endpoint, field: str) -> None:
+    """Their tokens are not in the request, and they may be somebody else's."""
+    body = json.dumps({"model": "m", field: [{"role": "user", "content": [part]}]}).encode()
+    with pytest.raises(InvalidRequest, match="file_id"):
+        parse_call(endpoint, body)
+
+
+def test_pictures_have_their_price_wherever_they_stand() -> None:
+    """In the output of a tool, and beside an empty `messages`, which is not this endpoint's field."""
+    pictures = [{"type": "input_image", "image_url": "https://x/y.png"}] * 20
+    for item in ({"role": "user", "content": pictures}, {"type": "function_call_output", "output": pictures}):
+        body = json.dumps({"model": "m", "messages": [], "input": [item]}).encode()
+        assert estimated_input(parse_call(RESPONSES, body), 0) == 30_000
+
+
+def test_a_model_s_name_has_no_blanks_around_it() -> None:
+    """A quota would not know it, and some upstreams would."""
+    with pytest.raises(InvalidRequest, match="blanks"):
+        parse_call(CHAT, b'{"model": " gpt-4o"}')
