@@ -439,3 +439,15 @@ def test_groups_and_globs_are_values():
     assert group("staff", DAILY, models=["a"]) == Group("staff", (DAILY,), Globs(["a"]))
     assert isinstance(policy(STAFF), Policy)
     assert policy(STAFF) != policy(TEAM)
+
+
+@pytest.mark.parametrize(
+    ("model", "served"), [("fast", True), ("unknown", False), ("slow", False), ("uncovered", False)]
+)
+def test_a_model_is_served_that_is_there_allowed_and_covered(model, served):
+    """One answer to whoever asks: the call itself, the list of models, and check."""
+    up = Upstream("up", "http://up/v1", None)
+    staff = Group("staff", (quota("staff/daily", tokens=10, models=["fast", "slow"]),), Globs(["fast", "uncovered"]))
+    user = User("ann", ("staff",))
+    models = {name: Model(name, up, name) for name in ("fast", "slow", "uncovered")}
+    assert Policy({"staff": staff}, {"ann": user}, {}, {"up": up}, models).serves(user, model) is served

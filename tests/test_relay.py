@@ -1,6 +1,9 @@
 """What an upstream may do, and what becomes of the call: what the client sees, and what is charged."""
 
+import asyncio
 import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -241,3 +244,51 @@ async def test_a_call_in_flight_makes_the_next_one_busy_not_exhausted(tmp_path: 
         assert "calls in flight" in reply.error["message"]
         assert "x-should-retry" not in reply.headers
         await on.hang_up(first)
+
+
+@asynccontextmanager
+async def _raw_upstream(*pieces: bytes) -> AsyncIterator[str]:
+    """An upstream that streams these bytes, whatever it is asked, and ends without a word; gives its base URL."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nConnection: close\r\n\r\n")
+        try:
+            for piece in pieces:
+                writer.write(piece)
+                await writer.drain()
+        except ConnectionError:
+            pass
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    try:
+        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
+    finally:
+        server.close()
+        await server.wait_closed()
+
+
+WORD = b'data: {"choices":[{"index":0,"delta":{"content":"x"}}]}\n\n'
+USAGE = b'data: {"choices":[],"usage":{"prompt_tokens":5,"completion_tokens":2}}\n\n'
+
+
+async def test_what_looked_like_the_end_passes_on_when_more_comes(tmp_path: Path) -> None:
+    """A usage chunk in the middle holds nothing back for long, and the last one counts; no [DONE] is forged."""
+    async with (
+        _raw_upstream(WORD + USAGE + WORD, USAGE.replace(b"2}", b"3}")) as url,
+        stage(folder=tmp_path, upstream=url) as on,
+    ):
+        reply = await on.post(CHAT, _ask("", stream=True, stream_options={"include_usage": True}))
+        assert reply.body == WORD + USAGE + WORD + USAGE.replace(b"2}", b"3}")
+        assert await _charged(on) == (8, 1)
+
+
+async def test_an_end_that_never_ends_is_cut_off(tmp_path: Path) -> None:
+    """Megabytes of comments after the usage are no end of an answer, and not ours to keep."""
+    comments = b": " + b"x" * 65_000 + b"\n\n"
+    async with _raw_upstream(WORD + USAGE, *[comments] * 400) as url, stage(folder=tmp_path, upstream=url) as on:
+        reply = await on.post(CHAT, _ask("", stream=True))
+        assert b"never ends" in reply.body
+        assert len(reply.body) < 2**20
+        assert await _charged(on) == (7, 1)

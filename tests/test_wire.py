@@ -698,3 +698,11 @@ def test_a_model_s_name_has_no_blanks_around_it() -> None:
     """A quota would not know it, and some upstreams would."""
     with pytest.raises(InvalidRequest, match="blanks"):
         parse_call(CHAT, b'{"model": " gpt-4o"}')
+
+
+def test_a_call_lets_go_of_its_body_and_keeps_what_it_says() -> None:
+    """Once it is sent: a long answer must not keep megabytes of prompt."""
+    call = parse_call(CHAT, b'{"model": "m", "stream": true, "n": 2, "messages": ["long"]}')
+    call.forget()
+    assert not call.document
+    assert (call.model, call.stream, call.choices) == ("m", True, 2)
