@@ -28,6 +28,7 @@ from proxy.reload import Look, Policies
 from proxy.store import Store
 from proxy.tasks import Tasks
 from proxy.upstream import Upstreams
+from proxy.waiting import WaitingRoom
 
 _LOOK_EVERY_S = 1.0
 # What is still running this long after the stop is cut off, and settled.
@@ -61,9 +62,15 @@ class Server:
         self.ledger = Ledger(
             Store(sqlite_path(config.settings.database)), owner=f"proxy-{secrets.token_hex(8)}", now=now
         )
+        self.waiting = WaitingRoom(self.ledger)
         self.upstreams = Upstreams()
         relay = Relay(
-            self.ledger, self.upstreams, metrics=self.metrics, departures=departures or Departures(), now=now
+            self.ledger,
+            self.upstreams,
+            waiting=self.waiting,
+            metrics=self.metrics,
+            departures=departures or Departures(),
+            now=now,
         )
         self.health = Health(self.ledger, self.policies)
         self._api = Api(self.policies, self.ledger, relay=relay, health=self.health, now=now)

@@ -24,9 +24,9 @@ class Client:
         self.response: web.StreamResponse | None = None
         self._request = request
         self._write_s = write_s
-        self._when_gone: Callable[[], None] | None = None
+        self._when_gone: Callable[[], object] | None = None
 
-    def when_gone(self, act: Callable[[], None] | None) -> None:
+    def when_gone(self, act: Callable[[], object] | None) -> None:
         """Call `act` once the client has gone (None: no longer)."""
         self._when_gone = act
         if self.is_gone:

@@ -226,6 +226,7 @@ def _policy(file: File, hash: str) -> Policy:
         default_upstream=upstreams.get(default),
         combine=file.combine,
         unmatched=file.unmatched,
+        wait_s=file.wait / 1000,
         zone=zone,
         help=file.help,
         admin_digests={digest: name for name, digest in file.admin_keys.items()},

@@ -9,6 +9,7 @@
     │   ├── NotServed             404  a path or method that this proxy does not forward
     │   ├── BodyTooLarge          413
     │   └── UnsupportedEncoding   415
+    ├── ClientLeft            499  the client went while its call waited; nobody reads this
     ├── Refusal               429  the user's own quota; waiting until `reset_at` helps
     ├── UpstreamError         502  the upstream failed, or refused our key
     │   ├── UpstreamBusy          429  the upstream's own rate limit, not a quota of ours
@@ -106,6 +107,16 @@ class UnsupportedEncoding(RequestError):
     """A content coding or a media type that can't be read here."""
 
     status = 415
+
+
+class ClientLeft(ProxyError):
+    """The client went while its call waited for others. Nothing was sent, nothing is held."""
+
+    status = 499
+    code = "client_left"
+
+    def __init__(self, message: str = "The client left while its call waited.") -> None:
+        super().__init__(message)
 
 
 class Refusal(ProxyError):

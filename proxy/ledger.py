@@ -59,7 +59,12 @@ class Ledger:
         self._tasks = Tasks()
         self._loop: asyncio.Task[None] | None = None
         self._is_closing = False
+        self._tell_of_freed: Callable[[set[CounterKey]], None] = lambda keys: None
         self.is_healthy = True
+
+    def when_freed(self, tell: Callable[[set[CounterKey]], None]) -> None:
+        """Call `tell` after each batch that gave something back, with the counters that it was given back on."""
+        self._tell_of_freed = tell
 
     async def start(self) -> None:
         """Open the store, say that this process is alive, charge what a dead one left behind, and begin.
@@ -167,8 +172,13 @@ class Ledger:
             await self._one_by_one(batch, error)
         else:
             self.is_healthy = True
+            freed: set[CounterKey] = set()
             for queued, answer in zip(batch, answers, strict=True):
                 self._tell(queued, answer)
+                if isinstance(answer, Booked) and not isinstance(queued.act, Reserve):
+                    freed.update(answer.counters)
+            if freed:
+                self._tell_of_freed(freed)
 
     async def _one_by_one(self, batch: list[_Queued], error: Exception) -> None:
         if len(batch) > 1:

@@ -1,15 +1,19 @@
 """What one call takes along on its way: fixed when it sets out, whatever is reloaded meanwhile."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from proxy.books import Entry, Facts, NotBooked, Reserve
 from proxy.client import Client
-from proxy.errors import ModelNotFound, ProxyError
+from proxy.errors import InvalidRequest, ModelNotFound, ProxyError
 from proxy.policy import Model, OnDisconnect, Policy, User
 from proxy.quotas import Binding, Counter, CounterKey
 from proxy.standing import rate_limit_headers, refusal, standings
 from proxy.wire import Call, demand_of, forwarded_body
+
+_WAIT_S_MAX = 600
+_WAIT = re.compile(r"([0-9]{1,4})(?:s)?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +26,7 @@ class Passage:
     model: Model
     binding: Binding
     client: Client
+    wait_s: float
 
     @property
     def model_label(self) -> str:
@@ -82,10 +87,21 @@ def passage_for(call: Call, user: User, policy: Policy, client: Client) -> Passa
             "of one of your groups, or set `unmatched: allow`.",
             param="model",
         )
-    return Passage(call, user, policy, model, binding, client)
+    return Passage(call, user, policy, model, binding, client, wait_s=_wait_s(client, policy))
 
 
 def no_such_model(name: str) -> ModelNotFound:
     """One answer for a model that isn't there and one that is somebody else's: a prober learns nothing."""
     text = f'The model "{name}" does not exist here or you may not use it. GET /v1/models lists yours.'
     return ModelNotFound(text, param="model")
+
+
+def _wait_s(client: Client, policy: Policy) -> float:
+    """How long this call may wait for others: as its `X-Quota-Max-Wait` says, else the policy."""
+    said = next((value for name, value in client.headers if name.lower() == "x-quota-max-wait"), None)
+    if said is None:
+        return policy.wait_s
+    match = _WAIT.fullmatch(said.strip())
+    if match is None or int(match[1]) > _WAIT_S_MAX:
+        raise InvalidRequest(f"X-Quota-Max-Wait must be whole seconds, 0 to {_WAIT_S_MAX}.", param="X-Quota-Max-Wait")
+    return float(match[1])

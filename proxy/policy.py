@@ -112,6 +112,7 @@ class Policy:
     default_upstream: Upstream | None = None
     combine: Combine = "any_group"
     unmatched: Literal["refuse", "allow"] = "refuse"
+    wait_s: float = 30.0
     zone: ZoneInfo = field(default_factory=lambda: ZoneInfo("UTC"))
     help: str = ""
     admin_digests: Mapping[str, str] = field(default_factory=dict, repr=False)

@@ -11,9 +11,9 @@ from contextlib import asynccontextmanager
 import structlog
 
 from proxy import headers
-from proxy.books import NotBooked, Outcome
+from proxy.books import Booked, NotBooked, Outcome
 from proxy.departure import Departures
-from proxy.errors import ProxyError, UpstreamError
+from proxy.errors import ClientLeft, ProxyError, UpstreamError
 from proxy.failures import Rejected, failure_of
 from proxy.ledger import Ledger
 from proxy.meter import Meter
@@ -23,6 +23,7 @@ from proxy.reservation import Reservation
 from proxy.sse import Splitter
 from proxy.upstream import Answer, Upstreams
 from proxy.usage import Unspent
+from proxy.waiting import WaitingRoom
 from proxy.wire import error_event, estimated_input, forwarded_body
 
 # How long a finished stream may take to close, so that its connection can be used again.
@@ -42,12 +43,14 @@ class Relay:
         ledger: Ledger,
         upstreams: Upstreams,
         *,
+        waiting: WaitingRoom,
         metrics: Metrics,
         departures: Departures,
         now: Callable[[], int],
     ) -> None:
         self._ledger = ledger
         self._upstreams = upstreams
+        self._waiting = waiting
         self._metrics = metrics
         self._departures = departures
         self._now = now
@@ -82,11 +85,10 @@ class Relay:
     @asynccontextmanager
     async def _reserve(self, passage: Passage, body_bytes: int) -> AsyncIterator[Reservation]:
         """Hold what the call may use, and see that it ends; raises Refusal."""
-        began = self._now()
-        answer = await self._ledger.reserve(passage.reserve(body_bytes, owner=self._ledger.owner))
+        answer = await self._let_in(passage, body_bytes)
         if isinstance(answer, NotBooked):
             self._metrics.refused(answer.refused)
-            raise passage.refusal(answer, began)
+            raise passage.refusal(answer, self._now())
         reservation = Reservation(
             self._ledger, answer, Meter(passage.call, input_estimate=estimated_input(passage.call, body_bytes))
         )
@@ -98,6 +100,22 @@ class Relay:
             self._metrics.ended(
                 reservation.entry, reservation.charged, reservation.outcome, model=passage.model_label
             )
+
+    async def _let_in(self, passage: Passage, body_bytes: int) -> Booked | NotBooked:
+        """Ask the ledger, and wait for calls in flight if it comes to that, as long as the client does."""
+        task = asyncio.current_task()
+        assert task is not None, "a call runs in a task"
+        passage.client.when_gone(task.cancel)
+        try:
+            act = passage.reserve(body_bytes, owner=self._ledger.owner)
+            return await self._waiting.reserve(act, wait_s=passage.wait_s)
+        except asyncio.CancelledError:
+            if not passage.client.is_gone:
+                raise
+            task.uncancel()
+            raise ClientLeft from None
+        finally:
+            passage.client.when_gone(None)
 
     @asynccontextmanager
     async def _blame_upstream(self, passage: Passage, reservation: Reservation) -> AsyncIterator[None]:

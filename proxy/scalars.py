@@ -12,9 +12,10 @@ from zoneinfo import ZoneInfo, available_timezones
 
 from proxy.policy import DEFAULT, EVERYONE, Secret, digest
 from proxy.usage import TOKENS_MAX
-from proxy.windows import parse_per
+from proxy.windows import Duration, parse_per
 
 KEY_CHARACTERS_MIN = 24
+WAIT_MS_MAX = 600_000
 _MODEL_NAME_MAX = 200
 
 NAME = re.compile(r"^(?!\.\.?$)[A-Za-z0-9._-]{1,100}$")
@@ -47,6 +48,16 @@ def group_name(text: str) -> str:
         if text.lower() == reserved != text:
             raise ValueError(f'"{text}" is not the reserved group; write "{reserved}", or another name')
     return name(text)
+
+
+def wait(value: object) -> int:
+    """How long a call may wait, as a duration, in milliseconds; 0 for not at all."""
+    if value in (0, "0", "0s"):
+        return 0
+    length = parse_per(value, _UTC) if isinstance(value, str) and not value.isalpha() else None
+    if not isinstance(length, Duration) or length.length_ms > WAIT_MS_MAX:
+        raise ValueError("this is no time to wait; write a duration such as 30s, at most 10m, or 0s for none")
+    return length.length_ms
 
 
 def model_name(text: str) -> str:

@@ -65,6 +65,7 @@ Globs = Annotated[list[Glob], Field(min_length=1)]
 Flag = Annotated[bool, BeforeValidator(_flag)]
 Count = Annotated[int, BeforeValidator(scalars.count), _number(0)]
 Positive = Annotated[int, BeforeValidator(scalars.positive), _number(1)]
+Wait = Annotated[int, BeforeValidator(scalars.wait), _string()]
 Per = Annotated[str, _AsWritten, AfterValidator(scalars.per)]
 Address = Annotated[str, _AsWritten, AfterValidator(scalars.address)]
 Zone = Annotated[str, AfterValidator(scalars.zone)]
@@ -241,6 +242,9 @@ class File(Section):
     )
     unmatched: Literal["refuse", "allow"] = Field(
         "refuse", description="What becomes of a model that no quota of the user covers."
+    )
+    wait: Wait = Field(
+        30_000, description="How long a call may wait for calls in flight before it is refused as busy, as in 30s."
     )
     help: Text = Field("", max_length=1000, description="A link or a sentence at the end of every refusal.")
     upstreams: Annotated[dict[Name, Upstream], Field(min_length=1)] = Field(

@@ -9,6 +9,7 @@ import pytest
 from proxy import errors
 from proxy.errors import (
     BodyTooLarge,
+    ClientLeft,
     InvalidKey,
     InvalidRequest,
     LedgerUnavailable,
@@ -34,6 +35,7 @@ TABLE = {
     NotServed: (404, "invalid_request_error", None),
     BodyTooLarge: (413, "invalid_request_error", "request_too_large"),
     UnsupportedEncoding: (415, "invalid_request_error", None),
+    ClientLeft: (499, "api_error", "client_left"),
     Refusal: (429, "insufficient_quota", "insufficient_quota"),
     UpstreamError: (502, "upstream_error", "upstream_error"),
     UpstreamBusy: (429, "rate_limit_error", "upstream_rate_limited"),
@@ -89,7 +91,7 @@ def test_status_and_code_tell_the_errors_apart():
 @pytest.mark.parametrize("cls", TABLE, ids=lambda cls: cls.__name__)
 def test_the_status_says_whose_fault_it_is(cls):
     """4xx: request or quota; 5xx: upstream or ledger. The upstream's own 429 alone keeps its number."""
-    at_fault = 4 if issubclass(cls, RequestError | Refusal) or cls is UpstreamBusy else 5
+    at_fault = 4 if issubclass(cls, RequestError | Refusal) or cls in (UpstreamBusy, ClientLeft) else 5
     assert cls.status // 100 == at_fault
 
 

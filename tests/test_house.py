@@ -25,7 +25,7 @@ FLOORS = {
         "references document scalars schema faults config check "  # the file
         "logs tasks tables store ledger upstream metrics client".split()
     ),
-    "story": "reload reservation passage departure relay".split(),
+    "story": "reload reservation waiting passage departure relay".split(),
     "doors": "answering health api admin".split(),
     "roof": "simulated_faults simulated_text simulated_frames simulator app demo cli".split(),
 }

@@ -14,7 +14,7 @@ import pytest
 from proxy.books import Entry
 from proxy.meter import Meter
 from proxy.sse import Event
-from tests.stage import STAFF, UPSTREAM_KEY, Stage, stage
+from tests.stage import STAFF, UPSTREAM_KEY, Stage, stage, until
 
 HELLO: Any = [{"role": "user", "content": "Hello"}]
 CHAT = "/v1/chat/completions"
@@ -239,7 +239,7 @@ async def test_a_call_in_flight_makes_the_next_one_busy_not_exhausted(tmp_path: 
     async with stage(policy, folder=tmp_path, on_disconnect="stop") as on:
         first = on.begin(CHAT, _ask("hang", max_tokens=100, stream=True))
         await on.simulator.until(lambda: on.simulator.received == 1)
-        reply = await on.post(CHAT, _ask("tokens=1", max_tokens=100))
+        reply = await on.post(CHAT, _ask("tokens=1", max_tokens=100), headers={"x-quota-max-wait": "0"})
         assert (reply.status, reply.error["code"], reply.error["type"]) == (429, "rate_limit_exceeded", "tokens")
         assert "calls in flight" in reply.error["message"]
         assert "x-should-retry" not in reply.headers
@@ -292,3 +292,37 @@ async def test_an_end_that_never_ends_is_cut_off(tmp_path: Path) -> None:
         assert b"never ends" in reply.body
         assert len(reply.body) < 2**20
         assert await _charged(on) == (7, 1)
+
+
+async def test_a_call_that_only_others_hold_up_waits_for_them(tmp_path: Path) -> None:
+    """Nobody is refused because others might use what is left."""
+    policy = STAFF.replace("tokens: 1M", "tokens: 400")
+    async with stage(policy, folder=tmp_path) as on:
+        first = on.begin(CHAT, _ask("tokens=5 speed=50", max_tokens=200))
+        await on.simulator.until(lambda: on.simulator.received == 1)
+        second = on.begin(CHAT, _ask("tokens=5", max_tokens=200))
+        assert ((await first).status, (await second).status) == (200, 200)
+
+
+async def test_a_client_that_goes_while_its_call_waits_leaves_nothing(tmp_path: Path) -> None:
+    """Its place is given up; nothing was sent, nothing is held, nothing is charged."""
+    policy = STAFF.replace("tokens: 1M", "tokens: 300")
+    async with stage(policy, folder=tmp_path, on_disconnect="stop") as on:
+        first = on.begin(CHAT, _ask("hang", max_tokens=100, stream=True))
+        await on.simulator.until(lambda: on.simulator.received == 1)
+        _, held = await on.used()
+        second = on.begin(CHAT, _ask("tokens=1", max_tokens=100))
+        await until(lambda: len(on.server.waiting) == 1)
+        await on.hang_up(second)
+        await until(lambda: len(on.server.waiting) == 0 and on.server.calls_in_flight == 1)
+        assert await on.used() == (0, held)
+        assert on.simulator.received == 1
+        await on.hang_up(first)
+
+
+@pytest.mark.parametrize("said", ["soon", "-1", "601", "1.5"])
+async def test_a_wait_that_makes_no_sense_is_a_400(said: str, tmp_path: Path) -> None:
+    """The header is checked like everything else."""
+    async with stage(folder=tmp_path) as on:
+        reply = await on.post(CHAT, _ask("tokens=1"), headers={"x-quota-max-wait": said})
+        assert (reply.status, reply.error["param"]) == (400, "X-Quota-Max-Wait")

@@ -17,6 +17,7 @@ DIGEST = hashlib.sha256(A_KEY.encode()).hexdigest()
 NUMBER = "is no whole number from 0 up; write 200000, 200_000, 200k or 5M"
 ADDRESS = "is no address; write host:port: 127.0.0.1:8080, [::1]:8080, or 0.0.0.0:8080 for all interfaces"
 URL = "this is no http:// or https:// address; write one such as https://api.openai.com/v1"
+NO_WAIT = "this is no time to wait; write a duration such as 30s, at most 10m, or 0s for none"
 DATABASE = "this is no database; write sqlite:///quotas.db"
 NO_FILE = "this names no file for SQLite; write sqlite:///quotas.db, or sqlite:////var/lib/quotas.db"
 NO_NAME = "this is no name; write letters, digits, dots, dashes and underscores, at most 100"
@@ -59,6 +60,10 @@ NO_MODEL = "this is no model's name; write 1 to 200 visible characters without b
         (scalars.base_url, "http://[::1]:8000/v1/", "http://[::1]:8000/v1"),
         (scalars.database, "sqlite:///quotas.db", "sqlite:///quotas.db"),
         (scalars.database, "sqlite:////var/lib/quotas.db", "sqlite:////var/lib/quotas.db"),
+        (scalars.wait, "30s", 30_000),
+        (scalars.wait, "10m", 600_000),
+        (scalars.wait, "0s", 0),
+        (scalars.wait, 0, 0),
         (scalars.key_digest, A_KEY, DIGEST),
         (scalars.key_digest, f"sha256:{DIGEST.upper()}", DIGEST),
         (scalars.secret, "sk-1", Secret("sk-1")),
@@ -160,6 +165,9 @@ def test_what_is_right_is_kept(take: Callable[[object], object], written, kept):
             "sqlite+aiosqlite:///q.db",
             '"sqlite+aiosqlite://" names no database here; write sqlite:// (the driver is chosen by itself)',
         ),
+        (scalars.wait, "11m", NO_WAIT),
+        (scalars.wait, "day", NO_WAIT),
+        (scalars.wait, 30, NO_WAIT),
         (scalars.key_digest, "", "this key is empty; write one, or leave it out"),
         (scalars.key_digest, "x" * 23, "this key is too short; write one of 24 random characters or more"),
         (scalars.key_digest, "x" * 24 + "\n", NO_HEADER),

@@ -1,0 +1,97 @@
+"""Calls that would fit but for calls in flight: they wait a moment instead of being refused.
+
+Each user has a queue of their own, in the order in which the calls came; only its first asks the ledger, so a small
+call can't slip past a large one for ever, and one user's queue holds up nobody else's. It asks again whenever
+something was given back on a counter that it needs, and now and then without that, since other processes give
+back too. Who has waited for long enough gets the ledger's last word, which is "busy".
+"""
+
+import asyncio
+from collections import deque
+from collections.abc import Iterable
+
+from proxy.books import Booked, NotBooked, Reserve
+from proxy.ledger import Ledger
+from proxy.quotas import CounterKey, Verdict
+
+# How many of one user's calls may wait, and how many in all: past that a call is refused as busy at once.
+OF_A_USER_MAX = 64
+IN_ALL_MAX = 1024
+# How often the first of a queue asks without having been woken, in seconds.
+_ASK_EVERY_S = 1.0
+
+
+class _Place:
+    """One call's place in its user's queue."""
+
+    __slots__ = ("keys", "wake")
+
+    def __init__(self, keys: Iterable[CounterKey]) -> None:
+        self.keys = frozenset(keys)
+        self.wake = asyncio.Event()
+
+
+class WaitingRoom:
+    """Lets calls in through the ledger, and has those wait that are only held up by others."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+        self._queues: dict[str, deque[_Place]] = {}
+        self._waiting = 0
+        ledger.when_freed(self._freed)
+
+    def __len__(self) -> int:
+        return self._waiting
+
+    async def reserve(self, act: Reserve, *, wait_s: float) -> Booked | NotBooked:
+        """Let a call in, or say why not; where only calls in flight stand in the way, after up to `wait_s`.
+
+        Cancelling it gives up the place. Raises LedgerUnavailable.
+        """
+        queue = self._queues.get(act.facts.user)
+        if not queue:
+            reply = await self._ledger.reserve(act)
+            if not _is_busy(reply) or wait_s <= 0:
+                return reply
+            queue = self._queues.get(act.facts.user)  # another of this user's may have begun to wait meanwhile
+        if self._waiting >= IN_ALL_MAX or len(queue or ()) >= OF_A_USER_MAX:
+            return await self._ledger.reserve(act)
+        return await self._wait(act, asyncio.get_running_loop().time() + wait_s)
+
+    async def _wait(self, act: Reserve, until: float) -> Booked | NotBooked:
+        place, queue = _Place(act.binding.keys()), self._queues.setdefault(act.facts.user, deque())
+        queue.append(place)
+        self._waiting += 1
+        try:
+            while True:
+                left = until - asyncio.get_running_loop().time()
+                if queue[0] is place or left <= 0:
+                    reply = await self._ledger.reserve(act)
+                    if not _is_busy(reply) or left <= 0:
+                        return reply
+                await _woken(place.wake, min(left, _ASK_EVERY_S))
+        finally:
+            self._waiting -= 1
+            queue.remove(place)
+            if queue:
+                queue[0].wake.set()  # it may be its turn now
+            else:
+                self._queues.pop(act.facts.user, None)
+
+    def _freed(self, keys: set[CounterKey]) -> None:
+        for queue in self._queues.values():
+            if not queue[0].keys.isdisjoint(keys):
+                queue[0].wake.set()
+
+
+def _is_busy(reply: Booked | NotBooked) -> bool:
+    return isinstance(reply, NotBooked) and reply.refused.verdict is Verdict.BUSY
+
+
+async def _woken(wake: asyncio.Event, timeout_s: float) -> None:
+    try:
+        async with asyncio.timeout(timeout_s):
+            await wake.wait()
+    except TimeoutError:
+        pass
+    wake.clear()
