@@ -7,6 +7,7 @@ import structlog
 from aiohttp import web
 
 from proxy.errors import BodyTooLarge, NotServed, ProxyError
+from proxy.headers import NAME
 from proxy.strict_json import dump
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -35,7 +36,7 @@ async def in_openai_shape(request: web.Request, handler: Handler) -> web.StreamR
 
 def error_response(error: ProxyError, request: web.Request) -> web.Response:
     """The answer that an error is."""
-    headers = {"content-type": "application/json", "cache-control": "no-store", **error.headers}
+    headers = {"content-type": "application/json", "cache-control": "no-store", "server": NAME, **error.headers}
     if REQUEST_ID in request:
         headers["x-request-id"] = request[REQUEST_ID]
     return web.Response(status=error.status, headers=headers, body=dump(error.body()))

@@ -16,6 +16,7 @@ from proxy.answering import REQUEST_ID, Handler, in_openai_shape
 from proxy.auth import identify
 from proxy.client import Client
 from proxy.errors import BodyTooLarge, InvalidRequest, ProxyError, UnsupportedEncoding
+from proxy.headers import NAME
 from proxy.health import Health
 from proxy.ledger import Ledger
 from proxy.passage import Passage, no_such_model, passage_for
@@ -126,7 +127,12 @@ def _model(name: str) -> dict[str, object]:
 
 
 def _json(value: object, request: web.Request) -> web.Response:
-    headers = {"content-type": "application/json", "cache-control": "no-store", "x-request-id": request[REQUEST_ID]}
+    headers = {
+        "content-type": "application/json",
+        "cache-control": "no-store",
+        "x-request-id": request[REQUEST_ID],
+        "server": NAME,
+    }
     return web.Response(headers=headers, body=dump(value))
 
 

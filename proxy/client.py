@@ -10,6 +10,8 @@ from collections.abc import Awaitable, Callable, Mapping
 
 from aiohttp import web
 
+from proxy.headers import NAME
+
 # A client that takes nothing for this long is taken to be gone: it must not hold an upstream's generation.
 _WRITE_S = 60
 
@@ -43,15 +45,17 @@ class Client:
         """Send a whole answer."""
         if self.is_gone:
             return
-        self.response = web.Response(status=status, headers={**headers, "x-request-id": self.id}, body=body)
+        self.response = web.Response(
+            status=status, headers={**headers, "x-request-id": self.id, "server": NAME}, body=body
+        )
 
     async def start(self, status: int, headers: Mapping[str, str]) -> None:
         """Send the head of an answer that is written piece by piece."""
-        response = web.StreamResponse(status=status, headers={**headers, "x-request-id": self.id})
+        response = web.StreamResponse(status=status, headers={**headers, "x-request-id": self.id, "server": NAME})
         self.response = response
         await self._to_client(lambda: response.prepare(self._request))
 
-    async def write(self, data: bytes | bytearray) -> None:
+    async def write(self, data: bytes) -> None:
         """Send a piece; waits while the client is slow."""
         response = self.response
         assert response is not None, "start() first"

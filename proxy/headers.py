@@ -11,6 +11,9 @@ from proxy.policy import Kind, Secret
 
 Headers = Sequence[tuple[str, str]]
 
+# What we call ourselves in `Server`: the library would name itself and its version.
+NAME = "llm-quota-proxy"
+
 _TO_UPSTREAM = frozenset(
     (
         "accept",

@@ -20,7 +20,7 @@ from proxy.meter import Meter
 from proxy.metrics import Metrics
 from proxy.passage import Passage
 from proxy.reservation import Reservation
-from proxy.sse import Splitter
+from proxy.stream import Stream
 from proxy.upstream import Answer, Upstreams
 from proxy.usage import Unspent
 from proxy.waiting import WaitingRoom
@@ -28,8 +28,6 @@ from proxy.wire import error_event, estimated_input, forwarded_body
 
 # How long a finished stream may take to close, so that its connection can be used again.
 _CLOSE_S = 1.0
-# The last event of a response holds all of it, pictures included; more than this is no end.
-_END_BYTES_MAX = 16 * 2**20
 _JSON = {"content-type": "application/json", "cache-control": "no-store"}
 
 log = structlog.get_logger("relay")
@@ -136,25 +134,19 @@ class Relay:
 
     async def _pass_on_stream(self, answer: Answer, passage: Passage, reservation: Reservation) -> None:
         """Each event at once, and the end when it is settled."""
-        client, meter = passage.client, reservation.meter
+        client, stream = passage.client, Stream(reservation.meter)
         await client.start(answer.status, self._head(answer, passage, reservation))
-        splitter, end = Splitter(), bytearray()
-        async for chunk in answer.chunks():
-            ready = bytearray()
-            for event in splitter.feed(chunk):
-                piece = meter.see_event(event)
-                if end and not meter.is_at_end:  # what looked like the end was not
-                    ready += end
-                    end.clear()
-                (end if meter.is_at_end else ready).extend(piece)
-            await client.write(ready)
-            if meter.is_over:
-                break
-            if len(end) > _END_BYTES_MAX:
-                raise UpstreamError("The upstream sends an end that never ends.")
-        end += splitter.end()
-        await reservation.settle(meter.usage(), _outcome(passage, meter))
-        await client.write(end)
+        try:
+            async for chunk in answer.chunks():
+                await client.write(stream.feed(chunk))
+                if stream.is_over:
+                    break
+        except UpstreamError:
+            if not stream.is_between_events:
+                client.abort()  # an error event would become a part of the one that broke off
+            raise
+        await reservation.settle(reservation.meter.usage(), _outcome(passage, reservation.meter))
+        await client.write(stream.end())
         await client.end()
         await _use_up(answer)
 

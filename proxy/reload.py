@@ -33,7 +33,7 @@ class Policies:
         self._config = config
         self._load = load
         self._look = look
-        self._seen = look()
+        self._seen = self._last_look = look()
         # A signal and a changed file may come together; the file that is read last must win.
         self._one_at_a_time = asyncio.Lock()
         self._metrics = metrics
@@ -46,10 +46,14 @@ class Policies:
         return self._config.policy
 
     async def reload_if_changed(self) -> None:
-        """Reload when the file looks different from last time."""
-        look = self._look()
-        if look != self._seen:
-            self._seen = look
+        """Reload when the file looks different from last time, and has come to rest.
+
+        A file that is being written looks different at each look; taken half way, it could be a policy without
+        its last quotas.
+        """
+        before, self._last_look = self._last_look, self._look()
+        if self._last_look == before != self._seen:
+            self._seen = before
             await self.reload()
 
     async def reload(self) -> bool:

@@ -21,6 +21,7 @@ async def _refused(on: Stage, reply: Reply, status: int, code: str | None) -> st
     """The reply is this error, in OpenAI's shape, and neither the upstream nor the books saw the call."""
     assert reply.status == status
     assert reply.headers["content-type"] == "application/json"
+    assert reply.headers["server"] == "llm-quota-proxy"
     assert reply.headers["x-request-id"].startswith("req_")
     assert reply.error["code"] == code
     assert on.simulator.received == 0

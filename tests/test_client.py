@@ -84,7 +84,7 @@ async def test_pieces_arrive_as_they_are_written() -> None:
     async def handler(request: web.Request) -> web.StreamResponse:
         client = Client(request, id="req_1")
         await client.start(201, {"content-type": "text/event-stream"})
-        for piece in (b"one", b"", bytearray(b"two")):
+        for piece in (b"one", b"", b"two"):
             await client.write(piece)
         await client.end()
         assert client.response

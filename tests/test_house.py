@@ -19,7 +19,8 @@ PACKAGE = ROOT / "proxy"
 # The table of contents. A module imports only from those that stand before it, also on its own floor.
 FLOORS = {
     "ground": (
-        "errors windows usage quotas books policy standing auth strict_json sse wire meter headers failures".split()
+        "errors windows usage quotas books policy standing auth "  # who may what
+        "strict_json sse wire meter stream headers failures".split()
     ),
     "adapters": (
         "references document scalars schema faults config check "  # the file
