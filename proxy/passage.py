@@ -52,16 +52,16 @@ class Passage:
         """The body to send where less is left than the call wants: with its maximum lowered to its share."""
         return forwarded_body(self.call, self.model, maximum=entry.hold.output // self.call.choices)
 
-    def refusal(self, answer: NotBooked, now: int) -> ProxyError:
-        """Why this call is not let in, for its client."""
+    def refusal(self, answer: NotBooked, now: int, *, busy_s: int) -> ProxyError:
+        """Why this call is not let in, for its client; `busy_s` is how long calls in flight will take."""
         stand = standings(self.binding, answer.counters, now)
         error = refusal(
             answer.refused,
             stand,
-            now=now,
-            zone=self.policy.zone,
+            policy=self.policy,
             endpoint=self.call.endpoint.name,
-            help=self.policy.help,
+            now=now,
+            busy_s=busy_s,
         )
         error.headers.update(rate_limit_headers(self.binding, stand, now))
         return error

@@ -18,6 +18,7 @@ from proxy.failures import Rejected, failure_of
 from proxy.ledger import Ledger
 from proxy.meter import Meter
 from proxy.metrics import Metrics
+from proxy.pace import Pace
 from proxy.passage import Passage
 from proxy.reservation import Reservation
 from proxy.stream import Stream
@@ -52,6 +53,7 @@ class Relay:
         self._metrics = metrics
         self._departures = departures
         self._now = now
+        self._pace = Pace()
 
     async def carry(self, passage: Passage) -> None:
         """Carry one call to the upstream and its answer back.
@@ -86,15 +88,18 @@ class Relay:
         answer = await self._let_in(passage, body_bytes)
         if isinstance(answer, NotBooked):
             self._metrics.refused(answer.refused)
-            raise passage.refusal(answer, self._now())
+            now = self._now()
+            raise passage.refusal(answer, now, busy_s=self._pace.busy_s(now))
         reservation = Reservation(
             self._ledger, answer, Meter(passage.call, input_estimate=estimated_input(passage.call, body_bytes))
         )
+        self._pace.began(answer.entry.id, self._now())
         try:
             with self._metrics.in_flight.track_inprogress():
                 async with reservation:
                     yield reservation
         finally:
+            self._pace.ended(answer.entry.id, self._now())
             self._metrics.ended(
                 reservation.entry, reservation.charged, reservation.outcome, model=passage.model_label
             )

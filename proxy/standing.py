@@ -11,6 +11,7 @@ from zoneinfo import ZoneInfo
 
 from proxy.books import Entry
 from proxy.errors import NeverFits, ProxyError, Refusal
+from proxy.policy import Policy
 from proxy.quotas import Binding, Block, Counter, CounterKey, Limit, Quota, Refused, Verdict, standing_at
 from proxy.usage import MEASURES, Measure
 from proxy.windows import rfc3339
@@ -18,8 +19,6 @@ from proxy.windows import rfc3339
 # A wait that SDKs sleep through on their own is answered as a rate limit; a longer one as a quota that is used
 # up, with `x-should-retry: false`, the only header that every SDK release obeys for long waits.
 _SOON_S = 60
-# How long a call is told to wait for calls in flight, in seconds.
-_BUSY_S = 2
 
 _UNIT = {"tokens": "tokens", "input_tokens": "input tokens", "output_tokens": "output tokens", "requests": "requests"}
 
@@ -122,12 +121,14 @@ def rate_limit_headers(binding: Binding, stand: Mapping[str, Standing], now: int
 
 
 def refusal(
-    refused: Refused, stand: Mapping[str, Standing], *, now: int, zone: ZoneInfo, endpoint: str, help: str
+    refused: Refused, stand: Mapping[str, Standing], *, policy: Policy, endpoint: str, now: int, busy_s: int
 ) -> ProxyError:
     """The answer to a call that is not let in: a 429 with the true reset, or a 400 when it can never fit.
 
-    `endpoint` matters because Codex shows its user only a `usage_limit_reached`, on /v1/responses.
+    `endpoint` matters because Codex shows its user only a `usage_limit_reached`, on /v1/responses. `busy_s` is how
+    long calls in flight will hold others up.
     """
+    zone, help = policy.zone, policy.help
     block = _telling(refused.blocks)
     if refused.verdict is Verdict.NEVER:
         return NeverFits(_with_help(_never(block), help))
@@ -135,10 +136,10 @@ def refusal(
     long_type = "usage_limit_reached" if endpoint == "responses" else "insufficient_quota"
     if refused.verdict is Verdict.EXHAUSTED and let_in_at is None:
         return _switched_off(block, stand, zone=zone, type=long_type, help=help)
-    wait_s = _BUSY_S if let_in_at is None else max(1, seconds_up(let_in_at - now))
+    wait_s = busy_s if let_in_at is None else max(1, seconds_up(let_in_at - now))
     soon = wait_s <= _SOON_S
     message = _busy(block, wait_s) if let_in_at is None else _exhausted(block, let_in_at, now=now, zone=zone)
-    reset_at = now + _BUSY_S * 1000 if let_in_at is None else let_in_at
+    reset_at = now + busy_s * 1000 if let_in_at is None else let_in_at
     return Refusal(
         _with_help(message, help),
         type=("requests" if block.limit.measure == "requests" else "tokens") if soon else long_type,

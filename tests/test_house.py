@@ -20,7 +20,7 @@ PACKAGE = ROOT / "proxy"
 FLOORS = {
     "ground": (
         "errors windows usage quotas books policy standing auth "  # who may what
-        "strict_json sse wire meter stream headers failures".split()
+        "strict_json sse wire meter stream headers failures pace".split()
     ),
     "adapters": (
         "references document scalars schema faults config check "  # the file
