@@ -59,10 +59,10 @@ class Ledger:
         self._tasks = Tasks()
         self._loop: asyncio.Task[None] | None = None
         self._is_closing = False
-        self._tell_of_freed: Callable[[set[CounterKey]], None] = lambda keys: None
+        self._tell_of_freed: Callable[[set[CounterKey]], object] = lambda keys: None
         self.is_healthy = True
 
-    def when_freed(self, tell: Callable[[set[CounterKey]], None]) -> None:
+    def when_freed(self, tell: Callable[[set[CounterKey]], object]) -> None:
         """Call `tell` after each batch that gave something back, with the counters that it was given back on."""
         self._tell_of_freed = tell
 

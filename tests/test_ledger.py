@@ -142,6 +142,17 @@ async def test_the_clock_decides_windows(ledger, clock):
     assert (await ledger.entry("1")).usage == exactly(90, 60)
 
 
+async def test_who_waits_is_told_of_what_was_given_back(ledger):
+    """After the batch, and only of those counters: reserving frees nothing, nor does an end of nothing."""
+    told = []
+    ledger.when_freed(told.append)
+    await ledger.reserve(reserve("1", ANN, CALL))
+    await ledger.end(Settle("unknown", exactly(1), "complete"))
+    assert told == []
+    await ledger.end(Settle("1", exactly(90, 60), "complete"))
+    assert told == [set(ANN.keys())]
+
+
 async def test_an_act_that_is_repeated_changes_nothing(ledger, path):
     """Whoever does not know whether it was done asks again."""
     first = await ledger.reserve(reserve("1", ANN, CALL))
