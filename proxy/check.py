@@ -12,14 +12,13 @@ from urllib.parse import urlsplit
 from proxy.config import Config
 from proxy.document import Mistake, Path
 from proxy.faults import placed
-from proxy.policy import DEFAULT, EVERYONE, Group, Model, Policy, User
+from proxy.policy import DEFAULT, EVERYONE, Group, Model, Policy, User, enforced
 from proxy.quotas import Globs, Limit, Quota
 from proxy.windows import Calendar
+from proxy.wire import SMALLEST_ANSWER
 
 Warnings = Iterator[tuple[Path, str]]
 
-# The smallest answer that a call is let in for, where it asks for that much or more.
-_SMALLEST_ANSWER = 1024
 _NAMES_SHOWN = 5
 
 # Which calendar windows lie wholly inside which: a week does not lie inside a month.
@@ -91,13 +90,9 @@ def _always_has_a_say(policy: Policy, user: User) -> bool:
     groups = (policy.groups[name] for name in user.groups)
     return any(
         _is_for_all(group.models)
-        and (group.unlimited or any(_is_for_all(quota.models) for quota in _enforced(group)))
+        and (group.unlimited or any(_is_for_all(quota.models) for quota in enforced(group.quotas)))
         for group in groups
     )
-
-
-def _enforced(group: Group) -> list[Quota]:
-    return [quota for quota in group.quotas if quota.enforce != "shadow"]
 
 
 def _is_for_all(globs: Globs | None) -> bool:
@@ -141,7 +136,7 @@ def _of_limits(policy: Policy) -> Warnings:
 
 
 def _is_below_an_answer(limit: Limit) -> bool:
-    return limit.measure in ("tokens", "output_tokens") and limit.maximum < _SMALLEST_ANSWER
+    return limit.measure in ("tokens", "output_tokens") and limit.maximum < SMALLEST_ANSWER
 
 
 def _idle_quotas(policy: Policy) -> Warnings:

@@ -171,13 +171,13 @@ class Policy:
             own.append(self.groups[DEFAULT])
         everything = (*always, *(quota for group in own for quota in group.quotas_for(model)))
         routes = tuple(
-            Route(group.name, _enforced(group.quotas_for(model))) for group in own if self._has_a_say(group, model)
+            Route(group.name, enforced(group.quotas_for(model))) for group in own if self._has_a_say(group, model)
         )
         if not everything and not routes and self.unmatched == "refuse":
             return None
         return Binding(
             user=user.name,
-            always=_enforced(always),
+            always=enforced(always),
             routes=routes,
             shadows=tuple(quota for quota in everything if quota.enforce == "shadow"),
             combine=self.combine,
@@ -189,14 +189,15 @@ class Policy:
     @staticmethod
     def _has_a_say(group: Group, model: str) -> bool:
         # A group whose quotas only watch must not open a way past those that bind.
-        return group.is_unlimited_for(model) or bool(_enforced(group.quotas_for(model)))
+        return group.is_unlimited_for(model) or bool(enforced(group.quotas_for(model)))
 
 
-def _enforced(quotas: tuple[Quota, ...]) -> tuple[Quota, ...]:
+def enforced(quotas: tuple[Quota, ...]) -> tuple[Quota, ...]:
+    """Those that may refuse: shadows only watch."""
     return tuple(quota for quota in quotas if quota.enforce != "shadow")
 
 
 def _covers(group: Group, stated: set[str]) -> bool:
     """Whether a group has a say about each model that these lists allow (none of them: about any)."""
-    says_all = group.unlimited or any(quota.models == ALL_MODELS for quota in _enforced(group.quotas))
+    says_all = group.unlimited or any(quota.models == ALL_MODELS for quota in enforced(group.quotas))
     return says_all and (group.models is None or (bool(stated) and stated <= set(group.models.texts)))

@@ -135,7 +135,14 @@ def refusal(
     let_in_at = refused.let_in_at
     long_type = "usage_limit_reached" if endpoint == "responses" else "insufficient_quota"
     if refused.verdict is Verdict.EXHAUSTED and let_in_at is None:
-        return _switched_off(block, stand, zone=zone, type=long_type, help=help)
+        # A limit of 0 has no reset that would let anybody in, so none is promised.
+        return Refusal(
+            _with_help(_switched_off(block), help),
+            type=long_type,
+            code="insufficient_quota",
+            headers={"x-should-retry": "false"},
+            members=_members(stand, policy, reset_at=None, wait_s=None),
+        )
     wait_s = busy_s if let_in_at is None else max(1, seconds_up(let_in_at - now))
     soon = wait_s <= _SOON_S
     message = _busy(block, wait_s) if let_in_at is None else _exhausted(block, let_in_at, now=now, zone=zone)
@@ -145,36 +152,21 @@ def refusal(
         type=("requests" if block.limit.measure == "requests" else "tokens") if soon else long_type,
         code="rate_limit_exceeded" if soon else "insufficient_quota",
         headers={"retry-after": str(wait_s), **({} if soon else {"x-should-retry": "false"})},
-        members={
-            "reset_at": rfc3339(reset_at, zone),
-            "resets_at": seconds_up(reset_at),
-            "retry_after": wait_s,
-            "help_url": help or None,
-            "quotas": _binding_quotas(stand, zone),
-        },
+        members=_members(stand, policy, reset_at=reset_at, wait_s=wait_s),
     )
 
 
-def _switched_off(block: Block, stand: Mapping[str, Standing], *, zone: ZoneInfo, type: str, help: str) -> Refusal:
-    """A limit of 0 has no reset that would let anybody in, so none is promised."""
-    message = f'Quota "{block.quota.id}" is switched off: it allows 0 {_UNIT[block.limit.measure]}.'
-    return Refusal(
-        _with_help(message, help),
-        type=type,
-        code="insufficient_quota",
-        headers={"x-should-retry": "false"},
-        members={
-            "reset_at": None,
-            "resets_at": None,
-            "retry_after": None,
-            "help_url": help or None,
-            "quotas": _binding_quotas(stand, zone),
-        },
-    )
-
-
-def _binding_quotas(stand: Mapping[str, Standing], zone: ZoneInfo) -> list[dict[str, object]]:
-    return [standing.as_json(zone) for standing in stand.values() if standing.quota.enforce != "shadow"]
+def _members(
+    stand: Mapping[str, Standing], policy: Policy, *, reset_at: int | None, wait_s: int | None
+) -> dict[str, object]:
+    """What a refusal says to programs, beside OpenAI's four members."""
+    return {
+        "reset_at": None if reset_at is None else rfc3339(reset_at, policy.zone),
+        "resets_at": None if reset_at is None else seconds_up(reset_at),
+        "retry_after": wait_s,
+        "help_url": policy.help or None,
+        "quotas": [each.as_json(policy.zone) for each in stand.values() if each.quota.enforce != "shadow"],
+    }
 
 
 def seconds_up(instant: int) -> int:
@@ -211,6 +203,10 @@ def _exhausted(block: Block, let_in_at: int, *, now: int, zone: ZoneInfo) -> str
         return f'Quota "{block.quota.id}" is used up: {used} of {block.limit.maximum} {unit}. {when}'
     left = block.limit.maximum - used
     return f'Quota "{block.quota.id}" has {left} {unit} left and this call may need {block.needed}. {when}'
+
+
+def _switched_off(block: Block) -> str:
+    return f'Quota "{block.quota.id}" is switched off: it allows 0 {_UNIT[block.limit.measure]}.'
 
 
 def _busy(block: Block, wait_s: int) -> str:

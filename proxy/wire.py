@@ -23,7 +23,7 @@ _ANSWER_TOKENS = 4096
 # OpenAI's default for /completions, where nothing else is asked.
 _COMPLETION_TOKENS = 16
 # No answer is started that could be shorter than this, unless the request asks for less.
-_SMALLEST_ANSWER = 1024
+SMALLEST_ANSWER = 1024
 # A picture's price in tokens by OpenAI's tile rule at high detail: 85 + 8 tiles of 170, rounded up. Its base64 is
 # not read by the model.
 _IMAGE_TOKENS = 1500
@@ -156,7 +156,7 @@ def demand_of(call: Call, model: Model, body_bytes: int) -> Demand:
     if not call.endpoint.generates:
         return Demand(input=bound, want=0, smallest=0)
     want = min(each * call.choices, TOKENS_MAX)
-    return Demand(input=bound, want=want, smallest=min(want, _SMALLEST_ANSWER * call.choices))
+    return Demand(input=bound, want=want, smallest=min(want, SMALLEST_ANSWER * call.choices))
 
 
 def estimated_input(call: Call, body_bytes: int) -> int:

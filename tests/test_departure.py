@@ -61,21 +61,13 @@ async def test_drain_reads_on_and_charges_the_truth(stream: bool, on_disconnect:
         assert simulator.given.output_tokens == 60
 
 
-async def test_a_drain_that_takes_too_long_charges_the_hold(tmp_path: Path) -> None:
-    """At the bound nobody knows what it cost: all that was held is charged, and the upstream closed."""
-    departures = Departures(drain_s=0.05)
-    async with stage(folder=tmp_path, on_disconnect="drain", departures=departures) as on:
-        await _leave_after(on, _ask("tokens=90 stall=5", stream=True, max_tokens=500), 5)
-        await on.simulator.until(lambda: on.simulator.open_calls == 0)
-        await on.at_rest()
-        used, held = await on.used()
-        assert held == 0
-        assert used > 500
+@pytest.mark.parametrize("bound", [{"drain_s": 0.05}, {"drains_max": 0}], ids=["too long", "too many"])
+async def test_a_drain_at_its_bound_charges_the_hold(bound: dict[str, Any], tmp_path: Path) -> None:
+    """Nobody knows what it cost: all that was held is charged, and the upstream closed.
 
-
-async def test_only_so_many_are_drained_at_once(tmp_path: Path) -> None:
-    """Past that number the hold is charged at once: drains are no way to pile up connections."""
-    async with stage(folder=tmp_path, on_disconnect="drain", departures=Departures(drains_max=0)) as on:
+    In time, and in number at once: drains are no way to pile up connections.
+    """
+    async with stage(folder=tmp_path, on_disconnect="drain", departures=Departures(**bound)) as on:
         await _leave_after(on, _ask("tokens=90 stall=5", stream=True, max_tokens=500), 5)
         await on.simulator.until(lambda: on.simulator.open_calls == 0)
         await on.at_rest()
