@@ -1,6 +1,6 @@
 """The roof: builds the parts once, starts them in order, and stops them in order.
 
-Starting: ledger (its schema, and what a dead process left) → connections to the upstreams → listeners.
+Starting: tokenizers → ledger (its schema, and what a dead process left) → connections to the upstreams → listeners.
 Stopping: readiness off → no new connections → let calls end → settle what is left → close the ledger.
 """
 
@@ -23,12 +23,13 @@ from proxy.departure import Departures
 from proxy.health import Health
 from proxy.ledger import LEASE_MS, Ledger
 from proxy.metrics import Metrics
+from proxy.policy import Policy
 from proxy.relay import Relay
 from proxy.reload import Look, Policies
 from proxy.store import Store
 from proxy.tasks import Tasks
+from proxy.tokens import Tokens
 from proxy.upstream import Upstreams
-from proxy.waiting import WaitingRoom
 
 _LOOK_EVERY_S = 1.0
 # What is still running this long after the stop is cut off, and settled.
@@ -53,25 +54,28 @@ class Server:
         config: Config,
         *,
         load: Callable[[], Config],
+        tokenizers: Tokens,
         look: Callable[[], Look] = lambda: None,
         now: Callable[[], int] = wall_clock_ms,
         departures: Departures | None = None,
     ) -> None:
         self.metrics = Metrics()
-        self.policies = Policies(config, load=load, look=look, metrics=self.metrics, now=now)
+        self._tokenizers = tokenizers
+        self._load = load
+        self.policies = Policies(config, load=self._load_whole, look=look, metrics=self.metrics, now=now)
         self.ledger = Ledger(
             Store(sqlite_path(config.settings.database)), owner=f"proxy-{secrets.token_hex(8)}", now=now
         )
-        self.waiting = WaitingRoom(self.ledger)
         self.upstreams = Upstreams()
         relay = Relay(
             self.ledger,
             self.upstreams,
-            waiting=self.waiting,
+            tokenizers=tokenizers,
             metrics=self.metrics,
             departures=departures or Departures(),
             now=now,
         )
+        self.waiting = relay.waiting
         self.health = Health(self.ledger, self.policies)
         self._api = Api(self.policies, self.ledger, relay=relay, health=self.health, now=now)
         self._admin = Admin(self.metrics, self.health)
@@ -92,6 +96,7 @@ class Server:
 
     async def start(self) -> None:
         """Begin to serve. Raises what `Store.open` raises, or OSError where a port is taken."""
+        self._tokenizers.load(_encodings_of(self.policies.current))
         await self.ledger.start()
         self.upstreams.open()
         self.api = await self._listen(self._api.application(), self._settings.api)
@@ -117,6 +122,12 @@ class Server:
         await self.upstreams.close()
         await self.ledger.close()
 
+    def _load_whole(self) -> Config:
+        """The config as it is now, with the tokenizers that its models need."""
+        config = self._load()
+        self._tokenizers.load(_encodings_of(config.policy))
+        return config
+
     async def _listen(self, application: web.Application, address: Address) -> Address:
         runner = web.AppRunner(
             application,
@@ -134,6 +145,13 @@ class Server:
         await web.TCPSite(runner, address.host, address.port, reuse_address=True).start()
         host, port = runner.addresses[0][:2]
         return Address(host, port)
+
+
+def _encodings_of(policy: Policy) -> set[str]:
+    """The tokenizers of the models that are named, and the usual ones where clients may name others."""
+    models = policy.models or {}
+    usual = () if models and "*" not in models else ("o200k_base", "cl100k_base")
+    return {*usual, *(Tokens.encoding_of(model).name for name, model in models.items() if name != "*")}
 
 
 async def serve(server: Server, started: Callable[[Server], None] = lambda _: None) -> None:

@@ -1,25 +1,29 @@
-"""The four acts of the ledger on plain values: reserve, settle, release, expire.
+"""The acts of the ledger on plain values: reserve, extend, settle, release, expire.
 
 Each call has one entry in the books. While the call is in flight the entry is its reservation; afterwards it is
 its usage record. So a reservation ends exactly once by construction, and a repeated act finds that it was done:
 
     (none) ── reserve ──▶ open ── settle ───▶ settled
-                           ├──── release ──▶ released
-                           └──── expire ───▶ expired ── settle, once ──▶ settled
+                          │ ▲ ├── release ──▶ released
+                   extend └─┘ └── expire ───▶ expired ── settle, once ──▶ settled
 
 Expired means that the process which held it was given up for dead: it is charged what was to be charged if it
 was lost. Should that process come back, settling books the difference. Any other act on an ended entry changes
 nothing and answers with the entry as it is.
 
 A line of an entry remembers the window of the counter it was reserved in; once that window has closed, settling
-writes the entry only. Pure: the ledger loads what a batch touches, applies it here, and writes what changed.
+writes the entry only. An answer that grows past the end of a window holds what it grows by in the window open then,
+by a second line for the same counter: each line is charged up to what it holds, and the last one the rest.
+
+Pure: the ledger loads what a batch touches, applies it here, and writes what changed.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from proxy.quotas import Admitted, Binding, Counter, CounterKey, Demand, Refused, decide
+from proxy.admission import Admitted, Growth, Hold, Refused, Uncounted, Verdict, Wish, decide, grow
+from proxy.quotas import Binding, Counter, CounterKey, Demand, Quota, standing_at
 from proxy.usage import NOTHING, TOKENS_MAX, Amount, AtLeast, Tokens, Usage, charge_of
 
 State = Literal["open", "settled", "released", "expired"]
@@ -32,6 +36,7 @@ Outcome = Literal[
     "rejected",  # the upstream called the request bad (4xx)
     "upstream_failed",  # the upstream failed, refused our key, or could not be reached: nothing is charged
     "proxy_broke",  # a mistake of ours ended it
+    "at_limit",  # the proxy ended it, because no more of a quota was to be had
     "stopped",  # the proxy was stopped while it ran
     "lost",  # the proxy died, or was taken to be dead
 ]
@@ -63,7 +68,10 @@ class Facts:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One call in the books. Instants in ms; `hold` is the most it may use; `tokens` what it did use."""
+    """One call in the books. Instants in ms; `hold` is what it may use so far, `usage` what it did use.
+
+    `maximum` is how many tokens its answer may come to have, where that is known: a stream's hold grows up to it.
+    """
 
     id: str
     owner: str
@@ -71,7 +79,7 @@ class Entry:
     through: str
     reserved_at: int
     hold: Amount
-    charge_if_lost: Tokens
+    maximum: int | None
     lines: tuple[Line, ...]
     capped_by: str | None = None
     would_refuse: tuple[str, ...] = ()
@@ -94,6 +102,27 @@ class Reserve:
     def __post_init__(self) -> None:
         if not 0 <= self.demand.input <= TOKENS_MAX or not 0 <= self.demand.want <= TOKENS_MAX:
             raise ValueError(f"a demand of {self.demand.input} + {self.demand.want} tokens is beyond all bounds")
+
+
+@dataclass(frozen=True, slots=True)
+class Extend:
+    """Hold so much in all for a call in flight: `output` tokens, or as many as there is room for.
+
+    Less than `least` is too little to go on. `input` gives back what was held for an input that turned out smaller.
+    `binding` is the one with which it was reserved. Absolute numbers, so repeating it is harmless.
+    """
+
+    id: str
+    binding: Binding
+    input: int
+    output: int
+    least: int
+
+    def __post_init__(self) -> None:
+        if not all(0 <= tokens <= TOKENS_MAX for tokens in (self.input, self.output, self.least)):
+            raise ValueError(f"a hold of {self.input} + {self.output} tokens is beyond all bounds")
+        if self.least > self.output:
+            raise ValueError(f"{self.least} tokens at the least are more than the {self.output} asked for")
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,15 +154,19 @@ class Expire:
     id: str
 
 
-Act = Reserve | Settle | Release | Expire
+Act = Reserve | Extend | Settle | Release | Expire
 
 
 @dataclass(frozen=True, slots=True)
 class Booked:
-    """The entry after the act, and how the counters stand that it looked at."""
+    """The entry after the act, and how the counters stand that it looked at.
+
+    `verdict` says of an Extend why less is held than the least that was asked for.
+    """
 
     entry: Entry
     counters: Mapping[CounterKey, Counter]
+    verdict: Verdict = Verdict.ROOM
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +184,7 @@ class Unknown:
     id: str
 
 
-Reply = Booked | NotBooked | Unknown
+Reply = Booked | NotBooked | Uncounted | Unknown
 
 
 class Books:
@@ -172,6 +205,8 @@ class Books:
         match act:
             case Reserve():
                 return self._reserve(act)
+            case Extend():
+                return self._extend(act)
             case Settle():
                 return self._end(act.id, "settled", act.usage, act.outcome)
             case Release():
@@ -184,40 +219,93 @@ class Books:
         if booked := self.entries.get(act.id):
             return Booked(booked, self._standing(keys))
         decision = decide(act.demand, act.binding, self.counters, self._now)
+        if isinstance(decision, Uncounted):
+            return decision
         if isinstance(decision, Refused):
             return NotBooked(decision, self._standing(keys))
         entry = _opened(act, decision, self._now)
         for hold in decision.holds:
-            held = replace(hold.counter, held=hold.counter.held + hold.amount)
-            self._put(hold.quota.key_for(act.binding.user), held)
-        self.entries[act.id] = entry
-        self.entries_changed.add(act.id)
+            self._put(hold.quota.key_for(act.binding.user), _holding(hold))
+        self._note(entry)
         return Booked(entry, self._standing(keys))
+
+    def _extend(self, act: Extend) -> Reply:
+        entry = self.entries.get(act.id)
+        if entry is None:
+            return Unknown(act.id)
+        if entry.state != "open":
+            return Booked(entry, self._standing(_keys(entry)))
+        entry = self._shrink(entry, max(0, entry.hold.input - act.input))
+        at = {quota.id: self._at(key, quota) for key, quota in _quotas(entry, act.binding).items()}
+        own = {quota_id: _held(entry, quota_id, counter) for quota_id, counter in at.items()}
+        wish = Wish(max(0, act.output - entry.hold.output), max(0, act.least - entry.hold.output))
+        growth = grow(wish, act.binding, entry.through, own=own, at=at)
+        entry = self._grow(self._leave_alone(entry, growth), act.binding.user, growth)
+        self._note(entry)
+        return Booked(entry, self._standing(_keys(entry)), growth.verdict)
+
+    def _shrink(self, entry: Entry, tokens: int) -> Entry:
+        """Give back what is held for an input that turned out to be so much smaller."""
+        hold = replace(entry.hold, input=entry.hold.input - tokens)
+        lines = (self._hold(line, Amount(-min(tokens, line.amount.input))) for line in entry.lines)
+        return replace(entry, hold=hold, lines=tuple(lines))
+
+    def _leave_alone(self, entry: Entry, growth: Growth) -> Entry:
+        """Give back what is held of quotas that need not carry this call and can't."""
+        ids = {quota.id for quota in growth.left_alone}
+        for line in entry.lines:
+            if line.key[1] in ids:
+                self._hold(line, NOTHING - line.amount)
+        return replace(entry, lines=tuple(line for line in entry.lines if line.key[1] not in ids))
+
+    def _grow(self, entry: Entry, user: str, growth: Growth) -> Entry:
+        """Hold more, each part in the window that is open now."""
+        lines = list(entry.lines)
+        for hold in growth.holds:
+            key, opened_at = hold.quota.key_for(user), hold.counter.window.opened_at
+            place = next((n for n, line in enumerate(lines) if (line.key, line.opened_at) == (key, opened_at)), None)
+            if place is not None:
+                lines[place] = self._hold(lines[place], hold.amount)
+            elif hold.amount:
+                self._put(key, _holding(hold))
+                lines.append(Line(key, opened_at, hold.amount))
+        output = entry.hold.output + growth.output
+        return replace(entry, hold=replace(entry.hold, output=output), lines=tuple(lines))
+
+    def _hold(self, line: Line, change: Amount) -> Line:
+        """Let a line hold so much more, or less; its counter too, unless its window has closed."""
+        counter = self.counters.get(line.key)
+        if change and counter is not None and counter.window.opened_at == line.opened_at:
+            self._put(line.key, replace(counter, held=counter.held + change))
+        return replace(line, amount=line.amount + change)
+
+    def _at(self, key: CounterKey, quota: Quota) -> Counter:
+        return standing_at(self._now, quota, self.counters.get(key))
 
     def _end(self, entry_id: str, state: State, usage: Usage | None, outcome: Outcome) -> Reply:
         entry = self.entries.get(entry_id)
         if entry is None:
             return Unknown(entry_id)
-        keys = [line.key for line in entry.lines]
         if entry.state != "open" and not (entry.state == "expired" and state == "settled"):
-            return Booked(entry, self._standing(keys))
+            return Booked(entry, self._standing(_keys(entry)))
         if state == "expired":
-            usage = AtLeast(entry.charge_if_lost)
-        ended = replace(entry, state=state, ended_at=self._now, usage=usage, outcome=outcome)
-        for line in entry.lines:
-            self._give_back(line, was=entry.usage, held=entry.state == "open", now_used=usage)
-        self.entries[entry_id] = ended
-        self.entries_changed.add(entry_id)
-        return Booked(ended, self._standing(keys))
+            usage = AtLeast(Tokens(entry.hold.input, entry.hold.output))
+        before, after = (shares(entry.lines, _charged(known)) for known in (entry.usage, usage))
+        for line, was, now in zip(entry.lines, before, after, strict=True):
+            self._charge(line, now - was, held=line.amount if entry.state == "open" else NOTHING)
+        entry = replace(entry, state=state, ended_at=self._now, usage=usage, outcome=outcome)
+        self._note(entry)
+        return Booked(entry, self._standing(_keys(entry)))
 
-    def _give_back(self, line: Line, *, was: Usage | None, held: bool, now_used: Usage | None) -> None:
+    def _charge(self, line: Line, used: Amount, *, held: Amount) -> None:
         counter = self.counters.get(line.key)
         if counter is None or counter.window.opened_at != line.opened_at:
             return  # its window has closed, or the counter was reset: the entry keeps the record
-        if held:
-            counter = replace(counter, held=counter.held - line.amount)
-        charged = _charged(now_used) - _charged(was)
-        self._put(line.key, replace(counter, used=counter.used + charged))
+        self._put(line.key, replace(counter, used=counter.used + used, held=counter.held - held))
+
+    def _note(self, entry: Entry) -> None:
+        self.entries[entry.id] = entry
+        self.entries_changed.add(entry.id)
 
     def _put(self, key: CounterKey, counter: Counter) -> None:
         self.counters[key] = counter
@@ -227,9 +315,25 @@ class Books:
         return {key: counter for key in keys if (counter := self.counters.get(key)) is not None}
 
 
+def shares(lines: tuple[Line, ...], charge: Amount) -> list[Amount]:
+    """What each line is charged of a call's usage: all of it, for each counter.
+
+    Of several lines for one counter each is charged up to what it holds, in the order of their windows, and the last
+    one the rest.
+    """
+    left: dict[CounterKey, Amount] = {}
+    last = {line.key: place for place, line in enumerate(lines)}
+    parts = []
+    for place, line in enumerate(lines):
+        part = left.get(line.key, charge)
+        if last[line.key] != place:
+            part = part.at_most(line.amount)
+        left[line.key] = left.get(line.key, charge) - part
+        parts.append(part)
+    return parts
+
+
 def _opened(act: Reserve, admitted: Admitted, now: int) -> Entry:
-    # Until a call can say how far it got, the whole of its hold is what it may have cost.
-    lost = Tokens(admitted.hold.input, admitted.hold.output)
     return Entry(
         id=act.id,
         owner=act.owner,
@@ -237,7 +341,7 @@ def _opened(act: Reserve, admitted: Admitted, now: int) -> Entry:
         through=admitted.through,
         reserved_at=now,
         hold=admitted.hold,
-        charge_if_lost=lost,
+        maximum=admitted.maximum,
         lines=tuple(
             Line(hold.quota.key_for(act.binding.user), hold.counter.window.opened_at, hold.amount)
             for hold in admitted.holds
@@ -245,6 +349,29 @@ def _opened(act: Reserve, admitted: Admitted, now: int) -> Entry:
         capped_by=admitted.capped_by.id if admitted.capped_by else None,
         would_refuse=tuple(quota.id for quota in admitted.would_refuse),
     )
+
+
+def _holding(hold: Hold) -> Counter:
+    return replace(hold.counter, held=hold.counter.held + hold.amount)
+
+
+def _keys(entry: Entry) -> list[CounterKey]:
+    return [line.key for line in entry.lines]
+
+
+def _quotas(entry: Entry, binding: Binding) -> dict[CounterKey, Quota]:
+    """The quotas that a call holds something of, by the keys of their counters."""
+    held = set(_keys(entry))
+    keyed = ((quota.key_for(binding.user), quota) for quota in binding.quotas)
+    return {key: quota for key, quota in keyed if key in held}
+
+
+def _held(entry: Entry, quota_id: str, counter: Counter) -> Amount:
+    """What a call holds itself of a counter, in the window that is open now."""
+    amounts = (
+        line.amount for line in entry.lines if line.key[1] == quota_id and line.opened_at == counter.window.opened_at
+    )
+    return sum(amounts, NOTHING)
 
 
 def _charged(usage: Usage | None) -> Amount:

@@ -10,12 +10,12 @@ from ipaddress import ip_address
 from urllib.parse import urlsplit
 
 from proxy.config import Config
+from proxy.demand import SMALLEST_ANSWER
 from proxy.document import Mistake, Path
 from proxy.faults import placed
 from proxy.policy import DEFAULT, EVERYONE, Group, Model, Policy, User, enforced
 from proxy.quotas import Globs, Limit, Quota
 from proxy.windows import Calendar
-from proxy.wire import SMALLEST_ANSWER
 
 Warnings = Iterator[tuple[Path, str]]
 

@@ -244,6 +244,7 @@ def _models(file: File, upstreams: Mapping[str, Upstream], default: str) -> dict
             context=section.context,
             encoding=section.encoding,
             reasoning=section.reasoning,
+            smallest_answer=section.smallest_answer,
         )
         for name, section in (file.models or {}).items()
     }
@@ -259,6 +260,7 @@ def _group(name: str, section: GroupSection, zone: ZoneInfo, week_starts: int) -
             models=Globs(quota.models),
             shared=quota.shared,
             enforce=quota.enforce,
+            overdraft=quota.overdraft,
         )
         for quota_name, quota in section.quotas.items()
     )

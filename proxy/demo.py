@@ -9,6 +9,7 @@ from proxy.app import Server, serve
 from proxy.config import load_text
 from proxy.simulator import Simulator
 from proxy.simulator import serve as serve_simulator
+from proxy.tokens import Tokens
 
 _TOKENS_PER_S = 40.0
 
@@ -58,7 +59,7 @@ _GUIDE = """
 """
 
 
-async def run(port: int, admin_port: int, say: Callable[[str], None]) -> None:
+async def run(port: int, admin_port: int, say: Callable[[str], None], tokenizers: Tokens) -> None:
     """Serve the demo until it is stopped; `say` shows what to paste once it serves."""
     alice, root, upstream_key = _key(), _key(), _key()
     simulator, upstream_port = await serve_simulator(Simulator(upstream_key, tokens_per_s=_TOKENS_PER_S))
@@ -83,7 +84,7 @@ async def run(port: int, admin_port: int, say: Callable[[str], None]) -> None:
             say(_GUIDE.format(url=f"{url}/v1", admin=admin, alice=alice, root=root))
 
         try:
-            await serve(Server(config, load=lambda: config), started)
+            await serve(Server(config, load=lambda: config, tokenizers=tokenizers), started)
         finally:
             await simulator.cleanup()
 

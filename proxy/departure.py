@@ -1,6 +1,7 @@
 """What becomes of a call whose client has gone before the end.
 
-`stop`, for streams: the upstream is closed at once, and what passed is charged (`input + what had arrived`).
+`stop`, for streams: the upstream is closed at once, and what passed is charged (`input + what had arrived`); once the
+answer itself is whole, its usage is waited for, because it comes in a moment.
 `drain`: the answer is read on, because its end tells what it cost; for a bounded time and so many at once. Where
 that bound is hit, all that was held is charged, for nobody knows better.
 """
@@ -14,6 +15,8 @@ from proxy.passage import Passage
 from proxy.reservation import Reservation
 
 DRAIN_S = 30.0
+# How long the usage may take that follows the last word of an answer.
+USAGE_S = 2.0
 DRAINS_MAX = 64
 # So that nobody's departures make others pay their whole hold.
 DRAINS_OF_A_USER_MAX = 8
@@ -46,7 +49,9 @@ class Departures:
             task.cancel()
 
         def gone() -> None:
-            if on_disconnect == "drain" and self._has_room_for(user):
+            if on_disconnect == "stop" and reservation.meter.ending.has_finished:
+                deadline.append(loop.call_later(USAGE_S, cut_off))
+            elif on_disconnect == "drain" and self._has_room_for(user):
                 self._draining[user] += 1
                 deadline.append(loop.call_later(self._drain_s, cut_off))
             else:
@@ -58,7 +63,7 @@ class Departures:
         except asyncio.CancelledError:
             # A whole answer is generated and billed whether or not its bytes arrive, and nobody saw how long it was.
             is_unknown = is_at_bound or not passage.call.stream
-            usage = reservation.whole_hold if is_unknown else reservation.meter.usage()
+            usage = reservation.whole_hold if is_unknown else await reservation.usage()
             await reservation.settle(usage, "client_left" if client.is_gone else "stopped")
             if not client.is_gone:
                 raise
@@ -66,8 +71,9 @@ class Departures:
         finally:
             client.when_gone(None)
             for handle in deadline:
-                self._draining.subtract([user])
                 handle.cancel()
+                if on_disconnect == "drain":
+                    self._draining.subtract([user])
             self._draining += Counter()  # keeps only who still has some
 
     def _has_room_for(self, user: str) -> bool:

@@ -6,10 +6,10 @@ who was answered is on the books. Within a batch what gives back goes first, so 
 room that is being freed in the same moment.
 
     reserve ──▶ settle        what the call did use is charged, the rest given back
-        ├────▶ release        nothing was generated
-        └────▶ expire         its process died: charged from the reservation
+      │ ▲ ├──▶ release        nothing was generated
+   extend └──▶ expire         its process died: charged from the reservation
 
-When the database fails, reserves are refused (LedgerUnavailable), because nothing may be let in that is not on
+When the database fails, what takes is refused (LedgerUnavailable), because nothing may be let in that is not on
 the books; what gives back stays queued until it works, and there is never more of it than calls in flight. One
 act that can't be booked never fails its neighbours: the batch is done again one by one.
 """
@@ -22,7 +22,8 @@ from typing import Any, TypeVar
 
 import structlog
 
-from proxy.books import Act, Booked, Entry, Expire, NotBooked, Release, Reply, Reserve, Settle
+from proxy.admission import Uncounted
+from proxy.books import Act, Booked, Entry, Expire, Extend, NotBooked, Release, Reply, Reserve, Settle
 from proxy.errors import LedgerUnavailable
 from proxy.quotas import Counter, CounterKey
 from proxy.store import Store, StoreUnavailable
@@ -76,7 +77,7 @@ class Ledger:
         self._loop = self._tasks.start("ledger", self._run())
         await self.expire_orphans()
 
-    async def reserve(self, act: Reserve) -> Booked | NotBooked:
+    async def reserve(self, act: Reserve) -> Booked | NotBooked | Uncounted:
         """Let a call in, or say why not. Raises LedgerUnavailable when nothing can be booked.
 
         If the caller is cancelled meanwhile, what was reserved is released again.
@@ -88,7 +89,14 @@ class Ledger:
             if not queued.cancelled():  # it was answered in the very moment in which its caller was cancelled
                 self._enqueue(Release(act.id))
             raise
-        assert isinstance(answer, (Booked, NotBooked))
+        assert isinstance(answer, (Booked, NotBooked, Uncounted))
+        return answer
+
+    async def extend(self, act: Extend) -> Booked:
+        """Hold more for a call in flight, as far as there is room. Raises LedgerUnavailable."""
+        answer = await self._enqueue(act)
+        if not isinstance(answer, Booked):
+            raise LedgerUnavailable  # its entry is not there any more, and so can't hold anything
         return answer
 
     def end(self, act: Settle | Release) -> "asyncio.Future[Reply]":
@@ -158,10 +166,13 @@ class Ledger:
                     await self._book(batch)
 
     def _take(self) -> list[_Queued]:
-        """The next batch: what gives back first. A caller who gave up before we began wants nothing booked."""
+        """The next batch: what gives back first, then those in flight, then those who want in.
+
+        A caller who gave up before we began wants nothing booked.
+        """
         taken = [self._queue.popleft() for _ in range(min(BATCH_MAX, len(self._queue)))]
-        wanted = [queued for queued in taken if not (_lets_in(queued) and queued.answer.cancelled())]
-        return sorted(wanted, key=_lets_in)
+        wanted = [queued for queued in taken if not (_takes(queued) and queued.answer.cancelled())]
+        return sorted(wanted, key=_turn)
 
     async def _book(self, batch: list[_Queued]) -> None:
         try:
@@ -175,7 +186,7 @@ class Ledger:
             freed: set[CounterKey] = set()
             for queued, answer in zip(batch, answers, strict=True):
                 self._tell(queued, answer)
-                if isinstance(answer, Booked) and not isinstance(queued.act, Reserve):
+                if isinstance(answer, Booked) and not _takes(queued):
                     freed.update(answer.counters)
             if freed:
                 self._tell_of_freed(freed)
@@ -190,12 +201,12 @@ class Ledger:
             self._fail(queued)
 
     async def _put_off(self, batch: list[_Queued], error: StoreUnavailable) -> None:
-        """The database is away: refuse whoever wants to be let in, keep what gives back for later."""
+        """The database is away: refuse whoever wants to hold something, keep what gives back for later."""
         self.is_healthy = False
         log.warning("the ledger's database can't be used", reason=str(error), acts=len(batch))
         waiting = [*batch, *self._queue]
-        self._queue = deque(queued for queued in waiting if not _lets_in(queued))
-        for queued in filter(_lets_in, waiting):
+        self._queue = deque(queued for queued in waiting if not _takes(queued))
+        for queued in filter(_takes, waiting):
             self._fail(queued)
         for queued in filter(_lets_in, batch if error.is_uncertain else ()):
             self._enqueue(Release(queued.act.id))  # it may have been committed all the same
@@ -228,3 +239,11 @@ class Ledger:
 
 def _lets_in(queued: _Queued) -> bool:
     return isinstance(queued.act, Reserve)
+
+
+def _takes(queued: _Queued) -> bool:
+    return isinstance(queued.act, Reserve | Extend)
+
+
+def _turn(queued: _Queued) -> int:
+    return 2 if _lets_in(queued) else int(_takes(queued))

@@ -5,23 +5,27 @@ client is to see of it: the very bytes that came, unless we asked for usage in t
 that came only because of that is taken out again, and nothing else. It can be asked for the usage at any moment,
 also after a broken stream: what it knows then is what gets settled.
 
+Where the upstream is silent it counts by itself: the texts of a stream as they pass, each piece at least one token,
+since no server sends a piece for less. So the tokens of a word that came in pieces are more than those of the word.
+
 Pure: no sockets, no clock. Knows the answers of the OpenAI format; framing comes from `sse`.
 """
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import orjson
 
+from proxy.ending import RESPONSE_ENDS, Ending
 from proxy.sse import Event
 from proxy.strict_json import dump
 from proxy.usage import AtLeast, Exactly, Tokens, Usage, read_tokens
-from proxy.wire import BYTES_PER_TOKEN, Call
+from proxy.wire import Call
 
 # What every chunk has; one with no choices and nothing beyond these came only because usage was asked for.
 _COMMON_KEYS = frozenset(
     ("id", "object", "created", "model", "system_fingerprint", "service_tier", "choices", "usage", "obfuscation")
 )
-_RESPONSE_ENDS = frozenset(("response.completed", "response.incomplete", "response.failed", "error"))
 # What stands inside a choice and is no text that the model wrote: names, verdicts, the text once more as single
 # tokens, sound as base64.
 _NOT_TEXT = frozenset(
@@ -40,20 +44,38 @@ _PLACEHOLDERS = (
 
 
 class Meter:
-    """Watches one answer. `input_estimate` is the tokens of its input where the answer doesn't say its usage."""
+    """Watches one answer. `count` says how many tokens a piece of text has; it must be quick and never fail.
 
-    def __init__(self, call: Call, *, input_estimate: int) -> None:
+    `strips_running_usage` where we asked for the usage so far on every chunk and the client did not.
+    """
+
+    def __init__(self, call: Call, *, count: Callable[[str], int], strips_running_usage: bool = False) -> None:
         self.is_at_end = False
         self.is_over = False
         self.has_error = False
+        self.shows_usage = call.asks_for_usage
+        self.chunk: dict[str, Any] | None = None  # what the last event said
+        self.ending = Ending(call.endpoint.name, choices=call.choices)
+        self.uncounted: list[str] = []  # the texts of a whole answer that came without its usage
+        self._count = count
         self._generates = call.endpoint.generates
         self._choices = call.choices
         self._strips = call.adds_usage
+        self._strips_running = strips_running_usage
         self._is_responses = call.endpoint.name == "responses"
-        self._input_estimate = input_estimate
         self._reported: Tokens | None = None
-        self._text_bytes = 0
-        self._text_chunks = 0
+        self._counted = 0  # in all that passed
+        self._counted_since = 0  # the usage was last reported
+
+    @property
+    def output_seen(self) -> int:
+        """How many tokens of output have passed, as far as is known."""
+        return self._counted if self._reported is None else self._reported.output + self._counted_since
+
+    @property
+    def input_reported(self) -> int | None:
+        """The tokens of the input, where the upstream has said them."""
+        return None if self._reported is None else self._reported.input
 
     def see_event(self, event: Event) -> bytes:
         """Take note of one event and return what of it the client is to see.
@@ -61,13 +83,14 @@ class Meter:
         `is_at_end` turns true with the event from which on everything belongs to the end of the answer: the
         usage chunk, `[DONE]`, or the event that ends a response; `is_over` with the last event there is.
         """
+        self.chunk = None
         data = event.data
         if data is None:
             return event.raw
         if data.startswith(b"[DONE]"):
             self.is_at_end = self.is_over = True
             return event.raw
-        chunk = _object(data)
+        self.chunk = chunk = _object(data)
         if chunk is None:
             return event.raw
         if self._is_responses:
@@ -81,17 +104,22 @@ class Meter:
         answer = _object(body)
         if answer is None:
             self.has_error = True
-            self._text_bytes += len(body)
+            self.uncounted = [body.decode("utf-8", "replace")]
             return
         self._see_error(answer)
         self._reported = read_tokens(answer.get("usage"))
-        self._text_bytes += _text_in(answer.get("choices")) + _text_in(answer.get("output"))
+        if self._reported is None and self._generates:
+            self.uncounted = [*_texts(answer.get("choices")), *_texts(answer.get("output"))]
 
-    def usage(self) -> Usage:
-        """What was used, as far as is known now."""
+    def usage(self, *, input_tokens: int) -> Usage:
+        """What was used, as far as is known now; with this many tokens of input, where the answer doesn't say it.
+
+        A usage that was reported before the last of the text covers what came before it, and no more.
+        """
         if self._reported is None:
-            output = max(self._text_chunks, -(-self._text_bytes // BYTES_PER_TOKEN))
-            return AtLeast(Tokens(self._input_estimate, output if self._generates else 0))
+            return AtLeast(Tokens(input_tokens, self._counted if self._generates else 0))
+        if self._counted_since:
+            return AtLeast(Tokens(self._reported.input, self.output_seen, self._reported.cached))
         return Exactly(self._reported)
 
     def _see_chunk(self, chunk: dict[str, Any], event: Event) -> bytes:
@@ -99,18 +127,18 @@ class Meter:
         choices = chunk.get("choices")
         if choices:
             self.is_at_end = self.is_over  # a usage chunk that came early was not the end
-        if choices and (text_bytes := _text_in(choices)):
-            self._text_bytes += text_bytes
-            self._text_chunks += 1
+            self._see_texts(choices)
         if "usage" not in chunk:
             return event.raw
         usage = chunk["usage"]
         # Zeros beside a choice are no count but a place kept for one, and so is null.
         is_placeholder = usage is None or (isinstance(usage, dict) and bool(choices) and not any(usage.values()))
         if isinstance(usage, dict) and not is_placeholder:
-            self._reported = read_tokens(usage) or self._reported
+            self._report(read_tokens(usage))
             if not choices:
                 return self._see_usage_chunk(chunk, event)
+            if self._strips_running:
+                return _without_usage(event, chunk)
         return _without_usage(event, chunk) if is_placeholder and self._strips else event.raw
 
     def _see_usage_chunk(self, chunk: dict[str, Any], event: Event) -> bytes:
@@ -125,15 +153,24 @@ class Meter:
     def _see_response_event(self, chunk: dict[str, Any]) -> None:
         self._see_error(chunk)
         kind = chunk.get("type")
-        if kind in _RESPONSE_ENDS:
+        if kind in RESPONSE_ENDS:
             self.is_at_end = self.is_over = True
             self.has_error = self.has_error or kind in ("error", "response.failed")
             response = chunk.get("response")
             if isinstance(response, dict):
-                self._reported = read_tokens(response.get("usage"))
+                self._report(read_tokens(response.get("usage")))
         elif isinstance(kind, str) and kind.endswith(".delta") and isinstance(delta := chunk.get("delta"), str):
-            self._text_bytes += _text_in(delta)
-            self._text_chunks += 1
+            self._see_texts(delta)
+
+    def _see_texts(self, part: object) -> None:
+        tokens = [self._count(text) for text in _texts(part)]
+        if tokens:
+            self._counted += max(1, sum(tokens))
+            self._counted_since += max(1, sum(tokens))
+
+    def _report(self, tokens: Tokens | None) -> None:
+        if tokens is not None:
+            self._reported, self._counted_since = tokens, 0
 
     def _see_error(self, answer: dict[str, Any]) -> None:
         self.has_error = self.has_error or answer.get("error") is not None
@@ -147,15 +184,18 @@ def _object(data: bytes) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-def _text_in(value: object) -> int:
-    """Bytes of text in a part of an answer, however it is nested (content, refusals, arguments of tool calls)."""
+def _texts(value: object) -> Iterator[str]:
+    """The texts in a part of an answer, however it is nested (content, refusals, arguments of tool calls)."""
     if isinstance(value, str):
-        return len(value) if value.isascii() else len(value.encode())
-    if isinstance(value, list):
-        return sum(map(_text_in, value))
-    if isinstance(value, dict):
-        return sum(_text_in(part) for key, part in value.items() if key not in _NOT_TEXT)
-    return 0
+        if value:
+            yield value
+    elif isinstance(value, list):
+        for part in value:
+            yield from _texts(part)
+    elif isinstance(value, dict):
+        for key, part in value.items():
+            if key not in _NOT_TEXT:
+                yield from _texts(part)
 
 
 def _without_usage(event: Event, chunk: dict[str, Any]) -> bytes:
@@ -168,7 +208,7 @@ def _without_usage(event: Event, chunk: dict[str, Any]) -> bytes:
     rest = {key: value for key, value in chunk.items() if key != "usage"}
     # Inside a string the quotes would be escaped; but "usage" may be a whole string, or the name of an inner member.
     is_only_one = raw.count(b'"usage"') == 1
-    for member in _PLACEHOLDERS:
+    for member in (*_PLACEHOLDERS, b',"usage":' + dump(chunk["usage"])):
         before, found, after = raw.partition(member)
         while found:
             if is_only_one or _says(before + after, rest):

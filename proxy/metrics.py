@@ -6,8 +6,8 @@ name that a client made up is counted as "other", so nobody can make a series of
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 
+from proxy.admission import Refused
 from proxy.books import Entry, Outcome
-from proxy.quotas import Refused
 from proxy.usage import Usage
 
 

@@ -8,9 +8,9 @@ from proxy.books import Entry, Facts, NotBooked, Reserve
 from proxy.client import Client
 from proxy.errors import InvalidRequest, ModelNotFound, ProxyError
 from proxy.policy import Model, OnDisconnect, Policy, User
-from proxy.quotas import Binding, Counter, CounterKey
+from proxy.quotas import Binding, Counter, CounterKey, Demand
 from proxy.standing import rate_limit_headers, refusal, standings
-from proxy.wire import Call, demand_of, forwarded_body
+from proxy.wire import Call, forwarded_body
 
 _WAIT_S_MAX = 600
 _WAIT = re.compile(r"([0-9]{1,4})(?:s)?")
@@ -38,19 +38,19 @@ class Passage:
         """What to do when the client leaves: a whole answer is always read on, since it is billed anyway."""
         return self.model.upstream.on_disconnect if self.call.stream else "drain"
 
-    def reserve(self, body_bytes: int, *, owner: str) -> Reserve:
+    def reserve(self, demand: Demand, *, owner: str) -> Reserve:
         """The act that lets this call in."""
         return Reserve(
             id=self.client.id,
             owner=owner,
             facts=Facts(self.user.name, self.call.model, self.call.endpoint.name, self.model.upstream.name),
             binding=self.binding,
-            demand=demand_of(self.call, self.model, body_bytes),
+            demand=demand,
         )
 
     def lowered_body(self, entry: Entry) -> bytes:
         """The body to send where less is left than the call wants: with its maximum lowered to its share."""
-        return forwarded_body(self.call, self.model, maximum=entry.hold.output // self.call.choices)
+        return forwarded_body(self.call, self.model, maximum=(entry.maximum or 0) // self.call.choices)
 
     def refusal(self, answer: NotBooked, now: int, *, busy_s: int) -> ProxyError:
         """Why this call is not let in, for its client; `busy_s` is how long calls in flight will take."""
@@ -71,7 +71,7 @@ class Passage:
     ) -> dict[str, str]:
         """The headers of a metered answer that speak of quotas; what the call itself still holds is left out."""
         stand = standings(self.binding, counters, now, without=entry if is_held else None)
-        capped = {"x-quota-capped": f'{entry.hold.output}; quota="{entry.capped_by}"'} if entry.capped_by else {}
+        capped = {"x-quota-capped": f'{entry.maximum}; quota="{entry.capped_by}"'} if entry.capped_by else {}
         return {**rate_limit_headers(self.binding, stand, now), **capped}
 
 

@@ -61,7 +61,11 @@ class Upstream:
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A model as clients name it, where it is served, and what is known about it (in tokens)."""
+    """A model as clients name it, where it is served, and what is known about it (in tokens).
+
+    `reasoning` says whether it thinks in tokens that its answer doesn't show (None: as its name lets one expect).
+    `smallest_answer` is the least that is worth starting for (None: 1024).
+    """
 
     name: str
     upstream: Upstream
@@ -69,7 +73,8 @@ class Model:
     max_output_tokens: int | None = None
     context: int | None = None
     encoding: str | None = None
-    reasoning: bool = False
+    reasoning: bool | None = None
+    smallest_answer: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

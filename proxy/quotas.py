@@ -1,29 +1,16 @@
-"""The rules: what a quota is, how a counter stands at an instant, and whether a call may be let in.
+"""What a quota is, how its counter stands at an instant, what a call demands, and which quotas bind a user.
 
-A call *demands* input and output tokens. For each limit by itself `free = limit - used` and
-`available = free - held`; the verdict on a quota is the worst of its limits:
-
-    ROOM        the hold fits into what is available
-    BUSY        it fits into what is free, but calls in flight hold the rest: waiting a moment helps
-    EXHAUSTED   not even the smallest answer fits into what is free: waiting for the reset helps
-    NEVER       the smallest answer is larger than the limit: nothing helps but a smaller call
-
-`decide` combines quotas: inside one group the worst verdict counts, across a user's groups the best
-(`any_group`), and those of `everyone` count always. What an admitted call holds: the quotas of everyone, those
-of the group through which it came in, and the per-member quotas of the user's other groups that can carry the
-whole hold too. A shared pot is touched only by calls admitted through its group.
-
-Pure: no clock, no SQL. Everything here is a value; nothing is changed in place.
+Whether they let a call in is decided in `admission`. Pure: no clock, no SQL. Everything here is a value; nothing is
+changed in place.
 """
 
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
-from enum import IntEnum
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from fnmatch import translate
 from typing import Literal
 
-from proxy.usage import NOTHING, Amount, Measure
+from proxy.usage import NOTHING, TOKENS_MAX, Amount, Measure
 from proxy.windows import Per, Window
 
 Enforce = Literal["exact", "after", "shadow"]
@@ -76,11 +63,17 @@ class Quota:
     models: Globs = ALL_MODELS
     shared: bool = False
     enforce: Enforce = "exact"
+    # How far an answer that has begun may take the quota over its limit, in tokens. Nobody is let in above the limit.
+    overdraft: int = 0
     # Asked for a dozen times in every decision, so it is put together once.
     id: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "id", f"{self.group}/{self.name}")
+
+    def ceiling(self, limit: Limit) -> int:
+        """How far calls may take a limit that they were let in under: the overdraft is for what they generate."""
+        return limit.maximum + (self.overdraft if limit.measure in ("tokens", "output_tokens") else 0)
 
     def key_for(self, user: str) -> CounterKey:
         """Whose counter this is: the member's own, or the group's one pot.
@@ -127,13 +120,19 @@ def standing_at(now: int, quota: Quota, counter: Counter | None) -> Counter:
 class Demand:
     """What a call asks for, in tokens: a bound on its input, the answer wanted, and the least worth starting for.
 
-    `want` and `smallest` are totals over all choices; both are 0 for calls that generate nothing (embeddings),
-    which limits on output alone don't bind.
+    `want`, `smallest` and `first` are totals over all choices; all are 0 for calls that generate nothing
+    (embeddings), which limits on output alone don't bind. Of the answer no more than `first` is held to begin with: a
+    stream whose tokens can be seen holds more as it grows. `is_open_ended` where nobody says how long the answer may
+    become, so that `want` is only what is usual. `is_rough` where the input was bounded by its bytes, of which four
+    make a token.
     """
 
     input: int
     want: int
     smallest: int
+    first: int = TOKENS_MAX
+    is_open_ended: bool = False
+    is_rough: bool = False
 
     def bounds(self, limit: Limit) -> bool:
         """Whether this limit can bind this call at all."""
@@ -142,26 +141,6 @@ class Demand:
     def least(self, measure: Measure) -> int:
         """The least that this call takes of a measure."""
         return Amount(self.input, self.smallest, 1).of(measure)
-
-
-class Verdict(IntEnum):
-    """From best to worst; see the module's text."""
-
-    ROOM = 0
-    BUSY = 1
-    EXHAUSTED = 2
-    NEVER = 3
-
-
-@dataclass(frozen=True, slots=True)
-class Block:
-    """Why one limit of one quota stands in the way."""
-
-    quota: Quota
-    counter: Counter
-    limit: Limit
-    verdict: Verdict
-    needed: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,164 +181,3 @@ class Binding:
             return [Route("+".join(route.group for route in self.routes), self.always + together)]
         own = [Route(route.group, self.always + route.quotas) for route in self.routes]
         return own or [Route("everyone", self.always)]
-
-
-@dataclass(frozen=True, slots=True)
-class Hold:
-    """What an admitted call takes of one counter."""
-
-    quota: Quota
-    counter: Counter
-    amount: Amount
-
-
-@dataclass(frozen=True, slots=True)
-class Admitted:
-    """The call may be sent. `hold` is the most it may use; `capped_by` says why that is less than it wanted."""
-
-    through: str
-    hold: Amount
-    holds: tuple[Hold, ...]
-    capped_by: Quota | None
-    would_refuse: tuple[Quota, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Refused:
-    """The call may not be sent, and what stands in its way."""
-
-    verdict: Verdict
-    blocks: tuple[Block, ...]
-
-    @property
-    def let_in_at(self) -> int | None:
-        """The instant at which this call would be let in, in ms; None where no reset will do (busy, never, a 0)."""
-        if self.verdict is not Verdict.EXHAUSTED or any(block.limit.maximum == 0 for block in self.blocks):
-            return None
-        return max(block.counter.window.resets_at for block in self.blocks)
-
-
-Counters = Mapping[CounterKey, Counter]
-
-
-def decide(demand: Demand, binding: Binding, counters: Counters, now: int) -> Admitted | Refused:
-    """Let a call in, and say what it holds of which counter; or refuse it, and say why.
-
-    Of the ways that have room for all that the call wants the first one is taken. If there is none, the one
-    that can carry the most: by what is free, so that nobody gets a shorter answer because of calls in flight.
-    """
-    at = {quota.id: standing_at(now, quota, counters.get(quota.key_for(binding.user))) for quota in binding.quotas}
-    ways = [_assess(way, demand, at) for way in binding.ways()]
-    whole = (way for way in ways if way.verdict is Verdict.ROOM and way.output == demand.want)
-    best = next(whole, None) or min(ways, key=_Way.rank)
-    if best.verdict is not Verdict.ROOM:
-        return Refused(best.verdict, best.telling())
-    return _admit(best, demand, binding, at)
-
-
-def hold_of(quota: Quota, whole: Amount) -> Amount:
-    """What a call that holds `whole` holds of this quota.
-
-    `after` holds no tokens; the one request marks that its window is open, so that the call is charged to the
-    window in which it was let in.
-    """
-    return Amount(requests=whole.requests) if quota.enforce == "after" else whole
-
-
-@dataclass(frozen=True, slots=True)
-class _Way:
-    route: Route
-    verdict: Verdict
-    output: int
-    blocks: tuple[Block, ...]
-    capped_by: Quota | None
-
-    def rank(self) -> tuple[int, int, int]:
-        """Smaller is better: any that may be let in now or soon, by the most it carries; then the soonest reset."""
-        if self.verdict <= Verdict.BUSY:
-            return (0, -self.output, self.verdict)
-        let_in_at = Refused(self.verdict, self.telling()).let_in_at
-        return (self.verdict, int(let_in_at is None), let_in_at or 0)
-
-    def telling(self) -> tuple[Block, ...]:
-        """The blocks that decide: the worst of them."""
-        return tuple(block for block in self.blocks if block.verdict is self.verdict)
-
-
-def _assess(route: Route, demand: Demand, at: Mapping[str, Counter]) -> _Way:
-    """How a set of quotas, all of which must have room, takes this call."""
-    output, capped_by = demand.want, None
-    for quota in route.quotas:
-        carried = _carried(quota, at[quota.id], demand)
-        if carried < output:
-            output, capped_by = carried, quota
-    hold = Amount(demand.input, output, 1)
-    blocks = tuple(block for quota in route.quotas for block in _blocks(quota, at[quota.id], demand, hold))
-    verdict = max((block.verdict for block in blocks), default=Verdict.ROOM)
-    return _Way(route, verdict, output, blocks, capped_by)
-
-
-def _carried(quota: Quota, counter: Counter, demand: Demand) -> int:
-    """The longest answer that what is free of this quota has room for."""
-    if quota.enforce == "after":
-        return demand.want
-    room = [demand.want]
-    for limit in quota.limits:
-        if limit.measure in ("tokens", "output_tokens") and demand.bounds(limit):
-            taken = demand.input if limit.measure == "tokens" else 0
-            room.append(limit.maximum - counter.used.of(limit.measure) - taken)
-    return max(0, min(room))
-
-
-def _blocks(quota: Quota, counter: Counter, demand: Demand, hold: Amount) -> list[Block]:
-    verdicts = (
-        (limit, _verdict(quota, limit, counter, demand.least(limit.measure), hold.of(limit.measure)))
-        for limit in quota.limits
-        if demand.bounds(limit)
-    )
-    return [
-        Block(quota, counter, limit, verdict, demand.least(limit.measure))
-        for limit, verdict in verdicts
-        if verdict is not Verdict.ROOM
-    ]
-
-
-def _verdict(quota: Quota, limit: Limit, counter: Counter, least: int, hold: int) -> Verdict:
-    free = limit.maximum - counter.used.of(limit.measure)
-    if quota.enforce == "after":
-        return Verdict.ROOM if free > 0 else Verdict.EXHAUSTED
-    if least > limit.maximum > 0:  # a limit of 0 is a switch that is off, not a call that is too large
-        return Verdict.NEVER
-    if free <= 0 or least > free:
-        return Verdict.EXHAUSTED
-    return Verdict.BUSY if hold > free - counter.held.of(limit.measure) else Verdict.ROOM
-
-
-def _admit(way: _Way, demand: Demand, binding: Binding, at: Mapping[str, Counter]) -> Admitted:
-    hold = Amount(demand.input, way.output, 1)
-    wanted = replace(demand, want=way.output, smallest=way.output)
-    through = {quota.id for quota in way.route.quotas}
-    beside = [
-        quota
-        for route in binding.routes
-        for quota in route.quotas
-        if quota.id not in through and not quota.shared and not _blocks(quota, at[quota.id], wanted, hold)
-    ]
-    refusing = [quota for quota in binding.shadows if _would_refuse(quota, at[quota.id], demand)]
-    watching = [quota for quota in binding.shadows if quota not in refusing]
-    return Admitted(
-        through=way.route.group,
-        hold=hold,
-        holds=tuple(
-            Hold(quota, at[quota.id], hold_of(quota, hold))
-            for quota in (*way.route.quotas, *beside, *watching)
-            if any(demand.bounds(limit) for limit in quota.limits)
-        ),
-        capped_by=way.capped_by,
-        would_refuse=tuple(refusing),
-    )
-
-
-def _would_refuse(quota: Quota, counter: Counter, demand: Demand) -> bool:
-    """Whether a quota in shadow would have refused: what it would only have delayed it would have let in."""
-    return _assess(Route(quota.group, (quota,)), demand, {quota.id: counter}).verdict > Verdict.BUSY

@@ -11,7 +11,9 @@ from contextlib import asynccontextmanager
 import structlog
 
 from proxy import headers
+from proxy.admission import Uncounted
 from proxy.books import Booked, NotBooked, Outcome
+from proxy.counting import CallCount
 from proxy.departure import Departures
 from proxy.errors import ClientLeft, ProxyError, UpstreamError
 from proxy.failures import Rejected, failure_of
@@ -20,12 +22,14 @@ from proxy.meter import Meter
 from proxy.metrics import Metrics
 from proxy.pace import Pace
 from proxy.passage import Passage
+from proxy.quotas import Demand
 from proxy.reservation import Reservation
 from proxy.stream import Stream
+from proxy.tokens import Tokens
 from proxy.upstream import Answer, Upstreams
-from proxy.usage import Unspent
+from proxy.usage import AtLeast, Unspent
 from proxy.waiting import WaitingRoom
-from proxy.wire import error_event, estimated_input, forwarded_body
+from proxy.wire import error_event, forwarded_body
 
 # How long a finished stream may take to close, so that its connection can be used again.
 _CLOSE_S = 1.0
@@ -42,14 +46,15 @@ class Relay:
         ledger: Ledger,
         upstreams: Upstreams,
         *,
-        waiting: WaitingRoom,
+        tokenizers: Tokens,
         metrics: Metrics,
         departures: Departures,
         now: Callable[[], int],
     ) -> None:
         self._ledger = ledger
         self._upstreams = upstreams
-        self._waiting = waiting
+        self._tokenizers = tokenizers
+        self.waiting = WaitingRoom(ledger)
         self._metrics = metrics
         self._departures = departures
         self._now = now
@@ -63,8 +68,9 @@ class Relay:
         """
         call, model, client = passage.call, passage.model, passage.client
         body = forwarded_body(call, model)
+        count = CallCount(self._tokenizers, call, model, body_bytes=len(body))
         async with (
-            self._reserve(passage, len(body)) as reservation,
+            self._reserve(passage, count) as reservation,
             self._departures.watch(passage, reservation),
             self._blame_upstream(passage, reservation),
         ):
@@ -72,7 +78,8 @@ class Relay:
                 body = passage.lowered_body(reservation.entry)
             sent = headers.to_upstream(client.headers, kind=model.upstream.kind, api_key=model.upstream.api_key)
             async with self._upstreams.send(model.upstream, call.endpoint.path, body, sent) as answer:
-                # A long stream must not keep the request in memory three times over: agents send megabytes.
+                # A long stream must not keep the request in memory three times over: agents send megabytes. Its texts
+                # stay, in case they have to be counted.
                 body = b""
                 call.forget()
                 if answer.status // 100 != 2:
@@ -83,16 +90,16 @@ class Relay:
                     await self._pass_on_whole(answer, passage, reservation)
 
     @asynccontextmanager
-    async def _reserve(self, passage: Passage, body_bytes: int) -> AsyncIterator[Reservation]:
+    async def _reserve(self, passage: Passage, count: CallCount) -> AsyncIterator[Reservation]:
         """Hold what the call may use, and see that it ends; raises Refusal."""
-        answer = await self._let_in(passage, body_bytes)
+        answer = await self._let_in(passage, count)
         if isinstance(answer, NotBooked):
             self._metrics.refused(answer.refused)
             now = self._now()
             raise passage.refusal(answer, now, busy_s=self._pace.busy_s(now))
-        reservation = Reservation(
-            self._ledger, answer, Meter(passage.call, input_estimate=estimated_input(passage.call, body_bytes))
-        )
+        strips = passage.call.adds_running_usage(passage.model.upstream.kind)
+        meter = Meter(passage.call, count=count.piece, strips_running_usage=strips)
+        reservation = Reservation(self._ledger, answer, meter, binding=passage.binding, count=count)
         self._pace.began(answer.entry.id, self._now())
         try:
             with self._metrics.in_flight.track_inprogress():
@@ -104,14 +111,16 @@ class Relay:
                 reservation.entry, reservation.charged, reservation.outcome, model=passage.model_label
             )
 
-    async def _let_in(self, passage: Passage, body_bytes: int) -> Booked | NotBooked:
+    async def _let_in(self, passage: Passage, count: CallCount) -> Booked | NotBooked:
         """Ask the ledger, and wait for calls in flight if it comes to that, as long as the client does."""
         task = asyncio.current_task()
         assert task is not None, "a call runs in a task"
         passage.client.when_gone(task.cancel)
         try:
-            act = passage.reserve(body_bytes, owner=self._ledger.owner)
-            return await self._waiting.reserve(act, wait_s=passage.wait_s)
+            await count.before_it_is_sent()
+            answer = await self._ask(passage, count.demand)
+            if isinstance(answer, Uncounted):
+                answer = await self._ask(passage, await count.exact_demand())
         except asyncio.CancelledError:
             if not passage.client.is_gone:
                 raise
@@ -119,6 +128,12 @@ class Relay:
             raise ClientLeft from None
         finally:
             passage.client.when_gone(None)
+        assert not isinstance(answer, Uncounted), "what was counted is not rough any more"
+        return answer
+
+    async def _ask(self, passage: Passage, demand: Demand) -> Booked | NotBooked | Uncounted:
+        act = passage.reserve(demand, owner=self._ledger.owner)
+        return await self.waiting.reserve(act, wait_s=passage.wait_s)
 
     @asynccontextmanager
     async def _blame_upstream(self, passage: Passage, reservation: Reservation) -> AsyncIterator[None]:
@@ -128,7 +143,7 @@ class Relay:
         except UpstreamError as error:
             if not error.was_sent:
                 await reservation.release()
-            await reservation.settle(reservation.meter.usage(), "upstream_broke")
+            await reservation.settle(await reservation.usage(), "upstream_broke")
             log.warning(
                 "upstream failed", upstream=passage.model.upstream.name, call=reservation.entry.id, reason=str(error)
             )
@@ -138,27 +153,38 @@ class Relay:
             await passage.client.end()
 
     async def _pass_on_stream(self, answer: Answer, passage: Passage, reservation: Reservation) -> None:
-        """Each event at once, and the end when it is settled."""
+        """Each event at once, as far as it is held, and the end when it is settled."""
         client, stream = passage.client, Stream(reservation.meter)
         await client.start(answer.status, self._head(answer, passage, reservation))
         try:
             async for chunk in answer.chunks():
-                await client.write(stream.feed(chunk))
+                await client.write(stream.feed(chunk, covered=reservation.covered))
+                while stream.is_held_up:
+                    if not await reservation.grow(self.waiting, wait_s=0 if client.is_gone else passage.wait_s):
+                        return await self._end_at_limit(stream, passage, reservation)
+                    await client.write(stream.feed(b"", covered=reservation.covered))
                 if stream.is_over:
                     break
         except UpstreamError:
             if not stream.is_between_events:
                 client.abort()  # an error event would become a part of the one that broke off
             raise
-        await reservation.settle(reservation.meter.usage(), _outcome(passage, reservation.meter))
+        await reservation.settle(await reservation.usage(), _outcome(passage, reservation.meter))
         await client.write(stream.end())
         await client.end()
         await _use_up(answer)
 
+    async def _end_at_limit(self, stream: Stream, passage: Passage, reservation: Reservation) -> None:
+        """No more is to be had: end the answer as its own maximum would have, and leave the upstream."""
+        await reservation.settle(AtLeast((await reservation.usage()).tokens), "at_limit")
+        assert reservation.charged is not None, "it was settled"
+        await passage.client.write(stream.end_at_limit(reservation.charged.tokens))
+        await passage.client.end()
+
     async def _pass_on_whole(self, answer: Answer, passage: Passage, reservation: Reservation) -> None:
         body = await answer.whole()
         reservation.meter.see_whole(body)
-        await reservation.settle(reservation.meter.usage(), _outcome(passage, reservation.meter))
+        await reservation.settle(await reservation.usage(), _outcome(passage, reservation.meter))
         passage.client.send(answer.status, self._head(answer, passage, reservation), body)
 
     async def _pass_on_failure(self, answer: Answer, passage: Passage, reservation: Reservation) -> None:

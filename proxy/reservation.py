@@ -1,34 +1,47 @@
 """A call that was let in, until it ends: exactly once, whichever way it is left.
 
-Leaving the block of a reservation that nobody ended settles it with what the meter saw: nothing that a client, an
-upstream or a mistake of ours does leaves tokens held.
+What is held grows with what the meter sees pass (`grow`), so that a stream which may become long need not hold all of
+that from its beginning. Leaving the block of a reservation that nobody ended settles it with what the meter saw:
+nothing that a client, an upstream or a mistake of ours does leaves tokens held.
 """
 
 import asyncio
 from collections.abc import Mapping
 from types import TracebackType
 
-from proxy.books import Booked, Outcome, Release, Settle
+from proxy.admission import Verdict
+from proxy.books import Booked, Extend, Outcome, Release, Settle
+from proxy.counting import CallCount
+from proxy.errors import LedgerUnavailable
 from proxy.ledger import Ledger
 from proxy.meter import Meter
-from proxy.quotas import Counter, CounterKey
-from proxy.usage import AtLeast, Tokens, Usage
+from proxy.quotas import Binding, Counter, CounterKey
+from proxy.usage import TOKENS_MAX, AtLeast, Tokens, Usage
+from proxy.waiting import WaitingRoom
 
 # How long the end of an answer waits for its commit. Past that it goes out: the end stays queued, and the
 # reservation, which is on the books, covers a crash.
 COMMIT_WAIT_S = 2.0
+# By how much a hold grows at a time: at 100 tokens a second every ten seconds, each for one commit of 2 ms.
+STEP = 1024
+# An upstream that was told a maximum is believed to keep to it, also where our own count differs. One that goes on
+# and on did not read it.
+_RUNAWAY = 2
 
 
 class Reservation:
-    """What is held for one call. `entry` is as it was when the call was let in."""
+    """What is held for one call. `entry` is it in the books, as it was last told."""
 
-    def __init__(self, ledger: Ledger, booked: Booked, meter: Meter) -> None:
+    def __init__(self, ledger: Ledger, booked: Booked, meter: Meter, *, binding: Binding, count: CallCount) -> None:
         self.entry = booked.entry
         self.meter = meter
         self.outcome: Outcome | None = None
         self.charged: Usage | None = None
         self.counters: Mapping[CounterKey, Counter] = booked.counters
         self._ledger = ledger
+        self._binding = binding
+        self._count = count
+        self._let_pass = 0  # so many tokens of output pass on without being held, because the ledger is away
 
     async def __aenter__(self) -> "Reservation":
         return self
@@ -37,21 +50,64 @@ class Reservation:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self.outcome is None:
-            await self.settle(self.meter.usage(), "proxy_broke")
+            await self.settle(await self.usage(), "proxy_broke")
+
+    @property
+    def covered(self) -> int:
+        """How many tokens of output may pass on."""
+        held, maximum = self.entry.hold.output, self.entry.maximum
+        if maximum is not None and held >= maximum:
+            return _RUNAWAY * held + STEP
+        return max(held, self._let_pass)
+
+    async def grow(self, waiting: WaitingRoom, *, wait_s: float) -> bool:
+        """Hold what the meter has seen, and some more; False where no more is to be had.
+
+        Where only calls in flight hold what is left it waits for them, up to `wait_s`. While the ledger can't be
+        written a running answer goes on: what it used is charged at its end.
+        """
+        seen, maximum = self.meter.output_seen, self.entry.maximum
+        if maximum is not None and self.entry.hold.output >= maximum:
+            return False
+        wanted = min(seen + STEP, TOKENS_MAX if maximum is None else max(seen, maximum))
+        reported = self.meter.input_reported
+        input_tokens = self.entry.hold.input if reported is None else min(reported, self.entry.hold.input)
+        act = Extend(self.entry.id, self._binding, input=input_tokens, output=wanted, least=seen)
+        try:
+            booked = await waiting.extend(act, wait_s=wait_s, ask_s=COMMIT_WAIT_S)
+        except LedgerUnavailable:
+            self._let_pass = wanted
+            return True
+        self.entry, self.counters = booked.entry, {**self.counters, **booked.counters}
+        return booked.verdict is Verdict.ROOM and booked.entry.state == "open"
+
+    async def usage(self) -> Usage:
+        """What was used, as well as it can be known by now: as the upstream said, else counted."""
+        usage = self.meter.usage(input_tokens=0)
+        if not isinstance(usage, AtLeast):
+            return usage
+        tokens = usage.tokens
+        input_tokens = tokens.input if self.meter.input_reported is not None else await self._count.of_input()
+        output_tokens = tokens.output + await self._count.of_output(self.meter.uncounted)
+        return AtLeast(Tokens(input_tokens, output_tokens, tokens.cached))
 
     @property
     def whole_hold(self) -> Usage:
-        """All that was held."""
-        return AtLeast(Tokens(self.entry.hold.input, self.entry.hold.output))
+        """All that is held."""
+        return AtLeast(Tokens(self.entry.hold.input, max(self.entry.hold.output, self._let_pass)))
 
     async def settle(self, usage: Usage, outcome: Outcome, *, wait_s: float = COMMIT_WAIT_S) -> None:
         """Charge this much; returns once it is on the books, or after `wait_s`. Only the first end counts.
 
-        An estimate is never more than what the call was let in for: a guess may not take a quota over its limit.
+        An estimate is never more than what is held: a guess may not take a quota over its limit.
         """
         if isinstance(usage, AtLeast):
-            hold, tokens = self.entry.hold, usage.tokens
-            usage = AtLeast(Tokens(min(tokens.input, hold.input), min(tokens.output, hold.output)))
+            whole, tokens = self.whole_hold.tokens, usage.tokens
+            usage = AtLeast(
+                Tokens(
+                    min(tokens.input, whole.input), min(tokens.output, whole.output), min(tokens.cached, whole.input)
+                )
+            )
         await self._end(Settle(self.entry.id, usage, outcome), usage, wait_s)
 
     async def release(self) -> None:

@@ -142,7 +142,14 @@ class Model(Section):
     max_output_tokens: Positive | None = Field(None, description="The longest answer it gives, in tokens.")
     context: Positive | None = Field(None, description="Input and answer together at most, in tokens.")
     encoding: Encoding | None = Field(None, description="Its tokenizer; guessed from the name where left out.")
-    reasoning: Flag = Field(False, description="Whether it thinks in tokens that its answer doesn't show.")
+    reasoning: Flag | None = Field(
+        None,
+        description="Whether it thinks in tokens that its answer doesn't show. Left out: at openai and azure all but "
+        "the gpt-4 and gpt-3.5 models do, elsewhere none.",
+    )
+    smallest_answer: Positive | None = Field(
+        None, description="No answer is started that could be shorter, unless it is asked for. Left out: 1024 tokens."
+    )
 
     @model_validator(mode="after")
     def _fits_itself(self) -> "Model":
@@ -172,12 +179,24 @@ class Quota(Section):
         description="exact: never over. after: counts when a call has ended, so it may end over. shadow: refuses "
         "nobody, only reports what it would have refused.",
     )
+    overdraft: Count = Field(
+        0,
+        description="How far an answer that has begun may go over this quota's limit, in tokens, before it is ended.",
+    )
 
     @model_validator(mode="after")
     def _has_a_limit(self) -> "Quota":
         if not self.limits():
             raise ValueError(
                 "this quota limits nothing; write at least one of tokens, input_tokens, output_tokens, requests"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _may_be_overdrawn(self) -> "Quota":
+        if self.overdraft and (self.enforce != "exact" or (self.tokens is None and self.output_tokens is None)):
+            raise ValueError(
+                "overdraft is for answers at an exact limit of tokens or output_tokens; leave it out of this quota"
             )
         return self
 

@@ -9,10 +9,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from zoneinfo import ZoneInfo
 
+from proxy.admission import Block, Refused, Verdict
 from proxy.books import Entry
 from proxy.errors import NeverFits, ProxyError, Refusal
 from proxy.policy import Policy
-from proxy.quotas import Binding, Block, Counter, CounterKey, Limit, Quota, Refused, Verdict, standing_at
+from proxy.quotas import Binding, Counter, CounterKey, Limit, Quota, standing_at
 from proxy.usage import MEASURES, Measure
 from proxy.windows import rfc3339
 

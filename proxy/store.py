@@ -22,7 +22,7 @@ from sqlalchemy.dialects.sqlite import insert
 from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, InterfaceError, NotSupportedError, ProgrammingError
 from sqlalchemy.ext.asyncio import create_async_engine
 
-from proxy.books import Act, Books, Entry, Facts, Line, Reply, Reserve
+from proxy.books import Act, Books, Entry, Extend, Facts, Line, Reply, Reserve
 from proxy.quotas import Counter, CounterKey
 from proxy.tables import calls, counters, migrate, owners
 from proxy.usage import Amount, AtLeast, Exactly, Tokens, Unspent, Usage, charge_of
@@ -30,10 +30,11 @@ from proxy.windows import Window
 
 # How long a transaction waits for the file's lock, in seconds.
 _BUSY_TIMEOUT_S = 5.0
-# What the end of a call changes in its row, in the table's order.
-_ENDING = (
-    "state ended_at input_tokens output_tokens cached_tokens reasoning_tokens requests provenance outcome".split()
-)
+# What changes in the row of a call after it was let in, in the table's order.
+_CHANGING = (
+    "state ended_at hold_input hold_output lines "
+    "input_tokens output_tokens cached_tokens reasoning_tokens requests provenance outcome"
+).split()
 # The database's errors that lie in what it was given. All others lie in the database, and may pass.
 _REFUSALS = (DataError, IntegrityError, InterfaceError, NotSupportedError, ProgrammingError)
 
@@ -184,7 +185,7 @@ class Store:
         entries = {entry.id: entry for entry in map(_entry, rows.all())}
         touched = {line.key for entry in entries.values() for line in entry.lines}
         for act in acts:
-            if isinstance(act, Reserve):
+            if isinstance(act, Reserve | Extend):
                 touched.update(act.binding.keys())
         found = connection.exec_driver_sql(self._sql.counters_of, _given(sorted(touched)))
         return Books(_counters(found.all()), entries, now)
@@ -193,11 +194,11 @@ class Store:
         entries, changed = books.entries, sorted(books.entries_changed)
         counters_now = [_counter_row(key, books.counters[key]) for key in sorted(books.counters_changed)]
         opened = [_call_row(entries[entry_id]) for entry_id in changed if entry_id not in before]
-        ended = [(*_ending(entries[entry_id]), entry_id) for entry_id in changed if entry_id in before]
+        changes = [(*_changing(entries[entry_id]), entry_id) for entry_id in changed if entry_id in before]
         for statement, rows in (
             (self._sql.put_counters, counters_now),
             (self._sql.open_calls, opened),
-            (self._sql.end_calls, ended),
+            (self._sql.change_calls, changes),
         ):
             if rows:
                 connection.exec_driver_sql(statement, rows)
@@ -213,13 +214,13 @@ class _Statements:
         put = insert(counters)
         values = {column.name: put.excluded[column.name] for column in counters.c if not column.primary_key}
         put = put.on_conflict_do_update(index_elements=[*counters.primary_key], set_=values)
-        end = sa.update(calls).where(calls.c.id == bindparam("call_id"))
+        change = sa.update(calls).where(calls.c.id == bindparam("call_id"))
         # Keys and ids are given as one JSON array, so that there may be as many as a batch needs.
         self.counters_of = str(select(counters).where(is_given).compile(dialect=dialect))
         self.calls_of = str(select(calls).where(calls.c.id.in_(select(given))).compile(dialect=dialect))
         self.put_counters = str(put.compile(dialect=dialect))
         self.open_calls = str(sa.insert(calls).compile(dialect=dialect))
-        self.end_calls = str(end.compile(dialect=dialect, column_keys=_ENDING))
+        self.change_calls = str(change.compile(dialect=dialect, column_keys=_CHANGING))
 
 
 class _translated:
@@ -276,7 +277,7 @@ def _counter_row(key: CounterKey, counter: Counter) -> _Row:
 
 def _entry(row: _Row) -> Entry:
     entry_id, owner, state, user, model, endpoint, upstream, through, reserved_at, ended_at, *rest = row
-    hold_input, hold_output, lost_input, lost_output, lines, capped_by, would_refuse, *used, outcome = rest
+    hold_input, hold_output, maximum, lines, capped_by, would_refuse, *used, outcome = rest
     return Entry(
         id=entry_id,
         owner=owner,
@@ -284,7 +285,7 @@ def _entry(row: _Row) -> Entry:
         through=through,
         reserved_at=reserved_at,
         hold=Amount(hold_input, hold_output, 1),
-        charge_if_lost=Tokens(lost_input, lost_output),
+        maximum=maximum,
         lines=tuple(Line((key[0], key[1]), at, Amount(*amount)) for key, at, amount in orjson.loads(lines)),
         capped_by=capped_by,
         would_refuse=tuple(orjson.loads(would_refuse)),
@@ -296,22 +297,25 @@ def _entry(row: _Row) -> Entry:
 
 
 def _call_row(entry: Entry) -> _Row:
-    facts, hold, lost = entry.facts, entry.hold, entry.charge_if_lost
+    facts = entry.facts
+    state, ended_at, hold_input, hold_output, lines, *used = _changing(entry)
+    return (
+        *(entry.id, entry.owner, state, facts.user, facts.model, facts.endpoint, facts.upstream, entry.through),
+        *(entry.reserved_at, ended_at, hold_input, hold_output, entry.maximum),
+        *(lines, entry.capped_by, orjson.dumps(entry.would_refuse).decode()),
+        *used,
+    )
+
+
+def _changing(entry: Entry) -> _Row:
     lines = [
         (line.key, line.opened_at, (line.amount.input, line.amount.output, line.amount.requests))
         for line in entry.lines
     ]
-    state, ended_at, *used, outcome = _ending(entry)
     return (
-        *(entry.id, entry.owner, state, facts.user, facts.model, facts.endpoint, facts.upstream, entry.through),
-        *(entry.reserved_at, ended_at, hold.input, hold.output, lost.input, lost.output),
-        *(orjson.dumps(lines).decode(), entry.capped_by, orjson.dumps(entry.would_refuse).decode()),
-        *(*used, outcome),
+        *(entry.state, entry.ended_at, entry.hold.input, entry.hold.output, orjson.dumps(lines).decode()),
+        *(*_used(entry.usage), entry.outcome),
     )
-
-
-def _ending(entry: Entry) -> _Row:
-    return (entry.state, entry.ended_at, *_used(entry.usage), entry.outcome)
 
 
 def _usage(

@@ -2,7 +2,8 @@
 
 A row of `calls` is a reservation while its state is "open" and the usage record of the call afterwards. Counters
 have no foreign keys: the call of a user who was deleted meanwhile still settles. Instants are milliseconds since
-1970 in UTC; amounts are tokens and requests; all of them 64-bit integers. Migrations only add.
+1970 in UTC; amounts are tokens and requests; all of them 64-bit integers. From the first release on migrations only
+add, so that a release runs on the schema of the next.
 """
 
 from importlib.resources import files
@@ -13,7 +14,7 @@ from sqlalchemy import BigInteger, Column, Connection, Index, MetaData, Table, T
 metadata = MetaData()
 
 # The newest step of `migrations`.
-HEAD = "0001"
+HEAD = "0002"
 
 counters = Table(
     "counters",
@@ -46,8 +47,7 @@ calls = Table(
     Column("ended_at", BigInteger),
     Column("hold_input", BigInteger, nullable=False),
     Column("hold_output", BigInteger, nullable=False),
-    Column("lost_input", BigInteger, nullable=False),
-    Column("lost_output", BigInteger, nullable=False),
+    Column("maximum", BigInteger),
     Column("lines", Text, nullable=False),
     Column("capped_by", Text),
     Column("would_refuse", Text, nullable=False),

@@ -40,6 +40,12 @@ class Amount:
     def __bool__(self) -> bool:
         return bool(self.input or self.output or self.requests)
 
+    def at_most(self, other: "Amount") -> "Amount":
+        """The smaller of the two in each of its parts."""
+        return Amount(
+            min(self.input, other.input), min(self.output, other.output), min(self.requests, other.requests)
+        )
+
     def of(self, measure: Measure) -> int:
         """The number that a limit on `measure` is compared with."""
         match measure:

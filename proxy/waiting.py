@@ -10,9 +10,11 @@ import asyncio
 from collections import deque
 from collections.abc import Iterable
 
-from proxy.books import Booked, NotBooked, Reserve
+from proxy.admission import Uncounted, Verdict
+from proxy.books import Booked, Extend, NotBooked, Reserve
+from proxy.errors import LedgerUnavailable
 from proxy.ledger import Ledger
-from proxy.quotas import CounterKey, Verdict
+from proxy.quotas import CounterKey
 
 # How many of one user's calls may wait, and how many in all: past that a call is refused as busy at once.
 OF_A_USER_MAX = 64
@@ -37,13 +39,14 @@ class WaitingRoom:
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
         self._queues: dict[str, deque[_Place]] = {}
+        self._growing: set[_Place] = set()
         self._waiting = 0
         ledger.when_freed(self._freed)
 
     def __len__(self) -> int:
         return self._waiting
 
-    async def reserve(self, act: Reserve, *, wait_s: float) -> Booked | NotBooked:
+    async def reserve(self, act: Reserve, *, wait_s: float) -> Booked | NotBooked | Uncounted:
         """Let a call in, or say why not; where only calls in flight stand in the way, after up to `wait_s`.
 
         Cancelling it gives up the place. Raises LedgerUnavailable.
@@ -58,7 +61,32 @@ class WaitingRoom:
             return await self._ledger.reserve(act)
         return await self._wait(act, asyncio.get_running_loop().time() + wait_s)
 
-    async def _wait(self, act: Reserve, until: float) -> Booked | NotBooked:
+    async def extend(self, act: Extend, *, wait_s: float, ask_s: float) -> Booked:
+        """Hold more for a stream; where only calls in flight stand in the way, after up to `wait_s`.
+
+        Raises LedgerUnavailable, also where the ledger takes longer than `ask_s` to answer.
+        """
+        until = asyncio.get_running_loop().time() + wait_s
+        place = _Place(act.binding.keys())
+        self._growing.add(place)
+        try:
+            while True:
+                reply = await self._extend(act, ask_s)
+                left = until - asyncio.get_running_loop().time()
+                if reply.verdict is not Verdict.BUSY or left <= 0:
+                    return reply
+                await _woken(place.wake, min(left, _ASK_EVERY_S))
+        finally:
+            self._growing.discard(place)
+
+    async def _extend(self, act: Extend, ask_s: float) -> Booked:
+        try:
+            async with asyncio.timeout(ask_s):
+                return await self._ledger.extend(act)
+        except TimeoutError:
+            raise LedgerUnavailable from None
+
+    async def _wait(self, act: Reserve, until: float) -> Booked | NotBooked | Uncounted:
         place, queue = _Place(act.binding.keys()), self._queues.setdefault(act.facts.user, deque())
         queue.append(place)
         self._waiting += 1
@@ -79,12 +107,12 @@ class WaitingRoom:
                 self._queues.pop(act.facts.user, None)
 
     def _freed(self, keys: set[CounterKey]) -> None:
-        for queue in self._queues.values():
-            if not queue[0].keys.isdisjoint(keys):
-                queue[0].wake.set()
+        for place in (*self._growing, *(queue[0] for queue in self._queues.values())):
+            if not place.keys.isdisjoint(keys):
+                place.wake.set()
 
 
-def _is_busy(reply: Booked | NotBooked) -> bool:
+def _is_busy(reply: Booked | NotBooked | Uncounted) -> bool:
     return isinstance(reply, NotBooked) and reply.refused.verdict is Verdict.BUSY
 
 

@@ -1,4 +1,4 @@
-"""The requests of the OpenAI format: which endpoints there are, what a call asks for, and what is sent on.
+"""The requests of the OpenAI format: which endpoints there are, what a call says, and what is sent on.
 
 A `Call` is one metered request as we read it. Fields that we don't know are passed on untouched; the few on which
 something is decided are checked, and what was checked is what is sent: the body is written anew from what was
@@ -12,23 +12,10 @@ from typing import Any, Literal
 
 from proxy.errors import InvalidRequest, ProxyError
 from proxy.policy import Kind, Model
-from proxy.quotas import Demand
 from proxy.strict_json import dump, parse_object
-from proxy.usage import TOKENS_MAX
 
 EndpointName = Literal["chat", "completions", "embeddings", "responses"]
 
-# What is held for an answer whose length neither the request nor the model's configuration states.
-_ANSWER_TOKENS = 4096
-# OpenAI's default for /completions, where nothing else is asked.
-_COMPLETION_TOKENS = 16
-# No answer is started that could be shorter than this, unless the request asks for less.
-SMALLEST_ANSWER = 1024
-# A picture's price in tokens by OpenAI's tile rule at high detail: 85 + 8 tiles of 170, rounded up. Its base64 is
-# not read by the model.
-_IMAGE_TOKENS = 1500
-# English prose has about four bytes to a token: for estimates, where the upstream's count never came.
-BYTES_PER_TOKEN = 4
 _MODEL_CHARACTERS_MAX = 256
 _ANSWERS_MAX = 128
 # Beyond any answer, and small enough that no product of such numbers leaves 64 bits.
@@ -122,9 +109,17 @@ class Call:
     @property
     def adds_usage(self) -> bool:
         """Whether we ask for the usage in the client's place, and so take it out of the answer again."""
+        return self._may_ask and not self.asks_for_usage
+
+    def adds_running_usage(self, kind: Kind) -> bool:
+        """Whether we ask for the usage so far on every chunk: vLLM alone gives it, and then a cut stream is exact."""
+        options = self.document.get("stream_options") or {}
+        return kind == "vllm" and self._may_ask and not options.get("continuous_usage_stats")
+
+    @property
+    def _may_ask(self) -> bool:
         options = self.document.get("stream_options")
-        readable = options is None or isinstance(options, dict)
-        return self.stream and self.endpoint.has_usage_option and readable and not self.asks_for_usage
+        return self.stream and self.endpoint.has_usage_option and (options is None or isinstance(options, dict))
 
 
 def parse_call(endpoint: Endpoint, body: bytes) -> Call:
@@ -142,29 +137,6 @@ def parse_call(endpoint: Endpoint, body: bytes) -> Call:
     )
 
 
-def demand_of(call: Call, model: Model, body_bytes: int) -> Demand:
-    """What a call may use at the most.
-
-    Input: one token is at least one byte, and the JSON around a message outweighs what chat templates add, so
-    the bytes of the forwarded body bound it; pictures count at a set price instead of their base64.
-    """
-    base64_bytes, images = _pictures(call.document)
-    bound = body_bytes - base64_bytes + images * _IMAGE_TOKENS
-    each = _asked(call, model.upstream.kind)
-    if each is None:
-        each = model.max_output_tokens or _default_maximum(call, model.upstream.kind)
-    if not call.endpoint.generates:
-        return Demand(input=bound, want=0, smallest=0)
-    want = min(each * call.choices, TOKENS_MAX)
-    return Demand(input=bound, want=want, smallest=min(want, SMALLEST_ANSWER * call.choices))
-
-
-def estimated_input(call: Call, body_bytes: int) -> int:
-    """About how many tokens the input of a call has; never the bound, which is meant to be too large."""
-    base64_bytes, images = _pictures(call.document)
-    return -(-(body_bytes - base64_bytes) // BYTES_PER_TOKEN) + images * _IMAGE_TOKENS
-
-
 def forwarded_body(call: Call, model: Model, *, maximum: int | None = None) -> bytes:
     """The body to send: under the upstream's name of the model, usage asked for, and the maximum lowered.
 
@@ -173,12 +145,14 @@ def forwarded_body(call: Call, model: Model, *, maximum: int | None = None) -> b
     document = {**call.document, "model": model.upstream_model}
     if call.adds_usage:
         document["stream_options"] = {**(document.get("stream_options") or {}), "include_usage": True}
+    if call.adds_running_usage(model.upstream.kind):
+        document["stream_options"] = {**document["stream_options"], "continuous_usage_stats": True}
     if maximum is not None:
         kind = model.upstream.kind
-        names = _fields(call.endpoint, kind)
+        names = maximum_fields(call.endpoint, kind)
         for name in [name for name in names if document.get(name) is not None] or names[:1]:
             asked = document.get(name)
-            document[name] = maximum if asked is None or _is_endless(asked, kind) else min(asked, maximum)
+            document[name] = maximum if asked is None or is_endless(asked, kind) else min(asked, maximum)
     return dump(document)
 
 
@@ -193,28 +167,14 @@ def error_event(endpoint: Endpoint, error: ProxyError) -> bytes:
     return b"event: error\ndata: " + dump({**flat, **error.body()}) + b"\n\n"
 
 
-def _fields(endpoint: Endpoint, kind: Kind) -> tuple[str, ...]:
+def maximum_fields(endpoint: Endpoint, kind: Kind) -> tuple[str, ...]:
+    """The fields from which this kind of upstream takes its maximum; the first is the one to write."""
     return _MAXIMUM_FIELDS.get((kind, endpoint.name), endpoint.maxima)
 
 
-def _asked(call: Call, kind: Kind) -> int | None:
-    """The maximum that the request states in a field which this upstream reads; the larger one counts."""
-    stated = [call.document.get(name) for name in _fields(call.endpoint, kind)]
-    numbers = [number for number in stated if number is not None]
-    if any(_is_endless(number, kind) for number in numbers):
-        return None
-    return max(numbers, default=None)
-
-
-def _is_endless(number: int, kind: Kind) -> bool:
+def is_endless(number: int, kind: Kind) -> bool:
     """Whether this upstream takes the number for no maximum at all: what is negative, and at Ollama 0 too."""
     return number < (1 if kind == "ollama" else 0)
-
-
-def _default_maximum(call: Call, kind: Kind) -> int:
-    # A field left out means 16, but null means no maximum at all (vLLM).
-    short = call.endpoint.name == "completions" and "max_tokens" not in call.document
-    return _COMPLETION_TOKENS if short and kind not in ("llamacpp", "ollama") else _ANSWER_TOKENS
 
 
 def _refuse_fields(endpoint: Endpoint, document: Mapping[str, Any]) -> None:
@@ -329,19 +289,6 @@ def _whole(name: str, value: object, *, least: int) -> int | None:
     if not least <= value <= _NUMBER_MAX:
         raise InvalidRequest(f'"{name}" must be between {least} and {_NUMBER_MAX}.', param=name)
     return value
-
-
-def _pictures(document: Mapping[str, Any]) -> tuple[int, int]:
-    """The bytes of base64 in the places where pictures stand, and how many pictures there are."""
-    base64_bytes = images = 0
-    for part in _parts(document):
-        url = part.get("image_url")
-        url = url.get("url") if isinstance(url, dict) else url
-        if part.get("type") in ("image_url", "input_image"):
-            images += 1
-            if isinstance(url, str) and url.startswith("data:image/"):
-                base64_bytes += len(url)
-    return base64_bytes, images
 
 
 def _items(value: object) -> list[Any]:

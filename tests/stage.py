@@ -10,6 +10,7 @@ import io
 import json
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from proxy.config import Config, load_text
 from proxy.departure import Departures
 from proxy.simulator import Simulator
 from proxy.simulator import serve as serve_simulator
+from proxy.tokens import Tokens, table_folders
 from tests.builders import NOON
 
 UPSTREAM_KEY = "sk-upstream-secret-0123456789"
@@ -47,6 +49,12 @@ users:
 def key_of(user: str) -> str:
     """The key that STAFF and its like give a user."""
     return f"key-of-{user}-0123456789abcdef"
+
+
+@cache
+def loaded() -> Tokens:
+    """Tokenizers that all stages share: each table is read once."""
+    return Tokens(table_folders({}))
 
 
 class Clock:
@@ -166,6 +174,7 @@ async def stage(
     departures: Departures | None = None,
     upstream: str | None = None,
     on_disconnect: str | None = None,
+    tokenizers: Tokens | None = None,
 ) -> AsyncIterator[Stage]:
     """Start both, and stop them in order."""
     clock = clock or Clock()
@@ -178,7 +187,9 @@ async def stage(
         more=f", on_disconnect: {on_disconnect}" if on_disconnect else "",
     )
     files = Files(config)
-    server = Server(config, load=lambda: files.config, now=clock, departures=departures)
+    server = Server(
+        config, load=lambda: files.config, now=clock, departures=departures, tokenizers=tokenizers or loaded()
+    )
     await server.start()
     try:
         async with aiohttp.ClientSession(auto_decompress=False) as http:

@@ -13,7 +13,7 @@ from structlog.testing import capture_logs
 
 from proxy.app import Server, every, look_at
 from proxy.store import StoreInUse
-from tests.stage import STAFF, UPSTREAM_KEY, Clock, config_of, key_of, stage
+from tests.stage import STAFF, UPSTREAM_KEY, Clock, config_of, key_of, loaded, stage
 
 HELLO: Any = [{"role": "user", "content": "Hello"}]
 CHAT = "/v1/chat/completions"
@@ -60,7 +60,7 @@ async def test_a_second_process_on_the_same_file_is_refused(tmp_path: Path) -> N
     """Two that don't know of each other would both say yes."""
     async with stage(folder=tmp_path) as on:
         config = config_of(STAFF, folder=tmp_path, upstream="http://127.0.0.1:1/v1")
-        second = Server(config, load=lambda: config, now=on.clock)
+        second = Server(config, load=lambda: config, now=on.clock, tokenizers=loaded())
         with pytest.raises(StoreInUse, match="Another process"):
             await second.start()
         await second.stop()

@@ -19,16 +19,20 @@ PACKAGE = ROOT / "proxy"
 # The table of contents. A module imports only from those that stand before it, also on its own floor.
 FLOORS = {
     "ground": (
-        "errors windows usage quotas books policy standing auth "  # who may what
-        "strict_json sse wire meter stream headers failures pace".split()
+        "errors windows usage quotas admission books policy standing auth "  # who may what
+        "strict_json sse prompt wire demand ending meter stream headers failures pace".split()
     ),
     "adapters": (
         "references document scalars schema faults config check "  # the file
-        "logs tasks tables store ledger upstream metrics client".split()
+        "logs tasks tokens tables store ledger upstream metrics client".split()
     ),
-    "story": "reload reservation waiting passage departure relay".split(),
+    "story": "reload waiting counting reservation passage departure relay".split(),
     "doors": "answering health api admin".split(),
-    "roof": "simulated_faults simulated_text simulated_frames simulator app demo cli".split(),
+    "roof": (
+        "simulated_faults simulated_text simulated_frames simulator app demo "
+        "torture_plan torture_answers torture_records torture_report torture_verdict "
+        "torture_books torture_clients torture_upstream torture_proxy torture cli".split()
+    ),
 }
 ORDER = [module for floor in FLOORS.values() for module in floor]
 GROUND = FLOORS["ground"]
@@ -64,13 +68,17 @@ NAMED_ONLY_IN: dict[str, tuple[set[str], str]] = {
     "alembic": ({"tables"}, "ask tables: migrations have one home"),
     "aiosqlite": (set(), "let SQLAlchemy load it, by the database's URL"),
     "asyncpg": (set(), "let SQLAlchemy load it, by the database's URL"),
-    "aiohttp": ({"upstream"}, "the client is upstream's alone; for the server write `from aiohttp import web`"),
+    "sqlite3": ({"torture_books"}, "ask the ledger; only torture reads behind its back, to judge it"),
+    "aiohttp": (
+        {"upstream", "torture_clients"},
+        "the client is upstream's, and torture's; for the server write `from aiohttp import web`",
+    ),
     "aiohttp.web": (SERVER, "leave HTTP to the doors; hand them plain values"),
     "aiohttp.hdrs": (SERVER | {"upstream"}, "leave HTTP to the doors; hand them plain values"),
     "yaml": ({"document"}, "ask document, which keeps the line of every value"),
     "prometheus_client": ({"metrics"}, "every metric stands in the one list of metrics"),
     "click": ({"cli"}, "return what is to be said; cli says it"),
-    "tiktoken": (set(), "nothing counts tokens yet; the upstream reports them"),
+    "tiktoken": ({"tokens"}, "ask tokens: counting has one home"),
     "time.time": CLOCK,
     "time.time_ns": CLOCK,
     "time.monotonic": CLOCK,

@@ -24,7 +24,7 @@ from structlog.testing import capture_logs
 from proxy.books import Act, Booked, Books, Expire, NotBooked, Release, Reply, Reserve, Settle
 from proxy.errors import LedgerUnavailable
 from proxy.ledger import BATCH_MAX, LEASE_MS, Ledger
-from proxy.quotas import Verdict
+from proxy.admission import Verdict
 from proxy.store import Store, StoreInUse, StoreUnavailable
 from proxy.tables import NewerSchema
 from proxy.usage import Amount, AtLeast, Exactly, Tokens, Unspent

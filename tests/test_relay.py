@@ -228,14 +228,14 @@ async def test_a_call_that_can_never_fit_is_a_400(tmp_path: Path) -> None:
     policy = STAFF.replace("tokens: 1M", "tokens: 1k")
     async with stage(policy, folder=tmp_path) as on:
         with pytest.raises(openai.BadRequestError) as refused:
-            await on.sdk().chat.completions.create(model="fast", messages=[{"role": "user", "content": "x" * 2000}])
+            await on.sdk().chat.completions.create(model="fast", messages=[{"role": "user", "content": "so " * 2000}])
         assert refused.value.code == "context_length_exceeded"
         assert on.simulator.received == 0
 
 
 async def test_a_call_in_flight_makes_the_next_one_busy_not_exhausted(tmp_path: Path) -> None:
     """Room that a call in flight holds comes back in a moment, and the refusal says so."""
-    policy = STAFF.replace("tokens: 1M", "tokens: 300")
+    policy = STAFF.replace("tokens: 1M", "tokens: 150")
     async with stage(policy, folder=tmp_path, on_disconnect="stop") as on:
         first = on.begin(CHAT, _ask("hang", max_tokens=100, stream=True))
         await on.simulator.until(lambda: on.simulator.received == 1)
@@ -296,7 +296,7 @@ async def test_an_end_that_never_ends_is_cut_off(tmp_path: Path) -> None:
 
 async def test_a_call_that_only_others_hold_up_waits_for_them(tmp_path: Path) -> None:
     """Nobody is refused because others might use what is left."""
-    policy = STAFF.replace("tokens: 1M", "tokens: 400")
+    policy = STAFF.replace("tokens: 1M", "tokens: 250")
     async with stage(policy, folder=tmp_path) as on:
         first = on.begin(CHAT, _ask("tokens=5 speed=50", max_tokens=200))
         await on.simulator.until(lambda: on.simulator.received == 1)
@@ -306,7 +306,7 @@ async def test_a_call_that_only_others_hold_up_waits_for_them(tmp_path: Path) ->
 
 async def test_a_client_that_goes_while_its_call_waits_leaves_nothing(tmp_path: Path) -> None:
     """Its place is given up; nothing was sent, nothing is held, nothing is charged."""
-    policy = STAFF.replace("tokens: 1M", "tokens: 300")
+    policy = STAFF.replace("tokens: 1M", "tokens: 150")
     async with stage(policy, folder=tmp_path, on_disconnect="stop") as on:
         first = on.begin(CHAT, _ask("hang", max_tokens=100, stream=True))
         await on.simulator.until(lambda: on.simulator.received == 1)

@@ -1,0 +1,65 @@
+"""How many tokens one call has, where the upstream doesn't say it: counted off the event loop, when it matters.
+
+Nobody has to, most of the time. Its input is counted where little is left of a quota, so that a bound in bytes would
+refuse or shorten what fits; and where an answer broke off, or came without its usage. Counted at most once.
+"""
+
+from collections.abc import Callable, Sequence
+
+from proxy.demand import counted, demand_of
+from proxy.policy import Model
+from proxy.prompt import read_prompt
+from proxy.quotas import Demand
+from proxy.tokens import BYTES_PER_TOKEN, Tokens
+from proxy.wire import Call
+
+# The texts of an input are kept until its call ends, in case they have to be counted. Those that have more characters
+# than this are counted before the call is sent instead.
+_KEPT_CHARACTERS_MAX = 2**20
+
+
+class CallCount:
+    """The tokens of one call. `body_bytes` is the length of the body that is sent."""
+
+    def __init__(self, tokenizers: Tokens, call: Call, model: Model, *, body_bytes: int) -> None:
+        is_chat = call.endpoint.name in ("chat", "responses")
+        prompt = read_prompt(call.document, model=model.upstream_model, is_chat=is_chat)
+        self.demand = demand_of(call, model, prompt, body_bytes=body_bytes)
+        self._tokenizers = tokenizers
+        self._encoding = tokenizers.encoding_of(model)
+        self._prompt = prompt
+        self._texts: Sequence[str] | None = prompt.texts  # None once they are counted
+        self._text_tokens: int | None = None
+        self._text_bytes = body_bytes - prompt.opaque_bytes
+
+    @property
+    def piece(self) -> Callable[[str], int]:
+        """What counts the pieces of an answer as they pass."""
+        return self._tokenizers.counter(self._encoding.name)
+
+    async def before_it_is_sent(self) -> None:
+        """Count a large input now, and let go of its texts."""
+        if sum(map(len, self._texts or ())) > _KEPT_CHARACTERS_MAX:
+            await self._count()
+
+    async def exact_demand(self) -> Demand:
+        """The demand with the input counted, or, where that fails, bounded by its bytes for good."""
+        return counted(self.demand, self._prompt, await self._count(), is_guess=self._encoding.is_guess)
+
+    async def of_input(self) -> int:
+        """About how many tokens the input has; never the bound, which is meant to be too large."""
+        text_tokens = await self._count()
+        if text_tokens is None:
+            return -(-self._text_bytes // BYTES_PER_TOKEN) + self._prompt.media_tokens
+        return text_tokens + self._prompt.overhead
+
+    async def of_output(self, texts: Sequence[str]) -> int:
+        """About how many tokens these texts of an answer have."""
+        counted = await self._tokenizers.count_all(texts, self._encoding.name) if texts else 0
+        return counted if counted is not None else -(-sum(len(text.encode()) for text in texts) // BYTES_PER_TOKEN)
+
+    async def _count(self) -> int | None:
+        if self._texts is not None:
+            texts, self._texts = self._texts, None
+            self._text_tokens = await self._tokenizers.count_all(texts, self._encoding.name)
+        return self._text_tokens

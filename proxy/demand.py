@@ -1,0 +1,111 @@
+"""What a call may use at the most, before it is sent: the bound on its input, and the answer that it asks for.
+
+The input of a call is bounded by the bytes of the body that is sent. That is four times too much for prose, so near a
+limit its tokens are counted instead. What refers to something that the body doesn't show is open: nothing bounds it
+but the model's context, if that is known.
+
+Pure. What a request means is read in `wire` and `prompt`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from proxy.policy import Kind, Model
+from proxy.prompt import Prompt
+from proxy.quotas import Demand
+from proxy.usage import TOKENS_MAX
+from proxy.wire import Call, is_endless, maximum_fields
+
+# What is held for an answer whose length neither the request nor the model's configuration states.
+_ANSWER_TOKENS = 4096
+# OpenAI's default for /completions, where nothing else is asked.
+_COMPLETION_TOKENS = 16
+# No answer is started that could be shorter than this, unless the request asks for less.
+SMALLEST_ANSWER = 1024
+# A tokenizer that is not the model's own counts a fifth more or less in most languages; half as much again is held.
+_GUESS = (3, 2)
+# OpenAI's models that show every token that they bill, by the beginning of the name; all others think unseen.
+_SHOW_ALL = tuple("babbage-002 chatgpt-4o davinci-002 gpt-3.5 gpt-35 gpt-4".split())
+
+
+def demand_of(call: Call, model: Model, prompt: Prompt, *, body_bytes: int) -> Demand:
+    """What a call may use at the most; `body_bytes` is the length of the body that is sent."""
+    bound = prompt.bound(body_bytes)
+    if prompt.is_open and model.context:
+        bound = max(bound, model.context)
+    if not call.endpoint.generates:
+        return Demand(input=bound, want=0, smallest=0, first=0, is_rough=not prompt.is_open)
+    asked = _asked(call, model.upstream.kind)
+    known = asked if asked is not None else model.max_output_tokens or _own_default(call, model.upstream.kind)
+    each = _ANSWER_TOKENS if known is None else known
+    want = min(each * call.choices, TOKENS_MAX)
+    smallest = min(each, _thinking(call.document) + (model.smallest_answer or SMALLEST_ANSWER)) * call.choices
+    smallest = min(smallest, want)
+    return Demand(
+        input=bound,
+        want=want,
+        smallest=smallest,
+        first=smallest if is_seen_growing(call, model) else want,
+        is_open_ended=known is None,
+        is_rough=not prompt.is_open,
+    )
+
+
+def counted(demand: Demand, prompt: Prompt, text_tokens: int | None, *, is_guess: bool) -> Demand:
+    """The same demand once the text of its input was counted; by its bytes, should that have failed (None).
+
+    `is_guess` where the tokenizer may be another one than the model's.
+    """
+    if text_tokens is None:
+        return replace(demand, is_rough=False)
+    over, under = _GUESS if is_guess else (1, 1)
+    tokens = -(-text_tokens * over // under) + prompt.overhead
+    return replace(demand, input=min(demand.input, tokens), is_rough=False)
+
+
+def is_seen_growing(call: Call, model: Model) -> bool:
+    """Whether all the tokens of an answer can be seen as they come, so that its hold may grow with it."""
+    return call.stream and call.endpoint.generates and not (_hides(model) or _asks_for_hidden(call.document))
+
+
+def _hides(model: Model) -> bool:
+    """Whether this model thinks in tokens that no answer shows. OpenAI's own do, unless they are known not to."""
+    if model.reasoning is not None:
+        return model.reasoning
+    return model.upstream.kind in ("openai", "azure") and not model.upstream_model.removeprefix("ft:").startswith(
+        _SHOW_ALL
+    )
+
+
+def _asks_for_hidden(document: Mapping[str, Any]) -> bool:
+    """Whether a request asks for what is billed and not streamed as text: thoughts, predictions, sound."""
+    modalities = document.get("modalities")
+    speaks = isinstance(modalities, list) and "audio" in modalities
+    return speaks or bool(document.get("prediction")) or _thinking(document) > 0
+
+
+def _thinking(document: Mapping[str, Any]) -> int:
+    """The tokens that a request sets aside for thinking: Anthropic's field, and that of OpenRouter."""
+    for name, member in (("thinking", "budget_tokens"), ("reasoning", "max_tokens")):
+        section = document.get(name)
+        budget = section.get(member) if isinstance(section, dict) else None
+        if isinstance(budget, int) and not isinstance(budget, bool) and budget > 0:
+            return min(budget, TOKENS_MAX)
+    return 0
+
+
+def _asked(call: Call, kind: Kind) -> int | None:
+    """The maximum that the request states in a field which this upstream reads; the larger one counts."""
+    stated = [call.document.get(name) for name in maximum_fields(call.endpoint, kind)]
+    numbers = [number for number in stated if number is not None]
+    if any(is_endless(number, kind) for number in numbers):
+        return None
+    return max(numbers, default=None)
+
+
+def _own_default(call: Call, kind: Kind) -> int | None:
+    """The maximum that an upstream takes by itself where the request states none."""
+    # A field left out means 16, but null means no maximum at all (vLLM).
+    short = call.endpoint.name == "completions" and "max_tokens" not in call.document
+    return _COMPLETION_TOKENS if short and kind not in ("llamacpp", "ollama") else None

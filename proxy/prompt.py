@@ -1,0 +1,396 @@
+"""What of a request the model reads: its texts, and what costs tokens without being text.
+
+A `Prompt` is told from the document alone, without counting a single token. Texts are handed on to be counted;
+pictures and sounds have the set prices of OpenAI's documents, since their base64 is not read as text: a megabyte of
+it would count as 680,000 tokens. Nothing here refuses anything, and no value of JSON is too strange for it: what we
+don't know is taken for text, so that it is counted too high, not too low.
+
+Sources: OpenAI's cookbook for what is added to each message, its documents of 2025 on vision and sound for the
+prices. Neither is a promise; the upstream's own count goes before ours wherever there is one.
+"""
+
+import binascii
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from proxy.strict_json import dump
+
+# What the cookbook's chat format adds to each message, to a name, and once for the beginning of the answer.
+_PER_MESSAGE = 3
+_PER_NAME = 1
+_PRIMING = 3
+# What is not shown as text (encrypted reasoning, files) is estimated as prose would be.
+_CHARACTERS_PER_TOKEN = 4
+# One token is 100 ms of sound, and the leanest MP3 has 8 kbit/s: so no sound has fewer than 100 bytes to a token.
+_SOUND_BYTES_PER_TOKEN = 100
+
+_TEXT_FIELDS = ("messages", "input", "prompt", "suffix", "instructions")
+# Templates write these out as JSON, or about so.
+_JSON_FIELDS = ("tools", "functions", "documents", "chat_template_kwargs")
+# Fields that stand for tokens which are not in the request. A template of the client's own may write any number.
+_OPEN_FIELDS = ("previous_response_id", "conversation", "web_search_options", "chat_template")
+_OWN_TOOLS = ("function", "custom", None)
+_CONTENTS = ("content", "output")
+_UNREAD_IN_A_TURN = ("type", "id", "status")
+_SAYS_SOMETHING = frozenset(("content", "tool_calls", "function_call", "refusal"))
+
+# The kinds of parts that are not text, and the member by which some servers know them where `type` is left out.
+_PICTURES = ("image_url", "input_image")
+_SOUNDS = ("input_audio",)
+_FILES = ("file", "input_file")
+_OPEN_PARTS = ("audio_url", "video_url", "input_video")
+_MEDIA = (*_PICTURES, *_SOUNDS, *_FILES, *_OPEN_PARTS)
+_NO_TEXT = frozenset(_MEDIA)
+
+# The size of a JPEG stands behind previews and colour profiles. It is looked for behind so many bytes, in so many
+# pictures of a request; decoding those takes 13 ms at worst, for which nobody else is served.
+_JPEG_BYTES_MAX = 131_072
+_JPEGS_MAX = 32
+_JPEG_HEAD_BYTES = 4096
+_JPEG_MARKERS_MAX = 100
+_HEAD_BYTES = 30
+_DATA_URL_HEAD_MAX = 200
+
+_Size = tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What a model reads of one request, in texts and in tokens that are not text.
+
+    `overhead` are tokens beside those of the texts: what is added to messages, tokens that came as numbers, media.
+    `media_tokens` is the part of it that is the price of pictures and sounds, and `opaque_bytes` what these take
+    of the JSON. Where it `is_open` the model reads something that the request does not show, so nothing bounds it.
+    """
+
+    texts: tuple[str, ...] = ()
+    overhead: int = 0
+    opaque_bytes: int = 0
+    media_tokens: int = 0
+    is_open: bool = False
+
+    def bound(self, body_bytes: int) -> int:
+        """The most that the input can be, unless it is open, in a body of so many bytes.
+
+        One token is at least one byte, and the JSON around a message outweighs what chat templates add.
+        """
+        return body_bytes - self.opaque_bytes + self.media_tokens
+
+
+def read_prompt(document: Mapping[str, Any], *, model: str, is_chat: bool) -> Prompt:
+    """What the upstream's `model` reads of a request. `is_chat`: as messages (/chat/completions, /responses)."""
+    reading = _Reading(_price_of_pictures(model))
+    for name in _TEXT_FIELDS:
+        reading.see_field(document.get(name), is_chat=is_chat)
+    for name in _JSON_FIELDS:
+        reading.see_json(document.get(name))
+    reading.see_json(_member(document.get("response_format"), "json_schema"))
+    reading.see_json(_member(_member(document.get("text"), "format"), "schema"))
+    return Prompt(
+        texts=tuple(reading.texts),
+        overhead=reading.overhead + (_PRIMING if is_chat else 0),
+        opaque_bytes=reading.opaque_bytes,
+        media_tokens=reading.media_tokens,
+        is_open=reading.is_open or _is_open(document),
+    )
+
+
+def parts_of(document: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The parts of all messages of a request, and of what tools gave back: texts, pictures, files."""
+    turns = [turn for name in ("messages", "input") for turn in _list(document.get(name)) if isinstance(turn, dict)]
+    contents = [turn.get(name) for turn in turns for name in _CONTENTS]
+    return [part for content in contents for part in _list(content) if isinstance(part, dict)]
+
+
+def _member(value: object, name: str) -> object:
+    return value.get(name) if isinstance(value, dict) else None
+
+
+def _is_open(document: Mapping[str, Any]) -> bool:
+    if any(document.get(name) not in (None, False) for name in _OPEN_FIELDS):
+        return True
+    if isinstance(document.get("prompt"), dict):  # a template that is stored at the upstream
+        return True
+    return any(
+        not isinstance(tool, dict) or tool.get("type") not in _OWN_TOOLS for tool in _list(document.get("tools"))
+    )
+
+
+def _list(value: object) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+class _Reading:
+    """What has been found so far, while a request is walked through."""
+
+    def __init__(self, pictures: "_Tiles | _Patches") -> None:
+        self.texts: list[str] = []
+        self.overhead = self.opaque_bytes = self.media_tokens = 0
+        self.is_open = False
+        self._pictures = pictures
+        self._pictures_seen = 0
+
+    def see_field(self, value: object, *, is_chat: bool) -> None:
+        """Read a field of texts: one of them, or a list of texts, of messages, or of tokens as numbers."""
+        if not isinstance(value, list):
+            self.see(value)
+            self.overhead += _PER_MESSAGE if is_chat and value is not None else 0
+            return
+        self.overhead += _numbers_in(value)
+        for turn in value:
+            if isinstance(turn, dict):
+                self._see_turn(turn)
+            else:
+                self.see(turn)
+
+    def see_json(self, value: object) -> None:
+        """Read a value that the model gets to see as JSON."""
+        if value:
+            self.texts.append(dump(value).decode())
+
+    def see(self, value: object) -> None:
+        """Take every string in it for text, and every whole number in a list for a token."""
+        waiting = [value]  # not recursive: no depth overflows the stack
+        while waiting:
+            value = waiting.pop()
+            if isinstance(value, str):
+                if value:
+                    self.texts.append(value)
+            elif isinstance(value, list):
+                self.overhead += _numbers_in(value)
+                waiting += reversed(value)
+            elif isinstance(value, dict):
+                waiting += [_as_text(key, inner) for key, inner in reversed(value.items()) if key != "type"]
+
+    def _see_turn(self, turn: dict[str, Any]) -> None:
+        """Read a message, or another item of a conversation: a call of a tool, what it gave back."""
+        if _kind(turn) in _MEDIA:
+            self._see_part(turn)
+            return
+        self.overhead += _PER_MESSAGE + (_PER_NAME if isinstance(turn.get("name"), str) else 0)
+        self.is_open = self.is_open or _is_reference(turn)
+        for key, value in turn.items():
+            if key in _CONTENTS:
+                for part in value if isinstance(value, list) else [value]:
+                    self._see_part(part)
+            elif key == "encrypted_content":
+                self._see_unshown(value)
+            elif key not in _UNREAD_IN_A_TURN:
+                # The ids of tool calls are read: some templates write them out.
+                self.see(_as_text(key, value))
+
+    def _see_part(self, part: object) -> None:
+        kind = _kind(part) if isinstance(part, dict) else None
+        if not isinstance(part, dict) or kind not in _MEDIA:
+            self.see(part)
+        elif kind in _PICTURES:
+            self._see_picture(part)
+        elif kind in _SOUNDS:
+            self._see_sound(part)
+        elif kind in _FILES:
+            self._see_file(part)
+        else:
+            self.is_open = True
+            self._see_unshown(part)
+
+    def _see_picture(self, part: dict[str, Any]) -> None:
+        inner = part.get("image_url")
+        image = inner if isinstance(inner, dict) else {"url": inner, "detail": part.get("detail")}
+        url, size = image.get("url"), None
+        if not isinstance(url, str):
+            self.see(inner)
+        elif start := _base64_start(url):
+            self._pictures_seen += 1
+            size = _picture_size(url, start, is_searched=self._pictures_seen <= _JPEGS_MAX)
+            self._leave_out(url, part)
+        self._price(self._pictures.price(size, is_low=image.get("detail") == "low"))
+        self.is_open = self.is_open or bool(part.get("file_id"))
+
+    def _see_sound(self, part: dict[str, Any]) -> None:
+        data = _member(part.get("input_audio"), "data")
+        if not isinstance(data, str):
+            self.see(part)
+            return
+        self._price(-(-len(data) * 3 // (4 * _SOUND_BYTES_PER_TOKEN)))
+        self._leave_out(data, part)
+
+    def _see_file(self, part: dict[str, Any]) -> None:
+        """Read a file: of one that is no plain text the model gets pictures of its pages too, so it is open."""
+        inner = part.get("file")
+        file = inner if isinstance(inner, dict) else part
+        for key, value in file.items():
+            if key == "file_data":
+                self._see_unshown(value)
+            elif key not in ("type", "file_url"):
+                self.see(value)
+        data = file.get("file_data")
+        is_plain = isinstance(data, str) and data.startswith("data:text/") and not file.get("file_url")
+        self.is_open = self.is_open or not is_plain or bool(file.get("file_id"))
+
+    def _see_unshown(self, value: object) -> None:
+        """Estimate what is in the request but not as the model reads it. Its bytes stay part of the bound."""
+        self.overhead += -(-_characters_in(value) // _CHARACTERS_PER_TOKEN)
+
+    def _leave_out(self, base64: str, part: Mapping[str, Any]) -> None:
+        """Don't count base64 as text, where the part leaves no doubt that it is none."""
+        if part.get("type") is not None:
+            self.opaque_bytes += len(base64)
+
+    def _price(self, tokens: int) -> None:
+        self.overhead += tokens
+        self.media_tokens += tokens
+
+
+def _kind(part: Mapping[str, Any]) -> object:
+    kind = part.get("type")
+    if kind is not None or _NO_TEXT.isdisjoint(part):
+        return kind
+    return next(member for member in _MEDIA if member in part)
+
+
+def _is_reference(turn: Mapping[str, Any]) -> bool:
+    """Whether a turn stands for one that is stored at the upstream. A reference need not say its type."""
+    kind, sound = turn.get("type"), turn.get("audio")
+    is_bare = kind is None and _SAYS_SOMETHING.isdisjoint(turn)
+    return is_bare or kind == "item_reference" or (isinstance(sound, dict) and "id" in sound)
+
+
+def _as_text(key: str, value: object) -> object:
+    """Arguments of a tool call that came as an object: templates write them out as JSON."""
+    return dump(value).decode() if key == "arguments" and not isinstance(value, str) else value
+
+
+def _numbers_in(value: list[Any]) -> int:
+    return sum(type(inner) is int for inner in value)
+
+
+def _characters_in(value: object) -> int:
+    if value is None:
+        return 0
+    return len(value) if isinstance(value, str) else len(dump(value))
+
+
+# ----------------------------------------------------------------------------------------------------------- pictures
+
+
+@dataclass(frozen=True, slots=True)
+class _Tiles:
+    """So much for a picture, and so much for each of its tiles of 512 pixels, once it is made to fit."""
+
+    base: int
+    each: int
+    knows_detail: bool = True
+
+    def price(self, size: _Size | None, *, is_low: bool) -> int:
+        """Fit within 2048 × 2048, the short side made 768: at most 2 × 4 tiles.
+
+        1024 × 1024 becomes 768 × 768, which is 4 tiles: 85 + 4 × 170 = 765. Small pictures are made larger, as the
+        documents say; others saw that they are not, which costs less.
+        """
+        if is_low and self.knows_detail:
+            return self.base
+        if size is None:
+            return self.base + 8 * self.each
+        short, long = sorted(size)
+        wide, divisor = (768, short) if 768 * long <= 2048 * short else (2048, long)
+        tiles = -(-short * wide // (divisor * 512)) * -(-long * wide // (divisor * 512))
+        return self.base + tiles * self.each
+
+
+@dataclass(frozen=True, slots=True)
+class _Patches:
+    """A price for each patch of 32 pixels, in hundredths of a token."""
+
+    hundredths: int
+
+    def price(self, size: _Size | None, *, is_low: bool) -> int:
+        """At most 1536 patches: a larger picture is made to fit. 1024 × 1024 has 1024: × 1.62 is 1659."""
+        width, height = size or (1536 * 32, 32)
+        return -(-min(1536, -(-width // 32) * -(-height // 32)) * self.hundredths // 100)
+
+
+# By all that the upstream's name of a model contains, the first that fits. The constants are those of OpenAI's
+# documents of 2025; models since then change them again.
+_PRICES: tuple[tuple[tuple[str, ...], _Tiles | _Patches], ...] = (
+    (("gpt-4o-mini",), _Tiles(2833, 5667)),
+    (("gpt-4.1", "mini"), _Patches(162)),
+    (("gpt-5", "mini"), _Patches(162)),
+    (("gpt-4.1", "nano"), _Patches(246)),
+    (("gpt-5", "nano"), _Patches(246)),
+    (("o4-mini",), _Patches(172)),
+    (("gpt-4",), _Tiles(85, 170)),
+    (("gpt-5",), _Tiles(85, 170)),
+)
+# Of a model that we don't know: as most are priced, but whether it knows of `detail` nobody says.
+_UNKNOWN = _Tiles(85, 170, knows_detail=False)
+
+
+def _price_of_pictures(model: str) -> _Tiles | _Patches:
+    fitting = (price for marks, price in _PRICES if all(mark in model for mark in marks))
+    return next(fitting, _UNKNOWN)
+
+
+def _base64_start(url: str) -> int:
+    """Where the base64 of a picture's data URL begins; 0 where it is no such URL."""
+    if not url.startswith("data:image/"):
+        return 0
+    found = url.find(";base64,", 0, _DATA_URL_HEAD_MAX)
+    return found + len(";base64,") if found > 0 else 0
+
+
+def _picture_size(url: str, start: int, *, is_searched: bool) -> _Size | None:
+    """Width and height of the picture whose base64 begins at `start`; None where its first bytes don't say.
+
+    Not of a GIF, whose pictures may be larger than the screen that its head states.
+    """
+    head = _decoded(url, start, _HEAD_BYTES)
+    size = None
+    if head.startswith(b"\x89PNG\r\n\x1a\n") and head[12:16] == b"IHDR":
+        size = (int.from_bytes(head[16:20]), int.from_bytes(head[20:24]))
+    elif head.startswith(b"RIFF") and head[8:12] == b"WEBP":
+        size = _webp_size(head)
+    elif head.startswith(b"\xff\xd8"):
+        size = _jpeg_size(_decoded(url, start, _JPEG_HEAD_BYTES))
+        if size is None and is_searched:
+            size = _jpeg_size(_decoded(url, start, _JPEG_BYTES_MAX))
+    return size if size and all(size) else None
+
+
+def _decoded(url: str, start: int, count: int) -> bytes:
+    """The first bytes, at least so many if there are; none where these are not strictly base64.
+
+    A reader that forgives what is none would see other bytes than we do.
+    """
+    quads = min(-(-count // 3), (len(url) - start) // 4)
+    try:
+        return binascii.a2b_base64(url[start : start + quads * 4], strict_mode=True)
+    except ValueError:
+        return b""
+
+
+def _webp_size(head: bytes) -> _Size | None:
+    kind = head[12:16]
+    if kind == b"VP8X":
+        return (int.from_bytes(head[24:27], "little") + 1, int.from_bytes(head[27:30], "little") + 1)
+    if kind == b"VP8L":
+        bits = int.from_bytes(head[21:25], "little")
+        return ((bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1)
+    if kind == b"VP8 ":
+        return (int.from_bytes(head[26:28], "little") & 0x3FFF, int.from_bytes(head[28:30], "little") & 0x3FFF)
+    return None
+
+
+def _jpeg_size(data: bytes) -> _Size | None:
+    """The size in the first frame header (SOF), which stands behind any number of other segments."""
+    at = 2
+    for _ in range(_JPEG_MARKERS_MAX):
+        if at + 9 > len(data) or data[at] != 0xFF:
+            return None
+        marker = data[at + 1]
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            return (int.from_bytes(data[at + 7 : at + 9]), int.from_bytes(data[at + 5 : at + 7]))
+        if marker < 0xC0 or 0xD0 <= marker <= 0xDA:  # has no length, or ends the head
+            return None
+        at += 1 if marker == 0xFF else 2 + int.from_bytes(data[at + 2 : at + 4])  # 0xFF only fills up
+    return None
