@@ -2,6 +2,7 @@
 #   make run     starts the demo: the proxy before a simulated upstream, both on loopback, and prints what to paste
 #   make test    lint, types and all tests
 #   make lint    the first two alone          make bench   the figures of benchmarks/
+#   make torture the proxy under 64 clients, hang-ups and kills, three minutes: are all promises kept?
 #   make lock    new versions into the locks  make clean   away with all that was made here
 #
 # Everything is installed into .venv by hash from a lock: requirements-run.lock is what the program and its image need,
@@ -13,7 +14,7 @@ BIN := .venv/bin
 # A .venv with everything serves `make run` as well.
 RUN_VENV := $(if $(wildcard .venv/all),.venv/all,.venv/run)
 
-.PHONY: .venv run test lint bench lock clean
+.PHONY: .venv run test lint bench torture lock clean
 .DELETE_ON_ERROR:
 
 .venv: .venv/all
@@ -33,6 +34,11 @@ lint: .venv/all
 
 bench: .venv/all
 	$(BIN)/python -m benchmarks
+
+torture: .venv/all
+	$(BIN)/python -m proxy torture --seconds 60
+	$(BIN)/python -m proxy torture --seconds 60 --per 5s
+	$(BIN)/python -m proxy torture --seconds 60 --shared --users 20
 
 .venv/all: requirements.lock
 	$(call install,$<)

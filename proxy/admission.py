@@ -128,6 +128,7 @@ class _Way:
     route: Route
     verdict: Verdict
     output: int
+    hold: Amount
     blocks: tuple[Block, ...]
     capped_by: Quota | None
 
@@ -150,10 +151,10 @@ def _assess(route: Route, demand: Demand, at: Mapping[str, Counter]) -> _Way:
         carried = _carried(quota, at[quota.id], demand)
         if carried < output:
             output, capped_by = carried, quota
-    hold = Amount(demand.input, min(output, demand.first), 1)
+    hold = Amount(demand.input + _unseen(route, demand, at, output), min(output, demand.first), 1)
     blocks = tuple(block for quota in route.quotas for block in _blocks(quota, at[quota.id], demand, hold))
     verdict = max((block.verdict for block in blocks), default=Verdict.ROOM)
-    return _Way(route, verdict, output, blocks, capped_by)
+    return _Way(route, verdict, output, hold, blocks, capped_by)
 
 
 def _carried(quota: Quota, counter: Counter, demand: Demand) -> int:
@@ -165,6 +166,17 @@ def _carried(quota: Quota, counter: Counter, demand: Demand) -> int:
         if limit.measure in ("tokens", "output_tokens") and demand.bounds(limit):
             taken = demand.input if limit.measure == "tokens" else 0
             room.append(quota.ceiling(limit) - counter.used.of(limit.measure) - taken)
+    return max(0, min(room))
+
+
+def _unseen(route: Route, demand: Demand, at: Mapping[str, Counter], output: int) -> int:
+    """How much is held of what the call may read without showing it: as much as is free beside the rest."""
+    room = [demand.unseen]
+    for quota in route.quotas if demand.unseen else ():
+        for limit in quota.limits if quota.enforce != "after" else ():
+            if limit.measure in ("tokens", "input_tokens"):
+                taken = demand.input + (output if limit.measure == "tokens" else 0)
+                room.append(limit.maximum - at[quota.id].used.of(limit.measure) - taken)
     return max(0, min(room))
 
 
@@ -206,7 +218,7 @@ def _verdict(quota: Quota, limit: Limit, counter: Counter, least: int, hold: int
 
 
 def _admit(way: _Way, demand: Demand, binding: Binding, at: Mapping[str, Counter]) -> Admitted:
-    hold = Amount(demand.input, min(way.output, demand.first), 1)
+    hold = way.hold
     wanted = replace(demand, smallest=hold.output)
     through = {quota.id for quota in way.route.quotas}
     beside = [

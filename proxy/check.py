@@ -46,6 +46,7 @@ def warnings(config: Config) -> tuple[Mistake, ...]:
         *_of_limits(policy),
         *_idle_quotas(policy),
         *_escaping_models(policy),
+        *_endless_models(policy),
         *_of_upstreams(policy),
         *_plain_secrets(config),
     ]
@@ -126,17 +127,23 @@ def _quotas(policy: Policy) -> Iterator[tuple[Path, Group, Quota]]:
 
 
 def _of_limits(policy: Policy) -> Warnings:
-    for path, _, quota in _quotas(policy):
+    for path, group, quota in _quotas(policy):
         for limit in quota.limits:
             if limit.maximum == 0:
                 yield (*path, limit.measure), f"{quota.id}: {_words(limit)} refuse every call that it binds"
-            elif quota.enforce == "exact" and _is_below_an_answer(limit):
+            elif quota.enforce == "exact" and _is_of_answers(limit) and limit.maximum < _least(policy, group, quota):
                 text = f"calls that ask for a longer answer than {limit.maximum:,} tokens are never let in"
                 yield (*path, limit.measure), f"{quota.id}: {text}"
 
 
-def _is_below_an_answer(limit: Limit) -> bool:
-    return limit.measure in ("tokens", "output_tokens") and limit.maximum < SMALLEST_ANSWER
+def _is_of_answers(limit: Limit) -> bool:
+    return limit.measure in ("tokens", "output_tokens")
+
+
+def _least(policy: Policy, group: Group, quota: Quota) -> int:
+    """The smallest answer that is started, of any model that this quota reaches."""
+    reached = [model for name, model in (policy.models or {}).items() if quota in group.quotas_for(name)]
+    return min((model.smallest_answer or SMALLEST_ANSWER for model in reached), default=SMALLEST_ANSWER)
 
 
 def _idle_quotas(policy: Policy) -> Warnings:
@@ -253,6 +260,27 @@ def _named(policy: Policy) -> dict[str, Model]:
 
 def _served(model: Model) -> tuple[str, str]:
     return model.upstream.name, model.upstream_model
+
+
+def _endless_models(policy: Policy) -> Warnings:
+    """Models of which nobody says how long an answer may become, so that one may take a quota over its limit."""
+    for name, model in (policy.models or {}).items():
+        is_known = model.max_output_tokens is not None or model.upstream.kind == "simulator"
+        # What makes embeddings writes no answers. It is known by its name alone.
+        if name == "*" or is_known or "embed" in model.upstream_model:
+            continue
+        if quota := _exact_quota_of_answers(policy, name):
+            text = f"a whole answer may take {quota.id} over its limit if its call states no maximum"
+            yield ("models", name), f"{text}; write max_output_tokens"
+
+
+def _exact_quota_of_answers(policy: Policy, model: str) -> Quota | None:
+    """The first quota that promises never to be over, on what this model writes for somebody."""
+    members = _members(policy)
+    quotas = (quota for group in policy.groups.values() if members[group.name] for quota in group.quotas_for(model))
+    return next(
+        (quota for quota in quotas if quota.enforce == "exact" and any(map(_is_of_answers, quota.limits))), None
+    )
 
 
 def _of_upstreams(policy: Policy) -> Warnings:

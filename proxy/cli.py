@@ -4,6 +4,7 @@ import logging
 import os
 import sys
 from collections.abc import Coroutine
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from typing import Any, NoReturn
@@ -11,14 +12,19 @@ from typing import Any, NoReturn
 import click
 import uvloop
 
-from proxy import __version__, demo, logs
-from proxy.app import Server, look_at, serve, sqlite_path
+from proxy import __version__, demo, logs, torture
+from proxy.app import Server, look_at, serve, sqlite_path, wall_clock_ms
 from proxy.check import sentences, warnings
 from proxy.config import BadConfig, Config, load
 from proxy.policy import digest
 from proxy.schema import json_schema
 from proxy.store import Store, StoreInUse, StoreUnavailable
 from proxy.tables import NewerSchema
+from proxy.tokens import Tokens, table_folders
+from proxy.torture import NoCount, Outside
+from proxy.torture_plan import Plan
+from proxy.torture_proxy import NotStarted
+from proxy.torture_report import Report
 
 _NO, _WRONG = 1, 2
 
@@ -53,7 +59,8 @@ def serve_command(path: str, host: str | None, port: int | None, admin_port: int
 @click.option("--admin-port", type=click.IntRange(0, 65535), default=8081, show_default=True)
 def demo_command(port: int, admin_port: int) -> None:
     """Serve a demo with a simulated upstream, and print what to paste."""
-    _run(demo.run(port, admin_port, click.echo))
+    with closing(Tokens(table_folders(os.environ))) as tokenizers:
+        _run(demo.run(port, admin_port, click.echo, tokenizers))
 
 
 @main.command("check")
@@ -81,6 +88,49 @@ def migrate_command(path: str) -> None:
     click.echo("The database has this release's schema.")
 
 
+@main.command("torture")
+@click.option("--clients", type=click.IntRange(1, 2000), default=64, show_default=True)
+@click.option("--seconds", type=click.FloatRange(1), default=60, show_default=True)
+@click.option("--users", type=click.IntRange(1), default=8, show_default=True, help="Clients share them out.")
+@click.option("--limit", type=click.IntRange(1), help="Tokens of the quota. By default such that it is used up.")
+@click.option("--per", default="1h", show_default=True, help="The quota's window.")
+@click.option("--shared", is_flag=True, help="One pot for all users instead of a quota for each.")
+@click.option("--disconnects", type=click.FloatRange(0, 1), default=0.2, show_default=True, help="Who hang up.")
+@click.option("--kill-every", "kill_every_s", type=click.FloatRange(0), default=10, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--replicas", type=click.IntRange(1), default=1, hidden=True)
+@click.option("--target", help="Another proxy's address with /v1, instead of our own, which is started and killed.")
+@click.option("--key", "keys", multiple=True, help="A user's key there; may be given several times.")
+@click.option("--model", help="The model to ask it for.")
+@click.option("--upstream-port", type=click.IntRange(1, 65535), help="Where the upstream is that it forwards to.")
+@click.option("--upstream-key", help="The key that it must send there.")
+@click.option("--counter", help="A command that prints how many tokens it has counted.")
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+def torture_command(as_json: bool, **options: Any) -> None:
+    """Hammer a quota from many clients, and hold what was counted against what was given."""
+    report = _torture(options)
+    click.echo(report.as_json() if as_json else report.as_text())
+    if not report.is_kept:
+        raise SystemExit(_NO)
+
+
+def _torture(options: dict[str, Any]) -> Report:
+    say = partial(click.echo, err=True)
+    outside = {name: options.pop(name) for name in "keys model upstream_port upstream_key counter".split()}
+    target = options.pop("target")
+    if options.pop("replicas") > 1:
+        _give_up("Several replicas need PostgreSQL, and this release keeps its books in SQLite only.", _WRONG)
+    try:
+        if target is None:
+            return uvloop.run(torture.run(Plan(**options), now=wall_clock_ms, say=say))
+        if options["limit"] is None or not all(outside[name] for name in list(outside)[:4]):
+            _give_up("--target needs --key, --model, --limit, --upstream-port and --upstream-key too.", _WRONG)
+        plan = Plan(**{**options, "users": len(outside["keys"])})
+        return uvloop.run(torture.run_outside(plan, Outside(target, **outside), now=wall_clock_ms, say=say))
+    except (ValueError, OSError, NotStarted, NoCount) as error:
+        _give_up(str(error), _WRONG)
+
+
 @main.group("keys")
 def keys_group() -> None:
     """Keys of users."""
@@ -105,8 +155,9 @@ async def _migrate(config: Config) -> None:
 
 
 async def _serve(config: Config, path: str) -> None:
-    server = Server(config, load=partial(load, path, os.environ), look=partial(look_at, path))
-    await serve(server, _say_where)
+    read, look = partial(load, path, os.environ), partial(look_at, path)
+    with closing(Tokens(table_folders(os.environ))) as tokenizers:
+        await serve(Server(config, load=read, look=look, tokenizers=tokenizers), _say_where)
 
 
 def _listening(config: Config, host: str | None, port: int | None, admin_port: int | None) -> Config:

@@ -55,8 +55,10 @@ class CallCount:
 
     async def of_output(self, texts: Sequence[str]) -> int:
         """About how many tokens these texts of an answer have."""
-        counted = await self._tokenizers.count_all(texts, self._encoding.name) if texts else 0
-        return counted if counted is not None else -(-sum(len(text.encode()) for text in texts) // BYTES_PER_TOKEN)
+        tokens = await self._tokenizers.count_all(texts, self._encoding.name) if texts else 0
+        if tokens is not None:
+            return tokens
+        return -(-sum(len(text.encode("utf-8", "surrogatepass")) for text in texts) // BYTES_PER_TOKEN)
 
     async def _count(self) -> int | None:
         if self._texts is not None:

@@ -2,7 +2,7 @@
 
 The input of a call is bounded by the bytes of the body that is sent. That is four times too much for prose, so near a
 limit its tokens are counted instead. What refers to something that the body doesn't show is open: nothing bounds it
-but the model's context, if that is known.
+but the model's context, if that is known, so as much as is left of that is held beside it.
 
 Pure. What a request means is read in `wire` and `prompt`.
 """
@@ -32,10 +32,9 @@ _SHOW_ALL = tuple("babbage-002 chatgpt-4o davinci-002 gpt-3.5 gpt-35 gpt-4".spli
 def demand_of(call: Call, model: Model, prompt: Prompt, *, body_bytes: int) -> Demand:
     """What a call may use at the most; `body_bytes` is the length of the body that is sent."""
     bound = prompt.bound(body_bytes)
-    if prompt.is_open and model.context:
-        bound = max(bound, model.context)
+    unseen = max(0, (model.context or 0) - bound) if prompt.is_open else 0
     if not call.endpoint.generates:
-        return Demand(input=bound, want=0, smallest=0, first=0, is_rough=not prompt.is_open)
+        return Demand(input=bound, want=0, smallest=0, first=0, is_rough=True, unseen=unseen)
     asked = _asked(call, model.upstream.kind)
     known = asked if asked is not None else model.max_output_tokens or _own_default(call, model.upstream.kind)
     each = _ANSWER_TOKENS if known is None else known
@@ -48,7 +47,8 @@ def demand_of(call: Call, model: Model, prompt: Prompt, *, body_bytes: int) -> D
         smallest=smallest,
         first=smallest if is_seen_growing(call, model) else want,
         is_open_ended=known is None,
-        is_rough=not prompt.is_open,
+        is_rough=True,
+        unseen=unseen,
     )
 
 
@@ -60,8 +60,10 @@ def counted(demand: Demand, prompt: Prompt, text_tokens: int | None, *, is_guess
     if text_tokens is None:
         return replace(demand, is_rough=False)
     over, under = _GUESS if is_guess else (1, 1)
-    tokens = -(-text_tokens * over // under) + prompt.overhead
-    return replace(demand, input=min(demand.input, tokens), is_rough=False)
+    tokens = min(demand.input, -(-text_tokens * over // under) + prompt.overhead)
+    # What is unseen is bounded by the context beside the input, so that is the more, the less the input is.
+    unseen = demand.unseen + demand.input - tokens if prompt.is_open else 0
+    return replace(demand, input=tokens, is_rough=False, unseen=unseen)
 
 
 def is_seen_growing(call: Call, model: Model) -> bool:

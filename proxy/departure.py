@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+from proxy.books import Outcome
 from proxy.passage import Passage
 from proxy.reservation import Reservation
 
@@ -63,8 +64,7 @@ class Departures:
         except asyncio.CancelledError:
             # A whole answer is generated and billed whether or not its bytes arrive, and nobody saw how long it was.
             is_unknown = is_at_bound or not passage.call.stream
-            usage = reservation.whole_hold if is_unknown else await reservation.usage()
-            await reservation.settle(usage, "client_left" if client.is_gone else "stopped")
+            await _end(reservation, "client_left" if client.is_gone else "stopped", is_unknown=is_unknown)
             if not client.is_gone:
                 raise
             task.uncancel()
@@ -78,3 +78,10 @@ class Departures:
 
     def _has_room_for(self, user: str) -> bool:
         return self._draining.total() < self._drains_max and self._draining[user] < DRAINS_OF_A_USER_MAX
+
+
+async def _end(reservation: Reservation, outcome: Outcome, *, is_unknown: bool) -> None:
+    if not reservation.is_sent:
+        await reservation.release(outcome)
+        return
+    await reservation.settle(reservation.whole_hold if is_unknown else await reservation.usage(), outcome)

@@ -12,6 +12,7 @@ Pure: no sockets, no clock. Knows the answers of the OpenAI format; framing come
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import orjson
@@ -104,7 +105,7 @@ class Meter:
         answer = _object(body)
         if answer is None:
             self.has_error = True
-            self.uncounted = [body.decode("utf-8", "replace")]
+            self.uncounted = [body.decode("utf-8", "replace")] if self._generates else []
             return
         self._see_error(answer)
         self._reported = read_tokens(answer.get("usage"))
@@ -134,17 +135,24 @@ class Meter:
         # Zeros beside a choice are no count but a place kept for one, and so is null.
         is_placeholder = usage is None or (isinstance(usage, dict) and bool(choices) and not any(usage.values()))
         if isinstance(usage, dict) and not is_placeholder:
-            self._report(read_tokens(usage))
             if not choices:
                 return self._see_usage_chunk(chunk, event)
+            if self._choices == 1:  # beside one of several it is the usage of that one alone
+                self._report(read_tokens(usage))
             if self._strips_running:
                 return _without_usage(event, chunk)
         return _without_usage(event, chunk) if is_placeholder and self._strips else event.raw
 
     def _see_usage_chunk(self, chunk: dict[str, Any], event: Event) -> bytes:
         """Return the chunk as it would have come unasked: not at all, unless it carries something else too."""
-        # llama.cpp sends one for each of several choices, as soon as it is finished: then only [DONE] is the end.
+        # llama.cpp sends one for each of several choices, as soon as it is finished: then only [DONE] is the end, and
+        # what they say of their outputs adds up.
         self.is_at_end = self.is_at_end or self._choices == 1
+        tokens, before = read_tokens(chunk["usage"]), self._reported
+        if tokens and before and self._choices > 1:
+            output, reasoning = before.output + tokens.output, before.reasoning + tokens.reasoning
+            tokens = replace(tokens, output=output, reasoning=reasoning)
+        self._report(tokens)
         if not self._strips:
             return event.raw
         carries_more = any(value is not None and key not in _COMMON_KEYS for key, value in chunk.items())

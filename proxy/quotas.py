@@ -124,7 +124,8 @@ class Demand:
     (embeddings), which limits on output alone don't bind. Of the answer no more than `first` is held to begin with: a
     stream whose tokens can be seen holds more as it grows. `is_open_ended` where nobody says how long the answer may
     become, so that `want` is only what is usual. `is_rough` where the input was bounded by its bytes, of which four
-    make a token.
+    make a token. `unseen` is what it may read beside its input without showing it (stored files, earlier answers): so
+    much is held of it as is free, since nobody knows.
     """
 
     input: int
@@ -133,6 +134,7 @@ class Demand:
     first: int = TOKENS_MAX
     is_open_ended: bool = False
     is_rough: bool = False
+    unseen: int = 0
 
     def bounds(self, limit: Limit) -> bool:
         """Whether this limit can bind this call at all."""

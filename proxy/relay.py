@@ -74,9 +74,11 @@ class Relay:
             self._departures.watch(passage, reservation),
             self._blame_upstream(passage, reservation),
         ):
+            await count.before_it_is_sent()
             if reservation.entry.capped_by:
                 body = passage.lowered_body(reservation.entry)
             sent = headers.to_upstream(client.headers, kind=model.upstream.kind, api_key=model.upstream.api_key)
+            reservation.is_sent = True
             async with self._upstreams.send(model.upstream, call.endpoint.path, body, sent) as answer:
                 # A long stream must not keep the request in memory three times over: agents send megabytes. Its texts
                 # stay, in case they have to be counted.
@@ -117,7 +119,6 @@ class Relay:
         assert task is not None, "a call runs in a task"
         passage.client.when_gone(task.cancel)
         try:
-            await count.before_it_is_sent()
             answer = await self._ask(passage, count.demand)
             if isinstance(answer, Uncounted):
                 answer = await self._ask(passage, await count.exact_demand())
@@ -141,9 +142,10 @@ class Relay:
         try:
             yield
         except UpstreamError as error:
-            if not error.was_sent:
+            if error.was_sent:
+                await reservation.settle(await reservation.usage(), "upstream_broke")
+            else:
                 await reservation.release()
-            await reservation.settle(await reservation.usage(), "upstream_broke")
             log.warning(
                 "upstream failed", upstream=passage.model.upstream.name, call=reservation.entry.id, reason=str(error)
             )
@@ -169,6 +171,7 @@ class Relay:
             if not stream.is_between_events:
                 client.abort()  # an error event would become a part of the one that broke off
             raise
+        stream.close()
         await reservation.settle(await reservation.usage(), _outcome(passage, reservation.meter))
         await client.write(stream.end())
         await client.end()

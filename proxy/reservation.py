@@ -35,6 +35,7 @@ class Reservation:
     def __init__(self, ledger: Ledger, booked: Booked, meter: Meter, *, binding: Binding, count: CallCount) -> None:
         self.entry = booked.entry
         self.meter = meter
+        self.is_sent = False  # before that nothing can have been used
         self.outcome: Outcome | None = None
         self.charged: Usage | None = None
         self.counters: Mapping[CounterKey, Counter] = booked.counters
@@ -49,16 +50,18 @@ class Reservation:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self.outcome is None:
+        if self.outcome is None and not self.is_sent:
+            await self.release("proxy_broke")
+        elif self.outcome is None:
             await self.settle(await self.usage(), "proxy_broke")
 
     @property
     def covered(self) -> int:
         """How many tokens of output may pass on."""
-        held, maximum = self.entry.hold.output, self.entry.maximum
-        if maximum is not None and held >= maximum:
-            return _RUNAWAY * held + STEP
-        return max(held, self._let_pass)
+        passing, maximum = max(self.entry.hold.output, self._let_pass), self.entry.maximum
+        if maximum is not None and passing >= maximum:
+            return _RUNAWAY * passing + STEP
+        return passing
 
     async def grow(self, waiting: WaitingRoom, *, wait_s: float) -> bool:
         """Hold what the meter has seen, and some more; False where no more is to be had.
@@ -67,7 +70,7 @@ class Reservation:
         written a running answer goes on: what it used is charged at its end.
         """
         seen, maximum = self.meter.output_seen, self.entry.maximum
-        if maximum is not None and self.entry.hold.output >= maximum:
+        if maximum is not None and max(self.entry.hold.output, self._let_pass) >= maximum:
             return False
         wanted = min(seen + STEP, TOKENS_MAX if maximum is None else max(seen, maximum))
         reported = self.meter.input_reported
@@ -110,9 +113,9 @@ class Reservation:
             )
         await self._end(Settle(self.entry.id, usage, outcome), usage, wait_s)
 
-    async def release(self) -> None:
+    async def release(self, outcome: Outcome = "upstream_failed") -> None:
         """Give everything back: the upstream never had this call, or failed with it."""
-        await self._end(Release(self.entry.id), None, COMMIT_WAIT_S)
+        await self._end(Release(self.entry.id, outcome), None, COMMIT_WAIT_S)
 
     async def _end(self, act: Settle | Release, usage: Usage | None, wait_s: float) -> None:
         if self.outcome is not None:

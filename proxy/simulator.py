@@ -2,7 +2,8 @@
 
 It serves chat, completions, embeddings, responses and models to whoever has its key, for any name of a model, with
 texts that follow from its seed (see `simulated_text`), and is reached through the same code path as a real upstream.
-It remembers what it was sent and what it reported, so that the books can be held against it.
+It remembers what it was sent and what it reported, so that the books can be held against it; `watch` is told of each
+call that it answered, with what it generated, taken or not.
 
 A request can ask it to behave in its `metadata`: `{"simulate": "tokens=300 cut=5"}`, directives between spaces:
 
@@ -29,6 +30,7 @@ It generates only while somebody listens: when the client goes, it stops at once
 """
 
 import asyncio
+import math
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -80,6 +82,15 @@ class Given:
     output_tokens: int = 0
 
 
+@dataclass(slots=True)
+class Served:
+    """One call that was answered: what is said to it, how much of that was generated, and the usage it was told."""
+
+    script: Script
+    generated: int = 0
+    reported: tuple[int, int] | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class Received:
     """One request as it arrived; the path as on the wire, with its query."""
@@ -100,6 +111,7 @@ class Simulator:
         tokens_per_s: float | None = None,
         *,
         now: Callable[[], float] = lambda: 1_750_000_000.0,
+        watch: Callable[[Served], object] = lambda served: None,
     ) -> None:
         self.given = Given()
         self.requests: deque[Received] = deque(maxlen=REQUESTS_KEPT)
@@ -112,6 +124,7 @@ class Simulator:
         self._author = Author(seed)
         self._tokens_per_s = tokens_per_s
         self._now = now
+        self._watch = watch
         self._numbers = count(1)  # of all ids, so that no two are the same
         self._waiting: list[asyncio.Future[None]] = []
 
@@ -168,10 +181,14 @@ class Simulator:
         if directions.status is not None:
             return self._complain(complaint_of(directions.status, directions.code, key), directions)
         script = self._author.script(endpoint, asked, directions)
+        served = Served(script)
         id, created = f"{prefix}{next(self._numbers):012d}", int(self._now())
-        if script.is_streamed:
-            return await self._stream(request, script, write_stream(script, id=id, created=created))
-        return await self._whole(request, script, write_whole(script, id=id, created=created))
+        try:
+            if script.is_streamed:
+                return await self._stream(request, served, write_stream(script, id=id, created=created))
+            return await self._whole(request, served, write_whole(script, id=id, created=created))
+        finally:
+            self._watch(served)
 
     async def _receive(self, request: web.Request) -> bytes:
         body = await request.read()
@@ -224,8 +241,8 @@ class Simulator:
             headers.setdefault("retry-after", "1")
         return web.Response(status=complaint.status, body=orjson.dumps({"error": complaint.error}), headers=headers)
 
-    def _report(self, script: Script) -> None:
-        taken, given = script.reported
+    def _report(self, served: Served) -> None:
+        served.reported = taken, given = served.script.reported
         self.given.calls += 1
         self.given.input_tokens += taken
         self.given.output_tokens += given
@@ -234,14 +251,13 @@ class Simulator:
         tokens_per_s = directions.tokens_per_s or self._tokens_per_s
         return 1 / tokens_per_s if tokens_per_s else 0.0
 
-    async def _whole(self, request: web.Request, script: Script, body: bytes) -> web.StreamResponse:
-        directions = script.directions
-        if pause_s := self._pause_s(directions):
-            await asyncio.sleep(pause_s * script.output_tokens)
+    async def _whole(self, request: web.Request, served: Served, body: bytes) -> web.StreamResponse:
+        directions = served.script.directions
+        await self._generate(served)
         headers = self._headers(directions)
         if directions.fault not in ("cut", "stall"):
             if not directions.no_usage:
-                self._report(script)
+                self._report(served)
             return web.Response(body=body, headers=headers)
         half = web.StreamResponse(headers={**headers, "content-length": str(len(body))})
         await half.prepare(request)
@@ -249,26 +265,41 @@ class Simulator:
         await self._break_off(request, directions)
         return half
 
-    async def _stream(self, request: web.Request, script: Script, stream: Stream) -> web.StreamResponse:
-        response = web.StreamResponse(headers=self._headers(script.directions, STREAM_HEADERS))
+    async def _generate(self, served: Served) -> None:
+        """Take as long as the whole answer takes; who goes before has had a part of it made."""
+        tokens, pause_s = served.script.output_tokens, self._pause_s(served.script.directions)
+        loop = asyncio.get_running_loop()
+        ready_at = loop.time() + pause_s * tokens
+        try:
+            if pause_s:
+                await asyncio.sleep(pause_s * tokens)
+        except asyncio.CancelledError:
+            missing = math.ceil(max(0.0, ready_at - loop.time()) / pause_s)
+            served.generated = max(0, tokens - missing)
+            raise
+        served.generated = tokens
+
+    async def _stream(self, request: web.Request, served: Served, stream: Stream) -> web.StreamResponse:
+        response = web.StreamResponse(headers=self._headers(served.script.directions, STREAM_HEADERS))
         self.open_streams += 1
         try:
             await response.prepare(request)
-            await self._play(request, response, script, stream)
+            await self._play(request, response, served, stream)
         except ConnectionResetError:
             self.clients_gone += 1
         finally:
             self.open_streams -= 1
         return response
 
-    async def _play(self, request: web.Request, response: web.StreamResponse, script: Script, stream: Stream) -> None:
-        directions = script.directions
+    async def _play(self, request: web.Request, response: web.StreamResponse, served: Served, stream: Stream) -> None:
+        directions = served.script.directions
         pause_s = self._pause_s(directions)
         for event in stream.opening:
             await response.write(event)
         for event in islice(stream.text, directions.fault_after if directions.fault else None):
             # Also without a speed: so others go on, a client that has gone is noticed, each event is sent by itself.
             await asyncio.sleep(pause_s)
+            served.generated += 1
             await response.write(event)
             self.chunks_sent += 1
             self._changed()
@@ -277,7 +308,7 @@ class Simulator:
         for position, event in enumerate(stream.error if directions.fault else stream.closing):
             await response.write(event)
             if position == stream.usage_at and not directions.fault:
-                self._report(script)
+                self._report(served)
 
     async def _break_off(self, request: web.Request, directions: Directions) -> None:
         if directions.fault == "stall":

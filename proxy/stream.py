@@ -61,6 +61,20 @@ class Stream:
             raise UpstreamError("The upstream sends an end that never ends.")
         return bytes(ready)
 
+    def close(self) -> None:
+        """The upstream has closed: an event that it left without its blank line is read like the others.
+
+        It passes on with the end, and there are clients that read by lines: so it may be neither free nor unseen.
+        """
+        is_in_pieces = self._splitter.is_passing_on
+        rest = self._splitter.end()
+        if rest:
+            read = Splitter().feed(rest + b"\n\n")[0]
+            event = Event(rest, None, None) if is_in_pieces else Event(rest, read.name, read.data)
+            ready = bytearray()
+            self._pass(self._meter.see_event(self._note(event)), ready)
+            self._end[:0] = ready
+
     def end(self) -> bytes:
         """What was kept back, and the rest of an event that was never finished."""
         return bytes(self._end) + self._splitter.end()

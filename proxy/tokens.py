@@ -98,7 +98,7 @@ class Tokens:
     def load(self, encodings: Iterable[str]) -> None:
         """Read the tables of these encodings, those that are not loaded yet.
 
-        This blocks for 0.2 s and takes 25 to 75 MB for each, so it belongs before the first call: in a thread of a
+        This blocks for 0.2 s and takes 25 to 50 MB for each, so it belongs before the first call: in a thread of a
         process that serves it would still hold up everybody for 0.1 s.
         """
         for name in dict.fromkeys(_SAME_TABLE.get(encoding, encoding) for encoding in encodings):
@@ -229,7 +229,10 @@ def _encoder(name: str, folders: Sequence[Path]) -> Encode:
     import tiktoken  # here, since importing a module does nothing heavy
 
     constructor = _constructors(partial(_ranks, folders=folders))[name]
-    return tiktoken.Encoding(**constructor()).encode_ordinary
+    encoding = tiktoken.Encoding(**constructor())
+    # Its library has a copy of the table. The one in Python serves pickling alone, and takes 38 MB for two of them.
+    vars(encoding).update(_mergeable_ranks={})
+    return encoding.encode_ordinary
 
 
 def _constructors(load_ranks: Callable[..., dict[bytes, int]]) -> Mapping[str, Callable[[], dict[str, Any]]]:

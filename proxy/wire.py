@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from proxy.errors import InvalidRequest, ProxyError
 from proxy.policy import Kind, Model
+from proxy.prompt import parts_of
 from proxy.strict_json import dump, parse_object
 
 EndpointName = Literal["chat", "completions", "embeddings", "responses"]
@@ -112,9 +113,12 @@ class Call:
         return self._may_ask and not self.asks_for_usage
 
     def adds_running_usage(self, kind: Kind) -> bool:
-        """Whether we ask for the usage so far on every chunk: vLLM alone gives it, and then a cut stream is exact."""
+        """Whether we ask for the usage so far on every chunk: vLLM alone gives it, and then a cut stream is exact.
+
+        Not of several choices: there each chunk has that of its own choice.
+        """
         options = self.document.get("stream_options") or {}
-        return kind == "vllm" and self._may_ask and not options.get("continuous_usage_stats")
+        return kind == "vllm" and self._may_ask and self.choices == 1 and not options.get("continuous_usage_stats")
 
     @property
     def _may_ask(self) -> bool:
@@ -213,7 +217,7 @@ def _refuse_hosted_tools(tools: object) -> None:
 
 
 def _refuse_stored_files(document: Mapping[str, Any]) -> None:
-    for part in _parts(document):
+    for part in parts_of(document):
         file = part.get("file")
         if part.get("file_id") or (isinstance(file, dict) and file.get("file_id")):
             raise InvalidRequest(
@@ -289,13 +293,3 @@ def _whole(name: str, value: object, *, least: int) -> int | None:
     if not least <= value <= _NUMBER_MAX:
         raise InvalidRequest(f'"{name}" must be between {least} and {_NUMBER_MAX}.', param=name)
     return value
-
-
-def _items(value: object) -> list[Any]:
-    return value if isinstance(value, list) else []
-
-
-def _parts(document: Mapping[str, Any]) -> list[dict[str, Any]]:
-    turns = [turn for name in ("messages", "input") for turn in _items(document.get(name)) if isinstance(turn, dict)]
-    contents = [turn.get(name) for turn in turns for name in ("content", "output")]
-    return [part for content in contents if isinstance(content, list) for part in content if isinstance(part, dict)]

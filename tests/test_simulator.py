@@ -10,7 +10,7 @@ import orjson
 import pytest
 from openai import AsyncOpenAI
 
-from proxy.simulator import MODELS, REQUESTS_KEPT, Simulator, serve
+from proxy.simulator import MODELS, REQUESTS_KEPT, Served, Simulator, serve
 from proxy.sse import Event, Splitter
 
 KEY = "sk-upstream-0123456789"
@@ -361,6 +361,37 @@ async def test_a_speed_sets_the_pace_of_all_answers() -> None:
             assert (simulator.open_streams, simulator.chunks_sent) == (1, 3)
     await simulator.until(lambda: simulator.open_calls == 0)
     await runner.cleanup()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_who_watches_is_told_of_each_call_what_was_made_for_it(stream: bool) -> None:
+    """All of one that went to its end, with the usage it was told; a part of one whose client went before."""
+    watched: list[Served] = []
+    simulator = Simulator(KEY, watch=watched.append)
+    runner, port = await serve(simulator)
+    headers = {"Authorization": f"Bearer {KEY}"}
+    options = {"stream_options": {"include_usage": True}} if stream else {}
+    async with aiohttp.ClientSession(f"http://127.0.0.1:{port}/v1/", headers=headers) as http:
+        async with http.post("chat/completions", json=wish("tokens=7", n=2, stream=stream, **options)) as response:
+            await response.read()
+        async with http.post("chat/completions", json=wish("status=500")) as response:
+            await response.read()
+        call = asyncio.ensure_future(read_words(http, wish("tokens=100 speed=100", stream=stream)))
+        await asyncio.wait([call], timeout=0.2)
+        call.cancel()
+        await simulator.until(lambda: simulator.open_calls == 0)
+    await runner.cleanup()
+    whole, left = watched
+    assert (whole.generated, whole.reported) == (14, (5, 14))
+    assert whole.script.asked["n"] == 2
+    assert 0 < left.generated < 100
+    assert left.reported is None
+
+
+async def read_words(http: aiohttp.ClientSession, body: dict[str, Any]) -> None:
+    """Read an answer, for as long as one is let."""
+    async with http.post("chat/completions", json=body) as response:
+        await response.read()
 
 
 async def test_several_may_wait_for_it(simulator: Simulator, http: aiohttp.ClientSession) -> None:

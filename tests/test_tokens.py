@@ -1,0 +1,481 @@
+"""Tokens are counted as tiktoken counts them, from tables that are already here, and nothing holds up the loop.
+
+Threats T66 (a megabyte of anything), T67 (special tokens, half surrogates, a million spaces), T68 (no network).
+"""
+
+import asyncio
+import gzip
+import hashlib
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import tiktoken
+from hypothesis import given
+from hypothesis import strategies as st
+from structlog.testing import capture_logs
+
+from proxy.policy import Model, Upstream
+from proxy.prompt import read_prompt
+from proxy.tokens import CHARACTERS_MAX, TEXTS_MAX, WAITING_CHARACTERS_MAX, Tokens, table_folders, tokens_in
+
+UPSTREAM = Upstream("up", "http://127.0.0.1/v1", None)
+# What tables are called in tiktoken's cache: by the hash of the address from which it fetches them.
+CACHED = {
+    "o200k_base": "fb374d419588a4632f3f557e76b4b70aebbca790",
+    "cl100k_base": "9b5ad71b2ce5302211f9c61530b329a4922fc6a4",
+}
+FOLDERS = table_folders({})
+
+
+@pytest.fixture(scope="module")
+def both() -> Iterator[Tokens]:
+    """With both tables of the wheel."""
+    tokens = Tokens(FOLDERS)
+    tokens.load(["o200k_base", "cl100k_base"])
+    yield tokens
+    tokens.close()
+
+
+@pytest.fixture(scope="module")
+def encodings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tiktoken.Encoding]:
+    """Tiktoken's own, as it builds them itself from its cache."""
+    folder = tmp_path_factory.mktemp("cache")
+    for name, cached in CACHED.items():
+        (folder / cached).write_bytes(table_of(name))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TIKTOKEN_CACHE_DIR", str(folder))
+        return {name: tiktoken.get_encoding(name) for name in CACHED}
+
+
+def table_of(name: str) -> bytes:
+    """A table as OpenAI publishes it."""
+    packed = next(path for folder in FOLDERS if (path := folder / f"{name}.tiktoken.gz").exists())
+    return gzip.decompress(packed.read_bytes())
+
+
+# ----------------------------------------------------------------------------------------------- whose encoding it is
+
+
+@pytest.mark.parametrize(
+    ("upstream_model", "encoding", "is_guess"),
+    [
+        ("gpt-4o-mini-2024-07-18", "o200k_base", False),
+        ("gpt-5.5", "o200k_base", False),
+        ("o3", "o200k_base", False),
+        ("ft:gpt-4o:acme::1", "o200k_base", False),
+        ("ft:gpt-4:acme::1", "cl100k_base", False),
+        ("gpt-4-turbo", "cl100k_base", False),
+        ("gpt-35-turbo", "cl100k_base", False),
+        ("text-embedding-3-small", "cl100k_base", False),
+        ("gpt-oss-120b", "o200k_harmony", False),
+        ("openai/gpt-oss-20b", "o200k_harmony", False),
+        ("text-davinci-003", "p50k_base", False),
+        ("gpt-6-astra", "o200k_base", True),
+        ("meta-llama/Llama-3.1-8B-Instruct", "o200k_base", True),
+        ("", "o200k_base", True),
+    ],
+)
+def test_the_encoding_is_the_one_that_tiktoken_knows(upstream_model: str, encoding: str, is_guess: bool):
+    """By the upstream's name of the model, not the client's; what it doesn't know is a guess that says so."""
+    found = Tokens.encoding_of(Model("gpt-4", UPSTREAM, upstream_model))
+    assert (found.name, found.is_guess) == (encoding, is_guess)
+
+
+def test_what_the_file_says_goes_before_the_name():
+    """The operator knows which model stands behind a name."""
+    found = Tokens.encoding_of(Model("m", UPSTREAM, "gpt-4o", encoding="cl100k_base"))
+    assert (found.name, found.is_guess) == ("cl100k_base", False)
+
+
+# ---------------------------------------------------------------------------------------------------- counts are true
+
+
+def test_the_cookbooks_own_example_has_129_tokens(both: Tokens):
+    """What OpenAI counted for these messages on gpt-4-0613, by its cookbook."""
+    turns = [
+        ("", "You are a helpful, pattern-following assistant that translates corporate jargon into plain English."),
+        ("example_user", "New synergies will help drive top-line growth."),
+        ("example_assistant", "Things working well together will increase revenue."),
+        (
+            "example_user",
+            "Let's circle back when we have more bandwidth to touch base on opportunities for increased leverage.",
+        ),
+        ("example_assistant", "Let's talk later when we're less busy about how to do better."),
+    ]
+    messages = [{"role": "system", "content": text, **({"name": name} if name else {})} for name, text in turns]
+    last = "This late pivot means we don't have time to boil the ocean for the client deliverable."
+    messages.append({"role": "user", "content": last})
+    prompt = read_prompt({"messages": messages}, model="gpt-4-0613", is_chat=True)
+    assert sum(both.count(text, "cl100k_base") for text in prompt.texts) + prompt.overhead == 129
+
+
+@pytest.mark.parametrize(
+    ("text", "o200k", "cl100k"),
+    [
+        ("", 0, 0),
+        ("tiktoken is great!", 6, 6),
+        ("<|endoftext|>", 7, 7),
+        ("お誕生日おめでとう", 8, 9),
+        ("\ud800", 1, 1),
+        ("a\udfffb", 3, 3),
+        (" " * 80, 2, 1),
+    ],
+)
+def test_small_pieces_are_counted_at_once(both: Tokens, text: str, o200k: int, cl100k: int):
+    """Special tokens are text, and half a surrogate is one more character (T67)."""
+    assert (both.count(text, "o200k_base"), both.count(text, "cl100k_base")) == (o200k, cl100k)
+    assert both.counter("o200k_base")(text) == both.count(text, "o200k_harmony") == o200k
+
+
+@given(text=st.text(st.characters(exclude_categories=()), max_size=200))
+def test_any_piece_is_counted_and_has_no_more_tokens_than_bytes(both: Tokens, text: str):
+    """So the bytes bound what the tokenizer would say."""
+    for name in CACHED:
+        assert bool(text) <= both.count(text, name) <= len(text.encode("utf-8", "surrogatepass"))
+
+
+@given(text=st.text(max_size=200))
+def test_any_piece_is_counted_as_tiktoken_does(both: Tokens, encodings: dict[str, tiktoken.Encoding], text: str):
+    """The same table with the same pattern, whichever way they came here."""
+    for name, encoding in encodings.items():
+        assert both.count(text, name) == len(encoding.encode(text, disallowed_special=()))
+
+
+HOSTILE = {
+    "prose": "The ship's cook, who had seen worse, went on peeling potatoes. " * 16_000,
+    "spaces": " " * 1_000_000,
+    "a": "a" * 1_000_000,
+    "endoftext": "<|endoftext|>" * 77_000,
+    "surrogates": "\ud800" * 1_000_000,
+    "emoji": "👩‍👩‍👧‍👦" * 90_000,
+    "U+3000": "\u3000" * 1_000_000,
+}
+
+
+@pytest.mark.parametrize("what", HOSTILE)
+@pytest.mark.parametrize("encoding", ["o200k_base", "cl100k_base"])
+async def test_a_megabyte_of_anything_is_counted_almost_as_in_one_piece(
+    both: Tokens, encodings: dict[str, tiktoken.Encoding], what: str, encoding: str
+):
+    """Also what would overflow the library's stack. A cut changes the count by two tokens at most (T66, T67)."""
+    text = HOSTILE[what]
+    halves = (text[:500_000], text[500_000:])  # a million spaces in one piece are too many for the library
+    exact = sum(len(encodings[encoding].encode_ordinary(half)) for half in halves)
+    counted = await both.count_all([text], encoding)
+    assert counted is not None
+    assert abs(counted - exact) <= 2 * (len(text) // 16_384 + 3)
+
+
+async def test_many_texts_are_counted_one_by_one(both: Tokens):
+    """They are packed for their way to a thread, and none is joined to its neighbour, or cut."""
+    texts = ["", "Hello", " world", "x" * 16_384, "a" * 20_000, *["user"] * 1000]
+    alone = [await both.count_all([text], "o200k_base") for text in texts]
+    assert await both.count_all(texts, "o200k_base") == sum(number or 0 for number in alone)
+    assert await both.count_all([], "o200k_base") == await both.count_all([""] * 9, "o200k_base") == 0
+
+
+@pytest.mark.parametrize("what", ["prose", "emoji", "a"])
+def test_of_a_long_piece_the_beginning_speaks_for_the_rest(both: Tokens, what: str):
+    """It is counted at once all the same, so it must not take long; text is mostly like its beginning."""
+    text = HOSTILE[what]
+    parts = sum(both.count(text[start : start + 4096], "o200k_base") for start in range(0, len(text), 4096))
+    assert both.count(text, "o200k_base") == pytest.approx(parts, rel=0.02)
+    assert both.count("a" * 4096 + "é" * 4096, "o200k_base") == 2 * both.count("a" * 4096, "o200k_base")
+
+
+class Panic(BaseException):
+    """As the library's Rust raises it: no Exception."""
+
+
+@pytest.mark.parametrize("error", [ValueError, Panic])
+def test_a_text_on_which_the_tokenizer_fails_counts_by_its_bytes(error: type[BaseException]):
+    """Never fewer than its tokens, and never an error in the midst of a call; the log has no word of the text."""
+
+    def fail(text: str) -> list[int]:
+        raise error(text)
+
+    with capture_logs() as logs:
+        assert tokens_in("é\ud800", fail) == 5
+    assert logs == [
+        {"event": "a text could not be tokenized", "log_level": "error", "error": error.__name__, "characters": 2}
+    ]
+
+
+def test_a_million_spaces_at_once_are_what_slices_are_for(encodings: dict[str, tiktoken.Encoding]):
+    """The library gives up on them; once it no longer does, slices are for the event loop alone."""
+    with capture_logs():
+        assert tokens_in(" " * 1_000_000, encodings["o200k_base"].encode_ordinary) == 1_000_000
+
+
+def test_whoever_interrupts_the_program_is_heard():
+    """That is no failure of the tokenizer."""
+
+    def interrupt(text: str) -> list[int]:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tokens_in("x", interrupt)
+
+
+# ------------------------------------------------------------------------------------------------------------- bounds
+
+
+async def test_what_is_too_much_is_not_counted(both: Tokens):
+    """Then the bytes have to do. As much as is allowed is counted."""
+    assert await both.count_all(["a" * (CHARACTERS_MAX // 8)] * 8 + ["a"], "o200k_base") is None
+    assert await both.count_all([""] * (TEXTS_MAX + 1), "o200k_base") is None
+    assert await both.count_all([""] * TEXTS_MAX, "o200k_base") == 0
+
+
+async def test_what_takes_too_long_is_given_up(both: Tokens):
+    """Nobody waits for ever on a busy machine."""
+    assert await both.count_all([HOSTILE["a"]], "o200k_base", within_s=0) is None
+    assert await both.count_all(["Hello"], "o200k_base") == 1
+
+
+class Gate:
+    """Stands in for an encoder: each text waits in its thread until the gate is open, and is one token."""
+
+    def __init__(self) -> None:
+        self.is_open = threading.Event()
+        self.entered = threading.Semaphore(0)
+        self.counted = 0
+
+    def __call__(self, text: str) -> list[int]:
+        self.entered.release()
+        assert self.is_open.wait(30)
+        self.counted += 1
+        return [0]
+
+    async def until_entered(self) -> None:
+        """Wait until a thread stands at the gate."""
+        await asyncio.to_thread(self.entered.acquire)
+
+
+@pytest.fixture
+def gate() -> Iterator[Gate]:
+    gate = Gate()
+    yield gate
+    gate.is_open.set()
+
+
+@pytest.fixture
+def gated(gate: Gate) -> Iterator[Tokens]:
+    """Counts by an encoding `gate` alone."""
+    tokens = Tokens([])
+    tokens._encoders["gate"] = gate
+    yield tokens
+    gate.is_open.set()
+    tokens.close()
+
+
+async def test_nothing_more_is_taken_on_while_too_much_waits(gated: Tokens, gate: Gate):
+    """The answer comes at once; as soon as the others have ended there is room again."""
+    large = ["a" * (CHARACTERS_MAX // 2)]
+    waiting = [asyncio.create_task(gated.count_all(large, "gate")) for _ in range(4)]
+    await gate.until_entered()
+    assert await gated.count_all(["a"], "gate") is None
+    gate.is_open.set()
+    slices = CHARACTERS_MAX // 2 // 16_384
+    assert await asyncio.gather(*waiting) == [slices] * 4
+    assert sum(len(text) for text in large) * 4 == WAITING_CHARACTERS_MAX
+    assert await gated.count_all(large, "gate") == slices
+
+
+async def test_a_short_prompt_does_not_wait_for_the_end_of_long_ones(gated: Tokens, gate: Gate):
+    """Each queues anew for every slice, so a thousand slices of others are not all before it."""
+    long = asyncio.create_task(gated.count_all(["a" * CHARACTERS_MAX], "gate"))
+    await gate.until_entered()
+    short = asyncio.create_task(gated.count_all(["a"], "gate"))
+    gate.is_open.set()
+    assert await short == 1
+    assert not long.done()
+    assert await long == 512
+
+
+async def test_a_caller_that_is_cancelled_leaves_nothing_behind(gated: Tokens, gate: Gate):
+    """Its slice ends, the others are never begun, and its room is free."""
+    task = asyncio.create_task(gated.count_all(["a" * CHARACTERS_MAX], "gate"))
+    await gate.until_entered()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    gate.is_open.set()
+    assert await gated.count_all(["a" * CHARACTERS_MAX], "gate") == 512
+    assert gate.counted == 1 + 512
+
+
+async def test_closing_ends_what_is_being_counted(gated: Tokens, gate: Gate):
+    """With None, as whatever is asked for later; not with an error in a call that is being settled."""
+    task = asyncio.create_task(gated.count_all(["a" * CHARACTERS_MAX], "gate"))
+    await gate.until_entered()
+    gated.close()
+    gate.is_open.set()
+    assert await task is None
+    assert await gated.count_all(["a"], "gate") is None
+
+
+# ------------------------------------------------------------------------------------------------------------- tables
+
+
+def test_the_tables_are_those_of_the_wheel_and_of_tiktokens_cache(tmp_path: Path):
+    """Under the names that they have there, and with the hashes that OpenAI's have."""
+    found = {name: hashlib.sha256(table_of(name)).hexdigest() for name in CACHED}
+    assert found == {
+        "o200k_base": "446a9538cb6c348e3516120d7c08b09f57c36495e2acfffe59a5bf8b0cfb1a2d",
+        "cl100k_base": "223921b76ee99bde995b7ff738513eef100fb51d18c93597a113bcffe865b2a7",
+    }
+    for name, cached in CACHED.items():
+        (tmp_path / cached).write_bytes(table_of(name))
+        tokens = Tokens([tmp_path])
+        tokens.load([name])
+        assert tokens.is_loaded(name)
+        assert tokens.count("Hello world", name) == 2
+        tokens.close()
+
+
+def test_only_what_is_asked_for_is_loaded():
+    """Each takes some thirty megabytes; the encoding of gpt-oss shares its table."""
+    tokens = Tokens(FOLDERS)
+    assert not tokens.is_loaded("o200k_base")
+    tokens.load(["o200k_harmony"])
+    loaded = [name for name in ("o200k_base", "o200k_harmony", "cl100k_base", "gpt2") if tokens.is_loaded(name)]
+    assert loaded == ["o200k_base", "o200k_harmony"]
+    tokens.close()
+
+
+@pytest.mark.parametrize("encoding", ["p50k_base", "r50k_base", "gpt2", "p50k_edit", "nobody_knows_it"])
+async def test_without_a_table_it_is_four_bytes_to_a_token(encoding: str):
+    """It starts all the same, says so once, and what is long is left to its bound in bytes (T68)."""
+    tokens = Tokens(FOLDERS)
+    with capture_logs() as logs:
+        tokens.load([encoding])
+        tokens.load([encoding])
+    [line] = logs
+    assert (line["log_level"], line["event"]) == (
+        "warning",
+        "no table for this tokenizer: its tokens are estimated by bytes",
+    )
+    assert not tokens.is_loaded(encoding)
+    assert [tokens.count(text, encoding) for text in ("", "a", "abcde", "éé", "\ud800" * 4, "a" * 10_000)] == [
+        0, 1, 2, 1, 3, 2500,
+    ]  # fmt: skip
+    assert await tokens.count_all(["a"], encoding) is None
+    tokens.close()
+
+
+def spoilt(tmp_path: Path, what: str) -> Path:
+    """A folder in which something stands under the tables' names that is none of them."""
+    table = table_of("cl100k_base")
+    cached, packed = tmp_path / CACHED["cl100k_base"], tmp_path / "cl100k_base.tiktoken.gz"
+    if what == "changed":
+        cached.write_bytes(table[:-1] + b"\r")
+        packed.write_bytes(gzip.compress(table + b"\n"))
+    elif what == "cut off":
+        cached.write_bytes(table[:1000])
+        packed.write_bytes(gzip.compress(table)[:-1000])
+    elif what == "no gzip":
+        packed.write_bytes(b"no gzip at all")
+    elif what == "spoilt gzip":
+        packed.write_bytes(gzip.compress(table)[:10] + b"\xff" * 1000)
+    elif what == "a folder":
+        cached.mkdir()
+        packed.mkdir()
+    elif what == "not readable":
+        cached.symlink_to(cached)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "what", ["changed", "cut off", "no gzip", "spoilt gzip", "a folder", "not readable", "nothing"]
+)
+def test_a_table_with_another_hash_is_none(tmp_path: Path, what: str):
+    """It would count something else. The next place is looked at, and nothing is thrown away."""
+    folder = spoilt(tmp_path, what)
+    before = sorted(path.name for path in folder.iterdir())
+    tokens = Tokens([folder])
+    with capture_logs():
+        tokens.load(["cl100k_base"])
+    assert not tokens.is_loaded("cl100k_base")
+    assert sorted(path.name for path in folder.iterdir()) == before
+    tokens.close()
+    good = Tokens([folder, *FOLDERS])
+    good.load(["cl100k_base"])
+    assert good.is_loaded("cl100k_base")
+    good.close()
+
+
+@pytest.mark.parametrize(
+    ("environment", "first"),
+    [
+        ({"TIKTOKEN_CACHE_DIR": "/a", "DATA_GYM_CACHE_DIR": "/b"}, Path("/a")),
+        ({"DATA_GYM_CACHE_DIR": "/b"}, Path("/b")),
+    ],
+)
+def test_the_cache_is_where_tiktoken_has_it(environment: dict[str, str], first: Path):
+    """By its own variables, in its order; the wheel comes after it."""
+    assert table_folders(environment) == (first, FOLDERS[-1])
+
+
+def test_an_empty_name_of_the_cache_means_that_there_is_none():
+    """As for tiktoken; left out it means a folder of the system's for temporary files."""
+    assert table_folders({"TIKTOKEN_CACHE_DIR": ""}) == FOLDERS[-1:]
+    assert [folder.name for folder in table_folders({})] == ["data-gym-cache", "data"]
+
+
+def test_tiktoken_itself_is_left_as_it_was(both: Tokens):
+    """Its constructors are run in a copy: whoever else uses it in this process has its own loader."""
+    from tiktoken_ext import openai_public
+
+    assert openai_public.load_tiktoken_bpe is tiktoken.load.load_tiktoken_bpe
+    assert both.is_loaded("o200k_base")
+
+
+OFFLINE = """
+import asyncio, sys
+from pathlib import Path
+import proxy.tokens
+assert not {"tiktoken", "requests", "bpe_openai"} & sys.modules.keys(), "importing the module is not for nothing"
+
+from proxy.policy import Model, Upstream
+tokens = proxy.tokens.Tokens([Path(folder) for folder in sys.argv[1:]])
+is_watched = False
+
+def refuse(event, arguments):
+    is_import = event == "import" and arguments[0] in ("requests", "bpe_openai")
+    if is_watched and (is_import or event.startswith("socket.")):
+        raise AssertionError(f"{event} {arguments}")
+
+async def main():
+    global is_watched
+    is_watched = True
+    name = tokens.encoding_of(Model("m", Upstream("u", "http://127.0.0.1", None), "gpt-4o")).name
+    tokens.load([name, "cl100k_base", "p50k_base", "gpt2"])
+    print(tokens.is_loaded(name), tokens.count("Hello world", name), await tokens.count_all(["Hello world"], name))
+    is_watched = False
+    tokens.close()
+
+sys.addaudithook(refuse)
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize(("folders", "said"), [(FOLDERS, "True 2 2"), ([], "False 3 None")])
+def test_nothing_is_ever_fetched(folders: list[Path], said: str):
+    """Neither at the start nor by a count, with or without tables: no socket is opened, no address looked up (T68).
+
+    In a process of its own, in which that would be an error; the wheel's library is not imported either.
+    """
+    command = [sys.executable, "-c", OFFLINE, *map(str, folders)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=50, check=False)
+    assert (run.stdout.splitlines()[-1:], run.returncode) == ([said], 0), run.stderr
+
+
+def test_the_library_is_one_whose_time_grows_with_the_text():
+    """Before 0.13 it grew by the square, so that a megabyte of one letter took minutes."""
+    assert tuple(map(int, version("tiktoken").split(".")[:2])) >= (0, 13)
