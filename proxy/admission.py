@@ -25,8 +25,8 @@ from enum import IntEnum
 from proxy.quotas import Binding, Counter, CounterKey, Demand, Limit, Quota, Route, standing_at
 from proxy.usage import TOKENS_MAX, Amount
 
-# An input that was only bounded by its bytes is counted where the bound is more than this part of what is available:
-# far from a limit nothing needs to be counted, and near it no call is refused, or cut short, because of a guess.
+# An input that was only bounded by its bytes is counted where the bound is more than this part of what is available,
+# or stands in the way of the call itself. Far from a limit nothing is counted; near it nobody is refused by a guess.
 _ROUGH_PART = 16
 
 
@@ -104,11 +104,9 @@ def decide(demand: Demand, binding: Binding, counters: Counters, now: int) -> Ad
     that can carry the most: by what is free, so that nobody gets a shorter answer because of calls in flight.
     """
     at = {quota.id: standing_at(now, quota, counters.get(quota.key_for(binding.user))) for quota in binding.quotas}
-    if demand.is_rough and any(_is_rough_for(quota, at[quota.id], demand) for quota in binding.quotas):
+    best = _best(demand, binding, at)
+    if demand.is_rough and _could_be_better(best, demand, binding, at):
         return Uncounted()
-    ways = [_assess(way, demand, at) for way in binding.ways()]
-    whole = (way for way in ways if way.verdict is Verdict.ROOM and way.output == demand.want)
-    best = next(whole, None) or min(ways, key=_Way.rank)
     if best.verdict is not Verdict.ROOM:
         return Refused(best.verdict, best.telling())
     return _admit(best, demand, binding, at)
@@ -132,6 +130,10 @@ class _Way:
     blocks: tuple[Block, ...]
     capped_by: Quota | None
 
+    def is_whole(self, demand: Demand) -> bool:
+        """Whether it lets the call in with all that it wants."""
+        return self.verdict is Verdict.ROOM and self.output == demand.want
+
     def rank(self) -> tuple[int, int, int]:
         """Smaller is better: any that may be let in now or soon, by the most it carries; then the soonest reset."""
         if self.verdict <= Verdict.BUSY:
@@ -142,6 +144,11 @@ class _Way:
     def telling(self) -> tuple[Block, ...]:
         """The blocks that decide: the worst of them."""
         return tuple(block for block in self.blocks if block.verdict is self.verdict)
+
+
+def _best(demand: Demand, binding: Binding, at: Mapping[str, Counter]) -> _Way:
+    ways = [_assess(way, demand, at) for way in binding.ways()]
+    return next((way for way in ways if way.is_whole(demand)), None) or min(ways, key=_Way.rank)
 
 
 def _assess(route: Route, demand: Demand, at: Mapping[str, Counter]) -> _Way:
@@ -180,16 +187,24 @@ def _unseen(route: Route, demand: Demand, at: Mapping[str, Counter], output: int
     return max(0, min(room))
 
 
-def _is_rough_for(quota: Quota, counter: Counter, demand: Demand) -> bool:
-    """Whether a bound in bytes could decide here what a count would decide otherwise."""
-    if quota.enforce != "exact":
-        return False
-    for limit in quota.limits:
-        if limit.measure in ("tokens", "input_tokens"):
-            free = limit.maximum - counter.used.of(limit.measure)
-            if free > 0 and demand.input * _ROUGH_PART > free - counter.held.of(limit.measure):
-                return True
-    return False
+def _could_be_better(best: _Way, demand: Demand, binding: Binding, at: Mapping[str, Counter]) -> bool:
+    """Whether an input that was only bounded by its bytes should be counted before anything is decided.
+
+    It should where the call would be refused, delayed or shortened, unless it would be so without any input; and
+    where its bound takes a large part of what others may want.
+    """
+    if best.is_whole(demand):
+        return any(_is_large(quota, at[quota.id], demand) for quota in binding.quotas)
+    relieved = _best(replace(demand, input=0), binding, at)
+    return (relieved.verdict, -relieved.output) < (best.verdict, -best.output)
+
+
+def _is_large(quota: Quota, counter: Counter, demand: Demand) -> bool:
+    return quota.enforce == "exact" and any(
+        demand.input * _ROUGH_PART > limit.maximum - counter.used.of(limit.measure) - counter.held.of(limit.measure)
+        for limit in quota.limits
+        if limit.measure in ("tokens", "input_tokens")
+    )
 
 
 def _blocks(quota: Quota, counter: Counter, demand: Demand, hold: Amount) -> list[Block]:

@@ -218,6 +218,7 @@ class Books:
         keys = act.binding.keys()
         if booked := self.entries.get(act.id):
             return Booked(booked, self._standing(keys))
+        self._date_back(act.binding)
         decision = decide(act.demand, act.binding, self.counters, self._now)
         if isinstance(decision, Uncounted):
             return decision
@@ -228,6 +229,17 @@ class Books:
             self._put(hold.quota.key_for(act.binding.user), _holding(hold))
         self._note(entry)
         return Booked(entry, self._standing(keys))
+
+    def _date_back(self, binding: Binding) -> None:
+        """Note when windows end that a clock ahead of its time has opened, also for a call that is refused.
+
+        Else who comes again later would be told a later end each time.
+        """
+        for quota in binding.quotas:
+            key = quota.key_for(binding.user)
+            counter = self.counters.get(key)
+            if counter is not None and self._now < counter.window.opened_at:
+                self._put(key, self._at(key, quota))
 
     def _extend(self, act: Extend) -> Reply:
         entry = self.entries.get(act.id)

@@ -87,7 +87,7 @@ class Ledger:
             answer = await queued
         except asyncio.CancelledError:
             if not queued.cancelled():  # it was answered in the very moment in which its caller was cancelled
-                self._enqueue(Release(act.id))
+                self._enqueue(Release(act.id, "client_left"))
             raise
         assert isinstance(answer, (Booked, NotBooked, Uncounted))
         return answer
@@ -209,7 +209,7 @@ class Ledger:
         for queued in filter(_takes, waiting):
             self._fail(queued)
         for queued in filter(_lets_in, batch if error.is_uncertain else ()):
-            self._enqueue(Release(queued.act.id))  # it may have been committed all the same
+            self._enqueue(Release(queued.act.id, "proxy_broke"))  # it may have been committed all the same
         if self._is_closing:
             # Their reservations are on the books: the next start charges them as lost.
             log.error("closing with ends that could not be booked", acts=len(self._queue))
@@ -222,7 +222,7 @@ class Ledger:
         if not queued.answer.cancelled():
             queued.answer.set_result(answer)
         elif _lets_in(queued) and isinstance(answer, Booked):
-            self._enqueue(Release(queued.act.id))
+            self._enqueue(Release(queued.act.id, "client_left"))
 
     @staticmethod
     def _fail(queued: _Queued) -> None:

@@ -6,7 +6,7 @@ changed in place.
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import translate
 from typing import Literal
 
@@ -108,11 +108,13 @@ def standing_at(now: int, quota: Quota, counter: Counter | None) -> Counter:
     """
     if counter is None:
         return Counter(quota.per.opening(now))
-    last = counter.window
-    if last.is_open(now) and (counter.is_open or now < last.opened_at):
+    last, opening = counter.window, quota.per.opening(now)
+    if last.is_open(now) and now < last.opened_at:
+        # What a clock that was ahead has opened counts on, but for no longer than a window that opens now.
+        return replace(counter, window=Window(last.opened_at, min(last.resets_at, opening.resets_at)))
+    if last.is_open(now) and counter.is_open:
         return counter
-    opening = quota.per.opening(now)
-    not_before = last.opened_at if last.is_open(now) else last.resets_at
+    not_before = last.opened_at if last.is_open(now) else max(last.resets_at, last.opened_at + 1)
     return Counter(Window(max(opening.opened_at, not_before), opening.resets_at))
 
 

@@ -7,6 +7,7 @@ nothing that a client, an upstream or a mistake of ours does leaves tokens held.
 
 import asyncio
 from collections.abc import Mapping
+from dataclasses import replace
 from types import TracebackType
 
 from proxy.admission import Verdict
@@ -73,16 +74,24 @@ class Reservation:
         if maximum is not None and max(self.entry.hold.output, self._let_pass) >= maximum:
             return False
         wanted = min(seen + STEP, TOKENS_MAX if maximum is None else max(seen, maximum))
-        reported = self.meter.input_reported
-        input_tokens = self.entry.hold.input if reported is None else min(reported, self.entry.hold.input)
-        act = Extend(self.entry.id, self._binding, input=input_tokens, output=wanted, least=seen)
+        act = Extend(self.entry.id, self._binding, input=self._input_tokens(), output=wanted, least=seen)
         try:
-            booked = await waiting.extend(act, wait_s=wait_s, ask_s=COMMIT_WAIT_S)
+            booked = await waiting.extend(act, wait_s=0, ask_s=COMMIT_WAIT_S)
+            if booked.verdict is not Verdict.ROOM:
+                # What is held for the input by its bytes may be all that is missing.
+                input_tokens = min(self._input_tokens(), (await self._count.exact_demand()).input)
+                act = replace(act, input=input_tokens)
+                booked = await waiting.extend(act, wait_s=wait_s, ask_s=COMMIT_WAIT_S)
         except LedgerUnavailable:
             self._let_pass = wanted
             return True
         self.entry, self.counters = booked.entry, {**self.counters, **booked.counters}
         return booked.verdict is Verdict.ROOM and booked.entry.state == "open"
+
+    def _input_tokens(self) -> int:
+        """What is to be held for the input, now that the upstream may have said it."""
+        reported = self.meter.input_reported
+        return self.entry.hold.input if reported is None else min(reported, self.entry.hold.input)
 
     async def usage(self) -> Usage:
         """What was used, as well as it can be known by now: as the upstream said, else counted."""

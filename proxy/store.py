@@ -133,12 +133,14 @@ class Store:
 
     async def read_counters(self, keys: Sequence[CounterKey]) -> dict[CounterKey, Counter]:
         """How these counters stand, read without a lock."""
+        self._look_for_it()  # connecting to a file that is gone would make an empty one
         with _translated():
             async with self._reading.connect() as connection:
                 return _counters(await connection.exec_driver_sql(self._sql.counters_of, _given(keys)))
 
     async def read_entry(self, entry_id: str) -> Entry | None:
         """One call in the books."""
+        self._look_for_it()
         with _translated():
             async with self._reading.connect() as connection:
                 found = await connection.exec_driver_sql(self._sql.calls_of, _given([entry_id]))

@@ -41,15 +41,15 @@ MODEL_PREFIX = "gpt-4o-"
 _INSTRUCTIONS = "You answer in plain words"
 _UNCOUNTED: Mapping[Kind, int] = {"chat": TOKENS_PER_MESSAGE + 2, "responses": 2 * TOKENS_PER_MESSAGE}
 _WORDS_LEAST, _WORDS_MOST = 100, 2500
-_TOKENS_LEAST, _TOKENS_MOST = 10, 1200
+_TOKENS_LEAST, _TOKENS_MOST = 10, 600
 # One stream in so many is long, so that its hold has to grow, and comes fast, so that it doesn't last.
 _LONG_AMONG, _LONG_LEAST, _LONG_MOST, _LONG_TOKENS_PER_S = 15, 1500, 4000, 2000
 _SCROLL_WORDS = 2 * _WORDS_MOST
 _MARK_TOKENS = 7
 _MARK = re.compile(r"call-([0-9]+)-[0-9]+")
-# With these sizes and the upstream's pace a client takes about 1,200 tokens a second, if it may. By default it may
-# take half of that, so that every window is used up and most calls still go well.
-_TOKENS_PER_CLIENT_S = 600
+# With these sizes and the upstream's pace a client takes about 2,500 tokens a second, if it may. By default it may
+# take less than half of that, so that every window is used up and many calls still go well.
+_TOKENS_PER_CLIENT_S = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +95,7 @@ class Plan:
     @property
     def wait_s(self) -> int:
         """How long a call may wait for others: as by default, but for a short run."""
-        return max(5, min(30, round(self.seconds / 2)))
+        return max(10, min(30, round(self.seconds / 2)))
 
     @property
     def kills_at_s(self) -> list[float]:

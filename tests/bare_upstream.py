@@ -1,0 +1,59 @@
+"""An upstream on bare sockets: a test says byte by byte what it sends, and when.
+
+async with bare_upstream(serve) as upstream:     # `serve` is given what the request's metadata say
+    async with stage(folder=tmp_path, upstream=upstream.url) as on: ...
+"""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+Serve = Callable[[dict[str, Any], asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+
+
+class BareUpstream:
+    """A listener that leaves everything to `serve`. `open` are the connections that are not closed yet."""
+
+    def __init__(self, serve: Serve) -> None:
+        self.url = ""
+        self.open: set[asyncio.Task[None] | None] = set()
+        self._serve = serve
+
+    async def accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """One connection, with one request."""
+        self.open.add(asyncio.current_task())
+        try:
+            head = await reader.readuntil(b"\r\n\r\n")
+            length = int(head.lower().partition(b"content-length:")[2].split(b"\r\n")[0])
+            await self._serve(json.loads(await reader.readexactly(length))["metadata"], reader, writer)
+            writer.close()
+            await writer.wait_closed()
+        except ConnectionError:
+            pass  # it was closed at the other end first
+        finally:
+            self.open.discard(asyncio.current_task())
+
+    async def all_closed(self) -> None:
+        """Wait until no connection is open."""
+        while self.open:
+            await asyncio.wait({task for task in self.open if task})
+
+
+@asynccontextmanager
+async def bare_upstream(serve: Serve) -> AsyncIterator[BareUpstream]:
+    """Start it on a free port."""
+    upstream = BareUpstream(serve)
+    server = await asyncio.start_server(upstream.accept, "127.0.0.1", 0)
+    upstream.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
+    try:
+        yield upstream
+    finally:
+        server.close()
+        await server.wait_closed()
+
+
+def stream_head(*more: str) -> bytes:
+    """The head of a streamed answer, with these lines in it."""
+    return "\r\n".join(("HTTP/1.1 200 OK", "Content-Type: text/event-stream", *more, "", "")).encode()

@@ -1,0 +1,122 @@
+"""Agents on one quota: long prompts that grow, large maxima, short answers. They can use nearly all of it.
+
+Each asks for 32,000 tokens at the most and uses 300. A proxy that held what is asked for would let a handful of them
+in at a time, and refuse them all long before the quota is up.
+"""
+
+import asyncio
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tests.audit import audit
+from tests.stage import Reply, Stage, key_of, stage
+
+AGENTS = ("ann", "ben", "cleo", "dan", "eve", "finn")
+LIMIT = 1_000_000
+PROMPT, TURN, ANSWER = 25_000, 1_500, 300
+SPEED = 60 * 50  # words a second, 50 times as fast as they come in real life
+
+
+def _policy(groups: str, members: Mapping[str, str]) -> str:
+    users = "\n".join(f'  {name}: {{groups: [{own}], keys: ["{key_of(name)}"]}}' for name, own in members.items())
+    return f"models:\n  gpt-4o-mini: {{upstream: simulated}}\ngroups: {groups}\nusers:\n{users}\n"
+
+
+@dataclass
+class Session:
+    """What came of all the calls of the agents on one quota."""
+
+    quota_id: str
+    answers: int = 0
+    refusals: list[dict[str, Any]] = field(default_factory=list)
+
+    def used_at_refusals(self) -> list[int]:
+        """How much of the quota was used each time that a call was refused, in that order."""
+        levels = (item for error in self.refusals for item in error["quotas"] if item["id"] == self.quota_id)
+        return [item["tokens"]["used"] for item in levels]
+
+    async def run(self, on: Stage, user: str) -> None:
+        """One agent: turn after turn until it is refused."""
+        tokens = PROMPT
+        while True:
+            reply = await _turn(on, user, tokens)
+            if reply.status != 200:
+                assert reply.status == 429
+                self.refusals.append(reply.error)
+                return
+            assert reply.body.count(b'"content":"') == 1 + ANSWER  # none was ended early
+            assert b'"finish_reason":"stop"' in reply.body
+            self.answers += 1
+            tokens += TURN
+
+
+async def _turn(on: Stage, user: str, tokens: int) -> Reply:
+    body = {
+        "model": "gpt-4o-mini",
+        "messages": [{"role": "user", "content": " ".join(["word"] * tokens)}],
+        "max_tokens": 32_000,
+        "stream": True,
+        "metadata": {"simulate": f"tokens={ANSWER} speed={SPEED}"},
+    }
+    return await on.post("/v1/chat/completions", body, user=user)
+
+
+async def test_six_agents_use_up_what_they_share(tmp_path: Path) -> None:
+    """A pot of 1M: nobody is refused before 90 % of it is used, nothing goes over, and each token is on the books."""
+    policy = _policy(
+        f"{{team: {{quotas: {{pot: {{shared: true, tokens: {LIMIT}, per: day}}}}}}}}", dict.fromkeys(AGENTS, "team")
+    )
+    async with stage(policy, folder=tmp_path) as on:
+        session = Session("team/pot")
+        await asyncio.gather(*(session.run(on, name) for name in AGENTS))
+        await on.at_rest()
+        used, held = await on.used("team/pot", "ann")
+        given = on.simulator.given
+        assert session.used_at_refusals()[0] >= LIMIT * 9 // 10
+        assert {error["code"] for error in session.refusals} == {"insufficient_quota"}
+        assert (used, held) == (given.input_tokens + given.output_tokens, 0)
+        assert used <= LIMIT
+        assert given.calls == session.answers >= 28
+        audit(tmp_path / "quotas.db")
+
+
+async def test_six_agents_with_one_key_beside_others(tmp_path: Path) -> None:
+    """All six are ann's, on her own 1M a member: the same holds for her, and bob's small calls all pass meanwhile.
+
+    He pays for his own, and hers has nothing of it.
+    """
+    quotas = f"{{daily: {{tokens: {LIMIT}, per: day}}, calls: {{requests: 500, per: day}}}}"
+    async with stage(
+        _policy(f"{{staff: {{quotas: {quotas}}}}}", {"ann": "staff", "bob": "staff"}), folder=tmp_path
+    ) as on:
+        session, is_over = Session("staff/daily"), asyncio.Event()
+        bobs: list[int] = []
+
+        async def bob() -> None:
+            body = {
+                "model": "gpt-4o-mini",
+                "messages": [{"role": "user", "content": "word"}],
+                "metadata": {"simulate": "tokens=20 delay=0.05"},
+            }
+            while not is_over.is_set():
+                reply = await on.post("/v1/chat/completions", body, user="bob", headers={"x-quota-max-wait": "0"})
+                assert reply.status == 200
+                bobs.append(reply.json()["usage"]["total_tokens"])
+
+        async def agents() -> None:
+            await asyncio.gather(*(session.run(on, "ann") for _ in AGENTS))
+            is_over.set()
+
+        await asyncio.gather(bob(), agents())
+        await on.at_rest()
+        used, held = await on.used("staff/daily", "ann")
+        given = on.simulator.given
+        assert session.used_at_refusals()[0] >= LIMIT * 9 // 10
+        assert used <= LIMIT
+        assert len(bobs) > 10
+        assert (used + sum(bobs), held) == (given.input_tokens + given.output_tokens, 0)
+        assert await on.used("staff/daily", "bob") == (sum(bobs), 0)
+        assert given.calls == session.answers + len(bobs)
+        audit(tmp_path / "quotas.db")
