@@ -196,12 +196,13 @@ def _could_be_better(best: _Way, demand: Demand, binding: Binding, at: Mapping[s
     if best.is_whole(demand):
         return any(_is_large(quota, at[quota.id], demand) for quota in binding.quotas)
     relieved = _best(replace(demand, input=0), binding, at)
-    return (relieved.verdict, -relieved.output) < (best.verdict, -best.output)
+    return relieved.verdict < best.verdict or relieved.output > best.output
 
 
 def _is_large(quota: Quota, counter: Counter, demand: Demand) -> bool:
+    much = demand.input * _ROUGH_PART
     return quota.enforce == "exact" and any(
-        demand.input * _ROUGH_PART > limit.maximum - counter.used.of(limit.measure) - counter.held.of(limit.measure)
+        0 < limit.maximum - counter.used.of(limit.measure) < much + counter.held.of(limit.measure)
         for limit in quota.limits
         if limit.measure in ("tokens", "input_tokens")
     )

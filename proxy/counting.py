@@ -46,6 +46,10 @@ class CallCount:
         """The demand with the input counted, or, where that fails, bounded by its bytes for good."""
         return counted(self.demand, self._prompt, await self._count(), is_guess=self._encoding.is_guess)
 
+    async def most_of_input(self) -> int:
+        """The most that the input can be, what is not shown of it included."""
+        return (await self.exact_demand()).input + self.demand.unseen
+
     async def of_input(self) -> int:
         """About how many tokens the input has; never the bound, which is meant to be too large."""
         text_tokens = await self._count()

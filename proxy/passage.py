@@ -54,7 +54,9 @@ class Passage:
 
     def refusal(self, answer: NotBooked, now: int, *, busy_s: int) -> ProxyError:
         """Why this call is not let in, for its client; `busy_s` is how long calls in flight will take."""
-        stand = standings(self.binding, answer.counters, now)
+        # As it was decided: a window that has ended since must not be shown as a fresh one, in which there is room.
+        then = min([now, *(block.counter.window.resets_at - 1 for block in answer.refused.blocks)])
+        stand = standings(self.binding, answer.counters, then)
         error = refusal(
             answer.refused,
             stand,

@@ -79,7 +79,7 @@ class Reservation:
             booked = await waiting.extend(act, wait_s=0, ask_s=COMMIT_WAIT_S)
             if booked.verdict is not Verdict.ROOM:
                 # What is held for the input by its bytes may be all that is missing.
-                input_tokens = min(self._input_tokens(), (await self._count.exact_demand()).input)
+                input_tokens = min(self._input_tokens(), await self._count.most_of_input())
                 act = replace(act, input=input_tokens)
                 booked = await waiting.extend(act, wait_s=wait_s, ask_s=COMMIT_WAIT_S)
         except LedgerUnavailable:

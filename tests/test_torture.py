@@ -1,0 +1,169 @@
+"""Torture of our own proxy, and of others: an honest one passes, and those that cheat are caught."""
+
+import asyncio
+import json
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import aiohttp
+import pytest
+from aiohttp import web
+from click.testing import CliRunner, Result
+
+from proxy.app import wall_clock_ms
+from proxy.cli import main
+from proxy.torture import NoCount, Outside, run_outside
+from proxy.torture_answers import read_stream, read_whole
+from proxy.torture_plan import Plan
+from proxy.torture_proxy import Proxy
+from proxy.torture_report import Report
+
+KEY = "sk-torture-0123456789abcdef-0"
+UPSTREAM_KEY = "sk-upstream-0123456789abcdef"
+
+
+def _torture(*arguments: str) -> Result:
+    return CliRunner().invoke(main, ["torture", *arguments])
+
+
+def test_ten_seconds_of_torture_break_no_promise() -> None:
+    """32 clients, a fifth of which hang up, and two kills, on quotas that are used up and reset."""
+    options = "--seconds 10 --clients 32 --users 2 --kill-every 4 --per 5s --limit 20000 --json".split()
+    result = _torture(*options)
+    report = json.loads(result.stdout)
+    assert report["broken"] == []
+    assert result.exit_code == 0
+    figures = {name: figure["value"] for name, figure in report["figures"].items()}
+    assert figures["kills"] == 2
+    assert figures["tokens given"] > 0
+    assert figures["refusals"] > 0
+    for end in ("complete", "hung up", "refused"):
+        assert end in report["figures"]["calls"]["note"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--replicas", "2"], "Several replicas need PostgreSQL"),
+        (["--clients", "2", "--users", "3"], "3 users need as many clients or more"),
+        (["--per", "1M"], '"1M" could be minutes or months'),
+        (["--target", "http://127.0.0.1:9/v1"], "--target needs --key"),
+    ],
+)
+def test_what_cannot_be_is_said_at_once(arguments: list[str], said: str) -> None:
+    """Exit code 2, before anything is started."""
+    result = _torture(*arguments)
+    assert said in result.stderr
+    assert result.exit_code == 2
+
+
+# ---------------------------------------------------------------------------------------------------- other proxies
+
+
+class Gateway:
+    """Forwards, and counts as many do: checks the counter first and adds to it after. `forgets`: streams are free."""
+
+    def __init__(self, upstream_port: int, limit: int, *, forgets: bool = False) -> None:
+        self.used = 0
+        self._upstream = f"http://127.0.0.1:{upstream_port}"
+        self._limit = limit
+        self._forgets = forgets
+
+    async def carry(self, request: web.Request) -> web.StreamResponse:
+        """One call there and back."""
+        if self.used >= self._limit:
+            return web.json_response({"error": {"message": "used up"}}, status=429)
+        body = await request.json()
+        if body.get("stream") and "input" not in body:
+            body["stream_options"] = {"include_usage": True}
+        headers = {"authorization": f"Bearer {UPSTREAM_KEY}"}
+        async with (
+            aiohttp.ClientSession(headers=headers) as http,
+            http.post(self._upstream + request.path, json=body) as answer,
+        ):
+            response = web.StreamResponse(status=answer.status, headers={"content-type": answer.content_type})
+            await response.prepare(request)
+            received = b""
+            async for chunk in answer.content.iter_any():
+                received += chunk
+                await response.write(chunk)
+        read = read_stream if body.get("stream") else read_whole
+        if not (self._forgets and body.get("stream")):
+            self.used += sum(read(received).usage or ())
+        return response
+
+
+@asynccontextmanager
+async def serving(gateway: Gateway) -> AsyncIterator[str]:
+    """It runs; gives its address."""
+    app = web.Application()
+    app.router.add_post("/{path:.*}", gateway.carry)
+    runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    yield f"http://127.0.0.1:{runner.addresses[0][1]}/v1"
+    await runner.cleanup()
+
+
+def free_port() -> int:
+    """A port for the upstream, which a gateway has to know beforehand."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+async def judged(url: str, plan: Plan, port: int, *, counter: str | None = None) -> Report:
+    """The verdict on what serves there."""
+    outside = Outside(url, (KEY,), "gpt-4o", upstream_port=port, upstream_key=UPSTREAM_KEY, counter=counter)
+    return await run_outside(plan, outside, now=wall_clock_ms, say=lambda text: None)
+
+
+async def test_a_proxy_that_checks_first_and_counts_later_is_caught() -> None:
+    """Sixteen calls that all find a token left take far more than that one; the upstream's count shows it."""
+    plan, port = Plan(clients=16, users=1, seconds=1, limit=10_000, disconnects=0, tokens_per_s=2000), free_port()
+    async with serving(Gateway(port, plan.tokens)) as url:
+        report = await judged(url, plan, port)
+    assert report.broken == ["overshoot given"]
+
+
+async def test_a_proxy_that_loses_counts_is_caught(tmp_path: Path) -> None:
+    """Its own counter, read before and after, shows less than the answers that its clients saw complete."""
+    plan, port = Plan(clients=8, users=1, seconds=1, limit=10**9, disconnects=0, tokens_per_s=2000), free_port()
+    gateway = Gateway(port, plan.tokens, forgets=True)
+    counts = tmp_path / "count"
+
+    async def keep() -> None:
+        while True:
+            counts.write_text(f"used: {gateway.used}")
+            await asyncio.sleep(0.01)
+
+    keeping = asyncio.get_running_loop().create_task(keep())
+    async with serving(gateway) as url:
+        await asyncio.sleep(0)
+        report = await judged(url, plan, port, counter=f"sleep 0.1; cat {counts}")
+    keeping.cancel()
+    assert report.broken == ["lost"]
+
+
+async def test_an_honest_proxy_passes_from_outside_too(tmp_path: Path) -> None:
+    """Ours, set up by hand as any other would be, and judged by the upstream's own count."""
+    plan, port = Plan(clients=16, users=1, seconds=2, limit=20_000, tokens_per_s=2000), free_port()
+    upstream = f"http://127.0.0.1:{port}/v1"
+    proxy = Proxy(tmp_path, plan, upstream=upstream, upstream_key=UPSTREAM_KEY, keys=(KEY,))
+    await proxy.start()
+    try:
+        report = await judged(f"http://127.0.0.1:{proxy.port}/v1", plan, port)
+    finally:
+        await proxy.end()
+    assert report.broken == []
+    assert report["refusals"].value
+
+
+@pytest.mark.parametrize("counter", ["echo none", "echo 7; false"])
+async def test_a_counter_that_cannot_be_read_is_said(counter: str) -> None:
+    """No verdict is better than one on nothing."""
+    with pytest.raises(NoCount, match="printed no number"):
+        await judged("http://127.0.0.1:9/v1", Plan(clients=1, users=1, limit=1), free_port(), counter=counter)

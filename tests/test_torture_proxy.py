@@ -1,0 +1,77 @@
+"""The proxy as a process: it comes up, dies, comes back where it was, and stops."""
+
+import os
+import signal
+import socket
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import aiohttp
+import pytest
+
+from proxy.config import load
+from proxy.torture_plan import Plan
+from proxy.torture_proxy import NotStarted, Proxy
+
+KEYS = ("sk-torture-0123456789abcdef-0", "sk-torture-0123456789abcdef-1")
+
+
+@pytest.fixture
+async def proxy(tmp_path: Path) -> AsyncIterator[Proxy]:
+    """One that is not started yet; its upstream is nowhere."""
+    plan = Plan(clients=2, users=2, limit=777, per="5s", shared=True, seconds=20)
+    proxy = Proxy(tmp_path, plan, upstream="http://127.0.0.1:9/v1", upstream_key="sk-upstream", keys=KEYS)
+    yield proxy
+    await proxy.end()
+
+
+def pid_of(proxy: Proxy) -> int:
+    """Its process."""
+    assert proxy._process
+    return proxy._process.pid
+
+
+async def test_it_is_killed_and_comes_back_on_the_same_file_and_port(proxy: Proxy, tmp_path: Path) -> None:
+    """As another process, and what becomes of calls whose clients leave has changed; then it stops cleanly."""
+    await proxy.start()
+    first = pid_of(proxy)
+    assert proxy.era == 0
+    assert "on_disconnect: drain" in (tmp_path / "quotas.yaml").read_text()
+    await proxy.kill_and_restart()
+    assert pid_of(proxy) != first
+    with pytest.raises(ProcessLookupError):
+        os.kill(first, 0)
+    assert "on_disconnect: stop" in (tmp_path / "quotas.yaml").read_text()
+    assert (proxy.era, proxy.kills, proxy.crashes) == (2, 1, 0)
+    headers = {"authorization": f"Bearer {KEYS[1]}"}
+    url = f"http://127.0.0.1:{proxy.port}/v1/quota"
+    async with aiohttp.ClientSession(headers=headers) as http, http.get(url) as response:
+        (quota,) = (await response.json())["data"]
+    assert (quota["tokens"]["limit"], quota["window"]["per"], quota["shared"]) == (777, "5s", True)
+    await proxy.stop()
+    assert proxy.crashes == 0
+    assert proxy.database.exists()
+    assert load(str(tmp_path / "quotas.yaml"), {}).policy.wait_s == 10
+
+
+async def test_one_that_ended_by_itself_is_a_crash(proxy: Proxy) -> None:
+    """Noticed at the next kill or at the stop, whichever comes first."""
+    await proxy.start()
+    os.kill(pid_of(proxy), signal.SIGKILL)
+    assert proxy._process
+    await proxy._process.wait()
+    await proxy.kill_and_restart()
+    assert proxy.crashes == 1
+    os.kill(pid_of(proxy), signal.SIGKILL)
+    await proxy._process.wait()
+    await proxy.stop()
+    assert proxy.crashes == 2
+
+
+async def test_one_that_does_not_come_up_says_why(proxy: Proxy) -> None:
+    """In its own words, from its log."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", proxy.port))
+        taken.listen()
+        with pytest.raises(NotStarted, match="address already in use"):
+            await proxy.start()
