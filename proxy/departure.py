@@ -50,7 +50,9 @@ class Departures:
             task.cancel()
 
         def gone() -> None:
-            if on_disconnect == "stop" and reservation.meter.ending.has_finished:
+            if not reservation.is_sent:
+                cut_off()
+            elif on_disconnect == "stop" and reservation.meter.ending.has_finished:
                 deadline.append(loop.call_later(USAGE_S, cut_off))
             elif on_disconnect == "drain" and self._has_room_for(user):
                 self._draining[user] += 1

@@ -42,7 +42,10 @@ def states(path: Path) -> dict[str, str]:
 
 
 def audit(path: Path) -> None:
-    """The file is sound; each counter holds what its open calls hold and has used what its ended ones are charged."""
+    """The file is sound; each counter holds what its open calls hold and has used what its ended ones are charged.
+
+    Whether that is within the limits is not its matter: limits change.
+    """
     with connected(path) as connection:
         assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
     used: dict[Key, list[int]] = defaultdict(lambda: [0, 0, 0])
@@ -52,8 +55,12 @@ def audit(path: Path) -> None:
         is_open = call["state"] == "open"
         assert is_open == (call["ended_at"] is None)
         assert charged == [0, 0, 0] or not is_open
-        for (subject, quota_id), opened_at, *_, amount in json.loads(call["lines"]):
-            _add((held if is_open else used)[subject, quota_id, opened_at], amount if is_open else charged)
+        lines = [((*key, opened_at), amount) for key, opened_at, amount in json.loads(call["lines"])]
+        assert len({key for key, _ in lines}) == len(lines), f"two lines of {call['id']} for one window"
+        parts = [amount for _, amount in lines] if is_open else _parts(lines, charged)
+        for (key, _), part in zip(lines, parts, strict=True):
+            level = (held if is_open else used)[key]
+            level[:] = [total + amount for total, amount in zip(level, part, strict=True)]
     for counter in rows(path, "counters"):
         key = (counter["subject"], counter["quota_id"], counter["opened_at"])
         for side, sums in (("used", used), ("held", held)):
@@ -62,5 +69,14 @@ def audit(path: Path) -> None:
             assert min(levels) >= 0, f"{side} of {key}"
 
 
-def _add(sums: list[int], amounts: list[int]) -> None:
-    sums[:] = [total + amount for total, amount in zip(sums, amounts, strict=True)]
+def _parts(lines: list[tuple[Key, list[int]]], charged: list[int]) -> list[list[int]]:
+    """What each line is charged: of several for one counter each takes what it held, and the last one the rest."""
+    left: dict[tuple[str, str], list[int]] = {}
+    parts = []
+    for place, ((subject, quota_id, _), amount) in enumerate(lines):
+        rest = left.setdefault((subject, quota_id), charged)
+        is_last = all(key[:2] != (subject, quota_id) for key, _ in lines[place + 1 :])
+        part = rest if is_last else [min(one, other) for one, other in zip(rest, amount, strict=True)]
+        left[subject, quota_id] = [one - other for one, other in zip(rest, part, strict=True)]
+        parts.append(part)
+    return parts

@@ -6,14 +6,15 @@ decide(call(100, 400), who, counters(who, used={"staff/daily": 300}), NOON)
 """
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import cast
 from zoneinfo import ZoneInfo
 
-from proxy.books import Facts, Reserve
+from proxy.books import Extend, Facts, Reserve
 from proxy.policy import Group, Policy
 from proxy.quotas import Binding, Combine, Counter, CounterKey, Demand, Enforce, Globs, Limit, Quota, Route
-from proxy.usage import Amount, Exactly, Measure, Tokens
+from proxy.usage import TOKENS_MAX, Amount, Exactly, Measure, Tokens
 from proxy.windows import parse_per
 
 MINUTE = 60_000
@@ -37,6 +38,7 @@ def quota(
     shared: bool = False,
     enforce: Enforce = "exact",
     zone: str = "UTC",
+    overdraft: int = 0,
     **limits: int,
 ) -> Quota:
     """`quota("staff/daily", tokens=1000, per="day")`; its limits are `tokens`, `input_tokens`, … = how many."""
@@ -49,6 +51,7 @@ def quota(
         models=Globs(models),
         shared=shared,
         enforce=enforce,
+        overdraft=overdraft,
     )
 
 
@@ -96,14 +99,36 @@ def counters(
     }
 
 
-def call(input_tokens: int = 0, want: int = 0, smallest: int | None = None) -> Demand:
-    """What a call asks for; the least worth starting for is `min(want, 1024)`, as for a call with one choice."""
-    return Demand(input_tokens, want, min(want, 1024) if smallest is None else smallest)
+def call(
+    input_tokens: int = 0,
+    want: int = 0,
+    smallest: int | None = None,
+    *,
+    first: int = TOKENS_MAX,
+    unseen: int = 0,
+    open_ended: bool = False,
+) -> Demand:
+    """What a call asks for; the least worth starting for is `min(want, 1024)`, as for a call with one choice.
+
+    It holds all of it at once, unless `first` says that it is a stream that begins with less.
+    """
+    least = min(want, 1024) if smallest is None else smallest
+    return Demand(input_tokens, want, least, first=first, unseen=unseen, is_open_ended=open_ended)
+
+
+def rough(demand: Demand) -> Demand:
+    """The same call before its input is counted: all that is known is how many bytes it has."""
+    return replace(demand, is_rough=True)
 
 
 def reserve(entry_id: str, who: Binding, demand: Demand) -> Reserve:
     """The act that lets a call in."""
     return Reserve(entry_id, "process-1", Facts(who.user, "gpt-4o-mini", "chat", "openai"), who, demand)
+
+
+def extend(entry_id: str, who: Binding, output: int, *, least: int = 0, input_tokens: int = TOKENS_MAX) -> Extend:
+    """The act that holds `output` tokens in all for a call in flight; its input stays as it is unless it is given."""
+    return Extend(entry_id, who, input=input_tokens, output=output, least=least)
 
 
 def exactly(input_tokens: int, output_tokens: int = 0) -> Exactly:

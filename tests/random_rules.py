@@ -3,7 +3,7 @@
 from hypothesis import strategies as st
 
 from proxy.quotas import Binding, Counter, CounterKey, Demand, Quota, Route
-from proxy.usage import MEASURES, Amount
+from proxy.usage import MEASURES, TOKENS_MAX, Amount
 from proxy.windows import Window
 from tests.builders import DAY, HOUR, MINUTE, NOON, quota
 
@@ -23,17 +23,21 @@ def quota_lists(
     enforce: tuple[str, ...] = ENFORCED,
     pers: tuple[str, ...] = PERS,
 ) -> tuple[Quota, ...]:
-    """Some quotas of one group, with one or more limits each, now and then of 0."""
-    return tuple(
-        quota(
-            f"{group}/q{number}",
-            per=draw(st.sampled_from(pers)),
-            shared=draw(st.booleans()),
-            enforce=draw(st.sampled_from(enforce)),
-            **draw(st.dictionaries(st.sampled_from(MEASURES), st.integers(0, 50), min_size=1)),
+    """Some quotas of one group, with one or more limits each, now and then of 0; of the exact ones some overdrawn."""
+    found = []
+    for number in range(draw(st.integers(least, most))):
+        enforced = draw(st.sampled_from(enforce))
+        found.append(
+            quota(
+                f"{group}/q{number}",
+                per=draw(st.sampled_from(pers)),
+                shared=draw(st.booleans()),
+                enforce=enforced,
+                overdraft=draw(st.sampled_from([0, 0, 1, 10])) if enforced == "exact" else 0,
+                **draw(st.dictionaries(st.sampled_from(MEASURES), st.integers(0, 50), min_size=1)),
+            )
         )
-        for number in range(draw(st.integers(least, most)))
-    )
+    return tuple(found)
 
 
 @st.composite
@@ -72,8 +76,19 @@ def counters_of(draw: st.DrawFn, who: Binding, *, held: bool = True) -> dict[Cou
 
 
 @st.composite
-def demands(draw: st.DrawFn, most: int = 60) -> Demand:
-    """Calls from an empty one to one that is larger than any limit; some generate nothing."""
+def demands(draw: st.DrawFn, most: int = 60, *, unseen: bool = True) -> Demand:
+    """Calls from an empty one to one that is larger than any limit.
+
+    Some generate nothing, some are streams that begin with a part of what they want, and some read what they don't
+    show, unless `unseen` is not to be.
+    """
     want = draw(st.sampled_from([0, 1, most // 2]) | st.integers(0, most))
     smallest = min(want, draw(st.sampled_from([1, 1, most // 5, most])))
-    return Demand(draw(st.integers(0, most // 2) | st.integers(0, most)), want, smallest)
+    return Demand(
+        draw(st.integers(0, most // 2) | st.integers(0, most)),
+        want,
+        smallest,
+        first=draw(st.sampled_from([TOKENS_MAX, smallest]) | st.integers(0, most)),
+        is_open_ended=draw(st.booleans()),
+        unseen=draw(st.sampled_from([0, 0, 0, most // 3, 2 * most])) if unseen else 0,
+    )

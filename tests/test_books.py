@@ -1,4 +1,4 @@
-"""What the four acts do to counters and entries: by scenarios with numbers, and by random histories.
+"""What the five acts do to counters and entries: by scenarios with numbers, and by random histories.
 
 A batch is a `Books` over what the batches before it wrote, as in the ledger. The clock starts on the 24th of November
 2026 at noon, UTC.
@@ -12,12 +12,14 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, multiple, rule
 
+from proxy.admission import Uncounted, Verdict
 from proxy.books import (
     Act,
     Booked,
     Books,
     Entry,
     Expire,
+    Extend,
     Facts,
     Line,
     NotBooked,
@@ -25,11 +27,27 @@ from proxy.books import (
     Reply,
     Settle,
     Unknown,
+    shares,
 )
-from proxy.quotas import Binding, Counter, CounterKey, Demand, Quota, Route, Verdict
+from proxy.quotas import Binding, Counter, CounterKey, Demand, Quota, Route
 from proxy.usage import NOTHING, TOKENS_MAX, Amount, AtLeast, Exactly, Tokens, Unspent, charge_of
 from proxy.windows import Window
-from tests.builders import DAY, HOUR, NOON, amount, binding, call, counters, exactly, instant, quota, reserve, route
+from tests.builders import (
+    DAY,
+    HOUR,
+    NOON,
+    amount,
+    binding,
+    call,
+    counters,
+    exactly,
+    extend,
+    instant,
+    quota,
+    reserve,
+    rough,
+    route,
+)
 from tests.random_rules import demands, quota_lists
 
 
@@ -61,6 +79,7 @@ SIX_HOURS = quota("staff/6h", tokens=1000, per="6h")
 ANN = binding([DAILY])
 CALL = call(100, 400)
 HELD = Amount(100, 400, 1)
+STREAM = call(100, 900, 100, first=100)
 BAD_REQUEST = Unspent(requests=1)
 
 
@@ -165,7 +184,7 @@ def test_an_entry_says_who_called_what_and_what_it_holds():
         through="staff",
         reserved_at=NOON,
         hold=HELD,
-        charge_if_lost=Tokens(100, 400),
+        maximum=400,
         lines=(Line(("user:ann", "staff/daily"), NOON - 12 * HOUR, HELD),),
     )
 
@@ -189,14 +208,16 @@ def test_a_record_names_what_shortened_the_answer_and_what_would_have_refused():
     ledger.apply(reserve("1", who, call(100, 4000, 1)))
     entry = ledger.entries["1"]
     assert (entry.capped_by, entry.would_refuse) == (DAILY.id, (watching.id,))
-    assert entry.hold == Amount(100, 900, 1)
+    assert (entry.hold, entry.maximum) == (Amount(100, 900, 1), 900)
     assert watching.key_for("ann") not in ledger.counters
 
 
 @pytest.mark.parametrize(
-    "act", [Settle("2", exactly(1), "complete"), Release("2"), Expire("2")], ids=lambda act: type(act)
+    "act",
+    [Settle("2", exactly(1), "complete"), Release("2"), Expire("2"), extend("2", ANN, 400)],
+    ids=lambda act: type(act),
 )
-def test_the_end_of_an_unknown_call_changes_nothing(act):
+def test_the_end_or_growth_of_an_unknown_call_changes_nothing(act):
     """It was never reserved, or has been deleted since."""
     ledger = Ledger(ANN)
     ledger.apply(reserve("1", ANN, CALL))
@@ -219,6 +240,27 @@ def test_a_refused_call_changes_nothing():
     assert answer.refused.verdict is Verdict.EXHAUSTED
     assert answer.counters == books.counters == before
     assert (books.entries, books.entries_changed, books.counters_changed) == ({}, set(), set())
+
+
+def test_a_call_that_has_to_be_counted_first_changes_nothing():
+    """It comes again with the same id once its tokens are known, and is decided on like any other."""
+    ledger = Ledger(ANN)
+    act = reserve("1", ANN, CALL)
+    assert ledger.apply(replace(act, demand=rough(act.demand))) == [Uncounted()]
+    assert (ledger.counters, ledger.entries) == ({}, {})
+    [booked] = ledger.apply(act)
+    assert isinstance(booked, Booked)
+
+
+def test_a_stream_holds_its_first_part():
+    """And the entry says how far that may grow; where nobody knows, nothing."""
+    ledger = Ledger(ANN)
+    ledger.apply(reserve("1", ANN, STREAM), reserve("2", ANN, replace(STREAM, want=400, is_open_ended=True)))
+    assert [(entry.hold, entry.maximum) for entry in ledger.entries.values()] == [
+        (Amount(100, 100, 1), 900),
+        (Amount(100, 100, 1), None),
+    ]
+    assert ledger.levels(DAILY) == (NOTHING, Amount(200, 200, 2))
 
 
 def test_a_reserve_is_all_or_nothing():
@@ -463,6 +505,423 @@ def test_a_clock_that_goes_astray_gives_nobody_back_what_others_hold():
     assert ledger.levels(DAILY) == (NOTHING, Amount(600, 400, 1))
 
 
+@pytest.mark.parametrize("is_full", [True, False], ids=["refused", "let in"])
+def test_what_a_clock_ahead_of_its_time_has_opened_ends_when_it_was_first_said(is_full):
+    """A day ahead it opened six hours; they end six hours after the first call at the true time, whoever comes."""
+    who = binding([SIX_HOURS])
+    ledger = Ledger(who, NOON + DAY, used={SIX_HOURS.id: 1000 if is_full else 0})
+    for hours in (0, 1, 5):
+        ledger.now = NOON + hours * HOUR
+        [answer] = ledger.apply(reserve(str(hours), who, call(1)))
+        assert isinstance(answer, NotBooked) is is_full
+        assert answer.counters[SIX_HOURS.key_for("ann")].window == Window(NOON + DAY, NOON + 6 * HOUR)
+    ledger.now = NOON + 6 * HOUR
+    [booked] = ledger.apply(reserve("6", who, call(1)))
+    assert isinstance(booked, Booked)
+    assert ledger.levels(SIX_HOURS) == (NOTHING, Amount(1, 0, 1))
+
+
+# ------------------------------------------------------------------------------------------------- holds that grow
+
+
+def held_by(ledger: Ledger, entry_id: str = "1") -> list[tuple[str, int, Amount]]:
+    """The lines of an entry, in short: quota, opening of the window, amount."""
+    return [(line.key[1], line.opened_at, line.amount) for line in ledger.entries[entry_id].lines]
+
+
+TODAY = NOON - 12 * HOUR
+TOMORROW = NOON + 12 * HOUR
+IN_SIX_HOURS = NOON + 6 * HOUR
+
+
+@pytest.mark.parametrize(
+    ("acts", "hold", "verdict"),
+    [
+        pytest.param([extend("1", ANN, 400)], Amount(100, 400, 1), "ROOM", id="grows"),
+        pytest.param([extend("1", ANN, 900)], Amount(100, 900, 1), "ROOM", id="to the last token"),
+        pytest.param([extend("1", ANN, 901)], Amount(100, 900, 1), "ROOM", id="as far as there is room"),
+        pytest.param([extend("1", ANN, 1200, least=901)], Amount(100, 900, 1), "EXHAUSTED", id="which is too little"),
+        pytest.param([extend("1", ANN, 1200, least=900)], Amount(100, 900, 1), "ROOM", id="which is just enough"),
+        pytest.param([extend("1", ANN, 50)], Amount(100, 100, 1), "ROOM", id="never shrinks"),
+        pytest.param([extend("1", ANN, 400)] * 2, Amount(100, 400, 1), "ROOM", id="repeated"),
+        pytest.param(
+            [extend("1", ANN, 400), extend("1", ANN, 600), extend("1", ANN, 400)],
+            Amount(100, 600, 1),
+            "ROOM",
+            id="repeated late",
+        ),
+        pytest.param([extend("1", ANN, 400, input_tokens=30)], Amount(30, 400, 1), "ROOM", id="a smaller input"),
+        pytest.param([extend("1", ANN, 400, input_tokens=30)] * 2, Amount(30, 400, 1), "ROOM", id="told twice"),
+        pytest.param([extend("1", ANN, 0, input_tokens=0)], Amount(0, 100, 1), "ROOM", id="no input at all"),
+        pytest.param(
+            [extend("1", ANN, 0, input_tokens=101)], Amount(100, 100, 1), "ROOM", id="a larger input: as it is"
+        ),
+        pytest.param(
+            [extend("1", ANN, 0, input_tokens=30), extend("1", ANN, 0, input_tokens=60)],
+            Amount(30, 100, 1),
+            "ROOM",
+            id="what was given back is not taken again",
+        ),
+        pytest.param(
+            [extend("1", ANN, 970, least=970, input_tokens=30)],
+            Amount(30, 970, 1),
+            "ROOM",
+            id="what the input gives back the answer may take",
+        ),
+    ],
+)
+@pytest.mark.parametrize("batches", ["one", "many"])
+def test_a_hold_grows_to_what_is_asked_in_all(acts, hold, verdict, batches):
+    """It takes absolute numbers, so that repeating one, or an old one that comes late, changes nothing."""
+    ledger = Ledger(ANN)
+    for batch in [acts] if batches == "one" else [[act] for act in acts]:
+        [*_, answer] = ledger.apply(*([] if "1" in ledger.entries else [reserve("1", ANN, STREAM)]), *batch)
+    entry = ledger.entries["1"]
+    assert answer == Booked(entry, ledger.counters, Verdict[verdict])
+    assert (entry.hold, entry.maximum, entry.state) == (hold, 900, "open")
+    assert held_by(ledger) == [(DAILY.id, TODAY, hold)]
+    assert ledger.levels(DAILY) == (NOTHING, hold)
+
+
+def test_what_others_hold_stops_an_answer_until_they_give_it_back():
+    """It takes what there is meanwhile, and the rest when it asks again."""
+    ledger = Ledger(ANN)
+    ledger.apply(reserve("1", ANN, STREAM), reserve("2", ANN, call(600)))
+    more = extend("1", ANN, 500, least=400)
+    [busy] = ledger.apply(more)
+    assert (busy.verdict, busy.entry.hold) == (Verdict.BUSY, Amount(100, 300, 1))
+    [_, grown] = ledger.apply(Settle("2", exactly(300), "complete"), more)
+    assert (grown.verdict, grown.entry.hold) == (Verdict.ROOM, Amount(100, 500, 1))
+    assert ledger.levels(DAILY) == (amount(300), Amount(100, 500, 1))
+
+
+def test_growing_makes_room_in_one_quota_and_is_stopped_by_another():
+    """Each counts what it limits: the input that was given back is room for tokens, not for output."""
+    each = quota("staff/daily", tokens=300, output_tokens=150)
+    who = binding([each])
+    ledger = Ledger(who)
+    ledger.apply(reserve("1", who, STREAM))
+    [grown] = ledger.apply(extend("1", who, 400, least=151, input_tokens=10))
+    assert (grown.verdict, grown.entry.hold) == (Verdict.EXHAUSTED, Amount(10, 150, 1))
+
+
+@pytest.mark.parametrize("end", [SETTLE, RELEASE, EXPIRE], ids=["settled", "released", "expired"])
+def test_a_call_that_has_ended_does_not_grow(end):
+    """The answer is its record, in which its process sees that it was taken for dead."""
+    ledger = Ledger(ANN)
+    ledger.apply(reserve("1", ANN, STREAM), end)
+    before = (dict(ledger.counters), dict(ledger.entries))
+    [answer] = ledger.apply(extend("1", ANN, 400, input_tokens=0))
+    assert answer == Booked(ledger.entries["1"], ledger.counters)
+    assert answer.entry.state != "open"
+    assert (ledger.counters, ledger.entries) == before
+
+
+def test_a_call_that_nothing_binds_grows_without_a_line():
+    """Its record says how far."""
+    who = binding(route("admins"))
+    ledger = Ledger(who)
+    ledger.apply(reserve("1", who, STREAM), extend("1", who, TOKENS_MAX))
+    assert (ledger.entries["1"].hold, held_by(ledger)) == (Amount(100, TOKENS_MAX, 1), [])
+    assert not ledger.counters
+
+
+def test_what_a_lost_call_is_charged_is_all_that_it_had_come_to_hold():
+    """Nobody saw more than that: nothing passes that is not held. If it comes back the difference is booked."""
+    ledger = Ledger(ANN)
+    ledger.apply(reserve("1", ANN, STREAM), extend("1", ANN, 400, input_tokens=30), EXPIRE)
+    assert ledger.entries["1"].usage == AtLeast(Tokens(30, 400))
+    assert ledger.levels(DAILY) == (Amount(30, 400, 1), NOTHING)
+    ledger.apply(Settle("1", exactly(30, 450), "complete"))
+    assert ledger.levels(DAILY) == (Amount(30, 450, 1), NOTHING)
+
+
+# -------------------------------------------------------------------------------------- growing over a window's end
+
+
+@pytest.mark.parametrize(("each", "next_opening"), [(DAILY, TOMORROW), (SIX_HOURS, NOON + DAY)], ids=["day", "6h"])
+def test_an_answer_that_outlives_its_window_grows_in_the_next(each, next_opening):
+    """By a line of its own, which grows on in place; what it held before stays where it was."""
+    who = binding([each])
+    ledger = Ledger(who)
+    ledger.apply(reserve("1", who, STREAM))
+    first = (each.id, each.per.opening(NOON).opened_at, Amount(100, 100, 1))
+    ledger.now = NOON + DAY
+    for output in (300, 300, 700):
+        [grown] = ledger.apply(extend("1", who, output))
+        assert held_by(ledger) == [first, (each.id, next_opening, Amount(output=output - 100))]
+        assert ledger.levels(each) == (NOTHING, Amount(output=output - 100))
+        assert (grown.entry.hold, grown.verdict) == (Amount(100, output, 1), Verdict.ROOM)
+
+
+def test_in_the_next_window_only_what_is_held_there_counts():
+    """900 are held by a call of today, 300 by it tomorrow; of the 1000 of tomorrow another one may have 700."""
+    ledger = Ledger(ANN)
+    ledger.apply(reserve("1", ANN, call(100, 900, 800, first=800)))
+    ledger.now = NOON + DAY
+    ledger.apply(extend("1", ANN, 1100))
+    assert ledger.levels(DAILY) == (NOTHING, Amount(output=300))
+    [full, let_in] = ledger.apply(reserve("2", ANN, call(701)), reserve("3", ANN, call(700)))
+    assert isinstance(full, NotBooked)
+    assert isinstance(let_in, Booked)
+    [stopped] = ledger.apply(extend("1", ANN, 1200, least=1101))
+    assert (stopped.verdict, stopped.entry.hold.output) == (Verdict.BUSY, 1100)
+    [used_up] = ledger.apply(Settle("3", exactly(700), "complete"), extend("1", ANN, 1200, least=1101))[1:]
+    assert (used_up.verdict, used_up.entry.hold.output) == (Verdict.EXHAUSTED, 1100)
+
+
+def test_it_may_grow_in_a_window_that_another_call_has_opened():
+    """It joins that window; it does not open one of its own."""
+    who = binding([SIX_HOURS])
+    ledger = Ledger(who)
+    ledger.apply(reserve("1", who, STREAM))
+    ledger.now = IN_SIX_HOURS + 5
+    ledger.apply(reserve("2", who, call(600)))
+    ledger.now += HOUR
+    ledger.apply(extend("1", who, 300))
+    assert held_by(ledger)[1] == (SIX_HOURS.id, IN_SIX_HOURS + 5, Amount(output=200))
+    assert ledger.levels(SIX_HOURS) == (NOTHING, Amount(600, 200, 1))
+
+
+def test_growth_that_is_nothing_opens_no_window():
+    """Whoever asks for what it holds already has no line in the new one."""
+    ledger = Ledger(ANN)
+    ledger.apply(reserve("1", ANN, STREAM))
+    ledger.now = NOON + DAY
+    ledger.apply(extend("1", ANN, 100))
+    assert held_by(ledger) == [(DAILY.id, TODAY, Amount(100, 100, 1))]
+    assert ledger.levels(DAILY) == (NOTHING, Amount(100, 100, 1))
+
+
+def test_an_input_is_given_back_where_it_was_held():
+    """Of the line that it stands in: in its window, if that is still there; the growth knows of no input."""
+    for later, levels in ((HOUR, (NOTHING, Amount(30, 300, 1))), (DAY, (NOTHING, Amount(output=200)))):
+        ledger = Ledger(ANN)
+        ledger.apply(reserve("1", ANN, STREAM))
+        ledger.now += later
+        ledger.apply(extend("1", ANN, 300), extend("1", ANN, 300, input_tokens=30))
+        assert held_by(ledger)[0][2].input == 30
+        assert ledger.levels(DAILY) == levels
+
+
+TWO_WINDOWS = [("staff/daily", TODAY, Amount(100, 100, 1)), ("staff/daily", TOMORROW, Amount(output=300))]
+
+
+@pytest.mark.parametrize(
+    ("ends", "used"),
+    [
+        pytest.param([Settle("1", exactly(90, 60), "complete")], NOTHING, id="all of it in the first"),
+        pytest.param([Settle("1", exactly(90, 100), "complete")], NOTHING, id="just all of it"),
+        pytest.param([Settle("1", exactly(90, 250), "complete")], Amount(output=150), id="the rest in the second"),
+        pytest.param([Settle("1", exactly(100, 400), "complete")], Amount(output=300), id="as held"),
+        pytest.param([Settle("1", exactly(150, 500), "complete")], Amount(50, 400, 0), id="more than was held"),
+        pytest.param([Settle("1", BAD_REQUEST, "rejected")], NOTHING, id="the request is of the first"),
+        pytest.param([RELEASE], NOTHING, id="released"),
+        pytest.param([EXPIRE], Amount(output=300), id="lost: as held"),
+        pytest.param([EXPIRE, Settle("1", exactly(90, 250), "complete")], Amount(output=150), id="came back: less"),
+        pytest.param(
+            [EXPIRE, Settle("1", exactly(90, 60), "complete")], NOTHING, id="came back: the second had none"
+        ),
+        pytest.param([EXPIRE, Settle("1", exactly(150, 500), "complete")], Amount(50, 400, 0), id="came back: more"),
+    ],
+)
+def test_of_two_windows_each_is_charged_up_to_what_it_held_and_the_last_the_rest(ends, used):
+    """The first has closed, so it is in the record alone; what is charged to the second is on its counter."""
+    ledger = Ledger(ANN)
+    ledger.apply(reserve("1", ANN, STREAM))
+    ledger.now = NOON + DAY
+    ledger.apply(extend("1", ANN, 400))
+    assert held_by(ledger) == TWO_WINDOWS
+    ledger.apply(*ends)
+    assert ledger.levels(DAILY) == (used, NOTHING)
+    assert held_by(ledger) == TWO_WINDOWS
+
+
+def test_an_answer_may_outlive_any_number_of_windows():
+    """Each holds what it grew by in it; of what it used, the last open one gets what the others did not hold."""
+    ledger = Ledger(ANN)
+    ledger.apply(reserve("1", ANN, STREAM))
+    for days in (1, 2, 3):
+        ledger.now = NOON + days * DAY
+        ledger.apply(extend("1", ANN, 100 + 200 * days))
+    assert [amount for _, _, amount in held_by(ledger)] == [Amount(100, 100, 1)] + [Amount(output=200)] * 3
+    ledger.apply(Settle("1", exactly(100, 620), "complete"))
+    assert ledger.levels(DAILY) == (Amount(output=120), NOTHING)
+
+
+@pytest.mark.parametrize(
+    ("amounts", "charge", "parts"),
+    [
+        pytest.param([], Amount(9, 9, 1), [], id="no line"),
+        pytest.param([("a", Amount(1, 1, 1))], Amount(9, 9, 1), [Amount(9, 9, 1)], id="one line: all"),
+        pytest.param(
+            [("a", Amount(1, 1, 1)), ("b", Amount(1, 1, 1))],
+            Amount(9, 9, 1),
+            [Amount(9, 9, 1)] * 2,
+            id="one each: all",
+        ),
+        pytest.param(
+            [("a", Amount(5, 5, 1)), ("a", Amount(0, 5))], Amount(5, 7, 1), [Amount(5, 5, 1), Amount(0, 2)], id="two"
+        ),
+        pytest.param(
+            [("a", Amount(5, 5, 1)), ("a", Amount(0, 5))],
+            Amount(7, 3, 1),
+            [Amount(5, 3, 1), Amount(2, 0)],
+            id="input",
+        ),
+        pytest.param(
+            [("a", Amount(5, 5, 1)), ("a", Amount(0, 5))], Amount(0, 0, 1), [Amount(0, 0, 1), NOTHING], id="a request"
+        ),
+        pytest.param([("a", Amount(5, 5, 1)), ("a", Amount(0, 5))], NOTHING, [NOTHING, NOTHING], id="nothing"),
+        pytest.param(
+            [("a", Amount(0, 1)), ("a", Amount(0, 2)), ("a", Amount(0, 3))],
+            Amount(0, 9),
+            [Amount(0, 1), Amount(0, 2), Amount(0, 6)],
+            id="three",
+        ),
+        pytest.param(
+            [("a", Amount(5, 5, 1)), ("b", Amount(5, 8, 1)), ("a", Amount(0, 3))],
+            Amount(5, 9, 1),
+            [Amount(5, 5, 1), Amount(5, 9, 1), Amount(0, 4)],
+            id="two of one counter, one of another",
+        ),
+        pytest.param(
+            [("a", Amount(requests=1)), ("b", Amount(5, 8, 1))],
+            Amount(5, 9, 1),
+            [Amount(5, 9, 1)] * 2,
+            id="a mark is charged all",
+        ),
+    ],
+)
+def test_a_charge_is_shared_among_the_windows_of_each_counter(amounts, charge, parts):
+    """Each counter is charged all of it once: each of its windows up to what it held, in order, the last the rest."""
+    lines = tuple(Line(("user:ann", name), place, amount) for place, (name, amount) in enumerate(amounts))
+    assert shares(lines, charge) == parts
+
+
+# ---------------------------------------------------------------------------------------- other quotas, other clocks
+
+LAB = quota("lab/output", output_tokens=500)
+ANN_OF_TWO = binding([DAILY], [LAB])
+
+
+def test_a_quota_beside_that_can_not_carry_the_growth_is_left_alone():
+    """What was held of it is given back, it is charged nothing, and it is not taken up again."""
+    ledger = Ledger(ANN_OF_TWO)
+    ledger.apply(reserve("1", ANN_OF_TWO, STREAM), extend("1", ANN_OF_TWO, 500))
+    assert ledger.levels(LAB) == (NOTHING, Amount(100, 500, 1))
+    [grown] = ledger.apply(extend("1", ANN_OF_TWO, 501))
+    assert held_by(ledger) == [(DAILY.id, TODAY, Amount(100, 501, 1))]
+    assert ledger.levels(LAB) == (NOTHING, NOTHING)
+    assert grown.counters.keys() == {DAILY.key_for("ann")}
+    ledger.apply(extend("1", ANN_OF_TWO, 502), Settle("1", exactly(90, 502), "complete"))
+    assert ledger.levels(LAB) == (NOTHING, NOTHING)
+    assert ledger.levels(DAILY) == (Amount(90, 502, 1), NOTHING)
+
+
+def test_what_is_left_alone_in_the_next_window_is_left_alone_in_the_last_too():
+    """A call is charged to a quota as a whole or not at all; others there keep what they hold."""
+    ledger = Ledger(ANN_OF_TWO)
+    ledger.apply(reserve("1", ANN_OF_TWO, STREAM))
+    ledger.now = NOON + DAY
+    ledger.apply(reserve("2", ANN_OF_TWO, call(1, 99)), extend("1", ANN_OF_TWO, 500), extend("1", ANN_OF_TWO, 502))
+    assert {quota_id for quota_id, _, _ in held_by(ledger)} == {DAILY.id}
+    assert ledger.levels(LAB) == (NOTHING, Amount(1, 99, 1))
+    assert ledger.levels(DAILY) == (NOTHING, Amount(1, 501, 1))
+
+
+def test_through_a_pot_an_answer_takes_from_the_pot_as_it_grows():
+    """Another member finds only what is left of it."""
+    pot = quota("team/pot", tokens=1000, shared=True)
+    ann, bob = binding([pot], user="ann"), binding([pot], user="bob")
+    ledger = Ledger(ann)
+    ledger.apply(reserve("1", ann, STREAM), extend("1", ann, 500), reserve("2", bob, STREAM))
+    [stopped] = ledger.apply(extend("2", bob, 400, least=400))
+    assert (stopped.verdict, stopped.entry.hold) == (Verdict.BUSY, Amount(100, 300, 1))
+    assert ledger.levels(pot) == (NOTHING, Amount(200, 800, 2))
+
+
+def test_after_keeps_the_mark_of_a_call_that_grows_and_shadow_watches_it_grow():
+    """`after` is charged in the window in which the call was let in; in the next it has no mark."""
+    classic = quota("staff/classic", tokens=100, enforce="after")
+    watching = quota("staff/new", tokens=300, enforce="shadow")
+    who = binding([DAILY, classic], shadows=[watching])
+    ledger = Ledger(who)
+    ledger.apply(reserve("1", who, STREAM), extend("1", who, 400))
+    mark, whole = Amount(requests=1), Amount(100, 400, 1)
+    assert [amount for _, _, amount in held_by(ledger)] == [whole, mark, whole]
+    assert [ledger.levels(each)[1] for each in (DAILY, classic, watching)] == [whole, mark, whole]
+    ledger.now = NOON + DAY
+    ledger.apply(extend("1", who, 600))
+    assert held_by(ledger)[3:] == [
+        (DAILY.id, TOMORROW, Amount(output=200)),
+        (watching.id, TOMORROW, Amount(output=200)),
+    ]
+    assert ledger.counters[classic.key_for("ann")].window.opened_at == TODAY
+
+
+def test_an_overdraft_lets_an_answer_end_and_nobody_in():
+    """It grows to 1200 of 1000; whoever comes meanwhile is refused."""
+    each = quota("staff/daily", tokens=1000, overdraft=200)
+    who = binding([each])
+    ledger = Ledger(who)
+    ledger.apply(reserve("1", who, call(100, 4000, 100, first=100)))
+    [grown, stopped] = ledger.apply(extend("1", who, 1100, least=1100), extend("1", who, 1101, least=1101))
+    assert [answer.verdict for answer in (grown, stopped)] == [Verdict.ROOM, Verdict.EXHAUSTED]
+    [_, refused] = ledger.apply(Settle("1", exactly(100, 1100), "complete"), reserve("2", who, call(0, 1)))
+    assert refused.refused.verdict is Verdict.EXHAUSTED
+    assert ledger.levels(each)[0].tokens == 1200
+
+
+def test_an_answer_grows_by_the_limits_under_which_it_was_let_in():
+    """A reload meanwhile is for the calls that come after it: each act brings its own quotas."""
+    ledger = Ledger(ANN)
+    ledger.apply(reserve("1", ANN, STREAM))
+    lowered = binding([quota("staff/daily", tokens=150)])
+    [grown, refused] = ledger.apply(extend("1", ANN, 900, least=900), reserve("2", lowered, call(1)))
+    assert (grown.verdict, grown.entry.hold) == (Verdict.ROOM, Amount(100, 900, 1))
+    assert isinstance(refused, NotBooked)
+
+
+@pytest.mark.parametrize("each", [DAILY, SIX_HOURS], ids=["calendar", "duration"])
+def test_after_a_clock_that_goes_back_an_answer_grows_where_it_began(each):
+    """Its window is still the last one, by whatever clock."""
+    who = binding([each])
+    ledger = Ledger(who)
+    ledger.apply(reserve("1", who, STREAM))
+    ledger.now = NOON - 2 * DAY
+    ledger.apply(extend("1", who, 400), extend("1", who, 400))
+    assert held_by(ledger) == [(each.id, each.per.opening(NOON).opened_at, Amount(100, 400, 1))]
+    assert ledger.levels(each) == (NOTHING, Amount(100, 400, 1))
+
+
+def test_after_a_clock_that_went_ahead_an_answer_grows_in_the_window_that_it_left_there():
+    """A day ahead it grew into tomorrow; back again tomorrow's window is the one that counts."""
+    ledger = Ledger(ANN)
+    ledger.apply(reserve("1", ANN, STREAM))
+    ledger.now = NOON + DAY
+    ledger.apply(extend("1", ANN, 300))
+    ledger.now = NOON
+    ledger.apply(reserve("2", ANN, call(50)), extend("1", ANN, 400))
+    assert held_by(ledger) == TWO_WINDOWS
+    assert ledger.levels(DAILY) == (NOTHING, Amount(50, 300, 1))
+    ledger.apply(Settle("1", exactly(100, 400), "complete"), RELEASE)
+    assert ledger.levels(DAILY) == (Amount(output=300), Amount(50, 0, 1))
+
+
+def test_a_call_whose_counter_was_reset_grows_in_a_window_of_its_own():
+    """What it held there stays in its record; it holds of the new window only what it grows by."""
+    who = binding([SIX_HOURS])
+    ledger = Ledger(who)
+    ledger.apply(reserve("1", who, STREAM))
+    ledger.counters.clear()
+    ledger.now += HOUR
+    ledger.apply(extend("1", who, 300))
+    assert ledger.levels(SIX_HOURS) == (NOTHING, Amount(output=200))
+    ledger.apply(Settle("1", exactly(100, 250), "complete"))
+    assert ledger.levels(SIX_HOURS) == (Amount(output=150), NOTHING)
+
+
 # ------------------------------------------------------------------------------------------ what is fit for the books
 
 
@@ -504,11 +963,25 @@ def test_a_usage_beyond_all_bounds_is_not_booked(usage):
         Settle("1", usage, "complete")
 
 
+@pytest.mark.parametrize("numbers", [(-1, 0, 0), (0, -1, -1), (0, 0, -1), (TOKENS_MAX + 1, 0, 0), (0, 2**63, 0)])
+def test_a_growth_beyond_all_bounds_is_not_booked(numbers):
+    """Likewise."""
+    with pytest.raises(ValueError, match="beyond all bounds"):
+        Extend("1", ANN, *numbers)
+
+
+def test_a_growth_that_contradicts_itself_is_not_booked():
+    """Nobody needs more than he asks for."""
+    with pytest.raises(ValueError, match="401 tokens at the least are more than the 400 asked for"):
+        extend("1", ANN, 400, least=401)
+
+
 # --------------------------------------------------------------------------------------------------- random histories
 
 
 # So few that a history comes back to the same window now and then.
 PERS = ("hour", "day", "6h")
+USERS = st.sampled_from(["ann", "bob"])
 
 
 class Histories(RuleBasedStateMachine):
@@ -535,7 +1008,9 @@ class Histories(RuleBasedStateMachine):
         self.combine = data.draw(st.sampled_from(["any_group", "every_group"]))
         self.openings: dict[CounterKey, int] = {}
         self.highest: dict[tuple[CounterKey, int], dict[str, int]] = {}
-        self.lines: dict[str, list[tuple[CounterKey, int, Amount]]] = {}
+        self.bindings: dict[str, Binding] = {}
+        # Of each call, by the lines of its entry: which opening that is, and how much it holds there.
+        self.lines: dict[str, dict[tuple[CounterKey, int], tuple[int, Amount]]] = {}
         self.overrun: set[tuple[CounterKey, int]] = set()
 
     def binding_of(self, user: str) -> Binding:
@@ -545,36 +1020,68 @@ class Histories(RuleBasedStateMachine):
         routes = tuple(Route(group, of(group)) for group in {"ann": "ab", "bob": "b"}[user])
         return Binding(user, of("everyone"), routes, of("watch"), self.combine)
 
-    @rule(target=calls, user=st.sampled_from(["ann", "bob"]), demand=demands(most=9))
+    @rule(target=calls, user=USERS, demand=demands(most=9))
     def reserve(self, user: str, demand: Demand) -> object:
         who, entry_id = self.binding_of(user), str(len(self.lines))
         before, entries = dict(self.ledger.counters), dict(self.ledger.entries)
         [answer] = self.ledger.apply(reserve(entry_id, who, demand))
         if isinstance(answer, NotBooked):
-            assert (self.ledger.counters, self.ledger.entries) == (before, entries)
+            assert self.ledger.entries == entries
+            self.changes_no_more_than_an_end(before)
             return multiple()
-        self.lines[entry_id] = []
-        held = {line.key: line.amount for line in answer.entry.lines}
-        assert len(held) == len(answer.entry.lines)
-        for each in who.quotas:
-            key = each.key_for(user)
-            if key in held:
-                self.opened(key, before.get(key))
-                self.lines[entry_id].append((key, self.openings[key], held[key]))
-                self.note_limits(each, key)
+        self.lines[entry_id], self.bindings[entry_id] = {}, who
+        self.note_lines(answer.entry, before)
         return entry_id
 
-    def opened(self, key: CounterKey, before: Counter | None) -> None:
-        if before is None or not before.is_open or before.window.resets_at <= self.ledger.now:
-            self.openings[key] = self.openings.get(key, 0) + 1
+    @rule(entry_id=calls, data=st.data())
+    def extend(self, entry_id: str, data: st.DataObject) -> None:
+        """By the quotas with which it was reserved, whatever has become of them."""
+        entry, before = self.ledger.entries[entry_id], dict(self.ledger.counters)
+        output = data.draw(st.integers(0, entry.hold.output + 15))
+        act = Extend(
+            entry_id,
+            self.bindings[entry_id],
+            input=data.draw(st.sampled_from([entry.hold.input, entry.hold.input // 2])),
+            output=output,
+            least=data.draw(st.integers(0, output)),
+        )
+        if entry.state != "open":
+            self.changes_nothing(act)
+            return
+        [answer] = self.ledger.apply(act)
+        after = answer.entry
+        assert after.hold.input == min(entry.hold.input, act.input)
+        assert entry.hold.output <= after.hold.output <= max(entry.hold.output, output)
+        assert (answer.verdict is Verdict.ROOM) is (after.hold.output >= act.least)
+        assert replace(after, hold=entry.hold, lines=entry.lines) == entry
+        self.note_lines(after, before)
+        if answer.verdict is not Verdict.BUSY:
+            self.changes_nothing(act)
+
+    def note_lines(self, entry: Entry, before: Mapping[CounterKey, Counter]) -> None:
+        """Which opening each new line is of: the last of its counter, or one more where that was over."""
+        who, known = self.bindings[entry.id], self.lines[entry.id]
+        keyed = {each.key_for(who.user): each for each in who.quotas}
+        now_held = {(line.key, line.opened_at): line.amount for line in entry.lines}
+        assert len(now_held) == len(entry.lines)
+        for (key, opened_at), held in now_held.items():
+            if (key, opened_at) not in known:
+                last = before.get(key)
+                if last is None or not last.is_open or last.window.resets_at <= self.ledger.now:
+                    self.openings[key] = self.openings.get(key, 0) + 1
+                self.note_limits(keyed[key], key)
+            opening, _ = known.get((key, opened_at), (self.openings[key], NOTHING))
+            known[key, opened_at] = (opening, held)
+        for line in known.keys() - now_held.keys():
+            del known[line]
 
     def note_limits(self, each: Quota, key: CounterKey) -> None:
         if each.enforce == "exact":
             highest = self.highest.setdefault((key, self.openings[key]), {})
             for limit in each.limits:
-                highest[limit.measure] = max(highest.get(limit.measure, 0), limit.maximum)
+                highest[limit.measure] = max(highest.get(limit.measure, 0), each.ceiling(limit))
 
-    @rule(entry_id=calls, user=st.sampled_from(["ann", "bob"]), demand=demands(most=9))
+    @rule(entry_id=calls, user=USERS, demand=demands(most=9))
     def repeat(self, entry_id: str, user: str, demand: Demand) -> None:
         self.changes_nothing(reserve(entry_id, self.binding_of(user), demand))
 
@@ -590,7 +1097,7 @@ class Histories(RuleBasedStateMachine):
         """Possibly above its hold: the upstream charged what the request didn't show."""
         hold = self.ledger.entries[entry_id].hold
         if tokens.input > hold.input or tokens.output > hold.output:
-            self.overrun |= {(key, opening) for key, opening, _ in self.lines[entry_id]}
+            self.overrun |= {(key, opening) for (key, _), (opening, _) in self.lines[entry_id].items()}
         self.end(Settle(entry_id, Exactly(tokens), "complete"))
 
     @rule(entry_id=calls, requests=st.sampled_from([0, 1]))
@@ -623,6 +1130,16 @@ class Histories(RuleBasedStateMachine):
         assert answer.entry == self.ledger.entries[act.id]
         assert (self.ledger.counters, self.ledger.entries) == before
 
+    def changes_no_more_than_an_end(self, before: Mapping[CounterKey, Counter]) -> None:
+        """A call that was refused notes when a window ends that a clock ahead of its time has opened."""
+        assert self.ledger.counters.keys() == before.keys()
+        for key, counter in self.ledger.counters.items():
+            last = before[key].window
+            if self.ledger.now < last.opened_at:
+                last = replace(last, resets_at=counter.window.resets_at)
+                assert self.ledger.now < last.resets_at <= before[key].window.resets_at
+            assert counter == replace(before[key], window=last)
+
     @rule(step=st.sampled_from([1, HOUR, DAY]))
     def later(self, step: int) -> None:
         self.ledger.now += step
@@ -648,11 +1165,15 @@ class Histories(RuleBasedStateMachine):
         for key, counter in getattr(self, "ledger", Ledger(binding())).counters.items():
             used, held = NOTHING, NOTHING
             for entry_id, lines in self.lines.items():
-                for line_key, opening, share in lines:
-                    if (line_key, opening) == (key, self.openings[key]):
-                        entry = self.ledger.entries[entry_id]
+                entry = self.ledger.entries[entry_id]
+                mine = [line for (line_key, _), line in lines.items() if line_key == key]
+                rest = charge_of(entry.usage) if entry.usage else NOTHING
+                for opening, share in mine:
+                    part = rest if (opening, share) == mine[-1] else rest.at_most(share)
+                    rest -= part
+                    if opening == self.openings[key]:
                         held += share if entry.state == "open" else NOTHING
-                        used += charge_of(entry.usage) if entry.usage else NOTHING
+                        used += part
             assert (counter.used, counter.held) == (used, held)
             assert min(used.input, used.output, used.requests, held.input, held.output, held.requests) >= 0
 
@@ -664,7 +1185,7 @@ class Histories(RuleBasedStateMachine):
                 counter = self.ledger.counters[key]
                 for measure, maximum in highest.items():
                     if measure != "output_tokens" or counter.used.output or counter.held.output:
-                        assert counter.used.of(measure) <= maximum
+                        assert counter.used.of(measure) + counter.held.of(measure) <= maximum
 
 
 Histories.TestCase.settings = settings(max_examples=120, stateful_step_count=50)

@@ -8,6 +8,7 @@ from tests.test_config import EXAMPLE, example_environ
 
 UPSTREAM = "upstreams: {box: {base_url: http://box/v1}}\n"
 DIGEST = f"sha256:{'ab' * 32}"
+KNOWN = "max_output_tokens: 16k"
 
 
 def warned(below: str, **environ: str) -> list[str]:
@@ -57,12 +58,12 @@ def test_a_groups_models_that_are_not_listed():
     """Only where the list is closed: another one may have them all."""
     more = "  a: {models: [gpt-5, 'o*']}\n"
     users = "alice: {groups: [staff, a]}"
-    models = "models: {gpt-4o: {}}\n"
+    models = "models: {gpt-4o: {max_output_tokens: 16k}}\n"
     assert warned(group(DAILY, more=more, users=users) + models) == [
         '6: the models of group "a" match none of those listed under models'
     ]
     assert warned(group(DAILY, more=more, users=users)) == []
-    assert warned(group(DAILY, more=more, users=users) + "models: {gpt-4o: {}, '*': {}}\n") == []
+    assert warned(group(DAILY, more=more, users=users) + models.replace("}}", "}, '*': {}}")) == []
 
 
 DEFAULT = "  default: {quotas: {d: {tokens: 5k, per: day}}}\n"
@@ -124,6 +125,31 @@ def test_users_whom_nothing_covers():
 def test_limits_that_refuse_more_than_they_seem_to(quota, expected):
     """0 is a switch that is off; the smallest answer that is started has 1024 tokens, or what was asked."""
     assert warned(group(f"      q: {quota}\n")) == [f"5: {text}" for text in expected]
+
+
+@pytest.mark.parametrize(
+    ("models", "quota_models", "is_warned"),
+    [
+        ("{a: {smallest_answer: 500}}", "['*']", False),
+        ("{a: {smallest_answer: 501}}", "['*']", True),
+        ("{a: {smallest_answer: 4k}, b: {smallest_answer: 500}}", "['*']", False),
+        ("{a: {smallest_answer: 4k}, b: {smallest_answer: 500}}", "[a]", True),
+        ("{a: {}, b: {smallest_answer: 500}}", "[a]", True),
+        ("{a: {smallest_answer: 500}, '*': {}}", "['*']", False),
+        ("{a: {smallest_answer: 500}, '*': {}}", "['b*']", True),
+    ],
+)
+def test_models_may_say_what_is_worth_starting_for(models, quota_models, is_warned):
+    """So a small limit is none for a model with smaller answers; nothing is said unless it holds for all."""
+    below = group(f"      q: {{models: {quota_models}, output_tokens: 500, per: day}}\n") + f"models: {models}\n"
+    text = "5: staff/q: calls that ask for a longer answer than 500 tokens are never let in"
+    assert (text in warned(below)) == is_warned
+
+
+def test_a_limit_may_be_small_because_a_model_s_answers_are_large():
+    """More than the thousand tokens that are usual."""
+    below = group("      q: {output_tokens: 3k, per: day}\n") + f"models: {{a: {{smallest_answer: 4k, {KNOWN}}}}}\n"
+    assert warned(below) == ["5: staff/q: calls that ask for a longer answer than 3,000 tokens are never let in"]
 
 
 # ---------------------------------------------------------------------------------------------------- idle quotas
@@ -237,7 +263,7 @@ def test_a_looser_quota_counts_where_members_have_other_groups():
 
 # ---------------------------------------------------------------------------------------------- models, upstreams
 
-MODELS = "models: {gpt-4o: {}, smart: {model: gpt-4o}, gpt-4o-mini: {}}\n"
+MODELS = f"models: {{gpt-4o: {{{KNOWN}}}, smart: {{model: gpt-4o, {KNOWN}}}, gpt-4o-mini: {{{KNOWN}}}}}\n"
 ESCAPE = 'it matches "gpt-4o" but not "smart", which is the same model; add "smart" to its models'
 FRONTIER = "      frontier: {models: [gpt-4o], requests: 5, per: day}\n"
 
@@ -262,9 +288,9 @@ def test_a_model_that_escapes_by_its_other_name(quotas, group_models, below, esc
 
 def test_a_model_escapes_also_where_its_own_name_is_not_listed():
     """An open list has it."""
-    models = "models: {smart: {model: gpt-4o}, '*': {}}\n"
+    models = f"models: {{smart: {{model: gpt-4o, {KNOWN}}}, '*': {{}}}}\n"
     assert warned(group(FRONTIER + DAILY) + models) == [f"5: staff/frontier: {ESCAPE}"]
-    assert warned(group(FRONTIER + DAILY) + "models: {gpt-4o: {}, smart: {}}\n") == []
+    assert warned(group(FRONTIER + DAILY) + f"models: {{gpt-4o: {{{KNOWN}}}, smart: {{{KNOWN}}}}}\n") == []
 
 
 def test_who_is_not_bound_lets_nothing_escape():
@@ -274,6 +300,46 @@ def test_who_is_not_bound_lets_nothing_escape():
         f"8: default/frontier: {ESCAPE}"
     ]
     assert ESCAPE not in str(warned(group(DAILY, more=more) + MODELS))
+
+
+ENDLESS = "a whole answer may take staff/daily over its limit if its call states no maximum; write max_output_tokens"
+
+
+@pytest.mark.parametrize(
+    ("model", "quota", "is_endless"),
+    [
+        ("", "tokens: 200k", True),
+        ("context: 128k, reasoning: true", "tokens: 200k", True),
+        ("", "output_tokens: 200k", True),
+        ("", "output_tokens: 200k, overdraft: 4k, shared: true", True),
+        ("", "models: ['*-turbo', 'gpt-*'], tokens: 200k", True),
+        ("max_output_tokens: 16k", "tokens: 200k", False),
+        ("", "input_tokens: 200k, requests: 5", False),
+        ("", "tokens: 200k, enforce: after", False),
+        ("", "tokens: 200k, enforce: shadow", False),
+        ("", "models: [other], tokens: 200k", False),
+        ("model: text-embedding-3-small", "tokens: 200k", False),
+        ("upstream: stage", "tokens: 200k", False),
+    ],
+)
+def test_a_model_whose_answers_have_no_known_end(model, quota, is_endless):
+    """Where an exact quota promises never to be over; not for what makes no answers, and not in the demo."""
+    upstreams = "upstreams:\n  box: {base_url: http://box/v1}\n  stage: {base_url: http://box, kind: simulator}\n"
+    below = f"{upstreams}default_upstream: box\nmodels:\n  gpt-x: {{{model}}}\n  other: {{{KNOWN}}}\n"
+    below += group(f"      daily: {{{quota}, per: day}}\n")
+    found = [f"{warning.line}: {warning.text}" for warning in warnings(load_text(below))]
+    assert found == ([f"6: {ENDLESS}"] if is_endless else [])
+
+
+def test_it_is_said_once_for_each_model():
+    """With the first quota that it may take over; an open list names none, and a quota without users binds none."""
+    models = "models: {a: {}, b: {}, '*': {}}\n"
+    weekly = "      weekly: {tokens: 2M, per: week}\n"
+    assert warned(group(DAILY + weekly) + models) == [f"8: {ENDLESS}"] * 2
+    assert warned(group(DAILY + weekly) + "models: {'*': {}}\n") == []
+    assert ENDLESS not in str(warned(group(DAILY, users="") + models))
+    everyone = group(DAILY, name="everyone", users="alice: {}") + "models: {a: {}}\n"
+    assert warned(everyone) == [f"7: {ENDLESS.replace('staff', 'everyone')}"]
 
 
 @pytest.mark.parametrize(

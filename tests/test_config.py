@@ -37,12 +37,14 @@ upstreams:
 default_upstream: openai
 models:
   gpt-4o: {context: 128k, max_output_tokens: 16_384, encoding: o200k_base}
-  big: {upstream: box, model: meta/llama, reasoning: true}
+  big: {upstream: box, model: meta/llama, reasoning: true, smallest_answer: 2k}
+  quick: {reasoning: false}
   "*": {upstream: box}
 groups:
   everyone: {quotas: {calls: {requests: 5, per: week}}}
   first: {models: ["gpt-*"], quotas: {a: {tokens: 5, output_tokens: 4, per: 6h, shared: true, enforce: after}}}
   second: {unlimited: true}
+  third: {quotas: {b: {output_tokens: 100k, overdraft: 4k, per: day}}}
 users:
   alice: {groups: [second, first], keys: ["${ALICE}"]}
   1001: {}
@@ -87,7 +89,8 @@ def test_the_policy_is_what_the_file_says():
     assert policy.default_upstream == openai
     assert policy.models == {
         "gpt-4o": Model("gpt-4o", openai, "gpt-4o", 16_384, 128_000, "o200k_base"),
-        "big": Model("big", box, "meta/llama", reasoning=True),
+        "big": Model("big", box, "meta/llama", reasoning=True, smallest_answer=2000),
+        "quick": Model("quick", openai, "quick", reasoning=False),
         "*": Model("*", box, "*"),
     }
     assert policy.key_digests == {digest(KEY): "alice"}
@@ -99,7 +102,7 @@ def test_the_policy_is_what_the_file_says():
 def test_groups_have_their_quotas_in_order():
     """With windows in the policy's zone and week."""
     groups = whole().policy.groups
-    assert list(groups) == ["everyone", "first", "second"]
+    assert list(groups) == ["everyone", "first", "second", "third"]
     [calls] = groups["everyone"].quotas
     assert isinstance(calls.per, Calendar)
     assert (calls.per.text, calls.per.zone.key, calls.per.week_starts) == ("week", "Europe/Berlin", 6)
@@ -108,6 +111,8 @@ def test_groups_have_their_quotas_in_order():
     assert (a.per, a.shared, a.enforce, a.models) == (Duration("6h", 21_600_000), True, "after", Globs())
     assert groups["first"].models == Globs(["gpt-*"])
     assert groups["second"] == Group("second", unlimited=True)
+    [b] = groups["third"].quotas
+    assert (a.overdraft, b.overdraft) == (0, 4000)
 
 
 def test_a_users_groups_are_in_the_policys_order():
@@ -170,6 +175,18 @@ NO_SUCH = "users.alice.groups[0]: there is no group"
                 "3: users.alice.groups[1]: this has to be one piece of text; write it in quotes",
                 "3: users.alice.groups[2]: this has to be one piece of text; write it in quotes",
             ],
+        ),
+        (
+            "groups: {a: {quotas: {b: {requests: 5, overdraft: 4k, per: day}}}}",
+            [
+                "3: groups.a.quotas.b: overdraft is for answers at an exact limit of tokens or output_tokens; "
+                "leave it out of this quota"
+            ],
+        ),
+        ("models: {m: {reasoning: maybe}}", ["3: models.m.reasoning: this has to be true or false"]),
+        (
+            "models: {m: {smallest_answer: 0}}",
+            ["3: models.m.smallest_answer: 0 makes no sense here; write at least 1, or leave it out"],
         ),
         ("default_upstream: bo", ['3: default_upstream: there is no upstream "bo"; did you mean "box"?']),
         ("models:\n  m:\n    upstream: bo", ['5: models.m.upstream: there is no upstream "bo"; did you mean "box"?']),

@@ -1,13 +1,25 @@
 """Clients that go before the end: never free, never double, and nothing stays held."""
 
+import asyncio
+import io
+import json
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from proxy import departure as module
+from proxy.client import Client
+from proxy.config import load_text
 from proxy.departure import DRAINS_OF_A_USER_MAX, Departures
+from proxy.passage import Passage
+from proxy.reservation import Reservation
 from proxy.simulator import Simulator
-from tests.stage import UPSTREAM_KEY, Stage, stage, until
+from proxy.tokens import Tokens as Tokenizers
+from proxy.usage import AtLeast, Exactly, Tokens, Usage
+from tests.stage import BASE, STAFF, UPSTREAM_KEY, Stage, key_of, stage, until
 
 HELLO: Any = [{"role": "user", "content": "Hello"}]
 CHAT = "/v1/chat/completions"
@@ -106,3 +118,183 @@ async def test_many_that_leave_at_many_points_leave_nothing_behind(tmp_path: Pat
         assert held == 0
         assert used >= on.simulator.chunks_sent
         assert (await on.quota("staff/daily"))["requests"]["used"] <= 100
+
+
+# -------------------------------------------------------------------------- an upstream that waits until it is told
+
+
+class Hesitant:
+    """An upstream that streams its `first` bytes, and the `rest` when it is told to go on."""
+
+    def __init__(self, first: bytes, rest: bytes) -> None:
+        self.go_on = asyncio.Event()
+        self.is_left = asyncio.Event()
+        self.url = ""
+        self.asked: dict[str, Any] = {}
+        self._first, self._rest = first, rest
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """One call."""
+        head = (await reader.readuntil(b"\r\n\r\n")).lower()
+        length = int(head.partition(b"content-length:")[2].split()[0])
+        self.asked = json.loads(await reader.readexactly(length))
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nConnection: close\r\n\r\n" + self._first)
+        going_on = asyncio.ensure_future(self.go_on.wait())
+        leaving = asyncio.ensure_future(reader.read())
+        await asyncio.wait([going_on, leaving], return_when=asyncio.FIRST_COMPLETED)
+        if leaving.done():
+            self.is_left.set()
+        else:
+            writer.write(self._rest)
+        going_on.cancel()
+        leaving.cancel()
+        writer.close()
+
+
+class Told(Departures):
+    """Departures that know of the last client whether it has gone."""
+
+    client: Client
+
+    @asynccontextmanager
+    async def watch(self, passage: Passage, reservation: Reservation) -> AsyncIterator[None]:
+        self.client = passage.client
+        async with super().watch(passage, reservation):
+            yield
+
+
+@asynccontextmanager
+async def _hesitant(
+    folder: Path, first: bytes, rest: bytes = b"", *, kind: str = "simulator"
+) -> AsyncIterator[tuple[Stage, Hesitant, Told]]:
+    """A stage before such an upstream of this kind, with `on_disconnect: stop`."""
+    upstream, told = Hesitant(first, rest), Told()
+    server = await asyncio.start_server(upstream.serve, "127.0.0.1", 0)
+    upstream.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
+    try:
+        async with stage(folder=folder, departures=told, upstream=upstream.url, on_disconnect="stop") as on:
+            base = BASE.format(
+                database=folder / "quotas.db",
+                upstream=upstream.url,
+                upstream_key="sk-1",
+                more=", on_disconnect: stop",
+            )
+            on.files.config = load_text(base.replace("kind: simulator", f"kind: {kind}") + STAFF)
+            assert await on.server.policies.reload()
+            yield on, upstream, told
+    finally:
+        server.close()
+        await server.wait_closed()
+
+
+async def _read_and_leave(on: Stage, told: Told, length: int, **more: Any) -> tuple[str, bytes]:
+    """Read so many bytes of a stream and hang up; once the proxy has seen that, the call's id and the bytes."""
+    headers = {"authorization": f"Bearer {key_of('alice')}"}
+    body = _ask("", stream=True, **more)
+    async with on.http.post(on.url + CHAT, json=body, headers=headers) as response:
+        seen = await response.content.readexactly(length)
+        response.close()
+    await until(lambda: told.client.is_gone)
+    return response.headers["x-request-id"], seen
+
+
+async def _charged(on: Stage, call_id: str) -> Usage:
+    """What a call whose client left was charged, when it has ended; the quota has that and holds nothing."""
+    await on.at_rest()
+    entry = await on.server.ledger.entry(call_id)
+    assert entry is not None and entry.usage is not None
+    assert entry.outcome == "client_left"
+    assert await on.used() == (entry.usage.tokens.input + entry.usage.tokens.output, 0)
+    return entry.usage
+
+
+def _chunk(index: int = 0, content: str | None = None, finish: str | None = None, **more: Any) -> bytes:
+    choice = {"index": index, "delta": {} if content is None else {"content": content}, "finish_reason": finish}
+    return b"data: " + json.dumps({"choices": [choice], **more}, separators=(",", ":")).encode() + b"\n\n"
+
+
+USAGE = b'data: {"choices":[],"usage":{"prompt_tokens":5,"completion_tokens":2}}\n\n'
+DONE = b"data: [DONE]\n\n"
+FINISHED = _chunk(content="Hi") + _chunk(finish="stop")
+
+
+async def test_once_an_answer_is_whole_its_usage_is_waited_for(tmp_path: Path) -> None:
+    """It comes in a moment, and is the truth: leaving after the last word is no free ride, and no guess."""
+    async with _hesitant(tmp_path, FINISHED, USAGE + DONE) as (on, upstream, told):
+        call_id, _ = await _read_and_leave(on, told, len(FINISHED))
+        upstream.go_on.set()
+        assert await _charged(on, call_id) == Exactly(Tokens(5, 2))
+
+
+async def test_usage_that_does_not_come_is_waited_for_a_bounded_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then what passed is charged, and the upstream closed."""
+    monkeypatch.setattr(module, "USAGE_S", 0.05)
+    async with _hesitant(tmp_path, FINISHED) as (on, upstream, told):
+        call_id, _ = await _read_and_leave(on, told, len(FINISHED))
+        usage = await _charged(on, call_id)
+        assert isinstance(usage, AtLeast)
+        assert usage.tokens.output == 1
+        await upstream.is_left.wait()
+
+
+async def test_while_one_of_several_answers_goes_on_the_upstream_is_stopped(tmp_path: Path) -> None:
+    """A choice that has finished is not the end of the others."""
+    first = _chunk(0, content="Hi") + _chunk(1, content="Hi") + _chunk(0, finish="stop")
+    async with _hesitant(tmp_path, first) as (on, upstream, told):
+        call_id, _ = await _read_and_leave(on, told, len(first), n=2)
+        await upstream.is_left.wait()
+        usage = await _charged(on, call_id)
+        assert isinstance(usage, AtLeast)
+        assert usage.tokens.output == 2
+
+
+async def test_of_vllm_a_stream_that_was_left_is_charged_exactly(tmp_path: Path) -> None:
+    """The usage so far was asked for on every chunk, and taken out again for a client who did not ask."""
+
+    def so_far(output: int) -> dict[str, int]:
+        return {"prompt_tokens": 11, "total_tokens": 11 + output, "completion_tokens": output}
+
+    running = _chunk(content="", usage=so_far(0)) + _chunk(content="A long word", usage=so_far(7))
+    plain = _chunk(content="") + _chunk(content="A long word")
+    async with _hesitant(tmp_path, running, kind="vllm") as (on, upstream, told):
+        call_id, seen = await _read_and_leave(on, told, len(plain))
+        await upstream.is_left.wait()
+        assert seen == plain
+        assert upstream.asked["stream_options"] == {"include_usage": True, "continuous_usage_stats": True}
+        assert await _charged(on, call_id) == Exactly(Tokens(11, 7))
+
+
+class Slow(Tokenizers):
+    """A tokenizer that never gets done."""
+
+    def __init__(self) -> None:
+        super().__init__(())
+        self.is_asked = asyncio.Event()
+
+    async def count_all(self, texts: Sequence[str], encoding: str, *, within_s: float = 10) -> int | None:
+        self.is_asked.set()
+        await asyncio.Event().wait()
+        return None
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_who_leaves_before_the_call_was_sent_pays_nothing(stream: bool, tmp_path: Path) -> None:
+    """While a large input is still being counted: the upstream never heard of it, and what was held is free again."""
+    told, slow = Told(), Slow()
+    policy = STAFF.replace("tokens: 1M", "tokens: 1_000M")
+    async with stage(policy, folder=tmp_path, departures=told, tokenizers=slow) as on:
+        body = _ask("tokens=1", stream=stream)
+        body["messages"] = [{"role": "user", "content": "a " * 2**20}]
+        call = on.begin(CHAT, io.BytesIO(json.dumps(body).encode()))
+        await slow.is_asked.wait()
+        assert (await on.used())[1] > 2**21
+        await on.hang_up(call)
+        await until(lambda: told.client.is_gone)
+        await on.at_rest()
+        assert await on.used() == (0, 0)
+        assert on.simulator.received == 0
+        entry = await on.server.ledger.entry(told.client.id)
+        assert entry is not None
+        assert (entry.state, entry.outcome) == ("released", "client_left")

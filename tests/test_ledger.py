@@ -21,21 +21,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
-from proxy.books import Act, Booked, Books, Expire, NotBooked, Release, Reply, Reserve, Settle
+from proxy.admission import Uncounted, Verdict
+from proxy.books import Act, Booked, Books, Expire, Extend, NotBooked, Release, Reply, Reserve, Settle
 from proxy.errors import LedgerUnavailable
 from proxy.ledger import BATCH_MAX, LEASE_MS, Ledger
-from proxy.admission import Verdict
 from proxy.store import Store, StoreInUse, StoreUnavailable
 from proxy.tables import NewerSchema
-from proxy.usage import Amount, AtLeast, Exactly, Tokens, Unspent
+from proxy.usage import TOKENS_MAX, Amount, AtLeast, Exactly, Tokens, Unspent
 from tests.audit import audit, connected, contents, rows, states
 from tests.breakage import BrokenBinding, commits, failing_writes, full, locked, moved, read_only, unfit, writers
-from tests.builders import DAY, HOUR, MINUTE, NOON, binding, call, exactly, quota, reserve
+from tests.builders import DAY, HOUR, MINUTE, NOON, binding, call, exactly, extend, quota, reserve, rough
 
 DAILY = quota("staff/daily", tokens=1000)
 ANN = binding([DAILY])
 ROOMY = binding([quota("staff/daily", tokens=10**9)])
 CALL = call(100, 400)
+STREAM = call(100, 900, 100, first=100)
 HELD = Amount(100, 400, 1)
 NOTHING = Amount()
 
@@ -142,11 +143,47 @@ async def test_the_clock_decides_windows(ledger, clock):
     assert (await ledger.entry("1")).usage == exactly(90, 60)
 
 
+async def test_a_stream_holds_more_as_it_grows(ledger, path):
+    """What it holds was on the books when that was answered; asking again for as much changes nothing."""
+    await ledger.reserve(reserve("1", ANN, STREAM))
+    grown = await ledger.extend(extend("1", ANN, 400))
+    assert grown == Booked(await ledger.entry("1"), await ledger.counters(ANN.keys()))
+    assert await levels(ledger) == (NOTHING, HELD)
+    assert await ledger.extend(extend("1", ANN, 400)) == grown
+    stopped = await ledger.extend(extend("1", ANN, 1000, least=901))
+    assert (stopped.verdict, stopped.entry.hold) == (Verdict.EXHAUSTED, Amount(100, 900, 1))
+    await ledger.end(Settle("1", exactly(90, 60), "complete"))
+    assert await levels(ledger) == (Amount(90, 60, 1), NOTHING)
+    audit(path)
+
+
+async def test_a_call_that_is_not_on_the_books_can_not_grow(ledger):
+    """Nothing of it is held, so nothing of it may pass on."""
+    with pytest.raises(LedgerUnavailable):
+        await ledger.extend(extend("1", ANN, 400))
+
+
+async def test_a_call_that_was_taken_for_lost_learns_it_when_it_grows(ledger):
+    """A process that was paused past its lease: its call has been charged, and holds nothing more."""
+    await ledger.reserve(replace(reserve("1", ANN, STREAM), owner="process-0"))
+    await ledger.expire_orphans()
+    answer = await ledger.extend(extend("1", ANN, 400))
+    assert (answer.entry.state, answer.entry.hold) == ("expired", Amount(100, 100, 1))
+
+
+async def test_a_call_that_has_to_be_counted_first_is_told_so(ledger, path):
+    """And leaves no trace until it comes again."""
+    assert await ledger.reserve(reserve("1", ANN, rough(CALL))) == Uncounted()
+    assert (rows(path, "calls"), rows(path, "counters")) == ([], [])
+    assert isinstance(await ledger.reserve(reserve("1", ANN, CALL)), Booked)
+
+
 async def test_who_waits_is_told_of_what_was_given_back(ledger):
-    """After the batch, and only of those counters: reserving frees nothing, nor does an end of nothing."""
+    """After the batch, and only of those counters: holding frees nothing, nor does an end of nothing."""
     told = []
     ledger.when_freed(told.append)
     await ledger.reserve(reserve("1", ANN, CALL))
+    await ledger.extend(extend("1", ANN, 500, input_tokens=90))
     await ledger.end(Settle("unknown", exactly(1), "complete"))
     assert told == []
     await ledger.end(Settle("1", exactly(90, 60), "complete"))
@@ -279,6 +316,18 @@ async def test_within_a_batch_what_gives_back_goes_first(ledger):
     assert isinstance(await fourth, Booked)
 
 
+async def test_within_a_batch_calls_in_flight_come_before_those_who_want_in(ledger):
+    """Of 800 that are being given back a stream takes what it needs first: an answer that has begun is worth more."""
+    await ledger.reserve(reserve("1", ANN, STREAM))
+    await ledger.reserve(reserve("2", ANN, call(0, 800)))
+    newcomer = asyncio.ensure_future(ledger.reserve(reserve("3", ANN, call(0, 201))))
+    growing = asyncio.ensure_future(ledger.extend(extend("1", ANN, 700, least=700)))
+    await asyncio.sleep(0)
+    await ledger.end(Release("2"))
+    assert (await growing).entry.hold.output == 700
+    assert isinstance(await newcomer, NotBooked)
+
+
 async def test_within_a_batch_first_come_is_first_served(ledger):
     """Among those that want to be let in."""
     answers = await asyncio.gather(*(ledger.reserve(reserve(str(number), ANN, call(300))) for number in range(5)))
@@ -333,6 +382,42 @@ async def test_who_gives_up_in_the_moment_of_the_answer_holds_nothing(ledger, pa
     assert states(path) == {"1": "released", "2": "released"}
 
 
+async def test_a_growth_whose_caller_gave_up_before_the_batch_began_is_not_booked(path):
+    """Nobody is left to pass on what it would hold."""
+    store = Gated(path)
+    async with running(store) as ledger:
+        store.gate.release()
+        await ledger.reserve(reserve("1", ANN, STREAM))
+        await store.begun()
+        first = asyncio.ensure_future(ledger.reserve(reserve("2", ANN, call(1))))
+        await store.begun()
+        given_up = asyncio.ensure_future(ledger.extend(extend("1", ANN, 400)))
+        await asyncio.sleep(0)
+        given_up.cancel()
+        store.open_for_good()
+        await first
+        assert (await ledger.entry("1")).hold == Amount(100, 100, 1)
+
+
+async def test_a_growth_whose_caller_gave_up_too_late_is_held_until_the_call_ends(path):
+    """It does not end the call: that is for whoever let it in."""
+    store = Gated(path)
+    async with running(store) as ledger:
+        store.gate.release()
+        await ledger.reserve(reserve("1", ANN, STREAM))
+        await store.begun()
+        given_up = asyncio.ensure_future(ledger.extend(extend("1", ANN, 400)))
+        await store.begun()
+        given_up.cancel()
+        store.open_for_good()
+        with pytest.raises(asyncio.CancelledError):
+            await given_up
+        assert await levels(ledger) == (NOTHING, HELD)
+        assert states(path) == {"1": "open"}
+        await ledger.end(Release("1"))
+        assert await levels(ledger) == (NOTHING, NOTHING)
+
+
 async def test_an_end_is_booked_also_where_nobody_waits_for_it(ledger, path):
     """A task that was cut off while it settled has settled."""
     await ledger.reserve(reserve("1", ANN, CALL))
@@ -347,6 +432,7 @@ async def test_an_end_is_booked_also_where_nobody_waits_for_it(ledger, path):
 
 BAD = {
     "a rule raises": lambda: unfit(reserve("bad", ROOMY, call(1)), binding=BrokenBinding()),
+    "growing": lambda: unfit(extend("0", ROOMY, 500), output=2**70, least=0),
     "the database refuses": lambda: unfit(reserve("bad", ROOMY, call(1)), owner=None),
     "the driver refuses": lambda: unfit(Settle("0", exactly(1), "complete"), usage=Exactly(Tokens(2**70, 0))),
 }
@@ -395,7 +481,7 @@ def big(number):
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
 async def test_while_the_database_is_away_nobody_is_let_in_and_nothing_is_lost(path, fault):
-    """Reserves are refused at once; ends wait, however many, and are booked once it is back: each once."""
+    """Reserves and growth are refused at once; ends wait, however many, and are booked once it is back: each once."""
     calls = 2 * BATCH_MAX + 10
     with writers() as made, capture_logs() as logs:
         async with running(path) as ledger:
@@ -405,6 +491,7 @@ async def test_while_the_database_is_away_nobody_is_let_in_and_nothing_is_lost(p
                     ledger.end(Settle(f"{number:04}", exactly(90, number), "complete")) for number in range(calls)
                 ]
                 late = [ledger.reserve(big(calls + number)) for number in range(20)]
+                late += [ledger.extend(extend(f"{number:04}", ROOMY, 500)) for number in range(20)]
                 answers = await asyncio.gather(*late, return_exceptions=True)
                 assert {type(answer) for answer in answers} == {LedgerUnavailable}
                 assert not ledger.is_healthy
@@ -470,6 +557,20 @@ async def test_a_reserve_whose_commit_is_uncertain_is_taken_back(path):
             await ledger.reserve(reserve("1", ANN, CALL))
         assert isinstance(await ledger.reserve(reserve("2", ANN, call(600, 400))), Booked)
     assert states(path) == {"1": "released", "2": "open"}
+    audit(path)
+
+
+async def test_a_growth_whose_commit_is_uncertain_may_be_asked_for_again(path):
+    """It may have been booked, and is held once however often that is asked."""
+    store = Uncertain(path)
+    async with running(store) as ledger:
+        await ledger.reserve(reserve("1", ANN, STREAM))
+        store.is_cut_off = True
+        with pytest.raises(LedgerUnavailable):
+            await ledger.extend(extend("1", ANN, 400))
+        await ledger.extend(extend("1", ANN, 400))
+        assert await levels(ledger) == (NOTHING, HELD)
+    assert states(path) == {"1": "open"}
     audit(path)
 
 
@@ -576,6 +677,15 @@ async def test_what_a_dead_process_left_open_is_charged_once(path):
     assert [rows(path, "counters"), rows(path, "calls")] == before
 
 
+async def test_what_a_dead_process_left_growing_is_charged_as_far_as_it_had_grown(path):
+    """Nothing passed on that was not held: that is the most that its client can have seen."""
+    await left_behind(path, reserve("1", ANN, STREAM), extend("1", ANN, 700, input_tokens=80))
+    async with running(path, "process-2") as ledger:
+        assert (await ledger.entry("1")).usage == AtLeast(Tokens(80, 700))
+        assert await levels(ledger) == (Amount(80, 700, 1), NOTHING)
+    audit(path)
+
+
 async def test_any_number_of_calls_may_have_been_left_open(path):
     """More than are looked up at once."""
     acts = [reserve(f"{number:04}", ROOMY, call(1)) for number in range(1500)]
@@ -614,9 +724,12 @@ async def work_until_killed(path: Path, owner: str) -> None:
     async def client(name: int) -> None:
         who = binding([quota("staff/daily", tokens=10**9), pot], user=f"user {name % 3}")
         for number in range(1_000_000):
-            act = reserve(f"{owner}-{name}-{number}", who, CALL)
+            act = reserve(f"{owner}-{name}-{number}", who, call(100, 400, 50, first=50))
             await ledger.reserve(act)
-            say(act.id, "open")
+            say(act.id, "open", 50)
+            for output in (150, 250)[: chance.randrange(3)]:
+                await ledger.extend(extend(act.id, who, output))
+                say(act.id, "open", output)
             match chance.choice(["settle", "settle", "release", "leave"]):
                 case "settle":
                     used = chance.randrange(400)
@@ -660,13 +773,15 @@ def test_kill_9_loses_nothing_and_doubles_nothing(path):
         asyncio.run(started_and_closed(path))
         assert [rows(path, "counters"), rows(path, "calls")] == before
     booked = {row["id"]: row for row in rows(path, "calls")}
-    for call_id, (state, *used) in told.items():
+    for call_id, (state, *tokens) in told.items():
         row = booked[call_id]
         # The last act of a call may have been committed without having been told.
         assert row["state"] == state or state == "open" != row["state"]
-        assert not used or [row["output_tokens"]] == used
-    lost = [row for row in booked.values() if row["state"] == "expired"]
-    assert {(row["input_tokens"], row["output_tokens"]) for row in lost} == {(100, 400)}
+        if row["state"] == "expired":
+            assert row["input_tokens"] == 100
+            assert tokens[0] <= row["output_tokens"] <= tokens[0] + 100
+        assert state != "settled" or [row["output_tokens"]] == tokens
+    assert {"expired", "settled", "released"} == {row["state"] for row in booked.values()}
     assert {row["held_requests"] for row in rows(path, "counters")} == {0}
 
 
@@ -702,7 +817,9 @@ RESERVES = st.builds(
     lambda entry_id, user, demand, owner: replace(reserve(entry_id, WHO[user], demand), owner=owner),
     IDS,
     st.sampled_from(sorted(WHO)),
-    st.builds(call, st.integers(0, 20), st.integers(0, 20), st.integers(0, 5)),
+    st.builds(
+        call, st.integers(0, 20), st.integers(0, 20), st.integers(0, 5), first=st.sampled_from([5, TOKENS_MAX])
+    ),
     st.sampled_from(["process-1", "process-0"]),
 )
 ENDS = st.one_of(
@@ -710,9 +827,19 @@ ENDS = st.one_of(
     st.builds(Release, IDS, st.sampled_from(["upstream_failed", "stopped"])),
     st.builds(Expire, IDS),
 )
+EXTENDS = st.builds(
+    lambda entry_id, user, output, least, held: extend(
+        entry_id, WHO[user], output, least=min(output, least), input_tokens=held
+    ),
+    IDS,
+    st.sampled_from(sorted(WHO)),
+    st.integers(0, 40),
+    st.integers(0, 40),
+    st.integers(0, 20),
+)
 STEPS = (0, 0, 0, 1, 10_000, MINUTE, HOUR, 6 * HOUR, DAY, -1, -MINUTE, -DAY)
 BATCHES = st.lists(
-    st.tuples(st.sampled_from(STEPS), st.lists(RESERVES | ENDS, max_size=8)),
+    st.tuples(st.sampled_from(STEPS), st.lists(RESERVES | EXTENDS | ENDS, max_size=8)),
     max_size=12,
 )
 
@@ -731,7 +858,7 @@ async def _compare(path: Path, batches: list[tuple[int, list[Act]]]) -> None:
         for step, acts in batches:
             clock.now += step
             books = Books(books.counters, books.entries, clock.now)
-            in_order = sorted(acts, key=lambda act: isinstance(act, Reserve))
+            in_order = sorted(acts, key=lambda act: (isinstance(act, Reserve), isinstance(act, Extend)))
             expected = [books.apply(act) for act in in_order]
             assert await at_once(ledger, *in_order) == expected
             expired = [books.apply(Expire(entry.id)) for entry in list(books.entries.values()) if _is_orphan(entry)]

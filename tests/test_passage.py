@@ -1,15 +1,19 @@
 """What one call takes along: found or refused before anything is reserved."""
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from aiohttp.test_utils import make_mocked_request
 
-from proxy.books import Booked, Books
+from proxy.books import Booked, Books, Facts
 from proxy.client import Client
+from proxy.demand import demand_of
 from proxy.errors import ModelNotFound
 from proxy.passage import Passage, passage_for
 from proxy.policy import Policy
+from proxy.prompt import read_prompt
 from proxy.wire import CHAT, forwarded_body, parse_call
 from tests.builders import NOON
 from tests.stage import STAFF, config_of
@@ -41,22 +45,50 @@ def test_a_model_that_is_not_there_says_what_would_help(
         _passage(_policy(tmp_path, STAFF.replace(*change)), model)
 
 
-def test_a_lowered_maximum_is_shared_by_the_choices(tmp_path: Path) -> None:
-    """What is held for the whole call is divided: each choice may use its part, and the head says so."""
-    policy = _policy(tmp_path, STAFF.replace("tokens: 1M", "tokens: 4k"))
-    passage = _passage(policy, "gpt-4o-mini", b', "n": 3, "max_tokens": 2000')
+def _booked(passage: Passage) -> Booked:
+    """The passage's call, let in by empty books."""
+    prompt = read_prompt(passage.call.document, model=passage.model.upstream_model, is_chat=True)
     body = forwarded_body(passage.call, passage.model)
-    act = passage.reserve(len(body), owner="me")
-    booked = Books({}, {}, NOON).apply(act)
+    demand = demand_of(passage.call, passage.model, prompt, body_bytes=len(body))
+    booked = Books({}, {}, NOON).apply(passage.reserve(replace(demand, is_rough=False), owner="me"))
     assert isinstance(booked, Booked)
-    assert booked.entry.hold.tokens == 4000
-    each = booked.entry.hold.output // 3
-    assert b'"max_tokens":%d' % each in passage.lowered_body(booked.entry)
+    return booked
+
+
+def test_a_call_is_booked_under_its_own_names(tmp_path: Path) -> None:
+    """The user's, the model's as the client names it, and the id that the client is told."""
+    passage = _passage(_policy(tmp_path))
+    entry = _booked(passage).entry
+    assert (entry.id, entry.owner) == ("req_1", "me")
+    assert entry.facts == Facts("alice", "fast", "chat", "simulated")
+
+
+@pytest.mark.parametrize("stream", ["false", "true"])
+def test_a_lowered_maximum_is_shared_by_the_choices(stream: str, tmp_path: Path) -> None:
+    """What there is room for is divided: each choice may use its part, and the head says so.
+
+    Of a stream less is held to begin with, but it is told the same.
+    """
+    policy = _policy(tmp_path, STAFF.replace("tokens: 1M", "tokens: 4k"))
+    passage = _passage(policy, "gpt-4o-mini", b', "n": 3, "max_tokens": 2000, "stream": %s' % stream.encode())
+    booked = _booked(passage)
+    room = 4000 - booked.entry.hold.input
+    assert (booked.entry.maximum, booked.entry.capped_by) == (room, "staff/daily")
+    assert booked.entry.hold.output == (3 * 1024 if stream == "true" else room)
+    assert json.loads(passage.lowered_body(booked.entry))["max_tokens"] == room // 3
     told = passage.quota_headers(booked.entry, booked.counters, NOON, is_held=True)
-    assert told["x-quota-capped"] == f'{booked.entry.hold.output}; quota="staff/daily"'
+    assert told["x-quota-capped"] == f'{room}; quota="staff/daily"'
     assert told["x-ratelimit-remaining-tokens"] == "4000"
-    held = passage.quota_headers(booked.entry, booked.counters, NOON, is_held=False)
-    assert held["x-ratelimit-remaining-tokens"] == "0"
+    held_too = passage.quota_headers(booked.entry, booked.counters, NOON, is_held=False)
+    assert held_too["x-ratelimit-remaining-tokens"] == str(4000 - booked.entry.hold.tokens)
+
+
+def test_a_call_that_has_room_is_not_capped(tmp_path: Path) -> None:
+    """Then nothing is lowered, and the head says nothing of it; also where nobody knows the maximum."""
+    passage = _passage(_policy(tmp_path), "gpt-4o-mini")
+    booked = _booked(passage)
+    assert (booked.entry.maximum, booked.entry.capped_by) == (None, None)
+    assert "x-quota-capped" not in passage.quota_headers(booked.entry, booked.counters, NOON, is_held=True)
 
 
 def test_labels_come_from_the_policy_only(tmp_path: Path) -> None:

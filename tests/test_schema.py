@@ -78,6 +78,10 @@ def test_names_of_digits_are_names():
     [
         (Model, {"context": 5, "max_output_tokens": 6}),
         (Quota, {"per": "day"}),
+        (Quota, {"tokens": 5, "overdraft": 1, "per": "day", "enforce": "after"}),
+        (Quota, {"tokens": 5, "overdraft": 1, "per": "day", "enforce": "shadow"}),
+        (Quota, {"requests": 5, "overdraft": 1, "per": "day"}),
+        (Quota, {"input_tokens": 5, "requests": 5, "overdraft": 1, "per": "day"}),
         (Group, {"unlimited": True, "quotas": {"a": {"requests": 5, "per": "day"}}}),
     ],
 )
@@ -85,6 +89,30 @@ def test_a_section_that_contradicts_itself_is_refused(section, data):
     """Each of its values may be right by itself."""
     with pytest.raises(ValidationError):
         section.model_validate(data)
+
+
+def test_an_overdraft_is_for_answers_at_an_exact_limit():
+    """Of tokens, or of output alone; none is the default, and may be said anywhere."""
+    for limit in ("tokens", "output_tokens"):
+        quota = Quota.model_validate({limit: "20k", "requests": 5, "overdraft": "4k", "per": "day"})
+        assert quota.overdraft == 4000
+    assert Quota.model_validate({"requests": 5, "per": "day"}).overdraft == 0
+    assert Quota.model_validate({"requests": 5, "overdraft": 0, "per": "day", "enforce": "shadow"}).overdraft == 0
+    for odd in (-1, "much", 1.5):
+        with pytest.raises(ValidationError):
+            Quota.model_validate({"tokens": 5, "overdraft": odd, "per": "day"})
+
+
+def test_a_model_says_how_it_answers():
+    """Whether it thinks unseen: yes, no, or as its name lets one expect; and what is worth starting for."""
+    assert Model.model_validate({}).reasoning is None
+    assert Model.model_validate({}).smallest_answer is None
+    for written, said in ((True, True), ("true", True), (False, False), ("false", False)):
+        assert Model.model_validate({"reasoning": written}).reasoning is said
+    assert Model.model_validate({"smallest_answer": "4k"}).smallest_answer == 4000
+    for odd in ({"reasoning": "maybe"}, {"reasoning": None}, {"smallest_answer": 0}, {"smallest_answer": None}):
+        with pytest.raises(ValidationError):
+            Model.model_validate(odd)
 
 
 def test_a_group_is_limited_or_not():

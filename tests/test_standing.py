@@ -9,13 +9,28 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from proxy.admission import Admitted, Refused, decide
 from proxy.books import Booked, Books, Entry, Settle
 from proxy.errors import NeverFits, ProxyError, Refusal
-from proxy.quotas import Admitted, Binding, Counter, CounterKey, Demand, Limit, Quota, Refused, decide
+from proxy.quotas import Binding, Counter, CounterKey, Demand, Limit, Quota
 from proxy.standing import Standing, go_duration, rate_limit_headers, refusal, seconds_up, spoken, standings
 from proxy.usage import MEASURES, NOTHING, Amount
 from proxy.windows import Window
-from tests.builders import DAY, HOUR, MINUTE, NOON, binding, call, counters, exactly, policy, quota, reserve, route
+from tests.builders import (
+    DAY,
+    HOUR,
+    MINUTE,
+    NOON,
+    binding,
+    call,
+    counters,
+    exactly,
+    extend,
+    policy,
+    quota,
+    reserve,
+    route,
+)
 from tests.random_rules import bindings, counters_of, demands
 
 BERLIN = ZoneInfo("Europe/Berlin")
@@ -551,6 +566,20 @@ def test_a_hold_of_a_closed_window_is_not_left_out_of_what_others_hold_in_the_ne
     assert stand["staff/short"].counter.held == Amount(50, 50, 1)
 
 
+def test_of_a_call_that_grew_into_the_next_window_what_it_holds_there_is_left_out():
+    """Its 100 + 100 stay with the hour in which it began; in the next it holds 300, and another call 50."""
+    hourly = quota("staff/hourly", tokens=1000, per="hour")
+    who = binding([hourly])
+    books, _ = reserved(who, call(100, 900, 100, first=100), {}, NOON)
+    later = Books(books.counters, books.entries, NOON + HOUR)
+    later.apply(reserve("call-2", who, call(50)))
+    grown = later.apply(extend("call-1", who, 400))
+    assert isinstance(grown, Booked)
+    stand = standings(who, later.counters, NOON + HOUR, without=grown.entry)
+    assert stand[hourly.id].counter.held == Amount(50, 0, 1)
+    assert rate_limit_headers(who, stand, NOON + HOUR)["x-ratelimit-remaining-tokens"] == "950"
+
+
 @given(who=bindings(), data=st.data())
 def test_without_itself_things_stand_as_before_it_came(who, data):
     """Leaving out a call's own hold gives back what was held before, in every quota that it touched."""
@@ -570,6 +599,14 @@ def test_without_itself_things_stand_as_before_it_came(who, data):
 def headers_of(who: Binding, found: dict[CounterKey, Counter], now: int = NOON) -> dict[str, str]:
     """The headers of an answer."""
     return rate_limit_headers(who, standings(who, found, now), now)
+
+
+def test_an_overdraft_is_nothing_that_remains():
+    """Nobody is let in above the limit, so who would count on it would be refused."""
+    who = binding([quota("staff/daily", tokens=1000, overdraft=500)])
+    for used, remaining in ((0, "1000"), (999, "1"), (1000, "0"), (1400, "0")):
+        headers = headers_of(who, counters(who, used={"staff/daily": used}))
+        assert (headers["x-ratelimit-limit-tokens"], headers["x-ratelimit-remaining-tokens"]) == ("1000", remaining)
 
 
 def test_the_headers_of_an_answer_are_openais_and_the_drafts():

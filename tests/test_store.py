@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from proxy.admission import Uncounted, Verdict
 from proxy.books import Booked, Expire, Facts, NotBooked, Release, Settle, Unknown
 from proxy.store import Store, StoreInUse, StoreRefused, StoreUnavailable
 from proxy.tables import NewerSchema
@@ -32,7 +33,7 @@ from tests.breakage import (
     unfit,
     writers,
 )
-from tests.builders import DAY, NOON, amount, binding, call, exactly, quota, reserve
+from tests.builders import DAY, HOUR, NOON, amount, binding, call, exactly, extend, quota, reserve, rough
 
 DAILY = quota("staff/daily", tokens=1000)
 ANN = binding([DAILY])
@@ -101,6 +102,78 @@ async def test_a_call_is_read_as_it_was_booked(store, path, ends, is_one_batch):
     assert await store.read_entry("1") == booked.entry
     assert await store.read_counters(WATCHED.keys()) == booked.counters
     audit(path)
+
+
+GROWING = binding(
+    [DAILY, quota("staff/6h", output_tokens=500, per="6h")],
+    [quota("lab/output", output_tokens=300)],
+    always=[quota("everyone/calls", requests=2, enforce="after")],
+    shadows=[quota("watch/daily", tokens=200, enforce="shadow")],
+)
+GROWTH = [
+    (NOON + HOUR, extend("1", GROWING, 200), 5),
+    (NOON + 2 * HOUR, extend("1", GROWING, 310, input_tokens=30), 4),  # more than lab/output has room for
+    (NOON + 7 * HOUR, extend("1", GROWING, 340), 5),  # the next six hours
+    (NOON + DAY, extend("1", GROWING, 390), 8),  # the next day, and six hours more
+    (NOON + DAY, extend("1", GROWING, 390), 8),
+    (NOON + DAY, extend("1", GROWING, 900, least=900), 8),
+]
+
+
+@pytest.mark.parametrize(
+    "ends",
+    [
+        pytest.param([Settle("1", exactly(30, 20), "complete")], id="less than its first window held"),
+        pytest.param([Settle("1", exactly(30, 380), "complete")], id="into its last window"),
+        pytest.param([Settle("1", exactly(90, 1200), "complete")], id="more than it held"),
+        pytest.param([Release("1")], id="released"),
+        pytest.param([Expire("1")], id="expired"),
+        pytest.param([Expire("1"), Settle("1", exactly(30, 380), "stopped")], id="came back"),
+    ],
+)
+async def test_a_call_that_grows_is_read_as_it_was_booked(store, path, ends):
+    """Through windows and with several lines for one counter; what it is in the file decides what comes next."""
+    [booked] = store.apply([reserve("1", GROWING, call(100, 400, 50, first=50))], NOON)
+    assert (booked.entry.hold.output, booked.entry.maximum, len(booked.entry.lines)) == (50, 400, 5)
+    for now, act, lines in GROWTH:
+        [booked] = store.apply([act], now)
+        assert len(booked.entry.lines) == lines
+        assert await store.read_entry("1") == booked.entry
+        audit(path)
+    assert (booked.verdict, booked.entry.hold) == (Verdict.EXHAUSTED, Amount(30, 840, 1))
+    for end in ends:
+        [booked] = store.apply([end], NOON + DAY)
+        assert await store.read_entry("1") == booked.entry
+        assert await store.read_counters([line.key for line in booked.entry.lines]) == booked.counters
+        audit(path)
+
+
+async def test_how_long_an_answer_may_become_is_read_as_it_was_booked(store):
+    """Where nobody knows it is nothing, which is not 0."""
+    acts = [
+        reserve("known", ANN, call(1, 40)),
+        reserve("none", ANN, call(1)),
+        reserve("unknown", ANN, call(1, 40, open_ended=True)),
+    ]
+    store.apply(acts, NOON)
+    assert [(await store.read_entry(act.id)).maximum for act in acts] == [40, 0, None]
+
+
+async def test_a_growth_sees_the_counters_of_quotas_that_others_opened(store, path):
+    """All of a binding's are loaded, and those of the lines that a call has."""
+    store.apply([reserve("1", ANN, call(100, 900, 100, first=100))], NOON)
+    store.apply([reserve("2", ANN, call(700))], NOON + DAY)
+    [grown] = store.apply([extend("1", ANN, 900, least=401)], NOON + DAY)
+    assert (grown.verdict, grown.entry.hold.output) == (Verdict.BUSY, 400)
+    assert await levels(store) == (Amount(), Amount(700, 300, 1))
+    assert store.apply([extend("3", ANN, 900)], NOON + DAY) == [Unknown("3")]
+    audit(path)
+
+
+async def test_a_call_that_has_to_be_counted_leaves_no_trace(store, path):
+    """No row, no counter: it comes again."""
+    assert store.apply([reserve("1", ANN, rough(call(100, 400)))], NOON) == [Uncounted()]
+    assert (rows(path, "calls"), rows(path, "counters")) == ([], [])
 
 
 @pytest.mark.parametrize("name", ["Élodie 李", "o'hara", '"', "[]", "\\", "%s ? :x", "~staff", "🦉", "1"])
@@ -310,6 +383,19 @@ async def test_what_cannot_be_read_is_unavailable(store, path):
         await store.read_entry("1")
     with pytest.raises(StoreUnavailable, match="no such table"):
         store.orphans("me", 10)
+
+
+async def test_a_file_that_is_gone_is_not_made_anew_by_reading(faulty, path):
+    """Who asks then hears that it is gone, and not that nobody has used anything."""
+    store, writer = faulty
+    store.apply([reserve("1", ANN, CALL)], NOON)
+    with moved(path, writer):
+        with pytest.raises(StoreUnavailable, match="was moved, deleted or replaced"):
+            await store.read_counters(ANN.keys())
+        with pytest.raises(StoreUnavailable, match="was moved, deleted or replaced"):
+            await store.read_entry("1")
+        assert not path.exists()
+    assert await levels(store) == (Amount(), HELD)
 
 
 # ---------------------------------------------------------------------------------------------------- owners, orphans

@@ -4,12 +4,18 @@ from importlib.resources import files
 
 import pytest
 import sqlalchemy as sa
+from alembic import command
 from alembic.autogenerate import compare_metadata
+from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 
+from proxy.books import Settle
+from proxy.store import Store
 from proxy.tables import HEAD, NewerSchema, metadata, migrate
-from tests.audit import connected, contents, rows
+from proxy.usage import Amount
+from tests.audit import audit, connected, contents, rows
+from tests.builders import NOON, exactly
 
 
 @pytest.fixture
@@ -29,11 +35,35 @@ def migrated(engine):
         migrate(connection)
 
 
+def stopped_at(engine, revision):
+    """A database as a release left it whose newest step that was."""
+    config = Config()
+    config.set_main_option("script_location", str(files("proxy") / "migrations"))
+    with engine.begin() as connection:
+        config.attributes["connection"] = connection
+        command.upgrade(config, revision)
+
+
 def schema(path):
-    """What SQLite remembers of each table and index that is ours, as it was written."""
-    query = "SELECT name, sql FROM sqlite_master WHERE name NOT LIKE '%alembic%' ORDER BY name"
+    """What SQLite knows of our tables and their indexes.
+
+    Not their text, nor in which order the columns stand: altering a table writes it otherwise than making it.
+    """
     with connected(path) as connection:
-        return connection.execute(query).fetchall()
+        tables = connection.execute("SELECT name, type, wr, strict FROM pragma_table_list WHERE schema = 'main'")
+        ours = sorted(row for row in tables if not row[0].startswith(("sqlite_", "alembic_")))
+        columns = {
+            name: sorted(
+                connection.execute(
+                    'SELECT name, type, "notnull", dflt_value, pk, hidden FROM pragma_table_xinfo(?)', [name]
+                )
+            )
+            for name, *_ in ours
+        }
+        indexes = connection.execute(
+            "SELECT tbl_name, name, sql FROM sqlite_master WHERE type = 'index' AND tbl_name NOT LIKE 'alembic%'"
+        )
+        return ours, columns, sorted(indexes, key=str)
 
 
 def test_migrations_make_exactly_the_tables_that_we_use(engine, path, tmp_path):
@@ -46,6 +76,9 @@ def test_migrations_make_exactly_the_tables_that_we_use(engine, path, tmp_path):
     metadata.create_all(made)
     made.dispose()
     assert schema(path) == schema(straight)
+    tables, columns, indexes = schema(path)
+    assert [name for name, *_ in tables] == list(columns) == sorted(metadata.tables)
+    assert {name for _, name, _ in indexes} >= {"calls_open", "calls_by_user"}
 
 
 def test_migrating_again_changes_nothing(engine, path):
@@ -56,6 +89,48 @@ def test_migrating_again_changes_nothing(engine, path):
     before = contents(path)
     migrated(engine)
     assert contents(path) == before
+
+
+FIRST_CALLS = """
+INSERT INTO counters VALUES ('user:ann', 'staff/daily', 1795478400000, 1795564800000, 90, 60, 1, 100, 400, 1);
+INSERT INTO calls VALUES ('1', 'process-1', 'settled', 'ann', 'gpt-4o-mini', 'chat', 'openai', 'staff',
+    1795521600000, 1795521601000, 100, 400, 100, 400,
+    '[[["user:ann","staff/daily"],1795478400000,[100,400,1]]]', NULL, '[]', 90, 60, 0, 0, 1, 'exactly', 'complete');
+INSERT INTO calls VALUES ('2', 'process-1', 'open', 'ann', 'gpt-4o-mini', 'chat', 'openai', 'staff',
+    1795521600000, NULL, 100, 400, 100, 400,
+    '[[["user:ann","staff/daily"],1795478400000,[100,400,1]]]', NULL, '[]', NULL, NULL, NULL, NULL, NULL, NULL, NULL);
+"""
+
+
+def test_calls_that_a_release_left_behind_go_on_in_the_next(engine, path):
+    """Holds did not grow then, so what is held is the longest that an answer may become; nothing else changes."""
+    stopped_at(engine, "0001")
+    with connected(path) as connection:
+        connection.executescript(FIRST_CALLS)
+    before = {table: rows(path, table) for table in ("counters", "calls")}
+    assert [row["state"] for row in before["calls"]] == ["settled", "open"]
+    migrated(engine)
+    assert rows(path, "counters") == before["counters"]
+    for was, now in zip(before["calls"], rows(path, "calls"), strict=True):
+        assert now == {"maximum": 400} | {name: was[name] for name in was.keys() - {"lost_input", "lost_output"}}
+    audit(path)
+
+
+async def test_an_open_call_of_the_release_before_is_settled_by_this_one(engine, path):
+    """It is read as if it had been booked today."""
+    stopped_at(engine, "0001")
+    with connected(path) as connection:
+        connection.executescript(FIRST_CALLS)
+    store = Store(path)
+    store.open()
+    assert store.orphans("process-2", 9) == ["2"]
+    [booked] = store.apply([Settle("2", exactly(80, 40), "complete")], NOON)
+    assert booked.entry == await store.read_entry("2")
+    assert (booked.entry.hold, booked.entry.maximum) == (Amount(100, 400, 1), 400)
+    [counter] = booked.counters.values()
+    assert (counter.used, counter.held) == (Amount(170, 100, 2), Amount())
+    await store.close()
+    audit(path)
 
 
 def test_a_newer_schema_is_refused_and_left_alone(engine, path):

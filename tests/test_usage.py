@@ -49,6 +49,16 @@ def test_what_is_added_can_be_taken_away_again(one, other):
         assert (one - other).of(measure) == one.of(measure) - other.of(measure)
 
 
+@given(one=amounts, other=amounts)
+def test_of_two_amounts_the_smaller_of_each_part_is_a_part_of_both(one, other):
+    """What is charged to one of several windows is never more than was held in it, and the rest is what remains."""
+    part = one.at_most(other)
+    assert part == Amount(
+        min(one.input, other.input), min(one.output, other.output), min(one.requests, other.requests)
+    )
+    assert part + (one - part) == one
+
+
 @pytest.mark.parametrize(
     ("amount", "is_something"),
     [(NOTHING, False), (Amount(input=1), True), (Amount(output=1), True), (Amount(requests=1), True)],

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from proxy.admission import Verdict
 from proxy.books import Booked, NotBooked, Reserve, Settle
 from proxy.ledger import Ledger
-from proxy.admission import Verdict
 from proxy.store import Store
 from proxy.waiting import OF_A_USER_MAX, WaitingRoom
 from tests.builders import NOON, binding, call, exactly, quota, reserve

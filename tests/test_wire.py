@@ -1,4 +1,4 @@
-"""What was checked and priced is what is sent: the fields we decide, the bound on a call, and all else untouched.
+"""What was checked is what is sent: the fields on which something is decided, and all else untouched.
 
 wire §1.4 (which field an upstream really reads), §2.2 and §2.3 (asking for usage), §1.7 (what stays closed);
 threats T24, T27, T31 to T37.
@@ -13,8 +13,6 @@ from hypothesis import strategies as st
 
 from proxy.errors import InvalidRequest, UpstreamError
 from proxy.policy import Kind, Model, Upstream
-from proxy.quotas import Demand
-from proxy.usage import TOKENS_MAX
 from proxy.wire import (
     CHAT,
     COMPLETIONS,
@@ -23,10 +21,10 @@ from proxy.wire import (
     RESPONSES,
     Call,
     Endpoint,
-    demand_of,
     error_event,
-    estimated_input,
     forwarded_body,
+    is_endless,
+    maximum_fields,
     parse_call,
 )
 
@@ -54,15 +52,9 @@ def refused(endpoint: Endpoint = CHAT, **fields: object) -> InvalidRequest:
     return caught.value
 
 
-def model(kind: Kind = "openai", **known: int) -> Model:
+def model(kind: Kind = "openai") -> Model:
     """A model behind an upstream of this kind, under another name there."""
-    upstream = Upstream("up", "http://upstream.example/v1", None, kind)
-    return Model("m", upstream, "real-m", **known)
-
-
-def demand(call: Call, kind: Kind = "openai", **known: int) -> Demand:
-    """What the call may use at the most, by the body that would be sent."""
-    return demand_of(call, model(kind, **known), len(forwarded_body(call, model(kind))))
+    return Model("m", Upstream("up", "http://upstream.example/v1", None, kind), "real-m")
 
 
 def sent(call: Call, kind: Kind = "openai", maximum: int | None = None) -> dict:
@@ -302,7 +294,7 @@ def test_prompts_count_nowhere_else() -> None:
     assert parse(CHAT, n=7).choices == 7
 
 
-# ---------------------------------------------------------------------------------------------------- what it may use
+# --------------------------------------------------------------------------------------------------------- the maxima
 
 # The fields that each kind of upstream reads, by endpoint; the rest of the maxima it ignores.
 READS = {
@@ -340,24 +332,6 @@ everywhere = pytest.mark.parametrize(("kind", "endpoint"), [(k, e) for k in KIND
 
 
 @everywhere
-@pytest.mark.parametrize("name", MAXIMA)
-def test_a_maximum_counts_only_where_it_is_read(kind: Kind, endpoint: Endpoint, name: str) -> None:
-    """Believing a field that the upstream ignores would bound nothing (wire §1.4)."""
-    call = parse(endpoint, **{name: 77})
-    expected = 77 if name in READS[kind, endpoint.name] else demand(parse(endpoint), kind).want
-    assert demand(call, kind).want == expected
-
-
-@everywhere
-def test_of_several_maxima_the_larger_counts(kind: Kind, endpoint: Endpoint) -> None:
-    """Which one wins differs by version, so the careful one holds (T32)."""
-    for larger in READS[kind, endpoint.name]:
-        stated = dict.fromkeys(READS[kind, endpoint.name], 5) | {larger: 9000}
-        assert demand(parse(endpoint, **stated), kind).want == 9000
-        assert demand(parse(endpoint, **stated, n=3), kind).want == 27_000
-
-
-@everywhere
 def test_lowering_leaves_no_field_that_says_more(kind: Kind, endpoint: Endpoint) -> None:
     """Each field that this upstream reads says the lower number, and no other field is touched."""
     stated = dict.fromkeys(MAXIMA, 5000)
@@ -384,143 +358,35 @@ def test_a_maximum_is_written_where_none_stands(kind: Kind, endpoint: Endpoint) 
         assert {field: value for field, value in sent(call, kind).items() if field in MAXIMA and value} == {}
 
 
-def test_an_endless_maximum_bounds_nothing() -> None:
-    """llama.cpp takes n_predict before all others, and -1 for no end; Ollama takes 0 for none too."""
-    unstated = demand(parse(), "llamacpp").want
-    assert demand(parse(n_predict=-1, max_tokens=1), "llamacpp").want == unstated > 1
-    assert sent(parse(n_predict=-1, max_tokens=1), "llamacpp", maximum=300)["n_predict"] == 300
-    assert demand(parse(max_tokens=0), "ollama").want == demand(parse(), "ollama").want > 0
-    assert sent(parse(max_tokens=0), "ollama", maximum=300)["max_tokens"] == 300
-    assert demand(parse(COMPLETIONS, max_tokens=0), "openai") == Demand(
-        len(forwarded_body(parse(COMPLETIONS, max_tokens=0), model())), 0, 0
-    )
+@everywhere
+def test_the_fields_that_are_read_are_named(kind: Kind, endpoint: Endpoint) -> None:
+    """So that whoever asks what a call may use believes no others; the first is the one that is written."""
+    fields = maximum_fields(endpoint, kind)
+    assert set(fields) == READS[kind, endpoint.name]
+    assert fields[0] == WRITES.get((kind, endpoint.name), endpoint.maxima[0])
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_where_nothing_is_asked_the_model_decides(kind: Kind) -> None:
-    """Its configured maximum, else 4096, else what the upstream itself takes: 16 on OpenAI's /completions."""
-    short = 4096 if kind in ("ollama", "llamacpp") else 16
-    assert demand(parse(CHAT), kind).want == demand(parse(RESPONSES), kind).want == 4096
-    assert demand(parse(COMPLETIONS), kind).want == short
-    for endpoint in GENERATING:
-        assert demand(parse(endpoint), kind, max_output_tokens=900).want == 900
-        assert demand(parse(endpoint, n=3), kind, max_output_tokens=900).want == 2700
+def test_what_is_no_maximum_is_lowered_too(kind: Kind) -> None:
+    """-1 has no end anywhere, and 0 none at Ollama; elsewhere 0 is the least that one can ask for."""
+    assert is_endless(-1, kind)
+    assert is_endless(0, kind) == (kind == "ollama")
+    assert not is_endless(1, kind)
 
 
-def test_null_is_not_the_default_of_completions() -> None:
-    """vLLM takes 16 for a field left out, but all that is left of its context for null."""
-    assert demand(parse(COMPLETIONS, max_tokens=None), "vllm").want == 4096
+def test_an_endless_maximum_becomes_one() -> None:
+    """llama.cpp takes -1 for no end and Ollama 0: the smaller number would be the larger one."""
+    lowered = sent(parse(n_predict=-1, max_tokens=1), "llamacpp", maximum=300)
+    assert (lowered["n_predict"], lowered["max_tokens"]) == (300, 1)
+    assert sent(parse(max_tokens=0), "ollama", maximum=300)["max_tokens"] == 300
+    assert sent(parse(max_tokens=0), "openai", maximum=300)["max_tokens"] == 0
 
 
-@pytest.mark.parametrize(
-    ("fields", "want", "smallest"),
-    [
-        ({"max_tokens": 10}, 10, 10),
-        ({"max_tokens": 1024}, 1024, 1024),
-        ({"max_tokens": 5000}, 5000, 1024),
-        ({"max_tokens": 5000, "n": 3}, 15_000, 3072),
-        ({"max_tokens": 10, "n": 3}, 30, 30),
-        ({"max_tokens": HUGE, "n": 128}, 128 * HUGE, 128 * 1024),
-        ({"max_tokens": 0, "max_completion_tokens": 0}, 0, 0),
-    ],
-)
-def test_the_smallest_answer_is_a_thousand_tokens_or_what_is_asked(fields: dict, want: int, smallest: int) -> None:
-    """choices × min(asked, 1024): less than that isn't worth starting."""
-    found = demand(parse(CHAT, **fields))
-    assert (found.want, found.smallest) == (want, smallest)
-
-
-def test_no_hold_leaves_64_bits() -> None:
-    """Even the largest numbers, for a hundred thousand prompts, stay far inside (T31)."""
-    prompts = [""] * 100_000
-    found = demand(parse(COMPLETIONS, max_tokens=HUGE, n=128, prompt=prompts))
-    assert found.want == TOKENS_MAX
-    assert 0 < found.smallest <= found.want
-
-
-def test_embeddings_want_no_output() -> None:
-    """Limits on output alone don't bind them, whatever else the body says."""
-    found = demand(parse(EMBEDDINGS, input=["a", "b"], max_tokens=50))
-    assert (found.want, found.smallest) == (0, 0)
-    assert demand(parse(EMBEDDINGS, input="x"), max_output_tokens=900).want == 0
-
-
-# -------------------------------------------------------------------------------------------------------------- input
-
-
-@given(
-    texts=st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=40), max_size=6), image=st.booleans()
-)
-def test_the_input_bound_is_never_less_than_the_bytes_of_the_text(texts: list[str], image: bool) -> None:
-    """A token is at least a byte, so as many tokens as there are bytes of text can't be exceeded."""
-    text_bytes = sum(len(text.encode()) for text in texts)
-    parts = [{"type": "text", "text": text} for text in texts]
-    picture = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * 999}}
-    messages = [{"role": "user", "content": text} for text in texts]
-    for call in (
-        parse(CHAT, messages=messages),
-        parse(CHAT, messages=[{"role": "user", "content": [*parts, *([picture] if image else [])]}]),
-        parse(COMPLETIONS, prompt=texts),
-        parse(EMBEDDINGS, input=texts),
-        parse(RESPONSES, input=messages, instructions="".join(texts)),
-    ):
-        assert demand(call).input >= text_bytes + 8 * len(texts) * (call.endpoint in (CHAT, RESPONSES))
-
-
-@given(tokens=st.lists(st.integers(0, 200_000), max_size=50))
-def test_the_input_bound_covers_arrays_of_tokens(tokens: list[int]) -> None:
-    """Prompts may come as numbers: one of a digit with its comma is still two bytes."""
-    assert demand(parse(COMPLETIONS, prompt=tokens)).input >= len(tokens)
-    assert demand(parse(EMBEDDINGS, input=[tokens, tokens])).input >= 2 * len(tokens)
-
-
-def test_half_a_surrogate_pair_is_bounded_as_it_is_sent() -> None:
-    """It can only be sent as an escape of six bytes."""
-    assert demand(parse(COMPLETIONS, prompt="\ud800" * 50)).input >= 300
-
-
-DATA = "data:image/png;base64," + "A" * 100_000
-
-
-@pytest.mark.parametrize(
-    ("call", "pictures"),
-    [
-        (parse(CHAT, messages=[{"role": "user", "content": [{"type": "image_url", "image_url": {"url": DATA}}]}]), 1),
-        (parse(CHAT, messages=[{"role": "user", "content": [{"type": "image_url", "image_url": DATA}] * 3}]), 3),
-        (parse(RESPONSES, input=[{"role": "user", "content": [{"type": "input_image", "image_url": DATA}]}]), 1),
-    ],
-)
-def test_a_picture_has_a_price_instead_of_its_base64(call: Call, pictures: int) -> None:
-    """A hundred thousand characters that no model reads as text: 1500 tokens each."""
-    around = len(forwarded_body(call, model())) - pictures * len(DATA)
-    assert demand(call).input == around + pictures * 1500
-
-
-@pytest.mark.parametrize(
-    "part",
-    [
-        {"type": "text", "text": DATA},
-        {"type": "text", "text": "x", "image_url": {"url": DATA}},
-        {"type": "image_url", "image_url": {"url": "data:text/plain;base64," + "A" * 100_000}},
-        {"type": "image_url", "image_url": {"url": "https://a.example/" + "A" * 100_000}},
-        {"type": "image_url", "image_url": {"url": [DATA]}},
-        {"type": "input_audio", "input_audio": {"data": "A" * 100_000}},
-        {"image_url": {"url": DATA}},
-    ],
-)
-def test_what_is_no_picture_is_counted_in_full(part: dict) -> None:
-    """Nothing gets its price by looking like a picture."""
-    call = parse(CHAT, messages=[{"role": "user", "content": [part]}])
-    assert demand(call).input >= len(forwarded_body(call, model()))
-
-
-@pytest.mark.parametrize(
-    "messages", [None, 7, "hi", {}, [7, None, "x"], [{"content": None}], [{"content": [None, "x"]}]]
-)
-def test_messages_of_any_form_are_counted(messages: object) -> None:
-    """What is wrong with them is for the upstream to say; here they are bytes (T34)."""
-    call = parse(CHAT, messages=messages)
-    assert demand(call).input == len(forwarded_body(call, model()))
+def test_nothing_is_lowered_where_nothing_is_generated() -> None:
+    """Embeddings have no maximum."""
+    for kind in KINDS:
+        assert maximum_fields(EMBEDDINGS, kind) == ()
+        assert sent(parse(EMBEDDINGS, input="x", max_tokens=5000), kind, maximum=300)["max_tokens"] == 5000
 
 
 # ------------------------------------------------------------------------------------------------------- what is sent
@@ -584,6 +450,61 @@ def test_whether_usage_is_asked_for_is_beyond_doubt(endpoint: Endpoint, options:
     """vLLM reads "false" as false and Ollama reads `Include_Usage`: the usage would never come."""
     error = refused(endpoint, stream=True, stream_options={"include_usage": True, **options})
     assert (error.param, error.code) == ("stream_options.include_usage", "invalid_type")
+
+
+@pytest.mark.parametrize(
+    ("options", "is_added"),
+    [
+        ({}, True),
+        ({"stream_options": None}, True),
+        ({"stream_options": {"include_usage": False}}, True),
+        ({"stream_options": {"include_usage": True}}, True),
+        ({"stream_options": {"include_usage": True, "continuous_usage_stats": False}}, True),
+        ({"stream_options": {"include_usage": True, "continuous_usage_stats": True}}, False),
+        ({"stream_options": {"continuous_usage_stats": True}}, False),
+        ({"n": 1}, True),
+        ({"n": 2}, False),
+        ({"prompt": ["a", "b"]}, None),
+        ({"stream_options": "x"}, False),
+        ({"stream_options": 0}, False),
+        ({"stream_options": []}, False),
+    ],
+)
+@pytest.mark.parametrize("endpoint", [CHAT, COMPLETIONS], ids=ids)
+def test_vllm_is_asked_for_the_usage_so_far(endpoint: Endpoint, options: dict, is_added: bool | None) -> None:
+    """On every chunk, so that a stream which is cut is known to the token.
+
+    Of several choices each chunk has the usage of its own, so that would tell less than nothing. (`prompt` makes
+    several only on /completions.)
+    """
+    call = parse(endpoint, stream=True, **options)
+    is_added = endpoint is CHAT if is_added is None else is_added
+    assert call.adds_running_usage("vllm") == is_added
+    forwarded, own = sent(call, "vllm")["stream_options"], options.get("stream_options")
+    if is_added:
+        assert forwarded == {**(own or {}), "include_usage": True, "continuous_usage_stats": True}
+    else:
+        assert forwarded == ({**(own or {}), "include_usage": True} if call.adds_usage else own)
+    assert call.document.get("stream_options") == own
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "vllm"])
+def test_nobody_else_is_asked_for_it(kind: Kind) -> None:
+    """The option is vLLM's own; what a client wrote by itself is for the upstream to judge."""
+    assert not parse(stream=True).adds_running_usage(kind)
+    assert sent(parse(stream=True), kind)["stream_options"] == {"include_usage": True}
+    own = {"include_usage": True, "continuous_usage_stats": True}
+    assert sent(parse(stream=True, stream_options=own), kind)["stream_options"] == own
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "stream"), [(CHAT, False), (COMPLETIONS, None), (EMBEDDINGS, True), (RESPONSES, True)], ids=ids
+)
+def test_there_is_no_usage_so_far_of_what_is_no_stream_of_chunks(endpoint: Endpoint, stream: bool | None) -> None:
+    """Whole answers, embeddings and responses go to vLLM without the option."""
+    call = parse(endpoint, stream=stream)
+    assert not call.adds_running_usage("vllm")
+    assert "stream_options" not in sent(call, "vllm")
 
 
 def test_what_responses_make_of_stream_options_is_their_matter() -> None:
@@ -667,14 +588,6 @@ def test_an_error_in_a_response_has_both_forms() -> None:
     assert json.loads(second.removeprefix(b"data: ")) == {**flat, **error.body()}
 
 
-def test_an_estimate_of_the_input_counts_text_by_its_bytes_and_pictures_by_their_price() -> None:
-    """Four bytes to a token; the base64 of a picture is not read by the model."""
-    picture = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * 40_000}}
-    body = json.dumps({"model": "m", "messages": [{"role": "user", "content": [picture]}]}).encode()
-    assert estimated_input(parse_call(CHAT, body), len(body)) == -(-(len(body) - 40_022) // 4) + 1500
-    assert estimated_input(parse_call(CHAT, b'{"model": "m"}'), 45) == 12
-
-
 @pytest.mark.parametrize(
     "part", [{"type": "input_file", "file_id": "file_1"}, {"type": "file", "file": {"file_id": "file_1"}}]
 )
@@ -684,14 +597,6 @@ def test_stored_files_are_refused(part: dict, endpoint: Endpoint, field: str) ->
     body = json.dumps({"model": "m", field: [{"role": "user", "content": [part]}]}).encode()
     with pytest.raises(InvalidRequest, match="file_id"):
         parse_call(endpoint, body)
-
-
-def test_pictures_have_their_price_wherever_they_stand() -> None:
-    """In the output of a tool, and beside an empty `messages`, which is not this endpoint's field."""
-    pictures = [{"type": "input_image", "image_url": "https://x/y.png"}] * 20
-    for item in ({"role": "user", "content": pictures}, {"type": "function_call_output", "output": pictures}):
-        body = json.dumps({"model": "m", "messages": [], "input": [item]}).encode()
-        assert estimated_input(parse_call(RESPONSES, body), 0) == 30_000
 
 
 def test_a_model_s_name_has_no_blanks_around_it() -> None:

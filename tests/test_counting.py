@@ -1,0 +1,152 @@
+"""The tokens of one call are counted when it matters, by its model's tokenizer, and at most once."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from proxy.counting import CallCount
+from proxy.policy import Model, Upstream
+from proxy.tokens import Tokens
+from proxy.wire import CHAT, COMPLETIONS, EMBEDDINGS, RESPONSES, Endpoint, forwarded_body
+from tests.stage import loaded
+from tests.test_wire import parse
+
+UPSTREAM = Upstream("up", "http://upstream.example/v1", None, "openai")
+GPT_4O = Model("m", UPSTREAM, "gpt-4o")
+UNKNOWN = Model("m", UPSTREAM, "what-comes-next")  # its tokenizer is a guess
+PROSE = "The quick brown fox jumps over the lazy dog. " * 100  # ten tokens each time
+HELLO: Any = [{"role": "user", "content": "Hello world!"}]
+PICTURE: Any = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * 40_000}}
+
+
+class Watched(Tokens):
+    """Tokenizers that remember how many characters they were given at a time; without tables unless `known`."""
+
+    def __init__(self, known: Tokens | None = None) -> None:
+        super().__init__(())
+        self.given: list[int] = []
+        self._known = known
+
+    async def count_all(self, texts: Sequence[str], encoding: str, *, within_s: float = 10) -> int | None:
+        self.given.append(sum(map(len, texts)))
+        return await self._known.count_all(texts, encoding, within_s=within_s) if self._known else None
+
+
+def tokenizers() -> Tokens:
+    """Those that all tests share, with the two tables that are needed here."""
+    loaded().load(["o200k_base", "cl100k_base"])
+    return loaded()
+
+
+def counted(by: Tokens, model: Model = GPT_4O, endpoint: Endpoint = CHAT, **fields: object) -> CallCount:
+    """The count of a call with these fields, whose body has been sent and forgotten."""
+    call = parse(endpoint, **fields)
+    count = CallCount(by, call, model, body_bytes=len(forwarded_body(call, model)))
+    call.forget()
+    return count
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "fields", "tokens"),
+    [
+        (CHAT, {"messages": HELLO}, 4 + 6),
+        (CHAT, {"messages": [{"role": "user", "content": PROSE}]}, 1 + 1001 + 6),
+        (RESPONSES, {"input": HELLO}, 4 + 6),
+        (COMPLETIONS, {"prompt": PROSE}, 1001),
+        (COMPLETIONS, {"prompt": [1, 2, 3]}, 3),
+        (EMBEDDINGS, {"input": ["Hello world!", "Hello world!"]}, 6),
+    ],
+)
+async def test_an_input_is_counted_as_the_model_reads_it(endpoint: Endpoint, fields: dict, tokens: int) -> None:
+    """Its texts, and what is around messages: the bound in bytes is four times as much for prose."""
+    count = counted(tokenizers(), GPT_4O, endpoint, **fields)
+    assert await count.of_input() == tokens
+    assert await count.exact_demand() == replace(count.demand, input=tokens, is_rough=False)
+    assert count.demand.is_rough
+
+
+async def test_another_tokenizer_than_the_model_s_may_be_wrong_by_half() -> None:
+    """So half as much again is held, and that is never more than the bytes; charged is what was counted."""
+    count = counted(tokenizers(), UNKNOWN, messages=[{"role": "user", "content": PROSE}])
+    assert (await count.exact_demand()).input == -(-1002 * 3 // 2) + 6
+    assert await count.of_input() == 1008
+
+
+async def test_the_file_says_by_which_tokenizer() -> None:
+    """Then nothing is guessed: the same text has other numbers by another encoding."""
+    text = "надо посчитать " * 50
+    by = {
+        encoding: await counted(
+            tokenizers(), replace(UNKNOWN, encoding=encoding), COMPLETIONS, prompt=text
+        ).exact_demand()
+        for encoding in ("o200k_base", "cl100k_base")
+    }
+    assert 0 < by["o200k_base"].input < by["cl100k_base"].input
+    count = counted(tokenizers(), replace(UNKNOWN, encoding="cl100k_base"), COMPLETIONS, prompt=text)
+    assert await count.of_input() == by["cl100k_base"].input
+    assert await count.of_output([text]) == by["cl100k_base"].input
+    assert count.piece(text) == by["cl100k_base"].input
+
+
+async def test_without_a_table_the_bytes_bound_an_input() -> None:
+    """For good, so that nobody asks once more; and four of them make a token where it is to be charged."""
+    count = counted(Watched(), messages=HELLO)
+    assert await count.exact_demand() == replace(count.demand, is_rough=False)
+    assert await count.of_input() == -(-count.demand.input // 4)
+
+
+async def test_without_a_table_a_picture_has_its_price() -> None:
+    """Its base64 is not read as text."""
+    content = [{"type": "text", "text": "What is this?"}, PICTURE]
+    count = counted(Watched(), messages=[{"role": "user", "content": content}])
+    price = 85 + 8 * 170
+    assert await count.of_input() == -(-(count.demand.input - price) // 4) + price
+    assert await counted(tokenizers(), messages=[{"role": "user", "content": [PICTURE]}]).of_input() == price + 1 + 6
+
+
+async def test_an_input_is_counted_at_most_once() -> None:
+    """Whoever asks, and also where it failed."""
+    for watched in (Watched(tokenizers()), Watched()):
+        count = counted(watched, messages=HELLO)
+        assert watched.given == []
+        for _ in range(2):
+            await count.exact_demand()
+            await count.of_input()
+        assert watched.given == [len("user" + "Hello world!")]
+
+
+async def test_a_large_input_is_counted_before_it_is_sent() -> None:
+    """Its texts aren't kept for as long as a stream may take; smaller ones are, and mostly never counted."""
+    watched = Watched(tokenizers())
+    small = counted(watched, GPT_4O, COMPLETIONS, prompt="a " * 2**19)
+    await small.before_it_is_sent()
+    assert watched.given == []
+    large = counted(watched, GPT_4O, COMPLETIONS, prompt=["a " * 2**19, "b"])
+    await large.before_it_is_sent()
+    assert watched.given == [2**20 + 1]
+    tokens = await large.of_input()
+    await large.before_it_is_sent()
+    assert watched.given == [2**20 + 1]
+    assert 2**19 <= tokens < 2**19 + 200  # of each slice the end may be a token of its own
+
+
+async def test_the_texts_of_an_answer_are_counted() -> None:
+    """All of them together; none are none, and nobody is asked."""
+    watched = Watched(tokenizers())
+    count = counted(watched, messages=HELLO)
+    assert await count.of_output([]) == 0
+    assert watched.given == []
+    assert await count.of_output(["Hello world!", "Hello"]) == 4
+    assert count.piece("Hello world!") == 3
+
+
+async def test_without_a_table_the_bytes_of_an_answer_are_a_quarter_of_a_token_each() -> None:
+    """Rounded up, and whatever the text is."""
+    count = counted(Watched(), messages=HELLO)
+    assert await count.of_output(["abcd", "e"]) == 2
+    assert await count.of_output(["é" * 4]) == 2
+    assert await count.of_output(["\ud800"]) == 1
+    assert await count.of_output([]) == 0
+    assert count.piece("abcde") == 2
