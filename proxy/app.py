@@ -26,7 +26,7 @@ from proxy.metrics import Metrics
 from proxy.policy import Policy
 from proxy.relay import Relay
 from proxy.reload import Look, Policies
-from proxy.store import Store
+from proxy.sqlite import SqliteStore
 from proxy.tasks import Tasks
 from proxy.tokens import Tokens
 from proxy.upstream import Upstreams
@@ -64,7 +64,7 @@ class Server:
         self._load = load
         self.policies = Policies(config, load=self._load_whole, look=look, metrics=self.metrics, now=now)
         self.ledger = Ledger(
-            Store(sqlite_path(config.settings.database)), owner=f"proxy-{secrets.token_hex(8)}", now=now
+            SqliteStore(sqlite_path(config.settings.database)), owner=f"proxy-{secrets.token_hex(8)}", now=now
         )
         self.upstreams = Upstreams()
         relay = Relay(

@@ -18,7 +18,8 @@ from proxy.check import sentences, warnings
 from proxy.config import BadConfig, Config, load
 from proxy.policy import digest
 from proxy.schema import json_schema
-from proxy.store import Store, StoreInUse, StoreUnavailable
+from proxy.sqlite import SqliteStore
+from proxy.store import StoreInUse, StoreUnavailable
 from proxy.tables import NewerSchema
 from proxy.tokens import Tokens, table_folders
 from proxy.torture import NoCount, Outside
@@ -147,9 +148,9 @@ def hash_command(key: str | None) -> None:
 
 
 async def _migrate(config: Config) -> None:
-    store = Store(sqlite_path(config.settings.database))
+    store = SqliteStore(sqlite_path(config.settings.database))
     try:
-        store.open()
+        await store.open()
     finally:
         await store.close()
 

@@ -18,7 +18,6 @@ import asyncio
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
 
 import structlog
 
@@ -32,8 +31,6 @@ from proxy.tasks import Tasks
 BATCH_MAX = 256
 LEASE_MS = 60_000
 _ORPHANS_AT_ONCE = 1000
-
-T = TypeVar("T")
 
 log = structlog.get_logger("ledger")
 
@@ -72,8 +69,8 @@ class Ledger:
 
         Raises what `Store.open` raises.
         """
-        await self._in_thread(self._store.open)
-        await self._in_thread(self._store.renew, self.owner, self._now() + LEASE_MS)
+        await self._store.open()
+        await self._store.renew(self.owner, self._now(), lease_ms=LEASE_MS)
         self._loop = self._tasks.start("ledger", self._run())
         await self.expire_orphans()
 
@@ -109,7 +106,7 @@ class Ledger:
     async def expire_orphans(self) -> int:
         """Charge the open calls of dead processes; returns how many there were."""
         found = 0
-        while ids := await self._in_thread(self._store.orphans, self.owner, _ORPHANS_AT_ONCE):
+        while ids := await self._store.orphans(self.owner, _ORPHANS_AT_ONCE):
             await asyncio.gather(*(self._enqueue(Expire(call_id)) for call_id in ids))
             found += len(ids)
         if found:
@@ -119,7 +116,7 @@ class Ledger:
     async def renew_lease(self) -> None:
         """Say once more that this process is alive; to be called a few times in each LEASE_MS."""
         try:
-            await self._in_thread(self._store.renew, self.owner, self._now() + LEASE_MS)
+            await self._store.renew(self.owner, self._now(), lease_ms=LEASE_MS)
         except StoreUnavailable as error:
             self.is_healthy = False
             log.warning("the lease could not be renewed", reason=str(error))
@@ -231,10 +228,7 @@ class Ledger:
             queued.answer.exception()  # seen: an end that nobody waits for any more must not warn
 
     async def _apply(self, batch: list[_Queued]) -> list[Reply]:
-        return await self._in_thread(self._store.apply, [queued.act for queued in batch], self._now())
-
-    async def _in_thread(self, work: Callable[..., T], *arguments: Any) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._store.thread, work, *arguments)
+        return await self._store.apply([queued.act for queued in batch], self._now())
 
 
 def _lets_in(queued: _Queued) -> bool:

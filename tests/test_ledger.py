@@ -9,7 +9,6 @@ import random
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -25,7 +24,8 @@ from proxy.admission import Uncounted, Verdict
 from proxy.books import Act, Booked, Books, Expire, Extend, NotBooked, Release, Reply, Reserve, Settle
 from proxy.errors import LedgerUnavailable
 from proxy.ledger import BATCH_MAX, LEASE_MS, Ledger
-from proxy.store import Store, StoreInUse, StoreUnavailable
+from proxy.sqlite import SqliteStore
+from proxy.store import StoreInUse, StoreUnavailable
 from proxy.tables import NewerSchema
 from proxy.usage import TOKENS_MAX, Amount, AtLeast, Exactly, Tokens, Unspent
 from tests.audit import audit, connected, contents, rows, states
@@ -63,10 +63,10 @@ def path(tmp_path: Path) -> Path:
 
 @asynccontextmanager
 async def running(
-    where: Path | Store, owner: str = "process-1", *, clock: Clock | None = None
+    where: Path | SqliteStore, owner: str = "process-1", *, clock: Clock | None = None
 ) -> AsyncIterator[Ledger]:
     """A ledger at work, which neither waits for locks nor long before it tries again."""
-    store = where if isinstance(where, Store) else Store(where, busy_timeout_s=0)
+    store = SqliteStore(where, busy_timeout_s=0) if isinstance(where, Path) else where
     ledger = Ledger(store, owner=owner, now=clock or Clock(), retry_s=0.001)
     await ledger.start()
     try:
@@ -95,9 +95,9 @@ async def at_once(ledger, *acts):
 
 async def left_behind(path, *acts):
     """A file in which a process that is no more has done these acts."""
-    store = Store(path)
-    store.open()
-    store.apply(acts, NOON)
+    store = SqliteStore(path)
+    await store.open()
+    await store.apply(acts, NOON)
     await store.close()
 
 
@@ -266,27 +266,28 @@ async def test_what_is_queued_together_shares_a_commit(ledger, path, acts, trans
     audit(path)
 
 
-class Gated(Store):
+class Gated(SqliteStore):
     """A store on a slow disk: a batch is done when the test opens the gate."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path, busy_timeout_s=0)
-        self.began = threading.Semaphore(0)
-        self.gate = threading.Semaphore(0)
+        self.began = asyncio.Semaphore(0)
+        self.gate = asyncio.Semaphore(0)
         self.batches: list[list[Act]] = []
 
-    def apply(self, acts: Sequence[Act], now: int) -> list[Reply]:
+    async def apply(self, acts: Sequence[Act], now: int) -> list[Reply]:
         self.batches.append(list(acts))
         self.began.release()
-        self.gate.acquire(timeout=10)
-        return super().apply(acts, now)
+        await self.gate.acquire()
+        return await super().apply(acts, now)
 
     async def begun(self) -> None:
         """A batch has been taken."""
-        await asyncio.to_thread(self.began.acquire, timeout=10)
+        await self.began.acquire()
 
     def open_for_good(self) -> None:
-        self.gate.release(1000)
+        for _ in range(1000):
+            self.gate.release()
 
 
 async def test_what_arrives_during_a_commit_is_the_next_batch(path):
@@ -535,13 +536,13 @@ async def test_what_cannot_be_read_is_unavailable(ledger, path):
         await ledger.entry("1")
 
 
-class Uncertain(Store):
+class Uncertain(SqliteStore):
     """A store whose commits are done, and the answer that they are gets lost while `is_cut_off`."""
 
     is_cut_off = False
 
-    def apply(self, acts: Sequence[Act], now: int) -> list[Reply]:
-        answers = super().apply(acts, now)
+    async def apply(self, acts: Sequence[Act], now: int) -> list[Reply]:
+        answers = await super().apply(acts, now)
         if self.is_cut_off:
             self.is_cut_off = False
             raise StoreUnavailable("the connection broke", is_uncertain=True)
@@ -621,7 +622,7 @@ async def test_closing_while_the_database_is_away_ends(path):
 
 async def test_who_comes_before_the_start_or_after_the_end_is_told(path):
     """Nobody waits for an answer that will never come."""
-    ledger = Ledger(Store(path), owner="process-1", now=Clock())
+    ledger = Ledger(SqliteStore(path), owner="process-1", now=Clock())
     with pytest.raises(LedgerUnavailable):
         await ledger.reserve(reserve("1", ANN, CALL))
     await ledger.start()
@@ -635,7 +636,7 @@ async def test_who_comes_before_the_start_or_after_the_end_is_told(path):
 
 async def test_a_file_in_use_is_not_served_from(ledger, path):
     """The second process says so and goes; the first notices nothing."""
-    second = Ledger(Store(path), owner="process-2", now=Clock())
+    second = Ledger(SqliteStore(path), owner="process-2", now=Clock())
     with pytest.raises(StoreInUse):
         await second.start()
     await second.close()
@@ -648,7 +649,7 @@ async def test_a_newer_schema_is_not_served_from(path):
     with connected(path) as connection:
         connection.execute("UPDATE alembic_version SET version_num = '9999'")
     before = contents(path)
-    ledger = Ledger(Store(path), owner="process-1", now=Clock())
+    ledger = Ledger(SqliteStore(path), owner="process-1", now=Clock())
     with pytest.raises(NewerSchema):
         await ledger.start()
     await ledger.close()
@@ -715,7 +716,7 @@ async def test_a_process_that_was_taken_for_dead_books_the_difference(ledger):
 async def work_until_killed(path: Path, owner: str) -> None:
     """A small load that says on its output what it was told was on the books; to be run in a process of its own."""
     chance, pot = random.Random(owner), quota("staff/pot", tokens=10**9, shared=True)
-    ledger = Ledger(Store(path), owner=owner, now=Clock())
+    ledger = Ledger(SqliteStore(path), owner=owner, now=Clock())
     await ledger.start()
 
     def say(*words: object) -> None:

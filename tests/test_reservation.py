@@ -18,8 +18,8 @@ from proxy.meter import Meter
 from proxy.policy import Model, Upstream
 from proxy.quotas import Demand, Quota
 from proxy.reservation import STEP, Reservation
+from proxy.sqlite import SqliteStore
 from proxy.sse import Splitter
-from proxy.store import Store
 from proxy.usage import Amount, AtLeast, Exactly, Tokens, Unspent, Usage
 from proxy.waiting import WaitingRoom
 from proxy.wire import CHAT, parse_call
@@ -72,9 +72,9 @@ class Call:
 
 @asynccontextmanager
 async def _reserved(
-    folder: Path, demand: Demand | None = None, *, daily: Quota = DAILY, store: Store | None = None
+    folder: Path, demand: Demand | None = None, *, daily: Quota = DAILY, store: SqliteStore | None = None
 ) -> AsyncIterator[Call]:
-    ledger = Ledger(store or Store(folder / "quotas.db"), owner="me", now=lambda: NOON, retry_s=0.001)
+    ledger = Ledger(store or SqliteStore(folder / "quotas.db"), owner="me", now=lambda: NOON, retry_s=0.001)
     await ledger.start()
     try:
         booked = await ledger.reserve(reserve("req_1", binding([daily]), demand or call(100, 200)))
@@ -144,8 +144,8 @@ async def test_a_ledger_that_hangs_holds_an_end_up_for_a_bounded_time(tmp_path: 
         assert (await it.entry()).state == "open"
         other.execute("ROLLBACK")
         other.close()
-    reopened = Store(tmp_path / "quotas.db")
-    reopened.open()
+    reopened = SqliteStore(tmp_path / "quotas.db")
+    await reopened.open()
     entry = await reopened.read_entry("req_1")
     assert entry is not None
     assert entry.usage == exactly(10, 20)
@@ -310,7 +310,7 @@ async def test_an_input_that_turned_out_smaller_is_given_back(tmp_path: Path) ->
 async def test_while_the_ledger_is_away_an_answer_goes_on(tmp_path: Path) -> None:
     """Nothing can be held; but what passed is charged at its end, and no more than passed."""
     with writers() as made:
-        async with _reserved(tmp_path, STREAM, store=Store(tmp_path / "quotas.db", busy_timeout_s=0)) as it:
+        async with _reserved(tmp_path, STREAM, store=SqliteStore(tmp_path / "quotas.db", busy_timeout_s=0)) as it:
             it.says("x" * 1100)
             with read_only(tmp_path / "quotas.db", made[-1]):
                 assert await it.grows()
@@ -327,7 +327,7 @@ async def test_while_the_ledger_is_away_an_answer_goes_on(tmp_path: Path) -> Non
 async def test_a_ledger_that_is_back_is_asked_again(tmp_path: Path) -> None:
     """For all that has passed meanwhile."""
     with writers() as made:
-        async with _reserved(tmp_path, STREAM, store=Store(tmp_path / "quotas.db", busy_timeout_s=0)) as it:
+        async with _reserved(tmp_path, STREAM, store=SqliteStore(tmp_path / "quotas.db", busy_timeout_s=0)) as it:
             it.says("x" * 1100)
             with read_only(tmp_path / "quotas.db", made[-1]):
                 assert await it.grows()
@@ -340,7 +340,7 @@ async def test_a_ledger_that_is_away_is_not_asked_for_every_word_beyond_the_maxi
     """Also then the upstream is believed to keep to it, and one that goes on and on is ended."""
     demand = Demand(input=100, want=1500, smallest=1024, first=1024)
     with writers() as made:
-        async with _reserved(tmp_path, demand, store=Store(tmp_path / "quotas.db", busy_timeout_s=0)) as it:
+        async with _reserved(tmp_path, demand, store=SqliteStore(tmp_path / "quotas.db", busy_timeout_s=0)) as it:
             it.says("x" * 1100)
             with read_only(tmp_path / "quotas.db", made[-1]):
                 assert await it.grows()

@@ -11,7 +11,7 @@ from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 
 from proxy.books import Settle
-from proxy.store import Store
+from proxy.sqlite import SqliteStore
 from proxy.tables import HEAD, NewerSchema, metadata, migrate
 from proxy.usage import Amount
 from tests.audit import audit, connected, contents, rows
@@ -121,10 +121,10 @@ async def test_an_open_call_of_the_release_before_is_settled_by_this_one(engine,
     stopped_at(engine, "0001")
     with connected(path) as connection:
         connection.executescript(FIRST_CALLS)
-    store = Store(path)
-    store.open()
-    assert store.orphans("process-2", 9) == ["2"]
-    [booked] = store.apply([Settle("2", exactly(80, 40), "complete")], NOON)
+    store = SqliteStore(path)
+    await store.open()
+    assert await store.orphans("process-2", 9) == ["2"]
+    [booked] = await store.apply([Settle("2", exactly(80, 40), "complete")], NOON)
     assert booked.entry == await store.read_entry("2")
     assert (booked.entry.hold, booked.entry.maximum) == (Amount(100, 400, 1), 400)
     [counter] = booked.counters.values()

@@ -1,13 +1,12 @@
 """The file as plain SQL shows it, while the program that writes it is at work."""
 
-import asyncio
-from collections.abc import Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
 from proxy.books import Expire, Release, Settle
-from proxy.store import Store
+from proxy.sqlite import SqliteStore
 from proxy.torture_books import count_open, read_books
 from proxy.torture_records import Level
 from tests.builders import NOON, binding, call, exactly, quota, reserve
@@ -17,17 +16,17 @@ MIDNIGHT = NOON - 12 * 3_600_000
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
+async def store(tmp_path: Path) -> AsyncIterator[SqliteStore]:
     """A file in use, with one call in each state."""
-    store = Store(tmp_path / "quotas.db")
-    store.open()
-    store.apply([reserve(id, WHO, call(10, 20)) for id in ("a", "b", "c", "d")], NOON)
-    store.apply([Settle("a", exactly(7, 9), "complete"), Release("b"), Expire("c")], NOON + 1)
+    store = SqliteStore(tmp_path / "quotas.db")
+    await store.open()
+    await store.apply([reserve(id, WHO, call(10, 20)) for id in ("a", "b", "c", "d")], NOON)
+    await store.apply([Settle("a", exactly(7, 9), "complete"), Release("b"), Expire("c")], NOON + 1)
     yield store
-    asyncio.run(store.close())
+    await store.close()
 
 
-def test_calls_and_counters_are_read_as_they_are_committed(store: Store, tmp_path: Path) -> None:
+async def test_calls_and_counters_are_read_as_they_are_committed(store: SqliteStore, tmp_path: Path) -> None:
     """Each call with its state, what it is charged and the lines that it is charged to; each counter's levels."""
     books = read_books(tmp_path / "quotas.db")
     rows = {row.id: row for row in books.rows}
@@ -50,10 +49,10 @@ def test_calls_and_counters_are_read_as_they_are_committed(store: Store, tmp_pat
     ]
 
 
-def test_what_is_in_flight_is_counted(store: Store, tmp_path: Path) -> None:
+async def test_what_is_in_flight_is_counted(store: SqliteStore, tmp_path: Path) -> None:
     """So one can wait until nothing is."""
     assert count_open(tmp_path / "quotas.db") == 1
-    store.apply([Release("d")], NOON + 2)
+    await store.apply([Release("d")], NOON + 2)
     assert count_open(tmp_path / "quotas.db") == 0
 
 

@@ -10,7 +10,7 @@ import pytest
 from proxy.admission import Verdict
 from proxy.books import Booked, NotBooked, Reserve, Settle
 from proxy.ledger import Ledger
-from proxy.store import Store
+from proxy.sqlite import SqliteStore
 from proxy.waiting import OF_A_USER_MAX, WaitingRoom
 from tests.builders import NOON, binding, call, exactly, quota, reserve
 from tests.stage import until
@@ -20,7 +20,7 @@ POT = quota("staff/pot", tokens=1000, shared=True)
 
 @asynccontextmanager
 async def _room(folder: Path) -> AsyncIterator[tuple[Ledger, WaitingRoom]]:
-    ledger = Ledger(Store(folder / "quotas.db"), owner="process-1", now=lambda: NOON)
+    ledger = Ledger(SqliteStore(folder / "quotas.db"), owner="process-1", now=lambda: NOON)
     await ledger.start()
     try:
         yield ledger, WaitingRoom(ledger)

@@ -1,0 +1,139 @@
+"""Rows of the database and values of the books: what is written here is read back as it was.
+
+The same for every engine. A row has its values in the order of the table's columns.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import orjson
+
+from proxy.books import Act, Books, Entry, Extend, Facts, Line, Reserve
+from proxy.quotas import Counter, CounterKey
+from proxy.usage import Amount, AtLeast, Exactly, Tokens, Unspent, Usage, charge_of
+from proxy.windows import Window
+
+# What changes in the row of a call after it was let in, in the table's order.
+CHANGING = (
+    "state ended_at hold_input hold_output lines "
+    "input_tokens output_tokens cached_tokens reasoning_tokens requests provenance outcome"
+).split()
+
+Row = Sequence[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """The rows that a batch leaves to be written, each list in one order.
+
+    `counters` and `opened` have all columns; `changed` has those of CHANGING, and then the call's id.
+    """
+
+    counters: list[Row]
+    opened: list[Row]
+    changed: list[Row]
+
+
+def changes_of(books: Books, known: Iterable[str]) -> Changes:
+    """What a batch has changed; `known` are the calls that were in the database before it."""
+    entries, before, changed = books.entries, set(known), sorted(books.entries_changed)
+    return Changes(
+        counters=[_counter_row(key, books.counters[key]) for key in sorted(books.counters_changed)],
+        opened=[_call_row(entries[entry_id]) for entry_id in changed if entry_id not in before],
+        changed=[(*_changing(entries[entry_id]), entry_id) for entry_id in changed if entry_id in before],
+    )
+
+
+def keys_of(acts: Iterable[Act]) -> set[CounterKey]:
+    """The counters that acts may look at, beside those that their calls hold something of already."""
+    return set(chain.from_iterable(act.binding.keys() for act in acts if isinstance(act, Reserve | Extend)))
+
+
+def counters_of(rows: Iterable[Row]) -> dict[CounterKey, Counter]:
+    """The counters that have a window; a row that was only made to be locked has none."""
+    return {
+        (subject, quota_id): Counter(Window(opened_at, resets_at), used=Amount(*levels[:3]), held=Amount(*levels[3:]))
+        for subject, quota_id, opened_at, resets_at, *levels in rows
+        if resets_at
+    }
+
+
+def _counter_row(key: CounterKey, counter: Counter) -> Row:
+    window, used, held = counter.window, counter.used, counter.held
+    return (
+        *key,
+        window.opened_at,
+        window.resets_at,
+        used.input,
+        used.output,
+        used.requests,
+        held.input,
+        held.output,
+        held.requests,
+    )
+
+
+def entry_of(row: Row) -> Entry:
+    """One call."""
+    entry_id, owner, state, user, model, endpoint, upstream, through, reserved_at, ended_at, *rest = row
+    hold_input, hold_output, maximum, lines, capped_by, would_refuse, *used, outcome = rest
+    return Entry(
+        id=entry_id,
+        owner=owner,
+        facts=Facts(user=user, model=model, endpoint=endpoint, upstream=upstream),
+        through=through,
+        reserved_at=reserved_at,
+        hold=Amount(hold_input, hold_output, 1),
+        maximum=maximum,
+        lines=tuple(Line((key[0], key[1]), at, Amount(*amount)) for key, at, amount in orjson.loads(lines)),
+        capped_by=capped_by,
+        would_refuse=tuple(orjson.loads(would_refuse)),
+        state=state,
+        ended_at=ended_at,
+        usage=_usage(*used),
+        outcome=outcome,
+    )
+
+
+def _call_row(entry: Entry) -> Row:
+    facts = entry.facts
+    state, ended_at, hold_input, hold_output, lines, *used = _changing(entry)
+    return (
+        *(entry.id, entry.owner, state, facts.user, facts.model, facts.endpoint, facts.upstream, entry.through),
+        *(entry.reserved_at, ended_at, hold_input, hold_output, entry.maximum),
+        *(lines, entry.capped_by, orjson.dumps(entry.would_refuse).decode()),
+        *used,
+    )
+
+
+def _changing(entry: Entry) -> Row:
+    lines = [
+        (line.key, line.opened_at, (line.amount.input, line.amount.output, line.amount.requests))
+        for line in entry.lines
+    ]
+    return (
+        *(entry.state, entry.ended_at, entry.hold.input, entry.hold.output, orjson.dumps(lines).decode()),
+        *(*_used(entry.usage), entry.outcome),
+    )
+
+
+def _usage(
+    input_tokens: int, output_tokens: int, cached: int, reasoning: int, requests: int, provenance: str | None
+) -> Usage | None:
+    match provenance:
+        case "exactly":
+            return Exactly(Tokens(input_tokens, output_tokens, cached, reasoning))
+        case "at_least":
+            return AtLeast(Tokens(input_tokens, output_tokens, cached, reasoning))
+        case "unspent":
+            return Unspent(requests)
+    return None
+
+
+def _used(usage: Usage | None) -> Row:
+    if usage is None:
+        return (None,) * 6
+    tokens, requests = usage.tokens, charge_of(usage).requests
+    return (tokens.input, tokens.output, tokens.cached, tokens.reasoning, requests, usage.provenance)

@@ -1,0 +1,231 @@
+"""The books in one SQLite file, for one process: load what a batch touches, apply it, write what changed.
+
+Writing is one synchronous function on one connection in a thread of its own: that holds the lock for a fraction of
+a millisecond, where going statement by statement through a busy event loop holds it for tens of them. Reading for
+pages goes through aiosqlite beside it.
+
+Two processes must not write to one SQLite file without knowing of each other, so the store takes an advisory
+lock on a side file for as long as it is open.
+"""
+
+import asyncio
+import fcntl
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+import orjson
+import sqlalchemy as sa
+from sqlalchemy import URL, Connection, Dialect, bindparam, create_engine, event, func, select, tuple_
+from sqlalchemy.dialects.sqlite import insert
+from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, InterfaceError, NotSupportedError, ProgrammingError
+from sqlalchemy.ext.asyncio import create_async_engine
+
+from proxy.books import Act, Books, Entry, Reply
+from proxy.quotas import Counter, CounterKey
+from proxy.rows import CHANGING, changes_of, counters_of, entry_of, keys_of
+from proxy.store import StoreInUse, StoreRefused, StoreUnavailable
+from proxy.tables import calls, counters, migrate, owners
+
+# How long a transaction waits for the file's lock, in seconds.
+_BUSY_TIMEOUT_S = 5.0
+# The database's errors that lie in what it was given. All others lie in the database, and may pass.
+_REFUSALS = (DataError, IntegrityError, InterfaceError, NotSupportedError, ProgrammingError)
+
+T = TypeVar("T")
+
+
+class SqliteStore:
+    """One SQLite file; see `store.Store`.
+
+    `busy_timeout_s` is how long a transaction waits for a lock that somebody else has on the file.
+    """
+
+    def __init__(self, path: Path, *, busy_timeout_s: float = _BUSY_TIMEOUT_S) -> None:
+        self._path = path.resolve()  # by whatever name it is called: one file, one lock
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="ledger")
+        file, waits = str(self._path), {"timeout": busy_timeout_s}
+        self._engine = create_engine(URL.create("sqlite", database=file), connect_args=waits)
+        self._reading = create_async_engine(
+            URL.create("sqlite+aiosqlite", database=file), connect_args=waits, pool_size=2, max_overflow=0
+        )
+        self._sql = _Statements(self._engine.dialect)
+        self._opened: tuple[int, int] | None = None
+        self._lock = -1
+        event.listen(self._engine, "connect", _set_up)
+        event.listen(self._engine, "begin", _begin_immediate)
+
+    async def open(self) -> None:
+        """Take the file for this process and bring its schema up to date.
+
+        Raises StoreInUse, StoreUnavailable, or tables.NewerSchema.
+        """
+        await self._in_thread(self._open)
+
+    async def apply(self, acts: Sequence[Act], now: int) -> list[Reply]:
+        """Do these acts in order, in one transaction, and answer each."""
+        return await self._in_thread(self._apply, acts, now)
+
+    async def renew(self, owner: str, now: int, *, lease_ms: int) -> None:
+        """Say that the process `owner` is alive for so long from now."""
+        await self._in_thread(self._renew, {"id": owner, "alive_until": now + lease_ms})
+
+    async def orphans(self, owner: str, limit: int) -> list[str]:
+        """The ids of open calls whose process is not `owner`: as only one has the file, those are dead."""
+        return await self._in_thread(self._orphans, owner, limit)
+
+    async def read_counters(self, keys: Sequence[CounterKey]) -> dict[CounterKey, Counter]:
+        """How these counters stand, read without a lock."""
+        self._look_for_it()  # connecting to a file that is gone would make an empty one
+        with _translated():
+            async with self._reading.connect() as connection:
+                return counters_of(await connection.exec_driver_sql(self._sql.counters_of, _given(keys)))
+
+    async def read_entry(self, entry_id: str) -> Entry | None:
+        """One call in the books."""
+        self._look_for_it()
+        with _translated():
+            async with self._reading.connect() as connection:
+                found = await connection.exec_driver_sql(self._sql.calls_of, _given([entry_id]))
+        return next(map(entry_of, found), None)
+
+    async def close(self) -> None:
+        """Let go of the file."""
+        self._thread.shutdown()
+        await self._reading.dispose()
+        self._engine.dispose()
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+    async def _in_thread(self, work: Callable[..., T], *arguments: Any) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work, *arguments)
+
+    def _open(self) -> None:
+        self._lock = self._take_lock()
+        with _translated(), self._engine.begin() as connection:
+            migrate(connection)
+        self._opened = self._found()
+
+    def _apply(self, acts: Sequence[Act], now: int) -> list[Reply]:
+        self._look_for_it()
+        with _translated(), self._engine.connect() as connection:
+            books = self._load(connection, acts, now)
+            known = list(books.entries)
+            answers = [books.apply(act) for act in acts]
+            self._write(connection, books, known)
+            with _translated(is_uncertain=True):
+                connection.commit()
+        return answers
+
+    def _renew(self, row: dict[str, object]) -> None:
+        self._look_for_it()
+        with _translated(), self._engine.begin() as connection:
+            statement = insert(owners)
+            connection.execute(
+                statement.on_conflict_do_update(
+                    index_elements=["id"], set_={"alive_until": statement.excluded.alive_until}
+                ),
+                row,
+            )
+
+    def _orphans(self, owner: str, limit: int) -> list[str]:
+        self._look_for_it()  # connecting to a file that is gone would make an empty one
+        statement = select(calls.c.id).where(calls.c.state == "open", calls.c.owner != owner).limit(limit)
+        with _translated(), self._engine.connect() as connection:
+            return list(connection.execute(statement).scalars())
+
+    def _take_lock(self) -> int:
+        try:
+            lock = os.open(f"{self._path}.lock", os.O_CREAT | os.O_RDWR, 0o600)
+        except OSError as error:
+            raise StoreUnavailable(f"{self._path}.lock can't be opened: {error.strerror}") from error
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(lock)
+            raise StoreInUse(
+                f"Another process is using {self._path}. Stop it first, or use PostgreSQL to run several."
+            ) from None
+        return lock
+
+    def _found(self) -> tuple[int, int] | None:
+        """Which file goes by our name now."""
+        try:
+            found = self._path.stat()
+        except OSError:
+            return None
+        return (found.st_dev, found.st_ino)
+
+    def _look_for_it(self) -> None:
+        # What is written to a file that has lost its name is gone with the process.
+        if self._found() != self._opened:
+            raise StoreUnavailable(f"{self._path} was moved, deleted or replaced while in use")
+
+    def _load(self, connection: Connection, acts: Sequence[Act], now: int) -> Books:
+        rows = connection.exec_driver_sql(self._sql.calls_of, _given([act.id for act in acts]))
+        entries = {entry.id: entry for entry in map(entry_of, rows.all())}
+        keys = keys_of(acts).union(line.key for entry in entries.values() for line in entry.lines)
+        found = connection.exec_driver_sql(self._sql.counters_of, _given(sorted(keys)))
+        return Books(counters_of(found.all()), entries, now)
+
+    def _write(self, connection: Connection, books: Books, known: Sequence[str]) -> None:
+        changes = changes_of(books, known)
+        for statement, rows in (
+            (self._sql.put_counters, changes.counters),
+            (self._sql.open_calls, changes.opened),
+            (self._sql.change_calls, changes.changed),
+        ):
+            if rows:
+                connection.exec_driver_sql(statement, rows)
+
+
+class _Statements:
+    """What a batch runs, as text: made once, because making a statement takes longer than running it."""
+
+    def __init__(self, dialect: Dialect) -> None:
+        given = func.json_each(bindparam("given")).table_valued("value").c.value
+        subject, quota_id = (func.json_extract(given, sa.literal_column(f"'$[{place}]'")) for place in (0, 1))
+        is_given = tuple_(counters.c.subject, counters.c.quota_id).in_(select(subject, quota_id))
+        put = insert(counters)
+        values = {column.name: put.excluded[column.name] for column in counters.c if not column.primary_key}
+        put = put.on_conflict_do_update(index_elements=[*counters.primary_key], set_=values)
+        change = sa.update(calls).where(calls.c.id == bindparam("call_id"))
+        # Keys and ids are given as one JSON array, so that there may be as many as a batch needs.
+        self.counters_of = str(select(counters).where(is_given).compile(dialect=dialect))
+        self.calls_of = str(select(calls).where(calls.c.id.in_(select(given))).compile(dialect=dialect))
+        self.put_counters = str(put.compile(dialect=dialect))
+        self.open_calls = str(sa.insert(calls).compile(dialect=dialect))
+        self.change_calls = str(change.compile(dialect=dialect, column_keys=CHANGING))
+
+
+class _translated:
+    """SQLAlchemy's errors become the store's: worth repeating, or not."""
+
+    def __init__(self, *, is_uncertain: bool = False) -> None:
+        self._is_uncertain = is_uncertain
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, _REFUSALS):
+            raise StoreRefused(str(error.orig)) from error
+        if isinstance(error, DBAPIError):
+            raise StoreUnavailable(str(error.orig), is_uncertain=self._is_uncertain) from error
+
+
+def _set_up(connection: Any, _: object) -> None:
+    connection.isolation_level = None  # the driver must not begin transactions on its own: we do, at once
+    for pragma in ("journal_mode=WAL", "synchronous=FULL"):
+        connection.execute(f"PRAGMA {pragma}")
+
+
+def _begin_immediate(connection: Connection) -> None:
+    connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+
+def _given(keys: Sequence[object]) -> tuple[str]:
+    return (orjson.dumps(keys).decode(),)

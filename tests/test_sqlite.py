@@ -1,0 +1,596 @@
+"""One SQLite file as the ledger sees it: what is written is read back, whole or not at all, and by one process.
+
+Real files and real faults: a lock that somebody else holds, a full disk, a failing write, a file that is taken away.
+"""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import threading
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from proxy.admission import Uncounted, Verdict
+from proxy.books import Booked, Expire, Facts, NotBooked, Release, Settle, Unknown
+from proxy.sqlite import SqliteStore
+from proxy.store import StoreInUse, StoreRefused, StoreUnavailable
+from proxy.tables import NewerSchema
+from proxy.usage import Amount, AtLeast, Exactly, Tokens, Unspent
+from tests.audit import audit, connected, contents, rows, states
+from tests.breakage import (
+    BrokenBinding,
+    commits,
+    failing_writes,
+    full,
+    locked,
+    moved,
+    read_only,
+    replaced,
+    unfit,
+    writers,
+)
+from tests.builders import DAY, HOUR, NOON, amount, binding, call, exactly, extend, quota, reserve, rough
+
+DAILY = quota("staff/daily", tokens=1000)
+ANN = binding([DAILY])
+CALL = call(100, 400)
+HELD = Amount(100, 400, 1)
+SETTLED = Settle("1", exactly(90, 60), "complete")
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "quotas.db"
+
+
+@pytest.fixture
+async def store(path):
+    """An open store that waits for nobody's lock."""
+    store = SqliteStore(path, busy_timeout_s=0)
+    await store.open()
+    yield store
+    await store.close()
+
+
+async def levels(store, each=DAILY, user="ann"):
+    """What is used and held of a quota, as it is read for pages."""
+    found = await store.read_counters([each.key_for(user)])
+    counter = found[each.key_for(user)]
+    return counter.used, counter.held
+
+
+# -------------------------------------------------------------------------------------------- what is written is read
+
+
+WATCHED = binding(
+    [DAILY, quota("staff/6h", output_tokens=500, per="6h")],
+    [quota("team-x/pot", tokens=450, shared=True)],
+    always=[quota("everyone/calls", requests=2, enforce="after")],
+    shadows=[quota("watch/tiny", tokens=1, enforce="shadow")],
+)
+
+
+@pytest.mark.parametrize(
+    "ends",
+    [
+        pytest.param([], id="open"),
+        pytest.param([Settle("1", Exactly(Tokens(90, 60, 30, 20)), "complete")], id="exactly"),
+        pytest.param([Settle("1", AtLeast(Tokens(90, 6, 1, 2)), "client_left")], id="at least"),
+        pytest.param([Settle("1", exactly(0, 0), "complete")], id="an explicit zero"),
+        pytest.param([Settle("1", Unspent(1), "rejected")], id="a bad request"),
+        pytest.param([Settle("1", Unspent(), "upstream_failed")], id="nothing at all"),
+        pytest.param([Release("1")], id="released"),
+        pytest.param([Expire("1")], id="expired"),
+        pytest.param([Expire("1"), Settle("1", exactly(90, 60), "stopped")], id="came back"),
+        pytest.param([Release("1"), Settle("1", exactly(90, 60), "complete")], id="ended once"),
+    ],
+)
+@pytest.mark.parametrize("is_one_batch", [False, True])
+async def test_a_call_is_read_as_it_was_booked(store, path, ends, is_one_batch):
+    """To the last field, through every state, also where the next act is of another transaction."""
+    reserved = reserve("1", WATCHED, call(100, 800, 10))
+    if is_one_batch:
+        *_, booked = await store.apply([reserved, *ends], NOON)
+    else:
+        *_, booked = [(await store.apply([act], NOON + later))[0] for later, act in enumerate([reserved, *ends])]
+    assert isinstance(booked, Booked)
+    assert (booked.entry.capped_by, booked.entry.would_refuse) == ("staff/6h", ("watch/tiny",))
+    assert await store.read_entry("1") == booked.entry
+    assert await store.read_counters(WATCHED.keys()) == booked.counters
+    audit(path)
+
+
+GROWING = binding(
+    [DAILY, quota("staff/6h", output_tokens=500, per="6h")],
+    [quota("lab/output", output_tokens=300)],
+    always=[quota("everyone/calls", requests=2, enforce="after")],
+    shadows=[quota("watch/daily", tokens=200, enforce="shadow")],
+)
+GROWTH = [
+    (NOON + HOUR, extend("1", GROWING, 200), 5),
+    (NOON + 2 * HOUR, extend("1", GROWING, 310, input_tokens=30), 4),  # more than lab/output has room for
+    (NOON + 7 * HOUR, extend("1", GROWING, 340), 5),  # the next six hours
+    (NOON + DAY, extend("1", GROWING, 390), 8),  # the next day, and six hours more
+    (NOON + DAY, extend("1", GROWING, 390), 8),
+    (NOON + DAY, extend("1", GROWING, 900, least=900), 8),
+]
+
+
+@pytest.mark.parametrize(
+    "ends",
+    [
+        pytest.param([Settle("1", exactly(30, 20), "complete")], id="less than its first window held"),
+        pytest.param([Settle("1", exactly(30, 380), "complete")], id="into its last window"),
+        pytest.param([Settle("1", exactly(90, 1200), "complete")], id="more than it held"),
+        pytest.param([Release("1")], id="released"),
+        pytest.param([Expire("1")], id="expired"),
+        pytest.param([Expire("1"), Settle("1", exactly(30, 380), "stopped")], id="came back"),
+    ],
+)
+async def test_a_call_that_grows_is_read_as_it_was_booked(store, path, ends):
+    """Through windows and with several lines for one counter; what it is in the file decides what comes next."""
+    [booked] = await store.apply([reserve("1", GROWING, call(100, 400, 50, first=50))], NOON)
+    assert (booked.entry.hold.output, booked.entry.maximum, len(booked.entry.lines)) == (50, 400, 5)
+    for now, act, lines in GROWTH:
+        [booked] = await store.apply([act], now)
+        assert len(booked.entry.lines) == lines
+        assert await store.read_entry("1") == booked.entry
+        audit(path)
+    assert (booked.verdict, booked.entry.hold) == (Verdict.EXHAUSTED, Amount(30, 840, 1))
+    for end in ends:
+        [booked] = await store.apply([end], NOON + DAY)
+        assert await store.read_entry("1") == booked.entry
+        assert await store.read_counters([line.key for line in booked.entry.lines]) == booked.counters
+        audit(path)
+
+
+async def test_how_long_an_answer_may_become_is_read_as_it_was_booked(store):
+    """Where nobody knows it is nothing, which is not 0."""
+    acts = [
+        reserve("known", ANN, call(1, 40)),
+        reserve("none", ANN, call(1)),
+        reserve("unknown", ANN, call(1, 40, open_ended=True)),
+    ]
+    await store.apply(acts, NOON)
+    assert [(await store.read_entry(act.id)).maximum for act in acts] == [40, 0, None]
+
+
+async def test_a_growth_sees_the_counters_of_quotas_that_others_opened(store, path):
+    """All of a binding's are loaded, and those of the lines that a call has."""
+    await store.apply([reserve("1", ANN, call(100, 900, 100, first=100))], NOON)
+    await store.apply([reserve("2", ANN, call(700))], NOON + DAY)
+    [grown] = await store.apply([extend("1", ANN, 900, least=401)], NOON + DAY)
+    assert (grown.verdict, grown.entry.hold.output) == (Verdict.BUSY, 400)
+    assert await levels(store) == (Amount(), Amount(700, 300, 1))
+    assert await store.apply([extend("3", ANN, 900)], NOON + DAY) == [Unknown("3")]
+    audit(path)
+
+
+async def test_a_call_that_has_to_be_counted_leaves_no_trace(store, path):
+    """No row, no counter: it comes again."""
+    assert await store.apply([reserve("1", ANN, rough(call(100, 400)))], NOON) == [Uncounted()]
+    assert (rows(path, "calls"), rows(path, "counters")) == ([], [])
+
+
+@pytest.mark.parametrize("name", ["Élodie 李", "o'hara", '"', "[]", "\\", "%s ? :x", "~staff", "🦉", "1"])
+async def test_names_of_any_kind_are_names(store, path, name):
+    """No quoting anywhere turns one into another, or into an instruction."""
+    who = replace(ANN, user=name)
+    act = replace(reserve(name, who, CALL), facts=Facts(name, name, name, name))
+    await store.apply([act, *(reserve(f"{name}{number}", ANN, call(1)) for number in range(3))], NOON)
+    [booked] = await store.apply([Settle(name, exactly(90, 60), "complete")], NOON)
+    assert booked == Booked(await store.read_entry(name), {DAILY.key_for(name): (await all_of(store, who))[0]})
+    assert await levels(store, user=name) == (Amount(90, 60, 1), Amount())
+    audit(path)
+
+
+async def all_of(store, who):
+    return list((await store.read_counters(who.keys())).values())
+
+
+async def test_what_is_not_there_is_not_read(store):
+    """A user who never called has no counters; a call that nobody made has no entry."""
+    assert await store.read_counters(ANN.keys()) == {}
+    assert await store.read_counters([]) == {}
+    assert await store.read_entry("1") is None
+    assert await store.apply([Release("1")], NOON) == [Unknown("1")]
+
+
+async def test_the_largest_numbers_are_read_as_they_were_written(store):
+    """Milliseconds of a far year and a trillion tokens have more than 32 bits."""
+    who, far = binding([quota("staff/daily", tokens=10**13)]), NOON + 200_000 * DAY
+    [booked] = await store.apply([reserve("1", who, call(10**12, 10**12))], far)
+    assert await store.read_entry("1") == booked.entry
+    assert await levels(store) == (Amount(), Amount(10**12, 10**12, 1))
+
+
+async def test_acts_see_what_other_batches_wrote(store, path):
+    """A refusal counts what a batch long ago let in; a repeated reserve finds its entry."""
+    [first] = await store.apply([reserve("1", ANN, CALL)], NOON)
+    [full, again] = await store.apply([reserve("2", ANN, call(600)), reserve("1", ANN, CALL)], NOON)
+    assert isinstance(full, NotBooked)
+    assert full.counters == first.counters
+    assert again == first
+    assert states(path) == {"1": "open"}
+
+
+async def test_a_new_window_takes_the_place_of_the_old(store):
+    """There is one row for each subject and quota: yesterday's is of no more use."""
+    await store.apply([reserve("1", ANN, CALL), SETTLED], NOON)
+    [booked] = await store.apply([reserve("2", ANN, call(7))], NOON + DAY)
+    assert await store.read_counters(ANN.keys()) == booked.counters
+    assert await levels(store) == (Amount(), amount(7))
+
+
+async def test_a_batch_may_touch_any_number_of_counters(store, path):
+    """None is taken for never seen because a statement could not name it: that would forget what was used."""
+    many = [quota(f"staff/q{number}", requests=1) for number in range(11_000)]
+    who = binding(many)
+    await store.apply([reserve("1", who, call(1)), SETTLED], NOON)
+    [refused] = await store.apply([reserve("2", who, call(1))], NOON)
+    assert isinstance(refused, NotBooked)
+    assert len(refused.refused.blocks) == len(many)
+    assert len(await store.read_counters(who.keys())) == len(many)
+
+
+# ------------------------------------------------------------------------------------------------ whole or not at all
+
+
+async def test_a_batch_is_one_transaction(store, path):
+    """However many acts: their answers share the cost of one commit."""
+    acts = [reserve(str(number), ANN, call(1)) for number in range(200)]
+    with commits() as seen:
+        await store.apply(acts, NOON)
+        await store.apply([*(Release(act.id) for act in acts), reserve("last", ANN, call(1))], NOON)
+    assert len(seen) == 2
+    audit(path)
+
+
+async def test_a_commit_is_on_the_disk(faulty):
+    """WAL lets readers read meanwhile; only with synchronous=FULL (2) does a commit outlive a power cut."""
+    _, writer = faulty
+    assert writer.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+    assert writer.execute("PRAGMA synchronous").fetchone() == (2,)
+
+
+def endings():
+    """Ends of call 1 which neither rules nor types have stopped from reaching the database."""
+    return {
+        "too large an integer": unfit(Settle("1", exactly(1), "complete"), usage=Exactly(Tokens(2**70, 0))),
+        "no text": unfit(Settle("1", exactly(1), "complete"), outcome="\ud800"),
+        "no value": unfit(Settle("1", exactly(1), "complete"), outcome=object()),
+        "no number": unfit(Settle("1", exactly(1), "complete"), usage=Exactly(Tokens("x", 0))),
+    }
+
+
+@pytest.mark.parametrize("kind", endings())
+async def test_a_bad_act_leaves_nothing_of_its_batch(store, path, kind):
+    """The rest of it can be done again without being done twice."""
+    await store.apply([reserve("1", ANN, CALL)], NOON)
+    before = contents(path)
+    with pytest.raises(Exception) as raised:
+        await store.apply([reserve("2", ANN, call(1)), endings()[kind], Release("2")], NOON)
+    assert not isinstance(raised.value, StoreUnavailable)
+    assert contents(path) == before
+    await store.apply([reserve("2", ANN, call(1)), SETTLED], NOON)
+    audit(path)
+
+
+async def test_a_rule_that_raises_leaves_nothing_of_its_batch(store, path):
+    """Likewise: the error comes through as it is."""
+    before = contents(path)
+    with pytest.raises(ZeroDivisionError):
+        await store.apply([reserve("1", ANN, CALL), unfit(reserve("2", ANN, CALL), binding=BrokenBinding())], NOON)
+    assert contents(path) == before
+
+
+async def test_what_the_database_would_not_take_is_told_from_what_it_could_not(store, path):
+    """A value of no type it knows, or a row that breaks a constraint, will never be taken; repeating is no use."""
+    await store.apply([reserve("1", ANN, CALL)], NOON)
+    with pytest.raises(StoreRefused, match="not supported"):
+        await store.apply([endings()["no value"]], NOON)
+    with pytest.raises(StoreRefused, match="NOT NULL"):
+        await store.apply([unfit(reserve("2", ANN, call(1)), owner=None)], NOON)
+
+
+# ------------------------------------------------------------------------------------------------ when it can't write
+
+
+FAULTS = [locked, read_only, full, failing_writes, moved, replaced]
+
+
+@pytest.fixture
+async def faulty(path):
+    """A store, and the driver's connection through which it writes."""
+    store = SqliteStore(path, busy_timeout_s=0)
+    with writers() as made:
+        await store.open()
+    yield store, made[0]
+    await store.close()
+
+
+def many(first, count):
+    """Reserves that need many pages together, so that a full disk is noticed."""
+    return [reserve(f"{first + number:09}", binding([DAILY], user=f"user {number}"), CALL) for number in range(count)]
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
+async def test_a_database_that_cannot_be_written_is_unavailable(faulty, path, fault):
+    """Nothing is half done, and once the fault has passed the very same acts are done as if nothing had been."""
+    store, writer = faulty
+    await store.apply([reserve("1", ANN, CALL)], NOON)
+    before = contents(path)
+    acts = [SETTLED, *many(1000, 300)]
+    with fault(path, writer), pytest.raises(StoreUnavailable):
+        await store.apply(acts, NOON)
+    assert contents(path) == before
+    await store.apply(acts, NOON)
+    assert await levels(store) == (Amount(90, 60, 1), Amount())
+    assert len(states(path)) == 301
+    audit(path)
+
+
+@pytest.mark.parametrize("fault", [locked, moved, replaced], ids=lambda fault: fault.__name__)
+async def test_a_lease_is_not_renewed_where_nothing_can_be_written(faulty, path, fault):
+    """So a process without calls notices too."""
+    store, writer = faulty
+    with fault(path, writer), pytest.raises(StoreUnavailable):
+        await store.renew("me", NOON, lease_ms=0)
+    await store.renew("me", NOON, lease_ms=0)
+    assert rows(path, "owners") == [{"id": "me", "alive_until": NOON}]
+
+
+async def test_a_write_that_failed_while_committing_may_have_been_done(faulty, path):
+    """Whoever asked must see for himself; what failed before that was certainly not done."""
+    store, writer = faulty
+    with failing_writes(path, writer), pytest.raises(StoreUnavailable, match="I/O") as while_committing:
+        await store.apply([reserve("1", ANN, CALL)], NOON)
+    with locked(path, writer), pytest.raises(StoreUnavailable, match="locked") as before_that:
+        await store.apply([reserve("1", ANN, CALL)], NOON)
+    assert while_committing.value.is_uncertain
+    assert not before_that.value.is_uncertain
+
+
+async def test_a_lock_is_asked_for_before_anything_is_decided(faulty, path):
+    """A transaction that only reads at first would decide on what somebody else is about to change."""
+    store, writer = faulty
+    with locked(path, writer), pytest.raises(StoreUnavailable):
+        await store.apply([unfit(reserve("1", ANN, CALL), binding=BrokenBinding())], NOON)
+
+
+async def test_reading_waits_for_no_writer(store, path):
+    """A page is shown while somebody writes, as things stood before."""
+    await store.apply([reserve("1", ANN, CALL)], NOON)
+    with connected(path) as other:
+        other.execute("BEGIN IMMEDIATE")
+        other.execute("DELETE FROM counters")
+        assert await levels(store) == (Amount(), HELD)
+        other.execute("ROLLBACK")
+
+
+async def test_what_cannot_be_read_is_unavailable(store, path):
+    """Somebody has laid hands on the schema."""
+    with connected(path) as other:
+        other.execute("DROP TABLE counters")
+        other.execute("DROP TABLE calls")
+    with pytest.raises(StoreUnavailable, match="no such table"):
+        await store.read_counters(ANN.keys())
+    with pytest.raises(StoreUnavailable, match="no such table"):
+        await store.read_entry("1")
+    with pytest.raises(StoreUnavailable, match="no such table"):
+        await store.orphans("me", 10)
+
+
+async def test_a_file_that_is_gone_is_not_made_anew_by_reading(faulty, path):
+    """Who asks then hears that it is gone, and not that nobody has used anything."""
+    store, writer = faulty
+    await store.apply([reserve("1", ANN, CALL)], NOON)
+    with moved(path, writer):
+        with pytest.raises(StoreUnavailable, match="was moved, deleted or replaced"):
+            await store.read_counters(ANN.keys())
+        with pytest.raises(StoreUnavailable, match="was moved, deleted or replaced"):
+            await store.read_entry("1")
+        assert not path.exists()
+    assert await levels(store) == (Amount(), HELD)
+
+
+# ---------------------------------------------------------------------------------------------------- owners, orphans
+
+
+async def test_a_lease_is_written_once_for_each_process(store, path):
+    """Renewing moves its end."""
+    await store.renew("me", NOON, lease_ms=0)
+    await store.renew("you", NOON, lease_ms=1)
+    await store.renew("me", NOON + 1, lease_ms=1)
+    assert rows(path, "owners") == [{"id": "me", "alive_until": NOON + 2}, {"id": "you", "alive_until": NOON + 1}]
+
+
+async def test_orphans_are_open_calls_of_others(store):
+    """Not one's own, and none that has ended; no more at once than asked for."""
+    acts = [replace(reserve(str(number), ANN, call(1)), owner=f"process-{number % 2}") for number in range(8)]
+    await store.apply([*acts, Settle("0", exactly(1), "complete"), Release("2"), Expire("1")], NOON)
+    assert sorted(await store.orphans("process-0", 10)) == ["3", "5", "7"]
+    assert sorted(await store.orphans("process-1", 10)) == ["4", "6"]
+    assert sorted(await store.orphans("process-2", 10)) == ["3", "4", "5", "6", "7"]
+    assert len(await store.orphans("process-2", 3)) == 3
+
+
+# --------------------------------------------------------------------------------------------------- whose file it is
+
+
+OPEN = """
+import asyncio, pathlib, sys
+from proxy.sqlite import SqliteStore
+asyncio.run(SqliteStore(pathlib.Path(sys.argv[1])).open())
+print("opened", flush=True)
+sys.stdin.read()
+"""
+
+
+async def opened_and_closed(path):
+    store = SqliteStore(path)
+    try:
+        await store.open()
+    finally:
+        await store.close()
+
+
+def test_a_second_process_is_refused_until_the_first_is_gone(path):
+    """Two that don't know of each other would let in twice as much. A process that is killed lets go too."""
+    command = [sys.executable, "-c", OPEN, path]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as first:
+        assert first.stdout.readline() == "opened\n"
+        with pytest.raises(StoreInUse, match=r"Another process is using .*quotas\.db\. Stop it first"):
+            asyncio.run(opened_and_closed(path))
+        first.send_signal(signal.SIGKILL)
+        first.wait()
+    asyncio.run(opened_and_closed(path))
+
+
+async def test_a_file_is_the_same_by_any_name(store, path, tmp_path, monkeypatch):
+    """A relative path or a link is no way around."""
+    link = tmp_path / "link.db"
+    link.symlink_to(path)
+    monkeypatch.chdir(tmp_path)
+    for name in (link, tmp_path / "sub" / ".." / "quotas.db", Path("quotas.db")):
+        other = SqliteStore(name)
+        with pytest.raises(StoreInUse):
+            await other.open()
+        await other.close()
+
+
+@pytest.mark.parametrize("is_refused", [True, False])
+async def test_closing_twice_closes_nothing_of_others(path, tmp_path, is_refused):
+    """The number that the lock's file had may be anybody's by now; and no file is left open."""
+    first, twice = SqliteStore(path), SqliteStore(path if is_refused else tmp_path / "other.db")
+    await first.open()
+    before = os.listdir("/dev/fd")
+    with pytest.raises(StoreInUse) if is_refused else nullcontext():
+        await twice.open()
+    await twice.close()
+    assert set(os.listdir("/dev/fd")) <= set(before)
+    reader, writer = os.pipe()
+    await twice.close()
+    os.write(writer, b"fine")
+    assert os.read(reader, 4) == b"fine"
+    os.close(reader)
+    os.close(writer)
+    await first.apply([reserve("1", ANN, CALL)], NOON)
+    await first.close()
+
+
+async def test_closing_lets_go_of_the_file(path):
+    """The next one finds all there, in one file: the log is folded into it."""
+    store = SqliteStore(path)
+    await store.open()
+    await store.apply([reserve("1", ANN, CALL)], NOON)
+    await store.read_entry("1")
+    await store.close()
+    assert sorted(file.name for file in path.parent.iterdir()) == ["quotas.db", "quotas.db.lock"]
+    again = SqliteStore(path)
+    await again.open()
+    assert states(path) == {"1": "open"}
+    await again.close()
+
+
+async def test_a_newer_schema_is_refused_and_left_alone(path):
+    """By the store as by the migrations."""
+    store = SqliteStore(path)
+    await store.open()
+    await store.close()
+    with connected(path) as connection:
+        connection.execute("UPDATE alembic_version SET version_num = '9999'")
+    before = contents(path)
+    older = SqliteStore(path)
+    with pytest.raises(NewerSchema):
+        await older.open()
+    await older.close()
+    assert contents(path) == before
+
+
+async def test_a_migration_that_fails_leaves_the_file_as_it_was(path):
+    """Somebody else's table has the name of one of ours: it is theirs, and nothing of ours is put beside it."""
+    with connected(path) as connection:
+        connection.execute("CREATE TABLE calls (who TEXT)")
+    before = contents(path)
+    store = SqliteStore(path)
+    with pytest.raises(StoreUnavailable, match="calls already exists"):
+        await store.open()
+    await store.close()
+    assert contents(path) == before
+
+
+def cut_off(path):
+    """What a copy that was broken off leaves."""
+    os.truncate(path, 5000)
+
+
+def not_a_database(path):
+    path.write_text("groups: {staff: {unlimited: true}}\n" * 100)
+
+
+def a_directory(path):
+    path.unlink()
+    path.mkdir()
+
+
+def nowhere(path):
+    for file in path.parent.iterdir():
+        file.unlink()
+    path.parent.rmdir()
+
+
+DAMAGES = [cut_off, not_a_database, a_directory, nowhere]
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
+async def test_what_is_no_database_is_not_served_from(tmp_path, damage):
+    """It says so, and is not quietly replaced by an empty one in which nobody has used anything."""
+    path = tmp_path / "data" / "quotas.db"
+    path.parent.mkdir()
+    store = SqliteStore(path)
+    await store.open()
+    await store.close()
+    damage(path)
+    store = SqliteStore(path)
+    with pytest.raises(StoreUnavailable):
+        await store.open()
+    await store.close()
+    assert not path.exists() or path.is_dir() or path.stat().st_size in (3500, 5000)
+
+
+async def test_open_waits_for_nobody(path):
+    """A file that is locked while we start is unavailable, as it would be while we serve."""
+    with connected(path) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        store = SqliteStore(path, busy_timeout_s=0)
+        with pytest.raises(StoreUnavailable, match="locked"):
+            await store.open()
+        await store.close()
+
+
+class Watching(BrokenBinding):
+    """A binding that notes in which thread the rules run."""
+
+    def keys(self):
+        self.thread = threading.current_thread().name
+        return []
+
+
+async def test_its_thread_is_its_own(store):
+    """The one in which batches are applied, so that no other work of the program waits for a disk."""
+    watching = Watching()
+    with pytest.raises(AttributeError):
+        await store.apply([unfit(reserve("1", ANN, CALL), binding=watching)], NOON)
+    assert watching.thread.startswith("ledger")
+
+
+def test_making_a_store_touches_nothing(path):
+    """Until it is opened there is no file."""
+    SqliteStore(path)
+    assert list(path.parent.iterdir()) == []
