@@ -27,6 +27,7 @@ from proxy.policy import Policy
 from proxy.relay import Relay
 from proxy.reload import Look, Policies
 from proxy.sqlite import SqliteStore
+from proxy.store import Store, StoreUnavailable
 from proxy.tasks import Tasks
 from proxy.tokens import Tokens
 from proxy.upstream import Upstreams
@@ -63,9 +64,7 @@ class Server:
         self._tokenizers = tokenizers
         self._load = load
         self.policies = Policies(config, load=self._load_whole, look=look, metrics=self.metrics, now=now)
-        self.ledger = Ledger(
-            SqliteStore(sqlite_path(config.settings.database)), owner=f"proxy-{secrets.token_hex(8)}", now=now
-        )
+        self.ledger = Ledger(store_of(config.settings.database), owner=f"proxy-{secrets.token_hex(8)}", now=now)
         self.upstreams = Upstreams()
         relay = Relay(
             self.ledger,
@@ -95,7 +94,7 @@ class Server:
         await self._api.calls.all_ended()
 
     async def start(self) -> None:
-        """Begin to serve. Raises what `Store.open` raises, or OSError where a port is taken."""
+        """Begin to serve. Raises what `store.Store.open` raises, or OSError where a port is taken."""
         self._tokenizers.load(_encodings_of(self.policies.current))
         await self.ledger.start()
         self.upstreams.open()
@@ -181,6 +180,19 @@ def _raise_file_limit() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def store_of(database: str) -> Store:
+    """The engine that a database's URL asks for. Raises StoreUnavailable where it is not installed."""
+    if database.startswith("sqlite:"):
+        return SqliteStore(sqlite_path(database))
+    try:
+        from proxy.postgres import PostgresStore  # its driver is an extra, and takes 10 MB that SQLite doesn't need
+    except ModuleNotFoundError as error:
+        raise StoreUnavailable(
+            f"PostgreSQL needs {error.name}, which is not installed: pip install 'llm-quota-proxy[postgres]'"
+        ) from error
+    return PostgresStore(database)
 
 
 def sqlite_path(database: str) -> Path:

@@ -13,12 +13,11 @@ import click
 import uvloop
 
 from proxy import __version__, demo, logs, torture
-from proxy.app import Server, look_at, serve, sqlite_path, wall_clock_ms
+from proxy.app import Server, look_at, serve, store_of, wall_clock_ms
 from proxy.check import sentences, warnings
 from proxy.config import BadConfig, Config, load
 from proxy.policy import digest
 from proxy.schema import json_schema
-from proxy.sqlite import SqliteStore
 from proxy.store import StoreInUse, StoreUnavailable
 from proxy.tables import NewerSchema
 from proxy.tokens import Tokens, table_folders
@@ -148,7 +147,7 @@ def hash_command(key: str | None) -> None:
 
 
 async def _migrate(config: Config) -> None:
-    store = SqliteStore(sqlite_path(config.settings.database))
+    store = store_of(config.settings.database)
     try:
         await store.open()
     finally:

@@ -167,15 +167,16 @@ def database(text: str) -> str:
     """The URL of the books' database, without a driver."""
     url = _split_url(text)
     scheme = url.scheme if url else ""
-    if scheme == "sqlite+aiosqlite":
-        raise ValueError(f'"{scheme}://" names no database here; write sqlite:// (the driver is chosen by itself)')
+    plain = {"postgres": "postgresql"}.get(scheme, scheme.partition("+")[0])
+    if plain != scheme and plain in ("sqlite", "postgresql"):
+        raise ValueError(f'"{scheme}://" names no database here; write {plain}:// (the driver is chosen by itself)')
     file = text.removeprefix("sqlite:///")
     if scheme == "sqlite" and (file == text or file.strip("/") in ("", ":memory:")):
         raise ValueError("this names no file for SQLite; write sqlite:///quotas.db, or sqlite:////var/lib/quotas.db")
-    if scheme == "postgresql":
-        raise ValueError("this release keeps its books in SQLite only; write sqlite:///quotas.db")
-    if scheme != "sqlite":
-        raise ValueError("this is no database; write sqlite:///quotas.db")
+    if scheme == "postgresql" and not text.startswith("postgresql://"):
+        raise ValueError("this names no server; write postgresql://user:password@host/name")
+    if scheme not in ("sqlite", "postgresql"):
+        raise ValueError("this is no database; write sqlite:///quotas.db, or postgresql://user:password@host/name")
     return text
 
 

@@ -251,7 +251,8 @@ class File(Section):
     database: Database = Field(
         "sqlite:///quotas.db",
         repr=False,
-        description="Where the books are kept: sqlite:///file. A change needs a restart.",
+        description="Where the books are kept: sqlite:///file for one process, or "
+        "postgresql://user:password@host/name for as many as share it. A change needs a restart.",
     )
     timezone: Zone = Field("UTC", description="Where the calendar windows begin, as in Europe/Berlin.")
     week_starts: Weekday = Field("monday", description="On which day a week begins.")

@@ -1,18 +1,20 @@
 """An auditor of a ledger's file, who reads it with plain SQL and trusts nothing of the program that wrote it.
 
 audit(path)                 the file is sound, and its counters are the sums of its calls
+balance(calls, counters)    the same of rows from elsewhere
 contents(path)              all that stands in it
 """
 
 import json
 import sqlite3
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 Key = tuple[str, str, int]
+Row = Mapping[str, Any]
 
 
 @contextmanager
@@ -48,9 +50,14 @@ def audit(path: Path) -> None:
     """
     with connected(path) as connection:
         assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+    balance(rows(path, "calls"), rows(path, "counters"))
+
+
+def balance(calls: Iterable[Row], counters: Iterable[Row]) -> None:
+    """The same of rows that were read from elsewhere."""
     used: dict[Key, list[int]] = defaultdict(lambda: [0, 0, 0])
     held: dict[Key, list[int]] = defaultdict(lambda: [0, 0, 0])
-    for call in rows(path, "calls"):
+    for call in calls:
         charged = [call["input_tokens"] or 0, call["output_tokens"] or 0, call["requests"] or 0]
         is_open = call["state"] == "open"
         assert is_open == (call["ended_at"] is None)
@@ -61,7 +68,7 @@ def audit(path: Path) -> None:
         for (key, _), part in zip(lines, parts, strict=True):
             level = (held if is_open else used)[key]
             level[:] = [total + amount for total, amount in zip(level, part, strict=True)]
-    for counter in rows(path, "counters"):
+    for counter in counters:
         key = (counter["subject"], counter["quota_id"], counter["opened_at"])
         for side, sums in (("used", used), ("held", held)):
             levels = [counter[f"{side}_{measure}"] for measure in ("input", "output", "requests")]

@@ -3,6 +3,7 @@
 import json
 import re
 import socket
+import sys
 from pathlib import Path
 
 import pytest
@@ -107,13 +108,21 @@ def test_a_port_that_is_taken_is_said_plainly(file: Path) -> None:
 
 
 @pytest.mark.parametrize("command", ["serve", "migrate"])
-def test_a_database_of_a_later_release_is_said_plainly(command: str, file: Path) -> None:
-    """What can't be served from yet is a mistake with its line, and never made a file of."""
-    lines = file.read_text().splitlines()
-    file.write_text("\n".join("database: postgresql://h/db" if "sqlite" in line else line for line in lines))
+@pytest.mark.parametrize("is_installed", [True, False])
+def test_postgresql_that_cannot_be_used_is_said_plainly(
+    command: str, is_installed: bool, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is not there, or its driver isn't, which is an extra; what to install is said, and never the password."""
+    if not is_installed:
+        monkeypatch.setitem(sys.modules, "asyncpg", None)
+        monkeypatch.delitem(sys.modules, "proxy.postgres", raising=False)
+    url = "database: postgresql://u:sesame@127.0.0.1:1/db"
+    file.write_text("\n".join(url if "sqlite" in line else line for line in file.read_text().splitlines()))
     result = _run(command, "--config", str(file))
     assert result.exit_code == 2
-    assert "quotas.yaml:2: database: this release keeps its books in SQLite only" in result.stderr
+    assert ("pip install 'llm-quota-proxy[postgres]'" in result.stderr) is not is_installed
+    assert ("PostgreSQL can't be used" in result.stderr) is is_installed
+    assert "sesame" not in result.stderr
 
 
 def test_the_version_is_the_package_s() -> None:

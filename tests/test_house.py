@@ -24,7 +24,7 @@ FLOORS = {
     ),
     "adapters": (
         "references document scalars schema faults config check "  # the file
-        "logs tasks tokens tables rows store sqlite ledger upstream metrics client".split()
+        "logs tasks tokens tables rows store sqlite postgres ledger upstream metrics client".split()
     ),
     "story": "reload waiting counting reservation passage departure relay".split(),
     "doors": "answering health api admin".split(),
@@ -38,7 +38,7 @@ ORDER = [module for floor in FLOORS.values() for module in floor]
 GROUND = FLOORS["ground"]
 
 # Each of these is covered to the last branch by its own test file alone (tests/full_coverage.py).
-FULLY_COVERED = [*GROUND, "rows", "store", "sqlite", "ledger"]
+FULLY_COVERED = [*GROUND, "rows", "store", "sqlite", "postgres", "ledger"]
 
 # The entrance of the package, above the roof: read by nobody, so in no floor.
 ENTRANCE = ["__init__", "__main__"]
@@ -64,10 +64,10 @@ ENVIRONMENT = ({"cli"}, "write ${NAME} in the YAML; cli.py hands the environment
 # What may be named where: the longest prefix that fits decides. One outside thing has one adapter, which also
 # translates its errors, so that the rest of the house never learns its names.
 NAMED_ONLY_IN: dict[str, tuple[set[str], str]] = {
-    "sqlalchemy": ({"tables", "sqlite"}, "ask the ledger: SQL has one home for each engine"),
+    "sqlalchemy": ({"tables", "sqlite", "postgres"}, "ask the ledger: SQL has one home for each engine"),
     "alembic": ({"tables"}, "ask tables: migrations have one home"),
     "aiosqlite": (set(), "let SQLAlchemy load it, by the database's URL"),
-    "asyncpg": (set(), "let SQLAlchemy load it, by the database's URL"),
+    "asyncpg": ({"postgres"}, "ask the ledger: SQL has one home for each engine"),
     "sqlite3": ({"torture_books"}, "ask the ledger; only torture reads behind its back, to judge it"),
     "aiohttp": (
         {"upstream", "torture_clients"},

@@ -18,7 +18,7 @@ NUMBER = "is no whole number from 0 up; write 200000, 200_000, 200k or 5M"
 ADDRESS = "is no address; write host:port: 127.0.0.1:8080, [::1]:8080, or 0.0.0.0:8080 for all interfaces"
 URL = "this is no http:// or https:// address; write one such as https://api.openai.com/v1"
 NO_WAIT = "this is no time to wait; write a duration such as 30s, at most 10m, or 0s for none"
-DATABASE = "this is no database; write sqlite:///quotas.db"
+DATABASE = "this is no database; write sqlite:///quotas.db, or postgresql://user:password@host/name"
 NO_FILE = "this names no file for SQLite; write sqlite:///quotas.db, or sqlite:////var/lib/quotas.db"
 NO_NAME = "this is no name; write letters, digits, dots, dashes and underscores, at most 100"
 NO_HEADER = "this key can't be sent in a header; write visible ASCII characters without blanks"
@@ -60,6 +60,8 @@ NO_MODEL = "this is no model's name; write 1 to 200 visible characters without b
         (scalars.base_url, "http://[::1]:8000/v1/", "http://[::1]:8000/v1"),
         (scalars.database, "sqlite:///quotas.db", "sqlite:///quotas.db"),
         (scalars.database, "sqlite:////var/lib/quotas.db", "sqlite:////var/lib/quotas.db"),
+        (scalars.database, "postgresql://u:p@h/db?sslmode=require", "postgresql://u:p@h/db?sslmode=require"),
+        (scalars.database, "postgresql://u:p@/db?host=/run/pg", "postgresql://u:p@/db?host=/run/pg"),
         (scalars.wait, "30s", 30_000),
         (scalars.wait, "10m", 600_000),
         (scalars.wait, "0s", 0),
@@ -154,16 +156,23 @@ def test_what_is_right_is_kept(take: Callable[[object], object], written, kept):
         (scalars.database, "sqlite:///", NO_FILE),
         (scalars.database, "sqlite:///:memory:", NO_FILE),
         (scalars.database, "sqlite://quotas.db", NO_FILE),
-        (scalars.database, "postgres://u:p@h/db", DATABASE),
         (
             scalars.database,
-            "postgresql://u:p@h/db",
-            "this release keeps its books in SQLite only; write sqlite:///quotas.db",
+            "postgresql:h/db",
+            "this names no server; write postgresql://user:password@host/name",
         ),
-        (
-            scalars.database,
-            "sqlite+aiosqlite:///q.db",
-            '"sqlite+aiosqlite://" names no database here; write sqlite:// (the driver is chosen by itself)',
+        *(
+            (
+                scalars.database,
+                f"{scheme}://u:p@h/db",
+                f'"{scheme}://" names no database here; write {plain}:// (the driver is chosen by itself)',
+            )
+            for scheme, plain in (
+                ("sqlite+aiosqlite", "sqlite"),
+                ("postgresql+asyncpg", "postgresql"),
+                ("postgresql+psycopg2", "postgresql"),
+                ("postgres", "postgresql"),
+            )
         ),
         (scalars.wait, "11m", NO_WAIT),
         (scalars.wait, "day", NO_WAIT),
