@@ -64,7 +64,12 @@ class Server:
         self._tokenizers = tokenizers
         self._load = load
         self.policies = Policies(config, load=self._load_whole, look=look, metrics=self.metrics, now=now)
-        self.ledger = Ledger(store_of(config.settings.database), owner=f"proxy-{secrets.token_hex(8)}", now=now)
+        self.ledger = Ledger(
+            store_of(config.settings.database),
+            owner=f"proxy-{secrets.token_hex(8)}",
+            now=now,
+            wait_s=lambda: self.policies.current.ledger_wait_s,
+        )
         self.upstreams = Upstreams()
         relay = Relay(
             self.ledger,
@@ -102,6 +107,7 @@ class Server:
         if self._settings.admin is not None:
             self.admin = await self._listen(self._admin.application(), self._settings.admin)
         self._chores.start("lease", every(LEASE_MS / 4000, self.ledger.renew_lease))
+        self._chores.start("sweep", every(LEASE_MS / 2000, self.ledger.sweep))
         self._chores.start("look at the policy", every(_LOOK_EVERY_S, self.policies.reload_if_changed))
 
     async def stop(self, grace_s: float = GRACE_S) -> None:

@@ -227,6 +227,7 @@ def _policy(file: File, hash: str) -> Policy:
         combine=file.combine,
         unmatched=file.unmatched,
         wait_s=file.wait / 1000,
+        ledger_wait_s=file.ledger_wait / 1000,
         zone=zone,
         help=file.help,
         admin_digests={digest: name for name, digest in file.admin_keys.items()},

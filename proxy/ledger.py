@@ -9,8 +9,9 @@ room that is being freed in the same moment.
       │ ▲ ├──▶ release        nothing was generated
    extend └──▶ expire         its process died: charged from the reservation
 
-When the database fails, what takes is refused (LedgerUnavailable), because nothing may be let in that is not on
-the books; what gives back stays queued until it works, and there is never more of it than calls in flight. One
+While the database is away nothing may be let in that is not on the books: who wants in waits, for a failover to
+pass, and is then refused (LedgerUnavailable). Who wants to hold more is told so at once, since a running answer goes
+on without it. What gives back stays queued until it works, and there is never more of it than calls in flight. One
 act that can't be booked never fails its neighbours: the batch is done again one by one.
 """
 
@@ -30,6 +31,8 @@ from proxy.tasks import Tasks
 
 BATCH_MAX = 256
 LEASE_MS = 60_000
+# How long a call waits for a database that is away: a failover.
+WAIT_S = 10.0
 _ORPHANS_AT_ONCE = 1000
 
 log = structlog.get_logger("ledger")
@@ -37,21 +40,35 @@ log = structlog.get_logger("ledger")
 
 @dataclass(slots=True, eq=False)
 class _Queued:
+    """An act and its answer; `may_be_booked` once a commit of it was not answered."""
+
     act: Act
     answer: "asyncio.Future[Reply]"
+    may_be_booked: bool = False
 
 
 class Ledger:
     """The books of this process. `owner` names the process; `now` gives milliseconds since 1970.
 
-    `retry_s` is how long the loop lets a database that failed alone before it tries again.
+    `retry_s` is how long the loop lets a database that failed alone before it tries again, `wait_s` how long a call
+    that wants in waits for it.
     """
 
-    def __init__(self, store: Store, *, owner: str, now: Callable[[], int], retry_s: float = 0.5) -> None:
+    def __init__(
+        self,
+        store: Store,
+        *,
+        owner: str,
+        now: Callable[[], int],
+        retry_s: float = 0.5,
+        wait_s: Callable[[], float] = lambda: WAIT_S,
+    ) -> None:
         self.owner = owner
         self._store = store
         self._now = now
         self._retry_s = retry_s
+        self._wait_s = wait_s
+        self._alive_until = 0
         self._queue: deque[_Queued] = deque()
         self._wake = asyncio.Event()
         self._tasks = Tasks()
@@ -70,28 +87,31 @@ class Ledger:
         Raises what `Store.open` raises.
         """
         await self._store.open()
-        await self._store.renew(self.owner, self._now(), lease_ms=LEASE_MS)
+        await self._renew()
         self._loop = self._tasks.start("ledger", self._run())
         await self.expire_orphans()
 
     async def reserve(self, act: Reserve) -> Booked | NotBooked | Uncounted:
-        """Let a call in, or say why not. Raises LedgerUnavailable when nothing can be booked.
+        """Let a call in, or say why not. Raises LedgerUnavailable when nothing can be booked for as long as it waits.
 
         If the caller is cancelled meanwhile, what was reserved is released again.
         """
         queued = self._enqueue(act)
+        patience = asyncio.get_running_loop().call_later(self._wait_s(), self._fail, queued)
         try:
-            answer = await queued
+            answer = await queued.answer
         except asyncio.CancelledError:
-            if not queued.cancelled():  # it was answered in the very moment in which its caller was cancelled
+            if not queued.answer.cancelled():  # it was answered in the very moment in which its caller was cancelled
                 self._enqueue(Release(act.id, "client_left"))
             raise
+        finally:
+            patience.cancel()
         assert isinstance(answer, (Booked, NotBooked, Uncounted))
         return answer
 
     async def extend(self, act: Extend) -> Booked:
         """Hold more for a call in flight, as far as there is room. Raises LedgerUnavailable."""
-        answer = await self._enqueue(act)
+        answer = await self._enqueue(act).answer
         if not isinstance(answer, Booked):
             raise LedgerUnavailable  # its entry is not there any more, and so can't hold anything
         return answer
@@ -101,22 +121,29 @@ class Ledger:
 
         It is booked also where nobody waits for it any more.
         """
-        return self._enqueue(act)
+        return self._enqueue(act).answer
 
     async def expire_orphans(self) -> int:
         """Charge the open calls of dead processes; returns how many there were."""
         found = 0
         while ids := await self._store.orphans(self.owner, _ORPHANS_AT_ONCE):
-            await asyncio.gather(*(self._enqueue(Expire(call_id)) for call_id in ids))
+            await asyncio.gather(*(self._enqueue(Expire(call_id)).answer for call_id in ids))
             found += len(ids)
         if found:
             log.warning("calls of a dead process were charged from their reservations", calls=found)
         return found
 
+    async def sweep(self) -> None:
+        """Charge what other processes left behind since the start; to be called now and then."""
+        try:
+            await self.expire_orphans()
+        except (StoreUnavailable, LedgerUnavailable) as error:
+            log.warning("calls of dead processes could not be looked for", reason=str(error))
+
     async def renew_lease(self) -> None:
         """Say once more that this process is alive; to be called a few times in each LEASE_MS."""
         try:
-            await self._store.renew(self.owner, self._now(), lease_ms=LEASE_MS)
+            await self._renew()
         except StoreUnavailable as error:
             self.is_healthy = False
             log.warning("the lease could not be renewed", reason=str(error))
@@ -145,14 +172,14 @@ class Ledger:
             await self._loop
         await self._store.close()
 
-    def _enqueue(self, act: Act) -> "asyncio.Future[Reply]":
+    def _enqueue(self, act: Act) -> _Queued:
         queued = _Queued(act, asyncio.get_running_loop().create_future())
         if self._loop is None or self._loop.done():
             self._fail(queued)  # nobody would ever answer it
         else:
             self._queue.append(queued)
             self._wake.set()
-        return queued.answer
+        return queued
 
     async def _run(self) -> None:
         while self._queue or not self._is_closing:
@@ -165,11 +192,15 @@ class Ledger:
     def _take(self) -> list[_Queued]:
         """The next batch: what gives back first, then those in flight, then those who want in.
 
-        A caller who gave up before we began wants nothing booked.
+        A caller who gave up before we began wants nothing booked, and what may have been booked all the same is
+        released.
         """
         taken = [self._queue.popleft() for _ in range(min(BATCH_MAX, len(self._queue)))]
-        wanted = [queued for queued in taken if not (_takes(queued) and queued.answer.cancelled())]
-        return sorted(wanted, key=_turn)
+        given_up = [queued for queued in taken if _takes(queued) and queued.answer.done()]
+        for queued in given_up:
+            if queued.may_be_booked:
+                self._enqueue(_taking_back(queued))
+        return sorted((queued for queued in taken if queued not in given_up), key=_turn)
 
     async def _book(self, batch: list[_Queued]) -> None:
         try:
@@ -198,37 +229,45 @@ class Ledger:
             self._fail(queued)
 
     async def _put_off(self, batch: list[_Queued], error: StoreUnavailable) -> None:
-        """The database is away: refuse whoever wants to hold something, keep what gives back for later."""
+        """The database is away: refuse whoever wants to hold more, keep all else for later."""
         self.is_healthy = False
         log.warning("the ledger's database can't be used", reason=str(error), acts=len(batch))
-        waiting = [*batch, *self._queue]
-        self._queue = deque(queued for queued in waiting if not _takes(queued))
-        for queued in filter(_takes, waiting):
-            self._fail(queued)
         for queued in filter(_lets_in, batch if error.is_uncertain else ()):
-            self._enqueue(Release(queued.act.id, "proxy_broke"))  # it may have been committed all the same
+            queued.may_be_booked = True
+        waiting = [*batch, *self._queue]
+        self._queue = deque(queued for queued in waiting if not _holds_more(queued))
+        for queued in filter(_holds_more, waiting):
+            self._fail(queued)
         if self._is_closing:
-            # Their reservations are on the books: the next start charges them as lost.
-            log.error("closing with ends that could not be booked", acts=len(self._queue))
+            # Their reservations are on the books: they are charged as lost.
+            ends = sum(not _takes(queued) for queued in self._queue)
+            log.error("closing with ends that could not be booked", acts=ends)
             while self._queue:
                 self._fail(self._queue.popleft())
             return
         await asyncio.sleep(self._retry_s)
 
     def _tell(self, queued: _Queued, answer: Reply) -> None:
-        if not queued.answer.cancelled():
+        if not queued.answer.done():
             queued.answer.set_result(answer)
         elif _lets_in(queued) and isinstance(answer, Booked):
-            self._enqueue(Release(queued.act.id, "client_left"))
+            self._enqueue(_taking_back(queued))
 
     @staticmethod
     def _fail(queued: _Queued) -> None:
-        if not queued.answer.cancelled():
+        if not queued.answer.done():
             queued.answer.set_exception(LedgerUnavailable())
             queued.answer.exception()  # seen: an end that nobody waits for any more must not warn
 
     async def _apply(self, batch: list[_Queued]) -> list[Reply]:
+        if self._now() >= self._alive_until:
+            await self._renew()  # we have been paused: what we book now must not look like that of a dead process
         return await self._store.apply([queued.act for queued in batch], self._now())
+
+    async def _renew(self) -> None:
+        now = self._now()
+        await self._store.renew(self.owner, now, lease_ms=LEASE_MS)
+        self._alive_until = now + LEASE_MS
 
 
 def _lets_in(queued: _Queued) -> bool:
@@ -237,6 +276,15 @@ def _lets_in(queued: _Queued) -> bool:
 
 def _takes(queued: _Queued) -> bool:
     return isinstance(queued.act, Reserve | Extend)
+
+
+def _holds_more(queued: _Queued) -> bool:
+    return isinstance(queued.act, Extend)
+
+
+def _taking_back(queued: _Queued) -> Release:
+    """What ends a call that was let in after its caller had gone, or had been told that it can't be."""
+    return Release(queued.act.id, "client_left" if queued.answer.cancelled() else "proxy_broke")
 
 
 def _turn(queued: _Queued) -> int:

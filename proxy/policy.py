@@ -118,6 +118,7 @@ class Policy:
     combine: Combine = "any_group"
     unmatched: Literal["refuse", "allow"] = "refuse"
     wait_s: float = 30.0
+    ledger_wait_s: float = 10.0
     zone: ZoneInfo = field(default_factory=lambda: ZoneInfo("UTC"))
     help: str = ""
     admin_digests: Mapping[str, str] = field(default_factory=dict, repr=False)

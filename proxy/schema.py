@@ -266,6 +266,10 @@ class File(Section):
     wait: Wait = Field(
         30_000, description="How long a call may wait for calls in flight before it is refused as busy, as in 30s."
     )
+    ledger_wait: Wait = Field(
+        10_000,
+        description="How long a call may wait for a database that is away before it is answered 503, as in 10s.",
+    )
     help: Text = Field("", max_length=1000, description="A link or a sentence at the end of every refusal.")
     upstreams: Annotated[dict[Name, Upstream], Field(min_length=1)] = Field(
         description="The servers that calls are forwarded to, by name.",

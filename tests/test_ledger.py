@@ -63,11 +63,11 @@ def path(tmp_path: Path) -> Path:
 
 @asynccontextmanager
 async def running(
-    where: Path | SqliteStore, owner: str = "process-1", *, clock: Clock | None = None
+    where: Path | SqliteStore, owner: str = "process-1", *, clock: Clock | None = None, wait_s: float = 50
 ) -> AsyncIterator[Ledger]:
     """A ledger at work, which neither waits for locks nor long before it tries again."""
     store = SqliteStore(where, busy_timeout_s=0) if isinstance(where, Path) else where
-    ledger = Ledger(store, owner=owner, now=clock or Clock(), retry_s=0.001)
+    ledger = Ledger(store, owner=owner, now=clock or Clock(), retry_s=0.001, wait_s=lambda: wait_s)
     await ledger.start()
     try:
         yield ledger
@@ -266,6 +266,13 @@ async def test_what_is_queued_together_shares_a_commit(ledger, path, acts, trans
     audit(path)
 
 
+async def until(condition):
+    """Wait for what the loop does by itself."""
+    async with asyncio.timeout(20):
+        while not condition():  # noqa: ASYNC110 - the loop tells nobody
+            await asyncio.sleep(0)
+
+
 class Gated(SqliteStore):
     """A store on a slow disk: a batch is done when the test opens the gate."""
 
@@ -413,6 +420,7 @@ async def test_a_growth_whose_caller_gave_up_too_late_is_held_until_the_call_end
         store.open_for_good()
         with pytest.raises(asyncio.CancelledError):
             await given_up
+        await ledger.end(Release("the batch after it"))
         assert await levels(ledger) == (NOTHING, HELD)
         assert states(path) == {"1": "open"}
         await ledger.end(Release("1"))
@@ -482,11 +490,11 @@ def big(number):
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
 async def test_while_the_database_is_away_nobody_is_let_in_and_nothing_is_lost(path, fault):
-    """Reserves and growth are refused at once; ends wait, however many, and are booked once it is back: each once."""
+    """Growth is refused at once, reserves after a wait; ends are booked once it is back, however many: each once."""
     calls = 2 * BATCH_MAX + 10
     with writers() as made, capture_logs() as logs:
-        async with running(path) as ledger:
-            await asyncio.gather(*(ledger.reserve(big(number)) for number in range(calls)))
+        async with running(path, wait_s=0.01) as ledger:
+            await at_once(ledger, *(big(number) for number in range(calls)))
             with fault(path, made[0]):
                 ends = [
                     ledger.end(Settle(f"{number:04}", exactly(90, number), "complete")) for number in range(calls)
@@ -500,9 +508,55 @@ async def test_while_the_database_is_away_nobody_is_let_in_and_nothing_is_lost(p
             await asyncio.gather(*ends)
             assert ledger.is_healthy
             assert await levels(ledger) == (Amount(90 * calls, sum(range(calls)), calls), NOTHING)
-            assert isinstance(await ledger.reserve(big(calls)), Booked)
+            await at_once(ledger, big(calls))
+    assert len(states(path)) == calls + 1  # none of those that were refused
     assert "the ledger's database can't be used" in {line["event"] for line in logs}
     audit(path)
+
+
+async def test_who_wants_in_while_the_database_is_away_waits_for_it(ledger, path):
+    """A failover is noticed as a pause: nobody is refused for it."""
+    with connected(path) as other, capture_logs() as logs:
+        other.execute("BEGIN IMMEDIATE")
+        waiting = [asyncio.ensure_future(ledger.reserve(reserve(str(number), ROOMY, CALL))) for number in range(20)]
+        await until(lambda: len(logs) > 3)
+        assert not any(call.done() for call in waiting)
+        assert not ledger.is_healthy
+        other.execute("ROLLBACK")
+        assert {type(answer) for answer in await asyncio.gather(*waiting)} == {Booked}
+    assert ledger.is_healthy
+    audit(path)
+
+
+async def test_who_was_refused_after_its_wait_holds_nothing(path):
+    """Its batch was just slow: what it reserved in the end is released, and by nobody's fault but ours."""
+    store = Gated(path)
+    async with running(store, wait_s=0.01) as ledger:
+        with pytest.raises(LedgerUnavailable):
+            await ledger.reserve(reserve("1", ANN, CALL))
+        store.open_for_good()
+    [row] = rows(path, "calls")
+    assert (row["state"], row["outcome"]) == ("released", "proxy_broke")
+    audit(path)
+
+
+async def test_a_process_that_was_paused_says_that_it_is_alive_before_it_books(ledger, clock, path):
+    """What it lets in must not look to others like that of a dead process."""
+    clock.now += 3 * LEASE_MS
+    await ledger.reserve(reserve("1", ANN, CALL))
+    assert rows(path, "owners") == [{"id": "process-1", "alive_until": NOON + 4 * LEASE_MS}]
+
+
+async def test_sweeping_charges_what_others_left_and_fails_quietly(ledger, path):
+    """It is done again and again, so one that fails is only logged."""
+    await ledger.reserve(replace(reserve("1", ANN, CALL), owner="process-0"))
+    await ledger.sweep()
+    assert states(path) == {"1": "expired"}
+    with capture_logs() as logs, connected(path) as connection:
+        connection.execute("ALTER TABLE calls RENAME TO aside")
+        await ledger.sweep()
+        connection.execute("ALTER TABLE aside RENAME TO calls")
+    assert [line["event"] for line in logs] == ["calls of dead processes could not be looked for"]
 
 
 async def test_the_lease_tells_that_the_database_is_back(ledger, path):
@@ -549,15 +603,33 @@ class Uncertain(SqliteStore):
         return answers
 
 
-async def test_a_reserve_whose_commit_is_uncertain_is_taken_back(path):
-    """Its caller was told no, so nothing may stay held for it."""
+async def test_a_reserve_whose_commit_is_uncertain_is_asked_for_again(path):
+    """It finds that it was done, and is held once."""
     store = Uncertain(path)
     async with running(store) as ledger:
         store.is_cut_off = True
-        with pytest.raises(LedgerUnavailable):
-            await ledger.reserve(reserve("1", ANN, CALL))
-        assert isinstance(await ledger.reserve(reserve("2", ANN, call(600, 400))), Booked)
-    assert states(path) == {"1": "released", "2": "open"}
+        assert isinstance(await ledger.reserve(reserve("1", ANN, CALL)), Booked)
+        assert await levels(ledger) == (NOTHING, HELD)
+    audit(path)
+
+
+@pytest.mark.parametrize("gives_up", [True, False], ids=["who gave up", "who was refused"])
+async def test_a_reserve_whose_commit_is_uncertain_is_taken_back(path, gives_up):
+    """Nobody has an answer for it, so nothing may stay held for it."""
+    store = Uncertain(path)
+    async with running(store, wait_s=50 if gives_up else 0.01) as ledger:
+        store.is_cut_off = True
+        asked = asyncio.ensure_future(ledger.reserve(reserve("1", ANN, CALL)))
+        with connected(path) as other, capture_logs() as logs:
+            await until(lambda: len(logs) > 0)
+            other.execute("BEGIN IMMEDIATE")  # so that it is not done again at once
+            if gives_up:
+                asked.cancel()
+            with pytest.raises(asyncio.CancelledError if gives_up else LedgerUnavailable):
+                await asked
+            other.execute("ROLLBACK")
+    assert states(path) == {"1": "released"}
+    assert rows(path, "calls")[0]["outcome"] == ("client_left" if gives_up else "proxy_broke")
     audit(path)
 
 
