@@ -39,8 +39,6 @@ SCHEMA = "llm_quota_proxy"
 _MIGRATION_LOCK = 0x11_90_07_A5
 # How often a batch that collided with another is tried again.
 _TRIES = 5
-# A connection that does not answer for so long is taken to be gone, where nothing was asked of it yet.
-_PROBE_S = 2.0
 _READERS = 2
 # A process that has been dead for so long has no open calls any more.
 _FORGET_OWNER_MS = 7 * 86_400_000
@@ -70,9 +68,11 @@ T = TypeVar("T")
 class Patience:
     """How long is waited, in milliseconds: for a lock, for a statement, for a client that has stopped, and in all.
 
-    A client that has stopped must lose its locks before others give up waiting for them.
+    A client that has stopped must lose its locks before others give up waiting for them. A connection that does not
+    answer to a mere begin for `probe_ms` is taken to be gone.
     """
 
+    probe_ms: int = 2000
     idle_ms: int = 3000
     lock_ms: int = 4000
     statement_ms: int = 6000
@@ -131,13 +131,16 @@ class PostgresStore:
         self._idle_readers, self._writer = [], None
         for connection in connections:
             try:
-                await connection.close(timeout=_PROBE_S)
+                await connection.close(timeout=self._patience.probe_ms / 1000)
             except _FAILURES:
                 connection.terminate()
 
     async def _connect(self) -> Any:
-        # Without a cache the driver gives statements no names.
-        return await asyncpg.connect(self._url, timeout=self._patience.lock_ms / 1000, statement_cache_size=0)
+        try:
+            # Without a cache the driver gives statements no names.
+            return await asyncpg.connect(self._url, timeout=self._patience.lock_ms / 1000, statement_cache_size=0)
+        except ValueError:
+            raise StoreUnavailable("the driver can't read the database's URL") from None  # nor may it be shown
 
     async def _transaction(self, work: "Callable[[_Writer], Awaitable[T]]") -> T:
         """Do `work` in a transaction of its own; again, where it collided with that of somebody else."""
@@ -178,7 +181,7 @@ class PostgresStore:
         """The writing connection, in a transaction; a new one, where that of the last batch has gone meanwhile."""
         if self._writer is not None:
             try:
-                await self._writer.connection.execute(self._begin, timeout=_PROBE_S)
+                await self._writer.connection.execute(self._begin, timeout=self._patience.probe_ms / 1000)
                 return self._writer
             except _FAILURES:
                 self._drop_writer()
@@ -191,7 +194,7 @@ class PostgresStore:
         if self._writer is None:
             return
         try:
-            await self._writer.connection.execute("ROLLBACK", timeout=_PROBE_S)
+            await self._writer.connection.execute("ROLLBACK", timeout=self._patience.probe_ms / 1000)
         except _FAILURES:
             self._drop_writer()
 

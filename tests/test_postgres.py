@@ -5,7 +5,9 @@ stops in the middle of a batch.
 """
 
 import asyncio
+import os
 import random
+import signal
 import subprocess
 import sys
 from contextlib import asynccontextmanager
@@ -35,7 +37,7 @@ HELD = Amount(100, 400, 1)
 SETTLED = Settle("1", exactly(90, 60), "complete")
 MINUTE = 60_000
 NO_CLOCK = -1  # of the process: the database has its own
-IMPATIENT = Patience(idle_ms=300, lock_ms=600, statement_ms=700, whole_ms=1000)
+IMPATIENT = Patience(probe_ms=200, idle_ms=300, lock_ms=600, statement_ms=700, whole_ms=1000)
 
 
 @pytest.fixture(scope="session")
@@ -569,7 +571,7 @@ async def test_a_process_that_stops_in_a_batch_holds_nobody_up(store, url, datab
     assert await process.stdout.readline() == b"stopping\n"
     await apply(store, reserve("1", ANN, CALL))
     assert await database.states() == {"1": "open"}
-    process.send_signal(18)
+    process.send_signal(signal.SIGCONT)
     said = (await process.communicate())[0].split()
     assert said == [b"StoreUnavailable", b"tried", b"again"]
     assert await database.states() == {"1": "open", "stopped": "open"}
@@ -589,6 +591,110 @@ async def test_what_cannot_be_reached_is_unavailable(url, database):
             await ask
         assert "sesame" not in str(raised.value)
     await nowhere.close()
+
+
+@pytest.mark.parametrize("bad", ["?port=sesame", "?sslmode=sesame", "?host=a,b&port=1,2,3"])
+async def test_a_url_that_the_driver_cannot_read_is_unavailable(bad):
+    """By the start as by a batch; and is not shown."""
+    store = PostgresStore(f"postgresql://u:secret@h/db{bad}")
+    for ask in (store.open(), apply(store, Release("1"))):
+        with pytest.raises(StoreUnavailable) as raised:
+            await ask
+        assert "secret" not in str(raised.value)
+    await store.close()
+
+
+class Stopped:
+    """The server's side of our connections stands still, as where the network is gone and nobody says so."""
+
+    def __init__(self, pids):
+        self.pids = pids
+
+    @classmethod
+    async def all_of(cls, database):
+        found = await database.run(
+            "SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
+        )
+        return cls([row[0] for row in found])
+
+    def __enter__(self):
+        for pid in self.pids:
+            os.kill(pid, signal.SIGSTOP)
+
+    def __exit__(self, *error):
+        for pid in self.pids:
+            os.kill(pid, signal.SIGCONT)
+
+
+async def test_a_connection_that_is_half_open_is_made_anew(url, database):
+    """A batch waits only a moment for one that says nothing; nothing was asked of it, so it is done on another."""
+    async with opened(url, IMPATIENT) as store:
+        await apply(store, reserve("1", ANN, CALL))
+        await store.read_entry("1")
+        with await Stopped.all_of(database):
+            await apply(store, SETTLED)
+            with pytest.raises(StoreUnavailable, match="did not answer in time"):
+                await store.read_entry("1")
+            assert (await store.read_entry("1")).state == "settled"
+
+
+async def test_closing_waits_only_a_moment_for_one_that_says_nothing(url, database):
+    """A stop of the proxy must not hang."""
+    async with opened(url, IMPATIENT) as store:
+        await apply(store, reserve("1", ANN, CALL))
+        with await Stopped.all_of(database):
+            await store.close()
+
+
+async def test_a_rule_that_raises_while_the_connection_is_gone_is_still_what_is_told(url, database):
+    """What it had locked goes with the connection."""
+    async with opened(url, IMPATIENT) as store:
+        await apply(store, reserve("1", ANN, CALL))
+        stopped = await Stopped.all_of(database)
+
+        class Breaking(BrokenBinding):
+            def keys(self):
+                stopped.__enter__()
+                return super().keys()
+
+        with pytest.raises(ZeroDivisionError):
+            await apply(store, unfit(reserve("2", ANN, CALL), binding=Breaking()))
+        stopped.__exit__()
+        await apply(store, SETTLED)
+    await database.audit()
+
+
+async def test_what_cannot_be_read_is_unavailable(store, database):
+    """Somebody has laid hands on the schema."""
+    await apply(store, reserve("1", ANN, CALL))
+    await database.run("DROP SCHEMA llm_quota_proxy CASCADE")
+    for ask in (
+        store.read_counters(ANN.keys()),
+        store.read_entry("1"),
+        store.orphans("me", 1),
+        apply(store, SETTLED),
+    ):
+        with pytest.raises(StoreUnavailable, match="does not exist"):
+            await ask
+
+
+async def test_a_database_without_our_schema_is_unavailable(url):
+    """One that nobody has migrated, or the wrong one."""
+    store = PostgresStore(url)
+    with pytest.raises(StoreUnavailable, match="does not exist"):
+        await apply(store, Release("1"))
+    await store.close()
+
+
+async def test_a_migration_that_fails_leaves_the_database_as_it_was(url, database):
+    """Somebody else's table has the name of one of ours: it is theirs, and nothing of ours is put beside it."""
+    await database.run("CREATE SCHEMA llm_quota_proxy", "CREATE TABLE llm_quota_proxy.calls (who text)")
+    with pytest.raises(StoreUnavailable, match="already exists"):
+        await PostgresStore(url).open()
+    found = await database.run(
+        "SELECT table_name FROM information_schema.tables WHERE table_schema = 'llm_quota_proxy'"
+    )
+    assert [row[0] for row in found] == ["calls"]
 
 
 async def test_closing_twice_is_closing_once(store):
