@@ -60,6 +60,14 @@ def wait(value: object) -> int:
     return length.length_ms
 
 
+def ledger_wait(value: object) -> int:
+    """How long a call may wait for the database, in milliseconds: for a commit it always has to."""
+    length_ms = wait(value)
+    if length_ms < 1000:
+        raise ValueError("this is shorter than a commit may take; write 1s or more")
+    return length_ms
+
+
 def model_name(text: str) -> str:
     """A model's name as clients write it, or "*" for all others."""
     if any(sign in text for sign in "*?[") and text != "*":

@@ -66,6 +66,7 @@ Flag = Annotated[bool, BeforeValidator(_flag)]
 Count = Annotated[int, BeforeValidator(scalars.count), _number(0)]
 Positive = Annotated[int, BeforeValidator(scalars.positive), _number(1)]
 Wait = Annotated[int, BeforeValidator(scalars.wait), _string()]
+LedgerWait = Annotated[int, BeforeValidator(scalars.ledger_wait), _string()]
 Per = Annotated[str, _AsWritten, AfterValidator(scalars.per)]
 Address = Annotated[str, _AsWritten, AfterValidator(scalars.address)]
 Zone = Annotated[str, AfterValidator(scalars.zone)]
@@ -266,7 +267,7 @@ class File(Section):
     wait: Wait = Field(
         30_000, description="How long a call may wait for calls in flight before it is refused as busy, as in 30s."
     )
-    ledger_wait: Wait = Field(
+    ledger_wait: LedgerWait = Field(
         10_000,
         description="How long a call may wait for a database that is away before it is answered 503, as in 10s.",
     )

@@ -29,7 +29,7 @@ UPSTREAM_KEY = "sk-upstream-secret-0123456789"
 
 BASE = """
 server: {{api: "127.0.0.1:0", admin: "127.0.0.1:0"}}
-database: "sqlite:///{database}"
+database: "{database}"
 upstreams:
   simulated: {{base_url: "{upstream}", api_key: "{upstream_key}", kind: simulator{more}}}
 """
@@ -175,6 +175,7 @@ async def stage(
     upstream: str | None = None,
     on_disconnect: str | None = None,
     tokenizers: Tokens | None = None,
+    database: str | None = None,
 ) -> AsyncIterator[Stage]:
     """Start both, and stop them in order."""
     clock = clock or Clock()
@@ -183,6 +184,7 @@ async def stage(
     config = config_of(
         policy,
         folder=folder,
+        database=database,
         upstream=upstream or f"http://127.0.0.1:{port}/v1",
         more=f", on_disconnect: {on_disconnect}" if on_disconnect else "",
     )
@@ -202,9 +204,10 @@ async def stage(
         await runner.cleanup()
 
 
-def config_of(policy: str, *, folder: Path, upstream: str, more: str = "") -> Config:
+def config_of(policy: str, *, folder: Path, upstream: str, database: str | None = None, more: str = "") -> Config:
     """A config with the listeners on free ports and one upstream, `simulated`."""
-    base = BASE.format(database=folder / "quotas.db", upstream=upstream, upstream_key=UPSTREAM_KEY, more=more)
+    database = database or f"sqlite:///{folder / 'quotas.db'}"
+    base = BASE.format(database=database, upstream=upstream, upstream_key=UPSTREAM_KEY, more=more)
     return load_text(base + policy)
 
 

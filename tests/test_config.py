@@ -28,6 +28,7 @@ admin_keys: {ops: "${ADMIN}"}
 database: sqlite:////srv/quotas.db
 timezone: Europe/Berlin
 week_starts: sunday
+ledger_wait: 5s
 combine: every_group
 unmatched: allow
 help: Ask ops.
@@ -95,6 +96,7 @@ def test_the_policy_is_what_the_file_says():
     }
     assert policy.key_digests == {digest(KEY): "alice"}
     assert policy.admin_digests == {digest("an-admins-key-of-some-length"): "ops"}
+    assert (policy.wait_s, policy.ledger_wait_s) == (30, 5)
     assert (policy.combine, policy.unmatched, policy.help) == ("every_group", "allow", "Ask ops.")
     assert policy.zone.key == "Europe/Berlin"
 

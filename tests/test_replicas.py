@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from structlog.testing import capture_logs
 
+from proxy.app import wall_clock_ms
 from proxy.books import Booked, NotBooked, Release, Settle
 from proxy.errors import LedgerUnavailable
 from proxy.ledger import Ledger
@@ -22,6 +23,7 @@ from proxy.store import StoreUnavailable
 from proxy.usage import Amount, AtLeast, Tokens
 from tests.builders import binding, call, exactly, extend, quota, reserve
 from tests.postgres import shared
+from tests.stage import STAFF, Clock, stage
 from tests.test_postgres import LONG, Database, until
 
 DAILY = quota("staff/daily", tokens=10**9, per=LONG)
@@ -215,6 +217,47 @@ async def test_who_has_waited_long_enough_for_the_database_is_told(database):
             assert (await end).entry.usage == exactly(90, 60)
     assert await database.states() == {"1": "settled"}
     await database.audit()
+
+
+# ------------------------------------------------------------------------------------------------------ whole servers
+
+
+ASK = {"model": "gpt-4o-mini", "messages": [{"role": "user", "content": "tokens=50"}]}
+POLICY = f"ledger_wait: 1s\n{STAFF}"
+
+
+async def test_two_servers_share_what_a_user_has(database, tmp_path):
+    """Nothing to run beside PostgreSQL: what is used through one is seen through the other."""
+    now = Clock(wall_clock_ms())
+    async with (
+        stage(POLICY, folder=tmp_path, clock=now, database=database.url) as one,
+        stage(POLICY, folder=tmp_path, clock=now, database=database.url) as two,
+    ):
+        replies = await asyncio.gather(*(on.post("/v1/chat/completions", ASK) for on in (one, two) * 10))
+        assert {reply.status for reply in replies} == {200}
+        used = sum(reply.json()["usage"]["total_tokens"] for reply in replies)
+        assert await one.used() == await two.used() == (used, 0)
+    await database.audit()
+
+
+async def test_a_server_whose_database_is_away_says_so(database, tmp_path):
+    """503 and when to come again; not ready, so it gets no calls; alive, so nobody kills it; then all is well."""
+    async with stage(POLICY, folder=tmp_path, clock=Clock(wall_clock_ms()), database=database.url) as on:
+        assert (await on.post("/v1/chat/completions", ASK)).status == 200
+        await asyncio.to_thread(database.server.stop)
+        with capture_logs():
+            reply = await on.post("/v1/chat/completions", ASK)
+            assert (reply.status, reply.error["code"]) == (503, "ledger_unavailable")
+            assert reply.headers["retry-after"] == "5"
+            assert (await on.get("/readyz")).status == 503
+            assert (await on.get("/healthz")).status == 200
+            await asyncio.to_thread(database.server.start)
+            await until(lambda: serves(on))
+        assert (await on.get("/readyz")).status == 200
+
+
+async def serves(on):
+    return (await on.post("/v1/chat/completions", ASK)).status == 200
 
 
 # ---------------------------------------------------------------------------------------------------------- pgbouncer

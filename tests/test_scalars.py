@@ -65,6 +65,7 @@ NO_MODEL = "this is no model's name; write 1 to 200 visible characters without b
         (scalars.wait, "30s", 30_000),
         (scalars.wait, "10m", 600_000),
         (scalars.wait, "0s", 0),
+        (scalars.ledger_wait, "1s", 1000),
         (scalars.wait, 0, 0),
         (scalars.key_digest, A_KEY, DIGEST),
         (scalars.key_digest, f"sha256:{DIGEST.upper()}", DIGEST),
@@ -175,6 +176,8 @@ def test_what_is_right_is_kept(take: Callable[[object], object], written, kept):
             )
         ),
         (scalars.wait, "11m", NO_WAIT),
+        (scalars.ledger_wait, "11m", NO_WAIT),
+        (scalars.ledger_wait, "0s", "this is shorter than a commit may take; write 1s or more"),
         (scalars.wait, "day", NO_WAIT),
         (scalars.wait, 30, NO_WAIT),
         (scalars.key_digest, "", "this key is empty; write one, or leave it out"),
