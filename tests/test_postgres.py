@@ -233,6 +233,33 @@ async def test_a_batch_may_touch_any_number_of_counters(store):
     assert len(await store.read_counters(who.keys())) == len(many)
 
 
+async def test_no_batch_walks_through_a_table(url, database):
+    """Not even where the server has learned how large it is, and takes walking for cheaper than it is."""
+    await PostgresStore(url).open()
+    await database.run(
+        "INSERT INTO llm_quota_proxy.counters SELECT 'user:' || i, 'staff/daily', 1, 2, 0, 0, 0, 0, 0, 0 "
+        "FROM generate_series(1, 20000) AS i",
+        "ANALYZE llm_quota_proxy.counters",
+    )
+    before = await walks(database)
+    async with opened(url) as other:  # what a connection has done is told when it ends
+        await apply(other, *(reserve(str(each), replace(ANN, user=str(each)), CALL) for each in range(64)))
+        await apply(other, *(Settle(str(each), exactly(90, 60), "complete") for each in range(64)))
+        await other.read_counters([DAILY.key_for(str(each)) for each in range(64)])
+    await until(lambda: all_ended(database))
+    assert await walks(database) == before
+
+
+async def walks(database):
+    [[found]] = await database.run("SELECT seq_scan FROM pg_stat_user_tables WHERE relname = 'counters'")
+    return found
+
+
+async def all_ended(database):
+    [[found]] = await database.run("SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()")
+    return found == 1  # our own
+
+
 # ------------------------------------------------------------------------------------------------ whole or not at all
 
 
