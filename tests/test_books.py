@@ -169,7 +169,8 @@ def test_an_entry_ends_once(acts, state, usage, outcome, used, batches):
     entry = ledger.entries["1"]
     assert (entry.state, entry.usage, entry.outcome) == (state, usage, outcome)
     assert ledger.levels(DAILY) == (used, NOTHING if acts else HELD)
-    assert last == Booked(entry, ledger.counters)
+    freed = set(ledger.counters) if len(acts) == 1 else set()
+    assert last == Booked(entry, ledger.counters, freed=frozenset(freed))
     assert entry.ended_at == (NOON if acts else None)
 
 
@@ -521,6 +522,23 @@ def test_what_a_clock_ahead_of_its_time_has_opened_ends_when_it_was_first_said(i
     assert ledger.levels(SIX_HOURS) == (NOTHING, Amount(1, 0, 1))
 
 
+def test_who_is_refused_while_the_clock_was_ahead_opens_no_window():
+    """What has ended is left as it is; a call that is let in later has all of its six hours."""
+    small = quota("staff/6h", tokens=9, per="6h")
+    who = binding([small])
+    for used, hours in ((9, 7), (0, 0)):
+        ledger = Ledger(who, NOON + DAY, used={small.id: used})
+        ledger.now = NOON
+        ledger.apply(reserve("1", who, call(10)))
+        before = dict(ledger.counters)
+        ledger.now = NOON + hours * HOUR
+        ledger.apply(reserve("1", who, call(10)))
+        assert ledger.counters == before
+        ledger.now += HOUR
+        ledger.apply(reserve("2", who, call(9)))
+        assert ledger.counters[small.key_for("ann")].window.resets_at == ledger.now + 6 * HOUR
+
+
 # ------------------------------------------------------------------------------------------------- holds that grow
 
 
@@ -529,6 +547,8 @@ def held_by(ledger: Ledger, entry_id: str = "1") -> list[tuple[str, int, Amount]
     return [(line.key[1], line.opened_at, line.amount) for line in ledger.entries[entry_id].lines]
 
 
+LAB = quota("lab/output", output_tokens=500)
+ANN_OF_TWO = binding([DAILY], [LAB])
 TODAY = NOON - 12 * HOUR
 TOMORROW = NOON + 12 * HOUR
 IN_SIX_HOURS = NOON + 6 * HOUR
@@ -577,10 +597,32 @@ def test_a_hold_grows_to_what_is_asked_in_all(acts, hold, verdict, batches):
     for batch in [acts] if batches == "one" else [[act] for act in acts]:
         [*_, answer] = ledger.apply(*([] if "1" in ledger.entries else [reserve("1", ANN, STREAM)]), *batch)
     entry = ledger.entries["1"]
-    assert answer == Booked(entry, ledger.counters, Verdict[verdict])
+    assert (answer.entry, answer.counters, answer.verdict) == (entry, ledger.counters, Verdict[verdict])
     assert (entry.hold, entry.maximum, entry.state) == (hold, 900, "open")
     assert held_by(ledger) == [(DAILY.id, TODAY, hold)]
     assert ledger.levels(DAILY) == (NOTHING, hold)
+
+
+@pytest.mark.parametrize(
+    ("acts", "freed"),
+    [
+        pytest.param([extend("1", ANN_OF_TWO, 400)], [], id="more is held"),
+        pytest.param([extend("1", ANN_OF_TWO, 100, input_tokens=99)], [DAILY, LAB], id="of the input"),
+        pytest.param([extend("1", ANN_OF_TWO, 100, input_tokens=99)] * 2, [], id="but only once"),
+        pytest.param([extend("1", ANN_OF_TWO, 501)], [LAB], id="what is left alone"),
+        pytest.param([extend("1", ANN_OF_TWO, 501), SETTLE], [DAILY], id="and is left alone at its end"),
+        pytest.param([RELEASE], [DAILY, LAB], id="released"),
+        pytest.param([EXPIRE], [DAILY, LAB], id="lost"),
+        pytest.param([EXPIRE, SETTLE], [], id="came back: nothing was held any more"),
+        pytest.param([RELEASE, extend("1", ANN_OF_TWO, 100, input_tokens=0)], [], id="ended"),
+        pytest.param([reserve("1", ANN_OF_TWO, STREAM)], [], id="let in"),
+    ],
+)
+def test_an_answer_says_where_something_was_given_back(acts, freed):
+    """So that whoever waits for room in one of these quotas asks again, and nobody else."""
+    ledger = Ledger(ANN_OF_TWO)
+    *_, answer = ledger.apply(reserve("1", ANN_OF_TWO, STREAM), *acts)
+    assert answer.freed == {each.key_for("ann") for each in freed}
 
 
 def test_what_others_hold_stops_an_answer_until_they_give_it_back():
@@ -800,9 +842,6 @@ def test_a_charge_is_shared_among_the_windows_of_each_counter(amounts, charge, p
 
 
 # ---------------------------------------------------------------------------------------- other quotas, other clocks
-
-LAB = quota("lab/output", output_tokens=500)
-ANN_OF_TWO = binding([DAILY], [LAB])
 
 
 def test_a_quota_beside_that_can_not_carry_the_growth_is_left_alone():
@@ -1134,11 +1173,11 @@ class Histories(RuleBasedStateMachine):
         """A call that was refused notes when a window ends that a clock ahead of its time has opened."""
         assert self.ledger.counters.keys() == before.keys()
         for key, counter in self.ledger.counters.items():
-            last = before[key].window
-            if self.ledger.now < last.opened_at:
-                last = replace(last, resets_at=counter.window.resets_at)
-                assert self.ledger.now < last.resets_at <= before[key].window.resets_at
-            assert counter == replace(before[key], window=last)
+            last, window = before[key].window, counter.window
+            assert counter == replace(before[key], window=window)
+            if window != last:
+                assert self.ledger.now < window.opened_at == last.opened_at
+                assert self.ledger.now < window.resets_at <= last.resets_at
 
     @rule(step=st.sampled_from([1, HOUR, DAY]))
     def later(self, step: int) -> None:
