@@ -84,7 +84,7 @@ class Meter:
         """The tokens of the input, where the upstream has said them."""
         return None if self._reported is None else self._reported.input
 
-    def see_event(self, event: Event) -> bytes:
+    def see_event(self, event: Event, *, is_cut: bool = False) -> bytes:
         """Take note of one event and return what of it the client is to see.
 
         `is_at_end` turns true with the event from which on everything belongs to the end of the answer: the
@@ -101,7 +101,8 @@ class Meter:
             return event.raw
         self.chunk = chunk = _object(data)
         if chunk is None:
-            self._see_unread(data)
+            if not is_cut:  # the beginning of an event says nothing to anybody
+                self._see_unread(data)
             return event.raw
         if self._is_responses:
             self._see_response_event(chunk)

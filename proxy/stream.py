@@ -72,7 +72,7 @@ class Stream:
         if rest:
             event = replace(Splitter().feed(rest + b"\n\n")[0], raw=rest)
             ready = bytearray()
-            piece = self._meter.see_event(self._note(event))
+            piece = self._meter.see_event(self._note(event), is_cut=True)
             if self._meter.is_at_end or self._meter.output_seen <= covered:
                 self._pass(piece, ready)
             self._end += ready

@@ -173,6 +173,21 @@ async def test_a_guess_never_takes_a_quota_over_its_limit(
         assert await it.counter() == (charged.tokens.input + charged.tokens.output, 0)
 
 
+@pytest.mark.parametrize(
+    ("is_unknown", "charged"), [(False, AtLeast(Tokens(INPUT, 8))), (True, AtLeast(Tokens(100, 200)))]
+)
+async def test_a_call_that_goes_no_further_is_charged_as_it_can_be_known(
+    is_unknown: bool, charged: Usage, tmp_path: Path
+) -> None:
+    """What passed; all that is held where that says nothing; and nothing more once it has ended."""
+    async with _reserved(tmp_path) as it:
+        it.says("12345678")
+        await it.reservation.leave("client_left", is_unknown=is_unknown)
+        assert ((await it.entry()).usage, it.reservation.outcome) == (charged, "client_left")
+        await it.reservation.leave("stopped", is_unknown=True)
+        assert ((await it.entry()).usage, it.reservation.outcome) == (charged, "client_left")
+
+
 # ---------------------------------------------------------------------------------------------------- what was used
 
 
@@ -362,6 +377,19 @@ async def test_a_ledger_that_is_back_is_asked_again(tmp_path: Path) -> None:
             it.says("x" * 1100)
             assert await it.grows()
             assert await it.counter() == (0, 100 + 2200 + STEP)
+
+
+async def test_while_the_ledger_is_away_nothing_is_charged_beyond_the_maximum(tmp_path: Path) -> None:
+    """The answer goes on; but whether there is room for what only our own count sees there, nobody can say."""
+    demand = Demand(input=100, want=1500, smallest=1024, first=1024)
+    with writers() as made:
+        async with _reserved(tmp_path, demand, store=Store(tmp_path / "quotas.db", busy_timeout_s=0)) as it:
+            it.says("x" * 4100)
+            with read_only(tmp_path / "quotas.db", made[-1]):
+                assert await it.grows()
+                assert it.reservation.covered > 4100
+            await it.reservation.settle(await it.reservation.usage(), "client_left")
+            assert await it.counter() == (INPUT + 1500, 0)
 
 
 async def test_a_ledger_that_hangs_holds_a_stream_up_for_a_bounded_time(
