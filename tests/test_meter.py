@@ -899,3 +899,11 @@ def test_a_usage_chunk_that_came_early_is_not_the_end() -> None:
         meter.see_event(Event(raw=b"data: " + data + b"\n\n", name=None, data=data))
         seen.append(meter.is_at_end)
     assert seen == [True, False, True, True]
+
+
+def test_the_beginning_of_an_event_that_was_cut_off_says_nothing() -> None:
+    """A whole one that can't be read costs by its bytes; of one that broke off nobody reads anything."""
+    meter = new()
+    half = Event(raw=b'data: {"choices": [{"del', name=None, data=b'{"choices": [{"del')
+    assert meter.see_event(half, is_cut=True) == half.raw
+    assert meter.output_seen == 0

@@ -307,3 +307,12 @@ def test_no_request_breaks_the_reading_and_its_bound_is_never_below_its_count(
     assert most <= prompt.bound(body_bytes)
     assert 0 <= prompt.media_tokens <= prompt.overhead
     assert prompt.opaque_bytes <= body_bytes
+
+
+def test_a_picture_may_be_an_item_of_its_own_and_need_not_say_what_it_is():
+    """Its base64 is left out of the text only where the part leaves no doubt; its price is the same."""
+    url = data_url(png(512, 512))
+    item = read(input=[{"type": "input_image", "image_url": url}])
+    assert (item.texts, item.opaque_bytes) == ((), len(url))
+    bare = of_part({"image_url": {"url": url}})
+    assert (bare.opaque_bytes, bare.media_tokens) == (0, item.media_tokens)
