@@ -316,3 +316,8 @@ def test_a_picture_may_be_an_item_of_its_own_and_need_not_say_what_it_is():
     assert (item.texts, item.opaque_bytes) == ((), len(url))
     bare = of_part({"image_url": {"url": url}})
     assert (bare.opaque_bytes, bare.media_tokens) == (0, item.media_tokens)
+
+
+def test_a_sound_without_data_is_read_as_text():
+    """What has an odd shape is counted, not passed over."""
+    assert of_part({"type": "input_audio", "input_audio": {"url": "elsewhere"}}).texts[-1] == "elsewhere"
