@@ -4,7 +4,7 @@ ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1 PIP_ROOT_USER_ACTION=igno
 RUN python -m venv /opt/llm-quota-proxy
 WORKDIR /src
 COPY requirements-run.lock ./
-RUN /opt/llm-quota-proxy/bin/pip install --require-hashes -r requirements-run.lock
+RUN /opt/llm-quota-proxy/bin/pip install --require-hashes --no-deps -r requirements-run.lock
 COPY pyproject.toml README.md LICENSE ./
 COPY proxy proxy
 RUN /opt/llm-quota-proxy/bin/pip install --no-deps --no-build-isolation . \

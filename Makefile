@@ -48,12 +48,13 @@ torture: .venv/all
 	$(call install,$<)
 	@touch $@
 
-# Two steps, since the tree itself has no hash: first what is locked, then the tree, which needs nothing more.
+# Two steps, since the tree itself has no hash: first what is locked, then the tree, which needs nothing more. The lock
+# is whole, so nothing is resolved: pip would look at newer releases for what is required with an extra, and give up.
 define install
 @$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed: make PYTHON=...")'
 rm -rf .venv
 $(PYTHON) -m venv .venv
-$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r $(1)
+$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r $(1)
 $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 endef
 

@@ -19,7 +19,7 @@ import uvloop
 
 from proxy.prompt import read_prompt
 from proxy.strict_json import parse_object
-from proxy.tokens import Tokens, table_folders
+from proxy.tokens import Tokenizers, table_folders
 
 AIM_MS = 50
 _ROUNDS = 3
@@ -45,7 +45,7 @@ Work = Callable[[], Awaitable[object]]
 
 def main() -> None:
     """Print the longest stall and the time of each."""
-    tokens = Tokens(table_folders(os.environ))
+    tokens = Tokenizers(table_folders(os.environ))
     tokens.load([_ENCODING])
     if not tokens.is_loaded(_ENCODING):
         print(f"Skipped: there is no table for {_ENCODING} (pip install 'llm-quota-proxy[offline]').")
@@ -63,7 +63,7 @@ def main() -> None:
     print(f"The worst of {_ROUNDS} rounds.")
 
 
-async def _measure_all(tokens: Tokens) -> None:
+async def _measure_all(tokens: Tokenizers) -> None:
     await _measure("nothing", partial(asyncio.sleep, 0.5))
     for what, text in TEXTS.items():
         await _measure(f"1 MB of {what}", partial(tokens.count_all, [text], _ENCODING))
@@ -81,7 +81,7 @@ async def _measure_all(tokens: Tokens) -> None:
         await _measure(f"reading {count:,} messages, 1 MB", partial(_read, body))
 
 
-async def _at_once(tokens: Tokens, texts: list[str]) -> int:
+async def _at_once(tokens: Tokenizers, texts: list[str]) -> int:
     return sum(count or 0 for count in await asyncio.gather(*(tokens.count_all([text], _ENCODING) for text in texts)))
 
 

@@ -294,7 +294,7 @@ def grow(
     `at` is how the counters of the quotas stand that the call holds, by the quotas' ids, and `own` what it holds of
     them itself. Only the way through which it was let in can stop it.
     """
-    way = next(way for way in binding.ways() if way.group == through)
+    [way] = [way for way in binding.ways() if way.group == through]
     stopping = [quota for quota in way.quotas if quota.id in at]
     output = min([wish.wanted, *(_room(quota, at[quota.id], at[quota.id].held) for quota in stopping)])
     output, verdict = max(0, output), Verdict.ROOM

@@ -29,8 +29,9 @@ from proxy.reload import Look, Policies
 from proxy.sqlite import SqliteStore
 from proxy.store import Store, StoreUnavailable
 from proxy.tasks import Tasks
-from proxy.tokens import Tokens
+from proxy.tokens import Tokenizers
 from proxy.upstream import Upstreams
+from proxy.waiting import WaitingRoom
 
 _LOOK_EVERY_S = 1.0
 # What is still running this long after the stop is cut off, and settled.
@@ -55,7 +56,7 @@ class Server:
         config: Config,
         *,
         load: Callable[[], Config],
-        tokenizers: Tokens,
+        tokenizers: Tokenizers,
         look: Callable[[], Look] = lambda: None,
         now: Callable[[], int] = wall_clock_ms,
         departures: Departures | None = None,
@@ -71,15 +72,15 @@ class Server:
             wait_s=lambda: self.policies.current.ledger_wait_s,
         )
         self.upstreams = Upstreams()
+        self.waiting = WaitingRoom(self.ledger)
         relay = Relay(
-            self.ledger,
+            self.waiting,
             self.upstreams,
             tokenizers=tokenizers,
             metrics=self.metrics,
             departures=departures or Departures(),
             now=now,
         )
-        self.waiting = relay.waiting
         self.health = Health(self.ledger, self.policies)
         self._api = Api(self.policies, self.ledger, relay=relay, health=self.health, now=now)
         self._admin = Admin(self.metrics, self.health)
@@ -156,7 +157,7 @@ def _encodings_of(policy: Policy) -> set[str]:
     """The tokenizers of the models that are named, and the usual ones where clients may name others."""
     models = policy.models or {}
     usual = () if models and "*" not in models else ("o200k_base", "cl100k_base")
-    return {*usual, *(Tokens.encoding_of(model).name for name, model in models.items() if name != "*")}
+    return {*usual, *(Tokenizers.encoding_of(model).name for name, model in models.items() if name != "*")}
 
 
 async def serve(server: Server, started: Callable[[Server], None] = lambda _: None) -> None:

@@ -7,9 +7,9 @@ its usage record. So a reservation ends exactly once by construction, and a repe
                           │ ▲ ├── release ──▶ released
                    extend └─┘ └── expire ───▶ expired ── settle, once ──▶ settled
 
-Expired means that the process which held it was given up for dead: it is charged what was to be charged if it
-was lost. Should that process come back, settling books the difference. Any other act on an ended entry changes
-nothing and answers with the entry as it is.
+Expired means that the process which held it was given up for dead: it is charged all that it held. Should that
+process come back, settling books the difference. Any other act on an ended entry changes nothing and answers with
+the entry as it is.
 
 A line of an entry remembers the window of the counter it was reserved in; once that window has closed, settling
 writes the entry only. An answer that grows past the end of a window holds what it grows by in the window open then,
@@ -19,7 +19,7 @@ Pure: the ledger loads what a batch touches, applies it here, and writes what ch
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from proxy.admission import Admitted, Growth, Hold, Refused, Uncounted, Verdict, Wish, decide, grow
@@ -149,7 +149,7 @@ class Release:
 
 @dataclass(frozen=True, slots=True)
 class Expire:
-    """Charge what a lost call is charged: its process is taken to be dead."""
+    """Charge all that a call holds: its process is taken to be dead."""
 
     id: str
 
@@ -161,12 +161,14 @@ Act = Reserve | Extend | Settle | Release | Expire
 class Booked:
     """The entry after the act, and how the counters stand that it looked at.
 
-    `verdict` says of an Extend why less is held than the least that was asked for.
+    `verdict` says of an Extend why less is held than the least that was asked for. `freed` are the counters on which
+    this very act gave back what was held.
     """
 
     entry: Entry
     counters: Mapping[CounterKey, Counter]
     verdict: Verdict = Verdict.ROOM
+    freed: frozenset[CounterKey] = field(default=frozenset(), compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,7 +241,9 @@ class Books:
             key = quota.key_for(binding.user)
             counter = self.counters.get(key)
             if counter is not None and self._now < counter.window.opened_at:
-                self._put(key, self._at(key, quota))
+                stands = self._at(key, quota)
+                if stands.is_open:  # else it has ended, and who is refused opens no other
+                    self._put(key, stands)
 
     def _extend(self, act: Extend) -> Reply:
         entry = self.entries.get(act.id)
@@ -247,14 +251,16 @@ class Books:
             return Unknown(act.id)
         if entry.state != "open":
             return Booked(entry, self._standing(_keys(entry)))
-        entry = self._shrink(entry, max(0, entry.hold.input - act.input))
+        before, entry = entry, self._shrink(entry, max(0, entry.hold.input - act.input))
         at = {quota.id: self._at(key, quota) for key, quota in _quotas(entry, act.binding).items()}
         own = {quota_id: _held(entry, quota_id, counter) for quota_id, counter in at.items()}
         wish = Wish(max(0, act.output - entry.hold.output), max(0, act.least - entry.hold.output))
         growth = grow(wish, act.binding, entry.through, own=own, at=at)
+        freed = {line.key for line, was in zip(entry.lines, before.lines, strict=True) if line != was}
+        freed.update(quota.key_for(act.binding.user) for quota in growth.left_alone)
         entry = self._grow(self._leave_alone(entry, growth), act.binding.user, growth)
         self._note(entry)
-        return Booked(entry, self._standing(_keys(entry)), growth.verdict)
+        return Booked(entry, self._standing(_keys(entry)), growth.verdict, frozenset(freed))
 
     def _shrink(self, entry: Entry, tokens: int) -> Entry:
         """Give back what is held for an input that turned out to be so much smaller."""
@@ -302,12 +308,13 @@ class Books:
             return Booked(entry, self._standing(_keys(entry)))
         if state == "expired":
             usage = AtLeast(Tokens(entry.hold.input, entry.hold.output))
+        was_held = frozenset(_keys(entry)) if entry.state == "open" else frozenset()
         before, after = (shares(entry.lines, _charged(known)) for known in (entry.usage, usage))
         for line, was, now in zip(entry.lines, before, after, strict=True):
             self._charge(line, now - was, held=line.amount if entry.state == "open" else NOTHING)
         entry = replace(entry, state=state, ended_at=self._now, usage=usage, outcome=outcome)
         self._note(entry)
-        return Booked(entry, self._standing(_keys(entry)))
+        return Booked(entry, self._standing(_keys(entry)), freed=was_held)
 
     def _charge(self, line: Line, used: Amount, *, held: Amount) -> None:
         counter = self.counters.get(line.key)

@@ -20,7 +20,7 @@ from proxy.policy import digest
 from proxy.schema import json_schema
 from proxy.store import StoreInUse, StoreUnavailable
 from proxy.tables import NewerSchema
-from proxy.tokens import Tokens, table_folders
+from proxy.tokens import Tokenizers, table_folders
 from proxy.torture import NoCount, Outside
 from proxy.torture_plan import Plan
 from proxy.torture_proxy import NotStarted
@@ -59,7 +59,7 @@ def serve_command(path: str, host: str | None, port: int | None, admin_port: int
 @click.option("--admin-port", type=click.IntRange(0, 65535), default=8081, show_default=True)
 def demo_command(port: int, admin_port: int) -> None:
     """Serve a demo with a simulated upstream, and print what to paste."""
-    with closing(Tokens(table_folders(os.environ))) as tokenizers:
+    with closing(Tokenizers(table_folders(os.environ))) as tokenizers:
         _run(demo.run(port, admin_port, click.echo, tokenizers))
 
 
@@ -156,7 +156,7 @@ async def _migrate(config: Config) -> None:
 
 async def _serve(config: Config, path: str) -> None:
     read, look = partial(load, path, os.environ), partial(look_at, path)
-    with closing(Tokens(table_folders(os.environ))) as tokenizers:
+    with closing(Tokenizers(table_folders(os.environ))) as tokenizers:
         await serve(Server(config, load=read, look=look, tokenizers=tokenizers), _say_where)
 
 

@@ -34,6 +34,10 @@ class Client:
         if self.is_gone:
             self.leave()
 
+    def has_gone(self) -> bool:
+        """Whether the client has gone by now."""
+        return self.is_gone
+
     def leave(self) -> None:
         """Take note that the client has gone."""
         self.is_gone = True

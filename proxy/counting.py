@@ -10,7 +10,7 @@ from proxy.demand import counted, demand_of
 from proxy.policy import Model
 from proxy.prompt import read_prompt
 from proxy.quotas import Demand
-from proxy.tokens import BYTES_PER_TOKEN, Tokens
+from proxy.tokens import BYTES_PER_TOKEN, Tokenizers
 from proxy.wire import Call
 
 # The texts of an input are kept until its call ends, in case they have to be counted. Those that have more characters
@@ -21,11 +21,12 @@ _KEPT_CHARACTERS_MAX = 2**20
 class CallCount:
     """The tokens of one call. `body_bytes` is the length of the body that is sent."""
 
-    def __init__(self, tokenizers: Tokens, call: Call, model: Model, *, body_bytes: int) -> None:
+    def __init__(self, tokenizers: Tokenizers, call: Call, model: Model, *, body_bytes: int) -> None:
         is_chat = call.endpoint.name in ("chat", "responses")
         prompt = read_prompt(call.document, model=model.upstream_model, is_chat=is_chat)
         self.demand = demand_of(call, model, prompt, body_bytes=body_bytes)
         self._tokenizers = tokenizers
+        self._model = model
         self._encoding = tokenizers.encoding_of(model)
         self._prompt = prompt
         self._texts: Sequence[str] | None = prompt.texts  # None once they are counted
@@ -35,7 +36,7 @@ class CallCount:
     @property
     def piece(self) -> Callable[[str], int]:
         """What counts the pieces of an answer as they pass."""
-        return self._tokenizers.counter(self._encoding.name)
+        return self._tokenizers.count_by(self._encoding.name)
 
     async def before_it_is_sent(self) -> None:
         """Count a large input now, and let go of its texts."""
@@ -44,11 +45,13 @@ class CallCount:
 
     async def exact_demand(self) -> Demand:
         """The demand with the input counted, or, where that fails, bounded by its bytes for good."""
-        return counted(self.demand, self._prompt, await self._count(), is_guess=self._encoding.is_guess)
+        text_tokens, is_guess = await self._count(), self._encoding.is_guess
+        return counted(self.demand, self._model, self._prompt, text_tokens=text_tokens, is_guess=is_guess)
 
     async def most_of_input(self) -> int:
         """The most that the input can be, what is not shown of it included."""
-        return (await self.exact_demand()).input + self.demand.unseen
+        demand = await self.exact_demand()
+        return demand.input + demand.unseen
 
     async def of_input(self) -> int:
         """About how many tokens the input has; never the bound, which is meant to be too large."""

@@ -23,8 +23,6 @@ _ANSWER_TOKENS = 4096
 _COMPLETION_TOKENS = 16
 # No answer is started that could be shorter than this, unless the request asks for less.
 SMALLEST_ANSWER = 1024
-# A tokenizer that is not the model's own counts a fifth more or less in most languages; half as much again is held.
-_GUESS = (3, 2)
 # OpenAI's models that show every token that they bill, by the beginning of the name; all others think unseen.
 _SHOW_ALL = tuple("babbage-002 chatgpt-4o davinci-002 gpt-3.5 gpt-35 gpt-4".split())
 
@@ -32,7 +30,7 @@ _SHOW_ALL = tuple("babbage-002 chatgpt-4o davinci-002 gpt-3.5 gpt-35 gpt-4".spli
 def demand_of(call: Call, model: Model, prompt: Prompt, *, body_bytes: int) -> Demand:
     """What a call may use at the most; `body_bytes` is the length of the body that is sent."""
     bound = prompt.bound(body_bytes)
-    unseen = max(0, (model.context or 0) - bound) if prompt.is_open else 0
+    unseen = _unseen(prompt, model, bound)
     if not call.endpoint.generates:
         return Demand(input=bound, want=0, smallest=0, first=0, is_rough=True, unseen=unseen)
     asked = _asked(call, model.upstream.kind)
@@ -52,18 +50,22 @@ def demand_of(call: Call, model: Model, prompt: Prompt, *, body_bytes: int) -> D
     )
 
 
-def counted(demand: Demand, prompt: Prompt, text_tokens: int | None, *, is_guess: bool) -> Demand:
+def counted(demand: Demand, model: Model, prompt: Prompt, *, text_tokens: int | None, is_guess: bool) -> Demand:
     """The same demand once the text of its input was counted; by its bytes, should that have failed (None).
 
-    `is_guess` where the tokenizer may be another one than the model's.
+    `is_guess` where the tokenizer may be another one than the model's, which counts a fifth more or less in most
+    languages: half as much again is held, if there is room.
     """
     if text_tokens is None:
         return replace(demand, is_rough=False)
-    over, under = _GUESS if is_guess else (1, 1)
-    tokens = min(demand.input, -(-text_tokens * over // under) + prompt.overhead)
-    # What is unseen is bounded by the context beside the input, so that is the more, the less the input is.
-    unseen = demand.unseen + demand.input - tokens if prompt.is_open else 0
-    return replace(demand, input=tokens, is_rough=False, unseen=unseen)
+    tokens = min(demand.input, text_tokens + prompt.overhead)
+    more = min(demand.input - tokens, text_tokens // 2) if is_guess else 0
+    return replace(demand, input=tokens, is_rough=False, unseen=max(more, _unseen(prompt, model, tokens)))
+
+
+def _unseen(prompt: Prompt, model: Model, input_tokens: int) -> int:
+    """The most that a call may read without showing it: what its context leaves beside the input that is shown."""
+    return max(0, (model.context or 0) - input_tokens) if prompt.is_open else 0
 
 
 def is_seen_growing(call: Call, model: Model) -> bool:

@@ -9,7 +9,7 @@ from proxy.app import Server, serve
 from proxy.config import load_text
 from proxy.simulator import Simulator
 from proxy.simulator import serve as serve_simulator
-from proxy.tokens import Tokens
+from proxy.tokens import Tokenizers
 
 _TOKENS_PER_S = 40.0
 
@@ -59,7 +59,7 @@ _GUIDE = """
 """
 
 
-async def run(port: int, admin_port: int, say: Callable[[str], None], tokenizers: Tokens) -> None:
+async def run(port: int, admin_port: int, say: Callable[[str], None], tokenizers: Tokenizers) -> None:
     """Serve the demo until it is stopped; `say` shows what to paste once it serves."""
     alice, root, upstream_key = _key(), _key(), _key()
     simulator, upstream_port = await serve_simulator(Simulator(upstream_key, tokens_per_s=_TOKENS_PER_S))

@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from proxy.books import Outcome
 from proxy.passage import Passage
 from proxy.reservation import Reservation
 
@@ -66,7 +65,7 @@ class Departures:
         except asyncio.CancelledError:
             # A whole answer is generated and billed whether or not its bytes arrive, and nobody saw how long it was.
             is_unknown = is_at_bound or not passage.call.stream
-            await _end(reservation, "client_left" if client.is_gone else "stopped", is_unknown=is_unknown)
+            await reservation.leave("client_left" if client.is_gone else "stopped", is_unknown=is_unknown)
             if not client.is_gone:
                 raise
             task.uncancel()
@@ -80,10 +79,3 @@ class Departures:
 
     def _has_room_for(self, user: str) -> bool:
         return self._draining.total() < self._drains_max and self._draining[user] < DRAINS_OF_A_USER_MAX
-
-
-async def _end(reservation: Reservation, outcome: Outcome, *, is_unknown: bool) -> None:
-    if not reservation.is_sent:
-        await reservation.release(outcome)
-        return
-    await reservation.settle(reservation.whole_hold if is_unknown else await reservation.usage(), outcome)

@@ -214,8 +214,8 @@ class Ledger:
             freed: set[CounterKey] = set()
             for queued, answer in zip(batch, answers, strict=True):
                 self._tell(queued, answer)
-                if isinstance(answer, Booked) and not _takes(queued):
-                    freed.update(answer.counters)
+                if isinstance(answer, Booked):
+                    freed |= answer.freed
             if freed:
                 self._tell_of_freed(freed)
 

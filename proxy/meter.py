@@ -11,6 +11,7 @@ since no server sends a piece for less. So the tokens of a word that came in pie
 Pure: no sockets, no clock. Knows the answers of the OpenAI format; framing comes from `sse`.
 """
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -33,6 +34,11 @@ _NOT_TEXT = frozenset(
     "role type id call_id status finish_reason native_finish_reason stop_reason logprobs prompt_logprobs "
     "content_filter_results data".split()
 )
+# Where an event of /responses says a text as a whole.
+_SAID_AT_ONCE = ("text", "refusal", "arguments", "input", "item", "part")
+# What has no data and is larger than this is no comment.
+_COMMENT_BYTES_MAX = 65_536
+_BYTES_PER_TOKEN = 4
 # The member as servers write it that say "no usage yet" on every chunk, with the comma that goes with it. The zeros
 # are Ollama's, on each chunk of /completions.
 _PLACEHOLDERS = (
@@ -78,7 +84,7 @@ class Meter:
         """The tokens of the input, where the upstream has said them."""
         return None if self._reported is None else self._reported.input
 
-    def see_event(self, event: Event) -> bytes:
+    def see_event(self, event: Event, *, is_cut: bool = False) -> bytes:
         """Take note of one event and return what of it the client is to see.
 
         `is_at_end` turns true with the event from which on everything belongs to the end of the answer: the
@@ -87,12 +93,16 @@ class Meter:
         self.chunk = None
         data = event.data
         if data is None:
+            if len(event.raw) > _COMMENT_BYTES_MAX:  # a piece of an event that is too large to be read
+                self._see_unread(event.raw)
             return event.raw
         if data.startswith(b"[DONE]"):
             self.is_at_end = self.is_over = True
             return event.raw
         self.chunk = chunk = _object(data)
         if chunk is None:
+            if not is_cut:  # the beginning of an event says nothing to anybody
+                self._see_unread(data)
             return event.raw
         if self._is_responses:
             self._see_response_event(chunk)
@@ -112,13 +122,13 @@ class Meter:
         if self._reported is None and self._generates:
             self.uncounted = [*_texts(answer.get("choices")), *_texts(answer.get("output"))]
 
-    def usage(self, *, input_tokens: int) -> Usage:
-        """What was used, as far as is known now; with this many tokens of input, where the answer doesn't say it.
+    def usage(self) -> Usage:
+        """What was used, as far as is known now; without an input where the answer doesn't say it.
 
         A usage that was reported before the last of the text covers what came before it, and no more.
         """
         if self._reported is None:
-            return AtLeast(Tokens(input_tokens, self._counted if self._generates else 0))
+            return AtLeast(Tokens(0, self._counted if self._generates else 0))
         if self._counted_since:
             return AtLeast(Tokens(self._reported.input, self.output_seen, self._reported.cached))
         return Exactly(self._reported)
@@ -137,8 +147,10 @@ class Meter:
         if isinstance(usage, dict) and not is_placeholder:
             if not choices:
                 return self._see_usage_chunk(chunk, event)
-            if self._choices == 1:  # beside one of several it is the usage of that one alone
-                self._report(read_tokens(usage))
+            tokens = read_tokens(usage)
+            # Beside one of several choices it is the usage of that one alone, and one that doesn't rise is none.
+            if self._choices == 1 and tokens and (tokens.output > self._output_reported or not self._counted_since):
+                self._report(tokens)
             if self._strips_running:
                 return _without_usage(event, chunk)
         return _without_usage(event, chunk) if is_placeholder and self._strips else event.raw
@@ -161,20 +173,40 @@ class Meter:
     def _see_response_event(self, chunk: dict[str, Any]) -> None:
         self._see_error(chunk)
         kind = chunk.get("type")
-        if kind in RESPONSE_ENDS:
+        if isinstance(kind, str) and kind in RESPONSE_ENDS:
             self.is_at_end = self.is_over = True
             self.has_error = self.has_error or kind in ("error", "response.failed")
             response = chunk.get("response")
             if isinstance(response, dict):
                 self._report(read_tokens(response.get("usage")))
+            if self._reported is None and isinstance(response, dict):
+                self._see_at_least(response.get("output"))
         elif isinstance(kind, str) and kind.endswith(".delta") and isinstance(delta := chunk.get("delta"), str):
             self._see_texts(delta)
+        elif isinstance(kind, str) and kind.endswith(".done"):
+            self._see_at_least([chunk.get(name) for name in _SAID_AT_ONCE])
 
     def _see_texts(self, part: object) -> None:
         tokens = [self._count(text) for text in _texts(part)]
         if tokens:
             self._counted += max(1, sum(tokens))
             self._counted_since += max(1, sum(tokens))
+
+    def _see_at_least(self, part: object) -> None:
+        """Count a text that is said once more as a whole, as far as it did not come in pieces."""
+        missing = sum(map(self._count, _texts(part))) - self._counted
+        if missing > 0:
+            self._counted += missing
+            self._counted_since += missing
+
+    def _see_unread(self, data: bytes) -> None:
+        """Count what can't be read by its bytes: somebody may read it all the same."""
+        self._counted += -(-len(data) // _BYTES_PER_TOKEN)
+        self._counted_since += -(-len(data) // _BYTES_PER_TOKEN)
+
+    @property
+    def _output_reported(self) -> int:
+        return self._reported.output if self._reported else 0
 
     def _report(self, tokens: Tokens | None) -> None:
         if tokens is not None:
@@ -188,22 +220,25 @@ def _object(data: bytes) -> dict[str, Any] | None:
     try:
         value = orjson.loads(data)
     except orjson.JSONDecodeError:
-        return None
+        try:  # NaN, infinities and halves of surrogate pairs are no JSON, and there are clients that read them
+            value = json.loads(data)
+        except (ValueError, RecursionError):
+            return None
     return value if isinstance(value, dict) else None
 
 
 def _texts(value: object) -> Iterator[str]:
     """The texts in a part of an answer, however it is nested (content, refusals, arguments of tool calls)."""
-    if isinstance(value, str):
-        if value:
-            yield value
-    elif isinstance(value, list):
-        for part in value:
-            yield from _texts(part)
-    elif isinstance(value, dict):
-        for key, part in value.items():
-            if key not in _NOT_TEXT:
-                yield from _texts(part)
+    waiting = [value]  # not recursive: no depth overflows the stack
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, str):
+            if value:
+                yield value
+        elif isinstance(value, list):
+            waiting += reversed(value)
+        elif isinstance(value, dict):
+            waiting += [part for key, part in reversed(value.items()) if key not in _NOT_TEXT]
 
 
 def _without_usage(event: Event, chunk: dict[str, Any]) -> bytes:

@@ -34,6 +34,11 @@ class Passage:
         return self.call.model if self.call.model in (self.policy.models or {}) else "other"
 
     @property
+    def pause_s(self) -> float:
+        """How long a stream may pause to hold more: no longer than the policy says, since it holds up others."""
+        return min(self.wait_s, self.policy.wait_s)
+
+    @property
     def on_disconnect(self) -> OnDisconnect:
         """What to do when the client leaves: a whole answer is always read on, since it is billed anyway."""
         return self.model.upstream.on_disconnect if self.call.stream else "drain"
@@ -50,7 +55,8 @@ class Passage:
 
     def lowered_body(self, entry: Entry) -> bytes:
         """The body to send where less is left than the call wants: with its maximum lowered to its share."""
-        return forwarded_body(self.call, self.model, maximum=(entry.maximum or 0) // self.call.choices)
+        assert entry.maximum is not None, "what is capped has a maximum"
+        return forwarded_body(self.call, self.model, maximum=entry.maximum // self.call.choices)
 
     def refusal(self, answer: NotBooked, now: int, *, busy_s: int) -> ProxyError:
         """Why this call is not let in, for its client; `busy_s` is how long calls in flight will take."""

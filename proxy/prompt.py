@@ -9,11 +9,11 @@ Sources: OpenAI's cookbook for what is added to each message, its documents of 2
 prices. Neither is a promise; the upstream's own count goes before ours wherever there is one.
 """
 
-import binascii
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from proxy.pictures import Patches, Tiles, base64_start, picture_size, price_of_pictures
 from proxy.strict_json import dump
 
 # What the cookbook's chat format adds to each message, to a name, and once for the beginning of the answer.
@@ -26,8 +26,17 @@ _CHARACTERS_PER_TOKEN = 4
 _SOUND_BYTES_PER_TOKEN = 100
 
 _TEXT_FIELDS = ("messages", "input", "prompt", "suffix", "instructions")
-# Templates write these out as JSON, or about so.
-_JSON_FIELDS = ("tools", "functions", "documents", "chat_template_kwargs")
+# What a model doesn't read. All other fields templates may write out, as JSON or about so: tools, schemas, documents,
+# and what we have never heard of.
+_UNREAD_FIELDS = frozenset(
+    "model stream stream_options n n_cmpl best_of max_tokens max_completion_tokens max_output_tokens n_predict "
+    "temperature top_p top_k min_p frequency_penalty presence_penalty repetition_penalty stop seed user metadata "
+    "store safety_identifier logprobs top_logprobs logit_bias parallel_tool_calls tool_choice service_tier audio "
+    "modalities encoding_format dimensions echo truncation include reasoning reasoning_effort thinking verbosity "
+    "prediction prompt_cache_key background".split()
+).union(_TEXT_FIELDS)
+# No API's own names are longer, so one that is says something.
+_NAME_CHARACTERS_MAX = 40
 # Fields that stand for tokens which are not in the request. A template of the client's own may write any number.
 _OPEN_FIELDS = ("previous_response_id", "conversation", "web_search_options", "chat_template")
 _OWN_TOOLS = ("function", "custom", None)
@@ -43,16 +52,9 @@ _OPEN_PARTS = ("audio_url", "video_url", "input_video")
 _MEDIA = (*_PICTURES, *_SOUNDS, *_FILES, *_OPEN_PARTS)
 _NO_TEXT = frozenset(_MEDIA)
 
-# The size of a JPEG stands behind previews and colour profiles. It is looked for behind so many bytes, in so many
-# pictures of a request; decoding those takes 13 ms at worst, for which nobody else is served.
-_JPEG_BYTES_MAX = 131_072
+# In so many pictures of a request the size is looked for behind more than the first bytes: decoding those takes 13 ms
+# at worst, for which nobody else is served.
 _JPEGS_MAX = 32
-_JPEG_HEAD_BYTES = 4096
-_JPEG_MARKERS_MAX = 100
-_HEAD_BYTES = 30
-_DATA_URL_HEAD_MAX = 200
-
-_Size = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,13 +82,12 @@ class Prompt:
 
 def read_prompt(document: Mapping[str, Any], *, model: str, is_chat: bool) -> Prompt:
     """What the upstream's `model` reads of a request. `is_chat`: as messages (/chat/completions, /responses)."""
-    reading = _Reading(_price_of_pictures(model))
+    reading = _Reading(price_of_pictures(model))
     for name in _TEXT_FIELDS:
         reading.see_field(document.get(name), is_chat=is_chat)
-    for name in _JSON_FIELDS:
-        reading.see_json(document.get(name))
-    reading.see_json(_member(document.get("response_format"), "json_schema"))
-    reading.see_json(_member(_member(document.get("text"), "format"), "schema"))
+    for name, value in document.items():
+        if name not in _UNREAD_FIELDS:
+            reading.see_json({name: value} if len(name) > _NAME_CHARACTERS_MAX else value)
     return Prompt(
         texts=tuple(reading.texts),
         overhead=reading.overhead + (_PRIMING if is_chat else 0),
@@ -124,7 +125,7 @@ def _list(value: object) -> list[Any]:
 class _Reading:
     """What has been found so far, while a request is walked through."""
 
-    def __init__(self, pictures: "_Tiles | _Patches") -> None:
+    def __init__(self, pictures: Tiles | Patches) -> None:
         self.texts: list[str] = []
         self.overhead = self.opaque_bytes = self.media_tokens = 0
         self.is_open = False
@@ -162,6 +163,7 @@ class _Reading:
                 waiting += reversed(value)
             elif isinstance(value, dict):
                 waiting += [_as_text(key, inner) for key, inner in reversed(value.items()) if key != "type"]
+                self.texts += [key for key in value if len(key) > _NAME_CHARACTERS_MAX]
 
     def _see_turn(self, turn: dict[str, Any]) -> None:
         """Read a message, or another item of a conversation: a call of a tool, what it gave back."""
@@ -200,9 +202,9 @@ class _Reading:
         url, size = image.get("url"), None
         if not isinstance(url, str):
             self.see(inner)
-        elif start := _base64_start(url):
+        elif start := base64_start(url):
             self._pictures_seen += 1
-            size = _picture_size(url, start, is_searched=self._pictures_seen <= _JPEGS_MAX)
+            size = picture_size(url, start, is_searched=self._pictures_seen <= _JPEGS_MAX)
             self._leave_out(url, part)
         self._price(self._pictures.price(size, is_low=image.get("detail") == "low"))
         self.is_open = self.is_open or bool(part.get("file_id"))
@@ -269,128 +271,3 @@ def _characters_in(value: object) -> int:
     if value is None:
         return 0
     return len(value) if isinstance(value, str) else len(dump(value))
-
-
-# ----------------------------------------------------------------------------------------------------------- pictures
-
-
-@dataclass(frozen=True, slots=True)
-class _Tiles:
-    """So much for a picture, and so much for each of its tiles of 512 pixels, once it is made to fit."""
-
-    base: int
-    each: int
-    knows_detail: bool = True
-
-    def price(self, size: _Size | None, *, is_low: bool) -> int:
-        """Fit within 2048 × 2048, the short side made 768: at most 2 × 4 tiles.
-
-        1024 × 1024 becomes 768 × 768, which is 4 tiles: 85 + 4 × 170 = 765. Small pictures are made larger, as the
-        documents say; others saw that they are not, which costs less.
-        """
-        if is_low and self.knows_detail:
-            return self.base
-        if size is None:
-            return self.base + 8 * self.each
-        short, long = sorted(size)
-        wide, divisor = (768, short) if 768 * long <= 2048 * short else (2048, long)
-        tiles = -(-short * wide // (divisor * 512)) * -(-long * wide // (divisor * 512))
-        return self.base + tiles * self.each
-
-
-@dataclass(frozen=True, slots=True)
-class _Patches:
-    """A price for each patch of 32 pixels, in hundredths of a token."""
-
-    hundredths: int
-
-    def price(self, size: _Size | None, *, is_low: bool) -> int:
-        """At most 1536 patches: a larger picture is made to fit. 1024 × 1024 has 1024: × 1.62 is 1659."""
-        width, height = size or (1536 * 32, 32)
-        return -(-min(1536, -(-width // 32) * -(-height // 32)) * self.hundredths // 100)
-
-
-# By all that the upstream's name of a model contains, the first that fits. The constants are those of OpenAI's
-# documents of 2025; models since then change them again.
-_PRICES: tuple[tuple[tuple[str, ...], _Tiles | _Patches], ...] = (
-    (("gpt-4o-mini",), _Tiles(2833, 5667)),
-    (("gpt-4.1", "mini"), _Patches(162)),
-    (("gpt-5", "mini"), _Patches(162)),
-    (("gpt-4.1", "nano"), _Patches(246)),
-    (("gpt-5", "nano"), _Patches(246)),
-    (("o4-mini",), _Patches(172)),
-    (("gpt-4",), _Tiles(85, 170)),
-    (("gpt-5",), _Tiles(85, 170)),
-)
-# Of a model that we don't know: as most are priced, but whether it knows of `detail` nobody says.
-_UNKNOWN = _Tiles(85, 170, knows_detail=False)
-
-
-def _price_of_pictures(model: str) -> _Tiles | _Patches:
-    fitting = (price for marks, price in _PRICES if all(mark in model for mark in marks))
-    return next(fitting, _UNKNOWN)
-
-
-def _base64_start(url: str) -> int:
-    """Where the base64 of a picture's data URL begins; 0 where it is no such URL."""
-    if not url.startswith("data:image/"):
-        return 0
-    found = url.find(";base64,", 0, _DATA_URL_HEAD_MAX)
-    return found + len(";base64,") if found > 0 else 0
-
-
-def _picture_size(url: str, start: int, *, is_searched: bool) -> _Size | None:
-    """Width and height of the picture whose base64 begins at `start`; None where its first bytes don't say.
-
-    Not of a GIF, whose pictures may be larger than the screen that its head states.
-    """
-    head = _decoded(url, start, _HEAD_BYTES)
-    size = None
-    if head.startswith(b"\x89PNG\r\n\x1a\n") and head[12:16] == b"IHDR":
-        size = (int.from_bytes(head[16:20]), int.from_bytes(head[20:24]))
-    elif head.startswith(b"RIFF") and head[8:12] == b"WEBP":
-        size = _webp_size(head)
-    elif head.startswith(b"\xff\xd8"):
-        size = _jpeg_size(_decoded(url, start, _JPEG_HEAD_BYTES))
-        if size is None and is_searched:
-            size = _jpeg_size(_decoded(url, start, _JPEG_BYTES_MAX))
-    return size if size and all(size) else None
-
-
-def _decoded(url: str, start: int, count: int) -> bytes:
-    """The first bytes, at least so many if there are; none where these are not strictly base64.
-
-    A reader that forgives what is none would see other bytes than we do.
-    """
-    quads = min(-(-count // 3), (len(url) - start) // 4)
-    try:
-        return binascii.a2b_base64(url[start : start + quads * 4], strict_mode=True)
-    except ValueError:
-        return b""
-
-
-def _webp_size(head: bytes) -> _Size | None:
-    kind = head[12:16]
-    if kind == b"VP8X":
-        return (int.from_bytes(head[24:27], "little") + 1, int.from_bytes(head[27:30], "little") + 1)
-    if kind == b"VP8L":
-        bits = int.from_bytes(head[21:25], "little")
-        return ((bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1)
-    if kind == b"VP8 ":
-        return (int.from_bytes(head[26:28], "little") & 0x3FFF, int.from_bytes(head[28:30], "little") & 0x3FFF)
-    return None
-
-
-def _jpeg_size(data: bytes) -> _Size | None:
-    """The size in the first frame header (SOF), which stands behind any number of other segments."""
-    at = 2
-    for _ in range(_JPEG_MARKERS_MAX):
-        if at + 9 > len(data) or data[at] != 0xFF:
-            return None
-        marker = data[at + 1]
-        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            return (int.from_bytes(data[at + 7 : at + 9]), int.from_bytes(data[at + 5 : at + 7]))
-        if marker < 0xC0 or 0xD0 <= marker <= 0xDA:  # has no length, or ends the head
-            return None
-        at += 1 if marker == 0xFF else 2 + int.from_bytes(data[at + 2 : at + 4])  # 0xFF only fills up
-    return None

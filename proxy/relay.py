@@ -11,21 +11,18 @@ from contextlib import asynccontextmanager
 import structlog
 
 from proxy import headers
-from proxy.admission import Uncounted
 from proxy.books import Booked, NotBooked, Outcome
 from proxy.counting import CallCount
 from proxy.departure import Departures
 from proxy.errors import ClientLeft, ProxyError, UpstreamError
 from proxy.failures import Rejected, failure_of
-from proxy.ledger import Ledger
 from proxy.meter import Meter
 from proxy.metrics import Metrics
 from proxy.pace import Pace
 from proxy.passage import Passage
-from proxy.quotas import Demand
 from proxy.reservation import Reservation
 from proxy.stream import Stream
-from proxy.tokens import Tokens
+from proxy.tokens import Tokenizers
 from proxy.upstream import Answer, Upstreams
 from proxy.usage import AtLeast, Unspent
 from proxy.waiting import WaitingRoom
@@ -43,18 +40,18 @@ class Relay:
 
     def __init__(
         self,
-        ledger: Ledger,
+        waiting: WaitingRoom,
         upstreams: Upstreams,
         *,
-        tokenizers: Tokens,
+        tokenizers: Tokenizers,
         metrics: Metrics,
         departures: Departures,
         now: Callable[[], int],
     ) -> None:
-        self._ledger = ledger
+        self._waiting = waiting
+        self._ledger = waiting.ledger
         self._upstreams = upstreams
         self._tokenizers = tokenizers
-        self.waiting = WaitingRoom(ledger)
         self._metrics = metrics
         self._departures = departures
         self._now = now
@@ -119,9 +116,8 @@ class Relay:
         assert task is not None, "a call runs in a task"
         passage.client.when_gone(task.cancel)
         try:
-            answer = await self._ask(passage, count.demand)
-            if isinstance(answer, Uncounted):
-                answer = await self._ask(passage, await count.exact_demand())
+            act = passage.reserve(count.demand, owner=self._ledger.owner)
+            return await self._waiting.reserve(act, wait_s=passage.wait_s, recount=count.exact_demand)
         except asyncio.CancelledError:
             if not passage.client.is_gone:
                 raise
@@ -129,12 +125,6 @@ class Relay:
             raise ClientLeft from None
         finally:
             passage.client.when_gone(None)
-        assert not isinstance(answer, Uncounted), "what was counted is not rough any more"
-        return answer
-
-    async def _ask(self, passage: Passage, demand: Demand) -> Booked | NotBooked | Uncounted:
-        act = passage.reserve(demand, owner=self._ledger.owner)
-        return await self.waiting.reserve(act, wait_s=passage.wait_s)
 
     @asynccontextmanager
     async def _blame_upstream(self, passage: Passage, reservation: Reservation) -> AsyncIterator[None]:
@@ -162,7 +152,7 @@ class Relay:
             async for chunk in answer.chunks():
                 await client.write(stream.feed(chunk, covered=reservation.covered))
                 while stream.is_held_up:
-                    if not await reservation.grow(self.waiting, wait_s=0 if client.is_gone else passage.wait_s):
+                    if not await reservation.grow(self._waiting, wait_s=passage.pause_s, is_gone=client.has_gone):
                         return await self._end_at_limit(stream, passage, reservation)
                     await client.write(stream.feed(b"", covered=reservation.covered))
                 if stream.is_over:
@@ -171,7 +161,7 @@ class Relay:
             if not stream.is_between_events:
                 client.abort()  # an error event would become a part of the one that broke off
             raise
-        stream.close()
+        stream.close(covered=reservation.covered)
         await reservation.settle(await reservation.usage(), _outcome(passage, reservation.meter))
         await client.write(stream.end())
         await client.end()
@@ -179,6 +169,7 @@ class Relay:
 
     async def _end_at_limit(self, stream: Stream, passage: Passage, reservation: Reservation) -> None:
         """No more is to be had: end the answer as its own maximum would have, and leave the upstream."""
+        # A usage that was said covers the event that was withheld too, so it counts up to the hold, as guesses do.
         await reservation.settle(AtLeast((await reservation.usage()).tokens), "at_limit")
         assert reservation.charged is not None, "it was settled"
         await passage.client.write(stream.end_at_limit(reservation.charged.tokens))
@@ -187,6 +178,11 @@ class Relay:
     async def _pass_on_whole(self, answer: Answer, passage: Passage, reservation: Reservation) -> None:
         body = await answer.whole()
         reservation.meter.see_whole(body)
+        if not await reservation.covers_whole(self._waiting):
+            await reservation.settle(AtLeast((await reservation.usage()).tokens), "at_limit")
+            raise UpstreamError(
+                "The upstream gave a whole answer where a stream was asked, and no quota has room for it."
+            )
         await reservation.settle(await reservation.usage(), _outcome(passage, reservation.meter))
         passage.client.send(answer.status, self._head(answer, passage, reservation), body)
 

@@ -6,7 +6,7 @@ nothing that a client, an upstream or a mistake of ours does leaves tokens held.
 """
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from types import TracebackType
 
@@ -25,9 +25,12 @@ from proxy.waiting import WaitingRoom
 COMMIT_WAIT_S = 2.0
 # By how much a hold grows at a time: at 100 tokens a second every ten seconds, each for one commit of 2 ms.
 STEP = 1024
-# An upstream that was told a maximum is believed to keep to it, also where our own count differs. One that goes on
-# and on did not read it.
+# An upstream that was told a maximum is believed to keep to it, also where our own count differs: by another
+# tokenizer than its own it may come out at twice as much. One that goes on and on did not read it.
 _RUNAWAY = 2
+_TOLERANCE = 64
+# What is held for an input by its bytes shrinks to a fourth for prose; to less than an eighth it need not.
+_SHRINKS_TO = 8
 
 
 class Reservation:
@@ -44,6 +47,7 @@ class Reservation:
         self._binding = binding
         self._count = count
         self._let_pass = 0  # so many tokens of output pass on without being held, because the ledger is away
+        self._trusted = 0  # so many pass on by our count, because the upstream was told less and counts otherwise
 
     async def __aenter__(self) -> "Reservation":
         return self
@@ -51,62 +55,91 @@ class Reservation:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self.outcome is None and not self.is_sent:
-            await self.release("proxy_broke")
-        elif self.outcome is None:
-            await self.settle(await self.usage(), "proxy_broke")
+        await self.leave("proxy_broke")
 
     @property
     def covered(self) -> int:
         """How many tokens of output may pass on."""
-        passing, maximum = max(self.entry.hold.output, self._let_pass), self.entry.maximum
-        if maximum is not None and passing >= maximum:
-            return _RUNAWAY * passing + STEP
-        return passing
+        return max(self.entry.hold.output, self._let_pass, self._trusted)
 
-    async def grow(self, waiting: WaitingRoom, *, wait_s: float) -> bool:
+    async def grow(self, waiting: WaitingRoom, *, wait_s: float, is_gone: Callable[[], bool] = lambda: False) -> bool:
         """Hold what the meter has seen, and some more; False where no more is to be had.
 
-        Where only calls in flight hold what is left it waits for them, up to `wait_s`. While the ledger can't be
-        written a running answer goes on: what it used is charged at its end.
+        Where only calls in flight hold what is left it waits for them, up to `wait_s` or until the client `is_gone`,
+        and keeps meanwhile what it got. While the ledger can't be written a running answer goes on: what it used is
+        charged at its end.
         """
         seen, maximum = self.meter.output_seen, self.entry.maximum
-        if maximum is not None and max(self.entry.hold.output, self._let_pass) >= maximum:
-            return False
-        wanted = min(seen + STEP, TOKENS_MAX if maximum is None else max(seen, maximum))
-        act = Extend(self.entry.id, self._binding, input=self._input_tokens(), output=wanted, least=seen)
+        is_beyond = maximum is not None and max(self.covered, seen) > maximum
         try:
-            booked = await waiting.extend(act, wait_s=0, ask_s=COMMIT_WAIT_S)
-            if booked.verdict is not Verdict.ROOM:
-                # What is held for the input by its bytes may be all that is missing.
-                input_tokens = min(self._input_tokens(), await self._count.most_of_input())
-                act = replace(act, input=input_tokens)
-                booked = await waiting.extend(act, wait_s=wait_s, ask_s=COMMIT_WAIT_S)
+            if await self._extend(waiting, self._input_tokens(), wait_s=0):
+                return True
+            # What is held for the input by its bytes may be all that is missing.
+            input_tokens = min(self._input_tokens(), await self._count.most_of_input())
+            if await self._extend(waiting, input_tokens, wait_s=0 if is_beyond else wait_s, is_gone=is_gone):
+                return True
         except LedgerUnavailable:
-            self._let_pass = wanted
+            self._let_pass = self._wanted()
             return True
+        if maximum is None or self.entry.hold.output < maximum:
+            return False
+        self._trusted = _RUNAWAY * maximum + _TOLERANCE
+        return seen <= self._trusted
+
+    async def covers_whole(self, waiting: WaitingRoom) -> bool:
+        """Whether all of an answer is held that came whole where a stream was asked; it is, if there is room."""
+        hold = self.entry.hold.output
+        usage = self.meter.usage() if hold == self.entry.maximum else await self.usage()
+        if hold == self.entry.maximum or usage.tokens.output <= hold:
+            return True
+        try:
+            return await self._extend(waiting, self._input_tokens(), wait_s=0, least=usage.tokens.output)
+        except LedgerUnavailable:
+            return True
+
+    def _wanted(self) -> int:
+        seen, maximum = self.meter.output_seen, self.entry.maximum
+        if maximum is None:
+            return min(seen + STEP, TOKENS_MAX)
+        return min(seen + STEP, maximum) if seen <= maximum else seen + _TOLERANCE
+
+    async def _extend(
+        self,
+        waiting: WaitingRoom,
+        input_tokens: int,
+        *,
+        wait_s: float,
+        is_gone: Callable[[], bool] = lambda: False,
+        least: int | None = None,
+    ) -> bool:
+        seen = self.meter.output_seen if least is None else least
+        wanted = max(seen, self._wanted())
+        act = Extend(self.entry.id, self._binding, input=input_tokens, output=wanted, least=seen)
+        booked = await waiting.extend(act, wait_s=wait_s, ask_s=COMMIT_WAIT_S, is_gone=is_gone)
         self.entry, self.counters = booked.entry, {**self.counters, **booked.counters}
         return booked.verdict is Verdict.ROOM and booked.entry.state == "open"
 
     def _input_tokens(self) -> int:
         """What is to be held for the input, now that the upstream may have said it."""
         reported = self.meter.input_reported
-        return self.entry.hold.input if reported is None else min(reported, self.entry.hold.input)
+        return self.entry.hold.input if reported is None else reported
 
     async def usage(self) -> Usage:
         """What was used, as well as it can be known by now: as the upstream said, else counted."""
-        usage = self.meter.usage(input_tokens=0)
+        usage = self.meter.usage()
         if not isinstance(usage, AtLeast):
             return usage
         tokens = usage.tokens
-        input_tokens = tokens.input if self.meter.input_reported is not None else await self._count.of_input()
-        output_tokens = tokens.output + await self._count.of_output(self.meter.uncounted)
-        return AtLeast(Tokens(input_tokens, output_tokens, tokens.cached))
+        if self.meter.input_reported is None:
+            tokens = replace(tokens, input=await self._count.of_input())
+        return AtLeast(replace(tokens, output=tokens.output + await self._count.of_output(self.meter.uncounted)))
 
     @property
     def whole_hold(self) -> Usage:
-        """All that is held."""
-        return AtLeast(Tokens(self.entry.hold.input, max(self.entry.hold.output, self._let_pass)))
+        """All that is held, and what passed because the ledger was away; never what passed beyond the maximum."""
+        maximum = self.entry.maximum
+        let_pass = self._let_pass if maximum is None else min(self._let_pass, maximum)
+        return AtLeast(Tokens(self.entry.hold.input, max(self.entry.hold.output, let_pass)))
 
     async def settle(self, usage: Usage, outcome: Outcome, *, wait_s: float = COMMIT_WAIT_S) -> None:
         """Charge this much; returns once it is on the books, or after `wait_s`. Only the first end counts.
@@ -121,6 +154,18 @@ class Reservation:
                 )
             )
         await self._end(Settle(self.entry.id, usage, outcome), usage, wait_s)
+
+    async def leave(self, outcome: Outcome, *, is_unknown: bool = False) -> None:
+        """End a call that goes no further: free if it was never sent, else charged as well as it can be known.
+
+        `is_unknown` where what passed says nothing of what it cost: then it is all that is held.
+        """
+        if self.outcome is not None:
+            return
+        if not self.is_sent:
+            await self.release(outcome)
+        else:
+            await self.settle(self.whole_hold if is_unknown else await self.usage(), outcome)
 
     async def release(self, outcome: Outcome = "upstream_failed") -> None:
         """Give everything back: the upstream never had this call, or failed with it."""

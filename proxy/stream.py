@@ -6,6 +6,7 @@ an event that goes beyond waits until more is held, or until the stream is ended
 """
 
 from collections import deque
+from dataclasses import replace
 
 from proxy.errors import UpstreamError
 from proxy.meter import Meter
@@ -30,7 +31,7 @@ class Stream:
     @property
     def is_over(self) -> bool:
         """Whether its last event has come."""
-        return self._meter.is_over and not self.is_held_up
+        return self._meter.is_over
 
     @property
     def is_held_up(self) -> bool:
@@ -61,19 +62,20 @@ class Stream:
             raise UpstreamError("The upstream sends an end that never ends.")
         return bytes(ready)
 
-    def close(self) -> None:
+    def close(self, *, covered: int) -> None:
         """The upstream has closed: an event that it left without its blank line is read like the others.
 
         It passes on with the end, and there are clients that read by lines: so it may be neither free nor unseen.
+        Beyond what is covered it doesn't pass.
         """
-        is_in_pieces = self._splitter.is_passing_on
         rest = self._splitter.end()
         if rest:
-            read = Splitter().feed(rest + b"\n\n")[0]
-            event = Event(rest, None, None) if is_in_pieces else Event(rest, read.name, read.data)
+            event = replace(Splitter().feed(rest + b"\n\n")[0], raw=rest)
             ready = bytearray()
-            self._pass(self._meter.see_event(self._note(event)), ready)
-            self._end[:0] = ready
+            piece = self._meter.see_event(self._note(event), is_cut=True)
+            if self._meter.is_at_end or self._meter.output_seen <= covered:
+                self._pass(piece, ready)
+            self._end += ready
 
     def end(self) -> bytes:
         """What was kept back, and the rest of an event that was never finished."""

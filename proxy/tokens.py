@@ -49,6 +49,8 @@ _THREADS = 2
 CHARACTERS_MAX = 8 << 20
 TEXTS_MAX = 100_000
 WAITING_CHARACTERS_MAX = 16 << 20
+# An input of this size is counted however many wait: it takes 10 ms, and nobody's large ones may stand in its way.
+_ALWAYS_CHARACTERS = 256 << 10
 _WITHIN_S = 10.0
 
 log = structlog.get_logger("tokens")
@@ -72,13 +74,14 @@ def table_folders(environment: Mapping[str, str]) -> tuple[Path, ...]:
     return (*([Path(cache)] if cache else ()), *(Path(place) / "data" for place in places))
 
 
-class Tokens:
-    """Counts tokens by the encodings that were loaded. It belongs to one event loop."""
+class Tokenizers:
+    """Counts tokens by the encodings that were loaded. Counting belongs to one event loop; loading need not."""
 
     def __init__(self, folders: Sequence[Path]) -> None:
         self._folders = folders
         self._encoders: dict[str, Encode] = {}
-        self._missing: set[str] = set()
+        self._missing: set[str] = set()  # those that can't be loaded
+        self._said: set[str] = set()  # those of which it was said that they are not there
         self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="tokens")
         self._waiting_characters = 0
         self._is_closed = False
@@ -102,21 +105,17 @@ class Tokens:
         process that serves it would still hold up everybody for 0.1 s.
         """
         for name in dict.fromkeys(_SAME_TABLE.get(encoding, encoding) for encoding in encodings):
-            if name in self._encoders or name in self._missing:
+            if self.is_loaded(name) or name in self._missing:
                 continue
             try:
                 self._encoders[name] = _encoder(name, self._folders)
             except LookupError:
                 self._missing.add(name)
-                log.warning(
-                    "no table for this tokenizer: its tokens are estimated by bytes",
-                    encoding=name,
-                    remedy="pip install 'llm-quota-proxy[offline]' (o200k_base, cl100k_base), or TIKTOKEN_CACHE_DIR",
-                )
+                self._say_missing(name)
 
     def is_loaded(self, encoding: str) -> bool:
         """Whether counts by this encoding are real, and no estimates by bytes."""
-        return self._encoder(encoding) is not None
+        return _SAME_TABLE.get(encoding, encoding) in self._encoders
 
     def count(self, text: str, encoding: str) -> int:
         """The tokens of a small piece, at once. Never raises, never takes long.
@@ -130,7 +129,7 @@ class Tokens:
         beginning: int = tokens_in(text[:_INLINE_CHARACTERS], encode)
         return beginning if len(text) <= _INLINE_CHARACTERS else -(-beginning * len(text) // _INLINE_CHARACTERS)
 
-    def counter(self, encoding: str) -> Callable[[str], int]:
+    def count_by(self, encoding: str) -> Callable[[str], int]:
         """`count` by one encoding, for the pieces of one answer."""
         return partial(self.count, encoding=encoding)
 
@@ -144,7 +143,8 @@ class Tokens:
         if encode is None or len(texts) > TEXTS_MAX:
             return None
         characters = sum(map(len, texts))
-        if characters > min(CHARACTERS_MAX, WAITING_CHARACTERS_MAX - self._waiting_characters):
+        is_crowded = self._waiting_characters + characters > WAITING_CHARACTERS_MAX
+        if characters > CHARACTERS_MAX or (is_crowded and characters > _ALWAYS_CHARACTERS):
             return None
         self._waiting_characters += characters
         try:
@@ -160,8 +160,20 @@ class Tokens:
         self._is_closed = True
         self._pool.shutdown(wait=False)
 
+    def _say_missing(self, name: str) -> None:
+        if name not in self._said:
+            self._said.add(name)
+            log.warning(
+                "no table for this tokenizer: its tokens are estimated by bytes",
+                encoding=name,
+                remedy="pip install 'llm-quota-proxy[offline]' (o200k_base, cl100k_base), or TIKTOKEN_CACHE_DIR",
+            )
+
     def _encoder(self, encoding: str) -> Encode | None:
-        return self._encoders.get(_SAME_TABLE.get(encoding, encoding))
+        name = _SAME_TABLE.get(encoding, encoding)
+        if name not in self._encoders:
+            self._say_missing(name)
+        return self._encoders.get(name)
 
     async def _count_in_turn(self, texts: Sequence[str], encode: Encode) -> int | None:
         """Count slice by slice, queueing anew for each: so a short prompt doesn't wait for the end of a long one.

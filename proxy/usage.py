@@ -71,6 +71,11 @@ class Tokens:
     cached: int = 0
     reasoning: int = 0
 
+    def at_most(self, other: "Tokens") -> "Tokens":
+        """No more input or output than the other has."""
+        input_tokens, output_tokens = min(self.input, other.input), min(self.output, other.output)
+        return Tokens(input_tokens, output_tokens, min(self.cached, input_tokens), min(self.reasoning, output_tokens))
+
 
 @dataclass(frozen=True, slots=True)
 class Exactly:

@@ -1,20 +1,21 @@
 """Calls that would fit but for calls in flight: they wait a moment instead of being refused.
 
-Each user has a queue of their own, in the order in which the calls came; only its first asks the ledger, so a small
-call can't slip past a large one for ever, and one user's queue holds up nobody else's. It asks again whenever
-something was given back on a counter that it needs, and now and then without that, since other processes give
-back too. Who has waited for long enough gets the ledger's last word, which is "busy".
+Each user has a queue of their own for each set of quotas, in the order in which the calls came; only its first asks
+the ledger, so a small call can't slip past a large one for ever, and no queue holds up another. It asks again
+whenever something was given back on a counter that it needs, and now and then without that, since other processes
+give back too. Who has waited for long enough gets the ledger's last word, which is "busy".
 """
 
 import asyncio
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import replace
 
 from proxy.admission import Uncounted, Verdict
 from proxy.books import Booked, Extend, NotBooked, Reserve
 from proxy.errors import LedgerUnavailable
 from proxy.ledger import Ledger
-from proxy.quotas import CounterKey
+from proxy.quotas import CounterKey, Demand
 
 # How many of one user's calls may wait, and how many in all: past that a call is refused as busy at once.
 OF_A_USER_MAX = 64
@@ -33,12 +34,30 @@ class _Place:
         self.wake = asyncio.Event()
 
 
+class _Asking:
+    """One call that asks the ledger, again and again; its input is counted if the ledger has to know it better."""
+
+    def __init__(self, ledger: Ledger, act: Reserve, recount: Callable[[], Awaitable[Demand]]) -> None:
+        self.act = act
+        self.queue = (act.facts.user, frozenset(act.binding.keys()))
+        self._ledger = ledger
+        self._recount = recount
+
+    async def ask(self) -> Booked | NotBooked:
+        reply = await self._ledger.reserve(self.act)
+        if isinstance(reply, Uncounted):
+            self.act = replace(self.act, demand=await self._recount())
+            reply = await self._ledger.reserve(self.act)
+            assert not isinstance(reply, Uncounted), "what was counted is not rough any more"
+        return reply
+
+
 class WaitingRoom:
     """Lets calls in through the ledger, and has those wait that are only held up by others."""
 
     def __init__(self, ledger: Ledger) -> None:
-        self._ledger = ledger
-        self._queues: dict[str, deque[_Place]] = {}
+        self.ledger = ledger
+        self._queues: dict[tuple[str, frozenset[CounterKey]], deque[_Place]] = {}
         self._growing: set[_Place] = set()
         self._waiting = 0
         ledger.when_freed(self._freed)
@@ -46,23 +65,29 @@ class WaitingRoom:
     def __len__(self) -> int:
         return self._waiting
 
-    async def reserve(self, act: Reserve, *, wait_s: float) -> Booked | NotBooked | Uncounted:
+    async def reserve(
+        self, act: Reserve, *, wait_s: float, recount: Callable[[], Awaitable[Demand]]
+    ) -> Booked | NotBooked:
         """Let a call in, or say why not; where only calls in flight stand in the way, after up to `wait_s`.
 
-        Cancelling it gives up the place. Raises LedgerUnavailable.
+        `recount` gives its demand with the input counted, for when its bytes are too rough a bound. Cancelling gives
+        up the place. Raises LedgerUnavailable.
         """
-        queue = self._queues.get(act.facts.user)
-        if not queue:
-            reply = await self._ledger.reserve(act)
+        asking = _Asking(self.ledger, act, recount)
+        if not self._queues.get(asking.queue):
+            reply = await asking.ask()
             if not _is_busy(reply) or wait_s <= 0:
                 return reply
-            queue = self._queues.get(act.facts.user)  # another of this user's may have begun to wait meanwhile
-        if self._waiting >= IN_ALL_MAX or len(queue or ()) >= OF_A_USER_MAX:
-            return await self._ledger.reserve(act)
-        return await self._wait(act, asyncio.get_running_loop().time() + wait_s)
+        if self._waiting >= IN_ALL_MAX or self._waiting_of(act.facts.user) >= OF_A_USER_MAX:
+            return await asking.ask()
+        return await self._wait(asking, asyncio.get_running_loop().time() + wait_s)
 
-    async def extend(self, act: Extend, *, wait_s: float, ask_s: float) -> Booked:
+    async def extend(
+        self, act: Extend, *, wait_s: float, ask_s: float, is_gone: Callable[[], bool] = lambda: False
+    ) -> Booked:
         """Hold more for a stream; where only calls in flight stand in the way, after up to `wait_s`.
+
+        Not for a client that has gone meanwhile: that is looked at once a second.
 
         Raises LedgerUnavailable, also where the ledger takes longer than `ask_s` to answer.
         """
@@ -73,7 +98,7 @@ class WaitingRoom:
             while True:
                 reply = await self._extend(act, ask_s)
                 left = until - asyncio.get_running_loop().time()
-                if reply.verdict is not Verdict.BUSY or left <= 0:
+                if reply.verdict is not Verdict.BUSY or left <= 0 or is_gone():
                     return reply
                 await _woken(place.wake, min(left, _ASK_EVERY_S))
         finally:
@@ -82,19 +107,19 @@ class WaitingRoom:
     async def _extend(self, act: Extend, ask_s: float) -> Booked:
         try:
             async with asyncio.timeout(ask_s):
-                return await self._ledger.extend(act)
+                return await self.ledger.extend(act)
         except TimeoutError:
             raise LedgerUnavailable from None
 
-    async def _wait(self, act: Reserve, until: float) -> Booked | NotBooked | Uncounted:
-        place, queue = _Place(act.binding.keys()), self._queues.setdefault(act.facts.user, deque())
+    async def _wait(self, asking: _Asking, until: float) -> Booked | NotBooked:
+        place, queue = _Place(asking.queue[1]), self._queues.setdefault(asking.queue, deque())
         queue.append(place)
         self._waiting += 1
         try:
             while True:
                 left = until - asyncio.get_running_loop().time()
                 if queue[0] is place or left <= 0:
-                    reply = await self._ledger.reserve(act)
+                    reply = await asking.ask()
                     if not _is_busy(reply) or left <= 0:
                         return reply
                 await _woken(place.wake, min(left, _ASK_EVERY_S))
@@ -104,7 +129,10 @@ class WaitingRoom:
             if queue:
                 queue[0].wake.set()  # it may be its turn now
             else:
-                self._queues.pop(act.facts.user, None)
+                self._queues.pop(asking.queue, None)
+
+    def _waiting_of(self, user: str) -> int:
+        return sum(len(places) for queue, places in self._queues.items() if queue[0] == user)
 
     def _freed(self, keys: set[CounterKey]) -> None:
         for place in (*self._growing, *(queue[0] for queue in self._queues.values())):
@@ -112,7 +140,7 @@ class WaitingRoom:
                 place.wake.set()
 
 
-def _is_busy(reply: Booked | NotBooked | Uncounted) -> bool:
+def _is_busy(reply: Booked | NotBooked) -> bool:
     return isinstance(reply, NotBooked) and reply.refused.verdict is Verdict.BUSY
 
 

@@ -22,7 +22,7 @@ from proxy.config import Config, load_text
 from proxy.departure import Departures
 from proxy.simulator import Simulator
 from proxy.simulator import serve as serve_simulator
-from proxy.tokens import Tokens, table_folders
+from proxy.tokens import Tokenizers, table_folders
 from tests.builders import NOON
 
 UPSTREAM_KEY = "sk-upstream-secret-0123456789"
@@ -52,9 +52,9 @@ def key_of(user: str) -> str:
 
 
 @cache
-def loaded() -> Tokens:
+def loaded() -> Tokenizers:
     """Tokenizers that all stages share: each table is read once."""
-    return Tokens(table_folders({}))
+    return Tokenizers(table_folders({}))
 
 
 class Clock:
@@ -174,7 +174,7 @@ async def stage(
     departures: Departures | None = None,
     upstream: str | None = None,
     on_disconnect: str | None = None,
-    tokenizers: Tokens | None = None,
+    tokenizers: Tokenizers | None = None,
     database: str | None = None,
 ) -> AsyncIterator[Stage]:
     """Start both, and stop them in order."""

@@ -1,4 +1,4 @@
-"""What the five acts do to counters and entries: by scenarios with numbers, and by random histories.
+"""What the five acts do to counters and entries: by scenarios with numbers.
 
 A batch is a `Books` over what the batches before it wrote, as in the ledger. The clock starts on the 24th of November
 2026 at noon, UTC.
@@ -8,9 +8,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import pytest
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, multiple, rule
 
 from proxy.admission import Uncounted, Verdict
 from proxy.books import (
@@ -29,8 +26,8 @@ from proxy.books import (
     Unknown,
     shares,
 )
-from proxy.quotas import Binding, Counter, CounterKey, Demand, Quota, Route
-from proxy.usage import NOTHING, TOKENS_MAX, Amount, AtLeast, Exactly, Tokens, Unspent, charge_of
+from proxy.quotas import Binding, Quota
+from proxy.usage import NOTHING, TOKENS_MAX, Amount, AtLeast, Tokens, Unspent
 from proxy.windows import Window
 from tests.builders import (
     DAY,
@@ -48,7 +45,6 @@ from tests.builders import (
     rough,
     route,
 )
-from tests.random_rules import demands, quota_lists
 
 
 class Ledger:
@@ -169,7 +165,8 @@ def test_an_entry_ends_once(acts, state, usage, outcome, used, batches):
     entry = ledger.entries["1"]
     assert (entry.state, entry.usage, entry.outcome) == (state, usage, outcome)
     assert ledger.levels(DAILY) == (used, NOTHING if acts else HELD)
-    assert last == Booked(entry, ledger.counters)
+    freed = set(ledger.counters) if len(acts) == 1 else set()
+    assert last == Booked(entry, ledger.counters, freed=frozenset(freed))
     assert entry.ended_at == (NOON if acts else None)
 
 
@@ -256,10 +253,9 @@ def test_a_stream_holds_its_first_part():
     """And the entry says how far that may grow; where nobody knows, nothing."""
     ledger = Ledger(ANN)
     ledger.apply(reserve("1", ANN, STREAM), reserve("2", ANN, replace(STREAM, want=400, is_open_ended=True)))
-    assert [(entry.hold, entry.maximum) for entry in ledger.entries.values()] == [
-        (Amount(100, 100, 1), 900),
-        (Amount(100, 100, 1), None),
-    ]
+    known, unknown = ledger.entries["1"], ledger.entries["2"]
+    assert known.hold == unknown.hold == Amount(100, 100, 1)
+    assert (known.maximum, unknown.maximum) == (900, None)
     assert ledger.levels(DAILY) == (NOTHING, Amount(200, 200, 2))
 
 
@@ -521,6 +517,23 @@ def test_what_a_clock_ahead_of_its_time_has_opened_ends_when_it_was_first_said(i
     assert ledger.levels(SIX_HOURS) == (NOTHING, Amount(1, 0, 1))
 
 
+def test_who_is_refused_while_the_clock_was_ahead_opens_no_window():
+    """What has ended is left as it is; a call that is let in later has all of its six hours."""
+    small = quota("staff/6h", tokens=9, per="6h")
+    who = binding([small])
+    for used, hours in ((9, 7), (0, 0)):
+        ledger = Ledger(who, NOON + DAY, used={small.id: used})
+        ledger.now = NOON
+        ledger.apply(reserve("1", who, call(10)))
+        before = dict(ledger.counters)
+        ledger.now = NOON + hours * HOUR
+        ledger.apply(reserve("1", who, call(10)))
+        assert ledger.counters == before
+        ledger.now += HOUR
+        ledger.apply(reserve("2", who, call(9)))
+        assert ledger.counters[small.key_for("ann")].window.resets_at == ledger.now + 6 * HOUR
+
+
 # ------------------------------------------------------------------------------------------------- holds that grow
 
 
@@ -529,6 +542,8 @@ def held_by(ledger: Ledger, entry_id: str = "1") -> list[tuple[str, int, Amount]
     return [(line.key[1], line.opened_at, line.amount) for line in ledger.entries[entry_id].lines]
 
 
+LAB = quota("lab/output", output_tokens=500)
+ANN_OF_TWO = binding([DAILY], [LAB])
 TODAY = NOON - 12 * HOUR
 TOMORROW = NOON + 12 * HOUR
 IN_SIX_HOURS = NOON + 6 * HOUR
@@ -577,10 +592,32 @@ def test_a_hold_grows_to_what_is_asked_in_all(acts, hold, verdict, batches):
     for batch in [acts] if batches == "one" else [[act] for act in acts]:
         [*_, answer] = ledger.apply(*([] if "1" in ledger.entries else [reserve("1", ANN, STREAM)]), *batch)
     entry = ledger.entries["1"]
-    assert answer == Booked(entry, ledger.counters, Verdict[verdict])
+    assert (answer.entry, answer.counters, answer.verdict) == (entry, ledger.counters, Verdict[verdict])
     assert (entry.hold, entry.maximum, entry.state) == (hold, 900, "open")
     assert held_by(ledger) == [(DAILY.id, TODAY, hold)]
     assert ledger.levels(DAILY) == (NOTHING, hold)
+
+
+@pytest.mark.parametrize(
+    ("acts", "freed"),
+    [
+        pytest.param([extend("1", ANN_OF_TWO, 400)], [], id="more is held"),
+        pytest.param([extend("1", ANN_OF_TWO, 100, input_tokens=99)], [DAILY, LAB], id="of the input"),
+        pytest.param([extend("1", ANN_OF_TWO, 100, input_tokens=99)] * 2, [], id="but only once"),
+        pytest.param([extend("1", ANN_OF_TWO, 501)], [LAB], id="what is left alone"),
+        pytest.param([extend("1", ANN_OF_TWO, 501), SETTLE], [DAILY], id="and is left alone at its end"),
+        pytest.param([RELEASE], [DAILY, LAB], id="released"),
+        pytest.param([EXPIRE], [DAILY, LAB], id="lost"),
+        pytest.param([EXPIRE, SETTLE], [], id="came back: nothing was held any more"),
+        pytest.param([RELEASE, extend("1", ANN_OF_TWO, 100, input_tokens=0)], [], id="ended"),
+        pytest.param([reserve("1", ANN_OF_TWO, STREAM)], [], id="let in"),
+    ],
+)
+def test_an_answer_says_where_something_was_given_back(acts, freed):
+    """So that whoever waits for room in one of these quotas asks again, and nobody else."""
+    ledger = Ledger(ANN_OF_TWO)
+    *_, answer = ledger.apply(reserve("1", ANN_OF_TWO, STREAM), *acts)
+    assert answer.freed == {each.key_for("ann") for each in freed}
 
 
 def test_what_others_hold_stops_an_answer_until_they_give_it_back():
@@ -801,9 +838,6 @@ def test_a_charge_is_shared_among_the_windows_of_each_counter(amounts, charge, p
 
 # ---------------------------------------------------------------------------------------- other quotas, other clocks
 
-LAB = quota("lab/output", output_tokens=500)
-ANN_OF_TWO = binding([DAILY], [LAB])
-
 
 def test_a_quota_beside_that_can_not_carry_the_growth_is_left_alone():
     """What was held of it is given back, it is charged nothing, and it is not taken up again."""
@@ -974,219 +1008,3 @@ def test_a_growth_that_contradicts_itself_is_not_booked():
     """Nobody needs more than he asks for."""
     with pytest.raises(ValueError, match="401 tokens at the least are more than the 400 asked for"):
         extend("1", ANN, 400, least=401)
-
-
-# --------------------------------------------------------------------------------------------------- random histories
-
-
-# So few that a history comes back to the same window now and then.
-PERS = ("hour", "day", "6h")
-USERS = st.sampled_from(["ann", "bob"])
-
-
-class Histories(RuleBasedStateMachine):
-    """Calls of two users under changing quotas and a clock that goes both ways, against books kept another way.
-
-    It begins when hour, day and month have just begun together, so that windows are easily taken for one another.
-    The ghost books give each opening of a counter's window a number of its own and note with which number each call
-    holds what. So they can't take one window for another, and add up everything anew each time.
-    """
-
-    calls = Bundle("calls")
-
-    @initialize(data=st.data())
-    def begin(self, data: st.DataObject) -> None:
-        self.ledger = Ledger(binding(), instant("2026-12-01 00:00") + 5000)
-        # Few quotas, and calls that are small beside them: what is refused leaves nothing to go wrong.
-        drawn = (
-            *data.draw(quota_lists("everyone", most=1, pers=PERS)),
-            *data.draw(quota_lists("a", least=1, most=2, pers=PERS)),
-            *data.draw(quota_lists("b", least=1, most=1, pers=PERS)),
-            *data.draw(quota_lists("watch", most=1, pers=PERS, enforce=("shadow",))),
-        )
-        self.quotas = {each.id: each for each in drawn}
-        self.combine = data.draw(st.sampled_from(["any_group", "every_group"]))
-        self.openings: dict[CounterKey, int] = {}
-        self.highest: dict[tuple[CounterKey, int], dict[str, int]] = {}
-        self.bindings: dict[str, Binding] = {}
-        # Of each call, by the lines of its entry: which opening that is, and how much it holds there.
-        self.lines: dict[str, dict[tuple[CounterKey, int], tuple[int, Amount]]] = {}
-        self.overrun: set[tuple[CounterKey, int]] = set()
-
-    def binding_of(self, user: str) -> Binding:
-        def of(group: str) -> tuple[Quota, ...]:
-            return tuple(each for each in self.quotas.values() if each.group == group)
-
-        routes = tuple(Route(group, of(group)) for group in {"ann": "ab", "bob": "b"}[user])
-        return Binding(user, of("everyone"), routes, of("watch"), self.combine)
-
-    @rule(target=calls, user=USERS, demand=demands(most=9))
-    def reserve(self, user: str, demand: Demand) -> object:
-        who, entry_id = self.binding_of(user), str(len(self.lines))
-        before, entries = dict(self.ledger.counters), dict(self.ledger.entries)
-        [answer] = self.ledger.apply(reserve(entry_id, who, demand))
-        if isinstance(answer, NotBooked):
-            assert self.ledger.entries == entries
-            self.changes_no_more_than_an_end(before)
-            return multiple()
-        self.lines[entry_id], self.bindings[entry_id] = {}, who
-        self.note_lines(answer.entry, before)
-        return entry_id
-
-    @rule(entry_id=calls, data=st.data())
-    def extend(self, entry_id: str, data: st.DataObject) -> None:
-        """By the quotas with which it was reserved, whatever has become of them."""
-        entry, before = self.ledger.entries[entry_id], dict(self.ledger.counters)
-        output = data.draw(st.integers(0, entry.hold.output + 15))
-        act = Extend(
-            entry_id,
-            self.bindings[entry_id],
-            input=data.draw(st.sampled_from([entry.hold.input, entry.hold.input // 2])),
-            output=output,
-            least=data.draw(st.integers(0, output)),
-        )
-        if entry.state != "open":
-            self.changes_nothing(act)
-            return
-        [answer] = self.ledger.apply(act)
-        after = answer.entry
-        assert after.hold.input == min(entry.hold.input, act.input)
-        assert entry.hold.output <= after.hold.output <= max(entry.hold.output, output)
-        assert (answer.verdict is Verdict.ROOM) is (after.hold.output >= act.least)
-        assert replace(after, hold=entry.hold, lines=entry.lines) == entry
-        self.note_lines(after, before)
-        if answer.verdict is not Verdict.BUSY:
-            self.changes_nothing(act)
-
-    def note_lines(self, entry: Entry, before: Mapping[CounterKey, Counter]) -> None:
-        """Which opening each new line is of: the last of its counter, or one more where that was over."""
-        who, known = self.bindings[entry.id], self.lines[entry.id]
-        keyed = {each.key_for(who.user): each for each in who.quotas}
-        now_held = {(line.key, line.opened_at): line.amount for line in entry.lines}
-        assert len(now_held) == len(entry.lines)
-        for (key, opened_at), held in now_held.items():
-            if (key, opened_at) not in known:
-                last = before.get(key)
-                if last is None or not last.is_open or last.window.resets_at <= self.ledger.now:
-                    self.openings[key] = self.openings.get(key, 0) + 1
-                self.note_limits(keyed[key], key)
-            opening, _ = known.get((key, opened_at), (self.openings[key], NOTHING))
-            known[key, opened_at] = (opening, held)
-        for line in known.keys() - now_held.keys():
-            del known[line]
-
-    def note_limits(self, each: Quota, key: CounterKey) -> None:
-        if each.enforce == "exact":
-            highest = self.highest.setdefault((key, self.openings[key]), {})
-            for limit in each.limits:
-                highest[limit.measure] = max(highest.get(limit.measure, 0), each.ceiling(limit))
-
-    @rule(entry_id=calls, user=USERS, demand=demands(most=9))
-    def repeat(self, entry_id: str, user: str, demand: Demand) -> None:
-        self.changes_nothing(reserve(entry_id, self.binding_of(user), demand))
-
-    @rule(entry_id=calls, part=st.integers(0, 100), whole=st.booleans(), at_least=st.booleans())
-    def settle(self, entry_id: str, part: int, whole: bool, at_least: bool) -> None:
-        """Within its hold."""
-        hold = self.ledger.entries[entry_id].hold
-        tokens = Tokens(hold.input * (100 - part) // 100, hold.output if whole else hold.output * part // 100)
-        self.end(Settle(entry_id, (AtLeast if at_least else Exactly)(tokens), "complete"))
-
-    @rule(entry_id=calls, tokens=st.builds(Tokens, st.integers(0, 99), st.integers(0, 99)))
-    def settle_anyhow(self, entry_id: str, tokens: Tokens) -> None:
-        """Possibly above its hold: the upstream charged what the request didn't show."""
-        hold = self.ledger.entries[entry_id].hold
-        if tokens.input > hold.input or tokens.output > hold.output:
-            self.overrun |= {(key, opening) for (key, _), (opening, _) in self.lines[entry_id].items()}
-        self.end(Settle(entry_id, Exactly(tokens), "complete"))
-
-    @rule(entry_id=calls, requests=st.sampled_from([0, 1]))
-    def settle_unspent(self, entry_id: str, requests: int) -> None:
-        self.end(Settle(entry_id, Unspent(requests), "rejected"))
-
-    @rule(entry_id=calls)
-    def release(self, entry_id: str) -> None:
-        self.end(Release(entry_id))
-
-    @rule(entry_id=calls)
-    def expire(self, entry_id: str) -> None:
-        self.end(Expire(entry_id))
-
-    def end(self, act: Settle | Release | Expire) -> None:
-        entry = self.ledger.entries[act.id]
-        comes_back = entry.state == "expired" and isinstance(act, Settle)
-        if entry.state != "open" and not comes_back:
-            self.changes_nothing(act)
-            return
-        [answer] = self.ledger.apply(act)
-        assert answer.entry == self.ledger.entries[act.id]
-        states = {Settle: "settled", Release: "released", Expire: "expired"}
-        assert (answer.entry.state, answer.entry.ended_at) == (states[type(act)], self.ledger.now)
-
-    def changes_nothing(self, act: Act) -> None:
-        before = (dict(self.ledger.counters), dict(self.ledger.entries))
-        [answer] = self.ledger.apply(act)
-        assert isinstance(answer, Booked)
-        assert answer.entry == self.ledger.entries[act.id]
-        assert (self.ledger.counters, self.ledger.entries) == before
-
-    def changes_no_more_than_an_end(self, before: Mapping[CounterKey, Counter]) -> None:
-        """A call that was refused notes when a window ends that a clock ahead of its time has opened."""
-        assert self.ledger.counters.keys() == before.keys()
-        for key, counter in self.ledger.counters.items():
-            last = before[key].window
-            if self.ledger.now < last.opened_at:
-                last = replace(last, resets_at=counter.window.resets_at)
-                assert self.ledger.now < last.resets_at <= before[key].window.resets_at
-            assert counter == replace(before[key], window=last)
-
-    @rule(step=st.sampled_from([1, HOUR, DAY]))
-    def later(self, step: int) -> None:
-        self.ledger.now += step
-
-    @rule(step=st.sampled_from([1, HOUR, DAY]))
-    def clock_jumps_back(self, step: int) -> None:
-        self.ledger.now -= step
-
-    @rule(data=st.data(), maximum=st.integers(0, 80))
-    def new_limit(self, data: st.DataObject, maximum: int) -> None:
-        each = self.quotas[data.draw(st.sampled_from(sorted(self.quotas)))]
-        first, *rest = each.limits
-        self.quotas[each.id] = replace(each, limits=(replace(first, maximum=maximum), *rest))
-
-    @rule(data=st.data(), per=st.sampled_from(PERS))
-    def new_window(self, data: st.DataObject, per: str) -> None:
-        each = self.quotas[data.draw(st.sampled_from(sorted(self.quotas)))]
-        self.quotas[each.id] = replace(each, per=quota("x/y", per=per).per)
-
-    @invariant()
-    def counters_are_the_sums_of_the_entries(self) -> None:
-        """Held: what the open calls of this window hold. Used: what its ended calls are charged. None negative."""
-        for key, counter in getattr(self, "ledger", Ledger(binding())).counters.items():
-            used, held = NOTHING, NOTHING
-            for entry_id, lines in self.lines.items():
-                entry = self.ledger.entries[entry_id]
-                mine = [line for (line_key, _), line in lines.items() if line_key == key]
-                rest = charge_of(entry.usage) if entry.usage else NOTHING
-                for opening, share in mine:
-                    part = rest if (opening, share) == mine[-1] else rest.at_most(share)
-                    rest -= part
-                    if opening == self.openings[key]:
-                        held += share if entry.state == "open" else NOTHING
-                        used += part
-            assert (counter.used, counter.held) == (used, held)
-            assert min(used.input, used.output, used.requests, held.input, held.output, held.requests) >= 0
-
-    @invariant()
-    def no_exact_quota_is_over_its_limit(self) -> None:
-        """Promise 1: as long as no call used more than it held, whatever else happened."""
-        for (key, opening), highest in getattr(self, "highest", {}).items():
-            if opening == self.openings[key] and (key, opening) not in self.overrun:
-                counter = self.ledger.counters[key]
-                for measure, maximum in highest.items():
-                    if measure != "output_tokens" or counter.used.output or counter.held.output:
-                        assert counter.used.of(measure) + counter.held.of(measure) <= maximum
-
-
-Histories.TestCase.settings = settings(max_examples=120, stateful_step_count=50)
-TestHistories = Histories.TestCase

@@ -8,7 +8,7 @@ import pytest
 
 from proxy.counting import CallCount
 from proxy.policy import Model, Upstream
-from proxy.tokens import Tokens
+from proxy.tokens import Tokenizers
 from proxy.wire import CHAT, COMPLETIONS, EMBEDDINGS, RESPONSES, Endpoint, forwarded_body
 from tests.stage import loaded
 from tests.test_wire import parse
@@ -21,10 +21,10 @@ HELLO: Any = [{"role": "user", "content": "Hello world!"}]
 PICTURE: Any = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * 40_000}}
 
 
-class Watched(Tokens):
+class Watched(Tokenizers):
     """Tokenizers that remember how many characters they were given at a time; without tables unless `known`."""
 
-    def __init__(self, known: Tokens | None = None) -> None:
+    def __init__(self, known: Tokenizers | None = None) -> None:
         super().__init__(())
         self.given: list[int] = []
         self._known = known
@@ -34,13 +34,13 @@ class Watched(Tokens):
         return await self._known.count_all(texts, encoding, within_s=within_s) if self._known else None
 
 
-def tokenizers() -> Tokens:
+def tokenizers() -> Tokenizers:
     """Those that all tests share, with the two tables that are needed here."""
     loaded().load(["o200k_base", "cl100k_base"])
     return loaded()
 
 
-def counted(by: Tokens, model: Model = GPT_4O, endpoint: Endpoint = CHAT, **fields: object) -> CallCount:
+def counted(by: Tokenizers, model: Model = GPT_4O, endpoint: Endpoint = CHAT, **fields: object) -> CallCount:
     """The count of a call with these fields, whose body has been sent and forgotten."""
     call = parse(endpoint, **fields)
     count = CallCount(by, call, model, body_bytes=len(forwarded_body(call, model)))
@@ -68,10 +68,23 @@ async def test_an_input_is_counted_as_the_model_reads_it(endpoint: Endpoint, fie
 
 
 async def test_another_tokenizer_than_the_model_s_may_be_wrong_by_half() -> None:
-    """So half as much again is held, and that is never more than the bytes; charged is what was counted."""
+    """So half as much again is held, if there is room; charged is what was counted."""
     count = counted(tokenizers(), UNKNOWN, messages=[{"role": "user", "content": PROSE}])
-    assert (await count.exact_demand()).input == -(-1002 * 3 // 2) + 6
+    demand = await count.exact_demand()
+    assert (demand.input, demand.unseen) == (1008, 1002 // 2)
+    assert await count.most_of_input() == 1008 + 1002 // 2
     assert await count.of_input() == 1008
+
+
+async def test_the_most_of_an_input_is_what_is_shown_and_what_is_not() -> None:
+    """Of one that refers to something else all of the model's context; of others what was counted."""
+    model = replace(GPT_4O, context=128_000)
+    assert await counted(tokenizers(), model, messages=HELLO).most_of_input() == 10
+    refers = counted(tokenizers(), model, messages=HELLO, chat_template="{{ anything }}")
+    assert await refers.most_of_input() == 128_000
+    assert (await refers.exact_demand()).input < 100
+    unknown = counted(Watched(), messages=HELLO)
+    assert await unknown.most_of_input() == unknown.demand.input
 
 
 async def test_the_file_says_by_which_tokenizer() -> None:

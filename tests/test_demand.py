@@ -387,31 +387,35 @@ def test_a_prompt_that_shows_all_has_nothing_unseen() -> None:
 
 # ------------------------------------------------------------------------------------------------- once it is counted
 
+CONTEXT = model(context=1500)
 ROUGH = Demand(input=1000, want=500, smallest=100, first=100, is_open_ended=True, is_rough=True)
 
 
 @pytest.mark.parametrize(
-    ("text_tokens", "is_guess", "expected"),
+    ("text_tokens", "is_guess", "input_tokens", "unseen"),
     [
-        (200, False, 207),
-        (200, True, 307),
-        (201, True, 309),  # 301.5, rounded up
-        (0, False, 7),
-        (0, True, 7),
-        (993, False, 1000),
-        (994, False, 1000),  # the bytes bound it all the same
-        (700, True, 1000),
-        (None, False, 1000),
-        (None, True, 1000),
+        (200, False, 207, 0),
+        (200, True, 207, 100),
+        (201, True, 208, 100),
+        (0, False, 7, 0),
+        (0, True, 7, 0),
+        (700, True, 707, 293),
+        (993, False, 1000, 0),
+        (994, False, 1000, 0),  # the bytes bound it all the same
+        (994, True, 1000, 0),
+        (None, False, 1000, 0),
+        (None, True, 1000, 0),
     ],
 )
-def test_a_count_takes_the_place_of_the_bytes(text_tokens: int | None, is_guess: bool, expected: int) -> None:
-    """With what is no text beside it, and half as much again for a tokenizer that may be another one.
+def test_a_count_takes_the_place_of_the_bytes(
+    text_tokens: int | None, is_guess: bool, input_tokens: int, unseen: int
+) -> None:
+    """With what is no text beside it; by a tokenizer that may be another one half as much again, if there is room.
 
     One that failed leaves the bytes. Either way there is no more to be had, and nothing else changes.
     """
-    found = counted(ROUGH, Prompt(overhead=7), text_tokens, is_guess=is_guess)
-    assert found == Demand(input=expected, want=500, smallest=100, first=100, is_open_ended=True, is_rough=False)
+    found = counted(ROUGH, CONTEXT, Prompt(overhead=7), text_tokens=text_tokens, is_guess=is_guess)
+    assert found == replace(ROUGH, input=input_tokens, unseen=unseen, is_rough=False)
 
 
 @given(
@@ -423,11 +427,14 @@ def test_a_count_takes_the_place_of_the_bytes(text_tokens: int | None, is_guess:
 def test_a_count_never_raises_the_bound(
     text_tokens: int | None, overhead: int, is_guess: bool, is_open: bool
 ) -> None:
-    """What is held after it is what was bounded before it, or less: of an open call as much in all."""
+    """What is held after it is what was bounded before it, or less: of an open call all that its context leaves."""
     rough = replace(ROUGH, unseen=500 if is_open else 0)
-    found = counted(rough, Prompt(overhead=overhead, is_open=is_open), text_tokens, is_guess=is_guess)
+    prompt = Prompt(overhead=overhead, is_open=is_open)
+    found = counted(rough, CONTEXT, prompt, text_tokens=text_tokens, is_guess=is_guess)
     assert 0 <= found.input <= rough.input
-    assert found.unseen == (1500 - found.input if is_open else 0)
+    assert found.input + found.unseen <= rough.input + rough.unseen
+    assert found.input + found.unseen == 1500 or not is_open
+    assert not found.unseen or is_open or is_guess
     assert not found.is_rough
 
 

@@ -17,7 +17,7 @@ from proxy.departure import DRAINS_OF_A_USER_MAX, Departures
 from proxy.passage import Passage
 from proxy.reservation import Reservation
 from proxy.simulator import Simulator
-from proxy.tokens import Tokens as Tokenizers
+from proxy.tokens import Tokenizers
 from proxy.usage import AtLeast, Exactly, Tokens, Usage
 from tests.stage import BASE, STAFF, UPSTREAM_KEY, Stage, key_of, stage, until
 
@@ -239,8 +239,11 @@ async def test_usage_that_does_not_come_is_waited_for_a_bounded_time(
         await upstream.is_left.wait()
 
 
-async def test_while_one_of_several_answers_goes_on_the_upstream_is_stopped(tmp_path: Path) -> None:
-    """A choice that has finished is not the end of the others."""
+async def test_while_one_of_several_answers_goes_on_the_upstream_is_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A choice that has finished is not the end of the others, so no usage is waited for."""
+    monkeypatch.setattr(module, "USAGE_S", 10**6)
     first = _chunk(0, content="Hi") + _chunk(1, content="Hi") + _chunk(0, finish="stop")
     async with _hesitant(tmp_path, first) as (on, upstream, told):
         call_id, _ = await _read_and_leave(on, told, len(first), n=2)
@@ -282,7 +285,7 @@ class Slow(Tokenizers):
 @pytest.mark.parametrize("stream", [True, False])
 async def test_who_leaves_before_the_call_was_sent_pays_nothing(stream: bool, tmp_path: Path) -> None:
     """While a large input is still being counted: the upstream never heard of it, and what was held is free again."""
-    told, slow = Told(), Slow()
+    told, slow = Told(drain_s=10**6), Slow()  # what was not sent has no answer to be read on
     policy = STAFF.replace("tokens: 1M", "tokens: 1_000M")
     async with stage(policy, folder=tmp_path, departures=told, tokenizers=slow) as on:
         body = _ask("tokens=1", stream=stream)

@@ -20,7 +20,7 @@ PACKAGE = ROOT / "proxy"
 FLOORS = {
     "ground": (
         "errors windows usage quotas admission books policy standing auth "  # who may what
-        "strict_json sse prompt wire demand ending meter stream headers failures pace".split()
+        "strict_json sse pictures prompt wire demand ending meter stream headers failures pace".split()
     ),
     "adapters": (
         "references document scalars schema faults config check "  # the file

@@ -23,7 +23,7 @@ from proxy.app import Server, serve
 from proxy.config import load_text
 from proxy.simulator import Simulator
 from proxy.simulator import serve as serve_simulator
-from proxy.tokens import Tokens
+from proxy.tokens import Tokenizers
 from tests.audit import audit, rows, states
 from tests.bare_upstream import bare_upstream, stream_head
 from tests.breakage import failing_writes, full, locked, moved, read_only, replaced, writers
@@ -315,7 +315,7 @@ def _live(text: str, started: Connection) -> None:
         started.send(server.api.port)
 
     # No tokenizers: reading one would take longer than all else here, and these upstreams count by themselves.
-    uvloop.run(serve(_Hasty(config, load=lambda: config, tokenizers=Tokens(())), tell))
+    uvloop.run(serve(_Hasty(config, load=lambda: config, tokenizers=Tokenizers(())), tell))
 
 
 class Life:

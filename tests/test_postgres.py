@@ -163,7 +163,8 @@ async def test_names_of_any_kind_are_names(store, database, name):
     act = replace(reserve(name, who, CALL), facts=Facts(name, name, name, name))
     await apply(store, act, *(reserve(f"{name}{number}", ANN, call(1)) for number in range(3)))
     [booked] = await apply(store, Settle(name, exactly(90, 60), "complete"))
-    assert booked == Booked(await store.read_entry(name), await store.read_counters(who.keys()))
+    assert booked.entry == await store.read_entry(name)
+    assert booked.counters == await store.read_counters(who.keys())
     assert await levels(store, user=name) == (Amount(90, 60, 1), Amount())
     await database.audit()
 

@@ -5,7 +5,6 @@ import json
 import sqlite3
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -174,6 +173,21 @@ async def test_a_guess_never_takes_a_quota_over_its_limit(
         assert await it.counter() == (charged.tokens.input + charged.tokens.output, 0)
 
 
+@pytest.mark.parametrize(
+    ("is_unknown", "charged"), [(False, AtLeast(Tokens(INPUT, 8))), (True, AtLeast(Tokens(100, 200)))]
+)
+async def test_a_call_that_goes_no_further_is_charged_as_it_can_be_known(
+    is_unknown: bool, charged: Usage, tmp_path: Path
+) -> None:
+    """What passed; all that is held where that says nothing; and nothing more once it has ended."""
+    async with _reserved(tmp_path) as it:
+        it.says("12345678")
+        await it.reservation.leave("client_left", is_unknown=is_unknown)
+        assert ((await it.entry()).usage, it.reservation.outcome) == (charged, "client_left")
+        await it.reservation.leave("stopped", is_unknown=True)
+        assert ((await it.entry()).usage, it.reservation.outcome) == (charged, "client_left")
+
+
 # ---------------------------------------------------------------------------------------------------- what was used
 
 
@@ -224,25 +238,54 @@ async def test_a_hold_grows_with_its_answer(tmp_path: Path) -> None:
         assert await it.counter() == (INPUT + 1100, 0)
 
 
-async def test_it_grows_to_the_maximum_and_no_further(tmp_path: Path) -> None:
-    """The upstream was told that, and keeps to it: where our own count differs from its, ours is not believed."""
+async def test_what_passes_beyond_the_maximum_is_held_where_there_is_room(tmp_path: Path) -> None:
+    """The upstream was told 1,500, and either it counts otherwise or it did not read that: what passed is charged."""
     async with _reserved(tmp_path, Demand(input=100, want=1500, smallest=1024, first=1024)) as it:
         it.says("x" * 1100)
         assert await it.grows()
-        assert await it.counter() == (0, 1600)
-        assert it.reservation.covered > 2 * 1500
+        assert (it.reservation.covered, await it.counter()) == (1500, (0, 1600))
         it.says("x" * 900)
+        assert await it.grows()
+        assert it.reservation.covered >= 2000
+        await it.reservation.settle(await it.reservation.usage(), "client_left")
+        assert it.reservation.charged == AtLeast(Tokens(INPUT, 2000))
+
+
+async def test_an_upstream_that_was_told_is_believed_up_to_twice_the_maximum(tmp_path: Path) -> None:
+    """Where there is no room for more, our own count does not stop it before, and charges no more than is held."""
+    demand = Demand(input=INPUT, want=1500, smallest=1024, first=1024)
+    async with _reserved(tmp_path, demand, daily=quota("staff/daily", tokens=1500 + INPUT)) as it:
+        it.says("x" * 2000)
+        assert await it.grows()
+        assert it.reservation.covered == 2 * 1500 + 64
+        it.says("x" * 1065)
+        assert not await it.grows()
         await it.reservation.settle(await it.reservation.usage(), "client_left")
         assert it.reservation.charged == AtLeast(Tokens(INPUT, 1500))
 
 
-async def test_one_that_goes_on_and_on_is_ended(tmp_path: Path) -> None:
-    """At twice the maximum and more it is no difference of tokenizers any longer: the upstream did not read it."""
-    async with _reserved(tmp_path) as it:
-        assert it.reservation.covered == 2 * 200 + STEP
-        it.says("x" * (it.reservation.covered + 1))
-        assert not await it.grows()
-        assert await it.counter() == (0, 300)
+async def test_what_came_whole_though_a_stream_was_asked_is_held_as_far_as_there_is_room(tmp_path: Path) -> None:
+    """An upstream that does not stream: what would not have passed in pieces doesn't pass in one."""
+    demand = Demand(input=INPUT, want=1500, smallest=1024, first=1024)
+
+    def whole(tokens: int) -> bytes:
+        return json.dumps({"usage": {"prompt_tokens": INPUT, "completion_tokens": tokens}}).encode()
+
+    for tokens, room_for, is_covered in ((900, 1500, True), (1300, 1500, True), (1500, 1499, False)):
+        folder = tmp_path / str(tokens)
+        folder.mkdir()
+        async with _reserved(folder, demand, daily=quota("staff/daily", tokens=room_for + INPUT)) as it:
+            it.meter.see_whole(whole(tokens))
+            assert await it.reservation.covers_whole(it.room) is is_covered
+
+
+async def test_while_the_ledger_is_away_what_came_whole_passes(tmp_path: Path) -> None:
+    """As a stream would; its usage is charged at its end."""
+    with writers() as made:
+        async with _reserved(tmp_path, STREAM, store=SqliteStore(tmp_path / "quotas.db", busy_timeout_s=0)) as it:
+            it.meter.see_whole(b'{"usage": {"prompt_tokens": 1, "completion_tokens": 5000}}')
+            with read_only(tmp_path / "quotas.db", made[-1]):
+                assert await it.reservation.covers_whole(it.room)
 
 
 async def test_without_a_maximum_it_grows_as_long_as_there_is_room(tmp_path: Path) -> None:
@@ -260,9 +303,9 @@ async def test_without_a_maximum_it_grows_as_long_as_there_is_room(tmp_path: Pat
 
 async def test_at_the_limit_there_is_no_more(tmp_path: Path) -> None:
     """What is left is held to the token, so that what passes is charged up to the limit and not beyond."""
-    demand = replace(STREAM, input=INPUT)
+    demand = Demand(input=INPUT, want=1024, smallest=1024, first=1024, is_open_ended=True)
     async with _reserved(tmp_path, demand, daily=quota("staff/daily", tokens=1100 + INPUT)) as it:
-        assert it.reservation.entry.maximum == 1100
+        assert it.reservation.entry.maximum is None
         it.says("x" * 1101)
         assert not await it.grows()
         await it.reservation.settle(AtLeast((await it.reservation.usage()).tokens), "at_limit")
@@ -275,7 +318,7 @@ async def test_what_an_input_holds_by_its_bytes_is_given_to_the_answer_first(tmp
     async with _reserved(tmp_path, STREAM, daily=quota("staff/daily", tokens=1200)) as it:
         it.says("x" * 1101)
         assert await it.grows()
-        assert await it.counter() == (0, INPUT + 1101)
+        assert await it.counter() == (0, INPUT + 1101 + 64)
 
 
 async def test_it_waits_for_calls_in_flight(tmp_path: Path) -> None:
@@ -336,17 +379,17 @@ async def test_a_ledger_that_is_back_is_asked_again(tmp_path: Path) -> None:
             assert await it.counter() == (0, 100 + 2200 + STEP)
 
 
-async def test_a_ledger_that_is_away_is_not_asked_for_every_word_beyond_the_maximum(tmp_path: Path) -> None:
-    """Also then the upstream is believed to keep to it, and one that goes on and on is ended."""
+async def test_while_the_ledger_is_away_nothing_is_charged_beyond_the_maximum(tmp_path: Path) -> None:
+    """The answer goes on; but whether there is room for what only our own count sees there, nobody can say."""
     demand = Demand(input=100, want=1500, smallest=1024, first=1024)
     with writers() as made:
         async with _reserved(tmp_path, demand, store=SqliteStore(tmp_path / "quotas.db", busy_timeout_s=0)) as it:
-            it.says("x" * 1100)
+            it.says("x" * 4100)
             with read_only(tmp_path / "quotas.db", made[-1]):
                 assert await it.grows()
-                assert it.reservation.covered == 2 * 1500 + STEP
-                it.says("x" * 3000)
-                assert not await it.grows()
+                assert it.reservation.covered > 4100
+            await it.reservation.settle(await it.reservation.usage(), "client_left")
+            assert await it.counter() == (INPUT + 1500, 0)
 
 
 async def test_a_ledger_that_hangs_holds_a_stream_up_for_a_bounded_time(

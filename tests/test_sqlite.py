@@ -184,7 +184,8 @@ async def test_names_of_any_kind_are_names(store, path, name):
     act = replace(reserve(name, who, CALL), facts=Facts(name, name, name, name))
     await store.apply([act, *(reserve(f"{name}{number}", ANN, call(1)) for number in range(3))], NOON)
     [booked] = await store.apply([Settle(name, exactly(90, 60), "complete")], NOON)
-    assert booked == Booked(await store.read_entry(name), {DAILY.key_for(name): (await all_of(store, who))[0]})
+    assert booked.entry == await store.read_entry(name)
+    assert booked.counters == {DAILY.key_for(name): (await all_of(store, who))[0]}
     assert await levels(store, user=name) == (Amount(90, 60, 1), Amount())
     audit(path)
 

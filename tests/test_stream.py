@@ -79,11 +79,15 @@ def test_an_event_that_was_never_finished_is_the_last_of_the_end() -> None:
 @pytest.mark.parametrize("rest", [b"\n\n", b"\n", b"", b"\r\n", b"\r"])
 @pytest.mark.parametrize(("last", "seen"), [(WORD, 2), (b"data: half", 1), (b": ping", 1), (FINISH, 1)])
 def test_an_event_left_without_its_blank_line_is_read_like_the_others(last: bytes, seen: int, rest: bytes) -> None:
-    """It passes on with the end, and there are clients that read by lines: what it says is charged."""
+    """It passes on with the end, and there are clients that read by lines: what it says is charged.
+
+    What can't be read is counted by its bytes only where it is a whole event.
+    """
+    seen += last == b"data: half" and rest == b"\n\n"
     meter = Meter(parse_call(CHAT, ASKED), count=len)
     stream = Stream(meter)
     passed = stream.feed(WORD + last.rstrip() + rest, covered=ALL)
-    stream.close()
+    stream.close(covered=ALL)
     assert passed + stream.end() == WORD + last.rstrip() + rest
     assert (meter.output_seen, meter.ending.has_finished) == (seen, last == FINISH)
 
@@ -94,12 +98,12 @@ def test_it_may_be_a_part_of_the_end(before: bytes, last: bytes) -> None:
     meter = Meter(parse_call(CHAT, ASKED), count=len)
     stream = Stream(meter)
     assert stream.feed(WORD + before + last.rstrip(), covered=ALL) == WORD
-    stream.close()
+    stream.close(covered=ALL)
     assert stream.end() == before + last.rstrip()
     assert (meter.is_over, meter.output_seen) == (last == DONE, 3 if last == WORD else 2)
     unasked = _stream(UNASKED)
     unasked.feed(WORD + before + last.rstrip(), covered=ALL)
-    unasked.close()
+    unasked.close(covered=ALL)
     assert unasked.end() == (before + last.rstrip()).replace(USAGE, b"").replace(USAGE.rstrip(), b"")
 
 
@@ -109,16 +113,39 @@ def test_the_rest_of_an_event_in_pieces_is_no_event() -> None:
     stream = Stream(meter)
     large = b"data: " + b"x" * (EVENT_BYTES_MAX + 10)
     passed = stream.feed(large, covered=ALL)
-    stream.close()
+    seen = meter.output_seen
+    stream.close(covered=ALL)
     assert passed + stream.end() == large
-    assert meter.output_seen == 0
+    assert meter.output_seen == seen == -(-len(passed) // 4)
+
+
+def test_an_event_left_without_its_blank_line_passes_only_as_far_as_it_is_held() -> None:
+    """Else it stays out of the end, and so does nothing else."""
+    for covered, passed in ((1, b""), (2, WORD.rstrip())):
+        stream = _stream()
+        assert stream.feed(WORD + USAGE.replace(b":2}", b":1}") + WORD.rstrip(), covered=covered) == WORD
+        stream.close(covered=covered)
+        assert stream.end() == USAGE.replace(b":2}", b":1}") + passed
+    stream = _stream()
+    stream.feed(WORD + USAGE.rstrip(), covered=1)
+    stream.close(covered=1)
+    assert stream.end() == USAGE.rstrip()
+
+
+def test_an_event_too_large_to_read_is_held_by_its_bytes() -> None:
+    """So it is no way around a limit."""
+    stream = _stream()
+    piece = b"data: " + b"x" * (EVENT_BYTES_MAX + 10)
+    assert stream.feed(piece, covered=1000) == b""
+    assert stream.is_held_up
+    assert stream.feed(b"", covered=EVENT_BYTES_MAX) == piece[:-2]
 
 
 def test_a_stream_that_ended_as_it_should_has_nothing_left_to_read() -> None:
     """Closing it changes nothing."""
     stream = _stream()
     stream.feed(WORD + USAGE + DONE, covered=ALL)
-    stream.close()
+    stream.close(covered=ALL)
     assert stream.end() == USAGE + DONE
 
 
@@ -278,7 +305,7 @@ def test_a_response_is_ended_with_the_text_that_passed() -> None:
 
 EVENTS = st.one_of(
     st.text("xyé", min_size=1, max_size=6).map(_says),
-    st.sampled_from([WORD, FINISH, b": ping\n\n", b"data: <html>\n\n", _says("")]),
+    st.sampled_from([WORD, FINISH, b": ping\n\n", b"data: \n\n", _says("")]),
 )
 
 
@@ -313,7 +340,7 @@ def test_no_more_passes_than_is_held(
     assert not held.is_held_up
     shown = whole if body == ASKED else whole.replace(USAGE.replace(b"\n", newline), b"")
     for stream in (held, free):
-        stream.close()
+        stream.close(covered=ALL)
     assert held.is_over == free.is_over
     assert (passed + held.end(), expected + free.end()) == (shown, shown)
 

@@ -72,6 +72,21 @@ def test_only_nothing_at_all_is_nothing(amount, is_something):
 
 
 @pytest.mark.parametrize(
+    ("tokens", "most", "expected"),
+    [
+        (Tokens(11, 5, 3, 2), Tokens(20, 20), Tokens(11, 5, 3, 2)),
+        (Tokens(11, 5, 3, 2), Tokens(11, 5), Tokens(11, 5, 3, 2)),
+        (Tokens(11, 5, 3, 2), Tokens(2, 9), Tokens(2, 5, 2, 2)),
+        (Tokens(11, 5, 3, 2), Tokens(20, 1), Tokens(11, 1, 3, 1)),
+        (Tokens(11, 5, 3, 2), Tokens(0, 0), Tokens(0, 0, 0, 0)),
+    ],
+)
+def test_tokens_that_are_bounded_keep_their_parts_inside(tokens, most, expected):
+    """What was cached stays a part of the input, what was thought a part of the output."""
+    assert tokens.at_most(most) == expected
+
+
+@pytest.mark.parametrize(
     ("usage", "provenance", "charge"),
     [
         (Exactly(Tokens(11, 5)), "exactly", Amount(11, 5, 1)),
