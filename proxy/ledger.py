@@ -97,7 +97,7 @@ class Ledger:
         If the caller is cancelled meanwhile, what was reserved is released again.
         """
         queued = self._enqueue(act)
-        patience = asyncio.get_running_loop().call_later(self._wait_s(), self._fail, queued)
+        patience = asyncio.get_running_loop().call_later(self._wait_s(), self._give_up, queued)
         try:
             answer = await queued.answer
         except asyncio.CancelledError:
@@ -252,6 +252,11 @@ class Ledger:
             queued.answer.set_result(answer)
         elif _lets_in(queued) and isinstance(answer, Booked):
             self._enqueue(_taking_back(queued))
+
+    def _give_up(self, queued: _Queued) -> None:
+        """It has waited long enough: who can't let anybody in is not ready, also while a batch still hangs."""
+        self.is_healthy = False
+        self._fail(queued)
 
     @staticmethod
     def _fail(queued: _Queued) -> None:

@@ -30,8 +30,9 @@ UPSTREAM_KEY = "sk-upstream-secret-0123456789"
 BASE = """
 server: {{api: "127.0.0.1:0", admin: "127.0.0.1:0"}}
 database: "{database}"
+ledger_wait: 1s
 upstreams:
-  simulated: {{base_url: "{upstream}", api_key: "{upstream_key}", kind: simulator{more}}}
+  simulated: {{base_url: "{upstream}", api_key: "{upstream_key}", kind: {kind}{more}}}
 """
 
 STAFF = """
@@ -206,9 +207,17 @@ async def stage(
 
 def config_of(policy: str, *, folder: Path, upstream: str, database: str | None = None, more: str = "") -> Config:
     """A config with the listeners on free ports and one upstream, `simulated`."""
-    database = database or f"sqlite:///{folder / 'quotas.db'}"
-    base = BASE.format(database=database, upstream=upstream, upstream_key=UPSTREAM_KEY, more=more)
-    return load_text(base + policy)
+    return load_text(text_of(policy, database=database or sqlite_in(folder), upstream=upstream, more=more))
+
+
+def text_of(policy: str, *, database: str, upstream: str, kind: str = "simulator", more: str = "") -> str:
+    """The YAML of such a config."""
+    return BASE.format(database=database, upstream=upstream, upstream_key=UPSTREAM_KEY, kind=kind, more=more) + policy
+
+
+def sqlite_in(folder: Path) -> str:
+    """The URL of the file that a stage in this folder keeps its books in."""
+    return f"sqlite:///{folder / 'quotas.db'}"
 
 
 Wait = Callable[[], bool]

@@ -19,7 +19,7 @@ from proxy.reservation import Reservation
 from proxy.simulator import Simulator
 from proxy.tokens import Tokenizers
 from proxy.usage import AtLeast, Exactly, Tokens, Usage
-from tests.stage import BASE, STAFF, UPSTREAM_KEY, Stage, key_of, stage, until
+from tests.stage import STAFF, UPSTREAM_KEY, Stage, key_of, sqlite_in, stage, text_of, until
 
 HELLO: Any = [{"role": "user", "content": "Hello"}]
 CHAT = "/v1/chat/completions"
@@ -173,13 +173,10 @@ async def _hesitant(
     upstream.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
     try:
         async with stage(folder=folder, departures=told, upstream=upstream.url, on_disconnect="stop") as on:
-            base = BASE.format(
-                database=folder / "quotas.db",
-                upstream=upstream.url,
-                upstream_key="sk-1",
-                more=", on_disconnect: stop",
+            text = text_of(
+                STAFF, database=sqlite_in(folder), upstream=upstream.url, kind=kind, more=", on_disconnect: stop"
             )
-            on.files.config = load_text(base.replace("kind: simulator", f"kind: {kind}") + STAFF)
+            on.files.config = load_text(text)
             assert await on.server.policies.reload()
             yield on, upstream, told
     finally:

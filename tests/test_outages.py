@@ -28,7 +28,7 @@ from tests.audit import audit, rows, states
 from tests.bare_upstream import bare_upstream, stream_head
 from tests.breakage import failing_writes, full, locked, moved, read_only, replaced, writers
 from tests.builders import DAY, HOUR, NOON
-from tests.stage import BASE, STAFF, UPSTREAM_KEY, Clock, Reply, Stage, key_of, stage, until
+from tests.stage import STAFF, UPSTREAM_KEY, Clock, Reply, Stage, key_of, sqlite_in, stage, text_of, until
 
 CHAT = "/v1/chat/completions"
 HELLO: Any = [{"role": "user", "content": "Hello"}]
@@ -238,10 +238,8 @@ async def _reload(on: Stage, folder: Path, policy: str, *, upstream_name: str = 
     """Put another policy in force, as a changed file does."""
     model = on.server.policies.current.model("fast")
     assert model is not None
-    text = BASE.format(
-        database=folder / "quotas.db", upstream=model.upstream.base_url, upstream_key=UPSTREAM_KEY, more=""
-    )
-    on.files.config = load_text((text + policy).replace("simulated", upstream_name))
+    text = text_of(policy, database=sqlite_in(folder), upstream=model.upstream.base_url)
+    on.files.config = load_text(text.replace("simulated", upstream_name))
     assert await on.server.policies.reload()
 
 
@@ -406,14 +404,12 @@ async def test_what_was_seen_complete_is_on_the_books_after_twenty_kills(tmp_pat
     chance = random.Random(20_261_124)
     simulator = Simulator(UPSTREAM_KEY)
     runner, port = await serve_simulator(simulator)
-    text = BASE.format(
-        database=tmp_path / "quotas.db", upstream=f"http://127.0.0.1:{port}/v1", upstream_key=UPSTREAM_KEY, more=""
-    )
+    text = text_of(ROOMY, database=sqlite_in(tmp_path), upstream=f"http://127.0.0.1:{port}/v1")
     seen = Seen(chance)
     lost: dict[str, tuple[int, int]] = {}
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as http:
         for life in range(LIVES):
-            async with Life(text + ROOMY) as proxy, asyncio.TaskGroup() as clients:
+            async with Life(text) as proxy, asyncio.TaskGroup() as clients:
                 _are_charged(tmp_path / "quotas.db", seen, lost)
                 for _ in range(CLIENTS):
                     clients.create_task(seen.call_on(http, proxy.url))
@@ -425,7 +421,7 @@ async def test_what_was_seen_complete_is_on_the_books_after_twenty_kills(tmp_pat
     assert seen.broken == LIVES * CLIENTS
     assert len(lost) > LIVES
     assert len(seen.complete) > LIVES
-    await _nothing_changes_any_more(text + ROOMY, tmp_path / "quotas.db")
+    await _nothing_changes_any_more(text, tmp_path / "quotas.db")
     _are_charged(tmp_path / "quotas.db", seen, lost)
 
 
@@ -468,10 +464,8 @@ async def test_a_stop_cuts_off_and_books_what_does_not_end_in_time(tmp_path: Pat
     """Thirty streams in flight at SIGTERM: each is charged what had passed, nothing is held, and it exits with 0."""
     upstream = Upstream()
     async with bare_upstream(upstream.serve) as listening:
-        text = BASE.format(
-            database=tmp_path / "quotas.db", upstream=listening.url, upstream_key=UPSTREAM_KEY, more=""
-        )
-        async with Life(text + ROOMY) as proxy, aiohttp.ClientSession() as http:
+        text = text_of(ROOMY, database=sqlite_in(tmp_path), upstream=listening.url)
+        async with Life(text) as proxy, aiohttp.ClientSession() as http:
             streams = [
                 http.post(f"{proxy.url}{CHAT}", json=_ask(99, is_held_back=True), headers=ALICE) for _ in range(30)
             ]

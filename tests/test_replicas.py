@@ -223,15 +223,14 @@ async def test_who_has_waited_long_enough_for_the_database_is_told(database):
 
 
 ASK = {"model": "gpt-4o-mini", "messages": [{"role": "user", "content": "tokens=50"}]}
-POLICY = f"ledger_wait: 1s\n{STAFF}"
 
 
 async def test_two_servers_share_what_a_user_has(database, tmp_path):
     """Nothing to run beside PostgreSQL: what is used through one is seen through the other."""
     now = Clock(wall_clock_ms())
     async with (
-        stage(POLICY, folder=tmp_path, clock=now, database=database.url) as one,
-        stage(POLICY, folder=tmp_path, clock=now, database=database.url) as two,
+        stage(STAFF, folder=tmp_path, clock=now, database=database.url) as one,
+        stage(STAFF, folder=tmp_path, clock=now, database=database.url) as two,
     ):
         replies = await asyncio.gather(*(on.post("/v1/chat/completions", ASK) for on in (one, two) * 10))
         assert {reply.status for reply in replies} == {200}
@@ -242,7 +241,7 @@ async def test_two_servers_share_what_a_user_has(database, tmp_path):
 
 async def test_a_server_whose_database_is_away_says_so(database, tmp_path):
     """503 and when to come again; not ready, so it gets no calls; alive, so nobody kills it; then all is well."""
-    async with stage(POLICY, folder=tmp_path, clock=Clock(wall_clock_ms()), database=database.url) as on:
+    async with stage(STAFF, folder=tmp_path, clock=Clock(wall_clock_ms()), database=database.url) as on:
         assert (await on.post("/v1/chat/completions", ASK)).status == 200
         await asyncio.to_thread(database.server.stop)
         with capture_logs():

@@ -23,7 +23,7 @@ from proxy.usage import Exactly, Tokens
 from tests.audit import audit
 from tests.bare_upstream import Serve, bare_upstream, stream_head
 from tests.builders import DAY, NOON
-from tests.stage import BASE, UPSTREAM_KEY, Clock, Reply, Stage, key_of, stage, until
+from tests.stage import UPSTREAM_KEY, Clock, Reply, Stage, key_of, stage, text_of, until
 
 CHAT, COMPLETIONS, RESPONSES, EMBEDDINGS = (
     f"/v1/{name}" for name in ("chat/completions", "completions", "responses", "embeddings")
@@ -56,13 +56,14 @@ def _daily(limits: str) -> str:
 async def _reload(on: Stage, policy: str, *, kind: str = "simulator") -> None:
     """Put another policy in force, perhaps with an upstream of another kind at the same address."""
     upstream = on.server.policies.current.upstreams["simulated"]
-    base = BASE.format(
-        database=on.files.config.settings.database.removeprefix("sqlite:///"),
+    text = text_of(
+        policy,
+        database=on.files.config.settings.database,
         upstream=upstream.base_url,
-        upstream_key=UPSTREAM_KEY,
+        kind=kind,
         more=f", on_disconnect: {upstream.on_disconnect}",
     )
-    on.files.config = load_text(base.replace("kind: simulator", f"kind: {kind}") + policy)
+    on.files.config = load_text(text)
     assert await on.server.policies.reload()
 
 
