@@ -24,7 +24,7 @@ run: $(RUN_VENV)
 
 test: lint
 	rm -f .coverage
-	$(BIN)/python -m pytest --cov --cov-context=test
+	$(BIN)/python -m pytest -n auto --cov --cov-context=test
 	$(BIN)/python -m tests.full_coverage
 
 lint: .venv/all
