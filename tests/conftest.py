@@ -1,4 +1,4 @@
-"""What all tests share: nothing but how hypothesis runs.
+"""What all tests share: on which databases they are played, and how hypothesis runs.
 
 Hypothesis looks for new examples in each run of a developer, and prints the blob that repeats a failure. Where CI is
 set its examples follow from the tests themselves, so that no change is stopped by what it did not touch. It has no
@@ -14,6 +14,18 @@ from hypothesis import settings
 
 settings.register_profile("house", derandomize=bool(os.environ.get("CI")), print_blob=True, deadline=None)
 settings.load_profile("house")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """What is marked `every_engine` is played once on SQLite and once on PostgreSQL."""
+    if metafunc.definition.get_closest_marker("every_engine"):
+        metafunc.fixturenames.append("_engine")
+        metafunc.parametrize("_engine", ["sqlite", "postgresql"], indirect=True)
+
+
+@pytest.fixture
+def _engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tests.stage.ENGINE", request.param)
 
 
 @pytest.fixture(autouse=True)

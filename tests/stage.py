@@ -23,7 +23,12 @@ from proxy.departure import Departures
 from proxy.simulator import Simulator
 from proxy.simulator import serve as serve_simulator
 from proxy.tokens import Tokenizers, table_folders
+from tests.audit import audit, balance, rows
 from tests.builders import NOON
+from tests.postgres import shared
+
+# The engine of stages that name no database; see `every_engine` in conftest.
+ENGINE = "sqlite"
 
 UPSTREAM_KEY = "sk-upstream-secret-0123456789"
 
@@ -59,13 +64,29 @@ def loaded() -> Tokenizers:
 
 
 class Clock:
-    """The time as the proxy sees it; tests move it."""
+    """The time as the proxy and its database see it; tests move it."""
 
     def __init__(self, now: int = NOON) -> None:
-        self.ms = now
+        self._ms = now
+        self._tell: Callable[[int], object] = lambda ms: None
 
     def __call__(self) -> int:
-        return self.ms
+        return self._ms
+
+    @property
+    def ms(self) -> int:
+        """What it shows."""
+        return self._ms
+
+    @ms.setter
+    def ms(self, ms: int) -> None:
+        self._ms = ms
+        self._tell(ms)
+
+    def when_moved(self, tell: Callable[[int], object]) -> None:
+        """Tell somebody what it shows, now and whenever it is moved."""
+        self._tell = tell
+        tell(self._ms)
 
 
 class Files:
@@ -140,6 +161,29 @@ class Stage:
         call.cancel()
         await asyncio.wait([call])
 
+    async def rows(self, table: str) -> list[dict[str, Any]]:
+        """What is committed in a table of the books, whatever keeps them."""
+        if self.database.startswith("sqlite"):
+            return rows(self._file, table)
+        found = await shared().run(f"SELECT * FROM llm_quota_proxy.{table} ORDER BY 1, 2", url=self.database)
+        return [dict(row) for row in found]
+
+    async def audit(self) -> None:
+        """Each counter of the books holds what its open calls hold, and has used what its ended ones are charged."""
+        if self.database.startswith("sqlite"):
+            audit(self._file)
+        else:
+            balance(await self.rows("calls"), await self.rows("counters"))
+
+    @property
+    def database(self) -> str:
+        """The URL of the books."""
+        return self.files.config.settings.database
+
+    @property
+    def _file(self) -> Path:
+        return Path(self.database.removeprefix("sqlite:///"))
+
     async def at_rest(self) -> None:
         """Wait until no call is in flight: all that was begun is settled."""
         await self.server.at_rest()
@@ -178,8 +222,13 @@ async def stage(
     tokenizers: Tokenizers | None = None,
     database: str | None = None,
 ) -> AsyncIterator[Stage]:
-    """Start both, and stop them in order."""
+    """Start both, and stop them in order.
+
+    Without a `database` the books are in a new one of the engine that is on trial.
+    """
     clock = clock or Clock()
+    if database is None and ENGINE == "postgresql":
+        database = await shared().timed(clock.when_moved)
     simulator = simulator or Simulator(UPSTREAM_KEY)
     runner, port = await serve_simulator(simulator)
     config = config_of(

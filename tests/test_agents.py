@@ -10,8 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.audit import audit
+import pytest
+
 from tests.stage import Reply, Stage, key_of, stage
+
+pytestmark = pytest.mark.every_engine
 
 AGENTS = ("ann", "ben", "cleo", "dan", "eve", "finn")
 LIMIT = 1_000_000
@@ -79,7 +82,7 @@ async def test_six_agents_use_up_what_they_share(tmp_path: Path) -> None:
         assert (used, held) == (given.input_tokens + given.output_tokens, 0)
         assert used <= LIMIT
         assert given.calls == session.answers >= 28
-        audit(tmp_path / "quotas.db")
+        await on.audit()
 
 
 async def test_six_agents_with_one_key_beside_others(tmp_path: Path) -> None:
@@ -119,4 +122,4 @@ async def test_six_agents_with_one_key_beside_others(tmp_path: Path) -> None:
         assert (used + sum(bobs), held) == (given.input_tokens + given.output_tokens, 0)
         assert await on.used("staff/daily", "bob") == (sum(bobs), 0)
         assert given.calls == session.answers + len(bobs)
-        audit(tmp_path / "quotas.db")
+        await on.audit()

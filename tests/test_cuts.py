@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 
-from tests.audit import audit, rows
 from tests.bare_upstream import BareUpstream, bare_upstream, stream_head
 from tests.stage import STAFF, Reply, Stage, key_of, stage
+
+pytestmark = pytest.mark.every_engine
 
 AT_ONCE = 32
 ROOMY = STAFF.replace("tokens: 1M", "tokens: 100M")
@@ -142,14 +143,14 @@ async def _each(items: Iterable[int], act: Callable[[int], Awaitable[None]]) -> 
             group.create_task(worker())
 
 
-def _settled(path: Path) -> dict[str, dict[str, Any]]:
+async def _settled(on: Stage) -> dict[str, dict[str, Any]]:
     """The calls on the books by their ids, after an audit; nothing may be held, and no call be open."""
-    audit(path)
-    for counter in rows(path, "counters"):
+    await on.audit()
+    for counter in await on.rows("counters"):
         assert [counter[f"held_{measure}"] for measure in ("input", "output", "requests")] == [0, 0, 0]
-    calls = {call["id"]: call for call in rows(path, "calls")}
+    calls = {call["id"]: call for call in await on.rows("calls")}
     assert {call["state"] for call in calls.values()} == {"settled"}
-    [counter] = rows(path, "counters")
+    [counter] = await on.rows("counters")
     charged = [sum(call[f"{side}_tokens"] for call in calls.values()) for side in ("input", "output")]
     assert [counter["used_input"], counter["used_output"], counter["used_requests"]] == [*charged, len(calls)]
     return calls
@@ -205,7 +206,7 @@ async def test_a_stream_cut_at_any_byte_is_charged_for_what_passed(
         await _each(range(total + 1), ask)
         await _nothing_is_left(on, upstream)
 
-    calls = _settled(tmp_path / "quotas.db")
+    calls = await _settled(on)
     assert len(calls) == len(replies) == total + 1
     for cut, reply in replies.items():
         call = calls[reply.headers["x-request-id"]]
@@ -280,7 +281,7 @@ async def test_a_client_that_leaves_after_any_event_is_charged_once(
         await _each(range(len(recorded.events)), leave)
         await _nothing_is_left(on, upstream)
 
-    calls = _settled(tmp_path / "quotas.db")
+    calls = await _settled(on)
     assert len(calls) == len(left)
     for position, call_id in left.items():
         passed, has_usage = _read(b"".join(recorded.events[:position]))

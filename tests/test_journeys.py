@@ -14,6 +14,8 @@ from proxy.simulator import Simulator
 from proxy.simulator import serve as serve_simulator
 from tests.stage import STAFF, UPSTREAM_KEY, Stage, key_of, stage
 
+pytestmark = pytest.mark.every_engine
+
 HELLO: Any = [{"role": "user", "content": "Hello there, how are you?"}]
 
 SMALL = STAFF.replace("tokens: 1M, requests: 100k", "tokens: 10k")

@@ -20,10 +20,11 @@ from proxy.config import load_text
 from proxy.departure import Departures
 from proxy.simulator import Served, Simulator
 from proxy.usage import Exactly, Tokens
-from tests.audit import audit
 from tests.bare_upstream import Serve, bare_upstream, stream_head
 from tests.builders import DAY, NOON
 from tests.stage import UPSTREAM_KEY, Clock, Reply, Stage, key_of, stage, text_of, until
+
+pytestmark = pytest.mark.every_engine
 
 CHAT, COMPLETIONS, RESPONSES, EMBEDDINGS = (
     f"/v1/{name}" for name in ("chat/completions", "completions", "responses", "embeddings")
@@ -244,7 +245,7 @@ async def test_a_pot_beside_a_member_s_quota(tmp_path: Path) -> None:
         assert (await _settled(on, third)).through == "team"
         assert await used("bob", "team/pot", "team/mine") == [140, 50]
         assert await used("alice", "staff/daily", "team/pot", "team/mine") == [50, 140, 140]
-        audit(tmp_path / "quotas.db")
+        await on.audit()
 
 
 async def test_unlimited_in_every_group_leaves_the_others_binding(tmp_path: Path) -> None:
@@ -594,7 +595,7 @@ async def test_settling_after_expiry_books_the_difference_once(tmp_path: Path) -
         await on.server.ledger.end(Settle(stream.id, Exactly(Tokens(10, 400)), "complete"))
         assert await on.used() == (30, 0)
         assert await _level(on, measure="requests") == [5, 1, 0, 4]
-        audit(tmp_path / "quotas.db")
+        await on.audit()
 
 
 async def test_a_limit_lowered_under_a_running_stream(tmp_path: Path) -> None:
@@ -654,7 +655,7 @@ async def test_a_user_who_is_removed_or_moved_while_a_stream_runs(becomes: str, 
             assert await _level(on, "other/daily") == [500, 0, 0, 500]
         await _reload(on, _policy(groups))
         assert await _level(on, "staff/daily") == [1000, 30, 0, 970]
-        audit(tmp_path / "quotas.db")
+        await on.audit()
 
 
 # --------------------------------------------------------------------- streams that come to the end of a quota
@@ -753,7 +754,7 @@ async def test_a_stream_at_the_limit_ends_as_its_own_maximum_would_end_it(
         said = next(each.script.choices[0].text for each in served if each.script.is_streamed)
         assert said.startswith(heard.text)
         assert len(said) > len(heard.text) > 0
-        audit(tmp_path / "quotas.db")
+        await on.audit()
 
 
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS, RESPONSES])
@@ -952,7 +953,7 @@ async def test_streams_that_grow_share_the_end_of_a_quota(tmp_path: Path) -> Non
         assert held == 0
         assert 30_000 - 1034 < used <= 30_000
         assert used == sum(10 + _words_in(reply) for reply in answers)
-        audit(tmp_path / "quotas.db")
+        await on.audit()
 
 
 def _left(quotas: Iterable[dict[str, Any]]) -> int:
