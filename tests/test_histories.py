@@ -1,4 +1,4 @@
-"""Whatever happens in whatever order, the books agree with books that are kept another way: in memory, and on SQLite.
+"""Whatever happens in whatever order, the books agree with books that are kept another way: on every engine.
 
 Each history is one of two users, of quotas that change while calls are in flight, of a clock that goes both ways, of
 processes that die and of batches that are done twice. The other books (`Ghost`) give each opening of a counter's
@@ -11,7 +11,7 @@ To try another database, write one more `Kept` and three lines at the end.
 
 import asyncio
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import count
@@ -19,19 +19,22 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Protocol
 
+import asyncpg
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from proxy.admission import Verdict
 from proxy.books import Act, Booked, Books, Entry, Expire, Extend, NotBooked, Release, Reply, Reserve, Settle, Unknown
+from proxy.postgres import PostgresStore
 from proxy.quotas import Binding, Combine, Counter, CounterKey, Enforce, Quota, Route
 from proxy.sqlite import SqliteStore
 from proxy.usage import NOTHING, Amount, AtLeast, Exactly, Measure, Tokens, Unspent, charge_of
 from proxy.windows import Window
-from tests.audit import audit, connected, rows
+from tests.audit import audit, balance, connected, rows
 from tests.breakage import writers
 from tests.builders import DAY, HOUR, exactly, instant, quota, reserve
+from tests.postgres import shared, url_name
 from tests.random_rules import demands
 
 # ------------------------------------------------------------------------------------------------ where they are kept
@@ -129,22 +132,10 @@ class OnSqlite:
         return self._runner.run(self._store.apply(acts, now))
 
     def counters(self) -> dict[CounterKey, Counter]:
-        return {
-            (row["subject"], row["quota_id"]): Counter(
-                Window(row["opened_at"], row["resets_at"]), *(_amount(row, f"{side}_") for side in ("used", "held"))
-            )
-            for row in rows(self._path, "counters")
-        }
+        return _counters(rows(self._path, "counters"))
 
     def calls(self) -> dict[str, Record]:
-        return {
-            row["id"]: Record(
-                row["state"],
-                Amount(row["hold_input"], row["hold_output"], 1),
-                Amount(row["input_tokens"] or 0, row["output_tokens"] or 0, row["requests"] or 0),
-            )
-            for row in rows(self._path, "calls")
-        }
+        return _records(rows(self._path, "calls"))
 
     def everything(self) -> object:
         return rows(self._path, "counters"), rows(self._path, "calls")
@@ -153,13 +144,8 @@ class OnSqlite:
         return self._runner.run(self._store.orphans(owner, 1000))
 
     def put(self, key: CounterKey, counter: Counter) -> None:
-        window, levels = counter.window, (counter.used, counter.held)
-        numbers = [number for each in levels for number in (each.input, each.output, each.requests)]
         with connected(self._path) as connection:
-            connection.execute(
-                "REPLACE INTO counters VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                [*key, window.opened_at, window.resets_at, *numbers],
-            )
+            connection.execute("REPLACE INTO counters VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", _row(key, counter))
 
     def crash(self) -> None:
         path = self._next_path()
@@ -187,6 +173,59 @@ class OnSqlite:
         return store
 
 
+class OnPostgres:
+    """In a database of its own whose clock shows the history's time, written by a store and read with plain SQL."""
+
+    def __init__(self) -> None:
+        self._runner = asyncio.Runner()
+        self._show: Callable[[int], None] = lambda ms: None
+        self._url = self._runner.run(shared().timed(self._follow))
+        self._reader = self._runner.run(asyncpg.connect(self._url))
+        self._store = PostgresStore(self._url)
+
+    def apply(self, acts: Sequence[Act], now: int) -> list[Reply]:
+        self._show(now)
+        return self._runner.run(self._store.apply(acts, now))
+
+    def counters(self) -> dict[CounterKey, Counter]:
+        return _counters(row for row in self._rows("counters") if row["resets_at"])
+
+    def calls(self) -> dict[str, Record]:
+        return _records(self._rows("calls"))
+
+    def everything(self) -> object:
+        return self._rows("counters"), self._rows("calls")
+
+    def orphans(self, owner: str) -> list[str]:
+        return self._runner.run(self._store.orphans(owner, 1000))
+
+    def put(self, key: CounterKey, counter: Counter) -> None:
+        columns = ", ".join(f"${place}" for place in range(1, 11))
+        put = f"INSERT INTO llm_quota_proxy.counters VALUES ({columns})"
+        drop = "DELETE FROM llm_quota_proxy.counters WHERE subject = $1 AND quota_id = $2"
+        self._runner.run(self._reader.execute(drop, *key))
+        self._runner.run(self._reader.execute(put, *_row(key, counter)))
+
+    def crash(self) -> None:
+        self._runner.run(self._store.close())
+        self._store = PostgresStore(self._url)
+
+    def close(self) -> None:
+        self._runner.run(self._store.close())
+        balance(self._rows("calls"), self._rows("counters"))
+        self._runner.run(self._reader.close())
+        self._runner.run(shared().run(f"DROP DATABASE {url_name(self._url)}"))
+        self._runner.close()
+
+    def _rows(self, table: str) -> list[dict[str, Any]]:
+        found = self._runner.run(self._reader.fetch(f"SELECT * FROM llm_quota_proxy.{table} ORDER BY 1, 2"))
+        return [dict(row) for row in found]
+
+    def _follow(self, show: Callable[[int], None]) -> None:
+        self._show = show
+        show(0)
+
+
 @cache
 def _empty_file() -> bytes:
     """A database with its schema: making one takes longer than a history."""
@@ -196,6 +235,32 @@ def _empty_file() -> bytes:
             runner.run(store.open())
             runner.run(store.close())
         return (Path(folder) / "empty.db").read_bytes()
+
+
+def _row(key: CounterKey, counter: Counter) -> list[Any]:
+    window, levels = counter.window, (counter.used, counter.held)
+    numbers = [number for each in levels for number in (each.input, each.output, each.requests)]
+    return [*key, window.opened_at, window.resets_at, *numbers]
+
+
+def _counters(found: Iterable[Mapping[str, Any]]) -> dict[CounterKey, Counter]:
+    return {
+        (row["subject"], row["quota_id"]): Counter(
+            Window(row["opened_at"], row["resets_at"]), *(_amount(row, f"{side}_") for side in ("used", "held"))
+        )
+        for row in found
+    }
+
+
+def _records(found: Iterable[Mapping[str, Any]]) -> dict[str, Record]:
+    return {
+        row["id"]: Record(
+            row["state"],
+            Amount(row["hold_input"], row["hold_output"], 1),
+            Amount(row["input_tokens"] or 0, row["output_tokens"] or 0, row["requests"] or 0),
+        )
+        for row in found
+    }
 
 
 def _amount(row: Mapping[str, int], prefix: str) -> Amount:
@@ -579,7 +644,13 @@ class SqliteHistories(Histories):
     kept = OnSqlite
 
 
+class PostgresHistories(Histories):
+    kept = OnPostgres
+
+
 InMemoryHistories.TestCase.settings = settings(max_examples=250, stateful_step_count=15)
 SqliteHistories.TestCase.settings = settings(max_examples=50, stateful_step_count=15)
+PostgresHistories.TestCase.settings = settings(max_examples=30, stateful_step_count=15)
 TestInMemory = InMemoryHistories.TestCase
 TestOnSqlite = SqliteHistories.TestCase
+TestOnPostgres = PostgresHistories.TestCase

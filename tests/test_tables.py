@@ -15,7 +15,7 @@ from proxy.sqlite import SqliteStore
 from proxy.tables import HEAD, NewerSchema, metadata, migrate
 from proxy.usage import Amount
 from tests.audit import audit, connected, contents, rows
-from tests.builders import NOON, exactly
+from tests.builders import NOON, binding, call, exactly, quota, reserve
 
 
 @pytest.fixture
@@ -143,6 +143,22 @@ def test_a_newer_schema_is_refused_and_left_alone(engine, path):
     with pytest.raises(NewerSchema, match=r"schema 9999.*use the release that wrote it"):
         migrated(engine)
     assert contents(path) == before
+
+
+async def test_a_release_runs_on_the_schema_of_the_next(engine, path):
+    """Migrations only add, so who is replaced last, or must start once more, goes on with what it knows."""
+    migrated(engine)
+    with connected(path) as connection:
+        connection.execute(f"UPDATE alembic_version SET version_num = '{int(HEAD) + 1:04}'")
+        connection.execute("ALTER TABLE counters ADD COLUMN used_cost BIGINT NOT NULL DEFAULT 0")
+        connection.execute("ALTER TABLE calls ADD COLUMN note TEXT")
+    store = SqliteStore(path)
+    await store.open()
+    await store.apply([reserve("1", binding([quota("staff/daily", tokens=1000)]), call(100, 400))], NOON)
+    [booked] = await store.apply([Settle("1", exactly(80, 40), "complete")], NOON)
+    assert booked.entry == await store.read_entry("1")
+    await store.close()
+    audit(path)
 
 
 def test_there_is_one_line_of_migrations(engine, path):
