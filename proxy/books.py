@@ -294,7 +294,7 @@ class Books:
         """Let a line hold so much more, or less; its counter too, unless its window has closed."""
         counter = self.counters.get(line.key)
         if change and counter is not None and counter.window.opened_at == line.opened_at:
-            self._put(line.key, replace(counter, held=counter.held + change))
+            self._put(line.key, Counter(counter.window, counter.used, counter.held + change))
         return replace(line, amount=line.amount + change)
 
     def _at(self, key: CounterKey, quota: Quota) -> Counter:
@@ -320,7 +320,7 @@ class Books:
         counter = self.counters.get(line.key)
         if counter is None or counter.window.opened_at != line.opened_at:
             return  # its window has closed, or the counter was reset: the entry keeps the record
-        self._put(line.key, replace(counter, used=counter.used + used, held=counter.held - held))
+        self._put(line.key, Counter(counter.window, counter.used + used, counter.held - held))
 
     def _note(self, entry: Entry) -> None:
         self.entries[entry.id] = entry
@@ -340,8 +340,10 @@ def shares(lines: tuple[Line, ...], charge: Amount) -> list[Amount]:
     Of several lines for one counter each is charged up to what it holds, in the order of their windows, and the last
     one the rest.
     """
-    left: dict[CounterKey, Amount] = {}
     last = {line.key: place for place, line in enumerate(lines)}
+    if len(last) == len(lines):
+        return [charge] * len(lines)
+    left: dict[CounterKey, Amount] = {}
     parts = []
     for place, line in enumerate(lines):
         part = left.get(line.key, charge)
@@ -371,7 +373,7 @@ def _opened(act: Reserve, admitted: Admitted, now: int) -> Entry:
 
 
 def _holding(hold: Hold) -> Counter:
-    return replace(hold.counter, held=hold.counter.held + hold.amount)
+    return Counter(hold.counter.window, hold.counter.used, hold.counter.held + hold.amount)
 
 
 def _keys(entry: Entry) -> list[CounterKey]:

@@ -13,6 +13,7 @@ Instants are integers: milliseconds since 1970 in UTC. Local wall time is turned
 import re
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, time, timedelta
+from functools import lru_cache
 from typing import Literal
 from zoneinfo import ZoneInfo
 
@@ -125,6 +126,7 @@ def _local_date(now: int, zone: ZoneInfo) -> date:
     return tomorrow if _instant(tomorrow, zone) <= now else shown
 
 
+@lru_cache(maxsize=1024)  # each decision asks for the same few, and time zones take their time
 def _instant(day: date, zone: ZoneInfo) -> int:
     """When `day` begins in `zone`.
 
