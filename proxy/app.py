@@ -9,6 +9,7 @@ import gc
 import resource
 import secrets
 import signal
+import socket
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -26,6 +27,7 @@ from proxy.metrics import Metrics
 from proxy.policy import Policy
 from proxy.relay import Relay
 from proxy.reload import Look, Policies
+from proxy.share import Share
 from proxy.sqlite import SqliteStore
 from proxy.store import Store, StoreUnavailable
 from proxy.tasks import Tasks
@@ -51,7 +53,7 @@ def wall_clock_ms() -> int:
 class Server:
     """One running proxy. `api` and `admin` are its listeners' addresses once it has started."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - see EXEMPT in tests/test_house.py
         self,
         config: Config,
         *,
@@ -60,14 +62,16 @@ class Server:
         look: Callable[[], Look] = lambda: None,
         now: Callable[[], int] = wall_clock_ms,
         departures: Departures | None = None,
+        share: Share | None = None,
     ) -> None:
-        self.metrics = Metrics()
+        self._share = share or Share(f"proxy-{secrets.token_hex(8)}", config.settings.database)
+        self.metrics = Metrics(self._share.metrics)
         self._tokenizers = tokenizers
         self._load = load
         self.policies = Policies(config, load=self._load_whole, look=look, metrics=self.metrics, now=now)
         self.ledger = Ledger(
-            store_of(config.settings.database),
-            owner=f"proxy-{secrets.token_hex(8)}",
+            store_of(self._share.database, self._share.lock),
+            owner=self._share.owner,
             now=now,
             wait_s=lambda: self.policies.current.ledger_wait_s,
         )
@@ -87,6 +91,7 @@ class Server:
         self._settings = config.settings
         self._chores = Tasks()
         self._runners: list[web.AppRunner] = []
+        self._is_leaving = False
         self.api: Address | None = None
         self.admin: Address | None = None
 
@@ -102,21 +107,30 @@ class Server:
     async def start(self) -> None:
         """Begin to serve. Raises what `store.Store.open` raises, or OSError where a port is taken."""
         self._tokenizers.load(_encodings_of(self.policies.current))
-        await self.ledger.start()
+        await self.ledger.start(self._share.dead)
         self.upstreams.open()
-        self.api = await self._listen(self._api.application(), self._settings.api)
-        if self._settings.admin is not None:
-            self.admin = await self._listen(self._admin.application(), self._settings.admin)
+        share, settings = self._share, self._settings
+        self.api = await self._listen(self._api.application(), share.api or settings.api)
+        admin = share.admin or (None if share.api else settings.admin)
+        if admin is not None:
+            self.admin = await self._listen(self._admin.application(), admin)
         self._chores.start("lease", every(LEASE_MS / 4000, self.ledger.renew_lease))
         self._chores.start("sweep", every(LEASE_MS / 2000, self.ledger.sweep))
         self._chores.start("look at the policy", every(_LOOK_EVERY_S, self.policies.reload_if_changed))
 
+    async def leave(self) -> None:
+        """Make way for others on the same sockets: no new connections, and each one ends with its next answer.
+
+        So nobody asks into a connection that is just being closed, as happens when those at rest are closed at once.
+        """
+        self._is_leaving = True
+        await self._accept_no_more()
+
     async def stop(self, grace_s: float = GRACE_S) -> None:
         """End in order; calls get `grace_s` to end by themselves, and are then cut off and settled."""
         self.health.is_stopping = True
+        await self._accept_no_more()
         for runner in self._runners:
-            for site in list(runner.sites):
-                await site.stop()
             if runner.server is not None:
                 runner.server.pre_shutdown()  # connections that are kept alive bring no more calls
         cut_off = await self._api.calls.finish(grace_s)
@@ -128,13 +142,20 @@ class Server:
         await self.upstreams.close()
         await self.ledger.close()
 
+    async def _accept_no_more(self) -> None:
+        for runner in self._runners:
+            for site in list(runner.sites):
+                await site.stop()
+
     def _load_whole(self) -> Config:
         """The config as it is now, with the tokenizers that its models need."""
         config = self._load()
         self._tokenizers.load(_encodings_of(config.policy))
         return config
 
-    async def _listen(self, application: web.Application, address: Address) -> Address:
+    async def _listen(self, application: web.Application, where: Address | tuple[int, ...]) -> Address:
+        """Serve it at an address, or on sockets that we inherited."""
+        application.on_response_prepare.append(self._part_when_leaving)
         runner = web.AppRunner(
             application,
             access_log=None,
@@ -148,9 +169,17 @@ class Server:
         )
         await runner.setup()
         self._runners.append(runner)
-        await web.TCPSite(runner, address.host, address.port, reuse_address=True).start()
+        if isinstance(where, Address):
+            await web.TCPSite(runner, where.host, where.port, reuse_address=True).start()
+        else:
+            for number in where:
+                await web.SockSite(runner, socket.socket(fileno=number)).start()
         host, port = runner.addresses[0][:2]
         return Address(host, port)
+
+    async def _part_when_leaving(self, request: web.Request, response: web.StreamResponse) -> None:
+        if self._is_leaving:
+            response.force_close()
 
 
 def _encodings_of(policy: Policy) -> set[str]:
@@ -189,10 +218,13 @@ def _raise_file_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def store_of(database: str) -> Store:
-    """The engine that a database's URL asks for. Raises StoreUnavailable where it is not installed."""
+def store_of(database: str, lock: int | None = None) -> Store:
+    """The engine that a database's URL asks for; `lock` is on a file that workers share.
+
+    Raises StoreUnavailable where it is not installed.
+    """
     if database.startswith("sqlite:"):
-        return SqliteStore(sqlite_path(database))
+        return SqliteStore(sqlite_path(database), lock=lock)
     try:
         from proxy.postgres import PostgresStore  # its driver is an extra, and takes 10 MB that SQLite doesn't need
     except ModuleNotFoundError as error:

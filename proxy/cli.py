@@ -25,6 +25,7 @@ from proxy.torture import NoCount, Outside
 from proxy.torture_plan import Plan
 from proxy.torture_proxy import NotStarted
 from proxy.torture_report import Report
+from proxy.workers import Command, NotServing, Parent, Tie
 
 _NO, _WRONG = 1, 2
 
@@ -48,10 +49,21 @@ def main(verbose: bool) -> None:
 @click.option("--host", help="Instead of the host of `server.api`.")
 @click.option("--port", type=click.IntRange(0, 65535), help="Instead of the port of `server.api`.")
 @click.option("--admin-port", type=click.IntRange(0, 65535), help="Instead of the port of `server.admin`.")
-def serve_command(path: str, host: str | None, port: int | None, admin_port: int | None) -> None:
-    """Serve until stopped. The policy is reloaded when the file changes, or on SIGHUP."""
-    config = _listening(_load(path), host, port, admin_port)
-    _run(_serve(config, path))
+@click.option("--workers", "count", type=click.IntRange(1, 256), default=1, show_default=True, help="Processes.")
+@click.option("--tie", "tie_number", type=int, hidden=True, help="Be one of those; given by their parent.")
+def serve_command(count: int, tie_number: int | None, path: str, **listeners: Any) -> None:
+    """Serve until stopped. The policy is reloaded when the file changes, or on SIGHUP.
+
+    With several workers SIGUSR2 replaces them by new ones, with the program as it is by then, without losing a call.
+    """
+    tie = _tie(tie_number)
+    config = _listening(_load(path), **listeners)
+    if tie is not None or count == 1:
+        _run(_serve(config, path, tie))
+    else:
+        command = Command((sys.executable, *sys.orig_argv[1:], "--tie"), os.environ)
+        parent = Parent(config, count, command=command, load=lambda: _listening(load(path, os.environ), **listeners))
+        _run(parent.serve(_say_where))
 
 
 @main.command("demo")
@@ -154,10 +166,19 @@ async def _migrate(config: Config) -> None:
         await store.close()
 
 
-async def _serve(config: Config, path: str) -> None:
+async def _serve(config: Config, path: str, tie: Tie | None) -> None:
     read, look = partial(load, path, os.environ), partial(look_at, path)
     with closing(Tokenizers(table_folders(os.environ))) as tokenizers:
-        await serve(Server(config, load=read, look=look, tokenizers=tokenizers), _say_where)
+        share = None if tie is None else tie.share
+        server = Server(config, load=read, look=look, tokenizers=tokenizers, share=share)
+        await serve(server, _say_where if tie is None else tie.serves)
+
+
+def _tie(number: int | None) -> Tie | None:
+    try:
+        return None if number is None else Tie(number)
+    except OSError as error:
+        _give_up(str(error), _WRONG)
 
 
 def _listening(config: Config, host: str | None, port: int | None, admin_port: int | None) -> Config:
@@ -179,13 +200,13 @@ def _load(path: str, otherwise: int = _WRONG) -> Config:
 def _run(work: Coroutine[Any, Any, None]) -> None:
     try:
         uvloop.run(work)
-    except (StoreInUse, StoreUnavailable, NewerSchema, OSError) as error:
+    except (StoreInUse, StoreUnavailable, NewerSchema, NotServing, OSError) as error:
         _give_up(str(error), _WRONG)
     except KeyboardInterrupt:
         pass
 
 
-def _say_where(server: Server) -> None:
+def _say_where(server: Server | Parent) -> None:
     for name, address in (("API", server.api), ("admin", server.admin)):
         if address is not None:
             click.echo(f"{name} on http://{address.host}:{address.port}", err=True)

@@ -17,7 +17,7 @@ act that can't be booked never fails its neighbours: the batch is done again one
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import structlog
@@ -81,12 +81,15 @@ class Ledger:
         """Call `tell` after each batch that gave something back, with the counters that it was given back on."""
         self._tell_of_freed = tell
 
-    async def start(self) -> None:
-        """Open the store, say that this process is alive, charge what a dead one left behind, and begin.
+    async def start(self, dead: Iterable[str] = ()) -> None:
+        """Open the store, say that this process is alive, charge what dead ones left behind, and begin.
 
+        `dead` are owners that have certainly ended, whatever is left of their leases.
         Raises what `Store.open` raises.
         """
         await self._store.open()
+        for owner in dead:
+            await self._store.renew(owner, self._now(), lease_ms=0)
         await self._renew()
         self._loop = self._tasks.start("ledger", self._run())
         await self.expire_orphans()
@@ -126,7 +129,7 @@ class Ledger:
     async def expire_orphans(self) -> int:
         """Charge the open calls of dead processes; returns how many there were."""
         found = 0
-        while ids := await self._store.orphans(self.owner, _ORPHANS_AT_ONCE):
+        while ids := await self._store.orphans(self.owner, self._now(), limit=_ORPHANS_AT_ONCE):
             await asyncio.gather(*(self._enqueue(Expire(call_id)).answer for call_id in ids))
             found += len(ids)
         if found:

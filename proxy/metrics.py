@@ -2,9 +2,13 @@
 
 Labels come from closed lists only: endpoints, outcomes, and the names of quotas and models in the policy. A model
 name that a client made up is counted as "other", so nobody can make a series of their own.
+
+Workers count in files in one folder, and whichever is asked adds them up. The library decides that by the environment
+when it is imported (PROMETHEUS_MULTIPROC_DIR), which the workers' parent sets.
 """
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
+from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 
 from proxy.admission import Refused
 from proxy.books import Entry, Outcome
@@ -12,10 +16,13 @@ from proxy.usage import Usage
 
 
 class Metrics:
-    """The counters of one process, in a registry of their own."""
+    """The counters of one process, in a registry of their own; `folder` is where its siblings count too."""
 
-    def __init__(self) -> None:
-        self._registry = CollectorRegistry()
+    def __init__(self, folder: str | None = None) -> None:
+        self._registry = self._shown = CollectorRegistry()
+        if folder is not None:
+            self._shown = CollectorRegistry()
+            MultiProcessCollector(self._shown, folder)  # type: ignore[no-untyped-call]
         self.calls = Counter(
             "llm_quota_calls",
             "Calls that were let in, by how they ended",
@@ -40,12 +47,23 @@ class Metrics:
             ("quota",),
             registry=self._registry,
         )
-        self.in_flight = Gauge("llm_quota_calls_in_flight", "Calls reserved and not ended", registry=self._registry)
+        self.in_flight = Gauge(
+            "llm_quota_calls_in_flight",
+            "Calls reserved and not ended",
+            registry=self._registry,
+            multiprocess_mode="livesum",
+        )
         self.reload_failed = Gauge(
-            "llm_quota_reload_failed", "1 while the policy file can't be taken", registry=self._registry
+            "llm_quota_reload_failed",
+            "1 while the policy file can't be taken",
+            registry=self._registry,
+            multiprocess_mode="livemax",
         )
         self.reloaded_at = Gauge(
-            "llm_quota_policy_loaded_timestamp_seconds", "When the policy in force was read", registry=self._registry
+            "llm_quota_policy_loaded_timestamp_seconds",
+            "When the policy in force was read; of several workers, where it is the oldest",
+            registry=self._registry,
+            multiprocess_mode="livemin",
         )
 
     def refused(self, refused: Refused) -> None:
@@ -68,4 +86,9 @@ class Metrics:
 
     def exposition(self) -> bytes:
         """All of it in Prometheus' text format."""
-        return generate_latest(self._registry)
+        return generate_latest(self._shown)
+
+
+def forget(pid: int, folder: str) -> None:
+    """A worker has ended: what it counted stays counted, what was true only while it lived goes."""
+    mark_process_dead(pid, folder)  # type: ignore[no-untyped-call]

@@ -113,8 +113,8 @@ class PostgresStore:
         """Say that the process `owner` is alive for so long from now, which the database knows."""
         await self._transaction(lambda writer: writer.renew(owner, lease_ms, _FORGET_OWNER_MS))
 
-    async def orphans(self, owner: str, limit: int) -> list[str]:
-        """The ids of open calls of other processes whose lease has run out."""
+    async def orphans(self, owner: str, now: int, *, limit: int) -> list[str]:
+        """The ids of open calls of other processes whose lease has run out, by the database's time."""
         return [row[0] for row in await self._read(_ORPHANS, owner, limit)]
 
     async def read_counters(self, keys: Sequence[CounterKey]) -> dict[CounterKey, Counter]:

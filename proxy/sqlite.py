@@ -1,11 +1,13 @@
-"""The books in one SQLite file, for one process: load what a batch touches, apply it, write what changed.
+"""The books in one SQLite file, for one machine: load what a batch touches, apply it, write what changed.
 
 Writing is one synchronous function on one connection in a thread of its own: that holds the lock for a fraction of
 a millisecond, where going statement by statement through a busy event loop holds it for tens of them. Reading for
 pages goes through aiosqlite beside it.
 
 Two processes must not write to one SQLite file without knowing of each other, so the store takes an advisory
-lock on a side file for as long as it is open.
+lock on a side file for as long as it is open. Workers of one parent share that lock, and take turns: each waits in
+the system's queue of another lock for every transaction. SQLite's own has no queue, only who happens to look at the
+right moment: without turns one process got 1 batch while another got 5,393.
 """
 
 import asyncio
@@ -40,10 +42,11 @@ T = TypeVar("T")
 class SqliteStore:
     """One SQLite file; see `store.Store`.
 
-    `busy_timeout_s` is how long a transaction waits for a lock that somebody else has on the file.
+    `busy_timeout_s` is how long a transaction waits for a lock that somebody else has on the file. `lock` is the
+    lock that a parent has taken for all its workers, as `hand_over` gave it; without it the process is alone.
     """
 
-    def __init__(self, path: Path, *, busy_timeout_s: float = _BUSY_TIMEOUT_S) -> None:
+    def __init__(self, path: Path, *, busy_timeout_s: float = _BUSY_TIMEOUT_S, lock: int | None = None) -> None:
         self._path = path.resolve()  # by whatever name it is called: one file, one lock
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="ledger")
         file, waits = str(self._path), {"timeout": busy_timeout_s}
@@ -53,12 +56,14 @@ class SqliteStore:
         )
         self._sql = _Statements(self._engine.dialect)
         self._opened: tuple[int, int] | None = None
-        self._lock = -1
+        self._is_alone = lock is None
+        self._lock = -1 if lock is None else lock
+        self._turn = -1
         event.listen(self._engine, "connect", _set_up)
         event.listen(self._engine, "begin", _begin_immediate)
 
     async def open(self) -> None:
-        """Take the file for this process and bring its schema up to date.
+        """Take the file, where nobody took it for us, and bring its schema up to date.
 
         Raises StoreInUse, StoreUnavailable, or tables.NewerSchema.
         """
@@ -72,9 +77,12 @@ class SqliteStore:
         """Say that the process `owner` is alive for so long from now."""
         await self._in_thread(self._renew, {"id": owner, "alive_until": now + lease_ms})
 
-    async def orphans(self, owner: str, limit: int) -> list[str]:
-        """The ids of open calls whose process is not `owner`: as only one has the file, those are dead."""
-        return await self._in_thread(self._orphans, owner, limit)
+    async def orphans(self, owner: str, now: int, *, limit: int) -> list[str]:
+        """The ids of open calls of others: who is alone on the file knows that they are dead.
+
+        Else those are whose lease has run out.
+        """
+        return await self._in_thread(self._orphans, owner, now, limit)
 
     async def read_counters(self, keys: Sequence[CounterKey]) -> dict[CounterKey, Counter]:
         """How these counters stand, read without a lock."""
@@ -91,23 +99,42 @@ class SqliteStore:
                 found = await connection.exec_driver_sql(self._sql.calls_of, _given([entry_id]))
         return next(map(entry_of, found), None)
 
+    def hand_over(self) -> int:
+        """The lock of an open store, to outlive it: nobody else gets the file until all who have it are gone."""
+        return os.dup(self._lock)
+
     async def close(self) -> None:
         """Let go of the file."""
         self._thread.shutdown()
         await self._reading.dispose()
         self._engine.dispose()
-        if self._lock >= 0:
-            os.close(self._lock)
-            self._lock = -1
+        for file in filter(_is_open, (self._turn, self._lock)):
+            os.close(file)
+        self._turn = self._lock = -1
 
     async def _in_thread(self, work: Callable[..., T], *arguments: Any) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, work, *arguments)
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self._in_turn, work, *arguments)
+
+    def _in_turn(self, work: Callable[..., T], *arguments: Any) -> T:
+        if self._turn < 0:
+            return work(*arguments)
+        fcntl.flock(self._turn, fcntl.LOCK_EX)
+        try:
+            return work(*arguments)
+        finally:
+            fcntl.flock(self._turn, fcntl.LOCK_UN)
 
     def _open(self) -> None:
-        self._lock = self._take_lock()
+        if self._is_alone:
+            self._lock = self._take_lock()
+        else:
+            self._turn = self._side_file("turn")
+        self._in_turn(self._migrate)
+        self._opened = self._found()
+
+    def _migrate(self) -> None:
         with _translated(), self._engine.begin() as connection:
             migrate(connection)
-        self._opened = self._found()
 
     def _apply(self, acts: Sequence[Act], now: int) -> list[Reply]:
         self._look_for_it()
@@ -131,23 +158,29 @@ class SqliteStore:
                 row,
             )
 
-    def _orphans(self, owner: str, limit: int) -> list[str]:
+    def _orphans(self, owner: str, now: int, limit: int) -> list[str]:
         self._look_for_it()  # connecting to a file that is gone would make an empty one
         statement = select(calls.c.id).where(calls.c.state == "open", calls.c.owner != owner).limit(limit)
+        if not self._is_alone:
+            alive = select(owners.c.id).where(owners.c.alive_until > now)
+            statement = statement.where(calls.c.owner.not_in(alive))
         with _translated(), self._engine.connect() as connection:
             return list(connection.execute(statement).scalars())
 
-    def _take_lock(self) -> int:
+    def _side_file(self, kind: str) -> int:
         try:
-            lock = os.open(f"{self._path}.lock", os.O_CREAT | os.O_RDWR, 0o600)
+            return os.open(f"{self._path}.{kind}", os.O_CREAT | os.O_RDWR, 0o600)
         except OSError as error:
-            raise StoreUnavailable(f"{self._path}.lock can't be opened: {error.strerror}") from error
+            raise StoreUnavailable(f"{self._path}.{kind} can't be opened: {error.strerror}") from error
+
+    def _take_lock(self) -> int:
+        lock = self._side_file("lock")
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(lock)
             raise StoreInUse(
-                f"Another process is using {self._path}. Stop it first, or use PostgreSQL to run several."
+                f"Another process is using {self._path}. Stop it first; to run several, use --workers, or PostgreSQL."
             ) from None
         return lock
 
@@ -225,6 +258,10 @@ def _set_up(connection: Any, _: object) -> None:
 
 def _begin_immediate(connection: Connection) -> None:
     connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+
+def _is_open(file: int) -> bool:
+    return file >= 0
 
 
 def _given(keys: Sequence[object]) -> tuple[str]:

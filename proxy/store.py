@@ -1,7 +1,7 @@
 """The database as the ledger sees it: what every engine promises, and the ways in which it fails.
 
 The ledger hands over acts and gets their answers; how they are locked, applied and written is the engine's own:
-`sqlite` for one process, `postgres` for as many as share it.
+`sqlite` for the processes of one machine, `postgres` for as many as share it.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from proxy.quotas import Counter, CounterKey
 
 
 class StoreInUse(Exception):
-    """Another process has this database open for writing, and the engine is for one."""
+    """Another process has this database open for writing, and is none of ours."""
 
 
 class StoreUnavailable(Exception):
@@ -50,7 +50,7 @@ class Store(Protocol):
     async def renew(self, owner: str, now: int, *, lease_ms: int) -> None:
         """Say that the process `owner` is alive for so long from now. Raises StoreUnavailable."""
 
-    async def orphans(self, owner: str, limit: int) -> list[str]:
+    async def orphans(self, owner: str, now: int, *, limit: int) -> list[str]:
         """The ids of open calls of dead processes, `owner` being the one that asks. Raises StoreUnavailable."""
 
     async def read_counters(self, keys: Sequence[CounterKey]) -> dict[CounterKey, Counter]:

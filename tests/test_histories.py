@@ -141,7 +141,7 @@ class OnSqlite:
         return rows(self._path, "counters"), rows(self._path, "calls")
 
     def orphans(self, owner: str) -> list[str]:
-        return self._runner.run(self._store.orphans(owner, 1000))
+        return self._runner.run(self._store.orphans(owner, 0, limit=1000))
 
     def put(self, key: CounterKey, counter: Counter) -> None:
         with connected(self._path) as connection:
@@ -197,7 +197,7 @@ class OnPostgres:
         return self._rows("counters"), self._rows("calls")
 
     def orphans(self, owner: str) -> list[str]:
-        return self._runner.run(self._store.orphans(owner, 1000))
+        return self._runner.run(self._store.orphans(owner, 0, limit=1000))
 
     def put(self, key: CounterKey, counter: Counter) -> None:
         columns = ", ".join(f"${place}" for place in range(1, 11))

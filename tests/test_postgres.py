@@ -360,7 +360,7 @@ async def test_many_processes_with_many_members_never_deadlock(server, url, data
             grown = [extend(call_id, who, 30) for call_id, who in live[3:]]
             await apply(store, *ends, *grown, *(reserve(call_id, who, call(5, 10)) for call_id, who in fresh))
             live = [*live[3:], *fresh]
-            others = await store.orphans(name, 3)
+            others = await store.orphans(name, NO_CLOCK, limit=3)
             await apply(store, *(Expire(call_id) for call_id in others))
 
     stores = [PostgresStore(url) for _ in range(4)]
@@ -699,7 +699,7 @@ async def test_what_cannot_be_read_is_unavailable(store, database):
     for ask in (
         store.read_counters(ANN.keys()),
         store.read_entry("1"),
-        store.orphans("me", 1),
+        store.orphans("me", NO_CLOCK, limit=1),
         apply(store, SETTLED),
     ):
         with pytest.raises(StoreUnavailable, match="does not exist"):
@@ -744,9 +744,9 @@ async def test_orphans_are_open_calls_of_those_whose_lease_has_run_out(store, da
     await store.renew("process-1", NO_CLOCK, lease_ms=-1)
     await store.renew("process-2", NO_CLOCK, lease_ms=-1)
     await store.renew("process-2", NO_CLOCK, lease_ms=MINUTE)
-    assert await store.orphans("me", 10) == ["1", "11", "3", "7", "9"]  # process-3 never said that it was alive
-    assert await store.orphans("process-1", 10) == ["11", "3", "7"]
-    assert await store.orphans("me", 2) == ["1", "11"]
+    assert await store.orphans("me", NO_CLOCK, limit=10) == ["1", "11", "3", "7", "9"]  # 3 never said that it lived
+    assert await store.orphans("process-1", NO_CLOCK, limit=10) == ["11", "3", "7"]
+    assert await store.orphans("me", NO_CLOCK, limit=2) == ["1", "11"]
 
 
 async def test_a_process_that_is_long_dead_is_forgotten(store, database):

@@ -384,7 +384,7 @@ async def test_what_cannot_be_read_is_unavailable(store, path):
     with pytest.raises(StoreUnavailable, match="no such table"):
         await store.read_entry("1")
     with pytest.raises(StoreUnavailable, match="no such table"):
-        await store.orphans("me", 10)
+        await store.orphans("me", NOON, limit=10)
 
 
 async def test_a_file_that_is_gone_is_not_made_anew_by_reading(faulty, path):
@@ -415,10 +415,10 @@ async def test_orphans_are_open_calls_of_others(store):
     """Not one's own, and none that has ended; no more at once than asked for."""
     acts = [replace(reserve(str(number), ANN, call(1)), owner=f"process-{number % 2}") for number in range(8)]
     await store.apply([*acts, Settle("0", exactly(1), "complete"), Release("2"), Expire("1")], NOON)
-    assert sorted(await store.orphans("process-0", 10)) == ["3", "5", "7"]
-    assert sorted(await store.orphans("process-1", 10)) == ["4", "6"]
-    assert sorted(await store.orphans("process-2", 10)) == ["3", "4", "5", "6", "7"]
-    assert len(await store.orphans("process-2", 3)) == 3
+    assert sorted(await store.orphans("process-0", NOON, limit=10)) == ["3", "5", "7"]
+    assert sorted(await store.orphans("process-1", NOON, limit=10)) == ["4", "6"]
+    assert sorted(await store.orphans("process-2", NOON, limit=10)) == ["3", "4", "5", "6", "7"]
+    assert len(await store.orphans("process-2", NOON, limit=3)) == 3
 
 
 # --------------------------------------------------------------------------------------------------- whose file it is

@@ -123,7 +123,7 @@ async def test_an_open_call_of_the_release_before_is_settled_by_this_one(engine,
         connection.executescript(FIRST_CALLS)
     store = SqliteStore(path)
     await store.open()
-    assert await store.orphans("process-2", 9) == ["2"]
+    assert await store.orphans("process-2", NOON, limit=9) == ["2"]
     [booked] = await store.apply([Settle("2", exactly(80, 40), "complete")], NOON)
     assert booked.entry == await store.read_entry("2")
     assert (booked.entry.hold, booked.entry.maximum) == (Amount(100, 400, 1), 400)
