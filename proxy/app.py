@@ -155,7 +155,8 @@ class Server:
 
     async def _listen(self, application: web.Application, where: Address | tuple[int, ...]) -> Address:
         """Serve it at an address, or on sockets that we inherited."""
-        application.on_response_prepare.append(self._part_when_leaving)
+        if not isinstance(where, Address):
+            application.on_response_prepare.append(self._part_when_leaving)
         runner = web.AppRunner(
             application,
             access_log=None,
@@ -180,6 +181,7 @@ class Server:
     async def _part_when_leaving(self, request: web.Request, response: web.StreamResponse) -> None:
         if self._is_leaving:
             response.force_close()
+            response.headers["connection"] = "close"  # the library has decided on its headers before it asks us
 
 
 def _encodings_of(policy: Policy) -> set[str]:

@@ -788,6 +788,17 @@ async def test_calls_of_this_process_are_no_orphans(ledger, path):
     assert states(path) == {"1": "open", "2": "expired"}
 
 
+async def test_of_a_worker_that_has_ended_nobody_waits_for_the_lease(ledger, path):
+    """Who is told that it has ended charges its calls at once, and those of no other worker."""
+    for number in range(2):
+        await ledger.reserve(replace(reserve(str(number), ANN, call(1)), owner=f"process-{number}"))
+        await ledger._store.renew(f"process-{number}", NOON, lease_ms=LEASE_MS)
+    worker = Ledger(SqliteStore(path, lock=ledger._store.hand_over()), owner="process-2", now=lambda: NOON)
+    await worker.start(["process-1"])
+    assert states(path) == {"0": "open", "1": "expired"}
+    await worker.close()
+
+
 async def test_a_process_that_was_taken_for_dead_books_the_difference(ledger):
     """It was only slow: its settle still counts, in place of what it was charged."""
     await ledger.reserve(replace(reserve("1", ANN, CALL), owner="process-0"))

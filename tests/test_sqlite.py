@@ -4,6 +4,7 @@ Real files and real faults: a lock that somebody else holds, a full disk, a fail
 """
 
 import asyncio
+import fcntl
 import os
 import signal
 import subprocess
@@ -421,6 +422,21 @@ async def test_orphans_are_open_calls_of_others(store):
     assert len(await store.orphans("process-2", NOON, limit=3)) == 3
 
 
+async def test_of_workers_orphans_are_those_whose_lease_has_run_out(store, path):
+    """The others are alive and in the middle of their calls."""
+    acts = [replace(reserve(str(number), ANN, call(1)), owner=f"process-{number}") for number in range(3)]
+    await store.apply(acts, NOON)
+    worker = SqliteStore(path, lock=store.hand_over())
+    await worker.open()
+    await worker.renew("process-1", NOON, lease_ms=0)
+    await worker.renew("process-2", NOON, lease_ms=1)
+    assert sorted(await worker.orphans("me", NOON, limit=10)) == ["0", "1"]  # of 0 nobody ever said that it lived
+    assert sorted(await worker.orphans("me", NOON + 1, limit=10)) == ["0", "1", "2"]
+    assert sorted(await worker.orphans("process-0", NOON, limit=10)) == ["1"]
+    assert sorted(await store.orphans("me", NOON, limit=10)) == ["0", "1", "2"]  # who is alone knows better
+    await worker.close()
+
+
 # --------------------------------------------------------------------------------------------------- whose file it is
 
 
@@ -441,6 +457,10 @@ async def opened_and_closed(path):
         await store.close()
 
 
+async def opened_and_closed_async(path):
+    await asyncio.to_thread(asyncio.run, opened_and_closed(path))
+
+
 def test_a_second_process_is_refused_until_the_first_is_gone(path):
     """Two that don't know of each other would let in twice as much. A process that is killed lets go too."""
     command = [sys.executable, "-c", OPEN, path]
@@ -451,6 +471,53 @@ def test_a_second_process_is_refused_until_the_first_is_gone(path):
         first.send_signal(signal.SIGKILL)
         first.wait()
     asyncio.run(opened_and_closed(path))
+
+
+async def test_a_lock_that_was_handed_over_outlives_its_store(path):
+    """Until the last of those that have it is gone nobody else gets the file."""
+    parent = SqliteStore(path)
+    await parent.open()
+    workers = [SqliteStore(path, lock=parent.hand_over()) for _ in range(2)]
+    await parent.close()
+    for worker in workers:
+        await worker.open()
+    for worker in workers:
+        with pytest.raises(StoreInUse):
+            await opened_and_closed_async(path)
+        await worker.close()
+    await opened_and_closed_async(path)
+
+
+async def test_workers_make_the_schema_once(path):
+    """However many begin at once on a file that is not there yet."""
+    taken = [os.open(tmp, os.O_RDONLY) for tmp in [os.devnull] * 4]  # any file will do: a parent has locked it
+    workers = [SqliteStore(path, busy_timeout_s=0, lock=lock) for lock in taken]
+    await asyncio.gather(*(worker.open() for worker in workers))
+    acts = [reserve(str(number), ANN, call(100)) for number in range(12)]
+    answers = await asyncio.gather(*(workers[n % 4].apply([act], NOON) for n, act in enumerate(acts)))
+    assert sum(isinstance(answer, Booked) for [answer] in answers) == 10
+    audit(path)
+    for worker in workers:
+        await worker.close()
+
+
+async def test_workers_take_turns(path, tmp_path):
+    """None writes out of turn, however long it waits; and a turn is given back when its batch fails."""
+    first, second = (SqliteStore(path, busy_timeout_s=0, lock=os.open(os.devnull, os.O_RDONLY)) for _ in range(2))
+    await first.open()
+    await second.open()
+    with open(f"{path}.turn") as turn:
+        fcntl.flock(turn, fcntl.LOCK_EX)
+        waiting = asyncio.get_running_loop().create_task(first.apply([reserve("1", ANN, CALL)], NOON))
+        await first.read_entry("1")
+        assert not waiting.done()
+        fcntl.flock(turn, fcntl.LOCK_UN)
+    await waiting
+    with pytest.raises(ZeroDivisionError):
+        await first.apply([unfit(reserve("2", ANN, CALL), binding=BrokenBinding())], NOON)
+    assert isinstance((await second.apply([SETTLED], NOON))[0], Booked)
+    await first.close()
+    await second.close()
 
 
 async def test_a_file_is_the_same_by_any_name(store, path, tmp_path, monkeypatch):
