@@ -488,10 +488,14 @@ async def test_a_lock_that_was_handed_over_outlives_its_store(path):
     await opened_and_closed_async(path)
 
 
+def worker_of(path):
+    """A store of a worker; whether its parent has really locked the file is all the same to it."""
+    return SqliteStore(path, busy_timeout_s=0, lock=os.open(os.devnull, os.O_RDONLY))
+
+
 async def test_workers_make_the_schema_once(path):
     """However many begin at once on a file that is not there yet."""
-    taken = [os.open(tmp, os.O_RDONLY) for tmp in [os.devnull] * 4]  # any file will do: a parent has locked it
-    workers = [SqliteStore(path, busy_timeout_s=0, lock=lock) for lock in taken]
+    workers = [worker_of(path) for _ in range(4)]
     await asyncio.gather(*(worker.open() for worker in workers))
     acts = [reserve(str(number), ANN, call(100)) for number in range(12)]
     answers = await asyncio.gather(*(workers[n % 4].apply([act], NOON) for n, act in enumerate(acts)))
@@ -501,17 +505,18 @@ async def test_workers_make_the_schema_once(path):
         await worker.close()
 
 
-async def test_workers_take_turns(path, tmp_path):
+async def test_workers_take_turns(path):
     """None writes out of turn, however long it waits; and a turn is given back when its batch fails."""
-    first, second = (SqliteStore(path, busy_timeout_s=0, lock=os.open(os.devnull, os.O_RDONLY)) for _ in range(2))
+    first, second = worker_of(path), worker_of(path)
     await first.open()
     await second.open()
-    with open(f"{path}.turn") as turn:
-        fcntl.flock(turn, fcntl.LOCK_EX)
-        waiting = asyncio.get_running_loop().create_task(first.apply([reserve("1", ANN, CALL)], NOON))
-        await first.read_entry("1")
-        assert not waiting.done()
-        fcntl.flock(turn, fcntl.LOCK_UN)
+    turn = os.open(f"{path}.turn", os.O_RDWR)
+    fcntl.flock(turn, fcntl.LOCK_EX)
+    waiting = asyncio.get_running_loop().create_task(first.apply([reserve("1", ANN, CALL)], NOON))
+    for _ in range(20):
+        assert await first.read_entry("1") is None
+    assert not waiting.done()
+    os.close(turn)
     await waiting
     with pytest.raises(ZeroDivisionError):
         await first.apply([unfit(reserve("2", ANN, CALL), binding=BrokenBinding())], NOON)

@@ -267,7 +267,7 @@ async def test_workers_share_a_postgresql(tmp_path: Path) -> None:
         assert await on.process.wait() == 0
 
 
-# ------------------------------------------------------------------------------------------------------- with stand-ins
+# ----------------------------------------------------------------------------------------------------- with stand-ins
 
 # Serves as long as a file is there; else it ends at once, as on a config that can't be taken.
 STAND_IN = r"""
@@ -395,7 +395,8 @@ async def test_a_worker_that_will_not_end_is_killed(parent: Parent, monkeypatch:
     async with stood(parent) as on:
         stopped = on.lines("a worker serves")[0]["pid"]
         os.kill(stopped, signal.SIGSTOP)
-        os.waitid(os.P_PID, stopped, os.WSTOPPED | os.WNOWAIT)  # else the SIGTERM might overtake it
+        # Else the SIGTERM might overtake it.
+        await asyncio.to_thread(os.waitid, os.P_PID, stopped, os.WSTOPPED | os.WNOWAIT)
         signal.raise_signal(signal.SIGTERM)
         await on.task
         assert [line["pid"] for line in on.lines("is killed")] == [stopped]
