@@ -26,7 +26,7 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from proxy.books import Act, Books, Entry, Reply
 from proxy.quotas import Counter, CounterKey
 from proxy.rows import CHANGING, changes_of, counters_of, entry_of, keys_of
-from proxy.store import StoreInUse, StoreRefused, StoreUnavailable
+from proxy.store import Chore, StoreInUse, StoreRefused, StoreUnavailable
 from proxy.tables import calls, counters, migrate, owners
 
 # How long a transaction waits for the file's lock, in seconds.
@@ -91,6 +91,10 @@ class SqliteStore:
                 found = await connection.exec_driver_sql(self._sql.calls_of, _given([entry_id]))
         return next(map(entry_of, found), None)
 
+    async def tend(self, chore: Chore, *given: object) -> int:
+        """Do a piece of upkeep, between two batches."""
+        return await self._in_thread(self._tend, chore.sqlite, given)
+
     async def close(self) -> None:
         """Let go of the file."""
         self._thread.shutdown()
@@ -136,6 +140,14 @@ class SqliteStore:
         statement = select(calls.c.id).where(calls.c.state == "open", calls.c.owner != owner).limit(limit)
         with _translated(), self._engine.connect() as connection:
             return list(connection.execute(statement).scalars())
+
+    def _tend(self, statements: Sequence[str], given: tuple[object, ...]) -> int:
+        self._look_for_it()
+        rows = 0
+        with _translated(), self._engine.begin() as connection:
+            for statement in statements:
+                rows = connection.exec_driver_sql(statement, given).rowcount
+        return rows
 
     def _take_lock(self) -> int:
         try:
