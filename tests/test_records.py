@@ -123,7 +123,10 @@ def records(place, **keep):
 
 ENDS = st.sampled_from(
     [
-        *(lambda i: Settle(i, Exactly(Tokens(90, 60, 30, 20)), "complete"), lambda i: Settle(i, Unspent(1), "rejected")),
+        *(
+            lambda i: Settle(i, Exactly(Tokens(90, 60, 30, 20)), "complete"),
+            lambda i: Settle(i, Unspent(1), "rejected"),
+        ),
         *(lambda i: Settle(i, AtLeast(Tokens(90, 6)), "client_left"), Release, Expire, Expire),
     ]
 )
@@ -236,14 +239,13 @@ async def test_a_connection_that_breaks_while_counting_counts_nothing(tmp_path):
         await place.ended(range(3))
         await place.count()
         await place.ended(range(3, 6))
-        blocked = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
-        cut = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
+        waiting = "FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
         connection = await place.store._connect()
         await connection.execute("BEGIN; SELECT FROM llm_quota_proxy.usage_by_day FOR UPDATE")
         counting = asyncio.create_task(place.count())
-        while not await connection.fetchval(blocked):
-            await asyncio.sleep(0)
-        await connection.execute(f"{cut}; COMMIT")
+        while not await connection.fetchval(f"SELECT count(*) {waiting}"):
+            pass
+        await connection.execute(f"SELECT pg_terminate_backend(pid) {waiting}; COMMIT")
         with pytest.raises(StoreUnavailable):
             await counting
         await connection.close()
