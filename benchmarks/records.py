@@ -26,21 +26,6 @@ _FIRST_DAY = 20_000 * _DAY_MS
 _LOAD = Load(64, 1000)
 
 
-def _fill(calls: str, numbers: str, rows: int, hexadecimal: str) -> str:
-    """Calls in the order of time, the first half of them counted."""
-    at = f"{_FIRST_DAY} + number * {90 * _DAY_MS // rows}"
-    return f"""
-        INSERT INTO {calls} (id, owner, state, user_name, model, endpoint, upstream, through, reserved_at, ended_at,
-            hold_input, hold_output, maximum, lines, would_refuse, input_tokens, output_tokens, cached_tokens,
-            reasoning_tokens, requests, provenance, outcome, counted_as)
-        SELECT 'req_' || {hexadecimal.format(at)} || substr('00000000000000000000' || number, -20), 'process-1',
-            'settled', 'user ' || number % 100, 'gpt-4o-mini', 'chat', 'openai', 'staff', {at}, {at} + 900,
-            100, 400, 400, '[[["user:ann","staff/daily"],1795478400000,[100,400,1]]]', '[]', 90, 60, 0,
-            0, 1, 'exactly', 'complete', CASE WHEN number < {rows // 2} THEN 'settled' END
-        FROM {numbers}
-    """
-
-
 def main() -> None:
     """Print the rates, and a line for each chore and engine."""
     rows = int(sys.argv[1]) if len(sys.argv) > 1 else 1_000_000
@@ -48,24 +33,42 @@ def main() -> None:
         for many in (0, rows):
             path = Path(folder) / f"{many}.db"
             asyncio.run(_made(url := f"sqlite:///{path}"))
-            numbers = f"(WITH RECURSIVE n(number) AS (SELECT 1 UNION ALL SELECT number + 1 FROM n LIMIT {rows}) SELECT * FROM n)"
-            if many:
-                with closing(sqlite3.connect(path)) as connection, connection:
-                    connection.execute(_fill("calls", numbers, rows, "printf('%012x', {})"))
+            with closing(sqlite3.connect(path)) as connection, connection:
+                connection.execute(f"{_NUMBERS} {_INSERT} SELECT {_values(many, _SQLITE_ID)} FROM numbers", [many])
             _measure(f"SQLite, {many:,} calls", url, _LOAD)
         asyncio.run(_time("SQLite", url))
     with _postgres() as (server, runner):
         for many in (0, rows):
             runner.run(_made(url := runner.run(server.fresh())))
-            numbers = f"generate_series(1, {rows}) AS number"
-            hexadecimal = "lpad(to_hex({}), 12, '0')"
-            if many:
-                fill = _fill("llm_quota_proxy.calls", numbers, rows, hexadecimal).replace(
-                    "substr('00000000000000000000' || number, -20)", "lpad(number::text, 20, '0')"
-                )
-                runner.run(server.run(fill, "VACUUM ANALYZE llm_quota_proxy.calls", url=url))
+            fill = f"{_INSERT} SELECT {_values(many, _POSTGRES_ID)} FROM generate_series(1, {many}::bigint) AS number"
+            runner.run(server.run("SET search_path = llm_quota_proxy", fill, "VACUUM ANALYZE calls", url=url))
             _measure(f"PostgreSQL, {many:,} calls", url, _LOAD)
         runner.run(_time("PostgreSQL", url))
+
+
+# SQLite's own series is not in every build of it.
+_NUMBERS = """
+    WITH RECURSIVE numbers(number) AS (
+        SELECT 1 WHERE ?1 > 0 UNION ALL SELECT number + 1 FROM numbers WHERE number < ?1
+    )
+"""
+_SQLITE_ID = "printf('req_%012x%020d', {at}, number)"
+_POSTGRES_ID = "'req_' || lpad(to_hex({at}), 12, '0') || lpad(number::text, 20, '0')"
+_INSERT = """
+    INSERT INTO calls (id, owner, state, user_name, model, endpoint, upstream, through, reserved_at, ended_at,
+        hold_input, hold_output, maximum, lines, would_refuse, input_tokens, output_tokens, cached_tokens,
+        reasoning_tokens, requests, provenance, outcome, counted_as)
+"""
+
+
+def _values(rows: int, entry_id: str) -> str:
+    """Of calls in the order of time, the first half of them counted."""
+    at = f"{_FIRST_DAY} + number * {90 * _DAY_MS // max(1, rows)}"
+    return f"""
+        {entry_id.format(at=at)}, 'process-1', 'settled', 'user ' || number % 100, 'gpt-4o-mini', 'chat', 'openai',
+        'staff', {at}, {at} + 900, 100, 400, 400, '[[["user:ann","staff/daily"],1795478400000,[100,400,1]]]', '[]',
+        90, 60, 0, 0, 1, 'exactly', 'complete', CASE WHEN number < {rows // 2} THEN 'settled' END
+    """
 
 
 async def _made(url: str) -> None:
