@@ -52,12 +52,8 @@ _COLLISIONS = (
 )
 # The driver calls it a mistake of its own where a connection is used in the moment in which it breaks.
 _FAILURES = (
-    PostgresError,
-    asyncpg.InterfaceError,
-    asyncpg.exceptions.InternalClientError,
-    DBAPIError,
-    OSError,
-    TimeoutError,
+    *(PostgresError, asyncpg.InterfaceError, asyncpg.exceptions.InternalClientError),
+    *(DBAPIError, OSError, TimeoutError),
 )
 
 T = TypeVar("T")
@@ -125,9 +121,15 @@ class PostgresStore:
         return next(map(entry_of, await self._read(_READ_CALL, entry_id)), None)
 
     async def tend(self, chore: Chore, *given: object) -> int:
-        """Do a piece of upkeep, beside the batches."""
-        [[rows]] = await self._read(chore.postgres, *given)
-        return int(rows)
+        """Do a piece of upkeep, beside the batches and with their timeouts and plans."""
+        try:
+            async with asyncio.timeout(self._patience.whole_ms / 1000), self._reader() as connection:
+                await connection.execute(self._begin)
+                rows: int = await connection.fetchval(chore.postgres, *given)
+                await connection.execute("COMMIT")
+                return rows
+        except _FAILURES as error:
+            raise StoreUnavailable(_said(error)) from error
 
     async def close(self) -> None:
         """Let go of the connections."""

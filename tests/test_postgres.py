@@ -837,3 +837,13 @@ async def test_upkeep_is_one_statement_that_says_how_many_rows_it_was(store, dat
     )
     assert [await store.tend(chore, who) for who in ("you", "me", "me")] == [0, 1, 0]
     assert await database.rows("owners") == []
+
+
+async def test_upkeep_that_fails_did_nothing(store, database):
+    """Its transaction goes with its connection, and the next one is done on another."""
+    await store.renew("me", NO_CLOCK, lease_ms=MINUTE)
+    gone = "WITH gone AS (DELETE FROM llm_quota_proxy.owners RETURNING 1) SELECT 1 / (count(*) - 1) FROM gone"
+    with pytest.raises(StoreUnavailable, match="division by zero"):
+        await store.tend(Chore(gone, ()))
+    assert len(await database.rows("owners")) == 1
+    assert await store.tend(Chore("SELECT 5", ())) == 5
