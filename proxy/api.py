@@ -21,6 +21,7 @@ from proxy.health import Health
 from proxy.ledger import Ledger
 from proxy.passage import Passage, no_such_model, passage_for
 from proxy.policy import Policy, User
+from proxy.records import id_at
 from proxy.relay import Relay
 from proxy.reload import Policies
 from proxy.standing import standings
@@ -62,8 +63,7 @@ class Api:
 
     @web.middleware
     async def _give_id(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        # Begins with the time, so that new rows go to the end of the ledger's index.
-        request[REQUEST_ID] = f"req_{self._now():012x}{secrets.token_hex(10)}"
+        request[REQUEST_ID] = f"{id_at(self._now())}{secrets.token_hex(10)}"
         return await handler(request)
 
     async def _metered(self, endpoint: Endpoint, request: web.Request) -> web.StreamResponse:

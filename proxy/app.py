@@ -25,6 +25,7 @@ from proxy.health import Health
 from proxy.ledger import LEASE_MS, Ledger
 from proxy.metrics import Metrics
 from proxy.policy import Policy
+from proxy.records import Records
 from proxy.relay import Relay
 from proxy.reload import Look, Policies
 from proxy.share import Share
@@ -36,6 +37,7 @@ from proxy.upstream import Upstreams
 from proxy.waiting import WaitingRoom
 
 _LOOK_EVERY_S = 1.0
+_TEND_EVERY_S = 10.0
 # What is still running this long after the stop is cut off, and settled.
 GRACE_S = 30.0
 # Bearer tokens of several kilobytes are honest (JSON web tokens); the library's 8190 would answer them in plain text.
@@ -69,8 +71,10 @@ class Server:
         self._tokenizers = tokenizers
         self._load = load
         self.policies = Policies(config, load=self._load_whole, look=look, metrics=self.metrics, now=now)
+        store = store_of(self._share.database, self._share.lock)
+        self.records = Records(store, now=now, keep=lambda: self.policies.current.keep)
         self.ledger = Ledger(
-            store_of(self._share.database, self._share.lock),
+            store,
             owner=self._share.owner,
             now=now,
             wait_s=lambda: self.policies.current.ledger_wait_s,
@@ -116,6 +120,7 @@ class Server:
             self.admin = await self._listen(self._admin.application(), admin)
         self._chores.start("lease", every(LEASE_MS / 4000, self.ledger.renew_lease))
         self._chores.start("sweep", every(LEASE_MS / 2000, self.ledger.sweep))
+        self._chores.start("records", every(_TEND_EVERY_S, self.records.tend))
         self._chores.start("look at the policy", every(_LOOK_EVERY_S, self.policies.reload_if_changed))
 
     async def leave(self) -> None:

@@ -14,7 +14,7 @@ from zoneinfo import ZoneInfo
 from proxy import scalars
 from proxy.document import BYTES_MAX, Document, Mistake, Path, read_document
 from proxy.faults import Fault, nearest, placed, read_file
-from proxy.policy import DEFAULT, EVERYONE, Group, Model, Policy, Upstream, User
+from proxy.policy import DEFAULT, EVERYONE, Group, Keep, Model, Policy, Upstream, User
 from proxy.quotas import Globs, Quota
 from proxy.references import ReadFile, Sources
 from proxy.schema import File
@@ -228,6 +228,7 @@ def _policy(file: File, hash: str) -> Policy:
         unmatched=file.unmatched,
         wait_s=file.wait / 1000,
         ledger_wait_s=file.ledger_wait / 1000,
+        keep=Keep(calls_ms=file.keep.calls, days_ms=file.keep.days),
         zone=zone,
         help=file.help,
         admin_digests={digest: name for name, digest in file.admin_keys.items()},

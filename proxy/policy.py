@@ -105,6 +105,14 @@ class User:
     groups: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class Keep:
+    """How long what was used is kept, in milliseconds; None for ever: each call, and the sums of each day."""
+
+    calls_ms: int | None = 90 * 86_400_000
+    days_ms: int | None = 1100 * 86_400_000
+
+
 @dataclass(frozen=True)
 class Policy:
     """Everything that decides about a call. `models` is a closed list unless it is None or has "*"."""
@@ -119,6 +127,7 @@ class Policy:
     unmatched: Literal["refuse", "allow"] = "refuse"
     wait_s: float = 30.0
     ledger_wait_s: float = 10.0
+    keep: Keep = Keep()
     zone: ZoneInfo = field(default_factory=lambda: ZoneInfo("UTC"))
     help: str = ""
     admin_digests: Mapping[str, str] = field(default_factory=dict, repr=False)

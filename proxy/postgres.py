@@ -31,10 +31,9 @@ from sqlalchemy.pool import NullPool
 from proxy.books import Act, Books, Entry, Reply
 from proxy.quotas import Counter, CounterKey
 from proxy.rows import CHANGING, Row, changes_of, counters_of, entry_of, keys_of
-from proxy.store import StoreRefused, StoreUnavailable
-from proxy.tables import calls, counters, migrate
+from proxy.store import Chore, StoreRefused, StoreUnavailable
+from proxy.tables import SCHEMA, calls, counters, migrate
 
-SCHEMA = "llm_quota_proxy"
 # Any number, as long as it is always this one: whoever holds it makes the schema, the others wait.
 _MIGRATION_LOCK = 0x11_90_07_A5
 # How often a batch that collided with another is tried again.
@@ -53,12 +52,8 @@ _COLLISIONS = (
 )
 # The driver calls it a mistake of its own where a connection is used in the moment in which it breaks.
 _FAILURES = (
-    PostgresError,
-    asyncpg.InterfaceError,
-    asyncpg.exceptions.InternalClientError,
-    DBAPIError,
-    OSError,
-    TimeoutError,
+    *(PostgresError, asyncpg.InterfaceError, asyncpg.exceptions.InternalClientError),
+    *(DBAPIError, OSError, TimeoutError),
 )
 
 T = TypeVar("T")
@@ -124,6 +119,17 @@ class PostgresStore:
     async def read_entry(self, entry_id: str) -> Entry | None:
         """One call in the books."""
         return next(map(entry_of, await self._read(_READ_CALL, entry_id)), None)
+
+    async def tend(self, chore: Chore, *given: object) -> int:
+        """Do a piece of upkeep, beside the batches and with their timeouts and plans."""
+        try:
+            async with asyncio.timeout(self._patience.whole_ms / 1000), self._reader() as connection:
+                await connection.execute(self._begin)
+                rows: int = await connection.fetchval(chore.postgres, *given)
+                await connection.execute("COMMIT")
+                return rows
+        except _FAILURES as error:
+            raise StoreUnavailable(_said(error)) from error
 
     async def close(self) -> None:
         """Let go of the connections."""
@@ -376,15 +382,7 @@ _RENEW_LEASE = f"""
     INSERT INTO {SCHEMA}.owners (id, alive_until) VALUES ($1::text, {_NOW} + $2::bigint)
     ON CONFLICT (id) DO UPDATE SET alive_until = excluded.alive_until
 """
-_WRITING = (
-    _MAKE_COUNTERS,
-    _LOCK_COUNTERS,
-    _LOCK_CALLS,
-    _PUT_COUNTERS,
-    _OPEN_CALLS,
-    _CHANGE_CALLS,
-    _RENEW_LEASE,
-)
+_WRITING = (_MAKE_COUNTERS, _LOCK_COUNTERS, _LOCK_CALLS, _PUT_COUNTERS, _OPEN_CALLS, _CHANGE_CALLS, _RENEW_LEASE)
 
 _READ_COUNTERS = f"""
     SELECT kept.* FROM {_GIVEN_KEYS} CROSS JOIN LATERAL (

@@ -78,7 +78,7 @@ def _counter_row(key: CounterKey, counter: Counter) -> Row:
 def entry_of(row: Row) -> Entry:
     """One call."""
     entry_id, owner, state, user, model, endpoint, upstream, through, reserved_at, ended_at, *rest = row
-    hold_input, hold_output, maximum, lines, capped_by, would_refuse, *used, outcome = rest
+    hold_input, hold_output, maximum, lines, capped_by, would_refuse, *used, outcome, _ = rest
     return Entry(
         id=entry_id,
         owner=owner,
@@ -105,6 +105,7 @@ def _call_row(entry: Entry) -> Row:
         *(entry.reserved_at, ended_at, hold_input, hold_output, entry.maximum),
         *(lines, entry.capped_by, orjson.dumps(entry.would_refuse).decode()),
         *used,
+        None,  # not counted into its day
     )
 
 

@@ -16,6 +16,7 @@ from proxy.windows import Duration, parse_per
 
 KEY_CHARACTERS_MIN = 24
 WAIT_MS_MAX = 600_000
+_DAY_MS = 86_400_000
 _MODEL_NAME_MAX = 200
 
 NAME = re.compile(r"^(?!\.\.?$)[A-Za-z0-9._-]{1,100}$")
@@ -66,6 +67,16 @@ def ledger_wait(value: object) -> int:
     if length_ms < 1000:
         raise ValueError("this is shorter than a commit may take; write 1s or more")
     return length_ms
+
+
+def keep(value: object) -> int:
+    """How long records are kept, in milliseconds."""
+    length = parse_per(value, _UTC) if isinstance(value, str) else None
+    if not isinstance(length, Duration) or length.length_ms < _DAY_MS:
+        raise ValueError(
+            "this is no time to keep records; write a duration of 1d or more such as 90d, or null for ever"
+        )
+    return length.length_ms
 
 
 def model_name(text: str) -> str:

@@ -67,6 +67,7 @@ Count = Annotated[int, BeforeValidator(scalars.count), _number(0)]
 Positive = Annotated[int, BeforeValidator(scalars.positive), _number(1)]
 Wait = Annotated[int, BeforeValidator(scalars.wait), _string()]
 LedgerWait = Annotated[int, BeforeValidator(scalars.ledger_wait), _string()]
+KeepFor = Annotated[int, BeforeValidator(scalars.keep), _string()]
 Per = Annotated[str, _AsWritten, AfterValidator(scalars.per)]
 Address = Annotated[str, _AsWritten, AfterValidator(scalars.address)]
 Zone = Annotated[str, AfterValidator(scalars.zone)]
@@ -105,6 +106,26 @@ class Server(Section):
         "127.0.0.1:8081",
         description="host:port of the admin page and API, /metrics and health; null turns this listener off.",
     )
+
+
+class Keep(Section):
+    """How long records are kept; what counts toward the quotas is kept apart from them."""
+
+    called = "keep"
+    may_be_null = frozenset({"calls", "days"})
+
+    calls: KeepFor | None = Field(
+        90 * 86_400_000, description="The records of single calls, as in 90d; null keeps them for ever."
+    )
+    days: KeepFor | None = Field(
+        1100 * 86_400_000, description="The sums of each day, user, group and model; null keeps them for ever."
+    )
+
+    @model_validator(mode="after")
+    def _keeps_sums_longer(self) -> "Keep":
+        if self.days is not None and (self.calls is None or self.days < self.calls):
+            raise ValueError("days is shorter than calls; keep the sums at least as long as what they are sums of")
+        return self
 
 
 class Upstream(Section):
@@ -271,6 +292,7 @@ class File(Section):
         10_000,
         description="How long a call may wait for a database that is away before it is answered 503, as in 10s.",
     )
+    keep: Keep = Field(default=Keep(), description="How long records of what was used are kept.")
     help: Text = Field("", max_length=1000, description="A link or a sentence at the end of every refusal.")
     upstreams: Annotated[dict[Name, Upstream], Field(min_length=1)] = Field(
         description="The servers that calls are forwarded to, by name.",
@@ -297,6 +319,8 @@ def section_at(path: tuple[str | int, ...]) -> type[Section]:
     match path:
         case ("server", _):
             return Server
+        case ("keep", _):
+            return Keep
         case ("upstreams", _, _):
             return Upstream
         case ("models", _, _):
@@ -313,7 +337,8 @@ def section_at(path: tuple[str | int, ...]) -> type[Section]:
 def json_schema() -> str:
     """The JSON Schema of the file, as editors and other checkers read it."""
     schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **_tidied(File.model_json_schema())}
-    schema["$defs"]["Server"]["properties"]["admin"]["type"] = ["string", "null"]
+    for section, name in (("Server", "admin"), ("Keep", "calls"), ("Keep", "days")):
+        schema["$defs"][section]["properties"][name]["type"] = ["string", "null"]
     return json.dumps(schema, indent=2, ensure_ascii=False) + "\n"
 
 

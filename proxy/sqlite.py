@@ -28,7 +28,7 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from proxy.books import Act, Books, Entry, Reply
 from proxy.quotas import Counter, CounterKey
 from proxy.rows import CHANGING, changes_of, counters_of, entry_of, keys_of
-from proxy.store import StoreInUse, StoreRefused, StoreUnavailable
+from proxy.store import Chore, StoreInUse, StoreRefused, StoreUnavailable
 from proxy.tables import calls, counters, migrate, owners
 
 # How long a transaction waits for the file's lock, in seconds.
@@ -103,6 +103,10 @@ class SqliteStore:
         """The lock of an open store, to outlive it: nobody else gets the file until all who have it are gone."""
         return os.dup(self._lock)
 
+    async def tend(self, chore: Chore, *given: object) -> int:
+        """Do a piece of upkeep, between two batches."""
+        return await self._in_thread(self._tend, chore.sqlite, given)
+
     async def close(self) -> None:
         """Let go of the file."""
         self._thread.shutdown()
@@ -166,6 +170,14 @@ class SqliteStore:
             statement = statement.where(calls.c.owner.not_in(alive))
         with _translated(), self._engine.connect() as connection:
             return list(connection.execute(statement).scalars())
+
+    def _tend(self, statements: Sequence[str], given: tuple[object, ...]) -> int:
+        self._look_for_it()
+        rows = 0
+        with _translated(), self._engine.begin() as connection:
+            for statement in statements:
+                rows = connection.exec_driver_sql(statement, given).rowcount
+        return rows
 
     def _side_file(self, kind: str) -> int:
         try:

@@ -5,6 +5,7 @@ The ledger hands over acts and gets their answers; how they are locked, applied 
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from proxy.books import Act, Entry, Reply
@@ -28,6 +29,17 @@ class StoreUnavailable(Exception):
 
 class StoreRefused(Exception):
     """The database would not take this batch; it may take the acts one by one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chore:
+    """A small piece of upkeep, as each engine does it; what is given stands in its text as $1, or ?1, and so on.
+
+    PostgreSQL's is one statement that says how many rows it was; of SQLite's the last one touches so many.
+    """
+
+    postgres: str
+    sqlite: tuple[str, ...]
 
 
 class Store(Protocol):
@@ -58,6 +70,9 @@ class Store(Protocol):
 
     async def read_entry(self, entry_id: str) -> Entry | None:
         """One call in the books. Raises StoreUnavailable."""
+
+    async def tend(self, chore: Chore, *given: object) -> int:
+        """Do it in a transaction of its own; returns how many rows it was. Raises StoreUnavailable."""
 
     async def close(self) -> None:
         """Let go of the database."""

@@ -1,10 +1,22 @@
-"""The schema: counters, calls, owners; and how a database is brought up to it.
+"""The schema: counters, calls, owners, usage by day; and how a database is brought up to it.
 
 A row of `calls` is a reservation while its state is "open" and the usage record of the call afterwards. Counters
 have no foreign keys: the call of a user who was deleted meanwhile still settles. Instants are milliseconds since
 1970 in UTC; amounts are tokens and requests; all of them 64-bit integers. From the first release on migrations only
 add, and a release has one step at the most, so that a release runs on the schema of the next: replicas are replaced
 one by one, and one of the old that dies meanwhile starts again.
+
+How a hundred million calls slow nothing:
+
+* Ids of calls begin with the time (`records.id_at`), so new rows go to the right edge of the key and of its cache,
+  and what is oldest is found by the key: there is no index by `reserved_at` that each call would have to pay for.
+* `calls_open` and `calls_uncounted` are partial: they have what is in flight, and what the next roll-up will count.
+* `counted_as` is the state in which a call was counted into `usage_by_day`. It is set in the transaction that adds
+  the call's sums, so a call is counted once, whoever dies; when an expired call is settled after all, the two differ
+  and the difference is booked. The ledger never writes it.
+
+A row of `usage_by_day` is of the day, in UTC, in which its calls were reserved: its first millisecond. The policy's
+time zone may change; days that were added up can't be taken apart again. `through` is the group.
 """
 
 from importlib.resources import files
@@ -15,7 +27,12 @@ from sqlalchemy import BigInteger, Column, Connection, Index, MetaData, Table, T
 metadata = MetaData()
 
 # The newest step of `migrations`.
-HEAD = "0002"
+HEAD = "0003"
+# Where PostgreSQL has our tables.
+SCHEMA = "llm_quota_proxy"
+
+# Calls that have ended and were not counted into their day as what they are now.
+UNCOUNTED = "state <> 'open' AND (counted_as IS NULL OR counted_as <> state)"
 
 counters = Table(
     "counters",
@@ -59,8 +76,10 @@ calls = Table(
     Column("requests", BigInteger),
     Column("provenance", Text),
     Column("outcome", Text),
+    Column("counted_as", Text),
     Index("calls_open", "owner", sqlite_where=sa.text("state = 'open'"), postgresql_where=sa.text("state = 'open'")),
     Index("calls_by_user", "user_name", "reserved_at"),
+    Index("calls_uncounted", "id", sqlite_where=sa.text(UNCOUNTED), postgresql_where=sa.text(UNCOUNTED)),
     sqlite_with_rowid=False,
 )
 
@@ -69,6 +88,25 @@ owners = Table(
     metadata,
     Column("id", Text, primary_key=True),
     Column("alive_until", BigInteger, nullable=False),
+)
+
+usage_by_day = Table(
+    "usage_by_day",
+    metadata,
+    Column("day", BigInteger, primary_key=True, autoincrement=False),
+    Column("user_name", Text, primary_key=True),
+    Column("through", Text, primary_key=True),
+    Column("model", Text, primary_key=True),
+    Column("calls", BigInteger, nullable=False),
+    Column("requests", BigInteger, nullable=False),
+    Column("input_tokens", BigInteger, nullable=False),
+    Column("output_tokens", BigInteger, nullable=False),
+    Column("cached_tokens", BigInteger, nullable=False),
+    Column("reasoning_tokens", BigInteger, nullable=False),
+    Column("estimated", BigInteger, nullable=False),
+    Index("usage_by_day_of_user", "user_name", "day"),
+    Index("usage_by_day_of_group", "through", "day"),
+    sqlite_with_rowid=False,
 )
 
 

@@ -56,6 +56,23 @@ async def test_a_restart_changes_no_number(tmp_path: Path) -> None:
             assert (await on.get("/v1/quota")).json() == before
 
 
+@pytest.mark.every_engine
+async def test_what_was_used_is_added_up_and_kept_as_the_policy_says(tmp_path: Path, monkeypatch: Any) -> None:
+    """In the background, by itself: the call goes when its time is over, and its day stays."""
+    monkeypatch.setattr("proxy.app._TEND_EVERY_S", 0.01)
+    async with stage(folder=tmp_path) as on:
+        await on.post(CHAT, _ask("tokens=9"))
+        await on.at_rest()
+        while not (days := await on.rows("usage_by_day")):
+            await on.get("/healthz", user=None)
+        [call] = await on.rows("calls")
+        assert [(day["calls"], day["output_tokens"]) for day in days] == [(1, call["output_tokens"])]
+        on.clock.ms += 91 * 86_400_000
+        while await on.rows("calls"):
+            await on.get("/healthz", user=None)
+        assert await on.rows("usage_by_day") == days
+
+
 async def test_a_second_process_on_the_same_file_is_refused(tmp_path: Path) -> None:
     """Two that don't know of each other would both say yes."""
     async with stage(folder=tmp_path) as on:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from proxy import schema
 from proxy.config import Address, BadConfig, Config, Settings, load, load_text, read_some
 from proxy.document import BYTES_MAX
-from proxy.policy import Group, Model, Secret, Upstream, User, digest
+from proxy.policy import Group, Keep, Model, Secret, Upstream, User, digest
 from proxy.quotas import Globs, Limit
 from proxy.windows import Calendar, Duration
 
@@ -29,6 +29,7 @@ database: sqlite:////srv/quotas.db
 timezone: Europe/Berlin
 week_starts: sunday
 ledger_wait: 5s
+keep: {calls: 30d, days: null}
 combine: every_group
 unmatched: allow
 help: Ask ops.
@@ -97,6 +98,8 @@ def test_the_policy_is_what_the_file_says():
     assert policy.key_digests == {digest(KEY): "alice"}
     assert policy.admin_digests == {digest("an-admins-key-of-some-length"): "ops"}
     assert (policy.wait_s, policy.ledger_wait_s) == (30, 5)
+    assert policy.keep == Keep(calls_ms=30 * 86_400_000, days_ms=None)
+    assert load_text(SMALL).policy.keep == Keep()
     assert (policy.combine, policy.unmatched, policy.help) == ("every_group", "allow", "Ask ops.")
     assert policy.zone.key == "Europe/Berlin"
 

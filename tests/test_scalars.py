@@ -17,6 +17,7 @@ DIGEST = hashlib.sha256(A_KEY.encode()).hexdigest()
 NUMBER = "is no whole number from 0 up; write 200000, 200_000, 200k or 5M"
 ADDRESS = "is no address; write host:port: 127.0.0.1:8080, [::1]:8080, or 0.0.0.0:8080 for all interfaces"
 URL = "this is no http:// or https:// address; write one such as https://api.openai.com/v1"
+NO_KEEP = "this is no time to keep records; write a duration of 1d or more such as 90d, or null for ever"
 NO_WAIT = "this is no time to wait; write a duration such as 30s, at most 10m, or 0s for none"
 DATABASE = "this is no database; write sqlite:///quotas.db, or postgresql://user:password@host/name"
 NO_FILE = "this names no file for SQLite; write sqlite:///quotas.db, or sqlite:////var/lib/quotas.db"
@@ -67,6 +68,8 @@ NO_MODEL = "this is no model's name; write 1 to 200 visible characters without b
         (scalars.wait, "0s", 0),
         (scalars.ledger_wait, "1s", 1000),
         (scalars.wait, 0, 0),
+        (scalars.keep, "1d", 86_400_000),
+        (scalars.keep, "52w", 364 * 86_400_000),
         (scalars.key_digest, A_KEY, DIGEST),
         (scalars.key_digest, f"sha256:{DIGEST.upper()}", DIGEST),
         (scalars.secret, "sk-1", Secret("sk-1")),
@@ -179,6 +182,9 @@ def test_what_is_right_is_kept(take: Callable[[object], object], written, kept):
         (scalars.ledger_wait, "11m", NO_WAIT),
         (scalars.ledger_wait, "0s", "this is shorter than a commit may take; write 1s or more"),
         (scalars.wait, "day", NO_WAIT),
+        (scalars.keep, "23h", NO_KEEP),
+        (scalars.keep, "day", NO_KEEP),
+        (scalars.keep, 90, NO_KEEP),
         (scalars.wait, 30, NO_WAIT),
         (scalars.key_digest, "", "this key is empty; write one, or leave it out"),
         (scalars.key_digest, "x" * 23, "this key is too short; write one of 24 random characters or more"),

@@ -9,11 +9,11 @@ from pydantic import ValidationError
 from proxy import schema
 from proxy.policy import Secret
 from proxy.quotas import Limit
-from proxy.schema import File, Group, Model, Quota, Section, Server, Upstream, User, json_schema, section_at
+from proxy.schema import File, Group, Keep, Model, Quota, Section, Server, Upstream, User, json_schema, section_at
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALLEST = {"upstreams": {"box": {"base_url": "http://box/v1"}}}
-SECTIONS = (File, Server, Upstream, Model, Group, Quota, User)
+SECTIONS = (File, Server, Keep, Upstream, Model, Group, Quota, User)
 
 
 def test_the_smallest_file_has_all_defaults():
@@ -25,9 +25,10 @@ def test_the_smallest_file_has_all_defaults():
     assert (file.models, file.default_upstream, file.groups, file.users, file.admin_keys) == (None, None, {}, {}, {})
 
 
-def test_only_the_admin_listener_may_be_null():
-    """Null turns it off; anywhere else an empty key would be a rule that silently isn't there."""
+def test_only_the_admin_listener_and_times_to_keep_may_be_null():
+    """Null turns it off, or keeps for ever; anywhere else an empty key would be a rule that silently isn't there."""
     assert File.model_validate(SMALLEST | {"server": {"admin": None}}).server.admin is None
+    assert File.model_validate(SMALLEST | {"keep": {"days": None}}).keep == Keep(days=None)
     for data in ({"server": None}, {"server": {"api": None}}, {"help": None}, {"models": None}):
         with pytest.raises(ValidationError):
             File.model_validate(SMALLEST | data)
@@ -53,6 +54,16 @@ def test_what_happens_when_a_client_leaves_depends_on_the_kind(kind, stated, out
     """Unless it is stated."""
     section = {"base_url": "http://box/v1", "kind": kind} | ({"on_disconnect": stated} if stated else {})
     assert Upstream.model_validate(section).when_client_leaves() == outcome
+
+
+@pytest.mark.parametrize("days", ["89d", "1d"])
+def test_sums_are_kept_at_least_as_long_as_their_calls(days):
+    """A day that is deleted before its calls could come back, of a call that is put right late."""
+    with pytest.raises(ValidationError, match="days is shorter than calls"):
+        File.model_validate(SMALLEST | {"keep": {"days": days}})
+    with pytest.raises(ValidationError, match="days is shorter than calls"):
+        File.model_validate(SMALLEST | {"keep": {"calls": None, "days": "3660d"}})
+    assert File.model_validate(SMALLEST | {"keep": {"calls": days, "days": days}}).keep.calls is not None
 
 
 def test_numbers_that_were_put_in_are_text_and_still_numbers():
@@ -148,6 +159,7 @@ def test_secrets_do_not_show():
     [
         (("a",), File),
         (("server", "a"), Server),
+        (("keep", "a"), Keep),
         (("upstreams", "box", "a"), Upstream),
         (("models", "m", "a"), Model),
         (("groups", "g", "a"), Group),
@@ -178,7 +190,7 @@ def test_the_json_schema_in_config_is_the_one_that_is_printed():
 
 
 def test_the_json_schema_refuses_what_the_file_refuses():
-    """Unknown keys, names that are none, and null but for the admin listener."""
+    """Unknown keys, names that are none, and null but for the admin listener and what is kept for ever."""
     whole = json.loads(json_schema())
     assert whole["$schema"] == "https://json-schema.org/draft/2020-12/schema"
     assert whole["required"] == ["upstreams"]
@@ -186,6 +198,9 @@ def test_the_json_schema_refuses_what_the_file_refuses():
     assert all(part["additionalProperties"] is False for part in (whole, *whole["$defs"].values()))
     assert whole["properties"]["groups"]["additionalProperties"] is False
     assert list(whole["properties"]["groups"]["patternProperties"]) == [schema.scalars.NAME.pattern]
-    assert json_schema().count('"null"') == 1
+    assert json_schema().count('"null"') == 3
+    assert [whole["$defs"]["Keep"]["properties"][name]["type"] for name in ("calls", "days")] == [
+        ["string", "null"]
+    ] * 2
     assert whole["$defs"]["Server"]["properties"]["admin"]["type"] == ["string", "null"]
     assert "title" not in json_schema()

@@ -19,7 +19,7 @@ import pytest
 from proxy.admission import Uncounted, Verdict
 from proxy.books import Booked, Expire, Facts, NotBooked, Release, Settle, Unknown
 from proxy.sqlite import SqliteStore
-from proxy.store import StoreInUse, StoreRefused, StoreUnavailable
+from proxy.store import Chore, StoreInUse, StoreRefused, StoreUnavailable
 from proxy.tables import NewerSchema
 from proxy.usage import Amount, AtLeast, Exactly, Tokens, Unspent
 from tests.audit import audit, connected, contents, rows, states
@@ -667,3 +667,26 @@ def test_making_a_store_touches_nothing(path):
     """Until it is opened there is no file."""
     SqliteStore(path)
     assert list(path.parent.iterdir()) == []
+
+
+# ----------------------------------------------------------------------------------------------------------- upkeep
+
+FORGET = Chore("", ("UPDATE owners SET alive_until = ?1", "DELETE FROM owners WHERE alive_until = ?1"))
+
+
+async def test_upkeep_says_how_many_rows_it_was(store, path):
+    """Of its last statement; all of them are one transaction, so that nobody sees a half of it."""
+    for owner in ("me", "you"):
+        await store.renew(owner, NOON, lease_ms=1)
+    with commits() as seen:
+        assert await store.tend(FORGET, 5) == 2
+    assert len(seen) == 1
+    assert rows(path, "owners") == []
+
+
+async def test_upkeep_that_fails_half_way_did_nothing(store, path):
+    """Its first statement is taken back."""
+    await store.renew("me", NOON, lease_ms=1)
+    with pytest.raises(StoreUnavailable):
+        await store.tend(Chore("", (FORGET.sqlite[0], "SELECT nothing(?1)")), 5)
+    assert [row["alive_until"] for row in rows(path, "owners")] == [NOON + 1]
