@@ -20,7 +20,7 @@ PACKAGE = ROOT / "proxy"
 FLOORS = {
     "ground": (
         "errors windows usage quotas admission books policy standing auth "  # who may what
-        "strict_json sse pictures prompt wire demand ending meter stream headers failures pace".split()
+        "codings strict_json sse pictures prompt wire demand ending meter stream headers failures pace".split()
     ),
     "adapters": (
         "references document scalars schema faults config check "  # the file
@@ -54,7 +54,19 @@ NOT_IN_GROUND = frozenset(
     "ssl structlog subprocess tempfile threading time uvloop yaml".split()
 )
 
-SERVER = {"client", "answering", "health", "api", "admin", "simulator", "app"}
+SERVER = {
+    "client",
+    "answering",
+    "framing",
+    "bodies",
+    "cors",
+    "listener",
+    "health",
+    "api",
+    "admin",
+    "simulator",
+    "app",
+}
 CLOCK = (
     {"app", "cli"},
     "take `now` as a parameter, or a `now` function in the constructor; app.py hands the real one down",
