@@ -22,6 +22,7 @@ from proxy.config import Address, Config
 from proxy.departure import Departures
 from proxy.health import Health
 from proxy.ledger import LEASE_MS, Ledger
+from proxy.listener import Listener
 from proxy.metrics import Metrics
 from proxy.policy import Policy
 from proxy.relay import Relay
@@ -36,9 +37,6 @@ from proxy.waiting import WaitingRoom
 _LOOK_EVERY_S = 1.0
 # What is still running this long after the stop is cut off, and settled.
 GRACE_S = 30.0
-# Bearer tokens of several kilobytes are honest (JSON web tokens); the library's 8190 would answer them in plain text.
-_HEADER_BYTES_MAX = 32_768
-_IDLE_S = 75.0
 
 log = structlog.get_logger("app")
 
@@ -82,7 +80,9 @@ class Server:
             now=now,
         )
         self.health = Health(self.ledger, self.policies)
-        self._api = Api(self.policies, self.ledger, relay=relay, health=self.health, now=now)
+        self._api = Api(
+            self.policies, self.ledger, relay=relay, health=self.health, settings=config.settings, now=now
+        )
         self._admin = Admin(self.metrics, self.health)
         self._settings = config.settings
         self._chores = Tasks()
@@ -135,17 +135,7 @@ class Server:
         return config
 
     async def _listen(self, application: web.Application, address: Address) -> Address:
-        runner = web.AppRunner(
-            application,
-            access_log=None,
-            # A handler only waits for its call, which runs in a task of its own; so it can be cancelled the moment
-            # its client hangs up, and that is how we notice, also while nothing is being written.
-            handler_cancellation=True,
-            keepalive_timeout=_IDLE_S,
-            max_field_size=_HEADER_BYTES_MAX,
-            max_line_size=_HEADER_BYTES_MAX,
-            shutdown_timeout=1.0,
-        )
+        runner = Listener(application, self._settings.patience)
         await runner.setup()
         self._runners.append(runner)
         await web.TCPSite(runner, address.host, address.port, reuse_address=True).start()

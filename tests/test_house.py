@@ -27,7 +27,7 @@ FLOORS = {
         "logs tasks tokens tables rows store sqlite postgres ledger upstream metrics client".split()
     ),
     "story": "reload waiting counting reservation passage departure relay".split(),
-    "doors": "answering health api admin".split(),
+    "doors": "answering framing bodies cors listener health api admin".split(),
     "roof": (
         "simulated_faults simulated_text simulated_frames simulator app demo "
         "torture_plan torture_answers torture_records torture_report torture_verdict "
