@@ -86,7 +86,7 @@ class Api:
         policy = self._policies.current
         user = identify(request.headers.items(), policy)
         call = parse_call(endpoint, await read_body(request, self._patience))
-        client = Client(request, id=request[REQUEST_ID])
+        client = Client(request, id=request[REQUEST_ID], silence_s=self._patience.silence_s)
         passage = passage_for(call, user, policy, client)
         carrying = self.calls.start("call", self._carry(passage))
         try:
