@@ -104,7 +104,7 @@ class Connection(web.RequestHandler):
 
     def data_received(self, data: bytes) -> None:
         """Read on; a head that has begun has to end."""
-        if self._close:  # nothing more is read
+        if self._close:  # it was turned away, or all is over: nothing more is read
             return
         requests = self._request_count
         super().data_received(data)

@@ -141,6 +141,32 @@ async def test_a_silent_stream_is_told_that_it_is_alive_but_never_within_an_even
         writer.close()
 
 
+async def test_what_moved_just_before_a_comment_keeps_it_back() -> None:
+    """The timer may ring, and the stream end its block before the comment has its turn: then nothing is said."""
+
+    async def handler(request: web.Request) -> web.StreamResponse:
+        loop = asyncio.get_running_loop()
+        client = Client(request, id="1", silence_s=0.001)
+        await client.start(200, {})
+        with client.kept_awake(lambda: True):
+            begun = loop.time()
+            while loop.time() < begun + 0.002:
+                pass  # nothing else has its turn, and the timer is overdue
+            await asyncio.sleep(0)  # it rings
+            await asyncio.sleep(0)
+        await client.write(b"data: begins")
+        await asyncio.sleep(0)
+        await client.end()
+        assert client.response
+        return client.response
+
+    async with _served(handler) as port:
+        reader, writer = await _ask(port)
+        seen = await reader.readuntil(b"\r\n0\r\n\r\n")
+        assert KEEP_ALIVE not in seen
+        writer.close()
+
+
 async def test_a_slow_client_is_not_told_that_it_is_alive() -> None:
     """What it has not taken yet moves all the same: comments would only pile up behind it."""
     tasks = Tasks()

@@ -74,8 +74,8 @@ async def test_a_head_in_pieces_and_a_long_body_are_in_time() -> None:
         assert (await client.reply()).body == b"199999"
 
 
-async def test_a_head_without_end_is_a_400_and_takes_no_memory() -> None:
-    """T12: lines that are each short enough, but too much together."""
+async def test_a_head_without_end_is_a_400_and_no_more_is_read(caplog: pytest.LogCaptureFixture) -> None:
+    """T12: lines that are each short enough, but too much together; what follows is dropped unseen."""
     async with _serving(Patience()) as url, bare_client(url) as client:
         client.send(b"GET / HTTP/1.1\r\nHost: x\r\n")
         for number in range(20):
@@ -83,6 +83,8 @@ async def test_a_head_without_end_is_a_400_and_takes_no_memory() -> None:
         reply = await client.reply()
         assert (reply.status, reply.error["code"]) == (400, "bad_framing")
         assert await client.is_closed()
+        await client.writer.drain()
+    assert not caplog.records
 
 
 async def test_an_idle_connection_is_closed() -> None:
