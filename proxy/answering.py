@@ -4,9 +4,9 @@ library itself says no to."""
 from collections.abc import Awaitable, Callable
 
 import structlog
-from aiohttp import web
+from aiohttp import hdrs, web
 
-from proxy.errors import BodyTooLarge, NotServed, ProxyError
+from proxy.errors import NotServed, ProxyError
 from proxy.headers import NAME
 from proxy.strict_json import dump
 
@@ -24,19 +24,30 @@ async def in_openai_shape(request: web.Request, handler: Handler) -> web.StreamR
         return await handler(request)
     except ProxyError as error:
         response = error_response(error, request)
-        if isinstance(error, BodyTooLarge):
-            response.force_close()  # the rest of the body is still on its way, and nobody wants it
+        if error.closes or hdrs.EXPECT in request.headers:
+            # The rest of the request is unknown; also of a client that asked before it sent its body, and may not.
+            response.force_close()
         return response
     except (web.HTTPNotFound, web.HTTPMethodNotAllowed):
-        return error_response(NotServed(f"Invalid URL ({request.method} {request.path[:200]})"), request)
+        return error_response(_no_such_path(request), request)
     except Exception as error:
         log.error("a request failed", exc_info=error, request=request.get(REQUEST_ID))
         return error_response(ProxyError("The proxy made a mistake. It has been logged."), request)
 
 
-def error_response(error: ProxyError, request: web.Request) -> web.Response:
+async def not_served(request: web.Request) -> web.StreamResponse:
+    """The handler of every path that is not served."""
+    raise _no_such_path(request)
+
+
+def error_response(error: ProxyError, request: web.BaseRequest) -> web.Response:
     """The answer that an error is."""
     headers = {"content-type": "application/json", "cache-control": "no-store", "server": NAME, **error.headers}
     if REQUEST_ID in request:
         headers["x-request-id"] = request[REQUEST_ID]
     return web.Response(status=error.status, headers=headers, body=dump(error.body()))
+
+
+def _no_such_path(request: web.Request) -> NotServed:
+    # As it was sent: decoded, `/v1%2fmodels` would look like a path that is served.
+    return NotServed(f"Invalid URL ({request.method} {request.rel_url.raw_path[:200]})")

@@ -10,12 +10,16 @@ from collections.abc import Callable
 from functools import partial
 
 import structlog
-from aiohttp import hdrs, web
+from aiohttp import web
 
-from proxy.answering import REQUEST_ID, Handler, in_openai_shape
+from proxy.answering import REQUEST_ID, Handler, in_openai_shape, not_served
 from proxy.auth import identify
+from proxy.bodies import read_body, when_it_is_read
 from proxy.client import Client
-from proxy.errors import BodyTooLarge, InvalidRequest, ProxyError, UnsupportedEncoding
+from proxy.config import Settings
+from proxy.cors import Cors
+from proxy.errors import ProxyError
+from proxy.framing import well_framed
 from proxy.headers import NAME
 from proxy.health import Health
 from proxy.ledger import Ledger
@@ -31,34 +35,46 @@ from proxy.wire import ENDPOINTS, Endpoint, parse_call
 
 log = structlog.get_logger("api")
 
-# OpenAI takes tens of megabytes (pictures and files as base64); this is after decoding.
-REQUEST_BYTES_MAX = 32 * 2**20
-_TOO_LARGE = f"The request's body is larger than {REQUEST_BYTES_MAX} bytes."
-
 
 class Api:
     """The handlers of the API listener. `now` gives milliseconds since 1970."""
 
     def __init__(
-        self, policies: Policies, ledger: Ledger, *, relay: Relay, health: Health, now: Callable[[], int]
+        self,
+        policies: Policies,
+        ledger: Ledger,
+        *,
+        relay: Relay,
+        health: Health,
+        settings: Settings,
+        now: Callable[[], int],
     ) -> None:
         self.calls = Tasks()
         self._policies = policies
         self._ledger = ledger
         self._relay = relay
         self._health = health
+        self._cors = Cors(settings.cors)
+        self._patience = settings.patience
         self._now = now
 
     def application(self) -> web.Application:
         """The application, to be served with `handler_cancellation` on."""
-        application = web.Application(middlewares=[self._give_id, in_openai_shape])
+        application = web.Application(
+            middlewares=[self._give_id, self._cors.answer_preflight, in_openai_shape, well_framed]
+        )
+        application.on_response_prepare.append(self._cors.mark)
         application.router.add_routes(self._health.routes())
         for prefix in ("/v1", ""):
             for endpoint in ENDPOINTS:
-                application.router.add_post(prefix + endpoint.path, partial(self._metered, endpoint))
+                application.router.add_post(
+                    prefix + endpoint.path, partial(self._metered, endpoint), expect_handler=when_it_is_read
+                )
             application.router.add_get(prefix + "/models", self._models)
             application.router.add_get(prefix + "/models/{model:.+}", self._model)
             application.router.add_get(prefix + "/quota", self._quota)
+        # All else is a 404 of ours, which invites no body either.
+        application.router.add_route("*", "/{anything:.*}", not_served, expect_handler=when_it_is_read)
         return application
 
     @web.middleware
@@ -69,8 +85,8 @@ class Api:
     async def _metered(self, endpoint: Endpoint, request: web.Request) -> web.StreamResponse:
         policy = self._policies.current
         user = identify(request.headers.items(), policy)
-        call = parse_call(endpoint, await _read(request))
-        client = Client(request, id=request[REQUEST_ID])
+        call = parse_call(endpoint, await read_body(request, self._patience))
+        client = Client(request, id=request[REQUEST_ID], silence_s=self._patience.silence_s)
         passage = passage_for(call, user, policy, client)
         carrying = self.calls.start("call", self._carry(passage))
         try:
@@ -134,24 +150,3 @@ def _json(value: object, request: web.Request) -> web.Response:
         "server": NAME,
     }
     return web.Response(headers=headers, body=dump(value))
-
-
-async def _read(request: web.Request) -> bytes:
-    """The body, decoded and bounded."""
-    if request.content_type.startswith("multipart/"):
-        raise UnsupportedEncoding("This endpoint takes JSON: send `Content-Type: application/json`.")
-    coding = request.headers.get(hdrs.CONTENT_ENCODING, "identity").lower()
-    if coding not in ("identity", "gzip", "deflate"):
-        raise UnsupportedEncoding(f"The content coding {coding[:40]!r} can't be read here: send gzip or none.")
-    if request.content_length is not None and request.content_length > REQUEST_BYTES_MAX:
-        raise BodyTooLarge(_TOO_LARGE)
-    body = bytearray()
-    try:
-        # Not `request.read()`, which would keep a second copy for as long as the answer streams.
-        async for chunk in request.content.iter_any():
-            body += chunk
-            if len(body) > REQUEST_BYTES_MAX:
-                raise BodyTooLarge(_TOO_LARGE)
-    except web.RequestPayloadError:
-        raise InvalidRequest("The body could not be read: it is cut short or badly encoded.") from None
-    return bytes(body)

@@ -23,6 +23,7 @@ from proxy.config import Address, Config
 from proxy.departure import Departures
 from proxy.health import Health
 from proxy.ledger import LEASE_MS, Ledger
+from proxy.listener import Listener
 from proxy.metrics import Metrics
 from proxy.policy import Policy
 from proxy.records import Records
@@ -40,9 +41,6 @@ _LOOK_EVERY_S = 1.0
 _TEND_EVERY_S = 10.0
 # What is still running this long after the stop is cut off, and settled.
 GRACE_S = 30.0
-# Bearer tokens of several kilobytes are honest (JSON web tokens); the library's 8190 would answer them in plain text.
-_HEADER_BYTES_MAX = 32_768
-_IDLE_S = 75.0
 
 log = structlog.get_logger("app")
 
@@ -90,7 +88,9 @@ class Server:
             now=now,
         )
         self.health = Health(self.ledger, self.policies)
-        self._api = Api(self.policies, self.ledger, relay=relay, health=self.health, now=now)
+        self._api = Api(
+            self.policies, self.ledger, relay=relay, health=self.health, settings=config.settings, now=now
+        )
         self._admin = Admin(self.metrics, self.health)
         self._settings = config.settings
         self._chores = Tasks()
@@ -162,17 +162,7 @@ class Server:
         """Serve it at an address, or on sockets that we inherited."""
         if not isinstance(where, Address):
             application.on_response_prepare.append(self._part_when_leaving)
-        runner = web.AppRunner(
-            application,
-            access_log=None,
-            # A handler only waits for its call, which runs in a task of its own; so it can be cancelled the moment
-            # its client hangs up, and that is how we notice, also while nothing is being written.
-            handler_cancellation=True,
-            keepalive_timeout=_IDLE_S,
-            max_field_size=_HEADER_BYTES_MAX,
-            max_line_size=_HEADER_BYTES_MAX,
-            shutdown_timeout=1.0,
-        )
+        runner = Listener(application, self._settings.patience)
         await runner.setup()
         self._runners.append(runner)
         if isinstance(where, Address):

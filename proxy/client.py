@@ -6,27 +6,40 @@ own, which asks `is_gone` or is told through `when_gone`. Writing to a client th
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 from aiohttp import web
 
 from proxy.headers import NAME
+from proxy.tasks import Tasks
 
 # A client that takes nothing for this long is taken to be gone: it must not hold an upstream's generation.
 _WRITE_S = 60
+# What is between may take a connection on which nothing moves for dead: load balancers after 60 s, Node after 300.
+_SILENCE_S = 15
+# A line that begins with a colon is a comment (WHATWG, HTML section 9.2.6): every SDK passes over it.
+KEEP_ALIVE = b": keep-alive\n\n"
 
 
 class Client:
     """One client and the response to it. `id` is the request's id, sent as `x-request-id`."""
 
-    def __init__(self, request: web.Request, *, id: str, write_s: float = _WRITE_S) -> None:
+    def __init__(
+        self, request: web.Request, *, id: str, write_s: float = _WRITE_S, silence_s: float = _SILENCE_S
+    ) -> None:
         self.id = id
         self.headers = list(request.headers.items())
         self.is_gone = False
         self.response: web.StreamResponse | None = None
         self._request = request
         self._write_s = write_s
+        self._silence_s = silence_s
         self._when_gone: Callable[[], object] | None = None
+        self._writes = 0  # under way
+        self._written_at = 0.0
+        self._alarm: asyncio.TimerHandle | None = None
+        self._tasks = Tasks()
 
     def when_gone(self, act: Callable[[], object] | None) -> None:
         """Call `act` once the client has gone (None: no longer)."""
@@ -66,8 +79,21 @@ class Client:
         if data:
             await self._to_client(lambda: response.write(data))
 
+    @contextmanager
+    def kept_awake(self, is_between_events: Callable[[], bool]) -> Iterator[None]:
+        """Within the block a stream on which nothing moves is told from time to time that it is alive.
+
+        In a comment of its own, so only where `is_between_events`: within an event it would be a part of it.
+        """
+        self._set_alarm(self._silence_s, is_between_events)
+        try:
+            yield
+        finally:
+            self._stop_alarm()
+
     async def end(self) -> None:
         """Say that the answer is over."""
+        self._stop_alarm()
         response = self.response
         assert response is not None, "start() first"
         await self._to_client(response.write_eof)
@@ -83,10 +109,35 @@ class Client:
         if self.is_gone:
             return
         # A bare timer: a stream has thousands of writes, and asyncio.timeout would cost each of them five times this.
-        deadline = asyncio.get_running_loop().call_later(self._write_s, self.abort)
+        loop = asyncio.get_running_loop()
+        deadline = loop.call_later(self._write_s, self.abort)
+        self._writes += 1
         try:
             await act()
         except ConnectionError:
             self.abort()
         finally:
             deadline.cancel()
+            self._writes -= 1
+            self._written_at = loop.time()
+
+    def _set_alarm(self, after_s: float, is_between_events: Callable[[], bool]) -> None:
+        self._alarm = asyncio.get_running_loop().call_later(after_s, self._look_for_silence, is_between_events)
+
+    def _stop_alarm(self) -> None:
+        if self._alarm is not None:
+            self._alarm.cancel()
+            self._alarm = None
+
+    def _look_for_silence(self, is_between_events: Callable[[], bool]) -> None:
+        # One timer for all the stream, which looks back, and none for each of its thousand writes.
+        silent_s = asyncio.get_running_loop().time() - self._written_at
+        if silent_s >= self._silence_s:
+            self._tasks.start("keep alive", self._say_alive(is_between_events))
+            silent_s = 0
+        self._set_alarm(self._silence_s - silent_s, is_between_events)
+
+    async def _say_alive(self, is_between_events: Callable[[], bool]) -> None:
+        # Asked only here: the stream may have moved since the timer rang. Nothing awaits between this and the bytes.
+        if self._alarm is not None and self._writes == 0 and is_between_events():
+            await self.write(KEEP_ALIVE)

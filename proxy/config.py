@@ -43,12 +43,27 @@ class Address:
 
 
 @dataclass(frozen=True, slots=True)
+class Patience:
+    """How much a listener bears of clients that are slow, or many."""
+
+    connections: int = 4000
+    head_s: float = 10.0  # from a head's first byte to its last
+    idle_s: float = 75.0  # between two requests, and before the first
+    # A body: so long, and a second more for every so many bytes that came. 32 MiB at half a megabit pass.
+    body_s: float = 30.0
+    body_bytes_a_s: int = 65_536
+    silence_s: float = 15.0  # of a stream, until the client is told that the connection is alive
+
+
+@dataclass(frozen=True, slots=True)
 class Settings:
-    """What only a restart changes. `admin` is None where that listener is off."""
+    """What only a restart changes. `admin` is None where that listener is off; `cors` are origins, or "*"."""
 
     api: Address
     admin: Address | None
     database: str = field(repr=False)
+    cors: tuple[str, ...] = ()
+    patience: Patience = Patience()
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +77,8 @@ class Config:
     @property
     def restart_only(self) -> Mapping[str, object]:
         """The sections that a reload does not change, by name, to be compared with those in force."""
-        return {"server": (self.settings.api, self.settings.admin), "database": self.settings.database}
+        server = (self.settings.api, self.settings.admin, self.settings.cors, self.settings.patience)
+        return {"server": server, "database": self.settings.database}
 
 
 def load(path: str, environ: Mapping[str, str], read_bytes: ReadFile | None = None) -> Config:
@@ -203,6 +219,8 @@ def _settings(file: File) -> Settings:
         api=Address(*scalars.split_address(file.server.api)),
         admin=None if admin is None else Address(*scalars.split_address(admin)),
         database=file.database,
+        cors=tuple(file.server.cors),
+        patience=Patience(connections=file.server.connections),
     )
 
 

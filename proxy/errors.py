@@ -3,10 +3,12 @@
     ProxyError
     ├── RequestError          the request has to change; the same one again gets the same answer
     │   ├── InvalidRequest        400
+    │   ├── BadFraming            400  where the request ends, or what it asks for, can't be told for sure
     │   ├── NeverFits             400  context_length_exceeded: larger than a limit, agents answer by compacting
     │   ├── InvalidKey            401
     │   ├── ModelNotFound         404
     │   ├── NotServed             404  a path or method that this proxy does not forward
+    │   ├── TooSlow               408  the head or the body took longer than it may
     │   ├── BodyTooLarge          413
     │   └── UnsupportedEncoding   415
     ├── ClientLeft            499  the client went while its call waited; nobody reads this
@@ -15,6 +17,7 @@
     │   ├── UpstreamBusy          429  the upstream's own rate limit, not a quota of ours
     │   ├── UpstreamExhausted     503  the operator's account at the upstream is used up
     │   └── UpstreamTimeout       504
+    ├── TooManyConnections    503  more connections than this listener holds
     └── LedgerUnavailable     503  the books can't be written, so nothing is let in
 
 The shape of the body is OpenAI's: `{"error": {"message", "type", "param", "code"}}`, all four always present.
@@ -32,6 +35,8 @@ class ProxyError(Exception):
     """
 
     status: ClassVar[int] = 500
+    # Whether the connection is of no more use: the rest of the request is unknown, or nobody wants it.
+    closes: ClassVar[bool] = False
     type: str = "api_error"
     code: str | None = None
 
@@ -70,6 +75,14 @@ class InvalidRequest(RequestError):
         self.code = code
 
 
+class BadFraming(RequestError):
+    """Two readers of this request could see two requests in it, or it is no HTTP at all (RFC 9112 §11.2)."""
+
+    status = 400
+    closes = True
+    code = "bad_framing"
+
+
 class NeverFits(RequestError):
     """The smallest form of this call is larger than a limit, so no reset will ever let it in."""
 
@@ -96,10 +109,19 @@ class NotServed(RequestError):
     status = 404
 
 
+class TooSlow(RequestError):
+    """The request did not come in the time that it may take."""
+
+    status = 408
+    closes = True
+    code = "request_timeout"
+
+
 class BodyTooLarge(RequestError):
     """The request's body is over the limit; the connection is closed after the answer."""
 
     status = 413
+    closes = True
     code = "request_too_large"
 
 
@@ -175,6 +197,18 @@ class UpstreamTimeout(UpstreamError):
 
     status = 504
     code = "upstream_timeout"
+
+
+class TooManyConnections(ProxyError):
+    """This listener holds as many connections as it may."""
+
+    status = 503
+    closes = True
+    type = "server_error"
+    code = "too_many_connections"
+
+    def __init__(self, message: str = "There are too many connections. Try again in a few seconds.") -> None:
+        super().__init__(message, headers={"retry-after": "5"})
 
 
 class LedgerUnavailable(ProxyError):

@@ -149,14 +149,15 @@ class Relay:
         client, stream = passage.client, Stream(reservation.meter)
         await client.start(answer.status, self._head(answer, passage, reservation))
         try:
-            async for chunk in answer.chunks():
-                await client.write(stream.feed(chunk, covered=reservation.covered))
-                while stream.is_held_up:
-                    if not await reservation.grow(self._waiting, wait_s=passage.pause_s, is_gone=client.has_gone):
-                        return await self._end_at_limit(stream, passage, reservation)
-                    await client.write(stream.feed(b"", covered=reservation.covered))
-                if stream.is_over:
-                    break
+            with client.kept_awake(lambda: stream.is_between_events):
+                async for chunk in answer.chunks():
+                    await client.write(stream.feed(chunk, covered=reservation.covered))
+                    while stream.is_held_up:
+                        if not await reservation.grow(self._waiting, wait_s=passage.pause_s, is_gone=client.has_gone):
+                            return await self._end_at_limit(stream, passage, reservation)
+                        await client.write(stream.feed(b"", covered=reservation.covered))
+                    if stream.is_over:
+                        break
         except UpstreamError:
             if not stream.is_between_events:
                 client.abort()  # an error event would become a part of the one that broke off

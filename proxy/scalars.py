@@ -24,6 +24,7 @@ _USER_NAME = re.compile(r"(?!\.\.?$)[A-Za-z0-9._@+-]{1,254}")
 _COUNT = re.compile(r"(0|[1-9][0-9]{0,14}|[1-9][0-9]{0,2}(?:_[0-9]{3}){1,4})([kM]?)")
 _TIMES = {"": 1, "k": 1_000, "M": 1_000_000}
 _ADDRESS = re.compile(r"(?:\[([0-9A-Fa-f:.]{2,45})\]|([A-Za-z0-9]([A-Za-z0-9.-]{0,252})?)):([0-9]{1,5})")
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://(?:\[[0-9a-f:.]{2,45}\]|[a-z0-9._-]{1,253})(?::[1-9][0-9]{0,4})?")
 _VISIBLE = re.compile(r"[!-~]+")
 _SHA256 = re.compile(r"sha256:([0-9a-fA-F]{64})")
 _UTC = ZoneInfo("UTC")
@@ -168,6 +169,16 @@ def split_address(text: str) -> tuple[str, int]:
         except AddressValueError:
             raise ValueError(f'"{text}" has no IPv6 address in its brackets; write [::1]:8080') from None
     return match[1] or match[2], int(match[4])
+
+
+def origin(text: str) -> str:
+    """A web page's origin as browsers write it, or "*" for any."""
+    origin = text.lower().rstrip("/")
+    if text != "*" and not _ORIGIN.fullmatch(origin):
+        raise ValueError(
+            f'"{text}" is no origin; write scheme://host[:port], as in https://app.example, or "*" for all'
+        )
+    return origin
 
 
 def base_url(text: str) -> str:

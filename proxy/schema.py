@@ -70,6 +70,7 @@ LedgerWait = Annotated[int, BeforeValidator(scalars.ledger_wait), _string()]
 KeepFor = Annotated[int, BeforeValidator(scalars.keep), _string()]
 Per = Annotated[str, _AsWritten, AfterValidator(scalars.per)]
 Address = Annotated[str, _AsWritten, AfterValidator(scalars.address)]
+Origin = Annotated[str, AfterValidator(scalars.origin)]
 Zone = Annotated[str, AfterValidator(scalars.zone)]
 BaseUrl = Annotated[str, AfterValidator(scalars.base_url)]
 Database = Annotated[str, AfterValidator(scalars.database)]
@@ -105,6 +106,15 @@ class Server(Section):
     admin: Address | None = Field(
         "127.0.0.1:8081",
         description="host:port of the admin page and API, /metrics and health; null turns this listener off.",
+    )
+    cors: list[Origin] = Field(
+        default=[],
+        description="The origins of web pages whose scripts may call the OpenAI surface, as in https://app.example; "
+        '"*" lets in all. Left out: none.',
+        examples=[["https://app.example"]],
+    )
+    connections: Positive = Field(
+        4000, description="How many connections each listener holds at once; the next gets a 503."
     )
 
 

@@ -10,6 +10,7 @@ import io
 import json
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import aiohttp
 from openai import AsyncOpenAI
 
 from proxy.app import Server
-from proxy.config import Config, load_text
+from proxy.config import Config, Patience, load_text
 from proxy.departure import Departures
 from proxy.simulator import Simulator
 from proxy.simulator import serve as serve_simulator
@@ -221,6 +222,8 @@ async def stage(
     on_disconnect: str | None = None,
     tokenizers: Tokenizers | None = None,
     database: str | None = None,
+    patience: Patience | None = None,
+    cors: tuple[str, ...] = (),
 ) -> AsyncIterator[Stage]:
     """Start both, and stop them in order.
 
@@ -238,6 +241,7 @@ async def stage(
         upstream=upstream or f"http://127.0.0.1:{port}/v1",
         more=f", on_disconnect: {on_disconnect}" if on_disconnect else "",
     )
+    config = replace(config, settings=replace(config.settings, cors=cors, patience=patience or Patience()))
     files = Files(config)
     server = Server(
         config, load=lambda: files.config, now=clock, departures=departures, tokenizers=tokenizers or loaded()

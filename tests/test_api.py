@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from proxy.api import REQUEST_BYTES_MAX
+from proxy.bodies import REQUEST_BYTES_MAX
 from tests.stage import STAFF, Reply, Stage, key_of, stage
 
 HELLO: Any = [{"role": "user", "content": "Hello"}]

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy import schema
-from proxy.config import Address, BadConfig, Config, Settings, load, load_text, read_some
+from proxy.config import Address, BadConfig, Config, Patience, Settings, load, load_text, read_some
 from proxy.document import BYTES_MAX
 from proxy.policy import Group, Keep, Model, Secret, Upstream, User, digest
 from proxy.quotas import Globs, Limit
@@ -73,6 +73,8 @@ def test_the_settings_are_what_only_a_restart_changes():
     assert config.settings == Settings(Address("::1", 9000), None, "sqlite:////srv/quotas.db")
     assert load_text(SMALL).settings.admin == Address("127.0.0.1", 8081)
     assert "password" not in repr(config)
+    pages = load_text(f'{SMALL}server: {{cors: ["https://App.example/", "*"], connections: 2k}}\n').settings
+    assert (pages.cors, pages.patience) == (("https://app.example", "*"), Patience(connections=2000))
 
 
 def test_a_change_that_needs_a_restart_is_seen():
@@ -80,6 +82,8 @@ def test_a_change_that_needs_a_restart_is_seen():
     now, then = load_text(SMALL).restart_only, load_text(f"{SMALL}database: sqlite:///other.db\n").restart_only
     assert now.keys() == then.keys() == {"server", "database"}
     assert [section for section in now if now[section] != then[section]] == ["database"]
+    then = load_text(f"{SMALL}server: {{cors: ['https://app.example']}}\n").restart_only
+    assert [section for section in now if now[section] != then[section]] == ["server"]
 
 
 def test_the_policy_is_what_the_file_says():

@@ -8,6 +8,7 @@ import pytest
 
 from proxy import errors
 from proxy.errors import (
+    BadFraming,
     BodyTooLarge,
     ClientLeft,
     InvalidKey,
@@ -19,6 +20,8 @@ from proxy.errors import (
     ProxyError,
     Refusal,
     RequestError,
+    TooManyConnections,
+    TooSlow,
     UnsupportedEncoding,
     UpstreamBusy,
     UpstreamError,
@@ -29,10 +32,12 @@ from proxy.errors import (
 # What the contract says of each: status, type, code.
 TABLE = {
     InvalidRequest: (400, "invalid_request_error", None),
+    BadFraming: (400, "invalid_request_error", "bad_framing"),
     NeverFits: (400, "invalid_request_error", "context_length_exceeded"),
     InvalidKey: (401, "invalid_request_error", "invalid_api_key"),
     ModelNotFound: (404, "invalid_request_error", "model_not_found"),
     NotServed: (404, "invalid_request_error", None),
+    TooSlow: (408, "invalid_request_error", "request_timeout"),
     BodyTooLarge: (413, "invalid_request_error", "request_too_large"),
     UnsupportedEncoding: (415, "invalid_request_error", None),
     ClientLeft: (499, "api_error", "client_left"),
@@ -41,6 +46,7 @@ TABLE = {
     UpstreamBusy: (429, "rate_limit_error", "upstream_rate_limited"),
     UpstreamExhausted: (503, "upstream_error", "upstream_unavailable"),
     UpstreamTimeout: (504, "upstream_error", "upstream_timeout"),
+    TooManyConnections: (503, "server_error", "too_many_connections"),
     LedgerUnavailable: (503, "server_error", "ledger_unavailable"),
 }
 # These two only gather others; what is raised is one of the table.

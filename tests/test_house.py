@@ -20,14 +20,14 @@ PACKAGE = ROOT / "proxy"
 FLOORS = {
     "ground": (
         "errors windows usage quotas admission books policy standing auth "  # who may what
-        "strict_json sse pictures prompt wire demand ending meter stream headers failures pace".split()
+        "codings strict_json sse pictures prompt wire demand ending meter stream headers failures pace".split()
     ),
     "adapters": (
         "references document scalars schema faults config check "  # the file
         "logs tasks tokens tables rows store sqlite postgres ledger records upstream metrics client".split()
     ),
     "story": "reload waiting counting reservation passage departure relay".split(),
-    "doors": "answering health api admin".split(),
+    "doors": "answering framing bodies cors listener health api admin".split(),
     "roof": (
         "simulated_faults simulated_text simulated_frames simulator share app workers demo "
         "torture_plan torture_answers torture_records torture_report torture_verdict "
@@ -54,7 +54,19 @@ NOT_IN_GROUND = frozenset(
     "ssl structlog subprocess tempfile threading time uvloop yaml".split()
 )
 
-SERVER = {"client", "answering", "health", "api", "admin", "simulator", "app"}
+SERVER = {
+    "client",
+    "answering",
+    "framing",
+    "bodies",
+    "cors",
+    "listener",
+    "health",
+    "api",
+    "admin",
+    "simulator",
+    "app",
+}
 CLOCK = (
     {"app", "cli"},
     "take `now` as a parameter, or a `now` function in the constructor; app.py hands the real one down",

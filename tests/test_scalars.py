@@ -16,6 +16,7 @@ DIGEST = hashlib.sha256(A_KEY.encode()).hexdigest()
 
 NUMBER = "is no whole number from 0 up; write 200000, 200_000, 200k or 5M"
 ADDRESS = "is no address; write host:port: 127.0.0.1:8080, [::1]:8080, or 0.0.0.0:8080 for all interfaces"
+ORIGIN = 'is no origin; write scheme://host[:port], as in https://app.example, or "*" for all'
 URL = "this is no http:// or https:// address; write one such as https://api.openai.com/v1"
 NO_KEEP = "this is no time to keep records; write a duration of 1d or more such as 90d, or null for ever"
 NO_WAIT = "this is no time to wait; write a duration such as 30s, at most 10m, or 0s for none"
@@ -57,6 +58,11 @@ NO_MODEL = "this is no model's name; write 1 to 200 visible characters without b
         (scalars.split_address, "0.0.0.0:0", ("0.0.0.0", 0)),
         (scalars.split_address, "[::1]:8080", ("::1", 8080)),
         (scalars.split_address, "my-host.example:65535", ("my-host.example", 65535)),
+        (scalars.origin, "https://App.example/", "https://app.example"),
+        (scalars.origin, "http://localhost:5173", "http://localhost:5173"),
+        (scalars.origin, "http://[::1]:80", "http://[::1]:80"),
+        (scalars.origin, "app://obsidian.md", "app://obsidian.md"),
+        (scalars.origin, "*", "*"),
         (scalars.base_url, "https://api.openai.com/v1", "https://api.openai.com/v1"),
         (scalars.base_url, "http://[::1]:8000/v1/", "http://[::1]:8000/v1"),
         (scalars.database, "sqlite:///quotas.db", "sqlite:///quotas.db"),
@@ -152,6 +158,11 @@ def test_what_is_right_is_kept(take: Callable[[object], object], written, kept):
             "https://u:secret@a/v1",
             "this holds a user or a password; write the key as api_key: ${NAME}",
         ),
+        (scalars.origin, "app.example", f'"app.example" {ORIGIN}'),
+        (scalars.origin, "https://app.example/v1", f'"https://app.example/v1" {ORIGIN}'),
+        (scalars.origin, "https://*.example", f'"https://*.example" {ORIGIN}'),
+        (scalars.origin, "https://a:0", f'"https://a:0" {ORIGIN}'),
+        (scalars.origin, "null", f'"null" {ORIGIN}'),
         (scalars.base_url, "https://a/v1?x=1", "this has a query or a fragment; write the address up to its path"),
         (scalars.base_url, "https://a/v1#x", "this has a query or a fragment; write the address up to its path"),
         (scalars.database, "quotas.db", DATABASE),
@@ -217,6 +228,7 @@ ANYTHING = st.text() | st.text(alphabet="htps:/@[]?#.0129\n*-!az \0")
         scalars.per,
         scalars.zone,
         scalars.address,
+        scalars.origin,
         scalars.base_url,
         scalars.database,
         scalars.key_digest,

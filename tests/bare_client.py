@@ -1,0 +1,79 @@
+"""A client on a bare socket: a test says byte by byte what it sends.
+
+async with bare_client(on.url) as client:
+    client.send(post(body=b"{}"))
+    assert (await client.reply()).status == 400
+    assert await client.is_closed()
+"""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from urllib.parse import urlsplit
+
+from multidict import CIMultiDict
+
+from tests.stage import Reply, key_of
+
+GOOD = {"model": "fast", "messages": [{"role": "user", "content": "Hello"}]}
+KEY = f"Authorization: Bearer {key_of('alice')}"
+
+
+def post(
+    path: str = "/v1/chat/completions",
+    *headers: str,
+    body: bytes | None = None,
+    host: str = "Host: proxy",
+    length: bool = True,
+    version: str = "HTTP/1.1",
+) -> bytes:
+    """A POST of `body` (left out: a good call) with these header lines after the host's."""
+    body = json.dumps(GOOD).encode() if body is None else body
+    lines = [f"POST {path} {version}", host, *headers, *([f"Content-Length: {len(body)}"] if length else [])]
+    return "\r\n".join([*lines, "", ""]).encode("latin-1") + body
+
+
+def get(path: str, *headers: str, method: str = "GET") -> bytes:
+    """A request without a body."""
+    return "\r\n".join([f"{method} {path} HTTP/1.1", "Host: proxy", *headers, "", ""]).encode("latin-1")
+
+
+class BareClient:
+    """One connection."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.reader = reader
+        self.writer = writer
+
+    def send(self, data: bytes) -> None:
+        """Send, without waiting."""
+        self.writer.write(data)
+
+    async def reply(self) -> Reply:
+        """Read the next reply, which says its length."""
+        head = (await self.reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
+        headers: CIMultiDict[str] = CIMultiDict()
+        for line in head[1:-2]:
+            name, _, value = line.partition(": ")
+            headers.add(name, value)
+        body = await self.reader.readexactly(int(headers.get("content-length", 0)))
+        return Reply(int(head[0].split()[1]), headers, body)
+
+    async def is_closed(self) -> bool:
+        """Wait until the other end has closed; false if it sends more instead."""
+        try:
+            return await self.reader.read(1) == b""
+        except ConnectionError:
+            return True
+
+
+@asynccontextmanager
+async def bare_client(url: str) -> AsyncIterator[BareClient]:
+    """Connect to a listener."""
+    port = urlsplit(url).port
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    try:
+        yield BareClient(reader, writer)
+    finally:
+        writer.transport.abort()

@@ -1,0 +1,101 @@
+"""Browsers: who may call, and what a script may read, also of refusals and streams. wire §6.6."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.bare_client import GOOD
+from tests.stage import STAFF, Reply, Stage, key_of, stage
+
+CHAT = "/v1/chat/completions"
+PAGE = "https://app.example"
+STAINLESS = "x-stainless-lang, X-Stainless-Package-Version, x-stainless-retry-count"
+
+
+async def _preflight(on: Stage, origin: str, asked: str = "authorization, content-type") -> Reply:
+    sent = {
+        "origin": origin,
+        "access-control-request-method": "POST",
+        "access-control-request-headers": asked,
+    }
+    async with on.http.options(on.url + CHAT, headers=sent) as response:
+        return Reply(response.status, response.headers.copy(), await response.read())
+
+
+def _names(reply: Reply, header: str) -> set[str]:
+    return set(reply.headers[header].split(", "))
+
+
+async def test_a_page_of_the_list_is_told_what_it_may_send(tmp_path: Path) -> None:
+    """Without a key, which browsers don't send with such a question; SDKs' own headers are echoed one by one."""
+    async with stage(folder=tmp_path, cors=(PAGE, "app://notes")) as on:
+        reply = await _preflight(on, PAGE, f"authorization, {STAINLESS}, x-evil, x-stainless-a b")
+        assert (reply.status, reply.body) == (204, b"")
+        assert reply.headers["access-control-allow-origin"] == PAGE
+        assert reply.headers["vary"] == "Origin"
+        assert _names(reply, "access-control-allow-methods") == {"GET", "POST", "OPTIONS"}
+        allowed = _names(reply, "access-control-allow-headers")
+        assert {"authorization", "content-type", "api-key", "x-api-key", "openai-organization"} <= allowed
+        assert set(STAINLESS.lower().split(", ")) <= allowed
+        assert not {"x-evil", "*", "x-stainless-a b"} & allowed
+        assert int(reply.headers["access-control-max-age"]) > 600
+        assert (await _preflight(on, "app://notes")).headers["access-control-allow-origin"] == "app://notes"
+
+
+@pytest.mark.parametrize(
+    "origin", ["https://evil.example", "http://app.example", f"{PAGE}:444", f"{PAGE}.evil", "null"]
+)
+async def test_any_other_page_is_told_nothing(origin: str, tmp_path: Path) -> None:
+    """So its browser stops it; and a cache between knows that the answer is for that page alone."""
+    async with stage(folder=tmp_path, cors=(PAGE,)) as on:
+        for reply in (await _preflight(on, origin), await on.post(CHAT, GOOD, headers={"origin": origin})):
+            assert reply.headers["vary"] == "Origin"
+            assert not [name for name in reply.headers if name.lower().startswith("access-control")]
+        assert (await _preflight(on, origin)).status == 404
+
+
+async def test_without_a_list_no_page_is_let_in(tmp_path: Path) -> None:
+    """The default: nothing is said at all."""
+    async with stage(folder=tmp_path) as on:
+        reply = await on.post(CHAT, GOOD, headers={"origin": PAGE})
+        assert reply.status == 200
+        assert not [name for name in reply.headers if name.lower() in ("vary", "access-control-allow-origin")]
+        assert (await _preflight(on, PAGE)).status == 404
+
+
+async def test_all_pages_may_be_let_in(tmp_path: Path) -> None:
+    """`"*"`: the answer is then the same for every page."""
+    async with stage(folder=tmp_path, cors=("*",)) as on:
+        assert (await _preflight(on, PAGE)).headers["access-control-allow-origin"] == "*"
+        reply = await on.post(CHAT, GOOD, headers={"origin": "null"})
+        assert reply.headers["access-control-allow-origin"] == "*"
+        assert "vary" not in reply.headers
+
+
+async def test_a_script_may_read_when_to_come_back_and_all_else_that_we_say(tmp_path: Path) -> None:
+    """Of a good answer, a stream, a 401, a 429 and a 404: what isn't exposed, a browser's SDK can't obey."""
+    policy = STAFF.replace("requests: 100k", "requests: 2")
+    page = {"origin": PAGE}
+    async with stage(policy, folder=tmp_path, cors=(PAGE,)) as on:
+        replies = [
+            await on.post(CHAT, GOOD, headers=page),
+            await on.post(CHAT, {**GOOD, "stream": True}, headers=page),
+            await on.post(CHAT, GOOD, headers=page),
+            await on.post(CHAT, GOOD, user=None, headers=page),
+            await on.post("/v1/nothing", GOOD, headers=page),
+        ]
+        assert [reply.status for reply in replies] == [200, 200, 429, 401, 404]
+        for reply in replies:
+            assert reply.headers["access-control-allow-origin"] == PAGE
+            assert reply.headers["vary"] == "Origin"
+            ours = {name.lower() for name in reply.headers if name.lower().startswith(("x-", "ratelimit", "retry"))}
+            assert ours - {"x-accel-buffering"} <= _names(reply, "access-control-expose-headers")
+        assert {"retry-after", "x-should-retry", "ratelimit"} & {name.lower() for name in replies[2].headers}
+
+
+async def test_a_request_that_asks_nothing_is_a_path_like_any_other(tmp_path: Path) -> None:
+    """OPTIONS that is no browser's question: a 404, with the headers of its page."""
+    sent = {"origin": PAGE, "api-key": key_of("alice")}
+    async with stage(folder=tmp_path, cors=(PAGE,)) as on, on.http.options(on.url + CHAT, headers=sent) as response:
+        assert response.status == 404
+        assert response.headers["access-control-allow-origin"] == PAGE

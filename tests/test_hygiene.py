@@ -1,0 +1,169 @@
+"""What passes between the two sides, byte by byte, over real sockets.
+
+Where each of the threats to the HTTP front is shown:
+T9 keys of ours        here                       T18 pipelining          test_framing
+T11 keys of clients    here, test_headers         T19 paths               test_framing, test_api
+T12 large heads        test_framing, listener     T20 other endpoints     test_api
+T13 lengths, codings   test_framing               T21 slow and many       test_listener, test_bodies
+T14 re-framed          here                       T22 slow readers        test_client
+T15 line ends          here, test_headers         T23 Expect              test_bodies
+T16 hosts, targets     test_framing               T28 types, T29 codings  test_bodies, test_codings
+T17 other protocols    test_framing               T30 over the cap        test_bodies, test_api
+T39 streams that break test_relay, test_cuts      T44 an upstream's heads here, test_headers
+"""
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from proxy.client import KEEP_ALIVE
+from proxy.config import Patience
+from tests.bare_client import GOOD, bare_client, post
+from tests.bare_upstream import bare_upstream, stream_head
+from tests.stage import STAFF, UPSTREAM_KEY, key_of, stage
+
+CHAT = "/v1/chat/completions"
+ASK = json.dumps({**GOOD, "metadata": {}, "stream": True}).encode()
+MARK = "of-the-client"
+
+
+async def test_no_credential_and_no_address_of_a_client_reaches_the_upstream(tmp_path: Path) -> None:
+    """T11, T14: keys in every form, account, cookies, addresses, and what speaks of this connection alone."""
+    sent = [
+        f"Authorization: Bearer {key_of('alice')}",
+        f"api-key: {key_of('alice')}",
+        f"x-api-key: {key_of('alice')}",
+        *(
+            f"{name}: {MARK}"
+            for name in (
+                "x-goog-api-key Proxy-Authorization Cookie OpenAI-Organization OpenAI-Project X-Forwarded-For "
+                "X-Forwarded-Host X-Forwarded-Proto Forwarded X-Real-IP CF-Connecting-IP CF-Ray Via X-Request-ID "
+                "Origin Referer TE Keep-Alive Proxy-Connection X-Hop Sec-WebSocket-Protocol"
+            ).split()
+        ),
+        "Connection: keep-alive, X-Hop, OpenAI-Beta",
+        f"OpenAI-Beta: {MARK}",
+        "HTTP-Referer: https://app.example",
+        "Accept-Encoding: gzip, br",
+    ]
+    async with stage(folder=tmp_path) as on, bare_client(on.url) as client:
+        client.send(post(f"{CHAT}?key={MARK}&api-key={MARK}", *sent))
+        assert (await client.reply()).status == 200
+        (call,) = on.simulator.requests
+        seen = f"{call.path} {list(call.headers.items())} {call.body!r}"
+        assert MARK not in seen
+        assert key_of("alice") not in seen
+        assert {name.lower(): value for name, value in call.headers.items()} == {
+            "host": call.headers["host"],
+            "authorization": f"Bearer {UPSTREAM_KEY}",
+            "content-type": "application/json",
+            "accept-encoding": "identity",
+            "http-referer": "https://app.example",
+            "user-agent": call.headers["user-agent"],
+            "content-length": str(len(call.body)),
+        } | {"accept": "*/*"}
+
+
+KEPT_BACK = [
+    f"Set-Cookie: __cf_bm={MARK}; domain=.upstream.example",
+    f"Server: {MARK}",
+    f"openai-organization: {MARK}",
+    f"x-litellm-key-spend: {MARK}",
+    f"x-ratelimit-remaining-tokens-of: {MARK}",
+    f"Strict-Transport-Security: {MARK}",
+    f"Alt-Svc: {MARK}",
+    f"Access-Control-Allow-Origin: {MARK}",
+    f"Access-Control-Expose-Headers: {MARK}",
+    f"CF-Ray: {MARK}",
+    f"Via: {MARK}",
+    f"X-Upstream-Key: {MARK}",
+    f"Trailer: {MARK}",
+    f"openai-processing-ms: {MARK}",
+    "Connection: close, openai-processing-ms",
+]
+
+
+@pytest.mark.parametrize("is_stream", [True, False])
+async def test_nothing_of_the_account_behind_our_key_reaches_a_client(is_stream: bool, tmp_path: Path) -> None:
+    """T9, T44: cookies, names, other pages' permissions and orders to browsers end here."""
+    whole = b'{"choices": [], "usage": {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}}'
+
+    async def serve(said: Any, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if is_stream:
+            writer.write(stream_head(*KEPT_BACK) + b"data: [DONE]\n\n")
+        else:
+            head = ["HTTP/1.1 200 OK", "Content-Type: application/json", f"Content-Length: {len(whole)}", *KEPT_BACK]
+            writer.write("\r\n".join([*head, "", ""]).encode() + whole)
+        await writer.drain()
+
+    async with bare_upstream(serve) as upstream, stage(folder=tmp_path, upstream=upstream.url) as on:
+        reply = await on.post(CHAT, {**GOOD, "metadata": {}, "stream": is_stream})
+        assert reply.status == 200
+        assert MARK not in str(reply.headers)
+        assert reply.headers["server"] == "llm-quota-proxy"
+        assert reply.headers["x-request-id"].startswith("req_")
+
+
+def _chunk(text: str) -> bytes:
+    return b'data: {"choices": [{"index": 0, "delta": {"content": "%b"}}]}\n\n' % text.encode()
+
+
+async def test_a_stream_that_falls_silent_is_kept_awake_and_otherwise_the_same(tmp_path: Path) -> None:
+    """Before its first event, between two, and while half of one has come: take the comments away, and it is what
+    the upstream sent."""
+    pieces = [_chunk("one"), _chunk("two")[:20], _chunk("two")[20:], b"data: [DONE]\n\n"]
+    seen = bytearray()
+    commented = asyncio.Event()
+
+    async def serve(said: Any, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(stream_head())
+        for piece in pieces:
+            commented.clear()
+            await commented.wait()
+            writer.write(piece)
+        await writer.drain()
+
+    patience = Patience(silence_s=0.01)
+    async with (
+        bare_upstream(serve) as upstream,
+        stage(folder=tmp_path, upstream=upstream.url, patience=patience) as on,
+        on.http.post(on.url + CHAT, data=ASK, headers={"api-key": key_of("alice")}) as response,
+    ):
+        async for data in response.content.iter_any():
+            seen += data
+            if KEEP_ALIVE in data:
+                commented.set()
+        assert seen.count(KEEP_ALIVE) >= len(pieces)
+        assert seen.replace(KEEP_ALIVE, b"") == b"".join(pieces)
+
+
+async def test_no_comment_goes_into_an_event_that_goes_out_in_pieces(tmp_path: Path) -> None:
+    """One that is too large to be held back: its client has the beginning, and waits for the rest."""
+    event = b"data: " + b"x" * (9 * 2**20) + b"\n\n"
+    rest = asyncio.Event()
+
+    async def serve(said: Any, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(stream_head() + event[:-10])
+        await writer.drain()
+        await rest.wait()
+        writer.write(event[-10:] + b"data: [DONE]\n\n")
+        await writer.drain()
+
+    policy, patience = STAFF.replace("tokens: 1M", "tokens: 1000M"), Patience(silence_s=0.001)
+    ask = {**GOOD, "model": "gpt-4o-mini", "metadata": {}, "stream": True}
+    async with (
+        bare_upstream(serve) as upstream,
+        stage(policy, folder=tmp_path, upstream=upstream.url, patience=patience) as on,
+        on.http.post(on.url + CHAT, json=ask, headers={"api-key": key_of("alice")}) as response,
+    ):
+        seen = bytearray()
+        async for data in response.content.iter_any():
+            seen += data
+            if len(seen) > 8 * 2**20 and not rest.is_set():
+                for _ in range(10):  # a silence, and more
+                    await on.get("/healthz")
+                rest.set()
+        assert event in seen
