@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable
 import structlog
 from aiohttp import web
 
-from proxy.errors import BodyTooLarge, NotServed, ProxyError
+from proxy.errors import BodyTooLarge, NotServed, NoUpgrade, ProxyError
 from proxy.headers import NAME
 from proxy.strict_json import dump
 
@@ -24,8 +24,8 @@ async def in_openai_shape(request: web.Request, handler: Handler) -> web.StreamR
         return await handler(request)
     except ProxyError as error:
         response = error_response(error, request)
-        if isinstance(error, BodyTooLarge):
-            response.force_close()  # the rest of the body is still on its way, and nobody wants it
+        if isinstance(error, (BodyTooLarge, NoUpgrade)):
+            response.force_close()  # the rest is no request: a body that nobody wants, or frames of a WebSocket
         return response
     except (web.HTTPNotFound, web.HTTPMethodNotAllowed):
         return error_response(NotServed(f"Invalid URL ({request.method} {request.path[:200]})"), request)

@@ -1,4 +1,4 @@
-"""The OpenAI surface: a closed list of paths, each with and without `/v1`; everything else is a 404.
+"""The OpenAI surface: the paths of `endpoints`, each with and without `/v1`; everything else is a 404.
 
 A handler authenticates, reads and checks the request, and hands the call to the relay in a task of its own. Then
 it only waits: the server cancels it when the client hangs up, and it passes that on.
@@ -15,7 +15,16 @@ from aiohttp import hdrs, web
 from proxy.answering import REQUEST_ID, Handler, in_openai_shape
 from proxy.auth import identify
 from proxy.client import Client
-from proxy.errors import BodyTooLarge, InvalidRequest, ProxyError, UnsupportedEncoding
+from proxy.endpoints import METERED, Endpoint, closed
+from proxy.errors import (
+    BodyTooLarge,
+    InvalidRequest,
+    NotAllowed,
+    NotServed,
+    NoUpgrade,
+    ProxyError,
+    UnsupportedEncoding,
+)
 from proxy.headers import NAME
 from proxy.health import Health
 from proxy.ledger import Ledger
@@ -26,7 +35,7 @@ from proxy.reload import Policies
 from proxy.standing import standings
 from proxy.strict_json import dump
 from proxy.tasks import Tasks
-from proxy.wire import ENDPOINTS, Endpoint, parse_call
+from proxy.wire import parse_call
 
 log = structlog.get_logger("api")
 
@@ -50,14 +59,15 @@ class Api:
 
     def application(self) -> web.Application:
         """The application, to be served with `handler_cancellation` on."""
-        application = web.Application(middlewares=[self._give_id, in_openai_shape])
+        application = web.Application(middlewares=[self._give_id, in_openai_shape, _without_upgrade])
         application.router.add_routes(self._health.routes())
         for prefix in ("/v1", ""):
-            for endpoint in ENDPOINTS:
+            for endpoint in METERED:
                 application.router.add_post(prefix + endpoint.path, partial(self._metered, endpoint))
             application.router.add_get(prefix + "/models", self._models)
             application.router.add_get(prefix + "/models/{model:.+}", self._model)
             application.router.add_get(prefix + "/quota", self._quota)
+        application.router.add_route("*", "/{path:.*}", _not_served)
         return application
 
     @web.middleware
@@ -115,6 +125,22 @@ class Api:
         counters = await self._ledger.counters(binding.keys())
         stand = standings(binding, counters, self._now())
         return _json({"object": "list", "data": [each.as_json(policy.zone) for each in stand.values()]}, request)
+
+
+@web.middleware
+async def _without_upgrade(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Say no to WebSockets at once, so that a client which tries them first goes on over HTTP (Codex does)."""
+    if hdrs.SEC_WEBSOCKET_KEY in request.headers and "websocket" in request.headers.get(hdrs.UPGRADE, "").lower():
+        raise NoUpgrade
+    return await handler(request)
+
+
+async def _not_served(request: web.Request) -> web.StreamResponse:
+    """The handler of every path that is not served; one that is known is refused with its reason."""
+    row = closed(request.method, request.path)
+    if row is not None:
+        raise NotAllowed(f"{request.method} {row.pattern} is not open on this proxy: {row.reason}.")
+    raise NotServed(f"Invalid URL ({request.method} {request.path[:200]})")
 
 
 def _models_of(user: User, policy: Policy) -> list[str]:

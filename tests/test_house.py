@@ -20,7 +20,7 @@ PACKAGE = ROOT / "proxy"
 FLOORS = {
     "ground": (
         "errors windows usage quotas admission books policy standing auth "  # who may what
-        "strict_json sse pictures prompt wire demand ending meter stream headers failures pace".split()
+        "strict_json sse pictures prompt endpoints wire demand ending meter stream headers failures pace".split()
     ),
     "adapters": (
         "references document scalars schema faults config check "  # the file
@@ -29,7 +29,7 @@ FLOORS = {
     "story": "reload waiting counting reservation passage departure relay".split(),
     "doors": "answering health api admin".split(),
     "roof": (
-        "simulated_faults simulated_text simulated_frames simulator app demo "
+        "simulated_faults simulated_text simulated_media simulated_frames simulator app demo "
         "torture_plan torture_answers torture_records torture_report torture_verdict "
         "torture_books torture_clients torture_upstream torture_proxy torture cli".split()
     ),

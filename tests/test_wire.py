@@ -11,22 +11,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.errors import InvalidRequest, UpstreamError
-from proxy.policy import Kind, Model, Upstream
-from proxy.wire import (
+from proxy.endpoints import (
     CHAT,
+    COMPACT,
     COMPLETIONS,
     EMBEDDINGS,
-    ENDPOINTS,
+    IMAGES,
+    INPUT_TOKENS,
+    METERED,
+    MODERATIONS,
     RESPONSES,
-    Call,
+    SPEECH,
     Endpoint,
-    error_event,
-    forwarded_body,
-    is_endless,
-    maximum_fields,
-    parse_call,
 )
+from proxy.errors import InvalidRequest, UpstreamError
+from proxy.policy import Kind, Model, Upstream
+from proxy.wire import Call, error_event, forwarded_body, is_endless, maximum_fields, parse_call
 
 KINDS = get_args(Kind)
 GENERATING = [CHAT, COMPLETIONS, RESPONSES]
@@ -79,25 +79,38 @@ def test_a_call_says_what_was_asked() -> None:
     assert (plain.stream, plain.choices) == (False, 1)
 
 
-def test_the_endpoints_differ_in_two_ways() -> None:
-    """All but embeddings generate; only chat and completions have to be asked for a stream's usage."""
-    assert [endpoint.generates for endpoint in ENDPOINTS] == [True, True, False, True]
-    assert [endpoint.has_usage_option for endpoint in ENDPOINTS] == [True, True, False, False]
-    assert [endpoint.path for endpoint in ENDPOINTS] == [
-        "/chat/completions",
-        "/completions",
-        "/embeddings",
-        "/responses",
-    ]
-
-
-@pytest.mark.parametrize("endpoint", ENDPOINTS, ids=ids)
+@pytest.mark.parametrize("endpoint", [each for each in METERED if each.default_model is None], ids=ids)
 def test_a_model_must_be_named(endpoint: Endpoint) -> None:
     """Without one no quota can be found (T33)."""
     for missing in ({}, {"model": None}):
         with pytest.raises(InvalidRequest) as caught:
             parse_call(endpoint, json.dumps(missing).encode())
         assert (caught.value.param, caught.value.code) == ("model", "missing_required_parameter")
+
+
+@pytest.mark.parametrize("endpoint", [MODERATIONS, IMAGES], ids=ids)
+def test_where_none_is_named_the_upstream_s_own_is_meant(endpoint: Endpoint) -> None:
+    """And it is the one that is sent, so that what was decided on is what is used."""
+    for missing in ({}, {"model": None}):
+        call = parse_call(endpoint, json.dumps(missing).encode())
+        assert call.model == endpoint.default_model
+        assert sent(call)["model"] == "real-m"
+    assert parse(endpoint).model == "m"
+
+
+@pytest.mark.parametrize(
+    ("fields", "is_streamed"),
+    [
+        ({}, False),
+        ({"stream": True}, False),
+        ({"stream_format": "audio"}, False),
+        ({"stream_format": "sse"}, True),
+        ({"stream_format": ["sse"]}, False),
+    ],
+)
+def test_speech_says_otherwise_that_it_is_to_be_streamed(fields: dict, is_streamed: bool) -> None:
+    """`stream` means nothing to it."""
+    assert parse(SPEECH, **fields).stream is is_streamed
 
 
 @pytest.mark.parametrize(
@@ -116,7 +129,7 @@ def test_a_model_is_taken_as_it_is_written(name: str) -> None:
 
 
 @pytest.mark.parametrize("value", ["true", "false", 1, 0, [], {}, 1.0])
-@pytest.mark.parametrize("endpoint", ENDPOINTS, ids=ids)
+@pytest.mark.parametrize("endpoint", METERED, ids=ids)
 def test_stream_is_true_or_false(endpoint: Endpoint, value: object) -> None:
     """Some servers read "true" as true and others refuse it (T35)."""
     error = refused(endpoint, stream=value)
@@ -136,7 +149,7 @@ def test_a_lone_key_in_another_case_is_refused(other: str) -> None:
     assert f'"{other.lower()}" and "{other}"' in error.message
 
 
-@pytest.mark.parametrize("endpoint", ENDPOINTS, ids=ids)
+@pytest.mark.parametrize("endpoint", METERED, ids=ids)
 def test_refused_fields_are_refused_in_any_case(endpoint: Endpoint) -> None:
     """A list of closed fields is worth nothing if `API_BASE` gets around it."""
     for name in endpoint.refused:
@@ -146,7 +159,7 @@ def test_refused_fields_are_refused_in_any_case(endpoint: Endpoint) -> None:
 # ----------------------------------------------------------------------------------------------------- what is closed
 
 
-@pytest.mark.parametrize("endpoint", ENDPOINTS, ids=ids)
+@pytest.mark.parametrize("endpoint", METERED, ids=ids)
 @pytest.mark.parametrize("name", ["api_base", "api_key", "base_url", "custom_host", "extra_headers"])
 def test_no_field_changes_where_a_call_goes(endpoint: Endpoint, name: str) -> None:
     """Behind us may be another gateway that reads them (T24, CVE-2024-6587)."""
@@ -545,7 +558,7 @@ known = st.fixed_dictionaries(
 
 
 @given(
-    endpoint=st.sampled_from(ENDPOINTS),
+    endpoint=st.sampled_from(METERED),
     kind=st.sampled_from(KINDS),
     fields=st.tuples(unknown, known),
     maximum=st.none() | st.integers(1, 4000),
@@ -559,7 +572,7 @@ def test_only_what_we_decide_is_changed(endpoint: Endpoint, kind: Kind, fields: 
     assert unchanged == {name: value for name, value in document.items() if name in unchanged}
     assert repr(unchanged) == repr({name: document[name] for name in unchanged})
     assert document.keys() <= forwarded.keys()
-    if maximum is not None and endpoint.generates:
+    if maximum is not None and endpoint.shows_output:
         stated = [forwarded[name] for name in READS[kind, endpoint.name] if forwarded.get(name) is not None]
         assert stated
         assert all(0 <= value <= maximum for value in stated)
@@ -586,6 +599,22 @@ def test_an_error_in_a_response_has_both_forms() -> None:
     assert (first, rest) == (b"event: error", [b"", b""])
     flat = {"type": "error", "code": "upstream_error", "message": "It broke\nhalf way.", "param": None}
     assert json.loads(second.removeprefix(b"data: ")) == {**flat, **error.body()}
+
+
+@pytest.mark.parametrize("endpoint", [RESPONSES, COMPACT, INPUT_TOKENS], ids=ids)
+def test_items_bring_in_no_hosted_tools(endpoint: Endpoint) -> None:
+    """Tools may come by an item too; what a server once listed is history."""
+    for kind in ("web_search", "mcp", "image_generation", "code_interpreter", "file_search", None):
+        item = {"type": "additional_tools", "role": "developer", "tools": [{"type": kind}]}
+        assert refused(endpoint, input=["text", item]).param == "tools"
+    parse(endpoint, input=[{"type": "additional_tools", "tools": [{"type": "function", "name": "f"}]}])
+    parse(endpoint, input=[{"type": "mcp_list_tools", "tools": [{"name": "f"}]}])
+
+
+def test_a_voice_is_one_that_everybody_has() -> None:
+    """One of the account's own is somebody's."""
+    assert refused(SPEECH, input="x", voice={"id": "voice_1"}).param == "voice"
+    assert parse(SPEECH, input="x", voice="alloy").document["voice"] == "alloy"
 
 
 @pytest.mark.parametrize(
