@@ -25,6 +25,7 @@ from proxy.errors import (
     ProxyError,
     UnsupportedEncoding,
 )
+from proxy.forms import Form, FormReader
 from proxy.headers import NAME
 from proxy.health import Health
 from proxy.ledger import Ledger
@@ -32,15 +33,18 @@ from proxy.passage import Passage, no_such_model, passage_for
 from proxy.policy import Policy, User
 from proxy.relay import Relay
 from proxy.reload import Policies
+from proxy.spool import Spool
 from proxy.standing import standings
 from proxy.strict_json import dump
 from proxy.tasks import Tasks
-from proxy.wire import parse_call
+from proxy.wire import parse_call, parse_form
 
 log = structlog.get_logger("api")
 
 # OpenAI takes tens of megabytes (pictures and files as base64); this is after decoding.
 REQUEST_BYTES_MAX = 32 * 2**20
+# Sounds and pictures, which go to the disk; OpenAI takes no file that is larger.
+FORM_BYTES_MAX = 512 * 2**20
 _TOO_LARGE = f"The request's body is larger than {REQUEST_BYTES_MAX} bytes."
 
 
@@ -79,9 +83,21 @@ class Api:
     async def _metered(self, endpoint: Endpoint, request: web.Request) -> web.StreamResponse:
         policy = self._policies.current
         user = identify(request.headers.items(), policy)
-        call = parse_call(endpoint, await _read(request))
         client = Client(request, id=request[REQUEST_ID])
-        passage = passage_for(call, user, policy, client)
+        if endpoint.form is None:
+            passage = passage_for(parse_call(endpoint, await _read(request)), user, policy, client)
+            return await self._carried(passage)
+        spool = Spool()
+        try:
+            call = parse_form(endpoint, await _read_form(request, spool))
+            passage = passage_for(call, user, policy, client, spool=spool)
+        except BaseException:
+            spool.close()
+            raise
+        return await self._carried(passage)
+
+    async def _carried(self, passage: Passage) -> web.StreamResponse:
+        client = passage.client
         carrying = self.calls.start("call", self._carry(passage))
         try:
             error = await asyncio.shield(carrying)
@@ -104,6 +120,9 @@ class Api:
             if passage.client.response is None:
                 return ProxyError("The proxy made a mistake. It has been logged.")
             passage.client.abort()
+        finally:
+            if passage.spool is not None:
+                passage.spool.close()
         return None
 
     async def _models(self, request: web.Request) -> web.Response:
@@ -181,3 +200,23 @@ async def _read(request: web.Request) -> bytes:
     except web.RequestPayloadError:
         raise InvalidRequest("The body could not be read: it is cut short or badly encoded.") from None
     return bytes(body)
+
+
+async def _read_form(request: web.Request, spool: Spool) -> Form:
+    """The form in a body, which goes to `spool` as it comes."""
+    reader = FormReader(request.headers.get(hdrs.CONTENT_TYPE, ""))
+    if request.headers.get(hdrs.CONTENT_ENCODING, "identity").lower() != "identity":
+        raise UnsupportedEncoding("Send a form without a content coding.")
+    too_large = BodyTooLarge(f"The form is larger than {FORM_BYTES_MAX} bytes.")
+    if request.content_length is not None and request.content_length > FORM_BYTES_MAX:
+        raise too_large
+    try:
+        async for chunk in request.content.iter_any():
+            if spool.size + len(chunk) > FORM_BYTES_MAX:
+                raise too_large
+            reader.feed(chunk)
+            await spool.write(chunk)
+    except web.RequestPayloadError:
+        raise InvalidRequest("The body could not be read: it is cut short or badly encoded.") from None
+    await spool.flush()
+    return reader.end()

@@ -22,7 +22,11 @@ EndpointName = Literal[
     "input_tokens",
     "moderations",
     "images",
+    "image_edits",
+    "image_variations",
     "speech",
+    "transcriptions",
+    "translations",
 ]
 # What an answer is charged. `tokens`: those it says, else those that we count. `tokens_if_said`: those it says; one
 # that says none is billed by the piece, and counts as a request. `request`: a request and no tokens. `nothing`.
@@ -45,7 +49,8 @@ class Endpoint:
     """One path that is metered: a POST, open to every user whom a quota covers for the model of the call.
 
     `maxima` are the fields that bound an answer. Where there are none, `answer_tokens` is held for each, and the
-    tokens can't be seen as they come. `default_model` is what the upstream takes where a request names none.
+    tokens can't be seen as they come. `default_model` is what the upstream takes where a request names none. `form`
+    says what the files are where the request is a form (`multipart/form-data`) and not JSON.
     """
 
     name: EndpointName
@@ -54,6 +59,7 @@ class Endpoint:
     maxima: tuple[str, ...] = ()
     answer_tokens: int = 0
     default_model: str | None = None
+    form: Literal["sounds", "pictures"] | None = None
     refused: Mapping[str, str] = field(default_factory=lambda: _REROUTING)
 
     @property
@@ -92,18 +98,52 @@ COMPACT = Endpoint("compact", "/responses/compact", "tokens", answer_tokens=8192
 INPUT_TOKENS = Endpoint("input_tokens", "/responses/input_tokens", "nothing", refused=_NO_STATE)
 MODERATIONS = Endpoint("moderations", "/moderations", "request", default_model="omni-moderation-latest")
 # A large picture of high quality has 6,240 tokens (OpenAI's table for gpt-image-1), each partial one 100 more.
+_PICTURE_TOKENS = 8192
+_ONE_MODEL = {**_REROUTING, "svg": "it names a second model, which no quota would see"}
 IMAGES = Endpoint(
     "images",
     "/images/generations",
     "tokens_if_said",
-    answer_tokens=8192,
+    answer_tokens=_PICTURE_TOKENS,
     default_model="dall-e-2",
-    refused={**_REROUTING, "svg": "it names a second model, which no quota would see"},
+    refused=_ONE_MODEL,
+)
+IMAGE_EDITS = Endpoint(
+    "image_edits",
+    "/images/edits",
+    "tokens_if_said",
+    answer_tokens=_PICTURE_TOKENS,
+    default_model="dall-e-2",
+    form="pictures",
+    refused=_ONE_MODEL,
+)
+# Only dall-e-2 does it, which is billed by the picture.
+IMAGE_VARIATIONS = Endpoint(
+    "image_variations", "/images/variations", "request", default_model="dall-e-2", form="pictures"
 )
 # 4,096 characters are read aloud in five minutes, at 20 tokens a second. Only `stream_format: "sse"` says tokens.
 SPEECH = Endpoint("speech", "/audio/speech", "tokens_if_said", answer_tokens=6144)
+# Their usage is in tokens or in seconds: one in seconds is billed by them, and so a request, as is plain text.
+TRANSCRIPTIONS = Endpoint(
+    "transcriptions", "/audio/transcriptions", "tokens_if_said", answer_tokens=4096, form="sounds"
+)
+TRANSLATIONS = Endpoint("translations", "/audio/translations", "tokens_if_said", answer_tokens=4096, form="sounds")
 
-METERED = (CHAT, COMPLETIONS, EMBEDDINGS, RESPONSES, COMPACT, INPUT_TOKENS, MODERATIONS, IMAGES, SPEECH)
+METERED = (
+    CHAT,
+    COMPLETIONS,
+    EMBEDDINGS,
+    RESPONSES,
+    COMPACT,
+    INPUT_TOKENS,
+    MODERATIONS,
+    IMAGES,
+    IMAGE_EDITS,
+    IMAGE_VARIATIONS,
+    SPEECH,
+    TRANSCRIPTIONS,
+    TRANSLATIONS,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,10 +206,6 @@ CLOSED = (
     Closed("DELETE", "/responses/{}", _SHARED),
     Closed("POST", "/responses/{}/cancel", _SHARED),
     Closed("GET", "/responses/{}/input_items", _SHARED),
-    Closed("POST", "/images/edits", _UNCOUNTED),
-    Closed("POST", "/images/variations", _UNCOUNTED),
-    Closed("POST", "/audio/transcriptions", _UNCOUNTED),
-    Closed("POST", "/audio/translations", _UNCOUNTED),
     Closed("POST", "/decisions", _UNCOUNTED),
     Closed("POST", "/content_provenance_checks", _UNCOUNTED),
 )

@@ -8,7 +8,9 @@ Pure: takes what was asked, gives bytes; `simulator` sends them. Shares nothing 
 
 import base64
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from email.parser import BytesParser
+from email.policy import HTTP
 from typing import Any
 
 import orjson
@@ -21,6 +23,8 @@ JSON = dict[str, Any]
 TOKENS_PER_PICTURE = 272
 TOKENS_PER_WORD_SPOKEN = 20
 COMPACTED_TOKENS = 12
+HEARD = "the quiet river moves under the old bridge"
+BYTES_PER_TOKEN_HEARD = 800
 # No JSON, no UTF-8, and not one of its bytes may be changed on the way.
 SOUND = b"ID3\x04" + bytes(range(256)) * 8
 PICTURE = base64.b64encode(b"\x89PNG\r\n\x1a\n" + bytes(range(64))).decode()
@@ -97,13 +101,59 @@ def speech(asked: JSON, directions: Directions) -> Medium:
     return Medium(EVENT_STREAM, [delta, delta, _event({"type": "speech.audio.done", **_usage(usage)})], usage)
 
 
+def edits(asked: JSON, directions: Directions) -> Medium:
+    """Pictures made from others, for each of which it reads as much as one has."""
+    medium = pictures(
+        {**asked, "prompt": asked["prompt"], "n": int(asked.get("n", 1)), "stream": asked.get("stream") == "true"},
+        directions,
+    )
+    return replace(medium, pieces=[piece.replace(b"image_generation.", b"image_edit.") for piece in medium.pieces])
+
+
+def variations(asked: JSON, directions: Directions) -> Medium:
+    """Pictures like another. Only a model that is billed by the piece does it."""
+    del directions
+    number = int(asked.get("n", 1)) if asked["image"] else 0
+    return _whole({"created": 0, "data": [{"b64_json": PICTURE}] * number}, None)
+
+
+def transcription(asked: JSON, directions: Directions) -> Medium:
+    """What was said: as JSON, as plain text, or as events."""
+    usage = _said(asked, directions, (-(-asked["file"] // BYTES_PER_TOKEN_HEARD), len(HEARD.split())))
+    if asked.get("stream") == "true" and usage is not None:
+        deltas = [_event({"type": "transcript.text.delta", "delta": word}) for word in HEARD.split()]
+        done = {"type": "transcript.text.done", "text": HEARD, **_transcription_usage(usage)}
+        return Medium(EVENT_STREAM, [*deltas, _event(done)], usage)
+    if asked.get("response_format") in ("text", "srt", "vtt"):
+        return Medium("text/plain; charset=utf-8", [HEARD.encode() + b"\n"], None)
+    return _whole({"text": HEARD}, usage, named=_transcription_usage)
+
+
+def read_form(body: bytes, content_type: str) -> JSON:
+    """Return the fields of a form, and of its files the sizes; `metadata[simulate]` as JSON would have it."""
+    head = b"MIME-Version: 1.0\r\nContent-Type: " + content_type.encode() + b"\r\n\r\n"
+    asked: JSON = {}
+    for part in BytesParser(policy=HTTP).parsebytes(head + body).iter_parts():
+        name = part.get_param("name", header="content-disposition")
+        content = part.get_payload(decode=True)
+        if isinstance(content, bytes):
+            asked[str(name)] = len(content) if part.get_filename() else content.decode()
+    if "metadata[simulate]" in asked:
+        asked["metadata"] = {"simulate": asked["metadata[simulate]"]}
+    return asked
+
+
 Write = Callable[[JSON, Directions], Medium]
 MEDIA: dict[str, Write] = {
     "/v1/moderations": moderation,
     "/v1/responses/input_tokens": input_tokens,
     "/v1/responses/compact": compaction,
     "/v1/images/generations": pictures,
+    "/v1/images/edits": edits,
+    "/v1/images/variations": variations,
     "/v1/audio/speech": speech,
+    "/v1/audio/transcriptions": transcription,
+    "/v1/audio/translations": transcription,
 }
 
 
@@ -132,6 +182,14 @@ def _usage(usage: tuple[int, int] | None) -> JSON:
     details = {"text_tokens": taken, "image_tokens": 0}
     said = {"input_tokens": taken, "output_tokens": given, "total_tokens": taken + given}
     return {"usage": {**said, "input_tokens_details": details}}
+
+
+def _transcription_usage(usage: tuple[int, int] | None) -> JSON:
+    if usage is None:
+        return {"usage": {"type": "duration", "seconds": 3}}
+    taken, given = usage
+    said = {"type": "tokens", "input_tokens": taken, "output_tokens": given, "total_tokens": taken + given}
+    return {"usage": {**said, "input_token_details": {"text_tokens": 0, "audio_tokens": taken}}}
 
 
 def _response_usage(usage: tuple[int, int] | None) -> JSON:

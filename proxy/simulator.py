@@ -44,7 +44,7 @@ from aiohttp import web
 
 from proxy.simulated_faults import NO_DIRECTIONS, Complaint, Directions, complaint_of, read_directions, wrong_key
 from proxy.simulated_frames import JSON, Stream, write_stream, write_whole
-from proxy.simulated_media import ERROR, MEDIA, Write, write_medium
+from proxy.simulated_media import ERROR, MEDIA, Write, read_form, write_medium
 from proxy.simulated_text import Author, Endpoint, Script, read_json
 
 MODELS = ("gpt-4o", "gpt-4o-mini", "o4-mini", "gpt-3.5-turbo-instruct", "text-embedding-3-small")
@@ -175,7 +175,8 @@ class Simulator:
 
     async def _answer(self, answer: Respond, request: web.Request, body: bytes) -> web.StreamResponse:
         key = self._check_key(request)
-        asked = read_json(body)
+        is_form = request.content_type == "multipart/form-data"
+        asked = read_form(body, request.headers["content-type"]) if is_form else read_json(body)
         directions = read_directions(asked)
         if directions.hang:
             await _silence()

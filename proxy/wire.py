@@ -12,6 +12,7 @@ from typing import Any
 
 from proxy.endpoints import METERED, SPEECH, STORED, Endpoint, EndpointName
 from proxy.errors import InvalidRequest, ProxyError
+from proxy.forms import Form
 from proxy.policy import Kind, Model
 from proxy.prompt import parts_of
 from proxy.strict_json import dump, parse_object
@@ -45,13 +46,17 @@ _KNOWN = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One metered request: what it asks for, and the body as it was read."""
+    """One metered request: what it asks for, and the body as it was read; of a form its fields.
+
+    `document` has what was read of either.
+    """
 
     endpoint: Endpoint
     model: str
     stream: bool
     choices: int
     document: dict[str, Any]
+    form: Form | None = None
 
     def forget(self) -> None:
         """Let go of the body, which is sent and not needed any more. What the fields say stays."""
@@ -95,6 +100,61 @@ def parse_call(endpoint: Endpoint, body: bytes) -> Call:
         choices=_choices(endpoint, document),
         document=document,
     )
+
+
+def parse_form(endpoint: Endpoint, form: Form) -> Call:
+    """Read a form as `parse_call` reads JSON; raises InvalidRequest likewise."""
+    document: dict[str, Any] = {}
+    for field in form.fields:
+        document[_plain_name(endpoint, field.name)] = _read_field(field.name, field.value)
+    for file in form.files:
+        if _plain_name(endpoint, file.name) in _KNOWN:
+            raise InvalidRequest(f'"{file.name}" is no file.', param=file.name)
+    _refuse_fields(endpoint, document)
+    return Call(
+        endpoint=endpoint,
+        model=_model(document.get("model", endpoint.default_model)),
+        stream=_stream(endpoint, document),
+        choices=_choices(endpoint, document),
+        document=document,
+        form=form,
+    )
+
+
+def forwarded_model(call: Call, model: Model) -> tuple[int, int, bytes]:
+    """What to replace in a form that is sent: from where to where, and by which bytes, so that it names the model.
+
+    Where it names none, a part that does is put before all others.
+    """
+    assert call.form is not None, "it is a form"
+    name = model.upstream_model.encode()
+    field = call.form.field("model")
+    if field is not None:
+        return field.start, field.end, name
+    boundary = call.form.boundary.encode()
+    return 0, 0, b'--%b\r\nContent-Disposition: form-data; name="model"\r\n\r\n%b\r\n' % (boundary, name)
+
+
+def _plain_name(endpoint: Endpoint, name: str) -> str:
+    """A field's name; raises InvalidRequest where it is one of those that decide, written so that others overlook it.
+
+    A member of a field that is refused (`svg[model]`) counts as that field.
+    """
+    base = name.partition("[")[0]
+    if base in endpoint.refused:
+        return base
+    if base.lower() in _KNOWN and name != base.lower():
+        raise InvalidRequest(f'Write "{base.lower()}" and not "{name}".', param=base.lower())
+    return name
+
+
+def _read_field(name: str, value: str) -> object:
+    """The value of a form's field as JSON would have it, where something is decided on it."""
+    if name == "stream" and value in ("true", "false"):
+        return value == "true"
+    if name == "n" and value.isascii() and value.isdigit() and len(value) < 10:
+        return int(value)
+    return value
 
 
 def forwarded_body(call: Call, model: Model, *, maximum: int | None = None) -> bytes:

@@ -135,7 +135,11 @@ def test_the_endpoints_differ_in_few_ways() -> None:
         "input_tokens": ("nothing", False, False, False, True),
         "moderations": ("request", False, False, False, False),
         "images": ("tokens_if_said", True, False, False, False),
+        "image_edits": ("tokens_if_said", True, False, False, False),
+        "image_variations": ("request", False, False, False, False),
         "speech": ("tokens_if_said", True, False, False, False),
+        "transcriptions": ("tokens_if_said", True, False, False, False),
+        "translations": ("tokens_if_said", True, False, False, False),
     }
 
 

@@ -20,11 +20,12 @@ PACKAGE = ROOT / "proxy"
 FLOORS = {
     "ground": (
         "errors windows usage quotas admission books policy standing auth "  # who may what
-        "strict_json sse pictures prompt endpoints wire demand ending meter stream headers failures pace".split()
+        "strict_json sse pictures prompt "
+        "endpoints forms wire demand ending meter stream headers failures pace".split()
     ),
     "adapters": (
         "references document scalars schema faults config check "  # the file
-        "logs tasks tokens tables rows store sqlite postgres ledger upstream metrics client".split()
+        "logs tasks tokens tables rows store sqlite postgres ledger spool upstream metrics client".split()
     ),
     "story": "reload waiting counting reservation passage departure relay".split(),
     "doors": "answering health api admin".split(),

@@ -6,10 +6,11 @@ import orjson
 import pytest
 
 from proxy.simulated_faults import NO_DIRECTIONS, Complaint, Directions
-from proxy.simulated_media import MEDIA, SOUND, Medium, write_medium
+from proxy.simulated_media import HEARD, MEDIA, SOUND, Medium, read_form, write_medium
 
 PICTURES = "/v1/images/generations"
 SPEECH = "/v1/audio/speech"
+HEARING = "/v1/audio/transcriptions"
 
 
 def made(path: str, directions: Directions = NO_DIRECTIONS, **asked: Any) -> Medium:
@@ -69,6 +70,40 @@ def test_sound_is_bytes_or_events() -> None:
     assert (sound.content_type, sound.pieces, sound.usage) == ("audio/mpeg", [SOUND], None)
     *_, done = said(made(SPEECH, model="m", input="hello there", stream_format="sse"))
     assert (done["type"], done["usage"]["total_tokens"]) == ("speech.audio.done", 42)
+
+
+def test_what_was_heard_comes_in_three_forms() -> None:
+    """Billed in tokens, or by the second; as text it says nothing."""
+    whole = made(HEARING, model="gpt-4o-transcribe", file=1600)
+    assert whole.usage == (2, 8)
+    assert body(whole)["usage"]["total_tokens"] == 10
+    *deltas, done = said(made(HEARING, model="gpt-4o-transcribe", file=1600, stream="true"))
+    assert " ".join(delta["delta"] for delta in deltas) == done["text"] == HEARD
+    assert done["usage"] == body(whole)["usage"]
+    assert body(made(HEARING, model="whisper-1", file=1600, stream="true"))["usage"]["type"] == "duration"
+    text = made(HEARING, model="gpt-4o-transcribe", file=1600, response_format="text")
+    assert (text.content_type, text.pieces, text.usage) == (
+        "text/plain; charset=utf-8",
+        [HEARD.encode() + b"\n"],
+        None,
+    )
+
+
+def test_pictures_are_made_from_others() -> None:
+    """Edits with the events' own names; variations without usage."""
+    streamed = made("/v1/images/edits", model="gpt-image-2", prompt="red fox", image=5, stream="true", n="2")
+    assert [event["type"] for event in said(streamed)] == ["image_edit.completed"] * 2
+    assert len(body(made("/v1/images/variations", image=5, n="3"))["data"]) == 3
+
+
+def test_a_form_is_read_into_fields_and_sizes() -> None:
+    """By the standard library, so that no mistake of the proxy's own reader is hidden."""
+    form = (
+        b'--b\r\nContent-Disposition: form-data; name="file"; filename="f"\r\n\r\n\x00\xff\r\n'
+        b'--b\r\nContent-Disposition: form-data; name="metadata[simulate]"\r\n\r\nhang\r\n--b--'
+    )
+    asked = read_form(form, "multipart/form-data; boundary=b")
+    assert asked == {"file": 2, "metadata[simulate]": "hang", "metadata": {"simulate": "hang"}}
 
 
 @pytest.mark.parametrize("path", MEDIA)

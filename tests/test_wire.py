@@ -16,17 +16,29 @@ from proxy.endpoints import (
     COMPACT,
     COMPLETIONS,
     EMBEDDINGS,
+    IMAGE_EDITS,
     IMAGES,
     INPUT_TOKENS,
     METERED,
     MODERATIONS,
     RESPONSES,
     SPEECH,
+    TRANSCRIPTIONS,
     Endpoint,
 )
 from proxy.errors import InvalidRequest, UpstreamError
+from proxy.forms import Form, FormReader
 from proxy.policy import Kind, Model, Upstream
-from proxy.wire import Call, error_event, forwarded_body, is_endless, maximum_fields, parse_call
+from proxy.wire import (
+    Call,
+    error_event,
+    forwarded_body,
+    forwarded_model,
+    is_endless,
+    maximum_fields,
+    parse_call,
+    parse_form,
+)
 
 KINDS = get_args(Kind)
 GENERATING = [CHAT, COMPLETIONS, RESPONSES]
@@ -640,3 +652,74 @@ def test_a_call_lets_go_of_its_body_and_keeps_what_it_says() -> None:
     call.forget()
     assert not call.document
     assert (call.model, call.stream, call.choices) == ("m", True, 2)
+
+
+# -------------------------------------------------------------------------------------------------------------- forms
+
+
+def form(*parts: str, files: tuple[str, ...] = ("file",)) -> Form:
+    """A form with these fields, each as "name=value", and with these files."""
+    return form_and_body(parts, files)[0]
+
+
+def form_and_body(parts: tuple[str, ...], files: tuple[str, ...]) -> tuple[Form, bytes]:
+    """The same, and its bytes."""
+    heads = [(f'name="{name}"; filename="f"', "sound") for name in files]
+    heads += [(f'name="{name}"', value) for name, _, value in (part.partition("=") for part in parts)]
+    body = (
+        "".join(f"--b\r\nContent-Disposition: form-data; {head}\r\n\r\n{value}\r\n" for head, value in heads)
+        + "--b--"
+    )
+    reader = FormReader("multipart/form-data; boundary=b")
+    reader.feed(body.encode())
+    return reader.end(), body.encode()
+
+
+def test_a_form_says_what_json_would() -> None:
+    """The fields on which something is decided, in the types that JSON has for them."""
+    call = parse_form(
+        IMAGE_EDITS, form("model=m", "n=3", "stream=true", "prompt=a fox", "size=auto", files=("image[]",))
+    )
+    assert (call.model, call.stream, call.choices) == ("m", True, 3)
+    assert call.document == {"model": "m", "n": 3, "stream": True, "prompt": "a fox", "size": "auto"}
+    assert parse_form(TRANSCRIPTIONS, form("model=m", "stream=false")).stream is False
+    assert parse_form(IMAGE_EDITS, form("prompt=x")).model == "dall-e-2"
+
+
+@pytest.mark.parametrize(
+    ("parts", "files", "param"),
+    [
+        ((), ("file",), "model"),
+        (("model= m",), ("file",), "model"),
+        (("model=m", "model[]=big"), ("file",), "model"),
+        (("model=m", "Model=big"), ("file",), "model"),
+        (("model=m", "MODEL[x]=big"), ("file",), "model"),
+        (("model=m",), ("model",), "model"),
+        (("model=m",), ("Stream",), "stream"),
+        (("model=m", "stream=1"), ("file",), "stream"),
+        (("model=m", "stream=True"), ("file",), "stream"),
+        (("model=m", "n=x"), ("image",), "n"),
+        (("model=m", "n=\u0663"), ("image",), "n"),
+        (("model=m", "n=0"), ("image",), "n"),
+        (("model=m", "n=1000000000000"), ("image",), "n"),
+        (("model=m", "svg[model]=big"), ("image",), "svg"),
+        (("model=m", "api_base=http://evil.example"), ("image",), "api_base"),
+    ],
+)
+def test_a_form_has_no_second_way_to_say_it(parts: tuple[str, ...], files: tuple[str, ...], param: str) -> None:
+    """Some servers read `model[]` as `model`, and others don't: what decides is written plainly or refused."""
+    with pytest.raises(InvalidRequest) as caught:
+        parse_form(IMAGE_EDITS if param in ("n", "svg", "api_base") else TRANSCRIPTIONS, form(*parts, files=files))
+    assert caught.value.param == param
+
+
+def test_a_form_is_sent_with_the_upstream_s_name_of_the_model() -> None:
+    """In its place; before all others where there is none."""
+    read, body = form_and_body(("a=1", "model=m", "b=2"), ("file",))
+    start, end, name = forwarded_model(parse_form(TRANSCRIPTIONS, read), model())
+    assert body[:start] + name + body[end:] == body.replace(b"\r\nm\r\n", b"\r\nreal-m\r\n")
+    read, body = form_and_body(("prompt=x",), ("image",))
+    start, end, part = forwarded_model(parse_form(IMAGE_EDITS, read), model())
+    again = FormReader("multipart/form-data; boundary=b")
+    again.feed(body[:start] + part + body[end:])
+    assert [(field.name, field.value) for field in again.end().fields] == [("model", "real-m"), ("prompt", "x")]
