@@ -1,4 +1,4 @@
-"""The OpenAI surface: a closed list of paths, each with and without `/v1`; everything else is a 404.
+"""The OpenAI surface: the paths of `endpoints`, each with and without `/v1`; everything else is a 404.
 
 A handler authenticates, reads and checks the request, and hands the call to the relay in a task of its own. Then
 it only waits: the server cancels it when the client hangs up, and it passes that on.
@@ -10,15 +10,16 @@ from collections.abc import Callable
 from functools import partial
 
 import structlog
-from aiohttp import web
+from aiohttp import hdrs, web
 
 from proxy.answering import REQUEST_ID, Handler, in_openai_shape, not_served
 from proxy.auth import identify
-from proxy.bodies import read_body, when_it_is_read
+from proxy.bodies import read_body, read_form, when_it_is_read
 from proxy.client import Client
 from proxy.config import Settings
 from proxy.cors import Cors
-from proxy.errors import ProxyError
+from proxy.endpoints import METERED, Endpoint, closed
+from proxy.errors import NotAllowed, NoUpgrade, ProxyError
 from proxy.framing import well_framed
 from proxy.headers import NAME
 from proxy.health import Health
@@ -28,10 +29,11 @@ from proxy.policy import Policy, User
 from proxy.records import id_at
 from proxy.relay import Relay
 from proxy.reload import Policies
+from proxy.spool import Spool
 from proxy.standing import standings
 from proxy.strict_json import dump
 from proxy.tasks import Tasks
-from proxy.wire import ENDPOINTS, Endpoint, parse_call
+from proxy.wire import parse_call, parse_form
 
 log = structlog.get_logger("api")
 
@@ -61,12 +63,12 @@ class Api:
     def application(self) -> web.Application:
         """The application, to be served with `handler_cancellation` on."""
         application = web.Application(
-            middlewares=[self._give_id, self._cors.answer_preflight, in_openai_shape, well_framed]
+            middlewares=[self._give_id, self._cors.answer_preflight, in_openai_shape, well_framed, _without_upgrade]
         )
         application.on_response_prepare.append(self._cors.mark)
         application.router.add_routes(self._health.routes())
         for prefix in ("/v1", ""):
-            for endpoint in ENDPOINTS:
+            for endpoint in METERED:
                 application.router.add_post(
                     prefix + endpoint.path, partial(self._metered, endpoint), expect_handler=when_it_is_read
                 )
@@ -74,7 +76,7 @@ class Api:
             application.router.add_get(prefix + "/models/{model:.+}", self._model)
             application.router.add_get(prefix + "/quota", self._quota)
         # All else is a 404 of ours, which invites no body either.
-        application.router.add_route("*", "/{anything:.*}", not_served, expect_handler=when_it_is_read)
+        application.router.add_route("*", "/{anything:.*}", _not_served, expect_handler=when_it_is_read)
         return application
 
     @web.middleware
@@ -85,9 +87,21 @@ class Api:
     async def _metered(self, endpoint: Endpoint, request: web.Request) -> web.StreamResponse:
         policy = self._policies.current
         user = identify(request.headers.items(), policy)
-        call = parse_call(endpoint, await read_body(request, self._patience))
         client = Client(request, id=request[REQUEST_ID], silence_s=self._patience.silence_s)
-        passage = passage_for(call, user, policy, client)
+        if endpoint.form is None:
+            call = parse_call(endpoint, await read_body(request, self._patience))
+            return await self._carried(passage_for(call, user, policy, client))
+        spool = Spool()
+        try:
+            call = parse_form(endpoint, await read_form(request, spool, self._patience))
+            passage = passage_for(call, user, policy, client, spool=spool)
+        except BaseException:
+            spool.close()
+            raise
+        return await self._carried(passage)
+
+    async def _carried(self, passage: Passage) -> web.StreamResponse:
+        client = passage.client
         carrying = self.calls.start("call", self._carry(passage))
         try:
             error = await asyncio.shield(carrying)
@@ -110,6 +124,9 @@ class Api:
             if passage.client.response is None:
                 return ProxyError("The proxy made a mistake. It has been logged.")
             passage.client.abort()
+        finally:
+            if passage.spool is not None:
+                passage.spool.close()
         return None
 
     async def _models(self, request: web.Request) -> web.Response:
@@ -131,6 +148,22 @@ class Api:
         counters = await self._ledger.counters(binding.keys())
         stand = standings(binding, counters, self._now())
         return _json({"object": "list", "data": [each.as_json(policy.zone) for each in stand.values()]}, request)
+
+
+@web.middleware
+async def _without_upgrade(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Say no to WebSockets at once, so that a client which tries them first goes on over HTTP (Codex does)."""
+    if hdrs.SEC_WEBSOCKET_KEY in request.headers and "websocket" in request.headers.get(hdrs.UPGRADE, "").lower():
+        raise NoUpgrade
+    return await handler(request)
+
+
+async def _not_served(request: web.Request) -> web.StreamResponse:
+    """The handler of every path that is not served; one that is known is refused with its reason."""
+    row = closed(request.method, request.path)
+    if row is not None:
+        raise NotAllowed(f"{request.method} {row.pattern} is not open on this proxy: {row.reason}.")
+    return await not_served(request)
 
 
 def _models_of(user: User, policy: Policy) -> list[str]:

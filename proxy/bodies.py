@@ -1,16 +1,21 @@
 """The body of a request: invited, read in the time it may take, unpacked, and bounded in what it becomes."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 
 from aiohttp import hdrs, web
 
 from proxy.codings import CODINGS, PIECE_BYTES, Unpacking
 from proxy.config import Patience
 from proxy.errors import BodyTooLarge, InvalidRequest, TooSlow, UnsupportedEncoding
+from proxy.forms import Form, FormReader
+from proxy.spool import Spool
 
 # OpenAI takes tens of megabytes (pictures and files as base64); this is after unpacking, and before it too.
 REQUEST_BYTES_MAX = 32 * 2**20
+# Sounds and pictures, which go to the disk; OpenAI takes no file that is larger.
+FORM_BYTES_MAX = 512 * 2**20
 _TOO_LARGE = f"The request's body is larger than {REQUEST_BYTES_MAX} bytes."
 _ACCEPTED = ", ".join(CODINGS)
 # RFC 9110 §8.4.1.3: an older name of the same.
@@ -34,22 +39,44 @@ async def read_body(request: web.Request, patience: Patience) -> bytes:
     unpacking = _unpacking_of(request)
     if request.content_length is not None and request.content_length > REQUEST_BYTES_MAX:
         raise BodyTooLarge(_TOO_LARGE)
+    async with _in_time(request, patience) as grant:
+        body = await _gather(request, unpacking, grant)
+    if unpacking is not None:
+        unpacking.end()
+    return bytes(body)
+
+
+async def read_form(request: web.Request, spool: Spool, patience: Patience) -> Form:
+    """The form in a body, which goes to `spool` as it comes, for a client that is known; raises as `read_body`."""
+    reader = FormReader(request.headers.get(hdrs.CONTENT_TYPE, ""))
+    if request.headers.get(hdrs.CONTENT_ENCODING, "identity").lower() != "identity":
+        raise UnsupportedEncoding("Send a form without a content coding.")
+    too_large = BodyTooLarge(f"The form is larger than {FORM_BYTES_MAX} bytes.")
+    if request.content_length is not None and request.content_length > FORM_BYTES_MAX:
+        raise too_large
+    async with _in_time(request, patience) as grant:
+        async for chunk in request.content.iter_any():
+            if spool.size + len(chunk) > FORM_BYTES_MAX:
+                raise too_large
+            reader.feed(chunk)
+            await spool.write(chunk)
+            grant(spool.size)
+    await spool.flush()
+    return reader.end()
+
+
+@asynccontextmanager
+async def _in_time(request: web.Request, patience: Patience) -> AsyncIterator[Callable[[int], None]]:
+    """Invite the body and give it its time, and more for what has arrived, which the yielded function is told."""
     await _invite(request)
     begun_at = asyncio.get_running_loop().time()
     try:
         async with asyncio.timeout(patience.body_s) as deadline:
-
-            def grant(arrived: int) -> None:
-                deadline.reschedule(begun_at + patience.body_s + arrived / patience.body_bytes_a_s)
-
-            body = await _gather(request, unpacking, grant)
+            yield lambda arrived: deadline.reschedule(begun_at + patience.body_s + arrived / patience.body_bytes_a_s)
     except TimeoutError:
         raise TooSlow("The request's body came too slowly.") from None
     except web.RequestPayloadError:
         raise InvalidRequest("The body could not be read: it is cut short or badly framed.") from None
-    if unpacking is not None:
-        unpacking.end()
-    return bytes(body)
 
 
 async def _gather(request: web.Request, unpacking: Unpacking | None, grant: Callable[[int], None]) -> bytearray:

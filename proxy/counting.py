@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 from proxy.demand import counted, demand_of
 from proxy.policy import Model
-from proxy.prompt import read_prompt
+from proxy.prompt import read_prompt, with_files
 from proxy.quotas import Demand
 from proxy.tokens import BYTES_PER_TOKEN, Tokenizers
 from proxy.wire import Call
@@ -22,8 +22,11 @@ class CallCount:
     """The tokens of one call. `body_bytes` is the length of the body that is sent."""
 
     def __init__(self, tokenizers: Tokenizers, call: Call, model: Model, *, body_bytes: int) -> None:
-        is_chat = call.endpoint.name in ("chat", "responses")
+        is_chat = call.endpoint.name == "chat" or call.endpoint.is_of_responses
         prompt = read_prompt(call.document, model=model.upstream_model, is_chat=is_chat)
+        if call.form is not None:
+            sizes = [file.size for file in call.form.files]
+            prompt = with_files(prompt, sizes, are_sounds=call.endpoint.form == "sounds", context=model.context)
         self.demand = demand_of(call, model, prompt, body_bytes=body_bytes)
         self._tokenizers = tokenizers
         self._model = model

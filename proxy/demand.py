@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from proxy.endpoints import SPEECH
 from proxy.policy import Kind, Model
 from proxy.prompt import Prompt
 from proxy.quotas import Demand
@@ -29,10 +30,14 @@ _SHOW_ALL = tuple("babbage-002 chatgpt-4o davinci-002 gpt-3.5 gpt-35 gpt-4".spli
 
 def demand_of(call: Call, model: Model, prompt: Prompt, *, body_bytes: int) -> Demand:
     """What a call may use at the most; `body_bytes` is the length of the body that is sent."""
+    if call.endpoint.charge in ("request", "nothing"):
+        return Demand(input=0, want=0, smallest=0, first=0)
     bound = prompt.bound(body_bytes)
     unseen = _unseen(prompt, model, bound)
-    if not call.endpoint.generates:
-        return Demand(input=bound, want=0, smallest=0, first=0, is_rough=True, unseen=unseen)
+    if not call.endpoint.shows_output:
+        # Nothing makes it shorter, and nothing can be seen of it before its end.
+        want = _whole_answer(call, model)
+        return Demand(input=bound, want=want, smallest=want, first=want, is_rough=True, unseen=unseen)
     asked = _asked(call, model.upstream.kind)
     known = asked if asked is not None else model.max_output_tokens or _own_default(call, model.upstream.kind)
     each = _ANSWER_TOKENS if known is None else known
@@ -70,7 +75,14 @@ def _unseen(prompt: Prompt, model: Model, input_tokens: int) -> int:
 
 def is_seen_growing(call: Call, model: Model) -> bool:
     """Whether all the tokens of an answer can be seen as they come, so that its hold may grow with it."""
-    return call.stream and call.endpoint.generates and not (_hides(model) or _asks_for_hidden(call.document))
+    return call.stream and call.endpoint.shows_output and not (_hides(model) or _asks_for_hidden(call.document))
+
+
+def _whole_answer(call: Call, model: Model) -> int:
+    """What is held for an answer that no field of its request bounds; 0 where it won't say what it cost."""
+    says_nothing = call.endpoint is SPEECH and not call.stream
+    each = 0 if says_nothing else min(call.endpoint.answer_tokens, model.max_output_tokens or TOKENS_MAX)
+    return min(each * call.choices, TOKENS_MAX)
 
 
 def _hides(model: Model) -> bool:

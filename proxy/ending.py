@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from io import StringIO
 from typing import Any
 
+from proxy.endpoints import EndpointName
 from proxy.strict_json import dump
 from proxy.usage import Tokens
-from proxy.wire import EndpointName
 
 JSON = dict[str, Any]
 

@@ -9,6 +9,8 @@
     │   ├── ModelNotFound         404
     │   ├── NotServed             404  a path or method that this proxy does not forward
     │   ├── TooSlow               408  the head or the body took longer than it may
+    │   │   └── NotAllowed            404  one that it knows, with the reason
+    │   ├── NoUpgrade             426  a WebSocket was asked for, which nothing could meter
     │   ├── BodyTooLarge          413
     │   └── UnsupportedEncoding   415
     ├── ClientLeft            499  the client went while its call waited; nobody reads this
@@ -115,6 +117,23 @@ class TooSlow(RequestError):
     status = 408
     closes = True
     code = "request_timeout"
+
+
+class NotAllowed(NotServed):
+    """A path that is known and not forwarded: it would leak, or no quota could count it. The message says why."""
+
+    code = "endpoint_not_allowed"
+
+
+class NoUpgrade(RequestError):
+    """A WebSocket was asked for. Clients that can do without go on over HTTP when they see this status."""
+
+    status = 426
+    closes = True  # what comes behind it are frames, no requests
+    code = "upgrade_not_supported"
+
+    def __init__(self, message: str = "No WebSockets here: send the same request over HTTP.") -> None:
+        super().__init__(message, headers={"upgrade": "HTTP/1.1"})  # RFC 9110 §15.5.22
 
 
 class BodyTooLarge(RequestError):

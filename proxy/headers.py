@@ -30,11 +30,13 @@ _TO_CLIENT = frozenset(("content-type", "content-language", "openai-processing-m
 _EVENT_STREAM = {"cache-control": "no-cache, no-transform", "x-accel-buffering": "no"}
 
 
-def to_upstream(headers: Headers, *, kind: Kind, api_key: Secret | None) -> dict[str, str]:
+def to_upstream(
+    headers: Headers, *, kind: Kind, api_key: Secret | None, content_type: str = "application/json"
+) -> dict[str, str]:
     """The headers of the forwarded request: a few of the client's, our key, and no compression to undo."""
     passing = _TO_UPSTREAM - _of_this_connection(headers)
     sent = {name.lower(): value for name, value in headers if name.lower() in passing}
-    sent["content-type"] = "application/json"
+    sent["content-type"] = content_type
     sent["accept-encoding"] = "identity"
     return {**sent, **key_header(kind, api_key)}
 

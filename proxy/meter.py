@@ -21,7 +21,7 @@ import orjson
 from proxy.ending import RESPONSE_ENDS, Ending
 from proxy.sse import Event
 from proxy.strict_json import dump
-from proxy.usage import AtLeast, Exactly, Tokens, Usage, read_tokens
+from proxy.usage import TOKENS_MAX, AtLeast, Exactly, Tokens, Unspent, Usage, read_tokens
 from proxy.wire import Call
 
 # What every chunk has; one with no choices and nothing beyond these came only because usage was asked for.
@@ -34,6 +34,8 @@ _NOT_TEXT = frozenset(
     "role type id call_id status finish_reason native_finish_reason stop_reason logprobs prompt_logprobs "
     "content_filter_results data".split()
 )
+# With one of these a stream ends that is no text: the picture is painted, the sound made, the words written down.
+_DONE = ("image_generation.completed", "image_edit.completed", "speech.audio.done", "transcript.text.done", "error")
 # Where an event of /responses says a text as a whole.
 _SAID_AT_ONCE = ("text", "refusal", "arguments", "input", "item", "part")
 # What has no data and is larger than this is no comment.
@@ -65,18 +67,22 @@ class Meter:
         self.ending = Ending(call.endpoint.name, choices=call.choices)
         self.uncounted: list[str] = []  # the texts of a whole answer that came without its usage
         self._count = count
-        self._generates = call.endpoint.generates
+        self._charge = call.endpoint.charge
+        self._generates = call.endpoint.charge == "tokens" and call.endpoint.generates
         self._choices = call.choices
         self._strips = call.adds_usage
         self._strips_running = strips_running_usage
-        self._is_responses = call.endpoint.name == "responses"
+        self._is_responses = call.endpoint.is_of_responses
+        self._done = 0  # of the choices of an answer that is no text
         self._reported: Tokens | None = None
         self._counted = 0  # in all that passed
         self._counted_since = 0  # the usage was last reported
 
     @property
     def output_seen(self) -> int:
-        """How many tokens of output have passed, as far as is known."""
+        """How many tokens of output have passed, as far as is known: of what is no text none, until its end."""
+        if self._charge != "tokens":
+            return 0
         return self._counted if self._reported is None else self._reported.output + self._counted_since
 
     @property
@@ -104,6 +110,9 @@ class Meter:
             if not is_cut:  # the beginning of an event says nothing to anybody
                 self._see_unread(data)
             return event.raw
+        if self._charge != "tokens":
+            self._see_step(chunk)
+            return event.raw
         if self._is_responses:
             self._see_response_event(chunk)
             return event.raw
@@ -114,11 +123,11 @@ class Meter:
         self.is_at_end = True
         answer = _object(body)
         if answer is None:
-            self.has_error = True
+            self.has_error = self._charge != "tokens_if_said"  # sound is no JSON, nor are subtitles
             self.uncounted = [body.decode("utf-8", "replace")] if self._generates else []
             return
         self._see_error(answer)
-        self._reported = read_tokens(answer.get("usage"))
+        self._add(answer)
         if self._reported is None and self._generates:
             self.uncounted = [*_texts(answer.get("choices")), *_texts(answer.get("output"))]
 
@@ -127,11 +136,45 @@ class Meter:
 
         A usage that was reported before the last of the text covers what came before it, and no more.
         """
+        if self._charge == "nothing":
+            return Unspent()
+        if self._charge == "request":
+            return Unspent(requests=1)
+        if self._charge == "tokens_if_said":
+            return self._usage_if_said()
         if self._reported is None:
             return AtLeast(Tokens(0, self._counted if self._generates else 0))
         if self._counted_since:
             return AtLeast(Tokens(self._reported.input, self.output_seen, self._reported.cached))
         return Exactly(self._reported)
+
+    def _usage_if_said(self) -> Usage:
+        """The usage of what is no text: as it was said, or a request; all that is held, where it broke off."""
+        if self._reported is not None and self.is_at_end:
+            return Exactly(self._reported)
+        if self.has_error:
+            return AtLeast(Tokens(0, 0))
+        if self.is_at_end:
+            return Unspent(requests=1)
+        return AtLeast(Tokens(0, TOKENS_MAX))
+
+    def _see_step(self, chunk: dict[str, Any]) -> None:
+        """Take note of an event of a stream that is no text: of each of its choices the last one says the usage."""
+        self._see_error(chunk)
+        kind = chunk.get("type")
+        self.has_error = self.has_error or kind == "error"
+        if kind in _DONE:
+            self._done += 1
+            self._add(chunk)
+        self.is_at_end = self.is_over = self.is_over or self.has_error or self._done >= self._choices
+
+    def _add(self, answer: dict[str, Any]) -> None:
+        """Add up what an answer says of itself: a drawing says apart what the model used that wrote it."""
+        for name in ("usage", "svg_usage") if self._charge == "tokens_if_said" else ("usage",):
+            tokens, before = read_tokens(answer.get(name)), self._reported
+            if tokens is not None and before is not None:
+                tokens = replace(tokens, input=before.input + tokens.input, output=before.output + tokens.output)
+            self._report(tokens)
 
     def _see_chunk(self, chunk: dict[str, Any], event: Event) -> bytes:
         self._see_error(chunk)

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from proxy.books import Entry, Facts, NotBooked, Reserve
 from proxy.client import Client
 from proxy.errors import InvalidRequest, ModelNotFound, ProxyError
+from proxy.headers import to_upstream
 from proxy.policy import Model, OnDisconnect, Policy, User
 from proxy.quotas import Binding, Counter, CounterKey, Demand
+from proxy.spool import Spliced, Spool
 from proxy.standing import rate_limit_headers, refusal, standings
-from proxy.wire import Call, forwarded_body
+from proxy.wire import Call, forwarded_body, forwarded_model
 
 _WAIT_S_MAX = 600
 _WAIT = re.compile(r"([0-9]{1,4})(?:s)?")
@@ -27,6 +29,7 @@ class Passage:
     binding: Binding
     client: Client
     wait_s: float
+    spool: Spool | None = None  # where its body is, if that is a form
 
     @property
     def model_label(self) -> str:
@@ -52,6 +55,21 @@ class Passage:
             binding=self.binding,
             demand=demand,
         )
+
+    def body(self) -> bytes | Spliced:
+        """The body to send."""
+        if self.spool is None:
+            return forwarded_body(self.call, self.model)
+        start, end, name = forwarded_model(self.call, self.model)
+        return Spliced(self.spool, start=start, end=end, patch=name)
+
+    def headers(self) -> dict[str, str]:
+        """The headers to send."""
+        kind, api_key = self.model.upstream.kind, self.model.upstream.api_key
+        if self.call.form is None:
+            return to_upstream(self.client.headers, kind=kind, api_key=api_key)
+        content_type = self.call.form.content_type
+        return to_upstream(self.client.headers, kind=kind, api_key=api_key, content_type=content_type)
 
     def lowered_body(self, entry: Entry) -> bytes:
         """The body to send where less is left than the call wants: with its maximum lowered to its share."""
@@ -83,7 +101,7 @@ class Passage:
         return {**rate_limit_headers(self.binding, stand, now), **capped}
 
 
-def passage_for(call: Call, user: User, policy: Policy, client: Client) -> Passage:
+def passage_for(call: Call, user: User, policy: Policy, client: Client, *, spool: Spool | None = None) -> Passage:
     """Find the model and the quotas of a call; raises ModelNotFound that says what would help."""
     model = policy.model(call.model)
     if model is None or not policy.may_use(user, call.model):
@@ -95,7 +113,7 @@ def passage_for(call: Call, user: User, policy: Policy, client: Client) -> Passa
             "of one of your groups, or set `unmatched: allow`.",
             param="model",
         )
-    return Passage(call, user, policy, model, binding, client, wait_s=_wait_s(client, policy))
+    return Passage(call, user, policy, model, binding, client, wait_s=_wait_s(client, policy), spool=spool)
 
 
 def no_such_model(name: str) -> ModelNotFound:

@@ -9,8 +9,8 @@ Sources: OpenAI's cookbook for what is added to each message, its documents of 2
 prices. Neither is a promise; the upstream's own count goes before ours wherever there is one.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from proxy.pictures import Patches, Tiles, base64_start, picture_size, price_of_pictures
@@ -24,6 +24,10 @@ _PRIMING = 3
 _CHARACTERS_PER_TOKEN = 4
 # One token is 100 ms of sound, and the leanest MP3 has 8 kbit/s: so no sound has fewer than 100 bytes to a token.
 _SOUND_BYTES_PER_TOKEN = 100
+# The context of gpt-4o-transcribe, which cuts a file of up to 25 MB into pieces: no sound has more to its piece.
+_SOUND_TOKENS_MAX = 16_000
+# A picture to be edited, at the highest fidelity: 6,240 tokens for what is kept of it, beside its tiles.
+_FILED_PICTURE_TOKENS = 8192
 
 _TEXT_FIELDS = ("messages", "input", "prompt", "suffix", "instructions")
 # What a model doesn't read. All other fields templates may write out, as JSON or about so: tools, schemas, documents,
@@ -94,6 +98,20 @@ def read_prompt(document: Mapping[str, Any], *, model: str, is_chat: bool) -> Pr
         opaque_bytes=reading.opaque_bytes,
         media_tokens=reading.media_tokens,
         is_open=reading.is_open or _is_open(document),
+    )
+
+
+def with_files(prompt: Prompt, sizes: Sequence[int], *, are_sounds: bool, context: int | None) -> Prompt:
+    """The prompt of a form with files of these sizes: their bytes say nothing of pictures, and much of sounds."""
+    if are_sounds:
+        tokens = sum(min(-(-size // _SOUND_BYTES_PER_TOKEN), context or _SOUND_TOKENS_MAX) for size in sizes)
+    else:
+        tokens = _FILED_PICTURE_TOKENS * len(sizes)
+    return replace(
+        prompt,
+        overhead=prompt.overhead + tokens,
+        opaque_bytes=prompt.opaque_bytes + sum(sizes),
+        media_tokens=prompt.media_tokens + tokens,
     )
 
 

@@ -26,7 +26,7 @@ from proxy.tokens import Tokenizers
 from proxy.upstream import Answer, Upstreams
 from proxy.usage import AtLeast, Unspent
 from proxy.waiting import WaitingRoom
-from proxy.wire import error_event, forwarded_body
+from proxy.wire import error_event
 
 # How long a finished stream may take to close, so that its connection can be used again.
 _CLOSE_S = 1.0
@@ -63,8 +63,8 @@ class Relay:
         Nothing is sent that is not reserved, and every reservation ends exactly once. Raises Refusal where the
         quotas say no, and UpstreamError as long as nothing of an answer has gone out.
         """
-        call, model, client = passage.call, passage.model, passage.client
-        body = forwarded_body(call, model)
+        call, model = passage.call, passage.model
+        body = passage.body()
         count = CallCount(self._tokenizers, call, model, body_bytes=len(body))
         async with (
             self._reserve(passage, count) as reservation,
@@ -74,9 +74,8 @@ class Relay:
             await count.before_it_is_sent()
             if reservation.entry.capped_by:
                 body = passage.lowered_body(reservation.entry)
-            sent = headers.to_upstream(client.headers, kind=model.upstream.kind, api_key=model.upstream.api_key)
             reservation.is_sent = True
-            async with self._upstreams.send(model.upstream, call.endpoint.path, body, sent) as answer:
+            async with self._upstreams.send(model.upstream, call.endpoint.path, body, passage.headers()) as answer:
                 # A long stream must not keep the request in memory three times over: agents send megabytes. Its texts
                 # stay, in case they have to be counted.
                 body = b""

@@ -1,7 +1,8 @@
 """An upstream of our own that behaves like the real ones, for the demo, the tests and the benchmarks.
 
 It serves chat, completions, embeddings, responses and models to whoever has its key, for any name of a model, with
-texts that follow from its seed (see `simulated_text`), and is reached through the same code path as a real upstream.
+texts that follow from its seed (see `simulated_text`), and what is no text (see `simulated_media`). It is reached
+through the same code path as a real upstream.
 It remembers what it was sent and what it reported, so that the books can be held against it; `watch` is told of each
 call that it answered, with what it generated, taken or not.
 
@@ -32,7 +33,7 @@ It generates only while somebody listens: when the client goes, it stops at once
 import asyncio
 import math
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from hmac import compare_digest
@@ -42,7 +43,8 @@ import orjson
 from aiohttp import web
 
 from proxy.simulated_faults import NO_DIRECTIONS, Complaint, Directions, complaint_of, read_directions, wrong_key
-from proxy.simulated_frames import Stream, write_stream, write_whole
+from proxy.simulated_frames import JSON, Stream, write_stream, write_whole
+from proxy.simulated_media import ERROR, MEDIA, Write, read_form, write_medium
 from proxy.simulated_text import Author, Endpoint, Script, read_json
 
 MODELS = ("gpt-4o", "gpt-4o-mini", "o4-mini", "gpt-3.5-turbo-instruct", "text-embedding-3-small")
@@ -70,6 +72,7 @@ HEADERS = {
 JSON_HEADERS = {"content-type": "application/json"}
 HTML_HEADERS = {"content-type": "text/html"}
 STREAM_HEADERS = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache"}
+Respond = Callable[[web.Request, JSON, Directions], Awaitable[web.StreamResponse]]
 BAD_GATEWAY = b"<html><head><title>502 Bad Gateway</title></head><body><h1>502 Bad Gateway</h1></body></html>"
 
 
@@ -132,7 +135,9 @@ class Simulator:
         """Return the application that serves it."""
         app = web.Application(client_max_size=BODY_BYTES_MAX)
         for path, (endpoint, prefix) in PATHS.items():
-            app.router.add_post(path, partial(self._call, endpoint, prefix))
+            app.router.add_post(path, partial(self._call, partial(self._say, endpoint, prefix)))
+        for path, write in MEDIA.items():
+            app.router.add_post(path, partial(self._call, partial(self._make, write)))
         app.router.add_get("/v1/models", self._models)
         app.router.add_get("/v1/models/{model}", self._models)
         app.router.add_route("*", "/{path:.*}", self._unknown)
@@ -154,11 +159,11 @@ class Simulator:
 
     # ------------------------------------------------------------------------------------------------- requests
 
-    async def _call(self, endpoint: Endpoint, prefix: str, request: web.Request) -> web.StreamResponse:
+    async def _call(self, answer: Respond, request: web.Request) -> web.StreamResponse:
         self.open_calls += 1
         try:
             body = await self._receive(request)
-            return await self._answer(endpoint, prefix, request, body)
+            return await self._answer(answer, request, body)
         except Complaint as complaint:
             return self._complain(complaint)
         except asyncio.CancelledError:
@@ -168,9 +173,10 @@ class Simulator:
             self.open_calls -= 1
             self._changed()
 
-    async def _answer(self, endpoint: Endpoint, prefix: str, request: web.Request, body: bytes) -> web.StreamResponse:
+    async def _answer(self, answer: Respond, request: web.Request, body: bytes) -> web.StreamResponse:
         key = self._check_key(request)
-        asked = read_json(body)
+        is_form = request.content_type == "multipart/form-data"
+        asked = read_form(body, request.headers["content-type"]) if is_form else read_json(body)
         directions = read_directions(asked)
         if directions.hang:
             await _silence()
@@ -180,6 +186,11 @@ class Simulator:
             return web.Response(status=502, body=BAD_GATEWAY, headers=self._headers(directions, HTML_HEADERS))
         if directions.status is not None:
             return self._complain(complaint_of(directions.status, directions.code, key), directions)
+        return await answer(request, asked, directions)
+
+    async def _say(
+        self, endpoint: Endpoint, prefix: str, request: web.Request, asked: JSON, directions: Directions
+    ) -> web.StreamResponse:
         script = self._author.script(endpoint, asked, directions)
         served = Served(script)
         id, created = f"{prefix}{next(self._numbers):012d}", int(self._now())
@@ -189,6 +200,26 @@ class Simulator:
             return await self._whole(request, served, write_whole(script, id=id, created=created))
         finally:
             self._watch(served)
+
+    async def _make(
+        self, write: Write, request: web.Request, asked: JSON, directions: Directions
+    ) -> web.StreamResponse:
+        medium = write_medium(write, asked, directions)
+        headers = self._headers(directions, {"content-type": medium.content_type})
+        if not medium.is_stream:
+            headers["content-length"] = str(sum(map(len, medium.pieces)))
+        response = web.StreamResponse(headers=headers)
+        await response.prepare(request)
+        for piece in islice(medium.pieces, directions.fault_after if directions.fault else None):
+            await asyncio.sleep(0)
+            await response.write(piece)
+        if directions.fault in ("cut", "stall"):
+            await self._break_off(request, directions)
+        elif directions.fault:
+            await response.write(ERROR)
+        elif medium.usage is not None:
+            self._take_down(*medium.usage)
+        return response
 
     async def _receive(self, request: web.Request) -> bytes:
         body = await request.read()
@@ -242,7 +273,10 @@ class Simulator:
         return web.Response(status=complaint.status, body=orjson.dumps({"error": complaint.error}), headers=headers)
 
     def _report(self, served: Served) -> None:
-        served.reported = taken, given = served.script.reported
+        served.reported = served.script.reported
+        self._take_down(*served.reported)
+
+    def _take_down(self, taken: int, given: int) -> None:
         self.given.calls += 1
         self.given.input_tokens += taken
         self.given.output_tokens += given

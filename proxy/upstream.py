@@ -15,6 +15,7 @@ from yarl import URL
 
 from proxy.errors import UpstreamError, UpstreamTimeout
 from proxy.policy import Upstream
+from proxy.spool import Spliced
 
 # SDKs wait ten minutes for an answer, and bill a retry again; giving up earlier would only cost more.
 _SILENCE_S = 600
@@ -96,7 +97,7 @@ class Upstreams:
 
     @asynccontextmanager
     async def send(
-        self, upstream: Upstream, path: str, body: bytes, headers: Mapping[str, str]
+        self, upstream: Upstream, path: str, body: bytes | Spliced, headers: Mapping[str, str]
     ) -> AsyncIterator[Answer]:
         """POST `body` and hand out the answer; leaving closes or returns the connection.
 
@@ -106,9 +107,9 @@ class Upstreams:
         # Redirects are not followed: the library would carry `api-key` headers to wherever they point.
         request = self._session.post(
             URL(upstream.base_url + path, encoded=True),
-            # As a file where it is large: the library would write a megabyte of bytes in one go, and warns of it.
-            data=io.BytesIO(body) if len(body) > _AT_ONCE_BYTES_MAX else body,
-            headers=headers,
+            data=_data(body),
+            # Not chunked, which some servers don't take for a form.
+            headers={**headers, "content-length": str(len(body))},
             allow_redirects=False,
         )
         try:
@@ -127,3 +128,11 @@ class Upstreams:
             if response.headers.get("content-encoding", "identity").lower() != "identity":
                 raise UpstreamError("The upstream compressed its answer although it was asked not to.")
             yield Answer(response)
+
+
+def _data(body: bytes | Spliced) -> object:
+    """The body as the library is to send it."""
+    if isinstance(body, Spliced):
+        return body.pieces()
+    # As a file where it is large: the library would write a megabyte of bytes in one go, and warns of it.
+    return io.BytesIO(body) if len(body) > _AT_ONCE_BYTES_MAX else body

@@ -95,7 +95,10 @@ class AtLeast:
 
 @dataclass(frozen=True, slots=True)
 class Unspent:
-    """Nothing was generated. `requests` is 1 where the call itself counts (the upstream called it a bad request)."""
+    """No tokens: nothing was generated, or what was is billed otherwise.
+
+    `requests` is 1 where the call itself counts: the upstream called it a bad request, or bills it by the piece.
+    """
 
     requests: int = 0
     provenance: Literal["unspent"] = "unspent"

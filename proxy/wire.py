@@ -1,4 +1,4 @@
-"""The requests of the OpenAI format: which endpoints there are, what a call says, and what is sent on.
+"""The requests of the OpenAI format: what a call to one of our endpoints says, and what is sent on.
 
 A `Call` is one metered request as we read it. Fields that we don't know are passed on untouched; the few on which
 something is decided are checked, and what was checked is what is sent: the body is written anew from what was
@@ -8,66 +8,19 @@ really read (`_MAXIMUM_FIELDS`).
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
+from proxy.endpoints import METERED, SPEECH, STORED, Endpoint, EndpointName
 from proxy.errors import InvalidRequest, ProxyError
+from proxy.forms import Form
 from proxy.policy import Kind, Model
 from proxy.prompt import parts_of
 from proxy.strict_json import dump, parse_object
-
-EndpointName = Literal["chat", "completions", "embeddings", "responses"]
 
 _MODEL_CHARACTERS_MAX = 256
 _ANSWERS_MAX = 128
 # Beyond any answer, and small enough that no product of such numbers leaves 64 bits.
 _NUMBER_MAX = 10**9
-
-
-@dataclass(frozen=True, slots=True)
-class Endpoint:
-    """One path of the OpenAI surface that is metered. `path` is relative to the base URL."""
-
-    name: EndpointName
-    path: str
-    maxima: tuple[str, ...]
-    refused: Mapping[str, str]
-
-    @property
-    def generates(self) -> bool:
-        """Whether it makes output tokens."""
-        return bool(self.maxima)
-
-    @property
-    def has_usage_option(self) -> bool:
-        """Whether a stream tells its usage only when `stream_options.include_usage` asks for it."""
-        return self.name in ("chat", "completions")
-
-
-_ELSEWHERE = "it would change where this call goes or which key it uses, and the proxy decides that"
-_REROUTING = dict.fromkeys(("api_base", "api_key", "base_url", "custom_host", "extra_headers"), _ELSEWHERE)
-_STORED = "it refers to things stored at the upstream, whose tokens this request does not show"
-
-CHAT = Endpoint(
-    "chat",
-    "/chat/completions",
-    ("max_completion_tokens", "max_tokens"),
-    {**_REROUTING, "web_search_options": "hosted tools are not open on this proxy"},
-)
-COMPLETIONS = Endpoint("completions", "/completions", ("max_tokens",), _REROUTING)
-EMBEDDINGS = Endpoint("embeddings", "/embeddings", (), _REROUTING)
-RESPONSES = Endpoint(
-    "responses",
-    "/responses",
-    ("max_output_tokens",),
-    {
-        **_REROUTING,
-        "background": "its cost would arise after the answer",
-        "previous_response_id": _STORED,
-        "conversation": _STORED,
-        "prompt": _STORED,
-    },
-)
-ENDPOINTS = (CHAT, COMPLETIONS, EMBEDDINGS, RESPONSES)
 
 # The fields from which a kind of upstream takes its maximum, the one that is written first. Ollama has no other
 # than max_tokens in its struct; llama.cpp lets n_predict win over all, on each of its endpoints.
@@ -83,19 +36,27 @@ _MAXIMA = ("max_tokens", "max_completion_tokens", "max_output_tokens", "n_predic
 _ANSWER_COUNTS = ("n", "n_cmpl")
 
 _KNOWN = frozenset(
-    (*_MAXIMA, *_ANSWER_COUNTS, *"model stream stream_options best_of messages input prompt tools".split())
-).union(*(endpoint.refused for endpoint in ENDPOINTS))
+    (
+        *_MAXIMA,
+        *_ANSWER_COUNTS,
+        *"model stream stream_options stream_format best_of messages input prompt tools voice".split(),
+    )
+).union(*(endpoint.refused for endpoint in METERED))
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One metered request: what it asks for, and the body as it was read."""
+    """One metered request: what it asks for, and the body as it was read; of a form its fields.
+
+    `document` has what was read of either.
+    """
 
     endpoint: Endpoint
     model: str
     stream: bool
     choices: int
     document: dict[str, Any]
+    form: Form | None = None
 
     def forget(self) -> None:
         """Let go of the body, which is sent and not needed any more. What the fields say stays."""
@@ -134,11 +95,66 @@ def parse_call(endpoint: Endpoint, body: bytes) -> Call:
         _refuse_unclear_usage_option(document.get("stream_options"))
     return Call(
         endpoint=endpoint,
-        model=_model(document.get("model")),
-        stream=_stream(document.get("stream")),
+        model=_model(endpoint.default_model if document.get("model") is None else document["model"]),
+        stream=_stream(endpoint, document),
         choices=_choices(endpoint, document),
         document=document,
     )
+
+
+def parse_form(endpoint: Endpoint, form: Form) -> Call:
+    """Read a form as `parse_call` reads JSON; raises InvalidRequest likewise."""
+    document: dict[str, Any] = {}
+    for field in form.fields:
+        document[_plain_name(endpoint, field.name)] = _read_field(field.name, field.value)
+    for file in form.files:
+        if _plain_name(endpoint, file.name) in _KNOWN:
+            raise InvalidRequest(f'"{file.name}" is no file.', param=file.name)
+    _refuse_fields(endpoint, document)
+    return Call(
+        endpoint=endpoint,
+        model=_model(document.get("model", endpoint.default_model)),
+        stream=_stream(endpoint, document),
+        choices=_choices(endpoint, document),
+        document=document,
+        form=form,
+    )
+
+
+def forwarded_model(call: Call, model: Model) -> tuple[int, int, bytes]:
+    """What to replace in a form that is sent: from where to where, and by which bytes, so that it names the model.
+
+    Where it names none, a part that does is put before all others.
+    """
+    assert call.form is not None, "it is a form"
+    name = model.upstream_model.encode()
+    field = call.form.field("model")
+    if field is not None:
+        return field.start, field.end, name
+    boundary = call.form.boundary.encode()
+    return 0, 0, b'--%b\r\nContent-Disposition: form-data; name="model"\r\n\r\n%b\r\n' % (boundary, name)
+
+
+def _plain_name(endpoint: Endpoint, name: str) -> str:
+    """A field's name; raises InvalidRequest where it is one of those that decide, written so that others overlook it.
+
+    A member of a field that is refused (`svg[model]`) counts as that field.
+    """
+    base = name.partition("[")[0]
+    if base in endpoint.refused:
+        return base
+    if base.lower() in _KNOWN and name != base.lower():
+        raise InvalidRequest(f'Write "{base.lower()}" and not "{name}".', param=base.lower())
+    return name
+
+
+def _read_field(name: str, value: str) -> object:
+    """The value of a form's field as JSON would have it, where something is decided on it."""
+    if name == "stream" and value in ("true", "false"):
+        return value == "true"
+    if name == "n" and value.isascii() and value.isdigit() and len(value) < 10:
+        return int(value)
+    return value
 
 
 def forwarded_body(call: Call, model: Model, *, maximum: int | None = None) -> bytes:
@@ -165,7 +181,7 @@ def error_event(endpoint: Endpoint, error: ProxyError) -> bytes:
 
     For /responses the older SDKs raise only at an `error` member, the newer ones at the event's name: it has both.
     """
-    if endpoint.name != "responses":
+    if not endpoint.is_of_responses:
         return b"data: " + dump(error.body()) + b"\n\n"
     flat = {"type": "error", "code": error.code, "message": error.message, "param": error.param}
     return b"event: error\ndata: " + dump({**flat, **error.body()}) + b"\n\n"
@@ -188,9 +204,11 @@ def _refuse_fields(endpoint: Endpoint, document: Mapping[str, Any]) -> None:
                 f'"{name}" can\'t be used here: {endpoint.refused[name]}.', param=name, code="unsupported_parameter"
             )
     _refuse_stored_files(document)
-    if endpoint is RESPONSES:
+    if endpoint.is_of_responses:
         _refuse_hosted_tools(document.get("tools"))
-        _refuse_stored_items(document.get("input"))
+        _refuse_items(document.get("input"))
+    if isinstance(document.get("voice"), dict):
+        raise InvalidRequest(f'"voice" must be a name here: {STORED}.', param="voice", code="unsupported_parameter")
 
 
 def _refuse_unclear_usage_option(options: object) -> None:
@@ -221,15 +239,20 @@ def _refuse_stored_files(document: Mapping[str, Any]) -> None:
         file = part.get("file")
         if part.get("file_id") or (isinstance(file, dict) and file.get("file_id")):
             raise InvalidRequest(
-                f'"file_id" can\'t be used here: {_STORED}.', param="file_id", code="unsupported_parameter"
+                f'"file_id" can\'t be used here: {STORED}.', param="file_id", code="unsupported_parameter"
             )
 
 
-def _refuse_stored_items(items: object) -> None:
+def _refuse_items(items: object) -> None:
+    """Refuse items that stand for stored ones, and hosted tools that come in by an item (`additional_tools`)."""
     for item in items if isinstance(items, list) else ():
-        if isinstance(item, dict) and _is_reference(item):
+        if not isinstance(item, dict):
+            continue
+        if item.get("type") != "mcp_list_tools":  # of which the tools are no offer but what a server once listed
+            _refuse_hosted_tools(item.get("tools"))
+        if _is_reference(item):
             raise InvalidRequest(
-                f'Items of type "item_reference" can\'t be used here: {_STORED}.',
+                f'Items of type "item_reference" can\'t be used here: {STORED}.',
                 param="input",
                 code="unsupported_parameter",
             )
@@ -258,10 +281,12 @@ def _model(value: object) -> str:
     return value
 
 
-def _stream(value: object) -> bool:
+def _stream(endpoint: Endpoint, document: Mapping[str, Any]) -> bool:
+    value = document.get("stream")
     if value is not None and not isinstance(value, bool):
         raise InvalidRequest('"stream" must be true or false.', param="stream", code="invalid_type")
-    return bool(value)
+    # Speech has a field of its own for it.
+    return document.get("stream_format") == "sse" if endpoint is SPEECH else bool(value)
 
 
 def _choices(endpoint: Endpoint, document: Mapping[str, Any]) -> int:

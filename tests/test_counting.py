@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 
 from proxy.counting import CallCount
+from proxy.endpoints import CHAT, COMPLETIONS, EMBEDDINGS, RESPONSES, Endpoint
 from proxy.policy import Model, Upstream
 from proxy.tokens import Tokenizers
-from proxy.wire import CHAT, COMPLETIONS, EMBEDDINGS, RESPONSES, Endpoint, forwarded_body
+from proxy.wire import forwarded_body
 from tests.stage import loaded
 from tests.test_wire import parse
 

@@ -11,11 +11,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.demand import SMALLEST_ANSWER, counted, demand_of, is_seen_growing
+from proxy.endpoints import (
+    CHAT,
+    COMPACT,
+    COMPLETIONS,
+    EMBEDDINGS,
+    IMAGES,
+    INPUT_TOKENS,
+    METERED,
+    MODERATIONS,
+    RESPONSES,
+    SPEECH,
+    Endpoint,
+)
 from proxy.policy import Kind, Model, Upstream
 from proxy.prompt import Prompt, read_prompt
 from proxy.quotas import Demand
 from proxy.usage import TOKENS_MAX
-from proxy.wire import CHAT, COMPLETIONS, EMBEDDINGS, ENDPOINTS, RESPONSES, Call, Endpoint, forwarded_body
+from proxy.wire import Call, forwarded_body
 from tests.test_wire import GENERATING, HUGE, KINDS, MAXIMA, READS, everywhere, ids, parse
 
 
@@ -210,7 +223,7 @@ def test_a_budget_for_thinking_comes_before_the_smallest_answer(fields: dict, sm
 # -------------------------------------------------------------------------------------------- seen growing, or hidden
 
 
-@pytest.mark.parametrize("endpoint", ENDPOINTS, ids=ids)
+@pytest.mark.parametrize("endpoint", [*GENERATING, EMBEDDINGS], ids=ids)
 @pytest.mark.parametrize("stream", [True, False, None])
 def test_only_a_stream_is_seen_growing(endpoint: Endpoint, stream: bool | None) -> None:
     """A whole answer comes at once, and embeddings generate nothing."""
@@ -439,7 +452,7 @@ def test_a_count_never_raises_the_bound(
 
 
 @given(
-    endpoint=st.sampled_from(ENDPOINTS),
+    endpoint=st.sampled_from(METERED),
     kind=st.sampled_from(KINDS),
     fields=st.fixed_dictionaries(
         {},
@@ -466,3 +479,32 @@ def test_the_parts_of_a_demand_fit_each_other(endpoint: Endpoint, kind: Kind, fi
     found = demand(parse(endpoint, **fields), kind, **known)
     assert 0 <= found.smallest <= found.first <= found.want <= TOKENS_MAX
     assert (found.want > 0) <= endpoint.generates
+
+
+# ---------------------------------------------------------------------------------------------------- what is no text
+
+
+@pytest.mark.parametrize("endpoint", [MODERATIONS, INPUT_TOKENS], ids=ids)
+def test_what_costs_no_tokens_holds_none(endpoint: Endpoint) -> None:
+    """So that nobody is kept from it by a quota of tokens."""
+    assert demand(parse(endpoint, input="long" * 100), context=1000) == Demand(input=0, want=0, smallest=0, first=0)
+
+
+@pytest.mark.parametrize(
+    ("call", "want"),
+    [
+        (parse(IMAGES, prompt="x"), 8192),
+        (parse(IMAGES, prompt="x", n=3, stream=True), 3 * 8192),
+        (parse(COMPACT, input="x"), 8192),
+        (parse(SPEECH, input="x", stream_format="sse"), 6144),
+        (parse(SPEECH, input="x"), 0),
+    ],
+    ids=["picture", "pictures", "compact", "events", "sound"],
+)
+def test_what_can_t_be_bounded_or_seen_is_held_as_a_whole(call: Call, want: int) -> None:
+    """No smaller answer is to be had, and none that grows; the model's own maximum may be less."""
+    found = demand(call)
+    assert (found.want, found.smallest, found.first) == (want, want, want)
+    assert (found.is_open_ended, is_seen_growing(call, model())) == (False, False)
+    assert found.input > 0
+    assert demand(call, max_output_tokens=100).want == (100 * call.choices if want else 0)

@@ -20,12 +20,12 @@ from openai.lib.streaming.chat import AsyncChatCompletionStream
 from openai.types.chat import ChatCompletion
 
 from proxy.ending import RESPONSE_ENDS, Ending
+from proxy.endpoints import EndpointName
 from proxy.simulated_faults import Directions
 from proxy.simulated_frames import Stream, write_stream
 from proxy.simulated_text import Author, Endpoint
 from proxy.sse import Splitter
 from proxy.usage import Tokens
-from proxy.wire import EndpointName
 
 JSON = dict[str, Any]
 

@@ -11,10 +11,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from proxy.endpoints import (
+    CHAT,
+    COMPACT,
+    COMPLETIONS,
+    EMBEDDINGS,
+    IMAGES,
+    INPUT_TOKENS,
+    MODERATIONS,
+    RESPONSES,
+    SPEECH,
+    Endpoint,
+)
 from proxy.meter import Meter
 from proxy.sse import Event, Splitter
-from proxy.usage import AtLeast, Exactly, Tokens, Usage
-from proxy.wire import CHAT, COMPLETIONS, EMBEDDINGS, RESPONSES, Call, Endpoint, parse_call
+from proxy.usage import TOKENS_MAX, AtLeast, Exactly, Tokens, Unspent, Usage
+from proxy.wire import Call, parse_call
 
 HONEST = {"prompt_tokens": 11, "completion_tokens": 5, "total_tokens": 16}
 ZEROS = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
@@ -907,3 +919,85 @@ def test_the_beginning_of_an_event_that_was_cut_off_says_nothing() -> None:
     half = Event(raw=b'data: {"choices": [{"del', name=None, data=b'{"choices": [{"del')
     assert meter.see_event(half, is_cut=True) == half.raw
     assert meter.output_seen == 0
+
+
+# ---------------------------------------------------------------------------------------------------- what is no text
+
+TOLD = {"input_tokens": 11, "output_tokens": 5, "total_tokens": 16}
+
+
+def steps(*said: dict) -> bytes:
+    """A stream of these events."""
+    return b"".join(b"data: " + json.dumps(each).encode() + b"\n\n" for each in said)
+
+
+def test_a_moderation_is_a_request_and_a_count_is_nothing() -> None:
+    """Whatever they say, and also where they are not heard to the end."""
+    for body in ({"results": []}, {"usage": TOLD}, b"no JSON"):
+        assert whole(body, MODERATIONS).usage() == Unspent(requests=1)
+        assert whole(body, INPUT_TOKENS).usage() == Unspent()
+    assert new(call(MODERATIONS)).usage() == Unspent(requests=1)
+    assert whole(b"no JSON", MODERATIONS).has_error
+
+
+@pytest.mark.parametrize("endpoint", [IMAGES, SPEECH])
+def test_tokens_are_charged_where_they_are_said(endpoint: Endpoint) -> None:
+    """Else the answer counts as a request, be it JSON or sound; one that is an error costs what was asked."""
+    assert whole({"usage": TOLD}, endpoint).usage() == Exactly(Tokens(11, 5))
+    assert whole({"data": []}, endpoint).usage() == Unspent(requests=1)
+    assert whole({"usage": {"type": "duration", "seconds": 7}}, endpoint).usage() == Unspent(requests=1)
+    sound = whole(b"ID3\xff", endpoint)
+    assert (sound.usage(), sound.has_error, sound.uncounted) == (Unspent(requests=1), False, [])
+    assert whole({"error": {"message": "no"}}, endpoint).usage() == AtLeast(Tokens(0, 0))
+
+
+def test_a_drawing_says_apart_what_the_model_used_that_wrote_it() -> None:
+    """Both are billed."""
+    drawing = {
+        "usage": TOLD,
+        "svg_usage": {"model": "m", "input_tokens": 100, "output_tokens": 50, "total_tokens": 150},
+    }
+    assert whole(drawing, IMAGES).usage() == Exactly(Tokens(111, 55))
+    assert whole({"svg_usage": TOLD}, IMAGES).usage() == Exactly(Tokens(11, 5))
+
+
+def test_a_compaction_is_counted_where_it_says_no_tokens() -> None:
+    """It is billed in tokens like any response."""
+    assert whole({"output": [], "usage": TOLD}, COMPACT).usage() == Exactly(Tokens(11, 5))
+    silent = whole({"output": [{"type": "compaction", "id": "c", "encrypted_content": "secret"}]}, COMPACT)
+    assert (silent.usage(), silent.uncounted) == (AtLeast(Tokens(0, 0)), ["secret"])
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "step", "end"),
+    [
+        (IMAGES, "image_generation.partial_image", "image_generation.completed"),
+        (SPEECH, "speech.audio.delta", "speech.audio.done"),
+    ],
+)
+def test_a_stream_of_what_is_no_text_says_its_usage_at_its_end(endpoint: Endpoint, step: str, end: str) -> None:
+    """Every event passes as it came. Before the end nobody knows what it cost: all that is held."""
+    of = call(endpoint)
+    begun, done = steps({"type": step, "b64_json": "AAAA"}), steps({"type": end, "usage": TOLD})
+    meter, shown = watch(begun, of)
+    assert (shown, meter.output_seen, meter.is_over) == (begun, 0, False)
+    assert meter.usage() == AtLeast(Tokens(0, TOKENS_MAX))
+    meter, shown = watch(begun + done, of)
+    assert (shown, meter.output_seen, meter.is_at_end, meter.is_over) == (begun + done, 0, True, True)
+    assert meter.usage() == Exactly(Tokens(11, 5))
+    assert usage_of(begun + steps({"type": end}), of) == Unspent(requests=1)
+    assert usage_of(begun + DONE, of) == Unspent(requests=1)
+
+
+def test_several_pictures_of_a_stream_add_up() -> None:
+    """Each says its own; a stream that ends after the first has not said what the second cost."""
+    first = steps({"type": "image_generation.completed", "usage": TOLD})
+    assert usage_of(first + first, call(IMAGES, n=2)) == Exactly(Tokens(22, 10))
+    assert usage_of(first, call(IMAGES, n=2)) == AtLeast(Tokens(0, TOKENS_MAX))
+
+
+@pytest.mark.parametrize("error", [{"type": "error", "message": "no"}, {"error": {"message": "no"}}])
+def test_a_stream_that_says_it_failed_has_generated_nothing(error: dict) -> None:
+    """Its input was read."""
+    meter, _ = watch(steps(error), call(IMAGES))
+    assert (meter.is_over, meter.has_error, meter.usage()) == (True, True, AtLeast(Tokens(0, 0)))

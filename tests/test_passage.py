@@ -10,11 +10,12 @@ from aiohttp.test_utils import make_mocked_request
 from proxy.books import Booked, Books, Facts
 from proxy.client import Client
 from proxy.demand import demand_of
+from proxy.endpoints import CHAT
 from proxy.errors import ModelNotFound
 from proxy.passage import Passage, passage_for
 from proxy.policy import Policy
 from proxy.prompt import read_prompt
-from proxy.wire import CHAT, forwarded_body, parse_call
+from proxy.wire import forwarded_body, parse_call
 from tests.builders import NOON
 from tests.stage import STAFF, config_of
 

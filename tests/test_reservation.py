@@ -12,6 +12,7 @@ import pytest
 from proxy import reservation as module
 from proxy.books import Booked, Entry, Expire, Settle
 from proxy.counting import CallCount
+from proxy.endpoints import CHAT
 from proxy.ledger import Ledger
 from proxy.meter import Meter
 from proxy.policy import Model, Upstream
@@ -21,7 +22,7 @@ from proxy.sqlite import SqliteStore
 from proxy.sse import Splitter
 from proxy.usage import Amount, AtLeast, Exactly, Tokens, Unspent, Usage
 from proxy.waiting import WaitingRoom
-from proxy.wire import CHAT, parse_call
+from proxy.wire import parse_call
 from tests.breakage import read_only, writers
 from tests.builders import NOON, binding, call, exactly, quota, reserve
 from tests.stage import loaded, until

@@ -161,7 +161,7 @@ async def test_a_wrong_key(address: str, http: aiohttp.ClientSession) -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "path"), [("GET", "files"), ("POST", "models"), ("GET", "chat/completions"), ("POST", "images/edits")]
+    ("method", "path"), [("GET", "files"), ("POST", "models"), ("GET", "chat/completions"), ("POST", "videos")]
 )
 async def test_everything_else_is_a_404(http: aiohttp.ClientSession, method: str, path: str) -> None:
     """In OpenAI's shape, naming what was asked."""

@@ -11,21 +11,33 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.errors import InvalidRequest, UpstreamError
-from proxy.policy import Kind, Model, Upstream
-from proxy.wire import (
+from proxy.endpoints import (
     CHAT,
+    COMPACT,
     COMPLETIONS,
     EMBEDDINGS,
-    ENDPOINTS,
+    IMAGE_EDITS,
+    IMAGES,
+    INPUT_TOKENS,
+    METERED,
+    MODERATIONS,
     RESPONSES,
-    Call,
+    SPEECH,
+    TRANSCRIPTIONS,
     Endpoint,
+)
+from proxy.errors import InvalidRequest, UpstreamError
+from proxy.forms import Form, FormReader
+from proxy.policy import Kind, Model, Upstream
+from proxy.wire import (
+    Call,
     error_event,
     forwarded_body,
+    forwarded_model,
     is_endless,
     maximum_fields,
     parse_call,
+    parse_form,
 )
 
 KINDS = get_args(Kind)
@@ -79,25 +91,38 @@ def test_a_call_says_what_was_asked() -> None:
     assert (plain.stream, plain.choices) == (False, 1)
 
 
-def test_the_endpoints_differ_in_two_ways() -> None:
-    """All but embeddings generate; only chat and completions have to be asked for a stream's usage."""
-    assert [endpoint.generates for endpoint in ENDPOINTS] == [True, True, False, True]
-    assert [endpoint.has_usage_option for endpoint in ENDPOINTS] == [True, True, False, False]
-    assert [endpoint.path for endpoint in ENDPOINTS] == [
-        "/chat/completions",
-        "/completions",
-        "/embeddings",
-        "/responses",
-    ]
-
-
-@pytest.mark.parametrize("endpoint", ENDPOINTS, ids=ids)
+@pytest.mark.parametrize("endpoint", [each for each in METERED if each.default_model is None], ids=ids)
 def test_a_model_must_be_named(endpoint: Endpoint) -> None:
     """Without one no quota can be found (T33)."""
     for missing in ({}, {"model": None}):
         with pytest.raises(InvalidRequest) as caught:
             parse_call(endpoint, json.dumps(missing).encode())
         assert (caught.value.param, caught.value.code) == ("model", "missing_required_parameter")
+
+
+@pytest.mark.parametrize("endpoint", [MODERATIONS, IMAGES], ids=ids)
+def test_where_none_is_named_the_upstream_s_own_is_meant(endpoint: Endpoint) -> None:
+    """And it is the one that is sent, so that what was decided on is what is used."""
+    for missing in ({}, {"model": None}):
+        call = parse_call(endpoint, json.dumps(missing).encode())
+        assert call.model == endpoint.default_model
+        assert sent(call)["model"] == "real-m"
+    assert parse(endpoint).model == "m"
+
+
+@pytest.mark.parametrize(
+    ("fields", "is_streamed"),
+    [
+        ({}, False),
+        ({"stream": True}, False),
+        ({"stream_format": "audio"}, False),
+        ({"stream_format": "sse"}, True),
+        ({"stream_format": ["sse"]}, False),
+    ],
+)
+def test_speech_says_otherwise_that_it_is_to_be_streamed(fields: dict, is_streamed: bool) -> None:
+    """`stream` means nothing to it."""
+    assert parse(SPEECH, **fields).stream is is_streamed
 
 
 @pytest.mark.parametrize(
@@ -116,7 +141,7 @@ def test_a_model_is_taken_as_it_is_written(name: str) -> None:
 
 
 @pytest.mark.parametrize("value", ["true", "false", 1, 0, [], {}, 1.0])
-@pytest.mark.parametrize("endpoint", ENDPOINTS, ids=ids)
+@pytest.mark.parametrize("endpoint", METERED, ids=ids)
 def test_stream_is_true_or_false(endpoint: Endpoint, value: object) -> None:
     """Some servers read "true" as true and others refuse it (T35)."""
     error = refused(endpoint, stream=value)
@@ -136,7 +161,7 @@ def test_a_lone_key_in_another_case_is_refused(other: str) -> None:
     assert f'"{other.lower()}" and "{other}"' in error.message
 
 
-@pytest.mark.parametrize("endpoint", ENDPOINTS, ids=ids)
+@pytest.mark.parametrize("endpoint", METERED, ids=ids)
 def test_refused_fields_are_refused_in_any_case(endpoint: Endpoint) -> None:
     """A list of closed fields is worth nothing if `API_BASE` gets around it."""
     for name in endpoint.refused:
@@ -146,7 +171,7 @@ def test_refused_fields_are_refused_in_any_case(endpoint: Endpoint) -> None:
 # ----------------------------------------------------------------------------------------------------- what is closed
 
 
-@pytest.mark.parametrize("endpoint", ENDPOINTS, ids=ids)
+@pytest.mark.parametrize("endpoint", METERED, ids=ids)
 @pytest.mark.parametrize("name", ["api_base", "api_key", "base_url", "custom_host", "extra_headers"])
 def test_no_field_changes_where_a_call_goes(endpoint: Endpoint, name: str) -> None:
     """Behind us may be another gateway that reads them (T24, CVE-2024-6587)."""
@@ -545,7 +570,7 @@ known = st.fixed_dictionaries(
 
 
 @given(
-    endpoint=st.sampled_from(ENDPOINTS),
+    endpoint=st.sampled_from(METERED),
     kind=st.sampled_from(KINDS),
     fields=st.tuples(unknown, known),
     maximum=st.none() | st.integers(1, 4000),
@@ -559,7 +584,7 @@ def test_only_what_we_decide_is_changed(endpoint: Endpoint, kind: Kind, fields: 
     assert unchanged == {name: value for name, value in document.items() if name in unchanged}
     assert repr(unchanged) == repr({name: document[name] for name in unchanged})
     assert document.keys() <= forwarded.keys()
-    if maximum is not None and endpoint.generates:
+    if maximum is not None and endpoint.shows_output:
         stated = [forwarded[name] for name in READS[kind, endpoint.name] if forwarded.get(name) is not None]
         assert stated
         assert all(0 <= value <= maximum for value in stated)
@@ -588,6 +613,22 @@ def test_an_error_in_a_response_has_both_forms() -> None:
     assert json.loads(second.removeprefix(b"data: ")) == {**flat, **error.body()}
 
 
+@pytest.mark.parametrize("endpoint", [RESPONSES, COMPACT, INPUT_TOKENS], ids=ids)
+def test_items_bring_in_no_hosted_tools(endpoint: Endpoint) -> None:
+    """Tools may come by an item too; what a server once listed is history."""
+    for kind in ("web_search", "mcp", "image_generation", "code_interpreter", "file_search", None):
+        item = {"type": "additional_tools", "role": "developer", "tools": [{"type": kind}]}
+        assert refused(endpoint, input=["text", item]).param == "tools"
+    parse(endpoint, input=[{"type": "additional_tools", "tools": [{"type": "function", "name": "f"}]}])
+    parse(endpoint, input=[{"type": "mcp_list_tools", "tools": [{"name": "f"}]}])
+
+
+def test_a_voice_is_one_that_everybody_has() -> None:
+    """One of the account's own is somebody's."""
+    assert refused(SPEECH, input="x", voice={"id": "voice_1"}).param == "voice"
+    assert parse(SPEECH, input="x", voice="alloy").document["voice"] == "alloy"
+
+
 @pytest.mark.parametrize(
     "part", [{"type": "input_file", "file_id": "file_1"}, {"type": "file", "file": {"file_id": "file_1"}}]
 )
@@ -611,3 +652,74 @@ def test_a_call_lets_go_of_its_body_and_keeps_what_it_says() -> None:
     call.forget()
     assert not call.document
     assert (call.model, call.stream, call.choices) == ("m", True, 2)
+
+
+# -------------------------------------------------------------------------------------------------------------- forms
+
+
+def form(*parts: str, files: tuple[str, ...] = ("file",)) -> Form:
+    """A form with these fields, each as "name=value", and with these files."""
+    return form_and_body(parts, files)[0]
+
+
+def form_and_body(parts: tuple[str, ...], files: tuple[str, ...]) -> tuple[Form, bytes]:
+    """The same, and its bytes."""
+    heads = [(f'name="{name}"; filename="f"', "sound") for name in files]
+    heads += [(f'name="{name}"', value) for name, _, value in (part.partition("=") for part in parts)]
+    body = (
+        "".join(f"--b\r\nContent-Disposition: form-data; {head}\r\n\r\n{value}\r\n" for head, value in heads)
+        + "--b--"
+    )
+    reader = FormReader("multipart/form-data; boundary=b")
+    reader.feed(body.encode())
+    return reader.end(), body.encode()
+
+
+def test_a_form_says_what_json_would() -> None:
+    """The fields on which something is decided, in the types that JSON has for them."""
+    call = parse_form(
+        IMAGE_EDITS, form("model=m", "n=3", "stream=true", "prompt=a fox", "size=auto", files=("image[]",))
+    )
+    assert (call.model, call.stream, call.choices) == ("m", True, 3)
+    assert call.document == {"model": "m", "n": 3, "stream": True, "prompt": "a fox", "size": "auto"}
+    assert parse_form(TRANSCRIPTIONS, form("model=m", "stream=false")).stream is False
+    assert parse_form(IMAGE_EDITS, form("prompt=x")).model == "dall-e-2"
+
+
+@pytest.mark.parametrize(
+    ("parts", "files", "param"),
+    [
+        ((), ("file",), "model"),
+        (("model= m",), ("file",), "model"),
+        (("model=m", "model[]=big"), ("file",), "model"),
+        (("model=m", "Model=big"), ("file",), "model"),
+        (("model=m", "MODEL[x]=big"), ("file",), "model"),
+        (("model=m",), ("model",), "model"),
+        (("model=m",), ("Stream",), "stream"),
+        (("model=m", "stream=1"), ("file",), "stream"),
+        (("model=m", "stream=True"), ("file",), "stream"),
+        (("model=m", "n=x"), ("image",), "n"),
+        (("model=m", "n=\u0663"), ("image",), "n"),
+        (("model=m", "n=0"), ("image",), "n"),
+        (("model=m", "n=1000000000000"), ("image",), "n"),
+        (("model=m", "svg[model]=big"), ("image",), "svg"),
+        (("model=m", "api_base=http://evil.example"), ("image",), "api_base"),
+    ],
+)
+def test_a_form_has_no_second_way_to_say_it(parts: tuple[str, ...], files: tuple[str, ...], param: str) -> None:
+    """Some servers read `model[]` as `model`, and others don't: what decides is written plainly or refused."""
+    with pytest.raises(InvalidRequest) as caught:
+        parse_form(IMAGE_EDITS if param in ("n", "svg", "api_base") else TRANSCRIPTIONS, form(*parts, files=files))
+    assert caught.value.param == param
+
+
+def test_a_form_is_sent_with_the_upstream_s_name_of_the_model() -> None:
+    """In its place; before all others where there is none."""
+    read, body = form_and_body(("a=1", "model=m", "b=2"), ("file",))
+    start, end, name = forwarded_model(parse_form(TRANSCRIPTIONS, read), model())
+    assert body[:start] + name + body[end:] == body.replace(b"\r\nm\r\n", b"\r\nreal-m\r\n")
+    read, body = form_and_body(("prompt=x",), ("image",))
+    start, end, part = forwarded_model(parse_form(IMAGE_EDITS, read), model())
+    again = FormReader("multipart/form-data; boundary=b")
+    again.feed(body[:start] + part + body[end:])
+    assert [(field.name, field.value) for field in again.end().fields] == [("model", "real-m"), ("prompt", "x")]

@@ -1,0 +1,222 @@
+"""The table of endpoints: which paths of the OpenAI surface are metered, and which are refused, and why.
+
+The list is closed. A path that stands nowhere in it is not served, so that what OpenAI adds next month is not open by
+accident; one that would leak or go unmetered stands in it with its reason, so that whoever meets it learns why. Paths
+are relative to the base URL; in a pattern `{}` is one segment and `**` any number of them.
+
+Beside the metered ones `/models` and `/quota` are answered by the proxy itself, from the policy and the books.
+Sources: OpenAI's published API description, and the paths of its SDK. Pure.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+EndpointName = Literal[
+    "chat",
+    "completions",
+    "embeddings",
+    "responses",
+    "compact",
+    "input_tokens",
+    "moderations",
+    "images",
+    "image_edits",
+    "image_variations",
+    "speech",
+    "transcriptions",
+    "translations",
+]
+# What an answer is charged. `tokens`: those it says, else those that we count. `tokens_if_said`: those it says; one
+# that says none is billed by the piece, and counts as a request. `request`: a request and no tokens. `nothing`.
+Charge = Literal["tokens", "tokens_if_said", "request", "nothing"]
+
+_ELSEWHERE = "it would change where this call goes or which key it uses, and the proxy decides that"
+_REROUTING = dict.fromkeys(("api_base", "api_key", "base_url", "custom_host", "extra_headers"), _ELSEWHERE)
+STORED = "it refers to things stored at the upstream, whose tokens this request does not show"
+_NO_STATE = {
+    **_REROUTING,
+    "background": "its cost would arise after the answer",
+    "previous_response_id": STORED,
+    "conversation": STORED,
+    "prompt": STORED,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """One path that is metered: a POST, open to every user whom a quota covers for the model of the call.
+
+    `maxima` are the fields that bound an answer. Where there are none, `answer_tokens` is held for each, and the
+    tokens can't be seen as they come. `default_model` is what the upstream takes where a request names none. `form`
+    says what the files are where the request is a form (`multipart/form-data`) and not JSON.
+    """
+
+    name: EndpointName
+    path: str
+    charge: Charge
+    maxima: tuple[str, ...] = ()
+    answer_tokens: int = 0
+    default_model: str | None = None
+    form: Literal["sounds", "pictures"] | None = None
+    refused: Mapping[str, str] = field(default_factory=lambda: _REROUTING)
+
+    @property
+    def generates(self) -> bool:
+        """Whether it makes output tokens."""
+        return bool(self.maxima or self.answer_tokens)
+
+    @property
+    def shows_output(self) -> bool:
+        """Whether what it generates passes as text, token by token."""
+        return bool(self.maxima)
+
+    @property
+    def has_usage_option(self) -> bool:
+        """Whether a stream tells its usage only when `stream_options.include_usage` asks for it."""
+        return self.name in ("chat", "completions")
+
+    @property
+    def is_of_responses(self) -> bool:
+        """Whether its request is that of /responses: items, tools, and what is stored at the upstream."""
+        return self.name in ("responses", "compact", "input_tokens")
+
+
+CHAT = Endpoint(
+    "chat",
+    "/chat/completions",
+    "tokens",
+    maxima=("max_completion_tokens", "max_tokens"),
+    refused={**_REROUTING, "web_search_options": "hosted tools are not open on this proxy"},
+)
+COMPLETIONS = Endpoint("completions", "/completions", "tokens", maxima=("max_tokens",))
+EMBEDDINGS = Endpoint("embeddings", "/embeddings", "tokens")
+RESPONSES = Endpoint("responses", "/responses", "tokens", maxima=("max_output_tokens",), refused=_NO_STATE)
+# A summary in place of a conversation: a pass of the model, whose length no field bounds.
+COMPACT = Endpoint("compact", "/responses/compact", "tokens", answer_tokens=8192, refused=_NO_STATE)
+INPUT_TOKENS = Endpoint("input_tokens", "/responses/input_tokens", "nothing", refused=_NO_STATE)
+MODERATIONS = Endpoint("moderations", "/moderations", "request", default_model="omni-moderation-latest")
+# A large picture of high quality has 6,240 tokens (OpenAI's table for gpt-image-1), each partial one 100 more.
+_PICTURE_TOKENS = 8192
+_ONE_MODEL = {**_REROUTING, "svg": "it names a second model, which no quota would see"}
+IMAGES = Endpoint(
+    "images",
+    "/images/generations",
+    "tokens_if_said",
+    answer_tokens=_PICTURE_TOKENS,
+    default_model="dall-e-2",
+    refused=_ONE_MODEL,
+)
+IMAGE_EDITS = Endpoint(
+    "image_edits",
+    "/images/edits",
+    "tokens_if_said",
+    answer_tokens=_PICTURE_TOKENS,
+    default_model="dall-e-2",
+    form="pictures",
+    refused=_ONE_MODEL,
+)
+# Only dall-e-2 does it, which is billed by the picture.
+IMAGE_VARIATIONS = Endpoint(
+    "image_variations", "/images/variations", "request", default_model="dall-e-2", form="pictures"
+)
+# 4,096 characters are read aloud in five minutes, at 20 tokens a second. Only `stream_format: "sse"` says tokens.
+SPEECH = Endpoint("speech", "/audio/speech", "tokens_if_said", answer_tokens=6144)
+# Their usage is in tokens or in seconds: one in seconds is billed by them, and so a request, as is plain text.
+TRANSCRIPTIONS = Endpoint(
+    "transcriptions", "/audio/transcriptions", "tokens_if_said", answer_tokens=4096, form="sounds"
+)
+TRANSLATIONS = Endpoint("translations", "/audio/translations", "tokens_if_said", answer_tokens=4096, form="sounds")
+
+METERED = (
+    CHAT,
+    COMPLETIONS,
+    EMBEDDINGS,
+    RESPONSES,
+    COMPACT,
+    INPUT_TOKENS,
+    MODERATIONS,
+    IMAGES,
+    IMAGE_EDITS,
+    IMAGE_VARIATIONS,
+    SPEECH,
+    TRANSCRIPTIONS,
+    TRANSLATIONS,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Closed:
+    """Paths that are known and not served, and why. `method` may be `*`."""
+
+    method: str
+    pattern: str
+    reason: str
+
+    def covers(self, method: str, path: str) -> bool:
+        """Whether a request falls under it."""
+        return self.method in ("*", method) and _matches(self.pattern, path)
+
+
+_KEYS = (
+    "it hands the client a session or a key with which it talks to the upstream directly, past every quota. "
+    "Use /responses or /chat/completions"
+)
+_ADMIN = "it administers the account behind this proxy, which is for its operator alone"
+_LATER = "its cost arises after the answer, where no quota can count it. Send the calls one by one"
+_SHARED = (
+    "it reads or writes what is stored in the upstream account, which all users of this proxy share. "
+    "Send what the model is to read within each call"
+)
+_UNCOUNTED = "this proxy can't count yet what it costs"
+
+CLOSED = (
+    Closed("*", "/realtime/**", _KEYS),
+    Closed("*", "/live/**", _KEYS),
+    Closed("*", "/chatkit/**", _KEYS),
+    Closed("*", "/organization/**", _ADMIN),
+    Closed("*", "/projects/**", _ADMIN),
+    Closed("*", "/webhook_endpoints/**", _ADMIN),
+    Closed("*", "/webhook_event_types/**", _ADMIN),
+    Closed("*", "/safety/**", _ADMIN),
+    Closed("DELETE", "/models/{}", _ADMIN),
+    Closed("*", "/batches/**", _LATER),
+    Closed("*", "/fine_tuning/**", _LATER),
+    Closed("*", "/evals/**", _LATER),
+    Closed("*", "/videos/**", _LATER),
+    Closed("*", "/containers/**", _LATER),
+    Closed("*", "/agents/**", _LATER),
+    Closed("*", "/files/**", _SHARED),
+    Closed("*", "/uploads/**", _SHARED),
+    Closed("*", "/vector_stores/**", _SHARED),
+    Closed("*", "/conversations/**", _SHARED),
+    Closed("*", "/assistants/**", _SHARED),
+    Closed("*", "/threads/**", _SHARED),
+    Closed("*", "/skills/**", _SHARED),
+    Closed("*", "/vaults/**", _SHARED),
+    Closed("*", "/audio/voices/**", _SHARED),
+    Closed("*", "/audio/voice_consents/**", _SHARED),
+    Closed("GET", "/chat/completions", _SHARED),
+    Closed("GET", "/chat/completions/{}", _SHARED),
+    Closed("POST", "/chat/completions/{}", _SHARED),
+    Closed("DELETE", "/chat/completions/{}", _SHARED),
+    Closed("GET", "/chat/completions/{}/messages", _SHARED),
+    Closed("GET", "/responses/{}", _SHARED),
+    Closed("DELETE", "/responses/{}", _SHARED),
+    Closed("POST", "/responses/{}/cancel", _SHARED),
+    Closed("GET", "/responses/{}/input_items", _SHARED),
+    Closed("POST", "/decisions", _UNCOUNTED),
+    Closed("POST", "/content_provenance_checks", _UNCOUNTED),
+)
+
+
+def closed(method: str, path: str) -> Closed | None:
+    """Why a path that is not served is not, where it is one that we know; `path` with or without `/v1`."""
+    relative = path.removeprefix("/v1") if path.startswith("/v1/") else path
+    return next((row for row in CLOSED if row.covers(method, relative)), None)
+
+
+def _matches(pattern: str, path: str) -> bool:
+    written = re.escape(pattern).replace(re.escape("/**"), "(?:/.*)?").replace(re.escape("{}"), "[^/]+")
+    return re.fullmatch(written, path, re.DOTALL) is not None

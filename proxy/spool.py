@@ -1,0 +1,66 @@
+"""A body that is too large for memory, kept in a temporary file from when it comes until it is sent.
+
+The file has no name on the disk, so nothing is left behind by a crash. It is read and written in a thread.
+"""
+
+import asyncio
+import tempfile
+from collections.abc import AsyncIterator
+
+# So much is kept in memory before the file is begun, and written or read at a time.
+_PIECE_BYTES = 2**18
+_MEMORY_BYTES = 2**20
+
+
+class Spool:
+    """One body on the disk. `close()` when it isn't needed any more."""
+
+    def __init__(self) -> None:
+        self.size = 0
+        self._file = tempfile.SpooledTemporaryFile(max_size=_MEMORY_BYTES)  # noqa: SIM115 - `close` does it
+        self._unwritten = bytearray()
+
+    async def write(self, chunk: bytes) -> None:
+        """Take the next bytes."""
+        self.size += len(chunk)
+        self._unwritten += chunk
+        if len(self._unwritten) >= _PIECE_BYTES:
+            await self.flush()
+
+    async def flush(self) -> None:
+        """Write what has been taken: before it is read."""
+        piece, self._unwritten = bytes(self._unwritten), bytearray()
+        await asyncio.to_thread(self._file.write, piece)
+
+    async def read(self, start: int, end: int) -> AsyncIterator[bytes]:
+        """The bytes from `start` to `end`, piece by piece."""
+        await asyncio.to_thread(self._file.seek, start)
+        while start < end:
+            piece = await asyncio.to_thread(self._file.read, min(_PIECE_BYTES, end - start))
+            start += len(piece)
+            yield piece
+
+    def close(self) -> None:
+        """Let go of it."""
+        self._file.close()
+
+
+class Spliced:
+    """A body that is sent from a spool, with the bytes from `start` to `end` replaced."""
+
+    def __init__(self, spool: Spool, *, start: int, end: int, patch: bytes) -> None:
+        self._spool = spool
+        self._start = start
+        self._end = end
+        self._patch = patch
+
+    def __len__(self) -> int:
+        return self._spool.size - (self._end - self._start) + len(self._patch)
+
+    async def pieces(self) -> AsyncIterator[bytes]:
+        """The body, piece by piece."""
+        async for piece in self._spool.read(0, self._start):
+            yield piece
+        yield self._patch
+        async for piece in self._spool.read(self._end, self._spool.size):
+            yield piece

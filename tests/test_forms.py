@@ -1,0 +1,180 @@
+"""A form is read as it passes, and one that two readers could read in two ways is refused.
+
+RFC 7578, RFC 2046 §5.1; threats T27, T28.
+"""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from proxy.errors import InvalidRequest, UnsupportedEncoding
+from proxy.forms import Field, File, Form, FormReader
+
+PLAIN = "multipart/form-data; boundary=xYz"
+
+
+def part(name: str, content: bytes = b"v", more: str = "", *, is_file: bool = False) -> bytes:
+    """A part with its delimiter before it."""
+    filename = '; filename="f"' if is_file else ""
+    return (
+        f'--xYz\r\nContent-Disposition: form-data; name="{name}"{filename}{more}\r\n\r\n'.encode() + content + b"\r\n"
+    )
+
+
+def form(*parts: bytes) -> bytes:
+    """A whole form."""
+    return b"".join(parts) + b"--xYz--\r\n"
+
+
+def read(body: bytes, content_type: str = PLAIN, *, step: int = 2**16) -> Form:
+    """The form in a body that comes in pieces of this size."""
+    reader = FormReader(content_type)
+    for start in range(0, len(body), step):
+        reader.feed(body[start : start + step])
+    return reader.end()
+
+
+def refused(body: bytes, content_type: str = PLAIN) -> str:
+    """What is said of a body that is refused, in pieces or as a whole."""
+    with pytest.raises(InvalidRequest) as whole:
+        read(body, content_type)
+    with pytest.raises(InvalidRequest) as pieces:
+        read(body, content_type, step=1)
+    assert whole.value.message == pieces.value.message
+    return whole.value.message
+
+
+@pytest.mark.parametrize("step", [1, 2, 3, 7, 1000])
+def test_a_form_is_the_same_in_pieces_of_any_size(step: int) -> None:
+    """Each value is found where it stands, and of each file its size."""
+    tricky = b"\r\n--xY\r\n--\r\n\r\n--xY z"
+    body = form(part("file", tricky, is_file=True), part("model", b"m\r\n-"), part("file[]", b"", is_file=True))
+    found = read(body, step=step)
+    assert found.files == (File("file", len(tricky)), File("file[]", 0))
+    (field,) = found.fields
+    assert (field.name, field.value) == ("model", "m\r\n-")
+    assert body[field.start : field.end] == b"m\r\n-"
+    assert found.field("model") == field
+    assert found.field("n") is None
+    assert (found.content_type, found.boundary) == (PLAIN, "xYz")
+
+
+@given(
+    parts=st.lists(st.tuples(st.sampled_from(["a[]", "b[]"]), st.binary(max_size=60), st.booleans()), max_size=6),
+    step=st.integers(1, 80),
+)
+def test_whatever_the_parts_hold_they_are_found(parts: list[tuple[str, bytes, bool]], step: int) -> None:
+    """As long as they don't hold the boundary."""
+    contents = [(name, content if is_file else content.hex().encode(), is_file) for name, content, is_file in parts]
+    body = form(*(part(name, content, is_file=is_file) for name, content, is_file in contents))
+    if not parts:
+        return
+    found = read(body, step=step)
+    assert [file.size for file in found.files] == [len(content) for _, content, is_file in contents if is_file]
+    values = [content.decode() for _, content, is_file in contents if not is_file]
+    assert [field.value for field in found.fields] == values
+    assert [body[field.start : field.end].decode() for field in found.fields] == values
+
+
+@pytest.mark.parametrize(
+    "content_type",
+    [
+        PLAIN,
+        f"  {PLAIN}  ",
+        "Multipart/Form-Data;boundary=xYz",
+        'multipart/form-data; Boundary="xYz"',
+    ],
+)
+def test_a_boundary_may_be_quoted(content_type: str) -> None:
+    """And is sent on as it came."""
+    found = read(form(part("a")), content_type)
+    assert (found.boundary, found.content_type) == ("xYz", content_type.strip())
+
+
+@pytest.mark.parametrize(
+    "content_type",
+    [
+        "",
+        "application/json",
+        "multipart/form-data",
+        "multipart/mixed; boundary=xYz",
+        "multipart/form-data; boundary=",
+        "multipart/form-data; boundary=x y",
+        "multipart/form-data; boundary=a; boundary=b",
+        "multipart/form-data; charset=utf-16; boundary=xYz",
+        "multipart/form-data; boundary=" + "-" * 71,
+        "multipart/form-data; boundary=x\r\ny",
+    ],
+)
+def test_what_is_no_plain_form_is_a_415(content_type: str) -> None:
+    """Two boundaries are two forms."""
+    with pytest.raises(UnsupportedEncoding):
+        FormReader(content_type)
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        (b"", "breaks off"),
+        (b"--xYz", "breaks off"),
+        (part("a"), "breaks off"),
+        (part("a") + b"--xYz-", "breaks off"),
+        (b"Hello\r\n" + form(part("a")), "before its first part"),
+        (form(part("a")) + b"more", "follows its last part"),
+        (part("a") + b"--xYzz\r\n", "boundary stands where no part ends"),
+        (form(part("a", b"1"), part("a", b"2")), '"a" comes twice'),
+        (form(part("a", b"\xff")), "not valid UTF-8"),
+        (form(b"--xYz\r\n\r\n\r\nx\r\n"), "not understood"),
+        (form(b"--xYz\r\nContent-Type: text/plain\r\n\r\nx\r\n"), "no plain name"),
+        (form(b'--xYz\r\nContent-Disposition: attachment; name="a"\r\n\r\nx\r\n'), "no plain name"),
+        (form(part('a"; name="b')), "no plain name"),
+        (form(part("a", more="; name*=utf-8''b")), "no plain name"),
+        (form(part("a\\")), "no plain name"),
+        (form(part("a", more='\r\nContent-Disposition: form-data; name="b"')), "no plain name"),
+        (form(part("a", more="\r\nContent-Transfer-Encoding: base64")), "encoded"),
+        (form(part("a", more="\r\nContent-Type: text/plain; charset=utf-7")), "not in UTF-8"),
+        (form(part("a", more="\r\nX-Other: 1")), "not understood"),
+        (form(part("a", more="\r\n folded")), "not understood"),
+        (form(part("a", more="\r\nContent-Type: " + "x" * 5000)), "too long"),
+        (form(*[part("a[]")] * 257), "more than 256 parts"),
+    ],
+)
+def test_what_could_be_read_in_two_ways_is_refused(body: bytes, says: str) -> None:
+    """Also where it comes byte by byte."""
+    assert says in refused(body)
+
+
+def test_a_head_that_never_ends_is_refused() -> None:
+    """Before it has filled any memory."""
+    with pytest.raises(InvalidRequest, match="too long"):
+        FormReader(PLAIN).feed(b"--xYz\r\n" + b"x" * 5000)
+
+
+def test_fields_are_short_and_files_may_be_long() -> None:
+    """Only fields are kept."""
+    long = b"x" * 600_000
+    assert read(form(part("f", long, is_file=True), part("g", long, is_file=True))).files[1] == File("g", 600_000)
+    with pytest.raises(InvalidRequest, match="more than"):
+        read(form(part("a", long), part("b", long)))
+
+
+def test_heads_that_say_nothing_new_are_taken() -> None:
+    """What the SDKs and curl send."""
+    more = "\r\nContent-Type: text/plain; charset=UTF-8\r\ncontent-transfer-encoding: 8bit\r\nContent-Length: 1"
+    body = form(part("a", more=more), part("b", more="\r\nContent-Type: audio/x; charset=latin-1", is_file=True))
+    found = read(body)
+    assert found.fields == (Field("a", "v", body.index(b"v\r\n"), body.index(b"v\r\n") + 1),)
+    assert found.files == (File("b", 1),)
+
+
+def test_a_boundary_of_dashes_costs_no_time() -> None:
+    """CVE-2024-8984: such a form hung a server."""
+    dashes = "-" * 70
+    body = (
+        f'--{dashes}\r\nContent-Disposition: form-data; name="f"; filename="f"\r\n\r\n'.encode() + b"\r\n-" * 200_000
+    )
+    reader = FormReader(f"multipart/form-data; boundary={dashes}")
+    for start in range(0, len(body), 1000):
+        reader.feed(body[start : start + 1000])
+    reader.feed(f"\r\n--{dashes}--".encode())
+    assert reader.end().files == (File("f", 600_000),)

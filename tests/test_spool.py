@@ -1,0 +1,59 @@
+"""A large body waits on the disk, and is sent from there with its model's name replaced."""
+
+import pytest
+
+from proxy.spool import Spliced, Spool
+
+BODY = bytes(range(256)) * 8192  # 2 MB: more than is kept in memory
+
+
+async def spooled(body: bytes) -> Spool:
+    """A spool with this body."""
+    spool = Spool()
+    for start in range(0, len(body), 65_536):
+        await spool.write(body[start : start + 65_536])
+    await spool.flush()
+    return spool
+
+
+async def sent(body: Spliced) -> bytes:
+    """All that is sent."""
+    return b"".join([piece async for piece in body.pieces()])
+
+
+@pytest.mark.parametrize("body", [b"", b"small", BODY], ids=len)
+async def test_what_was_written_is_read(body: bytes) -> None:
+    """In memory or on the disk, as often as you like, and any part of it."""
+    spool = await spooled(body)
+    try:
+        assert spool.size == len(body)
+        for start, end in ((0, len(body)), (len(body) // 3, len(body) // 2), (0, 0)):
+            assert b"".join([piece async for piece in spool.read(start, end)]) == body[start:end]
+    finally:
+        spool.close()
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "patch"),
+    [(0, 0, b""), (0, 0, b"new"), (1_000_000, 1_000_005, b"longer name"), (len(BODY) - 3, len(BODY), b"")],
+)
+async def test_one_place_is_replaced(start: int, end: int, patch: bytes) -> None:
+    """And the length is told beforehand."""
+    spool = await spooled(BODY)
+    try:
+        body = Spliced(spool, start=start, end=end, patch=patch)
+        expected = BODY[:start] + patch + BODY[end:]
+        assert len(body) == len(expected)
+        assert await sent(body) == expected
+        assert await sent(body) == expected
+    finally:
+        spool.close()
+
+
+async def test_no_piece_is_large() -> None:
+    """However large the body is."""
+    spool = await spooled(BODY)
+    try:
+        assert max([len(piece) async for piece in spool.read(0, spool.size)]) <= 2**18
+    finally:
+        spool.close()
