@@ -163,8 +163,10 @@ async def test_one_port_and_every_worker_serves_it(tmp_path: Path) -> None:
         audit(tmp_path / "quotas.db")
 
 
-async def test_a_worker_that_is_killed_takes_nothing_with_it(tmp_path: Path) -> None:
-    """The others serve on; another takes its place, and charges its open call; what it had counted stays counted."""
+async def test_who_is_killed_takes_nothing_with_it(tmp_path: Path) -> None:
+    """A worker: the others serve on, another takes its place and charges its open call, its counts stay. The parent:
+    its workers end in order, and let go of the file.
+    """
     async with running(tmp_path, 2) as on, client() as http:
         first, second = on.pids
         with on.only(first):
@@ -187,6 +189,12 @@ async def test_a_worker_that_is_killed_takes_nothing_with_it(tmp_path: Path) -> 
             text = await response.text()
         assert 'outcome="complete"} 2.0' in text
         assert "llm_quota_calls_in_flight 0.0" in text
+        on.process.kill()
+        for pid in on.pids:
+            await ended(pid)
+        store = SqliteStore(tmp_path / "quotas.db")
+        await store.open()
+        await store.close()
         audit(tmp_path / "quotas.db")
 
 
@@ -240,17 +248,6 @@ async def test_a_restart_loses_no_call(tmp_path: Path) -> None:
         assert was_running
         assert len(on.pids) == 4
         audit(tmp_path / "quotas.db")
-
-
-async def test_no_worker_outlives_its_parent(tmp_path: Path) -> None:
-    """Also one that is killed: they end in order, and let go of the file."""
-    async with running(tmp_path, 2) as on:
-        on.process.kill()
-        for pid in on.pids:
-            await ended(pid)
-        store = SqliteStore(tmp_path / "quotas.db")
-        await store.open()
-        await store.close()
 
 
 async def test_workers_share_a_postgresql(tmp_path: Path) -> None:
