@@ -283,7 +283,7 @@ class File(Section):
     database: Database = Field(
         "sqlite:///quotas.db",
         repr=False,
-        description="Where the books are kept: sqlite:///file for one process, or "
+        description="Where the books are kept: sqlite:///file for one machine, or "
         "postgresql://user:password@host/name for as many as share it. A change needs a restart.",
     )
     timezone: Zone = Field("UTC", description="Where the calendar windows begin, as in Europe/Berlin.")

@@ -61,9 +61,9 @@ class Tie:
     """What ties a worker to its parent, as the worker has it. Raises OSError where there is no parent."""
 
     def __init__(self, number: int) -> None:
-        signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # it is for the parent; who sends it to all means no harm
         self._socket = socket.socket(fileno=number)
         self.share = receive(self._socket)
+        signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # it is for the parent; who sends it to all means no harm
         self._socket.setblocking(False)
         self._tasks = Tasks()
 

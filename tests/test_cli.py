@@ -107,6 +107,21 @@ def test_a_port_that_is_taken_is_said_plainly(file: Path) -> None:
     assert "address already in use" in result.stderr
 
 
+def test_who_is_no_worker_is_told(file: Path) -> None:
+    """`--tie` is for the parent to give."""
+    result = _run("serve", "--config", str(file), "--tie", "999")
+    assert (result.exit_code, result.stderr) == (2, "[Errno 9] Bad file descriptor\n")
+
+
+def test_a_port_that_is_taken_is_said_by_a_parent_too(file: Path) -> None:
+    """Before any worker is started."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        result = _run("serve", "--workers", "2", "--config", str(file), "--port", port, "--host", "127.0.0.1")
+    assert result.exit_code == 2
+    assert "in use" in result.stderr
+
+
 @pytest.mark.parametrize("command", ["serve", "migrate"])
 @pytest.mark.parametrize("is_installed", [True, False])
 def test_postgresql_that_cannot_be_used_is_said_plainly(

@@ -1,4 +1,4 @@
-"""One SQLite file as the ledger sees it: what is written is read back, whole or not at all, and by one process.
+"""One SQLite file as the ledger sees it: what is written is read back, whole or not at all, and in turns.
 
 Real files and real faults: a lock that somebody else holds, a full disk, a failing write, a file that is taken away.
 """

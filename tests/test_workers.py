@@ -21,6 +21,7 @@ from proxy.simulator import serve as serve_simulator
 from proxy.sqlite import SqliteStore
 from proxy.workers import Command, NotServing, Parent
 from tests.audit import audit, rows
+from tests.bare_upstream import bare_upstream, stream_head
 from tests.postgres import shared
 from tests.stage import UPSTREAM_KEY, key_of, sqlite_in, until
 
@@ -28,12 +29,17 @@ CONFIG = """
 server: {{api: "127.0.0.1:0", admin: "127.0.0.1:0"}}
 database: "{database}"
 wait: 1s
-upstreams: {{up: {{base_url: "{upstream}", api_key: "{key}", kind: simulator}}}}
-models: {{fast: {{upstream: up, max_output_tokens: 100}}}}
+upstreams:
+  up: {{base_url: "{upstream}", api_key: "{key}", kind: simulator}}
+  held: {{base_url: "{held}", api_key: "{key}", kind: simulator}}
+models:
+  fast: {{upstream: up, max_output_tokens: 100}}
+  slow: {{upstream: held, max_output_tokens: 100}}
 groups:
   staff: {{quotas: {{pot: {{requests: {requests}, tokens: 1M, per: 7d, shared: true}}}}}}
 users: {{alice: {{groups: [staff], keys: ["{alice}"]}}}}
 """
+NOWHERE = "http://127.0.0.1:1/v1"
 ALICE = {"authorization": f"Bearer {key_of('alice')}"}
 CHAT = {"model": "fast", "messages": [{"role": "user", "content": "Hello"}]}
 
@@ -108,13 +114,14 @@ def client(**more: Any) -> aiohttp.ClientSession:
 
 @asynccontextmanager
 async def running(
-    folder: Path, workers: int, *, database: str | None = None, requests: int = 1000
+    folder: Path, workers: int, *, database: str | None = None, requests: int = 1000, held: str = NOWHERE
 ) -> AsyncIterator[Running]:
     """A parent with so many workers, before a simulator; it is killed where the test did not stop it."""
     simulator = Simulator(UPSTREAM_KEY)
     runner, port = await serve_simulator(simulator)
     file = folder / "quotas.yaml"
-    file.write_text(text_of(database or sqlite_in(folder), upstream=f"http://127.0.0.1:{port}/v1", requests=requests))
+    upstream = f"http://127.0.0.1:{port}/v1"
+    file.write_text(text_of(database or sqlite_in(folder), upstream=upstream, held=held, requests=requests))
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "proxy", "serve", "--workers", str(workers), "--config", str(file)),
         stderr=asyncio.subprocess.PIPE,
@@ -132,10 +139,10 @@ async def running(
         await runner.cleanup()
 
 
-def text_of(database: str, *, upstream: str = "http://127.0.0.1:1/v1", requests: int = 1000) -> str:
+def text_of(database: str, *, upstream: str = NOWHERE, held: str = NOWHERE, requests: int = 1000) -> str:
     """The file."""
     given = {"key": UPSTREAM_KEY, "alice": key_of("alice"), "requests": requests}
-    return CONFIG.format(database=database, upstream=upstream, **given)
+    return CONFIG.format(database=database, upstream=upstream, held=held, **given)
 
 
 async def test_one_port_and_every_worker_serves_it(tmp_path: Path) -> None:
@@ -163,8 +170,10 @@ async def test_one_port_and_every_worker_serves_it(tmp_path: Path) -> None:
         audit(tmp_path / "quotas.db")
 
 
-async def test_a_worker_that_is_killed_takes_nothing_with_it(tmp_path: Path) -> None:
-    """The others serve on; another takes its place, and charges its open call; what it had counted stays counted."""
+async def test_who_is_killed_takes_nothing_with_it(tmp_path: Path) -> None:
+    """A worker: the others serve on, another takes its place and charges its open call, its counts stay. The parent:
+    its workers end in order, and let go of the file.
+    """
     async with running(tmp_path, 2) as on, client() as http:
         first, second = on.pids
         with on.only(first):
@@ -187,6 +196,12 @@ async def test_a_worker_that_is_killed_takes_nothing_with_it(tmp_path: Path) -> 
             text = await response.text()
         assert 'outcome="complete"} 2.0' in text
         assert "llm_quota_calls_in_flight 0.0" in text
+        on.process.kill()
+        for pid in on.pids:
+            await ended(pid)
+        store = SqliteStore(tmp_path / "quotas.db")
+        await store.open()
+        await store.close()
         audit(tmp_path / "quotas.db")
 
 
@@ -214,8 +229,21 @@ async def test_of_all_that_come_through_any_worker_as_many_are_let_in_as_fit(tmp
 
 async def test_a_restart_loses_no_call(tmp_path: Path) -> None:
     """On SIGUSR2 others serve before the old ones leave: no connection is refused, none is cut, a stream ends."""
-    async with running(tmp_path, 2, requests=100_000) as on, client() as new, client(limit=5) as kept:
-        old, is_over = list(on.pids), asyncio.Event()
+    has_begun, may_end, is_over = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+    async def hold(_: object, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(stream_head() + event("Hel"))
+        has_begun.set()
+        await may_end.wait()
+        writer.write(event("lo", "stop") + b"data: [DONE]\n\n")
+
+    async with (
+        bare_upstream(hold) as held,
+        running(tmp_path, 2, requests=100_000, held=held.url) as on,
+        client() as new,
+        client(limit=5) as kept,
+    ):
+        old = list(on.pids)
 
         async def come_again(http: aiohttp.ClientSession) -> set[int]:
             seen = set()
@@ -224,33 +252,26 @@ async def test_a_restart_loses_no_call(tmp_path: Path) -> None:
             return seen
 
         load = [asyncio.get_running_loop().create_task(come_again(http)) for http in (new, kept, kept)]
-        stream = asyncio.get_running_loop().create_task(
-            on.chat(new, stream=True, metadata={"simulate": "tokens=60 speed=12"})
-        )
-        await on.simulator.until(lambda: on.simulator.received > 4)
+        stream = asyncio.get_running_loop().create_task(on.chat(new, model="slow", stream=True, metadata={}))
+        await has_begun.wait()
         on.process.send_signal(signal.SIGUSR2)
         await on.said("the old ones leave")
-        was_running = not stream.done()
+        may_end.set()
         await asyncio.gather(*map(ended, old))
+        assert (await stream)[1].endswith(b"data: [DONE]\n\n")
         before = on.simulator.received
         await on.simulator.until(lambda: on.simulator.received > before + 4)
         is_over.set()
         assert await asyncio.gather(*load) == [{200}] * 3
-        assert (await stream)[1].endswith(b"data: [DONE]\n\n")
-        assert was_running
         assert len(on.pids) == 4
         audit(tmp_path / "quotas.db")
 
 
-async def test_no_worker_outlives_its_parent(tmp_path: Path) -> None:
-    """Also one that is killed: they end in order, and let go of the file."""
-    async with running(tmp_path, 2) as on:
-        on.process.kill()
-        for pid in on.pids:
-            await ended(pid)
-        store = SqliteStore(tmp_path / "quotas.db")
-        await store.open()
-        await store.close()
+def event(text: str, finish: str | None = None) -> bytes:
+    """One event of a streamed answer."""
+    choice = {"index": 0, "delta": {"content": text}, "finish_reason": finish}
+    chunk = {"id": "c", "object": "chat.completion.chunk", "created": 1, "model": "slow", "choices": [choice]}
+    return b"data: " + orjson.dumps(chunk) + b"\n\n"
 
 
 async def test_workers_share_a_postgresql(tmp_path: Path) -> None:
