@@ -97,7 +97,7 @@ async def _time(engine: str, url: str) -> None:
 
 async def _timed(store: Any, chore: Chore, *given: object) -> float:
     began = time.perf_counter()
-    await store.tend(chore, _STEP, *given)
+    await store.tend(chore, _STEP, None, *given)
     return time.perf_counter() - began
 
 

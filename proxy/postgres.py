@@ -31,7 +31,7 @@ from sqlalchemy.pool import NullPool
 from proxy.books import Act, Books, Entry, Reply
 from proxy.quotas import Counter, CounterKey
 from proxy.rows import CHANGING, Row, changes_of, counters_of, entry_of, keys_of
-from proxy.store import Chore, StoreRefused, StoreUnavailable
+from proxy.store import Chore, Done, StoreRefused, StoreUnavailable
 from proxy.tables import SCHEMA, calls, counters, migrate
 
 # Any number, as long as it is always this one: whoever holds it makes the schema, the others wait.
@@ -120,14 +120,14 @@ class PostgresStore:
         """One call in the books."""
         return next(map(entry_of, await self._read(_READ_CALL, entry_id)), None)
 
-    async def tend(self, chore: Chore, *given: object) -> int:
+    async def tend(self, chore: Chore, *given: object) -> Done:
         """Do a piece of upkeep, beside the batches and with their timeouts and plans."""
         try:
             async with asyncio.timeout(self._patience.whole_ms / 1000), self._reader() as connection:
                 await connection.execute(self._begin)
-                rows: int = await connection.fetchval(chore.postgres, *given)
+                rows, last = await connection.fetchrow(chore.postgres, *given)
                 await connection.execute("COMMIT")
-                return rows
+                return Done(rows, last)
         except _FAILURES as error:
             raise StoreUnavailable(_said(error)) from error
 

@@ -54,9 +54,18 @@ class Records:
             log.warning("the records could not be tended", reason=str(error))
 
     async def _do(self, chore: Chore, *given: object) -> None:
+        """Step by step. Each begins where the last one ended; what that had to leave is for the next time.
+
+        Rows that were changed or deleted stay in PostgreSQL's indexes until they are vacuumed, which a backup delays
+        for hours. Walked over from the beginning, 400,000 of them made a step four (counting) to sixteen (deleting)
+        times as long.
+        """
+        after = None
         while True:
-            if await self._store.tend(chore, _STEP, *given) < _STEP:
+            done = await self._store.tend(chore, _STEP, after, *given)
+            if done.rows < _STEP:
                 return
+            after = done.last
             await asyncio.sleep(self._pause_s)
 
 
@@ -82,44 +91,50 @@ _ADDED = f"""
 _MORE = ", ".join(f"{each} = usage_by_day.{each} + excluded.{each}" for each in _SUMS)
 _ADD = f"GROUP BY 1, 2, 3, 4 ORDER BY 1, 2, 3, 4 ON CONFLICT ({_KEY}) DO UPDATE SET {_MORE}"
 _INTO = f"usage_by_day ({_KEY}, {', '.join(_SUMS)})"
-# Each is served by an index in its order, and looks at no more rows than the limit and what is locked or in flight.
-_NEXT = f"FROM {{}}calls WHERE {UNCOUNTED} ORDER BY id LIMIT"
+# Each is served by an index in its order. The first step looks at what was done since the last vacuum too, all others
+# at no more rows than the limit and what is locked or in flight.
+_NEXT = f"FROM {{}}calls WHERE {UNCOUNTED} AND id > coalesce({{}}, '') ORDER BY id LIMIT"
 _OLD = (
-    "SELECT id FROM {}calls WHERE id < {} AND reserved_at < {} AND counted_as = state AND state <> 'open' ORDER BY id"
+    "SELECT id FROM {}calls WHERE id > coalesce({}, '') AND id < {} AND reserved_at < {} "
+    "AND counted_as = state AND state <> 'open' ORDER BY id"
 )
-_OLD_DAYS = f"SELECT {_KEY} FROM {{}}usage_by_day WHERE day < {{}} ORDER BY {_KEY}"
+_OLD_DAYS = (
+    f"SELECT {_KEY} FROM {{}}usage_by_day "
+    f"WHERE day >= coalesce(CAST({{}} AS bigint), 0) AND day < {{}} ORDER BY {_KEY}"
+)
 _OURS = f"{SCHEMA}."
 # What somebody else is just counting, deleting or settling is left to them, or for the next time.
 _LOCKED = "LIMIT $1::bigint FOR UPDATE SKIP LOCKED"
 
 COUNT = Chore(
     postgres=f"""
-        WITH chosen AS (SELECT id, counted_as {_NEXT.format(_OURS)} $1::bigint FOR UPDATE SKIP LOCKED),
+        WITH chosen AS (SELECT id, counted_as {_NEXT.format(_OURS, "$2::text")} $1::bigint FOR UPDATE SKIP LOCKED),
         counted AS (
             UPDATE {_OURS}calls AS kept SET counted_as = state FROM chosen WHERE kept.id = chosen.id
             RETURNING kept.*, chosen.counted_as AS was
         ),
         added AS (INSERT INTO {_OURS}{_INTO} {_ADDED} FROM counted {_ADD})
-        SELECT count(*) FROM counted
+        SELECT count(*), max(id) FROM counted
     """,
     sqlite=(
-        f"INSERT INTO {_INTO} {_ADDED} FROM (SELECT *, counted_as AS was {_NEXT.format('')} ?1) WHERE true {_ADD}",
-        f"UPDATE calls SET counted_as = state WHERE id IN (SELECT id {_NEXT.format('')} ?1)",
+        f"INSERT INTO {_INTO} {_ADDED} FROM (SELECT *, counted_as AS was {_NEXT.format('', '?2')} ?1) "
+        f"WHERE true {_ADD}",
+        f"UPDATE calls SET counted_as = state WHERE id IN (SELECT id {_NEXT.format('', '?2')} ?1)",
     ),
 )
 DELETE_CALLS = Chore(
     postgres=f"""
-        WITH old AS ({_OLD.format(_OURS, "$3::text", "$2::bigint")} {_LOCKED}),
-        gone AS (DELETE FROM {_OURS}calls AS kept USING old WHERE kept.id = old.id RETURNING 1)
-        SELECT count(*) FROM gone
+        WITH old AS ({_OLD.format(_OURS, "$2::text", "$4::text", "$3::bigint")} {_LOCKED}),
+        gone AS (DELETE FROM {_OURS}calls AS kept USING old WHERE kept.id = old.id RETURNING kept.id)
+        SELECT count(*), max(id) FROM gone
     """,
-    sqlite=(f"DELETE FROM calls WHERE id IN ({_OLD.format('', '?3', '?2')} LIMIT ?1)",),
+    sqlite=(f"DELETE FROM calls WHERE id IN ({_OLD.format('', '?2', '?4', '?3')} LIMIT ?1)",),
 )
 DELETE_DAYS = Chore(
     postgres=f"""
-        WITH old AS ({_OLD_DAYS.format(_OURS, "$2::bigint")} {_LOCKED}),
-        gone AS (DELETE FROM {_OURS}usage_by_day WHERE ({_KEY}) IN (SELECT {_KEY} FROM old) RETURNING 1)
-        SELECT count(*) FROM gone
+        WITH old AS ({_OLD_DAYS.format(_OURS, "$2::text", "$3::bigint")} {_LOCKED}),
+        gone AS (DELETE FROM {_OURS}usage_by_day WHERE ({_KEY}) IN (SELECT {_KEY} FROM old) RETURNING day)
+        SELECT count(*), CAST(max(day) AS text) FROM gone
     """,
-    sqlite=(f"DELETE FROM usage_by_day WHERE ({_KEY}) IN ({_OLD_DAYS.format('', '?2')} LIMIT ?1)",),
+    sqlite=(f"DELETE FROM usage_by_day WHERE ({_KEY}) IN ({_OLD_DAYS.format('', '?2', '?3')} LIMIT ?1)",),
 )

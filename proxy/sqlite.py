@@ -28,7 +28,7 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from proxy.books import Act, Books, Entry, Reply
 from proxy.quotas import Counter, CounterKey
 from proxy.rows import CHANGING, changes_of, counters_of, entry_of, keys_of
-from proxy.store import Chore, StoreInUse, StoreRefused, StoreUnavailable
+from proxy.store import Chore, Done, StoreInUse, StoreRefused, StoreUnavailable
 from proxy.tables import calls, counters, migrate, owners
 
 # How long a transaction waits for the file's lock, in seconds.
@@ -103,9 +103,9 @@ class SqliteStore:
         """The lock of an open store, to outlive it: nobody else gets the file until all who have it are gone."""
         return os.dup(self._lock)
 
-    async def tend(self, chore: Chore, *given: object) -> int:
-        """Do a piece of upkeep, between two batches."""
-        return await self._in_thread(self._tend, chore.sqlite, given)
+    async def tend(self, chore: Chore, *given: object) -> Done:
+        """Do a piece of upkeep, between two batches; what is done leaves nothing behind that the next walks over."""
+        return Done(await self._in_thread(self._tend, chore.sqlite, given))
 
     async def close(self) -> None:
         """Let go of the file."""

@@ -35,11 +35,20 @@ class StoreRefused(Exception):
 class Chore:
     """A small piece of upkeep, as each engine does it; what is given stands in its text as $1, or ?1, and so on.
 
-    PostgreSQL's is one statement that says how many rows it was; of SQLite's the last one touches so many.
+    PostgreSQL's is one statement that says how many rows it was, and where it ended; of SQLite's the last one touches
+    so many.
     """
 
     postgres: str
     sqlite: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """How many rows a piece of upkeep was, and the key after which the next one may begin; None: at the beginning."""
+
+    rows: int
+    last: str | None = None
 
 
 class Store(Protocol):
@@ -71,8 +80,8 @@ class Store(Protocol):
     async def read_entry(self, entry_id: str) -> Entry | None:
         """One call in the books. Raises StoreUnavailable."""
 
-    async def tend(self, chore: Chore, *given: object) -> int:
-        """Do it in a transaction of its own; returns how many rows it was. Raises StoreUnavailable."""
+    async def tend(self, chore: Chore, *given: object) -> Done:
+        """Do it in a transaction of its own. Raises StoreUnavailable."""
 
     async def close(self) -> None:
         """Let go of the database."""

@@ -20,7 +20,7 @@ import pytest
 from proxy.admission import Uncounted, Verdict
 from proxy.books import Booked, Expire, Facts, NotBooked, Release, Settle, Unknown
 from proxy.postgres import Patience, PostgresStore
-from proxy.store import Chore, StoreRefused, StoreUnavailable
+from proxy.store import Chore, Done, StoreRefused, StoreUnavailable
 from proxy.tables import HEAD, NewerSchema, metadata
 from proxy.usage import Amount, AtLeast, Exactly, Tokens, Unspent
 from tests.audit import balance
@@ -832,18 +832,19 @@ async def test_upkeep_is_one_statement_that_says_how_many_rows_it_was(store, dat
     """Beside the batches, on a connection that reads for pages otherwise."""
     await store.renew("me", NO_CLOCK, lease_ms=MINUTE)
     chore = Chore(
-        "WITH gone AS (DELETE FROM llm_quota_proxy.owners WHERE id = $1::text RETURNING 1) SELECT count(*) FROM gone",
+        "WITH gone AS (DELETE FROM llm_quota_proxy.owners WHERE id = $1::text RETURNING id) "
+        "SELECT count(*), max(id) FROM gone",
         (),
     )
-    assert [await store.tend(chore, who) for who in ("you", "me", "me")] == [0, 1, 0]
+    assert [await store.tend(chore, who) for who in ("you", "me", "me")] == [Done(0), Done(1, "me"), Done(0)]
     assert await database.rows("owners") == []
 
 
 async def test_upkeep_that_fails_did_nothing(store, database):
     """Its transaction goes with its connection, and the next one is done on another."""
     await store.renew("me", NO_CLOCK, lease_ms=MINUTE)
-    gone = "WITH gone AS (DELETE FROM llm_quota_proxy.owners RETURNING 1) SELECT 1 / (count(*) - 1) FROM gone"
+    gone = "WITH gone AS (DELETE FROM llm_quota_proxy.owners RETURNING 1) SELECT 1 / (count(*) - 1), NULL FROM gone"
     with pytest.raises(StoreUnavailable, match="division by zero"):
         await store.tend(Chore(gone, ()))
     assert len(await database.rows("owners")) == 1
-    assert await store.tend(Chore("SELECT 5", ())) == 5
+    assert await store.tend(Chore("SELECT 5, NULL", ())) == Done(5)

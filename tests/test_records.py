@@ -4,8 +4,9 @@ On a real SQLite file and a real PostgreSQL, whose clock shows what the test say
 """
 
 import asyncio
+import sys
 from contextlib import asynccontextmanager
-from operator import itemgetter
+from operator import add, itemgetter
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -75,12 +76,28 @@ class Place:
         keys = itemgetter("day", "user_name", "through", "model")
         return {keys(row): [row[name] for name in SUMS] for row in await self.rows("usage_by_day")}
 
+    async def accounted(self):
+        """The sums as they are, with what the calls say that were not counted yet as what they are now."""
+        sums = await self.days()
+        for row in await self.rows("calls"):
+            if row["state"] == "open" or row["counted_as"] == row["state"]:
+                continue
+            used = [row[name] or 0 for name in SUMS[1:-1]]
+            more = [1, *used, row["provenance"] == "at_least"]
+            if row["counted_as"]:
+                assert row["counted_as"] == "expired"
+                charged = (1, 1, row["hold_input"], row["hold_output"], 0, 0, 1)
+                more = [now - before for now, before in zip(more, charged, strict=True)]
+            key = (row["reserved_at"] // DAY * DAY, row["user_name"], row["through"], row["model"])
+            sums[key] = [*map(add, sums.get(key, [0] * 7), more)]
+        return sums
+
     async def count(self, limit=100):
-        while await self.store.tend(COUNT, limit) == limit:
+        while (await self.store.tend(COUNT, limit, None)).rows == limit:
             pass
 
     async def delete(self, before, limit=100):
-        return await self.store.tend(DELETE_CALLS, limit, before, id_at(before))
+        return (await self.store.tend(DELETE_CALLS, limit, None, before, id_at(before))).rows
 
     def expected(self):
         """The sums as they follow from what the ledger said of each call."""
@@ -140,7 +157,7 @@ STEPS = st.one_of(
 
 
 async def play(place, history):
-    """Live through it, and count what is left."""
+    """Live through it, and count what is left; at every moment nothing is missing, and nothing there twice."""
     for what, *how in history:
         if what == "begin":
             await place.reserve(len(place.seen), user=how[0], model=how[1])
@@ -149,9 +166,11 @@ async def play(place, history):
         elif what == "later":
             place.now += how[0]
         elif what == "count":
-            await place.store.tend(COUNT, how[0])
+            await place.store.tend(COUNT, how[0], None)
         elif what == "delete":
             await place.delete(place.now - how[0], limit=3)
+        if what in ("end", "count", "delete"):
+            assert await place.accounted() == place.expected()
     await place.count()
 
 
@@ -205,9 +224,9 @@ async def test_two_who_count_at_once_count_each_call_once(place):
     await place.ended(range(60))
     await place.ended(range(60, 90), user="bob")
     other = store_of(place.url) if place.url.startswith("postgresql") else place.store
-    counted = await asyncio.gather(*(store.tend(COUNT, 20) for store in [place.store, other] * 4))
+    counted = await asyncio.gather(*(store.tend(COUNT, 20, None) for store in [place.store, other] * 4))
     await place.count()
-    assert sum(counted) <= 90
+    assert sum(done.rows for done in counted) <= 90
     assert await place.days() == place.expected()
     if other is not place.store:
         await other.close()
@@ -231,6 +250,39 @@ async def test_who_is_stopped_between_adding_and_marking_has_done_neither(place)
     await place.run(mended)
     await place.count()
     assert await place.days() == place.expected()
+
+
+COUNTING = """
+import asyncio, sys
+from proxy.app import store_of
+from proxy.records import COUNT
+
+async def count():
+    store = store_of(sys.argv[1])
+    await store.open()
+    while True:
+        print((await store.tend(COUNT, 1, None)).rows, flush=True)
+
+asyncio.run(count())
+"""
+
+
+@ENGINES
+async def test_a_process_that_is_killed_while_it_counts_loses_nothing_and_repeats_nothing(engine, tmp_path):
+    """kill -9, in whatever moment that is; the next one goes on."""
+    async with opened(engine, tmp_path) as place:
+        await place.ended(range(200))
+        await place.store.close()  # a file is for one process
+        program = (sys.executable, "-c", COUNTING, place.url)
+        counting = await asyncio.create_subprocess_exec(*program, stdout=asyncio.subprocess.PIPE)
+        for _ in range(20):
+            assert await counting.stdout.readline() == b"1\n"
+        counting.kill()
+        await counting.wait()
+        place.store = store_of(place.url)
+        await place.store.open()
+        await place.count()
+        assert await place.days() == place.expected()
 
 
 async def test_a_connection_that_breaks_while_counting_counts_nothing(tmp_path):
@@ -304,6 +356,44 @@ async def test_the_chore_does_all_of_it(place, monkeypatch):
     assert await place.days() == {}
 
 
+class Watched:
+    """A store, and after which key each piece of upkeep was to begin."""
+
+    def __init__(self, store):
+        self.store = store
+        self.began = []
+
+    async def tend(self, chore, limit, after, *given):
+        done = await self.store.tend(chore, limit, after, *given)
+        self.began.append((after, done.rows))
+        return done
+
+
+async def test_a_step_begins_where_the_last_one_ended(tmp_path, monkeypatch):
+    """What was done stays in PostgreSQL's indexes for a while: else each step walks over that of all before it."""
+    monkeypatch.setattr("proxy.records._STEP", 2)
+    async with opened("postgresql", tmp_path) as place:
+        ids = await place.ended(range(5))
+        watched = Watched(place.store)
+        place.now += 3 * DAY
+        keep = Keep(calls_ms=DAY, days_ms=DAY)
+        await Records(watched, now=lambda: place.now, keep=lambda: keep, pause_s=0).tend()
+        steps = [(None, 2), (ids[1], 2), (ids[3], 1)]
+        assert watched.began == [*steps, *steps, (None, 1)]
+
+
+async def test_days_are_deleted_on_from_the_day_that_was_reached(tmp_path):
+    """Which may have more rows than one step deletes."""
+    async with opened("postgresql", tmp_path) as place:
+        for number in range(4):
+            await place.ended([number], user=f"user-{number}")
+            place.now += DAY * (number == 0)
+        await place.count()
+        done = await place.store.tend(DELETE_DAYS, 2, None, MIDNIGHT + 2 * DAY)
+        assert (done.rows, done.last) == (2, str(MIDNIGHT + DAY))
+        assert (await place.store.tend(DELETE_DAYS, 9, done.last, MIDNIGHT + 2 * DAY)).rows == 2
+
+
 @ENGINES
 async def test_what_is_kept_for_ever_is_not_deleted(place):
     """Neither the calls nor the days, a century later."""
@@ -319,7 +409,7 @@ async def test_many_days_are_deleted_in_steps(place):
     for number in range(3):
         await place.ended([number], user=f"user-{number}")
     await place.count()
-    assert [await place.store.tend(DELETE_DAYS, 2, MIDNIGHT + 1) for _ in range(3)] == [2, 1, 0]
+    assert [(await place.store.tend(DELETE_DAYS, 2, None, MIDNIGHT + 1)).rows for _ in range(3)] == [2, 1, 0]
 
 
 async def test_a_database_that_is_away_is_tended_later(tmp_path):
@@ -335,7 +425,11 @@ async def test_no_step_walks_through_the_calls(tmp_path):
     """What is next is found by an index, in its order; SQLite says how it would go about it."""
     async with opened("sqlite", tmp_path) as place:
         with connected(place.url.removeprefix("sqlite:///")) as connection:
-            for chore, given_values in ((COUNT, (9,)), (DELETE_CALLS, (9, 1, "req_1")), (DELETE_DAYS, (9, 1))):
+            for chore, given_values in (
+                (COUNT, (9, None)),
+                (DELETE_CALLS, (9, None, 1, "req_1")),
+                (DELETE_DAYS, (9, None, 1)),
+            ):
                 for statement in chore.sqlite:
                     plan = [row[3] for row in connection.execute(f"EXPLAIN QUERY PLAN {statement}", given_values)]
                     walks = [line for line in plan if line.startswith(("SCAN calls", "SCAN usage_by_day"))]

@@ -19,7 +19,7 @@ import pytest
 from proxy.admission import Uncounted, Verdict
 from proxy.books import Booked, Expire, Facts, NotBooked, Release, Settle, Unknown
 from proxy.sqlite import SqliteStore
-from proxy.store import Chore, StoreInUse, StoreRefused, StoreUnavailable
+from proxy.store import Chore, Done, StoreInUse, StoreRefused, StoreUnavailable
 from proxy.tables import NewerSchema
 from proxy.usage import Amount, AtLeast, Exactly, Tokens, Unspent
 from tests.audit import audit, connected, contents, rows, states
@@ -679,7 +679,7 @@ async def test_upkeep_says_how_many_rows_it_was(store, path):
     for owner in ("me", "you"):
         await store.renew(owner, NOON, lease_ms=1)
     with commits() as seen:
-        assert await store.tend(FORGET, 5) == 2
+        assert await store.tend(FORGET, 5) == Done(2)
     assert len(seen) == 1
     assert rows(path, "owners") == []
 
