@@ -69,6 +69,7 @@ class Server:
             store_of(config.settings.database),
             owner=f"proxy-{secrets.token_hex(8)}",
             now=now,
+            lease_ms=config.settings.lease_ms or LEASE_MS,
             wait_s=lambda: self.policies.current.ledger_wait_s,
         )
         self.upstreams = Upstreams()
@@ -107,8 +108,8 @@ class Server:
         self.api = await self._listen(self._api.application(), self._settings.api)
         if self._settings.admin is not None:
             self.admin = await self._listen(self._admin.application(), self._settings.admin)
-        self._chores.start("lease", every(LEASE_MS / 4000, self.ledger.renew_lease))
-        self._chores.start("sweep", every(LEASE_MS / 2000, self.ledger.sweep))
+        self._chores.start("lease", every(self.ledger.lease_ms / 4000, self.ledger.renew_lease))
+        self._chores.start("sweep", every(self.ledger.lease_ms / 2000, self.ledger.sweep))
         self._chores.start("look at the policy", every(_LOOK_EVERY_S, self.policies.reload_if_changed))
 
     async def stop(self, grace_s: float = GRACE_S) -> None:

@@ -44,11 +44,15 @@ class Address:
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What only a restart changes. `admin` is None where that listener is off."""
+    """What only a restart changes. `admin` is None where that listener is off.
+
+    `lease_ms` is not in the file; None: as usual.
+    """
 
     api: Address
     admin: Address | None
     database: str = field(repr=False)
+    lease_ms: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
