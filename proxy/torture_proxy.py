@@ -95,15 +95,15 @@ class Proxy:
         await self.start()
         self.era += 1
 
-    async def pause(self) -> None:
-        """Let it stand still for as long as the plan says: no connection breaks, and nothing is answered."""
+    async def pause(self, seconds: float) -> None:
+        """Let it stand still for so long: no connection breaks, and nothing is answered."""
         process = self._process
         assert process is not None, "start() first"
         self.pauses += 1
         self.era += 1
         process.send_signal(signal.SIGSTOP)
         try:
-            await asyncio.sleep(self._plan.pause_s)
+            await asyncio.sleep(seconds)
         finally:
             process.send_signal(signal.SIGCONT)
         self.era += 1

@@ -58,7 +58,7 @@ class Replicas:
 
     async def _pause(self) -> None:
         async for _ in _at(self._plan.pauses_at_s):
-            await self._one().pause()
+            await self._one().pause(self._plan.pause_s)
 
     def _one(self) -> Proxy:
         """Any that is well; there is one, as at most one is killed and one paused, unless it is the only one."""

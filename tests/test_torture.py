@@ -185,11 +185,12 @@ async def test_a_proxy_that_loses_counts_is_caught(tmp_path: Path) -> None:
     """Its own counter, read before and after, shows less than the answers that its clients saw complete."""
     plan, port = Plan(clients=8, users=1, seconds=1, limit=10**9, disconnects=0, tokens_per_s=2000), free_port()
     gateway = Gateway(port, plan.tokens, forgets=True)
-    counts = tmp_path / "count"
+    counts, whole = tmp_path / "count", tmp_path / "whole"
 
     async def keep() -> None:
         while True:
-            counts.write_text(f"used: {gateway.used}")
+            whole.write_text(f"used: {gateway.used}")
+            whole.replace(counts)  # so that the command never finds half of it
             await asyncio.sleep(0.01)
 
     keeping = asyncio.get_running_loop().create_task(keep())

@@ -1,5 +1,6 @@
 """The books as plain SQL shows them, in either engine, while the program that writes them is at work."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -66,10 +67,10 @@ async def test_what_is_in_flight_is_counted(opened: tuple[Store, str]) -> None:
     assert await count_open(url) == 0
 
 
-async def test_reading_never_makes_a_file(tmp_path: Path) -> None:
+def test_reading_never_makes_a_file(tmp_path: Path) -> None:
     """A mistaken path is an error, not an empty set of books."""
     with pytest.raises(Exception, match="unable to open"):
-        await read_books(f"sqlite:///{tmp_path / 'nowhere.db'}")
+        asyncio.run(read_books(f"sqlite:///{tmp_path / 'nowhere.db'}"))
     assert not list(tmp_path.iterdir())
 
 

@@ -59,7 +59,7 @@ async def test_it_is_killed_and_comes_back_on_the_same_file_and_port(proxy: Prox
 async def test_one_that_is_paused_takes_connections_and_answers_later(proxy: Proxy) -> None:
     """Nobody who calls it meanwhile can tell it from one that is slow; its era says that it was meant so."""
     await proxy.start()
-    pausing = asyncio.ensure_future(proxy.pause())
+    pausing = asyncio.ensure_future(proxy.pause(0.2))
     await asyncio.sleep(0)
     assert proxy.era == 1
     async with aiohttp.ClientSession() as http:
