@@ -11,8 +11,9 @@ room that is being freed in the same moment.
 
 While the database is away nothing may be let in that is not on the books: who wants in waits, for a failover to
 pass, and is then refused (LedgerUnavailable). Who wants to hold more is told so at once, since a running answer goes
-on without it. What gives back stays queued until it works, and there is never more of it than calls in flight. One
-act that can't be booked never fails its neighbours: the batch is done again one by one.
+on without it, until our lease has run out (`lapses`). What gives back stays queued until it works, and there is never
+more of it than calls in flight. One act that can't be booked never fails its neighbours: the batch is done again one
+by one.
 """
 
 import asyncio
