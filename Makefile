@@ -2,7 +2,7 @@
 #   make run     starts the demo: the proxy before a simulated upstream, both on loopback, and prints what to paste
 #   make test    lint, types and all tests
 #   make lint    the first two alone          make bench   the figures of benchmarks/
-#   make torture the proxy under 64 clients, hang-ups and kills, three minutes: are all promises kept?
+#   make torture the proxy under 64 clients, hang-ups and kills, four minutes: are all promises kept?
 #   make lock    new versions into the locks  make clean   away with all that was made here
 #
 # Everything is installed into .venv by hash from a lock: requirements-run.lock is what the program and its image need,
@@ -39,6 +39,8 @@ torture: .venv/all
 	$(BIN)/python -m proxy torture --seconds 60
 	$(BIN)/python -m proxy torture --seconds 60 --per 5s
 	$(BIN)/python -m proxy torture --seconds 60 --shared --users 20
+	$(BIN)/python -m tests.postgres $(BIN)/python -m proxy torture --seconds 60 --replicas 3 \
+		--database {database} --restart-database {restart}
 
 .venv/all: requirements.lock
 	$(call install,$<)

@@ -75,6 +75,7 @@ class Server:
             store,
             owner=self._share.owner,
             now=now,
+            lease_ms=config.settings.lease_ms or LEASE_MS,
             wait_s=lambda: self.policies.current.ledger_wait_s,
         )
         self.upstreams = Upstreams()
@@ -118,8 +119,8 @@ class Server:
         admin = share.admin or (None if share.api else settings.admin)
         if admin is not None:
             self.admin = await self._listen(self._admin.application(), admin)
-        self._chores.start("lease", every(LEASE_MS / 4000, self.ledger.renew_lease))
-        self._chores.start("sweep", every(LEASE_MS / 2000, self.ledger.sweep))
+        self._chores.start("lease", every(self.ledger.lease_ms / 4000, self.ledger.renew_lease))
+        self._chores.start("sweep", every(self.ledger.lease_ms / 2000, self.ledger.sweep))
         self._chores.start("records", every(_TEND_EVERY_S, self.records.tend))
         self._chores.start("look at the policy", every(_LOOK_EVERY_S, self.policies.reload_if_changed))
 

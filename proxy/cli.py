@@ -21,9 +21,11 @@ from proxy.schema import json_schema
 from proxy.store import StoreInUse, StoreUnavailable
 from proxy.tables import NewerSchema
 from proxy.tokens import Tokenizers, table_folders
-from proxy.torture import NoCount, Outside
+from proxy.torture import NoCount, Outside, Shared
+from proxy.torture_books import NoBooks
 from proxy.torture_plan import Plan
 from proxy.torture_proxy import NotStarted
+from proxy.torture_replicas import NotRestarted
 from proxy.torture_report import Report
 from proxy.workers import Command, NotServing, Parent, Tie
 
@@ -51,13 +53,16 @@ def main(verbose: bool) -> None:
 @click.option("--admin-port", type=click.IntRange(0, 65535), help="Instead of the port of `server.admin`.")
 @click.option("--workers", "count", type=click.IntRange(1, 256), default=1, show_default=True, help="Processes.")
 @click.option("--tie", "tie_number", type=int, hidden=True, help="Be one of those; given by their parent.")
-def serve_command(count: int, tie_number: int | None, path: str, **listeners: Any) -> None:
+@click.option("--lease", "lease_s", type=click.FloatRange(0.1), hidden=True, help="Seconds; for `torture`.")
+def serve_command(count: int, tie_number: int | None, path: str, lease_s: float | None, **listeners: Any) -> None:
     """Serve until stopped. The policy is reloaded when the file changes, or on SIGHUP.
 
     With several workers SIGUSR2 replaces them by new ones, with the program as it is by then, without losing a call.
     """
     tie = _tie(tie_number)
     config = _listening(_load(path), **listeners)
+    if lease_s is not None:
+        config = replace(config, settings=replace(config.settings, lease_ms=round(1000 * lease_s)))
     if tie is not None or count == 1:
         _run(_serve(config, path, tie))
     else:
@@ -109,8 +114,13 @@ def migrate_command(path: str) -> None:
 @click.option("--shared", is_flag=True, help="One pot for all users instead of a quota for each.")
 @click.option("--disconnects", type=click.FloatRange(0, 1), default=0.2, show_default=True, help="Who hang up.")
 @click.option("--kill-every", "kill_every_s", type=click.FloatRange(0), default=10, show_default=True)
+@click.option("--replicas", type=click.IntRange(1), default=1, show_default=True, help="Processes on one database.")
+@click.option(
+    "--database", help="Where they share their books: an empty one, as postgresql://user:password@host/name."
+)
+@click.option("--pause-every", "pause_every_s", type=click.FloatRange(0), default=20, show_default=True)
+@click.option("--restart-database", "restart", help="A command that restarts it; run once, in the middle.")
 @click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--replicas", type=click.IntRange(1), default=1, hidden=True)
 @click.option("--target", help="Another proxy's address with /v1, instead of our own, which is started and killed.")
 @click.option("--key", "keys", multiple=True, help="A user's key there; may be given several times.")
 @click.option("--model", help="The model to ask it for.")
@@ -130,17 +140,31 @@ def _torture(options: dict[str, Any]) -> Report:
     say = partial(click.echo, err=True)
     outside = {name: options.pop(name) for name in "keys model upstream_port upstream_key counter".split()}
     target = options.pop("target")
-    if options.pop("replicas") > 1:
-        _give_up("Several replicas need PostgreSQL, and this release keeps its books in SQLite only.", _WRONG)
+    shared = _shared(options["replicas"], options.pop("database"), options.pop("restart"))
     try:
         if target is None:
-            return uvloop.run(torture.run(Plan(**options), now=wall_clock_ms, say=say))
+            return uvloop.run(torture.run(Plan(**options), now=wall_clock_ms, say=say, shared=shared))
         if options["limit"] is None or not all(outside[name] for name in list(outside)[:4]):
             _give_up("--target needs --key, --model, --limit, --upstream-port and --upstream-key too.", _WRONG)
         plan = Plan(**{**options, "users": len(outside["keys"])})
         return uvloop.run(torture.run_outside(plan, Outside(target, **outside), now=wall_clock_ms, say=say))
-    except (ValueError, OSError, NotStarted, NoCount) as error:
+    except (ValueError, OSError, NotStarted, NoBooks, NoCount, NotRestarted) as error:
         _give_up(str(error), _WRONG)
+
+
+def _shared(replicas: int, database: str | None, restart: str | None) -> Shared | None:
+    """The database of all replicas; None: one proxy has a file of its own."""
+    if database is None:
+        if replicas > 1 or restart is not None:
+            _give_up(
+                "Several replicas, or a database to restart, need PostgreSQL: "
+                "give an empty one with --database postgresql://user:password@host/name.",
+                _WRONG,
+            )
+        return None
+    if not database.startswith("postgresql://"):
+        _give_up("--database takes a PostgreSQL, as postgresql://user:password@host/name.", _WRONG)
+    return Shared(database, restart)
 
 
 @main.group("keys")

@@ -57,13 +57,17 @@ class Patience:
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What only a restart changes. `admin` is None where that listener is off; `cors` are origins, or "*"."""
+    """What only a restart changes. `admin` is None where that listener is off; `cors` are origins, or "*".
+
+    `lease_ms` is not in the file; None: as usual.
+    """
 
     api: Address
     admin: Address | None
     database: str = field(repr=False)
     cors: tuple[str, ...] = ()
     patience: Patience = Patience()
+    lease_ms: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

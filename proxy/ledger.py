@@ -11,8 +11,9 @@ room that is being freed in the same moment.
 
 While the database is away nothing may be let in that is not on the books: who wants in waits, for a failover to
 pass, and is then refused (LedgerUnavailable). Who wants to hold more is told so at once, since a running answer goes
-on without it. What gives back stays queued until it works, and there is never more of it than calls in flight. One
-act that can't be booked never fails its neighbours: the batch is done again one by one.
+on without it, until our lease has run out (`lapses`). What gives back stays queued until it works, and there is never
+more of it than calls in flight. One act that can't be booked never fails its neighbours: the batch is done again one
+by one.
 """
 
 import asyncio
@@ -50,8 +51,8 @@ class _Queued:
 class Ledger:
     """The books of this process. `owner` names the process; `now` gives milliseconds since 1970.
 
-    `retry_s` is how long the loop lets a database that failed alone before it tries again, `wait_s` how long a call
-    that wants in waits for it.
+    `lease_ms` is how long it is taken to be alive without a sign of it, `retry_s` how long the loop lets a database
+    that failed alone before it tries again, `wait_s` how long a call that wants in waits for it.
     """
 
     def __init__(
@@ -60,15 +61,18 @@ class Ledger:
         *,
         owner: str,
         now: Callable[[], int],
+        lease_ms: int = LEASE_MS,
         retry_s: float = 0.5,
         wait_s: Callable[[], float] = lambda: WAIT_S,
     ) -> None:
         self.owner = owner
+        self.lease_ms = lease_ms
         self._store = store
         self._now = now
         self._retry_s = retry_s
         self._wait_s = wait_s
         self._alive_until = 0
+        self._lapses = 0
         self._queue: deque[_Queued] = deque()
         self._wake = asyncio.Event()
         self._tasks = Tasks()
@@ -80,6 +84,11 @@ class Ledger:
     def when_freed(self, tell: Callable[[set[CounterKey]], object]) -> None:
         """Call `tell` after each batch that gave something back, with the counters that it was given back on."""
         self._tell_of_freed = tell
+
+    @property
+    def lapses(self) -> int:
+        """How often the lease has run out so far: then others may have charged all that was in flight here."""
+        return self._lapses + (self._now() >= self._alive_until)
 
     async def start(self, dead: Iterable[str] = ()) -> None:
         """Open the store, say that this process is alive, charge what dead ones left behind, and begin.
@@ -144,7 +153,7 @@ class Ledger:
             log.warning("calls of dead processes could not be looked for", reason=str(error))
 
     async def renew_lease(self) -> None:
-        """Say once more that this process is alive; to be called a few times in each LEASE_MS."""
+        """Say once more that this process is alive; to be called a few times in each lease."""
         try:
             await self._renew()
         except StoreUnavailable as error:
@@ -274,8 +283,9 @@ class Ledger:
 
     async def _renew(self) -> None:
         now = self._now()
-        await self._store.renew(self.owner, now, lease_ms=LEASE_MS)
-        self._alive_until = now + LEASE_MS
+        await self._store.renew(self.owner, now, lease_ms=self.lease_ms)
+        self._lapses = self.lapses
+        self._alive_until = now + self.lease_ms
 
 
 def _lets_in(queued: _Queued) -> bool:

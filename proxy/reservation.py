@@ -44,6 +44,7 @@ class Reservation:
         self.charged: Usage | None = None
         self.counters: Mapping[CounterKey, Counter] = booked.counters
         self._ledger = ledger
+        self._lapses = ledger.lapses
         self._binding = binding
         self._count = count
         self._let_pass = 0  # so many tokens of output pass on without being held, because the ledger is away
@@ -67,7 +68,8 @@ class Reservation:
 
         Where only calls in flight hold what is left it waits for them, up to `wait_s` or until the client `is_gone`,
         and keeps meanwhile what it got. While the ledger can't be written a running answer goes on: what it used is
-        charged at its end.
+        charged at its end. But not once our lease has run out: then others may have charged what is held, and let in
+        whom there is room for, so nothing more passes on.
         """
         seen, maximum = self.meter.output_seen, self.entry.maximum
         is_beyond = maximum is not None and max(self.covered, seen) > maximum
@@ -79,6 +81,8 @@ class Reservation:
             if await self._extend(waiting, input_tokens, wait_s=0 if is_beyond else wait_s, is_gone=is_gone):
                 return True
         except LedgerUnavailable:
+            if self._may_be_lost:
+                return False
             self._let_pass = self._wanted()
             return True
         if maximum is None or self.entry.hold.output < maximum:
@@ -95,7 +99,12 @@ class Reservation:
         try:
             return await self._extend(waiting, self._input_tokens(), wait_s=0, least=usage.tokens.output)
         except LedgerUnavailable:
-            return True
+            return not self._may_be_lost
+
+    @property
+    def _may_be_lost(self) -> bool:
+        """Whether others may have taken us for dead since we last heard of what is held."""
+        return self._ledger.lapses != self._lapses
 
     def _wanted(self) -> int:
         seen, maximum = self.meter.output_seen, self.entry.maximum
@@ -112,11 +121,11 @@ class Reservation:
         is_gone: Callable[[], bool] = lambda: False,
         least: int | None = None,
     ) -> bool:
-        seen = self.meter.output_seen if least is None else least
+        seen, lapses = self.meter.output_seen if least is None else least, self._ledger.lapses
         wanted = max(seen, self._wanted())
         act = Extend(self.entry.id, self._binding, input=input_tokens, output=wanted, least=seen)
         booked = await waiting.extend(act, wait_s=wait_s, ask_s=COMMIT_WAIT_S, is_gone=is_gone)
-        self.entry, self.counters = booked.entry, {**self.counters, **booked.counters}
+        self.entry, self.counters, self._lapses = booked.entry, {**self.counters, **booked.counters}, lapses
         return booked.verdict is Verdict.ROOM and booked.entry.state == "open"
 
     def _input_tokens(self) -> int:

@@ -1,6 +1,7 @@
 """Torture: many clients hammer a quota, and what the upstream gave, what they saw and what was counted must agree.
 
-    run             against our own proxy, a process that is killed now and then; its books are read
+    run             against our own proxy, one process or several replicas, which are killed now and then; its books
+                    are read
     run_outside     against any OpenAI-compatible proxy that forwards to the upstream that is served here
 
 What is judged, and how, stands in `torture_verdict`.
@@ -14,14 +15,16 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from math import ceil
 from pathlib import Path
 
-from proxy.torture_books import count_open, read_books
-from proxy.torture_clients import Clients, Target
+from proxy.torture_books import count_open, need_none, read_books, remove_books
+from proxy.torture_clients import Clients, Door, Target
 from proxy.torture_plan import Plan
 from proxy.torture_proxy import Proxy
 from proxy.torture_records import Evidence
+from proxy.torture_replicas import Replicas
 from proxy.torture_report import Report
 from proxy.torture_upstream import Accountant
 from proxy.torture_verdict import judge, judge_from_outside
@@ -50,44 +53,86 @@ class Outside:
     counter: str | None = None
 
 
-async def run(plan: Plan, *, now: Callable[[], int], say: Say) -> Report:
-    """Torture our own proxy. Raises NotStarted where it does not come up."""
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """The PostgreSQL database of all replicas, by its URL, and the command that restarts it, if it is to be."""
+
+    url: str
+    restart: str | None = None
+
+
+async def run(plan: Plan, *, now: Callable[[], int], say: Say, shared: Shared | None = None) -> Report:
+    """Torture our own proxy: one process on a file, or replicas on a database.
+
+    Raises NotStarted where one does not come up, NoBooks and NotRestarted.
+    """
     _raise_file_limit()
+    if shared is not None:
+        await need_none(shared.url)
     upstream = Accountant(_key(), plan.seed, tokens_per_s=plan.tokens_per_s)
     await upstream.start()
     folder = Path(tempfile.mkdtemp(prefix="llm-quota-proxy-torture-"))
     keys = tuple(_key() for _ in range(plan.users))
-    proxy = Proxy(folder, plan, upstream=upstream.url, upstream_key=upstream.key, keys=keys)
+    proxies = _proxies(plan, folder, shared, upstream=upstream, keys=keys)
+    replicas = Replicas(proxies, plan, restart=shared.restart if shared else None)
     try:
-        report = judge(await _evidence(plan, proxy, upstream, now=now, say=say))
+        report = judge(await _evidence(plan, replicas, upstream, now=now, say=say))
     finally:
-        await proxy.end()
+        await replicas.end()
         await upstream.stop()
     if report.is_kept:
         shutil.rmtree(folder)
+        if shared is not None:
+            await remove_books(shared.url)
     else:
-        say(f"The file and the log of the proxy are kept in {folder}")
+        say(f"The books are kept {'in the database' if shared else 'beside the logs'}, the logs in {folder}")
     return report
 
 
-async def _evidence(plan: Plan, proxy: Proxy, upstream: Accountant, *, now: Callable[[], int], say: Say) -> Evidence:
-    await proxy.start()
-    say(f"{_intent(plan)}, {len(plan.kills_at_s)} kills")
-    target = Target(f"http://127.0.0.1:{proxy.port}/v1", proxy.keys, era=lambda: proxy.era)
-    seen, _ = await asyncio.gather(Clients(target, plan, now=now).run(), _kill(proxy, plan))
+def _proxies(
+    plan: Plan, folder: Path, shared: Shared | None, *, upstream: Accountant, keys: tuple[str, ...]
+) -> list[Proxy]:
+    """As many as the plan says, each with a folder of its own."""
+    proxies = []
+    for number in range(plan.replicas):
+        home = folder / f"replica-{number}"
+        home.mkdir()
+        database = shared.url if shared else None
+        proxies.append(
+            Proxy(home, plan, upstream=upstream.url, upstream_key=upstream.key, keys=keys, database=database)
+        )
+    return proxies
+
+
+async def _evidence(
+    plan: Plan, replicas: Replicas, upstream: Accountant, *, now: Callable[[], int], say: Say
+) -> Evidence:
+    await replicas.start()
+    proxies = replicas.proxies
+    database = proxies[0].database
+    say(f"{_intent(plan)}, {len(plan.kills_at_s)} kills, {len(plan.pauses_at_s)} pauses, {len(proxies)} replicas")
+    doors = [Door(f"http://127.0.0.1:{proxy.port}/v1", partial(_era, proxy)) for proxy in proxies]
+    target = Target(doors, proxies[0].keys, database_era=lambda: replicas.database_era)
+    seen, _ = await asyncio.gather(Clients(target, plan, now=now).run(), replicas.befall())
     await upstream.at_rest(_QUIET_S)
-    await _quiet(proxy.database)
-    at_rest = read_books(proxy.database)
-    await proxy.stop()
+    await _quiet(database)
+    at_rest = await read_books(database)
+    await replicas.stop()
     return Evidence(
         limit=plan.tokens,
         seen=seen,
         given=upstream.given,
-        books=read_books(proxy.database),
+        books=await read_books(database),
         at_rest=at_rest,
-        kills=proxy.kills,
-        crashes=proxy.crashes,
+        kills=sum(proxy.kills for proxy in proxies),
+        pauses=sum(proxy.pauses for proxy in proxies),
+        restarts=replicas.database_era // 2,
+        crashes=sum(proxy.crashes for proxy in proxies),
     )
+
+
+def _era(proxy: Proxy) -> int:
+    return proxy.era
 
 
 async def run_outside(plan: Plan, outside: Outside, *, now: Callable[[], int], say: Say) -> Report:
@@ -107,7 +152,7 @@ async def run_outside(plan: Plan, outside: Outside, *, now: Callable[[], int], s
         say(_intent(plan))
         before = await _count(outside.counter)
         begun = loop.time()
-        target = Target(outside.url.rstrip("/"), outside.keys, outside.model, free_of=free_of)
+        target = Target([Door(outside.url.rstrip("/"))], outside.keys, outside.model, free_of=free_of)
         seen = await Clients(target, plan, now=now).run()
         await upstream.at_rest(_QUIET_S)
         lasted_s = loop.time() - begun
@@ -128,19 +173,10 @@ def _intent(plan: Plan) -> str:
     return f"{plan.clients} clients for {plan.seconds:g} s; {quota}; seed {plan.seed}"
 
 
-async def _kill(proxy: Proxy, plan: Plan) -> None:
-    """Kill the proxy at the plan's times."""
-    loop = asyncio.get_running_loop()
-    begun = loop.time()
-    for at_s in plan.kills_at_s:
-        await asyncio.sleep(begun + at_s - loop.time())
-        await proxy.kill_and_restart()
-
-
-async def _quiet(database: Path) -> None:
-    """Wait until no call is in flight by the books, or until that takes too long."""
+async def _quiet(database: str) -> None:
+    """Wait until no call is in flight by the books, also of those that died, or until that takes too long."""
     for _ in range(round(_QUIET_S / _LOOK_EVERY_S)):
-        if not count_open(database):
+        if not await count_open(database):
             return
         await asyncio.sleep(_LOOK_EVERY_S)
 

@@ -1,11 +1,13 @@
 """The clients of a torture run: each calls without a pause, reads what it gets, and hangs up when it is to.
 
 A client that is refused either waits for the reset that it was told and sends the very same call again at that
-instant, or goes on with another call after a moment; one that finds nobody there tries again at once.
+instant, or goes on with another call after a moment; one that finds nobody there tries again at once. Where there are
+several replicas each call goes to one of those that are known to be well, as a load balancer would have it.
 """
 
 import asyncio
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import aiohttp
@@ -22,17 +24,30 @@ _AFTER_REFUSAL_S = (0.1, 0.5)
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
-    """Where to call: an address that ends in `/v1`, a key for each user, and a model; None: one named for each call.
-
-    `era` changes when the proxy is killed and when it is back, and is odd in between. `free_of` says what is left
-    for a user where a refusal does not say it.
-    """
+class Door:
+    """One address, which ends in `/v1`. `era` changes when the proxy there goes and comes, and is odd in between."""
 
     url: str
+    era: Callable[[], int] = lambda: 0
+
+    @property
+    def is_open(self) -> bool:
+        """Whether somebody is to be expected there."""
+        return self.era() % 2 == 0
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Where to call: the doors, a key for each user, and a model; None: one named for each call.
+
+    `database_era` is for the database of all as `era` is for a door. `free_of` says what is left for a user where a
+    refusal does not say it.
+    """
+
+    doors: Sequence[Door]
     keys: tuple[str, ...]
     model: str | None = None
-    era: Callable[[], int] = lambda: 0
+    database_era: Callable[[], int] = lambda: 0
     free_of: Callable[[int], int | None] = lambda user: None
 
 
@@ -45,6 +60,7 @@ class Clients:
         self._now = now
         self._seen: list[Seen] = []
         self._until = 0.0
+        self._chance = random.Random(f"{plan.seed}/doors")
 
     async def run(self) -> list[Seen]:
         """Call for as long as the plan says, let the last calls end, and return what was seen."""
@@ -86,27 +102,37 @@ class Clients:
         """Make one call and note what was seen of it."""
         seen = Seen(ask.mark, ask.user, ask.needed, retries=retries)
         self._seen.append(seen)
-        era, leave, received = self._target.era(), ask.wish.leave, bytearray()
+        door, leave, received = self._door(), ask.wish.leave, bytearray()
+        era, database_era = door.era(), self._target.database_era()
         try:
             async with asyncio.timeout(leave.after_s if leave and leave.when == "after_a_time" else None) as leaving:
-                await self._converse(http, ask, seen, received)
+                await self._converse(http, door.url, ask, seen=seen, received=received)
         except aiohttp.ClientConnectorError:
             seen.end = "unreached"
         except (aiohttp.ClientError, ConnectionError):
             seen.end = "broken"
         except TimeoutError:
             seen.end = "hung_up" if leaving.expired() else "broken"
-        seen.by_kill = era % 2 == 1 or era != self._target.era()
+        seen.disturbed = _is_changed(era, door.era())
+        if seen.status == 503:
+            seen.disturbed |= _is_changed(database_era, self._target.database_era())
         if seen.status == 200:
             self._read(ask, seen, bytes(received))
         return seen
 
-    async def _converse(self, http: aiohttp.ClientSession, ask: Ask, seen: Seen, received: bytearray) -> None:
+    def _door(self) -> Door:
+        """Any that is open, or else any."""
+        doors = self._target.doors
+        return self._chance.choice([door for door in doors if door.is_open] or doors)
+
+    async def _converse(
+        self, http: aiohttp.ClientSession, url: str, ask: Ask, *, seen: Seen, received: bytearray
+    ) -> None:
         loop = asyncio.get_running_loop()
         begun = loop.time()
         headers = {"authorization": f"Bearer {self._target.keys[ask.user]}", "content-type": "application/json"}
         body = orjson.dumps(ask.body())
-        async with http.post(self._target.url + ask.path, data=body, headers=headers) as response:
+        async with http.post(url + ask.path, data=body, headers=headers) as response:
             seen.status, seen.id = response.status, response.headers.get("x-request-id")
             async for chunk in response.content.iter_any():
                 if seen.answered_s is None and ask.wish.stream:
@@ -136,6 +162,11 @@ class Clients:
             seen.end = "complete"  # also where it hung up, or was cut off, after the last byte
         elif seen.end == "complete":
             seen.end = "broken"
+
+
+def _is_changed(era: int, now: int) -> bool:
+    """Whether it was down at the beginning, or was at any time since."""
+    return era % 2 == 1 or era != now
 
 
 def _leaves(ask: Ask, chunk: bytes, received: int) -> bool:

@@ -50,13 +50,15 @@ _MARK = re.compile(r"call-([0-9]+)-[0-9]+")
 # With these sizes and the upstream's pace a client takes about 2,500 tokens a second, if it may. By default it may
 # take less than half of that, so that every window is used up and many calls still go well.
 _TOKENS_PER_CLIENT_S = 1000
+# Longer than a replica that stops in the middle of a transaction can hold others up, which would look dead as well.
+_LEASE_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
     """One run. `limit` is the tokens of one quota: each user's own, or, `shared`, the one pot of all.
 
-    `tokens_per_s` is the upstream's pace.
+    `tokens_per_s` is the upstream's pace. Of several replicas one is killed at a time, and one paused.
     """
 
     clients: int = 64
@@ -67,6 +69,8 @@ class Plan:
     shared: bool = False
     disconnects: float = 0.2
     kill_every_s: float = 10.0
+    replicas: int = 1
+    pause_every_s: float = 20.0
     seed: int = 0
     tokens_per_s: float = 400.0
 
@@ -100,8 +104,33 @@ class Plan:
     @property
     def kills_at_s(self) -> list[float]:
         """When the proxy is killed, in seconds from the start."""
-        count = int(self.seconds / self.kill_every_s) if self.kill_every_s else 0
-        return [at for number in range(1, count + 1) if (at := number * self.kill_every_s) < self.seconds]
+        return self._every(self.kill_every_s, before_s=self.seconds)
+
+    @property
+    def lease_s(self) -> float:
+        """How long a replica is taken to be alive without a sign of it: so short that pauses beyond it fit in."""
+        return max(1.0, min(_LEASE_S, self.seconds / 12))
+
+    @property
+    def pause_s(self) -> float:
+        """How long a replica stands still: long enough that the others take it for dead."""
+        return 3 * self.lease_s
+
+    @property
+    def pauses_at_s(self) -> list[float]:
+        """When a replica is paused; each is over before the end, and before the next one. One alone never is."""
+        every_s = max(self.pause_every_s, self.pause_s) if self.pause_every_s and self.replicas > 1 else 0.0
+        return self._every(every_s, before_s=self.seconds - self.pause_s)
+
+    @property
+    def restart_at_s(self) -> float:
+        """When the database is restarted, if it is to be."""
+        return self.seconds / 2
+
+    @staticmethod
+    def _every(every_s: float, *, before_s: float) -> list[float]:
+        count = int(before_s / every_s) if every_s else 0
+        return [at for number in range(1, count + 1) if (at := number * every_s) < before_s]
 
 
 @dataclass(frozen=True, slots=True)

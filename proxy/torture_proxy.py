@@ -1,10 +1,11 @@
-"""The proxy that is tortured: a process of its own, so that killing it is real, on a file and a port that it keeps.
+"""The proxy that is tortured: a process, so that killing it is real, on a database and a port that it keeps.
 
 Whether a client that leaves is drained or stopped changes with every start, so that one run meets both.
 """
 
 import asyncio
 import random
+import signal
 import socket
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from proxy.torture_plan import Plan
 
 _POLICY = """
 server: {{api: "127.0.0.1:{port}", admin: null}}
-database: "sqlite:///{database}"
+database: "{database}"
 wait: {wait_s}s
 upstreams:
   simulated: {{base_url: "{upstream}", api_key: "{upstream_key}", kind: simulator, on_disconnect: {on_disconnect}}}
@@ -37,13 +38,26 @@ class NotStarted(Exception):
 
 
 class Proxy:
-    """The process. `era` is odd while it is down on purpose, and changes with each kill and each return."""
+    """The process. `era` is odd while it is down or paused on purpose, and changes each time.
 
-    def __init__(self, folder: Path, plan: Plan, *, upstream: str, upstream_key: str, keys: tuple[str, ...]) -> None:
+    `database` is a URL; without one it has a file of its own.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        plan: Plan,
+        *,
+        upstream: str,
+        upstream_key: str,
+        keys: tuple[str, ...],
+        database: str | None = None,
+    ) -> None:
         self.keys = keys
-        self.database = folder / "quotas.db"
+        self.database = database or f"sqlite:///{folder / 'quotas.db'}"
         self.era = 0
         self.kills = 0
+        self.pauses = 0
         self.crashes = 0
         self.port = _free_port(random.Random())
         self._config = folder / "quotas.yaml"
@@ -57,10 +71,10 @@ class Proxy:
         """Start it and wait until it serves; raises NotStarted."""
         self._config.write_text(self._policy("stop" if self._starts % 2 else "drain"))
         self._starts += 1
+        command = [sys.executable, "-m", "proxy", "serve", "--config", str(self._config)]
+        command += ["--lease", str(self._plan.lease_s)]
         with self._log.open("ab") as log:
-            self._process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "proxy", "serve", "--config", str(self._config)), stdout=log, stderr=log
-            )
+            self._process = await asyncio.create_subprocess_exec(*command, stdout=log, stderr=log)
         try:
             async with asyncio.timeout(_START_S):
                 while not await self._is_ready():
@@ -79,6 +93,19 @@ class Proxy:
         self.era += 1
         await self.end()
         await self.start()
+        self.era += 1
+
+    async def pause(self, seconds: float) -> None:
+        """Let it stand still for so long: no connection breaks, and nothing is answered."""
+        process = self._process
+        assert process is not None, "start() first"
+        self.pauses += 1
+        self.era += 1
+        process.send_signal(signal.SIGSTOP)
+        try:
+            await asyncio.sleep(seconds)
+        finally:
+            process.send_signal(signal.SIGCONT)
         self.era += 1
 
     async def stop(self) -> None:

@@ -28,7 +28,8 @@ End = Literal[
 class Seen:
     """One call as its client saw it; filled in while it lasts. `needed` is the least that it truly takes.
 
-    `by_kill`: the proxy was killed meanwhile, or was down. `retries` is the refusal whose reset this call waited for.
+    `disturbed`: the proxy was killed or paused meanwhile, or was down, or it said 503 while its database was.
+    `retries` is the refusal whose reset this call waited for.
     `answered_s` is how long the refusal took, or the first byte of a stream.
     """
 
@@ -40,7 +41,7 @@ class Seen:
     id: str | None = None
     usage: Tokens | None = None
     words: int = 0
-    by_kill: bool = False
+    disturbed: bool = False
     refusal: Refusal | None = None
     retries: Refusal | None = None
     answered_s: float | None = None
@@ -99,7 +100,7 @@ class Level:
 
 @dataclass(frozen=True, slots=True)
 class Books:
-    """What stands in the file."""
+    """What stands in the database."""
 
     rows: Sequence[Row] = ()
     levels: Sequence[Level] = ()
@@ -115,4 +116,6 @@ class Evidence:
     books: Books = Books()
     at_rest: Books = Books()
     kills: int = 0
+    pauses: int = 0
+    restarts: int = 0
     crashes: int = 0

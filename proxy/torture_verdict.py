@@ -8,9 +8,9 @@
     false refusals    of calls for which there was room: what they truly needed was free
     false resets      calls that came back at the instant that was named, and found the same window
 
-The sums are made here, from the rows as they stand in the file, by a rule that is written down once more: a call is
-charged to the lines of its row. Where a counter has several of them, because its window ended while the answer grew,
-each but the last takes at most its own amount, and the last what is left.
+The sums are made here, from the rows as they stand in the database, by a rule that is written down once more: a call
+is charged to the lines of its row. Where a counter has several of them, because its window ended while the answer
+grew, each but the last takes at most its own amount, and the last what is left.
 
 Pure: records in, a report out. What can be asked of a proxy that nobody can look into is less: `judge_from_outside`.
 """
@@ -218,7 +218,11 @@ def _counts(evidence: Evidence) -> list[Figure]:
     told = ", ".join(f"{count:,} {end.replace('_', ' ')}" for end, count in ends.most_common())
     unsaid = sum(each.made for each in evidence.given if each.reported is None)
     lost = sum(row.state == "expired" for row in evidence.books.rows)
-    kills = [Figure("kills", evidence.kills, f"{lost:,} calls were charged as lost")] if evidence.kills else []
+    befell = (
+        Figure("kills", evidence.kills, f"{lost:,} calls were charged as lost"),
+        Figure("pauses", evidence.pauses, "of a replica, three leases long"),
+        Figure("restarts", evidence.restarts, "of the database"),
+    )
     return [
         Figure("calls", len(evidence.seen), told, None if ends["complete"] else False),
         Figure(
@@ -226,7 +230,7 @@ def _counts(evidence: Evidence) -> list[Figure]:
             sum(each.taken + each.made for each in evidence.given),
             f"by the upstream, in {len(evidence.given):,} calls; {unsaid:,} of them for answers that were cut",
         ),
-        *kills,
+        *(figure for figure in befell if figure.value),
     ]
 
 
@@ -238,10 +242,12 @@ def _leaked(evidence: Evidence) -> Figure:
 
 
 def _broken_off(evidence: Evidence) -> tuple[int, str]:
-    """The calls that went wrong though nobody was to blame: neither their client, nor the upstream, nor a kill."""
-    wrong = [seen for seen in evidence.seen if seen.end in ("broken", "failed", "unreached") and not seen.by_kill]
+    """The calls that went wrong though nobody was to blame: neither their client, nor the upstream, nor we."""
+    wrong = [seen for seen in evidence.seen if seen.end in ("broken", "failed", "unreached") and not seen.disturbed]
     how = Counter(f"{seen.end} ({seen.status})" for seen in wrong)
-    return len(wrong), "calls that failed without a kill" + "".join(f", {count} {end}" for end, count in how.items())
+    return len(wrong), "calls that failed though nothing befell the proxy" + "".join(
+        f", {count} {end}" for end, count in how.items()
+    )
 
 
 def _refusals(evidence: Evidence) -> list[Figure]:
@@ -249,7 +255,7 @@ def _refusals(evidence: Evidence) -> list[Figure]:
     refused = [seen for seen in evidence.seen if seen.refusal]
     told = sum(seen.refusal is not None and seen.refusal.free is not None for seen in refused)
     false = sum(seen.had_room for seen in refused)
-    retries = [seen for seen in evidence.seen if seen.retries and not seen.by_kill]
+    retries = [seen for seen in evidence.seen if seen.retries and not seen.disturbed]
     early = sum(_is_same_window(seen) for seen in retries)
     return [
         Figure("refusals", len(refused)),

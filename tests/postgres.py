@@ -4,11 +4,16 @@ server = shared()                    # starts with the first test that wants it
 url = await server.fresh()           # the URL of an empty database
 url = await server.timed(tell)       # one with our schema, whose time is what it is told
 server.stop(); server.start()        # as an operator would
+
+python -m tests.postgres COMMAND…    # with {database} and {restart} put in; there is one while it runs
 """
 
+import asyncio
 import atexit
+import shlex
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -107,6 +112,15 @@ class Postgres:
         options = " ".join(f"-c {setting}" for setting in self._settings)
         self._control("-l", str(self._folder / "data" / "log"), "-o", f"-h '' -k {socket} {options}", "start")
 
+    @property
+    def restart_command(self) -> str:
+        """What an operator would type into a shell to restart it."""
+        command = [str(POSTGRES_BIN_PATH / "pg_ctl"), "-w", "-D", str(self._folder / "data")]
+        command += ["-m", "fast", "-l", str(self._folder / "data" / "log"), "restart"]
+        user = self._server.system_user
+        code = f"import subprocess as s; s.run({command!r}, check=True, stdout=s.DEVNULL, user={user!r})"
+        return shlex.join([sys.executable, "-c", code])
+
     def remove(self) -> None:
         """Stop it, and take its data away."""
         if (self._folder / "data" / "postmaster.pid").exists():
@@ -135,3 +149,14 @@ def _put(path: Path, text: str) -> None:
 def shared() -> Postgres:
     """The one server of this run."""
     return Postgres.started()
+
+
+def main() -> int:
+    """Run a command that wants a database, and how to restart it; its exit code."""
+    server = shared()
+    known = {"{database}": asyncio.run(server.fresh()), "{restart}": server.restart_command}
+    return subprocess.run([known.get(word, word) for word in sys.argv[1:]], check=False).returncode
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -32,7 +32,7 @@ FLOORS = {
     "roof": (
         "simulated_faults simulated_text simulated_media simulated_frames simulator share app workers demo "
         "torture_plan torture_answers torture_records torture_report torture_verdict "
-        "torture_books torture_clients torture_upstream torture_proxy torture cli".split()
+        "torture_books torture_clients torture_upstream torture_proxy torture_replicas torture cli".split()
     ),
 }
 ORDER = [module for floor in FLOORS.values() for module in floor]
@@ -80,7 +80,7 @@ NAMED_ONLY_IN: dict[str, tuple[set[str], str]] = {
     "sqlalchemy": ({"tables", "sqlite", "postgres"}, "ask the ledger: SQL has one home for each engine"),
     "alembic": ({"tables"}, "ask tables: migrations have one home"),
     "aiosqlite": (set(), "let SQLAlchemy load it, by the database's URL"),
-    "asyncpg": ({"postgres"}, "ask the ledger: SQL has one home for each engine"),
+    "asyncpg": ({"postgres", "torture_books"}, "ask the ledger: SQL has one home for each engine"),
     "sqlite3": ({"torture_books"}, "ask the ledger; only torture reads behind its back, to judge it"),
     "aiohttp": (
         {"upstream", "torture_clients"},

@@ -558,6 +558,21 @@ async def test_a_process_that_was_paused_says_that_it_is_alive_before_it_books(l
     assert rows(path, "owners") == [{"id": "process-1", "alive_until": NOON + 4 * LEASE_MS}]
 
 
+async def test_it_is_known_how_often_the_lease_ran_out(ledger, clock):
+    """From the moment in which it does, whether or not it was renewed since; a renewal in time is none."""
+    at_start = ledger.lapses
+    clock.now += LEASE_MS - 1
+    await ledger.renew_lease()
+    clock.now += LEASE_MS - 1
+    assert ledger.lapses == at_start
+    clock.now += 1
+    assert ledger.lapses == at_start + 1
+    await ledger.renew_lease()
+    assert ledger.lapses == at_start + 1
+    clock.now += LEASE_MS
+    assert ledger.lapses == at_start + 2
+
+
 async def test_sweeping_charges_what_others_left_and_fails_quietly(ledger, path):
     """It is done again and again, so one that fails is only logged."""
     await ledger.reserve(replace(reserve("1", ANN, CALL), owner="process-0"))

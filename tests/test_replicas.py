@@ -17,7 +17,7 @@ from structlog.testing import capture_logs
 from proxy.app import wall_clock_ms
 from proxy.books import Booked, NotBooked, Release, Settle
 from proxy.errors import LedgerUnavailable
-from proxy.ledger import Ledger
+from proxy.ledger import LEASE_MS, Ledger
 from proxy.postgres import Patience, PostgresStore
 from proxy.store import StoreUnavailable
 from proxy.usage import Amount, AtLeast, Tokens
@@ -25,6 +25,7 @@ from tests.builders import binding, call, exactly, extend, quota, reserve
 from tests.postgres import shared
 from tests.stage import STAFF, Clock, stage
 from tests.test_postgres import LONG, Database, until
+from tests.test_reservation import Call
 
 DAILY = quota("staff/daily", tokens=10**9, per=LONG)
 POT = quota("staff/pot", tokens=20_000, per=LONG, shared=True)
@@ -39,11 +40,11 @@ async def database():
 
 
 @asynccontextmanager
-async def replica(where, owner, *, wait_s=50.0):
+async def replica(where, owner, *, wait_s=50.0, now=lambda: 0):
     """A ledger as each process has one; its own clock is wrong, because the database's is what counts."""
     url = where.url if isinstance(where, Database) else where
     store = PostgresStore(url, patience=Patience(idle_ms=1000, lock_ms=1500, statement_ms=2000, whole_ms=2500))
-    ledger = Ledger(store, owner=owner, now=lambda: 0, retry_s=0.01, wait_s=lambda: wait_s)
+    ledger = Ledger(store, owner=owner, now=now, retry_s=0.01, wait_s=lambda: wait_s)
     await ledger.start()
     try:
         yield ledger
@@ -153,6 +154,35 @@ async def test_one_that_was_paused_does_no_harm(database):
         await paused.reserve(stream("4", paused))
         await other.sweep()
         assert (await other.entry("4")).state == "open"
+    await database.audit()
+
+
+async def test_one_that_was_paused_gives_nobodys_room_away(database):
+    """The pot is full again before it comes back; what its stream held is on the books, and no more passes on.
+
+    Also where its database goes away in the very moment in which it would hold more.
+    """
+    now = Clock(0)
+    small = quota("staff/small", tokens=1300, per=LONG)
+    who = binding([small])
+    async with replica(database, "paused", now=now) as paused, replica(database, "other") as other:
+        booked = await paused.reserve(replace(reserve("1", who, STREAM), owner="paused"))
+        it = Call(paused, booked, small)
+        it.says("x" * 150)
+        await let_die(database, "paused")
+        now.ms += 3 * LEASE_MS
+        with capture_logs():
+            await other.sweep()
+            assert isinstance(await other.reserve(reserve("2", who, call(100, 1000))), Booked)
+            await asyncio.to_thread(database.server.stop)
+            assert not await it.grows()
+            await asyncio.to_thread(database.server.start)
+            assert not await it.grows()
+        await it.reservation.settle(await it.reservation.usage(), "at_limit")
+        await other.end(Settle("2", exactly(100, 1000), "complete"))
+        [counter] = (await other.counters(who.keys())).values()
+    assert (counter.used.output, counter.held) == (1000 + 100, Amount())
+    assert counter.used.tokens <= 1300
     await database.audit()
 
 

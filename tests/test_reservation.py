@@ -3,7 +3,7 @@
 import asyncio
 import json
 import sqlite3
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from proxy import reservation as module
 from proxy.books import Booked, Entry, Expire, Settle
 from proxy.counting import CallCount
 from proxy.endpoints import CHAT
-from proxy.ledger import Ledger
+from proxy.ledger import LEASE_MS, Ledger
 from proxy.meter import Meter
 from proxy.policy import Model, Upstream
 from proxy.quotas import Demand, Quota
@@ -25,7 +25,7 @@ from proxy.waiting import WaitingRoom
 from proxy.wire import parse_call
 from tests.breakage import read_only, writers
 from tests.builders import NOON, binding, call, exactly, quota, reserve
-from tests.stage import loaded, until
+from tests.stage import Clock, loaded, until
 
 BODY = b'{"model": "m", "stream": true, "messages": [{"role": "user", "content": "Hello world!"}]}'
 INPUT = 4 + 3 + 3  # tokens of "user" and the text, what is around a message, and what begins the answer
@@ -72,9 +72,14 @@ class Call:
 
 @asynccontextmanager
 async def _reserved(
-    folder: Path, demand: Demand | None = None, *, daily: Quota = DAILY, store: SqliteStore | None = None
+    folder: Path,
+    demand: Demand | None = None,
+    *,
+    daily: Quota = DAILY,
+    store: SqliteStore | None = None,
+    now: Callable[[], int] = lambda: NOON,
 ) -> AsyncIterator[Call]:
-    ledger = Ledger(store or SqliteStore(folder / "quotas.db"), owner="me", now=lambda: NOON, retry_s=0.001)
+    ledger = Ledger(store or SqliteStore(folder / "quotas.db"), owner="me", now=now, retry_s=0.001)
     await ledger.start()
     try:
         booked = await ledger.reserve(reserve("req_1", binding([daily]), demand or call(100, 200)))
@@ -133,6 +138,33 @@ async def test_release_gives_everything_back(outcome: str, tmp_path: Path) -> No
             await (it.reservation.release() if outcome == "upstream_failed" else it.reservation.release(outcome))
         assert ((await it.entry()).state, (await it.entry()).outcome) == ("released", outcome)
         assert not any(counter.is_open for counter in it.reservation.counters.values())
+
+
+async def test_past_its_own_lease_nothing_passes_on_that_is_not_held(tmp_path: Path) -> None:
+    """Others may have charged what it held, and let in whom there was room for: it must hold more before, or end.
+
+    That the lease is renewed meanwhile changes nothing; that more is held does.
+    """
+    clock = Clock(NOON)
+    path = tmp_path / "quotas.db"
+    with writers() as made:
+        store = SqliteStore(path, busy_timeout_s=0)
+        async with _reserved(tmp_path, STREAM, store=store, now=clock) as it:
+            it.says("x" * 1100)
+            clock.ms += LEASE_MS
+            with read_only(path, made[-1]):
+                assert not await it.grows()
+                assert not await it.reservation.covers_whole(it.room)
+            await it.ledger.renew_lease()
+            with read_only(path, made[-1]):
+                assert not await it.grows()
+            assert it.reservation.covered == 1024
+            assert await it.grows()
+            it.says("x" * 1100)
+            with read_only(path, made[-1]):
+                assert await it.grows()
+                assert await it.reservation.covers_whole(it.room)
+            assert it.reservation.covered == 2200 + STEP
 
 
 async def test_a_ledger_that_hangs_holds_an_end_up_for_a_bounded_time(tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 import asyncio
 import json
+import shlex
 import socket
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -16,9 +18,11 @@ from proxy.app import wall_clock_ms
 from proxy.cli import main
 from proxy.torture import NoCount, Outside, run_outside
 from proxy.torture_answers import read_stream, read_whole
+from proxy.torture_books import need_none
 from proxy.torture_plan import Plan
 from proxy.torture_proxy import Proxy
 from proxy.torture_report import Report
+from tests.postgres import shared
 
 KEY = "sk-torture-0123456789abcdef-0"
 UPSTREAM_KEY = "sk-upstream-0123456789abcdef"
@@ -43,10 +47,58 @@ def test_ten_seconds_of_torture_break_no_promise() -> None:
         assert end in report["figures"]["calls"]["note"]
 
 
+REPLICAS = "--seconds 8 --clients 24 --users 2 --replicas 3 --kill-every 3 --pause-every 3 --limit 60000 --json"
+FORGET = """
+import asyncio, asyncpg, sys
+
+async def forget():
+    connection = await asyncpg.connect(sys.argv[1])
+    await connection.execute("DELETE FROM llm_quota_proxy.calls WHERE state = 'settled'")
+    await connection.close()
+
+asyncio.run(forget())
+"""
+
+
+def test_three_replicas_on_one_database_break_no_promise() -> None:
+    """Two kills, a pause of three leases and a restart of the database; and the database is left as it was found."""
+    server = shared()
+    url = asyncio.run(server.fresh())
+    result = _torture(*REPLICAS.split(), "--database", url, "--restart-database", server.restart_command)
+    report = json.loads(result.stdout)
+    assert report["broken"] == []
+    assert result.exit_code == 0
+    figures = {name: figure["value"] for name, figure in report["figures"].items()}
+    assert [figures[name] for name in ("kills", "pauses", "restarts")] == [2, 1, 1]
+    assert figures["refusals"] > 0
+    asyncio.run(need_none(url))
+
+
+def test_a_database_that_forgets_commits_is_caught() -> None:
+    """One that comes back from its restart without the last calls, as after a power cut with `fsync=off`.
+
+    Its books are kept, to be looked into, and no other run begins on them.
+    """
+    server = shared()
+    url = asyncio.run(server.fresh())
+    options = "--seconds 3 --clients 8 --users 2 --replicas 2 --kill-every 0 --limit 100000 --json".split()
+    arguments = [*options, "--database", url, "--restart-database", shlex.join([sys.executable, "-c", FORGET, url])]
+    result = _torture(*arguments)
+    assert set(json.loads(result.stdout)["broken"]) >= {"lost", "unbalanced"}
+    assert result.exit_code == 1
+    assert "The books are kept in the database" in result.stderr
+    again = _torture(*arguments)
+    assert "There are books in this database already" in again.stderr
+    assert again.exit_code == 2
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--replicas", "2"], "Several replicas need PostgreSQL"),
+        (["--replicas", "2"], "Several replicas, or a database to restart, need PostgreSQL"),
+        (["--restart-database", "true"], "need PostgreSQL"),
+        (["--replicas", "2", "--database", "sqlite:///quotas.db"], "--database takes a PostgreSQL"),
+        (["--database", "postgresql://me:word@127.0.0.1:9/none"], "The database can't be reached"),
         (["--clients", "2", "--users", "3"], "3 users need as many clients or more"),
         (["--per", "1M"], '"1M" could be minutes or months'),
         (["--target", "http://127.0.0.1:9/v1"], "--target needs --key"),
@@ -133,11 +185,12 @@ async def test_a_proxy_that_loses_counts_is_caught(tmp_path: Path) -> None:
     """Its own counter, read before and after, shows less than the answers that its clients saw complete."""
     plan, port = Plan(clients=8, users=1, seconds=1, limit=10**9, disconnects=0, tokens_per_s=2000), free_port()
     gateway = Gateway(port, plan.tokens, forgets=True)
-    counts = tmp_path / "count"
+    counts, whole = tmp_path / "count", tmp_path / "whole"
 
     async def keep() -> None:
         while True:
-            counts.write_text(f"used: {gateway.used}")
+            whole.write_text(f"used: {gateway.used}")
+            whole.replace(counts)  # so that the command never finds half of it
             await asyncio.sleep(0.01)
 
     keeping = asyncio.get_running_loop().create_task(keep())

@@ -3,6 +3,7 @@
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import orjson
@@ -10,7 +11,7 @@ import pytest
 from aiohttp import web
 
 from proxy.torture_answers import Refusal
-from proxy.torture_clients import Clients, Target
+from proxy.torture_clients import Clients, Door, Target
 from proxy.torture_plan import Plan
 from proxy.torture_records import Seen
 from proxy.torture_upstream import Accountant
@@ -36,7 +37,7 @@ async def server(answer: Answer) -> AsyncIterator[str]:
 
 async def run(url: str, plan: Plan = PLAN, **more: Any) -> list[Seen]:
     """What the plan's clients saw there."""
-    return await Clients(Target(url, KEYS, **more), plan, now=lambda: NOW).run()
+    return await Clients(Target([Door(url)], KEYS, **more), plan, now=lambda: NOW).run()
 
 
 def always(status: int, body: object) -> Answer:
@@ -127,7 +128,7 @@ async def test_what_is_no_answer_is_noted_as_such(status: int, end: str) -> None
     plan = Plan(clients=1, users=1, seconds=0.05, disconnects=0)
     async with server(always(status, ["no answer"])) as url:
         seen = await run(url, plan)
-    assert {(each.end, each.status, each.refusal, each.by_kill) for each in seen} == {(end, status, None, False)}
+    assert {(each.end, each.status, each.refusal, each.disturbed) for each in seen} == {(end, status, None, False)}
 
 
 async def test_an_answer_that_breaks_off_is_seen_as_far_as_it_came() -> None:
@@ -154,13 +155,40 @@ async def test_where_nobody_is_clients_come_back_after_a_moment() -> None:
         pass
     seen = await run(url)
     assert 2 <= len(seen) < 20
-    assert {(each.end, each.by_kill) for each in seen} == {("unreached", False)}
-    assert {each.by_kill for each in await run(url, era=lambda: 1)} == {True}
+    assert {(each.end, each.disturbed) for each in seen} == {("unreached", False)}
+    down = Target([Door(url, era=lambda: 1)], KEYS)
+    assert {each.disturbed for each in await Clients(down, PLAN, now=lambda: NOW).run()} == {True}
 
 
 async def test_what_broke_while_the_proxy_was_killed_is_no_fault() -> None:
     """Known by the era, which is another after the call than before."""
     eras = iter(range(0, 10_000, 2))
     async with server(always(500, {})) as url:
-        seen = await run(url, Plan(clients=1, users=1, seconds=0.05), era=lambda: next(eras))
-    assert {each.by_kill for each in seen} == {True}
+        target = Target([Door(url, era=lambda: next(eras))], KEYS)
+        seen = await Clients(target, Plan(clients=1, users=1, seconds=0.05), now=lambda: NOW).run()
+    assert {each.disturbed for each in seen} == {True}
+
+
+@pytest.mark.parametrize(("status", "is_excused"), [(503, True), (500, False)])
+async def test_only_a_503_is_excused_by_a_database_that_is_down(status: int, is_excused: bool) -> None:
+    """That is what it is for; anything else must go on as if nothing were."""
+    eras = iter(range(0, 10_000, 2))
+    async with server(always(status, {})) as url:
+        seen = await run(url, database_era=lambda: next(eras))
+    assert {each.disturbed for each in seen} == {is_excused}
+
+
+async def test_calls_go_to_all_that_are_well() -> None:
+    """And to nobody who is known to be down, as long as there are others."""
+    asked: list[str] = []
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        asked.append(request.path.split("/")[1])
+        return await always(500, {})(request)
+
+    async with server(answer) as url:
+        there = url.removesuffix("/v1")
+        doors = [Door(f"{there}/{name}/v1", era=partial(int, era)) for name, era in (("a", 0), ("b", 1), ("c", 2))]
+        seen = await Clients(Target(doors, KEYS), replace(PLAN, seconds=0.1), now=lambda: NOW).run()
+    assert len(seen) == len(asked)
+    assert set(asked) == {"a", "c"}

@@ -158,6 +158,26 @@ def test_kills_come_at_their_times_and_not_at_the_end(seconds: float, every: flo
     assert Plan(seconds=seconds, kill_every_s=every).kills_at_s == kills
 
 
+@pytest.mark.parametrize(
+    ("given", "lease_s", "pauses"),
+    [
+        ({}, 5, []),
+        ({"replicas": 3}, 5, [20, 40]),
+        ({"replicas": 3, "pause_every_s": 0}, 5, []),
+        ({"replicas": 3, "pause_every_s": 1}, 5, [15, 30]),
+        ({"replicas": 2, "seconds": 8, "pause_every_s": 3}, 1, [3]),
+        ({"replicas": 2, "seconds": 8, "pause_every_s": 5}, 1, []),
+    ],
+)
+def test_pauses_last_three_leases_and_are_over_before_the_end(
+    given: dict[str, Any], lease_s: float, pauses: list[float]
+) -> None:
+    """And before the next one; of a proxy that is alone there are none, as nobody could take it for dead."""
+    plan = Plan(**given)
+    assert (plan.lease_s, plan.pause_s, plan.pauses_at_s) == (lease_s, 3 * lease_s, pauses)
+    assert plan.restart_at_s == plan.seconds / 2
+
+
 def test_a_plan_that_cannot_be() -> None:
     """More users than clients, or a window that is none: said before anything starts."""
     with pytest.raises(ValueError, match="3 users need as many clients"):

@@ -1,5 +1,6 @@
-"""The proxy as a process: it comes up, dies, comes back where it was, and stops."""
+"""The proxy as a process: it comes up, dies, comes back where it was, stands still, and stops."""
 
+import asyncio
 import os
 import signal
 import socket
@@ -50,8 +51,25 @@ async def test_it_is_killed_and_comes_back_on_the_same_file_and_port(proxy: Prox
     assert (quota["tokens"]["limit"], quota["window"]["per"], quota["shared"]) == (777, "5s", True)
     await proxy.stop()
     assert proxy.crashes == 0
-    assert proxy.database.exists()
+    assert proxy.database == f"sqlite:///{tmp_path / 'quotas.db'}"
+    assert (tmp_path / "quotas.db").exists()
     assert load(str(tmp_path / "quotas.yaml"), {}).policy.wait_s == 10
+
+
+async def test_one_that_is_paused_takes_connections_and_answers_later(proxy: Proxy) -> None:
+    """Nobody who calls it meanwhile can tell it from one that is slow; its era says that it was meant so."""
+    await proxy.start()
+    pausing = asyncio.ensure_future(proxy.pause(0.2))
+    await asyncio.sleep(0)
+    assert proxy.era == 1
+    async with aiohttp.ClientSession() as http:
+        asked = asyncio.ensure_future(http.get(f"http://127.0.0.1:{proxy.port}/healthz"))
+        await asyncio.wait([pausing, asked], return_when=asyncio.FIRST_COMPLETED)
+        assert pausing.done()
+        assert (await asked).status == 200
+    assert (proxy.era, proxy.pauses, proxy.kills) == (2, 1, 0)
+    await proxy.stop()
+    assert proxy.crashes == 0
 
 
 async def test_one_that_ended_by_itself_is_a_crash(proxy: Proxy) -> None:

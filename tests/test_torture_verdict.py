@@ -108,7 +108,7 @@ BROKEN: dict[str, tuple[Evidence, list[str]]] = {
         ["lost in part"],
     ),
     "a call that was lost with the proxy was forgotten": (
-        with_rows(A, seen=[seen("a"), seen("b", end="broken", by_kill=True)]),
+        with_rows(A, seen=[seen("a"), seen("b", end="broken", disturbed=True)]),
         ["lost in part"],
     ),
     "an answer is charged more than its client was told": (with_rows(row("a", 50, 41), B), ["overcharged"]),
@@ -186,13 +186,13 @@ KEPT: dict[str, Evidence] = {
     "or how far it had got a while before": with_rows(
         A,
         replace(B, state="expired", outcome="lost", charge=(60, 0, 1)),
-        seen=[seen("a"), seen("b", end="broken", by_kill=True)],
+        seen=[seen("a"), seen("b", end="broken", disturbed=True)],
     ),
     "who left before the first word need not be on the books": with_rows(
         A, seen=[seen("a"), Seen("b", 0, 50, "hung_up")]
     ),
     "what broke in a kill is no fault": evidence(
-        seen=[seen("a"), *(Seen("x", 0, 50, end, by_kill=True) for end in ("broken", "failed", "unreached"))]
+        seen=[seen("a"), *(Seen("x", 0, 50, end, disturbed=True) for end in ("broken", "failed", "unreached"))]
     ),
     "one false refusal in a hundred and one": evidence(seen=[seen("a"), refused(free=50), *[refused()] * 100]),
     "a refusal that does not say what is free": evidence(seen=[seen("a"), refused(free=None)]),
@@ -226,6 +226,14 @@ KEPT: dict[str, Evidence] = {
 def test_what_breaks_no_promise(what: str) -> None:
     """Each of these is as the README says it."""
     assert judge(KEPT[what]).broken == []
+
+
+def test_what_befell_the_proxy_is_shown() -> None:
+    """As far as anything did."""
+    befell = ("kills", "pauses", "restarts")
+    assert not any(figure.name in befell for figure in judge(evidence()).figures)
+    told = judge(evidence(kills=3, pauses=2, restarts=1))
+    assert [told[name].value for name in befell] == [3, 2, 1]
 
 
 def test_what_was_made_ahead_of_a_cut_is_shown() -> None:
