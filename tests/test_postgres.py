@@ -596,7 +596,7 @@ asyncio.run(main())
 
 
 async def test_a_process_that_stops_in_half_a_statement_holds_nobody_up(url, database):
-    """For the server it is not idle, as it has begun to ask: the time of its batch runs out, from PostgreSQL 17 on."""
+    """To the server it is not idle, as it has begun to ask; the time of its batch runs out, from PostgreSQL 17 on."""
     [[version]] = await database.run("SELECT current_setting('server_version_num')::int")
     if version < 170_000:
         pytest.skip("this server does not know the setting")
