@@ -84,7 +84,8 @@ async def _connection(url: str) -> AsyncIterator[Any]:
     except ModuleNotFoundError:
         raise NoBooks("PostgreSQL needs asyncpg: pip install 'llm-quota-proxy[postgres]'") from None
     try:
-        connection = await asyncpg.connect(url, timeout=_WAIT_S)
+        # Without a cache the driver gives statements no names, which pgbouncer would lose.
+        connection = await asyncpg.connect(url, timeout=_WAIT_S, statement_cache_size=0)
     except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError) as error:
         raise NoBooks(f"The database can't be reached: {error or type(error).__name__}") from error
     except ValueError:

@@ -7,7 +7,9 @@ stops in the middle of a batch.
 import asyncio
 import os
 import random
+import re
 import signal
+import struct
 import subprocess
 import sys
 from contextlib import asynccontextmanager
@@ -17,6 +19,7 @@ from pathlib import Path
 import asyncpg
 import pytest
 
+from proxy import postgres
 from proxy.admission import Uncounted, Verdict
 from proxy.books import Booked, Expire, Facts, NotBooked, Release, Settle, Unknown
 from proxy.postgres import Patience, PostgresStore
@@ -590,6 +593,56 @@ async def main():
 
 asyncio.run(main())
 """
+
+
+async def test_a_process_that_stops_in_half_a_statement_holds_nobody_up(url, database):
+    """To the server it is not idle, as it has begun to ask; the time of its batch runs out, from PostgreSQL 17 on."""
+    [[version]] = await database.run("SELECT current_setting('server_version_num')::int")
+    if version < 170_000:
+        pytest.skip("this server does not know the setting")
+    patience = Patience(lock_ms=20_000, statement_ms=20_000, whole_ms=20_000, batch_ms=300)
+    async with opened(url, Patience(lock_ms=20_000, statement_ms=20_000, whole_ms=20_000)) as store:
+        await apply(store, reserve("1", ANN, CALL))
+        stopped = await HalfStatement.begun(url, patience)
+        await apply(store, SETTLED)
+        assert b"transaction timeout" in await stopped.read()
+    await database.audit()
+
+
+class HalfStatement:
+    """A client of our own making: it holds locks in a batch, and then sends the first part of a statement only."""
+
+    def __init__(self, reader, writer):
+        self._reader, self._writer = reader, writer
+
+    @classmethod
+    async def begun(cls, url, patience):
+        name, folder = re.fullmatch(r".*/(\w+)\?host=(.*)", url).groups()
+        it = cls(*await asyncio.open_unix_connection(f"{folder}/.s.PGSQL.5432"))
+        start = struct.pack("!I", 0x3_0000) + f"user\0postgres\0database\0{name}\0\0".encode()
+        it._writer.write(struct.pack("!I", len(start) + 4) + start)
+        await it._ready()
+        for query in (postgres._begin(patience), "SELECT FROM llm_quota_proxy.counters FOR UPDATE"):
+            it._send(b"Q", query.encode() + b"\0")
+            await it._ready()
+        it._send(b"P", b"\0SELECT 1\0\0\0")
+        return it
+
+    def _send(self, kind, body):
+        self._writer.write(kind + struct.pack("!I", len(body) + 4) + body)
+
+    async def _ready(self):
+        kind = b""
+        while kind != b"Z":
+            kind = await self._reader.readexactly(1)
+            await self._reader.readexactly(struct.unpack("!I", await self._reader.readexactly(4))[0] - 4)
+
+    async def read(self):
+        """What the server says before it hangs up."""
+        try:
+            return await self._reader.read()
+        finally:
+            self._writer.close()
 
 
 async def test_a_process_that_stops_in_a_batch_holds_nobody_up(store, url, database):

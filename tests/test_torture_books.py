@@ -1,6 +1,7 @@
 """The books as plain SQL shows them, in either engine, while the program that writes them is at work."""
 
 import asyncio
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -99,3 +100,10 @@ async def test_a_database_that_is_not_there_is_said(url: str, said: str) -> None
     with pytest.raises(NoBooks, match=said) as caught:
         await read_books(url)
     assert "secret-word" not in str(caught.value)
+
+
+async def test_a_driver_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is an extra."""
+    monkeypatch.setitem(sys.modules, "asyncpg", None)
+    with pytest.raises(NoBooks, match=r"pip install 'llm-quota-proxy\[postgres\]'"):
+        await need_none("postgresql://127.0.0.1:1/none")

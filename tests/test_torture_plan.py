@@ -140,6 +140,7 @@ def test_a_proxy_may_make_a_list_of_a_prompt() -> None:
         ({"limit": 5000}, 5000),
         ({}, 480_000),
         ({"shared": True}, 3_840_000),
+        ({"replicas": 3}, 240_000),
         ({"per": "5s"}, 40_000),
         ({"per": "minute", "seconds": 600}, 480_000),
     ],
