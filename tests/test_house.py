@@ -25,7 +25,8 @@ FLOORS = {
     ),
     "adapters": (
         "references document scalars schema faults config check "  # the file
-        "logs tasks tokens tables rows store sqlite postgres ledger records spool upstream metrics client".split()
+        "logs tasks tokens tables rows statements store sqlite postgres ledger records "
+        "spool upstream metrics client".split()
     ),
     "story": "reload waiting counting reservation passage departure relay".split(),
     "doors": "answering framing bodies cors listener health api admin".split(),
@@ -77,7 +78,10 @@ ENVIRONMENT = ({"cli"}, "write ${NAME} in the YAML; cli.py hands the environment
 # What may be named where: the longest prefix that fits decides. One outside thing has one adapter, which also
 # translates its errors, so that the rest of the house never learns its names.
 NAMED_ONLY_IN: dict[str, tuple[set[str], str]] = {
-    "sqlalchemy": ({"tables", "sqlite", "postgres"}, "ask the ledger: SQL has one home for each engine"),
+    "sqlalchemy": (
+        {"tables", "sqlite", "statements", "postgres"},
+        "ask the ledger: SQL has one home for each engine",
+    ),
     "alembic": ({"tables"}, "ask tables: migrations have one home"),
     "aiosqlite": (set(), "let SQLAlchemy load it, by the database's URL"),
     "asyncpg": ({"postgres", "torture_books"}, "ask the ledger: SQL has one home for each engine"),

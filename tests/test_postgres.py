@@ -19,10 +19,10 @@ from pathlib import Path
 import asyncpg
 import pytest
 
-from proxy import postgres
 from proxy.admission import Uncounted, Verdict
 from proxy.books import Booked, Expire, Facts, NotBooked, Release, Settle, Unknown
-from proxy.postgres import Patience, PostgresStore
+from proxy.postgres import PostgresStore
+from proxy.statements import Patience, begin
 from proxy.store import Chore, Done, StoreRefused, StoreUnavailable
 from proxy.tables import HEAD, NewerSchema, metadata
 from proxy.usage import Amount, AtLeast, Exactly, Tokens, Unspent
@@ -563,7 +563,8 @@ async def test_who_is_cancelled_in_a_batch_leaves_no_lock(store, url, database):
 STOPPED = """
 import asyncio, os, signal, sys
 from proxy.books import Act
-from proxy.postgres import Patience, PostgresStore
+from proxy.postgres import PostgresStore
+from proxy.statements import Patience
 from tests.test_postgres import ANN, CALL, NO_CLOCK
 from tests.builders import reserve
 
@@ -622,7 +623,7 @@ class HalfStatement:
         start = struct.pack("!I", 0x3_0000) + f"user\0postgres\0database\0{name}\0\0".encode()
         it._writer.write(struct.pack("!I", len(start) + 4) + start)
         await it._ready()
-        for query in (postgres._begin(patience), "SELECT FROM llm_quota_proxy.counters FOR UPDATE"):
+        for query in (begin(patience), "SELECT FROM llm_quota_proxy.counters FOR UPDATE"):
             it._send(b"Q", query.encode() + b"\0")
             await it._ready()
         it._send(b"P", b"\0SELECT 1\0\0\0")

@@ -18,7 +18,8 @@ from proxy.app import wall_clock_ms
 from proxy.books import Booked, NotBooked, Release, Settle
 from proxy.errors import LedgerUnavailable
 from proxy.ledger import LEASE_MS, Ledger
-from proxy.postgres import Patience, PostgresStore
+from proxy.postgres import PostgresStore
+from proxy.statements import Patience
 from proxy.store import StoreUnavailable
 from proxy.usage import Amount, AtLeast, Tokens
 from tests.builders import binding, call, exactly, extend, quota, reserve
