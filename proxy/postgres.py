@@ -130,7 +130,7 @@ class PostgresStore:
     async def _connect(self) -> Any:
         try:
             # Without a cache the driver gives statements no names.
-            return await asyncpg.connect(self._url, timeout=self._patience.lock_ms / 1000, statement_cache_size=0)
+            return await asyncpg.connect(self._url, timeout=self._patience.connect_ms / 1000, statement_cache_size=0)
         except ValueError:
             raise StoreUnavailable("the driver can't read the database's URL") from None  # nor may it be shown
 

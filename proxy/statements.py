@@ -23,6 +23,7 @@ class Patience:
     answer to a mere begin for `probe_ms` is taken to be gone.
     """
 
+    connect_ms: int = 4000
     probe_ms: int = 2000
     idle_ms: int = 3000
     lock_ms: int = 4000

@@ -36,7 +36,6 @@ UPSTREAM_KEY = "sk-upstream-secret-0123456789"
 BASE = """
 server: {{api: "127.0.0.1:0", admin: "127.0.0.1:0"}}
 database: "{database}"
-ledger_wait: 1s
 upstreams:
   simulated: {{base_url: "{upstream}", api_key: "{upstream_key}", kind: {kind}{more}}}
 """

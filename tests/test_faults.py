@@ -30,7 +30,10 @@ QUOTA = "groups.staff.quotas.daily"
     ("found", "expected"),
     [
         (lambda: texts(grups={}), ['"grups" is no key of the file; did you mean "groups"?']),
-        (lambda: texts(server={"port": 1}), ['server: "port" is no key of server; write one of api, admin']),
+        (
+            lambda: texts(server={"port": 1}),
+            ['server: "port" is no key of server; write one of api, admin, cors, connections'],
+        ),
         (lambda: quota(tokns=1, per="day"), [f'{QUOTA}: "tokns" is no key of a quota; did you mean "tokens"?']),
         (lambda: quota(tokens=1), [f'{QUOTA}: "per" is missing; write per: day']),
         (lambda: quota(per="day", tokens=None), [f"{QUOTA}.tokens: {EMPTY}"]),

@@ -34,6 +34,7 @@ CHAT = "/v1/chat/completions"
 HELLO: Any = [{"role": "user", "content": "Hello"}]
 ALICE = {"authorization": f"Bearer {key_of('alice')}"}
 ROOMY = STAFF.replace("tokens: 1M", "tokens: 100M")
+HASTY = f"ledger_wait: 1s\n{ROOMY}"
 DONE = b"data: [DONE]\n\n"
 WORD = b'data: {"choices":[{"index":0,"delta":{"content":" old"}}]}\n\n'
 # What the upstream below says of each input.
@@ -114,7 +115,7 @@ async def test_while_the_ledger_is_away_nobody_is_let_in_and_all_streams_end(fau
     """New calls get a 503, running streams their end, also beyond what they held; later all is booked, once each."""
     path = tmp_path / "quotas.db"
     with writers() as made, capture_logs():
-        async with _gated(folder=tmp_path) as (on, upstream):
+        async with _gated(HASTY, folder=tmp_path) as (on, upstream):
             words = [3000, 1500, 40]
             calls = await _begin(on, upstream, *(_ask(count, is_held_back=True) for count in words))
             with fault(path, made[0]):
@@ -159,7 +160,7 @@ async def test_a_database_that_is_gone_is_not_made_anew(what: str, tmp_path: Pat
     """Nobody gets a fresh quota because a file was deleted, or replaced by an empty one, under the running proxy."""
     path = tmp_path / "quotas.db"
     with capture_logs():
-        async with _gated(folder=tmp_path) as (on, upstream):
+        async with _gated(HASTY, folder=tmp_path) as (on, upstream):
             [running] = await _begin(on, upstream, _ask(2000, is_held_back=True))
             path.unlink()
             if what == "emptied":

@@ -40,7 +40,7 @@ HELD = Amount(100, 400, 1)
 SETTLED = Settle("1", exactly(90, 60), "complete")
 MINUTE = 60_000
 NO_CLOCK = -1  # of the process: the database has its own
-IMPATIENT = Patience(probe_ms=200, idle_ms=300, lock_ms=600, statement_ms=700, whole_ms=1000)
+IMPATIENT = Patience(connect_ms=600, probe_ms=200, idle_ms=300, lock_ms=600, statement_ms=700, whole_ms=1000)
 
 
 @pytest.fixture(scope="session")

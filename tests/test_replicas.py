@@ -272,7 +272,8 @@ async def test_two_servers_share_what_a_user_has(database, tmp_path):
 
 async def test_a_server_whose_database_is_away_says_so(database, tmp_path):
     """503 and when to come again; not ready, so it gets no calls; alive, so nobody kills it; then all is well."""
-    async with stage(STAFF, folder=tmp_path, clock=Clock(wall_clock_ms()), database=database.url) as on:
+    hasty = f"ledger_wait: 1s\n{STAFF}"
+    async with stage(hasty, folder=tmp_path, clock=Clock(wall_clock_ms()), database=database.url) as on:
         assert (await on.post("/v1/chat/completions", ASK)).status == 200
         await asyncio.to_thread(database.server.stop)
         with capture_logs():
