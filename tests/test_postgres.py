@@ -502,6 +502,23 @@ async def test_a_server_that_may_not_write_is_unavailable_until_it_may(store, da
     await database.audit()
 
 
+async def test_a_server_without_a_connection_to_spare_is_unavailable_until_it_has_one(url, database):
+    """Others have taken all that it, or our role, may have; it is asked again each time."""
+    role = f"role_{database.name}"
+    await database.run(f"CREATE ROLE {role} LOGIN", f"CREATE SCHEMA llm_quota_proxy AUTHORIZATION {role}")
+    async with opened(url.replace("postgres:@", f"{role}:@")) as store:
+        await apply(store, reserve("1", ANN, CALL))
+        await database.run(f"ALTER ROLE {role} CONNECTION LIMIT 0")
+        await database.cut_off()
+        with pytest.raises(StoreUnavailable, match="too many connections"):
+            await apply(store, SETTLED)
+        with pytest.raises(StoreUnavailable, match="too many connections"):
+            await store.read_entry("1")
+        await database.run(f"ALTER ROLE {role} CONNECTION LIMIT -1")
+        await apply(store, SETTLED)
+    await database.audit()
+
+
 async def test_a_commit_that_is_not_answered_is_uncertain(server, url, database):
     """Here it was done, and waits for a standby that is not there; asking again finds it done."""
     async with opened(url, IMPATIENT) as store:
