@@ -122,7 +122,10 @@ class Ledger:
         return answer
 
     async def extend(self, act: Extend) -> Booked:
-        """Hold more for a call in flight, as far as there is room. Raises LedgerUnavailable."""
+        """Hold more for a call in flight, as far as there is room; whoever asks says how long it waits.
+
+        Raises LedgerUnavailable.
+        """
         answer = await self._enqueue(act).answer
         if not isinstance(answer, Booked):
             raise LedgerUnavailable  # its entry is not there any more, and so can't hold anything
@@ -241,15 +244,12 @@ class Ledger:
             self._fail(queued)
 
     async def _put_off(self, batch: list[_Queued], error: StoreUnavailable) -> None:
-        """The database is away: refuse whoever wants to hold more, keep all else for later."""
+        """The database is away: keep all for later, as long as anybody waits for it."""
         self.is_healthy = False
         log.warning("the ledger's database can't be used", reason=str(error), acts=len(batch))
         for queued in filter(_lets_in, batch if error.is_uncertain else ()):
             queued.may_be_booked = True
-        waiting = [*batch, *self._queue]
-        self._queue = deque(queued for queued in waiting if not _holds_more(queued))
-        for queued in filter(_holds_more, waiting):
-            self._fail(queued)
+        self._queue.extendleft(reversed(batch))
         if self._is_closing:
             # Their reservations are on the books: they are charged as lost.
             ends = sum(not _takes(queued) for queued in self._queue)
@@ -294,10 +294,6 @@ def _lets_in(queued: _Queued) -> bool:
 
 def _takes(queued: _Queued) -> bool:
     return isinstance(queued.act, Reserve | Extend)
-
-
-def _holds_more(queued: _Queued) -> bool:
-    return isinstance(queued.act, Extend)
 
 
 def _taking_back(queued: _Queued) -> Release:
