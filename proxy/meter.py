@@ -78,6 +78,10 @@ class Meter:
         self._counted = 0  # in all that passed
         self._counted_since = 0  # the usage was last reported
 
+    def did_not_ask(self) -> None:
+        """The usage was not asked for after all, so what is said of it was meant for the client."""
+        self._strips = self._strips_running = False
+
     @property
     def output_seen(self) -> int:
         """How many tokens of output have passed, as far as is known: of what is no text none, until its end."""
