@@ -11,8 +11,11 @@ from urllib.parse import quote
 from proxy.endpoints import Endpoint
 from proxy.policy import Model
 
-# The last dated version that is no preview, for clients that name none. Older ones don't know `stream_options`.
+# The last dated version that is no preview, for clients that name none.
 _AZURE_VERSION = "2024-10-21"
+# The first that knows `stream_options` and `max_completion_tokens`: with an older one streams would not say their usage,
+# and no maximum could be lowered. What clients send in either is the same.
+_AZURE_OLDEST = "2024-09-01"
 _DATED = re.compile(r"20[0-9]{2}-[01][0-9]-[0-3][0-9](?:-preview)?")
 # Azure's newer surface at /openai/v1 takes one without a date, or none.
 _UNDATED = re.compile(r"v1|preview|latest")
@@ -31,7 +34,7 @@ def address_of(endpoint: Endpoint, model: Model, *, api_version: str | None) -> 
     """Where a call goes, behind the upstream's `base_url`: its path, and at Azure the query.
 
     `api_version` is what the client asked for. It goes to Azure only, and only where it is one that this surface can
-    have; else it is the one of the upstream's configuration.
+    have and that says the usage of streams; else it is the one of the upstream's configuration.
     """
     upstream = model.upstream
     if upstream.kind != "azure":
@@ -39,7 +42,8 @@ def address_of(endpoint: Endpoint, model: Model, *, api_version: str | None) -> 
     if upstream.base_url.endswith("/v1"):
         version = _version(_UNDATED, api_version) or upstream.api_version
         return endpoint.path + (f"?api-version={version}" if version else "")
-    version = _version(_DATED, api_version) or upstream.api_version or _AZURE_VERSION
+    asked = _version(_DATED, api_version)
+    version = asked if asked and asked >= _AZURE_OLDEST else upstream.api_version or _AZURE_VERSION
     root = "" if upstream.base_url.endswith("/openai") else "/openai"
     # A name is one segment, whatever is in it.
     deployment = f"/deployments/{quote(model.upstream_model, safe='')}" if endpoint.has_deployments else ""

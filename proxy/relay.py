@@ -121,8 +121,9 @@ class Relay:
             self._metrics.refused(answer.refused)
             now = self._now()
             raise passage.refusal(answer, now, busy_s=self._pace.busy_s(now))
-        strips = passage.call.adds_running_usage(passage.model.upstream.kind)
-        meter = Meter(passage.call, count=count.piece, strips_running_usage=strips)
+        kind = passage.model.upstream.kind
+        strips = passage.call.adds_running_usage(kind)
+        meter = Meter(passage.call, count=count.piece, strips_running_usage=strips, moves_timings=kind == "llamacpp")
         reservation = Reservation(self._ledger, answer, meter, binding=passage.binding, count=count)
         self._pace.began(answer.entry.id, self._now())
         try:

@@ -160,7 +160,8 @@ class Upstream(Section):
     )
     api_version: ApiVersion | None = Field(
         None,
-        description="For azure: the api-version of calls that name none. Left out: 2024-10-21; at /openai/v1 none.",
+        description="For azure: the api-version of calls that name none, or one from before 2024-09-01. Left out: "
+        "2024-10-21; at /openai/v1 none.",
         examples=["2024-10-21"],
     )
     on_disconnect: OnDisconnect | None = Field(

@@ -59,6 +59,9 @@ def test_a_deployment_is_one_segment(name: str, segment: str) -> None:
         (None, "2024-06-01", "2024-06-01"),
         (None, None, "2024-10-21"),
         ("", None, "2024-10-21"),
+        ("2024-09-01-preview", None, "2024-09-01-preview"),
+        ("2024-08-01-preview", None, "2024-10-21"),  # knows no `stream_options` yet
+        ("2023-05-15", "2024-02-01", "2024-02-01"),  # the operator's word
         ("preview", None, "2024-10-21"),  # is for the other surface
         ("2024-10-21&api-key=x", "2024-06-01", "2024-06-01"),
         ("2024-10-21\n", "2024-06-01", "2024-06-01"),
