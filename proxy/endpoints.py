@@ -34,8 +34,11 @@ Charge = Literal["tokens", "tokens_if_said", "request", "nothing"]
 
 _ELSEWHERE = "it would change where this call goes or which key it uses, and the proxy decides that"
 _REROUTING = dict.fromkeys(
-    # LiteLLM's `fallbacks` and OpenRouter's `models` name other models than the one that is allowed and counted.
-    "api_base api_key base_url custom_host extra_headers fallbacks model_list models user_config".split(),
+    # LiteLLM's fallbacks and OpenRouter's models and presets name others than the model that is allowed and counted.
+    (
+        "api_base api_key base_url content_policy_fallbacks context_window_fallback_dict context_window_fallbacks "
+        "custom_host extra_headers fallbacks model_list models preset user_config"
+    ).split(),
     _ELSEWHERE,
 )
 # Azure's own data: searched by the upstream, with its operator's rights. OpenRouter's plugins search the web.

@@ -13,8 +13,8 @@ from proxy.policy import Model
 
 # The last dated version that is no preview, for clients that name none.
 _AZURE_VERSION = "2024-10-21"
-# The first that knows `stream_options` and `max_completion_tokens`: with an older one streams would not say their usage,
-# and no maximum could be lowered. What clients send in either is the same.
+# The first that knows `stream_options` and `max_completion_tokens`: with an older one streams would not say their
+# usage, and a maximum of ours would be a 400. What clients of older ones send means the same in it.
 _AZURE_OLDEST = "2024-09-01"
 _DATED = re.compile(r"20[0-9]{2}-[01][0-9]-[0-3][0-9](?:-preview)?")
 # Azure's newer surface at /openai/v1 takes one without a date, or none.
@@ -24,7 +24,7 @@ _UNDATED = re.compile(r"v1|preview|latest")
 _OPTION = (b"stream_options", b"include_usage", b"continuous_usage_stats")
 # OpenAI's and vLLM's status for a field that is not known or not allowed, and FastAPI's and Mistral's.
 _NOT_TAKEN = (400, 422)
-# So many calls go without the option before it is tried again. Azure refuses it where a request has pictures: one
+# So many calls go without the option before it is tried again. Azure is said to refuse it beside pictures: one
 # such call must not leave all others uncounted for good.
 _CALLS_WITHOUT = 100
 _ADDRESSES_KEPT = 4096
