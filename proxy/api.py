@@ -18,7 +18,7 @@ from proxy.bodies import read_body, read_form, when_it_is_read
 from proxy.client import Client
 from proxy.config import Settings
 from proxy.cors import Cors
-from proxy.endpoints import METERED, Endpoint, closed
+from proxy.endpoints import METERED, PREFIXES, Endpoint, closed
 from proxy.errors import NotAllowed, NoUpgrade, ProxyError
 from proxy.framing import well_framed
 from proxy.headers import NAME
@@ -67,11 +67,14 @@ class Api:
         )
         application.on_response_prepare.append(self._cors.mark)
         application.router.add_routes(self._health.routes())
-        for prefix in ("/v1", ""):
-            for endpoint in METERED:
+        for endpoint in METERED:
+            # A deployment may have slashes in its name, as OpenRouter's models have.
+            of_deployments = ("/openai/deployments/{deployment:.+}",) if endpoint.has_deployments else ()
+            for prefix in (*PREFIXES, *of_deployments):
                 application.router.add_post(
                     prefix + endpoint.path, partial(self._metered, endpoint), expect_handler=when_it_is_read
                 )
+        for prefix in PREFIXES:
             application.router.add_get(prefix + "/models", self._models)
             application.router.add_get(prefix + "/models/{model:.+}", self._model)
             application.router.add_get(prefix + "/quota", self._quota)
@@ -88,12 +91,14 @@ class Api:
         policy = self._policies.current
         user = identify(request.headers.items(), policy)
         client = Client(request, id=request[REQUEST_ID], silence_s=self._patience.silence_s)
+        deployment = request.match_info.get("deployment")
         if endpoint.form is None:
-            call = parse_call(endpoint, await read_body(request, self._patience))
+            call = parse_call(endpoint, await read_body(request, self._patience), deployment=deployment)
             return await self._carried(passage_for(call, user, policy, client))
         spool = Spool()
         try:
-            call = parse_form(endpoint, await read_form(request, spool, self._patience))
+            form = await read_form(request, spool, self._patience)
+            call = parse_form(endpoint, form, deployment=deployment)
             passage = passage_for(call, user, policy, client, spool=spool)
         except BaseException:
             spool.close()

@@ -30,6 +30,7 @@ class Client:
     ) -> None:
         self.id = id
         self.headers = list(request.headers.items())
+        self.api_version = request.query.get("api-version")  # as Azure's clients send it
         self.is_gone = False
         self.response: web.StreamResponse | None = None
         self._request = request

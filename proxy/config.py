@@ -230,7 +230,14 @@ def _settings(file: File) -> Settings:
 
 def _policy(file: File, hash: str) -> Policy:
     upstreams = {
-        name: Upstream(name, section.base_url, section.api_key, section.kind, section.when_client_leaves())
+        name: Upstream(
+            name,
+            section.base_url,
+            section.api_key,
+            kind=section.kind,
+            on_disconnect=section.when_client_leaves(),
+            api_version=section.api_version,
+        )
         for name, section in file.upstreams.items()
     }
     default = file.default_upstream or (next(iter(upstreams)) if len(upstreams) == 1 else "")

@@ -33,10 +33,20 @@ EndpointName = Literal[
 Charge = Literal["tokens", "tokens_if_said", "request", "nothing"]
 
 _ELSEWHERE = "it would change where this call goes or which key it uses, and the proxy decides that"
-_REROUTING = dict.fromkeys(("api_base", "api_key", "base_url", "custom_host", "extra_headers"), _ELSEWHERE)
+_REROUTING = dict.fromkeys(
+    # LiteLLM's fallbacks and OpenRouter's models and presets name others than the model that is allowed and counted.
+    (
+        "api_base api_key base_url content_policy_fallbacks context_window_fallback_dict context_window_fallbacks "
+        "custom_host extra_headers fallbacks model_list models preset user_config"
+    ).split(),
+    _ELSEWHERE,
+)
+# Azure's own data: searched by the upstream, with its operator's rights. OpenRouter's plugins search the web.
+_HOSTED = dict.fromkeys(("data_sources", "plugins", "web_search_options"), "hosted tools are not open on this proxy")
 STORED = "it refers to things stored at the upstream, whose tokens this request does not show"
 _NO_STATE = {
     **_REROUTING,
+    **_HOSTED,
     "background": "its cost would arise after the answer",
     "previous_response_id": STORED,
     "conversation": STORED,
@@ -78,17 +88,39 @@ class Endpoint:
         return self.name in ("chat", "completions")
 
     @property
+    def has_deployments(self) -> bool:
+        """Whether Azure has it under the path of a deployment, whose name is that of the model."""
+        return self.path in _OF_DEPLOYMENTS
+
+    @property
     def is_of_responses(self) -> bool:
         """Whether its request is that of /responses: items, tools, and what is stored at the upstream."""
         return self.name in ("responses", "compact", "input_tokens")
 
+
+# As Azure's SDKs address them; all else stands there at /openai itself.
+_OF_DEPLOYMENTS = frozenset(
+    (
+        "/audio/speech",
+        "/audio/transcriptions",
+        "/audio/translations",
+        "/chat/completions",
+        "/completions",
+        "/embeddings",
+        "/images/edits",
+        "/images/generations",
+    )
+)
+# Where our paths begin: OpenAI's own, then Azure's newer surface, and its older one but for what has deployments.
+PREFIXES = ("/v1", "", "/openai/v1", "/openai")
+_PREFIX = re.compile(r"(?:/openai(?:/deployments/[^/]+)?)?(?:/v1)?(?=/)")
 
 CHAT = Endpoint(
     "chat",
     "/chat/completions",
     "tokens",
     maxima=("max_completion_tokens", "max_tokens"),
-    refused={**_REROUTING, "web_search_options": "hosted tools are not open on this proxy"},
+    refused={**_REROUTING, **_HOSTED},
 )
 COMPLETIONS = Endpoint("completions", "/completions", "tokens", maxima=("max_tokens",))
 EMBEDDINGS = Endpoint("embeddings", "/embeddings", "tokens")
@@ -212,8 +244,8 @@ CLOSED = (
 
 
 def closed(method: str, path: str) -> Closed | None:
-    """Why a path that is not served is not, where it is one that we know; `path` with or without `/v1`."""
-    relative = path.removeprefix("/v1") if path.startswith("/v1/") else path
+    """Why a path that is not served is not, where it is one that we know; `path` with any prefix, or none."""
+    relative = _PREFIX.sub("", path, count=1)
     return next((row for row in CLOSED if row.covers(method, relative)), None)
 
 

@@ -7,7 +7,8 @@
     408, 5xx                the upstream's           nothing                   passed on, or 502 / 504
     anything else           the upstream's           nothing                   502
 
-A body passes on only where it is an error in OpenAI's shape, and never with our key or account in it.
+A body passes on as it came where it is an error in OpenAI's shape. Where it says one in another shape (Ollama, older
+vLLM, FastAPI) its words are put into OpenAI's, in which SDKs show them. Never with our key or account in it.
 """
 
 import re
@@ -34,6 +35,8 @@ _ACCOUNT_CODES = frozenset(
 
 # OpenAI names the organisation or project in the text of a 429.
 _ACCOUNT = re.compile(rb"\b(?:org|proj)[-_][A-Za-z0-9]{6,}")
+# {"message": {"detail": [{"msg": "…"}]}} is Mistral's.
+_WRAPPINGS_MAX = 4
 # What passes on of a `Retry-After`: seconds, and not 0, at which some SDKs hammer.
 _SECONDS = re.compile(r"[1-9][0-9]{0,5}")
 
@@ -58,7 +61,7 @@ def failure_of(
     status: int, body: bytes, retry_after: str | None, upstream: Upstream
 ) -> Rejected | Failed | ProxyError:
     """What an answer with this status means; `body` as far as it was read."""
-    error = _error_in(body)
+    error, is_plain = _error_in(body)
     if status in (401, 403):
         return UpstreamError(
             "The upstream did not accept the proxy's key. The operator of this proxy has to mend it."
@@ -69,11 +72,11 @@ def failure_of(
         return _limited(error, retry_after, upstream)
     if status == 408 or status >= 500:
         if error is not None and status != 408:
-            return Failed(status, masked(body, upstream))
+            return Failed(status, masked(body if is_plain else _shaped(status, error), upstream))
         kind = UpstreamTimeout if status in (408, 504) else UpstreamError
         return kind(f"The upstream failed with status {status}.")
     if 400 <= status < 500:
-        return Rejected(status, masked(body, upstream) if error is not None else _wrapped(status))
+        return Rejected(status, masked(body if is_plain else _shaped(status, error), upstream))
     return UpstreamError(f"The upstream gave an answer that can't be passed on (status {status}).")
 
 
@@ -85,8 +88,8 @@ def masked(body: bytes, upstream: Upstream) -> bytes:
 
 def _limited(error: dict[str, Any] | None, retry_after: str | None, upstream: Upstream) -> ProxyError:
     headers = {"retry-after": retry_after} if retry_after and _SECONDS.fullmatch(retry_after) else None
-    said = error.get("message") if error else None
-    text = masked(said.encode(), upstream).decode() if isinstance(said, str) else ""
+    said = _words(error.get("message")) if error else ""
+    text = masked(said.encode(), upstream).decode()
     return UpstreamBusy(
         f"The upstream itself is limiting requests just now; this is no quota of this proxy. {text[:500]}".strip(),
         headers=headers,
@@ -98,15 +101,48 @@ def _is_account_used_up(error: dict[str, Any] | None) -> bool:
     return any(isinstance(word, str) and word in _ACCOUNT_CODES for word in said)
 
 
-def _error_in(body: bytes) -> dict[str, Any] | None:
+def _error_in(body: bytes) -> tuple[dict[str, Any] | None, bool]:
+    """The members of the error that a body says, if it does, and whether it is in OpenAI's shape as it stands."""
     try:
         answer = orjson.loads(body)
     except orjson.JSONDecodeError:
-        return None
-    error = answer.get("error") if isinstance(answer, dict) else None
-    return error if isinstance(error, dict) else None
+        return None, False
+    if not isinstance(answer, dict):
+        return None, False
+    error = answer.get("error")
+    if isinstance(error, dict):
+        is_plain = isinstance(error.get("message"), str)
+        return error, is_plain and all(isinstance(error.get(name), str | None) for name in ("type", "param", "code"))
+    # {"error": "text"}: Ollama. {"object": "error", "message": …}: vLLM until 0.10, Mistral. {"detail": …}: FastAPI.
+    said = next((value for name in ("error", "message", "detail") if (value := answer.get(name))), None)
+    return ({"message": said, **_rest_of(answer)} if _words(said) else None), False
 
 
-def _wrapped(status: int) -> bytes:
-    message = f"The upstream refused the request with status {status}."
-    return orjson.dumps({"error": {"message": message, "type": "invalid_request_error", "param": None, "code": None}})
+def _rest_of(answer: dict[str, Any]) -> dict[str, Any]:
+    return {name: answer.get(name) for name in ("type", "param", "code")}
+
+
+def _words(said: object) -> str:
+    """What a message says, however it is wrapped; FastAPI lists what is wrong with each field."""
+    for _ in range(_WRAPPINGS_MAX):
+        if isinstance(said, dict):
+            said = said.get("msg") or said.get("message") or said.get("detail")
+        elif isinstance(said, list):
+            said = said[0] if said else None
+    return said.strip() if isinstance(said, str) else ""
+
+
+def _shaped(status: int, error: dict[str, Any] | None) -> bytes:
+    """An error in OpenAI's shape, with what of its members can stand there."""
+    error = error or {}
+    type_, param, code = (error.get(name) for name in ("type", "param", "code"))
+    happened = "refused the request" if status < 500 else "failed"
+    shaped = {
+        **error,
+        "message": _words(error.get("message")) or f"The upstream {happened} with status {status}.",
+        "type": type_ if isinstance(type_, str) else "invalid_request_error" if status < 500 else "upstream_error",
+        "param": param if isinstance(param, str) else None,
+        # vLLM's and llama.cpp's are numbers, at which strict clients stumble.
+        "code": str(code) if isinstance(code, str | int) and not isinstance(code, bool) else None,
+    }
+    return orjson.dumps({"error": shaped})

@@ -21,7 +21,7 @@ import orjson
 from proxy.ending import RESPONSE_ENDS, Ending
 from proxy.sse import Event
 from proxy.strict_json import dump
-from proxy.usage import TOKENS_MAX, AtLeast, Exactly, Tokens, Unspent, Usage, read_tokens
+from proxy.usage import TOKENS_MAX, AtLeast, Exactly, Tokens, Unspent, Usage, read_timings, read_tokens
 from proxy.wire import Call
 
 # What every chunk has; one with no choices and nothing beyond these came only because usage was asked for.
@@ -55,10 +55,18 @@ _PLACEHOLDERS = (
 class Meter:
     """Watches one answer. `count` says how many tokens a piece of text has; it must be quick and never fail.
 
-    `strips_running_usage` where we asked for the usage so far on every chunk and the client did not.
+    `strips_running_usage` where we asked for the usage so far on every chunk and the client did not. `moves_timings`
+    where what stands on the usage chunk would have stood on the last one before it, had we not asked (llama.cpp).
     """
 
-    def __init__(self, call: Call, *, count: Callable[[str], int], strips_running_usage: bool = False) -> None:
+    def __init__(
+        self,
+        call: Call,
+        *,
+        count: Callable[[str], int],
+        strips_running_usage: bool = False,
+        moves_timings: bool = False,
+    ) -> None:
         self.is_at_end = False
         self.is_over = False
         self.has_error = False
@@ -72,11 +80,17 @@ class Meter:
         self._choices = call.choices
         self._strips = call.adds_usage
         self._strips_running = strips_running_usage
+        self._moves_timings = moves_timings and call.adds_usage and call.choices == 1
+        self._last: tuple[bytes, dict[str, Any]] | None = None  # the chunk with the finish_reason, until timings come
         self._is_responses = call.endpoint.is_of_responses
         self._done = 0  # of the choices of an answer that is no text
         self._reported: Tokens | None = None
         self._counted = 0  # in all that passed
         self._counted_since = 0  # the usage was last reported
+
+    def did_not_ask(self) -> None:
+        """The usage was not asked for after all, so what is said of it was meant for the client."""
+        self._strips = self._strips_running = self._moves_timings = False
 
     @property
     def output_seen(self) -> int:
@@ -94,8 +108,27 @@ class Meter:
         """Take note of one event and return what of it the client is to see.
 
         `is_at_end` turns true with the event from which on everything belongs to the end of the answer: the
-        usage chunk, `[DONE]`, or the event that ends a response; `is_over` with the last event there is.
+        usage chunk, `[DONE]`, or the event that ends a response; `is_over` with the last event there is. What is
+        kept for a moment comes with the next event, or from `rest`.
         """
+        shown = self._see_event(event, is_cut=is_cut)
+        if not self._moves_timings:
+            return shown
+        last, self._last = self._last, None
+        chunk = self.chunk or {}
+        if last and shown and not chunk.get("choices") and _more_than_usage(chunk) == {"timings"}:
+            return _with_timings(*last, event, chunk)
+        if _is_finished(chunk) and "timings" not in chunk:
+            said = chunk if chunk.get("usage") else {key: value for key, value in chunk.items() if key != "usage"}
+            self._last, shown = (shown, said), b""
+        return (last[0] if last else b"") + shown
+
+    def rest(self) -> bytes:
+        """What was kept, where no further event comes."""
+        last, self._last = self._last, None
+        return last[0] if last else b""
+
+    def _see_event(self, event: Event, *, is_cut: bool) -> bytes:
         self.chunk = None
         data = event.data
         if data is None:
@@ -183,6 +216,7 @@ class Meter:
             self.is_at_end = self.is_over  # a usage chunk that came early was not the end
             self._see_texts(choices)
         if "usage" not in chunk:
+            self._see_running(read_timings(chunk.get("timings")))
             return event.raw
         usage = chunk["usage"]
         # Zeros beside a choice are no count but a place kept for one, and so is null.
@@ -190,13 +224,15 @@ class Meter:
         if isinstance(usage, dict) and not is_placeholder:
             if not choices:
                 return self._see_usage_chunk(chunk, event)
-            tokens = read_tokens(usage)
-            # Beside one of several choices it is the usage of that one alone, and one that doesn't rise is none.
-            if self._choices == 1 and tokens and (tokens.output > self._output_reported or not self._counted_since):
-                self._report(tokens)
+            self._see_running(read_tokens(usage))
             if self._strips_running:
                 return _without_usage(event, chunk)
         return _without_usage(event, chunk) if is_placeholder and self._strips else event.raw
+
+    def _see_running(self, tokens: Tokens | None) -> None:
+        # Beside one of several choices it is the usage of that one alone, and one that doesn't rise is none.
+        if self._choices == 1 and tokens and (tokens.output > self._output_reported or not self._counted_since):
+            self._report(tokens)
 
     def _see_usage_chunk(self, chunk: dict[str, Any], event: Event) -> bytes:
         """Return the chunk as it would have come unasked: not at all, unless it carries something else too."""
@@ -210,8 +246,7 @@ class Meter:
         self._report(tokens)
         if not self._strips:
             return event.raw
-        carries_more = any(value is not None and key not in _COMMON_KEYS for key, value in chunk.items())
-        return _without_usage(event, chunk) if carries_more else b""
+        return _without_usage(event, chunk) if _more_than_usage(chunk) else b""
 
     def _see_response_event(self, chunk: dict[str, Any]) -> None:
         self._see_error(chunk)
@@ -282,6 +317,26 @@ def _texts(value: object) -> Iterator[str]:
             waiting += reversed(value)
         elif isinstance(value, dict):
             waiting += [part for key, part in reversed(value.items()) if key not in _NOT_TEXT]
+
+
+def _more_than_usage(chunk: dict[str, Any]) -> set[str]:
+    """What a chunk says beside what every chunk has."""
+    return {key for key, value in chunk.items() if value is not None and key not in _COMMON_KEYS}
+
+
+def _is_finished(chunk: dict[str, Any]) -> bool:
+    match chunk.get("choices"):
+        case [{"finish_reason": str()}]:
+            return True
+    return False
+
+
+def _with_timings(raw: bytes, chunk: dict[str, Any], of: Event, usage_chunk: dict[str, Any]) -> bytes:
+    """The last chunk with the timings of the usage chunk, where llama.cpp writes them unasked: as its last member."""
+    whole = {**chunk, "timings": usage_chunk["timings"]}
+    place, start, end = raw.rfind(b"}"), of.raw.rfind(b'"timings":'), of.raw.rfind(b"}")
+    moved = raw[:place] + b"," + of.raw[start:end] + raw[place:]
+    return moved if start >= 0 and _says(moved, whole) else b"data: " + dump(whole) + b"\n\n"
 
 
 def _without_usage(event: Event, chunk: dict[str, Any]) -> bytes:

@@ -2,11 +2,12 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from proxy.books import Entry, Facts, NotBooked, Reserve
 from proxy.client import Client
 from proxy.errors import InvalidRequest, ModelNotFound, ProxyError
+from proxy.habits import address_of
 from proxy.headers import to_upstream
 from proxy.policy import Model, OnDisconnect, Policy, User
 from proxy.quotas import Binding, Counter, CounterKey, Demand
@@ -37,6 +38,16 @@ class Passage:
         return self.call.model if self.call.model in (self.policy.models or {}) else "other"
 
     @property
+    def address(self) -> str:
+        """Where it goes, behind the upstream's `base_url`."""
+        return address_of(self.call.endpoint, self.model, api_version=self.client.api_version)
+
+    @property
+    def asks_for_usage(self) -> bool:
+        """Whether we ask for the usage of its stream in the client's place."""
+        return self.call.adds_usage or self.call.adds_running_usage(self.model.upstream.kind)
+
+    @property
     def pause_s(self) -> float:
         """How long a stream may pause to hold more: no longer than the policy says, since it holds up others."""
         return min(self.wait_s, self.policy.wait_s)
@@ -62,6 +73,14 @@ class Passage:
             return forwarded_body(self.call, self.model)
         start, end, name = forwarded_model(self.call, self.model)
         return Spliced(self.spool, start=start, end=end, patch=name)
+
+    def body_for(self, entry: Entry) -> bytes | Spliced:
+        """The body to send for what is held."""
+        return self.lowered_body(entry) if entry.capped_by else self.body()
+
+    def without_option(self) -> "Passage":
+        """The same, but that we don't ask for the usage of its stream."""
+        return replace(self, call=replace(self.call, is_option_withheld=True))
 
     def headers(self) -> dict[str, str]:
         """The headers to send."""

@@ -16,11 +16,13 @@ from proxy.counting import CallCount
 from proxy.departure import Departures
 from proxy.errors import ClientLeft, ProxyError, UpstreamError
 from proxy.failures import Rejected, failure_of
+from proxy.habits import Habits, is_about_usage_option
 from proxy.meter import Meter
 from proxy.metrics import Metrics
 from proxy.pace import Pace
 from proxy.passage import Passage
 from proxy.reservation import Reservation
+from proxy.spool import Spliced
 from proxy.stream import Stream
 from proxy.tokens import Tokenizers
 from proxy.upstream import Answer, Upstreams
@@ -56,6 +58,7 @@ class Relay:
         self._departures = departures
         self._now = now
         self._pace = Pace()
+        self._habits = Habits()
 
     async def carry(self, passage: Passage) -> None:
         """Carry one call to the upstream and its answer back.
@@ -63,6 +66,8 @@ class Relay:
         Nothing is sent that is not reserved, and every reservation ends exactly once. Raises Refusal where the
         quotas say no, and UpstreamError as long as nothing of an answer has gone out.
         """
+        if passage.asks_for_usage and not self._habits.asks_for_usage(passage.address, passage.model):
+            passage = passage.without_option()
         call, model = passage.call, passage.model
         body = passage.body()
         count = CallCount(self._tokenizers, call, model, body_bytes=len(body))
@@ -75,7 +80,7 @@ class Relay:
             if reservation.entry.capped_by:
                 body = passage.lowered_body(reservation.entry)
             reservation.is_sent = True
-            async with self._upstreams.send(model.upstream, call.endpoint.path, body, passage.headers()) as answer:
+            async with self._sent(passage, reservation, body) as answer:
                 # A long stream must not keep the request in memory three times over: agents send megabytes. Its texts
                 # stay, in case they have to be counted.
                 body = b""
@@ -88,6 +93,27 @@ class Relay:
                     await self._pass_on_whole(answer, passage, reservation)
 
     @asynccontextmanager
+    async def _sent(self, passage: Passage, reservation: Reservation, body: bytes | Spliced) -> AsyncIterator[Answer]:
+        """Send the call; once more where the upstream would take it but for the option by which we ask for usage."""
+        upstream, address = passage.model.upstream, passage.address
+        async with self._upstreams.send(upstream, address, body, passage.headers()) as answer:
+            del body  # see `carry`
+            if not await _is_option_refused(answer, passage):
+                if passage.asks_for_usage and answer.status // 100 == 2:
+                    self._habits.note(address, passage.model, is_taken=True)
+                yield answer
+                return
+        passage = passage.without_option()
+        reservation.meter.did_not_ask()
+        body = passage.body_for(reservation.entry)
+        async with self._upstreams.send(upstream, address, body, passage.headers()) as answer:
+            del body
+            if answer.status // 100 == 2:
+                log.info("upstream takes no stream_options", upstream=upstream.name, model=passage.model_label)
+                self._habits.note(address, passage.model, is_taken=False)
+            yield answer
+
+    @asynccontextmanager
     async def _reserve(self, passage: Passage, count: CallCount) -> AsyncIterator[Reservation]:
         """Hold what the call may use, and see that it ends; raises Refusal."""
         answer = await self._let_in(passage, count)
@@ -95,8 +121,9 @@ class Relay:
             self._metrics.refused(answer.refused)
             now = self._now()
             raise passage.refusal(answer, now, busy_s=self._pace.busy_s(now))
-        strips = passage.call.adds_running_usage(passage.model.upstream.kind)
-        meter = Meter(passage.call, count=count.piece, strips_running_usage=strips)
+        kind = passage.model.upstream.kind
+        strips = passage.call.adds_running_usage(kind)
+        meter = Meter(passage.call, count=count.piece, strips_running_usage=strips, moves_timings=kind == "llamacpp")
         reservation = Reservation(self._ledger, answer, meter, binding=passage.binding, count=count)
         self._pace.began(answer.entry.id, self._now())
         try:
@@ -204,6 +231,12 @@ class Relay:
     def _quota_headers(self, passage: Passage, reservation: Reservation) -> dict[str, str]:
         is_held = reservation.outcome is None
         return passage.quota_headers(reservation.entry, reservation.counters, self._now(), is_held=is_held)
+
+
+async def _is_option_refused(answer: Answer, passage: Passage) -> bool:
+    """Whether this is an error about what we wrote into the request, and not the client."""
+    is_refusal = passage.asks_for_usage and answer.status // 100 == 4
+    return is_refusal and is_about_usage_option(answer.status, await answer.beginning())
 
 
 def _outcome(passage: Passage, meter: Meter) -> Outcome:

@@ -181,6 +181,13 @@ def origin(text: str) -> str:
     return origin
 
 
+def api_version(text: str) -> str:
+    """A version of Azure's API, as it stands in a query."""
+    if not re.fullmatch(r"20[0-9]{2}-[01][0-9]-[0-3][0-9](-preview)?|v1|preview|latest", text):
+        raise ValueError("this is no version of Azure's API; write one such as 2024-10-21, or 2025-04-01-preview")
+    return text
+
+
 def base_url(text: str) -> str:
     """An upstream's address, without a slash at its end. Where a call goes is said here alone, and nothing else."""
     url = _split_url(text)

@@ -72,6 +72,7 @@ Per = Annotated[str, _AsWritten, AfterValidator(scalars.per)]
 Address = Annotated[str, _AsWritten, AfterValidator(scalars.address)]
 Origin = Annotated[str, AfterValidator(scalars.origin)]
 Zone = Annotated[str, AfterValidator(scalars.zone)]
+ApiVersion = Annotated[str, AfterValidator(scalars.api_version)]
 BaseUrl = Annotated[str, AfterValidator(scalars.base_url)]
 Database = Annotated[str, AfterValidator(scalars.database)]
 # A user's or admin's key: what is kept of it is its digest only.
@@ -152,12 +153,28 @@ class Upstream(Section):
         repr=False,
         description="The key sent to this server, by reference: ${OPENAI_API_KEY}. None: none is sent.",
     )
-    kind: Kind = Field("openai", description="Whose habits the server has: its auth header and its fields.")
+    kind: Kind = Field(
+        "openai",
+        description="Whose habits the server has: its auth header, its paths and its fields. OpenRouter, LiteLLM and "
+        "most others have those of openai.",
+    )
+    api_version: ApiVersion | None = Field(
+        None,
+        description="For azure: the api-version of calls that name none, or one from before 2024-09-01. Left out: "
+        "2024-10-21; at /openai/v1 none.",
+        examples=["2024-10-21"],
+    )
     on_disconnect: OnDisconnect | None = Field(
         None,
         description="When a client leaves a running answer: drain reads on and charges the truth (the default for "
         "openai, azure, anthropic, simulator), stop ends it at the upstream (for vllm, ollama, llamacpp).",
     )
+
+    @model_validator(mode="after")
+    def _has_versions(self) -> "Upstream":
+        if self.api_version and self.kind != "azure":
+            raise ValueError("api_version is for upstreams of kind: azure; leave it out of this one")
+        return self
 
     def when_client_leaves(self) -> OnDisconnect:
         """`on_disconnect`, or what suits this kind: hosted servers bill an answer that was left, our own stop."""

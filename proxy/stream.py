@@ -76,6 +76,7 @@ class Stream:
             if self._meter.is_at_end or self._meter.output_seen <= covered:
                 self._pass(piece, ready)
             self._end += ready
+        self._end += self._meter.rest()
 
     def end(self) -> bytes:
         """What was kept back, and the rest of an event that was never finished."""

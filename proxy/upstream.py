@@ -36,6 +36,7 @@ class Answer:
         self.headers = list(response.headers.items())
         self.retry_after = response.headers.get("retry-after")
         self.is_stream = response.content_type == "text/event-stream"
+        self._beginning: bytes | None = None
 
     async def chunks(self) -> AsyncIterator[bytes]:
         """The body's bytes as they arrive; raises UpstreamError where it breaks, UpstreamTimeout where it stalls."""
@@ -57,7 +58,15 @@ class Answer:
         return bytes(body)
 
     async def beginning(self) -> bytes:
-        """The body of an error as far as it comes within bounds; never raises, for the status says enough."""
+        """The body of an error as far as it comes within bounds; never raises, for the status says enough.
+
+        It may be asked for twice.
+        """
+        if self._beginning is None:
+            self._beginning = await self._read_beginning()
+        return self._beginning
+
+    async def _read_beginning(self) -> bytes:
         body = bytearray()
         try:
             async with asyncio.timeout(_ERROR_S):

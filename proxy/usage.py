@@ -147,6 +147,17 @@ def read_tokens(usage: object) -> Tokens | None:
     )
 
 
+def read_timings(timings: object) -> Tokens | None:
+    """The tokens in the timings that llama.cpp adds to the last chunk; None where they don't say the whole input."""
+    if not isinstance(timings, dict):
+        return None
+    said = [_count(timings.get(name)) for name in ("prompt_n", "cache_n", "predicted_n")]
+    match said:
+        case [int(read), int(cached), int(output)]:
+            return Tokens(read + cached, output, cached=cached)
+    return None
+
+
 def _first(usage: dict[str, object], *names: str) -> int | None:
     return next((count for name in names if (count := _count(usage.get(name))) is not None), None)
 

@@ -57,6 +57,7 @@ class Call:
     choices: int
     document: dict[str, Any]
     form: Form | None = None
+    is_option_withheld: bool = False  # `stream_options` of ours, which the upstream would not take
 
     def forget(self) -> None:
         """Let go of the body, which is sent and not needed any more. What the fields say stays."""
@@ -84,25 +85,29 @@ class Call:
     @property
     def _may_ask(self) -> bool:
         options = self.document.get("stream_options")
-        return self.stream and self.endpoint.has_usage_option and (options is None or isinstance(options, dict))
+        can_ask = self.stream and self.endpoint.has_usage_option and not self.is_option_withheld
+        return can_ask and (options is None or isinstance(options, dict))
 
 
-def parse_call(endpoint: Endpoint, body: bytes) -> Call:
-    """Read a request's body; raises InvalidRequest that names the field and says what to write instead."""
+def parse_call(endpoint: Endpoint, body: bytes, *, deployment: str | None = None) -> Call:
+    """Read a request's body; raises InvalidRequest that names the field and says what to write instead.
+
+    A `deployment`, in the path of Azure's clients, is the model, whatever the body says: so Azure reads it too.
+    """
     document = parse_object(body, _KNOWN)
     _refuse_fields(endpoint, document)
     if endpoint.has_usage_option:
         _refuse_unclear_usage_option(document.get("stream_options"))
     return Call(
         endpoint=endpoint,
-        model=_model(endpoint.default_model if document.get("model") is None else document["model"]),
+        model=_model(deployment or (endpoint.default_model if document.get("model") is None else document["model"])),
         stream=_stream(endpoint, document),
         choices=_choices(endpoint, document),
         document=document,
     )
 
 
-def parse_form(endpoint: Endpoint, form: Form) -> Call:
+def parse_form(endpoint: Endpoint, form: Form, *, deployment: str | None = None) -> Call:
     """Read a form as `parse_call` reads JSON; raises InvalidRequest likewise."""
     document: dict[str, Any] = {}
     for field in form.fields:
@@ -113,7 +118,7 @@ def parse_form(endpoint: Endpoint, form: Form) -> Call:
     _refuse_fields(endpoint, document)
     return Call(
         endpoint=endpoint,
-        model=_model(document.get("model", endpoint.default_model)),
+        model=_model(deployment or document.get("model", endpoint.default_model)),
         stream=_stream(endpoint, document),
         choices=_choices(endpoint, document),
         document=document,
@@ -273,6 +278,7 @@ def _model(value: object) -> str:
         not isinstance(value, str)
         or not 0 < len(value.strip()) == len(value) <= _MODEL_CHARACTERS_MAX
         or not value.isprintable()
+        or value in (".", "..")  # in a path they would lead elsewhere
     ):
         raise InvalidRequest(
             f'"model" must be a name of 1 to {_MODEL_CHARACTERS_MAX} printable characters, without blanks around it.',

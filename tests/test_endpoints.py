@@ -8,8 +8,9 @@ from pathlib import Path
 
 import openai
 import pytest
+from openai.lib import azure
 
-from proxy.endpoints import CLOSED, METERED, Endpoint, closed
+from proxy.endpoints import CLOSED, METERED, PREFIXES, Endpoint, closed
 
 # What the proxy answers by itself.
 ANSWERED = {("GET", "/models"), ("GET", "/models/{}")}
@@ -86,8 +87,8 @@ def test_the_paths_are_found_in_the_sdk() -> None:
     ],
 )
 def test_a_refusal_says_why(method: str, path: str, says: str) -> None:
-    """Also behind `/v1`."""
-    for prefix in ("", "/v1"):
+    """Also behind `/v1` and Azure's prefixes."""
+    for prefix in (*PREFIXES, "/openai/deployments/gpt-4o"):
         row = closed(method, prefix + path)
         assert row is not None
         assert says in row.reason
@@ -141,6 +142,12 @@ def test_the_endpoints_differ_in_few_ways() -> None:
         "transcriptions": ("tokens_if_said", True, False, False, False),
         "translations": ("tokens_if_said", True, False, False, False),
     }
+
+
+def test_azure_has_deployments_for_what_its_sdk_sends_there() -> None:
+    """All else stands beside them."""
+    paths = {each.path for each in METERED if each.has_deployments}
+    assert paths == azure._deployments_endpoints
 
 
 def test_no_row_is_there_twice() -> None:

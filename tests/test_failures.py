@@ -49,10 +49,12 @@ def test_a_bad_request_passes_on_and_costs_one_request(status: int) -> None:
         b"null",
         b"[]",
         b"7",
-        b'{"error":"text"}',
+        b'{"error":""}',
         b'{"error":null}',
         b'{"error":[]}',
-        b'{"detail":"Not Found"}',
+        b'{"detail":{"a":"b"}}',
+        b'{"detail":[]}',
+        b'{"message":[[[[["too deep"]]]]]}',
         b'{"error":{"message":NaN}}',
         b'{"error":{"message":"cut',
         b"\xff\xfe",
@@ -132,7 +134,7 @@ def test_the_upstream_s_own_limit_is_marked_as_such() -> None:
     )
 
 
-@pytest.mark.parametrize("body", [HTML, b"", b'{"error":"text"}', error(None), error({"a": 1}), error(""), error(7)])
+@pytest.mark.parametrize("body", [HTML, b"", b'{"error":7}', error(None), error({"a": 1}), error(""), error(7)])
 def test_a_limit_without_words_is_told_in_ours(body: bytes) -> None:
     """And never with `None`."""
     failed = failure(429, body)
@@ -142,11 +144,70 @@ def test_a_limit_without_words_is_told_in_ours(body: bytes) -> None:
 
 @pytest.mark.parametrize("code", [None, 429, {}, [], ["insufficient_quota"], {"insufficient_quota": 1}, True, 1.5])
 def test_codes_of_any_type_are_no_mistake_of_ours(code: object) -> None:
-    """vLLM's are numbers; what can't be hashed must not become a 500."""
-    body = error("x", code=code, type=code)
+    """Strict clients stumble at the numbers of vLLM and llama.cpp; what can't be hashed must not become a 500."""
+    body = error("x", code=code, type=code, more="y")
     assert isinstance(failure(429, body), UpstreamBusy)
-    assert failure(400, body) == Rejected(400, body)
-    assert failure(500, body) == Failed(500, body)
+    text = "429" if code == 429 else None
+    for status, kind in ((400, "invalid_request_error"), (500, "upstream_error")):
+        said = failure(status, body)
+        assert isinstance(said, Rejected | Failed)
+        members = {
+            "message": "x",
+            "type": kind if code is not None else None,
+            "param": None,
+            "code": text,
+            "more": "y",
+        }
+        assert json.loads(said.body) == {"error": members}
+        assert code is not None or said.body == body
+
+
+@pytest.mark.parametrize(
+    ("body", "message", "code"),
+    [
+        (b'{"error":"model \'x\' not found"}', "model 'x' not found", None),  # Ollama
+        (
+            b'{"object":"error","message":"It is too long.","type":"BadRequestError","param":null,"code":400}',
+            "It is too long.",
+            "400",
+        ),  # vLLM, formerly
+        (b'{"error":{"message":"It is too long.","type":"BadRequestError","code":400}}', "It is too long.", "400"),
+        (b'{"error":{"code":400,"message":"Bad.","type":"invalid_request_error"}}', "Bad.", "400"),  # llama.cpp
+        (b'{"error":{"code":429,"message":"Bad.","metadata":{"raw":"r"}}}', "Bad.", "429"),  # OpenRouter
+        (b'{"statusCode":404,"message":"Resource not found"}', "Resource not found", None),  # in front of Azure
+        (b'{"detail":"Not Found"}', "Not Found", None),  # FastAPI
+        (b'{"detail":[{"loc":["body","n"],"msg":"Not a number.","type":"int"}]}', "Not a number.", None),
+        (b'{"object":"error","message":{"detail":[{"msg":"Extra."}]},"code":null}', "Extra.", None),  # Mistral
+        (b'{"message":{"msg":"Bad."}}', "Bad.", None),
+        (b'{"error":{"message":{"message":"Bad."}}}', "Bad.", None),
+    ],
+)
+def test_an_error_in_another_shape_is_put_into_openai_s(body: bytes, message: str, code: str | None) -> None:
+    """So that SDKs show what the upstream said, whether the request or the upstream was at fault."""
+    for status in (404, 500):
+        said = failure(status, body)
+        assert isinstance(said, Rejected | Failed)
+        shown = json.loads(said.body)["error"]
+        assert (shown["message"], shown["param"], shown["code"]) == (message, None, code)
+        assert isinstance(shown["type"], str)
+    busy = failure(429, body)
+    assert isinstance(busy, UpstreamBusy)
+    assert busy.message.endswith(message)
+
+
+def test_nothing_else_of_an_error_is_lost() -> None:
+    """Its further members pass on (OpenRouter says there what the provider said)."""
+    said = failure(400, b'{"error":{"code":400,"message":"Bad.","metadata":{"raw":"r"}}}')
+    assert isinstance(said, Rejected)
+    assert json.loads(said.body)["error"]["metadata"] == {"raw": "r"}
+
+
+@pytest.mark.parametrize("status", [400, 503])
+def test_an_error_that_says_nothing_is_told_in_our_words(status: int) -> None:
+    """It has its message all the same."""
+    said = failure(status, b'{"error":{"code":1}}')
+    assert isinstance(said, Rejected | Failed)
+    assert json.loads(said.body)["error"]["message"].endswith(f"with status {status}.")
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ FLOORS = {
     "ground": (
         "errors windows usage quotas admission books policy standing auth "  # who may what
         "codings strict_json sse pictures prompt "
-        "endpoints forms wire demand ending meter stream headers failures pace".split()
+        "endpoints forms wire demand habits ending meter stream headers failures pace".split()
     ),
     "adapters": (
         "references document scalars schema faults config check "  # the file

@@ -47,9 +47,9 @@ def count(text: str) -> int:
     return len(text.encode("utf-8", "surrogatepass"))
 
 
-def new(of: Call = UNASKED, *, strips: bool = False) -> Meter:
+def new(of: Call = UNASKED, *, strips: bool = False, moves: bool = False) -> Meter:
     """A meter that has seen nothing yet."""
-    return Meter(of, count=count, strips_running_usage=strips)
+    return Meter(of, count=count, strips_running_usage=strips, moves_timings=moves)
 
 
 def watch(
@@ -1001,3 +1001,86 @@ def test_a_stream_that_says_it_failed_has_generated_nothing(error: dict) -> None
     """Its input was read."""
     meter, _ = watch(steps(error), call(IMAGES))
     assert (meter.is_over, meter.has_error, meter.usage()) == (True, True, AtLeast(Tokens(0, 0)))
+
+
+# --------------------------------------------------------------------------------------------- what llama.cpp says
+
+TIMINGS = {"cache_n": 4, "prompt_n": 7, "prompt_ms": 1e-05, "predicted_n": 5, "predicted_ms": 12.0}
+
+
+def timed(stream: bytes, of: Call = UNASKED) -> tuple[Meter, bytes]:
+    """Let a stream of llama.cpp go by; return the meter, and what the client is shown of it."""
+    meter, splitter = new(of, moves=True), Splitter()
+    shown = b"".join(meter.see_event(each) for each in splitter.feed(stream))
+    return meter, shown + meter.rest()
+
+
+@pytest.mark.parametrize("spaced", [False, True])
+def test_timings_stand_where_they_would_have_stood_unasked(spaced: bool) -> None:
+    """On the last chunk with a choice, to the byte; a chunk without choices is nothing that its client expects."""
+    meter, shown = timed(TEXT + FINISH + event(usage_chunk(timings=TIMINGS), spaced) + DONE)
+    raw = event(usage_chunk(timings=TIMINGS), spaced)
+    timings = raw[raw.index(b'"timings"') : raw.rindex(b"}")]
+    assert shown == TEXT + FINISH.replace(b"}\n\n", b"," + timings + b"}\n\n") + DONE
+    assert meter.usage() == BOOKED
+
+
+def test_timings_in_an_odd_place_are_moved_all_the_same() -> None:
+    """Then the chunk is written anew; and a `usage: null` on it is none of the client's."""
+    odd = event({"timings": TIMINGS, **usage_chunk()})
+    expected = {**chunk(finish="stop"), "timings": TIMINGS}
+    for last in (FINISH, event(chunk(finish="stop", usage=None))):
+        _, shown = timed(TEXT + last + odd + DONE)
+        assert [json.loads(each.data or b"") for each in Splitter().feed(shown)[-2:-1]] == [expected]
+    _, shown = timed(event(chunk(finish="stop", usage=HONEST)) + odd)
+    assert json.loads(Splitter().feed(shown)[0].data or b"") == {**expected, "usage": HONEST}
+
+
+@pytest.mark.parametrize(
+    "after",
+    [
+        b"",
+        DONE,
+        b": note\n\n" + DONE,
+        event(chunk("more")) + DONE,
+        FINISH + DONE,
+        event(chunk(finish="stop", timings=TIMINGS)) + DONE,
+        event({"x": 1}),
+        event({**chunk("x"), "choices": [7]}),
+    ],
+)
+def test_a_last_chunk_without_timings_behind_it_is_not_lost(after: bytes) -> None:
+    """It was kept for no more than a moment."""
+    assert timed(TEXT + FINISH + after)[1] == TEXT + FINISH + after
+
+
+def test_beside_timings_and_something_else_the_usage_chunk_stays() -> None:
+    """Nobody knows where the rest would have stood."""
+    more = usage_chunk(timings=TIMINGS, x_vendor=1)
+    shown = timed(FINISH + event(more))[1]
+    assert shown == FINISH + event({name: value for name, value in more.items() if name != "usage"})
+    assert timed(FINISH + event(usage_chunk()) + DONE)[1] == FINISH + DONE
+
+
+@pytest.mark.parametrize("of", [ASKED, call(n=2)])
+def test_elsewhere_timings_stay_where_they_are(of: Call) -> None:
+    """Who asked for the usage gets its chunk, and of several choices each has its own."""
+    stream = TEXT + FINISH + event(chunk(timings=TIMINGS)) + DONE
+    assert timed(stream, of)[1] == stream
+
+
+def test_timings_say_the_usage_where_nothing_else_does() -> None:
+    """What was read and what was known already are the input."""
+    last = event(chunk(finish="stop", timings=TIMINGS))
+    assert watch(TEXT + last + DONE)[0].usage() == Exactly(Tokens(11, 5, cached=4))
+    assert usage_of(TEXT + last + event(usage_chunk()) + DONE) == BOOKED
+    assert usage_of(TEXT + event(chunk(finish="stop", timings={"predicted_n": 5})) + DONE) == OWN_COUNT
+
+
+def test_what_was_not_asked_for_is_the_client_s() -> None:
+    """Where the upstream would not take our option, all that it says was said unasked."""
+    meter, splitter = new(moves=True, strips=True), Splitter()
+    meter.did_not_ask()
+    stream = TEXT + event(chunk(finish="stop", usage=None)) + event(usage_chunk(timings=TIMINGS)) + DONE
+    assert b"".join(meter.see_event(each) for each in splitter.feed(stream)) == stream
+    assert meter.usage() == BOOKED

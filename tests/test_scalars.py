@@ -18,6 +18,7 @@ NUMBER = "is no whole number from 0 up; write 200000, 200_000, 200k or 5M"
 ADDRESS = "is no address; write host:port: 127.0.0.1:8080, [::1]:8080, or 0.0.0.0:8080 for all interfaces"
 ORIGIN = 'is no origin; write scheme://host[:port], as in https://app.example, or "*" for all'
 URL = "this is no http:// or https:// address; write one such as https://api.openai.com/v1"
+VERSION = "this is no version of Azure's API; write one such as 2024-10-21, or 2025-04-01-preview"
 NO_KEEP = "this is no time to keep records; write a duration of 1d or more such as 90d, or null for ever"
 NO_WAIT = "this is no time to wait; write a duration such as 30s, at most 10m, or 0s for none"
 DATABASE = "this is no database; write sqlite:///quotas.db, or postgresql://user:password@host/name"
@@ -65,6 +66,9 @@ NO_MODEL = "this is no model's name; write 1 to 200 visible characters without b
         (scalars.origin, "*", "*"),
         (scalars.base_url, "https://api.openai.com/v1", "https://api.openai.com/v1"),
         (scalars.base_url, "http://[::1]:8000/v1/", "http://[::1]:8000/v1"),
+        (scalars.api_version, "2024-10-21", "2024-10-21"),
+        (scalars.api_version, "2025-04-01-preview", "2025-04-01-preview"),
+        (scalars.api_version, "preview", "preview"),
         (scalars.database, "sqlite:///quotas.db", "sqlite:///quotas.db"),
         (scalars.database, "sqlite:////var/lib/quotas.db", "sqlite:////var/lib/quotas.db"),
         (scalars.database, "postgresql://u:p@h/db?sslmode=require", "postgresql://u:p@h/db?sslmode=require"),
@@ -145,6 +149,9 @@ def test_what_is_right_is_kept(take: Callable[[object], object], written, kept):
         (scalars.address, "h:65536", f'"h:65536" {ADDRESS}'),
         (scalars.address, "h:8080\n", f'"h:8080\n" {ADDRESS}'),
         (scalars.address, "[1::2::3]:80", '"[1::2::3]:80" has no IPv6 address in its brackets; write [::1]:8080'),
+        (scalars.api_version, "2024", VERSION),
+        (scalars.api_version, "2024-10-21&x=1", VERSION),
+        (scalars.api_version, "2024-10-21\n", VERSION),
         (scalars.base_url, "api.openai.com/v1", URL),
         (scalars.base_url, "file:///etc/passwd", URL),
         (scalars.base_url, "https:///v1", URL),

@@ -17,6 +17,7 @@ from proxy.usage import (
     Tokens,
     Unspent,
     charge_of,
+    read_timings,
     read_tokens,
 )
 
@@ -288,3 +289,21 @@ def test_an_honest_count_is_booked_to_the_token(input_tokens, output_tokens, nam
     tokens = read_tokens(json.loads(json.dumps(usage)))
     assert tokens == Tokens(input_tokens, output_tokens)
     assert charge_of(Exactly(tokens)) == Amount(input_tokens, output_tokens, 1)
+
+
+@pytest.mark.parametrize(
+    ("timings", "tokens"),
+    [
+        ({"prompt_n": 7, "cache_n": 4, "predicted_n": 5, "prompt_ms": 1.5}, Tokens(11, 5, cached=4)),
+        ({"prompt_n": 7, "cache_n": 0, "predicted_n": 0}, Tokens(7, 0)),
+        ({"prompt_n": 7, "predicted_n": 5}, None),  # formerly it did not say what it knew already
+        ({"prompt_n": -7, "cache_n": 4, "predicted_n": 5}, None),
+        ({"prompt_n": True, "cache_n": 4, "predicted_n": 5}, None),
+        ({}, None),
+        (None, None),
+        ([7, 4, 5], None),
+    ],
+)
+def test_timings_of_llama_cpp_are_a_usage_where_they_say_all_of_it(timings, tokens):
+    """What was read now and what was read before are the input."""
+    assert read_timings(timings) == tokens

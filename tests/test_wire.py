@@ -5,6 +5,7 @@ threats T24, T27, T31 to T37.
 """
 
 import json
+from dataclasses import replace
 from typing import get_args
 
 import pytest
@@ -172,7 +173,11 @@ def test_refused_fields_are_refused_in_any_case(endpoint: Endpoint) -> None:
 
 
 @pytest.mark.parametrize("endpoint", METERED, ids=ids)
-@pytest.mark.parametrize("name", ["api_base", "api_key", "base_url", "custom_host", "extra_headers"])
+@pytest.mark.parametrize(
+    "name",
+    "api_base api_key base_url custom_host extra_headers fallbacks context_window_fallbacks content_policy_fallbacks "
+    "context_window_fallback_dict model_list models preset user_config".split(),
+)
 def test_no_field_changes_where_a_call_goes(endpoint: Endpoint, name: str) -> None:
     """Behind us may be another gateway that reads them (T24, CVE-2024-6587)."""
     for value in ("http://evil.example", {"a": "b"}, "", [], True):
@@ -190,6 +195,9 @@ def test_no_field_changes_where_a_call_goes(endpoint: Endpoint, name: str) -> No
         (RESPONSES, "conversation", {"id": "conv_1"}),
         (RESPONSES, "prompt", {"id": "pmpt_1"}),
         (CHAT, "web_search_options", {}),
+        (CHAT, "data_sources", [{"type": "azure_search"}]),
+        (CHAT, "plugins", [{"id": "web"}]),
+        (RESPONSES, "plugins", [{"id": "web"}]),
     ],
     ids=ids,
 )
@@ -723,3 +731,37 @@ def test_a_form_is_sent_with_the_upstream_s_name_of_the_model() -> None:
     again = FormReader("multipart/form-data; boundary=b")
     again.feed(body[:start] + part + body[end:])
     assert [(field.name, field.value) for field in again.end().fields] == [("model", "real-m"), ("prompt", "x")]
+
+
+# ------------------------------------------------------------------------------------------------ Azure's deployments
+
+
+@pytest.mark.parametrize("said", [{"model": "other"}, {"model": None}, {"model": 7}, {}])
+def test_a_deployment_in_the_path_is_the_model(said: dict) -> None:
+    """Whatever the body says, which is written over: what is counted is what is sent."""
+    of = parse_call(CHAT, json.dumps({"messages": [], **said}).encode(), deployment="mine")
+    assert of.model == "mine"
+    assert json.loads(forwarded_body(of, model()))["model"] == "real-m"
+
+
+def test_a_deployment_is_the_model_of_a_form() -> None:
+    """As of JSON, also where it names none."""
+    for parts in (("model=other",), ()):
+        assert parse_form(TRANSCRIPTIONS, form(*parts), deployment="mine").model == "mine"
+
+
+@pytest.mark.parametrize("name", [".", "..", " x", "x\n", ""])
+def test_a_deployment_is_a_name(name: str) -> None:
+    """As a model in a body is; what leads elsewhere in a path is none."""
+    with pytest.raises(InvalidRequest):
+        parse_call(CHAT, b"{}", deployment=name)
+    assert refused(model=name).param == "model"
+
+
+def test_an_option_that_is_withheld_is_not_written() -> None:
+    """The client's own stays."""
+    for options, sent in ((None, None), ({"include_obfuscation": False}, {"include_obfuscation": False})):
+        of = replace(parse(stream=True, stream_options=options), is_option_withheld=True)
+        assert not of.adds_usage
+        assert not of.adds_running_usage("vllm")
+        assert json.loads(forwarded_body(of, model()))["stream_options"] == sent
