@@ -230,7 +230,14 @@ def _settings(file: File) -> Settings:
 
 def _policy(file: File, hash: str) -> Policy:
     upstreams = {
-        name: Upstream(name, section.base_url, section.api_key, section.kind, section.when_client_leaves())
+        name: Upstream(
+            name,
+            section.base_url,
+            section.api_key,
+            section.kind,
+            section.when_client_leaves(),
+            betas=frozenset(section.betas),
+        )
         for name, section in file.upstreams.items()
     }
     default = file.default_upstream or (next(iter(upstreams)) if len(upstreams) == 1 else "")

@@ -7,7 +7,8 @@
     408, 5xx                the upstream's           nothing                   passed on, or 502 / 504
     anything else           the upstream's           nothing                   502
 
-A body passes on only where it is an error in OpenAI's shape, and never with our key or account in it.
+A body passes on only where it is an error in the shape of OpenAI or Anthropic, and never with our key or account in
+it.
 """
 
 import re
@@ -16,10 +17,11 @@ from typing import Any
 
 import orjson
 
-from proxy.errors import ProxyError, UpstreamBusy, UpstreamError, UpstreamExhausted, UpstreamTimeout
+from proxy import anthropic
+from proxy.errors import InvalidRequest, ProxyError, UpstreamBusy, UpstreamError, UpstreamExhausted, UpstreamTimeout
 from proxy.policy import Upstream
 
-# OpenAI's codes for an account that is used up: waiting does not help, and it is not the user's account.
+# The codes for an account that is used up: waiting does not help, and it is not the user's account.
 _ACCOUNT_CODES = frozenset(
     (
         "insufficient_quota",
@@ -28,10 +30,11 @@ _ACCOUNT_CODES = frozenset(
         "organization_spend_limit_exceeded",
         "organization_usage_limit_exceeded",
         "project_spend_limit_exceeded",
+        "billing_error",  # Anthropic's type
     )
 )
-
-
+# Anthropic has no code for it, and calls it a bad request.
+_NO_CREDIT = "Your credit balance is too low"
 # OpenAI names the organisation or project in the text of a 429.
 _ACCOUNT = re.compile(rb"\b(?:org|proj)[-_][A-Za-z0-9]{6,}")
 # What passes on of a `Retry-After`: seconds, and not 0, at which some SDKs hammer.
@@ -73,7 +76,7 @@ def failure_of(
         kind = UpstreamTimeout if status in (408, 504) else UpstreamError
         return kind(f"The upstream failed with status {status}.")
     if 400 <= status < 500:
-        return Rejected(status, masked(body, upstream) if error is not None else _wrapped(status))
+        return Rejected(status, masked(body, upstream) if error is not None else _wrapped(status, upstream))
     return UpstreamError(f"The upstream gave an answer that can't be passed on (status {status}).")
 
 
@@ -94,8 +97,10 @@ def _limited(error: dict[str, Any] | None, retry_after: str | None, upstream: Up
 
 
 def _is_account_used_up(error: dict[str, Any] | None) -> bool:
-    said = (error.get("code"), error.get("type")) if error else ()
-    return any(isinstance(word, str) and word in _ACCOUNT_CODES for word in said)
+    if error is None:
+        return False
+    said = [word for word in map(error.get, ("code", "type", "message")) if isinstance(word, str)]
+    return any(word in _ACCOUNT_CODES or word.startswith(_NO_CREDIT) for word in said)
 
 
 def _error_in(body: bytes) -> dict[str, Any] | None:
@@ -107,6 +112,6 @@ def _error_in(body: bytes) -> dict[str, Any] | None:
     return error if isinstance(error, dict) else None
 
 
-def _wrapped(status: int) -> bytes:
-    message = f"The upstream refused the request with status {status}."
-    return orjson.dumps({"error": {"message": message, "type": "invalid_request_error", "param": None, "code": None}})
+def _wrapped(status: int, upstream: Upstream) -> bytes:
+    error = InvalidRequest(f"The upstream refused the request with status {status}.")
+    return orjson.dumps(anthropic.error_body(error) if upstream.kind == "anthropic" else error.body())

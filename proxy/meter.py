@@ -8,7 +8,7 @@ also after a broken stream: what it knows then is what gets settled.
 Where the upstream is silent it counts by itself: the texts of a stream as they pass, each piece at least one token,
 since no server sends a piece for less. So the tokens of a word that came in pieces are more than those of the word.
 
-Pure: no sockets, no clock. Knows the answers of the OpenAI format; framing comes from `sse`.
+Pure: no sockets, no clock. Knows the answers of the OpenAI format and of Anthropic's; framing comes from `sse`.
 """
 
 import json
@@ -18,6 +18,7 @@ from typing import Any
 
 import orjson
 
+from proxy.anthropic import read_usage
 from proxy.ending import RESPONSE_ENDS, Ending
 from proxy.sse import Event
 from proxy.strict_json import dump
@@ -32,7 +33,7 @@ _COMMON_KEYS = frozenset(
 # tokens, sound as base64.
 _NOT_TEXT = frozenset(
     "role type id call_id status finish_reason native_finish_reason stop_reason logprobs prompt_logprobs "
-    "content_filter_results data".split()
+    "content_filter_results data signature".split()
 )
 # With one of these a stream ends that is no text: the picture is painted, the sound made, the words written down.
 _DONE = ("image_generation.completed", "image_edit.completed", "speech.audio.done", "transcript.text.done", "error")
@@ -73,6 +74,9 @@ class Meter:
         self._strips = call.adds_usage
         self._strips_running = strips_running_usage
         self._is_responses = call.endpoint.is_of_responses
+        self._is_messages = call.endpoint.is_of_messages
+        self._said: dict[str, Any] = {}  # of the usage of a message, whose fields come one after the other
+        self._is_early = False  # what was reported is not the end's, but the beginning's
         self._done = 0  # of the choices of an answer that is no text
         self._reported: Tokens | None = None
         self._counted = 0  # in all that passed
@@ -116,6 +120,9 @@ class Meter:
         if self._is_responses:
             self._see_response_event(chunk)
             return event.raw
+        if self._is_messages:
+            self._see_message_event(chunk)
+            return event.raw
         return self._see_chunk(chunk, event)
 
     def see_whole(self, body: bytes) -> None:
@@ -127,9 +134,13 @@ class Meter:
             self.uncounted = [body.decode("utf-8", "replace")] if self._generates else []
             return
         self._see_error(answer)
-        self._add(answer)
+        if self._is_messages:
+            self._see_usage(answer.get("usage"))
+        else:
+            self._add(answer)
         if self._reported is None and self._generates:
-            self.uncounted = [*_texts(answer.get("choices")), *_texts(answer.get("output"))]
+            names = ("content",) if self._is_messages else ("choices", "output")
+            self.uncounted = [text for name in names for text in _texts(answer.get(name))]
 
     def usage(self) -> Usage:
         """What was used, as far as is known now; without an input where the answer doesn't say it.
@@ -144,7 +155,7 @@ class Meter:
             return self._usage_if_said()
         if self._reported is None:
             return AtLeast(Tokens(0, self._counted if self._generates else 0))
-        if self._counted_since:
+        if self._counted_since or self._is_early:
             return AtLeast(Tokens(self._reported.input, self.output_seen, self._reported.cached))
         return Exactly(self._reported)
 
@@ -228,6 +239,36 @@ class Meter:
             self._see_texts(delta)
         elif isinstance(kind, str) and kind.endswith(".done"):
             self._see_at_least([chunk.get(name) for name in _SAID_AT_ONCE])
+
+    def _see_message_event(self, event: dict[str, Any]) -> None:
+        """Take note of an event of a message: its beginning says the input, and each `message_delta` all so far."""
+        kind = event.get("type")
+        self.has_error = self.has_error or kind == "error"
+        if kind == "message_start":
+            message = event.get("message")
+            self._see_usage(message.get("usage") if isinstance(message, dict) else None, is_early=True)
+        elif kind == "content_block_start":
+            self.is_at_end = False  # a usage in between was not the end's
+            self._see_texts(event.get("content_block"))
+        elif kind == "content_block_delta":
+            self.is_at_end = False
+            self._see_texts(event.get("delta"))
+        elif kind == "message_delta":
+            self._see_usage(event.get("usage"))
+            self.is_at_end = True
+        elif kind in ("message_stop", "error"):
+            self.is_at_end = self.is_over = True
+
+    def _see_usage(self, usage: object, *, is_early: bool = False) -> None:
+        """Read the usage of a message. What its end leaves out is as its beginning said."""
+        if not isinstance(usage, dict):
+            return
+        self._said |= {name: value for name, value in usage.items() if value is not None}
+        tokens = read_usage(self._said)
+        if tokens is not None:
+            # The output of the beginning is a guess at its first words, which are counted when they come.
+            self._report(replace(tokens, output=0, reasoning=0) if is_early else tokens)
+            self._is_early = is_early
 
     def _see_texts(self, part: object) -> None:
         tokens = [self._count(text) for text in _texts(part)]

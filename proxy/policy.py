@@ -50,13 +50,17 @@ def digest(key: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Upstream:
-    """A server that calls are forwarded to. `base_url` has no slash at its end and includes `/v1`."""
+    """A server that calls are forwarded to. `base_url` has no slash at its end and includes `/v1`.
+
+    `betas` are those of Anthropic's that users may ask for.
+    """
 
     name: str
     base_url: str
     api_key: Secret | None
     kind: Kind = "openai"
     on_disconnect: OnDisconnect = "drain"
+    betas: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)

@@ -223,6 +223,8 @@ async def stage(
     database: str | None = None,
     patience: Patience | None = None,
     cors: tuple[str, ...] = (),
+    kind: str = "simulator",
+    more: str = "",
 ) -> AsyncIterator[Stage]:
     """Start both, and stop them in order.
 
@@ -238,7 +240,8 @@ async def stage(
         folder=folder,
         database=database,
         upstream=upstream or f"http://127.0.0.1:{port}/v1",
-        more=f", on_disconnect: {on_disconnect}" if on_disconnect else "",
+        more=(f", on_disconnect: {on_disconnect}" if on_disconnect else "") + more,
+        kind=kind,
     )
     config = replace(config, settings=replace(config.settings, cors=cors, patience=patience or Patience()))
     files = Files(config)
@@ -257,9 +260,18 @@ async def stage(
         await runner.cleanup()
 
 
-def config_of(policy: str, *, folder: Path, upstream: str, database: str | None = None, more: str = "") -> Config:
+def config_of(
+    policy: str,
+    *,
+    folder: Path,
+    upstream: str,
+    database: str | None = None,
+    more: str = "",
+    kind: str = "simulator",
+) -> Config:
     """A config with the listeners on free ports and one upstream, `simulated`."""
-    return load_text(text_of(policy, database=database or sqlite_in(folder), upstream=upstream, more=more))
+    database = database or sqlite_in(folder)
+    return load_text(text_of(policy, database=database, upstream=upstream, more=more, kind=kind))
 
 
 def text_of(policy: str, *, database: str, upstream: str, kind: str = "simulator", more: str = "") -> str:
