@@ -133,13 +133,10 @@ def parts_of(document: Mapping[str, Any]) -> list[dict[str, Any]]:
     And the parts within these, at whatever depth.
     """
     turns = [turn for name in ("messages", "input") for turn in _list(document.get(name)) if isinstance(turn, dict)]
-    waiting = [part for turn in turns for name in _CONTENTS for part in _list(turn.get(name))]
-    found: list[dict[str, Any]] = []
-    while waiting:
-        part = waiting.pop()
-        if isinstance(part, dict):
-            found.append(part)
-            waiting += [*_list(part.get("content")), *_list(_member(part.get("source"), "content"))]
+    found = [part for turn in turns for name in _CONTENTS for part in _list(turn.get(name)) if isinstance(part, dict)]
+    for part in found:  # which grows meanwhile
+        within = [*_list(part.get("content")), *_list(_member(part.get("source"), "content"))]
+        found += [inner for inner in within if isinstance(inner, dict)]
     return found
 
 

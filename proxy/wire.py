@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from proxy.anthropic import error_body
-from proxy.endpoints import MESSAGES, METERED, SPEECH, STORED, Endpoint, EndpointName
+from proxy.endpoints import METERED, SPEECH, STORED, Endpoint, EndpointName
 from proxy.errors import InvalidRequest, ProxyError
 from proxy.forms import Form
 from proxy.policy import Kind, Model
@@ -93,9 +93,6 @@ def parse_call(endpoint: Endpoint, body: bytes) -> Call:
     _refuse_fields(endpoint, document)
     if endpoint.has_usage_option:
         _refuse_unclear_usage_option(document.get("stream_options"))
-    if endpoint is MESSAGES and document.get("max_tokens") is None:
-        text = '"max_tokens" is missing: say how long the answer may be.'
-        raise InvalidRequest(text, param="max_tokens", code="missing_required_parameter")
     return Call(
         endpoint=endpoint,
         model=_model(endpoint.default_model if document.get("model") is None else document["model"]),
