@@ -265,7 +265,8 @@ class Meter:
             return
         self._said |= {name: value for name, value in usage.items() if value is not None}
         tokens = read_usage(self._said)
-        if tokens is not None:
+        # No input is empty: who begins with 0 doesn't know it yet.
+        if tokens is not None and (tokens.input or not is_early):
             # The output of the beginning is a guess at its first words, which are counted when they come.
             self._report(replace(tokens, output=0, reasoning=0) if is_early else tokens)
             self._is_early = is_early

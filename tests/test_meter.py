@@ -1053,6 +1053,14 @@ def test_a_message_is_charged_what_its_end_says() -> None:
     assert meter.is_over
 
 
+def test_an_input_of_0_at_the_beginning_is_none() -> None:
+    """As from servers that count at the end: what is held for the input must not shrink to it."""
+    start = said("message_start", message={"usage": {"input_tokens": 0, "output_tokens": 0}})
+    meter, _ = watch(start + BLOCK + delta("text_delta", text="hello"), MESSAGE)
+    assert (meter.input_reported, meter.usage()) == (None, AtLeast(Tokens(0, 5)))
+    assert usage_of(start + BLOCK + ended(input_tokens=7, output_tokens=2) + STOP, MESSAGE) == Exactly(Tokens(7, 2))
+
+
 def test_the_last_usage_of_a_message_wins() -> None:
     """It counts all so far: it is never added up, and may correct the input."""
     stream = START + BLOCK + delta("text_delta", text="hi") + ended(output_tokens=3)

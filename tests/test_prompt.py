@@ -266,7 +266,8 @@ def test_no_depth_overflows_the_stack():
 names = st.sampled_from(
     "messages input prompt suffix instructions tools functions documents response_format json_schema text format "
     "schema role name content output type id audio image_url url detail input_audio data file file_data file_id "
-    "file_url tool_calls function arguments encrypted_content previous_response_id chat_template".split()
+    "file_url tool_calls function arguments encrypted_content previous_response_id chat_template "
+    "system source input_schema thinking signature title".split()
 )
 scalars = (
     st.none()
@@ -275,7 +276,8 @@ scalars = (
     | st.floats(allow_nan=False, allow_infinity=False)
     | st.text(st.characters(exclude_categories=()), max_size=9)
     | st.sampled_from(
-        "image_url input_image input_audio file input_file video_url function item_reference low".split()
+        "image_url input_image input_audio file input_file video_url function item_reference low "
+        "image document tool_result tool_use thinking redacted_thinking search_result base64 content".split()
     )
     | st.sampled_from(
         [data_url(data) for data in (b"", png(9, 9), jpeg(9, 9), webp_lossy(9, 9), b"\xff\xd8\xff\xff")]
