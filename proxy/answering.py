@@ -1,11 +1,12 @@
 """The one place that turns an error into a response: OpenAI's shape for everything, also for what the server
-library itself says no to."""
+library itself says no to, and Anthropic's on the paths that are its own."""
 
 from collections.abc import Awaitable, Callable
 
 import structlog
 from aiohttp import hdrs, web
 
+from proxy import anthropic
 from proxy.errors import NotServed, ProxyError
 from proxy.headers import NAME
 from proxy.strict_json import dump
@@ -43,9 +44,14 @@ async def not_served(request: web.Request) -> web.StreamResponse:
 def error_response(error: ProxyError, request: web.BaseRequest) -> web.Response:
     """The answer that an error is."""
     headers = {"content-type": "application/json", "cache-control": "no-store", "server": NAME, **error.headers}
-    if REQUEST_ID in request:
-        headers["x-request-id"] = request[REQUEST_ID]
-    return web.Response(status=error.status, headers=headers, body=dump(error.body()))
+    id = request.get(REQUEST_ID)
+    if id is not None:
+        headers["x-request-id"] = id
+    body = error.body()
+    if anthropic.is_its_path(request.path):
+        headers |= {} if id is None else {"request-id": id}
+        body = anthropic.error_body(error, id)
+    return web.Response(status=error.status, headers=headers, body=dump(body))
 
 
 def _no_such_path(request: web.Request) -> NotServed:

@@ -265,7 +265,8 @@ def _served(model: Model) -> tuple[str, str]:
 def _endless_models(policy: Policy) -> Warnings:
     """Models of which nobody says how long an answer may become, so that one may take a quota over its limit."""
     for name, model in (policy.models or {}).items():
-        is_known = model.max_output_tokens is not None or model.upstream.kind == "simulator"
+        # Anthropic takes no call without a maximum.
+        is_known = model.max_output_tokens is not None or model.upstream.kind in ("simulator", "anthropic")
         # What makes embeddings writes no answers. It is known by its name alone.
         if name == "*" or is_known or "embed" in model.upstream_model:
             continue

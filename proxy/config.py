@@ -237,6 +237,7 @@ def _policy(file: File, hash: str) -> Policy:
             kind=section.kind,
             on_disconnect=section.when_client_leaves(),
             api_version=section.api_version,
+            betas=frozenset(section.betas),
         )
         for name, section in file.upstreams.items()
     }

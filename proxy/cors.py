@@ -25,7 +25,9 @@ _EXPOSED_HEADERS = (
     "x-request-id x-upstream-request-id retry-after retry-after-ms x-should-retry "
     "x-ratelimit-limit-requests x-ratelimit-limit-tokens x-ratelimit-remaining-requests "
     "x-ratelimit-remaining-tokens x-ratelimit-reset-requests x-ratelimit-reset-tokens "
-    "ratelimit ratelimit-policy x-quota-capped openai-processing-ms openai-version"
+    "ratelimit ratelimit-policy x-quota-capped openai-processing-ms openai-version request-id "
+    "anthropic-ratelimit-requests-limit anthropic-ratelimit-requests-remaining anthropic-ratelimit-requests-reset "
+    "anthropic-ratelimit-tokens-limit anthropic-ratelimit-tokens-remaining anthropic-ratelimit-tokens-reset"
 ).split()
 # Two hours is the most that Chrome keeps.
 _MAX_AGE_S = "7200"

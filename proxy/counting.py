@@ -22,7 +22,7 @@ class CallCount:
     """The tokens of one call. `body_bytes` is the length of the body that is sent."""
 
     def __init__(self, tokenizers: Tokenizers, call: Call, model: Model, *, body_bytes: int) -> None:
-        is_chat = call.endpoint.name == "chat" or call.endpoint.is_of_responses
+        is_chat = call.endpoint.name in ("chat", "messages") or call.endpoint.is_of_responses
         prompt = read_prompt(call.document, model=model.upstream_model, is_chat=is_chat)
         if call.form is not None:
             sizes = [file.size for file in call.form.files]

@@ -75,7 +75,8 @@ def _unseen(prompt: Prompt, model: Model, input_tokens: int) -> int:
 
 def is_seen_growing(call: Call, model: Model) -> bool:
     """Whether all the tokens of an answer can be seen as they come, so that its hold may grow with it."""
-    return call.stream and call.endpoint.shows_output and not (_hides(model) or _asks_for_hidden(call.document))
+    hides = _hides(model) or _asks_for_hidden(call.document) or (call.endpoint.is_of_messages and _thinks(call))
+    return call.stream and call.endpoint.shows_output and not hides
 
 
 def _whole_answer(call: Call, model: Model) -> int:
@@ -99,6 +100,15 @@ def _asks_for_hidden(document: Mapping[str, Any]) -> bool:
     modalities = document.get("modalities")
     speaks = isinstance(modalities, list) and "audio" in modalities
     return speaks or bool(document.get("prediction")) or _thinking(document) > 0
+
+
+def _thinks(call: Call) -> bool:
+    """Whether a request of Anthropic's asks for thoughts, of which a summary is shown: with a budget, or `adaptive`.
+
+    They are all within `max_tokens`.
+    """
+    section = call.document.get("thinking")
+    return isinstance(section, dict) and section.get("type") != "disabled"
 
 
 def _thinking(document: Mapping[str, Any]) -> int:

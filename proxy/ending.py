@@ -2,8 +2,9 @@
 
 An ending watches one stream go by, chunk by chunk, and can write at any moment what the upstream would have sent
 next, had its own maximum ended the answer there: `finish_reason: "length"` for every choice that has none yet, or
-`response.incomplete` with all that was said so far. So an SDK takes the stream for a whole one that was cut by
-length, not for a broken one. What is written repeats what passed (id, model, items); no text is made up or left out.
+`response.incomplete` with all that was said so far, or `stop_reason: "max_tokens"`. So an SDK takes the stream for a
+whole one that was cut by length, not for a broken one. What is written repeats what passed (id, model, items); no
+text is made up or left out.
 
 Pure: no sockets, no clock. Whether a stream is to be stopped, and what it has used by then, is decided elsewhere.
 """
@@ -14,6 +15,7 @@ from io import StringIO
 from typing import Any
 
 from proxy.endpoints import EndpointName
+from proxy.message_ending import MessageEnding
 from proxy.strict_json import dump
 from proxy.usage import Tokens
 
@@ -47,12 +49,15 @@ _UNSEEN_RESPONSE: JSON = {
 class Ending:
     """The end of one stream. `choices` is how many answers its call asked for."""
 
-    __slots__ = ("_begun", "_choices", "_finished", "_first", "_is_chat", "_last", "_response")
+    __slots__ = ("_begun", "_choices", "_finished", "_first", "_is_chat", "_last", "_of_events")
 
     def __init__(self, endpoint: EndpointName, *, choices: int) -> None:
         self._is_chat = endpoint == "chat"
         self._choices = choices
-        self._response = _Response() if endpoint == "responses" else None
+        # Where events have names: they are no chunks, and there are no choices.
+        self._of_events: _Response | MessageEnding | None = None
+        if endpoint in ("responses", "messages"):
+            self._of_events = _Response() if endpoint == "responses" else MessageEnding()
         self._first: JSON = {}
         self._last: JSON = {}  # that had a choice
         self._begun: set[int] = set()
@@ -63,8 +68,8 @@ class Ending:
 
         What has an odd shape is passed over, as if it had not been there.
         """
-        if self._response is not None:
-            self._response.see(chunk)
+        if self._of_events is not None:
+            self._of_events.see(chunk)
             return
         choices = chunk.get("choices")
         if isinstance(choices, list) and choices:
@@ -82,8 +87,8 @@ class Ending:
     @property
     def has_finished(self) -> bool:
         """Whether nothing of the answer itself can follow: only the usage chunk and `[DONE]`, or nothing at all."""
-        if self._response is not None:
-            return self._response.is_over
+        if self._of_events is not None:
+            return self._of_events.is_over
         return len(self._finished) >= self._choices
 
     def at_limit(self, usage: Tokens, *, shows_usage: bool, newline: bytes = b"\n") -> bytes:
@@ -92,8 +97,8 @@ class Ending:
         `shows_usage` is whether the client asked for the usage of its stream; a response always says it. After an
         event that ended a response there is nothing to write.
         """
-        if self._response is not None:
-            events = self._response.closing(usage)
+        if self._of_events is not None:
+            events = self._of_events.closing(usage)
             lines = [b"event: %b%bdata: %b" % (event["type"].encode(), newline, dump(event)) for event in events]
         else:
             lines = [b"data: " + dump(chunk) for chunk in self._closing(usage, shows_usage)] + [b"data: [DONE]"]

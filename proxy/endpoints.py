@@ -1,11 +1,11 @@
-"""The table of endpoints: which paths of the OpenAI surface are metered, and which are refused, and why.
+"""The table of endpoints: which paths of OpenAI's and Anthropic's surfaces are metered, which are refused, and why.
 
 The list is closed. A path that stands nowhere in it is not served, so that what OpenAI adds next month is not open by
 accident; one that would leak or go unmetered stands in it with its reason, so that whoever meets it learns why. Paths
 are relative to the base URL; in a pattern `{}` is one segment and `**` any number of them.
 
 Beside the metered ones `/models` and `/quota` are answered by the proxy itself, from the policy and the books.
-Sources: OpenAI's published API description, and the paths of its SDK. Pure.
+Sources: the published API descriptions of both, and the paths of their SDKs. Pure.
 """
 
 import re
@@ -27,6 +27,8 @@ EndpointName = Literal[
     "speech",
     "transcriptions",
     "translations",
+    "messages",
+    "count_tokens",
 ]
 # What an answer is charged. `tokens`: those it says, else those that we count. `tokens_if_said`: those it says; one
 # that says none is billed by the piece, and counts as a request. `request`: a request and no tokens. `nothing`.
@@ -97,6 +99,11 @@ class Endpoint:
         """Whether its request is that of /responses: items, tools, and what is stored at the upstream."""
         return self.name in ("responses", "compact", "input_tokens")
 
+    @property
+    def is_of_messages(self) -> bool:
+        """Whether it is one of Anthropic's surface: its request, its answers, its errors."""
+        return self.name in ("messages", "count_tokens")
+
 
 # As Azure's SDKs address them; all else stands there at /openai itself.
 _OF_DEPLOYMENTS = frozenset(
@@ -160,6 +167,14 @@ TRANSCRIPTIONS = Endpoint(
     "transcriptions", "/audio/transcriptions", "tokens_if_said", answer_tokens=4096, form="sounds"
 )
 TRANSLATIONS = Endpoint("translations", "/audio/translations", "tokens_if_said", answer_tokens=4096, form="sounds")
+# Anthropic's. What its betas add without a field of its own comes only with a header that the operator lets pass.
+_NO_SESSION = {
+    **_REROUTING,
+    "container": STORED,
+    "mcp_servers": "the upstream would call these servers, whose words are input that this request does not show",
+}
+MESSAGES = Endpoint("messages", "/messages", "tokens", maxima=("max_tokens",), refused=_NO_SESSION)
+COUNT_TOKENS = Endpoint("count_tokens", "/messages/count_tokens", "nothing", refused=_NO_SESSION)
 
 METERED = (
     CHAT,
@@ -175,6 +190,8 @@ METERED = (
     SPEECH,
     TRANSCRIPTIONS,
     TRANSLATIONS,
+    MESSAGES,
+    COUNT_TOKENS,
 )
 
 
@@ -208,10 +225,13 @@ CLOSED = (
     Closed("*", "/live/**", _KEYS),
     Closed("*", "/chatkit/**", _KEYS),
     Closed("*", "/organization/**", _ADMIN),
+    Closed("*", "/organizations/**", _ADMIN),
     Closed("*", "/projects/**", _ADMIN),
     Closed("*", "/webhook_endpoints/**", _ADMIN),
     Closed("*", "/webhook_event_types/**", _ADMIN),
     Closed("*", "/safety/**", _ADMIN),
+    Closed("*", "/tunnels/**", _ADMIN),
+    Closed("*", "/user_profiles/**", _ADMIN),
     Closed("DELETE", "/models/{}", _ADMIN),
     Closed("*", "/batches/**", _LATER),
     Closed("*", "/fine_tuning/**", _LATER),
@@ -219,6 +239,12 @@ CLOSED = (
     Closed("*", "/videos/**", _LATER),
     Closed("*", "/containers/**", _LATER),
     Closed("*", "/agents/**", _LATER),
+    Closed("*", "/messages/batches/**", _LATER),
+    Closed("*", "/deployments/**", _LATER),
+    Closed("*", "/deployment_runs/**", _LATER),
+    Closed("*", "/dreams/**", _LATER),
+    Closed("*", "/environments/**", _LATER),
+    Closed("*", "/sessions/**", _LATER),
     Closed("*", "/files/**", _SHARED),
     Closed("*", "/uploads/**", _SHARED),
     Closed("*", "/vector_stores/**", _SHARED),
@@ -227,6 +253,7 @@ CLOSED = (
     Closed("*", "/threads/**", _SHARED),
     Closed("*", "/skills/**", _SHARED),
     Closed("*", "/vaults/**", _SHARED),
+    Closed("*", "/memory_stores/**", _SHARED),
     Closed("*", "/audio/voices/**", _SHARED),
     Closed("*", "/audio/voice_consents/**", _SHARED),
     Closed("GET", "/chat/completions", _SHARED),
@@ -238,6 +265,7 @@ CLOSED = (
     Closed("DELETE", "/responses/{}", _SHARED),
     Closed("POST", "/responses/{}/cancel", _SHARED),
     Closed("GET", "/responses/{}/input_items", _SHARED),
+    Closed("POST", "/complete", _UNCOUNTED),
     Closed("POST", "/decisions", _UNCOUNTED),
     Closed("POST", "/content_provenance_checks", _UNCOUNTED),
 )

@@ -7,8 +7,9 @@
     408, 5xx                the upstream's           nothing                   passed on, or 502 / 504
     anything else           the upstream's           nothing                   502
 
-A body passes on as it came where it is an error in OpenAI's shape. Where it says one in another shape (Ollama, older
-vLLM, FastAPI) its words are put into OpenAI's, in which SDKs show them. Never with our key or account in it.
+A body passes on as it came where it is an error in OpenAI's shape, or in Anthropic's from such an upstream. Where it
+says one in another shape (Ollama, older vLLM, FastAPI) its words are put into OpenAI's, in which SDKs show them.
+Never with our key or account in it.
 """
 
 import re
@@ -17,10 +18,11 @@ from typing import Any
 
 import orjson
 
-from proxy.errors import ProxyError, UpstreamBusy, UpstreamError, UpstreamExhausted, UpstreamTimeout
+from proxy import anthropic
+from proxy.errors import InvalidRequest, ProxyError, UpstreamBusy, UpstreamError, UpstreamExhausted, UpstreamTimeout
 from proxy.policy import Upstream
 
-# OpenAI's codes for an account that is used up: waiting does not help, and it is not the user's account.
+# The codes for an account that is used up: waiting does not help, and it is not the user's account.
 _ACCOUNT_CODES = frozenset(
     (
         "insufficient_quota",
@@ -29,10 +31,11 @@ _ACCOUNT_CODES = frozenset(
         "organization_spend_limit_exceeded",
         "organization_usage_limit_exceeded",
         "project_spend_limit_exceeded",
+        "billing_error",  # Anthropic's type
     )
 )
-
-
+# Anthropic has no code for it, and calls it a bad request.
+_NO_CREDIT = "Your credit balance is too low"
 # OpenAI names the organisation or project in the text of a 429.
 _ACCOUNT = re.compile(rb"\b(?:org|proj)[-_][A-Za-z0-9]{6,}")
 # {"message": {"detail": [{"msg": "…"}]}} is Mistral's.
@@ -76,6 +79,8 @@ def failure_of(
         kind = UpstreamTimeout if status in (408, 504) else UpstreamError
         return kind(f"The upstream failed with status {status}.")
     if 400 <= status < 500:
+        if upstream.kind == "anthropic":
+            return Rejected(status, masked(body, upstream) if error is not None else _wrapped(status))
         return Rejected(status, masked(body if is_plain else _shaped(status, error), upstream))
     return UpstreamError(f"The upstream gave an answer that can't be passed on (status {status}).")
 
@@ -97,8 +102,10 @@ def _limited(error: dict[str, Any] | None, retry_after: str | None, upstream: Up
 
 
 def _is_account_used_up(error: dict[str, Any] | None) -> bool:
-    said = (error.get("code"), error.get("type")) if error else ()
-    return any(isinstance(word, str) and word in _ACCOUNT_CODES for word in said)
+    if error is None:
+        return False
+    said = [word for word in map(error.get, ("code", "type", "message")) if isinstance(word, str)]
+    return any(word in _ACCOUNT_CODES or word.startswith(_NO_CREDIT) for word in said)
 
 
 def _error_in(body: bytes) -> tuple[dict[str, Any] | None, bool]:
@@ -146,3 +153,8 @@ def _shaped(status: int, error: dict[str, Any] | None) -> bytes:
         "code": str(code) if isinstance(code, str | int) and not isinstance(code, bool) else None,
     }
     return orjson.dumps({"error": shaped})
+
+
+def _wrapped(status: int) -> bytes:
+    error = InvalidRequest(f"The upstream refused the request with status {status}.")
+    return orjson.dumps(anthropic.error_body(error))

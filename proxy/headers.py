@@ -5,8 +5,9 @@ towards the client nothing that names the account behind our key or speaks of th
 RFC 9110 §7.6.1 (hop-by-hop), and what was seen of the vendors' headers.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
+from proxy.anthropic import VERSION
 from proxy.policy import Kind, Secret
 
 Headers = Sequence[tuple[str, str]]
@@ -17,7 +18,6 @@ NAME = "llm-quota-proxy"
 _TO_UPSTREAM = frozenset(
     (
         "accept",
-        "anthropic-beta",
         "anthropic-version",
         "http-referer",
         "idempotency-key",
@@ -31,13 +31,26 @@ _EVENT_STREAM = {"cache-control": "no-cache, no-transform", "x-accel-buffering":
 
 
 def to_upstream(
-    headers: Headers, *, kind: Kind, api_key: Secret | None, content_type: str = "application/json"
+    headers: Headers,
+    *,
+    kind: Kind,
+    api_key: Secret | None,
+    content_type: str = "application/json",
+    betas: Collection[str] = (),
 ) -> dict[str, str]:
-    """The headers of the forwarded request: a few of the client's, our key, and no compression to undo."""
+    """The headers of the forwarded request: a few of the client's, our key, and no compression to undo.
+
+    `betas` are those of Anthropic's that may be asked for. Others are left out, and what needs them is refused by the
+    upstream itself: clients name a handful with each request, whether or not they use them.
+    """
     passing = _TO_UPSTREAM - _of_this_connection(headers)
     sent = {name.lower(): value for name, value in headers if name.lower() in passing}
     sent["content-type"] = content_type
     sent["accept-encoding"] = "identity"
+    if kind == "anthropic":
+        sent.setdefault("anthropic-version", VERSION)
+        if asked := [beta for beta in _listed(headers, "anthropic-beta") if beta in betas]:
+            sent["anthropic-beta"] = ",".join(asked)
     return {**sent, **key_header(kind, api_key)}
 
 
@@ -58,7 +71,8 @@ def to_client(headers: Headers, *, is_stream: bool) -> dict[str, str]:
     """The headers of an answer that pass on, with what keeps others from storing or delaying it."""
     passing = _TO_CLIENT - _of_this_connection(headers)
     passed = {name.lower(): value for name, value in headers if name.lower() in passing and value.isprintable()}
-    upstream_id = next((value for name, value in headers if name.lower() == "x-request-id"), "")
+    # The second name is Anthropic's.
+    upstream_id = next((value for name, value in headers if name.lower() in ("x-request-id", "request-id")), "")
     if upstream_id and upstream_id.isprintable():
         passed["x-upstream-request-id"] = upstream_id
     return {**passed, **(_EVENT_STREAM if is_stream else {"cache-control": "no-store"})}
@@ -66,5 +80,9 @@ def to_client(headers: Headers, *, is_stream: bool) -> dict[str, str]:
 
 def _of_this_connection(headers: Headers) -> set[str]:
     """The names that `Connection` lists: what they say ends here."""
-    lists = (value for name, value in headers if name.lower() == "connection")
-    return {listed.strip().lower() for value in lists for listed in value.split(",")}
+    return {listed.lower() for listed in _listed(headers, "connection")}
+
+
+def _listed(headers: Headers, name: str) -> list[str]:
+    """What all headers of this name list, between commas."""
+    return [part.strip() for header, value in headers if header.lower() == name for part in value.split(",")]

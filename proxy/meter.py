@@ -8,31 +8,25 @@ also after a broken stream: what it knows then is what gets settled.
 Where the upstream is silent it counts by itself: the texts of a stream as they pass, each piece at least one token,
 since no server sends a piece for less. So the tokens of a word that came in pieces are more than those of the word.
 
-Pure: no sockets, no clock. Knows the answers of the OpenAI format; framing comes from `sse`.
+Pure: no sockets, no clock. Knows the answers of the OpenAI format and of Anthropic's; framing comes from `sse`.
 """
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
-import orjson
-
+from proxy.anthropic import read_usage
+from proxy.chunks import is_finished, more_than_usage, read_object, with_timings, without_usage
 from proxy.ending import RESPONSE_ENDS, Ending
 from proxy.sse import Event
-from proxy.strict_json import dump
 from proxy.usage import TOKENS_MAX, AtLeast, Exactly, Tokens, Unspent, Usage, read_timings, read_tokens
 from proxy.wire import Call
 
-# What every chunk has; one with no choices and nothing beyond these came only because usage was asked for.
-_COMMON_KEYS = frozenset(
-    ("id", "object", "created", "model", "system_fingerprint", "service_tier", "choices", "usage", "obfuscation")
-)
 # What stands inside a choice and is no text that the model wrote: names, verdicts, the text once more as single
 # tokens, sound as base64.
 _NOT_TEXT = frozenset(
     "role type id call_id status finish_reason native_finish_reason stop_reason logprobs prompt_logprobs "
-    "content_filter_results data".split()
+    "content_filter_results data signature".split()
 )
 # With one of these a stream ends that is no text: the picture is painted, the sound made, the words written down.
 _DONE = ("image_generation.completed", "image_edit.completed", "speech.audio.done", "transcript.text.done", "error")
@@ -41,15 +35,6 @@ _SAID_AT_ONCE = ("text", "refusal", "arguments", "input", "item", "part")
 # What has no data and is larger than this is no comment.
 _COMMENT_BYTES_MAX = 65_536
 _BYTES_PER_TOKEN = 4
-# The member as servers write it that say "no usage yet" on every chunk, with the comma that goes with it. The zeros
-# are Ollama's, on each chunk of /completions.
-_PLACEHOLDERS = (
-    b',"usage":null',
-    b', "usage": null',
-    b'"usage":null,',
-    b'"usage": null, ',
-    b',"usage":{"prompt_tokens":0,"completion_tokens":0,"total_tokens":0}',
-)
 
 
 class Meter:
@@ -83,6 +68,9 @@ class Meter:
         self._moves_timings = moves_timings and call.adds_usage and call.choices == 1
         self._last: tuple[bytes, dict[str, Any]] | None = None  # the chunk with the finish_reason, until timings come
         self._is_responses = call.endpoint.is_of_responses
+        self._is_messages = call.endpoint.is_of_messages
+        self._said: dict[str, Any] = {}  # of the usage of a message, whose fields come one after the other
+        self._is_early = False  # what was reported is not the end's, but the beginning's
         self._done = 0  # of the choices of an answer that is no text
         self._reported: Tokens | None = None
         self._counted = 0  # in all that passed
@@ -116,9 +104,9 @@ class Meter:
             return shown
         last, self._last = self._last, None
         chunk = self.chunk or {}
-        if last and shown and not chunk.get("choices") and _more_than_usage(chunk) == {"timings"}:
-            return _with_timings(*last, event, chunk)
-        if _is_finished(chunk) and "timings" not in chunk:
+        if last and shown and not chunk.get("choices") and more_than_usage(chunk) == {"timings"}:
+            return with_timings(*last, event, chunk)
+        if is_finished(chunk) and "timings" not in chunk:
             said = chunk if chunk.get("usage") else {key: value for key, value in chunk.items() if key != "usage"}
             self._last, shown = (shown, said), b""
         return (last[0] if last else b"") + shown
@@ -138,7 +126,7 @@ class Meter:
         if data.startswith(b"[DONE]"):
             self.is_at_end = self.is_over = True
             return event.raw
-        self.chunk = chunk = _object(data)
+        self.chunk = chunk = read_object(data)
         if chunk is None:
             if not is_cut:  # the beginning of an event says nothing to anybody
                 self._see_unread(data)
@@ -149,20 +137,27 @@ class Meter:
         if self._is_responses:
             self._see_response_event(chunk)
             return event.raw
+        if self._is_messages:
+            self._see_message_event(chunk)
+            return event.raw
         return self._see_chunk(chunk, event)
 
     def see_whole(self, body: bytes) -> None:
         """Take note of an answer that is not a stream."""
         self.is_at_end = True
-        answer = _object(body)
+        answer = read_object(body)
         if answer is None:
             self.has_error = self._charge != "tokens_if_said"  # sound is no JSON, nor are subtitles
             self.uncounted = [body.decode("utf-8", "replace")] if self._generates else []
             return
         self._see_error(answer)
-        self._add(answer)
+        if self._is_messages:
+            self._see_usage(answer.get("usage"))
+        else:
+            self._add(answer)
         if self._reported is None and self._generates:
-            self.uncounted = [*_texts(answer.get("choices")), *_texts(answer.get("output"))]
+            names = ("content",) if self._is_messages else ("choices", "output")
+            self.uncounted = [text for name in names for text in _texts(answer.get(name))]
 
     def usage(self) -> Usage:
         """What was used, as far as is known now; without an input where the answer doesn't say it.
@@ -177,7 +172,7 @@ class Meter:
             return self._usage_if_said()
         if self._reported is None:
             return AtLeast(Tokens(0, self._counted if self._generates else 0))
-        if self._counted_since:
+        if self._counted_since or self._is_early:
             return AtLeast(Tokens(self._reported.input, self.output_seen, self._reported.cached))
         return Exactly(self._reported)
 
@@ -226,8 +221,8 @@ class Meter:
                 return self._see_usage_chunk(chunk, event)
             self._see_running(read_tokens(usage))
             if self._strips_running:
-                return _without_usage(event, chunk)
-        return _without_usage(event, chunk) if is_placeholder and self._strips else event.raw
+                return without_usage(event, chunk)
+        return without_usage(event, chunk) if is_placeholder and self._strips else event.raw
 
     def _see_running(self, tokens: Tokens | None) -> None:
         # Beside one of several choices it is the usage of that one alone, and one that doesn't rise is none.
@@ -246,7 +241,7 @@ class Meter:
         self._report(tokens)
         if not self._strips:
             return event.raw
-        return _without_usage(event, chunk) if _more_than_usage(chunk) else b""
+        return without_usage(event, chunk) if more_than_usage(chunk) else b""
 
     def _see_response_event(self, chunk: dict[str, Any]) -> None:
         self._see_error(chunk)
@@ -263,6 +258,37 @@ class Meter:
             self._see_texts(delta)
         elif isinstance(kind, str) and kind.endswith(".done"):
             self._see_at_least([chunk.get(name) for name in _SAID_AT_ONCE])
+
+    def _see_message_event(self, event: dict[str, Any]) -> None:
+        """Take note of an event of a message: its beginning says the input, and each `message_delta` all so far."""
+        kind = event.get("type")
+        self.has_error = self.has_error or kind == "error"
+        if kind == "message_start":
+            message = event.get("message")
+            self._see_usage(message.get("usage") if isinstance(message, dict) else None, is_early=True)
+        elif kind == "content_block_start":
+            self.is_at_end = False  # a usage in between was not the end's
+            self._see_texts(event.get("content_block"))
+        elif kind == "content_block_delta":
+            self.is_at_end = False
+            self._see_texts(event.get("delta"))
+        elif kind == "message_delta":
+            self._see_usage(event.get("usage"))
+            self.is_at_end = True
+        elif kind in ("message_stop", "error"):
+            self.is_at_end = self.is_over = True
+
+    def _see_usage(self, usage: object, *, is_early: bool = False) -> None:
+        """Read the usage of a message. What its end leaves out is as its beginning said."""
+        if not isinstance(usage, dict):
+            return
+        self._said |= {name: value for name, value in usage.items() if value is not None}
+        tokens = read_usage(self._said)
+        # No input is empty: who begins with 0 doesn't know it yet.
+        if tokens is not None and (tokens.input or not is_early):
+            # The output of the beginning is a guess at its first words, which are counted when they come.
+            self._report(replace(tokens, output=0, reasoning=0) if is_early else tokens)
+            self._is_early = is_early
 
     def _see_texts(self, part: object) -> None:
         tokens = [self._count(text) for text in _texts(part)]
@@ -294,17 +320,6 @@ class Meter:
         self.has_error = self.has_error or answer.get("error") is not None
 
 
-def _object(data: bytes) -> dict[str, Any] | None:
-    try:
-        value = orjson.loads(data)
-    except orjson.JSONDecodeError:
-        try:  # NaN, infinities and halves of surrogate pairs are no JSON, and there are clients that read them
-            value = json.loads(data)
-        except (ValueError, RecursionError):
-            return None
-    return value if isinstance(value, dict) else None
-
-
 def _texts(value: object) -> Iterator[str]:
     """The texts in a part of an answer, however it is nested (content, refusals, arguments of tool calls)."""
     waiting = [value]  # not recursive: no depth overflows the stack
@@ -317,47 +332,3 @@ def _texts(value: object) -> Iterator[str]:
             waiting += reversed(value)
         elif isinstance(value, dict):
             waiting += [part for key, part in reversed(value.items()) if key not in _NOT_TEXT]
-
-
-def _more_than_usage(chunk: dict[str, Any]) -> set[str]:
-    """What a chunk says beside what every chunk has."""
-    return {key for key, value in chunk.items() if value is not None and key not in _COMMON_KEYS}
-
-
-def _is_finished(chunk: dict[str, Any]) -> bool:
-    match chunk.get("choices"):
-        case [{"finish_reason": str()}]:
-            return True
-    return False
-
-
-def _with_timings(raw: bytes, chunk: dict[str, Any], of: Event, usage_chunk: dict[str, Any]) -> bytes:
-    """The last chunk with the timings of the usage chunk, where llama.cpp writes them unasked: as its last member."""
-    whole = {**chunk, "timings": usage_chunk["timings"]}
-    place, start, end = raw.rfind(b"}"), of.raw.rfind(b'"timings":'), of.raw.rfind(b"}")
-    moved = raw[:place] + b"," + of.raw[start:end] + raw[place:]
-    return moved if start >= 0 and _says(moved, whole) else b"data: " + dump(whole) + b"\n\n"
-
-
-def _without_usage(event: Event, chunk: dict[str, Any]) -> bytes:
-    """The event without its `usage`, which stands there only because it was asked for.
-
-    Where it is a placeholder it is cut out of the bytes, so that all others stay as they were; otherwise the event
-    is written anew.
-    """
-    raw = event.raw
-    rest = {key: value for key, value in chunk.items() if key != "usage"}
-    # Inside a string the quotes would be escaped; but "usage" may be a whole string, or the name of an inner member.
-    is_only_one = raw.count(b'"usage"') == 1
-    for member in (*_PLACEHOLDERS, b',"usage":' + dump(chunk["usage"])):
-        before, found, after = raw.partition(member)
-        while found:
-            if is_only_one or _says(before + after, rest):
-                return before + after
-            more, found, after = after.partition(member)
-            before += member + more
-    return b"data: " + dump(rest) + b"\n\n"
-
-
-def _says(raw: bytes, chunk: dict[str, Any]) -> bool:
-    return _object(raw[raw.find(b"{") : raw.rfind(b"}") + 1]) == chunk

@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from proxy import anthropic
 from proxy.books import Entry, Facts, NotBooked, Reserve
 from proxy.client import Client
 from proxy.errors import InvalidRequest, ModelNotFound, ProxyError
@@ -12,7 +13,7 @@ from proxy.headers import to_upstream
 from proxy.policy import Model, OnDisconnect, Policy, User
 from proxy.quotas import Binding, Counter, CounterKey, Demand
 from proxy.spool import Spliced, Spool
-from proxy.standing import rate_limit_headers, refusal, standings
+from proxy.standing import Standing, rate_limit_headers, refusal, standings
 from proxy.wire import Call, forwarded_body, forwarded_model
 
 _WAIT_S_MAX = 600
@@ -84,9 +85,9 @@ class Passage:
 
     def headers(self) -> dict[str, str]:
         """The headers to send."""
-        kind, api_key = self.model.upstream.kind, self.model.upstream.api_key
+        kind, api_key, betas = self.model.upstream.kind, self.model.upstream.api_key, self.model.upstream.betas
         if self.call.form is None:
-            return to_upstream(self.client.headers, kind=kind, api_key=api_key)
+            return to_upstream(self.client.headers, kind=kind, api_key=api_key, betas=betas)
         content_type = self.call.form.content_type
         return to_upstream(self.client.headers, kind=kind, api_key=api_key, content_type=content_type)
 
@@ -108,7 +109,7 @@ class Passage:
             now=now,
             busy_s=busy_s,
         )
-        error.headers.update(rate_limit_headers(self.binding, stand, now))
+        error.headers.update(self._limit_headers(stand, now))
         return error
 
     def quota_headers(
@@ -117,7 +118,13 @@ class Passage:
         """The headers of a metered answer that speak of quotas; what the call itself still holds is left out."""
         stand = standings(self.binding, counters, now, without=entry if is_held else None)
         capped = {"x-quota-capped": f'{entry.maximum}; quota="{entry.capped_by}"'} if entry.capped_by else {}
-        return {**rate_limit_headers(self.binding, stand, now), **capped}
+        return {**self._limit_headers(stand, now), **capped}
+
+    def _limit_headers(self, stand: Mapping[str, Standing], now: int) -> dict[str, str]:
+        ours = rate_limit_headers(self.binding, stand, now)
+        if not self.call.endpoint.is_of_messages:
+            return ours
+        return {**ours, **anthropic.limit_headers(self.binding, stand), "request-id": self.client.id}
 
 
 def passage_for(call: Call, user: User, policy: Policy, client: Client, *, spool: Spool | None = None) -> Passage:
@@ -125,6 +132,7 @@ def passage_for(call: Call, user: User, policy: Policy, client: Client, *, spool
     model = policy.model(call.model)
     if model is None or not policy.may_use(user, call.model):
         raise no_such_model(call.model)
+    _refuse_other_surface(call, model)
     binding = policy.binding(user, call.model)
     if binding is None:
         raise ModelNotFound(
@@ -133,6 +141,21 @@ def passage_for(call: Call, user: User, policy: Policy, client: Client, *, spool
             param="model",
         )
     return Passage(call, user, policy, model, binding, client, wait_s=_wait_s(client, policy), spool=spool)
+
+
+def _refuse_other_surface(call: Call, model: Model) -> None:
+    """Nothing is translated: each surface has its own upstreams (the simulator has both)."""
+    kind = model.upstream.kind
+    if kind == "simulator" or (kind == "anthropic") == call.endpoint.is_of_messages:
+        return
+    is_theirs = kind == "anthropic"
+    whose, instead = ("Anthropic", "/v1/messages") if is_theirs else ("OpenAI", "/v1/chat/completions")
+    raise InvalidRequest(
+        f'The model "{call.model}" is served as {whose} does: send it to {instead}, with the SDK of that. '
+        "This proxy does not translate between the two.",
+        param="model",
+        code="wrong_endpoint",
+    )
 
 
 def no_such_model(name: str) -> ModelNotFound:

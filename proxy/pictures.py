@@ -1,7 +1,7 @@
 """What a picture in a request costs in tokens: by its size, which stands in its first bytes, never by its base64.
 
-The prices are those of OpenAI's documents on vision of 2025. Where a size can't be read it is the most that the rule
-gives. Pure.
+The prices are those of OpenAI's and Anthropic's documents on vision of 2025. Where a size can't be read it is the
+most that the rule gives. Pure.
 """
 
 import binascii
@@ -13,6 +13,8 @@ _JPEG_HEAD_BYTES = 4096
 _JPEG_MARKERS_MAX = 100
 _HEAD_BYTES = 30
 _DATA_URL_HEAD_MAX = 200
+
+_AREA_TOKENS_MAX = 4784
 
 _Size = tuple[int, int]
 
@@ -72,6 +74,15 @@ _UNKNOWN = Tiles(85, 170, knows_detail=False)
 def price_of_pictures(model: str) -> Tiles | Patches:
     fitting = (price for marks, price in _PRICES if all(mark in model for mark in marks))
     return next(fitting, _UNKNOWN)
+
+
+def price_by_area(size: _Size | None) -> int:
+    """What Anthropic's models take for a picture: a token for each 750 pixels, once it is made to fit.
+
+    1092 × 1092 is 1590. Which size it is made to fit differs by model; the largest gives 4784.
+    """
+    width, height = size or (_AREA_TOKENS_MAX, 750)
+    return min(_AREA_TOKENS_MAX, -(-width * height // 750))
 
 
 def base64_start(url: str) -> int:

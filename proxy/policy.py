@@ -52,7 +52,7 @@ def digest(key: str) -> str:
 class Upstream:
     """A server that calls are forwarded to. `base_url` has no slash at its end and includes `/v1`.
 
-    `api_version` is Azure's, for calls that name none.
+    `api_version` is Azure's, for calls that name none; `betas` are those of Anthropic's that users may ask for.
     """
 
     name: str
@@ -61,6 +61,7 @@ class Upstream:
     kind: Kind = "openai"
     on_disconnect: OnDisconnect = "drain"
     api_version: str | None = None
+    betas: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)

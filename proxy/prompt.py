@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from proxy.pictures import Patches, Tiles, base64_start, picture_size, price_of_pictures
+from proxy.pictures import Patches, Tiles, base64_start, picture_size, price_by_area, price_of_pictures
 from proxy.strict_json import dump
 
 # What the cookbook's chat format adds to each message, to a name, and once for the beginning of the answer.
@@ -29,7 +29,7 @@ _SOUND_TOKENS_MAX = 16_000
 # A picture to be edited, at the highest fidelity: 6,240 tokens for what is kept of it, beside its tiles.
 _FILED_PICTURE_TOKENS = 8192
 
-_TEXT_FIELDS = ("messages", "input", "prompt", "suffix", "instructions")
+_TEXT_FIELDS = ("system", "messages", "input", "prompt", "suffix", "instructions")
 # What a model doesn't read. All other fields templates may write out, as JSON or about so: tools, schemas, documents,
 # and what we have never heard of.
 _UNREAD_FIELDS = frozenset(
@@ -37,7 +37,7 @@ _UNREAD_FIELDS = frozenset(
     "temperature top_p top_k min_p frequency_penalty presence_penalty repetition_penalty stop seed user metadata "
     "store safety_identifier logprobs top_logprobs logit_bias parallel_tool_calls tool_choice service_tier audio "
     "modalities encoding_format dimensions echo truncation include reasoning reasoning_effort thinking verbosity "
-    "prediction prompt_cache_key background".split()
+    "prediction prompt_cache_key background stop_sequences cache_control".split()
 ).union(_TEXT_FIELDS)
 # No API's own names are longer, so one that is says something.
 _NAME_CHARACTERS_MAX = 40
@@ -52,9 +52,18 @@ _SAYS_SOMETHING = frozenset(("content", "tool_calls", "function_call", "refusal"
 _PICTURES = ("image_url", "input_image")
 _SOUNDS = ("input_audio",)
 _FILES = ("file", "input_file")
+# Anthropic's blocks, of which none is known by a member: each says its type.
+_BLOCKS = ("image", "document", "tool_result", "tool_use", "thinking", "redacted_thinking", "search_result")
+# Those that have parts, into which no more than one level is read: no depth overflows the stack.
+_HAS_PARTS = ("document", "tool_result", "tool_use", "search_result")
+_UNSHOWN = ("signature", "data")
+_UNREAD_IN_A_BLOCK = ("type", "cache_control", "citations", "is_error")
+# What Anthropic tells its models about tools where a request has any: 159 to 804 tokens, by model.
+_TOOLS_PROMPT = 804
 _OPEN_PARTS = ("audio_url", "video_url", "input_video")
-_MEDIA = (*_PICTURES, *_SOUNDS, *_FILES, *_OPEN_PARTS)
-_NO_TEXT = frozenset(_MEDIA)
+_MEMBERS = (*_PICTURES, *_SOUNDS, *_FILES, *_OPEN_PARTS)
+_MEDIA = (*_MEMBERS, *_BLOCKS)
+_NO_TEXT = frozenset(_MEMBERS)
 
 # In so many pictures of a request the size is looked for behind more than the first bytes: decoding those takes 13 ms
 # at worst, for which nobody else is served.
@@ -66,8 +75,9 @@ class Prompt:
     """What a model reads of one request, in texts and in tokens that are not text.
 
     `overhead` are tokens beside those of the texts: what is added to messages, tokens that came as numbers, media.
-    `media_tokens` is the part of it that is the price of pictures and sounds, and `opaque_bytes` what these take
-    of the JSON. Where it `is_open` the model reads something that the request does not show, so nothing bounds it.
+    `media_tokens` is the part of it that is the price of pictures and sounds, and of what a vendor says of tools;
+    `opaque_bytes` is what these take of the JSON. Where it `is_open` the model reads something that the request does
+    not show, so nothing bounds it.
     """
 
     texts: tuple[str, ...] = ()
@@ -89,6 +99,8 @@ def read_prompt(document: Mapping[str, Any], *, model: str, is_chat: bool) -> Pr
     reading = _Reading(price_of_pictures(model))
     for name in _TEXT_FIELDS:
         reading.see_field(document.get(name), is_chat=is_chat)
+    if any(isinstance(tool, dict) and "input_schema" in tool for tool in _list(document.get("tools"))):
+        reading.price(_TOOLS_PROMPT)
     for name, value in document.items():
         if name not in _UNREAD_FIELDS:
             reading.see_json({name: value} if len(name) > _NAME_CHARACTERS_MAX else value)
@@ -116,10 +128,16 @@ def with_files(prompt: Prompt, sizes: Sequence[int], *, are_sounds: bool, contex
 
 
 def parts_of(document: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The parts of all messages of a request, and of what tools gave back: texts, pictures, files."""
+    """The parts of all messages of a request, and of what tools gave back: texts, pictures, files.
+
+    And the parts within these, at whatever depth.
+    """
     turns = [turn for name in ("messages", "input") for turn in _list(document.get(name)) if isinstance(turn, dict)]
-    contents = [turn.get(name) for turn in turns for name in _CONTENTS]
-    return [part for content in contents for part in _list(content) if isinstance(part, dict)]
+    found = [part for turn in turns for name in _CONTENTS for part in _list(turn.get(name)) if isinstance(part, dict)]
+    for part in found:  # which grows meanwhile
+        within = [*_list(part.get("content")), *_list(_member(part.get("source"), "content"))]
+        found += [inner for inner in within if isinstance(inner, dict)]
+    return found
 
 
 def _member(value: object, name: str) -> object:
@@ -210,6 +228,8 @@ class _Reading:
             self._see_sound(part)
         elif kind in _FILES:
             self._see_file(part)
+        elif kind in _BLOCKS:
+            self._see_block(part)
         else:
             self.is_open = True
             self._see_unshown(part)
@@ -224,7 +244,7 @@ class _Reading:
             self._pictures_seen += 1
             size = picture_size(url, start, is_searched=self._pictures_seen <= _JPEGS_MAX)
             self._leave_out(url, part)
-        self._price(self._pictures.price(size, is_low=image.get("detail") == "low"))
+        self.price(self._pictures.price(size, is_low=image.get("detail") == "low"))
         self.is_open = self.is_open or bool(part.get("file_id"))
 
     def _see_sound(self, part: dict[str, Any]) -> None:
@@ -232,7 +252,7 @@ class _Reading:
         if not isinstance(data, str):
             self.see(part)
             return
-        self._price(-(-len(data) * 3 // (4 * _SOUND_BYTES_PER_TOKEN)))
+        self.price(-(-len(data) * 3 // (4 * _SOUND_BYTES_PER_TOKEN)))
         self._leave_out(data, part)
 
     def _see_file(self, part: dict[str, Any]) -> None:
@@ -248,6 +268,47 @@ class _Reading:
         is_plain = isinstance(data, str) and data.startswith("data:text/") and not file.get("file_url")
         self.is_open = self.is_open or not is_plain or bool(file.get("file_id"))
 
+    def _see_block(self, block: dict[str, Any]) -> None:
+        """Read one of Anthropic's blocks, and what is within it; what is within that is taken for text."""
+        source = block.get("source")
+        for key, value in block.items():
+            if key == "source" and isinstance(value, dict):
+                self._see_source(block, value)
+            elif key == "content":
+                self._see_inner(value)
+            elif key == "input":
+                self.see_json(value)
+            elif key in _UNSHOWN:
+                self._see_unshown(value)
+            elif key not in _UNREAD_IN_A_BLOCK:
+                self.see(value)
+        # A picture that we know nothing of is as large as there are any.
+        if block["type"] == "image" and not isinstance(source, dict):
+            self.price(price_by_area(None))
+
+    def _see_source(self, block: Mapping[str, Any], source: Mapping[str, Any]) -> None:
+        """Read a picture, or a document: of one that is no plain text the model gets pictures of its pages too."""
+        data, kind = source.get("data"), source.get("type")
+        if block["type"] == "image":
+            self._pictures_seen += 1
+            is_searched = self._pictures_seen <= _JPEGS_MAX
+            size = picture_size(data, 0, is_searched=is_searched) if isinstance(data, str) else None
+            self.price(price_by_area(size))
+            self._leave_out(data if isinstance(data, str) else "", block)
+        elif kind == "text":
+            self.see(data)
+        elif kind == "content":
+            self._see_inner(source.get("content"))
+        else:
+            self._see_unshown(data)
+            self.is_open = True
+        self.is_open = self.is_open or bool(source.get("file_id"))
+
+    def _see_inner(self, content: object) -> None:
+        for part in content if isinstance(content, list) else [content]:
+            is_plain = isinstance(part, dict) and _kind(part) in _HAS_PARTS
+            self.see(part) if is_plain else self._see_part(part)
+
     def _see_unshown(self, value: object) -> None:
         """Estimate what is in the request but not as the model reads it. Its bytes stay part of the bound."""
         self.overhead += -(-_characters_in(value) // _CHARACTERS_PER_TOKEN)
@@ -257,7 +318,8 @@ class _Reading:
         if part.get("type") is not None:
             self.opaque_bytes += len(base64)
 
-    def _price(self, tokens: int) -> None:
+    def price(self, tokens: int) -> None:
+        """Add what costs so many tokens without being text."""
         self.overhead += tokens
         self.media_tokens += tokens
 
@@ -266,7 +328,7 @@ def _kind(part: Mapping[str, Any]) -> object:
     kind = part.get("type")
     if kind is not None or _NO_TEXT.isdisjoint(part):
         return kind
-    return next(member for member in _MEDIA if member in part)
+    return next(member for member in _MEMBERS if member in part)
 
 
 def _is_reference(turn: Mapping[str, Any]) -> bool:

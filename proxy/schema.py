@@ -169,6 +169,12 @@ class Upstream(Section):
         description="When a client leaves a running answer: drain reads on and charges the truth (the default for "
         "openai, azure, anthropic, simulator), stop ends it at the upstream (for vllm, ollama, llamacpp).",
     )
+    betas: list[ServedName] = Field(
+        default_factory=list,
+        description="Of kind anthropic: the betas that users may ask for with the header anthropic-beta. Others are "
+        "left out of what is sent.",
+        examples=[["context-1m-2025-08-07"]],
+    )
 
     @model_validator(mode="after")
     def _has_versions(self) -> "Upstream":

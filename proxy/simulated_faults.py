@@ -21,6 +21,7 @@ class Directions:
     """How one answer is to be given. The fault happens after `fault_after` words of text."""
 
     tokens: int | None = None
+    cached: int = 0
     tokens_per_s: float | None = None
     delay_s: float = 0.0
     status: int | None = None
@@ -70,6 +71,7 @@ def _count(text: str) -> int:
 
 VALUES: dict[str, tuple[str, Callable[[str], object]]] = {
     "tokens": ("tokens", _count),
+    "cached": ("cached", _count),
     "speed": ("tokens_per_s", lambda text: _between(0.001, 1e6, float(text))),
     "delay": ("delay_s", lambda text: _between(0, 86_400, float(text))),
     "status": ("status", lambda text: _between(200, 599, int(text))),

@@ -43,6 +43,7 @@ class Endpoint(Enum):
     COMPLETIONS = ("prompt", ("max_tokens",))
     RESPONSES = ("input", ("max_output_tokens",))
     EMBEDDINGS = ("input", ())
+    MESSAGES = ("messages", ("max_tokens",))
 
     def __init__(self, input_field: str, maximum_fields: tuple[str, ...]) -> None:
         self.input_field = input_field
@@ -127,7 +128,7 @@ def _count_messages(content: object) -> int:
 
 def _prompts(endpoint: Endpoint, content: object) -> list[object]:
     """Return what is answered one by one: a list may be several prompts, but a list of token ids is one."""
-    is_one = endpoint in (Endpoint.CHAT, Endpoint.RESPONSES)
+    is_one = endpoint in (Endpoint.CHAT, Endpoint.RESPONSES, Endpoint.MESSAGES)
     if is_one or not isinstance(content, list) or isinstance(content[0], int):
         return [content]
     return content
@@ -155,7 +156,7 @@ def _maximum(endpoint: Endpoint, asked: JSON) -> int | None:
 
 def _wanted(endpoint: Endpoint, asked: JSON) -> tuple[int, int]:
     """Return how many choices are shown, and how many are generated and charged."""
-    if endpoint is Endpoint.RESPONSES:
+    if endpoint in (Endpoint.RESPONSES, Endpoint.MESSAGES):
         return 1, 1
     wanted = _whole_number(asked, "n", CHOICES_MAX) or 1
     best_of = _whole_number(asked, "best_of", CHOICES_MAX) if endpoint is Endpoint.COMPLETIONS else None
@@ -169,7 +170,7 @@ def _check(endpoint: Endpoint, asked: JSON) -> None:
             raise Complaint(400, message, code="missing_required_parameter", param=field)
     if not isinstance(asked["model"], str):
         raise Complaint(400, "Invalid type for 'model': expected a string.", code="invalid_type", param="model")
-    if endpoint is Endpoint.CHAT and not isinstance(asked["messages"], list):
+    if endpoint.input_field == "messages" and not isinstance(asked["messages"], list):
         raise Complaint(400, "Invalid type for 'messages': expected an array.", code="invalid_type", param="messages")
     if asked.get("stream_options") is not None and asked.get("stream") is not True:
         message = "The 'stream_options' parameter is only allowed when 'stream' is enabled."
@@ -197,7 +198,8 @@ class Author:
             vectors = tuple(self._embed(each, dimensions) for each in _prompts(endpoint, content))
             return Script(endpoint, asked, directions, None, (), vectors, input_tokens, 0)
         if endpoint is not Endpoint.COMPLETIONS:
-            input_tokens += TOKENS_PER_MESSAGE * _count_messages(content) + count_tokens(asked.get("instructions"))
+            instructions = [asked.get("instructions"), asked.get("system")]
+            input_tokens += TOKENS_PER_MESSAGE * _count_messages(content) + count_tokens(instructions)
         maximum = _maximum(endpoint, asked)
         wanted, tried = _wanted(endpoint, asked)
         choices: list[Choice] = []

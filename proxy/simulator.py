@@ -1,14 +1,15 @@
 """An upstream of our own that behaves like the real ones, for the demo, the tests and the benchmarks.
 
-It serves chat, completions, embeddings, responses and models to whoever has its key, for any name of a model, with
-texts that follow from its seed (see `simulated_text`), and what is no text (see `simulated_media`). It is reached
-through the same code path as a real upstream.
+It serves chat, completions, embeddings, responses, models and Anthropic's messages to whoever has its key, for any
+name of a model, with texts that follow from its seed (see `simulated_text`), and what is no text (see
+`simulated_media`). It is reached through the same code path as a real upstream.
 It remembers what it was sent and what it reported, so that the books can be held against it; `watch` is told of each
 call that it answered, with what it generated, taken or not.
 
 A request can ask it to behave in its `metadata`: `{"simulate": "tokens=300 cut=5"}`, directives between spaces:
 
     tokens=300           the answer is this long (a maximum still holds)
+    cached=40            so much of a message's input comes from the cache or goes there
     speed=100            tokens a second; a whole answer takes as long as its tokens would
     delay=0.5            seconds before the head of the answer
     status=500           an error in OpenAI's words, of any status: 401 shows part of the key, 429 is a rate limit
@@ -45,6 +46,7 @@ from aiohttp import web
 from proxy.simulated_faults import NO_DIRECTIONS, Complaint, Directions, complaint_of, read_directions, wrong_key
 from proxy.simulated_frames import JSON, Stream, write_stream, write_whole
 from proxy.simulated_media import ERROR, MEDIA, Write, read_form, write_medium
+from proxy.simulated_messages import write_complaint, write_message, write_message_stream
 from proxy.simulated_text import Author, Endpoint, Script, read_json
 
 MODELS = ("gpt-4o", "gpt-4o-mini", "o4-mini", "gpt-3.5-turbo-instruct", "text-embedding-3-small")
@@ -53,6 +55,7 @@ PATHS = {
     "/v1/completions": (Endpoint.COMPLETIONS, "cmpl-"),
     "/v1/embeddings": (Endpoint.EMBEDDINGS, "embd-"),
     "/v1/responses": (Endpoint.RESPONSES, "resp_"),
+    "/v1/messages": (Endpoint.MESSAGES, "msg_"),
 }
 REQUESTS_KEPT = 100
 BODY_BYTES_MAX = 64 << 20
@@ -136,6 +139,7 @@ class Simulator:
         app = web.Application(client_max_size=BODY_BYTES_MAX)
         for path, (endpoint, prefix) in PATHS.items():
             app.router.add_post(path, partial(self._call, partial(self._say, endpoint, prefix)))
+        app.router.add_post("/v1/messages/count_tokens", partial(self._call, self._count))
         for path, write in MEDIA.items():
             app.router.add_post(path, partial(self._call, partial(self._make, write)))
         app.router.add_get("/v1/models", self._models)
@@ -165,7 +169,7 @@ class Simulator:
             body = await self._receive(request)
             return await self._answer(answer, request, body)
         except Complaint as complaint:
-            return self._complain(complaint)
+            return self._complain(complaint, request)
         except asyncio.CancelledError:
             self.clients_gone += 1
             raise
@@ -185,7 +189,7 @@ class Simulator:
         if directions.html:
             return web.Response(status=502, body=BAD_GATEWAY, headers=self._headers(directions, HTML_HEADERS))
         if directions.status is not None:
-            return self._complain(complaint_of(directions.status, directions.code, key), directions)
+            return self._complain(complaint_of(directions.status, directions.code, key), request, directions)
         return await answer(request, asked, directions)
 
     async def _say(
@@ -194,12 +198,20 @@ class Simulator:
         script = self._author.script(endpoint, asked, directions)
         served = Served(script)
         id, created = f"{prefix}{next(self._numbers):012d}", int(self._now())
+        is_message = endpoint is Endpoint.MESSAGES
         try:
             if script.is_streamed:
-                return await self._stream(request, served, write_stream(script, id=id, created=created))
-            return await self._whole(request, served, write_whole(script, id=id, created=created))
+                stream = write_message_stream(script, id=id) if is_message else None
+                stream = stream or write_stream(script, id=id, created=created)
+                return await self._stream(request, served, stream)
+            body = write_message(script, id=id) if is_message else write_whole(script, id=id, created=created)
+            return await self._whole(request, served, body)
         finally:
             self._watch(served)
+
+    async def _count(self, request: web.Request, asked: JSON, directions: Directions) -> web.StreamResponse:
+        script = self._author.script(Endpoint.MESSAGES, asked, directions)
+        return self._json({"input_tokens": script.input_tokens})
 
     async def _make(
         self, write: Write, request: web.Request, asked: JSON, directions: Directions
@@ -229,7 +241,8 @@ class Simulator:
         return body
 
     def _check_key(self, request: web.Request) -> str:
-        header = request.headers.get("authorization", "").encode("utf-8", "surrogateescape")
+        sent = request.headers.get("authorization") or "Bearer " + request.headers.get("x-api-key", "")
+        header = sent.encode("utf-8", "surrogateescape")
         scheme, _, key = header.decode("utf-8", "replace").partition(" ")
         if scheme != "Bearer" or not compare_digest(key.encode(), self._api_key.encode()):
             raise wrong_key(key)
@@ -244,7 +257,7 @@ class Simulator:
                 message = f"The model '{name}' does not exist or you do not have access to it."
                 raise Complaint(404, message, code="model_not_found", param="model")
         except Complaint as complaint:
-            return self._complain(complaint)
+            return self._complain(complaint, request)
         created = int(self._now())
         shown = [
             {"id": model, "object": "model", "created": created, "owned_by": "simulator"}
@@ -255,7 +268,7 @@ class Simulator:
 
     async def _unknown(self, request: web.Request) -> web.Response:
         await self._receive(request)
-        return self._complain(Complaint(404, f"Invalid URL ({request.method} {request.path})"))
+        return self._complain(Complaint(404, f"Invalid URL ({request.method} {request.path})"), request)
 
     # -------------------------------------------------------------------------------------------------- answers
 
@@ -266,11 +279,16 @@ class Simulator:
     def _json(self, answer: dict[str, object]) -> web.Response:
         return web.Response(body=orjson.dumps(answer), headers=self._headers(NO_DIRECTIONS))
 
-    def _complain(self, complaint: Complaint, directions: Directions = NO_DIRECTIONS) -> web.Response:
+    def _complain(
+        self, complaint: Complaint, request: web.Request, directions: Directions = NO_DIRECTIONS
+    ) -> web.Response:
         headers = self._headers(directions)
         if complaint.error["code"] == "rate_limit_exceeded":
             headers.setdefault("retry-after", "1")
-        return web.Response(status=complaint.status, body=orjson.dumps({"error": complaint.error}), headers=headers)
+        body = orjson.dumps({"error": complaint.error})
+        if request.path.startswith("/v1/messages"):
+            body = write_complaint(complaint, id=headers["x-request-id"])
+        return web.Response(status=complaint.status, body=body, headers=headers)
 
     def _report(self, served: Served) -> None:
         served.reported = served.script.reported

@@ -108,7 +108,7 @@ def rate_limit_headers(binding: Binding, stand: Mapping[str, Standing], now: int
     """
     headers: dict[str, str] = {}
     for kind, measures in (("tokens", MEASURES[:3]), ("requests", MEASURES[3:])):
-        if first := _first_to_refuse(binding, stand, measures):
+        if first := first_to_refuse(binding, stand, measures):
             standing, limit = first
             headers[f"x-ratelimit-limit-{kind}"] = str(limit.maximum)
             headers[f"x-ratelimit-remaining-{kind}"] = str(standing.remaining(limit))
@@ -230,7 +230,7 @@ def _with_help(message: str, help: str) -> str:
     return f"{message} {help}" if help else message
 
 
-def _first_to_refuse(
+def first_to_refuse(
     binding: Binding, stand: Mapping[str, Standing], measures: tuple[Measure, ...]
 ) -> tuple[Standing, Limit] | None:
     """The limit at which this user is refused first: the tightest of the most generous way in."""

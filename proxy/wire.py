@@ -1,4 +1,4 @@
-"""The requests of the OpenAI format: what a call to one of our endpoints says, and what is sent on.
+"""The requests of OpenAI's format and Anthropic's: what a call to one of our endpoints says, and what is sent on.
 
 A `Call` is one metered request as we read it. Fields that we don't know are passed on untouched; the few on which
 something is decided are checked, and what was checked is what is sent: the body is written anew from what was
@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from proxy.anthropic import error_body
 from proxy.endpoints import METERED, SPEECH, STORED, Endpoint, EndpointName
 from proxy.errors import InvalidRequest, ProxyError
 from proxy.forms import Form
@@ -26,7 +27,6 @@ _NUMBER_MAX = 10**9
 # than max_tokens in its struct; llama.cpp lets n_predict win over all, on each of its endpoints.
 _MAXIMUM_FIELDS: dict[tuple[Kind, EndpointName], tuple[str, ...]] = {
     ("ollama", "chat"): ("max_tokens",),
-    ("anthropic", "chat"): ("max_tokens", "max_completion_tokens"),
     ("llamacpp", "chat"): ("n_predict", "max_completion_tokens", "max_tokens"),
     ("llamacpp", "completions"): ("n_predict", "max_completion_tokens", "max_tokens"),
     ("llamacpp", "responses"): ("max_output_tokens", "n_predict", "max_completion_tokens", "max_tokens"),
@@ -186,6 +186,8 @@ def error_event(endpoint: Endpoint, error: ProxyError) -> bytes:
 
     For /responses the older SDKs raise only at an `error` member, the newer ones at the event's name: it has both.
     """
+    if endpoint.is_of_messages:
+        return b"event: error\ndata: " + dump(error_body(error)) + b"\n\n"
     if not endpoint.is_of_responses:
         return b"data: " + dump(error.body()) + b"\n\n"
     flat = {"type": "error", "code": error.code, "message": error.message, "param": error.param}
@@ -212,6 +214,8 @@ def _refuse_fields(endpoint: Endpoint, document: Mapping[str, Any]) -> None:
     if endpoint.is_of_responses:
         _refuse_hosted_tools(document.get("tools"))
         _refuse_items(document.get("input"))
+    if endpoint.is_of_messages:
+        _refuse_typed_tools(document.get("tools"))
     if isinstance(document.get("voice"), dict):
         raise InvalidRequest(f'"voice" must be a name here: {STORED}.', param="voice", code="unsupported_parameter")
 
@@ -239,10 +243,23 @@ def _refuse_hosted_tools(tools: object) -> None:
             )
 
 
+def _refuse_typed_tools(tools: object) -> None:
+    """Refuse Anthropic's own tools: some run at the upstream, and all bring input that the request doesn't show."""
+    for tool in tools if isinstance(tools, list) else ():
+        kind = tool.get("type") if isinstance(tool, dict) else "?"
+        if kind not in (None, "custom"):
+            raise InvalidRequest(
+                f"Tools of type {str(kind)[:40]!r} are the upstream's own and not open on this proxy: "
+                'describe a tool by its "input_schema" (type "custom").',
+                param="tools",
+                code="unsupported_parameter",
+            )
+
+
 def _refuse_stored_files(document: Mapping[str, Any]) -> None:
     for part in parts_of(document):
-        file = part.get("file")
-        if part.get("file_id") or (isinstance(file, dict) and file.get("file_id")):
+        holders = [part, part.get("file"), part.get("source")]
+        if any(isinstance(holder, dict) and holder.get("file_id") for holder in holders):
             raise InvalidRequest(
                 f'"file_id" can\'t be used here: {STORED}.', param="file_id", code="unsupported_parameter"
             )

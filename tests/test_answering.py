@@ -63,3 +63,21 @@ async def test_a_good_answer_passes() -> None:
     request = make_mocked_request("GET", "/x")
     assert (await in_openai_shape(request, good)).status == 200
     assert "x-request-id" not in (await in_openai_shape(request, bad)).headers
+
+
+async def test_errors_on_anthropic_s_paths_have_its_shape() -> None:
+    """Whatever it is that is wrong; the id stands where its SDK looks for it, and in the body."""
+
+    async def bad(request: web.Request) -> web.StreamResponse:
+        raise LedgerUnavailable
+
+    request = make_mocked_request("POST", "/v1/messages/x")
+    nameless = await in_openai_shape(request, bad)
+    request[REQUEST_ID] = "req_1"
+    response = await in_openai_shape(request, bad)
+    assert isinstance(response, web.Response)
+    assert isinstance(response.body, bytes)
+    told = json.loads(response.body)
+    assert (told["type"], told["error"]["type"], told["request_id"]) == ("error", "overloaded_error", "req_1")
+    assert (response.headers["request-id"], response.headers["retry-after"]) == ("req_1", "5")
+    assert "request-id" not in nameless.headers

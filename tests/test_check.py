@@ -320,11 +320,15 @@ ENDLESS = "a whole answer may take staff/daily over its limit if its call states
         ("", "models: [other], tokens: 200k", False),
         ("model: text-embedding-3-small", "tokens: 200k", False),
         ("upstream: stage", "tokens: 200k", False),
+        ("upstream: claude", "tokens: 200k", False),
     ],
 )
 def test_a_model_whose_answers_have_no_known_end(model, quota, is_endless):
     """Where an exact quota promises never to be over; not for what makes no answers, and not in the demo."""
-    upstreams = "upstreams:\n  box: {base_url: http://box/v1}\n  stage: {base_url: http://box, kind: simulator}\n"
+    upstreams = (
+        "upstreams:\n  box: {base_url: http://box/v1}\n  stage: {base_url: http://box, kind: simulator}\n"
+        "  claude: {base_url: http://box, kind: anthropic}\n"
+    )
     below = f"{upstreams}default_upstream: box\nmodels:\n  gpt-x: {{{model}}}\n  other: {{{KNOWN}}}\n"
     below += group(f"      daily: {{{quota}, per: day}}\n")
     found = [f"{warning.line}: {warning.text}" for warning in warnings(load_text(below))]

@@ -304,3 +304,112 @@ async def _read_and_leave(on: Stage, path: str, body: dict[str, Any], expected: 
         assert response.connection and response.connection.transport
         response.connection.transport.abort()
         return response.headers["x-request-id"]
+
+
+# ------------------------------------------------------------------------------------------- a message of Anthropic's
+
+# Its input is said first, and its output last: so a cut changes what is exact, but never the input.
+MESSAGE = Recording(
+    "/v1/messages",
+    {"messages": [{"role": "user", "content": "Hello there"}], "max_tokens": 100},
+    TAKEN,
+    (
+        _event("message_start", message={"content": [], "usage": {"input_tokens": TAKEN - 7, "output_tokens": 1}}),
+        _event("content_block_start", index=0, content_block={"type": "text", "text": ""}),
+        _event("ping"),
+        *(_event("content_block_delta", index=0, delta={"type": "text_delta", "text": piece}) for piece in PIECES),
+        _event("content_block_stop", index=0),
+        _event(
+            "message_delta",
+            delta={"stop_reason": "end_turn"},
+            usage={"input_tokens": TAKEN - 7, "cache_read_input_tokens": 7, "output_tokens": GIVEN},
+        ),
+        _event("message_stop"),
+    ),
+)
+
+
+def _expected_of_message(events: Iterable[bytes]) -> tuple[int, int, str]:
+    """What these events of it cost: the input as last said, the output as said at the end, or else the texts."""
+    said = b"".join(events)
+    if b"message_delta" in said:
+        return TAKEN, GIVEN, "exactly"
+    tokens = sum(count for piece, count in PIECES.items() if json.dumps(piece, ensure_ascii=False).encode() in said)
+    return TAKEN - 7, tokens, "at_least"
+
+
+@pytest.mark.parametrize("crlf", [False, True], ids=["lf", "crlf"])
+@pytest.mark.parametrize("ending", ["closed", "torn"])
+async def test_a_message_cut_at_any_event_is_charged_for_what_passed(ending: str, crlf: bool, tmp_path: Path) -> None:
+    """From its first event on the input is the upstream's; what passed of the answer is on the books, once."""
+    recorded = MESSAGE.on_the_wire(crlf=crlf)
+    replies: dict[int, Reply] = {}
+
+    async def serve(metadata: dict[str, Any], reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        sent = b"".join(recorded.events[: int(metadata["cut"])])
+        if ending == "closed":
+            writer.write(stream_head("Connection: close") + sent)
+        else:
+            writer.write(stream_head("Transfer-Encoding: chunked") + b"%x\r\n" % (len(sent) + 1) + sent)
+
+    async with bare_upstream(serve) as upstream, stage(ROOMY, folder=tmp_path, upstream=upstream.url) as on:
+
+        async def ask(cut: int) -> None:
+            replies[cut] = await on.post(MESSAGE.path, MESSAGE.ask(asks_for_usage=False, cut=cut))
+
+        await _each(range(1, len(recorded.events) + 1), ask)
+        await _nothing_is_left(on, upstream)
+
+    calls = await _settled(on)
+    assert len(calls) == len(recorded.events)
+    for cut, reply in replies.items():
+        passed = recorded.events[:cut]
+        is_torn = ending == "torn" and cut < len(recorded.events)
+        call = calls[reply.headers["x-request-id"]]
+        assert _charged(call) == _expected_of_message(passed), passed
+        assert call["outcome"] == ("upstream_broke" if is_torn else "complete")
+        shown = b"".join(event for event in passed if not (is_torn and b"message_delta" in event))
+        assert reply.body.startswith(shown)
+        rest = reply.body[len(shown) :]
+        assert (
+            rest.startswith(b'event: error\ndata: {"type":"error","error":{"type":"api_error",')
+            if is_torn
+            else not rest
+        )
+
+
+@pytest.mark.parametrize("on_disconnect", ["stop", "drain"])
+async def test_who_leaves_a_message_after_any_event_is_charged_once(on_disconnect: str, tmp_path: Path) -> None:
+    """With `drain` for all of it; with `stop` for what had arrived, the input as it was said."""
+    recorded = MESSAGE.on_the_wire(crlf=False)
+    gone = {str(position): asyncio.Event() for position in range(len(recorded.events))}
+
+    async def serve(metadata: dict[str, Any], reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        position = int(metadata["cut"])
+        writer.write(stream_head("Connection: close") + b"".join(recorded.events[:position]))
+        if on_disconnect == "drain":
+            await gone[metadata["cut"]].wait()
+            writer.write(b"".join(recorded.events[position:]))
+        else:
+            assert await reader.read() == b""  # silent, until it is left
+
+    left: dict[int, str] = {}
+    async with (
+        bare_upstream(serve) as upstream,
+        stage(ROOMY, folder=tmp_path, upstream=upstream.url, on_disconnect=on_disconnect) as on,
+    ):
+
+        async def leave(position: int) -> None:
+            shown = b"".join(event for event in recorded.events[:position] if b"message_delta" not in event)
+            body = MESSAGE.ask(asks_for_usage=False, cut=position)
+            left[position] = await _read_and_leave(on, MESSAGE.path, body, shown)
+            gone[str(position)].set()
+
+        # Not before its first event, nor behind its end, which is kept back: nobody can tell that it has come.
+        await _each(range(1, len(recorded.events) - 1), leave)
+        await _nothing_is_left(on, upstream)
+
+    calls = await _settled(on)
+    for position, call_id in left.items():
+        passed = recorded.events if on_disconnect == "drain" else recorded.events[:position]
+        assert _charged(calls[call_id]) == _expected_of_message(passed), position

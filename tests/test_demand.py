@@ -18,6 +18,7 @@ from proxy.endpoints import (
     EMBEDDINGS,
     IMAGES,
     INPUT_TOKENS,
+    MESSAGES,
     METERED,
     MODERATIONS,
     RESPONSES,
@@ -273,6 +274,23 @@ def test_a_model_is_known_by_the_name_that_its_upstream_has_for_it() -> None:
     upstream = Upstream("up", "http://upstream.example/v1", None, "openai")
     assert not is_seen_growing(parse(stream=True), Model("gpt-4o", upstream, "o4-mini"))
     assert is_seen_growing(parse(stream=True), Model("o4-mini", upstream, "gpt-4o"))
+
+
+@pytest.mark.parametrize(
+    ("thinking", "first", "smallest"),
+    [
+        ({"type": "enabled", "budget_tokens": 2000}, 9000, 3024),
+        ({"type": "adaptive"}, 9000, 1024),
+        ({"type": "disabled"}, 1024, 1024),
+        (None, 1024, 1024),
+        ("adaptive", 1024, 1024),
+    ],
+)
+def test_thoughts_of_a_message_are_within_its_maximum(thinking: object, first: int, smallest: int) -> None:
+    """Of which a summary is shown: so all of it is held at once, and no more than that."""
+    call = parse(MESSAGES, stream=True, max_tokens=9000, thinking=thinking)
+    asked = demand(call, "anthropic")
+    assert (asked.want, asked.first, asked.smallest) == (9000, first, smallest)
 
 
 @pytest.mark.parametrize(

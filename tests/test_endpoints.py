@@ -6,6 +6,7 @@ wire §1.1 (all endpoints), §1.7 (what is denied); threats T19, T20.
 import re
 from pathlib import Path
 
+import anthropic
 import openai
 import pytest
 from openai.lib import azure
@@ -141,6 +142,8 @@ def test_the_endpoints_differ_in_few_ways() -> None:
         "speech": ("tokens_if_said", True, False, False, False),
         "transcriptions": ("tokens_if_said", True, False, False, False),
         "translations": ("tokens_if_said", True, False, False, False),
+        "messages": ("tokens", True, True, False, False),
+        "count_tokens": ("nothing", False, False, False, False),
     }
 
 
@@ -148,6 +151,17 @@ def test_azure_has_deployments_for_what_its_sdk_sends_there() -> None:
     """All else stands beside them."""
     paths = {each.path for each in METERED if each.has_deployments}
     assert paths == azure._deployments_endpoints
+
+
+def test_every_path_of_anthropic_s_sdk_is_decided() -> None:
+    """Likewise: what runs by itself, what is shared and what administers is closed; two are metered."""
+    resources = Path(anthropic.__file__).parent / "resources"
+    texts = [path.read_text(encoding="utf-8") for path in resources.rglob("*.py")]
+    paths = {re.sub(r"\{[^}]*\}", "{}", path) for text in texts for path in re.findall(r'"/v1(/[^"?]+)', text)}
+    assert {"/messages", "/messages/count_tokens", "/messages/batches/{}"} <= paths
+    own = {endpoint.path for endpoint in METERED if endpoint.is_of_messages} | {path for _, path in ANSWERED}
+    assert sorted(path for path in paths - own if closed("POST", path) is None) == []
+    assert closed("POST", "/messages") is None
 
 
 def test_no_row_is_there_twice() -> None:

@@ -300,3 +300,46 @@ def test_every_answer_means_something(status: int, body: bytes, retry_after: str
     assert KEY.encode() not in meant.body
     assert isinstance(json.loads(meant.body)["error"], dict)
     assert isinstance(meant, Rejected if status < 500 else Failed)
+
+
+# ------------------------------------------------------------------------------------------------- Anthropic's errors
+
+CLAUDE = Upstream("up", "http://upstream.example/v1", Secret(KEY), "anthropic")
+
+
+def theirs(type: str, message: str = "It can't be done.") -> bytes:
+    """A body with an error in Anthropic's shape."""
+    return json.dumps({"type": "error", "error": {"type": type, "message": message}, "request_id": "r"}).encode()
+
+
+@pytest.mark.parametrize("status", [400, 404, 413])
+def test_a_bad_request_of_anthropic_s_passes_on(status: int) -> None:
+    """In its own words; where there are none, in ours and its shape."""
+    body = theirs("invalid_request_error")
+    assert failure_of(status, body, None, CLAUDE) == Rejected(status, body)
+    wrapped = failure_of(status, HTML, None, CLAUDE)
+    assert isinstance(wrapped, Rejected)
+    said = json.loads(wrapped.body)
+    assert (said["type"], said["error"]["type"]) == ("error", "invalid_request_error")
+    assert str(status) in said["error"]["message"]
+
+
+def test_an_overload_of_anthropic_s_passes_on() -> None:
+    """With the status that its SDK knows, and nothing is charged."""
+    body = theirs("overloaded_error", f"Overloaded, {KEY}")
+    assert failure_of(529, body, None, CLAUDE) == Failed(529, body.replace(KEY.encode(), b"***"))
+
+
+@pytest.mark.parametrize(
+    ("status", "body"),
+    [
+        (400, theirs("invalid_request_error", "Your credit balance is too low to access the Anthropic API.")),
+        (403, theirs("billing_error")),
+        (402, theirs("billing_error")),
+    ],
+)
+def test_an_account_of_anthropic_s_that_is_used_up_is_the_operator_s(status: int, body: bytes) -> None:
+    """It has no code for it, and may call it a bad request: the user pays nothing."""
+    failed = failure_of(status, body, None, CLAUDE)
+    assert isinstance(failed, UpstreamError)
+    assert isinstance(failed, UpstreamExhausted) == (status != 403)

@@ -19,12 +19,16 @@ PASSED_UP = [
     "User-Agent",
     "OpenAI-Beta",
     "anthropic-version",
-    "anthropic-beta",
     "Idempotency-Key",
     "HTTP-Referer",
     "X-Title",
 ]
 PASSED_DOWN = ["Content-Type", "Content-Language", "OpenAI-Processing-MS", "OpenAI-Version"]
+
+
+def ours(kind: Kind) -> dict[str, str]:
+    """What an upstream of this kind gets from us alone, but for the key."""
+    return {**OURS, "anthropic-version": "2023-06-01"} if kind == "anthropic" else OURS
 
 
 def up(*headers: tuple[str, str], kind: Kind = "openai", api_key: Secret | None = KEY) -> dict[str, str]:
@@ -52,7 +56,7 @@ def down(*headers: tuple[str, str], is_stream: bool = False) -> dict[str, str]:
 def test_each_kind_of_upstream_gets_its_key_in_its_own_header(kind: Kind, expected: dict[str, str]) -> None:
     """And in no other: a second one would be refused or logged."""
     assert key_header(kind, KEY) == expected
-    assert up(kind=kind) == {**OURS, **expected}
+    assert up(kind=kind) == {**ours(kind), **expected}
 
 
 @pytest.mark.parametrize("kind", get_args(Kind))
@@ -60,7 +64,7 @@ def test_an_upstream_without_a_key_gets_none(kind: Kind) -> None:
     """A server of one's own may be open; the client's key is not for it either."""
     client = (("authorization", "Bearer sk-user"), ("api-key", "sk-user"), ("x-api-key", "sk-user"))
     assert key_header(kind, None) == {}
-    assert up(*client, kind=kind, api_key=None) == OURS
+    assert up(*client, kind=kind, api_key=None) == ours(kind)
 
 
 @pytest.mark.parametrize("kind", get_args(Kind))
@@ -104,7 +108,7 @@ def test_an_upstream_without_a_key_gets_none(kind: Kind) -> None:
 def test_a_client_s_header_that_is_not_on_the_list_stays_here(kind: Kind, name: str) -> None:
     """No key of a user, no address, no account, nothing of this connection (T11, T14)."""
     for spelled in (name, name.lower(), name.upper()):
-        assert up((spelled, "sk-user"), kind=kind) == {**OURS, **key_header(kind, KEY)}
+        assert up((spelled, "sk-user"), kind=kind) == {**ours(kind), **key_header(kind, KEY)}
 
 
 @pytest.mark.parametrize("name", PASSED_UP)
@@ -112,6 +116,29 @@ def test_a_few_of_the_client_s_headers_mean_something_upstream(name: str) -> Non
     """In whatever case they come: they are sent in lower case, once."""
     for spelled in (name, name.lower(), name.upper()):
         assert up((spelled, "value")) == {**OURS, **key_header("openai", KEY), name.lower(): "value"}
+
+
+def test_a_version_of_anthropic_s_is_the_client_s_where_it_names_one() -> None:
+    """Each SDK speaks its own; the first that was published is for who says nothing."""
+    assert up(("Anthropic-Version", "2026-10-21"), kind="anthropic")["anthropic-version"] == "2026-10-21"
+    assert up(kind="anthropic")["anthropic-version"] == "2023-06-01"
+
+
+@pytest.mark.parametrize(
+    ("kind", "allowed", "sent"),
+    [
+        ("anthropic", ["b", "c"], "b,c"),
+        ("anthropic", ["c"], "c"),
+        ("anthropic", [], None),
+        ("openai", ["a", "b", "c"], None),
+    ],
+)
+def test_a_beta_is_asked_for_where_the_operator_lets_it_pass(
+    kind: Kind, allowed: list[str], sent: str | None
+) -> None:
+    """All others are left out, in whichever of the headers they stand."""
+    headers = [("anthropic-beta", "a, b"), ("Anthropic-Beta", "c")]
+    assert to_upstream(headers, kind=kind, api_key=KEY, betas=allowed).get("anthropic-beta") == sent
 
 
 def test_the_body_is_ours_and_the_answer_is_not_to_be_compressed() -> None:
@@ -189,6 +216,7 @@ def test_a_few_of_the_upstream_s_headers_pass() -> None:
     """Its own id for the request gets another name, since ours has that one."""
     for name in PASSED_DOWN:
         assert down((name, "value")) == {name.lower(): "value", "cache-control": "no-store"}
+    assert down(("Request-Id", "req_1")) == down(("X-Request-ID", "req_1"))
     assert down(("X-Request-ID", "req_1")) == {"x-upstream-request-id": "req_1", "cache-control": "no-store"}
 
 
@@ -215,7 +243,7 @@ headers = st.lists(st.tuples(names | st.text(min_size=1, max_size=12), st.text(m
 def test_no_headers_let_anything_else_through(headers: list[tuple[str, str]], kind: Kind, is_stream: bool) -> None:
     """Whatever comes, the names that go out are of the lists, and the key is ours."""
     sent = to_upstream(headers, kind=kind, api_key=KEY)
-    assert sent.keys() - key_header(kind, KEY).keys() - OURS.keys() <= {name.lower() for name in PASSED_UP}
+    assert sent.keys() - key_header(kind, KEY).keys() - ours(kind).keys() <= {name.lower() for name in PASSED_UP}
     assert {**sent, **OURS, **key_header(kind, KEY)} == sent
     passed = to_client(headers, is_stream=is_stream)
     added = {"x-upstream-request-id", "cache-control", "x-accel-buffering"}

@@ -19,9 +19,9 @@ PACKAGE = ROOT / "proxy"
 # The table of contents. A module imports only from those that stand before it, also on its own floor.
 FLOORS = {
     "ground": (
-        "errors windows usage quotas admission books policy standing auth "  # who may what
-        "codings strict_json sse pictures prompt "
-        "endpoints forms wire demand habits ending meter stream headers failures pace".split()
+        "errors windows usage quotas admission books policy standing anthropic auth "  # who may what
+        "codings strict_json sse chunks pictures prompt "
+        "endpoints forms wire demand habits message_ending ending meter stream headers failures pace".split()
     ),
     "adapters": (
         "references document scalars schema faults config check "  # the file
@@ -31,7 +31,8 @@ FLOORS = {
     "story": "reload waiting counting reservation passage departure relay".split(),
     "doors": "answering framing bodies cors listener health api admin".split(),
     "roof": (
-        "simulated_faults simulated_text simulated_media simulated_frames simulator share app workers demo "
+        "simulated_faults simulated_text simulated_media simulated_frames simulated_messages simulator "
+        "share app workers demo "
         "torture_plan torture_answers torture_records torture_report torture_verdict "
         "torture_books torture_clients torture_upstream torture_proxy torture_replicas torture cli".split()
     ),

@@ -18,6 +18,7 @@ from proxy.endpoints import (
     EMBEDDINGS,
     IMAGES,
     INPUT_TOKENS,
+    MESSAGES,
     MODERATIONS,
     RESPONSES,
     SPEECH,
@@ -1084,3 +1085,134 @@ def test_what_was_not_asked_for_is_the_client_s() -> None:
     stream = TEXT + event(chunk(finish="stop", usage=None)) + event(usage_chunk(timings=TIMINGS)) + DONE
     assert b"".join(meter.see_event(each) for each in splitter.feed(stream)) == stream
     assert meter.usage() == BOOKED
+
+
+# ----------------------------------------------------------------------------------------------- Anthropic's messages
+
+MESSAGE = call(MESSAGES, max_tokens=50)
+
+
+def said(kind: str, **more: object) -> bytes:
+    """An event of a message."""
+    return f"event: {kind}\ndata: {json.dumps({'type': kind, **more})}\n\n".encode()
+
+
+def delta(kind: str, **more: object) -> bytes:
+    """A piece of a block."""
+    return said("content_block_delta", index=0, delta={"type": kind, **more})
+
+
+START = said(
+    "message_start",
+    message={
+        "id": "msg_1",
+        "content": [],
+        "usage": {
+            "input_tokens": 4,
+            "cache_creation_input_tokens": 2,
+            "cache_read_input_tokens": 5,
+            "output_tokens": 1,
+        },
+    },
+)
+BLOCK = said("content_block_start", index=0, content_block={"type": "text", "text": ""})
+BLOCK_STOP = said("content_block_stop", index=0)
+STOP = said("message_stop")
+
+
+def ended(**usage: object) -> bytes:
+    """The event that says all that was used."""
+    return said("message_delta", delta={"stop_reason": "end_turn"}, usage=usage)
+
+
+def test_a_message_is_charged_what_its_end_says() -> None:
+    """What the end leaves out of the input is as the beginning said it, and nothing of the stream is changed."""
+    stream = (
+        START + BLOCK + said("ping") + delta("text_delta", text="hi") + BLOCK_STOP + ended(output_tokens=9) + STOP
+    )
+    meter, shown = watch(stream, MESSAGE)
+    assert meter.usage() == Exactly(Tokens(11, 9, cached=5))
+    assert shown == stream
+    assert meter.is_over
+
+
+def test_an_input_of_0_at_the_beginning_is_none() -> None:
+    """As from servers that count at the end: what is held for the input must not shrink to it."""
+    start = said("message_start", message={"usage": {"input_tokens": 0, "output_tokens": 0}})
+    meter, _ = watch(start + BLOCK + delta("text_delta", text="hello"), MESSAGE)
+    assert (meter.input_reported, meter.usage()) == (None, AtLeast(Tokens(0, 5)))
+    assert usage_of(start + BLOCK + ended(input_tokens=7, output_tokens=2) + STOP, MESSAGE) == Exactly(Tokens(7, 2))
+
+
+def test_the_last_usage_of_a_message_wins() -> None:
+    """It counts all so far: it is never added up, and may correct the input."""
+    stream = START + BLOCK + delta("text_delta", text="hi") + ended(output_tokens=3)
+    meter, _ = watch(stream + ended(output_tokens=9, input_tokens=6, cache_read_input_tokens=0) + STOP, MESSAGE)
+    assert meter.usage() == Exactly(Tokens(8, 9))
+
+
+def test_a_message_that_is_cut_is_charged_its_input_and_what_passed() -> None:
+    """The input is known from the first event on; the output that it guesses there is counted when it comes."""
+    assert usage_of(START, MESSAGE) == AtLeast(Tokens(11, 0, cached=5))
+    meter, _ = watch(START + BLOCK + delta("text_delta", text="hello"), MESSAGE)
+    assert meter.usage() == AtLeast(Tokens(11, 5, cached=5))
+    assert (meter.input_reported, meter.output_seen, meter.is_at_end) == (11, 5, False)
+
+
+@pytest.mark.parametrize(
+    ("event", "tokens"),
+    [
+        (delta("text_delta", text="hello"), 5),
+        (delta("thinking_delta", thinking="hello"), 5),
+        (delta("input_json_delta", partial_json='{"a":'), 5),
+        (delta("input_json_delta", partial_json=""), 0),
+        (delta("signature_delta", signature="c2lnbmF0dXJl"), 0),
+        (delta("what_comes_next", words="hello"), 5),
+        (said("content_block_start", index=1, content_block={"type": "tool_use", "id": "t", "name": "f"}), 1),
+        (said("content_block_start", index=1, content_block={"type": "text", "text": "hello"}), 5),
+        (said("content_block_delta"), 0),
+        (said("message_start", message="?"), 0),
+        (said("message_delta", usage="?"), 0),
+        (said("ping"), 0),
+    ],
+)
+def test_what_the_model_wrote_is_counted(event: bytes, tokens: int) -> None:
+    """Words, thoughts and which tools are called, and with what; signatures and ids are no words of it."""
+    assert usage_of(START + event, MESSAGE) == AtLeast(Tokens(11, tokens, cached=5))
+
+
+def test_without_usage_a_message_is_counted() -> None:
+    """As from a server that is like Anthropic's in all else; what makes no sense is no usage."""
+    stream = BLOCK + delta("text_delta", text="hello") + BLOCK_STOP + ended(output_tokens="many") + STOP
+    assert usage_of(stream, MESSAGE) == AtLeast(Tokens(0, 5))
+
+
+def test_the_end_of_a_message_begins_with_its_usage() -> None:
+    """From there on it waits until it is settled; should a block follow after all, that was not the end."""
+    meter, splitter = new(MESSAGE), Splitter()
+    stops = []
+    for event in splitter.feed(
+        START + BLOCK + BLOCK_STOP + ended(output_tokens=1) + BLOCK + delta("text_delta") + STOP
+    ):
+        meter.see_event(event)
+        stops.append((meter.is_at_end, meter.is_over))
+    assert stops == [(False, False)] * 3 + [(True, False)] + [(False, False)] * 2 + [(True, True)]
+
+
+def test_an_error_ends_a_message() -> None:
+    """What passed before it is charged."""
+    meter, _ = watch(START + delta("text_delta", text="hi") + said("error", error={"type": "api_error"}), MESSAGE)
+    assert (meter.has_error, meter.is_over, meter.usage()) == (True, True, AtLeast(Tokens(11, 2, cached=5)))
+
+
+def test_a_whole_message_says_its_usage_or_is_counted() -> None:
+    """All of its blocks, where nothing is said."""
+    body = {
+        "content": [{"type": "text", "text": "hi"}, {"type": "tool_use", "id": "t", "name": "f", "input": {"a": "b"}}]
+    }
+    meter = new(MESSAGE)
+    meter.see_whole(json.dumps({**body, "usage": {"input_tokens": 3, "output_tokens": 2}}).encode())
+    assert (meter.usage(), meter.uncounted) == (Exactly(Tokens(3, 2)), [])
+    meter = new(MESSAGE)
+    meter.see_whole(json.dumps(body).encode())
+    assert (meter.usage(), meter.uncounted) == (AtLeast(Tokens(0, 0)), ["hi", "f", "b"])

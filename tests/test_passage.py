@@ -10,8 +10,8 @@ from aiohttp.test_utils import make_mocked_request
 from proxy.books import Booked, Books, Facts
 from proxy.client import Client
 from proxy.demand import demand_of
-from proxy.endpoints import CHAT
-from proxy.errors import ModelNotFound
+from proxy.endpoints import CHAT, COUNT_TOKENS, MESSAGES, Endpoint
+from proxy.errors import InvalidRequest, ModelNotFound
 from proxy.passage import Passage, passage_for
 from proxy.policy import Policy
 from proxy.prompt import read_prompt
@@ -97,3 +97,40 @@ def test_labels_come_from_the_policy_only(tmp_path: Path) -> None:
     open_list = STAFF.replace("models:\n", 'models:\n  "*": {upstream: simulated}\n')
     assert _passage(_policy(tmp_path, open_list), "made-up").model_label == "other"
     assert _passage(_policy(tmp_path), "fast").model_label == "fast"
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "kind", "says"),
+    [
+        (CHAT, "anthropic", "/v1/messages"),
+        (COUNT_TOKENS, "openai", "/v1/chat/completions"),
+        (MESSAGES, "openai", "/v1/chat/completions"),
+        (MESSAGES, "vllm", "/v1/chat/completions"),
+        (MESSAGES, "anthropic", ""),
+        (MESSAGES, "simulator", ""),
+        (CHAT, "simulator", ""),
+        (CHAT, "vllm", ""),
+    ],
+)
+def test_nothing_is_translated(endpoint: Endpoint, kind: str, says: str, tmp_path: Path) -> None:
+    """A model that is served on the other surface says where to send it."""
+    policy = config_of(STAFF, folder=tmp_path, upstream="http://127.0.0.1:1/v1", kind=kind).policy
+    call = parse_call(endpoint, b'{"model": "fast", "messages": [], "max_tokens": 5}')
+    client = Client(make_mocked_request("POST", "/v1" + endpoint.path), id="req_1")
+    if says:
+        with pytest.raises(InvalidRequest, match=f"send it to {says},"):
+            passage_for(call, policy.users["alice"], policy, client)
+    else:
+        assert passage_for(call, policy.users["alice"], policy, client).call is call
+
+
+def test_a_message_is_told_its_quotas_in_anthropic_s_words(tmp_path: Path) -> None:
+    """Beside ours, and with the id where its SDK reads it."""
+    policy = _policy(tmp_path)
+    call = parse_call(MESSAGES, b'{"model": "fast", "messages": [], "max_tokens": 5}')
+    client = Client(make_mocked_request("POST", "/v1/messages"), id="req_1")
+    passage = passage_for(call, policy.users["alice"], policy, client)
+    booked = _booked(passage)
+    told = passage.quota_headers(booked.entry, booked.counters, NOON, is_held=True)
+    assert told["anthropic-ratelimit-tokens-remaining"] == told["x-ratelimit-remaining-tokens"] == "1000000"
+    assert told["request-id"] == "req_1"

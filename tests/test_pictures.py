@@ -5,6 +5,7 @@ import struct
 
 import pytest
 
+from proxy.pictures import price_by_area
 from proxy.prompt import Prompt, read_prompt
 
 
@@ -115,6 +116,15 @@ def test_models_have_their_own_prices(model: str, small: int, highest: int):
 def test_a_picture_of_too_many_patches_is_made_to_fit():
     """1536 patches are the most."""
     assert price(png(1024, 1536), "o4-mini") == price(png(9000, 9000), "o4-mini") == 2642
+
+
+@pytest.mark.parametrize(
+    ("size", "tokens"),
+    [((1092, 1092), 1590), ((200, 200), 54), ((1, 1), 1), ((2576, 1392), 4782), ((8000, 8000), 4784), (None, 4784)],
+)
+def test_anthropic_s_pictures_cost_by_their_area(size: tuple[int, int] | None, tokens: int):
+    """A token for 750 pixels, and never more than the largest; those that we can't size are that."""
+    assert price_by_area(size) == tokens
 
 
 def test_low_detail_costs_the_base_alone_where_the_model_knows_of_it():

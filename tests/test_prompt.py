@@ -133,7 +133,7 @@ def test_schemas_are_read_as_json():
         tools=[tool],
         functions=[{"name": "g"}],
         response_format=schema,
-        system="Be brief",
+        preface="Be brief",
         Suffix="end",
         tool_prompt=None,
     )
@@ -266,7 +266,8 @@ def test_no_depth_overflows_the_stack():
 names = st.sampled_from(
     "messages input prompt suffix instructions tools functions documents response_format json_schema text format "
     "schema role name content output type id audio image_url url detail input_audio data file file_data file_id "
-    "file_url tool_calls function arguments encrypted_content previous_response_id chat_template".split()
+    "file_url tool_calls function arguments encrypted_content previous_response_id chat_template "
+    "system source input_schema thinking signature title".split()
 )
 scalars = (
     st.none()
@@ -275,7 +276,8 @@ scalars = (
     | st.floats(allow_nan=False, allow_infinity=False)
     | st.text(st.characters(exclude_categories=()), max_size=9)
     | st.sampled_from(
-        "image_url input_image input_audio file input_file video_url function item_reference low".split()
+        "image_url input_image input_audio file input_file video_url function item_reference low "
+        "image document tool_result tool_use thinking redacted_thinking search_result base64 content".split()
     )
     | st.sampled_from(
         [data_url(data) for data in (b"", png(9, 9), jpeg(9, 9), webp_lossy(9, 9), b"\xff\xd8\xff\xff")]
@@ -332,3 +334,87 @@ def test_files_of_a_form_are_priced_by_what_they_are() -> None:
     assert with_files(prompt, [25_000_000], are_sounds=True, context=None).media_tokens == 16_000
     assert with_files(prompt, [25_000_000], are_sounds=True, context=32_000).media_tokens == 32_000
     assert with_files(prompt, [5, 50_000_000], are_sounds=False, context=None).media_tokens == 2 * 8192
+
+
+# ------------------------------------------------------------------------------------------------- Anthropic's blocks
+
+
+def block(kind: str, **more: object) -> Prompt:
+    """What a block of this kind adds to its message."""
+    return of_part({"type": kind, **more})
+
+
+def source(kind: str, data: object, **more: object) -> dict:
+    """Where a picture or a document comes from."""
+    return {"source": {"type": kind, "data": data, **more}}
+
+
+def test_a_system_is_text_before_all_messages():
+    """As one text, or in blocks."""
+    assert read(system="Be brief.", messages=[]).texts == ("Be brief.",)
+    blocks = [{"type": "text", "text": "Be brief.", "cache_control": {"type": "ephemeral"}}]
+    assert read(system=blocks, messages=[]).texts == ("Be brief.",)
+
+
+def test_a_picture_of_anthropic_s_costs_by_its_area():
+    """Its base64 is no text; one that doesn't show its size costs the most, and nothing is open."""
+    data = base64.b64encode(png(1092, 1092)).decode()
+    prompt = block("image", **source("base64", data, media_type="image/png"))
+    assert prompt.texts == ("user",)
+    assert (prompt.media_tokens, prompt.opaque_bytes, prompt.is_open) == (1590, len(data), False)
+    for unknown in ({"source": {"type": "url", "url": "https://x.example/a.png"}}, source("base64", "??"), {}):
+        assert (block("image", **unknown).media_tokens, block("image", **unknown).is_open) == (4784, False)
+    assert block("image", source={"type": "file", "file_id": "file_1"}).is_open
+
+
+def test_a_document_of_anthropic_s_is_text_or_open():
+    """Of a PDF the model reads the pages as pictures too, so nothing bounds it."""
+    assert block("document", title="T", **source("text", "words")).texts == ("user", "T", "words")
+    parts = [{"type": "text", "text": "a"}, {"type": "image", **source("base64", "??")}]
+    inner = block("document", source={"type": "content", "content": parts})
+    assert (inner.texts, inner.media_tokens, inner.is_open) == (("user", "a"), 4784, False)
+    assert block("document", source={"type": "content", "content": "a"}).texts == ("user", "a")
+    pdf = block("document", **source("base64", "JVBE" * 100))
+    assert (pdf.texts, pdf.overhead, pdf.opaque_bytes, pdf.is_open) == (("user",), EMPTY_CHAT + 100, 0, True)
+    assert block("document", source={"type": "url", "url": "https://x.example/a.pdf"}).is_open
+
+
+def test_what_tools_of_anthropic_s_gave_back_is_read():
+    """Its texts and pictures; of what holds parts itself the words."""
+    content = [
+        {"type": "text", "text": "done"},
+        {"type": "image", **source("base64", "??")},
+        {"type": "search_result", "title": "T", "content": [{"type": "text", "text": "found"}]},
+    ]
+    prompt = block("tool_result", tool_use_id="toolu_1", is_error=False, content=content)
+    assert prompt.texts == ("user", "toolu_1", "done", "T", "found")
+    assert (prompt.media_tokens, prompt.is_open) == (4784, False)
+    assert block("tool_result", tool_use_id="toolu_1", content="done").texts == ("user", "toolu_1", "done")
+
+
+def test_what_a_tool_of_anthropic_s_is_called_with_is_json():
+    """With its names, which the model reads too."""
+    assert block("tool_use", id="toolu_1", name="f", input={"a": [1]}).texts == ("user", "toolu_1", "f", '{"a":[1]}')
+
+
+def test_thoughts_of_anthropic_s_are_read_and_their_signatures_estimated():
+    """A signature is no text, and holds a thought that was left out."""
+    prompt = block("thinking", thinking="hm", signature="s" * 400)
+    assert (prompt.texts, prompt.overhead) == (("user", "hm"), EMPTY_CHAT + 100)
+    assert block("redacted_thinking", data="s" * 400).overhead == EMPTY_CHAT + 100
+
+
+def test_anthropic_tells_its_models_about_tools():
+    """So many tokens at the most beside their descriptions, which have no bytes in the request."""
+    tools = [{"name": "f", "input_schema": {"type": "object"}}]
+    assert read(tools=tools).media_tokens == 804
+    assert read(tools=tools).bound(100) == 904
+    assert read(tools=[{"type": "function", "function": {}}, "x"]).media_tokens == 0
+
+
+def test_parts_within_parts_are_found():
+    """In what a tool gave back, and in a document that is made of parts."""
+    text = {"type": "text", "text": "a"}
+    document = {"type": "document", "source": {"type": "content", "content": [text, "x"]}}
+    result = {"type": "tool_result", "content": [document, "x"]}
+    assert parts_of({"messages": [{"role": "user", "content": [result]}]}) == [result, document, text]

@@ -16,10 +16,12 @@ from proxy.endpoints import (
     CHAT,
     COMPACT,
     COMPLETIONS,
+    COUNT_TOKENS,
     EMBEDDINGS,
     IMAGE_EDITS,
     IMAGES,
     INPUT_TOKENS,
+    MESSAGES,
     METERED,
     MODERATIONS,
     RESPONSES,
@@ -42,7 +44,7 @@ from proxy.wire import (
 )
 
 KINDS = get_args(Kind)
-GENERATING = [CHAT, COMPLETIONS, RESPONSES]
+GENERATING = [CHAT, COMPLETIONS, RESPONSES, MESSAGES]
 HUGE = 10**9
 
 
@@ -352,11 +354,11 @@ READS = {
     ("simulator", "chat"): {"max_completion_tokens", "max_tokens"},
     ("simulator", "completions"): {"max_tokens"},
     ("simulator", "responses"): {"max_output_tokens"},
+    **{(kind, "messages"): {"max_tokens"} for kind in KINDS},
 }
 # What is written where none of them stands.
 WRITES = {
     ("ollama", "chat"): "max_tokens",
-    ("anthropic", "chat"): "max_tokens",
     ("llamacpp", "chat"): "n_predict",
     ("llamacpp", "completions"): "n_predict",
 }
@@ -765,3 +767,50 @@ def test_an_option_that_is_withheld_is_not_written() -> None:
         assert not of.adds_usage
         assert not of.adds_running_usage("vllm")
         assert json.loads(forwarded_body(of, model()))["stream_options"] == sent
+
+
+# ----------------------------------------------------------------------------------------------- Anthropic's messages
+
+
+@pytest.mark.parametrize("endpoint", [MESSAGES, COUNT_TOKENS], ids=ids)
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"container": "container_1"}, "container"),
+        ({"mcp_servers": [{"type": "url", "url": "https://mcp.example"}]}, "mcp_servers"),
+        ({"tools": [{"name": "f", "input_schema": {}}, {"type": "web_search_20250305"}]}, "tools"),
+        ({"tools": [{"type": "bash_20250124", "name": "bash"}]}, "tools"),
+        ({"tools": ["web_search"]}, "tools"),
+        ({"messages": [{"role": "user", "content": [{"type": "container_upload", "file_id": "file_1"}]}]}, "file_id"),
+    ],
+)
+def test_what_a_message_does_not_show_is_refused(endpoint: Endpoint, fields: dict, param: str) -> None:
+    """Containers, servers and tools that the upstream runs: input that nobody could bound (T20)."""
+    error = refused(endpoint, **fields)
+    assert (error.param, error.code) == (param, "unsupported_parameter")
+
+
+@pytest.mark.parametrize("kind", ["image", "document"])
+def test_files_of_a_message_are_found_at_any_depth(kind: str) -> None:
+    """In a block, in what a tool gave back, and in a document that is made of blocks."""
+    stored = {"type": kind, "source": {"type": "file", "file_id": "file_1"}}
+    result = {"type": "tool_result", "tool_use_id": "t", "content": [stored]}
+    document = {"type": "document", "source": {"type": "content", "content": [stored]}}
+    for block in (stored, result, document):
+        assert refused(MESSAGES, messages=[{"role": "user", "content": [block]}]).param == "file_id"
+
+
+def test_a_tool_of_one_s_own_is_open_on_messages() -> None:
+    """Whether or not it says its type; and what we don't know passes."""
+    tools = [{"name": "f", "input_schema": {}}, {"type": "custom", "name": "g", "input_schema": {}}]
+    call = parse(MESSAGES, tools=tools, max_tokens=5, thinking={"type": "adaptive"}, what_comes_next=1)
+    assert sent(call, "anthropic") == {**call.document, "model": "real-m"}
+
+
+def test_an_error_in_a_stream_of_a_message_is_an_event_of_anthropic_s() -> None:
+    """Its SDK raises at the event's name, and reads `error`."""
+    event = error_event(MESSAGES, UpstreamError("It broke."))
+    head, data = event.split(b"\n", 1)
+    assert head == b"event: error"
+    error = {"type": "api_error", "message": "It broke.", "code": "upstream_error"}
+    assert json.loads(data.removeprefix(b"data: ")) == {"type": "error", "error": error}

@@ -1,0 +1,89 @@
+"""What Anthropic's surface (`/v1/messages`) says in words of its own: errors, rate-limit headers, usage.
+
+An error is `{"type": "error", "error": {"type", "message", …}, "request_id"}`. Its type follows from the status; what
+we say beside the message (`code`, `reset_at`, …) stays inside `error`, as on OpenAI's surface. Sources: Anthropic's
+published API description, and its SDK. Pure.
+"""
+
+from collections.abc import Mapping
+from zoneinfo import ZoneInfo
+
+from proxy.errors import ProxyError
+from proxy.quotas import Binding
+from proxy.standing import Standing, first_to_refuse
+from proxy.usage import MEASURES, Tokens, read_tokens
+from proxy.windows import rfc3339
+
+# What a client that names no version gets: the first that was published, which all servers know.
+VERSION = "2023-06-01"
+
+_UTC = ZoneInfo("UTC")
+_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+    529: "overloaded_error",
+}
+# All of these are input; what was read from the cache is not a part of the first, as it is at OpenAI.
+_INPUTS = ("input_tokens", "cache_creation_input_tokens", "cache_read_input_tokens")
+
+
+def is_its_path(path: str) -> bool:
+    """Whether a request's path is one of this surface, metered or not."""
+    relative = path.removeprefix("/v1")
+    return relative == "/messages" or relative.startswith("/messages/")
+
+
+def error_body(error: ProxyError, request_id: str | None = None) -> dict[str, object]:
+    """The body of an error, in Anthropic's shape."""
+    usual = {"type": type_of(error.status), "message": error.message}
+    ours = {name: value for name, value in (("code", error.code), ("param", error.param)) if value is not None}
+    named = {} if request_id is None else {"request_id": request_id}
+    return {"type": "error", "error": {**usual, **ours, **error.members}, **named}
+
+
+def type_of(status: int) -> str:
+    """The type of an error that is answered with this status."""
+    return _TYPES.get(status, "api_error" if status >= 500 else "invalid_request_error")
+
+
+def limit_headers(binding: Binding, stand: Mapping[str, Standing]) -> dict[str, str]:
+    """What `x-ratelimit-*` say, under Anthropic's names; the reset is an instant in UTC, rounded up."""
+    headers: dict[str, str] = {}
+    for kind, measures in (("tokens", MEASURES[:3]), ("requests", MEASURES[3:])):
+        if first := first_to_refuse(binding, stand, measures):
+            standing, limit = first
+            resets_at = rfc3339(standing.counter.window.resets_at, _UTC)
+            headers[f"anthropic-ratelimit-{kind}-limit"] = str(limit.maximum)
+            headers[f"anthropic-ratelimit-{kind}-remaining"] = str(standing.remaining(limit))
+            headers[f"anthropic-ratelimit-{kind}-reset"] = resets_at.replace("+00:00", "Z")
+    return headers
+
+
+def read_usage(usage: Mapping[str, object]) -> Tokens | None:
+    """The tokens in a usage of this surface; None where it makes no sense, as `read_tokens` has it."""
+    parts = [
+        read_tokens({"input_tokens": usage[name], "output_tokens": 0})
+        for name in _INPUTS
+        if usage.get(name) is not None
+    ]
+    counts = [part.input for part in parts if part is not None]
+    if len(counts) < len(parts):
+        return None
+    return read_tokens(
+        {
+            "input_tokens": sum(counts) if counts else None,
+            "output_tokens": usage.get("output_tokens"),
+            "input_tokens_details": {"cached_tokens": usage.get("cache_read_input_tokens")},
+            "output_tokens_details": {"reasoning_tokens": _thinking(usage)},
+        }
+    )
+
+
+def _thinking(usage: Mapping[str, object]) -> object:
+    details = usage.get("output_tokens_details")
+    return details.get("thinking_tokens") if isinstance(details, dict) else None

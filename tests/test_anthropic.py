@@ -1,0 +1,142 @@
+"""What Anthropic's surface says in words of its own: errors, rate-limit headers, usage.
+
+wire §1.2 and §1.3 (its usage), §3.6 (its client).
+"""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from proxy.anthropic import error_body, is_its_path, limit_headers, read_usage, type_of
+from proxy.errors import InvalidRequest, LedgerUnavailable, Refusal, UpstreamError
+from proxy.standing import rate_limit_headers, standings
+from proxy.usage import Amount, Tokens
+from tests.builders import NOON, binding, counters, quota
+
+
+@pytest.mark.parametrize(
+    ("path", "is_its"),
+    [
+        ("/v1/messages", True),
+        ("/messages", True),
+        ("/v1/messages/count_tokens", True),
+        ("/messages/batches/b/results", True),
+        ("/v1/messagesx", False),
+        ("/v1/chat/completions", False),
+        ("/v1/chat/completions/c/messages", False),
+        ("/", False),
+    ],
+)
+def test_the_surface_is_told_by_the_path(path: str, is_its: bool) -> None:
+    """Before anything of a request is read: also a wrong key is answered in its shape."""
+    assert is_its_path(path) == is_its
+
+
+def test_an_error_keeps_what_we_say_to_programs() -> None:
+    """When it resets stands inside `error`, where the SDK's user finds it; the type is Anthropic's."""
+    members = {"reset_at": "2026-11-25T00:00:00+01:00", "retry_after": 7}
+    error = Refusal("Used up.", type="insufficient_quota", code="insufficient_quota", headers={}, members=members)
+    assert error_body(error, "req_1") == {
+        "type": "error",
+        "error": {"type": "rate_limit_error", "message": "Used up.", "code": "insufficient_quota", **members},
+        "request_id": "req_1",
+    }
+
+
+def test_an_error_says_no_more_than_there_is() -> None:
+    """No nulls, which OpenAI's shape has: nobody reads them here. In a stream there is no id."""
+    said = error_body(InvalidRequest("No.", param="tools"))
+    assert said == {"type": "error", "error": {"type": "invalid_request_error", "message": "No.", "param": "tools"}}
+    assert error_body(UpstreamError("No."))["error"]["type"] == "api_error"  # type: ignore[index]
+    assert error_body(LedgerUnavailable())["error"]["type"] == "overloaded_error"  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    ("status", "type"),
+    [
+        (400, "invalid_request_error"),
+        (401, "authentication_error"),
+        (403, "permission_error"),
+        (404, "not_found_error"),
+        (408, "invalid_request_error"),
+        (413, "request_too_large"),
+        (429, "rate_limit_error"),
+        (500, "api_error"),
+        (502, "api_error"),
+        (503, "overloaded_error"),
+        (504, "timeout_error"),
+        (529, "overloaded_error"),
+    ],
+)
+def test_a_type_follows_from_the_status(status: int, type: str) -> None:
+    """Those of the API's description; what has none of its own is a bad request or a failure."""
+    assert type_of(status) == type
+
+
+def test_the_headers_say_what_openai_s_say() -> None:
+    """The same limits and the same rest; the reset is an instant in UTC."""
+    who = binding([quota("staff/daily", tokens=1000, requests=10)])
+    stand = standings(who, counters(who, used={"staff/daily": Amount(300, 50, 4)}), NOON)
+    assert limit_headers(who, stand) == {
+        "anthropic-ratelimit-tokens-limit": "1000",
+        "anthropic-ratelimit-tokens-remaining": "650",
+        "anthropic-ratelimit-tokens-reset": "2026-11-25T00:00:00Z",
+        "anthropic-ratelimit-requests-limit": "10",
+        "anthropic-ratelimit-requests-remaining": "6",
+        "anthropic-ratelimit-requests-reset": "2026-11-25T00:00:00Z",
+    }
+    assert rate_limit_headers(who, stand, NOON)["x-ratelimit-remaining-tokens"] == "650"
+
+
+def test_what_is_not_limited_has_no_headers() -> None:
+    """A zone's offset is no part of the instant, and who has no limit of requests is told of none."""
+    who = binding([quota("staff/daily", tokens=1000, zone="Europe/Berlin")])
+    said = limit_headers(who, standings(who, {}, NOON))
+    assert said.keys() == {f"anthropic-ratelimit-tokens-{name}" for name in ("limit", "remaining", "reset")}
+    assert said["anthropic-ratelimit-tokens-reset"] == "2026-11-24T23:00:00Z"
+
+
+@pytest.mark.parametrize(
+    ("usage", "tokens"),
+    [
+        ({"input_tokens": 7, "output_tokens": 5}, Tokens(7, 5)),
+        (
+            {
+                "input_tokens": 7,
+                "cache_creation_input_tokens": 100,
+                "cache_read_input_tokens": 1000,
+                "cache_creation": {"ephemeral_5m_input_tokens": 100},
+                "output_tokens": 5,
+                "output_tokens_details": {"thinking_tokens": 3},
+            },
+            Tokens(1107, 5, cached=1000, reasoning=3),
+        ),
+        (
+            {
+                "input_tokens": 7,
+                "cache_creation_input_tokens": None,
+                "cache_read_input_tokens": 0,
+                "output_tokens": 5,
+            },
+            Tokens(7, 5),
+        ),
+        ({"cache_read_input_tokens": 9, "output_tokens": 5}, Tokens(9, 5, cached=9)),
+        ({"input_tokens": 0, "output_tokens": 0}, Tokens(0, 0)),
+        ({"input_tokens": 7, "output_tokens": 5, "output_tokens_details": "x"}, Tokens(7, 5)),
+        ({"input_tokens": -7, "output_tokens": 5}, None),
+        ({"input_tokens": 7, "cache_read_input_tokens": "many", "output_tokens": 5}, None),
+        ({"input_tokens": 7, "output_tokens": 2.5}, None),
+        ({"output_tokens": 5}, None),
+        ({}, None),
+    ],
+)
+def test_all_three_parts_of_the_input_are_input(usage: dict, tokens: Tokens | None) -> None:
+    """At OpenAI what was cached is a part of the input, here it stands beside it; nonsense is no count."""
+    assert read_usage(usage) == tokens
+
+
+@given(st.tuples(*[st.integers(0, 1_000_000)] * 4))
+def test_nothing_of_an_input_is_lost(parts: tuple[int, int, int, int]) -> None:
+    """What is charged is the sum of the parts, and what was read from the cache is a part of it."""
+    names = ("input_tokens", "cache_creation_input_tokens", "cache_read_input_tokens", "output_tokens")
+    assert read_usage(dict(zip(names, parts, strict=True))) == Tokens(sum(parts[:3]), parts[3], cached=parts[2])

@@ -1,0 +1,271 @@
+"""Anthropic's surface with its official SDK, whole and streamed: what it reports is charged, what goes wrong raises.
+
+wire §1.3 (its usage), §2.5 (its events), §3.2 and §3.6 (its client).
+"""
+
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import anthropic
+import openai
+import pytest
+from anthropic import AsyncAnthropic
+
+from proxy.departure import Departures
+from tests.stage import STAFF, UPSTREAM_KEY, Stage, key_of, stage
+
+pytestmark = pytest.mark.every_engine
+
+HELLO: Any = [{"role": "user", "content": "hello there"}]
+TAKEN = 5  # by the simulator's rule: two words, and three for the message
+LIMITED = STAFF.replace("tokens: 1M", "tokens: 300").replace("gpt-4o-mini: {", "gpt-4o-mini: {smallest_answer: 10, ")
+
+
+def of_its_kind(folder: Path, policy: str = STAFF, *, more: str = "") -> AbstractAsyncContextManager[Stage]:
+    """A stage whose upstream is one of Anthropic's kind."""
+    return stage(policy, folder=folder, kind="anthropic", more=more)
+
+
+@asynccontextmanager
+async def claude(on: Stage, user: str = "alice", **more: Any) -> AsyncIterator[AsyncAnthropic]:
+    """The SDK with this user's key, without retries."""
+    async with AsyncAnthropic(base_url=on.url, **{"api_key": key_of(user), "max_retries": 0, **more}) as sdk:
+        yield sdk
+
+
+def asked(simulate: str = "tokens=7", **more: Any) -> dict[str, Any]:
+    """A request, which tells the simulator what to do."""
+    return {
+        "model": "gpt-4o-mini",
+        "max_tokens": 50,
+        "messages": HELLO,
+        "metadata": {"simulate": simulate},
+        **more,
+    }
+
+
+# ------------------------------------------------------------------------------------------------------ what it costs
+
+
+async def test_a_message_is_charged_as_its_usage_says(tmp_path: Path) -> None:
+    """What was read from the cache and what was written to it is input beside `input_tokens`."""
+    async with of_its_kind(tmp_path) as on, claude(on) as sdk:
+        message = await sdk.messages.create(**asked("tokens=7 cached=3"))
+        assert (message.usage.input_tokens, message.usage.output_tokens) == (TAKEN - 3, 7)
+        assert (message.usage.cache_creation_input_tokens, message.usage.cache_read_input_tokens) == (2, 1)
+        assert await on.used() == (TAKEN + 7, 0)
+        [call] = await on.rows("calls")
+        assert (call["input_tokens"], call["output_tokens"], call["provenance"]) == (TAKEN, 7, "exactly")
+        assert (call["endpoint"], call["outcome"]) == ("messages", "complete")
+        assert message._request_id == call["id"]
+        await on.audit()
+
+
+@pytest.mark.parametrize("simulate", ["tokens=7 cached=3", "tokens=7 cached=3 crlf"])
+async def test_a_stream_is_charged_as_its_usage_says(simulate: str, tmp_path: Path) -> None:
+    """The SDK puts together what the upstream said, to the last event, and the charge is on the books by then."""
+    async with of_its_kind(tmp_path) as on, claude(on) as sdk:
+        async with sdk.messages.stream(**asked(simulate)) as stream:
+            text = "".join([piece async for piece in stream.text_stream])
+            message = await stream.get_final_message()
+        assert await on.used() == (TAKEN + 7, 0)
+        assert (message.stop_reason, message.usage.output_tokens) == ("end_turn", 7)
+        assert message.content[0].type == "text"
+        assert message.content[0].text == text
+        assert len(text.split()) == 7
+        [call] = await on.rows("calls")
+        assert (call["provenance"], call["outcome"]) == ("exactly", "complete")
+        await on.audit()
+
+
+async def test_counting_costs_nothing(tmp_path: Path) -> None:
+    """Neither tokens nor a request; it is no way to ask a model for anything."""
+    async with of_its_kind(tmp_path) as on, claude(on) as sdk:
+        counted = await sdk.messages.count_tokens(model="gpt-4o-mini", messages=HELLO, system="be brief")
+        assert counted.input_tokens == TAKEN + 2
+        assert await on.used() == (0, 0)
+        assert (await on.quota("staff/daily"))["requests"]["used"] == 0
+
+
+async def test_without_usage_a_message_is_counted(tmp_path: Path) -> None:
+    """Whole and streamed, as from a server that is like Anthropic's in all else."""
+    async with of_its_kind(tmp_path) as on, claude(on) as sdk:
+        await sdk.messages.create(**asked("tokens=7 no_usage"))
+        raw = await sdk.messages.create(**asked("tokens=7 no_usage"), stream=True)
+        assert [event.type async for event in raw][-1] == "message_stop"
+        first, second = await on.rows("calls")
+        assert first["provenance"] == second["provenance"] == "at_least"
+        assert 7 <= first["output_tokens"] <= second["output_tokens"] <= 14
+        await on.audit()
+
+
+# ---------------------------------------------------------------------------------------------------- what is sent on
+
+
+async def test_the_upstream_gets_our_key_and_the_client_s_version(tmp_path: Path) -> None:
+    """In the headers that it wants; of the betas those that the operator lets pass, and nothing of the user's."""
+    async with of_its_kind(tmp_path, more=", betas: [context-1m-2025-08-07]") as on, claude(on) as sdk:
+        betas = {"anthropic-beta": "files-api-2025-04-14,context-1m-2025-08-07"}
+        await sdk.messages.create(**asked(), extra_headers=betas)
+        await on.post("/v1/messages", asked(), headers={"x-api-key": key_of("alice")}, user=None)
+        first, second = (request.headers for request in on.simulator.requests)
+        assert first["x-api-key"] == second["x-api-key"] == UPSTREAM_KEY
+        assert first["anthropic-version"] == anthropic._constants.ANTHROPIC_API_VERSION
+        assert first["anthropic-beta"] == "context-1m-2025-08-07"
+        assert second["anthropic-version"] == "2023-06-01"
+        assert "authorization" not in first
+        assert key_of("alice") not in str([*first.items(), *second.items()])
+        assert [request.path for request in on.simulator.requests] == ["/v1/messages"] * 2
+
+
+async def test_nothing_is_translated(tmp_path: Path) -> None:
+    """A model of Anthropic's asked on OpenAI's surface, and the other way round, is told where to go."""
+    async with of_its_kind(tmp_path) as on:
+        with pytest.raises(openai.BadRequestError, match="send it to /v1/messages"):
+            await on.sdk().chat.completions.create(model="fast", messages=HELLO)
+        assert on.simulator.received == 0
+    (tmp_path / "quotas.db").unlink(missing_ok=True)
+    async with stage(STAFF, folder=tmp_path, kind="openai") as on, claude(on) as sdk:
+        with pytest.raises(anthropic.BadRequestError, match="send it to /v1/chat/completions"):
+            await sdk.messages.create(**asked())
+        assert on.simulator.received == 0
+        assert await on.used() == (0, 0)
+
+
+# ---------------------------------------------------------------------------------------------------- what goes wrong
+
+
+async def test_what_is_wrong_with_a_request_raises_by_its_status(tmp_path: Path) -> None:
+    """With Anthropic's type, and an id to ask about; nothing of it reaches the upstream."""
+    async with of_its_kind(tmp_path) as on, claude(on) as sdk, claude(on, api_key="sk-of-nobody") as stranger:
+        with pytest.raises(anthropic.AuthenticationError) as unknown:
+            await stranger.messages.create(**asked())
+        with pytest.raises(anthropic.NotFoundError) as missing:
+            await sdk.messages.create(**asked(model="claude-9"))
+        with pytest.raises(anthropic.BadRequestError) as hosted:
+            await sdk.messages.create(**asked(tools=[{"type": "web_search_20250305", "name": "web_search"}]))
+        with pytest.raises(anthropic.NotFoundError, match="one by one") as batched:
+            await sdk.messages.batches.list()
+        with pytest.raises(anthropic.APIStatusError) as large:
+            await sdk.messages.create(**asked(system="x" * (32 * 2**20)))
+        raised = [error.value for error in (unknown, missing, hosted, batched, large)]
+        assert [(error.status_code, error.type) for error in raised] == [
+            (401, "authentication_error"),
+            (404, "not_found_error"),
+            (400, "invalid_request_error"),
+            (404, "not_found_error"),
+            (413, "request_too_large"),
+        ]
+        for error in raised:
+            assert isinstance(error.body, dict)
+            assert error.request_id == error.body["request_id"]
+        assert on.simulator.received == 0
+        assert await on.used() == (0, 0)
+
+
+async def test_a_quota_that_is_used_up_raises_with_its_reset(tmp_path: Path) -> None:
+    """One request and no second: the SDK would sleep for hours if it was not told to give up."""
+    policy = STAFF.replace("tokens: 1M", "tokens: 100")
+    async with of_its_kind(tmp_path, policy) as on, claude(on, max_retries=2) as sdk:
+        await sdk.messages.create(**asked("tokens=50"))
+        with pytest.raises(anthropic.RateLimitError, match="Resets at 2026-11-25T00:00:00") as refused:
+            await sdk.messages.create(**asked(max_tokens=80))
+        assert isinstance(refused.value.body, dict)
+        error = refused.value.body["error"]
+        assert (error["type"], error["code"]) == ("rate_limit_error", "insufficient_quota")
+        assert error["reset_at"] == "2026-11-25T00:00:00+00:00"
+        headers = refused.value.response.headers
+        assert headers["anthropic-ratelimit-tokens-limit"] == "100"
+        assert headers["anthropic-ratelimit-tokens-remaining"] == str(100 - 50 - TAKEN)
+        assert headers["anthropic-ratelimit-tokens-reset"] == "2026-11-25T00:00:00Z"
+        assert (headers["x-should-retry"], headers["retry-after"]) == ("false", "43200")
+        assert on.simulator.received == 1
+
+
+@pytest.mark.parametrize(
+    ("simulate", "status", "type"),
+    [
+        ("status=401", 502, "api_error"),
+        ("status=429", 429, "rate_limit_error"),
+        ("status=500", 500, "api_error"),
+        ("status=529", 529, "overloaded_error"),
+        ("html", 502, "api_error"),
+    ],
+)
+async def test_what_the_upstream_fails_at_is_free(simulate: str, status: int, type: str, tmp_path: Path) -> None:
+    """And raises in Anthropic's words, also where it was a load balancer that spoke; our key is in none of them."""
+    async with of_its_kind(tmp_path) as on, claude(on) as sdk:
+        with pytest.raises(anthropic.APIStatusError) as failed:
+            await sdk.messages.create(**asked(simulate))
+        assert (failed.value.status_code, failed.value.type) == (status, type)
+        assert UPSTREAM_KEY[:8] not in str(failed.value.body)
+        assert await on.used() == (0, 0)
+
+
+async def test_a_bad_request_of_the_upstream_s_costs_a_request(tmp_path: Path) -> None:
+    """In its own words."""
+    async with of_its_kind(tmp_path) as on, claude(on) as sdk:
+        with pytest.raises(anthropic.BadRequestError, match="can't be answered as it is"):
+            await sdk.messages.create(**asked("status=400"))
+        quota = await on.quota("staff/daily")
+        assert (quota["tokens"]["used"], quota["requests"]["used"]) == (0, 1)
+
+
+@pytest.mark.parametrize("simulate", ["tokens=9 error=4", "tokens=9 cut=4"])
+async def test_a_stream_that_breaks_raises_and_is_charged_for_what_passed(simulate: str, tmp_path: Path) -> None:
+    """By an error of its own, or as we say it for an upstream that is gone: the input is known, and four words."""
+    async with of_its_kind(tmp_path) as on, claude(on) as sdk:
+        words: list[str] = []
+        with pytest.raises(anthropic.APIStatusError) as broken:
+            async with sdk.messages.stream(**asked(simulate)) as stream:
+                words += [piece async for piece in stream.text_stream]
+        assert broken.value.type in ("overloaded_error", "api_error")
+        [call] = await on.rows("calls")
+        assert (call["input_tokens"], call["provenance"], call["outcome"]) == (TAKEN, "at_least", "upstream_broke")
+        assert call["output_tokens"] >= 4
+        assert await on.used() == (TAKEN + call["output_tokens"], 0)
+        await on.audit()
+
+
+# ------------------------------------------------------------------------------------------------------- at the limit
+
+
+async def test_a_stream_that_we_end_is_a_whole_message_to_the_sdk(tmp_path: Path) -> None:
+    """300 tokens, of which a call that leaves was charged 159: the stream ends behind 136 more, and says so.
+
+    As if `max_tokens` had ended it, with the usage that is charged; the input is as its beginning said.
+    """
+    departures = Departures(drains_max=0)
+    async with (
+        stage(LIMITED, folder=tmp_path, kind="anthropic", departures=departures) as on,
+        claude(on) as sdk,
+    ):
+        other = on.begin("/v1/messages", asked("hang", max_tokens=150))
+        await on.simulator.until(lambda: on.simulator.received == 1)
+        async with sdk.messages.stream(**asked("tokens=250", max_tokens=250)) as stream:
+            await on.hang_up(other)
+            text = "".join([piece async for piece in stream.text_stream])
+            message = await stream.get_final_message()
+        assert (message.stop_reason, message.usage.input_tokens, message.usage.output_tokens) == (
+            "max_tokens",
+            TAKEN,
+            136,
+        )
+        assert message.content[0].type == "text"
+        assert message.content[0].text == text
+        assert len(text.split()) == 135  # the first of them, "waits", is two by our count
+        await on.at_rest()
+        assert await on.used() == (300, 0)
+        assert {call["outcome"] for call in await on.rows("calls")} == {"client_left", "at_limit"}
+        await on.audit()
+
+
+async def test_a_maximum_that_does_not_fit_is_lowered(tmp_path: Path) -> None:
+    """The upstream is told less, ends the answer itself, and the head says why."""
+    async with stage(LIMITED, folder=tmp_path, kind="anthropic") as on, claude(on) as sdk:
+        raw = await sdk.messages.with_raw_response.create(**asked("tokens=900", max_tokens=900))
+        message = await raw.parse()
+        assert (message.stop_reason, raw.headers["x-quota-capped"]) == ("max_tokens", '291; quota="staff/daily"')
+        assert (message.usage.output_tokens, await on.used()) == (291, (TAKEN + 291, 0))
