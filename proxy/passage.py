@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from proxy.books import Entry, Facts, NotBooked, Reserve
 from proxy.client import Client
@@ -35,6 +35,10 @@ class Passage:
     def model_label(self) -> str:
         """The model's name where it is one of the policy's; never a name that a client made up."""
         return self.call.model if self.call.model in (self.policy.models or {}) else "other"
+
+    def at(self, model: Model) -> "Passage":
+        """The same call on its way to another upstream of its model."""
+        return replace(self, model=model)
 
     @property
     def pause_s(self) -> float:

@@ -164,12 +164,27 @@ class Upstream(Section):
         return self.on_disconnect or ("stop" if self.kind in ("vllm", "ollama", "llamacpp") else "drain")
 
 
+class Place(Section):
+    """One of the upstreams that serve a model."""
+
+    called = "one of a model's upstreams"
+
+    upstream: Name = Field(description="Which upstream.")
+    model: ServedName | None = Field(None, description="What it calls the model; the same name where left out.")
+    weight: Count = Field(
+        1, description="Its share of the calls; at 0 it is asked only where none of the others can be."
+    )
+
+
 class Model(Section):
     """A model as clients name it."""
 
     called = "a model"
 
     upstream: Name | None = Field(None, description="Which upstream serves it; default_upstream, or the only one.")
+    upstreams: Annotated[list[Place], Field(min_length=1)] | None = Field(
+        None, description="Several that serve it; where one can't, another is asked before the client hears of it."
+    )
     model: ServedName | None = Field(None, description="What the upstream calls it; the same name where left out.")
     max_output_tokens: Positive | None = Field(None, description="The longest answer it gives, in tokens.")
     context: Positive | None = Field(None, description="Input and answer together at most, in tokens.")
@@ -187,6 +202,10 @@ class Model(Section):
     def _fits_itself(self) -> "Model":
         if self.max_output_tokens and self.context and self.max_output_tokens > self.context:
             raise ValueError("max_output_tokens is larger than context; write the smaller number there")
+        if self.upstreams and (self.upstream or self.model):
+            raise ValueError("upstreams says already where it is served; write upstream and model below upstreams")
+        if self.upstreams and len({(place.upstream, place.model) for place in self.upstreams}) < len(self.upstreams):
+            raise ValueError("two of its upstreams are the same; write one of them, with the sum of their weights")
         return self
 
 
@@ -302,6 +321,11 @@ class File(Section):
         10_000,
         description="How long a call may wait for a database that is away before it is answered 503, as in 10s.",
     )
+    retry_for: Wait = Field(
+        30_000,
+        description="How long after a call was sent it may still be sent again, if an upstream can't take it and "
+        "nothing has gone to its client, as in 30s; 0s for not at all.",
+    )
     keep: Keep = Field(default=Keep(), description="How long records of what was used are kept.")
     help: Text = Field("", max_length=1000, description="A link or a sentence at the end of every refusal.")
     upstreams: Annotated[dict[Name, Upstream], Field(min_length=1)] = Field(
@@ -333,6 +357,8 @@ def section_at(path: tuple[str | int, ...]) -> type[Section]:
             return Keep
         case ("upstreams", _, _):
             return Upstream
+        case ("models", _, "upstreams", _, _):
+            return Place
         case ("models", _, _):
             return Model
         case ("groups", _, _):

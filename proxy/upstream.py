@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 
 import aiohttp
+from aiohttp.abc import AbstractStreamWriter
 from yarl import URL
 
 from proxy.errors import UpstreamError, UpstreamTimeout
@@ -36,6 +37,7 @@ class Answer:
         self.headers = list(response.headers.items())
         self.retry_after = response.headers.get("retry-after")
         self.is_stream = response.content_type == "text/event-stream"
+        self._beginning: bytes | None = None
 
     async def chunks(self) -> AsyncIterator[bytes]:
         """The body's bytes as they arrive; raises UpstreamError where it breaks, UpstreamTimeout where it stalls."""
@@ -57,7 +59,12 @@ class Answer:
         return bytes(body)
 
     async def beginning(self) -> bytes:
-        """The body of an error as far as it comes within bounds; never raises, for the status says enough."""
+        """The body of an error as far as it comes within bounds; never raises, for the status says enough.
+
+        It is read once, and can be asked for again when the connection is closed.
+        """
+        if self._beginning is not None:
+            return self._beginning
         body = bytearray()
         try:
             async with asyncio.timeout(_ERROR_S):
@@ -67,7 +74,8 @@ class Answer:
                         break
         except (UpstreamError, TimeoutError):
             pass
-        return bytes(body)
+        self._beginning = bytes(body)
+        return self._beginning
 
 
 class Upstreams:
@@ -104,10 +112,11 @@ class Upstreams:
         Raises UpstreamError where no answer came, UpstreamTimeout where it did not come in time.
         """
         assert self._session is not None, "open() first"
+        data = _data(body)
         # Redirects are not followed: the library would carry `api-key` headers to wherever they point.
         request = self._session.post(
             URL(upstream.base_url + path, encoded=True),
-            data=_data(body),
+            data=data,
             # Not chunked, which some servers don't take for a form.
             headers={**headers, "content-length": str(len(body))},
             allow_redirects=False,
@@ -121,13 +130,27 @@ class Upstreams:
         except TimeoutError:
             raise UpstreamTimeout("The upstream did not answer in time.") from None
         except (aiohttp.ClientError, OSError):
-            raise UpstreamError("The upstream closed the connection without an answer.") from None
+            was_sent = not isinstance(data, _AtOnce) or data.was_written
+            raise UpstreamError("The upstream closed the connection without an answer.", was_sent=was_sent) from None
         finally:
-            del body  # sent: a long answer must not keep it
+            del body, data  # sent: a long answer must not keep it
         async with response:
             if response.headers.get("content-encoding", "identity").lower() != "identity":
                 raise UpstreamError("The upstream compressed its answer although it was asked not to.")
             yield Answer(response)
+
+
+class _AtOnce(aiohttp.BytesPayload):
+    """A body that is written in one go, together with the head, so that it is known whether anything of it was.
+
+    A kept connection may be closed by the upstream in the moment at which it is taken up again.
+    """
+
+    was_written = False
+
+    async def write_with_length(self, writer: AbstractStreamWriter, content_length: int | None) -> None:
+        await super().write_with_length(writer, content_length)
+        self.was_written = True
 
 
 def _data(body: bytes | Spliced) -> object:
@@ -135,4 +158,4 @@ def _data(body: bytes | Spliced) -> object:
     if isinstance(body, Spliced):
         return body.pieces()
     # As a file where it is large: the library would write a megabyte of bytes in one go, and warns of it.
-    return io.BytesIO(body) if len(body) > _AT_ONCE_BYTES_MAX else body
+    return io.BytesIO(body) if len(body) > _AT_ONCE_BYTES_MAX else _AtOnce(body)

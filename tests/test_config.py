@@ -357,6 +357,7 @@ def test_the_example_shows_every_key():
         schema.Server,
         schema.Upstream,
         schema.Model,
+        schema.Place,
         schema.Group,
         schema.Quota,
         schema.User,

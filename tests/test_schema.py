@@ -9,11 +9,24 @@ from pydantic import ValidationError
 from proxy import schema
 from proxy.policy import Secret
 from proxy.quotas import Limit
-from proxy.schema import File, Group, Keep, Model, Quota, Section, Server, Upstream, User, json_schema, section_at
+from proxy.schema import (
+    File,
+    Group,
+    Keep,
+    Model,
+    Place,
+    Quota,
+    Section,
+    Server,
+    Upstream,
+    User,
+    json_schema,
+    section_at,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALLEST = {"upstreams": {"box": {"base_url": "http://box/v1"}}}
-SECTIONS = (File, Server, Keep, Upstream, Model, Group, Quota, User)
+SECTIONS = (File, Server, Keep, Upstream, Place, Model, Group, Quota, User)
 
 
 def test_the_smallest_file_has_all_defaults():
