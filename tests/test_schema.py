@@ -101,6 +101,10 @@ def test_names_of_digits_are_names():
     ("section", "data"),
     [
         (Model, {"context": 5, "max_output_tokens": 6}),
+        (Model, {"upstream": "a", "upstreams": [{"upstream": "b"}]}),
+        (Model, {"model": "a", "upstreams": [{"upstream": "b"}]}),
+        (Model, {"upstreams": [{"upstream": "a", "weight": 2}, {"upstream": "a"}]}),
+        (Model, {"upstreams": []}),
         (Quota, {"per": "day"}),
         (Quota, {"tokens": 5, "overdraft": 1, "per": "day", "enforce": "after"}),
         (Quota, {"tokens": 5, "overdraft": 1, "per": "day", "enforce": "shadow"}),
@@ -174,6 +178,7 @@ def test_secrets_do_not_show():
         (("server", "a"), Server),
         (("keep", "a"), Keep),
         (("upstreams", "box", "a"), Upstream),
+        (("models", "m", "upstreams", 0, "a"), Place),
         (("models", "m", "a"), Model),
         (("groups", "g", "a"), Group),
         (("groups", "g", "quotas", "q", "a"), Quota),
