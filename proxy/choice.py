@@ -78,7 +78,8 @@ class Rests:
 
     def choose(self, places: Sequence[Model], now: int, *, draw: int) -> Model:
         """One of these places. `draw` is a random number from 0 on, far larger than any sum of weights."""
-        awake = [place for place in places if self._rests_until(place) <= now]
+        # The end of a rest that is further away than any rest was written by a clock that went ahead.
+        awake = [place for place in places if not now < self._rests_until(place) <= now + REST_MS_MAX]
         if not awake:
             return min(places, key=self._rests_until)
         chosen = _drawn(awake, draw)

@@ -1,17 +1,19 @@
 """A call that one upstream can't take: another does, the client hears of nothing, and it is charged once."""
 
 import asyncio
+import io
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import pytest
 
 from proxy.choice import FAILURES_MAX, REST_MS
 from proxy.config import load_text
-from tests.stage import STAFF, Stage, sqlite_in, stage, text_of
+from tests.stage import STAFF, Stage, key_of, sqlite_in, stage, text_of, until
 
 CHAT = "/v1/chat/completions"
 NOBODY = "http://127.0.0.1:1/v1"
@@ -56,7 +58,7 @@ class Poor:
 
     def __init__(self, *answers: bytes) -> None:
         self.url = ""
-        self.bodies: list[dict[str, Any]] = []
+        self.bodies: list[bytes] = []
         self.asked = asyncio.Event()
         self.gate = asyncio.Event()
         self.gate.set()
@@ -66,7 +68,7 @@ class Poor:
         """Take one request, and answer it or not."""
         head = await reader.readuntil(b"\r\n\r\n")
         length = int(head.lower().partition(b"content-length:")[2].split(b"\r\n")[0])
-        self.bodies.append(json.loads(await reader.readexactly(length)))
+        self.bodies.append(await reader.readexactly(length))
         self.asked.set()
         await self.gate.wait()
         answer = self._answers.pop(0) if len(self._answers) > 1 else self._answers[0]
@@ -248,7 +250,7 @@ async def test_each_upstream_gets_the_body_that_its_kind_reads(tmp_path: Path) -
     async with failing as poor, stage(_several(poor.url, kind="llamacpp", tokens="1500"), folder=tmp_path) as on:
         reply = await on.post(CHAT, _ask(n_predict=100, max_tokens=10_000, stream=True))
         assert reply.status == 200
-        first, second = poor.bodies[0], json.loads(on.simulator.requests[0].body)
+        first, second = json.loads(poor.bodies[0]), json.loads(on.simulator.requests[0].body)
         assert (first["model"], second["model"]) == ("fast", "gpt-4o-mini")
         capped = int(reply.headers["x-quota-capped"].partition(";")[0])
         assert capped < 1500
@@ -261,7 +263,7 @@ async def test_vllm_s_running_usage_is_asked_of_vllm_alone(tmp_path: Path) -> No
     """And only its answers are freed of it."""
     async with _poor(_head(500)) as poor, stage(_several(poor.url, kind="vllm"), folder=tmp_path) as on:
         await on.post(CHAT, _ask(stream=True))
-        first, second = poor.bodies[0], json.loads(on.simulator.requests[0].body)
+        first, second = json.loads(poor.bodies[0]), json.loads(on.simulator.requests[0].body)
         assert first["stream_options"] == {"include_usage": True, "continuous_usage_stats": True}
         assert second["stream_options"] == {"include_usage": True}
 
@@ -293,6 +295,33 @@ async def test_the_same_is_asked_once_more_when_it_says_so(tmp_path: Path) -> No
         assert (await on.post(CHAT, _ask(model="lonely"))).status == 429
         assert len(poor.bodies) == 2
         assert (await _record(on))["state"] == "released"
+
+
+async def test_a_client_that_leaves_before_it_is_asked_again_owes_nothing(tmp_path: Path) -> None:
+    """What was turned away has cost nothing, and nothing else was sent."""
+    limited = b'llm_quota_tries_total{outcome="limited",upstream="poor"} 1.0'
+    async with _poor(_head(429, "Retry-After: 2")) as poor, stage(_several(poor.url), folder=tmp_path) as on:
+        call = on.begin(CHAT, _ask(model="lonely"))
+        await until(lambda: limited in on.server.metrics.exposition())
+        await on.hang_up(call)
+        row = await _record(on)
+        assert (row["state"], row["outcome"], len(poor.bodies)) == ("released", "client_left", 1)
+
+
+async def test_a_form_is_sent_again_as_it_was(tmp_path: Path) -> None:
+    """From the disk, whole, and under the name that the model has there."""
+    sound = bytes(range(256)) * 8192  # 2 MiB: more than stays in memory
+    async with _poor(_head(500)) as poor, stage(_several(poor.url), folder=tmp_path) as on:
+        form = aiohttp.FormData()
+        form.add_field("model", "fast")
+        form.add_field("file", io.BytesIO(sound), filename="speech.mp3")
+        headers = {"authorization": f"Bearer {key_of('alice')}"}
+        async with on.http.post(f"{on.url}/v1/audio/transcriptions", data=form, headers=headers) as response:
+            assert response.status == 200
+        first, second = poor.bodies[0], on.simulator.requests[0].body
+        is_same = first.replace(b"fast", b"gpt-4o-mini", 1) == second
+        assert (is_same, first.count(sound)) == (True, 1)
+        assert (await _record(on))["upstream"] == "simulated"
 
 
 async def test_one_that_could_not_be_reached_is_tried_once_more(tmp_path: Path) -> None:

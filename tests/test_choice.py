@@ -115,6 +115,13 @@ def test_who_says_when_to_come_back_is_left_alone_until_then(said_s: int, rest_m
     assert rests.choose(places, NOON + rest_ms, draw=0) is places[0]
 
 
+def test_a_clock_that_went_ahead_takes_nobody_out() -> None:
+    """A rest that would last longer than any is none."""
+    rests, places = Rests(), _places(1, 0)
+    _fail(rests, places[0], at=NOON + 86_400_000)
+    assert rests.choose(places, NOON, draw=0) is places[0]
+
+
 def test_a_shorter_rest_never_ends_a_longer_one() -> None:
     """Calls that were under way come back with older news."""
     rests, places = Rests(), _places(1, 0)
