@@ -13,12 +13,14 @@ import socket
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from random import getrandbits
 
 import structlog
 from aiohttp import web
 
 from proxy.admin import Admin
 from proxy.api import Api
+from proxy.attempts import Attempts
 from proxy.config import Address, Config
 from proxy.departure import Departures
 from proxy.health import Health
@@ -50,6 +52,11 @@ def wall_clock_ms() -> int:
     return time.time_ns() // 1_000_000
 
 
+def random_number() -> int:
+    """From 0 on, far larger than any sum of weights."""
+    return getrandbits(64)
+
+
 class Server:
     """One running proxy. `api` and `admin` are its listeners' addresses once it has started."""
 
@@ -63,6 +70,7 @@ class Server:
         now: Callable[[], int] = wall_clock_ms,
         departures: Departures | None = None,
         share: Share | None = None,
+        draw: Callable[[], int] = random_number,
     ) -> None:
         self._share = share or Share(f"proxy-{secrets.token_hex(8)}", config.settings.database)
         self.metrics = Metrics(self._share.metrics)
@@ -82,7 +90,7 @@ class Server:
         self.waiting = WaitingRoom(self.ledger)
         relay = Relay(
             self.waiting,
-            self.upstreams,
+            Attempts(self.upstreams, metrics=self.metrics, now=now, draw=draw),
             tokenizers=tokenizers,
             metrics=self.metrics,
             departures=departures or Departures(),
@@ -184,7 +192,8 @@ def _encodings_of(policy: Policy) -> set[str]:
     """The tokenizers of the models that are named, and the usual ones where clients may name others."""
     models = policy.models or {}
     usual = () if models and "*" not in models else ("o200k_base", "cl100k_base")
-    return {*usual, *(Tokenizers.encoding_of(model).name for name, model in models.items() if name != "*")}
+    named = (place for name, model in models.items() if name != "*" for place in model.everywhere)
+    return {*usual, *(Tokenizers.encoding_of(place).name for place in named)}
 
 
 async def serve(server: Server, started: Callable[[Server], None] = lambda _: None) -> None:

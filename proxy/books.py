@@ -127,11 +127,12 @@ class Extend:
 
 @dataclass(frozen=True, slots=True)
 class Settle:
-    """Charge what a call did use and give the rest back."""
+    """Charge what a call did use and give the rest back. `upstream` is who had it in the end (None: as was said)."""
 
     id: str
     usage: Usage
     outcome: Outcome
+    upstream: str | None = None
 
     def __post_init__(self) -> None:
         charge = charge_of(self.usage)
@@ -145,6 +146,7 @@ class Release:
 
     id: str
     outcome: Outcome = "upstream_failed"
+    upstream: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,11 +212,11 @@ class Books:
             case Extend():
                 return self._extend(act)
             case Settle():
-                return self._end(act.id, "settled", act.usage, act.outcome)
+                return self._end(act, "settled", act.usage, act.outcome)
             case Release():
-                return self._end(act.id, "released", None, act.outcome)
+                return self._end(act, "released", None, act.outcome)
             case _:
-                return self._end(act.id, "expired", None, "lost")
+                return self._end(act, "expired", None, "lost")
 
     def _reserve(self, act: Reserve) -> Reply:
         keys = act.binding.keys()
@@ -300,18 +302,20 @@ class Books:
     def _at(self, key: CounterKey, quota: Quota) -> Counter:
         return standing_at(self._now, quota, self.counters.get(key))
 
-    def _end(self, entry_id: str, state: State, usage: Usage | None, outcome: Outcome) -> Reply:
-        entry = self.entries.get(entry_id)
+    def _end(self, act: Settle | Release | Expire, state: State, usage: Usage | None, outcome: Outcome) -> Reply:
+        entry = self.entries.get(act.id)
         if entry is None:
-            return Unknown(entry_id)
+            return Unknown(act.id)
         if entry.state != "open" and not (entry.state == "expired" and state == "settled"):
             return Booked(entry, self._standing(_keys(entry)))
         if state == "expired":
             usage = AtLeast(Tokens(entry.hold.input, entry.hold.output))
         was_held = frozenset(_keys(entry)) if entry.state == "open" else frozenset()
-        before, after = (shares(entry.lines, _charged(known)) for known in (entry.usage, usage))
+        before, after = (shares(entry.lines, charge_of(of) if of else NOTHING) for of in (entry.usage, usage))
         for line, was, now in zip(entry.lines, before, after, strict=True):
             self._charge(line, now - was, held=line.amount if entry.state == "open" else NOTHING)
+        if not isinstance(act, Expire) and act.upstream is not None:
+            entry = replace(entry, facts=replace(entry.facts, upstream=act.upstream))
         entry = replace(entry, state=state, ended_at=self._now, usage=usage, outcome=outcome)
         self._note(entry)
         return Booked(entry, self._standing(_keys(entry)), freed=was_held)
@@ -393,7 +397,3 @@ def _held(entry: Entry, quota_id: str, counter: Counter) -> Amount:
         line.amount for line in entry.lines if line.key[1] == quota_id and line.opened_at == counter.window.opened_at
     )
     return sum(amounts, NOTHING)
-
-
-def _charged(usage: Usage | None) -> Amount:
-    return charge_of(usage) if usage else NOTHING

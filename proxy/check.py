@@ -243,18 +243,21 @@ def _is_bound(policy: Policy, user: User, model: str, quota: Quota) -> bool:
 
 def _aliases(policy: Policy, quota: Quota) -> Iterator[tuple[str, str]]:
     """Names that the quota doesn't match, each with a name of the same model that it does."""
-    models = _named(policy)
-    matched = {_served(model): model.name for model in models.values() if quota.models.match(model.name)}
-    for model in models.values():
+    models = [place for model in _named(policy).values() for place in model.everywhere]
+    matched = {_served(model): model.name for model in models if quota.models.match(model.name)}
+    found: dict[tuple[str, str], None] = {}  # each once, however many upstreams show it
+    for model in models:
         known = matched.get(_served(model))
         if known and quota.models.match(model.upstream_model) and not quota.models.match(model.name):
-            yield model.name, known
+            found[model.name, known] = None
+    yield from found
 
 
 def _named(policy: Policy) -> dict[str, Model]:
     """The models by each name that clients can call: with an open list also by the upstream's own."""
     listed = {name: model for name, model in (policy.models or {}).items() if name != "*"}
-    own = {model.upstream_model: policy.model(model.upstream_model) for model in listed.values()}
+    served = {place.upstream_model for model in listed.values() for place in model.everywhere}
+    own = {name: policy.model(name) for name in sorted(served)}
     return listed | {name: model for name, model in own.items() if model is not None}
 
 
@@ -266,7 +269,8 @@ def _endless_models(policy: Policy) -> Warnings:
     """Models of which nobody says how long an answer may become, so that one may take a quota over its limit."""
     for name, model in (policy.models or {}).items():
         # Anthropic takes no call without a maximum.
-        is_known = model.max_output_tokens is not None or model.upstream.kind in ("simulator", "anthropic")
+        is_bounded = all(place.upstream.kind in ("simulator", "anthropic") for place in model.everywhere)
+        is_known = model.max_output_tokens is not None or is_bounded
         # What makes embeddings writes no answers. It is known by its name alone.
         if name == "*" or is_known or "embed" in model.upstream_model:
             continue

@@ -8,7 +8,7 @@ report names them too when something else is wrong. A file with any mistake give
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from zoneinfo import ZoneInfo
 
 from proxy import scalars
@@ -19,6 +19,7 @@ from proxy.quotas import Globs, Quota
 from proxy.references import ReadFile, Sources
 from proxy.schema import File
 from proxy.schema import Group as GroupSection
+from proxy.schema import Model as ModelSection
 from proxy.windows import WEEKDAYS, parse_per
 
 _MISTAKES_SHOWN = 100
@@ -148,7 +149,9 @@ def _pointing_nowhere(data: Mapping[str, object]) -> Iterator[Fault]:
     for model in _mapping(data, "models"):
         path, section = ("models", model), _mapping(data, "models", model)
         yield from _missing("upstream", (*path, "upstream"), _word(section.get("upstream")), upstreams)
-        if needs_default and "upstream" not in section:
+        for place, one in _places(section):
+            yield from _missing("upstream", (*path, *place, "upstream"), _word(one.get("upstream")), upstreams)
+        if needs_default and not section.keys() & {"upstream", "upstreams"}:
             yield Fault(path, placed(path, "there are several upstreams; write upstream here, or default_upstream"))
 
 
@@ -185,10 +188,11 @@ def _digest(key: str) -> str | None:
 
 def _idle_words(data: Mapping[str, object]) -> Iterator[Fault]:
     """What stands there and could do nothing."""
-    for key in _mapping(data, "models", "*"):
-        if key != "upstream":
-            path: Path = ("models", "*", key)
-            yield Fault(path, placed(path, 'this is not known of models without a name; write only upstream for "*"'))
+    anything = _mapping(data, "models", "*")
+    named = [(key,) for key in anything if key not in ("upstream", "upstreams")]
+    for step in (*named, *((*place, "model") for place, one in _places(anything) if "model" in one)):
+        path: Path = ("models", "*", *step)
+        yield Fault(path, placed(path, 'this is not known of models without a name; write only upstream for "*"'))
     if _mapping(data, "groups", EVERYONE).get("unlimited") in (True, "true"):
         path = ("groups", EVERYONE, "unlimited")
         text = f"{EVERYONE} only adds limits; write unlimited in {DEFAULT}, or unmatched: allow"
@@ -200,6 +204,13 @@ def _mapping(data: object, *path: str) -> Mapping[str, object]:
     for step in path:
         data = data.get(step) if isinstance(data, dict) else None
     return data if isinstance(data, dict) else {}
+
+
+def _places(model: Mapping[str, object]) -> Iterator[tuple[Path, Mapping[str, object]]]:
+    """The upstreams of a model that has several, each with its place in the model."""
+    several = model.get("upstreams")
+    for index, one in enumerate(several if isinstance(several, list) else []):
+        yield ("upstreams", index), _mapping(one)
 
 
 def _words(data: Mapping[str, object], *path: str) -> Iterator[tuple[Path, str]]:
@@ -258,6 +269,7 @@ def _policy(file: File, hash: str) -> Policy:
         unmatched=file.unmatched,
         wait_s=file.wait / 1000,
         ledger_wait_s=file.ledger_wait / 1000,
+        retry_for_ms=file.retry_for,
         keep=Keep(calls_ms=file.keep.calls, days_ms=file.keep.days),
         zone=zone,
         help=file.help,
@@ -267,19 +279,27 @@ def _policy(file: File, hash: str) -> Policy:
 
 
 def _models(file: File, upstreams: Mapping[str, Upstream], default: str) -> dict[str, Model]:
-    return {
-        name: Model(
+    return {name: _model(name, section, upstreams, default) for name, section in (file.models or {}).items()}
+
+
+def _model(name: str, section: ModelSection, upstreams: Mapping[str, Upstream], default: str) -> Model:
+    one = (section.upstream or default, section.model, 1)
+    places = [(place.upstream, place.model, place.weight) for place in section.upstreams or ()] or [one]
+    first, *others = (
+        Model(
             name=name,
-            upstream=upstreams[section.upstream or default],
-            upstream_model=section.model or name,
+            upstream=upstreams[upstream],
+            upstream_model=served or name,
             max_output_tokens=section.max_output_tokens,
             context=section.context,
             encoding=section.encoding,
             reasoning=section.reasoning,
             smallest_answer=section.smallest_answer,
+            weight=weight,
         )
-        for name, section in (file.models or {}).items()
-    }
+        for upstream, served, weight in places
+    )
+    return replace(first, others=tuple(others))
 
 
 def _group(name: str, section: GroupSection, zone: ZoneInfo, week_starts: int) -> Group:

@@ -7,7 +7,7 @@ but the model's context, if that is known, so as much as is left of that is held
 Pure. What a request means is read in `wire` and `prompt`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -52,6 +52,19 @@ def demand_of(call: Call, model: Model, prompt: Prompt, *, body_bytes: int) -> D
         is_open_ended=known is None,
         is_rough=True,
         unseen=unseen,
+    )
+
+
+def most_of(demands: Sequence[Demand]) -> Demand:
+    """What covers each of these: of one call that may go to upstreams which read it differently."""
+    return Demand(
+        input=max(demand.input for demand in demands),
+        want=max(demand.want for demand in demands),
+        smallest=max(demand.smallest for demand in demands),
+        first=max(demand.first for demand in demands),
+        is_open_ended=any(demand.is_open_ended for demand in demands),
+        is_rough=any(demand.is_rough for demand in demands),
+        unseen=max(demand.unseen for demand in demands),
     )
 
 

@@ -36,24 +36,27 @@ class Departures:
 
         The block must be the whole of what the running task does with this call.
         """
-        client, on_disconnect, user = passage.client, passage.on_disconnect, passage.user.name
+        client, user = passage.client, passage.user.name
         task = asyncio.current_task()
         assert task is not None, "a call runs in a task"
         loop = asyncio.get_running_loop()
         deadline: list[asyncio.TimerHandle] = []
-        is_at_bound = False
+        is_draining = is_at_bound = False
 
         def cut_off() -> None:
             nonlocal is_at_bound
-            is_at_bound = on_disconnect == "drain"
+            is_at_bound = passage.at(reservation.model or passage.model).on_disconnect == "drain"
             task.cancel()
 
         def gone() -> None:
+            nonlocal is_draining
+            on_disconnect = passage.at(reservation.model or passage.model).on_disconnect
             if not reservation.is_sent:
                 cut_off()
             elif on_disconnect == "stop" and reservation.meter.ending.has_finished:
                 deadline.append(loop.call_later(USAGE_S, cut_off))
             elif on_disconnect == "drain" and self._has_room_for(user):
+                is_draining = True
                 self._draining[user] += 1
                 deadline.append(loop.call_later(self._drain_s, cut_off))
             else:
@@ -73,8 +76,8 @@ class Departures:
             client.when_gone(None)
             for handle in deadline:
                 handle.cancel()
-                if on_disconnect == "drain":
-                    self._draining.subtract([user])
+            if is_draining:
+                self._draining.subtract([user])
             self._draining += Counter()  # keeps only who still has some
 
     def _has_room_for(self, user: str) -> bool:

@@ -47,6 +47,12 @@ class Metrics:
             ("quota",),
             registry=self._registry,
         )
+        self.tries = Counter(
+            "llm_quota_tries",
+            "What was sent to an upstream, by what became of it; a call may be sent more than once",
+            ("upstream", "outcome"),
+            registry=self._registry,
+        )
         self.in_flight = Gauge(
             "llm_quota_calls_in_flight",
             "Calls reserved and not ended",

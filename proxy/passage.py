@@ -38,6 +38,10 @@ class Passage:
         """The model's name where it is one of the policy's; never a name that a client made up."""
         return self.call.model if self.call.model in (self.policy.models or {}) else "other"
 
+    def at(self, model: Model) -> "Passage":
+        """The same call on its way to another upstream of its model."""
+        return replace(self, model=model)
+
     @property
     def address(self) -> str:
         """Where it goes, behind the upstream's `base_url`."""
@@ -145,10 +149,10 @@ def passage_for(call: Call, user: User, policy: Policy, client: Client, *, spool
 
 def _refuse_other_surface(call: Call, model: Model) -> None:
     """Nothing is translated: each surface has its own upstreams (the simulator has both)."""
-    kind = model.upstream.kind
-    if kind == "simulator" or (kind == "anthropic") == call.endpoint.is_of_messages:
+    kinds = {place.upstream.kind for place in model.everywhere} - {"simulator"}
+    if all((kind == "anthropic") == call.endpoint.is_of_messages for kind in kinds):
         return
-    is_theirs = kind == "anthropic"
+    is_theirs = not call.endpoint.is_of_messages
     whose, instead = ("Anthropic", "/v1/messages") if is_theirs else ("OpenAI", "/v1/chat/completions")
     raise InvalidRequest(
         f'The model "{call.model}" is served as {whose} does: send it to {instead}, with the SDK of that. '

@@ -69,7 +69,8 @@ class Model:
     """A model as clients name it, where it is served, and what is known about it (in tokens).
 
     `reasoning` says whether it thinks in tokens that its answer doesn't show (None: as its name lets one expect).
-    `smallest_answer` is the least that is worth starting for (None: 1024).
+    `smallest_answer` is the least that is worth starting for (None: 1024). `others` are the same model elsewhere; of
+    those that can be asked each gets its share by `weight`, and one of weight 0 only what nobody else takes.
     """
 
     name: str
@@ -80,6 +81,18 @@ class Model:
     encoding: str | None = None
     reasoning: bool | None = None
     smallest_answer: int | None = None
+    weight: int = 1
+    others: tuple["Model", ...] = ()
+
+    @property
+    def everywhere(self) -> tuple["Model", ...]:
+        """The model at each upstream that serves it, in the order of the file."""
+        return (self, *self.others)
+
+    def named(self, name: str) -> "Model":
+        """What an open list makes of itself for a name that is not listed: at the same upstreams, by this name."""
+        others = tuple(other.named(name) for other in self.others)
+        return Model(name, self.upstream, name, weight=self.weight, others=others)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +145,7 @@ class Policy:
     unmatched: Literal["refuse", "allow"] = "refuse"
     wait_s: float = 30.0
     ledger_wait_s: float = 10.0
+    retry_for_ms: int = 30_000
     keep: Keep = Keep()
     zone: ZoneInfo = field(default_factory=lambda: ZoneInfo("UTC"))
     help: str = ""
@@ -158,7 +172,9 @@ class Policy:
         if listed is not None and name != "*":
             return listed
         anything = (self.models or {}).get("*")
-        upstream = anything.upstream if anything else self.default_upstream if self.models is None else None
+        if anything is not None:
+            return anything.named(name)
+        upstream = self.default_upstream if self.models is None else None
         return Model(name, upstream, name) if upstream else None
 
     def may_use(self, user: User, model: str) -> bool:

@@ -11,21 +11,19 @@ from contextlib import asynccontextmanager
 import structlog
 
 from proxy import headers
+from proxy.attempts import Attempts, Ways
 from proxy.books import Booked, NotBooked, Outcome
-from proxy.counting import CallCount
 from proxy.departure import Departures
 from proxy.errors import ClientLeft, ProxyError, UpstreamError
 from proxy.failures import Rejected, failure_of
-from proxy.habits import Habits, is_about_usage_option
 from proxy.meter import Meter
 from proxy.metrics import Metrics
 from proxy.pace import Pace
 from proxy.passage import Passage
 from proxy.reservation import Reservation
-from proxy.spool import Spliced
 from proxy.stream import Stream
 from proxy.tokens import Tokenizers
-from proxy.upstream import Answer, Upstreams
+from proxy.upstream import Answer
 from proxy.usage import AtLeast, Unspent
 from proxy.waiting import WaitingRoom
 from proxy.wire import error_event
@@ -43,7 +41,7 @@ class Relay:
     def __init__(
         self,
         waiting: WaitingRoom,
-        upstreams: Upstreams,
+        attempts: Attempts,
         *,
         tokenizers: Tokenizers,
         metrics: Metrics,
@@ -52,13 +50,12 @@ class Relay:
     ) -> None:
         self._waiting = waiting
         self._ledger = waiting.ledger
-        self._upstreams = upstreams
+        self._attempts = attempts
         self._tokenizers = tokenizers
         self._metrics = metrics
         self._departures = departures
         self._now = now
         self._pace = Pace()
-        self._habits = Habits()
 
     async def carry(self, passage: Passage) -> None:
         """Carry one call to the upstream and its answer back.
@@ -66,65 +63,34 @@ class Relay:
         Nothing is sent that is not reserved, and every reservation ends exactly once. Raises Refusal where the
         quotas say no, and UpstreamError as long as nothing of an answer has gone out.
         """
-        if passage.asks_for_usage and not self._habits.asks_for_usage(passage.address, passage.model):
-            passage = passage.without_option()
-        call, model = passage.call, passage.model
-        body = passage.body()
-        count = CallCount(self._tokenizers, call, model, body_bytes=len(body))
+        ways = Ways(passage, self._tokenizers)
         async with (
-            self._reserve(passage, count) as reservation,
+            self._reserve(passage, ways) as reservation,
             self._departures.watch(passage, reservation),
             self._blame_upstream(passage, reservation),
+            self._attempts.answer(ways, reservation) as (asked, answer),
         ):
-            await count.before_it_is_sent()
-            if reservation.entry.capped_by:
-                body = passage.lowered_body(reservation.entry)
-            reservation.is_sent = True
-            async with self._sent(passage, reservation, body) as answer:
-                # A long stream must not keep the request in memory three times over: agents send megabytes. Its texts
-                # stay, in case they have to be counted.
-                body = b""
-                call.forget()
-                if answer.status // 100 != 2:
-                    await self._pass_on_failure(answer, passage, reservation)
-                elif answer.is_stream:
-                    await self._pass_on_stream(answer, passage, reservation)
-                else:
-                    await self._pass_on_whole(answer, passage, reservation)
+            # A long stream must not keep the request in memory three times over: agents send megabytes. Its texts
+            # stay, in case they have to be counted.
+            ways.forget()
+            if answer.status // 100 != 2:
+                await self._pass_on_failure(answer, asked, reservation)
+            elif answer.is_stream:
+                await self._pass_on_stream(answer, asked, reservation)
+            else:
+                await self._pass_on_whole(answer, asked, reservation)
 
     @asynccontextmanager
-    async def _sent(self, passage: Passage, reservation: Reservation, body: bytes | Spliced) -> AsyncIterator[Answer]:
-        """Send the call; once more where the upstream would take it but for the option by which we ask for usage."""
-        upstream, address = passage.model.upstream, passage.address
-        async with self._upstreams.send(upstream, address, body, passage.headers()) as answer:
-            del body  # see `carry`
-            if not await _is_option_refused(answer, passage):
-                if passage.asks_for_usage and answer.status // 100 == 2:
-                    self._habits.note(address, passage.model, is_taken=True)
-                yield answer
-                return
-        passage = passage.without_option()
-        reservation.meter.did_not_ask()
-        body = passage.body_for(reservation.entry)
-        async with self._upstreams.send(upstream, address, body, passage.headers()) as answer:
-            del body
-            if answer.status // 100 == 2:
-                log.info("upstream takes no stream_options", upstream=upstream.name, model=passage.model_label)
-                self._habits.note(address, passage.model, is_taken=False)
-            yield answer
-
-    @asynccontextmanager
-    async def _reserve(self, passage: Passage, count: CallCount) -> AsyncIterator[Reservation]:
+    async def _reserve(self, passage: Passage, ways: Ways) -> AsyncIterator[Reservation]:
         """Hold what the call may use, and see that it ends; raises Refusal."""
-        answer = await self._let_in(passage, count)
+        answer = await self._let_in(passage, ways)
         if isinstance(answer, NotBooked):
             self._metrics.refused(answer.refused)
             now = self._now()
             raise passage.refusal(answer, now, busy_s=self._pace.busy_s(now))
-        kind = passage.model.upstream.kind
-        strips = passage.call.adds_running_usage(kind)
-        meter = Meter(passage.call, count=count.piece, strips_running_usage=strips, moves_timings=kind == "llamacpp")
-        reservation = Reservation(self._ledger, answer, meter, binding=passage.binding, count=count)
+        first = ways.first
+        reservation = Reservation(self._ledger, answer, first.meter(), binding=passage.binding, count=first.count)
+        del first
         self._pace.began(answer.entry.id, self._now())
         try:
             with self._metrics.in_flight.track_inprogress():
@@ -136,14 +102,14 @@ class Relay:
                 reservation.entry, reservation.charged, reservation.outcome, model=passage.model_label
             )
 
-    async def _let_in(self, passage: Passage, count: CallCount) -> Booked | NotBooked:
+    async def _let_in(self, passage: Passage, ways: Ways) -> Booked | NotBooked:
         """Ask the ledger, and wait for calls in flight if it comes to that, as long as the client does."""
         task = asyncio.current_task()
         assert task is not None, "a call runs in a task"
         passage.client.when_gone(task.cancel)
         try:
-            act = passage.reserve(count.demand, owner=self._ledger.owner)
-            return await self._waiting.reserve(act, wait_s=passage.wait_s, recount=count.exact_demand)
+            act = passage.reserve(ways.demand, owner=self._ledger.owner)
+            return await self._waiting.reserve(act, wait_s=passage.wait_s, recount=ways.exact_demand)
         except asyncio.CancelledError:
             if not passage.client.is_gone:
                 raise
@@ -162,9 +128,8 @@ class Relay:
                 await reservation.settle(await reservation.usage(), "upstream_broke")
             else:
                 await reservation.release()
-            log.warning(
-                "upstream failed", upstream=passage.model.upstream.name, call=reservation.entry.id, reason=str(error)
-            )
+            upstream = (reservation.model or passage.model).upstream
+            log.warning("upstream failed", upstream=upstream.name, call=reservation.entry.id, reason=str(error))
             if passage.client.response is None:
                 raise
             await passage.client.write(error_event(passage.call.endpoint, error))
@@ -231,12 +196,6 @@ class Relay:
     def _quota_headers(self, passage: Passage, reservation: Reservation) -> dict[str, str]:
         is_held = reservation.outcome is None
         return passage.quota_headers(reservation.entry, reservation.counters, self._now(), is_held=is_held)
-
-
-async def _is_option_refused(answer: Answer, passage: Passage) -> bool:
-    """Whether this is an error about what we wrote into the request, and not the client."""
-    is_refusal = passage.asks_for_usage and answer.status // 100 == 4
-    return is_refusal and is_about_usage_option(answer.status, await answer.beginning())
 
 
 def _outcome(passage: Passage, meter: Meter) -> Outcome:

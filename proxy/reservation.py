@@ -16,6 +16,7 @@ from proxy.counting import CallCount
 from proxy.errors import LedgerUnavailable
 from proxy.ledger import Ledger
 from proxy.meter import Meter
+from proxy.policy import Model
 from proxy.quotas import Binding, Counter, CounterKey
 from proxy.usage import TOKENS_MAX, AtLeast, Tokens, Usage
 from proxy.waiting import WaitingRoom
@@ -40,6 +41,7 @@ class Reservation:
         self.entry = booked.entry
         self.meter = meter
         self.is_sent = False  # before that nothing can have been used
+        self.model: Model | None = None  # at the upstream that was asked last
         self.outcome: Outcome | None = None
         self.charged: Usage | None = None
         self.counters: Mapping[CounterKey, Counter] = booked.counters
@@ -57,6 +59,11 @@ class Reservation:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.leave("proxy_broke")
+
+    def ask(self, model: Model, meter: Meter, *, count: CallCount) -> None:
+        """The call is sent to this upstream from now on; `meter` and `count` are as its answer needs them."""
+        self.model, self.meter, self._count = model, meter, count
+        self.is_sent = True
 
     @property
     def covered(self) -> int:
@@ -162,7 +169,7 @@ class Reservation:
                     min(tokens.input, whole.input), min(tokens.output, whole.output), min(tokens.cached, whole.input)
                 )
             )
-        await self._end(Settle(self.entry.id, usage, outcome), usage, wait_s)
+        await self._end(Settle(self.entry.id, usage, outcome, self._upstream), usage, wait_s)
 
     async def leave(self, outcome: Outcome, *, is_unknown: bool = False) -> None:
         """End a call that goes no further: free if it was never sent, else charged as well as it can be known.
@@ -178,7 +185,11 @@ class Reservation:
 
     async def release(self, outcome: Outcome = "upstream_failed") -> None:
         """Give everything back: the upstream never had this call, or failed with it."""
-        await self._end(Release(self.entry.id, outcome), None, COMMIT_WAIT_S)
+        await self._end(Release(self.entry.id, outcome, self._upstream), None, COMMIT_WAIT_S)
+
+    @property
+    def _upstream(self) -> str | None:
+        return None if self.model is None else self.model.upstream.name
 
     async def _end(self, act: Settle | Release, usage: Usage | None, wait_s: float) -> None:
         if self.outcome is not None:

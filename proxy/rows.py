@@ -17,7 +17,7 @@ from proxy.windows import Window
 
 # What changes in the row of a call after it was let in, in the table's order.
 CHANGING = (
-    "state ended_at hold_input hold_output lines "
+    "state upstream ended_at hold_input hold_output lines "
     "input_tokens output_tokens cached_tokens reasoning_tokens requests provenance outcome"
 ).split()
 
@@ -99,9 +99,9 @@ def entry_of(row: Row) -> Entry:
 
 def _call_row(entry: Entry) -> Row:
     facts = entry.facts
-    state, ended_at, hold_input, hold_output, lines, *used = _changing(entry)
+    state, upstream, ended_at, hold_input, hold_output, lines, *used = _changing(entry)
     return (
-        *(entry.id, entry.owner, state, facts.user, facts.model, facts.endpoint, facts.upstream, entry.through),
+        *(entry.id, entry.owner, state, facts.user, facts.model, facts.endpoint, upstream, entry.through),
         *(entry.reserved_at, ended_at, hold_input, hold_output, entry.maximum),
         *(lines, entry.capped_by, orjson.dumps(entry.would_refuse).decode()),
         *used,
@@ -115,7 +115,8 @@ def _changing(entry: Entry) -> Row:
         for line in entry.lines
     ]
     return (
-        *(entry.state, entry.ended_at, entry.hold.input, entry.hold.output, orjson.dumps(lines).decode()),
+        *(entry.state, entry.facts.upstream, entry.ended_at),
+        *(entry.hold.input, entry.hold.output, orjson.dumps(lines).decode()),
         *(*_used(entry.usage), entry.outcome),
     )
 

@@ -9,75 +9,45 @@ import json
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
-    AfterValidator,
     BaseModel,
-    BeforeValidator,
     ConfigDict,
     Field,
     ValidationInfo,
-    WithJsonSchema,
     field_validator,
     model_validator,
 )
 
-from proxy import scalars
-from proxy.policy import Kind, OnDisconnect, Secret
+from proxy.fields import (
+    Address,
+    ApiKey,
+    ApiVersion,
+    BaseUrl,
+    Count,
+    Database,
+    Encoding,
+    Flag,
+    Globs,
+    GroupName,
+    KeepFor,
+    KeyDigest,
+    LedgerWait,
+    ModelName,
+    Name,
+    Origin,
+    Per,
+    Positive,
+    ServedName,
+    Text,
+    UserName,
+    Wait,
+    Weekday,
+    Zone,
+)
+from proxy.policy import Kind, OnDisconnect
 from proxy.quotas import Combine, Enforce, Limit
 from proxy.usage import MEASURES
 
-# What a value may always be instead: a reference, of which the schema can't know what it stands for.
-_REFERENCE = r".*\$\{.+\}.*"
-
 EMPTY = "this is empty; give it a value or leave it out"
-
-Weekday = Literal["monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday"]
-Encoding = Literal["o200k_base", "o200k_harmony", "cl100k_base", "p50k_base", "p50k_edit", "r50k_base", "gpt2"]
-
-
-def _written(value: object) -> object:
-    """Text as it was written, also where it looks like a number (a user called 1001)."""
-    return str(value) if type(value) is int else value
-
-
-def _flag(value: object) -> object:
-    return {"true": True, "false": False}.get(value, value) if isinstance(value, str) else value
-
-
-def _string(**more: object) -> WithJsonSchema:
-    return WithJsonSchema({"type": "string", **more})
-
-
-def _number(least: int) -> WithJsonSchema:
-    text = rf"^([0-9]+(_[0-9]+)*[kM]?|{_REFERENCE})$"
-    return WithJsonSchema({"anyOf": [{"type": "integer", "minimum": least}, {"type": "string", "pattern": text}]})
-
-
-_AsWritten = BeforeValidator(_written)
-_NAMED = WithJsonSchema({"type": ["string", "integer"], "pattern": scalars.NAME.pattern})
-Text = Annotated[str, _AsWritten, AfterValidator(scalars.sentence)]
-Name = Annotated[str, _AsWritten, AfterValidator(scalars.name), _NAMED]
-GroupName = Annotated[str, _AsWritten, AfterValidator(scalars.group_name), _NAMED]
-UserName = Annotated[str, _AsWritten, AfterValidator(scalars.user_name), _string(minLength=1, maxLength=254)]
-ModelName = Annotated[str, _AsWritten, AfterValidator(scalars.model_name), _string(minLength=1)]
-ServedName = Annotated[str, _AsWritten, AfterValidator(scalars.served_name), _string(minLength=1)]
-Glob = Annotated[str, _AsWritten, AfterValidator(scalars.glob), _string(minLength=1)]
-Globs = Annotated[list[Glob], Field(min_length=1)]
-Flag = Annotated[bool, BeforeValidator(_flag)]
-Count = Annotated[int, BeforeValidator(scalars.count), _number(0)]
-Positive = Annotated[int, BeforeValidator(scalars.positive), _number(1)]
-Wait = Annotated[int, BeforeValidator(scalars.wait), _string()]
-LedgerWait = Annotated[int, BeforeValidator(scalars.ledger_wait), _string()]
-KeepFor = Annotated[int, BeforeValidator(scalars.keep), _string()]
-Per = Annotated[str, _AsWritten, AfterValidator(scalars.per)]
-Address = Annotated[str, _AsWritten, AfterValidator(scalars.address)]
-Origin = Annotated[str, AfterValidator(scalars.origin)]
-Zone = Annotated[str, AfterValidator(scalars.zone)]
-ApiVersion = Annotated[str, AfterValidator(scalars.api_version)]
-BaseUrl = Annotated[str, AfterValidator(scalars.base_url)]
-Database = Annotated[str, AfterValidator(scalars.database)]
-# A user's or admin's key: what is kept of it is its digest only.
-KeyDigest = Annotated[str, _AsWritten, AfterValidator(scalars.key_digest), _string(minLength=1)]
-ApiKey = Annotated[Secret, BeforeValidator(scalars.secret), _string(minLength=1)]
 
 
 class Section(BaseModel):
@@ -187,12 +157,27 @@ class Upstream(Section):
         return self.on_disconnect or ("stop" if self.kind in ("vllm", "ollama", "llamacpp") else "drain")
 
 
+class Place(Section):
+    """One of the upstreams that serve a model."""
+
+    called = "one of a model's upstreams"
+
+    upstream: Name = Field(description="Which upstream.")
+    model: ServedName | None = Field(None, description="What it calls the model; the same name where left out.")
+    weight: Count = Field(
+        1, description="Its share of the calls; at 0 it is asked only where none of the others can be."
+    )
+
+
 class Model(Section):
     """A model as clients name it."""
 
     called = "a model"
 
     upstream: Name | None = Field(None, description="Which upstream serves it; default_upstream, or the only one.")
+    upstreams: Annotated[list[Place], Field(min_length=1)] | None = Field(
+        None, description="Several that serve it; where one can't, another is asked before the client hears of it."
+    )
     model: ServedName | None = Field(None, description="What the upstream calls it; the same name where left out.")
     max_output_tokens: Positive | None = Field(None, description="The longest answer it gives, in tokens.")
     context: Positive | None = Field(None, description="Input and answer together at most, in tokens.")
@@ -210,6 +195,10 @@ class Model(Section):
     def _fits_itself(self) -> "Model":
         if self.max_output_tokens and self.context and self.max_output_tokens > self.context:
             raise ValueError("max_output_tokens is larger than context; write the smaller number there")
+        if self.upstreams and (self.upstream or self.model):
+            raise ValueError("upstreams says already where it is served; write upstream and model below upstreams")
+        if self.upstreams and len({(place.upstream, place.model) for place in self.upstreams}) < len(self.upstreams):
+            raise ValueError("two of its upstreams are the same; write one of them, with the sum of their weights")
         return self
 
 
@@ -325,6 +314,11 @@ class File(Section):
         10_000,
         description="How long a call may wait for a database that is away before it is answered 503, as in 10s.",
     )
+    retry_for: Wait = Field(
+        30_000,
+        description="How long after a call was sent it may still be sent again, if an upstream can't take it and "
+        "nothing has gone to its client, as in 30s; 0s for not at all.",
+    )
     keep: Keep = Field(default=Keep(), description="How long records of what was used are kept.")
     help: Text = Field("", max_length=1000, description="A link or a sentence at the end of every refusal.")
     upstreams: Annotated[dict[Name, Upstream], Field(min_length=1)] = Field(
@@ -356,6 +350,8 @@ def section_at(path: tuple[str | int, ...]) -> type[Section]:
             return Keep
         case ("upstreams", _, _):
             return Upstream
+        case ("models", _, "upstreams", _, _):
+            return Place
         case ("models", _, _):
             return Model
         case ("groups", _, _):

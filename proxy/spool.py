@@ -5,6 +5,7 @@ The file has no name on the disk, so nothing is left behind by a crash. It is re
 
 import asyncio
 import tempfile
+import threading
 from collections.abc import AsyncIterator
 
 # So much is kept in memory before the file is begun, and written or read at a time.
@@ -19,6 +20,7 @@ class Spool:
         self.size = 0
         self._file = tempfile.SpooledTemporaryFile(max_size=_MEMORY_BYTES)  # noqa: SIM115 - `close` does it
         self._unwritten = bytearray()
+        self._reading = threading.Lock()
 
     async def write(self, chunk: bytes) -> None:
         """Take the next bytes."""
@@ -34,11 +36,16 @@ class Spool:
 
     async def read(self, start: int, end: int) -> AsyncIterator[bytes]:
         """The bytes from `start` to `end`, piece by piece."""
-        await asyncio.to_thread(self._file.seek, start)
         while start < end:
-            piece = await asyncio.to_thread(self._file.read, min(_PIECE_BYTES, end - start))
+            piece = await asyncio.to_thread(self._piece, start, min(_PIECE_BYTES, end - start))
             start += len(piece)
             yield piece
+
+    def _piece(self, start: int, size: int) -> bytes:
+        # A thread can't be stopped: the one of a try that was given up may still be reading.
+        with self._reading:
+            self._file.seek(start)
+            return self._file.read(size)
 
     def close(self) -> None:
         """Let go of it."""

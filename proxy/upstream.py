@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 
 import aiohttp
+from aiohttp.abc import AbstractStreamWriter
 from yarl import URL
 
 from proxy.errors import UpstreamError, UpstreamTimeout
@@ -60,13 +61,10 @@ class Answer:
     async def beginning(self) -> bytes:
         """The body of an error as far as it comes within bounds; never raises, for the status says enough.
 
-        It may be asked for twice.
+        It is read once, and can be asked for again when the connection is closed.
         """
-        if self._beginning is None:
-            self._beginning = await self._read_beginning()
-        return self._beginning
-
-    async def _read_beginning(self) -> bytes:
+        if self._beginning is not None:
+            return self._beginning
         body = bytearray()
         try:
             async with asyncio.timeout(_ERROR_S):
@@ -76,7 +74,8 @@ class Answer:
                         break
         except (UpstreamError, TimeoutError):
             pass
-        return bytes(body)
+        self._beginning = bytes(body)
+        return self._beginning
 
 
 class Upstreams:
@@ -113,10 +112,11 @@ class Upstreams:
         Raises UpstreamError where no answer came, UpstreamTimeout where it did not come in time.
         """
         assert self._session is not None, "open() first"
+        data = _data(body)
         # Redirects are not followed: the library would carry `api-key` headers to wherever they point.
         request = self._session.post(
             URL(upstream.base_url + path, encoded=True),
-            data=_data(body),
+            data=data,
             # Not chunked, which some servers don't take for a form.
             headers={**headers, "content-length": str(len(body))},
             allow_redirects=False,
@@ -130,13 +130,27 @@ class Upstreams:
         except TimeoutError:
             raise UpstreamTimeout("The upstream did not answer in time.") from None
         except (aiohttp.ClientError, OSError):
-            raise UpstreamError("The upstream closed the connection without an answer.") from None
+            was_sent = not isinstance(data, _AtOnce) or data.was_written
+            raise UpstreamError("The upstream closed the connection without an answer.", was_sent=was_sent) from None
         finally:
-            del body  # sent: a long answer must not keep it
+            del body, data  # sent: a long answer must not keep it
         async with response:
             if response.headers.get("content-encoding", "identity").lower() != "identity":
                 raise UpstreamError("The upstream compressed its answer although it was asked not to.")
             yield Answer(response)
+
+
+class _AtOnce(aiohttp.BytesPayload):
+    """A body that is written in one go, together with the head, so that it is known whether anything of it was.
+
+    A kept connection may be closed by the upstream in the moment at which it is taken up again.
+    """
+
+    was_written = False
+
+    async def write_with_length(self, writer: AbstractStreamWriter, content_length: int | None) -> None:
+        await super().write_with_length(writer, content_length)
+        self.was_written = True
 
 
 def _data(body: bytes | Spliced) -> object:
@@ -144,4 +158,4 @@ def _data(body: bytes | Spliced) -> object:
     if isinstance(body, Spliced):
         return body.pieces()
     # As a file where it is large: the library would write a megabyte of bytes in one go, and warns of it.
-    return io.BytesIO(body) if len(body) > _AT_ONCE_BYTES_MAX else body
+    return io.BytesIO(body) if len(body) > _AT_ONCE_BYTES_MAX else _AtOnce(body)

@@ -197,6 +197,18 @@ def test_the_end_changes_only_how_it_ended():
     assert ledger.entries["1"] == replace(before, **ended)
 
 
+@pytest.mark.parametrize("end", [Settle("1", exactly(100, 50), "complete", "spare"), Release("1", upstream="spare")])
+def test_the_end_may_say_who_had_the_call(end):
+    """Where another upstream answered than was to be asked at first; of what is lost nobody can say."""
+    who = binding([quota("staff/daily", tokens=1000)])
+    for act, upstream in ((end, "spare"), (replace(end, upstream=None), "openai"), (Expire("1"), "openai")):
+        books = Books({}, {}, NOON)
+        books.apply(reserve("1", who, call(100, 400)))
+        ended = books.apply(act)
+        assert isinstance(ended, Booked)
+        assert ended.entry.facts == Facts("ann", "gpt-4o-mini", "chat", upstream)
+
+
 def test_a_record_names_what_shortened_the_answer_and_what_would_have_refused():
     """By the quotas' ids, since quotas come and go."""
     watching = quota("staff/new", tokens=10, enforce="shadow")

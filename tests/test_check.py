@@ -293,6 +293,17 @@ def test_a_model_escapes_also_where_its_own_name_is_not_listed():
     assert warned(group(FRONTIER + DAILY) + f"models: {{gpt-4o: {{{KNOWN}}}, smart: {{{KNOWN}}}}}\n") == []
 
 
+def test_a_model_escapes_also_by_its_second_upstream():
+    """Whichever upstream is asked, the quota was meant for that model; it is said once."""
+    several = "upstreams: [{upstream: box, model: gpt-5}, {upstream: spare, model: gpt-4o, weight: 0}]"
+    models = f"models: {{gpt-4o: {{{KNOWN}, upstreams: [{{upstream: box}}, {{upstream: spare}}]}}, "
+    models += f"smart: {{{several}, {KNOWN}}}}}\n"
+    below = f"{group(FRONTIER + DAILY)}{models}".replace("users:", "default_upstream: box\nusers:", 1)
+    text = f"upstreams: {{box: {{base_url: http://box/v1}}, spare: {{base_url: http://spare/v1}}}}\n{below}"
+    found = [warning.text for warning in warnings(load_text(text))]
+    assert found == [f"staff/frontier: {ESCAPE}"]
+
+
 def test_who_is_not_bound_lets_nothing_escape():
     """A quota of default is no rule for those who have one of their own."""
     more = f"  default:\n    quotas:\n{FRONTIER}{DAILY}"
@@ -333,6 +344,13 @@ def test_a_model_whose_answers_have_no_known_end(model, quota, is_endless):
     below += group(f"      daily: {{{quota}, per: day}}\n")
     found = [f"{warning.line}: {warning.text}" for warning in warnings(load_text(below))]
     assert found == ([f"7: {ENDLESS}"] if is_endless else [])
+
+
+def test_one_simulated_upstream_of_several_gives_no_end_to_the_others():
+    """The simulator's answers have one by themselves."""
+    upstreams = "upstreams:\n  box: {base_url: http://box/v1}\n  stage: {base_url: http://box, kind: simulator}\n"
+    models = "models: {gpt-x: {upstreams: [{upstream: stage}, {upstream: box}]}}\n"
+    assert ENDLESS in str(warnings(load_text(upstreams + models + group(DAILY))))
 
 
 def test_it_is_said_once_for_each_model():

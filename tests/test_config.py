@@ -145,6 +145,44 @@ def test_with_several_upstreams_each_model_may_say_its_own():
     assert policy.models is not None and policy.models["m"].upstream.name == "b"
 
 
+TWO = "upstreams: {a: {base_url: http://a}, b: {base_url: http://b, kind: vllm}}\n"
+
+
+def test_a_model_may_have_several_upstreams():
+    """Each with its own name there and its share; what is known of the model is known of all of them."""
+    policy = load_text(
+        f"{TWO}retry_for: 5s\nmodels:\n"
+        "  m: {max_output_tokens: 100, upstreams: [{upstream: a, weight: 3}, {upstream: b, model: m-1}]}\n"
+        '  "*": {upstreams: [{upstream: b, weight: 0}, {upstream: a}]}\n'
+    ).policy
+    a, b = policy.upstreams["a"], policy.upstreams["b"]
+    model, other = policy.model("m"), policy.model("x")
+    assert model is not None and other is not None
+    served = [(place.upstream, place.upstream_model, place.weight) for place in model.everywhere]
+    assert served == [(a, "m", 3), (b, "m-1", 1)]
+    assert {(place.name, place.max_output_tokens) for place in model.everywhere} == {("m", 100)}
+    assert [(place.upstream, place.upstream_model, place.weight) for place in other.everywhere] == [
+        (b, "x", 0),
+        (a, "x", 1),
+    ]
+    assert (policy.retry_for_ms, load_text(SMALL).policy.retry_for_ms) == (5000, 30_000)
+
+
+def test_what_is_wrong_with_several_upstreams_has_its_place():
+    """A name that is none, a list that is none, and a name for what has none."""
+    assert mistakes(f"{TWO}models:\n  m: {{upstreams: [{{upstream: a}},\n    {{upstream: c}}]}}\n") == [
+        'f.yaml:4: models.m.upstreams[1].upstream: there is no upstream "c"; '
+        "write it below upstreams, where there is a, b"
+    ]
+    assert mistakes(f'{TWO}models:\n  "*": {{upstreams: [{{upstream: a, model: x}}]}}\n') == [
+        "f.yaml:3: models.*.upstreams[0].model: this is not known of models without a name; "
+        'write only upstream for "*"'
+    ]
+    assert mistakes(f"{TWO}models: {{m: {{upstreams: a}}}}\n") == [
+        'f.yaml:2: models.m.upstreams: this has to be a list; write [ … ], or lines that begin with "- "'
+    ]
+
+
 def test_the_hash_is_that_of_the_policy():
     """The same for the same policy, however it is laid out and wherever it listens; another for another key."""
     first = whole().policy.hash
@@ -357,6 +395,7 @@ def test_the_example_shows_every_key():
         schema.Server,
         schema.Upstream,
         schema.Model,
+        schema.Place,
         schema.Group,
         schema.Quota,
         schema.User,

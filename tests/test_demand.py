@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.demand import SMALLEST_ANSWER, counted, demand_of, is_seen_growing
+from proxy.demand import SMALLEST_ANSWER, counted, demand_of, is_seen_growing, most_of
 from proxy.endpoints import (
     CHAT,
     COMPACT,
@@ -447,6 +447,15 @@ def test_a_count_takes_the_place_of_the_bytes(
     """
     found = counted(ROUGH, CONTEXT, Prompt(overhead=7), text_tokens=text_tokens, is_guess=is_guess)
     assert found == replace(ROUGH, input=input_tokens, unseen=unseen, is_rough=False)
+
+
+def test_what_covers_several_demands_covers_each() -> None:
+    """The most of each number: the call may go to the one that needs it."""
+    one = Demand(10, 500, 400, first=400, unseen=3, is_rough=True)
+    other = Demand(20, 300, 200, first=300, is_open_ended=True, is_rough=True)
+    assert most_of([one]) == one
+    both = Demand(20, 500, 400, first=400, is_open_ended=True, is_rough=True, unseen=3)
+    assert most_of([one, other]) == most_of([other, one]) == both
 
 
 @given(

@@ -21,14 +21,14 @@ FLOORS = {
     "ground": (
         "errors windows usage quotas admission books policy standing anthropic auth "  # who may what
         "codings strict_json sse chunks pictures prompt "
-        "endpoints forms wire demand habits message_ending ending meter stream headers failures pace".split()
+        "endpoints forms wire demand habits message_ending ending meter stream headers failures pace choice".split()
     ),
     "adapters": (
-        "references document scalars schema faults config check "  # the file
+        "references document scalars fields schema faults config check "  # the file
         "logs tasks tokens tables rows statements store sqlite postgres ledger records "
         "spool upstream metrics client".split()
     ),
-    "story": "reload waiting counting reservation passage departure relay".split(),
+    "story": "reload waiting counting reservation passage departure attempts relay".split(),
     "doors": "answering framing bodies cors listener health api admin".split(),
     "roof": (
         "simulated_faults simulated_text simulated_media simulated_frames simulated_messages simulator "

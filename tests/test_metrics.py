@@ -28,6 +28,13 @@ def test_a_refusal_is_counted_at_the_quota_that_refused() -> None:
     assert 'llm_quota_refusals_total{quota="staff/daily",verdict="never"} 1.0' in metrics.exposition().decode()
 
 
+def test_tries_are_counted_by_upstream() -> None:
+    """More than calls, where one upstream can't take what another then does."""
+    metrics = Metrics()
+    metrics.tries.labels("box", "limited").inc()
+    assert 'llm_quota_tries_total{outcome="limited",upstream="box"} 1.0' in metrics.exposition().decode()
+
+
 def test_two_processes_in_one_do_not_share_counts() -> None:
     """The registry is the object's own, so importing or building twice registers nothing twice."""
     first, second = Metrics(), Metrics()

@@ -389,6 +389,17 @@ def test_nothing_is_known_of_a_model_that_is_not_listed():
     assert found == Model("qwen", LOCAL, "qwen")
 
 
+def test_a_model_is_served_at_all_its_upstreams():
+    """In the order of the file; an open list sends each name to the same ones, by that name."""
+    spare = Model("*", OPENAI, "*", weight=0)
+    anything = replace(ANYTHING, others=(spare,))
+    found = policy(models={"*": anything}).model("qwen")
+    assert found is not None
+    assert found.everywhere == (found, Model("qwen", OPENAI, "qwen", weight=0))
+    assert (found.upstream, found.upstream_model) == (LOCAL, "qwen")
+    assert FAST.everywhere == (FAST,)
+
+
 def test_a_listed_model_keeps_all_that_is_known_about_it():
     """Its maximum and context bound what calls hold."""
     assert policy(models={"fast": FAST}).model("fast") is FAST

@@ -6,14 +6,27 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from proxy import schema
+from proxy import fields
 from proxy.policy import Secret
 from proxy.quotas import Limit
-from proxy.schema import File, Group, Keep, Model, Quota, Section, Server, Upstream, User, json_schema, section_at
+from proxy.schema import (
+    File,
+    Group,
+    Keep,
+    Model,
+    Place,
+    Quota,
+    Section,
+    Server,
+    Upstream,
+    User,
+    json_schema,
+    section_at,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALLEST = {"upstreams": {"box": {"base_url": "http://box/v1"}}}
-SECTIONS = (File, Server, Keep, Upstream, Model, Group, Quota, User)
+SECTIONS = (File, Server, Keep, Upstream, Place, Model, Group, Quota, User)
 
 
 def test_the_smallest_file_has_all_defaults():
@@ -88,6 +101,10 @@ def test_names_of_digits_are_names():
     ("section", "data"),
     [
         (Model, {"context": 5, "max_output_tokens": 6}),
+        (Model, {"upstream": "a", "upstreams": [{"upstream": "b"}]}),
+        (Model, {"model": "a", "upstreams": [{"upstream": "b"}]}),
+        (Model, {"upstreams": [{"upstream": "a", "weight": 2}, {"upstream": "a"}]}),
+        (Model, {"upstreams": []}),
         (Quota, {"per": "day"}),
         (Quota, {"tokens": 5, "overdraft": 1, "per": "day", "enforce": "after"}),
         (Quota, {"tokens": 5, "overdraft": 1, "per": "day", "enforce": "shadow"}),
@@ -161,6 +178,7 @@ def test_secrets_do_not_show():
         (("server", "a"), Server),
         (("keep", "a"), Keep),
         (("upstreams", "box", "a"), Upstream),
+        (("models", "m", "upstreams", 0, "a"), Place),
         (("models", "m", "a"), Model),
         (("groups", "g", "a"), Group),
         (("groups", "g", "quotas", "q", "a"), Quota),
@@ -197,7 +215,7 @@ def test_the_json_schema_refuses_what_the_file_refuses():
     assert whole["$defs"]["Quota"]["required"] == ["per"]
     assert all(part["additionalProperties"] is False for part in (whole, *whole["$defs"].values()))
     assert whole["properties"]["groups"]["additionalProperties"] is False
-    assert list(whole["properties"]["groups"]["patternProperties"]) == [schema.scalars.NAME.pattern]
+    assert list(whole["properties"]["groups"]["patternProperties"]) == [fields.scalars.NAME.pattern]
     assert json_schema().count('"null"') == 3
     assert [whole["$defs"]["Keep"]["properties"][name]["type"] for name in ("calls", "days")] == [
         ["string", "null"]

@@ -1,8 +1,10 @@
 """HTTP to the upstreams: what broke, and whether the call can have been sent."""
 
 import asyncio
-from collections.abc import AsyncIterator
+import sys
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
+from typing import Any
 
 import pytest
 
@@ -141,11 +143,50 @@ async def test_an_upstream_that_takes_the_request_and_hangs_up_may_have_cost_som
         assert seen
 
 
+@pytest.mark.skipif(sys.version_info >= (3, 12), reason="there the library writes before anything else can happen")
+async def test_a_kept_connection_that_closes_before_a_byte_was_written_was_sent_nothing() -> None:
+    """Both ends may have the same thought at the same time; where nothing went out nothing can have run."""
+    seen: list[bytes] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while head := await reader.readline():
+            if head.startswith(b"POST"):
+                seen.append(head)
+                await reader.readuntil(b"\r\n\r\n")
+                await reader.readexactly(2)
+                writer.write(HEAD + b"Content-Length: 2\r\n\r\n{}")
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    up = Upstream("up", f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1", None)
+    async with _open() as upstreams:
+        async with upstreams.send(up, "/x", b"{}", {}) as answer:
+            await answer.whole()
+        [kept] = (proto for kept in _kept(upstreams) for proto, _ in kept)
+        asyncio.get_running_loop().call_soon(kept.close)  # after it was taken up, before it is written to
+        with pytest.raises(UpstreamError, match="without an answer") as failed:
+            async with upstreams.send(up, "/x", b"{}", {}):
+                raise AssertionError
+        assert failed.value.was_sent is False
+        async with upstreams.send(up, "/x", b"{}", {}) as answer:
+            assert await answer.whole() == b"{}"
+    assert len(seen) == 2
+    server.close()
+    await server.wait_closed()
+
+
+def _kept(upstreams: Upstreams) -> Iterable[Any]:
+    """The connections that wait to be used again: nothing outside tells of them."""
+    connector = upstreams._session.connector if upstreams._session else None
+    return connector._conns.values() if connector else ()
+
+
 async def test_an_error_is_read_as_far_as_it_comes() -> None:
     """The status says enough; a body that breaks off, or has no end, changes nothing."""
     head = b"HTTP/1.1 503 X\r\nContent-Length: 4000000\r\n\r\n"
     async with _upstream(head + b"{") as (up, _), _open() as upstreams, upstreams.send(up, "/x", b"{}", {}) as answer:
         assert await answer.beginning() == b"{"
+    assert await answer.beginning() == b"{"  # also when its connection is closed
     endless = head + b"x" * 3_000_000
     async with _upstream(endless) as (up, _), _open() as upstreams, upstreams.send(up, "/x", b"{}", {}) as answer:
         assert 2**20 < len(await answer.beginning()) < 2**21
