@@ -24,8 +24,9 @@ run: $(RUN_VENV)
 
 test: lint
 	rm -f .coverage
-	$(BIN)/python -m pytest -n auto --cov --cov-context=test
+	$(BIN)/python -m pytest -n auto -m "not journey" --cov --cov-context=test
 	$(BIN)/python -m tests.full_coverage
+	$(BIN)/python -m pytest -n auto -m journey
 
 lint: .venv/all
 	$(BIN)/ruff format --check .

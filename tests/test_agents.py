@@ -14,7 +14,7 @@ import pytest
 
 from tests.stage import Reply, Stage, key_of, stage
 
-pytestmark = pytest.mark.every_engine
+pytestmark = [pytest.mark.every_engine, pytest.mark.journey]
 
 AGENTS = ("ann", "ben", "cleo", "dan", "eve", "finn")
 LIMIT = 1_000_000

@@ -17,7 +17,7 @@ import pytest
 from tests.bare_upstream import BareUpstream, bare_upstream, stream_head
 from tests.stage import STAFF, Reply, Stage, key_of, stage
 
-pytestmark = pytest.mark.every_engine
+pytestmark = [pytest.mark.every_engine, pytest.mark.journey]
 
 AT_ONCE = 32
 ROOMY = STAFF.replace("tokens: 1M", "tokens: 100M")

@@ -9,6 +9,10 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import pytest
+
+pytestmark = pytest.mark.journey
+
 GUIDE_ENDS = "Stop with Ctrl-C"
 
 

@@ -20,6 +20,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, Protocol
 
 import asyncpg
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -36,6 +37,8 @@ from tests.breakage import writers
 from tests.builders import DAY, HOUR, exactly, instant, quota, reserve
 from tests.postgres import shared, url_name
 from tests.random_rules import demands
+
+pytestmark = pytest.mark.journey
 
 # ------------------------------------------------------------------------------------------------ where they are kept
 

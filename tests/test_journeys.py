@@ -14,7 +14,7 @@ from proxy.simulator import Simulator
 from proxy.simulator import serve as serve_simulator
 from tests.stage import STAFF, UPSTREAM_KEY, Stage, key_of, stage
 
-pytestmark = pytest.mark.every_engine
+pytestmark = [pytest.mark.every_engine, pytest.mark.journey]
 
 HELLO: Any = [{"role": "user", "content": "Hello there, how are you?"}]
 

@@ -21,6 +21,8 @@ from proxy.usage import TOKENS_MAX, AtLeast, Exactly, Tokens, Usage
 from proxy.wire import Call, parse_call
 from tests.stage import STAFF, stage
 
+pytestmark = pytest.mark.journey
+
 
 @dataclass(frozen=True, slots=True)
 class Piece:

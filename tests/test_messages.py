@@ -16,7 +16,7 @@ from anthropic import AsyncAnthropic
 from proxy.departure import Departures
 from tests.stage import STAFF, UPSTREAM_KEY, Stage, key_of, stage
 
-pytestmark = pytest.mark.every_engine
+pytestmark = [pytest.mark.every_engine, pytest.mark.journey]
 
 HELLO: Any = [{"role": "user", "content": "hello there"}]
 TAKEN = 5  # by the simulator's rule: two words, and three for the message

@@ -30,6 +30,8 @@ from tests.breakage import failing_writes, full, locked, moved, read_only, repla
 from tests.builders import DAY, HOUR, NOON
 from tests.stage import STAFF, UPSTREAM_KEY, Clock, Reply, Stage, key_of, sqlite_in, stage, text_of, until
 
+pytestmark = pytest.mark.journey
+
 CHAT = "/v1/chat/completions"
 HELLO: Any = [{"role": "user", "content": "Hello"}]
 ALICE = {"authorization": f"Bearer {key_of('alice')}"}

@@ -16,7 +16,7 @@ from proxy.meter import Meter
 from proxy.sse import Event
 from tests.stage import STAFF, UPSTREAM_KEY, Stage, stage, until
 
-pytestmark = pytest.mark.every_engine
+pytestmark = [pytest.mark.every_engine, pytest.mark.journey]
 
 HELLO: Any = [{"role": "user", "content": "Hello"}]
 CHAT = "/v1/chat/completions"

@@ -28,6 +28,8 @@ from tests.stage import STAFF, Clock, stage
 from tests.test_postgres import LONG, Database, until
 from tests.test_reservation import Call
 
+pytestmark = pytest.mark.journey
+
 DAILY = quota("staff/daily", tokens=10**9, per=LONG)
 POT = quota("staff/pot", tokens=20_000, per=LONG, shared=True)
 ANN = binding([DAILY])

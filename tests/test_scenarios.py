@@ -24,7 +24,7 @@ from tests.bare_upstream import Serve, bare_upstream, stream_head
 from tests.builders import DAY, NOON
 from tests.stage import UPSTREAM_KEY, Clock, Reply, Stage, key_of, stage, text_of, until
 
-pytestmark = pytest.mark.every_engine
+pytestmark = [pytest.mark.every_engine, pytest.mark.journey]
 
 CHAT, COMPLETIONS, RESPONSES, EMBEDDINGS = (
     f"/v1/{name}" for name in ("chat/completions", "completions", "responses", "embeddings")

@@ -18,6 +18,8 @@ from proxy.simulated_media import HEARD, PICTURE, SOUND
 from tests.stage import STAFF, Stage, key_of, stage
 from tests.test_endpoints import METERED, published
 
+pytestmark = pytest.mark.journey
+
 MODELS = """
 models:
   fast: {upstream: simulated, model: gpt-4o-mini}

@@ -24,6 +24,8 @@ from proxy.torture_proxy import Proxy
 from proxy.torture_report import Report
 from tests.postgres import shared
 
+pytestmark = pytest.mark.journey
+
 KEY = "sk-torture-0123456789abcdef-0"
 UPSTREAM_KEY = "sk-upstream-0123456789abcdef"
 

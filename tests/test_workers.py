@@ -25,6 +25,8 @@ from tests.bare_upstream import bare_upstream, stream_head
 from tests.postgres import shared
 from tests.stage import UPSTREAM_KEY, key_of, sqlite_in, until
 
+pytestmark = pytest.mark.journey
+
 CONFIG = """
 server: {{api: "127.0.0.1:0", admin: "127.0.0.1:0"}}
 database: "{database}"
