@@ -62,7 +62,7 @@ class Facts:
 
     def __post_init__(self) -> None:
         for text in (self.user, self.model, self.endpoint, self.upstream):
-            if len(text) > 512 or "\0" in text or not text.isprintable():
+            if len(text) > 512 or not text.isprintable():  # which "\0" is not either
                 raise ValueError(f"not fit for the books: {text[:80]!r}")
 
 
@@ -87,6 +87,7 @@ class Entry:
     ended_at: int | None = None
     usage: Usage | None = None
     outcome: Outcome | None = None
+    response_id: str | None = None  # by which its upstream keeps what it made
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,11 +128,12 @@ class Extend:
 
 @dataclass(frozen=True, slots=True)
 class Settle:
-    """Charge what a call did use and give the rest back."""
+    """Charge what a call did use and give the rest back; `response_id` is its user's from now on."""
 
     id: str
     usage: Usage
     outcome: Outcome
+    response_id: str | None = None
 
     def __post_init__(self) -> None:
         charge = charge_of(self.usage)
@@ -210,11 +212,11 @@ class Books:
             case Extend():
                 return self._extend(act)
             case Settle():
-                return self._end(act.id, "settled", act.usage, act.outcome)
+                return self._end(act, "settled", act.usage, act.outcome)
             case Release():
-                return self._end(act.id, "released", None, act.outcome)
+                return self._end(act, "released", None, act.outcome)
             case _:
-                return self._end(act.id, "expired", None, "lost")
+                return self._end(act, "expired", None, "lost")
 
     def _reserve(self, act: Reserve) -> Reply:
         keys = act.binding.keys()
@@ -300,10 +302,10 @@ class Books:
     def _at(self, key: CounterKey, quota: Quota) -> Counter:
         return standing_at(self._now, quota, self.counters.get(key))
 
-    def _end(self, entry_id: str, state: State, usage: Usage | None, outcome: Outcome) -> Reply:
-        entry = self.entries.get(entry_id)
+    def _end(self, act: Settle | Release | Expire, state: State, usage: Usage | None, outcome: Outcome) -> Reply:
+        entry = self.entries.get(act.id)
         if entry is None:
-            return Unknown(entry_id)
+            return Unknown(act.id)
         if entry.state != "open" and not (entry.state == "expired" and state == "settled"):
             return Booked(entry, self._standing(_keys(entry)))
         if state == "expired":
@@ -312,7 +314,8 @@ class Books:
         before, after = (shares(entry.lines, _charged(known)) for known in (entry.usage, usage))
         for line, was, now in zip(entry.lines, before, after, strict=True):
             self._charge(line, now - was, held=line.amount if entry.state == "open" else NOTHING)
-        entry = replace(entry, state=state, ended_at=self._now, usage=usage, outcome=outcome)
+        made = act.response_id if isinstance(act, Settle) else None
+        entry = replace(entry, state=state, ended_at=self._now, usage=usage, outcome=outcome, response_id=made)
         self._note(entry)
         return Booked(entry, self._standing(_keys(entry)), freed=was_held)
 
@@ -337,8 +340,7 @@ class Books:
 def shares(lines: tuple[Line, ...], charge: Amount) -> list[Amount]:
     """What each line is charged of a call's usage: all of it, for each counter.
 
-    Of several lines for one counter each is charged up to what it holds, in the order of their windows, and the last
-    one the rest.
+    Of several for one counter each is charged up to what it holds, in the order of windows, the last one the rest.
     """
     last = {line.key: place for place, line in enumerate(lines)}
     if len(last) == len(lines):
@@ -389,10 +391,8 @@ def _quotas(entry: Entry, binding: Binding) -> dict[CounterKey, Quota]:
 
 def _held(entry: Entry, quota_id: str, counter: Counter) -> Amount:
     """What a call holds itself of a counter, in the window that is open now."""
-    amounts = (
-        line.amount for line in entry.lines if line.key[1] == quota_id and line.opened_at == counter.window.opened_at
-    )
-    return sum(amounts, NOTHING)
+    where = (quota_id, counter.window.opened_at)
+    return sum((line.amount for line in entry.lines if (line.key[1], line.opened_at) == where), NOTHING)
 
 
 def _charged(usage: Usage | None) -> Amount:
