@@ -14,9 +14,10 @@ from zoneinfo import ZoneInfo
 from proxy import scalars
 from proxy.document import BYTES_MAX, Document, Mistake, Path, read_document
 from proxy.faults import Fault, nearest, placed, read_file
-from proxy.policy import DEFAULT, EVERYONE, Group, Keep, Model, Policy, Upstream, User
+from proxy.policy import DEFAULT, EVERYONE, Allow, Group, Keep, Model, Policy, Upstream, User
 from proxy.quotas import Globs, Quota
 from proxy.references import ReadFile, Sources
+from proxy.schema import Allow as AllowSection
 from proxy.schema import File
 from proxy.schema import Group as GroupSection
 from proxy.windows import WEEKDAYS, parse_per
@@ -230,7 +231,14 @@ def _settings(file: File) -> Settings:
 
 def _policy(file: File, hash: str) -> Policy:
     upstreams = {
-        name: Upstream(name, section.base_url, section.api_key, section.kind, section.when_client_leaves())
+        name: Upstream(
+            name,
+            section.base_url,
+            section.api_key,
+            section.kind,
+            section.when_client_leaves(),
+            _allow(section.allow),
+        )
         for name, section in file.upstreams.items()
     }
     default = file.default_upstream or (next(iter(upstreams)) if len(upstreams) == 1 else "")
@@ -269,9 +277,14 @@ def _models(file: File, upstreams: Mapping[str, Upstream], default: str) -> dict
             encoding=section.encoding,
             reasoning=section.reasoning,
             smallest_answer=section.smallest_answer,
+            allow=None if section.allow is None else _allow(section.allow),
         )
         for name, section in (file.models or {}).items()
     }
+
+
+def _allow(section: AllowSection) -> Allow:
+    return Allow(frozenset(section.tools), frozenset(section.service_tiers), section.store)
 
 
 def _group(name: str, section: GroupSection, zone: ZoneInfo, week_starts: int) -> Group:

@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from proxy.allowance import check_allowance
 from proxy.books import Entry, Facts, NotBooked, Reserve
 from proxy.client import Client
 from proxy.errors import InvalidRequest, ModelNotFound, ProxyError
@@ -30,6 +31,7 @@ class Passage:
     client: Client
     wait_s: float
     spool: Spool | None = None  # where its body is, if that is a form
+    previous: Entry | None = None  # the user's own call that made what this one goes on from
 
     @property
     def model_label(self) -> str:
@@ -106,6 +108,7 @@ def passage_for(call: Call, user: User, policy: Policy, client: Client, *, spool
     model = policy.model(call.model)
     if model is None or not policy.may_use(user, call.model):
         raise no_such_model(call.model)
+    check_allowance(call, model.allows)
     binding = policy.binding(user, call.model)
     if binding is None:
         raise ModelNotFound(

@@ -49,6 +49,19 @@ def digest(key: str) -> str:
 
 
 @dataclass(frozen=True, slots=True)
+class Allow:
+    """What requests may use that costs, or reaches, beyond what quotas see: by default nothing.
+
+    `tools` are types of tools that run at the upstream, `service_tiers` what `service_tier` may say beside the usual,
+    `store` whether the upstream may keep answers.
+    """
+
+    tools: frozenset[str] = frozenset()
+    service_tiers: frozenset[str] = frozenset()
+    store: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Upstream:
     """A server that calls are forwarded to. `base_url` has no slash at its end and includes `/v1`."""
 
@@ -57,6 +70,7 @@ class Upstream:
     api_key: Secret | None
     kind: Kind = "openai"
     on_disconnect: OnDisconnect = "drain"
+    allow: Allow = Allow()
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +78,7 @@ class Model:
     """A model as clients name it, where it is served, and what is known about it (in tokens).
 
     `reasoning` says whether it thinks in tokens that its answer doesn't show (None: as its name lets one expect).
-    `smallest_answer` is the least that is worth starting for (None: 1024).
+    `smallest_answer` is the least that is worth starting for (None: 1024), `allow` goes before its upstream's.
     """
 
     name: str
@@ -75,6 +89,12 @@ class Model:
     encoding: str | None = None
     reasoning: bool | None = None
     smallest_answer: int | None = None
+    allow: Allow | None = None
+
+    @property
+    def allows(self) -> Allow:
+        """What its requests may use: as is said of it, else as of its upstream."""
+        return self.upstream.allow if self.allow is None else self.allow
 
 
 @dataclass(frozen=True, slots=True)

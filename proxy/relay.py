@@ -65,7 +65,7 @@ class Relay:
         """
         call, model = passage.call, passage.model
         body = passage.body()
-        count = CallCount(self._tokenizers, call, model, body_bytes=len(body))
+        count = CallCount(self._tokenizers, call, model, body_bytes=len(body), previous=passage.previous)
         async with (
             self._reserve(passage, count) as reservation,
             self._departures.watch(passage, reservation),

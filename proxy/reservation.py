@@ -162,7 +162,7 @@ class Reservation:
                     min(tokens.input, whole.input), min(tokens.output, whole.output), min(tokens.cached, whole.input)
                 )
             )
-        await self._end(Settle(self.entry.id, usage, outcome), usage, wait_s)
+        await self._end(Settle(self.entry.id, usage, outcome, self.meter.response_id), usage, wait_s)
 
     async def leave(self, outcome: Outcome, *, is_unknown: bool = False) -> None:
         """End a call that goes no further: free if it was never sent, else charged as well as it can be known.

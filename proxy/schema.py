@@ -138,6 +138,29 @@ class Keep(Section):
         return self
 
 
+class Allow(Section):
+    """What requests may use that costs, or reaches, beyond what quotas see."""
+
+    called = "allow"
+
+    tools: list[Name] = Field(
+        default=[],
+        description="Types of tools that run at the upstream on our key, on /responses; web_search also opens "
+        "web_search_options of chat. What such a tool fetches or does is not bounded by any quota.",
+        examples=[["web_search", "mcp"]],
+    )
+    service_tiers: list[Name] = Field(
+        default=[],
+        description="What service_tier may say beside auto and default; others have other prices.",
+        examples=[["flex"]],
+    )
+    store: Flag = Field(
+        False,
+        description="Whether the upstream may keep answers, in the account that all users share. If not, /responses "
+        "is sent with store: false.",
+    )
+
+
 class Upstream(Section):
     """A server that calls are forwarded to."""
 
@@ -158,6 +181,7 @@ class Upstream(Section):
         description="When a client leaves a running answer: drain reads on and charges the truth (the default for "
         "openai, azure, anthropic, simulator), stop ends it at the upstream (for vllm, ollama, llamacpp).",
     )
+    allow: Allow = Field(Allow(), description="What requests may use beyond what quotas see. Left out: nothing.")
 
     def when_client_leaves(self) -> OnDisconnect:
         """`on_disconnect`, or what suits this kind: hosted servers bill an answer that was left, our own stop."""
@@ -182,6 +206,7 @@ class Model(Section):
     smallest_answer: Positive | None = Field(
         None, description="No answer is started that could be shorter, unless it is asked for. Left out: 1024 tokens."
     )
+    allow: Allow | None = Field(None, description="The same as of an upstream, in its place. Left out: as there.")
 
     @model_validator(mode="after")
     def _fits_itself(self) -> "Model":
@@ -331,6 +356,8 @@ def section_at(path: tuple[str | int, ...]) -> type[Section]:
             return Server
         case ("keep", _):
             return Keep
+        case ("upstreams" | "models", _, "allow", _):
+            return Allow
         case ("upstreams", _, _):
             return Upstream
         case ("models", _, _):

@@ -1,8 +1,8 @@
 """An upstream of our own that behaves like the real ones, for the demo, the tests and the benchmarks.
 
-It serves chat, completions, embeddings, responses and models to whoever has its key, for any name of a model, with
-texts that follow from its seed (see `simulated_text`), and what is no text (see `simulated_media`). It is reached
-through the same code path as a real upstream.
+It serves chat, completions, embeddings, responses (which it keeps, see `simulated_memory`) and models to whoever has
+its key, for any name of a model, with texts that follow from its seed (see `simulated_text`), and what is no text
+(see `simulated_media`). It is reached through the same code path as a real upstream.
 It remembers what it was sent and what it reported, so that the books can be held against it; `watch` is told of each
 call that it answered, with what it generated, taken or not.
 
@@ -45,6 +45,7 @@ from aiohttp import web
 from proxy.simulated_faults import NO_DIRECTIONS, Complaint, Directions, complaint_of, read_directions, wrong_key
 from proxy.simulated_frames import JSON, Stream, write_stream, write_whole
 from proxy.simulated_media import ERROR, MEDIA, Write, read_form, write_medium
+from proxy.simulated_memory import Memory
 from proxy.simulated_text import Author, Endpoint, Script, read_json
 
 MODELS = ("gpt-4o", "gpt-4o-mini", "o4-mini", "gpt-3.5-turbo-instruct", "text-embedding-3-small")
@@ -129,6 +130,7 @@ class Simulator:
         self._now = now
         self._watch = watch
         self._numbers = count(1)  # of all ids, so that no two are the same
+        self._memory = Memory()
         self._waiting: list[asyncio.Future[None]] = []
 
     def app(self) -> web.Application:
@@ -138,6 +140,8 @@ class Simulator:
             app.router.add_post(path, partial(self._call, partial(self._say, endpoint, prefix)))
         for path, write in MEDIA.items():
             app.router.add_post(path, partial(self._call, partial(self._make, write)))
+        for path in ("/v1/responses/{id}", "/v1/responses/{id}/{of_it}"):
+            app.router.add_route("*", path, self._remember)
         app.router.add_get("/v1/models", self._models)
         app.router.add_get("/v1/models/{model}", self._models)
         app.router.add_route("*", "/{path:.*}", self._unknown)
@@ -191,9 +195,10 @@ class Simulator:
     async def _say(
         self, endpoint: Endpoint, prefix: str, request: web.Request, asked: JSON, directions: Directions
     ) -> web.StreamResponse:
-        script = self._author.script(endpoint, asked, directions)
+        script = self._memory.going_on(self._author.script(endpoint, asked, directions))
         served = Served(script)
         id, created = f"{prefix}{next(self._numbers):012d}", int(self._now())
+        self._memory.keep(script, id=id, created=created)
         try:
             if script.is_streamed:
                 return await self._stream(request, served, write_stream(script, id=id, created=created))
@@ -252,6 +257,27 @@ class Simulator:
             if name in (None, model)
         ]
         return self._json({"object": "list", "data": shown} if name is None else shown[0])
+
+    async def _remember(self, request: web.Request) -> web.Response:
+        await self._receive(request)
+        id, of_it = request.match_info["id"], request.match_info.get("of_it")
+        try:
+            self._check_key(request)
+            match request.method, of_it:
+                case "GET", None if request.query.get("stream") == "true":
+                    events = self._memory.events(id, after=int(request.query.get("starting_after", -1)))
+                    return web.Response(body=events, headers=self._headers(NO_DIRECTIONS, STREAM_HEADERS))
+                case "GET", None:
+                    return self._json(self._memory.response(id))
+                case "GET", "input_items":
+                    return self._json(self._memory.items(id))
+                case "POST", "cancel":
+                    return self._json(self._memory.cancel(id))
+                case "DELETE", None:
+                    return self._json(self._memory.forget(id))
+        except Complaint as complaint:
+            return self._complain(complaint)
+        return self._complain(Complaint(404, f"Invalid URL ({request.method} {request.path})"))
 
     async def _unknown(self, request: web.Request) -> web.Response:
         await self._receive(request)

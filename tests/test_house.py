@@ -21,17 +21,18 @@ FLOORS = {
     "ground": (
         "errors windows usage quotas admission books policy standing auth "  # who may what
         "codings strict_json sse pictures prompt "
-        "endpoints forms wire demand ending meter stream headers failures pace".split()
+        "endpoints forms wire allowance demand ending meter stream headers failures pace".split()
     ),
     "adapters": (
         "references document scalars schema faults config check "  # the file
         "logs tasks tokens tables rows statements store sqlite postgres ledger records "
         "spool upstream metrics client".split()
     ),
-    "story": "reload waiting counting reservation passage departure relay".split(),
+    "story": "reload waiting counting reservation passage owned departure relay".split(),
     "doors": "answering framing bodies cors listener health api admin".split(),
     "roof": (
-        "simulated_faults simulated_text simulated_media simulated_frames simulator share app workers demo "
+        "simulated_faults simulated_text simulated_media simulated_frames simulated_memory "
+        "simulator share app workers demo "
         "torture_plan torture_answers torture_records torture_report torture_verdict "
         "torture_books torture_clients torture_upstream torture_proxy torture_replicas torture cli".split()
     ),

@@ -9,11 +9,24 @@ from pydantic import ValidationError
 from proxy import schema
 from proxy.policy import Secret
 from proxy.quotas import Limit
-from proxy.schema import File, Group, Keep, Model, Quota, Section, Server, Upstream, User, json_schema, section_at
+from proxy.schema import (
+    Allow,
+    File,
+    Group,
+    Keep,
+    Model,
+    Quota,
+    Section,
+    Server,
+    Upstream,
+    User,
+    json_schema,
+    section_at,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALLEST = {"upstreams": {"box": {"base_url": "http://box/v1"}}}
-SECTIONS = (File, Server, Keep, Upstream, Model, Group, Quota, User)
+SECTIONS = (File, Server, Keep, Allow, Upstream, Model, Group, Quota, User)
 
 
 def test_the_smallest_file_has_all_defaults():
@@ -161,6 +174,8 @@ def test_secrets_do_not_show():
         (("server", "a"), Server),
         (("keep", "a"), Keep),
         (("upstreams", "box", "a"), Upstream),
+        (("upstreams", "box", "allow", "a"), Allow),
+        (("models", "m", "allow", "a"), Allow),
         (("models", "m", "a"), Model),
         (("groups", "g", "a"), Group),
         (("groups", "g", "quotas", "q", "a"), Quota),

@@ -11,6 +11,4 @@ def upgrade() -> None:
     """Nobody could refer to a response before, so of those made earlier nothing needs to be known."""
     op.add_column("calls", sa.Column("response_id", sa.Text))
     is_one = sa.text("response_id IS NOT NULL")
-    op.create_index(
-        "calls_by_response", "calls", ["response_id", "id"], sqlite_where=is_one, postgresql_where=is_one
-    )
+    op.create_index("calls_by_response", "calls", ["response_id", "id"], sqlite_where=is_one, postgresql_where=is_one)
