@@ -7,6 +7,7 @@ otherwise pass.
 Pure: no sockets, no clock. Apart from `errors` on purpose: those are our own words, these are an upstream's.
 """
 
+import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -144,3 +145,8 @@ def wrong_key(key: str) -> Complaint:
     shown = key[:8] + "*" * 12 + key[-4:] if len(key) > 12 else key[:2] + "***"
     message = f"Incorrect API key provided: {shown}. You can find your API key in your account settings."
     return Complaint(401, message, code="invalid_api_key")
+
+
+async def hang() -> None:
+    """Wait for nothing, until the client goes and the call is cancelled."""
+    await asyncio.get_running_loop().create_future()

@@ -31,7 +31,7 @@ from proxy.endpoints import (
 )
 from proxy.errors import InvalidRequest, UpstreamError
 from proxy.forms import Form, FormReader
-from proxy.policy import Kind, Model, Upstream
+from proxy.policy import Allow, Kind, Model, Upstream
 from proxy.wire import (
     Call,
     error_event,
@@ -192,7 +192,6 @@ def test_no_field_changes_where_a_call_goes(endpoint: Endpoint, name: str) -> No
     [
         (RESPONSES, "background", True),
         (RESPONSES, "background", "true"),
-        (RESPONSES, "previous_response_id", "resp_1"),
         (RESPONSES, "conversation", "conv_1"),
         (RESPONSES, "conversation", {"id": "conv_1"}),
         (RESPONSES, "prompt", {"id": "pmpt_1"}),
@@ -204,7 +203,7 @@ def test_no_field_changes_where_a_call_goes(endpoint: Endpoint, name: str) -> No
     ids=ids,
 )
 def test_what_costs_more_than_the_request_shows_is_refused(endpoint: Endpoint, name: str, value: object) -> None:
-    """Stored history, jobs in the background and hosted tools: a wallet hole until they are metered (T20)."""
+    """Stored history and jobs in the background: a wallet hole until they are metered (T20)."""
     error = refused(endpoint, **{name: value})
     assert (error.param, error.code) == (name, "unsupported_parameter")
 
@@ -212,24 +211,8 @@ def test_what_costs_more_than_the_request_shows_is_refused(endpoint: Endpoint, n
 def test_a_refused_field_may_say_that_it_is_not_used() -> None:
     """SDKs send null and false for what their user left alone."""
     parse(RESPONSES, background=False, previous_response_id=None, conversation=None, prompt=None)
-    parse(CHAT, web_search_options=None)
+    assert parse(RESPONSES, previous_response_id="").previous_response_id is None
     parse(CHAT, previous_response_id="mine", conversation="mine", background=True)  # nothing there reads them
-
-
-@pytest.mark.parametrize(
-    "tool", [{"type": "web_search"}, {"type": "mcp", "server_url": "http://x"}, {"type": None}, {}, "function", None]
-)
-def test_hosted_tools_of_responses_are_refused(tool: object) -> None:
-    """They loop at the upstream, and each round costs tokens that nothing here bounds."""
-    error = refused(RESPONSES, tools=[{"type": "function", "name": "f"}, tool])
-    assert (error.param, error.code) == ("tools", "unsupported_parameter")
-
-
-def test_tools_that_the_client_runs_are_open() -> None:
-    """Functions and custom tools are text in and text out; what is no list is for the upstream to refuse."""
-    parse(RESPONSES, tools=[{"type": "function", "name": "f"}, {"type": "custom", "name": "c"}])
-    parse(RESPONSES, tools={"type": "web_search"})
-    parse(CHAT, tools=[{"type": "function"}])
 
 
 @pytest.mark.parametrize(
@@ -253,6 +236,25 @@ def test_items_that_show_their_content_are_open() -> None:
     ]
     for given_input in (items, "hi", None, 7, {"type": "item_reference"}):
         assert parse(RESPONSES, input=given_input).document["input"] == given_input
+
+
+@pytest.mark.parametrize("endpoint", [RESPONSES, COMPACT, INPUT_TOKENS], ids=ids)
+def test_what_a_call_goes_on_from_is_a_name(endpoint: Endpoint) -> None:
+    """It is looked up, so it is nothing else; whose it is, is decided where the books are."""
+    assert parse(endpoint, previous_response_id="resp_1").previous_response_id == "resp_1"
+    assert parse(CHAT, previous_response_id="resp_1").previous_response_id is None
+    for strange in (["resp_1"], {"id": "resp_1"}, 1, False):
+        assert refused(endpoint, previous_response_id=strange).param == "previous_response_id"
+
+
+def test_an_upstream_keeps_responses_only_where_it_may() -> None:
+    """OpenAI's keeps them unless it is told not to."""
+    allowed = replace(model(), allow=Allow(store=True))
+    for said, may, sent_on in ((None, False, False), (True, False, False), (None, True, None), (True, True, True)):
+        document = {} if said is None else {"store": said}
+        forwarded = forwarded_body(parse(RESPONSES, **document), allowed if may else model())
+        assert json.loads(forwarded).get("store") is sent_on
+    assert "store" not in sent(parse(CHAT))
 
 
 # ------------------------------------------------------------------------------------------------------------ numbers
@@ -590,6 +592,7 @@ def test_only_what_we_decide_is_changed(endpoint: Endpoint, kind: Kind, fields: 
     document = {**fields[0], **fields[1]}
     call = parse(endpoint, **document)
     forwarded = sent(call, kind, maximum)
+    assert endpoint is not RESPONSES or forwarded.pop("store") is False
     unchanged = {name: value for name, value in forwarded.items() if name not in ("model", "stream_options", *MAXIMA)}
     assert unchanged == {name: value for name, value in document.items() if name in unchanged}
     assert repr(unchanged) == repr({name: document[name] for name in unchanged})
@@ -621,16 +624,6 @@ def test_an_error_in_a_response_has_both_forms() -> None:
     assert (first, rest) == (b"event: error", [b"", b""])
     flat = {"type": "error", "code": "upstream_error", "message": "It broke\nhalf way.", "param": None}
     assert json.loads(second.removeprefix(b"data: ")) == {**flat, **error.body()}
-
-
-@pytest.mark.parametrize("endpoint", [RESPONSES, COMPACT, INPUT_TOKENS], ids=ids)
-def test_items_bring_in_no_hosted_tools(endpoint: Endpoint) -> None:
-    """Tools may come by an item too; what a server once listed is history."""
-    for kind in ("web_search", "mcp", "image_generation", "code_interpreter", "file_search", None):
-        item = {"type": "additional_tools", "role": "developer", "tools": [{"type": kind}]}
-        assert refused(endpoint, input=["text", item]).param == "tools"
-    parse(endpoint, input=[{"type": "additional_tools", "tools": [{"type": "function", "name": "f"}]}])
-    parse(endpoint, input=[{"type": "mcp_list_tools", "tools": [{"name": "f"}]}])
 
 
 def test_a_voice_is_one_that_everybody_has() -> None:
