@@ -91,7 +91,7 @@ def test_the_policy_is_what_the_file_says():
     policy = whole().policy
     box = Upstream("box", "http://box/v1", None, "vllm", "stop")
     beyond = Allow(tools=frozenset(["mcp", "web_search"]), store=True)
-    openai = Upstream("openai", "https://api.openai.com/v1", Secret("sk-upstream"), "openai", "drain", beyond)
+    openai = Upstream("openai", "https://api.openai.com/v1", Secret("sk-upstream"), "openai", "drain", allow=beyond)
     assert policy.upstreams == {"box": box, "openai": openai}
     assert policy.default_upstream == openai
     assert policy.models == {

@@ -142,7 +142,7 @@ async def test_a_response_is_known_by_the_call_that_made_it(ledger):
     """From the moment its call has ended."""
     booked = await ledger.reserve(reserve("1", ANN, CALL))
     assert await ledger.maker("resp_1") is None
-    await ledger.end(Settle("1", exactly(90, 60), "complete", "resp_1"))
+    await ledger.end(Settle("1", exactly(90, 60), "complete", response_id="resp_1"))
     found = await ledger.maker("resp_1")
     assert (found.id, found.facts, found.usage) == ("1", booked.entry.facts, exactly(90, 60))
 

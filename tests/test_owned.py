@@ -14,9 +14,7 @@ from proxy.config import load_text
 from proxy.simulator import Simulator
 from tests.stage import STAFF, UPSTREAM_KEY, Reply, Stage, key_of, stage, text_of
 
-POLICY = STAFF.replace("{upstream: simulated}", "{upstream: simulated, allow: {store: true}}").replace(
-    "max_output_tokens: 100}", "max_output_tokens: 100, allow: {store: true}}"
-)
+POLICY = STAFF
 ASK: dict[str, Any] = {"model": "fast", "input": "three small words", "max_output_tokens": 16}
 PATHS = [("GET", ""), ("GET", "?stream=true"), ("DELETE", ""), ("POST", "/cancel"), ("GET", "/input_items")]
 

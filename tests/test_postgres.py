@@ -177,9 +177,9 @@ async def test_a_response_leads_to_the_call_that_made_it(store):
     bob = replace(ANN, user="bob")
     await apply(store, reserve("1", ANN, CALL), reserve("2", bob, CALL))
     assert await store.read_maker("resp_1") is None
-    [first] = await apply(store, Settle("1", exactly(1, 1), "complete", "resp_1"))
+    [first] = await apply(store, Settle("1", exactly(1, 1), "complete", response_id="resp_1"))
     assert await store.read_maker("resp_1") == first.entry
-    [_, second] = await apply(store, Expire("2"), Settle("2", exactly(1, 1), "complete", "resp_1"))
+    [_, second] = await apply(store, Expire("2"), Settle("2", exactly(1, 1), "complete", response_id="resp_1"))
     assert await store.read_maker("resp_1") == second.entry
     assert await store.read_maker("' OR ''='") is None
 
