@@ -6,31 +6,8 @@ and what is no text (see `simulated_media`). It is reached through the same code
 It remembers what it was sent and what it reported, so that the books can be held against it; `watch` is told of each
 call that it answered, with what it generated, taken or not.
 
-A request can ask it to behave in its `metadata`: `{"simulate": "tokens=300 cut=5"}`, directives between spaces; or,
-for clients that send no such field, behind the name of its model: `gpt-4o-mini+tokens=300+cut=5`.
-
-    tokens=300           the answer is this long (a maximum still holds)
-    cached=40            so much of a message's input comes from the cache or goes there
-    speed=100            tokens a second; a whole answer takes as long as its tokens would
-    delay=0.5            seconds before the head of the answer
-    status=500           an error in OpenAI's words, of any status: 401 shows part of the key, 429 is a rate limit
-    code=…               the `code` of that error; insufficient_quota and context_length_exceeded are worded as theirs
-    html                 502 with an HTML body, as from a load balancer
-    hang                 no head at all, until the client goes
-    header=Name:value    one more header on the answer; may be given several times
-    cut=5                the connection ends after 5 words of text; a whole answer in the middle of its body
-    stall=4              silence after 4 words, until the client goes; a whole answer in the middle of its body
-    error=3              stream: an error event after 3 words, inside the 200
-    crlf                 stream: lines end in CRLF
-    no_done              stream: no [DONE]
-    no_usage             no usage anywhere, as from a server that doesn't know `include_usage`
-    usage_early          chat and completions streams: usage on the last chunk that has a choice, asked for or not,
-                         and none after it
-    usage_zero           the usage says 0
-    tool                 chat, responses and messages: the words are the argument of the first tool that was offered
-
-A stream's text is one event a word, so "after 5 words" is after 5 tokens; what comes before the text isn't counted.
-It generates only while somebody listens: when the client goes, it stops at once.
+How a request can ask it to behave stands in `simulated_faults`. It generates only while somebody listens: when the
+client goes, it stops at once.
 """
 
 import asyncio
@@ -142,7 +119,7 @@ class Simulator:
         self._tokens_per_s = tokens_per_s
         self._now = now
         self._watch = watch
-        self._numbers = count(1)  # of all ids, so that no two are the same
+        self._numbers = count(1 + seed * 10**6)  # of all ids, so that no two are the same
         self._memory = Memory()
         self._waiting: list[asyncio.Future[None]] = []
 

@@ -3,7 +3,7 @@
 import pytest
 
 from proxy.allowance import check_allowance
-from proxy.endpoints import CHAT, COMPACT, COMPLETIONS, INPUT_TOKENS, RESPONSES, Endpoint
+from proxy.endpoints import CHAT, COMPACT, COMPLETIONS, COUNT_TOKENS, INPUT_TOKENS, MESSAGES, RESPONSES, Endpoint
 from proxy.errors import InvalidRequest
 from proxy.policy import Allow
 from tests.test_wire import parse
@@ -54,6 +54,19 @@ def test_tools_that_the_client_runs_are_open() -> None:
     check(CHAT, tools=[{"type": "function"}])
 
 
+@pytest.mark.parametrize("endpoint", [MESSAGES, COUNT_TOKENS], ids=ids)
+def test_anthropic_s_own_tools_are_open_only_by_their_types(endpoint: Endpoint) -> None:
+    """What the vendor says of them to its model is input that the request doesn't show; a user's own need no type."""
+    own = [{"name": "f", "input_schema": {}}, {"type": "custom", "name": "g", "input_schema": {}}]
+    check(endpoint, tools=own)
+    for kind in ("web_search_20250305", "bash_20250124"):
+        error = refused(endpoint, tools=[*own, {"type": kind, "name": "t"}])
+        assert f'"allow: {{tools: [{kind}]}}"' in error.message
+        check(endpoint, Allow(frozenset([kind])), tools=[*own, {"type": kind, "name": "t"}])
+    assert refused(endpoint, tools=["web_search"]).param == "tools"
+    assert refused(RESPONSES, tools=[{"name": "f"}]).param == "tools"  # there it would need its type
+
+
 def test_tools_that_are_allowed_are_open_and_no_others() -> None:
     """By the very type that the request names."""
     allow = Allow(frozenset(["web_search", "mcp", "code_interpreter", "namespace"]))
@@ -94,7 +107,7 @@ def test_search_in_chat_is_a_tool_too() -> None:
 @pytest.mark.parametrize("endpoint", [CHAT, COMPLETIONS, RESPONSES], ids=ids)
 def test_a_tier_of_service_has_its_price(endpoint: Endpoint) -> None:
     """The usual ones are open, of others those that are allowed."""
-    for usual in (None, "auto", "default"):
+    for usual in (None, "auto", "default", "standard_only"):
         check(endpoint, service_tier=usual)
     assert '"allow: {service_tiers: [priority]}"' in refused(endpoint, service_tier="priority").message
     check(endpoint, Allow(service_tiers=frozenset(["priority"])), service_tier="priority")
@@ -106,10 +119,10 @@ def test_a_tier_of_service_has_its_price(endpoint: Endpoint) -> None:
 
 
 @pytest.mark.parametrize("endpoint", [CHAT, RESPONSES], ids=ids)
-def test_what_is_kept_at_the_upstream_has_to_be_allowed(endpoint: Endpoint) -> None:
-    """There it stays for a month, in an account that everybody shares."""
+def test_nothing_is_kept_where_the_operator_says_so(endpoint: Endpoint) -> None:
+    """At the upstream it would stay for a month, in an account that everybody shares."""
     for unused in (None, False):
-        check(endpoint, store=unused)
+        check(endpoint, Allow(store=False), store=unused)
     for used in (True, "true", 1):
-        assert '"allow: {store: true}"' in refused(endpoint, store=used).message
-        check(endpoint, Allow(store=True), store=used)
+        assert '"allow: {store: true}"' in refused(endpoint, Allow(store=False), store=used).message
+        check(endpoint, store=used)

@@ -137,7 +137,7 @@ WATCHED = binding(
     [
         pytest.param([], id="open"),
         pytest.param([Settle("1", Exactly(Tokens(90, 60, 30, 20)), "complete")], id="exactly"),
-        pytest.param([Settle("1", AtLeast(Tokens(90, 6, 1, 2)), "client_left", "resp_1")], id="at least"),
+        pytest.param([Settle("1", AtLeast(Tokens(90, 6, 1, 2)), "client_left", response_id="resp_1")], id="at least"),
         pytest.param([Settle("1", Unspent(1), "rejected")], id="a bad request"),
         pytest.param([Release("1")], id="released"),
         pytest.param([extend("1", WATCHED, 850, input_tokens=20), Expire("1")], id="expired"),
