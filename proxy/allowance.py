@@ -26,11 +26,10 @@ _SHOWN = 40
 def check_allowance(call: Call, allow: Allow) -> None:
     """Raise InvalidRequest where a call uses what is not allowed."""
     document = call.document
-    if call.endpoint.is_of_responses or call.endpoint.is_of_messages:
-        own = _OWN_OF_MESSAGES if call.endpoint.is_of_messages else _OWN_TOOLS
-        for tool in _tools_of(document):
-            if not isinstance(tool, dict) or tool.get("type") not in own:
-                _check_tool(tool, allow)
+    own = _OWN_OF_MESSAGES if call.endpoint.is_of_messages else _OWN_TOOLS
+    for tool in _tools_of(document):
+        if not isinstance(tool, dict) or tool.get("type") not in own:
+            _check_tool(tool, allow)
     if call.endpoint.name == "chat" and document.get("web_search_options") not in (None, False):
         _check_kind("web_search", allow, param="web_search_options")
     tier = document.get("service_tier")

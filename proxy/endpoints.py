@@ -40,12 +40,14 @@ _REROUTING = dict.fromkeys(
     # LiteLLM's fallbacks and OpenRouter's models and presets name others than the model that is allowed and counted.
     (
         "api_base api_key base_url content_policy_fallbacks context_window_fallback_dict context_window_fallbacks "
-        "custom_host extra_headers fallbacks model_list models preset user_config"
+        "custom_host custom_llm_provider deployment_id extra_body extra_headers fallbacks model_list models preset "
+        "user_config"
     ).split(),
     _ELSEWHERE,
 )
-# Azure's own data: searched by the upstream, with its operator's rights. OpenRouter's plugins search the web.
-_HOSTED = dict.fromkeys(("data_sources", "plugins"), "hosted tools are not open on this proxy")
+# Azure's own data: searched by the upstream, with its operator's rights. OpenRouter's plugins and xAI's parameters
+# search the web.
+_HOSTED = dict.fromkeys(("data_sources", "plugins", "search_parameters"), "hosted tools are not open on this proxy")
 STORED = "it refers to things stored at the upstream, whose tokens this request does not show"
 _NO_STATE = {
     **_REROUTING,

@@ -95,6 +95,13 @@ def test_an_allowed_tool_reaches_nothing_that_is_stored(tool: dict) -> None:
     assert "stored at the upstream" in refused(RESPONSES, Allow(frozenset([tool["type"]])), tools=[tool]).message
 
 
+def test_other_vendors_have_tools_of_their_own_in_chat() -> None:
+    """Which they run themselves, as on /responses."""
+    own = {"type": "function", "function": {"name": "f"}}
+    assert "tools: [browser_search]" in refused(CHAT, tools=[own, {"type": "browser_search"}]).message
+    check(CHAT, Allow(frozenset(["browser_search"])), tools=[own, {"type": "browser_search"}])
+
+
 def test_search_in_chat_is_a_tool_too() -> None:
     """It stands in a field of its own there."""
     error = refused(CHAT, web_search_options={})

@@ -177,7 +177,7 @@ def test_refused_fields_are_refused_in_any_case(endpoint: Endpoint) -> None:
 @pytest.mark.parametrize("endpoint", METERED, ids=ids)
 @pytest.mark.parametrize(
     "name",
-    "api_base api_key base_url custom_host extra_headers fallbacks context_window_fallbacks content_policy_fallbacks "
+    "api_base api_key base_url custom_host extra_body extra_headers fallbacks context_window_fallbacks content_policy_fallbacks "
     "context_window_fallback_dict model_list models preset user_config".split(),
 )
 def test_no_field_changes_where_a_call_goes(endpoint: Endpoint, name: str) -> None:
@@ -197,6 +197,7 @@ def test_no_field_changes_where_a_call_goes(endpoint: Endpoint, name: str) -> No
         (RESPONSES, "prompt", {"id": "pmpt_1"}),
         (CHAT, "data_sources", [{"type": "azure_search"}]),
         (CHAT, "plugins", [{"id": "web"}]),
+        (CHAT, "search_parameters", {"mode": "on"}),
         (RESPONSES, "plugins", [{"id": "web"}]),
     ],
     ids=ids,
