@@ -178,7 +178,8 @@ def test_refused_fields_are_refused_in_any_case(endpoint: Endpoint) -> None:
 @pytest.mark.parametrize(
     "name",
     "api_base api_key base_url custom_host extra_body extra_headers fallbacks context_window_fallbacks models preset "
-    "content_policy_fallbacks context_window_fallback_dict custom_llm_provider deployment_id model_list user_config".split(),
+    "content_policy_fallbacks context_window_fallback_dict custom_llm_provider deployment_id model_list "
+    "user_config".split(),
 )
 def test_no_field_changes_where_a_call_goes(endpoint: Endpoint, name: str) -> None:
     """Behind us may be another gateway that reads them (T24, CVE-2024-6587)."""
