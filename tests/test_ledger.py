@@ -31,6 +31,7 @@ from proxy.usage import TOKENS_MAX, Amount, AtLeast, Exactly, Tokens, Unspent
 from tests.audit import audit, connected, contents, rows, states
 from tests.breakage import BrokenBinding, commits, failing_writes, full, locked, moved, read_only, unfit, writers
 from tests.builders import DAY, HOUR, MINUTE, NOON, binding, call, exactly, extend, quota, reserve, rough
+from tests.stage import until
 
 DAILY = quota("staff/daily", tokens=1000)
 ANN = binding([DAILY])
@@ -525,8 +526,7 @@ async def test_while_the_database_is_away_nobody_is_let_in_and_nothing_is_lost(p
                 answers = await asyncio.gather(*late, return_exceptions=True)
                 assert {type(answer) for answer in answers} == {LedgerUnavailable, TimeoutError}
                 assert not ledger.is_healthy
-                while not logs:  # on a busy machine the waiting ends before the database has said no
-                    await asyncio.sleep(0)
+                await until(lambda: bool(logs))  # on a busy machine the waiting ends before the database has said no
                 assert not any(end.done() for end in ends)
             await asyncio.gather(*ends)
             assert ledger.is_healthy
