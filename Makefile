@@ -6,13 +6,18 @@
 #   make lock    new versions into the locks  make clean   away with all that was made here
 #
 # Everything is installed into .venv by hash from a lock: requirements-run.lock is what the program and its image need,
-# requirements.lock is that and the tests' tools. When a lock changes, .venv is made anew.
+# requirements.lock is that and the tests' tools. When a lock changes, .venv is made anew. Where npm is found, the SDKs of
+# Node that the tests play are installed beside them, from a lock of their own.
 
 PYTHON ?= $(shell python3.11 -c '' 2>/dev/null && echo python3.11 || echo python3)
 BIN := .venv/bin
 
 # A .venv with everything serves `make run` as well.
 RUN_VENV := $(if $(wildcard .venv/all),.venv/all,.venv/run)
+
+# SDKs of Node, for the tests. Where npm is missing nothing is installed; their tests are skipped and say so.
+NODE := tests/clients/node
+NODE_SDKS := $(if $(shell command -v npm 2>/dev/null),$(NODE)/node_modules/.package-lock.json)
 
 .PHONY: .venv run test lint bench torture lock clean
 .DELETE_ON_ERROR:
@@ -22,7 +27,7 @@ RUN_VENV := $(if $(wildcard .venv/all),.venv/all,.venv/run)
 run: $(RUN_VENV)
 	$(BIN)/python -m proxy demo
 
-test: lint
+test: lint $(NODE_SDKS)
 	rm -f .coverage
 	$(BIN)/python -m pytest -n auto -m "not journey" --cov --cov-context=test
 	$(BIN)/python -m tests.full_coverage
@@ -51,6 +56,11 @@ torture: .venv/all
 	$(call install,$<)
 	@touch $@
 
+# `ci` takes what the lock says, by hash, and takes away what was there. No script of any package is run.
+$(NODE)/node_modules/.package-lock.json: $(NODE)/package-lock.json $(NODE)/package.json $(NODE)/.npmrc
+	cd $(NODE) && npm ci --ignore-scripts
+	@touch $@
+
 # Two steps, since the tree itself has no hash: first what is locked, then the tree, which needs nothing more. The lock
 # is whole, so nothing is resolved: pip would look at newer releases for what is required with an extra, and give up.
 define install
@@ -64,6 +74,9 @@ endef
 # uv is used for this alone, from an environment of its own. The second lock takes its versions from the first.
 COMPILE = .venv-lock/bin/uv pip compile pyproject.toml --quiet --upgrade --universal --python-version 3.11 \
 	--generate-hashes --no-header --no-emit-index-url --system-certs
+# Each SDK in its last major for Node 20 and in the newest one, which still works there.
+NODE_MAJORS = openai-6@npm:openai@6 ai-6@npm:ai@6 openai-compatible-2@npm:@ai-sdk/openai-compatible@2 \
+	openai-7@npm:openai@7 ai-7@npm:ai@7 openai-compatible-3@npm:@ai-sdk/openai-compatible@3 zod@4
 lock:
 	$(PYTHON) -m venv .venv-lock
 	.venv-lock/bin/python -m pip install --quiet --disable-pip-version-check uv
@@ -71,7 +84,10 @@ lock:
 	$(COMPILE) --extra postgres --extra offline --extra build --constraint requirements.lock \
 		--no-annotate --output-file requirements-run.lock
 	rm -rf .venv-lock
+	$(if $(NODE_SDKS),rm -f $(NODE)/package-lock.json)
+	$(if $(NODE_SDKS),cd $(NODE) && npm install --package-lock-only --ignore-scripts $(NODE_MAJORS))
 
 clean:
+	rm -rf $(NODE)/node_modules
 	rm -rf .venv .venv-lock .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info
 	find proxy tests -name __pycache__ -prune -exec rm -rf {} +

@@ -5,6 +5,7 @@ break a rule, EXEMPT says so with its reason; an exemption that is no longer nee
 """
 
 import ast
+import json
 import re
 import tomllib
 from collections.abc import Iterator
@@ -450,3 +451,14 @@ def test_the_locks_name_all_that_pyproject_asks_for():
     shipped = names([*project["dependencies"], *extras["postgres"], *extras["offline"], *extras["build"]])
     assert not shipped - locked("requirements-run.lock").keys(), "make lock"
     assert not (shipped | names(extras["test"])) - locked("requirements.lock").keys(), "make lock"
+
+
+def test_the_lock_of_node_has_hashes_and_no_address():
+    """The SDKs of Node too: exactly these bytes, from wherever npm is told to fetch."""
+    folder = ROOT / "tests" / "clients" / "node"
+    packages = json.loads((folder / "package-lock.json").read_text(encoding="utf-8"))["packages"]
+    asked = json.loads((folder / "package.json").read_text(encoding="utf-8"))["dependencies"]
+    assert packages.pop("")["dependencies"] == asked, "make lock"
+    assert all(re.fullmatch(r"(npm:[@a-z/-]+@)?\d+\.\d+\.\d+", version) for version in asked.values()), "make lock"
+    assert all(package["integrity"].startswith("sha512-") for package in packages.values()), "make lock"
+    assert not any("resolved" in package for package in packages.values()), "make lock: it names an address"
