@@ -1,8 +1,8 @@
 """How the simulated upstream is told to answer or to fail: a request's directives, and errors as OpenAI words them.
 
-A request carries its directives in `metadata.simulate`, a string as OpenAI's metadata allows it; the table of them
-stands in `simulator`. One that can't be understood is an error, not a silence: a test that misspells its fault would
-otherwise pass.
+A request carries its directives in `metadata.simulate`, a string as OpenAI's metadata allows it, or behind the name
+of its model, for clients that send no metadata; the table of them stands in `simulator`. One that can't be understood
+is an error, not a silence: a test that misspells its fault would otherwise pass.
 
 Pure: no sockets, no clock. Apart from `errors` on purpose: those are our own words, these are an upstream's.
 """
@@ -32,6 +32,7 @@ class Directions:
     no_usage: bool = False
     usage_early: bool = False
     usage_zero: bool = False
+    tool: bool = False
     crlf: bool = False
     hang: bool = False
     html: bool = False
@@ -55,7 +56,8 @@ class Complaint(Exception):
         self.error: JSON = {"message": message, "type": type, "param": param, "code": code}
 
 
-FLAGS = frozenset("no_done no_usage usage_early usage_zero crlf hang html".split())
+BEHIND_THE_NAME = "+"  # no model of anyone's has it in its name
+FLAGS = frozenset("no_done no_usage usage_early usage_zero tool crlf hang html".split())
 FAULTS = frozenset("cut error stall".split())
 
 
@@ -80,9 +82,11 @@ VALUES: dict[str, tuple[str, Callable[[str], object]]] = {
 
 
 def read_directions(asked: JSON) -> Directions:
-    """Return what the request's `metadata.simulate` asks for."""
+    """Return what the request's `metadata.simulate` asks for, or else what stands behind its model's name."""
     metadata = asked.get("metadata")
     wish = metadata.get("simulate", "") if isinstance(metadata, dict) else ""
+    if wish == "":
+        wish = str(asked.get("model")).partition(BEHIND_THE_NAME)[2].replace(BEHIND_THE_NAME, " ")
     if wish == "":
         return NO_DIRECTIONS
     said: JSON = {}

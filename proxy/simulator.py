@@ -6,7 +6,8 @@ name of a model, with texts that follow from its seed (see `simulated_text`), an
 It remembers what it was sent and what it reported, so that the books can be held against it; `watch` is told of each
 call that it answered, with what it generated, taken or not.
 
-A request can ask it to behave in its `metadata`: `{"simulate": "tokens=300 cut=5"}`, directives between spaces:
+A request can ask it to behave in its `metadata`: `{"simulate": "tokens=300 cut=5"}`, directives between spaces; or,
+for clients that send no such field, behind the name of its model: `gpt-4o-mini+tokens=300+cut=5`.
 
     tokens=300           the answer is this long (a maximum still holds)
     cached=40            so much of a message's input comes from the cache or goes there
@@ -26,6 +27,7 @@ A request can ask it to behave in its `metadata`: `{"simulate": "tokens=300 cut=
     usage_early          chat and completions streams: usage on the last chunk that has a choice, asked for or not,
                          and none after it
     usage_zero           the usage says 0
+    tool                 chat, responses and messages: the words are the argument of the first tool that was offered
 
 A stream's text is one event a word, so "after 5 words" is after 5 tokens; what comes before the text isn't counted.
 It generates only while somebody listens: when the client goes, it stops at once.
