@@ -1,22 +1,59 @@
-// Plays steps of a client in the order of the arguments, and prints what came of each as one line of JSON.
+// How a program for Node plays its steps: `play(sessionOf, describe)`. See `tests/clients/sessions.py`.
 //
-// A step is a function that returns what it saw. What it throws is told with the class, status and code by which a
-// user's program would tell one failure from another; it ends the step and not the program.
+// `sessionOf` is given the proxy's address and a key, and returns a function for each step, which takes the name of the
+// model and returns what came of it. `describe` says what an error shows to whoever catches it.
 
-const { BASE_URL, API_KEY } = process.env;
+import net from "node:net";
 
-/** Where the proxy is, and who calls. */
-export const proxy = { baseURL: BASE_URL, apiKey: API_KEY };
+const WRONG_KEY = "no-key-of-anyone-0123456789";
+// What goes wrong is asked for in one of two ways.
+const ASKED_AS = {
+  unknown_key: "chat",
+  unknown_model: "chat",
+  used_up: "chat",
+  failing: "chat",
+  broken_stream: "stream",
+  cut_stream: "stream",
+};
 
-/** Play what was asked for, out of these steps. */
-export async function play(steps, tell) {
+export const QUESTION = "Which river is the longest?";
+export const LOOK_UP = {
+  name: "look_up",
+  description: "Look a term up.",
+  parameters: { type: "object", properties: { term: { type: "string" } }, required: ["term"] },
+};
+export const SOUND = Buffer.concat([Buffer.from("ID3\x04"), Buffer.alloc(4000)]);
+
+/** Play what the command line names, in its order, and print a line for each. */
+export async function play(sessionOf, describe) {
+  stayHere();
+  const { BASE_URL, API_KEY } = process.env;
   for (const step of process.argv.slice(2)) {
-    let saw;
+    const session = sessionOf(`${BASE_URL}/v1`, step === "unknown_key" ? WRONG_KEY : API_KEY);
+    let said;
     try {
-      saw = await steps[step]();
+      said = await session[ASKED_AS[step] ?? step](step);
     } catch (error) {
-      saw = { error: tell(error) };
+      said = { error: { message: error.message, ...describe(error) } };
     }
-    process.stdout.write(`${JSON.stringify({ step, ...saw })}\n`);
+    process.stdout.write(`${JSON.stringify({ step, ...said })}\n`);
   }
+}
+
+/** What an SDK says that a call has used; null where it says nothing. */
+export function used(input, output = 0) {
+  return input === undefined ? null : { input, output };
+}
+
+/** No SDK gets beyond this machine, whatever it would report or look up at home. */
+function stayHere() {
+  const { connect } = net.Socket.prototype;
+  net.Socket.prototype.connect = function (...args) {
+    const { host } = args.flat()[0];
+    if (host !== "127.0.0.1") {
+      process.stderr.write(`wanted to connect to ${host}\n`);
+      process.exit(3);
+    }
+    return connect.apply(this, args);
+  };
 }
