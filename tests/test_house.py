@@ -418,12 +418,15 @@ def test_the_ground_may_not_wait(monkeypatch):
 # ---------------------------------------------------------------------------------------------------------- the locks
 
 
+CLIENTS_LOCK = "tests/clients/requirements.lock"
+
+
 def locked(lock: str) -> dict[str, str]:
     """name → version, of what a lock names."""
     return dict(re.findall(r"^([a-z0-9-]+)==(\S+)", (ROOT / lock).read_text(encoding="utf-8"), flags=re.MULTILINE))
 
 
-@pytest.mark.parametrize("lock", ["requirements.lock", "requirements-run.lock"])
+@pytest.mark.parametrize("lock", ["requirements.lock", "requirements-run.lock", CLIENTS_LOCK])
 def test_a_lock_has_hashes_and_no_address(lock):
     """What is installed is what was tested, wherever it is fetched from."""
     text = (ROOT / lock).read_text(encoding="utf-8")

@@ -4,7 +4,7 @@ from typing import Any
 
 import anthropic
 
-from tests.clients.steps import MESSAGES, TOOL, play, used
+from tests.clients.steps import MESSAGES, TOOL, used
 
 TOOLS: Any = [
     {"name": TOOL["name"], "description": TOOL["description"], "input_schema": TOOL["parameters"]},
@@ -57,7 +57,3 @@ def describe(error: Any) -> dict[str, Any]:
     said = body.get("error", {}) if isinstance(body, dict) else {}
     shown = {"status": getattr(error, "status_code", None), "code": said.get("type")}
     return shown | ({"retry_after": response.headers.get("retry-after")} if response is not None else {})
-
-
-if __name__ == "__main__":
-    play(Session, describe)

@@ -3,7 +3,7 @@
 import openai
 
 from tests.clients import openai_client
-from tests.clients.steps import play
+from tests.clients.openai_client import describe as describe
 
 
 class Session(openai_client.Session):
@@ -11,7 +11,3 @@ class Session(openai_client.Session):
 
     def _connect(self, url: str, key: str) -> openai.OpenAI:
         return openai.AzureOpenAI(azure_endpoint=url, api_key=key, api_version="2024-10-21", max_retries=0)
-
-
-if __name__ == "__main__":
-    play(Session, openai_client.describe)

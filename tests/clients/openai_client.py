@@ -5,7 +5,7 @@ from typing import Any
 
 import openai
 
-from tests.clients.steps import MESSAGES, SOUND, TOOL, play, size_of, used
+from tests.clients.steps import MESSAGES, QUESTION, SOUND, TOOL, size_of, used
 
 
 class Session:
@@ -50,12 +50,12 @@ class Session:
 
     def responses(self, model: str) -> dict[str, Any]:
         """By the newer way to ask."""
-        answer = self._sdk.responses.create(model=model, input="Which river is the longest?")
+        answer = self._sdk.responses.create(model=model, input=QUESTION)
         return {"text": answer.output_text, "usage": _used(answer.usage)}
 
     def responses_stream(self, model: str) -> dict[str, Any]:
         """The same, put together by the SDK."""
-        with self._sdk.responses.stream(model=model, input="Which river is the longest?") as stream:
+        with self._sdk.responses.stream(model=model, input=QUESTION) as stream:
             answer = stream.get_final_response()
         return {"text": answer.output_text, "usage": _used(answer.usage)}
 
@@ -95,7 +95,3 @@ def describe(error: Any) -> dict[str, Any]:
     response = getattr(error, "response", None)
     shown = {"status": getattr(error, "status_code", None), "code": getattr(error, "code", None)}
     return shown | ({"retry_after": response.headers.get("retry-after")} if response is not None else {})
-
-
-if __name__ == "__main__":
-    play(Session, describe)
