@@ -9,6 +9,8 @@ and in its environment
 For each step it asks the model *of the step's name* and prints one line of JSON. Its SDK doesn't retry.
 
     chat, stream, responses, responses_stream   {"step": …, "text": …, "usage": …}
+    stream_unasked                              {"step": …, "text": …, "without_choices": …} of a stream that asks for
+                                                no usage: how many of its chunks have no choice
     tools, tools_stream                         {"step": …, "name": …, "arguments": {"term": …}, "usage": …}
                                                 of a tool `look_up` with the parameter `term`
     embeddings                                  {"step": …, "dimensions": …, "usage": …}
@@ -49,6 +51,7 @@ POLICY = """
 models:
   chat: {upstream: simulated, model: gpt-4o-mini, max_output_tokens: 100}
   stream: {upstream: simulated, model: gpt-4o-mini, max_output_tokens: 100}
+  stream_unasked: {upstream: simulated, model: gpt-4o-mini, max_output_tokens: 100}
   tools: {upstream: simulated, model: gpt-4o-mini+tool, max_output_tokens: 100}
   tools_stream: {upstream: simulated, model: gpt-4o-mini+tool, max_output_tokens: 100}
   responses: {upstream: simulated, model: gpt-4o-mini, max_output_tokens: 100}
@@ -192,6 +195,9 @@ def _check_answer(line: Line, row: Mapping[str, Any]) -> None:
         case "tools" | "tools_stream":
             assert line.said["name"] == "look_up", line
             assert len(line.said["arguments"]["term"].split()) == row["output_tokens"] > 0, line
+        case "stream_unasked":
+            assert (line.usage, line.said["without_choices"]) == (None, 0), line
+            assert len(line.said["text"].split()) == row["output_tokens"] > 0, line
         case _:
             assert len(line.said["text"].split()) == row["output_tokens"] > 0, line
 
