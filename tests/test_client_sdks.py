@@ -45,8 +45,8 @@ LITELLM = {
 # Neither traces what was said, nor looks for prices.
 QUIET = {"LANGSMITH_TRACING": "false", "LITELLM_LOCAL_MODEL_COST_MAP": "True"}
 CLIENTS = [
-    Client("openai", in_python("openai"), (*TEXT, *RESPONSES, *MEDIA), OPENAI),
-    Client("azure", in_python("azure"), (*TEXT, *RESPONSES, *MEDIA), OPENAI),
+    Client("openai", in_python("openai"), (*TEXT, "stream_unasked", *RESPONSES, *MEDIA), OPENAI),
+    Client("azure", in_python("azure"), (*TEXT, "stream_unasked", *RESPONSES, *MEDIA), OPENAI),
     Client("anthropic", in_python("anthropic"), TEXT, ANTHROPIC, kind="anthropic"),
     Client(
         "langchain", in_python("langchain", python=ITS_OWN), (*TEXT, *RESPONSES, "embeddings"), LANGCHAIN, env=QUIET

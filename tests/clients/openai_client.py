@@ -24,12 +24,18 @@ class Session:
 
     def stream(self, model: str) -> dict[str, Any]:
         """Chunk by chunk, with the usage in the last."""
-        stream = self._sdk.chat.completions.create(
-            model=model, messages=MESSAGES, stream=True, stream_options={"include_usage": True}
-        )
-        chunks = list(stream)
-        text = "".join(choice.delta.content or "" for chunk in chunks for choice in chunk.choices)
-        return {"text": text, "usage": _used(chunks[-1].usage)}
+        chunks = self._chunks(model, stream_options={"include_usage": True})
+        return {"text": _text(chunks), "usage": _used(chunks[-1].usage)}
+
+    def stream_unasked(self, model: str) -> dict[str, Any]:
+        """Chunk by chunk, as most programs read them: each has a choice."""
+        chunks = self._chunks(model)
+        usage = next((_used(chunk.usage) for chunk in chunks if chunk.usage), None)
+        without = sum(not chunk.choices for chunk in chunks)
+        return {"text": _text(chunks), "usage": usage, "without_choices": without}
+
+    def _chunks(self, model: str, **more: Any) -> list[Any]:
+        return list(self._sdk.chat.completions.create(model=model, messages=MESSAGES, stream=True, **more))
 
     def tools(self, model: str) -> dict[str, Any]:
         """What it calls, whole."""
@@ -77,6 +83,10 @@ class Session:
         """A form with a file."""
         answer = self._sdk.audio.transcriptions.create(model=model, file=SOUND)
         return {"text": answer.text, "usage": _used(answer.usage)}
+
+
+def _text(chunks: list[Any]) -> str:
+    return "".join(choice.delta.content or "" for chunk in chunks for choice in chunk.choices)
 
 
 def _called(answer: Any) -> dict[str, Any]:
