@@ -16,7 +16,8 @@ function session(sdk, toFile) {
 
   async function stream(model, more) {
     const chunks = [];
-    for await (const chunk of await completions.create({ model, messages, stream: true, ...more })) chunks.push(chunk);
+    const answer = await completions.create({ model, messages, stream: true, ...more });
+    for await (const chunk of answer) chunks.push(chunk);
     return {
       text: chunks.map((chunk) => chunk.choices[0]?.delta.content ?? "").join(""),
       usage: usedBy(chunks.at(-1).usage),

@@ -1,7 +1,7 @@
 // How a program for Node plays its steps: `play(sessionOf, describe)`. See `tests/clients/sessions.py`.
 //
-// `sessionOf` is given the proxy's address and a key, and returns a function for each step, which takes the name of the
-// model and returns what came of it. `describe` says what an error shows to whoever catches it.
+// `sessionOf` is given the proxy's address and a key, and returns a function for each step, which takes the name of
+// the model and returns what came of it. `describe` says what an error shows to whoever catches it.
 
 import net from "node:net";
 
