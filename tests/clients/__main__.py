@@ -1,8 +1,8 @@
 """Plays a client in Python: `python -m tests.clients openai chat stream …`; `sessions` says what it prints.
 
-Nothing else of ours is in this process. A client's module has a `Session`, made of the proxy's address and a key,
-with a method for each step, which takes the name of the model and returns what came of it; and `describe`, which says
-what an exception shows to whoever catches it.
+Nothing else of ours is in this process. A client's module has a `Session`, made of the proxy's address, a key and
+perhaps `max_retries`, with a method for each step, which takes the name of the model and returns what came of it; and
+`describe`, which says what an exception shows to whoever catches it.
 """
 
 import json
@@ -13,6 +13,7 @@ from typing import Any
 
 WRONG_KEY = "no-key-of-anyone-0123456789"
 HERE = ("127.0.0.1", "::1", "localhost", None)
+RETRIED = ("used_up",)  # as often as the SDK thinks right by itself: not at all, since our answer says so
 # What goes wrong is asked for in one of two ways.
 ASKED_AS = {
     "unknown_key": "chat",
@@ -31,7 +32,7 @@ def main(name: str, steps: list[str]) -> None:
     for step in steps:
         key = WRONG_KEY if step == "unknown_key" else os.environ["API_KEY"]
         try:
-            session = client.Session(os.environ["BASE_URL"], key)
+            session = client.Session(os.environ["BASE_URL"], key, **({} if step in RETRIED else {"max_retries": 0}))
             said = getattr(session, ASKED_AS.get(step, step))(step)
         except Exception as error:  # noqa: BLE001 - whatever an SDK raises is what we want to know
             said = {"error": {"class": type(error).__name__, "message": str(error), **client.describe(error)}}

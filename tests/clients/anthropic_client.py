@@ -14,8 +14,8 @@ TOOLS: Any = [
 class Session:
     """Its calls, each as its documentation shows it."""
 
-    def __init__(self, url: str, key: str) -> None:
-        self._sdk = anthropic.Anthropic(base_url=url, api_key=key, max_retries=0)
+    def __init__(self, url: str, key: str, **retries: int) -> None:
+        self._sdk = anthropic.Anthropic(base_url=url, api_key=key, **retries)
 
     def chat(self, model: str) -> dict[str, Any]:
         """Whole."""

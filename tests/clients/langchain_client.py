@@ -11,8 +11,8 @@ from tests.clients.steps import QUESTION, TOOL, used
 class Session:
     """Its calls, each as its documentation shows it."""
 
-    def __init__(self, url: str, key: str) -> None:
-        self._where: Any = {"base_url": f"{url}/v1", "api_key": key, "max_retries": 0}
+    def __init__(self, url: str, key: str, **retries: int) -> None:
+        self._where: Any = {"base_url": f"{url}/v1", "api_key": key, **retries}
 
     def _model(self, name: str, **more: Any) -> ChatOpenAI:
         # At an address that is not OpenAI's it asks a stream for no usage unless told to.

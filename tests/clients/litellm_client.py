@@ -16,8 +16,8 @@ litellm.suppress_debug_info = True
 class Session:
     """Its calls, each as its documentation shows it."""
 
-    def __init__(self, url: str, key: str) -> None:
-        self._where: Any = {"api_base": f"{url}/v1", "api_key": key, "max_retries": 0}
+    def __init__(self, url: str, key: str, **retries: int) -> None:
+        self._where: Any = {"api_base": f"{url}/v1", "api_key": key, **retries}
 
     def _complete(self, model: str, **more: Any) -> Any:
         return litellm.completion(model=f"openai/{model}", messages=MESSAGES, **self._where, **more)

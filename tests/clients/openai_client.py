@@ -11,11 +11,11 @@ from tests.clients.steps import MESSAGES, QUESTION, SOUND, TOOL, size_of, used
 class Session:
     """Its calls, each as its documentation shows it."""
 
-    def __init__(self, url: str, key: str) -> None:
-        self._sdk = self._connect(url, key)
+    def __init__(self, url: str, key: str, **retries: int) -> None:
+        self._sdk = self._connect(url, key, **retries)
 
-    def _connect(self, url: str, key: str) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0)
+    def _connect(self, url: str, key: str, **retries: Any) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{url}/v1", api_key=key, **retries)
 
     def chat(self, model: str) -> dict[str, Any]:
         """Whole."""

@@ -6,7 +6,8 @@ and in its environment
     BASE_URL   http://127.0.0.1:port, to which it adds what its SDK wants (/v1 for OpenAI's)
     API_KEY    alice's; the step `unknown_key` uses another one, that nobody has
 
-For each step it asks the model *of the step's name* and prints one line of JSON. Its SDK doesn't retry.
+For each step it asks the model *of the step's name* and prints one line of JSON. Its SDK is told not to retry, but
+for `used_up`, where our answer should tell it.
 
     chat, stream, responses, responses_stream   {"step": …, "text": …, "usage": …}
     stream_unasked                              the same of a stream that asks for no usage, with the number of the
@@ -163,6 +164,7 @@ async def check(on: Stage, client: Client) -> None:
         _check_answer(lines[step], rows[step])
     _check_errors({step: lines[step].said.get("error", {}) for step in FAULTS}, client)
     _check_costs(rows, client)
+    assert 'quota="staff/scarce",verdict="exhausted"} 1.0' in await _metrics(on)  # refused once, so not asked again
     given = on.simulator.given  # and nothing of the streams that it broke off
     broken = sum(_tokens(rows[step]) for step in ("broken_stream", "cut_stream"))
     assert await on.used() == (given.input_tokens + given.output_tokens + broken, 0)
@@ -174,6 +176,11 @@ async def _use_up(on: Stage, client: Client) -> None:
     path = "/v1/messages" if client.kind == "anthropic" else "/v1/chat/completions"
     body = {"model": "used_up", "max_tokens": 9, "messages": [{"role": "user", "content": "Hello"}]}
     assert (await on.post(path, body)).status == 200
+
+
+async def _metrics(on: Stage) -> str:
+    async with on.http.get(f"{on.admin_url}/metrics") as response:
+        return await response.text()
 
 
 def _check_answer(line: Line, row: Mapping[str, Any]) -> None:
