@@ -8,7 +8,7 @@ const WITH_USAGE = { stream_options: { include_usage: true } };
 
 /** Play with this version; `toFile` is its way to give bytes a name. */
 export async function converse(OpenAI, toFile) {
-  await play((baseURL, apiKey) => session(new OpenAI({ baseURL, apiKey, maxRetries: 0 }), toFile), describe);
+  await play((settings) => session(new OpenAI(settings), toFile), describe);
 }
 
 function session(sdk, toFile) {
@@ -18,11 +18,7 @@ function session(sdk, toFile) {
     const chunks = [];
     const answer = await completions.create({ model, messages, stream: true, ...more });
     for await (const chunk of answer) chunks.push(chunk);
-    return {
-      text: chunks.map((chunk) => chunk.choices[0]?.delta.content ?? "").join(""),
-      usage: usedBy(chunks.at(-1).usage),
-      without_choices: chunks.filter((chunk) => chunk.choices.length === 0).length,
-    };
+    return { text: chunks.map((chunk) => chunk.choices[0]?.delta.content ?? "").join(""), chunks };
   }
 
   return {
@@ -30,8 +26,16 @@ function session(sdk, toFile) {
       const answer = await completions.create({ model, messages });
       return { text: answer.choices[0].message.content, usage: usedBy(answer.usage) };
     },
-    stream: (model) => stream(model, WITH_USAGE),
-    stream_unasked: (model) => stream(model, {}),
+    async stream(model) {
+      const { text, chunks } = await stream(model, WITH_USAGE);
+      return { text, usage: usedBy(chunks.at(-1).usage) };
+    },
+    async stream_unasked(model) {
+      const { text, chunks } = await stream(model, {});
+      const usage = chunks.find((chunk) => chunk.usage)?.usage;
+      const without_choices = chunks.filter((chunk) => chunk.choices.length === 0).length;
+      return { text, usage: usage ? usedBy(usage) : null, without_choices };
+    },
     async tools(model) {
       return called(await completions.create({ model, messages, tools }));
     },
@@ -64,17 +68,6 @@ function session(sdk, toFile) {
       const answer = await sdk.audio.transcriptions.create({ model, file });
       return { text: answer.text, usage: usedBy(answer.usage) };
     },
-    // With the retries that it makes by itself, unless it is told that they are in vain.
-    async used_up_and_retried() {
-      let requests = 0;
-      const counting = (...args) => {
-        requests += 1;
-        return fetch(...args);
-      };
-      const patient = sdk.withOptions({ maxRetries: 2, fetch: counting });
-      await patient.chat.completions.create({ model: "used_up", messages }).catch(() => {});
-      return { requests };
-    },
   };
 }
 
@@ -84,7 +77,7 @@ function called(answer) {
 }
 
 function usedBy(usage) {
-  return used(usage?.prompt_tokens ?? usage?.input_tokens, usage?.completion_tokens ?? usage?.output_tokens);
+  return used(usage.prompt_tokens ?? usage.input_tokens, usage.completion_tokens ?? usage.output_tokens);
 }
 
 function describe(error) {

@@ -1,11 +1,12 @@
 // How a program for Node plays its steps: `play(sessionOf, describe)`. See `tests/clients/sessions.py`.
 //
-// `sessionOf` is given the proxy's address and a key, and returns a function for each step, which takes the name of
-// the model and returns what came of it. `describe` says what an error shows to whoever catches it.
+// `sessionOf` is given `baseURL`, `apiKey` and perhaps `maxRetries`, and returns a function for each step, which takes
+// the name of the model and returns what came of it. `describe` says what an error shows to whoever catches it.
 
 import net from "node:net";
 
 const WRONG_KEY = "no-key-of-anyone-0123456789";
+const RETRIED = ["used_up"]; // as often as the SDK thinks right by itself: not at all, since our answer says so
 // What goes wrong is asked for in one of two ways.
 const ASKED_AS = {
   unknown_key: "chat",
@@ -29,7 +30,11 @@ export async function play(sessionOf, describe) {
   stayHere();
   const { BASE_URL, API_KEY } = process.env;
   for (const step of process.argv.slice(2)) {
-    const session = sessionOf(`${BASE_URL}/v1`, step === "unknown_key" ? WRONG_KEY : API_KEY);
+    const session = sessionOf({
+      baseURL: `${BASE_URL}/v1`,
+      apiKey: step === "unknown_key" ? WRONG_KEY : API_KEY,
+      ...(!RETRIED.includes(step) && { maxRetries: 0 }),
+    });
     let said;
     try {
       said = await session[ASKED_AS[step] ?? step](step);
@@ -40,9 +45,10 @@ export async function play(sessionOf, describe) {
   }
 }
 
-/** What an SDK says that a call has used; null where it says nothing. */
+/** What an SDK says that a call has used. */
 export function used(input, output = 0) {
-  return input === undefined ? null : { input, output };
+  if (input === undefined) throw new Error("it says no usage");
+  return { input, output };
 }
 
 /** No SDK gets beyond this machine, whatever it would report or look up at home. */
