@@ -51,8 +51,14 @@ class Way:
     def meter(self) -> Meter:
         """What watches its answer."""
         call, kind = self.passage.call, self.upstream.kind
-        strips = call.adds_running_usage(kind)
-        return Meter(call, count=self.count.piece, strips_running_usage=strips, moves_timings=kind == "llamacpp")
+        is_llama = kind == "llamacpp"
+        return Meter(
+            call,
+            count=self.count.piece,
+            strips_running_usage=call.adds_running_usage(kind),
+            moves_timings=is_llama,
+            usage_is_of_one=is_llama,
+        )
 
     def body(self, entry: Entry) -> bytes | Spliced:
         """What is sent, with its maximum lowered where less is left than it wants."""

@@ -42,6 +42,7 @@ class Meter:
 
     `strips_running_usage` where we asked for the usage so far on every chunk and the client did not. `moves_timings`
     where what stands on the usage chunk would have stood on the last one before it, had we not asked (llama.cpp).
+    `usage_is_of_one` where a whole answer says of several choices what the first one used alone (llama.cpp too).
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class Meter:
         count: Callable[[str], int],
         strips_running_usage: bool = False,
         moves_timings: bool = False,
+        usage_is_of_one: bool = False,
     ) -> None:
         self.is_at_end = False
         self.is_over = False
@@ -67,10 +69,12 @@ class Meter:
         self._strips_running = strips_running_usage
         self._moves_timings = moves_timings and call.adds_usage and call.choices == 1
         self._last: tuple[bytes, dict[str, Any]] | None = None  # the chunk with the finish_reason, until timings come
+        self._usage_is_of_one = usage_is_of_one
+        self._has_several_prompts = call.has_several_prompts
         self._is_responses = call.endpoint.is_of_responses
         self._is_messages = call.endpoint.is_of_messages
         self._said: dict[str, Any] = {}  # of the usage of a message, whose fields come one after the other
-        self._is_early = False  # what was reported is not the end's, but the beginning's
+        self._is_partial = False  # what was reported is of the beginning, or of one choice, and not of all
         self._done = 0  # of the choices of an answer that is no text
         self._reported: Tokens | None = None
         self._counted = 0  # in all that passed
@@ -90,7 +94,9 @@ class Meter:
     @property
     def input_reported(self) -> int | None:
         """The tokens of the input, where the upstream has said them."""
-        return None if self._reported is None else self._reported.input
+        if self._reported is None or (self._is_partial and self._has_several_prompts):
+            return None
+        return self._reported.input
 
     def see_event(self, event: Event, *, is_cut: bool = False) -> bytes:
         """Take note of one event and return what of it the client is to see.
@@ -158,6 +164,16 @@ class Meter:
         if self._reported is None and self._generates:
             names = ("content",) if self._is_messages else ("choices", "output")
             self.uncounted = [text for name in names for text in _texts(answer.get(name))]
+        elif self._usage_is_of_one:
+            self._see_others(answer.get("choices"))
+
+    def _see_others(self, choices: object) -> None:
+        """Keep the texts of all choices but the first: the usage is of it alone, and the input of its prompt."""
+        if isinstance(choices, list) and len(choices) > 1 and self._reported is not None:
+            self.uncounted = list(_texts(choices[1:]))
+            self._is_partial = True
+            if self._has_several_prompts:
+                self._reported = replace(self._reported, input=0, cached=0)
 
     def usage(self) -> Usage:
         """What was used, as far as is known now; without an input where the answer doesn't say it.
@@ -172,7 +188,7 @@ class Meter:
             return self._usage_if_said()
         if self._reported is None:
             return AtLeast(Tokens(0, self._counted if self._generates else 0))
-        if self._counted_since or self._is_early:
+        if self._counted_since or self._is_partial:
             return AtLeast(Tokens(self._reported.input, self.output_seen, self._reported.cached))
         return Exactly(self._reported)
 
@@ -288,7 +304,7 @@ class Meter:
         if tokens is not None and (tokens.input or not is_early):
             # The output of the beginning is a guess at its first words, which are counted when they come.
             self._report(replace(tokens, output=0, reasoning=0) if is_early else tokens)
-            self._is_early = is_early
+            self._is_partial = is_early
 
     def _see_texts(self, part: object) -> None:
         tokens = [self._count(text) for text in _texts(part)]

@@ -70,6 +70,11 @@ class Call:
         return isinstance(options, dict) and bool(options.get("include_usage"))
 
     @property
+    def has_several_prompts(self) -> bool:
+        """Whether there is more than one text to complete, each with an input of its own."""
+        return self.endpoint.name == "completions" and _prompts(self.document) > 1
+
+    @property
     def adds_usage(self) -> bool:
         """Whether we ask for the usage in the client's place, and so take it out of the answer again."""
         return self._may_ask and not self.asks_for_usage
@@ -319,11 +324,19 @@ def _choices(endpoint: Endpoint, document: Mapping[str, Any]) -> int:
     for name in _MAXIMA:
         _whole(name, document.get(name), least=-1 if name == "n_predict" else 0)
     each = max(_answers(name, document) for name in _ANSWER_COUNTS)
+    if endpoint.is_of_responses and each > 1:
+        # llama.cpp takes it there too, and says of a stream what one of them used.
+        raise InvalidRequest("A response is one answer.", param="n", code="unsupported_parameter")
     if endpoint.name != "completions":
         return each
+    return max(each, _answers("best_of", document)) * _prompts(document)
+
+
+def _prompts(document: Mapping[str, Any]) -> int:
+    """How many texts are to be completed; a list that begins with a number is one of tokens."""
     prompt = document.get("prompt")
     is_several = isinstance(prompt, list) and bool(prompt) and not isinstance(prompt[0], int)
-    return max(each, _answers("best_of", document)) * (len(prompt) if isinstance(prompt, list) and is_several else 1)
+    return len(prompt) if isinstance(prompt, list) and is_several else 1
 
 
 def _answers(name: str, document: Mapping[str, Any]) -> int:

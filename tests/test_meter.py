@@ -875,6 +875,45 @@ def test_a_whole_answer_is_booked_by_its_usage(endpoint: Endpoint, answer: dict,
     assert not meter.has_error
 
 
+@pytest.mark.parametrize(
+    ("of", "answer", "booked", "texts"),
+    [
+        (call(stream=False, n=3), {"choices": [message("a"), message("b"), message("c")]}, (11, 5), ["b", "c"]),
+        (call(stream=False, n=3), {"choices": [message("a")]}, None, []),
+        (call(stream=False, n=3), {"choices": 3}, None, []),
+        (call(stream=False), {"choices": [message("a"), message("b")]}, (11, 5), ["b"]),
+        (
+            call(COMPLETIONS, stream=False, prompt="x", n=2),
+            {"choices": [{"text": "a"}, {"text": "b"}]},
+            (11, 5),
+            ["b"],
+        ),
+        (
+            call(COMPLETIONS, stream=False, prompt=["x", "y"]),
+            {"choices": [{"text": "a"}, {"text": "b"}]},
+            (0, 5),
+            ["b"],
+        ),
+    ],
+)
+def test_usage_that_is_of_the_first_choice_alone(
+    of: Call, answer: dict, booked: tuple[int, int] | None, texts: list[str]
+) -> None:
+    """llama.cpp's: the texts of the others are kept to be counted, and of several prompts no input is known."""
+    meter = Meter(of, count=count, usage_is_of_one=True)
+    meter.see_whole(json.dumps({**answer, "usage": HONEST}).encode())
+    assert meter.usage() == (BOOKED if booked is None else AtLeast(Tokens(*booked)))
+    assert meter.uncounted == texts
+    assert meter.input_reported == (None if of.has_several_prompts else 11)
+
+
+def test_without_usage_all_choices_are_counted() -> None:
+    """Also where it would be of one alone."""
+    meter = Meter(call(stream=False, n=2), count=count, usage_is_of_one=True)
+    meter.see_whole(json.dumps({"choices": [message("a"), message("b")]}).encode())
+    assert (meter.usage(), meter.uncounted, meter.input_reported) == (UNCOUNTED, ["a", "b"], None)
+
+
 def test_an_error_in_a_whole_answer_is_seen() -> None:
     """Inside a 200: its words cost nothing, what was generated before it does (T44)."""
     error = {"error": {"message": "It broke. " * 40, "code": 500}}

@@ -275,6 +275,13 @@ def test_the_number_of_answers_is_bounded(name: str) -> None:
     assert parse(**{name: None}).choices == 1
 
 
+@pytest.mark.parametrize("name", ["n", "n_cmpl"])
+def test_a_response_is_one_answer(name: str) -> None:
+    """llama.cpp writes several, and says of a stream what one of them used."""
+    assert parse(RESPONSES, input="x", **{name: 1}).choices == 1
+    assert refused(RESPONSES, input="x", **{name: 2}).code == "unsupported_parameter"
+
+
 def test_best_of_is_bounded_where_it_is_read() -> None:
     """On /completions; elsewhere it is a field that we don't know."""
     assert parse(COMPLETIONS, best_of=128).choices == 128
@@ -320,12 +327,16 @@ def test_numbers_of_embeddings_are_not_read() -> None:
 )
 def test_completions_generate_for_each_prompt_the_best_of_several(fields: dict, choices: int) -> None:
     """Prompts × the larger of n and best_of; a list of numbers is one prompt of tokens (wire §1.4)."""
-    assert parse(COMPLETIONS, **fields).choices == choices
+    call = parse(COMPLETIONS, **fields)
+    assert call.choices == choices
+    prompt = fields.get("prompt")
+    assert call.has_several_prompts is (isinstance(prompt, list) and len(prompt) > 1 and prompt[0] != 1)
 
 
 def test_prompts_count_nowhere_else() -> None:
     """On chat a `prompt` is a field that nobody reads."""
     assert parse(CHAT, prompt=["a", "b"]).choices == 1
+    assert not parse(CHAT, prompt=["a", "b"]).has_several_prompts
     assert parse(CHAT, n=7).choices == 7
 
 
@@ -588,6 +599,8 @@ known = st.fixed_dictionaries(
 def test_only_what_we_decide_is_changed(endpoint: Endpoint, kind: Kind, fields: tuple, maximum: int | None) -> None:
     """The body that is sent says what the client's said, but for the model, the usage option and the maxima."""
     document = {**fields[0], **fields[1]}
+    if endpoint.is_of_responses:
+        document.pop("n", None)  # one answer, or it is refused
     call = parse(endpoint, **document)
     forwarded = sent(call, kind, maximum)
     unchanged = {name: value for name, value in forwarded.items() if name not in ("model", "stream_options", *MAXIMA)}
