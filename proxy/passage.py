@@ -91,7 +91,8 @@ class Passage:
         """The headers to send."""
         kind, api_key, betas = self.model.upstream.kind, self.model.upstream.api_key, self.model.upstream.betas
         if self.call.form is None:
-            return to_upstream(self.client.headers, kind=kind, api_key=api_key, betas=betas)
+            is_stream = self.call.stream
+            return to_upstream(self.client.headers, kind=kind, api_key=api_key, betas=betas, is_stream=is_stream)
         content_type = self.call.form.content_type
         return to_upstream(self.client.headers, kind=kind, api_key=api_key, content_type=content_type)
 
