@@ -11,6 +11,9 @@
 PYTHON ?= $(shell python3.11 -c '' 2>/dev/null && echo python3.11 || echo python3)
 BIN := .venv/bin
 
+# A model server for the tests, in a folder of its own: what is tested has nothing of it on its path.
+MODEL_SERVER := .venv/model-server/all
+
 # A .venv with everything serves `make run` as well.
 RUN_VENV := $(if $(wildcard .venv/all),.venv/all,.venv/run)
 
@@ -22,7 +25,7 @@ RUN_VENV := $(if $(wildcard .venv/all),.venv/all,.venv/run)
 run: $(RUN_VENV)
 	$(BIN)/python -m proxy demo
 
-test: lint
+test: lint $(MODEL_SERVER)
 	rm -f .coverage
 	$(BIN)/python -m pytest -n auto -m "not journey" --cov --cov-context=test
 	$(BIN)/python -m tests.full_coverage
@@ -51,6 +54,13 @@ torture: .venv/all
 	$(call install,$<)
 	@touch $@
 
+# Never built: that would take ten minutes. Where there is no wheel its tests are skipped, but never in CI.
+$(MODEL_SERVER): tests/model_server.lock .venv/all
+	rm -rf $(@D)
+	mkdir $(@D)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps --only-binary :all: \
+		--target $(@D) -r $< && touch $@ || echo "NO MODEL SERVER HERE: tests/test_model_server.py will be skipped" >&2
+
 # Two steps, since the tree itself has no hash: first what is locked, then the tree, which needs nothing more. The lock
 # is whole, so nothing is resolved: pip would look at newer releases for what is required with an extra, and give up.
 define install
@@ -62,14 +72,15 @@ $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-
 endef
 
 # uv is used for this alone, from an environment of its own. The second lock takes its versions from the first.
-COMPILE = .venv-lock/bin/uv pip compile pyproject.toml --quiet --upgrade --universal --python-version 3.11 \
+COMPILE = .venv-lock/bin/uv pip compile --quiet --upgrade --universal --python-version 3.11 \
 	--generate-hashes --no-header --no-emit-index-url --system-certs
 lock:
 	$(PYTHON) -m venv .venv-lock
 	.venv-lock/bin/python -m pip install --quiet --disable-pip-version-check uv
-	$(COMPILE) --all-extras --output-file requirements.lock
-	$(COMPILE) --extra postgres --extra offline --extra build --constraint requirements.lock \
+	$(COMPILE) pyproject.toml --all-extras --output-file requirements.lock
+	$(COMPILE) pyproject.toml --extra postgres --extra offline --extra build --constraint requirements.lock \
 		--no-annotate --output-file requirements-run.lock
+	$(COMPILE) --group model-server --no-annotate --output-file tests/model_server.lock
 	rm -rf .venv-lock
 
 clean:
