@@ -50,15 +50,7 @@ class Way:
 
     def meter(self) -> Meter:
         """What watches its answer."""
-        call, kind = self.passage.call, self.upstream.kind
-        is_llama = kind == "llamacpp"
-        return Meter(
-            call,
-            count=self.count.piece,
-            strips_running_usage=call.adds_running_usage(kind),
-            moves_timings=is_llama,
-            usage_is_of_one=is_llama,
-        )
+        return Meter(self.passage.call, count=self.count.piece, kind=self.upstream.kind)
 
     def body(self, entry: Entry) -> bytes | Spliced:
         """What is sent, with its maximum lowered where less is left than it wants."""

@@ -16,8 +16,9 @@ from dataclasses import replace
 from typing import Any
 
 from proxy.anthropic import read_usage
-from proxy.chunks import is_finished, more_than_usage, read_object, with_timings, without_usage
+from proxy.chunks import is_finished, more_than_usage, read_object, with_timings, without_timings, without_usage
 from proxy.ending import RESPONSE_ENDS, Ending
+from proxy.policy import Kind
 from proxy.sse import Event
 from proxy.usage import TOKENS_MAX, AtLeast, Exactly, Tokens, Unspent, Usage, read_timings, read_tokens
 from proxy.wire import Call
@@ -40,9 +41,8 @@ _BYTES_PER_TOKEN = 4
 class Meter:
     """Watches one answer. `count` says how many tokens a piece of text has; it must be quick and never fail.
 
-    `strips_running_usage` where we asked for the usage so far on every chunk and the client did not. `moves_timings`
-    where what stands on the usage chunk would have stood on the last one before it, had we not asked (llama.cpp).
-    `usage_is_of_one` where a whole answer says of several choices what the first one used alone (llama.cpp too).
+    `kind` is that of its upstream. What we ask of vLLM and llama.cpp beyond the usage at the end, and what llama.cpp
+    would have put on the last chunk had we not asked, is taken out or put back as its client would have seen it.
     """
 
     def __init__(
@@ -50,9 +50,7 @@ class Meter:
         call: Call,
         *,
         count: Callable[[str], int],
-        strips_running_usage: bool = False,
-        moves_timings: bool = False,
-        usage_is_of_one: bool = False,
+        kind: Kind = "openai",
     ) -> None:
         self.is_at_end = False
         self.is_over = False
@@ -66,10 +64,11 @@ class Meter:
         self._generates = call.endpoint.charge == "tokens" and call.endpoint.generates
         self._choices = call.choices
         self._strips = call.adds_usage
-        self._strips_running = strips_running_usage
-        self._moves_timings = moves_timings and call.adds_usage and call.choices == 1
+        self._strips_running = call.adds_running_usage(kind)
+        self._is_llama = kind == "llamacpp"
+        self._moves_timings = self._is_llama and call.adds_usage and call.choices == 1
+        self._has_shown_timings = False
         self._last: tuple[bytes, dict[str, Any]] | None = None  # the chunk with the finish_reason, until timings come
-        self._usage_is_of_one = usage_is_of_one
         self._has_several_prompts = call.has_several_prompts
         self._is_responses = call.endpoint.is_of_responses
         self._is_messages = call.endpoint.is_of_messages
@@ -164,11 +163,11 @@ class Meter:
         if self._reported is None and self._generates:
             names = ("content",) if self._is_messages else ("choices", "output")
             self.uncounted = [text for name in names for text in _texts(answer.get(name))]
-        elif self._usage_is_of_one:
+        elif self._is_llama:
             self._see_others(answer.get("choices"))
 
     def _see_others(self, choices: object) -> None:
-        """Keep the texts of all choices but the first: the usage is of it alone, and the input of its prompt."""
+        """Keep the texts of all choices but the first: llama.cpp says the usage of that one and its prompt alone."""
         if isinstance(choices, list) and len(choices) > 1 and self._reported is not None:
             self.uncounted = list(_texts(choices[1:]))
             self._is_partial = True
@@ -228,7 +227,7 @@ class Meter:
             self._see_texts(choices)
         if "usage" not in chunk:
             self._see_running(read_timings(chunk.get("timings")))
-            return event.raw
+            return self._without_running_timings(chunk, event)
         usage = chunk["usage"]
         # Zeros beside a choice are no count but a place kept for one, and so is null.
         is_placeholder = usage is None or (isinstance(usage, dict) and bool(choices) and not any(usage.values()))
@@ -236,7 +235,7 @@ class Meter:
             if not choices:
                 return self._see_usage_chunk(chunk, event)
             self._see_running(read_tokens(usage))
-            if self._strips_running:
+            if self._strips_running and not self._is_llama:
                 return without_usage(event, chunk)
         return without_usage(event, chunk) if is_placeholder and self._strips else event.raw
 
@@ -244,6 +243,18 @@ class Meter:
         # Beside one of several choices it is the usage of that one alone, and one that doesn't rise is none.
         if self._choices == 1 and tokens and (tokens.output > self._output_reported or not self._counted_since):
             self._report(tokens)
+
+    def _without_running_timings(self, chunk: dict[str, Any], event: Event) -> bytes:
+        """Return the chunk without the timings so far, which come unasked on the last one that its client sees.
+
+        Behind a stop word they come with the last of the text too; there they are lost, and said on the next chunk.
+        """
+        if not (self._strips_running and self._is_llama and "timings" in chunk):
+            return event.raw
+        if is_finished(chunk) and not self.shows_usage:
+            self._has_shown_timings = True
+            return event.raw
+        return without_timings(event, chunk)
 
     def _see_usage_chunk(self, chunk: dict[str, Any], event: Event) -> bytes:
         """Return the chunk as it would have come unasked: not at all, unless it carries something else too."""
@@ -257,7 +268,8 @@ class Meter:
         self._report(tokens)
         if not self._strips:
             return event.raw
-        return without_usage(event, chunk) if more_than_usage(chunk) else b""
+        shown = {"timings"} if self._has_shown_timings else set()
+        return without_usage(event, chunk) if more_than_usage(chunk) - shown else b""
 
     def _see_response_event(self, chunk: dict[str, Any]) -> None:
         self._see_error(chunk)

@@ -80,12 +80,19 @@ class Call:
         return self._may_ask and not self.asks_for_usage
 
     def adds_running_usage(self, kind: Kind) -> bool:
-        """Whether we ask for the usage so far on every chunk: vLLM alone gives it, and then a cut stream is exact.
+        """Whether we ask for the usage so far on every chunk: vLLM and llama.cpp give it, and then a cut is exact.
 
         Not of several choices: there each chunk has that of its own choice.
         """
         options = self.document.get("stream_options") or {}
-        return kind == "vllm" and self._may_ask and self.choices == 1 and not options.get("continuous_usage_stats")
+        if not self._may_ask or self.choices != 1:
+            return False
+        match kind:
+            case "vllm":
+                return not options.get("continuous_usage_stats")
+            case "llamacpp":
+                return not self.document.get("timings_per_token")
+        return False
 
     @property
     def _may_ask(self) -> bool:
@@ -176,7 +183,10 @@ def forwarded_body(call: Call, model: Model, *, maximum: int | None = None) -> b
     if call.adds_usage:
         document["stream_options"] = {**(document.get("stream_options") or {}), "include_usage": True}
     if call.adds_running_usage(model.upstream.kind):
-        document["stream_options"] = {**document["stream_options"], "continuous_usage_stats": True}
+        if model.upstream.kind == "llamacpp":
+            document["timings_per_token"] = True
+        else:
+            document["stream_options"] = {**document["stream_options"], "continuous_usage_stats": True}
     if maximum is not None:
         kind = model.upstream.kind
         names = maximum_fields(call.endpoint, kind)

@@ -29,6 +29,8 @@ _VARYING = (
     (re.compile(rb'"(created|created_at|completed_at)":\d+'), rb'"\1":#'),
     (re.compile(rb'"(\w+_(?:ms|second))":[-+.e\d]+'), rb'"\1":#'),
 )
+_NOTHING = re.compile(rb"(?!)")
+_TIMINGS = re.compile(rb',"timings":\{[^}]*\}')
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +111,22 @@ async def booked(on: Stage, reply: Reply) -> dict[str, Any]:
 
 
 USAGE = {"stream": True, "stream_options": {"include_usage": True}}
+
+
+async def same_as_without_us(
+    on: Stage, server: ModelServer, path: str, body: dict[str, Any], *, but: re.Pattern[bytes] = _NOTHING
+) -> None:
+    """Ask the server and ask the proxy: the same answer `but` for this, and on the books what it says."""
+    await server.ask(on.http, path, body)  # from now on the same of it is in the cache
+    direct = await server.ask(on.http, path, body)
+    reply = await on.post(path, body)
+    assert reply.status == 200
+    assert but.sub(b"", alike(reply.body)) == but.sub(b"", alike(direct))
+    row = await booked(on, reply)
+    assert (row["input_tokens"], row["output_tokens"]) == said(direct)
+    assert (row["provenance"], row["outcome"]) == ("exactly", "complete")
+
+
 # Whole, as a stream, and as one whose client wants to see the usage.
 FORMS: tuple[dict[str, Any], ...] = ({}, {"stream": True}, USAGE)
 
@@ -121,15 +139,32 @@ async def test_what_it_says_is_charged_and_what_it_sends_passes(
     maxima: tuple[dict[str, int], ...] = ({}, {"max_tokens": 3})
     async with before(server, tmp_path) as on:
         for prompt, form, maximum in product(PROMPTS, FORMS, maxima):
-            path, body = ask(prompt, **form, **maximum)
-            await server.ask(on.http, path, body)  # from now on the same of it is in the cache
-            direct = await server.ask(on.http, path, body)
-            reply = await on.post(path, body)
-            assert reply.status == 200
-            assert alike(reply.body) == alike(direct)
-            row = await booked(on, reply)
-            assert (row["input_tokens"], row["output_tokens"]) == said(direct)
-            assert (row["provenance"], row["outcome"]) == ("exactly", "complete")
+            await same_as_without_us(on, server, *ask(prompt, **form, **maximum))
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"timings_per_token": True},
+        {"return_progress": True},
+        {"logprobs": True, "top_logprobs": 2},
+        {"n_probs": 2},
+        {"cache_prompt": False},
+    ],
+    ids=str,
+)
+async def test_its_own_options_pass(option: dict[str, Any], server: ModelServer, tmp_path: Path) -> None:
+    """What they change in an answer is in the client's, and nothing of it is taken for what we asked."""
+    async with before(server, tmp_path) as on:
+        for ask, form in product((chat, completion), FORMS):
+            await same_as_without_us(on, server, *ask(PROMPTS[2], **form, **option))
+
+
+async def test_a_stop_word_costs_what_was_generated(server: ModelServer, tmp_path: Path) -> None:
+    """There its timings come with the last of the text too, unasked; the client gets them on the last chunk alone."""
+    async with before(server, tmp_path) as on:
+        for ask, form in product((chat, completion), FORMS):
+            await same_as_without_us(on, server, *ask(PROMPTS[2], stop=["木"], **form), but=_TIMINGS)
 
 
 async def test_the_official_sdk_reads_what_it_would_read_without_us(server: ModelServer, tmp_path: Path) -> None:
@@ -166,14 +201,8 @@ async def test_messages_are_charged_what_it_says(server: ModelServer, tmp_path: 
     """On Anthropic's surface, which it has too: what it took from its cache is input like the rest."""
     async with before(server, tmp_path, kind="anthropic") as on:
         for prompt, form in product(PROMPTS, FORMS[:2]):
-            path, (_, body) = "/v1/messages", chat(prompt, max_tokens=12, **form)
-            await server.ask(on.http, path, body)
-            direct = await server.ask(on.http, path, body)
-            reply = await on.post(path, body)
-            assert alike(reply.body) == alike(direct)
-            row = await booked(on, reply)
-            assert (row["input_tokens"], row["output_tokens"]) == said(direct)
-            assert (row["provenance"], row["outcome"]) == ("exactly", "complete")
+            _, body = chat(prompt, max_tokens=12, **form)
+            await same_as_without_us(on, server, "/v1/messages", body)
 
 
 async def test_a_prompt_that_is_too_long_costs_nothing(server: ModelServer, tmp_path: Path) -> None:
@@ -226,22 +255,25 @@ async def test_who_hangs_up_pays_for_what_was_generated(
     ask: Any, on_disconnect: str, server: ModelServer, tmp_path: Path
 ) -> None:
     """All that came until then; where the answer is read on, exactly what the server made of it to its end."""
-    path, body = ask("Hallo", stream=True, max_tokens=1000, ignore_eos=True)
+    path, body = ask("Hallo", stream=True, max_tokens=400, ignore_eos=True)
     async with before(server, tmp_path, on_disconnect=on_disconnect) as on:
+        taken, _ = said(await server.ask(on.http, *ask("Hallo", max_tokens=1)))
         made = await server.generated(on.http)
         seen = b""
         headers = {"authorization": f"Bearer {key_of('alice')}"}
-        async with on.http.post(on.url + path, json=body, headers=headers) as response:
+        async with on.http.post(on.url + path, json=body, headers=headers) as stream:
             while seen.count(b"\n\n") < 60:
-                seen += await response.content.readany()
+                seen += await stream.content.readany()
         await on.at_rest()
         [row] = await on.rows("calls")
+        assert row["outcome"] == "client_left"
         if on_disconnect == "drain":
             made = await server.generated(on.http) - made
-            assert (row["output_tokens"], row["provenance"], row["outcome"]) == (made, "exactly", "client_left")
+            assert (row["input_tokens"], row["output_tokens"], row["provenance"]) == (taken, made, "exactly")
         else:
             assert row["output_tokens"] >= sum(map(is_text, seen.split(b"\n\n")))
-            assert (row["provenance"], row["outcome"]) == ("at_least", "client_left")
+        if on_disconnect == "stop" and ask is not response:  # there it says nothing before its end
+            assert (row["input_tokens"], row["provenance"]) == (taken, "exactly")
 
 
 def is_text(event: bytes) -> bool:

@@ -534,7 +534,35 @@ def test_vllm_is_asked_for_the_usage_so_far(endpoint: Endpoint, options: dict, i
     assert call.document.get("stream_options") == own
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "vllm"])
+@pytest.mark.parametrize(
+    ("fields", "is_added"),
+    [
+        ({}, True),
+        ({"timings_per_token": None}, True),
+        ({"timings_per_token": False}, True),
+        ({"timings_per_token": True}, False),
+        ({"stream_options": {"include_usage": True}}, True),
+        ({"stream_options": "x"}, False),
+        ({"n": 2}, False),
+        ({"stream": False}, False),
+    ],
+)
+@pytest.mark.parametrize("endpoint", [CHAT, COMPLETIONS], ids=ids)
+def test_llama_cpp_is_asked_for_its_timings_so_far(endpoint: Endpoint, fields: dict, is_added: bool) -> None:
+    """They say the tokens of the input and the output, as vLLM's usage so far does."""
+    call = parse(endpoint, **{"stream": True, **fields})
+    assert call.adds_running_usage("llamacpp") == is_added
+    assert sent(call, "llamacpp").get("timings_per_token") == (True if is_added else fields.get("timings_per_token"))
+    assert "continuous_usage_stats" not in str(sent(call, "llamacpp"))
+
+
+@pytest.mark.parametrize("endpoint", [RESPONSES, EMBEDDINGS], ids=ids)
+def test_elsewhere_llama_cpp_is_not_asked(endpoint: Endpoint) -> None:
+    """There the usage comes by itself."""
+    assert not parse(endpoint, stream=True).adds_running_usage("llamacpp")
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("vllm", "llamacpp")])
 def test_nobody_else_is_asked_for_it(kind: Kind) -> None:
     """The option is vLLM's own; what a client wrote by itself is for the upstream to judge."""
     assert not parse(stream=True).adds_running_usage(kind)
@@ -603,7 +631,8 @@ def test_only_what_we_decide_is_changed(endpoint: Endpoint, kind: Kind, fields: 
         document.pop("n", None)  # one answer, or it is refused
     call = parse(endpoint, **document)
     forwarded = sent(call, kind, maximum)
-    unchanged = {name: value for name, value in forwarded.items() if name not in ("model", "stream_options", *MAXIMA)}
+    ours = ("model", "stream_options", "timings_per_token", *MAXIMA)
+    unchanged = {name: value for name, value in forwarded.items() if name not in ours}
     assert unchanged == {name: value for name, value in document.items() if name in unchanged}
     assert repr(unchanged) == repr({name: document[name] for name in unchanged})
     assert document.keys() <= forwarded.keys()
