@@ -67,7 +67,6 @@ class Meter:
         self._strips_running = call.adds_running_usage(kind)
         self._is_llama = kind == "llamacpp"
         self._moves_timings = self._is_llama and call.adds_usage and call.choices == 1
-        self._has_shown_timings = False
         self._last: tuple[bytes, dict[str, Any]] | None = None  # the chunk with the finish_reason, until timings come
         self._has_several_prompts = call.has_several_prompts
         self._is_responses = call.endpoint.is_of_responses
@@ -245,16 +244,12 @@ class Meter:
             self._report(tokens)
 
     def _without_running_timings(self, chunk: dict[str, Any], event: Event) -> bytes:
-        """Return the chunk without the timings so far, which come unasked on the last one that its client sees.
+        """Return the chunk without the timings so far, but for the end's, which come unasked.
 
         Behind a stop word they come with the last of the text too; there they are lost, and said on the next chunk.
         """
-        if not (self._strips_running and self._is_llama and "timings" in chunk):
-            return event.raw
-        if is_finished(chunk) and not self.shows_usage:
-            self._has_shown_timings = True
-            return event.raw
-        return without_timings(event, chunk)
+        is_running = self._strips_running and self._is_llama and "timings" in chunk and not is_finished(chunk)
+        return without_timings(event, chunk) if is_running else event.raw
 
     def _see_usage_chunk(self, chunk: dict[str, Any], event: Event) -> bytes:
         """Return the chunk as it would have come unasked: not at all, unless it carries something else too."""
@@ -268,8 +263,7 @@ class Meter:
         self._report(tokens)
         if not self._strips:
             return event.raw
-        shown = {"timings"} if self._has_shown_timings else set()
-        return without_usage(event, chunk) if more_than_usage(chunk) - shown else b""
+        return without_usage(event, chunk) if more_than_usage(chunk) else b""
 
     def _see_response_event(self, chunk: dict[str, Any]) -> None:
         self._see_error(chunk)

@@ -10,6 +10,7 @@ import signal
 import sys
 
 START_S = 30
+SLOTS, CONTEXT = 4, 8192
 
 
 def main(model: str, key: str) -> None:
@@ -26,8 +27,10 @@ def main(model: str, key: str) -> None:
         asked.model_alias = {"tiny"}
         asked.api_keys = [key]
         asked.port = 0
-        asked.n_parallel = 4
-        asked.n_ctx = 4 * 2048
+        # Several would wait for each other with the processor busy.
+        asked.cpuparams.n_threads = asked.cpuparams_batch.n_threads = 1
+        asked.n_parallel = SLOTS
+        asked.n_ctx = SLOTS * CONTEXT
         asked.endpoint_metrics = True
         asked.embedding = embeds
         if embeds:

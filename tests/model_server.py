@@ -25,7 +25,7 @@ from tests.tiny_model import write_model
 
 INSTALLED = Path(sys.prefix) / "model-server"
 PROGRAM = Path(__file__).with_name("llama_server.py")
-_GENERATED = re.compile(r"^llamacpp:tokens_predicted_total (\d+)$", re.MULTILINE)
+_METRIC = re.compile(r"^llamacpp:(\w+) (\d+)$", re.MULTILINE)
 
 
 class ModelServer:
@@ -49,11 +49,13 @@ class ModelServer:
             return await response.read()
 
     async def generated(self, http: aiohttp.ClientSession) -> int:
-        """All the tokens that it ever generated, by its own count, also those that nobody read."""
-        async with http.get(f"{self._root}/metrics", headers={"authorization": f"Bearer {UPSTREAM_KEY}"}) as response:
-            found = _GENERATED.search(await response.text())
-        assert found is not None
-        return int(found[1])
+        """All the tokens that it ever generated, by its own count, also those that nobody read; once it is idle."""
+        headers = {"authorization": f"Bearer {UPSTREAM_KEY}"}
+        while True:  # it notices that a client has gone when it writes; the test's time limit bounds it
+            async with http.get(f"{self._root}/metrics", headers=headers) as response:
+                said = dict(_METRIC.findall(await response.text()))
+            if said["requests_processing"] == said["requests_deferred"] == "0":
+                return int(said["tokens_predicted_total"])
 
 
 @contextmanager

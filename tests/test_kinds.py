@@ -193,15 +193,19 @@ RECORDINGS = {
         ),
         SAID,
     ),
-    # Newer ones say them on every chunk, as we ask.
+    # It says them on every chunk, as we ask.
     "llamacpp-running": Recording(
         "llamacpp",
         (
             *_without(
-                "timings", *(_chunk(text, timings={**TIMINGS, "predicted_n": at}) for at, text in enumerate(TEXTS, 5))
+                "timings", *(_chunk(text, timings={**TIMINGS, "predicted_n": n}) for n, text in enumerate(TEXTS))
             ),
-            *_as_is(_data(_chunk(finish="stop", timings=TIMINGS))),
-            _dropped({**END, "usage": USAGE, "timings": TIMINGS}),
+            *_as_is(_LAST),
+            Piece(
+                _data({**END, "usage": USAGE, "timings": TIMINGS}),
+                _data(_chunk(finish="stop", timings=TIMINGS)),
+                replaces=True,
+            ),
             *DONE,
         ),
         SAID,

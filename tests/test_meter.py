@@ -1136,7 +1136,6 @@ def timings(output: int, **more: object) -> dict:
 
 
 TIMED = event(chunk("Hello", timings=timings(3))) + event(chunk(" world!", timings=timings(5)))
-LAST = event(chunk(finish="stop", timings=timings(5)))
 
 
 def test_a_stream_of_llama_cpp_that_was_cut_is_known_to_the_token() -> None:
@@ -1150,23 +1149,23 @@ def test_a_stream_of_llama_cpp_that_was_cut_is_known_to_the_token() -> None:
 
 @pytest.mark.parametrize("more", [{}, {"timings_per_token": False}, {"stream_options": {"include_usage": False}}])
 def test_the_timings_so_far_leave_no_trace(more: dict) -> None:
-    """They stay on the last chunk, where they come unasked; and no usage comes after them."""
-    meter, shown = timed(TIMED + LAST + event(usage_chunk(timings=timings(5))) + DONE, call(**more))
-    assert shown == TEXT + LAST + DONE
-    assert meter.usage() == BOOKED
+    """They are on the last chunk, where they come unasked; also where no usage comes after them."""
+    last = event(chunk(finish="stop", timings=timings(5)))
+    meter, shown = timed(TIMED + FINISH + event(usage_chunk(timings=timings(5))) + DONE, call(**more))
+    assert (meter.usage(), shown) == (BOOKED, TEXT + last + DONE)
+    meter, shown = timed(TIMED + last + DONE, call(**more))
+    assert (meter.usage(), shown) == (Exactly(Tokens(11, 5, cached=4)), TEXT + last + DONE)
 
 
 def test_who_asked_for_the_usage_gets_the_timings_with_it() -> None:
     """There is where they come unasked then."""
     end = event(usage_chunk(timings=timings(5))) + DONE
-    assert timed(TIMED + LAST + end, ASKED)[1] == TEXT + FINISH + end
+    assert timed(TIMED + FINISH + end, ASKED)[1] == TEXT + FINISH + end
 
 
 def test_who_asked_for_the_timings_so_far_gets_them() -> None:
-    """Only the usage chunk is ours."""
-    stream = TIMED + LAST
-    of = call(timings_per_token=True)
-    assert timed(stream + DONE, of)[1] == stream + DONE
+    """They are its own."""
+    assert timed(TIMED + DONE, call(timings_per_token=True))[1] == TIMED + DONE
 
 
 def test_of_several_choices_timings_so_far_stay() -> None:
