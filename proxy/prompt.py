@@ -37,12 +37,12 @@ _UNREAD_FIELDS = frozenset(
     "temperature top_p top_k min_p frequency_penalty presence_penalty repetition_penalty stop seed user metadata "
     "store safety_identifier logprobs top_logprobs logit_bias parallel_tool_calls tool_choice service_tier audio "
     "modalities encoding_format dimensions echo truncation include reasoning reasoning_effort thinking verbosity "
-    "prediction prompt_cache_key background stop_sequences cache_control".split()
+    "prediction prompt_cache_key background stop_sequences cache_control previous_response_id".split()
 ).union(_TEXT_FIELDS)
 # No API's own names are longer, so one that is says something.
 _NAME_CHARACTERS_MAX = 40
 # Fields that stand for tokens which are not in the request. A template of the client's own may write any number.
-_OPEN_FIELDS = ("previous_response_id", "conversation", "web_search_options", "chat_template")
+_OPEN_FIELDS = ("conversation", "web_search_options", "chat_template")
 _OWN_TOOLS = ("function", "custom", None)
 _CONTENTS = ("content", "output")
 _UNREAD_IN_A_TURN = ("type", "id", "status")
@@ -75,9 +75,9 @@ class Prompt:
     """What a model reads of one request, in texts and in tokens that are not text.
 
     `overhead` are tokens beside those of the texts: what is added to messages, tokens that came as numbers, media.
-    `media_tokens` is the part of it that is the price of pictures and sounds, and of what a vendor says of tools;
-    `opaque_bytes` is what these take of the JSON. Where it `is_open` the model reads something that the request does
-    not show, so nothing bounds it.
+    `media_tokens` is the part of it that no text shows: the price of pictures and sounds, what a vendor says of
+    tools, what is gone on from. `opaque_bytes` is what these take of the JSON. Where it `is_open` the model reads
+    something that the request does not show, so nothing bounds it.
     """
 
     texts: tuple[str, ...] = ()
@@ -125,6 +125,13 @@ def with_files(prompt: Prompt, sizes: Sequence[int], *, are_sounds: bool, contex
         opaque_bytes=prompt.opaque_bytes + sum(sizes),
         media_tokens=prompt.media_tokens + tokens,
     )
+
+
+def with_previous(prompt: Prompt, tokens: int | None) -> Prompt:
+    """The prompt of a request that goes on from a response of so many tokens in all; None: nobody knows how many."""
+    if tokens is None:
+        return replace(prompt, is_open=True)
+    return replace(prompt, overhead=prompt.overhead + tokens, media_tokens=prompt.media_tokens + tokens)
 
 
 def parts_of(document: Mapping[str, Any]) -> list[dict[str, Any]]:
