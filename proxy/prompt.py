@@ -9,7 +9,7 @@ Sources: OpenAI's cookbook for what is added to each message, its documents of 2
 prices. Neither is a promise; the upstream's own count goes before ours wherever there is one.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -140,6 +140,28 @@ def parts_of(document: Mapping[str, Any]) -> list[dict[str, Any]]:
     return found
 
 
+def tools_in(tools: object) -> Iterator[object]:
+    """The tools of a list; in place of a namespace, which only names a group of them, those that it has."""
+    waiting = _list(tools)[::-1]
+    while waiting:  # not recursive: no depth overflows the stack
+        tool = waiting.pop()
+        if _member(tool, "type") == "namespace" and isinstance(_member(tool, "tools"), list):
+            waiting += _list(_member(tool, "tools"))[::-1]
+        else:
+            yield tool
+
+
+def is_own_tool(tool: object) -> bool:
+    """Whether the client runs a tool itself, and the request shows all that the model reads of it.
+
+    So it is with a search among tools that the client makes; one that the upstream makes reads what it likes.
+    """
+    kind = _member(tool, "type")
+    return isinstance(tool, dict) and (
+        kind in _OWN_TOOLS or (kind == "tool_search" and tool.get("execution") == "client")
+    )
+
+
 def _member(value: object, name: str) -> object:
     return value.get(name) if isinstance(value, dict) else None
 
@@ -149,9 +171,7 @@ def _is_open(document: Mapping[str, Any]) -> bool:
         return True
     if isinstance(document.get("prompt"), dict):  # a template that is stored at the upstream
         return True
-    return any(
-        not isinstance(tool, dict) or tool.get("type") not in _OWN_TOOLS for tool in _list(document.get("tools"))
-    )
+    return not all(is_own_tool(tool) for tool in tools_in(document.get("tools")))
 
 
 def _list(value: object) -> list[Any]:

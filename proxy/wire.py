@@ -15,7 +15,7 @@ from proxy.endpoints import METERED, SPEECH, STORED, Endpoint, EndpointName
 from proxy.errors import InvalidRequest, ProxyError
 from proxy.forms import Form
 from proxy.policy import Kind, Model
-from proxy.prompt import parts_of
+from proxy.prompt import is_own_tool, parts_of, tools_in
 from proxy.strict_json import dump, parse_object
 
 _MODEL_CHARACTERS_MAX = 256
@@ -232,9 +232,9 @@ def _refuse_unclear_usage_option(options: object) -> None:
 
 
 def _refuse_hosted_tools(tools: object) -> None:
-    for tool in tools if isinstance(tools, list) else ():
+    for tool in tools_in(tools):
         kind = tool.get("type") if isinstance(tool, dict) else None
-        if kind not in ("function", "custom"):
+        if kind is None or not is_own_tool(tool):
             raise InvalidRequest(
                 f"Tools of type {str(kind)[:40]!r} run at the upstream and are not open on this proxy: "
                 'use tools of type "function" or "custom".',

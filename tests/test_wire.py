@@ -217,7 +217,20 @@ def test_a_refused_field_may_say_that_it_is_not_used() -> None:
 
 
 @pytest.mark.parametrize(
-    "tool", [{"type": "web_search"}, {"type": "mcp", "server_url": "http://x"}, {"type": None}, {}, "function", None]
+    "tool",
+    [
+        {"type": "web_search"},
+        {"type": "mcp", "server_url": "http://x"},
+        {"type": None},
+        {},
+        "function",
+        None,
+        {"type": "tool_search"},
+        {"type": "tool_search", "execution": "server"},
+        {"type": "namespace", "name": "n"},
+        {"type": "namespace", "name": "n", "tools": [{"type": "function", "name": "f"}, {"type": "web_search"}]},
+        {"type": "namespace", "tools": [{"type": "namespace", "tools": [{"type": "mcp"}]}]},
+    ],
 )
 def test_hosted_tools_of_responses_are_refused(tool: object) -> None:
     """They loop at the upstream, and each round costs tokens that nothing here bounds."""
@@ -226,8 +239,12 @@ def test_hosted_tools_of_responses_are_refused(tool: object) -> None:
 
 
 def test_tools_that_the_client_runs_are_open() -> None:
-    """Functions and custom tools are text in and text out; what is no list is for the upstream to refuse."""
-    parse(RESPONSES, tools=[{"type": "function", "name": "f"}, {"type": "custom", "name": "c"}])
+    """Functions and custom tools are text in and text out, and so are groups of them (Codex sends such) and a search
+    among them that the client makes; what is no list is for the upstream to refuse."""
+    own = [{"type": "function", "name": "f"}, {"type": "custom", "name": "c"}]
+    parse(RESPONSES, tools=own)
+    parse(RESPONSES, tools=[{"type": "namespace", "name": "n", "tools": own}])
+    parse(RESPONSES, tools=[{"type": "tool_search", "execution": "client", "parameters": {}}])
     parse(RESPONSES, tools={"type": "web_search"})
     parse(CHAT, tools=[{"type": "function"}])
 
@@ -629,7 +646,10 @@ def test_items_bring_in_no_hosted_tools(endpoint: Endpoint) -> None:
     for kind in ("web_search", "mcp", "image_generation", "code_interpreter", "file_search", None):
         item = {"type": "additional_tools", "role": "developer", "tools": [{"type": kind}]}
         assert refused(endpoint, input=["text", item]).param == "tools"
-    parse(endpoint, input=[{"type": "additional_tools", "tools": [{"type": "function", "name": "f"}]}])
+        group = {"type": "namespace", "name": "n", "tools": [{"type": kind}]}
+        assert refused(endpoint, input=[{"type": "tool_search_output", "tools": [group]}]).param == "tools"
+    own = {"type": "function", "name": "f"}
+    parse(endpoint, input=[{"type": "additional_tools", "tools": [own, {"type": "namespace", "tools": [own]}]}])
     parse(endpoint, input=[{"type": "mcp_list_tools", "tools": [{"name": "f"}]}])
 
 
