@@ -18,12 +18,12 @@ from proxy.bodies import read_body, read_form, when_it_is_read
 from proxy.client import Client
 from proxy.config import Settings
 from proxy.cors import Cors
-from proxy.endpoints import METERED, PREFIXES, Endpoint, closed
+from proxy.endpoints import KEPT, METERED, PREFIXES, Endpoint, Kept, closed
 from proxy.errors import NotAllowed, NoUpgrade, ProxyError
 from proxy.framing import well_framed
 from proxy.headers import NAME
 from proxy.health import Health
-from proxy.ledger import Ledger
+from proxy.owned import Asked, Owned
 from proxy.passage import Passage, no_such_model, passage_for
 from proxy.policy import Policy, User
 from proxy.records import id_at
@@ -44,7 +44,7 @@ class Api:
     def __init__(
         self,
         policies: Policies,
-        ledger: Ledger,
+        owned: Owned,
         *,
         relay: Relay,
         health: Health,
@@ -53,7 +53,8 @@ class Api:
     ) -> None:
         self.calls = Tasks()
         self._policies = policies
-        self._ledger = ledger
+        self._owned = owned
+        self._ledger = owned.ledger
         self._relay = relay
         self._health = health
         self._cors = Cors(settings.cors)
@@ -75,6 +76,13 @@ class Api:
                     prefix + endpoint.path, partial(self._metered, endpoint), expect_handler=when_it_is_read
                 )
         for prefix in PREFIXES:
+            for kept in KEPT:
+                application.router.add_route(
+                    kept.method,
+                    prefix + kept.path("{id}"),
+                    partial(self._kept, kept),
+                    expect_handler=when_it_is_read,
+                )
             application.router.add_get(prefix + "/models", self._models)
             application.router.add_get(prefix + "/models/{model:.+}", self._model)
             application.router.add_get(prefix + "/quota", self._quota)
@@ -94,7 +102,7 @@ class Api:
         deployment = request.match_info.get("deployment")
         if endpoint.form is None:
             call = parse_call(endpoint, await read_body(request, self._patience), deployment=deployment)
-            return await self._carried(passage_for(call, user, policy, client))
+            return await self._carried(await self._owned.with_previous(passage_for(call, user, policy, client)))
         spool = Spool()
         try:
             form = await read_form(request, spool, self._patience)
@@ -104,6 +112,16 @@ class Api:
             spool.close()
             raise
         return await self._carried(passage)
+
+    async def _kept(self, kept: Kept, request: web.Request) -> web.StreamResponse:
+        # Not in a task of its own: nothing is on the books of it, so it may end with its client.
+        policy = self._policies.current
+        user = identify(request.headers.items(), policy)
+        client = Client(request, id=request[REQUEST_ID], silence_s=self._patience.silence_s)
+        asked = Asked(kept, request.match_info["id"], list(request.query.items()), user, policy)
+        await self._owned.pass_on(asked, client)
+        assert client.response is not None, "what was passed on was answered"
+        return client.response
 
     async def _carried(self, passage: Passage) -> web.StreamResponse:
         client = passage.client

@@ -27,6 +27,7 @@ from proxy.health import Health
 from proxy.ledger import LEASE_MS, Ledger
 from proxy.listener import Listener
 from proxy.metrics import Metrics
+from proxy.owned import Owned
 from proxy.policy import Policy
 from proxy.records import Records
 from proxy.relay import Relay
@@ -97,9 +98,8 @@ class Server:
             now=now,
         )
         self.health = Health(self.ledger, self.policies)
-        self._api = Api(
-            self.policies, self.ledger, relay=relay, health=self.health, settings=config.settings, now=now
-        )
+        owned = Owned(self.ledger, self.upstreams)
+        self._api = Api(self.policies, owned, relay=relay, health=self.health, settings=config.settings, now=now)
         self._admin = Admin(self.metrics, self.health)
         self._settings = config.settings
         self._chores = Tasks()

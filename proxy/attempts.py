@@ -40,7 +40,9 @@ class Way:
     def __init__(self, passage: Passage, tokenizers: Tokenizers, *, keeps_body: bool) -> None:
         body = passage.body()
         self.passage = passage
-        self.count = CallCount(tokenizers, passage.call, passage.model, body_bytes=len(body))
+        self.count = CallCount(
+            tokenizers, passage.call, passage.model, body_bytes=len(body), previous=passage.previous
+        )
         self._body = body if keeps_body else None
 
     @property

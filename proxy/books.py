@@ -62,7 +62,7 @@ class Facts:
 
     def __post_init__(self) -> None:
         for text in (self.user, self.model, self.endpoint, self.upstream):
-            if len(text) > 512 or "\0" in text or not text.isprintable():
+            if len(text) > 512 or not text.isprintable():  # which "\0" is not either
                 raise ValueError(f"not fit for the books: {text[:80]!r}")
 
 
@@ -87,6 +87,7 @@ class Entry:
     ended_at: int | None = None
     usage: Usage | None = None
     outcome: Outcome | None = None
+    response_id: str | None = None  # by which its upstream keeps what it made
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,12 +128,13 @@ class Extend:
 
 @dataclass(frozen=True, slots=True)
 class Settle:
-    """Charge what a call did use and give the rest back. `upstream` is who had it in the end (None: as was said)."""
+    """Charge what a call used, at `upstream` (None: where it was to go), and free the rest; it made `response_id`."""
 
     id: str
     usage: Usage
     outcome: Outcome
     upstream: str | None = None
+    response_id: str | None = None
 
     def __post_init__(self) -> None:
         charge = charge_of(self.usage)
@@ -316,7 +318,8 @@ class Books:
             self._charge(line, now - was, held=line.amount if entry.state == "open" else NOTHING)
         if not isinstance(act, Expire) and act.upstream is not None:
             entry = replace(entry, facts=replace(entry.facts, upstream=act.upstream))
-        entry = replace(entry, state=state, ended_at=self._now, usage=usage, outcome=outcome)
+        made = act.response_id if isinstance(act, Settle) else None
+        entry = replace(entry, state=state, ended_at=self._now, usage=usage, outcome=outcome, response_id=made)
         self._note(entry)
         return Booked(entry, self._standing(_keys(entry)), freed=was_held)
 
@@ -341,8 +344,7 @@ class Books:
 def shares(lines: tuple[Line, ...], charge: Amount) -> list[Amount]:
     """What each line is charged of a call's usage: all of it, for each counter.
 
-    Of several lines for one counter each is charged up to what it holds, in the order of their windows, and the last
-    one the rest.
+    Of several for one counter each is charged up to what it holds, in the order of windows, the last one the rest.
     """
     last = {line.key: place for place, line in enumerate(lines)}
     if len(last) == len(lines):
@@ -387,13 +389,10 @@ def _keys(entry: Entry) -> list[CounterKey]:
 def _quotas(entry: Entry, binding: Binding) -> dict[CounterKey, Quota]:
     """The quotas that a call holds something of, by the keys of their counters."""
     held = set(_keys(entry))
-    keyed = ((quota.key_for(binding.user), quota) for quota in binding.quotas)
-    return {key: quota for key, quota in keyed if key in held}
+    return {key: quota for quota in binding.quotas if (key := quota.key_for(binding.user)) in held}
 
 
 def _held(entry: Entry, quota_id: str, counter: Counter) -> Amount:
     """What a call holds itself of a counter, in the window that is open now."""
-    amounts = (
-        line.amount for line in entry.lines if line.key[1] == quota_id and line.opened_at == counter.window.opened_at
-    )
-    return sum(amounts, NOTHING)
+    where = (quota_id, counter.window.opened_at)
+    return sum((line.amount for line in entry.lines if (line.key[1], line.opened_at) == where), NOTHING)

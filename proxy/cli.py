@@ -16,8 +16,8 @@ from proxy import __version__, demo, logs, torture
 from proxy.app import Server, look_at, serve, store_of, wall_clock_ms
 from proxy.check import sentences, warnings
 from proxy.config import BadConfig, Config, load
+from proxy.json_schema import json_schema
 from proxy.policy import digest
-from proxy.schema import json_schema
 from proxy.store import StoreInUse, StoreUnavailable
 from proxy.tables import NewerSchema
 from proxy.tokens import Tokenizers, table_folders

@@ -14,9 +14,10 @@ from zoneinfo import ZoneInfo
 from proxy import scalars
 from proxy.document import BYTES_MAX, Document, Mistake, Path, read_document
 from proxy.faults import Fault, nearest, placed, read_file
-from proxy.policy import DEFAULT, EVERYONE, Group, Keep, Model, Policy, Upstream, User
+from proxy.policy import DEFAULT, EVERYONE, Allow, Group, Keep, Model, Policy, Upstream, User
 from proxy.quotas import Globs, Quota
 from proxy.references import ReadFile, Sources
+from proxy.schema import Allow as AllowSection
 from proxy.schema import File
 from proxy.schema import Group as GroupSection
 from proxy.schema import Model as ModelSection
@@ -248,7 +249,7 @@ def _policy(file: File, hash: str) -> Policy:
             kind=section.kind,
             on_disconnect=section.when_client_leaves(),
             api_version=section.api_version,
-            betas=frozenset(section.betas),
+            allow=_allow(section.allow),
         )
         for name, section in file.upstreams.items()
     }
@@ -296,10 +297,16 @@ def _model(name: str, section: ModelSection, upstreams: Mapping[str, Upstream], 
             reasoning=section.reasoning,
             smallest_answer=section.smallest_answer,
             weight=weight,
+            allow=None if section.allow is None else _allow(section.allow),
         )
         for upstream, served, weight in places
     )
     return replace(first, others=tuple(others))
+
+
+def _allow(section: AllowSection) -> Allow:
+    tools, tiers, betas = (frozenset(names) for names in (section.tools, section.service_tiers, section.betas))
+    return Allow(tools, tiers, betas, section.store)
 
 
 def _group(name: str, section: GroupSection, zone: ZoneInfo, week_starts: int) -> Group:

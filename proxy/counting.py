@@ -6,11 +6,13 @@ refuse or shorten what fits; and where an answer broke off, or came without its 
 
 from collections.abc import Callable, Sequence
 
+from proxy.books import Entry
 from proxy.demand import counted, demand_of
 from proxy.policy import Model
-from proxy.prompt import read_prompt, with_files
+from proxy.prompt import read_prompt, with_files, with_previous
 from proxy.quotas import Demand
 from proxy.tokens import BYTES_PER_TOKEN, Tokenizers
+from proxy.usage import TOKENS_MAX, Exactly
 from proxy.wire import Call
 
 # The texts of an input are kept until its call ends, in case they have to be counted. Those that have more characters
@@ -19,14 +21,21 @@ _KEPT_CHARACTERS_MAX = 2**20
 
 
 class CallCount:
-    """The tokens of one call. `body_bytes` is the length of the body that is sent."""
+    """The tokens of one call. `body_bytes` is the length of the body that is sent.
 
-    def __init__(self, tokenizers: Tokenizers, call: Call, model: Model, *, body_bytes: int) -> None:
+    `previous` is the call that made what this one goes on from.
+    """
+
+    def __init__(
+        self, tokenizers: Tokenizers, call: Call, model: Model, *, body_bytes: int, previous: Entry | None = None
+    ) -> None:
         is_chat = call.endpoint.name in ("chat", "messages") or call.endpoint.is_of_responses
         prompt = read_prompt(call.document, model=model.upstream_model, is_chat=is_chat)
         if call.form is not None:
             sizes = [file.size for file in call.form.files]
             prompt = with_files(prompt, sizes, are_sounds=call.endpoint.form == "sounds", context=model.context)
+        if previous is not None:
+            prompt = with_previous(prompt, _total_of(previous, model))
         self.demand = demand_of(call, model, prompt, body_bytes=body_bytes)
         self._tokenizers = tokenizers
         self._model = model
@@ -75,3 +84,11 @@ class CallCount:
             texts, self._texts = self._texts, None
             self._text_tokens = await self._tokenizers.count_all(texts, self._encoding.name)
         return self._text_tokens
+
+
+def _total_of(entry: Entry, model: Model) -> int | None:
+    """The tokens of a response in all, as its upstream said them; no more than what the model can read."""
+    if not isinstance(entry.usage, Exactly):
+        return None
+    tokens = entry.usage.tokens
+    return min(tokens.input + tokens.output, model.context or TOKENS_MAX)

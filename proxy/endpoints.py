@@ -1,4 +1,5 @@
-"""The table of endpoints: which paths of OpenAI's and Anthropic's surfaces are metered, which are refused, and why.
+"""The table of endpoints: which paths of OpenAI's and Anthropic's surfaces are metered, which lead to what a user
+made, and which are refused, and why.
 
 The list is closed. A path that stands nowhere in it is not served, so that what OpenAI adds next month is not open by
 accident; one that would leak or go unmetered stands in it with its reason, so that whoever meets it learns why. Paths
@@ -39,18 +40,19 @@ _REROUTING = dict.fromkeys(
     # LiteLLM's fallbacks and OpenRouter's models and presets name others than the model that is allowed and counted.
     (
         "api_base api_key base_url content_policy_fallbacks context_window_fallback_dict context_window_fallbacks "
-        "custom_host extra_headers fallbacks model_list models preset user_config"
+        "custom_host custom_llm_provider deployment_id extra_body extra_headers fallbacks model_list models preset "
+        "user_config"
     ).split(),
     _ELSEWHERE,
 )
-# Azure's own data: searched by the upstream, with its operator's rights. OpenRouter's plugins search the web.
-_HOSTED = dict.fromkeys(("data_sources", "plugins", "web_search_options"), "hosted tools are not open on this proxy")
+# Azure's own data: searched by the upstream, with its operator's rights. OpenRouter's plugins and xAI's parameters
+# search the web.
+_HOSTED = dict.fromkeys(("data_sources", "plugins", "search_parameters"), "hosted tools are not open on this proxy")
 STORED = "it refers to things stored at the upstream, whose tokens this request does not show"
 _NO_STATE = {
     **_REROUTING,
     **_HOSTED,
     "background": "its cost would arise after the answer",
-    "previous_response_id": STORED,
     "conversation": STORED,
     "prompt": STORED,
 }
@@ -171,6 +173,7 @@ TRANSLATIONS = Endpoint("translations", "/audio/translations", "tokens_if_said",
 _NO_SESSION = {
     **_REROUTING,
     "container": STORED,
+    "inference_geo": "it has a price of its own",
     "mcp_servers": "the upstream would call these servers, whose words are input that this request does not show",
 }
 MESSAGES = Endpoint("messages", "/messages", "tokens", maxima=("max_tokens",), refused=_NO_SESSION)
@@ -192,6 +195,35 @@ METERED = (
     TRANSLATIONS,
     MESSAGES,
     COUNT_TOKENS,
+)
+
+
+# What is remembered, and so what may stand in a path: OpenAI's own, and the longer ones that gateways make of them.
+RESPONSE_ID = re.compile(r"[A-Za-z0-9_=-]{1,512}")
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """A path to a response that its upstream keeps, open to the user who made it. It costs nothing.
+
+    `of_it` is what of it is meant, `query` are the parameters that pass on.
+    """
+
+    method: Literal["GET", "POST", "DELETE"]
+    of_it: str = ""
+    query: tuple[str, ...] = ()
+
+    def path(self, response_id: str) -> str:
+        """The path to this response."""
+        return f"/responses/{response_id}{self.of_it}"
+
+
+# `[]` as the SDKs write lists.
+KEPT = (
+    Kept("GET", query=("include", "include[]", "include_obfuscation", "starting_after", "stream")),
+    Kept("DELETE"),
+    Kept("POST", "/cancel"),
+    Kept("GET", "/input_items", query=("after", "include", "include[]", "limit", "order")),
 )
 
 
@@ -261,10 +293,6 @@ CLOSED = (
     Closed("POST", "/chat/completions/{}", _SHARED),
     Closed("DELETE", "/chat/completions/{}", _SHARED),
     Closed("GET", "/chat/completions/{}/messages", _SHARED),
-    Closed("GET", "/responses/{}", _SHARED),
-    Closed("DELETE", "/responses/{}", _SHARED),
-    Closed("POST", "/responses/{}/cancel", _SHARED),
-    Closed("GET", "/responses/{}/input_items", _SHARED),
     Closed("POST", "/complete", _UNCOUNTED),
     Closed("POST", "/decisions", _UNCOUNTED),
     Closed("POST", "/content_provenance_checks", _UNCOUNTED),

@@ -7,6 +7,8 @@
     │   ├── NeverFits             400  context_length_exceeded: larger than a limit, agents answer by compacting
     │   ├── InvalidKey            401
     │   ├── ModelNotFound         404
+    │   ├── ResponseNotFound      404  no response of this user's, whether or not it is somebody else's
+    │   │   └── PreviousNotFound      404  the same, of one that a request goes on from
     │   ├── NotServed             404  a path or method that this proxy does not forward
     │   ├── TooSlow               408  the head or the body took longer than it may
     │   │   └── NotAllowed            404  one that it knows, with the reason
@@ -103,6 +105,18 @@ class ModelNotFound(RequestError):
 
     status = 404
     code = "model_not_found"
+
+
+class ResponseNotFound(RequestError):
+    """There is no such response of this user's. One of somebody else's gets the same answer, to the letter."""
+
+    status = 404
+
+
+class PreviousNotFound(ResponseNotFound):
+    """The same of a response from which a request goes on. Agents begin anew at this code."""
+
+    code = "previous_response_not_found"
 
 
 class NotServed(RequestError):

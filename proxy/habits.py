@@ -9,7 +9,7 @@ import re
 from urllib.parse import quote
 
 from proxy.endpoints import Endpoint
-from proxy.policy import Model
+from proxy.policy import Model, Upstream
 
 # The last dated version that is no preview, for clients that name none.
 _AZURE_VERSION = "2024-10-21"
@@ -36,18 +36,22 @@ def address_of(endpoint: Endpoint, model: Model, *, api_version: str | None) -> 
     `api_version` is what the client asked for. It goes to Azure only, and only where it is one that this surface can
     have and that says the usage of streams; else it is the one of the upstream's configuration.
     """
-    upstream = model.upstream
+    # A name is one segment, whatever is in it.
+    deployment = f"/deployments/{quote(model.upstream_model, safe='')}" if endpoint.has_deployments else ""
+    return address_at(model.upstream, endpoint.path, api_version=api_version, deployment=deployment)
+
+
+def address_at(upstream: Upstream, path: str, *, api_version: str | None, deployment: str = "") -> str:
+    """The same of any path of OpenAI's; Azure has some of them under a `deployment`."""
     if upstream.kind != "azure":
-        return endpoint.path
+        return path
     if upstream.base_url.endswith("/v1"):
         version = _version(_UNDATED, api_version) or upstream.api_version
-        return endpoint.path + (f"?api-version={version}" if version else "")
+        return path + (f"?api-version={version}" if version else "")
     asked = _version(_DATED, api_version)
     version = asked if asked and asked >= _AZURE_OLDEST else upstream.api_version or _AZURE_VERSION
     root = "" if upstream.base_url.endswith("/openai") else "/openai"
-    # A name is one segment, whatever is in it.
-    deployment = f"/deployments/{quote(model.upstream_model, safe='')}" if endpoint.has_deployments else ""
-    return f"{root}{deployment}{endpoint.path}?api-version={version}"
+    return f"{root}{deployment}{path}?api-version={version}"
 
 
 def is_about_usage_option(status: int, body: bytes) -> bool:

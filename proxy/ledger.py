@@ -179,6 +179,13 @@ class Ledger:
         except StoreUnavailable as error:
             raise LedgerUnavailable from error
 
+    async def maker(self, response_id: str) -> Entry | None:
+        """The call that made a response. Raises LedgerUnavailable."""
+        try:
+            return await self._store.read_maker(response_id)
+        except StoreUnavailable as error:
+            raise LedgerUnavailable from error
+
     async def close(self) -> None:
         """Book what is queued, as far as the database lets us, and close the store."""
         self._is_closing = True

@@ -18,6 +18,7 @@ from typing import Any
 from proxy.anthropic import read_usage
 from proxy.chunks import is_finished, more_than_usage, read_object, with_timings, without_usage
 from proxy.ending import RESPONSE_ENDS, Ending
+from proxy.endpoints import RESPONSE_ID
 from proxy.sse import Event
 from proxy.usage import TOKENS_MAX, AtLeast, Exactly, Tokens, Unspent, Usage, read_timings, read_tokens
 from proxy.wire import Call
@@ -58,6 +59,7 @@ class Meter:
         self.shows_usage = call.asks_for_usage
         self.chunk: dict[str, Any] | None = None  # what the last event said
         self.ending = Ending(call.endpoint.name, choices=call.choices)
+        self.response_id: str | None = None  # by which the upstream keeps what it made
         self.uncounted: list[str] = []  # the texts of a whole answer that came without its usage
         self._count = count
         self._charge = call.endpoint.charge
@@ -153,6 +155,8 @@ class Meter:
         self._see_error(answer)
         if self._is_messages:
             self._see_usage(answer.get("usage"))
+        elif self._is_responses:
+            self._note_response(answer)
         else:
             self._add(answer)
         if self._reported is None and self._generates:
@@ -204,6 +208,17 @@ class Meter:
                 tokens = replace(tokens, input=before.input + tokens.input, output=before.output + tokens.output)
             self._report(tokens)
 
+    def _note_response(self, response: dict[str, Any]) -> None:
+        """Take note of a response's id, and of its usage once it has one: what a tool drew is not in it."""
+        name, tools = response.get("id"), response.get("tool_usage")
+        if isinstance(name, str) and RESPONSE_ID.fullmatch(name):
+            self.response_id = name
+        tokens = read_tokens(response.get("usage"))
+        drawn = read_tokens(tools.get("image_gen")) if isinstance(tools, dict) else None
+        if tokens and drawn:
+            tokens = replace(tokens, input=tokens.input + drawn.input, output=tokens.output + drawn.output)
+        self._report(tokens)
+
     def _see_chunk(self, chunk: dict[str, Any], event: Event) -> bytes:
         self._see_error(chunk)
         choices = chunk.get("choices")
@@ -245,13 +260,12 @@ class Meter:
 
     def _see_response_event(self, chunk: dict[str, Any]) -> None:
         self._see_error(chunk)
-        kind = chunk.get("type")
+        kind, response = chunk.get("type"), chunk.get("response")
+        if isinstance(response, dict):
+            self._note_response(response)
         if isinstance(kind, str) and kind in RESPONSE_ENDS:
             self.is_at_end = self.is_over = True
             self.has_error = self.has_error or kind in ("error", "response.failed")
-            response = chunk.get("response")
-            if isinstance(response, dict):
-                self._report(read_tokens(response.get("usage")))
             if self._reported is None and isinstance(response, dict):
                 self._see_at_least(response.get("output"))
         elif isinstance(kind, str) and kind.endswith(".delta") and isinstance(delta := chunk.get("delta"), str):

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from proxy import anthropic
+from proxy.allowance import check_allowance
 from proxy.books import Entry, Facts, NotBooked, Reserve
 from proxy.client import Client
 from proxy.errors import InvalidRequest, ModelNotFound, ProxyError
@@ -32,6 +33,7 @@ class Passage:
     client: Client
     wait_s: float
     spool: Spool | None = None  # where its body is, if that is a form
+    previous: Entry | None = None  # the user's own call that made what this one goes on from
 
     @property
     def model_label(self) -> str:
@@ -89,9 +91,9 @@ class Passage:
 
     def headers(self) -> dict[str, str]:
         """The headers to send."""
-        kind, api_key, betas = self.model.upstream.kind, self.model.upstream.api_key, self.model.upstream.betas
+        kind, api_key = self.model.upstream.kind, self.model.upstream.api_key
         if self.call.form is None:
-            return to_upstream(self.client.headers, kind=kind, api_key=api_key, betas=betas)
+            return to_upstream(self.client.headers, kind=kind, api_key=api_key, betas=self.model.allows.betas)
         content_type = self.call.form.content_type
         return to_upstream(self.client.headers, kind=kind, api_key=api_key, content_type=content_type)
 
@@ -137,6 +139,8 @@ def passage_for(call: Call, user: User, policy: Policy, client: Client, *, spool
     if model is None or not policy.may_use(user, call.model):
         raise no_such_model(call.model)
     _refuse_other_surface(call, model)
+    for place in model.everywhere:
+        check_allowance(call, place.allows)
     binding = policy.binding(user, call.model)
     if binding is None:
         raise ModelNotFound(

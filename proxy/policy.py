@@ -49,10 +49,24 @@ def digest(key: str) -> str:
 
 
 @dataclass(frozen=True, slots=True)
+class Allow:
+    """What requests may use that costs, or reaches, beyond what quotas see.
+
+    `tools` are types of tools of the upstream's own, `service_tiers` what `service_tier` may say beside the usual,
+    `betas` those of Anthropic's that users may ask for, `store` whether the upstream may keep answers.
+    """
+
+    tools: frozenset[str] = frozenset()
+    service_tiers: frozenset[str] = frozenset()
+    betas: frozenset[str] = frozenset()
+    store: bool = True
+
+
+@dataclass(frozen=True, slots=True)
 class Upstream:
     """A server that calls are forwarded to. `base_url` has no slash at its end and includes `/v1`.
 
-    `api_version` is Azure's, for calls that name none; `betas` are those of Anthropic's that users may ask for.
+    `api_version` is Azure's, for calls that name none.
     """
 
     name: str
@@ -61,7 +75,7 @@ class Upstream:
     kind: Kind = "openai"
     on_disconnect: OnDisconnect = "drain"
     api_version: str | None = None
-    betas: frozenset[str] = frozenset()
+    allow: Allow = Allow()
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +83,9 @@ class Model:
     """A model as clients name it, where it is served, and what is known about it (in tokens).
 
     `reasoning` says whether it thinks in tokens that its answer doesn't show (None: as its name lets one expect).
-    `smallest_answer` is the least that is worth starting for (None: 1024). `others` are the same model elsewhere; of
-    those that can be asked each gets its share by `weight`, and one of weight 0 only what nobody else takes.
+    `smallest_answer` is the least that is worth starting for (None: 1024), `allow` goes before its upstream's.
+    `others` are the same model elsewhere; of those that can be asked each gets its share by `weight`, and one of
+    weight 0 only what nobody else takes.
     """
 
     name: str
@@ -83,11 +98,17 @@ class Model:
     smallest_answer: int | None = None
     weight: int = 1
     others: tuple["Model", ...] = ()
+    allow: Allow | None = None
 
     @property
     def everywhere(self) -> tuple["Model", ...]:
         """The model at each upstream that serves it, in the order of the file."""
         return (self, *self.others)
+
+    @property
+    def allows(self) -> Allow:
+        """What its requests may use there: as is said of it, else as of its upstream."""
+        return self.upstream.allow if self.allow is None else self.allow
 
     def named(self, name: str) -> "Model":
         """What an open list makes of itself for a name that is not listed: at the same upstreams, by this name."""

@@ -31,7 +31,7 @@ from sqlalchemy.pool import NullPool
 from proxy.books import Act, Books, Entry, Reply
 from proxy.quotas import Counter, CounterKey
 from proxy.rows import Row, changes_of, counters_of, entry_of, keys_of
-from proxy.statements import ORPHANS, READ_CALL, READ_COUNTERS, WRITING, Patience, begin
+from proxy.statements import ORPHANS, READ_CALL, READ_COUNTERS, READ_MAKER, WRITING, Patience, begin
 from proxy.store import Chore, Done, StoreRefused, StoreUnavailable
 from proxy.tables import SCHEMA, migrate
 
@@ -105,6 +105,10 @@ class PostgresStore:
     async def read_entry(self, entry_id: str) -> Entry | None:
         """One call in the books."""
         return next(map(entry_of, await self._read(READ_CALL, entry_id)), None)
+
+    async def read_maker(self, response_id: str) -> Entry | None:
+        """The call that made this response."""
+        return next(map(entry_of, await self._read(READ_MAKER, response_id)), None)
 
     async def tend(self, chore: Chore, *given: object) -> Done:
         """Do a piece of upkeep, beside the batches and with their timeouts and plans."""

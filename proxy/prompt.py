@@ -37,12 +37,12 @@ _UNREAD_FIELDS = frozenset(
     "temperature top_p top_k min_p frequency_penalty presence_penalty repetition_penalty stop seed user metadata "
     "store safety_identifier logprobs top_logprobs logit_bias parallel_tool_calls tool_choice service_tier audio "
     "modalities encoding_format dimensions echo truncation include reasoning reasoning_effort thinking verbosity "
-    "prediction prompt_cache_key background stop_sequences cache_control".split()
+    "prediction prompt_cache_key background stop_sequences cache_control previous_response_id".split()
 ).union(_TEXT_FIELDS)
 # No API's own names are longer, so one that is says something.
 _NAME_CHARACTERS_MAX = 40
 # Fields that stand for tokens which are not in the request. A template of the client's own may write any number.
-_OPEN_FIELDS = ("previous_response_id", "conversation", "web_search_options", "chat_template")
+_OPEN_FIELDS = ("conversation", "web_search_options", "chat_template")
 _OWN_TOOLS = ("function", "custom", None)
 _CONTENTS = ("content", "output")
 _UNREAD_IN_A_TURN = ("type", "id", "status")
@@ -75,9 +75,9 @@ class Prompt:
     """What a model reads of one request, in texts and in tokens that are not text.
 
     `overhead` are tokens beside those of the texts: what is added to messages, tokens that came as numbers, media.
-    `media_tokens` is the part of it that is the price of pictures and sounds, and of what a vendor says of tools;
-    `opaque_bytes` is what these take of the JSON. Where it `is_open` the model reads something that the request does
-    not show, so nothing bounds it.
+    `media_tokens` is the part of it that no text shows: the price of pictures and sounds, what a vendor says of
+    tools, what is gone on from. `opaque_bytes` is what these take of the JSON. Where it `is_open` the model reads
+    something that the request does not show, so nothing bounds it.
     """
 
     texts: tuple[str, ...] = ()
@@ -127,6 +127,13 @@ def with_files(prompt: Prompt, sizes: Sequence[int], *, are_sounds: bool, contex
     )
 
 
+def with_previous(prompt: Prompt, tokens: int | None) -> Prompt:
+    """The prompt of a request that goes on from a response of so many tokens in all; None: nobody knows how many."""
+    if tokens is None:
+        return replace(prompt, is_open=True)
+    return replace(prompt, overhead=prompt.overhead + tokens, media_tokens=prompt.media_tokens + tokens)
+
+
 def parts_of(document: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The parts of all messages of a request, and of what tools gave back: texts, pictures, files.
 
@@ -141,14 +148,19 @@ def parts_of(document: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def tools_in(tools: object) -> Iterator[object]:
-    """The tools of a list; in place of a namespace, which only names a group of them, those that it has."""
+    """The tools of a list; in place of a group, those that it has."""
     waiting = _list(tools)[::-1]
     while waiting:  # not recursive: no depth overflows the stack
         tool = waiting.pop()
-        if _member(tool, "type") == "namespace" and isinstance(_member(tool, "tools"), list):
+        if is_group(tool):
             waiting += _list(_member(tool, "tools"))[::-1]
         else:
             yield tool
+
+
+def is_group(tool: object) -> bool:
+    """Whether a tool is a namespace, which only names a group of others."""
+    return _member(tool, "type") == "namespace" and isinstance(_member(tool, "tools"), list)
 
 
 def is_own_tool(tool: object) -> bool:
@@ -157,9 +169,8 @@ def is_own_tool(tool: object) -> bool:
     So it is with a search among tools that the client makes; one that the upstream makes reads what it likes.
     """
     kind = _member(tool, "type")
-    return isinstance(tool, dict) and (
-        kind in _OWN_TOOLS or (kind == "tool_search" and tool.get("execution") == "client")
-    )
+    is_own_search = kind == "tool_search" and _member(tool, "execution") == "client"
+    return isinstance(tool, dict) and (kind in _OWN_TOOLS or is_own_search)
 
 
 def _member(value: object, name: str) -> object:
@@ -171,7 +182,8 @@ def _is_open(document: Mapping[str, Any]) -> bool:
         return True
     if isinstance(document.get("prompt"), dict):  # a template that is stored at the upstream
         return True
-    return not all(is_own_tool(tool) for tool in tools_in(document.get("tools")))
+    holders = [document, *(item for item in _list(document.get("input")) if isinstance(item, dict))]
+    return not all(is_own_tool(tool) for holder in holders for tool in tools_in(holder.get("tools")))
 
 
 def _list(value: object) -> list[Any]:

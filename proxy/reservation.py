@@ -169,7 +169,8 @@ class Reservation:
                     min(tokens.input, whole.input), min(tokens.output, whole.output), min(tokens.cached, whole.input)
                 )
             )
-        await self._end(Settle(self.entry.id, usage, outcome, self._upstream), usage, wait_s)
+        settle = Settle(self.entry.id, usage, outcome, upstream=self._upstream, response_id=self.meter.response_id)
+        await self._end(settle, usage, wait_s)
 
     async def leave(self, outcome: Outcome, *, is_unknown: bool = False) -> None:
         """End a call that goes no further: free if it was never sent, else charged as well as it can be known.

@@ -18,7 +18,7 @@ from proxy.windows import Window
 # What changes in the row of a call after it was let in, in the table's order.
 CHANGING = (
     "state upstream ended_at hold_input hold_output lines "
-    "input_tokens output_tokens cached_tokens reasoning_tokens requests provenance outcome"
+    "input_tokens output_tokens cached_tokens reasoning_tokens requests provenance outcome response_id"
 ).split()
 
 Row = Sequence[Any]
@@ -78,7 +78,7 @@ def _counter_row(key: CounterKey, counter: Counter) -> Row:
 def entry_of(row: Row) -> Entry:
     """One call."""
     entry_id, owner, state, user, model, endpoint, upstream, through, reserved_at, ended_at, *rest = row
-    hold_input, hold_output, maximum, lines, capped_by, would_refuse, *used, outcome, _ = rest
+    hold_input, hold_output, maximum, lines, capped_by, would_refuse, *used, outcome, _, response_id = rest
     return Entry(
         id=entry_id,
         owner=owner,
@@ -94,18 +94,19 @@ def entry_of(row: Row) -> Entry:
         ended_at=ended_at,
         usage=_usage(*used),
         outcome=outcome,
+        response_id=response_id,
     )
 
 
 def _call_row(entry: Entry) -> Row:
     facts = entry.facts
-    state, upstream, ended_at, hold_input, hold_output, lines, *used = _changing(entry)
+    state, upstream, ended_at, hold_input, hold_output, lines, *used, response_id = _changing(entry)
     return (
         *(entry.id, entry.owner, state, facts.user, facts.model, facts.endpoint, upstream, entry.through),
         *(entry.reserved_at, ended_at, hold_input, hold_output, entry.maximum),
         *(lines, entry.capped_by, orjson.dumps(entry.would_refuse).decode()),
         *used,
-        None,  # not counted into its day
+        *(None, response_id),  # not counted into its day
     )
 
 
@@ -117,7 +118,7 @@ def _changing(entry: Entry) -> Row:
     return (
         *(entry.state, entry.facts.upstream, entry.ended_at),
         *(entry.hold.input, entry.hold.output, orjson.dumps(lines).decode()),
-        *(*_used(entry.usage), entry.outcome),
+        *(*_used(entry.usage), entry.outcome, entry.response_id),
     )
 
 

@@ -5,8 +5,7 @@ which would otherwise be a limit that silently isn't there. What a single value 
 what is wrong in our own words in `faults`, and whether names fit that point at each other in `config`.
 """
 
-import json
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import (
     BaseModel,
@@ -109,6 +108,35 @@ class Keep(Section):
         return self
 
 
+class Allow(Section):
+    """What requests may use that costs, or reaches, beyond what quotas see."""
+
+    called = "allow"
+
+    tools: list[ServedName] = Field(
+        default=[],
+        description="Types of tools of the upstream's own, on /responses and /messages; web_search also opens "
+        "web_search_options of chat. What such a tool fetches or does is not bounded by any quota.",
+        examples=[["web_search", "mcp"]],
+    )
+    service_tiers: list[ServedName] = Field(
+        default=[],
+        description="What service_tier may say beside auto, default and standard_only; others have other prices.",
+        examples=[["flex"]],
+    )
+    betas: list[ServedName] = Field(
+        default=[],
+        description="Of kind anthropic: the betas that users may ask for with the header anthropic-beta, beside "
+        "those that change neither price nor reach. Others are left out of what is sent.",
+        examples=[["context-1m-2025-08-07"]],
+    )
+    store: Flag = Field(
+        True,
+        description="Whether the upstream may keep answers, in the account that all users share; each user reaches "
+        "only their own. If not, /responses is sent with store: false.",
+    )
+
+
 class Upstream(Section):
     """A server that calls are forwarded to."""
 
@@ -139,12 +167,7 @@ class Upstream(Section):
         description="When a client leaves a running answer: drain reads on and charges the truth (the default for "
         "openai, azure, anthropic, simulator), stop ends it at the upstream (for vllm, ollama, llamacpp).",
     )
-    betas: list[ServedName] = Field(
-        default_factory=list,
-        description="Of kind anthropic: the betas that users may ask for with the header anthropic-beta, beside "
-        "those that change neither price nor reach. Others are left out of what is sent.",
-        examples=[["context-1m-2025-08-07"]],
-    )
+    allow: Allow = Field(Allow(), description="What requests may use beyond what quotas see.")
 
     @model_validator(mode="after")
     def _has_versions(self) -> "Upstream":
@@ -190,6 +213,7 @@ class Model(Section):
     smallest_answer: Positive | None = Field(
         None, description="No answer is started that could be shorter, unless it is asked for. Left out: 1024 tokens."
     )
+    allow: Allow | None = Field(None, description="The same as of an upstream, in its place. Left out: as there.")
 
     @model_validator(mode="after")
     def _fits_itself(self) -> "Model":
@@ -348,6 +372,8 @@ def section_at(path: tuple[str | int, ...]) -> type[Section]:
             return Server
         case ("keep", _):
             return Keep
+        case ("upstreams" | "models", _, "allow", _):
+            return Allow
         case ("upstreams", _, _):
             return Upstream
         case ("models", _, "upstreams", _, _):
@@ -361,28 +387,3 @@ def section_at(path: tuple[str | int, ...]) -> type[Section]:
         case ("users", _, _):
             return User
     return File
-
-
-def json_schema() -> str:
-    """The JSON Schema of the file, as editors and other checkers read it."""
-    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **_tidied(File.model_json_schema())}
-    for section, name in (("Server", "admin"), ("Keep", "calls"), ("Keep", "days")):
-        schema["$defs"][section]["properties"][name]["type"] = ["string", "null"]
-    return json.dumps(schema, indent=2, ensure_ascii=False) + "\n"
-
-
-def _tidied(schema: dict[str, Any]) -> dict[str, Any]:
-    """Without titles that only repeat keys, without null for what is left out, and with names held to their rule."""
-    tidy: dict[str, Any] = {
-        key: _tidied(value) if isinstance(value, dict) else value for key, value in schema.items()
-    }
-    if isinstance(tidy.get("title"), str):
-        del tidy["title"]
-    if "anyOf" in tidy:
-        left = [_tidied(option) for option in tidy.pop("anyOf") if option != {"type": "null"}]
-        tidy |= left[0] if len(left) == 1 else {"anyOf": left}
-    if "default" in tidy and tidy["default"] is None:
-        del tidy["default"]
-    if "patternProperties" in tidy:
-        tidy["additionalProperties"] = False
-    return tidy

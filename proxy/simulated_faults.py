@@ -1,12 +1,36 @@
 """How the simulated upstream is told to answer or to fail: a request's directives, and errors as OpenAI words them.
 
-A request carries its directives in `metadata.simulate`, a string as OpenAI's metadata allows it; the table of them
-stands in `simulator`. One that can't be understood is an error, not a silence: a test that misspells its fault would
-otherwise pass.
+A request can ask it to behave in its `metadata`: `{"simulate": "tokens=300 cut=5"}`, directives between spaces; or,
+for clients that send no such field, behind the name of its model: `gpt-4o-mini+tokens=300+cut=5`.
+
+    tokens=300           the answer is this long (a maximum still holds)
+    cached=40            so much of a message's input comes from the cache or goes there
+    speed=100            tokens a second; a whole answer takes as long as its tokens would
+    delay=0.5            seconds before the head of the answer
+    status=500           an error in OpenAI's words, of any status: 401 shows part of the key, 429 is a rate limit
+    code=…               the `code` of that error; insufficient_quota and context_length_exceeded are worded as theirs
+    html                 502 with an HTML body, as from a load balancer
+    hang                 no head at all, until the client goes
+    header=Name:value    one more header on the answer; may be given several times
+    cut=5                the connection ends after 5 words of text; a whole answer in the middle of its body
+    stall=4              silence after 4 words, until the client goes; a whole answer in the middle of its body
+    error=3              stream: an error event after 3 words, inside the 200
+    crlf                 stream: lines end in CRLF
+    no_done              stream: no [DONE]
+    no_usage             no usage anywhere, as from a server that doesn't know `include_usage`
+    usage_early          chat and completions streams: usage on the last chunk that has a choice, asked for or not,
+                         and none after it
+    usage_zero           the usage says 0
+    tool                 chat, responses and messages: the words are the argument of the first tool that was offered
+
+A stream's text is one event a word, so "after 5 words" is after 5 tokens; what comes before the text isn't counted.
+
+A directive that can't be understood is an error, not a silence: a test that misspells its fault would otherwise pass.
 
 Pure: no sockets, no clock. Apart from `errors` on purpose: those are our own words, these are an upstream's.
 """
 
+import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +56,7 @@ class Directions:
     no_usage: bool = False
     usage_early: bool = False
     usage_zero: bool = False
+    tool: bool = False
     crlf: bool = False
     hang: bool = False
     html: bool = False
@@ -55,7 +80,8 @@ class Complaint(Exception):
         self.error: JSON = {"message": message, "type": type, "param": param, "code": code}
 
 
-FLAGS = frozenset("no_done no_usage usage_early usage_zero crlf hang html".split())
+BEHIND_THE_NAME = "+"  # no model of anyone's has it in its name
+FLAGS = frozenset("no_done no_usage usage_early usage_zero tool crlf hang html".split())
 FAULTS = frozenset("cut error stall".split())
 
 
@@ -80,9 +106,11 @@ VALUES: dict[str, tuple[str, Callable[[str], object]]] = {
 
 
 def read_directions(asked: JSON) -> Directions:
-    """Return what the request's `metadata.simulate` asks for."""
+    """Return what the request's `metadata.simulate` asks for, or else what stands behind its model's name."""
     metadata = asked.get("metadata")
     wish = metadata.get("simulate", "") if isinstance(metadata, dict) else ""
+    if wish == "":
+        wish = str(asked.get("model")).partition(BEHIND_THE_NAME)[2].replace(BEHIND_THE_NAME, " ")
     if wish == "":
         return NO_DIRECTIONS
     said: JSON = {}
@@ -144,3 +172,8 @@ def wrong_key(key: str) -> Complaint:
     shown = key[:8] + "*" * 12 + key[-4:] if len(key) > 12 else key[:2] + "***"
     message = f"Incorrect API key provided: {shown}. You can find your API key in your account settings."
     return Complaint(401, message, code="invalid_api_key")
+
+
+async def hang() -> None:
+    """Wait for nothing, until the client goes and the call is cancelled."""
+    await asyncio.get_running_loop().create_future()

@@ -8,11 +8,12 @@ Pure: takes a script, gives bytes; `simulator` sends them.
 import base64
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import orjson
 
-from proxy.simulated_text import Choice, Endpoint, Script
+from proxy.simulated_text import Choice, Endpoint, Script, Tool
 
 JSON = dict[str, Any]
 
@@ -44,7 +45,7 @@ def write_whole(script: Script, *, id: str, created: int) -> bytes:
     else:
         is_chat = script.endpoint is Endpoint.CHAT
         answer = _head(script, id, created, "chat.completion" if is_chat else "text_completion")
-        write = _chat_choice if is_chat else _text_choice
+        write = partial(_chat_choice, script.tool) if is_chat else _text_choice
         answer["choices"] = [write(index, choice) for index, choice in enumerate(script.choices)]
     if not script.directions.no_usage:
         answer["usage"] = _usage(script)
@@ -56,9 +57,20 @@ def _head(script: Script, id: str, created: int, kind: str) -> JSON:
     return {**head, "service_tier": "default", "system_fingerprint": "fp_simulated"}
 
 
-def _chat_choice(index: int, choice: Choice) -> JSON:
+def _chat_choice(tool: Tool | None, index: int, choice: Choice) -> JSON:
     message: JSON = {"role": "assistant", "content": choice.text, "refusal": None, "annotations": []}
-    return {"index": index, "message": message, "logprobs": None, "finish_reason": choice.finish_reason}
+    if tool is not None:
+        message |= {"content": None, "tool_calls": [_tool_call(tool, index, tool.arguments(choice))]}
+    return {"index": index, "message": message, "logprobs": None, "finish_reason": _finish_reason(tool, choice)}
+
+
+def _tool_call(tool: Tool, index: int, arguments: str) -> JSON:
+    called = {"name": tool.name, "arguments": arguments}
+    return {"id": f"call_{index}", "type": "function", "function": called}
+
+
+def _finish_reason(tool: Tool | None, choice: Choice) -> str:
+    return "tool_calls" if tool is not None and not choice.is_cut_short else choice.finish_reason
 
 
 def _text_choice(index: int, choice: Choice) -> JSON:
@@ -131,7 +143,7 @@ def _finished_response(script: Script, id: str, created: int) -> JSON:
     response = _response(script, id, created, "incomplete" if choice.is_cut_short else "completed")
     if choice.is_cut_short:
         response["incomplete_details"] = {"reason": "max_output_tokens"}
-    response["output"] = [_message(id, response["status"], [_text_part(choice.text)])]
+    response["output"] = [_output(script.tool, id, response["status"], choice)]
     if not script.directions.no_usage:
         taken, given = script.reported
         response["usage"] = {
@@ -142,6 +154,17 @@ def _finished_response(script: Script, id: str, created: int) -> JSON:
             "total_tokens": taken + given,
         }
     return response
+
+
+def _output(tool: Tool | None, id: str, status: str, choice: Choice) -> JSON:
+    if tool is None:
+        return _message(id, status, [_text_part(choice.text)])
+    return _function_call(tool, id, status, tool.arguments(choice))
+
+
+def _function_call(tool: Tool, id: str, status: str, arguments: str) -> JSON:
+    said = {"call_id": f"call_{id}", "name": tool.name, "arguments": arguments}
+    return {"type": "function_call", "id": f"fc_{id}", "status": status, **said}
 
 
 def _message(id: str, status: str, content: list[JSON]) -> JSON:
@@ -165,7 +188,7 @@ def write_stream(script: Script, *, id: str, created: int) -> Stream:
 
 def _chunk_stream(script: Script, id: str, created: int, end: bytes) -> Stream:
     is_chat = script.endpoint is Endpoint.CHAT
-    directions = script.directions
+    directions, tool = script.directions, script.tool
     head = _head(script, id, created, "chat.completion.chunk" if is_chat else "text_completion")
     # Once usage is asked for, every chunk but the one with the figures says null.
     usage: JSON = {"usage": None} if script.is_usage_asked and not directions.no_usage else {}
@@ -176,17 +199,21 @@ def _chunk_stream(script: Script, id: str, created: int, end: bytes) -> Stream:
     def piece(index: int, text: str | None, finish: str | None = None) -> JSON:
         said: JSON = {"text": text or ""}
         if is_chat:
-            said = {"delta": {} if text is None else {"content": text}}
+            said = {"delta": {} if text is None else _delta(tool, text)}
         return {"index": index, **said, "logprobs": None, "finish_reason": finish}
 
     indices = range(len(script.choices))
     opening = []
     if is_chat:
-        first = {"delta": {"role": "assistant", "content": "", "refusal": None}}
-        opening = [chunk([{"index": i, **first, "logprobs": None, "finish_reason": None}]) for i in indices]
+        opening = [
+            chunk([{"index": i, "delta": _first_delta(tool, i), "logprobs": None, "finish_reason": None}])
+            for i in indices
+        ]
     frames = [chunk([piece(i, MARK)]) for i in indices]
-    finishes = [piece(i, None, choice.finish_reason) for i, choice in enumerate(script.choices)]
-    closing = [chunk([finish]) for finish in finishes]
+    reason_of = partial(_finish_reason, tool if is_chat else None)
+    finishes = [piece(i, None, reason_of(choice)) for i, choice in enumerate(script.choices)]
+    closing = [chunk([piece(i, tool.closing)]) for i in indices] if is_chat and tool else []
+    closing += [chunk([finish]) for finish in finishes]
     usage_at = None
     if directions.usage_early:
         usage_at = len(closing) - 1
@@ -199,6 +226,18 @@ def _chunk_stream(script: Script, id: str, created: int, end: bytes) -> Stream:
     return Stream(opening, _interleave(script.choices, frames), closing + done, usage_at, [error, *done])
 
 
+def _delta(tool: Tool | None, text: str) -> JSON:
+    """What a chunk adds: words to a message, or to the argument of what it calls."""
+    return {"content": text} if tool is None else {"tool_calls": [{"index": 0, "function": {"arguments": text}}]}
+
+
+def _first_delta(tool: Tool | None, index: int) -> JSON:
+    first: JSON = {"role": "assistant", "content": "", "refusal": None}
+    if tool is not None:
+        first |= {"content": None, "tool_calls": [{"index": 0, **_tool_call(tool, index, tool.opening)}]}
+    return first
+
+
 def _interleave(choices: tuple[Choice, ...], frames: list[bytes]) -> Iterator[bytes]:
     """Yield one chunk for each word, the choices in turn."""
     halves = [frame.rpartition(MARK_WRITTEN) for frame in frames]
@@ -209,37 +248,73 @@ def _interleave(choices: tuple[Choice, ...], frames: list[bytes]) -> Iterator[by
                 yield before + space + choice.words[position] + after
 
 
-def _response_stream(script: Script, id: str, created: int, end: bytes) -> Stream:
-    choice = script.choices[0]
-    words = choice.words
-    finished = _finished_response(script, id, created)
-    place = {"item_id": f"msg_{id}", "output_index": 0, "content_index": 0}
+Said = tuple[str, JSON]  # the type of an event, and what it says
 
-    def event(number: int, type: str, **said: Any) -> bytes:
+
+@dataclass(frozen=True, slots=True)
+class _Item:
+    """The events of the one item of a response: before its words, the frame of each of them, and after."""
+
+    opening: list[Said]
+    delta: Said
+    closing: list[Said]
+
+
+def _response_stream(script: Script, id: str, created: int, end: bytes) -> Stream:
+    words = script.choices[0].words
+    finished = _finished_response(script, id, created)
+    begun = {"response": _response(script, id, created, "in_progress")}
+    item = _said_item(script.choices[0], id) if script.tool is None else _called_item(script.tool, finished, id)
+    opening = [("response.created", begun), ("response.in_progress", begun), *item.opening]
+    done = {"output_index": 0, "item": finished["output"][0]}
+    closing = [*item.closing, ("response.output_item.done", done)]
+    closing.append((f"response.{finished['status']}", {"response": finished}))
+
+    def event(number: int, type: str, said: JSON) -> bytes:
         body = orjson.dumps({"type": type, "sequence_number": number, **said})
         return b"event: " + type.encode() + end + b"data: " + body + end + end
 
     def deltas() -> Iterator[bytes]:
-        frame = event(0, "response.output_text.delta", **place, logprobs=[], delta=MARK)
-        before, _, after = frame.rpartition(MARK_WRITTEN)
+        before, _, after = event(0, *item.delta).rpartition(MARK_WRITTEN)
         before, _, between = before.partition(b'"sequence_number":0')
         for position, word in enumerate(words):
             space = b" " if position else b""
-            yield b'%b"sequence_number":%d%b%b%b%b' % (before, 4 + position, between, space, word, after)
+            number = len(opening) + position
+            yield b'%b"sequence_number":%d%b%b%b%b' % (before, number, between, space, word, after)
 
-    opening = [
-        event(0, "response.created", response=_response(script, id, created, "in_progress")),
-        event(1, "response.in_progress", response=_response(script, id, created, "in_progress")),
-        event(2, "response.output_item.added", output_index=0, item=_message(id, "in_progress", [])),
-        event(3, "response.content_part.added", **place, part=_text_part("")),
-    ]
-    last = 4 + len(words)
-    closing = [
-        event(last, "response.output_text.done", **place, logprobs=[], text=choice.text),
-        event(last + 1, "response.content_part.done", **place, part=_text_part(choice.text)),
-        event(last + 2, "response.output_item.done", output_index=0, item=finished["output"][0]),
-        event(last + 3, f"response.{finished['status']}", response=finished),
-    ]
-    broken_at = 4 + min(script.directions.fault_after, len(words))
-    usage_at = None if script.directions.no_usage else 3
-    return Stream(opening, deltas(), closing, usage_at, [event(broken_at, "error", **STREAM_ERROR)])
+    broken_at = len(opening) + min(script.directions.fault_after, len(words))
+    return Stream(
+        [event(number, *said) for number, said in enumerate(opening)],
+        deltas(),
+        [event(number, *said) for number, said in enumerate(closing, len(opening) + len(words))],
+        None if script.directions.no_usage else len(closing) - 1,
+        [event(broken_at, "error", STREAM_ERROR)],
+    )
+
+
+def _said_item(choice: Choice, id: str) -> _Item:
+    place = {"item_id": f"msg_{id}", "output_index": 0, "content_index": 0}
+    added = {"output_index": 0, "item": _message(id, "in_progress", [])}
+    return _Item(
+        [("response.output_item.added", added), ("response.content_part.added", {**place, "part": _text_part("")})],
+        ("response.output_text.delta", {**place, "logprobs": [], "delta": MARK}),
+        [
+            ("response.output_text.done", {**place, "logprobs": [], "text": choice.text}),
+            ("response.content_part.done", {**place, "part": _text_part(choice.text)}),
+        ],
+    )
+
+
+def _called_item(tool: Tool, finished: JSON, id: str) -> _Item:
+    place = {"item_id": f"fc_{id}", "output_index": 0}
+    added = {"output_index": 0, "item": _function_call(tool, id, "in_progress", "")}
+    delta = "response.function_call_arguments.delta"
+    arguments = finished["output"][0]["arguments"]
+    return _Item(
+        [("response.output_item.added", added), (delta, {**place, "delta": tool.opening})],
+        (delta, {**place, "delta": MARK}),
+        [
+            (delta, {**place, "delta": tool.closing}),
+            ("response.function_call_arguments.done", {**place, "arguments": arguments}),
+        ],
+    )

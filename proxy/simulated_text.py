@@ -67,6 +67,28 @@ class Choice:
 
 
 @dataclass(frozen=True, slots=True)
+class Tool:
+    """What an answer may call in place of saying its words, which are then the one argument."""
+
+    name: str
+    argument: str
+
+    @property
+    def opening(self) -> str:
+        """The JSON of the arguments, as far as the words."""
+        return orjson.dumps({self.argument: ""}).decode().removesuffix(self.closing)
+
+    @property
+    def closing(self) -> str:
+        """And what comes after them."""
+        return '"}'
+
+    def arguments(self, choice: Choice) -> str:
+        """The whole of it."""
+        return self.opening + choice.text + self.closing
+
+
+@dataclass(frozen=True, slots=True)
 class Script:
     """One call as read, and all that will be said to it."""
 
@@ -87,6 +109,16 @@ class Script:
     @property
     def is_streamed(self) -> bool:
         return self.asked.get("stream") is True and self.endpoint is not Endpoint.EMBEDDINGS
+
+    @property
+    def tool(self) -> Tool | None:
+        """What the answer calls where it is directed to: the first tool that was offered."""
+        offered = self.asked.get("tools")
+        if not self.directions.tool or not offered:
+            return None
+        tool = offered[0].get("function", offered[0])
+        shape = tool.get("parameters") or tool.get("input_schema") or {}
+        return Tool(tool["name"], next(iter(shape.get("properties", ())), "text"))
 
     @property
     def is_usage_asked(self) -> bool:

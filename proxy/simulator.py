@@ -1,34 +1,13 @@
 """An upstream of our own that behaves like the real ones, for the demo, the tests and the benchmarks.
 
-It serves chat, completions, embeddings, responses, models and Anthropic's messages to whoever has its key, for any
-name of a model, with texts that follow from its seed (see `simulated_text`), and what is no text (see
-`simulated_media`). It is reached through the same code path as a real upstream.
+It serves chat, completions, embeddings, responses (which it keeps, see `simulated_memory`), models and Anthropic's
+messages to whoever has its key, for any name of a model, with texts that follow from its seed (see `simulated_text`),
+and what is no text (see `simulated_media`). It is reached through the same code path as a real upstream.
 It remembers what it was sent and what it reported, so that the books can be held against it; `watch` is told of each
 call that it answered, with what it generated, taken or not.
 
-A request can ask it to behave in its `metadata`: `{"simulate": "tokens=300 cut=5"}`, directives between spaces:
-
-    tokens=300           the answer is this long (a maximum still holds)
-    cached=40            so much of a message's input comes from the cache or goes there
-    speed=100            tokens a second; a whole answer takes as long as its tokens would
-    delay=0.5            seconds before the head of the answer
-    status=500           an error in OpenAI's words, of any status: 401 shows part of the key, 429 is a rate limit
-    code=…               the `code` of that error; insufficient_quota and context_length_exceeded are worded as theirs
-    html                 502 with an HTML body, as from a load balancer
-    hang                 no head at all, until the client goes
-    header=Name:value    one more header on the answer; may be given several times
-    cut=5                the connection ends after 5 words of text; a whole answer in the middle of its body
-    stall=4              silence after 4 words, until the client goes; a whole answer in the middle of its body
-    error=3              stream: an error event after 3 words, inside the 200
-    crlf                 stream: lines end in CRLF
-    no_done              stream: no [DONE]
-    no_usage             no usage anywhere, as from a server that doesn't know `include_usage`
-    usage_early          chat and completions streams: usage on the last chunk that has a choice, asked for or not,
-                         and none after it
-    usage_zero           the usage says 0
-
-A stream's text is one event a word, so "after 5 words" is after 5 tokens; what comes before the text isn't counted.
-It generates only while somebody listens: when the client goes, it stops at once.
+How a request can ask it to behave stands in `simulated_faults`. It generates only while somebody listens: when the
+client goes, it stops at once.
 """
 
 import asyncio
@@ -43,9 +22,18 @@ from itertools import count, islice
 import orjson
 from aiohttp import web
 
-from proxy.simulated_faults import NO_DIRECTIONS, Complaint, Directions, complaint_of, read_directions, wrong_key
+from proxy.simulated_faults import (
+    NO_DIRECTIONS,
+    Complaint,
+    Directions,
+    complaint_of,
+    hang,
+    read_directions,
+    wrong_key,
+)
 from proxy.simulated_frames import JSON, Stream, write_stream, write_whole
 from proxy.simulated_media import ERROR, MEDIA, Write, read_form, write_medium
+from proxy.simulated_memory import Memory
 from proxy.simulated_messages import write_complaint, write_message, write_message_stream
 from proxy.simulated_text import Author, Endpoint, Script, read_json
 
@@ -131,7 +119,8 @@ class Simulator:
         self._tokens_per_s = tokens_per_s
         self._now = now
         self._watch = watch
-        self._numbers = count(1)  # of all ids, so that no two are the same
+        self._numbers = count(1 + seed * 10**6)  # of all ids, so that no two are the same
+        self._memory = Memory()
         self._waiting: list[asyncio.Future[None]] = []
 
     def app(self) -> web.Application:
@@ -142,6 +131,8 @@ class Simulator:
         app.router.add_post("/v1/messages/count_tokens", partial(self._call, self._count))
         for path, write in MEDIA.items():
             app.router.add_post(path, partial(self._call, partial(self._make, write)))
+        for path in ("/v1/responses/{id}", "/v1/responses/{id}/{of_it}"):
+            app.router.add_route("*", path, self._remember)
         app.router.add_get("/v1/models", self._models)
         app.router.add_get("/v1/models/{model}", self._models)
         app.router.add_route("*", "/{path:.*}", self._unknown)
@@ -183,7 +174,7 @@ class Simulator:
         asked = read_form(body, request.headers["content-type"]) if is_form else read_json(body)
         directions = read_directions(asked)
         if directions.hang:
-            await _silence()
+            await hang()
         if directions.delay_s:
             await asyncio.sleep(directions.delay_s)
         if directions.html:
@@ -195,10 +186,11 @@ class Simulator:
     async def _say(
         self, endpoint: Endpoint, prefix: str, request: web.Request, asked: JSON, directions: Directions
     ) -> web.StreamResponse:
-        script = self._author.script(endpoint, asked, directions)
+        script = self._memory.going_on(self._author.script(endpoint, asked, directions))
         served = Served(script)
         id, created = f"{prefix}{next(self._numbers):012d}", int(self._now())
         is_message = endpoint is Endpoint.MESSAGES
+        self._memory.keep(script, id=id, created=created)
         try:
             if script.is_streamed:
                 stream = write_message_stream(script, id=id) if is_message else None
@@ -265,6 +257,17 @@ class Simulator:
             if name in (None, model)
         ]
         return self._json({"object": "list", "data": shown} if name is None else shown[0])
+
+    async def _remember(self, request: web.Request) -> web.Response:
+        await self._receive(request)
+        try:
+            self._check_key(request)
+            answer = self._memory.answer(request.method, request.path, request.query)
+        except Complaint as complaint:
+            return self._complain(complaint, request)
+        if isinstance(answer, bytes):
+            return web.Response(body=answer, headers=self._headers(NO_DIRECTIONS, STREAM_HEADERS))
+        return self._json(answer)
 
     async def _unknown(self, request: web.Request) -> web.Response:
         await self._receive(request)
@@ -364,15 +367,10 @@ class Simulator:
 
     async def _break_off(self, request: web.Request, directions: Directions) -> None:
         if directions.fault == "stall":
-            await _silence()
+            await hang()
         # Closed, not aborted: what was written does arrive, and then nothing says that it was all.
         if request.transport is not None:
             request.transport.close()
-
-
-async def _silence() -> None:
-    """Wait for nothing, until the client goes and the call is cancelled."""
-    await asyncio.get_running_loop().create_future()
 
 
 async def serve(simulator: Simulator, *, host: str = "127.0.0.1", port: int = 0) -> tuple[web.AppRunner, int]:

@@ -93,11 +93,11 @@ class SqliteStore:
 
     async def read_entry(self, entry_id: str) -> Entry | None:
         """One call in the books."""
-        self._look_for_it()
-        with _translated():
-            async with self._reading.connect() as connection:
-                found = await connection.exec_driver_sql(self._sql.calls_of, _given([entry_id]))
-        return next(map(entry_of, found), None)
+        return await self._read_one(self._sql.calls_of, _given([entry_id]))
+
+    async def read_maker(self, response_id: str) -> Entry | None:
+        """The call that made this response."""
+        return await self._read_one(self._sql.maker_of, (response_id,))
 
     def hand_over(self) -> int:
         """The lock of an open store, to outlive it: nobody else gets the file until all who have it are gone."""
@@ -115,6 +115,13 @@ class SqliteStore:
         for file in filter(_is_open, (self._turn, self._lock)):
             os.close(file)
         self._turn = self._lock = -1
+
+    async def _read_one(self, statement: str, given: tuple[str]) -> Entry | None:
+        self._look_for_it()
+        with _translated():
+            async with self._reading.connect() as connection:
+                found = await connection.exec_driver_sql(statement, given)
+        return next(map(entry_of, found), None)
 
     async def _in_thread(self, work: Callable[..., T], *arguments: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, self._in_turn, work, *arguments)
@@ -241,6 +248,8 @@ class _Statements:
         # Keys and ids are given as one JSON array, so that there may be as many as a batch needs.
         self.counters_of = str(select(counters).where(is_given).compile(dialect=dialect))
         self.calls_of = str(select(calls).where(calls.c.id.in_(select(given))).compile(dialect=dialect))
+        made = select(calls).where(calls.c.response_id == bindparam("made")).order_by(calls.c.id.desc())
+        self.maker_of = f"{made.compile(dialect=dialect)} LIMIT 1"
         self.put_counters = str(put.compile(dialect=dialect))
         self.open_calls = str(sa.insert(calls).compile(dialect=dialect))
         self.change_calls = str(change.compile(dialect=dialect, column_keys=CHANGING))

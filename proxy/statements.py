@@ -115,6 +115,7 @@ READ_COUNTERS = f"""
     ) AS kept
 """
 READ_CALL = f"SELECT {_CALL} FROM {SCHEMA}.calls WHERE id = $1"
+READ_MAKER = f"SELECT {_CALL} FROM {SCHEMA}.calls WHERE response_id = $1 ORDER BY id DESC LIMIT 1"
 ORPHANS = f"""
     SELECT id FROM {SCHEMA}.calls WHERE state = 'open' AND owner <> $1
     AND NOT EXISTS (SELECT FROM {SCHEMA}.owners WHERE owners.id = calls.owner AND alive_until > {_NOW})

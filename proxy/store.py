@@ -80,6 +80,9 @@ class Store(Protocol):
     async def read_entry(self, entry_id: str) -> Entry | None:
         """One call in the books. Raises StoreUnavailable."""
 
+    async def read_maker(self, response_id: str) -> Entry | None:
+        """The call that made this response, the newest of several. Raises StoreUnavailable."""
+
     async def tend(self, chore: Chore, *given: object) -> Done:
         """Do it in a transaction of its own. Raises StoreUnavailable."""
 

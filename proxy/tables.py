@@ -14,6 +14,9 @@ How a hundred million calls slow nothing:
 * `counted_as` is the state in which a call was counted into `usage_by_day`. It is set in the transaction that adds
   the call's sums, so a call is counted once, whoever dies; when an expired call is settled after all, the two differ
   and the difference is booked. The ledger never writes it.
+* `response_id` is the id by which the upstream keeps what a call to /responses made, written with the settle; only
+  such calls are in `calls_by_response`. Several may have one id, at upstreams that are careless with theirs: then
+  it belongs to the user of the newest.
 
 A row of `usage_by_day` is of the day, in UTC, in which its calls were reserved: its first millisecond. The policy's
 time zone may change; days that were added up can't be taken apart again. `through` is the group.
@@ -27,7 +30,7 @@ from sqlalchemy import BigInteger, Column, Connection, Index, MetaData, Table, T
 metadata = MetaData()
 
 # The newest step of `migrations`.
-HEAD = "0003"
+HEAD = "0004"
 # Where PostgreSQL has our tables.
 SCHEMA = "llm_quota_proxy"
 
@@ -77,9 +80,15 @@ calls = Table(
     Column("provenance", Text),
     Column("outcome", Text),
     Column("counted_as", Text),
+    Column("response_id", Text),
     Index("calls_open", "owner", sqlite_where=sa.text("state = 'open'"), postgresql_where=sa.text("state = 'open'")),
     Index("calls_by_user", "user_name", "reserved_at"),
     Index("calls_uncounted", "id", sqlite_where=sa.text(UNCOUNTED), postgresql_where=sa.text(UNCOUNTED)),
+    Index(
+        *("calls_by_response", "response_id", "id"),
+        sqlite_where=sa.text("response_id IS NOT NULL"),
+        postgresql_where=sa.text("response_id IS NOT NULL"),
+    ),
     sqlite_with_rowid=False,
 )
 

@@ -105,16 +105,23 @@ class Upstreams:
 
     @asynccontextmanager
     async def send(
-        self, upstream: Upstream, path: str, body: bytes | Spliced, headers: Mapping[str, str]
+        self,
+        upstream: Upstream,
+        path: str,
+        body: bytes | Spliced,
+        headers: Mapping[str, str],
+        *,
+        method: str = "POST",
     ) -> AsyncIterator[Answer]:
-        """POST `body` and hand out the answer; leaving closes or returns the connection.
+        """Send `body` and hand out the answer; leaving closes or returns the connection.
 
         Raises UpstreamError where no answer came, UpstreamTimeout where it did not come in time.
         """
         assert self._session is not None, "open() first"
         data = _data(body)
         # Redirects are not followed: the library would carry `api-key` headers to wherever they point.
-        request = self._session.post(
+        request = self._session.request(
+            method,
             URL(upstream.base_url + path, encoded=True),
             data=data,
             # Not chunked, which some servers don't take for a form.

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from proxy.anthropic import error_body
-from proxy.endpoints import METERED, SPEECH, STORED, Endpoint, EndpointName
+from proxy.endpoints import METERED, RESPONSES, SPEECH, STORED, Endpoint, EndpointName
 from proxy.errors import InvalidRequest, ProxyError
 from proxy.forms import Form
 from proxy.policy import Kind, Model
-from proxy.prompt import is_own_tool, parts_of, tools_in
+from proxy.prompt import parts_of
 from proxy.strict_json import dump, parse_object
 
 _MODEL_CHARACTERS_MAX = 256
@@ -40,6 +40,7 @@ _KNOWN = frozenset(
         *_MAXIMA,
         *_ANSWER_COUNTS,
         *"model stream stream_options stream_format best_of messages input prompt tools voice".split(),
+        *"previous_response_id service_tier store web_search_options".split(),
     )
 ).union(*(endpoint.refused for endpoint in METERED))
 
@@ -62,6 +63,12 @@ class Call:
     def forget(self) -> None:
         """Let go of the body, which is sent and not needed any more. What the fields say stays."""
         self.document.clear()
+
+    @property
+    def previous_response_id(self) -> str | None:
+        """The response that it goes on from."""
+        previous: str | None = self.document.get("previous_response_id") if self.endpoint.is_of_responses else None
+        return previous or None
 
     @property
     def asks_for_usage(self) -> bool:
@@ -168,6 +175,8 @@ def forwarded_body(call: Call, model: Model, *, maximum: int | None = None) -> b
     `maximum` is the output of one choice in tokens; no field that this kind of upstream reads says more after it.
     """
     document = {**call.document, "model": model.upstream_model}
+    if call.endpoint is RESPONSES and not model.allows.store:
+        document["store"] = False  # else OpenAI's keeps it
     if call.adds_usage:
         document["stream_options"] = {**(document.get("stream_options") or {}), "include_usage": True}
     if call.adds_running_usage(model.upstream.kind):
@@ -212,10 +221,9 @@ def _refuse_fields(endpoint: Endpoint, document: Mapping[str, Any]) -> None:
             )
     _refuse_stored_files(document)
     if endpoint.is_of_responses:
-        _refuse_hosted_tools(document.get("tools"))
-        _refuse_items(document.get("input"))
-    if endpoint.is_of_messages:
-        _refuse_typed_tools(document.get("tools"))
+        _refuse_references(document.get("input"))
+        if not isinstance(document.get("previous_response_id"), str | None):
+            raise InvalidRequest('"previous_response_id" must be a text.', param="previous_response_id")
     if isinstance(document.get("voice"), dict):
         raise InvalidRequest(f'"voice" must be a name here: {STORED}.', param="voice", code="unsupported_parameter")
 
@@ -231,31 +239,6 @@ def _refuse_unclear_usage_option(options: object) -> None:
             )
 
 
-def _refuse_hosted_tools(tools: object) -> None:
-    for tool in tools_in(tools):
-        kind = tool.get("type") if isinstance(tool, dict) else None
-        if kind is None or not is_own_tool(tool):
-            raise InvalidRequest(
-                f"Tools of type {str(kind)[:40]!r} run at the upstream and are not open on this proxy: "
-                'use tools of type "function" or "custom".',
-                param="tools",
-                code="unsupported_parameter",
-            )
-
-
-def _refuse_typed_tools(tools: object) -> None:
-    """Refuse Anthropic's own tools: some run at the upstream, and all bring input that the request doesn't show."""
-    for tool in tools if isinstance(tools, list) else ():
-        kind = tool.get("type") if isinstance(tool, dict) else "?"
-        if kind not in (None, "custom"):
-            raise InvalidRequest(
-                f"Tools of type {str(kind)[:40]!r} are the upstream's own and not open on this proxy: "
-                'describe a tool by its "input_schema" (type "custom").',
-                param="tools",
-                code="unsupported_parameter",
-            )
-
-
 def _refuse_stored_files(document: Mapping[str, Any]) -> None:
     for part in parts_of(document):
         holders = [part, part.get("file"), part.get("source")]
@@ -265,14 +248,10 @@ def _refuse_stored_files(document: Mapping[str, Any]) -> None:
             )
 
 
-def _refuse_items(items: object) -> None:
-    """Refuse items that stand for stored ones, and hosted tools that come in by an item (`additional_tools`)."""
+def _refuse_references(items: object) -> None:
+    """Refuse items that stand for stored ones."""
     for item in items if isinstance(items, list) else ():
-        if not isinstance(item, dict):
-            continue
-        if item.get("type") != "mcp_list_tools":  # of which the tools are no offer but what a server once listed
-            _refuse_hosted_tools(item.get("tools"))
-        if _is_reference(item):
+        if isinstance(item, dict) and _is_reference(item):
             raise InvalidRequest(
                 f'Items of type "item_reference" can\'t be used here: {STORED}.',
                 param="input",

@@ -145,7 +145,6 @@ async def test_every_other_path_is_a_404_in_openai_shape(method: str, path: str,
     ("field", "value"),
     [
         ("background", True),
-        ("previous_response_id", "resp_1"),
         ("conversation", "conv_1"),
         ("prompt", {"id": "pmpt_1"}),
         ("tools", [{"type": "web_search"}]),

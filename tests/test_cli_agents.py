@@ -88,7 +88,7 @@ async def test_codex_has_to_leave_the_upstream_s_search_alone(tmp_path: Path) ->
         [one] = [one for one in taken if one["what"] == WEB_SEARCH_ON]
         reply = await replay(on, one)
         assert (reply.status, reply.error["param"]) == (400, "tools")
-        assert "'web_search'" in reply.error["message"]
+        assert '"allow: {tools: [web_search]}"' in reply.error["message"]
         assert on.simulator.received == 0
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from proxy import schema
 from proxy.config import Address, BadConfig, Config, Patience, Settings, load, load_text, read_some
 from proxy.document import BYTES_MAX
-from proxy.policy import Group, Keep, Model, Secret, Upstream, User, digest
+from proxy.policy import Allow, Group, Keep, Model, Secret, Upstream, User, digest
 from proxy.quotas import Globs, Limit
 from proxy.windows import Calendar, Duration
 
@@ -35,12 +35,12 @@ unmatched: allow
 help: Ask ops.
 upstreams:
   box: {base_url: http://box/v1/, kind: vllm}
-  openai: {base_url: https://api.openai.com/v1, api_key: "${OPENAI}"}
+  openai: {base_url: https://api.openai.com/v1, api_key: "${OPENAI}", allow: {tools: [mcp, web_search], store: true}}
 default_upstream: openai
 models:
   gpt-4o: {context: 128k, max_output_tokens: 16_384, encoding: o200k_base}
   big: {upstream: box, model: meta/llama, reasoning: true, smallest_answer: 2k}
-  quick: {reasoning: false}
+  quick: {reasoning: false, allow: {service_tiers: [flex]}}
   "*": {upstream: box}
 groups:
   everyone: {quotas: {calls: {requests: 5, per: week}}}
@@ -90,13 +90,14 @@ def test_the_policy_is_what_the_file_says():
     """Every section, with its references resolved."""
     policy = whole().policy
     box = Upstream("box", "http://box/v1", None, "vllm", "stop")
-    openai = Upstream("openai", "https://api.openai.com/v1", Secret("sk-upstream"), "openai", "drain")
+    beyond = Allow(tools=frozenset(["mcp", "web_search"]), store=True)
+    openai = Upstream("openai", "https://api.openai.com/v1", Secret("sk-upstream"), "openai", "drain", allow=beyond)
     assert policy.upstreams == {"box": box, "openai": openai}
     assert policy.default_upstream == openai
     assert policy.models == {
         "gpt-4o": Model("gpt-4o", openai, "gpt-4o", 16_384, 128_000, "o200k_base"),
         "big": Model("big", box, "meta/llama", reasoning=True, smallest_answer=2000),
-        "quick": Model("quick", openai, "quick", reasoning=False),
+        "quick": Model("quick", openai, "quick", reasoning=False, allow=Allow(service_tiers=frozenset(["flex"]))),
         "*": Model("*", box, "*"),
     }
     assert policy.key_digests == {digest(KEY): "alice"}

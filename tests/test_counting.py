@@ -6,12 +6,17 @@ from typing import Any
 
 import pytest
 
+from proxy.books import Settle
 from proxy.counting import CallCount
 from proxy.endpoints import CHAT, COMPLETIONS, EMBEDDINGS, RESPONSES, Endpoint
 from proxy.policy import Model, Upstream
 from proxy.tokens import Tokenizers
+from proxy.usage import AtLeast, Tokens
 from proxy.wire import forwarded_body
+from tests.builders import binding, exactly, reserve
+from tests.builders import call as demand
 from tests.stage import loaded
+from tests.test_rows import booked
 from tests.test_wire import parse
 
 UPSTREAM = Upstream("up", "http://upstream.example/v1", None, "openai")
@@ -86,6 +91,24 @@ async def test_the_most_of_an_input_is_what_is_shown_and_what_is_not() -> None:
     assert (await refers.exact_demand()).input < 100
     unknown = counted(Watched(), messages=HELLO)
     assert await unknown.most_of_input() == unknown.demand.input
+
+
+async def test_what_a_call_goes_on_from_is_part_of_its_input() -> None:
+    """As its upstream said of it in all, and no more than the model reads; else nobody knows how much it is."""
+    made = booked(reserve("1", binding(), demand()), Settle("1", exactly(300, 200), "complete")).entries["1"]
+    guessed = replace(made, usage=AtLeast(Tokens(300, 200)))
+    for model, previous, tokens, unseen in (
+        (GPT_4O, made, 500, 0),
+        (replace(GPT_4O, context=400), made, 400, 0),
+        (replace(GPT_4O, context=4000), guessed, 0, 4000 - 10),
+        (GPT_4O, guessed, 0, 0),
+    ):
+        call = parse(RESPONSES, input=HELLO, previous_response_id="resp_1")
+        count = CallCount(tokenizers(), call, model, body_bytes=100, previous=previous)
+        assert count.demand.input == 100 + tokens
+        exact = await count.exact_demand()
+        assert (exact.input, exact.unseen) == (10 + tokens, unseen)
+        assert await count.of_input() == 10 + tokens
 
 
 async def test_the_file_says_by_which_tokenizer() -> None:

@@ -11,7 +11,7 @@ import openai
 import pytest
 from openai.lib import azure
 
-from proxy.endpoints import CLOSED, METERED, PREFIXES, Endpoint, closed
+from proxy.endpoints import CLOSED, KEPT, METERED, PREFIXES, RESPONSE_ID, Endpoint, Kept, closed
 
 # What the proxy answers by itself.
 ANSWERED = {("GET", "/models"), ("GET", "/models/{}")}
@@ -51,7 +51,8 @@ def published() -> list[tuple[str, str]]:
 def is_decided(method: str, path: str) -> bool:
     """Whether the table says what becomes of it."""
     is_metered = method == "POST" and path in {endpoint.path for endpoint in METERED}
-    return is_metered or (method, path) in ANSWERED or closed(method, path) is not None
+    is_kept = (method, path) in {(each.method, each.path("{}")) for each in KEPT}
+    return is_metered or is_kept or (method, path) in ANSWERED or closed(method, path) is not None
 
 
 def test_every_path_of_the_sdk_is_decided() -> None:
@@ -82,8 +83,6 @@ def test_the_paths_are_found_in_the_sdk() -> None:
         ("GET", "/files", "all users of this proxy share"),
         ("GET", "/files/file-1/content", "all users of this proxy share"),
         ("GET", "/chat/completions", "all users of this proxy share"),
-        ("GET", "/responses/resp_1", "all users of this proxy share"),
-        ("GET", "/responses/resp_1/input_items", "all users of this proxy share"),
         ("POST", "/threads/thread_1/runs", "all users of this proxy share"),
     ],
 )
@@ -113,6 +112,14 @@ def test_a_refusal_says_why(method: str, path: str, says: str) -> None:
 def test_what_nobody_has_heard_of_has_no_row(method: str, path: str) -> None:
     """It is not served either, and there is no reason to give."""
     assert closed(method, path) is None
+
+
+@pytest.mark.parametrize("kept", KEPT, ids=lambda kept: f"{kept.method}{kept.of_it}")
+def test_what_leads_to_a_users_own_is_not_refused(kept: Kept) -> None:
+    """By an id that can't lead anywhere else."""
+    assert closed(kept.method, kept.path("resp_1")) is None
+    assert RESPONSE_ID.fullmatch("resp_0f-A=")
+    assert not any(map(RESPONSE_ID.fullmatch, ("", ".", "..", "a/b", "a?b", "a%2fb", "a\n", "é", "a" * 513)))
 
 
 @pytest.mark.parametrize("endpoint", METERED, ids=lambda endpoint: endpoint.name)

@@ -19,9 +19,11 @@ from proxy.errors import (
     NotAllowed,
     NotServed,
     NoUpgrade,
+    PreviousNotFound,
     ProxyError,
     Refusal,
     RequestError,
+    ResponseNotFound,
     TooManyConnections,
     TooSlow,
     UnsupportedEncoding,
@@ -37,6 +39,8 @@ TABLE = {
     BadFraming: (400, "invalid_request_error", "bad_framing"),
     NeverFits: (400, "invalid_request_error", "context_length_exceeded"),
     InvalidKey: (401, "invalid_request_error", "invalid_api_key"),
+    ResponseNotFound: (404, "invalid_request_error", None),
+    PreviousNotFound: (404, "invalid_request_error", "previous_response_not_found"),
     ModelNotFound: (404, "invalid_request_error", "model_not_found"),
     NotServed: (404, "invalid_request_error", None),
     TooSlow: (408, "invalid_request_error", "request_timeout"),
@@ -91,8 +95,9 @@ def test_the_body_has_the_four_members_of_openai(cls):
 
 
 def test_status_and_code_tell_the_errors_apart():
-    """No two share both, but those whose request is simply wrong in a way that only words can tell."""
+    """No two share both, but a path and a response that are not there, for which OpenAI has no code either."""
     pairs = Counter((status, code) for status, _, code in TABLE.values())
+    assert pairs.pop((404, None)) == 2
     assert all(count == 1 for count in pairs.values())
     codes = Counter(code for _, _, code in TABLE.values() if code is not None)
     assert all(count == 1 for count in codes.values())

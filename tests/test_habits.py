@@ -7,7 +7,7 @@ import pytest
 
 from proxy import habits
 from proxy.endpoints import CHAT, EMBEDDINGS, METERED, RESPONSES, Endpoint
-from proxy.habits import Habits, address_of, is_about_usage_option
+from proxy.habits import Habits, address_at, address_of, is_about_usage_option
 from proxy.policy import Kind, Model, Upstream
 
 RESOURCE = "https://res.openai.azure.com"
@@ -39,6 +39,20 @@ def test_elsewhere_a_path_is_a_path(endpoint: Endpoint) -> None:
 def test_azure_has_a_path_for_each_deployment(endpoint: Endpoint, base_url: str, path: str) -> None:
     """And a version of its own, where nobody names one; what knows no deployments stands beside them."""
     assert address_of(endpoint, model(base_url=base_url), api_version=None) == path + "?api-version=2024-10-21"
+
+
+@pytest.mark.parametrize(
+    ("kind", "base_url", "address"),
+    [
+        ("openai", "https://api.openai.com/v1", "/responses/resp_1"),
+        ("azure", RESOURCE, "/openai/responses/resp_1?api-version=2025-04-01-preview"),
+        ("azure", RESOURCE + "/openai/v1", "/responses/resp_1"),
+    ],
+)
+def test_what_an_upstream_keeps_has_its_address_there(kind: Kind, base_url: str, address: str) -> None:
+    """By the same rules as calls."""
+    upstream = model(kind=kind, base_url=base_url).upstream
+    assert address_at(upstream, "/responses/resp_1", api_version="2025-04-01-preview") == address
 
 
 @pytest.mark.parametrize(

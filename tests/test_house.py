@@ -21,18 +21,19 @@ FLOORS = {
     "ground": (
         "errors windows usage quotas admission books policy standing anthropic auth "  # who may what
         "codings strict_json sse chunks pictures prompt "
-        "endpoints forms wire demand habits message_ending ending meter stream headers failures pace choice".split()
+        "endpoints forms wire allowance demand habits message_ending ending meter "
+        "stream headers failures pace choice".split()
     ),
     "adapters": (
-        "references document scalars fields schema faults config check "  # the file
+        "references document scalars fields schema json_schema faults config check "  # the file
         "logs tasks tokens tables rows statements store sqlite postgres ledger records "
         "spool upstream metrics client".split()
     ),
-    "story": "reload waiting counting reservation passage departure attempts relay".split(),
+    "story": "reload waiting counting reservation passage owned departure attempts relay".split(),
     "doors": "answering framing bodies cors listener health api admin".split(),
     "roof": (
-        "simulated_faults simulated_text simulated_media simulated_frames simulated_messages simulator "
-        "share app workers demo "
+        "simulated_faults simulated_text simulated_media simulated_frames simulated_memory simulated_messages "
+        "simulator share app workers demo "
         "torture_plan torture_answers torture_records torture_report torture_verdict "
         "torture_books torture_clients torture_upstream torture_proxy torture_replicas torture cli".split()
     ),

@@ -86,7 +86,7 @@ async def test_a_stream_is_byte_for_byte_what_the_upstream_would_have_sent(
     """With and without include_usage: the client sees the bytes of the upstream, but for what only we asked for."""
     body: dict[str, Any] = {"model": "gpt-4o-mini", "stream": True, "metadata": {"simulate": simulate}}
     body |= (
-        {"input": "Hi"}
+        {"input": "Hi", "store": False}
         if path == "/v1/responses"
         else {"prompt": "Hi"}
         if "chat" not in path

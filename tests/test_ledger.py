@@ -138,6 +138,15 @@ async def test_a_refused_call_leaves_no_trace(ledger, path):
     assert (rows(path, "calls"), rows(path, "counters")) == ([], [])
 
 
+async def test_a_response_is_known_by_the_call_that_made_it(ledger):
+    """From the moment its call has ended."""
+    booked = await ledger.reserve(reserve("1", ANN, CALL))
+    assert await ledger.maker("resp_1") is None
+    await ledger.end(Settle("1", exactly(90, 60), "complete", response_id="resp_1"))
+    found = await ledger.maker("resp_1")
+    assert (found.id, found.facts, found.usage) == ("1", booked.entry.facts, exactly(90, 60))
+
+
 async def test_the_clock_decides_windows(ledger, clock):
     """A call of the next day finds a fresh window; one of yesterday that ends today does not touch it."""
     await ledger.reserve(reserve("1", ANN, CALL))
@@ -516,6 +525,7 @@ async def test_while_the_database_is_away_nobody_is_let_in_and_nothing_is_lost(p
                 answers = await asyncio.gather(*late, return_exceptions=True)
                 assert {type(answer) for answer in answers} == {LedgerUnavailable, TimeoutError}
                 assert not ledger.is_healthy
+                await until(lambda: bool(logs))  # on a busy machine the waiting ends before the database has said no
                 assert not any(end.done() for end in ends)
             await asyncio.gather(*ends)
             assert ledger.is_healthy
@@ -615,6 +625,8 @@ async def test_what_cannot_be_read_is_unavailable(ledger, path):
         await ledger.counters(ANN.keys())
     with pytest.raises(LedgerUnavailable):
         await ledger.entry("1")
+    with pytest.raises(LedgerUnavailable):
+        await ledger.maker("resp_1")
 
 
 class Uncertain(SqliteStore):

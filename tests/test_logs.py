@@ -1,5 +1,6 @@
 """The log never stops, changes or betrays a call."""
 
+import contextlib
 import io
 import json
 import logging
@@ -63,6 +64,11 @@ def test_what_libraries_log_comes_without_the_text_of_their_errors() -> None:
 def test_a_pipe_that_nobody_reads_holds_nobody_up() -> None:
     """Lines that find no room are dropped, and counted where somebody reads again."""
     reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(writing, b"before\n" * 500)
+    os.set_blocking(writing, True)
     with os.fdopen(writing, "w") as pipe, os.fdopen(reading) as end:
         stream = LogStream(pipe, lines_max=10)
         for _ in range(500):

@@ -106,7 +106,7 @@ async def test_without_usage_a_message_is_counted(tmp_path: Path) -> None:
 
 async def test_the_upstream_gets_our_key_and_the_client_s_version(tmp_path: Path) -> None:
     """In the headers that it wants; of the betas those that the operator lets pass, and nothing of the user's."""
-    async with of_its_kind(tmp_path, more=", betas: [context-1m-2025-08-07]") as on, claude(on) as sdk:
+    async with of_its_kind(tmp_path, more=", allow: {betas: [context-1m-2025-08-07]}") as on, claude(on) as sdk:
         betas = {"anthropic-beta": "files-api-2025-04-14,context-1m-2025-08-07"}
         await sdk.messages.create(**asked(), extra_headers=betas)
         await on.post("/v1/messages", asked(), headers={"x-api-key": key_of("alice")}, user=None)

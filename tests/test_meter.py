@@ -784,6 +784,37 @@ def test_a_text_that_is_only_said_as_a_whole_is_counted(events: bytes) -> None:
     )
 
 
+def test_a_response_is_known_by_its_id_as_soon_as_it_begins() -> None:
+    """From its first event on, and of a whole one; never by a name that could not stand in a path."""
+    begun = response_event("response.created", response={"id": "resp_1"})
+    assert new(call(RESPONSES)).response_id is None
+    assert watch(begun, call(RESPONSES))[0].response_id == "resp_1"
+    strange = response_event("response.completed", response={"id": "resp/../2"})
+    assert watch(begun + strange, call(RESPONSES))[0].response_id == "resp_1"
+    assert whole({"id": "resp_3"}, RESPONSES).response_id == "resp_3"
+    for strange in (None, 3, ["resp_3"], "", "x" * 600):
+        assert whole({"id": strange}, RESPONSES).response_id is None
+    assert whole({"id": "chatcmpl-1"}).response_id is None
+
+
+@pytest.mark.parametrize(
+    ("tools", "tokens"),
+    [
+        ({"image_gen": {"input_tokens": 7, "output_tokens": 272, "total_tokens": 279}}, Tokens(17, 277)),
+        ({"image_gen": {"input_tokens": 0, "output_tokens": 0}, "web_search": {"num_requests": 2}}, Tokens(10, 5)),
+        ({"image_gen": None}, Tokens(10, 5)),
+        ("none", Tokens(10, 5)),
+    ],
+)
+def test_what_a_tool_drew_is_charged_beside_the_usage(tools: object, tokens: Tokens) -> None:
+    """It is not in the usage of the response (wire §1.2); without that nothing is known exactly."""
+    response = {"id": "resp_1", "usage": {"input_tokens": 10, "output_tokens": 5}, "tool_usage": tools}
+    assert whole(response, RESPONSES).usage() == Exactly(tokens)
+    assert usage_of(response_event("response.completed", response=response), call(RESPONSES)) == Exactly(tokens)
+    del response["usage"]
+    assert isinstance(whole(response, RESPONSES).usage(), AtLeast)
+
+
 def test_a_done_behind_a_response_is_tolerated() -> None:
     """Compatible servers send it."""
     end = response_event("response.completed", response={"usage": RESPONSE_USAGE})

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from proxy.admission import Admitted, decide
-from proxy.policy import _BINDINGS_KEPT, Group, Model, Policy, Secret, Upstream, User, digest
+from proxy.policy import _BINDINGS_KEPT, Allow, Group, Model, Policy, Secret, Upstream, User, digest
 from proxy.quotas import Binding, Globs, Route
 from tests.builders import NOON, call, group, policy, quota
 
@@ -463,3 +463,10 @@ def test_a_model_is_served_that_is_there_allowed_and_covered(model, served):
     user = User("ann", ("staff",))
     models = {name: Model(name, up, name) for name in ("fast", "slow", "uncovered")}
     assert Policy({"staff": staff}, {"ann": user}, {}, {"up": up}, models).serves(user, model) is served
+
+
+def test_what_is_said_of_a_model_goes_before_its_upstream() -> None:
+    """As a whole: an empty list closes what the upstream has open."""
+    upstream = Upstream("up", "http://upstream.example/v1", None, allow=Allow(store=True))
+    assert Model("m", upstream, "m").allows == Allow(store=True)
+    assert Model("m", upstream, "m", allow=Allow()).allows == Allow()

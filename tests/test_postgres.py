@@ -137,7 +137,7 @@ WATCHED = binding(
     [
         pytest.param([], id="open"),
         pytest.param([Settle("1", Exactly(Tokens(90, 60, 30, 20)), "complete")], id="exactly"),
-        pytest.param([Settle("1", AtLeast(Tokens(90, 6, 1, 2)), "client_left")], id="at least"),
+        pytest.param([Settle("1", AtLeast(Tokens(90, 6, 1, 2)), "client_left", response_id="resp_1")], id="at least"),
         pytest.param([Settle("1", Unspent(1), "rejected")], id="a bad request"),
         pytest.param([Release("1")], id="released"),
         pytest.param([extend("1", WATCHED, 850, input_tokens=20), Expire("1")], id="expired"),
@@ -170,6 +170,18 @@ async def test_names_of_any_kind_are_names(store, database, name):
     assert booked.counters == await store.read_counters(who.keys())
     assert await levels(store, user=name) == (Amount(90, 60, 1), Amount())
     await database.audit()
+
+
+async def test_a_response_leads_to_the_call_that_made_it(store):
+    """Known from the commit of its settle on; of an id that came twice to the newest, whoever made that one."""
+    bob = replace(ANN, user="bob")
+    await apply(store, reserve("1", ANN, CALL), reserve("2", bob, CALL))
+    assert await store.read_maker("resp_1") is None
+    [first] = await apply(store, Settle("1", exactly(1, 1), "complete", response_id="resp_1"))
+    assert await store.read_maker("resp_1") == first.entry
+    [_, second] = await apply(store, Expire("2"), Settle("2", exactly(1, 1), "complete", response_id="resp_1"))
+    assert await store.read_maker("resp_1") == second.entry
+    assert await store.read_maker("' OR ''='") is None
 
 
 async def test_what_is_not_there_is_not_read(store):

@@ -5,12 +5,13 @@ Threats T25 (addresses are never fetched), T34 (20,000 of everything), T66 (base
 
 import base64
 import json
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.prompt import Prompt, parts_of, read_prompt, with_files
+from proxy.prompt import Prompt, parts_of, read_prompt, with_files, with_previous
 from proxy.strict_json import dump
 from tests.test_pictures import data_url, jpeg, png, webp_lossy
 
@@ -193,7 +194,6 @@ def test_a_file_is_bounded_by_its_bytes_and_estimated_as_prose():
 @pytest.mark.parametrize(
     "document",
     [
-        {"previous_response_id": "resp_1"},
         {"conversation": {"id": "conv_1"}},
         {"prompt": {"id": "pmpt_1", "variables": {"city": "Rome"}}},
         {"web_search_options": {}},
@@ -204,6 +204,7 @@ def test_a_file_is_bounded_by_its_bytes_and_estimated_as_prose():
         {"input": [{"id": "msg_1"}]},
         {"tools": [{"type": "namespace", "tools": [{"type": "function"}, {"type": "mcp"}]}]},
         {"tools": [{"type": "namespace"}]},
+        {"input": [{"type": "additional_tools", "tools": [{"type": "web_search"}]}]},
         {"tools": [{"type": "tool_search"}]},
         {"messages": [{"role": "assistant", "audio": {"id": "audio_1"}}]},
         {"messages": [{"role": "assistant", "content": None, "audio": {"id": "audio_1"}}]},
@@ -225,6 +226,18 @@ def test_what_stands_for_tokens_that_the_request_does_not_show_is_open(document:
     assert read(**document).is_open
 
 
+def test_what_is_gone_on_from_is_read_once_more():
+    """As many tokens as it is known to have; where nobody knows, nothing bounds the call."""
+    prompt = read(previous_response_id="resp_1", input="Hi")
+    longer = with_previous(prompt, 500)
+    assert (longer.overhead, longer.bound(100), longer.is_open) == (
+        prompt.overhead + 500,
+        prompt.bound(100) + 500,
+        False,
+    )
+    assert with_previous(prompt, None) == replace(prompt, is_open=True)
+
+
 @pytest.mark.parametrize(
     "document",
     [
@@ -232,6 +245,12 @@ def test_what_stands_for_tokens_that_the_request_does_not_show_is_open(document:
         {"tools": [{"type": "function"}, {"type": "custom"}, {"function": {"name": "f"}}]},
         {"tools": [{"type": "namespace", "tools": [{"type": "function"}]}, {"type": "namespace", "tools": []}]},
         {"tools": [{"type": "tool_search", "execution": "client"}]},
+        {
+            "input": [
+                {"type": "additional_tools", "tools": [{"type": "function"}]},
+                {"type": "mcp_list_tools", "tools": [{}]},
+            ]
+        },
         {"tools": "web_search"},
         {"input": [{"content": "Hi"}, {"type": "reasoning", "summary": []}]},
         {"messages": [{"role": "assistant", "tool_calls": []}, {"role": "assistant", "refusal": "No."}]},

@@ -15,7 +15,7 @@ RESERVED = reserve("1", WHO, call(100, 800, 10, first=10))
 GROWN = extend("1", WHO, 300)
 COLUMNS = [column.name for column in calls.c]
 ENDS = [
-    Settle("1", Exactly(Tokens(90, 60, 30, 20)), "complete"),
+    Settle("1", Exactly(Tokens(90, 60, 30, 20)), "complete", response_id="resp_1"),
     Settle("1", AtLeast(Tokens(90, 6, 1, 2)), "client_left"),
     Settle("1", Unspent(1), "rejected"),
     Release("1"),

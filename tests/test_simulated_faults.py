@@ -30,6 +30,21 @@ def test_directives(wish: str, expected: Directions) -> None:
     assert read_directions({"metadata": {"simulate": wish}}) == expected
 
 
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        ({"model": "gpt-4o-mini+tokens=300+cut=5"}, Directions(tokens=300, fault="cut", fault_after=5)),
+        ({"model": "m+tool", "metadata": {"user_id": "7"}}, Directions(tool=True)),
+        ({"model": "m+tool", "metadata": {"simulate": "tokens=3"}}, Directions(tokens=3)),
+        ({"model": "gpt-4o-mini"}, Directions()),
+        ({"model": None}, Directions()),
+    ],
+)
+def test_directives_behind_a_model_s_name(asked: dict[str, object], expected: Directions) -> None:
+    """For clients that send no metadata, or whose metadata are others; what these say goes first."""
+    assert read_directions(asked) == expected
+
+
 @pytest.mark.parametrize("asked", [{}, {"metadata": None}, {"metadata": "x"}, {"metadata": {"trace": "7"}}])
 def test_no_directives(asked: dict[str, object]) -> None:
     """A request that says nothing of the kind gets an ordinary answer; other metadata are its own affair."""
@@ -57,6 +72,8 @@ def test_what_is_no_directive_is_an_error(wish: object) -> None:
     """A misspelt fault must not pass as an answer without one."""
     with pytest.raises(Complaint) as caught:
         read_directions({"metadata": {"simulate": wish}})
+    with pytest.raises(Complaint):
+        read_directions({"model": f"gpt-4o-mini+{wish or 'cutt'}"})
     assert (caught.value.status, caught.value.error["param"]) == (400, "metadata")
 
 

@@ -79,6 +79,54 @@ def test_no_usage_and_zero_usage() -> None:
         assert whole(script(endpoint, Directions(usage_zero=True)))["usage"]["total_tokens"] == 0
 
 
+TOOL = {"name": "look_up", "parameters": {"type": "object", "properties": {"term": {}, "language": {}}}}
+CALLING = Directions(tool=True, tokens=3)
+
+
+@pytest.mark.parametrize(("maximum", "reason"), [(9, "tool_calls"), (2, "length")])
+def test_a_chat_calls_the_first_tool(maximum: int, reason: str) -> None:
+    """Each choice calls it with its words, the same streamed and whole, and its words are what is charged."""
+    tools = [{"type": "function", "function": TOOL}, {"type": "function", "function": {"name": "other"}}]
+    asked = {"tools": tools, "n": 2, "max_tokens": maximum}
+    script_whole = script(Endpoint.CHAT, CALLING, **asked)
+    answer = whole(script_whole)
+    assert answer["usage"]["completion_tokens"] == 2 * min(3, maximum)
+    streamed = chunks(script(Endpoint.CHAT, CALLING, **asked, **ASKED))
+    assert streamed[-1]["usage"] == answer["usage"]
+    for choice, words in zip(answer["choices"], script_whole.choices, strict=True):
+        mine = [each for chunk in streamed for each in chunk["choices"] if each["index"] == choice["index"]]
+        deltas = [call for each in mine for call in each["delta"].get("tool_calls", [])]
+        [call] = choice["message"]["tool_calls"]
+        assert (choice["message"]["content"], choice["finish_reason"]) == (None, reason)
+        assert mine[-1]["finish_reason"] == reason
+        assert orjson.loads(call["function"]["arguments"]) == {"term": words.text}
+        assert "".join(delta["function"]["arguments"] for delta in deltas) == call["function"]["arguments"]
+        assert (deltas[0]["id"], deltas[0]["function"]["name"]) == (call["id"], "look_up")
+
+
+def test_a_response_calls_the_first_tool() -> None:
+    """An item of its own, the same streamed and whole; its events are numbered without a gap."""
+    tools = [{"type": "function", **TOOL}]
+    answer = whole(script(Endpoint.RESPONSES, CALLING, tools=tools))
+    [item] = answer["output"]
+    assert (item["type"], item["name"], list(orjson.loads(item["arguments"]))) == (
+        "function_call",
+        "look_up",
+        ["term"],
+    )
+    read = [orjson.loads(event.data or b"") for event in events(script(Endpoint.RESPONSES, CALLING, tools=tools))]
+    assert [event["sequence_number"] for event in read] == list(range(len(read)))
+    assert "".join(event["delta"] for event in read if event["type"].endswith(".delta")) == item["arguments"]
+    assert [event["item"] for event in read if event["type"] == "response.output_item.done"] == [item]
+    assert read[-1]["response"] == answer
+
+
+def test_without_a_tool_none_is_called() -> None:
+    """Who offers none gets words."""
+    for endpoint in (Endpoint.CHAT, Endpoint.COMPLETIONS, Endpoint.RESPONSES):
+        assert whole(script(endpoint, CALLING)) == whole(script(endpoint, Directions(tokens=3)))
+
+
 def test_both_encodings_of_a_vector_agree() -> None:
     """The SDK asks for base64 and gives floats to its user."""
     as_floats = whole(script(Endpoint.EMBEDDINGS, dimensions=16))["data"][0]["embedding"]

@@ -45,6 +45,24 @@ def test_a_stream_says_the_same_as_the_whole_answer() -> None:
     assert message["usage"] | {"output_tokens": 1} == said[0][1]["message"]["usage"]
 
 
+@pytest.mark.parametrize(("maximum", "reason"), [(9, "tool_use"), (2, "max_tokens")])
+def test_it_calls_the_first_tool(maximum: int, reason: str) -> None:
+    """With its words, the same streamed and whole."""
+    offered = {"name": "look_up", "input_schema": {"type": "object", "properties": {"term": {}}}}
+    calling = Directions(tool=True, tokens=3)
+    message = whole(script(calling, tools=[offered], max_tokens=maximum))
+    [block] = message["content"]
+    assert (block["type"], block["name"], message["stop_reason"]) == ("tool_use", "look_up", reason)
+    said = events(script(calling, tools=[offered], max_tokens=maximum, stream=True))
+    parts = [data["delta"]["partial_json"] for name, data in said if name == "content_block_delta"]
+    assert json.loads("".join(parts)) == block["input"] == {"term": block["input"]["term"]}
+    assert len(block["input"]["term"].split()) == message["usage"]["output_tokens"] == min(3, maximum)
+    begun = next(data["content_block"] for name, data in said if name == "content_block_start")
+    assert begun == {**block, "input": {}}
+    delta = next(data for name, data in said if name == "message_delta")
+    assert (delta["delta"]["stop_reason"], delta["usage"]) == (reason, message["usage"])
+
+
 @pytest.mark.parametrize(("maximum", "reason"), [(2, "max_tokens"), (3, "end_turn")])
 def test_the_maximum_ends_it(maximum: int, reason: str) -> None:
     """With the reason that says so."""

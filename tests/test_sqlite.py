@@ -82,7 +82,7 @@ WATCHED = binding(
         pytest.param([], id="open"),
         pytest.param([Settle("1", Exactly(Tokens(90, 60, 30, 20)), "complete")], id="exactly"),
         pytest.param([Settle("1", AtLeast(Tokens(90, 6, 1, 2)), "client_left")], id="at least"),
-        pytest.param([Settle("1", exactly(0, 0), "complete")], id="an explicit zero"),
+        pytest.param([Settle("1", exactly(0, 0), "complete", response_id="resp_1")], id="an explicit zero"),
         pytest.param([Settle("1", Unspent(1), "rejected")], id="a bad request"),
         pytest.param([Settle("1", Unspent(), "upstream_failed")], id="nothing at all"),
         pytest.param([Release("1")], id="released"),
@@ -201,6 +201,19 @@ async def test_what_is_not_there_is_not_read(store):
     assert await store.read_counters([]) == {}
     assert await store.read_entry("1") is None
     assert await store.apply([Release("1")], NOON) == [Unknown("1")]
+
+
+async def test_a_response_leads_to_the_call_that_made_it(store):
+    """Known from the commit of its settle on; of an id that came twice to the newest, whoever made that one."""
+    bob = replace(ANN, user="bob")
+    await store.apply([reserve("1", ANN, CALL), reserve("2", bob, CALL), reserve("3", ANN, CALL)], NOON)
+    assert await store.read_maker("resp_1") is None
+    [first] = await store.apply([Settle("1", exactly(1, 1), "complete", response_id="resp_1")], NOON)
+    assert await store.read_maker("resp_1") == first.entry
+    [_, second] = await store.apply([Expire("2"), Settle("2", exactly(1, 1), "complete", response_id="resp_1")], NOON)
+    await store.apply([Settle("3", exactly(1, 1), "complete")], NOON)
+    assert await store.read_maker("resp_1") == second.entry
+    assert await store.read_maker("' OR ''='") is None
 
 
 async def test_the_largest_numbers_are_read_as_they_were_written(store):

@@ -59,6 +59,8 @@ async def test_every_path_is_metered_answered_or_refused(tmp_path: Path) -> None
                 if (method, pattern) in metered:
                     assert response.status in (400, 404, 415), path
                     assert error.get("code") != "endpoint_not_allowed", path
+                elif pattern.startswith("/responses/{}"):
+                    assert (response.status, error["message"]) == (404, "Response with id 'x-1' not found."), path
                 elif pattern in ("/models", "/models/{}") and method == "GET":
                     assert response.status == (200 if pattern == "/models" else 404), path
                 else:
@@ -304,7 +306,7 @@ async def test_what_does_not_fit_is_refused_before_it_is_painted(tmp_path: Path)
     [
         ("/images/generations", {"model": "painter", "prompt": "x", "svg": {"model": "gpt-6-astra"}}, "svg"),
         ("/audio/speech", {"model": "voice", "input": "x", "voice": {"id": "voice_1"}}, "voice"),
-        ("/responses/compact", {"model": "fast", "previous_response_id": "resp_1"}, "previous_response_id"),
+        ("/responses/compact", {"model": "fast", "previous_response_id": ["resp_1"]}, "previous_response_id"),
         ("/responses/input_tokens", {"model": "fast", "conversation": "conv_1"}, "conversation"),
         ("/responses/compact", {"model": "fast", "input": [{"type": "item_reference", "id": "i"}]}, "input"),
         (

@@ -112,7 +112,7 @@ def test_calls_that_a_release_left_behind_go_on_in_the_next(engine, path):
     migrated(engine)
     assert rows(path, "counters") == before["counters"]
     for was, now in zip(before["calls"], rows(path, "calls"), strict=True):
-        added = {"maximum": 400, "counted_as": None}
+        added = {"maximum": 400, "counted_as": None, "response_id": None}
         assert now == added | {name: was[name] for name in was.keys() - {"lost_input", "lost_output"}}
     audit(path)
 

@@ -31,7 +31,7 @@ from proxy.endpoints import (
 )
 from proxy.errors import InvalidRequest, UpstreamError
 from proxy.forms import Form, FormReader
-from proxy.policy import Kind, Model, Upstream
+from proxy.policy import Allow, Kind, Model, Upstream
 from proxy.wire import (
     Call,
     error_event,
@@ -177,8 +177,9 @@ def test_refused_fields_are_refused_in_any_case(endpoint: Endpoint) -> None:
 @pytest.mark.parametrize("endpoint", METERED, ids=ids)
 @pytest.mark.parametrize(
     "name",
-    "api_base api_key base_url custom_host extra_headers fallbacks context_window_fallbacks content_policy_fallbacks "
-    "context_window_fallback_dict model_list models preset user_config".split(),
+    "api_base api_key base_url custom_host extra_body extra_headers fallbacks context_window_fallbacks models preset "
+    "content_policy_fallbacks context_window_fallback_dict custom_llm_provider deployment_id model_list "
+    "user_config".split(),
 )
 def test_no_field_changes_where_a_call_goes(endpoint: Endpoint, name: str) -> None:
     """Behind us may be another gateway that reads them (T24, CVE-2024-6587)."""
@@ -192,19 +193,18 @@ def test_no_field_changes_where_a_call_goes(endpoint: Endpoint, name: str) -> No
     [
         (RESPONSES, "background", True),
         (RESPONSES, "background", "true"),
-        (RESPONSES, "previous_response_id", "resp_1"),
         (RESPONSES, "conversation", "conv_1"),
         (RESPONSES, "conversation", {"id": "conv_1"}),
         (RESPONSES, "prompt", {"id": "pmpt_1"}),
-        (CHAT, "web_search_options", {}),
         (CHAT, "data_sources", [{"type": "azure_search"}]),
         (CHAT, "plugins", [{"id": "web"}]),
+        (CHAT, "search_parameters", {"mode": "on"}),
         (RESPONSES, "plugins", [{"id": "web"}]),
     ],
     ids=ids,
 )
 def test_what_costs_more_than_the_request_shows_is_refused(endpoint: Endpoint, name: str, value: object) -> None:
-    """Stored history, jobs in the background and hosted tools: a wallet hole until they are metered (T20)."""
+    """Stored history and jobs in the background: a wallet hole until they are metered (T20)."""
     error = refused(endpoint, **{name: value})
     assert (error.param, error.code) == (name, "unsupported_parameter")
 
@@ -212,41 +212,8 @@ def test_what_costs_more_than_the_request_shows_is_refused(endpoint: Endpoint, n
 def test_a_refused_field_may_say_that_it_is_not_used() -> None:
     """SDKs send null and false for what their user left alone."""
     parse(RESPONSES, background=False, previous_response_id=None, conversation=None, prompt=None)
-    parse(CHAT, web_search_options=None)
+    assert parse(RESPONSES, previous_response_id="").previous_response_id is None
     parse(CHAT, previous_response_id="mine", conversation="mine", background=True)  # nothing there reads them
-
-
-@pytest.mark.parametrize(
-    "tool",
-    [
-        {"type": "web_search"},
-        {"type": "mcp", "server_url": "http://x"},
-        {"type": None},
-        {},
-        "function",
-        None,
-        {"type": "tool_search"},
-        {"type": "tool_search", "execution": "server"},
-        {"type": "namespace", "name": "n"},
-        {"type": "namespace", "name": "n", "tools": [{"type": "function", "name": "f"}, {"type": "web_search"}]},
-        {"type": "namespace", "tools": [{"type": "namespace", "tools": [{"type": "mcp"}]}]},
-    ],
-)
-def test_hosted_tools_of_responses_are_refused(tool: object) -> None:
-    """They loop at the upstream, and each round costs tokens that nothing here bounds."""
-    error = refused(RESPONSES, tools=[{"type": "function", "name": "f"}, tool])
-    assert (error.param, error.code) == ("tools", "unsupported_parameter")
-
-
-def test_tools_that_the_client_runs_are_open() -> None:
-    """Functions and custom tools are text in and text out, and so are groups of them (Codex sends such) and a search
-    among them that the client makes; what is no list is for the upstream to refuse."""
-    own = [{"type": "function", "name": "f"}, {"type": "custom", "name": "c"}]
-    parse(RESPONSES, tools=own)
-    parse(RESPONSES, tools=[{"type": "namespace", "name": "n", "tools": own}])
-    parse(RESPONSES, tools=[{"type": "tool_search", "execution": "client", "parameters": {}}])
-    parse(RESPONSES, tools={"type": "web_search"})
-    parse(CHAT, tools=[{"type": "function"}])
 
 
 @pytest.mark.parametrize(
@@ -270,6 +237,25 @@ def test_items_that_show_their_content_are_open() -> None:
     ]
     for given_input in (items, "hi", None, 7, {"type": "item_reference"}):
         assert parse(RESPONSES, input=given_input).document["input"] == given_input
+
+
+@pytest.mark.parametrize("endpoint", [RESPONSES, COMPACT, INPUT_TOKENS], ids=ids)
+def test_what_a_call_goes_on_from_is_a_name(endpoint: Endpoint) -> None:
+    """It is looked up, so it is nothing else; whose it is, is decided where the books are."""
+    assert parse(endpoint, previous_response_id="resp_1").previous_response_id == "resp_1"
+    assert parse(CHAT, previous_response_id="resp_1").previous_response_id is None
+    for strange in (["resp_1"], {"id": "resp_1"}, 1, False):
+        assert refused(endpoint, previous_response_id=strange).param == "previous_response_id"
+
+
+def test_an_upstream_keeps_responses_only_where_it_may() -> None:
+    """OpenAI's keeps them unless it is told not to."""
+    forbidden = replace(model(), allow=Allow(store=False))
+    for said, may, sent_on in ((None, False, False), (False, False, False), (None, True, None), (True, True, True)):
+        document = {} if said is None else {"store": said}
+        forwarded = forwarded_body(parse(RESPONSES, **document), model() if may else forbidden)
+        assert json.loads(forwarded).get("store") is sent_on
+    assert "store" not in sent(parse(CHAT))
 
 
 # ------------------------------------------------------------------------------------------------------------ numbers
@@ -640,19 +626,6 @@ def test_an_error_in_a_response_has_both_forms() -> None:
     assert json.loads(second.removeprefix(b"data: ")) == {**flat, **error.body()}
 
 
-@pytest.mark.parametrize("endpoint", [RESPONSES, COMPACT, INPUT_TOKENS], ids=ids)
-def test_items_bring_in_no_hosted_tools(endpoint: Endpoint) -> None:
-    """Tools may come by an item too; what a server once listed is history."""
-    for kind in ("web_search", "mcp", "image_generation", "code_interpreter", "file_search", None):
-        item = {"type": "additional_tools", "role": "developer", "tools": [{"type": kind}]}
-        assert refused(endpoint, input=["text", item]).param == "tools"
-        group = {"type": "namespace", "name": "n", "tools": [{"type": kind}]}
-        assert refused(endpoint, input=[{"type": "tool_search_output", "tools": [group]}]).param == "tools"
-    own = {"type": "function", "name": "f"}
-    parse(endpoint, input=[{"type": "additional_tools", "tools": [own, {"type": "namespace", "tools": [own]}]}])
-    parse(endpoint, input=[{"type": "mcp_list_tools", "tools": [{"name": "f"}]}])
-
-
 def test_a_voice_is_one_that_everybody_has() -> None:
     """One of the account's own is somebody's."""
     assert refused(SPEECH, input="x", voice={"id": "voice_1"}).param == "voice"
@@ -798,9 +771,7 @@ def test_an_option_that_is_withheld_is_not_written() -> None:
     [
         ({"container": "container_1"}, "container"),
         ({"mcp_servers": [{"type": "url", "url": "https://mcp.example"}]}, "mcp_servers"),
-        ({"tools": [{"name": "f", "input_schema": {}}, {"type": "web_search_20250305"}]}, "tools"),
-        ({"tools": [{"type": "bash_20250124", "name": "bash"}]}, "tools"),
-        ({"tools": ["web_search"]}, "tools"),
+        ({"inference_geo": "us"}, "inference_geo"),
         ({"messages": [{"role": "user", "content": [{"type": "container_upload", "file_id": "file_1"}]}]}, "file_id"),
     ],
 )

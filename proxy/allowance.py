@@ -1,0 +1,111 @@
+"""What a request may use that costs, or reaches, beyond what quotas see: only what the policy allows.
+
+Tools that run at the upstream loop there on our key, those of Anthropic's bring input that the request doesn't show,
+and a tier of service changes the price. Each is refused unless the model, or its upstream, allows it, and the message
+says with which words. What stands for things stored in the account that all users share stays refused within tools
+that are allowed. Pure.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from proxy.endpoints import Endpoint
+from proxy.errors import InvalidRequest
+from proxy.policy import Allow
+from proxy.prompt import is_group, is_own_tool
+from proxy.wire import Call
+
+# The client runs these itself, and describes them in the request.
+_OWN_OF_MESSAGES = ("custom", None)
+# They cost no more than what is usual; null means the same. The last is Anthropic's, where `auto` is the other one.
+_USUAL_TIERS = (None, "auto", "default", "standard_only")
+# Members of tools that name what is stored in the account, whoever stored it.
+_STORED = frozenset("container_id file_id file_ids skill_id vector_store_id vector_store_ids".split())
+_SHOWN = 40
+
+
+def check_allowance(call: Call, allow: Allow) -> None:
+    """Raise InvalidRequest where a call uses what is not allowed."""
+    document = call.document
+    for tool in _tools_of(document):
+        if not _is_own(tool, call.endpoint):
+            _check_tool(tool, allow)
+    if call.endpoint.name == "chat" and document.get("web_search_options") not in (None, False):
+        _check_kind("web_search", allow, param="web_search_options")
+    tier = document.get("service_tier")
+    if tier not in _USUAL_TIERS and not (isinstance(tier, str) and tier in allow.service_tiers):
+        shown = str(tier)[:_SHOWN]
+        raise _not_allowed(f'"service_tier": "{shown}"', f"service_tiers: [{shown}]", param="service_tier")
+    if document.get("store") not in (None, False) and not allow.store:
+        raise _not_allowed('"store"', "store: true", param="store")
+
+
+def _is_own(tool: object, endpoint: Endpoint) -> bool:
+    """Whether the client runs it itself; what is within a group is asked for by itself."""
+    if not isinstance(tool, dict):
+        return False
+    kind = tool.get("type")
+    if endpoint.is_of_messages:  # whose tools need not say that they are custom
+        return kind in _OWN_OF_MESSAGES
+    return kind is not None and (is_group(tool) or is_own_tool(tool))
+
+
+def _tools_of(document: Mapping[str, Any]) -> Iterator[object]:
+    """Those of the request, those that come in by an item (`additional_tools`), and those within a namespace."""
+    waiting = _list(document.get("tools"))[:]
+    for item in _list(document.get("input")):
+        # The tools of `mcp_list_tools` are no offer but what a server once listed.
+        if isinstance(item, dict) and item.get("type") != "mcp_list_tools":
+            waiting += _list(item.get("tools"))
+    while waiting:
+        tool = waiting.pop()
+        yield tool
+        waiting += _list(tool.get("tools")) if isinstance(tool, dict) else ()
+
+
+def _check_tool(tool: object, allow: Allow) -> None:
+    _check_kind(tool.get("type") if isinstance(tool, dict) else None, allow, param="tools")
+    assert isinstance(tool, dict), "it has a type"
+    # What is within it was handed out by itself; the schema of a function may name its parameters as it likes.
+    waiting: list[object] = [{name: value for name, value in tool.items() if name != "tools"}]
+    while waiting:  # not recursive: no depth overflows the stack
+        value = waiting.pop()
+        if isinstance(value, list):
+            waiting += value
+        elif isinstance(value, dict):
+            _check_members(value)
+            waiting += value.values()
+
+
+def _check_kind(kind: object, allow: Allow, *, param: str) -> None:
+    if not isinstance(kind, str) or kind not in allow.tools:
+        shown = str(kind)[:_SHOWN]
+        raise _not_allowed(
+            f'A tool of type "{shown}", which is the upstream\'s own,', f"tools: [{shown}]", param=param
+        )
+
+
+def _check_members(part: Mapping[str, Any]) -> None:
+    """Refuse what names stored things; a container may only be a new one."""
+    for name, value in part.items():
+        is_stored = name in _STORED and value not in (None, [])
+        if is_stored or (name == "container" and value not in (None, {"type": "auto"})):
+            raise InvalidRequest(
+                f'"{name}" can\'t be used in tools here: it refers to things stored at the upstream, in an account '
+                "that all users of this proxy share.",
+                param="tools",
+                code="unsupported_parameter",
+            )
+
+
+def _not_allowed(what: str, setting: str, *, param: str) -> InvalidRequest:
+    return InvalidRequest(
+        f"{what} can't be used here. The operator of this proxy can open it for a model or an upstream, with "
+        f'"allow: {{{setting}}}".',
+        param=param,
+        code="unsupported_parameter",
+    )
+
+
+def _list(value: object) -> list[Any]:
+    return value if isinstance(value, list) else []
