@@ -7,7 +7,7 @@ RFC 9110 §7.6.1 (hop-by-hop), and what was seen of the vendors' headers.
 
 from collections.abc import Collection, Sequence
 
-from proxy.anthropic import VERSION
+from proxy.anthropic import USUAL_BETAS, VERSION
 from proxy.policy import Kind, Secret
 
 Headers = Sequence[tuple[str, str]]
@@ -41,8 +41,8 @@ def to_upstream(
 ) -> dict[str, str]:
     """The headers of the forwarded request: a few of the client's, our key, and no compression to undo.
 
-    `betas` are those of Anthropic's that may be asked for. Others are left out, and what needs them is refused by the
-    upstream itself: clients name a handful with each request, whether or not they use them.
+    `betas` are those of Anthropic's that may be asked for beside the usual ones. Others are left out, and what needs
+    them is refused by the upstream itself: clients name a handful with each request, whether or not they use them.
     """
     passing = _TO_UPSTREAM - _of_this_connection(headers)
     sent = {name.lower(): value for name, value in headers if name.lower() in passing}
@@ -50,7 +50,7 @@ def to_upstream(
     sent["accept-encoding"] = "identity"
     if kind == "anthropic":
         sent.setdefault("anthropic-version", VERSION)
-        if asked := [beta for beta in _listed(headers, "anthropic-beta") if beta in betas]:
+        if asked := [beta for beta in _listed(headers, "anthropic-beta") if beta in USUAL_BETAS or beta in betas]:
             sent["anthropic-beta"] = ",".join(asked)
     if kind == "llamacpp" and is_stream:
         # It says that it keeps the connection after a stream, and closes it: the next call would go nowhere.

@@ -141,6 +141,16 @@ def test_a_beta_is_asked_for_where_the_operator_lets_it_pass(
     assert to_upstream(headers, kind=kind, api_key=KEY, betas=allowed).get("anthropic-beta") == sent
 
 
+def test_a_beta_that_changes_neither_price_nor_reach_is_asked_for() -> None:
+    """Whatever the operator lists beside it; what costs more or reaches further is not among them."""
+    asked = ("claude-code-20250219", "context-1m-2025-08-07", "context-management-2025-06-27", "fast-mode-2026-02-01")
+    headers = [("anthropic-beta", ",".join(asked))]
+    sent = to_upstream(headers, kind="anthropic", api_key=KEY)["anthropic-beta"]
+    assert sent == "claude-code-20250219,context-management-2025-06-27"
+    sent = to_upstream(headers, kind="anthropic", api_key=KEY, betas=["context-1m-2025-08-07"])["anthropic-beta"]
+    assert sent == "claude-code-20250219,context-1m-2025-08-07,context-management-2025-06-27"
+
+
 def test_the_body_is_ours_and_the_answer_is_not_to_be_compressed() -> None:
     """Whatever the client said of its own body and of what it takes."""
     sent = up(("Content-Type", "application/json; charset=latin-1"), ("Accept-Encoding", "gzip, br"))
