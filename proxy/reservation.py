@@ -30,8 +30,6 @@ STEP = 1024
 # tokenizer than its own it may come out at twice as much. One that goes on and on did not read it.
 _RUNAWAY = 2
 _TOLERANCE = 64
-# What is held for an input by its bytes shrinks to a fourth for prose; to less than an eighth it need not.
-_SHRINKS_TO = 8
 
 
 class Reservation:
