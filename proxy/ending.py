@@ -148,7 +148,7 @@ class _Form:
 
 
 _NO_TEXT: JSON = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
-# Those that can occur where hosted tools are not open.
+# What a model writes itself. The items of tools that run at the upstream are closed without their texts.
 _FORMS = (
     _Form("response.output_text", "text", "content", "content_index", _NO_TEXT),
     _Form("response.refusal", "refusal", "content", "content_index", {"type": "refusal"}),
