@@ -299,6 +299,9 @@ def modules_without_a_docstring() -> Iterator[tuple[str, str]]:
 
 def modules_not_in_the_contents() -> Iterator[tuple[str, str]]:
     contents = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    for row in re.findall(r"^\| .*", contents.partition("## The house rules")[0], flags=re.MULTILINE):
+        if row.count("|") != 3:
+            yield row, f"a table in CONTRIBUTING.md has a row that is not of two columns: {row}"
     listed = [name for name in re.findall(r"^\| `(\w+)` \|", contents, flags=re.MULTILINE) if name in ORDER]
     for module in ORDER:
         if module not in listed:
