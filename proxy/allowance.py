@@ -6,17 +6,15 @@ says with which words. What stands for things stored in the account that all use
 that are allowed. Pure.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from proxy.endpoints import Endpoint
 from proxy.errors import InvalidRequest
 from proxy.policy import Allow
-from proxy.prompt import is_group, is_own_tool
+from proxy.prompt import is_run_by_client, tools_of
 from proxy.wire import Call
 
-# The client runs these itself, and describes them in the request.
-_OWN_OF_MESSAGES = ("custom", None)
 # They cost no more than what is usual; null means the same. The last is Anthropic's, where `auto` is the other one.
 _USUAL_TIERS = (None, "auto", "default", "standard_only")
 # Members of tools that name what is stored in the account, whoever stored it.
@@ -27,8 +25,8 @@ _SHOWN = 40
 def check_allowance(call: Call, allow: Allow) -> None:
     """Raise InvalidRequest where a call uses what is not allowed."""
     document = call.document
-    for tool in _tools_of(document):
-        if not _is_own(tool, call.endpoint):
+    for tool in tools_of(document):
+        if not _is_open(tool, call.endpoint):
             _check_tool(tool, allow)
     if call.endpoint.name == "chat" and document.get("web_search_options") not in (None, False):
         _check_kind("web_search", allow, param="web_search_options")
@@ -40,32 +38,17 @@ def check_allowance(call: Call, allow: Allow) -> None:
         raise _not_allowed('"store"', "store: true", param="store")
 
 
-def _is_own(tool: object, endpoint: Endpoint) -> bool:
-    """Whether the client runs it itself; what is within a group is asked for by itself."""
-    if not isinstance(tool, dict):
-        return False
-    kind = tool.get("type")
-    if endpoint.is_of_messages:  # whose tools need not say that they are custom
-        return kind in _OWN_OF_MESSAGES
-    return kind is not None and (is_group(tool) or is_own_tool(tool))
-
-
-def _tools_of(document: Mapping[str, Any]) -> Iterator[object]:
-    """Those of the request, those that come in by an item (`additional_tools`), and those within a namespace."""
-    waiting = _list(document.get("tools"))[:]
-    for item in _list(document.get("input")):
-        # The tools of `mcp_list_tools` are no offer but what a server once listed.
-        if isinstance(item, dict) and item.get("type") != "mcp_list_tools":
-            waiting += _list(item.get("tools"))
-    while waiting:
-        tool = waiting.pop()
-        yield tool
-        waiting += _list(tool.get("tools")) if isinstance(tool, dict) else ()
+def _is_open(tool: object, endpoint: Endpoint) -> bool:
+    """Whether it is for the client to run; on Anthropic's surface such a tool need not say its type."""
+    has_type = isinstance(tool, dict) and tool.get("type") is not None
+    return is_run_by_client(tool) and (has_type or endpoint.is_of_messages)
 
 
 def _check_tool(tool: object, allow: Allow) -> None:
-    _check_kind(tool.get("type") if isinstance(tool, dict) else None, allow, param="tools")
-    assert isinstance(tool, dict), "it has a type"
+    if not isinstance(tool, dict) or not isinstance(tool.get("type"), str):
+        text = 'Each of "tools" must be an object that says its "type", such as "function".'
+        raise InvalidRequest(text, param="tools", code="unsupported_parameter")
+    _check_kind(tool["type"], allow, param="tools")
     # What is within it was handed out by itself; the schema of a function may name its parameters as it likes.
     waiting: list[object] = [{name: value for name, value in tool.items() if name != "tools"}]
     while waiting:  # not recursive: no depth overflows the stack
@@ -77,9 +60,9 @@ def _check_tool(tool: object, allow: Allow) -> None:
             waiting += value.values()
 
 
-def _check_kind(kind: object, allow: Allow, *, param: str) -> None:
-    if not isinstance(kind, str) or kind not in allow.tools:
-        shown = str(kind)[:_SHOWN]
+def _check_kind(kind: str, allow: Allow, *, param: str) -> None:
+    if kind not in allow.tools:
+        shown = kind[:_SHOWN]
         raise _not_allowed(
             f'A tool of type "{shown}", which is the upstream\'s own,', f"tools: [{shown}]", param=param
         )
@@ -105,7 +88,3 @@ def _not_allowed(what: str, setting: str, *, param: str) -> InvalidRequest:
         param=param,
         code="unsupported_parameter",
     )
-
-
-def _list(value: object) -> list[Any]:
-    return value if isinstance(value, list) else []

@@ -9,7 +9,7 @@ Sources: OpenAI's cookbook for what is added to each message, its documents of 2
 prices. Neither is a promise; the upstream's own count goes before ours wherever there is one.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -43,7 +43,8 @@ _UNREAD_FIELDS = frozenset(
 _NAME_CHARACTERS_MAX = 40
 # Fields that stand for tokens which are not in the request. A template of the client's own may write any number.
 _OPEN_FIELDS = ("conversation", "web_search_options", "chat_template")
-_OWN_TOOLS = ("function", "custom", None)
+# Whose type may be left out at some servers.
+_RUN_BY_CLIENT = ("function", "custom", None)
 _CONTENTS = ("content", "output")
 _UNREAD_IN_A_TURN = ("type", "id", "status")
 _SAYS_SOMETHING = frozenset(("content", "tool_calls", "function_call", "refusal"))
@@ -147,30 +148,27 @@ def parts_of(document: Mapping[str, Any]) -> list[dict[str, Any]]:
     return found
 
 
-def tools_in(tools: object) -> Iterator[object]:
-    """The tools of a list; in place of a group, those that it has."""
-    waiting = _list(tools)[::-1]
-    while waiting:  # not recursive: no depth overflows the stack
-        tool = waiting.pop()
-        if is_group(tool):
-            waiting += _list(_member(tool, "tools"))[::-1]
-        else:
-            yield tool
+def tools_of(document: Mapping[str, Any]) -> list[Any]:
+    """The tools that a request offers: its own, those that come in by an item, and those within either."""
+    found = _list(document.get("tools"))[:]
+    for item in _list(document.get("input")):
+        # The tools of `mcp_list_tools` are no offer but what a server once listed.
+        found += _list(_member(item, "tools")) if _member(item, "type") != "mcp_list_tools" else ()
+    for tool in found:  # which grows meanwhile
+        found += _list(_member(tool, "tools"))
+    return found
 
 
-def is_group(tool: object) -> bool:
-    """Whether a tool is a namespace, which only names a group of others."""
-    return _member(tool, "type") == "namespace" and isinstance(_member(tool, "tools"), list)
-
-
-def is_own_tool(tool: object) -> bool:
+def is_run_by_client(tool: object) -> bool:
     """Whether the client runs a tool itself, and the request shows all that the model reads of it.
 
-    So it is with a search among tools that the client makes; one that the upstream makes reads what it likes.
+    So it is with a search among tools that the client makes; one that the upstream makes reads what it likes. A
+    namespace only names a group of others, each of which is asked for by itself.
     """
     kind = _member(tool, "type")
-    is_own_search = kind == "tool_search" and _member(tool, "execution") == "client"
-    return isinstance(tool, dict) and (kind in _OWN_TOOLS or is_own_search)
+    is_search = kind == "tool_search" and _member(tool, "execution") == "client"
+    is_group = kind == "namespace" and isinstance(_member(tool, "tools"), list)
+    return isinstance(tool, dict) and (kind in _RUN_BY_CLIENT or is_search or is_group)
 
 
 def _member(value: object, name: str) -> object:
@@ -182,8 +180,7 @@ def _is_open(document: Mapping[str, Any]) -> bool:
         return True
     if isinstance(document.get("prompt"), dict):  # a template that is stored at the upstream
         return True
-    holders = [document, *(item for item in _list(document.get("input")) if isinstance(item, dict))]
-    return not all(is_own_tool(tool) for holder in holders for tool in tools_in(holder.get("tools")))
+    return not all(map(is_run_by_client, tools_of(document)))
 
 
 def _list(value: object) -> list[Any]:

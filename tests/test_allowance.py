@@ -84,6 +84,12 @@ def test_anthropic_s_own_tools_are_open_only_by_their_types(endpoint: Endpoint) 
     assert refused(RESPONSES, tools=[{"name": "f"}]).param == "tools"  # there it would need its type
 
 
+def test_a_tool_without_a_type_is_for_its_user_to_mend() -> None:
+    """No setting of the operator's could open it."""
+    message = refused(RESPONSES, tools=[{"name": "f"}]).message
+    assert ('says its "type"' in message, "allow" in message) == (True, False)
+
+
 def test_tools_that_are_allowed_are_open_and_no_others() -> None:
     """By the very type that the request names."""
     allow = Allow(frozenset(["web_search", "mcp", "code_interpreter"]))
