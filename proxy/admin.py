@@ -2,7 +2,7 @@
 
 from aiohttp import web
 
-from proxy.answering import in_openai_shape
+from proxy.answering import answer_errors
 from proxy.health import Health
 from proxy.metrics import Metrics
 
@@ -16,7 +16,7 @@ class Admin:
 
     def application(self) -> web.Application:
         """The application."""
-        application = web.Application(middlewares=[in_openai_shape])
+        application = web.Application(middlewares=[answer_errors])
         application.router.add_routes([*self._health.routes(), web.get("/metrics", self._exposition)])
         return application
 

@@ -7,6 +7,7 @@ import structlog
 from aiohttp import hdrs, web
 
 from proxy import anthropic
+from proxy.endpoints import is_path_of_messages
 from proxy.errors import NotServed, ProxyError
 from proxy.headers import NAME
 from proxy.strict_json import dump
@@ -19,8 +20,8 @@ log = structlog.get_logger("answering")
 
 
 @web.middleware
-async def in_openai_shape(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Answer every error as `{"error": {…}}`, with the request's id."""
+async def answer_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Answer every error in the shape of the surface that was asked, with the request's id."""
     try:
         return await handler(request)
     except ProxyError as error:
@@ -48,7 +49,7 @@ def error_response(error: ProxyError, request: web.BaseRequest) -> web.Response:
     if id is not None:
         headers["x-request-id"] = id
     body = error.body()
-    if anthropic.is_its_path(request.path):
+    if is_path_of_messages(request.path):
         headers |= {} if id is None else {"request-id": id}
         body = anthropic.error_body(error, id)
     return web.Response(status=error.status, headers=headers, body=dump(body))

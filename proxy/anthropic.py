@@ -48,12 +48,6 @@ _TYPES = {
 _INPUTS = ("input_tokens", "cache_creation_input_tokens", "cache_read_input_tokens")
 
 
-def is_its_path(path: str) -> bool:
-    """Whether a request's path is one of this surface, metered or not."""
-    relative = path.removeprefix("/v1")
-    return relative == "/messages" or relative.startswith("/messages/")
-
-
 def error_body(error: ProxyError, request_id: str | None = None) -> dict[str, object]:
     """The body of an error, in Anthropic's shape."""
     usual = {"type": type_of(error.status), "message": error.message}

@@ -1,4 +1,4 @@
-"""The OpenAI surface: the paths of `endpoints`, each with and without `/v1`; everything else is a 404.
+"""What users call: the paths of `endpoints` behind each of their prefixes; everything else is a 404.
 
 A handler authenticates, reads and checks the request, and hands the call to the relay in a task of its own. Then
 it only waits: the server cancels it when the client hangs up, and it passes that on.
@@ -12,7 +12,7 @@ from functools import partial
 import structlog
 from aiohttp import hdrs, web
 
-from proxy.answering import REQUEST_ID, Handler, in_openai_shape, not_served
+from proxy.answering import REQUEST_ID, Handler, answer_errors, not_served
 from proxy.auth import identify
 from proxy.bodies import read_body, read_form, when_it_is_read
 from proxy.client import Client
@@ -64,7 +64,7 @@ class Api:
     def application(self) -> web.Application:
         """The application, to be served with `handler_cancellation` on."""
         application = web.Application(
-            middlewares=[self._give_id, self._cors.answer_preflight, in_openai_shape, well_framed, _without_upgrade]
+            middlewares=[self._give_id, self._cors.answer_preflight, answer_errors, well_framed, _without_upgrade]
         )
         application.on_response_prepare.append(self._cors.mark)
         application.router.add_routes(self._health.routes())

@@ -301,8 +301,16 @@ CLOSED = (
 
 def closed(method: str, path: str) -> Closed | None:
     """Why a path that is not served is not, where it is one that we know; `path` with any prefix, or none."""
-    relative = _PREFIX.sub("", path, count=1)
-    return next((row for row in CLOSED if row.covers(method, relative)), None)
+    return next((row for row in CLOSED if row.covers(method, _relative(path))), None)
+
+
+def is_path_of_messages(path: str) -> bool:
+    """Whether a path is one of Anthropic's surface, metered or not; with any prefix, or none."""
+    return _matches("/messages/**", _relative(path))
+
+
+def _relative(path: str) -> str:
+    return _PREFIX.sub("", path, count=1)
 
 
 def _matches(pattern: str, path: str) -> bool:

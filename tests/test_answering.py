@@ -8,7 +8,7 @@ from aiohttp import web
 from aiohttp.test_utils import make_mocked_request
 from structlog.testing import capture_logs
 
-from proxy.answering import REQUEST_ID, in_openai_shape
+from proxy.answering import REQUEST_ID, answer_errors
 from proxy.errors import BodyTooLarge, LedgerUnavailable, ProxyError
 
 
@@ -18,7 +18,7 @@ async def _answer(error: Exception) -> tuple[web.StreamResponse, dict[str, Any]]
 
     request = make_mocked_request("POST", "/v1/x")
     request[REQUEST_ID] = "req_1"
-    response = await in_openai_shape(request, handler)
+    response = await answer_errors(request, handler)
     assert isinstance(response, web.Response)
     assert isinstance(response.body, bytes)
     return response, json.loads(response.body)["error"]
@@ -61,8 +61,8 @@ async def test_a_good_answer_passes() -> None:
         raise ProxyError("no")
 
     request = make_mocked_request("GET", "/x")
-    assert (await in_openai_shape(request, good)).status == 200
-    assert "x-request-id" not in (await in_openai_shape(request, bad)).headers
+    assert (await answer_errors(request, good)).status == 200
+    assert "x-request-id" not in (await answer_errors(request, bad)).headers
 
 
 async def test_errors_on_anthropic_s_paths_have_its_shape() -> None:
@@ -72,9 +72,9 @@ async def test_errors_on_anthropic_s_paths_have_its_shape() -> None:
         raise LedgerUnavailable
 
     request = make_mocked_request("POST", "/v1/messages/x")
-    nameless = await in_openai_shape(request, bad)
+    nameless = await answer_errors(request, bad)
     request[REQUEST_ID] = "req_1"
-    response = await in_openai_shape(request, bad)
+    response = await answer_errors(request, bad)
     assert isinstance(response, web.Response)
     assert isinstance(response.body, bytes)
     told = json.loads(response.body)

@@ -7,29 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.anthropic import error_body, is_its_path, limit_headers, read_usage, type_of
+from proxy.anthropic import error_body, limit_headers, read_usage, type_of
 from proxy.errors import InvalidRequest, LedgerUnavailable, Refusal, UpstreamError
 from proxy.standing import rate_limit_headers, standings
 from proxy.usage import Amount, Tokens
 from tests.builders import NOON, binding, counters, quota
-
-
-@pytest.mark.parametrize(
-    ("path", "is_its"),
-    [
-        ("/v1/messages", True),
-        ("/messages", True),
-        ("/v1/messages/count_tokens", True),
-        ("/messages/batches/b/results", True),
-        ("/v1/messagesx", False),
-        ("/v1/chat/completions", False),
-        ("/v1/chat/completions/c/messages", False),
-        ("/", False),
-    ],
-)
-def test_the_surface_is_told_by_the_path(path: str, is_its: bool) -> None:
-    """Before anything of a request is read: also a wrong key is answered in its shape."""
-    assert is_its_path(path) == is_its
 
 
 def test_an_error_keeps_what_we_say_to_programs() -> None:

@@ -11,7 +11,17 @@ import openai
 import pytest
 from openai.lib import azure
 
-from proxy.endpoints import CLOSED, KEPT, METERED, PREFIXES, RESPONSE_ID, Endpoint, Kept, closed
+from proxy.endpoints import (
+    CLOSED,
+    KEPT,
+    METERED,
+    PREFIXES,
+    RESPONSE_ID,
+    Endpoint,
+    Kept,
+    closed,
+    is_path_of_messages,
+)
 
 # What the proxy answers by itself.
 ANSWERED = {("GET", "/models"), ("GET", "/models/{}")}
@@ -174,3 +184,22 @@ def test_every_path_of_anthropic_s_sdk_is_decided() -> None:
 def test_no_row_is_there_twice() -> None:
     """A second reason would never be read."""
     assert len({(row.method, row.pattern) for row in CLOSED}) == len(CLOSED)
+
+
+@pytest.mark.parametrize(
+    ("path", "is_its"),
+    [
+        ("/messages", True),
+        ("/messages/count_tokens", True),
+        ("/messages/batches/b/results", True),
+        ("/messagesx", False),
+        ("/chat/completions", False),
+        ("/chat/completions/c/messages", False),
+        ("/", False),
+    ],
+)
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_anthropic_s_surface_is_told_by_the_path(prefix: str, path: str, is_its: bool) -> None:
+    """Before anything of a request is read, and behind each prefix that is served: also a wrong key is answered in
+    its shape."""
+    assert is_path_of_messages(prefix + path) == is_its
