@@ -9,7 +9,7 @@ that are allowed. Pure.
 from collections.abc import Mapping
 from typing import Any
 
-from proxy.endpoints import Endpoint
+from proxy.endpoints import STORED, Endpoint
 from proxy.errors import InvalidRequest
 from proxy.policy import Allow
 from proxy.prompt import is_run_by_client, tools_of
@@ -18,7 +18,7 @@ from proxy.wire import Call
 # They cost no more than what is usual; null means the same. The last is Anthropic's, where `auto` is the other one.
 _USUAL_TIERS = (None, "auto", "default", "standard_only")
 # Members of tools that name what is stored in the account, whoever stored it.
-_STORED = frozenset("container_id file_id file_ids skill_id vector_store_id vector_store_ids".split())
+_NAMES_OF_STORED = frozenset("container_id file_id file_ids skill_id vector_store_id vector_store_ids".split())
 _SHOWN = 40
 
 
@@ -71,13 +71,10 @@ def _check_kind(kind: str, allow: Allow, *, param: str) -> None:
 def _check_members(part: Mapping[str, Any]) -> None:
     """Refuse what names stored things; a container may only be a new one."""
     for name, value in part.items():
-        is_stored = name in _STORED and value not in (None, [])
+        is_stored = name in _NAMES_OF_STORED and value not in (None, [])
         if is_stored or (name == "container" and value not in (None, {"type": "auto"})):
             raise InvalidRequest(
-                f'"{name}" can\'t be used in tools here: it refers to things stored at the upstream, in an account '
-                "that all users of this proxy share.",
-                param="tools",
-                code="unsupported_parameter",
+                f'"{name}" can\'t be used in tools here: {STORED}.', param="tools", code="unsupported_parameter"
             )
 
 

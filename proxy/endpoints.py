@@ -47,12 +47,18 @@ _REROUTING = dict.fromkeys(
 )
 # Azure's own data: searched by the upstream, with its operator's rights. OpenRouter's plugins and xAI's parameters
 # search the web.
-_HOSTED = dict.fromkeys(("data_sources", "plugins", "search_parameters"), "hosted tools are not open on this proxy")
-STORED = "it refers to things stored at the upstream, whose tokens this request does not show"
+_SEARCHES = dict.fromkeys(
+    ("data_sources", "plugins", "search_parameters"),
+    "the upstream would search by it, and no setting of this proxy opens that. Send what the model is to read",
+)
+STORED = (
+    "it refers to things stored at the upstream, in an account that all users share, and the request does not show "
+    "their tokens. Send their content instead"
+)
 _NO_STATE = {
     **_REROUTING,
-    **_HOSTED,
-    "background": "its cost would arise after the answer",
+    **_SEARCHES,
+    "background": "its cost would arise after the answer. Leave it out, and stream the answer if it is long",
     "conversation": STORED,
     "prompt": STORED,
 }
@@ -129,7 +135,7 @@ CHAT = Endpoint(
     "/chat/completions",
     "tokens",
     maxima=("max_completion_tokens", "max_tokens"),
-    refused={**_REROUTING, **_HOSTED},
+    refused={**_REROUTING, **_SEARCHES},
 )
 COMPLETIONS = Endpoint("completions", "/completions", "tokens", maxima=("max_tokens",))
 EMBEDDINGS = Endpoint("embeddings", "/embeddings", "tokens")

@@ -10,8 +10,8 @@
     │   ├── ResponseNotFound      404  no response of this user's, whether or not it is somebody else's
     │   │   └── PreviousNotFound      404  the same, of one that a request goes on from
     │   ├── NotServed             404  a path or method that this proxy does not forward
-    │   ├── TooSlow               408  the head or the body took longer than it may
     │   │   └── NotAllowed            404  one that it knows, with the reason
+    │   ├── TooSlow               408  the head or the body took longer than it may
     │   ├── NoUpgrade             426  a WebSocket was asked for, which nothing could meter
     │   ├── BodyTooLarge          413
     │   └── UnsupportedEncoding   415
@@ -125,18 +125,18 @@ class NotServed(RequestError):
     status = 404
 
 
+class NotAllowed(NotServed):
+    """A path that is known and not forwarded: it would leak, or no quota could count it. The message says why."""
+
+    code = "endpoint_not_allowed"
+
+
 class TooSlow(RequestError):
     """The request did not come in the time that it may take."""
 
     status = 408
     closes = True
     code = "request_timeout"
-
-
-class NotAllowed(NotServed):
-    """A path that is known and not forwarded: it would leak, or no quota could count it. The message says why."""
-
-    code = "endpoint_not_allowed"
 
 
 class NoUpgrade(RequestError):

@@ -240,7 +240,12 @@ def _refuse_fields(endpoint: Endpoint, document: Mapping[str, Any]) -> None:
         if not isinstance(document.get("previous_response_id"), str | None):
             raise InvalidRequest('"previous_response_id" must be a text.', param="previous_response_id")
     if isinstance(document.get("voice"), dict):
-        raise InvalidRequest(f'"voice" must be a name here: {STORED}.', param="voice", code="unsupported_parameter")
+        raise InvalidRequest(
+            '"voice" must be the name of a public voice here: one of your own would be stored in an account that all '
+            "users share.",
+            param="voice",
+            code="unsupported_parameter",
+        )
 
 
 def _refuse_unclear_usage_option(options: object) -> None:
