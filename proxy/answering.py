@@ -9,7 +9,7 @@ from aiohttp import hdrs, web
 from proxy import anthropic
 from proxy.endpoints import is_path_of_messages
 from proxy.errors import NotServed, ProxyError
-from proxy.headers import NAME
+from proxy.headers import NAME, OF_JSON
 from proxy.strict_json import dump
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -44,7 +44,7 @@ async def not_served(request: web.Request) -> web.StreamResponse:
 
 def error_response(error: ProxyError, request: web.BaseRequest) -> web.Response:
     """The answer that an error is."""
-    headers = {"content-type": "application/json", "cache-control": "no-store", "server": NAME, **error.headers}
+    headers = {**OF_JSON, "server": NAME, **error.headers}
     id = request.get(REQUEST_ID)
     if id is not None:
         headers["x-request-id"] = id

@@ -21,7 +21,7 @@ from proxy.cors import Cors
 from proxy.endpoints import KEPT, METERED, PREFIXES, Endpoint, Kept, closed
 from proxy.errors import NotAllowed, NoUpgrade, ProxyError
 from proxy.framing import well_framed
-from proxy.headers import NAME
+from proxy.headers import NAME, OF_JSON
 from proxy.health import Health
 from proxy.owned import Asked, Owned
 from proxy.passage import Passage, no_such_model, passage_for
@@ -199,10 +199,5 @@ def _model(name: str) -> dict[str, object]:
 
 
 def _json(value: object, request: web.Request) -> web.Response:
-    headers = {
-        "content-type": "application/json",
-        "cache-control": "no-store",
-        "x-request-id": request[REQUEST_ID],
-        "server": NAME,
-    }
+    headers = {**OF_JSON, "x-request-id": request[REQUEST_ID], "server": NAME}
     return web.Response(headers=headers, body=dump(value))

@@ -56,9 +56,7 @@ class Way:
 
     def body(self, entry: Entry) -> bytes | Spliced:
         """What is sent, with its maximum lowered where less is left than it wants."""
-        if entry.capped_by:
-            return self.passage.lowered_body(entry)
-        return self.passage.body() if self._body is None else self._body
+        return self.passage.body_for(entry) if self._body is None or entry.capped_by else self._body
 
 
 class Ways:

@@ -14,6 +14,8 @@ Headers = Sequence[tuple[str, str]]
 
 # What we call ourselves in `Server`: the library would name itself and its version.
 NAME = "llm-quota-proxy"
+# Those of every answer in JSON that is written here.
+OF_JSON = {"content-type": "application/json", "cache-control": "no-store"}
 
 _TO_UPSTREAM = frozenset(
     (

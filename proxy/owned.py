@@ -18,14 +18,13 @@ from proxy.endpoints import RESPONSE_ID, Kept
 from proxy.errors import PreviousNotFound, ProxyError, ResponseNotFound, UpstreamError
 from proxy.failures import failure_of
 from proxy.habits import address_at
-from proxy.headers import to_client, to_upstream
+from proxy.headers import OF_JSON, to_client, to_upstream
 from proxy.ledger import Ledger
 from proxy.passage import Passage
 from proxy.policy import Model, Policy, Upstream, User
 from proxy.upstream import Answer, Upstreams
 
 _SHOWN = 80
-_JSON = {"content-type": "application/json", "cache-control": "no-store"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,4 +123,4 @@ async def _pass_on_failure(answer: Answer, upstream: Upstream, client: Client) -
     failure = failure_of(answer.status, await answer.beginning(), answer.retry_after, upstream)
     if isinstance(failure, ProxyError):
         raise failure
-    client.send(failure.status, _JSON, failure.body)
+    client.send(failure.status, OF_JSON, failure.body)

@@ -82,8 +82,11 @@ class Passage:
         return Spliced(self.spool, start=start, end=end, patch=name)
 
     def body_for(self, entry: Entry) -> bytes | Spliced:
-        """The body to send for what is held."""
-        return self.lowered_body(entry) if entry.capped_by else self.body()
+        """The body to send for what is held; where that is less than the call wants, its maximum is lowered to it."""
+        if not entry.capped_by:
+            return self.body()
+        assert entry.maximum is not None, "what is capped has a maximum"
+        return forwarded_body(self.call, self.model, maximum=entry.maximum // self.call.choices)
 
     def without_option(self) -> "Passage":
         """The same, but that we don't ask for the usage of its stream."""
@@ -97,11 +100,6 @@ class Passage:
             return to_upstream(self.client.headers, kind=kind, api_key=api_key, betas=betas, is_stream=is_stream)
         content_type = self.call.form.content_type
         return to_upstream(self.client.headers, kind=kind, api_key=api_key, content_type=content_type)
-
-    def lowered_body(self, entry: Entry) -> bytes:
-        """The body to send where less is left than the call wants: with its maximum lowered to its share."""
-        assert entry.maximum is not None, "what is capped has a maximum"
-        return forwarded_body(self.call, self.model, maximum=entry.maximum // self.call.choices)
 
     def refusal(self, answer: NotBooked, now: int, *, busy_s: int) -> ProxyError:
         """Why this call is not let in, for its client; `busy_s` is how long calls in flight will take."""

@@ -30,7 +30,6 @@ from proxy.wire import error_event
 
 # How long a finished stream may take to close, so that its connection can be used again.
 _CLOSE_S = 1.0
-_JSON = {"content-type": "application/json", "cache-control": "no-store"}
 
 log = structlog.get_logger("relay")
 
@@ -187,7 +186,9 @@ class Relay:
             await reservation.release()
         if isinstance(failure, ProxyError):
             raise failure
-        passage.client.send(failure.status, {**self._quota_headers(passage, reservation), **_JSON}, failure.body)
+        passage.client.send(
+            failure.status, {**self._quota_headers(passage, reservation), **headers.OF_JSON}, failure.body
+        )
 
     def _head(self, answer: Answer, passage: Passage, reservation: Reservation) -> dict[str, str]:
         passed = headers.to_client(answer.headers, is_stream=answer.is_stream)

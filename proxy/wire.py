@@ -280,7 +280,10 @@ def _refuse_references(items: object) -> None:
 
 
 def _is_reference(item: Mapping[str, Any]) -> bool:
-    """A reference need not say its type; what else does without one is a message, and has content."""
+    """A reference need not say its type; what else does without one is a message, and has content.
+
+    Stricter than what `prompt` takes for one: what may be let in as a turn of a chat could be read as an id here.
+    """
     kind = item.get("type")
     return kind == "item_reference" or (kind is None and "content" not in item)
 

@@ -76,7 +76,7 @@ def test_a_lowered_maximum_is_shared_by_the_choices(stream: str, tmp_path: Path)
     room = 4000 - booked.entry.hold.input
     assert (booked.entry.maximum, booked.entry.capped_by) == (room, "staff/daily")
     assert booked.entry.hold.output == (3 * 1024 if stream == "true" else room)
-    assert json.loads(passage.lowered_body(booked.entry))["max_tokens"] == room // 3
+    assert json.loads(passage.body_for(booked.entry))["max_tokens"] == room // 3
     told = passage.quota_headers(booked.entry, booked.counters, NOON, is_held=True)
     assert told["x-quota-capped"] == f'{room}; quota="staff/daily"'
     assert told["x-ratelimit-remaining-tokens"] == "4000"
