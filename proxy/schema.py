@@ -72,14 +72,14 @@ class Server(Section):
     called = "server"
     may_be_null = frozenset({"admin"})
 
-    api: Address = Field("127.0.0.1:8080", description="host:port of the OpenAI surface, /usage and health.")
+    api: Address = Field("127.0.0.1:8080", description="host:port of what users call, and health.")
     admin: Address | None = Field(
         "127.0.0.1:8081",
-        description="host:port of the admin page and API, /metrics and health; null turns this listener off.",
+        description="host:port of /metrics and health; null turns this listener off.",
     )
     cors: list[Origin] = Field(
         default=[],
-        description="The origins of web pages whose scripts may call the OpenAI surface, as in https://app.example; "
+        description="The origins of web pages whose scripts may call the API, as in https://app.example; "
         '"*" lets in all. Left out: none.',
         examples=[["https://app.example"]],
     )
@@ -314,7 +314,7 @@ class File(Section):
     admin_keys: dict[Name, KeyDigest] = Field(
         default={},
         repr=False,
-        description="Keys of the admin API, each with the name that the log shows. None: it is off.",
+        description="Keys for the admin API, which is not there yet: they open nothing.",
     )
     database: Database = Field(
         "sqlite:///quotas.db",
