@@ -4,21 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.clients.sessions import ITS_OWN, Client, Raised, check, in_python, session
+from tests.clients.sessions import ITS_OWN, OPENAI, Client, Raised, check, in_python, session
 
 pytestmark = pytest.mark.journey
 
 TEXT = ("chat", "stream", "tools", "tools_stream")
 RESPONSES = ("responses", "responses_stream")
 MEDIA = ("embeddings", "images", "speech", "transcription")
-OPENAI = {
-    "unknown_key": Raised("AuthenticationError", 401, "invalid_api_key"),
-    "unknown_model": Raised("NotFoundError", 404, "model_not_found"),
-    "used_up": Raised("RateLimitError", 429, "insufficient_quota"),
-    "failing": Raised("InternalServerError", 500),
-    "broken_stream": Raised("APIError", None, "server_error"),
-    "cut_stream": Raised("APIError", None, "upstream_error"),
-}
 ANTHROPIC = {
     "unknown_key": Raised("AuthenticationError", 401, "authentication_error"),
     "unknown_model": Raised("NotFoundError", 404, "not_found_error"),

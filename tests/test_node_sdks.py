@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.clients.sessions import CLIENTS, Client, Raised, check, session
+from tests.clients.sessions import CLIENTS, OPENAI, Client, Raised, check, session
 
 NODE = shutil.which("node")
 FOLDER = CLIENTS / "node"
@@ -30,14 +30,6 @@ def _is_there_node() -> None:
 
 TEXT = ("chat", "stream", "stream_unasked", "tools", "tools_stream")
 PICTURES = ("embeddings", "images")
-OPENAI = {
-    "unknown_key": Raised("AuthenticationError", 401, "invalid_api_key"),
-    "unknown_model": Raised("NotFoundError", 404, "model_not_found"),
-    "used_up": Raised("RateLimitError", 429, "insufficient_quota"),
-    "failing": Raised("InternalServerError", 500),
-    "broken_stream": Raised("APIError", None, "server_error"),
-    "cut_stream": Raised("APIError", None, "upstream_error"),
-}
 AI = {
     "unknown_key": Raised("AI_APICallError", 401, "invalid_api_key"),
     "unknown_model": Raised("AI_APICallError", 404, "model_not_found"),

@@ -603,7 +603,6 @@ json_values = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
     max_leaves=8,
 )
-DECIDED = {"model", "stream", "stream_options", "n", "n_cmpl", "best_of", "tools", "input", *MAXIMA}
 unknown = st.dictionaries(
     st.sampled_from(["messages", "temperature", "seed", "user", "logit_bias", "metadata", "x", "y", "é"]), json_values
 )

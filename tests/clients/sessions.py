@@ -90,6 +90,17 @@ class Raised:
     code: str | None = None
 
 
+# What OpenAI's own SDKs raise, in either language.
+OPENAI = {
+    "unknown_key": Raised("AuthenticationError", 401, "invalid_api_key"),
+    "unknown_model": Raised("NotFoundError", 404, "model_not_found"),
+    "used_up": Raised("RateLimitError", 429, "insufficient_quota"),
+    "failing": Raised("InternalServerError", 500),
+    "broken_stream": Raised("APIError", None, "server_error"),
+    "cut_stream": Raised("APIError", None, "upstream_error"),
+}
+
+
 @dataclass(frozen=True, slots=True)
 class Client:
     """A program: how it is started, which steps it has, and what it raises at each of the FAULTS."""
