@@ -71,6 +71,7 @@ torture: .venv/all
 $(NODE)/node_modules/.package-lock.json: $(NODE)/package-lock.json $(NODE)/package.json $(NODE)/.npmrc
 	cd $(NODE) && npm ci --ignore-scripts
 	@touch $@
+
 # Never built: that would take ten minutes. Where there is no wheel its tests are skipped, but never in CI.
 $(MODEL_SERVER): tests/model_server.lock .venv/all
 	rm -rf $(@D)

@@ -1,8 +1,8 @@
-"""What is particular to an upstream: the address at which it takes a call, and what it would not take.
+"""Where a call goes at an upstream, and which of them take the option in which we ask for the usage of a stream.
 
-Azure has a path for each deployment and the version of its API in the query. And where a stream tells its usage only
-when it is asked to, we ask in the client's place; an upstream that knows no such option says so with a 400, gets the
-call again without it, and is not asked for a while. Pure.
+Azure has a path for each deployment and the version of its API in the query. Where a stream tells its usage only when
+it is asked to, we ask in the client's place; an upstream that knows no such option says so with a 400, gets the call
+again without it, and is not asked for a while. Pure.
 """
 
 import re
