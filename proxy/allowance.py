@@ -26,7 +26,7 @@ def check_allowance(call: Call, allow: Allow) -> None:
     """Raise InvalidRequest where a call uses what is not allowed."""
     document = call.document
     for tool in tools_of(document):
-        if not _is_open(tool, call.endpoint):
+        if not _runs_at_client(tool, call.endpoint):
             _check_tool(tool, allow)
     if call.endpoint.name == "chat" and document.get("web_search_options") not in (None, False):
         _check_kind("web_search", allow, param="web_search_options")
@@ -38,7 +38,7 @@ def check_allowance(call: Call, allow: Allow) -> None:
         raise _not_allowed('"store"', "store: true", param="store")
 
 
-def _is_open(tool: object, endpoint: Endpoint) -> bool:
+def _runs_at_client(tool: object, endpoint: Endpoint) -> bool:
     """Whether it is for the client to run; on Anthropic's surface such a tool need not say its type."""
     has_type = isinstance(tool, dict) and tool.get("type") is not None
     return is_run_by_client(tool) and (has_type or endpoint.is_of_messages)

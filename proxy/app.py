@@ -20,7 +20,6 @@ from aiohttp import web
 
 from proxy.admin import Admin
 from proxy.api import Api
-from proxy.attempts import Attempts
 from proxy.config import Address, Config
 from proxy.departure import Departures
 from proxy.health import Health
@@ -37,6 +36,7 @@ from proxy.sqlite import SqliteStore
 from proxy.store import Store, StoreUnavailable
 from proxy.tasks import Tasks
 from proxy.tokens import Tokenizers
+from proxy.tries import Tries
 from proxy.upstream import Upstreams
 from proxy.waiting import WaitingRoom
 
@@ -91,7 +91,7 @@ class Server:
         self.waiting = WaitingRoom(self.ledger)
         relay = Relay(
             self.waiting,
-            Attempts(self.upstreams, metrics=self.metrics, now=now, draw=draw),
+            Tries(self.upstreams, metrics=self.metrics, now=now, draw=draw),
             tokenizers=tokenizers,
             metrics=self.metrics,
             departures=departures or Departures(),

@@ -153,7 +153,10 @@ def _pointing_nowhere(data: Mapping[str, object]) -> Iterator[Fault]:
         for place, one in _places(section):
             yield from _missing("upstream", (*path, *place, "upstream"), _word(one.get("upstream")), upstreams)
         if needs_default and not section.keys() & {"upstream", "upstreams"}:
-            yield Fault(path, placed(path, "there are several upstreams; write upstream here, or default_upstream"))
+            yield Fault(
+                path,
+                placed(path, "there are several upstreams; write upstream or upstreams here, or default_upstream"),
+            )
 
 
 def _missing(kind: str, path: Path, name: str, names: Iterable[str]) -> Iterator[Fault]:
@@ -193,7 +196,7 @@ def _idle_words(data: Mapping[str, object]) -> Iterator[Fault]:
     named = [(key,) for key in anything if key not in ("upstream", "upstreams")]
     for step in (*named, *((*place, "model") for place, one in _places(anything) if "model" in one)):
         path: Path = ("models", "*", *step)
-        yield Fault(path, placed(path, 'this is not known of models without a name; write only upstream for "*"'))
+        yield Fault(path, placed(path, '"*" says only where names go; leave this out, or name the model'))
     if _mapping(data, "groups", EVERYONE).get("unlimited") in (True, "true"):
         path = ("groups", EVERYONE, "unlimited")
         text = f"{EVERYONE} only adds limits; write unlimited in {DEFAULT}, or unmatched: allow"

@@ -11,7 +11,6 @@ from contextlib import asynccontextmanager
 import structlog
 
 from proxy import headers
-from proxy.attempts import Attempts, Ways
 from proxy.books import Booked, NotBooked, Outcome
 from proxy.departure import Departures
 from proxy.errors import ClientLeft, ProxyError, UpstreamError
@@ -23,6 +22,7 @@ from proxy.passage import Passage
 from proxy.reservation import Reservation
 from proxy.stream import Stream
 from proxy.tokens import Tokenizers
+from proxy.tries import Tries, Ways
 from proxy.upstream import Answer
 from proxy.usage import AtLeast, Unspent
 from proxy.waiting import WaitingRoom
@@ -40,7 +40,7 @@ class Relay:
     def __init__(
         self,
         waiting: WaitingRoom,
-        attempts: Attempts,
+        tries: Tries,
         *,
         tokenizers: Tokenizers,
         metrics: Metrics,
@@ -49,7 +49,7 @@ class Relay:
     ) -> None:
         self._waiting = waiting
         self._ledger = waiting.ledger
-        self._attempts = attempts
+        self._tries = tries
         self._tokenizers = tokenizers
         self._metrics = metrics
         self._departures = departures
@@ -67,7 +67,7 @@ class Relay:
             self._reserve(passage, ways) as reservation,
             self._departures.watch(passage, reservation),
             self._blame_upstream(passage, reservation),
-            self._attempts.answer(ways, reservation) as (asked, answer),
+            self._tries.answer(ways, reservation) as (asked, answer),
         ):
             # A long stream must not keep the request in memory three times over: agents send megabytes. Its texts
             # stay, in case they have to be counted.

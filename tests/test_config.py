@@ -176,8 +176,7 @@ def test_what_is_wrong_with_several_upstreams_has_its_place():
         "write it below upstreams, where there is a, b"
     ]
     assert mistakes(f'{TWO}models:\n  "*": {{upstreams: [{{upstream: a, model: x}}]}}\n') == [
-        "f.yaml:3: models.*.upstreams[0].model: this is not known of models without a name; "
-        'write only upstream for "*"'
+        'f.yaml:3: models.*.upstreams[0].model: "*" says only where names go; leave this out, or name the model'
     ]
     assert mistakes(f"{TWO}models: {{m: {{upstreams: a}}}}\n") == [
         'f.yaml:2: models.m.upstreams: this has to be a list; write [ … ], or lines that begin with "- "'
@@ -241,8 +240,8 @@ NO_SUCH = "users.alice.groups[0]: there is no group"
         (
             'models:\n  "*":\n    model: m\n    context: 5',
             [
-                '5: models.*.model: this is not known of models without a name; write only upstream for "*"',
-                '6: models.*.context: this is not known of models without a name; write only upstream for "*"',
+                '5: models.*.model: "*" says only where names go; leave this out, or name the model',
+                '6: models.*.context: "*" says only where names go; leave this out, or name the model',
             ],
         ),
         (
@@ -293,7 +292,7 @@ def test_several_upstreams_need_a_default():
         "f.yaml:1: upstreams: there are several and no models; write default_upstream: one of a, b"
     ]
     assert mistakes(f"{SEVERAL}models:\n  m: {{upstream: a}}\n  k: {{}}\n") == [
-        "f.yaml:6: models.k: there are several upstreams; write upstream here, or default_upstream"
+        "f.yaml:6: models.k: there are several upstreams; write upstream or upstreams here, or default_upstream"
     ]
 
 

@@ -30,7 +30,7 @@ FLOORS = {
         "logs tasks tokens tables rows statements store sqlite postgres ledger records "
         "spool upstream metrics client".split()
     ),
-    "story": "reload waiting counting reservation passage owned departure attempts relay".split(),
+    "story": "reload waiting counting reservation passage owned departure tries relay".split(),
     "doors": "answering framing bodies cors listener health api admin".split(),
     "roof": (
         "simulated_faults simulated_text simulated_media simulated_frames simulated_memory simulated_messages "

@@ -29,9 +29,9 @@ from proxy.tokens import Tokenizers
 from proxy.upstream import Answer, Upstreams
 
 # What became of one try, as it is counted.
-Outcome = Literal["answered", "rejected", "limited", "failed", "unreachable", "timed_out", "broke_off"]
+TryOutcome = Literal["answered", "rejected", "limited", "failed", "unreachable", "timed_out", "broke_off"]
 
-log = structlog.get_logger("attempts")
+log = structlog.get_logger("tries")
 
 
 class Way:
@@ -86,7 +86,7 @@ class Ways:
         self._call.forget()
 
 
-class Attempts:
+class Tries:
     """Sends calls. `now` gives milliseconds since 1970, `draw` random numbers far larger than any sum of weights."""
 
     def __init__(
@@ -191,7 +191,7 @@ class Attempts:
             return None
         return choice.after(way.passage.model, pause_ms=pause_ms, now=self._now())
 
-    def _count(self, way: Way, outcome: Outcome) -> None:
+    def _count(self, way: Way, outcome: TryOutcome) -> None:
         self._metrics.tries.labels(way.upstream.name, outcome).inc()
         if outcome not in ("answered", "rejected"):
             log.warning("a try failed", upstream=way.upstream.name, outcome=outcome, call=way.passage.client.id)
@@ -203,7 +203,7 @@ async def _is_option_refused(answer: Answer, passage: Passage) -> bool:
     return is_refusal and is_about_usage_option(answer.status, await answer.beginning())
 
 
-def _outcome(status: int) -> Outcome:
+def _outcome(status: int) -> TryOutcome:
     if status == 429:
         return "limited"
     if 200 <= status <= 299:
