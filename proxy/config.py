@@ -283,10 +283,11 @@ def _policy(file: File, hash: str) -> Policy:
 
 
 def _models(file: File, upstreams: Mapping[str, Upstream], default: str) -> dict[str, Model]:
-    return {name: _model(name, section, upstreams, default) for name, section in (file.models or {}).items()}
+    models = (file.models or {}).items()
+    return {name: _model(name, section, upstreams=upstreams, default=default) for name, section in models}
 
 
-def _model(name: str, section: ModelSection, upstreams: Mapping[str, Upstream], default: str) -> Model:
+def _model(name: str, section: ModelSection, *, upstreams: Mapping[str, Upstream], default: str) -> Model:
     one = (section.upstream or default, section.model, 1)
     places = [(place.upstream, place.model, place.weight) for place in section.upstreams or ()] or [one]
     first, *others = (
