@@ -27,7 +27,8 @@ A stream's text is one event a word, so "after 5 words" is after 5 tokens; what 
 
 A directive that can't be understood is an error, not a silence: a test that misspells its fault would otherwise pass.
 
-No sockets, no clock; only `hang` waits. Apart from `errors` on purpose: those are our own words, these are an upstream's.
+No sockets, no clock; only `hang` waits. Apart from `errors` on purpose: those are our own words, these are an
+upstream's.
 """
 
 import asyncio
