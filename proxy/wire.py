@@ -315,7 +315,7 @@ def _choices(endpoint: Endpoint, document: Mapping[str, Any]) -> int:
     each = max(_answers(name, document) for name in _ANSWER_COUNTS)
     if endpoint.is_of_responses and each > 1:
         # llama.cpp takes it there too, and says of a stream what one of them used.
-        raise InvalidRequest("A response is one answer.", param="n", code="unsupported_parameter")
+        raise InvalidRequest('"n" must be 1 here: send a request for each.', param="n", code="unsupported_parameter")
     if endpoint.name != "completions":
         return each
     return max(each, _answers("best_of", document)) * _prompts(document)
