@@ -1,8 +1,8 @@
 """A form (`multipart/form-data`) on its way: its fields, the sizes of its files, and where each value stands.
 
 A form is read as it passes, piece by piece, and none of its files is kept. It is sent on as it came, so it has to be
-plain: what two readers could read in two ways (a preamble, a delimiter that goes on, a field that comes twice, an
-encoded value) is refused. RFC 7578, and RFC 2046 §5.1 for the delimiters. Pure.
+plain: what two readers could read in two ways (a preamble, a boundary that goes on or stands where no part ends, a
+field that comes twice, an encoded value) is refused. RFC 7578, and RFC 2046 §5.1 for the delimiters. Pure.
 """
 
 import re
@@ -19,7 +19,15 @@ _CONTENT_TYPE = re.compile(
     r'multipart/form-data[ \t]*;[ \t]*boundary=(?:"([0-9A-Za-z\'()+_,./:=?-]{1,70})"|([0-9A-Za-z\'+_.-]{1,70}))',
     re.IGNORECASE,
 )
-_NAMED = re.compile(r'form-data; *name="([^"\\\r\n]{1,200})"( *; *filename\*?=.*)?', re.IGNORECASE)
+# Behind the name that of a file, in both notations, and nothing else: of two names some readers take the last.
+_FILENAME = r' *; *filename\*?=(?:"(?:[^"\\]|\\.)*"|[^";\s]*)'
+# .NET writes the name without quotes.
+_NAMED = re.compile(
+    rf'form-data; *name=(?:"([^"\\\r\n]{{1,200}})"|([\w.\[\]-]{{1,200}}))((?:{_FILENAME}){{1,2}})?',
+    re.IGNORECASE | re.ASCII,
+)
+# In a head: many readers end a line there too.
+_ENDS_A_LINE = re.compile(rb"\r(?!\n)|(?<!\r)\n|\0")
 _PLAIN = ("binary", "8bit", "7bit")
 
 
@@ -66,7 +74,8 @@ class FormReader:
             )
         self._content_type = content_type.strip()
         self._boundary = match[1] or match[2]
-        self._delimiter = b"\r\n--" + self._boundary.encode()
+        self._dashed = b"--" + self._boundary.encode()
+        self._delimiter = b"\r\n" + self._dashed
         # As if a line had ended before it, so that the first delimiter is like the others.
         self._buffer = bytearray(b"\r\n")
         self._at = -2  # where in the body the buffer begins
@@ -127,7 +136,11 @@ class FormReader:
         return True
 
     def _content(self) -> bool:
-        place = self._buffer.find(self._delimiter)
+        dashes = self._buffer.find(self._dashed)
+        # There are readers that take it for a delimiter at the beginning of a part too, or after half a line end.
+        if dashes >= 0 and not self._buffer.startswith(self._delimiter, max(0, dashes - 2)):
+            raise _not_plain("its boundary stands where no part ends")
+        place = max(-1, dashes - 2)
         # What may be the beginning of a delimiter stays until more has come.
         length = place if place >= 0 else max(0, len(self._buffer) - len(self._delimiter) + 1)
         if not self._is_file:
@@ -167,6 +180,8 @@ class FormReader:
 
 def _read_head(head: bytes) -> tuple[str, bool]:
     """The name in a part's head, and whether the part is a file."""
+    if _ENDS_A_LINE.search(head):
+        raise _not_plain("a part has a head that is not understood")
     named: list[re.Match[str]] = []
     kind = ""
     for line in head.decode("utf-8", "replace").split("\r\n"):
@@ -185,10 +200,10 @@ def _read_head(head: bytes) -> tuple[str, bool]:
                 raise _not_plain("a part has a head that is not understood")
     if len(named) != 1:
         raise _not_plain("a part has no plain name")
-    is_file = named[0][2] is not None
+    is_file = named[0][3] is not None
     if "charset" in kind and "utf-8" not in kind and not is_file:
         raise _not_plain("a field is not in UTF-8")
-    return named[0][1], is_file
+    return named[0][1] or named[0][2], is_file
 
 
 def _not_plain(reason: str) -> InvalidRequest:
