@@ -30,7 +30,7 @@ def check_allowance(call: Call, allow: Allow) -> None:
     for tool in _tools_of(document):
         if not isinstance(tool, dict) or tool.get("type") not in own:
             _check_tool(tool, allow)
-    if call.endpoint.name == "chat" and document.get("web_search_options") not in (None, False):
+    if document.get("web_search_options") not in (None, False):
         _check_kind("web_search", allow, param="web_search_options")
     tier = document.get("service_tier")
     if tier not in _USUAL_TIERS and not (isinstance(tier, str) and tier in allow.service_tiers):

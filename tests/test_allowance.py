@@ -107,6 +107,7 @@ def test_search_in_chat_is_a_tool_too() -> None:
     error = refused(CHAT, web_search_options={})
     assert (error.param, "tools: [web_search]" in error.message) == ("web_search_options", True)
     check(CHAT, Allow(frozenset(["web_search"])), web_search_options={})
+    assert refused(COMPLETIONS, web_search_options={}).param == "web_search_options"
     for unused in (None, False):
         check(CHAT, web_search_options=unused)
 

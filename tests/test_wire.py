@@ -130,14 +130,32 @@ def test_speech_says_otherwise_that_it_is_to_be_streamed(fields: dict, is_stream
 
 @pytest.mark.parametrize(
     "name",
-    ["", 1, True, ["m"], {"a": "m"}, "m" * 257, "m" * 200_000, "a\nb", "a\rb", "\x1b[31m", "a\u2028b", "\ud800"],
+    [
+        "",
+        "../m",
+        "m/..",
+        "gpt-4o/../o3",
+        "a/./b",
+        "m\\..\\x",
+        1,
+        True,
+        ["m"],
+        {"a": "m"},
+        "m" * 257,
+        "m" * 200_000,
+        "a\nb",
+        "a\rb",
+        "\x1b[31m",
+        "a\u2028b",
+        "\ud800",
+    ],
 )
 def test_a_model_is_a_short_printable_name(name: object) -> None:
     """It goes into messages, logs and metrics: no control characters, no megabytes, no other types (T15, T33)."""
     assert refused(model=name).param == "model"
 
 
-@pytest.mark.parametrize("name", ["m", "m" * 256, "M", "мodel", "../m", "org/m:tag@1", "模型"])
+@pytest.mark.parametrize("name", ["m", "m" * 256, "M", "мodel", "..m", "m..", "org/.m", "org/m:tag@1", "模型"])
 def test_a_model_is_taken_as_it_is_written(name: str) -> None:
     """No trimming and no folding: permission, price and metrics all use these very characters."""
     assert parse(model=name).model == name
@@ -179,7 +197,7 @@ def test_refused_fields_are_refused_in_any_case(endpoint: Endpoint) -> None:
     "name",
     "api_base api_key base_url custom_host extra_body extra_headers fallbacks context_window_fallbacks models preset "
     "content_policy_fallbacks context_window_fallback_dict custom_llm_provider deployment_id model_list "
-    "user_config".split(),
+    "user_config kv_transfer_params".split(),
 )
 def test_no_field_changes_where_a_call_goes(endpoint: Endpoint, name: str) -> None:
     """Behind us may be another gateway that reads them (T24, CVE-2024-6587)."""
@@ -199,7 +217,10 @@ def test_no_field_changes_where_a_call_goes(endpoint: Endpoint, name: str) -> No
         (CHAT, "data_sources", [{"type": "azure_search"}]),
         (CHAT, "plugins", [{"id": "web"}]),
         (CHAT, "search_parameters", {"mode": "on"}),
-        (RESPONSES, "plugins", [{"id": "web"}]),
+        *((endpoint, "plugins", [{"id": "web"}]) for endpoint in (RESPONSES, COMPLETIONS, MESSAGES, EMBEDDINGS)),
+        (CHAT, "enable_search", True),
+        (RESPONSES, "request_id", "resp_of_somebody_else"),
+        (COMPACT, "request_id", "resp_of_somebody_else"),
     ],
     ids=ids,
 )
@@ -218,7 +239,14 @@ def test_a_refused_field_may_say_that_it_is_not_used() -> None:
 
 @pytest.mark.parametrize(
     "item",
-    [{"type": "item_reference", "id": "i"}, {"id": "i"}, {"id": "i", "type": None}, {"id": "i", "role": "user"}],
+    [
+        {"type": "item_reference", "id": "i"},
+        {"id": "i"},
+        {"id": "i", "type": None},
+        {"id": "i", "role": "user"},
+        {"type": "image_generation_call", "id": "ig_1"},
+        {"type": "image_generation_call", "id": "ig_1", "result": None},
+    ],
 )
 def test_references_to_stored_items_are_refused(item: object) -> None:
     """What they stand for is input that the body does not show; their type may be left out."""
@@ -233,6 +261,7 @@ def test_items_that_show_their_content_are_open() -> None:
         {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "hi"}]},
         {"type": "function_call_output", "call_id": "c", "output": "42"},
         {"type": "reasoning", "id": "rs_1", "summary": []},
+        {"type": "image_generation_call", "id": "ig_1", "status": "completed", "result": "iVBORw0KGgo="},
         "no item",
     ]
     for given_input in (items, "hi", None, 7, {"type": "item_reference"}):
@@ -313,6 +342,8 @@ def test_numbers_of_embeddings_are_not_read() -> None:
         ({"prompt": ["one", [1, 2]]}, 2),
         ({"prompt": {"prompt_string": "one"}}, 1),
         ({"prompt": "one", "n": 4}, 4),
+        ({"prompt_embeds": "one"}, 1),
+        ({"prompt_embeds": ["one", "two"], "prompt": "three"}, 3),
         ({"prompt": "one", "best_of": 5}, 5),
         ({"prompt": "one", "n": 4, "best_of": 5}, 5),
         ({"prompt": "one", "n": 5, "best_of": 4}, 5),
@@ -633,7 +664,12 @@ def test_a_voice_is_one_that_everybody_has() -> None:
 
 
 @pytest.mark.parametrize(
-    "part", [{"type": "input_file", "file_id": "file_1"}, {"type": "file", "file": {"file_id": "file_1"}}]
+    "part",
+    [
+        {"type": "input_file", "file_id": "file_1"},
+        {"type": "file", "file": {"file_id": "file_1"}},
+        {"type": "image_url", "image_url": {"file_id": "file_1"}},
+    ],
 )
 @pytest.mark.parametrize(("endpoint", "field"), [(CHAT, "messages"), (RESPONSES, "input")])
 def test_stored_files_are_refused(part: dict, endpoint: Endpoint, field: str) -> None:
@@ -641,6 +677,21 @@ def test_stored_files_are_refused(part: dict, endpoint: Endpoint, field: str) ->
     body = json.dumps({"model": "m", field: [{"role": "user", "content": [part]}]}).encode()
     with pytest.raises(InvalidRequest, match="file_id"):
         parse_call(endpoint, body)
+
+
+@pytest.mark.parametrize(
+    "item",
+    [
+        {"type": "computer_call_output", "output": {"type": "computer_screenshot", "file_id": "file_1"}},
+        {"type": "function_call_output", "output": [{"type": "input_image", "file_id": "file_1"}]},
+        {"type": "input_image", "file_id": "file_1"},
+        {"role": "user", "content": {"type": "input_file", "file_id": "file_1"}},
+    ],
+)
+def test_stored_files_are_found_where_no_list_is_around_them(item: dict) -> None:
+    """A picture of a screen, and what some servers take without a message."""
+    assert refused(RESPONSES, input=[item]).param == "file_id"
+    assert refused(RESPONSES, input=item).param == "file_id"
 
 
 def test_a_model_s_name_has_no_blanks_around_it() -> None:
@@ -707,6 +758,8 @@ def test_a_form_says_what_json_would() -> None:
         (("model=m", "n=1000000000000"), ("image",), "n"),
         (("model=m", "svg[model]=big"), ("image",), "svg"),
         (("model=m", "api_base=http://evil.example"), ("image",), "api_base"),
+        (("model=m", "images[][file_id]=file_1"), ("image",), "images[][file_id]"),
+        (("model=m", "mask[FILE_ID]=file_1"), ("image",), "mask[FILE_ID]"),
     ],
 )
 def test_a_form_has_no_second_way_to_say_it(parts: tuple[str, ...], files: tuple[str, ...], param: str) -> None:
@@ -745,7 +798,7 @@ def test_a_deployment_is_the_model_of_a_form() -> None:
         assert parse_form(TRANSCRIPTIONS, form(*parts), deployment="mine").model == "mine"
 
 
-@pytest.mark.parametrize("name", [".", "..", " x", "x\n", ""])
+@pytest.mark.parametrize("name", [".", "..", "mine/../yours", " x", "x\n", ""])
 def test_a_deployment_is_a_name(name: str) -> None:
     """As a model in a body is; what leads elsewhere in a path is none."""
     with pytest.raises(InvalidRequest):
