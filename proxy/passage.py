@@ -92,10 +92,15 @@ class Passage:
     def headers(self) -> dict[str, str]:
         """The headers to send."""
         kind, api_key = self.model.upstream.kind, self.model.upstream.api_key
-        if self.call.form is None:
-            return to_upstream(self.client.headers, kind=kind, api_key=api_key, betas=self.model.allows.betas)
-        content_type = self.call.form.content_type
-        return to_upstream(self.client.headers, kind=kind, api_key=api_key, content_type=content_type)
+        form = self.call.form
+        return to_upstream(
+            self.client.headers,
+            kind=kind,
+            api_key=api_key,
+            user=self.user.name,
+            content_type="application/json" if form is None else form.content_type,
+            betas=self.model.allows.betas,
+        )
 
     def lowered_body(self, entry: Entry) -> bytes:
         """The body to send where less is left than the call wants: with its maximum lowered to its share."""

@@ -19,7 +19,6 @@ PASSED_UP = [
     "User-Agent",
     "OpenAI-Beta",
     "anthropic-version",
-    "Idempotency-Key",
     "HTTP-Referer",
     "X-Title",
 ]
@@ -31,9 +30,11 @@ def ours(kind: Kind) -> dict[str, str]:
     return {**OURS, "anthropic-version": "2023-06-01"} if kind == "anthropic" else OURS
 
 
-def up(*headers: tuple[str, str], kind: Kind = "openai", api_key: Secret | None = KEY) -> dict[str, str]:
+def up(
+    *headers: tuple[str, str], kind: Kind = "openai", api_key: Secret | None = KEY, user: str = "alice"
+) -> dict[str, str]:
     """What an upstream gets of a client's headers."""
-    return to_upstream(headers, kind=kind, api_key=api_key)
+    return to_upstream(headers, kind=kind, api_key=api_key, user=user)
 
 
 def down(*headers: tuple[str, str], is_stream: bool = False) -> dict[str, str]:
@@ -118,6 +119,17 @@ def test_a_few_of_the_client_s_headers_mean_something_upstream(name: str) -> Non
         assert up((spelled, "value")) == {**OURS, **key_header("openai", KEY), name.lower(): "value"}
 
 
+@pytest.mark.parametrize("api_key", [KEY, None])
+def test_an_idempotency_key_is_its_user_s_own(api_key: Secret | None) -> None:
+    """All users are one account upstream: a repeated key must not bring one of them the answer of another."""
+
+    def sent(user: str, said: str) -> str:
+        return up(("Idempotency-Key", said), user=user, api_key=api_key)["idempotency-key"]
+
+    assert sent("alice", "1") == sent("alice", "1")
+    assert len({"1", sent("alice", "1"), sent("bob", "1"), sent("alice", "2"), sent("alice", "\udce4")}) == 5
+
+
 def test_a_version_of_anthropic_s_is_the_client_s_where_it_names_one() -> None:
     """Each SDK speaks its own; the first that was published is for who says nothing."""
     assert up(("Anthropic-Version", "2026-10-21"), kind="anthropic")["anthropic-version"] == "2026-10-21"
@@ -138,7 +150,8 @@ def test_a_beta_is_asked_for_where_the_operator_lets_it_pass(
 ) -> None:
     """All others are left out, in whichever of the headers they stand."""
     headers = [("anthropic-beta", "a, b"), ("Anthropic-Beta", "c")]
-    assert to_upstream(headers, kind=kind, api_key=KEY, betas=allowed).get("anthropic-beta") == sent
+    passed = to_upstream(headers, kind=kind, api_key=KEY, user="alice", betas=allowed)
+    assert passed.get("anthropic-beta") == sent
 
 
 def test_the_body_is_ours_and_the_answer_is_not_to_be_compressed() -> None:
@@ -242,7 +255,7 @@ headers = st.lists(st.tuples(names | st.text(min_size=1, max_size=12), st.text(m
 @given(headers=headers, kind=st.sampled_from(get_args(Kind)), is_stream=st.booleans())
 def test_no_headers_let_anything_else_through(headers: list[tuple[str, str]], kind: Kind, is_stream: bool) -> None:
     """Whatever comes, the names that go out are of the lists, and the key is ours."""
-    sent = to_upstream(headers, kind=kind, api_key=KEY)
+    sent = up(*headers, kind=kind)
     assert sent.keys() - key_header(kind, KEY).keys() - ours(kind).keys() <= {name.lower() for name in PASSED_UP}
     assert {**sent, **OURS, **key_header(kind, KEY)} == sent
     passed = to_client(headers, is_stream=is_stream)
