@@ -28,6 +28,7 @@ def check_allowance(call: Call, allow: Allow) -> None:
     document = call.document
     own = _OWN_OF_MESSAGES if call.endpoint.is_of_messages else _OWN_TOOLS
     for tool in _tools_of(document):
+        _refuse_spellings(tool)
         if not isinstance(tool, dict) or tool.get("type") not in own:
             _check_tool(tool, allow)
     if document.get("web_search_options") not in (None, False):
@@ -51,6 +52,13 @@ def _tools_of(document: Mapping[str, Any]) -> Iterator[object]:
         tool = waiting.pop()
         yield tool
         waiting += _list(tool.get("tools")) if isinstance(tool, dict) else ()
+
+
+def _refuse_spellings(tool: object) -> None:
+    """Refuse a type in another case: Go's decoder takes it for the type, also where that stands beside it."""
+    for name in tool if isinstance(tool, dict) else ():
+        if name != (plain := name.casefold()) and plain in ("type", "tools"):
+            raise InvalidRequest(f'Write "{plain}" and not "{name}" in a tool.', param="tools")
 
 
 def _check_tool(tool: object, allow: Allow) -> None:

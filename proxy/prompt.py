@@ -41,8 +41,9 @@ _UNREAD_FIELDS = frozenset(
 ).union(_TEXT_FIELDS)
 # No API's own names are longer, so one that is says something.
 _NAME_CHARACTERS_MAX = 40
-# Fields that stand for tokens which are not in the request. A template of the client's own may write any number.
-_OPEN_FIELDS = ("conversation", "web_search_options", "chat_template")
+# Fields that stand for tokens which are not in the request. A template of the client's own may write any number, and
+# vLLM makes pictures as large as it is told.
+_OPEN_FIELDS = ("conversation", "web_search_options", "chat_template", "mm_processor_kwargs", "media_io_kwargs")
 _OWN_TOOLS = ("function", "custom", None)
 _CONTENTS = ("content", "output")
 _UNREAD_IN_A_TURN = ("type", "id", "status")

@@ -247,10 +247,15 @@ def _refuse_unclear_usage_option(options: object) -> None:
 def _refuse_stored_files(document: Mapping[str, Any]) -> None:
     for part in parts_of(document):
         holders = [part, *map(part.get, ("file", "source", "image_url", "input_audio"))]
-        if any(isinstance(holder, dict) and holder.get("file_id") for holder in holders):
+        if any(_names_a_file(holder) for holder in holders):
             raise InvalidRequest(
                 f'"file_id" can\'t be used here: {STORED}.', param="file_id", code="unsupported_parameter"
             )
+
+
+def _names_a_file(holder: object) -> bool:
+    """Whether it does, in whatever case: Go's decoder takes all."""
+    return isinstance(holder, dict) and any(key.casefold() == "file_id" and value for key, value in holder.items())
 
 
 def _refuse_references(items: object) -> None:

@@ -203,6 +203,8 @@ def test_a_file_is_bounded_by_its_bytes_and_estimated_as_prose():
         {"input": [{"type": "item_reference", "id": "msg_1"}]},
         {"input": [{"id": "msg_1"}]},
         {"messages": [{"role": "assistant", "audio": {"id": "audio_1"}}]},
+        {"mm_processor_kwargs": {"max_pixels": 10**9}},
+        {"media_io_kwargs": {"video": {"num_frames": 10**6}}},
         {"messages": [{"role": "assistant", "content": None, "audio": {"id": "audio_1"}}]},
         {"input": [{"role": "user", "content": [{"type": "input_image", "file_id": "file_1"}]}]},
         {"input": [{"role": "user", "content": [{"type": "input_file", "file_id": "file_1"}]}]},

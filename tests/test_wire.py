@@ -669,6 +669,7 @@ def test_a_voice_is_one_that_everybody_has() -> None:
         {"type": "input_file", "file_id": "file_1"},
         {"type": "file", "file": {"file_id": "file_1"}},
         {"type": "image_url", "image_url": {"file_id": "file_1"}},
+        {"type": "input_file", "file_id": None, "File_ID": "file_1"},
     ],
 )
 @pytest.mark.parametrize(("endpoint", "field"), [(CHAT, "messages"), (RESPONSES, "input")])
