@@ -292,7 +292,8 @@ def _model(value: object) -> str:
         or _LEADS_ELSEWHERE.search(value)
     ):
         raise InvalidRequest(
-            f'"model" must be a name of 1 to {_MODEL_CHARACTERS_MAX} printable characters, without blanks around it.',
+            f'"model" must be a name of 1 to {_MODEL_CHARACTERS_MAX} printable characters, without blanks around it '
+            "and without dots between slashes.",
             param="model",
         )
     return value
