@@ -28,6 +28,7 @@ _NAMED = re.compile(
 )
 # In a head: many readers end a line there too.
 _ENDS_A_LINE = re.compile(rb"\r(?!\n)|(?<!\r)\n|\0")
+_HEADS = ("content-disposition", "content-type", "content-length", "content-transfer-encoding")
 _PLAIN = ("binary", "8bit", "7bit")
 
 
@@ -182,28 +183,21 @@ def _read_head(head: bytes) -> tuple[str, bool]:
     """The name in a part's head, and whether the part is a file."""
     if _ENDS_A_LINE.search(head):
         raise _not_plain("a part has a head that is not understood")
-    named: list[re.Match[str]] = []
-    kind = ""
+    fields: dict[str, str] = {}
     for line in head.decode("utf-8", "replace").split("\r\n"):
         name, _, value = line.partition(":")
-        match name.lower():
-            case "content-disposition":
-                named += [found] if (found := _NAMED.fullmatch(value.strip())) else []
-            case "content-transfer-encoding":
-                if value.strip().lower() not in _PLAIN:
-                    raise _not_plain("a part is encoded")
-            case "content-type":
-                kind = value.lower()
-            case "content-length":
-                pass
-            case _:
-                raise _not_plain("a part has a head that is not understood")
-    if len(named) != 1:
+        if name.lower() not in _HEADS or name.lower() in fields:
+            raise _not_plain("a part has a head that is not understood")
+        fields[name.lower()] = value.strip(" \t")
+    named = _NAMED.fullmatch(fields.get("content-disposition", ""))
+    if named is None:
         raise _not_plain("a part has no plain name")
-    is_file = named[0][3] is not None
+    if fields.get("content-transfer-encoding", "binary").lower() not in _PLAIN:
+        raise _not_plain("a part is encoded")
+    is_file, kind = named[3] is not None, fields.get("content-type", "").lower()
     if "charset" in kind and "utf-8" not in kind and not is_file:
         raise _not_plain("a field is not in UTF-8")
-    return named[0][1] or named[0][2], is_file
+    return named[1] or named[2], is_file
 
 
 def _not_plain(reason: str) -> InvalidRequest:
