@@ -160,8 +160,9 @@ def _plain_name(endpoint: Endpoint, name: str) -> str:
     base = name.partition("[")[0]
     if base in endpoint.refused:
         return base
-    if base.lower() in _KNOWN and name != base.lower():
-        raise InvalidRequest(f'Write "{base.lower()}" and not "{name}".', param=base.lower())
+    plain = base.strip().casefold()
+    if plain in _KNOWN and name != plain:
+        raise InvalidRequest(f'Write "{plain}" and not "{name}".', param=plain)
     return name
 
 

@@ -749,6 +749,8 @@ def test_a_form_says_what_json_would() -> None:
         (("model=m", "model[]=big"), ("file",), "model"),
         (("model=m", "Model=big"), ("file",), "model"),
         (("model=m", "MODEL[x]=big"), ("file",), "model"),
+        (("model=m", " model=big"), ("file",), "model"),
+        (("model=m", "model [x]=big"), ("file",), "model"),
         (("model=m",), ("model",), "model"),
         (("model=m",), ("Stream",), "stream"),
         (("model=m", "stream=1"), ("file",), "stream"),
