@@ -94,9 +94,7 @@ class Call:
 
     @property
     def _may_ask(self) -> bool:
-        options = self.document.get("stream_options")
-        can_ask = self.stream and self.endpoint.has_usage_option and not self.is_option_withheld
-        return can_ask and (options is None or isinstance(options, dict))
+        return self.stream and self.endpoint.has_usage_option and not self.is_option_withheld
 
 
 def parse_call(endpoint: Endpoint, body: bytes, *, deployment: str | None = None) -> Call:
@@ -235,7 +233,12 @@ def _refuse_fields(endpoint: Endpoint, document: Mapping[str, Any]) -> None:
 
 
 def _refuse_unclear_usage_option(options: object) -> None:
-    """Refuse what leaves in doubt whether usage is asked for: some servers read "false" and `Include_Usage` too."""
+    """Refuse what leaves in doubt whether usage is asked for: some servers read "false" and `Include_Usage` too.
+
+    And what is no object: a server that passes over it would pass over our asking too.
+    """
+    if not isinstance(options, dict | None):
+        raise InvalidRequest('"stream_options" must be an object.', param="stream_options", code="invalid_type")
     for name, value in options.items() if isinstance(options, dict) else ():
         if name.casefold() == "include_usage" and (name != "include_usage" or value not in (None, False, True)):
             raise InvalidRequest(
