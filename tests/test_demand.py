@@ -315,6 +315,8 @@ def test_thoughts_of_a_message_are_within_its_maximum(thinking: object, first: i
         ({"include_reasoning": None}, False),
         ({"reasoning_format": "hidden"}, True),
         ({"reasoning_format": "parsed"}, False),
+        ({"stream_reasoning": False}, True),
+        ({"stream_reasoning": True}, False),
         ({"logit_bias": {"151644": 100}}, True),
         ({"logit_bias": [[151644, 100]]}, True),
         ({"logit_bias": {}}, False),
