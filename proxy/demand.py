@@ -111,8 +111,8 @@ def _hides(model: Model) -> bool:
 def _asks_for_hidden(document: Mapping[str, Any]) -> bool:
     """Whether a request asks for what is billed and not streamed as text: thoughts, predictions, sound.
 
-    Thoughts also where they are to be left out or kept back (vLLM's field, OpenRouter's, Groq's, SGLang's); and tokens that have no text, of
-    which a client may ask for as many as it likes.
+    Thoughts also where they are to be left out or kept back (fields of vLLM, OpenRouter, Groq and SGLang); and tokens
+    that have no text, of which a client may ask for as many as it likes.
     """
     modalities, reasoning = document.get("modalities"), document.get("reasoning")
     speaks = isinstance(modalities, list) and "audio" in modalities
