@@ -9,12 +9,13 @@ that are allowed. Pure.
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from proxy.endpoints import Endpoint
 from proxy.errors import InvalidRequest
 from proxy.policy import Allow
+from proxy.prompt import is_group, is_own_tool
 from proxy.wire import Call
 
-# The client runs these itself, and describes them in the request. Anthropic's need not say that they are custom.
-_OWN_TOOLS = ("function", "custom")
+# The client runs these itself, and describes them in the request.
 _OWN_OF_MESSAGES = ("custom", None)
 # They cost no more than what is usual; null means the same. The last is Anthropic's, where `auto` is the other one.
 _USUAL_TIERS = (None, "auto", "default", "standard_only")
@@ -26,10 +27,9 @@ _SHOWN = 40
 def check_allowance(call: Call, allow: Allow) -> None:
     """Raise InvalidRequest where a call uses what is not allowed."""
     document = call.document
-    own = _OWN_OF_MESSAGES if call.endpoint.is_of_messages else _OWN_TOOLS
     for tool in _tools_of(document):
         _refuse_spellings(tool)
-        if not isinstance(tool, dict) or tool.get("type") not in own:
+        if not _is_own(tool, call.endpoint):
             _check_tool(tool, allow)
     if document.get("web_search_options") not in (None, False):
         _check_kind("web_search", allow, param="web_search_options")
@@ -39,6 +39,16 @@ def check_allowance(call: Call, allow: Allow) -> None:
         raise _not_allowed(f'"service_tier": "{shown}"', f"service_tiers: [{shown}]", param="service_tier")
     if document.get("store") not in (None, False) and not allow.store:
         raise _not_allowed('"store"', "store: true", param="store")
+
+
+def _is_own(tool: object, endpoint: Endpoint) -> bool:
+    """Whether the client runs it itself; what is within a group is asked for by itself."""
+    if not isinstance(tool, dict):
+        return False
+    kind = tool.get("type")
+    if endpoint.is_of_messages:  # whose tools need not say that they are custom
+        return kind in _OWN_OF_MESSAGES
+    return kind is not None and (is_group(tool) or is_own_tool(tool))
 
 
 def _tools_of(document: Mapping[str, Any]) -> Iterator[object]:

@@ -16,6 +16,22 @@ from proxy.windows import rfc3339
 
 # What a client that names no version gets: the first that was published, which all servers know.
 VERSION = "2023-06-01"
+# The betas that pass for everybody: they change neither what a token costs nor what a request reaches. They let a
+# request say more (its effort, turns of the system, what of its history to leave out, who shares a cached beginning),
+# let a model think between calls of tools, say how much it thought, and name the client. Claude Code asks for all of
+# them, and its fields need them. Not so `context-1m-…`, whose long inputs cost more, `fast-mode-…`, `compact-…` and
+# `advisor-tool-…`, which do by themselves, nor those of files, servers, skills and the web.
+USUAL_BETAS = frozenset(
+    (
+        "claude-code-20250219",
+        "context-management-2025-06-27",
+        "effort-2025-11-24",
+        "interleaved-thinking-2025-05-14",
+        "mid-conversation-system-2026-04-07",
+        "prompt-caching-scope-2026-01-05",
+        "thinking-token-count-2026-05-13",
+    )
+)
 
 _UTC = ZoneInfo("UTC")
 _TYPES = {

@@ -52,9 +52,7 @@ class Way:
 
     def meter(self) -> Meter:
         """What watches its answer."""
-        call, kind = self.passage.call, self.upstream.kind
-        strips = call.adds_running_usage(kind)
-        return Meter(call, count=self.count.piece, strips_running_usage=strips, moves_timings=kind == "llamacpp")
+        return Meter(self.passage.call, count=self.count.piece, kind=self.upstream.kind)
 
     def body(self, entry: Entry) -> bytes | Spliced:
         """What is sent, with its maximum lowered where less is left than it wants."""

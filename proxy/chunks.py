@@ -60,6 +60,14 @@ def with_timings(raw: bytes, chunk: dict[str, Any], of: Event, usage_chunk: dict
     return moved if start >= 0 and _says(moved, whole) else b"data: " + dump(whole) + b"\n\n"
 
 
+def without_timings(event: Event, chunk: dict[str, Any]) -> bytes:
+    """The event without its `timings`, which llama.cpp writes on every chunk when it is asked to."""
+    raw, rest = event.raw, {key: value for key, value in chunk.items() if key != "timings"}
+    start = raw.rfind(b',"timings":{')
+    cut = raw[:start] + raw[raw.find(b"}", start) + 1 :]
+    return cut if start >= 0 and _says(cut, rest) else b"data: " + dump(rest) + b"\n\n"
+
+
 def without_usage(event: Event, chunk: dict[str, Any]) -> bytes:
     """The event without its `usage`, which stands there only because it was asked for.
 

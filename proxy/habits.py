@@ -21,7 +21,7 @@ _DATED = re.compile(r"20[0-9]{2}-[01][0-9]-[0-3][0-9](?:-preview)?")
 _UNDATED = re.compile(r"v1|preview|latest")
 
 # What we write into the request to hear the usage of a stream. Whoever does not take it names one of these.
-_OPTION = (b"stream_options", b"include_usage", b"continuous_usage_stats")
+_OPTION = (b"stream_options", b"include_usage", b"continuous_usage_stats", b"timings_per_token")
 # OpenAI's and vLLM's status for a field that is not known or not allowed, and FastAPI's and Mistral's.
 _NOT_TAKEN = (400, 422)
 # So many calls go without the option before it is tried again. Azure is said to refuse it beside pictures: one

@@ -8,7 +8,7 @@ RFC 9110 §7.6.1 (hop-by-hop), and what was seen of the vendors' headers.
 import hashlib
 from collections.abc import Collection, Sequence
 
-from proxy.anthropic import VERSION
+from proxy.anthropic import USUAL_BETAS, VERSION
 from proxy.policy import Kind, Secret
 
 Headers = Sequence[tuple[str, str]]
@@ -21,7 +21,6 @@ _TO_UPSTREAM = frozenset(
         "accept",
         "anthropic-version",
         "http-referer",
-        "idempotency-key",
         "openai-beta",
         "user-agent",
         "x-title",
@@ -36,28 +35,41 @@ def to_upstream(
     *,
     kind: Kind,
     api_key: Secret | None,
-    user: str,
     content_type: str = "application/json",
     betas: Collection[str] = (),
+    is_stream: bool = False,
 ) -> dict[str, str]:
     """The headers of the forwarded request: a few of the client's, our key, and no compression to undo.
 
-    An idempotency key is made the `user`'s own: an upstream that answers a repeated one from memory sees one account,
-    and would hand one user the answer of another.
-    `betas` are those of Anthropic's that may be asked for. Others are left out, and what needs them is refused by the
-    upstream itself: clients name a handful with each request, whether or not they use them.
+    `betas` are those of Anthropic's that may be asked for beside the usual ones. Others are left out, and what needs
+    them is refused by the upstream itself: clients name a handful with each request, whether or not they use them.
     """
     passing = _TO_UPSTREAM - _of_this_connection(headers)
     sent = {name.lower(): value for name, value in headers if name.lower() in passing}
-    if said := sent.get("idempotency-key"):
-        sent["idempotency-key"] = _own(said, user, api_key)
     sent["content-type"] = content_type
     sent["accept-encoding"] = "identity"
     if kind == "anthropic":
         sent.setdefault("anthropic-version", VERSION)
-        if asked := [beta for beta in _listed(headers, "anthropic-beta") if beta in betas]:
+        if asked := [beta for beta in _listed(headers, "anthropic-beta") if beta in USUAL_BETAS or beta in betas]:
             sent["anthropic-beta"] = ",".join(asked)
+    if kind == "llamacpp" and is_stream:
+        # It says that it keeps the connection after a stream, and closes it: the next call would go nowhere.
+        sent["connection"] = "close"
     return {**sent, **key_header(kind, api_key)}
+
+
+def idempotency(headers: Headers, *, user: str, api_key: Secret | None) -> dict[str, str]:
+    """The client's idempotency key, made its user's own: the same for the same user and no other.
+
+    An upstream that answers a repeated one from memory sees one account, and would hand one user the answer of
+    another. Our key is in it, so that nobody finds the user by trying names.
+    """
+    said = next((value for name, value in headers if name.lower() == "idempotency-key"), "")
+    if not said or "idempotency-key" in _of_this_connection(headers):
+        return {}
+    secret = api_key.reveal() if api_key else ""
+    own = hashlib.sha256("\0".join((secret, user, said)).encode("utf-8", "surrogatepass")).hexdigest()
+    return {"idempotency-key": own}
 
 
 def key_header(kind: Kind, api_key: Secret | None) -> dict[str, str]:
@@ -82,12 +94,6 @@ def to_client(headers: Headers, *, is_stream: bool) -> dict[str, str]:
     if upstream_id and upstream_id.isprintable():
         passed["x-upstream-request-id"] = upstream_id
     return {**passed, **(_EVENT_STREAM if is_stream else {"cache-control": "no-store"})}
-
-
-def _own(said: str, user: str, api_key: Secret | None) -> str:
-    """The same for the same user and no other; with our key in it, so that nobody finds the user by trying names."""
-    secret = api_key.reveal() if api_key else ""
-    return hashlib.sha256("\0".join((secret, user, said)).encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _of_this_connection(headers: Headers) -> set[str]:

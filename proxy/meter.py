@@ -16,9 +16,10 @@ from dataclasses import replace
 from typing import Any
 
 from proxy.anthropic import read_usage
-from proxy.chunks import is_finished, more_than_usage, read_object, with_timings, without_usage
+from proxy.chunks import is_finished, more_than_usage, read_object, with_timings, without_timings, without_usage
 from proxy.ending import RESPONSE_ENDS, Ending
 from proxy.endpoints import RESPONSE_ID
+from proxy.policy import Kind
 from proxy.sse import Event
 from proxy.usage import TOKENS_MAX, AtLeast, Exactly, Tokens, Unspent, Usage, read_timings, read_tokens
 from proxy.wire import Call
@@ -41,8 +42,8 @@ _BYTES_PER_TOKEN = 4
 class Meter:
     """Watches one answer. `count` says how many tokens a piece of text has; it must be quick and never fail.
 
-    `strips_running_usage` where we asked for the usage so far on every chunk and the client did not. `moves_timings`
-    where what stands on the usage chunk would have stood on the last one before it, had we not asked (llama.cpp).
+    `kind` is that of its upstream. What we ask of vLLM and llama.cpp beyond the usage at the end, and what llama.cpp
+    would have put on the last chunk had we not asked, is taken out or put back as its client would have seen it.
     """
 
     def __init__(
@@ -50,8 +51,7 @@ class Meter:
         call: Call,
         *,
         count: Callable[[str], int],
-        strips_running_usage: bool = False,
-        moves_timings: bool = False,
+        kind: Kind = "openai",
     ) -> None:
         self.is_at_end = False
         self.is_over = False
@@ -66,13 +66,15 @@ class Meter:
         self._generates = call.endpoint.charge == "tokens" and call.endpoint.generates
         self._choices = call.choices
         self._strips = call.adds_usage
-        self._strips_running = strips_running_usage
-        self._moves_timings = moves_timings and call.adds_usage and call.choices == 1
+        self._strips_running = call.adds_running_usage(kind)
+        self._is_llama = kind == "llamacpp"
+        self._moves_timings = self._is_llama and call.adds_usage and call.choices == 1
         self._last: tuple[bytes, dict[str, Any]] | None = None  # the chunk with the finish_reason, until timings come
+        self._has_several_prompts = call.has_several_prompts
         self._is_responses = call.endpoint.is_of_responses
         self._is_messages = call.endpoint.is_of_messages
         self._said: dict[str, Any] = {}  # of the usage of a message, whose fields come one after the other
-        self._is_early = False  # what was reported is not the end's, but the beginning's
+        self._is_partial = False  # what was reported is of the beginning, or of one choice, and not of all
         self._done = 0  # of the choices of an answer that is no text
         self._reported: Tokens | None = None
         self._counted = 0  # in all that passed
@@ -92,7 +94,9 @@ class Meter:
     @property
     def input_reported(self) -> int | None:
         """The tokens of the input, where the upstream has said them."""
-        return None if self._reported is None else self._reported.input
+        if self._reported is None or (self._is_partial and self._has_several_prompts):
+            return None
+        return self._reported.input
 
     def see_event(self, event: Event, *, is_cut: bool = False) -> bytes:
         """Take note of one event and return what of it the client is to see.
@@ -162,6 +166,16 @@ class Meter:
         if self._reported is None and self._generates:
             names = ("content",) if self._is_messages else ("choices", "output")
             self.uncounted = [text for name in names for text in _texts(answer.get(name))]
+        elif self._is_llama:
+            self._see_others(answer.get("choices"))
+
+    def _see_others(self, choices: object) -> None:
+        """Keep the texts of all choices but the first: llama.cpp says the usage of that one and its prompt alone."""
+        if isinstance(choices, list) and len(choices) > 1 and self._reported is not None:
+            self.uncounted = list(_texts(choices[1:]))
+            self._is_partial = True
+            if self._has_several_prompts:
+                self._reported = replace(self._reported, input=0, cached=0)
 
     def usage(self) -> Usage:
         """What was used, as far as is known now; without an input where the answer doesn't say it.
@@ -176,7 +190,7 @@ class Meter:
             return self._usage_if_said()
         if self._reported is None:
             return AtLeast(Tokens(0, self._counted if self._generates else 0))
-        if self._counted_since or self._is_early:
+        if self._counted_since or self._is_partial:
             return AtLeast(Tokens(self._reported.input, self.output_seen, self._reported.cached))
         return Exactly(self._reported)
 
@@ -227,7 +241,7 @@ class Meter:
             self._see_texts(choices)
         if "usage" not in chunk:
             self._see_running(read_timings(chunk.get("timings")))
-            return event.raw
+            return self._without_running_timings(chunk, event)
         usage = chunk["usage"]
         # Zeros beside a choice are no count but a place kept for one, and so is null.
         is_placeholder = usage is None or (isinstance(usage, dict) and bool(choices) and not any(usage.values()))
@@ -235,7 +249,7 @@ class Meter:
             if not choices:
                 return self._see_usage_chunk(chunk, event)
             self._see_running(read_tokens(usage))
-            if self._strips_running:
+            if self._strips_running and not self._is_llama:
                 return without_usage(event, chunk)
         return without_usage(event, chunk) if is_placeholder and self._strips else event.raw
 
@@ -243,6 +257,14 @@ class Meter:
         # Beside one of several choices it is the usage of that one alone, and one that doesn't rise is none.
         if self._choices == 1 and tokens and (tokens.output > self._output_reported or not self._counted_since):
             self._report(tokens)
+
+    def _without_running_timings(self, chunk: dict[str, Any], event: Event) -> bytes:
+        """Return the chunk without the timings so far, but for the end's, which come unasked.
+
+        Behind a stop word they come with the last of the text too; there they are lost, and said on the next chunk.
+        """
+        is_running = self._strips_running and self._is_llama and "timings" in chunk and not is_finished(chunk)
+        return without_timings(event, chunk) if is_running else event.raw
 
     def _see_usage_chunk(self, chunk: dict[str, Any], event: Event) -> bytes:
         """Return the chunk as it would have come unasked: not at all, unless it carries something else too."""
@@ -302,7 +324,7 @@ class Meter:
         if tokens is not None and (tokens.input or not is_early):
             # The output of the beginning is a guess at its first words, which are counted when they come.
             self._report(replace(tokens, output=0, reasoning=0) if is_early else tokens)
-            self._is_early = is_early
+            self._is_partial = is_early
 
     def _see_texts(self, part: object) -> None:
         tokens = [self._count(text) for text in _texts(part)]

@@ -76,7 +76,7 @@ class Owned:
         upstream = asked.policy.upstreams.get(made.facts.upstream) if made else None
         if upstream is None:
             raise _no_response(asked.response_id)
-        headers = to_upstream(client.headers, kind=upstream.kind, api_key=upstream.api_key, user=asked.user.name)
+        headers = to_upstream(client.headers, kind=upstream.kind, api_key=upstream.api_key)
         address = asked.address(upstream, api_version=client.api_version)
         async with self._upstreams.send(upstream, address, b"", headers, method=asked.kept.method) as answer:
             if answer.status == 404:

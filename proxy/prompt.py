@@ -9,7 +9,7 @@ Sources: OpenAI's cookbook for what is added to each message, its documents of 2
 prices. Neither is a promise; the upstream's own count goes before ours wherever there is one.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -153,6 +153,32 @@ def _several(value: object) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
+def tools_in(tools: object) -> Iterator[object]:
+    """The tools of a list; in place of a group, those that it has."""
+    waiting = _list(tools)[::-1]
+    while waiting:  # not recursive: no depth overflows the stack
+        tool = waiting.pop()
+        if is_group(tool):
+            waiting += _list(_member(tool, "tools"))[::-1]
+        else:
+            yield tool
+
+
+def is_group(tool: object) -> bool:
+    """Whether a tool is a namespace, which only names a group of others."""
+    return _member(tool, "type") == "namespace" and isinstance(_member(tool, "tools"), list)
+
+
+def is_own_tool(tool: object) -> bool:
+    """Whether the client runs a tool itself, and the request shows all that the model reads of it.
+
+    So it is with a search among tools that the client makes; one that the upstream makes reads what it likes.
+    """
+    kind = _member(tool, "type")
+    is_own_search = kind == "tool_search" and _member(tool, "execution") == "client"
+    return isinstance(tool, dict) and (kind in _OWN_TOOLS or is_own_search)
+
+
 def _member(value: object, name: str) -> object:
     return value.get(name) if isinstance(value, dict) else None
 
@@ -162,9 +188,8 @@ def _is_open(document: Mapping[str, Any]) -> bool:
         return True
     if isinstance(document.get("prompt"), dict):  # a template that is stored at the upstream
         return True
-    return any(
-        not isinstance(tool, dict) or tool.get("type") not in _OWN_TOOLS for tool in _list(document.get("tools"))
-    )
+    holders = [document, *(item for item in _list(document.get("input")) if isinstance(item, dict))]
+    return not all(is_own_tool(tool) for holder in holders for tool in tools_in(holder.get("tools")))
 
 
 def _list(value: object) -> list[Any]:

@@ -126,8 +126,8 @@ class Allow(Section):
     )
     betas: list[ServedName] = Field(
         default=[],
-        description="Of kind anthropic: the betas that users may ask for with the header anthropic-beta. Others are "
-        "left out of what is sent.",
+        description="Of kind anthropic: the betas that users may ask for with the header anthropic-beta, beside "
+        "those that change neither price nor reach. Others are left out of what is sent.",
         examples=[["context-1m-2025-08-07"]],
     )
     store: Flag = Field(

@@ -131,6 +131,7 @@ def refusal(
     """
     zone, help = policy.zone, policy.help
     block = _telling(refused.blocks)
+    final = {"x-should-retry": "false", **(_for_codex(block, help) if endpoint == "responses" else {})}
     if refused.verdict is Verdict.NEVER:
         return NeverFits(_with_help(_never(block), help))
     let_in_at = refused.let_in_at
@@ -138,10 +139,10 @@ def refusal(
     if refused.verdict is Verdict.EXHAUSTED and let_in_at is None:
         # A limit of 0 has no reset that would let anybody in, so none is promised.
         return Refusal(
-            _with_help(_switched_off(block), help),
+            _with_help(f"{_short(block)}.", help),
             type=long_type,
             code="insufficient_quota",
-            headers={"x-should-retry": "false"},
+            headers=final,
             members=_members(stand, policy, reset_at=None, wait_s=None),
         )
     wait_s = busy_s if let_in_at is None else max(1, seconds_up(let_in_at - now))
@@ -152,7 +153,7 @@ def refusal(
         _with_help(message, help),
         type=("requests" if block.limit.measure == "requests" else "tokens") if soon else long_type,
         code="rate_limit_exceeded" if soon else "insufficient_quota",
-        headers={"retry-after": str(wait_s), **({} if soon else {"x-should-retry": "false"})},
+        headers={"retry-after": str(wait_s), **({} if soon else final)},
         members=_members(stand, policy, reset_at=reset_at, wait_s=wait_s),
     )
 
@@ -198,16 +199,24 @@ def _telling(blocks: Iterable[Block]) -> Block:
 
 
 def _exhausted(block: Block, let_in_at: int, *, now: int, zone: ZoneInfo) -> str:
+    return f"{_short(block)}. Resets at {rfc3339(let_in_at, zone)} (in {spoken(let_in_at - now)})."
+
+
+def _short(block: Block) -> str:
+    """What a limit that is used up, or is 0, says without its reset."""
     used, unit = block.counter.used.of(block.limit.measure), _UNIT[block.limit.measure]
-    when = f"Resets at {rfc3339(let_in_at, zone)} (in {spoken(let_in_at - now)})."
+    if not block.limit.maximum:
+        return f'Quota "{block.quota.id}" is switched off: it allows 0 {unit}'
     if used >= block.limit.maximum:
-        return f'Quota "{block.quota.id}" is used up: {used} of {block.limit.maximum} {unit}. {when}'
+        return f'Quota "{block.quota.id}" is used up: {used} of {block.limit.maximum} {unit}'
     left = block.limit.maximum - used
-    return f'Quota "{block.quota.id}" has {left} {unit} left and this call may need {block.needed}. {when}'
+    return f'Quota "{block.quota.id}" has {left} {unit} left and this call may need {block.needed}'
 
 
-def _switched_off(block: Block) -> str:
-    return f'Quota "{block.quota.id}" is switched off: it allows 0 {_UNIT[block.limit.measure]}.'
+def _for_codex(block: Block, help: str) -> dict[str, str]:
+    """The one place from which Codex takes words of ours: between "You've hit your usage limit." and the reset."""
+    can_be_sent = help.isascii() and help.isprintable()
+    return {"x-codex-promo-message": _short(block) + (f" ({help})" if help and can_be_sent else "")}
 
 
 def _busy(block: Block, wait_s: int) -> str:

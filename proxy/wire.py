@@ -80,17 +80,29 @@ class Call:
         return isinstance(options, dict) and bool(options.get("include_usage"))
 
     @property
+    def has_several_prompts(self) -> bool:
+        """Whether there is more than one text to complete, each with an input of its own."""
+        return self.endpoint.name == "completions" and _prompts(self.document) > 1
+
+    @property
     def adds_usage(self) -> bool:
         """Whether we ask for the usage in the client's place, and so take it out of the answer again."""
         return self._may_ask and not self.asks_for_usage
 
     def adds_running_usage(self, kind: Kind) -> bool:
-        """Whether we ask for the usage so far on every chunk: vLLM alone gives it, and then a cut stream is exact.
+        """Whether we ask for the usage so far on every chunk: vLLM and llama.cpp give it, and then a cut is exact.
 
         Not of several choices: there each chunk has that of its own choice.
         """
         options = self.document.get("stream_options") or {}
-        return kind == "vllm" and self._may_ask and self.choices == 1 and not options.get("continuous_usage_stats")
+        if not self._may_ask or self.choices != 1:
+            return False
+        match kind:
+            case "vllm":
+                return not options.get("continuous_usage_stats")
+            case "llamacpp":
+                return not self.document.get("timings_per_token")
+        return False
 
     @property
     def _may_ask(self) -> bool:
@@ -184,7 +196,10 @@ def forwarded_body(call: Call, model: Model, *, maximum: int | None = None) -> b
     if call.adds_usage:
         document["stream_options"] = {**(document.get("stream_options") or {}), "include_usage": True}
     if call.adds_running_usage(model.upstream.kind):
-        document["stream_options"] = {**document["stream_options"], "continuous_usage_stats": True}
+        if model.upstream.kind == "llamacpp":
+            document["timings_per_token"] = True
+        else:
+            document["stream_options"] = {**document["stream_options"], "continuous_usage_stats": True}
     if maximum is not None:
         kind = model.upstream.kind
         names = maximum_fields(call.endpoint, kind)
@@ -318,15 +333,22 @@ def _choices(endpoint: Endpoint, document: Mapping[str, Any]) -> int:
     for name in _MAXIMA:
         _whole(name, document.get(name), least=-1 if name == "n_predict" else 0)
     each = max(_answers(name, document) for name in _ANSWER_COUNTS)
+    if endpoint.is_of_responses and each > 1:
+        # llama.cpp takes it there too, and says of a stream what one of them used.
+        raise InvalidRequest("A response is one answer.", param="n", code="unsupported_parameter")
     if endpoint.name != "completions":
         return each
+    return max(each, _answers("best_of", document)) * _prompts(document)
+
+
+def _prompts(document: Mapping[str, Any]) -> int:
+    """How many texts are to be completed; a list that begins with a number is one of tokens."""
     prompt = document.get("prompt")
     is_several = isinstance(prompt, list) and bool(prompt) and not isinstance(prompt[0], int)
     prompts = len(prompt) if isinstance(prompt, list) and is_several else 1
     # vLLM's, which are answered beside those of `prompt`.
     embedded = document.get("prompt_embeds")
-    prompts += len(embedded) if isinstance(embedded, list) else 0
-    return max(each, _answers("best_of", document)) * prompts
+    return prompts + (len(embedded) if isinstance(embedded, list) else 0)
 
 
 def _answers(name: str, document: Mapping[str, Any]) -> int:

@@ -12,6 +12,8 @@ import pytest
 import structlog
 from hypothesis import settings
 
+# It asserts for several tests, and should show what it found as they do.
+pytest.register_assert_rewrite("tests.clients.sessions")
 settings.register_profile("house", derandomize=bool(os.environ.get("CI")), print_blob=True, deadline=None)
 settings.load_profile("house")
 

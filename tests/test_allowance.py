@@ -32,7 +32,18 @@ def refused(endpoint: Endpoint, allow: Allow = NOTHING, **fields: object) -> Inv
 
 
 @pytest.mark.parametrize(
-    "tool", [{"type": "web_search"}, {"type": "mcp", "server_url": "http://x"}, {"type": None}, {}, "function", None]
+    "tool",
+    [
+        {"type": "web_search"},
+        {"type": "mcp", "server_url": "http://x"},
+        {"type": None},
+        {},
+        "function",
+        None,
+        {"type": "tool_search"},
+        {"type": "tool_search", "execution": "server"},
+        {"type": "namespace", "name": "n"},
+    ],
 )
 @pytest.mark.parametrize("endpoint", OF_RESPONSES, ids=ids)
 def test_tools_that_run_at_the_upstream_are_refused(endpoint: Endpoint, tool: object) -> None:
@@ -41,13 +52,19 @@ def test_tools_that_run_at_the_upstream_are_refused(endpoint: Endpoint, tool: ob
     assert refused(endpoint, tools=given).param == "tools"
     assert refused(endpoint, input=["text", {"type": "additional_tools", "tools": given}]).param == "tools"
     within = [{"type": "namespace", "name": "n", "tools": given}]
-    assert refused(endpoint, Allow(frozenset(["namespace"])), tools=within).param == "tools"
+    assert refused(endpoint, tools=within).param == "tools"
+    assert refused(endpoint, tools=[{"type": "namespace", "tools": within}]).param == "tools"
+    assert refused(endpoint, input=[{"type": "tool_search_output", "tools": within}]).param == "tools"
 
 
 def test_tools_that_the_client_runs_are_open() -> None:
-    """Functions and custom tools are text in and text out; what is no list is for the upstream to refuse."""
+    """Functions and custom tools are text in and text out, and so are groups of them (Codex sends such) and a search
+    among them that the client makes; what is no list is for the upstream to refuse."""
     schema = {"type": "object", "properties": {"file_id": {"type": "string"}, "container": {"type": "string"}}}
     check(RESPONSES, tools=[{"type": "function", "name": "f", "parameters": schema}, {"type": "custom", "name": "c"}])
+    group = {"type": "namespace", "name": "n", "tools": [{"type": "function", "name": "f", "parameters": schema}]}
+    check(RESPONSES, tools=[group, {"type": "tool_search", "execution": "client", "parameters": schema}])
+    check(RESPONSES, input=[{"type": "additional_tools", "tools": [group, {"type": "namespace", "tools": [group]}]}])
     check(RESPONSES, tools={"type": "web_search"})
     check(RESPONSES, input=[{"type": "additional_tools", "tools": [{"type": "function", "name": "f"}]}])
     check(RESPONSES, input=[{"type": "mcp_list_tools", "tools": [{"name": "f"}]}])  # what a server once listed
@@ -80,7 +97,7 @@ def test_the_type_of_a_tool_has_one_spelling(endpoint: Endpoint) -> None:
 
 def test_tools_that_are_allowed_are_open_and_no_others() -> None:
     """By the very type that the request names."""
-    allow = Allow(frozenset(["web_search", "mcp", "code_interpreter", "namespace"]))
+    allow = Allow(frozenset(["web_search", "mcp", "code_interpreter"]))
     check(RESPONSES, allow, tools=[{"type": "web_search"}, {"type": "mcp", "server_url": "https://a.example"}])
     check(RESPONSES, allow, tools=[{"type": "code_interpreter", "container": {"type": "auto"}}])
     inner = {"type": "function", "name": "f", "parameters": {"file_id": {}}}

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.chunks import is_finished, more_than_usage, read_object, with_timings, without_usage
+from proxy.chunks import is_finished, more_than_usage, read_object, with_timings, without_timings, without_usage
 from proxy.sse import Splitter
 
 USAGE = {"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3}
@@ -101,3 +101,18 @@ def test_timings_are_moved_as_they_stand(gap):
     moved = with_timings(last, json.loads(last[6:]), event(of), json.loads(of))
     assert json.loads(moved[6:]) == {"choices": [{"finish_reason": "stop"}], "timings": TIMINGS}
     assert moved.endswith(b"\n\n")
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ('{"a":1.50,"timings":{"n":1,"ms":1e-05}}', '{"a":1.50}'),
+        ('{"a":"\\u00e9,\\"timings\\":{}","timings":{"n":1},"b":2}', '{"a":"\\u00e9,\\"timings\\":{}","b":2}'),
+        ('{"a":1.50, "timings": {"n":1}}', '{"a":1.5}'),
+        ('{"a":{"x":1,"timings":{"n":1}},"timings":3}', '{"a":{"x":1,"timings":{"n":1}}}'),
+        ('{"timings":3,"a":{"x":1,"timings":{"n":1}}}', '{"a":{"x":1,"timings":{"n":1}}}'),
+    ],
+)
+def test_timings_are_cut_out_and_no_other_byte(text, shown):
+    """Where that is not to be done safely the chunk is written anew."""
+    assert without_timings(event(text), json.loads(text)) == b"data: " + shown.encode() + b"\n\n"

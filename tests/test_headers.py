@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.headers import key_header, to_client, to_upstream
+from proxy.headers import idempotency, key_header, to_client, to_upstream
 from proxy.policy import Kind, Secret
 
 KEY = Secret("sk-of-the-operator")
@@ -30,11 +30,9 @@ def ours(kind: Kind) -> dict[str, str]:
     return {**OURS, "anthropic-version": "2023-06-01"} if kind == "anthropic" else OURS
 
 
-def up(
-    *headers: tuple[str, str], kind: Kind = "openai", api_key: Secret | None = KEY, user: str = "alice"
-) -> dict[str, str]:
+def up(*headers: tuple[str, str], kind: Kind = "openai", api_key: Secret | None = KEY) -> dict[str, str]:
     """What an upstream gets of a client's headers."""
-    return to_upstream(headers, kind=kind, api_key=api_key, user=user)
+    return to_upstream(headers, kind=kind, api_key=api_key)
 
 
 def down(*headers: tuple[str, str], is_stream: bool = False) -> dict[str, str]:
@@ -123,11 +121,14 @@ def test_a_few_of_the_client_s_headers_mean_something_upstream(name: str) -> Non
 def test_an_idempotency_key_is_its_user_s_own(api_key: Secret | None) -> None:
     """All users are one account upstream: a repeated key must not bring one of them the answer of another."""
 
-    def sent(user: str, said: str) -> str:
-        return up(("Idempotency-Key", said), user=user, api_key=api_key)["idempotency-key"]
+    def sent(user: str, said: str, *more: tuple[str, str]) -> dict[str, str]:
+        assert up(("Idempotency-Key", said), *more, api_key=api_key) == up(api_key=api_key)
+        return idempotency([("Idempotency-Key", said), *more], user=user, api_key=api_key)
 
     assert sent("alice", "1") == sent("alice", "1")
-    assert len({"1", sent("alice", "1"), sent("bob", "1"), sent("alice", "2"), sent("alice", "\udce4")}) == 5
+    owners = [("alice", "1"), ("bob", "1"), ("alice", "2"), ("alice", "\udce4")]
+    assert len({"1", *(sent(*owner)["idempotency-key"] for owner in owners)}) == 5
+    assert sent("alice", "") == sent("alice", "1", ("Connection", "idempotency-key")) == {}
 
 
 def test_a_version_of_anthropic_s_is_the_client_s_where_it_names_one() -> None:
@@ -150,8 +151,18 @@ def test_a_beta_is_asked_for_where_the_operator_lets_it_pass(
 ) -> None:
     """All others are left out, in whichever of the headers they stand."""
     headers = [("anthropic-beta", "a, b"), ("Anthropic-Beta", "c")]
-    passed = to_upstream(headers, kind=kind, api_key=KEY, user="alice", betas=allowed)
+    passed = to_upstream(headers, kind=kind, api_key=KEY, betas=allowed)
     assert passed.get("anthropic-beta") == sent
+
+
+def test_a_beta_that_changes_neither_price_nor_reach_is_asked_for() -> None:
+    """Whatever the operator lists beside it; what costs more or reaches further is not among them."""
+    asked = ("claude-code-20250219", "context-1m-2025-08-07", "context-management-2025-06-27", "fast-mode-2026-02-01")
+    headers = [("anthropic-beta", ",".join(asked))]
+    sent = to_upstream(headers, kind="anthropic", api_key=KEY)["anthropic-beta"]
+    assert sent == "claude-code-20250219,context-management-2025-06-27"
+    sent = to_upstream(headers, kind="anthropic", api_key=KEY, betas=["context-1m-2025-08-07"])["anthropic-beta"]
+    assert sent == "claude-code-20250219,context-1m-2025-08-07,context-management-2025-06-27"
 
 
 def test_the_body_is_ours_and_the_answer_is_not_to_be_compressed() -> None:
@@ -239,6 +250,13 @@ def test_a_value_that_could_become_a_line_of_its_own_is_dropped(value: str) -> N
     assert down(("X-Request-ID", value)) == {"cache-control": "no-store"}
     if value:
         assert down(("OpenAI-Version", value), ("Content-Type", value)) == {"cache-control": "no-store"}
+
+
+@pytest.mark.parametrize("kind", get_args(Kind))
+def test_llama_cpp_is_asked_to_close_the_connection_behind_a_stream(kind: Kind) -> None:
+    """It does so anyway and says the contrary; all others keep theirs."""
+    sent = to_upstream((), kind=kind, api_key=None, is_stream=True)
+    assert sent == {**ours(kind), **({"connection": "close"} if kind == "llamacpp" else {})}
 
 
 def test_what_an_upstream_s_connection_names_ends_here() -> None:

@@ -5,6 +5,7 @@ break a rule, EXEMPT says so with its reason; an exemption that is no longer nee
 """
 
 import ast
+import json
 import re
 import tomllib
 from collections.abc import Iterator
@@ -418,12 +419,17 @@ def test_the_ground_may_not_wait(monkeypatch):
 # ---------------------------------------------------------------------------------------------------------- the locks
 
 
+CLIENTS_LOCK = "tests/clients/requirements.lock"
+
+
 def locked(lock: str) -> dict[str, str]:
     """name → version, of what a lock names."""
     return dict(re.findall(r"^([a-z0-9-]+)==(\S+)", (ROOT / lock).read_text(encoding="utf-8"), flags=re.MULTILINE))
 
 
-@pytest.mark.parametrize("lock", ["requirements.lock", "requirements-run.lock"])
+@pytest.mark.parametrize(
+    "lock", ["requirements.lock", "requirements-run.lock", CLIENTS_LOCK, "tests/model_server.lock"]
+)
 def test_a_lock_has_hashes_and_no_address(lock):
     """What is installed is what was tested, wherever it is fetched from."""
     text = (ROOT / lock).read_text(encoding="utf-8")
@@ -442,7 +448,8 @@ def test_the_locks_agree():
 
 def test_the_locks_name_all_that_pyproject_asks_for():
     """A dependency that was added without `make lock` would be missing from the next fresh .venv."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    said = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    project, groups = said["project"], said["dependency-groups"]
     extras = project["optional-dependencies"]
 
     def names(requirements: list[str]) -> set[str]:
@@ -451,3 +458,15 @@ def test_the_locks_name_all_that_pyproject_asks_for():
     shipped = names([*project["dependencies"], *extras["postgres"], *extras["offline"], *extras["build"]])
     assert not shipped - locked("requirements-run.lock").keys(), "make lock"
     assert not (shipped | names(extras["test"])) - locked("requirements.lock").keys(), "make lock"
+    assert not names(groups["model-server"]) - locked("tests/model_server.lock").keys(), "make lock"
+
+
+def test_the_lock_of_node_has_hashes_and_no_address():
+    """The SDKs of Node too: exactly these bytes, from wherever npm is told to fetch."""
+    folder = ROOT / "tests" / "clients" / "node"
+    packages = json.loads((folder / "package-lock.json").read_text(encoding="utf-8"))["packages"]
+    asked = json.loads((folder / "package.json").read_text(encoding="utf-8"))["dependencies"]
+    assert packages.pop("")["dependencies"] == asked, "make lock"
+    assert all(re.fullmatch(r"(npm:[@a-z/-]+@)?\d+\.\d+\.\d+", version) for version in asked.values()), "make lock"
+    assert all(package["integrity"].startswith("sha512-") for package in packages.values()), "make lock"
+    assert not any("resolved" in package for package in packages.values()), "make lock: it names an address"

@@ -48,35 +48,6 @@ async def test_the_sdk_gets_its_answers_and_the_books_have_each_token(tmp_path: 
         assert (await on.quota("staff/daily"))["requests"]["used"] == 5
 
 
-def test_the_synchronous_sdk_works_as_well(tmp_path: Path) -> None:
-    """The other half of the SDK: requests in a thread, sockets that are closed at `[DONE]`."""
-
-    def talk(url: str) -> tuple[str, int]:
-        sdk = openai.OpenAI(base_url=f"{url}/v1", api_key=key_of("alice"), max_retries=0)
-        with sdk:
-            return converse(sdk)
-
-    def converse(sdk: openai.OpenAI) -> tuple[str, int]:
-        stream = sdk.chat.completions.create(
-            model="fast", messages=HELLO, stream=True, stream_options={"include_usage": True}
-        )
-        words, tokens = "", 0
-        for chunk in stream:
-            words += "".join(choice.delta.content or "" for choice in chunk.choices)
-            tokens = chunk.usage.total_tokens if chunk.usage else tokens
-        whole = sdk.chat.completions.create(model="fast", messages=HELLO)
-        assert whole.usage
-        return words, tokens + whole.usage.total_tokens
-
-    async def journey() -> None:
-        async with stage(folder=tmp_path) as on:
-            words, total = await asyncio.to_thread(talk, on.url)
-            assert words
-            assert await on.used() == (total, 0)
-
-    asyncio.run(journey())
-
-
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/v1/responses"])
 @pytest.mark.parametrize("options", [None, {"include_usage": True}, {"include_usage": False}])
 @pytest.mark.parametrize("simulate", ["tokens=30", "tokens=30 crlf", "tokens=3 usage_early", "tokens=3 no_usage"])

@@ -193,6 +193,23 @@ RECORDINGS = {
         ),
         SAID,
     ),
+    # It says them on every chunk, as we ask.
+    "llamacpp-running": Recording(
+        "llamacpp",
+        (
+            *_without(
+                "timings", *(_chunk(text, timings={**TIMINGS, "predicted_n": n}) for n, text in enumerate(TEXTS))
+            ),
+            *_as_is(_LAST),
+            Piece(
+                _data({**END, "usage": USAGE, "timings": TIMINGS}),
+                _data(_chunk(finish="stop", timings=TIMINGS)),
+                replaces=True,
+            ),
+            *DONE,
+        ),
+        SAID,
+    ),
     "llamacpp-silent": Recording(
         "llamacpp",
         (*_as_is(*map(_data, map(_chunk, TEXTS)), _data(_chunk(finish="stop", timings=TIMINGS))), *DONE),
@@ -248,12 +265,7 @@ def _call(of: Endpoint) -> Call:
 def _watched(recording: Recording, pieces: Iterator[bytes] | list[bytes]) -> tuple[Meter, bytes]:
     """Let these bytes go by and end; return the meter, and all that the client is shown."""
     call = _call(recording.endpoint)
-    meter = Meter(
-        call,
-        count=lambda text: len(text),
-        strips_running_usage=call.adds_running_usage(recording.kind),
-        moves_timings=recording.kind == "llamacpp",
-    )
+    meter = Meter(call, count=lambda text: len(text), kind=recording.kind)
     stream = Stream(meter)
     shown = b"".join(stream.feed(piece, covered=TOKENS_MAX) for piece in pieces)
     stream.close(covered=TOKENS_MAX)
@@ -326,5 +338,6 @@ async def test_a_stream_of_each_kind_passes_through_the_proxy(recording: Recordi
     finally:
         await runner.cleanup()
     [document] = asked
+    assert document.get("timings_per_token", False) is (recording.kind == "llamacpp")
     options = {"include_usage": True, **({"continuous_usage_stats": True} if recording.kind == "vllm" else {})}
     assert document["stream_options"] == options

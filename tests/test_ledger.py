@@ -31,7 +31,6 @@ from proxy.usage import TOKENS_MAX, Amount, AtLeast, Exactly, Tokens, Unspent
 from tests.audit import audit, connected, contents, rows, states
 from tests.breakage import BrokenBinding, commits, failing_writes, full, locked, moved, read_only, unfit, writers
 from tests.builders import DAY, HOUR, MINUTE, NOON, binding, call, exactly, extend, quota, reserve, rough
-from tests.stage import until
 
 DAILY = quota("staff/daily", tokens=1000)
 ANN = binding([DAILY])

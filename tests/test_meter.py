@@ -25,6 +25,7 @@ from proxy.endpoints import (
     Endpoint,
 )
 from proxy.meter import Meter
+from proxy.policy import Kind
 from proxy.sse import Event, Splitter
 from proxy.usage import TOKENS_MAX, AtLeast, Exactly, Tokens, Unspent, Usage
 from proxy.wire import Call, parse_call
@@ -48,16 +49,16 @@ def count(text: str) -> int:
     return len(text.encode("utf-8", "surrogatepass"))
 
 
-def new(of: Call = UNASKED, *, strips: bool = False, moves: bool = False) -> Meter:
+def new(of: Call = UNASKED, *, kind: Kind = "openai") -> Meter:
     """A meter that has seen nothing yet."""
-    return Meter(of, count=count, strips_running_usage=strips, moves_timings=moves)
+    return Meter(of, count=count, kind=kind)
 
 
 def watch(
-    stream: bytes, of: Call = UNASKED, cuts: list[int] | None = None, *, strips: bool = False
+    stream: bytes, of: Call = UNASKED, cuts: list[int] | None = None, *, kind: Kind = "openai"
 ) -> tuple[Meter, bytes]:
     """Let a whole stream go by; return the meter, and what the client is shown of it."""
-    meter, splitter = new(of, strips=strips), Splitter()
+    meter, splitter = new(of, kind=kind), Splitter()
     places = [0, *sorted(min(cut, len(stream)) for cut in cuts or []), len(stream)]
     shown = b"".join(
         meter.see_event(event) for start, end in pairwise(places) for event in splitter.feed(stream[start:end])
@@ -466,7 +467,7 @@ def test_the_usage_so_far_leaves_no_trace(documents: list, end: str, cuts: list[
         render({**document, "usage": so_far(output)}, how)
         for (document, _), output in zip(documents, outputs, strict=True)
     )
-    meter, shown = watch(running, cuts=cuts, strips=True)
+    meter, shown = watch(running, cuts=cuts, kind="vllm")
     assert shown == without
     if documents:
         assert meter.usage() == Exactly(Tokens(11, outputs[-1]))
@@ -534,7 +535,7 @@ def test_a_report_that_does_not_rise_with_the_text_is_none() -> None:
 
 def test_the_end_says_the_usage_again() -> None:
     """And ends the answer, as without all those before it."""
-    meter, shown = watch(RUNNING + FINISH + event(usage_chunk()) + DONE, ASKED, strips=True)
+    meter, shown = watch(RUNNING + FINISH + event(usage_chunk()) + DONE, ASKED, kind="vllm")
     assert (meter.usage(), meter.is_over) == (BOOKED, True)
     assert shown == event(chunk()) + TEXT + FINISH + event(usage_chunk()) + DONE
 
@@ -548,7 +549,7 @@ def test_the_usage_so_far_is_taken_out_again_and_no_other_byte(of: Call, end: st
         ',"usage":{"prompt_tokens":11,"total_tokens":12,"completion_tokens":1,"prompt_tokens_details":null}}'
     )
     frame = f"data: %s{end}{end}"
-    meter, shown = watch((frame % raw).encode(), of, strips=True)
+    meter, shown = watch((frame % raw).encode(), of, kind="vllm")
     assert shown.decode() == frame % (raw[: raw.rindex(',"usage"')] + "}")
     assert meter.usage() == Exactly(Tokens(11, 1))
 
@@ -562,7 +563,7 @@ def test_who_asked_for_the_usage_so_far_gets_it() -> None:
 def test_a_place_kept_for_usage_is_taken_out_beside_the_usage_so_far() -> None:
     """Null and zeros, as without it."""
     zeros = event(chunk("a", usage=ZEROS)) + event(chunk("b", usage=None)) + event(chunk("c", usage=so_far(3)))
-    assert watch(zeros, strips=True)[1] == event(chunk("a")) + event(chunk("b")) + event(chunk("c"))
+    assert watch(zeros, kind="vllm")[1] == event(chunk("a")) + event(chunk("b")) + event(chunk("c"))
 
 
 # ----------------------------------------------------------------------------------------------- where no usage comes
@@ -906,6 +907,45 @@ def test_a_whole_answer_is_booked_by_its_usage(endpoint: Endpoint, answer: dict,
     assert not meter.has_error
 
 
+@pytest.mark.parametrize(
+    ("of", "answer", "booked", "texts"),
+    [
+        (call(stream=False, n=3), {"choices": [message("a"), message("b"), message("c")]}, (11, 5), ["b", "c"]),
+        (call(stream=False, n=3), {"choices": [message("a")]}, None, []),
+        (call(stream=False, n=3), {"choices": 3}, None, []),
+        (call(stream=False), {"choices": [message("a"), message("b")]}, (11, 5), ["b"]),
+        (
+            call(COMPLETIONS, stream=False, prompt="x", n=2),
+            {"choices": [{"text": "a"}, {"text": "b"}]},
+            (11, 5),
+            ["b"],
+        ),
+        (
+            call(COMPLETIONS, stream=False, prompt=["x", "y"]),
+            {"choices": [{"text": "a"}, {"text": "b"}]},
+            (0, 5),
+            ["b"],
+        ),
+    ],
+)
+def test_usage_that_is_of_the_first_choice_alone(
+    of: Call, answer: dict, booked: tuple[int, int] | None, texts: list[str]
+) -> None:
+    """llama.cpp's: the texts of the others are kept to be counted, and of several prompts no input is known."""
+    meter = Meter(of, count=count, kind="llamacpp")
+    meter.see_whole(json.dumps({**answer, "usage": HONEST}).encode())
+    assert meter.usage() == (BOOKED if booked is None else AtLeast(Tokens(*booked)))
+    assert meter.uncounted == texts
+    assert meter.input_reported == (None if of.has_several_prompts else 11)
+
+
+def test_without_usage_all_choices_are_counted() -> None:
+    """Also where it would be of one alone."""
+    meter = Meter(call(stream=False, n=2), count=count, kind="llamacpp")
+    meter.see_whole(json.dumps({"choices": [message("a"), message("b")]}).encode())
+    assert (meter.usage(), meter.uncounted, meter.input_reported) == (UNCOUNTED, ["a", "b"], None)
+
+
 def test_an_error_in_a_whole_answer_is_seen() -> None:
     """Inside a 200: its words cost nothing, what was generated before it does (T44)."""
     error = {"error": {"message": "It broke. " * 40, "code": 500}}
@@ -1042,7 +1082,7 @@ TIMINGS = {"cache_n": 4, "prompt_n": 7, "prompt_ms": 1e-05, "predicted_n": 5, "p
 
 def timed(stream: bytes, of: Call = UNASKED) -> tuple[Meter, bytes]:
     """Let a stream of llama.cpp go by; return the meter, and what the client is shown of it."""
-    meter, splitter = new(of, moves=True), Splitter()
+    meter, splitter = new(of, kind="llamacpp"), Splitter()
     shown = b"".join(meter.see_event(each) for each in splitter.feed(stream))
     return meter, shown + meter.rest()
 
@@ -1094,10 +1134,12 @@ def test_beside_timings_and_something_else_the_usage_chunk_stays() -> None:
     assert timed(FINISH + event(usage_chunk()) + DONE)[1] == FINISH + DONE
 
 
-@pytest.mark.parametrize("of", [ASKED, call(n=2)])
-def test_elsewhere_timings_stay_where_they_are(of: Call) -> None:
+@pytest.mark.parametrize(
+    ("of", "last"), [(ASKED, usage_chunk(timings=TIMINGS)), (call(n=2), chunk(timings=TIMINGS))], ids=["asked", "n"]
+)
+def test_elsewhere_timings_stay_where_they_are(of: Call, last: dict) -> None:
     """Who asked for the usage gets its chunk, and of several choices each has its own."""
-    stream = TEXT + FINISH + event(chunk(timings=TIMINGS)) + DONE
+    stream = TEXT + FINISH + event(last) + DONE
     assert timed(stream, of)[1] == stream
 
 
@@ -1111,11 +1153,69 @@ def test_timings_say_the_usage_where_nothing_else_does() -> None:
 
 def test_what_was_not_asked_for_is_the_client_s() -> None:
     """Where the upstream would not take our option, all that it says was said unasked."""
-    meter, splitter = new(moves=True, strips=True), Splitter()
-    meter.did_not_ask()
-    stream = TEXT + event(chunk(finish="stop", usage=None)) + event(usage_chunk(timings=TIMINGS)) + DONE
-    assert b"".join(meter.see_event(each) for each in splitter.feed(stream)) == stream
-    assert meter.usage() == BOOKED
+    for kind, text in (("vllm", RUNNING), ("llamacpp", TIMED)):
+        meter = new(kind=kind)
+        meter.did_not_ask()
+        stream = text + event(chunk(finish="stop", usage=None)) + event(usage_chunk(timings=TIMINGS)) + DONE
+        assert b"".join(meter.see_event(each) for each in Splitter().feed(stream)) == stream
+        assert meter.usage() == BOOKED
+
+
+def timings(output: int, **more: object) -> dict:
+    """What llama.cpp says on every chunk when it is asked to."""
+    return {**TIMINGS, "predicted_n": output, **more}
+
+
+TIMED = event(chunk("Hello", timings=timings(3))) + event(chunk(" world!", timings=timings(5)))
+
+
+def test_a_stream_of_llama_cpp_that_was_cut_is_known_to_the_token() -> None:
+    """The input with the first word, what was in the cache of it included."""
+    cut = TIMED[: TIMED.index(b"\n\n") + 2]
+    meter, shown = timed(cut)
+    assert shown == event(chunk("Hello"))
+    assert (meter.usage(), meter.output_seen, meter.input_reported) == (Exactly(Tokens(11, 3, cached=4)), 3, 11)
+    assert timed(cut + event(chunk("12345")))[0].usage() == AtLeast(Tokens(11, 8, cached=4))
+
+
+@pytest.mark.parametrize("more", [{}, {"timings_per_token": False}, {"stream_options": {"include_usage": False}}])
+def test_the_timings_so_far_leave_no_trace(more: dict) -> None:
+    """They are on the last chunk, where they come unasked; also where no usage comes after them."""
+    last = event(chunk(finish="stop", timings=timings(5)))
+    meter, shown = timed(TIMED + FINISH + event(usage_chunk(timings=timings(5))) + DONE, call(**more))
+    assert (meter.usage(), shown) == (BOOKED, TEXT + last + DONE)
+    meter, shown = timed(TIMED + last + DONE, call(**more))
+    assert (meter.usage(), shown) == (Exactly(Tokens(11, 5, cached=4)), TEXT + last + DONE)
+
+
+def test_who_asked_for_the_usage_gets_the_timings_with_it() -> None:
+    """There is where they come unasked then."""
+    end = event(usage_chunk(timings=timings(5))) + DONE
+    assert timed(TIMED + FINISH + end, ASKED)[1] == TEXT + FINISH + end
+
+
+def test_who_asked_for_the_timings_so_far_gets_them() -> None:
+    """They are its own."""
+    assert timed(TIMED + DONE, call(timings_per_token=True))[1] == TIMED + DONE
+
+
+def test_of_several_choices_timings_so_far_stay() -> None:
+    """They were not asked for by us."""
+    assert timed(TIMED + DONE, call(n=2))[1] == TIMED + DONE
+
+
+def test_a_completion_ends_with_its_timings() -> None:
+    """Its usage stands beside its last choice, asked for or not."""
+    pieces = [
+        {"choices": [{"text": "Hello", "finish_reason": None}]},
+        {"choices": [{"text": "", "finish_reason": "stop"}]},
+    ]
+    first, last = ({**piece, "timings": timings(5)} for piece in pieces)
+    stream = event(first) + event({**last, "usage": HONEST}) + DONE
+    for of in (call(COMPLETIONS), call(COMPLETIONS, stream_options={"include_usage": True})):
+        meter, shown = timed(stream, of)
+        assert shown == event(pieces[0]) + event({**last, "usage": HONEST}) + DONE
+        assert meter.usage() == BOOKED
 
 
 # ----------------------------------------------------------------------------------------------- Anthropic's messages

@@ -202,6 +202,10 @@ def test_a_file_is_bounded_by_its_bytes_and_estimated_as_prose():
         {"tools": ["web_search"]},
         {"input": [{"type": "item_reference", "id": "msg_1"}]},
         {"input": [{"id": "msg_1"}]},
+        {"tools": [{"type": "namespace", "tools": [{"type": "function"}, {"type": "mcp"}]}]},
+        {"tools": [{"type": "namespace"}]},
+        {"input": [{"type": "additional_tools", "tools": [{"type": "web_search"}]}]},
+        {"tools": [{"type": "tool_search"}]},
         {"messages": [{"role": "assistant", "audio": {"id": "audio_1"}}]},
         {"mm_processor_kwargs": {"max_pixels": 10**9}},
         {"media_io_kwargs": {"video": {"num_frames": 10**6}}},
@@ -241,6 +245,14 @@ def test_what_is_gone_on_from_is_read_once_more():
     [
         {"previous_response_id": None, "conversation": None, "web_search_options": False, "prompt": None},
         {"tools": [{"type": "function"}, {"type": "custom"}, {"function": {"name": "f"}}]},
+        {"tools": [{"type": "namespace", "tools": [{"type": "function"}]}, {"type": "namespace", "tools": []}]},
+        {"tools": [{"type": "tool_search", "execution": "client"}]},
+        {
+            "input": [
+                {"type": "additional_tools", "tools": [{"type": "function"}]},
+                {"type": "mcp_list_tools", "tools": [{}]},
+            ]
+        },
         {"tools": "web_search"},
         {"input": [{"content": "Hi"}, {"type": "reasoning", "summary": []}]},
         {"messages": [{"role": "assistant", "tool_calls": []}, {"role": "assistant", "refusal": "No."}]},

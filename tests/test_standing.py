@@ -308,11 +308,33 @@ def test_type_and_code_follow_the_length_of_the_wait(wait_ms, retry_after, is_so
     who, found = waiting("60d", wait_ms, **limits)
     error = refused(who, call(1, 1), found, NOON, endpoint=endpoint)
     assert isinstance(error, Refusal)
+    error.headers.pop("x-codex-promo-message", None)
     assert error.headers == {"retry-after": retry_after} | ({} if is_soon else {"x-should-retry": "false"})
     assert (error.type, error.code) == ((soon, "rate_limit_exceeded") if is_soon else (long, "insufficient_quota"))
     assert error.members["retry_after"] == int(retry_after)
     assert error.members["resets_at"] == seconds_up(NOON + wait_ms)
     assert error.members["reset_at"] == datetime.fromtimestamp(seconds_up(NOON + wait_ms), BERLIN).isoformat()
+
+
+HELP = "https://llm.example/usage"
+
+
+@pytest.mark.parametrize(
+    ("help", "used", "limit", "said"),
+    [
+        (HELP, 500, 500, f'Quota "staff/daily" is used up: 500 of 500 tokens ({HELP})'),
+        ("", 400, 500, 'Quota "staff/daily" has 100 tokens left and this call may need 320'),
+        ("Fragen? Büro 3", 500, 500, 'Quota "staff/daily" is used up: 500 of 500 tokens'),
+        ("see\nthere", 500, 500, 'Quota "staff/daily" is used up: 500 of 500 tokens'),
+        (HELP, 0, 0, f'Quota "staff/daily" is switched off: it allows 0 tokens ({HELP})'),
+    ],
+)
+def test_codex_tells_its_user_which_quota_it_was(help, used, limit, said):
+    """Of all that we say it shows the reset, and this header, which takes no other help than plain characters."""
+    who = binding([quota("staff/daily", tokens=limit)])
+    found = counters(who, used={"staff/daily": used})
+    told = [refused(who, call(20, 300), found, NOON, endpoint=name, help=help) for name in ("responses", "chat")]
+    assert [error.headers.get("x-codex-promo-message") for error in told] == [said, None]
 
 
 @pytest.mark.parametrize(

@@ -307,6 +307,13 @@ def test_the_number_of_answers_is_bounded(name: str) -> None:
     assert parse(**{name: None}).choices == 1
 
 
+@pytest.mark.parametrize("name", ["n", "n_cmpl"])
+def test_a_response_is_one_answer(name: str) -> None:
+    """llama.cpp writes several, and says of a stream what one of them used."""
+    assert parse(RESPONSES, input="x", **{name: 1}).choices == 1
+    assert refused(RESPONSES, input="x", **{name: 2}).code == "unsupported_parameter"
+
+
 def test_best_of_is_bounded_where_it_is_read() -> None:
     """On /completions; elsewhere it is a field that we don't know."""
     assert parse(COMPLETIONS, best_of=128).choices == 128
@@ -342,8 +349,6 @@ def test_numbers_of_embeddings_are_not_read() -> None:
         ({"prompt": ["one", [1, 2]]}, 2),
         ({"prompt": {"prompt_string": "one"}}, 1),
         ({"prompt": "one", "n": 4}, 4),
-        ({"prompt_embeds": "one"}, 1),
-        ({"prompt_embeds": ["one", "two"], "prompt": "three"}, 3),
         ({"prompt": "one", "best_of": 5}, 5),
         ({"prompt": "one", "n": 4, "best_of": 5}, 5),
         ({"prompt": "one", "n": 5, "best_of": 4}, 5),
@@ -354,12 +359,23 @@ def test_numbers_of_embeddings_are_not_read() -> None:
 )
 def test_completions_generate_for_each_prompt_the_best_of_several(fields: dict, choices: int) -> None:
     """Prompts × the larger of n and best_of; a list of numbers is one prompt of tokens (wire §1.4)."""
-    assert parse(COMPLETIONS, **fields).choices == choices
+    call = parse(COMPLETIONS, **fields)
+    assert call.choices == choices
+    prompt = fields.get("prompt")
+    assert call.has_several_prompts is (isinstance(prompt, list) and len(prompt) > 1 and prompt[0] != 1)
+
+
+def test_prompts_may_come_as_what_models_make_of_them() -> None:
+    """vLLM answers each of them, beside those that are texts."""
+    for embedded, choices in (("one", 1), (["one", "two"], 3), ([], 1), (None, 1)):
+        call = parse(COMPLETIONS, prompt="three", prompt_embeds=embedded)
+        assert (call.choices, call.has_several_prompts) == (choices, choices > 1)
 
 
 def test_prompts_count_nowhere_else() -> None:
     """On chat a `prompt` is a field that nobody reads."""
     assert parse(CHAT, prompt=["a", "b"]).choices == 1
+    assert not parse(CHAT, prompt=["a", "b"]).has_several_prompts
     assert parse(CHAT, n=7).choices == 7
 
 
@@ -558,7 +574,34 @@ def test_vllm_is_asked_for_the_usage_so_far(endpoint: Endpoint, options: dict, i
     assert call.document.get("stream_options") == own
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "vllm"])
+@pytest.mark.parametrize(
+    ("fields", "is_added"),
+    [
+        ({}, True),
+        ({"timings_per_token": None}, True),
+        ({"timings_per_token": False}, True),
+        ({"timings_per_token": True}, False),
+        ({"stream_options": {"include_usage": True}}, True),
+        ({"n": 2}, False),
+        ({"stream": False}, False),
+    ],
+)
+@pytest.mark.parametrize("endpoint", [CHAT, COMPLETIONS], ids=ids)
+def test_llama_cpp_is_asked_for_its_timings_so_far(endpoint: Endpoint, fields: dict, is_added: bool) -> None:
+    """They say the tokens of the input and the output, as vLLM's usage so far does."""
+    call = parse(endpoint, **{"stream": True, **fields})
+    assert call.adds_running_usage("llamacpp") == is_added
+    assert sent(call, "llamacpp").get("timings_per_token") == (True if is_added else fields.get("timings_per_token"))
+    assert "continuous_usage_stats" not in str(sent(call, "llamacpp"))
+
+
+@pytest.mark.parametrize("endpoint", [RESPONSES, EMBEDDINGS], ids=ids)
+def test_elsewhere_llama_cpp_is_not_asked(endpoint: Endpoint) -> None:
+    """There the usage comes by itself."""
+    assert not parse(endpoint, stream=True).adds_running_usage("llamacpp")
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("vllm", "llamacpp")])
 def test_nobody_else_is_asked_for_it(kind: Kind) -> None:
     """The option is vLLM's own; what a client wrote by itself is for the upstream to judge."""
     assert not parse(stream=True).adds_running_usage(kind)
@@ -623,9 +666,12 @@ known = st.fixed_dictionaries(
 def test_only_what_we_decide_is_changed(endpoint: Endpoint, kind: Kind, fields: tuple, maximum: int | None) -> None:
     """The body that is sent says what the client's said, but for the model, the usage option and the maxima."""
     document = {**fields[0], **fields[1]}
+    if endpoint.is_of_responses:
+        document.pop("n", None)  # one answer, or it is refused
     call = parse(endpoint, **document)
     forwarded = sent(call, kind, maximum)
-    unchanged = {name: value for name, value in forwarded.items() if name not in ("model", "stream_options", *MAXIMA)}
+    ours = ("model", "stream_options", "timings_per_token", *MAXIMA)
+    unchanged = {name: value for name, value in forwarded.items() if name not in ours}
     assert unchanged == {name: value for name, value in document.items() if name in unchanged}
     assert repr(unchanged) == repr({name: document[name] for name in unchanged})
     assert document.keys() <= forwarded.keys()

@@ -4,7 +4,7 @@ from typing import Any
 
 import anthropic
 
-from tests.clients.steps import MESSAGES, TOOL, play, used
+from tests.clients.steps import MESSAGES, TOOL, used
 
 TOOLS: Any = [
     {"name": TOOL["name"], "description": TOOL["description"], "input_schema": TOOL["parameters"]},
@@ -14,8 +14,8 @@ TOOLS: Any = [
 class Session:
     """Its calls, each as its documentation shows it."""
 
-    def __init__(self, url: str, key: str) -> None:
-        self._sdk = anthropic.Anthropic(base_url=url, api_key=key, max_retries=0)
+    def __init__(self, url: str, key: str, **retries: int) -> None:
+        self._sdk = anthropic.Anthropic(base_url=url, api_key=key, **retries)
 
     def chat(self, model: str) -> dict[str, Any]:
         """Whole."""
@@ -57,7 +57,3 @@ def describe(error: Any) -> dict[str, Any]:
     said = body.get("error", {}) if isinstance(body, dict) else {}
     shown = {"status": getattr(error, "status_code", None), "code": said.get("type")}
     return shown | ({"retry_after": response.headers.get("retry-after")} if response is not None else {})
-
-
-if __name__ == "__main__":
-    play(Session, describe)

@@ -1,17 +1,15 @@
 """The official SDK of OpenAI in its form for Azure, which has other addresses and sends its key otherwise."""
 
+from typing import Any
+
 import openai
 
 from tests.clients import openai_client
-from tests.clients.steps import play
+from tests.clients.openai_client import describe as describe
 
 
 class Session(openai_client.Session):
     """The same calls."""
 
-    def _connect(self, url: str, key: str) -> openai.OpenAI:
-        return openai.AzureOpenAI(azure_endpoint=url, api_key=key, api_version="2024-10-21", max_retries=0)
-
-
-if __name__ == "__main__":
-    play(Session, openai_client.describe)
+    def _connect(self, url: str, key: str, **retries: Any) -> openai.OpenAI:
+        return openai.AzureOpenAI(azure_endpoint=url, api_key=key, api_version="2024-10-21", **retries)

@@ -5,17 +5,17 @@ from typing import Any
 
 import openai
 
-from tests.clients.steps import MESSAGES, SOUND, TOOL, play, size_of, used
+from tests.clients.steps import MESSAGES, QUESTION, SOUND, TOOL, size_of, used
 
 
 class Session:
     """Its calls, each as its documentation shows it."""
 
-    def __init__(self, url: str, key: str) -> None:
-        self._sdk = self._connect(url, key)
+    def __init__(self, url: str, key: str, **retries: int) -> None:
+        self._sdk = self._connect(url, key, **retries)
 
-    def _connect(self, url: str, key: str) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0)
+    def _connect(self, url: str, key: str, **retries: Any) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{url}/v1", api_key=key, **retries)
 
     def chat(self, model: str) -> dict[str, Any]:
         """Whole."""
@@ -24,12 +24,18 @@ class Session:
 
     def stream(self, model: str) -> dict[str, Any]:
         """Chunk by chunk, with the usage in the last."""
-        stream = self._sdk.chat.completions.create(
-            model=model, messages=MESSAGES, stream=True, stream_options={"include_usage": True}
-        )
-        chunks = list(stream)
-        text = "".join(choice.delta.content or "" for chunk in chunks for choice in chunk.choices)
-        return {"text": text, "usage": _used(chunks[-1].usage)}
+        chunks = self._chunks(model, stream_options={"include_usage": True})
+        return {"text": _text(chunks), "usage": _used(chunks[-1].usage)}
+
+    def stream_unasked(self, model: str) -> dict[str, Any]:
+        """Chunk by chunk, as most programs read them: each has a choice."""
+        chunks = self._chunks(model)
+        usage = next((_used(chunk.usage) for chunk in chunks if chunk.usage), None)
+        without = sum(not chunk.choices for chunk in chunks)
+        return {"text": _text(chunks), "usage": usage, "without_choices": without}
+
+    def _chunks(self, model: str, **more: Any) -> list[Any]:
+        return list(self._sdk.chat.completions.create(model=model, messages=MESSAGES, stream=True, **more))
 
     def tools(self, model: str) -> dict[str, Any]:
         """What it calls, whole."""
@@ -50,12 +56,12 @@ class Session:
 
     def responses(self, model: str) -> dict[str, Any]:
         """By the newer way to ask."""
-        answer = self._sdk.responses.create(model=model, input="Which river is the longest?")
+        answer = self._sdk.responses.create(model=model, input=QUESTION)
         return {"text": answer.output_text, "usage": _used(answer.usage)}
 
     def responses_stream(self, model: str) -> dict[str, Any]:
         """The same, put together by the SDK."""
-        with self._sdk.responses.stream(model=model, input="Which river is the longest?") as stream:
+        with self._sdk.responses.stream(model=model, input=QUESTION) as stream:
             answer = stream.get_final_response()
         return {"text": answer.output_text, "usage": _used(answer.usage)}
 
@@ -79,6 +85,10 @@ class Session:
         return {"text": answer.text, "usage": _used(answer.usage)}
 
 
+def _text(chunks: list[Any]) -> str:
+    return "".join(choice.delta.content or "" for chunk in chunks for choice in chunk.choices)
+
+
 def _called(answer: Any) -> dict[str, Any]:
     called = answer.choices[0].message.tool_calls[0].function
     return {"name": called.name, "arguments": json.loads(called.arguments), "usage": _used(answer.usage)}
@@ -95,7 +105,3 @@ def describe(error: Any) -> dict[str, Any]:
     response = getattr(error, "response", None)
     shown = {"status": getattr(error, "status_code", None), "code": getattr(error, "code", None)}
     return shown | ({"retry_after": response.headers.get("retry-after")} if response is not None else {})
-
-
-if __name__ == "__main__":
-    play(Session, describe)

@@ -1,13 +1,17 @@
 """A client's session: a program with one SDK beside a stage, what it must get, what it must raise, and the books.
 
-`tests/clients/<client>_client.*` is run with the steps on its command line, and in its environment
+A program (`python -m tests.clients <client>`, or one in another language) is run with the steps on its command line,
+and in its environment
 
     BASE_URL   http://127.0.0.1:port, to which it adds what its SDK wants (/v1 for OpenAI's)
     API_KEY    alice's; the step `unknown_key` uses another one, that nobody has
 
-For each step it asks the model *of the step's name* and prints one line of JSON. Its SDK doesn't retry.
+For each step it asks the model *of the step's name* and prints one line of JSON. Its SDK is told not to retry, but
+for `used_up`, where our answer should tell it.
 
     chat, stream, responses, responses_stream   {"step": …, "text": …, "usage": …}
+    stream_unasked                              the same of a stream that asks for no usage, with the number of the
+                                                chunks that have no choice: {…, "usage": null, "without_choices": 0}
     tools, tools_stream                         {"step": …, "name": …, "arguments": {"term": …}, "usage": …}
                                                 of a tool `look_up` with the parameter `term`
     embeddings                                  {"step": …, "dimensions": …, "usage": …}
@@ -26,6 +30,7 @@ not is printed in the same way, so that the test's report shows it.
 """
 
 import asyncio
+import base64
 import json
 import sys
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -34,17 +39,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from proxy.simulated_media import HEARD, SOUND
+from proxy.simulated_media import HEARD, PICTURE, SOUND
+from proxy.simulated_text import DIMENSIONS
 from tests.stage import STAFF, Stage, key_of, stage
 
 ROOT = Path(__file__).resolve().parents[2]
 CLIENTS = ROOT / "tests" / "clients"
-SECONDS_MAX = 45  # for all steps of a session; a test has sixty
+ITS_OWN = ROOT / ".venv-clients" / "bin" / "python"  # has what should not settle the versions of ours
+SECONDS_MAX = 55  # for all steps; a test has sixty
 
 POLICY = """
 models:
   chat: {upstream: simulated, model: gpt-4o-mini, max_output_tokens: 100}
   stream: {upstream: simulated, model: gpt-4o-mini, max_output_tokens: 100}
+  stream_unasked: {upstream: simulated, model: gpt-4o-mini, max_output_tokens: 100}
   tools: {upstream: simulated, model: gpt-4o-mini+tool, max_output_tokens: 100}
   tools_stream: {upstream: simulated, model: gpt-4o-mini+tool, max_output_tokens: 100}
   responses: {upstream: simulated, model: gpt-4o-mini, max_output_tokens: 100}
@@ -60,10 +68,17 @@ models:
 """ + STAFF[STAFF.index("groups:") :].replace(
     "quotas: {", "quotas: {scarce: {models: [used_up], requests: 1, per: day}, "
 )
-RESET = "2026-11-25T00:00:00+00:00"
-SECONDS_TO_RESET = 12 * 3600
+WORDS_BEFORE = 3  # of a stream that breaks
+SECONDS_TO_RESET = "43200"
 
 FAULTS = ("unknown_key", "unknown_model", "used_up", "failing", "broken_stream", "cut_stream")
+# What must be in the message that an exception shows.
+WORDS = {
+    "unknown_key": "not known here",
+    "unknown_model": "does not exist here",
+    "used_up": 'Quota "staff/scarce" is used up: 1 of 1 requests. Resets at 2026-11-25T00:00:00+00:00 (in 12h).',
+    "cut_stream": "broke off",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +128,7 @@ async def session(client: Client, folder: Path) -> AsyncIterator[Stage]:
 
 async def play(on: Stage, client: Client, steps: Sequence[str]) -> list[Line]:
     """Run the program, and return a line for each of these steps."""
+    assert client.command[0] != ITS_OWN or ITS_OWN.exists(), "Its environment is missing: make .venv"
     # No more than it needs: nothing of the developer's own settings, keys and proxies.
     env = {"BASE_URL": on.url, "API_KEY": key_of("alice"), "HOME": str(folder_of(on)), "PATH": "/usr/bin:/bin"}
     pipe = asyncio.subprocess.PIPE
@@ -138,69 +154,20 @@ def folder_of(on: Stage) -> Path:
     return Path(on.database.removeprefix("sqlite:///")).parent
 
 
-async def check_answers(on: Stage, client: Client) -> None:
-    """Play all steps: each gives what the upstream said, and the books have what the SDK was told."""
-    lines = await play(on, client, client.steps)
-    await on.at_rest()
-    rows = {row["model"]: row for row in await on.rows("calls")}
-    assert len(rows) == len(lines)
-    for line in lines:
-        row = rows[line.step]
-        assert "error" not in line.said, line
-        assert row["outcome"] == "complete", line
-        _check_answer(line, row)
-    given = on.simulator.given
-    assert await on.used() == (given.input_tokens + given.output_tokens, 0)
-    said = [line.usage for line in lines if line.usage is not None]
-    unsaid = [rows[line.step] for line in lines if line.usage is None]
-    assert sum(map(sum, said)) + sum(map(_tokens, unsaid)) == given.input_tokens + given.output_tokens
-    await on.audit()
-
-
-def _check_answer(line: Line, row: Mapping[str, Any]) -> None:
-    if line.usage is not None:
-        assert line.usage == (row["input_tokens"], row["output_tokens"]), line
-    match line.step:
-        case "embeddings":
-            assert line.said["dimensions"] == 1536, line
-        case "images":
-            assert line.said["bytes"] == 72, line
-        case "speech":
-            assert line.said["bytes"] == len(SOUND), line
-        case "transcription":
-            assert line.said["text"] == HEARD, line
-        case "tools" | "tools_stream":
-            assert line.said["name"] == "look_up", line
-            assert len(line.said["arguments"]["term"].split()) == row["output_tokens"] > 0, line
-        case _:
-            assert len(line.said["text"].split()) == row["output_tokens"] > 0, line
-
-
-async def check_faults(on: Stage, client: Client) -> None:
-    """Play all that goes wrong: each raises as it should, and costs what it should."""
+async def check(on: Stage, client: Client) -> None:
+    """Play all there is: each step gives what the upstream said or raises as it should, and the books agree."""
     await _use_up(on, client)
-    lines = await play(on, client, FAULTS)
+    lines = {line.step: line for line in await play(on, client, [*client.steps, *FAULTS])}
     await on.at_rest()
-    errors = {line.step: line.said["error"] for line in lines}
-    raised = {step: Raised(error["class"], error.get("status"), error.get("code")) for step, error in errors.items()}
-    assert raised == client.raises
-    for step, words in {
-        "unknown_key": "not known here",
-        "unknown_model": "does not exist here",
-        "used_up": f'Quota "staff/scarce" is used up: 1 of 1 requests. Resets at {RESET}',
-        "cut_stream": "broke off",
-    }.items():
-        assert words in errors[step]["message"]
-    # Not every exception has the response with it.
-    assert errors["used_up"].get("retry_after", str(SECONDS_TO_RESET)) == str(SECONDS_TO_RESET)
     rows = {row["model"]: row for row in await on.rows("calls")}
-    assert sorted(rows) == ["broken_stream", "cut_stream", "failing", "used_up"]
-    assert rows["used_up"]["outcome"] == "complete"
-    assert _tokens(rows["failing"]) == 0
-    for step in ("broken_stream", "cut_stream"):
-        assert rows[step]["provenance"] == "at_least"
-        assert rows[step]["output_tokens"] >= 3
-    assert await on.used() == (sum(map(_tokens, rows.values())), 0)
+    for step in client.steps:
+        _check_answer(lines[step], rows[step])
+    _check_errors({step: lines[step].said.get("error", {}) for step in FAULTS}, client)
+    _check_costs(rows, client)
+    assert 'quota="staff/scarce",verdict="exhausted"} 1.0' in await _metrics(on)  # refused once, so not asked again
+    given = on.simulator.given  # and nothing of the streams that it broke off
+    broken = sum(_tokens(rows[step]) for step in ("broken_stream", "cut_stream"))
+    assert await on.used() == (given.input_tokens + given.output_tokens + broken, 0)
     await on.audit()
 
 
@@ -211,10 +178,64 @@ async def _use_up(on: Stage, client: Client) -> None:
     assert (await on.post(path, body)).status == 200
 
 
+async def _metrics(on: Stage) -> str:
+    async with on.http.get(f"{on.admin_url}/metrics") as response:
+        return await response.text()
+
+
+def _check_answer(line: Line, row: Mapping[str, Any]) -> None:
+    """It is what the upstream said, and its usage what the books have."""
+    assert "error" not in line.said, line
+    assert row["outcome"] == "complete", line
+    if line.usage is not None:
+        assert line.usage == (row["input_tokens"], row["output_tokens"]), line
+        assert row["provenance"] == "exactly", line
+    match line.step:
+        case "embeddings":
+            assert line.said["dimensions"] == DIMENSIONS, line
+        case "images":
+            assert line.said["bytes"] == len(base64.b64decode(PICTURE)), line
+        case "speech":
+            assert line.said["bytes"] == len(SOUND), line
+        case "transcription":
+            assert line.said["text"] == HEARD, line
+        case "tools" | "tools_stream":
+            assert line.said["name"] == "look_up", line
+            assert len(line.said["arguments"]["term"].split()) == row["output_tokens"] > 0, line
+        case "stream_unasked":
+            assert (line.usage, line.said["without_choices"]) == (None, 0), line
+            assert len(line.said["text"].split()) == row["output_tokens"] > 0, line
+        case _:
+            assert len(line.said["text"].split()) == row["output_tokens"] > 0, line
+
+
+def _check_errors(errors: Mapping[str, Mapping[str, Any]], client: Client) -> None:
+    """The right class, status and code, in our words."""
+    raised = {
+        step: Raised(error.get("class", "nothing"), error.get("status"), error.get("code"))
+        for step, error in errors.items()
+    }
+    assert raised == client.raises
+    for step, words in WORDS.items():
+        assert words in errors[step]["message"]
+    # Not every exception has the response with it.
+    assert errors["used_up"].get("retry_after", SECONDS_TO_RESET) == SECONDS_TO_RESET
+
+
+def _check_costs(rows: Mapping[str, Mapping[str, Any]], client: Client) -> None:
+    """What we refused has no row of its own, what failed is free, and what broke is charged what passed."""
+    assert rows.keys() == {*client.steps, "used_up", "failing", "broken_stream", "cut_stream"}
+    assert rows["used_up"]["outcome"] == "complete"
+    assert _tokens(rows["failing"]) == 0
+    for step in ("broken_stream", "cut_stream"):
+        assert rows[step]["provenance"] == "at_least"
+        assert rows[step]["output_tokens"] >= WORDS_BEFORE
+
+
 def _tokens(row: Mapping[str, Any]) -> int:
     return (row["input_tokens"] or 0) + (row["output_tokens"] or 0)
 
 
 def in_python(name: str, *, python: str | Path = sys.executable) -> tuple[str | Path, ...]:
-    """The command of a program beside this file, in an environment that has its SDK."""
-    return (python, "-m", f"tests.clients.{name}_client")
+    """The command for `<name>_client.py` beside this file, by a Python that has its SDK: this one's, or ITS_OWN."""
+    return (python, "-m", "tests.clients", name)
