@@ -50,7 +50,7 @@ _INPUTS = ("input_tokens", "cache_creation_input_tokens", "cache_read_input_toke
 
 def is_its_path(path: str) -> bool:
     """Whether a request's path is one of this surface, metered or not."""
-    relative = path.removeprefix("/v1")
+    relative = path.removeprefix("/openai").removeprefix("/v1")
     return relative == "/messages" or relative.startswith("/messages/")
 
 

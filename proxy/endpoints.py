@@ -37,24 +37,29 @@ Charge = Literal["tokens", "tokens_if_said", "request", "nothing"]
 
 _ELSEWHERE = "it would change where this call goes or which key it uses, and the proxy decides that"
 _REROUTING = dict.fromkeys(
-    # LiteLLM's fallbacks and OpenRouter's models and presets name others than the model that is allowed and counted.
+    # LiteLLM's fallbacks and OpenRouter's models and presets name others than the model that is allowed and counted;
+    # vLLM's transfers name a server from which it fetches what another call has read.
     (
         "api_base api_key base_url content_policy_fallbacks context_window_fallback_dict context_window_fallbacks "
-        "custom_host custom_llm_provider deployment_id extra_body extra_headers fallbacks model_list models preset "
-        "user_config"
+        "custom_host custom_llm_provider deployment_id extra_body extra_headers fallbacks kv_transfer_params "
+        "model_list models preset user_config"
     ).split(),
     _ELSEWHERE,
 )
-# Azure's own data: searched by the upstream, with its operator's rights. OpenRouter's plugins and xAI's parameters
-# search the web.
-_HOSTED = dict.fromkeys(("data_sources", "plugins", "search_parameters"), "hosted tools are not open on this proxy")
+# Azure's own data: searched by the upstream, with its operator's rights. The others search the web: OpenRouter's
+# (on each of its endpoints), xAI's and Alibaba's.
+_HOSTED = dict.fromkeys(
+    ("data_sources", "plugins", "search_parameters", "enable_search"), "hosted tools are not open on this proxy"
+)
+_EVERYWHERE = {**_REROUTING, **_HOSTED}
 STORED = "it refers to things stored at the upstream, whose tokens this request does not show"
 _NO_STATE = {
-    **_REROUTING,
-    **_HOSTED,
+    **_EVERYWHERE,
     "background": "its cost would arise after the answer",
     "conversation": STORED,
     "prompt": STORED,
+    # vLLM makes it the id of the response, which would then be whosever a client says.
+    "request_id": "responses are named by their upstream",
 }
 
 
@@ -74,7 +79,7 @@ class Endpoint:
     answer_tokens: int = 0
     default_model: str | None = None
     form: Literal["sounds", "pictures"] | None = None
-    refused: Mapping[str, str] = field(default_factory=lambda: _REROUTING)
+    refused: Mapping[str, str] = field(default_factory=lambda: _EVERYWHERE)
 
     @property
     def generates(self) -> bool:
@@ -129,7 +134,6 @@ CHAT = Endpoint(
     "/chat/completions",
     "tokens",
     maxima=("max_completion_tokens", "max_tokens"),
-    refused={**_REROUTING, **_HOSTED},
 )
 COMPLETIONS = Endpoint("completions", "/completions", "tokens", maxima=("max_tokens",))
 EMBEDDINGS = Endpoint("embeddings", "/embeddings", "tokens")
@@ -140,7 +144,7 @@ INPUT_TOKENS = Endpoint("input_tokens", "/responses/input_tokens", "nothing", re
 MODERATIONS = Endpoint("moderations", "/moderations", "request", default_model="omni-moderation-latest")
 # A large picture of high quality has 6,240 tokens (OpenAI's table for gpt-image-1), each partial one 100 more.
 _PICTURE_TOKENS = 8192
-_ONE_MODEL = {**_REROUTING, "svg": "it names a second model, which no quota would see"}
+_ONE_MODEL = {**_EVERYWHERE, "svg": "it names a second model, which no quota would see"}
 IMAGES = Endpoint(
     "images",
     "/images/generations",
@@ -171,7 +175,7 @@ TRANSCRIPTIONS = Endpoint(
 TRANSLATIONS = Endpoint("translations", "/audio/translations", "tokens_if_said", answer_tokens=4096, form="sounds")
 # Anthropic's. What its betas add without a field of its own comes only with a header that the operator lets pass.
 _NO_SESSION = {
-    **_REROUTING,
+    **_EVERYWHERE,
     "container": STORED,
     "inference_geo": "it has a price of its own",
     "mcp_servers": "the upstream would call these servers, whose words are input that this request does not show",

@@ -21,6 +21,8 @@ from tests.builders import NOON, binding, counters, quota
         ("/messages", True),
         ("/v1/messages/count_tokens", True),
         ("/messages/batches/b/results", True),
+        ("/openai/v1/messages", True),
+        ("/openai/messages", True),
         ("/v1/messagesx", False),
         ("/v1/chat/completions", False),
         ("/v1/chat/completions/c/messages", False),
