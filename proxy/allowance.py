@@ -26,9 +26,10 @@ def check_allowance(call: Call, allow: Allow) -> None:
     """Raise InvalidRequest where a call uses what is not allowed."""
     document = call.document
     for tool in tools_of(document):
+        _refuse_spellings(tool)
         if not _runs_at_client(tool, call.endpoint):
             _check_tool(tool, allow)
-    if call.endpoint.name == "chat" and document.get("web_search_options") not in (None, False):
+    if document.get("web_search_options") not in (None, False):
         _check_kind("web_search", allow, param="web_search_options")
     tier = document.get("service_tier")
     if tier not in _USUAL_TIERS and not (isinstance(tier, str) and tier in allow.service_tiers):
@@ -42,6 +43,13 @@ def _runs_at_client(tool: object, endpoint: Endpoint) -> bool:
     """Whether it is for the client to run; on Anthropic's surface such a tool need not say its type."""
     has_type = isinstance(tool, dict) and tool.get("type") is not None
     return is_run_by_client(tool) and (has_type or endpoint.is_of_messages)
+
+
+def _refuse_spellings(tool: object) -> None:
+    """Refuse a type in another case: Go's decoder takes it for the type, also where that stands beside it."""
+    for name in tool if isinstance(tool, dict) else ():
+        if name != (plain := name.casefold()) and plain in ("type", "tools"):
+            raise InvalidRequest(f'Write "{plain}" and not "{name}" in a tool.', param="tools")
 
 
 def _check_tool(tool: object, allow: Allow) -> None:

@@ -47,7 +47,10 @@ async def read_body(request: web.Request, patience: Patience) -> bytes:
 
 
 async def read_form(request: web.Request, spool: Spool, patience: Patience) -> Form:
-    """The form in a body, which goes to `spool` as it comes, for a client that is known; raises as `read_body`."""
+    """The form in a body, which goes to `spool` as it comes, for a client that is known; raises as `read_body`.
+
+    And NoSpace.
+    """
     reader = FormReader(request.headers.get(hdrs.CONTENT_TYPE, ""))
     if request.headers.get(hdrs.CONTENT_ENCODING, "identity").lower() != "identity":
         raise UnsupportedEncoding("Send a form without a content coding.")

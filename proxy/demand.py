@@ -109,10 +109,21 @@ def _hides(model: Model) -> bool:
 
 
 def _asks_for_hidden(document: Mapping[str, Any]) -> bool:
-    """Whether a request asks for what is billed and not streamed as text: thoughts, predictions, sound."""
-    modalities = document.get("modalities")
+    """Whether a request asks for what is billed and not streamed as text: thoughts, predictions, sound.
+
+    Thoughts also where they are to be left out or kept back (fields of vLLM, OpenRouter, Groq and SGLang); and tokens
+    that have no text, of which a client may ask for as many as it likes.
+    """
+    modalities, reasoning = document.get("modalities"), document.get("reasoning")
     speaks = isinstance(modalities, list) and "audio" in modalities
-    return speaks or bool(document.get("prediction")) or _thinking(document) > 0
+    leaves_out = (
+        document.get("include_reasoning") not in (None, True)
+        or (isinstance(reasoning, dict) and bool(reasoning.get("exclude")))
+        or document.get("reasoning_format") == "hidden"
+        or document.get("stream_reasoning") not in (None, True)
+    )
+    has_no_text = bool(document.get("logit_bias")) or bool(document.get("ignore_eos"))
+    return speaks or leaves_out or has_no_text or bool(document.get("prediction")) or _thinking(document) > 0
 
 
 def _thinks(call: Call) -> bool:

@@ -37,30 +37,33 @@ Charge = Literal["tokens", "tokens_if_said", "request", "nothing"]
 
 _ELSEWHERE = "it would change where this call goes or which key it uses, and the proxy decides that"
 _REROUTING = dict.fromkeys(
-    # LiteLLM's fallbacks and OpenRouter's models and presets name others than the model that is allowed and counted.
+    # LiteLLM's fallbacks and OpenRouter's models and presets name others than the model that is allowed and counted;
+    # vLLM's transfers name a server from which it fetches what another call has read.
     (
         "api_base api_key base_url content_policy_fallbacks context_window_fallback_dict context_window_fallbacks "
-        "custom_host custom_llm_provider deployment_id extra_body extra_headers fallbacks model_list models preset "
-        "user_config"
+        "custom_host custom_llm_provider deployment_id extra_body extra_headers fallbacks kv_transfer_params "
+        "model_list models preset user_config"
     ).split(),
     _ELSEWHERE,
 )
-# Azure's own data: searched by the upstream, with its operator's rights. OpenRouter's plugins and xAI's parameters
-# search the web.
+# Azure's own data: searched by the upstream, with its operator's rights. The others search the web: OpenRouter's
+# (on each of its endpoints), xAI's and Alibaba's.
 _SEARCHES = dict.fromkeys(
-    ("data_sources", "plugins", "search_parameters"),
+    ("data_sources", "plugins", "search_parameters", "enable_search"),
     "the upstream would search by it, and no setting of this proxy opens that. Send what the model is to read",
 )
+_EVERYWHERE = {**_REROUTING, **_SEARCHES}
 STORED = (
     "it refers to things stored at the upstream, in an account that all users share, and the request does not show "
     "their tokens. Send their content instead"
 )
 _NO_STATE = {
-    **_REROUTING,
-    **_SEARCHES,
+    **_EVERYWHERE,
     "background": "its cost would arise after the answer. Leave it out, and stream the answer if it is long",
     "conversation": STORED,
     "prompt": STORED,
+    # vLLM makes it the id of the response, which would then be whosever a client says.
+    "request_id": "responses are named by their upstream",
 }
 
 
@@ -80,7 +83,7 @@ class Endpoint:
     answer_tokens: int = 0
     default_model: str | None = None
     form: Literal["sounds", "pictures"] | None = None
-    refused: Mapping[str, str] = field(default_factory=lambda: _REROUTING)
+    refused: Mapping[str, str] = field(default_factory=lambda: _EVERYWHERE)
 
     @property
     def generates(self) -> bool:
@@ -135,7 +138,6 @@ CHAT = Endpoint(
     "/chat/completions",
     "tokens",
     maxima=("max_completion_tokens", "max_tokens"),
-    refused={**_REROUTING, **_SEARCHES},
 )
 COMPLETIONS = Endpoint("completions", "/completions", "tokens", maxima=("max_tokens",))
 EMBEDDINGS = Endpoint("embeddings", "/embeddings", "tokens")
@@ -146,7 +148,7 @@ INPUT_TOKENS = Endpoint("input_tokens", "/responses/input_tokens", "nothing", re
 MODERATIONS = Endpoint("moderations", "/moderations", "request", default_model="omni-moderation-latest")
 # A large picture of high quality has 6,240 tokens (OpenAI's table for gpt-image-1), each partial one 100 more.
 _PICTURE_TOKENS = 8192
-_ONE_MODEL = {**_REROUTING, "svg": "it names a second model, which no quota would see"}
+_ONE_MODEL = {**_EVERYWHERE, "svg": "it names a second model, which no quota would see"}
 IMAGES = Endpoint(
     "images",
     "/images/generations",
@@ -177,7 +179,7 @@ TRANSCRIPTIONS = Endpoint(
 TRANSLATIONS = Endpoint("translations", "/audio/translations", "tokens_if_said", answer_tokens=4096, form="sounds")
 # Anthropic's. What its betas add without a field of its own comes only with a header that the operator lets pass.
 _NO_SESSION = {
-    **_REROUTING,
+    **_EVERYWHERE,
     "container": STORED,
     "inference_geo": "it has a price of its own",
     "mcp_servers": "the upstream would call these servers, whose words are input that this request does not show",

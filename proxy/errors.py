@@ -22,6 +22,7 @@
     │   ├── UpstreamExhausted     503  the operator's account at the upstream is used up
     │   └── UpstreamTimeout       504
     ├── TooManyConnections    503  more connections than this listener holds
+    ├── NoSpace               503  a large body has no room on the disk
     └── LedgerUnavailable     503  the books can't be written, so nothing is let in
 
 The shape of the body is OpenAI's: `{"error": {"message", "type", "param", "code"}}`, all four always present.
@@ -242,6 +243,18 @@ class TooManyConnections(ProxyError):
 
     def __init__(self, message: str = "There are too many connections. Try again in a few seconds.") -> None:
         super().__init__(message, headers={"retry-after": "5"})
+
+
+class NoSpace(ProxyError):
+    """A body that is too large for memory finds no room on the disk."""
+
+    status = 503
+    closes = True
+    type = "server_error"
+    code = "out_of_space"
+
+    def __init__(self, message: str = "There is no room for so large a body just now. Try again later.") -> None:
+        super().__init__(message, headers={"retry-after": "30"})
 
 
 class LedgerUnavailable(ProxyError):

@@ -36,8 +36,12 @@ _ACCOUNT_CODES = frozenset(
 )
 # Anthropic has no code for it, and calls it a bad request.
 _NO_CREDIT = "Your credit balance is too low"
-# OpenAI names the organisation or project in the text of a 429.
-_ACCOUNT = re.compile(rb"\b(?:org|proj)[-_][A-Za-z0-9]{6,}")
+# OpenAI names the organisation or project in the text of a 429; Anthropic the organisation, by a UUID.
+_ACCOUNT = re.compile(
+    rb"\b(?:(?:org|proj)[-_]|wrkspc_)[A-Za-z0-9]{6,}"
+    rb'|\borg(?:anization)?(?: id)?[ :=("]{1,4}[0-9a-f]{8}(?:-[0-9a-f]{4,12}){4}',
+    re.IGNORECASE,
+)
 # {"message": {"detail": [{"msg": "…"}]}} is Mistral's.
 _WRAPPINGS_MAX = 4
 # What passes on of a `Retry-After`: seconds, and not 0, at which some SDKs hammer.

@@ -1,8 +1,8 @@
 """A form (`multipart/form-data`) on its way: its fields, the sizes of its files, and where each value stands.
 
 A form is read as it passes, piece by piece, and none of its files is kept. It is sent on as it came, so it has to be
-plain: what two readers could read in two ways (a preamble, a delimiter that goes on, a field that comes twice, an
-encoded value) is refused. RFC 7578, and RFC 2046 §5.1 for the delimiters. Pure.
+plain: what two readers could read in two ways (a preamble, a boundary that goes on or stands where no part ends, a
+field that comes twice, an encoded value) is refused. RFC 7578, and RFC 2046 §5.1 for the delimiters. Pure.
 """
 
 import re
@@ -19,7 +19,16 @@ _CONTENT_TYPE = re.compile(
     r'multipart/form-data[ \t]*;[ \t]*boundary=(?:"([0-9A-Za-z\'()+_,./:=?-]{1,70})"|([0-9A-Za-z\'+_.-]{1,70}))',
     re.IGNORECASE,
 )
-_NAMED = re.compile(r'form-data; *name="([^"\\\r\n]{1,200})"( *; *filename\*?=.*)?', re.IGNORECASE)
+# Behind the name that of a file, in both notations, and nothing else: of two names some readers take the last.
+_FILENAME = r' *; *filename\*?=(?:"(?:[^"\\]|\\.)*"|[^";\s]*)'
+# .NET writes the name without quotes.
+_NAMED = re.compile(
+    rf'form-data; *name=(?:"([^"\\\r\n]{{1,200}})"|([\w.\[\]-]{{1,200}}))((?:{_FILENAME}){{1,2}})?',
+    re.IGNORECASE | re.ASCII,
+)
+# In a head: many readers end a line there too.
+_ENDS_A_LINE = re.compile(rb"\r(?!\n)|(?<!\r)\n|\0")
+_HEADS = ("content-disposition", "content-type", "content-length", "content-transfer-encoding")
 _PLAIN = ("binary", "8bit", "7bit")
 
 
@@ -66,7 +75,8 @@ class FormReader:
             )
         self._content_type = content_type.strip()
         self._boundary = match[1] or match[2]
-        self._delimiter = b"\r\n--" + self._boundary.encode()
+        self._dashed = b"--" + self._boundary.encode()
+        self._delimiter = b"\r\n" + self._dashed
         # As if a line had ended before it, so that the first delimiter is like the others.
         self._buffer = bytearray(b"\r\n")
         self._at = -2  # where in the body the buffer begins
@@ -127,7 +137,11 @@ class FormReader:
         return True
 
     def _content(self) -> bool:
-        place = self._buffer.find(self._delimiter)
+        dashes = self._buffer.find(self._dashed)
+        # There are readers that take it for a delimiter at the beginning of a part too, or after half a line end.
+        if dashes >= 0 and not self._buffer.startswith(self._delimiter, max(0, dashes - 2)):
+            raise _not_plain("its boundary stands where no part ends")
+        place = max(-1, dashes - 2)
         # What may be the beginning of a delimiter stays until more has come.
         length = place if place >= 0 else max(0, len(self._buffer) - len(self._delimiter) + 1)
         if not self._is_file:
@@ -167,28 +181,23 @@ class FormReader:
 
 def _read_head(head: bytes) -> tuple[str, bool]:
     """The name in a part's head, and whether the part is a file."""
-    named: list[re.Match[str]] = []
-    kind = ""
+    if _ENDS_A_LINE.search(head):
+        raise _not_plain("a part has a head that is not understood")
+    fields: dict[str, str] = {}
     for line in head.decode("utf-8", "replace").split("\r\n"):
         name, _, value = line.partition(":")
-        match name.lower():
-            case "content-disposition":
-                named += [found] if (found := _NAMED.fullmatch(value.strip())) else []
-            case "content-transfer-encoding":
-                if value.strip().lower() not in _PLAIN:
-                    raise _not_plain("a part is encoded")
-            case "content-type":
-                kind = value.lower()
-            case "content-length":
-                pass
-            case _:
-                raise _not_plain("a part has a head that is not understood")
-    if len(named) != 1:
+        if name.lower() not in _HEADS or name.lower() in fields:
+            raise _not_plain("a part has a head that is not understood")
+        fields[name.lower()] = value.strip(" \t")
+    named = _NAMED.fullmatch(fields.get("content-disposition", ""))
+    if named is None:
         raise _not_plain("a part has no plain name")
-    is_file = named[0][2] is not None
+    if fields.get("content-transfer-encoding", "binary").lower() not in _PLAIN:
+        raise _not_plain("a part is encoded")
+    is_file, kind = named[3] is not None, fields.get("content-type", "").lower()
     if "charset" in kind and "utf-8" not in kind and not is_file:
         raise _not_plain("a field is not in UTF-8")
-    return named[0][1], is_file
+    return named[1] or named[2], is_file
 
 
 def _not_plain(reason: str) -> InvalidRequest:

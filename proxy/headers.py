@@ -5,6 +5,7 @@ towards the client nothing that names the account behind our key or speaks of th
 RFC 9110 §7.6.1 (hop-by-hop), and what was seen of the vendors' headers.
 """
 
+import hashlib
 from collections.abc import Collection, Sequence
 
 from proxy.anthropic import USUAL_BETAS, VERSION
@@ -22,7 +23,6 @@ _TO_UPSTREAM = frozenset(
         "accept",
         "anthropic-version",
         "http-referer",
-        "idempotency-key",
         "openai-beta",
         "user-agent",
         "x-title",
@@ -58,6 +58,20 @@ def to_upstream(
         # It says that it keeps the connection after a stream, and closes it: the next call would go nowhere.
         sent["connection"] = "close"
     return {**sent, **key_header(kind, api_key)}
+
+
+def idempotency(headers: Headers, *, user: str, api_key: Secret | None) -> dict[str, str]:
+    """The client's idempotency key, made its user's own: the same for the same user and no other.
+
+    An upstream that answers a repeated one from memory sees one account, and would hand one user the answer of
+    another. Our key is in it, so that nobody finds the user by trying names.
+    """
+    said = next((value for name, value in headers if name.lower() == "idempotency-key"), "")
+    if not said or "idempotency-key" in _of_this_connection(headers):
+        return {}
+    secret = api_key.reveal() if api_key else ""
+    own = hashlib.sha256("\0".join((secret, user, said)).encode("utf-8", "surrogatepass")).hexdigest()
+    return {"idempotency-key": own}
 
 
 def key_header(kind: Kind, api_key: Secret | None) -> dict[str, str]:

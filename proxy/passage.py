@@ -10,7 +10,7 @@ from proxy.books import Entry, Facts, NotBooked, Reserve
 from proxy.client import Client
 from proxy.errors import InvalidRequest, ModelNotFound, ProxyError
 from proxy.habits import address_of
-from proxy.headers import to_upstream
+from proxy.headers import idempotency, to_upstream
 from proxy.policy import Model, OnDisconnect, Policy, User
 from proxy.quotas import Binding, Counter, CounterKey, Demand
 from proxy.spool import Spliced, Spool
@@ -95,11 +95,16 @@ class Passage:
     def headers(self) -> dict[str, str]:
         """The headers to send."""
         kind, api_key = self.model.upstream.kind, self.model.upstream.api_key
-        if self.call.form is None:
-            betas, is_stream = self.model.allows.betas, self.call.stream
-            return to_upstream(self.client.headers, kind=kind, api_key=api_key, betas=betas, is_stream=is_stream)
-        content_type = self.call.form.content_type
-        return to_upstream(self.client.headers, kind=kind, api_key=api_key, content_type=content_type)
+        content_type = "application/json" if self.call.form is None else self.call.form.content_type
+        own = idempotency(self.client.headers, user=self.user.name, api_key=api_key)
+        return own | to_upstream(
+            self.client.headers,
+            kind=kind,
+            api_key=api_key,
+            content_type=content_type,
+            betas=self.model.allows.betas,
+            is_stream=self.call.form is None and self.call.stream,
+        )
 
     def refusal(self, answer: NotBooked, now: int, *, busy_s: int) -> ProxyError:
         """Why this call is not let in, for its client; `busy_s` is how long calls in flight will take."""

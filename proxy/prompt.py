@@ -41,8 +41,9 @@ _UNREAD_FIELDS = frozenset(
 ).union(_TEXT_FIELDS)
 # No API's own names are longer, so one that is says something.
 _NAME_CHARACTERS_MAX = 40
-# Fields that stand for tokens which are not in the request. A template of the client's own may write any number.
-_OPEN_FIELDS = ("conversation", "web_search_options", "chat_template")
+# Fields that stand for tokens which are not in the request. A template of the client's own may write any number, and
+# vLLM makes pictures as large as it is told.
+_OPEN_FIELDS = ("conversation", "web_search_options", "chat_template", "mm_processor_kwargs", "media_io_kwargs")
 # Whose type may be left out at some servers.
 _RUN_BY_CLIENT = ("function", "custom", None)
 _CONTENTS = ("content", "output")
@@ -138,14 +139,19 @@ def with_previous(prompt: Prompt, tokens: int | None) -> Prompt:
 def parts_of(document: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The parts of all messages of a request, and of what tools gave back: texts, pictures, files.
 
-    And the parts within these, at whatever depth.
+    And the parts within these, at whatever depth; also where one stands alone, in no list or in no message.
     """
-    turns = [turn for name in ("messages", "input") for turn in _list(document.get(name)) if isinstance(turn, dict)]
-    found = [part for turn in turns for name in _CONTENTS for part in _list(turn.get(name)) if isinstance(part, dict)]
+    found = [
+        turn for name in ("messages", "input") for turn in _several(document.get(name)) if isinstance(turn, dict)
+    ]
     for part in found:  # which grows meanwhile
-        within = [*_list(part.get("content")), *_list(_member(part.get("source"), "content"))]
-        found += [inner for inner in within if isinstance(inner, dict)]
+        within = [*map(part.get, _CONTENTS), _member(part.get("source"), "content")]
+        found += [inner for value in within for inner in _several(value) if isinstance(inner, dict)]
     return found
+
+
+def _several(value: object) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def tools_of(document: Mapping[str, Any]) -> list[Any]:

@@ -8,6 +8,8 @@ import tempfile
 import threading
 from collections.abc import AsyncIterator
 
+from proxy.errors import NoSpace
+
 # So much is kept in memory before the file is begun, and written or read at a time.
 _PIECE_BYTES = 2**18
 _MEMORY_BYTES = 2**20
@@ -23,16 +25,19 @@ class Spool:
         self._reading = threading.Lock()
 
     async def write(self, chunk: bytes) -> None:
-        """Take the next bytes."""
+        """Take the next bytes. Raises NoSpace where the disk has no room for them."""
         self.size += len(chunk)
         self._unwritten += chunk
         if len(self._unwritten) >= _PIECE_BYTES:
             await self.flush()
 
     async def flush(self) -> None:
-        """Write what has been taken: before it is read."""
+        """Write what has been taken: before it is read. Raises NoSpace."""
         piece, self._unwritten = bytes(self._unwritten), bytearray()
-        await asyncio.to_thread(self._file.write, piece)
+        try:
+            await asyncio.to_thread(self._file.write, piece)
+        except OSError as error:
+            raise NoSpace from error
 
     async def read(self, start: int, end: int) -> AsyncIterator[bytes]:
         """The bytes from `start` to `end`, piece by piece."""

@@ -6,6 +6,7 @@ read. Sources: OpenAI's published API description, and the vendors' documents fo
 really read (`_MAXIMUM_FIELDS`).
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,8 @@ from proxy.prompt import parts_of
 from proxy.strict_json import dump, parse_object
 
 _MODEL_CHARACTERS_MAX = 256
+# In the path of a deployment they would lead to another one, also with their slashes encoded.
+_LEADS_ELSEWHERE = re.compile(r"(?:^|[/\\])\.\.?(?:$|[/\\])")
 _ANSWERS_MAX = 128
 # Beyond any answer, and small enough that no product of such numbers leaves 64 bits.
 _NUMBER_MAX = 10**9
@@ -103,9 +106,7 @@ class Call:
 
     @property
     def _may_ask(self) -> bool:
-        options = self.document.get("stream_options")
-        can_ask = self.stream and self.endpoint.has_usage_option and not self.is_option_withheld
-        return can_ask and (options is None or isinstance(options, dict))
+        return self.stream and self.endpoint.has_usage_option and not self.is_option_withheld
 
 
 def parse_call(endpoint: Endpoint, body: bytes, *, deployment: str | None = None) -> Call:
@@ -164,11 +165,14 @@ def _plain_name(endpoint: Endpoint, name: str) -> str:
 
     A member of a field that is refused (`svg[model]`) counts as that field.
     """
+    if "[file_id" in name.lower():
+        raise InvalidRequest(f'"file_id" can\'t be used here: {STORED}.', param=name, code="unsupported_parameter")
     base = name.partition("[")[0]
     if base in endpoint.refused:
         return base
-    if base.lower() in _KNOWN and name != base.lower():
-        raise InvalidRequest(f'Write "{base.lower()}" and not "{name}".', param=base.lower())
+    plain = base.strip().casefold()
+    if plain in _KNOWN and name != plain:
+        raise InvalidRequest(f'Write "{plain}" and not "{name}".', param=plain)
     return name
 
 
@@ -249,7 +253,12 @@ def _refuse_fields(endpoint: Endpoint, document: Mapping[str, Any]) -> None:
 
 
 def _refuse_unclear_usage_option(options: object) -> None:
-    """Refuse what leaves in doubt whether usage is asked for: some servers read "false" and `Include_Usage` too."""
+    """Refuse what leaves in doubt whether usage is asked for: some servers read "false" and `Include_Usage` too.
+
+    And what is no object: a server that passes over it would pass over our asking too.
+    """
+    if not isinstance(options, dict | None):
+        raise InvalidRequest('"stream_options" must be an object.', param="stream_options", code="invalid_type")
     for name, value in options.items() if isinstance(options, dict) else ():
         if name.casefold() == "include_usage" and (name != "include_usage" or value not in (None, False, True)):
             raise InvalidRequest(
@@ -261,11 +270,16 @@ def _refuse_unclear_usage_option(options: object) -> None:
 
 def _refuse_stored_files(document: Mapping[str, Any]) -> None:
     for part in parts_of(document):
-        holders = [part, part.get("file"), part.get("source")]
-        if any(isinstance(holder, dict) and holder.get("file_id") for holder in holders):
+        holders = [part, *map(part.get, ("file", "source", "image_url", "input_audio"))]
+        if any(_names_a_file(holder) for holder in holders):
             raise InvalidRequest(
                 f'"file_id" can\'t be used here: {STORED}.', param="file_id", code="unsupported_parameter"
             )
+
+
+def _names_a_file(holder: object) -> bool:
+    """Whether it does, in whatever case: Go's decoder takes all."""
+    return isinstance(holder, dict) and any(key.casefold() == "file_id" and value for key, value in holder.items())
 
 
 def _refuse_references(items: object) -> None:
@@ -273,7 +287,7 @@ def _refuse_references(items: object) -> None:
     for item in items if isinstance(items, list) else ():
         if isinstance(item, dict) and _is_reference(item):
             raise InvalidRequest(
-                f'Items of type "item_reference" can\'t be used here: {STORED}.',
+                f'References to items can\'t be used here, and pictures only with their "result": {STORED}.',
                 param="input",
                 code="unsupported_parameter",
             )
@@ -282,9 +296,12 @@ def _refuse_references(items: object) -> None:
 def _is_reference(item: Mapping[str, Any]) -> bool:
     """A reference need not say its type; what else does without one is a message, and has content.
 
-    Stricter than what `prompt` takes for one: what may be let in as a turn of a chat could be read as an id here.
+    A picture that a tool has drawn may come back by its id alone. Stricter than what `prompt` takes for a reference:
+    what may be let in as a turn of a chat could be read as an id here.
     """
     kind = item.get("type")
+    if kind == "image_generation_call":
+        return not item.get("result")
     return kind == "item_reference" or (kind is None and "content" not in item)
 
 
@@ -297,10 +314,11 @@ def _model(value: object) -> str:
         not isinstance(value, str)
         or not 0 < len(value.strip()) == len(value) <= _MODEL_CHARACTERS_MAX
         or not value.isprintable()
-        or value in (".", "..")  # in a path they would lead elsewhere
+        or _LEADS_ELSEWHERE.search(value)
     ):
         raise InvalidRequest(
-            f'"model" must be a name of 1 to {_MODEL_CHARACTERS_MAX} printable characters, without blanks around it.',
+            f'"model" must be a name of 1 to {_MODEL_CHARACTERS_MAX} printable characters, without blanks around it '
+            "and without dots between slashes.",
             param="model",
         )
     return value
@@ -323,7 +341,7 @@ def _choices(endpoint: Endpoint, document: Mapping[str, Any]) -> int:
     each = max(_answers(name, document) for name in _ANSWER_COUNTS)
     if endpoint.is_of_responses and each > 1:
         # llama.cpp takes it there too, and says of a stream what one of them used.
-        raise InvalidRequest("A response is one answer.", param="n", code="unsupported_parameter")
+        raise InvalidRequest('"n" must be 1 here: send a request for each.', param="n", code="unsupported_parameter")
     if endpoint.name != "completions":
         return each
     return max(each, _answers("best_of", document)) * _prompts(document)
@@ -333,7 +351,10 @@ def _prompts(document: Mapping[str, Any]) -> int:
     """How many texts are to be completed; a list that begins with a number is one of tokens."""
     prompt = document.get("prompt")
     is_several = isinstance(prompt, list) and bool(prompt) and not isinstance(prompt[0], int)
-    return len(prompt) if isinstance(prompt, list) and is_several else 1
+    prompts = len(prompt) if isinstance(prompt, list) and is_several else 1
+    # vLLM's, which are answered beside those of `prompt`.
+    embedded = document.get("prompt_embeds")
+    return prompts + (len(embedded) if isinstance(embedded, list) else 0)
 
 
 def _answers(name: str, document: Mapping[str, Any]) -> int:

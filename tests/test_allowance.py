@@ -90,6 +90,17 @@ def test_a_tool_without_a_type_is_for_its_user_to_mend() -> None:
     assert ('says its "type"' in message, "allow" in message) == (True, False)
 
 
+@pytest.mark.parametrize("endpoint", [CHAT, RESPONSES, MESSAGES], ids=ids)
+def test_the_type_of_a_tool_has_one_spelling(endpoint: Endpoint) -> None:
+    """Behind a gateway in Go the last of two wins, in whatever case; the parameters of a function are its user's."""
+    own = {"type": "custom", "name": "f", "input_schema": {"Type": "x", "Tools": []}}
+    check(endpoint, tools=[own])
+    for twin in ("Type", "TYPE", "Tools", "tool\u017f"):
+        with pytest.raises(InvalidRequest) as caught:
+            check(endpoint, tools=[{**own, twin: "web_search"}])
+        assert (caught.value.status, caught.value.param) == (400, "tools")
+
+
 def test_tools_that_are_allowed_are_open_and_no_others() -> None:
     """By the very type that the request names."""
     allow = Allow(frozenset(["web_search", "mcp", "code_interpreter"]))
@@ -130,6 +141,7 @@ def test_search_in_chat_is_a_tool_too() -> None:
     error = refused(CHAT, web_search_options={})
     assert (error.param, "tools: [web_search]" in error.message) == ("web_search_options", True)
     check(CHAT, Allow(frozenset(["web_search"])), web_search_options={})
+    assert refused(COMPLETIONS, web_search_options={}).param == "web_search_options"
     for unused in (None, False):
         check(CHAT, web_search_options=unused)
 

@@ -62,13 +62,18 @@ def test_a_maximum_counts_only_where_it_is_read(kind: Kind, endpoint: Endpoint, 
     assert demand(call, kind).want == expected
 
 
+def answers(endpoint: Endpoint) -> int:
+    """As many as may be asked for at once: a response is one."""
+    return 1 if endpoint is RESPONSES else 3
+
+
 @everywhere
 def test_of_several_maxima_the_larger_counts(kind: Kind, endpoint: Endpoint) -> None:
     """Which one wins differs by version, so the careful one holds (T32)."""
     for larger in READS[kind, endpoint.name]:
         stated = dict.fromkeys(READS[kind, endpoint.name], 5) | {larger: 9000}
         assert demand(parse(endpoint, **stated), kind).want == 9000
-        assert demand(parse(endpoint, **stated, n=3), kind).want == 27_000
+        assert demand(parse(endpoint, **stated, n=answers(endpoint)), kind).want == answers(endpoint) * 9000
 
 
 @everywhere
@@ -111,7 +116,9 @@ def test_where_nothing_is_asked_the_model_decides(kind: Kind) -> None:
     assert demand(parse(COMPLETIONS), kind).want == short
     for endpoint in GENERATING:
         assert demand(parse(endpoint), kind, max_output_tokens=900).want == 900
-        assert demand(parse(endpoint, n=3), kind, max_output_tokens=900).want == 2700
+        assert (
+            demand(parse(endpoint, n=answers(endpoint)), kind, max_output_tokens=900).want == answers(endpoint) * 900
+        )
 
 
 def test_null_is_not_the_default_of_completions() -> None:
@@ -307,6 +314,21 @@ def test_thoughts_of_a_message_are_within_its_maximum(thinking: object, first: i
         ({"thinking": {"type": "disabled"}}, False),
         ({"reasoning": {"max_tokens": 2000}}, True),
         ({"reasoning": {"effort": "high"}}, False),
+        ({"reasoning": {"exclude": True}}, True),
+        ({"reasoning": {"exclude": False}}, False),
+        ({"include_reasoning": False}, True),
+        ({"include_reasoning": 0}, True),
+        ({"include_reasoning": True}, False),
+        ({"include_reasoning": None}, False),
+        ({"reasoning_format": "hidden"}, True),
+        ({"reasoning_format": "parsed"}, False),
+        ({"stream_reasoning": False}, True),
+        ({"stream_reasoning": True}, False),
+        ({"logit_bias": {"151644": 100}}, True),
+        ({"logit_bias": [[151644, 100]]}, True),
+        ({"logit_bias": {}}, False),
+        ({"ignore_eos": True}, True),
+        ({"ignore_eos": False}, False),
     ],
 )
 def test_a_request_may_ask_for_what_is_billed_and_not_streamed_as_text(fields: dict, is_hidden: bool) -> None:
@@ -503,7 +525,8 @@ def test_a_count_never_raises_the_bound(
 )
 def test_the_parts_of_a_demand_fit_each_other(endpoint: Endpoint, kind: Kind, fields: dict, known: dict) -> None:
     """The smallest answer fits into what is held first, and that into what is wanted."""
-    found = demand(parse(endpoint, **fields), kind, **known)
+    of_it = {name: value for name, value in fields.items() if name != "n" or not endpoint.is_of_responses}
+    found = demand(parse(endpoint, **of_it), kind, **known)
     assert 0 <= found.smallest <= found.first <= found.want <= TOKENS_MAX
     assert (found.want > 0) <= endpoint.generates
 

@@ -16,6 +16,7 @@ from proxy.errors import (
     LedgerUnavailable,
     ModelNotFound,
     NeverFits,
+    NoSpace,
     NotAllowed,
     NotServed,
     NoUpgrade,
@@ -55,6 +56,7 @@ TABLE = {
     UpstreamExhausted: (503, "upstream_error", "upstream_unavailable"),
     UpstreamTimeout: (504, "upstream_error", "upstream_timeout"),
     TooManyConnections: (503, "server_error", "too_many_connections"),
+    NoSpace: (503, "server_error", "out_of_space"),
     LedgerUnavailable: (503, "server_error", "ledger_unavailable"),
 }
 # These two only gather others; what is raised is one of the table.

@@ -272,6 +272,26 @@ def test_our_key_is_masked_wherever_a_body_passes_on() -> None:
     assert masked(body, UPSTREAM) == clean
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        "for organization org-AbCdEf123 on tokens",
+        "in project proj_AbCdEf123 on tokens",
+        "(org: 4f0c2f9e-1111-4222-8333-123456789abc, model: m)",
+        "your organization (4f0c2f9e-1111-4222-8333-123456789abc) exceeded",
+        "Organization ID: 4f0c2f9e-1111-4222-8333-123456789abc",
+        "workspace wrkspc_AbCdEf123",
+    ],
+)
+def test_our_account_is_masked_too(said: str) -> None:
+    """OpenAI and Anthropic name it where it reached a limit; the id of a request stays, for who asks them."""
+    busy = failure(429, error(f"{said}, request 9d0c2f9e-1111-4222-8333-123456789abc"))
+    assert isinstance(busy, UpstreamBusy)
+    assert "***" in busy.message
+    assert "AbCdEf123" not in busy.message and "4f0c2f9e" not in busy.message
+    assert "9d0c2f9e" in busy.message
+
+
 def test_without_a_key_nothing_is_masked() -> None:
     """Nor with an empty one, which is in every text."""
     empty = Upstream("up", "http://upstream.example/v1", Secret(""))

@@ -130,13 +130,27 @@ def test_what_is_no_plain_form_is_a_415(content_type: str) -> None:
         (form(part('a"; name="b')), "no plain name"),
         (form(part("a", more="; name*=utf-8''b")), "no plain name"),
         (form(part("a\\")), "no plain name"),
-        (form(part("a", more='\r\nContent-Disposition: form-data; name="b"')), "no plain name"),
+        (form(part("a", more='\r\nContent-Disposition: form-data; name="b"')), "not understood"),
+        (form(part("a", more='\r\nContent-Disposition: x; name="b"')), "not understood"),
+        (form(part("a", more="\r\nContent-Type: text/plain\r\ncontent-type: text/html")), "not understood"),
+        (form(part("a", more="\u2028")), "no plain name"),
         (form(part("a", more="\r\nContent-Transfer-Encoding: base64")), "encoded"),
         (form(part("a", more="\r\nContent-Type: text/plain; charset=utf-7")), "not in UTF-8"),
         (form(part("a", more="\r\nX-Other: 1")), "not understood"),
         (form(part("a", more="\r\n folded")), "not understood"),
         (form(part("a", more="\r\nContent-Type: " + "x" * 5000)), "too long"),
         (form(*[part("a[]")] * 257), "more than 256 parts"),
+        # Go's reader takes a delimiter at the very beginning of a part, and Werkzeug's one after a bare LF or CR.
+        (form(part("f", part("model", b"other")[:-2], is_file=True)), "boundary stands where no part ends"),
+        (form(part("f", b"x\n" + part("model", b"other")[:-2], is_file=True)), "boundary stands where no part ends"),
+        (form(part("f", b"x\r--xYz--", is_file=True)), "boundary stands where no part ends"),
+        (form(part("a", b"--xYz")), "boundary stands where no part ends"),
+        # Of two names some readers take the last; and a bare LF ends a line for many.
+        (form(part("f", more='; name="model"', is_file=True)), "no plain name"),
+        (form(part("f", more="; x=y", is_file=True)), "no plain name"),
+        (form(part("f", more="\r\nContent-Type: a\nContent-Disposition: b", is_file=True)), "not understood"),
+        (form(part("f", more="\r\nContent-Type: a\rContent-Disposition: b", is_file=True)), "not understood"),
+        (form(part("f", more="\r\nContent-Type: a\0", is_file=True)), "not understood"),
     ],
 )
 def test_what_could_be_read_in_two_ways_is_refused(body: bytes, says: str) -> None:
@@ -178,3 +192,32 @@ def test_a_boundary_of_dashes_costs_no_time() -> None:
         reader.feed(body[start : start + 1000])
     reader.feed(f"\r\n--{dashes}--".encode())
     assert reader.end().files == (File("f", 600_000),)
+
+
+@pytest.mark.parametrize(
+    "filename",
+    [
+        '; filename="a;b.mp3"',
+        '; filename="a\\"b.mp3"',
+        '; filename="C:\\sounds\\x.mp3"',
+        "; filename=a.mp3",
+        "; filename=\"a.mp3\"; filename*=UTF-8''%e4.mp3",
+        "; filename*=utf-8''%e4.mp3",
+        '; filename=""',
+        '; filename="Grüße.mp3"',
+    ],
+)
+def test_files_are_called_as_clients_call_them(filename: str) -> None:
+    """With quotes and semicolons in it, and once more in the other notation."""
+    assert read(form(part("f", more=filename))).files == (File("f", 1),)
+
+
+@pytest.mark.parametrize("filename", ["", "; filename=a.mp3; filename*=utf-8''a.mp3"])
+def test_names_need_no_quotes(filename: str) -> None:
+    """As .NET writes them."""
+    body = f"--xYz\r\nContent-Disposition: form-data; name=model{filename}\r\n\r\nv\r\n".encode()
+    found = read(form(body))
+    assert [each.name for each in (*found.fields, *found.files)] == ["model"]
+    assert bool(found.files) == bool(filename)
+    for other in ("name=", "name=a b", "name=a; name=b", 'name="a; name=b', "name='a\"; filename=b"):
+        assert "no plain name" in refused(form(body.replace(b"name=model", other.encode())))

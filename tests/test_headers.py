@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.headers import key_header, to_client, to_upstream
+from proxy.headers import idempotency, key_header, to_client, to_upstream
 from proxy.policy import Kind, Secret
 
 KEY = Secret("sk-of-the-operator")
@@ -19,7 +19,6 @@ PASSED_UP = [
     "User-Agent",
     "OpenAI-Beta",
     "anthropic-version",
-    "Idempotency-Key",
     "HTTP-Referer",
     "X-Title",
 ]
@@ -118,6 +117,20 @@ def test_a_few_of_the_client_s_headers_mean_something_upstream(name: str) -> Non
         assert up((spelled, "value")) == {**OURS, **key_header("openai", KEY), name.lower(): "value"}
 
 
+@pytest.mark.parametrize("api_key", [KEY, None])
+def test_an_idempotency_key_is_its_user_s_own(api_key: Secret | None) -> None:
+    """All users are one account upstream: a repeated key must not bring one of them the answer of another."""
+
+    def sent(user: str, said: str, *more: tuple[str, str]) -> dict[str, str]:
+        assert up(("Idempotency-Key", said), *more, api_key=api_key) == up(api_key=api_key)
+        return idempotency([("Idempotency-Key", said), *more], user=user, api_key=api_key)
+
+    assert sent("alice", "1") == sent("alice", "1")
+    owners = [("alice", "1"), ("bob", "1"), ("alice", "2"), ("alice", "\udce4")]
+    assert len({"1", *(sent(*owner)["idempotency-key"] for owner in owners)}) == 5
+    assert sent("alice", "") == sent("alice", "1", ("Connection", "idempotency-key")) == {}
+
+
 def test_a_version_of_anthropic_s_is_the_client_s_where_it_names_one() -> None:
     """Each SDK speaks its own; the first that was published is for who says nothing."""
     assert up(("Anthropic-Version", "2026-10-21"), kind="anthropic")["anthropic-version"] == "2026-10-21"
@@ -138,7 +151,8 @@ def test_a_beta_is_asked_for_where_the_operator_lets_it_pass(
 ) -> None:
     """All others are left out, in whichever of the headers they stand."""
     headers = [("anthropic-beta", "a, b"), ("Anthropic-Beta", "c")]
-    assert to_upstream(headers, kind=kind, api_key=KEY, betas=allowed).get("anthropic-beta") == sent
+    passed = to_upstream(headers, kind=kind, api_key=KEY, betas=allowed)
+    assert passed.get("anthropic-beta") == sent
 
 
 def test_a_beta_that_changes_neither_price_nor_reach_is_asked_for() -> None:
@@ -259,7 +273,7 @@ headers = st.lists(st.tuples(names | st.text(min_size=1, max_size=12), st.text(m
 @given(headers=headers, kind=st.sampled_from(get_args(Kind)), is_stream=st.booleans())
 def test_no_headers_let_anything_else_through(headers: list[tuple[str, str]], kind: Kind, is_stream: bool) -> None:
     """Whatever comes, the names that go out are of the lists, and the key is ours."""
-    sent = to_upstream(headers, kind=kind, api_key=KEY)
+    sent = up(*headers, kind=kind)
     assert sent.keys() - key_header(kind, KEY).keys() - ours(kind).keys() <= {name.lower() for name in PASSED_UP}
     assert {**sent, **OURS, **key_header(kind, KEY)} == sent
     passed = to_client(headers, is_stream=is_stream)

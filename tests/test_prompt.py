@@ -207,6 +207,8 @@ def test_a_file_is_bounded_by_its_bytes_and_estimated_as_prose():
         {"input": [{"type": "additional_tools", "tools": [{"type": "web_search"}]}]},
         {"tools": [{"type": "tool_search"}]},
         {"messages": [{"role": "assistant", "audio": {"id": "audio_1"}}]},
+        {"mm_processor_kwargs": {"max_pixels": 10**9}},
+        {"media_io_kwargs": {"video": {"num_frames": 10**6}}},
         {"messages": [{"role": "assistant", "content": None, "audio": {"id": "audio_1"}}]},
         {"input": [{"role": "user", "content": [{"type": "input_image", "file_id": "file_1"}]}]},
         {"input": [{"role": "user", "content": [{"type": "input_file", "file_id": "file_1"}]}]},
@@ -271,11 +273,13 @@ def test_what_the_request_shows_is_not_open(document: dict):
 
 
 @pytest.mark.parametrize("field", ["messages", "input"])
-def test_the_parts_of_a_request_are_those_of_its_turns(field: str):
-    """Of their contents and of what tools gave back; what is no list of parts has none."""
+def test_the_parts_of_a_request_are_its_turns_and_theirs(field: str):
+    """Of their contents and of what tools gave back, in a list or alone; texts are none."""
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
-    turns = [{"content": parts[:1]}, {"output": [*parts[1:], "c"]}, {"content": "d"}, "e", {"content": {"type": "f"}}]
-    assert parts_of({field: turns}) == parts
+    alone = {"type": "f"}
+    turns = [{"content": parts[:1]}, {"output": [*parts[1:], "c"]}, {"content": "d"}, "e", {"output": alone}]
+    assert parts_of({field: turns}) == [*[turn for turn in turns if turn != "e"], *parts, alone]
+    assert parts_of({field: alone}) == [alone]
     assert parts_of({field: "x"}) == []
 
 
@@ -441,4 +445,5 @@ def test_parts_within_parts_are_found():
     text = {"type": "text", "text": "a"}
     document = {"type": "document", "source": {"type": "content", "content": [text, "x"]}}
     result = {"type": "tool_result", "content": [document, "x"]}
-    assert parts_of({"messages": [{"role": "user", "content": [result]}]}) == [result, document, text]
+    turn = {"role": "user", "content": [result]}
+    assert parts_of({"messages": [turn]}) == [turn, result, document, text]

@@ -1,7 +1,11 @@
 """A large body waits on the disk, and is sent from there with its model's name replaced."""
 
+import tempfile
+from pathlib import Path
+
 import pytest
 
+from proxy.errors import NoSpace
 from proxy.spool import Spliced, Spool
 
 BODY = bytes(range(256)) * 8192  # 2 MB: more than is kept in memory
@@ -57,3 +61,14 @@ async def test_no_piece_is_large() -> None:
         assert max([len(piece) async for piece in spool.read(0, spool.size)]) <= 2**18
     finally:
         spool.close()
+
+
+async def test_a_disk_without_room_is_no_mistake_of_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who uploads is told to come back, and small bodies need no disk."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
+    (await spooled(b"small")).close()
+    spool = Spool()
+    with pytest.raises(NoSpace) as caught:
+        await spool.write(BODY)
+    spool.close()
+    assert (caught.value.status, caught.value.headers, caught.value.closes) == (503, {"retry-after": "30"}, True)

@@ -130,14 +130,32 @@ def test_speech_says_otherwise_that_it_is_to_be_streamed(fields: dict, is_stream
 
 @pytest.mark.parametrize(
     "name",
-    ["", 1, True, ["m"], {"a": "m"}, "m" * 257, "m" * 200_000, "a\nb", "a\rb", "\x1b[31m", "a\u2028b", "\ud800"],
+    [
+        "",
+        "../m",
+        "m/..",
+        "gpt-4o/../o3",
+        "a/./b",
+        "m\\..\\x",
+        1,
+        True,
+        ["m"],
+        {"a": "m"},
+        "m" * 257,
+        "m" * 200_000,
+        "a\nb",
+        "a\rb",
+        "\x1b[31m",
+        "a\u2028b",
+        "\ud800",
+    ],
 )
 def test_a_model_is_a_short_printable_name(name: object) -> None:
     """It goes into messages, logs and metrics: no control characters, no megabytes, no other types (T15, T33)."""
     assert refused(model=name).param == "model"
 
 
-@pytest.mark.parametrize("name", ["m", "m" * 256, "M", "мodel", "../m", "org/m:tag@1", "模型"])
+@pytest.mark.parametrize("name", ["m", "m" * 256, "M", "мodel", "..m", "m..", "org/.m", "org/m:tag@1", "模型"])
 def test_a_model_is_taken_as_it_is_written(name: str) -> None:
     """No trimming and no folding: permission, price and metrics all use these very characters."""
     assert parse(model=name).model == name
@@ -179,7 +197,7 @@ def test_refused_fields_are_refused_in_any_case(endpoint: Endpoint) -> None:
     "name",
     "api_base api_key base_url custom_host extra_body extra_headers fallbacks context_window_fallbacks models preset "
     "content_policy_fallbacks context_window_fallback_dict custom_llm_provider deployment_id model_list "
-    "user_config".split(),
+    "user_config kv_transfer_params".split(),
 )
 def test_no_field_changes_where_a_call_goes(endpoint: Endpoint, name: str) -> None:
     """Behind us may be another gateway that reads them (T24, CVE-2024-6587)."""
@@ -199,7 +217,10 @@ def test_no_field_changes_where_a_call_goes(endpoint: Endpoint, name: str) -> No
         (CHAT, "data_sources", [{"type": "azure_search"}]),
         (CHAT, "plugins", [{"id": "web"}]),
         (CHAT, "search_parameters", {"mode": "on"}),
-        (RESPONSES, "plugins", [{"id": "web"}]),
+        *((endpoint, "plugins", [{"id": "web"}]) for endpoint in (RESPONSES, COMPLETIONS, MESSAGES, EMBEDDINGS)),
+        (CHAT, "enable_search", True),
+        (RESPONSES, "request_id", "resp_of_somebody_else"),
+        (COMPACT, "request_id", "resp_of_somebody_else"),
     ],
     ids=ids,
 )
@@ -218,7 +239,14 @@ def test_a_refused_field_may_say_that_it_is_not_used() -> None:
 
 @pytest.mark.parametrize(
     "item",
-    [{"type": "item_reference", "id": "i"}, {"id": "i"}, {"id": "i", "type": None}, {"id": "i", "role": "user"}],
+    [
+        {"type": "item_reference", "id": "i"},
+        {"id": "i"},
+        {"id": "i", "type": None},
+        {"id": "i", "role": "user"},
+        {"type": "image_generation_call", "id": "ig_1"},
+        {"type": "image_generation_call", "id": "ig_1", "result": None},
+    ],
 )
 def test_references_to_stored_items_are_refused(item: object) -> None:
     """What they stand for is input that the body does not show; their type may be left out."""
@@ -233,6 +261,7 @@ def test_items_that_show_their_content_are_open() -> None:
         {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "hi"}]},
         {"type": "function_call_output", "call_id": "c", "output": "42"},
         {"type": "reasoning", "id": "rs_1", "summary": []},
+        {"type": "image_generation_call", "id": "ig_1", "status": "completed", "result": "iVBORw0KGgo="},
         "no item",
     ]
     for given_input in (items, "hi", None, 7, {"type": "item_reference"}):
@@ -334,6 +363,13 @@ def test_completions_generate_for_each_prompt_the_best_of_several(fields: dict, 
     assert call.choices == choices
     prompt = fields.get("prompt")
     assert call.has_several_prompts is (isinstance(prompt, list) and len(prompt) > 1 and prompt[0] != 1)
+
+
+def test_prompts_may_come_as_what_models_make_of_them() -> None:
+    """vLLM answers each of them, beside those that are texts."""
+    for embedded, choices in (("one", 1), (["one", "two"], 3), ([], 1), (None, 1)):
+        call = parse(COMPLETIONS, prompt="three", prompt_embeds=embedded)
+        assert (call.choices, call.has_several_prompts) == (choices, choices > 1)
 
 
 def test_prompts_count_nowhere_else() -> None:
@@ -455,11 +491,6 @@ asks = pytest.mark.parametrize(
             True,
             {"include_obfuscation": False, "x": [1], "include_usage": True},
         ),
-        ({"stream_options": "x"}, False, False, "x"),
-        ({"stream_options": []}, False, False, []),
-        ({"stream_options": 0}, False, False, 0),
-        ({"stream_options": False}, False, False, False),
-        ({"stream_options": True}, False, False, True),
     ],
 )
 
@@ -469,7 +500,7 @@ asks = pytest.mark.parametrize(
 def test_usage_is_asked_for_where_the_client_did_not(
     endpoint: Endpoint, options: dict, asks_for_usage: bool, adds_usage: bool, forwarded: object
 ) -> None:
-    """The other options stay, and what is no object is for the upstream to refuse (wire §2.3, T35)."""
+    """The other options stay (wire §2.3)."""
     call = parse(endpoint, stream=True, **options)
     assert (call.asks_for_usage, call.adds_usage) == (asks_for_usage, adds_usage)
     assert sent(call)["stream_options"] == forwarded
@@ -501,6 +532,15 @@ def test_whether_usage_is_asked_for_is_beyond_doubt(endpoint: Endpoint, options:
     assert (error.param, error.code) == ("stream_options.include_usage", "invalid_type")
 
 
+@pytest.mark.parametrize("options", ["x", [], 0, False, True])
+@pytest.mark.parametrize("endpoint", [CHAT, COMPLETIONS], ids=ids)
+def test_what_asks_for_usage_is_an_object(endpoint: Endpoint, options: object) -> None:
+    """llama.cpp passes over what is none, and so would we over the usage (T35)."""
+    error = refused(endpoint, stream=True, stream_options=options)
+    assert (error.param, error.code) == ("stream_options", "invalid_type")
+    assert parse(RESPONSES, stream_options=options).document["stream_options"] == options
+
+
 @pytest.mark.parametrize(
     ("options", "is_added"),
     [
@@ -514,9 +554,6 @@ def test_whether_usage_is_asked_for_is_beyond_doubt(endpoint: Endpoint, options:
         ({"n": 1}, True),
         ({"n": 2}, False),
         ({"prompt": ["a", "b"]}, None),
-        ({"stream_options": "x"}, False),
-        ({"stream_options": 0}, False),
-        ({"stream_options": []}, False),
     ],
 )
 @pytest.mark.parametrize("endpoint", [CHAT, COMPLETIONS], ids=ids)
@@ -545,7 +582,6 @@ def test_vllm_is_asked_for_the_usage_so_far(endpoint: Endpoint, options: dict, i
         ({"timings_per_token": False}, True),
         ({"timings_per_token": True}, False),
         ({"stream_options": {"include_usage": True}}, True),
-        ({"stream_options": "x"}, False),
         ({"n": 2}, False),
         ({"stream": False}, False),
     ],
@@ -610,7 +646,7 @@ known = st.fixed_dictionaries(
     {},
     optional={
         "stream": st.booleans() | st.none(),
-        "stream_options": st.sampled_from([None, {}, {"include_usage": False}, {"include_usage": True, "a": 1}, "x"]),
+        "stream_options": st.sampled_from([None, {}, {"include_usage": False}, {"include_usage": True, "a": 1}]),
         "n": st.integers(1, 5),
         "max_tokens": st.integers(0, 5000) | st.none(),
         "max_completion_tokens": st.integers(0, 5000),
@@ -674,7 +710,13 @@ def test_a_voice_is_one_that_everybody_has() -> None:
 
 
 @pytest.mark.parametrize(
-    "part", [{"type": "input_file", "file_id": "file_1"}, {"type": "file", "file": {"file_id": "file_1"}}]
+    "part",
+    [
+        {"type": "input_file", "file_id": "file_1"},
+        {"type": "file", "file": {"file_id": "file_1"}},
+        {"type": "image_url", "image_url": {"file_id": "file_1"}},
+        {"type": "input_file", "file_id": None, "File_ID": "file_1"},
+    ],
 )
 @pytest.mark.parametrize(("endpoint", "field"), [(CHAT, "messages"), (RESPONSES, "input")])
 def test_stored_files_are_refused(part: dict, endpoint: Endpoint, field: str) -> None:
@@ -682,6 +724,21 @@ def test_stored_files_are_refused(part: dict, endpoint: Endpoint, field: str) ->
     body = json.dumps({"model": "m", field: [{"role": "user", "content": [part]}]}).encode()
     with pytest.raises(InvalidRequest, match="file_id"):
         parse_call(endpoint, body)
+
+
+@pytest.mark.parametrize(
+    "item",
+    [
+        {"type": "computer_call_output", "output": {"type": "computer_screenshot", "file_id": "file_1"}},
+        {"type": "function_call_output", "output": [{"type": "input_image", "file_id": "file_1"}]},
+        {"type": "input_image", "file_id": "file_1"},
+        {"role": "user", "content": {"type": "input_file", "file_id": "file_1"}},
+    ],
+)
+def test_stored_files_are_found_where_no_list_is_around_them(item: dict) -> None:
+    """A picture of a screen, and what some servers take without a message."""
+    assert refused(RESPONSES, input=[item]).param == "file_id"
+    assert refused(RESPONSES, input=item).param == "file_id"
 
 
 def test_a_model_s_name_has_no_blanks_around_it() -> None:
@@ -738,6 +795,8 @@ def test_a_form_says_what_json_would() -> None:
         (("model=m", "model[]=big"), ("file",), "model"),
         (("model=m", "Model=big"), ("file",), "model"),
         (("model=m", "MODEL[x]=big"), ("file",), "model"),
+        (("model=m", " model=big"), ("file",), "model"),
+        (("model=m", "model [x]=big"), ("file",), "model"),
         (("model=m",), ("model",), "model"),
         (("model=m",), ("Stream",), "stream"),
         (("model=m", "stream=1"), ("file",), "stream"),
@@ -748,6 +807,8 @@ def test_a_form_says_what_json_would() -> None:
         (("model=m", "n=1000000000000"), ("image",), "n"),
         (("model=m", "svg[model]=big"), ("image",), "svg"),
         (("model=m", "api_base=http://evil.example"), ("image",), "api_base"),
+        (("model=m", "images[][file_id]=file_1"), ("image",), "images[][file_id]"),
+        (("model=m", "mask[FILE_ID]=file_1"), ("image",), "mask[FILE_ID]"),
     ],
 )
 def test_a_form_has_no_second_way_to_say_it(parts: tuple[str, ...], files: tuple[str, ...], param: str) -> None:
@@ -786,7 +847,7 @@ def test_a_deployment_is_the_model_of_a_form() -> None:
         assert parse_form(TRANSCRIPTIONS, form(*parts), deployment="mine").model == "mine"
 
 
-@pytest.mark.parametrize("name", [".", "..", " x", "x\n", ""])
+@pytest.mark.parametrize("name", [".", "..", "mine/../yours", " x", "x\n", ""])
 def test_a_deployment_is_a_name(name: str) -> None:
     """As a model in a body is; what leads elsewhere in a path is none."""
     with pytest.raises(InvalidRequest):
