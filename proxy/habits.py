@@ -67,8 +67,8 @@ class Habits:
         self._taken: set[tuple[str, str, str]] = set()
         self._calls_without: dict[tuple[str, str, str], int] = {}
 
-    def asks_for_usage(self, address: str, model: Model) -> bool:
-        """Whether the next call there is to ask."""
+    def may_ask(self, address: str, model: Model) -> bool:
+        """Whether a call that is sent there now may ask; one that may not is one of the hundred that go without."""
         key = _key(address, model)
         left = self._calls_without.pop(key, 0)
         if left:

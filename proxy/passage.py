@@ -50,7 +50,7 @@ class Passage:
         return address_of(self.call.endpoint, self.model, api_version=self.client.api_version)
 
     @property
-    def asks_for_usage(self) -> bool:
+    def adds_usage(self) -> bool:
         """Whether we ask for the usage of its stream in the client's place."""
         return self.call.adds_usage or self.call.adds_running_usage(self.model.upstream.kind)
 

@@ -138,7 +138,7 @@ class Tries:
         """Send it; once more where it would be taken but for the option by which we ask for the usage of a stream."""
         await way.count.before_it_is_sent()
         passage, meter = way.passage, way.meter()
-        if passage.asks_for_usage and not self._habits.asks_for_usage(passage.address, passage.model):
+        if passage.adds_usage and not self._habits.may_ask(passage.address, passage.model):
             passage = passage.without_option()
             meter.did_not_ask()
         body = way.body(reservation.entry) if passage is way.passage else passage.body_for(reservation.entry)
@@ -147,7 +147,7 @@ class Tries:
         async with self._send(passage, body) as answer:
             del body
             if not await _is_option_refused(answer, passage):
-                if passage.asks_for_usage and answer.status // 100 == 2:
+                if passage.adds_usage and answer.status // 100 == 2:
                     self._habits.note(passage.address, passage.model, is_taken=True)
                 yield answer
                 return
@@ -199,7 +199,7 @@ class Tries:
 
 async def _is_option_refused(answer: Answer, passage: Passage) -> bool:
     """Whether this is an error about what we wrote into the request, and not the client."""
-    is_refusal = passage.asks_for_usage and answer.status // 100 == 4
+    is_refusal = passage.adds_usage and answer.status // 100 == 4
     return is_refusal and is_about_usage_option(answer.status, await answer.beginning())
 
 

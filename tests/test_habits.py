@@ -126,13 +126,13 @@ def test_an_upstream_says_that_it_takes_no_option(status: int, body: bytes, is_a
 def test_an_upstream_is_asked_until_it_refuses_and_again_after_a_while() -> None:
     """Each model at each address for itself."""
     known, other = Habits(), model("other")
-    assert known.asks_for_usage("/x", model())
+    assert known.may_ask("/x", model())
     known.note("/x", model(), is_taken=False)
-    assert [known.asks_for_usage("/x", model()) for _ in range(102)] == [False] * 100 + [True] * 2
+    assert [known.may_ask("/x", model()) for _ in range(102)] == [False] * 100 + [True] * 2
     known.note("/x", model(), is_taken=False)
-    assert not known.asks_for_usage("/x", model())
-    assert known.asks_for_usage("/y", model())
-    assert known.asks_for_usage("/x", other)
+    assert not known.may_ask("/x", model())
+    assert known.may_ask("/y", model())
+    assert known.may_ask("/x", other)
 
 
 def test_one_refusal_means_nothing_where_it_was_taken_before() -> None:
@@ -140,7 +140,7 @@ def test_one_refusal_means_nothing_where_it_was_taken_before() -> None:
     known = Habits()
     known.note("/x", model(), is_taken=True)
     known.note("/x", model(), is_taken=False)
-    assert known.asks_for_usage("/x", model())
+    assert known.may_ask("/x", model())
 
 
 def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,5 +150,5 @@ def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     known.note("/1", model(), is_taken=False)
     known.note("/2", model(), is_taken=True)
     known.note("/3", model(), is_taken=False)
-    assert known.asks_for_usage("/1", model())
-    assert not known.asks_for_usage("/3", model())
+    assert known.may_ask("/1", model())
+    assert not known.may_ask("/3", model())
