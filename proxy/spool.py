@@ -4,6 +4,7 @@ The file has no name on the disk, so nothing is left behind by a crash. It is re
 """
 
 import asyncio
+import shutil
 import tempfile
 import threading
 from collections.abc import AsyncIterator
@@ -13,6 +14,13 @@ from proxy.errors import NoSpace
 # So much is kept in memory before the file is begun, and written or read at a time.
 _PIECE_BYTES = 2**18
 _MEMORY_BYTES = 2**20
+# What uploads leave free of the disk, or a tenth of it where it is small: the books may stand on the same one.
+_LEFT_FREE_BYTES = 2**30
+
+
+def has_room(total: int, used: int, free: int) -> bool:
+    """Whether a disk of so many bytes has room for an upload."""
+    return free > min(_LEFT_FREE_BYTES, total // 10)
 
 
 class Spool:
@@ -35,9 +43,14 @@ class Spool:
         """Write what has been taken: before it is read. Raises NoSpace."""
         piece, self._unwritten = bytes(self._unwritten), bytearray()
         try:
-            await asyncio.to_thread(self._file.write, piece)
+            await asyncio.to_thread(self._write, piece)
         except OSError as error:
             raise NoSpace from error
+
+    def _write(self, piece: bytes) -> None:
+        if self.size > _MEMORY_BYTES and not has_room(*shutil.disk_usage(tempfile.gettempdir())):
+            raise NoSpace
+        self._file.write(piece)
 
     async def read(self, start: int, end: int) -> AsyncIterator[bytes]:
         """The bytes from `start` to `end`, piece by piece."""

@@ -1,7 +1,7 @@
 """A meter says to the token what an answer used, and shows a client the bytes that it would have seen without us.
 
 wire §2.2 and §2.3 (usage in streams, and taking it out again), §2.4 (events of /responses); threats T36, T39 to T43
-and the booking table of §5. An honest answer there: 11 tokens of input, 5 of output.
+and what is charged for strange usage there. An honest answer there: 11 tokens of input, 5 of output.
 """
 
 import json
@@ -262,7 +262,7 @@ def test_the_last_usage_that_makes_sense_wins(stream: bytes, booked: Usage) -> N
     ],
 )
 def test_strange_usage_is_booked_or_counted_by_ourselves(usage: object, booked: Usage) -> None:
-    """The booking table of threats §5: never an exception, never a number that nobody can mean (T43)."""
+    """What is charged for strange usage (threats): never an exception, never a number that nobody can mean (T43)."""
     assert usage_of(TEXT + event(usage_chunk(usage)) + DONE) == booked
     meter = whole({"choices": [{"message": {"content": "Hello world!"}}], "usage": usage})
     assert meter.usage() == (UNCOUNTED if booked == OWN_COUNT else booked)

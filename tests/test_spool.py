@@ -1,12 +1,13 @@
 """A large body waits on the disk, and is sent from there with its model's name replaced."""
 
+import shutil
 import tempfile
 from pathlib import Path
 
 import pytest
 
 from proxy.errors import NoSpace
-from proxy.spool import Spliced, Spool
+from proxy.spool import Spliced, Spool, has_room
 
 BODY = bytes(range(256)) * 8192  # 2 MB: more than is kept in memory
 
@@ -61,6 +62,31 @@ async def test_no_piece_is_large() -> None:
         assert max([len(piece) async for piece in spool.read(0, spool.size)]) <= 2**18
     finally:
         spool.close()
+
+
+@pytest.mark.parametrize(
+    ("total", "free", "expected"),
+    [
+        (2**40, 2**31, True),
+        (2**40, 2**30, False),
+        (2**40, 0, False),
+        (100_000_000, 10_000_001, True),  # a small disk in memory, as containers have it
+        (100_000_000, 10_000_000, False),
+    ],
+)
+def test_uploads_leave_room_for_the_books(total: int, free: int, expected: bool) -> None:
+    """Which may stand on the same disk: whoever fills it with uploads would lock everybody out."""
+    assert has_room(total, total - free, free) is expected
+
+
+async def test_a_disk_that_is_nearly_full_takes_no_upload(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though the system would still let us write there; what is small needs no disk."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: (2**40, 2**40 - 1, 1))
+    (await spooled(b"small")).close()
+    spool = Spool()
+    with pytest.raises(NoSpace):
+        await spool.write(BODY)
+    spool.close()
 
 
 async def test_a_disk_without_room_is_no_mistake_of_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

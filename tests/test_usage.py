@@ -1,4 +1,4 @@
-"""What a usage object says is booked to the token; what makes no sense is left to our own count (threats §5)."""
+"""What a usage object says is booked to the token; what makes no sense is left to our own count (docs/threats.md)."""
 
 import json
 
