@@ -21,9 +21,10 @@
     │   ├── UpstreamBusy          429  the upstream's own rate limit, not a quota of ours
     │   ├── UpstreamExhausted     503  the operator's account at the upstream is used up
     │   └── UpstreamTimeout       504
-    ├── TooManyConnections    503  more connections than this listener holds
-    ├── NoSpace               503  a large body has no room on the disk
-    └── LedgerUnavailable     503  the books can't be written, so nothing is let in
+    └── Unavailable           it can't be taken just now; says when to come back
+        ├── TooManyConnections    503  more connections than this listener holds
+        ├── NoSpace               503  a large body has no room on the disk
+        └── LedgerUnavailable     503  the books can't be written, so nothing is let in
 
 The shape of the body is OpenAI's: `{"error": {"message", "type", "param", "code"}}`, all four always present.
 Messages are shown to users: no secrets, no hosts, no text of an upstream that could hold our key.
@@ -233,38 +234,37 @@ class UpstreamTimeout(UpstreamError):
     code = "upstream_timeout"
 
 
-class TooManyConnections(ProxyError):
+class Unavailable(ProxyError):
+    """It can't be taken just now, whoever asks; who comes back in `retry_after_s` may find it otherwise."""
+
+    status = 503
+    type = "server_error"
+    words: ClassVar[str]
+    retry_after_s: ClassVar[int] = 5
+
+    def __init__(self, message: str | None = None) -> None:
+        super().__init__(message or self.words, headers={"retry-after": str(self.retry_after_s)})
+
+
+class TooManyConnections(Unavailable):
     """This listener holds as many connections as it may."""
 
-    status = 503
     closes = True
-    type = "server_error"
     code = "too_many_connections"
-
-    def __init__(self, message: str = "There are too many connections. Try again in a few seconds.") -> None:
-        super().__init__(message, headers={"retry-after": "5"})
+    words = "There are too many connections. Try again in a few seconds."
 
 
-class NoSpace(ProxyError):
+class NoSpace(Unavailable):
     """A body that is too large for memory finds no room on the disk."""
 
-    status = 503
     closes = True
-    type = "server_error"
     code = "out_of_space"
+    words = "There is no room for so large a body just now. Try again later."
+    retry_after_s = 30
 
-    def __init__(self, message: str = "There is no room for so large a body just now. Try again later.") -> None:
-        super().__init__(message, headers={"retry-after": "30"})
 
-
-class LedgerUnavailable(ProxyError):
+class LedgerUnavailable(Unavailable):
     """Nothing can be written down, so nothing is let in (fail closed)."""
 
-    status = 503
-    type = "server_error"
     code = "ledger_unavailable"
-
-    def __init__(
-        self, message: str = "The quota ledger can't be reached right now. Try again in a few seconds."
-    ) -> None:
-        super().__init__(message, headers={"retry-after": "5"})
+    words = "The quota ledger can't be reached right now. Try again in a few seconds."

@@ -27,6 +27,7 @@ from proxy.errors import (
     ResponseNotFound,
     TooManyConnections,
     TooSlow,
+    Unavailable,
     UnsupportedEncoding,
     UpstreamBusy,
     UpstreamError,
@@ -59,8 +60,8 @@ TABLE = {
     NoSpace: (503, "server_error", "out_of_space"),
     LedgerUnavailable: (503, "server_error", "ledger_unavailable"),
 }
-# These two only gather others; what is raised is one of the table.
-ROOTS = {ProxyError, RequestError}
+# These only gather others; what is raised is one of the table.
+ROOTS = {ProxyError, RequestError, Unavailable}
 
 
 def all_below(cls: type[ProxyError]) -> set[type[ProxyError]]:
