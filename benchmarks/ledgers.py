@@ -25,10 +25,10 @@ from typing import Any
 
 import uvloop
 
-from proxy.app import store_of, wall_clock_ms
-from proxy.books import Facts, Reserve, Settle
-from proxy.ledger import Ledger
-from proxy.quotas import Binding
+from proxy.ledger.book import Facts, Reserve, Settle
+from proxy.ledger.ledger import Ledger
+from proxy.policy.quota import Binding
+from proxy.server import store_of, wall_clock_ms
 from tests.builders import call, exactly, quota, route
 
 _SECONDS = 4.0

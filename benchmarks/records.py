@@ -15,9 +15,9 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from benchmarks.ledgers import Load, _measure, _postgres
-from proxy.app import store_of
-from proxy.records import COUNT, DELETE_CALLS, DELETE_DAYS, id_at
-from proxy.store import Chore
+from proxy.ledger.rollup import COUNT, DELETE_CALLS, DELETE_DAYS, id_at
+from proxy.ledger.store import Chore
+from proxy.server import store_of
 
 _STEP = 500
 _STEPS = 20

@@ -17,9 +17,9 @@ from importlib.metadata import version
 import orjson
 import uvloop
 
-from proxy.prompt import read_prompt
-from proxy.strict_json import parse_object
-from proxy.tokens import Tokenizers, table_folders
+from proxy.calls.tokenizer import Tokenizers, table_folders
+from proxy.formats.content import read_prompt
+from proxy.formats.strict_json import parse_object
 
 AIM_MS = 50
 _ROUNDS = 3

@@ -12,21 +12,22 @@ from typing import Any, NoReturn
 import click
 import uvloop
 
-from proxy import __version__, demo, logs, torture
-from proxy.app import Server, look_at, serve, store_of, wall_clock_ms
-from proxy.check import sentences, warnings
-from proxy.config import BadConfig, Config, load
-from proxy.json_schema import json_schema
-from proxy.policy import digest
-from proxy.store import StoreInUse, StoreUnavailable
-from proxy.tables import NewerSchema
-from proxy.tokens import Tokenizers, table_folders
-from proxy.torture import NoCount, Outside, Shared
-from proxy.torture_books import NoBooks
-from proxy.torture_plan import Plan
-from proxy.torture_proxy import NotStarted
-from proxy.torture_replicas import NotRestarted
-from proxy.torture_report import Report
+from proxy import __version__, demo, logs
+from proxy.calls.tokenizer import Tokenizers, table_folders
+from proxy.config.json_schema import json_schema
+from proxy.config.lint import sentences, warnings
+from proxy.config.loader import BadConfig, Config, load
+from proxy.ledger.schema import NewerSchema
+from proxy.ledger.store import StoreInUse, StoreUnavailable
+from proxy.policy.policy import digest
+from proxy.server import Server, look_at, serve, store_of, wall_clock_ms
+from proxy.torture import run as torture
+from proxy.torture.database import NoBooks
+from proxy.torture.plan import Plan
+from proxy.torture.process import NotStarted
+from proxy.torture.replicas import NotRestarted
+from proxy.torture.report import Report
+from proxy.torture.run import NoCount, Outside, Shared
 from proxy.workers import Command, NotServing, Parent, Tie
 
 _NO, _WRONG = 1, 2

@@ -5,11 +5,11 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from proxy.app import Server, serve
-from proxy.config import load_text
-from proxy.simulator import Simulator
-from proxy.simulator import serve as serve_simulator
-from proxy.tokens import Tokenizers
+from proxy.calls.tokenizer import Tokenizers
+from proxy.config.loader import load_text
+from proxy.server import Server, serve
+from proxy.simulator.server import Simulator
+from proxy.simulator.server import serve as serve_simulator
 
 _TOKENS_PER_S = 40.0
 

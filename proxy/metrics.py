@@ -10,9 +10,9 @@ when it is imported (PROMETHEUS_MULTIPROC_DIR), which the workers' parent sets.
 from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 
-from proxy.admission import Refused
-from proxy.books import Entry, Outcome
-from proxy.usage import Usage
+from proxy.ledger.book import Entry, Outcome
+from proxy.policy.admission import Refused
+from proxy.policy.amounts import Usage
 
 
 class Metrics:

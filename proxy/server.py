@@ -18,27 +18,27 @@ from random import getrandbits
 import structlog
 from aiohttp import web
 
-from proxy.admin import Admin
-from proxy.api import Api
-from proxy.config import Address, Config
-from proxy.departure import Departures
-from proxy.health import Health
-from proxy.ledger import LEASE_MS, Ledger
-from proxy.listener import Listener
+from proxy.calls.disconnect import Departures
+from proxy.calls.dispatch import Tries
+from proxy.calls.relay import Relay
+from proxy.calls.stored_responses import Owned
+from proxy.calls.tokenizer import Tokenizers
+from proxy.config.loader import Address, Config
+from proxy.config.reload import Look, Policies
+from proxy.ledger.ledger import LEASE_MS, Ledger
+from proxy.ledger.queue import WaitingRoom
+from proxy.ledger.rollup import Records
+from proxy.ledger.sqlite import SqliteStore
+from proxy.ledger.store import Store, StoreUnavailable
 from proxy.metrics import Metrics
-from proxy.owned import Owned
-from proxy.policy import Policy
-from proxy.records import Records
-from proxy.relay import Relay
-from proxy.reload import Look, Policies
+from proxy.policy.policy import Policy
 from proxy.share import Share
-from proxy.sqlite import SqliteStore
-from proxy.store import Store, StoreUnavailable
 from proxy.tasks import Tasks
-from proxy.tokens import Tokenizers
-from proxy.tries import Tries
-from proxy.upstream import Upstreams
-from proxy.waiting import WaitingRoom
+from proxy.upstreams.client import Upstreams
+from proxy.web.admin import Admin
+from proxy.web.health import Health
+from proxy.web.listener import Listener
+from proxy.web.routes import Api
 
 _LOOK_EVERY_S = 1.0
 _TEND_EVERY_S = 10.0
@@ -233,7 +233,9 @@ def store_of(database: str, lock: int | None = None) -> Store:
     if database.startswith("sqlite:"):
         return SqliteStore(sqlite_path(database), lock=lock)
     try:
-        from proxy.postgres import PostgresStore  # its driver is an extra, and takes 10 MB that SQLite doesn't need
+        from proxy.ledger.postgres import (
+            PostgresStore,  # its driver is an extra, and takes 10 MB that SQLite doesn't need
+        )
     except ModuleNotFoundError as error:
         raise StoreUnavailable(
             f"PostgreSQL needs {error.name}, which is not installed: pip install 'llm-quota-proxy[postgres]'"

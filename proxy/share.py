@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import orjson
 
-from proxy.config import Address
+from proxy.config.loader import Address
 
 # As many as the server library asks for by itself.
 _BACKLOG = 128

@@ -23,12 +23,12 @@ from dataclasses import dataclass, replace
 
 import structlog
 
-from proxy.app import GRACE_S, Server, store_of, wall_clock_ms
-from proxy.config import Address, BadConfig, Config
-from proxy.ledger import Ledger
+from proxy.config.loader import Address, BadConfig, Config
+from proxy.ledger.ledger import Ledger
+from proxy.ledger.sqlite import SqliteStore
 from proxy.metrics import forget
+from proxy.server import GRACE_S, Server, store_of, wall_clock_ms
 from proxy.share import Share, address_of, listen, receive
-from proxy.sqlite import SqliteStore
 from proxy.tasks import Tasks
 
 _SERVES, _LEAVE = b"serves\n", b"leave\n"

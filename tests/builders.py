@@ -11,11 +11,11 @@ from datetime import UTC, datetime
 from typing import cast
 from zoneinfo import ZoneInfo
 
-from proxy.books import Extend, Facts, Reserve
-from proxy.policy import Group, Policy
-from proxy.quotas import Binding, Combine, Counter, CounterKey, Demand, Enforce, Globs, Limit, Quota, Route
-from proxy.usage import TOKENS_MAX, Amount, Exactly, Measure, Tokens
-from proxy.windows import parse_per
+from proxy.ledger.book import Extend, Facts, Reserve
+from proxy.policy.amounts import TOKENS_MAX, Amount, Exactly, Measure, Tokens
+from proxy.policy.policy import Group, Policy
+from proxy.policy.quota import Binding, Combine, Counter, CounterKey, Demand, Enforce, Globs, Limit, Quota, Route
+from proxy.policy.windows import parse_per
 
 MINUTE = 60_000
 HOUR = 60 * MINUTE

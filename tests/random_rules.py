@@ -2,9 +2,9 @@
 
 from hypothesis import strategies as st
 
-from proxy.quotas import Binding, Counter, CounterKey, Demand, Quota, Route
-from proxy.usage import MEASURES, TOKENS_MAX, Amount
-from proxy.windows import Window
+from proxy.policy.amounts import MEASURES, TOKENS_MAX, Amount
+from proxy.policy.quota import Binding, Counter, CounterKey, Demand, Quota, Route
+from proxy.policy.windows import Window
 from tests.builders import DAY, HOUR, MINUTE, NOON, quota
 
 PERS = ("10s", "90s", "minute", "hour", "day", "6h", "month")

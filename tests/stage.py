@@ -18,12 +18,12 @@ from typing import Any
 import aiohttp
 from openai import AsyncOpenAI
 
-from proxy.app import Server
-from proxy.config import Config, Patience, load_text
-from proxy.departure import Departures
-from proxy.simulator import Simulator
-from proxy.simulator import serve as serve_simulator
-from proxy.tokens import Tokenizers, table_folders
+from proxy.calls.disconnect import Departures
+from proxy.calls.tokenizer import Tokenizers, table_folders
+from proxy.config.loader import Config, Patience, load_text
+from proxy.server import Server
+from proxy.simulator.server import Simulator
+from proxy.simulator.server import serve as serve_simulator
 from tests.audit import audit, balance, rows
 from tests.builders import NOON
 from tests.postgres import shared

@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from proxy.cli import main
-from proxy.policy import digest
+from proxy.policy.policy import digest
 
 GOOD = """
 database: "sqlite:///{folder}/quotas.db"
@@ -130,7 +130,7 @@ def test_postgresql_that_cannot_be_used_is_said_plainly(
     """It is not there, or its driver isn't, which is an extra; what to install is said, and never the password."""
     if not is_installed:
         monkeypatch.setitem(sys.modules, "asyncpg", None)
-        monkeypatch.delitem(sys.modules, "proxy.postgres", raising=False)
+        monkeypatch.delitem(sys.modules, "proxy.ledger.postgres", raising=False)
     url = "database: postgresql://u:sesame@127.0.0.1:1/db"
     file.write_text("\n".join(url if "sqlite" in line else line for line in file.read_text().splitlines()))
     result = _run(command, "--config", str(file))

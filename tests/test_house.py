@@ -359,12 +359,12 @@ def dummy(monkeypatch: pytest.MonkeyPatch, **modules: str) -> None:
     "text",
     [
         "from proxy import relay",
-        "from proxy.relay import Relay",
-        "import proxy.relay",
+        "from proxy.calls.relay import Relay",
+        "import proxy.calls.relay",
         "from . import relay",
         "from .relay import Relay as R",
-        "def late():\n    from proxy.relay import Relay",
-        "import proxy.relay as story",
+        "def late():\n    from proxy.calls.relay import Relay",
+        "import proxy.calls.relay as story",
     ],
 )
 def test_an_import_from_above_is_seen_however_it_is_written(monkeypatch, text):

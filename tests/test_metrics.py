@@ -1,6 +1,6 @@
 """What is counted, with labels from closed lists."""
 
-from proxy.books import Booked, Books, NotBooked
+from proxy.ledger.book import Booked, Books, NotBooked
 from proxy.metrics import Metrics
 from tests.builders import NOON, binding, call, exactly, quota, reserve
 

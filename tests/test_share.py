@@ -5,7 +5,7 @@ import socket
 
 import pytest
 
-from proxy.config import Address
+from proxy.config.loader import Address
 from proxy.share import Share, address_of, listen, receive
 
 WHOLE = Share("me", "sqlite:///q.db", api=(3, 4), admin=(5,), lock=6, metrics="/tmp/x", dead=("you",))

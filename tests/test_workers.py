@@ -15,10 +15,10 @@ import orjson
 import pytest
 from structlog.testing import capture_logs
 
-from proxy.config import load_text
-from proxy.simulator import Simulator
-from proxy.simulator import serve as serve_simulator
-from proxy.sqlite import SqliteStore
+from proxy.config.loader import load_text
+from proxy.ledger.sqlite import SqliteStore
+from proxy.simulator.server import Simulator
+from proxy.simulator.server import serve as serve_simulator
 from proxy.workers import Command, NotServing, Parent
 from tests.audit import audit, rows
 from tests.bare_upstream import bare_upstream, stream_head

@@ -4,18 +4,18 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from proxy import anthropic
-from proxy.allowance import check_allowance
-from proxy.books import Entry, Facts, NotBooked, Reserve
-from proxy.client import Client
 from proxy.errors import InvalidRequest, ModelNotFound, ProxyError
-from proxy.habits import address_of
-from proxy.headers import idempotency, to_upstream
-from proxy.policy import Model, OnDisconnect, Policy, User
-from proxy.quotas import Binding, Counter, CounterKey, Demand
-from proxy.spool import Spliced, Spool
-from proxy.standing import Standing, rate_limit_headers, refusal, standings
-from proxy.wire import Call, forwarded_body, forwarded_model
+from proxy.formats import anthropic
+from proxy.formats.request import Call, forwarded_body, forwarded_model
+from proxy.formats.restrictions import check_allowance
+from proxy.ledger.book import Entry, Facts, NotBooked, Reserve
+from proxy.policy.policy import Model, OnDisconnect, Policy, User
+from proxy.policy.quota import Binding, Counter, CounterKey, Demand
+from proxy.policy.status import Standing, rate_limit_headers, refusal, standings
+from proxy.upstreams.addresses import address_of
+from proxy.upstreams.headers import idempotency, to_upstream
+from proxy.upstreams.spool import Spliced, Spool
+from proxy.web.response import Client
 
 _WAIT_S_MAX = 600
 _WAIT = re.compile(r"([0-9]{1,4})(?:s)?")

@@ -11,8 +11,8 @@ from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from proxy.passage import Passage
-from proxy.reservation import Reservation
+from proxy.calls.call import Passage
+from proxy.calls.reservation import Reservation
 
 DRAIN_S = 30.0
 # How long the usage may take that follows the last word of an answer.

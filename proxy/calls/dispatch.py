@@ -12,21 +12,21 @@ from typing import Literal
 
 import structlog
 
-from proxy.books import Entry
-from proxy.choice import UNREACHED_PAUSE_MS, Choice, Rests, may_go_elsewhere, seconds_of
-from proxy.counting import CallCount
-from proxy.demand import most_of
+from proxy.calls.call import Passage
+from proxy.calls.reservation import Reservation
+from proxy.calls.token_count import CallCount
+from proxy.calls.tokenizer import Tokenizers
 from proxy.errors import UpstreamError, UpstreamTimeout
-from proxy.habits import Habits, is_about_usage_option
-from proxy.meter import Meter
+from proxy.formats.estimate import most_of
+from proxy.formats.meter import Meter
+from proxy.ledger.book import Entry
 from proxy.metrics import Metrics
-from proxy.passage import Passage
-from proxy.policy import Model, Upstream
-from proxy.quotas import Demand
-from proxy.reservation import Reservation
-from proxy.spool import Spliced
-from proxy.tokens import Tokenizers
-from proxy.upstream import Answer, Upstreams
+from proxy.policy.policy import Model, Upstream
+from proxy.policy.quota import Demand
+from proxy.upstreams.addresses import Habits, is_about_usage_option
+from proxy.upstreams.client import Answer, Upstreams
+from proxy.upstreams.routing import UNREACHED_PAUSE_MS, Choice, Rests, may_go_elsewhere, seconds_of
+from proxy.upstreams.spool import Spliced
 
 # What became of one try, as it is counted.
 TryOutcome = Literal["answered", "rejected", "limited", "failed", "unreachable", "timed_out", "broke_off"]

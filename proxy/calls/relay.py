@@ -10,23 +10,23 @@ from contextlib import asynccontextmanager
 
 import structlog
 
-from proxy import headers
-from proxy.books import Booked, NotBooked, Outcome
-from proxy.departure import Departures
+from proxy.calls.call import Passage
+from proxy.calls.disconnect import Departures
+from proxy.calls.dispatch import Tries, Ways
+from proxy.calls.reservation import Reservation
+from proxy.calls.tokenizer import Tokenizers
 from proxy.errors import ClientLeft, ProxyError, UpstreamError
-from proxy.failures import Rejected, failure_of
-from proxy.meter import Meter
+from proxy.formats.meter import Meter
+from proxy.formats.request import error_event
+from proxy.formats.stream import Stream
+from proxy.ledger.book import Booked, NotBooked, Outcome
+from proxy.ledger.pace import Pace
+from proxy.ledger.queue import WaitingRoom
 from proxy.metrics import Metrics
-from proxy.pace import Pace
-from proxy.passage import Passage
-from proxy.reservation import Reservation
-from proxy.stream import Stream
-from proxy.tokens import Tokenizers
-from proxy.tries import Tries, Ways
-from proxy.upstream import Answer
-from proxy.usage import AtLeast, Unspent
-from proxy.waiting import WaitingRoom
-from proxy.wire import error_event
+from proxy.policy.amounts import AtLeast, Unspent
+from proxy.upstreams import headers
+from proxy.upstreams.client import Answer
+from proxy.upstreams.failures import Rejected, failure_of
 
 # How long a finished stream may take to close, so that its connection can be used again.
 _CLOSE_S = 1.0

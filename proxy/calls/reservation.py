@@ -10,16 +10,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from types import TracebackType
 
-from proxy.admission import Verdict
-from proxy.books import Booked, Extend, Outcome, Release, Settle
-from proxy.counting import CallCount
+from proxy.calls.token_count import CallCount
 from proxy.errors import LedgerUnavailable
-from proxy.ledger import Ledger
-from proxy.meter import Meter
-from proxy.policy import Model
-from proxy.quotas import Binding, Counter, CounterKey
-from proxy.usage import TOKENS_MAX, AtLeast, Tokens, Usage
-from proxy.waiting import WaitingRoom
+from proxy.formats.meter import Meter
+from proxy.ledger.book import Booked, Extend, Outcome, Release, Settle
+from proxy.ledger.ledger import Ledger
+from proxy.ledger.queue import WaitingRoom
+from proxy.policy.admission import Verdict
+from proxy.policy.amounts import TOKENS_MAX, AtLeast, Tokens, Usage
+from proxy.policy.policy import Model
+from proxy.policy.quota import Binding, Counter, CounterKey
 
 # How long the end of an answer waits for its commit. Past that it goes out: the end stays queued, and the
 # reservation, which is on the books, covers a crash.

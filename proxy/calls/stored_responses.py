@@ -12,17 +12,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from urllib.parse import urlencode
 
-from proxy.books import Entry
-from proxy.client import Client
-from proxy.endpoints import RESPONSE_ID, Kept
+from proxy.calls.call import Passage
 from proxy.errors import PreviousNotFound, ProxyError, ResponseNotFound, UpstreamError
-from proxy.failures import failure_of
-from proxy.habits import address_at
-from proxy.headers import OF_JSON, to_client, to_upstream
-from proxy.ledger import Ledger
-from proxy.passage import Passage
-from proxy.policy import Model, Policy, Upstream, User
-from proxy.upstream import Answer, Upstreams
+from proxy.formats.endpoints import RESPONSE_ID, Kept
+from proxy.ledger.book import Entry
+from proxy.ledger.ledger import Ledger
+from proxy.policy.policy import Model, Policy, Upstream, User
+from proxy.upstreams.addresses import address_at
+from proxy.upstreams.client import Answer, Upstreams
+from proxy.upstreams.failures import failure_of
+from proxy.upstreams.headers import OF_JSON, to_client, to_upstream
+from proxy.web.response import Client
 
 _SHOWN = 80
 

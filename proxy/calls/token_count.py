@@ -6,14 +6,14 @@ refuse or shorten what fits; and where an answer broke off, or came without its 
 
 from collections.abc import Callable, Sequence
 
-from proxy.books import Entry
-from proxy.demand import counted, demand_of
-from proxy.policy import Model
-from proxy.prompt import read_prompt, with_files, with_previous
-from proxy.quotas import Demand
-from proxy.tokens import BYTES_PER_TOKEN, Tokenizers
-from proxy.usage import TOKENS_MAX, Exactly
-from proxy.wire import Call
+from proxy.calls.tokenizer import BYTES_PER_TOKEN, Tokenizers
+from proxy.formats.content import read_prompt, with_files, with_previous
+from proxy.formats.estimate import counted, demand_of
+from proxy.formats.request import Call
+from proxy.ledger.book import Entry
+from proxy.policy.amounts import TOKENS_MAX, Exactly
+from proxy.policy.policy import Model
+from proxy.policy.quota import Demand
 
 # The texts of an input are kept until its call ends, in case they have to be counted. Those that have more characters
 # than this are counted before the call is sent instead.

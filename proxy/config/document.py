@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 import yaml
 
-from proxy.references import Sources
+from proxy.config.interpolation import Sources
 
 BYTES_MAX = 5_000_000
 DEPTH_MAX = 32

@@ -4,8 +4,8 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema
 
-from proxy import scalars
-from proxy.policy import Secret
+from proxy.config import values as scalars
+from proxy.policy.policy import Secret
 
 # What a value may always be instead: a reference, of which the schema can't know what it stands for.
 REFERENCE = r".*\$\{.+\}.*"

@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from proxy.schema import File
+from proxy.config.schema import File
 
 
 def json_schema() -> str:

@@ -9,13 +9,13 @@ from collections.abc import Iterator
 from ipaddress import ip_address
 from urllib.parse import urlsplit
 
-from proxy.config import Config
-from proxy.demand import SMALLEST_ANSWER
-from proxy.document import Mistake, Path
-from proxy.faults import placed
-from proxy.policy import DEFAULT, EVERYONE, Group, Model, Policy, User, enforced
-from proxy.quotas import Globs, Limit, Quota
-from proxy.windows import Calendar
+from proxy.config.document import Mistake, Path
+from proxy.config.loader import Config
+from proxy.config.messages import placed
+from proxy.formats.estimate import SMALLEST_ANSWER
+from proxy.policy.policy import DEFAULT, EVERYONE, Group, Model, Policy, User, enforced
+from proxy.policy.quota import Globs, Limit, Quota
+from proxy.policy.windows import Calendar
 
 Warnings = Iterator[tuple[Path, str]]
 

@@ -11,17 +11,17 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from zoneinfo import ZoneInfo
 
-from proxy import scalars
-from proxy.document import BYTES_MAX, Document, Mistake, Path, read_document
-from proxy.faults import Fault, nearest, placed, read_file
-from proxy.policy import DEFAULT, EVERYONE, Allow, Group, Keep, Model, Policy, Upstream, User
-from proxy.quotas import Globs, Quota
-from proxy.references import ReadFile, Sources
-from proxy.schema import Allow as AllowSection
-from proxy.schema import File
-from proxy.schema import Group as GroupSection
-from proxy.schema import Model as ModelSection
-from proxy.windows import WEEKDAYS, parse_per
+from proxy.config import values as scalars
+from proxy.config.document import BYTES_MAX, Document, Mistake, Path, read_document
+from proxy.config.interpolation import ReadFile, Sources
+from proxy.config.messages import Fault, nearest, placed, read_file
+from proxy.config.schema import Allow as AllowSection
+from proxy.config.schema import File
+from proxy.config.schema import Group as GroupSection
+from proxy.config.schema import Model as ModelSection
+from proxy.policy.policy import DEFAULT, EVERYONE, Allow, Group, Keep, Model, Policy, Upstream, User
+from proxy.policy.quota import Globs, Quota
+from proxy.policy.windows import WEEKDAYS, parse_per
 
 _MISTAKES_SHOWN = 100
 

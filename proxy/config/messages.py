@@ -12,8 +12,8 @@ from difflib import get_close_matches
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from proxy.document import Path
-from proxy.schema import EMPTY, File, section_at
+from proxy.config.document import Path
+from proxy.config.schema import EMPTY, File, section_at
 
 _FAULTS_MAX = 1000
 _WRONG_TYPES = {

@@ -8,9 +8,9 @@ from collections.abc import Callable
 
 import structlog
 
-from proxy.config import BadConfig, Config
+from proxy.config.loader import BadConfig, Config
 from proxy.metrics import Metrics
-from proxy.policy import Policy
+from proxy.policy.policy import Policy
 
 log = structlog.get_logger("reload")
 

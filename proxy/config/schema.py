@@ -16,7 +16,7 @@ from pydantic import (
     model_validator,
 )
 
-from proxy.fields import (
+from proxy.config.fields import (
     Address,
     ApiKey,
     ApiVersion,
@@ -42,9 +42,9 @@ from proxy.fields import (
     Weekday,
     Zone,
 )
-from proxy.policy import Kind, OnDisconnect
-from proxy.quotas import Combine, Enforce, Limit
-from proxy.usage import MEASURES
+from proxy.policy.amounts import MEASURES
+from proxy.policy.policy import Kind, OnDisconnect
+from proxy.policy.quota import Combine, Enforce, Limit
 
 EMPTY = "this is empty; give it a value or leave it out"
 

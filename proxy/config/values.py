@@ -10,9 +10,9 @@ from ipaddress import AddressValueError, IPv6Address
 from urllib.parse import SplitResult, urlsplit
 from zoneinfo import ZoneInfo, available_timezones
 
-from proxy.policy import DEFAULT, EVERYONE, Secret, digest
-from proxy.usage import TOKENS_MAX
-from proxy.windows import Duration, parse_per
+from proxy.policy.amounts import TOKENS_MAX
+from proxy.policy.policy import DEFAULT, EVERYONE, Secret, digest
+from proxy.policy.windows import Duration, parse_per
 
 KEY_CHARACTERS_MIN = 24
 WAIT_MS_MAX = 600_000

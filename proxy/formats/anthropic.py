@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from zoneinfo import ZoneInfo
 
 from proxy.errors import ProxyError
-from proxy.quotas import Binding
-from proxy.standing import Standing, first_to_refuse
-from proxy.usage import MEASURES, Tokens, read_tokens
-from proxy.windows import rfc3339
+from proxy.policy.amounts import MEASURES, Tokens, read_tokens
+from proxy.policy.quota import Binding
+from proxy.policy.status import Standing, first_to_refuse
+from proxy.policy.windows import rfc3339
 
 # What a client that names no version gets: the first that was published, which all servers know.
 VERSION = "2023-06-01"

@@ -9,8 +9,8 @@ from typing import Any
 
 import orjson
 
-from proxy.sse import Event
-from proxy.strict_json import dump
+from proxy.formats.sse import Event
+from proxy.formats.strict_json import dump
 
 # What every chunk has; one with no choices and nothing beyond these came only because usage was asked for.
 _COMMON_KEYS = frozenset(

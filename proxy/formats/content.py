@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from proxy.pictures import Patches, Tiles, base64_start, picture_size, price_by_area, price_of_pictures
-from proxy.strict_json import dump
+from proxy.formats.images import Patches, Tiles, base64_start, picture_size, price_by_area, price_of_pictures
+from proxy.formats.strict_json import dump
 
 # What the cookbook's chat format adds to each message, to a name, and once for the beginning of the answer.
 _PER_MESSAGE = 3

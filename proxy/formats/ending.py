@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 from io import StringIO
 from typing import Any
 
-from proxy.endpoints import EndpointName
-from proxy.message_ending import MessageEnding
-from proxy.strict_json import dump
-from proxy.usage import Tokens
+from proxy.formats.endpoints import EndpointName
+from proxy.formats.message_ending import MessageEnding
+from proxy.formats.strict_json import dump
+from proxy.policy.amounts import Tokens
 
 JSON = dict[str, Any]
 

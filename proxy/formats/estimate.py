@@ -11,12 +11,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from proxy.endpoints import SPEECH
-from proxy.policy import Kind, Model
-from proxy.prompt import Prompt
-from proxy.quotas import Demand
-from proxy.usage import TOKENS_MAX
-from proxy.wire import Call, is_endless, maximum_fields
+from proxy.formats.content import Prompt
+from proxy.formats.endpoints import SPEECH
+from proxy.formats.request import Call, is_endless, maximum_fields
+from proxy.policy.amounts import TOKENS_MAX
+from proxy.policy.policy import Kind, Model
+from proxy.policy.quota import Demand
 
 # What is held for an answer whose length neither the request nor the model's configuration states.
 _ANSWER_TOKENS = 4096

@@ -6,7 +6,7 @@ says `stop_reason: "max_tokens"` and the usage, and `message_stop` is the last e
 
 from typing import Any
 
-from proxy.usage import Tokens
+from proxy.policy.amounts import Tokens
 
 JSON = dict[str, Any]
 

@@ -15,14 +15,21 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
-from proxy.anthropic import read_usage
-from proxy.chunks import is_finished, more_than_usage, read_object, with_timings, without_timings, without_usage
-from proxy.ending import RESPONSE_ENDS, Ending
-from proxy.endpoints import RESPONSE_ID
-from proxy.policy import Kind
-from proxy.sse import Event
-from proxy.usage import TOKENS_MAX, AtLeast, Exactly, Tokens, Unspent, Usage, read_timings, read_tokens
-from proxy.wire import Call
+from proxy.formats.anthropic import read_usage
+from proxy.formats.chunks import (
+    is_finished,
+    more_than_usage,
+    read_object,
+    with_timings,
+    without_timings,
+    without_usage,
+)
+from proxy.formats.ending import RESPONSE_ENDS, Ending
+from proxy.formats.endpoints import RESPONSE_ID
+from proxy.formats.request import Call
+from proxy.formats.sse import Event
+from proxy.policy.amounts import TOKENS_MAX, AtLeast, Exactly, Tokens, Unspent, Usage, read_timings, read_tokens
+from proxy.policy.policy import Kind
 
 # What stands inside a choice and is no text that the model wrote: names, verdicts, the text once more as single
 # tokens, sound as base64.

@@ -11,13 +11,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from proxy.anthropic import error_body
-from proxy.endpoints import METERED, RESPONSES, SPEECH, STORED, Endpoint, EndpointName
 from proxy.errors import InvalidRequest, ProxyError
-from proxy.forms import Form
-from proxy.policy import Kind, Model
-from proxy.prompt import parts_of
-from proxy.strict_json import dump, parse_object
+from proxy.formats.anthropic import error_body
+from proxy.formats.content import parts_of
+from proxy.formats.endpoints import METERED, RESPONSES, SPEECH, STORED, Endpoint, EndpointName
+from proxy.formats.multipart import Form
+from proxy.formats.strict_json import dump, parse_object
+from proxy.policy.policy import Kind, Model
 
 _MODEL_CHARACTERS_MAX = 256
 # In the path of a deployment they would lead to another one, also with their slashes encoded.

@@ -9,11 +9,11 @@ that are allowed. Pure.
 from collections.abc import Mapping
 from typing import Any
 
-from proxy.endpoints import STORED, Endpoint
 from proxy.errors import InvalidRequest
-from proxy.policy import Allow
-from proxy.prompt import is_run_by_client, tools_of
-from proxy.wire import Call
+from proxy.formats.content import is_run_by_client, tools_of
+from proxy.formats.endpoints import STORED, Endpoint
+from proxy.formats.request import Call
+from proxy.policy.policy import Allow
 
 # They cost no more than what is usual; null means the same. The last is Anthropic's, where `auto` is the other one.
 _USUAL_TIERS = (None, "auto", "default", "standard_only")

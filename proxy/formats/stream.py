@@ -9,9 +9,9 @@ from collections import deque
 from dataclasses import replace
 
 from proxy.errors import UpstreamError
-from proxy.meter import Meter
-from proxy.sse import Event, Splitter
-from proxy.usage import Tokens
+from proxy.formats.meter import Meter
+from proxy.formats.sse import Event, Splitter
+from proxy.policy.amounts import Tokens
 
 # The last event of a response holds all of it, pictures included; more than this is no end.
 _END_BYTES_MAX = 16 * 2**20

@@ -7,7 +7,7 @@ not tell a prober which part of a key was right.
 from collections.abc import Iterable, Mapping
 
 from proxy.errors import InvalidKey
-from proxy.policy import Policy, User, digest
+from proxy.policy.policy import Policy, User, digest
 
 _HEADERS = ("authorization", "api-key", "x-api-key")
 # The longest that is looked at; a key of ours has some 50 characters, a JSON web token up to a few thousand.

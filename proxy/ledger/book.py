@@ -22,9 +22,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from proxy.admission import Admitted, Growth, Hold, Refused, Uncounted, Verdict, Wish, decide, grow
-from proxy.quotas import Binding, Counter, CounterKey, Demand, Quota, standing_at
-from proxy.usage import NOTHING, TOKENS_MAX, Amount, AtLeast, Tokens, Usage, charge_of
+from proxy.policy.admission import Admitted, Growth, Hold, Refused, Uncounted, Verdict, Wish, decide, grow
+from proxy.policy.amounts import NOTHING, TOKENS_MAX, Amount, AtLeast, Tokens, Usage, charge_of
+from proxy.policy.quota import Binding, Counter, CounterKey, Demand, Quota, standing_at
 
 State = Literal["open", "settled", "released", "expired"]
 

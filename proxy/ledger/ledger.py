@@ -23,11 +23,11 @@ from dataclasses import dataclass
 
 import structlog
 
-from proxy.admission import Uncounted
-from proxy.books import Act, Booked, Entry, Expire, Extend, NotBooked, Release, Reply, Reserve, Settle
 from proxy.errors import LedgerUnavailable
-from proxy.quotas import Counter, CounterKey
-from proxy.store import Store, StoreUnavailable
+from proxy.ledger.book import Act, Booked, Entry, Expire, Extend, NotBooked, Release, Reply, Reserve, Settle
+from proxy.ledger.store import Store, StoreUnavailable
+from proxy.policy.admission import Uncounted
+from proxy.policy.quota import Counter, CounterKey
 from proxy.tasks import Tasks
 
 BATCH_MAX = 256

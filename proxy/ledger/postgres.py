@@ -28,12 +28,12 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import NullPool
 
-from proxy.books import Act, Books, Entry, Reply
-from proxy.quotas import Counter, CounterKey
-from proxy.rows import Row, changes_of, counters_of, entry_of, keys_of
-from proxy.statements import ORPHANS, READ_CALL, READ_COUNTERS, READ_MAKER, WRITING, Patience, begin
-from proxy.store import Chore, Done, StoreRefused, StoreUnavailable
-from proxy.tables import SCHEMA, migrate
+from proxy.ledger.book import Act, Books, Entry, Reply
+from proxy.ledger.rows import Row, changes_of, counters_of, entry_of, keys_of
+from proxy.ledger.schema import SCHEMA, migrate
+from proxy.ledger.statements import ORPHANS, READ_CALL, READ_COUNTERS, READ_MAKER, WRITING, Patience, begin
+from proxy.ledger.store import Chore, Done, StoreRefused, StoreUnavailable
+from proxy.policy.quota import Counter, CounterKey
 
 # Any number, as long as it is always this one: whoever holds it makes the schema, the others wait.
 _MIGRATION_LOCK = 0x11_90_07_A5

@@ -11,11 +11,11 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import replace
 
-from proxy.admission import Uncounted, Verdict
-from proxy.books import Booked, Extend, NotBooked, Reserve
 from proxy.errors import LedgerUnavailable
-from proxy.ledger import Ledger
-from proxy.quotas import CounterKey, Demand
+from proxy.ledger.book import Booked, Extend, NotBooked, Reserve
+from proxy.ledger.ledger import Ledger
+from proxy.policy.admission import Uncounted, Verdict
+from proxy.policy.quota import CounterKey, Demand
 
 # How many of one user's calls may wait, and how many in all: past that a call is refused as busy at once.
 OF_A_USER_MAX = 64

@@ -12,9 +12,9 @@ from collections.abc import Callable
 
 import structlog
 
-from proxy.policy import Keep
-from proxy.store import Chore, Store, StoreUnavailable
-from proxy.tables import SCHEMA, UNCOUNTED
+from proxy.ledger.schema import SCHEMA, UNCOUNTED
+from proxy.ledger.store import Chore, Store, StoreUnavailable
+from proxy.policy.policy import Keep
 
 # Calls in one step: SQLite's batches wait for it.
 _STEP = 500

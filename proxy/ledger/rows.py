@@ -10,10 +10,10 @@ from typing import Any
 
 import orjson
 
-from proxy.books import Act, Books, Entry, Extend, Facts, Line, Reserve
-from proxy.quotas import Counter, CounterKey
-from proxy.usage import Amount, AtLeast, Exactly, Tokens, Unspent, Usage, charge_of
-from proxy.windows import Window
+from proxy.ledger.book import Act, Books, Entry, Extend, Facts, Line, Reserve
+from proxy.policy.amounts import Amount, AtLeast, Exactly, Tokens, Unspent, Usage, charge_of
+from proxy.policy.quota import Counter, CounterKey
+from proxy.policy.windows import Window
 
 # What changes in the row of a call after it was let in, in the table's order.
 CHANGING = (

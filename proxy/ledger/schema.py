@@ -137,7 +137,7 @@ def migrate(connection: Connection) -> None:
     from alembic.script import ScriptDirectory
 
     config = Config()
-    config.set_main_option("script_location", str(files("proxy") / "migrations"))
+    config.set_main_option("script_location", str(files("proxy.ledger") / "migrations"))
     config.attributes["connection"] = connection
     known = {script.revision for script in ScriptDirectory.from_config(config).walk_revisions()}
     if found is not None and found not in known:

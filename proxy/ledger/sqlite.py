@@ -25,11 +25,11 @@ from sqlalchemy.dialects.sqlite import insert
 from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, InterfaceError, NotSupportedError, ProgrammingError
 from sqlalchemy.ext.asyncio import create_async_engine
 
-from proxy.books import Act, Books, Entry, Reply
-from proxy.quotas import Counter, CounterKey
-from proxy.rows import CHANGING, changes_of, counters_of, entry_of, keys_of
-from proxy.store import Chore, Done, StoreInUse, StoreRefused, StoreUnavailable
-from proxy.tables import calls, counters, migrate, owners
+from proxy.ledger.book import Act, Books, Entry, Reply
+from proxy.ledger.rows import CHANGING, changes_of, counters_of, entry_of, keys_of
+from proxy.ledger.schema import calls, counters, migrate, owners
+from proxy.ledger.store import Chore, Done, StoreInUse, StoreRefused, StoreUnavailable
+from proxy.policy.quota import Counter, CounterKey
 
 # How long a transaction waits for the file's lock, in seconds.
 _BUSY_TIMEOUT_S = 5.0

@@ -11,8 +11,8 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy import Table
 
-from proxy.rows import CHANGING
-from proxy.tables import SCHEMA, calls, counters
+from proxy.ledger.rows import CHANGING
+from proxy.ledger.schema import SCHEMA, calls, counters
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from proxy.books import Act, Entry, Reply
-from proxy.quotas import Counter, CounterKey
+from proxy.ledger.book import Act, Entry, Reply
+from proxy.policy.quota import Counter, CounterKey
 
 
 class StoreInUse(Exception):

@@ -22,8 +22,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import IntEnum
 
-from proxy.quotas import Binding, Counter, CounterKey, Demand, Limit, Quota, Route, standing_at
-from proxy.usage import TOKENS_MAX, Amount
+from proxy.policy.amounts import TOKENS_MAX, Amount
+from proxy.policy.quota import Binding, Counter, CounterKey, Demand, Limit, Quota, Route, standing_at
 
 # An input that was only bounded by its bytes is counted where the bound is more than this part of what is available,
 # or stands in the way of the call itself. Far from a limit nothing is counted; near it nobody is refused by a guess.

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 from zoneinfo import ZoneInfo
 
-from proxy.quotas import ALL_MODELS, Binding, Combine, Globs, Quota, Route
+from proxy.policy.quota import ALL_MODELS, Binding, Combine, Globs, Quota, Route
 
 Kind = Literal["openai", "azure", "anthropic", "vllm", "ollama", "llamacpp", "simulator"]
 OnDisconnect = Literal["drain", "stop"]

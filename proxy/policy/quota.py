@@ -10,8 +10,8 @@ from dataclasses import dataclass, field, replace
 from fnmatch import translate
 from typing import Literal
 
-from proxy.usage import NOTHING, TOKENS_MAX, Amount, Measure
-from proxy.windows import Per, Window
+from proxy.policy.amounts import NOTHING, TOKENS_MAX, Amount, Measure
+from proxy.policy.windows import Per, Window
 
 Enforce = Literal["exact", "after", "shadow"]
 Combine = Literal["any_group", "every_group"]

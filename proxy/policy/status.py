@@ -9,13 +9,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from zoneinfo import ZoneInfo
 
-from proxy.admission import Block, Refused, Verdict
-from proxy.books import Entry
 from proxy.errors import NeverFits, ProxyError, Refusal
-from proxy.policy import Policy
-from proxy.quotas import Binding, Counter, CounterKey, Limit, Quota, standing_at
-from proxy.usage import MEASURES, Measure
-from proxy.windows import rfc3339
+from proxy.ledger.book import Entry
+from proxy.policy.admission import Block, Refused, Verdict
+from proxy.policy.amounts import MEASURES, Measure
+from proxy.policy.policy import Policy
+from proxy.policy.quota import Binding, Counter, CounterKey, Limit, Quota, standing_at
+from proxy.policy.windows import rfc3339
 
 # A wait that SDKs sleep through on their own is answered as a rate limit; a longer one as a quota that is used
 # up, with `x-should-retry: false`, the only header that every SDK release obeys for long waits.

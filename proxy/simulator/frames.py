@@ -13,7 +13,7 @@ from typing import Any
 
 import orjson
 
-from proxy.simulated_text import Choice, Endpoint, Script, Tool
+from proxy.simulator.text import Choice, Endpoint, Script, Tool
 
 JSON = dict[str, Any]
 

@@ -15,8 +15,8 @@ from typing import Any
 
 import orjson
 
-from proxy.simulated_faults import Complaint, Directions
-from proxy.simulated_text import count_tokens
+from proxy.simulator.directives import Complaint, Directions
+from proxy.simulator.text import count_tokens
 
 JSON = dict[str, Any]
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import orjson
 
-from proxy.simulated_faults import Complaint
-from proxy.simulated_frames import Stream
-from proxy.simulated_text import Script
+from proxy.simulator.directives import Complaint
+from proxy.simulator.frames import Stream
+from proxy.simulator.text import Script
 
 JSON = dict[str, Any]
 

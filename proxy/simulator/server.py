@@ -22,7 +22,7 @@ from itertools import count, islice
 import orjson
 from aiohttp import web
 
-from proxy.simulated_faults import (
+from proxy.simulator.directives import (
     NO_DIRECTIONS,
     Complaint,
     Directions,
@@ -31,11 +31,11 @@ from proxy.simulated_faults import (
     read_directions,
     wrong_key,
 )
-from proxy.simulated_frames import JSON, Stream, write_stream, write_whole
-from proxy.simulated_media import ERROR, MEDIA, Write, read_form, write_medium
-from proxy.simulated_memory import Memory
-from proxy.simulated_messages import write_complaint, write_message, write_message_stream
-from proxy.simulated_text import Author, Endpoint, Script, read_json
+from proxy.simulator.frames import JSON, Stream, write_stream, write_whole
+from proxy.simulator.media import ERROR, MEDIA, Write, read_form, write_medium
+from proxy.simulator.messages import write_complaint, write_message, write_message_stream
+from proxy.simulator.store import Memory
+from proxy.simulator.text import Author, Endpoint, Script, read_json
 
 MODELS = ("gpt-4o", "gpt-4o-mini", "o4-mini", "gpt-3.5-turbo-instruct", "text-embedding-3-small")
 PATHS = {

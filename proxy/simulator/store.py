@@ -10,9 +10,9 @@ from typing import Any
 
 import orjson
 
-from proxy.simulated_faults import Complaint
-from proxy.simulated_frames import write_stream, write_whole
-from proxy.simulated_text import Endpoint, Script
+from proxy.simulator.directives import Complaint
+from proxy.simulator.frames import write_stream, write_whole
+from proxy.simulator.text import Endpoint, Script
 
 _KEPT = 1000
 

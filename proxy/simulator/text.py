@@ -18,7 +18,7 @@ from typing import Any
 
 import orjson
 
-from proxy.simulated_faults import NO_DIRECTIONS, Complaint, Directions
+from proxy.simulator.directives import NO_DIRECTIONS, Complaint, Directions
 
 JSON = dict[str, Any]
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import aiohttp
 import orjson
 
-from proxy.torture_answers import Reading, Refusal, is_near_the_end, read_refusal, read_stream, read_whole
-from proxy.torture_plan import Ask, Asker, Plan
-from proxy.torture_records import Seen
+from proxy.torture.answers import Reading, Refusal, is_near_the_end, read_refusal, read_stream, read_whole
+from proxy.torture.evidence import Seen
+from proxy.torture.plan import Ask, Asker, Plan
 
 # A call that takes longer than this, beyond what it may wait for others, is broken.
 _CALL_S = 60.0

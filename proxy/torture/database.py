@@ -9,8 +9,8 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, closing
 from typing import Any
 
-from proxy.torture_plan import MODEL_PREFIX
-from proxy.torture_records import Books, Level, Line, Row
+from proxy.torture.evidence import Books, Level, Line, Row
+from proxy.torture.plan import MODEL_PREFIX
 
 _ROWS = "SELECT id, model, state, outcome, input_tokens, output_tokens, requests, lines FROM calls"
 _LEVELS = (

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from proxy.torture_answers import Refusal, Tokens
+from proxy.torture.answers import Refusal, Tokens
 
 Levels = tuple[int, int, int]
 CounterKey = tuple[str, str]  # subject, quota

@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 from zoneinfo import ZoneInfo
 
-from proxy.simulated_text import COMPLETIONS_MAXIMUM, TOKENS_PER_MESSAGE, VOCABULARY
-from proxy.windows import parse_per
+from proxy.policy.windows import parse_per
+from proxy.simulator.text import COMPLETIONS_MAXIMUM, TOKENS_PER_MESSAGE, VOCABULARY
 
 Kind = Literal["chat", "completions", "embeddings", "responses"]
 Farewell = Literal["after_a_time", "after_some_chunks", "before_the_end"]

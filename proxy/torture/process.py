@@ -10,7 +10,7 @@ import socket
 import sys
 from pathlib import Path
 
-from proxy.torture_plan import Plan
+from proxy.torture.plan import Plan
 
 _POLICY = """
 server: {{api: "127.0.0.1:{port}", admin: null}}

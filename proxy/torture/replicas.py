@@ -8,8 +8,8 @@ import asyncio
 import random
 from collections.abc import AsyncIterator, Sequence
 
-from proxy.torture_plan import Plan
-from proxy.torture_proxy import Proxy
+from proxy.torture.plan import Plan
+from proxy.torture.process import Proxy
 
 _RESTART_S = 60.0
 

@@ -19,15 +19,15 @@ from functools import partial
 from math import ceil
 from pathlib import Path
 
-from proxy.torture_books import count_open, need_none, read_books, remove_books
-from proxy.torture_clients import Clients, Door, Target
-from proxy.torture_plan import Plan
-from proxy.torture_proxy import Proxy
-from proxy.torture_records import Evidence
-from proxy.torture_replicas import Replicas
-from proxy.torture_report import Report
-from proxy.torture_upstream import Accountant
-from proxy.torture_verdict import judge, judge_from_outside
+from proxy.torture.clients import Clients, Door, Target
+from proxy.torture.database import count_open, need_none, read_books, remove_books
+from proxy.torture.evidence import Evidence
+from proxy.torture.plan import Plan
+from proxy.torture.process import Proxy
+from proxy.torture.replicas import Replicas
+from proxy.torture.report import Report
+from proxy.torture.upstream import Accountant
+from proxy.torture.verdict import judge, judge_from_outside
 
 # How long calls whose clients have gone may take to end: a drain takes 30 s at the most.
 _QUIET_S = 40.0

@@ -4,9 +4,9 @@ import asyncio
 from collections import Counter
 from collections.abc import Awaitable, Callable
 
-from proxy.simulator import Served, Simulator, serve
-from proxy.torture_plan import client_of, mark_of
-from proxy.torture_records import Given
+from proxy.simulator.server import Served, Simulator, serve
+from proxy.torture.evidence import Given
+from proxy.torture.plan import client_of, mark_of
 
 
 class Accountant:

@@ -18,9 +18,9 @@ Pure: records in, a report out. What can be asked of a proxy that nobody can loo
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from proxy.torture_answers import Tokens
-from proxy.torture_records import CounterKey, Evidence, Given, Levels, Line, Row, Seen, WindowKey
-from proxy.torture_report import Figure, Report
+from proxy.torture.answers import Tokens
+from proxy.torture.evidence import CounterKey, Evidence, Given, Levels, Line, Row, Seen, WindowKey
+from proxy.torture.report import Figure, Report
 
 # This part of all refusals may be false: one in a hundred.
 _FALSE_AMONG = 100

@@ -8,8 +8,8 @@ again without it, and is not asked for a while. Pure.
 import re
 from urllib.parse import quote
 
-from proxy.endpoints import Endpoint
-from proxy.policy import Model, Upstream
+from proxy.formats.endpoints import Endpoint
+from proxy.policy.policy import Model, Upstream
 
 # The last dated version that is no preview, for clients that name none.
 _AZURE_VERSION = "2024-10-21"

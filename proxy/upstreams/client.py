@@ -15,8 +15,8 @@ from aiohttp.abc import AbstractStreamWriter
 from yarl import URL
 
 from proxy.errors import UpstreamError, UpstreamTimeout
-from proxy.policy import Upstream
-from proxy.spool import Spliced
+from proxy.policy.policy import Upstream
+from proxy.upstreams.spool import Spliced
 
 # SDKs wait ten minutes for an answer, and bill a retry again; giving up earlier would only cost more.
 _SILENCE_S = 600

@@ -18,9 +18,9 @@ from typing import Any
 
 import orjson
 
-from proxy import anthropic
 from proxy.errors import InvalidRequest, ProxyError, UpstreamBusy, UpstreamError, UpstreamExhausted, UpstreamTimeout
-from proxy.policy import Upstream
+from proxy.formats import anthropic
+from proxy.policy.policy import Upstream
 
 # The codes for an account that is used up: waiting does not help, and it is not the user's account.
 _ACCOUNT_CODES = frozenset(

@@ -8,8 +8,8 @@ RFC 9110 §7.6.1 (hop-by-hop), and what was seen of the vendors' headers.
 import hashlib
 from collections.abc import Collection, Sequence
 
-from proxy.anthropic import USUAL_BETAS, VERSION
-from proxy.policy import Kind, Secret
+from proxy.formats.anthropic import USUAL_BETAS, VERSION
+from proxy.policy.policy import Kind, Secret
 
 Headers = Sequence[tuple[str, str]]
 

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 
-from proxy.policy import Model, Upstream
+from proxy.policy.policy import Model, Upstream
 
 # So many calls in a row that an upstream fails are no coincidence; then it is left alone for so long.
 FAILURES_MAX = 5

@@ -2,9 +2,9 @@
 
 from aiohttp import web
 
-from proxy.answering import answer_errors
-from proxy.health import Health
 from proxy.metrics import Metrics
+from proxy.web.health import Health
+from proxy.web.middleware import answer_errors
 
 
 class Admin:

@@ -6,11 +6,11 @@ from contextlib import asynccontextmanager
 
 from aiohttp import hdrs, web
 
-from proxy.codings import CODINGS, PIECE_BYTES, Unpacking
-from proxy.config import Patience
+from proxy.config.loader import Patience
 from proxy.errors import BodyTooLarge, InvalidRequest, TooSlow, UnsupportedEncoding
-from proxy.forms import Form, FormReader
-from proxy.spool import Spool
+from proxy.formats.multipart import Form, FormReader
+from proxy.upstreams.spool import Spool
+from proxy.web.codings import CODINGS, PIECE_BYTES, Unpacking
 
 # OpenAI takes tens of megabytes (pictures and files as base64); this is after unpacking, and before it too.
 REQUEST_BYTES_MAX = 32 * 2**20

@@ -9,7 +9,7 @@ from collections.abc import Collection
 
 from aiohttp import hdrs, web
 
-from proxy.answering import Handler
+from proxy.web.middleware import Handler
 
 _ALLOWED_METHODS = "GET, POST, OPTIONS"
 # `*` would not stand for authorization (Fetch, "CORS protocol"), so each is named.

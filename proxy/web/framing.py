@@ -9,8 +9,8 @@ import re
 
 from aiohttp import hdrs, web
 
-from proxy.answering import Handler
 from proxy.errors import BadFraming
+from proxy.web.middleware import Handler
 
 # RFC 9110 §7.2: a name or an address and perhaps a port; a slash in it could be taken for the beginning of a path.
 _HOST = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~-]*)(?::[0-9]{0,5})?")

@@ -6,8 +6,8 @@ whether a call would be served now, and under which policy.
 
 from aiohttp import web
 
-from proxy.ledger import Ledger
-from proxy.reload import Policies
+from proxy.config.reload import Policies
+from proxy.ledger.ledger import Ledger
 
 
 class Health:

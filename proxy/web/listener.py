@@ -11,11 +11,11 @@ from typing import Any
 import structlog
 from aiohttp import web
 
-from proxy.answering import error_response
-from proxy.config import Patience
+from proxy.config.loader import Patience
 from proxy.errors import BadFraming, ProxyError, TooManyConnections, TooSlow
-from proxy.headers import NAME
-from proxy.strict_json import dump
+from proxy.formats.strict_json import dump
+from proxy.upstreams.headers import NAME
+from proxy.web.middleware import error_response
 
 # Bearer tokens of several kilobytes are honest (JSON web tokens); the library would take 8190 bytes.
 _LINE_BYTES_MAX = 32_768

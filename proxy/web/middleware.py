@@ -6,11 +6,11 @@ from collections.abc import Awaitable, Callable
 import structlog
 from aiohttp import hdrs, web
 
-from proxy import anthropic
-from proxy.endpoints import is_path_of_messages
 from proxy.errors import NotServed, ProxyError
-from proxy.headers import NAME, OF_JSON
-from proxy.strict_json import dump
+from proxy.formats import anthropic
+from proxy.formats.endpoints import is_path_of_messages
+from proxy.formats.strict_json import dump
+from proxy.upstreams.headers import NAME, OF_JSON
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 

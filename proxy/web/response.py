@@ -11,8 +11,8 @@ from contextlib import contextmanager
 
 from aiohttp import web
 
-from proxy.headers import NAME
 from proxy.tasks import Tasks
+from proxy.upstreams.headers import NAME
 
 # A client that takes nothing for this long is taken to be gone: it must not hold an upstream's generation.
 _WRITE_S = 60

@@ -12,28 +12,28 @@ from functools import partial
 import structlog
 from aiohttp import hdrs, web
 
-from proxy.answering import REQUEST_ID, Handler, answer_errors, not_served
-from proxy.auth import identify
-from proxy.bodies import read_body, read_form, when_it_is_read
-from proxy.client import Client
-from proxy.config import Settings
-from proxy.cors import Cors
-from proxy.endpoints import KEPT, METERED, PREFIXES, Endpoint, Kept, closed
+from proxy.calls.call import Passage, no_such_model, passage_for
+from proxy.calls.relay import Relay
+from proxy.calls.stored_responses import Asked, Owned
+from proxy.config.loader import Settings
+from proxy.config.reload import Policies
 from proxy.errors import NotAllowed, NoUpgrade, ProxyError
-from proxy.framing import well_framed
-from proxy.headers import NAME, OF_JSON
-from proxy.health import Health
-from proxy.owned import Asked, Owned
-from proxy.passage import Passage, no_such_model, passage_for
-from proxy.policy import Policy, User
-from proxy.records import id_at
-from proxy.relay import Relay
-from proxy.reload import Policies
-from proxy.spool import Spool
-from proxy.standing import standings
-from proxy.strict_json import dump
+from proxy.formats.endpoints import KEPT, METERED, PREFIXES, Endpoint, Kept, closed
+from proxy.formats.request import parse_call, parse_form
+from proxy.formats.strict_json import dump
+from proxy.identity.keys import identify
+from proxy.ledger.rollup import id_at
+from proxy.policy.policy import Policy, User
+from proxy.policy.status import standings
 from proxy.tasks import Tasks
-from proxy.wire import parse_call, parse_form
+from proxy.upstreams.headers import NAME, OF_JSON
+from proxy.upstreams.spool import Spool
+from proxy.web.body import read_body, read_form, when_it_is_read
+from proxy.web.cors import Cors
+from proxy.web.framing import well_framed
+from proxy.web.health import Health
+from proxy.web.middleware import REQUEST_ID, Handler, answer_errors, not_served
+from proxy.web.response import Client
 
 log = structlog.get_logger("api")
 

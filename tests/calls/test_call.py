@@ -7,15 +7,15 @@ from pathlib import Path
 import pytest
 from aiohttp.test_utils import make_mocked_request
 
-from proxy.books import Booked, Books, Facts
-from proxy.client import Client
-from proxy.demand import demand_of
-from proxy.endpoints import CHAT, COUNT_TOKENS, MESSAGES, Endpoint
+from proxy.calls.call import Passage, passage_for
 from proxy.errors import InvalidRequest, ModelNotFound
-from proxy.passage import Passage, passage_for
-from proxy.policy import Policy
-from proxy.prompt import read_prompt
-from proxy.wire import forwarded_body, parse_call
+from proxy.formats.content import read_prompt
+from proxy.formats.endpoints import CHAT, COUNT_TOKENS, MESSAGES, Endpoint
+from proxy.formats.estimate import demand_of
+from proxy.formats.request import forwarded_body, parse_call
+from proxy.ledger.book import Booked, Books, Facts
+from proxy.policy.policy import Policy
+from proxy.web.response import Client
 from tests.builders import NOON
 from tests.stage import STAFF, config_of
 

@@ -10,15 +10,15 @@ from typing import Any
 
 import pytest
 
-from proxy import departure as module
-from proxy.client import Client
-from proxy.config import load_text
-from proxy.departure import DRAINS_OF_A_USER_MAX, Departures
-from proxy.passage import Passage
-from proxy.reservation import Reservation
-from proxy.simulator import Simulator
-from proxy.tokens import Tokenizers
-from proxy.usage import AtLeast, Exactly, Tokens, Usage
+from proxy.calls import disconnect as module
+from proxy.calls.call import Passage
+from proxy.calls.disconnect import DRAINS_OF_A_USER_MAX, Departures
+from proxy.calls.reservation import Reservation
+from proxy.calls.tokenizer import Tokenizers
+from proxy.config.loader import load_text
+from proxy.policy.amounts import AtLeast, Exactly, Tokens, Usage
+from proxy.simulator.server import Simulator
+from proxy.web.response import Client
 from tests.stage import STAFF, UPSTREAM_KEY, Stage, key_of, sqlite_in, stage, text_of, until
 
 pytestmark = [pytest.mark.every_engine, pytest.mark.journey]

@@ -11,8 +11,8 @@ from typing import Any
 import aiohttp
 import pytest
 
-from proxy.choice import FAILURES_MAX, REST_MS
-from proxy.config import load_text
+from proxy.config.loader import load_text
+from proxy.upstreams.routing import FAILURES_MAX, REST_MS
 from tests.stage import STAFF, Stage, key_of, sqlite_in, stage, text_of, until
 
 CHAT = "/v1/chat/completions"

@@ -11,9 +11,9 @@ import aiohttp
 import openai
 import pytest
 
-from proxy.books import Entry
-from proxy.meter import Meter
-from proxy.sse import Event
+from proxy.formats.meter import Meter
+from proxy.formats.sse import Event
+from proxy.ledger.book import Entry
 from tests.stage import STAFF, UPSTREAM_KEY, Stage, stage, until
 
 pytestmark = [pytest.mark.every_engine, pytest.mark.journey]

@@ -9,20 +9,20 @@ from pathlib import Path
 
 import pytest
 
-from proxy import reservation as module
-from proxy.books import Booked, Entry, Expire, Settle
-from proxy.counting import CallCount
-from proxy.endpoints import CHAT
-from proxy.ledger import LEASE_MS, Ledger
-from proxy.meter import Meter
-from proxy.policy import Model, Upstream
-from proxy.quotas import Demand, Quota
-from proxy.reservation import STEP, Reservation
-from proxy.sqlite import SqliteStore
-from proxy.sse import Splitter
-from proxy.usage import Amount, AtLeast, Exactly, Tokens, Unspent, Usage
-from proxy.waiting import WaitingRoom
-from proxy.wire import parse_call
+from proxy.calls import reservation as module
+from proxy.calls.reservation import STEP, Reservation
+from proxy.calls.token_count import CallCount
+from proxy.formats.endpoints import CHAT
+from proxy.formats.meter import Meter
+from proxy.formats.request import parse_call
+from proxy.formats.sse import Splitter
+from proxy.ledger.book import Booked, Entry, Expire, Settle
+from proxy.ledger.ledger import LEASE_MS, Ledger
+from proxy.ledger.queue import WaitingRoom
+from proxy.ledger.sqlite import SqliteStore
+from proxy.policy.amounts import Amount, AtLeast, Exactly, Tokens, Unspent, Usage
+from proxy.policy.policy import Model, Upstream
+from proxy.policy.quota import Demand, Quota
 from tests.breakage import read_only, writers
 from tests.builders import NOON, binding, call, exactly, quota, reserve
 from tests.stage import Clock, loaded, until

@@ -10,9 +10,9 @@ import aiohttp
 import openai
 import pytest
 
-from proxy.config import load_text
-from proxy.simulator import Simulator
-from proxy.simulator import serve as serve_simulator
+from proxy.config.loader import load_text
+from proxy.simulator.server import Simulator
+from proxy.simulator.server import serve as serve_simulator
 from tests.stage import STAFF, UPSTREAM_KEY, Reply, Stage, key_of, stage, text_of
 
 FORGETFUL = STAFF.replace("{upstream: simulated}", "{upstream: simulated, allow: {store: false}}").replace(

@@ -6,18 +6,18 @@ from typing import Any
 
 import pytest
 
-from proxy.books import Settle
-from proxy.counting import CallCount
-from proxy.endpoints import CHAT, COMPLETIONS, EMBEDDINGS, RESPONSES, Endpoint
-from proxy.policy import Model, Upstream
-from proxy.tokens import Tokenizers
-from proxy.usage import AtLeast, Tokens
-from proxy.wire import forwarded_body
+from proxy.calls.token_count import CallCount
+from proxy.calls.tokenizer import Tokenizers
+from proxy.formats.endpoints import CHAT, COMPLETIONS, EMBEDDINGS, RESPONSES, Endpoint
+from proxy.formats.request import forwarded_body
+from proxy.ledger.book import Settle
+from proxy.policy.amounts import AtLeast, Tokens
+from proxy.policy.policy import Model, Upstream
 from tests.builders import binding, exactly, reserve
 from tests.builders import call as demand
+from tests.formats.test_request import parse
+from tests.ledger.test_rows import booked
 from tests.stage import loaded
-from tests.test_rows import booked
-from tests.test_wire import parse
 
 UPSTREAM = Upstream("up", "http://upstream.example/v1", None, "openai")
 GPT_4O = Model("m", UPSTREAM, "gpt-4o")

@@ -19,9 +19,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
-from proxy.policy import Model, Upstream
-from proxy.prompt import read_prompt
-from proxy.tokens import CHARACTERS_MAX, TEXTS_MAX, WAITING_CHARACTERS_MAX, Tokenizers, table_folders, tokens_in
+from proxy.calls.tokenizer import (
+    CHARACTERS_MAX,
+    TEXTS_MAX,
+    WAITING_CHARACTERS_MAX,
+    Tokenizers,
+    table_folders,
+    tokens_in,
+)
+from proxy.formats.content import read_prompt
+from proxy.policy.policy import Model, Upstream
 
 UPSTREAM = Upstream("up", "http://127.0.0.1/v1", None)
 # What tables are called in tiktoken's cache: by the hash of the address from which it fetches them.
@@ -441,11 +448,11 @@ def test_tiktoken_itself_is_left_as_it_was(both: Tokenizers):
 OFFLINE = """
 import asyncio, sys
 from pathlib import Path
-import proxy.tokens
+import proxy.calls.tokenizer
 assert not {"tiktoken", "requests", "bpe_openai"} & sys.modules.keys(), "importing the module is not for nothing"
 
-from proxy.policy import Model, Upstream
-tokens = proxy.tokens.Tokenizers([Path(folder) for folder in sys.argv[1:]])
+from proxy.policy.policy import Model, Upstream
+tokens = proxy.calls.tokenizer.Tokenizers([Path(folder) for folder in sys.argv[1:]])
 is_watched = False
 
 def refuse(event, arguments):

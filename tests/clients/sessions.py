@@ -39,8 +39,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from proxy.simulated_media import HEARD, PICTURE, SOUND
-from proxy.simulated_text import DIMENSIONS
+from proxy.simulator.media import HEARD, PICTURE, SOUND
+from proxy.simulator.text import DIMENSIONS
 from tests.stage import STAFF, Stage, key_of, stage
 
 ROOT = Path(__file__).resolve().parents[2]

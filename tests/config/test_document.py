@@ -7,9 +7,9 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy import document
-from proxy.document import DEPTH_MAX, NODES_MAX, Document, Mistake, read_document
-from proxy.references import Sources
+from proxy.config import document
+from proxy.config.document import DEPTH_MAX, NODES_MAX, Document, Mistake, read_document
+from proxy.config.interpolation import Sources
 
 ENVIRON = {"KEY": "from-outside", "NUMBER": "0123"}
 

@@ -3,7 +3,7 @@
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
-from proxy.fields import Count, Flag, Name, Positive, Text, Wait
+from proxy.config.fields import Count, Flag, Name, Positive, Text, Wait
 
 
 @pytest.mark.parametrize(

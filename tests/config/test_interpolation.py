@@ -4,7 +4,7 @@ import errno
 
 import pytest
 
-from proxy.references import Sources
+from proxy.config.interpolation import Sources
 
 FILES = {
     "/run/secrets/key": b"from-a-file\n",

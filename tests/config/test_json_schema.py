@@ -3,10 +3,10 @@
 import json
 from pathlib import Path
 
-from proxy import fields
-from proxy.json_schema import json_schema
+from proxy.config import fields
+from proxy.config.json_schema import json_schema
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_the_json_schema_in_config_is_the_one_that_is_printed():

@@ -2,9 +2,9 @@
 
 import pytest
 
-from proxy.check import sentences, warnings
-from proxy.config import load, load_text
-from tests.test_config import EXAMPLE, example_environ
+from proxy.config.lint import sentences, warnings
+from proxy.config.loader import load, load_text
+from tests.config.test_loader import EXAMPLE, example_environ
 
 UPSTREAM = "upstreams: {box: {base_url: http://box/v1}}\n"
 DIGEST = f"sha256:{'ab' * 32}"

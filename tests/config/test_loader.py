@@ -7,14 +7,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy import schema
-from proxy.config import Address, BadConfig, Config, Patience, Settings, load, load_text, read_some
-from proxy.document import BYTES_MAX
-from proxy.policy import Allow, Group, Keep, Model, Secret, Upstream, User, digest
-from proxy.quotas import Globs, Limit
-from proxy.windows import Calendar, Duration
+from proxy.config import schema
+from proxy.config.document import BYTES_MAX
+from proxy.config.loader import Address, BadConfig, Config, Patience, Settings, load, load_text, read_some
+from proxy.policy.policy import Allow, Group, Keep, Model, Secret, Upstream, User, digest
+from proxy.policy.quota import Globs, Limit
+from proxy.policy.windows import Calendar, Duration
 
-EXAMPLE = Path(__file__).resolve().parent.parent / "quotas.example.yaml"
+EXAMPLE = Path(__file__).resolve().parents[2] / "quotas.example.yaml"
 KEY = "a-key-of-24-characters-x"
 
 SMALL = """\

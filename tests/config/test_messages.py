@@ -2,7 +2,7 @@
 
 import pytest
 
-from proxy.faults import Fault, nearest, placed, read_file
+from proxy.config.messages import Fault, nearest, placed, read_file
 
 RIGHT = {"upstreams": {"box": {"base_url": "http://box/v1"}}}
 

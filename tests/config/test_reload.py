@@ -5,10 +5,10 @@ from typing import Any
 
 from structlog.testing import capture_logs
 
-from proxy.config import BadConfig, Config
-from proxy.document import Mistake
+from proxy.config.document import Mistake
+from proxy.config.loader import BadConfig, Config
+from proxy.config.reload import Look, Policies
 from proxy.metrics import Metrics
-from proxy.reload import Look, Policies
 from tests.builders import NOON
 from tests.stage import STAFF, config_of, stage
 

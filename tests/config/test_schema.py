@@ -5,9 +5,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from proxy.policy import Secret
-from proxy.quotas import Limit
-from proxy.schema import (
+from proxy.config.schema import (
     Allow,
     File,
     Group,
@@ -21,8 +19,10 @@ from proxy.schema import (
     User,
     section_at,
 )
+from proxy.policy.policy import Secret
+from proxy.policy.quota import Limit
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SMALLEST = {"upstreams": {"box": {"base_url": "http://box/v1"}}}
 SECTIONS = (File, Server, Keep, Allow, Upstream, Place, Model, Group, Quota, User)
 

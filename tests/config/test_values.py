@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy import scalars
-from proxy.policy import Secret
-from proxy.quotas import Globs
+from proxy.config import values as scalars
+from proxy.policy.policy import Secret
+from proxy.policy.quota import Globs
 
 A_KEY = "a-key-of-24-characters-x"
 DIGEST = hashlib.sha256(A_KEY.encode()).hexdigest()

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.anthropic import error_body, limit_headers, read_usage, type_of
 from proxy.errors import InvalidRequest, LedgerUnavailable, Refusal, UpstreamError
-from proxy.standing import rate_limit_headers, standings
-from proxy.usage import Amount, Tokens
+from proxy.formats.anthropic import error_body, limit_headers, read_usage, type_of
+from proxy.policy.amounts import Amount, Tokens
+from proxy.policy.status import rate_limit_headers, standings
 from tests.builders import NOON, binding, counters, quota
 
 

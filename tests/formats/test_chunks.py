@@ -6,8 +6,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.chunks import is_finished, more_than_usage, read_object, with_timings, without_timings, without_usage
-from proxy.sse import Splitter
+from proxy.formats.chunks import (
+    is_finished,
+    more_than_usage,
+    read_object,
+    with_timings,
+    without_timings,
+    without_usage,
+)
+from proxy.formats.sse import Splitter
 
 USAGE = {"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3}
 TIMINGS = {"prompt_n": 7, "predicted_n": 5}

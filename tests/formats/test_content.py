@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.prompt import Prompt, parts_of, read_prompt, with_files, with_previous
-from proxy.strict_json import dump
-from tests.test_pictures import data_url, jpeg, png, webp_lossy
+from proxy.formats.content import Prompt, parts_of, read_prompt, with_files, with_previous
+from proxy.formats.strict_json import dump
+from tests.formats.test_images import data_url, jpeg, png, webp_lossy
 
 
 def read(*, model: str = "gpt-4o", is_chat: bool = True, **document: object) -> Prompt:

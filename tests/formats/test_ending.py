@@ -19,13 +19,13 @@ from openai import AsyncOpenAI, LengthFinishReasonError
 from openai.lib.streaming.chat import AsyncChatCompletionStream
 from openai.types.chat import ChatCompletion
 
-from proxy.ending import RESPONSE_ENDS, Ending
-from proxy.endpoints import EndpointName
-from proxy.simulated_faults import Directions
-from proxy.simulated_frames import Stream, write_stream
-from proxy.simulated_text import Author, Endpoint
-from proxy.sse import Splitter
-from proxy.usage import Tokens
+from proxy.formats.ending import RESPONSE_ENDS, Ending
+from proxy.formats.endpoints import EndpointName
+from proxy.formats.sse import Splitter
+from proxy.policy.amounts import Tokens
+from proxy.simulator.directives import Directions
+from proxy.simulator.frames import Stream, write_stream
+from proxy.simulator.text import Author, Endpoint
 
 JSON = dict[str, Any]
 

@@ -11,7 +11,7 @@ import openai
 import pytest
 from openai.lib import azure
 
-from proxy.endpoints import (
+from proxy.formats.endpoints import (
     CLOSED,
     KEPT,
     METERED,

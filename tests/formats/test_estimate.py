@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.demand import SMALLEST_ANSWER, counted, demand_of, is_seen_growing, most_of
-from proxy.endpoints import (
+from proxy.formats.content import Prompt, read_prompt
+from proxy.formats.endpoints import (
     CHAT,
     COMPACT,
     COMPLETIONS,
@@ -25,12 +25,12 @@ from proxy.endpoints import (
     SPEECH,
     Endpoint,
 )
-from proxy.policy import Kind, Model, Upstream
-from proxy.prompt import Prompt, read_prompt
-from proxy.quotas import Demand
-from proxy.usage import TOKENS_MAX
-from proxy.wire import Call, forwarded_body
-from tests.test_wire import GENERATING, HUGE, KINDS, MAXIMA, READS, everywhere, ids, parse
+from proxy.formats.estimate import SMALLEST_ANSWER, counted, demand_of, is_seen_growing, most_of
+from proxy.formats.request import Call, forwarded_body
+from proxy.policy.amounts import TOKENS_MAX
+from proxy.policy.policy import Kind, Model, Upstream
+from proxy.policy.quota import Demand
+from tests.formats.test_request import GENERATING, HUGE, KINDS, MAXIMA, READS, everywhere, ids, parse
 
 
 def model(kind: Kind = "vllm", name: str = "real-m", **known: Any) -> Model:

@@ -5,8 +5,8 @@ import struct
 
 import pytest
 
-from proxy.pictures import price_by_area
-from proxy.prompt import Prompt, read_prompt
+from proxy.formats.content import Prompt, read_prompt
+from proxy.formats.images import price_by_area
 
 
 def read(*, model: str = "gpt-4o", is_chat: bool = True, **document: object) -> Prompt:

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from proxy.message_ending import MessageEnding
-from proxy.simulated_messages import write_message_stream
-from proxy.simulated_text import Author, Endpoint
-from proxy.sse import Splitter
-from proxy.usage import Tokens
+from proxy.formats.message_ending import MessageEnding
+from proxy.formats.sse import Splitter
+from proxy.policy.amounts import Tokens
+from proxy.simulator.messages import write_message_stream
+from proxy.simulator.text import Author, Endpoint
 
 USED = Tokens(11, 5, cached=3)
 START = {"type": "message_start", "message": {"usage": {"input_tokens": 7, "cache_read_input_tokens": 4}}}

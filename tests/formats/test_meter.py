@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.endpoints import (
+from proxy.formats.endpoints import (
     CHAT,
     COMPACT,
     COMPLETIONS,
@@ -24,11 +24,11 @@ from proxy.endpoints import (
     SPEECH,
     Endpoint,
 )
-from proxy.meter import Meter
-from proxy.policy import Kind
-from proxy.sse import Event, Splitter
-from proxy.usage import TOKENS_MAX, AtLeast, Exactly, Tokens, Unspent, Usage
-from proxy.wire import Call, parse_call
+from proxy.formats.meter import Meter
+from proxy.formats.request import Call, parse_call
+from proxy.formats.sse import Event, Splitter
+from proxy.policy.amounts import TOKENS_MAX, AtLeast, Exactly, Tokens, Unspent, Usage
+from proxy.policy.policy import Kind
 
 HONEST = {"prompt_tokens": 11, "completion_tokens": 5, "total_tokens": 16}
 ZEROS = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}

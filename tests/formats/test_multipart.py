@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.errors import InvalidRequest, UnsupportedEncoding
-from proxy.forms import Field, File, Form, FormReader
+from proxy.formats.multipart import Field, File, Form, FormReader
 
 PLAIN = "multipart/form-data; boundary=xYz"
 

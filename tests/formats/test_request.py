@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.endpoints import (
+from proxy.errors import InvalidRequest, UpstreamError
+from proxy.formats.endpoints import (
     CHAT,
     COMPACT,
     COMPLETIONS,
@@ -29,10 +30,8 @@ from proxy.endpoints import (
     TRANSCRIPTIONS,
     Endpoint,
 )
-from proxy.errors import InvalidRequest, UpstreamError
-from proxy.forms import Form, FormReader
-from proxy.policy import Allow, Kind, Model, Upstream
-from proxy.wire import (
+from proxy.formats.multipart import Form, FormReader
+from proxy.formats.request import (
     Call,
     error_event,
     forwarded_body,
@@ -42,6 +41,7 @@ from proxy.wire import (
     parse_call,
     parse_form,
 )
+from proxy.policy.policy import Allow, Kind, Model, Upstream
 
 KINDS = get_args(Kind)
 GENERATING = [CHAT, COMPLETIONS, RESPONSES, MESSAGES]

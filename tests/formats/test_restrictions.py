@@ -2,11 +2,20 @@
 
 import pytest
 
-from proxy.allowance import check_allowance
-from proxy.endpoints import CHAT, COMPACT, COMPLETIONS, COUNT_TOKENS, INPUT_TOKENS, MESSAGES, RESPONSES, Endpoint
 from proxy.errors import InvalidRequest
-from proxy.policy import Allow
-from tests.test_wire import parse
+from proxy.formats.endpoints import (
+    CHAT,
+    COMPACT,
+    COMPLETIONS,
+    COUNT_TOKENS,
+    INPUT_TOKENS,
+    MESSAGES,
+    RESPONSES,
+    Endpoint,
+)
+from proxy.formats.restrictions import check_allowance
+from proxy.policy.policy import Allow
+from tests.formats.test_request import parse
 
 NOTHING = Allow()
 OF_RESPONSES = [RESPONSES, COMPACT, INPUT_TOKENS]

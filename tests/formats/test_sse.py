@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.sse import EVENT_BYTES_MAX, Event, Splitter
+from proxy.formats.sse import EVENT_BYTES_MAX, Event, Splitter
 
 Said = tuple[str | None, bytes | None]
 

@@ -8,13 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.endpoints import CHAT, RESPONSES, Endpoint
 from proxy.errors import UpstreamError
-from proxy.meter import Meter
-from proxy.sse import EVENT_BYTES_MAX, Splitter
-from proxy.stream import Stream
-from proxy.usage import Tokens
-from proxy.wire import parse_call
+from proxy.formats.endpoints import CHAT, RESPONSES, Endpoint
+from proxy.formats.meter import Meter
+from proxy.formats.request import parse_call
+from proxy.formats.sse import EVENT_BYTES_MAX, Splitter
+from proxy.formats.stream import Stream
+from proxy.policy.amounts import Tokens
 
 WORD = b'data: {"choices":[{"index":0,"delta":{"content":"x"}}]}\n\n'
 FINISH = b'data: {"choices":[{"index":0,"delta":{},"finish_reason":"stop"}]}\n\n'

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.errors import InvalidRequest
-from proxy.strict_json import DEPTH_MAX, dump, parse_object
+from proxy.formats.strict_json import DEPTH_MAX, dump, parse_object
 
 KNOWN = frozenset(("model", "max_tokens", "stream", "messages"))
 

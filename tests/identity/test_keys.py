@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.auth import identify, identify_admin, presented_key
 from proxy.errors import InvalidKey
-from proxy.policy import Policy, User, digest
+from proxy.identity.keys import identify, identify_admin, presented_key
+from proxy.policy.policy import Policy, User, digest
 
 KEY = "sk-alice-0123456789abcdefghijklmnop"
 ADMIN_KEY = "sk-admin-0123456789abcdefghijklmnop"

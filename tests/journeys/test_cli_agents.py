@@ -30,7 +30,7 @@ WEB_SEARCH_ON = "a first turn with web_search left on"
 
 def recorded(name: str, *, method: str = "POST") -> list[Any]:
     """The requests of one program that are to get through."""
-    taken = json.loads((Path(__file__).parent / "recorded" / f"{name}.json").read_text())
+    taken = json.loads((Path(__file__).parents[1] / "recorded" / f"{name}.json").read_text())
     return [one for one in taken if one["method"] == method and one["what"] != WEB_SEARCH_ON]
 
 
@@ -84,7 +84,7 @@ async def test_codex_goes_on_without_a_websocket(tmp_path: Path) -> None:
 async def test_codex_has_to_leave_the_upstream_s_search_alone(tmp_path: Path) -> None:
     """It offers web_search unless its user turns that off; the answer names the tool."""
     async with agents(CODEX, tmp_path) as on:
-        taken = json.loads((Path(__file__).parent / "recorded" / f"{CODEX}.json").read_text())
+        taken = json.loads((Path(__file__).parents[1] / "recorded" / f"{CODEX}.json").read_text())
         [one] = [one for one in taken if one["what"] == WEB_SEARCH_ON]
         reply = await replay(on, one)
         assert (reply.status, reply.error["param"]) == (400, "tools")

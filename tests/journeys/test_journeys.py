@@ -10,8 +10,8 @@ import aiohttp
 import openai
 import pytest
 
-from proxy.simulator import Simulator
-from proxy.simulator import serve as serve_simulator
+from proxy.simulator.server import Simulator
+from proxy.simulator.server import serve as serve_simulator
 from tests.stage import STAFF, UPSTREAM_KEY, Stage, key_of, stage
 
 pytestmark = [pytest.mark.every_engine, pytest.mark.journey]

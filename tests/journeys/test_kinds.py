@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from proxy.endpoints import CHAT, COMPLETIONS, Endpoint
-from proxy.meter import Meter
-from proxy.policy import Kind
-from proxy.stream import Stream
-from proxy.usage import TOKENS_MAX, AtLeast, Exactly, Tokens, Usage
-from proxy.wire import Call, parse_call
+from proxy.formats.endpoints import CHAT, COMPLETIONS, Endpoint
+from proxy.formats.meter import Meter
+from proxy.formats.request import Call, parse_call
+from proxy.formats.stream import Stream
+from proxy.policy.amounts import TOKENS_MAX, AtLeast, Exactly, Tokens, Usage
+from proxy.policy.policy import Kind
 from tests.stage import STAFF, stage
 
 pytestmark = pytest.mark.journey

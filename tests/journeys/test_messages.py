@@ -13,7 +13,7 @@ import openai
 import pytest
 from anthropic import AsyncAnthropic
 
-from proxy.departure import Departures
+from proxy.calls.disconnect import Departures
 from tests.stage import STAFF, UPSTREAM_KEY, Stage, key_of, stage
 
 pytestmark = [pytest.mark.every_engine, pytest.mark.journey]

@@ -19,11 +19,11 @@ import pytest
 import uvloop
 from structlog.testing import capture_logs
 
-from proxy.app import Server, serve
-from proxy.config import load_text
-from proxy.simulator import Simulator
-from proxy.simulator import serve as serve_simulator
-from proxy.tokens import Tokenizers
+from proxy.calls.tokenizer import Tokenizers
+from proxy.config.loader import load_text
+from proxy.server import Server, serve
+from proxy.simulator.server import Simulator
+from proxy.simulator.server import serve as serve_simulator
 from tests.audit import audit, rows, states
 from tests.bare_upstream import bare_upstream, stream_head
 from tests.breakage import failing_writes, full, locked, moved, read_only, replaced, writers

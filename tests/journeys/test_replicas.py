@@ -14,19 +14,19 @@ from pathlib import Path
 import pytest
 from structlog.testing import capture_logs
 
-from proxy.app import wall_clock_ms
-from proxy.books import Booked, NotBooked, Release, Settle
 from proxy.errors import LedgerUnavailable
-from proxy.ledger import LEASE_MS, Ledger
-from proxy.postgres import PostgresStore
-from proxy.statements import Patience
-from proxy.store import StoreUnavailable
-from proxy.usage import Amount, AtLeast, Tokens
+from proxy.ledger.book import Booked, NotBooked, Release, Settle
+from proxy.ledger.ledger import LEASE_MS, Ledger
+from proxy.ledger.postgres import PostgresStore
+from proxy.ledger.statements import Patience
+from proxy.ledger.store import StoreUnavailable
+from proxy.policy.amounts import Amount, AtLeast, Tokens
+from proxy.server import wall_clock_ms
 from tests.builders import binding, call, exactly, extend, quota, reserve
+from tests.calls.test_reservation import Call
+from tests.ledger.test_postgres import LONG, Database, until
 from tests.postgres import shared
 from tests.stage import STAFF, Clock, stage
-from tests.test_postgres import LONG, Database, until
-from tests.test_reservation import Call
 
 pytestmark = pytest.mark.journey
 

@@ -15,11 +15,11 @@ from typing import Any
 import aiohttp
 import pytest
 
-from proxy.books import Entry, Expire, Settle
-from proxy.config import load_text
-from proxy.departure import Departures
-from proxy.simulator import Served, Simulator
-from proxy.usage import Exactly, Tokens
+from proxy.calls.disconnect import Departures
+from proxy.config.loader import load_text
+from proxy.ledger.book import Entry, Expire, Settle
+from proxy.policy.amounts import Exactly, Tokens
+from proxy.simulator.server import Served, Simulator
 from tests.bare_upstream import Serve, bare_upstream, stream_head
 from tests.builders import DAY, NOON
 from tests.stage import UPSTREAM_KEY, Clock, Reply, Stage, key_of, stage, text_of, until

@@ -14,9 +14,9 @@ import aiohttp
 import openai
 import pytest
 
-from proxy.simulated_media import HEARD, PICTURE, SOUND
+from proxy.simulator.media import HEARD, PICTURE, SOUND
+from tests.formats.test_endpoints import METERED, published
 from tests.stage import STAFF, Stage, key_of, stage
-from tests.test_endpoints import METERED, published
 
 pytestmark = pytest.mark.journey
 
@@ -248,7 +248,7 @@ async def test_a_form_that_is_none_costs_nothing(content_type: str, body: bytes,
 
 async def test_a_form_that_is_too_large_or_packed_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Announced or not."""
-    monkeypatch.setattr("proxy.bodies.FORM_BYTES_MAX", 5000)
+    monkeypatch.setattr("proxy.web.body.FORM_BYTES_MAX", 5000)
     body = b'--b\r\nContent-Disposition: form-data; name="file"; filename="f"\r\n\r\n' + b"x" * 5000
     async with stage(POLICY, folder=tmp_path) as on:
         path, headers = "/v1/audio/transcriptions", {"content-type": "multipart/form-data; boundary=b"}

@@ -14,14 +14,14 @@ import pytest
 from aiohttp import web
 from click.testing import CliRunner, Result
 
-from proxy.app import wall_clock_ms
 from proxy.cli import main
-from proxy.torture import NoCount, Outside, run_outside
-from proxy.torture_answers import read_stream, read_whole
-from proxy.torture_books import need_none
-from proxy.torture_plan import Plan
-from proxy.torture_proxy import Proxy
-from proxy.torture_report import Report
+from proxy.server import wall_clock_ms
+from proxy.torture.answers import read_stream, read_whole
+from proxy.torture.database import need_none
+from proxy.torture.plan import Plan
+from proxy.torture.process import Proxy
+from proxy.torture.report import Report
+from proxy.torture.run import NoCount, Outside, run_outside
 from tests.postgres import shared
 
 pytestmark = pytest.mark.journey

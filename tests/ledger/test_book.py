@@ -9,8 +9,7 @@ from dataclasses import replace
 
 import pytest
 
-from proxy.admission import Uncounted, Verdict
-from proxy.books import (
+from proxy.ledger.book import (
     Act,
     Booked,
     Books,
@@ -26,9 +25,10 @@ from proxy.books import (
     Unknown,
     shares,
 )
-from proxy.quotas import Binding, Quota
-from proxy.usage import NOTHING, TOKENS_MAX, Amount, AtLeast, Tokens, Unspent
-from proxy.windows import Window
+from proxy.policy.admission import Uncounted, Verdict
+from proxy.policy.amounts import NOTHING, TOKENS_MAX, Amount, AtLeast, Tokens, Unspent
+from proxy.policy.quota import Binding, Quota
+from proxy.policy.windows import Window
 from tests.builders import (
     DAY,
     HOUR,

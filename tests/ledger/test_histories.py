@@ -25,13 +25,26 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from proxy.admission import Verdict
-from proxy.books import Act, Booked, Books, Entry, Expire, Extend, NotBooked, Release, Reply, Reserve, Settle, Unknown
-from proxy.postgres import PostgresStore
-from proxy.quotas import Binding, Combine, Counter, CounterKey, Enforce, Quota, Route
-from proxy.sqlite import SqliteStore
-from proxy.usage import NOTHING, Amount, AtLeast, Exactly, Measure, Tokens, Unspent, charge_of
-from proxy.windows import Window
+from proxy.ledger.book import (
+    Act,
+    Booked,
+    Books,
+    Entry,
+    Expire,
+    Extend,
+    NotBooked,
+    Release,
+    Reply,
+    Reserve,
+    Settle,
+    Unknown,
+)
+from proxy.ledger.postgres import PostgresStore
+from proxy.ledger.sqlite import SqliteStore
+from proxy.policy.admission import Verdict
+from proxy.policy.amounts import NOTHING, Amount, AtLeast, Exactly, Measure, Tokens, Unspent, charge_of
+from proxy.policy.quota import Binding, Combine, Counter, CounterKey, Enforce, Quota, Route
+from proxy.policy.windows import Window
 from tests.audit import audit, balance, connected, rows
 from tests.breakage import writers
 from tests.builders import DAY, HOUR, exactly, instant, quota, reserve

@@ -20,14 +20,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
-from proxy.admission import Uncounted, Verdict
-from proxy.books import Act, Booked, Books, Expire, Extend, NotBooked, Release, Reply, Reserve, Settle
 from proxy.errors import LedgerUnavailable
-from proxy.ledger import BATCH_MAX, LEASE_MS, Ledger
-from proxy.sqlite import SqliteStore
-from proxy.store import StoreInUse, StoreUnavailable
-from proxy.tables import NewerSchema
-from proxy.usage import TOKENS_MAX, Amount, AtLeast, Exactly, Tokens, Unspent
+from proxy.ledger.book import Act, Booked, Books, Expire, Extend, NotBooked, Release, Reply, Reserve, Settle
+from proxy.ledger.ledger import BATCH_MAX, LEASE_MS, Ledger
+from proxy.ledger.schema import NewerSchema
+from proxy.ledger.sqlite import SqliteStore
+from proxy.ledger.store import StoreInUse, StoreUnavailable
+from proxy.policy.admission import Uncounted, Verdict
+from proxy.policy.amounts import TOKENS_MAX, Amount, AtLeast, Exactly, Tokens, Unspent
 from tests.audit import audit, connected, contents, rows, states
 from tests.breakage import BrokenBinding, commits, failing_writes, full, locked, moved, read_only, unfit, writers
 from tests.builders import DAY, HOUR, MINUTE, NOON, binding, call, exactly, extend, quota, reserve, rough
@@ -866,10 +866,10 @@ async def work_until_killed(path: Path, owner: str) -> None:
 
 WORK = """
 import asyncio, pathlib, sys
-from tests.test_ledger import work_until_killed
+from tests.ledger.test_ledger import work_until_killed
 asyncio.run(work_until_killed(pathlib.Path(sys.argv[1]), sys.argv[2]))
 """
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def said_until_killed(path, owner, lines):

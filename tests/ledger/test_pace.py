@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.pace import LEAST_S, MOST_S, Pace
+from proxy.ledger.pace import LEAST_S, MOST_S, Pace
 from tests.builders import NOON
 
 

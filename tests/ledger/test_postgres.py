@@ -19,19 +19,19 @@ from pathlib import Path
 import asyncpg
 import pytest
 
-from proxy.admission import Uncounted, Verdict
-from proxy.books import Booked, Expire, Facts, NotBooked, Release, Settle, Unknown
-from proxy.postgres import PostgresStore
-from proxy.statements import Patience, begin
-from proxy.store import Chore, Done, StoreRefused, StoreUnavailable
-from proxy.tables import HEAD, NewerSchema, metadata
-from proxy.usage import Amount, AtLeast, Exactly, Tokens, Unspent
+from proxy.ledger.book import Booked, Expire, Facts, NotBooked, Release, Settle, Unknown
+from proxy.ledger.postgres import PostgresStore
+from proxy.ledger.schema import HEAD, NewerSchema, metadata
+from proxy.ledger.statements import Patience, begin
+from proxy.ledger.store import Chore, Done, StoreRefused, StoreUnavailable
+from proxy.policy.admission import Uncounted, Verdict
+from proxy.policy.amounts import Amount, AtLeast, Exactly, Tokens, Unspent
 from tests.audit import balance
 from tests.breakage import BrokenBinding, unfit
 from tests.builders import amount, binding, call, exactly, extend, quota, reserve, rough
 from tests.postgres import shared
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 LONG = "365d"  # no window closes while a test runs
 DAILY = quota("staff/daily", tokens=1000, per=LONG)
 ANN = binding([DAILY])
@@ -591,10 +591,10 @@ async def test_who_is_cancelled_in_a_batch_leaves_no_lock(store, url, database):
 
 STOPPED = """
 import asyncio, os, signal, sys
-from proxy.books import Act
-from proxy.postgres import PostgresStore
-from proxy.statements import Patience
-from tests.test_postgres import ANN, CALL, NO_CLOCK
+from proxy.ledger.book import Act
+from proxy.ledger.postgres import PostgresStore
+from proxy.ledger.statements import Patience
+from tests.ledger.test_postgres import ANN, CALL, NO_CLOCK
 from tests.builders import reserve
 
 class Stopping:

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from proxy.admission import Verdict
-from proxy.books import Booked, Extend, NotBooked, Release, Reserve, Settle
 from proxy.errors import LedgerUnavailable
-from proxy.ledger import Ledger
-from proxy.quotas import CounterKey, Demand
-from proxy.sqlite import SqliteStore
-from proxy.usage import Amount
-from proxy.waiting import OF_A_USER_MAX, WaitingRoom
+from proxy.ledger.book import Booked, Extend, NotBooked, Release, Reserve, Settle
+from proxy.ledger.ledger import Ledger
+from proxy.ledger.queue import OF_A_USER_MAX, WaitingRoom
+from proxy.ledger.sqlite import SqliteStore
+from proxy.policy.admission import Verdict
+from proxy.policy.amounts import Amount
+from proxy.policy.quota import CounterKey, Demand
 from tests.audit import connected
 from tests.builders import NOON, binding, call, exactly, extend, quota, reserve, rough
 from tests.stage import until
@@ -234,7 +234,7 @@ async def test_a_stream_grows_at_once_where_there_is_room(tmp_path: Path) -> Non
 
 async def test_a_stream_waits_until_others_give_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is woken when they do: it need not ask again and again."""
-    monkeypatch.setattr("proxy.waiting._ASK_EVERY_S", 10_000)
+    monkeypatch.setattr("proxy.ledger.queue._ASK_EVERY_S", 10_000)
     async with _stream(tmp_path) as (ledger, room):
         waiting = await _growing(ledger, room, _grow(400))
         assert not waiting.done()
@@ -246,7 +246,7 @@ async def test_a_stream_waits_until_others_give_back(tmp_path: Path, monkeypatch
 
 async def test_a_stream_takes_what_it_can_get_while_it_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bit by bit, as others give back; it goes on once it has the least that it needs."""
-    monkeypatch.setattr("proxy.waiting._ASK_EVERY_S", 10_000)
+    monkeypatch.setattr("proxy.ledger.queue._ASK_EVERY_S", 10_000)
     async with _stream(tmp_path) as (ledger, room):
         await ledger.end(Settle("2", exactly(0, 0), "complete"))
         for call_id in "34":
@@ -273,7 +273,7 @@ async def test_whoever_waits_asks_now_and_then_without_being_woken(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Other processes give back too, and of that nobody is told: a stream and a call that wants in."""
-    monkeypatch.setattr("proxy.waiting._ASK_EVERY_S", 0.01)
+    monkeypatch.setattr("proxy.ledger.queue._ASK_EVERY_S", 0.01)
     async with _stream(tmp_path, _Silent) as (ledger, room):
         growing, wanting = await _growing(ledger, room, _grow(400)), await _begin(room, _ask("3", 300, "carl"))
         await ledger.end(Settle("2", exactly(0, 0), "complete"))
@@ -285,7 +285,7 @@ async def test_a_stream_is_woken_by_an_input_that_turned_out_smaller(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another stream's hold shrinks when its upstream says how many tokens it read."""
-    monkeypatch.setattr("proxy.waiting._ASK_EVERY_S", 10_000)
+    monkeypatch.setattr("proxy.ledger.queue._ASK_EVERY_S", 10_000)
     async with _stream(tmp_path) as (ledger, room):
         await ledger.end(Settle("2", exactly(0, 0), "complete"))
         await _reserve(room, reserve("3", binding([POT], user="bob"), call(700, 100)), wait_s=0)
@@ -339,7 +339,7 @@ async def test_an_end_that_is_not_a_streams_own_wakes_only_whom_it_concerns(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is given back of other quotas lets nobody ask in vain."""
-    monkeypatch.setattr("proxy.waiting._ASK_EVERY_S", 10_000)
+    monkeypatch.setattr("proxy.ledger.queue._ASK_EVERY_S", 10_000)
     async with _stream(tmp_path) as (ledger, room):
         elsewhere = binding([quota("lab/daily", tokens=9)], user="carl")
         await ledger.reserve(reserve("9", elsewhere, call(1)))

@@ -13,12 +13,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
-from proxy.app import store_of
-from proxy.books import Booked, Expire, Facts, Release, Reserve, Settle
-from proxy.policy import Keep
-from proxy.records import COUNT, DELETE_CALLS, DELETE_DAYS, Records, id_at
-from proxy.store import StoreUnavailable
-from proxy.usage import AtLeast, Exactly, Tokens, Unspent
+from proxy.ledger.book import Booked, Expire, Facts, Release, Reserve, Settle
+from proxy.ledger.rollup import COUNT, DELETE_CALLS, DELETE_DAYS, Records, id_at
+from proxy.ledger.store import StoreUnavailable
+from proxy.policy.amounts import AtLeast, Exactly, Tokens, Unspent
+from proxy.policy.policy import Keep
+from proxy.server import store_of
 from tests.audit import connected, rows
 from tests.builders import DAY, NOON, binding, call, quota
 from tests.postgres import shared
@@ -254,8 +254,8 @@ async def test_who_is_stopped_between_adding_and_marking_has_done_neither(place)
 
 COUNTING = """
 import asyncio, sys
-from proxy.app import store_of
-from proxy.records import COUNT
+from proxy.server import store_of
+from proxy.ledger.rollup import COUNT
 
 async def count():
     store = store_of(sys.argv[1])
@@ -339,7 +339,7 @@ async def test_a_deleted_call_can_not_be_ended_again(place):
 @ENGINES
 async def test_the_chore_does_all_of_it(place, monkeypatch):
     """Counts and deletes until nothing is left to do; days go when they are whole and old enough."""
-    monkeypatch.setattr("proxy.records._STEP", 2)
+    monkeypatch.setattr("proxy.ledger.rollup._STEP", 2)
     await place.ended(range(5))
     tended = records(place, calls_ms=2 * DAY, days_ms=4 * DAY)
     place.now += DAY
@@ -371,7 +371,7 @@ class Watched:
 
 async def test_a_step_begins_where_the_last_one_ended(tmp_path, monkeypatch):
     """What was done stays in PostgreSQL's indexes for a while: else each step walks over that of all before it."""
-    monkeypatch.setattr("proxy.records._STEP", 2)
+    monkeypatch.setattr("proxy.ledger.rollup._STEP", 2)
     async with opened("postgresql", tmp_path) as place:
         ids = await place.ended(range(5))
         watched = Watched(place.store)

@@ -2,10 +2,10 @@
 
 import pytest
 
-from proxy.books import Act, Books, Expire, Release, Settle
-from proxy.rows import CHANGING, Changes, changes_of, counters_of, entry_of, keys_of
-from proxy.tables import calls
-from proxy.usage import AtLeast, Exactly, Tokens, Unspent
+from proxy.ledger.book import Act, Books, Expire, Release, Settle
+from proxy.ledger.rows import CHANGING, Changes, changes_of, counters_of, entry_of, keys_of
+from proxy.ledger.schema import calls
+from proxy.policy.amounts import AtLeast, Exactly, Tokens, Unspent
 from tests.builders import DAY, NOON, binding, call, extend, quota, reserve
 
 DAILY = quota("staff/daily", tokens=1000)

@@ -10,10 +10,10 @@ from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 
-from proxy.books import Settle
-from proxy.sqlite import SqliteStore
-from proxy.tables import HEAD, NewerSchema, metadata, migrate
-from proxy.usage import Amount
+from proxy.ledger.book import Settle
+from proxy.ledger.schema import HEAD, NewerSchema, metadata, migrate
+from proxy.ledger.sqlite import SqliteStore
+from proxy.policy.amounts import Amount
 from tests.audit import audit, connected, contents, rows
 from tests.builders import NOON, binding, call, exactly, quota, reserve
 
@@ -38,7 +38,7 @@ def migrated(engine):
 def stopped_at(engine, revision):
     """A database as a release left it whose newest step that was."""
     config = Config()
-    config.set_main_option("script_location", str(files("proxy") / "migrations"))
+    config.set_main_option("script_location", str(files("proxy.ledger") / "migrations"))
     with engine.begin() as connection:
         config.attributes["connection"] = connection
         command.upgrade(config, revision)
@@ -165,7 +165,7 @@ async def test_a_release_runs_on_the_schema_of_the_next(engine, path):
 def test_there_is_one_line_of_migrations(engine, path):
     """Two heads, as two branches leave them when merged, could not be applied to any database."""
     migrated(engine)
-    scripts = ScriptDirectory(str(files("proxy") / "migrations"))
+    scripts = ScriptDirectory(str(files("proxy.ledger") / "migrations"))
     [revision] = rows(path, "alembic_version")
     assert [revision["version_num"]] == scripts.get_heads()
 
@@ -178,4 +178,4 @@ def test_instants_and_amounts_have_64_bits():
 
 def test_the_head_is_the_newest_step():
     """A database that has it is taken as it is, without loading what makes steps."""
-    assert ScriptDirectory(str(files("proxy") / "migrations")).get_current_head() == HEAD
+    assert ScriptDirectory(str(files("proxy.ledger") / "migrations")).get_current_head() == HEAD

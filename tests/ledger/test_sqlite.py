@@ -16,12 +16,12 @@ from pathlib import Path
 
 import pytest
 
-from proxy.admission import Uncounted, Verdict
-from proxy.books import Booked, Expire, Facts, NotBooked, Release, Settle, Unknown
-from proxy.sqlite import SqliteStore
-from proxy.store import Chore, Done, StoreInUse, StoreRefused, StoreUnavailable
-from proxy.tables import NewerSchema
-from proxy.usage import Amount, AtLeast, Exactly, Tokens, Unspent
+from proxy.ledger.book import Booked, Expire, Facts, NotBooked, Release, Settle, Unknown
+from proxy.ledger.schema import NewerSchema
+from proxy.ledger.sqlite import SqliteStore
+from proxy.ledger.store import Chore, Done, StoreInUse, StoreRefused, StoreUnavailable
+from proxy.policy.admission import Uncounted, Verdict
+from proxy.policy.amounts import Amount, AtLeast, Exactly, Tokens, Unspent
 from tests.audit import audit, connected, contents, rows, states
 from tests.breakage import (
     BrokenBinding,
@@ -455,7 +455,7 @@ async def test_of_workers_orphans_are_those_whose_lease_has_run_out(store, path)
 
 OPEN = """
 import asyncio, pathlib, sys
-from proxy.sqlite import SqliteStore
+from proxy.ledger.sqlite import SqliteStore
 asyncio.run(SqliteStore(pathlib.Path(sys.argv[1])).open())
 print("opened", flush=True)
 sys.stdin.read()

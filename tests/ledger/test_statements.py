@@ -3,8 +3,8 @@
 import asyncpg
 import pytest
 
-from proxy.postgres import PostgresStore
-from proxy.statements import ORPHANS, READ_CALL, READ_COUNTERS, WRITING, Patience, begin
+from proxy.ledger.postgres import PostgresStore
+from proxy.ledger.statements import ORPHANS, READ_CALL, READ_COUNTERS, WRITING, Patience, begin
 from tests.postgres import shared
 
 

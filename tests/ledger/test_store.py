@@ -2,7 +2,7 @@
 
 import pytest
 
-from proxy.store import StoreUnavailable
+from proxy.ledger.store import StoreUnavailable
 
 
 @pytest.mark.parametrize("is_uncertain", [True, False])

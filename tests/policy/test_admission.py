@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.admission import (
+from proxy.policy.admission import (
     Admitted,
     Counters,
     Growth,
@@ -23,9 +23,9 @@ from proxy.admission import (
     grow,
     hold_of,
 )
-from proxy.quotas import Binding, Counter, Demand, Limit, Quota, Route, standing_at
-from proxy.usage import NOTHING, Amount
-from proxy.windows import Window
+from proxy.policy.amounts import NOTHING, Amount
+from proxy.policy.quota import Binding, Counter, Demand, Limit, Quota, Route, standing_at
+from proxy.policy.windows import Window
 from tests.builders import DAY, NOON, amount, binding, call, counters, instant, quota, rough, route
 from tests.random_rules import bindings, counters_of, demands
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.usage import (
+from proxy.policy.amounts import (
     MEASURES,
     NOTHING,
     REPORTED_MAX,

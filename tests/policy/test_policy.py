@@ -5,9 +5,9 @@ from dataclasses import replace
 
 import pytest
 
-from proxy.admission import Admitted, decide
-from proxy.policy import _BINDINGS_KEPT, Allow, Group, Model, Policy, Secret, Upstream, User, digest
-from proxy.quotas import Binding, Globs, Route
+from proxy.policy.admission import Admitted, decide
+from proxy.policy.policy import _BINDINGS_KEPT, Allow, Group, Model, Policy, Secret, Upstream, User, digest
+from proxy.policy.quota import Binding, Globs, Route
 from tests.builders import NOON, call, group, policy, quota
 
 DAILY = quota("staff/daily", tokens=1000)

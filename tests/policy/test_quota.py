@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import pytest
 
-from proxy.quotas import Counter, Globs, Limit, standing_at
-from proxy.usage import MEASURES, Amount
-from proxy.windows import Window
+from proxy.policy.amounts import MEASURES, Amount
+from proxy.policy.quota import Counter, Globs, Limit, standing_at
+from proxy.policy.windows import Window
 from tests.builders import DAY, HOUR, MINUTE, NOON, binding, call, instant, quota, route
 
 SIX_OCLOCK = instant("2026-11-24 18:00")

@@ -9,13 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.admission import Admitted, Refused, decide
-from proxy.books import Booked, Books, Entry, Settle
 from proxy.errors import NeverFits, ProxyError, Refusal
-from proxy.quotas import Binding, Counter, CounterKey, Demand, Limit, Quota
-from proxy.standing import Standing, go_duration, rate_limit_headers, refusal, seconds_up, spoken, standings
-from proxy.usage import MEASURES, NOTHING, Amount
-from proxy.windows import Window
+from proxy.ledger.book import Booked, Books, Entry, Settle
+from proxy.policy.admission import Admitted, Refused, decide
+from proxy.policy.amounts import MEASURES, NOTHING, Amount
+from proxy.policy.quota import Binding, Counter, CounterKey, Demand, Limit, Quota
+from proxy.policy.status import Standing, go_duration, rate_limit_headers, refusal, seconds_up, spoken, standings
+from proxy.policy.windows import Window
 from tests.builders import (
     DAY,
     HOUR,

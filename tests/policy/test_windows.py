@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from proxy.windows import UNITS, WEEKDAYS, Calendar, Duration, Unit, Window, parse_per, rfc3339
+from proxy.policy.windows import UNITS, WEEKDAYS, Calendar, Duration, Unit, Window, parse_per, rfc3339
 
 BERLIN = ZoneInfo("Europe/Berlin")
 ZONES = sorted(available_timezones())

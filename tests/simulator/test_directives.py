@@ -2,7 +2,7 @@
 
 import pytest
 
-from proxy.simulated_faults import TOKENS_MAX, Complaint, Directions, complaint_of, read_directions, wrong_key
+from proxy.simulator.directives import TOKENS_MAX, Complaint, Directions, complaint_of, read_directions, wrong_key
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,10 @@ from typing import Any
 import orjson
 import pytest
 
-from proxy.simulated_faults import Directions
-from proxy.simulated_frames import Stream, write_stream, write_whole
-from proxy.simulated_text import Author, Endpoint, Script
-from proxy.sse import Event, Splitter
+from proxy.formats.sse import Event, Splitter
+from proxy.simulator.directives import Directions
+from proxy.simulator.frames import Stream, write_stream, write_whole
+from proxy.simulator.text import Author, Endpoint, Script
 
 author = cache(Author)
 

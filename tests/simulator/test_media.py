@@ -5,8 +5,8 @@ from typing import Any
 import orjson
 import pytest
 
-from proxy.simulated_faults import NO_DIRECTIONS, Complaint, Directions
-from proxy.simulated_media import HEARD, MEDIA, SOUND, Medium, read_form, write_medium
+from proxy.simulator.directives import NO_DIRECTIONS, Complaint, Directions
+from proxy.simulator.media import HEARD, MEDIA, SOUND, Medium, read_form, write_medium
 
 PICTURES = "/v1/images/generations"
 SPEECH = "/v1/audio/speech"

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from proxy.simulated_faults import Complaint, Directions
-from proxy.simulated_messages import write_complaint, write_message, write_message_stream
-from proxy.simulated_text import Author, Endpoint, Script
-from proxy.sse import Splitter
+from proxy.formats.sse import Splitter
+from proxy.simulator.directives import Complaint, Directions
+from proxy.simulator.messages import write_complaint, write_message, write_message_stream
+from proxy.simulator.text import Author, Endpoint, Script
 
 HELLO = [{"role": "user", "content": [{"type": "text", "text": "hello there"}]}]
 TAKEN = 5

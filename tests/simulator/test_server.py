@@ -10,8 +10,8 @@ import orjson
 import pytest
 from openai import AsyncOpenAI
 
-from proxy.simulator import MODELS, REQUESTS_KEPT, Served, Simulator, serve
-from proxy.sse import Event, Splitter
+from proxy.formats.sse import Event, Splitter
+from proxy.simulator.server import MODELS, REQUESTS_KEPT, Served, Simulator, serve
 
 KEY = "sk-upstream-0123456789"
 HELLO: Any = [{"role": "user", "content": "hello there"}]

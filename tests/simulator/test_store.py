@@ -2,9 +2,9 @@
 
 import pytest
 
-from proxy.simulated_faults import Complaint, read_directions
-from proxy.simulated_memory import Memory
-from proxy.simulated_text import Author, Endpoint, Script
+from proxy.simulator.directives import Complaint, read_directions
+from proxy.simulator.store import Memory
+from proxy.simulator.text import Author, Endpoint, Script
 
 
 def script(endpoint: Endpoint = Endpoint.RESPONSES, **more: object) -> Script:

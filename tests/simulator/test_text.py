@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.simulated_faults import Complaint, Directions
-from proxy.simulated_text import CHOICES_MAX, SCROLL_WORDS, Author, Endpoint, Script, count_tokens, read_json
+from proxy.simulator.directives import Complaint, Directions
+from proxy.simulator.text import CHOICES_MAX, SCROLL_WORDS, Author, Endpoint, Script, count_tokens, read_json
 
 author = cache(Author)
 

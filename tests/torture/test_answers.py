@@ -3,10 +3,10 @@
 import orjson
 import pytest
 
-from proxy.simulated_faults import Directions
-from proxy.simulated_frames import write_stream, write_whole
-from proxy.simulated_text import Author, Endpoint, Script
-from proxy.torture_answers import Reading, Refusal, is_near_the_end, read_refusal, read_stream, read_whole
+from proxy.simulator.directives import Directions
+from proxy.simulator.frames import write_stream, write_whole
+from proxy.simulator.text import Author, Endpoint, Script
+from proxy.torture.answers import Reading, Refusal, is_near_the_end, read_refusal, read_stream, read_whole
 
 HELLO = {"messages": [{"role": "user", "content": "hello"}], "prompt": "hello", "input": "hello"}
 

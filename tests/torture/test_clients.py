@@ -10,11 +10,11 @@ import orjson
 import pytest
 from aiohttp import web
 
-from proxy.torture_answers import Refusal
-from proxy.torture_clients import Clients, Door, Target
-from proxy.torture_plan import Plan
-from proxy.torture_records import Seen
-from proxy.torture_upstream import Accountant
+from proxy.torture.answers import Refusal
+from proxy.torture.clients import Clients, Door, Target
+from proxy.torture.evidence import Seen
+from proxy.torture.plan import Plan
+from proxy.torture.upstream import Accountant
 
 NOW = 1_800_000_000_000
 PLAN = Plan(clients=2, users=2, seconds=0.3, disconnects=0, limit=5000)

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from proxy.books import Expire, Release, Settle
-from proxy.postgres import PostgresStore
-from proxy.sqlite import SqliteStore
-from proxy.store import Store
-from proxy.torture_books import NoBooks, count_open, need_none, read_books, remove_books
-from proxy.torture_records import Level, WindowKey
+from proxy.ledger.book import Expire, Release, Settle
+from proxy.ledger.postgres import PostgresStore
+from proxy.ledger.sqlite import SqliteStore
+from proxy.ledger.store import Store
+from proxy.torture.database import NoBooks, count_open, need_none, read_books, remove_books
+from proxy.torture.evidence import Level, WindowKey
 from tests.builders import NOON, binding, call, exactly, quota, reserve
 from tests.postgres import shared
 

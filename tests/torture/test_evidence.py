@@ -2,8 +2,8 @@
 
 import pytest
 
-from proxy.torture_answers import Refusal
-from proxy.torture_records import Line, Seen
+from proxy.torture.answers import Refusal
+from proxy.torture.evidence import Line, Seen
 
 
 def test_a_line_names_the_window_that_it_counts_in() -> None:

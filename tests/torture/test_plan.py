@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from proxy.simulated_faults import read_directions
-from proxy.simulated_text import Author, Endpoint
-from proxy.torture_plan import MODEL_PREFIX, Ask, Asker, Leave, Plan, Wish, client_of, mark_of
+from proxy.simulator.directives import read_directions
+from proxy.simulator.text import Author, Endpoint
+from proxy.torture.plan import MODEL_PREFIX, Ask, Asker, Leave, Plan, Wish, client_of, mark_of
 
 ENDPOINTS = {
     "chat": Endpoint.CHAT,

@@ -10,9 +10,9 @@ from pathlib import Path
 import aiohttp
 import pytest
 
-from proxy.config import load
-from proxy.torture_plan import Plan
-from proxy.torture_proxy import NotStarted, Proxy
+from proxy.config.loader import load
+from proxy.torture.plan import Plan
+from proxy.torture.process import NotStarted, Proxy
 
 KEYS = ("sk-torture-0123456789abcdef-0", "sk-torture-0123456789abcdef-1")
 

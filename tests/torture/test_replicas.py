@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from proxy.torture_plan import Plan
-from proxy.torture_proxy import NotStarted, Proxy
-from proxy.torture_replicas import NotRestarted, Replicas
+from proxy.torture.plan import Plan
+from proxy.torture.process import NotStarted, Proxy
+from proxy.torture.replicas import NotRestarted, Replicas
 
 PLAN = Plan(clients=1, users=1, seconds=1, kill_every_s=0.02, pause_every_s=0, replicas=2)
 

@@ -2,7 +2,7 @@
 
 import json
 
-from proxy.torture_report import Figure, Report
+from proxy.torture.report import Figure, Report
 
 KEPT = Figure("lost", 0, "answers", True)
 BROKEN = Figure("overshoot", 1234, "tokens", False)

@@ -4,9 +4,9 @@ import asyncio
 
 import aiohttp
 
-from proxy.torture_plan import Ask, Leave, Wish
-from proxy.torture_records import Given
-from proxy.torture_upstream import Accountant
+from proxy.torture.evidence import Given
+from proxy.torture.plan import Ask, Leave, Wish
+from proxy.torture.upstream import Accountant
 
 
 def ask(client: int, *, tokens: int = 5, stream: bool = False) -> Ask:

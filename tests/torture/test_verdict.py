@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from proxy.torture_answers import Refusal
-from proxy.torture_records import Books, Evidence, Given, Level, Levels, Line, Row, Seen
-from proxy.torture_report import Report
-from proxy.torture_verdict import judge, judge_from_outside, shares
+from proxy.torture.answers import Refusal
+from proxy.torture.evidence import Books, Evidence, Given, Level, Levels, Line, Row, Seen
+from proxy.torture.report import Report
+from proxy.torture.verdict import judge, judge_from_outside, shares
 
 POT = ("user:u", "g/q")
 LIMIT = 1000

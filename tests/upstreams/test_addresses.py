@@ -5,10 +5,10 @@ wire §2.2 (who rejects `stream_options`), §2.3, §3.5 (Azure).
 
 import pytest
 
-from proxy import habits
-from proxy.endpoints import CHAT, EMBEDDINGS, METERED, RESPONSES, Endpoint
-from proxy.habits import Habits, address_at, address_of, is_about_usage_option
-from proxy.policy import Kind, Model, Upstream
+from proxy.formats.endpoints import CHAT, EMBEDDINGS, METERED, RESPONSES, Endpoint
+from proxy.policy.policy import Kind, Model, Upstream
+from proxy.upstreams import addresses as habits
+from proxy.upstreams.addresses import Habits, address_at, address_of, is_about_usage_option
 
 RESOURCE = "https://res.openai.azure.com"
 

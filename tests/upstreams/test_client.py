@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from proxy.errors import UpstreamError
-from proxy.policy import Upstream
-from proxy.upstream import WHOLE_BYTES_MAX, Upstreams
+from proxy.policy.policy import Upstream
+from proxy.upstreams.client import WHOLE_BYTES_MAX, Upstreams
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
 

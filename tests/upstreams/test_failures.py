@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.errors import ProxyError, UpstreamBusy, UpstreamError, UpstreamExhausted, UpstreamTimeout
-from proxy.failures import Failed, Rejected, failure_of, masked
-from proxy.policy import Secret, Upstream
+from proxy.policy.policy import Secret, Upstream
+from proxy.upstreams.failures import Failed, Rejected, failure_of, masked
 
 KEY = "sk-of-the-operator-0123456789"
 UPSTREAM = Upstream("up", "http://upstream.example/v1", Secret(KEY))

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.headers import idempotency, key_header, to_client, to_upstream
-from proxy.policy import Kind, Secret
+from proxy.policy.policy import Kind, Secret
+from proxy.upstreams.headers import idempotency, key_header, to_client, to_upstream
 
 KEY = Secret("sk-of-the-operator")
 OURS = {"content-type": "application/json", "accept-encoding": "identity"}

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.choice import (
+from proxy.policy.policy import Model, Upstream
+from proxy.upstreams.routing import (
     FAILURES_MAX,
     PAUSE_MS_MAX,
     REST_MS,
@@ -18,7 +19,6 @@ from proxy.choice import (
     may_go_elsewhere,
     seconds_of,
 )
-from proxy.policy import Model, Upstream
 from tests.builders import NOON
 
 

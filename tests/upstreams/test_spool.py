@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from proxy.errors import NoSpace
-from proxy.spool import Spliced, Spool, has_room
+from proxy.upstreams.spool import Spliced, Spool, has_room
 
 BODY = bytes(range(256)) * 8192  # 2 MB: more than is kept in memory
 

@@ -15,8 +15,8 @@ import brotli
 import pytest
 from backports import zstd
 
-from proxy.bodies import REQUEST_BYTES_MAX
-from proxy.config import Patience
+from proxy.config.loader import Patience
+from proxy.web.body import REQUEST_BYTES_MAX
 from tests.bare_client import GOOD, KEY, bare_client, get, post
 from tests.stage import Reply, Stage, stage
 

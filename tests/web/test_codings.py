@@ -16,8 +16,8 @@ from backports import zstd
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.codings import CODINGS, MEMBERS_MAX, PIECE_BYTES, Unpacking
 from proxy.errors import InvalidRequest
+from proxy.web.codings import CODINGS, MEMBERS_MAX, PIECE_BYTES, Unpacking
 
 TEXT = b'{"model": "fast"}'
 PACK: dict[str, Callable[[bytes], bytes]] = {

@@ -19,8 +19,8 @@ from typing import Any
 
 import pytest
 
-from proxy.client import KEEP_ALIVE
-from proxy.config import Patience
+from proxy.config.loader import Patience
+from proxy.web.response import KEEP_ALIVE
 from tests.bare_client import GOOD, bare_client, post
 from tests.bare_upstream import bare_upstream, stream_head
 from tests.stage import STAFF, UPSTREAM_KEY, key_of, stage

@@ -11,8 +11,8 @@ import pytest
 from aiohttp import web
 from structlog.testing import capture_logs
 
-from proxy.config import Patience
-from proxy.listener import Listener
+from proxy.config.loader import Patience
+from proxy.web.listener import Listener
 from tests.bare_client import bare_client, get, post
 
 Handle = Callable[[web.Request], Awaitable[web.StreamResponse]]

@@ -8,8 +8,8 @@ from aiohttp import web
 from aiohttp.test_utils import make_mocked_request
 from structlog.testing import capture_logs
 
-from proxy.answering import REQUEST_ID, answer_errors
 from proxy.errors import BodyTooLarge, LedgerUnavailable, ProxyError
+from proxy.web.middleware import REQUEST_ID, answer_errors
 
 
 async def _answer(error: Exception) -> tuple[web.StreamResponse, dict[str, Any]]:

@@ -6,8 +6,8 @@ from contextlib import asynccontextmanager
 
 from aiohttp import web
 
-from proxy.client import KEEP_ALIVE, Client
 from proxy.tasks import Tasks
+from proxy.web.response import KEEP_ALIVE, Client
 
 
 @asynccontextmanager

@@ -2,7 +2,7 @@
 
 from alembic import context
 
-from proxy.tables import metadata
+from proxy.ledger.schema import metadata
 
 context.configure(connection=context.config.attributes["connection"], target_metadata=metadata)
 with context.begin_transaction():
