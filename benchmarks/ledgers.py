@@ -25,7 +25,7 @@ from typing import Any
 
 import uvloop
 
-from proxy.ledger.book import Facts, Reserve, Settle
+from proxy.ledger.book import CallLabels, Reserve, Settle
 from proxy.ledger.ledger import Ledger
 from proxy.policy.quota import Binding
 from proxy.server import store_of, wall_clock_ms
@@ -79,9 +79,9 @@ class _Counted:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._store, name)
 
-    async def apply(self, acts: Sequence[Any], now: int) -> Any:
+    async def apply(self, operations: Sequence[Any], now: int) -> Any:
         self.batches += 1
-        return await self._store.apply(acts, now)
+        return await self._store.apply(operations, now)
 
 
 def main() -> None:
@@ -186,14 +186,14 @@ async def _client(ledger: Ledger, name: str, users: int, until: float, latencies
     count = 0
     while (began := time.monotonic()) < until:
         count += 1
-        act = Reserve(f"{name}-{count}", ledger.owner, _FACTS, _whoever(users), _DEMAND)
-        await ledger.reserve(act)
-        await ledger.end(Settle(act.id, exactly(90, 60), "complete"))
+        operation = Reserve(f"{name}-{count}", ledger.owner, _FACTS, _whoever(users), _DEMAND)
+        await ledger.reserve(operation)
+        await ledger.end(Settle(operation.id, exactly(90, 60), "complete"))
         latencies.append(time.monotonic() - began)
 
 
 _STAFF = route("staff", quota("staff/daily", tokens=_PLENTY), quota("staff/6h", tokens=_PLENTY, per="6h"))
-_FACTS = Facts("somebody", "gpt-4o-mini", "chat", "openai")
+_FACTS = CallLabels("somebody", "gpt-4o-mini", "chat", "openai")
 _DEMAND = call(100, 400)
 
 

@@ -15,7 +15,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from benchmarks.ledgers import Load, _measure, _postgres
-from proxy.ledger.rollup import COUNT, DELETE_CALLS, DELETE_DAYS, id_at
+from proxy.ledger.rollup import COUNT, DELETE_CALLS, DELETE_DAYS, call_id_prefix
 from proxy.ledger.store import Chore
 from proxy.server import store_of
 
@@ -83,7 +83,7 @@ async def _time(engine: str, url: str) -> None:
     await store.open()
     for name, chore, given in (
         ("counting", COUNT, ()),
-        ("deleting", DELETE_CALLS, (before, id_at(before))),
+        ("deleting", DELETE_CALLS, (before, call_id_prefix(before))),
         ("deleting days", DELETE_DAYS, (before,)),
     ):
         times = [await _timed(store, chore, *given) for _ in range(_STEPS)]

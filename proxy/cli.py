@@ -28,7 +28,7 @@ from proxy.torture.process import NotStarted
 from proxy.torture.replicas import NotRestarted
 from proxy.torture.report import Report
 from proxy.torture.run import NoCount, Outside, Shared
-from proxy.workers import Command, NotServing, Parent, Tie
+from proxy.workers import Command, ControlSocket, NotServing, Parent
 
 _NO, _WRONG = 1, 2
 
@@ -191,7 +191,7 @@ async def _migrate(config: Config) -> None:
         await store.close()
 
 
-async def _serve(config: Config, path: str, tie: Tie | None) -> None:
+async def _serve(config: Config, path: str, tie: ControlSocket | None) -> None:
     read, look = partial(load, path, os.environ), partial(look_at, path)
     with closing(Tokenizers(table_folders(os.environ))) as tokenizers:
         share = None if tie is None else tie.share
@@ -199,9 +199,9 @@ async def _serve(config: Config, path: str, tie: Tie | None) -> None:
         await serve(server, _say_where if tie is None else tie.serves)
 
 
-def _tie(number: int | None) -> Tie | None:
+def _tie(number: int | None) -> ControlSocket | None:
     try:
-        return None if number is None else Tie(number)
+        return None if number is None else ControlSocket(number)
     except OSError as error:
         _give_up(str(error), _WRONG)
 

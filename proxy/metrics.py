@@ -11,7 +11,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 
 from proxy.ledger.book import Entry, Outcome
-from proxy.policy.admission import Refused
+from proxy.policy.admission import NotAdmitted
 from proxy.policy.amounts import Usage
 
 
@@ -47,7 +47,7 @@ class Metrics:
             ("quota",),
             registry=self._registry,
         )
-        self.tries = Counter(
+        self.attempts = Counter(
             "llm_quota_tries",
             "What was sent to an upstream, by what became of it; a call may be sent more than once",
             ("upstream", "outcome"),
@@ -72,14 +72,14 @@ class Metrics:
             multiprocess_mode="livemin",
         )
 
-    def refused(self, refused: Refused) -> None:
+    def refused(self, refused: NotAdmitted) -> None:
         """Count a call that was not let in, at each quota that stood in its way."""
         for block in refused.blocks:
             self.refusals.labels(block.quota.id, block.verdict.name.lower()).inc()
 
     def ended(self, entry: Entry, charged: Usage | None, outcome: Outcome | None, *, model: str) -> None:
         """Count a call that was let in and has ended. `model` must come from a closed list."""
-        self.calls.labels(entry.facts.endpoint, model, outcome).inc()
+        self.calls.labels(entry.labels.endpoint, model, outcome).inc()
         for quota_id in entry.would_refuse:
             self.shadow_refusals.labels(quota_id).inc()
         if charged is None:

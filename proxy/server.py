@@ -18,21 +18,21 @@ from random import getrandbits
 import structlog
 from aiohttp import web
 
-from proxy.calls.disconnect import Departures
-from proxy.calls.dispatch import Tries
+from proxy.calls.disconnect import Disconnects
+from proxy.calls.dispatch import Dispatcher
 from proxy.calls.relay import Relay
-from proxy.calls.stored_responses import Owned
+from proxy.calls.stored_responses import StoredResponses
 from proxy.calls.tokenizer import Tokenizers
 from proxy.config.loader import Address, Config
 from proxy.config.reload import Look, Policies
 from proxy.ledger.ledger import LEASE_MS, Ledger
-from proxy.ledger.queue import WaitingRoom
-from proxy.ledger.rollup import Records
+from proxy.ledger.queue import AdmissionQueue
+from proxy.ledger.rollup import Rollup
 from proxy.ledger.sqlite import SqliteStore
 from proxy.ledger.store import Store, StoreUnavailable
 from proxy.metrics import Metrics
 from proxy.policy.policy import Policy
-from proxy.share import Share
+from proxy.share import InheritedResources
 from proxy.tasks import Tasks
 from proxy.upstreams.client import Upstreams
 from proxy.web.admin import Admin
@@ -69,17 +69,17 @@ class Server:
         tokenizers: Tokenizers,
         look: Callable[[], Look] = lambda: None,
         now: Callable[[], int] = wall_clock_ms,
-        departures: Departures | None = None,
-        share: Share | None = None,
+        disconnects: Disconnects | None = None,
+        share: InheritedResources | None = None,
         draw: Callable[[], int] = random_number,
     ) -> None:
-        self._share = share or Share(f"proxy-{secrets.token_hex(8)}", config.settings.database)
+        self._share = share or InheritedResources(f"proxy-{secrets.token_hex(8)}", config.settings.database)
         self.metrics = Metrics(self._share.metrics)
         self._tokenizers = tokenizers
         self._load = load
         self.policies = Policies(config, load=self._load_whole, look=look, metrics=self.metrics, now=now)
         store = store_of(self._share.database, self._share.lock)
-        self.records = Records(store, now=now, keep=lambda: self.policies.current.keep)
+        self.records = Rollup(store, now=now, keep=lambda: self.policies.current.keep)
         self.ledger = Ledger(
             store,
             owner=self._share.owner,
@@ -88,17 +88,17 @@ class Server:
             wait_s=lambda: self.policies.current.ledger_wait_s,
         )
         self.upstreams = Upstreams()
-        self.waiting = WaitingRoom(self.ledger)
+        self.queue = AdmissionQueue(self.ledger)
         relay = Relay(
-            self.waiting,
-            Tries(self.upstreams, metrics=self.metrics, now=now, draw=draw),
+            self.queue,
+            Dispatcher(self.upstreams, metrics=self.metrics, now=now, draw=draw),
             tokenizers=tokenizers,
             metrics=self.metrics,
-            departures=departures or Departures(),
+            disconnects=disconnects or Disconnects(),
             now=now,
         )
         self.health = Health(self.ledger, self.policies)
-        owned = Owned(self.ledger, self.upstreams)
+        owned = StoredResponses(self.ledger, self.upstreams)
         self._api = Api(self.policies, owned, relay=relay, health=self.health, settings=config.settings, now=now)
         self._admin = Admin(self.metrics, self.health)
         self._settings = config.settings
@@ -192,7 +192,7 @@ def _encodings_of(policy: Policy) -> set[str]:
     """The tokenizers of the models that are named, and the usual ones where clients may name others."""
     models = policy.models or {}
     usual = () if models and "*" not in models else ("o200k_base", "cl100k_base")
-    named = (place for name, model in models.items() if name != "*" for place in model.everywhere)
+    named = (place for name, model in models.items() if name != "*" for place in model.targets)
     return {*usual, *(Tokenizers.encoding_of(place).name for place in named)}
 
 

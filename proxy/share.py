@@ -21,7 +21,7 @@ _LINE_BYTES = 65_536
 
 
 @dataclass(frozen=True, slots=True)
-class Share:
+class InheritedResources:
     """One process' part. Who is alone has no more than a name and a database.
 
     `owner` is its name in the books. `api` and `admin` are the numbers of sockets that listen already, `lock` that of
@@ -47,14 +47,14 @@ class Share:
         return orjson.dumps(self) + b"\n"
 
     @classmethod
-    def of_line(cls, line: bytes) -> "Share":
+    def of_line(cls, line: bytes) -> "InheritedResources":
         """What the parent wrote. Names of a later release mean nothing yet."""
         given = {name: value for name, value in orjson.loads(line).items() if name in cls.__slots__}
         lists = {name: tuple(given[name]) for name in ("api", "admin", "dead") if name in given}
         return cls(**{**given, **lists})
 
 
-def receive(control: socket.socket) -> Share:
+def receive(control: socket.socket) -> InheritedResources:
     """Wait for the line that the parent writes; raises OSError where there is none."""
     line = b""
     while not line.endswith(b"\n"):
@@ -62,7 +62,7 @@ def receive(control: socket.socket) -> Share:
         if not part:
             raise OSError("The parent of this worker is gone.")
         line += part
-    return Share.of_line(line)
+    return InheritedResources.of_line(line)
 
 
 def listen(address: Address) -> list[socket.socket]:

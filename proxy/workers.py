@@ -28,7 +28,7 @@ from proxy.ledger.ledger import Ledger
 from proxy.ledger.sqlite import SqliteStore
 from proxy.metrics import forget
 from proxy.server import GRACE_S, Server, store_of, wall_clock_ms
-from proxy.share import Share, address_of, listen, receive
+from proxy.share import InheritedResources, address_of, listen, receive
 from proxy.tasks import Tasks
 
 _SERVES, _LEAVE = b"serves\n", b"leave\n"
@@ -57,7 +57,7 @@ class Command:
     environ: Mapping[str, str]
 
 
-class Tie:
+class ControlSocket:
     """What ties a worker to its parent, as the worker has it. Raises OSError where there is no parent."""
 
     def __init__(self, number: int) -> None:
@@ -97,7 +97,7 @@ async def _leave(server: Server) -> None:
 class _Worker:
     """One process, as its parent sees it. `decided` is set once it `serves`, or has ended before that."""
 
-    def __init__(self, share: Share, process: asyncio.subprocess.Process, tie: socket.socket) -> None:
+    def __init__(self, share: InheritedResources, process: asyncio.subprocess.Process, tie: socket.socket) -> None:
         self.share = share
         self.pid = process.pid
         self.serves = False
@@ -151,7 +151,7 @@ class Parent:
         self._count = count
         self._command = command
         self._load = load
-        self._share = Share("", config.settings.database)
+        self._share = InheritedResources("", config.settings.database)
         self._sockets: list[socket.socket] = []
         self._alive: dict[_Worker, asyncio.Task[None]] = {}
         # Those that are to serve: neither on trial nor leaving. Who is missing here is replaced.

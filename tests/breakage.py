@@ -107,11 +107,11 @@ def _noting(what: str, note: Any) -> Iterator[None]:
         sa.event.remove(sa.Engine, what, note)
 
 
-def unfit(act: T, **values: object) -> T:
+def unfit(operation: T, **values: object) -> T:
     """The same act with values that its own checks would not have let through."""
     for name, value in values.items():
-        object.__setattr__(act, name, value)
-    return act
+        object.__setattr__(operation, name, value)
+    return operation
 
 
 class BrokenBinding:

@@ -11,10 +11,21 @@ from datetime import UTC, datetime
 from typing import cast
 from zoneinfo import ZoneInfo
 
-from proxy.ledger.book import Extend, Facts, Reserve
+from proxy.ledger.book import CallLabels, Extend, Reserve
 from proxy.policy.amounts import TOKENS_MAX, Amount, Exactly, Measure, Tokens
 from proxy.policy.policy import Group, Policy
-from proxy.policy.quota import Binding, Combine, Counter, CounterKey, Demand, Enforce, Globs, Limit, Quota, Route
+from proxy.policy.quota import (
+    Binding,
+    Combine,
+    Counter,
+    CounterKey,
+    Demand,
+    Enforce,
+    Globs,
+    GroupQuotas,
+    Limit,
+    Quota,
+)
 from proxy.policy.windows import parse_per
 
 MINUTE = 60_000
@@ -55,26 +66,26 @@ def quota(
     )
 
 
-def route(group: str, *quotas: Quota) -> Route:
+def route(group: str, *quotas: Quota) -> GroupQuotas:
     """A group as a way in; without quotas it is unlimited."""
-    return Route(group, quotas)
+    return GroupQuotas(group, quotas)
 
 
 def binding(
-    *ways: Route | Iterable[Quota],
+    *alternatives: GroupQuotas | Iterable[Quota],
     always: Iterable[Quota] = (),
     shadows: Iterable[Quota] = (),
     combine: Combine = "any_group",
     user: str = "ann",
 ) -> Binding:
     """A binding with one way for each group: its quotas, or a `route(...)` where it has none."""
-    routes = [way if isinstance(way, Route) else _route_of(way) for way in ways]
-    return Binding(user, tuple(always), tuple(routes), tuple(shadows), combine)
+    groups = [way if isinstance(way, GroupQuotas) else _route_of(way) for way in alternatives]
+    return Binding(user, tuple(always), tuple(groups), tuple(shadows), combine)
 
 
-def _route_of(quotas: Iterable[Quota]) -> Route:
+def _route_of(quotas: Iterable[Quota]) -> GroupQuotas:
     listed = tuple(quotas)
-    return Route(listed[0].group, listed)
+    return GroupQuotas(listed[0].group, listed)
 
 
 def amount(given: Amount | int) -> Amount:
@@ -101,29 +112,31 @@ def counters(
 
 def call(
     input_tokens: int = 0,
-    want: int = 0,
+    output_maximum: int = 0,
     smallest: int | None = None,
     *,
     first: int = TOKENS_MAX,
-    unseen: int = 0,
+    hidden_input: int = 0,
     open_ended: bool = False,
 ) -> Demand:
     """What a call asks for; the least worth starting for is `min(want, 1024)`, as for a call with one choice.
 
     It holds all of it at once, unless `first` says that it is a stream that begins with less.
     """
-    least = min(want, 1024) if smallest is None else smallest
-    return Demand(input_tokens, want, least, first=first, unseen=unseen, is_open_ended=open_ended)
+    least = min(output_maximum, 1024) if smallest is None else smallest
+    return Demand(
+        input_tokens, output_maximum, least, first=first, hidden_input=hidden_input, is_unbounded=open_ended
+    )
 
 
-def rough(demand: Demand) -> Demand:
+def estimated(demand: Demand) -> Demand:
     """The same call before its input is counted: all that is known is how many bytes it has."""
-    return replace(demand, is_rough=True)
+    return replace(demand, is_estimated=True)
 
 
 def reserve(entry_id: str, who: Binding, demand: Demand) -> Reserve:
     """The act that lets a call in."""
-    return Reserve(entry_id, "process-1", Facts(who.user, "gpt-4o-mini", "chat", "openai"), who, demand)
+    return Reserve(entry_id, "process-1", CallLabels(who.user, "gpt-4o-mini", "chat", "openai"), who, demand)
 
 
 def extend(entry_id: str, who: Binding, output: int, *, least: int = 0, input_tokens: int = TOKENS_MAX) -> Extend:

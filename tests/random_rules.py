@@ -3,7 +3,7 @@
 from hypothesis import strategies as st
 
 from proxy.policy.amounts import MEASURES, TOKENS_MAX, Amount
-from proxy.policy.quota import Binding, Counter, CounterKey, Demand, Quota, Route
+from proxy.policy.quota import Binding, Counter, CounterKey, Demand, GroupQuotas, Quota
 from proxy.policy.windows import Window
 from tests.builders import DAY, HOUR, MINUTE, NOON, quota
 
@@ -43,14 +43,14 @@ def quota_lists(
 @st.composite
 def bindings(draw: st.DrawFn) -> Binding:
     """Everyone's quotas, up to three groups of which some are unlimited, a few quotas in shadow."""
-    routes = [
-        Route(group, () if draw(st.sampled_from([False] * 5 + [True])) else draw(quota_lists(group, least=1)))
+    groups = [
+        GroupQuotas(group, () if draw(st.sampled_from([False] * 5 + [True])) else draw(quota_lists(group, least=1)))
         for group in ("a", "b", "c")[: draw(st.integers(0, 3))]
     ]
     return Binding(
         user="ann",
         always=draw(quota_lists("everyone")),
-        routes=tuple(routes),
+        groups=tuple(groups),
         shadows=draw(quota_lists("watch", enforce=("shadow",))),
         combine=draw(st.sampled_from(["any_group", "every_group"])),
     )
@@ -76,19 +76,19 @@ def counters_of(draw: st.DrawFn, who: Binding, *, held: bool = True) -> dict[Cou
 
 
 @st.composite
-def demands(draw: st.DrawFn, most: int = 60, *, unseen: bool = True) -> Demand:
+def demands(draw: st.DrawFn, most: int = 60, *, hidden_input: bool = True) -> Demand:
     """Calls from an empty one to one that is larger than any limit.
 
     Some generate nothing, some are streams that begin with a part of what they want, and some read what they don't
-    show, unless `unseen` is not to be.
+    show, unless `hidden_input` is not to be.
     """
-    want = draw(st.sampled_from([0, 1, most // 2]) | st.integers(0, most))
-    smallest = min(want, draw(st.sampled_from([1, 1, most // 5, most])))
+    output_maximum = draw(st.sampled_from([0, 1, most // 2]) | st.integers(0, most))
+    smallest = min(output_maximum, draw(st.sampled_from([1, 1, most // 5, most])))
     return Demand(
         draw(st.integers(0, most // 2) | st.integers(0, most)),
-        want,
+        output_maximum,
         smallest,
         first=draw(st.sampled_from([TOKENS_MAX, smallest]) | st.integers(0, most)),
-        is_open_ended=draw(st.booleans()),
-        unseen=draw(st.sampled_from([0, 0, 0, most // 3, 2 * most])) if unseen else 0,
+        is_unbounded=draw(st.booleans()),
+        hidden_input=draw(st.sampled_from([0, 0, 0, most // 3, 2 * most])) if hidden_input else 0,
     )

@@ -18,7 +18,7 @@ from typing import Any
 import aiohttp
 from openai import AsyncOpenAI
 
-from proxy.calls.disconnect import Departures
+from proxy.calls.disconnect import Disconnects
 from proxy.calls.tokenizer import Tokenizers, table_folders
 from proxy.config.loader import Config, Patience, load_text
 from proxy.server import Server
@@ -216,7 +216,7 @@ async def stage(
     folder: Path,
     clock: Clock | None = None,
     simulator: Simulator | None = None,
-    departures: Departures | None = None,
+    disconnects: Disconnects | None = None,
     upstream: str | None = None,
     on_disconnect: str | None = None,
     tokenizers: Tokenizers | None = None,
@@ -246,7 +246,7 @@ async def stage(
     config = replace(config, settings=replace(config.settings, cors=cors, patience=patience or Patience()))
     files = Files(config)
     server = Server(
-        config, load=lambda: files.config, now=clock, departures=departures, tokenizers=tokenizers or loaded()
+        config, load=lambda: files.config, now=clock, disconnects=disconnects, tokenizers=tokenizers or loaded()
     )
     await server.start()
     try:

@@ -6,13 +6,13 @@ import socket
 import pytest
 
 from proxy.config.loader import Address
-from proxy.share import Share, address_of, listen, receive
+from proxy.share import InheritedResources, address_of, listen, receive
 
-WHOLE = Share("me", "sqlite:///q.db", api=(3, 4), admin=(5,), lock=6, metrics="/tmp/x", dead=("you",))
+WHOLE = InheritedResources("me", "sqlite:///q.db", api=(3, 4), admin=(5,), lock=6, metrics="/tmp/x", dead=("you",))
 
 
-@pytest.mark.parametrize("share", [WHOLE, Share("me", "postgresql://u:secret@h/d")])
-def test_what_was_written_is_received(share: Share) -> None:
+@pytest.mark.parametrize("share", [WHOLE, InheritedResources("me", "postgresql://u:secret@h/d")])
+def test_what_was_written_is_received(share: InheritedResources) -> None:
     """To the last field, through a socket, however it is cut into pieces."""
     ours, theirs = socket.socketpair()
     with ours, theirs:
@@ -24,7 +24,9 @@ def test_what_was_written_is_received(share: Share) -> None:
 
 def test_what_another_release_wrote_is_received() -> None:
     """A restart starts the code that is on the disk by then: what it doesn't know means nothing to it."""
-    assert Share.of_line(b'{"owner": "me", "database": "d", "api": [3], "later": 1}') == Share("me", "d", api=(3,))
+    assert InheritedResources.of_line(
+        b'{"owner": "me", "database": "d", "api": [3], "later": 1}'
+    ) == InheritedResources("me", "d", api=(3,))
 
 
 def test_who_has_no_parent_is_told() -> None:
@@ -38,7 +40,7 @@ def test_who_has_no_parent_is_told() -> None:
 def test_the_numbers_are_of_all_that_is_inherited() -> None:
     """Also the lock, where there is one."""
     assert WHOLE.numbers == (3, 4, 5, 6)
-    assert Share("me", "d", api=(3,)).numbers == (3,)
+    assert InheritedResources("me", "d", api=(3,)).numbers == (3,)
 
 
 def test_a_host_may_stand_for_several_addresses() -> None:

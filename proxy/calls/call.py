@@ -6,31 +6,31 @@ from dataclasses import dataclass, replace
 
 from proxy.errors import InvalidRequest, ModelNotFound, ProxyError
 from proxy.formats import anthropic
-from proxy.formats.request import Call, forwarded_body, forwarded_model
+from proxy.formats.request import Request, forwarded_body, forwarded_model
 from proxy.formats.restrictions import check_allowance
-from proxy.ledger.book import Entry, Facts, NotBooked, Reserve
+from proxy.ledger.book import CallLabels, Entry, Refused, Reserve
 from proxy.policy.policy import Model, OnDisconnect, Policy, User
 from proxy.policy.quota import Binding, Counter, CounterKey, Demand
-from proxy.policy.status import Standing, rate_limit_headers, refusal, standings
+from proxy.policy.status import QuotaStatus, quota_statuses, rate_limit_headers, refusal
 from proxy.upstreams.addresses import address_of
 from proxy.upstreams.headers import idempotency, to_upstream
 from proxy.upstreams.spool import Spliced, Spool
-from proxy.web.response import Client
+from proxy.web.response import Responder
 
 _WAIT_S_MAX = 600
 _WAIT = re.compile(r"([0-9]{1,4})(?:s)?")
 
 
 @dataclass(frozen=True, slots=True)
-class Passage:
+class Call:
     """One call, who makes it, and the part of the policy that decides about it."""
 
-    call: Call
+    request: Request
     user: User
     policy: Policy
     model: Model
     binding: Binding
-    client: Client
+    client: Responder
     wait_s: float
     spool: Spool | None = None  # where its body is, if that is a form
     previous: Entry | None = None  # the user's own call that made what this one goes on from
@@ -38,21 +38,21 @@ class Passage:
     @property
     def model_label(self) -> str:
         """The model's name where it is one of the policy's; never a name that a client made up."""
-        return self.call.model if self.call.model in (self.policy.models or {}) else "other"
+        return self.request.model if self.request.model in (self.policy.models or {}) else "other"
 
-    def at(self, model: Model) -> "Passage":
+    def at(self, model: Model) -> "Call":
         """The same call on its way to another upstream of its model."""
         return replace(self, model=model)
 
     @property
     def address(self) -> str:
         """Where it goes, behind the upstream's `base_url`."""
-        return address_of(self.call.endpoint, self.model, api_version=self.client.api_version)
+        return address_of(self.request.endpoint, self.model, api_version=self.client.api_version)
 
     @property
     def adds_usage(self) -> bool:
         """Whether we ask for the usage of its stream in the client's place."""
-        return self.call.adds_usage or self.call.adds_running_usage(self.model.upstream.kind)
+        return self.request.adds_usage or self.request.adds_running_usage(self.model.upstream.kind)
 
     @property
     def pause_s(self) -> float:
@@ -62,14 +62,14 @@ class Passage:
     @property
     def on_disconnect(self) -> OnDisconnect:
         """What to do when the client leaves: a whole answer is always read on, since it is billed anyway."""
-        return self.model.upstream.on_disconnect if self.call.stream else "drain"
+        return self.model.upstream.on_disconnect if self.request.stream else "drain"
 
     def reserve(self, demand: Demand, *, owner: str) -> Reserve:
         """The act that lets this call in."""
         return Reserve(
             id=self.client.id,
             owner=owner,
-            facts=Facts(self.user.name, self.call.model, self.call.endpoint.name, self.model.upstream.name),
+            labels=CallLabels(self.user.name, self.request.model, self.request.endpoint.name, self.model.upstream.name),
             binding=self.binding,
             demand=demand,
         )
@@ -77,8 +77,8 @@ class Passage:
     def body(self) -> bytes | Spliced:
         """The body to send."""
         if self.spool is None:
-            return forwarded_body(self.call, self.model)
-        start, end, name = forwarded_model(self.call, self.model)
+            return forwarded_body(self.request, self.model)
+        start, end, name = forwarded_model(self.request, self.model)
         return Spliced(self.spool, start=start, end=end, patch=name)
 
     def body_for(self, entry: Entry) -> bytes | Spliced:
@@ -86,16 +86,16 @@ class Passage:
         if not entry.capped_by:
             return self.body()
         assert entry.maximum is not None, "what is capped has a maximum"
-        return forwarded_body(self.call, self.model, maximum=entry.maximum // self.call.choices)
+        return forwarded_body(self.request, self.model, maximum=entry.maximum // self.request.choices)
 
-    def without_option(self) -> "Passage":
+    def without_option(self) -> "Call":
         """The same, but that we don't ask for the usage of its stream."""
-        return replace(self, call=replace(self.call, is_option_withheld=True))
+        return replace(self, request=replace(self.request, is_option_withheld=True))
 
     def headers(self) -> dict[str, str]:
         """The headers to send."""
         kind, api_key = self.model.upstream.kind, self.model.upstream.api_key
-        content_type = "application/json" if self.call.form is None else self.call.form.content_type
+        content_type = "application/json" if self.request.form is None else self.request.form.content_type
         own = idempotency(self.client.headers, user=self.user.name, api_key=api_key)
         return own | to_upstream(
             self.client.headers,
@@ -103,67 +103,67 @@ class Passage:
             api_key=api_key,
             content_type=content_type,
             betas=self.model.allows.betas,
-            is_stream=self.call.form is None and self.call.stream,
+            is_stream=self.request.form is None and self.request.stream,
         )
 
-    def refusal(self, answer: NotBooked, now: int, *, busy_s: int) -> ProxyError:
+    def refusal(self, answer: Refused, now: int, *, busy_s: int) -> ProxyError:
         """Why this call is not let in, for its client; `busy_s` is how long calls in flight will take."""
         # As it was decided: a window that has ended since must not be shown as a fresh one, in which there is room.
         then = min([now, *(block.counter.window.resets_at - 1 for block in answer.refused.blocks)])
-        stand = standings(self.binding, answer.counters, then)
+        statuses = quota_statuses(self.binding, answer.counters, then)
         error = refusal(
             answer.refused,
-            stand,
+            statuses,
             policy=self.policy,
-            endpoint=self.call.endpoint.name,
+            endpoint=self.request.endpoint.name,
             now=now,
             busy_s=busy_s,
         )
-        error.headers.update(self._limit_headers(stand, now))
+        error.headers.update(self._limit_headers(statuses, now))
         return error
 
     def quota_headers(
         self, entry: Entry, counters: Mapping[CounterKey, Counter], now: int, *, is_held: bool
     ) -> dict[str, str]:
         """The headers of a metered answer that speak of quotas; what the call itself still holds is left out."""
-        stand = standings(self.binding, counters, now, without=entry if is_held else None)
+        statuses = quota_statuses(self.binding, counters, now, without=entry if is_held else None)
         capped = {"x-quota-capped": f'{entry.maximum}; quota="{entry.capped_by}"'} if entry.capped_by else {}
-        return {**self._limit_headers(stand, now), **capped}
+        return {**self._limit_headers(statuses, now), **capped}
 
-    def _limit_headers(self, stand: Mapping[str, Standing], now: int) -> dict[str, str]:
-        ours = rate_limit_headers(self.binding, stand, now)
-        if not self.call.endpoint.is_of_messages:
+    def _limit_headers(self, statuses: Mapping[str, QuotaStatus], now: int) -> dict[str, str]:
+        ours = rate_limit_headers(self.binding, statuses, now)
+        if not self.request.endpoint.is_of_messages:
             return ours
-        return {**ours, **anthropic.limit_headers(self.binding, stand), "request-id": self.client.id}
+        return {**ours, **anthropic.limit_headers(self.binding, statuses), "request-id": self.client.id}
 
 
-def passage_for(call: Call, user: User, policy: Policy, client: Client, *, spool: Spool | None = None) -> Passage:
+def prepare_call(request: Request, user: User, policy: Policy, client: Responder, *, spool: Spool | None = None) -> Call:
     """Find the model and the quotas of a call; raises ModelNotFound that says what would help."""
-    model = policy.model(call.model)
-    if model is None or not policy.may_use(user, call.model):
-        raise no_such_model(call.model)
-    _refuse_other_surface(call, model)
-    for place in model.everywhere:
-        check_allowance(call, place.allows)
-    binding = policy.binding(user, call.model)
+    model = policy.model(request.model)
+    if model is None or not policy.may_use(user, request.model):
+        raise no_such_model(request.model)
+    _refuse_other_surface(request, model)
+    for place in model.targets:
+        check_allowance(request, place.allows)
+    binding = policy.binding(user, request.model)
     if binding is None:
         raise ModelNotFound(
-            f'No quota of yours covers the model "{call.model}". The operator can add it to the `models` of a quota '
+            f'No quota of yours covers the model "{request.model}". The operator can add it to the `models` of a quota '
             "of one of your groups, or set `unmatched: allow`.",
             param="model",
         )
-    return Passage(call, user, policy, model, binding, client, wait_s=_wait_s(client, policy), spool=spool)
+    return Call(request, user, policy, model, binding, client, wait_s=_wait_s(client, policy), spool=spool)
 
 
-def _refuse_other_surface(call: Call, model: Model) -> None:
+def _refuse_other_surface(request: Request, model: Model) -> None:
     """Nothing is translated: each surface has its own upstreams (the simulator has both)."""
-    kinds = {place.upstream.kind for place in model.everywhere} - {"simulator"}
-    if all((kind == "anthropic") == call.endpoint.is_of_messages for kind in kinds):
+    kinds = {place.upstream.kind for place in model.targets} - {"simulator"}
+    if all((kind == "anthropic") == request.endpoint.is_of_messages for kind in kinds):
         return
-    is_theirs = not call.endpoint.is_of_messages
+    is_theirs = not request.endpoint.is_of_messages
     whose, instead = ("Anthropic", "/v1/messages") if is_theirs else ("OpenAI", "/v1/chat/completions")
     raise InvalidRequest(
-        f'The model "{call.model}" is served as {whose} does: send it to {instead}, with the SDK of that. '
+        f'The model "{request.model}" is served as {whose} does: send it to {instead}, with the SDK of that. '
         "This proxy does not translate between the two.",
         param="model",
         code="wrong_endpoint",
@@ -176,7 +176,7 @@ def no_such_model(name: str) -> ModelNotFound:
     return ModelNotFound(text, param="model")
 
 
-def _wait_s(client: Client, policy: Policy) -> float:
+def _wait_s(client: Responder, policy: Policy) -> float:
     """How long this call may wait for others: as its `X-Quota-Max-Wait` says, else the policy."""
     said = next((value for name, value in client.headers if name.lower() == "x-quota-max-wait"), None)
     if said is None:

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from proxy.calls.call import Passage
+from proxy.calls.call import Call
 from proxy.calls.reservation import Reservation
 
 DRAIN_S = 30.0
@@ -22,7 +22,7 @@ DRAINS_MAX = 64
 DRAINS_OF_A_USER_MAX = 8
 
 
-class Departures:
+class Disconnects:
     """Watches the clients of calls in flight. `drain_s` bounds the time of a drain, `drains_max` their number."""
 
     def __init__(self, *, drain_s: float = DRAIN_S, drains_max: int = DRAINS_MAX) -> None:
@@ -31,12 +31,12 @@ class Departures:
         self._draining: Counter[str] = Counter()
 
     @asynccontextmanager
-    async def watch(self, passage: Passage, reservation: Reservation) -> AsyncIterator[None]:
+    async def watch(self, call: Call, reservation: Reservation) -> AsyncIterator[None]:
         """End the block and settle, when the client has gone and there is no more waiting for the answer.
 
         The block must be the whole of what the running task does with this call.
         """
-        client, user = passage.client, passage.user.name
+        client, user = call.client, call.user.name
         task = asyncio.current_task()
         assert task is not None, "a call runs in a task"
         loop = asyncio.get_running_loop()
@@ -45,12 +45,12 @@ class Departures:
 
         def cut_off() -> None:
             nonlocal is_at_bound
-            is_at_bound = passage.at(reservation.model or passage.model).on_disconnect == "drain"
+            is_at_bound = call.at(reservation.model or call.model).on_disconnect == "drain"
             task.cancel()
 
         def gone() -> None:
             nonlocal is_draining
-            on_disconnect = passage.at(reservation.model or passage.model).on_disconnect
+            on_disconnect = call.at(reservation.model or call.model).on_disconnect
             if not reservation.is_sent:
                 cut_off()
             elif on_disconnect == "stop" and reservation.meter.ending.has_finished:
@@ -62,18 +62,18 @@ class Departures:
             else:
                 cut_off()
 
-        client.when_gone(gone)
+        client.on_disconnected(gone)
         try:
             yield
         except asyncio.CancelledError:
             # A whole answer is generated and billed whether or not its bytes arrive, and nobody saw how long it was.
-            is_unknown = is_at_bound or not passage.call.stream
-            await reservation.leave("client_left" if client.is_gone else "stopped", is_unknown=is_unknown)
-            if not client.is_gone:
+            is_unknown = is_at_bound or not call.request.stream
+            await reservation.end_early("client_left" if client.is_disconnected else "stopped", is_unknown=is_unknown)
+            if not client.is_disconnected:
                 raise
             task.uncancel()
         finally:
-            client.when_gone(None)
+            client.on_disconnected(None)
             for handle in deadline:
                 handle.cancel()
             if is_draining:

@@ -10,18 +10,18 @@ from contextlib import asynccontextmanager
 
 import structlog
 
-from proxy.calls.call import Passage
-from proxy.calls.disconnect import Departures
-from proxy.calls.dispatch import Tries, Ways
+from proxy.calls.call import Call
+from proxy.calls.disconnect import Disconnects
+from proxy.calls.dispatch import Candidates, Dispatcher
 from proxy.calls.reservation import Reservation
 from proxy.calls.tokenizer import Tokenizers
 from proxy.errors import ClientLeft, ProxyError, UpstreamError
 from proxy.formats.meter import Meter
 from proxy.formats.request import error_event
 from proxy.formats.stream import Stream
-from proxy.ledger.book import Booked, NotBooked, Outcome
-from proxy.ledger.pace import Pace
-from proxy.ledger.queue import WaitingRoom
+from proxy.ledger.book import Accepted, Outcome, Refused
+from proxy.ledger.pace import DurationEstimate
+from proxy.ledger.queue import AdmissionQueue
 from proxy.metrics import Metrics
 from proxy.policy.amounts import AtLeast, Unspent
 from proxy.upstreams import headers
@@ -39,39 +39,39 @@ class Relay:
 
     def __init__(
         self,
-        waiting: WaitingRoom,
-        tries: Tries,
+        queue: AdmissionQueue,
+        dispatcher: Dispatcher,
         *,
         tokenizers: Tokenizers,
         metrics: Metrics,
-        departures: Departures,
+        disconnects: Disconnects,
         now: Callable[[], int],
     ) -> None:
-        self._waiting = waiting
-        self._ledger = waiting.ledger
-        self._tries = tries
+        self._queue = queue
+        self._ledger = queue.ledger
+        self._dispatcher = dispatcher
         self._tokenizers = tokenizers
         self._metrics = metrics
-        self._departures = departures
+        self._disconnects = disconnects
         self._now = now
-        self._pace = Pace()
+        self._pace = DurationEstimate()
 
-    async def carry(self, passage: Passage) -> None:
+    async def carry(self, call: Call) -> None:
         """Carry one call to the upstream and its answer back.
 
         Nothing is sent that is not reserved, and every reservation ends exactly once. Raises Refusal where the
         quotas say no, and UpstreamError as long as nothing of an answer has gone out.
         """
-        ways = Ways(passage, self._tokenizers)
+        candidates = Candidates(call, self._tokenizers)
         async with (
-            self._reserve(passage, ways) as reservation,
-            self._departures.watch(passage, reservation),
-            self._blame_upstream(passage, reservation),
-            self._tries.answer(ways, reservation) as (asked, answer),
+            self._reserve(call, candidates) as reservation,
+            self._disconnects.watch(call, reservation),
+            self._blame_upstream(call, reservation),
+            self._dispatcher.answer(candidates, reservation) as (asked, answer),
         ):
             # A long stream must not keep the request in memory three times over: agents send megabytes. Its texts
             # stay, in case they have to be counted.
-            ways.forget()
+            candidates.forget()
             if answer.status // 100 != 2:
                 await self._pass_on_failure(answer, asked, reservation)
             elif answer.is_stream:
@@ -80,15 +80,15 @@ class Relay:
                 await self._pass_on_whole(answer, asked, reservation)
 
     @asynccontextmanager
-    async def _reserve(self, passage: Passage, ways: Ways) -> AsyncIterator[Reservation]:
+    async def _reserve(self, call: Call, candidates: Candidates) -> AsyncIterator[Reservation]:
         """Hold what the call may use, and see that it ends; raises Refusal."""
-        answer = await self._let_in(passage, ways)
-        if isinstance(answer, NotBooked):
+        answer = await self._let_in(call, candidates)
+        if isinstance(answer, Refused):
             self._metrics.refused(answer.refused)
             now = self._now()
-            raise passage.refusal(answer, now, busy_s=self._pace.busy_s(now))
-        first = ways.first
-        reservation = Reservation(self._ledger, answer, first.meter(), binding=passage.binding, count=first.count)
+            raise call.refusal(answer, now, busy_s=self._pace.busy_s(now))
+        first = candidates.first
+        reservation = Reservation(self._ledger, answer, first.meter(), binding=call.binding, count=first.count)
         del first
         self._pace.began(answer.entry.id, self._now())
         try:
@@ -98,27 +98,27 @@ class Relay:
         finally:
             self._pace.ended(answer.entry.id, self._now())
             self._metrics.ended(
-                reservation.entry, reservation.charged, reservation.outcome, model=passage.model_label
+                reservation.entry, reservation.charged, reservation.outcome, model=call.model_label
             )
 
-    async def _let_in(self, passage: Passage, ways: Ways) -> Booked | NotBooked:
+    async def _let_in(self, call: Call, candidates: Candidates) -> Accepted | Refused:
         """Ask the ledger, and wait for calls in flight if it comes to that, as long as the client does."""
         task = asyncio.current_task()
         assert task is not None, "a call runs in a task"
-        passage.client.when_gone(task.cancel)
+        call.client.on_disconnected(task.cancel)
         try:
-            act = passage.reserve(ways.demand, owner=self._ledger.owner)
-            return await self._waiting.reserve(act, wait_s=passage.wait_s, recount=ways.exact_demand)
+            operation = call.reserve(candidates.demand, owner=self._ledger.owner)
+            return await self._queue.reserve(operation, wait_s=call.wait_s, recount=candidates.exact_demand)
         except asyncio.CancelledError:
-            if not passage.client.is_gone:
+            if not call.client.is_disconnected:
                 raise
             task.uncancel()
             raise ClientLeft from None
         finally:
-            passage.client.when_gone(None)
+            call.client.on_disconnected(None)
 
     @asynccontextmanager
-    async def _blame_upstream(self, passage: Passage, reservation: Reservation) -> AsyncIterator[None]:
+    async def _blame_upstream(self, call: Call, reservation: Reservation) -> AsyncIterator[None]:
         """Settle what an upstream broke, and tell the client: by status, or, once an answer has begun, in band."""
         try:
             yield
@@ -127,24 +127,24 @@ class Relay:
                 await reservation.settle(await reservation.usage(), "upstream_broke")
             else:
                 await reservation.release()
-            upstream = (reservation.model or passage.model).upstream
+            upstream = (reservation.model or call.model).upstream
             log.warning("upstream failed", upstream=upstream.name, call=reservation.entry.id, reason=str(error))
-            if passage.client.response is None:
+            if call.client.response is None:
                 raise
-            await passage.client.write(error_event(passage.call.endpoint, error))
-            await passage.client.end()
+            await call.client.write(error_event(call.request.endpoint, error))
+            await call.client.end()
 
-    async def _pass_on_stream(self, answer: Answer, passage: Passage, reservation: Reservation) -> None:
+    async def _pass_on_stream(self, answer: Answer, call: Call, reservation: Reservation) -> None:
         """Each event at once, as far as it is held, and the end when it is settled."""
-        client, stream = passage.client, Stream(reservation.meter)
-        await client.start(answer.status, self._head(answer, passage, reservation))
+        client, stream = call.client, Stream(reservation.meter)
+        await client.start(answer.status, self._head(answer, call, reservation))
         try:
-            with client.kept_awake(lambda: stream.is_between_events):
+            with client.heartbeat(lambda: stream.is_between_events):
                 async for chunk in answer.chunks():
                     await client.write(stream.feed(chunk, covered=reservation.covered))
                     while stream.is_held_up:
-                        if not await reservation.grow(self._waiting, wait_s=passage.pause_s, is_gone=client.has_gone):
-                            return await self._end_at_limit(stream, passage, reservation)
+                        if not await reservation.grow(self._queue, wait_s=call.pause_s, is_disconnected=client.has_disconnected):
+                            return await self._end_at_limit(stream, call, reservation)
                         await client.write(stream.feed(b"", covered=reservation.covered))
                     if stream.is_over:
                         break
@@ -153,54 +153,54 @@ class Relay:
                 client.abort()  # an error event would become a part of the one that broke off
             raise
         stream.close(covered=reservation.covered)
-        await reservation.settle(await reservation.usage(), _outcome(passage, reservation.meter))
+        await reservation.settle(await reservation.usage(), _outcome(call, reservation.meter))
         await client.write(stream.end())
         await client.end()
         await _use_up(answer)
 
-    async def _end_at_limit(self, stream: Stream, passage: Passage, reservation: Reservation) -> None:
+    async def _end_at_limit(self, stream: Stream, call: Call, reservation: Reservation) -> None:
         """No more is to be had: end the answer as its own maximum would have, and leave the upstream."""
         # A usage that was said covers the event that was withheld too, so it counts up to the hold, as guesses do.
         await reservation.settle(AtLeast((await reservation.usage()).tokens), "at_limit")
         assert reservation.charged is not None, "it was settled"
-        await passage.client.write(stream.end_at_limit(reservation.charged.tokens))
-        await passage.client.end()
+        await call.client.write(stream.end_at_limit(reservation.charged.tokens))
+        await call.client.end()
 
-    async def _pass_on_whole(self, answer: Answer, passage: Passage, reservation: Reservation) -> None:
+    async def _pass_on_whole(self, answer: Answer, call: Call, reservation: Reservation) -> None:
         body = await answer.whole()
         reservation.meter.see_whole(body)
-        if not await reservation.covers_whole(self._waiting):
+        if not await reservation.covers_whole(self._queue):
             await reservation.settle(AtLeast((await reservation.usage()).tokens), "at_limit")
             raise UpstreamError(
                 "The upstream gave a whole answer where a stream was asked, and no quota has room for it."
             )
-        await reservation.settle(await reservation.usage(), _outcome(passage, reservation.meter))
-        passage.client.send(answer.status, self._head(answer, passage, reservation), body)
+        await reservation.settle(await reservation.usage(), _outcome(call, reservation.meter))
+        call.client.send(answer.status, self._head(answer, call, reservation), body)
 
-    async def _pass_on_failure(self, answer: Answer, passage: Passage, reservation: Reservation) -> None:
+    async def _pass_on_failure(self, answer: Answer, call: Call, reservation: Reservation) -> None:
         """An error instead of an answer: what it means decides what is charged and what the client sees."""
-        failure = failure_of(answer.status, await answer.beginning(), answer.retry_after, passage.model.upstream)
+        failure = failure_of(answer.status, await answer.beginning(), answer.retry_after, call.model.upstream)
         if isinstance(failure, Rejected):
             await reservation.settle(Unspent(requests=1), "rejected")
         else:
             await reservation.release()
         if isinstance(failure, ProxyError):
             raise failure
-        passage.client.send(
-            failure.status, {**self._quota_headers(passage, reservation), **headers.OF_JSON}, failure.body
+        call.client.send(
+            failure.status, {**self._quota_headers(call, reservation), **headers.JSON_HEADERS}, failure.body
         )
 
-    def _head(self, answer: Answer, passage: Passage, reservation: Reservation) -> dict[str, str]:
+    def _head(self, answer: Answer, call: Call, reservation: Reservation) -> dict[str, str]:
         passed = headers.to_client(answer.headers, is_stream=answer.is_stream)
-        return {**passed, **self._quota_headers(passage, reservation)}
+        return {**passed, **self._quota_headers(call, reservation)}
 
-    def _quota_headers(self, passage: Passage, reservation: Reservation) -> dict[str, str]:
+    def _quota_headers(self, call: Call, reservation: Reservation) -> dict[str, str]:
         is_held = reservation.outcome is None
-        return passage.quota_headers(reservation.entry, reservation.counters, self._now(), is_held=is_held)
+        return call.quota_headers(reservation.entry, reservation.counters, self._now(), is_held=is_held)
 
 
-def _outcome(passage: Passage, meter: Meter) -> Outcome:
-    if passage.client.is_gone:
+def _outcome(call: Call, meter: Meter) -> Outcome:
+    if call.client.is_disconnected:
         return "client_left"
     return "upstream_broke" if meter.has_error else "complete"
 

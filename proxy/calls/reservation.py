@@ -10,12 +10,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from types import TracebackType
 
-from proxy.calls.token_count import CallCount
+from proxy.calls.token_count import TokenCount
 from proxy.errors import LedgerUnavailable
 from proxy.formats.meter import Meter
-from proxy.ledger.book import Booked, Extend, Outcome, Release, Settle
+from proxy.ledger.book import Accepted, Extend, Outcome, Release, Settle
 from proxy.ledger.ledger import Ledger
-from proxy.ledger.queue import WaitingRoom
+from proxy.ledger.queue import AdmissionQueue
 from proxy.policy.admission import Verdict
 from proxy.policy.amounts import TOKENS_MAX, AtLeast, Tokens, Usage
 from proxy.policy.policy import Model
@@ -35,7 +35,9 @@ _TOLERANCE = 64
 class Reservation:
     """What is held for one call. `entry` is it in the books, as it was last told."""
 
-    def __init__(self, ledger: Ledger, booked: Booked, meter: Meter, *, binding: Binding, count: CallCount) -> None:
+    def __init__(
+        self, ledger: Ledger, booked: Accepted, meter: Meter, *, binding: Binding, count: TokenCount
+    ) -> None:
         self.entry = booked.entry
         self.meter = meter
         self.is_sent = False  # before that nothing can have been used
@@ -56,9 +58,9 @@ class Reservation:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        await self.leave("proxy_broke")
+        await self.end_early("proxy_broke")
 
-    def ask(self, model: Model, meter: Meter, *, count: CallCount) -> None:
+    def ask(self, model: Model, meter: Meter, *, count: TokenCount) -> None:
         """The call is sent to this upstream from now on; `meter` and `count` are as its answer needs them."""
         self.model, self.meter, self._count = model, meter, count
         self.is_sent = True
@@ -68,10 +70,12 @@ class Reservation:
         """How many tokens of output may pass on."""
         return max(self.entry.hold.output, self._let_pass, self._trusted)
 
-    async def grow(self, waiting: WaitingRoom, *, wait_s: float, is_gone: Callable[[], bool] = lambda: False) -> bool:
+    async def grow(
+        self, queue: AdmissionQueue, *, wait_s: float, is_disconnected: Callable[[], bool] = lambda: False
+    ) -> bool:
         """Hold what the meter has seen, and some more; False where no more is to be had.
 
-        Where only calls in flight hold what is left it waits for them, up to `wait_s` or until the client `is_gone`,
+        Where only calls in flight hold what is left it waits for them, up to `wait_s` or until the client `is_disconnected`,
         and keeps meanwhile what it got. While the ledger can't be written a running answer goes on: what it used is
         charged at its end. But not once our lease has run out: then others may have charged what is held, and let in
         whom there is room for, so nothing more passes on.
@@ -79,11 +83,11 @@ class Reservation:
         seen, maximum = self.meter.output_seen, self.entry.maximum
         is_beyond = maximum is not None and max(self.covered, seen) > maximum
         try:
-            if await self._extend(waiting, self._input_tokens(), wait_s=0):
+            if await self._extend(queue, self._input_tokens(), wait_s=0):
                 return True
             # What is held for the input by its bytes may be all that is missing.
             input_tokens = min(self._input_tokens(), await self._count.most_of_input())
-            if await self._extend(waiting, input_tokens, wait_s=0 if is_beyond else wait_s, is_gone=is_gone):
+            if await self._extend(queue, input_tokens, wait_s=0 if is_beyond else wait_s, is_disconnected=is_disconnected):
                 return True
         except LedgerUnavailable:
             if self._may_be_lost:
@@ -95,14 +99,14 @@ class Reservation:
         self._trusted = _RUNAWAY * maximum + _TOLERANCE
         return seen <= self._trusted
 
-    async def covers_whole(self, waiting: WaitingRoom) -> bool:
+    async def covers_whole(self, queue: AdmissionQueue) -> bool:
         """Whether all of an answer is held that came whole where a stream was asked; it is, if there is room."""
         hold = self.entry.hold.output
         usage = self.meter.usage() if hold == self.entry.maximum else await self.usage()
         if hold == self.entry.maximum or usage.tokens.output <= hold:
             return True
         try:
-            return await self._extend(waiting, self._input_tokens(), wait_s=0, least=usage.tokens.output)
+            return await self._extend(queue, self._input_tokens(), wait_s=0, least=usage.tokens.output)
         except LedgerUnavailable:
             return not self._may_be_lost
 
@@ -119,19 +123,19 @@ class Reservation:
 
     async def _extend(
         self,
-        waiting: WaitingRoom,
+        queue: AdmissionQueue,
         input_tokens: int,
         *,
         wait_s: float,
-        is_gone: Callable[[], bool] = lambda: False,
+        is_disconnected: Callable[[], bool] = lambda: False,
         least: int | None = None,
     ) -> bool:
         seen, lapses = self.meter.output_seen if least is None else least, self._ledger.lapses
         wanted = max(seen, self._wanted())
-        act = Extend(self.entry.id, self._binding, input=input_tokens, output=wanted, least=seen)
-        booked = await waiting.extend(act, wait_s=wait_s, ask_s=COMMIT_WAIT_S, is_gone=is_gone)
+        operation = Extend(self.entry.id, self._binding, input=input_tokens, output=wanted, least=seen)
+        booked = await queue.extend(operation, wait_s=wait_s, ask_s=COMMIT_WAIT_S, is_disconnected=is_disconnected)
         self.entry, self.counters, self._lapses = booked.entry, {**self.counters, **booked.counters}, lapses
-        return booked.verdict is Verdict.ROOM and booked.entry.state == "open"
+        return booked.verdict is Verdict.ALLOW and booked.entry.state == "open"
 
     def _input_tokens(self) -> int:
         """What is to be held for the input, now that the upstream may have said it."""
@@ -170,7 +174,7 @@ class Reservation:
         settle = Settle(self.entry.id, usage, outcome, upstream=self._upstream, response_id=self.meter.response_id)
         await self._end(settle, usage, wait_s)
 
-    async def leave(self, outcome: Outcome, *, is_unknown: bool = False) -> None:
+    async def end_early(self, outcome: Outcome, *, is_unknown: bool = False) -> None:
         """End a call that goes no further: free if it was never sent, else charged as well as it can be known.
 
         `is_unknown` where what passed says nothing of what it cost: then it is all that is held.
@@ -190,11 +194,11 @@ class Reservation:
     def _upstream(self) -> str | None:
         return None if self.model is None else self.model.upstream.name
 
-    async def _end(self, act: Settle | Release, usage: Usage | None, wait_s: float) -> None:
+    async def _end(self, operation: Settle | Release, usage: Usage | None, wait_s: float) -> None:
         if self.outcome is not None:
             return
-        self.outcome, self.charged = act.outcome, usage
-        booking = self._ledger.end(act)
+        self.outcome, self.charged = operation.outcome, usage
+        booking = self._ledger.end(operation)
         await asyncio.wait([booking], timeout=wait_s)
-        if booking.done() and not booking.exception() and isinstance(answer := booking.result(), Booked):
+        if booking.done() and not booking.exception() and isinstance(answer := booking.result(), Accepted):
             self.counters = {**self.counters, **answer.counters}

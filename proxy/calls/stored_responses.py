@@ -12,26 +12,26 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from urllib.parse import urlencode
 
-from proxy.calls.call import Passage
+from proxy.calls.call import Call
 from proxy.errors import PreviousNotFound, ProxyError, ResponseNotFound, UpstreamError
-from proxy.formats.endpoints import RESPONSE_ID, Kept
+from proxy.formats.endpoints import RESPONSE_ID, StoredResponsePath
 from proxy.ledger.book import Entry
 from proxy.ledger.ledger import Ledger
 from proxy.policy.policy import Model, Policy, Upstream, User
 from proxy.upstreams.addresses import address_at
 from proxy.upstreams.client import Answer, Upstreams
 from proxy.upstreams.failures import failure_of
-from proxy.upstreams.headers import OF_JSON, to_client, to_upstream
-from proxy.web.response import Client
+from proxy.upstreams.headers import JSON_HEADERS, to_client, to_upstream
+from proxy.web.response import Responder
 
 _SHOWN = 80
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class StoredResponseQuery:
     """What a user wants of a response: `query` as it came, of which only what is known passes on."""
 
-    kept: Kept
+    kept: StoredResponsePath
     response_id: str
     query: Sequence[tuple[str, str]]
     user: User
@@ -44,35 +44,35 @@ class Asked:
         return address + ("&" if "?" in address else "?") + query if query else address
 
 
-class Owned:
+class StoredResponses:
     """Knows by the books whose a response is."""
 
     def __init__(self, ledger: Ledger, upstreams: Upstreams) -> None:
         self.ledger = ledger
         self._upstreams = upstreams
 
-    async def with_previous(self, passage: Passage) -> Passage:
+    async def with_previous(self, call: Call) -> Call:
         """The passage with what it goes on from, to where that is kept. Raises PreviousNotFound, LedgerUnavailable.
 
         It has to be its own user's.
         """
-        name = passage.call.previous_response_id
+        name = call.request.previous_response_id
         if name is None:
-            return passage
-        made = await self._made(name, passage.user)
-        places = [at for at in passage.model.everywhere if made and at.upstream.name == made.facts.upstream]
+            return call
+        made = await self._made(name, call.user)
+        places = [at for at in call.model.targets if made and at.upstream.name == made.labels.upstream]
         if not places:
-            raise _no_previous(name, passage.model)
+            raise _no_previous(name, call.model)
         first, *others = places
-        return replace(passage, previous=made, model=replace(first, others=tuple(others)))
+        return replace(call, previous=made, model=replace(first, others=tuple(others)))
 
-    async def pass_on(self, asked: Asked, client: Client) -> None:
+    async def pass_on(self, asked: StoredResponseQuery, client: Responder) -> None:
         """Ask the upstream that keeps it, and pass its answer on.
 
         Raises ResponseNotFound, LedgerUnavailable, UpstreamError. It may be cancelled at any moment: nothing is held.
         """
         made = await self._made(asked.response_id, asked.user)
-        upstream = asked.policy.upstreams.get(made.facts.upstream) if made else None
+        upstream = asked.policy.upstreams.get(made.labels.upstream) if made else None
         if upstream is None:
             raise _no_response(asked.response_id)
         headers = to_upstream(client.headers, kind=upstream.kind, api_key=upstream.api_key)
@@ -91,8 +91,8 @@ class Owned:
         """The call that made it, if that was this user's."""
         if not RESPONSE_ID.fullmatch(response_id):
             return None
-        made = await self.ledger.maker(response_id)
-        return made if made is not None and made.facts.user == user.name else None
+        made = await self.ledger.response_entry(response_id)
+        return made if made is not None and made.labels.user == user.name else None
 
 
 def _no_response(response_id: str) -> ResponseNotFound:
@@ -106,12 +106,12 @@ def _no_previous(response_id: str, model: Model) -> PreviousNotFound:
     return PreviousNotFound(text, param="previous_response_id")
 
 
-async def _pass_on_stream(answer: Answer, client: Client) -> None:
+async def _pass_on_stream(answer: Answer, client: Responder) -> None:
     await client.start(answer.status, to_client(answer.headers, is_stream=True))
     try:
         async for chunk in answer.chunks():
             await client.write(chunk)
-            if client.is_gone:
+            if client.is_disconnected:
                 return
     except UpstreamError:
         client.abort()  # an event of ours could become a part of the one that broke off
@@ -119,8 +119,8 @@ async def _pass_on_stream(answer: Answer, client: Client) -> None:
         await client.end()
 
 
-async def _pass_on_failure(answer: Answer, upstream: Upstream, client: Client) -> None:
+async def _pass_on_failure(answer: Answer, upstream: Upstream, client: Responder) -> None:
     failure = failure_of(answer.status, await answer.beginning(), answer.retry_after, upstream)
     if isinstance(failure, ProxyError):
         raise failure
-    client.send(failure.status, OF_JSON, failure.body)
+    client.send(failure.status, JSON_HEADERS, failure.body)

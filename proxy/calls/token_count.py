@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 
 from proxy.calls.tokenizer import BYTES_PER_TOKEN, Tokenizers
 from proxy.formats.content import read_prompt, with_files, with_previous
-from proxy.formats.estimate import counted, demand_of
-from proxy.formats.request import Call
+from proxy.formats.estimate import counted, estimate_demand
+from proxy.formats.request import Request
 from proxy.ledger.book import Entry
 from proxy.policy.amounts import TOKENS_MAX, Exactly
 from proxy.policy.policy import Model
@@ -20,23 +20,23 @@ from proxy.policy.quota import Demand
 _KEPT_CHARACTERS_MAX = 2**20
 
 
-class CallCount:
+class TokenCount:
     """The tokens of one call. `body_bytes` is the length of the body that is sent.
 
     `previous` is the call that made what this one goes on from.
     """
 
     def __init__(
-        self, tokenizers: Tokenizers, call: Call, model: Model, *, body_bytes: int, previous: Entry | None = None
+        self, tokenizers: Tokenizers, request: Request, model: Model, *, body_bytes: int, previous: Entry | None = None
     ) -> None:
-        is_chat = call.endpoint.name in ("chat", "messages") or call.endpoint.is_of_responses
-        prompt = read_prompt(call.document, model=model.upstream_model, is_chat=is_chat)
-        if call.form is not None:
-            sizes = [file.size for file in call.form.files]
-            prompt = with_files(prompt, sizes, are_sounds=call.endpoint.form == "sounds", context=model.context)
+        is_chat = request.endpoint.name in ("chat", "messages") or request.endpoint.is_of_responses
+        prompt = read_prompt(request.document, model=model.upstream_model, is_chat=is_chat)
+        if request.form is not None:
+            sizes = [file.size for file in request.form.files]
+            prompt = with_files(prompt, sizes, are_sounds=request.endpoint.form == "sounds", context=model.context)
         if previous is not None:
             prompt = with_previous(prompt, _total_of(previous, model))
-        self.demand = demand_of(call, model, prompt, body_bytes=body_bytes)
+        self.demand = estimate_demand(request, model, prompt, body_bytes=body_bytes)
         self._tokenizers = tokenizers
         self._model = model
         self._encoding = tokenizers.encoding_of(model)
@@ -63,7 +63,7 @@ class CallCount:
     async def most_of_input(self) -> int:
         """The most that the input can be, what is not shown of it included."""
         demand = await self.exact_demand()
-        return demand.input + demand.unseen
+        return demand.input + demand.hidden_input
 
     async def of_input(self) -> int:
         """About how many tokens the input has; never the bound, which is meant to be too large."""

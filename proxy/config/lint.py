@@ -243,7 +243,7 @@ def _is_bound(policy: Policy, user: User, model: str, quota: Quota) -> bool:
 
 def _aliases(policy: Policy, quota: Quota) -> Iterator[tuple[str, str]]:
     """Names that the quota doesn't match, each with a name of the same model that it does."""
-    models = [place for model in _named(policy).values() for place in model.everywhere]
+    models = [place for model in _named(policy).values() for place in model.targets]
     matched = {_served(model): model.name for model in models if quota.models.match(model.name)}
     found: dict[tuple[str, str], None] = {}  # each once, however many upstreams show it
     for model in models:
@@ -256,7 +256,7 @@ def _aliases(policy: Policy, quota: Quota) -> Iterator[tuple[str, str]]:
 def _named(policy: Policy) -> dict[str, Model]:
     """The models by each name that clients can call: with an open list also by the upstream's own."""
     listed = {name: model for name, model in (policy.models or {}).items() if name != "*"}
-    served = {place.upstream_model for model in listed.values() for place in model.everywhere}
+    served = {place.upstream_model for model in listed.values() for place in model.targets}
     own = {name: policy.model(name) for name in sorted(served)}
     return listed | {name: model for name, model in own.items() if model is not None}
 
@@ -269,7 +269,7 @@ def _endless_models(policy: Policy) -> Warnings:
     """Models of which nobody says how long an answer may become, so that one may take a quota over its limit."""
     for name, model in (policy.models or {}).items():
         # Anthropic takes no call without a maximum.
-        is_bounded = all(place.upstream.kind in ("simulator", "anthropic") for place in model.everywhere)
+        is_bounded = all(place.upstream.kind in ("simulator", "anthropic") for place in model.targets)
         is_known = model.max_output_tokens is not None or is_bounded
         # What makes embeddings writes no answers. It is known by its name alone.
         if name == "*" or is_known or "embed" in model.upstream_model:

@@ -11,7 +11,7 @@ from zoneinfo import ZoneInfo
 from proxy.errors import ProxyError
 from proxy.policy.amounts import MEASURES, Tokens, read_tokens
 from proxy.policy.quota import Binding
-from proxy.policy.status import Standing, first_to_refuse
+from proxy.policy.status import QuotaStatus, first_to_refuse
 from proxy.policy.windows import rfc3339
 
 # What a client that names no version gets: the first that was published, which all servers know.
@@ -61,7 +61,7 @@ def type_of(status: int) -> str:
     return _TYPES.get(status, "api_error" if status >= 500 else "invalid_request_error")
 
 
-def limit_headers(binding: Binding, stand: Mapping[str, Standing]) -> dict[str, str]:
+def limit_headers(binding: Binding, stand: Mapping[str, QuotaStatus]) -> dict[str, str]:
     """What `x-ratelimit-*` say, under Anthropic's names; the reset is an instant in UTC, rounded up."""
     headers: dict[str, str] = {}
     for kind, measures in (("tokens", MEASURES[:3]), ("requests", MEASURES[3:])):

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from proxy.formats.images import Patches, Tiles, base64_start, picture_size, price_by_area, price_of_pictures
+from proxy.formats.images import Patches, Tiles, base64_start, image_price, image_size, price_by_area
 from proxy.formats.strict_json import dump
 
 # What the cookbook's chat format adds to each message, to a name, and once for the beginning of the answer.
@@ -98,7 +98,7 @@ class Prompt:
 
 def read_prompt(document: Mapping[str, Any], *, model: str, is_chat: bool) -> Prompt:
     """What the upstream's `model` reads of a request. `is_chat`: as messages (/chat/completions, /responses)."""
-    reading = _Reading(price_of_pictures(model))
+    reading = _Reading(image_price(model))
     for name in _TEXT_FIELDS:
         reading.see_field(document.get(name), is_chat=is_chat)
     if any(isinstance(tool, dict) and "input_schema" in tool for tool in _list(document.get("tools"))):
@@ -277,7 +277,7 @@ class _Reading:
             self.see(inner)
         elif start := base64_start(url):
             self._pictures_seen += 1
-            size = picture_size(url, start, is_searched=self._pictures_seen <= _JPEGS_MAX)
+            size = image_size(url, start, is_searched=self._pictures_seen <= _JPEGS_MAX)
             self._leave_out(url, part)
         self.price(self._pictures.price(size, is_low=image.get("detail") == "low"))
         self.is_open = self.is_open or bool(part.get("file_id"))
@@ -327,7 +327,7 @@ class _Reading:
         if block["type"] == "image":
             self._pictures_seen += 1
             is_searched = self._pictures_seen <= _JPEGS_MAX
-            size = picture_size(data, 0, is_searched=is_searched) if isinstance(data, str) else None
+            size = image_size(data, 0, is_searched=is_searched) if isinstance(data, str) else None
             self.price(price_by_area(size))
             self._leave_out(data if isinstance(data, str) else "", block)
         elif kind == "text":

@@ -211,7 +211,7 @@ RESPONSE_ID = re.compile(r"[A-Za-z0-9_=-]{1,512}")
 
 
 @dataclass(frozen=True, slots=True)
-class Kept:
+class StoredResponsePath:
     """A path to a response that its upstream keeps, open to the user who made it. It costs nothing.
 
     `of_it` is what of it is meant, `query` are the parameters that pass on.
@@ -227,11 +227,11 @@ class Kept:
 
 
 # `[]` as the SDKs write lists.
-KEPT = (
-    Kept("GET", query=("include", "include[]", "include_obfuscation", "starting_after", "stream")),
-    Kept("DELETE"),
-    Kept("POST", "/cancel"),
-    Kept("GET", "/input_items", query=("after", "include", "include[]", "limit", "order")),
+STORED_RESPONSE_PATHS = (
+    StoredResponsePath("GET", query=("include", "include[]", "include_obfuscation", "starting_after", "stream")),
+    StoredResponsePath("DELETE"),
+    StoredResponsePath("POST", "/cancel"),
+    StoredResponsePath("GET", "/input_items", query=("after", "include", "include[]", "limit", "order")),
 )
 
 
@@ -312,7 +312,7 @@ def closed(method: str, path: str) -> Closed | None:
     return next((row for row in CLOSED if row.covers(method, _relative(path))), None)
 
 
-def is_path_of_messages(path: str) -> bool:
+def is_messages_path(path: str) -> bool:
     """Whether a path is one of Anthropic's surface, metered or not; with any prefix, or none."""
     return _matches("/messages/**", _relative(path))
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from proxy.formats.content import Prompt
 from proxy.formats.endpoints import SPEECH
-from proxy.formats.request import Call, is_endless, maximum_fields
+from proxy.formats.request import Request, is_endless, maximum_fields
 from proxy.policy.amounts import TOKENS_MAX
 from proxy.policy.policy import Kind, Model
 from proxy.policy.quota import Demand
@@ -28,43 +28,50 @@ SMALLEST_ANSWER = 1024
 _SHOW_ALL = tuple("babbage-002 chatgpt-4o davinci-002 gpt-3.5 gpt-35 gpt-4".split())
 
 
-def demand_of(call: Call, model: Model, prompt: Prompt, *, body_bytes: int) -> Demand:
+def estimate_demand(request: Request, model: Model, prompt: Prompt, *, body_bytes: int) -> Demand:
     """What a call may use at the most; `body_bytes` is the length of the body that is sent."""
-    if call.endpoint.charge in ("request", "nothing"):
-        return Demand(input=0, want=0, smallest=0, first=0)
+    if request.endpoint.charge in ("request", "nothing"):
+        return Demand(input=0, output_maximum=0, smallest=0, first=0)
     bound = prompt.bound(body_bytes)
-    unseen = _unseen(prompt, model, bound)
-    if not call.endpoint.shows_output:
+    hidden_input = _unseen(prompt, model, bound)
+    if not request.endpoint.shows_output:
         # Nothing makes it shorter, and nothing can be seen of it before its end.
-        want = _whole_answer(call, model)
-        return Demand(input=bound, want=want, smallest=want, first=want, is_rough=True, unseen=unseen)
-    asked = _asked(call, model.upstream.kind)
-    known = asked if asked is not None else model.max_output_tokens or _own_default(call, model.upstream.kind)
+        output_maximum = _whole_answer(request, model)
+        return Demand(
+            input=bound,
+            output_maximum=output_maximum,
+            smallest=output_maximum,
+            first=output_maximum,
+            is_estimated=True,
+            hidden_input=hidden_input,
+        )
+    asked = _asked(request, model.upstream.kind)
+    known = asked if asked is not None else model.max_output_tokens or _own_default(request, model.upstream.kind)
     each = _ANSWER_TOKENS if known is None else known
-    want = min(each * call.choices, TOKENS_MAX)
-    smallest = min(each, _thinking(call.document) + (model.smallest_answer or SMALLEST_ANSWER)) * call.choices
-    smallest = min(smallest, want)
+    output_maximum = min(each * request.choices, TOKENS_MAX)
+    smallest = min(each, _thinking(request.document) + (model.smallest_answer or SMALLEST_ANSWER)) * request.choices
+    smallest = min(smallest, output_maximum)
     return Demand(
         input=bound,
-        want=want,
+        output_maximum=output_maximum,
         smallest=smallest,
-        first=smallest if is_seen_growing(call, model) else want,
-        is_open_ended=known is None,
-        is_rough=True,
-        unseen=unseen,
+        first=smallest if streams_all_output(request, model) else output_maximum,
+        is_unbounded=known is None,
+        is_estimated=True,
+        hidden_input=hidden_input,
     )
 
 
-def most_of(demands: Sequence[Demand]) -> Demand:
+def largest_demand(demands: Sequence[Demand]) -> Demand:
     """What covers each of these: of one call that may go to upstreams which read it differently."""
     return Demand(
         input=max(demand.input for demand in demands),
-        want=max(demand.want for demand in demands),
+        output_maximum=max(demand.output_maximum for demand in demands),
         smallest=max(demand.smallest for demand in demands),
         first=max(demand.first for demand in demands),
-        is_open_ended=any(demand.is_open_ended for demand in demands),
-        is_rough=any(demand.is_rough for demand in demands),
-        unseen=max(demand.unseen for demand in demands),
+        is_unbounded=any(demand.is_unbounded for demand in demands),
+        is_estimated=any(demand.is_estimated for demand in demands),
+        hidden_input=max(demand.hidden_input for demand in demands),
     )
 
 
@@ -75,10 +82,10 @@ def counted(demand: Demand, model: Model, prompt: Prompt, *, text_tokens: int | 
     languages: half as much again is held, if there is room.
     """
     if text_tokens is None:
-        return replace(demand, is_rough=False)
+        return replace(demand, is_estimated=False)
     tokens = min(demand.input, text_tokens + prompt.overhead)
     more = min(demand.input - tokens, text_tokens // 2) if is_guess else 0
-    return replace(demand, input=tokens, is_rough=False, unseen=max(more, _unseen(prompt, model, tokens)))
+    return replace(demand, input=tokens, is_estimated=False, hidden_input=max(more, _unseen(prompt, model, tokens)))
 
 
 def _unseen(prompt: Prompt, model: Model, input_tokens: int) -> int:
@@ -86,17 +93,17 @@ def _unseen(prompt: Prompt, model: Model, input_tokens: int) -> int:
     return max(0, (model.context or 0) - input_tokens) if prompt.is_open else 0
 
 
-def is_seen_growing(call: Call, model: Model) -> bool:
+def streams_all_output(request: Request, model: Model) -> bool:
     """Whether all the tokens of an answer can be seen as they come, so that its hold may grow with it."""
-    hides = _hides(model) or _asks_for_hidden(call.document) or (call.endpoint.is_of_messages and _thinks(call))
-    return call.stream and call.endpoint.shows_output and not hides
+    hides = _hides(model) or _asks_for_hidden(request.document) or (request.endpoint.is_of_messages and _thinks(request))
+    return request.stream and request.endpoint.shows_output and not hides
 
 
-def _whole_answer(call: Call, model: Model) -> int:
+def _whole_answer(request: Request, model: Model) -> int:
     """What is held for an answer that no field of its request bounds; 0 where it won't say what it cost."""
-    says_nothing = call.endpoint is SPEECH and not call.stream
-    each = 0 if says_nothing else min(call.endpoint.answer_tokens, model.max_output_tokens or TOKENS_MAX)
-    return min(each * call.choices, TOKENS_MAX)
+    says_nothing = request.endpoint is SPEECH and not request.stream
+    each = 0 if says_nothing else min(request.endpoint.answer_tokens, model.max_output_tokens or TOKENS_MAX)
+    return min(each * request.choices, TOKENS_MAX)
 
 
 def _hides(model: Model) -> bool:
@@ -126,12 +133,12 @@ def _asks_for_hidden(document: Mapping[str, Any]) -> bool:
     return speaks or leaves_out or has_no_text or bool(document.get("prediction")) or _thinking(document) > 0
 
 
-def _thinks(call: Call) -> bool:
+def _thinks(request: Request) -> bool:
     """Whether a request of Anthropic's asks for thoughts, of which a summary is shown: with a budget, or `adaptive`.
 
     They are all within `max_tokens`.
     """
-    section = call.document.get("thinking")
+    section = request.document.get("thinking")
     return isinstance(section, dict) and section.get("type") != "disabled"
 
 
@@ -145,17 +152,17 @@ def _thinking(document: Mapping[str, Any]) -> int:
     return 0
 
 
-def _asked(call: Call, kind: Kind) -> int | None:
+def _asked(request: Request, kind: Kind) -> int | None:
     """The maximum that the request states in a field which this upstream reads; the larger one counts."""
-    stated = [call.document.get(name) for name in maximum_fields(call.endpoint, kind)]
+    stated = [request.document.get(name) for name in maximum_fields(request.endpoint, kind)]
     numbers = [number for number in stated if number is not None]
     if any(is_endless(number, kind) for number in numbers):
         return None
     return max(numbers, default=None)
 
 
-def _own_default(call: Call, kind: Kind) -> int | None:
+def _own_default(request: Request, kind: Kind) -> int | None:
     """The maximum that an upstream takes by itself where the request states none."""
     # A field left out means 16, but null means no maximum at all (vLLM).
-    short = call.endpoint.name == "completions" and "max_tokens" not in call.document
+    short = request.endpoint.name == "completions" and "max_tokens" not in request.document
     return _COMPLETION_TOKENS if short and kind not in ("llamacpp", "ollama") else None

@@ -71,7 +71,7 @@ _PRICES: tuple[tuple[tuple[str, ...], Tiles | Patches], ...] = (
 _UNKNOWN = Tiles(85, 170, knows_detail=False)
 
 
-def price_of_pictures(model: str) -> Tiles | Patches:
+def image_price(model: str) -> Tiles | Patches:
     fitting = (price for marks, price in _PRICES if all(mark in model for mark in marks))
     return next(fitting, _UNKNOWN)
 
@@ -93,7 +93,7 @@ def base64_start(url: str) -> int:
     return found + len(";base64,") if found > 0 else 0
 
 
-def picture_size(url: str, start: int, *, is_searched: bool) -> _Size | None:
+def image_size(url: str, start: int, *, is_searched: bool) -> _Size | None:
     """Width and height of the picture whose base64 begins at `start`; None where its first bytes don't say.
 
     Not of a GIF, whose pictures may be larger than the screen that its head states.

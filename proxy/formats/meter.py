@@ -26,7 +26,7 @@ from proxy.formats.chunks import (
 )
 from proxy.formats.ending import RESPONSE_ENDS, Ending
 from proxy.formats.endpoints import RESPONSE_ID
-from proxy.formats.request import Call
+from proxy.formats.request import Request
 from proxy.formats.sse import Event
 from proxy.policy.amounts import TOKENS_MAX, AtLeast, Exactly, Tokens, Unspent, Usage, read_timings, read_tokens
 from proxy.policy.policy import Kind
@@ -55,7 +55,7 @@ class Meter:
 
     def __init__(
         self,
-        call: Call,
+        request: Request,
         *,
         count: Callable[[str], int],
         kind: Kind = "openai",
@@ -63,23 +63,23 @@ class Meter:
         self.is_at_end = False
         self.is_over = False
         self.has_error = False
-        self.shows_usage = call.asks_for_usage
+        self.shows_usage = request.asks_for_usage
         self.chunk: dict[str, Any] | None = None  # what the last event said
-        self.ending = Ending(call.endpoint.name, choices=call.choices)
+        self.ending = Ending(request.endpoint.name, choices=request.choices)
         self.response_id: str | None = None  # by which the upstream keeps what it made
         self.uncounted: list[str] = []  # the texts of a whole answer that came without its usage
         self._count = count
-        self._charge = call.endpoint.charge
-        self._generates = call.endpoint.charge == "tokens" and call.endpoint.generates
-        self._choices = call.choices
-        self._strips = call.adds_usage
-        self._strips_running = call.adds_running_usage(kind)
+        self._charge = request.endpoint.charge
+        self._generates = request.endpoint.charge == "tokens" and request.endpoint.generates
+        self._choices = request.choices
+        self._strips = request.adds_usage
+        self._strips_running = request.adds_running_usage(kind)
         self._is_llama = kind == "llamacpp"
-        self._moves_timings = self._is_llama and call.adds_usage and call.choices == 1
+        self._moves_timings = self._is_llama and request.adds_usage and request.choices == 1
         self._last: tuple[bytes, dict[str, Any]] | None = None  # the chunk with the finish_reason, until timings come
-        self._has_several_prompts = call.has_several_prompts
-        self._is_responses = call.endpoint.is_of_responses
-        self._is_messages = call.endpoint.is_of_messages
+        self._has_several_prompts = request.has_several_prompts
+        self._is_responses = request.endpoint.is_of_responses
+        self._is_messages = request.endpoint.is_of_messages
         self._said: dict[str, Any] = {}  # of the usage of a message, whose fields come one after the other
         self._is_partial = False  # what was reported is of the beginning, or of one choice, and not of all
         self._done = 0  # of the choices of an answer that is no text

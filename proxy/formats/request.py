@@ -1,6 +1,6 @@
 """The requests of OpenAI's format and Anthropic's: what a call to one of our endpoints says, and what is sent on.
 
-A `Call` is one metered request as we read it. Fields that we don't know are passed on untouched; the few on which
+A `Request` is one metered request as we read it. Fields that we don't know are passed on untouched; the few on which
 something is decided are checked, and what was checked is what is sent: the body is written anew from what was
 read. Sources: OpenAI's published API description, and the vendors' documents for the fields that their servers
 really read (`_MAXIMUM_FIELDS`).
@@ -49,7 +49,7 @@ _KNOWN = frozenset(
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
+class Request:
     """One metered request: what it asks for, and the body as it was read; of a form its fields.
 
     `document` has what was read of either.
@@ -109,7 +109,7 @@ class Call:
         return self.stream and self.endpoint.has_usage_option and not self.is_option_withheld
 
 
-def parse_call(endpoint: Endpoint, body: bytes, *, deployment: str | None = None) -> Call:
+def parse_request(endpoint: Endpoint, body: bytes, *, deployment: str | None = None) -> Request:
     """Read a request's body; raises InvalidRequest that names the field and says what to write instead.
 
     A `deployment`, in the path of Azure's clients, is the model, whatever the body says: so Azure reads it too.
@@ -118,7 +118,7 @@ def parse_call(endpoint: Endpoint, body: bytes, *, deployment: str | None = None
     _refuse_fields(endpoint, document)
     if endpoint.has_usage_option:
         _refuse_unclear_usage_option(document.get("stream_options"))
-    return Call(
+    return Request(
         endpoint=endpoint,
         model=_model(deployment or (endpoint.default_model if document.get("model") is None else document["model"])),
         stream=_stream(endpoint, document),
@@ -127,8 +127,8 @@ def parse_call(endpoint: Endpoint, body: bytes, *, deployment: str | None = None
     )
 
 
-def parse_form(endpoint: Endpoint, form: Form, *, deployment: str | None = None) -> Call:
-    """Read a form as `parse_call` reads JSON; raises InvalidRequest likewise."""
+def parse_form_request(endpoint: Endpoint, form: Form, *, deployment: str | None = None) -> Request:
+    """Read a form as `parse_request` reads JSON; raises InvalidRequest likewise."""
     document: dict[str, Any] = {}
     for field in form.fields:
         document[_plain_name(endpoint, field.name)] = _read_field(field.name, field.value)
@@ -136,7 +136,7 @@ def parse_form(endpoint: Endpoint, form: Form, *, deployment: str | None = None)
         if _plain_name(endpoint, file.name) in _KNOWN:
             raise InvalidRequest(f'"{file.name}" is no file.', param=file.name)
     _refuse_fields(endpoint, document)
-    return Call(
+    return Request(
         endpoint=endpoint,
         model=_model(deployment or document.get("model", endpoint.default_model)),
         stream=_stream(endpoint, document),
@@ -146,17 +146,17 @@ def parse_form(endpoint: Endpoint, form: Form, *, deployment: str | None = None)
     )
 
 
-def forwarded_model(call: Call, model: Model) -> tuple[int, int, bytes]:
+def forwarded_model(request: Request, model: Model) -> tuple[int, int, bytes]:
     """What to replace in a form that is sent: from where to where, and by which bytes, so that it names the model.
 
     Where it names none, a part that does is put before all others.
     """
-    assert call.form is not None, "it is a form"
+    assert request.form is not None, "it is a form"
     name = model.upstream_model.encode()
-    field = call.form.field("model")
+    field = request.form.field("model")
     if field is not None:
         return field.start, field.end, name
-    boundary = call.form.boundary.encode()
+    boundary = request.form.boundary.encode()
     return 0, 0, b'--%b\r\nContent-Disposition: form-data; name="model"\r\n\r\n%b\r\n' % (boundary, name)
 
 
@@ -185,24 +185,24 @@ def _read_field(name: str, value: str) -> object:
     return value
 
 
-def forwarded_body(call: Call, model: Model, *, maximum: int | None = None) -> bytes:
+def forwarded_body(request: Request, model: Model, *, maximum: int | None = None) -> bytes:
     """The body to send: under the upstream's name of the model, usage asked for, and the maximum lowered.
 
     `maximum` is the output of one choice in tokens; no field that this kind of upstream reads says more after it.
     """
-    document = {**call.document, "model": model.upstream_model}
-    if call.endpoint is RESPONSES and not model.allows.store:
+    document = {**request.document, "model": model.upstream_model}
+    if request.endpoint is RESPONSES and not model.allows.store:
         document["store"] = False  # else OpenAI's keeps it
-    if call.adds_usage:
+    if request.adds_usage:
         document["stream_options"] = {**(document.get("stream_options") or {}), "include_usage": True}
-    if call.adds_running_usage(model.upstream.kind):
+    if request.adds_running_usage(model.upstream.kind):
         if model.upstream.kind == "llamacpp":
             document["timings_per_token"] = True
         else:
             document["stream_options"] = {**document["stream_options"], "continuous_usage_stats": True}
     if maximum is not None:
         kind = model.upstream.kind
-        names = maximum_fields(call.endpoint, kind)
+        names = maximum_fields(request.endpoint, kind)
         for name in [name for name in names if document.get(name) is not None] or names[:1]:
             asked = document.get(name)
             document[name] = maximum if asked is None or is_endless(asked, kind) else min(asked, maximum)

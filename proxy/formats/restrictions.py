@@ -12,7 +12,7 @@ from typing import Any
 from proxy.errors import InvalidRequest
 from proxy.formats.content import is_run_by_client, tools_of
 from proxy.formats.endpoints import STORED, Endpoint
-from proxy.formats.request import Call
+from proxy.formats.request import Request
 from proxy.policy.policy import Allow
 
 # They cost no more than what is usual; null means the same. The last is Anthropic's, where `auto` is the other one.
@@ -22,12 +22,12 @@ _NAMES_OF_STORED = frozenset("container_id file_id file_ids skill_id vector_stor
 _SHOWN = 40
 
 
-def check_allowance(call: Call, allow: Allow) -> None:
+def check_allowance(request: Request, allow: Allow) -> None:
     """Raise InvalidRequest where a call uses what is not allowed."""
-    document = call.document
+    document = request.document
     for tool in tools_of(document):
         _refuse_spellings(tool)
-        if not _runs_at_client(tool, call.endpoint):
+        if not _runs_at_client(tool, request.endpoint):
             _check_tool(tool, allow)
     if document.get("web_search_options") not in (None, False):
         _check_kind("web_search", allow, param="web_search_options")

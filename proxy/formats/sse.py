@@ -82,11 +82,11 @@ class Splitter:
 
     def _scan(self, chunk: bytes) -> list[Event]:
         held = self._held
-        unseen = max(0, len(held) - LOOK_AGAIN)
+        hidden_input = max(0, len(held) - LOOK_AGAIN)
         held += chunk
         events: list[Event] = []
         start = 0
-        while end := self._find_end(start, max(start, unseen)):
+        while end := self._find_end(start, max(start, hidden_input)):
             events.append(self._finish(bytes(held[start:end])))
             start = end
         del held[:start]
@@ -98,7 +98,7 @@ class Splitter:
         self._is_plain = self._is_started and not held and not self._is_after_cr and not self._is_passing_on
         return events
 
-    def _find_end(self, start: int, unseen: int) -> int:
+    def _find_end(self, start: int, hidden_input: int) -> int:
         """Return where the event that begins at `start` ends, or 0 while that is not known."""
         held = self._held
         if not self._is_passing_on:
@@ -110,8 +110,8 @@ class Splitter:
                 return blank.end()
             if self._is_after_cr and held[first : first + 1] == b"\n":
                 first += 1
-            unseen = max(unseen, first)
-        found = BLANK_LINE.search(held, unseen)
+            hidden_input = max(hidden_input, first)
+        found = BLANK_LINE.search(held, hidden_input)
         return found.end() if found else 0
 
     def _finish(self, raw: bytes) -> Event:

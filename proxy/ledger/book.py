@@ -22,9 +22,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from proxy.policy.admission import Admitted, Growth, Hold, Refused, Uncounted, Verdict, Wish, decide, grow
+from proxy.policy.admission import Admitted, Hold, HoldIncrease, NeedsCount, NotAdmitted, Verdict, Wish, decide, grow
 from proxy.policy.amounts import NOTHING, TOKENS_MAX, Amount, AtLeast, Tokens, Usage, charge_of
-from proxy.policy.quota import Binding, Counter, CounterKey, Demand, Quota, standing_at
+from proxy.policy.quota import Binding, Counter, CounterKey, Demand, Quota, counter_at
 
 State = Literal["open", "settled", "released", "expired"]
 
@@ -43,7 +43,7 @@ Outcome = Literal[
 
 
 @dataclass(frozen=True, slots=True)
-class Line:
+class HeldAmount:
     """What a call holds of one counter, while open; which counter it was charged to, afterwards."""
 
     key: CounterKey
@@ -52,7 +52,7 @@ class Line:
 
 
 @dataclass(frozen=True, slots=True)
-class Facts:
+class CallLabels:
     """Who called what: the part of an entry that is known before it is let in."""
 
     user: str
@@ -75,12 +75,12 @@ class Entry:
 
     id: str
     owner: str
-    facts: Facts
-    through: str
+    labels: CallLabels
+    admitted_via: str
     reserved_at: int
     hold: Amount
     maximum: int | None
-    lines: tuple[Line, ...]
+    held_amounts: tuple[HeldAmount, ...]
     capped_by: str | None = None
     would_refuse: tuple[str, ...] = ()
     state: State = "open"
@@ -96,13 +96,15 @@ class Reserve:
 
     id: str
     owner: str
-    facts: Facts
+    labels: CallLabels
     binding: Binding
     demand: Demand
 
     def __post_init__(self) -> None:
-        if not 0 <= self.demand.input <= TOKENS_MAX or not 0 <= self.demand.want <= TOKENS_MAX:
-            raise ValueError(f"a demand of {self.demand.input} + {self.demand.want} tokens is beyond all bounds")
+        if not 0 <= self.demand.input <= TOKENS_MAX or not 0 <= self.demand.output_maximum <= TOKENS_MAX:
+            raise ValueError(
+                f"a demand of {self.demand.input} + {self.demand.output_maximum} tokens is beyond all bounds"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,11 +160,11 @@ class Expire:
     id: str
 
 
-Act = Reserve | Extend | Settle | Release | Expire
+Operation = Reserve | Extend | Settle | Release | Expire
 
 
 @dataclass(frozen=True, slots=True)
-class Booked:
+class Accepted:
     """The entry after the act, and how the counters stand that it looked at.
 
     `verdict` says of an Extend why less is held than the least that was asked for. `freed` are the counters on which
@@ -171,15 +173,15 @@ class Booked:
 
     entry: Entry
     counters: Mapping[CounterKey, Counter]
-    verdict: Verdict = Verdict.ROOM
+    verdict: Verdict = Verdict.ALLOW
     freed: frozenset[CounterKey] = field(default=frozenset(), compare=False)
 
 
 @dataclass(frozen=True, slots=True)
-class NotBooked:
+class Refused:
     """The call was refused. Nothing changed."""
 
-    refused: Refused
+    refused: NotAdmitted
     counters: Mapping[CounterKey, Counter]
 
 
@@ -190,10 +192,10 @@ class Unknown:
     id: str
 
 
-Reply = Booked | NotBooked | Uncounted | Unknown
+Reply = Accepted | Refused | NeedsCount | Unknown
 
 
-class Books:
+class Book:
     """The counters and entries that one batch touches. Acts are applied in order, each wholly or not at all.
 
     `counters_changed` and `entries_changed` name what has to be written.
@@ -206,35 +208,35 @@ class Books:
         self.entries_changed: set[str] = set()
         self._now = now
 
-    def apply(self, act: Act) -> Reply:
+    def apply(self, operation: Operation) -> Reply:
         """Do one act and say how things stand after it."""
-        match act:
+        match operation:
             case Reserve():
-                return self._reserve(act)
+                return self._reserve(operation)
             case Extend():
-                return self._extend(act)
+                return self._extend(operation)
             case Settle():
-                return self._end(act, "settled", act.usage, act.outcome)
+                return self._end(operation, "settled", operation.usage, operation.outcome)
             case Release():
-                return self._end(act, "released", None, act.outcome)
+                return self._end(operation, "released", None, operation.outcome)
             case _:
-                return self._end(act, "expired", None, "lost")
+                return self._end(operation, "expired", None, "lost")
 
-    def _reserve(self, act: Reserve) -> Reply:
-        keys = act.binding.keys()
-        if booked := self.entries.get(act.id):
-            return Booked(booked, self._standing(keys))
-        self._date_back(act.binding)
-        decision = decide(act.demand, act.binding, self.counters, self._now)
-        if isinstance(decision, Uncounted):
+    def _reserve(self, operation: Reserve) -> Reply:
+        keys = operation.binding.keys()
+        if booked := self.entries.get(operation.id):
+            return Accepted(booked, self._standing(keys))
+        self._date_back(operation.binding)
+        decision = decide(operation.demand, operation.binding, self.counters, self._now)
+        if isinstance(decision, NeedsCount):
             return decision
-        if isinstance(decision, Refused):
-            return NotBooked(decision, self._standing(keys))
-        entry = _opened(act, decision, self._now)
+        if isinstance(decision, NotAdmitted):
+            return Refused(decision, self._standing(keys))
+        entry = _opened(operation, decision, self._now)
         for hold in decision.holds:
-            self._put(hold.quota.key_for(act.binding.user), _holding(hold))
+            self._put(hold.quota.key_for(operation.binding.user), _holding(hold))
         self._note(entry)
-        return Booked(entry, self._standing(keys))
+        return Accepted(entry, self._standing(keys))
 
     def _date_back(self, binding: Binding) -> None:
         """Note when windows end that a clock ahead of its time has opened, also for a call that is refused.
@@ -249,85 +251,104 @@ class Books:
                 if stands.is_open:  # else it has ended, and who is refused opens no other
                     self._put(key, stands)
 
-    def _extend(self, act: Extend) -> Reply:
-        entry = self.entries.get(act.id)
+    def _extend(self, operation: Extend) -> Reply:
+        entry = self.entries.get(operation.id)
         if entry is None:
-            return Unknown(act.id)
+            return Unknown(operation.id)
         if entry.state != "open":
-            return Booked(entry, self._standing(_keys(entry)))
-        before, entry = entry, self._shrink(entry, max(0, entry.hold.input - act.input))
-        at = {quota.id: self._at(key, quota) for key, quota in _quotas(entry, act.binding).items()}
+            return Accepted(entry, self._standing(_keys(entry)))
+        before, entry = entry, self._shrink(entry, max(0, entry.hold.input - operation.input))
+        at = {quota.id: self._at(key, quota) for key, quota in _quotas(entry, operation.binding).items()}
         own = {quota_id: _held(entry, quota_id, counter) for quota_id, counter in at.items()}
-        wish = Wish(max(0, act.output - entry.hold.output), max(0, act.least - entry.hold.output))
-        growth = grow(wish, act.binding, entry.through, own=own, at=at)
-        freed = {line.key for line, was in zip(entry.lines, before.lines, strict=True) if line != was}
-        freed.update(quota.key_for(act.binding.user) for quota in growth.left_alone)
-        entry = self._grow(self._leave_alone(entry, growth), act.binding.user, growth)
+        wish = Wish(max(0, operation.output - entry.hold.output), max(0, operation.least - entry.hold.output))
+        growth = grow(wish, operation.binding, entry.admitted_via, own=own, at=at)
+        freed = {
+            held_amount.key
+            for held_amount, was in zip(entry.held_amounts, before.held_amounts, strict=True)
+            if held_amount != was
+        }
+        freed.update(quota.key_for(operation.binding.user) for quota in growth.left_alone)
+        entry = self._grow(self._leave_alone(entry, growth), operation.binding.user, growth)
         self._note(entry)
-        return Booked(entry, self._standing(_keys(entry)), growth.verdict, frozenset(freed))
+        return Accepted(entry, self._standing(_keys(entry)), growth.verdict, frozenset(freed))
 
     def _shrink(self, entry: Entry, tokens: int) -> Entry:
         """Give back what is held for an input that turned out to be so much smaller."""
         hold = replace(entry.hold, input=entry.hold.input - tokens)
-        lines = (self._hold(line, Amount(-min(tokens, line.amount.input))) for line in entry.lines)
-        return replace(entry, hold=hold, lines=tuple(lines))
+        held_amounts = (
+            self._hold(held_amount, Amount(-min(tokens, held_amount.amount.input)))
+            for held_amount in entry.held_amounts
+        )
+        return replace(entry, hold=hold, held_amounts=tuple(held_amounts))
 
-    def _leave_alone(self, entry: Entry, growth: Growth) -> Entry:
+    def _leave_alone(self, entry: Entry, growth: HoldIncrease) -> Entry:
         """Give back what is held of quotas that need not carry this call and can't."""
         ids = {quota.id for quota in growth.left_alone}
-        for line in entry.lines:
-            if line.key[1] in ids:
-                self._hold(line, NOTHING - line.amount)
-        return replace(entry, lines=tuple(line for line in entry.lines if line.key[1] not in ids))
+        for held_amount in entry.held_amounts:
+            if held_amount.key[1] in ids:
+                self._hold(held_amount, NOTHING - held_amount.amount)
+        return replace(
+            entry,
+            held_amounts=tuple(held_amount for held_amount in entry.held_amounts if held_amount.key[1] not in ids),
+        )
 
-    def _grow(self, entry: Entry, user: str, growth: Growth) -> Entry:
+    def _grow(self, entry: Entry, user: str, growth: HoldIncrease) -> Entry:
         """Hold more, each part in the window that is open now."""
-        lines = list(entry.lines)
+        held_amounts = list(entry.held_amounts)
         for hold in growth.holds:
             key, opened_at = hold.quota.key_for(user), hold.counter.window.opened_at
-            place = next((n for n, line in enumerate(lines) if (line.key, line.opened_at) == (key, opened_at)), None)
+            place = next(
+                (
+                    n
+                    for n, held_amount in enumerate(held_amounts)
+                    if (held_amount.key, held_amount.opened_at) == (key, opened_at)
+                ),
+                None,
+            )
             if place is not None:
-                lines[place] = self._hold(lines[place], hold.amount)
+                held_amounts[place] = self._hold(held_amounts[place], hold.amount)
             elif hold.amount:
                 self._put(key, _holding(hold))
-                lines.append(Line(key, opened_at, hold.amount))
+                held_amounts.append(HeldAmount(key, opened_at, hold.amount))
         output = entry.hold.output + growth.output
-        return replace(entry, hold=replace(entry.hold, output=output), lines=tuple(lines))
+        return replace(entry, hold=replace(entry.hold, output=output), held_amounts=tuple(held_amounts))
 
-    def _hold(self, line: Line, change: Amount) -> Line:
+    def _hold(self, held_amount: HeldAmount, change: Amount) -> HeldAmount:
         """Let a line hold so much more, or less; its counter too, unless its window has closed."""
-        counter = self.counters.get(line.key)
-        if change and counter is not None and counter.window.opened_at == line.opened_at:
-            self._put(line.key, Counter(counter.window, counter.used, counter.held + change))
-        return replace(line, amount=line.amount + change)
+        counter = self.counters.get(held_amount.key)
+        if change and counter is not None and counter.window.opened_at == held_amount.opened_at:
+            self._put(held_amount.key, Counter(counter.window, counter.used, counter.held + change))
+        return replace(held_amount, amount=held_amount.amount + change)
 
     def _at(self, key: CounterKey, quota: Quota) -> Counter:
-        return standing_at(self._now, quota, self.counters.get(key))
+        return counter_at(self._now, quota, self.counters.get(key))
 
-    def _end(self, act: Settle | Release | Expire, state: State, usage: Usage | None, outcome: Outcome) -> Reply:
-        entry = self.entries.get(act.id)
+    def _end(
+        self, operation: Settle | Release | Expire, state: State, usage: Usage | None, outcome: Outcome
+    ) -> Reply:
+        entry = self.entries.get(operation.id)
         if entry is None:
-            return Unknown(act.id)
+            return Unknown(operation.id)
         if entry.state != "open" and not (entry.state == "expired" and state == "settled"):
-            return Booked(entry, self._standing(_keys(entry)))
+            return Accepted(entry, self._standing(_keys(entry)))
         if state == "expired":
             usage = AtLeast(Tokens(entry.hold.input, entry.hold.output))
         was_held = frozenset(_keys(entry)) if entry.state == "open" else frozenset()
-        before, after = (shares(entry.lines, charge_of(of) if of else NOTHING) for of in (entry.usage, usage))
-        for line, was, now in zip(entry.lines, before, after, strict=True):
-            self._charge(line, now - was, held=line.amount if entry.state == "open" else NOTHING)
-        if not isinstance(act, Expire) and act.upstream is not None:
-            entry = replace(entry, facts=replace(entry.facts, upstream=act.upstream))
-        made = act.response_id if isinstance(act, Settle) else None
+        before, after = (shares(entry.held_amounts, charge_of(of) if of else NOTHING) for of in (entry.usage, usage))
+        for held_amount, was, now in zip(entry.held_amounts, before, after, strict=True):
+            self._charge(held_amount, now - was, held=held_amount.amount if entry.state == "open" else NOTHING)
+        if not isinstance(operation, Expire) and operation.upstream is not None:
+            entry = replace(entry, labels=replace(entry.labels, upstream=operation.upstream))
+        made = operation.response_id if isinstance(operation, Settle) else None
         entry = replace(entry, state=state, ended_at=self._now, usage=usage, outcome=outcome, response_id=made)
         self._note(entry)
-        return Booked(entry, self._standing(_keys(entry)), freed=was_held)
+        return Accepted(entry, self._standing(_keys(entry)), freed=was_held)
 
-    def _charge(self, line: Line, used: Amount, *, held: Amount) -> None:
-        counter = self.counters.get(line.key)
-        if counter is None or counter.window.opened_at != line.opened_at:
+    def _charge(self, held_amount: HeldAmount, used: Amount, *, held: Amount) -> None:
+        counter = self.counters.get(held_amount.key)
+        if counter is None or counter.window.opened_at != held_amount.opened_at:
             return  # its window has closed, or the counter was reset: the entry keeps the record
-        self._put(line.key, Counter(counter.window, counter.used + used, counter.held - held))
+        self._put(held_amount.key, Counter(counter.window, counter.used + used, counter.held - held))
 
     def _note(self, entry: Entry) -> None:
         self.entries[entry.id] = entry
@@ -341,36 +362,36 @@ class Books:
         return {key: counter for key in keys if (counter := self.counters.get(key)) is not None}
 
 
-def shares(lines: tuple[Line, ...], charge: Amount) -> list[Amount]:
+def shares(held_amounts: tuple[HeldAmount, ...], charge: Amount) -> list[Amount]:
     """What each line is charged of a call's usage: all of it, for each counter.
 
     Of several for one counter each is charged up to what it holds, in the order of windows, the last one the rest.
     """
-    last = {line.key: place for place, line in enumerate(lines)}
-    if len(last) == len(lines):
-        return [charge] * len(lines)
+    last = {held_amount.key: place for place, held_amount in enumerate(held_amounts)}
+    if len(last) == len(held_amounts):
+        return [charge] * len(held_amounts)
     left: dict[CounterKey, Amount] = {}
     parts = []
-    for place, line in enumerate(lines):
-        part = left.get(line.key, charge)
-        if last[line.key] != place:
-            part = part.at_most(line.amount)
-        left[line.key] = left.get(line.key, charge) - part
+    for place, held_amount in enumerate(held_amounts):
+        part = left.get(held_amount.key, charge)
+        if last[held_amount.key] != place:
+            part = part.at_most(held_amount.amount)
+        left[held_amount.key] = left.get(held_amount.key, charge) - part
         parts.append(part)
     return parts
 
 
-def _opened(act: Reserve, admitted: Admitted, now: int) -> Entry:
+def _opened(operation: Reserve, admitted: Admitted, now: int) -> Entry:
     return Entry(
-        id=act.id,
-        owner=act.owner,
-        facts=act.facts,
-        through=admitted.through,
+        id=operation.id,
+        owner=operation.owner,
+        labels=operation.labels,
+        admitted_via=admitted.admitted_via,
         reserved_at=now,
         hold=admitted.hold,
         maximum=admitted.maximum,
-        lines=tuple(
-            Line(hold.quota.key_for(act.binding.user), hold.counter.window.opened_at, hold.amount)
+        held_amounts=tuple(
+            HeldAmount(hold.quota.key_for(operation.binding.user), hold.counter.window.opened_at, hold.amount)
             for hold in admitted.holds
         ),
         capped_by=admitted.capped_by.id if admitted.capped_by else None,
@@ -383,7 +404,7 @@ def _holding(hold: Hold) -> Counter:
 
 
 def _keys(entry: Entry) -> list[CounterKey]:
-    return [line.key for line in entry.lines]
+    return [held_amount.key for held_amount in entry.held_amounts]
 
 
 def _quotas(entry: Entry, binding: Binding) -> dict[CounterKey, Quota]:
@@ -395,4 +416,11 @@ def _quotas(entry: Entry, binding: Binding) -> dict[CounterKey, Quota]:
 def _held(entry: Entry, quota_id: str, counter: Counter) -> Amount:
     """What a call holds itself of a counter, in the window that is open now."""
     where = (quota_id, counter.window.opened_at)
-    return sum((line.amount for line in entry.lines if (line.key[1], line.opened_at) == where), NOTHING)
+    return sum(
+        (
+            held_amount.amount
+            for held_amount in entry.held_amounts
+            if (held_amount.key[1], held_amount.opened_at) == where
+        ),
+        NOTHING,
+    )

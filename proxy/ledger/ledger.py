@@ -24,9 +24,9 @@ from dataclasses import dataclass
 import structlog
 
 from proxy.errors import LedgerUnavailable
-from proxy.ledger.book import Act, Booked, Entry, Expire, Extend, NotBooked, Release, Reply, Reserve, Settle
+from proxy.ledger.book import Accepted, Entry, Expire, Extend, Operation, Refused, Release, Reply, Reserve, Settle
 from proxy.ledger.store import Store, StoreUnavailable
-from proxy.policy.admission import Uncounted
+from proxy.policy.admission import NeedsCount
 from proxy.policy.quota import Counter, CounterKey
 from proxy.tasks import Tasks
 
@@ -43,7 +43,7 @@ log = structlog.get_logger("ledger")
 class _Queued:
     """An act and its answer; `may_be_booked` once a commit of it was not answered."""
 
-    act: Act
+    operation: Operation
     answer: "asyncio.Future[Reply]"
     may_be_booked: bool = False
 
@@ -81,7 +81,7 @@ class Ledger:
         self._tell_of_freed: Callable[[set[CounterKey]], object] = lambda keys: None
         self.is_healthy = True
 
-    def when_freed(self, tell: Callable[[set[CounterKey]], object]) -> None:
+    def on_freed(self, tell: Callable[[set[CounterKey]], object]) -> None:
         """Call `tell` after each batch that gave something back, with the counters that it was given back on."""
         self._tell_of_freed = tell
 
@@ -103,40 +103,40 @@ class Ledger:
         self._loop = self._tasks.start("ledger", self._run())
         await self.expire_orphans()
 
-    async def reserve(self, act: Reserve) -> Booked | NotBooked | Uncounted:
+    async def reserve(self, operation: Reserve) -> Accepted | Refused | NeedsCount:
         """Let a call in, or say why not. Raises LedgerUnavailable when nothing can be booked for as long as it waits.
 
         If the caller is cancelled meanwhile, what was reserved is released again.
         """
-        queued = self._enqueue(act)
+        queued = self._enqueue(operation)
         patience = asyncio.get_running_loop().call_later(self._wait_s(), self._give_up, queued)
         try:
             answer = await queued.answer
         except asyncio.CancelledError:
             if not queued.answer.cancelled():  # it was answered in the very moment in which its caller was cancelled
-                self._enqueue(Release(act.id, "client_left"))
+                self._enqueue(Release(operation.id, "client_left"))
             raise
         finally:
             patience.cancel()
-        assert isinstance(answer, (Booked, NotBooked, Uncounted))
+        assert isinstance(answer, (Accepted, Refused, NeedsCount))
         return answer
 
-    async def extend(self, act: Extend) -> Booked:
+    async def extend(self, operation: Extend) -> Accepted:
         """Hold more for a call in flight, as far as there is room; whoever asks says how long it waits.
 
         Raises LedgerUnavailable.
         """
-        answer = await self._enqueue(act).answer
-        if not isinstance(answer, Booked):
+        answer = await self._enqueue(operation).answer
+        if not isinstance(answer, Accepted):
             raise LedgerUnavailable  # its entry is not there any more, and so can't hold anything
         return answer
 
-    def end(self, act: Settle | Release) -> "asyncio.Future[Reply]":
+    def end(self, operation: Settle | Release) -> "asyncio.Future[Reply]":
         """Queue the end of a call; the future is done when that is committed, however long it takes.
 
         It is booked also where nobody waits for it any more.
         """
-        return self._enqueue(act).answer
+        return self._enqueue(operation).answer
 
     async def expire_orphans(self) -> int:
         """Charge the open calls of dead processes; returns how many there were."""
@@ -179,10 +179,10 @@ class Ledger:
         except StoreUnavailable as error:
             raise LedgerUnavailable from error
 
-    async def maker(self, response_id: str) -> Entry | None:
+    async def response_entry(self, response_id: str) -> Entry | None:
         """The call that made a response. Raises LedgerUnavailable."""
         try:
-            return await self._store.read_maker(response_id)
+            return await self._store.find_response_entry(response_id)
         except StoreUnavailable as error:
             raise LedgerUnavailable from error
 
@@ -194,8 +194,8 @@ class Ledger:
             await self._loop
         await self._store.close()
 
-    def _enqueue(self, act: Act) -> _Queued:
-        queued = _Queued(act, asyncio.get_running_loop().create_future())
+    def _enqueue(self, operation: Operation) -> _Queued:
+        queued = _Queued(operation, asyncio.get_running_loop().create_future())
         if self._loop is None or self._loop.done():
             self._fail(queued)  # nobody would ever answer it
         else:
@@ -236,7 +236,7 @@ class Ledger:
             freed: set[CounterKey] = set()
             for queued, answer in zip(batch, answers, strict=True):
                 self._tell(queued, answer)
-                if isinstance(answer, Booked):
+                if isinstance(answer, Accepted):
                     freed |= answer.freed
             if freed:
                 self._tell_of_freed(freed)
@@ -247,20 +247,25 @@ class Ledger:
                 await self._book([queued])
             return
         for queued in batch:
-            log.error("an act could not be booked", act=type(queued.act).__name__, call=queued.act.id, exc_info=error)
+            log.error(
+                "an act could not be booked",
+                operation=type(queued.operation).__name__,
+                call=queued.operation.id,
+                exc_info=error,
+            )
             self._fail(queued)
 
     async def _put_off(self, batch: list[_Queued], error: StoreUnavailable) -> None:
         """The database is away: keep all for later, as long as anybody waits for it."""
         self.is_healthy = False
-        log.warning("the ledger's database can't be used", reason=str(error), acts=len(batch))
+        log.warning("the ledger's database can't be used", reason=str(error), operations=len(batch))
         for queued in filter(_lets_in, batch if error.is_uncertain else ()):
             queued.may_be_booked = True
         self._queue.extendleft(reversed(batch))
         if self._is_closing:
             # Their reservations are on the books: they are charged as lost.
             ends = sum(not _takes(queued) for queued in self._queue)
-            log.error("closing with ends that could not be booked", acts=ends)
+            log.error("closing with ends that could not be booked", operations=ends)
             while self._queue:
                 self._fail(self._queue.popleft())
             return
@@ -269,7 +274,7 @@ class Ledger:
     def _tell(self, queued: _Queued, answer: Reply) -> None:
         if not queued.answer.done():
             queued.answer.set_result(answer)
-        elif _lets_in(queued) and isinstance(answer, Booked):
+        elif _lets_in(queued) and isinstance(answer, Accepted):
             self._enqueue(_taking_back(queued))
 
     def _give_up(self, queued: _Queued) -> None:
@@ -286,7 +291,7 @@ class Ledger:
     async def _apply(self, batch: list[_Queued]) -> list[Reply]:
         if self._now() >= self._alive_until:
             await self._renew()  # we have been paused: what we book now must not look like that of a dead process
-        return await self._store.apply([queued.act for queued in batch], self._now())
+        return await self._store.apply([queued.operation for queued in batch], self._now())
 
     async def _renew(self) -> None:
         now = self._now()
@@ -296,16 +301,16 @@ class Ledger:
 
 
 def _lets_in(queued: _Queued) -> bool:
-    return isinstance(queued.act, Reserve)
+    return isinstance(queued.operation, Reserve)
 
 
 def _takes(queued: _Queued) -> bool:
-    return isinstance(queued.act, Reserve | Extend)
+    return isinstance(queued.operation, Reserve | Extend)
 
 
 def _taking_back(queued: _Queued) -> Release:
     """What ends a call that was let in after its caller had gone, or had been told that it can't be."""
-    return Release(queued.act.id, "client_left" if queued.answer.cancelled() else "proxy_broke")
+    return Release(queued.operation.id, "client_left" if queued.answer.cancelled() else "proxy_broke")
 
 
 def _turn(queued: _Queued) -> int:

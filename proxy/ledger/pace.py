@@ -13,7 +13,7 @@ _LOOKED_AT_MAX = 100
 LEAST_S, MOST_S = 2, 30
 
 
-class Pace:
+class DurationEstimate:
     """Watches the calls of one process begin and end."""
 
     def __init__(self) -> None:

@@ -28,7 +28,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import NullPool
 
-from proxy.ledger.book import Act, Books, Entry, Reply
+from proxy.ledger.book import Book, Entry, Operation, Reply
 from proxy.ledger.rows import Row, changes_of, counters_of, entry_of, keys_of
 from proxy.ledger.schema import SCHEMA, migrate
 from proxy.ledger.statements import ORPHANS, READ_CALL, READ_COUNTERS, READ_MAKER, WRITING, Patience, begin
@@ -86,9 +86,9 @@ class PostgresStore:
         finally:
             await engine.dispose()
 
-    async def apply(self, acts: Sequence[Act], now: int) -> list[Reply]:
+    async def apply(self, operations: Sequence[Operation], now: int) -> list[Reply]:
         """Do these acts in order, in one transaction, and answer each; by the database's time, not by `now`."""
-        return await self._transaction(lambda writer: _apply(writer, acts))
+        return await self._transaction(lambda writer: _apply(writer, operations))
 
     async def renew(self, owner: str, now: int, *, lease_ms: int) -> None:
         """Say that the process `owner` is alive for so long from now, which the database knows."""
@@ -106,7 +106,7 @@ class PostgresStore:
         """One call in the books."""
         return next(map(entry_of, await self._read(READ_CALL, entry_id)), None)
 
-    async def read_maker(self, response_id: str) -> Entry | None:
+    async def find_response_entry(self, response_id: str) -> Entry | None:
         """The call that made this response."""
         return next(map(entry_of, await self._read(READ_MAKER, response_id)), None)
 
@@ -247,10 +247,10 @@ class _Writer:
         await self.renew_lease.fetch(owner, lease_ms, forget_ms)
 
 
-async def _apply(writer: _Writer, acts: Sequence[Act]) -> list[Reply]:
-    books = await _load(writer, acts)
+async def _apply(writer: _Writer, operations: Sequence[Operation]) -> list[Reply]:
+    books = await _load(writer, operations)
     known = list(books.entries)
-    answers = [books.apply(act) for act in acts]
+    answers = [books.apply(operation) for operation in operations]
     changes = changes_of(books, known)
     for statement, rows in (
         (writer.put_counters, changes.counters),
@@ -262,19 +262,19 @@ async def _apply(writer: _Writer, acts: Sequence[Act]) -> list[Reply]:
     return answers
 
 
-async def _load(writer: _Writer, acts: Sequence[Act]) -> Books:
+async def _load(writer: _Writer, operations: Sequence[Operation]) -> Book:
     """Lock what the acts touch, in the one order; what nobody else can change any more is what they are applied to.
 
     Which counters a call holds something of is read while it may still be growing: it then holds more of the same.
     """
-    subjects, quota_ids = _columns(sorted(keys_of(acts)), 2)
+    subjects, quota_ids = _columns(sorted(keys_of(operations)), 2)
     if subjects:
         await writer.make_counters.fetch(subjects, quota_ids)
-    ids = sorted({act.id for act in acts})
+    ids = sorted({operation.id for operation in operations})
     locked = await writer.lock_counters.fetch(subjects, quota_ids, ids)
     now = max(row[0] for row in locked)
     entries = {entry.id: entry for entry in map(entry_of, await writer.lock_calls.fetch(ids))}
-    return Books(counters_of(row[1:] for row in locked if row[1] is not None), entries, now)
+    return Book(counters_of(row[1:] for row in locked if row[1] is not None), entries, now)
 
 
 def _columns(rows: Sequence[Sequence[Any]], width: int) -> list[list[Any]]:

@@ -12,9 +12,9 @@ from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import replace
 
 from proxy.errors import LedgerUnavailable
-from proxy.ledger.book import Booked, Extend, NotBooked, Reserve
+from proxy.ledger.book import Accepted, Extend, Refused, Reserve
 from proxy.ledger.ledger import Ledger
-from proxy.policy.admission import Uncounted, Verdict
+from proxy.policy.admission import NeedsCount, Verdict
 from proxy.policy.quota import CounterKey, Demand
 
 # How many of one user's calls may wait, and how many in all: past that a call is refused as busy at once.
@@ -37,22 +37,22 @@ class _Place:
 class _Asking:
     """One call that asks the ledger, again and again; its input is counted if the ledger has to know it better."""
 
-    def __init__(self, ledger: Ledger, act: Reserve, recount: Callable[[], Awaitable[Demand]]) -> None:
-        self.act = act
-        self.queue = (act.facts.user, frozenset(act.binding.keys()))
+    def __init__(self, ledger: Ledger, operation: Reserve, recount: Callable[[], Awaitable[Demand]]) -> None:
+        self.operation = operation
+        self.queue = (operation.labels.user, frozenset(operation.binding.keys()))
         self._ledger = ledger
         self._recount = recount
 
-    async def ask(self) -> Booked | NotBooked:
-        reply = await self._ledger.reserve(self.act)
-        if isinstance(reply, Uncounted):
-            self.act = replace(self.act, demand=await self._recount())
-            reply = await self._ledger.reserve(self.act)
-            assert not isinstance(reply, Uncounted), "what was counted is not rough any more"
+    async def ask(self) -> Accepted | Refused:
+        reply = await self._ledger.reserve(self.operation)
+        if isinstance(reply, NeedsCount):
+            self.operation = replace(self.operation, demand=await self._recount())
+            reply = await self._ledger.reserve(self.operation)
+            assert not isinstance(reply, NeedsCount), "what was counted is not rough any more"
         return reply
 
 
-class WaitingRoom:
+class AdmissionQueue:
     """Lets calls in through the ledger, and has those wait that are only held up by others."""
 
     def __init__(self, ledger: Ledger) -> None:
@@ -60,31 +60,31 @@ class WaitingRoom:
         self._queues: dict[tuple[str, frozenset[CounterKey]], deque[_Place]] = {}
         self._growing: set[_Place] = set()
         self._waiting = 0
-        ledger.when_freed(self._freed)
+        ledger.on_freed(self._freed)
 
     def __len__(self) -> int:
         return self._waiting
 
     async def reserve(
-        self, act: Reserve, *, wait_s: float, recount: Callable[[], Awaitable[Demand]]
-    ) -> Booked | NotBooked:
+        self, operation: Reserve, *, wait_s: float, recount: Callable[[], Awaitable[Demand]]
+    ) -> Accepted | Refused:
         """Let a call in, or say why not; where only calls in flight stand in the way, after up to `wait_s`.
 
         `recount` gives its demand with the input counted, for when its bytes are too rough a bound. Cancelling gives
         up the place. Raises LedgerUnavailable.
         """
-        asking = _Asking(self.ledger, act, recount)
+        asking = _Asking(self.ledger, operation, recount)
         if not self._queues.get(asking.queue):
             reply = await asking.ask()
             if not _is_busy(reply) or wait_s <= 0:
                 return reply
-        if self._waiting >= IN_ALL_MAX or self._waiting_of(act.facts.user) >= OF_A_USER_MAX:
+        if self._waiting >= IN_ALL_MAX or self._waiting_of(operation.labels.user) >= OF_A_USER_MAX:
             return await asking.ask()
         return await self._wait(asking, asyncio.get_running_loop().time() + wait_s)
 
     async def extend(
-        self, act: Extend, *, wait_s: float, ask_s: float, is_gone: Callable[[], bool] = lambda: False
-    ) -> Booked:
+        self, operation: Extend, *, wait_s: float, ask_s: float, is_disconnected: Callable[[], bool] = lambda: False
+    ) -> Accepted:
         """Hold more for a stream; where only calls in flight stand in the way, after up to `wait_s`.
 
         Not for a client that has gone meanwhile: that is looked at once a second.
@@ -92,26 +92,26 @@ class WaitingRoom:
         Raises LedgerUnavailable, also where the ledger takes longer than `ask_s` to answer.
         """
         until = asyncio.get_running_loop().time() + wait_s
-        place = _Place(act.binding.keys())
+        place = _Place(operation.binding.keys())
         self._growing.add(place)
         try:
             while True:
-                reply = await self._extend(act, ask_s)
+                reply = await self._extend(operation, ask_s)
                 left = until - asyncio.get_running_loop().time()
-                if reply.verdict is not Verdict.BUSY or left <= 0 or is_gone():
+                if reply.verdict is not Verdict.BUSY or left <= 0 or is_disconnected():
                     return reply
                 await _woken(place.wake, min(left, _ASK_EVERY_S))
         finally:
             self._growing.discard(place)
 
-    async def _extend(self, act: Extend, ask_s: float) -> Booked:
+    async def _extend(self, operation: Extend, ask_s: float) -> Accepted:
         try:
             async with asyncio.timeout(ask_s):
-                return await self.ledger.extend(act)
+                return await self.ledger.extend(operation)
         except TimeoutError:
             raise LedgerUnavailable from None
 
-    async def _wait(self, asking: _Asking, until: float) -> Booked | NotBooked:
+    async def _wait(self, asking: _Asking, until: float) -> Accepted | Refused:
         place, queue = _Place(asking.queue[1]), self._queues.setdefault(asking.queue, deque())
         queue.append(place)
         self._waiting += 1
@@ -140,8 +140,8 @@ class WaitingRoom:
                 place.wake.set()
 
 
-def _is_busy(reply: Booked | NotBooked) -> bool:
-    return isinstance(reply, NotBooked) and reply.refused.verdict is Verdict.BUSY
+def _is_busy(reply: Accepted | Refused) -> bool:
+    return isinstance(reply, Refused) and reply.refused.verdict is Verdict.BUSY
 
 
 async def _woken(wake: asyncio.Event, timeout_s: float) -> None:

@@ -25,12 +25,12 @@ _DAY_MS = 86_400_000
 log = structlog.get_logger("records")
 
 
-def id_at(instant: int) -> str:
+def call_id_prefix(instant: int) -> str:
     """How the id of a call begins that comes at this instant: ids are in the order of time."""
     return f"req_{instant:012x}"
 
 
-class Records:
+class Rollup:
     """Keeps the records of one database. `now` gives milliseconds since 1970, `keep` the policy's times."""
 
     def __init__(
@@ -47,7 +47,7 @@ class Records:
         try:
             await self._do(COUNT)
             if keep.calls_ms is not None:
-                await self._do(DELETE_CALLS, now - keep.calls_ms, id_at(max(0, now - keep.calls_ms)))
+                await self._do(DELETE_CALLS, now - keep.calls_ms, call_id_prefix(max(0, now - keep.calls_ms)))
             if keep.days_ms is not None:
                 await self._do(DELETE_DAYS, now - keep.days_ms - _DAY_MS)  # whole days only
         except StoreUnavailable as error:

@@ -10,7 +10,7 @@ from typing import Any
 
 import orjson
 
-from proxy.ledger.book import Act, Books, Entry, Extend, Facts, Line, Reserve
+from proxy.ledger.book import Book, CallLabels, Entry, Extend, HeldAmount, Operation, Reserve
 from proxy.policy.amounts import Amount, AtLeast, Exactly, Tokens, Unspent, Usage, charge_of
 from proxy.policy.quota import Counter, CounterKey
 from proxy.policy.windows import Window
@@ -36,7 +36,7 @@ class Changes:
     changed: list[Row]
 
 
-def changes_of(books: Books, known: Iterable[str]) -> Changes:
+def changes_of(books: Book, known: Iterable[str]) -> Changes:
     """What a batch has changed; `known` are the calls that were in the database before it."""
     entries, before, changed = books.entries, set(known), sorted(books.entries_changed)
     return Changes(
@@ -46,9 +46,13 @@ def changes_of(books: Books, known: Iterable[str]) -> Changes:
     )
 
 
-def keys_of(acts: Iterable[Act]) -> set[CounterKey]:
+def keys_of(operations: Iterable[Operation]) -> set[CounterKey]:
     """The counters that acts may look at, beside those that their calls hold something of already."""
-    return set(chain.from_iterable(act.binding.keys() for act in acts if isinstance(act, Reserve | Extend)))
+    return set(
+        chain.from_iterable(
+            operation.binding.keys() for operation in operations if isinstance(operation, Reserve | Extend)
+        )
+    )
 
 
 def counters_of(rows: Iterable[Row]) -> dict[CounterKey, Counter]:
@@ -77,17 +81,19 @@ def _counter_row(key: CounterKey, counter: Counter) -> Row:
 
 def entry_of(row: Row) -> Entry:
     """One call."""
-    entry_id, owner, state, user, model, endpoint, upstream, through, reserved_at, ended_at, *rest = row
-    hold_input, hold_output, maximum, lines, capped_by, would_refuse, *used, outcome, _, response_id = rest
+    entry_id, owner, state, user, model, endpoint, upstream, admitted_via, reserved_at, ended_at, *rest = row
+    hold_input, hold_output, maximum, held_amounts, capped_by, would_refuse, *used, outcome, _, response_id = rest
     return Entry(
         id=entry_id,
         owner=owner,
-        facts=Facts(user=user, model=model, endpoint=endpoint, upstream=upstream),
-        through=through,
+        labels=CallLabels(user=user, model=model, endpoint=endpoint, upstream=upstream),
+        admitted_via=admitted_via,
         reserved_at=reserved_at,
         hold=Amount(hold_input, hold_output, 1),
         maximum=maximum,
-        lines=tuple(Line((key[0], key[1]), at, Amount(*amount)) for key, at, amount in orjson.loads(lines)),
+        held_amounts=tuple(
+            HeldAmount((key[0], key[1]), at, Amount(*amount)) for key, at, amount in orjson.loads(held_amounts)
+        ),
         capped_by=capped_by,
         would_refuse=tuple(orjson.loads(would_refuse)),
         state=state,
@@ -99,25 +105,29 @@ def entry_of(row: Row) -> Entry:
 
 
 def _call_row(entry: Entry) -> Row:
-    facts = entry.facts
-    state, upstream, ended_at, hold_input, hold_output, lines, *used, response_id = _changing(entry)
+    labels = entry.labels
+    state, upstream, ended_at, hold_input, hold_output, held_amounts, *used, response_id = _changing(entry)
     return (
-        *(entry.id, entry.owner, state, facts.user, facts.model, facts.endpoint, upstream, entry.through),
+        *(entry.id, entry.owner, state, labels.user, labels.model, labels.endpoint, upstream, entry.admitted_via),
         *(entry.reserved_at, ended_at, hold_input, hold_output, entry.maximum),
-        *(lines, entry.capped_by, orjson.dumps(entry.would_refuse).decode()),
+        *(held_amounts, entry.capped_by, orjson.dumps(entry.would_refuse).decode()),
         *used,
         *(None, response_id),  # not counted into its day
     )
 
 
 def _changing(entry: Entry) -> Row:
-    lines = [
-        (line.key, line.opened_at, (line.amount.input, line.amount.output, line.amount.requests))
-        for line in entry.lines
+    held_amounts = [
+        (
+            held_amount.key,
+            held_amount.opened_at,
+            (held_amount.amount.input, held_amount.amount.output, held_amount.amount.requests),
+        )
+        for held_amount in entry.held_amounts
     ]
     return (
-        *(entry.state, entry.facts.upstream, entry.ended_at),
-        *(entry.hold.input, entry.hold.output, orjson.dumps(lines).decode()),
+        *(entry.state, entry.labels.upstream, entry.ended_at),
+        *(entry.hold.input, entry.hold.output, orjson.dumps(held_amounts).decode()),
         *(*_used(entry.usage), entry.outcome, entry.response_id),
     )
 

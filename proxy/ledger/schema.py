@@ -19,7 +19,7 @@ How a hundred million calls slow nothing:
   it belongs to the user of the newest.
 
 A row of `usage_by_day` is of the day, in UTC, in which its calls were reserved: its first millisecond. The policy's
-time zone may change; days that were added up can't be taken apart again. `through` is the group.
+time zone may change; days that were added up can't be taken apart again. `admitted_via` is the group.
 """
 
 from importlib.resources import files

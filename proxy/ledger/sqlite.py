@@ -25,7 +25,7 @@ from sqlalchemy.dialects.sqlite import insert
 from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, InterfaceError, NotSupportedError, ProgrammingError
 from sqlalchemy.ext.asyncio import create_async_engine
 
-from proxy.ledger.book import Act, Books, Entry, Reply
+from proxy.ledger.book import Book, Entry, Operation, Reply
 from proxy.ledger.rows import CHANGING, changes_of, counters_of, entry_of, keys_of
 from proxy.ledger.schema import calls, counters, migrate, owners
 from proxy.ledger.store import Chore, Done, StoreInUse, StoreRefused, StoreUnavailable
@@ -69,9 +69,9 @@ class SqliteStore:
         """
         await self._in_thread(self._open)
 
-    async def apply(self, acts: Sequence[Act], now: int) -> list[Reply]:
+    async def apply(self, operations: Sequence[Operation], now: int) -> list[Reply]:
         """Do these acts in order, in one transaction, and answer each."""
-        return await self._in_thread(self._apply, acts, now)
+        return await self._in_thread(self._apply, operations, now)
 
     async def renew(self, owner: str, now: int, *, lease_ms: int) -> None:
         """Say that the process `owner` is alive for so long from now."""
@@ -95,7 +95,7 @@ class SqliteStore:
         """One call in the books."""
         return await self._read_one(self._sql.calls_of, _given([entry_id]))
 
-    async def read_maker(self, response_id: str) -> Entry | None:
+    async def find_response_entry(self, response_id: str) -> Entry | None:
         """The call that made this response."""
         return await self._read_one(self._sql.maker_of, (response_id,))
 
@@ -147,12 +147,12 @@ class SqliteStore:
         with _translated(), self._engine.begin() as connection:
             migrate(connection)
 
-    def _apply(self, acts: Sequence[Act], now: int) -> list[Reply]:
+    def _apply(self, operations: Sequence[Operation], now: int) -> list[Reply]:
         self._look_for_it()
         with _translated(), self._engine.connect() as connection:
-            books = self._load(connection, acts, now)
+            books = self._load(connection, operations, now)
             known = list(books.entries)
-            answers = [books.apply(act) for act in acts]
+            answers = [books.apply(operation) for operation in operations]
             self._write(connection, books, known)
             with _translated(is_uncertain=True):
                 connection.commit()
@@ -216,14 +216,16 @@ class SqliteStore:
         if self._found() != self._opened:
             raise StoreUnavailable(f"{self._path} was moved, deleted or replaced while in use")
 
-    def _load(self, connection: Connection, acts: Sequence[Act], now: int) -> Books:
-        rows = connection.exec_driver_sql(self._sql.calls_of, _given([act.id for act in acts]))
+    def _load(self, connection: Connection, operations: Sequence[Operation], now: int) -> Book:
+        rows = connection.exec_driver_sql(self._sql.calls_of, _given([operation.id for operation in operations]))
         entries = {entry.id: entry for entry in map(entry_of, rows.all())}
-        keys = keys_of(acts).union(line.key for entry in entries.values() for line in entry.lines)
+        keys = keys_of(operations).union(
+            held_amount.key for entry in entries.values() for held_amount in entry.held_amounts
+        )
         found = connection.exec_driver_sql(self._sql.counters_of, _given(sorted(keys)))
-        return Books(counters_of(found.all()), entries, now)
+        return Book(counters_of(found.all()), entries, now)
 
-    def _write(self, connection: Connection, books: Books, known: Sequence[str]) -> None:
+    def _write(self, connection: Connection, books: Book, known: Sequence[str]) -> None:
         changes = changes_of(books, known)
         for statement, rows in (
             (self._sql.put_counters, changes.counters),

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from proxy.ledger.book import Act, Entry, Reply
+from proxy.ledger.book import Entry, Operation, Reply
 from proxy.policy.quota import Counter, CounterKey
 
 
@@ -61,7 +61,7 @@ class Store(Protocol):
     async def open(self) -> None:
         """Bring the schema up to date and be ready. Raises StoreInUse, StoreUnavailable, or tables.NewerSchema."""
 
-    async def apply(self, acts: Sequence[Act], now: int) -> list[Reply]:
+    async def apply(self, operations: Sequence[Operation], now: int) -> list[Reply]:
         """Do these acts in order, in one transaction, and answer each.
 
         Raises StoreUnavailable or StoreRefused, or what a rule or a driver raises at a bad act; then nothing was
@@ -80,7 +80,7 @@ class Store(Protocol):
     async def read_entry(self, entry_id: str) -> Entry | None:
         """One call in the books. Raises StoreUnavailable."""
 
-    async def read_maker(self, response_id: str) -> Entry | None:
+    async def find_response_entry(self, response_id: str) -> Entry | None:
         """The call that made this response, the newest of several. Raises StoreUnavailable."""
 
     async def tend(self, chore: Chore, *given: object) -> Done:

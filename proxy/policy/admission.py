@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 from enum import IntEnum
 
 from proxy.policy.amounts import TOKENS_MAX, Amount
-from proxy.policy.quota import Binding, Counter, CounterKey, Demand, Limit, Quota, Route, standing_at
+from proxy.policy.quota import Binding, Counter, CounterKey, Demand, GroupQuotas, Limit, Quota, counter_at
 
 # An input that was only bounded by its bytes is counted where the bound is more than this part of what is available,
 # or stands in the way of the call itself. Far from a limit nothing is counted; near it nobody is refused by a guess.
@@ -33,7 +33,7 @@ _ROUGH_PART = 16
 class Verdict(IntEnum):
     """From best to worst; see the module's text."""
 
-    ROOM = 0
+    ALLOW = 0
     BUSY = 1
     EXHAUSTED = 2
     NEVER = 3
@@ -66,7 +66,7 @@ class Admitted:
     `capped_by` says why that is less than it wanted. None: nobody knows how long the answer may become.
     """
 
-    through: str
+    admitted_via: str
     hold: Amount
     maximum: int | None
     holds: tuple[Hold, ...]
@@ -75,14 +75,14 @@ class Admitted:
 
 
 @dataclass(frozen=True, slots=True)
-class Refused:
+class NotAdmitted:
     """The call may not be sent, and what stands in its way."""
 
     verdict: Verdict
     blocks: tuple[Block, ...]
 
     @property
-    def let_in_at(self) -> int | None:
+    def admissible_at(self) -> int | None:
         """The instant at which this call would be let in, in ms; None where no reset will do (busy, never, a 0)."""
         if self.verdict is not Verdict.EXHAUSTED or any(block.limit.maximum == 0 for block in self.blocks):
             return None
@@ -90,25 +90,25 @@ class Refused:
 
 
 @dataclass(frozen=True, slots=True)
-class Uncounted:
+class NeedsCount:
     """So little is left that the bytes of the input are too rough a bound: count its tokens, and ask again."""
 
 
 Counters = Mapping[CounterKey, Counter]
 
 
-def decide(demand: Demand, binding: Binding, counters: Counters, now: int) -> Admitted | Refused | Uncounted:
+def decide(demand: Demand, binding: Binding, counters: Counters, now: int) -> Admitted | NotAdmitted | NeedsCount:
     """Let a call in, and say what it holds of which counter; or refuse it, and say why.
 
     Of the ways that have room for all that the call wants the first one is taken. If there is none, the one
     that can carry the most: by what is free, so that nobody gets a shorter answer because of calls in flight.
     """
-    at = {quota.id: standing_at(now, quota, counters.get(quota.key_for(binding.user))) for quota in binding.quotas}
+    at = {quota.id: counter_at(now, quota, counters.get(quota.key_for(binding.user))) for quota in binding.quotas}
     best = _best(demand, binding, at)
-    if demand.is_rough and _could_be_better(best, demand, binding, at):
-        return Uncounted()
-    if best.verdict is not Verdict.ROOM:
-        return Refused(best.verdict, best.telling())
+    if demand.is_estimated and _could_be_better(best, demand, binding, at):
+        return NeedsCount()
+    if best.verdict is not Verdict.ALLOW:
+        return NotAdmitted(best.verdict, best.telling())
     return _admit(best, demand, binding, at)
 
 
@@ -122,8 +122,8 @@ def hold_of(quota: Quota, whole: Amount) -> Amount:
 
 
 @dataclass(frozen=True, slots=True)
-class _Way:
-    route: Route
+class _Assessment:
+    route: GroupQuotas
     verdict: Verdict
     output: int
     hold: Amount
@@ -132,43 +132,45 @@ class _Way:
 
     def is_whole(self, demand: Demand) -> bool:
         """Whether it lets the call in with all that it wants."""
-        return self.verdict is Verdict.ROOM and self.output == demand.want
+        return self.verdict is Verdict.ALLOW and self.output == demand.output_maximum
 
     def rank(self) -> tuple[int, int, int]:
         """Smaller is better: any that may be let in now or soon, by the most it carries; then the soonest reset."""
         if self.verdict <= Verdict.BUSY:
             return (0, -self.output, self.verdict)
-        let_in_at = Refused(self.verdict, self.telling()).let_in_at
-        return (self.verdict, int(let_in_at is None), let_in_at or 0)
+        admissible_at = NotAdmitted(self.verdict, self.telling()).admissible_at
+        return (self.verdict, int(admissible_at is None), admissible_at or 0)
 
     def telling(self) -> tuple[Block, ...]:
         """The blocks that decide: the worst of them."""
         return tuple(block for block in self.blocks if block.verdict is self.verdict)
 
 
-def _best(demand: Demand, binding: Binding, at: Mapping[str, Counter]) -> _Way:
-    ways = [_assess(way, demand, at) for way in binding.ways()]
-    return next((way for way in ways if way.is_whole(demand)), None) or min(ways, key=_Way.rank)
+def _best(demand: Demand, binding: Binding, at: Mapping[str, Counter]) -> _Assessment:
+    alternatives = [_assess(way, demand, at) for way in binding.alternatives()]
+    return next((way for way in alternatives if way.is_whole(demand)), None) or min(
+        alternatives, key=_Assessment.rank
+    )
 
 
-def _assess(route: Route, demand: Demand, at: Mapping[str, Counter]) -> _Way:
+def _assess(route: GroupQuotas, demand: Demand, at: Mapping[str, Counter]) -> _Assessment:
     """How a set of quotas, all of which must have room, takes this call."""
-    output, capped_by = demand.want, None
+    output, capped_by = demand.output_maximum, None
     for quota in route.quotas:
         carried = _carried(quota, at[quota.id], demand)
         if carried < output:
             output, capped_by = carried, quota
     hold = Amount(demand.input + _unseen(route, demand, at, output), min(output, demand.first), 1)
     blocks = tuple(block for quota in route.quotas for block in _blocks(quota, at[quota.id], demand, hold))
-    verdict = max((block.verdict for block in blocks), default=Verdict.ROOM)
-    return _Way(route, verdict, output, hold, blocks, capped_by)
+    verdict = max((block.verdict for block in blocks), default=Verdict.ALLOW)
+    return _Assessment(route, verdict, output, hold, blocks, capped_by)
 
 
 def _carried(quota: Quota, counter: Counter, demand: Demand) -> int:
     """The longest answer that what is free of this quota has room for."""
     if quota.enforce == "after":
-        return demand.want
-    room = [demand.want]
+        return demand.output_maximum
+    room = [demand.output_maximum]
     for limit in quota.limits:
         if limit.measure in ("tokens", "output_tokens") and demand.bounds(limit):
             taken = demand.input if limit.measure == "tokens" else 0
@@ -176,10 +178,10 @@ def _carried(quota: Quota, counter: Counter, demand: Demand) -> int:
     return max(0, min(room))
 
 
-def _unseen(route: Route, demand: Demand, at: Mapping[str, Counter], output: int) -> int:
+def _unseen(route: GroupQuotas, demand: Demand, at: Mapping[str, Counter], output: int) -> int:
     """How much is held of what the call may read without showing it: as much as is free beside the rest."""
-    room = [demand.unseen]
-    for quota in route.quotas if demand.unseen else ():
+    room = [demand.hidden_input]
+    for quota in route.quotas if demand.hidden_input else ():
         for limit in quota.limits if quota.enforce != "after" else ():
             if limit.measure in ("tokens", "input_tokens"):
                 taken = demand.input + (output if limit.measure == "tokens" else 0)
@@ -187,7 +189,7 @@ def _unseen(route: Route, demand: Demand, at: Mapping[str, Counter], output: int
     return max(0, min(room))
 
 
-def _could_be_better(best: _Way, demand: Demand, binding: Binding, at: Mapping[str, Counter]) -> bool:
+def _could_be_better(best: _Assessment, demand: Demand, binding: Binding, at: Mapping[str, Counter]) -> bool:
     """Whether an input that was only bounded by its bytes should be counted before anything is decided.
 
     It should where the call would be refused, delayed or shortened, unless it would be so without any input; and
@@ -217,38 +219,38 @@ def _blocks(quota: Quota, counter: Counter, demand: Demand, hold: Amount) -> lis
     return [
         Block(quota, counter, limit, verdict, demand.least(limit.measure))
         for limit, verdict in verdicts
-        if verdict is not Verdict.ROOM
+        if verdict is not Verdict.ALLOW
     ]
 
 
 def _verdict(quota: Quota, limit: Limit, counter: Counter, least: int, hold: int) -> Verdict:
     free = limit.maximum - counter.used.of(limit.measure)
     if quota.enforce == "after":
-        return Verdict.ROOM if free > 0 else Verdict.EXHAUSTED
+        return Verdict.ALLOW if free > 0 else Verdict.EXHAUSTED
     if least > limit.maximum > 0:  # a limit of 0 is a switch that is off, not a call that is too large
         return Verdict.NEVER
     if free <= 0 or least > free:
         return Verdict.EXHAUSTED
     room = quota.ceiling(limit) - counter.used.of(limit.measure) - counter.held.of(limit.measure)
-    return Verdict.BUSY if hold > room else Verdict.ROOM
+    return Verdict.BUSY if hold > room else Verdict.ALLOW
 
 
-def _admit(way: _Way, demand: Demand, binding: Binding, at: Mapping[str, Counter]) -> Admitted:
+def _admit(way: _Assessment, demand: Demand, binding: Binding, at: Mapping[str, Counter]) -> Admitted:
     hold = way.hold
     wanted = replace(demand, smallest=hold.output)
-    through = {quota.id for quota in way.route.quotas}
+    admitted_via = {quota.id for quota in way.route.quotas}
     beside = [
         quota
-        for route in binding.routes
+        for route in binding.groups
         for quota in route.quotas
-        if quota.id not in through and not quota.shared and not _blocks(quota, at[quota.id], wanted, hold)
+        if quota.id not in admitted_via and not quota.shared and not _blocks(quota, at[quota.id], wanted, hold)
     ]
     refusing = [quota for quota in binding.shadows if _would_refuse(quota, at[quota.id], demand)]
     watching = [quota for quota in binding.shadows if quota not in refusing]
     return Admitted(
-        through=way.route.group,
+        admitted_via=way.route.group,
         hold=hold,
-        maximum=None if demand.is_open_ended and way.capped_by is None else way.output,
+        maximum=None if demand.is_unbounded and way.capped_by is None else way.output,
         holds=tuple(
             Hold(quota, at[quota.id], hold_of(quota, hold))
             for quota in (*way.route.quotas, *beside, *watching)
@@ -261,11 +263,11 @@ def _admit(way: _Way, demand: Demand, binding: Binding, at: Mapping[str, Counter
 
 def _would_refuse(quota: Quota, counter: Counter, demand: Demand) -> bool:
     """Whether a quota in shadow would have refused: what it would only have delayed it would have let in."""
-    return _assess(Route(quota.group, (quota,)), demand, {quota.id: counter}).verdict > Verdict.BUSY
+    return _assess(GroupQuotas(quota.group, (quota,)), demand, {quota.id: counter}).verdict > Verdict.BUSY
 
 
 @dataclass(frozen=True, slots=True)
-class Growth:
+class HoldIncrease:
     """How many more tokens of output a call in flight holds, and of which counters.
 
     `verdict` is ROOM where that is enough to go on; else whether calls in flight (BUSY) or the limit (EXHAUSTED)
@@ -287,17 +289,17 @@ class Wish:
 
 
 def grow(
-    wish: Wish, binding: Binding, through: str, *, own: Mapping[str, Amount], at: Mapping[str, Counter]
-) -> Growth:
+    wish: Wish, binding: Binding, admitted_via: str, *, own: Mapping[str, Amount], at: Mapping[str, Counter]
+) -> HoldIncrease:
     """Let a call in flight hold more, as far as there is room.
 
     `at` is how the counters of the quotas stand that the call holds, by the quotas' ids, and `own` what it holds of
     them itself. Only the way through which it was let in can stop it.
     """
-    [way] = [way for way in binding.ways() if way.group == through]
+    [way] = [way for way in binding.alternatives() if way.group == admitted_via]
     stopping = [quota for quota in way.quotas if quota.id in at]
     output = min([wish.wanted, *(_room(quota, at[quota.id], at[quota.id].held) for quota in stopping)])
-    output, verdict = max(0, output), Verdict.ROOM
+    output, verdict = max(0, output), Verdict.ALLOW
     if output < wish.least:
         alone = min(_room(quota, at[quota.id], own[quota.id]) for quota in stopping)
         verdict = Verdict.BUSY if alone >= wish.least else Verdict.EXHAUSTED
@@ -310,7 +312,7 @@ def grow(
     amount = Amount(output=output)
     growing = [quota for quota in (*stopping, *beside) if quota not in left_alone]
     holds = tuple(Hold(quota, at[quota.id], hold_of(quota, amount)) for quota in growing)
-    return Growth(output, verdict, holds, tuple(left_alone))
+    return HoldIncrease(output, verdict, holds, tuple(left_alone))
 
 
 def _room(quota: Quota, counter: Counter, held: Amount) -> int:

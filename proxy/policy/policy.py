@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 from zoneinfo import ZoneInfo
 
-from proxy.policy.quota import ALL_MODELS, Binding, Combine, Globs, Quota, Route
+from proxy.policy.quota import ALL_MODELS, Binding, Combine, Globs, GroupQuotas, Quota
 
 Kind = Literal["openai", "azure", "anthropic", "vllm", "ollama", "llamacpp", "simulator"]
 OnDisconnect = Literal["drain", "stop"]
@@ -101,7 +101,7 @@ class Model:
     allow: Allow | None = None
 
     @property
-    def everywhere(self) -> tuple["Model", ...]:
+    def targets(self) -> tuple["Model", ...]:
         """The model at each upstream that serves it, in the order of the file."""
         return (self, *self.others)
 
@@ -214,7 +214,7 @@ class Policy:
         if not any(_covers(group, stated) for group in groups) and DEFAULT in self.groups:
             groups.append(self.groups[DEFAULT])
         everyone = self.groups.get(EVERYONE, Group(EVERYONE))
-        return Binding(user.name, everyone.quotas, tuple(Route(group.name, group.quotas) for group in groups))
+        return Binding(user.name, everyone.quotas, tuple(GroupQuotas(group.name, group.quotas) for group in groups))
 
     def _groups_of(self, user: User) -> list[Group]:
         """The groups whose model lists count, `default` only for users in no other group."""
@@ -227,15 +227,17 @@ class Policy:
         if DEFAULT in self.groups and not any(self._has_a_say(group, model) for group in own):
             own.append(self.groups[DEFAULT])
         everything = (*always, *(quota for group in own for quota in group.quotas_for(model)))
-        routes = tuple(
-            Route(group.name, enforced(group.quotas_for(model))) for group in own if self._has_a_say(group, model)
+        groups = tuple(
+            GroupQuotas(group.name, enforced(group.quotas_for(model)))
+            for group in own
+            if self._has_a_say(group, model)
         )
-        if not everything and not routes and self.unmatched == "refuse":
+        if not everything and not groups and self.unmatched == "refuse":
             return None
         return Binding(
             user=user.name,
             always=enforced(always),
-            routes=routes,
+            groups=groups,
             shadows=tuple(quota for quota in everything if quota.enforce == "shadow"),
             combine=self.combine,
         )

@@ -98,7 +98,7 @@ class Counter:
         return bool(self.used or self.held)
 
 
-def standing_at(now: int, quota: Quota, counter: Counter | None) -> Counter:
+def counter_at(now: int, quota: Quota, counter: Counter | None) -> Counter:
     """The counter as it stands at `now`: itself while its window is open, else a fresh one.
 
     A running window keeps its end when `per` changes. A clock that jumps back resets nothing, because a window
@@ -122,25 +122,25 @@ def standing_at(now: int, quota: Quota, counter: Counter | None) -> Counter:
 class Demand:
     """What a call asks for, in tokens: a bound on its input, the answer wanted, and the least worth starting for.
 
-    `want`, `smallest` and `first` are totals over all choices; all are 0 for calls that generate nothing
+    `output_maximum`, `smallest` and `first` are totals over all choices; all are 0 for calls that generate nothing
     (embeddings), which limits on output alone don't bind. Of the answer no more than `first` is held to begin with: a
-    stream whose tokens can be seen holds more as it grows. `is_open_ended` where nobody says how long the answer may
-    become, so that `want` is only what is usual. `is_rough` where the input was bounded by its bytes, of which four
-    make a token. `unseen` is what it may read beside its input without showing it (stored files, earlier answers): so
+    stream whose tokens can be seen holds more as it grows. `is_unbounded` where nobody says how long the answer may
+    become, so that `output_maximum` is only what is usual. `is_estimated` where the input was bounded by its bytes, of which four
+    make a token. `hidden_input` is what it may read beside its input without showing it (stored files, earlier answers): so
     much is held of it as is free, since nobody knows.
     """
 
     input: int
-    want: int
+    output_maximum: int
     smallest: int
     first: int = TOKENS_MAX
-    is_open_ended: bool = False
-    is_rough: bool = False
-    unseen: int = 0
+    is_unbounded: bool = False
+    is_estimated: bool = False
+    hidden_input: int = 0
 
     def bounds(self, limit: Limit) -> bool:
         """Whether this limit can bind this call at all."""
-        return limit.measure != "output_tokens" or self.want > 0
+        return limit.measure != "output_tokens" or self.output_maximum > 0
 
     def least(self, measure: Measure) -> int:
         """The least that this call takes of a measure."""
@@ -148,7 +148,7 @@ class Demand:
 
 
 @dataclass(frozen=True, slots=True)
-class Route:
+class GroupQuotas:
     """One of a user's groups, as a way in: its quotas for this model. None of them: unlimited."""
 
     group: str
@@ -159,29 +159,29 @@ class Route:
 class Binding:
     """Which quotas bind one user on one model.
 
-    `always` are those of everyone. `routes` are the user's groups that have a say, in the policy's order.
+    `always` are those of everyone. `groups` are the user's groups that have a say, in the policy's order.
     `shadows` only watch: they never refuse and give no group a say.
     """
 
     user: str
     always: tuple[Quota, ...] = ()
-    routes: tuple[Route, ...] = ()
+    groups: tuple[GroupQuotas, ...] = ()
     shadows: tuple[Quota, ...] = ()
     combine: Combine = "any_group"
 
     @property
     def quotas(self) -> tuple[Quota, ...]:
         """All of them, each once."""
-        return self.always + tuple(quota for route in self.routes for quota in route.quotas) + self.shadows
+        return self.always + tuple(quota for route in self.groups for quota in route.quotas) + self.shadows
 
     def keys(self) -> list[CounterKey]:
         """The counters that a decision looks at."""
         return [quota.key_for(self.user) for quota in self.quotas]
 
-    def ways(self) -> list[Route]:
+    def alternatives(self) -> list[GroupQuotas]:
         """Sets of quotas of which one has to have room as a whole: one for each group, or all together."""
-        if self.combine == "every_group" and self.routes:
-            together = tuple(quota for route in self.routes for quota in route.quotas)
-            return [Route("+".join(route.group for route in self.routes), self.always + together)]
-        own = [Route(route.group, self.always + route.quotas) for route in self.routes]
-        return own or [Route("everyone", self.always)]
+        if self.combine == "every_group" and self.groups:
+            together = tuple(quota for route in self.groups for quota in route.quotas)
+            return [GroupQuotas("+".join(route.group for route in self.groups), self.always + together)]
+        own = [GroupQuotas(route.group, self.always + route.quotas) for route in self.groups]
+        return own or [GroupQuotas("everyone", self.always)]

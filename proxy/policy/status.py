@@ -11,10 +11,10 @@ from zoneinfo import ZoneInfo
 
 from proxy.errors import NeverFits, ProxyError, Refusal
 from proxy.ledger.book import Entry
-from proxy.policy.admission import Block, Refused, Verdict
+from proxy.policy.admission import Block, NotAdmitted, Verdict
 from proxy.policy.amounts import MEASURES, Measure
 from proxy.policy.policy import Policy
-from proxy.policy.quota import Binding, Counter, CounterKey, Limit, Quota, standing_at
+from proxy.policy.quota import Binding, Counter, CounterKey, Limit, Quota, counter_at
 from proxy.policy.windows import rfc3339
 
 # A wait that SDKs sleep through on their own is answered as a rate limit; a longer one as a quota that is used
@@ -25,7 +25,7 @@ _UNIT = {"tokens": "tokens", "input_tokens": "input tokens", "output_tokens": "o
 
 
 @dataclass(frozen=True, slots=True)
-class Standing:
+class QuotaStatus:
     """One quota and how its counter stands for one user at one instant."""
 
     quota: Quota
@@ -83,23 +83,27 @@ class Standing:
         }
 
 
-def standings(
+def quota_statuses(
     binding: Binding, counters: Mapping[CounterKey, Counter], now: int, *, without: Entry | None = None
-) -> dict[str, Standing]:
+) -> dict[str, QuotaStatus]:
     """How each quota of a binding stands, by its id; `without` leaves out what this open call itself holds."""
     is_held = without is not None and without.state == "open"
-    own = {(line.key, line.opened_at): line.amount for line in without.lines} if without and is_held else {}
-    stand: dict[str, Standing] = {}
+    own = (
+        {(held_amount.key, held_amount.opened_at): held_amount.amount for held_amount in without.held_amounts}
+        if without and is_held
+        else {}
+    )
+    statuses: dict[str, QuotaStatus] = {}
     for quota in binding.quotas:
         key = quota.key_for(binding.user)
-        counter = standing_at(now, quota, counters.get(key))
+        counter = counter_at(now, quota, counters.get(key))
         if mine := own.get((key, counter.window.opened_at)):
             counter = replace(counter, held=counter.held - mine)
-        stand[quota.id] = Standing(quota, counter)
-    return stand
+        statuses[quota.id] = QuotaStatus(quota, counter)
+    return statuses
 
 
-def rate_limit_headers(binding: Binding, stand: Mapping[str, Standing], now: int) -> dict[str, str]:
+def rate_limit_headers(binding: Binding, statuses: Mapping[str, QuotaStatus], now: int) -> dict[str, str]:
     """The headers of every metered answer.
 
     `x-ratelimit-*` are OpenAI's names, with Go durations (`6m0s`); `RateLimit-Policy` and `RateLimit` are those of
@@ -108,12 +112,12 @@ def rate_limit_headers(binding: Binding, stand: Mapping[str, Standing], now: int
     """
     headers: dict[str, str] = {}
     for kind, measures in (("tokens", MEASURES[:3]), ("requests", MEASURES[3:])):
-        if first := first_to_refuse(binding, stand, measures):
+        if first := first_to_refuse(binding, statuses, measures):
             standing, limit = first
             headers[f"x-ratelimit-limit-{kind}"] = str(limit.maximum)
             headers[f"x-ratelimit-remaining-{kind}"] = str(standing.remaining(limit))
             headers[f"x-ratelimit-reset-{kind}"] = go_duration(standing.counter.window.resets_at - now)
-    bound = [(standing, standing.tightest()) for standing in stand.values() if standing.quota.enforce != "shadow"]
+    bound = [(standing, standing.tightest()) for standing in statuses.values() if standing.quota.enforce != "shadow"]
     tightest = sorted(bound, key=lambda item: item[0].fullness(item[1]))[:3]
     if tightest:
         headers["ratelimit-policy"] = ", ".join(_policy_item(standing, limit) for standing, limit in tightest)
@@ -122,7 +126,7 @@ def rate_limit_headers(binding: Binding, stand: Mapping[str, Standing], now: int
 
 
 def refusal(
-    refused: Refused, stand: Mapping[str, Standing], *, policy: Policy, endpoint: str, now: int, busy_s: int
+    refused: NotAdmitted, statuses: Mapping[str, QuotaStatus], *, policy: Policy, endpoint: str, now: int, busy_s: int
 ) -> ProxyError:
     """The answer to a call that is not let in: a 429 with the true reset, or a 400 when it can never fit.
 
@@ -134,32 +138,32 @@ def refusal(
     final = {"x-should-retry": "false", **(_for_codex(block, help) if endpoint == "responses" else {})}
     if refused.verdict is Verdict.NEVER:
         return NeverFits(_with_help(_never(block), help))
-    let_in_at = refused.let_in_at
+    admissible_at = refused.admissible_at
     long_type = "usage_limit_reached" if endpoint == "responses" else "insufficient_quota"
-    if refused.verdict is Verdict.EXHAUSTED and let_in_at is None:
+    if refused.verdict is Verdict.EXHAUSTED and admissible_at is None:
         # A limit of 0 has no reset that would let anybody in, so none is promised.
         return Refusal(
             _with_help(f"{_short(block)}.", help),
             type=long_type,
             code="insufficient_quota",
             headers=final,
-            members=_members(stand, policy, reset_at=None, wait_s=None),
+            members=_members(statuses, policy, reset_at=None, wait_s=None),
         )
-    wait_s = busy_s if let_in_at is None else max(1, seconds_up(let_in_at - now))
+    wait_s = busy_s if admissible_at is None else max(1, seconds_up(admissible_at - now))
     soon = wait_s <= _SOON_S
-    message = _busy(block, wait_s) if let_in_at is None else _exhausted(block, let_in_at, now=now, zone=zone)
-    reset_at = now + busy_s * 1000 if let_in_at is None else let_in_at
+    message = _busy(block, wait_s) if admissible_at is None else _exhausted(block, admissible_at, now=now, zone=zone)
+    reset_at = now + busy_s * 1000 if admissible_at is None else admissible_at
     return Refusal(
         _with_help(message, help),
         type=("requests" if block.limit.measure == "requests" else "tokens") if soon else long_type,
         code="rate_limit_exceeded" if soon else "insufficient_quota",
         headers={"retry-after": str(wait_s), **({} if soon else final)},
-        members=_members(stand, policy, reset_at=reset_at, wait_s=wait_s),
+        members=_members(statuses, policy, reset_at=reset_at, wait_s=wait_s),
     )
 
 
 def _members(
-    stand: Mapping[str, Standing], policy: Policy, *, reset_at: int | None, wait_s: int | None
+    statuses: Mapping[str, QuotaStatus], policy: Policy, *, reset_at: int | None, wait_s: int | None
 ) -> dict[str, object]:
     """What a refusal says to programs, beside OpenAI's four members."""
     return {
@@ -167,7 +171,7 @@ def _members(
         "resets_at": None if reset_at is None else seconds_up(reset_at),
         "retry_after": wait_s,
         "help_url": policy.help or None,
-        "quotas": [each.as_json(policy.zone) for each in stand.values() if each.quota.enforce != "shadow"],
+        "quotas": [each.as_json(policy.zone) for each in statuses.values() if each.quota.enforce != "shadow"],
     }
 
 
@@ -198,8 +202,8 @@ def _telling(blocks: Iterable[Block]) -> Block:
     return max(blocks, key=lambda block: (block.limit.maximum == 0, block.counter.window.resets_at))
 
 
-def _exhausted(block: Block, let_in_at: int, *, now: int, zone: ZoneInfo) -> str:
-    return f"{_short(block)}. Resets at {rfc3339(let_in_at, zone)} (in {spoken(let_in_at - now)})."
+def _exhausted(block: Block, admissible_at: int, *, now: int, zone: ZoneInfo) -> str:
+    return f"{_short(block)}. Resets at {rfc3339(admissible_at, zone)} (in {spoken(admissible_at - now)})."
 
 
 def _short(block: Block) -> str:
@@ -240,13 +244,13 @@ def _with_help(message: str, help: str) -> str:
 
 
 def first_to_refuse(
-    binding: Binding, stand: Mapping[str, Standing], measures: tuple[Measure, ...]
-) -> tuple[Standing, Limit] | None:
+    binding: Binding, statuses: Mapping[str, QuotaStatus], measures: tuple[Measure, ...]
+) -> tuple[QuotaStatus, Limit] | None:
     """The limit at which this user is refused first: the tightest of the most generous way in."""
-    tightest: list[tuple[int, Standing, Limit]] = []
-    for way in binding.ways():
+    tightest: list[tuple[int, QuotaStatus, Limit]] = []
+    for way in binding.alternatives():
         limits = [
-            (stand[quota.id].remaining(limit), stand[quota.id], limit)
+            (statuses[quota.id].remaining(limit), statuses[quota.id], limit)
             for quota in way.quotas
             for limit in quota.limits
             if limit.measure in measures
@@ -258,12 +262,12 @@ def first_to_refuse(
     return standing, limit
 
 
-def _policy_item(standing: Standing, limit: Limit) -> str:
+def _policy_item(standing: QuotaStatus, limit: Limit) -> str:
     window = standing.counter.window
     unit = "" if limit.measure == "requests" else ';qu="tokens"'
     return f'"{standing.quota.id}";q={limit.maximum};w={seconds_up(window.resets_at - window.opened_at)}{unit}'
 
 
-def _level_item(standing: Standing, limit: Limit, now: int) -> str:
+def _level_item(standing: QuotaStatus, limit: Limit, now: int) -> str:
     resets_in = max(0, seconds_up(standing.counter.window.resets_at - now))
     return f'"{standing.quota.id}";r={standing.remaining(limit)};t={resets_in}'

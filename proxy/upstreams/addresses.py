@@ -59,7 +59,7 @@ def is_about_usage_option(status: int, body: bytes) -> bool:
     return status in _NOT_TAKEN and any(name in body for name in _OPTION)
 
 
-class Habits:
+class UsageOptionCache:
     """Which addresses take the option in which we ask for usage, learned as calls go by."""
 
     def __init__(self) -> None:

@@ -14,9 +14,9 @@ from proxy.policy.policy import Kind, Secret
 Headers = Sequence[tuple[str, str]]
 
 # What we call ourselves in `Server`: the library would name itself and its version.
-NAME = "llm-quota-proxy"
+SERVER_NAME = "llm-quota-proxy"
 # Those of every answer in JSON that is written here.
-OF_JSON = {"content-type": "application/json", "cache-control": "no-store"}
+JSON_HEADERS = {"content-type": "application/json", "cache-control": "no-store"}
 
 _TO_UPSTREAM = frozenset(
     (

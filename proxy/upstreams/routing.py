@@ -21,9 +21,9 @@ from proxy.policy.policy import Model, Upstream
 
 # So many calls in a row that an upstream fails are no coincidence; then it is left alone for so long.
 FAILURES_MAX = 5
-REST_MS = 30_000
+COOLDOWN_MS = 30_000
 # What it says itself is believed up to here: a slip of an upstream must not take it out for a day.
-REST_MS_MAX = 60_000
+COOLDOWN_MS_MAX = 60_000
 # A wait that its client need not hear of, once for each call.
 PAUSE_MS_MAX = 2_000
 # Before an upstream is asked again that could not be reached: it may be starting anew.
@@ -39,11 +39,11 @@ class _Failing:
     """What is remembered of an upstream since it last answered."""
 
     failures: int
-    rests_until: int
+    cooldown_until: int
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class RoutingState:
     """One call's choice among the places that serve its model: those `left`, and when none is sent to any more.
 
     `pause_ms` passes before the next one. `has_paused`: no place is asked a second time but once.
@@ -54,12 +54,12 @@ class Choice:
     pause_ms: int = 0
     has_paused: bool = False
 
-    def after(self, tried: Model, *, pause_ms: int | None, now: int) -> "Choice | None":
+    def after(self, tried: Model, *, pause_ms: int | None, now: int) -> "RoutingState | None":
         """What is left after a failed try; None where nothing is.
 
         `pause_ms` is when the same upstream might be asked again (None: never).
         """
-        left = tuple(place for place in self.left if place is not tried)
+        left = tuple(target for target in self.left if target is not tried)
         if now >= self.until:
             return None
         if left:
@@ -71,22 +71,22 @@ class Choice:
 
 
 @dataclass(slots=True)
-class Rests:
+class Cooldowns:
     """Which upstreams are left alone, as one process sees it."""
 
     _failing: dict[Upstream, _Failing] = field(default_factory=dict)
 
-    def choose(self, places: Sequence[Model], now: int, *, draw: int) -> Model:
+    def choose(self, targets: Sequence[Model], now: int, *, draw: int) -> Model:
         """One of these places. `draw` is a random number from 0 on, far larger than any sum of weights."""
         # The end of a rest that is further away than any rest was written by a clock that went ahead.
-        awake = [place for place in places if not now < self._rests_until(place) <= now + REST_MS_MAX]
+        awake = [target for target in targets if not now < self._rests_until(target) <= now + COOLDOWN_MS_MAX]
         if not awake:
-            return min(places, key=self._rests_until)
+            return min(targets, key=self._rests_until)
         chosen = _drawn(awake, draw)
         failing = self._failing.get(chosen.upstream)
-        if failing is not None and failing.rests_until:
+        if failing is not None and failing.cooldown_until:
             # This call is the one that tries it. Should nothing be heard of it, another one will.
-            self._failing[chosen.upstream] = replace(failing, rests_until=now + REST_MS)
+            self._failing[chosen.upstream] = replace(failing, cooldown_until=now + COOLDOWN_MS)
         return chosen
 
     def answered(self, upstream: Upstream) -> None:
@@ -96,16 +96,16 @@ class Rests:
     def failed(self, upstream: Upstream, now: int, *, retry_after_s: int | None = None) -> None:
         """It failed, or was too busy; `retry_after_s` as it said."""
         before = self._failing.get(upstream, _Failing(0, 0))
-        failures, rests_until = before.failures + 1, before.rests_until
+        failures, cooldown_until = before.failures + 1, before.cooldown_until
         if retry_after_s is not None:
-            rests_until = max(rests_until, now + min(retry_after_s * 1000, REST_MS_MAX))
+            cooldown_until = max(cooldown_until, now + min(retry_after_s * 1000, COOLDOWN_MS_MAX))
         elif failures >= FAILURES_MAX:
-            rests_until = max(rests_until, now + REST_MS)
-        self._failing[upstream] = _Failing(failures, rests_until)
+            cooldown_until = max(cooldown_until, now + COOLDOWN_MS)
+        self._failing[upstream] = _Failing(failures, cooldown_until)
 
-    def _rests_until(self, place: Model) -> int:
-        failing = self._failing.get(place.upstream)
-        return failing.rests_until if failing is not None else 0
+    def _rests_until(self, target: Model) -> int:
+        failing = self._failing.get(target.upstream)
+        return failing.cooldown_until if failing is not None else 0
 
 
 def seconds_of(retry_after: str | None) -> int | None:
@@ -113,14 +113,14 @@ def seconds_of(retry_after: str | None) -> int | None:
     return int(retry_after) if retry_after and re.fullmatch(r"[0-9]{1,9}", retry_after) else None
 
 
-def may_go_elsewhere(status: int) -> bool:
+def may_try_another_target(status: int) -> bool:
     """Whether an answer with this status leaves no doubt that another upstream may be asked."""
     return status in _NOT_HERE or (500 <= status <= 599 and status not in _TIMES_OUT)
 
 
-def _drawn(places: Sequence[Model], draw: int) -> Model:
+def _drawn(targets: Sequence[Model], draw: int) -> Model:
     """One of them, each as often as its weight says; where none has any, all alike."""
-    edges = list(accumulate(place.weight for place in places))
+    edges = list(accumulate(target.weight for target in targets))
     if edges[-1] == 0:
-        return places[draw % len(places)]
-    return places[bisect_right(edges, draw % edges[-1])]
+        return targets[draw % len(targets)]
+    return targets[bisect_right(edges, draw % edges[-1])]

@@ -10,19 +10,19 @@ from proxy.config.loader import Patience
 from proxy.errors import BodyTooLarge, InvalidRequest, TooSlow, UnsupportedEncoding
 from proxy.formats.multipart import Form, FormReader
 from proxy.upstreams.spool import Spool
-from proxy.web.codings import CODINGS, PIECE_BYTES, Unpacking
+from proxy.web.codings import CONTENT_ENCODINGS, PIECE_BYTES, BodyDecoder
 
 # OpenAI takes tens of megabytes (pictures and files as base64); this is after unpacking, and before it too.
 REQUEST_BYTES_MAX = 32 * 2**20
 # Sounds and pictures, which go to the disk; OpenAI takes no file that is larger.
 FORM_BYTES_MAX = 512 * 2**20
 _TOO_LARGE = f"The request's body is larger than {REQUEST_BYTES_MAX} bytes."
-_ACCEPTED = ", ".join(CODINGS)
+_ACCEPTED = ", ".join(CONTENT_ENCODINGS)
 # RFC 9110 §8.4.1.3: an older name of the same.
 _ALIASES = {"x-gzip": "gzip"}
 
 
-async def when_it_is_read(request: web.Request) -> None:
+async def expect_when_read(request: web.Request) -> None:
     """For routes, as `expect_handler`: `Expect: 100-continue` is answered when the body is read, and not before.
 
     The server library would invite a body of any size from anybody.
@@ -82,7 +82,7 @@ async def _in_time(request: web.Request, patience: Patience) -> AsyncIterator[Ca
         raise InvalidRequest("The body could not be read: it is cut short or badly framed.") from None
 
 
-async def _gather(request: web.Request, unpacking: Unpacking | None, grant: Callable[[int], None]) -> bytearray:
+async def _gather(request: web.Request, unpacking: BodyDecoder | None, grant: Callable[[int], None]) -> bytearray:
     """The body, unpacked; `grant` is told how many bytes have arrived, which gives it more time."""
     arrived, body = 0, bytearray()
     # Not `request.read()`, which would keep a second copy for as long as the answer streams.
@@ -100,18 +100,18 @@ async def _gather(request: web.Request, unpacking: Unpacking | None, grant: Call
     return body
 
 
-def _unpacking_of(request: web.Request) -> Unpacking | None:
+def _unpacking_of(request: web.Request) -> BodyDecoder | None:
     """What undoes the body's coding; None where it has none."""
     named = ",".join(request.headers.getall(hdrs.CONTENT_ENCODING, ())).strip().lower()
     coding = _ALIASES.get(named, named)
     if coding in ("", "identity"):
         return None
-    if coding not in CODINGS:
+    if coding not in CONTENT_ENCODINGS:
         raise UnsupportedEncoding(
             f"The content coding {coding[:40]!r} can't be read here: send one of {_ACCEPTED}, or none.",
             headers={"accept-encoding": _ACCEPTED},  # RFC 9110 §15.5.16
         )
-    return Unpacking(coding)
+    return BodyDecoder(coding)
 
 
 async def _invite(request: web.Request) -> None:

@@ -94,14 +94,19 @@ def _zstd(_: bytes) -> _Decoder:
     return zstd.ZstdDecompressor(options={zstd.DecompressionParameter.window_log_max: _ZSTD_WINDOW_LOG_MAX})
 
 
-CODINGS: Mapping[str, Callable[[bytes], _Decoder]] = {"gzip": _gzip, "deflate": _deflate, "br": _br, "zstd": _zstd}
+CONTENT_ENCODINGS: Mapping[str, Callable[[bytes], _Decoder]] = {
+    "gzip": _gzip,
+    "deflate": _deflate,
+    "br": _br,
+    "zstd": _zstd,
+}
 
 
-class Unpacking:
+class BodyDecoder:
     """One body in one of CODINGS. Both methods raise InvalidRequest where it is not what its coding says."""
 
     def __init__(self, coding: str) -> None:
-        self._begin = CODINGS[coding]
+        self._begin = CONTENT_ENCODINGS[coding]
         self._decoder: _Decoder | None = None
         self._members = 0
 

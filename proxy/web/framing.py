@@ -17,7 +17,7 @@ _HOST = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~-]*)(?::[0-9]{0,5})?")
 
 
 @web.middleware
-async def well_framed(request: web.Request, handler: Handler) -> web.StreamResponse:
+async def validate_request(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Handle the request if it can be read in one way only; raises BadFraming."""
     # The target is a path of ours: no other server's URL, and no fragment, which the library would drop.
     if not request.raw_path.startswith("/") and request.raw_path != "*":

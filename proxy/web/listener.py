@@ -14,7 +14,7 @@ from aiohttp import web
 from proxy.config.loader import Patience
 from proxy.errors import BadFraming, ProxyError, TooManyConnections, TooSlow
 from proxy.formats.strict_json import dump
-from proxy.upstreams.headers import NAME
+from proxy.upstreams.headers import SERVER_NAME
 from proxy.web.middleware import error_response
 
 # Bearer tokens of several kilobytes are honest (JSON web tokens); the library would take 8190 bytes.
@@ -166,7 +166,7 @@ def _as_bytes(error: ProxyError) -> bytes:
         "content-length": str(len(body)),
         "cache-control": "no-store",
         "connection": "close",
-        "server": NAME,
+        "server": SERVER_NAME,
         **error.headers,
     }
     lines = [f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}"]

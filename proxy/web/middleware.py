@@ -8,9 +8,9 @@ from aiohttp import hdrs, web
 
 from proxy.errors import NotServed, ProxyError
 from proxy.formats import anthropic
-from proxy.formats.endpoints import is_path_of_messages
+from proxy.formats.endpoints import is_messages_path
 from proxy.formats.strict_json import dump
-from proxy.upstreams.headers import NAME, OF_JSON
+from proxy.upstreams.headers import SERVER_NAME, JSON_HEADERS
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -44,12 +44,12 @@ async def not_served(request: web.Request) -> web.StreamResponse:
 
 def error_response(error: ProxyError, request: web.BaseRequest) -> web.Response:
     """The answer that an error is."""
-    headers = {**OF_JSON, "server": NAME, **error.headers}
+    headers = {**JSON_HEADERS, "server": SERVER_NAME, **error.headers}
     id = request.get(REQUEST_ID)
     if id is not None:
         headers["x-request-id"] = id
     body = error.body()
-    if is_path_of_messages(request.path):
+    if is_messages_path(request.path):
         headers |= {} if id is None else {"request-id": id}
         body = anthropic.error_body(error, id)
     return web.Response(status=error.status, headers=headers, body=dump(body))

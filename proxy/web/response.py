@@ -1,8 +1,8 @@
 """The program at the other end of one request: what is sent to it, and that it has gone.
 
 The handler of a request does nothing but wait; when the client hangs up, the server cancels the handler at once,
-also while nothing is being written, and the handler says so here (`leave`). The call itself runs in a task of its
-own, which asks `is_gone` or is told through `when_gone`. Writing to a client that has gone does nothing.
+also while nothing is being written, and the handler says so here (`note_disconnect`). The call itself runs in a task of its
+own, which asks `is_disconnected` or is told through `on_disconnected`. Writing to a client that has gone does nothing.
 """
 
 import asyncio
@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from aiohttp import web
 
 from proxy.tasks import Tasks
-from proxy.upstreams.headers import NAME
+from proxy.upstreams.headers import SERVER_NAME
 
 # A client that takes nothing for this long is taken to be gone: it must not hold an upstream's generation.
 _WRITE_S = 60
@@ -22,54 +22,54 @@ _SILENCE_S = 15
 KEEP_ALIVE = b": keep-alive\n\n"
 
 
-class Client:
+class WebResponder:
     """One client and the response to it. `id` is the request's id, sent as `x-request-id`."""
 
     def __init__(
-        self, request: web.Request, *, id: str, write_s: float = _WRITE_S, silence_s: float = _SILENCE_S
+        self, request: web.Request, *, id: str, write_s: float = _WRITE_S, heartbeat_s: float = _SILENCE_S
     ) -> None:
         self.id = id
         self.headers = list(request.headers.items())
         self.api_version = request.query.get("api-version")  # as Azure's clients send it
-        self.is_gone = False
+        self.is_disconnected = False
         self.response: web.StreamResponse | None = None
         self._request = request
         self._write_s = write_s
-        self._silence_s = silence_s
+        self._silence_s = heartbeat_s
         self._when_gone: Callable[[], object] | None = None
         self._writes = 0  # under way
         self._written_at = 0.0
         self._alarm: asyncio.TimerHandle | None = None
         self._tasks = Tasks()
 
-    def when_gone(self, act: Callable[[], object] | None) -> None:
+    def on_disconnected(self, act: Callable[[], object] | None) -> None:
         """Call `act` once the client has gone (None: no longer)."""
         self._when_gone = act
-        if self.is_gone:
-            self.leave()
+        if self.is_disconnected:
+            self.note_disconnect()
 
-    def has_gone(self) -> bool:
+    def has_disconnected(self) -> bool:
         """Whether the client has gone by now."""
-        return self.is_gone
+        return self.is_disconnected
 
-    def leave(self) -> None:
+    def note_disconnect(self) -> None:
         """Take note that the client has gone."""
-        self.is_gone = True
+        self.is_disconnected = True
         act, self._when_gone = self._when_gone, None
         if act is not None:
             act()
 
     def send(self, status: int, headers: Mapping[str, str], body: bytes) -> None:
         """Send a whole answer."""
-        if self.is_gone:
+        if self.is_disconnected:
             return
         self.response = web.Response(
-            status=status, headers={**headers, "x-request-id": self.id, "server": NAME}, body=body
+            status=status, headers={**headers, "x-request-id": self.id, "server": SERVER_NAME}, body=body
         )
 
     async def start(self, status: int, headers: Mapping[str, str]) -> None:
         """Send the head of an answer that is written piece by piece."""
-        response = web.StreamResponse(status=status, headers={**headers, "x-request-id": self.id, "server": NAME})
+        response = web.StreamResponse(status=status, headers={**headers, "x-request-id": self.id, "server": SERVER_NAME})
         self.response = response
         await self._to_client(lambda: response.prepare(self._request))
 
@@ -81,7 +81,7 @@ class Client:
             await self._to_client(lambda: response.write(data))
 
     @contextmanager
-    def kept_awake(self, is_between_events: Callable[[], bool]) -> Iterator[None]:
+    def heartbeat(self, is_between_events: Callable[[], bool]) -> Iterator[None]:
         """Within the block a stream on which nothing moves is told from time to time that it is alive.
 
         In a comment of its own, so only where `is_between_events`: within an event it would be a part of it.
@@ -103,11 +103,11 @@ class Client:
         """Cut the connection: the client is to see that the answer is not whole."""
         if self._request.transport is not None:
             self._request.transport.abort()
-        self.leave()
+        self.note_disconnect()
 
     async def _to_client(self, act: Callable[[], Awaitable[object]]) -> None:
         """Do what writes to the client; one that takes longer than it may is cut off."""
-        if self.is_gone:
+        if self.is_disconnected:
             return
         # A bare timer: a stream has thousands of writes, and asyncio.timeout would cost each of them five times this.
         loop = asyncio.get_running_loop()

@@ -12,28 +12,28 @@ from functools import partial
 import structlog
 from aiohttp import hdrs, web
 
-from proxy.calls.call import Passage, no_such_model, passage_for
+from proxy.calls.call import Call, no_such_model, prepare_call
 from proxy.calls.relay import Relay
-from proxy.calls.stored_responses import Asked, Owned
+from proxy.calls.stored_responses import StoredResponseQuery, StoredResponses
 from proxy.config.loader import Settings
 from proxy.config.reload import Policies
 from proxy.errors import NotAllowed, NoUpgrade, ProxyError
-from proxy.formats.endpoints import KEPT, METERED, PREFIXES, Endpoint, Kept, closed
-from proxy.formats.request import parse_call, parse_form
+from proxy.formats.endpoints import METERED, PREFIXES, STORED_RESPONSE_PATHS, Endpoint, StoredResponsePath, closed
+from proxy.formats.request import parse_request, parse_form_request
 from proxy.formats.strict_json import dump
 from proxy.identity.keys import identify
-from proxy.ledger.rollup import id_at
+from proxy.ledger.rollup import call_id_prefix
 from proxy.policy.policy import Policy, User
-from proxy.policy.status import standings
+from proxy.policy.status import quota_statuses
 from proxy.tasks import Tasks
-from proxy.upstreams.headers import NAME, OF_JSON
+from proxy.upstreams.headers import SERVER_NAME, JSON_HEADERS
 from proxy.upstreams.spool import Spool
-from proxy.web.body import read_body, read_form, when_it_is_read
+from proxy.web.body import expect_when_read, read_body, read_form
 from proxy.web.cors import Cors
-from proxy.web.framing import well_framed
+from proxy.web.framing import validate_request
 from proxy.web.health import Health
 from proxy.web.middleware import REQUEST_ID, Handler, answer_errors, not_served
-from proxy.web.response import Client
+from proxy.web.response import WebResponder
 
 log = structlog.get_logger("api")
 
@@ -44,7 +44,7 @@ class Api:
     def __init__(
         self,
         policies: Policies,
-        owned: Owned,
+        owned: StoredResponses,
         *,
         relay: Relay,
         health: Health,
@@ -64,7 +64,13 @@ class Api:
     def application(self) -> web.Application:
         """The application, to be served with `handler_cancellation` on."""
         application = web.Application(
-            middlewares=[self._give_id, self._cors.answer_preflight, answer_errors, well_framed, _without_upgrade]
+            middlewares=[
+                self._give_id,
+                self._cors.answer_preflight,
+                answer_errors,
+                validate_request,
+                _without_upgrade,
+            ]
         )
         application.on_response_prepare.append(self._cors.mark)
         application.router.add_routes(self._health.routes())
@@ -73,83 +79,83 @@ class Api:
             of_deployments = ("/openai/deployments/{deployment:.+}",) if endpoint.has_deployments else ()
             for prefix in (*PREFIXES, *of_deployments):
                 application.router.add_post(
-                    prefix + endpoint.path, partial(self._metered, endpoint), expect_handler=when_it_is_read
+                    prefix + endpoint.path, partial(self._metered, endpoint), expect_handler=expect_when_read
                 )
         for prefix in PREFIXES:
-            for kept in KEPT:
+            for kept in STORED_RESPONSE_PATHS:
                 application.router.add_route(
                     kept.method,
                     prefix + kept.path("{id}"),
                     partial(self._kept, kept),
-                    expect_handler=when_it_is_read,
+                    expect_handler=expect_when_read,
                 )
             application.router.add_get(prefix + "/models", self._models)
             application.router.add_get(prefix + "/models/{model:.+}", self._model)
             application.router.add_get(prefix + "/quota", self._quota)
         # All else is a 404 of ours, which invites no body either.
-        application.router.add_route("*", "/{anything:.*}", _not_served, expect_handler=when_it_is_read)
+        application.router.add_route("*", "/{anything:.*}", _not_served, expect_handler=expect_when_read)
         return application
 
     @web.middleware
     async def _give_id(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        request[REQUEST_ID] = f"{id_at(self._now())}{secrets.token_hex(10)}"
+        request[REQUEST_ID] = f"{call_id_prefix(self._now())}{secrets.token_hex(10)}"
         return await handler(request)
 
     async def _metered(self, endpoint: Endpoint, request: web.Request) -> web.StreamResponse:
         policy = self._policies.current
         user = identify(request.headers.items(), policy)
-        client = Client(request, id=request[REQUEST_ID], silence_s=self._patience.silence_s)
+        client = WebResponder(request, id=request[REQUEST_ID], heartbeat_s=self._patience.heartbeat_s)
         deployment = request.match_info.get("deployment")
         if endpoint.form is None:
-            call = parse_call(endpoint, await read_body(request, self._patience), deployment=deployment)
-            return await self._carried(await self._owned.with_previous(passage_for(call, user, policy, client)))
+            parsed = parse_request(endpoint, await read_body(request, self._patience), deployment=deployment)
+            return await self._carried(await self._owned.with_previous(prepare_call(parsed, user, policy, client)))
         spool = Spool()
         try:
             form = await read_form(request, spool, self._patience)
-            call = parse_form(endpoint, form, deployment=deployment)
-            passage = passage_for(call, user, policy, client, spool=spool)
+            parsed = parse_form_request(endpoint, form, deployment=deployment)
+            call = prepare_call(parsed, user, policy, client, spool=spool)
         except BaseException:
             spool.close()
             raise
-        return await self._carried(passage)
+        return await self._carried(call)
 
-    async def _kept(self, kept: Kept, request: web.Request) -> web.StreamResponse:
+    async def _kept(self, kept: StoredResponsePath, request: web.Request) -> web.StreamResponse:
         # Not in a task of its own: nothing is on the books of it, so it may end with its client.
         policy = self._policies.current
         user = identify(request.headers.items(), policy)
-        client = Client(request, id=request[REQUEST_ID], silence_s=self._patience.silence_s)
-        asked = Asked(kept, request.match_info["id"], list(request.query.items()), user, policy)
+        client = WebResponder(request, id=request[REQUEST_ID], heartbeat_s=self._patience.heartbeat_s)
+        asked = StoredResponseQuery(kept, request.match_info["id"], list(request.query.items()), user, policy)
         await self._owned.pass_on(asked, client)
         assert client.response is not None, "what was passed on was answered"
         return client.response
 
-    async def _carried(self, passage: Passage) -> web.StreamResponse:
-        client = passage.client
-        carrying = self.calls.start("call", self._carry(passage))
+    async def _carried(self, call: Call) -> web.StreamResponse:
+        client = call.client
+        carrying = self.calls.start("call", self._carry(call))
         try:
             error = await asyncio.shield(carrying)
         except asyncio.CancelledError:
-            client.leave()
+            client.note_disconnect()
             raise
         if error is not None:
             raise error
         assert client.response is not None, "a call that was carried was answered"
         return client.response
 
-    async def _carry(self, passage: Passage) -> ProxyError | None:
+    async def _carry(self, call: Call) -> ProxyError | None:
         # What went wrong is a result here, not an exception: whose client has gone has nobody to raise it to.
         try:
-            await self._relay.carry(passage)
+            await self._relay.carry(call)
         except ProxyError as error:
             return error
         except Exception as error:
-            log.error("a call failed", exc_info=error, call=passage.client.id)
-            if passage.client.response is None:
+            log.error("a call failed", exc_info=error, parsed=call.client.id)
+            if call.client.response is None:
                 return ProxyError("The proxy made a mistake. It has been logged.")
-            passage.client.abort()
+            call.client.abort()
         finally:
-            if passage.spool is not None:
-                passage.spool.close()
+            if call.spool is not None:
+                call.spool.close()
         return None
 
     async def _models(self, request: web.Request) -> web.Response:
@@ -169,8 +175,8 @@ class Api:
         policy = self._policies.current
         binding = policy.all_quotas(identify(request.headers.items(), policy))
         counters = await self._ledger.counters(binding.keys())
-        stand = standings(binding, counters, self._now())
-        return _json({"object": "list", "data": [each.as_json(policy.zone) for each in stand.values()]}, request)
+        statuses = quota_statuses(binding, counters, self._now())
+        return _json({"object": "list", "data": [each.as_json(policy.zone) for each in statuses.values()]}, request)
 
 
 @web.middleware
@@ -199,5 +205,5 @@ def _model(name: str) -> dict[str, object]:
 
 
 def _json(value: object, request: web.Request) -> web.Response:
-    headers = {**OF_JSON, "x-request-id": request[REQUEST_ID], "server": NAME}
+    headers = {**JSON_HEADERS, "x-request-id": request[REQUEST_ID], "server": SERVER_NAME}
     return web.Response(headers=headers, body=dump(value))

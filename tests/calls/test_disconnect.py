@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from proxy.calls import disconnect as module
-from proxy.calls.call import Passage
-from proxy.calls.disconnect import DRAINS_OF_A_USER_MAX, Departures
+from proxy.calls.call import Call
+from proxy.calls.disconnect import DRAINS_OF_A_USER_MAX, Disconnects
 from proxy.calls.reservation import Reservation
 from proxy.calls.tokenizer import Tokenizers
 from proxy.config.loader import load_text
@@ -81,7 +81,7 @@ async def test_a_drain_at_its_bound_charges_the_hold(bound: dict[str, Any], tmp_
 
     In time, and in number at once: drains are no way to pile up connections.
     """
-    async with stage(folder=tmp_path, on_disconnect="drain", departures=Departures(**bound)) as on:
+    async with stage(folder=tmp_path, on_disconnect="drain", disconnects=Disconnects(**bound)) as on:
         await _leave_after(on, _ask("tokens=90 stall=5", stream=True, max_tokens=500), 5)
         await on.simulator.until(lambda: on.simulator.open_calls == 0)
         await on.at_rest()
@@ -92,7 +92,7 @@ async def test_a_drain_at_its_bound_charges_the_hold(bound: dict[str, Any], tmp_
 
 async def test_one_user_s_departures_are_not_everybody_s(tmp_path: Path) -> None:
     """Whoever fills the drains with calls that hang pays for them; another user's departure is still drained."""
-    async with stage(folder=tmp_path, on_disconnect="drain", departures=Departures(drain_s=5)) as on:
+    async with stage(folder=tmp_path, on_disconnect="drain", disconnects=Disconnects(drain_s=5)) as on:
         hanging = [on.begin(CHAT, _ask("hang"), user="bob") for _ in range(DRAINS_OF_A_USER_MAX + 3)]
         await on.simulator.until(lambda: on.simulator.open_calls == len(hanging))
         for call in hanging:
@@ -153,15 +153,15 @@ class Hesitant:
         writer.close()
 
 
-class Told(Departures):
+class Told(Disconnects):
     """Departures that know of the last client whether it has gone."""
 
     client: Client
 
     @asynccontextmanager
-    async def watch(self, passage: Passage, reservation: Reservation) -> AsyncIterator[None]:
-        self.client = passage.client
-        async with super().watch(passage, reservation):
+    async def watch(self, call: Call, reservation: Reservation) -> AsyncIterator[None]:
+        self.client = call.client
+        async with super().watch(call, reservation):
             yield
 
 
@@ -174,7 +174,7 @@ async def _hesitant(
     server = await asyncio.start_server(upstream.serve, "127.0.0.1", 0)
     upstream.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
     try:
-        async with stage(folder=folder, departures=told, upstream=upstream.url, on_disconnect="stop") as on:
+        async with stage(folder=folder, disconnects=told, upstream=upstream.url, on_disconnect="stop") as on:
             text = text_of(
                 STAFF, database=sqlite_in(folder), upstream=upstream.url, kind=kind, more=", on_disconnect: stop"
             )
@@ -193,7 +193,7 @@ async def _read_and_leave(on: Stage, told: Told, length: int, **more: Any) -> tu
     async with on.http.post(on.url + CHAT, json=body, headers=headers) as response:
         seen = await response.content.readexactly(length)
         response.close()
-    await until(lambda: told.client.is_gone)
+    await until(lambda: told.client.is_disconnected)
     return response.headers["x-request-id"], seen
 
 
@@ -286,14 +286,14 @@ async def test_who_leaves_before_the_call_was_sent_pays_nothing(stream: bool, tm
     """While a large input is still being counted: the upstream never heard of it, and what was held is free again."""
     told, slow = Told(drain_s=10**6), Slow()  # what was not sent has no answer to be read on
     policy = STAFF.replace("tokens: 1M", "tokens: 1_000M")
-    async with stage(policy, folder=tmp_path, departures=told, tokenizers=slow) as on:
+    async with stage(policy, folder=tmp_path, disconnects=told, tokenizers=slow) as on:
         body = _ask("tokens=1", stream=stream)
         body["messages"] = [{"role": "user", "content": "a " * 2**20}]
         call = on.begin(CHAT, io.BytesIO(json.dumps(body).encode()))
         await slow.is_asked.wait()
         assert (await on.used())[1] > 2**21
         await on.hang_up(call)
-        await until(lambda: told.client.is_gone)
+        await until(lambda: told.client.is_disconnected)
         await on.at_rest()
         assert await on.used() == (0, 0)
         assert on.simulator.received == 0

@@ -12,7 +12,7 @@ import aiohttp
 import pytest
 
 from proxy.config.loader import load_text
-from proxy.upstreams.routing import FAILURES_MAX, REST_MS
+from proxy.upstreams.routing import COOLDOWN_MS, FAILURES_MAX
 from tests.stage import STAFF, Stage, key_of, sqlite_in, stage, text_of, until
 
 CHAT = "/v1/chat/completions"
@@ -274,7 +274,7 @@ async def test_one_that_keeps_failing_is_left_alone_and_tried_again(tmp_path: Pa
         for _ in range(FAILURES_MAX + 2):
             assert (await on.post(CHAT, _ask())).status == 200
         assert len(poor.bodies) == FAILURES_MAX
-        on.clock.ms += REST_MS
+        on.clock.ms += COOLDOWN_MS
         for _ in range(2):
             assert (await on.post(CHAT, _ask())).status == 200
         assert len(poor.bodies) == FAILURES_MAX + 1

@@ -314,9 +314,9 @@ async def test_a_client_that_goes_while_its_call_waits_leaves_nothing(tmp_path: 
         await on.simulator.until(lambda: on.simulator.received == 1)
         _, held = await on.used()
         second = on.begin(CHAT, _ask("tokens=1", max_tokens=100))
-        await until(lambda: len(on.server.waiting) == 1)
+        await until(lambda: len(on.server.queue) == 1)
         await on.hang_up(second)
-        await until(lambda: len(on.server.waiting) == 0 and on.server.calls_in_flight == 1)
+        await until(lambda: len(on.server.queue) == 0 and on.server.calls_in_flight == 1)
         assert await on.used() == (0, held)
         assert on.simulator.received == 1
         await on.hang_up(first)

@@ -11,14 +11,14 @@ import pytest
 
 from proxy.calls import reservation as module
 from proxy.calls.reservation import STEP, Reservation
-from proxy.calls.token_count import CallCount
+from proxy.calls.token_count import TokenCount
 from proxy.formats.endpoints import CHAT
 from proxy.formats.meter import Meter
-from proxy.formats.request import parse_call
+from proxy.formats.request import parse_request
 from proxy.formats.sse import Splitter
-from proxy.ledger.book import Booked, Entry, Expire, Settle
+from proxy.ledger.book import Accepted, Entry, Expire, Settle
 from proxy.ledger.ledger import LEASE_MS, Ledger
-from proxy.ledger.queue import WaitingRoom
+from proxy.ledger.queue import AdmissionQueue
 from proxy.ledger.sqlite import SqliteStore
 from proxy.policy.amounts import Amount, AtLeast, Exactly, Tokens, Unspent, Usage
 from proxy.policy.policy import Model, Upstream
@@ -32,18 +32,18 @@ INPUT = 4 + 3 + 3  # tokens of "user" and the text, what is around a message, an
 MODEL = Model("m", Upstream("up", "http://upstream.example/v1", None, "simulator"), "m", encoding="o200k_base")
 DAILY = quota("staff/daily", tokens=100_000)
 # A stream that asks for 8,000 tokens and holds 1,024 of them to begin with.
-STREAM = Demand(input=100, want=8000, smallest=1024, first=1024)
+STREAM = Demand(input=100, output_maximum=8000, smallest=1024, first=1024)
 
 
 class Call:
     """A call that was let in, its ledger, and the room in which it waits for others."""
 
-    def __init__(self, ledger: Ledger, booked: Booked, daily: Quota) -> None:
+    def __init__(self, ledger: Ledger, booked: Accepted, daily: Quota) -> None:
         loaded().load(["o200k_base"])
-        asked = parse_call(CHAT, BODY)
-        count = CallCount(loaded(), asked, MODEL, body_bytes=len(BODY))
+        asked = parse_request(CHAT, BODY)
+        count = TokenCount(loaded(), asked, MODEL, body_bytes=len(BODY))
         self.ledger = ledger
-        self.room = WaitingRoom(ledger)
+        self.room = AdmissionQueue(ledger)
         self.meter = Meter(asked, count=len)  # of its stream each character is a token
         self.reservation = Reservation(ledger, booked, self.meter, binding=binding([daily]), count=count)
         self.reservation.is_sent = True
@@ -83,7 +83,7 @@ async def _reserved(
     await ledger.start()
     try:
         booked = await ledger.reserve(reserve("req_1", binding([daily]), demand or call(100, 200)))
-        assert isinstance(booked, Booked)
+        assert isinstance(booked, Accepted)
         yield Call(ledger, booked, daily)
     finally:
         await ledger.close()
@@ -215,9 +215,9 @@ async def test_a_call_that_goes_no_further_is_charged_as_it_can_be_known(
     """What passed; all that is held where that says nothing; and nothing more once it has ended."""
     async with _reserved(tmp_path) as it:
         it.says("12345678")
-        await it.reservation.leave("client_left", is_unknown=is_unknown)
+        await it.reservation.end_early("client_left", is_unknown=is_unknown)
         assert ((await it.entry()).usage, it.reservation.outcome) == (charged, "client_left")
-        await it.reservation.leave("stopped", is_unknown=True)
+        await it.reservation.end_early("stopped", is_unknown=True)
         assert ((await it.entry()).usage, it.reservation.outcome) == (charged, "client_left")
 
 
@@ -273,7 +273,7 @@ async def test_a_hold_grows_with_its_answer(tmp_path: Path) -> None:
 
 async def test_what_passes_beyond_the_maximum_is_held_where_there_is_room(tmp_path: Path) -> None:
     """The upstream was told 1,500, and either it counts otherwise or it did not read that: what passed is charged."""
-    async with _reserved(tmp_path, Demand(input=100, want=1500, smallest=1024, first=1024)) as it:
+    async with _reserved(tmp_path, Demand(input=100, output_maximum=1500, smallest=1024, first=1024)) as it:
         it.says("x" * 1100)
         assert await it.grows()
         assert (it.reservation.covered, await it.counter()) == (1500, (0, 1600))
@@ -286,7 +286,7 @@ async def test_what_passes_beyond_the_maximum_is_held_where_there_is_room(tmp_pa
 
 async def test_an_upstream_that_was_told_is_believed_up_to_twice_the_maximum(tmp_path: Path) -> None:
     """Where there is no room for more, our own count does not stop it before, and charges no more than is held."""
-    demand = Demand(input=INPUT, want=1500, smallest=1024, first=1024)
+    demand = Demand(input=INPUT, output_maximum=1500, smallest=1024, first=1024)
     async with _reserved(tmp_path, demand, daily=quota("staff/daily", tokens=1500 + INPUT)) as it:
         it.says("x" * 2000)
         assert await it.grows()
@@ -299,7 +299,7 @@ async def test_an_upstream_that_was_told_is_believed_up_to_twice_the_maximum(tmp
 
 async def test_what_came_whole_though_a_stream_was_asked_is_held_as_far_as_there_is_room(tmp_path: Path) -> None:
     """An upstream that does not stream: what would not have passed in pieces doesn't pass in one."""
-    demand = Demand(input=INPUT, want=1500, smallest=1024, first=1024)
+    demand = Demand(input=INPUT, output_maximum=1500, smallest=1024, first=1024)
 
     def whole(tokens: int) -> bytes:
         return json.dumps({"usage": {"prompt_tokens": INPUT, "completion_tokens": tokens}}).encode()
@@ -323,7 +323,7 @@ async def test_while_the_ledger_is_away_what_came_whole_passes(tmp_path: Path) -
 
 async def test_without_a_maximum_it_grows_as_long_as_there_is_room(tmp_path: Path) -> None:
     """Nobody said how long the answer may become, so all of it has to be held."""
-    endless = Demand(input=INPUT, want=4096, smallest=1024, first=1024, is_open_ended=True)
+    endless = Demand(input=INPUT, output_maximum=4096, smallest=1024, first=1024, is_unbounded=True)
     async with _reserved(tmp_path, endless, daily=quota("staff/daily", tokens=10_000 + INPUT)) as it:
         for seen in (4000, 8000, 9999):
             it.says("x" * (seen - it.meter.output_seen))
@@ -336,7 +336,7 @@ async def test_without_a_maximum_it_grows_as_long_as_there_is_room(tmp_path: Pat
 
 async def test_at_the_limit_there_is_no_more(tmp_path: Path) -> None:
     """What is left is held to the token, so that what passes is charged up to the limit and not beyond."""
-    demand = Demand(input=INPUT, want=1024, smallest=1024, first=1024, is_open_ended=True)
+    demand = Demand(input=INPUT, output_maximum=1024, smallest=1024, first=1024, is_unbounded=True)
     async with _reserved(tmp_path, demand, daily=quota("staff/daily", tokens=1100 + INPUT)) as it:
         assert it.reservation.entry.maximum is None
         it.says("x" * 1101)
@@ -359,7 +359,7 @@ async def test_it_waits_for_calls_in_flight(tmp_path: Path) -> None:
     daily = quota("staff/daily", tokens=5000)
     async with _reserved(tmp_path, STREAM, daily=daily) as it:
         other = await it.ledger.reserve(reserve("req_2", binding([daily]), call(100, 3500)))
-        assert isinstance(other, Booked)
+        assert isinstance(other, Accepted)
         it.says("x" * 2000)
         assert not await it.grows()
         growing = asyncio.get_running_loop().create_task(it.grows(wait_s=50))
@@ -414,7 +414,7 @@ async def test_a_ledger_that_is_back_is_asked_again(tmp_path: Path) -> None:
 
 async def test_while_the_ledger_is_away_nothing_is_charged_beyond_the_maximum(tmp_path: Path) -> None:
     """The answer goes on; but whether there is room for what only our own count sees there, nobody can say."""
-    demand = Demand(input=100, want=1500, smallest=1024, first=1024)
+    demand = Demand(input=100, output_maximum=1500, smallest=1024, first=1024)
     with writers() as made:
         async with _reserved(tmp_path, demand, store=SqliteStore(tmp_path / "quotas.db", busy_timeout_s=0)) as it:
             it.says("x" * 4100)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from proxy.calls.token_count import CallCount
+from proxy.calls.token_count import TokenCount
 from proxy.calls.tokenizer import Tokenizers
 from proxy.formats.endpoints import CHAT, COMPLETIONS, EMBEDDINGS, RESPONSES, Endpoint
 from proxy.formats.request import forwarded_body
@@ -14,7 +14,7 @@ from proxy.ledger.book import Settle
 from proxy.policy.amounts import AtLeast, Tokens
 from proxy.policy.policy import Model, Upstream
 from tests.builders import binding, exactly, reserve
-from tests.builders import call as demand
+from tests.builders import request as demand
 from tests.formats.test_request import parse
 from tests.ledger.test_rows import booked
 from tests.stage import loaded
@@ -46,11 +46,11 @@ def tokenizers() -> Tokenizers:
     return loaded()
 
 
-def counted(by: Tokenizers, model: Model = GPT_4O, endpoint: Endpoint = CHAT, **fields: object) -> CallCount:
+def counted(by: Tokenizers, model: Model = GPT_4O, endpoint: Endpoint = CHAT, **fields: object) -> TokenCount:
     """The count of a call with these fields, whose body has been sent and forgotten."""
-    call = parse(endpoint, **fields)
-    count = CallCount(by, call, model, body_bytes=len(forwarded_body(call, model)))
-    call.forget()
+    request = parse(endpoint, **fields)
+    count = TokenCount(by, request, model, body_bytes=len(forwarded_body(request, model)))
+    request.forget()
     return count
 
 
@@ -69,15 +69,15 @@ async def test_an_input_is_counted_as_the_model_reads_it(endpoint: Endpoint, fie
     """Its texts, and what is around messages: the bound in bytes is four times as much for prose."""
     count = counted(tokenizers(), GPT_4O, endpoint, **fields)
     assert await count.of_input() == tokens
-    assert await count.exact_demand() == replace(count.demand, input=tokens, is_rough=False)
-    assert count.demand.is_rough
+    assert await count.exact_demand() == replace(count.demand, input=tokens, is_estimated=False)
+    assert count.demand.is_estimated
 
 
 async def test_another_tokenizer_than_the_model_s_may_be_wrong_by_half() -> None:
     """So half as much again is held, if there is room; charged is what was counted."""
     count = counted(tokenizers(), UNKNOWN, messages=[{"role": "user", "content": PROSE}])
     demand = await count.exact_demand()
-    assert (demand.input, demand.unseen) == (1008, 1002 // 2)
+    assert (demand.input, demand.hidden_input) == (1008, 1002 // 2)
     assert await count.most_of_input() == 1008 + 1002 // 2
     assert await count.of_input() == 1008
 
@@ -97,17 +97,17 @@ async def test_what_a_call_goes_on_from_is_part_of_its_input() -> None:
     """As its upstream said of it in all, and no more than the model reads; else nobody knows how much it is."""
     made = booked(reserve("1", binding(), demand()), Settle("1", exactly(300, 200), "complete")).entries["1"]
     guessed = replace(made, usage=AtLeast(Tokens(300, 200)))
-    for model, previous, tokens, unseen in (
+    for model, previous, tokens, hidden_input in (
         (GPT_4O, made, 500, 0),
         (replace(GPT_4O, context=400), made, 400, 0),
         (replace(GPT_4O, context=4000), guessed, 0, 4000 - 10),
         (GPT_4O, guessed, 0, 0),
     ):
-        call = parse(RESPONSES, input=HELLO, previous_response_id="resp_1")
-        count = CallCount(tokenizers(), call, model, body_bytes=100, previous=previous)
+        request = parse(RESPONSES, input=HELLO, previous_response_id="resp_1")
+        count = TokenCount(tokenizers(), request, model, body_bytes=100, previous=previous)
         assert count.demand.input == 100 + tokens
         exact = await count.exact_demand()
-        assert (exact.input, exact.unseen) == (10 + tokens, unseen)
+        assert (exact.input, exact.hidden_input) == (10 + tokens, hidden_input)
         assert await count.of_input() == 10 + tokens
 
 
@@ -130,7 +130,7 @@ async def test_the_file_says_by_which_tokenizer() -> None:
 async def test_without_a_table_the_bytes_bound_an_input() -> None:
     """For good, so that nobody asks once more; and four of them make a token where it is to be charged."""
     count = counted(Watched(), messages=HELLO)
-    assert await count.exact_demand() == replace(count.demand, is_rough=False)
+    assert await count.exact_demand() == replace(count.demand, is_estimated=False)
     assert await count.of_input() == -(-count.demand.input // 4)
 
 

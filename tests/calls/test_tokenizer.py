@@ -284,14 +284,14 @@ def gated(gate: Gate) -> Iterator[Tokenizers]:
 async def test_nothing_more_is_taken_on_while_too_much_waits(gated: Tokenizers, gate: Gate):
     """The answer comes at once; as soon as the others have ended there is room again. A small one always has."""
     large = ["a" * (CHARACTERS_MAX // 2)]
-    waiting = [asyncio.create_task(gated.count_all(large, "gate")) for _ in range(4)]
+    queue = [asyncio.create_task(gated.count_all(large, "gate")) for _ in range(4)]
     await gate.until_entered()
     assert await gated.count_all(["a" * (257 << 10)], "gate") is None
     small = asyncio.create_task(gated.count_all(["a"], "gate"))
     gate.is_open.set()
     assert await small == 1
     slices = CHARACTERS_MAX // 2 // 16_384
-    assert await asyncio.gather(*waiting) == [slices] * 4
+    assert await asyncio.gather(*queue) == [slices] * 4
     assert sum(len(text) for text in large) * 4 == WAITING_CHARACTERS_MAX
     assert await gated.count_all(large, "gate") == slices
 

@@ -159,10 +159,10 @@ def test_a_model_may_have_several_upstreams():
     a, b = policy.upstreams["a"], policy.upstreams["b"]
     model, other = policy.model("m"), policy.model("x")
     assert model is not None and other is not None
-    served = [(place.upstream, place.upstream_model, place.weight) for place in model.everywhere]
+    served = [(place.upstream, place.upstream_model, place.weight) for place in model.targets]
     assert served == [(a, "m", 3), (b, "m-1", 1)]
-    assert {(place.name, place.max_output_tokens) for place in model.everywhere} == {("m", 100)}
-    assert [(place.upstream, place.upstream_model, place.weight) for place in other.everywhere] == [
+    assert {(place.name, place.max_output_tokens) for place in model.targets} == {("m", 100)}
+    assert [(place.upstream, place.upstream_model, place.weight) for place in other.targets] == [
         (b, "x", 0),
         (a, "x", 1),
     ]

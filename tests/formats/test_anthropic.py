@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from proxy.errors import InvalidRequest, LedgerUnavailable, Refusal, UpstreamError
 from proxy.formats.anthropic import error_body, limit_headers, read_usage, type_of
 from proxy.policy.amounts import Amount, Tokens
-from proxy.policy.status import rate_limit_headers, standings
+from proxy.policy.status import quota_statuses, rate_limit_headers
 from tests.builders import NOON, binding, counters, quota
 
 
@@ -58,7 +58,7 @@ def test_a_type_follows_from_the_status(status: int, type: str) -> None:
 def test_the_headers_say_what_openai_s_say() -> None:
     """The same limits and the same rest; the reset is an instant in UTC."""
     who = binding([quota("staff/daily", tokens=1000, requests=10)])
-    stand = standings(who, counters(who, used={"staff/daily": Amount(300, 50, 4)}), NOON)
+    stand = quota_statuses(who, counters(who, used={"staff/daily": Amount(300, 50, 4)}), NOON)
     assert limit_headers(who, stand) == {
         "anthropic-ratelimit-tokens-limit": "1000",
         "anthropic-ratelimit-tokens-remaining": "650",
@@ -73,7 +73,7 @@ def test_the_headers_say_what_openai_s_say() -> None:
 def test_what_is_not_limited_has_no_headers() -> None:
     """A zone's offset is no part of the instant, and who has no limit of requests is told of none."""
     who = binding([quota("staff/daily", tokens=1000, zone="Europe/Berlin")])
-    said = limit_headers(who, standings(who, {}, NOON))
+    said = limit_headers(who, quota_statuses(who, {}, NOON))
     assert said.keys() == {f"anthropic-ratelimit-tokens-{name}" for name in ("limit", "remaining", "reset")}
     assert said["anthropic-ratelimit-tokens-reset"] == "2026-11-24T23:00:00Z"
 

@@ -60,8 +60,8 @@ def _content(endpoint: Endpoint) -> Any:
 
 def recorded(endpoint: Endpoint, *, crlf: bool = False, **asked: Any) -> Stream:
     """An answer of the simulated upstream."""
-    call = {"model": "m", endpoint.input_field: _content(endpoint), "stream": True, **asked}
-    return write_stream(author(0).script(endpoint, call, Directions(crlf=crlf)), id="x1", created=7)
+    request = {"model": "m", endpoint.input_field: _content(endpoint), "stream": True, **asked}
+    return write_stream(author(0).script(endpoint, request, Directions(crlf=crlf)), id="x1", created=7)
 
 
 def beginning(stream: Stream, words: int, closing: int = 0) -> bytes:
@@ -715,8 +715,8 @@ async def test_the_sdk_reads_choices_that_had_not_begun() -> None:
 async def test_the_sdk_reads_a_chat_that_was_stopped_in_a_tool_call() -> None:
     """The reason says that its arguments are not whole; what passed of them is there."""
     opening = recorded(Endpoint.CHAT).opening
-    call = {"index": 0, "id": "call_1", "type": "function", "function": {"name": "look", "arguments": ""}}
-    calls = [{"tool_calls": [call]}, {"tool_calls": [{"index": 0, "function": {"arguments": '{"a": [1'}}]}]
+    request = {"index": 0, "id": "call_1", "type": "function", "function": {"name": "look", "arguments": ""}}
+    calls = [{"tool_calls": [request]}, {"tool_calls": [{"index": 0, "function": {"arguments": '{"a": [1'}}]}]
     deltas = [chunk(choices=[{"index": 0, "delta": delta, "finish_reason": None}], id="x1") for delta in calls]
     passed = opening[0] + b"".join(b"data: " + json.dumps(delta).encode() + b"\n\n" for delta in deltas)
     async with (
@@ -726,7 +726,7 @@ async def test_the_sdk_reads_a_chat_that_was_stopped_in_a_tool_call() -> None:
         final = await cut_completion(stream)
     (choice,) = final.choices
     assert choice.finish_reason == "length"
-    (made,) = [call.to_dict() for call in choice.message.tool_calls or ()]
+    (made,) = [request.to_dict() for request in choice.message.tool_calls or ()]
     assert made["function"] == {"name": "look", "arguments": '{"a": [1', "parsed_arguments": None}
 
 

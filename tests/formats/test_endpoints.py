@@ -13,14 +13,14 @@ from openai.lib import azure
 
 from proxy.formats.endpoints import (
     CLOSED,
-    KEPT,
     METERED,
     PREFIXES,
     RESPONSE_ID,
+    STORED_RESPONSE_PATHS,
     Endpoint,
-    Kept,
+    StoredResponsePath,
     closed,
-    is_path_of_messages,
+    is_messages_path,
 )
 
 # What the proxy answers by itself.
@@ -61,7 +61,7 @@ def published() -> list[tuple[str, str]]:
 def is_decided(method: str, path: str) -> bool:
     """Whether the table says what becomes of it."""
     is_metered = method == "POST" and path in {endpoint.path for endpoint in METERED}
-    is_kept = (method, path) in {(each.method, each.path("{}")) for each in KEPT}
+    is_kept = (method, path) in {(each.method, each.path("{}")) for each in STORED_RESPONSE_PATHS}
     return is_metered or is_kept or (method, path) in ANSWERED or closed(method, path) is not None
 
 
@@ -124,8 +124,8 @@ def test_what_nobody_has_heard_of_has_no_row(method: str, path: str) -> None:
     assert closed(method, path) is None
 
 
-@pytest.mark.parametrize("kept", KEPT, ids=lambda kept: f"{kept.method}{kept.of_it}")
-def test_what_leads_to_a_users_own_is_not_refused(kept: Kept) -> None:
+@pytest.mark.parametrize("kept", STORED_RESPONSE_PATHS, ids=lambda kept: f"{kept.method}{kept.of_it}")
+def test_what_leads_to_a_users_own_is_not_refused(kept: StoredResponsePath) -> None:
     """By an id that can't lead anywhere else."""
     assert closed(kept.method, kept.path("resp_1")) is None
     assert RESPONSE_ID.fullmatch("resp_0f-A=")
@@ -202,4 +202,4 @@ def test_no_row_is_there_twice() -> None:
 def test_anthropic_s_surface_is_told_by_the_path(prefix: str, path: str, is_its: bool) -> None:
     """Before anything of a request is read, and behind each prefix that is served: also a wrong key is answered in
     its shape."""
-    assert is_path_of_messages(prefix + path) == is_its
+    assert is_messages_path(prefix + path) == is_its

@@ -25,12 +25,12 @@ from proxy.formats.endpoints import (
     SPEECH,
     Endpoint,
 )
-from proxy.formats.estimate import SMALLEST_ANSWER, counted, demand_of, is_seen_growing, most_of
-from proxy.formats.request import Call, forwarded_body
+from proxy.formats.estimate import SMALLEST_ANSWER, counted, estimate_demand, largest_demand, streams_all_output
+from proxy.formats.request import Request, forwarded_body
 from proxy.policy.amounts import TOKENS_MAX
 from proxy.policy.policy import Kind, Model, Upstream
 from proxy.policy.quota import Demand
-from tests.formats.test_request import GENERATING, HUGE, KINDS, MAXIMA, READS, everywhere, ids, parse
+from tests.formats.test_request import GENERATING, HUGE, KINDS, MAXIMA, READS, ids, parse, targets
 
 
 def model(kind: Kind = "vllm", name: str = "real-m", **known: Any) -> Model:
@@ -38,11 +38,11 @@ def model(kind: Kind = "vllm", name: str = "real-m", **known: Any) -> Model:
     return Model("m", Upstream("up", "http://upstream.example/v1", None, kind), name, **known)
 
 
-def demand(call: Call, kind: Kind = "vllm", **known: Any) -> Demand:
+def demand(request: Request, kind: Kind = "vllm", **known: Any) -> Demand:
     """What the call may use at the most, by the body that would be sent."""
     of = model(kind, **known)
-    prompt = read_prompt(call.document, model=of.upstream_model, is_chat=call.endpoint in (CHAT, RESPONSES))
-    return demand_of(call, of, prompt, body_bytes=len(forwarded_body(call, of)))
+    prompt = read_prompt(request.document, model=of.upstream_model, is_chat=request.endpoint in (CHAT, RESPONSES))
+    return estimate_demand(request, of, prompt, body_bytes=len(forwarded_body(request, of)))
 
 
 def says(text: str) -> list[dict[str, str]]:
@@ -53,13 +53,13 @@ def says(text: str) -> list[dict[str, str]]:
 # ------------------------------------------------------------------------------------------- the answer that is asked
 
 
-@everywhere
+@targets
 @pytest.mark.parametrize("name", MAXIMA)
 def test_a_maximum_counts_only_where_it_is_read(kind: Kind, endpoint: Endpoint, name: str) -> None:
     """Believing a field that the upstream ignores would bound nothing (wire §1.4)."""
-    call = parse(endpoint, **{name: 77})
-    expected = 77 if name in READS[kind, endpoint.name] else demand(parse(endpoint), kind).want
-    assert demand(call, kind).want == expected
+    request = parse(endpoint, **{name: 77})
+    expected = 77 if name in READS[kind, endpoint.name] else demand(parse(endpoint), kind).output_maximum
+    assert demand(request, kind).output_maximum == expected
 
 
 def answers(endpoint: Endpoint) -> int:
@@ -67,22 +67,22 @@ def answers(endpoint: Endpoint) -> int:
     return 1 if endpoint is RESPONSES else 3
 
 
-@everywhere
+@targets
 def test_of_several_maxima_the_larger_counts(kind: Kind, endpoint: Endpoint) -> None:
     """Which one wins differs by version, so the careful one holds (T32)."""
     for larger in READS[kind, endpoint.name]:
         stated = dict.fromkeys(READS[kind, endpoint.name], 5) | {larger: 9000}
-        assert demand(parse(endpoint, **stated), kind).want == 9000
-        assert demand(parse(endpoint, **stated, n=answers(endpoint)), kind).want == answers(endpoint) * 9000
+        assert demand(parse(endpoint, **stated), kind).output_maximum == 9000
+        assert demand(parse(endpoint, **stated, n=answers(endpoint)), kind).output_maximum == answers(endpoint) * 9000
 
 
-@everywhere
+@targets
 def test_a_maximum_that_is_null_is_none(kind: Kind, endpoint: Endpoint) -> None:
     """SDKs send null for what their user left alone."""
     reads = READS[kind, endpoint.name]
-    assert demand(parse(endpoint, **dict.fromkeys(reads)), kind).want == 4096
+    assert demand(parse(endpoint, **dict.fromkeys(reads)), kind).output_maximum == 4096
     for stated in reads:
-        assert demand(parse(endpoint, **dict.fromkeys(reads) | {stated: 9}), kind).want == 9
+        assert demand(parse(endpoint, **dict.fromkeys(reads) | {stated: 9}), kind).output_maximum == 9
 
 
 @pytest.mark.parametrize(
@@ -96,35 +96,36 @@ def test_a_maximum_that_is_null_is_none(kind: Kind, endpoint: Endpoint) -> None:
 def test_an_endless_maximum_bounds_nothing(kind: Kind, endless: dict) -> None:
     """llama.cpp takes n_predict before all others, and -1 for no end; Ollama takes 0 for none too."""
     found = demand(parse(**endless), kind)
-    assert (found.want, found.is_open_ended) == (4096, True)
+    assert (found.output_maximum, found.is_unbounded) == (4096, True)
     known = demand(parse(**endless), kind, max_output_tokens=900)
-    assert (known.want, known.is_open_ended) == (900, False)
+    assert (known.output_maximum, known.is_unbounded) == (900, False)
 
 
 def test_a_maximum_of_nothing_is_one() -> None:
     """Elsewhere 0 asks for no answer at all."""
-    call = parse(COMPLETIONS, max_tokens=0)
-    length = len(forwarded_body(call, model()))
-    assert demand(call) == Demand(input=length, want=0, smallest=0, first=0, is_rough=True)
+    request = parse(COMPLETIONS, max_tokens=0)
+    length = len(forwarded_body(request, model()))
+    assert demand(request) == Demand(input=length, output_maximum=0, smallest=0, first=0, is_estimated=True)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_where_nothing_is_asked_the_model_decides(kind: Kind) -> None:
     """Its configured maximum, else 4096, else what the upstream itself takes: 16 on OpenAI's /completions."""
     short = 4096 if kind in ("ollama", "llamacpp") else 16
-    assert demand(parse(CHAT), kind).want == demand(parse(RESPONSES), kind).want == 4096
-    assert demand(parse(COMPLETIONS), kind).want == short
+    assert demand(parse(CHAT), kind).output_maximum == demand(parse(RESPONSES), kind).output_maximum == 4096
+    assert demand(parse(COMPLETIONS), kind).output_maximum == short
     for endpoint in GENERATING:
-        assert demand(parse(endpoint), kind, max_output_tokens=900).want == 900
+        assert demand(parse(endpoint), kind, max_output_tokens=900).output_maximum == 900
         assert (
-            demand(parse(endpoint, n=answers(endpoint)), kind, max_output_tokens=900).want == answers(endpoint) * 900
+            demand(parse(endpoint, n=answers(endpoint)), kind, max_output_tokens=900).output_maximum
+            == answers(endpoint) * 900
         )
 
 
 def test_null_is_not_the_default_of_completions() -> None:
     """vLLM takes 16 for a field left out, but all that is left of its context for null."""
     found = demand(parse(COMPLETIONS, max_tokens=None))
-    assert (found.want, found.is_open_ended) == (4096, True)
+    assert (found.output_maximum, found.is_unbounded) == (4096, True)
 
 
 @pytest.mark.parametrize(
@@ -140,10 +141,10 @@ def test_null_is_not_the_default_of_completions() -> None:
     ],
 )
 def test_an_answer_is_open_ended_where_nobody_says_how_long_it_may_become(
-    call: Call, known: dict, is_open_ended: bool
+    request: Request, known: dict, is_unbounded: bool
 ) -> None:
     """Neither the request, nor the configuration, nor what the upstream takes by itself."""
-    assert demand(call, **known).is_open_ended == is_open_ended
+    assert demand(request, **known).is_unbounded == is_unbounded
 
 
 @pytest.mark.parametrize(
@@ -158,19 +159,19 @@ def test_an_answer_is_open_ended_where_nobody_says_how_long_it_may_become(
         (parse(RESPONSES, max_output_tokens=10), 10),
     ],
 )
-def test_the_maximum_is_for_each_answer(call: Call, want: int) -> None:
+def test_the_maximum_is_for_each_answer(request: Request, output_maximum: int) -> None:
     """`n` or `best_of` of them for each prompt, and all are generated and billed."""
-    assert demand(call).want == want
+    assert demand(request).output_maximum == output_maximum
 
 
 def test_no_hold_leaves_64_bits() -> None:
     """Even the largest numbers, for a hundred thousand prompts, stay far inside (T31)."""
     prompts = [""] * 100_000
     found = demand(parse(COMPLETIONS, max_tokens=HUGE, n=128, prompt=prompts))
-    assert found.want == TOKENS_MAX
-    assert 0 < found.smallest <= found.want
+    assert found.output_maximum == TOKENS_MAX
+    assert 0 < found.smallest <= found.output_maximum
     found = demand(parse(COMPLETIONS, max_tokens=HUGE, n=128, prompt=prompts), smallest_answer=HUGE)
-    assert found.smallest == found.want == TOKENS_MAX
+    assert found.smallest == found.output_maximum == TOKENS_MAX
 
 
 # ------------------------------------------------------------------------------------------------ the smallest answer
@@ -188,10 +189,12 @@ def test_no_hold_leaves_64_bits() -> None:
         ({"max_tokens": 0, "max_completion_tokens": 0}, 0, 0),
     ],
 )
-def test_the_smallest_answer_is_a_thousand_tokens_or_what_is_asked(fields: dict, want: int, smallest: int) -> None:
+def test_the_smallest_answer_is_a_thousand_tokens_or_what_is_asked(
+    fields: dict, output_maximum: int, smallest: int
+) -> None:
     """choices × min(asked, 1024): less than that isn't worth starting."""
     found = demand(parse(CHAT, **fields))
-    assert (found.want, found.smallest) == (want, smallest)
+    assert (found.output_maximum, found.smallest) == (output_maximum, smallest)
     assert SMALLEST_ANSWER == 1024
 
 
@@ -235,11 +238,11 @@ def test_a_budget_for_thinking_comes_before_the_smallest_answer(fields: dict, sm
 @pytest.mark.parametrize("stream", [True, False, None])
 def test_only_a_stream_is_seen_growing(endpoint: Endpoint, stream: bool | None) -> None:
     """A whole answer comes at once, and embeddings generate nothing."""
-    call = parse(endpoint, stream=stream, max_tokens=9000, max_output_tokens=9000)
-    found = demand(call)
-    assert is_seen_growing(call, model()) == (endpoint is not EMBEDDINGS and stream is True)
+    request = parse(endpoint, stream=stream, max_tokens=9000, max_output_tokens=9000)
+    found = demand(request)
+    assert streams_all_output(request, model()) == (endpoint is not EMBEDDINGS and stream is True)
     expected = 0 if endpoint is EMBEDDINGS else 1024 if stream else 9000
-    assert (found.first, found.want) == (expected, 0 if endpoint is EMBEDDINGS else 9000)
+    assert (found.first, found.output_maximum) == (expected, 0 if endpoint is EMBEDDINGS else 9000)
 
 
 @pytest.mark.parametrize(
@@ -270,17 +273,17 @@ def test_only_a_stream_is_seen_growing(endpoint: Endpoint, stream: bool | None) 
 )
 def test_openai_s_models_think_unseen_unless_they_are_known_not_to(kind: Kind, name: str, hides: bool) -> None:
     """A model that is not known yet is the careful case; open models stream their thoughts. The file goes before."""
-    call = parse(stream=True)
-    assert is_seen_growing(call, model(kind, name)) != hides
-    assert not is_seen_growing(call, model(kind, name, reasoning=True))
-    assert is_seen_growing(call, model(kind, name, reasoning=False))
+    request = parse(stream=True)
+    assert streams_all_output(request, model(kind, name)) != hides
+    assert not streams_all_output(request, model(kind, name, reasoning=True))
+    assert streams_all_output(request, model(kind, name, reasoning=False))
 
 
 def test_a_model_is_known_by_the_name_that_its_upstream_has_for_it() -> None:
     """An alias may say anything."""
     upstream = Upstream("up", "http://upstream.example/v1", None, "openai")
-    assert not is_seen_growing(parse(stream=True), Model("gpt-4o", upstream, "o4-mini"))
-    assert is_seen_growing(parse(stream=True), Model("o4-mini", upstream, "gpt-4o"))
+    assert not streams_all_output(parse(stream=True), Model("gpt-4o", upstream, "o4-mini"))
+    assert streams_all_output(parse(stream=True), Model("o4-mini", upstream, "gpt-4o"))
 
 
 @pytest.mark.parametrize(
@@ -295,9 +298,9 @@ def test_a_model_is_known_by_the_name_that_its_upstream_has_for_it() -> None:
 )
 def test_thoughts_of_a_message_are_within_its_maximum(thinking: object, first: int, smallest: int) -> None:
     """Of which a summary is shown: so all of it is held at once, and no more than that."""
-    call = parse(MESSAGES, stream=True, max_tokens=9000, thinking=thinking)
-    asked = demand(call, "anthropic")
-    assert (asked.want, asked.first, asked.smallest) == (9000, first, smallest)
+    request = parse(MESSAGES, stream=True, max_tokens=9000, thinking=thinking)
+    asked = demand(request, "anthropic")
+    assert (asked.output_maximum, asked.first, asked.smallest) == (9000, first, smallest)
 
 
 @pytest.mark.parametrize(
@@ -333,17 +336,17 @@ def test_thoughts_of_a_message_are_within_its_maximum(thinking: object, first: i
 )
 def test_a_request_may_ask_for_what_is_billed_and_not_streamed_as_text(fields: dict, is_hidden: bool) -> None:
     """Sound, predictions that were not taken, thoughts: then all that is wanted is held at once."""
-    call = parse(stream=True, max_tokens=9000, **fields)
+    request = parse(stream=True, max_tokens=9000, **fields)
     for known in ({}, {"reasoning": False}):
-        assert is_seen_growing(call, model(**known)) != is_hidden
-        assert (demand(call, **known).first == 9000) == is_hidden
+        assert streams_all_output(request, model(**known)) != is_hidden
+        assert (demand(request, **known).first == 9000) == is_hidden
 
 
 def test_what_is_held_first_is_enough_for_the_smallest_answer() -> None:
     """Of each choice, and by what the model says of itself."""
-    call = parse(stream=True, max_tokens=9000, n=3)
-    assert demand(call).first == demand(call).smallest == 3 * 1024
-    assert demand(call, smallest_answer=50).first == 150
+    request = parse(stream=True, max_tokens=9000, n=3)
+    assert demand(request).first == demand(request).smallest == 3 * 1024
+    assert demand(request, smallest_answer=50).first == 150
 
 
 # --------------------------------------------------------------------------------------------------------- the input
@@ -358,14 +361,14 @@ def test_the_input_bound_is_never_less_than_the_bytes_of_the_text(texts: list[st
     parts = [{"type": "text", "text": text} for text in texts]
     picture = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * 999}}
     messages = [{"role": "user", "content": text} for text in texts]
-    for call in (
+    for request in (
         parse(CHAT, messages=messages),
         parse(CHAT, messages=[{"role": "user", "content": [*parts, *([picture] if image else [])]}]),
         parse(COMPLETIONS, prompt=texts),
         parse(EMBEDDINGS, input=texts),
         parse(RESPONSES, input=messages, instructions="".join(texts)),
     ):
-        assert demand(call).input >= text_bytes + 8 * len(texts) * (call.endpoint in (CHAT, RESPONSES))
+        assert demand(request).input >= text_bytes + 8 * len(texts) * (request.endpoint in (CHAT, RESPONSES))
 
 
 @given(tokens=st.lists(st.integers(0, 200_000), max_size=50))
@@ -385,23 +388,23 @@ def test_half_a_surrogate_pair_is_bounded_as_it_is_sent() -> None:
 )
 def test_messages_of_any_form_are_bounded(messages: object) -> None:
     """What is wrong with them is for the upstream to say; here they are bytes (T34)."""
-    call = parse(CHAT, messages=messages)
-    assert demand(call).input == len(forwarded_body(call, model()))
+    request = parse(CHAT, messages=messages)
+    assert demand(request).input == len(forwarded_body(request, model()))
 
 
 def test_a_picture_has_a_price_instead_of_its_base64() -> None:
     """A hundred thousand characters that no model reads as text, for the price of one whose size nobody knows."""
     url = "data:image/png;base64," + "A" * 100_000
-    call = parse(CHAT, messages=[{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}])
-    assert demand(call).input == len(forwarded_body(call, model())) - len(url) + 85 + 8 * 170
+    request = parse(CHAT, messages=[{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}])
+    assert demand(request).input == len(forwarded_body(request, model())) - len(url) + 85 + 8 * 170
 
 
 def test_the_largest_list_of_embeddings_wants_its_input_and_no_more() -> None:
     """2,048 texts: limits on output alone don't bind them, whatever else the body says."""
-    call = parse(EMBEDDINGS, input=["text"] * 2048, max_tokens=50, stream=True)
-    found = demand(call, max_output_tokens=900, smallest_answer=5, reasoning=True)
-    length = len(forwarded_body(call, model()))
-    assert found == Demand(input=length, want=0, smallest=0, first=0, is_rough=True)
+    request = parse(EMBEDDINGS, input=["text"] * 2048, max_tokens=50, stream=True)
+    found = demand(request, max_output_tokens=900, smallest_answer=5, reasoning=True)
+    length = len(forwarded_body(request, model()))
+    assert found == Demand(input=length, output_maximum=0, smallest=0, first=0, is_estimated=True)
     assert found.input > 2048
 
 
@@ -416,32 +419,32 @@ OPEN = [
 @pytest.mark.parametrize("fields", OPEN)
 def test_what_an_open_prompt_reads_unseen_is_bounded_by_the_model_s_context(fields: dict) -> None:
     """Beside what it shows, which is bounded as ever; where nobody knows the context, or it is smaller, nothing."""
-    call = parse(CHAT, **fields)
-    length = len(forwarded_body(call, model()))
-    expected = Demand(length, 4096, 1024, 4096, is_open_ended=True, is_rough=True, unseen=128_000 - length)
-    assert demand(call, context=128_000) == expected
-    assert (demand(call).input, demand(call).unseen) == (length, 0)
-    assert (demand(call, context=length - 1).input, demand(call, context=length - 1).unseen) == (length, 0)
+    request = parse(CHAT, **fields)
+    length = len(forwarded_body(request, model()))
+    expected = Demand(length, 4096, 1024, 4096, is_unbounded=True, is_estimated=True, hidden_input=128_000 - length)
+    assert demand(request, context=128_000) == expected
+    assert (demand(request).input, demand(request).hidden_input) == (length, 0)
+    assert (demand(request, context=length - 1).input, demand(request, context=length - 1).hidden_input) == (length, 0)
 
 
 def test_embeddings_may_be_open_too() -> None:
     """A picture that is stored elsewhere costs input, though nothing is generated."""
-    call = parse(EMBEDDINGS, input=[{"type": "video_url", "video_url": {"url": "https://x/y.mp4"}}])
-    found = demand(call, context=8192)
-    assert (found.input + found.unseen, found.want) == (8192, 0)
+    request = parse(EMBEDDINGS, input=[{"type": "video_url", "video_url": {"url": "https://x/y.mp4"}}])
+    found = demand(request, context=8192)
+    assert (found.input + found.hidden_input, found.output_maximum) == (8192, 0)
 
 
 def test_a_prompt_that_shows_all_has_nothing_unseen() -> None:
     """Its bytes bound it, whatever the context is."""
-    call = parse(CHAT, messages=says("hi"))
-    found = demand(call, context=128_000)
-    assert (found.input, found.unseen, found.is_rough) == (len(forwarded_body(call, model())), 0, True)
+    request = parse(CHAT, messages=says("hi"))
+    found = demand(request, context=128_000)
+    assert (found.input, found.hidden_input, found.is_estimated) == (len(forwarded_body(request, model())), 0, True)
 
 
 # ------------------------------------------------------------------------------------------------- once it is counted
 
 CONTEXT = model(context=1500)
-ROUGH = Demand(input=1000, want=500, smallest=100, first=100, is_open_ended=True, is_rough=True)
+ROUGH = Demand(input=1000, output_maximum=500, smallest=100, first=100, is_unbounded=True, is_estimated=True)
 
 
 @pytest.mark.parametrize(
@@ -461,23 +464,23 @@ ROUGH = Demand(input=1000, want=500, smallest=100, first=100, is_open_ended=True
     ],
 )
 def test_a_count_takes_the_place_of_the_bytes(
-    text_tokens: int | None, is_guess: bool, input_tokens: int, unseen: int
+    text_tokens: int | None, is_guess: bool, input_tokens: int, hidden_input: int
 ) -> None:
     """With what is no text beside it; by a tokenizer that may be another one half as much again, if there is room.
 
     One that failed leaves the bytes. Either way there is no more to be had, and nothing else changes.
     """
     found = counted(ROUGH, CONTEXT, Prompt(overhead=7), text_tokens=text_tokens, is_guess=is_guess)
-    assert found == replace(ROUGH, input=input_tokens, unseen=unseen, is_rough=False)
+    assert found == replace(ROUGH, input=input_tokens, hidden_input=hidden_input, is_estimated=False)
 
 
 def test_what_covers_several_demands_covers_each() -> None:
     """The most of each number: the call may go to the one that needs it."""
-    one = Demand(10, 500, 400, first=400, unseen=3, is_rough=True)
-    other = Demand(20, 300, 200, first=300, is_open_ended=True, is_rough=True)
-    assert most_of([one]) == one
-    both = Demand(20, 500, 400, first=400, is_open_ended=True, is_rough=True, unseen=3)
-    assert most_of([one, other]) == most_of([other, one]) == both
+    one = Demand(10, 500, 400, first=400, hidden_input=3, is_estimated=True)
+    other = Demand(20, 300, 200, first=300, is_unbounded=True, is_estimated=True)
+    assert largest_demand([one]) == one
+    both = Demand(20, 500, 400, first=400, is_unbounded=True, is_estimated=True, hidden_input=3)
+    assert largest_demand([one, other]) == largest_demand([other, one]) == both
 
 
 @given(
@@ -490,14 +493,14 @@ def test_a_count_never_raises_the_bound(
     text_tokens: int | None, overhead: int, is_guess: bool, is_open: bool
 ) -> None:
     """What is held after it is what was bounded before it, or less: of an open call all that its context leaves."""
-    rough = replace(ROUGH, unseen=500 if is_open else 0)
+    estimated = replace(ROUGH, hidden_input=500 if is_open else 0)
     prompt = Prompt(overhead=overhead, is_open=is_open)
-    found = counted(rough, CONTEXT, prompt, text_tokens=text_tokens, is_guess=is_guess)
-    assert 0 <= found.input <= rough.input
-    assert found.input + found.unseen <= rough.input + rough.unseen
-    assert found.input + found.unseen == 1500 or not is_open
-    assert not found.unseen or is_open or is_guess
-    assert not found.is_rough
+    found = counted(estimated, CONTEXT, prompt, text_tokens=text_tokens, is_guess=is_guess)
+    assert 0 <= found.input <= estimated.input
+    assert found.input + found.hidden_input <= estimated.input + estimated.hidden_input
+    assert found.input + found.hidden_input == 1500 or not is_open
+    assert not found.hidden_input or is_open or is_guess
+    assert not found.is_estimated
 
 
 @given(
@@ -527,8 +530,8 @@ def test_the_parts_of_a_demand_fit_each_other(endpoint: Endpoint, kind: Kind, fi
     """The smallest answer fits into what is held first, and that into what is wanted."""
     of_it = {name: value for name, value in fields.items() if name != "n" or not endpoint.is_of_responses}
     found = demand(parse(endpoint, **of_it), kind, **known)
-    assert 0 <= found.smallest <= found.first <= found.want <= TOKENS_MAX
-    assert (found.want > 0) <= endpoint.generates
+    assert 0 <= found.smallest <= found.first <= found.output_maximum <= TOKENS_MAX
+    assert (found.output_maximum > 0) <= endpoint.generates
 
 
 # ---------------------------------------------------------------------------------------------------- what is no text
@@ -537,7 +540,9 @@ def test_the_parts_of_a_demand_fit_each_other(endpoint: Endpoint, kind: Kind, fi
 @pytest.mark.parametrize("endpoint", [MODERATIONS, INPUT_TOKENS], ids=ids)
 def test_what_costs_no_tokens_holds_none(endpoint: Endpoint) -> None:
     """So that nobody is kept from it by a quota of tokens."""
-    assert demand(parse(endpoint, input="long" * 100), context=1000) == Demand(input=0, want=0, smallest=0, first=0)
+    assert demand(parse(endpoint, input="long" * 100), context=1000) == Demand(
+        input=0, output_maximum=0, smallest=0, first=0
+    )
 
 
 @pytest.mark.parametrize(
@@ -551,10 +556,10 @@ def test_what_costs_no_tokens_holds_none(endpoint: Endpoint) -> None:
     ],
     ids=["picture", "pictures", "compact", "events", "sound"],
 )
-def test_what_can_t_be_bounded_or_seen_is_held_as_a_whole(call: Call, want: int) -> None:
+def test_what_can_t_be_bounded_or_seen_is_held_as_a_whole(request: Request, output_maximum: int) -> None:
     """No smaller answer is to be had, and none that grows; the model's own maximum may be less."""
-    found = demand(call)
-    assert (found.want, found.smallest, found.first) == (want, want, want)
-    assert (found.is_open_ended, is_seen_growing(call, model())) == (False, False)
+    found = demand(request)
+    assert (found.output_maximum, found.smallest, found.first) == (output_maximum, output_maximum, output_maximum)
+    assert (found.is_unbounded, streams_all_output(request, model())) == (False, False)
     assert found.input > 0
-    assert demand(call, max_output_tokens=100).want == (100 * call.choices if want else 0)
+    assert demand(request, max_output_tokens=100).output_maximum == (100 * request.choices if output_maximum else 0)

@@ -25,7 +25,7 @@ from proxy.formats.endpoints import (
     Endpoint,
 )
 from proxy.formats.meter import Meter
-from proxy.formats.request import Call, parse_call
+from proxy.formats.request import Request, parse_request
 from proxy.formats.sse import Event, Splitter
 from proxy.policy.amounts import TOKENS_MAX, AtLeast, Exactly, Tokens, Unspent, Usage
 from proxy.policy.policy import Kind
@@ -35,13 +35,13 @@ ZEROS = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
 DONE = b"data: [DONE]\n\n"
 
 
-def call(endpoint: Endpoint = CHAT, **fields: object) -> Call:
+def request(endpoint: Endpoint = CHAT, **fields: object) -> Request:
     """A streamed call that doesn't ask for usage, unless the test says otherwise."""
-    return parse_call(endpoint, json.dumps({"model": "m", "stream": True, **fields}).encode())
+    return parse_request(endpoint, json.dumps({"model": "m", "stream": True, **fields}).encode())
 
 
-UNASKED = call()
-ASKED = call(stream_options={"include_usage": True})
+UNASKED = request()
+ASKED = request(stream_options={"include_usage": True})
 
 
 def count(text: str) -> int:
@@ -49,13 +49,13 @@ def count(text: str) -> int:
     return len(text.encode("utf-8", "surrogatepass"))
 
 
-def new(of: Call = UNASKED, *, kind: Kind = "openai") -> Meter:
+def new(of: Request = UNASKED, *, kind: Kind = "openai") -> Meter:
     """A meter that has seen nothing yet."""
     return Meter(of, count=count, kind=kind)
 
 
 def watch(
-    stream: bytes, of: Call = UNASKED, cuts: list[int] | None = None, *, kind: Kind = "openai"
+    stream: bytes, of: Request = UNASKED, cuts: list[int] | None = None, *, kind: Kind = "openai"
 ) -> tuple[Meter, bytes]:
     """Let a whole stream go by; return the meter, and what the client is shown of it."""
     meter, splitter = new(of, kind=kind), Splitter()
@@ -66,14 +66,14 @@ def watch(
     return meter, shown + splitter.end()
 
 
-def usage_of(stream: bytes, of: Call = UNASKED) -> Usage:
+def usage_of(stream: bytes, of: Request = UNASKED) -> Usage:
     """What is charged for a stream."""
     return watch(stream, of)[0].usage()
 
 
 def whole(body: bytes | dict, endpoint: Endpoint = CHAT) -> Meter:
     """A meter that saw a whole answer."""
-    meter = new(call(endpoint, stream=False))
+    meter = new(request(endpoint, stream=False))
     meter.see_whole(body if isinstance(body, bytes) else json.dumps(body).encode())
     return meter
 
@@ -151,13 +151,13 @@ def test_the_meter_says_what_the_last_event_said() -> None:
 
 
 @pytest.mark.parametrize(
-    ("of", "begins"), [(UNASKED, b"data: {"), (call(COMPLETIONS), b"data: {"), (call(RESPONSES), b"event: response.")]
+    ("of", "begins"), [(UNASKED, b"data: {"), (request(COMPLETIONS), b"data: {"), (request(RESPONSES), b"event: response.")]
 )
-def test_an_end_is_kept_for_the_call_s_own_form(of: Call, begins: bytes) -> None:
+def test_an_end_is_kept_for_the_call_s_own_form(of: Request, begins: bytes) -> None:
     """Of the endpoint that was called, and for so many choices as it asked for."""
     meter = new(of)
     assert meter.ending.at_limit(Tokens(11, 5), shows_usage=meter.shows_usage).startswith(begins)
-    both = new(call(n=2)).ending.at_limit(Tokens(11, 5), shows_usage=False)
+    both = new(request(n=2)).ending.at_limit(Tokens(11, 5), shows_usage=False)
     assert both.count(b'"finish_reason":"length"') == 2
     assert [new(each).shows_usage for each in (UNASKED, ASKED)] == [False, True]
 
@@ -174,7 +174,7 @@ def test_without_usage_the_end_is_done() -> None:
 
 def test_with_several_choices_a_usage_chunk_is_not_yet_the_end() -> None:
     """llama.cpp sends one as soon as one of them is finished: the others must not wait for the last (T45)."""
-    several = call(n=2, stream_options={"include_usage": True})
+    several = request(n=2, stream_options={"include_usage": True})
     meter, shown = watch(TEXT + event(usage_chunk()), several)
     assert (meter.is_at_end, shown) == (False, TEXT + event(usage_chunk()))
     assert watch(TEXT + event(usage_chunk()) + DONE, several)[0].is_over
@@ -182,7 +182,7 @@ def test_with_several_choices_a_usage_chunk_is_not_yet_the_end() -> None:
 
 def test_the_usage_chunks_of_several_choices_add_up() -> None:
     """llama.cpp sends one for each of them, with the same input each time; others send one for all."""
-    several = call(n=3)
+    several = request(n=3)
     longer = {**HONEST, "completion_tokens": 7, "completion_tokens_details": {"reasoning_tokens": 2}}
     each = event(usage_chunk()) + TEXT + event(usage_chunk(longer)) + event(usage_chunk(longer))
     assert usage_of(TEXT + each + DONE, several) == Exactly(Tokens(11, 5 + 7 + 7, reasoning=4))
@@ -192,7 +192,7 @@ def test_the_usage_chunks_of_several_choices_add_up() -> None:
 
 def test_usage_beside_one_of_several_choices_is_not_that_of_all() -> None:
     """vLLM's is that of the choice whose chunk it is: the texts are counted instead, until the usage of all comes."""
-    several = call(n=2, stream_options={"include_usage": True})
+    several = request(n=2, stream_options={"include_usage": True})
     text = event(chunk("Hello", usage={**HONEST, "completion_tokens": 1})) * 2
     meter, shown = watch(text, several)
     assert (meter.usage(), meter.output_seen, meter.input_reported) == (AtLeast(Tokens(0, 10)), 10, None)
@@ -378,7 +378,7 @@ def test_json_over_several_data_lines_is_written_anew() -> None:
 
 def test_zeros_on_every_chunk_are_placeholders() -> None:
     """Ollama's /completions send them where usage was asked for: no count, and not for the client (wire §2.2)."""
-    completions = call(COMPLETIONS)
+    completions = request(COMPLETIONS)
 
     def text(**more: object) -> bytes:
         return event({"id": "c", "choices": [{"text": "Hello world!", "index": 0, "finish_reason": None}], **more})
@@ -387,7 +387,7 @@ def test_zeros_on_every_chunk_are_placeholders() -> None:
     assert watch(with_zeros + with_zeros, completions)[1] == text() + text()
     assert usage_of(with_zeros, completions) == OWN_COUNT  # it broke here: not free
     assert usage_of(with_zeros + event(usage_chunk()) + DONE, completions) == BOOKED
-    asked = call(COMPLETIONS, stream_options={"include_usage": True})
+    asked = request(COMPLETIONS, stream_options={"include_usage": True})
     assert watch(with_zeros, asked)[1] == with_zeros
 
 
@@ -542,7 +542,7 @@ def test_the_end_says_the_usage_again() -> None:
 
 @pytest.mark.parametrize("of", [UNASKED, ASKED])
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
-def test_the_usage_so_far_is_taken_out_again_and_no_other_byte(of: Call, end: str) -> None:
+def test_the_usage_so_far_is_taken_out_again_and_no_other_byte(of: Request, end: str) -> None:
     """Where we asked for it and the client did not: numbers, escapes and line ends stay as they were."""
     raw = (
         '{"id":"1.50","n":1.50,"choices":[{"index":0,"delta":{"content":"\\u00e9 ,\\"usage\\":{}"},"logprobs":null}]'
@@ -675,7 +675,7 @@ def test_a_chunk_of_text_is_a_token_at_least() -> None:
 def test_all_choices_are_counted() -> None:
     """Three answers are three times the text."""
     texts = [{"index": index, "text": "x" * 40, "finish_reason": None} for index in range(3)]
-    assert usage_of(event({"choices": texts}), call(COMPLETIONS, n=3)) == AtLeast(Tokens(0, 120))
+    assert usage_of(event({"choices": texts}), request(COMPLETIONS, n=3)) == AtLeast(Tokens(0, 120))
 
 
 def test_before_anything_came_nothing_is_known() -> None:
@@ -688,8 +688,8 @@ def test_before_anything_came_nothing_is_known() -> None:
 @pytest.mark.parametrize(
     "error", [{"error": {"message": "It broke. " * 40}}, {"error": "It broke. " * 40}, {"type": "error", "error": {}}]
 )
-@pytest.mark.parametrize("of", [UNASKED, ASKED, call(RESPONSES)])
-def test_an_error_event_is_seen_and_never_counted_as_output(error: dict, of: Call) -> None:
+@pytest.mark.parametrize("of", [UNASKED, ASKED, request(RESPONSES)])
+def test_an_error_event_is_seen_and_never_counted_as_output(error: dict, of: Request) -> None:
     """It may come inside a 200; its words are not the model's (T44)."""
     meter, shown = watch(event(error) + DONE, of)
     assert meter.has_error
@@ -734,7 +734,7 @@ SAID = response_event("response.output_text.delta", delta="Hello") + response_ev
 def test_a_response_ends_in_one_of_four_ways(kind: str, has_error: bool, said: dict, booked: Usage) -> None:
     """Whichever it is: charged if it says its usage, counted if not, and passed on as it came (wire §2.4)."""
     stream = response_event("response.created", response={"usage": None}) + SAID + response_event(kind, response=said)
-    meter, shown = watch(stream, call(RESPONSES))
+    meter, shown = watch(stream, request(RESPONSES))
     assert shown == stream
     assert (meter.is_at_end, meter.is_over, meter.has_error) == (True, True, has_error)
     assert meter.usage() == booked
@@ -743,7 +743,7 @@ def test_a_response_ends_in_one_of_four_ways(kind: str, has_error: bool, said: d
 def test_a_flat_error_ends_a_response() -> None:
     """`{"type":"error","code":…,"message":…}` has no response in it."""
     meter, _ = watch(
-        SAID + response_event("error", code="server_error", message="It broke.", param=None), call(RESPONSES)
+        SAID + response_event("error", code="server_error", message="It broke.", param=None), request(RESPONSES)
     )
     assert (meter.is_over, meter.has_error, meter.usage()) == (True, True, OWN_COUNT)
 
@@ -758,7 +758,7 @@ def test_a_response_is_not_over_before_its_end() -> None:
             response_event("response.output_item.done", item={"content": [{"text": "Hello world"}]}),
         ]
     )
-    meter, shown = watch(stream, call(RESPONSES))
+    meter, shown = watch(stream, request(RESPONSES))
     assert (meter.is_at_end, meter.has_error, shown) == (False, False, stream)
     assert meter.usage() == OWN_COUNT
 
@@ -779,8 +779,8 @@ def test_a_response_is_not_over_before_its_end() -> None:
 )
 def test_a_text_that_is_only_said_as_a_whole_is_counted(events: bytes) -> None:
     """Some servers send no pieces of it, or not all; and what came in pieces is not counted again."""
-    assert usage_of(events, call(RESPONSES)) == OWN_COUNT
-    assert usage_of(events * 3, call(RESPONSES)) == (
+    assert usage_of(events, request(RESPONSES)) == OWN_COUNT
+    assert usage_of(events * 3, request(RESPONSES)) == (
         AtLeast(Tokens(0, 12 + 2 * 5)) if b".delta" in events else OWN_COUNT
     )
 
@@ -788,10 +788,10 @@ def test_a_text_that_is_only_said_as_a_whole_is_counted(events: bytes) -> None:
 def test_a_response_is_known_by_its_id_as_soon_as_it_begins() -> None:
     """From its first event on, and of a whole one; never by a name that could not stand in a path."""
     begun = response_event("response.created", response={"id": "resp_1"})
-    assert new(call(RESPONSES)).response_id is None
-    assert watch(begun, call(RESPONSES))[0].response_id == "resp_1"
+    assert new(request(RESPONSES)).response_id is None
+    assert watch(begun, request(RESPONSES))[0].response_id == "resp_1"
     strange = response_event("response.completed", response={"id": "resp/../2"})
-    assert watch(begun + strange, call(RESPONSES))[0].response_id == "resp_1"
+    assert watch(begun + strange, request(RESPONSES))[0].response_id == "resp_1"
     assert whole({"id": "resp_3"}, RESPONSES).response_id == "resp_3"
     for strange in (None, 3, ["resp_3"], "", "x" * 600):
         assert whole({"id": strange}, RESPONSES).response_id is None
@@ -811,7 +811,7 @@ def test_what_a_tool_drew_is_charged_beside_the_usage(tools: object, tokens: Tok
     """It is not in the usage of the response (wire §1.2); without that nothing is known exactly."""
     response = {"id": "resp_1", "usage": {"input_tokens": 10, "output_tokens": 5}, "tool_usage": tools}
     assert whole(response, RESPONSES).usage() == Exactly(tokens)
-    assert usage_of(response_event("response.completed", response=response), call(RESPONSES)) == Exactly(tokens)
+    assert usage_of(response_event("response.completed", response=response), request(RESPONSES)) == Exactly(tokens)
     del response["usage"]
     assert isinstance(whole(response, RESPONSES).usage(), AtLeast)
 
@@ -819,7 +819,7 @@ def test_what_a_tool_drew_is_charged_beside_the_usage(tools: object, tokens: Tok
 def test_a_done_behind_a_response_is_tolerated() -> None:
     """Compatible servers send it."""
     end = response_event("response.completed", response={"usage": RESPONSE_USAGE})
-    meter, shown = watch(SAID + end + DONE, call(RESPONSES))
+    meter, shown = watch(SAID + end + DONE, request(RESPONSES))
     assert (meter.is_over, meter.usage(), shown) == (True, BOOKED, SAID + end + DONE)
 
 
@@ -841,13 +841,13 @@ def test_a_done_behind_a_response_is_tolerated() -> None:
 def test_every_delta_of_text_is_counted(kind: object, delta: object, tokens: int) -> None:
     """Whatever it is a part of; the padding against onlookers is not."""
     raw = event({"type": kind, "delta": delta, "obfuscation": "xyz" * 99, "item_id": "m" * 99})
-    assert usage_of(raw, call(RESPONSES)) == AtLeast(Tokens(0, tokens))
+    assert usage_of(raw, request(RESPONSES)) == AtLeast(Tokens(0, tokens))
 
 
 @pytest.mark.parametrize("response", [None, "x", [], {"usage": []}, {"usage": {"input_tokens": -1}}])
 def test_a_strange_end_of_a_response_is_an_end(response: object) -> None:
     """Then our own count stands."""
-    meter, _ = watch(SAID + response_event("response.completed", response=response), call(RESPONSES))
+    meter, _ = watch(SAID + response_event("response.completed", response=response), request(RESPONSES))
     assert (meter.is_over, meter.usage()) == (True, OWN_COUNT)
 
 
@@ -910,18 +910,18 @@ def test_a_whole_answer_is_booked_by_its_usage(endpoint: Endpoint, answer: dict,
 @pytest.mark.parametrize(
     ("of", "answer", "booked", "texts"),
     [
-        (call(stream=False, n=3), {"choices": [message("a"), message("b"), message("c")]}, (11, 5), ["b", "c"]),
-        (call(stream=False, n=3), {"choices": [message("a")]}, None, []),
-        (call(stream=False, n=3), {"choices": 3}, None, []),
-        (call(stream=False), {"choices": [message("a"), message("b")]}, (11, 5), ["b"]),
+        (request(stream=False, n=3), {"choices": [message("a"), message("b"), message("c")]}, (11, 5), ["b", "c"]),
+        (request(stream=False, n=3), {"choices": [message("a")]}, None, []),
+        (request(stream=False, n=3), {"choices": 3}, None, []),
+        (request(stream=False), {"choices": [message("a"), message("b")]}, (11, 5), ["b"]),
         (
-            call(COMPLETIONS, stream=False, prompt="x", n=2),
+            request(COMPLETIONS, stream=False, prompt="x", n=2),
             {"choices": [{"text": "a"}, {"text": "b"}]},
             (11, 5),
             ["b"],
         ),
         (
-            call(COMPLETIONS, stream=False, prompt=["x", "y"]),
+            request(COMPLETIONS, stream=False, prompt=["x", "y"]),
             {"choices": [{"text": "a"}, {"text": "b"}]},
             (0, 5),
             ["b"],
@@ -929,7 +929,7 @@ def test_a_whole_answer_is_booked_by_its_usage(endpoint: Endpoint, answer: dict,
     ],
 )
 def test_usage_that_is_of_the_first_choice_alone(
-    of: Call, answer: dict, booked: tuple[int, int] | None, texts: list[str]
+    of: Request, answer: dict, booked: tuple[int, int] | None, texts: list[str]
 ) -> None:
     """llama.cpp's: the texts of the others are kept to be counted, and of several prompts no input is known."""
     meter = Meter(of, count=count, kind="llamacpp")
@@ -941,7 +941,7 @@ def test_usage_that_is_of_the_first_choice_alone(
 
 def test_without_usage_all_choices_are_counted() -> None:
     """Also where it would be of one alone."""
-    meter = Meter(call(stream=False, n=2), count=count, kind="llamacpp")
+    meter = Meter(request(stream=False, n=2), count=count, kind="llamacpp")
     meter.see_whole(json.dumps({"choices": [message("a"), message("b")]}).encode())
     assert (meter.usage(), meter.uncounted, meter.input_reported) == (UNCOUNTED, ["a", "b"], None)
 
@@ -969,7 +969,7 @@ def test_a_body_that_is_no_object_counts_in_full(body: bytes) -> None:
 def test_a_stream_where_a_whole_answer_was_asked_is_read_as_one() -> None:
     """The body's form decides, not what was asked for; nothing was injected, so nothing is taken out."""
     null = event(chunk("Hello", usage=None))
-    meter, shown = watch(null + event(usage_chunk()) + DONE, call(stream=False))
+    meter, shown = watch(null + event(usage_chunk()) + DONE, request(stream=False))
     assert (meter.usage(), shown) == (BOOKED, null + event(usage_chunk()) + DONE)
 
 
@@ -1008,7 +1008,7 @@ def test_a_moderation_is_a_request_and_a_count_is_nothing() -> None:
     for body in ({"results": []}, {"usage": TOLD}, b"no JSON"):
         assert whole(body, MODERATIONS).usage() == Unspent(requests=1)
         assert whole(body, INPUT_TOKENS).usage() == Unspent()
-    assert new(call(MODERATIONS)).usage() == Unspent(requests=1)
+    assert new(request(MODERATIONS)).usage() == Unspent(requests=1)
     assert whole(b"no JSON", MODERATIONS).has_error
 
 
@@ -1049,7 +1049,7 @@ def test_a_compaction_is_counted_where_it_says_no_tokens() -> None:
 )
 def test_a_stream_of_what_is_no_text_says_its_usage_at_its_end(endpoint: Endpoint, step: str, end: str) -> None:
     """Every event passes as it came. Before the end nobody knows what it cost: all that is held."""
-    of = call(endpoint)
+    of = request(endpoint)
     begun, done = steps({"type": step, "b64_json": "AAAA"}), steps({"type": end, "usage": TOLD})
     meter, shown = watch(begun, of)
     assert (shown, meter.output_seen, meter.is_over) == (begun, 0, False)
@@ -1064,14 +1064,14 @@ def test_a_stream_of_what_is_no_text_says_its_usage_at_its_end(endpoint: Endpoin
 def test_several_pictures_of_a_stream_add_up() -> None:
     """Each says its own; a stream that ends after the first has not said what the second cost."""
     first = steps({"type": "image_generation.completed", "usage": TOLD})
-    assert usage_of(first + first, call(IMAGES, n=2)) == Exactly(Tokens(22, 10))
-    assert usage_of(first, call(IMAGES, n=2)) == AtLeast(Tokens(0, TOKENS_MAX))
+    assert usage_of(first + first, request(IMAGES, n=2)) == Exactly(Tokens(22, 10))
+    assert usage_of(first, request(IMAGES, n=2)) == AtLeast(Tokens(0, TOKENS_MAX))
 
 
 @pytest.mark.parametrize("error", [{"type": "error", "message": "no"}, {"error": {"message": "no"}}])
 def test_a_stream_that_says_it_failed_has_generated_nothing(error: dict) -> None:
     """Its input was read."""
-    meter, _ = watch(steps(error), call(IMAGES))
+    meter, _ = watch(steps(error), request(IMAGES))
     assert (meter.is_over, meter.has_error, meter.usage()) == (True, True, AtLeast(Tokens(0, 0)))
 
 
@@ -1080,7 +1080,7 @@ def test_a_stream_that_says_it_failed_has_generated_nothing(error: dict) -> None
 TIMINGS = {"cache_n": 4, "prompt_n": 7, "prompt_ms": 1e-05, "predicted_n": 5, "predicted_ms": 12.0}
 
 
-def timed(stream: bytes, of: Call = UNASKED) -> tuple[Meter, bytes]:
+def timed(stream: bytes, of: Request = UNASKED) -> tuple[Meter, bytes]:
     """Let a stream of llama.cpp go by; return the meter, and what the client is shown of it."""
     meter, splitter = new(of, kind="llamacpp"), Splitter()
     shown = b"".join(meter.see_event(each) for each in splitter.feed(stream))
@@ -1135,9 +1135,9 @@ def test_beside_timings_and_something_else_the_usage_chunk_stays() -> None:
 
 
 @pytest.mark.parametrize(
-    ("of", "last"), [(ASKED, usage_chunk(timings=TIMINGS)), (call(n=2), chunk(timings=TIMINGS))], ids=["asked", "n"]
+    ("of", "last"), [(ASKED, usage_chunk(timings=TIMINGS)), (request(n=2), chunk(timings=TIMINGS))], ids=["asked", "n"]
 )
-def test_elsewhere_timings_stay_where_they_are(of: Call, last: dict) -> None:
+def test_elsewhere_timings_stay_where_they_are(of: Request, last: dict) -> None:
     """Who asked for the usage gets its chunk, and of several choices each has its own."""
     stream = TEXT + FINISH + event(last) + DONE
     assert timed(stream, of)[1] == stream
@@ -1182,9 +1182,9 @@ def test_a_stream_of_llama_cpp_that_was_cut_is_known_to_the_token() -> None:
 def test_the_timings_so_far_leave_no_trace(more: dict) -> None:
     """They are on the last chunk, where they come unasked; also where no usage comes after them."""
     last = event(chunk(finish="stop", timings=timings(5)))
-    meter, shown = timed(TIMED + FINISH + event(usage_chunk(timings=timings(5))) + DONE, call(**more))
+    meter, shown = timed(TIMED + FINISH + event(usage_chunk(timings=timings(5))) + DONE, request(**more))
     assert (meter.usage(), shown) == (BOOKED, TEXT + last + DONE)
-    meter, shown = timed(TIMED + last + DONE, call(**more))
+    meter, shown = timed(TIMED + last + DONE, request(**more))
     assert (meter.usage(), shown) == (Exactly(Tokens(11, 5, cached=4)), TEXT + last + DONE)
 
 
@@ -1196,12 +1196,12 @@ def test_who_asked_for_the_usage_gets_the_timings_with_it() -> None:
 
 def test_who_asked_for_the_timings_so_far_gets_them() -> None:
     """They are its own."""
-    assert timed(TIMED + DONE, call(timings_per_token=True))[1] == TIMED + DONE
+    assert timed(TIMED + DONE, request(timings_per_token=True))[1] == TIMED + DONE
 
 
 def test_of_several_choices_timings_so_far_stay() -> None:
     """They were not asked for by us."""
-    assert timed(TIMED + DONE, call(n=2))[1] == TIMED + DONE
+    assert timed(TIMED + DONE, request(n=2))[1] == TIMED + DONE
 
 
 def test_a_completion_ends_with_its_timings() -> None:
@@ -1212,7 +1212,7 @@ def test_a_completion_ends_with_its_timings() -> None:
     ]
     first, last = ({**piece, "timings": timings(5)} for piece in pieces)
     stream = event(first) + event({**last, "usage": HONEST}) + DONE
-    for of in (call(COMPLETIONS), call(COMPLETIONS, stream_options={"include_usage": True})):
+    for of in (request(COMPLETIONS), request(COMPLETIONS, stream_options={"include_usage": True})):
         meter, shown = timed(stream, of)
         assert shown == event(pieces[0]) + event({**last, "usage": HONEST}) + DONE
         assert meter.usage() == BOOKED
@@ -1220,7 +1220,7 @@ def test_a_completion_ends_with_its_timings() -> None:
 
 # ----------------------------------------------------------------------------------------------- Anthropic's messages
 
-MESSAGE = call(MESSAGES, max_tokens=50)
+MESSAGE = request(MESSAGES, max_tokens=50)
 
 
 def said(kind: str, **more: object) -> bytes:

@@ -32,14 +32,14 @@ from proxy.formats.endpoints import (
 )
 from proxy.formats.multipart import Form, FormReader
 from proxy.formats.request import (
-    Call,
+    Request,
     error_event,
     forwarded_body,
     forwarded_model,
     is_endless,
     maximum_fields,
-    parse_call,
-    parse_form,
+    parse_request,
+    parse_form_request,
 )
 from proxy.policy.policy import Allow, Kind, Model, Upstream
 
@@ -53,9 +53,9 @@ def body(**fields: object) -> bytes:
     return json.dumps({"model": "m", **fields}).encode()
 
 
-def parse(endpoint: Endpoint = CHAT, **fields: object) -> Call:
+def parse(endpoint: Endpoint = CHAT, **fields: object) -> Request:
     """A call with these fields."""
-    return parse_call(endpoint, body(**fields))
+    return parse_request(endpoint, body(**fields))
 
 
 def refused(endpoint: Endpoint = CHAT, **fields: object) -> InvalidRequest:
@@ -72,9 +72,9 @@ def model(kind: Kind = "openai") -> Model:
     return Model("m", Upstream("up", "http://upstream.example/v1", None, kind), "real-m")
 
 
-def sent(call: Call, kind: Kind = "openai", maximum: int | None = None) -> dict:
+def sent(request: Request, kind: Kind = "openai", maximum: int | None = None) -> dict:
     """The document that an upstream of this kind gets."""
-    return json.loads(forwarded_body(call, model(kind), maximum=maximum))
+    return json.loads(forwarded_body(request, model(kind), maximum=maximum))
 
 
 def ids(value: object) -> str | None:
@@ -87,9 +87,9 @@ def ids(value: object) -> str | None:
 
 def test_a_call_says_what_was_asked() -> None:
     """The fields on which something is decided, and the document as it was read."""
-    call = parse(CHAT, stream=True, n=3, messages=[], unknown={"a": 1})
-    assert (call.endpoint, call.model, call.stream, call.choices) == (CHAT, "m", True, 3)
-    assert call.document == {"model": "m", "stream": True, "n": 3, "messages": [], "unknown": {"a": 1}}
+    request = parse(CHAT, stream=True, n=3, messages=[], unknown={"a": 1})
+    assert (request.endpoint, request.model, request.stream, request.choices) == (CHAT, "m", True, 3)
+    assert request.document == {"model": "m", "stream": True, "n": 3, "messages": [], "unknown": {"a": 1}}
     plain = parse(EMBEDDINGS, input="x")
     assert (plain.stream, plain.choices) == (False, 1)
 
@@ -99,7 +99,7 @@ def test_a_model_must_be_named(endpoint: Endpoint) -> None:
     """Without one no quota can be found (T33)."""
     for missing in ({}, {"model": None}):
         with pytest.raises(InvalidRequest) as caught:
-            parse_call(endpoint, json.dumps(missing).encode())
+            parse_request(endpoint, json.dumps(missing).encode())
         assert (caught.value.param, caught.value.code) == ("model", "missing_required_parameter")
 
 
@@ -107,9 +107,9 @@ def test_a_model_must_be_named(endpoint: Endpoint) -> None:
 def test_where_none_is_named_the_upstream_s_own_is_meant(endpoint: Endpoint) -> None:
     """And it is the one that is sent, so that what was decided on is what is used."""
     for missing in ({}, {"model": None}):
-        call = parse_call(endpoint, json.dumps(missing).encode())
-        assert call.model == endpoint.default_model
-        assert sent(call)["model"] == "real-m"
+        request = parse_request(endpoint, json.dumps(missing).encode())
+        assert request.model == endpoint.default_model
+        assert sent(request)["model"] == "real-m"
     assert parse(endpoint).model == "m"
 
 
@@ -359,17 +359,17 @@ def test_numbers_of_embeddings_are_not_read() -> None:
 )
 def test_completions_generate_for_each_prompt_the_best_of_several(fields: dict, choices: int) -> None:
     """Prompts × the larger of n and best_of; a list of numbers is one prompt of tokens (wire §1.4)."""
-    call = parse(COMPLETIONS, **fields)
-    assert call.choices == choices
+    request = parse(COMPLETIONS, **fields)
+    assert request.choices == choices
     prompt = fields.get("prompt")
-    assert call.has_several_prompts is (isinstance(prompt, list) and len(prompt) > 1 and prompt[0] != 1)
+    assert request.has_several_prompts is (isinstance(prompt, list) and len(prompt) > 1 and prompt[0] != 1)
 
 
 def test_prompts_may_come_as_what_models_make_of_them() -> None:
     """vLLM answers each of them, beside those that are texts."""
     for embedded, choices in (("one", 1), (["one", "two"], 3), ([], 1), (None, 1)):
-        call = parse(COMPLETIONS, prompt="three", prompt_embeds=embedded)
-        assert (call.choices, call.has_several_prompts) == (choices, choices > 1)
+        request = parse(COMPLETIONS, prompt="three", prompt_embeds=embedded)
+        assert (request.choices, request.has_several_prompts) == (choices, choices > 1)
 
 
 def test_prompts_count_nowhere_else() -> None:
@@ -413,10 +413,10 @@ WRITES = {
     ("llamacpp", "completions"): "n_predict",
 }
 MAXIMA = ("max_tokens", "max_completion_tokens", "max_output_tokens", "n_predict")
-everywhere = pytest.mark.parametrize(("kind", "endpoint"), [(k, e) for k in KINDS for e in GENERATING], ids=ids)
+targets = pytest.mark.parametrize(("kind", "endpoint"), [(k, e) for k in KINDS for e in GENERATING], ids=ids)
 
 
-@everywhere
+@targets
 def test_lowering_leaves_no_field_that_says_more(kind: Kind, endpoint: Endpoint) -> None:
     """Each field that this upstream reads says the lower number, and no other field is touched."""
     stated = dict.fromkeys(MAXIMA, 5000)
@@ -425,7 +425,7 @@ def test_lowering_leaves_no_field_that_says_more(kind: Kind, endpoint: Endpoint)
     assert {lowered[name] for name in MAXIMA} <= {300, 5000}
 
 
-@everywhere
+@targets
 def test_lowering_raises_nothing(kind: Kind, endpoint: Endpoint) -> None:
     """Who asked for less in one of the fields keeps it."""
     reads = sorted(READS[kind, endpoint.name])
@@ -434,16 +434,16 @@ def test_lowering_raises_nothing(kind: Kind, endpoint: Endpoint) -> None:
     assert {name: lowered[name] for name in reads} == {name: min(300, value) for name, value in stated.items()}
 
 
-@everywhere
+@targets
 def test_a_maximum_is_written_where_none_stands(kind: Kind, endpoint: Endpoint) -> None:
     """In the field that this kind of upstream reads, and only when there is something to lower; null is none."""
     name = WRITES.get((kind, endpoint.name), endpoint.maxima[0])
-    for call in (parse(endpoint), parse(endpoint, **dict.fromkeys(MAXIMA))):
-        assert {field: value for field, value in sent(call, kind, maximum=300).items() if value == 300} == {name: 300}
-        assert {field: value for field, value in sent(call, kind).items() if field in MAXIMA and value} == {}
+    for request in (parse(endpoint), parse(endpoint, **dict.fromkeys(MAXIMA))):
+        assert {field: value for field, value in sent(request, kind, maximum=300).items() if value == 300} == {name: 300}
+        assert {field: value for field, value in sent(request, kind).items() if field in MAXIMA and value} == {}
 
 
-@everywhere
+@targets
 def test_the_fields_that_are_read_are_named(kind: Kind, endpoint: Endpoint) -> None:
     """So that whoever asks what a call may use believes no others; the first is the one that is written."""
     fields = maximum_fields(endpoint, kind)
@@ -501,10 +501,10 @@ def test_usage_is_asked_for_where_the_client_did_not(
     endpoint: Endpoint, options: dict, asks_for_usage: bool, adds_usage: bool, forwarded: object
 ) -> None:
     """The other options stay (wire §2.3)."""
-    call = parse(endpoint, stream=True, **options)
-    assert (call.asks_for_usage, call.adds_usage) == (asks_for_usage, adds_usage)
-    assert sent(call)["stream_options"] == forwarded
-    assert call.document.get("stream_options") == options.get("stream_options")
+    request = parse(endpoint, stream=True, **options)
+    assert (request.asks_for_usage, request.adds_usage) == (asks_for_usage, adds_usage)
+    assert sent(request)["stream_options"] == forwarded
+    assert request.document.get("stream_options") == options.get("stream_options")
 
 
 @asks
@@ -515,9 +515,9 @@ def test_usage_is_not_asked_for_where_it_comes_anyway(
     endpoint: Endpoint, stream: bool | None, options: dict, asks_for_usage: bool, adds_usage: bool, forwarded: object
 ) -> None:
     """Without a stream the option is an error at OpenAI, and /responses doesn't know it."""
-    call = parse(endpoint, stream=stream, **options)
-    assert not call.adds_usage
-    document = sent(call)
+    request = parse(endpoint, stream=stream, **options)
+    assert not request.adds_usage
+    document = sent(request)
     assert ("stream_options" in document) == bool(options)
     assert document.get("stream_options") == options.get("stream_options")
 
@@ -563,15 +563,15 @@ def test_vllm_is_asked_for_the_usage_so_far(endpoint: Endpoint, options: dict, i
     Of several choices each chunk has the usage of its own, so that would tell less than nothing. (`prompt` makes
     several only on /completions.)
     """
-    call = parse(endpoint, stream=True, **options)
+    request = parse(endpoint, stream=True, **options)
     is_added = endpoint is CHAT if is_added is None else is_added
-    assert call.adds_running_usage("vllm") == is_added
-    forwarded, own = sent(call, "vllm")["stream_options"], options.get("stream_options")
+    assert request.adds_running_usage("vllm") == is_added
+    forwarded, own = sent(request, "vllm")["stream_options"], options.get("stream_options")
     if is_added:
         assert forwarded == {**(own or {}), "include_usage": True, "continuous_usage_stats": True}
     else:
-        assert forwarded == ({**(own or {}), "include_usage": True} if call.adds_usage else own)
-    assert call.document.get("stream_options") == own
+        assert forwarded == ({**(own or {}), "include_usage": True} if request.adds_usage else own)
+    assert request.document.get("stream_options") == own
 
 
 @pytest.mark.parametrize(
@@ -589,10 +589,10 @@ def test_vllm_is_asked_for_the_usage_so_far(endpoint: Endpoint, options: dict, i
 @pytest.mark.parametrize("endpoint", [CHAT, COMPLETIONS], ids=ids)
 def test_llama_cpp_is_asked_for_its_timings_so_far(endpoint: Endpoint, fields: dict, is_added: bool) -> None:
     """They say the tokens of the input and the output, as vLLM's usage so far does."""
-    call = parse(endpoint, **{"stream": True, **fields})
-    assert call.adds_running_usage("llamacpp") == is_added
-    assert sent(call, "llamacpp").get("timings_per_token") == (True if is_added else fields.get("timings_per_token"))
-    assert "continuous_usage_stats" not in str(sent(call, "llamacpp"))
+    request = parse(endpoint, **{"stream": True, **fields})
+    assert request.adds_running_usage("llamacpp") == is_added
+    assert sent(request, "llamacpp").get("timings_per_token") == (True if is_added else fields.get("timings_per_token"))
+    assert "continuous_usage_stats" not in str(sent(request, "llamacpp"))
 
 
 @pytest.mark.parametrize("endpoint", [RESPONSES, EMBEDDINGS], ids=ids)
@@ -615,9 +615,9 @@ def test_nobody_else_is_asked_for_it(kind: Kind) -> None:
 )
 def test_there_is_no_usage_so_far_of_what_is_no_stream_of_chunks(endpoint: Endpoint, stream: bool | None) -> None:
     """Whole answers, embeddings and responses go to vLLM without the option."""
-    call = parse(endpoint, stream=stream)
-    assert not call.adds_running_usage("vllm")
-    assert "stream_options" not in sent(call, "vllm")
+    request = parse(endpoint, stream=stream)
+    assert not request.adds_running_usage("vllm")
+    assert "stream_options" not in sent(request, "vllm")
 
 
 def test_what_responses_make_of_stream_options_is_their_matter() -> None:
@@ -667,8 +667,8 @@ def test_only_what_we_decide_is_changed(endpoint: Endpoint, kind: Kind, fields: 
     document = {**fields[0], **fields[1]}
     if endpoint.is_of_responses:
         document.pop("n", None)  # one answer, or it is refused
-    call = parse(endpoint, **document)
-    forwarded = sent(call, kind, maximum)
+    request = parse(endpoint, **document)
+    forwarded = sent(request, kind, maximum)
     ours = ("model", "stream_options", "timings_per_token", *MAXIMA)
     unchanged = {name: value for name, value in forwarded.items() if name not in ours}
     assert unchanged == {name: value for name, value in document.items() if name in unchanged}
@@ -723,7 +723,7 @@ def test_stored_files_are_refused(part: dict, endpoint: Endpoint, field: str) ->
     """Their tokens are not in the request, and they may be somebody else's."""
     body = json.dumps({"model": "m", field: [{"role": "user", "content": [part]}]}).encode()
     with pytest.raises(InvalidRequest, match="file_id"):
-        parse_call(endpoint, body)
+        parse_request(endpoint, body)
 
 
 @pytest.mark.parametrize(
@@ -744,15 +744,15 @@ def test_stored_files_are_found_where_no_list_is_around_them(item: dict) -> None
 def test_a_model_s_name_has_no_blanks_around_it() -> None:
     """A quota would not know it, and some upstreams would."""
     with pytest.raises(InvalidRequest, match="blanks"):
-        parse_call(CHAT, b'{"model": " gpt-4o"}')
+        parse_request(CHAT, b'{"model": " gpt-4o"}')
 
 
 def test_a_call_lets_go_of_its_body_and_keeps_what_it_says() -> None:
     """Once it is sent: a long answer must not keep megabytes of prompt."""
-    call = parse_call(CHAT, b'{"model": "m", "stream": true, "n": 2, "messages": ["long"]}')
-    call.forget()
-    assert not call.document
-    assert (call.model, call.stream, call.choices) == ("m", True, 2)
+    request = parse_request(CHAT, b'{"model": "m", "stream": true, "n": 2, "messages": ["long"]}')
+    request.forget()
+    assert not request.document
+    assert (request.model, request.stream, request.choices) == ("m", True, 2)
 
 
 # -------------------------------------------------------------------------------------------------------------- forms
@@ -778,13 +778,13 @@ def form_and_body(parts: tuple[str, ...], files: tuple[str, ...]) -> tuple[Form,
 
 def test_a_form_says_what_json_would() -> None:
     """The fields on which something is decided, in the types that JSON has for them."""
-    call = parse_form(
+    request = parse_form_request(
         IMAGE_EDITS, form("model=m", "n=3", "stream=true", "prompt=a fox", "size=auto", files=("image[]",))
     )
-    assert (call.model, call.stream, call.choices) == ("m", True, 3)
-    assert call.document == {"model": "m", "n": 3, "stream": True, "prompt": "a fox", "size": "auto"}
-    assert parse_form(TRANSCRIPTIONS, form("model=m", "stream=false")).stream is False
-    assert parse_form(IMAGE_EDITS, form("prompt=x")).model == "dall-e-2"
+    assert (request.model, request.stream, request.choices) == ("m", True, 3)
+    assert request.document == {"model": "m", "n": 3, "stream": True, "prompt": "a fox", "size": "auto"}
+    assert parse_form_request(TRANSCRIPTIONS, form("model=m", "stream=false")).stream is False
+    assert parse_form_request(IMAGE_EDITS, form("prompt=x")).model == "dall-e-2"
 
 
 @pytest.mark.parametrize(
@@ -814,17 +814,17 @@ def test_a_form_says_what_json_would() -> None:
 def test_a_form_has_no_second_way_to_say_it(parts: tuple[str, ...], files: tuple[str, ...], param: str) -> None:
     """Some servers read `model[]` as `model`, and others don't: what decides is written plainly or refused."""
     with pytest.raises(InvalidRequest) as caught:
-        parse_form(IMAGE_EDITS if param in ("n", "svg", "api_base") else TRANSCRIPTIONS, form(*parts, files=files))
+        parse_form_request(IMAGE_EDITS if param in ("n", "svg", "api_base") else TRANSCRIPTIONS, form(*parts, files=files))
     assert caught.value.param == param
 
 
 def test_a_form_is_sent_with_the_upstream_s_name_of_the_model() -> None:
     """In its place; before all others where there is none."""
     read, body = form_and_body(("a=1", "model=m", "b=2"), ("file",))
-    start, end, name = forwarded_model(parse_form(TRANSCRIPTIONS, read), model())
+    start, end, name = forwarded_model(parse_form_request(TRANSCRIPTIONS, read), model())
     assert body[:start] + name + body[end:] == body.replace(b"\r\nm\r\n", b"\r\nreal-m\r\n")
     read, body = form_and_body(("prompt=x",), ("image",))
-    start, end, part = forwarded_model(parse_form(IMAGE_EDITS, read), model())
+    start, end, part = forwarded_model(parse_form_request(IMAGE_EDITS, read), model())
     again = FormReader("multipart/form-data; boundary=b")
     again.feed(body[:start] + part + body[end:])
     assert [(field.name, field.value) for field in again.end().fields] == [("model", "real-m"), ("prompt", "x")]
@@ -836,7 +836,7 @@ def test_a_form_is_sent_with_the_upstream_s_name_of_the_model() -> None:
 @pytest.mark.parametrize("said", [{"model": "other"}, {"model": None}, {"model": 7}, {}])
 def test_a_deployment_in_the_path_is_the_model(said: dict) -> None:
     """Whatever the body says, which is written over: what is counted is what is sent."""
-    of = parse_call(CHAT, json.dumps({"messages": [], **said}).encode(), deployment="mine")
+    of = parse_request(CHAT, json.dumps({"messages": [], **said}).encode(), deployment="mine")
     assert of.model == "mine"
     assert json.loads(forwarded_body(of, model()))["model"] == "real-m"
 
@@ -844,14 +844,14 @@ def test_a_deployment_in_the_path_is_the_model(said: dict) -> None:
 def test_a_deployment_is_the_model_of_a_form() -> None:
     """As of JSON, also where it names none."""
     for parts in (("model=other",), ()):
-        assert parse_form(TRANSCRIPTIONS, form(*parts), deployment="mine").model == "mine"
+        assert parse_form_request(TRANSCRIPTIONS, form(*parts), deployment="mine").model == "mine"
 
 
 @pytest.mark.parametrize("name", [".", "..", "mine/../yours", " x", "x\n", ""])
 def test_a_deployment_is_a_name(name: str) -> None:
     """As a model in a body is; what leads elsewhere in a path is none."""
     with pytest.raises(InvalidRequest):
-        parse_call(CHAT, b"{}", deployment=name)
+        parse_request(CHAT, b"{}", deployment=name)
     assert refused(model=name).param == "model"
 
 
@@ -896,8 +896,8 @@ def test_files_of_a_message_are_found_at_any_depth(kind: str) -> None:
 def test_a_tool_of_one_s_own_is_open_on_messages() -> None:
     """Whether or not it says its type; and what we don't know passes."""
     tools = [{"name": "f", "input_schema": {}}, {"type": "custom", "name": "g", "input_schema": {}}]
-    call = parse(MESSAGES, tools=tools, max_tokens=5, thinking={"type": "adaptive"}, what_comes_next=1)
-    assert sent(call, "anthropic") == {**call.document, "model": "real-m"}
+    request = parse(MESSAGES, tools=tools, max_tokens=5, thinking={"type": "adaptive"}, what_comes_next=1)
+    assert sent(request, "anthropic") == {**request.document, "model": "real-m"}
 
 
 def test_an_error_in_a_stream_of_a_message_is_an_event_of_anthropic_s() -> None:

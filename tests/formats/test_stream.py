@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from proxy.errors import UpstreamError
 from proxy.formats.endpoints import CHAT, RESPONSES, Endpoint
 from proxy.formats.meter import Meter
-from proxy.formats.request import parse_call
+from proxy.formats.request import parse_request
 from proxy.formats.sse import EVENT_BYTES_MAX, Splitter
 from proxy.formats.stream import Stream
 from proxy.policy.amounts import Tokens
@@ -27,7 +27,7 @@ ALL = 10**12
 
 def _stream(body: bytes = ASKED, endpoint: Endpoint = CHAT) -> Stream:
     """A stream that has not begun; each character of its text is a token."""
-    return Stream(Meter(parse_call(endpoint, body), count=len))
+    return Stream(Meter(parse_request(endpoint, body), count=len))
 
 
 def _says(text: str) -> bytes:
@@ -85,7 +85,7 @@ def test_an_event_left_without_its_blank_line_is_read_like_the_others(last: byte
     What can't be read is counted by its bytes only where it is a whole event.
     """
     seen += last == b"data: half" and rest == b"\n\n"
-    meter = Meter(parse_call(CHAT, ASKED), count=len)
+    meter = Meter(parse_request(CHAT, ASKED), count=len)
     stream = Stream(meter)
     passed = stream.feed(WORD + last.rstrip() + rest, covered=ALL)
     stream.close(covered=ALL)
@@ -96,7 +96,7 @@ def test_an_event_left_without_its_blank_line_is_read_like_the_others(last: byte
 @pytest.mark.parametrize(("before", "last"), [(b"", USAGE), (USAGE, DONE), (USAGE, WORD), (USAGE, b": ping")])
 def test_it_may_be_a_part_of_the_end(before: bytes, last: bytes) -> None:
     """Or show that what came before it was none; either way each byte passes once, in its order."""
-    meter = Meter(parse_call(CHAT, ASKED), count=len)
+    meter = Meter(parse_request(CHAT, ASKED), count=len)
     stream = Stream(meter)
     assert stream.feed(WORD + before + last.rstrip(), covered=ALL) == WORD
     stream.close(covered=ALL)
@@ -110,7 +110,7 @@ def test_it_may_be_a_part_of_the_end(before: bytes, last: bytes) -> None:
 
 def test_the_rest_of_an_event_in_pieces_is_no_event() -> None:
     """Of one too large to hold only the end is left, whatever it looks like."""
-    meter = Meter(parse_call(CHAT, ASKED), count=len)
+    meter = Meter(parse_request(CHAT, ASKED), count=len)
     stream = Stream(meter)
     large = b"data: " + b"x" * (EVENT_BYTES_MAX + 10)
     passed = stream.feed(large, covered=ALL)

@@ -15,7 +15,7 @@ from aiohttp import web
 
 from proxy.formats.endpoints import CHAT, COMPLETIONS, Endpoint
 from proxy.formats.meter import Meter
-from proxy.formats.request import Call, parse_call
+from proxy.formats.request import Request, parse_request
 from proxy.formats.stream import Stream
 from proxy.policy.amounts import TOKENS_MAX, AtLeast, Exactly, Tokens, Usage
 from proxy.policy.policy import Kind
@@ -257,9 +257,9 @@ RECORDINGS = {
 }
 
 
-def _call(of: Endpoint) -> Call:
+def _call(of: Endpoint) -> Request:
     said = {"prompt": "Hi"} if of is COMPLETIONS else {"messages": [{"role": "user", "content": "Hi"}]}
-    return parse_call(of, json.dumps({"model": "fast", "stream": True, **said}).encode())
+    return parse_request(of, json.dumps({"model": "fast", "stream": True, **said}).encode())
 
 
 def _watched(recording: Recording, pieces: Iterator[bytes] | list[bytes]) -> tuple[Meter, bytes]:

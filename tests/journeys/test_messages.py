@@ -13,7 +13,7 @@ import openai
 import pytest
 from anthropic import AsyncAnthropic
 
-from proxy.calls.disconnect import Departures
+from proxy.calls.disconnect import Disconnects
 from tests.stage import STAFF, UPSTREAM_KEY, Stage, key_of, stage
 
 pytestmark = [pytest.mark.every_engine, pytest.mark.journey]
@@ -237,9 +237,9 @@ async def test_a_stream_that_we_end_is_a_whole_message_to_the_sdk(tmp_path: Path
 
     As if `max_tokens` had ended it, with the usage that is charged; the input is as its beginning said.
     """
-    departures = Departures(drains_max=0)
+    disconnects = Disconnects(drains_max=0)
     async with (
-        stage(LIMITED, folder=tmp_path, kind="anthropic", departures=departures) as on,
+        stage(LIMITED, folder=tmp_path, kind="anthropic", disconnects=disconnects) as on,
         claude(on) as sdk,
     ):
         other = on.begin("/v1/messages", asked("hang", max_tokens=150))

@@ -15,7 +15,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from proxy.errors import LedgerUnavailable
-from proxy.ledger.book import Booked, NotBooked, Release, Settle
+from proxy.ledger.book import Accepted, Refused, Release, Settle
 from proxy.ledger.ledger import LEASE_MS, Ledger
 from proxy.ledger.postgres import PostgresStore
 from proxy.ledger.statements import Patience
@@ -72,10 +72,10 @@ async def clients(ledger, name, *, count, calls):
     async def client(number):
         who = binding([DAILY, POT], user=f"user {number}")
         for each in range(calls):
-            act = reserve(f"{name}-{number}-{each}", who, call(10, 50))
-            if isinstance(await ledger.reserve(act), Booked):
+            operation = reserve(f"{name}-{number}-{each}", who, call(10, 50))
+            if isinstance(await ledger.reserve(operation), Accepted):
                 used.append(10 + each)
-                await ledger.end(Settle(act.id, exactly(10, each), "complete"))
+                await ledger.end(Settle(operation.id, exactly(10, each), "complete"))
 
     await asyncio.gather(*(client(number) for number in range(count)))
     return sum(used)
@@ -84,14 +84,14 @@ async def clients(ledger, name, *, count, calls):
 async def test_of_all_that_come_through_any_as_many_are_let_in_as_fit(database):
     """A hundred users at each of two replicas, for one pot that nobody has touched: 40 fit."""
     async with replica(database, "one") as one, replica(database, "two") as two:
-        acts = [
+        operations = [
             (ledger, reserve(f"{name}-{number}", binding([POT], user=f"user {number}"), call(100, 400)))
             for number in range(100)
             for name, ledger in (("a", one), ("b", two))
         ]
-        answers = await asyncio.gather(*(ledger.reserve(act) for ledger, act in acts))
-    assert sum(isinstance(answer, Booked) for answer in answers) == 40
-    assert sum(isinstance(answer, NotBooked) for answer in answers) == 160
+        answers = await asyncio.gather(*(ledger.reserve(operation) for ledger, operation in operations))
+    assert sum(isinstance(answer, Accepted) for answer in answers) == 40
+    assert sum(isinstance(answer, Refused) for answer in answers) == 160
     await database.audit()
 
 
@@ -176,7 +176,7 @@ async def test_one_that_was_paused_gives_nobodys_room_away(database):
         now.ms += 3 * LEASE_MS
         with capture_logs():
             await other.sweep()
-            assert isinstance(await other.reserve(reserve("2", who, call(100, 1000))), Booked)
+            assert isinstance(await other.reserve(reserve("2", who, call(100, 1000))), Accepted)
             await asyncio.to_thread(database.server.stop)
             assert not await it.grows()
             await asyncio.to_thread(database.server.start)
@@ -199,10 +199,10 @@ async def test_a_restart_of_the_database_is_a_pause(database):
 
         async def client(ledger, name):
             for number in range(30):
-                act = reserve(f"{name}-{number}", ANN, call(1, 2))
-                assert isinstance(await ledger.reserve(act), Booked)
-                await ledger.end(Settle(act.id, exactly(1, 1), "complete"))
-                done.append(act.id)
+                operation = reserve(f"{name}-{number}", ANN, call(1, 2))
+                assert isinstance(await ledger.reserve(operation), Accepted)
+                await ledger.end(Settle(operation.id, exactly(1, 1), "complete"))
+                done.append(operation.id)
 
         with capture_logs() as logs:
             working = [

@@ -15,7 +15,7 @@ from typing import Any
 import aiohttp
 import pytest
 
-from proxy.calls.disconnect import Departures
+from proxy.calls.disconnect import Disconnects
 from proxy.config.loader import load_text
 from proxy.ledger.book import Entry, Expire, Settle
 from proxy.policy.amounts import Exactly, Tokens
@@ -197,7 +197,7 @@ async def test_a_call_goes_through_the_group_that_calls_in_flight_do_not_hold_up
             assert await _level(on, "large/daily") == [1000, 0, 260, 740]
             reply = await on.post(COMPLETIONS, _ask(10, "tokens=200", max_tokens=200), headers=NO_WAIT)
             assert reply.status == 200
-            assert (await _entry(on, reply.headers["x-request-id"])).through == "large"
+            assert (await _entry(on, reply.headers["x-request-id"])).admitted_via == "large"
             assert await _level(on, "small/daily") == [300, 0, 260, 40]
             assert await _level(on, "large/daily") == [1000, 210, 260, 530]
         await on.at_rest()
@@ -215,7 +215,7 @@ async def test_every_group_waits_for_the_one_that_is_held_up(tmp_path: Path) -> 
             assert on.simulator.received == 1
         reply = await second
         assert reply.status == 200
-        assert (await _settled(on, reply)).through == "small+large"
+        assert (await _settled(on, reply)).admitted_via == "small+large"
         assert await _level(on, "small/daily") == [300, 221, 0, 79]
         assert await _level(on, "large/daily") == [1000, 221, 0, 779]
 
@@ -236,13 +236,13 @@ async def test_a_pot_beside_a_member_s_quota(tmp_path: Path) -> None:
             return [(await on.used(quota_id, user))[0] for quota_id in ids]
 
         first = await on.post(COMPLETIONS, _ask(10, "tokens=40", max_tokens=40))
-        assert (await _settled(on, first)).through == "staff"
+        assert (await _settled(on, first)).admitted_via == "staff"
         assert await used("alice", "staff/daily", "team/pot", "team/mine") == [50, 0, 50]
         second = await on.post(COMPLETIONS, _ask(10, "tokens=80", max_tokens=80))
-        assert (await _settled(on, second)).through == "team"
+        assert (await _settled(on, second)).admitted_via == "team"
         assert await used("alice", "staff/daily", "team/pot", "team/mine") == [50, 90, 140]
         third = await on.post(COMPLETIONS, _ask(10, "tokens=40", max_tokens=40), user="bob")
-        assert (await _settled(on, third)).through == "team"
+        assert (await _settled(on, third)).admitted_via == "team"
         assert await used("bob", "team/pot", "team/mine") == [140, 50]
         assert await used("alice", "staff/daily", "team/pot", "team/mine") == [50, 140, 140]
         await on.audit()
@@ -262,7 +262,7 @@ async def test_unlimited_in_every_group_leaves_the_others_binding(tmp_path: Path
         await _reload(on, _policy(groups, alice="staff, free"))
         reply = await on.post(COMPLETIONS, body)
         assert reply.status == 200
-        assert (await _settled(on, reply)).through == "free"
+        assert (await _settled(on, reply)).admitted_via == "free"
         assert await _level(on) == [60, 50, 0, 10]
 
 
@@ -574,8 +574,8 @@ async def test_a_call_over_the_end_of_its_window(tmp_path: Path) -> None:
         assert await _level(on, measure="requests") == [100, 0, 0, 100]
         entry = await _entry(on, stream.id)
         assert entry.usage == Exactly(Tokens(10, 1500))
-        assert [line.opened_at for line in entry.lines] == [MIDNIGHT - DAY, MIDNIGHT]
-        assert (entry.lines[0].amount.output, entry.lines[1].amount.requests) == (1024, 0)
+        assert [line.opened_at for line in entry.held_amounts] == [MIDNIGHT - DAY, MIDNIGHT]
+        assert (entry.held_amounts[0].amount.output, entry.held_amounts[1].amount.requests) == (1024, 0)
 
 
 async def test_settling_after_expiry_books_the_difference_once(tmp_path: Path) -> None:
@@ -736,8 +736,8 @@ async def test_a_stream_at_the_limit_ends_as_its_own_maximum_would_end_it(
     served: list[Served] = []
     simulator = Simulator(UPSTREAM_KEY, watch=served.append)
     # With no room for drains whoever leaves is charged all that was held, at once.
-    departures = Departures(drains_max=0)
-    async with stage(SHARED_300, folder=tmp_path, simulator=simulator, departures=departures) as on:
+    disconnects = Disconnects(drains_max=0)
+    async with stage(SHARED_300, folder=tmp_path, simulator=simulator, disconnects=disconnects) as on:
         other = _other(on, "hang")
         await simulator.until(lambda: simulator.received == 1)
         assert await on.used() == (0, 160)
@@ -768,7 +768,7 @@ async def test_the_end_at_the_limit_has_the_lines_of_its_stream(path: str, newli
     }
     simulate = "tokens=250 crlf" if newline == b"\r\n" else "tokens=250"
     body = {"model": "plain", "stream": True, "metadata": {"simulate": simulate}, **asked[path]}
-    async with stage(SHARED_300, folder=tmp_path, departures=Departures(drains_max=0)) as on:
+    async with stage(SHARED_300, folder=tmp_path, disconnects=Disconnects(drains_max=0)) as on:
         other = _other(on, "hang")
         await on.simulator.until(lambda: on.simulator.received == 1)
         call = on.begin(path, body)
@@ -891,8 +891,8 @@ async def test_a_stream_that_may_not_wait_is_ended_where_others_hold_it_up(tmp_p
 @pytest.mark.parametrize("on_disconnect", ["stop", "drain"])
 async def test_a_client_that_leaves_a_paused_stream_leaves_nothing_held(on_disconnect: str, tmp_path: Path) -> None:
     """It is charged its 10 + 130, nothing of it is held, and only the other call is still open at the upstream."""
-    departures = Departures(drain_s=0.05)
-    async with _paused_beside_another(tmp_path, on_disconnect, departures=departures) as (on, _, begin):
+    disconnects = Disconnects(drain_s=0.05)
+    async with _paused_beside_another(tmp_path, on_disconnect, disconnects=disconnects) as (on, _, begin):
         call = begin()
         await _until_paused(on)
         await on.hang_up(call)

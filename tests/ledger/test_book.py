@@ -1,6 +1,6 @@
 """What the five acts do to counters and entries: by scenarios with numbers.
 
-A batch is a `Books` over what the batches before it wrote, as in the ledger. The clock starts on the 24th of November
+A batch is a `Book` over what the batches before it wrote, as in the ledger. The clock starts on the 24th of November
 2026 at noon, UTC.
 """
 
@@ -10,22 +10,22 @@ from dataclasses import replace
 import pytest
 
 from proxy.ledger.book import (
-    Act,
-    Booked,
-    Books,
+    Accepted,
+    Book,
+    CallLabels,
     Entry,
     Expire,
     Extend,
-    Facts,
-    Line,
-    NotBooked,
+    HeldAmount,
+    Operation,
+    Refused,
     Release,
     Reply,
     Settle,
     Unknown,
     shares,
 )
-from proxy.policy.admission import Uncounted, Verdict
+from proxy.policy.admission import NeedsCount, Verdict
 from proxy.policy.amounts import NOTHING, TOKENS_MAX, Amount, AtLeast, Tokens, Unspent
 from proxy.policy.quota import Binding, Quota
 from proxy.policy.windows import Window
@@ -37,12 +37,12 @@ from tests.builders import (
     binding,
     call,
     counters,
+    estimated,
     exactly,
     extend,
     instant,
     quota,
     reserve,
-    rough,
     route,
 )
 
@@ -55,9 +55,9 @@ class Ledger:
         self.entries: dict[str, Entry] = {}
         self.now = now
 
-    def apply(self, *acts: Act) -> list[Reply]:
-        books = Books(self.counters, self.entries, self.now)
-        answers = [books.apply(act) for act in acts]
+    def apply(self, *operations: Operation) -> list[Reply]:
+        books = Book(self.counters, self.entries, self.now)
+        answers = [books.apply(operation) for operation in operations]
         self.counters |= {key: books.counters[key] for key in books.counters_changed}
         self.entries |= {entry_id: books.entries[entry_id] for entry_id in books.entries_changed}
         assert books.counters == self.counters
@@ -155,19 +155,19 @@ LOST = AtLeast(Tokens(100, 400))
     ],
 )
 @pytest.mark.parametrize("batches", ["one", "many"])
-def test_an_entry_ends_once(acts, state, usage, outcome, used, batches):
+def test_an_entry_ends_once(operations, state, usage, outcome, used, batches):
     """Whatever comes again, or late, in one batch or in several: the first end counts, and nothing stays held."""
     ledger = Ledger(ANN)
     if batches == "one":
-        [*_, last] = ledger.apply(reserve("1", ANN, CALL), *acts)
+        [*_, last] = ledger.apply(reserve("1", ANN, CALL), *operations)
     else:
-        [last] = [ledger.apply(act) for act in (reserve("1", ANN, CALL), *acts)][-1]
+        [last] = [ledger.apply(operation) for operation in (reserve("1", ANN, CALL), *operations)][-1]
     entry = ledger.entries["1"]
     assert (entry.state, entry.usage, entry.outcome) == (state, usage, outcome)
-    assert ledger.levels(DAILY) == (used, NOTHING if acts else HELD)
-    freed = set(ledger.counters) if len(acts) == 1 else set()
-    assert last == Booked(entry, ledger.counters, freed=frozenset(freed))
-    assert entry.ended_at == (NOON if acts else None)
+    assert ledger.levels(DAILY) == (used, NOTHING if operations else HELD)
+    freed = set(ledger.counters) if len(operations) == 1 else set()
+    assert last == Accepted(entry, ledger.counters, freed=frozenset(freed))
+    assert entry.ended_at == (NOON if operations else None)
 
 
 def test_an_entry_says_who_called_what_and_what_it_holds():
@@ -177,12 +177,12 @@ def test_an_entry_says_who_called_what_and_what_it_holds():
     assert ledger.entries["1"] == Entry(
         id="1",
         owner="process-1",
-        facts=Facts("ann", "gpt-4o-mini", "chat", "openai"),
-        through="staff",
+        labels=CallLabels("ann", "gpt-4o-mini", "chat", "openai"),
+        admitted_via="staff",
         reserved_at=NOON,
         hold=HELD,
         maximum=400,
-        lines=(Line(("user:ann", "staff/daily"), NOON - 12 * HOUR, HELD),),
+        held_amounts=(HeldAmount(("user:ann", "staff/daily"), NOON - 12 * HOUR, HELD),),
     )
 
 
@@ -201,12 +201,12 @@ def test_the_end_changes_only_how_it_ended():
 def test_the_end_may_say_who_had_the_call(end):
     """Where another upstream answered than was to be asked at first; of what is lost nobody can say."""
     who = binding([quota("staff/daily", tokens=1000)])
-    for act, upstream in ((end, "spare"), (replace(end, upstream=None), "openai"), (Expire("1"), "openai")):
-        books = Books({}, {}, NOON)
+    for operation, upstream in ((end, "spare"), (replace(end, upstream=None), "openai"), (Expire("1"), "openai")):
+        books = Book({}, {}, NOON)
         books.apply(reserve("1", who, call(100, 400)))
-        ended = books.apply(act)
-        assert isinstance(ended, Booked)
-        assert ended.entry.facts == Facts("ann", "gpt-4o-mini", "chat", upstream)
+        ended = books.apply(operation)
+        assert isinstance(ended, Accepted)
+        assert ended.entry.labels == CallLabels("ann", "gpt-4o-mini", "chat", upstream)
 
 
 def test_a_record_names_what_shortened_the_answer_and_what_would_have_refused():
@@ -224,14 +224,14 @@ def test_a_record_names_what_shortened_the_answer_and_what_would_have_refused():
 @pytest.mark.parametrize(
     "act",
     [Settle("2", exactly(1), "complete"), Release("2"), Expire("2"), extend("2", ANN, 400)],
-    ids=lambda act: type(act),
+    ids=lambda operation: type(operation),
 )
-def test_the_end_or_growth_of_an_unknown_call_changes_nothing(act):
+def test_the_end_or_growth_of_an_unknown_call_changes_nothing(operation):
     """It was never reserved, or has been deleted since."""
     ledger = Ledger(ANN)
     ledger.apply(reserve("1", ANN, CALL))
     before = (dict(ledger.counters), dict(ledger.entries))
-    assert ledger.apply(act) == [Unknown("2")]
+    assert ledger.apply(operation) == [Unknown("2")]
     assert (ledger.counters, ledger.entries) == before
 
 
@@ -242,10 +242,10 @@ def test_a_refused_call_changes_nothing():
     """No charge, no request, no window opened, no entry left; the answer says how things stand."""
     never_used = quota("staff/6h", tokens=5000, per="6h")
     who = binding([DAILY, never_used])
-    books = Books(counters(who, used={DAILY.id: 600}), {}, NOON)
+    books = Book(counters(who, used={DAILY.id: 600}), {}, NOON)
     before = dict(books.counters)
     answer = books.apply(reserve("1", who, call(401)))
-    assert isinstance(answer, NotBooked)
+    assert isinstance(answer, Refused)
     assert answer.refused.verdict is Verdict.EXHAUSTED
     assert answer.counters == books.counters == before
     assert (books.entries, books.entries_changed, books.counters_changed) == ({}, set(), set())
@@ -254,17 +254,17 @@ def test_a_refused_call_changes_nothing():
 def test_a_call_that_has_to_be_counted_first_changes_nothing():
     """It comes again with the same id once its tokens are known, and is decided on like any other."""
     ledger = Ledger(ANN)
-    act = reserve("1", ANN, CALL)
-    assert ledger.apply(replace(act, demand=rough(act.demand))) == [Uncounted()]
+    operation = reserve("1", ANN, CALL)
+    assert ledger.apply(replace(operation, demand=estimated(operation.demand))) == [NeedsCount()]
     assert (ledger.counters, ledger.entries) == ({}, {})
-    [booked] = ledger.apply(act)
-    assert isinstance(booked, Booked)
+    [booked] = ledger.apply(operation)
+    assert isinstance(booked, Accepted)
 
 
 def test_a_stream_holds_its_first_part():
     """And the entry says how far that may grow; where nobody knows, nothing."""
     ledger = Ledger(ANN)
-    ledger.apply(reserve("1", ANN, STREAM), reserve("2", ANN, replace(STREAM, want=400, is_open_ended=True)))
+    ledger.apply(reserve("1", ANN, STREAM), reserve("2", ANN, replace(STREAM, output_maximum=400, is_unbounded=True)))
     known, unknown = ledger.entries["1"], ledger.entries["2"]
     assert known.hold == unknown.hold == Amount(100, 100, 1)
     assert (known.maximum, unknown.maximum) == (900, None)
@@ -290,7 +290,7 @@ def test_a_reserve_that_is_repeated_books_nothing_more(ending):
     ledger.apply(reserve("1", ANN, CALL), *ending)
     before = (dict(ledger.counters), dict(ledger.entries))
     for again in (reserve("1", ANN, CALL), reserve("1", ANN, call(1001))):
-        assert ledger.apply(again) == [Booked(ledger.entries["1"], ledger.counters)]
+        assert ledger.apply(again) == [Accepted(ledger.entries["1"], ledger.counters)]
     assert (ledger.counters, ledger.entries) == before
 
 
@@ -299,10 +299,10 @@ def test_a_reserve_that_was_refused_may_be_repeated():
     ledger = Ledger(ANN)
     full = reserve("1", ANN, call(600, 400))
     [_, refused] = ledger.apply(full, reserve("2", ANN, CALL))
-    assert isinstance(refused, NotBooked)
+    assert isinstance(refused, Refused)
     assert refused.refused.verdict is Verdict.BUSY
     [_, let_in] = ledger.apply(SETTLE, reserve("2", ANN, CALL))
-    assert isinstance(let_in, Booked)
+    assert isinstance(let_in, Accepted)
 
 
 def test_acts_of_one_batch_see_each_other_in_order():
@@ -315,7 +315,7 @@ def test_acts_of_one_batch_see_each_other_in_order():
         reserve("3", ANN, CALL),
         reserve("4", ANN, CALL),
     )
-    assert [type(answer) for answer in answers] == [Booked, NotBooked, Booked, Booked, NotBooked]
+    assert [type(answer) for answer in answers] == [Accepted, Refused, Accepted, Accepted, Refused]
     assert ledger.levels(DAILY) == (Amount(90, 60, 1), HELD)
 
 
@@ -325,7 +325,7 @@ def test_of_64_calls_at_once_as_many_are_let_in_as_fit(each):
     who = binding([each])
     ledger = Ledger(who)
     answers = ledger.apply(*(reserve(str(number), who, call(60, 40)) for number in range(64)))
-    assert [isinstance(answer, Booked) for answer in answers] == [True] * 10 + [False] * 54
+    assert [isinstance(answer, Accepted) for answer in answers] == [True] * 10 + [False] * 54
     ledger.apply(*(Settle(str(number), exactly(60, 40), "complete") for number in range(64)))
     assert ledger.levels(each) == (Amount(600, 400, 10), NOTHING)
 
@@ -336,7 +336,7 @@ def test_a_call_that_nothing_binds_is_on_the_books_all_the_same():
     ledger = Ledger(who)
     ledger.apply(reserve("1", who, call(10**6, 10**6)), SETTLE)
     entry = ledger.entries["1"]
-    assert (entry.through, entry.lines, entry.usage) == ("admins", (), exactly(90, 60))
+    assert (entry.admitted_via, entry.held_amounts, entry.usage) == ("admins", (), exactly(90, 60))
     assert not ledger.counters
 
 
@@ -346,7 +346,7 @@ def test_members_have_their_own_counters_and_share_a_pot():
     ann, bob = binding([own, pot], user="ann"), binding([own, pot], user="bob")
     ledger = Ledger(ann)
     answers = ledger.apply(reserve("1", ann, call(500)), reserve("2", bob, call(500)), reserve("3", ann, call(1)))
-    assert [type(answer) for answer in answers] == [Booked, Booked, NotBooked]
+    assert [type(answer) for answer in answers] == [Accepted, Accepted, Refused]
     ledger.apply(Settle("1", exactly(500), "complete"), Release("2"))
     assert ledger.levels(own, "ann") == (amount(500), NOTHING)
     assert ledger.levels(own, "bob") == (NOTHING, NOTHING)
@@ -383,8 +383,8 @@ def test_after_counts_tokens_and_requests_once_they_are_known():
     ledger.apply(Settle("1", exactly(900, 300), "complete"))
     assert ledger.levels(classic) == (Amount(900, 300, 1), Amount(requests=1))
     [refused] = ledger.apply(reserve("3", who, call(1)))
-    assert isinstance(refused, NotBooked)
-    assert refused.refused.let_in_at == NOON + 6 * HOUR
+    assert isinstance(refused, Refused)
+    assert refused.refused.admissible_at == NOON + 6 * HOUR
 
 
 def test_a_quota_in_shadow_is_charged_like_any_other():
@@ -431,7 +431,7 @@ def test_a_settle_into_a_window_that_has_passed_but_has_no_successor_counts_ther
     ledger.apply(SETTLE)
     assert ledger.levels(DAILY) == (Amount(90, 60, 1), NOTHING)
     [booked] = ledger.apply(reserve("2", ANN, call(1000)))
-    assert isinstance(booked, Booked)
+    assert isinstance(booked, Accepted)
 
 
 def test_a_settle_whose_counter_was_reset_writes_the_entry_only():
@@ -469,8 +469,8 @@ def test_a_change_of_per_lets_the_running_window_end_first():
     ledger = Ledger(ANN, used={DAILY.id: 950})
     hourly = binding([replace(DAILY, per=quota("x/y", per="hour").per)])
     [refused] = ledger.apply(reserve("1", hourly, CALL))
-    assert isinstance(refused, NotBooked)
-    assert refused.refused.let_in_at == instant("2026-11-25 00:00")
+    assert isinstance(refused, Refused)
+    assert refused.refused.admissible_at == instant("2026-11-25 00:00")
     ledger.now = instant("2026-11-25 00:00")
     ledger.apply(reserve("1", hourly, CALL))
     assert ledger.counters[DAILY.key_for("ann")].window.resets_at == instant("2026-11-25 01:00")
@@ -481,8 +481,8 @@ def test_a_changed_limit_keeps_what_was_used():
     ledger = Ledger(ANN, used={DAILY.id: 500})
     [lowered, raised] = [binding([quota("staff/daily", tokens=maximum)]) for maximum in (400, 600)]
     [refused, booked] = ledger.apply(reserve("1", lowered, call(9)), reserve("2", raised, call(9)))
-    assert isinstance(refused, NotBooked)
-    assert isinstance(booked, Booked)
+    assert isinstance(refused, Refused)
+    assert isinstance(booked, Accepted)
     assert ledger.levels(DAILY) == (amount(500), Amount(9, 0, 1))
 
 
@@ -499,7 +499,7 @@ def test_two_windows_that_begin_alike_are_still_two():
     ledger.apply(reserve("2", daily, CALL), RELEASE)
     assert ledger.levels(hourly) == (NOTHING, HELD)
     [full] = ledger.apply(reserve("3", daily, CALL))
-    assert isinstance(full, NotBooked)
+    assert isinstance(full, Refused)
 
 
 def test_a_clock_that_goes_astray_gives_nobody_back_what_others_hold():
@@ -521,11 +521,11 @@ def test_what_a_clock_ahead_of_its_time_has_opened_ends_when_it_was_first_said(i
     for hours in (0, 1, 5):
         ledger.now = NOON + hours * HOUR
         [answer] = ledger.apply(reserve(str(hours), who, call(1)))
-        assert isinstance(answer, NotBooked) is is_full
+        assert isinstance(answer, Refused) is is_full
         assert answer.counters[SIX_HOURS.key_for("ann")].window == Window(NOON + DAY, NOON + 6 * HOUR)
     ledger.now = NOON + 6 * HOUR
     [booked] = ledger.apply(reserve("6", who, call(1)))
-    assert isinstance(booked, Booked)
+    assert isinstance(booked, Accepted)
     assert ledger.levels(SIX_HOURS) == (NOTHING, Amount(1, 0, 1))
 
 
@@ -551,7 +551,10 @@ def test_who_is_refused_while_the_clock_was_ahead_opens_no_window():
 
 def held_by(ledger: Ledger, entry_id: str = "1") -> list[tuple[str, int, Amount]]:
     """The lines of an entry, in short: quota, opening of the window, amount."""
-    return [(line.key[1], line.opened_at, line.amount) for line in ledger.entries[entry_id].lines]
+    return [
+        (held_amount.key[1], held_amount.opened_at, held_amount.amount)
+        for held_amount in ledger.entries[entry_id].held_amounts
+    ]
 
 
 LAB = quota("lab/output", output_tokens=500)
@@ -564,44 +567,44 @@ IN_SIX_HOURS = NOON + 6 * HOUR
 @pytest.mark.parametrize(
     ("acts", "hold", "verdict"),
     [
-        pytest.param([extend("1", ANN, 400)], Amount(100, 400, 1), "ROOM", id="grows"),
-        pytest.param([extend("1", ANN, 900)], Amount(100, 900, 1), "ROOM", id="to the last token"),
-        pytest.param([extend("1", ANN, 901)], Amount(100, 900, 1), "ROOM", id="as far as there is room"),
+        pytest.param([extend("1", ANN, 400)], Amount(100, 400, 1), "ALLOW", id="grows"),
+        pytest.param([extend("1", ANN, 900)], Amount(100, 900, 1), "ALLOW", id="to the last token"),
+        pytest.param([extend("1", ANN, 901)], Amount(100, 900, 1), "ALLOW", id="as far as there is room"),
         pytest.param([extend("1", ANN, 1200, least=901)], Amount(100, 900, 1), "EXHAUSTED", id="which is too little"),
-        pytest.param([extend("1", ANN, 1200, least=900)], Amount(100, 900, 1), "ROOM", id="which is just enough"),
-        pytest.param([extend("1", ANN, 50)], Amount(100, 100, 1), "ROOM", id="never shrinks"),
-        pytest.param([extend("1", ANN, 400)] * 2, Amount(100, 400, 1), "ROOM", id="repeated"),
+        pytest.param([extend("1", ANN, 1200, least=900)], Amount(100, 900, 1), "ALLOW", id="which is just enough"),
+        pytest.param([extend("1", ANN, 50)], Amount(100, 100, 1), "ALLOW", id="never shrinks"),
+        pytest.param([extend("1", ANN, 400)] * 2, Amount(100, 400, 1), "ALLOW", id="repeated"),
         pytest.param(
             [extend("1", ANN, 400), extend("1", ANN, 600), extend("1", ANN, 400)],
             Amount(100, 600, 1),
-            "ROOM",
+            "ALLOW",
             id="repeated late",
         ),
-        pytest.param([extend("1", ANN, 400, input_tokens=30)], Amount(30, 400, 1), "ROOM", id="a smaller input"),
-        pytest.param([extend("1", ANN, 400, input_tokens=30)] * 2, Amount(30, 400, 1), "ROOM", id="told twice"),
-        pytest.param([extend("1", ANN, 0, input_tokens=0)], Amount(0, 100, 1), "ROOM", id="no input at all"),
+        pytest.param([extend("1", ANN, 400, input_tokens=30)], Amount(30, 400, 1), "ALLOW", id="a smaller input"),
+        pytest.param([extend("1", ANN, 400, input_tokens=30)] * 2, Amount(30, 400, 1), "ALLOW", id="told twice"),
+        pytest.param([extend("1", ANN, 0, input_tokens=0)], Amount(0, 100, 1), "ALLOW", id="no input at all"),
         pytest.param(
-            [extend("1", ANN, 0, input_tokens=101)], Amount(100, 100, 1), "ROOM", id="a larger input: as it is"
+            [extend("1", ANN, 0, input_tokens=101)], Amount(100, 100, 1), "ALLOW", id="a larger input: as it is"
         ),
         pytest.param(
             [extend("1", ANN, 0, input_tokens=30), extend("1", ANN, 0, input_tokens=60)],
             Amount(30, 100, 1),
-            "ROOM",
+            "ALLOW",
             id="what was given back is not taken again",
         ),
         pytest.param(
             [extend("1", ANN, 970, least=970, input_tokens=30)],
             Amount(30, 970, 1),
-            "ROOM",
+            "ALLOW",
             id="what the input gives back the answer may take",
         ),
     ],
 )
 @pytest.mark.parametrize("batches", ["one", "many"])
-def test_a_hold_grows_to_what_is_asked_in_all(acts, hold, verdict, batches):
+def test_a_hold_grows_to_what_is_asked_in_all(operations, hold, verdict, batches):
     """It takes absolute numbers, so that repeating one, or an old one that comes late, changes nothing."""
     ledger = Ledger(ANN)
-    for batch in [acts] if batches == "one" else [[act] for act in acts]:
+    for batch in [operations] if batches == "one" else [[operation] for operation in operations]:
         [*_, answer] = ledger.apply(*([] if "1" in ledger.entries else [reserve("1", ANN, STREAM)]), *batch)
     entry = ledger.entries["1"]
     assert (answer.entry, answer.counters, answer.verdict) == (entry, ledger.counters, Verdict[verdict])
@@ -625,10 +628,10 @@ def test_a_hold_grows_to_what_is_asked_in_all(acts, hold, verdict, batches):
         pytest.param([reserve("1", ANN_OF_TWO, STREAM)], [], id="let in"),
     ],
 )
-def test_an_answer_says_where_something_was_given_back(acts, freed):
+def test_an_answer_says_where_something_was_given_back(operations, freed):
     """So that whoever waits for room in one of these quotas asks again, and nobody else."""
     ledger = Ledger(ANN_OF_TWO)
-    *_, answer = ledger.apply(reserve("1", ANN_OF_TWO, STREAM), *acts)
+    *_, answer = ledger.apply(reserve("1", ANN_OF_TWO, STREAM), *operations)
     assert answer.freed == {each.key_for("ann") for each in freed}
 
 
@@ -640,7 +643,7 @@ def test_what_others_hold_stops_an_answer_until_they_give_it_back():
     [busy] = ledger.apply(more)
     assert (busy.verdict, busy.entry.hold) == (Verdict.BUSY, Amount(100, 300, 1))
     [_, grown] = ledger.apply(Settle("2", exactly(300), "complete"), more)
-    assert (grown.verdict, grown.entry.hold) == (Verdict.ROOM, Amount(100, 500, 1))
+    assert (grown.verdict, grown.entry.hold) == (Verdict.ALLOW, Amount(100, 500, 1))
     assert ledger.levels(DAILY) == (amount(300), Amount(100, 500, 1))
 
 
@@ -661,7 +664,7 @@ def test_a_call_that_has_ended_does_not_grow(end):
     ledger.apply(reserve("1", ANN, STREAM), end)
     before = (dict(ledger.counters), dict(ledger.entries))
     [answer] = ledger.apply(extend("1", ANN, 400, input_tokens=0))
-    assert answer == Booked(ledger.entries["1"], ledger.counters)
+    assert answer == Accepted(ledger.entries["1"], ledger.counters)
     assert answer.entry.state != "open"
     assert (ledger.counters, ledger.entries) == before
 
@@ -700,7 +703,7 @@ def test_an_answer_that_outlives_its_window_grows_in_the_next(each, next_opening
         [grown] = ledger.apply(extend("1", who, output))
         assert held_by(ledger) == [first, (each.id, next_opening, Amount(output=output - 100))]
         assert ledger.levels(each) == (NOTHING, Amount(output=output - 100))
-        assert (grown.entry.hold, grown.verdict) == (Amount(100, output, 1), Verdict.ROOM)
+        assert (grown.entry.hold, grown.verdict) == (Amount(100, output, 1), Verdict.ALLOW)
 
 
 def test_in_the_next_window_only_what_is_held_there_counts():
@@ -711,8 +714,8 @@ def test_in_the_next_window_only_what_is_held_there_counts():
     ledger.apply(extend("1", ANN, 1100))
     assert ledger.levels(DAILY) == (NOTHING, Amount(output=300))
     [full, let_in] = ledger.apply(reserve("2", ANN, call(701)), reserve("3", ANN, call(700)))
-    assert isinstance(full, NotBooked)
-    assert isinstance(let_in, Booked)
+    assert isinstance(full, Refused)
+    assert isinstance(let_in, Accepted)
     [stopped] = ledger.apply(extend("1", ANN, 1200, least=1101))
     assert (stopped.verdict, stopped.entry.hold.output) == (Verdict.BUSY, 1100)
     [used_up] = ledger.apply(Settle("3", exactly(700), "complete"), extend("1", ANN, 1200, least=1101))[1:]
@@ -844,8 +847,10 @@ def test_an_answer_may_outlive_any_number_of_windows():
 )
 def test_a_charge_is_shared_among_the_windows_of_each_counter(amounts, charge, parts):
     """Each counter is charged all of it once: each of its windows up to what it held, in order, the last the rest."""
-    lines = tuple(Line(("user:ann", name), place, amount) for place, (name, amount) in enumerate(amounts))
-    assert shares(lines, charge) == parts
+    held_amounts = tuple(
+        HeldAmount(("user:ann", name), place, amount) for place, (name, amount) in enumerate(amounts)
+    )
+    assert shares(held_amounts, charge) == parts
 
 
 # ---------------------------------------------------------------------------------------- other quotas, other clocks
@@ -913,7 +918,7 @@ def test_an_overdraft_lets_an_answer_end_and_nobody_in():
     ledger = Ledger(who)
     ledger.apply(reserve("1", who, call(100, 4000, 100, first=100)))
     [grown, stopped] = ledger.apply(extend("1", who, 1100, least=1100), extend("1", who, 1101, least=1101))
-    assert [answer.verdict for answer in (grown, stopped)] == [Verdict.ROOM, Verdict.EXHAUSTED]
+    assert [answer.verdict for answer in (grown, stopped)] == [Verdict.ALLOW, Verdict.EXHAUSTED]
     [_, refused] = ledger.apply(Settle("1", exactly(100, 1100), "complete"), reserve("2", who, call(0, 1)))
     assert refused.refused.verdict is Verdict.EXHAUSTED
     assert ledger.levels(each)[0].tokens == 1200
@@ -925,8 +930,8 @@ def test_an_answer_grows_by_the_limits_under_which_it_was_let_in():
     ledger.apply(reserve("1", ANN, STREAM))
     lowered = binding([quota("staff/daily", tokens=150)])
     [grown, refused] = ledger.apply(extend("1", ANN, 900, least=900), reserve("2", lowered, call(1)))
-    assert (grown.verdict, grown.entry.hold) == (Verdict.ROOM, Amount(100, 900, 1))
-    assert isinstance(refused, NotBooked)
+    assert (grown.verdict, grown.entry.hold) == (Verdict.ALLOW, Amount(100, 900, 1))
+    assert isinstance(refused, Refused)
 
 
 @pytest.mark.parametrize("each", [DAILY, SIX_HOURS], ids=["calendar", "duration"])
@@ -978,12 +983,12 @@ def test_text_that_databases_and_logs_choke_on_is_not_booked(text, place):
     texts = ["ann", "gpt-4o-mini", "chat", "openai"]
     texts[place] = text
     with pytest.raises(ValueError, match="not fit for the books"):
-        Facts(*texts)
+        CallLabels(*texts)
 
 
 def test_names_in_any_language_are_booked():
     """Also the longest, and none."""
-    assert Facts("Élodie 李", "a" * 512, "chat", "").user == "Élodie 李"
+    assert CallLabels("Élodie 李", "a" * 512, "chat", "").user == "Élodie 李"
 
 
 @pytest.mark.parametrize(
@@ -997,7 +1002,7 @@ def test_a_demand_beyond_all_bounds_is_not_booked(demand):
 
 def test_the_largest_demand_is_an_ordinary_one():
     """It fits no quota, but the books are well."""
-    assert isinstance(Ledger(ANN).apply(reserve("1", ANN, call(TOKENS_MAX, TOKENS_MAX)))[0], NotBooked)
+    assert isinstance(Ledger(ANN).apply(reserve("1", ANN, call(TOKENS_MAX, TOKENS_MAX)))[0], Refused)
 
 
 @pytest.mark.parametrize(

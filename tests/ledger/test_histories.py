@@ -26,13 +26,13 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from proxy.ledger.book import (
-    Act,
-    Booked,
-    Books,
+    Accepted,
+    Book,
     Entry,
     Expire,
     Extend,
-    NotBooked,
+    Operation,
+    Refused,
     Release,
     Reply,
     Reserve,
@@ -43,7 +43,7 @@ from proxy.ledger.postgres import PostgresStore
 from proxy.ledger.sqlite import SqliteStore
 from proxy.policy.admission import Verdict
 from proxy.policy.amounts import NOTHING, Amount, AtLeast, Exactly, Measure, Tokens, Unspent, charge_of
-from proxy.policy.quota import Binding, Combine, Counter, CounterKey, Enforce, Quota, Route
+from proxy.policy.quota import Binding, Combine, Counter, CounterKey, Enforce, GroupQuotas, Quota
 from proxy.policy.windows import Window
 from tests.audit import audit, balance, connected, rows
 from tests.breakage import writers
@@ -68,7 +68,7 @@ class Record:
 class Kept(Protocol):
     """The books as they are kept somewhere."""
 
-    def apply(self, acts: Sequence[Act], now: int) -> list[Reply]:
+    def apply(self, operations: Sequence[Operation], now: int) -> list[Reply]:
         """Do one batch."""
 
     def counters(self) -> dict[CounterKey, Counter]:
@@ -100,9 +100,9 @@ class InMemory:
         self._counters: dict[CounterKey, Counter] = {}
         self._entries: dict[str, Entry] = {}
 
-    def apply(self, acts: Sequence[Act], now: int) -> list[Reply]:
-        books = Books(self._counters, self._entries, now)
-        replies = [books.apply(act) for act in acts]
+    def apply(self, operations: Sequence[Operation], now: int) -> list[Reply]:
+        books = Book(self._counters, self._entries, now)
+        replies = [books.apply(operation) for operation in operations]
         self._counters |= {key: books.counters[key] for key in books.counters_changed}
         self._entries |= {entry_id: books.entries[entry_id] for entry_id in books.entries_changed}
         assert (books.counters, books.entries) == (self._counters, self._entries)
@@ -144,8 +144,8 @@ class OnSqlite:
         self._path.write_bytes(_empty_file())
         self._store = self._opened()
 
-    def apply(self, acts: Sequence[Act], now: int) -> list[Reply]:
-        return self._runner.run(self._store.apply(acts, now))
+    def apply(self, operations: Sequence[Operation], now: int) -> list[Reply]:
+        return self._runner.run(self._store.apply(operations, now))
 
     def counters(self) -> dict[CounterKey, Counter]:
         return _counters(rows(self._path, "counters"))
@@ -199,9 +199,9 @@ class OnPostgres:
         self._reader = self._runner.run(asyncpg.connect(self._url))
         self._store = PostgresStore(self._url)
 
-    def apply(self, acts: Sequence[Act], now: int) -> list[Reply]:
+    def apply(self, operations: Sequence[Operation], now: int) -> list[Reply]:
         self._show(now)
-        return self._runner.run(self._store.apply(acts, now))
+        return self._runner.run(self._store.apply(operations, now))
 
     def counters(self) -> dict[CounterKey, Counter]:
         return _counters(row for row in self._rows("counters") if row["resets_at"])
@@ -326,11 +326,11 @@ class Call:
         return parts
 
 
-def _end(act: Settle | Release | Expire, call: Call) -> None:
+def _end(operation: Settle | Release | Expire, call: Call) -> None:
     """A call ends once; but that it was given up for lost is taken back, once, by the truth."""
-    match act:
+    match operation:
         case Settle() if call.state in ("open", "expired"):
-            call.state, call.charge = "settled", charge_of(act.usage)
+            call.state, call.charge = "settled", charge_of(operation.usage)
         case Release() if call.state == "open":
             call.state = "released"
         case Expire() if call.state == "open":
@@ -344,45 +344,51 @@ class Ghost:
         self.calls: dict[str, Call] = {}
         self.last: dict[CounterKey, Opening] = {}
 
-    def note(self, act: Act, reply: Reply, now: int) -> None:
+    def note(self, operation: Operation, reply: Reply, now: int) -> None:
         """What an act has done, by what was answered; and whether it may have done that."""
-        known = self.calls.get(act.id)
-        if isinstance(act, Reserve) and known is None:
-            if isinstance(reply, Booked):
-                known = self.calls[act.id] = Call(act.binding, reply.entry.hold)
+        known = self.calls.get(operation.id)
+        if isinstance(operation, Reserve) and known is None:
+            if isinstance(reply, Accepted):
+                known = self.calls[operation.id] = Call(operation.binding, reply.entry.hold)
                 self._hold(known, reply, now)
         elif known is None:
-            assert reply == Unknown(act.id)
+            assert reply == Unknown(operation.id)
             return
-        elif isinstance(act, Extend) and known.state == "open":
-            self._grown(act, known, reply, now)
-        elif isinstance(act, Settle | Release | Expire):
-            _end(act, known)
-        assert isinstance(reply, Booked | NotBooked)
-        assert isinstance(reply, Booked) is (known is not None)
-        if isinstance(reply, Booked) and known is not None:
+        elif isinstance(operation, Extend) and known.state == "open":
+            self._grown(operation, known, reply, now)
+        elif isinstance(operation, Settle | Release | Expire):
+            _end(operation, known)
+        assert isinstance(reply, Accepted | Refused)
+        assert isinstance(reply, Accepted) is (known is not None)
+        if isinstance(reply, Accepted) and known is not None:
             assert (reply.entry.state, reply.entry.hold) == (known.state, known.hold)
         for key, counter in reply.counters.items():
             self.last[key].resets_at = counter.window.resets_at
 
-    def _grown(self, act: Extend, call: Call, reply: Reply, now: int) -> None:
-        assert isinstance(reply, Booked)
+    def _grown(self, operation: Extend, call: Call, reply: Reply, now: int) -> None:
+        assert isinstance(reply, Accepted)
         hold = reply.entry.hold
-        assert hold.input == min(call.hold.input, act.input)
-        assert call.hold.output <= hold.output <= max(call.hold.output, act.output)
-        assert (reply.verdict is Verdict.ROOM) is (hold.output >= act.least)
+        assert hold.input == min(call.hold.input, operation.input)
+        assert call.hold.output <= hold.output <= max(call.hold.output, operation.output)
+        assert (reply.verdict is Verdict.ALLOW) is (hold.output >= operation.least)
         call.hold = hold
         self._hold(call, reply, now)
 
-    def _hold(self, call: Call, reply: Booked, now: int) -> None:
+    def _hold(self, call: Call, reply: Accepted, now: int) -> None:
         """Take over how much is held where, and see that it is no more than there is room for."""
-        lines = {(line.key, line.opened_at): line.amount for line in reply.entry.lines}
-        assert len(lines) == len(reply.entry.lines)
-        new = [line for line in lines if line not in call.shares]
+        held_amounts = {
+            (held_amount.key, held_amount.opened_at): held_amount.amount for held_amount in reply.entry.held_amounts
+        }
+        assert len(held_amounts) == len(reply.entry.held_amounts)
+        new = [held_amount for held_amount in held_amounts if held_amount not in call.shares]
         opened = {key: self._opening(key, now, reply.counters[key].window.resets_at) for key, _ in new}
         call.shares = {
-            line: Share(line[0], call.shares[line].opening if line in call.shares else opened[line[0]], amount)
-            for line, amount in lines.items()
+            held_amount: Share(
+                held_amount[0],
+                call.shares[held_amount].opening if held_amount in call.shares else opened[held_amount[0]],
+                amount,
+            )
+            for held_amount, amount in held_amounts.items()
         }
         quotas = {each.key_for(call.who.user): each for each in call.who.quotas if each.enforce == "exact"}
         for key, _ in new:
@@ -477,7 +483,7 @@ class Histories(RuleBasedStateMachine):
         self.books, self.ghost = self.kept(), Ghost()
         self.now = instant("2026-12-01 00:00") + 5000
         self.ids, self.lives = count(), 0
-        self.done: list[Act] = []
+        self.done: list[Operation] = []
         some = [name for name in NAMES if name in ALWAYS or data.draw(st.booleans())]
         self.quotas = {each.id: each for name in some for each in [data.draw(st.sampled_from(_quotas_named(name)))]}
         self.combine: Combine = data.draw(st.sampled_from(["any_group", "every_group"]))
@@ -487,7 +493,7 @@ class Histories(RuleBasedStateMachine):
         def of(group: str) -> tuple[Quota, ...]:
             return tuple(each for each in self.quotas.values() if each.group == group)
 
-        routes = tuple(Route(group, of(group)) for group in USERS[user])
+        routes = tuple(GroupQuotas(group, of(group)) for group in USERS[user])
         return Binding(user, of("everyone"), routes, of("watch"), self.combine)
 
     # What becomes of calls. Each may come again, or late, and is then to change nothing.
@@ -524,9 +530,9 @@ class Histories(RuleBasedStateMachine):
     def come_to_nothing(self, data: st.DataObject) -> None:
         """A bad request, an upstream that failed, or a process that was taken for dead, and may yet settle."""
         call_id = self.one_of_them(data)
-        acts: list[Act] = [Settle(call_id, Unspent(requests), "rejected") for requests in (0, 1)]
-        acts += [Release(call_id), Expire(call_id), Expire(call_id)]
-        self.book(data.draw(st.sampled_from(acts)))
+        operations: list[Operation] = [Settle(call_id, Unspent(requests), "rejected") for requests in (0, 1)]
+        operations += [Release(call_id), Expire(call_id), Expire(call_id)]
+        self.book(data.draw(st.sampled_from(operations)))
 
     @precondition(_has_calls)
     @rule(data=st.data())
@@ -549,8 +555,8 @@ class Histories(RuleBasedStateMachine):
         among: list[str] = data.draw(st.sampled_from([in_flight, in_flight, in_flight, every]))
         return data.draw(st.sampled_from(among))
 
-    def something(self, data: st.DataObject, call_id: str, new: Reserve) -> Act:
-        kinds: list[Callable[[], Act]] = [
+    def something(self, data: st.DataObject, call_id: str, new: Reserve) -> Operation:
+        kinds: list[Callable[[], Operation]] = [
             lambda: self.growing(data, call_id, new),
             lambda: Settle(call_id, exactly(data.draw(st.integers(0, 9)), 5), "complete"),
             lambda: Release(call_id),
@@ -561,8 +567,8 @@ class Histories(RuleBasedStateMachine):
 
     def reserving(self, data: st.DataObject, call_id: str) -> Reserve:
         user = data.draw(st.sampled_from(sorted(USERS)))
-        act = reserve(call_id, self.binding_of(user), data.draw(demands(most=9)))
-        return replace(act, owner=f"process-{self.lives}")
+        operation = reserve(call_id, self.binding_of(user), data.draw(demands(most=9)))
+        return replace(operation, owner=f"process-{self.lives}")
 
     def growing(self, data: st.DataObject, call_id: str, new: Reserve | None = None) -> Extend:
         """By the quotas with which it was let in, whatever has become of them."""
@@ -571,11 +577,13 @@ class Histories(RuleBasedStateMachine):
         held = call.hold.input // data.draw(st.sampled_from([1, 1, 2]))
         return Extend(call_id, call.who, held, output, data.draw(st.integers(0, output)))
 
-    def book(self, *acts: Act) -> None:
-        replies = self.books.apply(acts, self.now)
-        for act, reply in zip(acts, replies, strict=True):
-            self.ghost.note(act, reply, self.now)
-        self.done = [act for act, reply in zip(acts, replies, strict=True) if _is_done(act, reply)]
+    def book(self, *operations: Operation) -> None:
+        replies = self.books.apply(operations, self.now)
+        for operation, reply in zip(operations, replies, strict=True):
+            self.ghost.note(operation, reply, self.now)
+        self.done = [
+            operation for operation, reply in zip(operations, replies, strict=True) if _is_done(operation, reply)
+        ]
 
     @precondition(lambda self: self.done)
     @rule()
@@ -583,7 +591,7 @@ class Histories(RuleBasedStateMachine):
         """Nobody knows whether the batch was committed, so it is done once more."""
         before = self.books.everything()
         replies = self.books.apply(self.done, self.now)
-        assert all(isinstance(reply, Booked) for reply in replies)
+        assert all(isinstance(reply, Accepted) for reply in replies)
         assert self.books.everything() == before
 
     # What happens around it.
@@ -647,9 +655,11 @@ class Histories(RuleBasedStateMachine):
             self.books.close()
 
 
-def _is_done(act: Act, reply: Reply) -> bool:
+def _is_done(operation: Operation, reply: Reply) -> bool:
     """Whether an act did all that it can, so that it finds itself done when it comes again."""
-    return isinstance(reply, Booked) and not (isinstance(act, Extend) and reply.entry.hold.output < act.output)
+    return isinstance(reply, Accepted) and not (
+        isinstance(operation, Extend) and reply.entry.hold.output < operation.output
+    )
 
 
 class InMemoryHistories(Histories):

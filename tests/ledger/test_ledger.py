@@ -21,16 +21,16 @@ from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
 from proxy.errors import LedgerUnavailable
-from proxy.ledger.book import Act, Booked, Books, Expire, Extend, NotBooked, Release, Reply, Reserve, Settle
+from proxy.ledger.book import Accepted, Book, Expire, Extend, Operation, Refused, Release, Reply, Reserve, Settle
 from proxy.ledger.ledger import BATCH_MAX, LEASE_MS, Ledger
 from proxy.ledger.schema import NewerSchema
 from proxy.ledger.sqlite import SqliteStore
 from proxy.ledger.store import StoreInUse, StoreUnavailable
-from proxy.policy.admission import Uncounted, Verdict
+from proxy.policy.admission import NeedsCount, Verdict
 from proxy.policy.amounts import TOKENS_MAX, Amount, AtLeast, Exactly, Tokens, Unspent
 from tests.audit import audit, connected, contents, rows, states
 from tests.breakage import BrokenBinding, commits, failing_writes, full, locked, moved, read_only, unfit, writers
-from tests.builders import DAY, HOUR, MINUTE, NOON, binding, call, exactly, extend, quota, reserve, rough
+from tests.builders import DAY, HOUR, MINUTE, NOON, binding, call, estimated, exactly, extend, quota, reserve
 
 DAILY = quota("staff/daily", tokens=1000)
 ANN = binding([DAILY])
@@ -89,20 +89,20 @@ async def levels(ledger, each=DAILY, user="ann"):
 
 async def as_it_is(ledger, freed=()):
     """The answer to an act on ann's first call, by what is read afterwards."""
-    return Booked(await ledger.entry("1"), await ledger.counters(ANN.keys()), freed=frozenset(freed))
+    return Accepted(await ledger.entry("1"), await ledger.counters(ANN.keys()), freed=frozenset(freed))
 
 
-async def at_once(ledger, *acts):
+async def at_once(ledger, *operations):
     """The answers to acts that are queued together, before any of them is begun."""
-    queued = [ledger.end(act) for act in acts]
+    queued = [ledger.end(operation) for operation in operations]
     return await asyncio.gather(*queued)
 
 
-async def left_behind(path, *acts):
+async def left_behind(path, *operations):
     """A file in which a process that is no more has done these acts."""
     store = SqliteStore(path)
     await store.open()
-    await store.apply(acts, NOON)
+    await store.apply(operations, NOON)
     await store.close()
 
 
@@ -133,7 +133,7 @@ async def test_a_call_is_reserved_and_released(ledger, path):
 async def test_a_refused_call_leaves_no_trace(ledger, path):
     """Whoever is refused learns how things stand."""
     refused = await ledger.reserve(reserve("1", ANN, call(1001)))
-    assert isinstance(refused, NotBooked)
+    assert isinstance(refused, Refused)
     assert refused.refused.verdict is Verdict.NEVER
     assert (rows(path, "calls"), rows(path, "counters")) == ([], [])
 
@@ -141,10 +141,10 @@ async def test_a_refused_call_leaves_no_trace(ledger, path):
 async def test_a_response_is_known_by_the_call_that_made_it(ledger):
     """From the moment its call has ended."""
     booked = await ledger.reserve(reserve("1", ANN, CALL))
-    assert await ledger.maker("resp_1") is None
+    assert await ledger.response_entry("resp_1") is None
     await ledger.end(Settle("1", exactly(90, 60), "complete", response_id="resp_1"))
-    found = await ledger.maker("resp_1")
-    assert (found.id, found.facts, found.usage) == ("1", booked.entry.facts, exactly(90, 60))
+    found = await ledger.response_entry("resp_1")
+    assert (found.id, found.labels, found.usage) == ("1", booked.entry.labels, exactly(90, 60))
 
 
 async def test_the_clock_decides_windows(ledger, clock):
@@ -187,15 +187,15 @@ async def test_a_call_that_was_taken_for_lost_learns_it_when_it_grows(ledger):
 
 async def test_a_call_that_has_to_be_counted_first_is_told_so(ledger, path):
     """And leaves no trace until it comes again."""
-    assert await ledger.reserve(reserve("1", ANN, rough(CALL))) == Uncounted()
+    assert await ledger.reserve(reserve("1", ANN, estimated(CALL))) == NeedsCount()
     assert (rows(path, "calls"), rows(path, "counters")) == ([], [])
-    assert isinstance(await ledger.reserve(reserve("1", ANN, CALL)), Booked)
+    assert isinstance(await ledger.reserve(reserve("1", ANN, CALL)), Accepted)
 
 
 async def test_who_waits_is_told_of_what_was_given_back(ledger):
     """After the batch, and only of those counters: holding frees nothing, nor does an end of nothing."""
     told = []
-    ledger.when_freed(told.append)
+    ledger.on_freed(told.append)
     await ledger.reserve(reserve("1", ANN, STREAM))
     await ledger.extend(extend("1", ANN, 500))
     await ledger.end(Settle("unknown", exactly(1), "complete"))
@@ -233,7 +233,7 @@ async def test_of_100_calls_at_once_exactly_as_many_are_let_in_as_fit(ledger, cl
     counted = used if who_comes == "who called today" else 0
     who = binding([quota("staff/daily", tokens=room_for * 500 + 499 + counted)])
     answers = await asyncio.gather(*(ledger.reserve(reserve(str(number), who, CALL)) for number in range(100)))
-    refused = [answer for answer in answers if isinstance(answer, NotBooked)]
+    refused = [answer for answer in answers if isinstance(answer, Refused)]
     assert len(answers) - len(refused) == room_for
     verdict = Verdict.BUSY if room_for else answers[0].refused.verdict
     assert {answer.refused.verdict for answer in refused} == {verdict}
@@ -247,7 +247,7 @@ async def test_those_who_share_a_pot_share_its_room(ledger, path):
     answers = await asyncio.gather(
         *(ledger.reserve(reserve(str(number), who, CALL)) for number, who in enumerate(whos))
     )
-    assert sum(isinstance(answer, Booked) for answer in answers) == 3
+    assert sum(isinstance(answer, Accepted) for answer in answers) == 3
     assert await levels(ledger, pot) == (NOTHING, Amount(300, 1200, 3))
 
 
@@ -258,10 +258,10 @@ async def test_what_is_given_back_lets_the_next_in(ledger, path):
 
     async def client(name):
         for number in range(20):
-            act = reserve(f"{name}-{number}", who, call(10, 50))
-            if isinstance(await ledger.reserve(act), Booked):
+            operation = reserve(f"{name}-{number}", who, call(10, 50))
+            if isinstance(await ledger.reserve(operation), Accepted):
                 used.append(10 + number)
-                await ledger.end(Settle(act.id, exactly(10, number), "complete"))
+                await ledger.end(Settle(operation.id, exactly(10, number), "complete"))
 
     await asyncio.gather(*(client(name) for name in range(64)))
     assert 10_000 - 60 < sum(used) <= 10_000
@@ -273,13 +273,13 @@ async def test_what_is_given_back_lets_the_next_in(ledger, path):
 
 
 @pytest.mark.parametrize(("acts", "transactions"), [(1, 1), (BATCH_MAX, 1), (BATCH_MAX + 1, 2), (3 * BATCH_MAX, 3)])
-async def test_what_is_queued_together_shares_a_commit(ledger, path, acts, transactions):
+async def test_what_is_queued_together_shares_a_commit(ledger, path, operations, transactions):
     """Up to a bound, so that nobody waits long for the rest of a large batch."""
     with commits() as seen:
         answers = await asyncio.gather(
-            *(ledger.reserve(reserve(str(number), ROOMY, call(1))) for number in range(acts))
+            *(ledger.reserve(reserve(str(number), ROOMY, call(1))) for number in range(operations))
         )
-    assert [answer.entry.id for answer in answers] == [str(number) for number in range(acts)]
+    assert [answer.entry.id for answer in answers] == [str(number) for number in range(operations)]
     assert len(seen) == transactions
     audit(path)
 
@@ -298,13 +298,13 @@ class Gated(SqliteStore):
         super().__init__(path, busy_timeout_s=0)
         self.began = asyncio.Semaphore(0)
         self.gate = asyncio.Semaphore(0)
-        self.batches: list[list[Act]] = []
+        self.batches: list[list[Operation]] = []
 
-    async def apply(self, acts: Sequence[Act], now: int) -> list[Reply]:
-        self.batches.append(list(acts))
+    async def apply(self, operations: Sequence[Operation], now: int) -> list[Reply]:
+        self.batches.append(list(operations))
         self.began.release()
         await self.gate.acquire()
-        return await super().apply(acts, now)
+        return await super().apply(operations, now)
 
     async def begun(self) -> None:
         """A batch has been taken."""
@@ -338,8 +338,8 @@ async def test_within_a_batch_what_gives_back_goes_first(ledger):
     fourth = asyncio.ensure_future(ledger.reserve(reserve("4", ANN, CALL)))
     await asyncio.sleep(0)
     await at_once(ledger, Settle("1", exactly(0, 0), "complete"), Release("2"))
-    assert isinstance(await third, Booked)
-    assert isinstance(await fourth, Booked)
+    assert isinstance(await third, Accepted)
+    assert isinstance(await fourth, Accepted)
 
 
 async def test_within_a_batch_calls_in_flight_come_before_those_who_want_in(ledger):
@@ -351,13 +351,13 @@ async def test_within_a_batch_calls_in_flight_come_before_those_who_want_in(ledg
     await asyncio.sleep(0)
     await ledger.end(Release("2"))
     assert (await growing).entry.hold.output == 700
-    assert isinstance(await newcomer, NotBooked)
+    assert isinstance(await newcomer, Refused)
 
 
 async def test_within_a_batch_first_come_is_first_served(ledger):
     """Among those that want to be let in."""
     answers = await asyncio.gather(*(ledger.reserve(reserve(str(number), ANN, call(300))) for number in range(5)))
-    assert [isinstance(answer, Booked) for answer in answers] == [True, True, True, False, False]
+    assert [isinstance(answer, Accepted) for answer in answers] == [True, True, True, False, False]
 
 
 # ------------------------------------------------------------------------------------------------ callers who give up
@@ -423,7 +423,7 @@ async def test_a_growth_whose_caller_gave_up_before_the_batch_began_is_not_booke
         store.open_for_good()
         await first
         await at_once(ledger, Release("nobody"))
-        assert not any(isinstance(act, Extend) for batch in store.batches for act in batch)
+        assert not any(isinstance(operation, Extend) for batch in store.batches for operation in batch)
         assert (await ledger.entry("1")).hold == Amount(100, 100, 1)
 
 
@@ -472,13 +472,13 @@ BAD = {
 async def test_one_bad_act_never_fails_its_neighbours(ledger, path, kind, place):
     """Theirs are booked as if it were not there; its own caller hears that it was not, and the log says why."""
     await at_once(ledger, *(reserve(str(number), ROOMY, CALL) for number in range(4)))
-    acts = [reserve(str(number), ROOMY, CALL) for number in range(4, 7)]
-    acts += [Settle("1", exactly(90, 60), "complete"), Release("2"), Expire("3")]
-    acts.insert(place, BAD[kind]())
+    operations = [reserve(str(number), ROOMY, CALL) for number in range(4, 7)]
+    operations += [Settle("1", exactly(90, 60), "complete"), Release("2"), Expire("3")]
+    operations.insert(place, BAD[kind]())
     with capture_logs() as logs:
-        answers = await asyncio.gather(*(ledger.end(act) for act in acts), return_exceptions=True)
+        answers = await asyncio.gather(*(ledger.end(operation) for operation in operations), return_exceptions=True)
     assert isinstance(answers.pop(place), LedgerUnavailable)
-    assert {type(answer) for answer in answers} == {Booked}
+    assert {type(answer) for answer in answers} == {Accepted}
     assert [(line["event"], line["log_level"]) for line in logs] == [("an act could not be booked", "error")]
     assert "".join(state[0] for state in states(path).values()) == "osreooo"
     assert ledger.is_healthy
@@ -504,8 +504,10 @@ FAULTS = [locked, read_only, full, failing_writes, moved]
 
 def big(number):
     """A call whose row takes most of a page, so that a full disk is noticed by any act."""
-    act = reserve(f"{number:04}", ROOMY, CALL)
-    return replace(act, facts=replace(act.facts, model="m" * 512, endpoint="e" * 512, upstream="u" * 512))
+    operation = reserve(f"{number:04}", ROOMY, CALL)
+    return replace(
+        operation, labels=replace(operation.labels, model="m" * 512, endpoint="e" * 512, upstream="u" * 512)
+    )
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
@@ -545,7 +547,7 @@ async def test_who_wants_in_while_the_database_is_away_waits_for_it(ledger, path
         assert not any(call.done() for call in waiting)
         assert not ledger.is_healthy
         other.execute("ROLLBACK")
-        assert {type(answer) for answer in await asyncio.gather(*waiting)} == {Booked}
+        assert {type(answer) for answer in await asyncio.gather(*waiting)} == {Accepted}
     assert ledger.is_healthy
     audit(path)
 
@@ -626,7 +628,7 @@ async def test_what_cannot_be_read_is_unavailable(ledger, path):
     with pytest.raises(LedgerUnavailable):
         await ledger.entry("1")
     with pytest.raises(LedgerUnavailable):
-        await ledger.maker("resp_1")
+        await ledger.response_entry("resp_1")
 
 
 class Uncertain(SqliteStore):
@@ -634,8 +636,8 @@ class Uncertain(SqliteStore):
 
     is_cut_off = False
 
-    async def apply(self, acts: Sequence[Act], now: int) -> list[Reply]:
-        answers = await super().apply(acts, now)
+    async def apply(self, operations: Sequence[Operation], now: int) -> list[Reply]:
+        answers = await super().apply(operations, now)
         if self.is_cut_off:
             self.is_cut_off = False
             raise StoreUnavailable("the connection broke", is_uncertain=True)
@@ -647,7 +649,7 @@ async def test_a_reserve_whose_commit_is_uncertain_is_asked_for_again(path):
     store = Uncertain(path)
     async with running(store) as ledger:
         store.is_cut_off = True
-        assert isinstance(await ledger.reserve(reserve("1", ANN, CALL)), Booked)
+        assert isinstance(await ledger.reserve(reserve("1", ANN, CALL)), Accepted)
         assert await levels(ledger) == (NOTHING, HELD)
     audit(path)
 
@@ -750,7 +752,7 @@ async def test_a_file_in_use_is_not_served_from(ledger, path):
     with pytest.raises(StoreInUse):
         await second.start()
     await second.close()
-    assert isinstance(await ledger.reserve(reserve("1", ANN, CALL)), Booked)
+    assert isinstance(await ledger.reserve(reserve("1", ANN, CALL)), Accepted)
 
 
 async def test_a_newer_schema_is_not_served_from(path):
@@ -771,8 +773,8 @@ async def test_a_newer_schema_is_not_served_from(path):
 
 async def test_what_a_dead_process_left_open_is_charged_once(path):
     """From its reservation; what had ended stays as it was. Any number of starts later it is still once (I9)."""
-    acts = [reserve(str(number), ROOMY, CALL) for number in range(5)]
-    await left_behind(path, *acts, Settle("0", exactly(1, 1), "complete"), Release("1"), Expire("2"))
+    operations = [reserve(str(number), ROOMY, CALL) for number in range(5)]
+    await left_behind(path, *operations, Settle("0", exactly(1, 1), "complete"), Release("1"), Expire("2"))
     with capture_logs() as logs:
         async with running(path, "process-2") as ledger:
             assert await levels(ledger) == (Amount(301, 1201, 4), NOTHING)
@@ -799,8 +801,8 @@ async def test_what_a_dead_process_left_growing_is_charged_as_far_as_it_had_grow
 
 async def test_any_number_of_calls_may_have_been_left_open(path):
     """More than are looked up at once."""
-    acts = [reserve(f"{number:04}", ROOMY, call(1)) for number in range(1500)]
-    await left_behind(path, *acts)
+    operations = [reserve(f"{number:04}", ROOMY, call(1)) for number in range(1500)]
+    await left_behind(path, *operations)
     async with running(path, "process-2") as ledger:
         assert await levels(ledger) == (Amount(1500, 0, 1500), NOTHING)
     assert set(states(path).values()) == {"expired"}
@@ -846,20 +848,20 @@ async def work_until_killed(path: Path, owner: str) -> None:
     async def client(name: int) -> None:
         who = binding([quota("staff/daily", tokens=10**9), pot], user=f"user {name % 3}")
         for number in range(1_000_000):
-            act = reserve(f"{owner}-{name}-{number}", who, call(100, 400, 50, first=50))
-            await ledger.reserve(act)
-            say(act.id, "open", 50)
+            operation = reserve(f"{owner}-{name}-{number}", who, call(100, 400, 50, first=50))
+            await ledger.reserve(operation)
+            say(operation.id, "open", 50)
             for output in (150, 250)[: chance.randrange(3)]:
-                await ledger.extend(extend(act.id, who, output))
-                say(act.id, "open", output)
+                await ledger.extend(extend(operation.id, who, output))
+                say(operation.id, "open", output)
             match chance.choice(["settle", "settle", "release", "leave"]):
                 case "settle":
                     used = chance.randrange(400)
-                    await ledger.end(Settle(act.id, exactly(90, used), "complete"))
-                    say(act.id, "settled", used)
+                    await ledger.end(Settle(operation.id, exactly(90, used), "complete"))
+                    say(operation.id, "settled", used)
                 case "release":
-                    await ledger.end(Release(act.id))
-                    say(act.id, "released")
+                    await ledger.end(Release(operation.id))
+                    say(operation.id, "released")
 
     await asyncio.gather(*(client(name) for name in range(8)))
 
@@ -974,15 +976,20 @@ def test_the_file_says_what_the_rules_say(batches):
         asyncio.run(_compare(Path(folder) / "quotas.db", batches))
 
 
-async def _compare(path: Path, batches: list[tuple[int, list[Act]]]) -> None:
-    books, clock = Books({}, {}, NOON), Clock()
+async def _compare(path: Path, batches: list[tuple[int, list[Operation]]]) -> None:
+    books, clock = Book({}, {}, NOON), Clock()
     async with running(path, clock=clock) as ledger:
-        for step, acts in batches:
+        for step, operations in batches:
             clock.now += step
-            books = Books(books.counters, books.entries, clock.now)
-            acts = [replace(act, binding=_own(act, books)) if isinstance(act, Extend) else act for act in acts]
-            in_order = sorted(acts, key=lambda act: (isinstance(act, Reserve), isinstance(act, Extend)))
-            expected = [books.apply(act) for act in in_order]
+            books = Book(books.counters, books.entries, clock.now)
+            operations = [
+                replace(operation, binding=_own(operation, books)) if isinstance(operation, Extend) else operation
+                for operation in operations
+            ]
+            in_order = sorted(
+                operations, key=lambda operation: (isinstance(operation, Reserve), isinstance(operation, Extend))
+            )
+            expected = [books.apply(operation) for operation in in_order]
             assert await at_once(ledger, *in_order) == expected
             expired = [books.apply(Expire(entry.id)) for entry in list(books.entries.values()) if _is_orphan(entry)]
             assert await ledger.expire_orphans() == len(expired)
@@ -991,10 +998,10 @@ async def _compare(path: Path, batches: list[tuple[int, list[Act]]]) -> None:
         assert len(rows(path, "counters")) == len(books.counters)
 
 
-def _own(act, books):
+def _own(operation, books):
     """The quotas with which a call was reserved, if it was."""
-    entry = books.entries.get(act.id)
-    return WHO[entry.facts.user] if entry else act.binding
+    entry = books.entries.get(operation.id)
+    return WHO[entry.labels.user] if entry else operation.binding
 
 
 def _is_orphan(entry):

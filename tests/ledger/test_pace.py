@@ -4,13 +4,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.ledger.pace import LEAST_S, MOST_S, Pace
+from proxy.ledger.pace import LEAST_S, MOST_S, DurationEstimate
 from tests.builders import NOON
 
 
-def _pace(lengths_s: list[int], begun_s_ago: list[int]) -> Pace:
+def _pace(lengths_s: list[int], begun_s_ago: list[int]) -> DurationEstimate:
     """Calls that took so long, and calls in flight that began so long ago."""
-    pace = Pace()
+    pace = DurationEstimate()
     for number, length in enumerate(lengths_s):
         pace.began(f"ended {number}", NOON)
         pace.ended(f"ended {number}", NOON + length * 1000)
@@ -40,7 +40,7 @@ def test_it_is_what_calls_in_flight_have_still_before_them(
 
 def test_it_is_rounded_up() -> None:
     """Who comes back when told is not too early."""
-    pace = Pace()
+    pace = DurationEstimate()
     pace.began("1", NOON)
     pace.ended("1", NOON + 5001)
     pace.began("2", NOON)
@@ -50,7 +50,7 @@ def test_it_is_rounded_up() -> None:
 @given(st.lists(st.integers(-(10**9), 10**9), max_size=300), st.lists(st.integers(-(10**9), 10**9), max_size=300))
 def test_it_is_always_a_wait_that_sdks_sleep_through(lengths: list[int], begun: list[int]) -> None:
     """Also with a clock that jumps; and only so many lengths are remembered."""
-    pace = Pace()
+    pace = DurationEstimate()
     for number, length in enumerate(lengths):
         pace.began(str(number), NOON)
         pace.ended(str(number), NOON + length)

@@ -19,16 +19,16 @@ from pathlib import Path
 import asyncpg
 import pytest
 
-from proxy.ledger.book import Booked, Expire, Facts, NotBooked, Release, Settle, Unknown
+from proxy.ledger.book import Accepted, CallLabels, Expire, Refused, Release, Settle, Unknown
 from proxy.ledger.postgres import PostgresStore
 from proxy.ledger.schema import HEAD, NewerSchema, metadata
 from proxy.ledger.statements import Patience, begin
 from proxy.ledger.store import Chore, Done, StoreRefused, StoreUnavailable
-from proxy.policy.admission import Uncounted, Verdict
+from proxy.policy.admission import NeedsCount, Verdict
 from proxy.policy.amounts import Amount, AtLeast, Exactly, Tokens, Unspent
 from tests.audit import balance
 from tests.breakage import BrokenBinding, unfit
-from tests.builders import amount, binding, call, exactly, extend, quota, reserve, rough
+from tests.builders import amount, binding, call, estimated, exactly, extend, quota, reserve
 from tests.postgres import shared
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -110,8 +110,8 @@ async def levels(store, each=DAILY, user="ann"):
     return counter.used, counter.held
 
 
-async def apply(store, *acts):
-    return await store.apply(acts, NO_CLOCK)
+async def apply(store, *operations):
+    return await store.apply(operations, NO_CLOCK)
 
 
 async def until(condition):
@@ -147,12 +147,12 @@ WATCHED = binding(
 @pytest.mark.parametrize("is_one_batch", [False, True])
 async def test_a_call_is_read_as_it_was_booked(store, database, ends, is_one_batch):
     """To the last field, through every state, also where the next act is of another transaction."""
-    acts = [reserve("1", WATCHED, call(100, 800, 10)), *ends]
+    operations = [reserve("1", WATCHED, call(100, 800, 10)), *ends]
     if is_one_batch:
-        *_, booked = await apply(store, *acts)
+        *_, booked = await apply(store, *operations)
     else:
-        *_, booked = [(await apply(store, act))[0] for act in acts]
-    assert isinstance(booked, Booked)
+        *_, booked = [(await apply(store, operation))[0] for operation in operations]
+    assert isinstance(booked, Accepted)
     assert (booked.entry.capped_by, booked.entry.would_refuse) == ("staff/6h", ("watch/tiny",))
     assert await store.read_entry("1") == booked.entry
     assert (await store.read_counters(WATCHED.keys())).items() >= booked.counters.items()
@@ -163,8 +163,8 @@ async def test_a_call_is_read_as_it_was_booked(store, database, ends, is_one_bat
 async def test_names_of_any_kind_are_names(store, database, name):
     """No quoting anywhere turns one into another, or into an instruction."""
     who = replace(ANN, user=name)
-    act = replace(reserve(name, who, CALL), facts=Facts(name, name, name, name))
-    await apply(store, act, *(reserve(f"{name}{number}", ANN, call(1)) for number in range(3)))
+    operation = replace(reserve(name, who, CALL), labels=CallLabels(name, name, name, name))
+    await apply(store, operation, *(reserve(f"{name}{number}", ANN, call(1)) for number in range(3)))
     [booked] = await apply(store, Settle(name, exactly(90, 60), "complete"))
     assert booked.entry == await store.read_entry(name)
     assert booked.counters == await store.read_counters(who.keys())
@@ -176,12 +176,12 @@ async def test_a_response_leads_to_the_call_that_made_it(store):
     """Known from the commit of its settle on; of an id that came twice to the newest, whoever made that one."""
     bob = replace(ANN, user="bob")
     await apply(store, reserve("1", ANN, CALL), reserve("2", bob, CALL))
-    assert await store.read_maker("resp_1") is None
+    assert await store.find_response_entry("resp_1") is None
     [first] = await apply(store, Settle("1", exactly(1, 1), "complete", response_id="resp_1"))
-    assert await store.read_maker("resp_1") == first.entry
+    assert await store.find_response_entry("resp_1") == first.entry
     [_, second] = await apply(store, Expire("2"), Settle("2", exactly(1, 1), "complete", response_id="resp_1"))
-    assert await store.read_maker("resp_1") == second.entry
-    assert await store.read_maker("' OR ''='") is None
+    assert await store.find_response_entry("resp_1") == second.entry
+    assert await store.find_response_entry("' OR ''='") is None
 
 
 async def test_what_is_not_there_is_not_read(store):
@@ -197,7 +197,7 @@ async def test_a_refusal_leaves_no_window(store, database):
     """The row that was made to be locked is no counter."""
     [refused] = await apply(store, reserve("1", ANN, call(1001)))
     assert (refused.refused.verdict, refused.counters) == (Verdict.NEVER, {})
-    assert await apply(store, reserve("1", ANN, rough(call(100, 400)))) == [Uncounted()]
+    assert await apply(store, reserve("1", ANN, estimated(call(100, 400)))) == [NeedsCount()]
     assert await store.read_counters(ANN.keys()) == {}
     [row] = await database.rows("counters")
     assert set(row.values()) == {"user:ann", "staff/daily", 0}
@@ -209,7 +209,7 @@ async def test_acts_see_what_other_processes_wrote(store, url, database):
     async with opened(url) as other:
         [first] = await apply(other, reserve("1", ANN, CALL))
         [full, again] = await apply(store, reserve("2", ANN, call(600)), reserve("1", ANN, CALL))
-    assert isinstance(full, NotBooked)
+    assert isinstance(full, Refused)
     assert full.counters == first.counters
     assert again == first
     assert await database.states() == {"1": "open"}
@@ -244,7 +244,7 @@ async def test_a_batch_may_touch_any_number_of_counters(store):
     who = binding(many)
     await apply(store, reserve("1", who, call(1)), SETTLED)
     [refused] = await apply(store, reserve("2", who, call(1)))
-    assert isinstance(refused, NotBooked)
+    assert isinstance(refused, Refused)
     assert len(refused.refused.blocks) == len(many)
     assert len(await store.read_counters(who.keys())) == len(many)
 
@@ -281,8 +281,8 @@ async def all_ended(database):
 
 async def test_a_batch_is_one_transaction(store, database):
     """However many acts: their answers share the cost of one commit."""
-    acts = [reserve(str(number), ANN, call(1)) for number in range(200)]
-    await apply(store, *acts, *(Release(act.id) for act in acts[:100]))
+    operations = [reserve(str(number), ANN, call(1)) for number in range(200)]
+    await apply(store, *operations, *(Release(operation.id) for operation in operations[:100]))
     writers = await database.run(
         "SELECT DISTINCT xmin::text FROM llm_quota_proxy.calls UNION SELECT xmin::text FROM llm_quota_proxy.counters"
     )
@@ -353,7 +353,7 @@ async def test_two_processes_share_a_pot_exactly(url, database):
             for name, store in (("a", one), ("b", other))
         ]
         answers = [answer for batch in await asyncio.gather(*batches) for answer in batch]
-    assert sum(isinstance(answer, Booked) for answer in answers) == 37
+    assert sum(isinstance(answer, Accepted) for answer in answers) == 37
     await database.audit()
 
 
@@ -488,11 +488,11 @@ async def enough(asked, least):
     return len(asked) >= least
 
 
-async def surely(store, act):
+async def surely(store, operation):
     """As the ledger does: every act may be repeated."""
     while True:
         try:
-            return await apply(store, act)
+            return await apply(store, operation)
         except StoreUnavailable:
             await asyncio.sleep(0.01)
 
@@ -821,8 +821,8 @@ async def test_closing_twice_is_closing_once(store):
 
 async def test_orphans_are_open_calls_of_those_whose_lease_has_run_out(store, database):
     """By the database's clock; not one's own, none that has ended, no more at once than asked for."""
-    acts = [replace(reserve(str(number), ANN, call(1)), owner=f"process-{number % 4}") for number in range(12)]
-    await apply(store, *acts, Settle("0", exactly(1), "complete"), Release("5"), Expire("2"))
+    operations = [replace(reserve(str(number), ANN, call(1)), owner=f"process-{number % 4}") for number in range(12)]
+    await apply(store, *operations, Settle("0", exactly(1), "complete"), Release("5"), Expire("2"))
     await store.renew("process-0", NO_CLOCK, lease_ms=MINUTE)
     await store.renew("process-1", NO_CLOCK, lease_ms=-1)
     await store.renew("process-2", NO_CLOCK, lease_ms=-1)

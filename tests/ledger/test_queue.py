@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 
 from proxy.errors import LedgerUnavailable
-from proxy.ledger.book import Booked, Extend, NotBooked, Release, Reserve, Settle
+from proxy.ledger.book import Accepted, Extend, Refused, Release, Reserve, Settle
 from proxy.ledger.ledger import Ledger
-from proxy.ledger.queue import OF_A_USER_MAX, WaitingRoom
+from proxy.ledger.queue import OF_A_USER_MAX, AdmissionQueue
 from proxy.ledger.sqlite import SqliteStore
 from proxy.policy.admission import Verdict
 from proxy.policy.amounts import Amount
 from proxy.policy.quota import CounterKey, Demand
 from tests.audit import connected
-from tests.builders import NOON, binding, call, exactly, extend, quota, reserve, rough
+from tests.builders import NOON, binding, call, estimated, exactly, extend, quota, reserve
 from tests.stage import until
 
 POT = quota("staff/pot", tokens=1000, shared=True)
@@ -29,38 +29,38 @@ class _Noting(Ledger):
 
     asked = 0
 
-    async def extend(self, act: Extend) -> Booked:
+    async def extend(self, operation: Extend) -> Accepted:
         self.asked += 1
-        return await super().extend(act)
+        return await super().extend(operation)
 
 
 @asynccontextmanager
-async def _room(folder: Path, kind: "type[_Noting] | None" = None) -> AsyncIterator[tuple["_Noting", WaitingRoom]]:
+async def _room(folder: Path, kind: "type[_Noting] | None" = None) -> AsyncIterator[tuple["_Noting", AdmissionQueue]]:
     ledger = (kind or _Noting)(SqliteStore(folder / "quotas.db"), owner="process-1", now=lambda: NOON)
     await ledger.start()
     try:
-        yield ledger, WaitingRoom(ledger)
+        yield ledger, AdmissionQueue(ledger)
     finally:
         await ledger.close()
 
 
-async def _reserve(room: WaitingRoom, act: Reserve, *, wait_s: float) -> Booked | NotBooked:
+async def _reserve(room: AdmissionQueue, operation: Reserve, *, wait_s: float) -> Accepted | Refused:
     """A call whose input, should that have to be counted, has a quarter as many tokens as bytes."""
 
     async def recount() -> Demand:
-        return replace(act.demand, input=act.demand.input // 4, is_rough=False)
+        return replace(operation.demand, input=operation.demand.input // 4, is_estimated=False)
 
-    return await room.reserve(act, wait_s=wait_s, recount=recount)
+    return await room.reserve(operation, wait_s=wait_s, recount=recount)
 
 
 def _ask(call_id: str, tokens: int, user: str = "ann") -> Reserve:
     return reserve(call_id, binding([POT], user=user), call(0, tokens, 1))
 
 
-async def _begin(room: WaitingRoom, act: Reserve, wait_s: float = 50) -> "asyncio.Task[Booked | NotBooked]":
+async def _begin(room: AdmissionQueue, operation: Reserve, wait_s: float = 50) -> "asyncio.Task[Accepted | Refused]":
     """A call that has come to where it waits."""
     before = len(room)
-    begun = asyncio.get_running_loop().create_task(_reserve(room, act, wait_s=wait_s))
+    begun = asyncio.get_running_loop().create_task(_reserve(room, operation, wait_s=wait_s))
     await until(lambda: len(room) > before or begun.done())
     return begun
 
@@ -72,7 +72,7 @@ async def test_a_call_waits_until_others_give_back(tmp_path: Path) -> None:
         waiting = await _begin(room, _ask("2", 500))
         assert not waiting.done()
         await ledger.end(Settle("1", exactly(0, 100), "complete"))
-        assert isinstance(await waiting, Booked)
+        assert isinstance(await waiting, Accepted)
         assert len(room) == 0
 
 
@@ -82,7 +82,7 @@ async def test_who_has_waited_long_enough_is_told_busy(wait_s: float, tmp_path: 
     async with _room(tmp_path) as (_, room):
         await _reserve(room, _ask("1", 900), wait_s=0)
         reply = await _reserve(room, _ask("2", 500), wait_s=wait_s)
-        assert isinstance(reply, NotBooked)
+        assert isinstance(reply, Refused)
         assert reply.refused.verdict is Verdict.BUSY
         assert len(room) == 0
 
@@ -93,7 +93,7 @@ async def test_what_is_used_up_does_not_wait(tmp_path: Path) -> None:
         await _reserve(room, _ask("1", 900), wait_s=50)
         await ledger.end(Settle("1", exactly(0, 500), "complete"))
         reply = await _reserve(room, reserve("2", binding([POT]), call(600, 10)), wait_s=50)
-        assert isinstance(reply, NotBooked)
+        assert isinstance(reply, Refused)
         assert reply.refused.verdict is Verdict.EXHAUSTED
 
 
@@ -105,8 +105,8 @@ async def test_a_users_calls_come_in_in_their_order(tmp_path: Path) -> None:
         small = await _begin(room, _ask("3", 10))
         assert not small.done()
         await ledger.end(Settle("1", exactly(0, 1), "complete"))
-        assert isinstance(await large, Booked)
-        assert isinstance(await small, Booked)
+        assert isinstance(await large, Accepted)
+        assert isinstance(await small, Accepted)
 
 
 async def test_one_users_queue_holds_up_nobody_else(tmp_path: Path) -> None:
@@ -114,7 +114,7 @@ async def test_one_users_queue_holds_up_nobody_else(tmp_path: Path) -> None:
     async with _room(tmp_path) as (_, room):
         await _reserve(room, _ask("1", 600), wait_s=50)
         large = await _begin(room, _ask("2", 500))
-        assert isinstance(await _reserve(room, _ask("3", 10, "bob"), wait_s=50), Booked)
+        assert isinstance(await _reserve(room, _ask("3", 10, "bob"), wait_s=50), Accepted)
         assert not large.done()
         large.cancel()
 
@@ -125,7 +125,7 @@ async def test_who_gives_up_leaves_the_turn_to_the_next(tmp_path: Path) -> None:
         await _reserve(room, _ask("1", 600), wait_s=50)
         large, small = await _begin(room, _ask("2", 500)), await _begin(room, _ask("3", 10))
         large.cancel()
-        assert isinstance(await small, Booked)
+        assert isinstance(await small, Accepted)
         assert len(room) == 0
 
 
@@ -134,7 +134,7 @@ async def test_a_deadline_behind_another_gets_the_last_word(tmp_path: Path) -> N
     async with _room(tmp_path) as (_, room):
         await _reserve(room, _ask("1", 600), wait_s=50)
         large = await _begin(room, _ask("2", 500))
-        assert isinstance(await _reserve(room, _ask("3", 10), wait_s=0.01), Booked)
+        assert isinstance(await _reserve(room, _ask("3", 10), wait_s=0.01), Accepted)
         large.cancel()
 
 
@@ -143,7 +143,7 @@ async def test_a_queue_is_bounded(tmp_path: Path) -> None:
     async with _room(tmp_path) as (_, room):
         await _reserve(room, _ask("1", 900), wait_s=50)
         waiting = [await _begin(room, _ask(f"w{number}", 500)) for number in range(OF_A_USER_MAX)]
-        assert isinstance(await _reserve(room, _ask("2", 500), wait_s=50), NotBooked)
+        assert isinstance(await _reserve(room, _ask("2", 500), wait_s=50), Refused)
         for each in waiting:
             each.cancel()
         await asyncio.wait(waiting)
@@ -157,14 +157,14 @@ async def test_two_that_find_no_room_at_once_both_wait(tmp_path: Path) -> None:
         both = [asyncio.get_running_loop().create_task(_reserve(room, _ask(name, 500), wait_s=50)) for name in "ab"]
         await until(lambda: len(room) == 2)
         await ledger.end(Settle("1", exactly(0, 0), "complete"))
-        assert [isinstance(reply, Booked) for reply in await asyncio.gather(*both)] == [True, True]
+        assert [isinstance(reply, Accepted) for reply in await asyncio.gather(*both)] == [True, True]
 
 
 async def test_who_has_too_many_bytes_is_counted_and_asks_again(tmp_path: Path) -> None:
     """2000 bytes of input are 500 tokens, which fit into 1000; once let in it holds what was counted."""
     async with _room(tmp_path) as (_, room):
-        reply = await _reserve(room, reserve("1", ANN, rough(call(2000, 500))), wait_s=50)
-        assert isinstance(reply, Booked)
+        reply = await _reserve(room, reserve("1", ANN, estimated(call(2000, 500))), wait_s=50)
+        assert isinstance(reply, Accepted)
         assert reply.entry.hold == Amount(500, 500, 1)
 
 
@@ -178,21 +178,21 @@ async def test_who_waits_is_counted_once(tmp_path: Path) -> None:
             counts.append(call(500, 9))
             return counts[-1]
 
-        act = reserve("2", ANN, rough(call(2000, 9)))
-        waiting = asyncio.get_running_loop().create_task(room.reserve(act, wait_s=50, recount=recount))
+        operation = reserve("2", ANN, estimated(call(2000, 9)))
+        waiting = asyncio.get_running_loop().create_task(room.reserve(operation, wait_s=50, recount=recount))
         await until(lambda: len(room) == 1)
-        assert isinstance(await _reserve(room, _ask("3", 10, "bob"), wait_s=0), Booked)
+        assert isinstance(await _reserve(room, _ask("3", 10, "bob"), wait_s=0), Accepted)
         await ledger.end(Release("3"))
         await ledger.end(Settle("1", exactly(0, 100), "complete"))
-        assert isinstance(await waiting, Booked)
+        assert isinstance(await waiting, Accepted)
         assert len(counts) == 1
 
 
 async def test_who_can_not_be_let_in_by_its_tokens_either_is_refused(tmp_path: Path) -> None:
     """The refusal says how many tokens it needs, not how many bytes it has."""
     async with _room(tmp_path) as (_, room):
-        reply = await _reserve(room, reserve("1", ANN, rough(call(8000, 1))), wait_s=50)
-        assert isinstance(reply, NotBooked)
+        reply = await _reserve(room, reserve("1", ANN, estimated(call(8000, 1))), wait_s=50)
+        assert isinstance(reply, Refused)
         assert (reply.refused.verdict, reply.refused.blocks[0].needed) == (Verdict.NEVER, 2001)
 
 
@@ -203,10 +203,10 @@ def _grow(output: int, *, call_id: str = "1", least: int | None = None) -> Exten
     return extend(call_id, ANN, output, least=output if least is None else least)
 
 
-async def _growing(ledger: "_Noting", room: WaitingRoom, act: Extend) -> "asyncio.Task[Booked]":
+async def _growing(ledger: "_Noting", room: AdmissionQueue, operation: Extend) -> "asyncio.Task[Accepted]":
     """A growth that was asked for once, and waits or is done."""
     before = ledger.asked
-    begun = asyncio.get_running_loop().create_task(room.extend(act, wait_s=50, ask_s=50))
+    begun = asyncio.get_running_loop().create_task(room.extend(operation, wait_s=50, ask_s=50))
     await until(lambda: ledger.asked > before)
     for _ in range(2):  # after the first the question was answered, after the second the answer was seen
         await ledger.end(Settle("nobody", exactly(0), "complete"))
@@ -214,7 +214,9 @@ async def _growing(ledger: "_Noting", room: WaitingRoom, act: Extend) -> "asynci
 
 
 @asynccontextmanager
-async def _stream(folder: Path, kind: "type[_Noting] | None" = None) -> AsyncIterator[tuple["_Noting", WaitingRoom]]:
+async def _stream(
+    folder: Path, kind: "type[_Noting] | None" = None
+) -> AsyncIterator[tuple["_Noting", AdmissionQueue]]:
     """A stream of ann's that holds 100 + 100 of 1000, of which bob holds the rest."""
     async with _room(folder, kind) as (ledger, room):
         await _reserve(room, reserve("1", ANN, call(100, 900, 100, first=100)), wait_s=0)
@@ -226,10 +228,10 @@ async def test_a_stream_grows_at_once_where_there_is_room(tmp_path: Path) -> Non
     """And where it needs nothing that it does not hold."""
     async with _stream(tmp_path) as (ledger, room):
         reply = await room.extend(_grow(400, least=100), wait_s=50, ask_s=50)
-        assert (reply.verdict, reply.entry.hold.output) == (Verdict.ROOM, 100)
+        assert (reply.verdict, reply.entry.hold.output) == (Verdict.ALLOW, 100)
         await ledger.end(Settle("2", exactly(0, 0), "complete"))
         reply = await room.extend(_grow(900), wait_s=50, ask_s=50)
-        assert (reply.verdict, reply.entry.hold.output) == (Verdict.ROOM, 900)
+        assert (reply.verdict, reply.entry.hold.output) == (Verdict.ALLOW, 900)
 
 
 async def test_a_stream_waits_until_others_give_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -240,7 +242,7 @@ async def test_a_stream_waits_until_others_give_back(tmp_path: Path, monkeypatch
         assert not waiting.done()
         await ledger.end(Settle("2", exactly(0, 300), "complete"))
         reply = await waiting
-        assert (reply.verdict, reply.entry.hold.output) == (Verdict.ROOM, 400)
+        assert (reply.verdict, reply.entry.hold.output) == (Verdict.ALLOW, 400)
         assert len(room) == 0
 
 
@@ -265,7 +267,7 @@ async def test_a_stream_takes_what_it_can_get_while_it_waits(tmp_path: Path, mon
 class _Silent(_Noting):
     """A ledger of which another process gives back: nobody here is told."""
 
-    def when_freed(self, tell: Callable[[set[CounterKey]], object]) -> None:
+    def on_freed(self, tell: Callable[[set[CounterKey]], object]) -> None:
         pass
 
 
@@ -277,8 +279,8 @@ async def test_whoever_waits_asks_now_and_then_without_being_woken(
     async with _stream(tmp_path, _Silent) as (ledger, room):
         growing, wanting = await _growing(ledger, room, _grow(400)), await _begin(room, _ask("3", 300, "carl"))
         await ledger.end(Settle("2", exactly(0, 0), "complete"))
-        assert (await growing).verdict is Verdict.ROOM
-        assert isinstance(await wanting, Booked)
+        assert (await growing).verdict is Verdict.ALLOW
+        assert isinstance(await wanting, Accepted)
 
 
 async def test_a_stream_is_woken_by_an_input_that_turned_out_smaller(
@@ -291,7 +293,7 @@ async def test_a_stream_is_woken_by_an_input_that_turned_out_smaller(
         await _reserve(room, reserve("3", binding([POT], user="bob"), call(700, 100)), wait_s=0)
         waiting = await _growing(ledger, room, _grow(400))
         await ledger.extend(extend("3", binding([POT], user="bob"), 0, input_tokens=100))
-        assert (await waiting).verdict is Verdict.ROOM
+        assert (await waiting).verdict is Verdict.ALLOW
 
 
 @pytest.mark.parametrize("wait_s", [0, 0.01])
@@ -332,7 +334,7 @@ async def test_a_ledger_that_takes_too_long_is_as_good_as_none(tmp_path: Path) -
                 await room.extend(_grow(400), wait_s=50, ask_s=0.01)
             other.execute("ROLLBACK")
         reply = await room.extend(_grow(500), wait_s=50, ask_s=50)
-        assert (reply.verdict, reply.entry.hold.output) == (Verdict.ROOM, 500)
+        assert (reply.verdict, reply.entry.hold.output) == (Verdict.ALLOW, 500)
 
 
 async def test_an_end_that_is_not_a_streams_own_wakes_only_whom_it_concerns(

@@ -13,8 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
-from proxy.ledger.book import Booked, Expire, Facts, Release, Reserve, Settle
-from proxy.ledger.rollup import COUNT, DELETE_CALLS, DELETE_DAYS, Records, id_at
+from proxy.ledger.book import Accepted, CallLabels, Expire, Release, Reserve, Settle
+from proxy.ledger.rollup import COUNT, DELETE_CALLS, DELETE_DAYS, Rollup, call_id_prefix
 from proxy.ledger.store import StoreUnavailable
 from proxy.policy.amounts import AtLeast, Exactly, Tokens, Unspent
 from proxy.policy.policy import Keep
@@ -39,17 +39,17 @@ class Place:
         self.tell = lambda now: None
         self.seen = {}
 
-    async def apply(self, *acts):
+    async def apply(self, *operations):
         self.tell(self.now)
-        for answer in await self.store.apply(acts, self.now):
-            if isinstance(answer, Booked):
+        for answer in await self.store.apply(operations, self.now):
+            if isinstance(answer, Accepted):
                 self.seen[answer.entry.id] = answer.entry
 
     async def reserve(self, number, *, user="ann", model="small"):
         """A call that came just now; its id."""
-        entry_id = f"{id_at(self.now)}{number:020x}"
-        facts = Facts(user, model, "chat", "openai")
-        await self.apply(Reserve(entry_id, "process-1", facts, binding([PLENTY], user=user), call(100, 400)))
+        entry_id = f"{call_id_prefix(self.now)}{number:020x}"
+        labels = CallLabels(user, model, "chat", "openai")
+        await self.apply(Reserve(entry_id, "process-1", labels, binding([PLENTY], user=user), call(100, 400)))
         return entry_id
 
     async def ended(self, numbers, **who):
@@ -97,7 +97,7 @@ class Place:
             pass
 
     async def delete(self, before, limit=100):
-        return (await self.store.tend(DELETE_CALLS, limit, None, before, id_at(before))).rows
+        return (await self.store.tend(DELETE_CALLS, limit, None, before, call_id_prefix(before))).rows
 
     def expected(self):
         """The sums as they follow from what the ledger said of each call."""
@@ -108,7 +108,7 @@ class Place:
             tokens = entry.usage.tokens if entry.usage else Tokens(0, 0)
             requests = 0 if entry.usage is None else getattr(entry.usage, "requests", 1)
             used = [tokens.input, tokens.output, tokens.cached, tokens.reasoning, isinstance(entry.usage, AtLeast)]
-            key = (entry.reserved_at // DAY * DAY, entry.facts.user, entry.through, entry.facts.model)
+            key = (entry.reserved_at // DAY * DAY, entry.labels.user, entry.admitted_via, entry.labels.model)
             sums[key] = [a + b for a, b in zip(sums.get(key, [0] * 7), [1, requests, *used], strict=True)]
         return sums
 
@@ -135,7 +135,7 @@ async def place(engine, tmp_path):
 
 
 def records(place, **keep):
-    return Records(place.store, now=lambda: place.now, keep=lambda: Keep(**keep), pause_s=0)
+    return Rollup(place.store, now=lambda: place.now, keep=lambda: Keep(**keep), pause_s=0)
 
 
 ENDS = st.sampled_from(
@@ -377,7 +377,7 @@ async def test_a_step_begins_where_the_last_one_ended(tmp_path, monkeypatch):
         watched = Watched(place.store)
         place.now += 3 * DAY
         keep = Keep(calls_ms=DAY, days_ms=DAY)
-        await Records(watched, now=lambda: place.now, keep=lambda: keep, pause_s=0).tend()
+        await Rollup(watched, now=lambda: place.now, keep=lambda: keep, pause_s=0).tend()
         steps = [(None, 2), (ids[1], 2), (ids[3], 1)]
         assert watched.began == [*steps, *steps, (None, 1)]
 

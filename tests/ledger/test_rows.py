@@ -2,7 +2,7 @@
 
 import pytest
 
-from proxy.ledger.book import Act, Books, Expire, Release, Settle
+from proxy.ledger.book import Book, Expire, Operation, Release, Settle
 from proxy.ledger.rows import CHANGING, Changes, changes_of, counters_of, entry_of, keys_of
 from proxy.ledger.schema import calls
 from proxy.policy.amounts import AtLeast, Exactly, Tokens, Unspent
@@ -23,11 +23,11 @@ ENDS = [
 ]
 
 
-def booked(*acts: Act, books: Books | None = None, now: int = NOON) -> Books:
+def booked(*operations: Operation, books: Book | None = None, now: int = NOON) -> Book:
     """The books after these acts, and after what stands in others."""
-    books = Books(books.counters, books.entries, now) if books else Books({}, {}, now)
-    for act in acts:
-        books.apply(act)
+    books = Book(books.counters, books.entries, now) if books else Book({}, {}, now)
+    for operation in operations:
+        books.apply(operation)
     return books
 
 

@@ -16,11 +16,11 @@ from pathlib import Path
 
 import pytest
 
-from proxy.ledger.book import Booked, Expire, Facts, NotBooked, Release, Settle, Unknown
+from proxy.ledger.book import Accepted, CallLabels, Expire, Refused, Release, Settle, Unknown
 from proxy.ledger.schema import NewerSchema
 from proxy.ledger.sqlite import SqliteStore
 from proxy.ledger.store import Chore, Done, StoreInUse, StoreRefused, StoreUnavailable
-from proxy.policy.admission import Uncounted, Verdict
+from proxy.policy.admission import NeedsCount, Verdict
 from proxy.policy.amounts import Amount, AtLeast, Exactly, Tokens, Unspent
 from tests.audit import audit, connected, contents, rows, states
 from tests.breakage import (
@@ -35,7 +35,7 @@ from tests.breakage import (
     unfit,
     writers,
 )
-from tests.builders import DAY, HOUR, NOON, amount, binding, call, exactly, extend, quota, reserve, rough
+from tests.builders import DAY, HOUR, NOON, amount, binding, call, estimated, exactly, extend, quota, reserve
 
 DAILY = quota("staff/daily", tokens=1000)
 ANN = binding([DAILY])
@@ -98,8 +98,10 @@ async def test_a_call_is_read_as_it_was_booked(store, path, ends, is_one_batch):
     if is_one_batch:
         *_, booked = await store.apply([reserved, *ends], NOON)
     else:
-        *_, booked = [(await store.apply([act], NOON + later))[0] for later, act in enumerate([reserved, *ends])]
-    assert isinstance(booked, Booked)
+        *_, booked = [
+            (await store.apply([operation], NOON + later))[0] for later, operation in enumerate([reserved, *ends])
+        ]
+    assert isinstance(booked, Accepted)
     assert (booked.entry.capped_by, booked.entry.would_refuse) == ("staff/6h", ("watch/tiny",))
     assert await store.read_entry("1") == booked.entry
     assert await store.read_counters(WATCHED.keys()) == booked.counters
@@ -137,8 +139,8 @@ async def test_a_call_that_grows_is_read_as_it_was_booked(store, path, ends):
     """Through windows and with several lines for one counter; what it is in the file decides what comes next."""
     [booked] = await store.apply([reserve("1", GROWING, call(100, 400, 50, first=50))], NOON)
     assert (booked.entry.hold.output, booked.entry.maximum, len(booked.entry.lines)) == (50, 400, 5)
-    for now, act, lines in GROWTH:
-        [booked] = await store.apply([act], now)
+    for now, operation, lines in GROWTH:
+        [booked] = await store.apply([operation], now)
         assert len(booked.entry.lines) == lines
         assert await store.read_entry("1") == booked.entry
         audit(path)
@@ -152,13 +154,13 @@ async def test_a_call_that_grows_is_read_as_it_was_booked(store, path, ends):
 
 async def test_how_long_an_answer_may_become_is_read_as_it_was_booked(store):
     """Where nobody knows it is nothing, which is not 0."""
-    acts = [
+    operations = [
         reserve("known", ANN, call(1, 40)),
         reserve("none", ANN, call(1)),
         reserve("unknown", ANN, call(1, 40, open_ended=True)),
     ]
-    await store.apply(acts, NOON)
-    assert [(await store.read_entry(act.id)).maximum for act in acts] == [40, 0, None]
+    await store.apply(operations, NOON)
+    assert [(await store.read_entry(operation.id)).maximum for operation in operations] == [40, 0, None]
 
 
 async def test_a_growth_sees_the_counters_of_quotas_that_others_opened(store, path):
@@ -174,7 +176,7 @@ async def test_a_growth_sees_the_counters_of_quotas_that_others_opened(store, pa
 
 async def test_a_call_that_has_to_be_counted_leaves_no_trace(store, path):
     """No row, no counter: it comes again."""
-    assert await store.apply([reserve("1", ANN, rough(call(100, 400)))], NOON) == [Uncounted()]
+    assert await store.apply([reserve("1", ANN, estimated(call(100, 400)))], NOON) == [NeedsCount()]
     assert (rows(path, "calls"), rows(path, "counters")) == ([], [])
 
 
@@ -182,8 +184,8 @@ async def test_a_call_that_has_to_be_counted_leaves_no_trace(store, path):
 async def test_names_of_any_kind_are_names(store, path, name):
     """No quoting anywhere turns one into another, or into an instruction."""
     who = replace(ANN, user=name)
-    act = replace(reserve(name, who, CALL), facts=Facts(name, name, name, name))
-    await store.apply([act, *(reserve(f"{name}{number}", ANN, call(1)) for number in range(3))], NOON)
+    operation = replace(reserve(name, who, CALL), labels=CallLabels(name, name, name, name))
+    await store.apply([operation, *(reserve(f"{name}{number}", ANN, call(1)) for number in range(3))], NOON)
     [booked] = await store.apply([Settle(name, exactly(90, 60), "complete")], NOON)
     assert booked.entry == await store.read_entry(name)
     assert booked.counters == {DAILY.key_for(name): (await all_of(store, who))[0]}
@@ -207,13 +209,13 @@ async def test_a_response_leads_to_the_call_that_made_it(store):
     """Known from the commit of its settle on; of an id that came twice to the newest, whoever made that one."""
     bob = replace(ANN, user="bob")
     await store.apply([reserve("1", ANN, CALL), reserve("2", bob, CALL), reserve("3", ANN, CALL)], NOON)
-    assert await store.read_maker("resp_1") is None
+    assert await store.find_response_entry("resp_1") is None
     [first] = await store.apply([Settle("1", exactly(1, 1), "complete", response_id="resp_1")], NOON)
-    assert await store.read_maker("resp_1") == first.entry
+    assert await store.find_response_entry("resp_1") == first.entry
     [_, second] = await store.apply([Expire("2"), Settle("2", exactly(1, 1), "complete", response_id="resp_1")], NOON)
     await store.apply([Settle("3", exactly(1, 1), "complete")], NOON)
-    assert await store.read_maker("resp_1") == second.entry
-    assert await store.read_maker("' OR ''='") is None
+    assert await store.find_response_entry("resp_1") == second.entry
+    assert await store.find_response_entry("' OR ''='") is None
 
 
 async def test_the_largest_numbers_are_read_as_they_were_written(store):
@@ -228,7 +230,7 @@ async def test_acts_see_what_other_batches_wrote(store, path):
     """A refusal counts what a batch long ago let in; a repeated reserve finds its entry."""
     [first] = await store.apply([reserve("1", ANN, CALL)], NOON)
     [full, again] = await store.apply([reserve("2", ANN, call(600)), reserve("1", ANN, CALL)], NOON)
-    assert isinstance(full, NotBooked)
+    assert isinstance(full, Refused)
     assert full.counters == first.counters
     assert again == first
     assert states(path) == {"1": "open"}
@@ -248,7 +250,7 @@ async def test_a_batch_may_touch_any_number_of_counters(store, path):
     who = binding(many)
     await store.apply([reserve("1", who, call(1)), SETTLED], NOON)
     [refused] = await store.apply([reserve("2", who, call(1))], NOON)
-    assert isinstance(refused, NotBooked)
+    assert isinstance(refused, Refused)
     assert len(refused.refused.blocks) == len(many)
     assert len(await store.read_counters(who.keys())) == len(many)
 
@@ -258,10 +260,10 @@ async def test_a_batch_may_touch_any_number_of_counters(store, path):
 
 async def test_a_batch_is_one_transaction(store, path):
     """However many acts: their answers share the cost of one commit."""
-    acts = [reserve(str(number), ANN, call(1)) for number in range(200)]
+    operations = [reserve(str(number), ANN, call(1)) for number in range(200)]
     with commits() as seen:
-        await store.apply(acts, NOON)
-        await store.apply([*(Release(act.id) for act in acts), reserve("last", ANN, call(1))], NOON)
+        await store.apply(operations, NOON)
+        await store.apply([*(Release(operation.id) for operation in operations), reserve("last", ANN, call(1))], NOON)
     assert len(seen) == 2
     audit(path)
 
@@ -340,11 +342,11 @@ async def test_a_database_that_cannot_be_written_is_unavailable(faulty, path, fa
     store, writer = faulty
     await store.apply([reserve("1", ANN, CALL)], NOON)
     before = contents(path)
-    acts = [SETTLED, *many(1000, 300)]
+    operations = [SETTLED, *many(1000, 300)]
     with fault(path, writer), pytest.raises(StoreUnavailable):
-        await store.apply(acts, NOON)
+        await store.apply(operations, NOON)
     assert contents(path) == before
-    await store.apply(acts, NOON)
+    await store.apply(operations, NOON)
     assert await levels(store) == (Amount(90, 60, 1), Amount())
     assert len(states(path)) == 301
     audit(path)
@@ -427,8 +429,8 @@ async def test_a_lease_is_written_once_for_each_process(store, path):
 
 async def test_orphans_are_open_calls_of_others(store):
     """Not one's own, and none that has ended; no more at once than asked for."""
-    acts = [replace(reserve(str(number), ANN, call(1)), owner=f"process-{number % 2}") for number in range(8)]
-    await store.apply([*acts, Settle("0", exactly(1), "complete"), Release("2"), Expire("1")], NOON)
+    operations = [replace(reserve(str(number), ANN, call(1)), owner=f"process-{number % 2}") for number in range(8)]
+    await store.apply([*operations, Settle("0", exactly(1), "complete"), Release("2"), Expire("1")], NOON)
     assert sorted(await store.orphans("process-0", NOON, limit=10)) == ["3", "5", "7"]
     assert sorted(await store.orphans("process-1", NOON, limit=10)) == ["4", "6"]
     assert sorted(await store.orphans("process-2", NOON, limit=10)) == ["3", "4", "5", "6", "7"]
@@ -437,8 +439,8 @@ async def test_orphans_are_open_calls_of_others(store):
 
 async def test_of_workers_orphans_are_those_whose_lease_has_run_out(store, path):
     """The others are alive and in the middle of their calls."""
-    acts = [replace(reserve(str(number), ANN, call(1)), owner=f"process-{number}") for number in range(3)]
-    await store.apply(acts, NOON)
+    operations = [replace(reserve(str(number), ANN, call(1)), owner=f"process-{number}") for number in range(3)]
+    await store.apply(operations, NOON)
     worker = SqliteStore(path, lock=store.hand_over())
     await worker.open()
     await worker.renew("process-1", NOON, lease_ms=0)
@@ -510,9 +512,11 @@ async def test_workers_make_the_schema_once(path):
     """However many begin at once on a file that is not there yet."""
     workers = [worker_of(path) for _ in range(4)]
     await asyncio.gather(*(worker.open() for worker in workers))
-    acts = [reserve(str(number), ANN, call(100)) for number in range(12)]
-    answers = await asyncio.gather(*(workers[n % 4].apply([act], NOON) for n, act in enumerate(acts)))
-    assert sum(isinstance(answer, Booked) for [answer] in answers) == 10
+    operations = [reserve(str(number), ANN, call(100)) for number in range(12)]
+    answers = await asyncio.gather(
+        *(workers[n % 4].apply([operation], NOON) for n, operation in enumerate(operations))
+    )
+    assert sum(isinstance(answer, Accepted) for [answer] in answers) == 10
     audit(path)
     for worker in workers:
         await worker.close()
@@ -533,7 +537,7 @@ async def test_workers_take_turns(path):
     await waiting
     with pytest.raises(ZeroDivisionError):
         await first.apply([unfit(reserve("2", ANN, CALL), binding=BrokenBinding())], NOON)
-    assert isinstance((await second.apply([SETTLED], NOON))[0], Booked)
+    assert isinstance((await second.apply([SETTLED], NOON))[0], Accepted)
     await first.close()
     await second.close()
 

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from proxy.policy.admission import (
     Admitted,
     Counters,
-    Growth,
-    Refused,
-    Uncounted,
+    HoldIncrease,
+    NeedsCount,
+    NotAdmitted,
     Verdict,
     Wish,
     decide,
@@ -24,9 +24,9 @@ from proxy.policy.admission import (
     hold_of,
 )
 from proxy.policy.amounts import NOTHING, Amount
-from proxy.policy.quota import Binding, Counter, Demand, Limit, Quota, Route, standing_at
+from proxy.policy.quota import Binding, Counter, Demand, GroupQuotas, Limit, Quota, counter_at
 from proxy.policy.windows import Window
-from tests.builders import DAY, NOON, amount, binding, call, counters, instant, quota, rough, route
+from tests.builders import DAY, NOON, amount, binding, call, counters, estimated, instant, quota, route
 from tests.random_rules import bindings, counters_of, demands
 
 ONE_OCLOCK = instant("2026-11-24 13:00")
@@ -39,9 +39,9 @@ DAILY = quota("staff/daily", tokens=1000)
 # -------------------------------------------------------------------------------------------- the words of the tables
 
 
-def room(through: str, output: int, *charged: str) -> tuple[object, ...]:
+def room(admitted_via: str, output: int, *charged: str) -> tuple[object, ...]:
     """Let in through a group, for an answer of at most `output`, held of and charged to these quotas."""
-    return ("room", through, output, set(charged))
+    return ("room", admitted_via, output, set(charged))
 
 
 def busy(*quotas: str) -> tuple[object, ...]:
@@ -59,16 +59,16 @@ def never(*quotas: str) -> tuple[object, ...]:
     return ("never", set(quotas), None)
 
 
-def told(decision: Admitted | Refused | Uncounted) -> tuple[object, ...]:
+def told(decision: Admitted | NotAdmitted | NeedsCount) -> tuple[object, ...]:
     """A decision in the words above."""
     if isinstance(decision, Admitted):
-        return room(decision.through, decision.hold.output, *(hold.quota.id for hold in decision.holds))
-    if isinstance(decision, Uncounted):
+        return room(decision.admitted_via, decision.hold.output, *(hold.quota.id for hold in decision.holds))
+    if isinstance(decision, NeedsCount):
         return ("uncounted",)
-    return (decision.verdict.name.lower(), {block.quota.id for block in decision.blocks}, decision.let_in_at)
+    return (decision.verdict.name.lower(), {block.quota.id for block in decision.blocks}, decision.admissible_at)
 
 
-def played(who: Binding, demand: Demand, used: dict, held: dict) -> Admitted | Refused | Uncounted:
+def played(who: Binding, demand: Demand, used: dict, held: dict) -> Admitted | NotAdmitted | NeedsCount:
     return decide(demand, who, counters(who, used=used, held=held), NOON)
 
 
@@ -166,7 +166,7 @@ def test_an_exact_quota_weighs_each_limit_by_itself(limits, used, held, demand, 
     if isinstance(expected, int):
         assert isinstance(decision, Admitted)
         assert decision.hold == Amount(demand.input, expected, 1)
-        assert (decision.capped_by is None) is (expected == demand.want)
+        assert (decision.capped_by is None) is (expected == demand.output_maximum)
     else:
         assert told(decision)[0] == expected
 
@@ -255,14 +255,14 @@ def test_a_stream_holds_a_part_of_what_its_answer_may_become(limits, used, held,
         return
     output, maximum = expected
     assert (decision.hold, decision.maximum) == (Amount(demand.input, output, 1), maximum)
-    assert (decision.capped_by is None) is (maximum in (None, demand.want))
+    assert (decision.capped_by is None) is (maximum in (None, demand.output_maximum))
 
 
 def test_a_way_in_is_chosen_by_the_whole_answer_not_by_its_first_part():
     """Else a stream would come in where it soon meets the limit, with room elsewhere."""
     lab = quota("lab/6h", tokens=1000, per="6h")
     decision = played(binding([DAILY], [lab]), call(100, 400, 100, first=100), {DAILY.id: 601}, {})
-    assert (decision.through, decision.maximum) == ("lab", 400)
+    assert (decision.admitted_via, decision.maximum) == ("lab", 400)
     assert {hold.quota.id: hold.amount for hold in decision.holds} == dict.fromkeys(
         (lab.id, DAILY.id), Amount(100, 100, 1)
     )
@@ -300,38 +300,64 @@ def test_an_overdraft_of_200_lets_answers_end_and_nobody_in(limits, used, held, 
         assert told(decision)[0] == expected
     else:
         assert (decision.hold, decision.maximum) == (Amount(demand.input, expected, 1), expected)
-        assert (decision.capped_by is None) is (expected == demand.want)
+        assert (decision.capped_by is None) is (expected == demand.output_maximum)
 
 
 @pytest.mark.parametrize(
     ("each", "used", "held", "demand", "hold"),
     [
-        pytest.param({"tokens": 1000}, 0, 0, call(100, 400, unseen=50), Amount(150, 400, 1), id="there is room"),
-        pytest.param({"tokens": 1000}, 0, 0, call(100, 400, unseen=9999), Amount(600, 400, 1), id="all that is free"),
-        pytest.param({"tokens": 1000}, 500, 0, call(100, 400, unseen=50), Amount(100, 400, 1), id="none is free"),
-        pytest.param({"tokens": 1000}, 0, 0, call(100, 4000, 1, unseen=50), Amount(100, 900, 1), id="answer first"),
+        pytest.param(
+            {"tokens": 1000}, 0, 0, call(100, 400, hidden_input=50), Amount(150, 400, 1), id="there is room"
+        ),
+        pytest.param(
+            {"tokens": 1000}, 0, 0, call(100, 400, hidden_input=9999), Amount(600, 400, 1), id="all that is free"
+        ),
+        pytest.param(
+            {"tokens": 1000}, 500, 0, call(100, 400, hidden_input=50), Amount(100, 400, 1), id="none is free"
+        ),
+        pytest.param(
+            {"tokens": 1000}, 0, 0, call(100, 4000, 1, hidden_input=50), Amount(100, 900, 1), id="answer first"
+        ),
         pytest.param(
             {"tokens": 1000},
             0,
             0,
-            call(100, 400, 100, first=100, unseen=9999),
+            call(100, 400, 100, first=100, hidden_input=9999),
             Amount(600, 100, 1),
             id="beside the whole answer, also where that is held in parts",
         ),
-        pytest.param({"tokens": 1000}, 0, 1, call(100, 400, unseen=9999), None, id="free, but held: it waits"),
-        pytest.param({"tokens": 1000}, 0, 450, call(100, 400, unseen=50), Amount(150, 400, 1), id="not in the way"),
-        pytest.param({"input_tokens": 300}, 0, 0, call(100, 400, unseen=9999), Amount(300, 400, 1), id="input alone"),
-        pytest.param({"output_tokens": 400}, 0, 0, call(100, 400, unseen=50), Amount(150, 400, 1), id="output alone"),
-        pytest.param({"requests": 1}, 0, 0, call(100, 400, unseen=50), Amount(150, 400, 1), id="requests alone"),
+        pytest.param({"tokens": 1000}, 0, 1, call(100, 400, hidden_input=9999), None, id="free, but held: it waits"),
         pytest.param(
-            {"tokens": 1000, "input_tokens": 120}, 0, 0, call(100, 9, unseen=50), Amount(120, 9, 1), id="the tightest"
-        ),
-        pytest.param({"tokens": 1000}, 0, 0, call(100, unseen=9999), Amount(1000, 0, 1), id="embeddings"),
-        pytest.param(
-            {"tokens": 1000, "overdraft": 200}, 0, 0, call(100, 400, unseen=9999), Amount(600, 400, 1), id="overdraft"
+            {"tokens": 1000}, 0, 450, call(100, 400, hidden_input=50), Amount(150, 400, 1), id="not in the way"
         ),
         pytest.param(
-            {"tokens": 1000, "enforce": "after"}, 999, 0, call(100, 9, unseen=50), Amount(150, 9, 1), id="after"
+            {"input_tokens": 300}, 0, 0, call(100, 400, hidden_input=9999), Amount(300, 400, 1), id="input alone"
+        ),
+        pytest.param(
+            {"output_tokens": 400}, 0, 0, call(100, 400, hidden_input=50), Amount(150, 400, 1), id="output alone"
+        ),
+        pytest.param(
+            {"requests": 1}, 0, 0, call(100, 400, hidden_input=50), Amount(150, 400, 1), id="requests alone"
+        ),
+        pytest.param(
+            {"tokens": 1000, "input_tokens": 120},
+            0,
+            0,
+            call(100, 9, hidden_input=50),
+            Amount(120, 9, 1),
+            id="the tightest",
+        ),
+        pytest.param({"tokens": 1000}, 0, 0, call(100, hidden_input=9999), Amount(1000, 0, 1), id="embeddings"),
+        pytest.param(
+            {"tokens": 1000, "overdraft": 200},
+            0,
+            0,
+            call(100, 400, hidden_input=9999),
+            Amount(600, 400, 1),
+            id="overdraft",
+        ),
+        pytest.param(
+            {"tokens": 1000, "enforce": "after"}, 999, 0, call(100, 9, hidden_input=50), Amount(150, 9, 1), id="after"
         ),
     ],
 )
@@ -344,7 +370,7 @@ def test_of_what_a_call_does_not_show_as_much_is_held_as_is_free(each, used, hel
 
 def test_what_is_not_shown_is_held_wherever_the_call_is_charged():
     """A quota beside that can't carry it is left alone; without quotas it is held as a whole."""
-    big, demand = quota("lab/big", tokens=9000), call(100, 400, unseen=5000)
+    big, demand = quota("lab/big", tokens=9000), call(100, 400, hidden_input=5000)
     decision = played(binding([big], [DAILY]), demand, {}, {})
     assert [(hold.quota.id, hold.amount) for hold in decision.holds] == [(big.id, Amount(5100, 400, 1))]
     assert played(binding(), demand, {}, {}).hold == Amount(5100, 400, 1)
@@ -402,9 +428,9 @@ def test_near_a_limit_an_input_is_counted_before_it_is_decided_on(who, used, hel
 
     Never twice, and never where a count can't help.
     """
-    [by_bytes, counted] = [played(who, each, {"s/q": used}, {"s/q": held}) for each in (rough(demand), demand)]
-    assert not isinstance(counted, Uncounted)
-    assert by_bytes == (Uncounted() if is_counted else counted)
+    [by_bytes, counted] = [played(who, each, {"s/q": used}, {"s/q": held}) for each in (estimated(demand), demand)]
+    assert not isinstance(counted, NeedsCount)
+    assert by_bytes == (NeedsCount() if is_counted else counted)
 
 
 # ------------------------------------------------------------------------------------- several quotas, several groups
@@ -925,51 +951,53 @@ def test_a_shadow_on_output_alone_does_not_watch_embeddings():
 OWN = Amount(100, 100, 1)
 
 
-def grown(who: Binding, wish: Wish, *, through: str, used: Mapping, others: Mapping, not_held: tuple = ()) -> Growth:
+def grown(
+    who: Binding, wish: Wish, *, admitted_via: str, used: Mapping, others: Mapping, not_held: tuple = ()
+) -> HoldIncrease:
     """How a call that holds OWN of all quotas of a binding grows; `others` is what is held beside that."""
     held = {each.id: amount(others.get(each.id, 0)) + hold_of(each, OWN) for each in who.quotas}
     found = counters(who, used=used, held=held)
     at = {each.id: found[each.key_for("ann")] for each in who.quotas if each.id not in not_held}
-    return grow(wish, who, through, own={each.id: hold_of(each, OWN) for each in who.quotas}, at=at)
+    return grow(wish, who, admitted_via, own={each.id: hold_of(each, OWN) for each in who.quotas}, at=at)
 
 
 @pytest.mark.parametrize(
     ("each", "used", "others", "wish", "output", "verdict"),
     [
         # tokens: limit 1000, of which the call itself holds 200
-        pytest.param({"tokens": 1000}, 0, 0, Wish(300, 1), 300, "ROOM", id="room to spare"),
-        pytest.param({"tokens": 1000}, 500, 0, Wish(300, 1), 300, "ROOM", id="to the last token"),
-        pytest.param({"tokens": 1000}, 501, 0, Wish(300, 299), 299, "ROOM", id="in part, but enough to go on"),
+        pytest.param({"tokens": 1000}, 0, 0, Wish(300, 1), 300, "ALLOW", id="room to spare"),
+        pytest.param({"tokens": 1000}, 500, 0, Wish(300, 1), 300, "ALLOW", id="to the last token"),
+        pytest.param({"tokens": 1000}, 501, 0, Wish(300, 299), 299, "ALLOW", id="in part, but enough to go on"),
         pytest.param({"tokens": 1000}, 501, 0, Wish(300, 300), 299, "EXHAUSTED", id="in part, and not enough"),
         pytest.param({"tokens": 1000}, 800, 0, Wish(300, 1), 0, "EXHAUSTED", id="nothing is left"),
-        pytest.param({"tokens": 1000}, 800, 0, Wish(300, 0), 0, "ROOM", id="nothing is left, nothing is needed"),
+        pytest.param({"tokens": 1000}, 800, 0, Wish(300, 0), 0, "ALLOW", id="nothing is left, nothing is needed"),
         pytest.param({"tokens": 1000}, 5000, 0, Wish(300, 1), 0, "EXHAUSTED", id="the limit was lowered"),
-        pytest.param({"tokens": 1000}, 0, 501, Wish(300, 299), 299, "ROOM", id="others hold some"),
+        pytest.param({"tokens": 1000}, 0, 501, Wish(300, 299), 299, "ALLOW", id="others hold some"),
         pytest.param({"tokens": 1000}, 0, 501, Wish(300, 300), 299, "BUSY", id="others hold what is needed"),
         pytest.param({"tokens": 1000}, 0, 800, Wish(300, 1), 0, "BUSY", id="others hold all"),
         pytest.param({"tokens": 1000}, 500, 300, Wish(400, 301), 0, "EXHAUSTED", id="and could not give enough back"),
         pytest.param({"tokens": 1000}, 500, 300, Wish(400, 300), 0, "BUSY", id="and could give back just enough"),
-        pytest.param({"tokens": 1000}, 0, 0, Wish(0, 0), 0, "ROOM", id="nothing is wanted"),
+        pytest.param({"tokens": 1000}, 0, 0, Wish(0, 0), 0, "ALLOW", id="nothing is wanted"),
         # the other limits
-        pytest.param({"tokens": 1000, "overdraft": 50}, 800, 0, Wish(300, 50), 50, "ROOM", id="overdraft"),
+        pytest.param({"tokens": 1000, "overdraft": 50}, 800, 0, Wish(300, 50), 50, "ALLOW", id="overdraft"),
         pytest.param({"tokens": 1000, "overdraft": 50}, 800, 0, Wish(300, 51), 50, "EXHAUSTED", id="and no further"),
-        pytest.param({"output_tokens": 400}, Amount(999, 100, 1), 0, Wish(300, 1), 200, "ROOM", id="output"),
+        pytest.param({"output_tokens": 400}, Amount(999, 100, 1), 0, Wish(300, 1), 200, "ALLOW", id="output"),
         pytest.param({"output_tokens": 400}, 0, Amount(0, 300, 1), Wish(300, 1), 0, "BUSY", id="output: held"),
         pytest.param(
-            {"output_tokens": 400, "overdraft": 50}, 0, 0, Wish(999, 1), 350, "ROOM", id="output: overdraft"
+            {"output_tokens": 400, "overdraft": 50}, 0, 0, Wish(999, 1), 350, "ALLOW", id="output: overdraft"
         ),
-        pytest.param({"tokens": 1000, "output_tokens": 150}, 0, 0, Wish(300, 1), 50, "ROOM", id="the tightest"),
-        pytest.param({"input_tokens": 100}, 999, 999, Wish(300, 300), 300, "ROOM", id="input doesn't bind answers"),
-        pytest.param({"requests": 1}, 9, 9, Wish(300, 300), 300, "ROOM", id="nor do requests"),
+        pytest.param({"tokens": 1000, "output_tokens": 150}, 0, 0, Wish(300, 1), 50, "ALLOW", id="the tightest"),
+        pytest.param({"input_tokens": 100}, 999, 999, Wish(300, 300), 300, "ALLOW", id="input doesn't bind answers"),
+        pytest.param({"requests": 1}, 9, 9, Wish(300, 300), 300, "ALLOW", id="nor do requests"),
         pytest.param(
-            {"tokens": 10, "enforce": "after"}, 99, 99, Wish(300, 300), 300, "ROOM", id="after stops nobody"
+            {"tokens": 10, "enforce": "after"}, 99, 99, Wish(300, 300), 300, "ALLOW", id="after stops nobody"
         ),
     ],
 )
 def test_a_hold_grows_as_far_as_there_is_room(each, used, others, wish, output, verdict):
     """It takes what it can get; where that is too little to go on, waiting may help (BUSY) or not (EXHAUSTED)."""
     daily = quota("staff/daily", **each)
-    growth = grown(binding([daily]), wish, through="staff", used={daily.id: used}, others={daily.id: others})
+    growth = grown(binding([daily]), wish, admitted_via="staff", used={daily.id: used}, others={daily.id: others})
     assert (growth.output, growth.verdict, growth.left_alone) == (output, Verdict[verdict], ())
     assert [(hold.quota, hold.amount) for hold in growth.holds] == [(daily, hold_of(daily, Amount(output=output)))]
 
@@ -984,46 +1012,46 @@ CLASSICAL = quota("lab/after", tokens=100, enforce="after")
 @pytest.mark.parametrize(
     ("who", "through", "used", "others", "output", "verdict", "grows", "left_alone"),
     [
-        pytest.param(binding([DAILY], always=[EVERYONES]), "staff", {EVERYONES.id: 1600}, {}, 200, "ROOM",
+        pytest.param(binding([DAILY], always=[EVERYONES]), "staff", {EVERYONES.id: 1600}, {}, 200, "ALLOW",
                      {EVERYONES.id, DAILY.id}, set(), id="the tightest of the way in"),
         pytest.param(binding([DAILY], always=[EVERYONES]), "staff", {EVERYONES.id: 1800}, {DAILY.id: 800}, 0,
                      "EXHAUSTED", {EVERYONES.id, DAILY.id}, set(), id="used up is worse than held"),
         pytest.param(binding([DAILY], always=[EVERYONES]), "staff", {}, {EVERYONES.id: 1800}, 0, "BUSY",
                      {EVERYONES.id, DAILY.id}, set(), id="everyone's is held"),
         # beside
-        pytest.param(binding([DAILY], [LAB_OUT]), "staff", {}, {}, 300, "ROOM",
+        pytest.param(binding([DAILY], [LAB_OUT]), "staff", {}, {}, 300, "ALLOW",
                      {DAILY.id, LAB_OUT.id}, set(), id="beside: it grows along"),
-        pytest.param(binding([DAILY], [LAB_OUT]), "staff", {LAB_OUT.id: Amount(0, 100, 1)}, {}, 300, "ROOM",
+        pytest.param(binding([DAILY], [LAB_OUT]), "staff", {LAB_OUT.id: Amount(0, 100, 1)}, {}, 300, "ALLOW",
                      {DAILY.id, LAB_OUT.id}, set(), id="beside: to the last token"),
-        pytest.param(binding([DAILY], [LAB_OUT]), "staff", {LAB_OUT.id: Amount(0, 101, 1)}, {}, 300, "ROOM",
+        pytest.param(binding([DAILY], [LAB_OUT]), "staff", {LAB_OUT.id: Amount(0, 101, 1)}, {}, 300, "ALLOW",
                      {DAILY.id}, {LAB_OUT.id}, id="beside: what can't carry it is left alone"),
-        pytest.param(binding([DAILY], [LAB_OUT]), "staff", {}, {LAB_OUT.id: Amount(0, 101, 1)}, 300, "ROOM",
+        pytest.param(binding([DAILY], [LAB_OUT]), "staff", {}, {LAB_OUT.id: Amount(0, 101, 1)}, 300, "ALLOW",
                      {DAILY.id}, {LAB_OUT.id}, id="beside: nobody waits for it"),
         pytest.param(binding([DAILY], [LAB_OUT]), "staff", {DAILY.id: 750, LAB_OUT.id: Amount(0, 350, 1)}, {}, 50,
-                     "ROOM", {DAILY.id, LAB_OUT.id}, set(), id="beside: what there is room for counts"),
-        pytest.param(binding([LAB_OUT], [DAILY]), "staff", {LAB_OUT.id: Amount(0, 400, 1)}, {}, 300, "ROOM",
+                     "ALLOW", {DAILY.id, LAB_OUT.id}, set(), id="beside: what there is room for counts"),
+        pytest.param(binding([LAB_OUT], [DAILY]), "staff", {LAB_OUT.id: Amount(0, 400, 1)}, {}, 300, "ALLOW",
                      {DAILY.id}, {LAB_OUT.id}, id="the way in is the one that it took, not the first"),
-        pytest.param(binding([DAILY], [CLASSICAL]), "staff", {CLASSICAL.id: 100}, {}, 300, "ROOM",
+        pytest.param(binding([DAILY], [CLASSICAL]), "staff", {CLASSICAL.id: 100}, {}, 300, "ALLOW",
                      {DAILY.id, CLASSICAL.id}, set(), id="beside: after needs no room"),
-        pytest.param(binding([DAILY], shadows=[WATCHING]), "staff", {WATCHING.id: 900}, {}, 300, "ROOM",
+        pytest.param(binding([DAILY], shadows=[WATCHING]), "staff", {WATCHING.id: 900}, {}, 300, "ALLOW",
                      {DAILY.id, WATCHING.id}, set(), id="a shadow goes on watching above its limit"),
         # the ways in
         pytest.param(binding([TEAM_POT], [DAILY]), "team", {}, {TEAM_POT.id: 800}, 0, "BUSY",
                      {TEAM_POT.id, DAILY.id}, set(), id="through a pot's group"),
         pytest.param(binding([DAILY], [LAB_OUT], combine="every_group"), "staff+lab", {LAB_OUT.id: Amount(0, 380, 1)},
-                     {}, 20, "ROOM", {DAILY.id, LAB_OUT.id}, set(), id="every_group: all stop it"),
-        pytest.param(binding([DAILY], route("admins")), "admins", {}, {DAILY.id: 800}, 300, "ROOM",
+                     {}, 20, "ALLOW", {DAILY.id, LAB_OUT.id}, set(), id="every_group: all stop it"),
+        pytest.param(binding([DAILY], route("admins")), "admins", {}, {DAILY.id: 800}, 300, "ALLOW",
                      set(), {DAILY.id}, id="through unlimited nothing stops it"),
         pytest.param(binding([DAILY], route("admins"), always=[EVERYONES]), "admins", {EVERYONES.id: 1700}, {}, 100,
-                     "ROOM", {EVERYONES.id, DAILY.id}, set(), id="through unlimited everyone's does"),
-        pytest.param(binding(always=[EVERYONES]), "everyone", {EVERYONES.id: 1700}, {}, 100, "ROOM",
+                     "ALLOW", {EVERYONES.id, DAILY.id}, set(), id="through unlimited everyone's does"),
+        pytest.param(binding(always=[EVERYONES]), "everyone", {EVERYONES.id: 1700}, {}, 100, "ALLOW",
                      {EVERYONES.id}, set(), id="everyone's alone"),
-        pytest.param(binding(), "everyone", {}, {}, 300, "ROOM", set(), set(), id="no quota at all"),
+        pytest.param(binding(), "everyone", {}, {}, 300, "ALLOW", set(), set(), id="no quota at all"),
     ],
 )  # fmt: skip
-def test_only_the_way_in_stops_an_answer(who, through, used, others, output, verdict, grows, left_alone):
+def test_only_the_way_in_stops_an_answer(who, admitted_via, used, others, output, verdict, grows, left_alone):
     """A call would like 300 tokens more and needs one; quotas beside its way in are let go rather than stop it."""
-    growth = grown(who, Wish(300, 1), through=through, used=used, others=others)
+    growth = grown(who, Wish(300, 1), admitted_via=admitted_via, used=used, others=others)
     assert (growth.output, growth.verdict) == (output, Verdict[verdict])
     assert {hold.quota.id for hold in growth.holds} == grows
     assert {each.id for each in growth.left_alone} == left_alone
@@ -1032,12 +1060,12 @@ def test_only_the_way_in_stops_an_answer(who, through, used, others, output, ver
 def test_a_quota_that_the_call_does_not_hold_neither_stops_it_nor_grows():
     """It was left alone before, and is not taken up again in the middle of an answer."""
     who = binding([DAILY], [LAB_OUT])
-    growth = grown(who, Wish(300, 300), through="staff", used={}, others={}, not_held=(LAB_OUT.id,))
+    growth = grown(who, Wish(300, 300), admitted_via="staff", used={}, others={}, not_held=(LAB_OUT.id,))
     assert [hold.quota.id for hold in growth.holds] == [DAILY.id]
-    growth = grown(who, Wish(300, 300), through="lab", used={}, others={LAB_OUT.id: 999}, not_held=(LAB_OUT.id,))
+    growth = grown(who, Wish(300, 300), admitted_via="lab", used={}, others={LAB_OUT.id: 999}, not_held=(LAB_OUT.id,))
     assert (growth.output, growth.verdict, [hold.quota.id for hold in growth.holds]) == (
         300,
-        Verdict.ROOM,
+        Verdict.ALLOW,
         [DAILY.id],
     )
 
@@ -1059,11 +1087,11 @@ def test_a_counter_of_another_user_or_of_a_closed_window_stands_in_nobodys_way()
 
 
 def standing(who: Binding, found: Counters, now: int) -> dict[str, Counter]:
-    return {each.id: standing_at(now, each, found.get(each.key_for(who.user))) for each in who.quotas}
+    return {each.id: counter_at(now, each, found.get(each.key_for(who.user))) for each in who.quotas}
 
 
 def binds(limit: Limit, demand: Demand) -> bool:
-    return limit.measure != "output_tokens" or demand.want > 0
+    return limit.measure != "output_tokens" or demand.output_maximum > 0
 
 
 def above(each: Quota, limit: Limit) -> int:
@@ -1093,7 +1121,7 @@ def is_available(each: Quota, counter: Counter, demand: Demand, hold: Amount) ->
 def held_for(quotas: tuple[Quota, ...], at: Mapping[str, Counter], demand: Demand, output: int) -> Amount:
     """Of an answer its first part, and of what is not shown all that is free below each limit."""
     seen = demand.input
-    for more in range(demand.unseen + 1):
+    for more in range(demand.hidden_input + 1):
         whole = Amount(demand.input + more, output, 1)
         if more == 0 or all(
             at[each.id].used.of(limit.measure) + whole.of(limit.measure) <= limit.maximum
@@ -1107,10 +1135,12 @@ def held_for(quotas: tuple[Quota, ...], at: Mapping[str, Counter], demand: Deman
 
 def plainly(demand: Demand, who: Binding, at: Mapping[str, Counter]) -> tuple[str, str, int]:
     """The rules once more, told as plainly as possible, by trying every length of answer."""
-    ways = [(one.group, one.quotas) for one in who.routes] or [("everyone", ())]
-    if who.combine == "every_group" and who.routes:
-        ways = [("+".join(name for name, _ in ways), tuple(each for _, quotas in ways for each in quotas))]
-    ways = [(name, (*who.always, *quotas)) for name, quotas in ways]
+    alternatives = [(one.group, one.quotas) for one in who.groups] or [("everyone", ())]
+    if who.combine == "every_group" and who.groups:
+        alternatives = [
+            ("+".join(name for name, _ in alternatives), tuple(each for _, quotas in alternatives for each in quotas))
+        ]
+    alternatives = [(name, (*who.always, *quotas)) for name, quotas in alternatives]
 
     def has_free(quotas: tuple[Quota, ...], output: int) -> bool:
         return all(is_free(each, at[each.id], demand, output) for each in quotas)
@@ -1119,13 +1149,13 @@ def plainly(demand: Demand, who: Binding, at: Mapping[str, Counter]) -> tuple[st
         hold = held_for(quotas, at, demand, output)
         return has_free(quotas, output) and all(is_available(each, at[each.id], demand, hold) for each in quotas)
 
-    for output in range(demand.want, demand.smallest - 1, -1):
-        for name, quotas in ways:
+    for output in range(demand.output_maximum, demand.smallest - 1, -1):
+        for name, quotas in alternatives:
             if has_room(quotas, output):
                 return ("room", name, output)
-        if any(has_free(quotas, output) for _, quotas in ways):
+        if any(has_free(quotas, output) for _, quotas in alternatives):
             return ("busy", "", 0)
-    possible = any(all(could_ever_fit(each, demand) for each in quotas) for _, quotas in ways)
+    possible = any(all(could_ever_fit(each, demand) for each in quotas) for _, quotas in alternatives)
     return ("exhausted" if possible else "never", "", 0)
 
 
@@ -1141,16 +1171,16 @@ def could_ever_fit(each: Quota, demand: Demand) -> bool:
 
 def longest(decision: Admitted, demand: Demand) -> int:
     """The answer that there is room for; where nobody says how long it may become, what is usual."""
-    return demand.want if decision.maximum is None else decision.maximum
+    return demand.output_maximum if decision.maximum is None else decision.maximum
 
 
 @st.composite
 def situations(
-    draw: st.DrawFn, *, held: bool = True, unseen: bool = True
+    draw: st.DrawFn, *, held: bool = True, hidden_input: bool = True
 ) -> tuple[Demand, Binding, dict[tuple[str, str], Counter]]:
     """A call, the quotas that bind it, and how they stand."""
     who = draw(bindings())
-    return draw(demands(unseen=unseen)), who, draw(counters_of(who, held=held))
+    return draw(demands(hidden_input=hidden_input)), who, draw(counters_of(who, held=held))
 
 
 @given(situations())
@@ -1158,13 +1188,13 @@ def test_decisions_are_those_of_the_rules_told_plainly(situation):
     """The same verdict, group, length of answer and hold as by trying every group with every length."""
     demand, who, found = situation
     decision, at = decide(demand, who, found, NOON), standing(who, found, NOON)
-    verdict, through, output = plainly(demand, who, at)
+    verdict, admitted_via, output = plainly(demand, who, at)
     assert told(decision)[0] == verdict
     if isinstance(decision, Admitted):
-        way = next(way for way in who.ways() if way.group == through)
-        assert (decision.through, longest(decision, demand)) == (through, output)
+        way = next(way for way in who.alternatives() if way.group == admitted_via)
+        assert (decision.admitted_via, longest(decision, demand)) == (admitted_via, output)
         assert decision.hold == held_for(way.quotas, at, demand, output)
-        assert (decision.maximum is None) is (demand.is_open_ended and output == demand.want)
+        assert (decision.maximum is None) is (demand.is_unbounded and output == demand.output_maximum)
 
 
 @given(situations())
@@ -1172,14 +1202,14 @@ def test_what_is_held_is_available_in_every_quota_that_is_charged(situation):
     """Promise 1, at the moment of admission: in an exact quota `used + held` stays within limit and overdraft."""
     demand, who, found = situation
     decision = decide(demand, who, found, NOON)
-    if isinstance(decision, Refused):
+    if isinstance(decision, NotAdmitted):
         return
-    assert demand.smallest <= longest(decision, demand) <= demand.want
+    assert demand.smallest <= longest(decision, demand) <= demand.output_maximum
     assert decision.hold.output == min(demand.first, longest(decision, demand))
-    assert (decision.capped_by is None) is (longest(decision, demand) == demand.want)
+    assert (decision.capped_by is None) is (longest(decision, demand) == demand.output_maximum)
     for hold in decision.holds:
         counter = hold.counter
-        assert counter == standing_at(NOON, hold.quota, found.get(hold.quota.key_for(who.user)))
+        assert counter == counter_at(NOON, hold.quota, found.get(hold.quota.key_for(who.user)))
         for limit in hold.quota.limits:
             taken = counter.used + counter.held + hold.amount
             if hold.quota.enforce == "exact" and demand.bounds(limit):
@@ -1193,12 +1223,12 @@ def test_what_is_charged_is_everyones_the_groups_and_what_else_can_carry_it(situ
     """Each quota once; a pot only of a group through which the call came; nothing that can't carry the whole hold."""
     demand, who, found = situation
     decision = decide(demand, who, found, NOON)
-    if isinstance(decision, Refused):
+    if isinstance(decision, NotAdmitted):
         return
     at, hold = standing(who, found, NOON), decision.hold
-    through = {each.id for one in who.routes if one.group in decision.through.split("+") for each in one.quotas} | {
-        each.id for each in who.always
-    }
+    admitted_via = {
+        each.id for one in who.groups if one.group in decision.admitted_via.split("+") for each in one.quotas
+    } | {each.id for each in who.always}
 
     def can_carry_it(each: Quota) -> bool:
         whole = replace(demand, smallest=hold.output)
@@ -1206,9 +1236,9 @@ def test_what_is_charged_is_everyones_the_groups_and_what_else_can_carry_it(situ
 
     expected = {
         each.id
-        for each in (*who.always, *(each for one in who.routes for each in one.quotas))
+        for each in (*who.always, *(each for one in who.groups for each in one.quotas))
         if any(demand.bounds(limit) for limit in each.limits)
-        and (each.id in through or (not each.shared and can_carry_it(each)))
+        and (each.id in admitted_via or (not each.shared and can_carry_it(each)))
     }
     charged = [hold.quota.id for hold in decision.holds if hold.quota.enforce != "shadow"]
     assert sorted(charged) == sorted(expected)
@@ -1220,14 +1250,14 @@ def test_a_reset_that_is_named_is_true_and_the_earliest(situation):
     demand, who, found = situation
     decision = decide(demand, who, found, NOON)
     if isinstance(decision, Admitted) or decision.verdict is not Verdict.EXHAUSTED:
-        assert isinstance(decision, Admitted) or decision.let_in_at is None
+        assert isinstance(decision, Admitted) or decision.admissible_at is None
         return
-    if decision.let_in_at is None:  # switched off by a limit of 0, so it is never let in
+    if decision.admissible_at is None:  # switched off by a limit of 0, so it is never let in
         assert told(decide(demand, who, found, NOON + 400 * DAY))[0] == "exhausted"
         return
-    assert decision.let_in_at > NOON
-    assert told(decide(demand, who, found, decision.let_in_at))[0] in ("room", "busy")
-    assert told(decide(demand, who, found, decision.let_in_at - 1))[0] == "exhausted"
+    assert decision.admissible_at > NOON
+    assert told(decide(demand, who, found, decision.admissible_at))[0] in ("room", "busy")
+    assert told(decide(demand, who, found, decision.admissible_at - 1))[0] == "exhausted"
 
 
 @given(situations(held=False))
@@ -1236,11 +1266,11 @@ def test_with_nothing_in_flight_nobody_waits_and_the_reset_lets_in(situation):
     demand, who, found = situation
     decision = decide(demand, who, found, NOON)
     assert told(decision)[0] != "busy"
-    if isinstance(decision, Refused) and decision.let_in_at is not None:
-        assert isinstance(decide(demand, who, found, decision.let_in_at), Admitted)
+    if isinstance(decision, NotAdmitted) and decision.admissible_at is not None:
+        assert isinstance(decide(demand, who, found, decision.admissible_at), Admitted)
 
 
-@given(situations(unseen=False), st.data())
+@given(situations(hidden_input=False), st.data())
 def test_more_that_is_free_never_turns_a_yes_into_a_no(situation, data):
     """Used less, held less or a larger limit: what was let in may now have to wait for a longer answer, at worst."""
     demand, who, found = situation
@@ -1250,10 +1280,12 @@ def test_more_that_is_free_never_turns_a_yes_into_a_no(situation, data):
     who = replace(
         who,
         always=tuple(data.draw(larger(each)) for each in who.always),
-        routes=tuple(Route(one.group, tuple(data.draw(larger(each)) for each in one.quotas)) for one in who.routes),
+        groups=tuple(
+            GroupQuotas(one.group, tuple(data.draw(larger(each)) for each in one.quotas)) for one in who.groups
+        ),
     )
     after = decide(demand, who, freer, NOON)
-    if isinstance(before, Refused):
+    if isinstance(before, NotAdmitted):
         assert isinstance(after, Admitted) or after.verdict <= before.verdict
     elif before.capped_by is None or not any(counter.held for counter in freer.values()):
         assert isinstance(after, Admitted)
@@ -1289,12 +1321,12 @@ def test_quotas_in_shadow_change_nothing_but_their_own_counters(situation):
     assert watched == alone
 
 
-@given(situations(unseen=False), st.integers(0, 60))
+@given(situations(hidden_input=False), st.integers(0, 60))
 def test_no_call_is_worse_off_by_its_bytes(situation, count):
     """Where no count was asked for, none would have let it in sooner or with a longer answer; and none asks again."""
     demand, who, found = situation
-    by_bytes = decide(rough(demand), who, found, NOON)
-    if isinstance(by_bytes, Uncounted):
+    by_bytes = decide(estimated(demand), who, found, NOON)
+    if isinstance(by_bytes, NeedsCount):
         return
     counted = decide(replace(demand, input=min(demand.input, count)), who, found, NOON)
     assert by_bytes == decide(demand, who, found, NOON)
@@ -1308,14 +1340,14 @@ def test_growth_is_that_of_the_rules_told_plainly(situation, wanted, least):
     """By trying every number of tokens; and nothing that grows goes above its limit and overdraft."""
     demand, who, found = situation
     admitted = decide(demand, who, found, NOON)
-    if isinstance(admitted, Refused):
+    if isinstance(admitted, NotAdmitted):
         return
     at = {one.quota.id: replace(one.counter, held=one.counter.held + one.amount) for one in admitted.holds}
     own = {one.quota.id: one.amount for one in admitted.holds}
     wish = Wish(wanted, min(wanted, least))
-    growth = grow(wish, who, admitted.through, own=own, at=at)
+    growth = grow(wish, who, admitted.admitted_via, own=own, at=at)
 
-    way = next(way for way in who.ways() if way.group == admitted.through)
+    way = next(way for way in who.alternatives() if way.group == admitted.admitted_via)
     stopping = [each for each in way.quotas if each.id in at]
 
     def has_room(quotas: list[Quota], output: int, held: Mapping[str, Amount]) -> bool:
@@ -1330,7 +1362,7 @@ def test_growth_is_that_of_the_rules_told_plainly(situation, wanted, least):
     held = {quota_id: counter.held for quota_id, counter in at.items()}
     assert growth.output == max(n for n in range(wanted + 1) if has_room(stopping, n, held))
     if growth.output >= wish.least:
-        assert growth.verdict is Verdict.ROOM
+        assert growth.verdict is Verdict.ALLOW
     else:
         waiting_helps = has_room(stopping, wish.least, own)
         assert growth.verdict is (Verdict.BUSY if waiting_helps else Verdict.EXHAUSTED)

@@ -7,7 +7,7 @@ import pytest
 
 from proxy.policy.admission import Admitted, decide
 from proxy.policy.policy import _BINDINGS_KEPT, Allow, Group, Model, Policy, Secret, Upstream, User, digest
-from proxy.policy.quota import Binding, Globs, Route
+from proxy.policy.quota import Binding, Globs, GroupQuotas
 from tests.builders import NOON, call, group, policy, quota
 
 DAILY = quota("staff/daily", tokens=1000)
@@ -35,7 +35,7 @@ def told(binding: Binding | None) -> tuple[list[str], dict[str, list[str]], list
         return None
     return (
         [each.id for each in binding.always],
-        {route.group: [each.id for each in route.quotas] for route in binding.routes},
+        {route.group: [each.id for each in route.quotas] for route in binding.groups},
         [each.id for each in binding.shadows],
     )
 
@@ -238,7 +238,9 @@ def test_the_ways_in_keep_the_users_order_of_groups():
     """Which is the policy's: a call is let in through the first that can carry it."""
     for order in (("staff", "team"), ("team", "staff")):
         binding = policy(STAFF, TEAM).binding(User("ann", order), "fast")
-        assert binding.routes == tuple(Route(name, {"staff": (DAILY,), "team": (WEEKLY,)}[name]) for name in order)
+        assert binding.groups == tuple(
+            GroupQuotas(name, {"staff": (DAILY,), "team": (WEEKLY,)}[name]) for name in order
+        )
 
 
 def test_putting_a_quota_in_shadow_lets_nobody_in_further():
@@ -395,9 +397,9 @@ def test_a_model_is_served_at_all_its_upstreams():
     anything = replace(ANYTHING, others=(spare,))
     found = policy(models={"*": anything}).model("qwen")
     assert found is not None
-    assert found.everywhere == (found, Model("qwen", OPENAI, "qwen", weight=0))
+    assert found.targets == (found, Model("qwen", OPENAI, "qwen", weight=0))
     assert (found.upstream, found.upstream_model) == (LOCAL, "qwen")
-    assert FAST.everywhere == (FAST,)
+    assert FAST.targets == (FAST,)
 
 
 def test_a_listed_model_keeps_all_that_is_known_about_it():

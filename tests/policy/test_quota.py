@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from proxy.policy.amounts import MEASURES, Amount
-from proxy.policy.quota import Counter, Globs, Limit, standing_at
+from proxy.policy.quota import Counter, Globs, Limit, counter_at
 from proxy.policy.windows import Window
 from tests.builders import DAY, HOUR, MINUTE, NOON, binding, call, instant, quota, route
 
@@ -209,7 +209,7 @@ SOME = Amount(1, 0, 1)
 )
 def test_a_window_is_computed_from_the_clock_when_it_is_looked_at(each, counter, now, stands):
     """There is no reset job."""
-    assert standing_at(now, each, counter) == stands
+    assert counter_at(now, each, counter) == stands
 
 
 # ------------------------------------------------------------------------------------------------- how far, how much
@@ -229,7 +229,7 @@ def test_an_overdraft_is_for_what_is_generated(measure, ceiling):
     ("demand", "least", "bound_by"),
     [
         pytest.param(call(100, 400, 50), [150, 100, 50, 1], [True] * 4, id="generates"),
-        pytest.param(call(100, 400, 50, first=10, unseen=99), [150, 100, 50, 1], [True] * 4, id="in parts"),
+        pytest.param(call(100, 400, 50, first=10, hidden_input=99), [150, 100, 50, 1], [True] * 4, id="in parts"),
         pytest.param(call(100), [100, 100, 0, 1], [True, True, False, True], id="generates nothing"),
         pytest.param(call(0, 1), [1, 0, 1, 1], [True] * 4, id="without input"),
     ],
@@ -282,6 +282,6 @@ def test_a_binding_names_the_counters_that_a_decision_looks_at():
         ),
     ],
 )
-def test_the_ways_in_are_sets_of_quotas_that_must_have_room_together(who, ways):
+def test_the_ways_in_are_sets_of_quotas_that_must_have_room_together(who, alternatives):
     """Those of everyone stand in each; those in shadow in none."""
-    assert replace(who, shadows=(WATCH,)).ways() == ways
+    assert replace(who, shadows=(WATCH,)).alternatives() == alternatives

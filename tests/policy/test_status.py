@@ -10,11 +10,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.errors import NeverFits, ProxyError, Refusal
-from proxy.ledger.book import Booked, Books, Entry, Settle
-from proxy.policy.admission import Admitted, Refused, decide
+from proxy.ledger.book import Accepted, Book, Entry, Settle
+from proxy.policy.admission import Admitted, NotAdmitted, decide
 from proxy.policy.amounts import MEASURES, NOTHING, Amount
 from proxy.policy.quota import Binding, Counter, CounterKey, Demand, Limit, Quota
-from proxy.policy.status import Standing, go_duration, rate_limit_headers, refusal, seconds_up, spoken, standings
+from proxy.policy.status import (
+    QuotaStatus,
+    go_duration,
+    quota_statuses,
+    rate_limit_headers,
+    refusal,
+    seconds_up,
+    spoken,
+)
 from proxy.policy.windows import Window
 from tests.builders import (
     DAY,
@@ -53,9 +61,9 @@ def refused(
 ) -> ProxyError:
     """The error that this call gets."""
     decision = decide(demand, who, found, now)
-    assert isinstance(decision, Refused)
-    stand = standings(who, found, now)
-    return refusal(decision, stand, policy=policy(zone=BERLIN, help=help), endpoint=endpoint, now=now, busy_s=2)
+    assert isinstance(decision, NotAdmitted)
+    statuses = quota_statuses(who, found, now)
+    return refusal(decision, statuses, policy=policy(zone=BERLIN, help=help), endpoint=endpoint, now=now, busy_s=2)
 
 
 def waiting(per: str, wait_ms: int, **limits: int) -> tuple[Binding, dict[CounterKey, Counter]]:
@@ -268,7 +276,7 @@ def test_a_refusal_shows_all_quotas_that_bind_and_none_that_only_watches():
     error = refused(who, call(1, 1), found, NOON)
     assert [each["id"] for each in error.members["quotas"]] == ["everyone/calls", "staff/daily", "team/pot"]
     assert error.members["quotas"] == [
-        standings(who, found, NOON)[each.id].as_json(BERLIN) for each in who.quotas[:3]
+        quota_statuses(who, found, NOON)[each.id].as_json(BERLIN) for each in who.quotas[:3]
     ]
 
 
@@ -405,7 +413,7 @@ def test_whoever_comes_back_when_told_is_let_in(who, data, now):
 def item(one: Quota, counter: Counter | None = None, now: int = NOON, zone: ZoneInfo = UTC) -> dict:
     """How this quota is shown."""
     who = binding([one])
-    return standings(who, {one.key_for(who.user): counter} if counter else {}, now)[one.id].as_json(zone)
+    return quota_statuses(who, {one.key_for(who.user): counter} if counter else {}, now)[one.id].as_json(zone)
 
 
 def test_an_item_has_all_members_of_the_contract():
@@ -531,11 +539,11 @@ def test_a_running_window_keeps_its_end_when_per_changes():
 # ----------------------------------------------------------------------------------------- a call's own hold left out
 
 
-def reserved(who: Binding, demand: Demand, found: dict[CounterKey, Counter], now: int) -> tuple[Books, Entry]:
+def reserved(who: Binding, demand: Demand, found: dict[CounterKey, Counter], now: int) -> tuple[Book, Entry]:
     """The books after a call was let in, and its entry."""
-    books = Books(found, {}, now)
+    books = Book(found, {}, now)
     answer = books.apply(reserve("call-1", who, demand))
-    assert isinstance(answer, Booked)
+    assert isinstance(answer, Accepted)
     return books, answer.entry
 
 
@@ -545,9 +553,10 @@ def test_a_calls_own_hold_is_left_out_and_those_of_others_are_not():
     found = counters(who, used={"staff/daily": 100}, held={"staff/daily": Amount(100, 100, 1)})
     books, entry = reserved(who, call(100, 400), found, NOON)
     assert (
-        rate_limit_headers(who, standings(who, books.counters, NOON), NOON)["x-ratelimit-remaining-tokens"] == "200"
+        rate_limit_headers(who, quota_statuses(who, books.counters, NOON), NOON)["x-ratelimit-remaining-tokens"]
+        == "200"
     )
-    headers = rate_limit_headers(who, standings(who, books.counters, NOON, without=entry), NOON)
+    headers = rate_limit_headers(who, quota_statuses(who, books.counters, NOON, without=entry), NOON)
     assert headers["x-ratelimit-remaining-tokens"] == "700"
     assert headers["x-ratelimit-remaining-requests"] == "8"
 
@@ -557,10 +566,10 @@ def test_a_call_that_has_ended_holds_nothing_to_leave_out():
     who = binding([quota("staff/daily", tokens=1000)])
     books, entry = reserved(who, call(100, 400), {}, NOON)
     settled = books.apply(Settle(entry.id, exactly(100, 50), "complete"))
-    assert isinstance(settled, Booked)
-    stand = standings(who, books.counters, NOON, without=settled.entry)
-    assert stand["staff/daily"].counter.held == NOTHING
-    assert rate_limit_headers(who, stand, NOON)["x-ratelimit-remaining-tokens"] == "850"
+    assert isinstance(settled, Accepted)
+    statuses = quota_statuses(who, books.counters, NOON, without=settled.entry)
+    assert statuses["staff/daily"].counter.held == NOTHING
+    assert rate_limit_headers(who, statuses, NOON)["x-ratelimit-remaining-tokens"] == "850"
 
 
 @pytest.mark.parametrize("per", ["minute", "90s"])
@@ -569,9 +578,9 @@ def test_a_hold_of_a_closed_window_is_not_left_out_of_the_next(per):
     who = binding([quota("staff/short", tokens=1000, requests=5, per=per)])
     books, entry = reserved(who, call(100, 400), {}, NOON)
     later = NOON + 2 * MINUTE
-    stand = standings(who, books.counters, later, without=entry)
-    assert stand["staff/short"].counter.held == NOTHING
-    headers = rate_limit_headers(who, stand, later)
+    statuses = quota_statuses(who, books.counters, later, without=entry)
+    assert statuses["staff/short"].counter.held == NOTHING
+    headers = rate_limit_headers(who, statuses, later)
     assert headers["x-ratelimit-remaining-tokens"] == "1000"
     assert headers["x-ratelimit-remaining-requests"] == "5"
 
@@ -584,8 +593,8 @@ def test_a_hold_of_a_closed_window_is_not_left_out_of_what_others_hold_in_the_ne
     _, entry = reserved(who, call(100, 400), {}, NOON)
     later = NOON + 2 * MINUTE
     other = Counter(one.per.opening(later), NOTHING, Amount(50, 50, 1))
-    stand = standings(who, {one.key_for(who.user): other}, later, without=entry)
-    assert stand["staff/short"].counter.held == Amount(50, 50, 1)
+    statuses = quota_statuses(who, {one.key_for(who.user): other}, later, without=entry)
+    assert statuses["staff/short"].counter.held == Amount(50, 50, 1)
 
 
 def test_of_a_call_that_grew_into_the_next_window_what_it_holds_there_is_left_out():
@@ -593,23 +602,23 @@ def test_of_a_call_that_grew_into_the_next_window_what_it_holds_there_is_left_ou
     hourly = quota("staff/hourly", tokens=1000, per="hour")
     who = binding([hourly])
     books, _ = reserved(who, call(100, 900, 100, first=100), {}, NOON)
-    later = Books(books.counters, books.entries, NOON + HOUR)
+    later = Book(books.counters, books.entries, NOON + HOUR)
     later.apply(reserve("call-2", who, call(50)))
     grown = later.apply(extend("call-1", who, 400))
-    assert isinstance(grown, Booked)
-    stand = standings(who, later.counters, NOON + HOUR, without=grown.entry)
-    assert stand[hourly.id].counter.held == Amount(50, 0, 1)
-    assert rate_limit_headers(who, stand, NOON + HOUR)["x-ratelimit-remaining-tokens"] == "950"
+    assert isinstance(grown, Accepted)
+    statuses = quota_statuses(who, later.counters, NOON + HOUR, without=grown.entry)
+    assert statuses[hourly.id].counter.held == Amount(50, 0, 1)
+    assert rate_limit_headers(who, statuses, NOON + HOUR)["x-ratelimit-remaining-tokens"] == "950"
 
 
 @given(who=bindings(), data=st.data())
 def test_without_itself_things_stand_as_before_it_came(who, data):
     """Leaving out a call's own hold gives back what was held before, in every quota that it touched."""
     found, demand = data.draw(counters_of(who)), data.draw(demands())
-    if isinstance(decide(demand, who, found, NOON), Refused):
+    if isinstance(decide(demand, who, found, NOON), NotAdmitted):
         return
     books, entry = reserved(who, demand, found, NOON)
-    before, after = standings(who, found, NOON), standings(who, books.counters, NOON, without=entry)
+    before, after = quota_statuses(who, found, NOON), quota_statuses(who, books.counters, NOON, without=entry)
     assert {name: each.counter.held for name, each in after.items()} == {
         name: each.counter.held for name, each in before.items()
     }
@@ -620,7 +629,7 @@ def test_without_itself_things_stand_as_before_it_came(who, data):
 
 def headers_of(who: Binding, found: dict[CounterKey, Counter], now: int = NOON) -> dict[str, str]:
     """The headers of an answer."""
-    return rate_limit_headers(who, standings(who, found, now), now)
+    return rate_limit_headers(who, quota_statuses(who, found, now), now)
 
 
 def test_an_overdraft_is_nothing_that_remains():
@@ -746,10 +755,10 @@ def token_bindings(draw: st.DrawFn) -> Binding:
         count = draw(st.integers(least, 2))
         return [quota(f"{group}/q{next(numbers)}", tokens=draw(st.integers(0, 50))) for _ in range(count)]
 
-    ways = [some(group, 1) for group in ("a", "b", "c")[: draw(st.integers(0, 3))]]
+    alternatives = [some(group, 1) for group in ("a", "b", "c")[: draw(st.integers(0, 3))]]
     unlimited = [route("admins")] if draw(st.booleans()) else []
     combine = draw(st.sampled_from(["any_group", "every_group"]))
-    return binding(*ways, *unlimited, always=some("everyone", 0), combine=combine)
+    return binding(*alternatives, *unlimited, always=some("everyone", 0), combine=combine)
 
 
 @given(who=token_bindings(), data=st.data())
@@ -776,9 +785,9 @@ def test_whoever_is_shown_0_remaining_is_refused(enforce, data):
     used, held = (data.draw(st.builds(Amount, counts, counts, counts)) for _ in range(2))
     held = held if enforce == "exact" else Amount(requests=held.requests)  # `after` holds no tokens
     found = counters(who, used={"staff/daily": used}, held={"staff/daily": held})
-    stand = standings(who, found, NOON)["staff/daily"]
-    if stand.remaining(stand.quota.limits[0]) == 0:
-        assert isinstance(decide(call(1, 1), who, found, NOON), Refused)
+    statuses = quota_statuses(who, found, NOON)["staff/daily"]
+    if statuses.remaining(statuses.quota.limits[0]) == 0:
+        assert isinstance(decide(call(1, 1), who, found, NOON), NotAdmitted)
 
 
 # ------------------------------------------------------------------------------------------- the IETF draft's grammar
@@ -804,9 +813,9 @@ def parsed(field: str) -> dict[str, dict[str, int | str]]:
 def test_the_headers_can_be_read_by_any_parser_of_the_draft(who, data, now):
     """`q` and `r` are integers of 0 or more, `w` more than 0, `t` the seconds to the reset, names those of quotas."""
     found = data.draw(counters_of(who))
-    stand = standings(who, found, now)
-    headers = rate_limit_headers(who, stand, now)
-    binding_ids = [name for name, each in stand.items() if each.quota.enforce != "shadow"]
+    statuses = quota_statuses(who, found, now)
+    headers = rate_limit_headers(who, statuses, now)
+    binding_ids = [name for name, each in statuses.items() if each.quota.enforce != "shadow"]
     assert ("ratelimit" in headers) is ("ratelimit-policy" in headers) is bool(binding_ids)
     if not binding_ids:
         return
@@ -814,7 +823,7 @@ def test_the_headers_can_be_read_by_any_parser_of_the_draft(who, data, now):
     assert list(policies) == list(levels)
     assert len(levels) == min(3, len(binding_ids))
     for name, level in levels.items():
-        policy, standing = policies[name], stand[name.strip('"')]
+        policy, standing = policies[name], statuses[name.strip('"')]
         assert standing.quota.enforce != "shadow"
         assert policy.keys() - {"qu"} == {"q", "w"}
         assert level.keys() == {"r", "t"}
@@ -841,7 +850,7 @@ def test_a_quota_speaks_of_its_tightest_limit():
     headers = headers_of(binding([one]), found)
     assert headers["ratelimit-policy"] == '"staff/daily";q=10;w=86400'
     assert headers["ratelimit"] == '"staff/daily";r=1;t=43200'
-    assert Standing(one, Counter(one.per.opening(NOON))).tightest() == Limit("requests", 10)
+    assert QuotaStatus(one, Counter(one.per.opening(NOON))).tightest() == Limit("requests", 10)
 
 
 @given(who=bindings(), data=st.data())

@@ -27,7 +27,11 @@ def ms(text: str) -> int:
 
 def rows(table: str) -> list[list[str]]:
     """The rows of a table, without its comments."""
-    return [line.split() for line in table.splitlines() if line.split() and not line.lstrip().startswith("#")]
+    return [
+        held_amount.split()
+        for held_amount in table.splitlines()
+        if held_amount.split() and not held_amount.lstrip().startswith("#")
+    ]
 
 
 def opening(zone: str, unit: Unit, now: str, week_starts: int = 0) -> tuple[str, str]:

@@ -8,7 +8,7 @@ import pytest
 from proxy.formats.endpoints import CHAT, EMBEDDINGS, METERED, RESPONSES, Endpoint
 from proxy.policy.policy import Kind, Model, Upstream
 from proxy.upstreams import addresses as habits
-from proxy.upstreams.addresses import Habits, address_at, address_of, is_about_usage_option
+from proxy.upstreams.addresses import UsageOptionCache, address_at, address_of, is_about_usage_option
 
 RESOURCE = "https://res.openai.azure.com"
 
@@ -125,7 +125,7 @@ def test_an_upstream_says_that_it_takes_no_option(status: int, body: bytes, is_a
 
 def test_an_upstream_is_asked_until_it_refuses_and_again_after_a_while() -> None:
     """Each model at each address for itself."""
-    known, other = Habits(), model("other")
+    known, other = UsageOptionCache(), model("other")
     assert known.may_ask("/x", model())
     known.note("/x", model(), is_taken=False)
     assert [known.may_ask("/x", model()) for _ in range(102)] == [False] * 100 + [True] * 2
@@ -137,7 +137,7 @@ def test_an_upstream_is_asked_until_it_refuses_and_again_after_a_while() -> None
 
 def test_one_refusal_means_nothing_where_it_was_taken_before() -> None:
     """Nobody can switch the usage of all others off with a request that is refused for something else."""
-    known = Habits()
+    known = UsageOptionCache()
     known.note("/x", model(), is_taken=True)
     known.note("/x", model(), is_taken=False)
     assert known.may_ask("/x", model())
@@ -146,7 +146,7 @@ def test_one_refusal_means_nothing_where_it_was_taken_before() -> None:
 def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Names of models come from clients."""
     monkeypatch.setattr(habits, "_ADDRESSES_KEPT", 2)
-    known = Habits()
+    known = UsageOptionCache()
     known.note("/1", model(), is_taken=False)
     known.note("/2", model(), is_taken=True)
     known.note("/3", model(), is_taken=False)

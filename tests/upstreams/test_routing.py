@@ -9,14 +9,14 @@ from hypothesis import strategies as st
 
 from proxy.policy.policy import Model, Upstream
 from proxy.upstreams.routing import (
+    COOLDOWN_MS,
+    COOLDOWN_MS_MAX,
     FAILURES_MAX,
     PAUSE_MS_MAX,
-    REST_MS,
-    REST_MS_MAX,
     UNREACHED_PAUSE_MS,
-    Choice,
-    Rests,
-    may_go_elsewhere,
+    Cooldowns,
+    RoutingState,
+    may_try_another_target,
     seconds_of,
 )
 from tests.builders import NOON
@@ -28,14 +28,14 @@ def _places(*weights: int) -> list[Model]:
     return [Model("m", up, f"m-{up.name}", weight=weight) for up, weight in zip(upstreams, weights, strict=True)]
 
 
-def _fail(rests: Rests, place: Model, times: int = FAILURES_MAX, *, at: int = NOON) -> None:
+def _fail(rests: Cooldowns, target: Model, times: int = FAILURES_MAX, *, at: int = NOON) -> None:
     for _ in range(times):
-        rests.failed(place.upstream, at)
+        rests.failed(target.upstream, at)
 
 
-def _shares(rests: Rests, places: list[Model], *, now: int = NOON, calls: int = 8000) -> dict[str, float]:
+def _shares(rests: Cooldowns, targets: list[Model], *, now: int = NOON, calls: int = 8000) -> dict[str, float]:
     source = random.Random(1)
-    drawn = Counter(rests.choose(places, now, draw=source.getrandbits(64)).upstream.name for _ in range(calls))
+    drawn = Counter(rests.choose(targets, now, draw=source.getrandbits(64)).upstream.name for _ in range(calls))
     return {name: number / calls for name, number in drawn.items()}
 
 
@@ -51,102 +51,102 @@ def _shares(rests: Rests, places: list[Model], *, now: int = NOON, calls: int = 
 )
 def test_each_gets_its_share(weights: tuple[int, ...], shares: dict[str, float]) -> None:
     """As the weights say, on average; one of weight 0 nothing while another has any."""
-    assert _shares(Rests(), _places(*weights)) == pytest.approx(shares, abs=0.02)
+    assert _shares(Cooldowns(), _places(*weights)) == pytest.approx(shares, abs=0.02)
 
 
 @given(st.lists(st.integers(0, 1000), min_size=1, max_size=6))
 def test_each_run_of_draws_gives_exactly_the_weights(weights: list[int]) -> None:
     """Of as many numbers in a row as all weights together each upstream gets its own; so there is no favour in it."""
-    places = _places(*weights)
+    targets = _places(*weights)
     total = sum(weights)
-    drawn = Counter(Rests().choose(places, NOON, draw=draw).upstream.name for draw in range(total))
+    drawn = Counter(Cooldowns().choose(targets, NOON, draw=draw).upstream.name for draw in range(total))
     assert drawn == Counter({str(number): weight for number, weight in enumerate(weights)})
 
 
 def test_one_that_keeps_failing_is_left_alone() -> None:
     """Some failures in a row, not one less; its share goes to the others, also to one that has none of its own."""
-    rests, places = Rests(), _places(3, 0)
-    _fail(rests, places[0], FAILURES_MAX - 1)
-    assert _shares(rests, places) == {"0": 1}
-    _fail(rests, places[0], 1)
-    assert _shares(rests, places) == {"1": 1}
-    assert _shares(rests, places, now=NOON + REST_MS - 1) == {"1": 1}
+    rests, targets = Cooldowns(), _places(3, 0)
+    _fail(rests, targets[0], FAILURES_MAX - 1)
+    assert _shares(rests, targets) == {"0": 1}
+    _fail(rests, targets[0], 1)
+    assert _shares(rests, targets) == {"1": 1}
+    assert _shares(rests, targets, now=NOON + COOLDOWN_MS - 1) == {"1": 1}
 
 
 def test_an_answer_makes_good_all_failures() -> None:
     """Only failures in a row count."""
-    rests, places = Rests(), _places(1, 0)
-    _fail(rests, places[0], FAILURES_MAX - 1)
-    rests.answered(places[0].upstream)
-    _fail(rests, places[0], FAILURES_MAX - 1)
-    assert _shares(rests, places) == {"0": 1}
-    rests.answered(places[1].upstream)  # of which there was nothing to make good
+    rests, targets = Cooldowns(), _places(1, 0)
+    _fail(rests, targets[0], FAILURES_MAX - 1)
+    rests.answered(targets[0].upstream)
+    _fail(rests, targets[0], FAILURES_MAX - 1)
+    assert _shares(rests, targets) == {"0": 1}
+    rests.answered(targets[1].upstream)  # of which there was nothing to make good
 
 
 def test_after_its_rest_one_call_tries_it() -> None:
     """One alone; the others wait for what becomes of that. A failure is a rest more, an answer the end of it."""
-    rests, places = Rests(), _places(1, 0)
-    _fail(rests, places[0])
-    later = NOON + REST_MS
-    assert [rests.choose(places, later, draw=0).upstream.name for _ in range(3)] == ["0", "1", "1"]
-    rests.failed(places[0].upstream, later + 500)
-    assert rests.choose(places, later + REST_MS, draw=0) is places[1]
-    last = later + 500 + REST_MS
-    assert rests.choose(places, last, draw=0) is places[0]
-    rests.answered(places[0].upstream)
-    assert _shares(rests, places, now=last) == {"0": 1}
+    rests, targets = Cooldowns(), _places(1, 0)
+    _fail(rests, targets[0])
+    later = NOON + COOLDOWN_MS
+    assert [rests.choose(targets, later, draw=0).upstream.name for _ in range(3)] == ["0", "1", "1"]
+    rests.failed(targets[0].upstream, later + 500)
+    assert rests.choose(targets, later + COOLDOWN_MS, draw=0) is targets[1]
+    last = later + 500 + COOLDOWN_MS
+    assert rests.choose(targets, last, draw=0) is targets[0]
+    rests.answered(targets[0].upstream)
+    assert _shares(rests, targets, now=last) == {"0": 1}
 
 
 def test_a_trial_of_which_nothing_is_heard_is_followed_by_another() -> None:
     """A client that left must not take an upstream out for good."""
-    rests, places = Rests(), _places(1, 0)
-    _fail(rests, places[0])
-    assert rests.choose(places, NOON + REST_MS, draw=0) is places[0]
-    assert rests.choose(places, NOON + 2 * REST_MS, draw=0) is places[0]
+    rests, targets = Cooldowns(), _places(1, 0)
+    _fail(rests, targets[0])
+    assert rests.choose(targets, NOON + COOLDOWN_MS, draw=0) is targets[0]
+    assert rests.choose(targets, NOON + 2 * COOLDOWN_MS, draw=0) is targets[0]
 
 
-@pytest.mark.parametrize(("said_s", "rest_ms"), [(0, 0), (7, 7000), (60, REST_MS_MAX), (86_400, REST_MS_MAX)])
+@pytest.mark.parametrize(("said_s", "rest_ms"), [(0, 0), (7, 7000), (60, COOLDOWN_MS_MAX), (86_400, COOLDOWN_MS_MAX)])
 def test_who_says_when_to_come_back_is_left_alone_until_then(said_s: int, rest_ms: int) -> None:
     """At its first word, but never for long: it may have been a slip."""
-    rests, places = Rests(), _places(1, 0)
-    rests.failed(places[0].upstream, NOON, retry_after_s=said_s)
+    rests, targets = Cooldowns(), _places(1, 0)
+    rests.failed(targets[0].upstream, NOON, retry_after_s=said_s)
     if rest_ms:
-        assert rests.choose(places, NOON + rest_ms - 1, draw=0) is places[1]
-    assert rests.choose(places, NOON + rest_ms, draw=0) is places[0]
+        assert rests.choose(targets, NOON + rest_ms - 1, draw=0) is targets[1]
+    assert rests.choose(targets, NOON + rest_ms, draw=0) is targets[0]
 
 
 def test_a_clock_that_went_ahead_takes_nobody_out() -> None:
     """A rest that would last longer than any is none."""
-    rests, places = Rests(), _places(1, 0)
-    _fail(rests, places[0], at=NOON + 86_400_000)
-    assert rests.choose(places, NOON, draw=0) is places[0]
+    rests, targets = Cooldowns(), _places(1, 0)
+    _fail(rests, targets[0], at=NOON + 86_400_000)
+    assert rests.choose(targets, NOON, draw=0) is targets[0]
 
 
 def test_a_shorter_rest_never_ends_a_longer_one() -> None:
     """Calls that were under way come back with older news."""
-    rests, places = Rests(), _places(1, 0)
-    rests.failed(places[0].upstream, NOON, retry_after_s=50)
-    _fail(rests, places[0])
-    rests.failed(places[0].upstream, NOON, retry_after_s=1)
-    assert rests.choose(places, NOON + 49_999, draw=0) is places[1]
+    rests, targets = Cooldowns(), _places(1, 0)
+    rests.failed(targets[0].upstream, NOON, retry_after_s=50)
+    _fail(rests, targets[0])
+    rests.failed(targets[0].upstream, NOON, retry_after_s=1)
+    assert rests.choose(targets, NOON + 49_999, draw=0) is targets[1]
 
 
 def test_where_all_rest_the_first_to_be_over_is_tried() -> None:
     """A rest puts others first and refuses nobody."""
-    rests, places = Rests(), _places(1, 1, 1)
-    for place, said_s in zip(places, (30, 10, 20), strict=True):
-        rests.failed(place.upstream, NOON, retry_after_s=said_s)
-    assert rests.choose(places, NOON, draw=0) is places[1]
-    assert rests.choose([places[0], places[2]], NOON, draw=0) is places[2]
+    rests, targets = Cooldowns(), _places(1, 1, 1)
+    for target, said_s in zip(targets, (30, 10, 20), strict=True):
+        rests.failed(target.upstream, NOON, retry_after_s=said_s)
+    assert rests.choose(targets, NOON, draw=0) is targets[1]
+    assert rests.choose([targets[0], targets[2]], NOON, draw=0) is targets[2]
 
 
 def test_an_upstream_that_was_written_anew_begins_anew() -> None:
     """Its operator may have mended it; one that a reload leaves as it is rests on."""
-    rests, places = Rests(), _places(1, 0)
-    _fail(rests, places[0])
+    rests, targets = Cooldowns(), _places(1, 0)
+    _fail(rests, targets[0])
     assert rests.choose(_places(1, 0), NOON, draw=0).upstream.name == "1"
     mended = Model("m", Upstream("0", "http://mended.example/v1", None), "m")
-    assert rests.choose([mended, places[1]], NOON, draw=0) is mended
+    assert rests.choose([mended, targets[1]], NOON, draw=0) is mended
 
 
 ACTS = st.lists(
@@ -160,24 +160,24 @@ def test_none_that_rests_is_asked_while_another_is_awake(
     acts: list[tuple[int, str, int | None]], weights: list[int], draw: int
 ) -> None:
     """Whatever has happened: who is asked is awake, or all rest and its rest ends first."""
-    rests, places, now = Rests(), _places(*weights), NOON
+    rests, targets, now = Cooldowns(), _places(*weights), NOON
     failures, until = [0, 0, 0], [0, 0, 0]
     for number, act, said_s in acts:
         now += 3000
         if act == "failed":
-            rests.failed(places[number].upstream, now, retry_after_s=said_s)
+            rests.failed(targets[number].upstream, now, retry_after_s=said_s)
             failures[number] += 1
-            said_ms = REST_MS if said_s is None else min(said_s * 1000, REST_MS_MAX)
+            said_ms = COOLDOWN_MS if said_s is None else min(said_s * 1000, COOLDOWN_MS_MAX)
             if said_s is not None or failures[number] >= FAILURES_MAX:
                 until[number] = max(until[number], now + said_ms)
         elif act == "answered":
-            rests.answered(places[number].upstream)
+            rests.answered(targets[number].upstream)
             failures[number] = until[number] = 0
         else:
-            chosen = places.index(rests.choose(places, now, draw=draw))
+            chosen = targets.index(rests.choose(targets, now, draw=draw))
             if min(until) <= now:
                 assert until[chosen] <= now
-                until[chosen] = until[chosen] and now + REST_MS  # one call tries it
+                until[chosen] = until[chosen] and now + COOLDOWN_MS  # one call tries it
             else:
                 assert until[chosen] == min(until)
 
@@ -185,16 +185,16 @@ def test_none_that_rests_is_asked_while_another_is_awake(
 # ------------------------------------------------------------------------------------------------- one call's choice
 
 
-def _choice(places: list[Model], *, retry_for_ms: int = 10_000) -> Choice:
-    return Choice(tuple(places), until=NOON + retry_for_ms)
+def _choice(targets: list[Model], *, retry_for_ms: int = 10_000) -> RoutingState:
+    return RoutingState(tuple(targets), until=NOON + retry_for_ms)
 
 
 @pytest.mark.parametrize("pause_ms", [None, 200, 3_600_000])
 def test_another_upstream_is_asked_at_once(pause_ms: int | None) -> None:
     """Whenever the one that failed could be asked again."""
-    places = _places(1, 1, 1)
-    choice = _choice(places).after(places[1], pause_ms=pause_ms, now=NOON)
-    assert choice == Choice((places[0], places[2]), NOON + 10_000)
+    targets = _places(1, 1, 1)
+    routing = _choice(targets).after(targets[1], pause_ms=pause_ms, now=NOON)
+    assert routing == RoutingState((targets[0], targets[2]), NOON + 10_000)
 
 
 @pytest.mark.parametrize(
@@ -203,12 +203,12 @@ def test_another_upstream_is_asked_at_once(pause_ms: int | None) -> None:
 )
 def test_the_same_is_asked_again_after_a_short_pause(pause_ms: int | None, again: bool) -> None:
     """Where none is left, and only for a wait that a client need not hear of."""
-    [place] = _places(1)
-    choice = _choice([place]).after(place, pause_ms=pause_ms, now=NOON)
-    assert (choice is not None) is again
-    if choice is not None:
-        assert (choice.left, choice.pause_ms) == ((place,), pause_ms)
-        assert choice.after(place, pause_ms=pause_ms, now=NOON) is None  # and only once
+    [target] = _places(1)
+    routing = _choice([target]).after(target, pause_ms=pause_ms, now=NOON)
+    assert (routing is not None) is again
+    if routing is not None:
+        assert (routing.left, routing.pause_ms) == ((target,), pause_ms)
+        assert routing.after(target, pause_ms=pause_ms, now=NOON) is None  # and only once
 
 
 @pytest.mark.parametrize(
@@ -222,14 +222,14 @@ def test_the_same_is_asked_again_after_a_short_pause(pause_ms: int | None, again
 )
 def test_nothing_is_sent_after_the_deadline(now: int, pause_ms: int, goes_on: bool) -> None:
     """Nor would it be after a pause."""
-    [place] = _places(1)
-    assert (_choice([place]).after(place, pause_ms=pause_ms, now=now) is not None) is goes_on
+    [target] = _places(1)
+    assert (_choice([target]).after(target, pause_ms=pause_ms, now=now) is not None) is goes_on
 
 
 def test_with_no_time_at_all_each_call_is_sent_once() -> None:
     """`retry_for: 0s`."""
-    places = _places(1, 1)
-    assert _choice(places, retry_for_ms=0).after(places[0], pause_ms=0, now=NOON) is None
+    targets = _places(1, 1)
+    assert _choice(targets, retry_for_ms=0).after(targets[0], pause_ms=0, now=NOON) is None
 
 
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=6), st.data())
@@ -237,13 +237,13 @@ def test_a_call_is_sent_as_often_as_it_has_upstreams_and_once_more_at_the_most(
     weights: list[int], data: st.DataObject
 ) -> None:
     """Whatever they say."""
-    places = _places(*weights)
-    choice, asked = _choice(places), list[Model]()
-    while choice is not None:
-        asked.append(data.draw(st.sampled_from(choice.left)))
-        choice = choice.after(asked[-1], pause_ms=data.draw(st.none() | st.integers(0, 5000)), now=NOON)
-    assert {place.upstream.name for place in asked} == {place.upstream.name for place in places}
-    assert len(asked) <= len(places) + 1
+    targets = _places(*weights)
+    routing, asked = _choice(targets), list[Model]()
+    while routing is not None:
+        asked.append(data.draw(st.sampled_from(routing.left)))
+        routing = routing.after(asked[-1], pause_ms=data.draw(st.none() | st.integers(0, 5000)), now=NOON)
+    assert {target.upstream.name for target in asked} == {target.upstream.name for target in targets}
+    assert len(asked) <= len(targets) + 1
 
 
 @pytest.mark.parametrize(
@@ -256,7 +256,7 @@ def test_a_call_is_sent_as_often_as_it_has_upstreams_and_once_more_at_the_most(
 )
 def test_only_what_turned_a_call_away_lets_it_go_elsewhere(elsewhere: bool, statuses: tuple[int, ...]) -> None:
     """What may run is never run twice, and what the user did wrong is wrong everywhere."""
-    assert {may_go_elsewhere(status) for status in statuses} == {elsewhere}
+    assert {may_try_another_target(status) for status in statuses} == {elsewhere}
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.errors import InvalidRequest
-from proxy.web.codings import CODINGS, MEMBERS_MAX, PIECE_BYTES, Unpacking
+from proxy.web.codings import CONTENT_ENCODINGS, MEMBERS_MAX, PIECE_BYTES, BodyDecoder
 
 TEXT = b'{"model": "fast"}'
 PACK: dict[str, Callable[[bytes], bytes]] = {
@@ -30,7 +30,7 @@ PACK: dict[str, Callable[[bytes], bytes]] = {
 
 def unpacked(coding: str, *chunks: bytes) -> bytes:
     """What a body in these chunks stands for."""
-    unpacking = Unpacking(coding)
+    unpacking = BodyDecoder(coding)
     pieces = [piece for chunk in chunks for piece in unpacking.feed(chunk)]
     unpacking.end()
     assert all(0 < len(piece) <= PIECE_BYTES for piece in pieces)
@@ -45,10 +45,10 @@ def raw_deflate(body: bytes) -> bytes:
 
 def test_each_coding_has_its_row() -> None:
     """A coding that is added is tested like the others."""
-    assert PACK.keys() == CODINGS.keys()
+    assert PACK.keys() == CONTENT_ENCODINGS.keys()
 
 
-@pytest.mark.parametrize("coding", CODINGS)
+@pytest.mark.parametrize("coding", CONTENT_ENCODINGS)
 @given(body=st.binary(max_size=300), step=st.integers(1, 40))
 def test_a_body_comes_out_as_it_went_in_however_it_is_cut(coding: str, body: bytes, step: int) -> None:
     """Where the network cut it never matters."""
@@ -56,7 +56,7 @@ def test_a_body_comes_out_as_it_went_in_however_it_is_cut(coding: str, body: byt
     assert unpacked(coding, *(packed[at : at + step] for at in range(0, len(packed), step))) == body
 
 
-@pytest.mark.parametrize("coding", CODINGS)
+@pytest.mark.parametrize("coding", CONTENT_ENCODINGS)
 @pytest.mark.parametrize("size", [PIECE_BYTES - 1, PIECE_BYTES, PIECE_BYTES + 1, 3 * PIECE_BYTES])
 def test_what_is_larger_than_a_piece_is_whole(coding: str, size: int) -> None:
     """Also where a piece ends just where the body does, and where it can't be packed at all."""
@@ -78,13 +78,13 @@ def test_members_one_after_the_other_are_one_body(coding: str) -> None:
         unpacked(coding, PACK[coding](b"") * (MEMBERS_MAX + 1))
 
 
-@pytest.mark.parametrize("coding", CODINGS)
+@pytest.mark.parametrize("coding", CONTENT_ENCODINGS)
 def test_nothing_is_nothing(coding: str) -> None:
     """An empty body has no coding to be undone."""
     assert unpacked(coding) == unpacked(coding, b"") == b""
 
 
-@pytest.mark.parametrize("coding", CODINGS)
+@pytest.mark.parametrize("coding", CONTENT_ENCODINGS)
 def test_a_body_that_is_not_what_it_says_is_a_400(coding: str) -> None:
     """Plain JSON, a sum that is wrong, a body that is cut off, and one with something behind it."""
     packed = PACK[coding](TEXT)
@@ -105,12 +105,12 @@ def test_a_zstd_frame_may_not_ask_for_a_large_window() -> None:
         unpacked("zstd", frame(24))
 
 
-@pytest.mark.parametrize("coding", CODINGS)
+@pytest.mark.parametrize("coding", CONTENT_ENCODINGS)
 def test_a_bomb_stays_small_while_nobody_reads_on(coding: str) -> None:
     """What it becomes is made piece by piece: who stops reading at a limit never holds more than that."""
     bomb = PACK[coding](b"\0" * (64 * 2**20))
     tracemalloc.start()
-    pieces = Unpacking(coding).feed(bomb)
+    pieces = BodyDecoder(coding).feed(bomb)
     read = sum(len(next(pieces)) for _ in range(4))
     _, most = tracemalloc.get_traced_memory()
     tracemalloc.stop()

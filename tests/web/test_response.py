@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 from aiohttp import web
 
 from proxy.tasks import Tasks
-from proxy.web.response import KEEP_ALIVE, Client
+from proxy.web.response import KEEP_ALIVE, WebResponder
 
 
 @asynccontextmanager
@@ -33,13 +33,13 @@ async def _ask(port: int) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
 async def test_a_client_that_takes_nothing_is_taken_to_be_gone() -> None:
     """It must not hold an upstream's generation: after the write limit its connection is cut."""
     tasks = Tasks()
-    done: asyncio.Future[Client] = asyncio.get_running_loop().create_future()
+    done: asyncio.Future[WebResponder] = asyncio.get_running_loop().create_future()
 
-    async def pour(client: Client) -> None:
+    async def pour(client: WebResponder) -> None:
         told: list[bool] = []
-        client.when_gone(lambda: told.append(True))
+        client.on_disconnected(lambda: told.append(True))
         await client.start(200, {})
-        while not client.is_gone:
+        while not client.is_disconnected:
             await client.write(b"x" * 65536)
         assert told == [True]
         await client.end()  # to nobody: does nothing
@@ -47,13 +47,13 @@ async def test_a_client_that_takes_nothing_is_taken_to_be_gone() -> None:
 
     async def handler(request: web.Request) -> web.StreamResponse:
         # In a task of its own, as in production: this one is cancelled when the connection is cut.
-        await asyncio.shield(tasks.start("pour", pour(Client(request, id="1", write_s=0.05))))
+        await asyncio.shield(tasks.start("pour", pour(WebResponder(request, id="1", write_s=0.05))))
         raise AssertionError
 
     async with _served(handler) as port:
         _, writer = await _ask(port)
         writer.transport.pause_reading()  # type: ignore[attr-defined]
-        assert (await done).is_gone
+        assert (await done).is_disconnected
         writer.close()
 
 
@@ -62,11 +62,11 @@ async def test_who_asks_late_is_told_at_once() -> None:
     told: list[int] = []
 
     async def handler(request: web.Request) -> web.StreamResponse:
-        client = Client(request, id="1")
-        client.leave()
-        client.when_gone(lambda: told.append(1))
-        client.leave()
-        client.when_gone(None)
+        client = WebResponder(request, id="1")
+        client.note_disconnect()
+        client.on_disconnected(lambda: told.append(1))
+        client.note_disconnect()
+        client.on_disconnected(None)
         client.send(200, {}, b"nobody reads this")
         assert client.response is None
         return web.Response(text="ok")
@@ -82,7 +82,7 @@ async def test_pieces_arrive_as_they_are_written() -> None:
     """Head, pieces and end in order; an empty piece is none."""
 
     async def handler(request: web.Request) -> web.StreamResponse:
-        client = Client(request, id="req_1")
+        client = WebResponder(request, id="req_1")
         await client.start(201, {"content-type": "text/event-stream"})
         for piece in (b"one", b"", b"two"):
             await client.write(piece)
@@ -106,9 +106,9 @@ async def test_a_silent_stream_is_told_that_it_is_alive_but_never_within_an_even
 
     async def handler(request: web.Request) -> web.StreamResponse:
         nonlocal is_between
-        client = Client(request, id="1", silence_s=0.001)
+        client = WebResponder(request, id="1", heartbeat_s=0.001)
         await client.start(200, {})
-        with client.kept_awake(lambda: is_between):
+        with client.heartbeat(lambda: is_between):
             await may_go_on.wait()
             is_between = False
             await client.write(b"data: begins")
@@ -146,9 +146,9 @@ async def test_what_moved_just_before_a_comment_keeps_it_back() -> None:
 
     async def handler(request: web.Request) -> web.StreamResponse:
         loop = asyncio.get_running_loop()
-        client = Client(request, id="1", silence_s=0.001)
+        client = WebResponder(request, id="1", heartbeat_s=0.001)
         await client.start(200, {})
-        with client.kept_awake(lambda: True):
+        with client.heartbeat(lambda: True):
             begun = loop.time()
             while loop.time() < begun + 0.002:
                 pass  # nothing else has its turn, and the timer is overdue
@@ -173,7 +173,7 @@ async def test_a_slow_client_is_not_told_that_it_is_alive() -> None:
     done: asyncio.Future[int] = asyncio.get_running_loop().create_future()
 
     async def pour(request: web.Request) -> None:
-        client = Client(request, id="1", write_s=0.05, silence_s=0.001)
+        client = WebResponder(request, id="1", write_s=0.05, heartbeat_s=0.001)
         asked: list[bool] = []
 
         def is_between_events() -> bool:
@@ -181,8 +181,8 @@ async def test_a_slow_client_is_not_told_that_it_is_alive() -> None:
             return True
 
         await client.start(200, {})
-        with client.kept_awake(is_between_events):
-            while not client.is_gone:
+        with client.heartbeat(is_between_events):
+            while not client.is_disconnected:
                 await client.write(b"x" * 65536)
         done.set_result(len(asked))
 
