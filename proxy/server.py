@@ -98,8 +98,8 @@ class Server:
             now=now,
         )
         self.health = Health(self.ledger, self.policies)
-        owned = StoredResponses(self.ledger, self.upstreams)
-        self._api = Api(self.policies, owned, relay=relay, health=self.health, settings=config.settings, now=now)
+        stored = StoredResponses(self.ledger, self.upstreams)
+        self._api = Api(self.policies, stored, relay=relay, health=self.health, settings=config.settings, now=now)
         self._admin = Admin(self.metrics, self.health)
         self._settings = config.settings
         self._chores = Tasks()

@@ -1,8 +1,10 @@
 """What one call takes along on its way: fixed when it sets out, whatever is reloaded meanwhile."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 from proxy.errors import InvalidRequest, ModelNotFound, ProxyError
 from proxy.formats import anthropic
@@ -15,10 +17,47 @@ from proxy.policy.status import QuotaStatus, quota_statuses, rate_limit_headers,
 from proxy.upstreams.addresses import address_of
 from proxy.upstreams.headers import idempotency, to_upstream
 from proxy.upstreams.spool import Spliced, Spool
-from proxy.web.response import Responder
 
 _WAIT_S_MAX = 600
 _WAIT = re.compile(r"([0-9]{1,4})(?:s)?")
+
+
+class Responder(Protocol):
+    """The client of one call, as the call sees it: what it sent, how to answer it, and whether it has disconnected.
+
+    `id` is the request's id. Writing to a client that has disconnected does nothing. `proxy.web.response` has the one
+    that speaks HTTP.
+    """
+
+    id: str
+    headers: Sequence[tuple[str, str]]
+    api_version: str | None  # Azure's `api-version`, as the client sent it
+    is_disconnected: bool
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether the head of an answer has been sent, so that a status can no longer be."""
+
+    def on_disconnected(self, notify: Callable[[], object] | None) -> None:
+        """Call `notify` once the client has disconnected, at once if it has already; None removes it."""
+
+    def send(self, status: int, headers: Mapping[str, str], body: bytes) -> None:
+        """Send a whole answer."""
+
+    async def start(self, status: int, headers: Mapping[str, str]) -> None:
+        """Send the head of a streamed answer."""
+
+    async def write(self, data: bytes) -> None:
+        """Send a piece of a streamed answer; waits while the client reads slowly."""
+
+    def heartbeat(self, is_between_events: Callable[[], bool]) -> AbstractContextManager[None]:
+        """Within the block, send a comment whenever nothing was sent for a while and `is_between_events`."""
+
+    async def end(self) -> None:
+        """End a streamed answer."""
+
+    def abort(self) -> None:
+        """Cut the connection, so that the client sees that the answer is incomplete."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +108,9 @@ class Call:
         return Reserve(
             id=self.client.id,
             owner=owner,
-            labels=CallLabels(self.user.name, self.request.model, self.request.endpoint.name, self.model.upstream.name),
+            labels=CallLabels(
+                self.user.name, self.request.model, self.request.endpoint.name, self.model.upstream.name
+            ),
             binding=self.binding,
             demand=demand,
         )
@@ -137,7 +178,9 @@ class Call:
         return {**ours, **anthropic.limit_headers(self.binding, statuses), "request-id": self.client.id}
 
 
-def prepare_call(request: Request, user: User, policy: Policy, client: Responder, *, spool: Spool | None = None) -> Call:
+def prepare_call(
+    request: Request, user: User, policy: Policy, client: Responder, *, spool: Spool | None = None
+) -> Call:
     """Find the model and the quotas of a call; raises ModelNotFound that says what would help."""
     model = policy.model(request.model)
     if model is None or not policy.may_use(user, request.model):

@@ -35,55 +35,61 @@ log = structlog.get_logger("tries")
 
 
 class Candidate:
-    """A call as one of the upstreams is to get it: there it has a body, a count and a meter of its own."""
+    """A call as one of its targets is to receive it: with a body, a token count and a meter of its own."""
 
     def __init__(self, call: Call, tokenizers: Tokenizers, *, keeps_body: bool) -> None:
         body = call.body()
         self.call = call
-        self.count = TokenCount(
-            tokenizers, call.request, call.model, body_bytes=len(body), previous=call.previous
-        )
+        self.count = TokenCount(tokenizers, call.request, call.model, body_bytes=len(body), previous=call.previous)
         self._body = body if keeps_body else None
 
     @property
     def upstream(self) -> Upstream:
-        """Who would get it."""
+        """The upstream of its target."""
         return self.call.model.upstream
 
     def meter(self) -> Meter:
-        """What watches its answer."""
+        """A new meter for its answer."""
         return Meter(self.call.request, count=self.count.piece, kind=self.upstream.kind)
 
-    def body(self, entry: Entry) -> bytes | Spliced:
-        """What is sent, with its maximum lowered where less is left than it wants."""
-        return self.call.body_for(entry) if self._body is None or entry.capped_by else self._body
+    def body(self, call: Call, entry: Entry) -> bytes | Spliced:
+        """The body to send for `call`, which is this candidate's or the same without the usage option.
+
+        The maximum in it is lowered if less is left of the quota than the call asks for.
+        """
+        if self._body is None or entry.capped_by or call is not self.call:
+            return call.body_for(entry)
+        return self._body
+
+    def free_body(self) -> None:
+        """Drop the body that was written in advance."""
+        self._body = None
 
 
 class Candidates:
-    """A call as each of the upstreams that serve its model is to get it; `demand` covers all of them."""
+    """A call as each target of its model is to receive it; `demand` covers all of them."""
 
     def __init__(self, call: Call, tokenizers: Tokenizers) -> None:
         self.targets = call.model.targets
-        # Of several the bodies are written when they are sent: a large one need not be kept for each.
+        # With several targets each body is written when it is sent, so that a large one is not kept for each.
         keeps_body = len(self.targets) == 1
-        self._ways = [Candidate(call.at(target), tokenizers, keeps_body=keeps_body) for target in self.targets]
-        self.demand = largest_demand([candidate.count.demand for candidate in self._ways])
-        self.first = self._ways[0]
-        self._request = call.request
+        self._candidates = [Candidate(call.at(target), tokenizers, keeps_body=keeps_body) for target in self.targets]
+        self.demand = largest_demand([candidate.count.demand for candidate in self._candidates])
+        self.first = self._candidates[0]
 
     async def exact_demand(self) -> Demand:
         """The same with the input counted."""
-        return largest_demand([await candidate.count.exact_demand() for candidate in self._ways])
+        return largest_demand([await candidate.count.exact_demand() for candidate in self._candidates])
 
     def to(self, target: Model) -> Candidate:
-        """The way to one of the places."""
-        return next(candidate for candidate in self._ways if candidate.call.model is target)
+        """The candidate for one of the targets."""
+        return next(candidate for candidate in self._candidates if candidate.call.model is target)
 
-    def forget(self) -> None:
-        """Let go of what was to be sent: there is an answer, and a long one must not keep it."""
-        self._ways = []
-        del self.first
-        self._request.forget()
+    def free_body(self) -> None:
+        """Drop all that was to be sent. The texts stay, in case they have to be counted."""
+        for candidate in self._candidates:
+            candidate.free_body()
+        self.first.call.request.body.free()
 
 
 class Dispatcher:
@@ -96,8 +102,8 @@ class Dispatcher:
         self._metrics = metrics
         self._now = now
         self._draw = draw
-        self._rests = Cooldowns()
-        self._habits = UsageOptionCache()
+        self._cooldowns = Cooldowns()
+        self._usage_options = UsageOptionCache()
 
     @asynccontextmanager
     async def answer(self, candidates: Candidates, reservation: Reservation) -> AsyncIterator[tuple[Call, Answer]]:
@@ -112,7 +118,7 @@ class Dispatcher:
         while routing is not None:
             if routing.pause_ms:
                 await asyncio.sleep(routing.pause_ms / 1000)
-            candidate = candidates.to(self._rests.choose(routing.left, self._now(), draw=self._draw()))
+            candidate = candidates.to(self._cooldowns.choose(routing.left, self._now(), draw=self._draw()))
             async with AsyncExitStack() as connection:
                 try:
                     answer = await connection.enter_async_context(self._ask(candidate, reservation))
@@ -124,15 +130,15 @@ class Dispatcher:
                 else:
                     routing = self._after_answer(answer, routing, candidate)
                     if routing is None:
-                        call = candidate.call
-                        del candidate
-                        yield call, answer
+                        candidates.free_body()
+                        yield candidate.call, answer
                         return
                     reservation.is_sent = False  # it was turned away: whoever leaves now owes nothing
                     await answer.beginning()
                     told = candidate.call, answer
         assert told is not None, "else the last error was raised"
         reservation.model = told[0].model
+        candidates.free_body()
         yield told
 
     @asynccontextmanager
@@ -140,19 +146,14 @@ class Dispatcher:
         """Send it; once more where it would be taken but for the option by which we ask for the usage of a stream."""
         await candidate.count.before_it_is_sent()
         call, meter = candidate.call, candidate.meter()
-        if call.adds_usage and not self._habits.may_ask(call.address, call.model):
+        if call.adds_usage and not self._usage_options.may_ask(call.address, call.model):
             call = call.without_option()
             meter.did_not_ask()
-        body = (
-            candidate.body(reservation.entry) if call is candidate.call else call.body_for(reservation.entry)
-        )
         reservation.ask(call.model, meter, count=candidate.count)
-        del candidate  # with its body, which a long answer must not keep
-        async with self._send(call, body) as answer:
-            del body
+        async with self._send(call, candidate.body(call, reservation.entry)) as answer:
             if not await _is_option_refused(answer, call):
                 if call.adds_usage and answer.status // 100 == 2:
-                    self._habits.note(call.address, call.model, is_taken=True)
+                    self._usage_options.note(call.address, call.model, is_taken=True)
                 yield answer
                 return
         call = call.without_option()
@@ -164,14 +165,14 @@ class Dispatcher:
                     upstream=call.model.upstream.name,
                     model=call.model_label,
                 )
-                self._habits.note(call.address, call.model, is_taken=False)
+                self._usage_options.note(call.address, call.model, is_taken=False)
             yield answer
 
     def _send(self, call: Call, body: bytes | Spliced) -> AbstractAsyncContextManager[Answer]:
         return self._upstreams.send(call.model.upstream, call.address, body, call.headers())
 
     def _after_error(self, error: UpstreamError, routing: RoutingState, candidate: Candidate) -> RoutingState | None:
-        self._rests.failed(candidate.upstream, self._now())
+        self._cooldowns.failed(candidate.upstream, self._now())
         if error.was_sent:
             self._count(candidate, "timed_out" if isinstance(error, UpstreamTimeout) else "broke_off")
             return None
@@ -182,10 +183,10 @@ class Dispatcher:
         outcome = _outcome(answer.status)
         self._count(candidate, outcome)
         if outcome in ("answered", "rejected"):
-            self._rests.answered(candidate.upstream)
+            self._cooldowns.answered(candidate.upstream)
             return None
         retry_after_s = seconds_of(answer.retry_after)
-        self._rests.failed(candidate.upstream, self._now(), retry_after_s=retry_after_s)
+        self._cooldowns.failed(candidate.upstream, self._now(), retry_after_s=retry_after_s)
         if not may_try_another_target(answer.status):
             return None
         return self._next(routing, candidate, pause_ms=None if retry_after_s is None else retry_after_s * 1000)

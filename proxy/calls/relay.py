@@ -69,9 +69,6 @@ class Relay:
             self._blame_upstream(call, reservation),
             self._dispatcher.answer(candidates, reservation) as (asked, answer),
         ):
-            # A long stream must not keep the request in memory three times over: agents send megabytes. Its texts
-            # stay, in case they have to be counted.
-            candidates.forget()
             if answer.status // 100 != 2:
                 await self._pass_on_failure(answer, asked, reservation)
             elif answer.is_stream:
@@ -89,7 +86,6 @@ class Relay:
             raise call.refusal(answer, now, busy_s=self._pace.busy_s(now))
         first = candidates.first
         reservation = Reservation(self._ledger, answer, first.meter(), binding=call.binding, count=first.count)
-        del first
         self._pace.began(answer.entry.id, self._now())
         try:
             with self._metrics.in_flight.track_inprogress():
@@ -97,9 +93,7 @@ class Relay:
                     yield reservation
         finally:
             self._pace.ended(answer.entry.id, self._now())
-            self._metrics.ended(
-                reservation.entry, reservation.charged, reservation.outcome, model=call.model_label
-            )
+            self._metrics.ended(reservation.entry, reservation.charged, reservation.outcome, model=call.model_label)
 
     async def _let_in(self, call: Call, candidates: Candidates) -> Accepted | Refused:
         """Ask the ledger, and wait for calls in flight if it comes to that, as long as the client does."""
@@ -129,7 +123,7 @@ class Relay:
                 await reservation.release()
             upstream = (reservation.model or call.model).upstream
             log.warning("upstream failed", upstream=upstream.name, call=reservation.entry.id, reason=str(error))
-            if call.client.response is None:
+            if not call.client.has_begun:
                 raise
             await call.client.write(error_event(call.request.endpoint, error))
             await call.client.end()
@@ -143,7 +137,9 @@ class Relay:
                 async for chunk in answer.chunks():
                     await client.write(stream.feed(chunk, covered=reservation.covered))
                     while stream.is_held_up:
-                        if not await reservation.grow(self._queue, wait_s=call.pause_s, is_disconnected=client.has_disconnected):
+                        if not await reservation.grow(
+                            self._queue, wait_s=call.pause_s, is_disconnected=lambda: client.is_disconnected
+                        ):
                             return await self._end_at_limit(stream, call, reservation)
                         await client.write(stream.feed(b"", covered=reservation.covered))
                     if stream.is_over:

@@ -87,7 +87,9 @@ class Reservation:
                 return True
             # What is held for the input by its bytes may be all that is missing.
             input_tokens = min(self._input_tokens(), await self._count.most_of_input())
-            if await self._extend(queue, input_tokens, wait_s=0 if is_beyond else wait_s, is_disconnected=is_disconnected):
+            if await self._extend(
+                queue, input_tokens, wait_s=0 if is_beyond else wait_s, is_disconnected=is_disconnected
+            ):
                 return True
         except LedgerUnavailable:
             if self._may_be_lost:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from urllib.parse import urlencode
 
-from proxy.calls.call import Call
+from proxy.calls.call import Call, Responder
 from proxy.errors import PreviousNotFound, ProxyError, ResponseNotFound, UpstreamError
 from proxy.formats.endpoints import RESPONSE_ID, StoredResponsePath
 from proxy.ledger.book import Entry
@@ -22,7 +22,6 @@ from proxy.upstreams.addresses import address_at
 from proxy.upstreams.client import Answer, Upstreams
 from proxy.upstreams.failures import failure_of
 from proxy.upstreams.headers import JSON_HEADERS, to_client, to_upstream
-from proxy.web.response import Responder
 
 _SHOWN = 80
 

@@ -27,7 +27,13 @@ class TokenCount:
     """
 
     def __init__(
-        self, tokenizers: Tokenizers, request: Request, model: Model, *, body_bytes: int, previous: Entry | None = None
+        self,
+        tokenizers: Tokenizers,
+        request: Request,
+        model: Model,
+        *,
+        body_bytes: int,
+        previous: Entry | None = None,
     ) -> None:
         is_chat = request.endpoint.name in ("chat", "messages") or request.endpoint.is_of_responses
         prompt = read_prompt(request.document, model=model.upstream_model, is_chat=is_chat)

@@ -95,7 +95,9 @@ def _unseen(prompt: Prompt, model: Model, input_tokens: int) -> int:
 
 def streams_all_output(request: Request, model: Model) -> bool:
     """Whether all the tokens of an answer can be seen as they come, so that its hold may grow with it."""
-    hides = _hides(model) or _asks_for_hidden(request.document) or (request.endpoint.is_of_messages and _thinks(request))
+    hides = (
+        _hides(model) or _asks_for_hidden(request.document) or (request.endpoint.is_of_messages and _thinks(request))
+    )
     return request.stream and request.endpoint.shows_output and not hides
 
 

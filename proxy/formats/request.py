@@ -48,60 +48,72 @@ _KNOWN = frozenset(
 ).union(*(endpoint.refused for endpoint in METERED))
 
 
+class RequestBody:
+    """The parsed body of one request. It is freed as soon as the upstream has answered.
+
+    Agents send megabytes, and an answer may stream for minutes: the body must not stay in memory for that long.
+    Everything that is needed afterwards is a field of `Request`.
+    """
+
+    __slots__ = ("_document",)
+
+    def __init__(self, document: dict[str, Any]) -> None:
+        self._document: dict[str, Any] | None = document
+
+    @property
+    def document(self) -> dict[str, Any]:
+        """The JSON object, or the fields of a form by name. It must not be asked for after `free`."""
+        assert self._document is not None, "the body was freed when the upstream answered"
+        return self._document
+
+    def free(self) -> None:
+        """Drop the parsed body."""
+        self._document = None
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One metered request: what it asks for, and the body as it was read; of a form its fields.
+    """One metered request: what it asks for, and its parsed body, which is freed before the rest.
 
-    `document` has what was read of either.
+    `choices` is how many answers the upstream generates in all. `form` is set if the request is multipart.
+    `asks_for_continuous_usage` and `asks_for_timings` are vLLM's and llama.cpp's options for usage on every chunk.
     """
 
     endpoint: Endpoint
     model: str
     stream: bool
     choices: int
-    document: dict[str, Any]
+    body: RequestBody
     form: Form | None = None
-    is_option_withheld: bool = False  # `stream_options` of ours, which the upstream would not take
-
-    def forget(self) -> None:
-        """Let go of the body, which is sent and not needed any more. What the fields say stays."""
-        self.document.clear()
-
-    @property
-    def previous_response_id(self) -> str | None:
-        """The response that it goes on from."""
-        previous: str | None = self.document.get("previous_response_id") if self.endpoint.is_of_responses else None
-        return previous or None
+    previous_response_id: str | None = None
+    asks_for_usage: bool = False  # the client itself wants to see the usage of a stream
+    asks_for_continuous_usage: bool = False
+    asks_for_timings: bool = False
+    has_several_prompts: bool = False  # several texts to complete, each with an input of its own
+    is_option_withheld: bool = False  # the upstream rejected the `stream_options` that we added
 
     @property
-    def asks_for_usage(self) -> bool:
-        """Whether the client wants to see the usage of a stream itself."""
-        options = self.document.get("stream_options")
-        return isinstance(options, dict) and bool(options.get("include_usage"))
-
-    @property
-    def has_several_prompts(self) -> bool:
-        """Whether there is more than one text to complete, each with an input of its own."""
-        return self.endpoint.name == "completions" and _prompts(self.document) > 1
+    def document(self) -> dict[str, Any]:
+        """The parsed body; only until the upstream has answered."""
+        return self.body.document
 
     @property
     def adds_usage(self) -> bool:
-        """Whether we ask for the usage in the client's place, and so take it out of the answer again."""
+        """Whether we ask for the usage of the stream although the client did not, and remove it from the answer."""
         return self._may_ask and not self.asks_for_usage
 
     def adds_running_usage(self, kind: Kind) -> bool:
         """Whether we ask for the usage so far on every chunk: vLLM and llama.cpp give it, and then a cut is exact.
 
-        Not of several choices: there each chunk has that of its own choice.
+        Not for several choices: there each chunk has the usage of its own choice.
         """
-        options = self.document.get("stream_options") or {}
         if not self._may_ask or self.choices != 1:
             return False
         match kind:
             case "vllm":
-                return not options.get("continuous_usage_stats")
+                return not self.asks_for_continuous_usage
             case "llamacpp":
-                return not self.document.get("timings_per_token")
+                return not self.asks_for_timings
         return False
 
     @property
@@ -118,13 +130,8 @@ def parse_request(endpoint: Endpoint, body: bytes, *, deployment: str | None = N
     _refuse_fields(endpoint, document)
     if endpoint.has_usage_option:
         _refuse_unclear_usage_option(document.get("stream_options"))
-    return Request(
-        endpoint=endpoint,
-        model=_model(deployment or (endpoint.default_model if document.get("model") is None else document["model"])),
-        stream=_stream(endpoint, document),
-        choices=_choices(endpoint, document),
-        document=document,
-    )
+    model = endpoint.default_model if document.get("model") is None else document["model"]
+    return _request(endpoint, deployment or model, document)
 
 
 def parse_form_request(endpoint: Endpoint, form: Form, *, deployment: str | None = None) -> Request:
@@ -136,13 +143,24 @@ def parse_form_request(endpoint: Endpoint, form: Form, *, deployment: str | None
         if _plain_name(endpoint, file.name) in _KNOWN:
             raise InvalidRequest(f'"{file.name}" is no file.', param=file.name)
     _refuse_fields(endpoint, document)
+    return _request(endpoint, deployment or document.get("model", endpoint.default_model), document, form)
+
+
+def _request(endpoint: Endpoint, model: object, document: dict[str, Any], form: Form | None = None) -> Request:
+    options = document.get("stream_options")
+    options = options if isinstance(options, dict) else {}
     return Request(
         endpoint=endpoint,
-        model=_model(deployment or document.get("model", endpoint.default_model)),
+        model=_model(model),
         stream=_stream(endpoint, document),
         choices=_choices(endpoint, document),
-        document=document,
+        body=RequestBody(document),
         form=form,
+        previous_response_id=(document.get("previous_response_id") or None) if endpoint.is_of_responses else None,
+        asks_for_usage=bool(options.get("include_usage")),
+        asks_for_continuous_usage=bool(options.get("continuous_usage_stats")),
+        asks_for_timings=bool(document.get("timings_per_token")),
+        has_several_prompts=endpoint.name == "completions" and _prompts(document) > 1,
     )
 
 

@@ -249,7 +249,7 @@ class Ledger:
         for queued in batch:
             log.error(
                 "an act could not be booked",
-                operation=type(queued.operation).__name__,
+                act=type(queued.operation).__name__,
                 call=queued.operation.id,
                 exc_info=error,
             )
@@ -258,14 +258,14 @@ class Ledger:
     async def _put_off(self, batch: list[_Queued], error: StoreUnavailable) -> None:
         """The database is away: keep all for later, as long as anybody waits for it."""
         self.is_healthy = False
-        log.warning("the ledger's database can't be used", reason=str(error), operations=len(batch))
+        log.warning("the ledger's database can't be used", reason=str(error), acts=len(batch))
         for queued in filter(_lets_in, batch if error.is_uncertain else ()):
             queued.may_be_booked = True
         self._queue.extendleft(reversed(batch))
         if self._is_closing:
             # Their reservations are on the books: they are charged as lost.
             ends = sum(not _takes(queued) for queued in self._queue)
-            log.error("closing with ends that could not be booked", operations=ends)
+            log.error("closing with ends that could not be booked", acts=ends)
             while self._queue:
                 self._fail(self._queue.popleft())
             return

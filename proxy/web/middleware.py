@@ -10,7 +10,7 @@ from proxy.errors import NotServed, ProxyError
 from proxy.formats import anthropic
 from proxy.formats.endpoints import is_messages_path
 from proxy.formats.strict_json import dump
-from proxy.upstreams.headers import SERVER_NAME, JSON_HEADERS
+from proxy.upstreams.headers import JSON_HEADERS, SERVER_NAME
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 

@@ -6,7 +6,7 @@ own, which asks `is_disconnected` or is told through `on_disconnected`. Writing 
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from aiohttp import web
@@ -29,7 +29,7 @@ class WebResponder:
         self, request: web.Request, *, id: str, write_s: float = _WRITE_S, heartbeat_s: float = _SILENCE_S
     ) -> None:
         self.id = id
-        self.headers = list(request.headers.items())
+        self.headers: Sequence[tuple[str, str]] = list(request.headers.items())
         self.api_version = request.query.get("api-version")  # as Azure's clients send it
         self.is_disconnected = False
         self.response: web.StreamResponse | None = None
@@ -48,9 +48,10 @@ class WebResponder:
         if self.is_disconnected:
             self.note_disconnect()
 
-    def has_disconnected(self) -> bool:
-        """Whether the client has gone by now."""
-        return self.is_disconnected
+    @property
+    def has_begun(self) -> bool:
+        """Whether an answer has begun."""
+        return self.response is not None
 
     def note_disconnect(self) -> None:
         """Take note that the client has gone."""
@@ -69,7 +70,9 @@ class WebResponder:
 
     async def start(self, status: int, headers: Mapping[str, str]) -> None:
         """Send the head of an answer that is written piece by piece."""
-        response = web.StreamResponse(status=status, headers={**headers, "x-request-id": self.id, "server": SERVER_NAME})
+        response = web.StreamResponse(
+            status=status, headers={**headers, "x-request-id": self.id, "server": SERVER_NAME}
+        )
         self.response = response
         await self._to_client(lambda: response.prepare(self._request))
 

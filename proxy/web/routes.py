@@ -19,14 +19,14 @@ from proxy.config.loader import Settings
 from proxy.config.reload import Policies
 from proxy.errors import NotAllowed, NoUpgrade, ProxyError
 from proxy.formats.endpoints import METERED, PREFIXES, STORED_RESPONSE_PATHS, Endpoint, StoredResponsePath, closed
-from proxy.formats.request import parse_request, parse_form_request
+from proxy.formats.request import parse_form_request, parse_request
 from proxy.formats.strict_json import dump
 from proxy.identity.keys import identify
 from proxy.ledger.rollup import call_id_prefix
 from proxy.policy.policy import Policy, User
 from proxy.policy.status import quota_statuses
 from proxy.tasks import Tasks
-from proxy.upstreams.headers import SERVER_NAME, JSON_HEADERS
+from proxy.upstreams.headers import JSON_HEADERS, SERVER_NAME
 from proxy.upstreams.spool import Spool
 from proxy.web.body import expect_when_read, read_body, read_form
 from proxy.web.cors import Cors
@@ -44,7 +44,7 @@ class Api:
     def __init__(
         self,
         policies: Policies,
-        owned: StoredResponses,
+        stored_responses: StoredResponses,
         *,
         relay: Relay,
         health: Health,
@@ -53,8 +53,8 @@ class Api:
     ) -> None:
         self.calls = Tasks()
         self._policies = policies
-        self._owned = owned
-        self._ledger = owned.ledger
+        self._stored_responses = stored_responses
+        self._ledger = stored_responses.ledger
         self._relay = relay
         self._health = health
         self._cors = Cors(settings.cors)
@@ -104,11 +104,12 @@ class Api:
     async def _metered(self, endpoint: Endpoint, request: web.Request) -> web.StreamResponse:
         policy = self._policies.current
         user = identify(request.headers.items(), policy)
-        client = WebResponder(request, id=request[REQUEST_ID], heartbeat_s=self._patience.heartbeat_s)
+        client = WebResponder(request, id=request[REQUEST_ID], heartbeat_s=self._patience.silence_s)
         deployment = request.match_info.get("deployment")
         if endpoint.form is None:
             parsed = parse_request(endpoint, await read_body(request, self._patience), deployment=deployment)
-            return await self._carried(await self._owned.with_previous(prepare_call(parsed, user, policy, client)))
+            call = await self._stored_responses.with_previous(prepare_call(parsed, user, policy, client))
+            return await self._carried(call, client)
         spool = Spool()
         try:
             form = await read_form(request, spool, self._patience)
@@ -117,20 +118,19 @@ class Api:
         except BaseException:
             spool.close()
             raise
-        return await self._carried(call)
+        return await self._carried(call, client)
 
     async def _kept(self, kept: StoredResponsePath, request: web.Request) -> web.StreamResponse:
         # Not in a task of its own: nothing is on the books of it, so it may end with its client.
         policy = self._policies.current
         user = identify(request.headers.items(), policy)
-        client = WebResponder(request, id=request[REQUEST_ID], heartbeat_s=self._patience.heartbeat_s)
+        client = WebResponder(request, id=request[REQUEST_ID], heartbeat_s=self._patience.silence_s)
         asked = StoredResponseQuery(kept, request.match_info["id"], list(request.query.items()), user, policy)
-        await self._owned.pass_on(asked, client)
+        await self._stored_responses.pass_on(asked, client)
         assert client.response is not None, "what was passed on was answered"
         return client.response
 
-    async def _carried(self, call: Call) -> web.StreamResponse:
-        client = call.client
+    async def _carried(self, call: Call, client: WebResponder) -> web.StreamResponse:
         carrying = self.calls.start("call", self._carry(call))
         try:
             error = await asyncio.shield(carrying)
@@ -149,8 +149,8 @@ class Api:
         except ProxyError as error:
             return error
         except Exception as error:
-            log.error("a call failed", exc_info=error, parsed=call.client.id)
-            if call.client.response is None:
+            log.error("a call failed", exc_info=error, call=call.client.id)
+            if not call.client.has_begun:
                 return ProxyError("The proxy made a mistake. It has been logged.")
             call.client.abort()
         finally:

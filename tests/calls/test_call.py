@@ -15,7 +15,7 @@ from proxy.formats.estimate import estimate_demand
 from proxy.formats.request import forwarded_body, parse_request
 from proxy.ledger.book import Accepted, Book, CallLabels
 from proxy.policy.policy import Policy
-from proxy.web.response import Client
+from proxy.web.response import WebResponder
 from tests.builders import NOON
 from tests.stage import STAFF, config_of
 
@@ -26,7 +26,7 @@ def _policy(folder: Path, policy: str = STAFF) -> Policy:
 
 def _passage(policy: Policy, model: str = "fast", more: bytes = b"") -> Call:
     request = parse_request(CHAT, b'{"model": "%s", "messages": []%s}' % (model.encode(), more))
-    client = Client(make_mocked_request("POST", "/v1/chat/completions"), id="req_1")
+    client = WebResponder(make_mocked_request("POST", "/v1/chat/completions"), id="req_1")
     return prepare_call(request, policy.users["alice"], policy, client)
 
 
@@ -116,7 +116,7 @@ def test_nothing_is_translated(endpoint: Endpoint, kind: str, says: str, tmp_pat
     """A model that is served on the other surface says where to send it."""
     policy = config_of(STAFF, folder=tmp_path, upstream="http://127.0.0.1:1/v1", kind=kind).policy
     request = parse_request(endpoint, b'{"model": "fast", "messages": [], "max_tokens": 5}')
-    client = Client(make_mocked_request("POST", "/v1" + endpoint.path), id="req_1")
+    client = WebResponder(make_mocked_request("POST", "/v1" + endpoint.path), id="req_1")
     if says:
         with pytest.raises(InvalidRequest, match=f"send it to {says},"):
             prepare_call(request, policy.users["alice"], policy, client)
@@ -128,7 +128,7 @@ def test_a_message_is_told_its_quotas_in_anthropic_s_words(tmp_path: Path) -> No
     """Beside ours, and with the id where its SDK reads it."""
     policy = _policy(tmp_path)
     request = parse_request(MESSAGES, b'{"model": "fast", "messages": [], "max_tokens": 5}')
-    client = Client(make_mocked_request("POST", "/v1/messages"), id="req_1")
+    client = WebResponder(make_mocked_request("POST", "/v1/messages"), id="req_1")
     call = prepare_call(request, policy.users["alice"], policy, client)
     booked = _booked(call)
     told = call.quota_headers(booked.entry, booked.counters, NOON, is_held=True)

@@ -18,7 +18,7 @@ from proxy.calls.tokenizer import Tokenizers
 from proxy.config.loader import load_text
 from proxy.policy.amounts import AtLeast, Exactly, Tokens, Usage
 from proxy.simulator.server import Simulator
-from proxy.web.response import Client
+from proxy.web.response import WebResponder
 from tests.stage import STAFF, UPSTREAM_KEY, Stage, key_of, sqlite_in, stage, text_of, until
 
 pytestmark = [pytest.mark.every_engine, pytest.mark.journey]
@@ -156,7 +156,7 @@ class Hesitant:
 class Told(Disconnects):
     """Departures that know of the last client whether it has gone."""
 
-    client: Client
+    client: WebResponder
 
     @asynccontextmanager
     async def watch(self, call: Call, reservation: Reservation) -> AsyncIterator[None]:

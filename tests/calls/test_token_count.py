@@ -14,7 +14,7 @@ from proxy.ledger.book import Settle
 from proxy.policy.amounts import AtLeast, Tokens
 from proxy.policy.policy import Model, Upstream
 from tests.builders import binding, exactly, reserve
-from tests.builders import request as demand
+from tests.builders import call as demand
 from tests.formats.test_request import parse
 from tests.ledger.test_rows import booked
 from tests.stage import loaded
@@ -50,7 +50,7 @@ def counted(by: Tokenizers, model: Model = GPT_4O, endpoint: Endpoint = CHAT, **
     """The count of a call with these fields, whose body has been sent and forgotten."""
     request = parse(endpoint, **fields)
     count = TokenCount(by, request, model, body_bytes=len(forwarded_body(request, model)))
-    request.forget()
+    request.body.free()
     return count
 
 

@@ -129,7 +129,7 @@ def test_null_is_not_the_default_of_completions() -> None:
 
 
 @pytest.mark.parametrize(
-    ("call", "known", "is_open_ended"),
+    ("sent", "known", "is_unbounded"),
     [
         (parse(CHAT), {}, True),
         (parse(CHAT), {"max_output_tokens": 900}, False),
@@ -141,14 +141,14 @@ def test_null_is_not_the_default_of_completions() -> None:
     ],
 )
 def test_an_answer_is_open_ended_where_nobody_says_how_long_it_may_become(
-    request: Request, known: dict, is_unbounded: bool
+    sent: Request, known: dict, is_unbounded: bool
 ) -> None:
     """Neither the request, nor the configuration, nor what the upstream takes by itself."""
-    assert demand(request, **known).is_unbounded == is_unbounded
+    assert demand(sent, **known).is_unbounded == is_unbounded
 
 
 @pytest.mark.parametrize(
-    ("call", "want"),
+    ("sent", "output_maximum"),
     [
         (parse(CHAT, max_tokens=10, n=3), 30),
         (parse(COMPLETIONS, max_tokens=10, n=2, best_of=5), 50),
@@ -159,9 +159,9 @@ def test_an_answer_is_open_ended_where_nobody_says_how_long_it_may_become(
         (parse(RESPONSES, max_output_tokens=10), 10),
     ],
 )
-def test_the_maximum_is_for_each_answer(request: Request, output_maximum: int) -> None:
+def test_the_maximum_is_for_each_answer(sent: Request, output_maximum: int) -> None:
     """`n` or `best_of` of them for each prompt, and all are generated and billed."""
-    assert demand(request).output_maximum == output_maximum
+    assert demand(sent).output_maximum == output_maximum
 
 
 def test_no_hold_leaves_64_bits() -> None:
@@ -178,7 +178,7 @@ def test_no_hold_leaves_64_bits() -> None:
 
 
 @pytest.mark.parametrize(
-    ("fields", "want", "smallest"),
+    ("fields", "output_maximum", "smallest"),
     [
         ({"max_tokens": 10}, 10, 10),
         ({"max_tokens": 1024}, 1024, 1024),
@@ -424,7 +424,10 @@ def test_what_an_open_prompt_reads_unseen_is_bounded_by_the_model_s_context(fiel
     expected = Demand(length, 4096, 1024, 4096, is_unbounded=True, is_estimated=True, hidden_input=128_000 - length)
     assert demand(request, context=128_000) == expected
     assert (demand(request).input, demand(request).hidden_input) == (length, 0)
-    assert (demand(request, context=length - 1).input, demand(request, context=length - 1).hidden_input) == (length, 0)
+    assert (demand(request, context=length - 1).input, demand(request, context=length - 1).hidden_input) == (
+        length,
+        0,
+    )
 
 
 def test_embeddings_may_be_open_too() -> None:
@@ -448,7 +451,7 @@ ROUGH = Demand(input=1000, output_maximum=500, smallest=100, first=100, is_unbou
 
 
 @pytest.mark.parametrize(
-    ("text_tokens", "is_guess", "input_tokens", "unseen"),
+    ("text_tokens", "is_guess", "input_tokens", "hidden_input"),
     [
         (200, False, 207, 0),
         (200, True, 207, 100),
@@ -546,7 +549,7 @@ def test_what_costs_no_tokens_holds_none(endpoint: Endpoint) -> None:
 
 
 @pytest.mark.parametrize(
-    ("call", "want"),
+    ("sent", "output_maximum"),
     [
         (parse(IMAGES, prompt="x"), 8192),
         (parse(IMAGES, prompt="x", n=3, stream=True), 3 * 8192),
@@ -556,10 +559,10 @@ def test_what_costs_no_tokens_holds_none(endpoint: Endpoint) -> None:
     ],
     ids=["picture", "pictures", "compact", "events", "sound"],
 )
-def test_what_can_t_be_bounded_or_seen_is_held_as_a_whole(request: Request, output_maximum: int) -> None:
+def test_what_can_t_be_bounded_or_seen_is_held_as_a_whole(sent: Request, output_maximum: int) -> None:
     """No smaller answer is to be had, and none that grows; the model's own maximum may be less."""
-    found = demand(request)
+    found = demand(sent)
     assert (found.output_maximum, found.smallest, found.first) == (output_maximum, output_maximum, output_maximum)
-    assert (found.is_unbounded, streams_all_output(request, model())) == (False, False)
+    assert (found.is_unbounded, streams_all_output(sent, model())) == (False, False)
     assert found.input > 0
-    assert demand(request, max_output_tokens=100).output_maximum == (100 * request.choices if output_maximum else 0)
+    assert demand(sent, max_output_tokens=100).output_maximum == (100 * sent.choices if output_maximum else 0)

@@ -151,7 +151,8 @@ def test_the_meter_says_what_the_last_event_said() -> None:
 
 
 @pytest.mark.parametrize(
-    ("of", "begins"), [(UNASKED, b"data: {"), (request(COMPLETIONS), b"data: {"), (request(RESPONSES), b"event: response.")]
+    ("of", "begins"),
+    [(UNASKED, b"data: {"), (request(COMPLETIONS), b"data: {"), (request(RESPONSES), b"event: response.")],
 )
 def test_an_end_is_kept_for_the_call_s_own_form(of: Request, begins: bytes) -> None:
     """Of the endpoint that was called, and for so many choices as it asked for."""
@@ -1135,7 +1136,9 @@ def test_beside_timings_and_something_else_the_usage_chunk_stays() -> None:
 
 
 @pytest.mark.parametrize(
-    ("of", "last"), [(ASKED, usage_chunk(timings=TIMINGS)), (request(n=2), chunk(timings=TIMINGS))], ids=["asked", "n"]
+    ("of", "last"),
+    [(ASKED, usage_chunk(timings=TIMINGS)), (request(n=2), chunk(timings=TIMINGS))],
+    ids=["asked", "n"],
 )
 def test_elsewhere_timings_stay_where_they_are(of: Request, last: dict) -> None:
     """Who asked for the usage gets its chunk, and of several choices each has its own."""

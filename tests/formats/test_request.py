@@ -38,8 +38,8 @@ from proxy.formats.request import (
     forwarded_model,
     is_endless,
     maximum_fields,
-    parse_request,
     parse_form_request,
+    parse_request,
 )
 from proxy.policy.policy import Allow, Kind, Model, Upstream
 
@@ -439,7 +439,9 @@ def test_a_maximum_is_written_where_none_stands(kind: Kind, endpoint: Endpoint) 
     """In the field that this kind of upstream reads, and only when there is something to lower; null is none."""
     name = WRITES.get((kind, endpoint.name), endpoint.maxima[0])
     for request in (parse(endpoint), parse(endpoint, **dict.fromkeys(MAXIMA))):
-        assert {field: value for field, value in sent(request, kind, maximum=300).items() if value == 300} == {name: 300}
+        assert {field: value for field, value in sent(request, kind, maximum=300).items() if value == 300} == {
+            name: 300
+        }
         assert {field: value for field, value in sent(request, kind).items() if field in MAXIMA and value} == {}
 
 
@@ -591,7 +593,9 @@ def test_llama_cpp_is_asked_for_its_timings_so_far(endpoint: Endpoint, fields: d
     """They say the tokens of the input and the output, as vLLM's usage so far does."""
     request = parse(endpoint, **{"stream": True, **fields})
     assert request.adds_running_usage("llamacpp") == is_added
-    assert sent(request, "llamacpp").get("timings_per_token") == (True if is_added else fields.get("timings_per_token"))
+    assert sent(request, "llamacpp").get("timings_per_token") == (
+        True if is_added else fields.get("timings_per_token")
+    )
     assert "continuous_usage_stats" not in str(sent(request, "llamacpp"))
 
 
@@ -747,12 +751,24 @@ def test_a_model_s_name_has_no_blanks_around_it() -> None:
         parse_request(CHAT, b'{"model": " gpt-4o"}')
 
 
-def test_a_call_lets_go_of_its_body_and_keeps_what_it_says() -> None:
-    """Once it is sent: a long answer must not keep megabytes of prompt."""
-    request = parse_request(CHAT, b'{"model": "m", "stream": true, "n": 2, "messages": ["long"]}')
-    request.forget()
-    assert not request.document
-    assert (request.model, request.stream, request.choices) == ("m", True, 2)
+def test_a_body_is_freed_and_what_it_said_stays() -> None:
+    """After the upstream has answered, a long stream must not keep megabytes of prompt in memory.
+
+    Every answer that a request gives stays the same; only the body itself may no longer be asked for.
+    """
+    body = b"""{"model": "m", "stream": true, "n": 2, "messages": ["long"],
+        "stream_options": {"include_usage": true, "continuous_usage_stats": true}, "timings_per_token": true}"""
+    request, freed = parse_request(CHAT, body), parse_request(CHAT, body)
+    freed.body.free()
+    with pytest.raises(AssertionError, match="freed"):
+        _ = freed.document
+    assert (freed.model, freed.stream, freed.choices) == ("m", True, 2)
+    for one in (request, freed):
+        assert one.asks_for_usage
+        assert one.asks_for_continuous_usage
+        assert one.asks_for_timings
+        assert not one.adds_usage
+        assert not one.adds_running_usage("vllm")
 
 
 # -------------------------------------------------------------------------------------------------------------- forms
@@ -814,7 +830,9 @@ def test_a_form_says_what_json_would() -> None:
 def test_a_form_has_no_second_way_to_say_it(parts: tuple[str, ...], files: tuple[str, ...], param: str) -> None:
     """Some servers read `model[]` as `model`, and others don't: what decides is written plainly or refused."""
     with pytest.raises(InvalidRequest) as caught:
-        parse_form_request(IMAGE_EDITS if param in ("n", "svg", "api_base") else TRANSCRIPTIONS, form(*parts, files=files))
+        parse_form_request(
+            IMAGE_EDITS if param in ("n", "svg", "api_base") else TRANSCRIPTIONS, form(*parts, files=files)
+        )
     assert caught.value.param == param
 
 

@@ -211,7 +211,7 @@ async def test_every_group_waits_for_the_one_that_is_held_up(tmp_path: Path) -> 
     async with stage(policy, folder=tmp_path, on_disconnect="stop") as on:
         async with _held_up(on):
             second = on.begin(COMPLETIONS, _ask(10, "tokens=200", max_tokens=200))
-            await until(lambda: len(on.server.waiting) == 1)
+            await until(lambda: len(on.server.queue) == 1)
             assert on.simulator.received == 1
         reply = await second
         assert reply.status == 200

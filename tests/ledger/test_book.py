@@ -93,7 +93,7 @@ LOST = AtLeast(Tokens(100, 400))
 
 
 @pytest.mark.parametrize(
-    ("acts", "state", "usage", "outcome", "used"),
+    ("operations", "state", "usage", "outcome", "used"),
     [
         pytest.param([], "open", None, None, NOTHING, id="in flight"),
         pytest.param(
@@ -222,7 +222,7 @@ def test_a_record_names_what_shortened_the_answer_and_what_would_have_refused():
 
 
 @pytest.mark.parametrize(
-    "act",
+    "operation",
     [Settle("2", exactly(1), "complete"), Release("2"), Expire("2"), extend("2", ANN, 400)],
     ids=lambda operation: type(operation),
 )
@@ -565,7 +565,7 @@ IN_SIX_HOURS = NOON + 6 * HOUR
 
 
 @pytest.mark.parametrize(
-    ("acts", "hold", "verdict"),
+    ("operations", "hold", "verdict"),
     [
         pytest.param([extend("1", ANN, 400)], Amount(100, 400, 1), "ALLOW", id="grows"),
         pytest.param([extend("1", ANN, 900)], Amount(100, 900, 1), "ALLOW", id="to the last token"),
@@ -614,7 +614,7 @@ def test_a_hold_grows_to_what_is_asked_in_all(operations, hold, verdict, batches
 
 
 @pytest.mark.parametrize(
-    ("acts", "freed"),
+    ("operations", "freed"),
     [
         pytest.param([extend("1", ANN_OF_TWO, 400)], [], id="more is held"),
         pytest.param([extend("1", ANN_OF_TWO, 100, input_tokens=99)], [DAILY, LAB], id="of the input"),

@@ -138,17 +138,17 @@ GROWTH = [
 async def test_a_call_that_grows_is_read_as_it_was_booked(store, path, ends):
     """Through windows and with several lines for one counter; what it is in the file decides what comes next."""
     [booked] = await store.apply([reserve("1", GROWING, call(100, 400, 50, first=50))], NOON)
-    assert (booked.entry.hold.output, booked.entry.maximum, len(booked.entry.lines)) == (50, 400, 5)
+    assert (booked.entry.hold.output, booked.entry.maximum, len(booked.entry.held_amounts)) == (50, 400, 5)
     for now, operation, lines in GROWTH:
         [booked] = await store.apply([operation], now)
-        assert len(booked.entry.lines) == lines
+        assert len(booked.entry.held_amounts) == lines
         assert await store.read_entry("1") == booked.entry
         audit(path)
     assert (booked.verdict, booked.entry.hold) == (Verdict.EXHAUSTED, Amount(30, 840, 1))
     for end in ends:
         [booked] = await store.apply([end], NOON + DAY)
         assert await store.read_entry("1") == booked.entry
-        assert await store.read_counters([line.key for line in booked.entry.lines]) == booked.counters
+        assert await store.read_counters([line.key for line in booked.entry.held_amounts]) == booked.counters
         audit(path)
 
 

@@ -1010,7 +1010,7 @@ CLASSICAL = quota("lab/after", tokens=100, enforce="after")
 
 
 @pytest.mark.parametrize(
-    ("who", "through", "used", "others", "output", "verdict", "grows", "left_alone"),
+    ("who", "admitted_via", "used", "others", "output", "verdict", "grows", "left_alone"),
     [
         pytest.param(binding([DAILY], always=[EVERYONES]), "staff", {EVERYONES.id: 1600}, {}, 200, "ALLOW",
                      {EVERYONES.id, DAILY.id}, set(), id="the tightest of the way in"),

@@ -263,7 +263,7 @@ def test_a_binding_names_the_counters_that_a_decision_looks_at():
 
 
 @pytest.mark.parametrize(
-    ("who", "ways"),
+    ("who", "alternatives"),
     [
         pytest.param(binding(), [route("everyone")], id="nothing binds"),
         pytest.param(binding(always=[CALLS]), [route("everyone", CALLS)], id="everyone's alone"),
