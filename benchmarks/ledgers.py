@@ -25,7 +25,8 @@ from typing import Any
 
 import uvloop
 
-from proxy.ledger.book import CallLabels, Reserve, Settle
+from proxy.ledger.book import Reserve, Settle
+from proxy.ledger.entry import CallLabels
 from proxy.ledger.ledger import Ledger
 from proxy.policy.quota import Binding
 from proxy.server import store_of, wall_clock_ms

@@ -9,14 +9,14 @@ import asyncio
 import sqlite3
 import sys
 import time
+from collections.abc import Awaitable, Callable
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 from benchmarks.ledgers import Load, _measure, _postgres
-from proxy.ledger.rollup import COUNT, DELETE_CALLS, DELETE_DAYS, call_id_prefix
-from proxy.ledger.store import Chore
+from proxy.ledger.store import JobResult
 from proxy.server import store_of
 
 _STEP = 500
@@ -81,12 +81,12 @@ async def _time(engine: str, url: str) -> None:
     before = _FIRST_DAY + 30 * _DAY_MS
     store = store_of(url)
     await store.open()
-    for name, chore, given in (
-        ("counting", COUNT, ()),
-        ("deleting", DELETE_CALLS, (before, call_id_prefix(before))),
-        ("deleting days", DELETE_DAYS, (before,)),
+    for name, job in (
+        ("counting", store.roll_up),
+        ("deleting", partial(store.delete_calls, before=before)),
+        ("deleting days", partial(store.delete_days, before=before)),
     ):
-        times = [await _timed(store, chore, *given) for _ in range(_STEPS)]
+        times = [await _timed(job) for _ in range(_STEPS)]
         first, *later = times
         print(
             f"{engine}, {name}, {_STEP} rows: {first * 1000:.1f} ms the first time, then "
@@ -95,9 +95,9 @@ async def _time(engine: str, url: str) -> None:
     await store.close()
 
 
-async def _timed(store: Any, chore: Chore, *given: object) -> float:
+async def _timed(job: Callable[[int, str | None], Awaitable[JobResult]]) -> float:
     began = time.perf_counter()
-    await store.tend(chore, _STEP, None, *given)
+    await job(_STEP, None)
     return time.perf_counter() - began
 
 

@@ -194,8 +194,8 @@ async def _migrate(config: Config) -> None:
 async def _serve(config: Config, path: str, tie: ControlSocket | None) -> None:
     read, look = partial(load, path, os.environ), partial(look_at, path)
     with closing(Tokenizers(table_folders(os.environ))) as tokenizers:
-        share = None if tie is None else tie.share
-        server = Server(config, load=read, look=look, tokenizers=tokenizers, share=share)
+        inherited = None if tie is None else tie.inherited
+        server = Server(config, load=read, look=look, tokenizers=tokenizers, inherited=inherited)
         await serve(server, _say_where if tie is None else tie.serves)
 
 

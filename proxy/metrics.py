@@ -7,12 +7,10 @@ Workers count in files in one folder, and whichever is asked adds them up. The l
 when it is imported (PROMETHEUS_MULTIPROC_DIR), which the workers' parent sets.
 """
 
+from collections.abc import Iterable
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
-
-from proxy.ledger.book import Entry, Outcome
-from proxy.policy.admission import NotAdmitted
-from proxy.policy.amounts import Usage
 
 
 class Metrics:
@@ -72,23 +70,24 @@ class Metrics:
             multiprocess_mode="livemin",
         )
 
-    def refused(self, refused: NotAdmitted) -> None:
-        """Count a call that was not let in, at each quota that stood in its way."""
-        for block in refused.blocks:
-            self.refusals.labels(block.quota.id, block.verdict.name.lower()).inc()
+    def refused(self, quota: str, verdict: str) -> None:
+        """Count a refused call at one of the quotas that refused it; `verdict` is busy, exhausted or never."""
+        self.refusals.labels(quota, verdict).inc()
 
-    def ended(self, entry: Entry, charged: Usage | None, outcome: Outcome | None, *, model: str) -> None:
-        """Count a call that was let in and has ended. `model` must come from a closed list."""
-        self.calls.labels(entry.labels.endpoint, model, outcome).inc()
-        for quota_id in entry.would_refuse:
+    def ended(self, *, endpoint: str, model: str, outcome: str | None, would_refuse: Iterable[str]) -> None:
+        """Count an admitted call that has ended. `model` must come from a closed list.
+
+        `would_refuse` are the ids of the quotas in shadow that would have refused it.
+        """
+        self.calls.labels(endpoint, model, outcome).inc()
+        for quota_id in would_refuse:
             self.shadow_refusals.labels(quota_id).inc()
-        if charged is None:
-            return
-        tokens = charged.tokens
-        self.tokens.labels(model, "input", charged.provenance).inc(tokens.input)
-        self.tokens.labels(model, "output", charged.provenance).inc(tokens.output)
-        beyond = max(0, tokens.input - entry.hold.input) + max(0, tokens.output - entry.hold.output)
-        self.hidden.labels(model).inc(beyond)
+
+    def charged(self, *, model: str, input_tokens: int, output_tokens: int, provenance: str, hidden: int) -> None:
+        """Count the tokens that a call was charged; `hidden` of them were beyond what it held."""
+        self.tokens.labels(model, "input", provenance).inc(input_tokens)
+        self.tokens.labels(model, "output", provenance).inc(output_tokens)
+        self.hidden.labels(model).inc(hidden)
 
     def exposition(self) -> bytes:
         """All of it in Prometheus' text format."""

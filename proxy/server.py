@@ -12,9 +12,11 @@ import signal
 import socket
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from pathlib import Path
 from random import getrandbits
 
+import orjson
 import structlog
 from aiohttp import web
 
@@ -32,7 +34,6 @@ from proxy.ledger.sqlite import SqliteStore
 from proxy.ledger.store import Store, StoreUnavailable
 from proxy.metrics import Metrics
 from proxy.policy.policy import Policy
-from proxy.share import InheritedResources
 from proxy.tasks import Tasks
 from proxy.upstreams.client import Upstreams
 from proxy.web.admin import Admin
@@ -41,7 +42,7 @@ from proxy.web.listener import Listener
 from proxy.web.routes import Api
 
 _LOOK_EVERY_S = 1.0
-_TEND_EVERY_S = 10.0
+_ROLLUP_EVERY_S = 10.0
 # What is still running this long after the stop is cut off, and settled.
 GRACE_S = 30.0
 
@@ -58,6 +59,44 @@ def random_number() -> int:
     return getrandbits(64)
 
 
+@dataclass(frozen=True, slots=True)
+class InheritedResources:
+    """What a worker inherits from its parent. A process without a parent has only a name and a database.
+
+    `owner` is the process's name in the ledger. `api` and `admin` are descriptors of sockets that listen already, `lock`
+    that of the lock on the SQLite file, if there is one; `metrics` is the folder in which all workers count; `dead` are
+    owners that have certainly ended, whatever is left of their leases.
+    """
+
+    owner: str
+    database: str
+    api: tuple[int, ...] = ()
+    admin: tuple[int, ...] = ()
+    lock: int | None = None
+    metrics: str | None = None
+    dead: tuple[str, ...] = ()
+
+    @property
+    def descriptors(self) -> tuple[int, ...]:
+        """All files that the worker inherits."""
+        return (*self.api, *self.admin, *(() if self.lock is None else (self.lock,)))
+
+    def to_line(self) -> bytes:
+        """The line that the parent writes into the control socket. It holds the database's password."""
+        return orjson.dumps(self) + b"\n"
+
+    @classmethod
+    def from_line(cls, line: bytes) -> "InheritedResources":
+        """What the parent wrote. Fields that only a later release knows are ignored.
+
+        A restart starts the code that is on the disk by then, so parent and worker may be of different releases:
+        fields are only ever added.
+        """
+        given = {name: value for name, value in orjson.loads(line).items() if name in cls.__slots__}
+        lists = {name: tuple(given[name]) for name in ("api", "admin", "dead") if name in given}
+        return cls(**{**given, **lists})
+
+
 class Server:
     """One running proxy. `api` and `admin` are its listeners' addresses once it has started."""
 
@@ -70,19 +109,19 @@ class Server:
         look: Callable[[], Look] = lambda: None,
         now: Callable[[], int] = wall_clock_ms,
         disconnects: Disconnects | None = None,
-        share: InheritedResources | None = None,
+        inherited: InheritedResources | None = None,
         draw: Callable[[], int] = random_number,
     ) -> None:
-        self._share = share or InheritedResources(f"proxy-{secrets.token_hex(8)}", config.settings.database)
-        self.metrics = Metrics(self._share.metrics)
+        self._inherited = inherited or InheritedResources(f"proxy-{secrets.token_hex(8)}", config.settings.database)
+        self.metrics = Metrics(self._inherited.metrics)
         self._tokenizers = tokenizers
         self._load = load
         self.policies = Policies(config, load=self._load_whole, look=look, metrics=self.metrics, now=now)
-        store = store_of(self._share.database, self._share.lock)
-        self.records = Rollup(store, now=now, keep=lambda: self.policies.current.keep)
+        store = store_of(self._inherited.database, self._inherited.lock)
+        self.rollup = Rollup(store, now=now, keep=lambda: self.policies.current.keep)
         self.ledger = Ledger(
             store,
-            owner=self._share.owner,
+            owner=self._inherited.owner,
             now=now,
             lease_ms=config.settings.lease_ms or LEASE_MS,
             wait_s=lambda: self.policies.current.ledger_wait_s,
@@ -120,16 +159,16 @@ class Server:
     async def start(self) -> None:
         """Begin to serve. Raises what `store.Store.open` raises, or OSError where a port is taken."""
         self._tokenizers.load(_encodings_of(self.policies.current))
-        await self.ledger.start(self._share.dead)
+        await self.ledger.start(self._inherited.dead)
         self.upstreams.open()
-        share, settings = self._share, self._settings
-        self.api = await self._listen(self._api.application(), share.api or settings.api)
-        admin = share.admin or (None if share.api else settings.admin)
+        inherited, settings = self._inherited, self._settings
+        self.api = await self._listen(self._api.application(), inherited.api or settings.api)
+        admin = inherited.admin or (None if inherited.api else settings.admin)
         if admin is not None:
             self.admin = await self._listen(self._admin.application(), admin)
         self._chores.start("lease", every(self.ledger.lease_ms / 4000, self.ledger.renew_lease))
         self._chores.start("sweep", every(self.ledger.lease_ms / 2000, self.ledger.sweep))
-        self._chores.start("records", every(_TEND_EVERY_S, self.records.tend))
+        self._chores.start("records", every(_ROLLUP_EVERY_S, self.rollup.run))
         self._chores.start("look at the policy", every(_LOOK_EVERY_S, self.policies.reload_if_changed))
 
     async def leave(self) -> None:

@@ -8,7 +8,7 @@ The parent takes the database, binds the listeners, and then serves nothing itse
 
 A worker that ends by itself takes nothing with it: the others serve on, and another takes its place after a pause
 that grows while workers keep ending. Whoever comes next charges what the dead one left open. A parent that dies
-leaves nobody behind: its workers see their tie to it break, and end in order.
+leaves nobody behind: its workers see their control to it break, and end in order.
 """
 
 import asyncio
@@ -27,10 +27,12 @@ from proxy.config.loader import Address, BadConfig, Config
 from proxy.ledger.ledger import Ledger
 from proxy.ledger.sqlite import SqliteStore
 from proxy.metrics import forget
-from proxy.server import GRACE_S, Server, store_of, wall_clock_ms
-from proxy.share import InheritedResources, address_of, listen, receive
+from proxy.server import GRACE_S, InheritedResources, Server, store_of, wall_clock_ms
 from proxy.tasks import Tasks
 
+# As many as the server library asks for by itself.
+_BACKLOG = 128
+_LINE_BYTES = 65_536
 _SERVES, _LEAVE = b"serves\n", b"leave\n"
 # How long a worker that leaves still answers on the connections that it has; who asks on one is told to connect anew.
 _LINGER_S = 2.0
@@ -51,7 +53,7 @@ class NotServing(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """What starts a worker: these words, and then the number of its end of the tie."""
+    """What starts a worker: these words, and then the number of its end of the control."""
 
     words: Sequence[str]
     environ: Mapping[str, str]
@@ -62,7 +64,7 @@ class ControlSocket:
 
     def __init__(self, number: int) -> None:
         self._socket = socket.socket(fileno=number)
-        self.share = receive(self._socket)
+        self.inherited = receive(self._socket)
         signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # it is for the parent; who sends it to all means no harm
         self._socket.setblocking(False)
         self._tasks = Tasks()
@@ -97,24 +99,26 @@ async def _leave(server: Server) -> None:
 class _Worker:
     """One process, as its parent sees it. `decided` is set once it `serves`, or has ended before that."""
 
-    def __init__(self, share: InheritedResources, process: asyncio.subprocess.Process, tie: socket.socket) -> None:
-        self.share = share
+    def __init__(
+        self, inherited: InheritedResources, process: asyncio.subprocess.Process, control: socket.socket
+    ) -> None:
+        self.inherited = inherited
         self.pid = process.pid
         self.serves = False
         self.decided = asyncio.Event()
         self._process = process
-        self._tie = tie
+        self._control = control
         self._is_to_reload = False
 
     async def life(self) -> int:
         """Wait until it has ended; its exit code."""
-        self.serves = await _heard(self._tie) == _SERVES
+        self.serves = await _heard(self._control) == _SERVES
         if self.serves and self._is_to_reload:
             self._signal(signal.SIGHUP)
         self.decided.set()
         code = await self._process.wait()
         self.serves = False
-        self._tie.close()
+        self._control.close()
         return code
 
     def reload(self) -> None:
@@ -126,7 +130,7 @@ class _Worker:
     def leave(self) -> None:
         """Others have taken its place."""
         with suppress(OSError):  # it has ended just now
-            self._tie.send(_LEAVE)
+            self._control.send(_LEAVE)
 
     def stop(self) -> None:
         """End in order."""
@@ -151,7 +155,7 @@ class Parent:
         self._count = count
         self._command = command
         self._load = load
-        self._share = InheritedResources("", config.settings.database)
+        self._inherited = InheritedResources("", config.settings.database)
         self._sockets: list[socket.socket] = []
         self._alive: dict[_Worker, asyncio.Task[None]] = {}
         # Those that are to serve: neither on trial nor leaving. Who is missing here is replaced.
@@ -171,7 +175,9 @@ class Parent:
         self._listen_to_signals()
         with tempfile.TemporaryDirectory(prefix="llm-quota-proxy-") as folder:
             try:
-                self._share = replace(self._share, lock=await _taken(self._share.database), metrics=folder)
+                self._inherited = replace(
+                    self._inherited, lock=await _taken(self._inherited.database), metrics=folder
+                )
                 self._bind()
                 self._chores.start("first workers", self._begin(started))
                 await self._stop.wait()
@@ -195,7 +201,7 @@ class Parent:
         self._sockets = api + admin
         self.api, self.admin = address_of(api), address_of(admin)
         numbers = [each.fileno() for each in self._sockets]
-        self._share = replace(self._share, api=tuple(numbers[: len(api)]), admin=tuple(numbers[len(api) :]))
+        self._inherited = replace(self._inherited, api=tuple(numbers[: len(api)]), admin=tuple(numbers[len(api) :]))
 
     async def _begin(self, started: Callable[["Parent"], None]) -> None:
         try:
@@ -218,8 +224,8 @@ class Parent:
             log.error("a worker does not end, and is killed", pid=worker.pid)
             worker.kill()
         await self._lives.all_ended()
-        if self._share.lock is not None:
-            os.close(self._share.lock)
+        if self._inherited.lock is not None:
+            os.close(self._inherited.lock)
 
     # -------------------------------------------------------------------------------------------------------- workers
 
@@ -236,7 +242,7 @@ class Parent:
         else:
             reason = "what it said stands above"
             if all(worker.serves for worker in new):
-                self._dead -= {owner for worker in new for owner in worker.share.dead}
+                self._dead -= {owner for worker in new for owner in worker.inherited.dead}
                 return new
         lives = [self._alive[worker] for worker in new if worker in self._alive]
         for worker in new:
@@ -246,17 +252,17 @@ class Parent:
         raise NotServing(f"A worker could not start: {reason}.")
 
     async def _spawn(self) -> _Worker:
-        share = replace(self._share, owner=f"proxy-{secrets.token_hex(8)}", dead=tuple(self._dead))
+        inherited = replace(self._inherited, owner=f"proxy-{secrets.token_hex(8)}", dead=tuple(self._dead))
         ours, theirs = socket.socketpair()
         try:
             ours.setblocking(False)
-            ours.send(share.as_line())
+            ours.send(inherited.to_line())
             process = await asyncio.create_subprocess_exec(
                 *self._command.words,
                 str(theirs.fileno()),
                 stdin=asyncio.subprocess.DEVNULL,
-                pass_fds=(theirs.fileno(), *share.numbers),
-                env={**self._command.environ, "PROMETHEUS_MULTIPROC_DIR": share.metrics or ""},
+                pass_fds=(theirs.fileno(), *inherited.descriptors),
+                env={**self._command.environ, "PROMETHEUS_MULTIPROC_DIR": inherited.metrics or ""},
                 start_new_session=True,  # Ctrl-C is for the parent, which passes it on
             )
         except BaseException:
@@ -264,15 +270,15 @@ class Parent:
             raise
         finally:
             theirs.close()
-        worker = _Worker(share, process, ours)
+        worker = _Worker(inherited, process, ours)
         self._alive[worker] = self._lives.start(f"worker {worker.pid}", self._watch(worker))
         return worker
 
     async def _watch(self, worker: _Worker) -> None:
         code = await worker.life()
         del self._alive[worker]
-        self._dead.add(worker.share.owner)
-        forget(worker.pid, self._share.metrics or "")
+        self._dead.add(worker.inherited.owner)
+        forget(worker.pid, self._inherited.metrics or "")
         if worker in self._current and not self._stop.is_set():
             self._current.discard(worker)
             log.error("a worker ended, another will take its place", pid=worker.pid, code=code)
@@ -281,7 +287,7 @@ class Parent:
     def _take(self, new: Sequence[_Worker]) -> None:
         """Let new ones count as serving; one that has ended meanwhile is replaced."""
         for worker in new:
-            log.info("a worker serves", pid=worker.pid, owner=worker.share.owner)
+            log.info("a worker serves", pid=worker.pid, owner=worker.inherited.owner)
             if worker in self._alive:
                 self._current.add(worker)
             else:
@@ -352,8 +358,41 @@ async def _taken(database: str) -> int | None:
         await ledger.close()
 
 
-async def _heard(tie: socket.socket) -> bytes:
+async def _heard(control: socket.socket) -> bytes:
     try:
-        return await asyncio.get_running_loop().sock_recv(tie, len(_SERVES))
+        return await asyncio.get_running_loop().sock_recv(control, len(_SERVES))
     except OSError:  # it ended before it had read what we wrote
         return b""
+
+
+def receive(control: socket.socket) -> InheritedResources:
+    """Wait for the line that the parent writes; raises OSError where there is none."""
+    line = b""
+    while not line.endswith(b"\n"):
+        part = control.recv(_LINE_BYTES)
+        if not part:
+            raise OSError("The parent of this worker is gone.")
+        line += part
+    return InheritedResources.from_line(line)
+
+
+def listen(address: Address) -> list[socket.socket]:
+    """Sockets that listen at an address, one for each that its host's name stands for. Raises OSError."""
+    found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    sockets: list[socket.socket] = []
+    try:
+        for family, where in sorted({(family, where[:2]) for family, *_, where in found}):
+            sockets.append(socket.create_server((str(where[0]), int(where[1])), family=family, backlog=_BACKLOG))
+    except OSError:
+        for each in sockets:
+            each.close()
+        raise
+    return sockets
+
+
+def address_of(sockets: list[socket.socket]) -> Address | None:
+    """Where they listen: the first of them; None where there are none."""
+    if not sockets:
+        return None
+    host, port = sockets[0].getsockname()[:2]
+    return Address(host, port)

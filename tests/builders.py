@@ -11,7 +11,8 @@ from datetime import UTC, datetime
 from typing import cast
 from zoneinfo import ZoneInfo
 
-from proxy.ledger.book import CallLabels, Extend, Reserve
+from proxy.ledger.book import Extend, Reserve
+from proxy.ledger.entry import CallLabels
 from proxy.policy.amounts import TOKENS_MAX, Amount, Exactly, Measure, Tokens
 from proxy.policy.policy import Group, Policy
 from proxy.policy.quota import (

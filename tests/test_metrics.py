@@ -1,30 +1,27 @@
-"""What is counted, with labels from closed lists."""
+"""The metrics are counted with labels from closed lists."""
 
-from proxy.ledger.book import Accepted, Book, Refused
 from proxy.metrics import Metrics
-from tests.builders import NOON, binding, call, exactly, quota, reserve
 
 
 def test_an_ended_call_is_counted_with_what_it_used() -> None:
-    """By outcome, by direction and provenance; what went beyond the hold by itself."""
-    booked = Book({}, {}, NOON).apply(reserve("1", binding([quota("staff/daily", tokens=1000)]), call(100, 200)))
-    assert isinstance(booked, Accepted)
+    """By outcome, by direction and provenance; tokens beyond the hold have a counter of their own."""
     metrics = Metrics()
-    metrics.ended(booked.entry, exactly(130, 205), "complete", model="fast")
-    metrics.ended(booked.entry, None, "upstream_failed", model="fast")
+    metrics.ended(endpoint="chat", model="fast", outcome="complete", would_refuse=["staff/trial"])
+    metrics.charged(model="fast", input_tokens=130, output_tokens=205, provenance="exactly", hidden=35)
+    metrics.ended(endpoint="chat", model="fast", outcome="upstream_failed", would_refuse=())
     text = metrics.exposition().decode()
     assert 'llm_quota_calls_total{endpoint="chat",model="fast",outcome="complete"} 1.0' in text
     assert 'llm_quota_calls_total{endpoint="chat",model="fast",outcome="upstream_failed"} 1.0' in text
     assert 'llm_quota_tokens_total{direction="input",model="fast",provenance="exactly"} 130.0' in text
+    assert 'llm_quota_tokens_total{direction="output",model="fast",provenance="exactly"} 205.0' in text
     assert 'llm_quota_hidden_tokens_total{model="fast"} 35.0' in text
+    assert 'llm_quota_shadow_refusals_total{quota="staff/trial"} 1.0' in text
 
 
 def test_a_refusal_is_counted_at_the_quota_that_refused() -> None:
     """With its verdict: busy, exhausted and never are three different things to an operator."""
-    answer = Book({}, {}, NOON).apply(reserve("1", binding([quota("staff/daily", tokens=100)]), call(200, 10)))
-    assert isinstance(answer, Refused)
     metrics = Metrics()
-    metrics.refused(answer.refused)
+    metrics.refused("staff/daily", "never")
     assert 'llm_quota_refusals_total{quota="staff/daily",verdict="never"} 1.0' in metrics.exposition().decode()
 
 

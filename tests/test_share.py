@@ -6,7 +6,8 @@ import socket
 import pytest
 
 from proxy.config.loader import Address
-from proxy.share import InheritedResources, address_of, listen, receive
+from proxy.server import InheritedResources
+from proxy.workers import address_of, listen, receive
 
 WHOLE = InheritedResources("me", "sqlite:///q.db", api=(3, 4), admin=(5,), lock=6, metrics="/tmp/x", dead=("you",))
 
@@ -16,7 +17,7 @@ def test_what_was_written_is_received(share: InheritedResources) -> None:
     """To the last field, through a socket, however it is cut into pieces."""
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        line = share.as_line()
+        line = share.to_line()
         ours.send(line[:7])
         ours.send(line[7:])
         assert receive(theirs) == share
@@ -24,7 +25,7 @@ def test_what_was_written_is_received(share: InheritedResources) -> None:
 
 def test_what_another_release_wrote_is_received() -> None:
     """A restart starts the code that is on the disk by then: what it doesn't know means nothing to it."""
-    assert InheritedResources.of_line(
+    assert InheritedResources.from_line(
         b'{"owner": "me", "database": "d", "api": [3], "later": 1}'
     ) == InheritedResources("me", "d", api=(3,))
 
@@ -39,8 +40,8 @@ def test_who_has_no_parent_is_told() -> None:
 
 def test_the_numbers_are_of_all_that_is_inherited() -> None:
     """Also the lock, where there is one."""
-    assert WHOLE.numbers == (3, 4, 5, 6)
-    assert InheritedResources("me", "d", api=(3,)).numbers == (3,)
+    assert WHOLE.descriptors == (3, 4, 5, 6)
+    assert InheritedResources("me", "d", api=(3,)).descriptors == (3,)
 
 
 def test_a_host_may_stand_for_several_addresses() -> None:

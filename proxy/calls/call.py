@@ -7,13 +7,15 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from proxy.errors import InvalidRequest, ModelNotFound, ProxyError
-from proxy.formats import anthropic
+from proxy.formats.limit_headers import anthropic_limit_headers, rate_limit_headers
+from proxy.formats.refusal import refusal
 from proxy.formats.request import Request, forwarded_body, forwarded_model
 from proxy.formats.restrictions import check_allowance
-from proxy.ledger.book import CallLabels, Entry, Refused, Reserve
+from proxy.ledger.book import Refused, Reserve
+from proxy.ledger.entry import CallLabels, Entry
 from proxy.policy.policy import Model, OnDisconnect, Policy, User
 from proxy.policy.quota import Binding, Counter, CounterKey, Demand
-from proxy.policy.status import QuotaStatus, quota_statuses, rate_limit_headers, refusal
+from proxy.policy.status import QuotaStatus, quota_statuses
 from proxy.upstreams.addresses import address_of
 from proxy.upstreams.headers import idempotency, to_upstream
 from proxy.upstreams.spool import Spliced, Spool
@@ -167,7 +169,7 @@ class Call:
         self, entry: Entry, counters: Mapping[CounterKey, Counter], now: int, *, is_held: bool
     ) -> dict[str, str]:
         """The headers of a metered answer that speak of quotas; what the call itself still holds is left out."""
-        statuses = quota_statuses(self.binding, counters, now, without=entry if is_held else None)
+        statuses = quota_statuses(self.binding, counters, now, without=entry.open_amounts if is_held else None)
         capped = {"x-quota-capped": f'{entry.maximum}; quota="{entry.capped_by}"'} if entry.capped_by else {}
         return {**self._limit_headers(statuses, now), **capped}
 
@@ -175,7 +177,7 @@ class Call:
         ours = rate_limit_headers(self.binding, statuses, now)
         if not self.request.endpoint.is_of_messages:
             return ours
-        return {**ours, **anthropic.limit_headers(self.binding, statuses), "request-id": self.client.id}
+        return {**ours, **anthropic_limit_headers(self.binding, statuses), "request-id": self.client.id}
 
 
 def prepare_call(

@@ -19,14 +19,14 @@ from proxy.calls.tokenizer import Tokenizers
 from proxy.errors import UpstreamError, UpstreamTimeout
 from proxy.formats.estimate import largest_demand
 from proxy.formats.meter import Meter
-from proxy.ledger.book import Entry
+from proxy.ledger.entry import Entry
 from proxy.metrics import Metrics
 from proxy.policy.policy import Model, Upstream
 from proxy.policy.quota import Demand
-from proxy.upstreams.addresses import UsageOptionCache, is_about_usage_option
 from proxy.upstreams.client import Answer, Upstreams
 from proxy.upstreams.routing import UNREACHED_PAUSE_MS, Cooldowns, RoutingState, may_try_another_target, seconds_of
 from proxy.upstreams.spool import Spliced
+from proxy.upstreams.usage_option import UsageOptionCache, is_about_usage_option
 
 # What became of one try, as it is counted.
 AttemptOutcome = Literal["answered", "rejected", "limited", "failed", "unreachable", "timed_out", "broke_off"]

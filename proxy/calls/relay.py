@@ -19,9 +19,9 @@ from proxy.errors import ClientLeft, ProxyError, UpstreamError
 from proxy.formats.meter import Meter
 from proxy.formats.request import error_event
 from proxy.formats.stream import Stream
-from proxy.ledger.book import Accepted, Outcome, Refused
-from proxy.ledger.pace import DurationEstimate
-from proxy.ledger.queue import AdmissionQueue
+from proxy.ledger.book import Accepted, Refused
+from proxy.ledger.entry import Outcome
+from proxy.ledger.queue import AdmissionQueue, DurationEstimate
 from proxy.metrics import Metrics
 from proxy.policy.amounts import AtLeast, Unspent
 from proxy.upstreams import headers
@@ -54,7 +54,7 @@ class Relay:
         self._metrics = metrics
         self._disconnects = disconnects
         self._now = now
-        self._pace = DurationEstimate()
+        self._durations = DurationEstimate()
 
     async def carry(self, call: Call) -> None:
         """Carry one call to the upstream and its answer back.
@@ -81,19 +81,34 @@ class Relay:
         """Hold what the call may use, and see that it ends; raises Refusal."""
         answer = await self._let_in(call, candidates)
         if isinstance(answer, Refused):
-            self._metrics.refused(answer.refused)
+            for block in answer.refused.blocks:
+                self._metrics.refused(block.quota.id, block.verdict.name.lower())
             now = self._now()
-            raise call.refusal(answer, now, busy_s=self._pace.busy_s(now))
+            raise call.refusal(answer, now, busy_s=self._durations.busy_s(now))
         first = candidates.first
         reservation = Reservation(self._ledger, answer, first.meter(), binding=call.binding, count=first.count)
-        self._pace.began(answer.entry.id, self._now())
+        self._durations.began(answer.entry.id, self._now())
         try:
             with self._metrics.in_flight.track_inprogress():
                 async with reservation:
                     yield reservation
         finally:
-            self._pace.ended(answer.entry.id, self._now())
-            self._metrics.ended(reservation.entry, reservation.charged, reservation.outcome, model=call.model_label)
+            self._durations.ended(answer.entry.id, self._now())
+            self._count_end(call, reservation)
+
+    def _count_end(self, call: Call, reservation: Reservation) -> None:
+        entry, usage, model = reservation.entry, reservation.charged, call.model_label
+        self._metrics.ended(
+            endpoint=entry.labels.endpoint, model=model, outcome=reservation.outcome, would_refuse=entry.would_refuse
+        )
+        if usage is not None:
+            self._metrics.charged(
+                model=model,
+                input_tokens=usage.tokens.input,
+                output_tokens=usage.tokens.output,
+                provenance=usage.provenance,
+                hidden=usage.tokens.beyond(entry.hold),
+            )
 
     async def _let_in(self, call: Call, candidates: Candidates) -> Accepted | Refused:
         """Ask the ledger, and wait for calls in flight if it comes to that, as long as the client does."""

@@ -13,7 +13,8 @@ from types import TracebackType
 from proxy.calls.token_count import TokenCount
 from proxy.errors import LedgerUnavailable
 from proxy.formats.meter import Meter
-from proxy.ledger.book import Accepted, Extend, Outcome, Release, Settle
+from proxy.ledger.book import Accepted, Extend, Release, Settle
+from proxy.ledger.entry import Outcome
 from proxy.ledger.ledger import Ledger
 from proxy.ledger.queue import AdmissionQueue
 from proxy.policy.admission import Verdict

@@ -15,7 +15,7 @@ from urllib.parse import urlencode
 from proxy.calls.call import Call, Responder
 from proxy.errors import PreviousNotFound, ProxyError, ResponseNotFound, UpstreamError
 from proxy.formats.endpoints import RESPONSE_ID, StoredResponsePath
-from proxy.ledger.book import Entry
+from proxy.ledger.entry import Entry
 from proxy.ledger.ledger import Ledger
 from proxy.policy.policy import Model, Policy, Upstream, User
 from proxy.upstreams.addresses import address_at

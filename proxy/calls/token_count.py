@@ -10,7 +10,7 @@ from proxy.calls.tokenizer import BYTES_PER_TOKEN, Tokenizers
 from proxy.formats.content import read_prompt, with_files, with_previous
 from proxy.formats.estimate import counted, estimate_demand
 from proxy.formats.request import Request
-from proxy.ledger.book import Entry
+from proxy.ledger.entry import Entry
 from proxy.policy.amounts import TOKENS_MAX, Exactly
 from proxy.policy.policy import Model
 from proxy.policy.quota import Demand

@@ -6,13 +6,10 @@ published API description, and its SDK. Pure.
 """
 
 from collections.abc import Mapping
-from zoneinfo import ZoneInfo
 
 from proxy.errors import ProxyError
-from proxy.policy.amounts import MEASURES, Tokens, read_tokens
-from proxy.policy.quota import Binding
-from proxy.policy.status import QuotaStatus, first_to_refuse
-from proxy.policy.windows import rfc3339
+from proxy.formats.usage import read_tokens
+from proxy.policy.amounts import Tokens
 
 # What a client that names no version gets: the first that was published, which all servers know.
 VERSION = "2023-06-01"
@@ -33,7 +30,6 @@ USUAL_BETAS = frozenset(
     )
 )
 
-_UTC = ZoneInfo("UTC")
 _TYPES = {
     401: "authentication_error",
     403: "permission_error",
@@ -59,19 +55,6 @@ def error_body(error: ProxyError, request_id: str | None = None) -> dict[str, ob
 def type_of(status: int) -> str:
     """The type of an error that is answered with this status."""
     return _TYPES.get(status, "api_error" if status >= 500 else "invalid_request_error")
-
-
-def limit_headers(binding: Binding, stand: Mapping[str, QuotaStatus]) -> dict[str, str]:
-    """What `x-ratelimit-*` say, under Anthropic's names; the reset is an instant in UTC, rounded up."""
-    headers: dict[str, str] = {}
-    for kind, measures in (("tokens", MEASURES[:3]), ("requests", MEASURES[3:])):
-        if first := first_to_refuse(binding, stand, measures):
-            standing, limit = first
-            resets_at = rfc3339(standing.counter.window.resets_at, _UTC)
-            headers[f"anthropic-ratelimit-{kind}-limit"] = str(limit.maximum)
-            headers[f"anthropic-ratelimit-{kind}-remaining"] = str(standing.remaining(limit))
-            headers[f"anthropic-ratelimit-{kind}-reset"] = resets_at.replace("+00:00", "Z")
-    return headers
 
 
 def read_usage(usage: Mapping[str, object]) -> Tokens | None:

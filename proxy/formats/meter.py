@@ -28,7 +28,8 @@ from proxy.formats.ending import RESPONSE_ENDS, Ending
 from proxy.formats.endpoints import RESPONSE_ID
 from proxy.formats.request import Request
 from proxy.formats.sse import Event
-from proxy.policy.amounts import TOKENS_MAX, AtLeast, Exactly, Tokens, Unspent, Usage, read_timings, read_tokens
+from proxy.formats.usage import read_timings, read_tokens
+from proxy.policy.amounts import TOKENS_MAX, AtLeast, Exactly, Tokens, Unspent, Usage
 from proxy.policy.policy import Kind
 
 # What stands inside a choice and is no text that the model wrote: names, verdicts, the text once more as single

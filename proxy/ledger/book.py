@@ -1,93 +1,22 @@
-"""The acts of the ledger on plain values: reserve, extend, settle, release, expire.
+"""The operations of the ledger on plain values: reserve, extend, settle, release, expire.
 
-Each call has one entry in the books. While the call is in flight the entry is its reservation; afterwards it is
-its usage record. So a reservation ends exactly once by construction, and a repeated act finds that it was done:
+The store loads what a batch touches, applies the operations here, and writes what changed. Each operation is applied
+whole or not at all, and repeating one is harmless.
 
-    (none) ── reserve ──▶ open ── settle ───▶ settled
-                          │ ▲ ├── release ──▶ released
-                   extend └─┘ └── expire ───▶ expired ── settle, once ──▶ settled
-
-Expired means that the process which held it was given up for dead: it is charged all that it held. Should that
-process come back, settling books the difference. Any other act on an ended entry changes nothing and answers with
-the entry as it is.
-
-A line of an entry remembers the window of the counter it was reserved in; once that window has closed, settling
-writes the entry only. An answer that grows past the end of a window holds what it grows by in the window open then,
-by a second line for the same counter: each line is charged up to what it holds, and the last one the rest.
-
-Pure: the ledger loads what a batch touches, applies it here, and writes what changed.
+A held amount remembers the window of the counter that it was reserved in; once that window has closed, settling
+writes the entry only. An answer that grows past the end of a window holds its growth in the window that is open then,
+as a second held amount of the same counter: each is charged up to what it holds, and the last one the rest. Example:
+a call reserved at 11:59 holds 100 tokens in the window that ends at 12:00 and, at 12:01, 50 more in the next one. It
+used 130 tokens: 100 are charged to the first window, if it is still known, and 30 to the second. Pure.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
+from proxy.ledger.entry import CallLabels, Entry, HeldAmount, Outcome, State
 from proxy.policy.admission import Admitted, Hold, HoldIncrease, NeedsCount, NotAdmitted, Verdict, Wish, decide, grow
 from proxy.policy.amounts import NOTHING, TOKENS_MAX, Amount, AtLeast, Tokens, Usage, charge_of
 from proxy.policy.quota import Binding, Counter, CounterKey, Demand, Quota, counter_at
-
-State = Literal["open", "settled", "released", "expired"]
-
-# How a call ended, as its record says it.
-Outcome = Literal[
-    "complete",  # the whole answer went by
-    "client_left",  # the client went before the end
-    "upstream_broke",  # the upstream broke or fell silent after the call was sent
-    "rejected",  # the upstream called the request bad (4xx)
-    "upstream_failed",  # the upstream failed, refused our key, or could not be reached: nothing is charged
-    "proxy_broke",  # a mistake of ours ended it
-    "at_limit",  # the proxy ended it, because no more of a quota was to be had
-    "stopped",  # the proxy was stopped while it ran
-    "lost",  # the proxy died, or was taken to be dead
-]
-
-
-@dataclass(frozen=True, slots=True)
-class HeldAmount:
-    """What a call holds of one counter, while open; which counter it was charged to, afterwards."""
-
-    key: CounterKey
-    opened_at: int
-    amount: Amount
-
-
-@dataclass(frozen=True, slots=True)
-class CallLabels:
-    """Who called what: the part of an entry that is known before it is let in."""
-
-    user: str
-    model: str
-    endpoint: str
-    upstream: str
-
-    def __post_init__(self) -> None:
-        for text in (self.user, self.model, self.endpoint, self.upstream):
-            if len(text) > 512 or not text.isprintable():  # which "\0" is not either
-                raise ValueError(f"not fit for the books: {text[:80]!r}")
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """One call in the books. Instants in ms; `hold` is what it may use so far, `usage` what it did use.
-
-    `maximum` is how many tokens its answer may come to have, where that is known: a stream's hold grows up to it.
-    """
-
-    id: str
-    owner: str
-    labels: CallLabels
-    admitted_via: str
-    reserved_at: int
-    hold: Amount
-    maximum: int | None
-    held_amounts: tuple[HeldAmount, ...]
-    capped_by: str | None = None
-    would_refuse: tuple[str, ...] = ()
-    state: State = "open"
-    ended_at: int | None = None
-    usage: Usage | None = None
-    outcome: Outcome | None = None
-    response_id: str | None = None  # by which its upstream keeps what it made
 
 
 @dataclass(frozen=True, slots=True)

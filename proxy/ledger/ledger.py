@@ -24,7 +24,8 @@ from dataclasses import dataclass
 import structlog
 
 from proxy.errors import LedgerUnavailable
-from proxy.ledger.book import Accepted, Entry, Expire, Extend, Operation, Refused, Release, Reply, Reserve, Settle
+from proxy.ledger.book import Accepted, Expire, Extend, Operation, Refused, Release, Reply, Reserve, Settle
+from proxy.ledger.entry import Entry
 from proxy.ledger.store import Store, StoreUnavailable
 from proxy.policy.admission import NeedsCount
 from proxy.policy.quota import Counter, CounterKey

@@ -23,16 +23,26 @@ from typing import Any, TypeVar
 import asyncpg
 import sqlalchemy as sa
 from asyncpg.exceptions import DataError, IntegrityConstraintViolationError, PostgresError
-from sqlalchemy import Connection
+from sqlalchemy import Connection, Table
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import NullPool
 
-from proxy.ledger.book import Book, Entry, Operation, Reply
-from proxy.ledger.rows import Row, changes_of, counters_of, entry_of, keys_of
-from proxy.ledger.schema import SCHEMA, migrate
-from proxy.ledger.statements import ORPHANS, READ_CALL, READ_COUNTERS, READ_MAKER, WRITING, Patience, begin
-from proxy.ledger.store import Chore, Done, StoreRefused, StoreUnavailable
+from proxy.ledger.book import Book, Operation, Reply
+from proxy.ledger.entry import Entry, call_id_prefix
+from proxy.ledger.rows import CHANGING, Row, changes_of, counters_of, entry_of, keys_of
+from proxy.ledger.schema import (
+    ADDED_TO_DAYS,
+    DAY_COLUMNS,
+    DAY_KEY,
+    SCHEMA,
+    UNCOUNTED,
+    UPSERT_DAYS,
+    calls,
+    counters,
+    migrate,
+)
+from proxy.ledger.store import JobResult, StoreRefused, StoreUnavailable
 from proxy.policy.quota import Counter, CounterKey
 
 # Any number, as long as it is always this one: whoever holds it makes the schema, the others wait.
@@ -57,16 +67,163 @@ _FAILURES = (
     *(DBAPIError, OSError, TimeoutError),
 )
 
+# ------------------------------------------------------------------------------------------------------- statements
+
+
+@dataclass(frozen=True, slots=True)
+class Timeouts:
+    """How long is waited, in ms: for a client that has stopped, a lock, a statement; in all by the server, and by us.
+
+    A client that has stopped must lose its locks before others give up waiting for them. A connection that does not
+    answer to a mere begin for `probe_ms` is taken to be gone.
+    """
+
+    connect_ms: int = 4000
+    probe_ms: int = 2000
+    idle_ms: int = 3000
+    lock_ms: int = 4000
+    statement_ms: int = 6000
+    batch_ms: int = 7000
+    whole_ms: int = 9000
+
+
+def begin(timeouts: Timeouts) -> str:
+    """Every batch looks a few hundred keys up: that is never worth a walk through a table, whatever is estimated.
+
+    A table of a million counters, once it was analysed, was walked through by each batch: 120 calls a second.
+    """
+    settings = {
+        "idle_in_transaction_session_timeout": timeouts.idle_ms,
+        "lock_timeout": timeouts.lock_ms,
+        "statement_timeout": timeouts.statement_ms,
+        **dict.fromkeys(("enable_hashjoin", "enable_mergejoin", "enable_seqscan", "jit"), "off"),
+    }
+    limits = "; ".join(f"SET LOCAL {name} = {value}" for name, value in settings.items())
+    return f"BEGIN ISOLATION LEVEL READ COMMITTED; {limits}; {_BATCH_TIMEOUT.format(timeouts.batch_ms)}"
+
+
+def _arrays(columns: Sequence[sa.Column[Any]]) -> str:
+    """Parameters that are one array for each column: a statement has the same text for any number of rows."""
+    kinds = ["bigint" if isinstance(column.type, sa.BigInteger) else "text" for column in columns]
+    return ", ".join(f"${place}::{kind}[]" for place, kind in enumerate(kinds, 1))
+
+
+def _update(table: Table, names: Sequence[str]) -> str:
+    """Write these columns of rows that are there, which are found by the table's key."""
+    keys = [column.name for column in table.primary_key]
+    sets = ", ".join(f"{name} = given.{name}" for name in names if name not in keys)
+    same = " AND ".join(f"kept.{name} = given.{name}" for name in keys)
+    given = f"unnest({_arrays([table.c[name] for name in names])}) AS given({', '.join(names)})"
+    return f"UPDATE {SCHEMA}.{table.name} AS kept SET {sets} FROM {given} WHERE {same}"
+
+
+# A client that stops between the two halves of a statement is not idle, and only this makes it lose its locks: from
+# PostgreSQL 17 on. Before that there is no such setting, and one that nobody reads is set instead.
+_BATCH_TIMEOUT = f"""
+    SELECT set_config(CASE WHEN current_setting('server_version_num')::int < 170000 THEN '{SCHEMA}.none'
+    ELSE 'transaction_timeout' END, '{{}}', true)
+"""
+_NOW = "(extract(epoch FROM clock_timestamp()) * 1000)::bigint"
+_COUNTER, _CALL = (", ".join(column.name for column in table.c) for table in (counters, calls))
+_GIVEN_KEYS = "unnest($1::text[], $2::text[]) AS given(subject, quota_id)"
+
+_MAKE_COUNTERS = f"""
+    INSERT INTO {SCHEMA}.counters ({_COUNTER})
+    SELECT subject, quota_id, {", ".join("0" * (len(counters.c) - 2))} FROM {_GIVEN_KEYS}
+    ORDER BY subject COLLATE "C", quota_id COLLATE "C"
+    ON CONFLICT DO NOTHING
+"""
+# Those of the acts, and those that their calls hold something of. The time is told after the locks were got; there is
+# one row also where there is no counter.
+_LOCK_COUNTERS = f"""
+    SELECT {_NOW}, locked.* FROM (VALUES (1)) AS one LEFT JOIN LATERAL (
+        SELECT kept.* FROM (
+            SELECT subject COLLATE "C" AS subject, quota_id COLLATE "C" AS quota_id FROM {_GIVEN_KEYS}
+            UNION
+            SELECT line #>> '{{0,0}}', line #>> '{{0,1}}'
+            FROM {SCHEMA}.calls, jsonb_array_elements(lines::jsonb) AS line WHERE id = ANY ($3::text[])
+            ORDER BY subject, quota_id
+        ) AS wanted CROSS JOIN LATERAL (
+            SELECT {_COUNTER} FROM {SCHEMA}.counters
+            WHERE subject = wanted.subject COLLATE "default" AND quota_id = wanted.quota_id COLLATE "default"
+            FOR UPDATE
+        ) AS kept
+    ) AS locked ON true
+"""
+_LOCK_CALLS = f"""
+    SELECT {_CALL} FROM {SCHEMA}.calls WHERE id = ANY ($1::text[]) ORDER BY id COLLATE "C" FOR UPDATE
+"""
+_PUT_COUNTERS = _update(counters, [column.name for column in counters.c])
+_OPEN_CALLS = f"INSERT INTO {SCHEMA}.calls ({_CALL}) SELECT * FROM unnest({_arrays([*calls.c])})"
+_CHANGE_CALLS = _update(calls, [*CHANGING, "id"])
+_RENEW_LEASE = f"""
+    WITH forgotten AS (DELETE FROM {SCHEMA}.owners WHERE alive_until < {_NOW} - $3::bigint)
+    INSERT INTO {SCHEMA}.owners (id, alive_until) VALUES ($1::text, {_NOW} + $2::bigint)
+    ON CONFLICT (id) DO UPDATE SET alive_until = excluded.alive_until
+"""
+# In the order of the fields of postgres' writer.
+WRITING = (_MAKE_COUNTERS, _LOCK_COUNTERS, _LOCK_CALLS, _PUT_COUNTERS, _OPEN_CALLS, _CHANGE_CALLS, _RENEW_LEASE)
+
+READ_COUNTERS = f"""
+    SELECT kept.* FROM {_GIVEN_KEYS} CROSS JOIN LATERAL (
+        SELECT {_COUNTER} FROM {SCHEMA}.counters WHERE subject = given.subject AND quota_id = given.quota_id OFFSET 0
+    ) AS kept
+"""
+READ_CALL = f"SELECT {_CALL} FROM {SCHEMA}.calls WHERE id = $1"
+READ_MAKER = f"SELECT {_CALL} FROM {SCHEMA}.calls WHERE response_id = $1 ORDER BY id DESC LIMIT 1"
+ORPHANS = f"""
+    SELECT id FROM {SCHEMA}.calls WHERE state = 'open' AND owner <> $1
+    AND NOT EXISTS (SELECT FROM {SCHEMA}.owners WHERE owners.id = calls.owner AND alive_until > {_NOW})
+    ORDER BY id LIMIT $2
+"""
+
+# The maintenance jobs. Parameters: $1 the limit, $2 the key after which to start, $3 the instant, $4 an id of then. Each
+# is one statement that returns how many rows it touched and the last key. Rows that another process has locked (it is
+# counting, deleting or settling them) are left to it, or to the next run. Each is served by an index in its order.
+ROLL_UP = f"""
+    WITH chosen AS (
+        SELECT id, counted_as FROM {SCHEMA}.calls WHERE {UNCOUNTED} AND id > coalesce($2::text, '')
+        ORDER BY id LIMIT $1::bigint FOR UPDATE SKIP LOCKED
+    ),
+    counted AS (
+        UPDATE {SCHEMA}.calls AS kept SET counted_as = state FROM chosen WHERE kept.id = chosen.id
+        RETURNING kept.*, chosen.counted_as AS was
+    ),
+    added AS (INSERT INTO {SCHEMA}.usage_by_day ({DAY_COLUMNS}) {ADDED_TO_DAYS} FROM counted {UPSERT_DAYS})
+    SELECT count(*), max(id) FROM counted
+"""
+DELETE_CALLS = f"""
+    WITH old AS (
+        SELECT id FROM {SCHEMA}.calls WHERE id > coalesce($2::text, '') AND id < $4::text AND reserved_at < $3::bigint
+        AND counted_as = state AND state <> 'open' ORDER BY id LIMIT $1::bigint FOR UPDATE SKIP LOCKED
+    ),
+    deleted AS (DELETE FROM {SCHEMA}.calls AS kept USING old WHERE kept.id = old.id RETURNING kept.id)
+    SELECT count(*), max(id) FROM deleted
+"""
+DELETE_DAYS = f"""
+    WITH old AS (
+        SELECT {DAY_KEY} FROM {SCHEMA}.usage_by_day WHERE day >= coalesce(CAST($2::text AS bigint), 0)
+        AND day < $3::bigint ORDER BY {DAY_KEY} LIMIT $1::bigint FOR UPDATE SKIP LOCKED
+    ),
+    deleted AS (
+        DELETE FROM {SCHEMA}.usage_by_day WHERE ({DAY_KEY}) IN (SELECT {DAY_KEY} FROM old) RETURNING day
+    )
+    SELECT count(*), CAST(max(day) AS text) FROM deleted
+"""
+
+
+# ------------------------------------------------------------------------------------------------------------ store
+
 T = TypeVar("T")
 
 
 class PostgresStore:
     """One PostgreSQL database, by its URL; see `store.Store`. One connection writes, up to two read."""
 
-    def __init__(self, url: str, *, patience: Patience | None = None) -> None:
+    def __init__(self, url: str, *, timeouts: Timeouts | None = None) -> None:
         self._url = url
-        self._patience = patience or Patience()
-        self._begin = begin(self._patience)
+        self._timeouts = timeouts or Timeouts()
+        self._begin = begin(self._timeouts)
         self._writer: _Writer | None = None
         self._writing = asyncio.Lock()
         self._idle_readers: list[Any] = []
@@ -110,31 +267,43 @@ class PostgresStore:
         """The call that made this response."""
         return next(map(entry_of, await self._read(READ_MAKER, response_id)), None)
 
-    async def tend(self, chore: Chore, *given: object) -> Done:
-        """Do a piece of upkeep, beside the batches and with their timeouts and plans."""
-        try:
-            async with asyncio.timeout(self._patience.whole_ms / 1000), self._reader() as connection:
-                await connection.execute(self._begin)
-                rows, last = await connection.fetchrow(chore.postgres, *given)
-                await connection.execute("COMMIT")
-                return Done(rows, last)
-        except _FAILURES as error:
-            raise StoreUnavailable(_said(error)) from error
+    async def roll_up(self, limit: int, after: str | None) -> JobResult:
+        """Add ended calls to the sums of their days."""
+        return await self._run_job(ROLL_UP, limit, after)
+
+    async def delete_calls(self, limit: int, after: str | None, *, before: int) -> JobResult:
+        """Delete old calls."""
+        return await self._run_job(DELETE_CALLS, limit, after, before, call_id_prefix(max(0, before)))
+
+    async def delete_days(self, limit: int, after: str | None, *, before: int) -> JobResult:
+        """Delete old sums."""
+        return await self._run_job(DELETE_DAYS, limit, after, before)
 
     async def close(self) -> None:
-        """Let go of the connections."""
+        """Close the connections."""
         connections = [*self._idle_readers, *([self._writer.connection] if self._writer else [])]
         self._idle_readers, self._writer = [], None
         for connection in connections:
             try:
-                await connection.close(timeout=self._patience.probe_ms / 1000)
+                await connection.close(timeout=self._timeouts.probe_ms / 1000)
             except _FAILURES:
                 connection.terminate()
+
+    async def _run_job(self, statement: str, *given: object) -> JobResult:
+        """Run one step of a maintenance job beside the batches, in a transaction with their timeouts and plans."""
+        try:
+            async with asyncio.timeout(self._timeouts.whole_ms / 1000), self._reader() as connection:
+                await connection.execute(self._begin)
+                rows, last = await connection.fetchrow(statement, *given)
+                await connection.execute("COMMIT")
+                return JobResult(rows, last)
+        except _FAILURES as error:
+            raise StoreUnavailable(_said(error)) from error
 
     async def _connect(self) -> Any:
         try:
             # Without a cache the driver gives statements no names.
-            return await asyncpg.connect(self._url, timeout=self._patience.connect_ms / 1000, statement_cache_size=0)
+            return await asyncpg.connect(self._url, timeout=self._timeouts.connect_ms / 1000, statement_cache_size=0)
         except ValueError:
             raise StoreUnavailable("the driver can't read the database's URL") from None  # nor may it be shown
 
@@ -152,7 +321,7 @@ class PostgresStore:
     async def _try(self, work: "Callable[[_Writer], Awaitable[T]]") -> T:
         is_committing = False
         try:
-            async with asyncio.timeout(self._patience.whole_ms / 1000):
+            async with asyncio.timeout(self._timeouts.whole_ms / 1000):
                 writer = await self._begun()
                 done = await work(writer)
                 is_committing = True
@@ -177,7 +346,7 @@ class PostgresStore:
         """The writing connection, in a transaction; a new one, where that of the last batch has gone meanwhile."""
         if self._writer is not None:
             try:
-                await self._writer.connection.execute(self._begin, timeout=self._patience.probe_ms / 1000)
+                await self._writer.connection.execute(self._begin, timeout=self._timeouts.probe_ms / 1000)
                 return self._writer
             except _FAILURES:
                 self._drop_writer()
@@ -190,7 +359,7 @@ class PostgresStore:
         if self._writer is None:
             return
         try:
-            await self._writer.connection.execute("ROLLBACK", timeout=self._patience.probe_ms / 1000)
+            await self._writer.connection.execute("ROLLBACK", timeout=self._timeouts.probe_ms / 1000)
         except _FAILURES:
             self._drop_writer()
 
@@ -203,7 +372,7 @@ class PostgresStore:
         try:
             async with self._reader() as connection:
                 rows: list[Row] = await connection.fetch(
-                    statement, *given, timeout=self._patience.statement_ms / 1000
+                    statement, *given, timeout=self._timeouts.statement_ms / 1000
                 )
                 return rows
         except _FAILURES as error:

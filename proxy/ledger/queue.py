@@ -10,6 +10,8 @@ import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import replace
+from itertools import islice
+from statistics import median
 
 from proxy.errors import LedgerUnavailable
 from proxy.ledger.book import Accepted, Extend, Refused, Reserve
@@ -151,3 +153,33 @@ async def _woken(wake: asyncio.Event, timeout_s: float) -> None:
     except TimeoutError:
         pass
     wake.clear()
+
+
+# How many ended calls are remembered, and of how many in flight the median is taken.
+_LOOKED_AT_MAX = 100
+# A call may be told to come back in so many seconds: SDKs sleep through all of them by themselves.
+LEAST_S, MOST_S = 2, 30
+
+
+class DurationEstimate:
+    """Watches the calls of one process begin and end."""
+
+    def __init__(self) -> None:
+        self._begun: dict[str, int] = {}
+        self._lengths: deque[int] = deque(maxlen=_LOOKED_AT_MAX)
+
+    def began(self, call_id: str, now: int) -> None:
+        """A call was let in."""
+        self._begun[call_id] = now
+
+    def ended(self, call_id: str, now: int) -> None:
+        """It was settled or released."""
+        self._lengths.append(max(0, now - self._begun.pop(call_id)))
+
+    def busy_s(self, now: int) -> int:
+        """In how many seconds to come back: the median of what calls in flight have still before them."""
+        if not self._begun or not self._lengths:
+            return LEAST_S
+        usual = median(self._lengths)
+        left = median(max(0, usual - (now - begun)) for begun in islice(self._begun.values(), _LOOKED_AT_MAX))
+        return min(MOST_S, max(LEAST_S, -int(-left // 1000)))

@@ -10,7 +10,8 @@ from typing import Any
 
 import orjson
 
-from proxy.ledger.book import Book, CallLabels, Entry, Extend, HeldAmount, Operation, Reserve
+from proxy.ledger.book import Book, Extend, Operation, Reserve
+from proxy.ledger.entry import CallLabels, Entry, HeldAmount
 from proxy.policy.amounts import Amount, AtLeast, Exactly, Tokens, Unspent, Usage, charge_of
 from proxy.policy.quota import Counter, CounterKey
 from proxy.policy.windows import Window

@@ -8,7 +8,7 @@ one by one, and one of the old that dies meanwhile starts again.
 
 How a hundred million calls slow nothing:
 
-* Ids of calls begin with the time (`records.id_at`), so new rows go to the right edge of the key and of its cache,
+* Ids of calls begin with the time (`entry.call_id_prefix`), so new rows go to the right edge of the key and of its cache,
   and what is oldest is found by the key: there is no index by `reserved_at` that each call would have to pay for.
 * `calls_open` and `calls_uncounted` are partial: they have what is in flight, and what the next roll-up will count.
 * `counted_as` is the state in which a call was counted into `usage_by_day`. It is set in the transaction that adds
@@ -36,6 +36,30 @@ SCHEMA = "llm_quota_proxy"
 
 # Calls that have ended and were not counted into their day as what they are now.
 UNCOUNTED = "state <> 'open' AND (counted_as IS NULL OR counted_as <> state)"
+
+# How a call is added to its day. A call that was counted before (`was` is then the state in which it was) had expired:
+# it was added as one call that is charged its hold. That is subtracted, and what it really used is added.
+_AGAIN = "CASE WHEN was IS NULL THEN 0 ELSE 1 END"
+DAY_SUMS = {
+    "calls": f"1 - {_AGAIN}",
+    "requests": f"coalesce(requests, 0) - {_AGAIN}",
+    "input_tokens": f"coalesce(input_tokens, 0) - hold_input * {_AGAIN}",
+    "output_tokens": f"coalesce(output_tokens, 0) - hold_output * {_AGAIN}",
+    "cached_tokens": "coalesce(cached_tokens, 0)",
+    "reasoning_tokens": "coalesce(reasoning_tokens, 0)",
+    "estimated": f"CASE WHEN provenance = 'at_least' THEN 1 ELSE 0 END - {_AGAIN}",
+}
+DAY_KEY = "day, user_name, through, model"
+DAY_COLUMNS = f"{DAY_KEY}, {', '.join(DAY_SUMS)}"
+# Grouped by day and sorted in one order, so that two processes that add to the same days can't deadlock.
+ADDED_TO_DAYS = f"""
+    SELECT reserved_at / 86400000 * 86400000, user_name, through, model,
+    {", ".join(f"CAST(sum({each}) AS bigint)" for each in DAY_SUMS.values())}
+"""
+UPSERT_DAYS = f"""
+    GROUP BY 1, 2, 3, 4 ORDER BY 1, 2, 3, 4 ON CONFLICT ({DAY_KEY}) DO UPDATE SET
+    {", ".join(f"{each} = usage_by_day.{each} + excluded.{each}" for each in DAY_SUMS)}
+"""
 
 counters = Table(
     "counters",

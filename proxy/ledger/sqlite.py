@@ -25,16 +25,44 @@ from sqlalchemy.dialects.sqlite import insert
 from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, InterfaceError, NotSupportedError, ProgrammingError
 from sqlalchemy.ext.asyncio import create_async_engine
 
-from proxy.ledger.book import Book, Entry, Operation, Reply
+from proxy.ledger.book import Book, Operation, Reply
+from proxy.ledger.entry import Entry, call_id_prefix
 from proxy.ledger.rows import CHANGING, changes_of, counters_of, entry_of, keys_of
-from proxy.ledger.schema import calls, counters, migrate, owners
-from proxy.ledger.store import Chore, Done, StoreInUse, StoreRefused, StoreUnavailable
+from proxy.ledger.schema import (
+    ADDED_TO_DAYS,
+    DAY_COLUMNS,
+    DAY_KEY,
+    UNCOUNTED,
+    UPSERT_DAYS,
+    calls,
+    counters,
+    migrate,
+    owners,
+)
+from proxy.ledger.store import JobResult, StoreInUse, StoreRefused, StoreUnavailable
 from proxy.policy.quota import Counter, CounterKey
 
 # How long a transaction waits for the file's lock, in seconds.
 _BUSY_TIMEOUT_S = 5.0
 # The database's errors that lie in what it was given. All others lie in the database, and may pass.
 _REFUSALS = (DataError, IntegrityError, InterfaceError, NotSupportedError, ProgrammingError)
+
+# The maintenance jobs. Parameters: ?1 the limit, ?2 the key after which to start, ?3 the instant, ?4 an id of then.
+# Each is served by an index in its order (`calls_uncounted`, the primary keys).
+_NEXT = f"FROM calls WHERE {UNCOUNTED} AND id > coalesce(?2, '') ORDER BY id LIMIT ?1"
+ROLL_UP = (
+    f"INSERT INTO usage_by_day ({DAY_COLUMNS}) {ADDED_TO_DAYS} FROM (SELECT *, counted_as AS was {_NEXT}) "
+    f"WHERE true {UPSERT_DAYS}",
+    f"UPDATE calls SET counted_as = state WHERE id IN (SELECT id {_NEXT})",
+)
+DELETE_CALLS = (
+    "DELETE FROM calls WHERE id IN (SELECT id FROM calls WHERE id > coalesce(?2, '') AND id < ?4 AND reserved_at < ?3 "
+    "AND counted_as = state AND state <> 'open' ORDER BY id LIMIT ?1)",
+)
+DELETE_DAYS = (
+    f"DELETE FROM usage_by_day WHERE ({DAY_KEY}) IN (SELECT {DAY_KEY} FROM usage_by_day "
+    f"WHERE day >= coalesce(CAST(?2 AS bigint), 0) AND day < ?3 ORDER BY {DAY_KEY} LIMIT ?1)",
+)
 
 T = TypeVar("T")
 
@@ -103,18 +131,33 @@ class SqliteStore:
         """The lock of an open store, to outlive it: nobody else gets the file until all who have it are gone."""
         return os.dup(self._lock)
 
-    async def tend(self, chore: Chore, *given: object) -> Done:
-        """Do a piece of upkeep, between two batches; what is done leaves nothing behind that the next walks over."""
-        return Done(await self._in_thread(self._tend, chore.sqlite, given))
+    async def roll_up(self, limit: int, after: str | None) -> JobResult:
+        """Add ended calls to the sums of their days."""
+        return JobResult(await self._run_job(ROLL_UP, limit, after))
+
+    async def delete_calls(self, limit: int, after: str | None, *, before: int) -> JobResult:
+        """Delete old calls."""
+        return JobResult(await self._run_job(DELETE_CALLS, limit, after, before, call_id_prefix(max(0, before))))
+
+    async def delete_days(self, limit: int, after: str | None, *, before: int) -> JobResult:
+        """Delete old sums."""
+        return JobResult(await self._run_job(DELETE_DAYS, limit, after, before))
 
     async def close(self) -> None:
-        """Let go of the file."""
+        """Close the file and release its lock."""
         self._thread.shutdown()
         await self._reading.dispose()
         self._engine.dispose()
         for file in filter(_is_open, (self._turn, self._lock)):
             os.close(file)
         self._turn = self._lock = -1
+
+    async def _run_job(self, statements: Sequence[str], *given: object) -> int:
+        """Run a maintenance job between two batches, in a transaction of its own; the rows of its last statement.
+
+        Deleted rows leave nothing behind in SQLite that the next step would walk over, so each starts at the beginning.
+        """
+        return await self._in_thread(self._job, statements, given)
 
     async def _read_one(self, statement: str, given: tuple[str]) -> Entry | None:
         self._look_for_it()
@@ -178,7 +221,7 @@ class SqliteStore:
         with _translated(), self._engine.connect() as connection:
             return list(connection.execute(statement).scalars())
 
-    def _tend(self, statements: Sequence[str], given: tuple[object, ...]) -> int:
+    def _job(self, statements: Sequence[str], given: tuple[object, ...]) -> int:
         self._look_for_it()
         rows = 0
         with _translated(), self._engine.begin() as connection:

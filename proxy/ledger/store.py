@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from proxy.ledger.book import Entry, Operation, Reply
+from proxy.ledger.book import Operation, Reply
+from proxy.ledger.entry import Entry
 from proxy.policy.quota import Counter, CounterKey
 
 
@@ -32,20 +33,11 @@ class StoreRefused(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Chore:
-    """A small piece of upkeep, as each engine does it; what is given stands in its text as $1, or ?1, and so on.
+class JobResult:
+    """How many rows one step of a maintenance job touched, and the key after which the next step starts.
 
-    PostgreSQL's is one statement that says how many rows it was, and where it ended; of SQLite's the last one touches
-    so many.
+    `last` is None if the next step starts at the beginning.
     """
-
-    postgres: str
-    sqlite: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Done:
-    """How many rows a piece of upkeep was, and the key after which the next one may begin; None: at the beginning."""
 
     rows: int
     last: str | None = None
@@ -83,8 +75,18 @@ class Store(Protocol):
     async def find_response_entry(self, response_id: str) -> Entry | None:
         """The call that made this response, the newest of several. Raises StoreUnavailable."""
 
-    async def tend(self, chore: Chore, *given: object) -> Done:
-        """Do it in a transaction of its own. Raises StoreUnavailable."""
+    async def roll_up(self, limit: int, after: str | None) -> JobResult:
+        """Add up to `limit` ended calls, from behind the id `after` on, to the sums of their days.
+
+        In one transaction that also marks them as counted, so each call is counted once, whoever is killed when.
+        Raises StoreUnavailable, like the two below.
+        """
+
+    async def delete_calls(self, limit: int, after: str | None, *, before: int) -> JobResult:
+        """Delete up to `limit` counted calls that were reserved before this instant, from behind the id `after` on."""
+
+    async def delete_days(self, limit: int, after: str | None, *, before: int) -> JobResult:
+        """Delete up to `limit` sums of days that began before this instant, from the day `after` on."""
 
     async def close(self) -> None:
-        """Let go of the database."""
+        """Close the database."""

@@ -22,7 +22,7 @@ from proxy.formats.endpoints import METERED, PREFIXES, STORED_RESPONSE_PATHS, En
 from proxy.formats.request import parse_form_request, parse_request
 from proxy.formats.strict_json import dump
 from proxy.identity.keys import identify
-from proxy.ledger.rollup import call_id_prefix
+from proxy.ledger.entry import call_id_prefix
 from proxy.policy.policy import Policy, User
 from proxy.policy.status import quota_statuses
 from proxy.tasks import Tasks
@@ -30,9 +30,8 @@ from proxy.upstreams.headers import JSON_HEADERS, SERVER_NAME
 from proxy.upstreams.spool import Spool
 from proxy.web.body import expect_when_read, read_body, read_form
 from proxy.web.cors import Cors
-from proxy.web.framing import validate_request
 from proxy.web.health import Health
-from proxy.web.middleware import REQUEST_ID, Handler, answer_errors, not_served
+from proxy.web.middleware import REQUEST_ID, Handler, answer_errors, not_served, validate_request
 from proxy.web.response import WebResponder
 
 log = structlog.get_logger("api")

@@ -13,7 +13,8 @@ from proxy.formats.content import read_prompt
 from proxy.formats.endpoints import CHAT, COUNT_TOKENS, MESSAGES, Endpoint
 from proxy.formats.estimate import estimate_demand
 from proxy.formats.request import forwarded_body, parse_request
-from proxy.ledger.book import Accepted, Book, CallLabels
+from proxy.ledger.book import Accepted, Book
+from proxy.ledger.entry import CallLabels
 from proxy.policy.policy import Policy
 from proxy.web.response import WebResponder
 from tests.builders import NOON

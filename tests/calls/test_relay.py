@@ -13,7 +13,7 @@ import pytest
 
 from proxy.formats.meter import Meter
 from proxy.formats.sse import Event
-from proxy.ledger.book import Entry
+from proxy.ledger.entry import Entry
 from tests.stage import STAFF, UPSTREAM_KEY, Stage, stage, until
 
 pytestmark = [pytest.mark.every_engine, pytest.mark.journey]

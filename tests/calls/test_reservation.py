@@ -16,7 +16,8 @@ from proxy.formats.endpoints import CHAT
 from proxy.formats.meter import Meter
 from proxy.formats.request import parse_request
 from proxy.formats.sse import Splitter
-from proxy.ledger.book import Accepted, Entry, Expire, Settle
+from proxy.ledger.book import Accepted, Expire, Settle
+from proxy.ledger.entry import Entry
 from proxy.ledger.ledger import LEASE_MS, Ledger
 from proxy.ledger.queue import AdmissionQueue
 from proxy.ledger.sqlite import SqliteStore

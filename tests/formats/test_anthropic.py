@@ -8,10 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.errors import InvalidRequest, LedgerUnavailable, Refusal, UpstreamError
-from proxy.formats.anthropic import error_body, limit_headers, read_usage, type_of
-from proxy.policy.amounts import Amount, Tokens
-from proxy.policy.status import quota_statuses, rate_limit_headers
-from tests.builders import NOON, binding, counters, quota
+from proxy.formats.anthropic import error_body, read_usage, type_of
+from proxy.policy.amounts import Tokens
 
 
 def test_an_error_keeps_what_we_say_to_programs() -> None:
@@ -53,29 +51,6 @@ def test_an_error_says_no_more_than_there_is() -> None:
 def test_a_type_follows_from_the_status(status: int, type: str) -> None:
     """Those of the API's description; what has none of its own is a bad request or a failure."""
     assert type_of(status) == type
-
-
-def test_the_headers_say_what_openai_s_say() -> None:
-    """The same limits and the same rest; the reset is an instant in UTC."""
-    who = binding([quota("staff/daily", tokens=1000, requests=10)])
-    stand = quota_statuses(who, counters(who, used={"staff/daily": Amount(300, 50, 4)}), NOON)
-    assert limit_headers(who, stand) == {
-        "anthropic-ratelimit-tokens-limit": "1000",
-        "anthropic-ratelimit-tokens-remaining": "650",
-        "anthropic-ratelimit-tokens-reset": "2026-11-25T00:00:00Z",
-        "anthropic-ratelimit-requests-limit": "10",
-        "anthropic-ratelimit-requests-remaining": "6",
-        "anthropic-ratelimit-requests-reset": "2026-11-25T00:00:00Z",
-    }
-    assert rate_limit_headers(who, stand, NOON)["x-ratelimit-remaining-tokens"] == "650"
-
-
-def test_what_is_not_limited_has_no_headers() -> None:
-    """A zone's offset is no part of the instant, and who has no limit of requests is told of none."""
-    who = binding([quota("staff/daily", tokens=1000, zone="Europe/Berlin")])
-    said = limit_headers(who, quota_statuses(who, {}, NOON))
-    assert said.keys() == {f"anthropic-ratelimit-tokens-{name}" for name in ("limit", "remaining", "reset")}
-    assert said["anthropic-ratelimit-tokens-reset"] == "2026-11-24T23:00:00Z"
 
 
 @pytest.mark.parametrize(

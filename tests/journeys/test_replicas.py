@@ -17,8 +17,7 @@ from structlog.testing import capture_logs
 from proxy.errors import LedgerUnavailable
 from proxy.ledger.book import Accepted, Refused, Release, Settle
 from proxy.ledger.ledger import LEASE_MS, Ledger
-from proxy.ledger.postgres import PostgresStore
-from proxy.ledger.statements import Patience
+from proxy.ledger.postgres import PostgresStore, Timeouts
 from proxy.ledger.store import StoreUnavailable
 from proxy.policy.amounts import Amount, AtLeast, Tokens
 from proxy.server import wall_clock_ms
@@ -46,7 +45,7 @@ async def database():
 async def replica(where, owner, *, wait_s=50.0, now=lambda: 0):
     """A ledger as each process has one; its own clock is wrong, because the database's is what counts."""
     url = where.url if isinstance(where, Database) else where
-    store = PostgresStore(url, patience=Patience(idle_ms=1000, lock_ms=1500, statement_ms=2000, whole_ms=2500))
+    store = PostgresStore(url, timeouts=Timeouts(idle_ms=1000, lock_ms=1500, statement_ms=2000, whole_ms=2500))
     ledger = Ledger(store, owner=owner, now=now, retry_s=0.01, wait_s=lambda: wait_s)
     await ledger.start()
     try:

@@ -17,7 +17,8 @@ import pytest
 
 from proxy.calls.disconnect import Disconnects
 from proxy.config.loader import load_text
-from proxy.ledger.book import Entry, Expire, Settle
+from proxy.ledger.book import Expire, Settle
+from proxy.ledger.entry import Entry
 from proxy.policy.amounts import Exactly, Tokens
 from proxy.simulator.server import Served, Simulator
 from tests.bare_upstream import Serve, bare_upstream, stream_head

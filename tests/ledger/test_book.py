@@ -12,11 +12,8 @@ import pytest
 from proxy.ledger.book import (
     Accepted,
     Book,
-    CallLabels,
-    Entry,
     Expire,
     Extend,
-    HeldAmount,
     Operation,
     Refused,
     Release,
@@ -25,6 +22,7 @@ from proxy.ledger.book import (
     Unknown,
     shares,
 )
+from proxy.ledger.entry import CallLabels, Entry, HeldAmount
 from proxy.policy.admission import NeedsCount, Verdict
 from proxy.policy.amounts import NOTHING, TOKENS_MAX, Amount, AtLeast, Tokens, Unspent
 from proxy.policy.quota import Binding, Quota

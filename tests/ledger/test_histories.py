@@ -28,7 +28,6 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from proxy.ledger.book import (
     Accepted,
     Book,
-    Entry,
     Expire,
     Extend,
     Operation,
@@ -39,6 +38,7 @@ from proxy.ledger.book import (
     Settle,
     Unknown,
 )
+from proxy.ledger.entry import Entry
 from proxy.ledger.postgres import PostgresStore
 from proxy.ledger.sqlite import SqliteStore
 from proxy.policy.admission import Verdict

@@ -272,7 +272,9 @@ async def test_what_is_given_back_lets_the_next_in(ledger, path):
 # ------------------------------------------------------------------------------------------------------------ batches
 
 
-@pytest.mark.parametrize(("operations", "transactions"), [(1, 1), (BATCH_MAX, 1), (BATCH_MAX + 1, 2), (3 * BATCH_MAX, 3)])
+@pytest.mark.parametrize(
+    ("operations", "transactions"), [(1, 1), (BATCH_MAX, 1), (BATCH_MAX + 1, 2), (3 * BATCH_MAX, 3)]
+)
 async def test_what_is_queued_together_shares_a_commit(ledger, path, operations, transactions):
     """Up to a bound, so that nobody waits long for the rest of a large batch."""
     with commits() as seen:

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.ledger.pace import LEAST_S, MOST_S, DurationEstimate
+from proxy.ledger.queue import LEAST_S, MOST_S, DurationEstimate
 from tests.builders import NOON
 
 

@@ -19,11 +19,11 @@ from pathlib import Path
 import asyncpg
 import pytest
 
-from proxy.ledger.book import Accepted, CallLabels, Expire, Refused, Release, Settle, Unknown
-from proxy.ledger.postgres import PostgresStore
+from proxy.ledger.book import Accepted, Expire, Refused, Release, Settle, Unknown
+from proxy.ledger.entry import CallLabels
+from proxy.ledger.postgres import PostgresStore, Timeouts, begin
 from proxy.ledger.schema import HEAD, NewerSchema, metadata
-from proxy.ledger.statements import Patience, begin
-from proxy.ledger.store import Chore, Done, StoreRefused, StoreUnavailable
+from proxy.ledger.store import JobResult, StoreRefused, StoreUnavailable
 from proxy.policy.admission import NeedsCount, Verdict
 from proxy.policy.amounts import Amount, AtLeast, Exactly, Tokens, Unspent
 from tests.audit import balance
@@ -40,7 +40,7 @@ HELD = Amount(100, 400, 1)
 SETTLED = Settle("1", exactly(90, 60), "complete")
 MINUTE = 60_000
 NO_CLOCK = -1  # of the process: the database has its own
-IMPATIENT = Patience(connect_ms=600, probe_ms=200, idle_ms=300, lock_ms=600, statement_ms=700, whole_ms=1000)
+IMPATIENT = Timeouts(connect_ms=600, probe_ms=200, idle_ms=300, lock_ms=600, statement_ms=700, whole_ms=1000)
 
 
 @pytest.fixture(scope="session")
@@ -54,8 +54,8 @@ async def url(server):
 
 
 @asynccontextmanager
-async def opened(url, patience=None):
-    store = PostgresStore(url, patience=patience)
+async def opened(url, timeouts=None):
+    store = PostgresStore(url, timeouts=timeouts)
     await store.open()
     try:
         yield store
@@ -391,7 +391,7 @@ async def test_many_processes_with_many_members_never_deadlock(server, url, data
 async def test_a_batch_that_collides_is_done_again(url, database):
     """Somebody locks our rows the other way round, and the server breaks our batch off: nobody notices."""
     who = binding([DAILY, quota("staff/other", tokens=10**6, per=LONG)])
-    async with opened(url, Patience(idle_ms=5000)) as store:
+    async with opened(url, Timeouts(idle_ms=5000)) as store:
         await apply(store, reserve("1", who, CALL))
         connections = [await connect(database), await connect(database)]
         other = connections[0]
@@ -426,7 +426,7 @@ async def is_blocked(connection):
 
 async def test_a_lock_that_nobody_lets_go_makes_it_unavailable(url, database):
     """After several tries; it was certainly not done."""
-    async with opened(url, Patience(lock_ms=20)) as store:
+    async with opened(url, Timeouts(lock_ms=20)) as store:
         await apply(store, reserve("1", ANN, CALL))
         other = await connect(database)
         await other.execute("BEGIN; SELECT FROM llm_quota_proxy.counters FOR UPDATE")
@@ -593,7 +593,7 @@ STOPPED = """
 import asyncio, os, signal, sys
 from proxy.ledger.book import Act
 from proxy.ledger.postgres import PostgresStore
-from proxy.ledger.statements import Patience
+from proxy.ledger.postgres import Timeouts
 from tests.ledger.test_postgres import ANN, CALL, NO_CLOCK
 from tests.builders import reserve
 
@@ -609,7 +609,7 @@ class Stopping:
         return ANN.keys()
 
 async def main():
-    store = PostgresStore(sys.argv[1], patience=Patience(idle_ms=300))
+    store = PostgresStore(sys.argv[1], timeouts=Timeouts(idle_ms=300))
     await store.open()
     act = reserve("stopped", ANN, CALL)
     object.__setattr__(act, "binding", Stopping())
@@ -630,10 +630,10 @@ async def test_a_process_that_stops_in_half_a_statement_holds_nobody_up(url, dat
     [[version]] = await database.run("SELECT current_setting('server_version_num')::int")
     if version < 170_000:
         pytest.skip("this server does not know the setting")
-    patience = Patience(lock_ms=20_000, statement_ms=20_000, whole_ms=20_000, batch_ms=300)
-    async with opened(url, Patience(lock_ms=20_000, statement_ms=20_000, whole_ms=20_000)) as store:
+    timeouts = Timeouts(lock_ms=20_000, statement_ms=20_000, whole_ms=20_000, batch_ms=300)
+    async with opened(url, Timeouts(lock_ms=20_000, statement_ms=20_000, whole_ms=20_000)) as store:
         await apply(store, reserve("1", ANN, CALL))
-        stopped = await HalfStatement.begun(url, patience)
+        stopped = await HalfStatement.begun(url, timeouts)
         await apply(store, SETTLED)
         assert b"transaction timeout" in await stopped.read()
     await database.audit()
@@ -646,13 +646,13 @@ class HalfStatement:
         self._reader, self._writer = reader, writer
 
     @classmethod
-    async def begun(cls, url, patience):
+    async def begun(cls, url, timeouts):
         name, folder = re.fullmatch(r".*/(\w+)\?host=(.*)", url).groups()
         it = cls(*await asyncio.open_unix_connection(f"{folder}/.s.PGSQL.5432"))
         start = struct.pack("!I", 0x3_0000) + f"user\0postgres\0database\0{name}\0\0".encode()
         it._writer.write(struct.pack("!I", len(start) + 4) + start)
         await it._ready()
-        for query in (begin(patience), "SELECT FROM llm_quota_proxy.counters FOR UPDATE"):
+        for query in (begin(timeouts), "SELECT FROM llm_quota_proxy.counters FOR UPDATE"):
             it._send(b"Q", query.encode() + b"\0")
             await it._ready()
         it._send(b"P", b"\0SELECT 1\0\0\0")
@@ -914,12 +914,12 @@ async def test_migrations_make_the_tables_that_we_use(store, database):
 async def test_upkeep_is_one_statement_that_says_how_many_rows_it_was(store, database):
     """Beside the batches, on a connection that reads for pages otherwise."""
     await store.renew("me", NO_CLOCK, lease_ms=MINUTE)
-    chore = Chore(
+    job = (
         "WITH gone AS (DELETE FROM llm_quota_proxy.owners WHERE id = $1::text RETURNING id) "
-        "SELECT count(*), max(id) FROM gone",
-        (),
+        "SELECT count(*), max(id) FROM gone"
     )
-    assert [await store.tend(chore, who) for who in ("you", "me", "me")] == [Done(0), Done(1, "me"), Done(0)]
+    done = [await store._run_job(job, who) for who in ("you", "me", "me")]
+    assert done == [JobResult(0), JobResult(1, "me"), JobResult(0)]
     assert await database.rows("owners") == []
 
 
@@ -928,6 +928,6 @@ async def test_upkeep_that_fails_did_nothing(store, database):
     await store.renew("me", NO_CLOCK, lease_ms=MINUTE)
     gone = "WITH gone AS (DELETE FROM llm_quota_proxy.owners RETURNING 1) SELECT 1 / (count(*) - 1), NULL FROM gone"
     with pytest.raises(StoreUnavailable, match="division by zero"):
-        await store.tend(Chore(gone, ()))
+        await store._run_job(gone)
     assert len(await database.rows("owners")) == 1
-    assert await store.tend(Chore("SELECT 5, NULL", ())) == Done(5)
+    assert await store._run_job("SELECT 5, NULL") == JobResult(5)

@@ -13,8 +13,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
-from proxy.ledger.book import Accepted, CallLabels, Expire, Release, Reserve, Settle
-from proxy.ledger.rollup import COUNT, DELETE_CALLS, DELETE_DAYS, Rollup, call_id_prefix
+from proxy.ledger import sqlite
+from proxy.ledger.book import Accepted, Expire, Release, Reserve, Settle
+from proxy.ledger.entry import CallLabels, call_id_prefix
+from proxy.ledger.rollup import Rollup
 from proxy.ledger.store import StoreUnavailable
 from proxy.policy.amounts import AtLeast, Exactly, Tokens, Unspent
 from proxy.policy.policy import Keep
@@ -93,11 +95,11 @@ class Place:
         return sums
 
     async def count(self, limit=100):
-        while (await self.store.tend(COUNT, limit, None)).rows == limit:
+        while (await self.store.roll_up(limit, None)).rows == limit:
             pass
 
     async def delete(self, before, limit=100):
-        return (await self.store.tend(DELETE_CALLS, limit, None, before, call_id_prefix(before))).rows
+        return (await self.store.delete_calls(limit, None, before=before)).rows
 
     def expected(self):
         """The sums as they follow from what the ledger said of each call."""
@@ -166,7 +168,7 @@ async def play(place, history):
         elif what == "later":
             place.now += how[0]
         elif what == "count":
-            await place.store.tend(COUNT, how[0], None)
+            await place.store.roll_up(how[0], None)
         elif what == "delete":
             await place.delete(place.now - how[0], limit=3)
         if what in ("end", "count", "delete"):
@@ -224,7 +226,7 @@ async def test_two_who_count_at_once_count_each_call_once(place):
     await place.ended(range(60))
     await place.ended(range(60, 90), user="bob")
     other = store_of(place.url) if place.url.startswith("postgresql") else place.store
-    counted = await asyncio.gather(*(store.tend(COUNT, 20, None) for store in [place.store, other] * 4))
+    counted = await asyncio.gather(*(store.roll_up(20, None) for store in [place.store, other] * 4))
     await place.count()
     assert sum(done.rows for done in counted) <= 90
     assert await place.days() == place.expected()
@@ -255,13 +257,12 @@ async def test_who_is_stopped_between_adding_and_marking_has_done_neither(place)
 COUNTING = """
 import asyncio, sys
 from proxy.server import store_of
-from proxy.ledger.rollup import COUNT
 
 async def count():
     store = store_of(sys.argv[1])
     await store.open()
     while True:
-        print((await store.tend(COUNT, 1, None)).rows, flush=True)
+        print((await store.roll_up(1, None)).rows, flush=True)
 
 asyncio.run(count())
 """
@@ -343,16 +344,16 @@ async def test_the_chore_does_all_of_it(place, monkeypatch):
     await place.ended(range(5))
     tended = records(place, calls_ms=2 * DAY, days_ms=4 * DAY)
     place.now += DAY
-    await tended.tend()
+    await tended.run()
     assert (len(await place.rows("calls")), len(await place.days())) == (5, 1)
     place.now += DAY + 1
-    await tended.tend()
+    await tended.run()
     assert (len(await place.rows("calls")), await place.days()) == (0, place.expected())
     place.now = MIDNIGHT + 5 * DAY
-    await tended.tend()
+    await tended.run()
     assert len(await place.days()) == 1
     place.now += 1
-    await tended.tend()
+    await tended.run()
     assert await place.days() == {}
 
 
@@ -363,8 +364,16 @@ class Watched:
         self.store = store
         self.began = []
 
-    async def tend(self, chore, limit, after, *given):
-        done = await self.store.tend(chore, limit, after, *given)
+    async def roll_up(self, limit, after):
+        return self._noted(after, await self.store.roll_up(limit, after))
+
+    async def delete_calls(self, limit, after, *, before):
+        return self._noted(after, await self.store.delete_calls(limit, after, before=before))
+
+    async def delete_days(self, limit, after, *, before):
+        return self._noted(after, await self.store.delete_days(limit, after, before=before))
+
+    def _noted(self, after, done):
         self.began.append((after, done.rows))
         return done
 
@@ -377,7 +386,7 @@ async def test_a_step_begins_where_the_last_one_ended(tmp_path, monkeypatch):
         watched = Watched(place.store)
         place.now += 3 * DAY
         keep = Keep(calls_ms=DAY, days_ms=DAY)
-        await Rollup(watched, now=lambda: place.now, keep=lambda: keep, pause_s=0).tend()
+        await Rollup(watched, now=lambda: place.now, keep=lambda: keep, pause_s=0).run()
         steps = [(None, 2), (ids[1], 2), (ids[3], 1)]
         assert watched.began == [*steps, *steps, (None, 1)]
 
@@ -389,9 +398,9 @@ async def test_days_are_deleted_on_from_the_day_that_was_reached(tmp_path):
             await place.ended([number], user=f"user-{number}")
             place.now += DAY * (number == 0)
         await place.count()
-        done = await place.store.tend(DELETE_DAYS, 2, None, MIDNIGHT + 2 * DAY)
+        done = await place.store.delete_days(2, None, before=MIDNIGHT + 2 * DAY)
         assert (done.rows, done.last) == (2, str(MIDNIGHT + DAY))
-        assert (await place.store.tend(DELETE_DAYS, 9, done.last, MIDNIGHT + 2 * DAY)).rows == 2
+        assert (await place.store.delete_days(9, done.last, before=MIDNIGHT + 2 * DAY)).rows == 2
 
 
 @ENGINES
@@ -399,7 +408,7 @@ async def test_what_is_kept_for_ever_is_not_deleted(place):
     """Neither the calls nor the days, a century later."""
     await place.ended([1])
     place.now += 36_500 * DAY
-    await records(place, calls_ms=None, days_ms=None).tend()
+    await records(place, calls_ms=None, days_ms=None).run()
     assert len(await place.rows("calls")) == len(await place.days()) == 1
 
 
@@ -409,7 +418,7 @@ async def test_many_days_are_deleted_in_steps(place):
     for number in range(3):
         await place.ended([number], user=f"user-{number}")
     await place.count()
-    assert [(await place.store.tend(DELETE_DAYS, 2, None, MIDNIGHT + 1)).rows for _ in range(3)] == [2, 1, 0]
+    assert [(await place.store.delete_days(2, None, before=MIDNIGHT + 1)).rows for _ in range(3)] == [2, 1, 0]
 
 
 async def test_a_database_that_is_away_is_tended_later(tmp_path):
@@ -417,7 +426,7 @@ async def test_a_database_that_is_away_is_tended_later(tmp_path):
     async with opened("sqlite", tmp_path) as place:
         (tmp_path / "quotas.db").rename(tmp_path / "elsewhere.db")
         with capture_logs() as logged:
-            await records(place).tend()
+            await records(place).run()
         assert [line["event"] for line in logged] == ["the records could not be tended"]
 
 
@@ -425,12 +434,12 @@ async def test_no_step_walks_through_the_calls(tmp_path):
     """What is next is found by an index, in its order; SQLite says how it would go about it."""
     async with opened("sqlite", tmp_path) as place:
         with connected(place.url.removeprefix("sqlite:///")) as connection:
-            for chore, given_values in (
-                (COUNT, (9, None)),
-                (DELETE_CALLS, (9, None, 1, "req_1")),
-                (DELETE_DAYS, (9, None, 1)),
+            for job, given_values in (
+                (sqlite.ROLL_UP, (9, None)),
+                (sqlite.DELETE_CALLS, (9, None, 1, "req_1")),
+                (sqlite.DELETE_DAYS, (9, None, 1)),
             ):
-                for statement in chore.sqlite:
+                for statement in job:
                     plan = [row[3] for row in connection.execute(f"EXPLAIN QUERY PLAN {statement}", given_values)]
                     walks = [line for line in plan if line.startswith(("SCAN calls", "SCAN usage_by_day"))]
                     assert [line for line in walks if "calls_uncounted" not in line] == []

@@ -16,10 +16,11 @@ from pathlib import Path
 
 import pytest
 
-from proxy.ledger.book import Accepted, CallLabels, Expire, Refused, Release, Settle, Unknown
+from proxy.ledger.book import Accepted, Expire, Refused, Release, Settle, Unknown
+from proxy.ledger.entry import CallLabels
 from proxy.ledger.schema import NewerSchema
 from proxy.ledger.sqlite import SqliteStore
-from proxy.ledger.store import Chore, Done, StoreInUse, StoreRefused, StoreUnavailable
+from proxy.ledger.store import StoreInUse, StoreRefused, StoreUnavailable
 from proxy.policy.admission import NeedsCount, Verdict
 from proxy.policy.amounts import Amount, AtLeast, Exactly, Tokens, Unspent
 from tests.audit import audit, connected, contents, rows, states
@@ -688,7 +689,7 @@ def test_making_a_store_touches_nothing(path):
 
 # ----------------------------------------------------------------------------------------------------------- upkeep
 
-FORGET = Chore("", ("UPDATE owners SET alive_until = ?1", "DELETE FROM owners WHERE alive_until = ?1"))
+FORGET = ("UPDATE owners SET alive_until = ?1", "DELETE FROM owners WHERE alive_until = ?1")
 
 
 async def test_upkeep_says_how_many_rows_it_was(store, path):
@@ -696,7 +697,7 @@ async def test_upkeep_says_how_many_rows_it_was(store, path):
     for owner in ("me", "you"):
         await store.renew(owner, NOON, lease_ms=1)
     with commits() as seen:
-        assert await store.tend(FORGET, 5) == Done(2)
+        assert await store._run_job(FORGET, 5) == 2
     assert len(seen) == 1
     assert rows(path, "owners") == []
 
@@ -705,5 +706,5 @@ async def test_upkeep_that_fails_half_way_did_nothing(store, path):
     """Its first statement is taken back."""
     await store.renew("me", NOON, lease_ms=1)
     with pytest.raises(StoreUnavailable):
-        await store.tend(Chore("", (FORGET.sqlite[0], "SELECT nothing(?1)")), 5)
+        await store._run_job((FORGET[0], "SELECT nothing(?1)"), 5)
     assert [row["alive_until"] for row in rows(path, "owners")] == [NOON + 1]

@@ -3,8 +3,7 @@
 import asyncpg
 import pytest
 
-from proxy.ledger.postgres import PostgresStore
-from proxy.ledger.statements import ORPHANS, READ_CALL, READ_COUNTERS, WRITING, Patience, begin
+from proxy.ledger.postgres import ORPHANS, READ_CALL, READ_COUNTERS, WRITING, PostgresStore, Timeouts, begin
 from tests.postgres import shared
 
 
@@ -34,7 +33,7 @@ async def test_a_batch_begins_with_its_timeouts_and_they_end_with_it(connection)
         return [await connection.fetchval(f"SHOW {name}") for name in names]
 
     before = await settings()
-    await connection.execute(begin(Patience(idle_ms=1001, lock_ms=1002, statement_ms=1003)))
+    await connection.execute(begin(Timeouts(idle_ms=1001, lock_ms=1002, statement_ms=1003)))
     assert await settings() == ["1001ms", "1002ms", "1003ms", "off"]
     await connection.execute("COMMIT")
     assert await settings() == before

@@ -7,8 +7,7 @@ import pytest
 
 from proxy.formats.endpoints import CHAT, EMBEDDINGS, METERED, RESPONSES, Endpoint
 from proxy.policy.policy import Kind, Model, Upstream
-from proxy.upstreams import addresses as habits
-from proxy.upstreams.addresses import UsageOptionCache, address_at, address_of, is_about_usage_option
+from proxy.upstreams.addresses import address_at, address_of
 
 RESOURCE = "https://res.openai.azure.com"
 
@@ -103,52 +102,3 @@ def test_azure_s_newer_surface_is_as_openai_s(asked: str | None, configured: str
     """The model is in the body, and a version need not be."""
     newer = model(base_url=RESOURCE + "/openai/v1", api_version=configured)
     assert address_of(CHAT, newer, api_version=asked) == "/chat/completions" + query
-
-
-@pytest.mark.parametrize(
-    ("status", "body", "is_about_it"),
-    [
-        (400, b'{"error":{"code":"unknown_parameter","param":"stream_options"}}', True),  # OpenAI's like
-        (400, b'{"error":{"message":"Unknown parameter: \'stream_options\'"}}', True),  # Azure's old versions
-        (422, b'{"detail":[{"loc":["body","stream_options"],"type":"extra_forbidden"}]}', True),  # Mistral
-        (400, b'{"object":"error","message":"continuous_usage_stats is not known"}', True),
-        (400, b'{"error":{"message":"Bad temperature."}}', False),
-        (404, b"stream_options", False),
-        (500, b"stream_options", False),
-        (200, b"stream_options", False),
-    ],
-)
-def test_an_upstream_says_that_it_takes_no_option(status: int, body: bytes, is_about_it: bool) -> None:
-    """By its name, in whatever shape."""
-    assert is_about_usage_option(status, body) is is_about_it
-
-
-def test_an_upstream_is_asked_until_it_refuses_and_again_after_a_while() -> None:
-    """Each model at each address for itself."""
-    known, other = UsageOptionCache(), model("other")
-    assert known.may_ask("/x", model())
-    known.note("/x", model(), is_taken=False)
-    assert [known.may_ask("/x", model()) for _ in range(102)] == [False] * 100 + [True] * 2
-    known.note("/x", model(), is_taken=False)
-    assert not known.may_ask("/x", model())
-    assert known.may_ask("/y", model())
-    assert known.may_ask("/x", other)
-
-
-def test_one_refusal_means_nothing_where_it_was_taken_before() -> None:
-    """Nobody can switch the usage of all others off with a request that is refused for something else."""
-    known = UsageOptionCache()
-    known.note("/x", model(), is_taken=True)
-    known.note("/x", model(), is_taken=False)
-    assert known.may_ask("/x", model())
-
-
-def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Names of models come from clients."""
-    monkeypatch.setattr(habits, "_ADDRESSES_KEPT", 2)
-    known = UsageOptionCache()
-    known.note("/1", model(), is_taken=False)
-    known.note("/2", model(), is_taken=True)
-    known.note("/3", model(), is_taken=False)
-    assert known.may_ask("/1", model())
-    assert not known.may_ask("/3", model())

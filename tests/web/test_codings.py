@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.errors import InvalidRequest
-from proxy.web.codings import CONTENT_ENCODINGS, MEMBERS_MAX, PIECE_BYTES, BodyDecoder
+from proxy.web.body import CONTENT_ENCODINGS, MEMBERS_MAX, PIECE_BYTES, BodyDecoder
 
 TEXT = b'{"model": "fast"}'
 PACK: dict[str, Callable[[bytes], bytes]] = {
