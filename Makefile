@@ -82,8 +82,8 @@ $(MODEL_SERVER): tests/model_server.lock .venv/all
 		--target $(@D) -r $< && touch $@ || echo "NO MODEL SERVER HERE: tests/journeys/test_model_server.py will be skipped" >&2
 
 # Two steps, because this source tree has no hash: first the locked packages, then the tree, which needs nothing more.
-# --no-deps, because the lock file is complete: if pip resolved dependencies, it would look at newer releases of packages
-# that are required with an extra, and fail.
+# --no-deps, because the lock file is complete: if pip resolved dependencies, it would look at newer releases of
+# packages that are required with an extra, and fail.
 define install
 @$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed: make PYTHON=...")'
 rm -rf .venv
@@ -95,8 +95,8 @@ endef
 # uv is used only here, from an environment of its own. requirements-run.lock takes its versions from requirements.lock.
 COMPILE = .venv-lock/bin/uv pip compile --quiet --upgrade --universal --python-version 3.11 \
 	--generate-hashes --no-header --no-emit-index-url --system-certs
-# Dependencies of the clients for Bedrock, Hugging Face and their own servers. The tests never import them, and they take
-# a third of the installation time.
+# Dependencies of the clients for Bedrock, Hugging Face and their own servers. The tests never import them, and they
+# take a third of the installation time.
 UNUSED = boto3 botocore s3transfer jmespath python-dateutil six huggingface-hub hf-xet tokenizers fsspec filelock \
 	jsonschema jsonschema-specifications referencing rpds-py
 # Each SDK in the last major version for Node 20, and in the newest one, which still works there.
