@@ -1,4 +1,4 @@
-# Two stages: the first installs, by hash; the second holds the result and nothing that installs.
+# Two stages: the first installs the packages by hash; the second has the result and no installer.
 FROM python:3.11-slim AS build
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1 PIP_ROOT_USER_ACTION=ignore
 RUN python -m venv /opt/llm-quota-proxy
@@ -12,17 +12,17 @@ RUN /opt/llm-quota-proxy/bin/pip install --no-deps --no-build-isolation . \
 
 FROM python:3.11-slim
 ENV PATH=/opt/llm-quota-proxy/bin:$PATH PYTHONUNBUFFERED=1
-# /data is the working directory, so the default database (sqlite:///quotas.db) lands on the volume. A number, so that
-# Kubernetes can see that it is not root.
+# /data is the working directory, so the default database (sqlite:///quotas.db) is on the volume. USER is a number,
+# because Kubernetes (runAsNonRoot) cannot tell from a name that it is not root.
 RUN useradd --uid 10001 --create-home --home-dir /data --shell /usr/sbin/nologin quota
 COPY --from=build /opt/llm-quota-proxy /opt/llm-quota-proxy
 USER 10001
 WORKDIR /data
 VOLUME /data
 
-# In a container the listeners must be opened to it: `server: {api: "0.0.0.0:8080", admin: "0.0.0.0:8081"}`.
+# The default addresses are loopback. In a container set `server: {api: "0.0.0.0:8080", admin: "0.0.0.0:8081"}`.
 EXPOSE 8080 8081
-# On the API listener, which is never turned off. No proxy of the environment may stand between.
+# Asks the API listener, because the admin listener can be turned off. ProxyHandler({}) ignores HTTP_PROXY.
 HEALTHCHECK --interval=10s --timeout=3s --start-period=20s \
     CMD ["python", "-c", "from urllib.request import ProxyHandler, build_opener; build_opener(ProxyHandler({})).open('http://127.0.0.1:8080/healthz', timeout=2)"]
 ENTRYPOINT ["llm-quota-proxy"]

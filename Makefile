@@ -1,21 +1,23 @@
 # From a fresh clone with Python 3.11 and make, nothing else:
-#   make run     starts the demo: the proxy before a simulated upstream, both on loopback, and prints what to paste
-#   make test    lint, types and all tests
-#   make lint    the first two alone          make bench   the figures of benchmarks/
-#   make torture the proxy under 64 clients, hang-ups and kills, four minutes: are all promises kept?
-#   make lock    new versions into the locks  make clean   away with all that was made here
+#   make run     start the demo: the proxy in front of a simulated upstream, both on loopback; prints what to paste
+#   make test    lint, types and all tests: what CI runs
+#   make lint    lint and types only          make bench   the figures of docs/figures.md
+#   make torture four minutes of 64 clients, disconnects and kills: checks that every promise holds
+#   make lock    update the versions in the lock files
+#   make clean   remove everything that was made here
 #
-# Everything is installed into .venv by hash from a lock: requirements-run.lock is what the program and its image need,
-# requirements.lock is that and the tests' tools. When a lock changes, .venv is made anew.
+# Everything is installed into .venv by hash from a lock file: requirements-run.lock has what the program and its image
+# need, requirements.lock has that and the tools of the tests. When a lock file changes, .venv is created again.
 
 PYTHON ?= $(shell python3.11 -c '' 2>/dev/null && echo python3.11 || echo python3)
 BIN := .venv/bin
 
-# A .venv with everything serves `make run` as well.
+# A .venv with everything is used for `make run` too.
 RUN_VENV := $(if $(wildcard .venv/all),.venv/all,.venv/run)
 
-# What only tests play with, apart from what is tested: clients that would settle the versions of the rest, a model
-# server, and where npm is found the SDKs of Node; where it is missing their tests are skipped and say so.
+# Programs that only the tests use, each in an environment of its own: clients, whose dependencies would restrict the
+# versions of ours, and a model server. The SDKs for Node are installed if there is npm; without it their tests are
+# skipped and say so.
 CLIENTS := tests/clients/requirements
 MODEL_SERVER := .venv/model-server/all
 NODE := tests/clients/node
@@ -59,7 +61,7 @@ torture: .venv/all
 	$(call install,$<)
 	@touch $@
 
-# By the other's pip, which is half of what an environment weighs.
+# Installed with the pip of .venv: a pip of its own would double the size of this environment.
 .venv-clients/all: $(CLIENTS).lock | .venv/all
 	rm -rf .venv-clients
 	$(PYTHON) -m venv --without-pip .venv-clients
@@ -67,20 +69,21 @@ torture: .venv/all
 		--require-hashes --no-deps -r $<
 	@touch $@
 
-# `ci` takes what the lock says, by hash, and takes away what was there. No script of any package is run.
+# `npm ci` installs the versions of the lock file, by hash, and removes others. It runs no script of any package.
 $(NODE)/node_modules/.package-lock.json: $(NODE)/package-lock.json $(NODE)/package.json $(NODE)/.npmrc
 	cd $(NODE) && npm ci --ignore-scripts
 	@touch $@
 
-# Never built: that would take ten minutes. Where there is no wheel its tests are skipped, but never in CI.
+# Only from a wheel, because a build takes ten minutes. Without a wheel its tests are skipped, but never in CI.
 $(MODEL_SERVER): tests/model_server.lock .venv/all
 	rm -rf $(@D)
 	mkdir $(@D)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps --only-binary :all: \
-		--target $(@D) -r $< && touch $@ || echo "NO MODEL SERVER HERE: tests/test_model_server.py will be skipped" >&2
+		--target $(@D) -r $< && touch $@ || echo "NO MODEL SERVER HERE: tests/journeys/test_model_server.py will be skipped" >&2
 
-# Two steps, since the tree itself has no hash: first what is locked, then the tree, which needs nothing more. The lock
-# is whole, so nothing is resolved: pip would look at newer releases for what is required with an extra, and give up.
+# Two steps, because this source tree has no hash: first the locked packages, then the tree, which needs nothing more.
+# --no-deps, because the lock file is complete: if pip resolved dependencies, it would look at newer releases of
+# packages that are required with an extra, and fail.
 define install
 @$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed: make PYTHON=...")'
 rm -rf .venv
@@ -89,13 +92,14 @@ $(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashe
 $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 endef
 
-# uv is used for this alone, from an environment of its own. The second lock takes its versions from the first.
+# uv is used only here, from an environment of its own. requirements-run.lock takes its versions from requirements.lock.
 COMPILE = .venv-lock/bin/uv pip compile --quiet --upgrade --universal --python-version 3.11 \
 	--generate-hashes --no-header --no-emit-index-url --system-certs
-# What the clients have for Bedrock, Hugging Face and servers of their own: a third of the time, and never imported.
+# Dependencies of the clients for Bedrock, Hugging Face and their own servers. The tests never import them, and they
+# take a third of the installation time.
 UNUSED = boto3 botocore s3transfer jmespath python-dateutil six huggingface-hub hf-xet tokenizers fsspec filelock \
 	jsonschema jsonschema-specifications referencing rpds-py
-# Each SDK in its last major for Node 20 and in the newest one, which still works there.
+# Each SDK in the last major version for Node 20, and in the newest one, which still works there.
 NODE_MAJORS = openai-6@npm:openai@6 ai-6@npm:ai@6 openai-compatible-2@npm:@ai-sdk/openai-compatible@2 \
 	openai-7@npm:openai@7 ai-7@npm:ai@7 openai-compatible-3@npm:@ai-sdk/openai-compatible@3 zod@4
 lock:
