@@ -59,7 +59,7 @@ async def test_a_restart_changes_no_number(tmp_path: Path) -> None:
 @pytest.mark.every_engine
 async def test_what_was_used_is_added_up_and_kept_as_the_policy_says(tmp_path: Path, monkeypatch: Any) -> None:
     """In the background, by itself: the call goes when its time is over, and its day stays."""
-    monkeypatch.setattr("proxy.server._TEND_EVERY_S", 0.01)
+    monkeypatch.setattr("proxy.server._ROLLUP_EVERY_S", 0.01)
     async with stage(folder=tmp_path) as on:
         await on.post(CHAT, _ask("tokens=9"))
         await on.at_rest()

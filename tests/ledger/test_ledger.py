@@ -21,7 +21,19 @@ from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
 from proxy.errors import LedgerUnavailable
-from proxy.ledger.book import Accepted, Book, Expire, Extend, Operation, Refused, Release, Reply, Reserve, Settle
+from proxy.ledger.book import (
+    Accepted,
+    Book,
+    Expire,
+    Extend,
+    Operation,
+    Refused,
+    Release,
+    Reply,
+    Reserve,
+    Settle,
+    Unknown,
+)
 from proxy.ledger.ledger import BATCH_MAX, LEASE_MS, Ledger
 from proxy.ledger.schema import NewerSchema
 from proxy.ledger.sqlite import SqliteStore
@@ -291,6 +303,14 @@ async def until(condition):
     async with asyncio.timeout(20):
         while not condition():  # noqa: ASYNC110 - the loop tells nobody
             await asyncio.sleep(0)
+
+
+class Instant(SqliteStore):
+    """A store that answers every batch at once, as if no call were known; it writes nothing."""
+
+    async def apply(self, operations, now):
+        await asyncio.sleep(0)
+        return [Unknown(operation.id) for operation in operations]
 
 
 class Gated(SqliteStore):
@@ -564,6 +584,29 @@ async def test_who_was_refused_after_its_wait_holds_nothing(path):
     [row] = rows(path, "calls")
     assert (row["state"], row["outcome"]) == ("released", "proxy_broke")
     audit(path)
+
+
+async def test_a_call_that_gives_up_under_overload_leaves_the_process_ready(path, monkeypatch):
+    """5,000 batches are ahead of it, and each is committed: the ledger is overloaded, not unavailable."""
+    monkeypatch.setattr("proxy.ledger.ledger.BATCH_MAX", 1)
+    async with running(Instant(path), wait_s=0.01) as ledger:
+        ends = [ledger.end(Release(f"{number:04}")) for number in range(5000)]
+        with pytest.raises(LedgerUnavailable):
+            await ledger.reserve(reserve("1", ANN, CALL))
+        assert not ends[-1].done()
+        assert ledger.is_healthy
+        await asyncio.gather(*ends)
+    assert states(path) == {}
+
+
+async def test_a_call_that_gives_up_while_a_batch_hangs_makes_the_process_not_ready(path):
+    """Nothing was committed for all of its wait, although the database has reported no error."""
+    store = Gated(path)
+    async with running(store, wait_s=0.01) as ledger:
+        with pytest.raises(LedgerUnavailable):
+            await ledger.reserve(reserve("1", ANN, CALL))
+        assert not ledger.is_healthy
+        store.open_for_good()
 
 
 async def test_a_process_that_was_paused_says_that_it_is_alive_before_it_books(ledger, clock, path):

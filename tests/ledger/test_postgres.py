@@ -591,9 +591,7 @@ async def test_who_is_cancelled_in_a_batch_leaves_no_lock(store, url, database):
 
 STOPPED = """
 import asyncio, os, signal, sys
-from proxy.ledger.book import Act
-from proxy.ledger.postgres import PostgresStore
-from proxy.ledger.postgres import Timeouts
+from proxy.ledger.postgres import PostgresStore, Timeouts
 from tests.ledger.test_postgres import ANN, CALL, NO_CLOCK
 from tests.builders import reserve
 

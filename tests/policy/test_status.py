@@ -179,7 +179,7 @@ def test_a_calls_own_hold_is_left_out_and_those_of_others_are_not():
         rate_limit_headers(who, quota_statuses(who, books.counters, NOON), NOON)["x-ratelimit-remaining-tokens"]
         == "200"
     )
-    headers = rate_limit_headers(who, quota_statuses(who, books.counters, NOON, without=entry), NOON)
+    headers = rate_limit_headers(who, quota_statuses(who, books.counters, NOON, without=entry.open_amounts), NOON)
     assert headers["x-ratelimit-remaining-tokens"] == "700"
     assert headers["x-ratelimit-remaining-requests"] == "8"
 
@@ -190,7 +190,7 @@ def test_a_call_that_has_ended_holds_nothing_to_leave_out():
     books, entry = reserved(who, call(100, 400), {}, NOON)
     settled = books.apply(Settle(entry.id, exactly(100, 50), "complete"))
     assert isinstance(settled, Accepted)
-    statuses = quota_statuses(who, books.counters, NOON, without=settled.entry)
+    statuses = quota_statuses(who, books.counters, NOON, without=settled.entry.open_amounts)
     assert statuses["staff/daily"].counter.held == NOTHING
     assert rate_limit_headers(who, statuses, NOON)["x-ratelimit-remaining-tokens"] == "850"
 
@@ -201,7 +201,7 @@ def test_a_hold_of_a_closed_window_is_not_left_out_of_the_next(per):
     who = binding([quota("staff/short", tokens=1000, requests=5, per=per)])
     books, entry = reserved(who, call(100, 400), {}, NOON)
     later = NOON + 2 * MINUTE
-    statuses = quota_statuses(who, books.counters, later, without=entry)
+    statuses = quota_statuses(who, books.counters, later, without=entry.open_amounts)
     assert statuses["staff/short"].counter.held == NOTHING
     headers = rate_limit_headers(who, statuses, later)
     assert headers["x-ratelimit-remaining-tokens"] == "1000"
@@ -216,7 +216,7 @@ def test_a_hold_of_a_closed_window_is_not_left_out_of_what_others_hold_in_the_ne
     _, entry = reserved(who, call(100, 400), {}, NOON)
     later = NOON + 2 * MINUTE
     other = Counter(one.per.opening(later), NOTHING, Amount(50, 50, 1))
-    statuses = quota_statuses(who, {one.key_for(who.user): other}, later, without=entry)
+    statuses = quota_statuses(who, {one.key_for(who.user): other}, later, without=entry.open_amounts)
     assert statuses["staff/short"].counter.held == Amount(50, 50, 1)
 
 
@@ -229,7 +229,7 @@ def test_of_a_call_that_grew_into_the_next_window_what_it_holds_there_is_left_ou
     later.apply(reserve("call-2", who, call(50)))
     grown = later.apply(extend("call-1", who, 400))
     assert isinstance(grown, Accepted)
-    statuses = quota_statuses(who, later.counters, NOON + HOUR, without=grown.entry)
+    statuses = quota_statuses(who, later.counters, NOON + HOUR, without=grown.entry.open_amounts)
     assert statuses[hourly.id].counter.held == Amount(50, 0, 1)
     assert rate_limit_headers(who, statuses, NOON + HOUR)["x-ratelimit-remaining-tokens"] == "950"
 
@@ -241,7 +241,10 @@ def test_without_itself_things_stand_as_before_it_came(who, data):
     if isinstance(decide(demand, who, found, NOON), NotAdmitted):
         return
     books, entry = reserved(who, demand, found, NOON)
-    before, after = quota_statuses(who, found, NOON), quota_statuses(who, books.counters, NOON, without=entry)
+    before, after = (
+        quota_statuses(who, found, NOON),
+        quota_statuses(who, books.counters, NOON, without=entry.open_amounts),
+    )
     assert {name: each.counter.held for name, each in after.items()} == {
         name: each.counter.held for name, each in before.items()
     }
