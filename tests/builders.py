@@ -116,17 +116,22 @@ def call(
     output_maximum: int = 0,
     smallest: int | None = None,
     *,
-    first: int = TOKENS_MAX,
+    initial_hold: int = TOKENS_MAX,
     hidden_input: int = 0,
     open_ended: bool = False,
 ) -> Demand:
     """What a call asks for; the least worth starting for is `min(want, 1024)`, as for a call with one choice.
 
-    It holds all of it at once, unless `first` says that it is a stream that begins with less.
+    It holds all of it at once, unless `initial_hold` says that it is a stream that begins with less.
     """
     least = min(output_maximum, 1024) if smallest is None else smallest
     return Demand(
-        input_tokens, output_maximum, least, first=first, hidden_input=hidden_input, is_unbounded=open_ended
+        input_tokens,
+        output_maximum,
+        least,
+        initial_hold=initial_hold,
+        hidden_input=hidden_input,
+        is_unbounded=open_ended,
     )
 
 

@@ -88,7 +88,7 @@ def demands(draw: st.DrawFn, most: int = 60, *, hidden_input: bool = True) -> De
         draw(st.integers(0, most // 2) | st.integers(0, most)),
         output_maximum,
         smallest,
-        first=draw(st.sampled_from([TOKENS_MAX, smallest]) | st.integers(0, most)),
+        initial_hold=draw(st.sampled_from([TOKENS_MAX, smallest]) | st.integers(0, most)),
         is_unbounded=draw(st.booleans()),
         hidden_input=draw(st.sampled_from([0, 0, 0, most // 3, 2 * most])) if hidden_input else 0,
     )

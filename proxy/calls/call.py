@@ -152,10 +152,10 @@ class Call:
     def refusal(self, answer: Refused, now: int, *, busy_s: int) -> ProxyError:
         """Why this call is not let in, for its client; `busy_s` is how long calls in flight will take."""
         # As it was decided: a window that has ended since must not be shown as a fresh one, in which there is room.
-        then = min([now, *(block.counter.window.resets_at - 1 for block in answer.refused.blocks)])
+        then = min([now, *(block.counter.window.resets_at - 1 for block in answer.decision.blocks)])
         statuses = quota_statuses(self.binding, answer.counters, then)
         error = refusal(
-            answer.refused,
+            answer.decision,
             statuses,
             policy=self.policy,
             endpoint=self.request.endpoint.name,

@@ -81,7 +81,7 @@ class Relay:
         """Hold what the call may use, and see that it ends; raises Refusal."""
         answer = await self._let_in(call, candidates)
         if isinstance(answer, Refused):
-            for block in answer.refused.blocks:
+            for block in answer.decision.blocks:
                 self._metrics.refused(block.quota.id, block.verdict.name.lower())
             now = self._now()
             raise call.refusal(answer, now, busy_s=self._durations.busy_s(now))

@@ -39,7 +39,7 @@ class TokenCount:
         prompt = read_prompt(request.document, model=model.upstream_model, is_chat=is_chat)
         if request.form is not None:
             sizes = [file.size for file in request.form.files]
-            prompt = with_files(prompt, sizes, are_sounds=request.endpoint.form == "sounds", context=model.context)
+            prompt = with_files(prompt, sizes, are_audio=request.endpoint.form == "audio", context=model.context)
         if previous is not None:
             prompt = with_previous(prompt, _total_of(previous, model))
         self.demand = estimate_demand(request, model, prompt, body_bytes=body_bytes)

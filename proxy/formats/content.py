@@ -115,9 +115,9 @@ def read_prompt(document: Mapping[str, Any], *, model: str, is_chat: bool) -> Pr
     )
 
 
-def with_files(prompt: Prompt, sizes: Sequence[int], *, are_sounds: bool, context: int | None) -> Prompt:
+def with_files(prompt: Prompt, sizes: Sequence[int], *, are_audio: bool, context: int | None) -> Prompt:
     """The prompt of a form with files of these sizes: their bytes say nothing of pictures, and much of sounds."""
-    if are_sounds:
+    if are_audio:
         tokens = sum(min(-(-size // _SOUND_BYTES_PER_TOKEN), context or _SOUND_TOKENS_MAX) for size in sizes)
     else:
         tokens = _FILED_PICTURE_TOKENS * len(sizes)

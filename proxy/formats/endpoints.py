@@ -82,7 +82,7 @@ class Endpoint:
     maxima: tuple[str, ...] = ()
     answer_tokens: int = 0
     default_model: str | None = None
-    form: Literal["sounds", "pictures"] | None = None
+    form: Literal["audio", "images"] | None = None
     refused: Mapping[str, str] = field(default_factory=lambda: _EVERYWHERE)
 
     @property
@@ -163,20 +163,20 @@ IMAGE_EDITS = Endpoint(
     "tokens_if_said",
     answer_tokens=_PICTURE_TOKENS,
     default_model="dall-e-2",
-    form="pictures",
+    form="images",
     refused=_ONE_MODEL,
 )
 # Only dall-e-2 does it, which is billed by the picture.
 IMAGE_VARIATIONS = Endpoint(
-    "image_variations", "/images/variations", "request", default_model="dall-e-2", form="pictures"
+    "image_variations", "/images/variations", "request", default_model="dall-e-2", form="images"
 )
 # 4,096 characters are read aloud in five minutes, at 20 tokens a second. Only `stream_format: "sse"` says tokens.
 SPEECH = Endpoint("speech", "/audio/speech", "tokens_if_said", answer_tokens=6144)
 # Their usage is in tokens or in seconds: one in seconds is billed by them, and so a request, as is plain text.
 TRANSCRIPTIONS = Endpoint(
-    "transcriptions", "/audio/transcriptions", "tokens_if_said", answer_tokens=4096, form="sounds"
+    "transcriptions", "/audio/transcriptions", "tokens_if_said", answer_tokens=4096, form="audio"
 )
-TRANSLATIONS = Endpoint("translations", "/audio/translations", "tokens_if_said", answer_tokens=4096, form="sounds")
+TRANSLATIONS = Endpoint("translations", "/audio/translations", "tokens_if_said", answer_tokens=4096, form="audio")
 # Anthropic's. What its betas add without a field of its own comes only with a header that the operator lets pass.
 _NO_SESSION = {
     **_EVERYWHERE,

@@ -31,7 +31,7 @@ _SHOW_ALL = tuple("babbage-002 chatgpt-4o davinci-002 gpt-3.5 gpt-35 gpt-4".spli
 def estimate_demand(request: Request, model: Model, prompt: Prompt, *, body_bytes: int) -> Demand:
     """What a call may use at the most; `body_bytes` is the length of the body that is sent."""
     if request.endpoint.charge in ("request", "nothing"):
-        return Demand(input=0, output_maximum=0, smallest=0, first=0)
+        return Demand(input=0, output_maximum=0, smallest=0, initial_hold=0)
     bound = prompt.bound(body_bytes)
     hidden_input = _unseen(prompt, model, bound)
     if not request.endpoint.shows_output:
@@ -41,7 +41,7 @@ def estimate_demand(request: Request, model: Model, prompt: Prompt, *, body_byte
             input=bound,
             output_maximum=output_maximum,
             smallest=output_maximum,
-            first=output_maximum,
+            initial_hold=output_maximum,
             is_estimated=True,
             hidden_input=hidden_input,
         )
@@ -55,7 +55,7 @@ def estimate_demand(request: Request, model: Model, prompt: Prompt, *, body_byte
         input=bound,
         output_maximum=output_maximum,
         smallest=smallest,
-        first=smallest if streams_all_output(request, model) else output_maximum,
+        initial_hold=smallest if streams_all_output(request, model) else output_maximum,
         is_unbounded=known is None,
         is_estimated=True,
         hidden_input=hidden_input,
@@ -68,7 +68,7 @@ def largest_demand(demands: Sequence[Demand]) -> Demand:
         input=max(demand.input for demand in demands),
         output_maximum=max(demand.output_maximum for demand in demands),
         smallest=max(demand.smallest for demand in demands),
-        first=max(demand.first for demand in demands),
+        initial_hold=max(demand.initial_hold for demand in demands),
         is_unbounded=any(demand.is_unbounded for demand in demands),
         is_estimated=any(demand.is_estimated for demand in demands),
         hidden_input=max(demand.hidden_input for demand in demands),

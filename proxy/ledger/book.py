@@ -4,7 +4,7 @@ The store loads what a batch touches, applies the operations here, and writes wh
 whole or not at all, and repeating one is harmless.
 
 A held amount remembers the window of the counter that it was reserved in; once that window has closed, settling
-writes the entry only. An answer that grows past the end of a window holds its growth in the window that is open then,
+writes the entry only. An answer that grows past the end of a window holds its increase in the window that is open then,
 as a second held amount of the same counter: each is charged up to what it holds, and the last one the rest. Example:
 a call reserved at 11:59 holds 100 tokens in the window that ends at 12:00 and, at 12:01, 50 more in the next one. It
 used 130 tokens: 100 are charged to the first window, if it is still known, and 30 to the second. Pure.
@@ -14,7 +14,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from proxy.ledger.entry import CallLabels, Entry, HeldAmount, Outcome, State
-from proxy.policy.admission import Admitted, Hold, HoldIncrease, NeedsCount, NotAdmitted, Verdict, Wish, decide, grow
+from proxy.policy.admission import (
+    Admitted,
+    Hold,
+    HoldIncrease,
+    NeedsCount,
+    NotAdmitted,
+    Verdict,
+    decide,
+    increase_hold,
+)
 from proxy.policy.amounts import NOTHING, TOKENS_MAX, Amount, AtLeast, Tokens, Usage, charge_of
 from proxy.policy.quota import Binding, Counter, CounterKey, Demand, Quota, counter_at
 
@@ -110,7 +119,7 @@ class Accepted:
 class Refused:
     """The call was refused. Nothing changed."""
 
-    refused: NotAdmitted
+    decision: NotAdmitted
     counters: Mapping[CounterKey, Counter]
 
 
@@ -189,17 +198,23 @@ class Book:
         before, entry = entry, self._shrink(entry, max(0, entry.hold.input - operation.input))
         at = {quota.id: self._at(key, quota) for key, quota in _quotas(entry, operation.binding).items()}
         own = {quota_id: _held(entry, quota_id, counter) for quota_id, counter in at.items()}
-        wish = Wish(max(0, operation.output - entry.hold.output), max(0, operation.least - entry.hold.output))
-        growth = grow(wish, operation.binding, entry.admitted_via, own=own, at=at)
+        increase = increase_hold(
+            max(0, operation.output - entry.hold.output),
+            max(0, operation.least - entry.hold.output),
+            operation.binding,
+            admitted_via=entry.admitted_via,
+            own=own,
+            at=at,
+        )
         freed = {
             held_amount.key
             for held_amount, was in zip(entry.held_amounts, before.held_amounts, strict=True)
             if held_amount != was
         }
-        freed.update(quota.key_for(operation.binding.user) for quota in growth.left_alone)
-        entry = self._grow(self._leave_alone(entry, growth), operation.binding.user, growth)
+        freed.update(quota.key_for(operation.binding.user) for quota in increase.left_alone)
+        entry = self._grow(self._leave_alone(entry, increase), operation.binding.user, increase)
         self._note(entry)
-        return Accepted(entry, self._standing(_keys(entry)), growth.verdict, frozenset(freed))
+        return Accepted(entry, self._standing(_keys(entry)), increase.verdict, frozenset(freed))
 
     def _shrink(self, entry: Entry, tokens: int) -> Entry:
         """Give back what is held for an input that turned out to be so much smaller."""
@@ -210,9 +225,9 @@ class Book:
         )
         return replace(entry, hold=hold, held_amounts=tuple(held_amounts))
 
-    def _leave_alone(self, entry: Entry, growth: HoldIncrease) -> Entry:
+    def _leave_alone(self, entry: Entry, increase: HoldIncrease) -> Entry:
         """Give back what is held of quotas that need not carry this call and can't."""
-        ids = {quota.id for quota in growth.left_alone}
+        ids = {quota.id for quota in increase.left_alone}
         for held_amount in entry.held_amounts:
             if held_amount.key[1] in ids:
                 self._hold(held_amount, NOTHING - held_amount.amount)
@@ -221,10 +236,10 @@ class Book:
             held_amounts=tuple(held_amount for held_amount in entry.held_amounts if held_amount.key[1] not in ids),
         )
 
-    def _grow(self, entry: Entry, user: str, growth: HoldIncrease) -> Entry:
+    def _grow(self, entry: Entry, user: str, increase: HoldIncrease) -> Entry:
         """Hold more, each part in the window that is open now."""
         held_amounts = list(entry.held_amounts)
-        for hold in growth.holds:
+        for hold in increase.holds:
             key, opened_at = hold.quota.key_for(user), hold.counter.window.opened_at
             place = next(
                 (
@@ -239,7 +254,7 @@ class Book:
             elif hold.amount:
                 self._put(key, _holding(hold))
                 held_amounts.append(HeldAmount(key, opened_at, hold.amount))
-        output = entry.hold.output + growth.output
+        output = entry.hold.output + increase.output
         return replace(entry, hold=replace(entry.hold, output=output), held_amounts=tuple(held_amounts))
 
     def _hold(self, held_amount: HeldAmount, change: Amount) -> HeldAmount:

@@ -143,7 +143,7 @@ class AdmissionQueue:
 
 
 def _is_busy(reply: Accepted | Refused) -> bool:
-    return isinstance(reply, Refused) and reply.refused.verdict is Verdict.BUSY
+    return isinstance(reply, Refused) and reply.decision.verdict is Verdict.BUSY
 
 
 async def _woken(wake: asyncio.Event, timeout_s: float) -> None:

@@ -160,7 +160,7 @@ def _assess(route: GroupQuotas, demand: Demand, at: Mapping[str, Counter]) -> _A
         carried = _carried(quota, at[quota.id], demand)
         if carried < output:
             output, capped_by = carried, quota
-    hold = Amount(demand.input + _unseen(route, demand, at, output), min(output, demand.first), 1)
+    hold = Amount(demand.input + _unseen(route, demand, at, output), min(output, demand.initial_hold), 1)
     blocks = tuple(block for quota in route.quotas for block in _blocks(quota, at[quota.id], demand, hold))
     verdict = max((block.verdict for block in blocks), default=Verdict.ALLOW)
     return _Assessment(route, verdict, output, hold, blocks, capped_by)
@@ -280,16 +280,14 @@ class HoldIncrease:
     left_alone: tuple[Quota, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Wish:
-    """By how many tokens of output a hold is to grow, and by how many at the least for the answer to go on."""
-
-    wanted: int
-    least: int
-
-
-def grow(
-    wish: Wish, binding: Binding, admitted_via: str, *, own: Mapping[str, Amount], at: Mapping[str, Counter]
+def increase_hold(
+    wanted: int,
+    least: int,
+    binding: Binding,
+    *,
+    admitted_via: str,
+    own: Mapping[str, Amount],
+    at: Mapping[str, Counter],
 ) -> HoldIncrease:
     """Let a call in flight hold more, as far as there is room.
 
@@ -298,11 +296,11 @@ def grow(
     """
     [way] = [way for way in binding.alternatives() if way.group == admitted_via]
     stopping = [quota for quota in way.quotas if quota.id in at]
-    output = min([wish.wanted, *(_room(quota, at[quota.id], at[quota.id].held) for quota in stopping)])
+    output = min([wanted, *(_room(quota, at[quota.id], at[quota.id].held) for quota in stopping)])
     output, verdict = max(0, output), Verdict.ALLOW
-    if output < wish.least:
+    if output < least:
         alone = min(_room(quota, at[quota.id], own[quota.id]) for quota in stopping)
-        verdict = Verdict.BUSY if alone >= wish.least else Verdict.EXHAUSTED
+        verdict = Verdict.BUSY if alone >= least else Verdict.EXHAUSTED
     beside = [quota for quota in binding.quotas if quota.id in at and quota not in stopping]
     left_alone = [
         quota

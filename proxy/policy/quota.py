@@ -133,7 +133,7 @@ class Demand:
     input: int
     output_maximum: int
     smallest: int
-    first: int = TOKENS_MAX
+    initial_hold: int = TOKENS_MAX
     is_unbounded: bool = False
     is_estimated: bool = False
     hidden_input: int = 0

@@ -33,7 +33,7 @@ INPUT = 4 + 3 + 3  # tokens of "user" and the text, what is around a message, an
 MODEL = Model("m", Upstream("up", "http://upstream.example/v1", None, "simulator"), "m", encoding="o200k_base")
 DAILY = quota("staff/daily", tokens=100_000)
 # A stream that asks for 8,000 tokens and holds 1,024 of them to begin with.
-STREAM = Demand(input=100, output_maximum=8000, smallest=1024, first=1024)
+STREAM = Demand(input=100, output_maximum=8000, smallest=1024, initial_hold=1024)
 
 
 class Call:
@@ -274,7 +274,7 @@ async def test_a_hold_grows_with_its_answer(tmp_path: Path) -> None:
 
 async def test_what_passes_beyond_the_maximum_is_held_where_there_is_room(tmp_path: Path) -> None:
     """The upstream was told 1,500, and either it counts otherwise or it did not read that: what passed is charged."""
-    async with _reserved(tmp_path, Demand(input=100, output_maximum=1500, smallest=1024, first=1024)) as it:
+    async with _reserved(tmp_path, Demand(input=100, output_maximum=1500, smallest=1024, initial_hold=1024)) as it:
         it.says("x" * 1100)
         assert await it.grows()
         assert (it.reservation.covered, await it.counter()) == (1500, (0, 1600))
@@ -287,7 +287,7 @@ async def test_what_passes_beyond_the_maximum_is_held_where_there_is_room(tmp_pa
 
 async def test_an_upstream_that_was_told_is_believed_up_to_twice_the_maximum(tmp_path: Path) -> None:
     """Where there is no room for more, our own count does not stop it before, and charges no more than is held."""
-    demand = Demand(input=INPUT, output_maximum=1500, smallest=1024, first=1024)
+    demand = Demand(input=INPUT, output_maximum=1500, smallest=1024, initial_hold=1024)
     async with _reserved(tmp_path, demand, daily=quota("staff/daily", tokens=1500 + INPUT)) as it:
         it.says("x" * 2000)
         assert await it.grows()
@@ -300,7 +300,7 @@ async def test_an_upstream_that_was_told_is_believed_up_to_twice_the_maximum(tmp
 
 async def test_what_came_whole_though_a_stream_was_asked_is_held_as_far_as_there_is_room(tmp_path: Path) -> None:
     """An upstream that does not stream: what would not have passed in pieces doesn't pass in one."""
-    demand = Demand(input=INPUT, output_maximum=1500, smallest=1024, first=1024)
+    demand = Demand(input=INPUT, output_maximum=1500, smallest=1024, initial_hold=1024)
 
     def whole(tokens: int) -> bytes:
         return json.dumps({"usage": {"prompt_tokens": INPUT, "completion_tokens": tokens}}).encode()
@@ -324,7 +324,7 @@ async def test_while_the_ledger_is_away_what_came_whole_passes(tmp_path: Path) -
 
 async def test_without_a_maximum_it_grows_as_long_as_there_is_room(tmp_path: Path) -> None:
     """Nobody said how long the answer may become, so all of it has to be held."""
-    endless = Demand(input=INPUT, output_maximum=4096, smallest=1024, first=1024, is_unbounded=True)
+    endless = Demand(input=INPUT, output_maximum=4096, smallest=1024, initial_hold=1024, is_unbounded=True)
     async with _reserved(tmp_path, endless, daily=quota("staff/daily", tokens=10_000 + INPUT)) as it:
         for seen in (4000, 8000, 9999):
             it.says("x" * (seen - it.meter.output_seen))
@@ -337,7 +337,7 @@ async def test_without_a_maximum_it_grows_as_long_as_there_is_room(tmp_path: Pat
 
 async def test_at_the_limit_there_is_no_more(tmp_path: Path) -> None:
     """What is left is held to the token, so that what passes is charged up to the limit and not beyond."""
-    demand = Demand(input=INPUT, output_maximum=1024, smallest=1024, first=1024, is_unbounded=True)
+    demand = Demand(input=INPUT, output_maximum=1024, smallest=1024, initial_hold=1024, is_unbounded=True)
     async with _reserved(tmp_path, demand, daily=quota("staff/daily", tokens=1100 + INPUT)) as it:
         assert it.reservation.entry.maximum is None
         it.says("x" * 1101)
@@ -415,7 +415,7 @@ async def test_a_ledger_that_is_back_is_asked_again(tmp_path: Path) -> None:
 
 async def test_while_the_ledger_is_away_nothing_is_charged_beyond_the_maximum(tmp_path: Path) -> None:
     """The answer goes on; but whether there is room for what only our own count sees there, nobody can say."""
-    demand = Demand(input=100, output_maximum=1500, smallest=1024, first=1024)
+    demand = Demand(input=100, output_maximum=1500, smallest=1024, initial_hold=1024)
     with writers() as made:
         async with _reserved(tmp_path, demand, store=SqliteStore(tmp_path / "quotas.db", busy_timeout_s=0)) as it:
             it.says("x" * 4100)

@@ -356,12 +356,12 @@ def test_a_sound_without_data_is_read_as_text():
 def test_files_of_a_form_are_priced_by_what_they_are() -> None:
     """Sounds by their size, up to the model's context, pictures at the highest fidelity."""
     prompt = Prompt(texts=("hello",), overhead=3)
-    sounds = with_files(prompt, [1000, 1_000_001], are_sounds=True, context=None)
+    sounds = with_files(prompt, [1000, 1_000_001], are_audio=True, context=None)
     assert (sounds.overhead, sounds.media_tokens, sounds.opaque_bytes) == (3 + 10_011, 10_011, 1_001_001)
     assert sounds.bound(1_001_101) == 100 + 10_011
-    assert with_files(prompt, [25_000_000], are_sounds=True, context=None).media_tokens == 16_000
-    assert with_files(prompt, [25_000_000], are_sounds=True, context=32_000).media_tokens == 32_000
-    assert with_files(prompt, [5, 50_000_000], are_sounds=False, context=None).media_tokens == 2 * 8192
+    assert with_files(prompt, [25_000_000], are_audio=True, context=None).media_tokens == 16_000
+    assert with_files(prompt, [25_000_000], are_audio=True, context=32_000).media_tokens == 32_000
+    assert with_files(prompt, [5, 50_000_000], are_audio=False, context=None).media_tokens == 2 * 8192
 
 
 # ------------------------------------------------------------------------------------------------- Anthropic's blocks

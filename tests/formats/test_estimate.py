@@ -105,7 +105,7 @@ def test_a_maximum_of_nothing_is_one() -> None:
     """Elsewhere 0 asks for no answer at all."""
     request = parse(COMPLETIONS, max_tokens=0)
     length = len(forwarded_body(request, model()))
-    assert demand(request) == Demand(input=length, output_maximum=0, smallest=0, first=0, is_estimated=True)
+    assert demand(request) == Demand(input=length, output_maximum=0, smallest=0, initial_hold=0, is_estimated=True)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -242,7 +242,7 @@ def test_only_a_stream_is_seen_growing(endpoint: Endpoint, stream: bool | None) 
     found = demand(request)
     assert streams_all_output(request, model()) == (endpoint is not EMBEDDINGS and stream is True)
     expected = 0 if endpoint is EMBEDDINGS else 1024 if stream else 9000
-    assert (found.first, found.output_maximum) == (expected, 0 if endpoint is EMBEDDINGS else 9000)
+    assert (found.initial_hold, found.output_maximum) == (expected, 0 if endpoint is EMBEDDINGS else 9000)
 
 
 @pytest.mark.parametrize(
@@ -300,7 +300,7 @@ def test_thoughts_of_a_message_are_within_its_maximum(thinking: object, first: i
     """Of which a summary is shown: so all of it is held at once, and no more than that."""
     request = parse(MESSAGES, stream=True, max_tokens=9000, thinking=thinking)
     asked = demand(request, "anthropic")
-    assert (asked.output_maximum, asked.first, asked.smallest) == (9000, first, smallest)
+    assert (asked.output_maximum, asked.initial_hold, asked.smallest) == (9000, first, smallest)
 
 
 @pytest.mark.parametrize(
@@ -339,14 +339,14 @@ def test_a_request_may_ask_for_what_is_billed_and_not_streamed_as_text(fields: d
     request = parse(stream=True, max_tokens=9000, **fields)
     for known in ({}, {"reasoning": False}):
         assert streams_all_output(request, model(**known)) != is_hidden
-        assert (demand(request, **known).first == 9000) == is_hidden
+        assert (demand(request, **known).initial_hold == 9000) == is_hidden
 
 
 def test_what_is_held_first_is_enough_for_the_smallest_answer() -> None:
     """Of each choice, and by what the model says of itself."""
     request = parse(stream=True, max_tokens=9000, n=3)
-    assert demand(request).first == demand(request).smallest == 3 * 1024
-    assert demand(request, smallest_answer=50).first == 150
+    assert demand(request).initial_hold == demand(request).smallest == 3 * 1024
+    assert demand(request, smallest_answer=50).initial_hold == 150
 
 
 # --------------------------------------------------------------------------------------------------------- the input
@@ -404,7 +404,7 @@ def test_the_largest_list_of_embeddings_wants_its_input_and_no_more() -> None:
     request = parse(EMBEDDINGS, input=["text"] * 2048, max_tokens=50, stream=True)
     found = demand(request, max_output_tokens=900, smallest_answer=5, reasoning=True)
     length = len(forwarded_body(request, model()))
-    assert found == Demand(input=length, output_maximum=0, smallest=0, first=0, is_estimated=True)
+    assert found == Demand(input=length, output_maximum=0, smallest=0, initial_hold=0, is_estimated=True)
     assert found.input > 2048
 
 
@@ -447,7 +447,7 @@ def test_a_prompt_that_shows_all_has_nothing_unseen() -> None:
 # ------------------------------------------------------------------------------------------------- once it is counted
 
 CONTEXT = model(context=1500)
-ROUGH = Demand(input=1000, output_maximum=500, smallest=100, first=100, is_unbounded=True, is_estimated=True)
+ROUGH = Demand(input=1000, output_maximum=500, smallest=100, initial_hold=100, is_unbounded=True, is_estimated=True)
 
 
 @pytest.mark.parametrize(
@@ -479,10 +479,10 @@ def test_a_count_takes_the_place_of_the_bytes(
 
 def test_what_covers_several_demands_covers_each() -> None:
     """The most of each number: the call may go to the one that needs it."""
-    one = Demand(10, 500, 400, first=400, hidden_input=3, is_estimated=True)
-    other = Demand(20, 300, 200, first=300, is_unbounded=True, is_estimated=True)
+    one = Demand(10, 500, 400, initial_hold=400, hidden_input=3, is_estimated=True)
+    other = Demand(20, 300, 200, initial_hold=300, is_unbounded=True, is_estimated=True)
     assert largest_demand([one]) == one
-    both = Demand(20, 500, 400, first=400, is_unbounded=True, is_estimated=True, hidden_input=3)
+    both = Demand(20, 500, 400, initial_hold=400, is_unbounded=True, is_estimated=True, hidden_input=3)
     assert largest_demand([one, other]) == largest_demand([other, one]) == both
 
 
@@ -533,7 +533,7 @@ def test_the_parts_of_a_demand_fit_each_other(endpoint: Endpoint, kind: Kind, fi
     """The smallest answer fits into what is held first, and that into what is wanted."""
     of_it = {name: value for name, value in fields.items() if name != "n" or not endpoint.is_of_responses}
     found = demand(parse(endpoint, **of_it), kind, **known)
-    assert 0 <= found.smallest <= found.first <= found.output_maximum <= TOKENS_MAX
+    assert 0 <= found.smallest <= found.initial_hold <= found.output_maximum <= TOKENS_MAX
     assert (found.output_maximum > 0) <= endpoint.generates
 
 
@@ -544,7 +544,7 @@ def test_the_parts_of_a_demand_fit_each_other(endpoint: Endpoint, kind: Kind, fi
 def test_what_costs_no_tokens_holds_none(endpoint: Endpoint) -> None:
     """So that nobody is kept from it by a quota of tokens."""
     assert demand(parse(endpoint, input="long" * 100), context=1000) == Demand(
-        input=0, output_maximum=0, smallest=0, first=0
+        input=0, output_maximum=0, smallest=0, initial_hold=0
     )
 
 
@@ -562,7 +562,11 @@ def test_what_costs_no_tokens_holds_none(endpoint: Endpoint) -> None:
 def test_what_can_t_be_bounded_or_seen_is_held_as_a_whole(sent: Request, output_maximum: int) -> None:
     """No smaller answer is to be had, and none that grows; the model's own maximum may be less."""
     found = demand(sent)
-    assert (found.output_maximum, found.smallest, found.first) == (output_maximum, output_maximum, output_maximum)
+    assert (found.output_maximum, found.smallest, found.initial_hold) == (
+        output_maximum,
+        output_maximum,
+        output_maximum,
+    )
     assert (found.is_unbounded, streams_all_output(sent, model())) == (False, False)
     assert found.input > 0
     assert demand(sent, max_output_tokens=100).output_maximum == (100 * sent.choices if output_maximum else 0)

@@ -32,7 +32,7 @@ pytestmark = pytest.mark.journey
 DAILY = quota("staff/daily", tokens=10**9, per=LONG)
 POT = quota("staff/pot", tokens=20_000, per=LONG, shared=True)
 ANN = binding([DAILY])
-STREAM = call(100, 900, 100, first=100)
+STREAM = call(100, 900, 100, initial_hold=100)
 
 
 @pytest.fixture

@@ -73,7 +73,7 @@ SIX_HOURS = quota("staff/6h", tokens=1000, per="6h")
 ANN = binding([DAILY])
 CALL = call(100, 400)
 HELD = Amount(100, 400, 1)
-STREAM = call(100, 900, 100, first=100)
+STREAM = call(100, 900, 100, initial_hold=100)
 BAD_REQUEST = Unspent(requests=1)
 
 
@@ -244,7 +244,7 @@ def test_a_refused_call_changes_nothing():
     before = dict(books.counters)
     answer = books.apply(reserve("1", who, call(401)))
     assert isinstance(answer, Refused)
-    assert answer.refused.verdict is Verdict.EXHAUSTED
+    assert answer.decision.verdict is Verdict.EXHAUSTED
     assert answer.counters == books.counters == before
     assert (books.entries, books.entries_changed, books.counters_changed) == ({}, set(), set())
 
@@ -298,7 +298,7 @@ def test_a_reserve_that_was_refused_may_be_repeated():
     full = reserve("1", ANN, call(600, 400))
     [_, refused] = ledger.apply(full, reserve("2", ANN, CALL))
     assert isinstance(refused, Refused)
-    assert refused.refused.verdict is Verdict.BUSY
+    assert refused.decision.verdict is Verdict.BUSY
     [_, let_in] = ledger.apply(SETTLE, reserve("2", ANN, CALL))
     assert isinstance(let_in, Accepted)
 
@@ -382,7 +382,7 @@ def test_after_counts_tokens_and_requests_once_they_are_known():
     assert ledger.levels(classic) == (Amount(900, 300, 1), Amount(requests=1))
     [refused] = ledger.apply(reserve("3", who, call(1)))
     assert isinstance(refused, Refused)
-    assert refused.refused.admissible_at == NOON + 6 * HOUR
+    assert refused.decision.admissible_at == NOON + 6 * HOUR
 
 
 def test_a_quota_in_shadow_is_charged_like_any_other():
@@ -468,7 +468,7 @@ def test_a_change_of_per_lets_the_running_window_end_first():
     hourly = binding([replace(DAILY, per=quota("x/y", per="hour").per)])
     [refused] = ledger.apply(reserve("1", hourly, CALL))
     assert isinstance(refused, Refused)
-    assert refused.refused.admissible_at == instant("2026-11-25 00:00")
+    assert refused.decision.admissible_at == instant("2026-11-25 00:00")
     ledger.now = instant("2026-11-25 00:00")
     ledger.apply(reserve("1", hourly, CALL))
     assert ledger.counters[DAILY.key_for("ann")].window.resets_at == instant("2026-11-25 01:00")
@@ -707,7 +707,7 @@ def test_an_answer_that_outlives_its_window_grows_in_the_next(each, next_opening
 def test_in_the_next_window_only_what_is_held_there_counts():
     """900 are held by a call of today, 300 by it tomorrow; of the 1000 of tomorrow another one may have 700."""
     ledger = Ledger(ANN)
-    ledger.apply(reserve("1", ANN, call(100, 900, 800, first=800)))
+    ledger.apply(reserve("1", ANN, call(100, 900, 800, initial_hold=800)))
     ledger.now = NOON + DAY
     ledger.apply(extend("1", ANN, 1100))
     assert ledger.levels(DAILY) == (NOTHING, Amount(output=300))
@@ -914,11 +914,11 @@ def test_an_overdraft_lets_an_answer_end_and_nobody_in():
     each = quota("staff/daily", tokens=1000, overdraft=200)
     who = binding([each])
     ledger = Ledger(who)
-    ledger.apply(reserve("1", who, call(100, 4000, 100, first=100)))
+    ledger.apply(reserve("1", who, call(100, 4000, 100, initial_hold=100)))
     [grown, stopped] = ledger.apply(extend("1", who, 1100, least=1100), extend("1", who, 1101, least=1101))
     assert [answer.verdict for answer in (grown, stopped)] == [Verdict.ALLOW, Verdict.EXHAUSTED]
     [_, refused] = ledger.apply(Settle("1", exactly(100, 1100), "complete"), reserve("2", who, call(0, 1)))
-    assert refused.refused.verdict is Verdict.EXHAUSTED
+    assert refused.decision.verdict is Verdict.EXHAUSTED
     assert ledger.levels(each)[0].tokens == 1200
 
 

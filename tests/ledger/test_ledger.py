@@ -48,7 +48,7 @@ DAILY = quota("staff/daily", tokens=1000)
 ANN = binding([DAILY])
 ROOMY = binding([quota("staff/daily", tokens=10**9)])
 CALL = call(100, 400)
-STREAM = call(100, 900, 100, first=100)
+STREAM = call(100, 900, 100, initial_hold=100)
 HELD = Amount(100, 400, 1)
 NOTHING = Amount()
 
@@ -146,7 +146,7 @@ async def test_a_refused_call_leaves_no_trace(ledger, path):
     """Whoever is refused learns how things stand."""
     refused = await ledger.reserve(reserve("1", ANN, call(1001)))
     assert isinstance(refused, Refused)
-    assert refused.refused.verdict is Verdict.NEVER
+    assert refused.decision.verdict is Verdict.NEVER
     assert (rows(path, "calls"), rows(path, "counters")) == ([], [])
 
 
@@ -247,8 +247,8 @@ async def test_of_100_calls_at_once_exactly_as_many_are_let_in_as_fit(ledger, cl
     answers = await asyncio.gather(*(ledger.reserve(reserve(str(number), who, CALL)) for number in range(100)))
     refused = [answer for answer in answers if isinstance(answer, Refused)]
     assert len(answers) - len(refused) == room_for
-    verdict = Verdict.BUSY if room_for else answers[0].refused.verdict
-    assert {answer.refused.verdict for answer in refused} == {verdict}
+    verdict = Verdict.BUSY if room_for else answers[0].decision.verdict
+    assert {answer.decision.verdict for answer in refused} == {verdict}
     audit(path)
 
 
@@ -893,7 +893,7 @@ async def work_until_killed(path: Path, owner: str) -> None:
     async def client(name: int) -> None:
         who = binding([quota("staff/daily", tokens=10**9), pot], user=f"user {name % 3}")
         for number in range(1_000_000):
-            operation = reserve(f"{owner}-{name}-{number}", who, call(100, 400, 50, first=50))
+            operation = reserve(f"{owner}-{name}-{number}", who, call(100, 400, 50, initial_hold=50))
             await ledger.reserve(operation)
             say(operation.id, "open", 50)
             for output in (150, 250)[: chance.randrange(3)]:
@@ -987,7 +987,7 @@ RESERVES = st.builds(
     IDS,
     st.sampled_from(sorted(WHO)),
     st.builds(
-        call, st.integers(0, 20), st.integers(0, 20), st.integers(0, 5), first=st.sampled_from([5, TOKENS_MAX])
+        call, st.integers(0, 20), st.integers(0, 20), st.integers(0, 5), initial_hold=st.sampled_from([5, TOKENS_MAX])
     ),
     st.sampled_from(["process-1", "process-0"]),
 )

@@ -196,7 +196,7 @@ async def test_what_is_not_there_is_not_read(store):
 async def test_a_refusal_leaves_no_window(store, database):
     """The row that was made to be locked is no counter."""
     [refused] = await apply(store, reserve("1", ANN, call(1001)))
-    assert (refused.refused.verdict, refused.counters) == (Verdict.NEVER, {})
+    assert (refused.decision.verdict, refused.counters) == (Verdict.NEVER, {})
     assert await apply(store, reserve("1", ANN, estimated(call(100, 400)))) == [NeedsCount()]
     assert await store.read_counters(ANN.keys()) == {}
     [row] = await database.rows("counters")
@@ -245,7 +245,7 @@ async def test_a_batch_may_touch_any_number_of_counters(store):
     await apply(store, reserve("1", who, call(1)), SETTLED)
     [refused] = await apply(store, reserve("2", who, call(1)))
     assert isinstance(refused, Refused)
-    assert len(refused.refused.blocks) == len(many)
+    assert len(refused.decision.blocks) == len(many)
     assert len(await store.read_counters(who.keys())) == len(many)
 
 

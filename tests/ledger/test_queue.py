@@ -83,7 +83,7 @@ async def test_who_has_waited_long_enough_is_told_busy(wait_s: float, tmp_path: 
         await _reserve(room, _ask("1", 900), wait_s=0)
         reply = await _reserve(room, _ask("2", 500), wait_s=wait_s)
         assert isinstance(reply, Refused)
-        assert reply.refused.verdict is Verdict.BUSY
+        assert reply.decision.verdict is Verdict.BUSY
         assert len(room) == 0
 
 
@@ -94,7 +94,7 @@ async def test_what_is_used_up_does_not_wait(tmp_path: Path) -> None:
         await ledger.end(Settle("1", exactly(0, 500), "complete"))
         reply = await _reserve(room, reserve("2", binding([POT]), call(600, 10)), wait_s=50)
         assert isinstance(reply, Refused)
-        assert reply.refused.verdict is Verdict.EXHAUSTED
+        assert reply.decision.verdict is Verdict.EXHAUSTED
 
 
 async def test_a_users_calls_come_in_in_their_order(tmp_path: Path) -> None:
@@ -193,7 +193,7 @@ async def test_who_can_not_be_let_in_by_its_tokens_either_is_refused(tmp_path: P
     async with _room(tmp_path) as (_, room):
         reply = await _reserve(room, reserve("1", ANN, estimated(call(8000, 1))), wait_s=50)
         assert isinstance(reply, Refused)
-        assert (reply.refused.verdict, reply.refused.blocks[0].needed) == (Verdict.NEVER, 2001)
+        assert (reply.decision.verdict, reply.decision.blocks[0].needed) == (Verdict.NEVER, 2001)
 
 
 # ------------------------------------------------------------------------------------------------- holds that grow
@@ -219,7 +219,7 @@ async def _stream(
 ) -> AsyncIterator[tuple["_Noting", AdmissionQueue]]:
     """A stream of ann's that holds 100 + 100 of 1000, of which bob holds the rest."""
     async with _room(folder, kind) as (ledger, room):
-        await _reserve(room, reserve("1", ANN, call(100, 900, 100, first=100)), wait_s=0)
+        await _reserve(room, reserve("1", ANN, call(100, 900, 100, initial_hold=100)), wait_s=0)
         await _reserve(room, _ask("2", 800, "bob"), wait_s=0)
         yield ledger, room
 

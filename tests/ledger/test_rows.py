@@ -11,7 +11,7 @@ from tests.builders import DAY, NOON, binding, call, extend, quota, reserve
 DAILY = quota("staff/daily", tokens=1000)
 POT = quota("team-x/pot", tokens=450, shared=True)
 WHO = binding([DAILY], [POT], shadows=[quota("watch/tiny", tokens=1, enforce="shadow")])
-RESERVED = reserve("1", WHO, call(100, 800, 10, first=10))
+RESERVED = reserve("1", WHO, call(100, 800, 10, initial_hold=10))
 GROWN = extend("1", WHO, 300)
 COLUMNS = [column.name for column in calls.c]
 ENDS = [

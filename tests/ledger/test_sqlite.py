@@ -138,7 +138,7 @@ GROWTH = [
 )
 async def test_a_call_that_grows_is_read_as_it_was_booked(store, path, ends):
     """Through windows and with several lines for one counter; what it is in the file decides what comes next."""
-    [booked] = await store.apply([reserve("1", GROWING, call(100, 400, 50, first=50))], NOON)
+    [booked] = await store.apply([reserve("1", GROWING, call(100, 400, 50, initial_hold=50))], NOON)
     assert (booked.entry.hold.output, booked.entry.maximum, len(booked.entry.held_amounts)) == (50, 400, 5)
     for now, operation, lines in GROWTH:
         [booked] = await store.apply([operation], now)
@@ -166,7 +166,7 @@ async def test_how_long_an_answer_may_become_is_read_as_it_was_booked(store):
 
 async def test_a_growth_sees_the_counters_of_quotas_that_others_opened(store, path):
     """All of a binding's are loaded, and those of the lines that a call has."""
-    await store.apply([reserve("1", ANN, call(100, 900, 100, first=100))], NOON)
+    await store.apply([reserve("1", ANN, call(100, 900, 100, initial_hold=100))], NOON)
     await store.apply([reserve("2", ANN, call(700))], NOON + DAY)
     [grown] = await store.apply([extend("1", ANN, 900, least=401)], NOON + DAY)
     assert (grown.verdict, grown.entry.hold.output) == (Verdict.BUSY, 400)
@@ -252,7 +252,7 @@ async def test_a_batch_may_touch_any_number_of_counters(store, path):
     await store.apply([reserve("1", who, call(1)), SETTLED], NOON)
     [refused] = await store.apply([reserve("2", who, call(1))], NOON)
     assert isinstance(refused, Refused)
-    assert len(refused.refused.blocks) == len(many)
+    assert len(refused.decision.blocks) == len(many)
     assert len(await store.read_counters(who.keys())) == len(many)
 
 

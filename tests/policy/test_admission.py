@@ -18,10 +18,9 @@ from proxy.policy.admission import (
     NeedsCount,
     NotAdmitted,
     Verdict,
-    Wish,
     decide,
-    grow,
     hold_of,
+    increase_hold,
 )
 from proxy.policy.amounts import NOTHING, Amount
 from proxy.policy.quota import Binding, Counter, Demand, GroupQuotas, Limit, Quota, counter_at
@@ -219,27 +218,48 @@ def test_a_block_says_what_was_needed_and_how_the_counter_stood():
 @pytest.mark.parametrize(
     ("limits", "used", "held", "demand", "expected"),
     [
-        pytest.param({"tokens": 1000}, 0, 0, call(100, 400, 100, first=100), (100, 400), id="a part is held"),
-        pytest.param({"tokens": 1000}, 0, 0, call(100, 400, first=10**6), (400, 400), id="no more than it wants"),
-        pytest.param({"tokens": 1000}, 0, 0, call(100, 400, first=0), (0, 400), id="nothing to begin with"),
-        pytest.param({"tokens": 1000}, 0, 800, call(100, 400, 100, first=100), (100, 400), id="the part fits"),
-        pytest.param({"tokens": 1000}, 0, 801, call(100, 400, 100, first=100), "busy", id="not even the part fits"),
-        pytest.param({"tokens": 1000}, 700, 0, call(100, 400, 1, first=50), (50, 200), id="shorter than it wants"),
-        pytest.param({"tokens": 1000}, 850, 0, call(100, 400, 1, first=100), (50, 50), id="shorter than its part"),
-        pytest.param({"tokens": 1000}, 850, 1, call(100, 400, 1, first=50), "busy", id="the last part is held"),
+        pytest.param({"tokens": 1000}, 0, 0, call(100, 400, 100, initial_hold=100), (100, 400), id="a part is held"),
         pytest.param(
-            {"tokens": 1000}, 0, 800, call(100, 4000, 100, first=100), (100, 900), id="others don't shorten"
+            {"tokens": 1000}, 0, 0, call(100, 400, initial_hold=10**6), (400, 400), id="no more than it wants"
         ),
-        pytest.param({"tokens": 1000}, 801, 0, call(100, 400, 100, first=1), "exhausted", id="the least must fit"),
-        pytest.param({"tokens": 1000}, 0, 0, call(600, 401, 401, first=1), "never", id="the least is too large"),
+        pytest.param({"tokens": 1000}, 0, 0, call(100, 400, initial_hold=0), (0, 400), id="nothing to begin with"),
+        pytest.param({"tokens": 1000}, 0, 800, call(100, 400, 100, initial_hold=100), (100, 400), id="the part fits"),
         pytest.param(
-            {"output_tokens": 400}, 0, Amount(0, 350, 1), call(9, 400, 50, first=50), (50, 400), id="output"
+            {"tokens": 1000}, 0, 801, call(100, 400, 100, initial_hold=100), "busy", id="not even the part fits"
         ),
-        pytest.param({"output_tokens": 400}, 0, Amount(0, 351, 1), call(9, 400, 50, first=50), "busy", id="held"),
+        pytest.param(
+            {"tokens": 1000}, 700, 0, call(100, 400, 1, initial_hold=50), (50, 200), id="shorter than it wants"
+        ),
+        pytest.param(
+            {"tokens": 1000}, 850, 0, call(100, 400, 1, initial_hold=100), (50, 50), id="shorter than its part"
+        ),
+        pytest.param(
+            {"tokens": 1000}, 850, 1, call(100, 400, 1, initial_hold=50), "busy", id="the last part is held"
+        ),
+        pytest.param(
+            {"tokens": 1000}, 0, 800, call(100, 4000, 100, initial_hold=100), (100, 900), id="others don't shorten"
+        ),
+        pytest.param(
+            {"tokens": 1000}, 801, 0, call(100, 400, 100, initial_hold=1), "exhausted", id="the least must fit"
+        ),
+        pytest.param(
+            {"tokens": 1000}, 0, 0, call(600, 401, 401, initial_hold=1), "never", id="the least is too large"
+        ),
+        pytest.param(
+            {"output_tokens": 400}, 0, Amount(0, 350, 1), call(9, 400, 50, initial_hold=50), (50, 400), id="output"
+        ),
+        pytest.param(
+            {"output_tokens": 400}, 0, Amount(0, 351, 1), call(9, 400, 50, initial_hold=50), "busy", id="held"
+        ),
         # nobody says how long it may become
         pytest.param({"tokens": 1000}, 0, 0, call(100, 400, open_ended=True), (400, None), id="open: no maximum"),
         pytest.param(
-            {"tokens": 1000}, 0, 0, call(100, 400, 100, first=100, open_ended=True), (100, None), id="open: in parts"
+            {"tokens": 1000},
+            0,
+            0,
+            call(100, 400, 100, initial_hold=100, open_ended=True),
+            (100, None),
+            id="open: in parts",
         ),
         pytest.param({"tokens": 500}, 0, 0, call(100, 400, open_ended=True), (400, None), id="open: just fits"),
         pytest.param({"tokens": 499}, 0, 0, call(100, 400, 1, open_ended=True), (399, 399), id="open: but capped"),
@@ -261,7 +281,7 @@ def test_a_stream_holds_a_part_of_what_its_answer_may_become(limits, used, held,
 def test_a_way_in_is_chosen_by_the_whole_answer_not_by_its_first_part():
     """Else a stream would come in where it soon meets the limit, with room elsewhere."""
     lab = quota("lab/6h", tokens=1000, per="6h")
-    decision = played(binding([DAILY], [lab]), call(100, 400, 100, first=100), {DAILY.id: 601}, {})
+    decision = played(binding([DAILY], [lab]), call(100, 400, 100, initial_hold=100), {DAILY.id: 601}, {})
     assert (decision.admitted_via, decision.maximum) == ("lab", 400)
     assert {hold.quota.id: hold.amount for hold in decision.holds} == dict.fromkeys(
         (lab.id, DAILY.id), Amount(100, 100, 1)
@@ -322,7 +342,7 @@ def test_an_overdraft_of_200_lets_answers_end_and_nobody_in(limits, used, held, 
             {"tokens": 1000},
             0,
             0,
-            call(100, 400, 100, first=100, hidden_input=9999),
+            call(100, 400, 100, initial_hold=100, hidden_input=9999),
             Amount(600, 100, 1),
             id="beside the whole answer, also where that is held in parts",
         ),
@@ -946,58 +966,62 @@ def test_a_shadow_on_output_alone_does_not_watch_embeddings():
     assert decision.would_refuse == ()
 
 
-# ------------------------------------------------------------------------------------------------- holds that grow
+# ------------------------------------------------------------------------------------------------- holds that increase_hold
 
 OWN = Amount(100, 100, 1)
 
 
 def grown(
-    who: Binding, wish: Wish, *, admitted_via: str, used: Mapping, others: Mapping, not_held: tuple = ()
+    who: Binding,
+    increase: tuple[int, int],
+    *,
+    admitted_via: str,
+    used: Mapping,
+    others: Mapping,
+    not_held: tuple = (),
 ) -> HoldIncrease:
     """How a call that holds OWN of all quotas of a binding grows; `others` is what is held beside that."""
     held = {each.id: amount(others.get(each.id, 0)) + hold_of(each, OWN) for each in who.quotas}
     found = counters(who, used=used, held=held)
     at = {each.id: found[each.key_for("ann")] for each in who.quotas if each.id not in not_held}
-    return grow(wish, who, admitted_via, own={each.id: hold_of(each, OWN) for each in who.quotas}, at=at)
+    return increase_hold(
+        *increase, who, admitted_via=admitted_via, own={each.id: hold_of(each, OWN) for each in who.quotas}, at=at
+    )
 
 
 @pytest.mark.parametrize(
-    ("each", "used", "others", "wish", "output", "verdict"),
+    ("each", "used", "others", "increase", "output", "verdict"),
     [
         # tokens: limit 1000, of which the call itself holds 200
-        pytest.param({"tokens": 1000}, 0, 0, Wish(300, 1), 300, "ALLOW", id="room to spare"),
-        pytest.param({"tokens": 1000}, 500, 0, Wish(300, 1), 300, "ALLOW", id="to the last token"),
-        pytest.param({"tokens": 1000}, 501, 0, Wish(300, 299), 299, "ALLOW", id="in part, but enough to go on"),
-        pytest.param({"tokens": 1000}, 501, 0, Wish(300, 300), 299, "EXHAUSTED", id="in part, and not enough"),
-        pytest.param({"tokens": 1000}, 800, 0, Wish(300, 1), 0, "EXHAUSTED", id="nothing is left"),
-        pytest.param({"tokens": 1000}, 800, 0, Wish(300, 0), 0, "ALLOW", id="nothing is left, nothing is needed"),
-        pytest.param({"tokens": 1000}, 5000, 0, Wish(300, 1), 0, "EXHAUSTED", id="the limit was lowered"),
-        pytest.param({"tokens": 1000}, 0, 501, Wish(300, 299), 299, "ALLOW", id="others hold some"),
-        pytest.param({"tokens": 1000}, 0, 501, Wish(300, 300), 299, "BUSY", id="others hold what is needed"),
-        pytest.param({"tokens": 1000}, 0, 800, Wish(300, 1), 0, "BUSY", id="others hold all"),
-        pytest.param({"tokens": 1000}, 500, 300, Wish(400, 301), 0, "EXHAUSTED", id="and could not give enough back"),
-        pytest.param({"tokens": 1000}, 500, 300, Wish(400, 300), 0, "BUSY", id="and could give back just enough"),
-        pytest.param({"tokens": 1000}, 0, 0, Wish(0, 0), 0, "ALLOW", id="nothing is wanted"),
+        pytest.param({"tokens": 1000}, 0, 0, (300, 1), 300, "ALLOW", id="room to spare"),
+        pytest.param({"tokens": 1000}, 500, 0, (300, 1), 300, "ALLOW", id="to the last token"),
+        pytest.param({"tokens": 1000}, 501, 0, (300, 299), 299, "ALLOW", id="in part, but enough to go on"),
+        pytest.param({"tokens": 1000}, 501, 0, (300, 300), 299, "EXHAUSTED", id="in part, and not enough"),
+        pytest.param({"tokens": 1000}, 800, 0, (300, 1), 0, "EXHAUSTED", id="nothing is left"),
+        pytest.param({"tokens": 1000}, 800, 0, (300, 0), 0, "ALLOW", id="nothing is left, nothing is needed"),
+        pytest.param({"tokens": 1000}, 5000, 0, (300, 1), 0, "EXHAUSTED", id="the limit was lowered"),
+        pytest.param({"tokens": 1000}, 0, 501, (300, 299), 299, "ALLOW", id="others hold some"),
+        pytest.param({"tokens": 1000}, 0, 501, (300, 300), 299, "BUSY", id="others hold what is needed"),
+        pytest.param({"tokens": 1000}, 0, 800, (300, 1), 0, "BUSY", id="others hold all"),
+        pytest.param({"tokens": 1000}, 500, 300, (400, 301), 0, "EXHAUSTED", id="and could not give enough back"),
+        pytest.param({"tokens": 1000}, 500, 300, (400, 300), 0, "BUSY", id="and could give back just enough"),
+        pytest.param({"tokens": 1000}, 0, 0, (0, 0), 0, "ALLOW", id="nothing is wanted"),
         # the other limits
-        pytest.param({"tokens": 1000, "overdraft": 50}, 800, 0, Wish(300, 50), 50, "ALLOW", id="overdraft"),
-        pytest.param({"tokens": 1000, "overdraft": 50}, 800, 0, Wish(300, 51), 50, "EXHAUSTED", id="and no further"),
-        pytest.param({"output_tokens": 400}, Amount(999, 100, 1), 0, Wish(300, 1), 200, "ALLOW", id="output"),
-        pytest.param({"output_tokens": 400}, 0, Amount(0, 300, 1), Wish(300, 1), 0, "BUSY", id="output: held"),
-        pytest.param(
-            {"output_tokens": 400, "overdraft": 50}, 0, 0, Wish(999, 1), 350, "ALLOW", id="output: overdraft"
-        ),
-        pytest.param({"tokens": 1000, "output_tokens": 150}, 0, 0, Wish(300, 1), 50, "ALLOW", id="the tightest"),
-        pytest.param({"input_tokens": 100}, 999, 999, Wish(300, 300), 300, "ALLOW", id="input doesn't bind answers"),
-        pytest.param({"requests": 1}, 9, 9, Wish(300, 300), 300, "ALLOW", id="nor do requests"),
-        pytest.param(
-            {"tokens": 10, "enforce": "after"}, 99, 99, Wish(300, 300), 300, "ALLOW", id="after stops nobody"
-        ),
+        pytest.param({"tokens": 1000, "overdraft": 50}, 800, 0, (300, 50), 50, "ALLOW", id="overdraft"),
+        pytest.param({"tokens": 1000, "overdraft": 50}, 800, 0, (300, 51), 50, "EXHAUSTED", id="and no further"),
+        pytest.param({"output_tokens": 400}, Amount(999, 100, 1), 0, (300, 1), 200, "ALLOW", id="output"),
+        pytest.param({"output_tokens": 400}, 0, Amount(0, 300, 1), (300, 1), 0, "BUSY", id="output: held"),
+        pytest.param({"output_tokens": 400, "overdraft": 50}, 0, 0, (999, 1), 350, "ALLOW", id="output: overdraft"),
+        pytest.param({"tokens": 1000, "output_tokens": 150}, 0, 0, (300, 1), 50, "ALLOW", id="the tightest"),
+        pytest.param({"input_tokens": 100}, 999, 999, (300, 300), 300, "ALLOW", id="input doesn't bind answers"),
+        pytest.param({"requests": 1}, 9, 9, (300, 300), 300, "ALLOW", id="nor do requests"),
+        pytest.param({"tokens": 10, "enforce": "after"}, 99, 99, (300, 300), 300, "ALLOW", id="after stops nobody"),
     ],
 )
-def test_a_hold_grows_as_far_as_there_is_room(each, used, others, wish, output, verdict):
+def test_a_hold_grows_as_far_as_there_is_room(each, used, others, increase, output, verdict):
     """It takes what it can get; where that is too little to go on, waiting may help (BUSY) or not (EXHAUSTED)."""
     daily = quota("staff/daily", **each)
-    growth = grown(binding([daily]), wish, admitted_via="staff", used={daily.id: used}, others={daily.id: others})
+    growth = grown(binding([daily]), increase, admitted_via="staff", used={daily.id: used}, others={daily.id: others})
     assert (growth.output, growth.verdict, growth.left_alone) == (output, Verdict[verdict], ())
     assert [(hold.quota, hold.amount) for hold in growth.holds] == [(daily, hold_of(daily, Amount(output=output)))]
 
@@ -1051,7 +1075,7 @@ CLASSICAL = quota("lab/after", tokens=100, enforce="after")
 )  # fmt: skip
 def test_only_the_way_in_stops_an_answer(who, admitted_via, used, others, output, verdict, grows, left_alone):
     """A call would like 300 tokens more and needs one; quotas beside its way in are let go rather than stop it."""
-    growth = grown(who, Wish(300, 1), admitted_via=admitted_via, used=used, others=others)
+    growth = grown(who, (300, 1), admitted_via=admitted_via, used=used, others=others)
     assert (growth.output, growth.verdict) == (output, Verdict[verdict])
     assert {hold.quota.id for hold in growth.holds} == grows
     assert {each.id for each in growth.left_alone} == left_alone
@@ -1060,9 +1084,9 @@ def test_only_the_way_in_stops_an_answer(who, admitted_via, used, others, output
 def test_a_quota_that_the_call_does_not_hold_neither_stops_it_nor_grows():
     """It was left alone before, and is not taken up again in the middle of an answer."""
     who = binding([DAILY], [LAB_OUT])
-    growth = grown(who, Wish(300, 300), admitted_via="staff", used={}, others={}, not_held=(LAB_OUT.id,))
+    growth = grown(who, (300, 300), admitted_via="staff", used={}, others={}, not_held=(LAB_OUT.id,))
     assert [hold.quota.id for hold in growth.holds] == [DAILY.id]
-    growth = grown(who, Wish(300, 300), admitted_via="lab", used={}, others={LAB_OUT.id: 999}, not_held=(LAB_OUT.id,))
+    growth = grown(who, (300, 300), admitted_via="lab", used={}, others={LAB_OUT.id: 999}, not_held=(LAB_OUT.id,))
     assert (growth.output, growth.verdict, [hold.quota.id for hold in growth.holds]) == (
         300,
         Verdict.ALLOW,
@@ -1130,7 +1154,7 @@ def held_for(quotas: tuple[Quota, ...], at: Mapping[str, Counter], demand: Deman
             if each.enforce != "after" and limit.measure in ("tokens", "input_tokens")
         ):
             seen = whole.input
-    return Amount(seen, min(output, demand.first), 1)
+    return Amount(seen, min(output, demand.initial_hold), 1)
 
 
 def plainly(demand: Demand, who: Binding, at: Mapping[str, Counter]) -> tuple[str, str, int]:
@@ -1205,7 +1229,7 @@ def test_what_is_held_is_available_in_every_quota_that_is_charged(situation):
     if isinstance(decision, NotAdmitted):
         return
     assert demand.smallest <= longest(decision, demand) <= demand.output_maximum
-    assert decision.hold.output == min(demand.first, longest(decision, demand))
+    assert decision.hold.output == min(demand.initial_hold, longest(decision, demand))
     assert (decision.capped_by is None) is (longest(decision, demand) == demand.output_maximum)
     for hold in decision.holds:
         counter = hold.counter
@@ -1344,8 +1368,8 @@ def test_growth_is_that_of_the_rules_told_plainly(situation, wanted, least):
         return
     at = {one.quota.id: replace(one.counter, held=one.counter.held + one.amount) for one in admitted.holds}
     own = {one.quota.id: one.amount for one in admitted.holds}
-    wish = Wish(wanted, min(wanted, least))
-    growth = grow(wish, who, admitted.admitted_via, own=own, at=at)
+    increase = (wanted, min(wanted, least))
+    growth = increase_hold(*increase, who, admitted_via=admitted.admitted_via, own=own, at=at)
 
     way = next(way for way in who.alternatives() if way.group == admitted.admitted_via)
     stopping = [each for each in way.quotas if each.id in at]
@@ -1361,10 +1385,10 @@ def test_growth_is_that_of_the_rules_told_plainly(situation, wanted, least):
 
     held = {quota_id: counter.held for quota_id, counter in at.items()}
     assert growth.output == max(n for n in range(wanted + 1) if has_room(stopping, n, held))
-    if growth.output >= wish.least:
+    if growth.output >= increase[1]:
         assert growth.verdict is Verdict.ALLOW
     else:
-        waiting_helps = has_room(stopping, wish.least, own)
+        waiting_helps = has_room(stopping, increase[1], own)
         assert growth.verdict is (Verdict.BUSY if waiting_helps else Verdict.EXHAUSTED)
     beside = [each for each in who.quotas if each.id in at and each not in stopping]
     kept = [each for each in beside if has_room([each], growth.output, held)]

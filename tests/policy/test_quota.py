@@ -229,7 +229,9 @@ def test_an_overdraft_is_for_what_is_generated(measure, ceiling):
     ("demand", "least", "bound_by"),
     [
         pytest.param(call(100, 400, 50), [150, 100, 50, 1], [True] * 4, id="generates"),
-        pytest.param(call(100, 400, 50, first=10, hidden_input=99), [150, 100, 50, 1], [True] * 4, id="in parts"),
+        pytest.param(
+            call(100, 400, 50, initial_hold=10, hidden_input=99), [150, 100, 50, 1], [True] * 4, id="in parts"
+        ),
         pytest.param(call(100), [100, 100, 0, 1], [True, True, False, True], id="generates nothing"),
         pytest.param(call(0, 1), [1, 0, 1, 1], [True] * 4, id="without input"),
     ],

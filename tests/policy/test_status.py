@@ -224,7 +224,7 @@ def test_of_a_call_that_grew_into_the_next_window_what_it_holds_there_is_left_ou
     """Its 100 + 100 stay with the hour in which it began; in the next it holds 300, and another call 50."""
     hourly = quota("staff/hourly", tokens=1000, per="hour")
     who = binding([hourly])
-    books, _ = reserved(who, call(100, 900, 100, first=100), {}, NOON)
+    books, _ = reserved(who, call(100, 900, 100, initial_hold=100), {}, NOON)
     later = Book(books.counters, books.entries, NOON + HOUR)
     later.apply(reserve("call-2", who, call(50)))
     grown = later.apply(extend("call-1", who, 400))
