@@ -171,7 +171,7 @@ class Server:
         """Serve it at an address, or on sockets that we inherited."""
         if not isinstance(where, Address):
             application.on_response_prepare.append(self._part_when_leaving)
-        runner = Listener(application, self._settings.patience)
+        runner = Listener(application, self._settings.connection_limits)
         await runner.setup()
         self._runners.append(runner)
         if isinstance(where, Address):

@@ -45,7 +45,7 @@ class Address:
 
 
 @dataclass(frozen=True, slots=True)
-class Patience:
+class ConnectionLimits:
     """How much a listener bears of clients that are slow, or many."""
 
     connections: int = 4000
@@ -53,8 +53,8 @@ class Patience:
     idle_s: float = 75.0  # between two requests, and before the first
     # A body: so long, and a second more for every so many bytes that came. 32 MiB at half a megabit pass.
     body_s: float = 30.0
-    body_bytes_a_s: int = 65_536
-    silence_s: float = 15.0  # of a stream, until the client is told that the connection is alive
+    body_bytes_per_s: int = 65_536
+    heartbeat_s: float = 15.0  # of a stream, until the client is told that the connection is alive
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +68,7 @@ class Settings:
     admin: Address | None
     database: str = field(repr=False)
     cors: tuple[str, ...] = ()
-    patience: Patience = Patience()
+    connection_limits: ConnectionLimits = ConnectionLimits()
     lease_ms: int | None = None
 
 
@@ -83,7 +83,7 @@ class Config:
     @property
     def restart_only(self) -> Mapping[str, object]:
         """The sections that a reload does not change, by name, to be compared with those in force."""
-        server = (self.settings.api, self.settings.admin, self.settings.cors, self.settings.patience)
+        server = (self.settings.api, self.settings.admin, self.settings.cors, self.settings.connection_limits)
         return {"server": server, "database": self.settings.database}
 
 
@@ -239,7 +239,7 @@ def _settings(file: File) -> Settings:
         admin=None if admin is None else Address(*scalars.split_address(admin)),
         database=file.database,
         cors=tuple(file.server.cors),
-        patience=Patience(connections=file.server.connections),
+        connection_limits=ConnectionLimits(connections=file.server.connections),
     )
 
 

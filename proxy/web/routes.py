@@ -58,7 +58,7 @@ class Api:
         self._relay = relay
         self._health = health
         self._cors = Cors(settings.cors)
-        self._patience = settings.patience
+        self._limits = settings.connection_limits
         self._now = now
 
     def application(self) -> web.Application:
@@ -98,14 +98,14 @@ class Api:
     async def _metered(self, endpoint: Endpoint, request: web.Request) -> web.StreamResponse:
         policy = self._policies.current
         user = identify(request.headers.items(), policy)
-        client = Client(request, id=request[REQUEST_ID], silence_s=self._patience.silence_s)
+        client = Client(request, id=request[REQUEST_ID], silence_s=self._limits.heartbeat_s)
         deployment = request.match_info.get("deployment")
         if endpoint.form is None:
-            call = parse_call(endpoint, await read_body(request, self._patience), deployment=deployment)
+            call = parse_call(endpoint, await read_body(request, self._limits), deployment=deployment)
             return await self._carried(await self._owned.with_previous(passage_for(call, user, policy, client)))
         spool = Spool()
         try:
-            form = await read_form(request, spool, self._patience)
+            form = await read_form(request, spool, self._limits)
             call = parse_form(endpoint, form, deployment=deployment)
             passage = passage_for(call, user, policy, client, spool=spool)
         except BaseException:
@@ -117,7 +117,7 @@ class Api:
         # Not in a task of its own: nothing is on the books of it, so it may end with its client.
         policy = self._policies.current
         user = identify(request.headers.items(), policy)
-        client = Client(request, id=request[REQUEST_ID], silence_s=self._patience.silence_s)
+        client = Client(request, id=request[REQUEST_ID], silence_s=self._limits.heartbeat_s)
         asked = Asked(kept, request.match_info["id"], list(request.query.items()), user, policy)
         await self._owned.pass_on(asked, client)
         assert client.response is not None, "what was passed on was answered"

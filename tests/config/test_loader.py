@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from proxy.config import schema
 from proxy.config.document import BYTES_MAX
-from proxy.config.loader import Address, BadConfig, Config, Patience, Settings, load, load_text, read_some
+from proxy.config.loader import Address, BadConfig, Config, ConnectionLimits, Settings, load, load_text, read_some
 from proxy.policy.policy import Allow, Group, Keep, Model, Secret, Upstream, User, digest
 from proxy.policy.quota import Globs, Limit
 from proxy.policy.windows import Calendar, Duration
@@ -74,7 +74,7 @@ def test_the_settings_are_what_only_a_restart_changes():
     assert load_text(SMALL).settings.admin == Address("127.0.0.1", 8081)
     assert "password" not in repr(config)
     pages = load_text(f'{SMALL}server: {{cors: ["https://App.example/", "*"], connections: 2k}}\n').settings
-    assert (pages.cors, pages.patience) == (("https://app.example", "*"), Patience(connections=2000))
+    assert (pages.cors, pages.connection_limits) == (("https://app.example", "*"), ConnectionLimits(connections=2000))
 
 
 def test_a_change_that_needs_a_restart_is_seen():
