@@ -14,9 +14,9 @@ import uvloop
 
 from proxy import __version__, demo, logs
 from proxy.calls.tokenizer import Tokenizers, table_folders
-from proxy.config.json_schema import json_schema
 from proxy.config.lint import sentences, warnings
 from proxy.config.loader import BadConfig, Config, load
+from proxy.config.schema import json_schema
 from proxy.ledger.schema import NewerSchema
 from proxy.ledger.store import StoreInUse, StoreUnavailable
 from proxy.policy.policy import digest

@@ -1,22 +1,31 @@
 """The shape of the file: its sections, their defaults, and the JSON Schema made of them."""
 
+import json
 from pathlib import Path
 
 import pytest
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
+from proxy.config import values as scalars
 from proxy.config.schema import (
     Allow,
+    Count,
     File,
+    Flag,
     Group,
     Keep,
     Model,
+    Name,
     Place,
+    Positive,
     Quota,
     Section,
     Server,
+    Text,
     Upstream,
     User,
+    Wait,
+    json_schema,
     section_at,
 )
 from proxy.policy.policy import Secret
@@ -200,3 +209,60 @@ def test_every_key_is_described_in_a_sentence():
     for section in SECTIONS:
         for name, field in section.model_fields.items():
             assert field.description and field.description.endswith("."), f"{section.__name__}.{name}"
+
+
+@pytest.mark.parametrize(
+    ("field", "written", "taken"),
+    [
+        (Name, "staff", "staff"),
+        (Name, 1001, "1001"),
+        (Text, 7, "7"),
+        (Count, "200k", 200_000),
+        (Count, 0, 0),
+        (Positive, "5M", 5_000_000),
+        (Wait, "30s", 30_000),
+        (Flag, "true", True),
+        (Flag, False, False),
+    ],
+)
+def test_a_value_is_taken_as_it_was_meant(field, written, taken):
+    """A number may be a name, and a word a number; as strictly as in a section."""
+    found = TypeAdapter(field).validate_python(written, strict=True)
+    assert (found, type(found)) == (taken, type(taken))
+
+
+@pytest.mark.parametrize(
+    ("field", "written"), [(Name, "a b"), (Positive, 0), (Flag, "yes"), (Wait, "soon"), (Name, 1.5)]
+)
+def test_a_value_that_means_something_else_is_refused(field, written):
+    """Each by its own rule, as strictly as in a section."""
+    with pytest.raises(ValidationError):
+        TypeAdapter(field).validate_python(written, strict=True)
+
+
+def test_an_editor_is_told_both_ways_of_writing_a_number():
+    """As a number, or as text with its unit or a reference."""
+    ways = TypeAdapter(Count).json_schema()["anyOf"]
+    assert [way["type"] for way in ways] == ["integer", "string"]
+
+
+def test_the_json_schema_in_config_is_the_one_that_is_printed():
+    """Mend it with: python -m proxy schema > config/quotas.schema.json."""
+    assert (ROOT / "config" / "quotas.schema.json").read_text(encoding="utf-8") == json_schema()
+
+
+def test_the_json_schema_refuses_what_the_file_refuses():
+    """Unknown keys, names that are none, and null but for the admin listener and what is kept for ever."""
+    whole = json.loads(json_schema())
+    assert whole["$schema"] == "https://json-schema.org/draft/2020-12/schema"
+    assert whole["required"] == ["upstreams"]
+    assert whole["$defs"]["Quota"]["required"] == ["per"]
+    assert all(part["additionalProperties"] is False for part in (whole, *whole["$defs"].values()))
+    assert whole["properties"]["groups"]["additionalProperties"] is False
+    assert list(whole["properties"]["groups"]["patternProperties"]) == [scalars.NAME.pattern]
+    assert json_schema().count('"null"') == 3
+    assert [whole["$defs"]["Keep"]["properties"][name]["type"] for name in ("calls", "days")] == [
+        ["string", "null"]
+    ] * 2
+    assert whole["$defs"]["Server"]["properties"]["admin"]["type"] == ["string", "null"]
+    assert "title" not in json_schema()
