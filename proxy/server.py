@@ -24,7 +24,7 @@ from proxy.calls.relay import Relay
 from proxy.calls.stored_responses import Owned
 from proxy.calls.tokenizer import Tokenizers
 from proxy.config.loader import Address, Config
-from proxy.config.reload import Look, Policies
+from proxy.config.reload import Fingerprint, Policies
 from proxy.ledger.ledger import LEASE_MS, Ledger
 from proxy.ledger.queue import WaitingRoom
 from proxy.ledger.rollup import Records
@@ -67,7 +67,7 @@ class Server:
         *,
         load: Callable[[], Config],
         tokenizers: Tokenizers,
-        look: Callable[[], Look] = lambda: None,
+        look: Callable[[], Fingerprint] = lambda: None,
         now: Callable[[], int] = wall_clock_ms,
         departures: Departures | None = None,
         share: Share | None = None,
@@ -77,7 +77,7 @@ class Server:
         self.metrics = Metrics(self._share.metrics)
         self._tokenizers = tokenizers
         self._load = load
-        self.policies = Policies(config, load=self._load_whole, look=look, metrics=self.metrics, now=now)
+        self.policies = Policies(config, load=self._load_whole, fingerprint=look, metrics=self.metrics, now=now)
         store = store_of(self._share.database, self._share.lock)
         self.records = Records(store, now=now, keep=lambda: self.policies.current.keep)
         self.ledger = Ledger(
@@ -248,7 +248,7 @@ def sqlite_path(database: str) -> Path:
     return Path(database.removeprefix("sqlite:///"))
 
 
-def look_at(path: str) -> Look:
+def look_at(path: str) -> Fingerprint:
     """What tells that a file was changed or replaced; None where it is not there."""
     try:
         found = Path(path).stat()

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 import yaml
 
-from proxy.config.interpolation import Sources
+from proxy.config.interpolation import Interpolator
 
 BYTES_MAX = 5_000_000
 DEPTH_MAX = 32
@@ -23,7 +23,7 @@ DEPTH_MAX = 32
 NODES_MAX = 400_000
 _SENTENCE_MAX = 500
 
-Path = tuple[str | int, ...]
+KeyPath = tuple[str | int, ...]
 Scalar = str | int | bool | None
 
 _NULLS = ("", "~", "null", "Null", "NULL")
@@ -43,7 +43,7 @@ _PARSER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 @dataclass(frozen=True, slots=True, order=True)
-class Mistake:
+class Diagnostic:
     """What is wrong on which line, and what to write instead."""
 
     file: str
@@ -64,7 +64,7 @@ class Node:
     size: int = 1
     height: int = 1
     is_bad: bool = False
-    is_substituted: bool = False
+    is_interpolated: bool = False
 
     def plain(self) -> object:
         """The value without its places."""
@@ -74,7 +74,7 @@ class Node:
             return [node.plain() for node in self.value]
         return self.value
 
-    def scalars(self, path: Path = ()) -> Iterator[tuple[Path, Scalar]]:
+    def scalars(self, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Scalar]]:
         """Every single value below it with its place."""
         if isinstance(self.value, dict | list):
             parts = self.value.items() if isinstance(self.value, dict) else enumerate(self.value)
@@ -91,30 +91,30 @@ class Document:
     name: str
     root: Node = field(repr=False)
     data: dict[str, object] | None = field(repr=False)
-    mistakes: tuple[Mistake, ...]
-    sources: Sources = field(repr=False)
+    mistakes: tuple[Diagnostic, ...]
+    sources: Interpolator = field(repr=False)
 
-    def line(self, path: Path) -> int:
+    def line(self, path: KeyPath) -> int:
         """The line of this value, or of the nearest thing around it that stands in the file."""
         return self._find(path)[1]
 
-    def is_bad(self, path: Path) -> bool:
+    def is_bad(self, path: KeyPath) -> bool:
         """Whether a mistake about this very value was already noted."""
         return self._find(path)[0].is_bad
 
-    def is_substituted(self, path: Path) -> bool:
+    def is_interpolated(self, path: KeyPath) -> bool:
         """Whether some of it came from the environment or another file."""
-        return self._find(path)[0].is_substituted
+        return self._find(path)[0].is_interpolated
 
-    def mistake(self, path: Path, text: str) -> Mistake:
+    def mistake(self, path: KeyPath, text: str) -> Diagnostic:
         """A mistake at this place."""
-        return Mistake(self.name, self.line(path), _shown(text, self.sources))
+        return Diagnostic(self.name, self.line(path), _shown(text, self.sources))
 
-    def scalars(self) -> Iterator[tuple[Path, Scalar]]:
+    def scalars(self) -> Iterator[tuple[KeyPath, Scalar]]:
         """Every single value of the file with its place."""
         return self.root.scalars()
 
-    def _find(self, path: Path) -> tuple[Node, int]:
+    def _find(self, path: KeyPath) -> tuple[Node, int]:
         node, line = self.root, self.root.line
         for step in path:
             if isinstance(node.value, dict) and isinstance(step, str) and step in node.value:
@@ -127,7 +127,7 @@ class Document:
         return node, line
 
 
-def read_document(source: bytes, name: str, sources: Sources) -> Document:
+def read_document(source: bytes, name: str, sources: Interpolator) -> Document:
     """Read a file's bytes; never raises: what is wrong is in the document's mistakes."""
     builder = _Builder(sources)
     root = Node(1, None)
@@ -135,14 +135,14 @@ def read_document(source: bytes, name: str, sources: Sources) -> Document:
         root = builder.build(_parse(_decode(source)))
     except _Unreadable as unreadable:
         builder.note(unreadable.line, str(unreadable))
-    mistakes = tuple(Mistake(name, line, _shown(text, sources)) for line, text in builder.mistakes)
+    mistakes = tuple(Diagnostic(name, line, _shown(text, sources)) for line, text in builder.mistakes)
     data = root.plain()
     return Document(name, root, data if isinstance(data, dict) else None, mistakes, sources)
 
 
-def _shown(text: str, sources: Sources) -> str:
+def _shown(text: str, sources: Interpolator) -> str:
     """A sentence fit to be printed: on one line, not endless, and without any value that was put in."""
-    text = "".join(letter if letter.isprintable() else "?" for letter in sources.hide(text))
+    text = "".join(letter if letter.isprintable() else "?" for letter in sources.redact(text))
     return text if len(text) <= _SENTENCE_MAX else f"{text[:_SENTENCE_MAX]}…"
 
 
@@ -207,7 +207,7 @@ class _Open:
 class _Builder:
     """Puts nodes together from the parser's events, with a stack of its own: nesting can't overflow ours."""
 
-    def __init__(self, sources: Sources) -> None:
+    def __init__(self, sources: Interpolator) -> None:
         self._sources = sources
         self.mistakes: list[tuple[int, str]] = []
         self._stack: list[_Open] = []
@@ -268,14 +268,14 @@ class _Builder:
             self.note(line, wrong)
             return Node(line, text, is_bad=True)
         if "${" in text and not is_key:
-            return self._substituted(text, line)
+            return self._interpolated(text, line)
         return Node(line, _meaning(text) if is_plain else text)
 
-    def _substituted(self, text: str, line: int) -> Node:
-        found = self._sources.substitute(text)
+    def _interpolated(self, text: str, line: int) -> Node:
+        found = self._sources.interpolate(text)
         for sentence in found.wrong:
             self.note(line, sentence)
-        return Node(line, found.text, is_bad=bool(found.wrong), is_substituted=found.is_substituted)
+        return Node(line, found.text, is_bad=bool(found.wrong), is_interpolated=found.is_interpolated)
 
     def _place(self, node: Node, anchor: str | None, line: int | None = None) -> None:
         """Put a complete node where it belongs; `line` is where an alias of it stands."""

@@ -24,15 +24,15 @@ _NAMED = re.compile(r"([A-Za-z_][A-Za-z0-9_]*)(?:(:-)(.*))?", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
-class Substituted:
+class Interpolated:
     """A text after substitution, whether anything was put in, and what is wrong with its references."""
 
     text: str
-    is_substituted: bool
+    is_interpolated: bool
     wrong: tuple[str, ...]
 
 
-class Sources:
+class Interpolator:
     """What references are looked up in."""
 
     def __init__(self, environ: Mapping[str, str], read_file: ReadFile) -> None:
@@ -41,7 +41,7 @@ class Sources:
         self._outside: set[str] = set()
         self._lengths: set[int] = set()
 
-    def substitute(self, text: str) -> Substituted:
+    def interpolate(self, text: str) -> Interpolated:
         """The text with its references replaced; one that is wrong stays as it is written."""
         wrong: list[str] = []
         looked_up = 0
@@ -57,9 +57,9 @@ class Sources:
                 wrong.append(str(error))
                 return match[0]
 
-        return Substituted(_REFERENCE.sub(replace, text), looked_up > 0, tuple(wrong))
+        return Interpolated(_REFERENCE.sub(replace, text), looked_up > 0, tuple(wrong))
 
-    def hide(self, text: str) -> str:
+    def redact(self, text: str) -> str:
         """The text without any value that came from outside, the longest first."""
         # By pieces of the text instead of value by value: there may be a key for each of 50,000 users.
         for length in sorted(self._lengths, reverse=True):

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from ipaddress import ip_address
 from urllib.parse import urlsplit
 
-from proxy.config.document import Mistake, Path
+from proxy.config.document import Diagnostic, KeyPath
 from proxy.config.loader import Config
 from proxy.config.messages import placed
 from proxy.formats.estimate import SMALLEST_ANSWER
@@ -17,7 +17,7 @@ from proxy.policy.policy import DEFAULT, EVERYONE, Group, Model, Policy, User, e
 from proxy.policy.quota import Globs, Limit, Quota
 from proxy.policy.windows import Calendar
 
-Warnings = Iterator[tuple[Path, str]]
+Warnings = Iterator[tuple[KeyPath, str]]
 
 _NAMES_SHOWN = 5
 
@@ -37,7 +37,7 @@ _MEMBERS = {0: "its members (nobody in this file)", 1: "its one member"}
 _MANNER = {"exact": "", "after": " (counted when calls have ended)", "shadow": " (only watched)"}
 
 
-def warnings(config: Config) -> tuple[Mistake, ...]:
+def warnings(config: Config) -> tuple[Diagnostic, ...]:
     """What is allowed but probably not meant, each with its line."""
     policy = config.policy
     found = [
@@ -74,7 +74,7 @@ def _members(policy: Policy) -> dict[str, list[User]]:
 def _of_groups(policy: Policy) -> Warnings:
     members = _members(policy)
     for group in policy.groups.values():
-        path: Path = ("groups", group.name)
+        path: KeyPath = ("groups", group.name)
         if not members[group.name] and group.name not in (EVERYONE, DEFAULT):
             yield path, f'nobody in this file is in group "{group.name}"'
         if not group.quotas and not group.unlimited and group.models is None:
@@ -120,7 +120,7 @@ def _speaks(policy: Policy, name: str) -> bool:
 # ----------------------------------------------------------------------------------------------------------- quotas
 
 
-def _quotas(policy: Policy) -> Iterator[tuple[Path, Group, Quota]]:
+def _quotas(policy: Policy) -> Iterator[tuple[KeyPath, Group, Quota]]:
     for group in policy.groups.values():
         for quota in group.quotas:
             yield ("groups", group.name, "quotas", quota.name), group, quota
@@ -304,11 +304,11 @@ def _of_upstreams(policy: Policy) -> Warnings:
 
 def _plain_secrets(config: Config) -> Warnings:
     for path, value in config.document.scalars():
-        if not config.document.is_substituted(path) and _is_plain_secret(path, str(value)):
+        if not config.document.is_interpolated(path) and _is_plain_secret(path, str(value)):
             yield path, placed(path, "a secret stands here in plain; write ${NAME} or ${file:/path} for it")
 
 
-def _is_plain_secret(path: Path, value: str) -> bool:
+def _is_plain_secret(path: KeyPath, value: str) -> bool:
     match path:
         case ("admin_keys", _) | ("users", _, "keys", _):
             return not value.startswith("sha256:")

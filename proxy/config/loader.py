@@ -11,10 +11,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from zoneinfo import ZoneInfo
 
-from proxy.config import values as scalars
-from proxy.config.document import BYTES_MAX, Document, Mistake, Path, read_document
-from proxy.config.interpolation import ReadFile, Sources
-from proxy.config.messages import Fault, nearest, placed, read_file
+from proxy.config import values
+from proxy.config.document import BYTES_MAX, Diagnostic, Document, KeyPath, read_document
+from proxy.config.interpolation import Interpolator, ReadFile
+from proxy.config.messages import Finding, did_you_mean, placed, read_file
 from proxy.config.schema import Allow as AllowSection
 from proxy.config.schema import File
 from proxy.config.schema import Group as GroupSection
@@ -29,7 +29,7 @@ _MISTAKES_SHOWN = 100
 class BadConfig(Exception):
     """The file can't be taken. Its text is the whole report, a line for each mistake."""
 
-    def __init__(self, mistakes: Iterable[Mistake]) -> None:
+    def __init__(self, mistakes: Iterable[Diagnostic]) -> None:
         self.mistakes = tuple(sorted(set(mistakes)))
         more = len(self.mistakes) - _MISTAKES_SHOWN
         lines = [str(mistake) for mistake in self.mistakes[:_MISTAKES_SHOWN]]
@@ -89,15 +89,15 @@ class Config:
 
 def load(path: str, environ: Mapping[str, str], read_bytes: ReadFile | None = None) -> Config:
     """The file at `path`; raises BadConfig."""
-    read_bytes = read_bytes or read_some
+    read_bytes = read_bytes or read_capped
     try:
         source = read_bytes(path)
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or "no such name"
         raise BadConfig(
-            [Mistake(path, 1, f"the file can't be read ({why}); check its name and who may read it")]
+            [Diagnostic(path, 1, f"the file can't be read ({why}); check its name and who may read it")]
         ) from None
-    return _load(source, path, Sources(environ, read_bytes))
+    return _load(source, path, Interpolator(environ, read_bytes))
 
 
 def load_text(
@@ -109,16 +109,16 @@ def load_text(
 ) -> Config:
     """The same for a text; `name` stands for the file in the report."""
     source = text.encode("utf-8", "surrogatepass")
-    return _load(source, name, Sources(environ or {}, read_bytes or read_some))
+    return _load(source, name, Interpolator(environ or {}, read_bytes or read_capped))
 
 
-def read_some(path: str) -> bytes:
+def read_capped(path: str) -> bytes:
     """A file's bytes, at most one more than is ever taken: also of one that has no end."""
     with open(path, "rb") as file:
         return file.read(BYTES_MAX + 1)
 
 
-def _load(source: bytes, name: str, sources: Sources) -> Config:
+def _load(source: bytes, name: str, sources: Interpolator) -> Config:
     document = read_document(source, name, sources)
     if document.data is None:
         raise BadConfig(document.mistakes)
@@ -133,43 +133,45 @@ def _load(source: bytes, name: str, sources: Sources) -> Config:
 # ------------------------------------------------------------------------------------- mistakes across the whole file
 
 
-def _pointing_nowhere(data: Mapping[str, object]) -> Iterator[Fault]:
+def _pointing_nowhere(data: Mapping[str, object]) -> Iterator[Finding]:
     """Names of groups and upstreams that there are not."""
     groups, upstreams = _mapping(data, "groups"), _mapping(data, "upstreams")
     for user in _mapping(data, "users"):
         for path, group in _words(data, "users", user, "groups"):
             if group in (EVERYONE, DEFAULT):
-                yield Fault(path, placed(path, f'"{group}" holds for users by itself; leave it out'))
+                yield Finding(path, placed(path, f'"{group}" holds for users by itself; leave it out'))
             else:
                 yield from _missing("group", path, group, groups)
     yield from _missing("upstream", ("default_upstream",), _word(data.get("default_upstream")), upstreams)
     needs_default = len(upstreams) > 1 and "default_upstream" not in data
     if needs_default and "models" not in data:
         text = f"there are several and no models; write default_upstream: one of {', '.join(upstreams)}"
-        yield Fault(("upstreams",), placed(("upstreams",), text))
+        yield Finding(("upstreams",), placed(("upstreams",), text))
     for model in _mapping(data, "models"):
         path, section = ("models", model), _mapping(data, "models", model)
         yield from _missing("upstream", (*path, "upstream"), _word(section.get("upstream")), upstreams)
         for place, one in _places(section):
             yield from _missing("upstream", (*path, *place, "upstream"), _word(one.get("upstream")), upstreams)
         if needs_default and not section.keys() & {"upstream", "upstreams"}:
-            yield Fault(
+            yield Finding(
                 path,
                 placed(path, "there are several upstreams; write upstream or upstreams here, or default_upstream"),
             )
 
 
-def _missing(kind: str, path: Path, name: str, names: Iterable[str]) -> Iterator[Fault]:
-    if name in names or not scalars.NAME.fullmatch(name):
+def _missing(kind: str, path: KeyPath, name: str, names: Iterable[str]) -> Iterator[Finding]:
+    if name in names or not values.NAME.fullmatch(name):
         return
     names = [name for name in names if name not in (EVERYONE, DEFAULT)]
-    hint = nearest(name, names) or f"write it below {kind}s, where there is {', '.join(names[:10]) or 'none yet'}"
-    yield Fault(path, placed(path, f'there is no {kind} "{name}"; {hint}'))
+    hint = (
+        did_you_mean(name, names) or f"write it below {kind}s, where there is {', '.join(names[:10]) or 'none yet'}"
+    )
+    yield Finding(path, placed(path, f'there is no {kind} "{name}"; {hint}'))
 
 
-def _shared_keys(data: Mapping[str, object]) -> Iterator[Fault]:
+def _shared_keys(data: Mapping[str, object]) -> Iterator[Finding]:
     """Keys that don't say who is calling, because they stand in two places. The key itself is not shown."""
-    keys: list[tuple[str, Path, str]] = [
+    keys: list[tuple[str, KeyPath, str]] = [
         ("an admin", ("admin_keys", name), _word(key)) for name, key in _mapping(data, "admin_keys").items()
     ]
     for user in _mapping(data, "users"):
@@ -178,29 +180,29 @@ def _shared_keys(data: Mapping[str, object]) -> Iterator[Fault]:
     for owner, path, key in keys:
         digest = _digest(key)
         if digest in owners:
-            yield Fault(path, placed(path, f"{owners[digest]} has this key already; write another one"))
+            yield Finding(path, placed(path, f"{owners[digest]} has this key already; write another one"))
         elif digest:
             owners[digest] = owner
 
 
 def _digest(key: str) -> str | None:
     try:
-        return scalars.key_digest(key)
+        return values.key_digest(key)
     except ValueError:
         return None
 
 
-def _idle_words(data: Mapping[str, object]) -> Iterator[Fault]:
+def _idle_words(data: Mapping[str, object]) -> Iterator[Finding]:
     """What stands there and could do nothing."""
     anything = _mapping(data, "models", "*")
     named = [(key,) for key in anything if key not in ("upstream", "upstreams")]
     for step in (*named, *((*place, "model") for place, one in _places(anything) if "model" in one)):
-        path: Path = ("models", "*", *step)
-        yield Fault(path, placed(path, '"*" says only where names go; leave this out, or name the model'))
+        path: KeyPath = ("models", "*", *step)
+        yield Finding(path, placed(path, '"*" says only where names go; leave this out, or name the model'))
     if _mapping(data, "groups", EVERYONE).get("unlimited") in (True, "true"):
         path = ("groups", EVERYONE, "unlimited")
         text = f"{EVERYONE} only adds limits; write unlimited in {DEFAULT}, or unmatched: allow"
-        yield Fault(path, placed(path, text))
+        yield Finding(path, placed(path, text))
 
 
 def _mapping(data: object, *path: str) -> Mapping[str, object]:
@@ -210,14 +212,14 @@ def _mapping(data: object, *path: str) -> Mapping[str, object]:
     return data if isinstance(data, dict) else {}
 
 
-def _places(model: Mapping[str, object]) -> Iterator[tuple[Path, Mapping[str, object]]]:
+def _places(model: Mapping[str, object]) -> Iterator[tuple[KeyPath, Mapping[str, object]]]:
     """The upstreams of a model that has several, each with its place in the model."""
     several = model.get("upstreams")
     for index, one in enumerate(several if isinstance(several, list) else []):
         yield ("upstreams", index), _mapping(one)
 
 
-def _words(data: Mapping[str, object], *path: str) -> Iterator[tuple[Path, str]]:
+def _words(data: Mapping[str, object], *path: str) -> Iterator[tuple[KeyPath, str]]:
     """The items of the list at this place, each with its own place."""
     found = _mapping(data, *path[:-1]).get(path[-1])
     for index, item in enumerate(found if isinstance(found, list) else []):
@@ -235,8 +237,8 @@ def _word(value: object) -> str:
 def _settings(file: File) -> Settings:
     admin = file.server.admin
     return Settings(
-        api=Address(*scalars.split_address(file.server.api)),
-        admin=None if admin is None else Address(*scalars.split_address(admin)),
+        api=Address(*values.split_address(file.server.api)),
+        admin=None if admin is None else Address(*values.split_address(admin)),
         database=file.database,
         cors=tuple(file.server.cors),
         connection_limits=ConnectionLimits(connections=file.server.connections),

@@ -12,7 +12,7 @@ from difflib import get_close_matches
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from proxy.config.document import Path
+from proxy.config.document import KeyPath
 from proxy.config.schema import EMPTY, File, section_at
 
 _FAULTS_MAX = 1000
@@ -28,14 +28,14 @@ _WRONG_TYPES = {
 
 
 @dataclass(frozen=True, slots=True)
-class Fault:
+class Finding:
     """What is wrong at which place of the data."""
 
-    path: Path
+    path: KeyPath
     text: str
 
 
-def read_file(data: Mapping[str, object]) -> tuple[File | None, tuple[Fault, ...]]:
+def read_file(data: Mapping[str, object]) -> tuple[File | None, tuple[Finding, ...]]:
     """The file's sections, or what is wrong with their shapes."""
     try:
         return File.model_validate(data), ()
@@ -43,7 +43,7 @@ def read_file(data: Mapping[str, object]) -> tuple[File | None, tuple[Fault, ...
         return None, tuple(_fault(detail) for detail in error.errors(include_url=False)[:_FAULTS_MAX])
 
 
-def placed(path: Path, text: str) -> str:
+def placed(path: KeyPath, text: str) -> str:
     """A sentence with the place it is about before it.
 
     Names of admin keys are not shown: who writes `{key: name}` for `{name: key}` has a key there.
@@ -53,36 +53,36 @@ def placed(path: Path, text: str) -> str:
     return f"{where}: {text}" if where else text
 
 
-def nearest(word: str, words: Iterable[str]) -> str:
+def did_you_mean(word: str, words: Iterable[str]) -> str:
     """A question for what may have been meant; empty where nothing is near."""
     near = get_close_matches(word[:50], list(words), n=1)
     return f'did you mean "{near[0]}"?' if near else ""
 
 
-def _fault(detail: ErrorDetails) -> Fault:
+def _fault(detail: ErrorDetails) -> Finding:
     path = detail["loc"][:-1] if detail["loc"][-1:] == ("[key]",) else detail["loc"]
     kind, context = detail["type"], detail.get("ctx", {})
     if kind == "extra_forbidden":
-        return Fault(path, placed(path[:-1], _unknown_key(path)))
+        return Finding(path, placed(path[:-1], _unknown_key(path)))
     if kind == "missing":
-        return Fault(path, placed(path[:-1], _missing_key(path)))
+        return Finding(path, placed(path[:-1], _missing_key(path)))
     if detail["input"] is None:
         text = EMPTY
     elif kind == "literal_error":
         text = f"this has to be one of {context['expected'].replace(chr(39), '')}"
     else:
         text = str(context["error"]) if kind == "value_error" else _WRONG_TYPES[kind]
-    return Fault(path, placed(path, text))
+    return Finding(path, placed(path, text))
 
 
-def _unknown_key(path: Path) -> str:
+def _unknown_key(path: KeyPath) -> str:
     section = section_at(path)
     keys = section.model_fields
-    hint = nearest(str(path[-1]), keys) or f"write one of {', '.join(keys)}"
+    hint = did_you_mean(str(path[-1]), keys) or f"write one of {', '.join(keys)}"
     return f'"{path[-1]}" is no key of {section.called}; {hint}'
 
 
-def _missing_key(path: Path) -> str:
+def _missing_key(path: KeyPath) -> str:
     key = str(path[-1])
     example = (section_at(path).model_fields[key].examples or [""])[0]
     return f'"{key}" is missing; write {key}: {example if isinstance(example, str) else json.dumps(example)}'

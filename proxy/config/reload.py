@@ -15,7 +15,7 @@ from proxy.policy.policy import Policy
 log = structlog.get_logger("reload")
 
 # What a file looks like from outside: it has changed when this differs.
-Look = tuple[int, ...] | None
+Fingerprint = tuple[int, ...] | None
 
 
 class Policies:
@@ -26,14 +26,14 @@ class Policies:
         config: Config,
         *,
         load: Callable[[], Config],
-        look: Callable[[], Look],
+        fingerprint: Callable[[], Fingerprint],
         metrics: Metrics,
         now: Callable[[], int],
     ) -> None:
         self._config = config
         self._load = load
-        self._look = look
-        self._seen = self._last_look = look()
+        self._fingerprint = fingerprint
+        self._loaded = self._previous = fingerprint()
         # A signal and a changed file may come together; the file that is read last must win.
         self._one_at_a_time = asyncio.Lock()
         self._metrics = metrics
@@ -51,9 +51,9 @@ class Policies:
         A file that is being written looks different at each look; taken half way, it could be a policy without
         its last quotas.
         """
-        before, self._last_look = self._last_look, self._look()
-        if self._last_look == before != self._seen:
-            self._seen = before
+        before, self._previous = self._previous, self._fingerprint()
+        if self._previous == before != self._loaded:
+            self._loaded = before
             await self.reload()
 
     async def reload(self) -> bool:

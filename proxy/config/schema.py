@@ -20,13 +20,13 @@ from pydantic import (
     model_validator,
 )
 
-from proxy.config import values as scalars
+from proxy.config import values
 from proxy.policy.amounts import MEASURES
 from proxy.policy.policy import Kind, OnDisconnect, Secret
 from proxy.policy.quota import Combine, Enforce, Limit
 
 # What a value may always be instead: a reference, of which the schema can't know what it stands for.
-REFERENCE = r".*\$\{.+\}.*"
+INTERPOLATION_PATTERN = r".*\$\{.+\}.*"
 
 Weekday = Literal["monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday"]
 Encoding = Literal["o200k_base", "o200k_harmony", "cl100k_base", "p50k_base", "p50k_edit", "r50k_base", "gpt2"]
@@ -46,36 +46,36 @@ def _string(**more: object) -> WithJsonSchema:
 
 
 def _number(least: int) -> WithJsonSchema:
-    text = rf"^([0-9]+(_[0-9]+)*[kM]?|{REFERENCE})$"
+    text = rf"^([0-9]+(_[0-9]+)*[kM]?|{INTERPOLATION_PATTERN})$"
     return WithJsonSchema({"anyOf": [{"type": "integer", "minimum": least}, {"type": "string", "pattern": text}]})
 
 
 _AsWritten = BeforeValidator(_written)
-_NAMED = WithJsonSchema({"type": ["string", "integer"], "pattern": scalars.NAME.pattern})
-Text = Annotated[str, _AsWritten, AfterValidator(scalars.sentence)]
-Name = Annotated[str, _AsWritten, AfterValidator(scalars.name), _NAMED]
-GroupName = Annotated[str, _AsWritten, AfterValidator(scalars.group_name), _NAMED]
-UserName = Annotated[str, _AsWritten, AfterValidator(scalars.user_name), _string(minLength=1, maxLength=254)]
-ModelName = Annotated[str, _AsWritten, AfterValidator(scalars.model_name), _string(minLength=1)]
-ServedName = Annotated[str, _AsWritten, AfterValidator(scalars.served_name), _string(minLength=1)]
-Glob = Annotated[str, _AsWritten, AfterValidator(scalars.glob), _string(minLength=1)]
+_NAMED = WithJsonSchema({"type": ["string", "integer"], "pattern": values.NAME.pattern})
+Text = Annotated[str, _AsWritten, AfterValidator(values.one_line)]
+Name = Annotated[str, _AsWritten, AfterValidator(values.name), _NAMED]
+GroupName = Annotated[str, _AsWritten, AfterValidator(values.group_name), _NAMED]
+UserName = Annotated[str, _AsWritten, AfterValidator(values.user_name), _string(minLength=1, maxLength=254)]
+ModelName = Annotated[str, _AsWritten, AfterValidator(values.model_name), _string(minLength=1)]
+ServedName = Annotated[str, _AsWritten, AfterValidator(values.served_name), _string(minLength=1)]
+Glob = Annotated[str, _AsWritten, AfterValidator(values.glob), _string(minLength=1)]
 Globs = Annotated[list[Glob], Field(min_length=1)]
 Flag = Annotated[bool, BeforeValidator(_flag)]
-Count = Annotated[int, BeforeValidator(scalars.count), _number(0)]
-Positive = Annotated[int, BeforeValidator(scalars.positive), _number(1)]
-Wait = Annotated[int, BeforeValidator(scalars.wait), _string()]
-LedgerWait = Annotated[int, BeforeValidator(scalars.ledger_wait), _string()]
-KeepFor = Annotated[int, BeforeValidator(scalars.keep), _string()]
-Per = Annotated[str, _AsWritten, AfterValidator(scalars.per)]
-Address = Annotated[str, _AsWritten, AfterValidator(scalars.address)]
-Origin = Annotated[str, AfterValidator(scalars.origin)]
-Zone = Annotated[str, AfterValidator(scalars.zone)]
-ApiVersion = Annotated[str, AfterValidator(scalars.api_version)]
-BaseUrl = Annotated[str, AfterValidator(scalars.base_url)]
-Database = Annotated[str, AfterValidator(scalars.database)]
+Count = Annotated[int, BeforeValidator(values.count), _number(0)]
+Positive = Annotated[int, BeforeValidator(values.positive), _number(1)]
+Wait = Annotated[int, BeforeValidator(values.wait_ms), _string()]
+LedgerWait = Annotated[int, BeforeValidator(values.ledger_wait_ms), _string()]
+KeepFor = Annotated[int, BeforeValidator(values.keep_ms), _string()]
+Per = Annotated[str, _AsWritten, AfterValidator(values.per)]
+Address = Annotated[str, _AsWritten, AfterValidator(values.address)]
+Origin = Annotated[str, AfterValidator(values.origin)]
+Zone = Annotated[str, AfterValidator(values.zone)]
+ApiVersion = Annotated[str, AfterValidator(values.api_version)]
+BaseUrl = Annotated[str, AfterValidator(values.base_url)]
+Database = Annotated[str, AfterValidator(values.database)]
 # A user's or admin's key: what is kept of it is its digest only.
-KeyDigest = Annotated[str, _AsWritten, AfterValidator(scalars.key_digest), _string(minLength=1)]
-ApiKey = Annotated[Secret, BeforeValidator(scalars.secret), _string(minLength=1)]
+KeyDigest = Annotated[str, _AsWritten, AfterValidator(values.key_digest), _string(minLength=1)]
+ApiKey = Annotated[Secret, BeforeValidator(values.secret), _string(minLength=1)]
 
 EMPTY = "this is empty; give it a value or leave it out"
 
@@ -211,7 +211,7 @@ class Upstream(Section):
         return self.on_disconnect or ("stop" if self.kind in ("vllm", "ollama", "llamacpp") else "drain")
 
 
-class Place(Section):
+class Target(Section):
     """One of the upstreams that serve a model."""
 
     called = "one of a model's upstreams"
@@ -229,7 +229,7 @@ class Model(Section):
     called = "a model"
 
     upstream: Name | None = Field(None, description="Which upstream serves it; default_upstream, or the only one.")
-    upstreams: Annotated[list[Place], Field(min_length=1)] | None = Field(
+    upstreams: Annotated[list[Target], Field(min_length=1)] | None = Field(
         None, description="Several that serve it; where one can't, another is asked before the client hears of it."
     )
     model: ServedName | None = Field(None, description="What the upstream calls it; the same name where left out.")
@@ -408,7 +408,7 @@ def section_at(path: tuple[str | int, ...]) -> type[Section]:
         case ("upstreams", _, _):
             return Upstream
         case ("models", _, "upstreams", _, _):
-            return Place
+            return Target
         case ("models", _, _):
             return Model
         case ("groups", _, _):

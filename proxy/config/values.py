@@ -52,7 +52,7 @@ def group_name(text: str) -> str:
     return name(text)
 
 
-def wait(value: object) -> int:
+def wait_ms(value: object) -> int:
     """How long a call may wait, as a duration, in milliseconds; 0 for not at all."""
     if value in (0, "0", "0s"):
         return 0
@@ -62,15 +62,15 @@ def wait(value: object) -> int:
     return length.length_ms
 
 
-def ledger_wait(value: object) -> int:
+def ledger_wait_ms(value: object) -> int:
     """How long a call may wait for the database, in milliseconds: for a commit it always has to."""
-    length_ms = wait(value)
+    length_ms = wait_ms(value)
     if length_ms < 1000:
         raise ValueError("this is shorter than a commit may take; write 1s or more")
     return length_ms
 
 
-def keep(value: object) -> int:
+def keep_ms(value: object) -> int:
     """How long records are kept, in milliseconds."""
     length = parse_per(value, _UTC) if isinstance(value, str) else None
     if not isinstance(length, Duration) or length.length_ms < _DAY_MS:
@@ -101,7 +101,7 @@ def glob(text: str) -> str:
     return text
 
 
-def sentence(text: str) -> str:
+def one_line(text: str) -> str:
     """Words that are shown to users: one line."""
     text = text.strip()
     if not text.isprintable():

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.config import document
-from proxy.config.document import DEPTH_MAX, NODES_MAX, Document, Mistake, read_document
-from proxy.config.interpolation import Sources
+from proxy.config.document import DEPTH_MAX, NODES_MAX, Diagnostic, Document, read_document
+from proxy.config.interpolation import Interpolator
 
 ENVIRON = {"KEY": "from-outside", "NUMBER": "0123"}
 
@@ -20,7 +20,7 @@ def no_files(path: str) -> bytes:
 
 def read(source: str | bytes, **environ: str) -> Document:
     source = source if isinstance(source, bytes) else source.encode()
-    return read_document(source, "f.yaml", Sources(ENVIRON | environ, no_files))
+    return read_document(source, "f.yaml", Interpolator(ENVIRON | environ, no_files))
 
 
 def data(source: str | bytes) -> object:
@@ -35,7 +35,7 @@ def mistakes(source: str | bytes) -> list[tuple[int, str]]:
 
 def test_a_mistake_reads_like_a_compilers():
     """file:line: text, which editors jump to."""
-    assert str(Mistake("quotas.yaml", 7, "no; write yes")) == "quotas.yaml:7: no; write yes"
+    assert str(Diagnostic("quotas.yaml", 7, "no; write yes")) == "quotas.yaml:7: no; write yes"
 
 
 @pytest.mark.parametrize(
@@ -239,7 +239,7 @@ def test_references_are_put_in_after_parsing():
     """A value can't change the file's structure, and is always text."""
     found = read("a: ${KEY}\nb: ${NUMBER}\nc: '${OTHER}'\nd: $${KEY}\n", OTHER="x: {y: z}")
     assert found.data == {"a": "from-outside", "b": "0123", "c": "x: {y: z}", "d": "${KEY}"}
-    assert [found.is_substituted((key,)) for key in "abcd"] == [True, True, True, False]
+    assert [found.is_interpolated((key,)) for key in "abcd"] == [True, True, True, False]
 
 
 def test_keys_have_no_references():

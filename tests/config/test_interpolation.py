@@ -4,7 +4,7 @@ import errno
 
 import pytest
 
-from proxy.config.interpolation import Sources
+from proxy.config.interpolation import Interpolator
 
 FILES = {
     "/run/secrets/key": b"from-a-file\n",
@@ -24,8 +24,8 @@ def read_bytes(path: str) -> bytes:
     return FILES[path]
 
 
-def sources() -> Sources:
-    return Sources({"NAME": "value", "EMPTY": "", "LONG": "value-and-more", "SHORT": "abc"}, read_bytes)
+def sources() -> Interpolator:
+    return Interpolator({"NAME": "value", "EMPTY": "", "LONG": "value-and-more", "SHORT": "abc"}, read_bytes)
 
 
 @pytest.mark.parametrize(
@@ -47,8 +47,8 @@ def sources() -> Sources:
 )
 def test_a_reference_stands_for_its_value(written, read):
     """The environment, a default, or a file without the line end after it."""
-    found = sources().substitute(written)
-    assert (found.text, found.is_substituted, found.wrong) == (read, True, ())
+    found = sources().interpolate(written)
+    assert (found.text, found.is_interpolated, found.wrong) == (read, True, ())
 
 
 @pytest.mark.parametrize(
@@ -57,8 +57,8 @@ def test_a_reference_stands_for_its_value(written, read):
 )
 def test_what_is_no_reference_stays_as_it_is(written, read):
     """A dollar sign alone means itself; the two signs together are written with one more."""
-    found = sources().substitute(written)
-    assert (found.text, found.is_substituted, found.wrong) == (read, False, ())
+    found = sources().interpolate(written)
+    assert (found.text, found.is_interpolated, found.wrong) == (read, False, ())
 
 
 @pytest.mark.parametrize(
@@ -85,28 +85,28 @@ def test_what_is_no_reference_stays_as_it_is(written, read):
 )
 def test_a_reference_to_nothing_is_a_mistake(written, sentence):
     """Nothing is put in silently, and what was pasted between the braces is not repeated."""
-    found = sources().substitute(written)
+    found = sources().interpolate(written)
     assert found.wrong == (sentence,)
     assert found.text.startswith("${")
 
 
 def test_every_wrong_reference_of_a_value_is_named():
     """One report, not one mistake after the other."""
-    assert len(sources().substitute("${A}${NAME}${B}").wrong) == 2
+    assert len(sources().interpolate("${A}${NAME}${B}").wrong) == 2
 
 
 def test_what_came_from_outside_is_hidden():
     """Longest first, so that no tail of a value is left; what the file itself says, and trifles, may be shown."""
     from_outside = sources()
     for written in ("${NAME}", "${LONG}", "${SHORT}", "${UNSET:-default}"):
-        from_outside.substitute(written)
-    assert from_outside.hide("value, value-and-more, abc, default") == "…, …, abc, default"
+        from_outside.interpolate(written)
+    assert from_outside.redact("value, value-and-more, abc, default") == "…, …, abc, default"
 
 
 def test_hiding_is_not_slowed_by_many_values():
     """A file may have a key for each of fifty thousand users, and a mistake for each."""
-    many = Sources({f"K{number}": f"key-{number:08}" for number in range(50_000)}, read_bytes)
+    many = Interpolator({f"K{number}": f"key-{number:08}" for number in range(50_000)}, read_bytes)
     for number in range(50_000):
-        many.substitute(f"${{K{number}}}")
-    texts = [many.hide(f"user {number} has key-{number:08}key-00000001, twice") for number in range(1000)]
+        many.interpolate(f"${{K{number}}}")
+    texts = [many.redact(f"user {number} has key-{number:08}key-00000001, twice") for number in range(1000)]
     assert texts[999] == "user 999 has ……, twice"

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from proxy.config import schema
 from proxy.config.document import BYTES_MAX
-from proxy.config.loader import Address, BadConfig, Config, ConnectionLimits, Settings, load, load_text, read_some
+from proxy.config.loader import Address, BadConfig, Config, ConnectionLimits, Settings, load, load_text, read_capped
 from proxy.policy.policy import Allow, Group, Keep, Model, Secret, Upstream, User, digest
 from proxy.policy.quota import Globs, Limit
 from proxy.policy.windows import Calendar, Duration
@@ -368,7 +368,7 @@ def test_a_file_that_is_not_there_is_a_mistake(tmp_path):
 
 def test_a_file_without_end_is_not_read_without_end():
     """A device or a pipe gives at most what is refused as too much."""
-    assert len(read_some("/dev/zero")) == BYTES_MAX + 1
+    assert len(read_capped("/dev/zero")) == BYTES_MAX + 1
 
 
 # ---------------------------------------------------------------------------------------------------- the example
@@ -395,7 +395,7 @@ def test_the_example_shows_every_key():
         schema.Server,
         schema.Upstream,
         schema.Model,
-        schema.Place,
+        schema.Target,
         schema.Group,
         schema.Quota,
         schema.User,

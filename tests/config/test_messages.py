@@ -2,7 +2,7 @@
 
 import pytest
 
-from proxy.config.messages import Fault, nearest, placed, read_file
+from proxy.config.messages import Finding, did_you_mean, placed, read_file
 
 RIGHT = {"upstreams": {"box": {"base_url": "http://box/v1"}}}
 
@@ -108,7 +108,7 @@ def test_a_fault_says_where_what_and_what_to_write(found, expected):
 def test_what_is_missing_at_the_top_is_shown_whole():
     """An example that can be pasted."""
     [fault] = read_file({})[1]
-    assert fault == Fault(
+    assert fault == Finding(
         ("upstreams",),
         '"upstreams" is missing; '
         'write upstreams: {"openai": {"base_url": "https://api.openai.com/v1", "api_key": "${OPENAI_API_KEY}"}}',
@@ -133,5 +133,5 @@ def test_places_are_written_as_in_the_file():
 
 def test_the_nearest_word_is_asked_for():
     """Only where one is near; also for words of a megabyte, at once."""
-    assert nearest("staf", ["staff", "admins"]) == 'did you mean "staff"?'
-    assert nearest("x" * 1_000_000, ["staff"]) == ""
+    assert did_you_mean("staf", ["staff", "admins"]) == 'did you mean "staff"?'
+    assert did_you_mean("x" * 1_000_000, ["staff"]) == ""

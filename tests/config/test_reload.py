@@ -5,9 +5,9 @@ from typing import Any
 
 from structlog.testing import capture_logs
 
-from proxy.config.document import Mistake
+from proxy.config.document import Diagnostic
 from proxy.config.loader import BadConfig, Config
-from proxy.config.reload import Look, Policies
+from proxy.config.reload import Fingerprint, Policies
 from proxy.metrics import Metrics
 from tests.builders import NOON
 from tests.stage import STAFF, config_of, stage
@@ -20,17 +20,19 @@ class Disk:
 
     def __init__(self, config: Config) -> None:
         self.config: Config | None = config
-        self.look: Look = (1,)
+        self.fingerprint: Fingerprint = (1,)
 
     def load(self) -> Config:
         """Read it; a file that holds nothing good has a mistake in line 3."""
         if self.config is None:
-            raise BadConfig([Mistake("quotas.yaml", 3, "wrong")])
+            raise BadConfig([Diagnostic("quotas.yaml", 3, "wrong")])
         return self.config
 
 
 def _policies(disk: Disk, metrics: Metrics) -> Policies:
-    return Policies(disk.load(), load=disk.load, look=lambda: disk.look, metrics=metrics, now=lambda: NOON)
+    return Policies(
+        disk.load(), load=disk.load, fingerprint=lambda: disk.fingerprint, metrics=metrics, now=lambda: NOON
+    )
 
 
 def _config(folder: Path, policy: str = STAFF) -> Config:
@@ -45,8 +47,8 @@ async def test_a_changed_file_is_taken_once(tmp_path: Path) -> None:
     disk.config = _config(tmp_path, STAFF.replace("1M", "2M"))
     await policies.reload_if_changed()
     assert policies.current is first
-    for look in ((2,), (3,)):  # it is being written
-        disk.look = look
+    for fingerprint in ((2,), (3,)):  # it is being written
+        disk.fingerprint = fingerprint
         await policies.reload_if_changed()
         assert policies.current is first
     await policies.reload_if_changed()

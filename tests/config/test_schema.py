@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
-from proxy.config import values as scalars
+from proxy.config import values
 from proxy.config.schema import (
     Allow,
     Count,
@@ -16,11 +16,11 @@ from proxy.config.schema import (
     Keep,
     Model,
     Name,
-    Place,
     Positive,
     Quota,
     Section,
     Server,
+    Target,
     Text,
     Upstream,
     User,
@@ -33,7 +33,7 @@ from proxy.policy.quota import Limit
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALLEST = {"upstreams": {"box": {"base_url": "http://box/v1"}}}
-SECTIONS = (File, Server, Keep, Allow, Upstream, Place, Model, Group, Quota, User)
+SECTIONS = (File, Server, Keep, Allow, Upstream, Target, Model, Group, Quota, User)
 
 
 def test_the_smallest_file_has_all_defaults():
@@ -185,7 +185,7 @@ def test_secrets_do_not_show():
         (("server", "a"), Server),
         (("keep", "a"), Keep),
         (("upstreams", "box", "a"), Upstream),
-        (("models", "m", "upstreams", 0, "a"), Place),
+        (("models", "m", "upstreams", 0, "a"), Target),
         (("upstreams", "box", "allow", "a"), Allow),
         (("models", "m", "allow", "a"), Allow),
         (("models", "m", "a"), Model),
@@ -259,7 +259,7 @@ def test_the_json_schema_refuses_what_the_file_refuses():
     assert whole["$defs"]["Quota"]["required"] == ["per"]
     assert all(part["additionalProperties"] is False for part in (whole, *whole["$defs"].values()))
     assert whole["properties"]["groups"]["additionalProperties"] is False
-    assert list(whole["properties"]["groups"]["patternProperties"]) == [scalars.NAME.pattern]
+    assert list(whole["properties"]["groups"]["patternProperties"]) == [values.NAME.pattern]
     assert json_schema().count('"null"') == 3
     assert [whole["$defs"]["Keep"]["properties"][name]["type"] for name in ("calls", "days")] == [
         ["string", "null"]
