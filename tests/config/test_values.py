@@ -1,4 +1,4 @@
-"""Single values of the file: what is taken, as what, and what is said of the rest."""
+"""Single values of the file: which are valid, in which form they are returned, and the mistakes of all others."""
 
 import hashlib
 from collections.abc import Callable
@@ -14,18 +14,18 @@ from proxy.policy.quota import Globs
 A_KEY = "a-key-of-24-characters-x"
 DIGEST = hashlib.sha256(A_KEY.encode()).hexdigest()
 
-NUMBER = "is no whole number from 0 up; write 200000, 200_000, 200k or 5M"
-ADDRESS = "is no address; write host:port: 127.0.0.1:8080, [::1]:8080, or 0.0.0.0:8080 for all interfaces"
-ORIGIN = 'is no origin; write scheme://host[:port], as in https://app.example, or "*" for all'
-URL = "this is no http:// or https:// address; write one such as https://api.openai.com/v1"
-VERSION = "this is no version of Azure's API; write one such as 2024-10-21, or 2025-04-01-preview"
-NO_KEEP = "this is no time to keep records; write a duration of 1d or more such as 90d, or null for ever"
-NO_WAIT = "this is no time to wait; write a duration such as 30s, at most 10m, or 0s for none"
-DATABASE = "this is no database; write sqlite:///quotas.db, or postgresql://user:password@host/name"
+NUMBER = "is not a whole number from 0 up; write one such as 200000, 200_000, 200k or 5M"
+ADDRESS = "is not an address; write host:port, as in 127.0.0.1:8080, [::1]:8080, or 0.0.0.0:8080 for all interfaces"
+ORIGIN = 'is not an origin; write scheme://host[:port], as in https://app.example, or "*" for all'
+URL = "this is not an http:// or https:// address; write one such as https://api.openai.com/v1"
+VERSION = "this is not a version of Azure's API; write one such as 2024-10-21 or 2025-04-01-preview"
+NO_KEEP = "this is not a valid time to keep records; write 1d or more, as in 90d, or null to keep them forever"
+NO_WAIT = "this is not a valid duration here; write one such as 30s, at most 10m, or 0s for none"
+DATABASE = "this is not a database; write sqlite:///quotas.db, or postgresql://user:password@host/name"
 NO_FILE = "this names no file for SQLite; write sqlite:///quotas.db, or sqlite:////var/lib/quotas.db"
-NO_NAME = "this is no name; write letters, digits, dots, dashes and underscores, at most 100"
-NO_HEADER = "this key can't be sent in a header; write visible ASCII characters without blanks"
-NO_MODEL = "this is no model's name; write 1 to 200 visible characters without blanks"
+NO_NAME = "this is not a valid name; use 1 to 100 letters, digits, dots, hyphens and underscores"
+NO_HEADER = "this key can't be sent in a header; use visible ASCII characters without spaces"
+NO_MODEL = "this is not a valid model name; use 1 to 200 visible characters, no spaces"
 
 
 @pytest.mark.parametrize(
@@ -85,13 +85,13 @@ NO_MODEL = "this is no model's name; write 1 to 200 visible characters without b
         (values.secret, "sk-1", Secret("sk-1")),
     ],
 )
-def test_what_is_right_is_kept(take: Callable[[object], object], written, kept):
-    """In the one form in which the rest of the house uses it."""
+def test_a_valid_value_is_returned_in_its_normal_form(take: Callable[[object], object], written, kept):
+    """Numbers as integers, durations in milliseconds, keys as digests, addresses without a slash at the end."""
     assert take(written) == kept
 
 
 @pytest.mark.parametrize(
-    ("take", "written", "sentence"),
+    ("take", "written", "text"),
     [
         (values.name, "", NO_NAME),
         (values.name, "a b", NO_NAME),
@@ -100,21 +100,33 @@ def test_what_is_right_is_kept(take: Callable[[object], object], written, kept):
         (values.name, "ä", NO_NAME),
         (values.name, "..", NO_NAME),
         (values.name, "a" * 101, NO_NAME),
-        (values.group_name, "Everyone", '"Everyone" is not the reserved group; write "everyone", or another name'),
-        (values.group_name, "DEFAULT", '"DEFAULT" is not the reserved group; write "default", or another name'),
+        (
+            values.group_name,
+            "Everyone",
+            '"Everyone" differs from the reserved group "everyone" only in case; write "everyone", or another name',
+        ),
+        (
+            values.group_name,
+            "DEFAULT",
+            '"DEFAULT" differs from the reserved group "default" only in case; write "default", or another name',
+        ),
         (values.group_name, "a b", NO_NAME),
         (
             values.model_name,
             "gpt-*",
-            'models are listed by their whole names; "*" alone opens the list to all others',
+            'models are listed by their whole names; write the whole name, or "*" alone to allow all other names',
         ),
         (values.model_name, "", NO_MODEL),
-        (values.served_name, "*", '"*" is no model of an upstream; write its name, or leave "model" out'),
+        (values.served_name, "*", '"*" is not the name of a model at an upstream; write its name, or remove "model"'),
         (values.glob, "", NO_MODEL),
         (values.glob, "a b", NO_MODEL),
         (values.glob, "a\tb", NO_MODEL),
         (values.glob, "a" * 201, NO_MODEL),
-        (values.one_line, "a\nb", "this has more than one line, or signs that can't be shown; write one line"),
+        (
+            values.one_line,
+            "a\nb",
+            "this has more than one line, or characters that can't be printed; write one line of text",
+        ),
         (values.count, -1, f'"-1" {NUMBER}'),
         (values.count, "-1", f'"-1" {NUMBER}'),
         (values.count, "200K", f'"200K" {NUMBER}'),
@@ -128,7 +140,7 @@ def test_what_is_right_is_kept(take: Callable[[object], object], written, kept):
         (values.count, ["5"], f"this {NUMBER}"),
         (values.count, 10**12 + 1, "this is more than 1,000,000,000,000; write a smaller number"),
         (values.count, "999999999M", "this is more than 1,000,000,000,000; write a smaller number"),
-        (values.positive, 0, "0 makes no sense here; write at least 1, or leave it out"),
+        (values.positive, 0, "0 is not allowed here; write 1 or more, or remove the key"),
         (
             values.per,
             "1M",
@@ -137,18 +149,22 @@ def test_what_is_right_is_kept(take: Callable[[object], object], written, kept):
         (
             values.zone,
             "Europe/Berln",
-            '"Europe/Berln" is no time zone; write a name of the IANA list such as Europe/Berlin',
+            '"Europe/Berln" is not a time zone; write an IANA name such as Europe/Berlin',
         ),
-        (values.zone, "Europe", '"Europe" is no time zone; write a name of the IANA list such as Europe/Rome'),
-        (values.zone, "../x", '"../x" is no time zone; write a name of the IANA list such as Europe/Berlin'),
-        (values.zone, "", '"" is no time zone; write a name of the IANA list such as Europe/Berlin'),
+        (values.zone, "Europe", '"Europe" is not a time zone; write an IANA name such as Europe/Rome'),
+        (values.zone, "../x", '"../x" is not a time zone; write an IANA name such as Europe/Berlin'),
+        (values.zone, "", '"" is not a time zone; write an IANA name such as Europe/Berlin'),
         (values.address, "8080", f'"8080" {ADDRESS}'),
         (values.address, ":8080", f'":8080" {ADDRESS}'),
         (values.address, "*:8080", f'"*:8080" {ADDRESS}'),
         (values.address, "::1:8080", f'"::1:8080" {ADDRESS}'),
         (values.address, "h:65536", f'"h:65536" {ADDRESS}'),
         (values.address, "h:8080\n", f'"h:8080\n" {ADDRESS}'),
-        (values.address, "[1::2::3]:80", '"[1::2::3]:80" has no IPv6 address in its brackets; write [::1]:8080'),
+        (
+            values.address,
+            "[1::2::3]:80",
+            '"[1::2::3]:80" has no IPv6 address in its brackets; write one, as in [::1]:8080',
+        ),
         (values.api_version, "2024", VERSION),
         (values.api_version, "2024-10-21&x=1", VERSION),
         (values.api_version, "2024-10-21\n", VERSION),
@@ -163,7 +179,7 @@ def test_what_is_right_is_kept(take: Callable[[object], object], written, kept):
         (
             values.base_url,
             "https://u:secret@a/v1",
-            "this holds a user or a password; write the key as api_key: ${NAME}",
+            "this contains a user or a password; remove it, and write the key as api_key: ${NAME}",
         ),
         (values.origin, "app.example", f'"app.example" {ORIGIN}'),
         (values.origin, "https://app.example/v1", f'"https://app.example/v1" {ORIGIN}'),
@@ -181,13 +197,13 @@ def test_what_is_right_is_kept(take: Callable[[object], object], written, kept):
         (
             values.database,
             "postgresql:h/db",
-            "this names no server; write postgresql://user:password@host/name",
+            "this names no PostgreSQL server; write postgresql://user:password@host/name",
         ),
         *(
             (
                 values.database,
                 f"{scheme}://u:p@h/db",
-                f'"{scheme}://" names no database here; write {plain}:// (the driver is chosen by itself)',
+                f'"{scheme}://" is not supported; write {plain}:// (the proxy chooses the driver)',
             )
             for scheme, plain in (
                 ("sqlite+aiosqlite", "sqlite"),
@@ -204,22 +220,22 @@ def test_what_is_right_is_kept(take: Callable[[object], object], written, kept):
         (values.keep_ms, "day", NO_KEEP),
         (values.keep_ms, 90, NO_KEEP),
         (values.wait_ms, 30, NO_WAIT),
-        (values.key_digest, "", "this key is empty; write one, or leave it out"),
-        (values.key_digest, "x" * 23, "this key is too short; write one of 24 random characters or more"),
+        (values.key_digest, "", "this key is empty; write one, or remove it"),
+        (values.key_digest, "x" * 23, "this key is too short; use one of 24 random characters or more"),
         (values.key_digest, "x" * 24 + "\n", NO_HEADER),
         (values.key_digest, "two words of a long key …", NO_HEADER),
-        (values.key_digest, "sha256:9f86d0", "this is no digest; write sha256: and 64 hex digits"),
-        (values.key_digest, f"sha256:{DIGEST}0", "this is no digest; write sha256: and 64 hex digits"),
-        (values.secret, "", "this key is empty; write one, or leave it out"),
+        (values.key_digest, "sha256:9f86d0", "this is not a digest; write sha256: and 64 hex digits"),
+        (values.key_digest, f"sha256:{DIGEST}0", "this is not a digest; write sha256: and 64 hex digits"),
+        (values.secret, "", "this key is empty; write one, or remove it"),
         (values.secret, 5, NO_HEADER),
         (values.secret, "a\r\nb: c", NO_HEADER),
     ],
 )
-def test_what_is_wrong_says_what_to_write(take: Callable[[object], object], written, sentence):
-    """One sentence, without the value where that may be a secret."""
+def test_the_text_of_a_mistake_says_what_to_write(take: Callable[[object], object], written, text):
+    """It quotes the value only if that can't be a secret."""
     with pytest.raises(ValueError) as wrong:
         take(written)
-    assert str(wrong.value) == sentence
+    assert str(wrong.value) == text
 
 
 ANYTHING = st.text() | st.text(alphabet="htps:/@[]?#.0129\n*-!az \0")
@@ -242,8 +258,8 @@ ANYTHING = st.text() | st.text(alphabet="htps:/@[]?#.0129\n*-!az \0")
     ],
 )
 @given(written=ANYTHING)
-def test_any_text_is_taken_or_refused_with_a_sentence(take: Callable[[object], object], written):
-    """Nothing but ValueError comes out."""
+def test_any_text_is_valid_or_raises_a_value_error_with_a_text(take: Callable[[object], object], written):
+    """No other exception is raised."""
     try:
         take(written)
     except ValueError as wrong:
@@ -251,6 +267,6 @@ def test_any_text_is_taken_or_refused_with_a_sentence(take: Callable[[object], o
 
 
 @given(st.text(alphabet="a*?[]!-^&|~\\", min_size=1))
-def test_whatever_is_taken_as_a_pattern_is_one(written):
-    """A policy is never built from a pattern that can't be compiled, nor with a warning."""
+def test_every_valid_pattern_compiles(written):
+    """A valid pattern never fails, or warns, when the policy is built."""
     assert Globs([values.glob(written)]).match("a") in (True, False)
