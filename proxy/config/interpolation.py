@@ -93,7 +93,7 @@ class Interpolator:
         name, has_default, default = match.groups()
         value = self._environ.get(name)
         if has_default and not value:
-            return str(default)  # stands in the file itself, so it is not remembered for redaction
+            return str(default)  # written in the file itself, so it is not redacted
         if value is None:
             raise ValueError(f"{name} is not set in the environment; set it, or write ${{{name}:-default}}")
         return self._remember(value)

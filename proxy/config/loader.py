@@ -225,7 +225,7 @@ def _keys_without_effect(nodes: Iterable[tuple[KeyPath, Node]]) -> Iterator[Find
     """Keys that have a valid value and could do nothing."""
     for path, node in nodes:
         match path:
-            # "*" stands for models of different sizes and names, so nothing but the route can hold for all of them.
+            # "*" covers models of different sizes and names, so only their upstream can be the same for all of them.
             case ("models", "*", str() as key) if key not in ("upstream", "upstreams"):
                 yield finding_at(path, _ONLY_A_ROUTE)
             case ("models", "*", "upstreams", int(), "model"):

@@ -214,7 +214,7 @@ class Upstream(Section):
     allow: Allow = Field(Allow(), description="Features that requests may use although quotas do not count them.")
 
     @model_validator(mode="after")
-    def _has_versions(self) -> "Upstream":
+    def _has_api_version_only_for_azure(self) -> "Upstream":
         if self.api_version and self.kind != "azure":
             raise ValueError("api_version is only for upstreams of kind azure; remove it from this one")
         return self

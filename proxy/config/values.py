@@ -203,7 +203,7 @@ def api_version(text: str) -> str:
 def base_url(text: str) -> str:
     """An upstream's address without a slash at its end.
 
-    It decides where calls go and nothing else: credentials belong into `api_key`, and a query or fragment could not
+    It decides where calls go and nothing else: credentials belong in `api_key`, and a query or fragment could not
     be joined with the path of a call.
     """
     url = _split_url(text)

@@ -107,6 +107,7 @@ def test_an_integer_is_a_valid_name():
 @pytest.mark.parametrize(
     ("section", "data"),
     [
+        (Upstream, {"base_url": "http://box/v1", "api_version": "2024-10-21"}),
         (Model, {"context": 5, "max_output_tokens": 6}),
         (Model, {"upstream": "a", "upstreams": [{"upstream": "b"}]}),
         (Model, {"model": "a", "upstreams": [{"upstream": "b"}]}),

@@ -34,6 +34,7 @@ NO_MODEL = "this is not a valid model name; use 1 to 200 visible characters, no 
         (values.name, "staff", "staff"),
         (values.name, "Team.X_1-b", "Team.X_1-b"),
         (values.name, "...", "..."),
+        (values.user_name, "alice+llm@mail.example", "alice+llm@mail.example"),
         (values.group_name, "everyone", "everyone"),
         (values.group_name, "default", "default"),
         (values.group_name, "staff", "staff"),
@@ -100,6 +101,7 @@ def test_a_valid_value_is_returned_in_its_normal_form(take: Callable[[object], o
         (values.name, "ä", NO_NAME),
         (values.name, "..", NO_NAME),
         (values.name, "a" * 101, NO_NAME),
+        (values.user_name, "a b", "this is not a valid user name; use 1 to 254 letters, digits and . _ - @ +"),
         (
             values.group_name,
             "Everyone",
