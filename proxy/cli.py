@@ -14,9 +14,10 @@ import uvloop
 
 from proxy import __version__, demo, logs
 from proxy.calls.tokenizer import Tokenizers, table_folders
-from proxy.config.json_schema import json_schema
 from proxy.config.lint import sentences, warnings
 from proxy.config.loader import BadConfig, Config, load
+from proxy.config.schema import json_schema
+from proxy.config.values import KEY_CHARACTERS_MIN
 from proxy.ledger.schema import NewerSchema
 from proxy.ledger.store import StoreInUse, StoreUnavailable
 from proxy.policy.policy import digest
@@ -178,8 +179,8 @@ def keys_group() -> None:
 def hash_command(key: str | None) -> None:
     """Print the `sha256:…` of a key, as the config takes it. Without KEY it is asked for, so no shell keeps it."""
     key = key or click.prompt("Key", hide_input=True)
-    if len(key) < 24:
-        _give_up("A key needs 24 characters or more.", _WRONG)
+    if len(key) < KEY_CHARACTERS_MIN:
+        _give_up(f"A key needs {KEY_CHARACTERS_MIN} characters or more.", _WRONG)
     click.echo(f"sha256:{digest(key)}")
 
 

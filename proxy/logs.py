@@ -1,10 +1,11 @@
-"""The log: one JSON object a line, on its way to a stream that may be slow, full or closed.
+"""The log: one JSON object per line, written to a stream that may be slow, full or closed.
 
-Whoever logs hands over a line and goes on. A thread of its own writes; when too many lines wait, new ones are
-dropped and counted. So a pipe that nobody reads stops no call, and a closed one changes no answer.
+Logging never blocks the event loop. A log call only queues a line, and a thread writes the queue to the stream. If
+too many lines are queued, new ones are dropped and counted. So a pipe that nobody reads can't stall a call, and a
+closed one can't make it fail.
 
-What libraries say through Python's `logging` comes as such a line too, without the text of their errors: aiohttp
-quotes the bytes that it could not parse, and those may be a key or a prompt.
+Records that libraries send to Python's `logging` become such lines too, but without the text of their exceptions:
+aiohttp quotes the bytes that it failed to parse, which may be a key or a prompt.
 """
 
 import logging
@@ -19,27 +20,33 @@ _CLOSE_S = 1.0
 
 
 class LogStream:
-    """Something to write lines to that never waits and never raises. `close` gives the thread a second to finish."""
+    """A writable stream for structlog that never blocks and never raises.
+
+    `lines_max` bounds the queue, `dropped` counts the lines that were dropped and are not reported yet.
+    """
 
     def __init__(self, stream: TextIO, *, lines_max: int = _LINES_MAX) -> None:
         self.dropped = 0
         self._stream = stream
-        self._lines: queue.Queue[str | None] = queue.Queue(lines_max)
+        self._lines: queue.Queue[str | None] = queue.Queue(lines_max)  # None ends the thread
         self._thread = threading.Thread(target=self._run, name="log", daemon=True)
         self._thread.start()
 
     def write(self, text: str) -> None:
-        """Queue a line, or drop it where too many wait."""
+        """Queue a line, or drop it if the queue is full."""
         try:
             self._lines.put_nowait(text)
         except queue.Full:
             self.dropped += 1
 
     def flush(self) -> None:
-        """Nothing to do: the thread flushes what it writes."""
+        """Does nothing; structlog calls it, and the thread flushes after each line."""
 
     def close(self) -> None:
-        """Write what is queued, as far as the stream takes it within a second."""
+        """Write the queued lines, as far as the stream accepts them within a second.
+
+        Returns at once if the queue is full: then the stream is stuck, and no end mark fits into the queue.
+        """
         try:
             self._lines.put_nowait(None)
         except queue.Full:
@@ -54,12 +61,16 @@ class LogStream:
                     lines, self.dropped = self.dropped, 0
                     self._stream.write(f'{{"event": "log lines were dropped", "lines": {lines}}}\n')
                 self._stream.flush()
-            except (OSError, ValueError):  # closed, or full: there is nobody to tell
+            except (OSError, ValueError):  # a full disk, a broken pipe, a closed stream: nowhere to report it
                 self.dropped += 1
 
 
-class _FromLogging(logging.Handler):
-    """Passes on what a library logs: who, how grave, the words of its template, and the kind of error."""
+class _LibraryHandler(logging.Handler):
+    """Turns a library's log record into a line with the logger's name, the level and the exception's type.
+
+    The event is the record's template ("Error handling request from %s") without its arguments, which may hold a
+    secret as well.
+    """
 
     def emit(self, record: logging.LogRecord) -> None:
         error = record.exc_info[0].__name__ if record.exc_info and record.exc_info[0] else None
@@ -68,7 +79,7 @@ class _FromLogging(logging.Handler):
 
 
 def set_up(stream: LogStream, *, level: int) -> None:
-    """Send all that is logged in this process, at this level or above, to `stream`."""
+    """Send this process's log to `stream`: the proxy's events from `level` up, those of libraries from WARNING up."""
     structlog.configure(
         processors=[
             structlog.processors.add_log_level,
@@ -79,4 +90,4 @@ def set_up(stream: LogStream, *, level: int) -> None:
         wrapper_class=structlog.make_filtering_bound_logger(level),
         logger_factory=structlog.WriteLoggerFactory(stream),  # type: ignore[arg-type]
     )
-    logging.basicConfig(handlers=[_FromLogging()], level=logging.WARNING, force=True)
+    logging.basicConfig(handlers=[_LibraryHandler()], level=logging.WARNING, force=True)

@@ -26,7 +26,7 @@ from proxy.calls.relay import Relay
 from proxy.calls.stored_responses import StoredResponses
 from proxy.calls.tokenizer import Tokenizers
 from proxy.config.loader import Address, Config
-from proxy.config.reload import Look, Policies
+from proxy.config.reload import Fingerprint, Policies
 from proxy.ledger.ledger import LEASE_MS, Ledger
 from proxy.ledger.queue import AdmissionQueue
 from proxy.ledger.rollup import Rollup
@@ -106,7 +106,7 @@ class Server:
         *,
         load: Callable[[], Config],
         tokenizers: Tokenizers,
-        look: Callable[[], Look] = lambda: None,
+        look: Callable[[], Fingerprint] = lambda: None,
         now: Callable[[], int] = wall_clock_ms,
         disconnects: Disconnects | None = None,
         inherited: InheritedResources | None = None,
@@ -116,7 +116,7 @@ class Server:
         self.metrics = Metrics(self._inherited.metrics)
         self._tokenizers = tokenizers
         self._load = load
-        self.policies = Policies(config, load=self._load_whole, look=look, metrics=self.metrics, now=now)
+        self.policies = Policies(config, load=self._load_whole, fingerprint=look, metrics=self.metrics, now=now)
         store = store_of(self._inherited.database, self._inherited.lock)
         self.rollup = Rollup(store, now=now, keep=lambda: self.policies.current.keep)
         self.ledger = Ledger(
@@ -210,7 +210,7 @@ class Server:
         """Serve it at an address, or on sockets that we inherited."""
         if not isinstance(where, Address):
             application.on_response_prepare.append(self._part_when_leaving)
-        runner = Listener(application, self._settings.patience)
+        runner = Listener(application, self._settings.connection_limits)
         await runner.setup()
         self._runners.append(runner)
         if isinstance(where, Address):
@@ -287,7 +287,7 @@ def sqlite_path(database: str) -> Path:
     return Path(database.removeprefix("sqlite:///"))
 
 
-def look_at(path: str) -> Look:
+def look_at(path: str) -> Fingerprint:
     """What tells that a file was changed or replaced; None where it is not there."""
     try:
         found = Path(path).stat()

@@ -1,7 +1,8 @@
-"""Tasks of the program's own, which outlive the request that started them.
+"""Background tasks that outlive the request that started them.
 
-The event loop keeps only a weak reference to a task, so one that nobody holds may vanish half way; and an error
-in one would be seen by nobody. Both are mended here, once.
+asyncio keeps only a weak reference to a task. A task that nobody else refers to can be garbage-collected before it
+has ended, and nobody sees the exception of a task that nobody awaits. `Tasks` keeps the reference and logs the
+exception.
 """
 
 import asyncio
@@ -16,7 +17,7 @@ log = structlog.get_logger("tasks")
 
 
 class Tasks:
-    """Starts tasks, holds them until they end, and logs what they died of."""
+    """A set of running tasks. `len()` is how many are running."""
 
     def __init__(self) -> None:
         self._running: set[asyncio.Task[Any]] = set()
@@ -25,19 +26,22 @@ class Tasks:
         return len(self._running)
 
     def start(self, name: str, work: Coroutine[Any, Any, T]) -> "asyncio.Task[T]":
-        """Begin `work` as a task of its own."""
+        """Run `work` in a new task. An exception is logged as "task failed" with this name."""
         task = asyncio.get_running_loop().create_task(work, name=name)
         self._running.add(task)
-        task.add_done_callback(self._ended)
+        task.add_done_callback(self._on_done)
         return task
 
     async def all_ended(self) -> None:
-        """Wait until none is running."""
+        """Wait until no task is running, those included that start while it waits."""
         while self._running:
             await asyncio.wait(self._running)
 
     async def finish(self, grace_s: float) -> int:
-        """Wait until all have ended, at most `grace_s`; cancel the rest and return how many those were."""
+        """Wait at most `grace_s` seconds for the running tasks, cancel the rest, and return how many those were.
+
+        Tasks that start while it waits are cancelled too. A cancelled task may still clean up: it is awaited.
+        """
         running = set(self._running)
         if running:
             await asyncio.wait(running, timeout=grace_s)
@@ -47,8 +51,9 @@ class Tasks:
         await asyncio.gather(*late, return_exceptions=True)
         return len(late)
 
-    def _ended(self, task: "asyncio.Task[Any]") -> None:
+    def _on_done(self, task: "asyncio.Task[Any]") -> None:
         self._running.discard(task)
+        # Reading the exception also stops asyncio from logging "Task exception was never retrieved".
         error = None if task.cancelled() else task.exception()
         if error is not None:
             log.error("task failed", task=task.get_name(), exc_info=error)

@@ -20,7 +20,7 @@ from openai import AsyncOpenAI
 
 from proxy.calls.disconnect import Disconnects
 from proxy.calls.tokenizer import Tokenizers, table_folders
-from proxy.config.loader import Config, Patience, load_text
+from proxy.config.loader import Config, ConnectionLimits, load_text
 from proxy.server import Server
 from proxy.simulator.server import Simulator
 from proxy.simulator.server import serve as serve_simulator
@@ -221,7 +221,7 @@ async def stage(
     on_disconnect: str | None = None,
     tokenizers: Tokenizers | None = None,
     database: str | None = None,
-    patience: Patience | None = None,
+    connection_limits: ConnectionLimits | None = None,
     cors: tuple[str, ...] = (),
     kind: str = "simulator",
     more: str = "",
@@ -243,7 +243,10 @@ async def stage(
         kind=kind,
         more=(f", on_disconnect: {on_disconnect}" if on_disconnect else "") + more,
     )
-    config = replace(config, settings=replace(config.settings, cors=cors, patience=patience or Patience()))
+    config = replace(
+        config,
+        settings=replace(config.settings, cors=cors, connection_limits=connection_limits or ConnectionLimits()),
+    )
     files = Files(config)
     server = Server(
         config, load=lambda: files.config, now=clock, disconnects=disconnects, tokenizers=tokenizers or loaded()

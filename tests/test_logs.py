@@ -1,4 +1,4 @@
-"""The log never stops, changes or betrays a call."""
+"""The log never blocks a call, never makes one fail, and contains no secret of one."""
 
 import contextlib
 import io
@@ -27,8 +27,8 @@ def _lines(written: io.StringIO) -> list[dict[str, object]]:
     return [json.loads(line) for line in written.getvalue().splitlines()]
 
 
-def test_a_line_is_one_json_object_whatever_stands_in_it() -> None:
-    """Line ends and escapes of a client can't begin a line of their own."""
+def test_every_event_is_one_line_of_json() -> None:
+    """Line ends and control characters that a client sent can't start another line."""
     written = io.StringIO()
     stream = LogStream(written)
     set_up(stream, level=logging.INFO)
@@ -39,8 +39,8 @@ def test_a_line_is_one_json_object_whatever_stands_in_it() -> None:
     assert (line["event"], line["user"], line["level"]) == ("hello\nworld", "a\u2028b\x1b[31m", "info")
 
 
-def test_what_libraries_log_comes_without_the_text_of_their_errors() -> None:
-    """aiohttp quotes the bytes that it could not parse: a key, or a prompt."""
+def test_records_of_libraries_have_no_exception_texts_and_no_arguments() -> None:
+    """aiohttp quotes the bytes that it failed to parse, which may be a key or a prompt."""
     written = io.StringIO()
     stream = LogStream(written)
     set_up(stream, level=logging.INFO)
@@ -61,8 +61,8 @@ def test_what_libraries_log_comes_without_the_text_of_their_errors() -> None:
     assert (second["event"], second["error"], second["level"]) == ("beware", None, "warning")
 
 
-def test_a_pipe_that_nobody_reads_holds_nobody_up() -> None:
-    """Lines that find no room are dropped, and counted where somebody reads again."""
+def test_a_full_pipe_blocks_no_call() -> None:
+    """Lines are dropped when the queue is full, and their number is logged when the pipe is read again."""
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     with contextlib.suppress(BlockingIOError):
@@ -74,7 +74,7 @@ def test_a_pipe_that_nobody_reads_holds_nobody_up() -> None:
         for _ in range(500):
             stream.write("x" * 1000 + "\n")
         assert stream.dropped > 400
-        stream.close()  # the queue is full: it goes without waiting
+        stream.close()  # returns at once, because the queue is full
         seen = ""
         while "dropped" not in seen:
             seen = end.readline()
@@ -86,8 +86,8 @@ def test_a_pipe_that_nobody_reads_holds_nobody_up() -> None:
         rest.join()
 
 
-def test_a_closed_stream_is_no_error() -> None:
-    """Nobody hears it, and nobody is hurt."""
+def test_a_closed_stream_raises_no_error() -> None:
+    """The line is dropped and counted."""
     written = io.StringIO()
     written.close()
     stream = LogStream(written)

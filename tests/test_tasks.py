@@ -1,4 +1,4 @@
-"""Tasks outlive whoever started them, are held, and do not fail in silence."""
+"""Background tasks are not garbage-collected, their exceptions are logged, and a shutdown waits for them."""
 
 import asyncio
 import gc
@@ -21,8 +21,8 @@ async def until(event):
     await event.wait()
 
 
-async def test_a_task_has_its_name_and_its_answer():
-    """Whoever wants to may wait for it; when it has ended it is let go of."""
+async def test_a_started_task_has_a_name_and_can_be_awaited():
+    """When it has ended, `Tasks` no longer refers to it."""
     tasks = Tasks()
     task = tasks.start("answering", answer(42))
     assert (task.get_name(), len(tasks)) == ("answering", 1)
@@ -31,13 +31,13 @@ async def test_a_task_has_its_name_and_its_answer():
     assert len(tasks) == 0
 
 
-async def test_a_task_that_nobody_else_holds_does_not_vanish():
-    """The loop's own reference is weak: without us the garbage collector would take a waiting task away."""
+async def test_a_waiting_task_is_not_garbage_collected():
+    """The event loop's own reference is weak, so only `Tasks` keeps this task alive."""
     waiting = []
 
     async def wait():
         future = asyncio.get_running_loop().create_future()
-        waiting.append(weakref.ref(future))  # so that the future is held by the task that waits for it, and only so
+        waiting.append(weakref.ref(future))  # weak: only the task that awaits the future keeps it alive
         return await future
 
     tasks = Tasks()
@@ -48,8 +48,8 @@ async def test_a_task_that_nobody_else_holds_does_not_vanish():
     assert await tasks.finish(1) == 0
 
 
-async def test_what_a_task_died_of_is_logged_with_its_name():
-    """Once, and by us alone: the loop's own complaint about an error that nobody fetched would be a warning here."""
+async def test_the_exception_of_a_task_is_logged_with_its_name():
+    """Once. asyncio's own "Task exception was never retrieved" would be a second report, and fail this test."""
     tasks = Tasks()
     with capture_logs() as logs:
         tasks.start("failing", fail())
@@ -60,8 +60,8 @@ async def test_what_a_task_died_of_is_logged_with_its_name():
     assert str(line["exc_info"]) == "half way"
 
 
-async def test_a_cancelled_task_is_no_failure():
-    """It was asked to end."""
+async def test_a_cancelled_task_is_not_logged():
+    """Cancellation is not a failure."""
     tasks = Tasks()
     with capture_logs() as logs:
         tasks.start("waiting", until(asyncio.Event())).cancel()
@@ -69,13 +69,13 @@ async def test_a_cancelled_task_is_no_failure():
     assert logs == []
 
 
-async def test_nothing_to_finish_takes_no_time():
-    """A program that did nothing stops at once, however long the grace."""
+async def test_finish_without_tasks_returns_at_once():
+    """It does not wait for the grace period."""
     assert await asyncio.wait_for(Tasks().finish(1000), 1) == 0
 
 
-async def test_finishing_waits_for_those_that_end_in_time():
-    """Nobody is cut off who needs less than the grace."""
+async def test_finish_waits_for_tasks_that_end_within_the_grace_period():
+    """Such a task is not cancelled."""
     tasks, ended = Tasks(), []
 
     async def end_soon():
@@ -87,8 +87,8 @@ async def test_finishing_waits_for_those_that_end_in_time():
     assert ended == ["soon"]
 
 
-async def test_those_that_are_late_are_cancelled_and_counted():
-    """They may still tidy up, and are waited for while they do; what goes wrong there is no reason not to stop."""
+async def test_finish_cancels_and_counts_late_tasks():
+    """It waits for their cleanup. An exception during cleanup is logged and does not stop it."""
     tasks, tidied = Tasks(), []
 
     async def tidy_up():
@@ -115,8 +115,8 @@ async def test_those_that_are_late_are_cancelled_and_counted():
     assert len(tasks) == 0
 
 
-async def test_what_a_task_starts_while_we_finish_is_finished_too():
-    """Else it would run on into a program whose parts are closed."""
+async def test_finish_also_cancels_tasks_that_start_meanwhile():
+    """Otherwise they would use parts of the program that are closed by then."""
     tasks = Tasks()
 
     async def start_another():
@@ -127,8 +127,8 @@ async def test_what_a_task_starts_while_we_finish_is_finished_too():
     assert len(tasks) == 0
 
 
-async def test_all_ended_waits_for_those_that_begin_meanwhile() -> None:
-    """One task may start another; only then is nothing running."""
+async def test_all_ended_waits_for_tasks_that_start_meanwhile() -> None:
+    """One task may start another one."""
     tasks = Tasks()
     done: list[str] = []
 

@@ -1,1 +1,18 @@
-"""config"""
+"""Turns quotas.yaml into a `Policy` and the process's settings, and reloads it while the proxy runs.
+
+What the package promises:
+
+- A file with any mistake gives no policy. `BadConfig` carries one report with every mistake, each with its line and
+  what to write instead.
+- A reload replaces the whole policy at once, or leaves the running one in force. A call keeps the policy with which
+  it began.
+- No secret appears in a report: what came through `${…}` is redacted, and keys in plain text are never quoted.
+
+What it never does: it does not read the environment by itself (the caller passes it in), decides nothing about a call
+(see `policy`), and does not touch the database.
+
+Begin with `loader`, which reads a file in these steps: `document` (YAML to data with lines, with `interpolation` of
+`${…}`), `schema` (every key, its type and its description) with the rules of single values in `values` and the texts
+of mistakes in `messages`, and at the end the checks across sections. `lint` warns about a valid file that probably
+does not do what it seems to. `reload` keeps the policy in force.
+"""

@@ -1,12 +1,16 @@
-"""YAML text to plain data with places: the one module that names `yaml`.
+"""Reads YAML into plain data and keeps the line of every value. The only module that imports `yaml`.
 
-Reads the parser's events itself instead of letting a loader build objects, so that every value keeps its line, so
-that nothing is built that was not asked for, and so that what grows without bound (nesting, aliases of aliases) is
-stopped while it is small. Where YAML 1.1 reads something else than a person does (`no`, `010`, `12:30`), that is a
-mistake with a sentence of what to write instead, never a guess.
+The document is built from the parser's events, not by one of PyYAML's loaders. Thus every value keeps its line, tags
+such as `!!python/object` create nothing, and input that grows without bound (deep nesting, aliases of aliases) is
+rejected while it is still small.
 
-What `${…}` stands for is put into scalars after parsing, so a value can't change the file's structure; it is always
-text and never shows in a mistake. All mistakes of a file are gathered; nothing is raised and nothing opened here.
+YAML 1.1 gives some words and numbers a meaning that a reader does not expect: `no` is false, `010` is 8, `12:30` is
+750. Such a value is a mistake with a text that says what to write instead; the proxy never guesses.
+
+`${…}` in a value is interpolated after parsing. An interpolated value is therefore always text, can't change the
+file's structure, and is redacted in every diagnostic.
+
+All mistakes of a file are collected. Nothing here opens a file, and `read_document` raises no exception.
 """
 
 import re
@@ -15,36 +19,49 @@ from dataclasses import dataclass, field
 
 import yaml
 
-from proxy.config.interpolation import Sources
+from proxy.config.interpolation import Interpolator
 
 BYTES_MAX = 5_000_000
 DEPTH_MAX = 32
-# Some 50,000 users. Aliases count as often as they are used, so a bomb of them is stopped here.
+# Enough for about 50,000 users. An alias counts with its full size at every use, which stops alias bombs.
 NODES_MAX = 400_000
-_SENTENCE_MAX = 500
+_TEXT_MAX = 500
 
-Path = tuple[str | int, ...]
+# The keys and list indexes that lead to a value: ("users", "alice", "keys", 0).
+KeyPath = tuple[str | int, ...]
 Scalar = str | int | bool | None
 
 _NULLS = ("", "~", "null", "Null", "NULL")
 _BOOLEANS = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
-# Other spellings (1_000, +5, 1.5, 0.5e3) stay text as they are written; the schema says which are numbers.
+# Other notations (1_000, +5, 1.5, 0.5e3) stay text; the schema decides which of them are numbers. 18 digits fit
+# into 64 bits.
 _INTEGER = re.compile(r"-?[1-9][0-9]{0,17}|0")
 
-# The standard of 1.1 also names y and n, but hardly any reader ever took those for true and false.
-_WORDS = re.compile(r"yes|Yes|YES|no|No|NO|on|On|ON|off|Off|OFF")
-_SIXTIES = re.compile(r"[-+]?[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?")
-_ANOTHER_BASE = re.compile(r"[-+]?0(?:o?[0-7_]+|x[0-9a-fA-F_]+|b[01_]+|[0-9_]+)")
+# YAML 1.1 also lists y and n as booleans, but hardly any parser ever implemented those two.
+_BOOLEAN_WORDS = re.compile(r"yes|Yes|YES|no|No|NO|on|On|ON|off|Off|OFF")
+# Base 60: a YAML 1.1 parser reads 12:30 as 12 * 60 + 30 = 750. An address such as 127.0.0.1:8080 does not match.
+_BASE_60 = re.compile(r"[-+]?[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?")
+# Octal (010 and 0o10, both 8), hexadecimal (0x1F) and binary (0b11); also 09, which is decimal to some parsers only.
+_NOT_DECIMAL = re.compile(r"[-+]?0(?:o?[0-7_]+|x[0-9a-fA-F_]+|b[01_]+|[0-9_]+)")
 
 _TAB_INDENT = re.compile(r"^ *\t", re.MULTILINE)
+_TAG_MISTAKE = "YAML tags (!…) are not supported; remove the tag"
 
-# The C parser where PyYAML was built with it; its events carry the same marks, ten times as fast.
+# The C parser, if PyYAML was built with it. It emits the same events with the same lines, ten times as fast.
 _PARSER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What a check found at a key path: a mistake or a warning, and what to write instead."""
+
+    path: KeyPath
+    text: str
+
+
 @dataclass(frozen=True, slots=True, order=True)
-class Mistake:
-    """What is wrong on which line, and what to write instead."""
+class Diagnostic:
+    """A mistake or a warning with its file and its line, counted from 1."""
 
     file: str
     line: int
@@ -56,7 +73,11 @@ class Mistake:
 
 @dataclass(slots=True)
 class Node:
-    """One value of the file and where it stands; `size` and `height` count what is below it, aliases included."""
+    """One value and the line on which it begins.
+
+    `key_lines` has the line of each key of a mapping. `size` counts the values of the subtree, itself included, and
+    `height` its levels; both count an aliased value in full.
+    """
 
     line: int
     value: "Scalar | list[Node] | dict[str, Node]"
@@ -64,57 +85,56 @@ class Node:
     size: int = 1
     height: int = 1
     is_bad: bool = False
-    is_substituted: bool = False
+    is_interpolated: bool = False
 
     def plain(self) -> object:
-        """The value without its places."""
+        """The value as dicts, lists and scalars, without lines."""
         if isinstance(self.value, dict):
             return {key: node.plain() for key, node in self.value.items()}
         if isinstance(self.value, list):
             return [node.plain() for node in self.value]
         return self.value
 
-    def scalars(self, path: Path = ()) -> Iterator[tuple[Path, Scalar]]:
-        """Every single value below it with its place."""
+    def walk(self, path: KeyPath = ()) -> Iterator[tuple[KeyPath, "Node"]]:
+        """Every value in the subtree with its key path, mappings and lists before their content."""
+        yield path, self
         if isinstance(self.value, dict | list):
-            parts = self.value.items() if isinstance(self.value, dict) else enumerate(self.value)
-            for step, node in parts:
-                yield from node.scalars((*path, step))
-        else:
-            yield path, self.value
+            children = self.value.items() if isinstance(self.value, dict) else enumerate(self.value)
+            for step, node in children:
+                yield from node.walk((*path, step))
 
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """What a file says, and on which line. `data` is None where it could not be read at all."""
+    """A parsed file. `data` is None if the file has no readable top-level mapping."""
 
     name: str
     root: Node = field(repr=False)
     data: dict[str, object] | None = field(repr=False)
-    mistakes: tuple[Mistake, ...]
-    sources: Sources = field(repr=False)
+    mistakes: tuple[Diagnostic, ...]
+    interpolator: Interpolator = field(repr=False)
 
-    def line(self, path: Path) -> int:
-        """The line of this value, or of the nearest thing around it that stands in the file."""
+    def line(self, path: KeyPath) -> int:
+        """The line of this value. If there is none, the line of the closest enclosing value."""
         return self._find(path)[1]
 
-    def is_bad(self, path: Path) -> bool:
-        """Whether a mistake about this very value was already noted."""
+    def is_bad(self, path: KeyPath) -> bool:
+        """Whether the document has reported a mistake about this value."""
         return self._find(path)[0].is_bad
 
-    def is_substituted(self, path: Path) -> bool:
-        """Whether some of it came from the environment or another file."""
-        return self._find(path)[0].is_substituted
+    def is_interpolated(self, path: KeyPath) -> bool:
+        """Whether a part of this value came from the environment or from another file."""
+        return self._find(path)[0].is_interpolated
 
-    def mistake(self, path: Path, text: str) -> Mistake:
-        """A mistake at this place."""
-        return Mistake(self.name, self.line(path), _shown(text, self.sources))
+    def locate(self, finding: Finding) -> Diagnostic:
+        """The finding with its file and line, and with all interpolated values redacted."""
+        return Diagnostic(self.name, self.line(finding.path), _printable(finding.text, self.interpolator))
 
-    def scalars(self) -> Iterator[tuple[Path, Scalar]]:
-        """Every single value of the file with its place."""
-        return self.root.scalars()
+    def walk(self) -> Iterator[tuple[KeyPath, Node]]:
+        """Every value of the file with its key path, mappings and lists before their content."""
+        return self.root.walk()
 
-    def _find(self, path: Path) -> tuple[Node, int]:
+    def _find(self, path: KeyPath) -> tuple[Node, int]:
         node, line = self.root, self.root.line
         for step in path:
             if isinstance(node.value, dict) and isinstance(step, str) and step in node.value:
@@ -127,27 +147,30 @@ class Document:
         return node, line
 
 
-def read_document(source: bytes, name: str, sources: Sources) -> Document:
-    """Read a file's bytes; never raises: what is wrong is in the document's mistakes."""
-    builder = _Builder(sources)
+def read_document(source: bytes, name: str, interpolator: Interpolator) -> Document:
+    """Parse a file's bytes. Never raises: what is wrong is in the document's `mistakes`.
+
+    `name` is the file name in the diagnostics.
+    """
+    builder = _Builder(interpolator)
     root = Node(1, None)
     try:
         root = builder.build(_parse(_decode(source)))
     except _Unreadable as unreadable:
-        builder.note(unreadable.line, str(unreadable))
-    mistakes = tuple(Mistake(name, line, _shown(text, sources)) for line, text in builder.mistakes)
+        builder.add_mistake(unreadable.line, str(unreadable))
+    mistakes = tuple(Diagnostic(name, line, _printable(text, interpolator)) for line, text in builder.mistakes)
     data = root.plain()
-    return Document(name, root, data if isinstance(data, dict) else None, mistakes, sources)
+    return Document(name, root, data if isinstance(data, dict) else None, mistakes, interpolator)
 
 
-def _shown(text: str, sources: Sources) -> str:
-    """A sentence fit to be printed: on one line, not endless, and without any value that was put in."""
-    text = "".join(letter if letter.isprintable() else "?" for letter in sources.hide(text))
-    return text if len(text) <= _SENTENCE_MAX else f"{text[:_SENTENCE_MAX]}…"
+def _printable(text: str, interpolator: Interpolator) -> str:
+    """The text on one line, of bounded length, with interpolated values redacted."""
+    text = "".join(letter if letter.isprintable() else "?" for letter in interpolator.redact(text))
+    return text if len(text) <= _TEXT_MAX else f"{text[:_TEXT_MAX]}…"
 
 
 class _Unreadable(Exception):
-    """The rest of the file can't be read."""
+    """The rest of the file can't be read, from this line on."""
 
     def __init__(self, line: int, text: str) -> None:
         super().__init__(text)
@@ -156,18 +179,19 @@ class _Unreadable(Exception):
 
 def _decode(source: bytes) -> str:
     if len(source) > BYTES_MAX:
-        raise _Unreadable(1, f"the file is larger than {BYTES_MAX // 1_000_000} MB; write a smaller one")
+        raise _Unreadable(1, f"the file is larger than {BYTES_MAX // 1_000_000} MB; make it smaller")
     try:
         text = source.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = source.count(b"\n", 0, error.start) + 1
         raise _Unreadable(line, "this is not UTF-8; save the file as UTF-8") from None
+    # The parser would raise a ReaderError, which has no line.
     if match := yaml.reader.Reader.NON_PRINTABLE.search(text):
         line = text.count("\n", 0, match.start()) + 1
-        raise _Unreadable(line, f"there is a control character (U+{ord(match[0]):04X}) here; remove it")
+        raise _Unreadable(line, f"this line has a control character (U+{ord(match[0]):04X}); remove it")
     if match := _TAB_INDENT.search(text):
         line = text.count("\n", 0, match.start()) + 1
-        raise _Unreadable(line, "this line is indented with a tab; write spaces")
+        raise _Unreadable(line, "this line is indented with a tab; use spaces")
     return text
 
 
@@ -175,27 +199,29 @@ def _parse(text: str) -> Iterable[yaml.Event]:
     try:
         yield from yaml.parse(text, Loader=_PARSER)
     except yaml.MarkedYAMLError as error:
-        line = _line_of(error.problem_mark)
+        line = _line_number(error.problem_mark)
         lines = text.splitlines()
-        raise _Unreadable(line, _explained(error.problem, lines[line - 1] if line <= len(lines) else "")) from None
+        problem_line = lines[line - 1] if line <= len(lines) else ""
+        raise _Unreadable(line, _explain_syntax_error(error.problem, problem_line)) from None
 
 
-def _line_of(mark: object) -> int:
-    return int(getattr(mark, "line", 0)) + 1
+def _line_number(mark: object) -> int:
+    return int(getattr(mark, "line", 0)) + 1  # marks count from 0
 
 
-def _explained(problem: str | None, line: str) -> str:
-    """Why the parser gave up, with the likeliest reason that this line shows."""
+def _explain_syntax_error(problem: str | None, line: str) -> str:
+    """The parser's reason, and the remedy for the likeliest cause that this line shows."""
     if "\t" in line:
-        return f"this is not YAML ({problem}); write spaces for the tab"
+        return f"this is not YAML ({problem}); replace the tab with spaces"
     if "${" in line:
-        return f"this is not YAML ({problem}); inside [ ] and {{ }} put ${{…}} in quotes"
-    return f"this is not YAML ({problem}); check the indentation, and put text with : # or brackets in quotes"
+        # [${KEY}] fails because { begins a mapping inside of brackets; ["${KEY}"] works.
+        return f"this is not YAML ({problem}); inside [ ] and {{ }}, put ${{…}} in quotes"
+    return f"this is not YAML ({problem}); check the indentation, and quote text that contains : # or brackets"
 
 
 @dataclass(slots=True)
-class _Open:
-    """A mapping or sequence of which the end has not come yet."""
+class _OpenCollection:
+    """A mapping or list whose end event has not arrived yet."""
 
     node: Node
     anchor: str | None
@@ -205,80 +231,87 @@ class _Open:
 
 
 class _Builder:
-    """Puts nodes together from the parser's events, with a stack of its own: nesting can't overflow ours."""
+    """Builds nodes from the parser's events.
 
-    def __init__(self, sources: Sources) -> None:
-        self._sources = sources
+    The open mappings and lists are on an explicit stack, so a file with deep nesting can't exhaust Python's own.
+    """
+
+    def __init__(self, interpolator: Interpolator) -> None:
+        self._interpolator = interpolator
         self.mistakes: list[tuple[int, str]] = []
-        self._stack: list[_Open] = []
+        self._stack: list[_OpenCollection] = []
         self._anchors: dict[str, Node] = {}
         self._root: Node | None = None
 
-    def note(self, line: int, text: str) -> None:
+    def add_mistake(self, line: int, text: str) -> None:
         self.mistakes.append((line, text))
 
     def build(self, events: Iterable[yaml.Event]) -> Node:
-        """The top mapping; raises _Unreadable where there is none."""
+        """The top-level mapping. Raises _Unreadable if there is none."""
         for event in events:
-            self._take(event)
+            self._handle(event)
         if self._root is None or self._root.value is None:
             raise _Unreadable(1, "the file is empty; write at least upstreams, groups and users")
         if not isinstance(self._root.value, dict):
             raise _Unreadable(
-                self._root.line, 'the file has to be a mapping; write lines such as "groups:" at its left'
+                self._root.line, 'the file must be a mapping; start lines such as "groups:" at the left margin'
             )
         return self._root
 
-    def _take(self, event: yaml.Event) -> None:
-        line = _line_of(event.start_mark)
+    def _handle(self, event: yaml.Event) -> None:
+        line = _line_number(event.start_mark)
         match event:
             case yaml.ScalarEvent():
-                self._place(self._scalar(event, line), event.anchor)
+                self._attach(self._scalar(event, line), event.anchor)
             case yaml.AliasEvent():
-                self._place(self._aliased(event.anchor, line), None, line)
+                self._attach(self._resolve_alias(event.anchor, line), None, line)
             case yaml.MappingStartEvent() | yaml.SequenceStartEvent():
                 self._open(event, line)
             case yaml.MappingEndEvent() | yaml.SequenceEndEvent():
                 closed = self._stack.pop()
-                self._place(closed.node, closed.anchor)
+                self._attach(closed.node, closed.anchor)
             case yaml.DocumentStartEvent() if self._root is not None:
-                raise _Unreadable(line, "a second document begins here; keep one and remove the ---")
+                raise _Unreadable(line, "a second YAML document begins here; keep one document and remove the ---")
 
     def _open(self, event: yaml.MappingStartEvent | yaml.SequenceStartEvent, line: int) -> None:
         if len(self._stack) >= DEPTH_MAX - 1:
-            raise _Unreadable(line, f"this is nested deeper than {DEPTH_MAX} levels; write it flatter")
+            raise _Unreadable(line, f"this is nested deeper than {DEPTH_MAX} levels; flatten it")
         is_mapping = isinstance(event, yaml.MappingStartEvent)
         node = Node(line, {} if is_mapping else [])
         if event.tag is not None:
             node.is_bad = True
-            self.note(line, "tags (!…) are not read; leave it out")
-        self._stack.append(_Open(node, event.anchor, is_mapping))
+            self.add_mistake(line, _TAG_MISTAKE)
+        self._stack.append(_OpenCollection(node, event.anchor, is_mapping))
 
-    def _aliased(self, anchor: str | None, line: int) -> Node:
+    def _resolve_alias(self, anchor: str | None, line: int) -> Node:
+        # An anchor is stored when its value is complete, so a value can't contain itself (&a [*a]).
         node = self._anchors.get(anchor or "")
         if node is None:
-            raise _Unreadable(line, f"*{anchor} is used before &{anchor} is complete; write &{anchor} first")
+            raise _Unreadable(
+                line, f"the alias *{anchor} is used before its anchor &{anchor} is complete; define &{anchor} first"
+            )
         return node
 
     def _scalar(self, event: yaml.ScalarEvent, line: int) -> Node:
-        text, is_plain = event.value, event.implicit[0]
+        text, is_plain = event.value, event.implicit[0]  # plain: without quotes
         is_key = bool(self._stack) and self._stack[-1].awaits_key
-        wrong = "tags (!…) are not read; leave it out" if event.tag is not None else _trap(text) if is_plain else None
-        if wrong:
-            self.note(line, wrong)
+        mistake = _TAG_MISTAKE if event.tag is not None else _yaml_1_1_mistake(text) if is_plain else None
+        if mistake:
+            self.add_mistake(line, mistake)
             return Node(line, text, is_bad=True)
+        # Keys are not interpolated: a name in the file is the name in force.
         if "${" in text and not is_key:
-            return self._substituted(text, line)
-        return Node(line, _meaning(text) if is_plain else text)
+            return self._interpolate(text, line)
+        return Node(line, _plain_scalar(text) if is_plain else text)
 
-    def _substituted(self, text: str, line: int) -> Node:
-        found = self._sources.substitute(text)
-        for sentence in found.wrong:
-            self.note(line, sentence)
-        return Node(line, found.text, is_bad=bool(found.wrong), is_substituted=found.is_substituted)
+    def _interpolate(self, text: str, line: int) -> Node:
+        result = self._interpolator.interpolate(text)
+        for mistake in result.mistakes:
+            self.add_mistake(line, mistake)
+        return Node(line, result.text, is_bad=bool(result.mistakes), is_interpolated=result.is_interpolated)
 
-    def _place(self, node: Node, anchor: str | None, line: int | None = None) -> None:
-        """Put a complete node where it belongs; `line` is where an alias of it stands."""
+    def _attach(self, node: Node, anchor: str | None, line: int | None = None) -> None:
+        """Add a complete node to the innermost open mapping or list. For an alias, `line` is the alias's own line."""
         line = line or node.line
         if anchor:
             self._anchors[anchor] = node
@@ -288,30 +321,35 @@ class _Builder:
         top = self._stack[-1]
         top.node.size += node.size
         top.node.height = max(top.node.height, node.height + 1)
+        # An alias bomb: with ten aliases to the previous line on each line, line 6 stands for a million values.
+        # Sizes are sums of sizes, so it is rejected without expanding it.
         if top.node.size > NODES_MAX:
-            raise _Unreadable(line, f"there are more than {NODES_MAX:,} values, aliases written out; write fewer")
+            raise _Unreadable(
+                line, f"there are more than {NODES_MAX:,} values, each alias counted in full; use fewer"
+            )
+        # The same for depth: a1: &a1 [*a0], a2: &a2 [*a1], … nests one level deeper on every line.
         if len(self._stack) + node.height > DEPTH_MAX:
-            raise _Unreadable(line, f"aliases nest this deeper than {DEPTH_MAX} levels; write it flatter")
+            raise _Unreadable(line, f"aliases nest this deeper than {DEPTH_MAX} levels; flatten it")
         if isinstance(top.node.value, list):
             top.node.value.append(node)
         elif top.awaits_key:
             top.key, top.key_line, top.awaits_key = self._key(node, top.node, line), line, False
         else:
-            self._put(top, node)
+            self._set_value(top, node)
 
     def _key(self, node: Node, mapping: Node, line: int) -> str | None:
-        """The text of a key; None for one under which nothing can be kept."""
+        """The text of a key. None for an invalid or duplicate key, whose value is then discarded."""
         if isinstance(node.value, bool) or not isinstance(node.value, str | int) or node.value == "":
-            self.note(line, 'this key is no name; write a word, in quotes if it is one like "null" or "true"')
+            self.add_mistake(line, 'this key is not a name; write a word, and quote words such as "null" or "true"')
             return None
-        key = str(node.value)
+        key = str(node.value)  # a user called 1001 may be listed without quotes
         if key in mapping.key_lines:
-            self.note(line, f'"{key}" is already there on line {mapping.key_lines[key]}; merge the two')
+            self.add_mistake(line, f'"{key}" is already on line {mapping.key_lines[key]}; merge the two')
             return None
         return key
 
     @staticmethod
-    def _put(top: _Open, node: Node) -> None:
+    def _set_value(top: _OpenCollection, node: Node) -> None:
         assert isinstance(top.node.value, dict)
         if top.key is not None:
             top.node.value[top.key] = node
@@ -319,22 +357,27 @@ class _Builder:
         top.awaits_key = True
 
 
-def _trap(text: str) -> str | None:
-    """What to write instead of a plain scalar that YAML 1.1 reads as something else than it looks like."""
-    if _WORDS.fullmatch(text):
+def _yaml_1_1_mistake(text: str) -> str | None:
+    """What to write instead of a plain scalar that YAML 1.1 does not read as it looks. None for all others."""
+    if _BOOLEAN_WORDS.fullmatch(text):
         return (
-            f'"{text}" means true or false to some readers; write true or false, or "{text}" in quotes for the word'
+            f'some YAML parsers read "{text}" as true or false; '
+            f'write true or false, or put "{text}" in quotes to keep the word'
         )
-    if _SIXTIES.fullmatch(text):
-        return f'"{text}" is a number in sixties to some readers; write it in quotes'
-    if _ANOTHER_BASE.fullmatch(text):
-        return f'"{text}" is not counted in tens by all readers; write it without the 0 in front, or in quotes'
+    if _BASE_60.fullmatch(text):
+        return f'some YAML parsers read "{text}" as a base-60 number; put it in quotes'
+    if _NOT_DECIMAL.fullmatch(text):
+        return (
+            f'some YAML parsers do not read "{text}" as a decimal number; '
+            "write it in decimal without a 0 in front, or put it in quotes"
+        )
     if text == "<<":
-        return "merge keys (<<) are not read; write the keys out"
+        return "merge keys (<<) are not supported; write the keys out"
     return None
 
 
-def _meaning(text: str) -> Scalar:
+def _plain_scalar(text: str) -> Scalar:
+    """The value of a scalar without quotes: null, a boolean, an integer, or the text as written."""
     if text in _NULLS:
         return None
     if text in _BOOLEANS:

@@ -1,28 +1,31 @@
-"""What a policy that was taken will do: warnings for what can't do what it seems to, and a plain sentence per group.
+"""Warnings about a valid policy that probably does not do what it seems to, and a sentence for each group.
 
-A warning is never wrong: it is given only where the file alone decides (a quota that can never refuse anybody, a
-group that nobody is in), and left out where it depends on what is called. Windows that open with the first call are
-the example: 60k in 6h can refuse although 50k in 7d stands beside it, since 6 hours may span two of those weeks.
+A warning is never wrong. It is given only if the file alone decides it (a quota that can never refuse a call, a group
+without members), and left out if it depends on the calls.
+
+An example of what is left out: a quota of 60k in 6h beside one of 50k in 7d looks as if it could never refuse. But
+both windows open with their first call, so 6 hours can overlap two of those weeks: from a 6h window that opened on
+Sunday at 21:00, 50k may be used before a 7d window ends at midnight and 10k after it, and the quota of 60k refuses.
 """
 
 from collections.abc import Iterator
 from ipaddress import ip_address
 from urllib.parse import urlsplit
 
-from proxy.config.document import Mistake, Path
+from proxy.config.document import Diagnostic, Finding, KeyPath
 from proxy.config.loader import Config
-from proxy.config.messages import placed
+from proxy.config.messages import finding_at
 from proxy.formats.estimate import SMALLEST_ANSWER
 from proxy.policy.policy import DEFAULT, EVERYONE, Group, Model, Policy, User, enforced
 from proxy.policy.quota import Globs, Limit, Quota
 from proxy.policy.windows import Calendar
 
-Warnings = Iterator[tuple[Path, str]]
+Warnings = Iterator[Finding]
 
 _NAMES_SHOWN = 5
 
-# Which calendar windows lie wholly inside which: a week does not lie inside a month.
-_INSIDE = {
+# For each calendar window those in which it always lies as a whole. A week can lie in two months, quarters or years.
+_CONTAINING = {
     "minute": ("minute", "hour", "day", "week", "month", "quarter", "year"),
     "hour": ("hour", "day", "week", "month", "quarter", "year"),
     "day": ("day", "week", "month", "quarter", "year"),
@@ -31,30 +34,30 @@ _INSIDE = {
     "quarter": ("quarter", "year"),
     "year": ("year",),
 }
-_SUFFIXES = {"s": "second", "m": "minute", "h": "hour", "d": "day", "w": "week"}
-_ALL_USERS = {EVERYONE: ", whatever the group,", DEFAULT: " whose own groups have no quota for the model"}
-_MEMBERS = {0: "its members (nobody in this file)", 1: "its one member"}
-_MANNER = {"exact": "", "after": " (counted when calls have ended)", "shadow": " (only watched)"}
+_UNITS = {"s": "second", "m": "minute", "h": "hour", "d": "day", "w": "week"}
+_RESERVED_GROUPS = {EVERYONE: ", whatever the group,", DEFAULT: " whose own groups have no quota for the model"}
+_FEW_MEMBERS = {0: "its members (none in this file)", 1: "its one member"}
+_ENFORCE_NOTES = {"exact": "", "after": " (counted when calls have ended)", "shadow": " (never refused)"}
 
 
-def warnings(config: Config) -> tuple[Mistake, ...]:
-    """What is allowed but probably not meant, each with its line."""
+def warnings(config: Config) -> tuple[Diagnostic, ...]:
+    """All warnings about a valid file, sorted by line."""
     policy = config.policy
-    found = [
-        *_of_groups(policy),
-        *_of_users(policy),
-        *_of_limits(policy),
-        *_idle_quotas(policy),
-        *_escaping_models(policy),
-        *_endless_models(policy),
-        *_of_upstreams(policy),
-        *_plain_secrets(config),
+    findings = [
+        *_groups_without_effect(policy),
+        *_users_without_quota(policy),
+        *_limits_too_small(policy),
+        *_quotas_that_never_refuse(policy),
+        *_aliases_without_quota(policy),
+        *_models_without_maximum(policy),
+        *_link_local_upstreams(policy),
+        *_secrets_in_plain_text(config),
     ]
-    return tuple(sorted(config.document.mistake(path, text) for path, text in found))
+    return tuple(sorted(config.document.locate(finding) for finding in findings))
 
 
 def sentences(policy: Policy) -> tuple[str, ...]:
-    """What each group may do, in one plain sentence, in the policy's order."""
+    """What each group may use, in one sentence each, in the policy's order."""
     members = _members(policy)
     return tuple(_sentence(group, len(members[group.name])) for group in policy.groups.values())
 
@@ -63,7 +66,7 @@ def sentences(policy: Policy) -> tuple[str, ...]:
 
 
 def _members(policy: Policy) -> dict[str, list[User]]:
-    """Who is in which group; `everyone` and `default` are for all users."""
+    """The users in each group. All users are in `everyone` and `default`."""
     members: dict[str, list[User]] = {name: [] for name in policy.groups}
     for user in policy.users.values():
         for group in user.groups:
@@ -71,48 +74,55 @@ def _members(policy: Policy) -> dict[str, list[User]]:
     return members | {name: list(policy.users.values()) for name in (EVERYONE, DEFAULT) if name in members}
 
 
-def _of_groups(policy: Policy) -> Warnings:
+def _groups_without_effect(policy: Policy) -> Warnings:
     members = _members(policy)
     for group in policy.groups.values():
-        path: Path = ("groups", group.name)
+        path: KeyPath = ("groups", group.name)
         if not members[group.name] and group.name not in (EVERYONE, DEFAULT):
-            yield path, f'nobody in this file is in group "{group.name}"'
+            yield Finding(path, f'group "{group.name}" has no members in this file')
         if not group.quotas and not group.unlimited and group.models is None:
-            yield path, f'group "{group.name}" states nothing: no quotas, no models, not unlimited'
-        if group.models and not _meet(policy, group.models, None):
-            yield (*path, "models"), f'the models of group "{group.name}" match none of those listed under models'
+            yield Finding(
+                path, f'group "{group.name}" has no effect: it has no quotas and no models, and is not unlimited'
+            )
+        if group.models and not _may_match_both(policy, group.models, None):
+            text = f'the models of group "{group.name}" match none of those listed under models'
+            yield Finding((*path, "models"), text)
     default = policy.groups.get(DEFAULT)
-    if default and policy.users and all(_always_has_a_say(policy, user) for user in policy.users.values()):
-        yield ("groups", DEFAULT), "default binds nobody: each user has a group with a quota for every model"
+    if default and policy.users and all(_has_quota_for_every_model(policy, user) for user in policy.users.values()):
+        text = "default applies to no user: each user has a group with a quota for every model"
+        yield Finding(("groups", DEFAULT), text)
 
 
-def _always_has_a_say(policy: Policy, user: User) -> bool:
-    """Whether one of this user's groups says something about any model whatever."""
+def _has_quota_for_every_model(policy: Policy, user: User) -> bool:
+    """Whether one of the user's groups has a quota for every model, or is unlimited for every model."""
     groups = (policy.groups[name] for name in user.groups)
     return any(
-        _is_for_all(group.models)
-        and (group.unlimited or any(_is_for_all(quota.models) for quota in enforced(group.quotas)))
+        _matches_all(group.models)
+        and (group.unlimited or any(_matches_all(quota.models) for quota in enforced(group.quotas)))
         for group in groups
     )
 
 
-def _is_for_all(globs: Globs | None) -> bool:
+def _matches_all(globs: Globs | None) -> bool:
     return globs is None or "*" in globs.texts
 
 
-def _of_users(policy: Policy) -> Warnings:
-    if policy.unmatched == "allow" or any(_speaks(policy, name) for name in (EVERYONE, DEFAULT)):
+def _users_without_quota(policy: Policy) -> Warnings:
+    """Users whose every call is refused. One warning names the first five."""
+    if policy.unmatched == "allow" or any(_admits_any_call(policy, name) for name in (EVERYONE, DEFAULT)):
         return
-    refused = [user.name for user in policy.users.values() if not any(_speaks(policy, name) for name in user.groups)]
+    refused = [
+        user.name for user in policy.users.values() if not any(_admits_any_call(policy, name) for name in user.groups)
+    ]
     if refused:
         shown = ", ".join(refused[:_NAMES_SHOWN])
         more = f" and {len(refused) - _NAMES_SHOWN} more" if len(refused) > _NAMES_SHOWN else ""
-        text = "no quota covers them, so every call is refused: put them in a group, or add a group called default"
-        yield ("users", refused[0]), f"{shown}{more}: {text}"
+        text = "no quota covers them, so every call is refused; put them in a group, or add a group called default"
+        yield Finding(("users", refused[0]), f"{shown}{more}: {text}")
 
 
-def _speaks(policy: Policy, name: str) -> bool:
-    """Whether this group has a quota for anything, or lets everything in."""
+def _admits_any_call(policy: Policy, name: str) -> bool:
+    """Whether this group has a quota for some model, or is unlimited."""
     group = policy.groups.get(name)
     return group is not None and bool(group.quotas or group.unlimited)
 
@@ -120,83 +130,99 @@ def _speaks(policy: Policy, name: str) -> bool:
 # ----------------------------------------------------------------------------------------------------------- quotas
 
 
-def _quotas(policy: Policy) -> Iterator[tuple[Path, Group, Quota]]:
+def _quotas(policy: Policy) -> Iterator[tuple[KeyPath, Group, Quota]]:
     for group in policy.groups.values():
         for quota in group.quotas:
             yield ("groups", group.name, "quotas", quota.name), group, quota
 
 
-def _of_limits(policy: Policy) -> Warnings:
+def _limits_too_small(policy: Policy) -> Warnings:
     for path, group, quota in _quotas(policy):
         for limit in quota.limits:
             if limit.maximum == 0:
-                yield (*path, limit.measure), f"{quota.id}: {_words(limit)} refuse every call that it binds"
-            elif quota.enforce == "exact" and _is_of_answers(limit) and limit.maximum < _least(policy, group, quota):
-                text = f"calls that ask for a longer answer than {limit.maximum:,} tokens are never let in"
-                yield (*path, limit.measure), f"{quota.id}: {text}"
+                text = f"a limit of {_limit_text(limit)} refuses every call that it applies to"
+                yield Finding((*path, limit.measure), f"{quota.id}: {text}")
+            elif (
+                quota.enforce == "exact"
+                and _limits_output(limit)
+                and limit.maximum < _smallest_answer(policy, group, quota)
+            ):
+                text = f"calls that ask for a longer answer than {limit.maximum:,} tokens are never admitted"
+                yield Finding((*path, limit.measure), f"{quota.id}: {text}")
 
 
-def _is_of_answers(limit: Limit) -> bool:
+def _limits_output(limit: Limit) -> bool:
     return limit.measure in ("tokens", "output_tokens")
 
 
-def _least(policy: Policy, group: Group, quota: Quota) -> int:
-    """The smallest answer that is started, of any model that this quota reaches."""
-    reached = [model for name, model in (policy.models or {}).items() if quota in group.quotas_for(name)]
-    return min((model.smallest_answer or SMALLEST_ANSWER for model in reached), default=SMALLEST_ANSWER)
+def _smallest_answer(policy: Policy, group: Group, quota: Quota) -> int:
+    """The least `smallest_answer` of the models that this quota applies to, in tokens."""
+    models = [model for name, model in (policy.models or {}).items() if quota in group.quotas_for(name)]
+    return min((model.smallest_answer or SMALLEST_ANSWER for model in models), default=SMALLEST_ANSWER)
 
 
-def _idle_quotas(policy: Policy) -> Warnings:
-    """Quotas that can never refuse anybody. Those that only watch are meant not to."""
+def _quotas_that_never_refuse(policy: Policy) -> Warnings:
+    """Quotas without effect. Not those with `enforce: shadow`, which are meant to refuse nothing."""
     members = _members(policy)
     for path, group, quota in _quotas(policy):
         if quota.enforce == "shadow":
             continue
-        if not _meet(policy, quota.models, group.models):
-            yield path, f"{quota.id} can never refuse anybody: it matches no model that its group can use"
-        elif way := _way_around(policy, group, members[group.name]):
-            yield path, f"{quota.id} can never refuse anybody: all its members are also in {way}, which is unlimited"
-        elif tighter := _tighter(policy, group, quota, members[group.name]):
-            yield path, f"{quota.id} can never refuse anybody: {tighter.id} is used up first"
+        if not _may_match_both(policy, quota.models, group.models):
+            reason = "it matches no model that its group may use"
+        elif unlimited := _unlimited_group_of_all(policy, group, members[group.name]):
+            reason = f"all its members are also in {unlimited}, which is unlimited"
+        elif tighter := _tighter_quota(policy, group, quota, members[group.name]):
+            reason = f"{tighter.id} is used up first"
+        else:
+            continue
+        yield Finding(path, f"{quota.id} can never refuse a call: {reason}")
 
 
-def _meet(policy: Policy, globs: Globs, within: Globs | None) -> bool:
-    """Whether some model may match both. Two patterns may always meet in a name that stands nowhere."""
+def _may_match_both(policy: Policy, globs: Globs, within: Globs | None) -> bool:
+    """Whether some model may match `globs` and `within` (None: every model does).
+
+    A closed list of models decides it. Without one, whole names decide it. Two patterns, `gpt-*` and `o*`, always may
+    match both, because a name that the file does not have can match them.
+    """
     if policy.models is not None and "*" not in policy.models:
         return any(globs.match(model) and (within is None or within.match(model)) for model in policy.models)
     if within is None:
         return True
-    if _are_names(globs):
+    if _are_whole_names(globs):
         return any(within.match(name) for name in globs.texts)
-    return not _are_names(within) or any(globs.match(name) for name in within.texts)
+    return not _are_whole_names(within) or any(globs.match(name) for name in within.texts)
 
 
-def _are_names(globs: Globs) -> bool:
+def _are_whole_names(globs: Globs) -> bool:
     return not any(sign in text for text in globs.texts for sign in "*?[")
 
 
-def _way_around(policy: Policy, group: Group, members: list[User]) -> str | None:
-    """An unlimited group that lets in whoever this group would refuse."""
+def _unlimited_group_of_all(policy: Policy, group: Group, members: list[User]) -> str | None:
+    """An unlimited group that has all members of `group`, and so admits every call that `group` would refuse."""
     if policy.combine == "every_group" or group.name in (EVERYONE, DEFAULT) or not members:
         return None
-    unlimited = [name for name, other in policy.groups.items() if other.unlimited and _is_for_all(other.models)]
+    unlimited = [name for name, other in policy.groups.items() if other.unlimited and _matches_all(other.models)]
     return next((name for name in unlimited if all(name in user.groups for user in members)), None)
 
 
-def _tighter(policy: Policy, group: Group, quota: Quota, members: list[User]) -> Quota | None:
-    """A quota of the same group that is used up before this one, whatever is called."""
-    together = (
+def _tighter_quota(policy: Policy, group: Group, quota: Quota, members: list[User]) -> Quota | None:
+    """A quota of the same group that is used up before this one, whatever the calls are."""
+    # A call that is admitted through another group is also charged to each per-member quota here that has capacity
+    # for it. Example: tight has 100 tokens a day, loose 120, both are at 80. A call of 40 does not fit into tight, is
+    # admitted through another group, and takes loose to 120. Now loose refuses a call of 10, which tight admits.
+    same_calls = (
         quota.shared
         or policy.combine == "every_group"
         or group.name in (EVERYONE, DEFAULT)
         or all(user.groups == (group.name,) for user in members)
     )
-    if not together:  # calls through another group are charged to each quota by itself, if it has room
+    if not same_calls:
         return None
-    place = group.quotas.index(quota)
+    position = group.quotas.index(quota)
     for index, other in enumerate(group.quotas):
-        is_twin = (other.limits, other.models, other.per) == (quota.limits, quota.models, quota.per)
-        if index != place and not (is_twin and index > place) and _is_used_up_before(other, quota):
+        # Of two equal quotas only the second gets a warning, since without it the first would have an effect.
+        is_equal = (other.limits, other.models, other.per) == (quota.limits, quota.models, quota.per)
+        if index != position and not (is_equal and index > position) and _is_used_up_before(other, quota):
             return other
     return None
 
@@ -207,115 +233,119 @@ def _is_used_up_before(tight: Quota, loose: Quota) -> bool:
         tight.enforce == "exact"
         and tight.shared == loose.shared
         and set(tight.models.texts) in ({"*"}, set(loose.models.texts))
-        and _spans(tight, loose)
+        and _windows_contain(tight, loose)
+        # Of a measure that tight does not limit, there may be any amount.
         and all(maxima.get(limit.measure, limit.maximum + 1) <= limit.maximum for limit in loose.limits)
     )
 
 
-def _spans(long: Quota, short: Quota) -> bool:
-    """Whether each window of the one lies inside a window of the other."""
-    if isinstance(long.per, Calendar) and isinstance(short.per, Calendar):
-        return long.per.text in _INSIDE[short.per.text]
-    # Both open with the same call only if both count the same.
-    same_calls = {limit.measure for limit in long.limits} == {limit.measure for limit in short.limits}
-    return long.per == short.per and same_calls and long.models == short.models
+def _windows_contain(longer: Quota, shorter: Quota) -> bool:
+    """Whether each window of the one quota lies as a whole in a window of the other."""
+    if isinstance(longer.per, Calendar) and isinstance(shorter.per, Calendar):
+        return longer.per.text in _CONTAINING[shorter.per.text]
+    # Two windows that begin with their first call begin together only if both quotas count the same calls.
+    same_calls = {limit.measure for limit in longer.limits} == {limit.measure for limit in shorter.limits}
+    return longer.per == shorter.per and same_calls and longer.models == shorter.models
 
 
 # --------------------------------------------------------------------------------------------- models and upstreams
 
 
-def _escaping_models(policy: Policy) -> Warnings:
-    """Other names of a model that a quota doesn't match, though it matches the model under its own name."""
+def _aliases_without_quota(policy: Policy) -> Warnings:
+    """Names under which a member can use a model without the quota that was written for it.
+
+    With `smart: {model: gpt-4o}` and a quota on gpt-4o, a call for "smart" reaches the same model, and the quota does
+    not match. There is no warning if the group has a quota of its own for the alias, or if no member may use it.
+    """
     members = _members(policy)
     for path, group, quota in _quotas(policy):
         for alias, known in _aliases(policy, quota):
             has_its_own = any(other.models.match(alias) and not other.models.match(known) for other in group.quotas)
-            bound = (user for user in members[group.name] if _is_bound(policy, user, known, quota))
-            if not has_its_own and any(policy.serves(user, alias) for user in bound):
+            users = (user for user in members[group.name] if _applies_to(policy, user, known, quota))
+            if not has_its_own and any(policy.serves(user, alias) for user in users):
                 text = f'it matches "{known}" but not "{alias}", which is the same model; add "{alias}" to its models'
-                yield path, f"{quota.id}: {text}"
+                yield Finding(path, f"{quota.id}: {text}")
 
 
-def _is_bound(policy: Policy, user: User, model: str, quota: Quota) -> bool:
+def _applies_to(policy: Policy, user: User, model: str, quota: Quota) -> bool:
     binding = policy.binding(user, model)
     return binding is not None and quota in binding.quotas
 
 
 def _aliases(policy: Policy, quota: Quota) -> Iterator[tuple[str, str]]:
-    """Names that the quota doesn't match, each with a name of the same model that it does."""
-    models = [place for model in _named(policy).values() for place in model.targets]
-    matched = {_served(model): model.name for model in models if quota.models.match(model.name)}
-    found: dict[tuple[str, str], None] = {}  # each once, however many upstreams show it
-    for model in models:
-        known = matched.get(_served(model))
-        if known and quota.models.match(model.upstream_model) and not quota.models.match(model.name):
-            found[model.name, known] = None
+    """Names that the quota does not match, each with a name of the same model that it matches."""
+    targets = [target for model in _models_by_name(policy).values() for target in model.targets]
+    matched = {_served(target): target.name for target in targets if quota.models.match(target.name)}
+    found: dict[tuple[str, str], None] = {}  # a set in order: a model with two upstreams has its alias twice
+    for target in targets:
+        known = matched.get(_served(target))
+        if known and quota.models.match(target.upstream_model) and not quota.models.match(target.name):
+            found[target.name, known] = None
     yield from found
 
 
-def _named(policy: Policy) -> dict[str, Model]:
-    """The models by each name that clients can call: with an open list also by the upstream's own."""
+def _models_by_name(policy: Policy) -> dict[str, Model]:
+    """The models by every name that a client can use. With an open list, these include the upstreams' own names."""
     listed = {name: model for name, model in (policy.models or {}).items() if name != "*"}
-    served = {place.upstream_model for model in listed.values() for place in model.targets}
-    own = {name: policy.model(name) for name in sorted(served)}
-    return listed | {name: model for name, model in own.items() if model is not None}
+    served_names = {target.upstream_model for model in listed.values() for target in model.targets}
+    served = {name: policy.model(name) for name in sorted(served_names)}
+    return listed | {name: model for name, model in served.items() if model is not None}
 
 
 def _served(model: Model) -> tuple[str, str]:
     return model.upstream.name, model.upstream_model
 
 
-def _endless_models(policy: Policy) -> Warnings:
-    """Models of which nobody says how long an answer may become, so that one may take a quota over its limit."""
+def _models_without_maximum(policy: Policy) -> Warnings:
+    """Models whose longest answer is unknown, so that one answer may take an exact quota over its limit."""
     for name, model in (policy.models or {}).items():
-        # Anthropic takes no call without a maximum.
-        is_bounded = all(place.upstream.kind in ("simulator", "anthropic") for place in model.targets)
+        # Anthropic requires a maximum in every call; the simulator's answers have a maximum of their own.
+        is_bounded = all(target.upstream.kind in ("simulator", "anthropic") for target in model.targets)
         is_known = model.max_output_tokens is not None or is_bounded
-        # What makes embeddings writes no answers. It is known by its name alone.
+        # Embedding models have no output. The name is all that tells them apart.
         if name == "*" or is_known or "embed" in model.upstream_model:
             continue
-        if quota := _exact_quota_of_answers(policy, name):
+        if quota := _exact_output_quota(policy, name):
             text = f"a whole answer may take {quota.id} over its limit if its call states no maximum"
-            yield ("models", name), f"{text}; write max_output_tokens"
+            yield Finding(("models", name), f"{text}; write max_output_tokens")
 
 
-def _exact_quota_of_answers(policy: Policy, model: str) -> Quota | None:
-    """The first quota that promises never to be over, on what this model writes for somebody."""
+def _exact_output_quota(policy: Policy, model: str) -> Quota | None:
+    """The first exact quota on this model's output that applies to a user."""
     members = _members(policy)
     quotas = (quota for group in policy.groups.values() if members[group.name] for quota in group.quotas_for(model))
     return next(
-        (quota for quota in quotas if quota.enforce == "exact" and any(map(_is_of_answers, quota.limits))), None
+        (quota for quota in quotas if quota.enforce == "exact" and any(map(_limits_output, quota.limits))), None
     )
 
 
-def _of_upstreams(policy: Policy) -> Warnings:
+def _link_local_upstreams(policy: Policy) -> Warnings:
+    """Upstreams such as 169.254.169.254, where cloud machines serve their own credentials to any local process."""
     for name, upstream in policy.upstreams.items():
         host = urlsplit(upstream.base_url).hostname or ""
         try:
             is_link_local = ip_address(host).is_link_local
-        except ValueError:
+        except ValueError:  # a host name
             continue
         if is_link_local:
-            yield (
-                ("upstreams", name, "base_url"),
-                f"{host} is link-local: cloud machines give out their credentials there",
-            )
+            text = f"{host} is a link-local address, where cloud machines serve their credentials; write another one"
+            yield Finding(("upstreams", name, "base_url"), text)
 
 
-def _plain_secrets(config: Config) -> Warnings:
-    for path, value in config.document.scalars():
-        if not config.document.is_substituted(path) and _is_plain_secret(path, str(value)):
-            yield path, placed(path, "a secret stands here in plain; write ${NAME} or ${file:/path} for it")
+def _secrets_in_plain_text(config: Config) -> Warnings:
+    for path, node in config.document.walk():
+        if not node.is_interpolated and _is_plain_secret(path, node.value):
+            yield finding_at(path, "this secret is in plain text; write ${NAME} or ${file:/path} for it")
 
 
-def _is_plain_secret(path: Path, value: str) -> bool:
+def _is_plain_secret(path: KeyPath, value: object) -> bool:
     match path:
         case ("admin_keys", _) | ("users", _, "keys", _):
-            return not value.startswith("sha256:")
+            return not str(value).startswith("sha256:")
         case ("upstreams", _, "api_key"):
             return True
         case ("database",):
-            return urlsplit(value).password is not None
+            return urlsplit(str(value)).password is not None
     return False
 
 
@@ -323,42 +353,43 @@ def _is_plain_secret(path: Path, value: str) -> bool:
 
 
 def _sentence(group: Group, members: int) -> str:
-    within = f"; of models only {', '.join(group.models.texts)}" if group.models else ""
     if group.unlimited:
-        return f"{group.name}: {_each(group, members)} may use any model without limit{within}."
-    own = [_allowance(quota) for quota in group.quotas if not quota.shared]
-    pots = [_allowance(quota) for quota in group.quotas if quota.shared]
-    parts = [f"{_each(group, members)} may use {', and '.join(own)}"] if own else []
-    parts += [f"{_all(group, members)} may use {', and '.join(pots)}"] if pots else []
-    return f"{group.name}: {'; '.join(parts) or 'no quotas'}{within}."
+        models = ", ".join(group.models.texts) if group.models else "any model"
+        return f"{group.name}: {_each_member(group, members)} may use {models} without limit."
+    models = f"; only models {', '.join(group.models.texts)}" if group.models else ""
+    per_member = [_quota_text(quota) for quota in group.quotas if not quota.shared]
+    shared = [_quota_text(quota) for quota in group.quotas if quota.shared]
+    parts = [f"{_each_member(group, members)} may use {', and '.join(per_member)}"] if per_member else []
+    parts += [f"{_all_members(group, members)} may use {', and '.join(shared)}"] if shared else []
+    return f"{group.name}: {'; '.join(parts) or 'no quotas'}{models}."
 
 
-def _each(group: Group, members: int) -> str:
-    if group.name in _ALL_USERS:
-        return f"every user{_ALL_USERS[group.name]}"
-    return _MEMBERS.get(members, f"each of {members:,} members")
+def _each_member(group: Group, members: int) -> str:
+    if group.name in _RESERVED_GROUPS:
+        return f"every user{_RESERVED_GROUPS[group.name]}"
+    return _FEW_MEMBERS.get(members, f"each of {members:,} members")
 
 
-def _all(group: Group, members: int) -> str:
-    if group.name in _ALL_USERS:
-        return f"all users{_ALL_USERS[group.name]} together"
-    return _MEMBERS.get(members, f"all {members:,} members together")
+def _all_members(group: Group, members: int) -> str:
+    if group.name in _RESERVED_GROUPS:
+        return f"all users{_RESERVED_GROUPS[group.name]} together"
+    return _FEW_MEMBERS.get(members, f"all {members:,} members together")
 
 
-def _allowance(quota: Quota) -> str:
-    *others, last = [_words(limit) for limit in quota.limits]
-    words = f"{', '.join(others)} and {last}" if others else last
-    amount = f"{words} {_window(quota)}{_MANNER[quota.enforce]}"
-    return f"{amount} of any model" if _is_for_all(quota.models) else f"on {', '.join(quota.models.texts)}: {amount}"
+def _quota_text(quota: Quota) -> str:
+    *others, last = [_limit_text(limit) for limit in quota.limits]
+    limits = f"{', '.join(others)} and {last}" if others else last
+    amount = f"{limits} {_window_text(quota)}{_ENFORCE_NOTES[quota.enforce]}"
+    return f"{amount} of any model" if _matches_all(quota.models) else f"on {', '.join(quota.models.texts)}: {amount}"
 
 
-def _words(limit: Limit) -> str:
-    words = limit.measure.replace("_", " ")
-    return f"{limit.maximum:,} {words if limit.maximum != 1 else words.removesuffix('s')}"
+def _limit_text(limit: Limit) -> str:
+    measure = limit.measure.replace("_", " ")
+    return f"{limit.maximum:,} {measure if limit.maximum != 1 else measure.removesuffix('s')}"
 
 
-def _window(quota: Quota) -> str:
+def _window_text(quota: Quota) -> str:
     if isinstance(quota.per, Calendar):
         return "an hour" if quota.per.text == "hour" else f"a {quota.per.text}"
-    number, unit = quota.per.text[:-1], _SUFFIXES[quota.per.text[-1]]
+    number, unit = quota.per.text[:-1], _UNITS[quota.per.text[-1]]
     return f"in {number} {unit}{'' if number == '1' else 's'} from the first call"

@@ -1,8 +1,14 @@
-"""The file as a whole: a policy and the settings, or every mistake in one report.
+"""Loads quotas.yaml into a policy and settings, or raises one report of every mistake.
 
-What is wrong with single values and sections comes from `faults`; here are the mistakes of names that point at each
-other: a group that doesn't exist, a key that two users have. They are looked for in the plain data, so that one
-report names them too when something else is wrong. A file with any mistake gives no policy.
+A file is checked in two phases. Phase 1, `document`, parses the YAML and goes on after a mistake wherever it can.
+Phase 2 checks the plain data twice: `messages` validates the shape of each section, and the functions below check
+names and keys across sections (a group that does not exist, a key that two users have).
+
+The second check reads the plain data and not the validated `File`, because there is no `File` if any value is wrong:
+a typing error in one quota would hide a user's misspelled group until the next run.
+
+A value with a mistake in phase 1 gets none in phase 2. For `tokens: no`, phase 1 says that some parsers read `no` as
+false; that it is not a number either would be a second text about the same error.
 """
 
 import hashlib
@@ -11,10 +17,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from zoneinfo import ZoneInfo
 
-from proxy.config import values as scalars
-from proxy.config.document import BYTES_MAX, Document, Mistake, Path, read_document
-from proxy.config.interpolation import ReadFile, Sources
-from proxy.config.messages import Fault, nearest, placed, read_file
+from proxy.config import values
+from proxy.config.document import BYTES_MAX, Diagnostic, Document, Finding, KeyPath, Node, read_document
+from proxy.config.interpolation import Interpolator, ReadFile
+from proxy.config.messages import did_you_mean, finding_at, read_file
 from proxy.config.schema import Allow as AllowSection
 from proxy.config.schema import File
 from proxy.config.schema import Group as GroupSection
@@ -24,12 +30,14 @@ from proxy.policy.quota import Globs, Quota
 from proxy.policy.windows import WEEKDAYS, parse_per
 
 _MISTAKES_SHOWN = 100
+_NAMES_SHOWN = 10
+_ONLY_A_ROUTE = '"*" only says which upstream other names go to; remove this, or list the model by its name'
 
 
 class BadConfig(Exception):
-    """The file can't be taken. Its text is the whole report, a line for each mistake."""
+    """The file has mistakes. The exception's text is the report: a line for each of the first 100, sorted by line."""
 
-    def __init__(self, mistakes: Iterable[Mistake]) -> None:
+    def __init__(self, mistakes: Iterable[Diagnostic]) -> None:
         self.mistakes = tuple(sorted(set(mistakes)))
         more = len(self.mistakes) - _MISTAKES_SHOWN
         lines = [str(mistake) for mistake in self.mistakes[:_MISTAKES_SHOWN]]
@@ -38,43 +46,45 @@ class BadConfig(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """Where a listener listens."""
+    """Where a listener listens. An IPv6 host has no brackets; port 0 lets the system choose one."""
 
     host: str
     port: int
 
 
 @dataclass(frozen=True, slots=True)
-class Patience:
-    """How much a listener bears of clients that are slow, or many."""
+class ConnectionLimits:
+    """How many connections a listener keeps open, and how long it waits for slow clients."""
 
     connections: int = 4000
-    head_s: float = 10.0  # from a head's first byte to its last
+    head_s: float = 10.0  # from the first to the last byte of a request's head
     idle_s: float = 75.0  # between two requests, and before the first
-    # A body: so long, and a second more for every so many bytes that came. 32 MiB at half a megabit pass.
+    # A body may take body_s, and a second more for every body_bytes_per_s bytes that have arrived. So a body of
+    # 32 MiB has 30 + 512 = 542 s, just enough for a client that sends half a megabit per second (537 s).
     body_s: float = 30.0
-    body_bytes_a_s: int = 65_536
-    silence_s: float = 15.0  # of a stream, until the client is told that the connection is alive
+    body_bytes_per_s: int = 65_536
+    # A stream without output sends a heartbeat after this time. Load balancers close idle connections after 60 s.
+    heartbeat_s: float = 15.0
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What only a restart changes. `admin` is None where that listener is off; `cors` are origins, or "*".
+    """What takes effect only at a restart. `admin` is None if that listener is off; `cors` has origins, or "*".
 
-    `lease_ms` is not in the file; None: as usual.
+    `lease_ms` is not in the file: the hidden option `--lease` of `serve` sets it. None means the ledger's default.
     """
 
     api: Address
     admin: Address | None
     database: str = field(repr=False)
     cors: tuple[str, ...] = ()
-    patience: Patience = Patience()
+    connection_limits: ConnectionLimits = ConnectionLimits()
     lease_ms: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """A file that was taken: its settings, its policy, and its document, which knows the lines."""
+    """A valid file: its settings, its policy, and the document, which knows the line of each value."""
 
     settings: Settings
     policy: Policy
@@ -82,22 +92,22 @@ class Config:
 
     @property
     def restart_only(self) -> Mapping[str, object]:
-        """The sections that a reload does not change, by name, to be compared with those in force."""
-        server = (self.settings.api, self.settings.admin, self.settings.cors, self.settings.patience)
-        return {"server": server, "database": self.settings.database}
+        """The sections that a reload does not change, by name, for comparison with those in force."""
+        settings = self.settings
+        server = (settings.api, settings.admin, settings.cors, settings.connection_limits)
+        return {"server": server, "database": settings.database}
 
 
 def load(path: str, environ: Mapping[str, str], read_bytes: ReadFile | None = None) -> Config:
-    """The file at `path`; raises BadConfig."""
-    read_bytes = read_bytes or read_some
+    """Load the file at `path`, with `${NAME}` from `environ`. Raises BadConfig."""
+    read_bytes = read_bytes or read_capped
     try:
         source = read_bytes(path)
     except (OSError, ValueError) as error:
-        why = getattr(error, "strerror", None) or "no such name"
-        raise BadConfig(
-            [Mistake(path, 1, f"the file can't be read ({why}); check its name and who may read it")]
-        ) from None
-    return _load(source, path, Sources(environ, read_bytes))
+        reason = getattr(error, "strerror", None) or "not a valid path"
+        text = f"the file can't be read ({reason}); check its path and its permissions"
+        raise BadConfig([Diagnostic(path, 1, text)]) from None
+    return _load(source, path, Interpolator(environ, read_bytes))
 
 
 def load_text(
@@ -107,139 +117,149 @@ def load_text(
     environ: Mapping[str, str] | None = None,
     read_bytes: ReadFile | None = None,
 ) -> Config:
-    """The same for a text; `name` stands for the file in the report."""
+    """Load YAML from a string. `name` is the file name in the report. Raises BadConfig."""
     source = text.encode("utf-8", "surrogatepass")
-    return _load(source, name, Sources(environ or {}, read_bytes or read_some))
+    return _load(source, name, Interpolator(environ or {}, read_bytes or read_capped))
 
 
-def read_some(path: str) -> bytes:
-    """A file's bytes, at most one more than is ever taken: also of one that has no end."""
+def read_capped(path: str) -> bytes:
+    """A file's content, at most BYTES_MAX + 1 bytes, so that a device such as /dev/zero ends as too large."""
     with open(path, "rb") as file:
         return file.read(BYTES_MAX + 1)
 
 
-def _load(source: bytes, name: str, sources: Sources) -> Config:
-    document = read_document(source, name, sources)
+def _load(source: bytes, name: str, interpolator: Interpolator) -> Config:
+    document = read_document(source, name, interpolator)
     if document.data is None:
         raise BadConfig(document.mistakes)
-    file, faults = read_file(document.data)
-    faults = (*faults, *_pointing_nowhere(document.data), *_shared_keys(document.data), *_idle_words(document.data))
-    mistakes = [document.mistake(fault.path, fault.text) for fault in faults if not document.is_bad(fault.path)]
+    file, findings = read_file(document.data)
+    findings = (*findings, *_cross_section_findings(document, document.data))
+    mistakes = [document.locate(finding) for finding in findings if not document.is_bad(finding.path)]
     if file is None or mistakes or document.mistakes:
         raise BadConfig([*document.mistakes, *mistakes])
     return Config(_settings(file), _policy(file, _hash(document.data)), document)
 
 
-# ------------------------------------------------------------------------------------- mistakes across the whole file
+# ---------------------------------------------------------------------------------------- mistakes across sections
 
 
-def _pointing_nowhere(data: Mapping[str, object]) -> Iterator[Fault]:
-    """Names of groups and upstreams that there are not."""
+def _cross_section_findings(document: Document, data: Mapping[str, object]) -> Iterator[Finding]:
+    nodes = tuple(document.walk())
+    yield from _unknown_names(nodes, data)
+    yield from _missing_default_upstream(data)
+    yield from _duplicate_keys(nodes)
+    yield from _keys_without_effect(nodes)
+
+
+def _unknown_names(nodes: Iterable[tuple[KeyPath, Node]], data: Mapping[str, object]) -> Iterator[Finding]:
+    """Groups of users, and upstreams of models, that do not exist."""
     groups, upstreams = _mapping(data, "groups"), _mapping(data, "upstreams")
-    for user in _mapping(data, "users"):
-        for path, group in _words(data, "users", user, "groups"):
-            if group in (EVERYONE, DEFAULT):
-                yield Fault(path, placed(path, f'"{group}" holds for users by itself; leave it out'))
-            else:
-                yield from _missing("group", path, group, groups)
-    yield from _missing("upstream", ("default_upstream",), _word(data.get("default_upstream")), upstreams)
-    needs_default = len(upstreams) > 1 and "default_upstream" not in data
-    if needs_default and "models" not in data:
-        text = f"there are several and no models; write default_upstream: one of {', '.join(upstreams)}"
-        yield Fault(("upstreams",), placed(("upstreams",), text))
-    for model in _mapping(data, "models"):
-        path, section = ("models", model), _mapping(data, "models", model)
-        yield from _missing("upstream", (*path, "upstream"), _word(section.get("upstream")), upstreams)
-        for place, one in _places(section):
-            yield from _missing("upstream", (*path, *place, "upstream"), _word(one.get("upstream")), upstreams)
-        if needs_default and not section.keys() & {"upstream", "upstreams"}:
-            yield Fault(
-                path,
-                placed(path, "there are several upstreams; write upstream or upstreams here, or default_upstream"),
-            )
+    for path, node in nodes:
+        name = _name_or_key(node.value)
+        match path:
+            case ("users", str(), "groups", int()) if name in (EVERYONE, DEFAULT):
+                yield finding_at(path, f'"{name}" applies to users without being listed; remove it')
+            case ("users", str(), "groups", int()):
+                yield from _unknown("group", path, name, groups)
+            case (
+                ("default_upstream",)
+                | ("models", str(), "upstream")
+                | ("models", str(), "upstreams", int(), "upstream")
+            ):
+                yield from _unknown("upstream", path, name, upstreams)
 
 
-def _missing(kind: str, path: Path, name: str, names: Iterable[str]) -> Iterator[Fault]:
-    if name in names or not scalars.NAME.fullmatch(name):
+def _unknown(kind: str, path: KeyPath, name: str, known: Iterable[str]) -> Iterator[Finding]:
+    # A text that can't be a name is already a mistake of its shape.
+    if name in known or not values.NAME.fullmatch(name):
         return
-    names = [name for name in names if name not in (EVERYONE, DEFAULT)]
-    hint = nearest(name, names) or f"write it below {kind}s, where there is {', '.join(names[:10]) or 'none yet'}"
-    yield Fault(path, placed(path, f'there is no {kind} "{name}"; {hint}'))
+    known = [name for name in known if name not in (EVERYONE, DEFAULT)]
+    shown = ", ".join(known[:_NAMES_SHOWN])
+    hint = did_you_mean(name, known) or f"add it below {kind}s{f', or write one of {shown}' if shown else ''}"
+    yield finding_at(path, f'there is no {kind} "{name}"; {hint}')
 
 
-def _shared_keys(data: Mapping[str, object]) -> Iterator[Fault]:
-    """Keys that don't say who is calling, because they stand in two places. The key itself is not shown."""
-    keys: list[tuple[str, Path, str]] = [
-        ("an admin", ("admin_keys", name), _word(key)) for name, key in _mapping(data, "admin_keys").items()
-    ]
-    for user in _mapping(data, "users"):
-        keys += [(f"user {user}", path, key) for path, key in _words(data, "users", user, "keys")]
+def _missing_default_upstream(data: Mapping[str, object]) -> Iterator[Finding]:
+    """With several upstreams and no default, every model has to say where it goes."""
+    upstreams = _mapping(data, "upstreams")
+    if len(upstreams) < 2 or "default_upstream" in data:
+        return
+    if "models" not in data:
+        text = f"there are several and no models; write default_upstream: one of {', '.join(upstreams)}"
+        yield finding_at(("upstreams",), text)
+    for model, section in _mapping(data, "models").items():
+        if not _mapping(section).keys() & {"upstream", "upstreams"}:
+            text = "there are several upstreams; write upstream or upstreams here, or default_upstream"
+            yield finding_at(("models", model), text)
+
+
+def _duplicate_keys(nodes: Iterable[tuple[KeyPath, Node]]) -> Iterator[Finding]:
+    """Keys that two owners have, which would not say who is calling. The key itself is not shown."""
+    keys: list[tuple[str, KeyPath, str]] = []
+    for path, node in nodes:
+        match path:
+            case ("admin_keys", str()):
+                keys.append(("an admin", path, _name_or_key(node.value)))
+            case ("users", str() as user, "keys", int()):
+                keys.append((f"user {user}", path, _name_or_key(node.value)))
+    # Admins first, wherever they are in the file: if an admin and a user have the same key, the user's has to change.
+    keys.sort(key=lambda item: item[1][0] != "admin_keys")
     owners: dict[str, str] = {}
     for owner, path, key in keys:
         digest = _digest(key)
         if digest in owners:
-            yield Fault(path, placed(path, f"{owners[digest]} has this key already; write another one"))
+            yield finding_at(path, f"{owners[digest]} already has this key; write another one")
         elif digest:
             owners[digest] = owner
 
 
 def _digest(key: str) -> str | None:
+    """The digest of a valid key. Digests are compared, so `sha256:…` and the same key in plain text are equal."""
     try:
-        return scalars.key_digest(key)
+        return values.key_digest(key)
     except ValueError:
         return None
 
 
-def _idle_words(data: Mapping[str, object]) -> Iterator[Fault]:
-    """What stands there and could do nothing."""
-    anything = _mapping(data, "models", "*")
-    named = [(key,) for key in anything if key not in ("upstream", "upstreams")]
-    for step in (*named, *((*place, "model") for place, one in _places(anything) if "model" in one)):
-        path: Path = ("models", "*", *step)
-        yield Fault(path, placed(path, '"*" says only where names go; leave this out, or name the model'))
-    if _mapping(data, "groups", EVERYONE).get("unlimited") in (True, "true"):
-        path = ("groups", EVERYONE, "unlimited")
-        text = f"{EVERYONE} only adds limits; write unlimited in {DEFAULT}, or unmatched: allow"
-        yield Fault(path, placed(path, text))
+def _keys_without_effect(nodes: Iterable[tuple[KeyPath, Node]]) -> Iterator[Finding]:
+    """Keys that have a valid value and could do nothing."""
+    for path, node in nodes:
+        match path:
+            # "*" covers models of different sizes and names, so only their upstream can be the same for all of them.
+            case ("models", "*", str() as key) if key not in ("upstream", "upstreams"):
+                yield finding_at(path, _ONLY_A_ROUTE)
+            case ("models", "*", "upstreams", int(), "model"):
+                yield finding_at(path, _ONLY_A_ROUTE)
+            # The quotas of everyone apply in addition to those of other groups, so it can't remove a limit.
+            case ("groups", group, "unlimited") if group == EVERYONE and node.value in (True, "true"):
+                yield finding_at(
+                    path, f"{EVERYONE} only adds limits; write unlimited in {DEFAULT}, or unmatched: allow"
+                )
 
 
 def _mapping(data: object, *path: str) -> Mapping[str, object]:
-    """The mapping at this place; an empty one where there is none, which is another mistake."""
+    """The mapping at this path. Empty if there is none, which is another mistake."""
     for step in path:
         data = data.get(step) if isinstance(data, dict) else None
     return data if isinstance(data, dict) else {}
 
 
-def _places(model: Mapping[str, object]) -> Iterator[tuple[Path, Mapping[str, object]]]:
-    """The upstreams of a model that has several, each with its place in the model."""
-    several = model.get("upstreams")
-    for index, one in enumerate(several if isinstance(several, list) else []):
-        yield ("upstreams", index), _mapping(one)
-
-
-def _words(data: Mapping[str, object], *path: str) -> Iterator[tuple[Path, str]]:
-    """The items of the list at this place, each with its own place."""
-    found = _mapping(data, *path[:-1]).get(path[-1])
-    for index, item in enumerate(found if isinstance(found, list) else []):
-        yield (*path, index), _word(item)
-
-
-def _word(value: object) -> str:
-    """A name or key as it was written; empty for what can be none, which is another mistake."""
+def _name_or_key(value: object) -> str:
+    """A scalar as the text of a name or key. Empty for a value that can be neither, which is another mistake."""
     return str(value) if isinstance(value, str | int) and not isinstance(value, bool) else ""
 
 
-# ------------------------------------------------------------------------------------------- from the file to values
+# ----------------------------------------------------------------------------- from the validated file to a policy
 
 
 def _settings(file: File) -> Settings:
     admin = file.server.admin
     return Settings(
-        api=Address(*scalars.split_address(file.server.api)),
-        admin=None if admin is None else Address(*scalars.split_address(admin)),
+        api=Address(*values.split_address(file.server.api)),
+        admin=None if admin is None else Address(*values.split_address(admin)),
         database=file.database,
         cors=tuple(file.server.cors),
-        patience=Patience(connections=file.server.connections),
+        connection_limits=ConnectionLimits(connections=file.server.connections),
     )
 
 
@@ -250,7 +270,7 @@ def _policy(file: File, hash: str) -> Policy:
             section.base_url,
             section.api_key,
             kind=section.kind,
-            on_disconnect=section.when_client_leaves(),
+            on_disconnect=section.effective_on_disconnect(),
             api_version=section.api_version,
             allow=_allow(section.allow),
         )
@@ -261,6 +281,7 @@ def _policy(file: File, hash: str) -> Policy:
     week_starts = WEEKDAYS.index(file.week_starts)
     return Policy(
         groups={name: _group(name, section, zone, week_starts) for name, section in file.groups.items()},
+        # A user's groups in the order of the file's groups, which decides through which one a call is admitted.
         users={
             name: User(name, tuple(group for group in file.groups if group in section.groups))
             for name, section in file.users.items()
@@ -288,13 +309,13 @@ def _models(file: File, upstreams: Mapping[str, Upstream], default: str) -> dict
 
 
 def _model(name: str, section: ModelSection, *, upstreams: Mapping[str, Upstream], default: str) -> Model:
-    one = (section.upstream or default, section.model, 1)
-    places = [(place.upstream, place.model, place.weight) for place in section.upstreams or ()] or [one]
+    single = (section.upstream or default, section.model, 1)
+    targets = [(target.upstream, target.model, target.weight) for target in section.upstreams or ()] or [single]
     first, *others = (
         Model(
             name=name,
             upstream=upstreams[upstream],
-            upstream_model=served or name,
+            upstream_model=served_name or name,
             max_output_tokens=section.max_output_tokens,
             context=section.context,
             encoding=section.encoding,
@@ -303,7 +324,7 @@ def _model(name: str, section: ModelSection, *, upstreams: Mapping[str, Upstream
             weight=weight,
             allow=None if section.allow is None else _allow(section.allow),
         )
-        for upstream, served, weight in places
+        for upstream, served_name, weight in targets
     )
     return replace(first, others=tuple(others))
 
@@ -331,6 +352,10 @@ def _group(name: str, section: GroupSection, zone: ZoneInfo, week_starts: int) -
 
 
 def _hash(data: Mapping[str, object]) -> str:
-    """Twelve digits that are the same wherever the same policy is in force, whatever each server's own settings."""
-    effective = {key: value for key, value in data.items() if key not in ("server", "database")}
-    return hashlib.sha256(json.dumps(effective).encode()).hexdigest()[:12]
+    """Twelve hex digits that identify the policy.
+
+    They are equal on all replicas with the same policy: each replica's own `server` and `database` are left out, and
+    so are comments and layout. Interpolated values count, so a new key gives a new hash.
+    """
+    policy = {key: value for key, value in data.items() if key not in ("server", "database")}
+    return hashlib.sha256(json.dumps(policy).encode()).hexdigest()[:12]

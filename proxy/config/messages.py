@@ -1,88 +1,89 @@
-"""What is wrong with the shape of quotas.yaml, in our own words.
+"""Validates the shape of quotas.yaml with pydantic, and writes each mistake in the proxy's own words.
 
-pydantic finds it, and none of its own sentences get out: a fault says at which place what is wrong and what to write
-instead, and shows no value that could be a secret.
+A finding says at which key path what is wrong and what to write instead. None of pydantic's own texts is used: they
+quote the input, which may be a secret, and name Python's types instead of YAML's.
 """
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from difflib import get_close_matches
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from proxy.config.document import Path
+from proxy.config.document import Finding, KeyPath
 from proxy.config.schema import EMPTY, File, section_at
 
-_FAULTS_MAX = 1000
-_WRONG_TYPES = {
-    "string_type": "this has to be one piece of text; write it in quotes",
-    "list_type": 'this has to be a list; write [ … ], or lines that begin with "- "',
-    "dict_type": 'this has to be a mapping; write "name: …" lines below it',
-    "model_type": 'this has to be a mapping; write "key: value" lines below it',
-    "bool_type": "this has to be true or false",
-    "too_short": "this names nothing; name at least one",
+# A report shows 100 mistakes; this only bounds the work for a file with a hundred thousand.
+_FINDINGS_MAX = 1000
+# pydantic's error type → the text. The values' own rules raise ValueError with the text (see `values`).
+_TEXTS = {
+    "string_type": "this must be text; put it in quotes",
+    "list_type": 'this must be a list; write [ … ], or lines that begin with "- "',
+    "dict_type": 'this must be a mapping; write "name: …" lines below it',
+    "model_type": 'this must be a mapping; write "key: value" lines below it',
+    "bool_type": "this is neither true nor false; write one of the two",
+    "too_short": "this has no entries; add at least one",
     "string_too_long": "this is too long; write at most 1000 characters",
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Fault:
-    """What is wrong at which place of the data."""
-
-    path: Path
-    text: str
-
-
-def read_file(data: Mapping[str, object]) -> tuple[File | None, tuple[Fault, ...]]:
-    """The file's sections, or what is wrong with their shapes."""
+def read_file(data: Mapping[str, object]) -> tuple[File | None, tuple[Finding, ...]]:
+    """The validated file, or None and a finding for each mistake in its shape."""
     try:
         return File.model_validate(data), ()
     except ValidationError as error:
-        return None, tuple(_fault(detail) for detail in error.errors(include_url=False)[:_FAULTS_MAX])
+        return None, tuple(_finding(detail) for detail in error.errors(include_url=False)[:_FINDINGS_MAX])
 
 
-def placed(path: Path, text: str) -> str:
-    """A sentence with the place it is about before it.
+def with_path(path: KeyPath, text: str) -> str:
+    """The text with its key path in front: `users.alice.keys[1]: …`.
 
-    Names of admin keys are not shown: who writes `{key: name}` for `{name: key}` has a key there.
+    Names of admin keys are left out. An operator who writes `{key: name}` instead of `{name: key}` has a key there.
     """
     shown = path[:1] if path[:1] == ("admin_keys",) else path
-    where = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in shown).removeprefix(".")
-    return f"{where}: {text}" if where else text
+    prefix = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in shown).removeprefix(".")
+    return f"{prefix}: {text}" if prefix else text
 
 
-def nearest(word: str, words: Iterable[str]) -> str:
-    """A question for what may have been meant; empty where nothing is near."""
-    near = get_close_matches(word[:50], list(words), n=1)
-    return f'did you mean "{near[0]}"?' if near else ""
+def finding_at(path: KeyPath, text: str) -> Finding:
+    """A finding whose text begins with its key path."""
+    return Finding(path, with_path(path, text))
 
 
-def _fault(detail: ErrorDetails) -> Fault:
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """`did you mean "…"?` with the most similar known word, or an empty text if none is similar."""
+    # 50 characters, because the comparison takes quadratic time and a word may be megabytes long.
+    matches = get_close_matches(word[:50], list(known), n=1)
+    return f'did you mean "{matches[0]}"?' if matches else ""
+
+
+def _finding(detail: ErrorDetails) -> Finding:
+    # For a bad key of a mapping pydantic adds the step "[key]" behind the key itself.
     path = detail["loc"][:-1] if detail["loc"][-1:] == ("[key]",) else detail["loc"]
     kind, context = detail["type"], detail.get("ctx", {})
+    # An unknown or missing key has the line of its own path, but its text is about the section that contains it.
     if kind == "extra_forbidden":
-        return Fault(path, placed(path[:-1], _unknown_key(path)))
+        return Finding(path, with_path(path[:-1], _unknown_key(path)))
     if kind == "missing":
-        return Fault(path, placed(path[:-1], _missing_key(path)))
+        return Finding(path, with_path(path[:-1], _missing_key(path)))
     if detail["input"] is None:
         text = EMPTY
     elif kind == "literal_error":
-        text = f"this has to be one of {context['expected'].replace(chr(39), '')}"
+        text = f"this is not an allowed value; write {context['expected'].replace(chr(39), '')}"
     else:
-        text = str(context["error"]) if kind == "value_error" else _WRONG_TYPES[kind]
-    return Fault(path, placed(path, text))
+        text = str(context["error"]) if kind == "value_error" else _TEXTS[kind]
+    return finding_at(path, text)
 
 
-def _unknown_key(path: Path) -> str:
+def _unknown_key(path: KeyPath) -> str:
     section = section_at(path)
     keys = section.model_fields
-    hint = nearest(str(path[-1]), keys) or f"write one of {', '.join(keys)}"
-    return f'"{path[-1]}" is no key of {section.called}; {hint}'
+    hint = did_you_mean(str(path[-1]), keys) or f"write one of {', '.join(keys)}"
+    return f'"{path[-1]}" is not a key of {section.display_name}; {hint}'
 
 
-def _missing_key(path: Path) -> str:
+def _missing_key(path: KeyPath) -> str:
     key = str(path[-1])
     example = (section_at(path).model_fields[key].examples or [""])[0]
     return f'"{key}" is missing; write {key}: {example if isinstance(example, str) else json.dumps(example)}'

@@ -1,6 +1,7 @@
-"""The policy in force: read whole and swapped whole, or the old one stays and the report says why.
+"""Holds the policy in force and reloads it when quotas.yaml changes.
 
-A call takes `current` once and keeps it to its end, so a reload never changes a running call.
+A reload takes the whole file or nothing: an invalid file is rejected and reported in the log, and the running policy
+stays in force. A call reads `current` once and keeps that policy to its end, so a reload does not change it.
 """
 
 import asyncio
@@ -14,28 +15,33 @@ from proxy.policy.policy import Policy
 
 log = structlog.get_logger("reload")
 
-# What a file looks like from outside: it has changed when this differs.
-Look = tuple[int, ...] | None
+# Numbers that differ when the file was written or replaced, such as inode, modification time and size. None: no file.
+Fingerprint = tuple[int, ...] | None
 
 
 class Policies:
-    """Holds the policy in force. `load` reads the file, `look` says whether it changed; `now` is in ms."""
+    """The policy in force.
+
+    `load` reads the file and raises BadConfig if it is invalid, `fingerprint` returns the file's current fingerprint,
+    and `now` returns the time in milliseconds since the epoch.
+    """
 
     def __init__(
         self,
         config: Config,
         *,
         load: Callable[[], Config],
-        look: Callable[[], Look],
+        fingerprint: Callable[[], Fingerprint],
         metrics: Metrics,
         now: Callable[[], int],
     ) -> None:
         self._config = config
         self._load = load
-        self._look = look
-        self._seen = self._last_look = look()
-        # A signal and a changed file may come together; the file that is read last must win.
-        self._one_at_a_time = asyncio.Lock()
+        self._fingerprint = fingerprint
+        # The fingerprint that the last load saw, and the one of the last check.
+        self._loaded = self._checked = fingerprint()
+        # SIGHUP and a changed file can start two reloads at once. The one that reads the file last has to win.
+        self._lock = asyncio.Lock()
         self._metrics = metrics
         self._now = now
         metrics.reloaded_at.set(now() / 1000)
@@ -46,38 +52,43 @@ class Policies:
         return self._config.policy
 
     async def reload_if_changed(self) -> None:
-        """Reload when the file looks different from last time, and has come to rest.
+        """Reload if the file has changed, and did not change any more since the previous check.
 
-        A file that is being written looks different at each look; taken half way, it could be a policy without
-        its last quotas.
+        An editor may write a file in several steps, and half of a file can be a valid policy that lacks the last
+        quotas. With a check every second and a file that is written from 12:00:00.5 to 12:00:01.5, the checks at :01
+        and :02 find a new fingerprint each and do nothing; the one at :03 finds that of :02 again, and reloads.
+
+        An invalid file is loaded, and reported, only once until it changes again.
         """
-        before, self._last_look = self._last_look, self._look()
-        if self._last_look == before != self._seen:
-            self._seen = before
+        previous, self._checked = self._checked, self._fingerprint()
+        if self._checked == previous != self._loaded:
+            # Stored before the load, not after: if the file changes in between, the next checks see a difference.
+            self._loaded = previous
             await self.reload()
 
     async def reload(self) -> bool:
-        """Take the file as it is now; returns False, and changes nothing, where it can't be taken."""
-        async with self._one_at_a_time:
+        """Load the file now. Returns False, and changes nothing, if it is invalid."""
+        async with self._lock:
             try:
-                # In a thread: a file with hundreds of users takes long enough to be felt by the streams.
+                # In a thread: a file with 20,000 users takes about two seconds, which would stall every stream.
                 new = await asyncio.to_thread(self._load)
             except BadConfig as error:
                 self._metrics.reload_failed.set(1)
                 log.error("the policy file can't be taken, the old policy stays in force", report=str(error))
                 return False
             old, self._config = self._config, new
-            self._report(old, new)
+            self._log_changes(old, new)
         self._metrics.reload_failed.set(0)
         self._metrics.reloaded_at.set(self._now() / 1000)
         return True
 
     @staticmethod
-    def _report(old: Config, new: Config) -> None:
+    def _log_changes(old: Config, new: Config) -> None:
         before, after = _quota_ids(old.policy), _quota_ids(new.policy)
         ignored = [name for name, value in new.restart_only.items() if value != old.restart_only[name]]
         if ignored:
             log.warning("these sections change only with a restart", sections=ignored)
+        # A counter belongs to a quota's id. A renamed quota is a new one, whose counters start at 0.
         log.info(
             "policy reloaded",
             hash=new.policy.hash,

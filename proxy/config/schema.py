@@ -1,255 +1,315 @@
-"""The shape of quotas.yaml: every key once, with its type, its default and a sentence.
+"""The shape of quotas.yaml: every key with its type, its default and its description.
 
-The sentences are the descriptions of the JSON Schema too. Unknown keys are refused, and so is a key left empty,
-which would otherwise be a limit that silently isn't there. What a single value may look like is said in `scalars`,
-what is wrong in our own words in `faults`, and whether names fit that point at each other in `config`.
+`File` is the whole file, and each other `Section` is one of its mappings. The types of single values come first: each
+combines a rule of `values` with what the JSON Schema says about it. `json_schema()` renders the JSON Schema, in which
+the descriptions below are what an editor shows.
+
+An unknown key is a mistake. So is a key without a value: YAML reads `tokens:` as null, which would be a limit that
+silently does not exist.
+
+Other modules hold the texts of mistakes (`messages`) and the check that a name refers to something (`loader`).
 """
 
-from typing import Annotated, ClassVar, Literal
+import json
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     ValidationInfo,
+    WithJsonSchema,
     field_validator,
     model_validator,
 )
 
-from proxy.config.fields import (
-    Address,
-    ApiKey,
-    ApiVersion,
-    BaseUrl,
-    Count,
-    Database,
-    Encoding,
-    Flag,
-    Globs,
-    GroupName,
-    KeepFor,
-    KeyDigest,
-    LedgerWait,
-    ModelName,
-    Name,
-    Origin,
-    Per,
-    Positive,
-    ServedName,
-    Text,
-    UserName,
-    Wait,
-    Weekday,
-    Zone,
-)
+from proxy.config import values
 from proxy.policy.amounts import MEASURES
-from proxy.policy.policy import Kind, OnDisconnect
+from proxy.policy.policy import Kind, OnDisconnect, Secret
 from proxy.policy.quota import Combine, Enforce, Limit
 
-EMPTY = "this is empty; give it a value or leave it out"
+# ----------------------------------------------------------------------------------------- the types of single values
+
+# An editor can't know the value of `${LIMIT}`, so the JSON Schema accepts it in place of a number.
+INTERPOLATION_PATTERN = r".*\$\{.+\}.*"
+
+Weekday = Literal["monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday"]
+Encoding = Literal["o200k_base", "o200k_harmony", "cl100k_base", "p50k_base", "p50k_edit", "r50k_base", "gpt2"]
+
+
+def _int_to_text(value: object) -> object:
+    """A name may look like a number (a user called 1001), which YAML reads as an integer."""
+    return str(value) if type(value) is int else value  # not isinstance: a bool is an int too
+
+
+def _text_to_bool(value: object) -> object:
+    """An interpolated `${FLAG}` is always text."""
+    return {"true": True, "false": False}.get(value, value) if isinstance(value, str) else value
+
+
+def _string_schema(**more: object) -> WithJsonSchema:
+    return WithJsonSchema({"type": "string", **more})
+
+
+def _number_schema(minimum: int) -> WithJsonSchema:
+    text = rf"^([0-9]+(_[0-9]+)*[kM]?|{INTERPOLATION_PATTERN})$"
+    return WithJsonSchema({"anyOf": [{"type": "integer", "minimum": minimum}, {"type": "string", "pattern": text}]})
+
+
+_IntToText = BeforeValidator(_int_to_text)
+_NAME_SCHEMA = WithJsonSchema({"type": ["string", "integer"], "pattern": values.NAME.pattern})
+Text = Annotated[str, _IntToText, AfterValidator(values.one_line)]
+Name = Annotated[str, _IntToText, AfterValidator(values.name), _NAME_SCHEMA]
+GroupName = Annotated[str, _IntToText, AfterValidator(values.group_name), _NAME_SCHEMA]
+UserName = Annotated[str, _IntToText, AfterValidator(values.user_name), _string_schema(minLength=1, maxLength=254)]
+ModelName = Annotated[str, _IntToText, AfterValidator(values.model_name), _string_schema(minLength=1)]
+ServedName = Annotated[str, _IntToText, AfterValidator(values.served_name), _string_schema(minLength=1)]
+Glob = Annotated[str, _IntToText, AfterValidator(values.glob), _string_schema(minLength=1)]
+Globs = Annotated[list[Glob], Field(min_length=1)]
+Flag = Annotated[bool, BeforeValidator(_text_to_bool)]
+Count = Annotated[int, BeforeValidator(values.count), _number_schema(0)]
+Positive = Annotated[int, BeforeValidator(values.positive), _number_schema(1)]
+Wait = Annotated[int, BeforeValidator(values.wait_ms), _string_schema()]
+LedgerWait = Annotated[int, BeforeValidator(values.ledger_wait_ms), _string_schema()]
+KeepFor = Annotated[int, BeforeValidator(values.keep_ms), _string_schema()]
+Per = Annotated[str, _IntToText, AfterValidator(values.per)]
+Address = Annotated[str, _IntToText, AfterValidator(values.address)]
+Origin = Annotated[str, AfterValidator(values.origin)]
+Zone = Annotated[str, AfterValidator(values.zone)]
+ApiVersion = Annotated[str, AfterValidator(values.api_version)]
+BaseUrl = Annotated[str, AfterValidator(values.base_url)]
+Database = Annotated[str, AfterValidator(values.database)]
+# A user's or admin's key. The validated file has only its digest.
+KeyDigest = Annotated[str, _IntToText, AfterValidator(values.key_digest), _string_schema(minLength=1)]
+ApiKey = Annotated[Secret, BeforeValidator(values.secret), _string_schema(minLength=1)]
+
+EMPTY = "this has no value; write one, or remove the key"
+
+# ------------------------------------------------------------------------------------------------------- the sections
 
 
 class Section(BaseModel):
-    """One mapping of the file. `called` is how a sentence names it."""
+    """One mapping of the file. `display_name` is what a mistake calls it."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, arbitrary_types_allowed=True, hide_input_in_errors=True
     )
-    called: ClassVar[str]
-    may_be_null: ClassVar[frozenset[str]] = frozenset()
+    display_name: ClassVar[str]
+    nullable: ClassVar[frozenset[str]] = frozenset()
 
     @field_validator("*", mode="before")
     @classmethod
-    def _is_not_left_empty(cls, value: object, info: ValidationInfo) -> object:
-        if value is None and info.field_name not in cls.may_be_null:
+    def _has_a_value(cls, value: object, info: ValidationInfo) -> object:
+        if value is None and info.field_name not in cls.nullable:
             raise ValueError(EMPTY)
         return value
 
 
 class Server(Section):
-    """Where the proxy listens. A change needs a restart."""
+    """The two listeners. A change takes effect at a restart."""
 
-    called = "server"
-    may_be_null = frozenset({"admin"})
+    display_name = "server"
+    nullable = frozenset({"admin"})
 
-    api: Address = Field("127.0.0.1:8080", description="host:port of what users call, and health.")
+    api: Address = Field("127.0.0.1:8080", description="host:port of the API that users call, and of health checks.")
     admin: Address | None = Field(
         "127.0.0.1:8081",
-        description="host:port of /metrics and health; null turns this listener off.",
+        description="host:port of /metrics and health checks; null turns this listener off.",
     )
     cors: list[Origin] = Field(
         default=[],
         description="The origins of web pages whose scripts may call the API, as in https://app.example; "
-        '"*" lets in all. Left out: none.',
+        '"*" allows all. Default: none.',
         examples=[["https://app.example"]],
     )
     connections: Positive = Field(
-        4000, description="How many connections each listener holds at once; the next gets a 503."
+        4000, description="The most connections that each listener keeps open; further ones get a 503."
     )
 
 
 class Keep(Section):
-    """How long records are kept; what counts toward the quotas is kept apart from them."""
+    """How long usage records are kept. The counters of quotas are separate and not affected."""
 
-    called = "keep"
-    may_be_null = frozenset({"calls", "days"})
+    display_name = "keep"
+    nullable = frozenset({"calls", "days"})
 
     calls: KeepFor | None = Field(
-        90 * 86_400_000, description="The records of single calls, as in 90d; null keeps them for ever."
+        90 * 86_400_000, description="The records of single calls, as in 90d; null keeps them forever."
     )
     days: KeepFor | None = Field(
-        1100 * 86_400_000, description="The sums of each day, user, group and model; null keeps them for ever."
+        1100 * 86_400_000, description="The daily sums by user, group and model; null keeps them forever."
     )
 
     @model_validator(mode="after")
     def _keeps_sums_longer(self) -> "Keep":
+        # Otherwise a call that is corrected late would bring back the sum of a day that was already deleted.
         if self.days is not None and (self.calls is None or self.days < self.calls):
-            raise ValueError("days is shorter than calls; keep the sums at least as long as what they are sums of")
+            raise ValueError("days is shorter than calls; keep the sums at least as long as the calls in them")
         return self
 
 
 class Allow(Section):
-    """What requests may use that costs, or reaches, beyond what quotas see."""
+    """Features with a cost, or with access to other systems, that quotas do not count."""
 
-    called = "allow"
+    display_name = "allow"
 
     tools: list[ServedName] = Field(
         default=[],
-        description="Types of tools of the upstream's own, on /responses and /messages; web_search also opens "
-        "web_search_options of chat. What such a tool fetches or does is not bounded by any quota.",
+        description="Types of the upstream's own tools that requests may use on /responses and /messages; web_search "
+        "also allows web_search_options in chat completions. No quota limits what such a tool fetches or does.",
         examples=[["web_search", "mcp"]],
     )
     service_tiers: list[ServedName] = Field(
         default=[],
-        description="What service_tier may say beside auto, default and standard_only; others have other prices.",
+        description="Values of service_tier that requests may use besides auto, default and standard_only; others "
+        "have other prices.",
         examples=[["flex"]],
     )
     betas: list[ServedName] = Field(
         default=[],
-        description="Of kind anthropic: the betas that users may ask for with the header anthropic-beta, beside "
-        "those that change neither price nor reach. Others are left out of what is sent.",
+        description="For kind anthropic: values of the header anthropic-beta that requests may use, besides those "
+        "that change neither price nor access. Others are removed from the forwarded request.",
         examples=[["context-1m-2025-08-07"]],
     )
     store: Flag = Field(
         True,
-        description="Whether the upstream may keep answers, in the account that all users share; each user reaches "
-        "only their own. If not, /responses is sent with store: false.",
+        description="Whether the upstream may store answers, in the account that all users share; each user can "
+        "access only their own. If false, /responses is sent with store: false.",
     )
 
 
 class Upstream(Section):
     """A server that calls are forwarded to."""
 
-    called = "an upstream"
+    display_name = "an upstream"
 
     base_url: BaseUrl = Field(
-        description="http:// or https:// address, with /v1 where the server has it.",
+        description="The server's http:// or https:// address, with /v1 if the server has it.",
         examples=["https://api.openai.com/v1"],
     )
     api_key: ApiKey | None = Field(
         None,
         repr=False,
-        description="The key sent to this server, by reference: ${OPENAI_API_KEY}. None: none is sent.",
+        description="The key that is sent to this server, as in ${OPENAI_API_KEY}. Default: no key is sent.",
     )
     kind: Kind = Field(
         "openai",
-        description="Whose habits the server has: its auth header, its paths and its fields. OpenRouter, LiteLLM and "
-        "most others have those of openai.",
+        description="The vendor or server software, which decides the auth header, the paths and the fields of "
+        "requests. openai is right for OpenRouter, LiteLLM and most others.",
     )
     api_version: ApiVersion | None = Field(
         None,
-        description="For azure: the api-version of calls that name none, or one from before 2024-09-01. Left out: "
-        "2024-10-21; at /openai/v1 none.",
+        description="For kind azure: the api-version of calls that name none, or one before 2024-09-01. "
+        "Default: 2024-10-21; none at /openai/v1.",
         examples=["2024-10-21"],
     )
     on_disconnect: OnDisconnect | None = Field(
         None,
-        description="When a client leaves a running answer: drain reads on and charges the truth (the default for "
-        "openai, azure, anthropic, simulator), stop ends it at the upstream (for vllm, ollama, llamacpp).",
+        description="What to do when a client disconnects during an answer. drain: read the rest and charge the "
+        "exact usage (default for openai, azure, anthropic, simulator). stop: close the connection to the upstream "
+        "(default for vllm, ollama, llamacpp).",
     )
-    allow: Allow = Field(Allow(), description="What requests may use beyond what quotas see.")
+    allow: Allow = Field(Allow(), description="Features that requests may use although quotas do not count them.")
 
     @model_validator(mode="after")
-    def _has_versions(self) -> "Upstream":
+    def _has_api_version_only_for_azure(self) -> "Upstream":
         if self.api_version and self.kind != "azure":
-            raise ValueError("api_version is for upstreams of kind: azure; leave it out of this one")
+            raise ValueError("api_version is only for upstreams of kind azure; remove it from this one")
         return self
 
-    def when_client_leaves(self) -> OnDisconnect:
-        """`on_disconnect`, or what suits this kind: hosted servers bill an answer that was left, our own stop."""
+    def effective_on_disconnect(self) -> OnDisconnect:
+        """`on_disconnect`, or the default of this kind.
+
+        Hosted APIs bill an answer whose client has left, so it is read to its usage; servers of one's own stop.
+        """
         return self.on_disconnect or ("stop" if self.kind in ("vllm", "ollama", "llamacpp") else "drain")
 
 
-class Place(Section):
-    """One of the upstreams that serve a model."""
+class Target(Section):
+    """One of several upstreams that serve a model."""
 
-    called = "one of a model's upstreams"
+    display_name = "an entry of a model's upstreams"
 
-    upstream: Name = Field(description="Which upstream.")
-    model: ServedName | None = Field(None, description="What it calls the model; the same name where left out.")
+    upstream: Name = Field(description="The name of the upstream.")
+    model: ServedName | None = Field(
+        None, description="The model's name at this upstream. Default: the name that clients use."
+    )
     weight: Count = Field(
-        1, description="Its share of the calls; at 0 it is asked only where none of the others can be."
+        1, description="Its share of the calls; an upstream with 0 gets a call only if none of the others can."
     )
 
 
 class Model(Section):
-    """A model as clients name it."""
+    """A model, by the name that clients use."""
 
-    called = "a model"
+    display_name = "a model"
 
-    upstream: Name | None = Field(None, description="Which upstream serves it; default_upstream, or the only one.")
-    upstreams: Annotated[list[Place], Field(min_length=1)] | None = Field(
-        None, description="Several that serve it; where one can't, another is asked before the client hears of it."
+    upstream: Name | None = Field(
+        None, description="The upstream that serves it. Default: default_upstream, or the only upstream."
     )
-    model: ServedName | None = Field(None, description="What the upstream calls it; the same name where left out.")
-    max_output_tokens: Positive | None = Field(None, description="The longest answer it gives, in tokens.")
-    context: Positive | None = Field(None, description="Input and answer together at most, in tokens.")
-    encoding: Encoding | None = Field(None, description="Its tokenizer; guessed from the name where left out.")
+    upstreams: Annotated[list[Target], Field(min_length=1)] | None = Field(
+        None,
+        description="Several upstreams that serve it. If one fails, another is tried before the client gets an "
+        "error.",
+    )
+    model: ServedName | None = Field(
+        None, description="The model's name at the upstream. Default: the name that clients use."
+    )
+    max_output_tokens: Positive | None = Field(None, description="The longest answer that it can give, in tokens.")
+    context: Positive | None = Field(None, description="The most input and output together, in tokens.")
+    encoding: Encoding | None = Field(None, description="Its tokenizer. Default: guessed from the model's name.")
     reasoning: Flag | None = Field(
         None,
-        description="Whether it thinks in tokens that its answer doesn't show. Left out: at openai and azure all but "
-        "the gpt-4 and gpt-3.5 models do, elsewhere none.",
+        description="Whether it uses reasoning tokens that its answer does not show. Default: at openai and azure "
+        "true for all but the gpt-4 and gpt-3.5 models, elsewhere false.",
     )
     smallest_answer: Positive | None = Field(
-        None, description="No answer is started that could be shorter, unless it is asked for. Left out: 1024 tokens."
+        None,
+        description="No call starts if its answer might have to be shorter than this, unless the call asks for a "
+        "shorter one. Default: 1024 tokens.",
     )
-    allow: Allow | None = Field(None, description="The same as of an upstream, in its place. Left out: as there.")
+    allow: Allow | None = Field(None, description="Replaces the upstream's allow. Default: the upstream's.")
 
     @model_validator(mode="after")
-    def _fits_itself(self) -> "Model":
+    def _is_consistent(self) -> "Model":
         if self.max_output_tokens and self.context and self.max_output_tokens > self.context:
-            raise ValueError("max_output_tokens is larger than context; write the smaller number there")
+            raise ValueError("max_output_tokens is larger than context; write a smaller max_output_tokens")
         if self.upstreams and (self.upstream or self.model):
-            raise ValueError("upstreams says already where it is served; write upstream and model below upstreams")
-        if self.upstreams and len({(place.upstream, place.model) for place in self.upstreams}) < len(self.upstreams):
-            raise ValueError("two of its upstreams are the same; write one of them, with the sum of their weights")
+            raise ValueError(
+                "upstreams can't stand beside upstream or model; write those in the entries of upstreams"
+            )
+        targets = self.upstreams or ()
+        if len({(target.upstream, target.model) for target in targets}) < len(targets):
+            raise ValueError("two entries of upstreams are the same; keep one, with the sum of their weights")
         return self
 
 
 class Quota(Section):
-    """One rule: for these models so much, in each such window."""
+    """One rule: how much of these models in each window."""
 
-    called = "a quota"
+    display_name = "a quota"
 
-    models: Globs = Field(default=["*"], description="Which models it limits: names or patterns (*, ?, […]).")
+    models: Globs = Field(default=["*"], description="The models that it limits: names or patterns (*, ?, […]).")
     tokens: Count | None = Field(None, description="Input and output tokens together: 200000, 200_000, 200k or 5M.")
     input_tokens: Count | None = Field(None, description="Input tokens alone.")
     output_tokens: Count | None = Field(None, description="Output tokens alone.")
     requests: Count | None = Field(None, description="Calls.")
     per: Per = Field(
-        description="The window: a duration from the first call on (90s, 15m, 6h, 7d, 2w) or an interval of the "
-        "calendar (minute, hour, day, week, month, quarter, year).",
+        description="The window: a duration that begins with the first call (90s, 15m, 6h, 7d, 2w), or an interval "
+        "of the calendar (minute, hour, day, week, month, quarter, year).",
         examples=["day", "6h"],
     )
-    shared: Flag = Field(False, description="One pot for the whole group, instead of the same for each member.")
+    shared: Flag = Field(False, description="One counter for the whole group, instead of one for each member.")
     enforce: Enforce = Field(
         "exact",
-        description="exact: never over. after: counts when a call has ended, so it may end over. shadow: refuses "
-        "nobody, only reports what it would have refused.",
+        description="exact: never over the limit. after: counts a call when it has ended, so it may end over the "
+        "limit. shadow: refuses no call, and only reports what it would have refused.",
     )
     overdraft: Count = Field(
         0,
-        description="How far an answer that has begun may go over this quota's limit, in tokens, before it is ended.",
+        description="How many tokens an answer that has begun may go over this quota's limit before it is ended.",
     )
 
     @model_validator(mode="after")
@@ -262,88 +322,97 @@ class Quota(Section):
 
     @model_validator(mode="after")
     def _may_be_overdrawn(self) -> "Quota":
+        # The other kinds of quota end no answer, so there is nothing for an overdraft to delay.
         if self.overdraft and (self.enforce != "exact" or (self.tokens is None and self.output_tokens is None)):
             raise ValueError(
-                "overdraft is for answers at an exact limit of tokens or output_tokens; leave it out of this quota"
+                "overdraft needs enforce: exact and a limit of tokens or output_tokens; remove it from this quota"
             )
         return self
 
     def limits(self) -> tuple[Limit, ...]:
-        """Its numbers, in one order."""
+        """The limits that are set, in the order of MEASURES."""
         stated = ((measure, getattr(self, measure)) for measure in MEASURES)
         return tuple(Limit(measure, maximum) for measure, maximum in stated if maximum is not None)
 
 
 class Group(Section):
-    """A named set of users with quotas. everyone and default are reserved."""
+    """A named set of users with quotas. The names everyone and default are reserved."""
 
-    called = "a group"
+    display_name = "a group"
 
     quotas: dict[Name, Quota] = Field(
-        default={}, description="Its quotas by name; all that cover a model must have room."
+        default={}, description="Its quotas by name. A call needs capacity in all that cover its model."
     )
-    models: Globs | None = Field(None, description="Which models its members may use. Left out: it says nothing.")
-    unlimited: Flag = Field(False, description="Its members are let in without limit (but for those of everyone).")
+    models: Globs | None = Field(
+        None,
+        description="The models that its members may use. A user may use those of all their groups' lists, or every "
+        "model if none of their groups has a list.",
+    )
+    unlimited: Flag = Field(False, description="Its members have no limits, except those of everyone.")
 
     @model_validator(mode="after")
     def _is_unlimited_or_not(self) -> "Group":
         if self.unlimited and self.quotas:
-            raise ValueError("unlimited and quotas contradict each other; write one of them, or two groups")
+            raise ValueError("unlimited and quotas contradict each other; remove one of them, or write two groups")
         return self
 
 
 class User(Section):
-    """Who may call, with which keys."""
+    """A user who may call, with their keys."""
 
-    called = "a user"
+    display_name = "a user"
 
-    groups: list[Name] = Field(default=[], description="The groups; everyone and default need not be named.")
+    groups: list[Name] = Field(
+        default=[], description="The user's groups. everyone and default apply without being listed."
+    )
     keys: list[KeyDigest] = Field(
         default=[],
         repr=False,
-        description="sha256: and the digest in hex, or a reference: ${ALICE_KEY}. In plain: 24 characters or more.",
+        description="sha256: and the digest in hex, or a key as in ${ALICE_KEY}, with 24 characters or more.",
     )
 
 
 class File(Section):
     """Who may use how much of which model."""
 
-    called = "the file"
+    display_name = "the file"
 
     server: Server = Field(default=Server(), description="The two listeners.")
     admin_keys: dict[Name, KeyDigest] = Field(
         default={},
         repr=False,
-        description="Keys for the admin API, which is not there yet: they open nothing.",
+        description="Keys of the admin API by name. There is no admin API yet, so they give access to nothing.",
     )
     database: Database = Field(
         "sqlite:///quotas.db",
         repr=False,
-        description="Where the books are kept: sqlite:///file for one machine, or "
-        "postgresql://user:password@host/name for as many as share it. A change needs a restart.",
+        description="The database of the ledger: sqlite:///file for one machine, or "
+        "postgresql://user:password@host/name for any number of replicas. A change takes effect at a restart.",
     )
-    timezone: Zone = Field("UTC", description="Where the calendar windows begin, as in Europe/Berlin.")
-    week_starts: Weekday = Field("monday", description="On which day a week begins.")
+    timezone: Zone = Field("UTC", description="The time zone of calendar windows, as in Europe/Berlin.")
+    week_starts: Weekday = Field("monday", description="The first day of a week.")
     combine: Combine = Field(
         "any_group",
-        description="any_group: room in one of the user's groups lets a call in. every_group: all need room.",
+        description="any_group: a call needs capacity in one of the user's groups. every_group: in all of them.",
     )
     unmatched: Literal["refuse", "allow"] = Field(
-        "refuse", description="What becomes of a model that no quota of the user covers."
+        "refuse", description="What happens to a call for a model that no quota of the user covers."
     )
     wait: Wait = Field(
-        30_000, description="How long a call may wait for calls in flight before it is refused as busy, as in 30s."
+        30_000,
+        description="How long a call may wait for capacity that calls in flight hold before it is refused as busy, "
+        "as in 30s.",
     )
     ledger_wait: LedgerWait = Field(
         10_000,
-        description="How long a call may wait for a database that is away before it is answered 503, as in 10s.",
+        description="How long a call may wait for an unavailable database before it gets a 503, as in 10s.",
     )
     retry_for: Wait = Field(
         30_000,
-        description="How long after a call was sent it may still be sent again, if an upstream can't take it and "
-        "nothing has gone to its client, as in 30s; 0s for not at all.",
+        description="How long after a call was first sent it may be sent again, if an upstream fails and nothing was "
+        "sent to the client, as in 30s; 0s for never.",
     )
-    keep: Keep = Field(default=Keep(), description="How long records of what was used are kept.")
+    keep: Keep = Field(default=Keep(), description="How long usage records are kept.")
     help: Text = Field("", max_length=1000, description="A link or a sentence at the end of every refusal.")
     upstreams: Annotated[dict[Name, Upstream], Field(min_length=1)] = Field(
         description="The servers that calls are forwarded to, by name.",
@@ -351,22 +420,22 @@ class File(Section):
     )
     models: Annotated[dict[ModelName, Model], Field(min_length=1)] | None = Field(
         None,
-        description='The models there are: a closed list, which "*" opens. '
-        "Left out: every name goes to the default upstream.",
+        description='The models that clients can name. The list is closed unless it has "*". '
+        "Default: every name goes to the default upstream.",
     )
     default_upstream: Name | None = Field(
-        None, description="Where models go that name no upstream; the only one by itself."
+        None, description="The upstream of models that name none. Default: the only upstream."
     )
     groups: dict[GroupName, Group] = Field(
         default={},
-        description="In order: a call is let in through the first of the user's groups with room. everyone binds all "
-        "users in addition; default binds those none of whose groups has a quota for the model.",
+        description="In order: a call is admitted through the first of the user's groups with capacity. everyone "
+        "applies to all users in addition; default applies to users none of whose groups has a quota for the model.",
     )
-    users: dict[UserName, User] = Field(default={}, description="Who may call.")
+    users: dict[UserName, User] = Field(default={}, description="The users who may call, by name.")
 
 
 def section_at(path: tuple[str | int, ...]) -> type[Section]:
-    """The section that the key at the end of this path stands in."""
+    """The section that contains the last key of this path."""
     match path:
         case ("server", _):
             return Server
@@ -377,7 +446,7 @@ def section_at(path: tuple[str | int, ...]) -> type[Section]:
         case ("upstreams", _, _):
             return Upstream
         case ("models", _, "upstreams", _, _):
-            return Place
+            return Target
         case ("models", _, _):
             return Model
         case ("groups", _, _):
@@ -387,3 +456,34 @@ def section_at(path: tuple[str | int, ...]) -> type[Section]:
         case ("users", _, _):
             return User
     return File
+
+
+# -------------------------------------------------------------------------------------------------- the JSON Schema
+
+
+def json_schema() -> str:
+    """The JSON Schema of the whole file (draft 2020-12), indented, with a line end after it."""
+    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **_tidy(File.model_json_schema())}
+    # `_tidy` removes null everywhere; these three keys do take it.
+    for section, name in (("Server", "admin"), ("Keep", "calls"), ("Keep", "days")):
+        schema["$defs"][section]["properties"][name]["type"] = ["string", "null"]
+    return json.dumps(schema, indent=2, ensure_ascii=False) + "\n"
+
+
+def _tidy(schema: dict[str, Any]) -> dict[str, Any]:
+    """pydantic's schema, made as strict as the file and easier to read.
+
+    Removed: titles, which only repeat the keys, and null for optional keys, since an empty key is a mistake. Added:
+    `additionalProperties: false` for mappings whose keys are names, so a name that breaks the rule is an error.
+    """
+    tidy: dict[str, Any] = {key: _tidy(value) if isinstance(value, dict) else value for key, value in schema.items()}
+    if isinstance(tidy.get("title"), str):
+        del tidy["title"]
+    if "anyOf" in tidy:
+        options = [_tidy(option) for option in tidy.pop("anyOf") if option != {"type": "null"}]
+        tidy |= options[0] if len(options) == 1 else {"anyOf": options}
+    if "default" in tidy and tidy["default"] is None:
+        del tidy["default"]
+    if "patternProperties" in tidy:
+        tidy["additionalProperties"] = False
+    return tidy

@@ -1,7 +1,8 @@
-"""What a single value of quotas.yaml may look like: names, numbers, addresses, keys.
+"""The rules of single values in quotas.yaml: names, numbers, addresses, keys.
 
-Each function takes a value, gives what is kept of it, and raises ValueError with a sentence of what is wrong and
-what to write instead. Values that are or may hold a secret (keys, URLs) are never part of a sentence.
+Each function takes a value, returns it in the form that the rest of the proxy uses, and raises ValueError with a text
+that says what is wrong and what to write instead. A text never quotes a value that is a secret or may contain one
+(keys and URLs).
 """
 
 import re
@@ -14,103 +15,113 @@ from proxy.policy.amounts import TOKENS_MAX
 from proxy.policy.policy import DEFAULT, EVERYONE, Secret, digest
 from proxy.policy.windows import Duration, parse_per
 
+# Only a key's SHA-256 digest is stored. 24 random characters out of 64 are 144 bits: no search finds the key.
 KEY_CHARACTERS_MIN = 24
 WAIT_MS_MAX = 600_000
 _DAY_MS = 86_400_000
 _MODEL_NAME_MAX = 200
 
+# Not "." and "..": names become segments of URL paths, where those two mean other paths.
 NAME = re.compile(r"^(?!\.\.?$)[A-Za-z0-9._-]{1,100}$")
 _USER_NAME = re.compile(r"(?!\.\.?$)[A-Za-z0-9._@+-]{1,254}")
+# Underscores only between thousands: 200_000 is a number, 20_0000 is more likely a typing error.
 _COUNT = re.compile(r"(0|[1-9][0-9]{0,14}|[1-9][0-9]{0,2}(?:_[0-9]{3}){1,4})([kM]?)")
 _TIMES = {"": 1, "k": 1_000, "M": 1_000_000}
+# [IPv6]:port or host:port
 _ADDRESS = re.compile(r"(?:\[([0-9A-Fa-f:.]{2,45})\]|([A-Za-z0-9]([A-Za-z0-9.-]{0,252})?)):([0-9]{1,5})")
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://(?:\[[0-9a-f:.]{2,45}\]|[a-z0-9._-]{1,253})(?::[1-9][0-9]{0,4})?")
-_VISIBLE = re.compile(r"[!-~]+")
+_VISIBLE_ASCII = re.compile(r"[!-~]+")
 _SHA256 = re.compile(r"sha256:([0-9a-fA-F]{64})")
 _UTC = ZoneInfo("UTC")
 
 
 def name(text: str) -> str:
-    """The name of a group, quota, upstream or admin: it becomes a part of ids, paths and labels."""
+    """The name of a group, quota, upstream or admin key. It becomes a part of ids, URL paths and metric labels."""
     if not NAME.fullmatch(text):
-        raise ValueError("this is no name; write letters, digits, dots, dashes and underscores, at most 100")
+        raise ValueError("this is not a valid name; use 1 to 100 letters, digits, dots, hyphens and underscores")
     return text
 
 
 def user_name(text: str) -> str:
     """The name of a user, which may be an e-mail address."""
     if not _USER_NAME.fullmatch(text):
-        raise ValueError("this is no user's name; write letters, digits and . _ - @ +, at most 254")
+        raise ValueError("this is not a valid user name; use 1 to 254 letters, digits and . _ - @ +")
     return text
 
 
 def group_name(text: str) -> str:
-    """The name of a group, which must not merely look like a reserved one."""
+    """The name of a group. One that differs from a reserved name only in case (Everyone) is an error."""
     for reserved in (EVERYONE, DEFAULT):
         if text.lower() == reserved != text:
-            raise ValueError(f'"{text}" is not the reserved group; write "{reserved}", or another name')
+            raise ValueError(
+                f'"{text}" differs from the reserved group "{reserved}" only in case; '
+                f'write "{reserved}", or another name'
+            )
     return name(text)
 
 
-def wait(value: object) -> int:
-    """How long a call may wait, as a duration, in milliseconds; 0 for not at all."""
+def wait_ms(value: object) -> int:
+    """A duration of at most 10 minutes, in milliseconds. 0 for none."""
     if value in (0, "0", "0s"):
         return 0
+    # parse_per also takes calendar units, which are words: `wait: day` is an error.
     length = parse_per(value, _UTC) if isinstance(value, str) and not value.isalpha() else None
     if not isinstance(length, Duration) or length.length_ms > WAIT_MS_MAX:
-        raise ValueError("this is no time to wait; write a duration such as 30s, at most 10m, or 0s for none")
+        raise ValueError("this is not a valid duration here; write one such as 30s, at most 10m, or 0s for none")
     return length.length_ms
 
 
-def ledger_wait(value: object) -> int:
-    """How long a call may wait for the database, in milliseconds: for a commit it always has to."""
-    length_ms = wait(value)
+def ledger_wait_ms(value: object) -> int:
+    """A duration of 1 second to 10 minutes, in milliseconds. Every call waits for a commit, so 0s would fail all."""
+    length_ms = wait_ms(value)
     if length_ms < 1000:
         raise ValueError("this is shorter than a commit may take; write 1s or more")
     return length_ms
 
 
-def keep(value: object) -> int:
-    """How long records are kept, in milliseconds."""
+def keep_ms(value: object) -> int:
+    """How long records are kept, in milliseconds: 1 day or more."""
     length = parse_per(value, _UTC) if isinstance(value, str) else None
     if not isinstance(length, Duration) or length.length_ms < _DAY_MS:
         raise ValueError(
-            "this is no time to keep records; write a duration of 1d or more such as 90d, or null for ever"
+            "this is not a valid time to keep records; write 1d or more, as in 90d, or null to keep them forever"
         )
     return length.length_ms
 
 
 def model_name(text: str) -> str:
-    """A model's name as clients write it, or "*" for all others."""
+    """A model's name as clients write it, or "*" for all other names. Patterns such as `gpt-*` are for quotas."""
     if any(sign in text for sign in "*?[") and text != "*":
-        raise ValueError('models are listed by their whole names; "*" alone opens the list to all others')
+        raise ValueError(
+            'models are listed by their whole names; write the whole name, or "*" alone to allow all other names'
+        )
     return glob(text)
 
 
 def served_name(text: str) -> str:
-    """What an upstream calls a model."""
+    """A model's name at its upstream."""
     if text == "*":
-        raise ValueError('"*" is no model of an upstream; write its name, or leave "model" out')
+        raise ValueError('"*" is not the name of a model at an upstream; write its name, or remove "model"')
     return model_name(text)
 
 
 def glob(text: str) -> str:
     """A pattern for model names."""
     if not text.isprintable() or " " in text or not 0 < len(text) <= _MODEL_NAME_MAX:
-        raise ValueError(f"this is no model's name; write 1 to {_MODEL_NAME_MAX} visible characters without blanks")
+        raise ValueError(f"this is not a valid model name; use 1 to {_MODEL_NAME_MAX} visible characters, no spaces")
     return text
 
 
-def sentence(text: str) -> str:
-    """Words that are shown to users: one line."""
+def one_line(text: str) -> str:
+    """One line of text that is shown to users, without spaces around it."""
     text = text.strip()
     if not text.isprintable():
-        raise ValueError("this has more than one line, or signs that can't be shown; write one line")
+        raise ValueError("this has more than one line, or characters that can't be printed; write one line of text")
     return text
 
 
 def count(value: object) -> int:
-    """A whole number of tokens or calls."""
+    """A whole number of tokens or calls, at most 10^12. Text may have underscores and the suffix k or M."""
     number = _as_count(value)
     if number > TOKENS_MAX:
         raise ValueError(f"this is more than {TOKENS_MAX:,}; write a smaller number")
@@ -121,7 +132,7 @@ def positive(value: object) -> int:
     """A count of at least 1."""
     number = count(value)
     if not number:
-        raise ValueError("0 makes no sense here; write at least 1, or leave it out")
+        raise ValueError("0 is not allowed here; write 1 or more, or remove the key")
     return number
 
 
@@ -131,118 +142,128 @@ def _as_count(value: object) -> int:
     if isinstance(value, str) and (match := _COUNT.fullmatch(value)):
         return int(match[1].replace("_", "")) * _TIMES[match[2]]
     shown = f'"{value}"' if isinstance(value, str | int) else "this"
-    raise ValueError(f"{shown} is no whole number from 0 up; write 200000, 200_000, 200k or 5M")
+    raise ValueError(f"{shown} is not a whole number from 0 up; write one such as 200000, 200_000, 200k or 5M")
 
 
 def per(text: str) -> str:
-    """The text of a window. Its zone is known only later, so what it names is made then."""
+    """The text of a window. It is checked here and parsed again when the policy's time zone is known."""
     parse_per(text, _UTC)
     return text
 
 
 def zone(text: str) -> str:
-    """The name of a time zone."""
+    """The name of a time zone in the IANA database."""
     try:
         ZoneInfo(text)
-    except (KeyError, ValueError, OSError):  # OSError: "Europe" is a folder
-        near = get_close_matches(text[:50], available_timezones(), n=1) or ["Europe/Berlin"]
-        raise ValueError(f'"{text}" is no time zone; write a name of the IANA list such as {near[0]}') from None
+    except (KeyError, ValueError, OSError):  # OSError: "Europe" is a directory of the database
+        similar = get_close_matches(text[:50], available_timezones(), n=1) or ["Europe/Berlin"]
+        raise ValueError(f'"{text}" is not a time zone; write an IANA name such as {similar[0]}') from None
     return text
 
 
 def address(text: str) -> str:
-    """Where to listen: host:port."""
+    """The address of a listener, as host:port."""
     split_address(text)
     return text
 
 
 def split_address(text: str) -> tuple[str, int]:
-    """The host and the port of an address; an IPv6 host without its brackets."""
+    """Host and port of a listener's address. An IPv6 host comes without its brackets."""
     match = _ADDRESS.fullmatch(text)
     if not match or int(match[4]) > 65_535:
         raise ValueError(
-            f'"{text}" is no address; write host:port: 127.0.0.1:8080, [::1]:8080, or 0.0.0.0:8080 for all interfaces'
+            f'"{text}" is not an address; '
+            "write host:port, as in 127.0.0.1:8080, [::1]:8080, or 0.0.0.0:8080 for all interfaces"
         )
     if match[1]:
         try:
             IPv6Address(match[1])
         except AddressValueError:
-            raise ValueError(f'"{text}" has no IPv6 address in its brackets; write [::1]:8080') from None
+            raise ValueError(f'"{text}" has no IPv6 address in its brackets; write one, as in [::1]:8080') from None
     return match[1] or match[2], int(match[4])
 
 
 def origin(text: str) -> str:
-    """A web page's origin as browsers write it, or "*" for any."""
+    """The origin of a web page as browsers send it (RFC 6454: lower case, no path), or "*" for any."""
     origin = text.lower().rstrip("/")
     if text != "*" and not _ORIGIN.fullmatch(origin):
         raise ValueError(
-            f'"{text}" is no origin; write scheme://host[:port], as in https://app.example, or "*" for all'
+            f'"{text}" is not an origin; write scheme://host[:port], as in https://app.example, or "*" for all'
         )
     return origin
 
 
 def api_version(text: str) -> str:
-    """A version of Azure's API, as it stands in a query."""
+    """A version of Azure's API, as it is sent in the query `api-version`."""
     if not re.fullmatch(r"20[0-9]{2}-[01][0-9]-[0-3][0-9](-preview)?|v1|preview|latest", text):
-        raise ValueError("this is no version of Azure's API; write one such as 2024-10-21, or 2025-04-01-preview")
+        raise ValueError("this is not a version of Azure's API; write one such as 2024-10-21 or 2025-04-01-preview")
     return text
 
 
 def base_url(text: str) -> str:
-    """An upstream's address, without a slash at its end. Where a call goes is said here alone, and nothing else."""
+    """An upstream's address without a slash at its end.
+
+    It decides where calls go and nothing else: credentials belong in `api_key`, and a query or fragment could not
+    be joined with the path of a call.
+    """
     url = _split_url(text)
     if url is None or url.scheme not in ("http", "https") or not url.hostname:
-        raise ValueError("this is no http:// or https:// address; write one such as https://api.openai.com/v1")
+        raise ValueError("this is not an http:// or https:// address; write one such as https://api.openai.com/v1")
     if "@" in url.netloc:
-        raise ValueError("this holds a user or a password; write the key as api_key: ${NAME}")
+        raise ValueError("this contains a user or a password; remove it, and write the key as api_key: ${NAME}")
     if "?" in text or "#" in text:
         raise ValueError("this has a query or a fragment; write the address up to its path")
     return text.rstrip("/")
 
 
 def database(text: str) -> str:
-    """The URL of the books' database, without a driver."""
+    """The URL of the ledger's database, without a driver (`sqlite+aiosqlite://` is an error)."""
     url = _split_url(text)
     scheme = url.scheme if url else ""
     plain = {"postgres": "postgresql"}.get(scheme, scheme.partition("+")[0])
     if plain != scheme and plain in ("sqlite", "postgresql"):
-        raise ValueError(f'"{scheme}://" names no database here; write {plain}:// (the driver is chosen by itself)')
+        raise ValueError(f'"{scheme}://" is not supported; write {plain}:// (the proxy chooses the driver)')
+    # sqlite:////var/lib/quotas.db names an absolute path. ":memory:" would lose the usage at a restart.
     file = text.removeprefix("sqlite:///")
     if scheme == "sqlite" and (file == text or file.strip("/") in ("", ":memory:")):
         raise ValueError("this names no file for SQLite; write sqlite:///quotas.db, or sqlite:////var/lib/quotas.db")
     if scheme == "postgresql" and not text.startswith("postgresql://"):
-        raise ValueError("this names no server; write postgresql://user:password@host/name")
+        raise ValueError("this names no PostgreSQL server; write postgresql://user:password@host/name")
     if scheme not in ("sqlite", "postgresql"):
-        raise ValueError("this is no database; write sqlite:///quotas.db, or postgresql://user:password@host/name")
+        raise ValueError("this is not a database; write sqlite:///quotas.db, or postgresql://user:password@host/name")
     return text
 
 
 def _split_url(text: str) -> SplitResult | None:
-    """The parts of a URL; None where it is none. Python's own splitting would drop line ends silently."""
+    """The parts of a URL, or None if the text is not one.
+
+    Only visible ASCII is accepted, because `urlsplit` silently drops line ends: "https://a\\n/v1" would pass.
+    """
     try:
-        url = urlsplit(text) if _VISIBLE.fullmatch(text) else None
+        url = urlsplit(text) if _VISIBLE_ASCII.fullmatch(text) else None
+        # Reading `port` raises ValueError for one above 65535; port 0 can't be connected to.
         return url if url is None or url.port is None or url.port > 0 else None
     except ValueError:
         return None
 
 
 def key_digest(text: str) -> str:
-    """The digest of a user's or an admin's key: of one in plain, or the one that stands there."""
+    """The SHA-256 digest of a user's or admin's key in lower-case hex, from the key itself or from `sha256:…`."""
     if text.startswith("sha256:"):
         match = _SHA256.fullmatch(text)
         if not match:
-            raise ValueError("this is no digest; write sha256: and 64 hex digits")
+            raise ValueError("this is not a digest; write sha256: and 64 hex digits")
         return match[1].lower()
     secret(text)
     if len(text) < KEY_CHARACTERS_MIN:
-        raise ValueError(f"this key is too short; write one of {KEY_CHARACTERS_MIN} random characters or more")
+        raise ValueError(f"this key is too short; use one of {KEY_CHARACTERS_MIN} random characters or more")
     return digest(text)
 
 
 def secret(value: object) -> Secret:
-    """A key that is sent in a header."""
+    """A key that is sent in a header. Line ends and non-ASCII text are rejected: they would break the header."""
     if value == "":
-        raise ValueError("this key is empty; write one, or leave it out")
-    if not isinstance(value, str) or not _VISIBLE.fullmatch(value):
-        raise ValueError("this key can't be sent in a header; write visible ASCII characters without blanks")
+        raise ValueError("this key is empty; write one, or remove it")
+    if not isinstance(value, str) or not _VISIBLE_ASCII.fullmatch(value):
+        raise ValueError("this key can't be sent in a header; use visible ASCII characters without spaces")
     return Secret(value)

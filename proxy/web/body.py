@@ -10,7 +10,7 @@ from typing import Protocol
 import brotli
 from aiohttp import hdrs, web
 
-from proxy.config.loader import Patience
+from proxy.config.loader import ConnectionLimits
 from proxy.errors import BodyTooLarge, InvalidRequest, TooSlow, UnsupportedEncoding
 from proxy.formats.multipart import Form, FormReader
 from proxy.upstreams.spool import Spool
@@ -153,7 +153,7 @@ async def expect_when_read(request: web.Request) -> None:
     """
 
 
-async def read_body(request: web.Request, patience: Patience) -> bytes:
+async def read_body(request: web.Request, limits: ConnectionLimits) -> bytes:
     """The whole body, for a client that is known.
 
     Raises BodyTooLarge, InvalidRequest, TooSlow and UnsupportedEncoding.
@@ -163,14 +163,14 @@ async def read_body(request: web.Request, patience: Patience) -> bytes:
     unpacking = _unpacking_of(request)
     if request.content_length is not None and request.content_length > REQUEST_BYTES_MAX:
         raise BodyTooLarge(_TOO_LARGE)
-    async with _in_time(request, patience) as grant:
+    async with _in_time(request, limits) as grant:
         body = await _gather(request, unpacking, grant)
     if unpacking is not None:
         unpacking.end()
     return bytes(body)
 
 
-async def read_form(request: web.Request, spool: Spool, patience: Patience) -> Form:
+async def read_form(request: web.Request, spool: Spool, limits: ConnectionLimits) -> Form:
     """The form in a body, which goes to `spool` as it comes, for a client that is known; raises as `read_body`.
 
     And NoSpace.
@@ -181,7 +181,7 @@ async def read_form(request: web.Request, spool: Spool, patience: Patience) -> F
     too_large = BodyTooLarge(f"The form is larger than {FORM_BYTES_MAX} bytes.")
     if request.content_length is not None and request.content_length > FORM_BYTES_MAX:
         raise too_large
-    async with _in_time(request, patience) as grant:
+    async with _in_time(request, limits) as grant:
         async for chunk in request.content.iter_any():
             if spool.size + len(chunk) > FORM_BYTES_MAX:
                 raise too_large
@@ -193,13 +193,13 @@ async def read_form(request: web.Request, spool: Spool, patience: Patience) -> F
 
 
 @asynccontextmanager
-async def _in_time(request: web.Request, patience: Patience) -> AsyncIterator[Callable[[int], None]]:
+async def _in_time(request: web.Request, limits: ConnectionLimits) -> AsyncIterator[Callable[[int], None]]:
     """Invite the body and give it its time, and more for what has arrived, which the yielded function is told."""
     await _invite(request)
     begun_at = asyncio.get_running_loop().time()
     try:
-        async with asyncio.timeout(patience.body_s) as deadline:
-            yield lambda arrived: deadline.reschedule(begun_at + patience.body_s + arrived / patience.body_bytes_a_s)
+        async with asyncio.timeout(limits.body_s) as deadline:
+            yield lambda arrived: deadline.reschedule(begun_at + limits.body_s + arrived / limits.body_bytes_per_s)
     except TimeoutError:
         raise TooSlow("The request's body came too slowly.") from None
     except web.RequestPayloadError:

@@ -11,7 +11,7 @@ from typing import Any
 import structlog
 from aiohttp import web
 
-from proxy.config.loader import Patience
+from proxy.config.loader import ConnectionLimits
 from proxy.errors import BadFraming, ProxyError, TooManyConnections, TooSlow
 from proxy.formats.strict_json import dump
 from proxy.upstreams.headers import SERVER_NAME
@@ -35,21 +35,21 @@ log = structlog.get_logger("listener")
 class Listener(web.AppRunner):
     """Serves an application."""
 
-    def __init__(self, application: web.Application, patience: Patience) -> None:
+    def __init__(self, application: web.Application, limits: ConnectionLimits) -> None:
         super().__init__(
             application,
             access_log=None,
             # A handler only waits for its call, which runs in a task of its own; so it can be cancelled the moment
             # its client hangs up, and that is how we notice, also while nothing is being written.
             handler_cancellation=True,
-            keepalive_timeout=patience.idle_s,
+            keepalive_timeout=limits.idle_s,
             max_field_size=_LINE_BYTES_MAX,
             max_line_size=_LINE_BYTES_MAX,
             max_headers=_LINES_MAX,
             auto_decompress=False,  # bodies are unpacked in `bodies`, with bounds and words of ours
             shutdown_timeout=1.0,
         )
-        self._patience = patience
+        self._limits = limits
 
     async def _make_server(self) -> web.Server:
         made = await super()._make_server()
@@ -57,7 +57,7 @@ class Listener(web.AppRunner):
             made.request_handler,
             request_factory=made.request_factory,
             handler_cancellation=made.handler_cancellation,
-            patience=self._patience,
+            limits=self._limits,
             **made._kwargs,
         )
 
@@ -65,17 +65,17 @@ class Listener(web.AppRunner):
 class _Connections(web.Server):
     """Makes a connection of ours for each that comes."""
 
-    def __init__(self, *args: Any, patience: Patience, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, limits: ConnectionLimits, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.patience = patience
+        self.limits = limits
 
     @property
     def is_full(self) -> bool:
         """Whether there are as many as there may be."""
-        return len(self._connections) >= self.patience.connections
+        return len(self._connections) >= self.limits.connections
 
     def __call__(self) -> web.RequestHandler:
-        return Connection(self, self.patience, loop=self._loop, **self._kwargs)
+        return Connection(self, self.limits, loop=self._loop, **self._kwargs)
 
 
 class Connection(web.RequestHandler):
@@ -83,10 +83,10 @@ class Connection(web.RequestHandler):
 
     __slots__ = ("_connections", "_head_bytes", "_head_deadline", "_head_s")
 
-    def __init__(self, connections: _Connections, patience: Patience, **kwargs: Any) -> None:
+    def __init__(self, connections: _Connections, limits: ConnectionLimits, **kwargs: Any) -> None:
         super().__init__(connections, **kwargs)
         self._connections = connections
-        self._head_s = patience.head_s
+        self._head_s = limits.head_s
         self._head_bytes = 0
         self._head_deadline: asyncio.TimerHandle | None = None
 

@@ -57,7 +57,7 @@ class Api:
         self._relay = relay
         self._health = health
         self._cors = Cors(settings.cors)
-        self._patience = settings.patience
+        self._limits = settings.connection_limits
         self._now = now
 
     def application(self) -> web.Application:
@@ -103,15 +103,15 @@ class Api:
     async def _metered(self, endpoint: Endpoint, request: web.Request) -> web.StreamResponse:
         policy = self._policies.current
         user = identify(request.headers.items(), policy)
-        client = WebResponder(request, id=request[REQUEST_ID], heartbeat_s=self._patience.silence_s)
+        client = WebResponder(request, id=request[REQUEST_ID], heartbeat_s=self._limits.heartbeat_s)
         deployment = request.match_info.get("deployment")
         if endpoint.form is None:
-            parsed = parse_request(endpoint, await read_body(request, self._patience), deployment=deployment)
+            parsed = parse_request(endpoint, await read_body(request, self._limits), deployment=deployment)
             call = await self._stored_responses.with_previous(prepare_call(parsed, user, policy, client))
             return await self._carried(call, client)
         spool = Spool()
         try:
-            form = await read_form(request, spool, self._patience)
+            form = await read_form(request, spool, self._limits)
             parsed = parse_form_request(endpoint, form, deployment=deployment)
             call = prepare_call(parsed, user, policy, client, spool=spool)
         except BaseException:
@@ -123,7 +123,7 @@ class Api:
         # Not in a task of its own: nothing is on the books of it, so it may end with its client.
         policy = self._policies.current
         user = identify(request.headers.items(), policy)
-        client = WebResponder(request, id=request[REQUEST_ID], heartbeat_s=self._patience.silence_s)
+        client = WebResponder(request, id=request[REQUEST_ID], heartbeat_s=self._limits.heartbeat_s)
         asked = StoredResponseQuery(kept, request.match_info["id"], list(request.query.items()), user, policy)
         await self._stored_responses.pass_on(asked, client)
         assert client.response is not None, "what was passed on was answered"

@@ -1,10 +1,10 @@
-"""`${…}` in values: what it stands for, and that what came from outside stays hidden."""
+"""`${…}` in values: what it is replaced with, its mistakes, and the redaction of what was put in."""
 
 import errno
 
 import pytest
 
-from proxy.config.interpolation import Sources
+from proxy.config.interpolation import Interpolator
 
 FILES = {
     "/run/secrets/key": b"from-a-file\n",
@@ -24,8 +24,8 @@ def read_bytes(path: str) -> bytes:
     return FILES[path]
 
 
-def sources() -> Sources:
-    return Sources({"NAME": "value", "EMPTY": "", "LONG": "value-and-more", "SHORT": "abc"}, read_bytes)
+def interpolator() -> Interpolator:
+    return Interpolator({"NAME": "value", "EMPTY": "", "LONG": "value-and-more", "SHORT": "abc"}, read_bytes)
 
 
 @pytest.mark.parametrize(
@@ -45,68 +45,71 @@ def sources() -> Sources:
         ("${file:/run/secrets/empty}", ""),
     ],
 )
-def test_a_reference_stands_for_its_value(written, read):
-    """The environment, a default, or a file without the line end after it."""
-    found = sources().substitute(written)
-    assert (found.text, found.is_substituted, found.wrong) == (read, True, ())
+def test_an_interpolation_is_replaced_with_its_value(written, read):
+    """From the environment, from the default, or from a file without the line end after it."""
+    found = interpolator().interpolate(written)
+    assert (found.text, found.is_interpolated, found.mistakes) == (read, True, ())
 
 
 @pytest.mark.parametrize(
     ("written", "read"),
     [("$${NAME}", "${NAME}"), ("5 $", "5 $"), ("$NAME", "$NAME"), ("$$", "$$"), ("{NAME}", "{NAME}")],
 )
-def test_what_is_no_reference_stays_as_it_is(written, read):
-    """A dollar sign alone means itself; the two signs together are written with one more."""
-    found = sources().substitute(written)
-    assert (found.text, found.is_substituted, found.wrong) == (read, False, ())
+def test_other_dollar_signs_stay_as_they_are(written, read):
+    """Only `$${` changes: it is the escape for a literal `${`."""
+    found = interpolator().interpolate(written)
+    assert (found.text, found.is_interpolated, found.mistakes) == (read, False, ())
 
 
 @pytest.mark.parametrize(
-    ("written", "sentence"),
+    ("written", "mistake"),
     [
         ("${UNSET}", "UNSET is not set in the environment; set it, or write ${UNSET:-default}"),
-        ("${NAME", "a ${ has no } of its own; write ${NAME}, or $${ where you mean the signs themselves"),
-        ("${UNSET:-${NAME}}", "a ${ has no } of its own; write ${NAME}, or $${ where you mean the signs themselves"),
-        ("${}", "this ${…} names nothing; write ${NAME}, ${NAME:-default} or ${file:/path}"),
-        ("${sk-pasted-here}", "this ${…} names nothing; write ${NAME}, ${NAME:-default} or ${file:/path}"),
-        ("${NAME-x}", "this ${…} names nothing; write ${NAME}, ${NAME:-default} or ${file:/path}"),
-        ("${file:key}", '"key" is no whole path; write one from the root, as in ${file:/run/secrets/name}'),
+        ("${NAME", "a ${ is not closed by its own }; write ${NAME}, or $${ for a literal ${"),
+        ("${UNSET:-${NAME}}", "a ${ is not closed by its own }; write ${NAME}, or $${ for a literal ${"),
+        ("${}", "this ${…} is not a name; write ${NAME}, ${NAME:-default} or ${file:/path}"),
+        ("${sk-pasted-here}", "this ${…} is not a name; write ${NAME}, ${NAME:-default} or ${file:/path}"),
+        ("${NAME-x}", "this ${…} is not a name; write ${NAME}, ${NAME:-default} or ${file:/path}"),
+        (
+            "${file:key}",
+            '"key" is not an absolute path; write one that begins with /, as in ${file:/run/secrets/name}',
+        ),
         (
             "${file:/nowhere}",
-            'the file "/nowhere" can\'t be read (No such file or directory); check its name and who may read it',
+            'the file "/nowhere" can\'t be read (No such file or directory); check its path and its permissions',
         ),
-        ("${file:/a\0b}", 'the file "/a\0b" can\'t be read (no such name); check its name and who may read it'),
-        ("${file:/run/secrets/picture}", 'the file "/run/secrets/picture" is not UTF-8 text; save it as text'),
+        ("${file:/a\0b}", 'the file "/a\0b" can\'t be read (not a valid path); check its path and its permissions'),
+        ("${file:/run/secrets/picture}", 'the file "/run/secrets/picture" is not UTF-8 text; save it as UTF-8'),
         (
             "${file:/run/secrets/film}",
-            'the file "/run/secrets/film" is larger than 65536 bytes; name one with a single value',
+            'the file "/run/secrets/film" is larger than 65536 bytes; use a file with a single value',
         ),
     ],
 )
-def test_a_reference_to_nothing_is_a_mistake(written, sentence):
-    """Nothing is put in silently, and what was pasted between the braces is not repeated."""
-    found = sources().substitute(written)
-    assert found.wrong == (sentence,)
+def test_a_failed_interpolation_is_a_mistake_and_stays_as_written(written, mistake):
+    """It never becomes an empty text. A key that was pasted between the braces is not quoted."""
+    found = interpolator().interpolate(written)
+    assert found.mistakes == (mistake,)
     assert found.text.startswith("${")
 
 
-def test_every_wrong_reference_of_a_value_is_named():
-    """One report, not one mistake after the other."""
-    assert len(sources().substitute("${A}${NAME}${B}").wrong) == 2
+def test_every_failed_interpolation_of_a_value_is_reported():
+    """One report names both, so the operator need not run the check twice."""
+    assert len(interpolator().interpolate("${A}${NAME}${B}").mistakes) == 2
 
 
-def test_what_came_from_outside_is_hidden():
-    """Longest first, so that no tail of a value is left; what the file itself says, and trifles, may be shown."""
-    from_outside = sources()
+def test_interpolated_values_are_redacted():
+    """Longer values first, so no rest of one remains. Defaults from the file and short values are not redacted."""
+    used = interpolator()
     for written in ("${NAME}", "${LONG}", "${SHORT}", "${UNSET:-default}"):
-        from_outside.substitute(written)
-    assert from_outside.hide("value, value-and-more, abc, default") == "…, …, abc, default"
+        used.interpolate(written)
+    assert used.redact("value, value-and-more, abc, default") == "…, …, abc, default"
 
 
-def test_hiding_is_not_slowed_by_many_values():
-    """A file may have a key for each of fifty thousand users, and a mistake for each."""
-    many = Sources({f"K{number}": f"key-{number:08}" for number in range(50_000)}, read_bytes)
+def test_redaction_is_fast_with_many_values():
+    """A file may have a key for each of 50,000 users and many mistakes."""
+    many = Interpolator({f"K{number}": f"key-{number:08}" for number in range(50_000)}, read_bytes)
     for number in range(50_000):
-        many.substitute(f"${{K{number}}}")
-    texts = [many.hide(f"user {number} has key-{number:08}key-00000001, twice") for number in range(1000)]
+        many.interpolate(f"${{K{number}}}")
+    texts = [many.redact(f"user {number} has key-{number:08}key-00000001, twice") for number in range(1000)]
     assert texts[999] == "user 999 has ……, twice"

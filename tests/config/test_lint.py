@@ -1,4 +1,4 @@
-"""What `check` says of a policy that was taken: warnings that are never wrong, and a sentence for each group."""
+"""What `check` prints for a valid policy: warnings that are never wrong, and a sentence for each group."""
 
 import pytest
 
@@ -15,7 +15,7 @@ def warned(below: str, **environ: str) -> list[str]:
     return [f"{warning.line}: {warning.text}" for warning in warnings(load_text(UPSTREAM + below, environ=environ))]
 
 
-def said(below: str) -> tuple[str, ...]:
+def printed(below: str) -> tuple[str, ...]:
     return sentences(load_text(UPSTREAM + below).policy)
 
 
@@ -26,36 +26,36 @@ def group(quotas: str, *, name: str = "staff", more: str = "", users: str = "ali
 DAILY = "      daily: {tokens: 200k, per: day}\n"
 
 
-def test_a_policy_that_can_work_gets_no_warning():
-    """Silence means that it does what it says."""
+def test_a_policy_without_problems_has_no_warnings():
+    """One group with one quota and one user."""
     assert warned(group(DAILY)) == []
 
 
-def test_the_example_gets_no_warning():
-    """What people copy is a good start."""
+def test_the_example_has_no_warnings():
+    """Operators copy it."""
     assert warnings(load(str(EXAMPLE), example_environ())) == ()
 
 
 # ------------------------------------------------------------------------------------------------ groups and users
 
 
-def test_a_group_that_nobody_is_in():
-    """The reserved ones hold for users without naming them."""
+def test_a_group_without_members():
+    """The reserved groups apply to users without being listed, so they get no warning."""
     more = "  empty: {unlimited: true}\n  everyone: {quotas: {a: {tokens: 5k, per: day}}}\n"
-    assert warned(group(DAILY, more=more)) == ['6: nobody in this file is in group "empty"']
+    assert warned(group(DAILY, more=more)) == ['6: group "empty" has no members in this file']
 
 
-def test_a_group_that_states_nothing():
-    """A group with a list of models states something."""
+def test_a_group_without_effect():
+    """A group with only a list of models does have an effect."""
     more = "  a: {}\n  b: {models: [x]}\n"
     users = "alice: {groups: [staff, a, b]}"
     assert warned(group(DAILY, more=more, users=users)) == [
-        '6: group "a" states nothing: no quotas, no models, not unlimited'
+        '6: group "a" has no effect: it has no quotas and no models, and is not unlimited'
     ]
 
 
 def test_a_groups_models_that_are_not_listed():
-    """Only where the list is closed: another one may have them all."""
+    """Only if the list of models is closed. An open one may have models by any name."""
     more = "  a: {models: [gpt-5, 'o*']}\n"
     users = "alice: {groups: [staff, a]}"
     models = "models: {gpt-4o: {max_output_tokens: 16k}}\n"
@@ -67,7 +67,7 @@ def test_a_groups_models_that_are_not_listed():
 
 
 DEFAULT = "  default: {quotas: {d: {tokens: 5k, per: day}}}\n"
-UNREACHABLE = "6: default binds nobody: each user has a group with a quota for every model"
+UNREACHABLE = "6: default applies to no user: each user has a group with a quota for every model"
 
 
 @pytest.mark.parametrize(
@@ -78,21 +78,21 @@ UNREACHABLE = "6: default binds nobody: each user has a group with a quota for e
         ("      o: {models: ['o*'], tokens: 200k, per: day}\n", "alice: {groups: [staff]}", []),
     ],
 )
-def test_a_default_that_binds_nobody(quotas, users, expected):
-    """Since each user has a quota for whatever is called."""
+def test_a_default_group_that_applies_to_no_user(quotas, users, expected):
+    """Each user has a quota for every model in another group."""
     assert warned(group(quotas, more=DEFAULT, users=users)) == expected
 
 
-def test_a_default_beside_an_unlimited_group_binds_nobody():
-    """Unlimited is a say about every model too; with a list of models it is not."""
+def test_a_default_group_beside_an_unlimited_one_applies_to_no_user():
+    """An unlimited group covers every model, unless it has a list of models."""
     below = f"groups:\n  all: {{unlimited: true}}\n{DEFAULT}users: {{a: {{groups: [all]}}}}\n"
-    assert warned(below) == ["4: default binds nobody: each user has a group with a quota for every model"]
+    assert warned(below) == ["4: default applies to no user: each user has a group with a quota for every model"]
     assert warned(below.replace("unlimited: true", "unlimited: true, models: [x]")) == []
 
 
-def test_users_whom_nothing_covers():
-    """Every call of theirs would be refused; no longer with `default`, `everyone` or unmatched: allow."""
-    text = "no quota covers them, so every call is refused: put them in a group, or add a group called default"
+def test_users_without_a_quota():
+    """Their every call is refused, unless there is a quota in `default` or `everyone`, or unmatched: allow."""
+    text = "no quota covers them, so every call is refused; put them in a group, or add a group called default"
     alone = "users:\n  alice: {}\n  bob: {}\n"
     assert warned(alone) == [f"3: alice, bob: {text}"]
     assert warned(f"{alone}unmatched: allow\n") == []
@@ -110,20 +110,23 @@ def test_users_whom_nothing_covers():
 @pytest.mark.parametrize(
     ("quota", "expected"),
     [
-        ("{tokens: 0, per: day}", ["staff/q: 0 tokens refuse every call that it binds"]),
-        ("{requests: 0, per: day}", ["staff/q: 0 requests refuse every call that it binds"]),
+        ("{tokens: 0, per: day}", ["staff/q: a limit of 0 tokens refuses every call that it applies to"]),
+        ("{requests: 0, per: day}", ["staff/q: a limit of 0 requests refuses every call that it applies to"]),
         (
             "{output_tokens: 1023, per: day}",
-            ["staff/q: calls that ask for a longer answer than 1,023 tokens are never let in"],
+            ["staff/q: calls that ask for a longer answer than 1,023 tokens are never admitted"],
         ),
-        ("{tokens: 500, per: day}", ["staff/q: calls that ask for a longer answer than 500 tokens are never let in"]),
+        (
+            "{tokens: 500, per: day}",
+            ["staff/q: calls that ask for a longer answer than 500 tokens are never admitted"],
+        ),
         ("{output_tokens: 1024, per: day}", []),
         ("{output_tokens: 500, per: day, enforce: after}", []),
         ("{input_tokens: 500, requests: 5, per: day}", []),
     ],
 )
-def test_limits_that_refuse_more_than_they_seem_to(quota, expected):
-    """0 is a switch that is off; the smallest answer that is started has 1024 tokens, or what was asked."""
+def test_limits_that_are_too_small(quota, expected):
+    """0 refuses every call; below 1024 tokens, only calls that ask for a shorter answer are admitted."""
     assert warned(group(f"      q: {quota}\n")) == [f"5: {text}" for text in expected]
 
 
@@ -139,26 +142,26 @@ def test_limits_that_refuse_more_than_they_seem_to(quota, expected):
         ("{a: {smallest_answer: 500}, '*': {}}", "['b*']", True),
     ],
 )
-def test_models_may_say_what_is_worth_starting_for(models, quota_models, is_warned):
-    """So a small limit is none for a model with smaller answers; nothing is said unless it holds for all."""
+def test_a_small_limit_is_compared_with_smallest_answer(models, quota_models, is_warned):
+    """There is a warning only if the limit is too small for every model that the quota applies to."""
     below = group(f"      q: {{models: {quota_models}, output_tokens: 500, per: day}}\n") + f"models: {models}\n"
-    text = "5: staff/q: calls that ask for a longer answer than 500 tokens are never let in"
+    text = "5: staff/q: calls that ask for a longer answer than 500 tokens are never admitted"
     assert (text in warned(below)) == is_warned
 
 
-def test_a_limit_may_be_small_because_a_model_s_answers_are_large():
-    """More than the thousand tokens that are usual."""
+def test_a_limit_can_be_too_small_for_a_larger_smallest_answer():
+    """A limit of 3k is enough by default, but not for a model with smallest_answer: 4k."""
     below = group("      q: {output_tokens: 3k, per: day}\n") + f"models: {{a: {{smallest_answer: 4k, {KNOWN}}}}}\n"
-    assert warned(below) == ["5: staff/q: calls that ask for a longer answer than 3,000 tokens are never let in"]
+    assert warned(below) == ["5: staff/q: calls that ask for a longer answer than 3,000 tokens are never admitted"]
 
 
-# ---------------------------------------------------------------------------------------------------- idle quotas
+# ------------------------------------------------------------------------------------------ quotas without effect
 
-NO_MODEL = "can never refuse anybody: it matches no model that its group can use"
+NO_MODEL = "can never refuse a call: it matches no model that its group may use"
 
 
 @pytest.mark.parametrize(
-    ("quota_models", "group_models", "listed", "is_idle"),
+    ("quota_models", "group_models", "listed", "has_no_effect"),
     [
         ("[gpt-5]", None, "{gpt-4o: {}}", True),
         ("['gpt-*']", None, "{gpt-4o: {}}", False),
@@ -173,17 +176,17 @@ NO_MODEL = "can never refuse anybody: it matches no model that its group can use
         ("['gpt-*']", "['o*']", None, False),
     ],
 )
-def test_a_quota_that_matches_no_model(quota_models, group_models, listed, is_idle):
-    """Decided by the closed list, or by names; two patterns might meet in a name that stands nowhere."""
+def test_a_quota_that_matches_no_model(quota_models, group_models, listed, has_no_effect):
+    """A closed list or whole names decide it. Two patterns may both match a name that the file does not have."""
     below = f"groups:\n  staff:\n    quotas:\n      q: {{models: {quota_models}, requests: 5, per: day}}\n"
     below += f"    models: {group_models}\n" if group_models else ""
     below += "users: {alice: {groups: [staff]}}\n"
     below += f"models: {listed}\n" if listed else ""
-    assert warned(below) == ([f"5: staff/q {NO_MODEL}"] if is_idle else [])
+    assert warned(below) == ([f"5: staff/q {NO_MODEL}"] if has_no_effect else [])
 
 
-def test_a_quota_that_only_watches_is_meant_to_refuse_nobody():
-    """Shadow is no mistake."""
+def test_a_shadow_quota_has_no_warning():
+    """It is meant to refuse no call."""
     assert (
         warned(group("      q: {models: [x], requests: 5, per: day, enforce: shadow}\n") + "models: {y: {}}\n") == []
     )
@@ -194,7 +197,7 @@ IN_BOTH = "alice: {groups: [staff, admins]}"
 
 
 @pytest.mark.parametrize(
-    ("more", "users", "below", "is_idle"),
+    ("more", "users", "below", "has_no_effect"),
     [
         (ADMINS, IN_BOTH, "", True),
         (ADMINS, f"{IN_BOTH}, bob: {{groups: [staff]}}", "", False),
@@ -203,19 +206,19 @@ IN_BOTH = "alice: {groups: [staff, admins]}"
         ("  admins: {unlimited: true, models: ['o*']}\n", IN_BOTH, "", False),
     ],
 )
-def test_a_quota_beside_an_unlimited_group(more, users, below, is_idle):
-    """With any_group whoever is in both is let in through the other one."""
-    text = "5: staff/daily can never refuse anybody: all its members are also in admins, which is unlimited"
-    assert warned(group(DAILY, more=more, users=users) + below) == ([text] if is_idle else [])
+def test_a_quota_beside_an_unlimited_group(more, users, below, has_no_effect):
+    """With any_group, a member of both is admitted through the unlimited one."""
+    text = "5: staff/daily can never refuse a call: all its members are also in admins, which is unlimited"
+    assert warned(group(DAILY, more=more, users=users) + below) == ([text] if has_no_effect else [])
 
 
-def test_everyone_binds_also_those_who_are_unlimited():
-    """So its quotas are never idle for that."""
+def test_quotas_of_everyone_apply_to_members_of_unlimited_groups():
+    """So they have an effect."""
     assert warned(group(DAILY, name="everyone", more=ADMINS, users="alice: {groups: [admins]}")) == []
 
 
 @pytest.mark.parametrize(
-    ("tight", "loose", "is_idle"),
+    ("tight", "loose", "has_no_effect"),
     [
         ("requests: 5, per: day", "requests: 5, per: hour", True),
         ("requests: 5, per: day", "requests: 9, per: day", True),
@@ -237,22 +240,22 @@ def test_everyone_binds_also_those_who_are_unlimited():
         ("requests: 5, per: day, shared: true", "requests: 5, per: hour, shared: true", True),
     ],
 )
-def test_a_quota_beside_a_tighter_one(tight, loose, is_idle):
-    """Only where the window of the one always lies inside the other's, and both count the same calls."""
-    text = "6: staff/loose can never refuse anybody: staff/tight is used up first"
+def test_a_quota_beside_a_tighter_one(tight, loose, has_no_effect):
+    """Only if each window of the one lies in a window of the other, and both count the same calls."""
+    text = "6: staff/loose can never refuse a call: staff/tight is used up first"
     found = warned(group(f"      tight: {{{tight}}}\n      loose: {{{loose}}}\n"))
-    assert found == ([text] if is_idle else [])
+    assert found == ([text] if has_no_effect else [])
 
 
-def test_of_two_equal_quotas_the_second_is_idle():
-    """Not each because of the other."""
+def test_of_two_equal_quotas_only_the_second_has_a_warning():
+    """Without it, the first would have an effect."""
     assert warned(group("      a: {requests: 5, per: day}\n      b: {requests: 5, per: day}\n")) == [
-        "6: staff/b can never refuse anybody: staff/a is used up first"
+        "6: staff/b can never refuse a call: staff/a is used up first"
     ]
 
 
-def test_a_looser_quota_counts_where_members_have_other_groups():
-    """Calls that come in through another group are charged to each quota by itself, if it has room for them."""
+def test_a_looser_quota_has_an_effect_if_members_have_other_groups():
+    """A call through another group is charged to each quota by itself, if that has capacity for it."""
     quotas = "      tight: {requests: 5, per: day}\n      loose: {requests: 5, per: hour}\n"
     other = "  other: {quotas: {big: {requests: 50, per: day}}}\n"
     below = group(quotas, more=other, users="alice: {groups: [staff, other]}")
@@ -264,12 +267,12 @@ def test_a_looser_quota_counts_where_members_have_other_groups():
 # ---------------------------------------------------------------------------------------------- models, upstreams
 
 MODELS = f"models: {{gpt-4o: {{{KNOWN}}}, smart: {{model: gpt-4o, {KNOWN}}}, gpt-4o-mini: {{{KNOWN}}}}}\n"
-ESCAPE = 'it matches "gpt-4o" but not "smart", which is the same model; add "smart" to its models'
+ALIAS = 'it matches "gpt-4o" but not "smart", which is the same model; add "smart" to its models'
 FRONTIER = "      frontier: {models: [gpt-4o], requests: 5, per: day}\n"
 
 
 @pytest.mark.parametrize(
-    ("quotas", "group_models", "below", "escapes"),
+    ("quotas", "group_models", "below", "has_warning"),
     [
         (FRONTIER + DAILY, None, "", True),
         (FRONTIER, None, "", False),
@@ -280,44 +283,46 @@ FRONTIER = "      frontier: {models: [gpt-4o], requests: 5, per: day}\n"
         (FRONTIER.replace("[gpt-4o]", "[smart]") + DAILY, None, "", False),
     ],
 )
-def test_a_model_that_escapes_by_its_other_name(quotas, group_models, below, escapes):
-    """Where a member may use that name, another quota lets it in, and nobody gave it a quota of its own."""
+def test_an_alias_that_a_quota_does_not_match(quotas, group_models, below, has_warning):
+    """Only if a member may use the alias, another quota admits it, and it has no quota of its own."""
     text = group(quotas).replace("users:", f"    models: {group_models}\nusers:" if group_models else "users:")
-    assert warned(text + MODELS + below) == ([f"5: staff/frontier: {ESCAPE}"] if escapes else [])
+    assert warned(text + MODELS + below) == ([f"5: staff/frontier: {ALIAS}"] if has_warning else [])
 
 
-def test_a_model_escapes_also_where_its_own_name_is_not_listed():
-    """An open list has it."""
+def test_an_alias_of_a_model_that_is_not_listed():
+    """With an open list, clients can also use the upstream's own name."""
     models = f"models: {{smart: {{model: gpt-4o, {KNOWN}}}, '*': {{}}}}\n"
-    assert warned(group(FRONTIER + DAILY) + models) == [f"5: staff/frontier: {ESCAPE}"]
+    assert warned(group(FRONTIER + DAILY) + models) == [f"5: staff/frontier: {ALIAS}"]
     assert warned(group(FRONTIER + DAILY) + f"models: {{gpt-4o: {{{KNOWN}}}, smart: {{{KNOWN}}}}}\n") == []
 
 
-def test_a_model_escapes_also_by_its_second_upstream():
-    """Whichever upstream is asked, the quota was meant for that model; it is said once."""
+def test_an_alias_at_a_second_upstream():
+    """Any shared upstream makes it the same model. There is one warning, not one for each upstream."""
     several = "upstreams: [{upstream: box, model: gpt-5}, {upstream: spare, model: gpt-4o, weight: 0}]"
     models = f"models: {{gpt-4o: {{{KNOWN}, upstreams: [{{upstream: box}}, {{upstream: spare}}]}}, "
     models += f"smart: {{{several}, {KNOWN}}}}}\n"
     below = f"{group(FRONTIER + DAILY)}{models}".replace("users:", "default_upstream: box\nusers:", 1)
     text = f"upstreams: {{box: {{base_url: http://box/v1}}, spare: {{base_url: http://spare/v1}}}}\n{below}"
     found = [warning.text for warning in warnings(load_text(text))]
-    assert found == [f"staff/frontier: {ESCAPE}"]
+    assert found == [f"staff/frontier: {ALIAS}"]
 
 
-def test_who_is_not_bound_lets_nothing_escape():
-    """A quota of default is no rule for those who have one of their own."""
+def test_an_alias_is_a_problem_only_for_users_to_whom_the_quota_applies():
+    """A quota of default does not apply to users with a quota of their own."""
     more = f"  default:\n    quotas:\n{FRONTIER}{DAILY}"
     assert warned(group(DAILY, more=more, users="alice: {groups: [staff]}, bob: {}") + MODELS) == [
-        f"8: default/frontier: {ESCAPE}"
+        f"8: default/frontier: {ALIAS}"
     ]
-    assert ESCAPE not in str(warned(group(DAILY, more=more) + MODELS))
+    assert ALIAS not in str(warned(group(DAILY, more=more) + MODELS))
 
 
-ENDLESS = "a whole answer may take staff/daily over its limit if its call states no maximum; write max_output_tokens"
+NO_MAXIMUM = (
+    "a whole answer may take staff/daily over its limit if its call states no maximum; write max_output_tokens"
+)
 
 
 @pytest.mark.parametrize(
-    ("model", "quota", "is_endless"),
+    ("model", "quota", "has_warning"),
     [
         ("", "tokens: 200k", True),
         ("context: 128k, reasoning: true", "tokens: 200k", True),
@@ -334,8 +339,8 @@ ENDLESS = "a whole answer may take staff/daily over its limit if its call states
         ("upstream: claude", "tokens: 200k", False),
     ],
 )
-def test_a_model_whose_answers_have_no_known_end(model, quota, is_endless):
-    """Where an exact quota promises never to be over; not for what makes no answers, and not in the demo."""
+def test_a_model_without_a_known_maximum(model, quota, has_warning):
+    """Only if an exact quota limits its output. Not for embeddings, nor for simulated or Anthropic's models."""
     upstreams = (
         "upstreams:\n  box: {base_url: http://box/v1}\n  stage: {base_url: http://box, kind: simulator}\n"
         "  claude: {base_url: http://box, kind: anthropic}\n"
@@ -343,41 +348,43 @@ def test_a_model_whose_answers_have_no_known_end(model, quota, is_endless):
     below = f"{upstreams}default_upstream: box\nmodels:\n  gpt-x: {{{model}}}\n  other: {{{KNOWN}}}\n"
     below += group(f"      daily: {{{quota}, per: day}}\n")
     found = [f"{warning.line}: {warning.text}" for warning in warnings(load_text(below))]
-    assert found == ([f"7: {ENDLESS}"] if is_endless else [])
+    assert found == ([f"7: {NO_MAXIMUM}"] if has_warning else [])
 
 
-def test_one_simulated_upstream_of_several_gives_no_end_to_the_others():
-    """The simulator's answers have one by themselves."""
+def test_a_simulated_upstream_does_not_bound_a_models_other_upstreams():
+    """Only the simulator's own answers have a known maximum."""
     upstreams = "upstreams:\n  box: {base_url: http://box/v1}\n  stage: {base_url: http://box, kind: simulator}\n"
     models = "models: {gpt-x: {upstreams: [{upstream: stage}, {upstream: box}]}}\n"
-    assert ENDLESS in str(warnings(load_text(upstreams + models + group(DAILY))))
+    assert NO_MAXIMUM in str(warnings(load_text(upstreams + models + group(DAILY))))
 
 
-def test_it_is_said_once_for_each_model():
-    """With the first quota that it may take over; an open list names none, and a quota without users binds none."""
+def test_a_missing_maximum_gives_one_warning_per_model():
+    """It names the first quota. "*" has no warning, and neither has a model whose quotas apply to no user."""
     models = "models: {a: {}, b: {}, '*': {}}\n"
     weekly = "      weekly: {tokens: 2M, per: week}\n"
-    assert warned(group(DAILY + weekly) + models) == [f"8: {ENDLESS}"] * 2
+    assert warned(group(DAILY + weekly) + models) == [f"8: {NO_MAXIMUM}"] * 2
     assert warned(group(DAILY + weekly) + "models: {'*': {}}\n") == []
-    assert ENDLESS not in str(warned(group(DAILY, users="") + models))
+    assert NO_MAXIMUM not in str(warned(group(DAILY, users="") + models))
     everyone = group(DAILY, name="everyone", users="alice: {}") + "models: {a: {}}\n"
-    assert warned(everyone) == [f"7: {ENDLESS.replace('staff', 'everyone')}"]
+    assert warned(everyone) == [f"7: {NO_MAXIMUM.replace('staff', 'everyone')}"]
 
 
 @pytest.mark.parametrize(
     ("host", "is_link_local"),
     [("169.254.169.254", True), ("[fe80::1]", True), ("127.0.0.1", False), ("metadata.example", False)],
 )
-def test_an_upstream_that_is_link_local(host, is_link_local):
-    """There cloud machines keep what nobody else should get."""
+def test_a_link_local_upstream(host, is_link_local):
+    """Cloud machines serve their own credentials at such an address."""
     found = warnings(load_text(f"upstreams:\n  box:\n    base_url: http://{host}/v1\n"))
-    text = f"{host.strip('[]')} is link-local: cloud machines give out their credentials there"
+    text = (
+        f"{host.strip('[]')} is a link-local address, where cloud machines serve their credentials; write another one"
+    )
     assert [(warning.line, warning.text) for warning in found] == ([(3, text)] if is_link_local else [])
 
 
-def test_secrets_in_plain():
-    """A digest, a reference and a file of books are none."""
-    plain = "a secret stands here in plain; write ${NAME} or ${file:/path} for it"
+def test_secrets_in_plain_text():
+    """Digests, interpolated values and the path of an SQLite file are none."""
+    plain = "this secret is in plain text; write ${NAME} or ${file:/path} for it"
     key = "a-key-of-24-characters-"
     below = (
         f"admin_keys:\n  a: {key}1\n  b: ${{ADMIN}}\n  c: {DIGEST}\n"
@@ -420,7 +427,7 @@ def test_secrets_in_plain():
         ),
         (
             group("      a: {requests: 5, per: hour, enforce: shadow}\n", users=""),
-            "staff: its members (nobody in this file) may use 5 requests an hour (only watched) of any model.",
+            "staff: its members (none in this file) may use 5 requests an hour (never refused) of any model.",
         ),
         (
             group("      a: {requests: 5, per: day, enforce: after}\n", name="everyone"),
@@ -432,21 +439,21 @@ def test_secrets_in_plain():
             "default: all users whose own groups have no quota for the model together may use "
             "5 requests a day of any model.",
         ),
-        ("groups: {a: {unlimited: true}}", "a: its members (nobody in this file) may use any model without limit."),
+        ("groups: {a: {unlimited: true}}", "a: its members (none in this file) may use any model without limit."),
         (
             "groups: {a: {unlimited: true, models: [x, y]}}",
-            "a: its members (nobody in this file) may use any model without limit; of models only x, y.",
+            "a: its members (none in this file) may use x, y without limit.",
         ),
-        ("groups: {a: {models: [x]}}", "a: no quotas; of models only x."),
+        ("groups: {a: {models: [x]}}", "a: no quotas; only models x."),
     ],
 )
-def test_each_group_in_a_plain_sentence(below, sentence):
-    """What a reader of the file should be able to agree with."""
+def test_each_group_is_described_in_a_sentence(below, sentence):
+    """The operator can compare it with what was meant."""
     if "{groups: [staff]}" in below and ("everyone" in below or "default" in below):
         below = below.replace("{groups: [staff]}", "{}")
-    assert said(below)[0] == sentence
+    assert printed(below)[0] == sentence
 
 
-def test_the_sentences_are_in_the_policys_order():
-    """Since that order decides."""
-    assert [sentence.partition(":")[0] for sentence in said("groups: {z: {}, a: {}}")] == ["z", "a"]
+def test_the_sentences_are_in_the_order_of_the_file():
+    """That order decides through which group a call is admitted."""
+    assert [sentence.partition(":")[0] for sentence in printed("groups: {z: {}, a: {}}")] == ["z", "a"]

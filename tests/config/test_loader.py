@@ -1,4 +1,4 @@
-"""The file as a whole: the policy it becomes, or every mistake in it with its line."""
+"""The whole file: the policy that it gives, or a report of every mistake with its line."""
 
 import re
 from pathlib import Path
@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from proxy.config import schema
 from proxy.config.document import BYTES_MAX
-from proxy.config.loader import Address, BadConfig, Config, Patience, Settings, load, load_text, read_some
+from proxy.config.loader import Address, BadConfig, Config, ConnectionLimits, Settings, load, load_text, read_capped
 from proxy.policy.policy import Allow, Group, Keep, Model, Secret, Upstream, User, digest
 from proxy.policy.quota import Globs, Limit
 from proxy.policy.windows import Calendar, Duration
@@ -64,21 +64,21 @@ def mistakes(text: str, **environ: str) -> list[str]:
     return str(bad.value).splitlines()
 
 
-# ---------------------------------------------------------------------------------------------- what it becomes
+# --------------------------------------------------------------------------------- the policy and the settings
 
 
-def test_the_settings_are_what_only_a_restart_changes():
-    """Where to listen, and the database, whose password does not show."""
+def test_the_settings_have_what_needs_a_restart():
+    """The listeners and the database. The database's password is not in the config's repr."""
     config = whole()
     assert config.settings == Settings(Address("::1", 9000), None, "sqlite:////srv/quotas.db")
     assert load_text(SMALL).settings.admin == Address("127.0.0.1", 8081)
     assert "password" not in repr(config)
     pages = load_text(f'{SMALL}server: {{cors: ["https://App.example/", "*"], connections: 2k}}\n').settings
-    assert (pages.cors, pages.patience) == (("https://app.example", "*"), Patience(connections=2000))
+    assert (pages.cors, pages.connection_limits) == (("https://app.example", "*"), ConnectionLimits(connections=2000))
 
 
-def test_a_change_that_needs_a_restart_is_seen():
-    """Section by section, so that a reload can name it."""
+def test_a_change_that_needs_a_restart_is_found_by_its_section():
+    """A reload can name the sections that it ignores."""
     now, then = load_text(SMALL).restart_only, load_text(f"{SMALL}database: sqlite:///other.db\n").restart_only
     assert now.keys() == then.keys() == {"server", "database"}
     assert [section for section in now if now[section] != then[section]] == ["database"]
@@ -86,12 +86,12 @@ def test_a_change_that_needs_a_restart_is_seen():
     assert [section for section in now if now[section] != then[section]] == ["server"]
 
 
-def test_the_policy_is_what_the_file_says():
-    """Every section, with its references resolved."""
+def test_the_policy_has_every_section():
+    """All values are interpolated."""
     policy = whole().policy
     box = Upstream("box", "http://box/v1", None, "vllm", "stop")
-    beyond = Allow(tools=frozenset(["mcp", "web_search"]), store=True)
-    openai = Upstream("openai", "https://api.openai.com/v1", Secret("sk-upstream"), "openai", "drain", allow=beyond)
+    allowed = Allow(tools=frozenset(["mcp", "web_search"]), store=True)
+    openai = Upstream("openai", "https://api.openai.com/v1", Secret("sk-upstream"), "openai", "drain", allow=allowed)
     assert policy.upstreams == {"box": box, "openai": openai}
     assert policy.default_upstream == openai
     assert policy.models == {
@@ -109,8 +109,8 @@ def test_the_policy_is_what_the_file_says():
     assert policy.zone.key == "Europe/Berlin"
 
 
-def test_groups_have_their_quotas_in_order():
-    """With windows in the policy's zone and week."""
+def test_groups_and_quotas_are_in_the_order_of_the_file():
+    """Calendar windows have the file's time zone and first day of the week."""
     groups = whole().policy.groups
     assert list(groups) == ["everyone", "first", "second", "third"]
     [calls] = groups["everyone"].quotas
@@ -125,20 +125,20 @@ def test_groups_have_their_quotas_in_order():
     assert (a.overdraft, b.overdraft) == (0, 4000)
 
 
-def test_a_users_groups_are_in_the_policys_order():
-    """Whatever their order at the user."""
+def test_a_users_groups_are_in_the_order_of_the_groups_section():
+    """The order in which the user lists them does not matter."""
     assert whole().policy.users == {"alice": User("alice", ("first", "second")), "1001": User("1001")}
 
 
 def test_the_only_upstream_is_the_default():
-    """Nobody has to say it twice."""
+    """default_upstream need not be written."""
     policy = load_text(SMALL).policy
     assert policy.models is None
     assert policy.default_upstream == policy.upstreams["box"]
 
 
-def test_with_several_upstreams_each_model_may_say_its_own():
-    """Then no default is needed."""
+def test_no_default_upstream_is_needed_if_every_model_names_one():
+    """Then the policy has none."""
     policy = load_text(
         "upstreams: {a: {base_url: http://a}, b: {base_url: http://b}}\nmodels: {m: {upstream: b}}\n"
     ).policy
@@ -147,10 +147,11 @@ def test_with_several_upstreams_each_model_may_say_its_own():
 
 
 TWO = "upstreams: {a: {base_url: http://a}, b: {base_url: http://b, kind: vllm}}\n"
+ONLY_A_ROUTE = '"*" only says which upstream other names go to; remove this, or list the model by its name'
 
 
 def test_a_model_may_have_several_upstreams():
-    """Each with its own name there and its share; what is known of the model is known of all of them."""
+    """Each target has its own upstream, name and weight; the model's other properties hold for all of them."""
     policy = load_text(
         f"{TWO}retry_for: 5s\nmodels:\n"
         "  m: {max_output_tokens: 100, upstreams: [{upstream: a, weight: 3}, {upstream: b, model: m-1}]}\n"
@@ -159,32 +160,32 @@ def test_a_model_may_have_several_upstreams():
     a, b = policy.upstreams["a"], policy.upstreams["b"]
     model, other = policy.model("m"), policy.model("x")
     assert model is not None and other is not None
-    served = [(place.upstream, place.upstream_model, place.weight) for place in model.targets]
+    served = [(target.upstream, target.upstream_model, target.weight) for target in model.targets]
     assert served == [(a, "m", 3), (b, "m-1", 1)]
-    assert {(place.name, place.max_output_tokens) for place in model.targets} == {("m", 100)}
-    assert [(place.upstream, place.upstream_model, place.weight) for place in other.targets] == [
+    assert {(target.name, target.max_output_tokens) for target in model.targets} == {("m", 100)}
+    assert [(target.upstream, target.upstream_model, target.weight) for target in other.targets] == [
         (b, "x", 0),
         (a, "x", 1),
     ]
     assert (policy.retry_for_ms, load_text(SMALL).policy.retry_for_ms) == (5000, 30_000)
 
 
-def test_what_is_wrong_with_several_upstreams_has_its_place():
-    """A name that is none, a list that is none, and a name for what has none."""
+def test_a_mistake_in_a_models_upstreams_has_its_path():
+    """An unknown upstream, a value that is not a list, and a name where "*" allows none."""
     assert mistakes(f"{TWO}models:\n  m: {{upstreams: [{{upstream: a}},\n    {{upstream: c}}]}}\n") == [
         'f.yaml:4: models.m.upstreams[1].upstream: there is no upstream "c"; '
-        "write it below upstreams, where there is a, b"
+        "add it below upstreams, or write one of a, b"
     ]
     assert mistakes(f'{TWO}models:\n  "*": {{upstreams: [{{upstream: a, model: x}}]}}\n') == [
-        'f.yaml:3: models.*.upstreams[0].model: "*" says only where names go; leave this out, or name the model'
+        f"f.yaml:3: models.*.upstreams[0].model: {ONLY_A_ROUTE}"
     ]
     assert mistakes(f"{TWO}models: {{m: {{upstreams: a}}}}\n") == [
-        'f.yaml:2: models.m.upstreams: this has to be a list; write [ … ], or lines that begin with "- "'
+        'f.yaml:2: models.m.upstreams: this must be a list; write [ … ], or lines that begin with "- "'
     ]
 
 
-def test_the_hash_is_that_of_the_policy():
-    """The same for the same policy, however it is laid out and wherever it listens; another for another key."""
+def test_equal_policies_have_equal_hashes():
+    """Layout and listeners do not change the hash; a new key does, also if it comes from the environment."""
     first = whole().policy.hash
     assert re.fullmatch("[0-9a-f]{12}", first)
     again = WHOLE.replace('server: {api: "[::1]:9000", admin: null}', "# elsewhere\nserver: {api: 0.0.0.0:80}")
@@ -193,7 +194,7 @@ def test_the_hash_is_that_of_the_policy():
     assert load_text(WHOLE.replace("tokens: 5,", "tokens: 6,"), environ=ENVIRON).policy.hash != first
 
 
-# ------------------------------------------------------------------------------------------------- what is refused
+# -------------------------------------------------------------------------------------------------------- mistakes
 
 NO_SUCH = "users.alice.groups[0]: there is no group"
 
@@ -204,44 +205,47 @@ NO_SUCH = "users.alice.groups[0]: there is no group"
         ("users: {alice: {groups: [staf]}}\ngroups: {staff: {}}", [f'3: {NO_SUCH} "staf"; did you mean "staff"?']),
         (
             "users: {alice: {groups: [x]}}\ngroups: {default: {}, a: {}, b: {}}",
-            [f'3: {NO_SUCH} "x"; write it below groups, where there is a, b'],
+            [f'3: {NO_SUCH} "x"; add it below groups, or write one of a, b'],
         ),
-        ("users: {alice: {groups: [x]}}", [f'3: {NO_SUCH} "x"; write it below groups, where there is none yet']),
+        ("users: {alice: {groups: [x]}}", [f'3: {NO_SUCH} "x"; add it below groups']),
         (
             "users:\n  alice:\n    groups:\n      - everyone\n      - default\ngroups: {default: {}}",
             [
-                '6: users.alice.groups[0]: "everyone" holds for users by itself; leave it out',
-                '7: users.alice.groups[1]: "default" holds for users by itself; leave it out',
+                '6: users.alice.groups[0]: "everyone" applies to users without being listed; remove it',
+                '7: users.alice.groups[1]: "default" applies to users without being listed; remove it',
             ],
         ),
         (
             "users: {alice: {groups: [a b, [c], true]}}",
             [
-                "3: users.alice.groups[0]: this is no name; "
-                "write letters, digits, dots, dashes and underscores, at most 100",
-                "3: users.alice.groups[1]: this has to be one piece of text; write it in quotes",
-                "3: users.alice.groups[2]: this has to be one piece of text; write it in quotes",
+                "3: users.alice.groups[0]: this is not a valid name; "
+                "use 1 to 100 letters, digits, dots, hyphens and underscores",
+                "3: users.alice.groups[1]: this must be text; put it in quotes",
+                "3: users.alice.groups[2]: this must be text; put it in quotes",
             ],
         ),
         (
             "groups: {a: {quotas: {b: {requests: 5, overdraft: 4k, per: day}}}}",
             [
-                "3: groups.a.quotas.b: overdraft is for answers at an exact limit of tokens or output_tokens; "
-                "leave it out of this quota"
+                "3: groups.a.quotas.b: overdraft needs enforce: exact and a limit of tokens or output_tokens; "
+                "remove it from this quota"
             ],
         ),
-        ("models: {m: {reasoning: maybe}}", ["3: models.m.reasoning: this has to be true or false"]),
+        (
+            "models: {m: {reasoning: maybe}}",
+            ["3: models.m.reasoning: this is neither true nor false; write one of the two"],
+        ),
         (
             "models: {m: {smallest_answer: 0}}",
-            ["3: models.m.smallest_answer: 0 makes no sense here; write at least 1, or leave it out"],
+            ["3: models.m.smallest_answer: 0 is not allowed here; write 1 or more, or remove the key"],
         ),
         ("default_upstream: bo", ['3: default_upstream: there is no upstream "bo"; did you mean "box"?']),
         ("models:\n  m:\n    upstream: bo", ['5: models.m.upstream: there is no upstream "bo"; did you mean "box"?']),
         (
             'models:\n  "*":\n    model: m\n    context: 5',
             [
-                '5: models.*.model: "*" says only where names go; leave this out, or name the model',
-                '6: models.*.context: "*" says only where names go; leave this out, or name the model',
+                f"5: models.*.model: {ONLY_A_ROUTE}",
+                f"6: models.*.context: {ONLY_A_ROUTE}",
             ],
         ),
         (
@@ -253,33 +257,36 @@ NO_SUCH = "users.alice.groups[0]: there is no group"
         ),
         (
             f"users:\n  a: {{keys: [{KEY}]}}\n  b: {{keys: ['sha256:{digest(KEY)}']}}",
-            ["5: users.b.keys[0]: user a has this key already; write another one"],
+            ["5: users.b.keys[0]: user a already has this key; write another one"],
         ),
         (
             f"users:\n  a: {{keys: [{KEY}, {KEY}]}}",
-            ["4: users.a.keys[1]: user a has this key already; write another one"],
+            ["4: users.a.keys[1]: user a already has this key; write another one"],
         ),
         (
             f"users:\n  a: {{keys: [{KEY}]}}\nadmin_keys: {{ops: {KEY}}}",
-            ["4: users.a.keys[0]: an admin has this key already; write another one"],
+            ["4: users.a.keys[0]: an admin already has this key; write another one"],
         ),
-        ("users: [alice]", ['3: users: this has to be a mapping; write "name: …" lines below it']),
+        ("users: [alice]", ['3: users: this must be a mapping; write "name: …" lines below it']),
         (
             "server: {api: 010}",
-            ['3: "010" is not counted in tens by all readers; write it without the 0 in front, or in quotes'],
+            [
+                '3: some YAML parsers do not read "010" as a decimal number; '
+                "write it in decimal without a 0 in front, or put it in quotes"
+            ],
         ),
         ("help: ${NOPE}", ["3: NOPE is not set in the environment; set it, or write ${NOPE:-default}"]),
         (
             "groups: {a: 1}\ngroups: {b: 2}",
             [
-                '3: groups.a: this has to be a mapping; write "key: value" lines below it',
-                '4: "groups" is already there on line 3; merge the two',
+                '3: groups.a: this must be a mapping; write "key: value" lines below it',
+                '4: "groups" is already on line 3; merge the two',
             ],
         ),
     ],
 )
 def test_each_mistake_has_its_line_and_what_to_write(below, expected):
-    """`file:line: place: what is wrong; what to write instead`."""
+    """`file:line: path: what is wrong; what to write instead`."""
     assert mistakes(SMALL + below) == [f"f.yaml:{line}" for line in expected]
 
 
@@ -287,7 +294,7 @@ SEVERAL = "upstreams:\n  a: {base_url: http://a}\n  b: {base_url: http://b}\n"
 
 
 def test_several_upstreams_need_a_default():
-    """Where there are no models, or one that names none."""
+    """Unless there are models and every one of them names an upstream."""
     assert mistakes(SEVERAL) == [
         "f.yaml:1: upstreams: there are several and no models; write default_upstream: one of a, b"
     ]
@@ -297,13 +304,13 @@ def test_several_upstreams_need_a_default():
 
 
 def test_one_report_has_every_mistake():
-    """Of the text, of the shapes and across sections, in the order of the lines."""
+    """Those of the YAML, of the sections and across sections, sorted by line."""
     text = "upstreams: {box: {base_url: box}}\nusers: {a: {groups: [x]}}\nwek: 1\ncombine: no\n"
     assert [line.split(":")[1] for line in mistakes(text)] == ["1", "2", "3", "4"]
 
 
-def test_a_long_report_has_an_end():
-    """A hundred mistakes are enough to begin with; all of them are kept."""
+def test_a_report_shows_the_first_hundred_mistakes():
+    """The exception has all of them."""
     text = SMALL + "".join(f"k{number}: 1\n" for number in range(150))
     lines = mistakes(text)
     assert len(lines) == 101
@@ -314,7 +321,7 @@ def test_a_long_report_has_an_end():
 
 
 @pytest.mark.parametrize(
-    "place",
+    "section",
     [
         "help: [{}]",
         "combine: {}",
@@ -330,17 +337,17 @@ def test_a_long_report_has_an_end():
         "models: {{m: {{upstream: {}, context: {}}}}}",
     ],
 )
-def test_a_secret_in_the_wrong_place_is_not_printed(place):
-    """What came from the environment never shows, wherever it was put."""
+def test_an_interpolated_secret_in_the_wrong_place_is_not_printed(section):
+    """A report shows no value from the environment, whichever key it was written at."""
     secret = "Pa55word-that-nobody-may-see"
     assert secret not in str(
-        mistakes(SMALL + place.replace("{}", '"${SECRET}"').replace("{{", "{").replace("}}", "}"), SECRET=secret)
+        mistakes(SMALL + section.replace("{}", '"${SECRET}"').replace("{{", "{").replace("}}", "}"), SECRET=secret)
     )
 
 
 @pytest.mark.parametrize("text", ["users: {a: {keys: [%s]}}", "users: {a: {keys: [%s, %s]}}", "admin_keys: {o: %s}"])
 def test_a_key_in_plain_is_not_printed(text):
-    """Also not one that stands in the file: too short, twice, or with blanks."""
+    """A key that is too short, that two users have, or that contains spaces."""
     for key in ("short-secret", "secret with blanks and some length", KEY):
         report = "" if key == KEY and text.count("%") == 1 else str(mistakes(SMALL + text.replace("%s", key)))
         assert "secret" not in report and KEY not in report
@@ -349,53 +356,53 @@ def test_a_key_in_plain_is_not_printed(text):
 # ------------------------------------------------------------------------------------------------------ from a file
 
 
-def test_a_file_is_read_with_its_references(tmp_path):
-    """Also those to other files."""
+def test_a_file_is_loaded_from_disk(tmp_path):
+    """With a key that comes from a second file."""
     (tmp_path / "key").write_text(f"{KEY}\n", encoding="utf-8")
     path = tmp_path / "quotas.yaml"
     path.write_text(f'{SMALL}users: {{alice: {{keys: ["${{file:{tmp_path}/key}}"]}}}}\n', encoding="utf-8")
     assert load(str(path), {}).policy.key_digests == {digest(KEY): "alice"}
 
 
-def test_a_file_that_is_not_there_is_a_mistake(tmp_path):
-    """With its name, as all others."""
+def test_a_missing_file_is_a_mistake(tmp_path):
+    """It has the file's name and line 1, in the same format as all others."""
     path = f"{tmp_path}/none.yaml"
     with pytest.raises(BadConfig, match=r"none.yaml:1: the file can't be read \(No such file or directory\)"):
         load(path, {})
-    with pytest.raises(BadConfig, match=r"\(no such name\)"):
+    with pytest.raises(BadConfig, match=r"\(not a valid path\)"):
         load("a\0b", {})
 
 
-def test_a_file_without_end_is_not_read_without_end():
-    """A device or a pipe gives at most what is refused as too much."""
-    assert len(read_some("/dev/zero")) == BYTES_MAX + 1
+def test_a_file_without_an_end_is_read_up_to_the_limit():
+    """A device gives one byte more than the limit, so it is rejected as too large."""
+    assert len(read_capped("/dev/zero")) == BYTES_MAX + 1
 
 
 # ---------------------------------------------------------------------------------------------------- the example
 
 
 def example_environ() -> dict[str, str]:
-    """A value for each name that the example takes from the environment, and its comments don't."""
+    """A value for each environment variable that the example uses outside of its comments."""
     lines = [line.partition(" #")[0] for line in EXAMPLE.read_text(encoding="utf-8").splitlines()]
     names = re.findall(r"\$\{([A-Z_]+)\}", "\n".join(line for line in lines if not line.startswith("#")))
     return {name: f"{name}-with-some-more-characters" for name in names}
 
 
-def test_the_example_is_taken():
-    """What people copy works, with the environment that it names."""
+def test_the_example_is_valid():
+    """Operators copy it. It needs only the environment variables that it names."""
     config = load(str(EXAMPLE), example_environ())
     assert list(config.policy.users) == ["alice", "bob", "carol", "dave"]
 
 
 def test_the_example_shows_every_key():
-    """A key that is not in the example is a key that nobody finds."""
+    """Operators look for a setting in the example first."""
     text = EXAMPLE.read_text(encoding="utf-8")
     for section in (
         schema.File,
         schema.Server,
         schema.Upstream,
         schema.Model,
-        schema.Place,
+        schema.Target,
         schema.Group,
         schema.Quota,
         schema.User,
@@ -426,18 +433,18 @@ LEAVES = st.sampled_from(
 )
 NODES = st.recursive(
     LEAVES,
-    lambda below: (
-        st.dictionaries(KEYS.map(repr), below, max_size=4).map(
+    lambda inner: (
+        st.dictionaries(KEYS.map(repr), inner, max_size=4).map(
             lambda parts: "{" + ", ".join(f"{key}: {value}" for key, value in parts.items()) + "}"
         )
-        | st.lists(below, max_size=3).map(lambda items: f"[{', '.join(items)}]")
+        | st.lists(inner, max_size=3).map(lambda items: f"[{', '.join(items)}]")
     ),
 )
 
 
 @given(st.dictionaries(KEYS, NODES, max_size=6), st.sampled_from(["", SMALL]))
-def test_any_file_is_taken_or_refused(sections, above):
-    """Never another exception, and every mistake has a line of the file."""
+def test_any_mapping_is_valid_or_raises_bad_config(sections, above):
+    """No other exception is raised, and every mistake has a line of the file."""
     text = above + "".join(f"{key!r}: {value}\n" for key, value in sections.items())
     try:
         config = load_text(text, environ={"A": "b"})
@@ -449,8 +456,8 @@ def test_any_file_is_taken_or_refused(sections, above):
 
 
 @given(st.text())
-def test_any_text_is_taken_or_refused(text):
-    """Also one that is no YAML at all, or can't be written as UTF-8."""
+def test_any_text_raises_bad_config(text):
+    """Including text that is not YAML, or that UTF-8 can't encode."""
     with pytest.raises(BadConfig):
         load_text(f"{text}\ud800")
     with pytest.raises(BadConfig):

@@ -1,40 +1,43 @@
-"""What is wrong with the shape of a file, in our own words, at its place."""
+"""The texts of mistakes in the shape of a file, each at its key path."""
 
 import pytest
 
-from proxy.config.messages import Fault, nearest, placed, read_file
+from proxy.config.document import Finding
+from proxy.config.messages import did_you_mean, read_file, with_path
 
-RIGHT = {"upstreams": {"box": {"base_url": "http://box/v1"}}}
+VALID = {"upstreams": {"box": {"base_url": "http://box/v1"}}}
 
 
 def texts(**sections: object) -> list[str]:
-    return [fault.text for fault in read_file(RIGHT | sections)[1]]
+    return [finding.text for finding in read_file(VALID | sections)[1]]
 
 
 def quota(**keys: object) -> list[str]:
     return texts(groups={"staff": {"quotas": {"daily": keys}}})
 
 
-def test_a_right_file_has_no_faults():
-    """Only its sections."""
-    file, faults = read_file(RIGHT)
-    assert faults == ()
+def test_a_valid_file_has_no_findings():
+    """It gives its sections."""
+    file, findings = read_file(VALID)
+    assert findings == ()
     assert file is not None and list(file.upstreams) == ["box"]
 
 
-EMPTY = "this is empty; give it a value or leave it out"
+EMPTY = "this has no value; write one, or remove the key"
+NO_NAME = "this is not a valid name; use 1 to 100 letters, digits, dots, hyphens and underscores"
+KEY_TOO_SHORT = "this key is too short; use one of 24 random characters or more"
 QUOTA = "groups.staff.quotas.daily"
 
 
 @pytest.mark.parametrize(
     ("found", "expected"),
     [
-        (lambda: texts(grups={}), ['"grups" is no key of the file; did you mean "groups"?']),
+        (lambda: texts(grups={}), ['"grups" is not a key of the file; did you mean "groups"?']),
         (
             lambda: texts(server={"port": 1}),
-            ['server: "port" is no key of server; write one of api, admin, cors, connections'],
+            ['server: "port" is not a key of server; write one of api, admin, cors, connections'],
         ),
-        (lambda: quota(tokns=1, per="day"), [f'{QUOTA}: "tokns" is no key of a quota; did you mean "tokens"?']),
+        (lambda: quota(tokns=1, per="day"), [f'{QUOTA}: "tokns" is not a key of a quota; did you mean "tokens"?']),
         (lambda: quota(tokens=1), [f'{QUOTA}: "per" is missing; write per: day']),
         (lambda: quota(per="day", tokens=None), [f"{QUOTA}.tokens: {EMPTY}"]),
         (
@@ -46,7 +49,7 @@ QUOTA = "groups.staff.quotas.daily"
         ),
         (
             lambda: quota(per="day", tokens="1g"),
-            [f'{QUOTA}.tokens: "1g" is no whole number from 0 up; write 200000, 200_000, 200k or 5M'],
+            [f'{QUOTA}.tokens: "1g" is not a whole number from 0 up; write one such as 200000, 200_000, 200k or 5M'],
         ),
         (
             lambda: quota(per=6, tokens=1),
@@ -57,81 +60,84 @@ QUOTA = "groups.staff.quotas.daily"
         ),
         (
             lambda: quota(per="day", tokens=1, models="*"),
-            [f'{QUOTA}.models: this has to be a list; write [ … ], or lines that begin with "- "'],
+            [f'{QUOTA}.models: this must be a list; write [ … ], or lines that begin with "- "'],
         ),
-        (lambda: quota(per="day", tokens=1, models=[]), [f"{QUOTA}.models: this names nothing; name at least one"]),
-        (lambda: quota(per="day", tokens=1, shared="maybe"), [f"{QUOTA}.shared: this has to be true or false"]),
+        (lambda: quota(per="day", tokens=1, models=[]), [f"{QUOTA}.models: this has no entries; add at least one"]),
+        (
+            lambda: quota(per="day", tokens=1, shared="maybe"),
+            [f"{QUOTA}.shared: this is neither true nor false; write one of the two"],
+        ),
         (
             lambda: quota(per="day", tokens=1, enforce="soft"),
-            [f"{QUOTA}.enforce: this has to be one of exact, after or shadow"],
+            [f"{QUOTA}.enforce: this is not an allowed value; write exact, after or shadow"],
         ),
         (
             lambda: texts(groups={"staff": {"unlimited": True, "quotas": {"q": {"tokens": 1, "per": "day"}}}}),
-            ["groups.staff: unlimited and quotas contradict each other; write one of them, or two groups"],
+            ["groups.staff: unlimited and quotas contradict each other; remove one of them, or write two groups"],
         ),
         (
             lambda: texts(groups={"a b": {}}),
-            ["groups.a b: this is no name; write letters, digits, dots, dashes and underscores, at most 100"],
+            [f"groups.a b: {NO_NAME}"],
         ),
         (lambda: texts(groups={"staff": None}), [f"groups.staff: {EMPTY}"]),
         (
             lambda: texts(groups={"staff": []}),
-            ['groups.staff: this has to be a mapping; write "key: value" lines below it'],
+            ['groups.staff: this must be a mapping; write "key: value" lines below it'],
         ),
-        (lambda: texts(groups=["staff"]), ['groups: this has to be a mapping; write "name: …" lines below it']),
-        (lambda: texts(upstreams={}), ["upstreams: this names nothing; name at least one"]),
+        (lambda: texts(groups=["staff"]), ['groups: this must be a mapping; write "name: …" lines below it']),
+        (lambda: texts(upstreams={}), ["upstreams: this has no entries; add at least one"]),
         (
             lambda: texts(upstreams={"a": {}}),
             ['upstreams.a: "base_url" is missing; write base_url: https://api.openai.com/v1'],
         ),
         (lambda: texts(help="x" * 1001), ["help: this is too long; write at most 1000 characters"]),
-        (lambda: texts(help=["x"]), ["help: this has to be one piece of text; write it in quotes"]),
+        (lambda: texts(help=["x"]), ["help: this must be text; put it in quotes"]),
         (
             lambda: texts(users={"alice": {"keys": ["short"]}}),
-            ["users.alice.keys[0]: this key is too short; write one of 24 random characters or more"],
+            [f"users.alice.keys[0]: {KEY_TOO_SHORT}"],
         ),
         (
             lambda: texts(admin_keys={"a-secret-in-place-of-a-name": "ops"}),
-            ["admin_keys: this key is too short; write one of 24 random characters or more"],
+            [f"admin_keys: {KEY_TOO_SHORT}"],
         ),
         (
             lambda: texts(models={"m": {"context": 10, "max_output_tokens": 11}}),
-            ["models.m: max_output_tokens is larger than context; write the smaller number there"],
+            ["models.m: max_output_tokens is larger than context; write a smaller max_output_tokens"],
         ),
     ],
 )
-def test_a_fault_says_where_what_and_what_to_write(found, expected):
-    """At the place in the file's own words, whatever pydantic calls it."""
+def test_a_finding_says_where_what_is_wrong_and_what_to_write(found, expected):
+    """With the file's own keys and words, whatever pydantic's error type is."""
     assert found() == expected
 
 
-def test_what_is_missing_at_the_top_is_shown_whole():
-    """An example that can be pasted."""
-    [fault] = read_file({})[1]
-    assert fault == Fault(
+def test_a_missing_key_comes_with_an_example():
+    """The operator can paste it."""
+    [finding] = read_file({})[1]
+    assert finding == Finding(
         ("upstreams",),
         '"upstreams" is missing; '
         'write upstreams: {"openai": {"base_url": "https://api.openai.com/v1", "api_key": "${OPENAI_API_KEY}"}}',
     )
 
 
-def test_all_faults_are_found_at_once():
-    """One report."""
+def test_all_mistakes_are_found_at_once():
+    """One validation reports a bad key, a bad value and a bad type together."""
     assert len(texts(grups={}, timezone="Mars", users={"a": {"groups": "x"}})) == 3
 
 
-def test_a_flood_of_faults_has_an_end():
-    """A file with a hundred thousand mistakes needs no report of all."""
+def test_the_number_of_findings_is_limited():
+    """A file with a hundred thousand mistakes gives a thousand findings."""
     assert len(texts(groups={f"g{number}": None for number in range(2000)})) == 1000
 
 
-def test_places_are_written_as_in_the_file():
-    """Dots between names, numbers in brackets, nothing for the file itself."""
-    assert placed(("users", "alice", "keys", 1), "no") == "users.alice.keys[1]: no"
-    assert placed((), "no") == "no"
+def test_a_key_path_has_dots_between_names_and_brackets_around_indexes():
+    """The file itself has no path."""
+    assert with_path(("users", "alice", "keys", 1), "no") == "users.alice.keys[1]: no"
+    assert with_path((), "no") == "no"
 
 
-def test_the_nearest_word_is_asked_for():
-    """Only where one is near; also for words of a megabyte, at once."""
-    assert nearest("staf", ["staff", "admins"]) == 'did you mean "staff"?'
-    assert nearest("x" * 1_000_000, ["staff"]) == ""
+def test_a_similar_word_is_suggested():
+    """Only if one is similar. A word of a megabyte is compared at once."""
+    assert did_you_mean("staf", ["staff", "admins"]) == 'did you mean "staff"?'
+    assert did_you_mean("x" * 1_000_000, ["staff"]) == ""

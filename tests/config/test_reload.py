@@ -1,13 +1,13 @@
-"""The policy in force: swapped whole, or kept with a report; calls in flight keep theirs."""
+"""Reloads: a valid file replaces the policy, an invalid one changes nothing, and running calls keep their policy."""
 
 from pathlib import Path
 from typing import Any
 
 from structlog.testing import capture_logs
 
-from proxy.config.document import Mistake
+from proxy.config.document import Diagnostic
 from proxy.config.loader import BadConfig, Config
-from proxy.config.reload import Look, Policies
+from proxy.config.reload import Fingerprint, Policies
 from proxy.metrics import Metrics
 from tests.builders import NOON
 from tests.stage import STAFF, config_of, stage
@@ -16,45 +16,47 @@ UP = "http://127.0.0.1:1/v1"
 
 
 class Disk:
-    """A file that the test writes: what it holds, and what it looks like from outside."""
+    """A stand-in for the file: the config that a load returns (None: the file is invalid), and its fingerprint."""
 
     def __init__(self, config: Config) -> None:
         self.config: Config | None = config
-        self.look: Look = (1,)
+        self.fingerprint: Fingerprint = (1,)
 
     def load(self) -> Config:
-        """Read it; a file that holds nothing good has a mistake in line 3."""
+        """The config. An invalid file has a mistake on line 3."""
         if self.config is None:
-            raise BadConfig([Mistake("quotas.yaml", 3, "wrong")])
+            raise BadConfig([Diagnostic("quotas.yaml", 3, "wrong")])
         return self.config
 
 
 def _policies(disk: Disk, metrics: Metrics) -> Policies:
-    return Policies(disk.load(), load=disk.load, look=lambda: disk.look, metrics=metrics, now=lambda: NOON)
+    return Policies(
+        disk.load(), load=disk.load, fingerprint=lambda: disk.fingerprint, metrics=metrics, now=lambda: NOON
+    )
 
 
 def _config(folder: Path, policy: str = STAFF) -> Config:
     return config_of(policy, folder=folder, upstream=UP)
 
 
-async def test_a_changed_file_is_taken_once(tmp_path: Path) -> None:
-    """Only when it looks different, and the same at two looks: a file half written is no policy."""
+async def test_a_changed_file_is_loaded_when_it_has_stopped_changing(tmp_path: Path) -> None:
+    """Only if two checks see the same new fingerprint: half of a file is not a policy."""
     disk = Disk(_config(tmp_path))
     policies = _policies(disk, Metrics())
     first = policies.current
     disk.config = _config(tmp_path, STAFF.replace("1M", "2M"))
     await policies.reload_if_changed()
     assert policies.current is first
-    for look in ((2,), (3,)):  # it is being written
-        disk.look = look
+    for fingerprint in ((2,), (3,)):  # the file is being written
+        disk.fingerprint = fingerprint
         await policies.reload_if_changed()
         assert policies.current is first
     await policies.reload_if_changed()
     assert policies.current is disk.config.policy
 
 
-async def test_a_bad_file_never_replaces_a_good_policy(tmp_path: Path) -> None:
-    """The old one stays in force, the metric says so, and the next good file mends it."""
+async def test_an_invalid_file_never_replaces_the_policy(tmp_path: Path) -> None:
+    """The old policy stays in force and a metric reports it, until a valid file is loaded."""
     metrics = Metrics()
     disk = Disk(_config(tmp_path))
     policies = _policies(disk, metrics)
@@ -67,21 +69,21 @@ async def test_a_bad_file_never_replaces_a_good_policy(tmp_path: Path) -> None:
     assert b"llm_quota_reload_failed 0.0" in metrics.exposition()
 
 
-async def test_sections_that_need_a_restart_are_named(tmp_path: Path) -> None:
-    """A new port or database in the file is reported, not silently ignored; and so are quotas that start at 0."""
+async def test_the_log_names_sections_that_need_a_restart(tmp_path: Path) -> None:
+    """A new database in the file is ignored, and logged; so are quotas whose counters start at 0."""
     disk = Disk(_config(tmp_path))
     policies = _policies(disk, Metrics())
     disk.config = config_of(STAFF.replace("daily:", "weekly:"), folder=tmp_path / "other", upstream=UP)
     with capture_logs() as logged:
         assert await policies.reload() is True
-    said = str(logged)
-    assert "change only with a restart" in said
-    assert "database" in said
-    assert "staff/weekly" in said
+    text = str(logged)
+    assert "change only with a restart" in text
+    assert "database" in text
+    assert "staff/weekly" in text
 
 
-async def test_a_call_in_flight_keeps_its_policy(tmp_path: Path) -> None:
-    """A reload that takes the model away lets the running stream end, and is a 404 for the next call."""
+async def test_a_running_call_keeps_its_policy(tmp_path: Path) -> None:
+    """After a reload that removes the model, the running stream ends normally and the next call gets a 404."""
     body: dict[str, Any] = {
         "model": "fast",
         "messages": [{"role": "user", "content": "Hello"}],

@@ -1,22 +1,31 @@
-"""The shape of the file: its sections, their defaults, and the JSON Schema made of them."""
+"""The sections of the file, their defaults and rules, the types of values, and the JSON Schema."""
 
+import json
 from pathlib import Path
 
 import pytest
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
+from proxy.config import values
 from proxy.config.schema import (
     Allow,
+    Count,
     File,
+    Flag,
     Group,
     Keep,
     Model,
-    Place,
+    Name,
+    Positive,
     Quota,
     Section,
     Server,
+    Target,
+    Text,
     Upstream,
     User,
+    Wait,
+    json_schema,
     section_at,
 )
 from proxy.policy.policy import Secret
@@ -24,11 +33,11 @@ from proxy.policy.quota import Limit
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALLEST = {"upstreams": {"box": {"base_url": "http://box/v1"}}}
-SECTIONS = (File, Server, Keep, Allow, Upstream, Place, Model, Group, Quota, User)
+SECTIONS = (File, Server, Keep, Allow, Upstream, Target, Model, Group, Quota, User)
 
 
 def test_the_smallest_file_has_all_defaults():
-    """What is left out is what the contract says."""
+    """The defaults are documented, so a change of one is a change for users."""
     file = File.model_validate(SMALLEST)
     assert file.server == Server(api="127.0.0.1:8080", admin="127.0.0.1:8081")
     assert (file.database, file.timezone, file.week_starts) == ("sqlite:///quotas.db", "UTC", "monday")
@@ -36,8 +45,8 @@ def test_the_smallest_file_has_all_defaults():
     assert (file.models, file.default_upstream, file.groups, file.users, file.admin_keys) == (None, None, {}, {}, {})
 
 
-def test_only_the_admin_listener_and_times_to_keep_may_be_null():
-    """Null turns it off, or keeps for ever; anywhere else an empty key would be a rule that silently isn't there."""
+def test_only_the_admin_listener_and_retention_may_be_null():
+    """Null turns it off, or keeps records forever. Anywhere else, an empty key would silently drop a rule."""
     assert File.model_validate(SMALLEST | {"server": {"admin": None}}).server.admin is None
     assert File.model_validate(SMALLEST | {"keep": {"days": None}}).keep == Keep(days=None)
     for data in ({"server": None}, {"server": {"api": None}}, {"help": None}, {"models": None}):
@@ -61,15 +70,15 @@ def test_only_the_admin_listener_and_times_to_keep_may_be_null():
         ("openai", "stop", "stop"),
     ],
 )
-def test_what_happens_when_a_client_leaves_depends_on_the_kind(kind, stated, outcome):
-    """Unless it is stated."""
+def test_the_default_of_on_disconnect_depends_on_the_kind(kind, stated, outcome):
+    """A value in the file takes precedence."""
     section = {"base_url": "http://box/v1", "kind": kind} | ({"on_disconnect": stated} if stated else {})
-    assert Upstream.model_validate(section).when_client_leaves() == outcome
+    assert Upstream.model_validate(section).effective_on_disconnect() == outcome
 
 
 @pytest.mark.parametrize("days", ["89d", "1d"])
-def test_sums_are_kept_at_least_as_long_as_their_calls(days):
-    """A day that is deleted before its calls could come back, of a call that is put right late."""
+def test_daily_sums_are_kept_at_least_as_long_as_their_calls(days):
+    """If a day were deleted before its calls, a late correction of a call would bring the day's sum back."""
     with pytest.raises(ValidationError, match="days is shorter than calls"):
         File.model_validate(SMALLEST | {"keep": {"days": days}})
     with pytest.raises(ValidationError, match="days is shorter than calls"):
@@ -77,27 +86,28 @@ def test_sums_are_kept_at_least_as_long_as_their_calls(days):
     assert File.model_validate(SMALLEST | {"keep": {"calls": days, "days": days}}).keep.calls is not None
 
 
-def test_numbers_that_were_put_in_are_text_and_still_numbers():
-    """${LIMIT} gives text."""
+def test_numbers_and_flags_may_be_text():
+    """An interpolated ${LIMIT} is always text."""
     quota = Quota.model_validate({"tokens": "200k", "requests": 5, "per": "day", "shared": "true"})
     assert quota.limits() == (Limit("tokens", 200_000), Limit("requests", 5))
     assert quota.shared is True
 
 
-def test_a_models_numbers_may_be_equal():
-    """An answer may fill the whole context."""
+def test_max_output_tokens_may_equal_context():
+    """Some models can fill their whole context with an answer."""
     model = Model.model_validate({"context": "128k", "max_output_tokens": 128_000})
     assert (model.context, model.max_output_tokens) == (128_000, 128_000)
 
 
-def test_names_of_digits_are_names():
-    """A user called 1001 may be listed without quotes."""
+def test_an_integer_is_a_valid_name():
+    """A group called 1001 may be listed without quotes."""
     assert User.model_validate({"groups": [1001]}).groups == ["1001"]
 
 
 @pytest.mark.parametrize(
     ("section", "data"),
     [
+        (Upstream, {"base_url": "http://box/v1", "api_version": "2024-10-21"}),
         (Model, {"context": 5, "max_output_tokens": 6}),
         (Model, {"upstream": "a", "upstreams": [{"upstream": "b"}]}),
         (Model, {"model": "a", "upstreams": [{"upstream": "b"}]}),
@@ -111,14 +121,14 @@ def test_names_of_digits_are_names():
         (Group, {"unlimited": True, "quotas": {"a": {"requests": 5, "per": "day"}}}),
     ],
 )
-def test_a_section_that_contradicts_itself_is_refused(section, data):
-    """Each of its values may be right by itself."""
+def test_an_inconsistent_section_is_rejected(section, data):
+    """Although each value by itself is valid."""
     with pytest.raises(ValidationError):
         section.model_validate(data)
 
 
-def test_an_overdraft_is_for_answers_at_an_exact_limit():
-    """Of tokens, or of output alone; none is the default, and may be said anywhere."""
+def test_an_overdraft_needs_an_exact_limit_on_output():
+    """A limit of tokens or output_tokens. The default is 0, which is allowed in any quota."""
     for limit in ("tokens", "output_tokens"):
         quota = Quota.model_validate({limit: "20k", "requests": 5, "overdraft": "4k", "per": "day"})
         assert quota.overdraft == 4000
@@ -129,20 +139,20 @@ def test_an_overdraft_is_for_answers_at_an_exact_limit():
             Quota.model_validate({"tokens": 5, "overdraft": odd, "per": "day"})
 
 
-def test_a_model_says_how_it_answers():
-    """Whether it thinks unseen: yes, no, or as its name lets one expect; and what is worth starting for."""
+def test_a_model_has_reasoning_and_smallest_answer():
+    """Both are optional: without them the model's name and a general default decide."""
     assert Model.model_validate({}).reasoning is None
     assert Model.model_validate({}).smallest_answer is None
-    for written, said in ((True, True), ("true", True), (False, False), ("false", False)):
-        assert Model.model_validate({"reasoning": written}).reasoning is said
+    for written, taken in ((True, True), ("true", True), (False, False), ("false", False)):
+        assert Model.model_validate({"reasoning": written}).reasoning is taken
     assert Model.model_validate({"smallest_answer": "4k"}).smallest_answer == 4000
     for odd in ({"reasoning": "maybe"}, {"reasoning": None}, {"smallest_answer": 0}, {"smallest_answer": None}):
         with pytest.raises(ValidationError):
             Model.model_validate(odd)
 
 
-def test_a_group_is_limited_or_not():
-    """A group may also state only which models there are for its members."""
+def test_a_group_has_quotas_or_is_unlimited_or_only_lists_models():
+    """All three are valid on their own."""
     assert Group.model_validate({"unlimited": True}).quotas == {}
     assert list(Group.model_validate({"quotas": {"a": {"requests": 5, "per": "day"}}}).quotas) == ["a"]
     assert Group.model_validate({"models": ["gpt-*"]}).models == ["gpt-*"]
@@ -150,13 +160,13 @@ def test_a_group_is_limited_or_not():
 
 @pytest.mark.parametrize("flag", ["yes", 1, 0, "True"])
 def test_a_flag_is_true_or_false(flag):
-    """Nothing that only resembles it."""
+    """Nothing else is converted to a boolean."""
     with pytest.raises(ValidationError):
         Group.model_validate({"unlimited": flag})
 
 
-def test_secrets_do_not_show():
-    """An upstream's key is wrapped, a user's is a digest at once, and neither is in what is printed."""
+def test_secrets_are_not_in_the_repr():
+    """An upstream's key is a Secret, and of a user's or admin's key the file has only the digest."""
     file = File.model_validate(
         {
             "upstreams": {"box": {"base_url": "http://box/v1", "api_key": "sk-something-secret"}},
@@ -176,7 +186,7 @@ def test_secrets_do_not_show():
         (("server", "a"), Server),
         (("keep", "a"), Keep),
         (("upstreams", "box", "a"), Upstream),
-        (("models", "m", "upstreams", 0, "a"), Place),
+        (("models", "m", "upstreams", 0, "a"), Target),
         (("upstreams", "box", "allow", "a"), Allow),
         (("models", "m", "allow", "a"), Allow),
         (("models", "m", "a"), Model),
@@ -186,17 +196,74 @@ def test_secrets_do_not_show():
     ],
 )
 def test_each_key_belongs_to_a_section(path, section):
-    """So that a fault can name the keys that there are."""
+    """A mistake about an unknown key names the keys of that section."""
     assert section_at(path) is section
 
 
-def test_no_section_is_forgotten():
-    """The list of this file is whole."""
+def test_the_list_of_sections_is_complete():
+    """The tests of this file cover every section."""
     assert {*Section.__subclasses__()} == {*SECTIONS}
 
 
-def test_every_key_is_described_in_a_sentence():
-    """The descriptions are the documentation that editors show."""
+def test_every_key_has_a_description():
+    """Editors show it as the documentation of the key."""
     for section in SECTIONS:
         for name, field in section.model_fields.items():
             assert field.description and field.description.endswith("."), f"{section.__name__}.{name}"
+
+
+@pytest.mark.parametrize(
+    ("field", "written", "taken"),
+    [
+        (Name, "staff", "staff"),
+        (Name, 1001, "1001"),
+        (Text, 7, "7"),
+        (Count, "200k", 200_000),
+        (Count, 0, 0),
+        (Positive, "5M", 5_000_000),
+        (Wait, "30s", 30_000),
+        (Flag, "true", True),
+        (Flag, False, False),
+    ],
+)
+def test_a_value_may_be_written_in_several_ways(field, written, taken):
+    """An integer may be a name and a text a number or flag. Validation is strict, as in a section."""
+    found = TypeAdapter(field).validate_python(written, strict=True)
+    assert (found, type(found)) == (taken, type(taken))
+
+
+@pytest.mark.parametrize(
+    ("field", "written"), [(Name, "a b"), (Positive, 0), (Flag, "yes"), (Wait, "soon"), (Name, 1.5)]
+)
+def test_a_value_of_the_wrong_kind_is_rejected(field, written):
+    """Validation is strict, as in a section."""
+    with pytest.raises(ValidationError):
+        TypeAdapter(field).validate_python(written, strict=True)
+
+
+def test_the_json_schema_of_a_number_allows_integers_and_text():
+    """Text has a suffix such as k, or is interpolated."""
+    options = TypeAdapter(Count).json_schema()["anyOf"]
+    assert [option["type"] for option in options] == ["integer", "string"]
+
+
+def test_the_committed_json_schema_is_up_to_date():
+    """If it fails, run: python -m proxy schema > config/quotas.schema.json."""
+    assert (ROOT / "config" / "quotas.schema.json").read_text(encoding="utf-8") == json_schema()
+
+
+def test_the_json_schema_rejects_what_the_file_rejects():
+    """Unknown keys, invalid names, and null except for the admin listener and retention."""
+    whole = json.loads(json_schema())
+    assert whole["$schema"] == "https://json-schema.org/draft/2020-12/schema"
+    assert whole["required"] == ["upstreams"]
+    assert whole["$defs"]["Quota"]["required"] == ["per"]
+    assert all(part["additionalProperties"] is False for part in (whole, *whole["$defs"].values()))
+    assert whole["properties"]["groups"]["additionalProperties"] is False
+    assert list(whole["properties"]["groups"]["patternProperties"]) == [values.NAME.pattern]
+    assert json_schema().count('"null"') == 3
+    assert [whole["$defs"]["Keep"]["properties"][name]["type"] for name in ("calls", "days")] == [
+        ["string", "null"]
+    ] * 2
+    assert whole["$defs"]["Server"]["properties"]["admin"]["type"] == ["string", "null"]
+    assert "title" not in json_schema()

@@ -1,4 +1,4 @@
-"""Single values of the file: what is taken, as what, and what is said of the rest."""
+"""Single values of the file: which are valid, in which form they are returned, and the mistakes of all others."""
 
 import hashlib
 from collections.abc import Callable
@@ -7,187 +7,205 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.config import values as scalars
+from proxy.config import values
 from proxy.policy.policy import Secret
 from proxy.policy.quota import Globs
 
 A_KEY = "a-key-of-24-characters-x"
 DIGEST = hashlib.sha256(A_KEY.encode()).hexdigest()
 
-NUMBER = "is no whole number from 0 up; write 200000, 200_000, 200k or 5M"
-ADDRESS = "is no address; write host:port: 127.0.0.1:8080, [::1]:8080, or 0.0.0.0:8080 for all interfaces"
-ORIGIN = 'is no origin; write scheme://host[:port], as in https://app.example, or "*" for all'
-URL = "this is no http:// or https:// address; write one such as https://api.openai.com/v1"
-VERSION = "this is no version of Azure's API; write one such as 2024-10-21, or 2025-04-01-preview"
-NO_KEEP = "this is no time to keep records; write a duration of 1d or more such as 90d, or null for ever"
-NO_WAIT = "this is no time to wait; write a duration such as 30s, at most 10m, or 0s for none"
-DATABASE = "this is no database; write sqlite:///quotas.db, or postgresql://user:password@host/name"
+NUMBER = "is not a whole number from 0 up; write one such as 200000, 200_000, 200k or 5M"
+ADDRESS = "is not an address; write host:port, as in 127.0.0.1:8080, [::1]:8080, or 0.0.0.0:8080 for all interfaces"
+ORIGIN = 'is not an origin; write scheme://host[:port], as in https://app.example, or "*" for all'
+URL = "this is not an http:// or https:// address; write one such as https://api.openai.com/v1"
+VERSION = "this is not a version of Azure's API; write one such as 2024-10-21 or 2025-04-01-preview"
+NO_KEEP = "this is not a valid time to keep records; write 1d or more, as in 90d, or null to keep them forever"
+NO_WAIT = "this is not a valid duration here; write one such as 30s, at most 10m, or 0s for none"
+DATABASE = "this is not a database; write sqlite:///quotas.db, or postgresql://user:password@host/name"
 NO_FILE = "this names no file for SQLite; write sqlite:///quotas.db, or sqlite:////var/lib/quotas.db"
-NO_NAME = "this is no name; write letters, digits, dots, dashes and underscores, at most 100"
-NO_HEADER = "this key can't be sent in a header; write visible ASCII characters without blanks"
-NO_MODEL = "this is no model's name; write 1 to 200 visible characters without blanks"
+NO_NAME = "this is not a valid name; use 1 to 100 letters, digits, dots, hyphens and underscores"
+NO_HEADER = "this key can't be sent in a header; use visible ASCII characters without spaces"
+NO_MODEL = "this is not a valid model name; use 1 to 200 visible characters, no spaces"
 
 
 @pytest.mark.parametrize(
     ("take", "written", "kept"),
     [
-        (scalars.name, "staff", "staff"),
-        (scalars.name, "Team.X_1-b", "Team.X_1-b"),
-        (scalars.name, "...", "..."),
-        (scalars.group_name, "everyone", "everyone"),
-        (scalars.group_name, "default", "default"),
-        (scalars.group_name, "staff", "staff"),
-        (scalars.model_name, "*", "*"),
-        (scalars.model_name, "meta-llama/Llama-3.3:70b", "meta-llama/Llama-3.3:70b"),
-        (scalars.served_name, "gpt-4o", "gpt-4o"),
-        (scalars.glob, "o[13]-*?", "o[13]-*?"),
-        (scalars.sentence, " Ask #llm-help · ß \n", "Ask #llm-help · ß"),
-        (scalars.sentence, "", ""),
-        (scalars.count, 0, 0),
-        (scalars.count, 10**12, 10**12),
-        (scalars.count, "0", 0),
-        (scalars.count, "200000", 200_000),
-        (scalars.count, "200_000", 200_000),
-        (scalars.count, "200k", 200_000),
-        (scalars.count, "5M", 5_000_000),
-        (scalars.count, "1_000k", 1_000_000),
-        (scalars.positive, "1", 1),
-        (scalars.per, "6h", "6h"),
-        (scalars.per, "month", "month"),
-        (scalars.zone, "Europe/Berlin", "Europe/Berlin"),
-        (scalars.address, "127.0.0.1:8080", "127.0.0.1:8080"),
-        (scalars.split_address, "0.0.0.0:0", ("0.0.0.0", 0)),
-        (scalars.split_address, "[::1]:8080", ("::1", 8080)),
-        (scalars.split_address, "my-host.example:65535", ("my-host.example", 65535)),
-        (scalars.origin, "https://App.example/", "https://app.example"),
-        (scalars.origin, "http://localhost:5173", "http://localhost:5173"),
-        (scalars.origin, "http://[::1]:80", "http://[::1]:80"),
-        (scalars.origin, "app://obsidian.md", "app://obsidian.md"),
-        (scalars.origin, "*", "*"),
-        (scalars.base_url, "https://api.openai.com/v1", "https://api.openai.com/v1"),
-        (scalars.base_url, "http://[::1]:8000/v1/", "http://[::1]:8000/v1"),
-        (scalars.api_version, "2024-10-21", "2024-10-21"),
-        (scalars.api_version, "2025-04-01-preview", "2025-04-01-preview"),
-        (scalars.api_version, "preview", "preview"),
-        (scalars.database, "sqlite:///quotas.db", "sqlite:///quotas.db"),
-        (scalars.database, "sqlite:////var/lib/quotas.db", "sqlite:////var/lib/quotas.db"),
-        (scalars.database, "postgresql://u:p@h/db?sslmode=require", "postgresql://u:p@h/db?sslmode=require"),
-        (scalars.database, "postgresql://u:p@/db?host=/run/pg", "postgresql://u:p@/db?host=/run/pg"),
-        (scalars.wait, "30s", 30_000),
-        (scalars.wait, "10m", 600_000),
-        (scalars.wait, "0s", 0),
-        (scalars.ledger_wait, "1s", 1000),
-        (scalars.wait, 0, 0),
-        (scalars.keep, "1d", 86_400_000),
-        (scalars.keep, "52w", 364 * 86_400_000),
-        (scalars.key_digest, A_KEY, DIGEST),
-        (scalars.key_digest, f"sha256:{DIGEST.upper()}", DIGEST),
-        (scalars.secret, "sk-1", Secret("sk-1")),
+        (values.name, "staff", "staff"),
+        (values.name, "Team.X_1-b", "Team.X_1-b"),
+        (values.name, "...", "..."),
+        (values.user_name, "alice+llm@mail.example", "alice+llm@mail.example"),
+        (values.group_name, "everyone", "everyone"),
+        (values.group_name, "default", "default"),
+        (values.group_name, "staff", "staff"),
+        (values.model_name, "*", "*"),
+        (values.model_name, "meta-llama/Llama-3.3:70b", "meta-llama/Llama-3.3:70b"),
+        (values.served_name, "gpt-4o", "gpt-4o"),
+        (values.glob, "o[13]-*?", "o[13]-*?"),
+        (values.one_line, " Ask #llm-help · ß \n", "Ask #llm-help · ß"),
+        (values.one_line, "", ""),
+        (values.count, 0, 0),
+        (values.count, 10**12, 10**12),
+        (values.count, "0", 0),
+        (values.count, "200000", 200_000),
+        (values.count, "200_000", 200_000),
+        (values.count, "200k", 200_000),
+        (values.count, "5M", 5_000_000),
+        (values.count, "1_000k", 1_000_000),
+        (values.positive, "1", 1),
+        (values.per, "6h", "6h"),
+        (values.per, "month", "month"),
+        (values.zone, "Europe/Berlin", "Europe/Berlin"),
+        (values.address, "127.0.0.1:8080", "127.0.0.1:8080"),
+        (values.split_address, "0.0.0.0:0", ("0.0.0.0", 0)),
+        (values.split_address, "[::1]:8080", ("::1", 8080)),
+        (values.split_address, "my-host.example:65535", ("my-host.example", 65535)),
+        (values.origin, "https://App.example/", "https://app.example"),
+        (values.origin, "http://localhost:5173", "http://localhost:5173"),
+        (values.origin, "http://[::1]:80", "http://[::1]:80"),
+        (values.origin, "app://obsidian.md", "app://obsidian.md"),
+        (values.origin, "*", "*"),
+        (values.base_url, "https://api.openai.com/v1", "https://api.openai.com/v1"),
+        (values.base_url, "http://[::1]:8000/v1/", "http://[::1]:8000/v1"),
+        (values.api_version, "2024-10-21", "2024-10-21"),
+        (values.api_version, "2025-04-01-preview", "2025-04-01-preview"),
+        (values.api_version, "preview", "preview"),
+        (values.database, "sqlite:///quotas.db", "sqlite:///quotas.db"),
+        (values.database, "sqlite:////var/lib/quotas.db", "sqlite:////var/lib/quotas.db"),
+        (values.database, "postgresql://u:p@h/db?sslmode=require", "postgresql://u:p@h/db?sslmode=require"),
+        (values.database, "postgresql://u:p@/db?host=/run/pg", "postgresql://u:p@/db?host=/run/pg"),
+        (values.wait_ms, "30s", 30_000),
+        (values.wait_ms, "10m", 600_000),
+        (values.wait_ms, "0s", 0),
+        (values.ledger_wait_ms, "1s", 1000),
+        (values.wait_ms, 0, 0),
+        (values.keep_ms, "1d", 86_400_000),
+        (values.keep_ms, "52w", 364 * 86_400_000),
+        (values.key_digest, A_KEY, DIGEST),
+        (values.key_digest, f"sha256:{DIGEST.upper()}", DIGEST),
+        (values.secret, "sk-1", Secret("sk-1")),
     ],
 )
-def test_what_is_right_is_kept(take: Callable[[object], object], written, kept):
-    """In the one form in which the rest of the house uses it."""
+def test_a_valid_value_is_returned_in_its_normal_form(take: Callable[[object], object], written, kept):
+    """Numbers as integers, durations in milliseconds, keys as digests, addresses without a slash at the end."""
     assert take(written) == kept
 
 
 @pytest.mark.parametrize(
-    ("take", "written", "sentence"),
+    ("take", "written", "text"),
     [
-        (scalars.name, "", NO_NAME),
-        (scalars.name, "a b", NO_NAME),
-        (scalars.name, "a/b", NO_NAME),
-        (scalars.name, "a\n", NO_NAME),
-        (scalars.name, "ä", NO_NAME),
-        (scalars.name, "..", NO_NAME),
-        (scalars.name, "a" * 101, NO_NAME),
-        (scalars.group_name, "Everyone", '"Everyone" is not the reserved group; write "everyone", or another name'),
-        (scalars.group_name, "DEFAULT", '"DEFAULT" is not the reserved group; write "default", or another name'),
-        (scalars.group_name, "a b", NO_NAME),
+        (values.name, "", NO_NAME),
+        (values.name, "a b", NO_NAME),
+        (values.name, "a/b", NO_NAME),
+        (values.name, "a\n", NO_NAME),
+        (values.name, "ä", NO_NAME),
+        (values.name, "..", NO_NAME),
+        (values.name, "a" * 101, NO_NAME),
+        (values.user_name, "a b", "this is not a valid user name; use 1 to 254 letters, digits and . _ - @ +"),
         (
-            scalars.model_name,
-            "gpt-*",
-            'models are listed by their whole names; "*" alone opens the list to all others',
+            values.group_name,
+            "Everyone",
+            '"Everyone" differs from the reserved group "everyone" only in case; write "everyone", or another name',
         ),
-        (scalars.model_name, "", NO_MODEL),
-        (scalars.served_name, "*", '"*" is no model of an upstream; write its name, or leave "model" out'),
-        (scalars.glob, "", NO_MODEL),
-        (scalars.glob, "a b", NO_MODEL),
-        (scalars.glob, "a\tb", NO_MODEL),
-        (scalars.glob, "a" * 201, NO_MODEL),
-        (scalars.sentence, "a\nb", "this has more than one line, or signs that can't be shown; write one line"),
-        (scalars.count, -1, f'"-1" {NUMBER}'),
-        (scalars.count, "-1", f'"-1" {NUMBER}'),
-        (scalars.count, "200K", f'"200K" {NUMBER}'),
-        (scalars.count, "5m", f'"5m" {NUMBER}'),
-        (scalars.count, "1.5M", f'"1.5M" {NUMBER}'),
-        (scalars.count, "1e3", f'"1e3" {NUMBER}'),
-        (scalars.count, "010", f'"010" {NUMBER}'),
-        (scalars.count, "20_0000", f'"20_0000" {NUMBER}'),
-        (scalars.count, "\u0661", f'"\u0661" {NUMBER}'),
-        (scalars.count, True, f'"True" {NUMBER}'),
-        (scalars.count, ["5"], f"this {NUMBER}"),
-        (scalars.count, 10**12 + 1, "this is more than 1,000,000,000,000; write a smaller number"),
-        (scalars.count, "999999999M", "this is more than 1,000,000,000,000; write a smaller number"),
-        (scalars.positive, 0, "0 makes no sense here; write at least 1, or leave it out"),
         (
-            scalars.per,
+            values.group_name,
+            "DEFAULT",
+            '"DEFAULT" differs from the reserved group "default" only in case; write "default", or another name',
+        ),
+        (values.group_name, "a b", NO_NAME),
+        (
+            values.model_name,
+            "gpt-*",
+            'models are listed by their whole names; write the whole name, or "*" alone to allow all other names',
+        ),
+        (values.model_name, "", NO_MODEL),
+        (values.served_name, "*", '"*" is not the name of a model at an upstream; write its name, or remove "model"'),
+        (values.glob, "", NO_MODEL),
+        (values.glob, "a b", NO_MODEL),
+        (values.glob, "a\tb", NO_MODEL),
+        (values.glob, "a" * 201, NO_MODEL),
+        (
+            values.one_line,
+            "a\nb",
+            "this has more than one line, or characters that can't be printed; write one line of text",
+        ),
+        (values.count, -1, f'"-1" {NUMBER}'),
+        (values.count, "-1", f'"-1" {NUMBER}'),
+        (values.count, "200K", f'"200K" {NUMBER}'),
+        (values.count, "5m", f'"5m" {NUMBER}'),
+        (values.count, "1.5M", f'"1.5M" {NUMBER}'),
+        (values.count, "1e3", f'"1e3" {NUMBER}'),
+        (values.count, "010", f'"010" {NUMBER}'),
+        (values.count, "20_0000", f'"20_0000" {NUMBER}'),
+        (values.count, "\u0661", f'"\u0661" {NUMBER}'),
+        (values.count, True, f'"True" {NUMBER}'),
+        (values.count, ["5"], f"this {NUMBER}"),
+        (values.count, 10**12 + 1, "this is more than 1,000,000,000,000; write a smaller number"),
+        (values.count, "999999999M", "this is more than 1,000,000,000,000; write a smaller number"),
+        (values.positive, 0, "0 is not allowed here; write 1 or more, or remove the key"),
+        (
+            values.per,
             "1M",
             '"1M" could be minutes or months: write "1m" for a minute or "month" for a calendar month',
         ),
         (
-            scalars.zone,
+            values.zone,
             "Europe/Berln",
-            '"Europe/Berln" is no time zone; write a name of the IANA list such as Europe/Berlin',
+            '"Europe/Berln" is not a time zone; write an IANA name such as Europe/Berlin',
         ),
-        (scalars.zone, "Europe", '"Europe" is no time zone; write a name of the IANA list such as Europe/Rome'),
-        (scalars.zone, "../x", '"../x" is no time zone; write a name of the IANA list such as Europe/Berlin'),
-        (scalars.zone, "", '"" is no time zone; write a name of the IANA list such as Europe/Berlin'),
-        (scalars.address, "8080", f'"8080" {ADDRESS}'),
-        (scalars.address, ":8080", f'":8080" {ADDRESS}'),
-        (scalars.address, "*:8080", f'"*:8080" {ADDRESS}'),
-        (scalars.address, "::1:8080", f'"::1:8080" {ADDRESS}'),
-        (scalars.address, "h:65536", f'"h:65536" {ADDRESS}'),
-        (scalars.address, "h:8080\n", f'"h:8080\n" {ADDRESS}'),
-        (scalars.address, "[1::2::3]:80", '"[1::2::3]:80" has no IPv6 address in its brackets; write [::1]:8080'),
-        (scalars.api_version, "2024", VERSION),
-        (scalars.api_version, "2024-10-21&x=1", VERSION),
-        (scalars.api_version, "2024-10-21\n", VERSION),
-        (scalars.base_url, "api.openai.com/v1", URL),
-        (scalars.base_url, "file:///etc/passwd", URL),
-        (scalars.base_url, "https:///v1", URL),
-        (scalars.base_url, "https://a b/v1", URL),
-        (scalars.base_url, "https://a\n/v1", URL),
-        (scalars.base_url, "https://a:0/v1", URL),
-        (scalars.base_url, "https://a:99999/v1", URL),
-        (scalars.base_url, "https://[::1/v1", URL),
+        (values.zone, "Europe", '"Europe" is not a time zone; write an IANA name such as Europe/Rome'),
+        (values.zone, "../x", '"../x" is not a time zone; write an IANA name such as Europe/Berlin'),
+        (values.zone, "", '"" is not a time zone; write an IANA name such as Europe/Berlin'),
+        (values.address, "8080", f'"8080" {ADDRESS}'),
+        (values.address, ":8080", f'":8080" {ADDRESS}'),
+        (values.address, "*:8080", f'"*:8080" {ADDRESS}'),
+        (values.address, "::1:8080", f'"::1:8080" {ADDRESS}'),
+        (values.address, "h:65536", f'"h:65536" {ADDRESS}'),
+        (values.address, "h:8080\n", f'"h:8080\n" {ADDRESS}'),
         (
-            scalars.base_url,
+            values.address,
+            "[1::2::3]:80",
+            '"[1::2::3]:80" has no IPv6 address in its brackets; write one, as in [::1]:8080',
+        ),
+        (values.api_version, "2024", VERSION),
+        (values.api_version, "2024-10-21&x=1", VERSION),
+        (values.api_version, "2024-10-21\n", VERSION),
+        (values.base_url, "api.openai.com/v1", URL),
+        (values.base_url, "file:///etc/passwd", URL),
+        (values.base_url, "https:///v1", URL),
+        (values.base_url, "https://a b/v1", URL),
+        (values.base_url, "https://a\n/v1", URL),
+        (values.base_url, "https://a:0/v1", URL),
+        (values.base_url, "https://a:99999/v1", URL),
+        (values.base_url, "https://[::1/v1", URL),
+        (
+            values.base_url,
             "https://u:secret@a/v1",
-            "this holds a user or a password; write the key as api_key: ${NAME}",
+            "this contains a user or a password; remove it, and write the key as api_key: ${NAME}",
         ),
-        (scalars.origin, "app.example", f'"app.example" {ORIGIN}'),
-        (scalars.origin, "https://app.example/v1", f'"https://app.example/v1" {ORIGIN}'),
-        (scalars.origin, "https://*.example", f'"https://*.example" {ORIGIN}'),
-        (scalars.origin, "https://a:0", f'"https://a:0" {ORIGIN}'),
-        (scalars.origin, "null", f'"null" {ORIGIN}'),
-        (scalars.base_url, "https://a/v1?x=1", "this has a query or a fragment; write the address up to its path"),
-        (scalars.base_url, "https://a/v1#x", "this has a query or a fragment; write the address up to its path"),
-        (scalars.database, "quotas.db", DATABASE),
-        (scalars.database, "mysql://u:p@h/db", DATABASE),
-        (scalars.database, "postgresql://[h/db", DATABASE),
-        (scalars.database, "sqlite:///", NO_FILE),
-        (scalars.database, "sqlite:///:memory:", NO_FILE),
-        (scalars.database, "sqlite://quotas.db", NO_FILE),
+        (values.origin, "app.example", f'"app.example" {ORIGIN}'),
+        (values.origin, "https://app.example/v1", f'"https://app.example/v1" {ORIGIN}'),
+        (values.origin, "https://*.example", f'"https://*.example" {ORIGIN}'),
+        (values.origin, "https://a:0", f'"https://a:0" {ORIGIN}'),
+        (values.origin, "null", f'"null" {ORIGIN}'),
+        (values.base_url, "https://a/v1?x=1", "this has a query or a fragment; write the address up to its path"),
+        (values.base_url, "https://a/v1#x", "this has a query or a fragment; write the address up to its path"),
+        (values.database, "quotas.db", DATABASE),
+        (values.database, "mysql://u:p@h/db", DATABASE),
+        (values.database, "postgresql://[h/db", DATABASE),
+        (values.database, "sqlite:///", NO_FILE),
+        (values.database, "sqlite:///:memory:", NO_FILE),
+        (values.database, "sqlite://quotas.db", NO_FILE),
         (
-            scalars.database,
+            values.database,
             "postgresql:h/db",
-            "this names no server; write postgresql://user:password@host/name",
+            "this names no PostgreSQL server; write postgresql://user:password@host/name",
         ),
         *(
             (
-                scalars.database,
+                values.database,
                 f"{scheme}://u:p@h/db",
-                f'"{scheme}://" names no database here; write {plain}:// (the driver is chosen by itself)',
+                f'"{scheme}://" is not supported; write {plain}:// (the proxy chooses the driver)',
             )
             for scheme, plain in (
                 ("sqlite+aiosqlite", "sqlite"),
@@ -196,30 +214,30 @@ def test_what_is_right_is_kept(take: Callable[[object], object], written, kept):
                 ("postgres", "postgresql"),
             )
         ),
-        (scalars.wait, "11m", NO_WAIT),
-        (scalars.ledger_wait, "11m", NO_WAIT),
-        (scalars.ledger_wait, "0s", "this is shorter than a commit may take; write 1s or more"),
-        (scalars.wait, "day", NO_WAIT),
-        (scalars.keep, "23h", NO_KEEP),
-        (scalars.keep, "day", NO_KEEP),
-        (scalars.keep, 90, NO_KEEP),
-        (scalars.wait, 30, NO_WAIT),
-        (scalars.key_digest, "", "this key is empty; write one, or leave it out"),
-        (scalars.key_digest, "x" * 23, "this key is too short; write one of 24 random characters or more"),
-        (scalars.key_digest, "x" * 24 + "\n", NO_HEADER),
-        (scalars.key_digest, "two words of a long key …", NO_HEADER),
-        (scalars.key_digest, "sha256:9f86d0", "this is no digest; write sha256: and 64 hex digits"),
-        (scalars.key_digest, f"sha256:{DIGEST}0", "this is no digest; write sha256: and 64 hex digits"),
-        (scalars.secret, "", "this key is empty; write one, or leave it out"),
-        (scalars.secret, 5, NO_HEADER),
-        (scalars.secret, "a\r\nb: c", NO_HEADER),
+        (values.wait_ms, "11m", NO_WAIT),
+        (values.ledger_wait_ms, "11m", NO_WAIT),
+        (values.ledger_wait_ms, "0s", "this is shorter than a commit may take; write 1s or more"),
+        (values.wait_ms, "day", NO_WAIT),
+        (values.keep_ms, "23h", NO_KEEP),
+        (values.keep_ms, "day", NO_KEEP),
+        (values.keep_ms, 90, NO_KEEP),
+        (values.wait_ms, 30, NO_WAIT),
+        (values.key_digest, "", "this key is empty; write one, or remove it"),
+        (values.key_digest, "x" * 23, "this key is too short; use one of 24 random characters or more"),
+        (values.key_digest, "x" * 24 + "\n", NO_HEADER),
+        (values.key_digest, "two words of a long key …", NO_HEADER),
+        (values.key_digest, "sha256:9f86d0", "this is not a digest; write sha256: and 64 hex digits"),
+        (values.key_digest, f"sha256:{DIGEST}0", "this is not a digest; write sha256: and 64 hex digits"),
+        (values.secret, "", "this key is empty; write one, or remove it"),
+        (values.secret, 5, NO_HEADER),
+        (values.secret, "a\r\nb: c", NO_HEADER),
     ],
 )
-def test_what_is_wrong_says_what_to_write(take: Callable[[object], object], written, sentence):
-    """One sentence, without the value where that may be a secret."""
+def test_the_text_of_a_mistake_says_what_to_write(take: Callable[[object], object], written, text):
+    """It quotes the value only if that can't be a secret."""
     with pytest.raises(ValueError) as wrong:
         take(written)
-    assert str(wrong.value) == sentence
+    assert str(wrong.value) == text
 
 
 ANYTHING = st.text() | st.text(alphabet="htps:/@[]?#.0129\n*-!az \0")
@@ -228,22 +246,22 @@ ANYTHING = st.text() | st.text(alphabet="htps:/@[]?#.0129\n*-!az \0")
 @pytest.mark.parametrize(
     "take",
     [
-        scalars.name,
-        scalars.model_name,
-        scalars.sentence,
-        scalars.count,
-        scalars.per,
-        scalars.zone,
-        scalars.address,
-        scalars.origin,
-        scalars.base_url,
-        scalars.database,
-        scalars.key_digest,
+        values.name,
+        values.model_name,
+        values.one_line,
+        values.count,
+        values.per,
+        values.zone,
+        values.address,
+        values.origin,
+        values.base_url,
+        values.database,
+        values.key_digest,
     ],
 )
 @given(written=ANYTHING)
-def test_any_text_is_taken_or_refused_with_a_sentence(take: Callable[[object], object], written):
-    """Nothing but ValueError comes out."""
+def test_any_text_is_valid_or_raises_a_value_error_with_a_text(take: Callable[[object], object], written):
+    """No other exception is raised."""
     try:
         take(written)
     except ValueError as wrong:
@@ -251,6 +269,6 @@ def test_any_text_is_taken_or_refused_with_a_sentence(take: Callable[[object], o
 
 
 @given(st.text(alphabet="a*?[]!-^&|~\\", min_size=1))
-def test_whatever_is_taken_as_a_pattern_is_one(written):
-    """A policy is never built from a pattern that can't be compiled, nor with a warning."""
-    assert Globs([scalars.glob(written)]).match("a") in (True, False)
+def test_every_valid_pattern_compiles(written):
+    """A valid pattern never fails, or warns, when the policy is built."""
+    assert Globs([values.glob(written)]).match("a") in (True, False)

@@ -15,7 +15,7 @@ import brotli
 import pytest
 from backports import zstd
 
-from proxy.config.loader import Patience
+from proxy.config.loader import ConnectionLimits
 from proxy.web.body import REQUEST_BYTES_MAX
 from tests.bare_client import GOOD, KEY, bare_client, get, post
 from tests.stage import Reply, Stage, stage
@@ -146,7 +146,10 @@ async def test_who_asks_first_and_may_is_invited_once_the_key_is_known(tmp_path:
 
 async def test_a_body_that_trickles_is_a_408(tmp_path: Path) -> None:
     """T21: in OpenAI's shape, and the end of the connection; nothing is charged."""
-    async with stage(folder=tmp_path, patience=Patience(body_s=0.01)) as on, bare_client(on.url) as client:
+    async with (
+        stage(folder=tmp_path, connection_limits=ConnectionLimits(body_s=0.01)) as on,
+        bare_client(on.url) as client,
+    ):
         client.send(post(CHAT, KEY, "Content-Length: 100", body=b"{", length=False))
         reply = await client.reply()
         assert (reply.status, reply.error["code"]) == (408, "request_timeout")
@@ -157,8 +160,8 @@ async def test_a_body_that_trickles_is_a_408(tmp_path: Path) -> None:
 async def test_a_body_that_flows_has_the_longer_the_more_has_come(tmp_path: Path) -> None:
     """T21: with no time at all to begin with, but a second for each byte, half a body can wait for its other half."""
     body = json.dumps(GOOD).encode()
-    patience = Patience(body_s=0, body_bytes_a_s=1)
-    async with stage(folder=tmp_path, patience=patience) as on, bare_client(on.url) as client:
+    limits = ConnectionLimits(body_s=0, body_bytes_per_s=1)
+    async with stage(folder=tmp_path, connection_limits=limits) as on, bare_client(on.url) as client:
         client.send(post(CHAT, KEY, f"Content-Length: {len(body)}", body=body[:40], length=False))
         for _ in range(3):
             assert (await on.get("/healthz")).status == 200  # what was to be late would be so by now

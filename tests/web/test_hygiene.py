@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from proxy.config.loader import Patience
+from proxy.config.loader import ConnectionLimits
 from proxy.web.response import KEEP_ALIVE
 from tests.bare_client import GOOD, bare_client, post
 from tests.bare_upstream import bare_upstream, stream_head
@@ -126,10 +126,10 @@ async def test_a_stream_that_falls_silent_is_kept_awake_and_otherwise_the_same(t
             writer.write(piece)
         await writer.drain()
 
-    patience = Patience(silence_s=0.01)
+    limits = ConnectionLimits(heartbeat_s=0.01)
     async with (
         bare_upstream(serve) as upstream,
-        stage(folder=tmp_path, upstream=upstream.url, patience=patience) as on,
+        stage(folder=tmp_path, upstream=upstream.url, connection_limits=limits) as on,
         on.http.post(on.url + CHAT, data=ASK, headers={"api-key": key_of("alice")}) as response,
     ):
         async for data in response.content.iter_any():
@@ -152,11 +152,11 @@ async def test_no_comment_goes_into_an_event_that_goes_out_in_pieces(tmp_path: P
         writer.write(event[-10:] + b"data: [DONE]\n\n")
         await writer.drain()
 
-    policy, patience = STAFF.replace("tokens: 1M", "tokens: 1000M"), Patience(silence_s=0.001)
+    policy, limits = STAFF.replace("tokens: 1M", "tokens: 1000M"), ConnectionLimits(heartbeat_s=0.001)
     ask = {**GOOD, "model": "gpt-4o-mini", "metadata": {}, "stream": True}
     async with (
         bare_upstream(serve) as upstream,
-        stage(policy, folder=tmp_path, upstream=upstream.url, patience=patience) as on,
+        stage(policy, folder=tmp_path, upstream=upstream.url, connection_limits=limits) as on,
         on.http.post(on.url + CHAT, json=ask, headers={"api-key": key_of("alice")}) as response,
     ):
         seen = bytearray()

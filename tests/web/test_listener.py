@@ -11,7 +11,7 @@ import pytest
 from aiohttp import web
 from structlog.testing import capture_logs
 
-from proxy.config.loader import Patience
+from proxy.config.loader import ConnectionLimits
 from proxy.web.listener import Listener
 from tests.bare_client import bare_client, get, post
 
@@ -23,10 +23,10 @@ async def _ok(request: web.Request) -> web.StreamResponse:
 
 
 @asynccontextmanager
-async def _serving(patience: Patience, handler: Handle = _ok) -> AsyncIterator[str]:
+async def _serving(limits: ConnectionLimits, handler: Handle = _ok) -> AsyncIterator[str]:
     application = web.Application()
     application.router.add_route("*", "/{any:.*}", handler)
-    listener = Listener(application, patience)
+    listener = Listener(application, limits)
     await listener.setup()
     await web.TCPSite(listener, "127.0.0.1", 0).start()
     try:
@@ -38,7 +38,7 @@ async def _serving(patience: Patience, handler: Handle = _ok) -> AsyncIterator[s
 @pytest.mark.parametrize("before", [b"", get("/")], ids=["the first", "a later one"])
 async def test_a_head_that_takes_too_long_is_a_408_and_the_end(before: bytes) -> None:
     """T21: from its first byte on, however the rest trickles in."""
-    async with _serving(Patience(head_s=0.02)) as url, bare_client(url) as client:
+    async with _serving(ConnectionLimits(head_s=0.02)) as url, bare_client(url) as client:
         if before:
             client.send(before)
             assert (await client.reply()).status == 200
@@ -53,7 +53,7 @@ async def test_a_head_that_takes_too_long_is_a_408_and_the_end(before: bytes) ->
 async def test_a_head_in_pieces_and_a_long_body_are_in_time() -> None:
     """The time is for a head alone: it ends with its last line, and a body has its own."""
     request = post("/", body=b"x" * 200_000)
-    async with _serving(Patience(head_s=5)) as url, bare_client(url) as client:
+    async with _serving(ConnectionLimits(head_s=5)) as url, bare_client(url) as client:
         for piece in (request[:10], request[10:30], request[30:150_000], request[150_000:]):
             client.send(piece)
             await client.writer.drain()
@@ -64,7 +64,7 @@ async def test_a_head_in_pieces_and_a_long_body_are_in_time() -> None:
         received.append(await request.content.readexactly(1))
         return await _ok(request)
 
-    async with _serving(Patience(head_s=0.001), patient) as url, bare_client(url) as client:
+    async with _serving(ConnectionLimits(head_s=0.001), patient) as url, bare_client(url) as client:
         client.send(request[:-1])
         for _ in range(3):  # the head's time is long over when others have been answered
             async with bare_client(url) as other:
@@ -76,7 +76,7 @@ async def test_a_head_in_pieces_and_a_long_body_are_in_time() -> None:
 
 async def test_a_head_without_end_is_a_400_and_no_more_is_read(caplog: pytest.LogCaptureFixture) -> None:
     """T12: lines that are each short enough, but too much together; what follows is dropped unseen."""
-    async with _serving(Patience()) as url, bare_client(url) as client:
+    async with _serving(ConnectionLimits()) as url, bare_client(url) as client:
         client.send(b"GET / HTTP/1.1\r\nHost: x\r\n")
         for number in range(20):
             client.send(b"X-%d: %b\r\n" % (number, b"x" * 30_000))
@@ -89,7 +89,7 @@ async def test_a_head_without_end_is_a_400_and_no_more_is_read(caplog: pytest.Lo
 
 async def test_an_idle_connection_is_closed() -> None:
     """T21: before the first request, and after one."""
-    async with _serving(Patience(idle_s=0.02)) as url, bare_client(url) as client, bare_client(url) as silent:
+    async with _serving(ConnectionLimits(idle_s=0.02)) as url, bare_client(url) as client, bare_client(url) as silent:
         client.send(get("/"))
         assert (await client.reply()).status == 200
         assert await client.is_closed()
@@ -98,7 +98,7 @@ async def test_an_idle_connection_is_closed() -> None:
 
 async def test_one_connection_too_many_is_told_so_and_the_others_are_served() -> None:
     """T21: a 503 that says when to come back, also to who sends nothing; as soon as one has gone there is room."""
-    async with _serving(Patience(connections=3)) as url, AsyncExitStack() as held:
+    async with _serving(ConnectionLimits(connections=3)) as url, AsyncExitStack() as held:
         clients = [await held.enter_async_context(bare_client(url)) for _ in range(3)]
         for client in clients:
             client.send(get("/"))
@@ -123,7 +123,7 @@ async def test_one_connection_too_many_is_told_so_and_the_others_are_served() ->
 
 async def test_slow_heads_stop_nobody() -> None:
     """T21: with hundreds of connections open that say nothing whole, others are served."""
-    async with _serving(Patience()) as url, AsyncExitStack() as held:
+    async with _serving(ConnectionLimits()) as url, AsyncExitStack() as held:
         for _ in range(200):
             slow = await held.enter_async_context(bare_client(url))
             slow.send(b"GET / HTT")
@@ -139,7 +139,7 @@ async def test_a_mistake_of_ours_is_a_500_that_tells_nothing() -> None:
         raise RuntimeError("secret detail")
 
     with capture_logs() as logged:
-        async with _serving(Patience(), fails) as url, bare_client(url) as client:
+        async with _serving(ConnectionLimits(), fails) as url, bare_client(url) as client:
             client.send(get("/"))
             reply = await client.reply()
             assert (reply.status, reply.error["type"]) == (500, "api_error")
@@ -157,7 +157,7 @@ async def test_an_answer_that_has_begun_is_cut_off() -> None:
         await response.write(b"x")
         raise RuntimeError
 
-    async with _serving(Patience(), begins) as url, bare_client(url) as client:
+    async with _serving(ConnectionLimits(), begins) as url, bare_client(url) as client:
         client.send(get("/"))
         seen = await asyncio.wait_for(client.reader.read(), 10)
         assert seen.count(b"HTTP/1.1") == 1
