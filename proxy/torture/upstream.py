@@ -17,7 +17,7 @@ class Accountant:
         self.given: list[Given] = []
         self.url = ""
         self._tokens: Counter[int] = Counter()
-        self._simulator = Simulator(key, seed, tokens_per_s, watch=self._note)
+        self._simulator = Simulator(key, seed, tokens_per_s, on_served=self._note)
         self._stop: Callable[[], Awaitable[None]] | None = None
 
     async def start(self, port: int = 0) -> None:
@@ -44,7 +44,7 @@ class Accountant:
         return sum(tokens for client, tokens in self._tokens.items() if client % pots == pot)
 
     def _note(self, served: Served) -> None:
-        script, mark = served.script, mark_of(served.script.asked)
-        self.given.append(Given(mark, script.input_tokens, served.generated, served.reported))
+        answer, mark = served.answer, mark_of(served.answer.params)
+        self.given.append(Given(mark, answer.input_tokens, served.generated, served.reported))
         if (client := client_of(mark)) is not None:
-            self._tokens[client] += script.input_tokens + served.generated
+            self._tokens[client] += answer.input_tokens + served.generated

@@ -3,17 +3,17 @@
 import orjson
 import pytest
 
-from proxy.simulator.directives import Directions
+from proxy.simulator.directives import Directives
 from proxy.simulator.frames import write_stream, write_whole
-from proxy.simulator.text import Author, Endpoint, Script
+from proxy.simulator.text import Generator, Endpoint, Answer
 from proxy.torture.answers import Reading, Refusal, is_near_the_end, read_refusal, read_stream, read_whole
 
 HELLO = {"messages": [{"role": "user", "content": "hello"}], "prompt": "hello", "input": "hello"}
 
 
-def script(endpoint: Endpoint, **asked: object) -> Script:
+def script(endpoint: Endpoint, **asked: object) -> Answer:
     """A call for 12 tokens, or 2 × 12."""
-    return Author(0).script(endpoint, {"model": "m", **HELLO, **asked}, Directions(tokens=12))
+    return Generator(0).answer(endpoint, {"model": "m", **HELLO, **asked}, Directives(tokens=12))
 
 
 def stream(endpoint: Endpoint, **asked: object) -> list[bytes]:

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from proxy.simulator.directives import read_directions
-from proxy.simulator.text import Author, Endpoint
+from proxy.simulator.directives import read_directives
+from proxy.simulator.text import Generator, Endpoint
 from proxy.torture.plan import MODEL_PREFIX, Ask, Asker, Leave, Plan, Wish, client_of, mark_of
 
 ENDPOINTS = {
@@ -50,14 +50,17 @@ def test_the_same_seed_asks_the_same() -> None:
 @pytest.mark.parametrize("model", [None, "some-model"])
 def test_the_upstream_understands_and_counts_every_call_as_it_was_meant(model: str | None) -> None:
     """All of them: its input to the token, its answer no longer than asked, streamed or not, and its mark."""
-    author = Author(0)
+    generator = Generator(0)
     for ask in asks(model=model):
         body = ask.body()
-        script = author.script(ENDPOINTS[ask.wish.kind], body, read_directions(body))
-        assert script.input_tokens == ask.input_tokens
-        longest = min(ask.wish.tokens, script.maximum or ask.wish.tokens)
-        assert script.output_tokens == longest * ask.wish.choices
-        assert (script.is_streamed, script.is_usage_asked) == (ask.wish.stream, ask.wish.stream and ask.wish.usage)
+        answer = generator.answer(ENDPOINTS[ask.wish.kind], body, read_directives(body))
+        assert answer.input_tokens == ask.input_tokens
+        longest = min(ask.wish.tokens, answer.maximum or ask.wish.tokens)
+        assert answer.output_tokens == longest * ask.wish.choices
+        assert (answer.is_streamed, answer.is_usage_requested) == (
+            ask.wish.stream,
+            ask.wish.stream and ask.wish.usage,
+        )
         assert (mark_of(body), client_of(ask.mark)) == (ask.mark, 3)
         assert body["model"] == (model or MODEL_PREFIX + ask.mark)
 
