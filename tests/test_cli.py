@@ -152,11 +152,11 @@ def test_starting_a_command_imports_neither_torture_nor_the_demo() -> None:
 
 
 def test_help_lists_every_command() -> None:
-    """Also `torture`, which is imported only then, with its first line."""
+    """Also `torture`, which is imported only for it, with its first line."""
     result = _run("--help")
     listed = result.output.partition("Commands:\n")[2].splitlines()
     assert [line.split()[0] for line in listed] == "check demo keys migrate schema serve torture".split()
-    assert "Hammer a quota from many clients" in listed[-1]
+    assert "Use up a quota from many clients" in listed[-1]
 
 
 def test_the_version_is_the_package_s() -> None:
