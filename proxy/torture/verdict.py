@@ -16,7 +16,7 @@ in order: each but the last takes at most the amount held there, and the last ta
 
     held 150 (opened 10:00) and 30 (opened 11:00), charged 160: 150 to the first window and 10 to the second
 
-Pure: takes records, returns a report. Of a proxy whose database can't be read less can be judged: `judge_external`.
+Pure: takes records, returns a report. `judge_external` judges less, because another proxy's rows can't be read.
 """
 
 from collections import Counter, defaultdict
