@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import click
 import uvloop
 
-from proxy import __version__, demo, logs
+from proxy import __version__, logs
 from proxy.calls.tokenizer import Tokenizers, table_folders
 from proxy.config.lint import sentences, warnings
 from proxy.config.loader import BadConfig, Config, load
@@ -21,14 +21,7 @@ from proxy.config.values import KEY_CHARACTERS_MIN
 from proxy.ledger.schema import NewerSchema
 from proxy.ledger.store import StoreInUse, StoreUnavailable
 from proxy.policy.policy import digest
-from proxy.server import Server, look_at, serve, store_of, wall_clock_ms
-from proxy.torture import run as torture
-from proxy.torture.database import NoBooks
-from proxy.torture.plan import Plan
-from proxy.torture.process import NotStarted
-from proxy.torture.replicas import NotRestarted
-from proxy.torture.report import Report
-from proxy.torture.run import NoCount, Outside, Shared
+from proxy.server import Server, look_at, serve, store_of
 from proxy.workers import Command, ControlSocket, NotServing, Parent
 
 _NO, _WRONG = 1, 2
@@ -38,7 +31,26 @@ _config_option = click.option(
 )
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+class _Commands(click.Group):
+    """The commands of this module, and `torture`, which is imported only when `--help` or a command line names it.
+
+    It brings its own clients and upstream, which a server that starts does not need.
+    """
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """The names of all commands, sorted, as `--help` lists them."""
+        return sorted([*super().list_commands(ctx), "torture"])
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The command of this name; None if there is none."""
+        if cmd_name == "torture":
+            from proxy.torture.cli import command
+
+            return command
+        return super().get_command(ctx, cmd_name)
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__)
 @click.option("--verbose", is_flag=True, help="Log more.")
 def main(verbose: bool) -> None:
@@ -78,6 +90,8 @@ def serve_command(count: int, tie_number: int | None, path: str, lease_s: float 
 @click.option("--admin-port", type=click.IntRange(0, 65535), default=8081, show_default=True)
 def demo_command(port: int, admin_port: int) -> None:
     """Serve a demo with a simulated upstream, and print what to paste."""
+    from proxy import demo  # imported here because it brings the simulator, which `serve` does not need
+
     with closing(Tokenizers(table_folders(os.environ))) as tokenizers:
         _run(demo.run(port, admin_port, click.echo, tokenizers))
 
@@ -105,68 +119,6 @@ def migrate_command(path: str) -> None:
     """Bring the database up to this release's schema."""
     _run(_migrate(_load(path)))
     click.echo("The database has this release's schema.")
-
-
-@main.command("torture")
-@click.option("--clients", type=click.IntRange(1, 2000), default=64, show_default=True)
-@click.option("--seconds", type=click.FloatRange(1), default=60, show_default=True)
-@click.option("--users", type=click.IntRange(1), default=8, show_default=True, help="Clients share them out.")
-@click.option("--limit", type=click.IntRange(1), help="Tokens of the quota. By default such that it is used up.")
-@click.option("--per", default="1h", show_default=True, help="The quota's window.")
-@click.option("--shared", is_flag=True, help="One pot for all users instead of a quota for each.")
-@click.option("--disconnects", type=click.FloatRange(0, 1), default=0.2, show_default=True, help="Who hang up.")
-@click.option("--kill-every", "kill_every_s", type=click.FloatRange(0), default=10, show_default=True)
-@click.option("--replicas", type=click.IntRange(1), default=1, show_default=True, help="Processes on one database.")
-@click.option(
-    "--database", help="Where they share their books: an empty one, as postgresql://user:password@host/name."
-)
-@click.option("--pause-every", "pause_every_s", type=click.FloatRange(0), default=20, show_default=True)
-@click.option("--restart-database", "restart", help="A command that restarts it; run once, in the middle.")
-@click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--target", help="Another proxy's address with /v1, instead of our own, which is started and killed.")
-@click.option("--key", "keys", multiple=True, help="A user's key there; may be given several times.")
-@click.option("--model", help="The model to ask it for.")
-@click.option("--upstream-port", type=click.IntRange(1, 65535), help="Where the upstream is that it forwards to.")
-@click.option("--upstream-key", help="The key that it must send there.")
-@click.option("--counter", help="A command that prints how many tokens it has counted.")
-@click.option("--json", "as_json", is_flag=True, help="For programs.")
-def torture_command(as_json: bool, **options: Any) -> None:
-    """Hammer a quota from many clients, and hold what was counted against what was given."""
-    report = _torture(options)
-    click.echo(report.as_json() if as_json else report.as_text())
-    if not report.is_kept:
-        raise SystemExit(_NO)
-
-
-def _torture(options: dict[str, Any]) -> Report:
-    say = partial(click.echo, err=True)
-    outside = {name: options.pop(name) for name in "keys model upstream_port upstream_key counter".split()}
-    target = options.pop("target")
-    shared = _shared(options["replicas"], options.pop("database"), options.pop("restart"))
-    try:
-        if target is None:
-            return uvloop.run(torture.run(Plan(**options), now=wall_clock_ms, say=say, shared=shared))
-        if options["limit"] is None or not all(outside[name] for name in list(outside)[:4]):
-            _give_up("--target needs --key, --model, --limit, --upstream-port and --upstream-key too.", _WRONG)
-        plan = Plan(**{**options, "users": len(outside["keys"])})
-        return uvloop.run(torture.run_outside(plan, Outside(target, **outside), now=wall_clock_ms, say=say))
-    except (ValueError, OSError, NotStarted, NoBooks, NoCount, NotRestarted) as error:
-        _give_up(str(error), _WRONG)
-
-
-def _shared(replicas: int, database: str | None, restart: str | None) -> Shared | None:
-    """The database of all replicas; None: one proxy has a file of its own."""
-    if database is None:
-        if replicas > 1 or restart is not None:
-            _give_up(
-                "Several replicas, or a database to restart, need PostgreSQL: "
-                "give an empty one with --database postgresql://user:password@host/name.",
-                _WRONG,
-            )
-        return None
-    if not database.startswith("postgresql://"):
-        _give_up("--database takes a PostgreSQL, as postgresql://user:password@host/name.", _WRONG)
-    return Shared(database, restart)
 
 
 @main.group("keys")

@@ -3,6 +3,7 @@
 import json
 import re
 import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -138,6 +139,24 @@ def test_postgresql_that_cannot_be_used_is_said_plainly(
     assert ("pip install 'llm-quota-proxy[postgres]'" in result.stderr) is not is_installed
     assert ("PostgreSQL can't be used" in result.stderr) is is_installed
     assert "sesame" not in result.stderr
+
+
+def test_starting_a_command_imports_neither_torture_nor_the_demo() -> None:
+    """`serve` does not need them; a fresh process shows what importing the commands brings."""
+    code = "import sys, proxy.cli; print(*sys.modules, sep='\\n')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    imported = done.stdout.split()
+    assert "proxy.cli" in imported
+    lazy = ("proxy.demo", "proxy.simulator", "proxy.torture")
+    assert [name for name in imported if name.startswith(lazy)] == []
+
+
+def test_help_lists_every_command() -> None:
+    """Also `torture`, which is imported only for it, with its first line."""
+    result = _run("--help")
+    listed = result.output.partition("Commands:\n")[2].splitlines()
+    assert [line.split()[0] for line in listed] == "check demo keys migrate schema serve torture".split()
+    assert "Use up a quota from many clients" in listed[-1]
 
 
 def test_the_version_is_the_package_s() -> None:

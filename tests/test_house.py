@@ -36,7 +36,7 @@ NOT_IN_PURE = frozenset(
 
 SERVER = ("web", "simulator.server", "server")
 CLOCK = (
-    ("server", "cli"),
+    ("server", "cli", "torture.cli"),
     "take `now` as a parameter, or a `now` function in the constructor; server.py passes the real one",
 )
 ENVIRONMENT = (

@@ -71,8 +71,8 @@ async def test_drain_reads_on_and_charges_the_truth(stream: bool, on_disconnect:
     async with stage(folder=tmp_path, on_disconnect=on_disconnect, simulator=simulator) as on:
         await _leave_after(on, _ask("tokens=60", stream=stream), 3 if stream else 0)
         await on.at_rest()
-        assert await on.used() == (simulator.given.input_tokens + simulator.given.output_tokens, 0)
-        assert simulator.given.output_tokens == 60
+        assert await on.used() == (simulator.reported_usage.input_tokens + simulator.reported_usage.output_tokens, 0)
+        assert simulator.reported_usage.output_tokens == 60
 
 
 @pytest.mark.parametrize("bound", [{"drain_s": 0.05}, {"drains_max": 0}], ids=["too long", "too many"])
@@ -102,7 +102,7 @@ async def test_one_user_s_departures_are_not_everybody_s(tmp_path: Path) -> None
         await on.simulator.until(lambda: on.simulator.chunks_sent >= 2)
         await on.hang_up(call)
         await until(lambda: on.server.calls_in_flight == DRAINS_OF_A_USER_MAX)
-        assert await on.used() == (on.simulator.given.input_tokens + 9, 0)
+        assert await on.used() == (on.simulator.reported_usage.input_tokens + 9, 0)
         await on.server.stop(grace_s=0)
 
 

@@ -140,7 +140,7 @@ async def test_another_upstream_answers_and_is_charged_once(
         assert reply.status == 200
         row = await _record(on)
         assert (row["upstream"], row["outcome"], row["provenance"]) == ("simulated", "complete", "exactly")
-        given = on.simulator.given
+        given = on.simulator.reported_usage
         assert (row["input_tokens"], row["output_tokens"]) == (given.input_tokens, given.output_tokens)
         assert (given.calls, row["requests"], len(poor.bodies)) == (1, 1, 1 if answer else 0)
         assert await _tries(on) == {("poor", outcome): 1, ("simulated", "answered"): 1}
@@ -278,7 +278,7 @@ async def test_one_that_keeps_failing_is_left_alone_and_tried_again(tmp_path: Pa
         for _ in range(2):
             assert (await on.post(CHAT, _ask())).status == 200
         assert len(poor.bodies) == FAILURES_MAX + 1
-        assert on.simulator.given.calls == FAILURES_MAX + 4
+        assert on.simulator.reported_usage.calls == FAILURES_MAX + 4
 
 
 async def test_one_that_rests_is_asked_where_it_is_the_only_one(tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from proxy.simulator.media import HEARD, PICTURE, SOUND
+from proxy.simulator.media import AUDIO, IMAGE, TRANSCRIPT
 from proxy.simulator.text import DIMENSIONS
 from tests.stage import STAFF, Stage, key_of, stage
 
@@ -176,7 +176,7 @@ async def check(on: Stage, client: Client) -> None:
     _check_errors({step: lines[step].said.get("error", {}) for step in FAULTS}, client)
     _check_costs(rows, client)
     assert 'quota="staff/scarce",verdict="exhausted"} 1.0' in await _metrics(on)  # refused once, so not asked again
-    given = on.simulator.given  # and nothing of the streams that it broke off
+    given = on.simulator.reported_usage  # and nothing of the streams that it broke off
     broken = sum(_tokens(rows[step]) for step in ("broken_stream", "cut_stream"))
     assert await on.used() == (given.input_tokens + given.output_tokens + broken, 0)
     await on.audit()
@@ -205,11 +205,11 @@ def _check_answer(line: Line, row: Mapping[str, Any]) -> None:
         case "embeddings":
             assert line.said["dimensions"] == DIMENSIONS, line
         case "images":
-            assert line.said["bytes"] == len(base64.b64decode(PICTURE)), line
+            assert line.said["bytes"] == len(base64.b64decode(IMAGE)), line
         case "speech":
-            assert line.said["bytes"] == len(SOUND), line
+            assert line.said["bytes"] == len(AUDIO), line
         case "transcription":
-            assert line.said["text"] == HEARD, line
+            assert line.said["text"] == TRANSCRIPT, line
         case "tools" | "tools_stream":
             assert line.said["name"] == "look_up", line
             assert len(line.said["arguments"]["term"].split()) == row["output_tokens"] > 0, line

@@ -23,9 +23,9 @@ from proxy.formats.ending import RESPONSE_ENDS, Ending
 from proxy.formats.endpoints import EndpointName
 from proxy.formats.sse import Splitter
 from proxy.policy.amounts import Tokens
-from proxy.simulator.directives import Directions
-from proxy.simulator.frames import Stream, write_stream
-from proxy.simulator.text import Author, Endpoint
+from proxy.simulator.directives import Directives
+from proxy.simulator.frames import EventStream, write_stream
+from proxy.simulator.text import Endpoint, Generator
 
 JSON = dict[str, Any]
 
@@ -51,20 +51,20 @@ MAXIMUM = {
 }
 HELLO: Any = [{"role": "user", "content": "hello there"}]
 
-author = cache(Author)
+generator = cache(Generator)
 
 
 def _content(endpoint: Endpoint) -> Any:
     return HELLO if endpoint is Endpoint.CHAT else "hello there"
 
 
-def recorded(endpoint: Endpoint, *, crlf: bool = False, **asked: Any) -> Stream:
+def recorded(endpoint: Endpoint, *, crlf: bool = False, **asked: Any) -> EventStream:
     """An answer of the simulated upstream."""
-    request = {"model": "m", endpoint.input_field: _content(endpoint), "stream": True, **asked}
-    return write_stream(author(0).script(endpoint, request, Directions(crlf=crlf)), id="x1", created=7)
+    params = {"model": "m", endpoint.input_field: _content(endpoint), "stream": True, **asked}
+    return write_stream(generator(0).answer(endpoint, params, Directives(crlf=crlf)), id="x1", created=7)
 
 
-def beginning(stream: Stream, words: int, closing: int = 0) -> bytes:
+def beginning(stream: EventStream, words: int, closing: int = 0) -> bytes:
     """The opening of an answer, so many of its text events, and so many of those after them."""
     return b"".join([*stream.opening, *(event for event, _ in zip(stream.text, range(words), strict=False))]) + (
         b"".join(stream.closing[:closing])
@@ -157,8 +157,8 @@ def test_our_end_is_the_one_that_the_upstream_writes_at_its_maximum(
     maximum: Any = {MAXIMUM[endpoint]: words}
     theirs = recorded(endpoint, **asked, **maximum)
     passed = chunks(beginning(recorded(endpoint, **asked), words * choices))
-    script = author(0).script(endpoint, {"model": "m", endpoint.input_field: _content(endpoint), **asked})
-    used = Tokens(script.input_tokens, words * choices)
+    answer = generator(0).answer(endpoint, {"model": "m", endpoint.input_field: _content(endpoint), **asked})
+    used = Tokens(answer.input_tokens, words * choices)
     ours = end_of(NAMES[endpoint], passed, choices=choices, shows_usage=bool(usage), used=used)
     assert [plain(chunk) for chunk in ours] == [plain(chunk) for chunk in chunks(b"".join(theirs.closing))]
 

@@ -13,7 +13,7 @@ from proxy.formats.message_ending import MessageEnding
 from proxy.formats.sse import Splitter
 from proxy.policy.amounts import Tokens
 from proxy.simulator.messages import write_message_stream
-from proxy.simulator.text import Author, Endpoint
+from proxy.simulator.text import Endpoint, Generator
 
 USED = Tokens(11, 5, cached=3)
 START = {"type": "message_start", "message": {"usage": {"input_tokens": 7, "cache_read_input_tokens": 4}}}
@@ -33,12 +33,12 @@ def closing(*events: dict[str, Any], usage: Tokens = USED) -> list[dict[str, Any
 def test_it_ends_as_the_upstream_s_own_maximum_does() -> None:
     """After the same text, the same events, byte for byte."""
     asked = {"model": "m", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 3, "stream": True}
-    script = Author(0).script(Endpoint.MESSAGES, asked)
-    stream = write_message_stream(script, id="msg_1")
+    answer = Generator(0).answer(Endpoint.MESSAGES, asked)
+    stream = write_message_stream(answer, id="msg_1")
     splitter = Splitter()
     passed = [json.loads(event.data or b"") for event in splitter.feed(b"".join([*stream.opening, *stream.text]))]
     theirs = [json.loads(event.data or b"") for event in splitter.feed(b"".join(stream.closing))]
-    assert closing(*passed, usage=Tokens(script.input_tokens, script.output_tokens)) == theirs
+    assert closing(*passed, usage=Tokens(answer.input_tokens, answer.output_tokens)) == theirs
     assert theirs[1]["delta"] == STOPPED
 
 

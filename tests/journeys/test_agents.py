@@ -76,7 +76,7 @@ async def test_six_agents_use_up_what_they_share(tmp_path: Path) -> None:
         await asyncio.gather(*(session.run(on, name) for name in AGENTS))
         await on.at_rest()
         used, held = await on.used("team/pot", "ann")
-        given = on.simulator.given
+        given = on.simulator.reported_usage
         assert session.used_at_refusals()[0] >= LIMIT * 9 // 10
         assert {error["code"] for error in session.refusals} == {"insufficient_quota"}
         assert (used, held) == (given.input_tokens + given.output_tokens, 0)
@@ -115,7 +115,7 @@ async def test_six_agents_with_one_key_beside_others(tmp_path: Path) -> None:
         await asyncio.gather(bob(), agents())
         await on.at_rest()
         used, held = await on.used("staff/daily", "ann")
-        given = on.simulator.given
+        given = on.simulator.reported_usage
         assert session.used_at_refusals()[0] >= LIMIT * 9 // 10
         assert used <= LIMIT
         assert len(bobs) > 10

@@ -57,7 +57,7 @@ async def test_a_session_gets_through_and_is_charged(name: str, tmp_path: Path) 
             assert reply.status == 200, one["what"]
             assert b"completed" in reply.body or b"message_stop" in reply.body
             assert json.loads(on.simulator.requests[-1].body) == one["body"]
-        given = on.simulator.given
+        given = on.simulator.reported_usage
         assert given.calls == len(recorded(name)) > 1
         assert await on.used() == (given.input_tokens + given.output_tokens, 0)
         assert {call["provenance"] for call in await on.rows("calls")} == {"exactly"}

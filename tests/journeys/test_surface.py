@@ -14,7 +14,7 @@ import aiohttp
 import openai
 import pytest
 
-from proxy.simulator.media import HEARD, PICTURE, SOUND
+from proxy.simulator.media import AUDIO, IMAGE, TRANSCRIPT
 from tests.formats.test_endpoints import METERED, published
 from tests.stage import STAFF, Stage, key_of, stage
 
@@ -100,7 +100,7 @@ async def test_pictures_are_charged_what_they_say(tmp_path: Path) -> None:
     async with stage(POLICY, folder=tmp_path) as on:
         images = on.sdk().images
         whole = await images.generate(model="painter", prompt="a red fox", n=2)
-        assert [picture.b64_json for picture in whole.data or []] == [PICTURE, PICTURE]
+        assert [picture.b64_json for picture in whole.data or []] == [IMAGE, IMAGE]
         assert await used(on) == (3 + 544, 1, 1)
         stream = await images.generate(model="painter", prompt="a red fox", stream=True, partial_images=2, n=2)
         kinds = [event.type async for event in stream]
@@ -150,7 +150,7 @@ async def test_sound_passes_unchanged_and_counts_as_a_request(tmp_path: Path) ->
     """Its bytes say no tokens."""
     async with stage(POLICY, folder=tmp_path) as on:
         sound = await on.sdk().audio.speech.create(model="voice", input="hello there", voice="alloy")
-        assert sound.content == SOUND
+        assert sound.content == AUDIO
         assert sound.response.headers["content-type"] == "audio/mpeg"
         assert await used(on) == (0, 1, 1)
 
@@ -172,7 +172,7 @@ async def test_what_was_said_is_charged_what_the_answer_says(tmp_path: Path) -> 
     """In tokens; whole and streamed."""
     async with stage(POLICY, folder=tmp_path) as on:
         heard = await on.sdk().audio.transcriptions.create(model="scribe", file=FILE)
-        assert heard.text == HEARD
+        assert heard.text == TRANSCRIPT
         assert await used(on) == (1750 + 8, 1, 1)
         stream = await on.sdk().audio.transcriptions.create(model="scribe", file=FILE, stream=True)
         assert [event.type async for event in stream][-1] == "transcript.text.done"
@@ -183,10 +183,12 @@ async def test_what_is_billed_by_the_second_counts_as_a_request(tmp_path: Path) 
     """And so does what is no JSON, and says nothing."""
     async with stage(POLICY, folder=tmp_path) as on:
         audio = on.sdk().audio
-        assert (await audio.transcriptions.create(model="whisper-1", file=FILE)).text == HEARD
-        assert await audio.transcriptions.create(model="scribe", file=FILE, response_format="text") == HEARD + "\n"
+        assert (await audio.transcriptions.create(model="whisper-1", file=FILE)).text == TRANSCRIPT
+        assert (
+            await audio.transcriptions.create(model="scribe", file=FILE, response_format="text") == TRANSCRIPT + "\n"
+        )
         with pytest.deprecated_call():
-            assert (await audio.translations.create(model="whisper-1", file=FILE)).text == HEARD
+            assert (await audio.translations.create(model="whisper-1", file=FILE)).text == TRANSCRIPT
         assert await used(on) == (0, 3, 3)
 
 
@@ -215,7 +217,7 @@ async def test_a_form_is_sent_on_as_it_came_but_for_the_model(order: int, tmp_pa
     headers = {"content-type": "multipart/form-data; boundary=xYz", "expect": "100-continue"}
     async with stage(POLICY, folder=tmp_path) as on:
         reply = await on.post("/v1/audio/transcriptions", io.BytesIO(body), headers=headers)
-        assert reply.json()["text"] == HEARD
+        assert reply.json()["text"] == TRANSCRIPT
         received = on.simulator.requests[-1]
         assert received.body == body.replace(b"scribe", b"gpt-4o-transcribe")
         assert received.headers["content-type"] == headers["content-type"]
