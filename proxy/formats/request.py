@@ -13,7 +13,7 @@ from typing import Any
 
 from proxy.errors import InvalidRequest, ProxyError
 from proxy.formats.anthropic import error_body
-from proxy.formats.content import parts_of
+from proxy.formats.content import content_parts
 from proxy.formats.endpoints import METERED, RESPONSES, SPEECH, STORED, Endpoint, EndpointName
 from proxy.formats.multipart import Form
 from proxy.formats.strict_json import dump, parse_object
@@ -287,7 +287,7 @@ def _refuse_unclear_usage_option(options: object) -> None:
 
 
 def _refuse_stored_files(document: Mapping[str, Any]) -> None:
-    for part in parts_of(document):
+    for part in content_parts(document):
         holders = [part, *map(part.get, ("file", "source", "image_url", "input_audio"))]
         if any(_names_a_file(holder) for holder in holders):
             raise InvalidRequest(

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from proxy.errors import InvalidRequest
-from proxy.formats.content import is_run_by_client, tools_of
+from proxy.formats.content import is_run_by_client, offered_tools
 from proxy.formats.endpoints import STORED, Endpoint
 from proxy.formats.request import Request
 from proxy.policy.policy import Allow
@@ -25,7 +25,7 @@ _SHOWN = 40
 def check_allowance(request: Request, allow: Allow) -> None:
     """Raise InvalidRequest where a call uses what is not allowed."""
     document = request.document
-    for tool in tools_of(document):
+    for tool in offered_tools(document):
         _refuse_spellings(tool)
         if not _runs_at_client(tool, request.endpoint):
             _check_tool(tool, allow)
