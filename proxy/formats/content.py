@@ -35,7 +35,7 @@ _UPLOADED_IMAGE_TOKENS = 8192
 # Anthropic adds a system prompt if a request has tools: 159 to 804 tokens, by model. It has no bytes in the request.
 _ANTHROPIC_TOOLS_PROMPT_TOKENS = 804
 
-# Fields whose values are texts, messages or lists of token numbers, in the order in which the model reads them.
+# Fields whose values are texts, messages or lists of token numbers.
 _TEXT_FIELDS = ("system", "messages", "input", "prompt", "suffix", "instructions")
 # Fields that the model does not read, and those above. Every other field is counted as JSON, because a chat template
 # may print it: tools, schemas, documents, and fields that nobody here has heard of.
@@ -49,7 +49,7 @@ _NOT_PRINTED = frozenset(
 # A key that is longer than any name in the vendors' APIs is counted as text: a prompt can also be written into keys.
 _KEY_CHARACTERS_MAX = 40
 # Fields that stand for input which is not in the request. A client's own `chat_template` can print any number of
-# tokens, and the other two of vLLM set the size of images and the number of video frames.
+# tokens; vLLM's other two fields set the size of images and the number of video frames.
 _HIDDEN_INPUT_FIELDS = (
     "conversation",
     "web_search_options",
@@ -70,7 +70,7 @@ _MESSAGE_BODY_FIELDS = frozenset(("content", "tool_calls", "function_call", "ref
 _IMAGE_TYPES = ("image_url", "input_image")
 _AUDIO_TYPES = ("input_audio",)
 _FILE_TYPES = ("file", "input_file")
-# What these link to is as long as its server likes.
+# Links to audio and video of any length.
 _LINKED_TYPES = ("audio_url", "video_url", "input_video")
 # Some servers accept a part of these types without `type`, if it has a member of that name:
 # {"image_url": {"url": …}}.
@@ -86,8 +86,8 @@ _BLOCKS_WITH_PARTS = ("document", "tool_result", "tool_use", "search_result")
 _ENCRYPTED_BLOCK_FIELDS = ("signature", "data")
 _BLOCK_FIELDS_NOT_READ = ("type", "cache_control", "citations", "is_error")
 
-# So many images of a request may be decoded beyond their first bytes to find their size. It takes 13 ms at worst, in
-# which the event loop serves nobody else.
+# This many images of a request may be decoded beyond their first bytes to find their size. All of them together block
+# the event loop for 13 ms at worst.
 _SEARCHED_IMAGES_MAX = 32
 
 
@@ -112,7 +112,7 @@ class Prompt:
 
         One token is at least one byte of text, and the JSON around a message (`{"role":"user","content":""}`, 28
         bytes) is longer than what chat templates add to it. Base64 is exchanged for the price of its image: a body of
-        1,000,300 bytes, of which 1,000,000 are a picture of 1024 × 1024 for gpt-4o, has at most 300 + 765 tokens.
+        1,000,300 bytes, of which 1,000,000 are an image of 1024 × 1024 for gpt-4o, has at most 300 + 765 tokens.
         """
         return body_bytes - self.opaque_bytes + self.media_tokens
 
@@ -216,9 +216,9 @@ def _has_hidden_input(document: Mapping[str, Any]) -> bool:
 
 
 class _PromptReader:
-    """Goes through a request and collects what becomes its `Prompt`; the attributes have the meaning they have there.
+    """Collects the values of a `Prompt` while a request is read; the attributes mean the same as there.
 
-    `read_…` methods know the shape of a message, a part or a block. `add_…` methods take what was found.
+    The methods `read_…` know the shape of a field, a message, a part or a block. The methods `add_…` add a value.
     """
 
     def __init__(self, image_prices: Tiles | Patches) -> None:
