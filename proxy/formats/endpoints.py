@@ -38,8 +38,8 @@ EndpointName = Literal[
 #   nothing         nothing
 Charge = Literal["tokens", "tokens_if_said", "request", "nothing"]
 
-# For each endpoint, the fields that it refuses with the reason. The error message says `"field" can't be used here: `
-# and the reason.
+# Fields that an endpoint refuses, each with the reason. The error message is `"<field>" can't be used here:
+# <reason>.`
 _REROUTING_FIELDS = dict.fromkeys(
     # LiteLLM's fallbacks and OpenRouter's models and presets name other models than the one that is allowed and
     # counted. vLLM's kv_transfer_params name a server from which it fetches the cache of another call.
@@ -196,7 +196,7 @@ _REFUSED_ON_MESSAGES = {
     **_REFUSED_EVERYWHERE,
     "container": STORED,
     "inference_geo": "it changes the price of the call. Leave it out",
-    "mcp_servers": "the upstream would call these servers, and their results are input that the request does not show",
+    "mcp_servers": "the upstream would call these servers, and their results are input that the body does not show",
 }
 MESSAGES = Endpoint("messages", "/messages", "tokens", maxima=("max_tokens",), refused=_REFUSED_ON_MESSAGES)
 COUNT_TOKENS = Endpoint("count_tokens", "/messages/count_tokens", "nothing", refused=_REFUSED_ON_MESSAGES)
