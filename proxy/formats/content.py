@@ -38,7 +38,7 @@ _ANTHROPIC_TOOLS_PROMPT_TOKENS = 804
 # Fields whose values are texts, messages or lists of token numbers.
 _TEXT_FIELDS = ("system", "messages", "input", "prompt", "suffix", "instructions")
 # Fields that the model does not read, and those above. Every other field is counted as JSON, because a chat template
-# may print it: tools, schemas, documents, and fields that nobody here has heard of.
+# may print it: tools, schemas, documents, and fields that the proxy does not know.
 _NOT_PRINTED = frozenset(
     "model stream stream_options n n_cmpl best_of max_tokens max_completion_tokens max_output_tokens n_predict "
     "temperature top_p top_k min_p frequency_penalty presence_penalty repetition_penalty stop seed user metadata "
@@ -178,7 +178,7 @@ def content_parts(document: Mapping[str, Any]) -> list[dict[str, Any]]:
         turn for name in ("messages", "input") for turn in _as_list(document.get(name)) if isinstance(turn, dict)
     ]
     for part in parts:  # the list grows while it is read, so parts within parts are found without recursion
-        contents = [*map(part.get, _CONTENT_FIELDS), _member(part.get("source"), "content")]
+        contents = [*map(part.get, _CONTENT_FIELDS), _get(part.get("source"), "content")]
         parts += [inner for content in contents for inner in _as_list(content) if isinstance(inner, dict)]
     return parts
 
@@ -188,9 +188,9 @@ def offered_tools(document: Mapping[str, Any]) -> list[Any]:
     tools = _list_or_empty(document.get("tools"))[:]
     for item in _list_or_empty(document.get("input")):
         # `mcp_list_tools` only repeats what an MCP server once listed.
-        tools += _list_or_empty(_member(item, "tools")) if _member(item, "type") != "mcp_list_tools" else ()
+        tools += _list_or_empty(_get(item, "tools")) if _get(item, "type") != "mcp_list_tools" else ()
     for tool in tools:  # the list grows while it is read, so groups within groups are found without recursion
-        tools += _list_or_empty(_member(tool, "tools"))
+        tools += _list_or_empty(_get(tool, "tools"))
     return tools
 
 
@@ -200,9 +200,9 @@ def is_run_by_client(tool: object) -> bool:
     A `tool_search` with `execution: client` is one; without, the upstream searches and reads what it finds. A
     `namespace` only groups other tools, each of which is checked by itself (`offered_tools`).
     """
-    kind = _member(tool, "type")
-    is_search = kind == "tool_search" and _member(tool, "execution") == "client"
-    is_group = kind == "namespace" and isinstance(_member(tool, "tools"), list)
+    kind = _get(tool, "type")
+    is_search = kind == "tool_search" and _get(tool, "execution") == "client"
+    is_group = kind == "namespace" and isinstance(_get(tool, "tools"), list)
     return isinstance(tool, dict) and (kind in _CLIENT_TOOL_TYPES or is_search or is_group)
 
 
@@ -326,7 +326,7 @@ class _PromptReader:
         self.is_open = self.is_open or bool(part.get("file_id"))
 
     def _read_audio(self, part: dict[str, Any]) -> None:
-        data = _member(part.get("input_audio"), "data")
+        data = _get(part.get("input_audio"), "data")
         if not isinstance(data, str):
             self.add_texts(part)
             return
@@ -400,10 +400,10 @@ def _part_type(part: Mapping[str, Any]) -> object:
 
 
 def _refers_to_stored_turn(turn: Mapping[str, Any]) -> bool:
-    """Whether a message or item stands for one that is stored at the upstream. It need not state its type.
+    """Whether a message or item refers to one that is stored at the upstream. A reference need not state its type.
 
-    {"id": "msg_1"} does, and {"type": "item_reference", …}, and a chat message with {"audio": {"id": "audio_1"}},
-    which stands for an earlier answer in audio.
+    Examples: {"id": "msg_1"}; {"type": "item_reference", "id": "msg_1"}; a chat message with
+    {"audio": {"id": "audio_1"}}, which refers to an earlier answer in audio.
     """
     kind, audio = turn.get("type"), turn.get("audio")
     is_bare = kind is None and _MESSAGE_BODY_FIELDS.isdisjoint(turn)
@@ -419,7 +419,8 @@ def _as_printed(key: str, value: object) -> object:
     return dump(value).decode() if key == "arguments" and not isinstance(value, str) else value
 
 
-def _member(value: object, name: str) -> object:
+def _get(value: object, name: str) -> object:
+    """The member of an object; None for any other value."""
     return value.get(name) if isinstance(value, dict) else None
 
 

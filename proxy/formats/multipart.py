@@ -15,8 +15,8 @@ from proxy.errors import InvalidRequest, UnsupportedEncoding
 _FIELDS_BYTES_MAX = 2**20
 _PARTS_MAX = 256
 _HEADER_BYTES_MAX = 4096
-# The characters of a boundary are those of RFC 2046 §5.1.1, except blanks. A second parameter is refused, because of
-# two boundaries parsers take different ones.
+# The characters of a boundary are those of RFC 2046 §5.1.1, except blanks. A second parameter is refused, because
+# parsers choose differently between two boundaries.
 _CONTENT_TYPE = re.compile(
     r'multipart/form-data[ \t]*;[ \t]*boundary=(?:"([0-9A-Za-z\'()+_,./:=?-]{1,70})"|([0-9A-Za-z\'+_.-]{1,70}))',
     re.IGNORECASE,
@@ -152,8 +152,7 @@ class FormReader:
         if dashes >= 0 and not self._buffer.startswith(self._delimiter, max(0, dashes - 2)):
             raise _unreadable("its boundary appears where no part ends")
         end = max(-1, dashes - 2)
-        # The last bytes may be the beginning of a delimiter whose rest is in the next chunk, so they stay in the
-        # buffer.
+        # The last bytes stay in the buffer: they may begin a delimiter whose rest is in the next chunk.
         length = end if end >= 0 else max(0, len(self._buffer) - len(self._delimiter) + 1)
         if not self._is_file:
             self._value += self._buffer[:length]
@@ -177,8 +176,7 @@ class FormReader:
         if self._is_file:
             self._files.append(File(self._name, self._offset - self._start))
             return
-        # Of two equal names parsers take the first, the last or both. A name that ends in [] is a list to all of
-        # them.
+        # Parsers take the first, the last or both of two equal names. They all read a name that ends in [] as a list.
         if not self._name.endswith("[]") and any(field.name == self._name for field in self._fields):
             raise InvalidRequest(f'The field "{self._name}" appears twice.', param=self._name)
         try:

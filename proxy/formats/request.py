@@ -221,7 +221,7 @@ def forwarded_body(request: Request, model: Model, *, maximum: int | None = None
     """
     document = {**request.document, "model": model.upstream_model}
     if request.endpoint is RESPONSES and not model.allows.store:
-        document["store"] = False  # OpenAI stores a response unless the request says no
+        document["store"] = False  # OpenAI stores responses by default
     if request.adds_usage:
         document["stream_options"] = {**(document.get("stream_options") or {}), "include_usage": True}
     if request.adds_running_usage(model.upstream.kind):

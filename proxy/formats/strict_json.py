@@ -48,7 +48,7 @@ def parse_object(body: bytes, known: frozenset[str]) -> dict[str, Any]:
         raise InvalidRequest(f"The body is not valid JSON: {_reason(error)}.", code="invalid_json") from None
     if not isinstance(value, dict):
         raise InvalidRequest("The body must be a JSON object.", code="invalid_json")
-    _refuse_case_twins(value, known)
+    _refuse_keys_that_differ_in_case(value, known)
     if not _is_within_depth(value):
         raise InvalidRequest(f"The body is nested more than {DEPTH_MAX} levels deep.", code="invalid_json")
     return value
@@ -66,7 +66,7 @@ def walk(value: object, members: Callable[[dict[str, Any]], Iterable[object]] = 
     """Yield a JSON value and all values below it: depth first, in the order in which they are written.
 
     `members` returns the values of an object that are walked; by default all of them. The walk is not recursive, so
-    no depth overflows the stack: `walk` is also used on bodies whose depth nobody has checked.
+    no depth overflows the stack.
 
         walk({"a": [1, {"b": 2}], "c": 3})  →  the object itself, [1, {"b": 2}], 1, {"b": 2}, 2, 3
     """
@@ -126,7 +126,7 @@ def _reason(error: Exception) -> str:
     return str(error)
 
 
-def _refuse_case_twins(value: dict[str, Any], known: frozenset[str]) -> None:
+def _refuse_keys_that_differ_in_case(value: dict[str, Any], known: frozenset[str]) -> None:
     if len(value) > _KEYS_MAX:
         raise InvalidRequest(f"The body has more than {_KEYS_MAX} keys.", code="invalid_json")
     by_case = {field: field for field in known}
@@ -134,10 +134,10 @@ def _refuse_case_twins(value: dict[str, Any], known: frozenset[str]) -> None:
         # Go's decoder also takes a long s (U+017F) for "s" and a Kelvin sign (U+212A) for "k". casefold() maps both
         # to the plain letter; lower() would leave the long s, and "max_token" + U+017F would pass as an unknown
         # field.
-        twin = by_case.setdefault(key.casefold(), key)
-        if twin != key:
+        first = by_case.setdefault(key.casefold(), key)
+        if first != key:
             raise InvalidRequest(
-                f'The keys "{twin[:80]}" and "{key[:80]}" differ only in case: use only the first.',
+                f'The keys "{first[:80]}" and "{key[:80]}" differ only in case: use only the first.',
                 code="invalid_json",
             )
 

@@ -108,9 +108,9 @@ def test_the_type_of_a_tool_in_another_case_is_refused(endpoint: Endpoint) -> No
     """A gateway in Go takes the last of two spellings. The parameters of a function may have any name."""
     own = {"type": "custom", "name": "f", "input_schema": {"Type": "x", "Tools": []}}
     check(endpoint, tools=[own])
-    for twin in ("Type", "TYPE", "Tools", "tool\u017f"):
+    for spelling in ("Type", "TYPE", "Tools", "tool\u017f"):
         with pytest.raises(InvalidRequest) as caught:
-            check(endpoint, tools=[{**own, twin: "web_search"}])
+            check(endpoint, tools=[{**own, spelling: "web_search"}])
         assert (caught.value.status, caught.value.param) == (400, "tools")
 
 
