@@ -12,7 +12,7 @@ import pytest
 
 from proxy.calls import disconnect as module
 from proxy.calls.call import Call
-from proxy.calls.disconnect import DRAINS_OF_A_USER_MAX, Disconnects
+from proxy.calls.disconnect import DRAINS_PER_USER_MAX, Disconnects
 from proxy.calls.reservation import Reservation
 from proxy.calls.tokenizer import Tokenizers
 from proxy.config.loader import load_text
@@ -93,15 +93,15 @@ async def test_a_drain_at_its_bound_charges_the_hold(bound: dict[str, Any], tmp_
 async def test_one_user_s_departures_are_not_everybody_s(tmp_path: Path) -> None:
     """Whoever fills the drains with calls that hang pays for them; another user's departure is still drained."""
     async with stage(folder=tmp_path, on_disconnect="drain", disconnects=Disconnects(drain_s=5)) as on:
-        hanging = [on.begin(CHAT, _ask("hang"), user="bob") for _ in range(DRAINS_OF_A_USER_MAX + 3)]
+        hanging = [on.begin(CHAT, _ask("hang"), user="bob") for _ in range(DRAINS_PER_USER_MAX + 3)]
         await on.simulator.until(lambda: on.simulator.open_calls == len(hanging))
         for call in hanging:
             await on.hang_up(call)
-        await until(lambda: on.server.calls_in_flight == DRAINS_OF_A_USER_MAX)
+        await until(lambda: on.server.calls_in_flight == DRAINS_PER_USER_MAX)
         call = on.begin(CHAT, _ask("tokens=9 speed=50", stream=True, max_tokens=500))
         await on.simulator.until(lambda: on.simulator.chunks_sent >= 2)
         await on.hang_up(call)
-        await until(lambda: on.server.calls_in_flight == DRAINS_OF_A_USER_MAX)
+        await until(lambda: on.server.calls_in_flight == DRAINS_PER_USER_MAX)
         assert await on.used() == (on.simulator.given.input_tokens + 9, 0)
         await on.server.stop(grace_s=0)
 
@@ -229,7 +229,7 @@ async def test_usage_that_does_not_come_is_waited_for_a_bounded_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Then what passed is charged, and the upstream closed."""
-    monkeypatch.setattr(module, "USAGE_S", 0.05)
+    monkeypatch.setattr(module, "USAGE_WAIT_S", 0.05)
     async with _hesitant(tmp_path, FINISHED) as (on, upstream, told):
         call_id, _ = await _read_and_leave(on, told, len(FINISHED))
         usage = await _charged(on, call_id)
@@ -242,7 +242,7 @@ async def test_while_one_of_several_answers_goes_on_the_upstream_is_stopped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A choice that has finished is not the end of the others, so no usage is waited for."""
-    monkeypatch.setattr(module, "USAGE_S", 10**6)
+    monkeypatch.setattr(module, "USAGE_WAIT_S", 10**6)
     first = _chunk(0, content="Hi") + _chunk(1, content="Hi") + _chunk(0, finish="stop")
     async with _hesitant(tmp_path, first) as (on, upstream, told):
         call_id, _ = await _read_and_leave(on, told, len(first), n=2)
@@ -275,7 +275,7 @@ class Slow(Tokenizers):
         super().__init__(())
         self.is_asked = asyncio.Event()
 
-    async def count_all(self, texts: Sequence[str], encoding: str, *, within_s: float = 10) -> int | None:
+    async def count_all(self, texts: Sequence[str], encoding: str, *, timeout_s: float = 10) -> int | None:
         self.is_asked.set()
         await asyncio.Event().wait()
         return None

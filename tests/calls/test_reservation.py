@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from proxy.calls import reservation as module
-from proxy.calls.reservation import STEP, Reservation
+from proxy.calls.reservation import HOLD_STEP, Reservation
 from proxy.calls.token_count import TokenCount
 from proxy.formats.endpoints import CHAT
 from proxy.formats.meter import Meter
@@ -155,7 +155,7 @@ async def test_past_its_own_lease_nothing_passes_on_that_is_not_held(tmp_path: P
             clock.ms += LEASE_MS
             with read_only(path, made[-1]):
                 assert not await it.grows()
-                assert not await it.reservation.covers_whole(it.room)
+                assert not await it.reservation.hold_whole_answer(it.room)
             await it.ledger.renew_lease()
             with read_only(path, made[-1]):
                 assert not await it.grows()
@@ -164,8 +164,8 @@ async def test_past_its_own_lease_nothing_passes_on_that_is_not_held(tmp_path: P
             it.says("x" * 1100)
             with read_only(path, made[-1]):
                 assert await it.grows()
-                assert await it.reservation.covers_whole(it.room)
-            assert it.reservation.covered == 2200 + STEP
+                assert await it.reservation.hold_whole_answer(it.room)
+            assert it.reservation.covered == 2200 + HOLD_STEP
 
 
 async def test_a_ledger_that_hangs_holds_an_end_up_for_a_bounded_time(tmp_path: Path) -> None:
@@ -216,9 +216,9 @@ async def test_a_call_that_goes_no_further_is_charged_as_it_can_be_known(
     """What passed; all that is held where that says nothing; and nothing more once it has ended."""
     async with _reserved(tmp_path) as it:
         it.says("12345678")
-        await it.reservation.end_early("client_left", is_unknown=is_unknown)
+        await it.reservation.end_early("client_left", charges_full_hold=is_unknown)
         assert ((await it.entry()).usage, it.reservation.outcome) == (charged, "client_left")
-        await it.reservation.end_early("stopped", is_unknown=True)
+        await it.reservation.end_early("stopped", charges_full_hold=True)
         assert ((await it.entry()).usage, it.reservation.outcome) == (charged, "client_left")
 
 
@@ -263,10 +263,10 @@ async def test_a_hold_grows_with_its_answer(tmp_path: Path) -> None:
         assert (it.reservation.covered, await it.counter()) == (1024, (0, 1124))
         it.says("x" * 1100)
         assert await it.grows()
-        assert it.reservation.covered == 1100 + STEP == it.reservation.entry.hold.output
-        assert await it.counter() == (0, 100 + 1100 + STEP)
-        assert [counter.held.tokens for counter in it.reservation.counters.values()] == [100 + 1100 + STEP]
-        assert it.reservation.whole_hold == AtLeast(Tokens(100, 1100 + STEP))
+        assert it.reservation.covered == 1100 + HOLD_STEP == it.reservation.entry.hold.output
+        assert await it.counter() == (0, 100 + 1100 + HOLD_STEP)
+        assert [counter.held.tokens for counter in it.reservation.counters.values()] == [100 + 1100 + HOLD_STEP]
+        assert it.reservation.full_hold == AtLeast(Tokens(100, 1100 + HOLD_STEP))
         assert await it.entry() == it.reservation.entry
         await it.reservation.settle(await it.reservation.usage(), "client_left")
         assert await it.counter() == (INPUT + 1100, 0)
@@ -310,7 +310,7 @@ async def test_what_came_whole_though_a_stream_was_asked_is_held_as_far_as_there
         folder.mkdir()
         async with _reserved(folder, demand, daily=quota("staff/daily", tokens=room_for + INPUT)) as it:
             it.meter.see_whole(whole(tokens))
-            assert await it.reservation.covers_whole(it.room) is is_covered
+            assert await it.reservation.hold_whole_answer(it.room) is is_covered
 
 
 async def test_while_the_ledger_is_away_what_came_whole_passes(tmp_path: Path) -> None:
@@ -319,7 +319,7 @@ async def test_while_the_ledger_is_away_what_came_whole_passes(tmp_path: Path) -
         async with _reserved(tmp_path, STREAM, store=SqliteStore(tmp_path / "quotas.db", busy_timeout_s=0)) as it:
             it.meter.see_whole(b'{"usage": {"prompt_tokens": 1, "completion_tokens": 5000}}')
             with read_only(tmp_path / "quotas.db", made[-1]):
-                assert await it.reservation.covers_whole(it.room)
+                assert await it.reservation.hold_whole_answer(it.room)
 
 
 async def test_without_a_maximum_it_grows_as_long_as_there_is_room(tmp_path: Path) -> None:
@@ -329,7 +329,7 @@ async def test_without_a_maximum_it_grows_as_long_as_there_is_room(tmp_path: Pat
         for seen in (4000, 8000, 9999):
             it.says("x" * (seen - it.meter.output_seen))
             assert await it.grows()
-            assert it.reservation.covered == min(seen + STEP, 10_000)
+            assert it.reservation.covered == min(seen + HOLD_STEP, 10_000)
         it.says("xx")
         assert not await it.grows()
         assert await it.counter() == (0, 10_000 + INPUT)
@@ -369,7 +369,7 @@ async def test_it_waits_for_calls_in_flight(tmp_path: Path) -> None:
         assert not growing.done()
         await it.ledger.end(Settle("req_2", exactly(0, 10), "complete"))
         assert await growing
-        assert it.reservation.covered == 2000 + STEP
+        assert it.reservation.covered == 2000 + HOLD_STEP
 
 
 async def test_an_input_that_turned_out_smaller_is_given_back(tmp_path: Path) -> None:
@@ -377,11 +377,11 @@ async def test_an_input_that_turned_out_smaller_is_given_back(tmp_path: Path) ->
     async with _reserved(tmp_path, STREAM) as it:
         it.says("x", prompt_tokens=40, completion_tokens=1100)
         assert await it.grows()
-        assert it.reservation.entry.hold == Amount(40, 1100 + STEP, 1)
-        assert await it.counter() == (0, 40 + 1100 + STEP)
+        assert it.reservation.entry.hold == Amount(40, 1100 + HOLD_STEP, 1)
+        assert await it.counter() == (0, 40 + 1100 + HOLD_STEP)
         it.says("x", prompt_tokens=500, completion_tokens=2500)
         assert await it.grows()
-        assert it.reservation.entry.hold == Amount(40, 2500 + STEP, 1)
+        assert it.reservation.entry.hold == Amount(40, 2500 + HOLD_STEP, 1)
 
 
 async def test_while_the_ledger_is_away_an_answer_goes_on(tmp_path: Path) -> None:
@@ -391,12 +391,12 @@ async def test_while_the_ledger_is_away_an_answer_goes_on(tmp_path: Path) -> Non
             it.says("x" * 1100)
             with read_only(tmp_path / "quotas.db", made[-1]):
                 assert await it.grows()
-                assert it.reservation.covered == 1100 + STEP
+                assert it.reservation.covered == 1100 + HOLD_STEP
                 assert await it.counter() == (0, 1124)
-                assert it.reservation.whole_hold == AtLeast(Tokens(100, 1100 + STEP))
+                assert it.reservation.full_hold == AtLeast(Tokens(100, 1100 + HOLD_STEP))
                 it.says("x" * 2000)
                 assert await it.grows()
-                assert it.reservation.covered == 3100 + STEP
+                assert it.reservation.covered == 3100 + HOLD_STEP
             await it.reservation.settle(await it.reservation.usage(), "client_left")
             assert await it.counter() == (INPUT + 3100, 0)
 
@@ -410,7 +410,7 @@ async def test_a_ledger_that_is_back_is_asked_again(tmp_path: Path) -> None:
                 assert await it.grows()
             it.says("x" * 1100)
             assert await it.grows()
-            assert await it.counter() == (0, 100 + 2200 + STEP)
+            assert await it.counter() == (0, 100 + 2200 + HOLD_STEP)
 
 
 async def test_while_the_ledger_is_away_nothing_is_charged_beyond_the_maximum(tmp_path: Path) -> None:
@@ -436,7 +436,7 @@ async def test_a_ledger_that_hangs_holds_a_stream_up_for_a_bounded_time(
         other.execute("BEGIN IMMEDIATE")
         it.says("x" * 1100)
         assert await it.grows()
-        assert it.reservation.covered == 1100 + STEP
+        assert it.reservation.covered == 1100 + HOLD_STEP
         other.execute("ROLLBACK")
         other.close()
         await it.reservation.settle(exactly(10, 1100), "complete", wait_s=50)

@@ -167,7 +167,7 @@ async def test_what_is_not_stored_is_said_so(tmp_path: Path) -> None:
         with pytest.raises(openai.NotFoundError, match=made.id):
             await on.sdk().responses.retrieve(made.id)
         reply = await on.post("/v1/responses", {**ASK, "previous_response_id": "resp_of_nobody"})
-        assert "send what was said before" in reply.error["message"]
+        assert "send the earlier messages again" in reply.error["message"]
         reply = await on.post("/v1/responses", {**ASK, "store": True})
         assert (reply.status, reply.error["param"]) == (400, "store")
         assert '"allow: {store: true}"' in reply.error["message"]

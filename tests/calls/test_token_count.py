@@ -35,9 +35,9 @@ class Watched(Tokenizers):
         self.given: list[int] = []
         self._known = known
 
-    async def count_all(self, texts: Sequence[str], encoding: str, *, within_s: float = 10) -> int | None:
+    async def count_all(self, texts: Sequence[str], encoding: str, *, timeout_s: float = 10) -> int | None:
         self.given.append(sum(map(len, texts)))
-        return await self._known.count_all(texts, encoding, within_s=within_s) if self._known else None
+        return await self._known.count_all(texts, encoding, timeout_s=timeout_s) if self._known else None
 
 
 def tokenizers() -> Tokenizers:
@@ -68,7 +68,7 @@ def counted(by: Tokenizers, model: Model = GPT_4O, endpoint: Endpoint = CHAT, **
 async def test_an_input_is_counted_as_the_model_reads_it(endpoint: Endpoint, fields: dict, tokens: int) -> None:
     """Its texts, and what is around messages: the bound in bytes is four times as much for prose."""
     count = counted(tokenizers(), GPT_4O, endpoint, **fields)
-    assert await count.of_input() == tokens
+    assert await count.input_tokens() == tokens
     assert await count.exact_demand() == replace(count.demand, input=tokens, is_estimated=False)
     assert count.demand.is_estimated
 
@@ -78,19 +78,19 @@ async def test_another_tokenizer_than_the_model_s_may_be_wrong_by_half() -> None
     count = counted(tokenizers(), UNKNOWN, messages=[{"role": "user", "content": PROSE}])
     demand = await count.exact_demand()
     assert (demand.input, demand.hidden_input) == (1008, 1002 // 2)
-    assert await count.most_of_input() == 1008 + 1002 // 2
-    assert await count.of_input() == 1008
+    assert await count.input_upper_bound() == 1008 + 1002 // 2
+    assert await count.input_tokens() == 1008
 
 
 async def test_the_most_of_an_input_is_what_is_shown_and_what_is_not() -> None:
     """Of one that refers to something else all of the model's context; of others what was counted."""
     model = replace(GPT_4O, context=128_000)
-    assert await counted(tokenizers(), model, messages=HELLO).most_of_input() == 10
+    assert await counted(tokenizers(), model, messages=HELLO).input_upper_bound() == 10
     refers = counted(tokenizers(), model, messages=HELLO, chat_template="{{ anything }}")
-    assert await refers.most_of_input() == 128_000
+    assert await refers.input_upper_bound() == 128_000
     assert (await refers.exact_demand()).input < 100
     unknown = counted(Watched(), messages=HELLO)
-    assert await unknown.most_of_input() == unknown.demand.input
+    assert await unknown.input_upper_bound() == unknown.demand.input
 
 
 async def test_what_a_call_goes_on_from_is_part_of_its_input() -> None:
@@ -108,7 +108,7 @@ async def test_what_a_call_goes_on_from_is_part_of_its_input() -> None:
         assert count.demand.input == 100 + tokens
         exact = await count.exact_demand()
         assert (exact.input, exact.hidden_input) == (10 + tokens, hidden_input)
-        assert await count.of_input() == 10 + tokens
+        assert await count.input_tokens() == 10 + tokens
 
 
 async def test_the_file_says_by_which_tokenizer() -> None:
@@ -122,16 +122,16 @@ async def test_the_file_says_by_which_tokenizer() -> None:
     }
     assert 0 < by["o200k_base"].input < by["cl100k_base"].input
     count = counted(tokenizers(), replace(UNKNOWN, encoding="cl100k_base"), COMPLETIONS, prompt=text)
-    assert await count.of_input() == by["cl100k_base"].input
-    assert await count.of_output([text]) == by["cl100k_base"].input
-    assert count.piece(text) == by["cl100k_base"].input
+    assert await count.input_tokens() == by["cl100k_base"].input
+    assert await count.output_tokens([text]) == by["cl100k_base"].input
+    assert count.output_counter(text) == by["cl100k_base"].input
 
 
 async def test_without_a_table_the_bytes_bound_an_input() -> None:
     """For good, so that nobody asks once more; and four of them make a token where it is to be charged."""
     count = counted(Watched(), messages=HELLO)
     assert await count.exact_demand() == replace(count.demand, is_estimated=False)
-    assert await count.of_input() == -(-count.demand.input // 4)
+    assert await count.input_tokens() == -(-count.demand.input // 4)
 
 
 async def test_without_a_table_a_picture_has_its_price() -> None:
@@ -139,8 +139,9 @@ async def test_without_a_table_a_picture_has_its_price() -> None:
     content = [{"type": "text", "text": "What is this?"}, PICTURE]
     count = counted(Watched(), messages=[{"role": "user", "content": content}])
     price = 85 + 8 * 170
-    assert await count.of_input() == -(-(count.demand.input - price) // 4) + price
-    assert await counted(tokenizers(), messages=[{"role": "user", "content": [PICTURE]}]).of_input() == price + 1 + 6
+    assert await count.input_tokens() == -(-(count.demand.input - price) // 4) + price
+    image_only = counted(tokenizers(), messages=[{"role": "user", "content": [PICTURE]}])
+    assert await image_only.input_tokens() == price + 1 + 6
 
 
 async def test_an_input_is_counted_at_most_once() -> None:
@@ -150,7 +151,7 @@ async def test_an_input_is_counted_at_most_once() -> None:
         assert watched.given == []
         for _ in range(2):
             await count.exact_demand()
-            await count.of_input()
+            await count.input_tokens()
         assert watched.given == [len("user" + "Hello world!")]
 
 
@@ -158,13 +159,13 @@ async def test_a_large_input_is_counted_before_it_is_sent() -> None:
     """Its texts aren't kept for as long as a stream may take; smaller ones are, and mostly never counted."""
     watched = Watched(tokenizers())
     small = counted(watched, GPT_4O, COMPLETIONS, prompt="a " * 2**19)
-    await small.before_it_is_sent()
+    await small.count_large_input()
     assert watched.given == []
     large = counted(watched, GPT_4O, COMPLETIONS, prompt=["a " * 2**19, "b"])
-    await large.before_it_is_sent()
+    await large.count_large_input()
     assert watched.given == [2**20 + 1]
-    tokens = await large.of_input()
-    await large.before_it_is_sent()
+    tokens = await large.input_tokens()
+    await large.count_large_input()
     assert watched.given == [2**20 + 1]
     assert 2**19 <= tokens < 2**19 + 200  # of each slice the end may be a token of its own
 
@@ -173,17 +174,17 @@ async def test_the_texts_of_an_answer_are_counted() -> None:
     """All of them together; none are none, and nobody is asked."""
     watched = Watched(tokenizers())
     count = counted(watched, messages=HELLO)
-    assert await count.of_output([]) == 0
+    assert await count.output_tokens([]) == 0
     assert watched.given == []
-    assert await count.of_output(["Hello world!", "Hello"]) == 4
-    assert count.piece("Hello world!") == 3
+    assert await count.output_tokens(["Hello world!", "Hello"]) == 4
+    assert count.output_counter("Hello world!") == 3
 
 
 async def test_without_a_table_the_bytes_of_an_answer_are_a_quarter_of_a_token_each() -> None:
     """Rounded up, and whatever the text is."""
     count = counted(Watched(), messages=HELLO)
-    assert await count.of_output(["abcd", "e"]) == 2
-    assert await count.of_output(["é" * 4]) == 2
-    assert await count.of_output(["\ud800"]) == 1
-    assert await count.of_output([]) == 0
-    assert count.piece("abcde") == 2
+    assert await count.output_tokens(["abcd", "e"]) == 2
+    assert await count.output_tokens(["é" * 4]) == 2
+    assert await count.output_tokens(["\ud800"]) == 1
+    assert await count.output_tokens([]) == 0
+    assert count.output_counter("abcde") == 2

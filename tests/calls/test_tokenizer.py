@@ -241,7 +241,7 @@ async def test_what_is_too_much_is_not_counted(both: Tokenizers):
 
 async def test_what_takes_too_long_is_given_up(both: Tokenizers):
     """Nobody waits for ever on a busy machine."""
-    assert await both.count_all([HOSTILE["a"]], "o200k_base", within_s=0) is None
+    assert await both.count_all([HOSTILE["a"]], "o200k_base", timeout_s=0) is None
     assert await both.count_all(["Hello"], "o200k_base") == 1
 
 
