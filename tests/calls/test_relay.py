@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ import aiohttp
 import openai
 import pytest
 
+from proxy.calls.tokenizer import Tokenizers
 from proxy.formats.meter import Meter
 from proxy.formats.sse import Event
 from proxy.ledger.entry import Entry
@@ -75,6 +76,29 @@ async def test_a_failure_of_the_upstream_is_free(simulate: str, status: int, tmp
         if status == 429:
             assert "upstream" in reply.error["message"]
             assert reply.headers["retry-after"] == "1"
+
+
+class RecordingTokenizers(Tokenizers):
+    """Tokenizers without tables that record how often a count was requested."""
+
+    def __init__(self) -> None:
+        super().__init__(())
+        self.requests = 0
+
+    async def count_all(self, texts: Sequence[str], encoding: str, *, timeout_s: float = 10) -> int | None:
+        self.requests += 1
+        return None
+
+
+async def test_a_call_that_an_error_answer_has_ended_is_not_counted(tmp_path: Path) -> None:
+    """Its status says what is charged, so its input is not counted. The input of an answer without usage is."""
+    tokenizers = RecordingTokenizers()
+    async with stage(folder=tmp_path, tokenizers=tokenizers) as on:
+        for simulate, status in (("status=401", 502), ("html", 502), ("status=429", 429)):
+            assert (await on.post(CHAT, _ask(simulate))).status == status
+        assert tokenizers.requests == 0
+        await on.post(CHAT, _ask("tokens=40 no_usage"))
+        assert tokenizers.requests > 0
 
 
 async def test_an_upstream_that_is_down_gives_a_502_and_is_free(tmp_path: Path) -> None:
