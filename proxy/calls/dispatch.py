@@ -139,6 +139,7 @@ class Dispatcher:
                 await asyncio.sleep(routing.pause_ms / 1000)
             target = self._cooldowns.choose(routing.remaining, self._now(), draw=self._draw())
             candidate = candidates.for_target(target)
+            # The connection of a failed attempt is closed before the next attempt begins.
             async with AsyncExitStack() as connection:
                 try:
                     answer = await connection.enter_async_context(self._attempt(candidate, reservation))

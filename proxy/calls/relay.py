@@ -3,8 +3,8 @@
 `Relay.carry` is the whole path in one function. It runs in a task of its own, not in the task of the HTTP request, so
 a client that disconnects cannot stop it half way.
 
-The end of an answer is sent only when its charge is committed. So a client that has a complete answer has been
-charged for it, even if the proxy is killed in the next moment.
+The end of an answer is sent only when its charge is committed, or after `reservation.COMMIT_WAIT_S`. So a client that
+has a complete answer has been charged for it, even if the proxy is killed in the next moment.
 """
 
 import asyncio
@@ -74,6 +74,8 @@ class Relay:
         nothing of an answer has been sent. After that an upstream's error is sent as an event of the stream.
         """
         candidates = Candidates(call, self._tokenizers)
+        # The order matters. `watch` cancels everything inside it, so `_reserve`, which must end the reservation in
+        # any case, is outside. An upstream's error is handled inside `watch`: a client may leave meanwhile.
         async with (
             self._reserve(call, candidates) as reservation,
             self._disconnects.watch(call, reservation),
@@ -119,6 +121,7 @@ class Relay:
                 input_tokens=usage.tokens.input,
                 output_tokens=usage.tokens.output,
                 provenance=usage.provenance,
+                # Input that the request did not show, or an upstream that did not keep to its maximum.
                 hidden=usage.tokens.beyond(entry.hold),
             )
 
@@ -177,6 +180,7 @@ class Relay:
                             self._queue, wait_s=call.extend_wait_s, is_disconnected=lambda: client.is_disconnected
                         ):
                             return await self._end_at_limit(stream, call, reservation)
+                        # The event that waited passes now, and those after it as far as they are covered.
                         await client.write(stream.feed(b"", covered=reservation.covered))
                     if stream.is_over:
                         break

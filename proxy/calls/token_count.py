@@ -1,8 +1,8 @@
 """The number of tokens of one call, for the cases in which the upstream does not report it.
 
 Most calls are never counted. The input is counted in two cases: if so little of a quota is left that a bound in bytes
-would refuse or shorten a call that fits, and if an answer broke off or came without its usage. It is counted at most
-once, and not on the event loop.
+would refuse, delay or shorten a call that fits, and if an answer broke off or came without its usage. It is counted
+at most once, and not on the event loop.
 
 Example: a prompt of 8,000 bytes is bounded by 8,000 tokens, because a token has at least one byte. With a million
 tokens available this bound is good enough. With 6,000 available it would refuse a call that has about 2,000 tokens,

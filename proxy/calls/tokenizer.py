@@ -147,7 +147,7 @@ class Tokenizers:
         """The tokens of a whole prompt or answer, counted in threads.
 
         None if there is no table, the texts are too long, too much is waiting, or it takes longer than `timeout_s`.
-        The caller then uses the number of bytes, which is never smaller than the number of tokens.
+        The caller then falls back to the number of bytes, which is never smaller than the number of tokens.
         """
         encode = self._encoder_for(encoding)
         if encode is None or len(texts) > TEXTS_MAX:
