@@ -125,7 +125,7 @@ class Api:
         user = identify(request.headers.items(), policy)
         client = WebResponder(request, id=request[REQUEST_ID], heartbeat_s=self._limits.heartbeat_s)
         asked = StoredResponseQuery(kept, request.match_info["id"], list(request.query.items()), user, policy)
-        await self._stored_responses.pass_on(asked, client)
+        await self._stored_responses.forward(asked, client)
         assert client.response is not None, "what was passed on was answered"
         return client.response
 
