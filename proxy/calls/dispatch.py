@@ -148,7 +148,7 @@ class Dispatcher:
         call, meter = candidate.call, candidate.meter()
         if call.adds_usage and not self._usage_options.may_ask(call.address, call.model):
             call = call.without_option()
-            meter.did_not_ask()
+            meter.stop_stripping()
         reservation.ask(call.model, meter, count=candidate.count)
         async with self._send(call, candidate.body(call, reservation.entry)) as answer:
             if not await _is_option_refused(answer, call):
@@ -157,7 +157,7 @@ class Dispatcher:
                 yield answer
                 return
         call = call.without_option()
-        meter.did_not_ask()
+        meter.stop_stripping()
         async with self._send(call, call.body_for(reservation.entry)) as answer:
             if answer.status // 100 == 2:
                 log.info(

@@ -153,7 +153,8 @@ class Reservation:
         tokens = usage.tokens
         if self.meter.input_reported is None:
             tokens = replace(tokens, input=await self._count.of_input())
-        return AtLeast(replace(tokens, output=tokens.output + await self._count.of_output(self.meter.uncounted)))
+        counted = await self._count.of_output(self.meter.uncounted_texts)
+        return AtLeast(replace(tokens, output=tokens.output + counted))
 
     @property
     def whole_hold(self) -> Usage:

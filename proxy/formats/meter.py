@@ -68,7 +68,7 @@ class Meter:
         self.chunk: dict[str, Any] | None = None  # what the last event said
         self.ending = Ending(request.endpoint.name, choices=request.choices)
         self.response_id: str | None = None  # by which the upstream keeps what it made
-        self.uncounted: list[str] = []  # the texts of a whole answer that came without its usage
+        self.uncounted_texts: list[str] = []  # the texts of a whole answer that came without its usage
         self._count = count
         self._charge = request.endpoint.charge
         self._generates = request.endpoint.charge == "tokens" and request.endpoint.generates
@@ -88,7 +88,7 @@ class Meter:
         self._counted = 0  # in all that passed
         self._counted_since = 0  # the usage was last reported
 
-    def did_not_ask(self) -> None:
+    def stop_stripping(self) -> None:
         """The usage was not asked for after all, so what is said of it was meant for the client."""
         self._strips = self._strips_running = self._moves_timings = False
 
@@ -162,7 +162,7 @@ class Meter:
         answer = read_object(body)
         if answer is None:
             self.has_error = self._charge != "tokens_if_said"  # sound is no JSON, nor are subtitles
-            self.uncounted = [body.decode("utf-8", "replace")] if self._generates else []
+            self.uncounted_texts = [body.decode("utf-8", "replace")] if self._generates else []
             return
         self._see_error(answer)
         if self._is_messages:
@@ -173,14 +173,14 @@ class Meter:
             self._add(answer)
         if self._reported is None and self._generates:
             names = ("content",) if self._is_messages else ("choices", "output")
-            self.uncounted = [text for name in names for text in _texts(answer.get(name))]
+            self.uncounted_texts = [text for name in names for text in _texts(answer.get(name))]
         elif self._is_llama:
             self._see_others(answer.get("choices"))
 
     def _see_others(self, choices: object) -> None:
         """Keep the texts of all choices but the first: llama.cpp says the usage of that one and its prompt alone."""
         if isinstance(choices, list) and len(choices) > 1 and self._reported is not None:
-            self.uncounted = list(_texts(choices[1:]))
+            self.uncounted_texts = list(_texts(choices[1:]))
             self._is_partial = True
             if self._has_several_prompts:
                 self._reported = replace(self._reported, input=0, cached=0)

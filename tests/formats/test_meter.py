@@ -267,7 +267,7 @@ def test_strange_usage_is_booked_or_counted_by_ourselves(usage: object, booked: 
     assert usage_of(TEXT + event(usage_chunk(usage)) + DONE) == booked
     meter = whole({"choices": [{"message": {"content": "Hello world!"}}], "usage": usage})
     assert meter.usage() == (UNCOUNTED if booked == OWN_COUNT else booked)
-    assert meter.uncounted == (["Hello world!"] if booked == OWN_COUNT else [])
+    assert meter.uncounted_texts == (["Hello world!"] if booked == OWN_COUNT else [])
 
 
 def test_a_number_that_no_json_has_leaves_the_rest_to_our_own_count() -> None:
@@ -683,7 +683,7 @@ def test_before_anything_came_nothing_is_known() -> None:
     """What the input of a call that was never answered may have cost, others have to say."""
     assert usage_of(b"") == AtLeast(Tokens(0, 0))
     assert new().usage() == AtLeast(Tokens(0, 0))
-    assert (new().output_seen, new().input_reported, new().uncounted) == (0, None, [])
+    assert (new().output_seen, new().input_reported, new().uncounted_texts) == (0, None, [])
 
 
 @pytest.mark.parametrize(
@@ -884,7 +884,7 @@ def test_of_a_whole_answer_without_usage_the_texts_are_kept(
 ) -> None:
     """To be counted by whoever may take the time for it; until then nothing of them is in the usage."""
     meter = whole(answer, endpoint)
-    assert (meter.usage(), meter.uncounted) == (UNCOUNTED, texts)
+    assert (meter.usage(), meter.uncounted_texts) == (UNCOUNTED, texts)
     assert meter.is_at_end
     assert not meter.has_error
 
@@ -902,7 +902,7 @@ def test_of_a_whole_answer_without_usage_the_texts_are_kept(
 def test_a_whole_answer_is_booked_by_its_usage(endpoint: Endpoint, answer: dict, booked: Usage) -> None:
     """Exactly that, and there is nothing left to count."""
     meter = whole(answer, endpoint)
-    assert (meter.usage(), meter.uncounted) == (booked, [])
+    assert (meter.usage(), meter.uncounted_texts) == (booked, [])
     assert isinstance(meter.usage(), Exactly)
     assert meter.is_at_end
     assert not meter.has_error
@@ -936,7 +936,7 @@ def test_usage_that_is_of_the_first_choice_alone(
     meter = Meter(of, count=count, kind="llamacpp")
     meter.see_whole(json.dumps({**answer, "usage": HONEST}).encode())
     assert meter.usage() == (BOOKED if booked is None else AtLeast(Tokens(*booked)))
-    assert meter.uncounted == texts
+    assert meter.uncounted_texts == texts
     assert meter.input_reported == (None if of.has_several_prompts else 11)
 
 
@@ -944,15 +944,15 @@ def test_without_usage_all_choices_are_counted() -> None:
     """Also where it would be of one alone."""
     meter = Meter(request(stream=False, n=2), count=count, kind="llamacpp")
     meter.see_whole(json.dumps({"choices": [message("a"), message("b")]}).encode())
-    assert (meter.usage(), meter.uncounted, meter.input_reported) == (UNCOUNTED, ["a", "b"], None)
+    assert (meter.usage(), meter.uncounted_texts, meter.input_reported) == (UNCOUNTED, ["a", "b"], None)
 
 
 def test_an_error_in_a_whole_answer_is_seen() -> None:
     """Inside a 200: its words cost nothing, what was generated before it does (T44)."""
     error = {"error": {"message": "It broke. " * 40, "code": 500}}
     assert whole(error).has_error
-    assert (whole(error).usage(), whole(error).uncounted) == (UNCOUNTED, [])
-    assert whole({**error, "choices": [{"message": {"content": "Hello world"}}]}).uncounted == ["Hello world"]
+    assert (whole(error).usage(), whole(error).uncounted_texts) == (UNCOUNTED, [])
+    assert whole({**error, "choices": [{"message": {"content": "Hello world"}}]}).uncounted_texts == ["Hello world"]
     assert whole({**error, "usage": HONEST}).usage() == BOOKED
     failed = {"status": "failed", "output": [], "usage": RESPONSE_USAGE, **error}
     assert whole(failed, RESPONSES).usage() == BOOKED
@@ -962,8 +962,8 @@ def test_an_error_in_a_whole_answer_is_seen() -> None:
 def test_a_body_that_is_no_object_counts_in_full(body: bytes) -> None:
     """Whatever it is, it was generated, and it is no answer; but embeddings generate nothing."""
     meter = whole(body)
-    assert (meter.usage(), meter.uncounted) == (UNCOUNTED, [body.decode(errors="replace")])
-    assert (whole(body, EMBEDDINGS).usage(), whole(body, EMBEDDINGS).uncounted) == (UNCOUNTED, [])
+    assert (meter.usage(), meter.uncounted_texts) == (UNCOUNTED, [body.decode(errors="replace")])
+    assert (whole(body, EMBEDDINGS).usage(), whole(body, EMBEDDINGS).uncounted_texts) == (UNCOUNTED, [])
     assert meter.has_error
 
 
@@ -1020,7 +1020,7 @@ def test_tokens_are_charged_where_they_are_said(endpoint: Endpoint) -> None:
     assert whole({"data": []}, endpoint).usage() == Unspent(requests=1)
     assert whole({"usage": {"type": "duration", "seconds": 7}}, endpoint).usage() == Unspent(requests=1)
     sound = whole(b"ID3\xff", endpoint)
-    assert (sound.usage(), sound.has_error, sound.uncounted) == (Unspent(requests=1), False, [])
+    assert (sound.usage(), sound.has_error, sound.uncounted_texts) == (Unspent(requests=1), False, [])
     assert whole({"error": {"message": "no"}}, endpoint).usage() == AtLeast(Tokens(0, 0))
 
 
@@ -1038,7 +1038,7 @@ def test_a_compaction_is_counted_where_it_says_no_tokens() -> None:
     """It is billed in tokens like any response."""
     assert whole({"output": [], "usage": TOLD}, COMPACT).usage() == Exactly(Tokens(11, 5))
     silent = whole({"output": [{"type": "compaction", "id": "c", "encrypted_content": "secret"}]}, COMPACT)
-    assert (silent.usage(), silent.uncounted) == (AtLeast(Tokens(0, 0)), ["secret"])
+    assert (silent.usage(), silent.uncounted_texts) == (AtLeast(Tokens(0, 0)), ["secret"])
 
 
 @pytest.mark.parametrize(
@@ -1158,7 +1158,7 @@ def test_what_was_not_asked_for_is_the_client_s() -> None:
     """Where the upstream would not take our option, all that it says was said unasked."""
     for kind, text in (("vllm", RUNNING), ("llamacpp", TIMED)):
         meter = new(kind=kind)
-        meter.did_not_ask()
+        meter.stop_stripping()
         stream = text + event(chunk(finish="stop", usage=None)) + event(usage_chunk(timings=TIMINGS)) + DONE
         assert b"".join(meter.see_event(each) for each in Splitter().feed(stream)) == stream
         assert meter.usage() == BOOKED
@@ -1346,7 +1346,7 @@ def test_a_whole_message_says_its_usage_or_is_counted() -> None:
     }
     meter = new(MESSAGE)
     meter.see_whole(json.dumps({**body, "usage": {"input_tokens": 3, "output_tokens": 2}}).encode())
-    assert (meter.usage(), meter.uncounted) == (Exactly(Tokens(3, 2)), [])
+    assert (meter.usage(), meter.uncounted_texts) == (Exactly(Tokens(3, 2)), [])
     meter = new(MESSAGE)
     meter.see_whole(json.dumps(body).encode())
-    assert (meter.usage(), meter.uncounted) == (AtLeast(Tokens(0, 0)), ["hi", "f", "b"])
+    assert (meter.usage(), meter.uncounted_texts) == (AtLeast(Tokens(0, 0)), ["hi", "f", "b"])
