@@ -41,7 +41,7 @@ class Stream:
     @property
     def is_between_events(self) -> bool:
         """Whether an event of ours may be written now: not while a large one goes out in pieces."""
-        return not self._splitter.is_passing_on
+        return not self._splitter.is_inside_large_event
 
     def feed(self, chunk: bytes, *, covered: int) -> bytes:
         """Take the next bytes and return what of them, and of those kept back, may pass on now.
