@@ -17,8 +17,8 @@ from typing import Any
 
 from proxy.formats.anthropic import read_usage
 from proxy.formats.chunks import (
-    is_finished,
-    more_than_usage,
+    extra_members,
+    is_finish_chunk,
     read_object,
     with_timings,
     without_timings,
@@ -118,9 +118,9 @@ class Meter:
             return shown
         last, self._last = self._last, None
         chunk = self.chunk or {}
-        if last and shown and not chunk.get("choices") and more_than_usage(chunk) == {"timings"}:
+        if last and shown and not chunk.get("choices") and extra_members(chunk) == {"timings"}:
             return with_timings(*last, event, chunk)
-        if is_finished(chunk) and "timings" not in chunk:
+        if is_finish_chunk(chunk) and "timings" not in chunk:
             said = chunk if chunk.get("usage") else {key: value for key, value in chunk.items() if key != "usage"}
             self._last, shown = (shown, said), b""
         return (last[0] if last else b"") + shown
@@ -271,7 +271,7 @@ class Meter:
 
         Behind a stop word they come with the last of the text too; there they are lost, and said on the next chunk.
         """
-        is_running = self._strips_running and self._is_llama and "timings" in chunk and not is_finished(chunk)
+        is_running = self._strips_running and self._is_llama and "timings" in chunk and not is_finish_chunk(chunk)
         return without_timings(event, chunk) if is_running else event.raw
 
     def _see_usage_chunk(self, chunk: dict[str, Any], event: Event) -> bytes:
@@ -286,7 +286,7 @@ class Meter:
         self._report(tokens)
         if not self._strips:
             return event.raw
-        return without_usage(event, chunk) if more_than_usage(chunk) else b""
+        return without_usage(event, chunk) if extra_members(chunk) else b""
 
     def _see_response_event(self, chunk: dict[str, Any]) -> None:
         self._see_error(chunk)
