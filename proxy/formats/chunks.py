@@ -1,5 +1,4 @@
-"""Chunks of a /chat/completions or /completions stream: parsed as leniently as clients parse them, and rewritten to
-what the client would have received if the proxy had not asked for usage.
+"""Chunks of /chat/completions and /completions streams: parse them, and remove what only the proxy asked for.
 
 The proxy asks for usage in the client's place (`formats.request`), so the upstream adds members to chunks. They are
 cut out of the bytes, and all other bytes stay the same: numbers, escapes, spaces and line ends. Example:
