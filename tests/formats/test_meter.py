@@ -1085,7 +1085,7 @@ def timed(stream: bytes, of: Request = UNASKED) -> tuple[Meter, bytes]:
     """Let a stream of llama.cpp go by; return the meter, and what the client is shown of it."""
     meter, splitter = new(of, kind="llamacpp"), Splitter()
     shown = b"".join(meter.see_event(each) for each in splitter.feed(stream))
-    return meter, shown + meter.rest()
+    return meter, shown + meter.flush()
 
 
 @pytest.mark.parametrize("spaced", [False, True])
