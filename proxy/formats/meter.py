@@ -131,9 +131,10 @@ class Meter:
         return self._reported.input
 
     def see_event(self, event: Event, *, is_cut: bool = False) -> bytes:
-        """Measure one event and return the bytes for the client. `is_cut`: the stream broke off inside the event.
+        """Measure one event and return the bytes for the client.
 
-        Bytes that are kept for a moment are returned with the next event, or by `flush`.
+        Bytes that are kept for a moment are returned with the next event, or by `flush`. `is_cut` says that the
+        stream ended before the event's blank line; then data that can't be parsed is not counted.
         """
         shown = self._see_event(event, is_cut=is_cut)
         if not self._moves_timings:
@@ -145,8 +146,8 @@ class Meter:
         # So the finish chunk is kept until the next event, and gets the timings if that is the usage chunk.
         kept, self._finish_chunk = self._finish_chunk, None
         chunk = self.chunk or {}
-        # If the usage chunk has still other members, `shown` has them and it is sent as it is: nobody knows where
-        # they would have been without our option.
+        # If the usage chunk has other members too, it is sent with all of them: it is unknown on which chunk those
+        # would have come without our option.
         if kept and shown and not chunk.get("choices") and extra_members(chunk) == {"timings"}:
             return with_timings(*kept, event, chunk)
         if is_finish_chunk(chunk) and "timings" not in chunk:
@@ -335,11 +336,11 @@ class Meter:
         return without_timings(event, chunk) if is_running and not is_finish_chunk(chunk) else event.raw
 
     def _keep_other_choices(self, choices: object) -> None:
-        """Keep the texts of all choices but the first: llama.cpp reports only the usage of the first and its prompt."""
+        """Keep the texts of all choices but the first. llama.cpp reports the usage of the first only."""
         if isinstance(choices, list) and len(choices) > 1 and self._reported is not None:
             self.uncounted_texts = list(_texts_in(choices[1:]))
             self._is_partial = True
-            if self._has_several_prompts:
+            if self._has_several_prompts:  # the reported input is that of the first prompt only
                 self._reported = replace(self._reported, input=0, cached=0)
 
     # ------------------------------------------------------------------------------------------------------
