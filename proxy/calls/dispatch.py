@@ -176,7 +176,7 @@ class Dispatcher:
         call, meter = candidate.call, candidate.meter()
         if call.adds_usage and not self._usage_options.should_send(call.address, call.model):
             call = call.without_usage_option()
-            meter.did_not_ask()
+            meter.stop_stripping()
         reservation.begin_attempt(call.model, meter, count=candidate.count)
         async with self._send(call, candidate.body(call, reservation.entry)) as answer:
             if not await _is_option_rejected(answer, call):
@@ -185,7 +185,7 @@ class Dispatcher:
                 yield answer
                 return
         call = call.without_usage_option()
-        meter.did_not_ask()
+        meter.stop_stripping()
         async with self._send(call, call.body_for(reservation.entry)) as answer:
             if answer.status // 100 == 2:
                 log.info(

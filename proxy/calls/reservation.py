@@ -182,7 +182,7 @@ class Reservation:
         tokens = usage.tokens
         if self.meter.input_reported is None:
             tokens = replace(tokens, input=await self._count.input_tokens())
-        output = tokens.output + await self._count.output_tokens(self.meter.uncounted)
+        output = tokens.output + await self._count.output_tokens(self.meter.uncounted_texts)
         return AtLeast(replace(tokens, output=output))
 
     @property
