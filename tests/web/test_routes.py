@@ -101,7 +101,7 @@ async def test_a_model_without_a_quota_is_a_404_that_says_what_to_configure(tmp_
 
 
 async def test_a_body_over_the_limit_is_a_413(tmp_path: Path) -> None:
-    """By its announced length, or only after decompression. The client gets the answer before it has sent all of it."""
+    """By its announced length, or only after decompression. The answer comes before the whole body."""
     async with stage(folder=tmp_path) as on:
         reply = await on.post(CHAT, io.BytesIO(b" " * (REQUEST_BYTES_MAX + 1)))
         await _refused(on, reply, 413, "request_too_large")
