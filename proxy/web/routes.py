@@ -73,10 +73,10 @@ class Api:
     def application(self) -> web.Application:
         """The application. It has to be served with `handler_cancellation`, as `Listener` does."""
         application = web.Application(
-            middlewares=[  # the first is the outermost
-                self._assign_id,
+            middlewares=[
+                self._assign_id,  # the outermost, because every answer has the id
                 self._cors.answer_preflight,
-                answer_errors,
+                answer_errors,  # outside of the following ones, whose errors it answers
                 validate_request,
                 _refuse_websocket,
             ]
@@ -119,6 +119,8 @@ class Api:
             parsed = parse_request(endpoint, await read_body(request, self._limits), deployment=deployment)
             call = await self._stored_responses.with_previous(prepare_call(parsed, user, policy, client))
             return await self._answer(call, client)
+        # A form may have 512 MiB, so it is written to the disk. From here on the spool has to be closed on every path:
+        # here until the call is prepared, then by `_run_call`.
         spool = Spool()
         try:
             form = await read_form(request, spool, self._limits)
@@ -166,7 +168,7 @@ class Api:
             log.error("a call failed", exc_info=error, call=call.client.id)
             if not call.client.has_begun:
                 return ProxyError("The proxy made a mistake. It has been logged.")
-            call.client.abort()
+            call.client.abort()  # a part of the answer was sent, so there can't be a status any more
         finally:
             if call.spool is not None:
                 call.spool.close()
