@@ -232,17 +232,17 @@ class Server:
         self._tokenizers.load(_encodings_of(config.policy))
         return config
 
-    async def _listen(self, application: web.Application, where: Address | tuple[int, ...]) -> Address:
+    async def _listen(self, application: web.Application, at: Address | tuple[int, ...]) -> Address:
         """Serve the application at an address, or on the inherited sockets with these descriptors."""
-        if not isinstance(where, Address):
+        if not isinstance(at, Address):
             application.on_response_prepare.append(self._close_after_answer)
         runner = Listener(application, self._settings.connection_limits)
         await runner.setup()
         self._runners.append(runner)
-        if isinstance(where, Address):
-            await web.TCPSite(runner, where.host, where.port, reuse_address=True).start()
+        if isinstance(at, Address):
+            await web.TCPSite(runner, at.host, at.port, reuse_address=True).start()
         else:
-            for number in where:
+            for number in at:
                 await web.SockSite(runner, socket.socket(fileno=number)).start()
         host, port = runner.addresses[0][:2]
         return Address(host, port)

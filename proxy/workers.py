@@ -106,7 +106,7 @@ def receive_inherited(control: socket.socket) -> InheritedResources:
     while not line.endswith(b"\n"):
         part = control.recv(_LINE_BYTES)
         if not part:
-            raise OSError("The parent of this worker is gone.")
+            raise OSError("The parent of this worker has ended.")
         line += part
     return InheritedResources.from_line(line)
 
@@ -244,8 +244,7 @@ class Parent:
 
     def _bind(self) -> None:
         settings = self._config.settings
-        # Stored after each step, so that the sockets of the API are closed if the port of the admin listener is in
-        # use.
+        # Stored after each step: if the port of the admin listener is in use, the API's sockets have to be closed.
         api = self._sockets = listen(settings.api)
         admin = listen(settings.admin) if settings.admin is not None else []
         self._sockets = api + admin
@@ -300,7 +299,7 @@ class Parent:
         except OSError as error:
             reason = f"no process can be started: {error}"
         else:
-            reason = "what it said stands above"
+            reason = "see its log above"
             if all(worker.serves for worker in new):
                 # A worker charges the calls of the dead owners that it is told of before it serves.
                 self._dead_owners -= {owner for worker in new for owner in worker.inherited.dead}
@@ -429,8 +428,8 @@ class Parent:
 async def _prepare_database(database: str) -> int | None:
     """Migrate the database and charge the calls that were left open. Returns the lock on a SQLite file, else None.
 
-    The parent does that before it starts workers, so that they don't all migrate at once, and so that no other
-    process can take the file between the end of one worker and the start of the next.
+    The parent does that before it starts workers. Otherwise all workers would migrate at once, and another process
+    could take the file between the end of one worker and the start of the next.
     """
     store = store_of(database)
     ledger = Ledger(store, owner=f"proxy-{secrets.token_hex(8)}", now=wall_clock_ms)
@@ -449,8 +448,9 @@ def listen(address: Address) -> list[socket.socket]:
     found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     sockets: list[socket.socket] = []
     try:
-        for family, where in sorted({(family, where[:2]) for family, *_, where in found}):
-            sockets.append(socket.create_server((str(where[0]), int(where[1])), family=family, backlog=_BACKLOG))
+        # An address may be found twice, and one of IPv6 has four members, of which the first two are needed.
+        for family, (host, port) in sorted({(family, sockaddr[:2]) for family, *_, sockaddr in found}):
+            sockets.append(socket.create_server((str(host), int(port)), family=family, backlog=_BACKLOG))
     except OSError:
         for each in sockets:
             each.close()

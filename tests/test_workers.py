@@ -377,7 +377,7 @@ async def test_a_parent_whose_first_workers_cannot_start_ends_with_an_error(
 ) -> None:
     """It does not try for ever."""
     startable.forbid()
-    with pytest.raises(NotServing, match="could not start: what it said"):
+    with pytest.raises(NotServing, match="could not start: see its log above"):
         await parent.serve(lambda _: pytest.fail("nobody serves"))
 
 

@@ -119,8 +119,8 @@ class Api:
             parsed = parse_request(endpoint, await read_body(request, self._limits), deployment=deployment)
             call = await self._stored_responses.with_previous(prepare_call(parsed, user, policy, client))
             return await self._answer(call, client)
-        # A form may have 512 MiB, so it is written to the disk. From here on the spool has to be closed on every path:
-        # here until the call is prepared, then by `_run_call`.
+        # A form may have 512 MiB, so it is written to the disk. From here on the spool has to be closed on every
+        # path: here until the call is prepared, then by `_run_call`.
         spool = Spool()
         try:
             form = await read_form(request, spool, self._limits)

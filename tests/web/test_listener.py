@@ -231,8 +231,8 @@ async def test_aiohttp_has_every_internal_that_the_listener_uses() -> None:
     if not aiohttp.__version__.startswith(f"{CHECKED}."):
         problems.append("This is another minor version: check every sentence of INTERNALS, then change CHECKED.")
     if problems:
-        where = "Look into aiohttp's web_protocol.py, web_server.py and web_runner.py, and run this file."
-        pytest.fail("\n".join([f"aiohttp {aiohttp.__version__}:", *problems, where]), pytrace=False)
+        advice = "Look into aiohttp's web_protocol.py, web_server.py and web_runner.py, and run this file."
+        pytest.fail("\n".join([f"aiohttp {aiohttp.__version__}:", *problems, advice]), pytrace=False)
 
 
 def _changes(objects: dict[type, Any]) -> Iterator[str]:

@@ -176,19 +176,19 @@ async def _answer(error: Exception) -> tuple[web.StreamResponse, dict[str, Any]]
 )
 async def test_every_error_has_openai_s_shape(error: Exception, status: int, message: str) -> None:
     """Errors of the proxy and errors of the server library."""
-    response, told = await _answer(error)
+    response, shown = await _answer(error)
     assert response.status == status
-    assert message in told["message"]
-    assert told.keys() >= {"message", "type", "param", "code"}
+    assert message in shown["message"]
+    assert shown.keys() >= {"message", "type", "param", "code"}
     assert response.headers["x-request-id"] == "req_1"
 
 
 async def test_an_unexpected_exception_is_a_500_without_its_text() -> None:
     """The text may contain anything, so only the log has it."""
     with capture_logs() as logged:
-        response, told = await _answer(RuntimeError("secret detail"))
+        response, shown = await _answer(RuntimeError("secret detail"))
     assert response.status == 500
-    assert "secret" not in json.dumps(told)
+    assert "secret" not in json.dumps(shown)
     assert "secret detail" in str(logged)
 
 
@@ -218,7 +218,7 @@ async def test_errors_on_anthropic_s_paths_have_its_shape() -> None:
     response = await answer_errors(request, bad)
     assert isinstance(response, web.Response)
     assert isinstance(response.body, bytes)
-    told = json.loads(response.body)
-    assert (told["type"], told["error"]["type"], told["request_id"]) == ("error", "overloaded_error", "req_1")
+    body = json.loads(response.body)
+    assert (body["type"], body["error"]["type"], body["request_id"]) == ("error", "overloaded_error", "req_1")
     assert (response.headers["request-id"], response.headers["retry-after"]) == ("req_1", "5")
     assert "request-id" not in without_id.headers
