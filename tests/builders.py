@@ -67,7 +67,7 @@ def quota(
     )
 
 
-def route(group: str, *quotas: Quota) -> GroupQuotas:
+def group_quotas(group: str, *quotas: Quota) -> GroupQuotas:
     """A group as a way in; without quotas it is unlimited."""
     return GroupQuotas(group, quotas)
 
@@ -79,7 +79,7 @@ def binding(
     combine: Combine = "any_group",
     user: str = "ann",
 ) -> Binding:
-    """A binding with one way for each group: its quotas, or a `route(...)` where it has none."""
+    """A binding with one way for each group: its quotas, or a `group_quotas(...)` where it has none."""
     groups = [way if isinstance(way, GroupQuotas) else _route_of(way) for way in alternatives]
     return Binding(user, tuple(always), tuple(groups), tuple(shadows), combine)
 
@@ -118,7 +118,7 @@ def call(
     *,
     initial_hold: int = TOKENS_MAX,
     hidden_input: int = 0,
-    open_ended: bool = False,
+    is_unbounded: bool = False,
 ) -> Demand:
     """What a call asks for; the least worth starting for is `min(want, 1024)`, as for a call with one choice.
 
@@ -131,7 +131,7 @@ def call(
         least,
         initial_hold=initial_hold,
         hidden_input=hidden_input,
-        is_unbounded=open_ended,
+        is_unbounded=is_unbounded,
     )
 
 

@@ -29,7 +29,7 @@ def rate_limit_headers(binding: Binding, statuses: Mapping[str, QuotaStatus], no
             headers[f"x-ratelimit-remaining-{kind}"] = str(standing.remaining(limit))
             headers[f"x-ratelimit-reset-{kind}"] = go_duration(standing.counter.window.resets_at - now)
     bound = [(standing, standing.tightest()) for standing in statuses.values() if standing.quota.enforce != "shadow"]
-    tightest = sorted(bound, key=lambda item: item[0].fullness(item[1]))[:3]
+    tightest = sorted(bound, key=lambda item: item[0].remaining_share(item[1]))[:3]
     if tightest:
         headers["ratelimit-policy"] = ", ".join(_policy_item(standing, limit) for standing, limit in tightest)
         headers["ratelimit"] = ", ".join(_level_item(standing, limit, now) for standing, limit in tightest)

@@ -11,7 +11,7 @@ from zoneinfo import ZoneInfo
 from proxy.errors import NeverFits, ProxyError, Refusal
 from proxy.policy.admission import Block, NotAdmitted, Verdict
 from proxy.policy.policy import Policy
-from proxy.policy.status import QuotaStatus, seconds_up, spoken
+from proxy.policy.status import QuotaStatus, duration_text, seconds_up
 from proxy.policy.windows import rfc3339
 
 # A wait that SDKs sleep through on their own is answered as a rate limit; a longer one as a quota that is used
@@ -77,7 +77,7 @@ def _telling(blocks: Iterable[Block]) -> Block:
 
 
 def _exhausted(block: Block, admissible_at: int, *, now: int, zone: ZoneInfo) -> str:
-    return f"{_short(block)}. Resets at {rfc3339(admissible_at, zone)} (in {spoken(admissible_at - now)})."
+    return f"{_short(block)}. Resets at {rfc3339(admissible_at, zone)} (in {duration_text(admissible_at - now)})."
 
 
 def _short(block: Block) -> str:

@@ -103,13 +103,15 @@ def decide(demand: Demand, binding: Binding, counters: Counters, now: int) -> Ad
     Of the ways that have room for all that the call wants the first one is taken. If there is none, the one
     that can carry the most: by what is free, so that nobody gets a shorter answer because of calls in flight.
     """
-    at = {quota.id: counter_at(now, quota, counters.get(quota.key_for(binding.user))) for quota in binding.quotas}
-    best = _best(demand, binding, at)
-    if demand.is_estimated and _could_be_better(best, demand, binding, at):
+    current = {
+        quota.id: counter_at(now, quota, counters.get(quota.key_for(binding.user))) for quota in binding.quotas
+    }
+    best = _best(demand, binding, current)
+    if demand.is_estimated and _could_be_better(best, demand, binding, current):
         return NeedsCount()
     if best.verdict is not Verdict.ALLOW:
         return NotAdmitted(best.verdict, best.telling())
-    return _admit(best, demand, binding, at)
+    return _admit(best, demand, binding, current)
 
 
 def hold_of(quota: Quota, whole: Amount) -> Amount:
@@ -146,22 +148,22 @@ class _Assessment:
         return tuple(block for block in self.blocks if block.verdict is self.verdict)
 
 
-def _best(demand: Demand, binding: Binding, at: Mapping[str, Counter]) -> _Assessment:
-    alternatives = [_assess(way, demand, at) for way in binding.alternatives()]
+def _best(demand: Demand, binding: Binding, current: Mapping[str, Counter]) -> _Assessment:
+    alternatives = [_assess(way, demand, current) for way in binding.alternatives()]
     return next((way for way in alternatives if way.is_whole(demand)), None) or min(
         alternatives, key=_Assessment.rank
     )
 
 
-def _assess(route: GroupQuotas, demand: Demand, at: Mapping[str, Counter]) -> _Assessment:
+def _assess(route: GroupQuotas, demand: Demand, current: Mapping[str, Counter]) -> _Assessment:
     """How a set of quotas, all of which must have room, takes this call."""
     output, capped_by = demand.output_maximum, None
     for quota in route.quotas:
-        carried = _carried(quota, at[quota.id], demand)
+        carried = _carried(quota, current[quota.id], demand)
         if carried < output:
             output, capped_by = carried, quota
-    hold = Amount(demand.input + _unseen(route, demand, at, output), min(output, demand.initial_hold), 1)
-    blocks = tuple(block for quota in route.quotas for block in _blocks(quota, at[quota.id], demand, hold))
+    hold = Amount(demand.input + _unseen(route, demand, current, output), min(output, demand.initial_hold), 1)
+    blocks = tuple(block for quota in route.quotas for block in _blocks(quota, current[quota.id], demand, hold))
     verdict = max((block.verdict for block in blocks), default=Verdict.ALLOW)
     return _Assessment(route, verdict, output, hold, blocks, capped_by)
 
@@ -178,26 +180,26 @@ def _carried(quota: Quota, counter: Counter, demand: Demand) -> int:
     return max(0, min(room))
 
 
-def _unseen(route: GroupQuotas, demand: Demand, at: Mapping[str, Counter], output: int) -> int:
+def _unseen(route: GroupQuotas, demand: Demand, current: Mapping[str, Counter], output: int) -> int:
     """How much is held of what the call may read without showing it: as much as is free beside the rest."""
     room = [demand.hidden_input]
     for quota in route.quotas if demand.hidden_input else ():
         for limit in quota.limits if quota.enforce != "after" else ():
             if limit.measure in ("tokens", "input_tokens"):
                 taken = demand.input + (output if limit.measure == "tokens" else 0)
-                room.append(limit.maximum - at[quota.id].used.of(limit.measure) - taken)
+                room.append(limit.maximum - current[quota.id].used.of(limit.measure) - taken)
     return max(0, min(room))
 
 
-def _could_be_better(best: _Assessment, demand: Demand, binding: Binding, at: Mapping[str, Counter]) -> bool:
+def _could_be_better(best: _Assessment, demand: Demand, binding: Binding, current: Mapping[str, Counter]) -> bool:
     """Whether an input that was only bounded by its bytes should be counted before anything is decided.
 
     It should where the call would be refused, delayed or shortened, unless it would be so without any input; and
     where its bound takes a large part of what others may want.
     """
     if best.is_whole(demand):
-        return any(_is_large(quota, at[quota.id], demand) for quota in binding.quotas)
-    relieved = _best(replace(demand, input=0), binding, at)
+        return any(_is_large(quota, current[quota.id], demand) for quota in binding.quotas)
+    relieved = _best(replace(demand, input=0), binding, current)
     return relieved.verdict < best.verdict or relieved.output > best.output
 
 
@@ -235,7 +237,7 @@ def _verdict(quota: Quota, limit: Limit, counter: Counter, least: int, hold: int
     return Verdict.BUSY if hold > room else Verdict.ALLOW
 
 
-def _admit(way: _Assessment, demand: Demand, binding: Binding, at: Mapping[str, Counter]) -> Admitted:
+def _admit(way: _Assessment, demand: Demand, binding: Binding, current: Mapping[str, Counter]) -> Admitted:
     hold = way.hold
     wanted = replace(demand, smallest=hold.output)
     admitted_via = {quota.id for quota in way.route.quotas}
@@ -243,16 +245,16 @@ def _admit(way: _Assessment, demand: Demand, binding: Binding, at: Mapping[str, 
         quota
         for route in binding.groups
         for quota in route.quotas
-        if quota.id not in admitted_via and not quota.shared and not _blocks(quota, at[quota.id], wanted, hold)
+        if quota.id not in admitted_via and not quota.shared and not _blocks(quota, current[quota.id], wanted, hold)
     ]
-    refusing = [quota for quota in binding.shadows if _would_refuse(quota, at[quota.id], demand)]
+    refusing = [quota for quota in binding.shadows if _would_refuse(quota, current[quota.id], demand)]
     watching = [quota for quota in binding.shadows if quota not in refusing]
     return Admitted(
         admitted_via=way.route.group,
         hold=hold,
         maximum=None if demand.is_unbounded and way.capped_by is None else way.output,
         holds=tuple(
-            Hold(quota, at[quota.id], hold_of(quota, hold))
+            Hold(quota, current[quota.id], hold_of(quota, hold))
             for quota in (*way.route.quotas, *beside, *watching)
             if any(demand.bounds(limit) for limit in quota.limits)
         ),
@@ -287,29 +289,29 @@ def increase_hold(
     *,
     admitted_via: str,
     own: Mapping[str, Amount],
-    at: Mapping[str, Counter],
+    current: Mapping[str, Counter],
 ) -> HoldIncrease:
     """Let a call in flight hold more, as far as there is room.
 
-    `at` is how the counters of the quotas stand that the call holds, by the quotas' ids, and `own` what it holds of
+    `current` is how the counters of the quotas stand that the call holds, by the quotas' ids, and `own` what it holds of
     them itself. Only the way through which it was let in can stop it.
     """
     [way] = [way for way in binding.alternatives() if way.group == admitted_via]
-    stopping = [quota for quota in way.quotas if quota.id in at]
-    output = min([wanted, *(_room(quota, at[quota.id], at[quota.id].held) for quota in stopping)])
+    stopping = [quota for quota in way.quotas if quota.id in current]
+    output = min([wanted, *(_room(quota, current[quota.id], current[quota.id].held) for quota in stopping)])
     output, verdict = max(0, output), Verdict.ALLOW
     if output < least:
-        alone = min(_room(quota, at[quota.id], own[quota.id]) for quota in stopping)
+        alone = min(_room(quota, current[quota.id], own[quota.id]) for quota in stopping)
         verdict = Verdict.BUSY if alone >= least else Verdict.EXHAUSTED
-    beside = [quota for quota in binding.quotas if quota.id in at and quota not in stopping]
+    beside = [quota for quota in binding.quotas if quota.id in current and quota not in stopping]
     left_alone = [
         quota
         for quota in beside
-        if quota.enforce == "exact" and _room(quota, at[quota.id], at[quota.id].held) < output
+        if quota.enforce == "exact" and _room(quota, current[quota.id], current[quota.id].held) < output
     ]
     amount = Amount(output=output)
     growing = [quota for quota in (*stopping, *beside) if quota not in left_alone]
-    holds = tuple(Hold(quota, at[quota.id], hold_of(quota, amount)) for quota in growing)
+    holds = tuple(Hold(quota, current[quota.id], hold_of(quota, amount)) for quota in growing)
     return HoldIncrease(output, verdict, holds, tuple(left_alone))
 
 

@@ -28,7 +28,7 @@ class QuotaStatus:
         held = 0 if self.quota.enforce == "after" else self.counter.held.of(limit.measure)
         return max(0, limit.maximum - self.counter.used.of(limit.measure) - held)
 
-    def fullness(self, limit: Limit) -> tuple[int, int]:
+    def remaining_share(self, limit: Limit) -> tuple[int, int]:
         """Smaller is tighter: parts per million that remain, then how many."""
         remaining = self.remaining(limit)
         return remaining * 1_000_000 // max(1, limit.maximum), remaining
@@ -36,7 +36,7 @@ class QuotaStatus:
     def tightest(self) -> Limit:
         """The limit of this quota of which the smallest part remains."""
         limits = self.quota.limits
-        return limits[0] if len(limits) == 1 else min(limits, key=self.fullness)
+        return limits[0] if len(limits) == 1 else min(limits, key=self.remaining_share)
 
     def as_json(self, zone: ZoneInfo) -> dict[str, object]:
         """The item of `/v1/quota`."""
@@ -103,7 +103,7 @@ def seconds_up(instant: int) -> int:
     return -(-instant // 1000)
 
 
-def spoken(length_ms: int) -> str:
+def duration_text(length_ms: int) -> str:
     """A length of time for people, to two places: `5h 12m`, `45s`, `3d 4h`."""
     total = max(0, seconds_up(length_ms))
     parts = ((total // 86400, "d"), (total // 3600 % 24, "h"), (total // 60 % 60, "m"), (total % 60, "s"))

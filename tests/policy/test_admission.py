@@ -25,7 +25,7 @@ from proxy.policy.admission import (
 from proxy.policy.amounts import NOTHING, Amount
 from proxy.policy.quota import Binding, Counter, Demand, GroupQuotas, Limit, Quota, counter_at
 from proxy.policy.windows import Window
-from tests.builders import DAY, NOON, amount, binding, call, counters, estimated, instant, quota, route
+from tests.builders import DAY, NOON, amount, binding, call, counters, estimated, group_quotas, instant, quota
 from tests.random_rules import bindings, counters_of, demands
 
 ONE_OCLOCK = instant("2026-11-24 13:00")
@@ -252,18 +252,18 @@ def test_a_block_says_what_was_needed_and_how_the_counter_stood():
             {"output_tokens": 400}, 0, Amount(0, 351, 1), call(9, 400, 50, initial_hold=50), "busy", id="held"
         ),
         # nobody says how long it may become
-        pytest.param({"tokens": 1000}, 0, 0, call(100, 400, open_ended=True), (400, None), id="open: no maximum"),
+        pytest.param({"tokens": 1000}, 0, 0, call(100, 400, is_unbounded=True), (400, None), id="open: no maximum"),
         pytest.param(
             {"tokens": 1000},
             0,
             0,
-            call(100, 400, 100, initial_hold=100, open_ended=True),
+            call(100, 400, 100, initial_hold=100, is_unbounded=True),
             (100, None),
             id="open: in parts",
         ),
-        pytest.param({"tokens": 500}, 0, 0, call(100, 400, open_ended=True), (400, None), id="open: just fits"),
-        pytest.param({"tokens": 499}, 0, 0, call(100, 400, 1, open_ended=True), (399, 399), id="open: but capped"),
-        pytest.param({"requests": 1}, 0, 0, call(100, 400, open_ended=True), (400, None), id="open: requests only"),
+        pytest.param({"tokens": 500}, 0, 0, call(100, 400, is_unbounded=True), (400, None), id="open: just fits"),
+        pytest.param({"tokens": 499}, 0, 0, call(100, 400, 1, is_unbounded=True), (399, 399), id="open: but capped"),
+        pytest.param({"requests": 1}, 0, 0, call(100, 400, is_unbounded=True), (400, None), id="open: requests only"),
     ],
 )
 def test_a_stream_holds_a_part_of_what_its_answer_may_become(limits, used, held, demand, expected):
@@ -423,7 +423,7 @@ FAR = quota("s/far", tokens=10**6)
         pytest.param(binding([FAR], [SMALL]), 0, 0, call(101, 9), True, id="beside the way in"),
         pytest.param(binding([FAR], [SMALL]), 1600, 0, call(101, 9), False, id="used up beside the way in"),
         pytest.param(binding([FAR], always=[SMALL]), 0, 0, call(101, 9), True, id="everyone's"),
-        pytest.param(binding(route("admins")), 0, 0, call(9999, 9), False, id="unlimited"),
+        pytest.param(binding(group_quotas("admins")), 0, 0, call(9999, 9), False, id="unlimited"),
         # where the call is not let in with all that it wants
         pytest.param(binding([SMALL]), 0, 0, call(9999, 9), True, id="too large for ever"),
         pytest.param(binding([SMALL]), 1500, 0, call(100, 9), True, id="too large now"),
@@ -462,7 +462,7 @@ LAB = quota("lab/6h", tokens=1000, per="6h")
 CALLS = quota("everyone/calls", requests=10)
 CLASSIC = quota("lab/classic", tokens=1000, per="6h", enforce="after")
 OFF = quota("off/zero", tokens=0, per="minute")
-ADMINS = route("admins")
+ADMINS = group_quotas("admins")
 TEN = Amount(requests=10)
 
 
@@ -985,7 +985,11 @@ def grown(
     found = counters(who, used=used, held=held)
     at = {each.id: found[each.key_for("ann")] for each in who.quotas if each.id not in not_held}
     return increase_hold(
-        *increase, who, admitted_via=admitted_via, own={each.id: hold_of(each, OWN) for each in who.quotas}, at=at
+        *increase,
+        who,
+        admitted_via=admitted_via,
+        own={each.id: hold_of(each, OWN) for each in who.quotas},
+        current=at,
     )
 
 
@@ -1064,10 +1068,10 @@ CLASSICAL = quota("lab/after", tokens=100, enforce="after")
                      {TEAM_POT.id, DAILY.id}, set(), id="through a pot's group"),
         pytest.param(binding([DAILY], [LAB_OUT], combine="every_group"), "staff+lab", {LAB_OUT.id: Amount(0, 380, 1)},
                      {}, 20, "ALLOW", {DAILY.id, LAB_OUT.id}, set(), id="every_group: all stop it"),
-        pytest.param(binding([DAILY], route("admins")), "admins", {}, {DAILY.id: 800}, 300, "ALLOW",
+        pytest.param(binding([DAILY], group_quotas("admins")), "admins", {}, {DAILY.id: 800}, 300, "ALLOW",
                      set(), {DAILY.id}, id="through unlimited nothing stops it"),
-        pytest.param(binding([DAILY], route("admins"), always=[EVERYONES]), "admins", {EVERYONES.id: 1700}, {}, 100,
-                     "ALLOW", {EVERYONES.id, DAILY.id}, set(), id="through unlimited everyone's does"),
+        pytest.param(binding([DAILY], group_quotas("admins"), always=[EVERYONES]), "admins", {EVERYONES.id: 1700},
+                     {}, 100, "ALLOW", {EVERYONES.id, DAILY.id}, set(), id="through unlimited everyone's does"),
         pytest.param(binding(always=[EVERYONES]), "everyone", {EVERYONES.id: 1700}, {}, 100, "ALLOW",
                      {EVERYONES.id}, set(), id="everyone's alone"),
         pytest.param(binding(), "everyone", {}, {}, 300, "ALLOW", set(), set(), id="no quota at all"),
@@ -1369,7 +1373,7 @@ def test_growth_is_that_of_the_rules_told_plainly(situation, wanted, least):
     at = {one.quota.id: replace(one.counter, held=one.counter.held + one.amount) for one in admitted.holds}
     own = {one.quota.id: one.amount for one in admitted.holds}
     increase = (wanted, min(wanted, least))
-    growth = increase_hold(*increase, who, admitted_via=admitted.admitted_via, own=own, at=at)
+    growth = increase_hold(*increase, who, admitted_via=admitted.admitted_via, own=own, current=at)
 
     way = next(way for way in who.alternatives() if way.group == admitted.admitted_via)
     stopping = [each for each in way.quotas if each.id in at]

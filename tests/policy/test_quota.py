@@ -10,7 +10,7 @@ import pytest
 from proxy.policy.amounts import MEASURES, Amount
 from proxy.policy.quota import Counter, Globs, Limit, counter_at
 from proxy.policy.windows import Window
-from tests.builders import DAY, HOUR, MINUTE, NOON, binding, call, instant, quota, route
+from tests.builders import DAY, HOUR, MINUTE, NOON, binding, call, group_quotas, instant, quota
 
 SIX_OCLOCK = instant("2026-11-24 18:00")
 MIDNIGHT = instant("2026-11-25 00:00")
@@ -248,7 +248,7 @@ HOURLY = quota("staff/hourly", tokens=300, per="hour")
 POT = quota("team/pot", tokens=5000, per="month", shared=True)
 CALLS = quota("everyone/calls", requests=10)
 WATCH = quota("staff/watch", tokens=500, enforce="shadow")
-ADMINS = route("admins")
+ADMINS = group_quotas("admins")
 
 
 def test_a_binding_names_the_counters_that_a_decision_looks_at():
@@ -267,20 +267,22 @@ def test_a_binding_names_the_counters_that_a_decision_looks_at():
 @pytest.mark.parametrize(
     ("who", "alternatives"),
     [
-        pytest.param(binding(), [route("everyone")], id="nothing binds"),
-        pytest.param(binding(always=[CALLS]), [route("everyone", CALLS)], id="everyone's alone"),
+        pytest.param(binding(), [group_quotas("everyone")], id="nothing binds"),
+        pytest.param(binding(always=[CALLS]), [group_quotas("everyone", CALLS)], id="everyone's alone"),
         pytest.param(
             binding([DAILY], ADMINS, always=[CALLS]),
-            [route("staff", CALLS, DAILY), route("admins", CALLS)],
+            [group_quotas("staff", CALLS, DAILY), group_quotas("admins", CALLS)],
             id="any_group: one way for each, in order",
         ),
         pytest.param(
             binding([DAILY], [POT], ADMINS, always=[CALLS], combine="every_group"),
-            [route("staff+team+admins", CALLS, DAILY, POT)],
+            [group_quotas("staff+team+admins", CALLS, DAILY, POT)],
             id="every_group: one way through all",
         ),
         pytest.param(
-            binding(always=[CALLS], combine="every_group"), [route("everyone", CALLS)], id="every_group: of none"
+            binding(always=[CALLS], combine="every_group"),
+            [group_quotas("everyone", CALLS)],
+            id="every_group: of none",
         ),
     ],
 )

@@ -12,7 +12,7 @@ from proxy.ledger.entry import Entry
 from proxy.policy.admission import NotAdmitted, decide
 from proxy.policy.amounts import MEASURES, NOTHING, Amount
 from proxy.policy.quota import Binding, Counter, CounterKey, Demand, Quota
-from proxy.policy.status import quota_statuses, spoken
+from proxy.policy.status import duration_text, quota_statuses
 from proxy.policy.windows import Window
 from tests.builders import (
     DAY,
@@ -269,4 +269,4 @@ def test_without_itself_things_stand_as_before_it_came(who, data):
 )
 def test_a_length_of_time_is_told_to_two_places(length_ms, text):
     """Short enough to be read at a glance; what is zero is not said."""
-    assert spoken(length_ms) == text
+    assert duration_text(length_ms) == text
