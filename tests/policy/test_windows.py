@@ -328,10 +328,18 @@ def test_per_does_not_guess_whether_a_capital_m_is_minutes_or_months(text):
         parse_per(text, BERLIN)
 
 
-@pytest.mark.parametrize("text", ["0s", "0d", "3661d", "999999999w"])
-def test_per_refuses_lengths_that_make_no_sense(text):
-    """A window of nothing, or one longer than ten years, is a mistake."""
-    with pytest.raises(ValueError, match=f'^"{text}" is not between 1s and 3660d$'):
+@pytest.mark.parametrize(
+    ("text", "mistake"),
+    [
+        ("0s", "is too short: write a duration of at least 1s"),
+        ("0d", "is too short: write a duration of at least 1s"),
+        ("3661d", r"is too long: write a duration of at most 3660d \(about ten years\)"),
+        ("999999999w", r"is too long: write a duration of at most 3660d \(about ten years\)"),
+    ],
+)
+def test_per_refuses_durations_that_are_too_short_or_too_long(text, mistake):
+    """A window of no length and one of more than about ten years are mistakes; the text says what to write."""
+    with pytest.raises(ValueError, match=f'^"{text}" {mistake}$'):
         parse_per(text, BERLIN)
 
 
