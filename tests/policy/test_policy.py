@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from proxy.policy.admission import Admitted, decide
-from proxy.policy.policy import _BINDINGS_KEPT, Allow, Group, Model, Policy, Secret, Upstream, User, digest
+from proxy.policy.policy import _BINDINGS_MAX, Allow, Group, Model, Policy, Secret, Upstream, User, digest
 from proxy.policy.quota import Binding, Globs, GroupQuotas
 from tests.builders import NOON, call, group, policy, quota
 
@@ -299,9 +299,9 @@ def test_what_is_remembered_of_bindings_is_bounded_and_right():
     first = remembering.binding(ann, "gpt-4o")
     assert remembering.binding(ann, "gpt-4o") is first
     assert remembering.binding(bob, "gpt-4o") is None
-    for number in range(_BINDINGS_KEPT + 10):
+    for number in range(_BINDINGS_MAX + 10):
         remembering.binding(ann, f"model-{number}")
-        assert len(remembering._bindings) <= _BINDINGS_KEPT
+        assert len(remembering._bindings) <= _BINDINGS_MAX
     assert remembering.binding(ann, "gpt-4o") == first
     assert "model-1" not in repr(remembering)
     assert remembering == policy(STAFF)
