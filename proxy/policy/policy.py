@@ -225,7 +225,7 @@ class Policy:
         return Binding(user.name, everyone.quotas, tuple(GroupQuotas(group.name, group.quotas) for group in groups))
 
     def _groups_of(self, user: User) -> list[Group]:
-        """The groups whose lists of models count: `everyone` and the user's own; `default` if there are no own ones."""
+        """The groups whose lists of models count: `everyone` and the user's own, or `default` without own ones."""
         names = (EVERYONE, *(user.groups or (DEFAULT,)))
         return [self.groups[name] for name in names if name in self.groups]
 
