@@ -35,7 +35,7 @@ MIDNIGHT = instant("2026-11-25 00:00")
 DAILY = quota("staff/daily", tokens=1000)
 
 
-# -------------------------------------------------------------------------------------------- the expected decisions
+# --------------------------------------------------------------------------------------------- the expected decisions
 
 
 def admitted(admitted_via: str, output: int, *charged: str) -> tuple[object, ...]:
@@ -224,7 +224,7 @@ def test_a_block_has_what_was_needed_and_the_counter():
     assert (block.counter.used, block.counter.held) == (Amount(700, 0, 1), Amount(50, 0, 1))
 
 
-# ------------------------------------------------------------------------------ the length of an answer and its hold
+# ------------------------------------------------------------------------------- the length of an answer and its hold
 
 
 @pytest.mark.parametrize(
@@ -989,7 +989,7 @@ def test_a_quota_on_output_in_shadow_does_not_count_embeddings():
     assert decision.would_refuse == ()
 
 
-# ----------------------------------------------------------------------------------------------- increases of a hold
+# ------------------------------------------------------------------------------------------------ increases of a hold
 
 OWN = Amount(100, 100, 1)
 

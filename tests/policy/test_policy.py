@@ -40,7 +40,7 @@ def summary(binding: Binding | None) -> tuple[list[str], dict[str, list[str]], l
     )
 
 
-# ---------------------------------------------------------------------------------------- which quotas bind which user
+# --------------------------------------------------------------------------------------- which quotas bind which user
 
 
 @pytest.mark.parametrize(
