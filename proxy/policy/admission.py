@@ -216,9 +216,8 @@ def _longest_output(quota: Quota, counter: Counter, demand: Demand) -> int:
 def _hidden_input_hold(alternative: GroupQuotas, demand: Demand, current: Mapping[str, Counter], output: int) -> int:
     """How many tokens are held for input that the request does not show, such as stored files.
 
-    Nobody knows how much that is, so it takes only what is free beside the shown input and the whole answer: it
-    refuses no call and shortens no answer. With 1,000 tokens free, 100 of input and 400 of output, up to 500 are
-    held.
+    Its size is not known, so it only takes what is free after the shown input and the whole answer: it refuses no
+    call and shortens no answer. With 1,000 tokens free, 100 of input and 400 of output, up to 500 are held.
     """
     candidates = [demand.hidden_input]
     for quota in alternative.quotas if demand.hidden_input else ():
@@ -242,8 +241,7 @@ def _could_count_help(best: _Assessment, demand: Demand, binding: Binding, curre
 
 
 def _is_large_part(quota: Quota, counter: Counter, demand: Demand) -> bool:
-    # A quota that is used up (nothing is free) is left out: it can only be an additional one, which then holds
-    # nothing.
+    # A quota in which nothing is free is left out. The call is admitted without it, and is not counted in it.
     least_available = demand.input * _COUNTED_PART
     return quota.enforce == "exact" and any(
         0 < limit.maximum - counter.used.of(limit.measure) < least_available + counter.held.of(limit.measure)
@@ -285,17 +283,21 @@ def _verdict(quota: Quota, limit: Limit, counter: Counter, least: int, hold: int
 
 def _admit(chosen: _Assessment, demand: Demand, binding: Binding, current: Mapping[str, Counter]) -> Admitted:
     hold = chosen.hold
-    # An additional quota must carry the whole hold below its limit, without the overdraft. The hold that the call
-    # gets counts, not what it asked for: a call asks for 4,000 tokens, its own group has 100 free, so it holds 100;
-    # it is counted in another group's quota too if that has 100 available.
+    # An additional quota must carry the whole hold below its limit, without the overdraft. That is the hold which the
+    # call gets, not what it asked for. Example: a call asks for 4,000 tokens, and the group that admits it has 100
+    # free, so it holds 100. It is also counted in the quota of another group that has 100 available.
     whole_hold = replace(demand, smallest=hold.output)
     own_ids = {quota.id for quota in chosen.alternative.quotas}
+    # Shared quotas are left out. `team` shares 5M tokens among its members: a member whom `staff` can serve does not
+    # use them up for the others.
     additional = [
         quota
         for group in binding.groups
         for quota in group.quotas
         if quota.id not in own_ids and not quota.shared and not _blocks(quota, current[quota.id], whole_hold, hold)
     ]
+    # A call that a quota in shadow would have refused is reported and not counted in it, so its counter shows what it
+    # would be if the quota were enforced.
     refusing_shadows = [quota for quota in binding.shadows if _would_refuse(quota, current[quota.id], demand)]
     counting_shadows = [quota for quota in binding.shadows if quota not in refusing_shadows]
     return Admitted(
@@ -371,7 +373,7 @@ def increase_hold(
 
 
 def _available_output(quota: Quota, counter: Counter, held: Amount) -> int:
-    """How many tokens of output a quota has, up to its overdraft, beside what is used and `held`."""
+    """How many tokens of output a quota has left, up to its overdraft, after what is used and `held`."""
     if quota.enforce == "after":
         return TOKENS_MAX
     available = [

@@ -199,6 +199,7 @@ class Policy:
         listed = (self.models or {}).get(name)
         if listed is not None and name != "*":
             return listed
+        # A client may ask for a model that is called "*". It gets what any unlisted name gets, not the entry itself.
         anything = (self.models or {}).get("*")
         if anything is not None:
             return anything.named(name)
@@ -232,12 +233,16 @@ class Policy:
     def _bind(self, user: User, model: str) -> Binding | None:
         always = self._quotas(EVERYONE, model)
         own = [self.groups[name] for name in user.groups]
+        # `default` is for models that the user's own groups do not cover. If `staff` only has a quota for "gpt-*",
+        # its members are bound by `staff` on "gpt-4o" and by `default` on "o3".
         if DEFAULT in self.groups and not any(_applies_to(group, model) for group in own):
             own.append(self.groups[DEFAULT])
         everything = (*always, *(quota for group in own for quota in group.quotas_for(model)))
         groups = tuple(
             GroupQuotas(group.name, enforced(group.quotas_for(model))) for group in own if _applies_to(group, model)
         )
+        # Quotas in shadow alone make a binding without any quota that refuses: the model is covered, and the call
+        # admitted.
         if not everything and not groups and self.unmatched == "refuse":
             return None
         return Binding(

@@ -125,7 +125,7 @@ def counter_at(now: int, quota: Quota, counter: Counter | None) -> Counter:
         # An open window keeps its end when `per` changes, because headers and refusals have announced that end. If
         # `per: day` becomes `minute` at 12:00, the day still ends at midnight, and the first minute opens then.
         return counter
-    # A new window opens. It opens not before
+    # A new window opens, but not before
     # - the opening of the last window, if that has not ended but nothing is used or held in it;
     # - the end of the last window, if that has passed. Example: `per: hour` becomes `day` at 12:00, and the hour from
     #   00:00 to 01:00 was used. The day opens at 01:00; if it opened at 00:00, a call of that hour that is still in

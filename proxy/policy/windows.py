@@ -74,6 +74,8 @@ class Calendar:
         """The calendar interval that contains `now`."""
         if self.text in ("minute", "hour"):
             return self._part_of_a_day(now, _MINUTE_MS if self.text == "minute" else _HOUR_MS)
+        # The window ends at a local midnight, not 24 hours after it opened. In Berlin, 29 March 2026 lasts from
+        # 00:00+01:00 to 00:00+02:00 on the 30th, which is 23 hours later.
         first, after = _first_days(_local_date(now, self.zone), self.text, self.week_starts)
         return Window(_start_of_day(first, self.zone), _start_of_day(after, self.zone))
 

@@ -262,10 +262,10 @@ def test_no_other_key_is_an_admins(headers):
 
 def test_without_admin_keys_nobody_is_an_admin():
     """Not even with an empty key, so an unset secret gives no access (T7)."""
-    nobody = Policy(groups={}, users={}, key_digests={})
+    without_admins = Policy(groups={}, users={}, key_digests={})
     for value in ("", " ", "Bearer ", "Bearer x"):
         with pytest.raises(InvalidKey):
-            identify_admin([("Authorization", value)], nobody)
+            identify_admin([("Authorization", value)], without_admins)
 
 
 def test_the_text_of_a_policy_has_no_digests():
