@@ -8,7 +8,26 @@ from hypothesis import strategies as st
 
 from proxy.formats.usage import REPORTED_MAX, read_timings, read_tokens
 from proxy.policy.amounts import Amount, Exactly, Tokens, charge_of
-from tests.policy.test_amounts import NAMES, reported, values
+
+# Random usage objects: names that vendors use, and values of any JSON type.
+reported = st.integers(0, REPORTED_MAX)
+NAMES = [
+    *("prompt_tokens", "completion_tokens", "input_tokens", "output_tokens", "total_tokens"),
+    *("prompt_tokens_details", "completion_tokens_details", "input_tokens_details", "output_tokens_details"),
+    *("cached_tokens", "reasoning_tokens"),
+]
+scalars = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.integers(0, 100)
+    | st.floats()
+    | st.text(max_size=5)
+    | st.from_regex(r"[0-9]{1,15}", fullmatch=True)
+)
+values = st.recursive(
+    scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(NAMES), inner), max_leaves=12
+)
 
 
 def chat(input_tokens: object = 11, output_tokens: object = 5, **more: object) -> dict[str, object]:
