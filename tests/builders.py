@@ -10,7 +10,6 @@ Example:
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
-from typing import cast
 from zoneinfo import ZoneInfo
 
 from proxy.ledger.book import Extend, Reserve
@@ -60,7 +59,7 @@ def quota(
     return Quota(
         group,
         name,
-        limits=tuple(Limit(cast(Measure, measure), maximum) for measure, maximum in limits.items()),
+        limits=tuple(Limit(Measure(measure), maximum) for measure, maximum in limits.items()),
         per=parse_per(per, ZoneInfo(zone)),
         models=Globs(models),
         shared=shared,

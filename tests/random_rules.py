@@ -2,7 +2,7 @@
 
 from hypothesis import strategies as st
 
-from proxy.policy.amounts import MEASURES, TOKENS_MAX, Amount
+from proxy.policy.amounts import TOKENS_MAX, Amount, Measure
 from proxy.policy.quota import Binding, Counter, CounterKey, Demand, GroupQuotas, Quota
 from proxy.policy.windows import Window
 from tests.builders import DAY, HOUR, MINUTE, NOON, quota
@@ -34,7 +34,7 @@ def quota_lists(
                 shared=draw(st.booleans()),
                 enforce=enforced,
                 overdraft=draw(st.sampled_from([0, 0, 1, 10])) if enforced == "exact" else 0,
-                **draw(st.dictionaries(st.sampled_from(MEASURES), st.integers(0, 50), min_size=1)),
+                **draw(st.dictionaries(st.sampled_from(Measure), st.integers(0, 50), min_size=1)),
             )
         )
     return tuple(found)

@@ -144,15 +144,11 @@ def _limits_too_small(policy: Policy) -> Warnings:
                 yield Finding((*path, limit.measure), f"{quota.id}: {text}")
             elif (
                 quota.enforce == "exact"
-                and _limits_output(limit)
+                and limit.measure.counts_output
                 and limit.maximum < _smallest_answer(policy, group, quota)
             ):
                 text = f"calls that ask for a longer answer than {limit.maximum:,} tokens are never admitted"
                 yield Finding((*path, limit.measure), f"{quota.id}: {text}")
-
-
-def _limits_output(limit: Limit) -> bool:
-    return limit.measure in ("tokens", "output_tokens")
 
 
 def _smallest_answer(policy: Policy, group: Group, quota: Quota) -> int:
@@ -315,7 +311,12 @@ def _exact_output_quota(policy: Policy, model: str) -> Quota | None:
     members = _members(policy)
     quotas = (quota for group in policy.groups.values() if members[group.name] for quota in group.quotas_for(model))
     return next(
-        (quota for quota in quotas if quota.enforce == "exact" and any(map(_limits_output, quota.limits))), None
+        (
+            quota
+            for quota in quotas
+            if quota.enforce == "exact" and any(limit.measure.counts_output for limit in quota.limits)
+        ),
+        None,
     )
 
 
@@ -384,8 +385,7 @@ def _quota_text(quota: Quota) -> str:
 
 
 def _limit_text(limit: Limit) -> str:
-    measure = limit.measure.replace("_", " ")
-    return f"{limit.maximum:,} {measure if limit.maximum != 1 else measure.removesuffix('s')}"
+    return f"{limit.maximum:,} {limit.measure.singular if limit.maximum == 1 else limit.measure.unit}"
 
 
 def _window_text(quota: Quota) -> str:

@@ -26,7 +26,7 @@ from pydantic import (
 )
 
 from proxy.config import values
-from proxy.policy.amounts import MEASURES
+from proxy.policy.amounts import Measure
 from proxy.policy.policy import Kind, OnDisconnect, Secret
 from proxy.policy.quota import Combine, Enforce, Limit
 
@@ -315,23 +315,21 @@ class Quota(Section):
     @model_validator(mode="after")
     def _has_a_limit(self) -> "Quota":
         if not self.limits():
-            raise ValueError(
-                "this quota limits nothing; write at least one of tokens, input_tokens, output_tokens, requests"
-            )
+            raise ValueError(f"this quota limits nothing; write at least one of {', '.join(Measure)}")
         return self
 
     @model_validator(mode="after")
     def _may_be_overdrawn(self) -> "Quota":
         # The other kinds of quota end no answer, so there is nothing for an overdraft to delay.
-        if self.overdraft and (self.enforce != "exact" or (self.tokens is None and self.output_tokens is None)):
-            raise ValueError(
-                "overdraft needs enforce: exact and a limit of tokens or output_tokens; remove it from this quota"
-            )
+        has_effect = self.enforce == "exact" and any(limit.measure.counts_output for limit in self.limits())
+        if self.overdraft and not has_effect:
+            measures = " or ".join(measure for measure in Measure if measure.counts_output)
+            raise ValueError(f"overdraft needs enforce: exact and a limit of {measures}; remove it from this quota")
         return self
 
     def limits(self) -> tuple[Limit, ...]:
-        """The limits that are set, in the order of MEASURES."""
-        stated = ((measure, getattr(self, measure)) for measure in MEASURES)
+        """The limits that are set, in the order of the table of measures."""
+        stated = ((measure, getattr(self, measure)) for measure in Measure)
         return tuple(Limit(measure, maximum) for measure, maximum in stated if maximum is not None)
 
 

@@ -15,7 +15,7 @@ up to whole seconds, so that a client that waits for them is not too early. Pure
 from collections.abc import Mapping
 from zoneinfo import ZoneInfo
 
-from proxy.policy.amounts import MEASURES, Measure
+from proxy.policy.amounts import FAMILIES
 from proxy.policy.quota import Binding, Limit
 from proxy.policy.status import QuotaStatus, first_to_refuse, seconds_up
 from proxy.policy.windows import rfc3339
@@ -23,8 +23,6 @@ from proxy.policy.windows import rfc3339
 _UTC = ZoneInfo("UTC")
 # How many quotas the draft's headers list, so that they stay short for a user with many groups.
 _QUOTAS_MAX = 3
-# The kinds of limit that the other headers distinguish. The first three measures count tokens, the last one requests.
-_KINDS: tuple[tuple[str, tuple[Measure, ...]], ...] = (("tokens", MEASURES[:3]), ("requests", MEASURES[3:]))
 
 
 def rate_limit_headers(binding: Binding, statuses: Mapping[str, QuotaStatus], now: int) -> dict[str, str]:
@@ -36,16 +34,20 @@ def rate_limit_headers(binding: Binding, statuses: Mapping[str, QuotaStatus], no
     without `qu` the numbers would mean requests. `now` is in milliseconds since 1970.
     """
     headers: dict[str, str] = {}
-    for kind, measures in _KINDS:
-        if first := first_to_refuse(binding, statuses, measures):
+    for family in FAMILIES:
+        if first := first_to_refuse(binding, statuses, family):
             status, limit = first
-            headers[f"x-ratelimit-limit-{kind}"] = str(limit.maximum)
-            headers[f"x-ratelimit-remaining-{kind}"] = str(status.remaining(limit))
-            headers[f"x-ratelimit-reset-{kind}"] = go_duration(status.counter.window.resets_at - now)
+            headers[f"x-ratelimit-limit-{family}"] = str(limit.maximum)
+            headers[f"x-ratelimit-remaining-{family}"] = str(status.remaining(limit))
+            headers[f"x-ratelimit-reset-{family}"] = go_duration(status.counter.window.resets_at - now)
     # Tightest first, by the part that remains and then by the number: of 1000 with 100 left (10 %), 100 with 50 left
     # (50 %) and 50 with none left (0 %), the order is 50, 1000, 100. Shadow quotas refuse nothing, so they are left
     # out.
-    enforced = [(status, status.tightest()) for status in statuses.values() if status.quota.enforce != "shadow"]
+    enforced = [
+        (status, tightest_limit)
+        for status in statuses.values()
+        if status.quota.enforce != "shadow" and (tightest_limit := status.tightest())
+    ]
     tightest = sorted(enforced, key=lambda item: item[0].remaining_share(item[1]))[:_QUOTAS_MAX]
     if tightest:
         headers["ratelimit-policy"] = ", ".join(_policy_item(status, limit) for status, limit in tightest)
@@ -56,13 +58,13 @@ def rate_limit_headers(binding: Binding, statuses: Mapping[str, QuotaStatus], no
 def anthropic_limit_headers(binding: Binding, statuses: Mapping[str, QuotaStatus]) -> dict[str, str]:
     """The same limits as `x-ratelimit-*` under Anthropic's names. The reset is an instant in UTC, rounded up."""
     headers: dict[str, str] = {}
-    for kind, measures in _KINDS:
-        if first := first_to_refuse(binding, statuses, measures):
+    for family in FAMILIES:
+        if first := first_to_refuse(binding, statuses, family):
             status, limit = first
             resets_at = rfc3339(status.counter.window.resets_at, _UTC)
-            headers[f"anthropic-ratelimit-{kind}-limit"] = str(limit.maximum)
-            headers[f"anthropic-ratelimit-{kind}-remaining"] = str(status.remaining(limit))
-            headers[f"anthropic-ratelimit-{kind}-reset"] = resets_at.replace("+00:00", "Z")
+            headers[f"anthropic-ratelimit-{family}-limit"] = str(limit.maximum)
+            headers[f"anthropic-ratelimit-{family}-remaining"] = str(status.remaining(limit))
+            headers[f"anthropic-ratelimit-{family}-reset"] = resets_at.replace("+00:00", "Z")
     return headers
 
 
@@ -80,7 +82,7 @@ def go_duration(length_ms: int) -> str:
 
 def _policy_item(status: QuotaStatus, limit: Limit) -> str:
     window = status.counter.window
-    unit = "" if limit.measure == "requests" else ';qu="tokens"'
+    unit = "" if limit.measure.family == "requests" else ';qu="tokens"'
     return f'"{status.quota.id}";q={limit.maximum};w={seconds_up(window.resets_at - window.opened_at)}{unit}'
 
 

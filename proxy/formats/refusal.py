@@ -27,8 +27,6 @@ from proxy.policy.windows import rfc3339
 # of five hours alone, some retry after half a second and others sleep for five hours (docs/wire.md, section 3.2).
 _RATE_LIMIT_WAIT_MAX_S = 60
 
-_UNIT = {"tokens": "tokens", "input_tokens": "input tokens", "output_tokens": "output tokens", "requests": "requests"}
-
 
 def refusal(
     refused: NotAdmitted, statuses: Mapping[str, QuotaStatus], *, policy: Policy, endpoint: str, now: int, busy_s: int
@@ -63,10 +61,9 @@ def refusal(
         message, reset_at = _busy_sentence(block, wait_s), now + busy_s * 1000
     else:
         message, reset_at = _reset_sentence(block, admissible_at, now=now, zone=zone), admissible_at
-    rate_limit_type = "requests" if block.limit.measure == "requests" else "tokens"
     return Refusal(
         _with_help(message, help),
-        type=rate_limit_type if is_rate_limit else long_wait_type,
+        type=block.limit.measure.family if is_rate_limit else long_wait_type,
         code="rate_limit_exceeded" if is_rate_limit else "insufficient_quota",
         headers={"retry-after": str(wait_s), **({} if is_rate_limit else no_retry)},
         members=_members(statuses, policy, reset_at=reset_at, wait_s=wait_s),
@@ -97,7 +94,7 @@ def _reset_sentence(block: Block, admissible_at: int, *, now: int, zone: ZoneInf
 
 def _reason(block: Block) -> str:
     """The first half of the sentence, without a full stop: why the limit does not admit the call."""
-    used, unit = block.counter.used.of(block.limit.measure), _UNIT[block.limit.measure]
+    used, unit = block.counter.used.of(block.limit.measure), block.limit.measure.unit
     if not block.limit.maximum:
         return f'Quota "{block.quota.id}" is switched off: it allows 0 {unit}'
     if used >= block.limit.maximum:
@@ -116,7 +113,7 @@ def _codex_header(block: Block, help: str) -> dict[str, str]:
 
 
 def _busy_sentence(block: Block, wait_s: int) -> str:
-    held, unit = block.counter.held.of(block.limit.measure), _UNIT[block.limit.measure]
+    held, unit = block.counter.held.of(block.limit.measure), block.limit.measure.unit
     return (
         f'Quota "{block.quota.id}" is busy: calls in flight hold {held} {unit}, and what is left is too little '
         f"for this call until they end. Try again in {wait_s} s."
@@ -124,7 +121,7 @@ def _busy_sentence(block: Block, wait_s: int) -> str:
 
 
 def _never_sentence(block: Block) -> str:
-    unit = _UNIT[block.limit.measure]
+    unit = block.limit.measure.unit
     return (
         f'This call can never fit: it needs at least {block.needed} {unit}, and quota "{block.quota.id}" allows '
         f"{block.limit.maximum} per {block.quota.per.text}. Shorten the input or ask for a shorter answer."

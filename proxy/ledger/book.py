@@ -78,7 +78,7 @@ class Settle:
 
     def __post_init__(self) -> None:
         charge = charge_of(self.usage)
-        if not all(0 <= part <= TOKENS_MAX for part in (charge.input, charge.output, charge.requests)):
+        if not all(0 <= number <= TOKENS_MAX for number in charge):
             raise ValueError(f"a usage of {charge.input} + {charge.output} tokens is beyond all bounds")
 
 
@@ -218,7 +218,7 @@ class Book:
 
     def _shrink(self, entry: Entry, tokens: int) -> Entry:
         """Give back what is held for an input that turned out to be so much smaller."""
-        hold = replace(entry.hold, input=entry.hold.input - tokens)
+        hold = entry.hold - Amount(input=tokens)
         held_amounts = (
             self._hold(held_amount, Amount(-min(tokens, held_amount.amount.input)))
             for held_amount in entry.held_amounts
@@ -254,14 +254,13 @@ class Book:
             elif hold.amount:
                 self._put(key, _holding(hold))
                 held_amounts.append(HeldAmount(key, opened_at, hold.amount))
-        output = entry.hold.output + increase.output
-        return replace(entry, hold=replace(entry.hold, output=output), held_amounts=tuple(held_amounts))
+        total = entry.hold + Amount(output=increase.output)
+        return replace(entry, hold=total, held_amounts=tuple(held_amounts))
 
     def _hold(self, held_amount: HeldAmount, change: Amount) -> HeldAmount:
         """Let a line hold so much more, or less; its counter too, unless its window has closed."""
-        counter = self.counters.get(held_amount.key)
-        if change and counter is not None and counter.window.opened_at == held_amount.opened_at:
-            self._put(held_amount.key, Counter(counter.window, counter.used, counter.held + change))
+        if change:
+            self._change(held_amount, used=NOTHING, held=change)
         return replace(held_amount, amount=held_amount.amount + change)
 
     def _at(self, key: CounterKey, quota: Quota) -> Counter:
@@ -280,7 +279,8 @@ class Book:
         was_held = frozenset(_keys(entry)) if entry.state == "open" else frozenset()
         before, after = (shares(entry.held_amounts, charge_of(of) if of else NOTHING) for of in (entry.usage, usage))
         for held_amount, was, now in zip(entry.held_amounts, before, after, strict=True):
-            self._charge(held_amount, now - was, held=held_amount.amount if entry.state == "open" else NOTHING)
+            held = NOTHING - held_amount.amount if entry.state == "open" else NOTHING
+            self._change(held_amount, used=now - was, held=held)
         if not isinstance(operation, Expire) and operation.upstream is not None:
             entry = replace(entry, labels=replace(entry.labels, upstream=operation.upstream))
         made = operation.response_id if isinstance(operation, Settle) else None
@@ -288,11 +288,18 @@ class Book:
         self._note(entry)
         return Accepted(entry, self._standing(_keys(entry)), freed=was_held)
 
-    def _charge(self, held_amount: HeldAmount, used: Amount, *, held: Amount) -> None:
+    def _change(self, held_amount: HeldAmount, *, used: Amount, held: Amount) -> None:
+        """Add to what the counter of a held amount has used and holds."""
         counter = self.counters.get(held_amount.key)
-        if counter is None or counter.window.opened_at != held_amount.opened_at:
-            return  # its window has closed, or the counter was reset: the entry keeps the record
-        self._put(held_amount.key, Counter(counter.window, counter.used + used, counter.held - held))
+        if counter is None:
+            return  # the counter was reset: the entry keeps the record
+        if counter.window.opened_at != held_amount.opened_at:
+            # Its window has closed: the entry keeps the record. Only what is held of concurrent quantities has been
+            # carried into the window that is open now.
+            used, held = NOTHING, held.concurrent_part()
+            if not held:
+                return
+        self._put(held_amount.key, Counter(counter.window, counter.used + used, counter.held + held))
 
     def _note(self, entry: Entry) -> None:
         self.entries[entry.id] = entry

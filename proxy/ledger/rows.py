@@ -12,7 +12,17 @@ import orjson
 
 from proxy.ledger.book import Book, Extend, Operation, Reserve
 from proxy.ledger.entry import CallLabels, Entry, HeldAmount
-from proxy.policy.amounts import Amount, AtLeast, Exactly, Tokens, Unspent, Usage, charge_of
+from proxy.policy.amounts import (
+    QUANTITIES,
+    Amount,
+    AtLeast,
+    Exactly,
+    Tokens,
+    Unspent,
+    Usage,
+    call_amount,
+    charge_of,
+)
 from proxy.policy.quota import Counter, CounterKey
 from proxy.policy.windows import Window
 
@@ -23,6 +33,8 @@ CHANGING = (
 ).split()
 
 Row = Sequence[Any]
+# How many numbers an amount has, in the columns of `counters` and in `calls.lines`.
+_WIDTH = len(QUANTITIES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,25 +71,14 @@ def keys_of(operations: Iterable[Operation]) -> set[CounterKey]:
 def counters_of(rows: Iterable[Row]) -> dict[CounterKey, Counter]:
     """The counters that have a window; a row that was only made to be locked has none."""
     return {
-        (subject, quota_id): Counter(Window(opened_at, resets_at), used=Amount(*levels[:3]), held=Amount(*levels[3:]))
+        (subject, quota_id): Counter(Window(opened_at, resets_at), Amount(*levels[:_WIDTH]), Amount(*levels[_WIDTH:]))
         for subject, quota_id, opened_at, resets_at, *levels in rows
         if resets_at
     }
 
 
 def _counter_row(key: CounterKey, counter: Counter) -> Row:
-    window, used, held = counter.window, counter.used, counter.held
-    return (
-        *key,
-        window.opened_at,
-        window.resets_at,
-        used.input,
-        used.output,
-        used.requests,
-        held.input,
-        held.output,
-        held.requests,
-    )
+    return (*key, counter.window.opened_at, counter.window.resets_at, *counter.used, *counter.held)
 
 
 def entry_of(row: Row) -> Entry:
@@ -90,10 +91,10 @@ def entry_of(row: Row) -> Entry:
         labels=CallLabels(user=user, model=model, endpoint=endpoint, upstream=upstream),
         admitted_via=admitted_via,
         reserved_at=reserved_at,
-        hold=Amount(hold_input, hold_output, 1),
+        hold=call_amount(hold_input, hold_output),
         maximum=maximum,
         held_amounts=tuple(
-            HeldAmount((key[0], key[1]), at, Amount(*amount)) for key, at, amount in orjson.loads(held_amounts)
+            HeldAmount((key[0], key[1]), at, _amount_of(numbers)) for key, at, numbers in orjson.loads(held_amounts)
         ),
         capped_by=capped_by,
         would_refuse=tuple(orjson.loads(would_refuse)),
@@ -103,6 +104,15 @@ def entry_of(row: Row) -> Entry:
         outcome=outcome,
         response_id=response_id,
     )
+
+
+def _amount_of(numbers: Sequence[int]) -> Amount:
+    """An amount as `lines` stores it.
+
+    A release with fewer quantities wrote fewer numbers: the missing ones are 0. One with more, which shares the
+    database while replicas are replaced, wrote more: those are of quantities that this release does not count.
+    """
+    return Amount(*numbers[:_WIDTH])
 
 
 def _call_row(entry: Entry) -> Row:
@@ -119,12 +129,7 @@ def _call_row(entry: Entry) -> Row:
 
 def _changing(entry: Entry) -> Row:
     held_amounts = [
-        (
-            held_amount.key,
-            held_amount.opened_at,
-            (held_amount.amount.input, held_amount.amount.output, held_amount.amount.requests),
-        )
-        for held_amount in entry.held_amounts
+        (held_amount.key, held_amount.opened_at, tuple(held_amount.amount)) for held_amount in entry.held_amounts
     ]
     return (
         *(entry.state, entry.labels.upstream, entry.ended_at),

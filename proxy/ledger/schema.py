@@ -27,6 +27,8 @@ from importlib.resources import files
 import sqlalchemy as sa
 from sqlalchemy import BigInteger, Column, Connection, Index, MetaData, Table, Text
 
+from proxy.policy.amounts import QUANTITIES
+
 metadata = MetaData()
 
 # The newest step of `migrations`.
@@ -68,12 +70,11 @@ counters = Table(
     Column("quota_id", Text, primary_key=True),
     Column("opened_at", BigInteger, nullable=False),
     Column("resets_at", BigInteger, nullable=False),
-    Column("used_input", BigInteger, nullable=False),
-    Column("used_output", BigInteger, nullable=False),
-    Column("used_requests", BigInteger, nullable=False),
-    Column("held_input", BigInteger, nullable=False),
-    Column("held_output", BigInteger, nullable=False),
-    Column("held_requests", BigInteger, nullable=False),
+    *(
+        Column(f"{side}_{quantity}", BigInteger, nullable=False)
+        for side in ("used", "held")
+        for quantity in QUANTITIES
+    ),
     sqlite_with_rowid=False,
 )
 

@@ -28,7 +28,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import IntEnum
 
-from proxy.policy.amounts import TOKENS_MAX, Amount
+from proxy.policy.amounts import TOKENS_MAX, Amount, call_amount
 from proxy.policy.quota import Binding, Counter, CounterKey, Demand, GroupQuotas, Limit, Quota, counter_at
 
 # An estimated input is the number of its bytes, about four times its tokens in prose. Far from a limit that is good
@@ -195,7 +195,7 @@ def _assess(alternative: GroupQuotas, demand: Demand, current: Mapping[str, Coun
         if longest < output:
             output, capped_by = longest, quota
     hidden_input = _hidden_input_hold(alternative, demand, current, output)
-    hold = Amount(demand.input + hidden_input, min(output, demand.initial_hold), 1)
+    hold = call_amount(demand.input + hidden_input, min(output, demand.initial_hold))
     blocks = tuple(block for quota in alternative.quotas for block in _blocks(quota, current[quota.id], demand, hold))
     verdict = max((block.verdict for block in blocks), default=Verdict.ALLOW)
     return _Assessment(alternative, verdict, output, hold, blocks, capped_by)
@@ -207,8 +207,8 @@ def _longest_output(quota: Quota, counter: Counter, demand: Demand) -> int:
         return demand.output_maximum
     candidates = [demand.output_maximum]
     for limit in quota.limits:
-        if limit.measure in ("tokens", "output_tokens") and demand.bounds(limit):
-            input_tokens = demand.input if limit.measure == "tokens" else 0
+        if limit.measure.counts_output and demand.bounds(limit):
+            input_tokens = demand.input if limit.measure.counts_input else 0
             candidates.append(quota.ceiling(limit) - counter.used.of(limit.measure) - input_tokens)
     return max(0, min(candidates))
 
@@ -222,8 +222,8 @@ def _hidden_input_hold(alternative: GroupQuotas, demand: Demand, current: Mappin
     candidates = [demand.hidden_input]
     for quota in alternative.quotas if demand.hidden_input else ():
         for limit in quota.limits if quota.enforce != "after" else ():
-            if limit.measure in ("tokens", "input_tokens"):
-                taken = demand.input + (output if limit.measure == "tokens" else 0)
+            if limit.measure.counts_input:
+                taken = demand.input + (output if limit.measure.counts_output else 0)
                 candidates.append(limit.maximum - current[quota.id].used.of(limit.measure) - taken)
     return max(0, min(candidates))
 
@@ -246,25 +246,24 @@ def _is_large_part(quota: Quota, counter: Counter, demand: Demand) -> bool:
     return quota.enforce == "exact" and any(
         0 < limit.maximum - counter.used.of(limit.measure) < least_available + counter.held.of(limit.measure)
         for limit in quota.limits
-        if limit.measure in ("tokens", "input_tokens")
+        if limit.measure.counts_input
     )
 
 
 def _blocks(quota: Quota, counter: Counter, demand: Demand, hold: Amount) -> list[Block]:
-    verdicts = (
-        (limit, _verdict(quota, limit, counter, demand.least(limit.measure), hold.of(limit.measure)))
-        for limit in quota.limits
-        if demand.bounds(limit)
-    )
-    return [
-        Block(quota, counter, limit, verdict, demand.least(limit.measure))
-        for limit, verdict in verdicts
-        if verdict is not Verdict.ALLOW
-    ]
+    least, blocks = demand.least, []
+    for limit in quota.limits:
+        if demand.bounds(limit):
+            needed = least.of(limit.measure)
+            verdict = _verdict(quota, limit, counter, needed, hold.of(limit.measure))
+            if verdict is not Verdict.ALLOW:
+                blocks.append(Block(quota, counter, limit, verdict, needed))
+    return blocks
 
 
 def _verdict(quota: Quota, limit: Limit, counter: Counter, least: int, hold: int) -> Verdict:
-    free = limit.maximum - counter.used.of(limit.measure)
+    used = counter.used.of(limit.measure)
+    free = limit.maximum - used
     if quota.enforce == "after":
         return Verdict.ALLOW if free > 0 else Verdict.EXHAUSTED
     # NEVER comes first: a call that no reset can admit must not be told to wait for one. A limit of 0 is a switch
@@ -277,7 +276,7 @@ def _verdict(quota: Quota, limit: Limit, counter: Counter, least: int, hold: int
         return Verdict.EXHAUSTED
     # The hold may use the overdraft. With limit 1,000, overdraft 200 and 900 used, a call that needs at least 100
     # may hold 300.
-    available = quota.ceiling(limit) - counter.used.of(limit.measure) - counter.held.of(limit.measure)
+    available = quota.ceiling(limit) - used - counter.held.of(limit.measure)
     return Verdict.BUSY if hold > available else Verdict.ALLOW
 
 
@@ -379,6 +378,6 @@ def _available_output(quota: Quota, counter: Counter, held: Amount) -> int:
     available = [
         quota.ceiling(limit) - counter.used.of(limit.measure) - held.of(limit.measure)
         for limit in quota.limits
-        if limit.measure in ("tokens", "output_tokens")
+        if limit.measure.counts_output
     ]
     return min(available, default=TOKENS_MAX)

@@ -1,24 +1,36 @@
-"""Amounts of tokens and requests, and what one call used.
+"""What quotas count: the table of measures, amounts, and what one call used.
+
+Two tables stand at the top, and every other module goes by them:
+
+- the *quantities* are the fields of `Amount`: the numbers that a counter stores. A call holds and uses some of each.
+- the *measures* (`Measure`) are what a limit in quotas.yaml can name. Each is a quantity or the sum of two.
+
+To add a measure, add its row here and its key in quotas.yaml to `config.schema.Quota`. If no quantity has it yet, add
+that too, a migration with the columns `used_<quantity>` and `held_<quantity>`, and how much one call holds and is
+charged of it (`call_amount` and `charge_of`).
 
 The usage of a call is never a bare number, but says how it is known: `Exactly` (the upstream reported it), `AtLeast`
 (the upstream's report never came, so the proxy counted what passed) or `Unspent` (nothing was generated). So a stream
 that broke cannot be mistaken for a call that was free.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from enum import StrEnum
+from operator import add, itemgetter, sub
+from typing import Literal, NamedTuple
 
 # No honest call comes near this number. The ledger stores 64-bit integers, of which the sum of a window then stays
 # far below the largest (9.2 × 10^18, nine million such calls).
 TOKENS_MAX = 10**12
 
-Measure = Literal["tokens", "input_tokens", "output_tokens", "requests"]
-MEASURES: tuple[Measure, ...] = ("tokens", "input_tokens", "output_tokens", "requests")
 
+class Amount(NamedTuple):
+    """A number for each quantity, at the position that it also has in the columns of the database.
 
-@dataclass(frozen=True, slots=True)
-class Amount:
-    """A number for each measure that a quota can limit. `tokens` is always the sum of input and output."""
+    New quantities are appended, because the ledger stores amounts as arrays. An array of an older release is then
+    shorter, and the quantities that it does not have are 0.
+    """
 
     input: int = 0
     output: int = 0
@@ -29,35 +41,89 @@ class Amount:
         """Input plus output."""
         return self.input + self.output
 
-    def __add__(self, other: "Amount") -> "Amount":
-        return Amount(self.input + other.input, self.output + other.output, self.requests + other.requests)
+    def __add__(self, other: "Amount") -> "Amount":  # type: ignore[override]  # a tuple would be made longer
+        # Not `_make` and not one expression for each field: a decision adds and subtracts dozens of amounts.
+        return tuple.__new__(Amount, map(add, self, other))
 
     def __sub__(self, other: "Amount") -> "Amount":
-        return Amount(self.input - other.input, self.output - other.output, self.requests - other.requests)
+        return tuple.__new__(Amount, map(sub, self, other))
 
     def __bool__(self) -> bool:
-        return bool(self.input or self.output or self.requests)
+        return any(self)
 
     def at_most(self, other: "Amount") -> "Amount":
-        """The smaller one of input, of output and of requests."""
-        return Amount(
-            min(self.input, other.input), min(self.output, other.output), min(self.requests, other.requests)
-        )
+        """The smaller number of each quantity."""
+        return tuple.__new__(Amount, map(min, self, other))
 
-    def of(self, measure: Measure) -> int:
+    def of(self, measure: "Measure") -> int:
         """The number of this measure, which a limit on it is compared with."""
-        match measure:
-            case "tokens":
-                return self.input + self.output
-            case "input_tokens":
-                return self.input
-            case "output_tokens":
-                return self.output
-            case _:
-                return self.requests
+        return measure.total(self)
+
+    def concurrent_part(self) -> "Amount":
+        """The same amount with only the quantities of CONCURRENT."""
+        return Amount(**{quantity: getattr(self, quantity) for quantity in CONCURRENT})
 
 
+QUANTITIES = Amount._fields
 NOTHING = Amount()
+
+# The quantities that a call only holds while it is in flight: they are never charged, and belong to no window. All
+# others are consumed: what a call used stays in the counter until its window resets. No quantity of this release is
+# concurrent. Calls at once would be: `call_amount` would say 1 of it, and `charge_of` none.
+CONCURRENT: frozenset[str] = frozenset()
+
+Family = Literal["tokens", "requests"]
+FAMILIES: tuple[Family, ...] = ("tokens", "requests")
+
+
+def _total(positions: Sequence[int]) -> Callable[[Amount], int]:
+    # A decision asks for dozens of totals, so there is no loop over the positions.
+    if len(positions) == 1:
+        return itemgetter(positions[0])
+    first, second = positions
+    return lambda amount: amount[first] + amount[second]
+
+
+class Measure(StrEnum):
+    """What a limit can be on, in the order in which limits are shown. The value is the key in quotas.yaml.
+
+    - `unit` and `singular`: the words for it in sentences.
+    - `family`: which of the rate-limit headers it belongs to: they only know tokens and requests.
+    - `counts_input`, `counts_output`: whether the input and the answer of a call add to it, token by token.
+    - `counts_only_output`: whether a call that generates nothing adds nothing to it.
+    - `is_concurrent`: whether calls only hold it while they are in flight (see CONCURRENT).
+    - `total`: its number in an amount.
+    """
+
+    TOKENS = "tokens", "tokens", "token", "tokens", ("input", "output")
+    INPUT_TOKENS = "input_tokens", "input tokens", "input token", "tokens", ("input",)
+    OUTPUT_TOKENS = "output_tokens", "output tokens", "output token", "tokens", ("output",)
+    REQUESTS = "requests", "requests", "request", "requests", ("requests",)
+
+    unit: str
+    singular: str
+    family: Family
+    counts_input: bool
+    counts_output: bool
+    counts_only_output: bool
+    is_concurrent: bool
+    total: Callable[[Amount], int]
+
+    def __new__(cls, key: str, unit: str, singular: str, family: Family, quantities: tuple[str, ...]) -> "Measure":
+        """One row of the table: the key, the unit, its singular, the family, and the quantities that are added up."""
+        self = str.__new__(cls, key)
+        self._value_ = key
+        self.unit, self.singular, self.family = unit, singular, family
+        self.counts_input, self.counts_output = "input" in quantities, "output" in quantities
+        self.counts_only_output = quantities == ("output",)
+        self.is_concurrent = not CONCURRENT.isdisjoint(quantities)
+        self.total = _total([QUANTITIES.index(quantity) for quantity in quantities])
+        return self
+
+
+def call_amount(input_tokens: int, output_tokens: int) -> Amount:
+    """What one call with so many tokens holds."""
+    return Amount(input_tokens, output_tokens, requests=1)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from fnmatch import translate
 from typing import Literal
 
-from proxy.policy.amounts import NOTHING, TOKENS_MAX, Amount, Measure
+from proxy.policy.amounts import NOTHING, TOKENS_MAX, Amount, Measure, call_amount
 from proxy.policy.windows import Per, Window
 
 Enforce = Literal["exact", "after", "shadow"]
@@ -65,11 +65,15 @@ class Quota:
     enforce: Enforce = "exact"
     # How many tokens an answer that has begun may exceed the limit by. No call is admitted when the limit is reached.
     overdraft: int = 0
-    # Each decision reads it about a dozen times, so it is built once.
+    # Each decision reads the id about a dozen times, so it is built once.
     id: str = field(init=False, repr=False, compare=False)
+    # The limits of which more remains after a reset. Those on concurrent measures are not among them.
+    window_limits: tuple[Limit, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "id", f"{self.group}/{self.name}")
+        window_limits = tuple(limit for limit in self.limits if not limit.measure.is_concurrent)
+        object.__setattr__(self, "window_limits", window_limits)
 
     def ceiling(self, limit: Limit) -> int:
         """How far admitted calls may take a limit.
@@ -77,7 +81,7 @@ class Quota:
         The overdraft lets an answer end, so it adds nothing to limits on input or on requests. With `tokens: 1000`,
         `requests: 10` and `overdraft: 200`, calls may reach 1,200 tokens and 10 requests.
         """
-        return limit.maximum + (self.overdraft if limit.measure in ("tokens", "output_tokens") else 0)
+        return limit.maximum + (self.overdraft if limit.measure.counts_output else 0)
 
     def key_for(self, user: str) -> CounterKey:
         """The key of the user's counter, or of the group's one counter if the quota is shared: (subject, quota id).
@@ -102,8 +106,11 @@ class Counter:
 
     @property
     def is_open(self) -> bool:
-        """Whether anything was used or is held. Otherwise the window has not been opened by a call."""
-        return bool(self.used or self.held)
+        """Whether anything was used or is held in this window. Otherwise it has not been opened by a call.
+
+        What is held of concurrent quantities does not count, because a call of an earlier window may hold it.
+        """
+        return bool(self.used or self.held - self.held.concurrent_part())
 
 
 def counter_at(now: int, quota: Quota, counter: Counter | None) -> Counter:
@@ -111,6 +118,9 @@ def counter_at(now: int, quota: Quota, counter: Counter | None) -> Counter:
 
     A window is identified by the instant at which it opened. So a new window never opens before, or at the same
     instant as, an earlier one that calls in flight may still belong to.
+
+    A new window begins with what calls in flight hold of concurrent quantities. With `per: hour` and a limit of two
+    calls at once, a call from 11:59 to 12:03 takes one of the two places until 12:03.
     """
     opening = quota.per.opening(now)
     if counter is None:
@@ -132,7 +142,8 @@ def counter_at(now: int, quota: Quota, counter: Counter | None) -> Counter:
     #   flight would be settled into the day;
     # - 1 ms after the opening of the last window, which after a jump of the clock (above) may have ended before that.
     not_before = last.opened_at if last.is_open(now) else max(last.resets_at, last.opened_at + 1)
-    return Counter(Window(max(opening.opened_at, not_before), opening.resets_at))
+    window = Window(max(opening.opened_at, not_before), opening.resets_at)
+    return Counter(window, held=counter.held.concurrent_part())
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,11 +172,12 @@ class Demand:
 
     def bounds(self, limit: Limit) -> bool:
         """Whether this limit can bind this call at all: one on output does not bind a call that generates nothing."""
-        return limit.measure != "output_tokens" or self.output_maximum > 0
+        return self.output_maximum > 0 or not limit.measure.counts_only_output
 
-    def least(self, measure: Measure) -> int:
-        """The least that this call takes of a measure: its input and the smallest answer."""
-        return Amount(self.input, self.smallest, 1).of(measure)
+    @property
+    def least(self) -> Amount:
+        """The least that this call takes: its input and the smallest answer."""
+        return call_amount(self.input, self.smallest)
 
 
 @dataclass(frozen=True, slots=True)

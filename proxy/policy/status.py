@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from zoneinfo import ZoneInfo
 
-from proxy.policy.amounts import MEASURES, Amount, Measure
+from proxy.policy.amounts import Amount, Family, Measure
 from proxy.policy.quota import Binding, Counter, CounterKey, Limit, Quota, counter_at
 from proxy.policy.windows import rfc3339
 
@@ -28,8 +28,9 @@ class QuotaStatus:
 
         With `enforce: after` holds do not count, because such a quota admits calls whatever others hold.
         """
-        held = 0 if self.quota.enforce == "after" else self.counter.held.of(limit.measure)
-        return max(0, limit.maximum - self.counter.used.of(limit.measure) - held)
+        counter, total = self.counter, limit.measure.total
+        held = 0 if self.quota.enforce == "after" else total(counter.held)
+        return max(0, limit.maximum - total(counter.used) - held)
 
     def remaining_share(self, limit: Limit) -> tuple[int, int]:
         """What remains of a limit in parts per million, then as a number; the smaller one is tighter.
@@ -39,10 +40,10 @@ class QuotaStatus:
         remaining = self.remaining(limit)
         return remaining * 1_000_000 // max(1, limit.maximum), remaining
 
-    def tightest(self) -> Limit:
-        """The limit of which the smallest part remains."""
-        limits = self.quota.limits
-        return limits[0] if len(limits) == 1 else min(limits, key=self.remaining_share)
+    def tightest(self) -> Limit | None:
+        """The limit of which the smallest part remains in the window; None if no limit depends on the window."""
+        limits = self.quota.window_limits
+        return limits[0] if len(limits) == 1 else min(limits, key=self.remaining_share, default=None)
 
     def as_json(self, zone: ZoneInfo) -> dict[str, object]:
         """This quota as an item of `/v1/quota`; times in RFC 3339 are those of `zone`."""
@@ -54,7 +55,7 @@ class QuotaStatus:
             "shared": self.quota.shared,
             "enforce": self.quota.enforce,
             "window": self._window(zone),
-            **{measure: self._level(limits.get(measure)) for measure in MEASURES},
+            **{measure.value: self._level(limits.get(measure)) for measure in Measure},
         }
 
     def _window(self, zone: ZoneInfo) -> dict[str, object]:
@@ -122,9 +123,11 @@ def duration_text(length_ms: int) -> str:
 
 
 def first_to_refuse(
-    binding: Binding, statuses: Mapping[str, QuotaStatus], measures: tuple[Measure, ...]
+    binding: Binding, statuses: Mapping[str, QuotaStatus], family: Family
 ) -> tuple[QuotaStatus, Limit] | None:
-    """The limit that will refuse this user first, with its quota; None if no limit on these measures ever will.
+    """The limit of a family that will refuse this user first, with its quota; None if none ever will.
+
+    Limits on concurrent measures are left out, because no reset changes what remains of them.
 
     Within an alternative the limit with the least remaining refuses first. A call is refused only when every
     alternative refuses it, so among them the one with the most remaining counts. With `combine: any_group`, 100
@@ -135,8 +138,8 @@ def first_to_refuse(
         limits = [
             (statuses[quota.id].remaining(limit), statuses[quota.id], limit)
             for quota in alternative.quotas
-            for limit in quota.limits
-            if limit.measure in measures
+            for limit in quota.window_limits
+            if limit.measure.family == family
         ]
         if not limits:
             return None  # this alternative has no such limit, so those of the others never refuse the user

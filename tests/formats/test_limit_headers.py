@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from proxy.formats.limit_headers import anthropic_limit_headers, go_duration, rate_limit_headers
 from proxy.policy.admission import Admitted, NotAdmitted, decide
-from proxy.policy.amounts import MEASURES, Amount
+from proxy.policy.amounts import Amount, Measure
 from proxy.policy.quota import Binding, Counter, CounterKey, Demand, Limit, Quota
 from proxy.policy.status import QuotaStatus, quota_statuses, seconds_up
 from tests.builders import (
@@ -185,7 +185,7 @@ def test_a_call_of_the_remaining_tokens_is_admitted_and_a_larger_one_is_not(who,
 @given(data=st.data())
 def test_a_call_is_refused_if_0_remain(enforce, data):
     """The header and the decision agree, also with `enforce: after`, where only used tokens count."""
-    limits = {data.draw(st.sampled_from(MEASURES)): data.draw(st.integers(1, 10))}
+    limits = {data.draw(st.sampled_from(Measure)): data.draw(st.integers(1, 10))}
     who = binding([quota("staff/daily", enforce=enforce, **limits)])
     counts = st.integers(0, 10)
     used, held = (data.draw(st.builds(Amount, counts, counts, counts)) for _ in range(2))

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.policy.amounts import MEASURES, NOTHING, TOKENS_MAX, Amount, AtLeast, Exactly, Tokens, Unspent, charge_of
+from proxy.policy.amounts import NOTHING, TOKENS_MAX, Amount, AtLeast, Exactly, Measure, Tokens, Unspent, charge_of
 
 counts = st.integers(0, TOKENS_MAX)
 amounts = st.builds(Amount, counts, counts, counts)
@@ -15,7 +15,7 @@ amounts = st.builds(Amount, counts, counts, counts)
 def test_each_measure_is_compared_with_its_own_number():
     """A limit on tokens is compared with input plus output, the others with their own number."""
     amount = Amount(input=11, output=5, requests=1)
-    assert {measure: amount.of(measure) for measure in MEASURES} == {
+    assert {measure: amount.of(measure) for measure in Measure} == {
         "tokens": 16,
         "input_tokens": 11,
         "output_tokens": 5,
@@ -29,7 +29,7 @@ def test_adding_and_subtracting_an_amount_changes_nothing(one, other):
     """Holding and freeing leaves every measure as it was, to the token."""
     assert one + other - other == one
     assert one + NOTHING == one - NOTHING == one
-    for measure in MEASURES:
+    for measure in Measure:
         assert (one + other).of(measure) == one.of(measure) + other.of(measure)
         assert (one - other).of(measure) == one.of(measure) - other.of(measure)
 

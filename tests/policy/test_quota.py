@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from proxy.policy.amounts import MEASURES, Amount
+from proxy.policy.amounts import Amount, Measure
 from proxy.policy.quota import Counter, Globs, Limit, counter_at
 from proxy.policy.windows import Window
 from tests.builders import DAY, HOUR, MINUTE, NOON, binding, call, group_quotas, instant, quota
@@ -221,8 +221,8 @@ def test_the_window_of_a_counter_is_computed_from_the_clock(each, counter, now, 
 def test_an_overdraft_raises_only_limits_on_what_is_generated(measure, ceiling):
     """It lets an answer end, so it adds nothing to a limit on input or on requests."""
     each = quota("staff/daily", overdraft=400, **{measure: 1000})
-    assert each.ceiling(Limit(measure, 1000)) == ceiling
-    assert replace(each, overdraft=0).ceiling(Limit(measure, 1000)) == 1000
+    assert each.ceiling(Limit(Measure(measure), 1000)) == ceiling
+    assert replace(each, overdraft=0).ceiling(Limit(Measure(measure), 1000)) == 1000
 
 
 @pytest.mark.parametrize(
@@ -241,8 +241,8 @@ def test_an_overdraft_raises_only_limits_on_what_is_generated(measure, ceiling):
 )
 def test_a_demand_says_the_least_that_it_takes_and_which_limits_bind_it(demand, least, is_bound):
     """Its input and smallest answer; limits on output do not bind a call that generates nothing."""
-    assert [demand.least(measure) for measure in MEASURES] == least
-    assert [demand.bounds(Limit(measure, 9)) for measure in MEASURES] == is_bound
+    assert [demand.least.of(measure) for measure in Measure] == least
+    assert [demand.bounds(Limit(measure, 9)) for measure in Measure] == is_bound
 
 
 # ----------------------------------------------------------------------------------------------------------- bindings

@@ -10,7 +10,7 @@ from proxy.formats.limit_headers import rate_limit_headers
 from proxy.ledger.book import Accepted, Book, Settle
 from proxy.ledger.entry import Entry
 from proxy.policy.admission import NotAdmitted, decide
-from proxy.policy.amounts import MEASURES, NOTHING, Amount
+from proxy.policy.amounts import NOTHING, Amount, Measure
 from proxy.policy.quota import Binding, Counter, CounterKey, Demand, Quota
 from proxy.policy.status import duration_text, quota_statuses
 from proxy.policy.windows import Window
@@ -69,7 +69,7 @@ def test_each_limit_shows_its_own_measure():
     """Tokens, input, output and requests are shown separately."""
     one = quota("staff/all", tokens=100, input_tokens=50, output_tokens=60, requests=10)
     shown = item(one, Counter(one.per.opening(NOON), Amount(20, 30, 2), Amount(1, 2, 1)))
-    assert {measure: (shown[measure]["used"], shown[measure]["held"]) for measure in MEASURES} == {
+    assert {measure: (shown[measure]["used"], shown[measure]["held"]) for measure in Measure} == {
         "tokens": (50, 3),
         "input_tokens": (20, 1),
         "output_tokens": (30, 2),
