@@ -24,7 +24,7 @@ from proxy.formats.endpoints import EndpointName
 from proxy.formats.sse import Splitter
 from proxy.policy.amounts import Tokens
 from proxy.simulator.directives import Directives
-from proxy.simulator.frames import write_stream
+from proxy.simulator.frames import EventStream, write_stream
 from proxy.simulator.text import Endpoint, Generator
 
 JSON = dict[str, Any]
