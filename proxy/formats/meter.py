@@ -21,8 +21,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
-from proxy.formats.anthropic import read_usage
-from proxy.formats.chunks import (
+from proxy.formats.chat import (
     extra_members,
     is_finish_chunk,
     read_object,
@@ -30,9 +29,10 @@ from proxy.formats.chunks import (
     without_timings,
     without_usage,
 )
-from proxy.formats.ending import RESPONSE_ENDS, Ending
 from proxy.formats.endpoints import RESPONSE_ID
+from proxy.formats.messages import read_usage
 from proxy.formats.request import Request
+from proxy.formats.responses import RESPONSE_ENDS, Ending
 from proxy.formats.sse import Event
 from proxy.formats.usage import read_timings, read_tokens
 from proxy.policy.amounts import TOKENS_MAX, AtLeast, Exactly, Tokens, Unspent, Usage

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from proxy.errors import InvalidRequest, ProxyError
-from proxy.formats.anthropic import error_body
 from proxy.formats.content import content_parts
 from proxy.formats.endpoints import METERED, RESPONSES, SPEECH, STORED, Endpoint, EndpointName
+from proxy.formats.messages import error_body
 from proxy.formats.multipart import Form
 from proxy.formats.strict_json import dump, parse_object
 from proxy.policy.policy import Kind, Model

@@ -20,7 +20,7 @@ from typing import Any
 import orjson
 
 from proxy.errors import InvalidRequest, ProxyError, UpstreamBusy, UpstreamError, UpstreamExhausted, UpstreamTimeout
-from proxy.formats import anthropic
+from proxy.formats import messages
 from proxy.policy.policy import Upstream
 
 # The codes of an account that is used up. Waiting does not help, and the account is not the user's.
@@ -164,4 +164,4 @@ def _in_openai_shape(status: int, error: dict[str, Any] | None) -> bytes:
 
 def _in_anthropic_shape(status: int) -> bytes:
     error = InvalidRequest(f"The upstream refused the request with status {status}.")
-    return orjson.dumps(anthropic.error_body(error))
+    return orjson.dumps(messages.error_body(error))

@@ -11,7 +11,7 @@ an answer it would name the operator's account to every user.
 import hashlib
 from collections.abc import Collection, Sequence
 
-from proxy.formats.anthropic import USUAL_BETAS, VERSION
+from proxy.formats.messages import USUAL_BETAS, VERSION
 from proxy.policy.policy import Kind, Secret
 
 Headers = Sequence[tuple[str, str]]

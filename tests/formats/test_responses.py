@@ -19,8 +19,8 @@ from openai import AsyncOpenAI, LengthFinishReasonError
 from openai.lib.streaming.chat import AsyncChatCompletionStream
 from openai.types.chat import ChatCompletion
 
-from proxy.formats.ending import RESPONSE_ENDS, Ending
 from proxy.formats.endpoints import EndpointName
+from proxy.formats.responses import RESPONSE_ENDS, Ending
 from proxy.formats.sse import Splitter
 from proxy.policy.amounts import Tokens
 from proxy.simulator.directives import Directives

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.errors import InvalidRequest, LedgerUnavailable, Refusal, UpstreamError
-from proxy.formats.anthropic import error_body, read_usage, type_of
+from proxy.formats.messages import error_body, read_usage, type_of
 from proxy.policy.amounts import Tokens
 
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.formats.chunks import (
+from proxy.formats.chat import (
     extra_members,
     is_finish_chunk,
     read_object,
