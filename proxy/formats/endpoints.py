@@ -31,12 +31,18 @@ EndpointName = Literal[
     "messages",
     "count_tokens",
 ]
+# The format of an endpoint's answers, streams and errors; `surfaces` has a row for each.
+#   chat        a stream of chunks with choices, ended by [DONE]; also embeddings and moderations, which do not stream
+#   responses   the events and objects of /responses
+#   messages    Anthropic's events, objects and errors
+#   media       images, speech, transcripts: their output is known only at the end, and may be no JSON
+SurfaceName = Literal["chat", "responses", "messages", "media"]
 # What an answer is charged.
-#   tokens          the tokens that it reports, else the tokens that the proxy counts
-#   tokens_if_said  the tokens that it reports, else one request: a model that reports none is billed per piece
-#   request         one request and no tokens
-#   nothing         nothing
-Charge = Literal["tokens", "tokens_if_said", "request", "nothing"]
+#   tokens            the tokens that it reports, else the tokens that the proxy counts
+#   tokens_if_stated  the tokens that it reports, else one request: a model that reports none is billed per piece
+#   request           one request and no tokens
+#   nothing           nothing
+Charge = Literal["tokens", "tokens_if_stated", "request", "nothing"]
 
 # Fields that an endpoint refuses, each with the reason. The error message is `"<field>" can't be used here:
 # <reason>.`
@@ -83,6 +89,7 @@ class Endpoint:
 
     name: EndpointName
     path: str
+    surface: SurfaceName
     charge: Charge
     maxima: tuple[str, ...] = ()
     answer_tokens: int = 0
@@ -113,12 +120,12 @@ class Endpoint:
     @property
     def is_of_responses(self) -> bool:
         """Whether its request has the format of /responses: items, tools, references to stored things."""
-        return self.name in ("responses", "compact", "input_tokens")
+        return self.surface == "responses"
 
     @property
     def is_of_messages(self) -> bool:
         """Whether its requests, answers and errors have Anthropic's format."""
-        return self.name in ("messages", "count_tokens")
+        return self.surface == "messages"
 
 
 # Azure's SDK sends these to /openai/deployments/{model}/…, and all others to /openai/….
@@ -142,18 +149,23 @@ _PREFIX = re.compile(r"(?:/openai(?:/deployments/[^/]+)?)?(?:/v1)?(?=/)")
 CHAT = Endpoint(
     "chat",
     "/chat/completions",
+    "chat",
     "tokens",
     maxima=("max_completion_tokens", "max_tokens"),
 )
-COMPLETIONS = Endpoint("completions", "/completions", "tokens", maxima=("max_tokens",))
-EMBEDDINGS = Endpoint("embeddings", "/embeddings", "tokens")
+COMPLETIONS = Endpoint("completions", "/completions", "chat", "tokens", maxima=("max_tokens",))
+EMBEDDINGS = Endpoint("embeddings", "/embeddings", "chat", "tokens")
 RESPONSES = Endpoint(
-    "responses", "/responses", "tokens", maxima=("max_output_tokens",), refused=_REFUSED_ON_RESPONSES
+    "responses", "/responses", "responses", "tokens", maxima=("max_output_tokens",), refused=_REFUSED_ON_RESPONSES
 )
 # The model summarises a conversation; no field bounds the length of the summary.
-COMPACT = Endpoint("compact", "/responses/compact", "tokens", answer_tokens=8192, refused=_REFUSED_ON_RESPONSES)
-INPUT_TOKENS = Endpoint("input_tokens", "/responses/input_tokens", "nothing", refused=_REFUSED_ON_RESPONSES)
-MODERATIONS = Endpoint("moderations", "/moderations", "request", default_model="omni-moderation-latest")
+COMPACT = Endpoint(
+    "compact", "/responses/compact", "responses", "tokens", answer_tokens=8192, refused=_REFUSED_ON_RESPONSES
+)
+INPUT_TOKENS = Endpoint(
+    "input_tokens", "/responses/input_tokens", "responses", "nothing", refused=_REFUSED_ON_RESPONSES
+)
+MODERATIONS = Endpoint("moderations", "/moderations", "chat", "request", default_model="omni-moderation-latest")
 # A large image of high quality has 6,240 tokens (OpenAI's table for gpt-image-1), and each partial image 100 more.
 _IMAGE_TOKENS = 8192
 _REFUSED_ON_IMAGES = {
@@ -163,7 +175,8 @@ _REFUSED_ON_IMAGES = {
 IMAGES = Endpoint(
     "images",
     "/images/generations",
-    "tokens_if_said",
+    "media",
+    "tokens_if_stated",
     answer_tokens=_IMAGE_TOKENS,
     default_model="dall-e-2",
     refused=_REFUSED_ON_IMAGES,
@@ -171,7 +184,8 @@ IMAGES = Endpoint(
 IMAGE_EDITS = Endpoint(
     "image_edits",
     "/images/edits",
-    "tokens_if_said",
+    "media",
+    "tokens_if_stated",
     answer_tokens=_IMAGE_TOKENS,
     default_model="dall-e-2",
     form="images",
@@ -179,17 +193,19 @@ IMAGE_EDITS = Endpoint(
 )
 # Only dall-e-2 has it, which is billed per image.
 IMAGE_VARIATIONS = Endpoint(
-    "image_variations", "/images/variations", "request", default_model="dall-e-2", form="images"
+    "image_variations", "/images/variations", "media", "request", default_model="dall-e-2", form="images"
 )
 # The longest input, 4,096 characters, is five minutes of speech. At 20 tokens a second that is 6,000 tokens. Only a
 # stream with `stream_format: "sse"` reports its tokens.
-SPEECH = Endpoint("speech", "/audio/speech", "tokens_if_said", answer_tokens=6144)
+SPEECH = Endpoint("speech", "/audio/speech", "media", "tokens_if_stated", answer_tokens=6144)
 # They report usage in tokens, or in seconds if the model is billed by time, or not at all (plain text, subtitles).
 # The last two count as one request.
 TRANSCRIPTIONS = Endpoint(
-    "transcriptions", "/audio/transcriptions", "tokens_if_said", answer_tokens=4096, form="audio"
+    "transcriptions", "/audio/transcriptions", "media", "tokens_if_stated", answer_tokens=4096, form="audio"
 )
-TRANSLATIONS = Endpoint("translations", "/audio/translations", "tokens_if_said", answer_tokens=4096, form="audio")
+TRANSLATIONS = Endpoint(
+    "translations", "/audio/translations", "media", "tokens_if_stated", answer_tokens=4096, form="audio"
+)
 # Anthropic's endpoints. Betas that need no field of the request are controlled by `allow: {betas: […]}`, through the
 # header `anthropic-beta`.
 _REFUSED_ON_MESSAGES = {
@@ -198,8 +214,10 @@ _REFUSED_ON_MESSAGES = {
     "inference_geo": "it changes the price of the call. Leave it out",
     "mcp_servers": "the upstream would call these servers, and their results are input that the body does not show",
 }
-MESSAGES = Endpoint("messages", "/messages", "tokens", maxima=("max_tokens",), refused=_REFUSED_ON_MESSAGES)
-COUNT_TOKENS = Endpoint("count_tokens", "/messages/count_tokens", "nothing", refused=_REFUSED_ON_MESSAGES)
+MESSAGES = Endpoint(
+    "messages", "/messages", "messages", "tokens", maxima=("max_tokens",), refused=_REFUSED_ON_MESSAGES
+)
+COUNT_TOKENS = Endpoint("count_tokens", "/messages/count_tokens", "messages", "nothing", refused=_REFUSED_ON_MESSAGES)
 
 METERED = (
     CHAT,

@@ -166,7 +166,7 @@ class Meter:
         answer = read_object(body)
         if answer is None:
             # Audio and subtitles are not JSON. Anything else that is not JSON is an error, but it was generated.
-            self.has_error = self._charge != "tokens_if_said"
+            self.has_error = self._charge != "tokens_if_stated"
             self.uncounted_texts = [body.decode("utf-8", "replace")] if self._generates else []
             return
         self._see_error(answer)
@@ -197,7 +197,7 @@ class Meter:
             return Unspent()
         if self._charge == "request":
             return Unspent(requests=1)
-        if self._charge == "tokens_if_said":
+        if self._charge == "tokens_if_stated":
             return self._media_usage()
         if self._reported is None:
             return AtLeast(Tokens(0, self._counted if self._generates else 0))
@@ -268,7 +268,7 @@ class Meter:
 
     def _add_usage(self, answer: dict[str, Any]) -> None:
         """Add the usage that an answer states. An SVG image also states, in `svg_usage`, that of its text model."""
-        for name in ("usage", "svg_usage") if self._charge == "tokens_if_said" else ("usage",):
+        for name in ("usage", "svg_usage") if self._charge == "tokens_if_stated" else ("usage",):
             tokens, before = read_tokens(answer.get(name)), self._reported
             if tokens is not None and before is not None:
                 tokens = replace(tokens, input=before.input + tokens.input, output=before.output + tokens.output)
