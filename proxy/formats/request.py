@@ -11,10 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from proxy.errors import InvalidRequest, ProxyError
+from proxy.errors import InvalidRequest
 from proxy.formats.content import content_parts
 from proxy.formats.endpoints import METERED, RESPONSES, SPEECH, STORED, Endpoint, EndpointName
-from proxy.formats.messages import error_body
 from proxy.formats.multipart import Form
 from proxy.formats.strict_json import dump, parse_object
 from proxy.policy.policy import Kind, Model
@@ -237,19 +236,6 @@ def forwarded_body(request: Request, model: Model, *, maximum: int | None = None
             asked = document.get(name)
             document[name] = maximum if asked is None or is_endless(asked, kind) else min(asked, maximum)
     return dump(document)
-
-
-def error_event(endpoint: Endpoint, error: ProxyError) -> bytes:
-    """An error inside a stream, in the form at which the SDKs raise an exception.
-
-    On /responses older SDKs look for a member `error` and newer ones for the event's name, so the event has both.
-    """
-    if endpoint.is_of_messages:
-        return b"event: error\ndata: " + dump(error_body(error)) + b"\n\n"
-    if not endpoint.is_of_responses:
-        return b"data: " + dump(error.body()) + b"\n\n"
-    flat = {"type": "error", "code": error.code, "message": error.message, "param": error.param}
-    return b"event: error\ndata: " + dump({**flat, **error.body()}) + b"\n\n"
 
 
 def maximum_fields(endpoint: Endpoint, kind: Kind) -> tuple[str, ...]:

@@ -28,6 +28,7 @@ from proxy.formats.endpoints import (
 from proxy.formats.meter import Meter
 from proxy.formats.request import Request, parse_request
 from proxy.formats.sse import Event, Splitter
+from proxy.formats.surfaces import meter_of
 from proxy.policy.amounts import TOKENS_MAX, AtLeast, Exactly, Tokens, Unspent, Usage
 from proxy.policy.policy import Kind
 
@@ -52,7 +53,7 @@ def count(text: str) -> int:
 
 def new(of: Request = UNASKED, *, kind: Kind = "openai") -> Meter:
     """A new meter."""
-    return Meter(of, count=count, kind=kind)
+    return meter_of(of, count=count, kind=kind)
 
 
 def watch(
@@ -666,7 +667,7 @@ def test_other_members_of_a_choice_are_not_counted(choice: dict) -> None:
 
 def test_a_chunk_with_text_is_at_least_one_token() -> None:
     """Servers send a chunk for each token, even if the tokenizer counts 0 for a piece of a character."""
-    meter = Meter(UNASKED, count=lambda text: 0)
+    meter = meter_of(UNASKED, count=lambda text: 0)
     for _ in range(50):
         meter.see_event(Splitter().feed(event(chunk("a")))[0])
     assert (meter.usage(), meter.output_seen) == (AtLeast(Tokens(0, 50)), 50)
@@ -934,7 +935,7 @@ def test_usage_of_the_first_choice_only(
     of: Request, answer: dict, expected: tuple[int, int] | None, texts: list[str]
 ) -> None:
     """llama.cpp reports no more. The texts of the other choices are kept; with several prompts no input is known."""
-    meter = Meter(of, count=count, kind="llamacpp")
+    meter = meter_of(of, count=count, kind="llamacpp")
     meter.see_whole(json.dumps({**answer, "usage": HONEST}).encode())
     assert meter.usage() == (REPORTED if expected is None else AtLeast(Tokens(*expected)))
     assert meter.uncounted_texts == texts
@@ -943,7 +944,7 @@ def test_usage_of_the_first_choice_only(
 
 def test_without_usage_all_choices_are_counted() -> None:
     """Also at llama.cpp, whose usage would cover only one."""
-    meter = Meter(request(stream=False, n=2), count=count, kind="llamacpp")
+    meter = meter_of(request(stream=False, n=2), count=count, kind="llamacpp")
     meter.see_whole(json.dumps({"choices": [message("a"), message("b")]}).encode())
     assert (meter.usage(), meter.uncounted_texts, meter.input_reported) == (UNCOUNTED, ["a", "b"], None)
 

@@ -17,6 +17,7 @@ from proxy.formats.endpoints import CHAT, COMPLETIONS, Endpoint
 from proxy.formats.meter import Meter
 from proxy.formats.request import Request, parse_request
 from proxy.formats.stream import Stream
+from proxy.formats.surfaces import meter_of
 from proxy.policy.amounts import TOKENS_MAX, AtLeast, Exactly, Tokens, Usage
 from proxy.policy.policy import Kind
 from tests.stage import STAFF, stage
@@ -265,7 +266,7 @@ def _call(of: Endpoint) -> Request:
 def _watched(recording: Recording, pieces: Iterator[bytes] | list[bytes]) -> tuple[Meter, bytes]:
     """Let these bytes go by and end; return the meter, and all that the client is shown."""
     call = _call(recording.endpoint)
-    meter = Meter(call, count=lambda text: len(text), kind=recording.kind)
+    meter = meter_of(call, count=lambda text: len(text), kind=recording.kind)
     stream = Stream(meter)
     shown = b"".join(stream.feed(piece, covered=TOKENS_MAX) for piece in pieces)
     stream.close(covered=TOKENS_MAX)
