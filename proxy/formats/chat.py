@@ -253,7 +253,7 @@ def _chunk_usage(usage: Tokens) -> JSON:
     }
 
 
-# ------------------------------------------------------------------------------- chunks without what the proxy added
+# -------------------------------------------------------------------------------- chunks without what the proxy added
 
 
 def extra_members(chunk: JSON) -> set[str]:

@@ -99,7 +99,7 @@ class ResponsesMeter(Meter):
             self._add_to_count(missing)
 
 
-# ------------------------------------------------------------------------------------------------ the end at a limit
+# ------------------------------------------------------------------------------------------------- the end at a limit
 
 
 @dataclass(frozen=True, slots=True)
