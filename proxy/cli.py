@@ -1,4 +1,8 @@
-"""The commands. Exit codes: 0 fine, 1 the answer is no, 2 the command or the config is wrong."""
+"""The commands.
+
+Exit codes: 0 for success, 1 if the answer is no (`check` found mistakes), 2 if the command, the config or the
+environment is wrong.
+"""
 
 import logging
 import os
@@ -21,13 +25,13 @@ from proxy.config.values import KEY_CHARACTERS_MIN
 from proxy.ledger.schema import NewerSchema
 from proxy.ledger.store import StoreInUse, StoreUnavailable
 from proxy.policy.policy import digest
-from proxy.server import Server, look_at, serve, store_of
+from proxy.server import Server, fingerprint_of, serve, store_of
 from proxy.workers import Command, ControlSocket, NotServing, Parent
 
 _NO, _WRONG = 1, 2
 
 _config_option = click.option(
-    "--config", "path", default="quotas.yaml", show_default=True, help="The policy and the settings, in YAML."
+    "--config", "path", default="quotas.yaml", show_default=True, help="The file with the policy and the settings."
 )
 
 
@@ -52,7 +56,7 @@ class _Commands(click.Group):
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__)
-@click.option("--verbose", is_flag=True, help="Log more.")
+@click.option("--verbose", is_flag=True, help="Also log at level debug.")
 def main(verbose: bool) -> None:
     """An OpenAI-compatible reverse proxy that enforces group quotas on LLM use."""
     stream = logs.LogStream(sys.stderr)
@@ -62,27 +66,38 @@ def main(verbose: bool) -> None:
 
 @main.command("serve")
 @_config_option
-@click.option("--host", help="Instead of the host of `server.api`.")
-@click.option("--port", type=click.IntRange(0, 65535), help="Instead of the port of `server.api`.")
-@click.option("--admin-port", type=click.IntRange(0, 65535), help="Instead of the port of `server.admin`.")
-@click.option("--workers", "count", type=click.IntRange(1, 256), default=1, show_default=True, help="Processes.")
-@click.option("--tie", "tie_number", type=int, hidden=True, help="Be one of those; given by their parent.")
-@click.option("--lease", "lease_s", type=click.FloatRange(0.1), hidden=True, help="Seconds; for `torture`.")
-def serve_command(count: int, tie_number: int | None, path: str, lease_s: float | None, **listeners: Any) -> None:
+@click.option("--host", help="Replaces the host of `server.api`.")
+@click.option("--port", type=click.IntRange(0, 65535), help="Replaces the port of `server.api`.")
+@click.option("--admin-port", type=click.IntRange(0, 65535), help="Replaces the port of `server.admin`.")
+@click.option(
+    "--workers", "count", type=click.IntRange(1, 256), default=1, show_default=True, help="The number of processes."
+)
+# Both names have to stay. On SIGUSR2, a parent of an older release starts this program with the option's old name.
+@click.option(
+    *("--control-socket", "--tie", "control_number"),
+    type=int,
+    hidden=True,
+    help="Be a worker of the parent that has the other end of this socket. Only the parent gives this option.",
+)
+@click.option("--lease", "lease_s", type=click.FloatRange(0.1), hidden=True, help="Seconds. For `torture`.")
+def serve_command(count: int, control_number: int | None, path: str, lease_s: float | None, **listeners: Any) -> None:
     """Serve until stopped. The policy is reloaded when the file changes, or on SIGHUP.
 
-    With several workers SIGUSR2 replaces them by new ones, with the program as it is by then, without losing a call.
+    With several workers, SIGUSR2 replaces them with new ones that run the program as it is then. No call is lost.
     """
-    tie = _tie(tie_number)
-    config = _listening(_load(path), **listeners)
+    control = _control_socket(control_number)
+    config = _with_listeners(_load(path), **listeners)
     if lease_s is not None:
         config = replace(config, settings=replace(config.settings, lease_ms=round(1000 * lease_s)))
-    if tie is not None or count == 1:
-        _run(_serve(config, path, tie))
+    if control is not None or count == 1:
+        _run(_serve(config, path, control))
     else:
-        command = Command((sys.executable, *sys.orig_argv[1:], "--tie"), os.environ)
-        parent = Parent(config, count, command=command, load=lambda: _listening(load(path, os.environ), **listeners))
-        _run(parent.serve(_say_where))
+        # The worker's command line is that of the parent, with its options, and the number of its socket behind it.
+        command = Command((sys.executable, *sys.orig_argv[1:], "--control-socket"), os.environ)
+        parent = Parent(
+            config, count, command=command, load=lambda: _with_listeners(load(path, os.environ), **listeners)
+        )
+        _run(parent.serve(_print_addresses))
 
 
 @main.command("demo")
@@ -99,7 +114,7 @@ def demo_command(port: int, admin_port: int) -> None:
 @main.command("check")
 @_config_option
 def check_command(path: str) -> None:
-    """Say what is wrong with a config, and what each group may do."""
+    """Check a config: print its mistakes, or what each group may do."""
     config = _load(path, otherwise=_NO)
     for warning in warnings(config):
         click.secho(f"warning: {warning}", fg="yellow", err=True)
@@ -116,20 +131,20 @@ def schema_command() -> None:
 @main.command("migrate")
 @_config_option
 def migrate_command(path: str) -> None:
-    """Bring the database up to this release's schema."""
+    """Migrate the database to this release's schema."""
     _run(_migrate(_load(path)))
     click.echo("The database has this release's schema.")
 
 
 @main.group("keys")
 def keys_group() -> None:
-    """Keys of users."""
+    """Commands for the keys of users."""
 
 
 @keys_group.command("hash")
 @click.argument("key", required=False)
 def hash_command(key: str | None) -> None:
-    """Print the `sha256:…` of a key, as the config takes it. Without KEY it is asked for, so no shell keeps it."""
+    """Print the `sha256:…` of a key, for the config. Without KEY, ask for it, so it is in no shell's history."""
     key = key or click.prompt("Key", hide_input=True)
     if len(key) < KEY_CHARACTERS_MIN:
         _give_up(f"A key needs {KEY_CHARACTERS_MIN} characters or more.", _WRONG)
@@ -144,23 +159,28 @@ async def _migrate(config: Config) -> None:
         await store.close()
 
 
-async def _serve(config: Config, path: str, tie: ControlSocket | None) -> None:
-    read, look = partial(load, path, os.environ), partial(look_at, path)
+async def _serve(config: Config, path: str, control: ControlSocket | None) -> None:
+    """Serve in this process: as a worker if it has a control socket, else alone."""
     with closing(Tokenizers(table_folders(os.environ))) as tokenizers:
-        inherited = None if tie is None else tie.inherited
-        server = Server(config, load=read, look=look, tokenizers=tokenizers, inherited=inherited)
-        await serve(server, _say_where if tie is None else tie.serves)
+        server = Server(
+            config,
+            load=partial(load, path, os.environ),
+            fingerprint=partial(fingerprint_of, path),
+            tokenizers=tokenizers,
+            inherited=None if control is None else control.inherited,
+        )
+        await serve(server, _print_addresses if control is None else control.report_serving)
 
 
-def _tie(number: int | None) -> ControlSocket | None:
+def _control_socket(number: int | None) -> ControlSocket | None:
     try:
         return None if number is None else ControlSocket(number)
     except OSError as error:
         _give_up(str(error), _WRONG)
 
 
-def _listening(config: Config, host: str | None, port: int | None, admin_port: int | None) -> Config:
-    """The config with its listeners where the command line wants them."""
+def _with_listeners(config: Config, host: str | None, port: int | None, admin_port: int | None) -> Config:
+    """The config with the addresses that the command line gives."""
     api, admin = config.settings.api, config.settings.admin
     api = replace(api, host=host or api.host, port=api.port if port is None else port)
     if admin is not None and admin_port is not None:
@@ -176,6 +196,7 @@ def _load(path: str, otherwise: int = _WRONG) -> Config:
 
 
 def _run(work: Coroutine[Any, Any, None]) -> None:
+    """Run a coroutine to its end. Errors that the operator can fix are printed without a traceback; exit code 2."""
     try:
         uvloop.run(work)
     except (StoreInUse, StoreUnavailable, NewerSchema, NotServing, OSError) as error:
@@ -184,12 +205,13 @@ def _run(work: Coroutine[Any, Any, None]) -> None:
         pass
 
 
-def _say_where(server: Server | Parent) -> None:
+def _print_addresses(server: Server | Parent) -> None:
     for name, address in (("API", server.api), ("admin", server.admin)):
         if address is not None:
             click.echo(f"{name} on http://{address.host}:{address.port}", err=True)
 
 
 def _give_up(message: str, code: int) -> NoReturn:
+    """Print the message and exit."""
     click.secho(message, fg="red", err=True)
     raise SystemExit(code)

@@ -186,7 +186,7 @@ class Stage:
 
     async def at_rest(self) -> None:
         """Wait until no call is in flight: all that was begun is settled."""
-        await self.server.at_rest()
+        await self.server.all_settled()
 
 
 class Reply:
