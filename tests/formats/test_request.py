@@ -6,7 +6,6 @@ threats T24, T27, T31 to T37.
 
 import json
 from dataclasses import replace
-from typing import get_args
 
 import pytest
 from hypothesis import given
@@ -30,20 +29,19 @@ from proxy.formats.endpoints import (
     TRANSCRIPTIONS,
     Endpoint,
 )
+from proxy.formats.kinds import KINDS, kind_of
 from proxy.formats.multipart import Form, FormReader
 from proxy.formats.request import (
     Request,
     error_event,
     forwarded_body,
     forwarded_model,
-    is_endless,
-    maximum_fields,
     parse_form_request,
     parse_request,
 )
-from proxy.policy.policy import Allow, Kind, Model, Upstream
+from proxy.formats.restrictions import refused_fields
+from proxy.policy.policy import Allow, Model, Upstream
 
-KINDS = get_args(Kind)
 GENERATING = [CHAT, COMPLETIONS, RESPONSES, MESSAGES]
 HUGE = 10**9
 
@@ -67,12 +65,12 @@ def refused(endpoint: Endpoint = CHAT, **fields: object) -> InvalidRequest:
     return caught.value
 
 
-def model(kind: Kind = "openai") -> Model:
+def model(kind: str = "openai") -> Model:
     """A model at an upstream of this kind, which calls it "real-m"."""
     return Model("m", Upstream("up", "http://upstream.example/v1", None, kind), "real-m")
 
 
-def sent(request: Request, kind: Kind = "openai", maximum: int | None = None) -> dict:
+def sent(request: Request, kind: str = "openai", maximum: int | None = None) -> dict:
     """The document that an upstream of this kind receives."""
     return json.loads(forwarded_body(request, model(kind), maximum=maximum))
 
@@ -185,7 +183,7 @@ def test_a_single_key_in_another_case_is_refused(other: str) -> None:
 @pytest.mark.parametrize("endpoint", METERED, ids=ids)
 def test_refused_fields_are_refused_in_any_case(endpoint: Endpoint) -> None:
     """`API_BASE` must not bypass the list of refused fields."""
-    for name in endpoint.refused:
+    for name in refused_fields(endpoint):
         assert name in refused(endpoint, **{name.upper(): "x"}).message
 
 
@@ -419,7 +417,7 @@ targets = pytest.mark.parametrize(("kind", "endpoint"), [(k, e) for k in KINDS f
 
 
 @targets
-def test_every_maximum_field_that_the_upstream_reads_is_lowered(kind: Kind, endpoint: Endpoint) -> None:
+def test_every_maximum_field_that_the_upstream_reads_is_lowered(kind: str, endpoint: Endpoint) -> None:
     """No other field is changed."""
     stated = dict.fromkeys(MAXIMA, 5000)
     lowered = sent(parse(endpoint, **stated), kind, maximum=300)
@@ -428,7 +426,7 @@ def test_every_maximum_field_that_the_upstream_reads_is_lowered(kind: Kind, endp
 
 
 @targets
-def test_a_maximum_that_is_already_lower_stays(kind: Kind, endpoint: Endpoint) -> None:
+def test_a_maximum_that_is_already_lower_stays(kind: str, endpoint: Endpoint) -> None:
     """Each field is compared by itself."""
     reads = sorted(READS[kind, endpoint.name])
     stated = {name: 10 + 1000 * position for position, name in enumerate(reads)}
@@ -437,7 +435,7 @@ def test_a_maximum_that_is_already_lower_stays(kind: Kind, endpoint: Endpoint) -
 
 
 @targets
-def test_a_maximum_is_written_if_the_client_stated_none(kind: Kind, endpoint: Endpoint) -> None:
+def test_a_maximum_is_written_if_the_client_stated_none(kind: str, endpoint: Endpoint) -> None:
     """In the first field that this kind of upstream reads, and only if there is a maximum to write. Null is none."""
     name = WRITES.get((kind, endpoint.name), endpoint.maxima[0])
     for request in (parse(endpoint), parse(endpoint, **dict.fromkeys(MAXIMA))):
@@ -448,19 +446,19 @@ def test_a_maximum_is_written_if_the_client_stated_none(kind: Kind, endpoint: En
 
 
 @targets
-def test_maximum_fields_are_those_that_the_upstream_reads(kind: Kind, endpoint: Endpoint) -> None:
+def test_maximum_fields_are_those_that_the_upstream_reads(kind: str, endpoint: Endpoint) -> None:
     """The estimate believes only these fields. The first is the one that is written."""
-    fields = maximum_fields(endpoint, kind)
+    fields = kind_of(kind).maximum_fields(endpoint)
     assert set(fields) == READS[kind, endpoint.name]
     assert fields[0] == WRITES.get((kind, endpoint.name), endpoint.maxima[0])
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_minus_one_means_no_maximum_and_so_does_0_at_ollama(kind: Kind) -> None:
+def test_minus_one_means_no_maximum_and_so_does_0_at_ollama(kind: str) -> None:
     """At other upstreams 0 is the smallest maximum."""
-    assert is_endless(-1, kind)
-    assert is_endless(0, kind) == (kind == "ollama")
-    assert not is_endless(1, kind)
+    assert kind_of(kind).is_endless(-1)
+    assert kind_of(kind).is_endless(0) == (kind == "ollama")
+    assert not kind_of(kind).is_endless(1)
 
 
 def test_a_number_that_means_no_maximum_is_replaced_by_one() -> None:
@@ -474,7 +472,7 @@ def test_a_number_that_means_no_maximum_is_replaced_by_one() -> None:
 def test_no_maximum_is_written_for_embeddings() -> None:
     """They generate nothing, so no field of theirs is a maximum."""
     for kind in KINDS:
-        assert maximum_fields(EMBEDDINGS, kind) == ()
+        assert kind_of(kind).maximum_fields(EMBEDDINGS) == ()
         assert sent(parse(EMBEDDINGS, input="x", max_tokens=5000), kind, maximum=300)["max_tokens"] == 5000
 
 
@@ -608,7 +606,7 @@ def test_llama_cpp_is_not_asked_on_responses_and_embeddings(endpoint: Endpoint) 
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("vllm", "llamacpp")])
-def test_other_kinds_are_not_asked_for_the_usage_so_far(kind: Kind) -> None:
+def test_other_kinds_are_not_asked_for_the_usage_so_far(kind: str) -> None:
     """The option is vLLM's own. If a client wrote it itself, it is forwarded."""
     assert not parse(stream=True).adds_running_usage(kind)
     assert sent(parse(stream=True), kind)["stream_options"] == {"include_usage": True}
@@ -664,12 +662,12 @@ known = st.fixed_dictionaries(
 
 @given(
     endpoint=st.sampled_from(METERED),
-    kind=st.sampled_from(KINDS),
+    kind=st.sampled_from(list(KINDS)),
     fields=st.tuples(unknown, known),
     maximum=st.none() | st.integers(1, 4000),
 )
 def test_only_the_proxy_s_own_fields_are_changed(
-    endpoint: Endpoint, kind: Kind, fields: tuple, maximum: int | None
+    endpoint: Endpoint, kind: str, fields: tuple, maximum: int | None
 ) -> None:
     """The forwarded body equals the client's, except for the model, the usage options and the maxima."""
     document = {**fields[0], **fields[1]}
@@ -769,8 +767,7 @@ def test_a_request_keeps_its_properties_when_its_body_is_freed() -> None:
     assert (freed.model, freed.stream, freed.choices) == ("m", True, 2)
     for one in (request, freed):
         assert one.asks_for_usage
-        assert one.asks_for_continuous_usage
-        assert one.asks_for_timings
+        assert one.asks_for_running_usage == {"vllm", "llamacpp"}
         assert not one.adds_usage
         assert not one.adds_running_usage("vllm")
 

@@ -28,7 +28,7 @@ def ids(value: object) -> str | None:
 
 def check(endpoint: Endpoint, allow: Allow = NOTHING, **fields: object) -> None:
     """Check a request with these fields."""
-    check_allowance(parse(endpoint, **fields), allow)
+    check_allowance(endpoint, parse(endpoint, **fields).body, allow)
 
 
 def refused(endpoint: Endpoint, allow: Allow = NOTHING, **fields: object) -> InvalidRequest:
