@@ -128,7 +128,8 @@ class Turns:
     and cost the same tokens around their texts, so only the others are looked at again.
 
     `reading` has the texts of plain turns and every other turn as it is, in the order of the list. `unusual` are
-    these other turns, `plain` is the number of plain ones:
+    these other turns, `plain` is the number of plain ones. The role of a plain turn comes before its text, in
+    whatever order the client wrote them, which makes no difference to the number of tokens:
 
         [{"role": "user", "content": "Hi"}, {"role": "user", "content": [{…}]}]
         → reading ["user", "Hi", {…}], unusual [{…}], plain 1

@@ -88,7 +88,7 @@ _MESSAGES = attrgetter("is_of_messages")
 _GENERATES = attrgetter("generates")
 _HAS_USAGE_OPTION = attrgetter("has_usage_option")
 
-# ------------------------------------------------------------------------------------------------- what is refused
+# --------------------------------------------------------------------------------------------------- what is refused
 
 
 def _is_used(value: object) -> bool:
@@ -357,7 +357,7 @@ def check_form_field(endpoint: Endpoint, name: str, *, is_file: bool = False) ->
     return field
 
 
-# ---------------------------------------------------------------------------------------------- what may be allowed
+# ----------------------------------------------------------------------------------------------- what may be allowed
 
 
 def check_allowance(endpoint: Endpoint, body: RequestBody, allow: Allow) -> None:

@@ -431,3 +431,33 @@ def test_parts_within_parts_are_found():
     result = {"type": "tool_result", "content": [document, "x"]}
     turn = {"role": "user", "content": [result]}
     assert content_parts(RequestBody({"messages": [turn]})) == [turn, result, document, text]
+
+
+plain = st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant", ""]), "content": st.text(max_size=4)})
+
+
+@given(turns=st.lists(plain | st.text(max_size=3) | values, max_size=6), field=st.sampled_from(["messages", "input"]))
+def test_a_plain_turn_is_read_like_any_other(turns: list, field: str):
+    """Turns of a role and a text are read without a closer look. With a `status`, which is not read, they get one."""
+
+    def unusual(turn: object) -> object:
+        texts = turn.values() if isinstance(turn, dict) and turn.keys() == {"role", "content"} else [None]
+        is_plain = all(isinstance(text, str) for text in texts)
+        return {"role": turn["role"], "content": turn["content"], "status": "done"} if is_plain else turn
+
+    given_turns, closer = RequestBody({field: turns}), RequestBody({field: [unusual(turn) for turn in turns]})
+    assert closer.turns[field].plain == 0
+    expected = read_prompt(closer, model="gpt-4o", is_chat=True)
+    assert read_prompt(given_turns, model="gpt-4o", is_chat=True) == expected
+
+
+def test_turns_are_walked_over_once():
+    """What is plain is told from what is not, and the order of the texts is kept."""
+    odd = {"role": "user", "content": [{"type": "text", "text": "c"}]}
+    body = RequestBody({"messages": [{"role": "user", "content": "a"}, odd, "b", "", {"role": "", "content": "x"}]})
+    turns = body.turns["messages"]
+    assert turns.reading == ["user", "a", odd, "b", {"role": "", "content": "x"}]
+    assert (turns.unusual, turns.plain) == ([odd, {"role": "", "content": "x"}], 1)
+    assert body.turns["messages"] is turns
+    assert "input" not in body.turns
+    assert read_prompt(body, model="m", is_chat=True).texts == ("user", "a", "user", "c", "b", "x")
