@@ -83,7 +83,7 @@ class Disconnects:
             # What has arrived says nothing about the cost of a drain that was cut, or of an answer that is not
             # streamed.
             charges_full_hold = is_drain_cut or not call.request.stream
-            await reservation.end_early(
+            await reservation.end(
                 "client_left" if client.is_disconnected else "stopped", charges_full_hold=charges_full_hold
             )
             if not client.is_disconnected:

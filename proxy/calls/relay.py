@@ -26,7 +26,6 @@ from proxy.ledger.book import Accepted, Refused
 from proxy.ledger.entry import Outcome
 from proxy.ledger.queue import AdmissionQueue, DurationEstimate
 from proxy.metrics import Metrics
-from proxy.policy.amounts import AtLeast, Unspent
 from proxy.upstreams import headers
 from proxy.upstreams.client import Answer
 from proxy.upstreams.failures import Rejected, failure_of
@@ -150,12 +149,8 @@ class Relay:
         try:
             yield
         except UpstreamError as error:
-            # An error answer has ended the call already: its status says what is charged.
-            if reservation.outcome is None:
-                if error.was_sent:
-                    await reservation.settle(await reservation.usage(), "upstream_broke")
-                else:
-                    await reservation.release()
+            # An error answer has ended the call already (its status says what is charged), and the first end counts.
+            await reservation.end("upstream_broke" if error.was_sent else "upstream_failed")
             upstream = (reservation.target or call.model).upstream
             log.warning("upstream failed", upstream=upstream.name, call=reservation.entry.id, reason=str(error))
             if not call.client.has_begun:
@@ -189,7 +184,7 @@ class Relay:
                 client.abort()  # an error event would end up inside the event that broke off
             raise
         stream.close(covered=reservation.covered)
-        await reservation.settle(await reservation.usage(), _outcome(call, reservation.meter))
+        await reservation.end(_outcome(call, reservation.meter))
         await client.write(stream.end())
         await client.end()
         await _read_to_end(answer)
@@ -200,10 +195,7 @@ class Relay:
         The client gets the end that the upstream would have sent at its own maximum (`finish_reason: "length"`), so
         an SDK takes the answer for complete but cut. Leaving the block closes the connection to the upstream.
         """
-        # A usage that the upstream has reported may include the event that was withheld. As AtLeast it is charged
-        # only up to the hold: example, 1,100 tokens are held and passed, and the withheld event says
-        # `completion_tokens: 1130`. 1,100 are charged.
-        await reservation.settle(AtLeast((await reservation.usage()).tokens), "at_limit")
+        await reservation.end("at_limit")
         assert reservation.charged is not None, "set by settle"
         await call.client.write(stream.end_at_limit(reservation.charged.tokens))
         await call.client.end()
@@ -213,20 +205,17 @@ class Relay:
         body = await answer.read()
         reservation.meter.see_whole(body)
         if not await reservation.hold_whole_answer(self._queue):
-            await reservation.settle(AtLeast((await reservation.usage()).tokens), "at_limit")
+            await reservation.end("at_limit")
             raise UpstreamError(
                 "The upstream sent a whole answer where a stream was requested, and your quotas have no room for it."
             )
-        await reservation.settle(await reservation.usage(), _outcome(call, reservation.meter))
+        await reservation.end(_outcome(call, reservation.meter))
         call.client.send(answer.status, self._answer_headers(answer, call, reservation), body)
 
     async def _forward_error(self, answer: Answer, call: Call, reservation: Reservation) -> None:
         """Forward an error answer. Its meaning decides what is charged and what the client sees."""
         failure = failure_of(answer.status, await answer.error_body(), answer.retry_after, call.model.upstream)
-        if isinstance(failure, Rejected):
-            await reservation.settle(Unspent(requests=1), "rejected")
-        else:
-            await reservation.release()
+        await reservation.end("rejected" if isinstance(failure, Rejected) else "upstream_failed")
         if isinstance(failure, ProxyError):
             raise failure
         call.client.send(

@@ -25,7 +25,7 @@ from proxy.ledger.entry import Outcome
 from proxy.ledger.ledger import Ledger
 from proxy.ledger.queue import AdmissionQueue
 from proxy.policy.admission import Verdict
-from proxy.policy.amounts import TOKENS_MAX, AtLeast, Tokens, Usage
+from proxy.policy.amounts import TOKENS_MAX, AtLeast, Tokens, Unspent, Usage
 from proxy.policy.policy import Model
 from proxy.policy.quota import Binding, Counter, CounterKey
 
@@ -79,7 +79,7 @@ class Reservation:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        await self.end_early("proxy_broke")
+        await self.end("proxy_broke")
 
     def begin_attempt(self, target: Model, meter: Meter, *, count: TokenCount) -> None:
         """Note that the call is about to be sent to this target; `meter` and `count` are for its answer."""
@@ -195,45 +195,54 @@ class Reservation:
         unheld = self._unheld_allowance if maximum is None else min(self._unheld_allowance, maximum)
         return AtLeast(Tokens(self.entry.hold.input, max(self.entry.hold.output, unheld)))
 
-    async def settle(self, usage: Usage, outcome: Outcome, *, wait_s: float = COMMIT_WAIT_S) -> None:
-        """Charge this usage. Returns when that is committed, or after `wait_s` seconds. Only the first end counts.
+    async def end(self, outcome: Outcome, *, charges_full_hold: bool = False) -> None:
+        """End the call. The outcome alone decides what is charged:
 
-        An estimate is never charged beyond what is held: an error of our count must not take a quota over its limit.
+            complete, client_left, stopped,      the usage as it is known; nothing if the call was not sent
+              upstream_broke, proxy_broke
+            at_limit                             the usage as it is known, but no more than is held
+            rejected                             one request and no tokens
+            upstream_failed                      nothing
+
+        `charges_full_hold` is for a call of which what passed says nothing about its cost: if it was sent, all that is
+        held is charged. Returns when the end is committed, or after COMMIT_WAIT_S. Only the first end counts.
         """
-        if isinstance(usage, AtLeast):
-            held, tokens = self.full_hold.tokens, usage.tokens
-            usage = AtLeast(
-                Tokens(min(tokens.input, held.input), min(tokens.output, held.output), min(tokens.cached, held.input))
-            )
-        settle = Settle(self.entry.id, usage, outcome, upstream=self._upstream, response_id=self.meter.response_id)
-        await self._end(settle, usage, wait_s)
+        if self.outcome is None:
+            await self.settle(await self._charge_for(outcome, charges_full_hold), outcome)
 
-    async def end_early(self, outcome: Outcome, *, charges_full_hold: bool = False) -> None:
-        """End a call that goes no further: nothing is charged if it was not sent, else the usage that is known.
-
-        `charges_full_hold` is for a call of which what passed says nothing about its cost.
-        """
-        if self.outcome is not None:
-            return
+    async def _charge_for(self, outcome: Outcome, charges_full_hold: bool) -> Usage | None:
+        match outcome:
+            case "upstream_failed":
+                return None
+            case "rejected":
+                return Unspent(requests=1)
+            case "at_limit":
+                # A usage that the upstream has reported may include an event that was withheld. As AtLeast it is
+                # charged only up to the hold. Example: 1,100 tokens are held and passed, and the withheld event says
+                # `completion_tokens: 1130`. 1,100 are charged.
+                return AtLeast((await self.usage()).tokens)
         if not self.is_sent:
-            await self.release(outcome)
-        else:
-            await self.settle(self.full_hold if charges_full_hold else await self.usage(), outcome)
+            return None
+        return self.full_hold if charges_full_hold else await self.usage()
 
-    async def release(self, outcome: Outcome = "upstream_failed") -> None:
-        """Charge nothing and free the hold: the upstream never had this call, or failed to answer it."""
-        await self._end(Release(self.entry.id, outcome, self._upstream), None, COMMIT_WAIT_S)
+    async def settle(self, usage: Usage | None, outcome: Outcome, *, wait_s: float = COMMIT_WAIT_S) -> None:
+        """Charge this usage and free the rest of the hold; None: charge nothing and free all of it.
 
-    @property
-    def _upstream(self) -> str | None:
-        return None if self.target is None else self.target.upstream.name
-
-    async def _end(self, operation: Settle | Release, usage: Usage | None, wait_s: float) -> None:
+        Returns when that is committed, or after `wait_s` seconds. Only the first end counts. An estimate is never
+        charged beyond what is held: an error of our count must not take a quota over its limit.
+        """
         if self.outcome is not None:
             return
+        if isinstance(usage, AtLeast):
+            usage = AtLeast(replace(usage.tokens.at_most(self.full_hold.tokens), reasoning=0))
         # Set before the first await: a second end that begins meanwhile must find it set.
-        self.outcome, self.charged = operation.outcome, usage
-        committed = self._ledger.end(operation)
+        self.outcome, self.charged = outcome, usage
+        upstream = None if self.target is None else self.target.upstream.name
+        committed = self._ledger.end(
+            Release(self.entry.id, outcome, upstream)
+            if usage is None
+            else Settle(self.entry.id, usage, outcome, upstream=upstream, response_id=self.meter.response_id)
+        )
         # `wait` does not cancel the future when the time is over, so the ledger goes on trying to commit.
         await asyncio.wait([committed], timeout=wait_s)
         if committed.done() and not committed.exception() and isinstance(reply := committed.result(), Accepted):

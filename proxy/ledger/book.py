@@ -204,7 +204,7 @@ class Book:
             operation.binding,
             admitted_via=entry.admitted_via,
             own=own,
-            at=at,
+            current=at,
         )
         freed = {
             held_amount.key

@@ -124,7 +124,7 @@ async def test_only_the_first_end_counts(tmp_path: Path) -> None:
         async with it.reservation:
             await it.reservation.settle(exactly(10, 20), "complete")
             await it.reservation.settle(Unspent(), "client_left")
-            await it.reservation.release()
+            await it.reservation.end("upstream_failed")
         entry = await it.entry()
         assert (entry.usage, entry.outcome) == (exactly(10, 20), "complete")
         assert (it.reservation.charged, it.reservation.outcome) == (exactly(10, 20), "complete")
@@ -136,7 +136,7 @@ async def test_a_release_charges_nothing_and_frees_the_hold(outcome: str, tmp_pa
     """No tokens and no request are charged, no window is opened, and the record has the outcome."""
     async with _reserved(tmp_path) as it:
         async with it.reservation:
-            await (it.reservation.release() if outcome == "upstream_failed" else it.reservation.release(outcome))
+            await it.reservation.settle(None, outcome)
         assert ((await it.entry()).state, (await it.entry()).outcome) == ("released", outcome)
         assert not any(counter.is_open for counter in it.reservation.counters.values())
 
@@ -216,9 +216,9 @@ async def test_a_call_that_ends_early_is_charged_what_passed_or_its_full_hold(
     """The full hold is charged if what passed says nothing. A second end changes nothing."""
     async with _reserved(tmp_path) as it:
         it.says("12345678")
-        await it.reservation.end_early("client_left", charges_full_hold=charges_full_hold)
+        await it.reservation.end("client_left", charges_full_hold=charges_full_hold)
         assert ((await it.entry()).usage, it.reservation.outcome) == (charged, "client_left")
-        await it.reservation.end_early("stopped", charges_full_hold=True)
+        await it.reservation.end("stopped", charges_full_hold=True)
         assert ((await it.entry()).usage, it.reservation.outcome) == (charged, "client_left")
 
 
@@ -268,7 +268,7 @@ async def test_the_hold_grows_with_the_answer(tmp_path: Path) -> None:
         assert [counter.held.tokens for counter in it.reservation.counters.values()] == [100 + 1100 + HOLD_STEP]
         assert it.reservation.full_hold == AtLeast(Tokens(100, 1100 + HOLD_STEP))
         assert await it.entry() == it.reservation.entry
-        await it.reservation.settle(await it.reservation.usage(), "client_left")
+        await it.reservation.end("client_left")
         assert await it.counter() == (INPUT + 1100, 0)
 
 
@@ -281,7 +281,7 @@ async def test_output_beyond_the_maximum_is_held_if_there_is_room(tmp_path: Path
         it.says("x" * 900)
         assert await it.grows()
         assert it.reservation.covered >= 2000
-        await it.reservation.settle(await it.reservation.usage(), "client_left")
+        await it.reservation.end("client_left")
         assert it.reservation.charged == AtLeast(Tokens(INPUT, 2000))
 
 
@@ -294,7 +294,7 @@ async def test_without_room_twice_the_maximum_passes_by_our_count(tmp_path: Path
         assert it.reservation.covered == 2 * 1500 + 64
         it.says("x" * 1065)
         assert not await it.grows()
-        await it.reservation.settle(await it.reservation.usage(), "client_left")
+        await it.reservation.end("client_left")
         assert it.reservation.charged == AtLeast(Tokens(INPUT, 1500))
 
 
@@ -342,7 +342,7 @@ async def test_at_the_limit_the_hold_does_not_grow(tmp_path: Path) -> None:
         assert it.reservation.entry.maximum is None
         it.says("x" * 1101)
         assert not await it.grows()
-        await it.reservation.settle(AtLeast((await it.reservation.usage()).tokens), "at_limit")
+        await it.reservation.end("at_limit")
         assert (await it.entry()).usage == AtLeast(Tokens(INPUT, 1100))
         assert await it.counter() == (INPUT + 1100, 0)
 
@@ -398,7 +398,7 @@ async def test_while_the_ledger_is_unavailable_a_stream_goes_on(tmp_path: Path) 
                 it.says("x" * 2000)
                 assert await it.grows()
                 assert it.reservation.covered == 3100 + HOLD_STEP
-            await it.reservation.settle(await it.reservation.usage(), "client_left")
+            await it.reservation.end("client_left")
             assert await it.counter() == (INPUT + 3100, 0)
 
 
@@ -423,7 +423,7 @@ async def test_while_the_ledger_is_unavailable_nothing_beyond_the_maximum_is_cha
             with read_only(tmp_path / "quotas.db", made[-1]):
                 assert await it.grows()
                 assert it.reservation.covered > 4100
-            await it.reservation.settle(await it.reservation.usage(), "client_left")
+            await it.reservation.end("client_left")
             assert await it.counter() == (INPUT + 1500, 0)
 
 
@@ -451,5 +451,5 @@ async def test_a_stream_whose_reservation_has_expired_is_ended(tmp_path: Path) -
         assert await it.counter() == (1124, 0)
         it.says("x" * 1100)
         assert not await it.grows()
-        await it.reservation.settle(await it.reservation.usage(), "at_limit")
+        await it.reservation.end("at_limit")
         assert await it.counter() == (INPUT + 1024, 0)

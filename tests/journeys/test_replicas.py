@@ -180,7 +180,7 @@ async def test_one_that_was_paused_gives_nobodys_room_away(database):
             assert not await it.grows()
             await asyncio.to_thread(database.server.start)
             assert not await it.grows()
-        await it.reservation.settle(await it.reservation.usage(), "at_limit")
+        await it.reservation.end("at_limit")
         await other.end(Settle("2", exactly(100, 1000), "complete"))
         [counter] = (await other.counters(who.keys())).values()
     assert (counter.used.output, counter.held) == (1000 + 100, Amount())

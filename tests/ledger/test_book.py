@@ -38,10 +38,10 @@ from tests.builders import (
     estimated,
     exactly,
     extend,
+    group_quotas,
     instant,
     quota,
     reserve,
-    route,
 )
 
 
@@ -330,7 +330,7 @@ def test_of_64_calls_at_once_as_many_are_let_in_as_fit(each):
 
 def test_a_call_that_nothing_binds_is_on_the_books_all_the_same():
     """Where `unmatched: allow`, or for an unlimited group: the record says what it used, no counter does."""
-    who = binding(route("admins"))
+    who = binding(group_quotas("admins"))
     ledger = Ledger(who)
     ledger.apply(reserve("1", who, call(10**6, 10**6)), SETTLE)
     entry = ledger.entries["1"]
@@ -669,7 +669,7 @@ def test_a_call_that_has_ended_does_not_grow(end):
 
 def test_a_call_that_nothing_binds_grows_without_a_line():
     """Its record says how far."""
-    who = binding(route("admins"))
+    who = binding(group_quotas("admins"))
     ledger = Ledger(who)
     ledger.apply(reserve("1", who, STREAM), extend("1", who, TOKENS_MAX))
     assert (ledger.entries["1"].hold, held_by(ledger)) == (Amount(100, TOKENS_MAX, 1), [])

@@ -158,7 +158,7 @@ async def test_how_long_an_answer_may_become_is_read_as_it_was_booked(store):
     operations = [
         reserve("known", ANN, call(1, 40)),
         reserve("none", ANN, call(1)),
-        reserve("unknown", ANN, call(1, 40, open_ended=True)),
+        reserve("unknown", ANN, call(1, 40, is_unbounded=True)),
     ]
     await store.apply(operations, NOON)
     assert [(await store.read_entry(operation.id)).maximum for operation in operations] == [40, 0, None]
