@@ -66,7 +66,6 @@ _CLIENT_TOOL_TYPES = ("function", "custom", None)
 # Messages, and items of /responses. An id of a tool call is read: some chat templates print it.
 _CONTENT_FIELDS = ("content", "output")
 _MESSAGE_FIELDS_NOT_READ = ("type", "id", "status")
-_MESSAGE_FIELDS_NOT_TEXT = frozenset((*_MESSAGE_FIELDS_NOT_READ, "encrypted_content"))
 # A message without a type and without any of these has nothing but an id: it refers to a stored one.
 _MESSAGE_BODY_FIELDS = frozenset(("content", "tool_calls", "function_call", "refusal"))
 
@@ -395,9 +394,7 @@ class _PromptReader:
         self.overhead += _PER_MESSAGE + (_PER_NAME if isinstance(turn.get("name"), str) else 0)
         self.is_open = self.is_open or _refers_to_stored_turn(turn)
         for key, value in turn.items():
-            if isinstance(value, str) and key not in _MESSAGE_FIELDS_NOT_TEXT:
-                self.add_texts(value)
-            elif key in _CONTENT_FIELDS:
+            if key in _CONTENT_FIELDS:
                 if isinstance(value, list):
                     for part in value:
                         self._read_part(part)
