@@ -39,6 +39,7 @@ from proxy.formats.request import (
 from proxy.policy.policy import Allow, Model, Upstream
 
 GENERATING = [CHAT, COMPLETIONS, RESPONSES, MESSAGES]
+HUGE = 10**9
 
 
 def body(**fields: object) -> bytes:

@@ -24,11 +24,9 @@ from proxy.formats.request import parse_form_request, parse_request
 from proxy.formats.restrictions import check_allowance, refused_fields
 from proxy.formats.strict_json import DEPTH_MAX
 from proxy.policy.policy import Allow
-from tests.formats.test_request import form, parse
+from tests.formats.test_request import GENERATING, HUGE, form, parse
 
 NOTHING = Allow()
-HUGE = 10**9
-GENERATING = [CHAT, COMPLETIONS, RESPONSES, MESSAGES]
 OF_RESPONSES = [RESPONSES, COMPACT, INPUT_TOKENS]
 
 
