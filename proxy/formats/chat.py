@@ -21,13 +21,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from proxy.errors import ProxyError
+from proxy.formats.kinds import kind_of
 from proxy.formats.meter import JSON, Ending, Meter, read_object, texts_in
 from proxy.formats.request import Request
 from proxy.formats.sse import Event
 from proxy.formats.strict_json import dump
 from proxy.formats.usage import read_timings, read_tokens
 from proxy.policy.amounts import Tokens
-from proxy.policy.policy import Kind
 
 # Members that any chunk may have. A chunk without choices that has no others was sent only because usage was
 # requested.
@@ -63,11 +63,10 @@ class ChatMeter(Meter):
     removed or put back, so that the client gets what it would have got otherwise.
     """
 
-    def __init__(self, request: Request, *, count: Callable[[str], int], kind: Kind) -> None:
+    def __init__(self, request: Request, *, count: Callable[[str], int], kind: str) -> None:
         super().__init__(request, count=count, kind=kind)
-        # The kinds of upstream differ in these two values only.
-        running_usage = {"vllm": "usage", "llamacpp": "timings"}.get(kind)  # the member that has the usage so far
-        self._reports_first_choice_only = kind == "llamacpp"
+        running_usage = kind_of(kind).running_usage
+        self._reports_first_choice_only = kind_of(kind).reports_first_choice_only
         self._stripped_running_usage = running_usage if request.adds_running_usage(kind) else None
         self._moves_timings = running_usage == "timings" and request.adds_usage and request.choices == 1
         self._has_several_prompts = request.has_several_prompts

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from proxy.formats.images import Patches, Tiles, base64_start, image_price, image_size, price_by_area
+from proxy.formats.kinds import CHOICE_COUNT_FIELDS, MAXIMUM_FIELDS
 from proxy.formats.strict_json import dump, walk
 
 # The cookbook's tokens around a chat: for each message, for each name, and once for the beginning of the answer.
@@ -35,17 +36,19 @@ _UPLOADED_IMAGE_TOKENS = 8192
 # Anthropic adds a system prompt if a request has tools: 159 to 804 tokens, by model. It has no bytes in the request.
 _ANTHROPIC_TOOLS_PROMPT_TOKENS = 804
 
+# Fields whose values are messages or items, and on some endpoints texts or lists of token numbers.
+_TURN_FIELDS = ("messages", "input")
 # Fields whose values are texts, messages or lists of token numbers.
 _TEXT_FIELDS = ("system", "messages", "input", "prompt", "suffix", "instructions")
 # Fields that the model does not read, and those above. Every other field is counted as JSON, because a chat template
 # may print it: tools, schemas, documents, and fields that the proxy does not know.
 _NOT_PRINTED = frozenset(
-    "model stream stream_options n n_cmpl best_of max_tokens max_completion_tokens max_output_tokens n_predict "
+    "model stream stream_options best_of "
     "temperature top_p top_k min_p frequency_penalty presence_penalty repetition_penalty stop seed user metadata "
     "store safety_identifier logprobs top_logprobs logit_bias parallel_tool_calls tool_choice service_tier audio "
     "modalities encoding_format dimensions echo truncation include reasoning reasoning_effort thinking verbosity "
     "prediction prompt_cache_key background stop_sequences cache_control previous_response_id".split()
-).union(_TEXT_FIELDS)
+).union(_TEXT_FIELDS, MAXIMUM_FIELDS, CHOICE_COUNT_FIELDS)
 # A key that is longer than any name in the vendors' APIs is counted as text: a prompt can also be written into keys.
 _KEY_CHARACTERS_MAX = 40
 # Fields that stand for input which is not in the request. A client's own `chat_template` can print any number of
@@ -78,7 +81,7 @@ _TYPES_BY_MEMBER = (*_IMAGE_TYPES, *_AUDIO_TYPES, *_FILE_TYPES, *_LINKED_TYPES)
 _MEMBERS_OF_TYPES = frozenset(_TYPES_BY_MEMBER)
 # Anthropic's content blocks always state their type.
 _BLOCK_TYPES = ("image", "document", "tool_result", "tool_use", "thinking", "redacted_thinking", "search_result")
-_SPECIAL_TYPES = (*_TYPES_BY_MEMBER, *_BLOCK_TYPES)
+_SPECIAL_TYPES = frozenset((*_TYPES_BY_MEMBER, *_BLOCK_TYPES))
 # Blocks that contain other blocks. One level is read block by block, and everything below as text. So the functions
 # here call each other to a fixed depth, and no input overflows the stack.
 _BLOCKS_WITH_PARTS = ("document", "tool_result", "tool_use", "search_result")
@@ -117,15 +120,98 @@ class Prompt:
         return body_bytes - self.opaque_bytes + self.media_tokens
 
 
-def read_prompt(document: Mapping[str, Any], *, model: str, is_chat: bool) -> Prompt:
+@dataclass(frozen=True, slots=True)
+class Turns:
+    """A list of messages or items, after one walk over it.
+
+    Most turns of a conversation are plain: a role and a text, and nothing else. They refer to nothing, nest nothing
+    and cost the same tokens around their texts, so only the others are looked at again.
+
+    `reading` has the texts of plain turns and every other turn as it is, in the order of the list. `unusual` are
+    these other turns, `plain` is the number of plain ones. The role of a plain turn comes before its text, in
+    whatever order the client wrote them, which makes no difference to the number of tokens:
+
+        [{"role": "user", "content": "Hi"}, {"role": "user", "content": [{…}]}]
+        → reading ["user", "Hi", {…}], unusual [{…}], plain 1
+    """
+
+    reading: list[object]
+    unusual: list[object]
+    plain: int
+
+
+class RequestBody:
+    """The parsed body of one request. It is freed as soon as the upstream has answered.
+
+    Agents send megabytes, and an answer may stream for minutes: the body must not stay in memory for that long.
+    Everything that is needed afterwards is a field of `Request`.
+    """
+
+    __slots__ = ("_document", "_turns")
+
+    def __init__(self, document: Mapping[str, Any]) -> None:
+        self._document: Mapping[str, Any] | None = document
+        self._turns: dict[str, Turns] | None = None
+
+    @property
+    def document(self) -> Mapping[str, Any]:
+        """The JSON object, or the fields of a form by name. Must not be read after `free`."""
+        assert self._document is not None, "the body was freed when the upstream answered"
+        return self._document
+
+    @property
+    def turns(self) -> Mapping[str, Turns]:
+        """The turns of `messages` and of `input`, for those of the two that are lists. They are walked over once."""
+        if self._turns is None:
+            lists = ((name, self.document.get(name)) for name in _TURN_FIELDS)
+            self._turns = {name: _walk_turns(value) for name, value in lists if isinstance(value, list)}
+        return self._turns
+
+    def free(self) -> None:
+        """Drop the parsed body."""
+        self._document = self._turns = None
+
+
+def _walk_turns(turns: list[Any]) -> Turns:
+    reading: list[object] = []
+    unusual: list[object] = []
+    append, plain = reading.append, 0
+    # Written for speed, because conversations have hundreds of turns: types of JSON values have no subclasses, so
+    # `type` does for `isinstance`, and `get` takes half the time of unpacking `values()`.
+    for turn in turns:
+        if (
+            type(turn) is dict
+            and len(turn) == 2
+            and type(text := turn.get("content")) is str
+            and type(role := turn.get("role")) is str
+            and text
+            and role
+        ):
+            append(role)
+            append(text)
+            plain += 1
+        elif type(turn) is str:
+            if turn:
+                append(turn)
+        else:
+            append(turn)
+            unusual.append(turn)
+    return Turns(reading, unusual, plain)
+
+
+def read_prompt(body: RequestBody, *, model: str, is_chat: bool) -> Prompt:
     """Find what the model reads of a request's body.
 
     `model` is the upstream's name of the model. `is_chat`: the input is messages (/chat/completions, /responses,
     /messages), which have tokens of their own around them.
     """
     reader = _PromptReader(image_price(model))
+    document, turns = body.document, body.turns
     for name in _TEXT_FIELDS:
-        reader.read_field(document.get(name), is_chat=is_chat)
+        if name in turns:
+            reader.read_turns(turns[name])
+        else:
+            reader.read_field(document.get(name), is_chat=is_chat)
     # Tools with an `input_schema` are Anthropic's; OpenAI's have `parameters`.
     if any(isinstance(tool, dict) and "input_schema" in tool for tool in _list_or_empty(document.get("tools"))):
         reader.add_media_tokens(_ANTHROPIC_TOOLS_PROMPT_TOKENS)
@@ -137,7 +223,7 @@ def read_prompt(document: Mapping[str, Any], *, model: str, is_chat: bool) -> Pr
         overhead=reader.overhead + (_REPLY_PRIMING if is_chat else 0),
         opaque_bytes=reader.opaque_bytes,
         media_tokens=reader.media_tokens,
-        is_open=reader.is_open or _has_hidden_input(document),
+        is_open=reader.is_open or _has_hidden_input(body),
     )
 
 
@@ -169,24 +255,29 @@ def with_previous(prompt: Prompt, tokens: int | None) -> Prompt:
     return replace(prompt, overhead=prompt.overhead + tokens, media_tokens=prompt.media_tokens + tokens)
 
 
-def content_parts(document: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """All messages and items of a request, all parts of their contents and outputs, and all parts within these.
+def content_parts(body: RequestBody) -> list[dict[str, Any]]:
+    """All messages and items of a request that are not plain, all parts of their contents and outputs, and all parts
+    within these.
 
     At any depth, and also if a part or a message is not inside a list.
     """
-    parts = [
-        turn for name in ("messages", "input") for turn in _as_list(document.get(name)) if isinstance(turn, dict)
-    ]
+    turns, document = body.turns, body.document
+    found = [turns[name].unusual if name in turns else [document.get(name)] for name in _TURN_FIELDS]
+    parts = [turn for field in found for turn in field if isinstance(turn, dict)]
     for part in parts:  # the list grows while it is read, so parts within parts are found without recursion
-        contents = [*map(part.get, _CONTENT_FIELDS), _get(part.get("source"), "content")]
-        parts += [inner for content in contents for inner in _as_list(content) if isinstance(inner, dict)]
+        for content in (part.get("content"), part.get("output"), _get(part.get("source"), "content")):
+            if isinstance(content, list):
+                parts += [inner for inner in content if isinstance(inner, dict)]
+            elif isinstance(content, dict):
+                parts.append(content)
     return parts
 
 
-def offered_tools(document: Mapping[str, Any]) -> list[Any]:
+def offered_tools(body: RequestBody) -> list[Any]:
     """The tools that a request offers to the model: in `tools`, in items (`additional_tools`), and in groups."""
-    tools = _list_or_empty(document.get("tools"))[:]
-    for item in _list_or_empty(document.get("input")):
+    tools = _list_or_empty(body.document.get("tools"))[:]
+    items = body.turns.get("input")
+    for item in items.unusual if items is not None else ():
         # `mcp_list_tools` only repeats what an MCP server once listed.
         tools += _list_or_empty(_get(item, "tools")) if _get(item, "type") != "mcp_list_tools" else ()
     for tool in tools:  # the list grows while it is read, so groups within groups are found without recursion
@@ -206,13 +297,14 @@ def is_run_by_client(tool: object) -> bool:
     return isinstance(tool, dict) and (kind in _CLIENT_TOOL_TYPES or is_search or is_group)
 
 
-def _has_hidden_input(document: Mapping[str, Any]) -> bool:
+def _has_hidden_input(body: RequestBody) -> bool:
     """Whether a field or a tool makes the model read something that the request does not show."""
+    document = body.document
     if any(document.get(name) not in (None, False) for name in _HIDDEN_INPUT_FIELDS):
         return True
     if isinstance(document.get("prompt"), dict):  # a prompt template that is stored at the upstream
         return True
-    return not all(map(is_run_by_client, offered_tools(document)))
+    return not all(map(is_run_by_client, offered_tools(body)))
 
 
 class _PromptReader:
@@ -241,6 +333,21 @@ class _PromptReader:
                 self._read_message(turn)
             else:
                 self.add_texts(turn)
+
+    def read_turns(self, turns: Turns) -> None:
+        """Read a list of messages or items; the same as `read_field`, after the walk over them."""
+        self.overhead += _PER_MESSAGE * turns.plain
+        if not turns.unusual:
+            self.texts += turns.reading  # type: ignore[arg-type]  # they are all texts then
+            return
+        self.overhead += _integers_in(turns.unusual)
+        for value in turns.reading:
+            if type(value) is str:
+                self.texts.append(value)
+            elif type(value) is dict:
+                self._read_message(value)
+            elif type(value) is list:
+                self.add_texts(value)
 
     def add_json(self, value: object) -> None:
         """Add a value that the model sees as JSON."""
@@ -281,15 +388,18 @@ class _PromptReader:
 
     def _read_message(self, turn: dict[str, Any]) -> None:
         """Read a message, or another item of /responses such as a tool call or its output."""
-        if _part_type(turn) in _SPECIAL_TYPES:  # a part that is not inside a message
+        if _is_special(_part_type(turn)):  # a part that is not inside a message
             self._read_part(turn)
             return
         self.overhead += _PER_MESSAGE + (_PER_NAME if isinstance(turn.get("name"), str) else 0)
         self.is_open = self.is_open or _refers_to_stored_turn(turn)
         for key, value in turn.items():
             if key in _CONTENT_FIELDS:
-                for part in _as_list(value):
-                    self._read_part(part)
+                if isinstance(value, list):
+                    for part in value:
+                        self._read_part(part)
+                else:
+                    self._read_part(value)
             elif key == "encrypted_content":
                 self._add_encoded(value)
             elif key not in _MESSAGE_FIELDS_NOT_READ:
@@ -297,8 +407,14 @@ class _PromptReader:
 
     def _read_part(self, part: object) -> None:
         kind = _part_type(part) if isinstance(part, dict) else None
-        if not isinstance(part, dict) or kind not in _SPECIAL_TYPES:
+        if not isinstance(part, dict):
             self.add_texts(part)
+        elif not _is_special(kind):
+            text = part.get("text")
+            if len(part) == 2 and "type" in part and isinstance(text, str):  # most parts, without a walk
+                self.add_texts(text)
+            else:
+                self.add_texts(part)
         elif kind in _IMAGE_TYPES:
             self._read_image(part)
         elif kind in _AUDIO_TYPES:
@@ -397,6 +513,10 @@ def _part_type(part: Mapping[str, Any]) -> object:
     if kind is not None or _MEMBERS_OF_TYPES.isdisjoint(part):
         return kind
     return next(member for member in _TYPES_BY_MEMBER if member in part)
+
+
+def _is_special(kind: object) -> bool:
+    return isinstance(kind, str) and kind in _SPECIAL_TYPES  # a list or an object as type can't be looked up in a set
 
 
 def _refers_to_stored_turn(turn: Mapping[str, Any]) -> bool:

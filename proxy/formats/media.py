@@ -17,7 +17,6 @@ from proxy.formats.request import Request
 from proxy.formats.sse import Event
 from proxy.formats.usage import read_tokens
 from proxy.policy.amounts import TOKENS_MAX, AtLeast, Exactly, Tokens, Unspent, Usage
-from proxy.policy.policy import Kind
 
 # The last event of a stream of images, speech or a transcript.
 _STREAM_ENDS = (
@@ -32,7 +31,7 @@ _STREAM_ENDS = (
 class MediaMeter(Meter):
     """Measures images, speech or a transcript. All bytes are forwarded unchanged."""
 
-    def __init__(self, request: Request, *, count: Callable[[str], int], kind: Kind) -> None:
+    def __init__(self, request: Request, *, count: Callable[[str], int], kind: str) -> None:
         super().__init__(request, count=count, kind=kind)
         self._completed = 0  # how many images, or speech or transcript streams, have ended
 

@@ -23,28 +23,6 @@ from proxy.formats.request import Request
 from proxy.formats.sse import Event
 from proxy.formats.usage import read_tokens
 from proxy.policy.amounts import Tokens
-from proxy.policy.policy import Kind
-
-# The `anthropic-version` that is sent for a client that names none: the first that was published, because every
-# compatible server knows it.
-VERSION = "2023-06-01"
-# The values of `anthropic-beta` that are forwarded for every user. They change neither the price of a token nor what
-# a request can reach. They add request fields (effort, system messages between turns, which parts of the history to
-# leave out, the scope of a cached prefix), allow thinking between tool calls, report the thinking tokens, and name
-# the client. Claude Code 2.1 sends all of them, and the fields of its requests need them.
-# Not in the list: `context-1m-…`, whose long inputs cost more; `fast-mode-…`, `compact-…` and `advisor-tool-…`, which
-# cost more by themselves; and the betas for files, servers (MCP), skills and the web, which reach other systems.
-USUAL_BETAS = frozenset(
-    (
-        "claude-code-20250219",
-        "context-management-2025-06-27",
-        "effort-2025-11-24",
-        "interleaved-thinking-2025-05-14",
-        "mid-conversation-system-2026-04-07",
-        "prompt-caching-scope-2026-01-05",
-        "thinking-token-count-2026-05-13",
-    )
-)
 
 _TYPES = {
     401: "authentication_error",
@@ -123,7 +101,7 @@ def _thinking_tokens(usage: Mapping[str, object]) -> object:
 class MessagesMeter(Meter):
     """Measures a message. All bytes are forwarded unchanged."""
 
-    def __init__(self, request: Request, *, count: Callable[[str], int], kind: Kind) -> None:
+    def __init__(self, request: Request, *, count: Callable[[str], int], kind: str) -> None:
         super().__init__(request, count=count, kind=kind)
         self._merged_usage: JSON = {}  # the usage, merged from the events
 

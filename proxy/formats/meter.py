@@ -31,7 +31,6 @@ from proxy.formats.request import Request
 from proxy.formats.sse import Event
 from proxy.formats.strict_json import dump, walk
 from proxy.policy.amounts import AtLeast, Exactly, Tokens, Unspent, Usage
-from proxy.policy.policy import Kind
 
 JSON = dict[str, Any]
 
@@ -97,7 +96,7 @@ class Meter(ABC):
     answer. It passes on what it finds there with `_report` (a stated usage) and `_count_texts` (pieces of output).
     """
 
-    def __init__(self, request: Request, *, count: Callable[[str], int], kind: Kind) -> None:
+    def __init__(self, request: Request, *, count: Callable[[str], int], kind: str) -> None:
         self.is_at_end = False
         self.is_over = False
         self.has_error = False

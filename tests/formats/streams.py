@@ -21,7 +21,6 @@ from proxy.formats.request import Request, parse_request
 from proxy.formats.sse import Splitter
 from proxy.formats.surfaces import meter_of
 from proxy.policy.amounts import AtLeast, Exactly, Tokens, Usage
-from proxy.policy.policy import Kind
 from proxy.simulator.directives import Directives
 from proxy.simulator.frames import EventStream, write_stream
 from proxy.simulator.text import Endpoint as Simulated
@@ -47,13 +46,13 @@ def count(text: str) -> int:
     return len(text.encode("utf-8", "surrogatepass"))
 
 
-def new(of: Request = UNASKED, *, kind: Kind = "openai") -> Meter:
+def new(of: Request = UNASKED, *, kind: str = "openai") -> Meter:
     """A new meter."""
     return meter_of(of, count=count, kind=kind)
 
 
 def watch(
-    stream: bytes, of: Request = UNASKED, cuts: list[int] | None = None, *, kind: Kind = "openai"
+    stream: bytes, of: Request = UNASKED, cuts: list[int] | None = None, *, kind: str = "openai"
 ) -> tuple[Meter, bytes]:
     """Feed a whole stream, cut at these offsets; return the meter and the bytes for the client."""
     meter, splitter = new(of, kind=kind), Splitter()

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.formats.content import Prompt, content_parts, read_prompt, with_files, with_previous
+from proxy.formats.content import Prompt, RequestBody, content_parts, read_prompt, with_files, with_previous
 from proxy.formats.strict_json import dump
 from tests.formats.test_images import EMPTY_CHAT, data_url, jpeg, of_part, png, read, webp_lossy
 
@@ -153,7 +153,7 @@ def test_fields_that_the_model_does_not_read_are_not_counted():
         "logit_bias": {"5": 1},
         "max_tokens": 5,
     }
-    assert read_prompt(document, model="m", is_chat=False) == Prompt()
+    assert read_prompt(RequestBody(document), model="m", is_chat=False) == Prompt()
 
 
 # ---------------------------------------------------------------------------------------------------- audio and files
@@ -264,9 +264,9 @@ def test_the_parts_of_a_request_are_its_messages_and_their_parts(field: str):
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     alone = {"type": "f"}
     turns = [{"content": parts[:1]}, {"output": [*parts[1:], "c"]}, {"content": "d"}, "e", {"output": alone}]
-    assert content_parts({field: turns}) == [*[turn for turn in turns if turn != "e"], *parts, alone]
-    assert content_parts({field: alone}) == [alone]
-    assert content_parts({field: "x"}) == []
+    assert content_parts(RequestBody({field: turns})) == [*[turn for turn in turns if turn != "e"], *parts, alone]
+    assert content_parts(RequestBody({field: alone})) == [alone]
+    assert content_parts(RequestBody({field: "x"})) == []
 
 
 def test_no_depth_overflows_the_stack():
@@ -315,7 +315,7 @@ values = st.recursive(
 )
 def test_any_request_is_read_and_its_byte_bound_is_never_below_its_tokens(document: dict, model: str, is_chat: bool):
     """A token is at least one byte, so the bytes of the texts and the overhead never exceed the bound."""
-    prompt = read_prompt(document, model=model, is_chat=is_chat)
+    prompt = read_prompt(RequestBody(document), model=model, is_chat=is_chat)
     most = sum(len(text.encode("utf-8", "surrogatepass")) for text in prompt.texts) + prompt.overhead
     body_bytes = len(dump({"model": model, **document}))
     assert most <= prompt.bound(body_bytes)
@@ -430,4 +430,34 @@ def test_parts_within_parts_are_found():
     document = {"type": "document", "source": {"type": "content", "content": [text, "x"]}}
     result = {"type": "tool_result", "content": [document, "x"]}
     turn = {"role": "user", "content": [result]}
-    assert content_parts({"messages": [turn]}) == [turn, result, document, text]
+    assert content_parts(RequestBody({"messages": [turn]})) == [turn, result, document, text]
+
+
+plain = st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant", ""]), "content": st.text(max_size=4)})
+
+
+@given(turns=st.lists(plain | st.text(max_size=3) | values, max_size=6), field=st.sampled_from(["messages", "input"]))
+def test_a_plain_turn_is_read_like_any_other(turns: list, field: str):
+    """Turns of a role and a text are read without a closer look. With a `status`, which is not read, they get one."""
+
+    def unusual(turn: object) -> object:
+        texts = turn.values() if isinstance(turn, dict) and turn.keys() == {"role", "content"} else [None]
+        is_plain = all(isinstance(text, str) for text in texts)
+        return {"role": turn["role"], "content": turn["content"], "status": "done"} if is_plain else turn
+
+    given_turns, closer = RequestBody({field: turns}), RequestBody({field: [unusual(turn) for turn in turns]})
+    assert closer.turns[field].plain == 0
+    expected = read_prompt(closer, model="gpt-4o", is_chat=True)
+    assert read_prompt(given_turns, model="gpt-4o", is_chat=True) == expected
+
+
+def test_turns_are_walked_over_once():
+    """What is plain is told from what is not, and the order of the texts is kept."""
+    odd = {"role": "user", "content": [{"type": "text", "text": "c"}]}
+    body = RequestBody({"messages": [{"role": "user", "content": "a"}, odd, "b", "", {"role": "", "content": "x"}]})
+    turns = body.turns["messages"]
+    assert turns.reading == ["user", "a", odd, "b", {"role": "", "content": "x"}]
+    assert (turns.unusual, turns.plain) == ([odd, {"role": "", "content": "x"}], 1)
+    assert body.turns["messages"] is turns
+    assert "input" not in body.turns
+    assert read_prompt(body, model="m", is_chat=True).texts == ("user", "a", "user", "c", "b", "x")

@@ -19,7 +19,6 @@ from proxy.formats.request import Request, parse_request
 from proxy.formats.stream import Stream
 from proxy.formats.surfaces import meter_of
 from proxy.policy.amounts import TOKENS_MAX, AtLeast, Exactly, Tokens, Usage
-from proxy.policy.policy import Kind
 from tests.stage import STAFF, stage
 
 pytestmark = pytest.mark.journey
@@ -38,7 +37,7 @@ class Piece:
 class Recording:
     """A stream of an upstream of this kind, and what it says that it used."""
 
-    kind: Kind
+    kind: str
     pieces: tuple[Piece, ...]
     usage: Usage
     endpoint: Endpoint = CHAT
