@@ -12,7 +12,7 @@ from typing import Any
 
 from proxy.errors import ProxyError
 from proxy.formats.anthropic import error_body
-from proxy.formats.content import RequestBody
+from proxy.formats.body import RequestBody
 from proxy.formats.endpoints import RESPONSES, SPEECH, Endpoint
 from proxy.formats.kinds import CHOICE_COUNT_FIELDS, KINDS, kind_of
 from proxy.formats.multipart import Form
