@@ -19,7 +19,8 @@ import orjson
 import uvloop
 
 from proxy.calls.tokenizer import Tokenizers, table_folders
-from proxy.formats.content import RequestBody, read_prompt
+from proxy.formats.body import RequestBody
+from proxy.formats.content import read_prompt
 from proxy.formats.strict_json import parse_object
 
 AIM_MS = 50

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from proxy.formats.content import RequestBody
+from proxy.formats.body import RequestBody
 from proxy.formats.endpoints import RESPONSES, SPEECH, Endpoint
 from proxy.formats.kinds import CHOICE_COUNT_FIELDS, KINDS, kind_of
 from proxy.formats.multipart import Form

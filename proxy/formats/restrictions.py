@@ -19,7 +19,7 @@ from operator import attrgetter
 from typing import Any
 
 from proxy.errors import InvalidRequest
-from proxy.formats.content import RequestBody, content_parts, is_run_by_client, offered_tools
+from proxy.formats.body import RequestBody, content_parts, is_run_by_client, offered_tools
 from proxy.formats.endpoints import METERED, Endpoint
 from proxy.formats.kinds import CHOICE_COUNT_FIELDS, LEAST_MAXIMUM, MAXIMUM_FIELDS
 from proxy.formats.strict_json import DEPTH_MAX, is_within_depth, walk

@@ -27,7 +27,8 @@ from proxy.calls.tokenizer import (
     table_folders,
     tokens_in,
 )
-from proxy.formats.content import RequestBody, read_prompt
+from proxy.formats.body import RequestBody
+from proxy.formats.content import read_prompt
 from proxy.policy.policy import Model, Upstream
 
 UPSTREAM = Upstream("up", "http://127.0.0.1/v1", None)

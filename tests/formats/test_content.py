@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.formats.content import Prompt, RequestBody, content_parts, read_prompt, with_files, with_previous
+from proxy.formats.body import RequestBody
+from proxy.formats.content import Prompt, read_prompt, with_files, with_previous
 from proxy.formats.strict_json import dump
 from tests.formats.test_images import EMPTY_CHAT, data_url, jpeg, of_part, png, read, webp_lossy
 
@@ -258,17 +259,6 @@ def test_a_prompt_without_hidden_input_is_not_open(document: dict):
 # --------------------------------------------------------------------------------------------------------- invariants
 
 
-@pytest.mark.parametrize("field", ["messages", "input"])
-def test_the_parts_of_a_request_are_its_messages_and_their_parts(field: str):
-    """Parts of contents and of tool outputs, in a list or alone; a text is not a part."""
-    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
-    alone = {"type": "f"}
-    turns = [{"content": parts[:1]}, {"output": [*parts[1:], "c"]}, {"content": "d"}, "e", {"output": alone}]
-    assert content_parts(RequestBody({field: turns})) == [*[turn for turn in turns if turn != "e"], *parts, alone]
-    assert content_parts(RequestBody({field: alone})) == [alone]
-    assert content_parts(RequestBody({field: "x"})) == []
-
-
 def test_no_depth_overflows_the_stack():
     """The caller need not have limited the depth."""
     value: object = "deep"
@@ -424,15 +414,6 @@ def test_tools_of_anthropic_add_a_system_prompt():
     assert read(tools=[{"type": "function", "function": {}}, "x"]).media_tokens == 0
 
 
-def test_parts_within_parts_are_found():
-    """In the output of a tool, and in a document that is made of parts."""
-    text = {"type": "text", "text": "a"}
-    document = {"type": "document", "source": {"type": "content", "content": [text, "x"]}}
-    result = {"type": "tool_result", "content": [document, "x"]}
-    turn = {"role": "user", "content": [result]}
-    assert content_parts(RequestBody({"messages": [turn]})) == [turn, result, document, text]
-
-
 plain = st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant", ""]), "content": st.text(max_size=4)})
 
 
@@ -449,15 +430,3 @@ def test_a_plain_turn_is_read_like_any_other(turns: list, field: str):
     assert closer.turns[field].plain == 0
     expected = read_prompt(closer, model="gpt-4o", is_chat=True)
     assert read_prompt(given_turns, model="gpt-4o", is_chat=True) == expected
-
-
-def test_turns_are_walked_over_once():
-    """What is plain is told from what is not, and the order of the texts is kept."""
-    odd = {"role": "user", "content": [{"type": "text", "text": "c"}]}
-    body = RequestBody({"messages": [{"role": "user", "content": "a"}, odd, "b", "", {"role": "", "content": "x"}]})
-    turns = body.turns["messages"]
-    assert turns.reading == ["user", "a", odd, "b", {"role": "", "content": "x"}]
-    assert (turns.unusual, turns.plain) == ([odd, {"role": "", "content": "x"}], 1)
-    assert body.turns["messages"] is turns
-    assert "input" not in body.turns
-    assert read_prompt(body, model="m", is_chat=True).texts == ("user", "a", "user", "c", "b", "x")

@@ -5,7 +5,8 @@ import struct
 
 import pytest
 
-from proxy.formats.content import Prompt, RequestBody, read_prompt
+from proxy.formats.body import RequestBody
+from proxy.formats.content import Prompt, read_prompt
 from proxy.formats.images import price_by_area
 
 

@@ -8,7 +8,8 @@ import json
 import pytest
 
 from proxy.config.schema import json_schema
-from proxy.formats.content import RequestBody, read_prompt
+from proxy.formats.body import RequestBody
+from proxy.formats.content import read_prompt
 from proxy.formats.endpoints import CHAT, METERED, Endpoint
 from proxy.formats.kinds import CHOICE_COUNT_FIELDS, KINDS, LEAST_MAXIMUM, MAXIMUM_FIELDS, kind_of
 from proxy.formats.restrictions import CHECKED_FIELDS
