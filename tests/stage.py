@@ -89,20 +89,13 @@ class Clock:
         tell(self._ms)
 
 
-class Files:
-    """The config as it is read at the next reload."""
-
-    def __init__(self, config: Config) -> None:
-        self.config = config
-
-
 class Stage:
-    """What a journey needs at hand."""
+    """A running proxy, its simulated upstream and a client. A reload loads `config`, which a test may replace."""
 
     def __init__(
-        self, server: Server, simulator: Simulator, *, clock: Clock, http: aiohttp.ClientSession, files: "Files"
+        self, server: Server, simulator: Simulator, *, clock: Clock, http: aiohttp.ClientSession, config: Config
     ) -> None:
-        self.files = files
+        self.config = config
         self.server = server
         self.simulator = simulator
         self.clock = clock
@@ -178,14 +171,14 @@ class Stage:
     @property
     def database(self) -> str:
         """The URL of the books."""
-        return self.files.config.settings.database
+        return self.config.settings.database
 
     @property
     def _file(self) -> Path:
         return Path(self.database.removeprefix("sqlite:///"))
 
-    async def at_rest(self) -> None:
-        """Wait until no call is in flight: all that was begun is settled."""
+    async def all_settled(self) -> None:
+        """Wait until no call is in flight: every call that began is settled."""
         await self.server.at_rest()
 
 
@@ -247,14 +240,13 @@ async def stage(
         config,
         settings=replace(config.settings, cors=cors, connection_limits=connection_limits or ConnectionLimits()),
     )
-    files = Files(config)
     server = Server(
-        config, load=lambda: files.config, now=clock, disconnects=disconnects, tokenizers=tokenizers or loaded()
+        config, load=lambda: on.config, now=clock, disconnects=disconnects, tokenizers=tokenizers or loaded()
     )
     await server.start()
     try:
         async with aiohttp.ClientSession(auto_decompress=False) as http:
-            on = Stage(server, simulator, clock=clock, http=http, files=files)
+            on = Stage(server, simulator, clock=clock, http=http, config=config)
             yield on
             for sdk in on.sdks:
                 await sdk.close()

@@ -43,7 +43,7 @@ async def test_stop_closes_the_upstream_at_once_and_charges_what_passed(tmp_path
     async with stage(folder=tmp_path, on_disconnect="stop") as on:
         await _leave_after(on, _ask("tokens=90 stall=5", stream=True), 5)
         await on.simulator.until(lambda: on.simulator.open_calls == 0)
-        await on.at_rest()
+        await on.all_settled()
         used, held = await on.used()
         assert held == 0
         assert 0 < used < 60
@@ -55,7 +55,7 @@ async def test_stop_before_the_upstream_answered_charges_the_input(tmp_path: Pat
     async with stage(folder=tmp_path, on_disconnect="stop") as on:
         await _leave_after(on, _ask("hang", stream=True), 0)
         await on.simulator.until(lambda: on.simulator.open_calls == 0)
-        await on.at_rest()
+        await on.all_settled()
         used, held = await on.used()
         assert held == 0
         assert 0 < used < 60
@@ -70,7 +70,7 @@ async def test_drain_reads_on_and_charges_the_truth(stream: bool, on_disconnect:
     simulator = Simulator(UPSTREAM_KEY, tokens_per_s=400)
     async with stage(folder=tmp_path, on_disconnect=on_disconnect, simulator=simulator) as on:
         await _leave_after(on, _ask("tokens=60", stream=stream), 3 if stream else 0)
-        await on.at_rest()
+        await on.all_settled()
         assert await on.used() == (simulator.given.input_tokens + simulator.given.output_tokens, 0)
         assert simulator.given.output_tokens == 60
 
@@ -84,7 +84,7 @@ async def test_a_drain_at_its_bound_charges_the_hold(bound: dict[str, Any], tmp_
     async with stage(folder=tmp_path, on_disconnect="drain", disconnects=Disconnects(**bound)) as on:
         await _leave_after(on, _ask("tokens=90 stall=5", stream=True, max_tokens=500), 5)
         await on.simulator.until(lambda: on.simulator.open_calls == 0)
-        await on.at_rest()
+        await on.all_settled()
         used, held = await on.used()
         assert held == 0
         assert used > 500
@@ -115,7 +115,7 @@ async def test_many_that_leave_at_many_points_leave_nothing_behind(tmp_path: Pat
             await on.simulator.until(lambda: on.simulator.chunks_sent >= before + words % 10)  # noqa: B023
             await on.hang_up(call)
         await on.simulator.until(lambda: on.simulator.open_calls == 0)
-        await on.at_rest()
+        await on.all_settled()
         used, held = await on.used()
         assert held == 0
         assert used >= on.simulator.chunks_sent
@@ -178,7 +178,7 @@ async def _hesitant(
             text = text_of(
                 STAFF, database=sqlite_in(folder), upstream=upstream.url, kind=kind, more=", on_disconnect: stop"
             )
-            on.files.config = load_text(text)
+            on.config = load_text(text)
             assert await on.server.policies.reload()
             yield on, upstream, told
     finally:
@@ -199,7 +199,7 @@ async def _read_and_leave(on: Stage, told: Told, length: int, **more: Any) -> tu
 
 async def _charged(on: Stage, call_id: str) -> Usage:
     """What a call whose client left was charged, when it has ended; the quota has that and holds nothing."""
-    await on.at_rest()
+    await on.all_settled()
     entry = await on.server.ledger.entry(call_id)
     assert entry is not None and entry.usage is not None
     assert entry.outcome == "client_left"
@@ -294,7 +294,7 @@ async def test_who_leaves_before_the_call_was_sent_pays_nothing(stream: bool, tm
         assert (await on.used())[1] > 2**21
         await on.hang_up(call)
         await until(lambda: told.client.is_disconnected)
-        await on.at_rest()
+        await on.all_settled()
         assert await on.used() == (0, 0)
         assert on.simulator.received == 0
         entry = await on.server.ledger.entry(told.client.id)

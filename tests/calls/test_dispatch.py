@@ -97,7 +97,7 @@ async def _poor(*answers: bytes | None) -> AsyncIterator[Poor]:
 
 async def _record(on: Stage) -> dict[str, Any]:
     """The one call there was, as it is on the books once all is at rest; nothing is held."""
-    await on.at_rest()
+    await on.all_settled()
     await on.audit()
     [row] = await on.rows("calls")
     assert row["state"] in ("settled", "released")
@@ -358,7 +358,7 @@ async def test_a_reload_changes_no_call_between_two_tries(tmp_path: Path) -> Non
         call = on.begin(CHAT, _ask())
         await poor.asked.wait()
         text = text_of(STAFF, database=sqlite_in(tmp_path), upstream=poor.url)
-        on.files.config = load_text(text.replace("simulated", "another"))
+        on.config = load_text(text.replace("simulated", "another"))
         assert await on.server.policies.reload()
         poor.gate.set()
         assert (await call).status == 200

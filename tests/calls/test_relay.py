@@ -28,7 +28,7 @@ def _ask(simulate: str, **more: Any) -> dict[str, Any]:
 
 async def _charged(on: Stage) -> tuple[int, int]:
     """Tokens and requests on the books, once all is settled; nothing may be held."""
-    await on.at_rest()
+    await on.all_settled()
     item = await on.quota("staff/daily")
     assert item["tokens"]["held"] == item["requests"]["held"] == 0
     return item["tokens"]["used"], item["requests"]["used"]

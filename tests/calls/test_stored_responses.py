@@ -177,9 +177,9 @@ async def test_an_upstream_that_was_struck_out_keeps_nothing(tmp_path: Path) -> 
     """Nor does one that the model goes to now have what another made."""
     async with stage(folder=tmp_path) as on:
         made = (await on.post("/v1/responses", ASK)).json()["id"]
-        there = on.files.config.policy.upstreams["simulated"].base_url
+        there = on.config.policy.upstreams["simulated"].base_url
         text = text_of(STAFF.replace("upstream: simulated", "upstream: other"), database=on.database, upstream=there)
-        on.files.config = load_text(text.replace("  simulated:", "  other:"))
+        on.config = load_text(text.replace("  simulated:", "  other:"))
         await on.server.policies.reload()
         assert (await asked(on, "GET", f"/v1/responses/{made}")).status == 404
         reply = await on.post("/v1/responses", {**ASK, "previous_response_id": made})
@@ -263,5 +263,5 @@ async def upstream_that_says(answer: bytes, gone: asyncio.Event | None = None) -
 
 async def move(on: Stage, there: str) -> None:
     """Let the upstream's name mean another server from now on."""
-    on.files.config = load_text(text_of(STAFF, database=on.database, upstream=there))
+    on.config = load_text(text_of(STAFF, database=on.database, upstream=there))
     await on.server.policies.reload()

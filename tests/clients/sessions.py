@@ -169,7 +169,7 @@ async def check(on: Stage, client: Client) -> None:
     """Play all there is: each step gives what the upstream said or raises as it should, and the books agree."""
     await _use_up(on, client)
     lines = {line.step: line for line in await play(on, client, [*client.steps, *FAULTS])}
-    await on.at_rest()
+    await on.all_settled()
     rows = {row["model"]: row for row in await on.rows("calls")}
     for step in client.steps:
         _check_answer(lines[step], rows[step])

@@ -74,7 +74,7 @@ async def test_six_agents_use_up_what_they_share(tmp_path: Path) -> None:
     async with stage(policy, folder=tmp_path) as on:
         session = Session("team/pot")
         await asyncio.gather(*(session.run(on, name) for name in AGENTS))
-        await on.at_rest()
+        await on.all_settled()
         used, held = await on.used("team/pot", "ann")
         given = on.simulator.given
         assert session.used_at_refusals()[0] >= LIMIT * 9 // 10
@@ -113,7 +113,7 @@ async def test_six_agents_with_one_key_beside_others(tmp_path: Path) -> None:
             is_over.set()
 
         await asyncio.gather(bob(), agents())
-        await on.at_rest()
+        await on.all_settled()
         used, held = await on.used("staff/daily", "ann")
         given = on.simulator.given
         assert session.used_at_refusals()[0] >= LIMIT * 9 // 10

@@ -59,7 +59,7 @@ async def test_the_sdk_for_azure_works_unchanged(tmp_path: Path) -> None:
         assert (await azure.images.generate(model="painter", prompt="a fox")).data
         assert (await azure.audio.transcriptions.create(model="scribe", file=("a.mp3", b"x"))).text
         assert [each.id async for each in azure.models.list()]
-        await on.at_rest()
+        await on.all_settled()
         assert (await on.quota("staff/daily"))["requests"]["used"] == 7
         assert not any("api-version" in call.path or "openai" in call.path for call in on.simulator.requests)
 
@@ -181,7 +181,7 @@ async def test_what_azure_s_filter_refuses_is_the_user_s_to_mend(tmp_path: Path)
         with pytest.raises(openai.BadRequestError) as caught:
             await azure.chat.completions.create(model="fast", messages=MESSAGES)
         assert caught.value.body == error
-        await on.at_rest()
+        await on.all_settled()
         quota = await on.quota("staff/daily")
         assert (quota["tokens"]["used"], quota["requests"]["used"]) == (0, 1)
 
@@ -214,7 +214,7 @@ async def test_who_takes_no_option_gets_the_call_without_it(tmp_path: Path) -> N
         assert ["stream_options" in document for _, document in seen] == [True, False]
         assert (await on.post("/v1/chat/completions", STREAM)).body == FRAMES + DONE
         assert ["stream_options" in document for _, document in seen] == [True, False, False]
-        await on.at_rest()
+        await on.all_settled()
         calls = await on.rows("calls")
         assert [(call["provenance"], call["output_tokens"]) for call in calls] == [("at_least", 1)] * 2
         assert (await on.quota("staff/daily"))["requests"]["used"] == 2
@@ -225,7 +225,7 @@ async def test_what_was_not_asked_for_is_not_taken_out(tmp_path: Path) -> None:
     async with upstream_of("openai", old, tmp_path) as (on, _):
         for _ in range(2):
             assert (await on.post("/v1/chat/completions", {**STREAM, "says": 1})).body == FRAMES + UNASKED + DONE
-        await on.at_rest()
+        await on.all_settled()
         calls = await on.rows("calls")
         assert {(call["provenance"], call["input_tokens"]) for call in calls} == {("exactly", 40)}
 

@@ -161,7 +161,7 @@ def _charged(call: dict[str, Any]) -> tuple[int, int, str]:
 
 
 async def _nothing_is_left(on: Stage, upstream: BareUpstream) -> None:
-    await on.at_rest()
+    await on.all_settled()
     assert on.server.calls_in_flight == 0
     await upstream.all_closed()
 

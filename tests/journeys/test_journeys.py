@@ -73,7 +73,7 @@ async def test_a_stream_is_byte_for_byte_what_the_upstream_would_have_sent(
         reply = await on.post(path, body)
         assert reply.body == expected
         assert reply.headers["content-type"].startswith("text/event-stream")
-        await on.at_rest()
+        await on.all_settled()
         used, held = await on.used()
         assert used > 0
         assert held == 0
@@ -130,7 +130,7 @@ async def test_quota_equals_the_sum_of_usage_after_a_thousand_mixed_calls(tmp_pa
                 assert (await on.post(*_some_call(chance))).status == 200
 
         await asyncio.gather(*(client() for _ in range(64)))
-        await on.at_rest()
+        await on.all_settled()
         given = on.simulator.given
         assert given.calls == 1000
         assert await on.used() == (given.input_tokens + given.output_tokens, 0)
@@ -171,7 +171,7 @@ async def test_many_clients_never_charge_more_than_the_limit(tmp_path: Path) -> 
                     refusals.append(reply.error)
                     if reply.error["code"] == "insufficient_quota":
                         return
-                    await on.at_rest()
+                    await on.all_settled()
 
         await asyncio.gather(*(client() for _ in range(64)))
         used, held = await on.used()
@@ -241,7 +241,7 @@ async def test_bytes_pass_on_at_once(tmp_path: Path) -> None:
             seen = b""
             while seen.count(b'"content"') < 4:  # the opening chunk and three words
                 seen += await response.content.readany()
-        await on.at_rest()
+        await on.all_settled()
 
 
 def _open(on: Stage, body: dict[str, Any]) -> Any:

@@ -329,7 +329,7 @@ async def test_a_stream_of_each_kind_passes_through_the_proxy(recording: Recordi
             reply = await on.post("/v1" + recording.endpoint.path, _call(recording.endpoint).document)
             assert reply.body == recording.shown(len(recording.pieces))
             assert not secret.keys() & {name.lower() for name in reply.headers}
-            await on.at_rest()
+            await on.all_settled()
             [call] = await on.rows("calls")
             assert call["provenance"] == recording.usage.provenance
             assert call["outcome"] == ("upstream_broke" if recording.has_error else "complete")

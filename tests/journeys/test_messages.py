@@ -256,7 +256,7 @@ async def test_a_stream_that_we_end_is_a_whole_message_to_the_sdk(tmp_path: Path
         assert message.content[0].type == "text"
         assert message.content[0].text == text
         assert len(text.split()) == 135  # the first of them, "waits", is two by our count
-        await on.at_rest()
+        await on.all_settled()
         assert await on.used() == (300, 0)
         assert {call["outcome"] for call in await on.rows("calls")} == {"client_left", "at_limit"}
         await on.audit()

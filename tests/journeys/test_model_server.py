@@ -105,7 +105,7 @@ def _numbers(value: Mapping[str, Any]) -> dict[str, int]:
 
 async def booked(on: Stage, reply: Reply) -> dict[str, Any]:
     """The row of a call, once all is settled."""
-    await on.at_rest()
+    await on.all_settled()
     await on.audit()
     return next(row for row in await on.rows("calls") if row["id"] == reply.headers["x-request-id"])
 
@@ -176,7 +176,7 @@ async def test_the_official_sdk_reads_what_it_would_read_without_us(server: Mode
         assert text == whole.choices[0].message.content
         assert whole.usage is not None
         assert chunks[-1].usage is not None
-        await on.at_rest()
+        await on.all_settled()
         assert await on.used() == (whole.usage.total_tokens + chunks[-1].usage.total_tokens, 0)
 
 
@@ -263,7 +263,7 @@ async def test_who_hangs_up_pays_for_what_was_generated(
         async with on.http.post(on.url + path, json=body, headers=headers) as stream:
             while seen.count(b"\n\n") < 60:
                 seen += await stream.content.readany()
-        await on.at_rest()
+        await on.all_settled()
         [row] = await on.rows("calls")
         made = await server.generated(on.http) - made
         if on_disconnect == "drain":

@@ -203,7 +203,7 @@ async def test_a_clock_that_goes_back_and_ahead_resets_no_counter_twice(tmp_path
             assert (tokens, held > 0) == (used, True), hours
         upstream.gate.set()
         assert all(_is_complete(reply, 20) for reply in await asyncio.gather(*running))
-        await on.at_rest()
+        await on.all_settled()
         # The two that began before the window did belong to the one before it, which has closed.
         assert await on.used() == (used + 3 * (TAKEN + 20), 0)
     audit(tmp_path / "quotas.db")
@@ -242,7 +242,7 @@ async def _reload(on: Stage, folder: Path, policy: str, *, upstream_name: str = 
     model = on.server.policies.current.model("fast")
     assert model is not None
     text = text_of(policy, database=sqlite_in(folder), upstream=model.upstream.base_url)
-    on.files.config = load_text(text.replace("simulated", upstream_name))
+    on.config = load_text(text.replace("simulated", upstream_name))
     assert await on.server.policies.reload()
 
 
@@ -511,7 +511,7 @@ async def test_a_thousand_disconnects_leave_nothing_behind(on_disconnect: str, t
                 await on.hang_up(call)
 
         await asyncio.gather(*(leave() for _ in range(50)))
-        await on.at_rest()
+        await on.all_settled()
         await on.simulator.until(lambda: on.simulator.open_calls == 0)
         assert on.server.calls_in_flight == on.simulator.open_streams == 0
         assert (await on.used())[1] == (await on.used(user="bob"))[1] == 0

@@ -60,12 +60,12 @@ async def _reload(on: Stage, policy: str, *, kind: str = "simulator") -> None:
     upstream = on.server.policies.current.upstreams["simulated"]
     text = text_of(
         policy,
-        database=on.files.config.settings.database,
+        database=on.config.settings.database,
         upstream=upstream.base_url,
         kind=kind,
         more=f", on_disconnect: {upstream.on_disconnect}",
     )
-    on.files.config = load_text(text)
+    on.config = load_text(text)
     assert await on.server.policies.reload()
 
 
@@ -79,7 +79,7 @@ def _ask(words: int, simulate: str, *, model: str = "usual", **more: Any) -> dic
 
 
 async def _settled(on: Stage, reply: Reply) -> Entry:
-    await on.at_rest()
+    await on.all_settled()
     return await _entry(on, reply.headers["x-request-id"])
 
 
@@ -201,7 +201,7 @@ async def test_a_call_goes_through_the_group_that_calls_in_flight_do_not_hold_up
             assert (await _entry(on, reply.headers["x-request-id"])).admitted_via == "large"
             assert await _level(on, "small/daily") == [300, 0, 260, 40]
             assert await _level(on, "large/daily") == [1000, 210, 260, 530]
-        await on.at_rest()
+        await on.all_settled()
         assert await _level(on, "small/daily") == [300, 11, 0, 289]
         assert await _level(on, "large/daily") == [1000, 221, 0, 779]
 
@@ -406,7 +406,7 @@ async def test_busy_exhausted_and_never_are_three_sentences(tmp_path: Path) -> N
             f"call until they end. Try again in {seconds} s."
         )
         await on.hang_up(first)
-        await on.at_rest()
+        await on.all_settled()
         exhausted = await on.post(COMPLETIONS, body, headers=NO_WAIT)
         assert (exhausted.status, exhausted.error["code"]) == (429, "insufficient_quota")
         assert exhausted.error["message"] == (
@@ -570,7 +570,7 @@ async def test_a_call_over_the_end_of_its_window(tmp_path: Path) -> None:
             assert await on.used() == (0, 0)
             upstream.go.set()
             assert (await stream.to_the_end()).endswith(b"data: [DONE]\n\n")
-        await on.at_rest()
+        await on.all_settled()
         assert await _level(on) == [1_000_000, 476, 0, 999_524]
         assert await _level(on, measure="requests") == [100, 0, 0, 100]
         entry = await _entry(on, stream.id)
@@ -590,7 +590,7 @@ async def test_settling_after_expiry_books_the_difference_once(tmp_path: Path) -
             assert (await _entry(on, stream.id)).outcome == "lost"
             upstream.go.set()
             await stream.to_the_end()
-        await on.at_rest()
+        await on.all_settled()
         entry = await _entry(on, stream.id)
         assert (entry.state, entry.outcome, entry.usage) == ("settled", "complete", Exactly(Tokens(10, 20)))
         await on.server.ledger.end(Settle(stream.id, Exactly(Tokens(10, 400)), "complete"))
@@ -610,7 +610,7 @@ async def test_a_limit_lowered_under_a_running_stream(tmp_path: Path) -> None:
             assert (busy.status, busy.error["code"]) == (429, "rate_limit_exceeded")
             upstream.go.set()
             assert (await stream.to_the_end()).count(b'" word"') == 600
-        await on.at_rest()
+        await on.all_settled()
         assert await _level(on) == [200, 610, 0, 0]
         assert (await on.quota("staff/daily"))["tokens"]["percent"] == 305.0
         refused = await on.post(COMPLETIONS, _ask(1, "", max_tokens=1))
@@ -627,7 +627,7 @@ async def test_a_stream_grows_by_the_policy_of_its_call(tmp_path: Path) -> None:
             await _reload(on, _daily("tokens: 1000"))
             upstream.go.set()
             assert (await stream.to_the_end()).count(b'" word"') == 1500
-        await on.at_rest()
+        await on.all_settled()
         assert await _level(on) == [1000, 1510, 0, 0]
 
 
@@ -649,7 +649,7 @@ async def test_a_user_who_is_removed_or_moved_while_a_stream_runs(becomes: str, 
                 assert await _level(on, "other/daily") == [500, 0, 0, 500]
             upstream.go.set()
             assert (await stream.to_the_end()).endswith(b"data: [DONE]\n\n")
-        await on.at_rest()
+        await on.all_settled()
         assert (await _entry(on, stream.id)).outcome == "complete"
         if becomes == "other":
             assert [item["id"] for item in (await on.get("/v1/quota")).json()["data"]] == ["other/daily"]
@@ -746,7 +746,7 @@ async def test_a_stream_at_the_limit_ends_as_its_own_maximum_would_end_it(
             if heard.words == 140 - taken and not other.done():
                 assert await on.used() == (0, 300)
                 await on.hang_up(other)
-        await on.at_rest()
+        await on.all_settled()
         assert heard.words == 140 - taken
         assert heard.ends == (["incomplete", "max_output_tokens"] if path == RESPONSES else ["length"])
         assert heard.usage == ((taken, 140 - taken) if asks_for_usage else None)
@@ -925,7 +925,7 @@ async def test_many_streams_share_the_end_of_a_quota(tmp_path: Path) -> None:
                     return
 
         await asyncio.gather(*(client() for _ in range(64)))
-        await on.at_rest()
+        await on.all_settled()
         used, held = await on.used()
         calls = on.simulator.given.calls
         assert held == 0
@@ -949,7 +949,7 @@ async def test_streams_that_grow_share_the_end_of_a_quota(tmp_path: Path) -> Non
                 replies.append(await on.post(COMPLETIONS, body))
 
         await asyncio.gather(*(client() for _ in range(24)))
-        await on.at_rest()
+        await on.all_settled()
         used, held = await on.used()
         answers = [reply for reply in replies if reply.status == 200]
         assert all(reply.body.endswith(b"data: [DONE]\n\n") for reply in answers)

@@ -35,7 +35,7 @@ POLICY = MODELS + STAFF[STAFF.index("groups:") :]
 
 async def used(on: Stage) -> tuple[int, int, int]:
     """Tokens and requests of alice, once all is settled, and what is still held, which is nothing."""
-    await on.at_rest()
+    await on.all_settled()
     quota = await on.quota("staff/daily")
     assert (quota["tokens"]["held"], quota["requests"]["held"]) == (0, 0)
     return quota["input_tokens"] or quota["tokens"]["used"], quota["requests"]["used"], on.simulator.received
