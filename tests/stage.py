@@ -1,13 +1,16 @@
 """A running proxy in front of a running simulator, started as production starts them, on real sockets.
 
-async with stage(POLICY) as on:
+async with stage(POLICY, folder=tmp_path) as on:
     await on.sdk("alice").chat.completions.create(...)
-    assert await on.used("alice", "staff/daily") == 48
+    assert await on.used("staff/daily", "alice") == (48, 0)
 """
 
 import asyncio
+import atexit
 import io
 import json
+import shutil
+import tempfile
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -21,6 +24,7 @@ from openai import AsyncOpenAI
 from proxy.calls.disconnect import Disconnects
 from proxy.calls.tokenizer import Tokenizers, table_folders
 from proxy.config.loader import Config, ConnectionLimits, load_text
+from proxy.ledger.sqlite import SqliteStore
 from proxy.server import Server
 from proxy.simulator.server import Simulator
 from proxy.simulator.server import serve as serve_simulator
@@ -53,40 +57,40 @@ users:
 
 
 def key_of(user: str) -> str:
-    """The key that STAFF and its like give a user."""
+    """The key of a user in STAFF and in policies like it."""
     return f"key-of-{user}-0123456789abcdef"
 
 
 @cache
 def loaded() -> Tokenizers:
-    """Tokenizers that all stages share: each table is read once."""
+    """Tokenizers that all stages share, so that each table is read once."""
     return Tokenizers(table_folders({}))
 
 
 class Clock:
-    """The time as the proxy and its database see it; tests move it."""
+    """The time as the proxy and its database see it; tests move it. Milliseconds since 1970."""
 
     def __init__(self, now: int = NOON) -> None:
         self._ms = now
-        self._tell: Callable[[int], object] = lambda ms: None
+        self._on_change: Callable[[int], object] = lambda ms: None
 
     def __call__(self) -> int:
         return self._ms
 
     @property
     def ms(self) -> int:
-        """What it shows."""
+        """The current time."""
         return self._ms
 
     @ms.setter
     def ms(self, ms: int) -> None:
         self._ms = ms
-        self._tell(ms)
+        self._on_change(ms)
 
-    def when_moved(self, tell: Callable[[int], object]) -> None:
-        """Tell somebody what it shows, now and whenever it is moved."""
-        self._tell = tell
-        tell(self._ms)
+    def when_changed(self, on_change: Callable[[int], object]) -> None:
+        """Call this with the time, now and whenever a test moves it."""
+        self._on_change = on_change
+        on_change(self._ms)
 
 
 class Stage:
@@ -104,13 +108,13 @@ class Stage:
 
     @property
     def url(self) -> str:
-        """The API listener, without `/v1`."""
+        """The URL of the API listener, without `/v1`."""
         assert self.server.api is not None
         return f"http://127.0.0.1:{self.server.api.port}"
 
     @property
     def admin_url(self) -> str:
-        """The admin listener."""
+        """The URL of the admin listener."""
         assert self.server.admin is not None
         return f"http://127.0.0.1:{self.server.admin.port}"
 
@@ -123,7 +127,7 @@ class Stage:
     async def post(
         self, path: str, body: Any, *, user: str | None = "alice", headers: Mapping[str, str] | None = None
     ) -> "Reply":
-        """POST JSON (or bytes as they are) and read the whole reply."""
+        """POST JSON, or bytes unchanged, and read the whole reply."""
         sent = {**({"authorization": f"Bearer {key_of(user)}"} if user else {}), **(headers or {})}
         content = {"data": body} if isinstance(body, (bytes, io.IOBase)) else {"json": body}
         async with self.http.post(self.url + path, headers=sent, **content) as response:
@@ -146,7 +150,7 @@ class Stage:
         return tokens["used"], tokens["held"]
 
     def begin(self, path: str, body: Any, *, user: str = "alice") -> "asyncio.Task[Reply]":
-        """POST in the background; cancelling the task hangs up."""
+        """POST in the background. Cancelling the task closes the connection."""
         return asyncio.get_running_loop().create_task(self.post(path, body, user=user))
 
     async def hang_up(self, call: "asyncio.Task[Reply]") -> None:
@@ -155,14 +159,14 @@ class Stage:
         await asyncio.wait([call])
 
     async def rows(self, table: str) -> list[dict[str, Any]]:
-        """What is committed in a table of the books, whatever keeps them."""
+        """The committed rows of a table of the ledger, on either engine."""
         if self.database.startswith("sqlite"):
             return rows(self._file, table)
         found = await shared().run(f"SELECT * FROM llm_quota_proxy.{table} ORDER BY 1, 2", url=self.database)
         return [dict(row) for row in found]
 
     async def audit(self) -> None:
-        """Each counter of the books holds what its open calls hold, and has used what its ended ones are charged."""
+        """Check that each counter is the sum of its calls: held by the open ones, used by the ended ones."""
         if self.database.startswith("sqlite"):
             audit(self._file)
         else:
@@ -170,7 +174,7 @@ class Stage:
 
     @property
     def database(self) -> str:
-        """The URL of the books."""
+        """The URL of the ledger's database."""
         return self.config.settings.database
 
     @property
@@ -219,13 +223,16 @@ async def stage(
     kind: str = "simulator",
     more: str = "",
 ) -> AsyncIterator[Stage]:
-    """Start both, and stop them in order.
+    """Start the simulator and the proxy, and stop them in order.
 
-    Without a `database` the books are in a new one of the engine that is on trial.
+    Without a `database` the ledger is in a new migrated database of the engine under test: `quotas.db` in `folder`,
+    or one of the shared PostgreSQL. An existing `quotas.db` is used, so a test can start the proxy again on it.
     """
     clock = clock or Clock()
     if database is None and ENGINE == "postgresql":
-        database = await shared().timed(clock.when_moved)
+        database = await shared().timed(clock.when_changed)
+    elif database is None and not (folder / "quotas.db").exists():
+        shutil.copyfile(await _migrated_file(), folder / "quotas.db")
     simulator = simulator or Simulator(UPSTREAM_KEY)
     runner, port = await serve_simulator(simulator)
     config = config_of(
@@ -255,6 +262,23 @@ async def stage(
         await runner.cleanup()
 
 
+async def _migrated_file() -> Path:
+    """An empty ledger with the newest schema: migrated once in this process, and copied for each stage."""
+    path = _template_path()
+    if not path.exists():
+        store = SqliteStore(path)
+        await store.open()
+        await store.close()
+    return path
+
+
+@cache
+def _template_path() -> Path:
+    folder = Path(tempfile.mkdtemp(prefix="quotas-sqlite-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder / "quotas.db"
+
+
 def config_of(
     policy: str, *, folder: Path, upstream: str, database: str | None = None, kind: str = "simulator", more: str = ""
 ) -> Config:
@@ -269,14 +293,11 @@ def text_of(policy: str, *, database: str, upstream: str, kind: str = "simulator
 
 
 def sqlite_in(folder: Path) -> str:
-    """The URL of the file that a stage in this folder keeps its books in."""
+    """The database URL of a stage in this folder on SQLite."""
     return f"sqlite:///{folder / 'quotas.db'}"
 
 
-Wait = Callable[[], bool]
-
-
-async def until(is_reached: Wait) -> None:
-    """Let the loop turn until something is true that our own tasks bring about; the test's time limit bounds it."""
+async def until(is_reached: Callable[[], bool]) -> None:
+    """Yield to the event loop until our own tasks have made the condition true. The test's timeout bounds it."""
     while not is_reached():  # noqa: ASYNC110 - nothing here would set an event for a test
         await asyncio.sleep(0)
