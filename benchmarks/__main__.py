@@ -1,4 +1,4 @@
-"""Measure all figures and print them: `python -m benchmarks`."""
+"""The command `python -m benchmarks`: measure all figures and print them."""
 
 import os
 import platform
@@ -15,12 +15,12 @@ from benchmarks import figures
 from benchmarks.figures import Figure
 from benchmarks.servers import nginx_command
 
-# Two connections for each of a thousand streams, in one process.
+# 1,000 streams need two connections each in the proxy, one to the client and one to the upstream.
 _FILES_MIN = 4096
 
 
 def main() -> None:
-    """Print the figures, or why there are none."""
+    """Print the figures, or what is missing to measure them."""
     missing = [name for name, found in (("nginx", nginx_command()), ("wrk", shutil.which("wrk"))) if not found]
     if missing:
         print(f"Skipped: needs {' and '.join(missing)} (Debian: apt-get install nginx-light wrk).")
@@ -29,7 +29,7 @@ def main() -> None:
     if files < _FILES_MIN:
         print(f"Skipped: needs {_FILES_MIN} open files, and this shell allows {files} (ulimit -Hn).")
         return
-    resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))  # inherited by all that is started
+    resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))  # inherited by the servers
     print(_machine())
     print(_line("", "proxy", "rounds", "nginx", "ratio", "aim", "met"))
     began = time.monotonic()
@@ -40,23 +40,23 @@ def main() -> None:
 
 
 def _machine() -> str:
-    said = subprocess.run([nginx_command() or "", "-v"], capture_output=True, text=True, check=True).stderr
+    printed = subprocess.run([nginx_command() or "", "-v"], capture_output=True, text=True, check=True).stderr
     libraries = ", ".join(f"{name} {version(name)}" for name in ("aiohttp", "uvloop", "sqlalchemy"))
     return (
         f"{os.cpu_count()} cores ({platform.machine()}), load {os.getloadavg()[0]:.1f} before; "
         f"Python {platform.python_version()}, {libraries}, SQLite {sqlite3.sqlite_version}; "
-        f"nginx {said.strip().rpartition('/')[2]}"
+        f"nginx {printed.strip().rpartition('/')[2]}"
     )
 
 
 def _row(figure: Figure) -> str:
     unit, aim = figure.unit, figure.aim
-    wanted = "" if aim is None else f"< {aim.under:g} {'×' if aim.is_ratio else unit}"
+    aim_text = "" if aim is None else f"< {aim.under:g} {'×' if aim.is_ratio else unit}"
     met = {True: "yes", False: "no", None: ""}[figure.is_met]
     rounds = f"{_number(min(figure.proxy))}–{_number(max(figure.proxy))}" if len(figure.proxy) > 1 else ""
-    by_proxy, by_nginx = (f"{_number(median(by))} {unit}" for by in (figure.proxy, figure.nginx))
+    proxy, nginx = (f"{_number(median(values))} {unit}" for values in (figure.proxy, figure.nginx))
     ratio = "–" if figure.ratio == inf else f"{figure.ratio:.1f} ×"
-    return _line(figure.what, by_proxy, rounds, by_nginx, ratio, wanted, met)
+    return _line(figure.name, proxy, rounds, nginx, ratio, aim_text, met)
 
 
 def _number(value: float) -> str:

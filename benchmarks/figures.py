@@ -1,4 +1,7 @@
-"""The four figures. Each takes its rounds in turn, nginx and then the proxy, so that a busy moment meets both."""
+"""Measure the four figures.
+
+Each round measures nginx and then the proxy, so other load on the machine affects both.
+"""
 
 import asyncio
 from collections.abc import Callable, Iterator
@@ -36,7 +39,7 @@ _OPEN_S = 8
 
 @dataclass(frozen=True, slots=True)
 class Aim:
-    """What a figure should stay under: times nginx's, or a number in the figure's own unit."""
+    """The upper bound of a figure: a multiple of nginx's figure, or a number in the figure's unit."""
 
     under: float
     is_ratio: bool = False
@@ -44,9 +47,9 @@ class Aim:
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """One figure: what each round measured for the proxy and for nginx."""
+    """One figure: its name and unit, and the values of each round for the proxy and for nginx."""
 
-    what: str
+    name: str
     unit: str
     proxy: list[float]
     nginx: list[float]
@@ -54,20 +57,23 @@ class Figure:
 
     @property
     def ratio(self) -> float:
-        """How many times nginx's; infinite where noise hid what nginx adds."""
-        by_nginx = median(self.nginx)
-        return median(self.proxy) / by_nginx if by_nginx > 0 else inf
+        """The proxy's median divided by nginx's.
+
+        Infinite if nginx's is not positive: what nginx adds to the latency can be less than the noise.
+        """
+        nginx = median(self.nginx)
+        return median(self.proxy) / nginx if nginx > 0 else inf
 
     @property
     def is_met(self) -> bool | None:
-        """Whether the aim is met; None where there is none."""
+        """Whether the aim is met; None if the figure has no aim."""
         if self.aim is None:
             return None
         return (self.ratio if self.aim.is_ratio else median(self.proxy)) < self.aim.under
 
 
 def cost_of_a_call() -> list[Figure]:
-    """Processor time of a short call, with all connections busy all the time."""
+    """Processor time of a short call, while every connection always has a call in flight."""
 
     def measure(server: Server) -> float:
         before = server.cpu_us()
@@ -84,7 +90,7 @@ def cost_of_a_call() -> list[Figure]:
 
 
 def added_latency() -> list[Figure]:
-    """What a call takes longer than straight to the upstream, one at a time."""
+    """How much longer a call takes than directly to the upstream, one call at a time."""
 
     def measure(server: Server) -> tuple[int, int]:
         load = short_calls(server.port, connections=1, seconds=_LATENCY_S)
@@ -95,57 +101,57 @@ def added_latency() -> list[Figure]:
             short_calls(server.port, connections=1, seconds=_WARM_UP_S)
         direct, by_nginx, by_proxy = _in_turn(measure, upstream, nginx, proxy)
 
-    def added(by: list[tuple[int, int]], percentile: int) -> list[float]:
-        pairs = zip(by, direct, strict=True)
-        return [(through[percentile] - straight[percentile]) / 1000 for through, straight in pairs]
+    def added_ms(through: list[tuple[int, int]], percentile: int) -> list[float]:
+        pairs = zip(through, direct, strict=True)
+        return [(latency[percentile] - own[percentile]) / 1000 for latency, own in pairs]
 
     return [
-        Figure("latency added, p50, 1 connection", "ms", added(by_proxy, 0), added(by_nginx, 0), Aim(2)),
-        Figure("latency added, p99, 1 connection", "ms", added(by_proxy, 1), added(by_nginx, 1)),
+        Figure("latency added, p50, 1 connection", "ms", added_ms(by_proxy, 0), added_ms(by_nginx, 0), Aim(2)),
+        Figure("latency added, p99, 1 connection", "ms", added_ms(by_proxy, 1), added_ms(by_nginx, 1)),
     ]
 
 
 def cost_of_a_chunk() -> list[Figure]:
-    """Processor time of one chunk, while all streams are open: their beginnings and ends are not in it."""
+    """Processor time of one chunk, while all streams are open: no stream begins or ends meanwhile."""
 
-    async def watch(server: Server) -> float:
+    async def measure(server: Server) -> float:
         async with open_streams(server.port, _STREAMS, within_s=1) as streams:
             cpu_us, chunks = server.cpu_us(), streams.chunks
             await asyncio.sleep(_CHUNKS_S)
             return (server.cpu_us() - cpu_us) / (streams.chunks - chunks)
 
     with _streams(_TOKENS_PER_S, tokens=_TOKENS_PER_S * (_CHUNKS_S + 3)) as (nginx, proxy):
-        by_nginx, by_proxy = _in_turn(lambda server: uvloop.run(watch(server)), nginx, proxy)
-    what = f"CPU of a chunk, {_STREAMS} streams"
-    return [Figure(what, "µs", by_proxy, by_nginx, Aim(3, is_ratio=True))]
+        by_nginx, by_proxy = _in_turn(lambda server: uvloop.run(measure(server)), nginx, proxy)
+    name = f"CPU of a chunk, {_STREAMS} streams"
+    return [Figure(name, "µs", by_proxy, by_nginx, Aim(3, is_ratio=True))]
 
 
 def memory_of_streams() -> list[Figure]:
-    """Memory while many streams are open, once all of them are under way; the most that was seen."""
+    """The most memory that is used while many streams are open."""
 
-    async def watch(server: Server) -> tuple[float, float]:
-        seen = []
+    async def measure(server: Server) -> tuple[float, float]:
+        samples = []
         async with open_streams(server.port, _OPEN_STREAMS, within_s=2) as streams:
             while not streams.ended:
-                seen.append((server.memory_mb("Rss"), server.memory_mb("Pss")))
+                samples.append((server.memory_mb("Rss"), server.memory_mb("Pss")))
                 await asyncio.sleep(0.5)
-        return max(seen)
+        return max(samples)
 
     with _streams(tokens_per_s=1, tokens=_OPEN_S) as (nginx, proxy):
-        ((nginx_rss, nginx_pss), (rss, pss)) = (uvloop.run(watch(server)) for server in (nginx, proxy))
-    what = f"{_OPEN_STREAMS:,} open streams"
+        ((nginx_rss, nginx_pss), (rss, pss)) = (uvloop.run(measure(server)) for server in (nginx, proxy))
+    name = f"{_OPEN_STREAMS:,} open streams"
     return [
-        Figure(f"memory (RSS), {what}", "MB", [rss], [nginx_rss], Aim(100)),
-        Figure(f"memory (PSS), {what}", "MB", [pss], [nginx_pss]),
+        Figure(f"memory (RSS), {name}", "MB", [rss], [nginx_rss], Aim(100)),
+        Figure(f"memory (PSS), {name}", "MB", [pss], [nginx_pss]),
     ]
 
 
 ALL: tuple[Callable[[], list[Figure]], ...] = (cost_of_a_call, cost_of_a_chunk, added_latency, memory_of_streams)
 
 
-def _in_turn(measure: Callable[[Server], T], *among: Server) -> list[list[T]]:
-    """What was measured of each, round by round."""
-    rounds = [[measure(server) for server in among] for _ in range(ROUNDS)]
+def _in_turn(measure: Callable[[Server], T], *compared: Server) -> list[list[T]]:
+    """Measure each server once in each round; return the values of each server."""
+    rounds = [[measure(server) for server in compared] for _ in range(ROUNDS)]
     return [list(column) for column in zip(*rounds, strict=True)]
 
 

@@ -1,9 +1,9 @@
-"""What the ledger costs, alone: `python -m benchmarks.ledgers`; about five minutes.
+"""The command `python -m benchmarks.ledgers`: the cost of the ledger without HTTP, in about five minutes.
 
-Clients reserve and settle, each again as soon as it was answered, through one ledger or through many on one database.
-No HTTP: what is measured is the batch loop and its engine. PostgreSQL is a real one from a wheel, with its defaults
-(every commit waits for the disk), on the same cores as the load; so the processor time of a call in the proxy's
-process stands beside each rate, and a machine of its own for the database has the better rates.
+Clients reserve and settle without a pause, through one ledger or through several with one database. This measures the
+batch loop and its engine. PostgreSQL is a real server from a wheel with its default settings, so each commit waits
+for the disk. It shares the cores with the load, so its rates are lower than on a machine of its own. That is why the
+processor time of a call in the proxy's process is printed beside each rate.
 """
 
 import asyncio
@@ -33,9 +33,10 @@ from proxy.server import store_of, wall_clock_ms
 from tests.builders import call, exactly, quota, route
 
 _SECONDS = 4.0
-# Until all processes have opened the database.
+# All processes have opened the database by then.
 _START_S = 4.0
-# How many processes share the loops: more would only measure how two cores are shared out.
+# The loops are distributed over at most so many processes. More would compete for the two cores, which is not what is
+# measured.
 _PROCESSES_MAX = 4
 _PLENTY = 10**12
 _SETTINGS = ("max_connections=200", "log_min_messages=fatal")
@@ -43,15 +44,15 @@ _SETTINGS = ("max_connections=200", "log_min_messages=fatal")
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """So many clients, and whom they are: of 1 user each call meets the same two counters."""
+    """The number of clients and of users. With 1 user all calls share the same two counters."""
 
     in_flight: int
     users: int
 
 
 @dataclass(frozen=True, slots=True)
-class Share:
-    """What one process does of a run: so many ledgers on this database, from an instant on."""
+class Part:
+    """The part of a run in one process: the number of ledgers on this database, and when to begin (Unix time)."""
 
     database: str
     loops: int
@@ -62,7 +63,7 @@ class Share:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What it measured."""
+    """The measurements of one process."""
 
     calls: int
     batches: int
@@ -70,7 +71,7 @@ class Result:
     latencies_s: list[float]
 
 
-class _Counted:
+class _BatchCounter:
     """A store that counts its batches."""
 
     def __init__(self, store: Any) -> None:
@@ -86,7 +87,7 @@ class _Counted:
 
 
 def main() -> None:
-    """Print a line for each engine, number of replicas and load."""
+    """Measure each engine, number of replicas and load, and print a line for each."""
     warnings.simplefilter("ignore")
     print(
         f"{os.cpu_count()} cores ({platform.machine()}), load {os.getloadavg()[0]:.1f} before; Python "
@@ -111,7 +112,7 @@ def _loads() -> Iterator[Load]:
 
 
 def _measure_growth(server: Any, runner: asyncio.Runner) -> None:
-    """The same load beside 10 counters and beside a million."""
+    """Measure the same load in a database with 10 counters and in one with a million."""
     for rows in (10, 1_000_000):
         url = runner.run(server.fresh())
         store = store_of(url)
@@ -137,11 +138,11 @@ def _postgres() -> Iterator[tuple[Any, asyncio.Runner]]:
 def _measure(engine: str, database: str, load: Load, *, replicas: int = 1) -> None:
     processes = min(replicas, _PROCESSES_MAX)
     begin_at = time.time() + _START_S
-    shares = [
-        Share(database, replicas // processes, load, begin_at, f"process-{number}") for number in range(processes)
+    parts = [
+        Part(database, replicas // processes, load, begin_at, f"process-{number}") for number in range(processes)
     ]
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-        results = list(pool.map(_take_share, shares))
+        results = list(pool.map(_run_part, parts))
     calls = sum(result.calls for result in results)
     latencies = sorted(latency for result in results for latency in result.latencies_s)
     print(
@@ -157,26 +158,26 @@ def _measure(engine: str, database: str, load: Load, *, replicas: int = 1) -> No
     )
 
 
-def _take_share(share: Share) -> Result:
-    return uvloop.run(_run(share))
+def _run_part(part: Part) -> Result:
+    return uvloop.run(_run(part))
 
 
-async def _run(share: Share) -> Result:
-    stores = [_Counted(store_of(share.database)) for _ in range(share.loops)]
+async def _run(part: Part) -> Result:
+    stores = [_BatchCounter(store_of(part.database)) for _ in range(part.loops)]
     ledgers = [
-        Ledger(store, owner=f"{share.name}-{place}", now=wall_clock_ms)  # type: ignore[arg-type]
-        for place, store in enumerate(stores)
+        Ledger(store, owner=f"{part.name}-{position}", now=wall_clock_ms)  # type: ignore[arg-type]
+        for position, store in enumerate(stores)
     ]
     for ledger in ledgers:
         await ledger.start()
-    await asyncio.sleep(share.begin_at - time.time())
+    await asyncio.sleep(part.begin_at - time.time())
     latencies: list[float] = []
     cpu_s = time.process_time()
     until = time.monotonic() + _SECONDS
     async with asyncio.TaskGroup() as clients:
         for ledger in ledgers:
-            for number in range(share.load.in_flight):
-                clients.create_task(_client(ledger, f"{ledger.owner}-{number}", share.load.users, until, latencies))
+            for number in range(part.load.in_flight):
+                clients.create_task(_client(ledger, f"{ledger.owner}-{number}", part.load.users, until, latencies))
     cpu_s = time.process_time() - cpu_s
     for ledger in ledgers:
         await ledger.close()

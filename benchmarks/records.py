@@ -1,8 +1,9 @@
-"""What many records cost: `python -m benchmarks.records [ROWS]`; about three minutes for a million.
+"""The command `python -m benchmarks.records [ROWS]`: the cost of many stored calls.
 
-The ledger's rate beside no calls and beside so many; then one step of each chore, on SQLite and on PostgreSQL. The
-calls are of a hundred users and ninety days, and half of them were counted already. PostgreSQL is a real one from
-a wheel with its defaults, on the same cores.
+It measures the ledger's rate in an empty database and in one with so many calls, and then one step of each
+maintenance job, on SQLite and on PostgreSQL. The calls belong to a hundred users and ninety days; half of them are
+counted into their days already. PostgreSQL is a real server from a wheel with its default settings, on the same
+cores. A million calls take about three minutes.
 """
 
 import asyncio
@@ -27,26 +28,26 @@ _LOAD = Load(64, 1000)
 
 
 def main() -> None:
-    """Print the rates, and a line for each chore and engine."""
+    """Print the rates, and a line for each maintenance job and engine."""
     rows = int(sys.argv[1]) if len(sys.argv) > 1 else 1_000_000
     with TemporaryDirectory() as folder:
         for many in (0, rows):
             path = Path(folder) / f"{many}.db"
-            asyncio.run(_made(url := f"sqlite:///{path}"))
+            asyncio.run(_migrate(url := f"sqlite:///{path}"))
             with closing(sqlite3.connect(path)) as connection, connection:
                 connection.execute(f"{_NUMBERS} {_INSERT} SELECT {_values(many, _SQLITE_ID)} FROM numbers", [many])
             _measure(f"SQLite, {many:,} calls", url, _LOAD)
         asyncio.run(_time("SQLite", url))
     with _postgres() as (server, runner):
         for many in (0, rows):
-            runner.run(_made(url := runner.run(server.fresh())))
+            runner.run(_migrate(url := runner.run(server.fresh())))
             fill = f"{_INSERT} SELECT {_values(many, _POSTGRES_ID)} FROM generate_series(1, {many}::bigint) AS number"
             runner.run(server.run("SET search_path = llm_quota_proxy", fill, "VACUUM ANALYZE calls", url=url))
             _measure(f"PostgreSQL, {many:,} calls", url, _LOAD)
         runner.run(_time("PostgreSQL", url))
 
 
-# SQLite's own series is not in every build of it.
+# `generate_series` is an extension that not every build of SQLite has.
 _NUMBERS = """
     WITH RECURSIVE numbers(number) AS (
         SELECT 1 WHERE ?1 > 0 UNION ALL SELECT number + 1 FROM numbers WHERE number < ?1
@@ -62,7 +63,7 @@ _INSERT = """
 
 
 def _values(rows: int, entry_id: str) -> str:
-    """Of calls in the order of time, the first half of them counted."""
+    """The SELECT list of calls in order of time, the first half of which is counted."""
     at = f"{_FIRST_DAY} + number * {90 * _DAY_MS // max(1, rows)}"
     return f"""
         {entry_id.format(at=at)}, 'process-1', 'settled', 'user ' || number % 100, 'gpt-4o-mini', 'chat', 'openai',
@@ -71,7 +72,7 @@ def _values(rows: int, entry_id: str) -> str:
     """
 
 
-async def _made(url: str) -> None:
+async def _migrate(url: str) -> None:
     store = store_of(url)
     await store.open()
     await store.close()

@@ -1,6 +1,7 @@
-"""What is started for a figure: an upstream, nginx and the proxy in front of it; each ended when its block is left.
+"""The servers that are measured: context managers that start an upstream, nginx or the proxy, and stop it at the end.
 
-All listen on loopback only. nginx runs from configs of its own in a temporary folder, never as the system's service.
+All listen on loopback only. nginx runs with its own configuration in a temporary folder, never as the system's
+service.
 """
 
 import shutil
@@ -26,7 +27,7 @@ _ANSWER = (
     '"completion_tokens_details":{"reasoning_tokens":0,"audio_tokens":0}},"service_tier":"default"}'
 )
 
-# One worker, as the proxy has one process. Neither of the two writes an access log.
+# One worker, because the proxy has one process. Neither writes an access log.
 _NGINX = """
 daemon off; worker_processes 1; worker_rlimit_nofile 16384; pid nginx.pid; error_log stderr warn;
 events {{ worker_connections 8192; }}
@@ -68,38 +69,38 @@ users:
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """A server that runs: its port, and the process that was started (and may have children)."""
+    """A running server: its port, and the id of its process, which may have children."""
 
     port: int
     pid: int
 
     def cpu_us(self) -> float:
         """Processor time of all its processes since their start, in microseconds."""
-        # The clock of another process, as clock_getcpuclockid(3) makes it: to the nanosecond, all threads included,
-        # where /proc/PID/stat counts hundredths of a second.
+        # The id of another process's CPU clock, computed as clock_getcpuclockid(3) does. The clock includes all
+        # threads and is exact to the nanosecond; /proc/PID/stat is exact to a hundredth of a second.
         return sum(time.clock_gettime_ns((~pid << 3) | 2) for pid in self._pids()) / 1000
 
     def memory_mb(self, kind: str) -> float:
-        """Memory of all its processes: `Rss`, or `Pss`, which shares out what several of them have in common."""
+        """Memory of all its processes: `Rss`, or `Pss`, which divides shared pages among their processes."""
         rollups = (Path(f"/proc/{pid}/smaps_rollup").read_text() for pid in self._pids())
         lines = (line for rollup in rollups for line in rollup.splitlines() if line.startswith(f"{kind}:"))
         return sum(int(line.split()[1]) for line in lines) / 1024
 
     def _pids(self) -> list[int]:
         pids = [self.pid]
-        for pid in pids:  # grows while it is walked through
+        for pid in pids:  # grows during the iteration, so grandchildren are found too
             pids += map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
         return pids
 
 
 def nginx_command() -> str | None:
-    """Where nginx is; Debian has it in /usr/sbin, which is not on every PATH."""
+    """Return the path of nginx, None if it is not installed. Debian's /usr/sbin is not on every PATH."""
     return shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
 
 
 @contextmanager
 def whole_upstream(folder: Path) -> Iterator[Server]:
-    """An upstream that answers every call with the same short JSON: nginx again, for nothing is cheaper."""
+    """An upstream that answers every call with the same short JSON: nginx, because nothing costs less."""
     port = _free_port()
     with _nginx(folder / "upstream", _RETURN.format(port=port, answer=_ANSWER), port) as server:
         yield server
@@ -107,7 +108,7 @@ def whole_upstream(folder: Path) -> Iterator[Server]:
 
 @contextmanager
 def stream_upstream(tokens_per_s: float, tokens: int) -> Iterator[Server]:
-    """An upstream that streams."""
+    """An upstream that streams `tokens` tokens at this speed to every call."""
     port = _free_port()
     command = [sys.executable, "-m", "benchmarks.upstream", str(port), str(tokens_per_s), str(tokens)]
     with _running(command, port) as server:
@@ -116,7 +117,7 @@ def stream_upstream(tokens_per_s: float, tokens: int) -> Iterator[Server]:
 
 @contextmanager
 def nginx(folder: Path, upstream: Server) -> Iterator[Server]:
-    """Nginx as a plain reverse proxy before `upstream`."""
+    """Nginx as a plain reverse proxy in front of `upstream`."""
     port = _free_port()
     with _nginx(folder / "nginx", _FORWARD.format(port=port, upstream=upstream.port), port) as server:
         yield server
@@ -124,7 +125,7 @@ def nginx(folder: Path, upstream: Server) -> Iterator[Server]:
 
 @contextmanager
 def proxy(folder: Path, upstream: Server) -> Iterator[Server]:
-    """The proxy before `upstream`, as `serve` runs it: one user under two exact quotas that never run out."""
+    """The proxy in front of `upstream`, as `serve` runs it: one user, two exact quotas that are never used up."""
     port, config = _free_port(), folder / "quotas.yaml"
     config.write_text(_POLICY.format(port=port, folder=folder, upstream=upstream.port, key=KEY))
     with _running([sys.executable, "-m", "proxy", "serve", "--config", str(config)], port) as server:
@@ -136,7 +137,7 @@ def _nginx(folder: Path, server: str, port: int) -> Iterator[Server]:
     folder.mkdir()
     (folder / "nginx.conf").write_text(_NGINX.format(server=server, temporary=_TEMPORARY))
     command = nginx_command()
-    assert command is not None, "nginx is there, or nothing is measured"
+    assert command is not None, "the command checks that nginx is installed"
     with _running([command, "-e", "stderr", "-p", f"{folder}/", "-c", "nginx.conf"], port) as running:
         yield running
 
@@ -155,7 +156,7 @@ def _running(command: list[str], port: int) -> Iterator[Server]:
 
 
 def _listens(process: "subprocess.Popen[bytes]", port: int) -> bool:
-    """Wait until somebody can connect; False where that never comes."""
+    """Wait until the port accepts connections; return False if the process exits or the time is over."""
     give_up_at = time.monotonic() + _START_WITHIN_S
     while process.poll() is None and time.monotonic() < give_up_at:
         with socket.socket() as probe:

@@ -1,7 +1,8 @@
-"""How long the event loop stands still while hostile text is counted: `python -m benchmarks.stalls`.
+"""The command `python -m benchmarks.stalls`: how long counting hostile text blocks the event loop.
 
-A ticker that wants to run every millisecond says how late it was at most. Nothing else runs on the loop, so what it
-missed is what streams of other users would have missed. The first row, in which nothing is counted, is the machine's.
+A task sleeps for a millisecond again and again and measures how late it wakes up. Nothing else runs on the loop, so
+its longest delay is the delay that streams of other users would have. The first row, in which nothing is counted,
+shows the delay that the machine itself causes.
 """
 
 import asyncio
@@ -44,7 +45,7 @@ Work = Callable[[], Awaitable[object]]
 
 
 def main() -> None:
-    """Print the longest stall and the time of each."""
+    """Print the longest stall and the time of each text."""
     tokens = Tokenizers(table_folders(os.environ))
     tokens.load([_ENCODING])
     if not tokens.is_loaded(_ENCODING):
@@ -60,21 +61,21 @@ def main() -> None:
         uvloop.run(_measure_all(tokens))
     finally:
         tokens.close()
-    print(f"The worst of {_ROUNDS} rounds.")
+    print(f"Each row is the worst of {_ROUNDS} rounds.")
 
 
 async def _measure_all(tokens: Tokenizers) -> None:
     await _measure("nothing", partial(asyncio.sleep, 0.5))
-    for what, text in TEXTS.items():
-        await _measure(f"1 MB of {what}", partial(tokens.count_all, [text], _ENCODING))
-    for what, text in TEXTS.items():
-        await _measure(f"{_AT_ONCE} × 1 MB of {what}", partial(_at_once, tokens, [text] * _AT_ONCE))
+    for name, text in TEXTS.items():
+        await _measure(f"1 MB of {name}", partial(tokens.count_all, [text], _ENCODING))
+    for name, text in TEXTS.items():
+        await _measure(f"{_AT_ONCE} × 1 MB of {name}", partial(_at_once, tokens, [text] * _AT_ONCE))
     await _measure(f"{len(TEXTS)} × 1 MB, one of each", partial(_at_once, tokens, list(TEXTS.values())))
     words = ["user"] * 100_000
     await _measure("100,000 texts of one word", partial(tokens.count_all, words, _ENCODING))
-    for pictures, kilobytes in ((200, 5), (200, 100)):
-        body = _body_with(pictures, base64_bytes=kilobytes * 1000)
-        await _measure(f"reading {pictures} pictures of {kilobytes} kB", partial(_read, body))
+    for images, kilobytes in ((200, 5), (200, 100)):
+        body = _body_with_images(images, base64_bytes=kilobytes * 1000)
+        await _measure(f"reading {images} images of {kilobytes} kB", partial(_read, body))
     for count in (100, 10_000):
         text = TEXTS["prose"][: _MB // count]
         body = orjson.dumps({"model": "m", "messages": [{"role": "user", "content": text}] * count})
@@ -86,19 +87,19 @@ async def _at_once(tokens: Tokenizers, texts: list[str]) -> int:
 
 
 async def _read(body: bytes) -> None:
-    """What is done with a body on the loop before a call can be decided."""
+    """Parse a body and read its prompt, which the proxy does on the event loop before admission."""
     read_prompt(parse_object(body, frozenset(("model", "messages"))), model="gpt-4o", is_chat=True)
 
 
-def _body_with(pictures: int, *, base64_bytes: int) -> bytes:
-    """A message with JPEGs whose size stands behind a preview, which takes the longest to find."""
+def _body_with_images(count: int, *, base64_bytes: int) -> bytes:
+    """Return a message with JPEGs whose size comes after an embedded preview, so it takes longest to find."""
     preview = b"\xff\xe1" + (base64_bytes // 2).to_bytes(2) + bytes(base64_bytes // 2 - 2)
     data = b"\xff\xd8" + preview + b"\xff\xc0\x00\x11\x08\x04\x00\x04\x00\x03" + bytes(base64_bytes // 4)
     part = {"type": "image_url", "image_url": {"url": f"data:image/jpeg;base64,{base64.b64encode(data).decode()}"}}
-    return orjson.dumps({"model": "m", "messages": [{"role": "user", "content": [part] * pictures}]})
+    return orjson.dumps({"model": "m", "messages": [{"role": "user", "content": [part] * count}]})
 
 
-async def _measure(what: str, work: Work) -> None:
+async def _measure(name: str, work: Work) -> None:
     stalls, times, result = [], [], None
     for _ in range(_ROUNDS):
         began = time.perf_counter()
@@ -108,11 +109,11 @@ async def _measure(what: str, work: Work) -> None:
     stall_ms = max(stalls) * 1000
     counted = f"{result:,}" if isinstance(result, int) else "–"
     met = "yes" if stall_ms < AIM_MS else "no"
-    print(_line(what, f"{stall_ms:.1f} ms", f"{max(times) * 1000:.0f} ms", counted, met), flush=True)
+    print(_line(name, f"{stall_ms:.1f} ms", f"{max(times) * 1000:.0f} ms", counted, met), flush=True)
 
 
 async def _longest_stall(work: Work) -> tuple[float, object]:
-    """Do the work while a ticker ticks; how late its latest tick was, and what came of the work."""
+    """Return the longest delay of the ticking task while the work runs, in seconds, and the result of the work."""
     late = [0.0]
     is_over = False
 

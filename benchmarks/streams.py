@@ -1,4 +1,4 @@
-"""Load of streams: so many open at once, each read to its end."""
+"""Load of streams: many are open at once, and each is read to its end."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -17,18 +17,18 @@ _OPEN_WITHIN_S = 30
 
 
 class Streams:
-    """What all streams of one run saw together: how many have begun and ended, and the chunks so far."""
+    """All streams of one run: how many have begun, ended and been complete, and how many chunks have arrived."""
 
     def __init__(self) -> None:
         self.begun = self.ended = self.complete = self.chunks = 0
         self._changed = asyncio.Event()
 
     def changed(self) -> None:
-        """Wake whoever waits."""
+        """Wake the waiting task."""
         self._changed.set()
 
     async def until_begun(self, count: int) -> None:
-        """Wait until so many have got their first bytes."""
+        """Wait until so many have received their first bytes."""
         async with asyncio.timeout(_OPEN_WITHIN_S):
             while self.begun < count:
                 await self._wait()
@@ -66,7 +66,10 @@ class _Stream(asyncio.Protocol):
 
 @asynccontextmanager
 async def open_streams(port: int, count: int, *, within_s: float) -> AsyncIterator[Streams]:
-    """Open `count` streams, spread over `within_s`; on leaving, wait for their ends: all have to be complete."""
+    """Open `count` streams, evenly within `within_s`; at the end of the block wait until all have ended.
+
+    Exits with an error if one is not complete.
+    """
     loop, streams = asyncio.get_running_loop(), Streams()
     for _ in range(count):
         await loop.create_connection(lambda: _Stream(streams), "127.0.0.1", port)
@@ -75,4 +78,4 @@ async def open_streams(port: int, count: int, *, within_s: float) -> AsyncIterat
     yield streams
     await streams.until_ended(count)
     if streams.complete != count:
-        raise SystemExit(f"{count - streams.complete} of {count} streams broke: the figures would mean nothing.")
+        raise SystemExit(f"{count - streams.complete} of {count} streams broke, so the figures would be wrong.")

@@ -1,9 +1,8 @@
-"""The upstream of streams: `python -m benchmarks.upstream PORT TOKENS_PER_S TOKENS`.
+"""The command `python -m benchmarks.upstream PORT TOKENS_PER_S TOKENS`: the upstream of streams.
 
-Not the simulator, because this one parses next to nothing and writes prepared bytes, and so leaves the machine to
-what is measured. On the wire it is like OpenAI: one chunk of the transfer coding for each
-event, one event for each token, and `"usage": null` in each of them when usage was asked for, which is what the
-proxy asks for and takes out again.
+It parses as little as possible and writes prepared bytes, so it leaves more of the processor to the server that is
+measured than the simulator would. On the wire it is like OpenAI: each event is one chunk of the transfer coding, each
+token is one event, and each event has `"usage": null` if usage was requested. The proxy requests it and removes it.
 """
 
 import asyncio
@@ -23,19 +22,19 @@ _LENGTH = re.compile(rb"content-length: *(\d+)", re.IGNORECASE)
 
 
 class Events:
-    """The events of an answer, framed for the wire."""
+    """The events of an answer, each as a chunk of the transfer coding."""
 
     def __init__(self, *, with_usage: bool) -> None:
         null: dict[str, object] = {"usage": None} if with_usage else {}
-        self.token = _framed([_choice({"content": " token"}, None)], **null)
-        end = _framed([_choice({}, "length")], **null)
+        self.token = _event([_choice({"content": " token"}, None)], **null)
+        end = _event([_choice({}, "length")], **null)
         if with_usage:
-            end += _framed([], usage={"prompt_tokens": 20, "completion_tokens": 30, "total_tokens": 50})
+            end += _event([], usage={"prompt_tokens": 20, "completion_tokens": 30, "total_tokens": 50})
         self.end = end + _chunk(b"data: [DONE]\n\n") + b"0\r\n\r\n"
 
 
 class Upstream(asyncio.Protocol):
-    """One connection: reads a request, streams an answer at a set speed, and waits for the next request."""
+    """One connection: reads a request, streams the answer at the given speed, and waits for the next request."""
 
     def __init__(self, tokens_per_s: float, tokens: int, *, plain: Events, with_usage: Events) -> None:
         self._plain, self._with_usage = plain, with_usage
@@ -78,10 +77,10 @@ def _choice(delta: dict[str, str], finish: str | None) -> dict[str, object]:
     return {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}
 
 
-def _framed(choices: list[dict[str, object]], **more: object) -> bytes:
+def _event(choices: list[dict[str, object]], **more: object) -> bytes:
     head = {"id": "chatcmpl-0123456789", "object": "chat.completion.chunk", "created": 1_750_000_000, "model": "long"}
-    said = {**head, "service_tier": "default", "system_fingerprint": "fp_0123456789", "choices": choices, **more}
-    return _chunk(b"data: " + orjson.dumps(said) + b"\n\n")
+    event = {**head, "service_tier": "default", "system_fingerprint": "fp_0123456789", "choices": choices, **more}
+    return _chunk(b"data: " + orjson.dumps(event) + b"\n\n")
 
 
 def _chunk(data: bytes) -> bytes:

@@ -1,4 +1,4 @@
-"""Load of short calls, made by wrk."""
+"""Load of short calls, which wrk makes."""
 
 import os
 import subprocess
@@ -14,7 +14,7 @@ _CALL = Path(__file__).with_name("call.lua")
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What one run of wrk saw."""
+    """The result of one run of wrk."""
 
     calls: int
     failed: int
@@ -23,15 +23,15 @@ class Load:
 
 
 def short_calls(port: int, *, connections: int, seconds: int) -> Load:
-    """Send short calls, one after another on each connection; every one of them has to succeed."""
+    """Make short calls, one after the other on each connection; exit with an error if one fails."""
     command = ["wrk", "--threads=1", f"--connections={connections}", f"--duration={seconds}s", f"--script={_CALL}"]
-    said = subprocess.run(
+    printed = subprocess.run(
         [*command, f"http://127.0.0.1:{port}/v1/chat/completions"],
         env={**os.environ, "BENCH_KEY": KEY},
         stdout=subprocess.PIPE,
         check=True,
     ).stdout
-    load = Load(**orjson.loads(said.splitlines()[-1]))
+    load = Load(**orjson.loads(printed.splitlines()[-1]))
     if load.failed or not load.calls:
-        raise SystemExit(f"{load.failed} of {load.calls} short calls failed: the figures would mean nothing.")
+        raise SystemExit(f"{load.failed} of {load.calls} short calls failed, so the figures would be wrong.")
     return load

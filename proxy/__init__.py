@@ -1,7 +1,34 @@
-"""An OpenAI-compatible proxy that keeps every group within its token quotas.
+"""A reverse proxy for the OpenAI and Anthropic APIs that enforces token quotas of groups and users.
 
-Flat, one noun a file, imports only downward; CONTRIBUTING.md has the table of contents.
-Importing any of it does nothing.
+Clients send their calls to the proxy with a key of their own. The proxy reserves the largest number of tokens that a
+call can use, forwards the call to an upstream with the operator's key, passes the answer on, and charges what the
+answer used. A call that does not fit into the quotas of its user is refused with a 429 that says when they reset.
+
+The packages, from the lowest to the highest:
+
+    policy      who may use how much: windows, quotas, admission, groups, users, models; pure
+    formats     the requests, answers and streams of the OpenAI and Anthropic APIs: parsing, metering, errors; pure
+    ledger      reservations and usage in SQLite or PostgreSQL, exact and durable
+    identity    which user a key belongs to
+    config      quotas.yaml: loads, checks and reloads it
+    upstreams   which upstream takes a call, and the HTTP client for it
+    calls       one call from admission to settlement
+    web         the two listeners: routes, authentication, bodies, errors, responses
+
+    server      builds the parts of one process, starts them and stops them in order
+    workers     several such processes behind one port
+    cli         the commands; `demo` is the one that needs no configuration
+
+    simulator   a fake upstream for the demo, the tests and the benchmarks
+    torture     a load test with disconnects and crashes that compares what was counted with what was allowed
+
+    errors, logs, tasks, metrics    modules that every package may use
+
+A package or module imports only from those above it, and from the four in the last line. Only the commands `demo` and
+`torture` use the simulator and `torture`. Importing any of it has no side effects.
+
+Begin with the docstring of the package that you need: it says what the package promises, what it never does, and
+which module to read first. To follow one call, begin with `web.routes`.
 """
 
 __version__ = "0.1.0"

@@ -1,4 +1,4 @@
-"""`python -m proxy` is `llm-quota-proxy`."""
+"""Makes `python -m proxy` the same as the command `llm-quota-proxy`."""
 
 from proxy.cli import main
 

@@ -1,4 +1,8 @@
-"""The commands. Exit codes: 0 fine, 1 the answer is no, 2 the command or the config is wrong."""
+"""The commands.
+
+Exit codes: 0 for success, 1 if the answer is no (`check` found mistakes), 2 if the command, the config or the
+environment is wrong.
+"""
 
 import logging
 import os
@@ -12,7 +16,7 @@ from typing import Any, NoReturn
 import click
 import uvloop
 
-from proxy import __version__, demo, logs
+from proxy import __version__, logs
 from proxy.calls.tokenizer import Tokenizers, table_folders
 from proxy.config.lint import sentences, warnings
 from proxy.config.loader import BadConfig, Config, load
@@ -21,26 +25,38 @@ from proxy.config.values import KEY_CHARACTERS_MIN
 from proxy.ledger.schema import NewerSchema
 from proxy.ledger.store import StoreInUse, StoreUnavailable
 from proxy.policy.policy import digest
-from proxy.server import Server, look_at, serve, store_of, wall_clock_ms
-from proxy.torture import run as torture
-from proxy.torture.database import NoBooks
-from proxy.torture.plan import Plan
-from proxy.torture.process import NotStarted
-from proxy.torture.replicas import NotRestarted
-from proxy.torture.report import Report
-from proxy.torture.run import NoCount, Outside, Shared
+from proxy.server import Server, fingerprint_of, serve, store_of
 from proxy.workers import Command, ControlSocket, NotServing, Parent
 
 _NO, _WRONG = 1, 2
 
 _config_option = click.option(
-    "--config", "path", default="quotas.yaml", show_default=True, help="The policy and the settings, in YAML."
+    "--config", "path", default="quotas.yaml", show_default=True, help="The file with the policy and the settings."
 )
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+class _Commands(click.Group):
+    """The commands of this module, and `torture`, which is imported only when `--help` or a command line names it.
+
+    It brings its own clients and upstream, which a server that starts does not need.
+    """
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """The names of all commands, sorted, as `--help` lists them."""
+        return sorted([*super().list_commands(ctx), "torture"])
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The command of this name; None if there is none."""
+        if cmd_name == "torture":
+            from proxy.torture.cli import command
+
+            return command
+        return super().get_command(ctx, cmd_name)
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__)
-@click.option("--verbose", is_flag=True, help="Log more.")
+@click.option("--verbose", is_flag=True, help="Also log at level debug.")
 def main(verbose: bool) -> None:
     """An OpenAI-compatible reverse proxy that enforces group quotas on LLM use."""
     stream = logs.LogStream(sys.stderr)
@@ -50,27 +66,38 @@ def main(verbose: bool) -> None:
 
 @main.command("serve")
 @_config_option
-@click.option("--host", help="Instead of the host of `server.api`.")
-@click.option("--port", type=click.IntRange(0, 65535), help="Instead of the port of `server.api`.")
-@click.option("--admin-port", type=click.IntRange(0, 65535), help="Instead of the port of `server.admin`.")
-@click.option("--workers", "count", type=click.IntRange(1, 256), default=1, show_default=True, help="Processes.")
-@click.option("--tie", "tie_number", type=int, hidden=True, help="Be one of those; given by their parent.")
-@click.option("--lease", "lease_s", type=click.FloatRange(0.1), hidden=True, help="Seconds; for `torture`.")
-def serve_command(count: int, tie_number: int | None, path: str, lease_s: float | None, **listeners: Any) -> None:
+@click.option("--host", help="Replaces the host of `server.api`.")
+@click.option("--port", type=click.IntRange(0, 65535), help="Replaces the port of `server.api`.")
+@click.option("--admin-port", type=click.IntRange(0, 65535), help="Replaces the port of `server.admin`.")
+@click.option(
+    "--workers", "count", type=click.IntRange(1, 256), default=1, show_default=True, help="The number of processes."
+)
+# Both names have to stay. On SIGUSR2, a parent of an older release starts this program with the option's old name.
+@click.option(
+    *("--control-socket", "--tie", "control_number"),
+    type=int,
+    hidden=True,
+    help="Be a worker of the parent that has the other end of this socket. Only the parent gives this option.",
+)
+@click.option("--lease", "lease_s", type=click.FloatRange(0.1), hidden=True, help="Seconds. For `torture`.")
+def serve_command(count: int, control_number: int | None, path: str, lease_s: float | None, **listeners: Any) -> None:
     """Serve until stopped. The policy is reloaded when the file changes, or on SIGHUP.
 
-    With several workers SIGUSR2 replaces them by new ones, with the program as it is by then, without losing a call.
+    With several workers, SIGUSR2 replaces them with new ones that run the program as it is then. No call is lost.
     """
-    tie = _tie(tie_number)
-    config = _listening(_load(path), **listeners)
+    control = _control_socket(control_number)
+    config = _with_listeners(_load(path), **listeners)
     if lease_s is not None:
         config = replace(config, settings=replace(config.settings, lease_ms=round(1000 * lease_s)))
-    if tie is not None or count == 1:
-        _run(_serve(config, path, tie))
+    if control is not None or count == 1:
+        _run(_serve(config, path, control))
     else:
-        command = Command((sys.executable, *sys.orig_argv[1:], "--tie"), os.environ)
-        parent = Parent(config, count, command=command, load=lambda: _listening(load(path, os.environ), **listeners))
-        _run(parent.serve(_say_where))
+        # The worker's command line is that of the parent, with its options, and the number of its socket behind it.
+        command = Command((sys.executable, *sys.orig_argv[1:], "--control-socket"), os.environ)
+        parent = Parent(
+            config, count, command=command, load=lambda: _with_listeners(load(path, os.environ), **listeners)
+        )
+        _run(parent.serve(_print_addresses))
 
 
 @main.command("demo")
@@ -78,6 +105,8 @@ def serve_command(count: int, tie_number: int | None, path: str, lease_s: float 
 @click.option("--admin-port", type=click.IntRange(0, 65535), default=8081, show_default=True)
 def demo_command(port: int, admin_port: int) -> None:
     """Serve a demo with a simulated upstream, and print what to paste."""
+    from proxy import demo  # imported here because it brings the simulator, which `serve` does not need
+
     with closing(Tokenizers(table_folders(os.environ))) as tokenizers:
         _run(demo.run(port, admin_port, click.echo, tokenizers))
 
@@ -85,7 +114,7 @@ def demo_command(port: int, admin_port: int) -> None:
 @main.command("check")
 @_config_option
 def check_command(path: str) -> None:
-    """Say what is wrong with a config, and what each group may do."""
+    """Check a config: print its mistakes, or what each group may do."""
     config = _load(path, otherwise=_NO)
     for warning in warnings(config):
         click.secho(f"warning: {warning}", fg="yellow", err=True)
@@ -102,82 +131,20 @@ def schema_command() -> None:
 @main.command("migrate")
 @_config_option
 def migrate_command(path: str) -> None:
-    """Bring the database up to this release's schema."""
+    """Migrate the database to this release's schema."""
     _run(_migrate(_load(path)))
     click.echo("The database has this release's schema.")
 
 
-@main.command("torture")
-@click.option("--clients", type=click.IntRange(1, 2000), default=64, show_default=True)
-@click.option("--seconds", type=click.FloatRange(1), default=60, show_default=True)
-@click.option("--users", type=click.IntRange(1), default=8, show_default=True, help="Clients share them out.")
-@click.option("--limit", type=click.IntRange(1), help="Tokens of the quota. By default such that it is used up.")
-@click.option("--per", default="1h", show_default=True, help="The quota's window.")
-@click.option("--shared", is_flag=True, help="One pot for all users instead of a quota for each.")
-@click.option("--disconnects", type=click.FloatRange(0, 1), default=0.2, show_default=True, help="Who hang up.")
-@click.option("--kill-every", "kill_every_s", type=click.FloatRange(0), default=10, show_default=True)
-@click.option("--replicas", type=click.IntRange(1), default=1, show_default=True, help="Processes on one database.")
-@click.option(
-    "--database", help="Where they share their books: an empty one, as postgresql://user:password@host/name."
-)
-@click.option("--pause-every", "pause_every_s", type=click.FloatRange(0), default=20, show_default=True)
-@click.option("--restart-database", "restart", help="A command that restarts it; run once, in the middle.")
-@click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--target", help="Another proxy's address with /v1, instead of our own, which is started and killed.")
-@click.option("--key", "keys", multiple=True, help="A user's key there; may be given several times.")
-@click.option("--model", help="The model to ask it for.")
-@click.option("--upstream-port", type=click.IntRange(1, 65535), help="Where the upstream is that it forwards to.")
-@click.option("--upstream-key", help="The key that it must send there.")
-@click.option("--counter", help="A command that prints how many tokens it has counted.")
-@click.option("--json", "as_json", is_flag=True, help="For programs.")
-def torture_command(as_json: bool, **options: Any) -> None:
-    """Hammer a quota from many clients, and hold what was counted against what was given."""
-    report = _torture(options)
-    click.echo(report.as_json() if as_json else report.as_text())
-    if not report.is_kept:
-        raise SystemExit(_NO)
-
-
-def _torture(options: dict[str, Any]) -> Report:
-    say = partial(click.echo, err=True)
-    outside = {name: options.pop(name) for name in "keys model upstream_port upstream_key counter".split()}
-    target = options.pop("target")
-    shared = _shared(options["replicas"], options.pop("database"), options.pop("restart"))
-    try:
-        if target is None:
-            return uvloop.run(torture.run(Plan(**options), now=wall_clock_ms, say=say, shared=shared))
-        if options["limit"] is None or not all(outside[name] for name in list(outside)[:4]):
-            _give_up("--target needs --key, --model, --limit, --upstream-port and --upstream-key too.", _WRONG)
-        plan = Plan(**{**options, "users": len(outside["keys"])})
-        return uvloop.run(torture.run_outside(plan, Outside(target, **outside), now=wall_clock_ms, say=say))
-    except (ValueError, OSError, NotStarted, NoBooks, NoCount, NotRestarted) as error:
-        _give_up(str(error), _WRONG)
-
-
-def _shared(replicas: int, database: str | None, restart: str | None) -> Shared | None:
-    """The database of all replicas; None: one proxy has a file of its own."""
-    if database is None:
-        if replicas > 1 or restart is not None:
-            _give_up(
-                "Several replicas, or a database to restart, need PostgreSQL: "
-                "give an empty one with --database postgresql://user:password@host/name.",
-                _WRONG,
-            )
-        return None
-    if not database.startswith("postgresql://"):
-        _give_up("--database takes a PostgreSQL, as postgresql://user:password@host/name.", _WRONG)
-    return Shared(database, restart)
-
-
 @main.group("keys")
 def keys_group() -> None:
-    """Keys of users."""
+    """Commands for the keys of users."""
 
 
 @keys_group.command("hash")
 @click.argument("key", required=False)
 def hash_command(key: str | None) -> None:
-    """Print the `sha256:…` of a key, as the config takes it. Without KEY it is asked for, so no shell keeps it."""
+    """Print the `sha256:…` of a key, for the config. Without KEY, ask for it, so it is in no shell's history."""
     key = key or click.prompt("Key", hide_input=True)
     if len(key) < KEY_CHARACTERS_MIN:
         _give_up(f"A key needs {KEY_CHARACTERS_MIN} characters or more.", _WRONG)
@@ -192,23 +159,28 @@ async def _migrate(config: Config) -> None:
         await store.close()
 
 
-async def _serve(config: Config, path: str, tie: ControlSocket | None) -> None:
-    read, look = partial(load, path, os.environ), partial(look_at, path)
+async def _serve(config: Config, path: str, control: ControlSocket | None) -> None:
+    """Serve in this process: as a worker if it has a control socket, else alone."""
     with closing(Tokenizers(table_folders(os.environ))) as tokenizers:
-        inherited = None if tie is None else tie.inherited
-        server = Server(config, load=read, look=look, tokenizers=tokenizers, inherited=inherited)
-        await serve(server, _say_where if tie is None else tie.serves)
+        server = Server(
+            config,
+            load=partial(load, path, os.environ),
+            fingerprint=partial(fingerprint_of, path),
+            tokenizers=tokenizers,
+            inherited=None if control is None else control.inherited,
+        )
+        await serve(server, _print_addresses if control is None else control.report_serving)
 
 
-def _tie(number: int | None) -> ControlSocket | None:
+def _control_socket(number: int | None) -> ControlSocket | None:
     try:
         return None if number is None else ControlSocket(number)
     except OSError as error:
         _give_up(str(error), _WRONG)
 
 
-def _listening(config: Config, host: str | None, port: int | None, admin_port: int | None) -> Config:
-    """The config with its listeners where the command line wants them."""
+def _with_listeners(config: Config, host: str | None, port: int | None, admin_port: int | None) -> Config:
+    """The config with the addresses that the command line gives."""
     api, admin = config.settings.api, config.settings.admin
     api = replace(api, host=host or api.host, port=api.port if port is None else port)
     if admin is not None and admin_port is not None:
@@ -224,6 +196,7 @@ def _load(path: str, otherwise: int = _WRONG) -> Config:
 
 
 def _run(work: Coroutine[Any, Any, None]) -> None:
+    """Run a coroutine to its end. Errors that the operator can fix are printed without a traceback; exit code 2."""
     try:
         uvloop.run(work)
     except (StoreInUse, StoreUnavailable, NewerSchema, NotServing, OSError) as error:
@@ -232,12 +205,13 @@ def _run(work: Coroutine[Any, Any, None]) -> None:
         pass
 
 
-def _say_where(server: Server | Parent) -> None:
+def _print_addresses(server: Server | Parent) -> None:
     for name, address in (("API", server.api), ("admin", server.admin)):
         if address is not None:
             click.echo(f"{name} on http://{address.host}:{address.port}", err=True)
 
 
 def _give_up(message: str, code: int) -> NoReturn:
+    """Print the message and exit."""
     click.secho(message, fg="red", err=True)
     raise SystemExit(code)

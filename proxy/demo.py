@@ -1,4 +1,4 @@
-"""The demo: a proxy in front of a simulated upstream, both on loopback, with keys that are new in every run."""
+"""The demo: a proxy in front of a simulated upstream, both on loopback, with random keys in every run."""
 
 import secrets
 import tempfile
@@ -11,6 +11,7 @@ from proxy.server import Server, serve
 from proxy.simulator.server import Simulator
 from proxy.simulator.server import serve as serve_simulator
 
+# Slow enough that one can watch an answer being streamed.
 _TOKENS_PER_S = 40.0
 
 _POLICY = """
@@ -34,7 +35,7 @@ users:
 """
 
 _GUIDE = """
-  The demo runs: a proxy with quotas in front of a simulated upstream. Paste this into another terminal:
+  The demo is running: a proxy with quotas in front of a simulated upstream. Paste this into another terminal:
 
     curl {url}/chat/completions -H "Authorization: Bearer {alice}" \\
       -H "Content-Type: application/json" \\
@@ -51,16 +52,16 @@ _GUIDE = """
         print(turn, answer.usage.total_tokens, answer.choices[0].message.content)
 
   Alice's group may use 500 tokens an hour: after some calls you get a 429 that says when it resets.
-  What she has left:   curl {url}/quota -H "Authorization: Bearer {alice}"
+  What is left:        curl {url}/quota -H "Authorization: Bearer {alice}"
   A user without limits has the key {root}.
   Metrics:             {admin}/metrics
 
-  Stop with Ctrl-C. Everything the demo stored goes away with it.
+  Stop with Ctrl-C. The demo's data is deleted then.
 """
 
 
-async def run(port: int, admin_port: int, say: Callable[[str], None], tokenizers: Tokenizers) -> None:
-    """Serve the demo until it is stopped; `say` shows what to paste once it serves."""
+async def run(port: int, admin_port: int, print_guide: Callable[[str], None], tokenizers: Tokenizers) -> None:
+    """Serve the demo until it is stopped. When it serves, `print_guide` gets the text that says what to paste."""
     alice, root, upstream_key = _key(), _key(), _key()
     simulator, upstream_port = await serve_simulator(Simulator(upstream_key, tokens_per_s=_TOKENS_PER_S))
     with tempfile.TemporaryDirectory(prefix="llm-quota-proxy-demo-") as folder:
@@ -77,14 +78,14 @@ async def run(port: int, admin_port: int, say: Callable[[str], None], tokenizers
             "demo",
         )
 
-        def started(server: Server) -> None:
+        def on_started(server: Server) -> None:
             url, admin = (
                 f"http://{address.host}:{address.port}" for address in (server.api, server.admin) if address
             )
-            say(_GUIDE.format(url=f"{url}/v1", admin=admin, alice=alice, root=root))
+            print_guide(_GUIDE.format(url=f"{url}/v1", admin=admin, alice=alice, root=root))
 
         try:
-            await serve(Server(config, load=lambda: config, tokenizers=tokenizers), started)
+            await serve(Server(config, load=lambda: config, tokenizers=tokenizers), on_started)
         finally:
             await simulator.cleanup()
 

@@ -1,10 +1,11 @@
-"""Every metric in one list, for Prometheus.
+"""All metrics of the proxy, for Prometheus.
 
-Labels come from closed lists only: endpoints, outcomes, and the names of quotas and models in the policy. A model
-name that a client made up is counted as "other", so nobody can make a series of their own.
+The values of labels come only from closed lists: endpoints, outcomes, and the names of quotas and models in the
+policy. A model name that a client made up is counted as `other`, so a client can't create a time series.
 
-Workers count in files in one folder, and whichever is asked adds them up. The library decides that by the environment
-when it is imported (PROMETHEUS_MULTIPROC_DIR), which the workers' parent sets.
+With several workers, each counts in files of one folder, and the worker that answers `/metrics` adds them up. The
+library decides about that when it is imported, by the environment variable PROMETHEUS_MULTIPROC_DIR, which the parent
+sets for its workers.
 """
 
 from collections.abc import Iterable
@@ -14,16 +15,17 @@ from prometheus_client.multiprocess import MultiProcessCollector, mark_process_d
 
 
 class Metrics:
-    """The counters of one process, in a registry of their own; `folder` is where its siblings count too."""
+    """The metrics of one process, in a registry of its own. `folder` is that of all workers, None without workers."""
 
     def __init__(self, folder: str | None = None) -> None:
-        self._registry = self._shown = CollectorRegistry()
+        self._registry = self._exposed = CollectorRegistry()
         if folder is not None:
-            self._shown = CollectorRegistry()
-            MultiProcessCollector(self._shown, folder)  # type: ignore[no-untyped-call]
+            # A second registry, which reads the files of all workers and has none of this process's own objects.
+            self._exposed = CollectorRegistry()
+            MultiProcessCollector(self._exposed, folder)  # type: ignore[no-untyped-call]
         self.calls = Counter(
             "llm_quota_calls",
-            "Calls that were let in, by how they ended",
+            "Admitted calls that have ended, by outcome",
             ("endpoint", "model", "outcome"),
             registry=self._registry,
         )
@@ -31,69 +33,73 @@ class Metrics:
             "llm_quota_tokens", "Tokens charged", ("model", "direction", "provenance"), registry=self._registry
         )
         self.hidden = Counter(
-            "llm_quota_hidden_tokens", "Tokens that calls used beyond their hold", ("model",), registry=self._registry
+            "llm_quota_hidden_tokens",
+            "Tokens that calls used beyond their reservation",
+            ("model",),
+            registry=self._registry,
         )
         self.refusals = Counter(
             "llm_quota_refusals",
-            "Calls that were refused, by the quota",
+            "Refused calls, by the quota that refused them",
             ("quota", "verdict"),
             registry=self._registry,
         )
         self.shadow_refusals = Counter(
             "llm_quota_shadow_refusals",
-            "Calls that a quota in shadow would have refused",
+            "Admitted calls that a quota with enforce: shadow would have refused",
             ("quota",),
             registry=self._registry,
         )
         self.attempts = Counter(
-            "llm_quota_tries",
-            "What was sent to an upstream, by what became of it; a call may be sent more than once",
+            "llm_quota_tries",  # an older word for attempts, kept because dashboards use it
+            "Attempts at upstreams, by outcome; a call may need several",
             ("upstream", "outcome"),
             registry=self._registry,
         )
         self.in_flight = Gauge(
             "llm_quota_calls_in_flight",
-            "Calls reserved and not ended",
+            "Calls that are admitted and have not ended",
             registry=self._registry,
             multiprocess_mode="livesum",
         )
         self.reload_failed = Gauge(
             "llm_quota_reload_failed",
-            "1 while the policy file can't be taken",
+            "1 if the last reload failed because the file is invalid, else 0",
             registry=self._registry,
             multiprocess_mode="livemax",
         )
         self.reloaded_at = Gauge(
             "llm_quota_policy_loaded_timestamp_seconds",
-            "When the policy in force was read; of several workers, where it is the oldest",
+            "When the policy in force was loaded; with several workers, the earliest of these times",
             registry=self._registry,
             multiprocess_mode="livemin",
         )
 
     def refused(self, quota: str, verdict: str) -> None:
-        """Count a refused call at one of the quotas that refused it; `verdict` is busy, exhausted or never."""
+        """Count a refused call for one quota that refused it. `verdict` is busy, exhausted or never."""
         self.refusals.labels(quota, verdict).inc()
 
     def ended(self, *, endpoint: str, model: str, outcome: str | None, would_refuse: Iterable[str]) -> None:
-        """Count an admitted call that has ended. `model` must come from a closed list.
+        """Count an admitted call that has ended.
 
-        `would_refuse` are the ids of the quotas in shadow that would have refused it.
+        `model` has to come from a closed list. `would_refuse` has the ids of the quotas with `enforce: shadow` that
+        would have refused the call.
         """
         self.calls.labels(endpoint, model, outcome).inc()
         for quota_id in would_refuse:
             self.shadow_refusals.labels(quota_id).inc()
 
     def charged(self, *, model: str, input_tokens: int, output_tokens: int, provenance: str, hidden: int) -> None:
-        """Count the tokens that a call was charged; `hidden` of them were beyond what it held."""
+        """Count the tokens that a call was charged. `hidden` of them were beyond its reservation."""
         self.tokens.labels(model, "input", provenance).inc(input_tokens)
         self.tokens.labels(model, "output", provenance).inc(output_tokens)
         self.hidden.labels(model).inc(hidden)
 
     def exposition(self) -> bytes:
-        """All of it in Prometheus' text format."""
-        return generate_latest(self._shown)
+        """All metrics in Prometheus' text format."""
+        return generate_latest(self._exposed)
 
 
-def forget(pid: int, folder: str) -> None:
-    """A worker has ended: what it counted stays counted, what was true only while it lived goes."""
+def remove_gauges(pid: int, folder: str) -> None:
+    """Remove the gauges of a worker that has ended. Its counters stay in the sums, which must never decrease."""
     mark_process_dead(pid, folder)  # type: ignore[no-untyped-call]

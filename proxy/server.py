@@ -1,7 +1,19 @@
-"""The roof: builds the parts once, starts them in order, and stops them in order.
+"""Builds the parts of one process, and starts and stops them in order. It is the only module that knows all parts.
 
-Starting: tokenizers → ledger (its schema, and what a dead process left) → connections to the upstreams → listeners.
-Stopping: readiness off → no new connections → let calls end → settle what is left → close the ledger.
+A part is started when everything that it uses has been started:
+
+1. tokenizers: their tables are read
+2. ledger: the database is migrated, and calls that a dead process left open are charged
+3. HTTP client for the upstreams
+4. listeners: from now on the process serves
+5. maintenance jobs
+
+They are stopped so that no call is cut off while it can still end by itself:
+
+1. `/readyz` becomes 503, so a load balancer sends no more calls here.
+2. The listeners accept no new connections, and idle connections are closed.
+3. Calls in flight get `grace_s` seconds to end. Then they are cancelled, and charged what they have used.
+4. Maintenance jobs, listeners and the HTTP client are stopped. The ledger is last, because it settles every call.
 """
 
 import asyncio
@@ -41,31 +53,32 @@ from proxy.web.health import Health
 from proxy.web.listener import Listener
 from proxy.web.routes import Api
 
-_LOOK_EVERY_S = 1.0
+_RELOAD_CHECK_EVERY_S = 1.0
 _ROLLUP_EVERY_S = 10.0
-# What is still running this long after the stop is cut off, and settled.
+# Calls that are still in flight this long after the beginning of a stop are cut off and settled.
 GRACE_S = 30.0
 
-log = structlog.get_logger("app")
+log = structlog.get_logger("server")
 
 
 def wall_clock_ms() -> int:
-    """Milliseconds since 1970."""
+    """The time in milliseconds since the epoch."""
     return time.time_ns() // 1_000_000
 
 
 def random_number() -> int:
-    """From 0 on, far larger than any sum of weights."""
+    """A random integer from 0 to 2^64 - 1. That is far larger than any sum of weights, which it chooses among."""
     return getrandbits(64)
 
 
 @dataclass(frozen=True, slots=True)
 class InheritedResources:
-    """What a worker inherits from its parent. A process without a parent has only a name and a database.
+    """What a worker inherits from its parent. A process without a parent has only an owner and a database.
 
-    `owner` is the process's name in the ledger. `api` and `admin` are descriptors of sockets that listen already, `lock`
-    that of the lock on the SQLite file, if there is one; `metrics` is the folder in which all workers count; `dead` are
-    owners that have certainly ended, whatever is left of their leases.
+    `owner` is the process's name in the ledger. `api` and `admin` are descriptors of listening sockets, and `lock` is
+    the descriptor of the lock on the SQLite file, if the database is one. `metrics` is the folder with the metrics of
+    all workers. `dead` has owners that have certainly ended: their calls are charged without waiting until their
+    leases lapse.
     """
 
     owner: str
@@ -78,19 +91,22 @@ class InheritedResources:
 
     @property
     def descriptors(self) -> tuple[int, ...]:
-        """All files that the worker inherits."""
+        """All descriptors that the worker inherits."""
         return (*self.api, *self.admin, *(() if self.lock is None else (self.lock,)))
 
     def to_line(self) -> bytes:
-        """The line that the parent writes into the control socket. It holds the database's password."""
+        """The line of JSON that the parent writes to the control socket.
+
+        It contains the password of the database, so it is not passed as an argument, which `ps` would show.
+        """
         return orjson.dumps(self) + b"\n"
 
     @classmethod
     def from_line(cls, line: bytes) -> "InheritedResources":
-        """What the parent wrote. Fields that only a later release knows are ignored.
+        """Parse what the parent wrote. Unknown fields are ignored.
 
-        A restart starts the code that is on the disk by then, so parent and worker may be of different releases:
-        fields are only ever added.
+        A restart with SIGUSR2 starts workers with the code that is on the disk at that time, so parent and worker may
+        be of different releases. Fields are therefore only added, each with a default.
         """
         given = {name: value for name, value in orjson.loads(line).items() if name in cls.__slots__}
         lists = {name: tuple(given[name]) for name in ("api", "admin", "dead") if name in given}
@@ -98,7 +114,11 @@ class InheritedResources:
 
 
 class Server:
-    """One running proxy. `api` and `admin` are its listeners' addresses once it has started."""
+    """One proxy process. `api` and `admin` are the addresses of its listeners once it has started.
+
+    `load` loads the config again and raises BadConfig if it is invalid; `fingerprint` returns numbers that differ
+    after the file has changed. `now` returns the time in milliseconds since the epoch, `draw` a random integer.
+    """
 
     def __init__(  # noqa: PLR0913 - see EXEMPT in tests/test_house.py
         self,
@@ -106,7 +126,7 @@ class Server:
         *,
         load: Callable[[], Config],
         tokenizers: Tokenizers,
-        look: Callable[[], Fingerprint] = lambda: None,
+        fingerprint: Callable[[], Fingerprint] = lambda: None,
         now: Callable[[], int] = wall_clock_ms,
         disconnects: Disconnects | None = None,
         inherited: InheritedResources | None = None,
@@ -116,7 +136,9 @@ class Server:
         self.metrics = Metrics(self._inherited.metrics)
         self._tokenizers = tokenizers
         self._load = load
-        self.policies = Policies(config, load=self._load_whole, fingerprint=look, metrics=self.metrics, now=now)
+        self.policies = Policies(
+            config, load=self._load_with_tokenizers, fingerprint=fingerprint, metrics=self.metrics, now=now
+        )
         store = store_of(self._inherited.database, self._inherited.lock)
         self.rollup = Rollup(store, now=now, keep=lambda: self.policies.current.keep)
         self.ledger = Ledger(
@@ -141,102 +163,107 @@ class Server:
         self._api = Api(self.policies, stored, relay=relay, health=self.health, settings=config.settings, now=now)
         self._admin = Admin(self.metrics, self.health)
         self._settings = config.settings
-        self._chores = Tasks()
+        self._jobs = Tasks()
         self._runners: list[web.AppRunner] = []
-        self._is_leaving = False
+        self._is_retiring = False
         self.api: Address | None = None
         self.admin: Address | None = None
 
     @property
     def calls_in_flight(self) -> int:
-        """How many calls have begun and are not settled."""
+        """The number of calls that have begun and are not settled."""
         return len(self._api.calls)
 
-    async def at_rest(self) -> None:
-        """Wait until no call is in flight: all that was begun is settled."""
+    async def all_settled(self) -> None:
+        """Wait until no call is in flight: every call that began is settled."""
         await self._api.calls.all_ended()
 
     async def start(self) -> None:
-        """Begin to serve. Raises what `store.Store.open` raises, or OSError where a port is taken."""
+        """Start to serve. Raises what `Store.open` raises, and OSError if a port is in use."""
         self._tokenizers.load(_encodings_of(self.policies.current))
         await self.ledger.start(self._inherited.dead)
         self.upstreams.open()
         inherited, settings = self._inherited, self._settings
         self.api = await self._listen(self._api.application(), inherited.api or settings.api)
+        # A worker uses only inherited sockets. If its parent has no admin listener, it must not open one by itself.
         admin = inherited.admin or (None if inherited.api else settings.admin)
         if admin is not None:
             self.admin = await self._listen(self._admin.application(), admin)
-        self._chores.start("lease", every(self.ledger.lease_ms / 4000, self.ledger.renew_lease))
-        self._chores.start("sweep", every(self.ledger.lease_ms / 2000, self.ledger.sweep))
-        self._chores.start("records", every(_ROLLUP_EVERY_S, self.rollup.run))
-        self._chores.start("look at the policy", every(_LOOK_EVERY_S, self.policies.reload_if_changed))
+        # With a lease of 60 s, renewed at 12:00:00 and due to lapse at 12:01:00, there are three more renewals in
+        # time: at :15, :30 and :45. A sweep every 30 s finds the calls of a crashed process within 90 s.
+        lease_s = self.ledger.lease_ms / 1000
+        self._jobs.start("renew lease", repeat(self.ledger.renew_lease, every_s=lease_s / 4))
+        self._jobs.start("sweep", repeat(self.ledger.sweep, every_s=lease_s / 2))
+        self._jobs.start("roll up", repeat(self.rollup.run, every_s=_ROLLUP_EVERY_S))
+        self._jobs.start("reload", repeat(self.policies.reload_if_changed, every_s=_RELOAD_CHECK_EVERY_S))
 
-    async def leave(self) -> None:
-        """Make way for others on the same sockets: no new connections, and each one ends with its next answer.
+    async def retire(self) -> None:
+        """Leave new connections to other workers on the same sockets; close each connection after its next answer.
 
-        So nobody asks into a connection that is just being closed, as happens when those at rest are closed at once.
+        Idle connections are not closed now: a client could send a request at the same moment and would get no answer.
         """
-        self._is_leaving = True
-        await self._accept_no_more()
+        self._is_retiring = True
+        await self._stop_accepting()
 
     async def stop(self, grace_s: float = GRACE_S) -> None:
-        """End in order; calls get `grace_s` to end by themselves, and are then cut off and settled."""
+        """Stop in order. Calls have `grace_s` seconds to end by themselves; the rest is cut off and settled."""
         self.health.is_stopping = True
-        await self._accept_no_more()
+        await self._stop_accepting()
         for runner in self._runners:
             if runner.server is not None:
-                runner.server.pre_shutdown()  # connections that are kept alive bring no more calls
+                runner.server.pre_shutdown()  # closes idle connections now, the others after their answer
         cut_off = await self._api.calls.finish(grace_s)
         if cut_off:
             log.warning("calls were cut off and settled", calls=cut_off)
-        await self._chores.finish(0)
+        await self._jobs.finish(0)
         for runner in self._runners:
             await runner.cleanup()
         await self.upstreams.close()
         await self.ledger.close()
 
-    async def _accept_no_more(self) -> None:
+    async def _stop_accepting(self) -> None:
         for runner in self._runners:
             for site in list(runner.sites):
                 await site.stop()
 
-    def _load_whole(self) -> Config:
-        """The config as it is now, with the tokenizers that its models need."""
+    def _load_with_tokenizers(self) -> Config:
+        """Load the config, and the tokenizers that its models need."""
         config = self._load()
         self._tokenizers.load(_encodings_of(config.policy))
         return config
 
-    async def _listen(self, application: web.Application, where: Address | tuple[int, ...]) -> Address:
-        """Serve it at an address, or on sockets that we inherited."""
-        if not isinstance(where, Address):
-            application.on_response_prepare.append(self._part_when_leaving)
+    async def _listen(self, application: web.Application, at: Address | tuple[int, ...]) -> Address:
+        """Serve the application at an address, or on the inherited sockets with these descriptors."""
+        if not isinstance(at, Address):
+            application.on_response_prepare.append(self._close_after_answer)
         runner = Listener(application, self._settings.connection_limits)
         await runner.setup()
         self._runners.append(runner)
-        if isinstance(where, Address):
-            await web.TCPSite(runner, where.host, where.port, reuse_address=True).start()
+        if isinstance(at, Address):
+            await web.TCPSite(runner, at.host, at.port, reuse_address=True).start()
         else:
-            for number in where:
+            for number in at:
                 await web.SockSite(runner, socket.socket(fileno=number)).start()
         host, port = runner.addresses[0][:2]
         return Address(host, port)
 
-    async def _part_when_leaving(self, request: web.Request, response: web.StreamResponse) -> None:
-        if self._is_leaving:
+    async def _close_after_answer(self, request: web.Request, response: web.StreamResponse) -> None:
+        """Close the connection after this answer if the process is retiring."""
+        if self._is_retiring:
             response.force_close()
-            response.headers["connection"] = "close"  # the library has decided on its headers before it asks us
+            response.headers["connection"] = "close"  # the library sets its headers before it sends this signal
 
 
 def _encodings_of(policy: Policy) -> set[str]:
-    """The tokenizers of the models that are named, and the usual ones where clients may name others."""
+    """The encodings of all listed models, and the two most common ones if clients may name other models."""
     models = policy.models or {}
-    usual = () if models and "*" not in models else ("o200k_base", "cl100k_base")
-    named = (place for name, model in models.items() if name != "*" for place in model.targets)
-    return {*usual, *(Tokenizers.encoding_of(place).name for place in named)}
+    common = () if models and "*" not in models else ("o200k_base", "cl100k_base")
+    targets = (target for name, model in models.items() if name != "*" for target in model.targets)
+    return {*common, *(Tokenizers.encoding_of(target).name for target in targets)}
 
 
-async def serve(server: Server, started: Callable[[Server], None] = lambda _: None) -> None:
-    """Serve until SIGTERM or SIGINT; SIGHUP reloads the policy. `started` is called once it serves."""
+async def serve(server: Server, on_started: Callable[[Server], None] = lambda _: None) -> None:
+    """Serve until SIGTERM or SIGINT; SIGHUP reloads the policy. `on_started` is called when the server serves."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     reloads = Tasks()
@@ -246,35 +273,37 @@ async def serve(server: Server, started: Callable[[Server], None] = lambda _: No
     _raise_file_limit()
     try:
         await server.start()
-        # What was imported and built lives as long as the process: a full collection must not walk it each time,
-        # which took 50 µs of every call and paused all streams for up to 50 ms.
+        # Imported modules and the parts above live as long as the process. They are excluded from garbage collection,
+        # because walking over them took 50 µs of every call and paused all streams for up to 50 ms.
         gc.collect()
         gc.freeze()
         gc.set_threshold(50_000, 20, 100)
-        started(server)
+        on_started(server)
         await stop.wait()
     finally:
         await server.stop()
 
 
 def _raise_file_limit() -> None:
-    """A stream takes two descriptors, and the usual soft limit is 1024."""
+    """Raise the soft limit of open files to the hard limit.
+
+    A stream needs two descriptors, for its client and its upstream, so the usual soft limit of 1024 allows some 500.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def store_of(database: str, lock: int | None = None) -> Store:
-    """The engine that a database's URL asks for; `lock` is on a file that workers share.
+    """The store for a database URL. `lock` is the inherited descriptor of the lock on a SQLite file.
 
-    Raises StoreUnavailable where it is not installed.
+    Raises StoreUnavailable if the driver for PostgreSQL is not installed.
     """
     if database.startswith("sqlite:"):
         return SqliteStore(sqlite_path(database), lock=lock)
     try:
-        from proxy.ledger.postgres import (
-            PostgresStore,  # its driver is an extra, and takes 10 MB that SQLite doesn't need
-        )
+        # Imported here, because its driver is an extra and takes 10 MB of memory that SQLite does not need.
+        from proxy.ledger.postgres import PostgresStore
     except ModuleNotFoundError as error:
         raise StoreUnavailable(
             f"PostgreSQL needs {error.name}, which is not installed: pip install 'llm-quota-proxy[postgres]'"
@@ -283,12 +312,12 @@ def store_of(database: str, lock: int | None = None) -> Store:
 
 
 def sqlite_path(database: str) -> Path:
-    """The file that `sqlite:///…` names."""
+    """The path in a URL of the form `sqlite:///…`."""
     return Path(database.removeprefix("sqlite:///"))
 
 
-def look_at(path: str) -> Fingerprint:
-    """What tells that a file was changed or replaced; None where it is not there."""
+def fingerprint_of(path: str) -> Fingerprint:
+    """The inode, modification time and size of a file; None if there is no file."""
     try:
         found = Path(path).stat()
     except OSError:
@@ -296,11 +325,11 @@ def look_at(path: str) -> Fingerprint:
     return (found.st_ino, found.st_mtime_ns, found.st_size)
 
 
-async def every(seconds: float, chore: Callable[[], Awaitable[object]]) -> None:
-    """Do a chore again and again; one that fails is logged, and done again."""
+async def repeat(job: Callable[[], Awaitable[object]], *, every_s: float) -> None:
+    """Run a maintenance job again and again, with a pause of `every_s` seconds. A failure is only logged."""
     while True:
-        await asyncio.sleep(seconds)
+        await asyncio.sleep(every_s)
         try:
-            await chore()
+            await job()
         except Exception as error:
             log.error("a chore failed", exc_info=error)

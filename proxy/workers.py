@@ -1,14 +1,22 @@
 """Several processes behind one port: a small parent, and the workers that it starts.
 
-The parent takes the database, binds the listeners, and then serves nothing itself:
+The parent migrates the database, opens the listening sockets, starts the workers, and serves nothing itself. Its
+signals:
 
-    SIGTERM, SIGINT   workers let their calls end; the parent goes when all have gone
-    SIGHUP            is passed on: all take the policy as it is now
-    SIGUSR2           new workers, with the code and the file of now; the old ones leave once those serve
+    SIGTERM, SIGINT   stop: each worker lets its calls end; the parent ends when all workers have ended
+    SIGHUP            reload: passed on to every worker
+    SIGUSR2           restart: start new workers with the code and the file as they are now, then retire the old ones
 
-A worker that ends by itself takes nothing with it: the others serve on, and another takes its place after a pause
-that grows while workers keep ending. Whoever comes next charges what the dead one left open. A parent that dies
-leaves nobody behind: its workers see their control to it break, and end in order.
+If a worker dies, the others go on serving. The parent starts another one after a pause, which grows while workers
+keep dying. The new worker charges the calls that the dead one left open.
+
+If the parent dies, its workers notice that their control sockets have closed, and stop in order.
+
+Parent and worker talk over a control socket, a pair of connected sockets:
+
+    parent ──▶ worker   one line of JSON: InheritedResources
+    worker ──▶ parent   "serves"   when it serves
+    parent ──▶ worker   "leave"    when new workers serve and it has to retire
 """
 
 import asyncio
@@ -26,78 +34,104 @@ import structlog
 from proxy.config.loader import Address, BadConfig, Config
 from proxy.ledger.ledger import Ledger
 from proxy.ledger.sqlite import SqliteStore
-from proxy.metrics import forget
+from proxy.metrics import remove_gauges
 from proxy.server import GRACE_S, InheritedResources, Server, store_of, wall_clock_ms
 from proxy.tasks import Tasks
 
-# As many as the server library asks for by itself.
+# The library's own default for a listening socket.
 _BACKLOG = 128
 _LINE_BYTES = 65_536
-_SERVES, _LEAVE = b"serves\n", b"leave\n"
-# How long a worker that leaves still answers on the connections that it has; who asks on one is told to connect anew.
+# The messages on the control socket. They must not change: in a restart an old parent starts workers of a new
+# release.
+_SERVES, _RETIRE = b"serves\n", b"leave\n"
+# For so long a retired worker still answers on its connections, and tells each client to open a new one. Clients that
+# were about to send on an idle connection get their answer.
 _LINGER_S = 2.0
-# How long its calls may go on after that. There is no hurry: others serve already.
-_LEAVE_S = 600.0
-# How much longer than its calls may take to end a worker may take before it is killed.
-_END_S = 15.0
-_PAUSE_S, _PAUSE_MAX_S = 0.1, 30.0
-# Workers that end less often than this do not end in a row.
-_CALM_S = 60.0
+# Then its calls may run for so long. There is no hurry, because other workers serve already.
+_RETIRED_CALLS_S = 600.0
+# A stopping worker is killed if it takes this much longer than its calls may take.
+_KILL_AFTER_S = 15.0
+# The pause before a dead worker is replaced; see `_next_pause_s`.
+_PAUSE_MIN_S, _PAUSE_MAX_S = 0.1, 30.0
+_PAUSE_RESET_S = 60.0
 
 log = structlog.get_logger("workers")
 
 
 class NotServing(Exception):
-    """Workers end before they serve."""
+    """A new worker could not be started, or ended before it served."""
 
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """What starts a worker: these words, and then the number of its end of the control."""
+    """The command line of a worker, to which the number of its control socket is added, and its environment."""
 
     words: Sequence[str]
     environ: Mapping[str, str]
 
 
+# ------------------------------------------------------------------------------------------------------ in the worker
+
+
 class ControlSocket:
-    """What ties a worker to its parent, as the worker has it. Raises OSError where there is no parent."""
+    """The worker's end of the control socket. Raises OSError if the descriptor is not one."""
 
     def __init__(self, number: int) -> None:
         self._socket = socket.socket(fileno=number)
-        self.inherited = receive(self._socket)
-        signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # it is for the parent; who sends it to all means no harm
+        self.inherited = receive_inherited(self._socket)
+        # SIGUSR2 is for the parent, but its default action would kill a worker, for example after `pkill -USR2`.
+        signal.signal(signal.SIGUSR2, signal.SIG_IGN)
         self._socket.setblocking(False)
         self._tasks = Tasks()
 
-    def serves(self, server: Server) -> None:
-        """Say so, and listen from now on."""
+    def report_serving(self, server: Server) -> None:
+        """Tell the parent that the server serves, and obey its messages from now on."""
         self._socket.send(_SERVES)
-        asyncio.get_running_loop().add_reader(self._socket, self._hear, server)
+        asyncio.get_running_loop().add_reader(self._socket, self._on_readable, server)
 
-    def _hear(self, server: Server) -> None:
-        said = b""
+    def _on_readable(self, server: Server) -> None:
+        message = b""
         with suppress(OSError):
-            said = self._socket.recv(len(_LEAVE))
-        if said == _LEAVE:
-            self._tasks.start("leave", _leave(server))
-        else:  # the parent is gone, and nobody would stop us any more
+            message = self._socket.recv(len(_RETIRE))
+        if message == _RETIRE:
+            self._tasks.start("retire", _retire(server))
+        else:  # the end of the stream: the parent has died, and nobody could stop or restart this worker any more
             asyncio.get_running_loop().remove_reader(self._socket)
             signal.raise_signal(signal.SIGTERM)
 
 
-async def _leave(server: Server) -> None:
-    await server.leave()
+def receive_inherited(control: socket.socket) -> InheritedResources:
+    """Wait for the line that the parent writes. Raises OSError if the parent has died."""
+    line = b""
+    while not line.endswith(b"\n"):
+        part = control.recv(_LINE_BYTES)
+        if not part:
+            raise OSError("The parent of this worker has ended.")
+        line += part
+    return InheritedResources.from_line(line)
+
+
+async def _retire(server: Server) -> None:
+    """Let connections and calls end, then stop the process.
+
+    For example: at 12:00:00 no new connections are accepted. Until 12:00:02 a request on an open connection is still
+    answered, with `Connection: close`. Calls in flight may run until 12:10:02.
+    """
+    await server.retire()
     await asyncio.sleep(_LINGER_S)
     try:
-        async with asyncio.timeout(_LEAVE_S):
-            await server.at_rest()
+        async with asyncio.timeout(_RETIRED_CALLS_S):
+            await server.all_settled()
     except TimeoutError:
         log.warning("calls still run long after this worker was to leave")
     signal.raise_signal(signal.SIGTERM)
 
 
+# ------------------------------------------------------------------------------------------------------ in the parent
+
+
 class _Worker:
-    """One process, as its parent sees it. `decided` is set once it `serves`, or has ended before that."""
+    """One worker process. `start_is_over` is set when it serves, or when it has ended before it served."""
 
     def __init__(
         self, inherited: InheritedResources, process: asyncio.subprocess.Process, control: socket.socket
@@ -105,48 +139,62 @@ class _Worker:
         self.inherited = inherited
         self.pid = process.pid
         self.serves = False
-        self.decided = asyncio.Event()
+        self.start_is_over = asyncio.Event()
         self._process = process
         self._control = control
-        self._is_to_reload = False
+        self._reload_when_serving = False
 
-    async def life(self) -> int:
-        """Wait until it has ended; its exit code."""
-        self.serves = await _heard(self._control) == _SERVES
-        if self.serves and self._is_to_reload:
+    async def wait(self) -> int:
+        """Wait until the process has ended, and return its exit code."""
+        self.serves = await _receive_report(self._control) == _SERVES
+        if self.serves and self._reload_when_serving:
             self._signal(signal.SIGHUP)
-        self.decided.set()
+        self.start_is_over.set()
         code = await self._process.wait()
         self.serves = False
         self._control.close()
         return code
 
     def reload(self) -> None:
-        """Take the policy as it is now. Who doesn't serve yet would die of the signal, so that waits."""
-        self._is_to_reload = True
+        """Make it reload the policy, as soon as it serves.
+
+        Not before: until it has installed its handler, SIGHUP would kill it. It may have read the file already, so
+        the reload is not simply dropped.
+        """
+        self._reload_when_serving = True
         if self.serves:
             self._signal(signal.SIGHUP)
 
-    def leave(self) -> None:
-        """Others have taken its place."""
-        with suppress(OSError):  # it has ended just now
-            self._control.send(_LEAVE)
+    def retire(self) -> None:
+        """Make it retire, because new workers serve."""
+        with suppress(OSError):  # it has just ended
+            self._control.send(_RETIRE)
 
     def stop(self) -> None:
-        """End in order."""
+        """Make it stop in order."""
         self._signal(signal.SIGTERM)
 
     def kill(self) -> None:
-        """End at once."""
+        """End it at once."""
         self._signal(signal.SIGKILL)
 
     def _signal(self, number: signal.Signals) -> None:
-        with suppress(ProcessLookupError):  # it has ended just now
+        with suppress(ProcessLookupError):  # it has just ended
             self._process.send_signal(number)
 
 
+async def _receive_report(control: socket.socket) -> bytes:
+    try:
+        return await asyncio.get_running_loop().sock_recv(control, len(_SERVES))
+    except OSError:  # the worker ended before it had read its line
+        return b""
+
+
 class Parent:
-    """`count` workers. `api` and `admin` are the listeners' addresses once they are bound; `load` reads the file."""
+    """Keeps `count` workers serving. `api` and `admin` are the addresses of the listeners once they are bound.
+
+    `load` loads the config again, to validate it before a restart.
+    """
 
     def __init__(self, config: Config, count: int, *, command: Command, load: Callable[[], Config]) -> None:
         self.api: Address | None = None
@@ -157,102 +205,115 @@ class Parent:
         self._load = load
         self._inherited = InheritedResources("", config.settings.database)
         self._sockets: list[socket.socket] = []
-        self._alive: dict[_Worker, asyncio.Task[None]] = {}
-        # Those that are to serve: neither on trial nor leaving. Who is missing here is replaced.
+        # Every worker process that runs, with the task that waits for its end.
+        self._running: dict[_Worker, asyncio.Task[None]] = {}
+        # Those that are meant to serve: they have started and are not retired. If one of them ends, it is replaced.
         self._current: set[_Worker] = set()
-        self._dead: set[str] = set()
-        self._chores, self._lives = Tasks(), Tasks()
-        self._one_restart = asyncio.Lock()
+        # Owners that have ended and whose calls a new worker has to charge.
+        self._dead_owners: set[str] = set()
+        self._jobs, self._watchers = Tasks(), Tasks()
+        self._restart_lock = asyncio.Lock()
         self._stop = asyncio.Event()
         self._failure: NotServing | None = None
-        self._pause_s, self._ended_at = 0.0, 0.0
+        self._pause_s, self._paused_at = 0.0, 0.0
 
-    async def serve(self, started: Callable[["Parent"], None]) -> None:
-        """Have workers serve until SIGTERM or SIGINT; `started` is called once all do.
+    async def serve(self, on_started: Callable[["Parent"], None]) -> None:
+        """Keep the workers serving until SIGTERM or SIGINT. `on_started` is called when all of them serve.
 
-        Raises NotServing, OSError where a port is taken, or what `store.Store.open` raises.
+        Raises NotServing, OSError if a port is in use, and what `Store.open` raises.
         """
-        self._listen_to_signals()
+        self._handle_signals()
         with tempfile.TemporaryDirectory(prefix="llm-quota-proxy-") as folder:
             try:
-                self._inherited = replace(
-                    self._inherited, lock=await _taken(self._inherited.database), metrics=folder
-                )
+                lock = await _prepare_database(self._inherited.database)
+                self._inherited = replace(self._inherited, lock=lock, metrics=folder)
                 self._bind()
-                self._chores.start("first workers", self._begin(started))
+                self._jobs.start("start", self._start_first_workers(on_started))
                 await self._stop.wait()
             finally:
-                await self._end()
+                await self._stop_workers()
         if self._failure is not None:
             raise self._failure
 
-    def _listen_to_signals(self) -> None:
+    def _handle_signals(self) -> None:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop.set)
         loop.add_signal_handler(signal.SIGHUP, self._reload)
-        loop.add_signal_handler(signal.SIGUSR2, lambda: self._chores.start("restart", self._restart()))
+        loop.add_signal_handler(signal.SIGUSR2, lambda: self._jobs.start("restart", self._restart()))
 
     def _bind(self) -> None:
         settings = self._config.settings
-        api = listen(settings.api)
-        self._sockets = api
+        # Stored after each step: if the port of the admin listener is in use, the API's sockets have to be closed.
+        api = self._sockets = listen(settings.api)
         admin = listen(settings.admin) if settings.admin is not None else []
         self._sockets = api + admin
         self.api, self.admin = address_of(api), address_of(admin)
         numbers = [each.fileno() for each in self._sockets]
         self._inherited = replace(self._inherited, api=tuple(numbers[: len(api)]), admin=tuple(numbers[len(api) :]))
 
-    async def _begin(self, started: Callable[["Parent"], None]) -> None:
+    async def _start_first_workers(self, on_started: Callable[["Parent"], None]) -> None:
         try:
-            self._take(await self._start(self._count))
+            self._make_current(await self._start(self._count))
         except NotServing as error:
-            self._give_up(error)
+            self._fail(error)
         else:
-            started(self)
+            on_started(self)
 
-    async def _end(self) -> None:
-        self._stop.set()  # who ends now is not replaced
-        await self._chores.finish(0)
+    async def _stop_workers(self) -> None:
+        """Stop everything in order: restarts and replacements, the sockets, the workers, and at last the lock.
+
+        Each worker stops within GRACE_S and a few seconds for its cleanup. One that hangs is killed after GRACE_S +
+        _KILL_AFTER_S = 45 s. The lock on the SQLite file is released when the last worker has ended, so that no
+        other process can open the file before.
+        """
+        self._stop.set()  # also if the parent failed: workers that end from now on are not replaced
+        await self._jobs.finish(0)
         for each in self._sockets:
             each.close()
-        for worker in self._alive:
+        for worker in self._running:
             worker.stop()
-        if self._alive:
-            await asyncio.wait(self._alive.values(), timeout=GRACE_S + _END_S)
-        for worker in self._alive:
+        if self._running:
+            await asyncio.wait(self._running.values(), timeout=GRACE_S + _KILL_AFTER_S)
+        for worker in self._running:
             log.error("a worker does not end, and is killed", pid=worker.pid)
             worker.kill()
-        await self._lives.all_ended()
+        await self._watchers.all_ended()
         if self._inherited.lock is not None:
             os.close(self._inherited.lock)
 
-    # -------------------------------------------------------------------------------------------------------- workers
+    # -------------------------------------------------------------------------------------------------- start and
+    # replace
 
     async def _start(self, count: int) -> list[_Worker]:
-        """So many new ones, once all of them serve. Raises NotServing, and then none of them is left."""
+        """Start `count` workers and return them when all of them serve.
+
+        Raises NotServing if one of them can't serve; then all of them have been stopped.
+        """
         new: list[_Worker] = []
         try:
             for _ in range(count):
                 new.append(await self._spawn())
             for worker in new:
-                await worker.decided.wait()
+                await worker.start_is_over.wait()
         except OSError as error:
             reason = f"no process can be started: {error}"
         else:
-            reason = "what it said stands above"
+            reason = "see its log above"
             if all(worker.serves for worker in new):
-                self._dead -= {owner for worker in new for owner in worker.inherited.dead}
+                # A worker charges the calls of the dead owners that it is told of before it serves.
+                self._dead_owners -= {owner for worker in new for owner in worker.inherited.dead}
                 return new
-        lives = [self._alive[worker] for worker in new if worker in self._alive]
+        watchers = [self._running[worker] for worker in new if worker in self._running]
         for worker in new:
             worker.stop()
-        if lives:
-            await asyncio.wait(lives)
+        if watchers:
+            await asyncio.wait(watchers)
         raise NotServing(f"A worker could not start: {reason}.")
 
     async def _spawn(self) -> _Worker:
-        inherited = replace(self._inherited, owner=f"proxy-{secrets.token_hex(8)}", dead=tuple(self._dead))
+        """Start one process and its watcher."""
+        inherited = replace(self._inherited, owner=f"proxy-{secrets.token_hex(8)}", dead=tuple(self._dead_owners))
         ours, theirs = socket.socketpair()
         try:
             ours.setblocking(False)
@@ -263,7 +324,8 @@ class Parent:
                 stdin=asyncio.subprocess.DEVNULL,
                 pass_fds=(theirs.fileno(), *inherited.descriptors),
                 env={**self._command.environ, "PROMETHEUS_MULTIPROC_DIR": inherited.metrics or ""},
-                start_new_session=True,  # Ctrl-C is for the parent, which passes it on
+                # In a session of its own, so that Ctrl-C reaches only the parent, which stops the workers in order.
+                start_new_session=True,
             )
         except BaseException:
             ours.close()
@@ -271,65 +333,80 @@ class Parent:
         finally:
             theirs.close()
         worker = _Worker(inherited, process, ours)
-        self._alive[worker] = self._lives.start(f"worker {worker.pid}", self._watch(worker))
+        self._running[worker] = self._watchers.start(f"worker {worker.pid}", self._watch(worker))
         return worker
 
     async def _watch(self, worker: _Worker) -> None:
-        code = await worker.life()
-        del self._alive[worker]
-        self._dead.add(worker.inherited.owner)
-        forget(worker.pid, self._inherited.metrics or "")
+        """Wait until the worker has ended, and replace it if it was meant to serve."""
+        code = await worker.wait()
+        del self._running[worker]
+        self._dead_owners.add(worker.inherited.owner)
+        remove_gauges(worker.pid, self._inherited.metrics or "")
         if worker in self._current and not self._stop.is_set():
             self._current.discard(worker)
             log.error("a worker ended, another will take its place", pid=worker.pid, code=code)
-            self._chores.start("replace", self._replace())
+            self._jobs.start("replace", self._replace())
 
-    def _take(self, new: Sequence[_Worker]) -> None:
-        """Let new ones count as serving; one that has ended meanwhile is replaced."""
+    def _make_current(self, new: Sequence[_Worker]) -> None:
+        """Count these workers as current. One that has ended since it served is replaced."""
         for worker in new:
             log.info("a worker serves", pid=worker.pid, owner=worker.inherited.owner)
-            if worker in self._alive:
+            if worker in self._running:
                 self._current.add(worker)
             else:
-                self._chores.start("replace", self._replace())
+                self._jobs.start("replace", self._replace())
 
     async def _replace(self) -> None:
+        """Start a worker in place of one that has ended. Tries again until it succeeds, or no worker is running."""
         while len(self._current) < self._count:
             await asyncio.sleep(self._next_pause_s())
             try:
                 new = await self._start(1)
             except NotServing as error:
-                if not self._alive:
-                    self._give_up(error)
+                if not self._running:
+                    # An open port on which nobody answers is worse than a closed one: the parent ends.
+                    self._fail(error)
                     return
                 log.error("a worker that ended is not replaced yet", reason=str(error))
                 continue
             if len(self._current) < self._count:
-                self._take(new)
-            else:  # a restart has brought enough of them
-                new[0].leave()
+                self._make_current(new)
+            else:  # a restart has started enough workers meanwhile
+                new[0].retire()
             return
 
     def _next_pause_s(self) -> float:
+        """The pause before the next start: it doubles while starts follow one another, from 0.1 s up to 30 s.
+
+        For example, a worker that has run for days dies at 12:00:00 and is replaced 0.1 s later. If the new one dies
+        at 12:00:05, the pause is 0.2 s, then 0.4 s, 0.8 s and so on; the tenth is 30 s. When no worker has died for a
+        minute after a pause, the next one is 0.1 s again.
+        """
         now = asyncio.get_running_loop().time()
-        is_in_a_row = now - self._ended_at < _CALM_S + self._pause_s
-        self._pause_s = min(_PAUSE_MAX_S, 2 * self._pause_s) if is_in_a_row and self._pause_s else _PAUSE_S
-        self._ended_at = now
+        is_in_a_row = now - self._paused_at < _PAUSE_RESET_S + self._pause_s
+        self._pause_s = min(_PAUSE_MAX_S, 2 * self._pause_s) if is_in_a_row and self._pause_s else _PAUSE_MIN_S
+        self._paused_at = now
         return self._pause_s
 
-    def _give_up(self, error: NotServing) -> None:
+    def _fail(self, error: NotServing) -> None:
+        """Stop the parent, which then raises this error."""
         self._failure = error
         self._stop.set()
 
-    # -------------------------------------------------------------------------------------------------------- signals
+    # --------------------------------------------------------------------------------------------------------
+    # reload, restart
 
     def _reload(self) -> None:
-        for worker in self._alive:
+        for worker in self._running:
             worker.reload()
 
     async def _restart(self) -> None:
-        """New workers, and then the old ones leave; where the new ones can't serve, the old ones stay."""
-        async with self._one_restart:
+        """Start new workers, then retire the old ones. If the new ones can't serve, the old ones stay.
+
+        The order loses no call: both accept from the same sockets, so while the old ones stop accepting, every new
+        connection is accepted by a new one.
+        """
+        async with self._restart_lock:
             try:
                 config = await asyncio.to_thread(self._load)
                 new = await self._start(self._count)
@@ -340,15 +417,20 @@ class Parent:
             ignored = [name for name, value in config.restart_only.items() if value != fixed[name]]
             if ignored:
                 log.warning("these sections change only when the parent is restarted", sections=ignored)
+            # Exchanged before the old ones end, so that `_watch` does not replace them.
             old, self._current = self._current, set()
-            self._take(new)
+            self._make_current(new)
             for worker in old:
-                worker.leave()
+                worker.retire()
             log.info("new workers serve, the old ones leave", new=len(new), old=len(old))
 
 
-async def _taken(database: str) -> int | None:
-    """Bring the database up to date, and charge what was left open; the lock, of one that has it in a file."""
+async def _prepare_database(database: str) -> int | None:
+    """Migrate the database and charge the calls that were left open. Returns the lock on a SQLite file, else None.
+
+    The parent does that before it starts workers. Otherwise all workers would migrate at once, and another process
+    could take the file between the end of one worker and the start of the next.
+    """
     store = store_of(database)
     ledger = Ledger(store, owner=f"proxy-{secrets.token_hex(8)}", now=wall_clock_ms)
     try:
@@ -358,31 +440,17 @@ async def _taken(database: str) -> int | None:
         await ledger.close()
 
 
-async def _heard(control: socket.socket) -> bytes:
-    try:
-        return await asyncio.get_running_loop().sock_recv(control, len(_SERVES))
-    except OSError:  # it ended before it had read what we wrote
-        return b""
-
-
-def receive(control: socket.socket) -> InheritedResources:
-    """Wait for the line that the parent writes; raises OSError where there is none."""
-    line = b""
-    while not line.endswith(b"\n"):
-        part = control.recv(_LINE_BYTES)
-        if not part:
-            raise OSError("The parent of this worker is gone.")
-        line += part
-    return InheritedResources.from_line(line)
+# ------------------------------------------------------------------------------------------------------------ sockets
 
 
 def listen(address: Address) -> list[socket.socket]:
-    """Sockets that listen at an address, one for each that its host's name stands for. Raises OSError."""
+    """Listening sockets, one for each IP address of the host. Raises OSError, and then leaves none open."""
     found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     sockets: list[socket.socket] = []
     try:
-        for family, where in sorted({(family, where[:2]) for family, *_, where in found}):
-            sockets.append(socket.create_server((str(where[0]), int(where[1])), family=family, backlog=_BACKLOG))
+        # An address may be found twice, and one of IPv6 has four members, of which the first two are needed.
+        for family, (host, port) in sorted({(family, sockaddr[:2]) for family, *_, sockaddr in found}):
+            sockets.append(socket.create_server((str(host), int(port)), family=family, backlog=_BACKLOG))
     except OSError:
         for each in sockets:
             each.close()
@@ -391,7 +459,7 @@ def listen(address: Address) -> list[socket.socket]:
 
 
 def address_of(sockets: list[socket.socket]) -> Address | None:
-    """Where they listen: the first of them; None where there are none."""
+    """The address of the first of these sockets; None if there are none."""
     if not sockets:
         return None
     host, port = sockets[0].getsockname()[:2]

@@ -1,4 +1,4 @@
-"""A client on a bare socket: a test says byte by byte what it sends.
+"""A client on a plain socket, with which a test chooses every byte that is sent.
 
 async with bare_client(on.url) as client:
     client.send(post(body=b"{}"))
@@ -28,7 +28,7 @@ def post(
     length: bool = True,
     version: str = "HTTP/1.1",
 ) -> bytes:
-    """A POST of `body` (left out: a good call) with these header lines after the host's."""
+    """A POST with these header lines after `host`. Without a `body` it is a valid call."""
     body = json.dumps(GOOD).encode() if body is None else body
     lines = [f"POST {path} {version}", host, *headers, *([f"Content-Length: {len(body)}"] if length else [])]
     return "\r\n".join([*lines, "", ""]).encode("latin-1") + body
@@ -40,18 +40,18 @@ def get(path: str, *headers: str, method: str = "GET") -> bytes:
 
 
 class BareClient:
-    """One connection."""
+    """One connection to a listener."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.reader = reader
         self.writer = writer
 
     def send(self, data: bytes) -> None:
-        """Send, without waiting."""
+        """Queue bytes to be sent, without waiting."""
         self.writer.write(data)
 
     async def reply(self) -> Reply:
-        """Read the next reply, which says its length."""
+        """Read the next reply, which has to have a Content-Length."""
         head = (await self.reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
         headers: CIMultiDict[str] = CIMultiDict()
         for line in head[1:-2]:
@@ -61,7 +61,7 @@ class BareClient:
         return Reply(int(head[0].split()[1]), headers, body)
 
     async def is_closed(self) -> bool:
-        """Wait until the other end has closed; false if it sends more instead."""
+        """Wait until the server closes the connection. False if it sends something instead."""
         try:
             return await self.reader.read(1) == b""
         except ConnectionError:

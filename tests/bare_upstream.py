@@ -1,6 +1,6 @@
-"""An upstream on bare sockets: a test says byte by byte what it sends, and when.
+"""An upstream on a plain socket, with which a test chooses every byte that is sent, and when.
 
-async with bare_upstream(serve) as upstream:     # `serve` is given what the request's metadata say
+async with bare_upstream(serve) as upstream:     # `serve` gets the field `metadata` of the request
     async with stage(folder=tmp_path, upstream=upstream.url) as on: ...
 """
 
@@ -14,7 +14,7 @@ Serve = Callable[[dict[str, Any], asyncio.StreamReader, asyncio.StreamWriter], A
 
 
 class BareUpstream:
-    """A listener that leaves everything to `serve`. `open` are the connections that are not closed yet."""
+    """A server whose answers are written by `serve`. `open` has the connections that are not closed yet."""
 
     def __init__(self, serve: Serve) -> None:
         self.url = ""
@@ -22,7 +22,7 @@ class BareUpstream:
         self._serve = serve
 
     async def accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """One connection, with one request."""
+        """Serve one connection, with one request."""
         self.open.add(asyncio.current_task())
         try:
             head = await reader.readuntil(b"\r\n\r\n")
@@ -31,7 +31,7 @@ class BareUpstream:
             writer.close()
             await writer.wait_closed()
         except ConnectionError:
-            pass  # it was closed at the other end first
+            pass  # the proxy has closed it first
         finally:
             self.open.discard(asyncio.current_task())
 
@@ -43,7 +43,7 @@ class BareUpstream:
 
 @asynccontextmanager
 async def bare_upstream(serve: Serve) -> AsyncIterator[BareUpstream]:
-    """Start it on a free port."""
+    """Start an upstream on a free port."""
     upstream = BareUpstream(serve)
     server = await asyncio.start_server(upstream.accept, "127.0.0.1", 0)
     upstream.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
@@ -55,5 +55,5 @@ async def bare_upstream(serve: Serve) -> AsyncIterator[BareUpstream]:
 
 
 def stream_head(*more: str) -> bytes:
-    """The head of a streamed answer, with these lines in it."""
+    """The head of a streamed answer, with these header lines in addition."""
     return "\r\n".join(("HTTP/1.1 200 OK", "Content-Type: text/event-stream", *more, "", "")).encode()

@@ -1,8 +1,11 @@
-"""What all tests share: on which databases they are played, and how hypothesis runs.
+"""What all tests share: the databases that they run on, and how hypothesis runs.
 
-Hypothesis looks for new examples in each run of a developer, and prints the blob that repeats a failure. Where CI is
-set its examples follow from the tests themselves, so that no change is stopped by what it did not touch. It has no
+Hypothesis looks for new examples in each run of a developer, and prints the blob that repeats a failure. If CI is set,
+its examples follow from the tests themselves, so that no change is stopped by code that it did not touch. It has no
 deadline of its own: each test has the time limit of pyproject.toml.
+
+A property is tried with 100 examples in `policy` and `ledger`, which the promises rest on, and with 30 elsewhere.
+`make nightly` tries 1,000 everywhere (`--hypothesis-profile nightly`).
 """
 
 import os
@@ -14,12 +17,22 @@ from hypothesis import settings
 
 # It asserts for several tests, and should show what it found as they do.
 pytest.register_assert_rewrite("tests.clients.sessions")
-settings.register_profile("house", derandomize=bool(os.environ.get("CI")), print_blob=True, deadline=None)
-settings.load_profile("house")
+for profile, examples in (("usual", 30), ("thorough", 100), ("nightly", 1000)):
+    settings.register_profile(
+        profile, max_examples=examples, derandomize=bool(os.environ.get("CI")), print_blob=True, deadline=None
+    )
+settings.load_profile("usual")
+THOROUGH = ("policy", "ledger")
+
+
+def pytest_collectstart(collector: pytest.Collector) -> None:
+    """Choose the number of examples before a module is imported: `@given` takes the profile that is loaded then."""
+    if isinstance(collector, pytest.Module) and not collector.config.getoption("--hypothesis-profile"):
+        settings.load_profile("thorough" if collector.path.parent.name in THOROUGH else "usual")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """What is marked `every_engine` is played once on SQLite and once on PostgreSQL."""
+    """Run what is marked `every_engine` once on SQLite and once on PostgreSQL."""
     if metafunc.definition.get_closest_marker("every_engine"):
         metafunc.fixturenames.append("_engine")
         metafunc.parametrize("_engine", ["sqlite", "postgresql"], indirect=True)
@@ -32,9 +45,10 @@ def _engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.fixture(autouse=True)
 def _log_as_before() -> Iterator[None]:
-    """The commands set up logging for their process; no test may leave that to the next.
+    """Reset logging, which the commands set up for their process.
 
-    Plain lines: the library's own for terminals draw every local variable of a traceback, megabytes of bodies too.
+    Plain lines: the library's own renderer for terminals prints every local variable of a traceback, megabytes of
+    bodies included.
     """
     structlog.configure(processors=[structlog.processors.add_log_level, structlog.processors.KeyValueRenderer()])
     yield

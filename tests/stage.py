@@ -184,7 +184,7 @@ class Stage:
 
     async def all_settled(self) -> None:
         """Wait until no call is in flight: every call that began is settled."""
-        await self.server.at_rest()
+        await self.server.all_settled()
 
 
 class Reply:

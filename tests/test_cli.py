@@ -1,8 +1,9 @@
-"""The commands: their exit codes and what they say."""
+"""The commands: their exit codes and what they print."""
 
 import json
 import re
 import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -33,16 +34,16 @@ def _run(*arguments: str, input: str | None = None) -> Result:
     return CliRunner().invoke(main, arguments, input=input)
 
 
-def test_check_says_what_each_group_may_do(file: Path) -> None:
-    """A good file ends with one plain sentence for each group, and 0."""
+def test_check_prints_what_each_group_may_do(file: Path) -> None:
+    """For a valid file: one sentence for each group, and exit code 0."""
     result = _run("check", "--config", str(file))
     assert result.exit_code == 0
     assert "staff" in result.output
     assert "200,000 tokens" in result.output
 
 
-def test_check_names_every_mistake_with_its_line(file: Path) -> None:
-    """All of them at once, and 1: an operator mends the file in one go."""
+def test_check_prints_every_mistake_with_its_line(file: Path) -> None:
+    """All mistakes at once, and exit code 1, so that an operator can correct all of them at once."""
     text = file.read_text().replace("{tokens: 200k", "{token: 200k")
     file.write_text(text.replace("groups: [staff]", "groups: [stuff]"))
     result = _run("check", "--config", str(file))
@@ -51,8 +52,8 @@ def test_check_names_every_mistake_with_its_line(file: Path) -> None:
     assert re.search(r"quotas\.yaml:6: .*stuff", result.stderr)
 
 
-def test_check_warns_without_saying_no(file: Path) -> None:
-    """A group that nobody is in works as written, but is hardly meant."""
+def test_a_warning_does_not_change_the_exit_code(file: Path) -> None:
+    """A group without users is valid, but probably a mistake."""
     file.write_text(
         file.read_text().replace("  staff:", "  idle: {quotas: {daily: {tokens: 1, per: day}}}\n  staff:")
     )
@@ -63,23 +64,23 @@ def test_check_warns_without_saying_no(file: Path) -> None:
 
 
 @pytest.mark.parametrize("command", ["serve", "migrate"])
-def test_a_bad_config_is_a_2_elsewhere(command: str, tmp_path: Path) -> None:
-    """Nothing starts on a file with a mistake."""
+def test_other_commands_end_with_2_if_the_config_is_invalid(command: str, tmp_path: Path) -> None:
+    """They do nothing else."""
     result = _run(command, "--config", str(tmp_path / "nowhere.yaml"))
     assert result.exit_code == 2
     assert "nowhere.yaml:1: the file can't be read" in result.stderr
 
 
 def test_schema_is_a_json_schema() -> None:
-    """Editors read it; `config/quotas.schema.json` is the same."""
+    """For editors. `config/quotas.schema.json` is a copy of it."""
     schema = json.loads(_run("schema").output)
     assert "groups" in schema["properties"]
-    kept = Path(__file__).parent.parent / "config" / "quotas.schema.json"
-    assert kept.read_text() == _run("schema").output
+    copy = Path(__file__).parent.parent / "config" / "quotas.schema.json"
+    assert copy.read_text() == _run("schema").output
 
 
-def test_migrate_makes_the_schema_and_may_run_twice(file: Path, tmp_path: Path) -> None:
-    """A job of its own, for who wants the schema changed before the program."""
+def test_migrate_creates_the_schema_and_may_run_twice(file: Path, tmp_path: Path) -> None:
+    """For operators who migrate the database before they replace the program."""
     for _ in range(2):
         result = _run("migrate", "--config", str(file))
         assert result.exit_code == 0
@@ -87,8 +88,8 @@ def test_migrate_makes_the_schema_and_may_run_twice(file: Path, tmp_path: Path) 
     assert (tmp_path / "quotas.db").exists()
 
 
-def test_keys_hash_prints_what_the_config_takes() -> None:
-    """By argument or asked for; a short key is refused."""
+def test_keys_hash_prints_the_hash_for_the_config() -> None:
+    """Of a key in an argument or at the prompt. A short key is refused."""
     key = "key-of-alice-0123456789abcdef"
     assert _run("keys", "hash", key).output.strip() == f"sha256:{digest(key)}"
     assert f"sha256:{digest(key)}" in _run("keys", "hash", input=f"{key}\n").output
@@ -96,8 +97,8 @@ def test_keys_hash_prints_what_the_config_takes() -> None:
     assert (short.exit_code, "24 characters" in short.stderr) == (2, True)
 
 
-def test_a_port_that_is_taken_is_said_plainly(file: Path) -> None:
-    """No traceback, exit code 2."""
+def test_a_port_in_use_is_an_error_without_a_traceback(file: Path) -> None:
+    """With exit code 2."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -107,14 +108,15 @@ def test_a_port_that_is_taken_is_said_plainly(file: Path) -> None:
     assert "address already in use" in result.stderr
 
 
-def test_who_is_no_worker_is_told(file: Path) -> None:
-    """`--tie` is for the parent to give."""
-    result = _run("serve", "--config", str(file), "--tie", "999")
+@pytest.mark.parametrize("option", ["--control-socket", "--tie"])
+def test_a_control_socket_that_is_no_socket_is_an_error(option: str, file: Path) -> None:
+    """Only a parent gives this option. A parent of an older release gives it as `--tie`."""
+    result = _run("serve", "--config", str(file), option, "999")
     assert (result.exit_code, result.stderr) == (2, "[Errno 9] Bad file descriptor\n")
 
 
-def test_a_port_that_is_taken_is_said_by_a_parent_too(file: Path) -> None:
-    """Before any worker is started."""
+def test_a_port_in_use_is_an_error_of_the_parent_too(file: Path) -> None:
+    """Before it has started any worker."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         result = _run("serve", "--workers", "2", "--config", str(file), "--port", port, "--host", "127.0.0.1")
@@ -124,10 +126,12 @@ def test_a_port_that_is_taken_is_said_by_a_parent_too(file: Path) -> None:
 
 @pytest.mark.parametrize("command", ["serve", "migrate"])
 @pytest.mark.parametrize("is_installed", [True, False])
-def test_postgresql_that_cannot_be_used_is_said_plainly(
+def test_a_postgresql_that_cannot_be_used_is_an_error_without_a_traceback(
     command: str, is_installed: bool, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is not there, or its driver isn't, which is an extra; what to install is said, and never the password."""
+    """The server can't be reached, or the driver is missing: then the message says what to install. The password is
+    never printed.
+    """
     if not is_installed:
         monkeypatch.setitem(sys.modules, "asyncpg", None)
         monkeypatch.delitem(sys.modules, "proxy.ledger.postgres", raising=False)
@@ -140,6 +144,24 @@ def test_postgresql_that_cannot_be_used_is_said_plainly(
     assert "sesame" not in result.stderr
 
 
-def test_the_version_is_the_package_s() -> None:
-    """For bug reports."""
+def test_starting_a_command_imports_neither_torture_nor_the_demo() -> None:
+    """`serve` does not need them; a fresh process shows what importing the commands brings."""
+    code = "import sys, proxy.cli; print(*sys.modules, sep='\\n')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    imported = done.stdout.split()
+    assert "proxy.cli" in imported
+    lazy = ("proxy.demo", "proxy.simulator", "proxy.torture")
+    assert [name for name in imported if name.startswith(lazy)] == []
+
+
+def test_help_lists_every_command() -> None:
+    """Also `torture`, which is imported only for it, with its first line."""
+    result = _run("--help")
+    listed = result.output.partition("Commands:\n")[2].splitlines()
+    assert [line.split()[0] for line in listed] == "check demo keys migrate schema serve torture".split()
+    assert "Use up a quota from many clients" in listed[-1]
+
+
+def test_the_version_is_printed() -> None:
+    """It is that of the package, for bug reports."""
     assert re.search(r"\d+\.\d+\.\d+", _run("--version").output)

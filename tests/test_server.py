@@ -1,4 +1,4 @@
-"""Starting and stopping in order, and what a restart finds."""
+"""Starting, stopping and restarting one process."""
 
 import asyncio
 import os
@@ -12,7 +12,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from proxy.ledger.store import StoreInUse
-from proxy.server import Server, every, look_at
+from proxy.server import InheritedResources, Server, fingerprint_of, repeat
 from tests.stage import STAFF, UPSTREAM_KEY, Clock, config_of, key_of, loaded, stage
 
 HELLO: Any = [{"role": "user", "content": "Hello"}]
@@ -23,8 +23,8 @@ def _ask(simulate: str, **more: Any) -> dict[str, Any]:
     return {"model": "fast", "messages": HELLO, "metadata": {"simulate": simulate}, **more}
 
 
-async def test_stopping_lets_calls_end(tmp_path: Path) -> None:
-    """A stream that runs when the stop comes is finished, and charged, and its client sees the end."""
+async def test_a_stop_lets_calls_end(tmp_path: Path) -> None:
+    """A stream that is running when the stop begins is sent to its end."""
     async with stage(folder=tmp_path) as on:
         call = on.begin(CHAT, _ask("tokens=20 speed=400", stream=True))
         await on.simulator.until(lambda: on.simulator.chunks_sent > 2)
@@ -32,8 +32,8 @@ async def test_stopping_lets_calls_end(tmp_path: Path) -> None:
         assert (await call).body.endswith(b"data: [DONE]\n\n")
 
 
-async def test_what_does_not_end_in_time_is_cut_off_and_settled(tmp_path: Path) -> None:
-    """Past the grace a call is ended; what passed is on the books of the next start."""
+async def test_a_call_that_does_not_end_in_time_is_cut_off_and_settled(tmp_path: Path) -> None:
+    """The next start finds it charged for the tokens that were streamed, and holding nothing."""
     async with stage(folder=tmp_path) as on:
         call = on.begin(CHAT, _ask("tokens=50 stall=5", stream=True))
         await on.simulator.until(lambda: on.simulator.chunks_sent >= 5)
@@ -47,7 +47,7 @@ async def test_what_does_not_end_in_time_is_cut_off_and_settled(tmp_path: Path) 
 
 
 async def test_a_restart_changes_no_number(tmp_path: Path) -> None:
-    """Counters and windows are where they were."""
+    """Counters and windows are the same, after two restarts as well."""
     async with stage(folder=tmp_path) as on:
         await on.post(CHAT, _ask("tokens=9"))
         before = (await on.get("/v1/quota")).json()
@@ -57,8 +57,8 @@ async def test_a_restart_changes_no_number(tmp_path: Path) -> None:
 
 
 @pytest.mark.every_engine
-async def test_what_was_used_is_added_up_and_kept_as_the_policy_says(tmp_path: Path, monkeypatch: Any) -> None:
-    """In the background, by itself: the call goes when its time is over, and its day stays."""
+async def test_usage_is_rolled_up_and_old_calls_are_deleted(tmp_path: Path, monkeypatch: Any) -> None:
+    """In the background. After `keep.calls` the call is deleted, and the sums of its day stay."""
     monkeypatch.setattr("proxy.server._ROLLUP_EVERY_S", 0.01)
     async with stage(folder=tmp_path) as on:
         await on.post(CHAT, _ask("tokens=9"))
@@ -74,7 +74,7 @@ async def test_what_was_used_is_added_up_and_kept_as_the_policy_says(tmp_path: P
 
 
 async def test_a_second_process_on_the_same_file_is_refused(tmp_path: Path) -> None:
-    """Two that don't know of each other would both say yes."""
+    """Two processes that don't know of each other would both admit calls up to the limit."""
     async with stage(folder=tmp_path) as on:
         config = config_of(STAFF, folder=tmp_path, upstream="http://127.0.0.1:1/v1")
         second = Server(config, load=lambda: config, now=on.clock, tokenizers=loaded())
@@ -84,8 +84,8 @@ async def test_a_second_process_on_the_same_file_is_refused(tmp_path: Path) -> N
         assert (await on.post(CHAT, _ask("tokens=1"))).status == 200
 
 
-async def test_readiness_goes_before_the_end(tmp_path: Path) -> None:
-    """A load balancer is told before connections are refused; liveness says only that the process answers."""
+async def test_a_stopping_process_is_live_but_not_ready(tmp_path: Path) -> None:
+    """So a load balancer stops sending calls, and nobody kills the process before its calls have ended."""
     async with stage(folder=tmp_path) as on:
         assert (await on.get("/readyz", user=None)).json()["status"] == "ready"
         assert (await on.get("/healthz", user=None)).status == 200
@@ -109,8 +109,8 @@ def _write(file: Path, tokens: str) -> None:
     file.with_suffix(".new").replace(file)
 
 
-async def test_a_process_serves_reloads_and_ends_on_signals(tmp_path: Path) -> None:
-    """As an operator runs it: SIGHUP takes the new file, a bad one changes nothing, SIGTERM ends with 0."""
+async def test_a_process_serves_reloads_and_stops_on_signals(tmp_path: Path) -> None:
+    """SIGHUP reloads the file, an invalid file changes nothing, and SIGTERM ends the process with exit code 0."""
     file = tmp_path / "quotas.yaml"
     _write(file, "1000")
     process = await asyncio.create_subprocess_exec(
@@ -128,7 +128,7 @@ async def test_a_process_serves_reloads_and_ends_on_signals(tmp_path: Path) -> N
                 tokens: int = (await response.json())["data"][0]["tokens"]["limit"]
                 return tokens
 
-        async def said(words: str) -> None:
+        async def logged(words: str) -> None:
             assert process.stderr
             while words not in (await process.stderr.readline()).decode():
                 pass
@@ -136,10 +136,10 @@ async def test_a_process_serves_reloads_and_ends_on_signals(tmp_path: Path) -> N
         assert await limit() == 1000
         _write(file, "2000")
         process.send_signal(signal.SIGHUP)
-        await said("policy reloaded")
+        await logged("policy reloaded")
         assert await limit() == 2000
-        _write(file, "many")  # and without a signal: it is noticed
-        await said("can't be taken")
+        _write(file, "many")  # noticed without a signal
+        await logged("can't be taken")
         assert await limit() == 2000
         process.terminate()
         assert await process.wait() == 0
@@ -149,41 +149,41 @@ async def test_a_process_serves_reloads_and_ends_on_signals(tmp_path: Path) -> N
             await process.wait()
 
 
-async def test_a_chore_that_fails_is_done_again() -> None:
-    """A lease that is renewed no more, or a file that is looked at no more, would be missed by nobody."""
-    done: list[int] = []
+async def test_a_job_that_fails_is_repeated() -> None:
+    """Otherwise one error would end the renewal of the lease, or the check of the file, for as long as it runs."""
+    runs: list[int] = []
     enough = asyncio.Event()
 
-    async def chore() -> None:
-        done.append(1)
-        if len(done) == 3:
+    async def job() -> None:
+        runs.append(1)
+        if len(runs) == 3:
             enough.set()
         raise RuntimeError
 
     with capture_logs() as logged:
-        running = asyncio.get_running_loop().create_task(every(0, chore))
+        running = asyncio.get_running_loop().create_task(repeat(job, every_s=0))
         await enough.wait()
         running.cancel()
     assert [entry["event"] for entry in logged[:2]] == ["a chore failed"] * 2
 
 
-def test_a_file_that_is_not_there_looks_like_none(tmp_path: Path) -> None:
-    """A file that vanishes is a change too; and the same file looks the same twice."""
+def test_a_missing_file_has_no_fingerprint(tmp_path: Path) -> None:
+    """So a file that vanishes has changed. An unchanged file has the same fingerprint twice."""
     file = tmp_path / "quotas.yaml"
-    assert look_at(str(file)) is None
+    assert fingerprint_of(str(file)) is None
     file.write_text("a")
-    assert look_at(str(file)) == look_at(str(file)) is not None
+    assert fingerprint_of(str(file)) == fingerprint_of(str(file)) is not None
 
 
-async def test_a_kill_in_the_middle_charges_what_was_held(tmp_path: Path) -> None:
-    """The process is gone without a word: the next start finds its open calls and charges them, once."""
+async def test_a_call_that_a_crash_interrupts_is_charged_its_reservation(tmp_path: Path) -> None:
+    """By the next start, and not again by the one after that."""
     clock = Clock()
     async with stage(folder=tmp_path, clock=clock) as on:
         call = on.begin(CHAT, _ask("hang", max_tokens=100))
         await on.simulator.until(lambda: on.simulator.received == 1)
         _, held = await on.used()
         assert held > 100
-        for name in ("quotas.db", "quotas.db-wal"):  # what a crash leaves on the disk
+        for name in ("quotas.db", "quotas.db-wal"):  # the files as a crash would leave them
             (tmp_path / f"crashed-{name}").write_bytes((tmp_path / name).read_bytes())
         await on.hang_up(call)
         await on.server.stop(grace_s=0.01)
@@ -195,3 +195,22 @@ async def test_a_kill_in_the_middle_charges_what_was_held(tmp_path: Path) -> Non
         async with stage(folder=crashed, clock=clock) as on:
             assert await on.used() == (held, 0)
             assert (await on.quota("staff/daily"))["requests"]["used"] == 1
+
+
+# ------------------------------------------------------------------------------------------------ inherited resources
+
+
+def test_a_worker_understands_a_parent_of_another_release() -> None:
+    """A restart starts the code that is on the disk: fields that it does not know are ignored."""
+    assert InheritedResources.from_line(
+        b'{"owner": "me", "database": "d", "api": [3], "later": 1}'
+    ) == InheritedResources("me", "d", api=(3,))
+
+
+def test_every_descriptor_is_inherited() -> None:
+    """Those of the sockets and, if there is one, that of the lock."""
+    whole = InheritedResources(
+        "me", "sqlite:///q.db", api=(3, 4), admin=(5,), lock=6, metrics="/tmp/x", dead=("you",)
+    )
+    assert whole.descriptors == (3, 4, 5, 6)
+    assert InheritedResources("me", "d", api=(3,)).descriptors == (3,)

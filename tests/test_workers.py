@@ -1,8 +1,9 @@
-"""Several processes behind one port, as an operator runs them: real processes, sockets and signals."""
+"""Several processes behind one port: with real workers, then a parent with stand-ins, then the sockets alone."""
 
 import asyncio
 import os
 import signal
+import socket
 import sys
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
@@ -15,17 +16,16 @@ import orjson
 import pytest
 from structlog.testing import capture_logs
 
-from proxy.config.loader import load_text
+from proxy.config.loader import Address, load_text
 from proxy.ledger.sqlite import SqliteStore
+from proxy.server import InheritedResources
 from proxy.simulator.server import Simulator
 from proxy.simulator.server import serve as serve_simulator
-from proxy.workers import Command, NotServing, Parent
+from proxy.workers import Command, NotServing, Parent, address_of, listen, receive_inherited
 from tests.audit import audit, rows
 from tests.bare_upstream import bare_upstream, stream_head
 from tests.postgres import shared
 from tests.stage import UPSTREAM_KEY, key_of, sqlite_in, until
-
-pytestmark = pytest.mark.journey
 
 CONFIG = """
 server: {{api: "127.0.0.1:0", admin: "127.0.0.1:0"}}
@@ -47,7 +47,7 @@ CHAT = {"model": "fast", "messages": [{"role": "user", "content": "Hello"}]}
 
 
 class Running:
-    """A parent, its log, and what clients see of it. `pids` are the workers that it has said serve."""
+    """A parent process, its log, and what its clients get. `pids` has the workers that serve, as it has logged."""
 
     def __init__(self, process: asyncio.subprocess.Process, simulator: Simulator) -> None:
         self.process = process
@@ -55,37 +55,37 @@ class Running:
         self.pids: list[int] = []
         self.url = self.admin_url = ""
 
-    async def said(self, words: str) -> str:
-        """Wait until the log has a line with these words; all lines till then are read."""
+    async def logged(self, words: str) -> str:
+        """Read the log up to the first line that contains these words, and return that line."""
         assert self.process.stderr
         while line := (await self.process.stderr.readline()).decode():
             if '"a worker serves"' in line:
                 self.pids.append(orjson.loads(line)["pid"])
             if words in line:
                 return line
-        raise AssertionError(f"it ended and never said: {words}")
+        raise AssertionError(f"the parent ended and never logged: {words}")
 
-    async def serves(self, workers: int) -> None:
-        """Wait until it says where it listens, and which its workers are."""
+    async def all_serve(self, workers: int) -> None:
+        """Wait until it has printed the addresses of its listeners, and logged that all workers serve."""
         while not (self.url and self.admin_url and len(self.pids) == workers):
-            kind, _, address = (await self.said("")).partition(" on http")
+            kind, _, address = (await self.logged("")).partition(" on http")
             if address:
                 setattr(self, {"API": "url", "admin": "admin_url"}[kind], f"http{address.strip()}")
 
     async def chat(self, http: aiohttp.ClientSession, **more: Any) -> tuple[int, bytes]:
-        """One call."""
+        """Send a call; the status and the body of its answer."""
         async with http.post(f"{self.url}/v1/chat/completions", headers=ALICE, json={**CHAT, **more}) as response:
             return response.status, await response.read()
 
     async def pot(self, http: aiohttp.ClientSession) -> dict[str, Any]:
-        """How the pot stands."""
+        """The shared quota `pot`, as `/v1/quota` shows it."""
         async with http.get(f"{self.url}/v1/quota", headers=ALICE) as response:
             found: dict[str, Any] = (await response.json())["data"][0]
             return found
 
     @contextmanager
     def only(self, pid: int) -> Iterator[None]:
-        """All other workers stand still meanwhile, so that this one gets whoever connects."""
+        """Pause all other workers within the block, so that this one accepts every new connection."""
         others = [other for other in self.pids if other != pid]
         for other in others:
             os.kill(other, signal.SIGSTOP)
@@ -97,7 +97,7 @@ class Running:
 
 
 async def ended(pid: int) -> None:
-    """Wait until a process has ended, also one that is not ours."""
+    """Wait until a process has ended, also if it is not a child of this one."""
     try:
         file = os.pidfd_open(pid)
     except ProcessLookupError:
@@ -110,7 +110,7 @@ async def ended(pid: int) -> None:
 
 
 def client(**more: Any) -> aiohttp.ClientSession:
-    """One that connects anew for each call, unless told otherwise."""
+    """An HTTP client that opens a connection for each call, unless `more` says otherwise."""
     return aiohttp.ClientSession(connector=aiohttp.TCPConnector(**(more or {"force_close": True})))
 
 
@@ -118,7 +118,7 @@ def client(**more: Any) -> aiohttp.ClientSession:
 async def running(
     folder: Path, workers: int, *, database: str | None = None, requests: int = 1000, held: str = NOWHERE
 ) -> AsyncIterator[Running]:
-    """A parent with so many workers, before a simulator; it is killed where the test did not stop it."""
+    """A parent with this number of workers in front of a simulator. It is killed if the test has not stopped it."""
     simulator = Simulator(UPSTREAM_KEY)
     runner, port = await serve_simulator(simulator)
     file = folder / "quotas.yaml"
@@ -130,7 +130,7 @@ async def running(
     )
     on = Running(process, simulator)
     try:
-        await on.serves(workers)
+        await on.all_serve(workers)
         yield on
     finally:
         if process.returncode is None:
@@ -142,13 +142,14 @@ async def running(
 
 
 def text_of(database: str, *, upstream: str = NOWHERE, held: str = NOWHERE, requests: int = 1000) -> str:
-    """The file."""
+    """The YAML of the config."""
     given = {"key": UPSTREAM_KEY, "alice": key_of("alice"), "requests": requests}
     return CONFIG.format(database=database, upstream=upstream, held=held, **given)
 
 
-async def test_one_port_and_every_worker_serves_it(tmp_path: Path) -> None:
-    """Whichever takes the call; /metrics are sums whoever answers; SIGHUP reaches all; SIGTERM ends with 0."""
+@pytest.mark.journey
+async def test_every_worker_serves_the_one_port(tmp_path: Path) -> None:
+    """Each takes calls, and shows the sums of all in /metrics. SIGHUP reloads all; SIGTERM stops all, exit code 0."""
     async with running(tmp_path, 3) as on, client() as http:
         for pid in on.pids:
             with on.only(pid):
@@ -164,7 +165,7 @@ async def test_one_port_and_every_worker_serves_it(tmp_path: Path) -> None:
             assert "llm_quota_calls_in_flight 0.0" in text
         on.process.send_signal(signal.SIGHUP)
         for _ in on.pids:
-            await on.said("policy reloaded")
+            await on.logged("policy reloaded")
         on.process.terminate()
         assert await on.process.wait() == 0
         for pid in on.pids:
@@ -172,9 +173,10 @@ async def test_one_port_and_every_worker_serves_it(tmp_path: Path) -> None:
         audit(tmp_path / "quotas.db")
 
 
-async def test_who_is_killed_takes_nothing_with_it(tmp_path: Path) -> None:
-    """A worker: the others serve on, another takes its place and charges its open call, its counts stay. The parent:
-    its workers end in order, and let go of the file.
+@pytest.mark.journey
+async def test_a_killed_worker_is_replaced_and_workers_of_a_killed_parent_stop(tmp_path: Path) -> None:
+    """The other worker goes on serving, a new one charges the open call, and the counters of the dead one remain.
+    Without their parent, all workers stop in order and release the lock on the file.
     """
     async with running(tmp_path, 2) as on, client() as http:
         first, second = on.pids
@@ -187,7 +189,7 @@ async def test_who_is_killed_takes_nothing_with_it(tmp_path: Path) -> None:
             await call
         on.pids.remove(first)
         assert (await on.chat(http))[0] == 200
-        await on.said("a worker serves")
+        await on.logged("a worker serves")
         assert len(on.pids) == 2
         assert second in on.pids
         pot = await on.pot(http)
@@ -207,12 +209,13 @@ async def test_who_is_killed_takes_nothing_with_it(tmp_path: Path) -> None:
         audit(tmp_path / "quotas.db")
 
 
-async def test_of_all_that_come_through_any_worker_as_many_are_let_in_as_fit(tmp_path: Path) -> None:
-    """One pot for all, on one SQLite file; who is none of this parent's is refused the file."""
+@pytest.mark.journey
+async def test_calls_through_all_workers_are_admitted_up_to_the_limit(tmp_path: Path) -> None:
+    """A shared quota on one SQLite file admits exactly 40 of 90 calls. A second parent on the file gets an error."""
     async with running(tmp_path, 3, requests=40) as on:
         clients = [client(limit=5) for _ in on.pids]
         for pid, http in zip(on.pids, clients, strict=True):
-            with on.only(pid):  # its connections are with this worker, and stay there
+            with on.only(pid):  # this client opens its connections to this worker, and keeps them
                 await asyncio.gather(*(on.pot(http) for _ in range(5)))
         answers = await asyncio.gather(*(on.chat(http) for http in clients for _ in range(30)))
         for http in clients:
@@ -224,13 +227,16 @@ async def test_of_all_that_come_through_any_worker_as_many_are_let_in_as_fit(tmp
             *(sys.executable, "-m", "proxy", "serve", "--workers", "2", "--config", str(tmp_path / "quotas.yaml")),
             stderr=asyncio.subprocess.PIPE,
         )
-        _, said = await second.communicate()
+        _, printed = await second.communicate()
         assert second.returncode == 2
-        assert b"Another process is using" in said
+        assert b"Another process is using" in printed
 
 
+@pytest.mark.journey
 async def test_a_restart_loses_no_call(tmp_path: Path) -> None:
-    """On SIGUSR2 others serve before the old ones leave: no connection is refused, none is cut, a stream ends."""
+    """On SIGUSR2, new workers serve before the old ones stop accepting: no connection is refused or cut, and a stream
+    that is running is sent to its end.
+    """
     has_begun, may_end, is_over = asyncio.Event(), asyncio.Event(), asyncio.Event()
 
     async def hold(_: object, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -242,22 +248,23 @@ async def test_a_restart_loses_no_call(tmp_path: Path) -> None:
     async with (
         bare_upstream(hold) as held,
         running(tmp_path, 2, requests=100_000, held=held.url) as on,
-        client() as new,
-        client(limit=5) as kept,
+        client() as reconnecting,
+        client(limit=5) as keeping,
     ):
         old = list(on.pids)
 
-        async def come_again(http: aiohttp.ClientSession) -> set[int]:
-            seen = set()
+        async def call_repeatedly(http: aiohttp.ClientSession) -> set[int]:
+            statuses = set()
             while not is_over.is_set():
-                seen.add((await on.chat(http))[0])
-            return seen
+                statuses.add((await on.chat(http))[0])
+            return statuses
 
-        load = [asyncio.get_running_loop().create_task(come_again(http)) for http in (new, kept, kept)]
-        stream = asyncio.get_running_loop().create_task(on.chat(new, model="slow", stream=True, metadata={}))
+        clients = (reconnecting, keeping, keeping)
+        load = [asyncio.get_running_loop().create_task(call_repeatedly(http)) for http in clients]
+        stream = asyncio.get_running_loop().create_task(on.chat(reconnecting, model="slow", stream=True, metadata={}))
         await has_begun.wait()
         on.process.send_signal(signal.SIGUSR2)
-        await on.said("the old ones leave")
+        await on.logged("the old ones leave")
         may_end.set()
         await asyncio.gather(*map(ended, old))
         assert (await stream)[1].endswith(b"data: [DONE]\n\n")
@@ -276,8 +283,9 @@ def event(text: str, finish: str | None = None) -> bytes:
     return b"data: " + orjson.dumps(chunk) + b"\n\n"
 
 
-async def test_workers_share_a_postgresql(tmp_path: Path) -> None:
-    """There is no file to be locked; all else is the same."""
+@pytest.mark.journey
+async def test_workers_share_a_postgresql_database(tmp_path: Path) -> None:
+    """There is no file to lock; everything else is the same."""
     server = shared()
     url = await server.fresh()
     async with running(tmp_path, 2, database=url) as on, client() as http:
@@ -290,136 +298,189 @@ async def test_workers_share_a_postgresql(tmp_path: Path) -> None:
         assert await on.process.wait() == 0
 
 
-# ----------------------------------------------------------------------------------------------------- with stand-ins
+# -------------------------------------------------------------------------------------------- a parent with stand-ins
 
-# Serves as long as a file is there; else it ends at once, as on a config that can't be taken.
+# A worker that serves if a file exists. Otherwise it ends at once, as a worker does that finds an invalid config.
 STAND_IN = r"""
 import pathlib, socket, sys
-tie = socket.socket(fileno=int(sys.argv[2]))
-tie.recv(65536)
+control = socket.socket(fileno=int(sys.argv[2]))
+control.recv(65536)
 if not pathlib.Path(sys.argv[1]).exists():
     sys.exit(3)
-tie.send(b"serves\n")
-tie.recv(6)
+control.send(b"serves\n")
+control.recv(6)
 """
 
 
-class Fine:
-    """The file without which stand-ins don't serve."""
+class Startable:
+    """The file that lets stand-ins serve."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         path.touch()
 
-    def no_more(self) -> None:
-        """From now on new ones end at once."""
+    def forbid(self) -> None:
+        """From now on, new workers end at once."""
         self.path.unlink()
 
-    def again(self) -> None:
-        """From now on new ones serve."""
+    def allow(self) -> None:
+        """From now on, new workers serve."""
         self.path.touch()
 
 
 @pytest.fixture
-def fine(tmp_path: Path) -> Fine:
-    """All is fine to begin with."""
-    return Fine(tmp_path / "fine")
+def startable(tmp_path: Path) -> Startable:
+    """Workers can start at first."""
+    return Startable(tmp_path / "startable")
 
 
 @pytest.fixture
-def parent(tmp_path: Path, fine: Fine) -> Parent:
-    """A parent of two stand-ins, in this very process."""
+def parent(tmp_path: Path, startable: Startable) -> Parent:
+    """A parent of two stand-ins, in the process of the test."""
     config = load_text(text_of(sqlite_in(tmp_path)))
-    command = Command((sys.executable, "-S", "-c", STAND_IN, str(fine.path)), {})
+    command = Command((sys.executable, "-S", "-c", STAND_IN, str(startable.path)), {})
     return Parent(config, 2, command=command, load=lambda: config)
 
 
-class Stood:
-    """A parent that runs, and what it logs."""
+class Supervised:
+    """A parent that runs in a task, and its log."""
 
     def __init__(self, task: "asyncio.Task[None]", log: list[Any]) -> None:
         self.task = task
         self._log = log
 
-    async def said(self, words: str, times: int = 1) -> list[Any]:
-        """Wait until it has logged this so often."""
-        await until(lambda: len(self.lines(words)) >= times)
-        return self.lines(words)
+    async def logged(self, words: str, times: int = 1) -> list[Any]:
+        """Wait until it has logged this event at least so often, and return these entries."""
+        await until(lambda: len(self.entries(words)) >= times)
+        return self.entries(words)
 
-    def lines(self, words: str) -> list[Any]:
-        """What it has logged with these words."""
-        return [line for line in self._log if words in line["event"]]
+    def entries(self, words: str) -> list[Any]:
+        """The entries of the log whose event contains these words."""
+        return [entry for entry in self._log if words in entry["event"]]
 
 
 @asynccontextmanager
-async def stood(parent: Parent) -> AsyncIterator[Stood]:
-    """Let it serve, and stop it."""
+async def supervised(parent: Parent) -> AsyncIterator[Supervised]:
+    """Let the parent serve, and stop it at the end."""
     with capture_logs() as log:
-        on = Stood(asyncio.get_running_loop().create_task(parent.serve(lambda _: None)), log)
-        await on.said("a worker serves", 2)
+        on = Supervised(asyncio.get_running_loop().create_task(parent.serve(lambda _: None)), log)
+        await on.logged("a worker serves", 2)
         yield on
         if not on.task.done():
             signal.raise_signal(signal.SIGTERM)
             await on.task
 
 
-async def test_who_cannot_start_workers_gives_up(parent: Parent, fine: Fine) -> None:
-    """It says so instead of trying for ever, and leaves nobody behind."""
-    fine.no_more()
-    with pytest.raises(NotServing, match="could not start: what it said"):
+@pytest.mark.journey
+async def test_a_parent_whose_first_workers_cannot_start_ends_with_an_error(
+    parent: Parent, startable: Startable
+) -> None:
+    """It does not try for ever."""
+    startable.forbid()
+    with pytest.raises(NotServing, match="could not start: see its log above"):
         await parent.serve(lambda _: pytest.fail("nobody serves"))
 
 
-async def test_a_command_that_is_not_there_is_said(parent: Parent) -> None:
-    """As when the program was taken away meanwhile."""
+@pytest.mark.journey
+async def test_a_missing_program_is_named_in_the_error(parent: Parent) -> None:
+    """As if it had been deleted while the parent ran."""
     parent._command = Command(("/nowhere/python",), {})
     with pytest.raises(NotServing, match=r"no process can be started: .*nowhere"):
         await parent.serve(lambda _: pytest.fail("nobody serves"))
 
 
-async def test_a_restart_that_fails_changes_nothing(parent: Parent, fine: Fine) -> None:
-    """The old workers stay as long as new ones can't serve."""
-    async with stood(parent) as on:
-        fine.no_more()
+@pytest.mark.journey
+async def test_a_failed_restart_keeps_the_old_workers(parent: Parent, startable: Startable) -> None:
+    """They serve until a later restart succeeds."""
+    async with supervised(parent) as on:
+        startable.forbid()
         signal.raise_signal(signal.SIGUSR2)
-        await on.said("the old workers stay")
-        fine.again()
+        await on.logged("the old workers stay")
+        startable.allow()
         signal.raise_signal(signal.SIGUSR2)
-        [line] = await on.said("the old ones leave")
-        assert (line["new"], line["old"]) == (2, 2)
-        assert not on.lines("a worker ended")
+        [entry] = await on.logged("the old ones leave")
+        assert (entry["new"], entry["old"]) == (2, 2)
+        assert not on.entries("a worker ended")
 
 
-async def test_who_ends_is_replaced_as_soon_as_that_can_be(parent: Parent, fine: Fine) -> None:
-    """Attempts that fail are repeated while somebody still serves."""
-    async with stood(parent) as on:
-        first, _ = [line["pid"] for line in on.lines("a worker serves")]
-        fine.no_more()
+@pytest.mark.journey
+async def test_a_dead_worker_is_replaced_as_soon_as_one_can_start(parent: Parent, startable: Startable) -> None:
+    """Failed starts are repeated while another worker serves."""
+    async with supervised(parent) as on:
+        first, _ = [entry["pid"] for entry in on.entries("a worker serves")]
+        startable.forbid()
         os.kill(first, signal.SIGKILL)
-        await on.said("not replaced yet", 2)
-        fine.again()
-        assert len({line["pid"] for line in await on.said("a worker serves", 3)}) == 3
+        await on.logged("not replaced yet", 2)
+        startable.allow()
+        assert len({entry["pid"] for entry in await on.logged("a worker serves", 3)}) == 3
 
 
-async def test_when_nobody_serves_any_more_it_gives_up(parent: Parent, fine: Fine) -> None:
-    """A port on which nobody ever answers is worse than none."""
-    async with stood(parent) as on:
-        fine.no_more()
-        for line in on.lines("a worker serves"):
-            os.kill(line["pid"], signal.SIGKILL)
+@pytest.mark.journey
+async def test_a_parent_without_workers_that_can_start_ends_with_an_error(
+    parent: Parent, startable: Startable
+) -> None:
+    """An open port on which nobody answers is worse than a closed one."""
+    async with supervised(parent) as on:
+        startable.forbid()
+        for entry in on.entries("a worker serves"):
+            os.kill(entry["pid"], signal.SIGKILL)
         with pytest.raises(NotServing):
             await on.task
 
 
-async def test_a_worker_that_will_not_end_is_killed(parent: Parent, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that stands still takes no SIGTERM; the parent must go all the same."""
+@pytest.mark.journey
+async def test_a_worker_that_does_not_stop_is_killed(parent: Parent, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A paused process does not handle SIGTERM. The parent ends nevertheless."""
     monkeypatch.setattr("proxy.workers.GRACE_S", 0)
-    monkeypatch.setattr("proxy.workers._END_S", 0.05)
-    async with stood(parent) as on:
-        stopped = on.lines("a worker serves")[0]["pid"]
-        os.kill(stopped, signal.SIGSTOP)
-        # Else the SIGTERM might overtake it.
-        await asyncio.to_thread(os.waitid, os.P_PID, stopped, os.WSTOPPED | os.WNOWAIT)
+    monkeypatch.setattr("proxy.workers._KILL_AFTER_S", 0.05)
+    async with supervised(parent) as on:
+        paused = on.entries("a worker serves")[0]["pid"]
+        os.kill(paused, signal.SIGSTOP)
+        # Wait until it is paused, because SIGTERM could end it before SIGSTOP takes effect.
+        await asyncio.to_thread(os.waitid, os.P_PID, paused, os.WSTOPPED | os.WNOWAIT)
         signal.raise_signal(signal.SIGTERM)
         await on.task
-        assert [line["pid"] for line in on.lines("is killed")] == [stopped]
+        assert [entry["pid"] for entry in on.entries("is killed")] == [paused]
+
+
+# ------------------------------------------------------------------------------------------------------------ sockets
+
+
+WHOLE = InheritedResources("me", "sqlite:///q.db", api=(3, 4), admin=(5,), lock=6, metrics="/tmp/x", dead=("you",))
+
+
+@pytest.mark.parametrize("inherited", [WHOLE, InheritedResources("me", "postgresql://u:secret@h/d")])
+def test_a_worker_receives_every_inherited_resource(inherited: InheritedResources) -> None:
+    """Through a socket, also if the line arrives in two parts."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        line = inherited.to_line()
+        ours.send(line[:7])
+        ours.send(line[7:])
+        assert receive_inherited(theirs) == inherited
+
+
+def test_a_worker_whose_parent_is_gone_ends_with_an_error() -> None:
+    """The parent died before it had written the line."""
+    ours, theirs = socket.socketpair()
+    ours.close()
+    with theirs, pytest.raises(OSError, match="parent"):
+        receive_inherited(theirs)
+
+
+def test_a_listening_socket_has_an_address_and_is_not_inherited_by_default() -> None:
+    """It accepts connections at the address. Only `pass_fds` hands it to a worker."""
+    [only] = listen(Address("127.0.0.1", 0))
+    with only:
+        assert address_of([only]) == Address("127.0.0.1", only.getsockname()[1])
+        socket.create_connection(only.getsockname()).close()
+        assert not os.get_inheritable(only.fileno())
+    assert address_of([]) is None
+
+
+def test_a_port_in_use_leaves_no_socket_open() -> None:
+    """Also if the host has several addresses and the port is free on some of them."""
+    before = os.listdir("/dev/fd")
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(OSError, match="in use"):
+        listen(Address("localhost", taken.getsockname()[1]))
+    assert os.listdir("/dev/fd") == before

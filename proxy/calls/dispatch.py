@@ -1,8 +1,20 @@
-"""One call, sent to one upstream after another until one of them takes it.
+"""Sends one call to one upstream after another until one of them answers it.
 
-Nothing of this is seen by the client, and nothing of it costs: there is one reservation, which is charged what the
-upstream that answered used. A call that may have run is never sent again: only one that provably reached nobody, or
-was turned away with a head that says so. Once a head of an answer is handed out there is no other try.
+The client does not see the failed attempts, and they cost nothing: there is one reservation for all attempts, and it
+is charged what the upstream that answered used.
+
+A call that may have run is never sent again:
+
+    could not connect                              sent again
+    429, 401, 402, 5xx except 504 and 524          sent again: the status says that the call did not run
+    connection closed without an answer            not sent again: it may have run
+    no answer in time, 408, 504, 524               not sent again: it may still run
+    other 4xx                                      not sent again: every upstream would reject the request
+    3xx                                            not sent again: redirects are not followed
+    2xx                                            the answer, even if its body breaks off later
+
+An example with two upstreams: `box` answers 503, so the call goes to `openai` at once. If `openai` cannot be reached
+either, the client gets the 503 of `box`, because an answer says more than its absence.
 """
 
 import asyncio
@@ -28,14 +40,14 @@ from proxy.upstreams.routing import UNREACHED_PAUSE_MS, Cooldowns, RoutingState,
 from proxy.upstreams.spool import Spliced
 from proxy.upstreams.usage_option import UsageOptionCache, is_about_usage_option
 
-# What became of one try, as it is counted.
+# The result of one attempt, as a label of the metric `llm_quota_tries`.
 AttemptOutcome = Literal["answered", "rejected", "limited", "failed", "unreachable", "timed_out", "broke_off"]
 
 log = structlog.get_logger("tries")
 
 
 class Candidate:
-    """A call as one of its targets is to receive it: with a body, a token count and a meter of its own."""
+    """A call in the form in which one of its targets gets it, with its own body, token count and meter."""
 
     def __init__(self, call: Call, tokenizers: Tokenizers, *, keeps_body: bool) -> None:
         body = call.body()
@@ -50,7 +62,7 @@ class Candidate:
 
     def meter(self) -> Meter:
         """A new meter for its answer."""
-        return Meter(self.call.request, count=self.count.piece, kind=self.upstream.kind)
+        return Meter(self.call.request, count=self.count.output_counter, kind=self.upstream.kind)
 
     def body(self, call: Call, entry: Entry) -> bytes | Spliced:
         """The body to send for `call`, which is this candidate's or the same without the usage option.
@@ -67,33 +79,39 @@ class Candidate:
 
 
 class Candidates:
-    """A call as each target of its model is to receive it; `demand` covers all of them."""
+    """A call in the form in which each target of its model gets it. `demand` is enough for any of them."""
 
     def __init__(self, call: Call, tokenizers: Tokenizers) -> None:
         self.targets = call.model.targets
-        # With several targets each body is written when it is sent, so that a large one is not kept for each.
+        # With several targets the body is written again when it is sent. Otherwise one of 10 MB would be kept once
+        # for each target.
         keeps_body = len(self.targets) == 1
-        self._candidates = [Candidate(call.at(target), tokenizers, keeps_body=keeps_body) for target in self.targets]
+        self._candidates = [
+            Candidate(call.with_target(target), tokenizers, keeps_body=keeps_body) for target in self.targets
+        ]
         self.demand = largest_demand([candidate.count.demand for candidate in self._candidates])
         self.first = self._candidates[0]
 
     async def exact_demand(self) -> Demand:
-        """The same with the input counted."""
+        """The same as `demand`, with the input counted."""
         return largest_demand([await candidate.count.exact_demand() for candidate in self._candidates])
 
-    def to(self, target: Model) -> Candidate:
+    def for_target(self, target: Model) -> Candidate:
         """The candidate for one of the targets."""
         return next(candidate for candidate in self._candidates if candidate.call.model is target)
 
     def free_body(self) -> None:
-        """Drop all that was to be sent. The texts stay, in case they have to be counted."""
+        """Drop all bodies. Only the texts of the input stay, in case they have to be counted."""
         for candidate in self._candidates:
             candidate.free_body()
         self.first.call.request.body.free()
 
 
 class Dispatcher:
-    """Sends calls. `now` gives milliseconds since 1970, `draw` random numbers far larger than any sum of weights."""
+    """Sends calls, and remembers which upstreams are in cooldown and which accept the usage option.
+
+    `now` gives milliseconds since 1970, `draw` random numbers from a range far larger than any sum of weights.
+    """
 
     def __init__(
         self, upstreams: Upstreams, *, metrics: Metrics, now: Callable[[], int], draw: Callable[[], int]
@@ -107,57 +125,67 @@ class Dispatcher:
 
     @asynccontextmanager
     async def answer(self, candidates: Candidates, reservation: Reservation) -> AsyncIterator[tuple[Call, Answer]]:
-        """Hand out the answer, and the passage to who gave it: the first that is one, else the last failure in words.
+        """Hand out the answer, and the call with the target that gave it.
 
-        Raises UpstreamError where no upstream said anything, or where the call may have run without an answer.
+        This is the first answer that is not to be retried, else the last error answer. Raises UpstreamError if no
+        upstream answered, or if the call may have run and gave no answer.
         """
         routing: RoutingState | None = RoutingState(
-            candidates.targets, until=self._now() + candidates.first.call.policy.retry_for_ms
+            candidates.targets, deadline=self._now() + candidates.first.call.policy.retry_for_ms
         )
-        told: tuple[Call, Answer] | None = None
+        last_failure: tuple[Call, Answer] | None = None
         while routing is not None:
             if routing.pause_ms:
                 await asyncio.sleep(routing.pause_ms / 1000)
-            candidate = candidates.to(self._cooldowns.choose(routing.left, self._now(), draw=self._draw()))
+            target = self._cooldowns.choose(routing.remaining, self._now(), draw=self._draw())
+            candidate = candidates.for_target(target)
+            # The connection of a failed attempt is closed before the next attempt begins.
             async with AsyncExitStack() as connection:
                 try:
-                    answer = await connection.enter_async_context(self._ask(candidate, reservation))
+                    answer = await connection.enter_async_context(self._attempt(candidate, reservation))
                 except UpstreamError as error:
                     routing = self._after_error(error, routing, candidate)
-                    if routing is None and (error.was_sent or told is None):
+                    if routing is None and (error.was_sent or last_failure is None):
                         raise
-                    reservation.is_sent = False
+                    reservation.is_sent = False  # nothing reached the upstream
                 else:
                     routing = self._after_answer(answer, routing, candidate)
                     if routing is None:
                         candidates.free_body()
                         yield candidate.call, answer
                         return
-                    reservation.is_sent = False  # it was turned away: whoever leaves now owes nothing
-                    await answer.beginning()
-                    told = candidate.call, answer
-        assert told is not None, "else the last error was raised"
-        reservation.model = told[0].model
+                    # The call did not run. If the client leaves before the next attempt, nothing is charged.
+                    reservation.is_sent = False
+                    await answer.error_body()  # kept by `answer`, because its connection is closed here
+                    last_failure = candidate.call, answer
+        assert last_failure is not None, "otherwise the last error was raised"
+        reservation.target = last_failure[0].model
         candidates.free_body()
-        yield told
+        yield last_failure
 
     @asynccontextmanager
-    async def _ask(self, candidate: Candidate, reservation: Reservation) -> AsyncIterator[Answer]:
-        """Send it; once more where it would be taken but for the option by which we ask for the usage of a stream."""
-        await candidate.count.before_it_is_sent()
+    async def _attempt(self, candidate: Candidate, reservation: Reservation) -> AsyncIterator[Answer]:
+        """Send the call to one target, and once more if the target rejects the usage option that we added.
+
+        The second time counts as the same attempt: the client did not write the option, so a rejection of it is no
+        failure of the client's request. Example: the client sends `stream: true`, and we add `stream_options`. An old
+        server answers `400 Unknown parameter: 'stream_options'`. Without the option it answers the call, and we count
+        its tokens.
+        """
+        await candidate.count.count_large_input()
         call, meter = candidate.call, candidate.meter()
-        if call.adds_usage and not self._usage_options.may_ask(call.address, call.model):
-            call = call.without_option()
-            meter.did_not_ask()
-        reservation.ask(call.model, meter, count=candidate.count)
+        if call.adds_usage and not self._usage_options.should_send(call.address, call.model):
+            call = call.without_usage_option()
+            meter.stop_stripping()
+        reservation.begin_attempt(call.model, meter, count=candidate.count)
         async with self._send(call, candidate.body(call, reservation.entry)) as answer:
-            if not await _is_option_refused(answer, call):
+            if not await _is_option_rejected(answer, call):
                 if call.adds_usage and answer.status // 100 == 2:
-                    self._usage_options.note(call.address, call.model, is_taken=True)
+                    self._usage_options.note(call.address, call.model, is_accepted=True)
                 yield answer
                 return
-        call = call.without_option()
-        meter.did_not_ask()
+        call = call.without_usage_option()
+        meter.stop_stripping()
         async with self._send(call, call.body_for(reservation.entry)) as answer:
             if answer.status // 100 == 2:
                 log.info(
@@ -165,23 +193,25 @@ class Dispatcher:
                     upstream=call.model.upstream.name,
                     model=call.model_label,
                 )
-                self._usage_options.note(call.address, call.model, is_taken=False)
+                self._usage_options.note(call.address, call.model, is_accepted=False)
             yield answer
 
     def _send(self, call: Call, body: bytes | Spliced) -> AbstractAsyncContextManager[Answer]:
         return self._upstreams.send(call.model.upstream, call.address, body, call.headers())
 
     def _after_error(self, error: UpstreamError, routing: RoutingState, candidate: Candidate) -> RoutingState | None:
+        """Note a failure without an answer. Returns where the call may go now; None if it ends."""
         self._cooldowns.failed(candidate.upstream, self._now())
         if error.was_sent:
-            self._count(candidate, "timed_out" if isinstance(error, UpstreamTimeout) else "broke_off")
+            self._count_attempt(candidate, "timed_out" if isinstance(error, UpstreamTimeout) else "broke_off")
             return None
-        self._count(candidate, "unreachable")
-        return self._next(routing, candidate, pause_ms=UNREACHED_PAUSE_MS)
+        self._count_attempt(candidate, "unreachable")
+        return self._next_attempt(routing, candidate, pause_ms=UNREACHED_PAUSE_MS)
 
     def _after_answer(self, answer: Answer, routing: RoutingState, candidate: Candidate) -> RoutingState | None:
+        """Note an answer. Returns where the call may go now; None if this answer is final."""
         outcome = _outcome(answer.status)
-        self._count(candidate, outcome)
+        self._count_attempt(candidate, outcome)
         if outcome in ("answered", "rejected"):
             self._cooldowns.answered(candidate.upstream)
             return None
@@ -189,14 +219,18 @@ class Dispatcher:
         self._cooldowns.failed(candidate.upstream, self._now(), retry_after_s=retry_after_s)
         if not may_try_another_target(answer.status):
             return None
-        return self._next(routing, candidate, pause_ms=None if retry_after_s is None else retry_after_s * 1000)
+        return self._next_attempt(
+            routing, candidate, pause_ms=None if retry_after_s is None else retry_after_s * 1000
+        )
 
-    def _next(self, routing: RoutingState, candidate: Candidate, *, pause_ms: int | None) -> RoutingState | None:
+    def _next_attempt(
+        self, routing: RoutingState, candidate: Candidate, *, pause_ms: int | None
+    ) -> RoutingState | None:
         if candidate.call.client.is_disconnected:
             return None
-        return routing.after(candidate.call.model, pause_ms=pause_ms, now=self._now())
+        return routing.after_failure(candidate.call.model, pause_ms=pause_ms, now=self._now())
 
-    def _count(self, candidate: Candidate, outcome: AttemptOutcome) -> None:
+    def _count_attempt(self, candidate: Candidate, outcome: AttemptOutcome) -> None:
         self._metrics.attempts.labels(candidate.upstream.name, outcome).inc()
         if outcome not in ("answered", "rejected"):
             log.warning(
@@ -204,10 +238,10 @@ class Dispatcher:
             )
 
 
-async def _is_option_refused(answer: Answer, call: Call) -> bool:
-    """Whether this is an error about what we wrote into the request, and not the client."""
-    is_refusal = call.adds_usage and answer.status // 100 == 4
-    return is_refusal and is_about_usage_option(answer.status, await answer.beginning())
+async def _is_option_rejected(answer: Answer, call: Call) -> bool:
+    """Whether the answer is an error about an option that we added to the request, not the client."""
+    is_rejection = call.adds_usage and answer.status // 100 == 4
+    return is_rejection and is_about_usage_option(answer.status, await answer.error_body())
 
 
 def _outcome(status: int) -> AttemptOutcome:
@@ -215,5 +249,6 @@ def _outcome(status: int) -> AttemptOutcome:
         return "limited"
     if 200 <= status <= 299:
         return "answered"
-    # 401 and 402 speak of us, and 408 of the time: none of them says that the upstream does what it is there for.
+    # A rejected request shows that the upstream works, and ends its cooldown. 401 and 402 are about our key and
+    # account, and 408 is a timeout, so they show no such thing.
     return "rejected" if 400 <= status <= 499 and status not in (401, 402, 408) else "failed"

@@ -1,7 +1,10 @@
-"""ONE call's whole journey: reserved, sent, its answer passed on, settled.
+"""The path of one call: reserve, send, forward the answer, settle.
 
-`Relay.carry` runs in a task of the program's own, so a client that hangs up can't stop it half way. What a client
-saw complete is on the books: the end of an answer goes out when its settle is committed.
+`Relay.carry` is the whole path in one function. It runs in a task of its own, not in the task of the HTTP request, so
+a client that disconnects cannot stop it half way.
+
+The end of an answer is sent only when its charge is committed, or after `reservation.COMMIT_WAIT_S`. So a client that
+has a complete answer has been charged for it, even if the proxy is killed in the next moment.
 """
 
 import asyncio
@@ -23,19 +26,18 @@ from proxy.ledger.book import Accepted, Refused
 from proxy.ledger.entry import Outcome
 from proxy.ledger.queue import AdmissionQueue, DurationEstimate
 from proxy.metrics import Metrics
-from proxy.policy.amounts import AtLeast, Unspent
 from proxy.upstreams import headers
 from proxy.upstreams.client import Answer
 from proxy.upstreams.failures import Rejected, failure_of
 
-# How long a finished stream may take to close, so that its connection can be used again.
-_CLOSE_S = 1.0
+# How long to wait for the end of the body after the last event of a stream, to reuse the connection.
+_READ_TO_END_S = 1.0
 
 log = structlog.get_logger("relay")
 
 
 class Relay:
-    """Carries calls. `now` gives milliseconds since 1970."""
+    """Takes calls to an upstream and back. `now` gives milliseconds since 1970."""
 
     def __init__(
         self,
@@ -57,43 +59,54 @@ class Relay:
         self._durations = DurationEstimate()
 
     async def carry(self, call: Call) -> None:
-        """Carry one call to the upstream and its answer back.
+        """Take one call to an upstream, and its answer to the client.
 
-        Nothing is sent that is not reserved, and every reservation ends exactly once. Raises Refusal where the
-        quotas say no, and UpstreamError as long as nothing of an answer has gone out.
+        Nothing is sent that is not reserved, and every reservation ends exactly once. The blocks, from the outside
+        in:
+
+        - `_reserve` waits until the quotas admit the call, and settles or releases it if nothing below did;
+        - `watch` ends the call if its client disconnects and the answer is not to be awaited;
+        - `_end_on_upstream_error` settles or releases the call if the upstream fails, and tells the client;
+        - `answer` sends the call, to several upstreams if need be, and hands out the answer.
+
+        Raises Refusal if a quota refuses the call, ClientLeft, LedgerUnavailable, and UpstreamError as long as
+        nothing of an answer has been sent. After that an upstream's error is sent as an event of the stream.
         """
         candidates = Candidates(call, self._tokenizers)
+        # The order matters. `watch` cancels everything inside it, so `_reserve`, which must end the reservation in
+        # any case, is outside. An upstream's error is handled inside `watch`: a client may leave meanwhile.
         async with (
             self._reserve(call, candidates) as reservation,
             self._disconnects.watch(call, reservation),
-            self._blame_upstream(call, reservation),
-            self._dispatcher.answer(candidates, reservation) as (asked, answer),
+            self._end_on_upstream_error(call, reservation),
+            self._dispatcher.answer(candidates, reservation) as (sent, answer),
         ):
             if answer.status // 100 != 2:
-                await self._pass_on_failure(answer, asked, reservation)
+                await self._forward_error(answer, sent, reservation)
             elif answer.is_stream:
-                await self._pass_on_stream(answer, asked, reservation)
+                await self._forward_stream(answer, sent, reservation)
             else:
-                await self._pass_on_whole(answer, asked, reservation)
+                await self._forward_whole(answer, sent, reservation)
 
     @asynccontextmanager
     async def _reserve(self, call: Call, candidates: Candidates) -> AsyncIterator[Reservation]:
-        """Hold what the call may use, and see that it ends; raises Refusal."""
-        answer = await self._let_in(call, candidates)
-        if isinstance(answer, Refused):
-            for block in answer.decision.blocks:
+        """Reserve what the call may use, and make sure that the reservation ends. Raises Refusal."""
+        reply = await self._admit(call, candidates)
+        if isinstance(reply, Refused):
+            for block in reply.decision.blocks:
                 self._metrics.refused(block.quota.id, block.verdict.name.lower())
             now = self._now()
-            raise call.refusal(answer, now, busy_s=self._durations.busy_s(now))
+            raise call.refusal(reply, now, busy_s=self._durations.busy_s(now))
+        # Until the first attempt the reservation has the meter and count of the first target.
         first = candidates.first
-        reservation = Reservation(self._ledger, answer, first.meter(), binding=call.binding, count=first.count)
-        self._durations.began(answer.entry.id, self._now())
+        reservation = Reservation(self._ledger, reply, first.meter(), binding=call.binding, count=first.count)
+        self._durations.began(reply.entry.id, self._now())
         try:
             with self._metrics.in_flight.track_inprogress():
                 async with reservation:
                     yield reservation
         finally:
-            self._durations.ended(answer.entry.id, self._now())
+            self._durations.ended(reply.entry.id, self._now())
             self._count_end(call, reservation)
 
     def _count_end(self, call: Call, reservation: Reservation) -> None:
@@ -107,11 +120,15 @@ class Relay:
                 input_tokens=usage.tokens.input,
                 output_tokens=usage.tokens.output,
                 provenance=usage.provenance,
+                # Input that the request did not show, or an upstream that did not keep to its maximum.
                 hidden=usage.tokens.beyond(entry.hold),
             )
 
-    async def _let_in(self, call: Call, candidates: Candidates) -> Accepted | Refused:
-        """Ask the ledger, and wait for calls in flight if it comes to that, as long as the client does."""
+    async def _admit(self, call: Call, candidates: Candidates) -> Accepted | Refused:
+        """Ask the ledger, and if only calls in flight stand in the way, wait for them. Raises ClientLeft.
+
+        Nothing is sent and nothing is held while the call waits, so a disconnect simply cancels it.
+        """
         task = asyncio.current_task()
         assert task is not None, "a call runs in a task"
         call.client.on_disconnected(task.cancel)
@@ -120,88 +137,92 @@ class Relay:
             return await self._queue.reserve(operation, wait_s=call.wait_s, recount=candidates.exact_demand)
         except asyncio.CancelledError:
             if not call.client.is_disconnected:
-                raise
+                raise  # the server stops
             task.uncancel()
             raise ClientLeft from None
         finally:
             call.client.on_disconnected(None)
 
     @asynccontextmanager
-    async def _blame_upstream(self, call: Call, reservation: Reservation) -> AsyncIterator[None]:
-        """Settle what an upstream broke, and tell the client: by status, or, once an answer has begun, in band."""
+    async def _end_on_upstream_error(self, call: Call, reservation: Reservation) -> AsyncIterator[None]:
+        """End a call whose upstream fails, and tell the client: by an HTTP status, or by an event of the stream."""
         try:
             yield
         except UpstreamError as error:
-            if error.was_sent:
-                await reservation.settle(await reservation.usage(), "upstream_broke")
-            else:
-                await reservation.release()
-            upstream = (reservation.model or call.model).upstream
+            # An error answer has ended the call already (its status says what is charged), and the first end counts.
+            await reservation.end("upstream_broke" if error.was_sent else "upstream_failed")
+            upstream = (reservation.target or call.model).upstream
             log.warning("upstream failed", upstream=upstream.name, call=reservation.entry.id, reason=str(error))
             if not call.client.has_begun:
                 raise
+            # The status 200 is sent already. A stream that just stopped would look complete to an SDK.
             await call.client.write(error_event(call.request.endpoint, error))
             await call.client.end()
 
-    async def _pass_on_stream(self, answer: Answer, call: Call, reservation: Reservation) -> None:
-        """Each event at once, as far as it is held, and the end when it is settled."""
+    async def _forward_stream(self, answer: Answer, call: Call, reservation: Reservation) -> None:
+        """Forward each event at once if the hold covers it, and the end when it is settled.
+
+        An event that is not covered waits until the hold has grown. If it cannot grow, the stream is ended before it.
+        """
         client, stream = call.client, Stream(reservation.meter)
-        await client.start(answer.status, self._head(answer, call, reservation))
+        await client.start(answer.status, self._answer_headers(answer, call, reservation))
         try:
             with client.heartbeat(lambda: stream.is_between_events):
                 async for chunk in answer.chunks():
                     await client.write(stream.feed(chunk, covered=reservation.covered))
                     while stream.is_held_up:
                         if not await reservation.grow(
-                            self._queue, wait_s=call.pause_s, is_disconnected=lambda: client.is_disconnected
+                            self._queue, wait_s=call.extend_wait_s, is_disconnected=lambda: client.is_disconnected
                         ):
                             return await self._end_at_limit(stream, call, reservation)
+                        # The event that waited passes now, and those after it as far as they are covered.
                         await client.write(stream.feed(b"", covered=reservation.covered))
                     if stream.is_over:
                         break
         except UpstreamError:
             if not stream.is_between_events:
-                client.abort()  # an error event would become a part of the one that broke off
+                client.abort()  # an error event would end up inside the event that broke off
             raise
         stream.close(covered=reservation.covered)
-        await reservation.settle(await reservation.usage(), _outcome(call, reservation.meter))
+        await reservation.end(_outcome(call, reservation.meter))
         await client.write(stream.end())
         await client.end()
-        await _use_up(answer)
+        await _read_to_end(answer)
 
     async def _end_at_limit(self, stream: Stream, call: Call, reservation: Reservation) -> None:
-        """No more is to be had: end the answer as its own maximum would have, and leave the upstream."""
-        # A usage that was said covers the event that was withheld too, so it counts up to the hold, as guesses do.
-        await reservation.settle(AtLeast((await reservation.usage()).tokens), "at_limit")
-        assert reservation.charged is not None, "it was settled"
+        """End the answer because no more can be held.
+
+        The client gets the end that the upstream would have sent at its own maximum (`finish_reason: "length"`), so
+        an SDK takes the answer for complete but cut. Leaving the block closes the connection to the upstream.
+        """
+        await reservation.end("at_limit")
+        assert reservation.charged is not None, "set by settle"
         await call.client.write(stream.end_at_limit(reservation.charged.tokens))
         await call.client.end()
 
-    async def _pass_on_whole(self, answer: Answer, call: Call, reservation: Reservation) -> None:
-        body = await answer.whole()
+    async def _forward_whole(self, answer: Answer, call: Call, reservation: Reservation) -> None:
+        """Forward an answer that is not a stream, after it is settled."""
+        body = await answer.read()
         reservation.meter.see_whole(body)
-        if not await reservation.covers_whole(self._queue):
-            await reservation.settle(AtLeast((await reservation.usage()).tokens), "at_limit")
+        if not await reservation.hold_whole_answer(self._queue):
+            await reservation.end("at_limit")
             raise UpstreamError(
-                "The upstream gave a whole answer where a stream was asked, and no quota has room for it."
+                "The upstream sent a whole answer where a stream was requested, and your quotas have no room for it."
             )
-        await reservation.settle(await reservation.usage(), _outcome(call, reservation.meter))
-        call.client.send(answer.status, self._head(answer, call, reservation), body)
+        await reservation.end(_outcome(call, reservation.meter))
+        call.client.send(answer.status, self._answer_headers(answer, call, reservation), body)
 
-    async def _pass_on_failure(self, answer: Answer, call: Call, reservation: Reservation) -> None:
-        """An error instead of an answer: what it means decides what is charged and what the client sees."""
-        failure = failure_of(answer.status, await answer.beginning(), answer.retry_after, call.model.upstream)
-        if isinstance(failure, Rejected):
-            await reservation.settle(Unspent(requests=1), "rejected")
-        else:
-            await reservation.release()
+    async def _forward_error(self, answer: Answer, call: Call, reservation: Reservation) -> None:
+        """Forward an error answer. Its meaning decides what is charged and what the client sees."""
+        failure = failure_of(answer.status, await answer.error_body(), answer.retry_after, call.model.upstream)
+        await reservation.end("rejected" if isinstance(failure, Rejected) else "upstream_failed")
         if isinstance(failure, ProxyError):
             raise failure
         call.client.send(
             failure.status, {**self._quota_headers(call, reservation), **headers.JSON_HEADERS}, failure.body
         )
 
-    def _head(self, answer: Answer, call: Call, reservation: Reservation) -> dict[str, str]:
+    def _answer_headers(self, answer: Answer, call: Call, reservation: Reservation) -> dict[str, str]:
         passed = headers.to_client(answer.headers, is_stream=answer.is_stream)
         return {**passed, **self._quota_headers(call, reservation)}
 
@@ -216,11 +237,11 @@ def _outcome(call: Call, meter: Meter) -> Outcome:
     return "upstream_broke" if meter.has_error else "complete"
 
 
-async def _use_up(answer: Answer) -> None:
-    """Read what is left behind the end, so that the connection can carry another call."""
+async def _read_to_end(answer: Answer) -> None:
+    """Read the rest of the body after the last event, usually nothing, so that the connection can be used again."""
     try:
-        async with asyncio.timeout(_CLOSE_S):
+        async with asyncio.timeout(_READ_TO_END_S):
             async for _ in answer.chunks():
                 pass
     except (UpstreamError, TimeoutError):
-        pass  # then it is closed instead
+        pass  # the connection is closed instead

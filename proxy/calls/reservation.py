@@ -1,8 +1,15 @@
-"""A call that was let in, until it ends: exactly once, whichever way it is left.
+"""The reservation of an admitted call. It ends exactly once: settled or released.
 
-What is held grows with what the meter sees pass (`grow`), so that a stream which may become long need not hold all of
-that from its beginning. Leaving the block of a reservation that nobody ended settles it with what the meter saw:
-nothing that a client, an upstream or a mistake of ours does leaves tokens held.
+A stream that may become long does not hold its whole maximum from the beginning. It starts with a small hold, and the
+hold grows with the output that the meter has seen (`grow`). Example, for a request with `max_tokens: 8000`:
+
+    reserved                              hold 1,024     output passes up to 1,024 tokens
+    an event brings the output to 1,030   hold 2,054     (1,030 + HOLD_STEP), one commit
+    an event brings the output to 2,060   hold 3,084     and so on, but never more than 8,000
+    the stream ends at 2,500              settled with 2,500; the other 584 are free again
+
+If the block of a reservation is left without an end, it is settled with what the meter has seen. So neither a client
+nor an upstream nor a bug of ours leaves tokens held.
 """
 
 import asyncio
@@ -18,40 +25,53 @@ from proxy.ledger.entry import Outcome
 from proxy.ledger.ledger import Ledger
 from proxy.ledger.queue import AdmissionQueue
 from proxy.policy.admission import Verdict
-from proxy.policy.amounts import TOKENS_MAX, AtLeast, Tokens, Usage
+from proxy.policy.amounts import TOKENS_MAX, AtLeast, Tokens, Unspent, Usage
 from proxy.policy.policy import Model
 from proxy.policy.quota import Binding, Counter, CounterKey
 
-# How long the end of an answer waits for its commit. Past that it goes out: the end stays queued, and the
-# reservation, which is on the books, covers a crash.
+# How long the end of an answer waits for the commit of its charge. The end is held back so that a client that has the
+# whole answer is always charged for it, even if the proxy is killed in the next moment. A commit takes a few
+# milliseconds. If the database takes longer than 2 s, the end goes out all the same, because the client has waited
+# enough and nothing is lost: the charge stays queued until it succeeds, and if the proxy crashes first, the
+# reservation, which is already committed, is charged in full. Requests to extend a hold have the same limit.
 COMMIT_WAIT_S = 2.0
-# By how much a hold grows at a time: at 100 tokens a second every ten seconds, each for one commit of 2 ms.
-STEP = 1024
-# An upstream that was told a maximum is believed to keep to it, also where our own count differs: by another
-# tokenizer than its own it may come out at twice as much. One that goes on and on did not read it.
-_RUNAWAY = 2
-_TOLERANCE = 64
+# How many tokens a hold grows by. At 100 tokens a second that is one commit (2 ms) every ten seconds. A smaller step
+# costs more commits, a larger one holds more than the answer may need.
+HOLD_STEP = 1024
+# How far our own count may exceed the maximum that was sent to the upstream if there is no room to hold the excess:
+# twice the maximum plus 64 tokens. The upstream is expected to keep to its maximum, but it counts with its own
+# tokenizer, and ours may find twice as many tokens in the same text. Example: `max_tokens: 100` was sent, and 100
+# tokens are held. Our count says 180 while the upstream has counted 95: the stream goes on. At 265 by our count the
+# upstream has evidently ignored the maximum, and the stream is ended. If there is room, the excess is held, 64 tokens
+# at a time.
+_MISCOUNT_FACTOR = 2
+_MISCOUNT_TOKENS = 64
 
 
 class Reservation:
-    """What is held for one call. `entry` is it in the books, as it was last told."""
+    """What is reserved for one call. `entry` is its state in the ledger, as of the ledger's last answer.
+
+    `counters` are the quota counters of the call, also as last reported. `outcome` and `charged` are set by its end.
+    """
 
     def __init__(
-        self, ledger: Ledger, booked: Accepted, meter: Meter, *, binding: Binding, count: TokenCount
+        self, ledger: Ledger, accepted: Accepted, meter: Meter, *, binding: Binding, count: TokenCount
     ) -> None:
-        self.entry = booked.entry
+        self.entry = accepted.entry
         self.meter = meter
-        self.is_sent = False  # before that nothing can have been used
-        self.model: Model | None = None  # at the upstream that was asked last
+        self.is_sent = False  # until it is set, the call cannot have used anything
+        self.target: Model | None = None  # of the last attempt
         self.outcome: Outcome | None = None
         self.charged: Usage | None = None
-        self.counters: Mapping[CounterKey, Counter] = booked.counters
+        self.counters: Mapping[CounterKey, Counter] = accepted.counters
         self._ledger = ledger
         self._lapses = ledger.lapses
         self._binding = binding
         self._count = count
-        self._let_pass = 0  # so many tokens of output pass on without being held, because the ledger is away
-        self._trusted = 0  # so many pass on by our count, because the upstream was told less and counts otherwise
+        # Two allowances for output that is not held, in tokens of output in all: while the ledger cannot be written,
+        # and beyond the maximum that was sent to the upstream (see _MISCOUNT_FACTOR).
+        self._unheld_allowance = 0
+        self._miscount_allowance = 0
 
     async def __aenter__(self) -> "Reservation":
         return self
@@ -59,149 +79,171 @@ class Reservation:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        await self.end_early("proxy_broke")
+        await self.end("proxy_broke")
 
-    def ask(self, model: Model, meter: Meter, *, count: TokenCount) -> None:
-        """The call is sent to this upstream from now on; `meter` and `count` are as its answer needs them."""
-        self.model, self.meter, self._count = model, meter, count
+    def begin_attempt(self, target: Model, meter: Meter, *, count: TokenCount) -> None:
+        """Note that the call is about to be sent to this target; `meter` and `count` are for its answer."""
+        self.target, self.meter, self._count = target, meter, count
         self.is_sent = True
 
     @property
     def covered(self) -> int:
-        """How many tokens of output may pass on."""
-        return max(self.entry.hold.output, self._let_pass, self._trusted)
+        """How many tokens of output may have passed to the client."""
+        return max(self.entry.hold.output, self._unheld_allowance, self._miscount_allowance)
 
     async def grow(
         self, queue: AdmissionQueue, *, wait_s: float, is_disconnected: Callable[[], bool] = lambda: False
     ) -> bool:
-        """Hold what the meter has seen, and some more; False where no more is to be had.
+        """Hold the output that the meter has seen, and HOLD_STEP more. False if there is no room for what was seen.
 
-        Where only calls in flight hold what is left it waits for them, up to `wait_s` or until the client `is_disconnected`,
-        and keeps meanwhile what it got. While the ledger can't be written a running answer goes on: what it used is
-        charged at its end. But not once our lease has run out: then others may have charged what is held, and let in
-        whom there is room for, so nothing more passes on.
+        If only calls in flight stand in the way, it waits for them for up to `wait_s` seconds or until
+        `is_disconnected()`; what it got meanwhile is kept.
+
+        While the ledger cannot be written, a running answer goes on: its usage is charged at its end. This no longer
+        applies once our lease has run out. Then another process may have charged this reservation and admitted other
+        calls in its place, so nothing passes that is not held again.
         """
         seen, maximum = self.meter.output_seen, self.entry.maximum
-        is_beyond = maximum is not None and max(self.covered, seen) > maximum
+        is_beyond_maximum = maximum is not None and max(self.covered, seen) > maximum
         try:
-            if await self._extend(queue, self._input_tokens(), wait_s=0):
+            if await self._extend(queue, self._held_input(), wait_s=0):
                 return True
-            # What is held for the input by its bytes may be all that is missing.
-            input_tokens = min(self._input_tokens(), await self._count.most_of_input())
-            if await self._extend(
-                queue, input_tokens, wait_s=0 if is_beyond else wait_s, is_disconnected=is_disconnected
-            ):
+            # The input may still be held by its bytes, which is about four times too much for prose. Counting it
+            # gives the difference to the answer before the stream is made to wait or is ended.
+            held_input = min(self._held_input(), await self._count.input_upper_bound())
+            # Beyond the maximum it does not wait: the upstream is expected to end by itself, held or not.
+            wait_s = 0 if is_beyond_maximum else wait_s
+            if await self._extend(queue, held_input, wait_s=wait_s, is_disconnected=is_disconnected):
                 return True
         except LedgerUnavailable:
-            if self._may_be_lost:
+            if self._has_lease_lapsed:
                 return False
-            self._let_pass = self._wanted()
+            self._unheld_allowance = self._wanted_output()
             return True
         if maximum is None or self.entry.hold.output < maximum:
             return False
-        self._trusted = _RUNAWAY * maximum + _TOLERANCE
-        return seen <= self._trusted
+        self._miscount_allowance = _MISCOUNT_FACTOR * maximum + _MISCOUNT_TOKENS
+        return seen <= self._miscount_allowance
 
-    async def covers_whole(self, queue: AdmissionQueue) -> bool:
-        """Whether all of an answer is held that came whole where a stream was asked; it is, if there is room."""
+    async def hold_whole_answer(self, queue: AdmissionQueue) -> bool:
+        """Hold all of an answer that came whole although a stream was requested. False if there is no room for it.
+
+        Such a call holds as little as a stream does. If its answer passed unchecked, an upstream that does not stream
+        would take every quota over its limit.
+        """
         hold = self.entry.hold.output
         usage = self.meter.usage() if hold == self.entry.maximum else await self.usage()
         if hold == self.entry.maximum or usage.tokens.output <= hold:
             return True
         try:
-            return await self._extend(queue, self._input_tokens(), wait_s=0, least=usage.tokens.output)
+            return await self._extend(queue, self._held_input(), wait_s=0, least=usage.tokens.output)
         except LedgerUnavailable:
-            return not self._may_be_lost
+            return not self._has_lease_lapsed
 
     @property
-    def _may_be_lost(self) -> bool:
-        """Whether others may have taken us for dead since we last heard of what is held."""
+    def _has_lease_lapsed(self) -> bool:
+        """Whether our lease has run out since the ledger last confirmed the hold. Then the hold may be charged."""
         return self._ledger.lapses != self._lapses
 
-    def _wanted(self) -> int:
+    def _wanted_output(self) -> int:
+        """How much output to hold, in tokens: what was seen and HOLD_STEP, but within the maximum if there is one."""
         seen, maximum = self.meter.output_seen, self.entry.maximum
         if maximum is None:
-            return min(seen + STEP, TOKENS_MAX)
-        return min(seen + STEP, maximum) if seen <= maximum else seen + _TOLERANCE
+            return min(seen + HOLD_STEP, TOKENS_MAX)
+        return min(seen + HOLD_STEP, maximum) if seen <= maximum else seen + _MISCOUNT_TOKENS
 
     async def _extend(
         self,
         queue: AdmissionQueue,
-        input_tokens: int,
+        held_input: int,
         *,
         wait_s: float,
         is_disconnected: Callable[[], bool] = lambda: False,
         least: int | None = None,
     ) -> bool:
+        # The lapses are read before the ledger answers. A lease that runs out while it answers counts as a lapse.
         seen, lapses = self.meter.output_seen if least is None else least, self._ledger.lapses
-        wanted = max(seen, self._wanted())
-        operation = Extend(self.entry.id, self._binding, input=input_tokens, output=wanted, least=seen)
-        booked = await queue.extend(operation, wait_s=wait_s, ask_s=COMMIT_WAIT_S, is_disconnected=is_disconnected)
-        self.entry, self.counters, self._lapses = booked.entry, {**self.counters, **booked.counters}, lapses
-        return booked.verdict is Verdict.ALLOW and booked.entry.state == "open"
+        wanted = max(seen, self._wanted_output())
+        operation = Extend(self.entry.id, self._binding, input=held_input, output=wanted, least=seen)
+        accepted = await queue.extend(operation, wait_s=wait_s, ask_s=COMMIT_WAIT_S, is_disconnected=is_disconnected)
+        self.entry, self.counters, self._lapses = accepted.entry, {**self.counters, **accepted.counters}, lapses
+        return accepted.verdict is Verdict.ALLOW and accepted.entry.state == "open"
 
-    def _input_tokens(self) -> int:
-        """What is to be held for the input, now that the upstream may have said it."""
+    def _held_input(self) -> int:
+        """The input to hold, in tokens: what the upstream reported, if it already has, else what is held now."""
         reported = self.meter.input_reported
         return self.entry.hold.input if reported is None else reported
 
     async def usage(self) -> Usage:
-        """What was used, as well as it can be known by now: as the upstream said, else counted."""
+        """What was used, as well as it is known now: what the upstream reported, else what we count."""
         usage = self.meter.usage()
         if not isinstance(usage, AtLeast):
             return usage
         tokens = usage.tokens
         if self.meter.input_reported is None:
-            tokens = replace(tokens, input=await self._count.of_input())
-        return AtLeast(replace(tokens, output=tokens.output + await self._count.of_output(self.meter.uncounted)))
+            tokens = replace(tokens, input=await self._count.input_tokens())
+        output = tokens.output + await self._count.output_tokens(self.meter.uncounted_texts)
+        return AtLeast(replace(tokens, output=output))
 
     @property
-    def whole_hold(self) -> Usage:
-        """All that is held, and what passed because the ledger was away; never what passed beyond the maximum."""
+    def full_hold(self) -> Usage:
+        """All that is held, and what passed while the ledger could not be written.
+
+        It has no output beyond the maximum: only our own count sees such output, and it is not held.
+        """
         maximum = self.entry.maximum
-        let_pass = self._let_pass if maximum is None else min(self._let_pass, maximum)
-        return AtLeast(Tokens(self.entry.hold.input, max(self.entry.hold.output, let_pass)))
+        unheld = self._unheld_allowance if maximum is None else min(self._unheld_allowance, maximum)
+        return AtLeast(Tokens(self.entry.hold.input, max(self.entry.hold.output, unheld)))
 
-    async def settle(self, usage: Usage, outcome: Outcome, *, wait_s: float = COMMIT_WAIT_S) -> None:
-        """Charge this much; returns once it is on the books, or after `wait_s`. Only the first end counts.
+    async def end(self, outcome: Outcome, *, charges_full_hold: bool = False) -> None:
+        """End the call. The outcome alone decides what is charged:
 
-        An estimate is never more than what is held: a guess may not take a quota over its limit.
+            complete, client_left, stopped,      the usage as it is known; nothing if the call was not sent
+              upstream_broke, proxy_broke
+            at_limit                             the usage as it is known, but no more than is held
+            rejected                             one request and no tokens
+            upstream_failed                      nothing
+
+        `charges_full_hold` is for a call of which what passed says nothing about its cost: if it was sent, all that is
+        held is charged. Returns when the end is committed, or after COMMIT_WAIT_S. Only the first end counts.
         """
-        if isinstance(usage, AtLeast):
-            whole, tokens = self.whole_hold.tokens, usage.tokens
-            usage = AtLeast(
-                Tokens(
-                    min(tokens.input, whole.input), min(tokens.output, whole.output), min(tokens.cached, whole.input)
-                )
-            )
-        settle = Settle(self.entry.id, usage, outcome, upstream=self._upstream, response_id=self.meter.response_id)
-        await self._end(settle, usage, wait_s)
+        if self.outcome is None:
+            await self.settle(await self._charge_for(outcome, charges_full_hold), outcome)
 
-    async def end_early(self, outcome: Outcome, *, is_unknown: bool = False) -> None:
-        """End a call that goes no further: free if it was never sent, else charged as well as it can be known.
-
-        `is_unknown` where what passed says nothing of what it cost: then it is all that is held.
-        """
-        if self.outcome is not None:
-            return
+    async def _charge_for(self, outcome: Outcome, charges_full_hold: bool) -> Usage | None:
+        match outcome:
+            case "upstream_failed":
+                return None
+            case "rejected":
+                return Unspent(requests=1)
+            case "at_limit":
+                # A usage that the upstream has reported may include an event that was withheld. As AtLeast it is
+                # charged only up to the hold. Example: 1,100 tokens are held and passed, and the withheld event says
+                # `completion_tokens: 1130`. 1,100 are charged.
+                return AtLeast((await self.usage()).tokens)
         if not self.is_sent:
-            await self.release(outcome)
-        else:
-            await self.settle(self.whole_hold if is_unknown else await self.usage(), outcome)
+            return None
+        return self.full_hold if charges_full_hold else await self.usage()
 
-    async def release(self, outcome: Outcome = "upstream_failed") -> None:
-        """Give everything back: the upstream never had this call, or failed with it."""
-        await self._end(Release(self.entry.id, outcome, self._upstream), None, COMMIT_WAIT_S)
+    async def settle(self, usage: Usage | None, outcome: Outcome, *, wait_s: float = COMMIT_WAIT_S) -> None:
+        """Charge this usage and free the rest of the hold; None: charge nothing and free all of it.
 
-    @property
-    def _upstream(self) -> str | None:
-        return None if self.model is None else self.model.upstream.name
-
-    async def _end(self, operation: Settle | Release, usage: Usage | None, wait_s: float) -> None:
+        Returns when that is committed, or after `wait_s` seconds. Only the first end counts. An estimate is never
+        charged beyond what is held: an error of our count must not take a quota over its limit.
+        """
         if self.outcome is not None:
             return
-        self.outcome, self.charged = operation.outcome, usage
-        booking = self._ledger.end(operation)
-        await asyncio.wait([booking], timeout=wait_s)
-        if booking.done() and not booking.exception() and isinstance(answer := booking.result(), Accepted):
-            self.counters = {**self.counters, **answer.counters}
+        if isinstance(usage, AtLeast):
+            usage = AtLeast(replace(usage.tokens.at_most(self.full_hold.tokens), reasoning=0))
+        # Set before the first await: a second end that begins meanwhile must find it set.
+        self.outcome, self.charged = outcome, usage
+        upstream = None if self.target is None else self.target.upstream.name
+        committed = self._ledger.end(
+            Release(self.entry.id, outcome, upstream)
+            if usage is None
+            else Settle(self.entry.id, usage, outcome, upstream=upstream, response_id=self.meter.response_id)
+        )
+        # `wait` does not cancel the future when the time is over, so the ledger goes on trying to commit.
+        await asyncio.wait([committed], timeout=wait_s)
+        if committed.done() and not committed.exception() and isinstance(reply := committed.result(), Accepted):
+            self.counters = {**self.counters, **reply.counters}

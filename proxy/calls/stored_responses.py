@@ -1,11 +1,11 @@
-"""Responses belong to the user who made them: which may be gone on from, and the way to those that are kept.
+"""Responses that an upstream stores. They belong to the user whose call produced them.
 
-All users share one account at the upstream, which would hand a response to whoever knows its id. So an id is looked
-up in the books first. One answer for what isn't there, for what is somebody else's and for what its upstream has
-forgotten: a prober learns nothing.
+All users share one account at the upstream, and the upstream would give a response to anyone who knows its id. So the
+id is looked up in the ledger first. The answer is the same if no such response exists, if it is another user's, and
+if the upstream has deleted it: a user who tries ids learns nothing.
 
-Nothing here is metered. What a response used was charged when it was made, also where its stream is played again and
-says its usage once more.
+Nothing here is metered. A response was charged when it was produced. If its stream is read again, it reports the same
+usage once more, and that is not charged a second time.
 """
 
 from collections.abc import Sequence
@@ -23,89 +23,91 @@ from proxy.upstreams.client import Answer, Upstreams
 from proxy.upstreams.failures import failure_of
 from proxy.upstreams.headers import JSON_HEADERS, to_client, to_upstream
 
-_SHOWN = 80
+# How much of an id is repeated in an error. Ids come from clients and may have any length.
+_ID_CHARACTERS_MAX = 80
 
 
 @dataclass(frozen=True, slots=True)
 class StoredResponseQuery:
-    """What a user wants of a response: `query` as it came, of which only what is known passes on."""
+    """A request for a stored response. `parameters` is the client's query; only known parameters are forwarded."""
 
-    kept: StoredResponsePath
+    route: StoredResponsePath
     response_id: str
-    query: Sequence[tuple[str, str]]
+    parameters: Sequence[tuple[str, str]]
     user: User
     policy: Policy
 
     def address(self, upstream: Upstream, *, api_version: str | None) -> str:
-        """Where it is at this upstream, behind its `base_url`."""
-        address = address_at(upstream, self.kept.path(self.response_id), api_version=api_version)
-        query = urlencode([(name, value) for name, value in self.query if name in self.kept.query])
+        """The path and query at this upstream, without its `base_url`."""
+        address = address_at(upstream, self.route.path(self.response_id), api_version=api_version)
+        query = urlencode([(name, value) for name, value in self.parameters if name in self.route.query])
         return address + ("&" if "?" in address else "?") + query if query else address
 
 
 class StoredResponses:
-    """Knows by the books whose a response is."""
+    """Finds the owner of a response in the ledger, and the upstream that stores it."""
 
     def __init__(self, ledger: Ledger, upstreams: Upstreams) -> None:
         self.ledger = ledger
         self._upstreams = upstreams
 
     async def with_previous(self, call: Call) -> Call:
-        """The passage with what it goes on from, to where that is kept. Raises PreviousNotFound, LedgerUnavailable.
+        """The call with the previous response that it continues, and only the targets at the upstream that stores it.
 
-        It has to be its own user's.
+        Raises PreviousNotFound unless the previous response is the user's own, and LedgerUnavailable.
         """
-        name = call.request.previous_response_id
-        if name is None:
+        response_id = call.request.previous_response_id
+        if response_id is None:
             return call
-        made = await self._made(name, call.user)
-        places = [at for at in call.model.targets if made and at.upstream.name == made.labels.upstream]
-        if not places:
-            raise _no_previous(name, call.model)
-        first, *others = places
-        return replace(call, previous=made, model=replace(first, others=tuple(others)))
+        entry = await self._own_entry(response_id, call.user)
+        targets = [target for target in call.model.targets if entry and target.upstream.name == entry.labels.upstream]
+        if not targets:
+            raise _previous_not_found(response_id, call.model)
+        first, *others = targets
+        return replace(call, previous=entry, model=replace(first, others=tuple(others)))
 
-    async def pass_on(self, asked: StoredResponseQuery, client: Responder) -> None:
-        """Ask the upstream that keeps it, and pass its answer on.
+    async def forward(self, query: StoredResponseQuery, client: Responder) -> None:
+        """Send the request to the upstream that stores the response, and its answer to the client.
 
-        Raises ResponseNotFound, LedgerUnavailable, UpstreamError. It may be cancelled at any moment: nothing is held.
+        Raises ResponseNotFound, LedgerUnavailable, UpstreamError. It may be cancelled at any time, because nothing is
+        reserved.
         """
-        made = await self._made(asked.response_id, asked.user)
-        upstream = asked.policy.upstreams.get(made.labels.upstream) if made else None
+        entry = await self._own_entry(query.response_id, query.user)
+        upstream = query.policy.upstreams.get(entry.labels.upstream) if entry else None
         if upstream is None:
-            raise _no_response(asked.response_id)
+            raise _not_found(query.response_id)
         headers = to_upstream(client.headers, kind=upstream.kind, api_key=upstream.api_key)
-        address = asked.address(upstream, api_version=client.api_version)
-        async with self._upstreams.send(upstream, address, b"", headers, method=asked.kept.method) as answer:
+        address = query.address(upstream, api_version=client.api_version)
+        async with self._upstreams.send(upstream, address, b"", headers, method=query.route.method) as answer:
             if answer.status == 404:
-                raise _no_response(asked.response_id)
+                raise _not_found(query.response_id)  # deleted there; the same words as for an unknown id
             if answer.status // 100 != 2:
-                await _pass_on_failure(answer, upstream, client)
+                await _forward_error(answer, upstream, client)
             elif answer.is_stream:
-                await _pass_on_stream(answer, client)
+                await _forward_stream(answer, client)
             else:
-                client.send(answer.status, to_client(answer.headers, is_stream=False), await answer.whole())
+                client.send(answer.status, to_client(answer.headers, is_stream=False), await answer.read())
 
-    async def _made(self, response_id: str, user: User) -> Entry | None:
-        """The call that made it, if that was this user's."""
+    async def _own_entry(self, response_id: str, user: User) -> Entry | None:
+        """The ledger entry of the call that produced the response; None unless that call was this user's."""
         if not RESPONSE_ID.fullmatch(response_id):
             return None
-        made = await self.ledger.response_entry(response_id)
-        return made if made is not None and made.labels.user == user.name else None
+        entry = await self.ledger.response_entry(response_id)
+        return entry if entry is not None and entry.labels.user == user.name else None
 
 
-def _no_response(response_id: str) -> ResponseNotFound:
-    return ResponseNotFound(f"Response with id '{response_id[:_SHOWN]}' not found.")
+def _not_found(response_id: str) -> ResponseNotFound:
+    return ResponseNotFound(f"Response with id '{response_id[:_ID_CHARACTERS_MAX]}' not found.")
 
 
-def _no_previous(response_id: str, model: Model) -> PreviousNotFound:
-    text = f"Previous response with id '{response_id[:_SHOWN]}' not found."
-    if not model.allows.store:  # which says nothing of whose it is
-        text += " This model's responses are not kept: send what was said before in `input`."
+def _previous_not_found(response_id: str, model: Model) -> PreviousNotFound:
+    text = f"Previous response with id '{response_id[:_ID_CHARACTERS_MAX]}' not found."
+    if not model.allows.store:  # this depends on the model alone, so it does not tell whose the response is
+        text += " This model's responses are not stored: send the earlier messages again in `input`."
     return PreviousNotFound(text, param="previous_response_id")
 
 
-async def _pass_on_stream(answer: Answer, client: Responder) -> None:
+async def _forward_stream(answer: Answer, client: Responder) -> None:
     await client.start(answer.status, to_client(answer.headers, is_stream=True))
     try:
         async for chunk in answer.chunks():
@@ -113,13 +115,15 @@ async def _pass_on_stream(answer: Answer, client: Responder) -> None:
             if client.is_disconnected:
                 return
     except UpstreamError:
-        client.abort()  # an event of ours could become a part of the one that broke off
+        # The connection is cut instead of sending an error event: the event could end up inside the one that broke
+        # off.
+        client.abort()
     else:
         await client.end()
 
 
-async def _pass_on_failure(answer: Answer, upstream: Upstream, client: Responder) -> None:
-    failure = failure_of(answer.status, await answer.beginning(), answer.retry_after, upstream)
+async def _forward_error(answer: Answer, upstream: Upstream, client: Responder) -> None:
+    failure = failure_of(answer.status, await answer.error_body(), answer.retry_after, upstream)
     if isinstance(failure, ProxyError):
         raise failure
     client.send(failure.status, JSON_HEADERS, failure.body)

@@ -1,7 +1,12 @@
-"""How many tokens one call has, where the upstream doesn't say it: counted off the event loop, when it matters.
+"""The number of tokens of one call, for the cases in which the upstream does not report it.
 
-Nobody has to, most of the time. Its input is counted where little is left of a quota, so that a bound in bytes would
-refuse or shorten what fits; and where an answer broke off, or came without its usage. Counted at most once.
+Most calls are never counted. The input is counted in two cases: if so little of a quota is left that a bound in bytes
+would refuse, delay or shorten a call that fits, and if an answer broke off or came without its usage. It is counted
+at most once, and not on the event loop.
+
+Example: a prompt of 8,000 bytes is bounded by 8,000 tokens, because a token has at least one byte. With a million
+tokens available this bound is good enough. With 6,000 available it would refuse a call that has about 2,000 tokens,
+so the prompt is counted.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,15 +20,15 @@ from proxy.policy.amounts import TOKENS_MAX, Exactly
 from proxy.policy.policy import Model
 from proxy.policy.quota import Demand
 
-# The texts of an input are kept until its call ends, in case they have to be counted. Those that have more characters
-# than this are counted before the call is sent instead.
+# The texts of an input are kept until the call ends, in case they have to be counted at the end. If they have more
+# characters than this, they are counted before the call is sent instead, and not kept while the answer streams.
 _KEPT_CHARACTERS_MAX = 2**20
 
 
 class TokenCount:
     """The tokens of one call. `body_bytes` is the length of the body that is sent.
 
-    `previous` is the call that made what this one goes on from.
+    `previous` is the call that produced the response which this one continues.
     """
 
     def __init__(
@@ -41,7 +46,7 @@ class TokenCount:
             sizes = [file.size for file in request.form.files]
             prompt = with_files(prompt, sizes, are_audio=request.endpoint.form == "audio", context=model.context)
         if previous is not None:
-            prompt = with_previous(prompt, _total_of(previous, model))
+            prompt = with_previous(prompt, _total_tokens(previous, model))
         self.demand = estimate_demand(request, model, prompt, body_bytes=body_bytes)
         self._tokenizers = tokenizers
         self._model = model
@@ -52,34 +57,37 @@ class TokenCount:
         self._text_bytes = body_bytes - prompt.opaque_bytes
 
     @property
-    def piece(self) -> Callable[[str], int]:
-        """What counts the pieces of an answer as they pass."""
+    def output_counter(self) -> Callable[[str], int]:
+        """The function that counts the pieces of an answer while they pass."""
         return self._tokenizers.count_by(self._encoding.name)
 
-    async def before_it_is_sent(self) -> None:
-        """Count a large input now, and let go of its texts."""
+    async def count_large_input(self) -> None:
+        """Count the input now if it is large, and drop its texts."""
         if sum(map(len, self._texts or ())) > _KEPT_CHARACTERS_MAX:
             await self._count()
 
     async def exact_demand(self) -> Demand:
-        """The demand with the input counted, or, where that fails, bounded by its bytes for good."""
+        """The demand with the input counted. If that fails, the bound in bytes stays and counts as exact."""
         text_tokens, is_guess = await self._count(), self._encoding.is_guess
         return counted(self.demand, self._model, self._prompt, text_tokens=text_tokens, is_guess=is_guess)
 
-    async def most_of_input(self) -> int:
-        """The most that the input can be, what is not shown of it included."""
+    async def input_upper_bound(self) -> int:
+        """The most tokens that the input can have, including input that the request does not show."""
         demand = await self.exact_demand()
         return demand.input + demand.hidden_input
 
-    async def of_input(self) -> int:
-        """About how many tokens the input has; never the bound, which is meant to be too large."""
+    async def input_tokens(self) -> int:
+        """An estimate of the tokens of the input. If they cannot be counted, four bytes are taken for a token.
+
+        The bound is not used for this, because it is deliberately too high: it would charge four times too much.
+        """
         text_tokens = await self._count()
         if text_tokens is None:
             return -(-self._text_bytes // BYTES_PER_TOKEN) + self._prompt.media_tokens
         return text_tokens + self._prompt.overhead
 
-    async def of_output(self, texts: Sequence[str]) -> int:
-        """About how many tokens these texts of an answer have."""
+    async def output_tokens(self, texts: Sequence[str]) -> int:
+        """An estimate of the tokens of these texts of an answer."""
         tokens = await self._tokenizers.count_all(texts, self._encoding.name) if texts else 0
         if tokens is not None:
             return tokens
@@ -92,8 +100,11 @@ class TokenCount:
         return self._text_tokens
 
 
-def _total_of(entry: Entry, model: Model) -> int | None:
-    """The tokens of a response in all, as its upstream said them; no more than what the model can read."""
+def _total_tokens(entry: Entry, model: Model) -> int | None:
+    """The input and output of a response, as its upstream reported them, but at most the model's context.
+
+    None if the upstream did not report them.
+    """
     if not isinstance(entry.usage, Exactly):
         return None
     tokens = entry.usage.tokens

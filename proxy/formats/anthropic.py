@@ -1,8 +1,8 @@
-"""What Anthropic's surface (`/v1/messages`) says in words of its own: errors, rate-limit headers, usage.
+"""The parts of Anthropic's API (`/v1/messages`) that differ from OpenAI's: versions, betas, errors and usage.
 
-An error is `{"type": "error", "error": {"type", "message", …}, "request_id"}`. Its type follows from the status; what
-we say beside the message (`code`, `reset_at`, …) stays inside `error`, as on OpenAI's surface. Sources: Anthropic's
-published API description, and its SDK. Pure.
+An error is `{"type": "error", "error": {"type", "message", …}, "request_id"}`. Its type follows from the HTTP status.
+The members that the proxy adds (`code`, `param`, `reset_at`, …) are inside `error`, as in an OpenAI error. Sources:
+Anthropic's published API description and its SDK. Pure.
 """
 
 from collections.abc import Mapping
@@ -11,13 +11,15 @@ from proxy.errors import ProxyError
 from proxy.formats.usage import read_tokens
 from proxy.policy.amounts import Tokens
 
-# What a client that names no version gets: the first that was published, which all servers know.
+# The `anthropic-version` that is sent for a client that names none: the first that was published, because every
+# compatible server knows it.
 VERSION = "2023-06-01"
-# The betas that pass for everybody: they change neither what a token costs nor what a request reaches. They let a
-# request say more (its effort, turns of the system, what of its history to leave out, who shares a cached beginning),
-# let a model think between calls of tools, say how much it thought, and name the client. Claude Code asks for all of
-# them, and its fields need them. Not so `context-1m-…`, whose long inputs cost more, `fast-mode-…`, `compact-…` and
-# `advisor-tool-…`, which do by themselves, nor those of files, servers, skills and the web.
+# The values of `anthropic-beta` that are forwarded for every user. They change neither the price of a token nor what
+# a request can reach. They add request fields (effort, system messages between turns, which parts of the history to
+# leave out, the scope of a cached prefix), allow thinking between tool calls, report the thinking tokens, and name
+# the client. Claude Code 2.1 sends all of them, and the fields of its requests need them.
+# Not in the list: `context-1m-…`, whose long inputs cost more; `fast-mode-…`, `compact-…` and `advisor-tool-…`, which
+# cost more by themselves; and the betas for files, servers (MCP), skills and the web, which reach other systems.
 USUAL_BETAS = frozenset(
     (
         "claude-code-20250219",
@@ -40,28 +42,33 @@ _TYPES = {
     504: "timeout_error",
     529: "overloaded_error",
 }
-# All of these are input; what was read from the cache is not a part of the first, as it is at OpenAI.
-_INPUTS = ("input_tokens", "cache_creation_input_tokens", "cache_read_input_tokens")
+# The input is the sum of these three. At OpenAI the cached tokens are a part of the input; here they stand beside it.
+# Example: input_tokens 7, cache_creation_input_tokens 100 and cache_read_input_tokens 1000 are an input of 1107.
+_INPUT_PARTS = ("input_tokens", "cache_creation_input_tokens", "cache_read_input_tokens")
 
 
 def error_body(error: ProxyError, request_id: str | None = None) -> dict[str, object]:
-    """The body of an error, in Anthropic's shape."""
-    usual = {"type": type_of(error.status), "message": error.message}
-    ours = {name: value for name, value in (("code", error.code), ("param", error.param)) if value is not None}
-    named = {} if request_id is None else {"request_id": request_id}
-    return {"type": "error", "error": {**usual, **ours, **error.members}, **named}
+    """The JSON body of an error in Anthropic's shape. Members without a value are left out.
+
+    An error event inside a stream has no `request_id`.
+    """
+    standard = {"type": type_of(error.status), "message": error.message}
+    added = {name: value for name, value in (("code", error.code), ("param", error.param)) if value is not None}
+    id_member = {} if request_id is None else {"request_id": request_id}
+    return {"type": "error", "error": {**standard, **added, **error.members}, **id_member}
 
 
 def type_of(status: int) -> str:
-    """The type of an error that is answered with this status."""
+    """Anthropic's error type for an HTTP status."""
     return _TYPES.get(status, "api_error" if status >= 500 else "invalid_request_error")
 
 
 def read_usage(usage: Mapping[str, object]) -> Tokens | None:
-    """The tokens in a usage of this surface; None where it makes no sense, as `read_tokens` has it."""
+    """The tokens in an Anthropic usage object; None if it makes no sense, by the rules of `read_tokens`."""
+    # Each part is read by `read_tokens` itself, so that "many" or -7 makes the whole object unreadable.
     parts = [
         read_tokens({"input_tokens": usage[name], "output_tokens": 0})
-        for name in _INPUTS
+        for name in _INPUT_PARTS
         if usage.get(name) is not None
     ]
     counts = [part.input for part in parts if part is not None]
@@ -72,11 +79,11 @@ def read_usage(usage: Mapping[str, object]) -> Tokens | None:
             "input_tokens": sum(counts) if counts else None,
             "output_tokens": usage.get("output_tokens"),
             "input_tokens_details": {"cached_tokens": usage.get("cache_read_input_tokens")},
-            "output_tokens_details": {"reasoning_tokens": _thinking(usage)},
+            "output_tokens_details": {"reasoning_tokens": _thinking_tokens(usage)},
         }
     )
 
 
-def _thinking(usage: Mapping[str, object]) -> object:
+def _thinking_tokens(usage: Mapping[str, object]) -> object:
     details = usage.get("output_tokens_details")
     return details.get("thinking_tokens") if isinstance(details, dict) else None

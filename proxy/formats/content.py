@@ -1,12 +1,13 @@
-"""What of a request the model reads: its texts, and what costs tokens without being text.
+"""What the model reads of a request: the texts, and the input that costs tokens but is not text.
 
-A `Prompt` is told from the document alone, without counting a single token. Texts are handed on to be counted;
-pictures and sounds have the set prices of OpenAI's documents, since their base64 is not read as text: a megabyte of
-it would count as 680,000 tokens. Nothing here refuses anything, and no value of JSON is too strange for it: what we
-don't know is taken for text, so that it is counted too high, not too low.
+`read_prompt` finds both from the parsed body, without counting a token. Texts are returned for the tokenizer. Images
+and audio are priced by the vendors' published rules, because their base64 is not read as text: a megabyte of it would
+count as 680,000 tokens. Nothing is refused here, and a value of any shape is accepted: what the proxy does not know
+is taken as text, so it is counted too high and not too low.
 
-Sources: OpenAI's cookbook for what is added to each message, its documents of 2025 on vision and sound for the
-prices. Neither is a promise; the upstream's own count goes before ours wherever there is one.
+Sources: OpenAI's cookbook ("How to count tokens with tiktoken") for the tokens around messages; OpenAI's and
+Anthropic's documents of 2025 on vision and audio for prices. Neither is a promise, so the upstream's own count is
+used instead wherever there is one. Pure.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,72 +15,90 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from proxy.formats.images import Patches, Tiles, base64_start, image_price, image_size, price_by_area
-from proxy.formats.strict_json import dump
+from proxy.formats.strict_json import dump, walk
 
-# What the cookbook's chat format adds to each message, to a name, and once for the beginning of the answer.
+# The cookbook's tokens around a chat: for each message, for each name, and once for the beginning of the answer.
+# One user message "Hi" is 3 + role (1) + text (1) + 3 = 8 tokens.
 _PER_MESSAGE = 3
 _PER_NAME = 1
-_PRIMING = 3
-# What is not shown as text (encrypted reasoning, files) is estimated as prose would be.
+_REPLY_PRIMING = 3
+# Encrypted reasoning and files are not in the request as the model reads them. They are estimated like English prose.
 _CHARACTERS_PER_TOKEN = 4
-# One token is 100 ms of sound, and the leanest MP3 has 8 kbit/s: so no sound has fewer than 100 bytes to a token.
-_SOUND_BYTES_PER_TOKEN = 100
-# The context of gpt-4o-transcribe, which cuts a file of up to 25 MB into pieces: no sound has more to its piece.
-_SOUND_TOKENS_MAX = 16_000
-# A picture to be edited, at the highest fidelity: 6,240 tokens for what is kept of it, beside its tiles.
-_FILED_PICTURE_TOKENS = 8192
+# One token of audio is 100 ms. The leanest MP3 has 8 kbit/s, which is 100 bytes in 100 ms. Every other file has more
+# bytes for a token, so its size divided by 100 is never too low.
+_AUDIO_BYTES_PER_TOKEN = 100
+# An uploaded recording is at most 25 MB, which would be 250,000 tokens by its size. gpt-4o-transcribe cuts a
+# recording into pieces that fit its context of 16,000 tokens, so no more than this is reserved for a file.
+_AUDIO_FILE_TOKENS_MAX = 16_000
+# An uploaded image that is edited with the highest fidelity costs 6,240 tokens and its tiles (OpenAI, gpt-image-1).
+_UPLOADED_IMAGE_TOKENS = 8192
+# Anthropic adds a system prompt if a request has tools: 159 to 804 tokens, by model. It has no bytes in the request.
+_ANTHROPIC_TOOLS_PROMPT_TOKENS = 804
 
+# Fields whose values are texts, messages or lists of token numbers.
 _TEXT_FIELDS = ("system", "messages", "input", "prompt", "suffix", "instructions")
-# What a model doesn't read. All other fields templates may write out, as JSON or about so: tools, schemas, documents,
-# and what we have never heard of.
-_UNREAD_FIELDS = frozenset(
+# Fields that the model does not read, and those above. Every other field is counted as JSON, because a chat template
+# may print it: tools, schemas, documents, and fields that the proxy does not know.
+_NOT_PRINTED = frozenset(
     "model stream stream_options n n_cmpl best_of max_tokens max_completion_tokens max_output_tokens n_predict "
     "temperature top_p top_k min_p frequency_penalty presence_penalty repetition_penalty stop seed user metadata "
     "store safety_identifier logprobs top_logprobs logit_bias parallel_tool_calls tool_choice service_tier audio "
     "modalities encoding_format dimensions echo truncation include reasoning reasoning_effort thinking verbosity "
     "prediction prompt_cache_key background stop_sequences cache_control previous_response_id".split()
 ).union(_TEXT_FIELDS)
-# No API's own names are longer, so one that is says something.
-_NAME_CHARACTERS_MAX = 40
-# Fields that stand for tokens which are not in the request. A template of the client's own may write any number, and
-# vLLM makes pictures as large as it is told.
-_OPEN_FIELDS = ("conversation", "web_search_options", "chat_template", "mm_processor_kwargs", "media_io_kwargs")
-# Whose type may be left out at some servers.
-_RUN_BY_CLIENT = ("function", "custom", None)
-_CONTENTS = ("content", "output")
-_UNREAD_IN_A_TURN = ("type", "id", "status")
-_SAYS_SOMETHING = frozenset(("content", "tool_calls", "function_call", "refusal"))
+# A key that is longer than any name in the vendors' APIs is counted as text: a prompt can also be written into keys.
+_KEY_CHARACTERS_MAX = 40
+# Fields that stand for input which is not in the request. A client's own `chat_template` can print any number of
+# tokens; vLLM's other two fields set the size of images and the number of video frames.
+_HIDDEN_INPUT_FIELDS = (
+    "conversation",
+    "web_search_options",
+    "chat_template",
+    "mm_processor_kwargs",
+    "media_io_kwargs",
+)
+# Tools that the client runs. None: some servers do not require a type.
+_CLIENT_TOOL_TYPES = ("function", "custom", None)
 
-# The kinds of parts that are not text, and the member by which some servers know them where `type` is left out.
-_PICTURES = ("image_url", "input_image")
-_SOUNDS = ("input_audio",)
-_FILES = ("file", "input_file")
-# Anthropic's blocks, of which none is known by a member: each says its type.
-_BLOCKS = ("image", "document", "tool_result", "tool_use", "thinking", "redacted_thinking", "search_result")
-# Those that have parts, into which no more than one level is read: no depth overflows the stack.
-_HAS_PARTS = ("document", "tool_result", "tool_use", "search_result")
-_UNSHOWN = ("signature", "data")
-_UNREAD_IN_A_BLOCK = ("type", "cache_control", "citations", "is_error")
-# What Anthropic tells its models about tools where a request has any: 159 to 804 tokens, by model.
-_TOOLS_PROMPT = 804
-_OPEN_PARTS = ("audio_url", "video_url", "input_video")
-_MEMBERS = (*_PICTURES, *_SOUNDS, *_FILES, *_OPEN_PARTS)
-_MEDIA = (*_MEMBERS, *_BLOCKS)
-_NO_TEXT = frozenset(_MEMBERS)
+# Messages, and items of /responses. An id of a tool call is read: some chat templates print it.
+_CONTENT_FIELDS = ("content", "output")
+_MESSAGE_FIELDS_NOT_READ = ("type", "id", "status")
+# A message without a type and without any of these has nothing but an id: it refers to a stored one.
+_MESSAGE_BODY_FIELDS = frozenset(("content", "tool_calls", "function_call", "refusal"))
 
-# In so many pictures of a request the size is looked for behind more than the first bytes: decoding those takes 13 ms
-# at worst, for which nobody else is served.
-_JPEGS_MAX = 32
+# Types of parts that are not plain text.
+_IMAGE_TYPES = ("image_url", "input_image")
+_AUDIO_TYPES = ("input_audio",)
+_FILE_TYPES = ("file", "input_file")
+# Links to audio and video of any length.
+_LINKED_TYPES = ("audio_url", "video_url", "input_video")
+# Some servers accept a part of these types without `type`, if it has a member of that name:
+# {"image_url": {"url": …}}.
+_TYPES_BY_MEMBER = (*_IMAGE_TYPES, *_AUDIO_TYPES, *_FILE_TYPES, *_LINKED_TYPES)
+_MEMBERS_OF_TYPES = frozenset(_TYPES_BY_MEMBER)
+# Anthropic's content blocks always state their type.
+_BLOCK_TYPES = ("image", "document", "tool_result", "tool_use", "thinking", "redacted_thinking", "search_result")
+_SPECIAL_TYPES = (*_TYPES_BY_MEMBER, *_BLOCK_TYPES)
+# Blocks that contain other blocks. One level is read block by block, and everything below as text. So the functions
+# here call each other to a fixed depth, and no input overflows the stack.
+_BLOCKS_WITH_PARTS = ("document", "tool_result", "tool_use", "search_result")
+# A signature and the data of `redacted_thinking` contain encrypted reasoning.
+_ENCRYPTED_BLOCK_FIELDS = ("signature", "data")
+_BLOCK_FIELDS_NOT_READ = ("type", "cache_control", "citations", "is_error")
+
+# This many images of a request may be decoded beyond their first bytes to find their size. All of them together block
+# the event loop for 13 ms at worst.
+_SEARCHED_IMAGES_MAX = 32
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """What a model reads of one request, in texts and in tokens that are not text.
+    """What the model reads of one request: texts, and tokens that are not text.
 
-    `overhead` are tokens beside those of the texts: what is added to messages, tokens that came as numbers, media.
-    `media_tokens` is the part of it that no text shows: the price of pictures and sounds, what a vendor says of
-    tools, what is gone on from. `opaque_bytes` is what these take of the JSON. Where it `is_open` the model reads
-    something that the request does not show, so nothing bounds it.
+    `overhead` is all tokens beside those of the texts: those around messages, tokens that came as numbers, media.
+    `media_tokens` is the part of `overhead` that has no text in the request: images, audio, Anthropic's system prompt
+    for tools, the previous response. `opaque_bytes` is how many bytes of the JSON are base64 of these images and
+    audio. If `is_open`, the model reads something that the request does not show, so nothing bounds the input.
     """
 
     texts: tuple[str, ...] = ()
@@ -89,38 +108,49 @@ class Prompt:
     is_open: bool = False
 
     def bound(self, body_bytes: int) -> int:
-        """The most that the input can be, unless it is open, in a body of so many bytes.
+        """The most tokens that the visible input can have, in a body of `body_bytes` bytes.
 
-        One token is at least one byte, and the JSON around a message outweighs what chat templates add.
+        One token is at least one byte of text, and the JSON around a message (`{"role":"user","content":""}`, 28
+        bytes) is longer than what chat templates add to it. Base64 is exchanged for the price of its image: a body of
+        1,000,300 bytes, of which 1,000,000 are an image of 1024 × 1024 for gpt-4o, has at most 300 + 765 tokens.
         """
         return body_bytes - self.opaque_bytes + self.media_tokens
 
 
 def read_prompt(document: Mapping[str, Any], *, model: str, is_chat: bool) -> Prompt:
-    """What the upstream's `model` reads of a request. `is_chat`: as messages (/chat/completions, /responses)."""
-    reading = _Reading(image_price(model))
+    """Find what the model reads of a request's body.
+
+    `model` is the upstream's name of the model. `is_chat`: the input is messages (/chat/completions, /responses,
+    /messages), which have tokens of their own around them.
+    """
+    reader = _PromptReader(image_price(model))
     for name in _TEXT_FIELDS:
-        reading.see_field(document.get(name), is_chat=is_chat)
-    if any(isinstance(tool, dict) and "input_schema" in tool for tool in _list(document.get("tools"))):
-        reading.price(_TOOLS_PROMPT)
+        reader.read_field(document.get(name), is_chat=is_chat)
+    # Tools with an `input_schema` are Anthropic's; OpenAI's have `parameters`.
+    if any(isinstance(tool, dict) and "input_schema" in tool for tool in _list_or_empty(document.get("tools"))):
+        reader.add_media_tokens(_ANTHROPIC_TOOLS_PROMPT_TOKENS)
     for name, value in document.items():
-        if name not in _UNREAD_FIELDS:
-            reading.see_json({name: value} if len(name) > _NAME_CHARACTERS_MAX else value)
+        if name not in _NOT_PRINTED:
+            reader.add_json({name: value} if len(name) > _KEY_CHARACTERS_MAX else value)
     return Prompt(
-        texts=tuple(reading.texts),
-        overhead=reading.overhead + (_PRIMING if is_chat else 0),
-        opaque_bytes=reading.opaque_bytes,
-        media_tokens=reading.media_tokens,
-        is_open=reading.is_open or _is_open(document),
+        texts=tuple(reader.texts),
+        overhead=reader.overhead + (_REPLY_PRIMING if is_chat else 0),
+        opaque_bytes=reader.opaque_bytes,
+        media_tokens=reader.media_tokens,
+        is_open=reader.is_open or _has_hidden_input(document),
     )
 
 
 def with_files(prompt: Prompt, sizes: Sequence[int], *, are_audio: bool, context: int | None) -> Prompt:
-    """The prompt of a form with files of these sizes: their bytes say nothing of pictures, and much of sounds."""
+    """The prompt of a form, with its uploaded files added; `sizes` are in bytes, `context` is the model's in tokens.
+
+    The size of an image file says nothing about its price, so each costs the same. Audio is priced by its size:
+    1,000,001 bytes are 10,001 tokens.
+    """
     if are_audio:
-        tokens = sum(min(-(-size // _SOUND_BYTES_PER_TOKEN), context or _SOUND_TOKENS_MAX) for size in sizes)
+        tokens = sum(min(-(-size // _AUDIO_BYTES_PER_TOKEN), context or _AUDIO_FILE_TOKENS_MAX) for size in sizes)
     else:
-        tokens = _FILED_PICTURE_TOKENS * len(sizes)
+        tokens = _UPLOADED_IMAGE_TOKENS * len(sizes)
     return replace(
         prompt,
         overhead=prompt.overhead + tokens,
@@ -130,256 +160,280 @@ def with_files(prompt: Prompt, sizes: Sequence[int], *, are_audio: bool, context
 
 
 def with_previous(prompt: Prompt, tokens: int | None) -> Prompt:
-    """The prompt of a request that goes on from a response of so many tokens in all; None: nobody knows how many."""
+    """The prompt of a request with `previous_response_id`, whose previous response used `tokens` in total.
+
+    None: the total is unknown, so nothing bounds the input.
+    """
     if tokens is None:
         return replace(prompt, is_open=True)
     return replace(prompt, overhead=prompt.overhead + tokens, media_tokens=prompt.media_tokens + tokens)
 
 
-def parts_of(document: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The parts of all messages of a request, and of what tools gave back: texts, pictures, files.
+def content_parts(document: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """All messages and items of a request, all parts of their contents and outputs, and all parts within these.
 
-    And the parts within these, at whatever depth; also where one stands alone, in no list or in no message.
+    At any depth, and also if a part or a message is not inside a list.
     """
-    found = [
-        turn for name in ("messages", "input") for turn in _several(document.get(name)) if isinstance(turn, dict)
+    parts = [
+        turn for name in ("messages", "input") for turn in _as_list(document.get(name)) if isinstance(turn, dict)
     ]
-    for part in found:  # which grows meanwhile
-        within = [*map(part.get, _CONTENTS), _member(part.get("source"), "content")]
-        found += [inner for value in within for inner in _several(value) if isinstance(inner, dict)]
-    return found
+    for part in parts:  # the list grows while it is read, so parts within parts are found without recursion
+        contents = [*map(part.get, _CONTENT_FIELDS), _get(part.get("source"), "content")]
+        parts += [inner for content in contents for inner in _as_list(content) if isinstance(inner, dict)]
+    return parts
 
 
-def _several(value: object) -> list[Any]:
-    return value if isinstance(value, list) else [value]
-
-
-def tools_of(document: Mapping[str, Any]) -> list[Any]:
-    """The tools that a request offers: its own, those that come in by an item, and those within either."""
-    found = _list(document.get("tools"))[:]
-    for item in _list(document.get("input")):
-        # The tools of `mcp_list_tools` are no offer but what a server once listed.
-        found += _list(_member(item, "tools")) if _member(item, "type") != "mcp_list_tools" else ()
-    for tool in found:  # which grows meanwhile
-        found += _list(_member(tool, "tools"))
-    return found
+def offered_tools(document: Mapping[str, Any]) -> list[Any]:
+    """The tools that a request offers to the model: in `tools`, in items (`additional_tools`), and in groups."""
+    tools = _list_or_empty(document.get("tools"))[:]
+    for item in _list_or_empty(document.get("input")):
+        # `mcp_list_tools` only repeats what an MCP server once listed.
+        tools += _list_or_empty(_get(item, "tools")) if _get(item, "type") != "mcp_list_tools" else ()
+    for tool in tools:  # the list grows while it is read, so groups within groups are found without recursion
+        tools += _list_or_empty(_get(tool, "tools"))
+    return tools
 
 
 def is_run_by_client(tool: object) -> bool:
-    """Whether the client runs a tool itself, and the request shows all that the model reads of it.
+    """Whether the client runs this tool, so that the request shows everything that the model reads of it.
 
-    So it is with a search among tools that the client makes; one that the upstream makes reads what it likes. A
-    namespace only names a group of others, each of which is asked for by itself.
+    A `tool_search` with `execution: client` is one; without, the upstream searches and reads what it finds. A
+    `namespace` only groups other tools, each of which is checked by itself (`offered_tools`).
     """
-    kind = _member(tool, "type")
-    is_search = kind == "tool_search" and _member(tool, "execution") == "client"
-    is_group = kind == "namespace" and isinstance(_member(tool, "tools"), list)
-    return isinstance(tool, dict) and (kind in _RUN_BY_CLIENT or is_search or is_group)
+    kind = _get(tool, "type")
+    is_search = kind == "tool_search" and _get(tool, "execution") == "client"
+    is_group = kind == "namespace" and isinstance(_get(tool, "tools"), list)
+    return isinstance(tool, dict) and (kind in _CLIENT_TOOL_TYPES or is_search or is_group)
 
 
-def _member(value: object, name: str) -> object:
-    return value.get(name) if isinstance(value, dict) else None
-
-
-def _is_open(document: Mapping[str, Any]) -> bool:
-    if any(document.get(name) not in (None, False) for name in _OPEN_FIELDS):
+def _has_hidden_input(document: Mapping[str, Any]) -> bool:
+    """Whether a field or a tool makes the model read something that the request does not show."""
+    if any(document.get(name) not in (None, False) for name in _HIDDEN_INPUT_FIELDS):
         return True
-    if isinstance(document.get("prompt"), dict):  # a template that is stored at the upstream
+    if isinstance(document.get("prompt"), dict):  # a prompt template that is stored at the upstream
         return True
-    return not all(map(is_run_by_client, tools_of(document)))
+    return not all(map(is_run_by_client, offered_tools(document)))
 
 
-def _list(value: object) -> list[Any]:
-    return value if isinstance(value, list) else []
+class _PromptReader:
+    """Collects the values of a `Prompt` while a request is read; the attributes mean the same as there.
 
+    The methods `read_…` know the shape of a field, a message, a part or a block. The methods `add_…` add a value.
+    """
 
-class _Reading:
-    """What has been found so far, while a request is walked through."""
-
-    def __init__(self, pictures: Tiles | Patches) -> None:
+    def __init__(self, image_prices: Tiles | Patches) -> None:
         self.texts: list[str] = []
         self.overhead = self.opaque_bytes = self.media_tokens = 0
         self.is_open = False
-        self._pictures = pictures
-        self._pictures_seen = 0
+        self._image_prices = image_prices
+        self._images_sized = 0
 
-    def see_field(self, value: object, *, is_chat: bool) -> None:
-        """Read a field of texts: one of them, or a list of texts, of messages, or of tokens as numbers."""
+    def read_field(self, value: object, *, is_chat: bool) -> None:
+        """Read a field of texts: a single text, or a list of texts, of messages, or of token numbers."""
         if not isinstance(value, list):
-            self.see(value)
+            self.add_texts(value)
+            # A single text is a message of its own on /responses, and so are its instructions.
             self.overhead += _PER_MESSAGE if is_chat and value is not None else 0
             return
-        self.overhead += _numbers_in(value)
+        self.overhead += _integers_in(value)
         for turn in value:
             if isinstance(turn, dict):
-                self._see_turn(turn)
+                self._read_message(turn)
             else:
-                self.see(turn)
+                self.add_texts(turn)
 
-    def see_json(self, value: object) -> None:
-        """Read a value that the model gets to see as JSON."""
+    def add_json(self, value: object) -> None:
+        """Add a value that the model sees as JSON."""
         if value:
             self.texts.append(dump(value).decode())
 
-    def see(self, value: object) -> None:
-        """Take every string in it for text, and every whole number in a list for a token."""
-        waiting = [value]  # not recursive: no depth overflows the stack
-        while waiting:
-            value = waiting.pop()
-            if isinstance(value, str):
-                if value:
-                    self.texts.append(value)
-            elif isinstance(value, list):
-                self.overhead += _numbers_in(value)
-                waiting += reversed(value)
-            elif isinstance(value, dict):
-                waiting += [_as_text(key, inner) for key, inner in reversed(value.items()) if key != "type"]
-                self.texts += [key for key in value if len(key) > _NAME_CHARACTERS_MAX]
+    def add_texts(self, value: object) -> None:
+        """Take every string below a value as text, and every integer in a list as one token."""
+        if isinstance(value, str):  # most values are a single text, for which a walk takes twice as long
+            if value:
+                self.texts.append(value)
+            return
+        for inner in walk(value, _printed_members):
+            if isinstance(inner, str):
+                if inner:
+                    self.texts.append(inner)
+            elif isinstance(inner, list):
+                self.overhead += _integers_in(inner)
+            elif isinstance(inner, dict):
+                self.texts += [key for key in inner if len(key) > _KEY_CHARACTERS_MAX]
 
-    def _see_turn(self, turn: dict[str, Any]) -> None:
-        """Read a message, or another item of a conversation: a call of a tool, what it gave back."""
-        if _kind(turn) in _MEDIA:
-            self._see_part(turn)
+    def add_media_tokens(self, tokens: int) -> None:
+        """Add tokens of something that has no text in the request."""
+        self.overhead += tokens
+        self.media_tokens += tokens
+
+    def _add_encoded(self, value: object) -> None:
+        """Estimate content that the model reads in another form. Its bytes stay part of the bound."""
+        self.overhead += -(-_characters_in(value) // _CHARACTERS_PER_TOKEN)
+
+    def _exclude_base64(self, base64: str, part: Mapping[str, Any]) -> None:
+        """Take base64 out of the byte bound, but only if the part states its type.
+
+        A server that requires a type would read a part without one as text.
+        """
+        if part.get("type") is not None:
+            self.opaque_bytes += len(base64)
+
+    def _read_message(self, turn: dict[str, Any]) -> None:
+        """Read a message, or another item of /responses such as a tool call or its output."""
+        if _part_type(turn) in _SPECIAL_TYPES:  # a part that is not inside a message
+            self._read_part(turn)
             return
         self.overhead += _PER_MESSAGE + (_PER_NAME if isinstance(turn.get("name"), str) else 0)
-        self.is_open = self.is_open or _is_reference(turn)
+        self.is_open = self.is_open or _refers_to_stored_turn(turn)
         for key, value in turn.items():
-            if key in _CONTENTS:
-                for part in value if isinstance(value, list) else [value]:
-                    self._see_part(part)
+            if key in _CONTENT_FIELDS:
+                for part in _as_list(value):
+                    self._read_part(part)
             elif key == "encrypted_content":
-                self._see_unshown(value)
-            elif key not in _UNREAD_IN_A_TURN:
-                # The ids of tool calls are read: some templates write them out.
-                self.see(_as_text(key, value))
+                self._add_encoded(value)
+            elif key not in _MESSAGE_FIELDS_NOT_READ:
+                self.add_texts(_as_printed(key, value))
 
-    def _see_part(self, part: object) -> None:
-        kind = _kind(part) if isinstance(part, dict) else None
-        if not isinstance(part, dict) or kind not in _MEDIA:
-            self.see(part)
-        elif kind in _PICTURES:
-            self._see_picture(part)
-        elif kind in _SOUNDS:
-            self._see_sound(part)
-        elif kind in _FILES:
-            self._see_file(part)
-        elif kind in _BLOCKS:
-            self._see_block(part)
+    def _read_part(self, part: object) -> None:
+        kind = _part_type(part) if isinstance(part, dict) else None
+        if not isinstance(part, dict) or kind not in _SPECIAL_TYPES:
+            self.add_texts(part)
+        elif kind in _IMAGE_TYPES:
+            self._read_image(part)
+        elif kind in _AUDIO_TYPES:
+            self._read_audio(part)
+        elif kind in _FILE_TYPES:
+            self._read_file(part)
+        elif kind in _BLOCK_TYPES:
+            self._read_block(part)
         else:
             self.is_open = True
-            self._see_unshown(part)
+            self._add_encoded(part)
 
-    def _see_picture(self, part: dict[str, Any]) -> None:
+    def _read_image(self, part: dict[str, Any]) -> None:
+        # Chat has {"image_url": {"url": …, "detail": …}}, /responses has both in the part itself.
         inner = part.get("image_url")
         image = inner if isinstance(inner, dict) else {"url": inner, "detail": part.get("detail")}
         url, size = image.get("url"), None
         if not isinstance(url, str):
-            self.see(inner)
+            self.add_texts(inner)
         elif start := base64_start(url):
-            self._pictures_seen += 1
-            size = image_size(url, start, is_searched=self._pictures_seen <= _JPEGS_MAX)
-            self._leave_out(url, part)
-        self.price(self._pictures.price(size, is_low=image.get("detail") == "low"))
+            size = self._image_size(url, start)
+            self._exclude_base64(url, part)
+        # An image behind a link has the highest price. The proxy never fetches it.
+        self.add_media_tokens(self._image_prices.price(size, is_low=image.get("detail") == "low"))
         self.is_open = self.is_open or bool(part.get("file_id"))
 
-    def _see_sound(self, part: dict[str, Any]) -> None:
-        data = _member(part.get("input_audio"), "data")
+    def _read_audio(self, part: dict[str, Any]) -> None:
+        data = _get(part.get("input_audio"), "data")
         if not isinstance(data, str):
-            self.see(part)
+            self.add_texts(part)
             return
-        self.price(-(-len(data) * 3 // (4 * _SOUND_BYTES_PER_TOKEN)))
-        self._leave_out(data, part)
+        # Four characters of base64 are three bytes: 40,000 characters are 30,000 bytes and 300 tokens.
+        self.add_media_tokens(-(-len(data) * 3 // (4 * _AUDIO_BYTES_PER_TOKEN)))
+        self._exclude_base64(data, part)
 
-    def _see_file(self, part: dict[str, Any]) -> None:
-        """Read a file: of one that is no plain text the model gets pictures of its pages too, so it is open."""
+    def _read_file(self, part: dict[str, Any]) -> None:
+        """Read a file. If it is not plain text, the model also sees its pages as images, so nothing bounds it."""
         inner = part.get("file")
         file = inner if isinstance(inner, dict) else part
         for key, value in file.items():
             if key == "file_data":
-                self._see_unshown(value)
+                self._add_encoded(value)
             elif key not in ("type", "file_url"):
-                self.see(value)
+                self.add_texts(value)
         data = file.get("file_data")
-        is_plain = isinstance(data, str) and data.startswith("data:text/") and not file.get("file_url")
-        self.is_open = self.is_open or not is_plain or bool(file.get("file_id"))
+        is_plain_text = isinstance(data, str) and data.startswith("data:text/") and not file.get("file_url")
+        self.is_open = self.is_open or not is_plain_text or bool(file.get("file_id"))
 
-    def _see_block(self, block: dict[str, Any]) -> None:
-        """Read one of Anthropic's blocks, and what is within it; what is within that is taken for text."""
+    def _read_block(self, block: dict[str, Any]) -> None:
+        """Read one of Anthropic's content blocks and the blocks inside it."""
         source = block.get("source")
         for key, value in block.items():
             if key == "source" and isinstance(value, dict):
-                self._see_source(block, value)
+                self._read_source(block, value)
             elif key == "content":
-                self._see_inner(value)
+                self._read_inner_parts(value)
             elif key == "input":
-                self.see_json(value)
-            elif key in _UNSHOWN:
-                self._see_unshown(value)
-            elif key not in _UNREAD_IN_A_BLOCK:
-                self.see(value)
-        # A picture that we know nothing of is as large as there are any.
+                self.add_json(value)
+            elif key in _ENCRYPTED_BLOCK_FIELDS:
+                self._add_encoded(value)
+            elif key not in _BLOCK_FIELDS_NOT_READ:
+                self.add_texts(value)
         if block["type"] == "image" and not isinstance(source, dict):
-            self.price(price_by_area(None))
+            self.add_media_tokens(price_by_area(None))
 
-    def _see_source(self, block: Mapping[str, Any], source: Mapping[str, Any]) -> None:
-        """Read a picture, or a document: of one that is no plain text the model gets pictures of its pages too."""
+    def _read_source(self, block: Mapping[str, Any], source: Mapping[str, Any]) -> None:
+        """Read the source of an image or a document. If a document is not plain text, nothing bounds it."""
         data, kind = source.get("data"), source.get("type")
         if block["type"] == "image":
-            self._pictures_seen += 1
-            is_searched = self._pictures_seen <= _JPEGS_MAX
-            size = image_size(data, 0, is_searched=is_searched) if isinstance(data, str) else None
-            self.price(price_by_area(size))
-            self._leave_out(data if isinstance(data, str) else "", block)
+            base64 = data if isinstance(data, str) else ""
+            self.add_media_tokens(price_by_area(self._image_size(base64, 0)))
+            self._exclude_base64(base64, block)
         elif kind == "text":
-            self.see(data)
+            self.add_texts(data)
         elif kind == "content":
-            self._see_inner(source.get("content"))
+            self._read_inner_parts(source.get("content"))
         else:
-            self._see_unshown(data)
+            self._add_encoded(data)
             self.is_open = True
         self.is_open = self.is_open or bool(source.get("file_id"))
 
-    def _see_inner(self, content: object) -> None:
-        for part in content if isinstance(content, list) else [content]:
-            is_plain = isinstance(part, dict) and _kind(part) in _HAS_PARTS
-            self.see(part) if is_plain else self._see_part(part)
+    def _read_inner_parts(self, content: object) -> None:
+        for part in _as_list(content):
+            # See _BLOCKS_WITH_PARTS: a block inside a block is text from here on.
+            is_container = isinstance(part, dict) and _part_type(part) in _BLOCKS_WITH_PARTS
+            self.add_texts(part) if is_container else self._read_part(part)
 
-    def _see_unshown(self, value: object) -> None:
-        """Estimate what is in the request but not as the model reads it. Its bytes stay part of the bound."""
-        self.overhead += -(-_characters_in(value) // _CHARACTERS_PER_TOKEN)
-
-    def _leave_out(self, base64: str, part: Mapping[str, Any]) -> None:
-        """Don't count base64 as text, where the part leaves no doubt that it is none."""
-        if part.get("type") is not None:
-            self.opaque_bytes += len(base64)
-
-    def price(self, tokens: int) -> None:
-        """Add what costs so many tokens without being text."""
-        self.overhead += tokens
-        self.media_tokens += tokens
+    def _image_size(self, data: str, start: int) -> tuple[int, int] | None:
+        self._images_sized += 1
+        return image_size(data, start, is_searched=self._images_sized <= _SEARCHED_IMAGES_MAX)
 
 
-def _kind(part: Mapping[str, Any]) -> object:
+def _part_type(part: Mapping[str, Any]) -> object:
+    """The type of a part: as stated, else by the member that some servers recognise it by, else None."""
     kind = part.get("type")
-    if kind is not None or _NO_TEXT.isdisjoint(part):
+    if kind is not None or _MEMBERS_OF_TYPES.isdisjoint(part):
         return kind
-    return next(member for member in _MEMBERS if member in part)
+    return next(member for member in _TYPES_BY_MEMBER if member in part)
 
 
-def _is_reference(turn: Mapping[str, Any]) -> bool:
-    """Whether a turn stands for one that is stored at the upstream. A reference need not say its type."""
-    kind, sound = turn.get("type"), turn.get("audio")
-    is_bare = kind is None and _SAYS_SOMETHING.isdisjoint(turn)
-    return is_bare or kind == "item_reference" or (isinstance(sound, dict) and "id" in sound)
+def _refers_to_stored_turn(turn: Mapping[str, Any]) -> bool:
+    """Whether a message or item refers to one that is stored at the upstream. A reference need not state its type.
+
+    Examples: {"id": "msg_1"}; {"type": "item_reference", "id": "msg_1"}; a chat message with
+    {"audio": {"id": "audio_1"}}, which refers to an earlier answer in audio.
+    """
+    kind, audio = turn.get("type"), turn.get("audio")
+    is_bare = kind is None and _MESSAGE_BODY_FIELDS.isdisjoint(turn)
+    return is_bare or kind == "item_reference" or (isinstance(audio, dict) and "id" in audio)
 
 
-def _as_text(key: str, value: object) -> object:
-    """Arguments of a tool call that came as an object: templates write them out as JSON."""
+def _printed_members(value: dict[str, Any]) -> list[object]:
+    return [_as_printed(key, inner) for key, inner in value.items() if key != "type"]
+
+
+def _as_printed(key: str, value: object) -> object:
+    """Arguments of a tool call that a client sent as an object become JSON, as chat templates print them."""
     return dump(value).decode() if key == "arguments" and not isinstance(value, str) else value
 
 
-def _numbers_in(value: list[Any]) -> int:
-    return sum(type(inner) is int for inner in value)
+def _get(value: object, name: str) -> object:
+    """The member of an object; None for any other value."""
+    return value.get(name) if isinstance(value, dict) else None
+
+
+def _as_list(value: object) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _list_or_empty(value: object) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def _integers_in(value: list[Any]) -> int:
+    return sum(type(inner) is int for inner in value)  # not isinstance: true and false are no tokens
 
 
 def _characters_in(value: object) -> int:

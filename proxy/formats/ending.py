@@ -1,12 +1,16 @@
-"""The end that a streamed answer gets when we stop it at a quota's limit, in each endpoint's own form.
+"""The end of a streamed answer that the proxy stops at a quota's limit, in the format of each endpoint.
 
-An ending watches one stream go by, chunk by chunk, and can write at any moment what the upstream would have sent
-next, had its own maximum ended the answer there: `finish_reason: "length"` for every choice that has none yet, or
-`response.incomplete` with all that was said so far, or `stop_reason: "max_tokens"`. So an SDK takes the stream for a
-whole one that was cut by length, not for a broken one. What is written repeats what passed (id, model, items); no
-text is made up or left out.
+An `Ending` watches the chunks or events of one stream. At any moment it can write what the upstream would have sent
+next if its own maximum had ended the answer there:
 
-Pure: no sockets, no clock. Whether a stream is to be stopped, and what it has used by then, is decided elsewhere.
+    chat, completions   `finish_reason: "length"` for every choice without a finish reason, usage if requested,
+    `[DONE]` /responses          the missing `.done` events, then `response.incomplete` with the whole output so far
+    /v1/messages        `stop_reason: "max_tokens"`; see `message_ending`
+
+So an SDK sees a complete stream that was cut by length, not a broken one. The written events repeat what passed (id,
+model, items). No text is invented or left out.
+
+Pure: no sockets, no clock. Other modules decide whether a stream is stopped, and what it has used.
 """
 
 from collections.abc import Iterable, Iterator
@@ -21,16 +25,16 @@ from proxy.policy.amounts import Tokens
 
 JSON = dict[str, Any]
 
-# With one of these a response has ended by itself.
+# The events that end a response.
 RESPONSE_ENDS = frozenset(("response.completed", "response.incomplete", "response.failed", "error"))
 
-# What all chunks of an answer have in common.
-_HEAD = ("id", "object", "created", "model", "system_fingerprint", "service_tier")
-# For a stream that is stopped before anything of it passed. An id can't be drawn here (the ground is pure), and one
-# that looks real would be a lie: nobody could find the answer by it.
-_UNSEEN_CHAT: JSON = {"id": "chatcmpl-unknown", "object": "chat.completion.chunk", "created": 0, "model": ""}
-_UNSEEN_COMPLETION: JSON = {"id": "cmpl-unknown", "object": "text_completion", "created": 0, "model": ""}
-_UNSEEN_RESPONSE: JSON = {
+# The members that all chunks of an answer share.
+_HEAD_MEMBERS = ("id", "object", "created", "model", "system_fingerprint", "service_tier")
+# Used if a stream is stopped before any chunk of it passed. The id is not random, because this module is pure, and an
+# id that looks real would mislead: no answer can be found by it.
+_UNKNOWN_CHAT: JSON = {"id": "chatcmpl-unknown", "object": "chat.completion.chunk", "created": 0, "model": ""}
+_UNKNOWN_COMPLETION: JSON = {"id": "cmpl-unknown", "object": "text_completion", "created": 0, "model": ""}
+_UNKNOWN_RESPONSE: JSON = {
     "id": "resp_unknown",
     "object": "response",
     "created_at": 0,
@@ -47,82 +51,84 @@ _UNSEEN_RESPONSE: JSON = {
 
 
 class Ending:
-    """The end of one stream. `choices` is how many answers its call asked for."""
+    """Watches one stream and can write its end. `choices` is the number of answers that the request asks for."""
 
-    __slots__ = ("_begun", "_choices", "_finished", "_first", "_is_chat", "_last", "_of_events")
+    __slots__ = ("_begun", "_choices", "_event_ending", "_finished", "_first", "_is_chat", "_last")
 
     def __init__(self, endpoint: EndpointName, *, choices: int) -> None:
         self._is_chat = endpoint == "chat"
         self._choices = choices
-        # Where events have names: they are no chunks, and there are no choices.
-        self._of_events: _Response | MessageEnding | None = None
+        # The endpoints whose streams consist of typed events. They have no chunks and no choices.
+        self._event_ending: _Response | MessageEnding | None = None
         if endpoint in ("responses", "messages"):
-            self._of_events = _Response() if endpoint == "responses" else MessageEnding()
+            self._event_ending = _Response() if endpoint == "responses" else MessageEnding()
         self._first: JSON = {}
-        self._last: JSON = {}  # that had a choice
-        self._begun: set[int] = set()
-        self._finished: set[int] = set()
+        self._last: JSON = {}  # the last chunk with a choice
+        self._begun: set[int] = set()  # indices of the choices that have had a chunk
+        self._finished: set[int] = set()  # indices of the choices that have a finish_reason
 
     def see(self, chunk: JSON) -> None:
-        """Take note of one chunk or event that passed. It is kept, so it may not be changed afterwards.
+        """Record one chunk or event that passed. It is kept, so the caller must not change it afterwards.
 
-        What has an odd shape is passed over, as if it had not been there.
+        Chunks of an unexpected shape are ignored.
         """
-        if self._of_events is not None:
-            self._of_events.see(chunk)
+        if self._event_ending is not None:
+            self._event_ending.see(chunk)
             return
         choices = chunk.get("choices")
         if isinstance(choices, list) and choices:
             self._last = chunk
             for choice in choices:
                 index = choice.get("index", 0) if isinstance(choice, dict) else None
-                # One that wasn't asked for is not ours to end, and no upstream may fill our memory with such.
+                # A choice that was not requested gets no end. It is not recorded either, because an upstream could
+                # fill the memory with indices.
                 if isinstance(index, int) and 0 <= index < self._choices:
                     self._begun.add(index)
-                    if choice.get("finish_reason"):  # some servers write "" for null
+                    if choice.get("finish_reason"):  # some servers write "" instead of null
                         self._finished.add(index)
         if not self._first:
             self._first = chunk
 
     @property
     def has_finished(self) -> bool:
-        """Whether nothing of the answer itself can follow: only the usage chunk and `[DONE]`, or nothing at all."""
-        if self._of_events is not None:
-            return self._of_events.is_over
+        """Whether the answer is complete: only the usage chunk and `[DONE]` may follow, or nothing."""
+        if self._event_ending is not None:
+            return self._event_ending.is_over
         return len(self._finished) >= self._choices
 
     def at_limit(self, usage: Tokens, *, shows_usage: bool, newline: bytes = b"\n") -> bytes:
-        """The bytes that end the stream here. `newline` is how its lines end.
+        """The bytes that end the stream here; empty if the upstream has already ended the response or message.
 
-        `shows_usage` is whether the client asked for the usage of its stream; a response always says it. After an
-        event that ended a response there is nothing to write.
+        `usage` is what the call is charged. `shows_usage` is whether the client asked for the usage of the stream;
+        /responses and /v1/messages always state it. `newline` is the line end that the stream uses.
         """
-        if self._of_events is not None:
-            events = self._of_events.closing(usage)
+        if self._event_ending is not None:
+            events = self._event_ending.missing_events(usage)
             lines = [b"event: %b%bdata: %b" % (event["type"].encode(), newline, dump(event)) for event in events]
         else:
-            lines = [b"data: " + dump(chunk) for chunk in self._closing(usage, shows_usage)] + [b"data: [DONE]"]
+            chunks = [dump(chunk) for chunk in self._missing_chunks(usage, shows_usage)]
+            lines = [b"data: " + data for data in (*chunks, b"[DONE]")]
         return b"".join(line + newline + newline for line in lines)
 
-    def _closing(self, usage: Tokens, shows_usage: bool) -> Iterator[JSON]:
-        # Azure's first chunk has an empty id and no choice: the last one knows better.
-        seen = {**self._first, **self._last}
-        head = {name: seen[name] for name in _HEAD if name in seen}
-        head = head or (_UNSEEN_CHAT if self._is_chat else _UNSEEN_COMPLETION)
-        # OpenAI says null on every other chunk when usage is asked for; vLLM and Ollama leave it out.
-        null = {"usage": None} if shows_usage and self._last.get("usage", 0) is None else {}
+    def _missing_chunks(self, usage: Tokens, shows_usage: bool) -> Iterator[JSON]:
+        # Azure's first chunk is `{"id":"","model":"","created":0,"choices":[],…}`, so the last chunk overrides it.
+        passed = {**self._first, **self._last}
+        head = {name: passed[name] for name in _HEAD_MEMBERS if name in passed}
+        head = head or (_UNKNOWN_CHAT if self._is_chat else _UNKNOWN_COMPLETION)
+        # If usage is requested, OpenAI writes `"usage": null` on all chunks but the last; vLLM and Ollama do not.
+        null_usage = {"usage": None} if shows_usage and self._last.get("usage", 0) is None else {}
         for index in range(self._choices):
             if index not in self._finished:
-                yield {**head, "choices": [self._cut_choice(index)], **null}
+                yield {**head, "choices": [self._cut_choice(index)], **null_usage}
         if shows_usage:
             yield {**head, "choices": [], "usage": _chunk_usage(usage)}
 
     def _cut_choice(self, index: int) -> JSON:
-        said: JSON = {"text": ""}
+        content: JSON = {"text": ""}
         if self._is_chat:
-            # A choice whose first chunk this is has to say whose message it is, or SDKs build one without a role.
-            said = {"delta": {} if index in self._begun else {"role": "assistant", "content": ""}}
-        return {"index": index, **said, "logprobs": None, "finish_reason": "length"}
+            # If this is the first chunk of the choice, it must state the role, or SDKs build a message without one.
+            content = {"delta": {} if index in self._begun else {"role": "assistant", "content": ""}}
+        return {"index": index, **content, "logprobs": None, "finish_reason": "length"}
 
 
 def _chunk_usage(usage: Tokens) -> JSON:
@@ -137,29 +143,33 @@ def _chunk_usage(usage: Tokens) -> JSON:
 
 
 @dataclass(frozen=True, slots=True)
-class _Form:
-    """One kind of text in a response: what its events are called, and where in its item it stands."""
+class _TextKind:
+    """One kind of text in a response: the names of its events, and its place in an item.
 
-    events: str  # they are this and ".delta" or ".done"
-    member: str  # of its part, or of the item itself: the text
-    place: str = ""  # the member of the item that is the list of its parts; "" where the item itself has the text
-    index: str = ""  # the member of an event that says which of the parts it means
-    empty: JSON = field(default_factory=dict)  # a part before anything was said
+    The text of an output item is either in one of its parts, `item.content[2].text`, or in a member of the item
+    itself, `item.arguments`.
+    """
+
+    events: str  # the common part of the event names, before ".delta" and ".done"
+    member: str  # the member with the text, in the part or in the item
+    list_member: str = ""  # the member of the item that is the list of parts; "" if the item itself has the text
+    index_member: str = ""  # the member of an event that has the part's index in that list
+    empty_part: JSON = field(default_factory=dict)  # a part without text
 
 
-_NO_TEXT: JSON = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
-# What a model writes itself. The items of tools that run at the upstream are closed without their texts.
-_FORMS = (
-    _Form("response.output_text", "text", "content", "content_index", _NO_TEXT),
-    _Form("response.refusal", "refusal", "content", "content_index", {"type": "refusal"}),
-    _Form("response.reasoning_text", "text", "content", "content_index", {"type": "reasoning_text"}),
-    _Form("response.reasoning_summary_text", "text", "summary", "summary_index", {"type": "summary_text"}),
-    _Form("response.function_call_arguments", "arguments"),
-    _Form("response.custom_tool_call_input", "input"),
+_EMPTY_OUTPUT_TEXT: JSON = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
+# The texts that a model writes itself. Items of tools that run at the upstream are closed without their texts.
+_TEXT_KINDS = (
+    _TextKind("response.output_text", "text", "content", "content_index", _EMPTY_OUTPUT_TEXT),
+    _TextKind("response.refusal", "refusal", "content", "content_index", {"type": "refusal"}),
+    _TextKind("response.reasoning_text", "text", "content", "content_index", {"type": "reasoning_text"}),
+    _TextKind("response.reasoning_summary_text", "text", "summary", "summary_index", {"type": "summary_text"}),
+    _TextKind("response.function_call_arguments", "arguments"),
+    _TextKind("response.custom_tool_call_input", "input"),
 )
-_DELTAS = {f"{form.events}.delta": form for form in _FORMS}
-_TEXTS_DONE = {f"{form.events}.done": form for form in _FORMS}
-_FORMS_OF_PARTS = {form.empty["type"]: form for form in _FORMS if form.place}
+_KIND_OF_DELTA = {f"{kind.events}.delta": kind for kind in _TEXT_KINDS}
+_KIND_OF_DONE = {f"{kind.events}.done": kind for kind in _TEXT_KINDS}
+_KIND_OF_PART = {kind.empty_part["type"]: kind for kind in _TEXT_KINDS if kind.list_member}
 _PART_EVENTS = {"content": "response.content_part", "summary": "response.reasoning_summary_part"}
 _PARTS_ADDED = frozenset(f"{events}.added" for events in _PART_EVENTS.values())
 _PARTS_DONE = frozenset(f"{events}.done" for events in _PART_EVENTS.values())
@@ -167,150 +177,157 @@ _LIFECYCLE = frozenset(("response.created", "response.queued", "response.in_prog
 
 
 class _Text:
-    """One text as it grows: a part of an item, or what a tool is called with."""
+    """One text while it is streamed: a part of an item, or the input of a tool call."""
 
-    __slots__ = ("_written", "form", "is_closed", "is_said", "part")
+    __slots__ = ("_written", "is_part_done", "is_text_done", "kind", "part")
 
-    def __init__(self, form: _Form, begun: object) -> None:
-        self.form = form
-        self.part: JSON | None = None  # as the event that opened or closed it gave it
-        self.is_said = False
-        self.is_closed = False
-        # Not a list of pieces: a hundred thousand words are 6.4 MB as strings of their own and 0.7 MB in here.
+    def __init__(self, kind: _TextKind, beginning: object) -> None:
+        self.kind = kind
+        self.part: JSON | None = None  # the part, from the event that added it or ended it
+        self.is_text_done = False  # the text's `.done` event passed
+        self.is_part_done = False  # the part's `.done` event passed
+        # Not a list of pieces: 100,000 words take 6.4 MB as separate strings and 0.7 MB here.
         self._written = StringIO()
-        self.add(begun)
+        self.append(beginning)
 
-    def put(self, text: object) -> None:
-        """Let it be this, if it is a text at all."""
+    def replace(self, text: object) -> None:
+        """Set the whole text; a value that is no text is ignored."""
         if isinstance(text, str):
             self._written = StringIO()
             self._written.write(text)
 
-    def add(self, delta: object) -> None:
-        """Let it grow."""
+    def append(self, delta: object) -> None:
+        """Add a piece; a value that is no text is ignored."""
         if isinstance(delta, str):
             self._written.write(delta)
 
     @property
-    def now(self) -> str:
-        """What was said so far."""
+    def text(self) -> str:
+        """The text so far."""
         return self._written.getvalue()
 
     def as_part(self) -> JSON:
-        """The part that it is, as far as it came."""
-        return {**(self.form.empty if self.part is None else self.part), self.form.member: self.now}
+        """The part with the text so far."""
+        return {**(self.kind.empty_part if self.part is None else self.part), self.kind.member: self.text}
 
-    def closing(self, where: JSON) -> Iterator[JSON]:
-        """The events that are still missing of a part."""
-        form = self.form
-        if not self.is_said:
-            logprobs: JSON = {"logprobs": []} if "logprobs" in form.empty else {}
-            yield {"type": f"{form.events}.done", **where, **logprobs, form.member: self.now}
-        if self.part is not None and not self.is_closed:
-            # Of all parts only a summary's can say that it was interrupted.
-            status = {"status": "incomplete"} if form.place == "summary" and not self.is_said else {}
-            yield {"type": f"{_PART_EVENTS[form.place]}.done", **where, "part": self.as_part(), **status}
+    def missing_events(self, location: JSON) -> Iterator[JSON]:
+        """The events that the part still lacks. `location` are the members that say which part it is."""
+        kind = self.kind
+        if not self.is_text_done:
+            logprobs: JSON = {"logprobs": []} if "logprobs" in kind.empty_part else {}
+            yield {"type": f"{kind.events}.done", **location, **logprobs, kind.member: self.text}
+        # A part that was never added gets no `.done` event: some servers send deltas without `content_part.added`.
+        if self.part is not None and not self.is_part_done:
+            # Only parts of a reasoning summary have a status, which says that they were interrupted.
+            status = {"status": "incomplete"} if kind.list_member == "summary" and not self.is_text_done else {}
+            yield {"type": f"{_PART_EVENTS[kind.list_member]}.done", **location, "part": self.as_part(), **status}
 
 
 class _Item:
-    """One item of the output. `value` is it as the event that began or ended it gave it."""
+    """One item of the output. `value` is the item from the event that added it or ended it."""
 
     __slots__ = ("_texts", "_value", "is_done")
 
     def __init__(self, value: JSON, *, is_done: bool) -> None:
         self.is_done = is_done
         self._value = value
-        self._texts: dict[tuple[str, int], _Text] = {}
+        self._texts: dict[tuple[str, int], _Text] = {}  # by the list that the part is in, and its index there
 
-    def text(self, form: _Form, index: int) -> _Text:
-        """The text that stands there; a new one where none does."""
-        text = self._texts.get((form.place, index))
+    def text(self, kind: _TextKind, index: int) -> _Text:
+        """The text at this place, created if there is none."""
+        text = self._texts.get((kind.list_member, index))
         if text is None:
-            text = _Text(form, None if form.place else self._value.get(form.member))
-            self._texts[form.place, index] = text
+            text = _Text(kind, None if kind.list_member else self._value.get(kind.member))
+            self._texts[kind.list_member, index] = text
         return text
 
-    def now(self) -> JSON:
-        """The item as far as it came."""
+    def as_json(self) -> JSON:
+        """The item with its texts so far; its status is `incomplete` unless the upstream ended it."""
         if self.is_done:
             return self._value
         item = {**self._value, "status": "incomplete"}
         parts: dict[str, dict[int, JSON]] = {}
-        for (place, index), text in self._texts.items():
-            if place:
-                parts.setdefault(place, {})[index] = text.as_part()
+        for (list_member, index), text in self._texts.items():
+            if list_member:
+                parts.setdefault(list_member, {})[index] = text.as_part()
             else:
-                item[text.form.member] = text.now
-        for place, new in parts.items():
-            old = item.get(place)
-            both = {**dict(enumerate(old if isinstance(old, list) else ())), **new}
-            item[place] = [both[index] for index in sorted(both)]
+                item[text.kind.member] = text.text
+        # Parts that the item had when it was added stay, unless an event spoke of the same index.
+        for list_member, streamed in parts.items():
+            initial = item.get(list_member)
+            merged = {**dict(enumerate(initial if isinstance(initial, list) else ())), **streamed}
+            item[list_member] = [merged[index] for index in sorted(merged)]
         return item
 
-    def closing(self, output_index: int) -> Iterator[JSON]:
-        """The events that end it here.
+    def missing_events(self, output_index: int) -> Iterator[JSON]:
+        """The events that end the item.
 
-        No `.done` for what a tool was to be called with: that would say it is final, and a client may run it. The
-        item itself ends, as OpenAI's do, with a status that says it is not whole.
+        There is no `.done` event for the input of a tool call: it would say that the input is final, and a client
+        may then run the tool. For example, `rm -r` may be the beginning of `rm -r build`. The item itself ends with
+        the status `incomplete`, as OpenAI's do.
         """
-        where = {"item_id": self._value.get("id"), "output_index": output_index}
-        for (place, index), text in self._texts.items():
-            if place:
-                yield from text.closing({**where, text.form.index: index})
-        yield {"type": "response.output_item.done", "output_index": output_index, "item": self.now()}
+        location = {"item_id": self._value.get("id"), "output_index": output_index}
+        for (list_member, index), text in self._texts.items():
+            if list_member:
+                yield from text.missing_events({**location, text.kind.index_member: index})
+        yield {"type": "response.output_item.done", "output_index": output_index, "item": self.as_json()}
 
 
 class _Response:
-    """One response as its events tell it."""
+    """One response, assembled from its events."""
 
     __slots__ = ("_head", "_items", "_number", "is_over")
 
     def __init__(self) -> None:
         self.is_over = False
-        self._head: JSON = {}
-        self._items: dict[int, _Item] = {}
-        self._number = -1
+        self._head: JSON = {}  # the response object from the last lifecycle event
+        self._items: dict[int, _Item] = {}  # by output index
+        self._number = -1  # the last sequence_number
 
     def see(self, event: JSON) -> None:
-        """Take note of one event."""
+        """Record one event; an event of an unexpected shape is ignored."""
         kind = event.get("type")
         if not isinstance(kind, str):
             return
         number = event.get("sequence_number")
         if isinstance(number, int):
             self._number = number
-        if form := _DELTAS.get(kind):
-            if text := self._text(form, event):
-                text.add(event.get("delta"))
-        elif form := _TEXTS_DONE.get(kind):
-            if text := self._text(form, event):
-                text.put(event.get(form.member))
-                text.is_said = True
+        if text_kind := _KIND_OF_DELTA.get(kind):
+            if text := self._text(text_kind, event):
+                text.append(event.get("delta"))
+        elif text_kind := _KIND_OF_DONE.get(kind):
+            if text := self._text(text_kind, event):
+                text.replace(event.get(text_kind.member))
+                text.is_text_done = True
         else:
-            self._see_step(kind, event)
+            self._see_structure(kind, event)
 
-    def closing(self, usage: Tokens) -> list[JSON]:
-        """The events that end it here; none where it has ended by itself."""
+    def missing_events(self, usage: Tokens) -> list[JSON]:
+        """The events that end the response here; none if the upstream has ended it.
+
+        Example, stopped after the delta "Hello": `output_text.done`, `content_part.done`, `output_item.done`, and
+        `response.incomplete`, numbered on from the last event.
+        """
         if self.is_over:
             return []
-        # SDKs take no event of a response that was not created.
-        events: list[JSON] = [] if self._head else [{"type": "response.created", "response": _UNSEEN_RESPONSE}]
+        # SDKs accept no event of a response before `response.created`.
+        events: list[JSON] = [] if self._head else [{"type": "response.created", "response": _UNKNOWN_RESPONSE}]
         items = sorted(self._items.items())
         for index, item in items:
             if not item.is_done:
-                events += item.closing(index)
+                events += item.missing_events(index)
         response = {
-            **(self._head or _UNSEEN_RESPONSE),
+            **(self._head or _UNKNOWN_RESPONSE),
             "status": "incomplete",
             "incomplete_details": {"reason": "max_output_tokens"},
-            "output": [item.now() for _, item in items],
+            "output": [item.as_json() for _, item in items],
             "usage": _response_usage(usage),
         }
         events.append({"type": "response.incomplete", "response": response})
         return _numbered(events, self._number + 1)
 
-    def _see_step(self, kind: str, event: JSON) -> None:
-        """Take note of an event that is no text: what opens and closes the response, an item or a part of one."""
+    def _see_structure(self, kind: str, event: JSON) -> None:
+        """Record an event that carries no text: it adds or ends a part, an item or the response."""
         if kind in _PARTS_ADDED:
             self._see_part(event, is_done=False)
         elif kind in _PARTS_DONE:
@@ -329,20 +346,24 @@ class _Response:
         part = event.get("part")
         if not isinstance(part, dict):
             return
-        form = _FORMS_OF_PARTS.get(str(part.get("type")))
-        if form and (text := self._text(form, event)):
+        text_kind = _KIND_OF_PART.get(str(part.get("type")))
+        if text_kind and (text := self._text(text_kind, event)):
             text.part = part
-            text.is_said = text.is_closed = is_done
-            text.put(part.get(form.member))
+            text.is_text_done = text.is_part_done = is_done
+            text.replace(part.get(text_kind.member))
 
-    def _text(self, form: _Form, event: JSON) -> _Text | None:
-        """The text that an event speaks of; None where there is no such item. One that is done has said its last."""
+    def _text(self, kind: _TextKind, event: JSON) -> _Text | None:
+        """The text that an event belongs to; None if there is no such item or the event lacks an index.
+
+        The text of an item that is done may still be returned. It changes nothing: `_Item.as_json` then returns the
+        item as the upstream ended it.
+        """
         output_index = event.get("output_index")
         item = self._items.get(output_index) if isinstance(output_index, int) else None
         if item is None:
             return None
-        index = event.get(form.index) if form.place else 0
-        return item.text(form, index) if isinstance(index, int) else None
+        index = event.get(kind.index_member) if kind.list_member else 0
+        return item.text(kind, index) if isinstance(index, int) else None
 
 
 def _numbered(events: Iterable[JSON], first: int) -> list[JSON]:

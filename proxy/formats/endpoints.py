@@ -1,12 +1,12 @@
-"""The table of endpoints: which paths of OpenAI's and Anthropic's surfaces are metered, which lead to what a user
-made, and which are refused, and why.
+"""The endpoints of OpenAI's and Anthropic's APIs: which paths are metered, which lead to stored responses, which are
+refused and why.
 
-The list is closed. A path that stands nowhere in it is not served, so that what OpenAI adds next month is not open by
-accident; one that would leak or go unmetered stands in it with its reason, so that whoever meets it learns why. Paths
-are relative to the base URL; in a pattern `{}` is one segment and `**` any number of them.
+The list is closed: a path that is not in it is not served, so a path that a vendor adds next month is not open by
+accident. Known paths that would leak data or escape metering are listed with the reason, which the error message
+states. Paths are relative to the base URL. In a pattern `{}` is one segment and `**` any number of segments.
 
-Beside the metered ones `/models` and `/quota` are answered by the proxy itself, from the policy and the books.
-Sources: the published API descriptions of both, and the paths of their SDKs. Pure.
+`/models` and `/quota` are answered by the proxy itself, from the policy and the ledger.
+Sources: the published API descriptions of both vendors, and the paths in their SDKs. Pure.
 """
 
 import re
@@ -31,49 +31,54 @@ EndpointName = Literal[
     "messages",
     "count_tokens",
 ]
-# What an answer is charged. `tokens`: those it says, else those that we count. `tokens_if_said`: those it says; one
-# that says none is billed by the piece, and counts as a request. `request`: a request and no tokens. `nothing`.
+# What an answer is charged.
+#   tokens          the tokens that it reports, else the tokens that the proxy counts
+#   tokens_if_said  the tokens that it reports, else one request: a model that reports none is billed per piece
+#   request         one request and no tokens
+#   nothing         nothing
 Charge = Literal["tokens", "tokens_if_said", "request", "nothing"]
 
-_ELSEWHERE = "it would change where this call goes or which key it uses, and the proxy decides that"
-_REROUTING = dict.fromkeys(
-    # LiteLLM's fallbacks and OpenRouter's models and presets name others than the model that is allowed and counted;
-    # vLLM's transfers name a server from which it fetches what another call has read.
+# Fields that an endpoint refuses, each with the reason. The error message is `"<field>" can't be used here:
+# <reason>.`
+_REROUTING_FIELDS = dict.fromkeys(
+    # LiteLLM's fallbacks and OpenRouter's models and presets name other models than the one that is allowed and
+    # counted. vLLM's kv_transfer_params name a server from which it fetches the cache of another call.
     (
         "api_base api_key base_url content_policy_fallbacks context_window_fallback_dict context_window_fallbacks "
         "custom_host custom_llm_provider deployment_id extra_body extra_headers fallbacks kv_transfer_params "
         "model_list models preset user_config"
     ).split(),
-    _ELSEWHERE,
+    "it would change where this call goes or which key it uses, and the proxy decides that",
 )
-# Azure's own data: searched by the upstream, with its operator's rights. The others search the web: OpenRouter's
-# (on each of its endpoints), xAI's and Alibaba's.
-_SEARCHES = dict.fromkeys(
+# Azure searches `data_sources` with the rights of its operator. The others search the web: `plugins` are OpenRouter's
+# (on all of its endpoints), `search_parameters` xAI's, `enable_search` Alibaba's.
+_SEARCH_FIELDS = dict.fromkeys(
     ("data_sources", "plugins", "search_parameters", "enable_search"),
-    "the upstream would search by it, and no setting of this proxy opens that. Send what the model is to read",
+    "the upstream would search with it, and no setting of this proxy allows that. Send the content instead",
 )
-_EVERYWHERE = {**_REROUTING, **_SEARCHES}
+_REFUSED_EVERYWHERE = {**_REROUTING_FIELDS, **_SEARCH_FIELDS}
 STORED = (
     "it refers to things stored at the upstream, in an account that all users share, and the request does not show "
     "their tokens. Send their content instead"
 )
-_NO_STATE = {
-    **_EVERYWHERE,
+_REFUSED_ON_RESPONSES = {
+    **_REFUSED_EVERYWHERE,
     "background": "its cost would arise after the answer. Leave it out, and stream the answer if it is long",
     "conversation": STORED,
     "prompt": STORED,
-    # vLLM makes it the id of the response, which would then be whosever a client says.
-    "request_id": "responses are named by their upstream",
+    # vLLM uses it as the id of the response. A client could take the id of another user's response.
+    "request_id": "the upstream chooses the ids of responses. Leave it out",
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """One path that is metered: a POST, open to every user whom a quota covers for the model of the call.
+    """One metered path. Its method is POST. A user may call it for each model that a quota of the user covers.
 
-    `maxima` are the fields that bound an answer. Where there are none, `answer_tokens` is held for each, and the
-    tokens can't be seen as they come. `default_model` is what the upstream takes where a request names none. `form`
-    says what the files are where the request is a form (`multipart/form-data`) and not JSON.
+    `maxima` are the fields that bound an answer; the first is the one to write. If there are none, the output can't
+    be counted while it streams, and `answer_tokens` are reserved for each answer. `default_model` is what the
+    upstream uses if a request names no model. `form` says what the files are if the request is a form
+    (`multipart/form-data`) and not JSON. `refused` has the fields that are refused, with the reason.
     """
 
     name: EndpointName
@@ -83,40 +88,40 @@ class Endpoint:
     answer_tokens: int = 0
     default_model: str | None = None
     form: Literal["audio", "images"] | None = None
-    refused: Mapping[str, str] = field(default_factory=lambda: _EVERYWHERE)
+    refused: Mapping[str, str] = field(default_factory=lambda: _REFUSED_EVERYWHERE)
 
     @property
     def generates(self) -> bool:
-        """Whether it makes output tokens."""
+        """Whether it produces output tokens."""
         return bool(self.maxima or self.answer_tokens)
 
     @property
     def shows_output(self) -> bool:
-        """Whether what it generates passes as text, token by token."""
+        """Whether its output is text, which can be counted while it streams."""
         return bool(self.maxima)
 
     @property
     def has_usage_option(self) -> bool:
-        """Whether a stream tells its usage only when `stream_options.include_usage` asks for it."""
+        """Whether a stream reports its usage only if `stream_options.include_usage` asks for it."""
         return self.name in ("chat", "completions")
 
     @property
     def has_deployments(self) -> bool:
-        """Whether Azure has it under the path of a deployment, whose name is that of the model."""
+        """Whether Azure serves it under `/deployments/{model}`."""
         return self.path in _OF_DEPLOYMENTS
 
     @property
     def is_of_responses(self) -> bool:
-        """Whether its request is that of /responses: items, tools, and what is stored at the upstream."""
+        """Whether its request has the format of /responses: items, tools, references to stored things."""
         return self.name in ("responses", "compact", "input_tokens")
 
     @property
     def is_of_messages(self) -> bool:
-        """Whether it is one of Anthropic's surface: its request, its answers, its errors."""
+        """Whether its requests, answers and errors have Anthropic's format."""
         return self.name in ("messages", "count_tokens")
 
 
-# As Azure's SDKs address them; all else stands there at /openai itself.
+# Azure's SDK sends these to /openai/deployments/{model}/…, and all others to /openai/….
 _OF_DEPLOYMENTS = frozenset(
     (
         "/audio/speech",
@@ -129,7 +134,8 @@ _OF_DEPLOYMENTS = frozenset(
         "/images/generations",
     )
 )
-# Where our paths begin: OpenAI's own, then Azure's newer surface, and its older one but for what has deployments.
+# The prefixes under which all paths are served: OpenAI's base URL, a base URL without /v1, Azure's newer API, and
+# Azure's older API (for the paths without deployments).
 PREFIXES = ("/v1", "", "/openai/v1", "/openai")
 _PREFIX = re.compile(r"(?:/openai(?:/deployments/[^/]+)?)?(?:/v1)?(?=/)")
 
@@ -141,51 +147,59 @@ CHAT = Endpoint(
 )
 COMPLETIONS = Endpoint("completions", "/completions", "tokens", maxima=("max_tokens",))
 EMBEDDINGS = Endpoint("embeddings", "/embeddings", "tokens")
-RESPONSES = Endpoint("responses", "/responses", "tokens", maxima=("max_output_tokens",), refused=_NO_STATE)
-# A summary in place of a conversation: a pass of the model, whose length no field bounds.
-COMPACT = Endpoint("compact", "/responses/compact", "tokens", answer_tokens=8192, refused=_NO_STATE)
-INPUT_TOKENS = Endpoint("input_tokens", "/responses/input_tokens", "nothing", refused=_NO_STATE)
+RESPONSES = Endpoint(
+    "responses", "/responses", "tokens", maxima=("max_output_tokens",), refused=_REFUSED_ON_RESPONSES
+)
+# The model summarises a conversation; no field bounds the length of the summary.
+COMPACT = Endpoint("compact", "/responses/compact", "tokens", answer_tokens=8192, refused=_REFUSED_ON_RESPONSES)
+INPUT_TOKENS = Endpoint("input_tokens", "/responses/input_tokens", "nothing", refused=_REFUSED_ON_RESPONSES)
 MODERATIONS = Endpoint("moderations", "/moderations", "request", default_model="omni-moderation-latest")
-# A large picture of high quality has 6,240 tokens (OpenAI's table for gpt-image-1), each partial one 100 more.
-_PICTURE_TOKENS = 8192
-_ONE_MODEL = {**_EVERYWHERE, "svg": "it names a second model, which no quota would see"}
+# A large image of high quality has 6,240 tokens (OpenAI's table for gpt-image-1), and each partial image 100 more.
+_IMAGE_TOKENS = 8192
+_REFUSED_ON_IMAGES = {
+    **_REFUSED_EVERYWHERE,
+    "svg": "it names a second model, which no quota would count. Leave it out",
+}
 IMAGES = Endpoint(
     "images",
     "/images/generations",
     "tokens_if_said",
-    answer_tokens=_PICTURE_TOKENS,
+    answer_tokens=_IMAGE_TOKENS,
     default_model="dall-e-2",
-    refused=_ONE_MODEL,
+    refused=_REFUSED_ON_IMAGES,
 )
 IMAGE_EDITS = Endpoint(
     "image_edits",
     "/images/edits",
     "tokens_if_said",
-    answer_tokens=_PICTURE_TOKENS,
+    answer_tokens=_IMAGE_TOKENS,
     default_model="dall-e-2",
     form="images",
-    refused=_ONE_MODEL,
+    refused=_REFUSED_ON_IMAGES,
 )
-# Only dall-e-2 does it, which is billed by the picture.
+# Only dall-e-2 has it, which is billed per image.
 IMAGE_VARIATIONS = Endpoint(
     "image_variations", "/images/variations", "request", default_model="dall-e-2", form="images"
 )
-# 4,096 characters are read aloud in five minutes, at 20 tokens a second. Only `stream_format: "sse"` says tokens.
+# The longest input, 4,096 characters, is five minutes of speech. At 20 tokens a second that is 6,000 tokens. Only a
+# stream with `stream_format: "sse"` reports its tokens.
 SPEECH = Endpoint("speech", "/audio/speech", "tokens_if_said", answer_tokens=6144)
-# Their usage is in tokens or in seconds: one in seconds is billed by them, and so a request, as is plain text.
+# They report usage in tokens, or in seconds if the model is billed by time, or not at all (plain text, subtitles).
+# The last two count as one request.
 TRANSCRIPTIONS = Endpoint(
     "transcriptions", "/audio/transcriptions", "tokens_if_said", answer_tokens=4096, form="audio"
 )
 TRANSLATIONS = Endpoint("translations", "/audio/translations", "tokens_if_said", answer_tokens=4096, form="audio")
-# Anthropic's. What its betas add without a field of its own comes only with a header that the operator lets pass.
-_NO_SESSION = {
-    **_EVERYWHERE,
+# Anthropic's endpoints. Betas that need no field of the request are controlled by `allow: {betas: […]}`, through the
+# header `anthropic-beta`.
+_REFUSED_ON_MESSAGES = {
+    **_REFUSED_EVERYWHERE,
     "container": STORED,
-    "inference_geo": "it has a price of its own",
-    "mcp_servers": "the upstream would call these servers, whose words are input that this request does not show",
+    "inference_geo": "it changes the price of the call. Leave it out",
+    "mcp_servers": "the upstream would call these servers, and their results are input that the body does not show",
 }
-MESSAGES = Endpoint("messages", "/messages", "tokens", maxima=("max_tokens",), refused=_NO_SESSION)
-COUNT_TOKENS = Endpoint("count_tokens", "/messages/count_tokens", "nothing", refused=_NO_SESSION)
+MESSAGES = Endpoint("messages", "/messages", "tokens", maxima=("max_tokens",), refused=_REFUSED_ON_MESSAGES)
+COUNT_TOKENS = Endpoint("count_tokens", "/messages/count_tokens", "nothing", refused=_REFUSED_ON_MESSAGES)
 
 METERED = (
     CHAT,
@@ -206,27 +220,28 @@ METERED = (
 )
 
 
-# What is remembered, and so what may stand in a path: OpenAI's own, and the longer ones that gateways make of them.
+# Only ids of this form are recorded, and only they are accepted in a path. OpenAI's ids match, and so do the longer
+# ones that gateways make of them.
 RESPONSE_ID = re.compile(r"[A-Za-z0-9_=-]{1,512}")
 
 
 @dataclass(frozen=True, slots=True)
 class StoredResponsePath:
-    """A path to a response that its upstream keeps, open to the user who made it. It costs nothing.
+    """A path to a response that the upstream stores. Only the user who created the response may call it. It is free.
 
-    `of_it` is what of it is meant, `query` are the parameters that pass on.
+    `suffix` comes after the id of the response; `query` are the query parameters that are forwarded.
     """
 
     method: Literal["GET", "POST", "DELETE"]
-    of_it: str = ""
+    suffix: str = ""
     query: tuple[str, ...] = ()
 
     def path(self, response_id: str) -> str:
-        """The path to this response."""
-        return f"/responses/{response_id}{self.of_it}"
+        """The path for this response, relative to the base URL."""
+        return f"/responses/{response_id}{self.suffix}"
 
 
-# `[]` as the SDKs write lists.
+# The SDKs write a list as `include[]=a&include[]=b`.
 STORED_RESPONSE_PATHS = (
     StoredResponsePath("GET", query=("include", "include[]", "include_obfuscation", "starting_after", "stream")),
     StoredResponsePath("DELETE"),
@@ -237,14 +252,14 @@ STORED_RESPONSE_PATHS = (
 
 @dataclass(frozen=True, slots=True)
 class Closed:
-    """Paths that are known and not served, and why. `method` may be `*`."""
+    """Paths that are known and not served, and the reason. `method` may be `*`."""
 
     method: str
     pattern: str
     reason: str
 
     def covers(self, method: str, path: str) -> bool:
-        """Whether a request falls under it."""
+        """Whether this row applies to a request; `path` is relative to the base URL."""
         return self.method in ("*", method) and _matches(self.pattern, path)
 
 
@@ -252,13 +267,13 @@ _KEYS = (
     "it hands the client a session or a key with which it talks to the upstream directly, past every quota. "
     "Use /responses or /chat/completions"
 )
-_ADMIN = "it administers the account behind this proxy, which is for its operator alone"
+_ADMIN = "it administers the upstream account, which only the operator of this proxy may do"
 _LATER = "its cost arises after the answer, where no quota can count it. Send the calls one by one"
 _SHARED = (
     "it reads or writes what is stored in the upstream account, which all users of this proxy share. "
-    "Send what the model is to read within each call"
+    "Send the content within each call"
 )
-_UNCOUNTED = "this proxy can't count yet what it costs"
+_UNCOUNTED = "this proxy can't count its cost yet"
 
 CLOSED = (
     Closed("*", "/realtime/**", _KEYS),
@@ -308,12 +323,12 @@ CLOSED = (
 
 
 def closed(method: str, path: str) -> Closed | None:
-    """Why a path that is not served is not, where it is one that we know; `path` with any prefix, or none."""
+    """The row that says why this path is refused; None if it is unknown. `path` may have any of the prefixes."""
     return next((row for row in CLOSED if row.covers(method, _relative(path))), None)
 
 
 def is_messages_path(path: str) -> bool:
-    """Whether a path is one of Anthropic's surface, metered or not; with any prefix, or none."""
+    """Whether a path belongs to Anthropic's API, metered or not. `path` may have any of the prefixes."""
     return _matches("/messages/**", _relative(path))
 
 
@@ -322,5 +337,5 @@ def _relative(path: str) -> str:
 
 
 def _matches(pattern: str, path: str) -> bool:
-    written = re.escape(pattern).replace(re.escape("/**"), "(?:/.*)?").replace(re.escape("{}"), "[^/]+")
-    return re.fullmatch(written, path, re.DOTALL) is not None
+    expression = re.escape(pattern).replace(re.escape("/**"), "(?:/.*)?").replace(re.escape("{}"), "[^/]+")
+    return re.fullmatch(expression, path, re.DOTALL) is not None

@@ -1,10 +1,11 @@
-"""What a call may use at the most, before it is sent: the bound on its input, and the answer that it asks for.
+"""What a call may use at most, estimated before it is sent: a bound on its input, and the answer that it asks for.
 
-The input of a call is bounded by the bytes of the body that is sent. That is four times too much for prose, so near a
-limit its tokens are counted instead. What refers to something that the body doesn't show is open: nothing bounds it
-but the model's context, if that is known, so as much as is left of that is held beside it.
+The input is bounded by the bytes of the forwarded body, because one token is at least one byte. For prose this bound
+is four times too high, so near a limit the texts are tokenized instead (`counted`). If the model reads something that
+the body does not show, only the model's context bounds the input: what it leaves beside the visible input is the
+hidden input, of which as much is reserved as is free.
 
-Pure. What a request means is read in `wire` and `prompt`.
+Pure. What a request asks for is parsed in `request`, and what the model reads of it in `content`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,25 +19,33 @@ from proxy.policy.amounts import TOKENS_MAX
 from proxy.policy.policy import Kind, Model
 from proxy.policy.quota import Demand
 
-# What is held for an answer whose length neither the request nor the model's configuration states.
-_ANSWER_TOKENS = 4096
-# OpenAI's default for /completions, where nothing else is asked.
-_COMPLETION_TOKENS = 16
-# No answer is started that could be shorter than this, unless the request asks for less.
+# The output reserved for an answer if neither the request nor the model's configuration states a maximum.
+_DEFAULT_ANSWER_TOKENS = 4096
+# OpenAI's default for `max_tokens` on /completions.
+_COMPLETIONS_DEFAULT = 16
+# The least that must be available for an answer before a call is sent, unless the request itself asks for less. With
+# 800 tokens left, a call with max_tokens: 5000 waits or is refused, because an answer cut at 800 tokens is of little
+# use and its input is charged all the same. A call with max_tokens: 500 is sent.
 SMALLEST_ANSWER = 1024
-# OpenAI's models that show every token that they bill, by the beginning of the name; all others think unseen.
-_SHOW_ALL = tuple("babbage-002 chatgpt-4o davinci-002 gpt-3.5 gpt-35 gpt-4".split())
+# OpenAI's models without hidden reasoning, by the beginning of their names. All other models of OpenAI, also future
+# ones, are assumed to reason.
+_WITHOUT_HIDDEN_REASONING = tuple("babbage-002 chatgpt-4o davinci-002 gpt-3.5 gpt-35 gpt-4".split())
 
 
 def estimate_demand(request: Request, model: Model, prompt: Prompt, *, body_bytes: int) -> Demand:
-    """What a call may use at the most; `body_bytes` is the length of the body that is sent."""
+    """What a call may use at most, in tokens. `body_bytes` is the length of the forwarded body.
+
+    A stream with max_tokens: 5000 and n: 3 has an output maximum of 15,000 tokens. Its smallest answer is 3 × 1,024 =
+    3,072 tokens. If all of its output can be counted while it streams, these 3,072 are reserved first, and more as it
+    grows; otherwise all 15,000.
+    """
     if request.endpoint.charge in ("request", "nothing"):
         return Demand(input=0, output_maximum=0, smallest=0, initial_hold=0)
     bound = prompt.bound(body_bytes)
-    hidden_input = _unseen(prompt, model, bound)
+    hidden_input = _hidden_input(prompt, model, bound)
     if not request.endpoint.shows_output:
-        # Nothing makes it shorter, and nothing can be seen of it before its end.
-        output_maximum = _whole_answer(request, model)
+        # No field makes such an answer shorter, and its tokens are known only at its end. So all of it is reserved.
+        output_maximum = _unbounded_answer(request, model)
         return Demand(
             input=bound,
             output_maximum=output_maximum,
@@ -45,12 +54,13 @@ def estimate_demand(request: Request, model: Model, prompt: Prompt, *, body_byte
             is_estimated=True,
             hidden_input=hidden_input,
         )
-    asked = _asked(request, model.upstream.kind)
-    known = asked if asked is not None else model.max_output_tokens or _own_default(request, model.upstream.kind)
-    each = _ANSWER_TOKENS if known is None else known
+    stated = _stated_maximum(request, model.upstream.kind)
+    known = stated if stated is not None else model.max_output_tokens or _upstream_default(request, model)
+    each = _DEFAULT_ANSWER_TOKENS if known is None else known
     output_maximum = min(each * request.choices, TOKENS_MAX)
-    smallest = min(each, _thinking(request.document) + (model.smallest_answer or SMALLEST_ANSWER)) * request.choices
-    smallest = min(smallest, output_maximum)
+    # The reasoning budget comes on top, because a short answer would otherwise be all reasoning and no text.
+    least = _reasoning_budget(request.document) + (model.smallest_answer or SMALLEST_ANSWER)
+    smallest = min(min(each, least) * request.choices, output_maximum)
     return Demand(
         input=bound,
         output_maximum=output_maximum,
@@ -63,7 +73,11 @@ def estimate_demand(request: Request, model: Model, prompt: Prompt, *, body_byte
 
 
 def largest_demand(demands: Sequence[Demand]) -> Demand:
-    """What covers each of these: of one call that may go to upstreams which read it differently."""
+    """A demand that covers each of these. They are of one call, which several upstreams read differently.
+
+    Each number is the largest of the demands, because the call may go to any of the upstreams: one may ignore the
+    field in which the client stated its maximum, and another may price images higher.
+    """
     return Demand(
         input=max(demand.input for demand in demands),
         output_maximum=max(demand.output_maximum for demand in demands),
@@ -76,55 +90,71 @@ def largest_demand(demands: Sequence[Demand]) -> Demand:
 
 
 def counted(demand: Demand, model: Model, prompt: Prompt, *, text_tokens: int | None, is_guess: bool) -> Demand:
-    """The same demand once the text of its input was counted; by its bytes, should that have failed (None).
+    """The same demand with the input counted: `text_tokens` is the count of the texts, None if counting failed.
 
-    `is_guess` where the tokenizer may be another one than the model's, which counts a fifth more or less in most
-    languages: half as much again is held, if there is room.
+    If it failed, the bound by bytes stays, and is not counted again. `is_guess`: the tokenizer may not be the model's
+    own. Two tokenizers differ by a fifth in most languages, so half as many tokens again are reserved as far as they
+    are free: for a bound of 1,000 bytes, 200 counted tokens and an overhead of 7, the input is 207 and the hidden
+    input 100.
     """
     if text_tokens is None:
         return replace(demand, is_estimated=False)
     tokens = min(demand.input, text_tokens + prompt.overhead)
     more = min(demand.input - tokens, text_tokens // 2) if is_guess else 0
-    return replace(demand, input=tokens, is_estimated=False, hidden_input=max(more, _unseen(prompt, model, tokens)))
+    hidden_input = max(more, _hidden_input(prompt, model, tokens))
+    return replace(demand, input=tokens, is_estimated=False, hidden_input=hidden_input)
 
 
-def _unseen(prompt: Prompt, model: Model, input_tokens: int) -> int:
-    """The most that a call may read without showing it: what its context leaves beside the input that is shown."""
+def _hidden_input(prompt: Prompt, model: Model, input_tokens: int) -> int:
+    """The most input that the request does not show: what the model's context leaves beside the visible input.
+
+    0 if the context is not configured: then nothing is known that could be reserved.
+    """
     return max(0, (model.context or 0) - input_tokens) if prompt.is_open else 0
 
 
 def streams_all_output(request: Request, model: Model) -> bool:
-    """Whether all the tokens of an answer can be seen as they come, so that its hold may grow with it."""
-    hides = (
-        _hides(model) or _asks_for_hidden(request.document) or (request.endpoint.is_of_messages and _thinks(request))
+    """Whether all tokens of an answer can be counted while it streams, so that its hold may grow with it."""
+    has_hidden_output = (
+        _hides_reasoning(model)
+        or _asks_for_hidden_output(request.document)
+        or (request.endpoint.is_of_messages and _asks_for_thinking(request.document))
     )
-    return request.stream and request.endpoint.shows_output and not hides
+    return request.stream and request.endpoint.shows_output and not has_hidden_output
 
 
-def _whole_answer(request: Request, model: Model) -> int:
-    """What is held for an answer that no field of its request bounds; 0 where it won't say what it cost."""
-    says_nothing = request.endpoint is SPEECH and not request.stream
-    each = 0 if says_nothing else min(request.endpoint.answer_tokens, model.max_output_tokens or TOKENS_MAX)
+def _unbounded_answer(request: Request, model: Model) -> int:
+    """The output reserved for answers that no field of the request bounds.
+
+    0 for speech that comes as plain bytes: it never reports tokens, and is charged as one request.
+    """
+    reports_no_tokens = request.endpoint is SPEECH and not request.stream
+    each = 0 if reports_no_tokens else min(request.endpoint.answer_tokens, model.max_output_tokens or TOKENS_MAX)
     return min(each * request.choices, TOKENS_MAX)
 
 
-def _hides(model: Model) -> bool:
-    """Whether this model thinks in tokens that no answer shows. OpenAI's own do, unless they are known not to."""
+def _hides_reasoning(model: Model) -> bool:
+    """Whether this model reasons in tokens that the answer does not show: as configured, else by its name.
+
+    OpenAI's models do unless they are known not to. The careful assumption is right for models of the future, and for
+    Azure's deployments, whose names say nothing. Models on other kinds of upstream stream their reasoning.
+    """
     if model.reasoning is not None:
         return model.reasoning
-    return model.upstream.kind in ("openai", "azure") and not model.upstream_model.removeprefix("ft:").startswith(
-        _SHOW_ALL
-    )
+    name = model.upstream_model.removeprefix("ft:")  # fine-tuned: ft:gpt-4o-mini:acme::x
+    return model.upstream.kind in ("openai", "azure") and not name.startswith(_WITHOUT_HIDDEN_REASONING)
 
 
-def _asks_for_hidden(document: Mapping[str, Any]) -> bool:
-    """Whether a request asks for what is billed and not streamed as text: thoughts, predictions, sound.
+def _asks_for_hidden_output(document: Mapping[str, Any]) -> bool:
+    """Whether a request asks for output that is billed but can't be counted as streamed text.
 
-    Thoughts also where they are to be left out or kept back (fields of vLLM, OpenRouter, Groq and SGLang); and tokens
-    that have no text, of which a client may ask for as many as it likes.
+    That is: audio; a prediction, whose rejected tokens are billed; reasoning with a budget; reasoning that is left
+    out of the answer (`include_reasoning`, `reasoning.exclude`, `reasoning_format`, `stream_reasoning`: fields of
+    vLLM, OpenRouter, Groq and SGLang); tokens without text, of which `logit_bias` and `ignore_eos` can produce any
+    number.
     """
     modalities, reasoning = document.get("modalities"), document.get("reasoning")
-    speaks = isinstance(modalities, list) and "audio" in modalities
+    asks_for_audio = isinstance(modalities, list) and "audio" in modalities
     leaves_out = (
         document.get("include_reasoning") not in (None, True)
         or (isinstance(reasoning, dict) and bool(reasoning.get("exclude")))
@@ -132,20 +162,21 @@ def _asks_for_hidden(document: Mapping[str, Any]) -> bool:
         or document.get("stream_reasoning") not in (None, True)
     )
     has_no_text = bool(document.get("logit_bias")) or bool(document.get("ignore_eos"))
-    return speaks or leaves_out or has_no_text or bool(document.get("prediction")) or _thinking(document) > 0
+    has_budget = _reasoning_budget(document) > 0
+    return asks_for_audio or leaves_out or has_no_text or bool(document.get("prediction")) or has_budget
 
 
-def _thinks(request: Request) -> bool:
-    """Whether a request of Anthropic's asks for thoughts, of which a summary is shown: with a budget, or `adaptive`.
+def _asks_for_thinking(document: Mapping[str, Any]) -> bool:
+    """Whether a request to /messages asks for thinking, with a budget or `adaptive`.
 
-    They are all within `max_tokens`.
+    The answer shows only a summary of it. All of it is within `max_tokens`.
     """
-    section = request.document.get("thinking")
+    section = document.get("thinking")
     return isinstance(section, dict) and section.get("type") != "disabled"
 
 
-def _thinking(document: Mapping[str, Any]) -> int:
-    """The tokens that a request sets aside for thinking: Anthropic's field, and that of OpenRouter."""
+def _reasoning_budget(document: Mapping[str, Any]) -> int:
+    """The tokens that a request sets aside for reasoning: in Anthropic's field or in OpenRouter's; 0 if in none."""
     for name, member in (("thinking", "budget_tokens"), ("reasoning", "max_tokens")):
         section = document.get(name)
         budget = section.get(member) if isinstance(section, dict) else None
@@ -154,17 +185,24 @@ def _thinking(document: Mapping[str, Any]) -> int:
     return 0
 
 
-def _asked(request: Request, kind: Kind) -> int | None:
-    """The maximum that the request states in a field which this upstream reads; the larger one counts."""
-    stated = [request.document.get(name) for name in maximum_fields(request.endpoint, kind)]
-    numbers = [number for number in stated if number is not None]
+def _stated_maximum(request: Request, kind: Kind) -> int | None:
+    """The maximum that the request states in the fields which this kind of upstream reads; None for no maximum.
+
+    Of several fields the largest counts: which one wins differs by the upstream's version. -1 in one of them is no
+    maximum, whatever the others say.
+    """
+    values = [request.document.get(name) for name in maximum_fields(request.endpoint, kind)]
+    numbers = [number for number in values if number is not None]
     if any(is_endless(number, kind) for number in numbers):
         return None
     return max(numbers, default=None)
 
 
-def _own_default(request: Request, kind: Kind) -> int | None:
-    """The maximum that an upstream takes by itself where the request states none."""
-    # A field left out means 16, but null means no maximum at all (vLLM).
-    short = request.endpoint.name == "completions" and "max_tokens" not in request.document
-    return _COMPLETION_TOKENS if short and kind not in ("llamacpp", "ollama") else None
+def _upstream_default(request: Request, model: Model) -> int | None:
+    """The maximum that the upstream itself applies if the request states none; None for no maximum.
+
+    Only /completions has one. Without the field it is 16, but for null vLLM applies none. llama.cpp and Ollama have
+    no default.
+    """
+    has_default = request.endpoint.name == "completions" and "max_tokens" not in request.document
+    return _COMPLETIONS_DEFAULT if has_default and model.upstream.kind not in ("llamacpp", "ollama") else None

@@ -1,19 +1,22 @@
-"""What a picture in a request costs in tokens: by its size, which stands in its first bytes, never by its base64.
+"""What an image in a request costs in tokens: computed from its width and height, never from its base64.
 
-The prices are those of OpenAI's and Anthropic's documents on vision of 2025. Where a size can't be read it is the
-most that the rule gives. Pure.
+The size in pixels is in the first bytes of the file. The prices are those that OpenAI and Anthropic published in
+their vision guides in 2025. If the size can't be read, the image costs the most that the rule gives. Pure.
 """
 
 import binascii
 from dataclasses import dataclass
 
-# The size of a JPEG stands behind previews and colour profiles. It is looked for behind so many bytes.
-_JPEG_BYTES_MAX = 131_072
-_JPEG_HEAD_BYTES = 4096
-_JPEG_MARKERS_MAX = 100
-_HEAD_BYTES = 30
-_DATA_URL_HEAD_MAX = 200
+# PNG and WebP state their size within the first 30 bytes. The size of a JPEG comes after its previews and colour
+# profiles. It is searched in the first 4 KiB, then in 128 KiB, and behind at most 100 segments.
+_HEADER_BYTES = 30
+_JPEG_HEADER_BYTES = 4096
+_JPEG_HEADER_BYTES_MAX = 131_072
+_JPEG_SEGMENTS_MAX = 100
+# `;base64,` is searched in this many characters of a data URL, which may be megabytes long.
+_DATA_URL_PREFIX_MAX = 200
 
+# Anthropic: the price of the largest size to which a model scales an image down.
 _AREA_TOKENS_MAX = 4784
 
 _Size = tuple[int, int]
@@ -21,42 +24,53 @@ _Size = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class Tiles:
-    """So much for a picture, and so much for each of its tiles of 512 pixels, once it is made to fit."""
+    """A base price for an image, and a price for each tile of 512 × 512 pixels after scaling.
+
+    `supports_detail`: whether `detail: low` reduces the price to the base.
+    """
 
     base: int
-    each: int
-    knows_detail: bool = True
+    per_tile: int
+    supports_detail: bool = True
 
     def price(self, size: _Size | None, *, is_low: bool) -> int:
-        """Fit within 2048 × 2048, the short side made 768: at most 2 × 4 tiles.
+        """Scale to fit 2048 × 2048, then scale the short side to 768, and count the tiles.
 
-        1024 × 1024 becomes 768 × 768, which is 4 tiles: 85 + 4 × 170 = 765. Small pictures are made larger, as the
-        documents say; others saw that they are not, which costs less.
+        1024 × 1024 becomes 768 × 768, which is 2 × 2 tiles: 85 + 4 × 170 = 765. 3000 × 1000 becomes 2048 × 683, which
+        is 4 × 2 tiles. No image has more than 4 × 2, so an unknown size costs 8 tiles. Small images are enlarged, as
+        the documents say. Users have observed that they are not; such an image costs less than this.
         """
-        if is_low and self.knows_detail:
+        if is_low and self.supports_detail:
             return self.base
         if size is None:
-            return self.base + 8 * self.each
+            return self.base + 8 * self.per_tile
         short, long = sorted(size)
-        wide, divisor = (768, short) if 768 * long <= 2048 * short else (2048, long)
-        tiles = -(-short * wide // (divisor * 512)) * -(-long * wide // (divisor * 512))
-        return self.base + tiles * self.each
+        # The scale is the smaller of 768 / short and 2048 / long. It is kept as a fraction of integers: a float that
+        # is a little too large could add a tile.
+        numerator, denominator = (768, short) if 768 * long <= 2048 * short else (2048, long)
+        tiles = -(-short * numerator // (denominator * 512)) * -(-long * numerator // (denominator * 512))
+        return self.base + tiles * self.per_tile
 
 
 @dataclass(frozen=True, slots=True)
 class Patches:
-    """A price for each patch of 32 pixels, in hundredths of a token."""
+    """A price for each patch of 32 × 32 pixels, in hundredths of a token."""
 
-    hundredths: int
+    hundredths_per_patch: int
 
     def price(self, size: _Size | None, *, is_low: bool) -> int:
-        """At most 1536 patches: a larger picture is made to fit. 1024 × 1024 has 1024: × 1.62 is 1659."""
-        width, height = size or (1536 * 32, 32)
-        return -(-min(1536, -(-width // 32) * -(-height // 32)) * self.hundredths // 100)
+        """Count the patches: at most 1536, because a larger image is scaled down. `detail` makes no difference.
+
+        1024 × 1024 is 32 × 32 = 1024 patches. At 1.62 tokens each that is 1659.
+        """
+        width, height = size or (1536 * 32, 32)  # an unknown size: 1536 patches in one row
+        patches = min(1536, -(-width // 32) * -(-height // 32))
+        return -(-patches * self.hundredths_per_patch // 100)
 
 
-# By all that the upstream's name of a model contains, the first that fits. The constants are those of OpenAI's
-# documents of 2025; models since then change them again.
+# A row applies if the upstream's name of the model contains all its texts; the first such row counts. `gpt-4.1-mini`
+# contains the texts of ("gpt-4.1", "mini") and of ("gpt-4",): the former comes first, so it is priced by patches. The
+# constants are those of OpenAI's documents of 2025; newer models change them again.
 _PRICES: tuple[tuple[tuple[str, ...], Tiles | Patches], ...] = (
     (("gpt-4o-mini",), Tiles(2833, 5667)),
     (("gpt-4.1", "mini"), Patches(162)),
@@ -67,55 +81,60 @@ _PRICES: tuple[tuple[tuple[str, ...], Tiles | Patches], ...] = (
     (("gpt-4",), Tiles(85, 170)),
     (("gpt-5",), Tiles(85, 170)),
 )
-# Of a model that we don't know: as most are priced, but whether it knows of `detail` nobody says.
-_UNKNOWN = Tiles(85, 170, knows_detail=False)
+# An unknown model is priced like most models. It may ignore `detail: low` and read the whole image.
+_UNKNOWN = Tiles(85, 170, supports_detail=False)
 
 
 def image_price(model: str) -> Tiles | Patches:
-    fitting = (price for marks, price in _PRICES if all(mark in model for mark in marks))
-    return next(fitting, _UNKNOWN)
+    """The rule by which this model prices images; `model` is the upstream's name of it."""
+    matching = (price for texts, price in _PRICES if all(text in model for text in texts))
+    return next(matching, _UNKNOWN)
 
 
 def price_by_area(size: _Size | None) -> int:
-    """What Anthropic's models take for a picture: a token for each 750 pixels, once it is made to fit.
+    """Anthropic's price of an image: one token for 750 pixels, after scaling down.
 
-    1092 × 1092 is 1590. Which size it is made to fit differs by model; the largest gives 4784.
+    1092 × 1092 costs 1590. The largest size differs by model; the largest of all costs 4784, which is also the price
+    of an unknown size.
     """
     width, height = size or (_AREA_TOKENS_MAX, 750)
     return min(_AREA_TOKENS_MAX, -(-width * height // 750))
 
 
 def base64_start(url: str) -> int:
-    """Where the base64 of a picture's data URL begins; 0 where it is no such URL."""
+    """The index at which the base64 of an image's data URL begins; 0 if this is no such URL."""
     if not url.startswith("data:image/"):
         return 0
-    found = url.find(";base64,", 0, _DATA_URL_HEAD_MAX)
+    found = url.find(";base64,", 0, _DATA_URL_PREFIX_MAX)
     return found + len(";base64,") if found > 0 else 0
 
 
 def image_size(url: str, start: int, *, is_searched: bool) -> _Size | None:
-    """Width and height of the picture whose base64 begins at `start`; None where its first bytes don't say.
+    """Width and height of the image whose base64 begins at `start`; None if its first bytes don't state them.
 
-    Not of a GIF, whose pictures may be larger than the screen that its head states.
+    `is_searched`: whether to decode up to 128 KiB of a JPEG for them. The size of a GIF is never read, because its
+    frames may be larger than the screen that its header states.
     """
-    head = _decoded(url, start, _HEAD_BYTES)
+    header = _decode_start(url, start, _HEADER_BYTES)
     size = None
-    if head.startswith(b"\x89PNG\r\n\x1a\n") and head[12:16] == b"IHDR":
-        size = (int.from_bytes(head[16:20]), int.from_bytes(head[20:24]))
-    elif head.startswith(b"RIFF") and head[8:12] == b"WEBP":
-        size = _webp_size(head)
-    elif head.startswith(b"\xff\xd8"):
-        size = _jpeg_size(_decoded(url, start, _JPEG_HEAD_BYTES))
+    if header.startswith(b"\x89PNG\r\n\x1a\n") and header[12:16] == b"IHDR":
+        size = (int.from_bytes(header[16:20]), int.from_bytes(header[20:24]))
+    elif header.startswith(b"RIFF") and header[8:12] == b"WEBP":
+        size = _webp_size(header)
+    elif header.startswith(b"\xff\xd8"):
+        size = _jpeg_size(_decode_start(url, start, _JPEG_HEADER_BYTES))
         if size is None and is_searched:
-            size = _jpeg_size(_decoded(url, start, _JPEG_BYTES_MAX))
-    return size if size and all(size) else None
+            size = _jpeg_size(_decode_start(url, start, _JPEG_HEADER_BYTES_MAX))
+    return size if size and all(size) else None  # a side of 0 pixels is no size
 
 
-def _decoded(url: str, start: int, count: int) -> bytes:
-    """The first bytes, at least so many if there are; none where these are not strictly base64.
+def _decode_start(url: str, start: int, count: int) -> bytes:
+    """Decode the first `count` bytes, or a few more; fewer if there are no more; none if they are not strict base64.
 
-    A reader that forgives what is none would see other bytes than we do.
+    A lenient decoder skips characters that are not base64. It would see other bytes than a strict one, and so perhaps
+    another size.
     """
+    # Four characters of base64 are three bytes. An incomplete group at the end is left out.
     quads = min(-(-count // 3), (len(url) - start) // 4)
     try:
         return binascii.a2b_base64(url[start : start + quads * 4], strict_mode=True)
@@ -123,28 +142,33 @@ def _decoded(url: str, start: int, count: int) -> bytes:
         return b""
 
 
-def _webp_size(head: bytes) -> _Size | None:
-    kind = head[12:16]
+def _webp_size(header: bytes) -> _Size | None:
+    # RFC 9649: VP8X and VP8L store each side minus one. RFC 6386 §9.1: VP8 stores 14 bits, below 2 bits of scaling.
+    kind = header[12:16]
     if kind == b"VP8X":
-        return (int.from_bytes(head[24:27], "little") + 1, int.from_bytes(head[27:30], "little") + 1)
+        return (int.from_bytes(header[24:27], "little") + 1, int.from_bytes(header[27:30], "little") + 1)
     if kind == b"VP8L":
-        bits = int.from_bytes(head[21:25], "little")
+        bits = int.from_bytes(header[21:25], "little")
         return ((bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1)
     if kind == b"VP8 ":
-        return (int.from_bytes(head[26:28], "little") & 0x3FFF, int.from_bytes(head[28:30], "little") & 0x3FFF)
+        return (int.from_bytes(header[26:28], "little") & 0x3FFF, int.from_bytes(header[28:30], "little") & 0x3FFF)
     return None
 
 
 def _jpeg_size(data: bytes) -> _Size | None:
-    """The size in the first frame header (SOF), which stands behind any number of other segments."""
-    at = 2
-    for _ in range(_JPEG_MARKERS_MAX):
+    """The size in the first frame header (SOF), which comes after any number of other segments.
+
+    A segment is 0xFF, its marker, two bytes of length, and its data. In an SOF the data are one byte of precision,
+    two of height and two of width.
+    """
+    at = 2  # behind the start of the image (SOI), FF D8
+    for _ in range(_JPEG_SEGMENTS_MAX):
         if at + 9 > len(data) or data[at] != 0xFF:
             return None
         marker = data[at + 1]
-        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # all SOF but DHT, JPG and DAC
             return (int.from_bytes(data[at + 7 : at + 9]), int.from_bytes(data[at + 5 : at + 7]))
-        if marker < 0xC0 or 0xD0 <= marker <= 0xDA:  # has no length, or ends the head
+        if marker < 0xC0 or 0xD0 <= marker <= 0xDA:  # a marker without a length, or the end of the header
             return None
-        at += 1 if marker == 0xFF else 2 + int.from_bytes(data[at + 2 : at + 4])  # 0xFF only fills up
+        at += 1 if marker == 0xFF else 2 + int.from_bytes(data[at + 2 : at + 4])  # 0xFF is a fill byte
     return None

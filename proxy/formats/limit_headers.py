@@ -1,43 +1,76 @@
-"""The rate-limit headers of every metered answer, in the words of OpenAI, of the IETF draft and of Anthropic.
+"""The rate-limit headers of every metered answer, under the names of OpenAI, of the IETF draft and of Anthropic.
 
-They describe the quota that would refuse this user on this model first. Pure.
+Example, with 50,000 of 200,000 tokens used and 5 h 12 min until midnight:
+
+    x-ratelimit-limit-tokens: 200000
+    x-ratelimit-remaining-tokens: 150000
+    x-ratelimit-reset-tokens: 5h12m0s
+    RateLimit-Policy: "staff/daily";q=200000;w=86400;qu="tokens"
+    RateLimit: "staff/daily";r=150000;t=18720
+
+The headers with fixed names describe the quota that would refuse this user first on this model. All times are rounded
+up to whole seconds, so that a client that waits for them is not too early. Pure.
 """
 
 from collections.abc import Mapping
 from zoneinfo import ZoneInfo
 
-from proxy.policy.amounts import MEASURES
+from proxy.policy.amounts import MEASURES, Measure
 from proxy.policy.quota import Binding, Limit
 from proxy.policy.status import QuotaStatus, first_to_refuse, seconds_up
 from proxy.policy.windows import rfc3339
 
 _UTC = ZoneInfo("UTC")
+# How many quotas the draft's headers list, so that they stay short for a user with many groups.
+_QUOTAS_MAX = 3
+# The kinds of limit that the other headers distinguish. The first three measures count tokens, the last one requests.
+_KINDS: tuple[tuple[str, tuple[Measure, ...]], ...] = (("tokens", MEASURES[:3]), ("requests", MEASURES[3:]))
 
 
 def rate_limit_headers(binding: Binding, statuses: Mapping[str, QuotaStatus], now: int) -> dict[str, str]:
-    """The headers of every metered answer.
+    """OpenAI's headers and those of the IETF draft; none if no quota binds the user.
 
-    `x-ratelimit-*` are OpenAI's names, with Go durations (`6m0s`); `RateLimit-Policy` and `RateLimit` are those of
-    the IETF draft "RateLimit header fields for HTTP" (draft-ietf-httpapi-ratelimit-headers), one item for each of
-    the three tightest quotas. "tokens" is not a unit that the draft registers; it says so with `qu`.
+    `x-ratelimit-*` are OpenAI's names, with Go durations (`6m0s`). `RateLimit-Policy` and `RateLimit` are the fields
+    of "RateLimit header fields for HTTP" (draft-ietf-httpapi-ratelimit-headers), with one item for each of the three
+    tightest quotas. The draft does not register "tokens" as a unit; it is stated in `qu` all the same, because
+    without `qu` the numbers would mean requests. `now` is in milliseconds since 1970.
     """
     headers: dict[str, str] = {}
-    for kind, measures in (("tokens", MEASURES[:3]), ("requests", MEASURES[3:])):
+    for kind, measures in _KINDS:
         if first := first_to_refuse(binding, statuses, measures):
-            standing, limit = first
+            status, limit = first
             headers[f"x-ratelimit-limit-{kind}"] = str(limit.maximum)
-            headers[f"x-ratelimit-remaining-{kind}"] = str(standing.remaining(limit))
-            headers[f"x-ratelimit-reset-{kind}"] = go_duration(standing.counter.window.resets_at - now)
-    bound = [(standing, standing.tightest()) for standing in statuses.values() if standing.quota.enforce != "shadow"]
-    tightest = sorted(bound, key=lambda item: item[0].fullness(item[1]))[:3]
+            headers[f"x-ratelimit-remaining-{kind}"] = str(status.remaining(limit))
+            headers[f"x-ratelimit-reset-{kind}"] = go_duration(status.counter.window.resets_at - now)
+    # Tightest first, by the part that remains and then by the number: of 1000 with 100 left (10 %), 100 with 50 left
+    # (50 %) and 50 with none left (0 %), the order is 50, 1000, 100. Shadow quotas refuse nothing, so they are left
+    # out.
+    enforced = [(status, status.tightest()) for status in statuses.values() if status.quota.enforce != "shadow"]
+    tightest = sorted(enforced, key=lambda item: item[0].fullness(item[1]))[:_QUOTAS_MAX]
     if tightest:
-        headers["ratelimit-policy"] = ", ".join(_policy_item(standing, limit) for standing, limit in tightest)
-        headers["ratelimit"] = ", ".join(_level_item(standing, limit, now) for standing, limit in tightest)
+        headers["ratelimit-policy"] = ", ".join(_policy_item(status, limit) for status, limit in tightest)
+        headers["ratelimit"] = ", ".join(_remaining_item(status, limit, now) for status, limit in tightest)
+    return headers
+
+
+def anthropic_limit_headers(binding: Binding, statuses: Mapping[str, QuotaStatus]) -> dict[str, str]:
+    """The same limits as `x-ratelimit-*` under Anthropic's names. The reset is an instant in UTC, rounded up."""
+    headers: dict[str, str] = {}
+    for kind, measures in _KINDS:
+        if first := first_to_refuse(binding, statuses, measures):
+            status, limit = first
+            resets_at = rfc3339(status.counter.window.resets_at, _UTC)
+            headers[f"anthropic-ratelimit-{kind}-limit"] = str(limit.maximum)
+            headers[f"anthropic-ratelimit-{kind}-remaining"] = str(status.remaining(limit))
+            headers[f"anthropic-ratelimit-{kind}-reset"] = resets_at.replace("+00:00", "Z")
     return headers
 
 
 def go_duration(length_ms: int) -> str:
-    """A length of time as Go's time.ParseDuration reads it: `6m0s`, `1h0m30s`, `0s`."""
+    """A duration as Go's `time.ParseDuration` reads it: `6m0s`, `1h0m30s`, `0s`. Rounded up to whole seconds.
+
+    Go has no unit for days: 31 days are `744h0m0s`.
+    """
     total = max(0, seconds_up(length_ms))
     hours, minutes, seconds = total // 3600, total // 60 % 60, total % 60
     if hours:
@@ -45,25 +78,12 @@ def go_duration(length_ms: int) -> str:
     return f"{minutes}m{seconds}s" if minutes else f"{seconds}s"
 
 
-def _policy_item(standing: QuotaStatus, limit: Limit) -> str:
-    window = standing.counter.window
+def _policy_item(status: QuotaStatus, limit: Limit) -> str:
+    window = status.counter.window
     unit = "" if limit.measure == "requests" else ';qu="tokens"'
-    return f'"{standing.quota.id}";q={limit.maximum};w={seconds_up(window.resets_at - window.opened_at)}{unit}'
+    return f'"{status.quota.id}";q={limit.maximum};w={seconds_up(window.resets_at - window.opened_at)}{unit}'
 
 
-def _level_item(standing: QuotaStatus, limit: Limit, now: int) -> str:
-    resets_in = max(0, seconds_up(standing.counter.window.resets_at - now))
-    return f'"{standing.quota.id}";r={standing.remaining(limit)};t={resets_in}'
-
-
-def anthropic_limit_headers(binding: Binding, statuses: Mapping[str, QuotaStatus]) -> dict[str, str]:
-    """What `x-ratelimit-*` say, under Anthropic's names; the reset is an instant in UTC, rounded up."""
-    headers: dict[str, str] = {}
-    for kind, measures in (("tokens", MEASURES[:3]), ("requests", MEASURES[3:])):
-        if first := first_to_refuse(binding, statuses, measures):
-            standing, limit = first
-            resets_at = rfc3339(standing.counter.window.resets_at, _UTC)
-            headers[f"anthropic-ratelimit-{kind}-limit"] = str(limit.maximum)
-            headers[f"anthropic-ratelimit-{kind}-remaining"] = str(standing.remaining(limit))
-            headers[f"anthropic-ratelimit-{kind}-reset"] = resets_at.replace("+00:00", "Z")
-    return headers
+def _remaining_item(status: QuotaStatus, limit: Limit, now: int) -> str:
+    resets_in_s = max(0, seconds_up(status.counter.window.resets_at - now))
+    return f'"{status.quota.id}";r={status.remaining(limit)};t={resets_in_s}'

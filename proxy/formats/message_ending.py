@@ -1,7 +1,7 @@
-"""The end of a message of Anthropic's that we stop at a limit, as `ending` writes those of OpenAI's.
+"""The end of an Anthropic message (/v1/messages) that the proxy stops at a limit; `ending` has the OpenAI formats.
 
-It is what the upstream sends where `max_tokens` ends an answer: the block that is open is closed, `message_delta`
-says `stop_reason: "max_tokens"` and the usage, and `message_stop` is the last event. Pure.
+It consists of the events that the upstream sends if `max_tokens` ends an answer: the open block is closed,
+`message_delta` states `stop_reason: "max_tokens"` and the usage, and `message_stop` is the last event. Pure.
 """
 
 from typing import Any
@@ -10,8 +10,8 @@ from proxy.policy.amounts import Tokens
 
 JSON = dict[str, Any]
 
-# For a stream that is stopped before anything of it passed; see `ending`.
-_UNSEEN: JSON = {
+# Used if a stream is stopped before any event of it passed. As in `ending`, the id is not made to look real.
+_UNKNOWN_MESSAGE: JSON = {
     "id": "msg_unknown",
     "type": "message",
     "role": "assistant",
@@ -23,18 +23,18 @@ _UNSEEN: JSON = {
 
 
 class MessageEnding:
-    """The end of one stream. `is_over` once nothing of the answer itself can follow."""
+    """Watches one stream and can write its end. `is_over` is true once the answer is complete."""
 
     __slots__ = ("_has_begun", "_open", "_usage", "is_over")
 
     def __init__(self) -> None:
         self.is_over = False
         self._has_begun = False
-        self._open: int | None = None  # the index of the block that is
-        self._usage: JSON = {}  # as the beginning said it
+        self._open: int | None = None  # the index of the open content block
+        self._usage: JSON = {}  # the usage that `message_start` stated
 
     def see(self, event: JSON) -> None:
-        """Take note of one event that passed; what has an odd shape is passed over."""
+        """Record one event that passed; an event of an unexpected shape is ignored."""
         kind, index = event.get("type"), event.get("index")
         if kind == "message_start":
             message = event.get("message")
@@ -45,30 +45,32 @@ class MessageEnding:
         elif kind == "content_block_stop":
             self._open = None
         elif kind == "message_delta":
+            # A `message_delta` without a stop reason only states the usage so far.
             delta = event.get("delta")
             self.is_over = isinstance(delta, dict) and delta.get("stop_reason") is not None
         elif kind in ("message_stop", "error"):
             self.is_over = True
 
-    def closing(self, usage: Tokens) -> list[JSON]:
-        """The events that are still missing; none after an error or the upstream's own end."""
+    def missing_events(self, usage: Tokens) -> list[JSON]:
+        """The events that end the message here; none after an error or the upstream's own end."""
         if self.is_over:
             return []
-        said = {**self._usage, "output_tokens": usage.output}
-        begun: JSON = {
+        final_usage = {**self._usage, "output_tokens": usage.output} if self._usage else _usage(usage)
+        start: JSON = {  # SDKs accept no event of a message before this one
             "type": "message_start",
-            "message": {**_UNSEEN, "usage": {**_plain(usage), "output_tokens": 0}},
+            "message": {**_UNKNOWN_MESSAGE, "usage": {**_usage(usage), "output_tokens": 0}},
         }
         delta: JSON = {"stop_reason": "max_tokens", "stop_sequence": None}
         return [
-            *([] if self._has_begun else [begun]),
+            *([] if self._has_begun else [start]),
             *([] if self._open is None else [{"type": "content_block_stop", "index": self._open}]),
-            {"type": "message_delta", "delta": delta, "usage": said if self._usage else _plain(usage)},
+            {"type": "message_delta", "delta": delta, "usage": final_usage},
             {"type": "message_stop"},
         ]
 
 
-def _plain(usage: Tokens) -> JSON:
+def _usage(usage: Tokens) -> JSON:
+    # Anthropic's input_tokens do not include the cached ones: an input of 11 with 3 from the cache is 8 and 3.
     return {
         "input_tokens": usage.input - usage.cached,
         "cache_creation_input_tokens": 0,

@@ -1,8 +1,16 @@
-"""The words of a refusal: the error that a call gets which the quotas do not admit.
+"""The error that a call gets if the quotas do not admit it.
 
-A 429 with the instant at which this very call would be admitted, or a 400 if it can never fit. Three situations have
-three sentences: the quota is used up; so much is left and this call may need more; calls in flight hold the rest.
-Clients act on the status, `type`, `code` and the headers, people on the sentence. Pure.
+It is a 429 with the instant at which this very call would be admitted, or a 400 if the call can never fit. Each
+situation has its own sentence:
+
+    used up      Quota "staff/daily" is used up: 200000 of 200000 tokens. Resets at … (in 5h 12m).
+    too little   Quota "staff/daily" has 300 tokens left and this call may need 416. Resets at … (in 5h 12m).
+    busy         Quota "staff/daily" is busy: calls in flight hold 416 tokens, … Try again in 2 s.
+    disabled     Quota "staff/daily" is switched off: it allows 0 tokens.
+    never fits   This call can never fit: it needs at least 1300 tokens, and quota "staff/daily" allows 1000 per day.
+    …
+
+Clients act on the status, `type`, `code` and the headers; people read the sentence. Pure.
 """
 
 from collections.abc import Iterable, Mapping
@@ -14,9 +22,10 @@ from proxy.policy.policy import Policy
 from proxy.policy.status import QuotaStatus, seconds_up, spoken
 from proxy.policy.windows import rfc3339
 
-# A wait that SDKs sleep through on their own is answered as a rate limit; a longer one as a quota that is used
-# up, with `x-should-retry: false`, the only header that every SDK release obeys for long waits.
-_SOON_S = 60
+# Up to this wait the answer is a rate limit, after which SDKs sleep and retry. A longer wait is a used-up quota with
+# `x-should-retry: false`. That header is the only one that every SDK release obeys for long waits: with a Retry-After
+# of five hours alone, some retry after half a second and others sleep for five hours (docs/wire.md, section 3.2).
+_RATE_LIMIT_WAIT_MAX_S = 60
 
 _UNIT = {"tokens": "tokens", "input_tokens": "input tokens", "output_tokens": "output tokens", "requests": "requests"}
 
@@ -24,36 +33,42 @@ _UNIT = {"tokens": "tokens", "input_tokens": "input tokens", "output_tokens": "o
 def refusal(
     refused: NotAdmitted, statuses: Mapping[str, QuotaStatus], *, policy: Policy, endpoint: str, now: int, busy_s: int
 ) -> ProxyError:
-    """The answer to a call that is not let in: a 429 with the true reset, or a 400 when it can never fit.
+    """The error for a call that is not admitted: `Refusal` (429), or `NeverFits` (400) if no reset would help.
 
-    `endpoint` matters because Codex shows its user only a `usage_limit_reached`, on /v1/responses. `busy_s` is how
-    long calls in flight will hold others up.
+    `endpoint` is the name of the endpoint. On /v1/responses a long wait has the type `usage_limit_reached`, because
+    that is the only one that Codex shows to its user. `now` is in milliseconds since 1970. `busy_s` is how long calls
+    in flight are expected to hold what this call needs, in seconds.
     """
     zone, help = policy.zone, policy.help
-    block = _telling(refused.blocks)
-    final = {"x-should-retry": "false", **(_for_codex(block, help) if endpoint == "responses" else {})}
+    block = _longest(refused.blocks)
+    no_retry = {"x-should-retry": "false", **(_codex_header(block, help) if endpoint == "responses" else {})}
     if refused.verdict is Verdict.NEVER:
-        return NeverFits(_with_help(_never(block), help))
+        return NeverFits(_with_help(_never_sentence(block), help))
     admissible_at = refused.admissible_at
-    long_type = "usage_limit_reached" if endpoint == "responses" else "insufficient_quota"
+    long_wait_type = "usage_limit_reached" if endpoint == "responses" else "insufficient_quota"
     if refused.verdict is Verdict.EXHAUSTED and admissible_at is None:
-        # A limit of 0 has no reset that would let anybody in, so none is promised.
+        # The limit is 0, and it is 0 after the reset too. So no reset and no retry time is stated.
         return Refusal(
-            _with_help(f"{_short(block)}.", help),
-            type=long_type,
+            _with_help(f"{_reason(block)}.", help),
+            type=long_wait_type,
             code="insufficient_quota",
-            headers=final,
+            headers=no_retry,
             members=_members(statuses, policy, reset_at=None, wait_s=None),
         )
+    # Rounded up, and at least 1: if the reset is 18.642 s away, a client that came back after 18 s would be refused
+    # again. And at `Retry-After: 0` SDKs retry at once, or after half a second.
     wait_s = busy_s if admissible_at is None else max(1, seconds_up(admissible_at - now))
-    soon = wait_s <= _SOON_S
-    message = _busy(block, wait_s) if admissible_at is None else _exhausted(block, admissible_at, now=now, zone=zone)
-    reset_at = now + busy_s * 1000 if admissible_at is None else admissible_at
+    is_rate_limit = wait_s <= _RATE_LIMIT_WAIT_MAX_S
+    if admissible_at is None:
+        message, reset_at = _busy_sentence(block, wait_s), now + busy_s * 1000
+    else:
+        message, reset_at = _reset_sentence(block, admissible_at, now=now, zone=zone), admissible_at
+    rate_limit_type = "requests" if block.limit.measure == "requests" else "tokens"
     return Refusal(
         _with_help(message, help),
-        type=("requests" if block.limit.measure == "requests" else "tokens") if soon else long_type,
-        code="rate_limit_exceeded" if soon else "insufficient_quota",
-        headers={"retry-after": str(wait_s), **({} if soon else final)},
+        type=rate_limit_type if is_rate_limit else long_wait_type,
+        code="rate_limit_exceeded" if is_rate_limit else "insufficient_quota",
+        headers={"retry-after": str(wait_s), **({} if is_rate_limit else no_retry)},
         members=_members(statuses, policy, reset_at=reset_at, wait_s=wait_s),
     )
 
@@ -61,7 +76,7 @@ def refusal(
 def _members(
     statuses: Mapping[str, QuotaStatus], policy: Policy, *, reset_at: int | None, wait_s: int | None
 ) -> dict[str, object]:
-    """What a refusal says to programs, beside OpenAI's four members."""
+    """The members of a refusal for programs, in addition to OpenAI's four."""
     return {
         "reset_at": None if reset_at is None else rfc3339(reset_at, policy.zone),
         "resets_at": None if reset_at is None else seconds_up(reset_at),
@@ -71,17 +86,17 @@ def _members(
     }
 
 
-def _telling(blocks: Iterable[Block]) -> Block:
-    """The block to speak of: the one that lasts longest."""
+def _longest(blocks: Iterable[Block]) -> Block:
+    """The block that the message names: the one that lasts longest. A limit of 0 lasts forever."""
     return max(blocks, key=lambda block: (block.limit.maximum == 0, block.counter.window.resets_at))
 
 
-def _exhausted(block: Block, admissible_at: int, *, now: int, zone: ZoneInfo) -> str:
-    return f"{_short(block)}. Resets at {rfc3339(admissible_at, zone)} (in {spoken(admissible_at - now)})."
+def _reset_sentence(block: Block, admissible_at: int, *, now: int, zone: ZoneInfo) -> str:
+    return f"{_reason(block)}. Resets at {rfc3339(admissible_at, zone)} (in {spoken(admissible_at - now)})."
 
 
-def _short(block: Block) -> str:
-    """What a limit that is used up, or is 0, says without its reset."""
+def _reason(block: Block) -> str:
+    """The first half of the sentence, without a full stop: why the limit does not admit the call."""
     used, unit = block.counter.used.of(block.limit.measure), _UNIT[block.limit.measure]
     if not block.limit.maximum:
         return f'Quota "{block.quota.id}" is switched off: it allows 0 {unit}'
@@ -91,13 +106,16 @@ def _short(block: Block) -> str:
     return f'Quota "{block.quota.id}" has {left} {unit} left and this call may need {block.needed}'
 
 
-def _for_codex(block: Block, help: str) -> dict[str, str]:
-    """The one place from which Codex takes words of ours: between "You've hit your usage limit." and the reset."""
+def _codex_header(block: Block, help: str) -> dict[str, str]:
+    """The text that Codex shows between "You've hit your usage limit." and the reset: the only one that it shows.
+
+    The help text is appended only if it can be sent in a header (printable ASCII).
+    """
     can_be_sent = help.isascii() and help.isprintable()
-    return {"x-codex-promo-message": _short(block) + (f" ({help})" if help and can_be_sent else "")}
+    return {"x-codex-promo-message": _reason(block) + (f" ({help})" if help and can_be_sent else "")}
 
 
-def _busy(block: Block, wait_s: int) -> str:
+def _busy_sentence(block: Block, wait_s: int) -> str:
     held, unit = block.counter.held.of(block.limit.measure), _UNIT[block.limit.measure]
     return (
         f'Quota "{block.quota.id}" is busy: calls in flight hold {held} {unit}, and what is left is too little '
@@ -105,7 +123,7 @@ def _busy(block: Block, wait_s: int) -> str:
     )
 
 
-def _never(block: Block) -> str:
+def _never_sentence(block: Block) -> str:
     unit = _UNIT[block.limit.measure]
     return (
         f'This call can never fit: it needs at least {block.needed} {unit}, and quota "{block.quota.id}" allows '

@@ -1,9 +1,9 @@
-"""The requests of OpenAI's format and Anthropic's: what a call to one of our endpoints says, and what is sent on.
+"""Requests in OpenAI's and Anthropic's formats: parse what a client sends, and write what is forwarded.
 
-A `Request` is one metered request as we read it. Fields that we don't know are passed on untouched; the few on which
-something is decided are checked, and what was checked is what is sent: the body is written anew from what was
-read. Sources: OpenAI's published API description, and the vendors' documents for the fields that their servers
-really read (`_MAXIMUM_FIELDS`).
+A `Request` is one metered request after parsing. Fields that the proxy does not know are forwarded unchanged. The few
+fields that it decides on are checked, and the body is written anew from the parsed values, so the upstream gets
+exactly what was checked. Sources: OpenAI's and Anthropic's published API descriptions, and the vendors' documents for
+the fields that their servers really read (`_MAXIMUM_FIELDS`). Pure.
 """
 
 import re
@@ -13,35 +13,41 @@ from typing import Any
 
 from proxy.errors import InvalidRequest, ProxyError
 from proxy.formats.anthropic import error_body
-from proxy.formats.content import parts_of
+from proxy.formats.content import content_parts
 from proxy.formats.endpoints import METERED, RESPONSES, SPEECH, STORED, Endpoint, EndpointName
 from proxy.formats.multipart import Form
 from proxy.formats.strict_json import dump, parse_object
 from proxy.policy.policy import Kind, Model
 
 _MODEL_CHARACTERS_MAX = 256
-# In the path of a deployment they would lead to another one, also with their slashes encoded.
-_LEADS_ELSEWHERE = re.compile(r"(?:^|[/\\])\.\.?(?:$|[/\\])")
-_ANSWERS_MAX = 128
-# Beyond any answer, and small enough that no product of such numbers leaves 64 bits.
+# A segment "." or ".." in a model's name. In Azure's path /deployments/{model}/… it would lead to another deployment,
+# even if its slashes are percent-encoded.
+_DOT_SEGMENT = re.compile(r"(?:^|[/\\])\.\.?(?:$|[/\\])")
+# OpenAI's limit for `n` on /chat/completions; used for every number of answers.
+_CHOICES_MAX = 128
+# More than any answer has, and small enough that products stay far inside 64 bits: 10^9 tokens × 128 answers are less
+# than 2^37.
 _NUMBER_MAX = 10**9
 
-# The fields from which a kind of upstream takes its maximum, the one that is written first. Ollama has no other
-# than max_tokens in its struct; llama.cpp lets n_predict win over all, on each of its endpoints.
+# The fields that bound an answer, where a kind of upstream reads other ones than the endpoint names; the first is the
+# one to write. Ollama's struct has only max_tokens, so lowering max_completion_tokens there would bound nothing. In
+# llama.cpp n_predict overrides all others, on each of its endpoints.
 _MAXIMUM_FIELDS: dict[tuple[Kind, EndpointName], tuple[str, ...]] = {
     ("ollama", "chat"): ("max_tokens",),
     ("llamacpp", "chat"): ("n_predict", "max_completion_tokens", "max_tokens"),
     ("llamacpp", "completions"): ("n_predict", "max_completion_tokens", "max_tokens"),
     ("llamacpp", "responses"): ("max_output_tokens", "n_predict", "max_completion_tokens", "max_tokens"),
 }
-_MAXIMA = ("max_tokens", "max_completion_tokens", "max_output_tokens", "n_predict")
-# How many answers to one prompt; the second is llama.cpp's own name, which wins there.
-_ANSWER_COUNTS = ("n", "n_cmpl")
+# Every field that bounds an answer at some upstream.
+_ALL_MAXIMUM_FIELDS = ("max_tokens", "max_completion_tokens", "max_output_tokens", "n_predict")
+# The number of answers to one prompt. `n_cmpl` is llama.cpp's own name, which overrides `n` there.
+_CHOICE_COUNT_FIELDS = ("n", "n_cmpl")
 
-_KNOWN = frozenset(
+# Fields that the proxy decides on. Another spelling of one of them is refused.
+_CHECKED_FIELDS = frozenset(
     (
-        *_MAXIMA,
-        *_ANSWER_COUNTS,
+        *_ALL_MAXIMUM_FIELDS,
+        *_CHOICE_COUNT_FIELDS,
         *"model stream stream_options stream_format best_of messages input prompt tools voice".split(),
         *"previous_response_id service_tier store web_search_options".split(),
     )
@@ -62,7 +68,7 @@ class RequestBody:
 
     @property
     def document(self) -> dict[str, Any]:
-        """The JSON object, or the fields of a form by name. It must not be asked for after `free`."""
+        """The JSON object, or the fields of a form by name. Must not be read after `free`."""
         assert self._document is not None, "the body was freed when the upstream answered"
         return self._document
 
@@ -73,9 +79,9 @@ class RequestBody:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One metered request: what it asks for, and its parsed body, which is freed before the rest.
+    """One metered request: what it asks for, and its parsed body.
 
-    `choices` is how many answers the upstream generates in all. `form` is set if the request is multipart.
+    `choices` is how many answers the upstream generates in total. `form` is set if the request is multipart.
     `asks_for_continuous_usage` and `asks_for_timings` are vLLM's and llama.cpp's options for usage on every chunk.
     """
 
@@ -86,28 +92,29 @@ class Request:
     body: RequestBody
     form: Form | None = None
     previous_response_id: str | None = None
-    asks_for_usage: bool = False  # the client itself wants to see the usage of a stream
+    asks_for_usage: bool = False  # the client asked for the usage of its stream
     asks_for_continuous_usage: bool = False
     asks_for_timings: bool = False
-    has_several_prompts: bool = False  # several texts to complete, each with an input of its own
+    has_several_prompts: bool = False  # on /completions, each with an input of its own
     is_option_withheld: bool = False  # the upstream rejected the `stream_options` that we added
 
     @property
     def document(self) -> dict[str, Any]:
-        """The parsed body; only until the upstream has answered."""
+        """The parsed body, until it is freed when the upstream has answered."""
         return self.body.document
 
     @property
     def adds_usage(self) -> bool:
-        """Whether we ask for the usage of the stream although the client did not, and remove it from the answer."""
-        return self._may_ask and not self.asks_for_usage
+        """Whether the proxy asks for the usage of the stream although the client did not, and removes it again."""
+        return self._can_ask_for_usage and not self.asks_for_usage
 
     def adds_running_usage(self, kind: Kind) -> bool:
-        """Whether we ask for the usage so far on every chunk: vLLM and llama.cpp give it, and then a cut is exact.
+        """Whether the proxy asks for the usage so far on every chunk, so that it is exact even if the stream is cut.
 
-        Not for several choices: there each chunk has the usage of its own choice.
+        vLLM and llama.cpp have an option for it. It is not used for several choices, because then a chunk has only
+        the usage of its own choice.
         """
-        if not self._may_ask or self.choices != 1:
+        if not self._can_ask_for_usage or self.choices != 1:
             return False
         match kind:
             case "vllm":
@@ -117,16 +124,17 @@ class Request:
         return False
 
     @property
-    def _may_ask(self) -> bool:
+    def _can_ask_for_usage(self) -> bool:
         return self.stream and self.endpoint.has_usage_option and not self.is_option_withheld
 
 
 def parse_request(endpoint: Endpoint, body: bytes, *, deployment: str | None = None) -> Request:
-    """Read a request's body; raises InvalidRequest that names the field and says what to write instead.
+    """Parse a request's body. Raises InvalidRequest, which names the field and says what to send instead.
 
-    A `deployment`, in the path of Azure's clients, is the model, whatever the body says: so Azure reads it too.
+    `deployment` is the model in the path that Azure's clients use. It overrides `model` in the body, as it does at
+    Azure.
     """
-    document = parse_object(body, _KNOWN)
+    document = parse_object(body, _CHECKED_FIELDS)
     _refuse_fields(endpoint, document)
     if endpoint.has_usage_option:
         _refuse_unclear_usage_option(document.get("stream_options"))
@@ -135,13 +143,13 @@ def parse_request(endpoint: Endpoint, body: bytes, *, deployment: str | None = N
 
 
 def parse_form_request(endpoint: Endpoint, form: Form, *, deployment: str | None = None) -> Request:
-    """Read a form as `parse_request` reads JSON; raises InvalidRequest likewise."""
+    """Make a request of a form, as `parse_request` does of JSON. Raises InvalidRequest likewise."""
     document: dict[str, Any] = {}
     for field in form.fields:
-        document[_plain_name(endpoint, field.name)] = _read_field(field.name, field.value)
+        document[_check_field_name(endpoint, field.name)] = _field_value(field.name, field.value)
     for file in form.files:
-        if _plain_name(endpoint, file.name) in _KNOWN:
-            raise InvalidRequest(f'"{file.name}" is no file.', param=file.name)
+        if _check_field_name(endpoint, file.name) in _CHECKED_FIELDS:
+            raise InvalidRequest(f'"{file.name}" must be a field and not a file.', param=file.name)
     _refuse_fields(endpoint, document)
     return _request(endpoint, deployment or document.get("model", endpoint.default_model), document, form)
 
@@ -160,14 +168,14 @@ def _request(endpoint: Endpoint, model: object, document: dict[str, Any], form: 
         asks_for_usage=bool(options.get("include_usage")),
         asks_for_continuous_usage=bool(options.get("continuous_usage_stats")),
         asks_for_timings=bool(document.get("timings_per_token")),
-        has_several_prompts=endpoint.name == "completions" and _prompts(document) > 1,
+        has_several_prompts=endpoint.name == "completions" and _prompt_count(document) > 1,
     )
 
 
 def forwarded_model(request: Request, model: Model) -> tuple[int, int, bytes]:
-    """What to replace in a form that is sent: from where to where, and by which bytes, so that it names the model.
+    """How to write the upstream's name of the model into a form: replace the bytes from `start` to `end` by these.
 
-    Where it names none, a part that does is put before all others.
+    Returns (start, end, bytes). If the form has no `model`, a part with it is inserted before all others.
     """
     assert request.form is not None, "it is a form"
     name = model.upstream_model.encode()
@@ -178,10 +186,11 @@ def forwarded_model(request: Request, model: Model) -> tuple[int, int, bytes]:
     return 0, 0, b'--%b\r\nContent-Disposition: form-data; name="model"\r\n\r\n%b\r\n' % (boundary, name)
 
 
-def _plain_name(endpoint: Endpoint, name: str) -> str:
-    """A field's name; raises InvalidRequest where it is one of those that decide, written so that others overlook it.
+def _check_field_name(endpoint: Endpoint, name: str) -> str:
+    """Return a form field's name, or that of the refused field it belongs to: `svg[model]` counts as `svg`.
 
-    A member of a field that is refused (`svg[model]`) counts as that field.
+    Raises InvalidRequest for another spelling of a field that the proxy decides on. `model[]` and ` Model` are read
+    as `model` by some servers and not by others.
     """
     if "[file_id" in name.lower():
         raise InvalidRequest(f'"file_id" can\'t be used here: {STORED}.', param=name, code="unsupported_parameter")
@@ -189,28 +198,30 @@ def _plain_name(endpoint: Endpoint, name: str) -> str:
     if base in endpoint.refused:
         return base
     plain = base.strip().casefold()
-    if plain in _KNOWN and name != plain:
+    if plain in _CHECKED_FIELDS and name != plain:
         raise InvalidRequest(f'Write "{plain}" and not "{name}".', param=plain)
     return name
 
 
-def _read_field(name: str, value: str) -> object:
-    """The value of a form's field as JSON would have it, where something is decided on it."""
+def _field_value(name: str, value: str) -> object:
+    """The value of a form field. `stream` and `n` get the type that they have in JSON, because they are checked."""
     if name == "stream" and value in ("true", "false"):
         return value == "true"
+    # isascii: isdigit() also accepts other digits, such as U+0663, which the upstream may not read.
     if name == "n" and value.isascii() and value.isdigit() and len(value) < 10:
         return int(value)
     return value
 
 
 def forwarded_body(request: Request, model: Model, *, maximum: int | None = None) -> bytes:
-    """The body to send: under the upstream's name of the model, usage asked for, and the maximum lowered.
+    """The body to send: with the upstream's name of the model, the options for usage, and a lowered maximum.
 
-    `maximum` is the output of one choice in tokens; no field that this kind of upstream reads says more after it.
+    `maximum` is the most output tokens of one choice. No field that this kind of upstream reads states more in the
+    new body; a smaller number in it stays.
     """
     document = {**request.document, "model": model.upstream_model}
     if request.endpoint is RESPONSES and not model.allows.store:
-        document["store"] = False  # else OpenAI's keeps it
+        document["store"] = False  # OpenAI stores responses by default
     if request.adds_usage:
         document["stream_options"] = {**(document.get("stream_options") or {}), "include_usage": True}
     if request.adds_running_usage(model.upstream.kind):
@@ -221,6 +232,7 @@ def forwarded_body(request: Request, model: Model, *, maximum: int | None = None
     if maximum is not None:
         kind = model.upstream.kind
         names = maximum_fields(request.endpoint, kind)
+        # Lower the fields that the client stated. If it stated none, write the first.
         for name in [name for name in names if document.get(name) is not None] or names[:1]:
             asked = document.get(name)
             document[name] = maximum if asked is None or is_endless(asked, kind) else min(asked, maximum)
@@ -228,9 +240,9 @@ def forwarded_body(request: Request, model: Model, *, maximum: int | None = None
 
 
 def error_event(endpoint: Endpoint, error: ProxyError) -> bytes:
-    """An error in the middle of a stream, in the form at which the SDKs raise.
+    """An error inside a stream, in the form at which the SDKs raise an exception.
 
-    For /responses the older SDKs raise only at an `error` member, the newer ones at the event's name: it has both.
+    On /responses older SDKs look for a member `error` and newer ones for the event's name, so the event has both.
     """
     if endpoint.is_of_messages:
         return b"event: error\ndata: " + dump(error_body(error)) + b"\n\n"
@@ -241,12 +253,12 @@ def error_event(endpoint: Endpoint, error: ProxyError) -> bytes:
 
 
 def maximum_fields(endpoint: Endpoint, kind: Kind) -> tuple[str, ...]:
-    """The fields from which this kind of upstream takes its maximum; the first is the one to write."""
+    """The fields that bound an answer at this kind of upstream; the first is the one to write."""
     return _MAXIMUM_FIELDS.get((kind, endpoint.name), endpoint.maxima)
 
 
 def is_endless(number: int, kind: Kind) -> bool:
-    """Whether this upstream takes the number for no maximum at all: what is negative, and at Ollama 0 too."""
+    """Whether this kind of upstream reads the number as "no maximum": negative numbers, and 0 at Ollama."""
     return number < (1 if kind == "ollama" else 0)
 
 
@@ -258,22 +270,22 @@ def _refuse_fields(endpoint: Endpoint, document: Mapping[str, Any]) -> None:
             )
     _refuse_stored_files(document)
     if endpoint.is_of_responses:
-        _refuse_references(document.get("input"))
+        _refuse_stored_items(document.get("input"))
         if not isinstance(document.get("previous_response_id"), str | None):
-            raise InvalidRequest('"previous_response_id" must be a text.', param="previous_response_id")
+            raise InvalidRequest('"previous_response_id" must be a string.', param="previous_response_id")
     if isinstance(document.get("voice"), dict):
         raise InvalidRequest(
-            '"voice" must be the name of a public voice here: one of your own would be stored in an account that all '
-            "users share.",
+            '"voice" must name a built-in voice: a custom one is stored in an account that all users share.',
             param="voice",
             code="unsupported_parameter",
         )
 
 
 def _refuse_unclear_usage_option(options: object) -> None:
-    """Refuse what leaves in doubt whether usage is asked for: some servers read "false" and `Include_Usage` too.
+    """Refuse `stream_options` if it isn't clear to every server whether usage is asked for.
 
-    And what is no object: a server that passes over it would pass over our asking too.
+    vLLM reads the text "false" as false, and Ollama reads `Include_Usage`. llama.cpp ignores options that are not an
+    object. In each case the usage would not come although the proxy expects it.
     """
     if not isinstance(options, dict | None):
         raise InvalidRequest('"stream_options" must be an object.', param="stream_options", code="invalid_type")
@@ -287,7 +299,8 @@ def _refuse_unclear_usage_option(options: object) -> None:
 
 
 def _refuse_stored_files(document: Mapping[str, Any]) -> None:
-    for part in parts_of(document):
+    for part in content_parts(document):
+        # The id is in the part itself, or one level below: {"type": "file", "file": {"file_id": …}}.
         holders = [part, *map(part.get, ("file", "source", "image_url", "input_audio"))]
         if any(_names_a_file(holder) for holder in holders):
             raise InvalidRequest(
@@ -296,26 +309,30 @@ def _refuse_stored_files(document: Mapping[str, Any]) -> None:
 
 
 def _names_a_file(holder: object) -> bool:
-    """Whether it does, in whatever case: Go's decoder takes all."""
+    """Whether an object has a `file_id`, in any case: Go's decoder accepts `File_ID` too."""
     return isinstance(holder, dict) and any(key.casefold() == "file_id" and value for key, value in holder.items())
 
 
-def _refuse_references(items: object) -> None:
-    """Refuse items that stand for stored ones."""
+def _refuse_stored_items(items: object) -> None:
+    """Refuse items of `input` that refer to stored items: their content is input that the request does not show."""
     for item in items if isinstance(items, list) else ():
-        if isinstance(item, dict) and _is_reference(item):
+        if isinstance(item, dict) and _may_refer_to_stored_item(item):
             raise InvalidRequest(
-                f'References to items can\'t be used here, and pictures only with their "result": {STORED}.',
+                'References to stored items can\'t be used here, and generated images only with their "result": '
+                f"{STORED}.",
                 param="input",
                 code="unsupported_parameter",
             )
 
 
-def _is_reference(item: Mapping[str, Any]) -> bool:
-    """A reference need not say its type; what else does without one is a message, and has content.
+def _may_refer_to_stored_item(item: Mapping[str, Any]) -> bool:
+    """Whether the upstream could read an item as a reference, which need not state its type.
 
-    A picture that a tool has drawn may come back by its id alone. Stricter than what `prompt` takes for a reference:
-    what may be let in as a turn of a chat could be read as an id here.
+    The only items without a type that are not references are messages, and these have `content`. An image that a tool
+    generated may come back with its id alone.
+
+    This is stricter than `content._refers_to_stored_turn`, which also sees chats: a chat message such as
+    {"role": "assistant", "refusal": "No."} has no `content`, and the same item could be read as a reference here.
     """
     kind = item.get("type")
     if kind == "image_generation_call":
@@ -332,11 +349,11 @@ def _model(value: object) -> str:
         not isinstance(value, str)
         or not 0 < len(value.strip()) == len(value) <= _MODEL_CHARACTERS_MAX
         or not value.isprintable()
-        or _LEADS_ELSEWHERE.search(value)
+        or _DOT_SEGMENT.search(value)
     ):
         raise InvalidRequest(
             f'"model" must be a name of 1 to {_MODEL_CHARACTERS_MAX} printable characters, without blanks around it '
-            "and without dots between slashes.",
+            'and without "." or ".." between slashes.',
             param="model",
         )
     return value
@@ -346,43 +363,49 @@ def _stream(endpoint: Endpoint, document: Mapping[str, Any]) -> bool:
     value = document.get("stream")
     if value is not None and not isinstance(value, bool):
         raise InvalidRequest('"stream" must be true or false.', param="stream", code="invalid_type")
-    # Speech has a field of its own for it.
+    # On /audio/speech `stream` means nothing; `stream_format: "sse"` asks for a stream of events.
     return document.get("stream_format") == "sse" if endpoint is SPEECH else bool(value)
 
 
 def _choices(endpoint: Endpoint, document: Mapping[str, Any]) -> int:
-    """How many answers the upstream generates: `n` or `best_of` of them, for each prompt."""
+    """How many answers the upstream generates and bills.
+
+    On /completions that is the larger of `n` and `best_of`, for each prompt: with n = 2, best_of = 5 and two prompts
+    the upstream generates 10 answers and returns 4.
+    """
     if not endpoint.generates:
         return 1
-    for name in _MAXIMA:
-        _whole(name, document.get(name), least=-1 if name == "n_predict" else 0)
-    each = max(_answers(name, document) for name in _ANSWER_COUNTS)
+    for name in _ALL_MAXIMUM_FIELDS:
+        _integer(name, document.get(name), least=-1 if name == "n_predict" else 0)
+    each = max(_choice_count(name, document) for name in _CHOICE_COUNT_FIELDS)
     if endpoint.is_of_responses and each > 1:
-        # llama.cpp takes it there too, and says of a stream what one of them used.
-        raise InvalidRequest('"n" must be 1 here: send a request for each.', param="n", code="unsupported_parameter")
+        # llama.cpp reads `n` here too, but its stream reports the usage of one answer only.
+        raise InvalidRequest(
+            '"n" must be 1 here: send one request for each answer.', param="n", code="unsupported_parameter"
+        )
     if endpoint.name != "completions":
         return each
-    return max(each, _answers("best_of", document)) * _prompts(document)
+    return max(each, _choice_count("best_of", document)) * _prompt_count(document)
 
 
-def _prompts(document: Mapping[str, Any]) -> int:
-    """How many texts are to be completed; a list that begins with a number is one of tokens."""
+def _prompt_count(document: Mapping[str, Any]) -> int:
+    """How many prompts a request to /completions has. A list that begins with a number is one prompt of tokens."""
     prompt = document.get("prompt")
     is_several = isinstance(prompt, list) and bool(prompt) and not isinstance(prompt[0], int)
     prompts = len(prompt) if isinstance(prompt, list) and is_several else 1
-    # vLLM's, which are answered beside those of `prompt`.
+    # vLLM: prompts as embeddings, which are completed in addition to those in `prompt`.
     embedded = document.get("prompt_embeds")
     return prompts + (len(embedded) if isinstance(embedded, list) else 0)
 
 
-def _answers(name: str, document: Mapping[str, Any]) -> int:
-    number = _whole(name, document.get(name), least=1) or 1
-    if number > _ANSWERS_MAX:
-        raise InvalidRequest(f'"{name}" must be {_ANSWERS_MAX} or less.', param=name, code="integer_above_max_value")
+def _choice_count(name: str, document: Mapping[str, Any]) -> int:
+    number = _integer(name, document.get(name), least=1) or 1
+    if number > _CHOICES_MAX:
+        raise InvalidRequest(f'"{name}" must be {_CHOICES_MAX} or less.', param=name, code="integer_above_max_value")
     return number
 
 
-def _whole(name: str, value: object, *, least: int) -> int | None:
+def _integer(name: str, value: object, *, least: int) -> int | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int):

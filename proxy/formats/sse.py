@@ -1,44 +1,49 @@
-"""Server-sent events: bytes in, events out, and no byte lost or changed on the way.
+"""Server-sent events: bytes in, events out, and no byte lost or changed.
 
-A splitter is fed chunks as they come off the wire and gives back every event that is complete, each with the very
-bytes it came in. All `raw`s in order, and then what `end` returns, are the input byte for byte, so whoever passes on
-`raw` is transparent, whatever was (or was not) understood of it. Where the stream was cut into chunks never matters.
+A `Splitter` is fed the chunks of a stream as they arrive and returns every event that is complete, each with the
+exact bytes in which it came. All `raw`s in order, followed by what `end` returns, are the input byte for byte. So a
+proxy that forwards `raw` is transparent, even for an event that it could not parse. The result does not depend on
+where the network cut the stream into chunks.
 
-What ends an event is a blank line, and a line ends with LF, CRLF or CR (WHATWG, HTML section 9.2.6). A CR may be half
-of a CRLF, so one that makes a blank line has to wait for the byte after it, with one exception: after a line that
-ended in a CR by itself the stream is taken for one of bare CRs, and its event goes out at once. (Should a LF follow
-all the same, it is the first byte of the next event, and means nothing there.)
+A blank line ends an event, and LF, CRLF or CR ends a line (WHATWG HTML, section 9.2.6). A CR may be the first half
+of a CRLF, so after `data: 1\\n\\r` the splitter waits for the next byte: an LF would belong to the same event. There
+is one exception. After a line that ended in a CR without LF, the stream is taken for one that uses bare CRs, and its
+event is returned at once: `data: 1\\r\\r` is complete. If an LF follows after all, it becomes the first byte of the
+next event, where it has no meaning.
 
-Nothing is held without bound: an event of more than `event_bytes_max` is given out in pieces without data.
+Memory is bounded: an event of more than `event_bytes_max` is returned in pieces without data.
 
-Pure: no sockets, no clock. What the data mean is read elsewhere.
+Pure: no sockets, no clock. The meaning of the data is read elsewhere.
 """
 
 import re
 from dataclasses import dataclass
 
-EVENT_BYTES_MAX = 8 << 20  # a terminal event of /responses embeds its images as base64: megabytes are honest
+# 8 MiB: the last event of /responses contains the whole response with its images as base64, which is megabytes.
+EVENT_BYTES_MAX = 8 << 20
 
 BOM = b"\xef\xbb\xbf"
 LF = 0x0A
 
-# The end of one line and then a blank one. Before "\n" there may be a CR: CRLF ends in LF just as well.
-# A match needs three bytes at most, hence the two that are looked at again when more arrive.
+# The end of a line and then a blank line. Before the first "\n" there may be a CR: CRLF ends in LF as well.
+# `(?=[^\n])` is the wait for the byte after a CR: "\n\r" alone does not match, "\n\rd" does.
 BLANK_LINE = re.compile(rb"\n(?:\n|\r(?:\n|(?=[^\n])))|\r\r")
-LOOK_AGAIN = 2
+# A match is at most three bytes long. So when more bytes arrive, the last two of the old ones are searched again.
+OVERLAP = 2
 
-# A blank line where an event would begin; and the same after a bare CR, where a LF belongs to that CR.
+# A blank line at the place where an event would begin. After a bare CR an LF belongs to that CR (`data: 1\r\r`, then
+# `\n`), so there a blank line is a CR, or an LF with one more line end behind it.
 BLANK_START = re.compile(rb"\n|\r(?:\n|(?=[^\n]))")
 BLANK_START_AFTER_CR = re.compile(rb"\r|\n(?:\n|\r(?:\n|(?=[^\n])))")
 
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """One event as it came, terminator and comments included.
+    """One event with its exact bytes: the blank line that ends it and the comments before it are included.
 
-    `data` is None where there was no data line at all (comments, an extra blank line) and in a piece of an event that
-    was too large; an empty data line is `b""`. `name` is None without an `event` line, or where that is empty, which
-    the grammar takes as the same.
+    `data` is None if there was no data line (only comments, or an extra blank line), and in a piece of an event that
+    was too large. An empty data line is `b""`. `name` is None without an `event` line, or if that line is empty: the
+    grammar treats both alike.
     """
 
     raw: bytes
@@ -47,94 +52,96 @@ class Event:
 
 
 class Splitter:
-    """Cuts one stream into its events; see the module for the promises."""
+    """Splits one stream into its events; see the module docstring."""
 
-    __slots__ = ("_event_bytes_max", "_held", "_is_after_cr", "_is_passing_on", "_is_plain", "_is_started")
+    __slots__ = ("_buffer", "_event_bytes_max", "_is_after_cr", "_is_inside_large_event", "_is_plain", "_is_started")
 
     def __init__(self, event_bytes_max: int = EVENT_BYTES_MAX) -> None:
-        self._event_bytes_max = max(event_bytes_max, LOOK_AGAIN)
-        self._held = bytearray()
-        self._is_started = False  # past the first event, before which there may be a byte order mark
+        self._event_bytes_max = max(event_bytes_max, OVERLAP)
+        self._buffer = bytearray()  # bytes of the event that is not complete yet
+        self._is_started = False  # the first event, before which a byte order mark may stand, is complete
         self._is_after_cr = False  # the last event ended in a bare CR
-        self._is_passing_on = False
-        self._is_plain = False  # between two events, the last of which ended in LF
+        self._is_inside_large_event = False
+        self._is_plain = False  # the buffer is empty and the last event ended in LF
 
     @property
-    def is_passing_on(self) -> bool:
-        """An event too large to hold is going out in pieces: nothing may be written between them."""
-        return self._is_passing_on
+    def is_inside_large_event(self) -> bool:
+        """Whether a part of an event was returned and its rest is still to come."""
+        return self._is_inside_large_event
 
     def feed(self, chunk: bytes) -> list[Event]:
         """Take the next bytes of the stream and return the events that they complete."""
-        # What nearly every chunk of nearly every upstream is: some whole events, lines ended by LF.
+        # The fast path. Nearly all chunks of nearly all upstreams are a few whole events with LF as line end.
         if self._is_plain and chunk[-2:] == b"\n\n" and b"\r" not in chunk and len(chunk) <= self._event_bytes_max:
             if chunk.find(b"\n\n") == len(chunk) - 2 and chunk[0] != LF:
-                return [_read_event(chunk)]
+                return [_parse_event(chunk)]
             if chunk[0] != LF and b"\n\n\n" not in chunk:
-                return [_read_event(body + b"\n\n") for body in chunk[:-2].split(b"\n\n")]
+                return [_parse_event(body + b"\n\n") for body in chunk[:-2].split(b"\n\n")]
         return self._scan(chunk)
 
     def end(self) -> bytes:
-        """Return the bytes after the last event: the beginning of one that the stream didn't finish."""
-        rest = bytes(self._held)
-        self._held.clear()
-        return rest
+        """Return the bytes after the last complete event: the beginning of one that the stream left unfinished."""
+        left = bytes(self._buffer)
+        self._buffer.clear()
+        return left
 
     def _scan(self, chunk: bytes) -> list[Event]:
-        held = self._held
-        hidden_input = max(0, len(held) - LOOK_AGAIN)
-        held += chunk
+        buffer = self._buffer
+        search_from = max(0, len(buffer) - OVERLAP)
+        buffer += chunk
         events: list[Event] = []
         start = 0
-        while end := self._find_end(start, max(start, hidden_input)):
-            events.append(self._finish(bytes(held[start:end])))
+        while end := self._find_end(start, max(start, search_from)):
+            events.append(self._finish(bytes(buffer[start:end])))
             start = end
-        del held[:start]
-        if len(held) > (LOOK_AGAIN if self._is_passing_on else self._event_bytes_max):
-            # The last bytes stay: they may be the first half of the event's end.
-            self._is_passing_on = True
-            events.append(Event(bytes(held[:-LOOK_AGAIN]), None, None))
-            del held[:-LOOK_AGAIN]
-        self._is_plain = self._is_started and not held and not self._is_after_cr and not self._is_passing_on
+        del buffer[:start]
+        if len(buffer) > (OVERLAP if self._is_inside_large_event else self._event_bytes_max):
+            # Keep the last two bytes: they may be the first part of the blank line that ends the event.
+            self._is_inside_large_event = True
+            events.append(Event(bytes(buffer[:-OVERLAP]), None, None))
+            del buffer[:-OVERLAP]
+        self._is_plain = self._is_started and not buffer and not self._is_after_cr and not self._is_inside_large_event
         return events
 
-    def _find_end(self, start: int, hidden_input: int) -> int:
-        """Return where the event that begins at `start` ends, or 0 while that is not known."""
-        held = self._held
-        if not self._is_passing_on:
+    def _find_end(self, start: int, search_from: int) -> int:
+        """Return the index after the event that begins at `start`, or 0 as long as its end has not arrived."""
+        buffer = self._buffer
+        if not self._is_inside_large_event:
             first = start
-            if not self._is_started and held.startswith(BOM):
+            if not self._is_started and buffer.startswith(BOM):
                 first += len(BOM)
             blank_start = BLANK_START_AFTER_CR if self._is_after_cr else BLANK_START
-            if blank := blank_start.match(held, first):
+            if blank := blank_start.match(buffer, first):
                 return blank.end()
-            if self._is_after_cr and held[first : first + 1] == b"\n":
+            if self._is_after_cr and buffer[first : first + 1] == b"\n":
                 first += 1
-            hidden_input = max(hidden_input, first)
-        found = BLANK_LINE.search(held, hidden_input)
+            search_from = max(search_from, first)
+        found = BLANK_LINE.search(buffer, search_from)
         return found.end() if found else 0
 
     def _finish(self, raw: bytes) -> Event:
-        is_too_large = self._is_passing_on or len(raw) > self._event_bytes_max
+        # The size decides, not how the event arrived: one that is too large in a single chunk is not parsed either.
+        is_too_large = self._is_inside_large_event or len(raw) > self._event_bytes_max
         is_first = not self._is_started
         self._is_started = True
-        self._is_passing_on = False
+        self._is_inside_large_event = False
         self._is_after_cr = raw.endswith(b"\r")
         if is_too_large:
             return Event(raw, None, None)
         if is_first and raw.startswith(BOM):
-            return Event(raw, *_read_lines(raw[len(BOM) :]))
-        return _read_event(raw)
+            return Event(raw, *_parse_lines(raw[len(BOM) :]))
+        return _parse_event(raw)
 
 
-def _read_event(raw: bytes) -> Event:
+def _parse_event(raw: bytes) -> Event:
+    # The fast path for `data: {…}\n\n`, one line: no need to split it.
     if raw.startswith(b"data: ") and raw.find(b"\n") == len(raw) - 2 and b"\r" not in raw:
         return Event(raw, None, raw[6:-2])
-    return Event(raw, *_read_lines(raw))
+    return Event(raw, *_parse_lines(raw))
 
 
-def _read_lines(text: bytes) -> tuple[str | None, bytes | None]:
-    """Return the name and the data that the lines of one event say."""
+def _parse_lines(text: bytes) -> tuple[str | None, bytes | None]:
+    """Return the name and the data of an event, from its lines."""
     if b"\r" in text:
         text = text.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
     name: str | None = None

@@ -1,8 +1,18 @@
-"""A streamed answer on its way: its bytes go in, what may pass on at once comes out, its end is kept back.
+"""A streamed answer on its way to the client: decides which bytes may be sent now and which are kept.
 
-The end of an answer goes to the client only when the call is settled; what the meter says belongs to it, from the
-usage chunk or the last event on, is collected here. And nothing passes on that is not covered by what the call holds:
-an event that goes beyond waits until more is held, or until the stream is ended there. Pure.
+Bytes are kept for two reasons:
+
+- The end of an answer is sent only when the call is settled. It begins with the event from which the meter says
+  `is_at_end` (the usage chunk, `[DONE]` or the event that ends a response) and is collected here:
+
+      data: {"choices":[{"delta":{"content":"Hi"}}]}      sent at once
+      data: {"choices":[],"usage":{…}}                    kept: it is the beginning of the end
+      data: [DONE]                                        kept; after the settlement both are sent
+
+- Only output that the call holds is sent. If 1,000 tokens are held, 999 have passed and the next event has 3, this
+  event and all after it wait until more tokens are held, or until the stream is ended at the limit.
+
+Pure: no sockets, no clock.
 """
 
 from collections import deque
@@ -13,92 +23,95 @@ from proxy.formats.meter import Meter
 from proxy.formats.sse import Event, Splitter
 from proxy.policy.amounts import Tokens
 
-# The last event of a response holds all of it, pictures included; more than this is no end.
+# The most that is kept of an end. The last event of a response contains the whole response with its images, which may
+# be megabytes; an end that is longer than this is an error of the upstream.
 _END_BYTES_MAX = 16 * 2**20
 
 
 class Stream:
-    """One answer. `meter` watches its events."""
+    """One streamed answer. `meter` counts its events."""
 
     def __init__(self, meter: Meter) -> None:
         self._meter = meter
         self._splitter = Splitter()
-        self._events: deque[Event] = deque()  # that came and were not looked at yet
-        self._waiting: bytes | None = None  # what the client is to see of the one that goes beyond what is held
+        self._events: deque[Event] = deque()  # events that the meter has not seen yet
+        self._blocked: bytes | None = None  # the bytes for the client of an event that exceeds the hold
         self._end = bytearray()
         self._newline = b"\n"
 
     @property
     def is_over(self) -> bool:
-        """Whether its last event has come."""
+        """Whether the last event of the answer has arrived."""
         return self._meter.is_over
 
     @property
     def is_held_up(self) -> bool:
-        """Whether an event waits for more to be held."""
-        return self._waiting is not None
+        """Whether an event waits until more tokens are held."""
+        return self._blocked is not None
 
     @property
     def is_between_events(self) -> bool:
-        """Whether an event of ours may be written now: not while a large one goes out in pieces."""
-        return not self._splitter.is_passing_on
+        """Whether the proxy may write an event of its own now. It may not inside a large event sent in pieces."""
+        return not self._splitter.is_inside_large_event
 
     def feed(self, chunk: bytes, *, covered: int) -> bytes:
-        """Take the next bytes and return what of them, and of those kept back, may pass on now.
+        """Take the next bytes from the upstream and return the bytes to send to the client now.
 
-        `covered` is how many tokens of output may have passed with it. Raises UpstreamError where the end goes on and
-        on.
+        `covered` is the total of output tokens that may have passed after this. It may grow between two calls;
+        `feed(b"", covered=…)` then returns what waited. Raises UpstreamError if the end has more than 16 MiB.
         """
         self._events.extend(self._splitter.feed(chunk))
         ready = bytearray()
         while self._is_covered(covered):
-            if self._waiting is not None:
-                self._pass(self._waiting, ready)
-                self._waiting = None
+            if self._blocked is not None:
+                self._forward(self._blocked, ready)
+                self._blocked = None
             if not self._events:
                 break
-            self._waiting = self._meter.see_event(self._note(self._events.popleft()))
+            # Each event is counted first and forwarded in the next round, if the count is covered.
+            self._blocked = self._see(self._events.popleft())
         if len(self._end) > _END_BYTES_MAX:
-            raise UpstreamError("The upstream sends an end that never ends.")
+            raise UpstreamError("The upstream's answer never ends: more than 16 MiB followed its last text.")
         return bytes(ready)
 
     def close(self, *, covered: int) -> None:
-        """The upstream has closed: an event that it left without its blank line is read like the others.
+        """Handle the end of the upstream's body: an event that lacks its blank line is treated like any other.
 
-        It passes on with the end, and there are clients that read by lines: so it may be neither free nor unseen.
-        Beyond what is covered it doesn't pass.
+        Its bytes are sent with the end, and clients that read line by line understand them. So its text must be
+        counted, and it is left out if it exceeds `covered`.
         """
-        rest = self._splitter.end()
-        if rest:
-            event = replace(Splitter().feed(rest + b"\n\n")[0], raw=rest)
+        left = self._splitter.end()
+        if left:
+            event = replace(Splitter().feed(left + b"\n\n")[0], raw=left)
             ready = bytearray()
-            piece = self._meter.see_event(self._note(event), is_cut=True)
+            shown = self._see(event, is_cut=True)
             if self._meter.is_at_end or self._meter.output_seen <= covered:
-                self._pass(piece, ready)
+                self._forward(shown, ready)
             self._end += ready
-        self._end += self._meter.rest()
+        self._end += self._meter.flush()
 
     def end(self) -> bytes:
-        """What was kept back, and the rest of an event that was never finished."""
+        """The bytes that were kept until the settlement, and those of an event that was never finished."""
         return bytes(self._end) + self._splitter.end()
 
     def end_at_limit(self, usage: Tokens) -> bytes:
-        """The end of a stream that is stopped here, after what has passed."""
+        """The bytes that end a stream which is stopped here; `usage` is what the call is charged."""
         return self._meter.ending.at_limit(usage, shows_usage=self._meter.shows_usage, newline=self._newline)
 
     def _is_covered(self, covered: int) -> bool:
-        # What ends an answer brings no more of it, whatever it says of its usage.
-        return self._waiting is None or self._meter.is_at_end or self._meter.output_seen <= covered
+        # Events at the end contain no more output, whatever usage they state: a usage chunk of 2,000 tokens after one
+        # word needs no hold, it is charged by the settlement.
+        return self._blocked is None or self._meter.is_at_end or self._meter.output_seen <= covered
 
-    def _note(self, event: Event) -> Event:
+    def _see(self, event: Event, *, is_cut: bool = False) -> bytes:
         if event.raw.endswith(b"\r\n"):
             self._newline = b"\r\n"
-        return event
+        return self._meter.see_event(event, is_cut=is_cut)
 
-    def _pass(self, piece: bytes, ready: bytearray) -> None:
+    def _forward(self, shown: bytes, ready: bytearray) -> None:
         if self._meter.chunk is not None:
             self._meter.ending.see(self._meter.chunk)
-        if self._end and not self._meter.is_at_end:  # what looked like the end was not
+        if self._end and not self._meter.is_at_end:  # text after a usage chunk: that was not the end
             ready += self._end
             self._end.clear()
-        (self._end if self._meter.is_at_end else ready).extend(piece)
+        (self._end if self._meter.is_at_end else ready).extend(shown)

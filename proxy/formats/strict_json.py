@@ -1,14 +1,15 @@
-"""Request bodies as JSON, read so that everybody who reads them again reads the same.
+"""Read request bodies as strict JSON, so that every program that parses the same bytes sees the same values.
 
-Quotas and permissions are decided on what is read here, and other servers read the same bytes after us. Go's
-decoder takes `MODEL` for `model` and the last of two twins wins or loses by the language; so what could be read
-in two ways is refused: keys that stand twice, keys of the outermost object that differ only in case, `NaN` and
-`Infinity`, fractions beyond a double, bytes that are not UTF-8. Depth is bounded, so that no body can overflow a
-stack, ours or the upstream's.
+Quotas and permissions are decided on the values read here, and the upstream reads the request after us. Parsers
+differ: Go's `encoding/json` accepts `MODEL` for `model`, and of two equal keys some languages take the first and
+others the last. A body that could be read in two ways is therefore refused: keys that appear twice, outermost keys
+that differ only in case, `NaN` and `Infinity`, fractions beyond the range of a double, bytes that are not UTF-8.
+Nesting is limited to 64 levels, so a body cannot overflow a stack here or at the upstream.
 """
 
 import json
 import math
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import orjson
@@ -16,18 +17,22 @@ import orjson
 from proxy.errors import InvalidRequest
 
 DEPTH_MAX = 64
-# What takes long to read is many values: 15 MB of `{},` two seconds, 30 MB of `1,` more than one. So many take 0.9 s
-# at worst, for which nobody else is served.
+# The parser blocks the event loop, and its time grows with the number of values, not with the bytes: 15 MB of `{},`
+# take two seconds, 30 MB of `1,` more than one. A million values take 0.9 s at worst. Every value except the first
+# has a comma or a bracket before it, so counting these bytes bounds the number of values before the body is parsed.
 _VALUES_MAX = 1_000_000
-_DIGITS_MAX = 40
-_KEYS_MAX = 1000
 _SEPARATORS = (b",", b"{", b"[")
+# int() takes time quadratic in the number of digits. 40 characters hold any 128-bit integer with its sign.
+_DIGITS_MAX = 40
+# Each outermost key is casefolded and looked up among all others.
+_KEYS_MAX = 1000
 
 
 def parse_object(body: bytes, known: frozenset[str]) -> dict[str, Any]:
-    """The JSON object in a request's body; raises InvalidRequest with what to mend.
+    """Parse the JSON object in a request's body. Raises InvalidRequest, whose message says what to correct.
 
-    `known` are the fields that something is decided on: another spelling of one of them is refused.
+    `known` are the fields that the proxy decides on. Another spelling of one of them (`MODEL`) is refused even if the
+    field itself is absent, because a server that ignores case would read it.
     """
     try:
         text = body.decode("utf-8")
@@ -43,75 +48,103 @@ def parse_object(body: bytes, known: frozenset[str]) -> dict[str, Any]:
         raise InvalidRequest(f"The body is not valid JSON: {_reason(error)}.", code="invalid_json") from None
     if not isinstance(value, dict):
         raise InvalidRequest("The body must be a JSON object.", code="invalid_json")
-    _refuse_case_twins(value, known)
-    if not _is_shallow(value):
+    _refuse_keys_that_differ_in_case(value, known)
+    if not _is_within_depth(value):
         raise InvalidRequest(f"The body is nested more than {DEPTH_MAX} levels deep.", code="invalid_json")
     return value
 
 
 def dump(value: object) -> bytes:
-    """A value as compact JSON in UTF-8."""
+    """Serialise a value as compact JSON in UTF-8."""
     try:
         return orjson.dumps(value)
-    except TypeError:  # integers beyond 64 bits and lone surrogates: legal JSON, which is passed on as it came
+    except TypeError:  # orjson refuses integers beyond 64 bits and lone surrogates; both are legal JSON and are kept
         return json.dumps(value, separators=(",", ":")).encode()
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def walk(value: object, members: Callable[[dict[str, Any]], Iterable[object]] = dict.values) -> Iterator[object]:
+    """Yield a JSON value and all values below it: depth first, in the order in which they are written.
+
+    `members` returns the values of an object that are walked; by default all of them. The walk is not recursive, so
+    no depth overflows the stack.
+
+        walk({"a": [1, {"b": 2}], "c": 3})  →  the object itself, [1, {"b": 2}], 1, {"b": 2}, 2, 3
+    """
+    pending = [value]
+    while pending:
+        value = pending.pop()
+        yield value
+        # Reversed, because the last value of the list is popped first.
+        if isinstance(value, list):
+            pending += reversed(value)
+        elif isinstance(value, dict):
+            pending += reversed([*members(value)])
+
+
+def _object_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) != len(pairs):
         seen: set[str] = set()
-        twin = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise ValueError(f'the key "{twin[:80]}" stands twice')
+        # `seen.add` returns None, so a key is found the second time that it appears.
+        duplicate = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f'the key "{duplicate[:80]}" appears twice')
     return value
 
 
-def _finite(text: str) -> float:
+def _finite_float(text: str) -> float:
     number = float(text)
-    if not math.isfinite(number):
+    if not math.isfinite(number):  # 1e999 became infinity, which can't be written as JSON again
         raise ValueError(f"{text[:40]} is beyond the range of numbers")
     return number
 
 
-def _no_constant(text: str) -> None:
-    raise ValueError(f"{text} is no JSON number")
+def _refuse_constant(text: str) -> None:
+    raise ValueError(f"{text} is not a JSON number")
 
 
-def _bounded(text: str) -> int:
+def _bounded_int(text: str) -> int:
     if len(text) > _DIGITS_MAX:
         raise ValueError("a number has too many digits")
     return int(text)
 
 
-# `strict` refuses control characters inside strings, as the standard does.
+# `strict` refuses control characters inside strings, as RFC 8259 §7 does.
 _DECODER = json.JSONDecoder(
-    object_pairs_hook=_unique, parse_float=_finite, parse_int=_bounded, parse_constant=_no_constant, strict=True
+    object_pairs_hook=_object_without_duplicates,
+    parse_float=_finite_float,
+    parse_int=_bounded_int,
+    parse_constant=_refuse_constant,
+    strict=True,
 )
 
 
 def _reason(error: Exception) -> str:
     if isinstance(error, RecursionError):
         return f"it is nested more than {DEPTH_MAX} levels deep"
-    if isinstance(error, json.JSONDecodeError):
+    if isinstance(error, json.JSONDecodeError):  # some of Python's messages end with " at", which is doubled here
         return f"{error.msg.removesuffix(' at')} at line {error.lineno}, column {error.colno}"
     return str(error)
 
 
-def _refuse_case_twins(value: dict[str, Any], known: frozenset[str]) -> None:
+def _refuse_keys_that_differ_in_case(value: dict[str, Any], known: frozenset[str]) -> None:
     if len(value) > _KEYS_MAX:
         raise InvalidRequest(f"The body has more than {_KEYS_MAX} keys.", code="invalid_json")
     by_case = {field: field for field in known}
     for key in value:
-        # Folded as Go's decoder does: it takes a long s (U+017F) for an s, which lower() would leave.
-        twin = by_case.setdefault(key.casefold(), key)
-        if twin != key:
+        # Go's decoder also takes a long s (U+017F) for "s" and a Kelvin sign (U+212A) for "k". casefold() maps both
+        # to the plain letter; lower() would leave the long s, and "max_token" + U+017F would pass as an unknown
+        # field.
+        first = by_case.setdefault(key.casefold(), key)
+        if first != key:
             raise InvalidRequest(
-                f'The keys "{twin[:80]}" and "{key[:80]}" differ only in case: write it as the first.',
+                f'The keys "{first[:80]}" and "{key[:80]}" differ only in case: use only the first.',
                 code="invalid_json",
             )
 
 
-def _is_shallow(value: object) -> bool:
+def _is_within_depth(value: object) -> bool:
+    """Whether a value has at most DEPTH_MAX levels of objects and arrays, its own included."""
+    # Python's parser accepts about a thousand levels; a deeper body ends in its RecursionError (see `_reason`).
     level: list[object] = [value]
     for _ in range(DEPTH_MAX):
         level = [

@@ -1,34 +1,36 @@
-"""How the simulated upstream is told to answer or to fail: a request's directives, and errors as OpenAI words them.
+"""Directives, with which a request tells the simulated upstream how to answer or fail, and the errors of OpenAI.
 
-A request can ask it to behave in its `metadata`: `{"simulate": "tokens=300 cut=5"}`, directives between spaces; or,
-for clients that send no such field, behind the name of its model: `gpt-4o-mini+tokens=300+cut=5`.
+A request carries directives in its `metadata`, separated by spaces: `{"simulate": "tokens=300 cut=5"}`. A client that
+sends no such field puts them after the name of the model: `gpt-4o-mini+tokens=300+cut=5`.
 
-    tokens=300           the answer is this long (a maximum still holds)
-    cached=40            so much of a message's input comes from the cache or goes there
-    speed=100            tokens a second; a whole answer takes as long as its tokens would
-    delay=0.5            seconds before the head of the answer
-    status=500           an error in OpenAI's words, of any status: 401 shows part of the key, 429 is a rate limit
-    code=…               the `code` of that error; insufficient_quota and context_length_exceeded are worded as theirs
-    html                 502 with an HTML body, as from a load balancer
-    hang                 no head at all, until the client goes
-    header=Name:value    one more header on the answer; may be given several times
-    cut=5                the connection ends after 5 words of text; a whole answer in the middle of its body
-    stall=4              silence after 4 words, until the client goes; a whole answer in the middle of its body
-    error=3              stream: an error event after 3 words, inside the 200
+    tokens=300           length of the answer (a maximum of the request still applies)
+    cached=40            input tokens of a message that are read from the cache or written to it
+    speed=100            tokens per second; an answer that is not streamed takes as long as its tokens would
+    delay=0.5            seconds before the status line and headers
+    status=500           an error of any status, worded as OpenAI does: 401 shows part of the key, 429 is a rate limit
+    code=…               the `code` of that error; insufficient_quota and context_length_exceeded have OpenAI's texts
+    html                 502 with an HTML body, as a load balancer sends it
+    hang                 no status line at all, until the client disconnects
+    header=Name:value    one more response header; may be repeated
+    cut=5                close the connection after 5 words of text; in the middle of the body if not streamed
+    stall=4              send nothing after 4 words until the client disconnects; in the middle of the body if not
+                         streamed
+    error=3              stream: an error event after 3 words, although the status is 200
     crlf                 stream: lines end in CRLF
     no_done              stream: no [DONE]
     no_usage             no usage anywhere, as from a server that doesn't know `include_usage`
-    usage_early          chat and completions streams: usage on the last chunk that has a choice, asked for or not,
-                         and none after it
+    usage_early          streams of chat and completions: usage on the last chunk that has a choice, whether or not it
+                         was requested, and none after it
     usage_zero           the usage says 0
-    tool                 chat, responses and messages: the words are the argument of the first tool that was offered
+    tool                 chat, responses and messages: call the first tool offered, with the text as its argument
 
-A stream's text is one event a word, so "after 5 words" is after 5 tokens; what comes before the text isn't counted.
+In a stream one word is one event and one token, so "after 5 words" is after 5 tokens. Events before the text are not
+counted.
 
-A directive that can't be understood is an error, not a silence: a test that misspells its fault would otherwise pass.
+A directive that is unknown or invalid is answered with 400. A test that misspells its fault would otherwise pass.
 
-No sockets, no clock; only `hang` waits. Apart from `errors` on purpose: those are our own words, these are an
-upstream's.
+No sockets, no clock; only `hang` waits. The error texts are an upstream's, so `proxy.errors`, which has the proxy's
+own, is not used.
 """
 
 import asyncio
@@ -38,12 +40,13 @@ from typing import Any
 
 JSON = dict[str, Any]
 
-TOKENS_MAX = 1_000_000  # so that a slip of the finger in `tokens=` doesn't fill the memory
+# A typing error in `tokens=` (3000000000 for 3000) must not exhaust the memory.
+TOKENS_MAX = 1_000_000
 
 
 @dataclass(frozen=True, slots=True)
-class Directions:
-    """How one answer is to be given. The fault happens after `fault_after` words of text."""
+class Directives:
+    """How to give one answer. The fault happens after `fault_after` words of text."""
 
     tokens: int | None = None
     cached: int = 0
@@ -64,8 +67,8 @@ class Directions:
     headers: tuple[tuple[str, str], ...] = ()
 
 
-class Complaint(Exception):
-    """The simulated upstream answers with an error, in OpenAI's shape."""
+class ApiError(Exception):
+    """An error response of the simulated upstream. `error` is the object of that name in OpenAI's error body."""
 
     def __init__(
         self,
@@ -81,7 +84,7 @@ class Complaint(Exception):
         self.error: JSON = {"message": message, "type": type, "param": param, "code": code}
 
 
-BEHIND_THE_NAME = "+"  # no model of anyone's has it in its name
+MODEL_SEPARATOR = "+"  # no vendor uses it in the name of a model
 FLAGS = frozenset("no_done no_usage usage_early usage_zero tool crlf hang html".split())
 FAULTS = frozenset("cut error stall".split())
 
@@ -96,6 +99,7 @@ def _count(text: str) -> int:
     return int(_between(0, TOKENS_MAX, int(text)))
 
 
+# The field of `Directives` that each directive sets, and how its value is parsed.
 VALUES: dict[str, tuple[str, Callable[[str], object]]] = {
     "tokens": ("tokens", _count),
     "cached": ("cached", _count),
@@ -106,75 +110,83 @@ VALUES: dict[str, tuple[str, Callable[[str], object]]] = {
 }
 
 
-def read_directions(asked: JSON) -> Directions:
-    """Return what the request's `metadata.simulate` asks for, or else what stands behind its model's name."""
-    metadata = asked.get("metadata")
-    wish = metadata.get("simulate", "") if isinstance(metadata, dict) else ""
-    if wish == "":
-        wish = str(asked.get("model")).partition(BEHIND_THE_NAME)[2].replace(BEHIND_THE_NAME, " ")
-    if wish == "":
-        return NO_DIRECTIONS
-    said: JSON = {}
+def read_directives(params: JSON) -> Directives:
+    """Return the directives in `metadata.simulate`, or else those after the model's name.
+
+    Raises ApiError, a 400, if one of them is unknown or its value invalid.
+    """
+    metadata = params.get("metadata")
+    text = metadata.get("simulate", "") if isinstance(metadata, dict) else ""
+    # Metadata without `simulate` does not hide the suffix: Anthropic's clients send `{"user_id": "7"}`, and then
+    # `m+tool` still means the directive `tool`.
+    if text == "":
+        text = str(params.get("model")).partition(MODEL_SEPARATOR)[2].replace(MODEL_SEPARATOR, " ")
+    if text == "":
+        return NO_DIRECTIVES
+    fields: JSON = {}
     try:
-        for word in wish.split():
-            _read_word(word, said)
+        for word in text.split():
+            _read_word(word, fields)
     except (AttributeError, KeyError, ValueError):
-        message = f"Invalid value for 'metadata.simulate': {wish!r} is not a list of the simulator's directives."
-        raise Complaint(400, message, param="metadata") from None
-    return Directions(**said)
+        message = f"Invalid value for 'metadata.simulate': {text!r} is not a list of the simulator's directives."
+        raise ApiError(400, message, param="metadata") from None
+    return Directives(**fields)
 
 
-NO_DIRECTIONS = Directions()
+NO_DIRECTIVES = Directives()
 
 
-def _read_word(word: str, said: JSON) -> None:
+def _read_word(word: str, fields: JSON) -> None:
     name, equals, value = word.partition("=")
     if name in FLAGS and not equals:
-        said[name] = True
+        fields[name] = True
     elif name in FAULTS:
-        said["fault"], said["fault_after"] = name, _count(value)
+        fields["fault"], fields["fault_after"] = name, _count(value)
     elif name == "header":
         header, content = value.split(":", 1)
-        said["headers"] = (*said.get("headers", ()), (header, content))
+        fields["headers"] = (*fields.get("headers", ()), (header, content))
     else:
-        field, read = VALUES[name]
-        said[field] = read(value)
+        field, parse = VALUES[name]
+        fields[field] = parse(value)
 
 
-def complaint_of(status: int, code: str | None, key: str) -> Complaint:
-    """Return the error of this status as OpenAI words it; `key` is the one that the request came with."""
+def error_for_status(status: int, code: str | None, key: str) -> ApiError:
+    """Return the error of this status with OpenAI's text; `key` is the API key that the request was sent with."""
     if status == 401:
-        return wrong_key(key)
+        return invalid_key_error(key)
     if code == "insufficient_quota":
         message = "You exceeded your current quota, please check your plan and billing details."
-        return Complaint(status, message, type="insufficient_quota", code=code)
+        return ApiError(status, message, type="insufficient_quota", code=code)
     if code == "context_length_exceeded":
         message = "This model's maximum context length is 8192 tokens. Please reduce the length of the messages."
-        return Complaint(status, message, code=code, param="messages")
+        return ApiError(status, message, code=code, param="messages")
     if status == 429:
         message = (
             "Rate limit reached for this model in organization org-simulated on requests per min (RPM): "
             "Limit 3, Used 3, Requested 1. Please try again in 1s."
         )
-        return Complaint(status, message, type="requests", code=code or "rate_limit_exceeded")
+        return ApiError(status, message, type="requests", code=code or "rate_limit_exceeded")
     if status >= 500:
         message = "The server had an error while processing your request. Sorry about that!"
-        return Complaint(status, message, type="server_error", code=code)
-    return Complaint(status, "Your request can't be answered as it is (simulated).", code=code)
+        return ApiError(status, message, type="server_error", code=code)
+    return ApiError(status, "Your request can't be answered as it is (simulated).", code=code)
 
 
-def wrong_key(key: str) -> Complaint:
-    """Return the 401 for this key. It shows the key's ends, as OpenAI's does: nothing that may reach a user."""
+def invalid_key_error(key: str) -> ApiError:
+    """Return the 401 for this key.
+
+    Its message shows both ends of the key, as OpenAI's does. The proxy must never pass such a message to a user.
+    """
     if not key:
         message = (
             "You didn't provide an API key. You need to provide it in an Authorization header using Bearer auth."
         )
-        return Complaint(401, message)
+        return ApiError(401, message)
     shown = key[:8] + "*" * 12 + key[-4:] if len(key) > 12 else key[:2] + "***"
     message = f"Incorrect API key provided: {shown}. You can find your API key in your account settings."
-    return Complaint(401, message, code="invalid_api_key")
+    return ApiError(401, message, code="invalid_api_key")
 
 
 async def hang() -> None:
-    """Wait for nothing, until the client goes and the call is cancelled."""
+    """Wait until the client disconnects, which cancels the call."""
     await asyncio.get_running_loop().create_future()

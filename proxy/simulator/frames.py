@@ -1,8 +1,9 @@
-"""The simulated answer as bytes: JSON bodies, and the events of streams, in the shapes that OpenAI gives them.
+"""Write answers in OpenAI's formats: JSON bodies, and the events of streams.
 
-One word of the text is one event. The chunk around it is written once for each stream and then only filled in.
+In a stream each word of the text is one event. The JSON around the word is serialised once for each stream, with a
+placeholder, and each event is made by replacing the placeholder.
 
-Pure: takes a script, gives bytes; `simulator` sends them.
+Pure: takes an answer, returns bytes; `server` sends them.
 """
 
 import base64
@@ -13,47 +14,54 @@ from typing import Any
 
 import orjson
 
-from proxy.simulator.text import Choice, Endpoint, Script, Tool
+from proxy.simulator.text import Answer, Choice, Endpoint, Tool
 
 JSON = dict[str, Any]
 
-MARK = "\0"  # stands where the word goes; nothing of a request's own comes after it in a chunk
-MARK_WRITTEN = b"\\u0000"
+# The placeholder for a word, and how JSON spells it. The model's name is in the chunk too and may contain the same
+# bytes, but it comes before the word, so the last occurrence in a chunk is the placeholder.
+PLACEHOLDER = "\0"
+PLACEHOLDER_JSON = b"\\u0000"
 STREAM_ERROR = {"code": "server_error", "message": "The server had an error processing your request.", "param": None}
 
 
 @dataclass(frozen=True, slots=True)
-class Stream:
-    """A streamed answer: events before the text, one for each word, events after it; the error to break it with."""
+class EventStream:
+    """A streamed answer: the events before the text, one event for each word, and the events after the text.
+
+    `usage_at` is the index in `closing` of the event that reports the usage, None if no event does. `error` are the
+    events that replace the rest of the stream if it fails.
+    """
 
     opening: list[bytes]
     text: Iterator[bytes]
     closing: list[bytes]
-    usage_at: int | None  # which of the closing events carries the usage
+    usage_at: int | None
     error: list[bytes]
 
 
 # -------------------------------------------------------------------------------------------------- whole answers
 
 
-def write_whole(script: Script, *, id: str, created: int) -> bytes:
+def write_whole(answer: Answer, *, id: str, created: int) -> bytes:
     """Return the JSON body of the answer."""
-    if script.endpoint is Endpoint.RESPONSES:
-        return orjson.dumps(_finished_response(script, id, created))
-    if script.endpoint is Endpoint.EMBEDDINGS:
-        answer = _embeddings(script)
+    if answer.endpoint is Endpoint.RESPONSES:
+        return orjson.dumps(_finished_response(answer, id, created))
+    if answer.endpoint is Endpoint.EMBEDDINGS:
+        body = _embeddings(answer)
     else:
-        is_chat = script.endpoint is Endpoint.CHAT
-        answer = _head(script, id, created, "chat.completion" if is_chat else "text_completion")
-        write = partial(_chat_choice, script.tool) if is_chat else _text_choice
-        answer["choices"] = [write(index, choice) for index, choice in enumerate(script.choices)]
-    if not script.directions.no_usage:
-        answer["usage"] = _usage(script)
-    return orjson.dumps(answer)
+        is_chat = answer.endpoint is Endpoint.CHAT
+        body = _head(answer, id, created, "chat.completion" if is_chat else "text_completion")
+        write = partial(_chat_choice, answer.tool) if is_chat else _text_choice
+        body["choices"] = [write(index, choice) for index, choice in enumerate(answer.choices)]
+    if not answer.directives.no_usage:
+        body["usage"] = _usage(answer)
+    return orjson.dumps(body)
 
 
-def _head(script: Script, id: str, created: int, kind: str) -> JSON:
-    head = {"id": id, "object": kind, "created": created, "model": script.asked["model"]}
+def _head(answer: Answer, id: str, created: int, object: str) -> JSON:
+    """The fields that a whole answer and each chunk of a stream begin with."""
+    head = {"id": id, "object": object, "created": created, "model": answer.params["model"]}
     return {**head, "service_tier": "default", "system_fingerprint": "fp_simulated"}
 
 
@@ -65,8 +73,8 @@ def _chat_choice(tool: Tool | None, index: int, choice: Choice) -> JSON:
 
 
 def _tool_call(tool: Tool, index: int, arguments: str) -> JSON:
-    called = {"name": tool.name, "arguments": arguments}
-    return {"id": f"call_{index}", "type": "function", "function": called}
+    function = {"name": tool.name, "arguments": arguments}
+    return {"id": f"call_{index}", "type": "function", "function": function}
 
 
 def _finish_reason(tool: Tool | None, choice: Choice) -> str:
@@ -77,18 +85,18 @@ def _text_choice(index: int, choice: Choice) -> JSON:
     return {"text": choice.text, "index": index, "logprobs": None, "finish_reason": choice.finish_reason}
 
 
-def _embeddings(script: Script) -> JSON:
-    is_base64 = script.asked.get("encoding_format") == "base64"
+def _embeddings(answer: Answer) -> JSON:
+    is_base64 = answer.params.get("encoding_format") == "base64"
     vectors = (
-        base64.b64encode(vector.tobytes()).decode() if is_base64 else vector.tolist() for vector in script.vectors
+        base64.b64encode(vector.tobytes()).decode() if is_base64 else vector.tolist() for vector in answer.vectors
     )
     data = [{"object": "embedding", "index": index, "embedding": vector} for index, vector in enumerate(vectors)]
-    return {"object": "list", "data": data, "model": script.asked["model"]}
+    return {"object": "list", "data": data, "model": answer.params["model"]}
 
 
-def _usage(script: Script) -> JSON:
-    prompt, completion = script.reported
-    if script.endpoint is Endpoint.EMBEDDINGS:
+def _usage(answer: Answer) -> JSON:
+    prompt, completion = answer.usage
+    if answer.endpoint is Endpoint.EMBEDDINGS:
         return {"prompt_tokens": prompt, "total_tokens": prompt}
     return {
         "prompt_tokens": prompt,
@@ -107,9 +115,9 @@ def _usage(script: Script) -> JSON:
 # ------------------------------------------------------------------------------------------------------ responses
 
 
-def _response(script: Script, id: str, created: int, status: str) -> JSON:
-    """Return a response as it stands before anything was said."""
-    asked = script.asked
+def _response(answer: Answer, id: str, created: int, status: str) -> JSON:
+    """Return a response object without output and usage, as it is when the answer begins."""
+    params = answer.params
     return {
         "id": id,
         "object": "response",
@@ -118,15 +126,15 @@ def _response(script: Script, id: str, created: int, status: str) -> JSON:
         "background": False,
         "error": None,
         "incomplete_details": None,
-        "instructions": asked.get("instructions"),
-        "max_output_tokens": script.maximum,
-        "model": asked["model"],
+        "instructions": params.get("instructions"),
+        "max_output_tokens": answer.maximum,
+        "model": params["model"],
         "output": [],
         "parallel_tool_calls": True,
         "previous_response_id": None,
         "reasoning": {"effort": None, "summary": None},
         "service_tier": "default",
-        "store": asked.get("store") is not False,
+        "store": params.get("store") is not False,
         "temperature": 1.0,
         "text": {"format": {"type": "text"}},
         "tool_choice": "auto",
@@ -134,37 +142,37 @@ def _response(script: Script, id: str, created: int, status: str) -> JSON:
         "top_p": 1.0,
         "truncation": "disabled",
         "usage": None,
-        "metadata": asked.get("metadata") or {},
+        "metadata": params.get("metadata") or {},
     }
 
 
-def _finished_response(script: Script, id: str, created: int) -> JSON:
-    choice = script.choices[0]
-    response = _response(script, id, created, "incomplete" if choice.is_cut_short else "completed")
+def _finished_response(answer: Answer, id: str, created: int) -> JSON:
+    choice = answer.choices[0]
+    response = _response(answer, id, created, "incomplete" if choice.is_cut_short else "completed")
     if choice.is_cut_short:
         response["incomplete_details"] = {"reason": "max_output_tokens"}
-    response["output"] = [_output(script.tool, id, response["status"], choice)]
-    if not script.directions.no_usage:
-        taken, given = script.reported
+    response["output"] = [_output_item(answer.tool, id, response["status"], choice)]
+    if not answer.directives.no_usage:
+        input_tokens, output_tokens = answer.usage
         response["usage"] = {
-            "input_tokens": taken,
+            "input_tokens": input_tokens,
             "input_tokens_details": {"cached_tokens": 0},
-            "output_tokens": given,
+            "output_tokens": output_tokens,
             "output_tokens_details": {"reasoning_tokens": 0},
-            "total_tokens": taken + given,
+            "total_tokens": input_tokens + output_tokens,
         }
     return response
 
 
-def _output(tool: Tool | None, id: str, status: str, choice: Choice) -> JSON:
+def _output_item(tool: Tool | None, id: str, status: str, choice: Choice) -> JSON:
     if tool is None:
         return _message(id, status, [_text_part(choice.text)])
     return _function_call(tool, id, status, tool.arguments(choice))
 
 
 def _function_call(tool: Tool, id: str, status: str, arguments: str) -> JSON:
-    said = {"call_id": f"call_{id}", "name": tool.name, "arguments": arguments}
-    return {"type": "function_call", "id": f"fc_{id}", "status": status, **said}
+    call = {"call_id": f"call_{id}", "name": tool.name, "arguments": arguments}
+    return {"type": "function_call", "id": f"fc_{id}", "status": status, **call}
 
 
 def _message(id: str, status: str, content: list[JSON]) -> JSON:
@@ -178,56 +186,56 @@ def _text_part(text: str) -> JSON:
 # -------------------------------------------------------------------------------------------------------- streams
 
 
-def write_stream(script: Script, *, id: str, created: int) -> Stream:
+def write_stream(answer: Answer, *, id: str, created: int) -> EventStream:
     """Return the events of the answer."""
-    end = b"\r\n" if script.directions.crlf else b"\n"
-    if script.endpoint is Endpoint.RESPONSES:
-        return _response_stream(script, id, created, end)
-    return _chunk_stream(script, id, created, end)
+    newline = b"\r\n" if answer.directives.crlf else b"\n"
+    if answer.endpoint is Endpoint.RESPONSES:
+        return _response_stream(answer, id, created, newline)
+    return _chunk_stream(answer, id, created, newline)
 
 
-def _chunk_stream(script: Script, id: str, created: int, end: bytes) -> Stream:
-    is_chat = script.endpoint is Endpoint.CHAT
-    directions, tool = script.directions, script.tool
-    head = _head(script, id, created, "chat.completion.chunk" if is_chat else "text_completion")
-    # Once usage is asked for, every chunk but the one with the figures says null.
-    usage: JSON = {"usage": None} if script.is_usage_asked and not directions.no_usage else {}
+def _chunk_stream(answer: Answer, id: str, created: int, newline: bytes) -> EventStream:
+    is_chat = answer.endpoint is Endpoint.CHAT
+    directives, tool = answer.directives, answer.tool
+    head = _head(answer, id, created, "chat.completion.chunk" if is_chat else "text_completion")
+    # If usage was requested, OpenAI sends `"usage": null` in each chunk but the one that reports it.
+    usage: JSON = {"usage": None} if answer.is_usage_requested and not directives.no_usage else {}
 
     def chunk(choices: list[JSON], **more: JSON) -> bytes:
-        return b"data: " + orjson.dumps({**head, "choices": choices, **usage, **more}) + end + end
+        return b"data: " + orjson.dumps({**head, "choices": choices, **usage, **more}) + newline + newline
 
-    def piece(index: int, text: str | None, finish: str | None = None) -> JSON:
-        said: JSON = {"text": text or ""}
+    def choice_chunk(index: int, text: str | None, finish: str | None = None) -> JSON:
+        content: JSON = {"text": text or ""}
         if is_chat:
-            said = {"delta": {} if text is None else _delta(tool, text)}
-        return {"index": index, **said, "logprobs": None, "finish_reason": finish}
+            content = {"delta": {} if text is None else _delta(tool, text)}
+        return {"index": index, **content, "logprobs": None, "finish_reason": finish}
 
-    indices = range(len(script.choices))
+    indices = range(len(answer.choices))
     opening = []
     if is_chat:
         opening = [
             chunk([{"index": i, "delta": _first_delta(tool, i), "logprobs": None, "finish_reason": None}])
             for i in indices
         ]
-    frames = [chunk([piece(i, MARK)]) for i in indices]
+    templates = [chunk([choice_chunk(i, PLACEHOLDER)]) for i in indices]
     reason_of = partial(_finish_reason, tool if is_chat else None)
-    finishes = [piece(i, None, reason_of(choice)) for i, choice in enumerate(script.choices)]
-    closing = [chunk([piece(i, tool.closing)]) for i in indices] if is_chat and tool else []
+    finishes = [choice_chunk(i, None, reason_of(choice)) for i, choice in enumerate(answer.choices)]
+    closing = [chunk([choice_chunk(i, tool.closing)]) for i in indices] if is_chat and tool else []
     closing += [chunk([finish]) for finish in finishes]
     usage_at = None
-    if directions.usage_early:
+    if directives.usage_early:
         usage_at = len(closing) - 1
-        closing[-1] = chunk([finishes[-1]], usage=_usage(script))
+        closing[-1] = chunk([finishes[-1]], usage=_usage(answer))
     elif usage:
         usage_at = len(closing)
-        closing.append(chunk([], usage=_usage(script)))
-    done = [] if directions.no_done else [b"data: [DONE]" + end + end]
-    error = b"data: " + orjson.dumps({"error": {**STREAM_ERROR, "type": "server_error"}}) + end + end
-    return Stream(opening, _interleave(script.choices, frames), closing + done, usage_at, [error, *done])
+        closing.append(chunk([], usage=_usage(answer)))
+    done = [] if directives.no_done else [b"data: [DONE]" + newline + newline]
+    error = b"data: " + orjson.dumps({"error": {**STREAM_ERROR, "type": "server_error"}}) + newline + newline
+    return EventStream(opening, _interleave(answer.choices, templates), closing + done, usage_at, [error, *done])
 
 
 def _delta(tool: Tool | None, text: str) -> JSON:
-    """What a chunk adds: words to a message, or to the argument of what it calls."""
+    """What a chunk adds: words of the message, or a part of the tool call's arguments."""
     return {"content": text} if tool is None else {"tool_calls": [{"index": 0, "function": {"arguments": text}}]}
 
 
@@ -238,9 +246,9 @@ def _first_delta(tool: Tool | None, index: int) -> JSON:
     return first
 
 
-def _interleave(choices: tuple[Choice, ...], frames: list[bytes]) -> Iterator[bytes]:
-    """Yield one chunk for each word, the choices in turn."""
-    halves = [frame.rpartition(MARK_WRITTEN) for frame in frames]
+def _interleave(choices: tuple[Choice, ...], templates: list[bytes]) -> Iterator[bytes]:
+    """Yield one chunk for each word: the first word of each choice, then the second of each, and so on."""
+    halves = [template.rpartition(PLACEHOLDER_JSON) for template in templates]
     for position in range(max(len(choice.words) for choice in choices)):
         space = b" " if position else b""
         for (before, _, after), choice in zip(halves, choices, strict=True):
@@ -248,73 +256,74 @@ def _interleave(choices: tuple[Choice, ...], frames: list[bytes]) -> Iterator[by
                 yield before + space + choice.words[position] + after
 
 
-Said = tuple[str, JSON]  # the type of an event, and what it says
+TypedEvent = tuple[str, JSON]  # the type of an event of /responses, and its other fields
 
 
 @dataclass(frozen=True, slots=True)
 class _Item:
-    """The events of the one item of a response: before its words, the frame of each of them, and after."""
+    """The events of a response's one output item: before the words, the template for a word, and after the words."""
 
-    opening: list[Said]
-    delta: Said
-    closing: list[Said]
+    opening: list[TypedEvent]
+    delta: TypedEvent
+    closing: list[TypedEvent]
 
 
-def _response_stream(script: Script, id: str, created: int, end: bytes) -> Stream:
-    words = script.choices[0].words
-    finished = _finished_response(script, id, created)
-    begun = {"response": _response(script, id, created, "in_progress")}
-    item = _said_item(script.choices[0], id) if script.tool is None else _called_item(script.tool, finished, id)
-    opening = [("response.created", begun), ("response.in_progress", begun), *item.opening]
+def _response_stream(answer: Answer, id: str, created: int, newline: bytes) -> EventStream:
+    words = answer.choices[0].words
+    finished = _finished_response(answer, id, created)
+    started = {"response": _response(answer, id, created, "in_progress")}
+    item = _text_item(answer.choices[0], id) if answer.tool is None else _tool_item(answer.tool, finished, id)
+    opening = [("response.created", started), ("response.in_progress", started), *item.opening]
     done = {"output_index": 0, "item": finished["output"][0]}
     closing = [*item.closing, ("response.output_item.done", done)]
     closing.append((f"response.{finished['status']}", {"response": finished}))
 
-    def event(number: int, type: str, said: JSON) -> bytes:
-        body = orjson.dumps({"type": type, "sequence_number": number, **said})
-        return b"event: " + type.encode() + end + b"data: " + body + end + end
+    def event(number: int, type: str, fields: JSON) -> bytes:
+        body = orjson.dumps({"type": type, "sequence_number": number, **fields})
+        return b"event: " + type.encode() + newline + b"data: " + body + newline + newline
 
     def deltas() -> Iterator[bytes]:
-        before, _, after = event(0, *item.delta).rpartition(MARK_WRITTEN)
+        # Two places of the template change with each word: the word, and the number before it.
+        before, _, after = event(0, *item.delta).rpartition(PLACEHOLDER_JSON)
         before, _, between = before.partition(b'"sequence_number":0')
         for position, word in enumerate(words):
             space = b" " if position else b""
             number = len(opening) + position
             yield b'%b"sequence_number":%d%b%b%b%b' % (before, number, between, space, word, after)
 
-    broken_at = len(opening) + min(script.directions.fault_after, len(words))
-    return Stream(
-        [event(number, *said) for number, said in enumerate(opening)],
+    fault_at = len(opening) + min(answer.directives.fault_after, len(words))
+    return EventStream(
+        [event(number, *each) for number, each in enumerate(opening)],
         deltas(),
-        [event(number, *said) for number, said in enumerate(closing, len(opening) + len(words))],
-        None if script.directions.no_usage else len(closing) - 1,
-        [event(broken_at, "error", STREAM_ERROR)],
+        [event(number, *each) for number, each in enumerate(closing, len(opening) + len(words))],
+        None if answer.directives.no_usage else len(closing) - 1,
+        [event(fault_at, "error", STREAM_ERROR)],
     )
 
 
-def _said_item(choice: Choice, id: str) -> _Item:
-    place = {"item_id": f"msg_{id}", "output_index": 0, "content_index": 0}
+def _text_item(choice: Choice, id: str) -> _Item:
+    part = {"item_id": f"msg_{id}", "output_index": 0, "content_index": 0}
     added = {"output_index": 0, "item": _message(id, "in_progress", [])}
     return _Item(
-        [("response.output_item.added", added), ("response.content_part.added", {**place, "part": _text_part("")})],
-        ("response.output_text.delta", {**place, "logprobs": [], "delta": MARK}),
+        [("response.output_item.added", added), ("response.content_part.added", {**part, "part": _text_part("")})],
+        ("response.output_text.delta", {**part, "logprobs": [], "delta": PLACEHOLDER}),
         [
-            ("response.output_text.done", {**place, "logprobs": [], "text": choice.text}),
-            ("response.content_part.done", {**place, "part": _text_part(choice.text)}),
+            ("response.output_text.done", {**part, "logprobs": [], "text": choice.text}),
+            ("response.content_part.done", {**part, "part": _text_part(choice.text)}),
         ],
     )
 
 
-def _called_item(tool: Tool, finished: JSON, id: str) -> _Item:
-    place = {"item_id": f"fc_{id}", "output_index": 0}
+def _tool_item(tool: Tool, finished: JSON, id: str) -> _Item:
+    item = {"item_id": f"fc_{id}", "output_index": 0}
     added = {"output_index": 0, "item": _function_call(tool, id, "in_progress", "")}
     delta = "response.function_call_arguments.delta"
     arguments = finished["output"][0]["arguments"]
     return _Item(
-        [("response.output_item.added", added), (delta, {**place, "delta": tool.opening})],
-        (delta, {**place, "delta": MARK}),
+        [("response.output_item.added", added), (delta, {**item, "delta": tool.opening})],
+        (delta, {**item, "delta": PLACEHOLDER}),
         [
-            (delta, {**place, "delta": tool.closing}),
-            ("response.function_call_arguments.done", {**place, "arguments": arguments}),
+            (delta, {**item, "delta": tool.closing}),
+            ("response.function_call_arguments.done", {**item, "arguments": arguments}),
         ],
     )

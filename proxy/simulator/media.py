@@ -1,9 +1,11 @@
-"""What the simulated upstream answers where the answer is no text: pictures, sound, verdicts, summaries and counts.
+"""Answers that are not text: moderation results, token counts, compactions, images and audio.
 
-One word of an input is one token here too, a picture has 272 and a word spoken has 20. A model whose name begins with
-`dall-e`, `whisper` or `tts` is billed by the piece, as OpenAI's own of these names are, and says no tokens.
+One word of an input is one token, as in `text`; an image is 272 tokens and a spoken word 20. A model whose name
+begins with `dall-e`, `whisper` or `tts` is billed per image, second or character, as OpenAI's models of these names
+are, and reports no tokens.
 
-Pure: takes what was asked, gives bytes; `simulator` sends them. Shares nothing with the modules that read them.
+Pure: takes the request's parameters, returns bytes; `server` sends them. Nothing is shared with the modules of the
+proxy that read these answers.
 """
 
 import base64
@@ -15,26 +17,26 @@ from typing import Any
 
 import orjson
 
-from proxy.simulator.directives import Complaint, Directions
+from proxy.simulator.directives import ApiError, Directives
 from proxy.simulator.text import count_tokens
 
 JSON = dict[str, Any]
 
-TOKENS_PER_PICTURE = 272
-TOKENS_PER_WORD_SPOKEN = 20
+TOKENS_PER_IMAGE = 272
+TOKENS_PER_SPOKEN_WORD = 20
 COMPACTED_TOKENS = 12
-HEARD = "the quiet river moves under the old bridge"
-BYTES_PER_TOKEN_HEARD = 800
-# No JSON, no UTF-8, and not one of its bytes may be changed on the way.
-SOUND = b"ID3\x04" + bytes(range(256)) * 8
-PICTURE = base64.b64encode(b"\x89PNG\r\n\x1a\n" + bytes(range(64))).decode()
-BY_THE_PIECE = ("dall-e", "whisper", "tts")
+TRANSCRIPT = "the quiet river moves under the old bridge"
+AUDIO_BYTES_PER_TOKEN = 800
+# Neither JSON nor UTF-8, with every byte value, so a test notices if the proxy changes a byte on the way.
+AUDIO = b"ID3\x04" + bytes(range(256)) * 8
+IMAGE = base64.b64encode(b"\x89PNG\r\n\x1a\n" + bytes(range(64))).decode()
+NOT_BILLED_IN_TOKENS = ("dall-e", "whisper", "tts")
 EVENT_STREAM = "text/event-stream; charset=utf-8"
 
 
 @dataclass(frozen=True, slots=True)
-class Medium:
-    """An answer: its bytes, in as many pieces as they are sent in, and the tokens that it says, if it says any."""
+class MediaAnswer:
+    """An answer: its body, split into the pieces that are sent, and the input and output tokens that it reports."""
 
     content_type: str
     pieces: list[bytes]
@@ -46,109 +48,120 @@ class Medium:
         return self.content_type == EVENT_STREAM
 
 
-def moderation(asked: JSON, directions: Directions) -> Medium:
-    """One verdict for each input. Nobody is billed for it."""
-    del directions
-    inputs = asked["input"] if isinstance(asked["input"], list) else [asked["input"]]
-    verdict = {"flagged": False, "categories": {}, "category_scores": {}, "category_applied_input_types": {}}
-    model = asked.get("model", "omni-moderation-latest")
-    return _whole({"id": "modr-simulated", "model": model, "results": [verdict] * len(inputs)}, None)
+def moderation(params: JSON, directives: Directives) -> MediaAnswer:
+    """One result for each input. Moderation is free, so no usage is reported."""
+    del directives
+    inputs = params["input"] if isinstance(params["input"], list) else [params["input"]]
+    result = {"flagged": False, "categories": {}, "category_scores": {}, "category_applied_input_types": {}}
+    model = params.get("model", "omni-moderation-latest")
+    return _json_answer({"id": "modr-simulated", "model": model, "results": [result] * len(inputs)}, None)
 
 
-def input_tokens(asked: JSON, directions: Directions) -> Medium:
-    """How many tokens an input has. A count, for which nothing is billed."""
-    del directions
-    return _whole({"object": "response.input_tokens", "input_tokens": count_tokens(asked["input"])}, None)
+def token_count(params: JSON, directives: Directives) -> MediaAnswer:
+    """The number of tokens in an input. Counting is free, so no usage is reported."""
+    del directives
+    return _json_answer({"object": "response.input_tokens", "input_tokens": count_tokens(params["input"])}, None)
 
 
-def compaction(asked: JSON, directions: Directions) -> Medium:
-    """A conversation in few tokens, which nobody can read but the model."""
-    usage = (count_tokens(asked["input"]), COMPACTED_TOKENS)
-    answer = {
+def compaction(params: JSON, directives: Directives) -> MediaAnswer:
+    """A conversation, compacted and encrypted: only the model can read it."""
+    usage = (count_tokens(params["input"]), COMPACTED_TOKENS)
+    body = {
         "id": "resp_simulated",
         "object": "response.compaction",
         "created_at": 0,
         "output": [{"id": "cmp_1", "type": "compaction", "encrypted_content": "c2ltdWxhdGVk"}],
     }
-    return _whole(answer, _said(asked, directions, usage), named=_response_usage)
+    return _json_answer(body, _reported(params, directives, usage), write_usage=_response_usage)
 
 
-def pictures(asked: JSON, directions: Directions) -> Medium:
-    """`n` pictures; streamed, `partial_images` of the first and then each as a whole."""
-    number = asked.get("n") or 1
-    usage = _said(asked, directions, (count_tokens(asked["prompt"]), TOKENS_PER_PICTURE * number))
-    if not asked.get("stream"):
-        return _whole({"created": 0, "data": [{"b64_json": PICTURE}] * number}, usage)
-    head = {"b64_json": PICTURE, "created_at": 0, "output_format": "png", "quality": "low", "size": "1024x1024"}
+def images(params: JSON, directives: Directives) -> MediaAnswer:
+    """`n` images. A stream has `partial_images` previews of the first one, and then one event for each image."""
+    number = params.get("n") or 1
+    usage = _reported(params, directives, (count_tokens(params["prompt"]), TOKENS_PER_IMAGE * number))
+    if not params.get("stream"):
+        return _json_answer({"created": 0, "data": [{"b64_json": IMAGE}] * number}, usage)
+    head = {"b64_json": IMAGE, "created_at": 0, "output_format": "png", "quality": "low", "size": "1024x1024"}
     head["background"] = "opaque"
     partial = [
         _event({"type": "image_generation.partial_image", "partial_image_index": index, **head})
-        for index in range(asked.get("partial_images") or 0)
+        for index in range(params.get("partial_images") or 0)
     ]
-    # Each says its own share; the input is the first one's.
-    shares = [usage and (usage[0] if index == 0 else 0, TOKENS_PER_PICTURE) for index in range(number)]
-    whole = [_event({"type": "image_generation.completed", **head, **_usage(share)}) for share in shares]
-    return Medium(EVENT_STREAM, [*partial, *whole], usage)
+    # Each event reports its own image; the input counts with the first one. Two images for 2 words of input report
+    # (2, 272) and (0, 272), so a client has to add them up.
+    shares = [usage and (usage[0] if index == 0 else 0, TOKENS_PER_IMAGE) for index in range(number)]
+    completed = [_event({"type": "image_generation.completed", **head, **_usage(share)}) for share in shares]
+    return MediaAnswer(EVENT_STREAM, [*partial, *completed], usage)
 
 
-def speech(asked: JSON, directions: Directions) -> Medium:
-    """Sound as bytes; or as events, of which the last says the usage."""
-    words = count_tokens(asked["input"])
-    if asked.get("stream_format") != "sse":
-        return Medium("audio/mpeg", [SOUND], None)
-    usage = _said(asked, directions, (words, TOKENS_PER_WORD_SPOKEN * words))
-    delta = _event({"type": "speech.audio.delta", "audio": base64.b64encode(SOUND).decode()})
-    return Medium(EVENT_STREAM, [delta, delta, _event({"type": "speech.audio.done", **_usage(usage)})], usage)
+def speech(params: JSON, directives: Directives) -> MediaAnswer:
+    """Audio as bytes, without usage; or as events, the last of which reports the usage."""
+    words = count_tokens(params["input"])
+    if params.get("stream_format") != "sse":
+        return MediaAnswer("audio/mpeg", [AUDIO], None)
+    usage = _reported(params, directives, (words, TOKENS_PER_SPOKEN_WORD * words))
+    delta = _event({"type": "speech.audio.delta", "audio": base64.b64encode(AUDIO).decode()})
+    done = _event({"type": "speech.audio.done", **_usage(usage)})
+    return MediaAnswer(EVENT_STREAM, [delta, delta, done], usage)
 
 
-def edits(asked: JSON, directions: Directions) -> Medium:
-    """Pictures made from others, for each of which it reads as much as one has."""
-    medium = pictures(
-        {**asked, "prompt": asked["prompt"], "n": int(asked.get("n", 1)), "stream": asked.get("stream") == "true"},
-        directions,
+def edits(params: JSON, directives: Directives) -> MediaAnswer:
+    """Images made from other images. The parameters come from a form, so all of them are strings."""
+    answer = images(
+        {
+            **params,
+            "prompt": params["prompt"],
+            "n": int(params.get("n", 1)),
+            "stream": params.get("stream") == "true",
+        },
+        directives,
     )
-    return replace(medium, pieces=[piece.replace(b"image_generation.", b"image_edit.") for piece in medium.pieces])
+    return replace(answer, pieces=[piece.replace(b"image_generation.", b"image_edit.") for piece in answer.pieces])
 
 
-def variations(asked: JSON, directions: Directions) -> Medium:
-    """Pictures like another. Only a model that is billed by the piece does it."""
-    del directions
-    number = int(asked.get("n", 1)) if asked["image"] else 0
-    return _whole({"created": 0, "data": [{"b64_json": PICTURE}] * number}, None)
+def variations(params: JSON, directives: Directives) -> MediaAnswer:
+    """Images similar to another one. OpenAI offers it only for a model that is billed per image, so without usage."""
+    del directives
+    number = int(params.get("n", 1)) if params["image"] else 0
+    return _json_answer({"created": 0, "data": [{"b64_json": IMAGE}] * number}, None)
 
 
-def transcription(asked: JSON, directions: Directions) -> Medium:
-    """What was said: as JSON, as plain text, or as events."""
-    usage = _said(asked, directions, (-(-asked["file"] // BYTES_PER_TOKEN_HEARD), len(HEARD.split())))
-    if asked.get("stream") == "true" and usage is not None:
-        deltas = [_event({"type": "transcript.text.delta", "delta": word}) for word in HEARD.split()]
-        done = {"type": "transcript.text.done", "text": HEARD, **_transcription_usage(usage)}
-        return Medium(EVENT_STREAM, [*deltas, _event(done)], usage)
-    if asked.get("response_format") in ("text", "srt", "vtt"):
-        return Medium("text/plain; charset=utf-8", [HEARD.encode() + b"\n"], None)
-    return _whole({"text": HEARD}, usage, named=_transcription_usage)
+def transcription(params: JSON, directives: Directives) -> MediaAnswer:
+    """The text of a recording: as JSON, as plain text, or as events. `file` is the size of the recording in bytes."""
+    input_tokens = -(-params["file"] // AUDIO_BYTES_PER_TOKEN)  # rounded up
+    usage = _reported(params, directives, (input_tokens, len(TRANSCRIPT.split())))
+    if params.get("stream") == "true" and usage is not None:
+        deltas = [_event({"type": "transcript.text.delta", "delta": word}) for word in TRANSCRIPT.split()]
+        done = {"type": "transcript.text.done", "text": TRANSCRIPT, **_transcription_usage(usage)}
+        return MediaAnswer(EVENT_STREAM, [*deltas, _event(done)], usage)
+    if params.get("response_format") in ("text", "srt", "vtt"):
+        return MediaAnswer("text/plain; charset=utf-8", [TRANSCRIPT.encode() + b"\n"], None)
+    return _json_answer({"text": TRANSCRIPT}, usage, write_usage=_transcription_usage)
 
 
-def read_form(body: bytes, content_type: str) -> JSON:
-    """Return the fields of a form, and of its files the sizes; `metadata[simulate]` as JSON would have it."""
+def read_multipart(body: bytes, content_type: str) -> JSON:
+    """Return the fields of a form, with the size in bytes for each file.
+
+    `metadata[simulate]` is returned as `metadata: {simulate: …}`, as a JSON body has it.
+    """
     head = b"MIME-Version: 1.0\r\nContent-Type: " + content_type.encode() + b"\r\n\r\n"
-    asked: JSON = {}
+    params: JSON = {}
     for part in BytesParser(policy=HTTP).parsebytes(head + body).iter_parts():
         name = part.get_param("name", header="content-disposition")
         content = part.get_payload(decode=True)
         if isinstance(content, bytes):
-            asked[str(name)] = len(content) if part.get_filename() else content.decode()
-    if "metadata[simulate]" in asked:
-        asked["metadata"] = {"simulate": asked["metadata[simulate]"]}
-    return asked
+            params[str(name)] = len(content) if part.get_filename() else content.decode()
+    if "metadata[simulate]" in params:
+        params["metadata"] = {"simulate": params["metadata[simulate]"]}
+    return params
 
 
-Write = Callable[[JSON, Directions], Medium]
-MEDIA: dict[str, Write] = {
+MediaWriter = Callable[[JSON, Directives], MediaAnswer]
+MEDIA: dict[str, MediaWriter] = {
     "/v1/moderations": moderation,
-    "/v1/responses/input_tokens": input_tokens,
+    "/v1/responses/input_tokens": token_count,
     "/v1/responses/compact": compaction,
-    "/v1/images/generations": pictures,
+    "/v1/images/generations": images,
     "/v1/images/edits": edits,
     "/v1/images/variations": variations,
     "/v1/audio/speech": speech,
@@ -157,39 +170,42 @@ MEDIA: dict[str, Write] = {
 }
 
 
-def write_medium(write: Write, asked: JSON, directions: Directions) -> Medium:
-    """Return the answer; raises Complaint where what it needs is missing or odd."""
+def write_media(write: MediaWriter, params: JSON, directives: Directives) -> MediaAnswer:
+    """Return the answer. Raises ApiError, a 400, if a required parameter is missing or has the wrong type."""
     try:
-        return write(asked, directions)
+        return write(params, directives)
     except (KeyError, TypeError) as error:
-        raise Complaint(400, f"Your request misses something, or has it in an odd shape: {error}.") from None
+        raise ApiError(400, f"A parameter is missing or has the wrong type: {error}.") from None
 
 
-def _said(asked: JSON, directions: Directions, usage: tuple[int, int]) -> tuple[int, int] | None:
-    if directions.no_usage or str(asked.get("model")).startswith(BY_THE_PIECE):
+def _reported(params: JSON, directives: Directives, usage: tuple[int, int]) -> tuple[int, int] | None:
+    if directives.no_usage or str(params.get("model")).startswith(NOT_BILLED_IN_TOKENS):
         return None
     return usage
 
 
-def _whole(answer: JSON, usage: tuple[int, int] | None, *, named: Callable[..., JSON] | None = None) -> Medium:
-    return Medium("application/json", [orjson.dumps({**answer, **(named or _usage)(usage)})], usage)
+def _json_answer(
+    body: JSON, usage: tuple[int, int] | None, *, write_usage: Callable[..., JSON] | None = None
+) -> MediaAnswer:
+    return MediaAnswer("application/json", [orjson.dumps({**body, **(write_usage or _usage)(usage)})], usage)
 
 
 def _usage(usage: tuple[int, int] | None) -> JSON:
     if usage is None:
         return {}
-    taken, given = usage
-    details = {"text_tokens": taken, "image_tokens": 0}
-    said = {"input_tokens": taken, "output_tokens": given, "total_tokens": taken + given}
-    return {"usage": {**said, "input_tokens_details": details}}
+    input_tokens, output_tokens = usage
+    details = {"text_tokens": input_tokens, "image_tokens": 0}
+    totals = {"input_tokens": input_tokens, "output_tokens": output_tokens, "total_tokens": sum(usage)}
+    return {"usage": {**totals, "input_tokens_details": details}}
 
 
 def _transcription_usage(usage: tuple[int, int] | None) -> JSON:
     if usage is None:
         return {"usage": {"type": "duration", "seconds": 3}}
-    taken, given = usage
-    said = {"type": "tokens", "input_tokens": taken, "output_tokens": given, "total_tokens": taken + given}
-    return {"usage": {**said, "input_token_details": {"text_tokens": 0, "audio_tokens": taken}}}
+    input_tokens, output_tokens = usage
+    totals = {"input_tokens": input_tokens, "output_tokens": output_tokens, "total_tokens": sum(usage)}
+    details = {"text_tokens": 0, "audio_tokens": input_tokens}
+    return {"usage": {"type": "tokens", **totals, "input_token_details": details}}
 
 
 def _response_usage(usage: tuple[int, int] | None) -> JSON:
@@ -199,8 +215,8 @@ def _response_usage(usage: tuple[int, int] | None) -> JSON:
     return {"usage": {**_usage(usage)["usage"], **details}}
 
 
-def _event(said: JSON) -> bytes:
-    return b"event: %b\ndata: %b\n\n" % (said["type"].encode(), orjson.dumps(said))
+def _event(fields: JSON) -> bytes:
+    return b"event: %b\ndata: %b\n\n" % (fields["type"].encode(), orjson.dumps(fields))
 
 
-ERROR = _event({"type": "error", "error": {"message": "The server had an error.", "type": "server_error"}})
+STREAM_ERROR = _event({"type": "error", "error": {"message": "The server had an error.", "type": "server_error"}})

@@ -1,6 +1,9 @@
-"""What the simulator keeps of its responses, and says of them to whoever has its key and an id.
+"""Stored responses: the simulator keeps the answers of /v1/responses; a client can read, continue or delete them.
 
-That is what the real one does too: whose a response is, only the proxy knows. Pure.
+As at OpenAI, any request with the API key can read any response by its id. Which user of the proxy a response belongs
+to, only the proxy knows.
+
+Pure: `server` does the HTTP.
 """
 
 from collections.abc import Mapping
@@ -10,84 +13,88 @@ from typing import Any
 
 import orjson
 
-from proxy.simulator.directives import Complaint
+from proxy.simulator.directives import ApiError
 from proxy.simulator.frames import write_stream, write_whole
-from proxy.simulator.text import Endpoint, Script
+from proxy.simulator.text import Answer, Endpoint
 
-_KEPT = 1000
+_RESPONSES_MAX = 1000
 
 
-class Memory:
-    """The latest responses, by their ids."""
+class ResponseStore:
+    """The latest responses, by id; the oldest is dropped if there are too many."""
 
     def __init__(self) -> None:
-        self._kept: dict[str, tuple[Script, int]] = {}
+        self._responses: dict[str, tuple[Answer, int]] = {}
 
-    def keep(self, script: Script, *, id: str, created: int) -> None:
-        """Keep what is said to a call, if it is a response that may be kept."""
-        if script.endpoint is not Endpoint.RESPONSES or script.asked.get("store") is False:
+    def add(self, answer: Answer, *, id: str, created: int) -> None:
+        """Store an answer if it is a response and the request does not say `"store": false`."""
+        if answer.endpoint is not Endpoint.RESPONSES or answer.params.get("store") is False:
             return
-        self._kept[id] = (script, created)
-        if len(self._kept) > _KEPT:
-            del self._kept[next(iter(self._kept))]
+        self._responses[id] = (answer, created)
+        if len(self._responses) > _RESPONSES_MAX:
+            del self._responses[next(iter(self._responses))]
 
-    def going_on(self, script: Script) -> Script:
-        """The script with what came before it, which is read once more. Raises Complaint."""
-        id = script.asked.get("previous_response_id")
-        if script.endpoint is not Endpoint.RESPONSES or id is None:
-            return script
-        if id not in self._kept:
+    def with_previous(self, answer: Answer) -> Answer:
+        """Add the tokens of the `previous_response_id` to the answer's input, because the model reads them again.
+
+        A response with 3 input and 4 output tokens, continued with 3 words, has 10 input tokens. Raises ApiError if
+        the id is unknown.
+        """
+        id = answer.params.get("previous_response_id")
+        if answer.endpoint is not Endpoint.RESPONSES or id is None:
+            return answer
+        if id not in self._responses:
             message = f"Previous response with id '{id}' not found."
-            raise Complaint(400, message, code="previous_response_not_found", param="previous_response_id")
-        before = self._kept[id][0]
-        return replace(script, input_tokens=before.input_tokens + before.output_tokens + script.input_tokens)
+            raise ApiError(400, message, code="previous_response_not_found", param="previous_response_id")
+        previous = self._responses[id][0]
+        return replace(answer, input_tokens=previous.input_tokens + previous.output_tokens + answer.input_tokens)
 
-    def answer(self, method: str, path: str, query: Mapping[str, str]) -> Any:
-        """What is answered to a request for one of them: an object, or the bytes of a stream. Raises Complaint."""
-        id, _, of_it = path.removeprefix("/v1/responses/").partition("/")
-        match method, of_it:
+    def handle(self, method: str, path: str, query: Mapping[str, str]) -> Any:
+        """Answer a request for a stored response with a JSON object or the bytes of a stream. Raises ApiError."""
+        id, _, action = path.removeprefix("/v1/responses/").partition("/")
+        match method, action:
             case "GET", "" if query.get("stream") == "true":
                 return self.events(id, after=int(query.get("starting_after", -1)))
             case "GET", "":
                 return self.response(id)
             case "GET", "input_items":
-                return self.items(id)
+                return self.input_items(id)
             case "POST", "cancel":
                 return self.cancel(id)
             case "DELETE", "":
-                return self.forget(id)
-        raise Complaint(404, f"Invalid URL ({method} {path})")
+                return self.delete(id)
+        raise ApiError(404, f"Invalid URL ({method} {path})")
 
     def response(self, id: str) -> Any:
-        """A response as a whole. Raises Complaint."""
-        script, created = self._find(id)
-        return orjson.loads(write_whole(script, id=id, created=created))
+        """Return a response as a JSON object. Raises ApiError."""
+        answer, created = self._find(id)
+        return orjson.loads(write_whole(answer, id=id, created=created))
 
     def events(self, id: str, *, after: int) -> bytes:
-        """Its stream once more, from behind the event of this number on. Raises Complaint."""
-        script, created = self._find(id)
-        stream = write_stream(script, id=id, created=created)
+        """Return the events of its stream that follow the event with this sequence number. Raises ApiError."""
+        answer, created = self._find(id)
+        stream = write_stream(answer, id=id, created=created)
         return b"".join([*chain(stream.opening, stream.text, stream.closing)][after + 1 :])
 
-    def items(self, id: str) -> Any:
-        """What it was asked. Raises Complaint."""
-        asked = self._find(id)[0].asked.get("input")
-        content = [{"type": "input_text", "text": asked if isinstance(asked, str) else orjson.dumps(asked).decode()}]
+    def input_items(self, id: str) -> Any:
+        """Return the input of the request. Raises ApiError."""
+        given = self._find(id)[0].params.get("input")
+        content = [{"type": "input_text", "text": given if isinstance(given, str) else orjson.dumps(given).decode()}]
         item = {"id": f"msg_in_{id}", "type": "message", "status": "completed", "role": "user", "content": content}
         return {"object": "list", "data": [item], "first_id": item["id"], "last_id": item["id"], "has_more": False}
 
     def cancel(self, id: str) -> Any:
-        """Complain: it has been answered already."""
+        """Raise ApiError: only a background response can be cancelled, and the simulator has none."""
         self._find(id)
-        raise Complaint(400, "Only a background response can be cancelled.")
+        raise ApiError(400, "Only a background response can be cancelled.")
 
-    def forget(self, id: str) -> Any:
-        """Delete it. Raises Complaint."""
+    def delete(self, id: str) -> Any:
+        """Delete a response. Raises ApiError."""
         self._find(id)
-        del self._kept[id]
+        del self._responses[id]
         return {"id": id, "object": "response", "deleted": True}
 
-    def _find(self, id: str) -> tuple[Script, int]:
-        if id not in self._kept:
-            raise Complaint(404, f"Response with id '{id}' not found.")
-        return self._kept[id]
+    def _find(self, id: str) -> tuple[Answer, int]:
+        if id not in self._responses:
+            raise ApiError(404, f"Response with id '{id}' not found.")
+        return self._responses[id]

@@ -1,12 +1,13 @@
-"""What the simulated upstream will say to a call: the call read the way OpenAI reads it, and the words of the answer.
+"""Parse a call as OpenAI does, and generate the answer to it.
 
-An answer follows from the seed and the prompt alone: the same question gets the same words, whole or streamed, and a
-smaller maximum gets the beginning of them. One word is one token, so the words of an answer are its output tokens.
-The input is counted by a rule as plain: every word of its texts (`content`, `text`, `instructions`) is a token, so is
-every token id, and a message costs three more. So an input never has more tokens than the JSON body has bytes.
+An answer depends only on the seed and the prompt. The same question gets the same words, streamed or not, and a
+smaller output maximum cuts the same words short. One word is one output token.
 
-Pure: no sockets, no clock. It stands in for other people's servers, so it shares nothing with the modules that read
-their answers, and can't hide a mistake of theirs.
+The input is counted by a simple rule: each word of its texts (`content`, `text`, `instructions`) is one token, each
+token id is one token, and each message costs three more. So an input never has more tokens than its JSON body has
+bytes, which is what the proxy reserves if it cannot count them.
+
+No sockets, no clock. Nothing is shared with the modules of the proxy that read answers, so a mistake of theirs shows.
 """
 
 import random
@@ -18,7 +19,7 @@ from typing import Any
 
 import orjson
 
-from proxy.simulator.directives import NO_DIRECTIONS, Complaint, Directions
+from proxy.simulator.directives import NO_DIRECTIVES, ApiError, Directives
 
 JSON = dict[str, Any]
 
@@ -28,16 +29,16 @@ VOCABULARY = (
     b"paper table morning evening winter summer train boat road field stone bird cloud music story answer question "
     b"moves waits opens closes carries follows turns remains begins ends shows finds keeps gives counts reads writes"
 ).split()
-SCROLL_WORDS = 4096
+CORPUS_WORDS = 4096
 
 TOKENS_PER_MESSAGE = 3
 CHOICES_MAX = 128
-COMPLETIONS_MAXIMUM = 16  # what OpenAI takes where a call to /completions says nothing
+COMPLETIONS_MAXIMUM = 16  # OpenAI's default for `max_tokens` of /completions
 DIMENSIONS = 1536
 
 
 class Endpoint(Enum):
-    """What can be asked, with the field of its input and those of its maximum."""
+    """An endpoint, with the field of its input and the fields that can limit its output."""
 
     CHAT = ("messages", ("max_completion_tokens", "max_tokens"))
     COMPLETIONS = ("prompt", ("max_tokens",))
@@ -52,7 +53,7 @@ class Endpoint(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The words of one choice, and whether the maximum ended it."""
+    """The words of one choice, and whether the output maximum cut it short."""
 
     words: list[bytes]
     is_cut_short: bool
@@ -68,33 +69,38 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class Tool:
-    """What an answer may call in place of saying its words, which are then the one argument."""
+    """A tool that the answer calls. The words of the choice become the value of its one argument."""
 
     name: str
     argument: str
 
     @property
     def opening(self) -> str:
-        """The JSON of the arguments, as far as the words."""
+        """The JSON of the arguments before the words: `{"term":"`."""
         return orjson.dumps({self.argument: ""}).decode().removesuffix(self.closing)
 
     @property
     def closing(self) -> str:
-        """And what comes after them."""
+        """The JSON of the arguments after the words."""
         return '"}'
 
     def arguments(self, choice: Choice) -> str:
-        """The whole of it."""
+        """The JSON of the arguments."""
         return self.opening + choice.text + self.closing
 
 
 @dataclass(frozen=True, slots=True)
-class Script:
-    """One call as read, and all that will be said to it."""
+class Answer:
+    """One call, and the whole answer to it.
+
+    `params` are the parameters of the request. `maximum` is the output maximum of one choice, in tokens; None is no
+    maximum. `vectors` has one embedding for each input. `output_tokens` includes choices that were generated for
+    `best_of` and are not shown.
+    """
 
     endpoint: Endpoint
-    asked: JSON
-    directions: Directions
+    params: JSON
+    directives: Directives
     maximum: int | None
     choices: tuple[Choice, ...]
     vectors: "tuple[array[float], ...]"
@@ -102,55 +108,55 @@ class Script:
     output_tokens: int
 
     @property
-    def reported(self) -> tuple[int, int]:
-        """Input and output tokens as the usage will say them."""
-        return (0, 0) if self.directions.usage_zero else (self.input_tokens, self.output_tokens)
+    def usage(self) -> tuple[int, int]:
+        """Input and output tokens as the answer reports them."""
+        return (0, 0) if self.directives.usage_zero else (self.input_tokens, self.output_tokens)
 
     @property
     def is_streamed(self) -> bool:
-        return self.asked.get("stream") is True and self.endpoint is not Endpoint.EMBEDDINGS
+        return self.params.get("stream") is True and self.endpoint is not Endpoint.EMBEDDINGS
 
     @property
     def tool(self) -> Tool | None:
-        """What the answer calls where it is directed to: the first tool that was offered."""
-        offered = self.asked.get("tools")
-        if not self.directions.tool or not offered:
+        """The tool that the answer calls, if the directive `tool` is set: the first one offered."""
+        offered = self.params.get("tools")
+        if not self.directives.tool or not offered:
             return None
-        tool = offered[0].get("function", offered[0])
-        shape = tool.get("parameters") or tool.get("input_schema") or {}
-        return Tool(tool["name"], next(iter(shape.get("properties", ())), "text"))
+        tool = offered[0].get("function", offered[0])  # /chat/completions nests it, /responses and /messages don't
+        schema = tool.get("parameters") or tool.get("input_schema") or {}
+        return Tool(tool["name"], next(iter(schema.get("properties", ())), "text"))
 
     @property
-    def is_usage_asked(self) -> bool:
-        options = self.asked.get("stream_options")
+    def is_usage_requested(self) -> bool:
+        options = self.params.get("stream_options")
         return isinstance(options, dict) and options.get("include_usage") is True
 
 
 def read_json(body: bytes) -> JSON:
-    """Return the request's JSON object."""
+    """Return the JSON object in the body of a request. Raises ApiError if it is not one."""
     try:
-        asked = orjson.loads(body)
+        params = orjson.loads(body)
     except orjson.JSONDecodeError:
-        asked = None
-    if not isinstance(asked, dict):
-        raise Complaint(400, "We could not parse the JSON body of your request.")
-    return asked
+        params = None
+    if not isinstance(params, dict):
+        raise ApiError(400, "We could not parse the JSON body of your request.")
+    return params
 
 
 def count_tokens(content: object) -> int:
-    """Return the words and token ids in a prompt, in an input or in the content of messages."""
+    """Return the number of words and token ids in a prompt, an input or the content of messages."""
     tokens = 0
-    left = [content]
-    while left:
-        item = left.pop()
+    remaining = [content]
+    while remaining:
+        item = remaining.pop()
         if isinstance(item, str):
             tokens += len(item.split())
         elif isinstance(item, int):
             tokens += 1
         elif isinstance(item, list):
-            left += item
+            remaining += item
         elif isinstance(item, dict):
-            left += [item.get("content"), item.get("text")]
+            remaining += [item.get("content"), item.get("text")]
     return tokens
 
 
@@ -159,104 +165,116 @@ def _count_messages(content: object) -> int:
 
 
 def _prompts(endpoint: Endpoint, content: object) -> list[object]:
-    """Return what is answered one by one: a list may be several prompts, but a list of token ids is one."""
-    is_one = endpoint in (Endpoint.CHAT, Endpoint.RESPONSES, Endpoint.MESSAGES)
-    if is_one or not isinstance(content, list) or isinstance(content[0], int):
+    """Return the prompts that are answered separately.
+
+    A list can be several prompts, `["one two", "three"]` or `[[5, 6], [7]]`, but a list of token ids, `[5, 6, 7]`, is
+    one prompt. A list of messages is one prompt too.
+    """
+    is_conversation = endpoint in (Endpoint.CHAT, Endpoint.RESPONSES, Endpoint.MESSAGES)
+    if is_conversation or not isinstance(content, list) or isinstance(content[0], int):
         return [content]
     return content
 
 
-def _whole_number(asked: JSON, field: str, largest: int | None = None) -> int | None:
-    number = asked.get(field)
+def _positive_integer(params: JSON, field: str, largest: int | None = None) -> int | None:
+    number = params.get(field)
     if number is None:
         return None
     if isinstance(number, bool) or not isinstance(number, int):
-        raise Complaint(400, f"Invalid type for '{field}': expected an integer.", code="invalid_type", param=field)
+        raise ApiError(400, f"Invalid type for '{field}': expected an integer.", code="invalid_type", param=field)
     if number < 1 or (largest is not None and number > largest):
         message = f"Invalid '{field}': {number} is out of range."
-        raise Complaint(400, message, code="integer_out_of_range", param=field)
+        raise ApiError(400, message, code="integer_out_of_range", param=field)
     return number
 
 
-def _maximum(endpoint: Endpoint, asked: JSON) -> int | None:
-    """Return the most tokens a choice may have: the smallest where two fields say so."""
-    said = [number for field in endpoint.maximum_fields if (number := _whole_number(asked, field))]
-    if not said and endpoint is Endpoint.COMPLETIONS:
+def _output_maximum(endpoint: Endpoint, params: JSON) -> int | None:
+    """Return the largest number of tokens in a choice; if two fields limit it, the smaller one."""
+    maxima = [number for field in endpoint.maximum_fields if (number := _positive_integer(params, field))]
+    if not maxima and endpoint is Endpoint.COMPLETIONS:
         return COMPLETIONS_MAXIMUM
-    return min(said, default=None)
+    return min(maxima, default=None)
 
 
-def _wanted(endpoint: Endpoint, asked: JSON) -> tuple[int, int]:
+def _choice_counts(endpoint: Endpoint, params: JSON) -> tuple[int, int]:
     """Return how many choices are shown, and how many are generated and charged."""
     if endpoint in (Endpoint.RESPONSES, Endpoint.MESSAGES):
         return 1, 1
-    wanted = _whole_number(asked, "n", CHOICES_MAX) or 1
-    best_of = _whole_number(asked, "best_of", CHOICES_MAX) if endpoint is Endpoint.COMPLETIONS else None
-    return wanted, max(wanted, best_of or 1)
+    shown = _positive_integer(params, "n", CHOICES_MAX) or 1
+    best_of = _positive_integer(params, "best_of", CHOICES_MAX) if endpoint is Endpoint.COMPLETIONS else None
+    return shown, max(shown, best_of or 1)
 
 
-def _check(endpoint: Endpoint, asked: JSON) -> None:
+def _validate(endpoint: Endpoint, params: JSON) -> None:
     for field in ("model", endpoint.input_field):
-        if asked.get(field) in (None, [], {}):
+        if params.get(field) in (None, [], {}):
             message = f"Missing required parameter: '{field}'."
-            raise Complaint(400, message, code="missing_required_parameter", param=field)
-    if not isinstance(asked["model"], str):
-        raise Complaint(400, "Invalid type for 'model': expected a string.", code="invalid_type", param="model")
-    if endpoint.input_field == "messages" and not isinstance(asked["messages"], list):
-        raise Complaint(400, "Invalid type for 'messages': expected an array.", code="invalid_type", param="messages")
-    if asked.get("stream_options") is not None and asked.get("stream") is not True:
+            raise ApiError(400, message, code="missing_required_parameter", param=field)
+    if not isinstance(params["model"], str):
+        raise ApiError(400, "Invalid type for 'model': expected a string.", code="invalid_type", param="model")
+    if endpoint.input_field == "messages" and not isinstance(params["messages"], list):
+        raise ApiError(400, "Invalid type for 'messages': expected an array.", code="invalid_type", param="messages")
+    if params.get("stream_options") is not None and params.get("stream") is not True:
         message = "The 'stream_options' parameter is only allowed when 'stream' is enabled."
-        raise Complaint(400, message, param="stream_options")
+        raise ApiError(400, message, param="stream_options")
 
 
-class Author:
-    """Writes the answers of one seed."""
+class Generator:
+    """Generates the answers of one seed.
+
+    A choice is a run of words out of a corpus of `CORPUS_WORDS` random words; a hash of the prompt says where in the
+    corpus it starts. So an answer of any length costs one slice.
+    """
 
     def __init__(self, seed: int) -> None:
-        chance = random.Random(seed)
-        scroll = chance.choices(VOCABULARY, k=SCROLL_WORDS)
-        self._scroll = scroll * 2  # so that SCROLL_WORDS can be read from any place of the first half
+        rng = random.Random(seed)
+        corpus = rng.choices(VOCABULARY, k=CORPUS_WORDS)
+        # Twice, because a choice may start at the last word, 4095, and still need 4096 words.
+        self._corpus = corpus * 2
         self._start = zlib.crc32(str(seed).encode())
-        # Multiples of 2^-11 are the same number as float32 and as JSON, so both encodings of a vector agree.
-        self._numbers = array("f", (chance.randint(-200, 200) / 2048 for _ in range(2 * SCROLL_WORDS)))
+        # Multiples of 2^-11 are exact both as float32 and in JSON, so the two encodings of a vector agree.
+        self._numbers = array("f", (rng.randint(-200, 200) / 2048 for _ in range(2 * CORPUS_WORDS)))
 
-    def script(self, endpoint: Endpoint, asked: JSON, directions: Directions = NO_DIRECTIONS) -> Script:
-        """Read a call and write down all that will be said to it."""
-        _check(endpoint, asked)
-        content = asked[endpoint.input_field]
+    def answer(self, endpoint: Endpoint, params: JSON, directives: Directives = NO_DIRECTIVES) -> Answer:
+        """Validate a call and generate the whole answer. Raises ApiError, a 400, if a parameter is wrong."""
+        _validate(endpoint, params)
+        content = params[endpoint.input_field]
         input_tokens = count_tokens(content)
         if endpoint is Endpoint.EMBEDDINGS:
-            dimensions = _whole_number(asked, "dimensions", SCROLL_WORDS) or DIMENSIONS
-            vectors = tuple(self._embed(each, dimensions) for each in _prompts(endpoint, content))
-            return Script(endpoint, asked, directions, None, (), vectors, input_tokens, 0)
+            dimensions = _positive_integer(params, "dimensions", CORPUS_WORDS) or DIMENSIONS
+            vectors = tuple(self._embed(prompt, dimensions) for prompt in _prompts(endpoint, content))
+            return Answer(endpoint, params, directives, None, (), vectors, input_tokens, 0)
         if endpoint is not Endpoint.COMPLETIONS:
-            instructions = [asked.get("instructions"), asked.get("system")]
+            instructions = [params.get("instructions"), params.get("system")]
             input_tokens += TOKENS_PER_MESSAGE * _count_messages(content) + count_tokens(instructions)
-        maximum = _maximum(endpoint, asked)
-        wanted, tried = _wanted(endpoint, asked)
+        maximum = _output_maximum(endpoint, params)
+        shown, generated = _choice_counts(endpoint, params)
         choices: list[Choice] = []
         output_tokens = 0
         for prompt in _prompts(endpoint, content):
-            written = self._write(prompt, tried, maximum, directions.tokens)
-            choices += written[:wanted]
-            output_tokens += sum(len(choice.words) for choice in written)
-        return Script(endpoint, asked, directions, maximum, tuple(choices), (), input_tokens, output_tokens)
+            candidates = self._write(prompt, generated, maximum, directives.tokens)
+            choices += candidates[:shown]
+            output_tokens += sum(len(choice.words) for choice in candidates)
+        return Answer(endpoint, params, directives, maximum, tuple(choices), (), input_tokens, output_tokens)
 
     def _write(self, prompt: object, choices: int, maximum: int | None, tokens: int | None) -> list[Choice]:
-        place = zlib.crc32(orjson.dumps(prompt), self._start)
+        offset = zlib.crc32(orjson.dumps(prompt), self._start)
         written = []
         for index in range(choices):
-            start = (place + 7919 * index) % SCROLL_WORDS  # a prime stride, so that choices differ
-            length = 20 + start % 41 if tokens is None else tokens
+            # A stride that is prime to the corpus's size starts each of up to 4096 choices at another word.
+            start = (offset + 7919 * index) % CORPUS_WORDS
+            length = 20 + start % 41 if tokens is None else tokens  # by default 20 to 60 words
             shown = length if maximum is None else min(length, maximum)
-            written.append(Choice(self._read(start, shown), shown < length))
+            written.append(Choice(self._words(start, shown), shown < length))
         return written
 
-    def _read(self, start: int, words: int) -> list[bytes]:
-        if words <= SCROLL_WORDS:
-            return self._scroll[start : start + words]
-        return (self._scroll * (words // SCROLL_WORDS))[start : start + words]
+    def _words(self, start: int, count: int) -> list[bytes]:
+        if count <= CORPUS_WORDS:
+            return self._corpus[start : start + count]
+        # One copy of the doubled corpus (8192 words) for each 4096 words begun: 8000 words from start 4000 end at
+        # 12000, so they need two copies, 16384 words.
+        return (self._corpus * (count // CORPUS_WORDS + 1))[start : start + count]
 
     def _embed(self, prompt: object, dimensions: int) -> "array[float]":
-        start = zlib.crc32(orjson.dumps(prompt), self._start) % SCROLL_WORDS
+        start = zlib.crc32(orjson.dumps(prompt), self._start) % CORPUS_WORDS
         return self._numbers[start : start + dimensions]

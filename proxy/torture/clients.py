@@ -1,8 +1,8 @@
-"""The clients of a torture run: each calls without a pause, reads what it gets, and hangs up when it is to.
+"""The clients of a torture run: each makes one call after the other, reads the answer, and disconnects as planned.
 
-A client that is refused either waits for the reset that it was told and sends the very same call again at that
-instant, or goes on with another call after a moment; one that finds nobody there tries again at once. Where there are
-several replicas each call goes to one of those that are known to be well, as a load balancer would have it.
+A client that is refused either waits until the reset that the refusal named and repeats the same call at that
+instant, or makes another call after a moment. A client that can't connect tries again after a moment. With several
+replicas each call goes to one that is up, as behind a load balancer.
 """
 
 import asyncio
@@ -13,167 +13,176 @@ from dataclasses import dataclass
 import aiohttp
 import orjson
 
-from proxy.torture.answers import Reading, Refusal, is_near_the_end, read_refusal, read_stream, read_whole
-from proxy.torture.evidence import Seen
-from proxy.torture.plan import Ask, Asker, Plan
+from proxy.torture.answers import Refusal, is_between_text_and_end, read_refusal, read_stream, read_whole
+from proxy.torture.evidence import ClientRecord
+from proxy.torture.plan import CallGenerator, Plan, PlannedCall
 
-# A call that takes longer than this, beyond what it may wait for others, is broken.
+# A call that takes longer than this, plus the time that it may wait for other calls, counts as broken.
 _CALL_S = 60.0
-_NOBODY_THERE_S = 0.1
+_AFTER_UNREACHABLE_S = 0.1
 _AFTER_REFUSAL_S = (0.1, 0.5)
+_BYTES_PER_CHUNK = 200  # about one event of a chat stream
 
 
 @dataclass(frozen=True, slots=True)
-class Door:
-    """One address, which ends in `/v1`. `era` changes when the proxy there goes and comes, and is odd in between."""
+class Address:
+    """A base URL, which ends in `/v1`. `epoch` increases when the proxy there goes down or comes up; odd is down."""
 
     url: str
-    era: Callable[[], int] = lambda: 0
+    epoch: Callable[[], int] = lambda: 0
 
     @property
-    def is_open(self) -> bool:
-        """Whether somebody is to be expected there."""
-        return self.era() % 2 == 0
+    def is_up(self) -> bool:
+        """Whether the proxy there is meant to answer."""
+        return self.epoch() % 2 == 0
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
-    """Where to call: the doors, a key for each user, and a model; None: one named for each call.
+class ProxyUnderTest:
+    """The proxy that is called: its addresses, a key for each user, and a model; None: one named for each call.
 
-    `database_era` is for the database of all as `era` is for a door. `free_of` says what is left for a user where a
-    refusal does not say it.
+    `database_epoch` is to the replicas' database what `Address.epoch` is to a proxy. `free_tokens` returns how many
+    tokens a user has left, for refusals that don't say it.
     """
 
-    doors: Sequence[Door]
+    addresses: Sequence[Address]
     keys: tuple[str, ...]
     model: str | None = None
-    database_era: Callable[[], int] = lambda: 0
-    free_of: Callable[[int], int | None] = lambda user: None
+    database_epoch: Callable[[], int] = lambda: 0
+    free_tokens: Callable[[int], int | None] = lambda user: None
 
 
 class Clients:
-    """All of them. `now` gives milliseconds since 1970, which resets are told in."""
+    """All clients of a run. `now` returns ms since 1970: the proxy names resets by the wall clock."""
 
-    def __init__(self, target: Target, plan: Plan, *, now: Callable[[], int]) -> None:
-        self._target = target
+    def __init__(self, proxy: ProxyUnderTest, plan: Plan, *, now: Callable[[], int]) -> None:
+        self._proxy = proxy
         self._plan = plan
         self._now = now
-        self._seen: list[Seen] = []
+        self._records: list[ClientRecord] = []
         self._until = 0.0
-        self._chance = random.Random(f"{plan.seed}/doors")
+        self._rng = random.Random(f"{plan.seed}/addresses")
 
-    async def run(self) -> list[Seen]:
-        """Call for as long as the plan says, let the last calls end, and return what was seen."""
+    async def run(self) -> list[ClientRecord]:
+        """Make calls for as long as the plan says, wait for the last ones, and return a record of each."""
         self._until = asyncio.get_running_loop().time() + self._plan.seconds
         timeout = aiohttp.ClientTimeout(total=_CALL_S + self._plan.wait_s)
         connector = aiohttp.TCPConnector(limit=0)
         async with aiohttp.ClientSession(connector=connector, timeout=timeout, auto_decompress=False) as http:
             await asyncio.gather(*(self._client(http, number) for number in range(self._plan.clients)))
-        return self._seen
+        return self._records
 
     def _left_s(self) -> float:
         return self._until - asyncio.get_running_loop().time()
 
     async def _client(self, http: aiohttp.ClientSession, number: int) -> None:
-        asker = Asker(self._plan, number, self._target.model)
+        generator = CallGenerator(self._plan, number, self._proxy.model)
         while self._left_s() > 0:
-            ask = asker.next()
-            seen = await self._call(http, ask)
-            if seen.refusal is not None and asker.chance.random() < 0.5 and await self._wait_for_reset(seen):
-                await self._call(http, asker.again(ask), retries=seen.refusal)
-            elif seen.refusal is not None:
-                await self._pause(asker.chance.uniform(*_AFTER_REFUSAL_S))
-            elif seen.end == "unreached":
-                await self._pause(_NOBODY_THERE_S)
+            call = generator.next()
+            record = await self._call(http, call)
+            if record.refusal is not None and generator.rng.random() < 0.5 and await self._wait_for_reset(record):
+                await self._call(http, generator.repeat(call), retry_of=record.refusal)
+            elif record.refusal is not None:
+                await self._pause(generator.rng.uniform(*_AFTER_REFUSAL_S))
+            elif record.result == "unreachable":
+                await self._pause(_AFTER_UNREACHABLE_S)
 
     async def _pause(self, seconds: float) -> None:
         await asyncio.sleep(max(0.0, min(seconds, self._left_s())))
 
-    async def _wait_for_reset(self, seen: Seen) -> bool:
-        """Wait until the instant that was named; not where none was, or where it lies behind the end of the run."""
-        resets_at = seen.refusal.resets_at if seen.refusal else None
-        if resets_at is None or seen.had_room or resets_at - self._now() / 1000 >= self._left_s():
+    async def _wait_for_reset(self, record: ClientRecord) -> bool:
+        """Wait until the reset that the refusal named; return False at once if there is none before the run ends."""
+        resets_at = record.refusal.resets_at if record.refusal else None
+        if resets_at is None or record.is_falsely_refused or resets_at - self._now() / 1000 >= self._left_s():
             return False
         left_ms = resets_at * 1000 - self._now()
-        await asyncio.sleep((left_ms + 1) / 1000)  # timers may be early by their own resolution
+        # One ms more, because a timer of the event loop may fire early by its own resolution.
+        await asyncio.sleep((left_ms + 1) / 1000)
         return True
 
-    async def _call(self, http: aiohttp.ClientSession, ask: Ask, *, retries: Refusal | None = None) -> Seen:
-        """Make one call and note what was seen of it."""
-        seen = Seen(ask.mark, ask.user, ask.needed, retries=retries)
-        self._seen.append(seen)
-        door, leave, received = self._door(), ask.wish.leave, bytearray()
-        era, database_era = door.era(), self._target.database_era()
+    async def _call(
+        self, http: aiohttp.ClientSession, call: PlannedCall, *, retry_of: Refusal | None = None
+    ) -> ClientRecord:
+        """Make one call and record what the client saw."""
+        record = ClientRecord(call.tag, call.user, call.tokens_needed, retry_of=retry_of)
+        self._records.append(record)
+        address, disconnect, received = self._address(), call.spec.disconnect, bytearray()
+        epoch, database_epoch = address.epoch(), self._proxy.database_epoch()
+        disconnect_after_s = disconnect.after_s if disconnect and disconnect.when == "after_time" else None
         try:
-            async with asyncio.timeout(leave.after_s if leave and leave.when == "after_a_time" else None) as leaving:
-                await self._converse(http, door.url, ask, seen=seen, received=received)
+            async with asyncio.timeout(disconnect_after_s) as disconnecting:
+                await self._exchange(http, address.url, call, record=record, received=received)
         except aiohttp.ClientConnectorError:
-            seen.end = "unreached"
+            record.result = "unreachable"
         except (aiohttp.ClientError, ConnectionError):
-            seen.end = "broken"
+            record.result = "broken"
         except TimeoutError:
-            seen.end = "hung_up" if leaving.expired() else "broken"
-        seen.disturbed = _is_changed(era, door.era())
-        if seen.status == 503:
-            seen.disturbed |= _is_changed(database_era, self._target.database_era())
-        if seen.status == 200:
-            self._read(ask, seen, bytes(received))
-        return seen
+            record.result = "disconnected" if disconnecting.expired() else "broken"
+        record.disturbed = _was_down(epoch, address.epoch())
+        if record.status == 503:
+            # Only a 503 is excused by the database being down: any other failure is the proxy's own.
+            record.disturbed |= _was_down(database_epoch, self._proxy.database_epoch())
+        if record.status == 200:
+            self._read(call, record, bytes(received))
+        return record
 
-    def _door(self) -> Door:
-        """Any that is open, or else any."""
-        doors = self._target.doors
-        return self._chance.choice([door for door in doors if door.is_open] or doors)
+    def _address(self) -> Address:
+        """Return a random address that is up, or any if all are down."""
+        addresses = self._proxy.addresses
+        return self._rng.choice([address for address in addresses if address.is_up] or addresses)
 
-    async def _converse(
-        self, http: aiohttp.ClientSession, url: str, ask: Ask, *, seen: Seen, received: bytearray
+    async def _exchange(
+        self, http: aiohttp.ClientSession, url: str, call: PlannedCall, *, record: ClientRecord, received: bytearray
     ) -> None:
         loop = asyncio.get_running_loop()
-        begun = loop.time()
-        headers = {"authorization": f"Bearer {self._target.keys[ask.user]}", "content-type": "application/json"}
-        body = orjson.dumps(ask.body())
-        async with http.post(url + ask.path, data=body, headers=headers) as response:
-            seen.status, seen.id = response.status, response.headers.get("x-request-id")
+        started = loop.time()
+        headers = {"authorization": f"Bearer {self._proxy.keys[call.user]}", "content-type": "application/json"}
+        body = orjson.dumps(call.body())
+        async with http.post(url + call.path, data=body, headers=headers) as response:
+            record.status, record.request_id = response.status, response.headers.get("x-request-id")
             async for chunk in response.content.iter_any():
-                if seen.answered_s is None and ask.wish.stream:
-                    seen.answered_s = loop.time() - begun
+                if record.answered_s is None and call.spec.stream:
+                    record.answered_s = loop.time() - started
                 received += chunk
-                if _leaves(ask, chunk, len(received)):
+                if _disconnects(call, chunk, len(received)):
                     response.close()
-                    seen.end = "hung_up"
+                    record.result = "disconnected"
                     return
-        seen.end = "complete" if seen.status == 200 else "failed"
-        if seen.status != 200 and (refusal := self._refusal(seen, bytes(received))):
-            seen.end, seen.refusal, seen.answered_s = "refused", refusal, loop.time() - begun
+        record.result = "complete" if record.status == 200 else "failed"
+        if record.status != 200 and (refusal := self._refusal(record, bytes(received))):
+            record.result, record.refusal, record.answered_s = "refused", refusal, loop.time() - started
 
-    def _refusal(self, seen: Seen, body: bytes) -> Refusal | None:
-        if seen.status == 400 and b'"context_length_exceeded"' in body:
-            return Refusal(free=self._plan.tokens)  # it can never fit, not even into a fresh window
-        if seen.status != 429:
+    def _refusal(self, record: ClientRecord, body: bytes) -> Refusal | None:
+        if record.status == 400 and b'"context_length_exceeded"' in body:
+            # The proxy says that the call does not fit into a whole window. That is false if the limit is enough.
+            return Refusal(free_tokens=self._plan.tokens)
+        if record.status != 429:
             return None
         refusal = read_refusal(body)
-        return refusal if refusal.free is not None else Refusal(free=self._target.free_of(seen.user))
+        if refusal.free_tokens is not None:
+            return refusal
+        return Refusal(free_tokens=self._proxy.free_tokens(record.user))
 
     @staticmethod
-    def _read(ask: Ask, seen: Seen, received: bytes) -> None:
-        reading: Reading = read_stream(received) if ask.wish.stream else read_whole(received)
-        seen.words, seen.usage = reading.words, reading.usage
-        if reading.is_whole:
-            seen.end = "complete"  # also where it hung up, or was cut off, after the last byte
-        elif seen.end == "complete":
-            seen.end = "broken"
+    def _read(call: PlannedCall, record: ClientRecord, received: bytes) -> None:
+        answer = read_stream(received) if call.spec.stream else read_whole(received)
+        record.words, record.usage = answer.words, answer.usage
+        if answer.is_complete:
+            record.result = "complete"  # even if the connection ended, or the client closed it, after the last byte
+        elif record.result == "complete":
+            record.result = "broken"
 
 
-def _is_changed(era: int, now: int) -> bool:
-    """Whether it was down at the beginning, or was at any time since."""
-    return era % 2 == 1 or era != now
+def _was_down(epoch_before: int, epoch_after: int) -> bool:
+    """Whether the proxy was down when the call began (odd), or went down since: 2 and 4 is one restart between."""
+    return epoch_before % 2 == 1 or epoch_before != epoch_after
 
 
-def _leaves(ask: Ask, chunk: bytes, received: int) -> bool:
-    """Whether now is when the client hangs up."""
-    leave = ask.wish.leave
-    if leave is None or not ask.wish.stream:
+def _disconnects(call: PlannedCall, chunk: bytes, received: int) -> bool:
+    """Whether the client disconnects from a stream now."""
+    disconnect = call.spec.disconnect
+    if disconnect is None or not call.spec.stream:
         return False
-    if leave.when == "after_some_chunks":
-        return received >= leave.chunks * 200
-    return leave.when == "before_the_end" and is_near_the_end(chunk)
+    if disconnect.when == "after_chunks":
+        return received >= disconnect.chunks * _BYTES_PER_CHUNK
+    return disconnect.when == "after_text" and is_between_text_and_end(chunk)

@@ -1,6 +1,6 @@
-"""What a torture run brings to light about each call, from three sides: its client, the upstream, the books.
+"""The records of a torture run: each call as its client saw it, as the upstream saw it and as the database has it.
 
-`mark` is the call's own (see `torture_plan`). Tokens of a call are input and output; levels of a counter are input
+A `tag` identifies a call on all three sides (see `plan`). `Tokens` are input and output tokens; `Amounts` are input
 tokens, output tokens and requests.
 """
 
@@ -10,66 +10,70 @@ from typing import Literal
 
 from proxy.torture.answers import Refusal, Tokens
 
-Levels = tuple[int, int, int]
+Amounts = tuple[int, int, int]
 CounterKey = tuple[str, str]  # subject, quota
-WindowKey = tuple[str, str, int]  # and when it opened, in ms
+WindowKey = tuple[str, str, int]  # subject, quota, and when the window opened, in ms since 1970
 
-End = Literal[
+Result = Literal[
     "complete",  # the whole answer arrived
-    "hung_up",  # the client left, as it was to
-    "broken",  # it did not arrive, or broke off
+    "disconnected",  # the client disconnected, as planned
+    "broken",  # the answer did not arrive, or broke off
     "refused",  # 429
     "failed",  # another status than 200
-    "unreached",  # nobody took the connection
+    "unreachable",  # the connection was not accepted
 ]
 
 
 @dataclass(slots=True)
-class Seen:
-    """One call as its client saw it; filled in while it lasts. `needed` is the least that it truly takes.
+class ClientRecord:
+    """One call as its client saw it; filled in while the call runs.
 
-    `disturbed`: the proxy was killed or paused meanwhile, or was down, or it said 503 while its database was.
-    `retries` is the refusal whose reset this call waited for.
-    `answered_s` is how long the refusal took, or the first byte of a stream.
+    `tokens_needed`: the fewest tokens that it can be charged.
+    `disturbed`: during the call the proxy was killed, paused or down, or it answered 503 while its database was down.
+    `retry_of`: the refusal whose reset this call waited for.
+    `answered_s`: seconds until the refusal, or until the first byte of a stream.
     """
 
-    mark: str
+    tag: str
     user: int
-    needed: int
-    end: End = "broken"
+    tokens_needed: int
+    result: Result = "broken"
     status: int | None = None
-    id: str | None = None
+    request_id: str | None = None
     usage: Tokens | None = None
     words: int = 0
     disturbed: bool = False
     refusal: Refusal | None = None
-    retries: Refusal | None = None
+    retry_of: Refusal | None = None
     answered_s: float | None = None
 
     @property
-    def had_room(self) -> bool:
-        """Whether it was refused though what it needs was free. So only calls in flight can have been in its way."""
-        free = self.refusal.free if self.refusal else None
-        return free is not None and self.needed <= free
+    def is_falsely_refused(self) -> bool:
+        """Whether it was refused although the tokens that it needed were free.
+
+        The proxy can do that only because calls in flight hold them.
+        """
+        free_tokens = self.refusal.free_tokens if self.refusal else None
+        return free_tokens is not None and self.tokens_needed <= free_tokens
 
 
 @dataclass(frozen=True, slots=True)
-class Given:
-    """One call as the upstream saw it: what it took and made, and the usage that it said, if it came to that."""
+class UpstreamRecord:
+    """One call as the upstream saw it: the tokens that it read and generated, and the usage if it was sent."""
 
-    mark: str
-    taken: int
-    made: int
+    tag: str
+    input_tokens: int
+    output_tokens: int
     reported: Tokens | None
 
 
 @dataclass(frozen=True, slots=True)
-class Line:
-    """Which counter a call was reserved on, in which window, and how much of it."""
+class HeldAmount:
+    """The amount that a call reserved on one counter, in one window. `opened_at` is in ms since 1970."""
 
     counter: CounterKey
     opened_at: int
-    amount: Levels
+    amount: Amounts
 
     @property
     def window(self) -> WindowKey:
@@ -78,43 +82,46 @@ class Line:
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
-    """One call as it stands in the books."""
+class CallRow:
+    """One call as it is in the database."""
 
-    id: str
-    mark: str
+    request_id: str
+    tag: str
     state: str
     outcome: str | None
-    charge: Levels
-    lines: tuple[Line, ...]
+    charge: Amounts
+    held: tuple[HeldAmount, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Level:
-    """One counter as it stands in the books."""
+class CounterRow:
+    """One counter as it is in the database."""
 
     window: WindowKey
-    used: Levels
-    held: Levels
+    used: Amounts
+    held: Amounts
 
 
 @dataclass(frozen=True, slots=True)
-class Books:
-    """What stands in the database."""
+class Snapshot:
+    """The calls and counters in the proxy's database at one instant."""
 
-    rows: Sequence[Row] = ()
-    levels: Sequence[Level] = ()
+    calls: Sequence[CallRow] = ()
+    counters: Sequence[CounterRow] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """All of it. The books `at_rest` are those when all was quiet, before the proxy was stopped."""
+    """All records of a run. `limit` is in tokens.
+
+    `idle` is the database when no call was in flight any more, before the proxy was stopped; `stopped` is after that.
+    """
 
     limit: int
-    seen: Sequence[Seen]
-    given: Sequence[Given]
-    books: Books = Books()
-    at_rest: Books = Books()
+    clients: Sequence[ClientRecord]
+    upstream: Sequence[UpstreamRecord]
+    stopped: Snapshot = Snapshot()
+    idle: Snapshot = Snapshot()
     kills: int = 0
     pauses: int = 0
     restarts: int = 0

@@ -1,8 +1,8 @@
-"""What the clients of a torture run ask, and when they hang up: sizes and kinds of every sort, all from the seed.
+"""What the clients of a torture run call and when they disconnect: sizes and kinds of calls, all from the seed.
 
-Every call has a mark of its own, so that what a client saw, what the upstream gave and what the books say can be laid
-side by side. It is a part of its model's name, which stands in the proxy's books; where the model is given, it is the
-first word of the prompt, which arrives whatever proxy stands between.
+Each call has a tag of its own, with which its records of client, upstream and database are matched. The tag is part
+of the model's name (`gpt-4o-call-3-17` is call 17 of client 3), because the proxy stores that name. Another proxy may
+know only one model; then the tag is the first word of the prompt, which any proxy passes on.
 
 Pure: no sockets, no clock.
 """
@@ -19,7 +19,7 @@ from proxy.policy.windows import parse_per
 from proxy.simulator.text import COMPLETIONS_MAXIMUM, TOKENS_PER_MESSAGE, VOCABULARY
 
 Kind = Literal["chat", "completions", "embeddings", "responses"]
-Farewell = Literal["after_a_time", "after_some_chunks", "before_the_end"]
+DisconnectWhen = Literal["after_time", "after_chunks", "after_text"]
 
 _PATHS: Mapping[Kind, str] = {
     "chat": "/chat/completions",
@@ -28,40 +28,46 @@ _PATHS: Mapping[Kind, str] = {
     "responses": "/responses",
 }
 _KINDS: tuple[Kind, ...] = ("chat", "completions", "embeddings", "responses")
-_KINDS_WEIGHTS = (6, 1, 1, 2)
+_KIND_WEIGHTS = (6, 1, 1, 2)
 _MAXIMUM_FIELDS: Mapping[Kind, tuple[str, ...]] = {
     "chat": ("max_tokens", "max_completion_tokens"),
     "completions": ("max_tokens",),
     "responses": ("max_output_tokens",),
 }
-# The smallest answer worth starting for one choice, and what is wanted where nothing is said: as the README says it.
-_SMALLEST_ANSWER, _WANTED = 1024, 4096
-# So that the tokenizer is known.
-MODEL_PREFIX = "gpt-4o-"
+# As the proxy documents it: a call is refused only if not even its smallest answer fits, which is 1024 tokens for
+# each choice, or the output maximum if that is smaller. A call that states no maximum gets 4096.
+_SMALLEST_ANSWER, _DEFAULT_MAXIMUM = 1024, 4096
+MODEL_PREFIX = "gpt-4o-"  # the proxy finds the tokenizer by it
 _INSTRUCTIONS = "You answer in plain words"
+# Input tokens by OpenAI's published rules that the simulator does not count. Chat: 3 that begin the answer, and 1 for
+# each of the two roles. Responses: the same 3, and 3 for the message that a plain text stands for.
 _UNCOUNTED: Mapping[Kind, int] = {"chat": TOKENS_PER_MESSAGE + 2, "responses": 2 * TOKENS_PER_MESSAGE}
-_WORDS_LEAST, _WORDS_MOST = 100, 2500
-_TOKENS_LEAST, _TOKENS_MOST = 10, 600
-# One stream in so many is long, so that its hold has to grow, and comes fast, so that it doesn't last.
-_LONG_AMONG, _LONG_LEAST, _LONG_MOST, _LONG_TOKENS_PER_S = 15, 1500, 4000, 2000
-_SCROLL_WORDS = 2 * _WORDS_MOST
-_MARK_TOKENS = 7
-_MARK = re.compile(r"call-([0-9]+)-[0-9]+")
-# With these sizes and the upstream's pace a client takes about 2,500 tokens a second, if it may. By default it may
-# take less than half of that, so that every window is used up and many calls still go well.
+_PROMPT_WORDS_MIN, _PROMPT_WORDS_MAX = 100, 2500
+_ANSWER_TOKENS_MIN, _ANSWER_TOKENS_MAX = 10, 600
+# One stream in 15 is so long that its hold has to be extended. It is fast, so that it takes at most 2 s.
+_LONG_ONE_IN, _LONG_TOKENS_MIN, _LONG_TOKENS_MAX, _LONG_TOKENS_PER_S = 15, 1500, 4000, 2000
+_CORPUS_WORDS = 2 * _PROMPT_WORDS_MAX
+_TAG_TOKENS = 7  # of a tag such as `call-999-99999`, at most
+_TAG = re.compile(r"call-([0-9]+)-[0-9]+")
+# With these sizes and the upstream's speed a client uses about 2,500 tokens per second if no quota stops it. The
+# default limit allows less than half of that, so every window is used up and many calls still succeed. 64 clients of
+# 8 users for 60 s: 1000 * 64 * 60 / 8 = 480,000 tokens for each user.
 _TOKENS_PER_CLIENT_S = 1000
-# Of several replicas one stands still for much of the time, its clients too, and as many more share the machine: with
-# the whole of it nothing was used up, and so "never over" was not put to the test.
+# With several replicas one is paused for much of the time, with its clients, and all of them share the machine. With
+# the full limit no quota was used up, so the promise never to exceed it was not tested.
 _REPLICAS_PART = 0.5
-# Longer than a replica that stops in the middle of a transaction can hold others up, which would look dead as well.
+# Longer than a replica that is paused in the middle of a transaction can block the others. With a shorter lease the
+# blocked replicas would be taken for dead too.
 _LEASE_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """One run. `limit` is the tokens of one quota: each user's own, or, `shared`, the one pot of all.
+    """One run.
 
-    `tokens_per_s` is the upstream's pace. Of several replicas one is killed at a time, and one paused.
+    `limit` is the tokens of one quota: each user's own, or, if `shared`, of all users together; None is computed.
+    `disconnects` is the share of calls whose client disconnects. `tokens_per_s` is the upstream's speed. Of several
+    replicas at most one is killed and one paused at a time.
     """
 
     clients: int = 64
@@ -84,50 +90,54 @@ class Plan:
 
     @property
     def window_s(self) -> float:
-        """How long a window of the quota is."""
+        """The length of the quota's window."""
         window = parse_per(self.per, ZoneInfo("UTC")).opening(0)
         return (window.resets_at - window.opened_at) / 1000
 
     @property
-    def pots(self) -> int:
-        """How many counters there are."""
+    def counters(self) -> int:
+        """The number of counters: one for each user, or one for all."""
         return 1 if self.shared else self.users
 
     @property
     def tokens(self) -> int:
-        """The limit in force."""
+        """The limit of the quota: the one given, or one that is used up in about half of a window."""
         used_s = min(self.window_s, self.seconds) * (_REPLICAS_PART if self.replicas > 1 else 1)
-        return self.limit or round(_TOKENS_PER_CLIENT_S * self.clients * used_s / self.pots)
+        return self.limit or round(_TOKENS_PER_CLIENT_S * self.clients * used_s / self.counters)
 
     @property
     def wait_s(self) -> int:
-        """How long a call may wait for others: as by default, but for a short run."""
+        """How long a call may wait for tokens that others hold: the proxy's default of 30 s, less in a short run."""
         return max(10, min(30, round(self.seconds / 2)))
 
     @property
     def kills_at_s(self) -> list[float]:
-        """When the proxy is killed, in seconds from the start."""
+        """When a proxy is killed, in seconds from the start."""
         return self._every(self.kill_every_s, before_s=self.seconds)
 
     @property
     def lease_s(self) -> float:
-        """How long a replica is taken to be alive without a sign of it: so short that pauses beyond it fit in."""
+        """How long a replica counts as alive without renewing its lease; a pause of three leases must fit the run."""
         return max(1.0, min(_LEASE_S, self.seconds / 12))
 
     @property
     def pause_s(self) -> float:
-        """How long a replica stands still: long enough that the others take it for dead."""
+        """How long a replica is paused: so long that the others take it for dead."""
         return 3 * self.lease_s
 
     @property
     def pauses_at_s(self) -> list[float]:
-        """When a replica is paused; each is over before the end, and before the next one. One alone never is."""
+        """When a replica is paused, in seconds from the start.
+
+        Each pause ends before the run and before the next pause. A single replica is not paused: no other one could
+        take it for dead.
+        """
         every_s = max(self.pause_every_s, self.pause_s) if self.pause_every_s and self.replicas > 1 else 0.0
         return self._every(every_s, before_s=self.seconds - self.pause_s)
 
     @property
     def restart_at_s(self) -> float:
-        """When the database is restarted, if it is to be."""
+        """When the database is restarted, if it is, in seconds from the start."""
         return self.seconds / 2
 
     @staticmethod
@@ -137,77 +147,81 @@ class Plan:
 
 
 @dataclass(frozen=True, slots=True)
-class Leave:
-    """When a client hangs up, if the call lasts until then."""
+class Disconnect:
+    """When a client disconnects, if the call is still running: after a time, some chunks, or the end of the text."""
 
-    when: Farewell
+    when: DisconnectWhen
     after_s: float = 0.0
     chunks: int = 0
 
 
 @dataclass(frozen=True, slots=True)
-class Wish:
-    """What a call asks for. `tokens` is how long its answer would be, `maximum` the most that it asks for."""
+class CallSpec:
+    """The parameters of a call.
+
+    `answer_tokens` is the length of an answer that no maximum cuts short, `maximum` the output maximum in the
+    request.
+    """
 
     kind: Kind
     text: str
-    tokens: int
+    answer_tokens: int
     maximum: int | None
     maximum_field: str
     choices: int
     stream: bool
-    usage: bool
-    leave: Leave | None
+    include_usage: bool
+    disconnect: Disconnect | None
 
 
 @dataclass(frozen=True, slots=True)
-class Ask:
-    """One call that is to be made."""
+class PlannedCall:
+    """One call to make. Without a `model` the tag is part of the model's name, with one it is part of the prompt."""
 
-    mark: str
+    tag: str
     user: int
-    wish: Wish
+    spec: CallSpec
     model: str | None = None
 
     @property
     def path(self) -> str:
-        """Where it goes, below `/v1`."""
-        return _PATHS[self.wish.kind]
+        """The path below `/v1`."""
+        return _PATHS[self.spec.kind]
 
     @property
-    def needed(self) -> int:
-        """The least that it truly takes: its input by OpenAI's published rules, and the smallest answer.
+    def tokens_needed(self) -> int:
+        """The fewest tokens that it can be charged: its input by OpenAI's published rules, and the smallest answer.
 
-        The simulated upstream counts up to six tokens less: not the beginning of the answer, nor the roles of
-        messages, nor the message that a bare text stands for; and a mark is one word, but seven tokens. No proxy
-        could know that before it asks.
+        The simulated upstream counts fewer: it omits the tokens in `_UNCOUNTED`, and it counts a tag in the prompt as
+        one word, which is up to seven tokens. A proxy can't know that before the call, so a refusal is false only if
+        this number of tokens was free.
         """
-        mark = _MARK_TOKENS - 1 if self.model else 0
-        return self.input_tokens + mark + _UNCOUNTED.get(self.wish.kind, 0) + self._smallest_answer
+        tag = _TAG_TOKENS - 1 if self.model else 0
+        return self.input_tokens + tag + _UNCOUNTED.get(self.spec.kind, 0) + self._smallest_answer
 
     @property
     def input_tokens(self) -> int:
-        """Its input as the upstream counts it."""
+        """The input tokens as the simulated upstream counts them."""
         words = len(self._prompt.split())
-        return words + (2 * TOKENS_PER_MESSAGE + len(_INSTRUCTIONS.split()) if self.wish.kind == "chat" else 0)
+        return words + (2 * TOKENS_PER_MESSAGE + len(_INSTRUCTIONS.split()) if self.spec.kind == "chat" else 0)
 
     @property
     def _prompt(self) -> str:
-        return f"{self.mark} {self.wish.text}" if self.model else self.wish.text
+        return f"{self.tag} {self.spec.text}" if self.model else self.spec.text
 
     @property
     def _smallest_answer(self) -> int:
-        wish = self.wish
-        if wish.kind == "embeddings":
+        spec = self.spec
+        if spec.kind == "embeddings":
             return 0
-        default = COMPLETIONS_MAXIMUM if wish.kind == "completions" else _WANTED
-        return wish.choices * min(wish.maximum or default, _SMALLEST_ANSWER)
+        default = COMPLETIONS_MAXIMUM if spec.kind == "completions" else _DEFAULT_MAXIMUM
+        return spec.choices * min(spec.maximum or default, _SMALLEST_ANSWER)
 
     def body(self) -> dict[str, Any]:
-        """The request's JSON."""
-        wish, prompt = self.wish, self._prompt
-        body: dict[str, Any] = {"model": self.model or MODEL_PREFIX + self.mark}
-        match wish.kind:
+        """The JSON of the request."""
+        spec, prompt = self.spec, self._prompt
+        body: dict[str, Any] = {"model": self.model or MODEL_PREFIX + self.tag}
+        match spec.kind:
             case "chat":
                 system = {"role": "system", "content": _INSTRUCTIONS}
                 body["messages"] = [system, {"role": "user", "content": prompt}]
@@ -215,107 +229,110 @@ class Ask:
                 body["prompt"] = prompt
             case _:
                 body["input"] = prompt
-        if wish.kind == "embeddings":
+        if spec.kind == "embeddings":
             return body
-        pace = f" speed={_LONG_TOKENS_PER_S}" if wish.tokens >= _LONG_LEAST else ""
-        body["metadata"] = {"simulate": f"tokens={wish.tokens}{pace}"}
-        if wish.maximum is not None:
-            body[wish.maximum_field] = wish.maximum
-        if wish.choices > 1:
-            body["n"] = wish.choices
-        if wish.stream:
+        speed = f" speed={_LONG_TOKENS_PER_S}" if spec.answer_tokens >= _LONG_TOKENS_MIN else ""
+        body["metadata"] = {"simulate": f"tokens={spec.answer_tokens}{speed}"}
+        if spec.maximum is not None:
+            body[spec.maximum_field] = spec.maximum
+        if spec.choices > 1:
+            body["n"] = spec.choices
+        if spec.stream:
             body["stream"] = True
-            if wish.usage:
+            if spec.include_usage:
                 body["stream_options"] = {"include_usage": True}
         return body
 
 
-class Asker:
-    """Thinks of one client's calls, one after the other; the same ones for the same seed.
+class CallGenerator:
+    """Generates the calls of one client, the same ones for the same seed.
 
-    Without a `model` each call has one of its own name.
+    Without a `model` each call names a model of its own.
     """
 
     def __init__(self, plan: Plan, client: int, model: str | None = None) -> None:
-        self.chance = random.Random(f"{plan.seed}/{client}")
+        self.rng = random.Random(f"{plan.seed}/{client}")
         self._plan = plan
         self._client = client
         self._model = model
-        self._asked = 0
-        words = random.Random(plan.seed).choices([word.decode() for word in VOCABULARY], k=_SCROLL_WORDS)
-        self._scroll = words
+        self._calls = 0
+        words = [word.decode() for word in VOCABULARY]
+        self._corpus = random.Random(plan.seed).choices(words, k=_CORPUS_WORDS)
 
-    def next(self) -> Ask:
-        """Another call."""
-        return self._ask(self._wish())
+    def next(self) -> PlannedCall:
+        """Return another call."""
+        return self._call(self._spec())
 
-    def again(self, ask: Ask) -> Ask:
-        """The same call once more, this time to its end."""
-        return self._ask(replace(ask.wish, leave=None))
+    def repeat(self, call: PlannedCall) -> PlannedCall:
+        """Return the same call with another tag and without its disconnect."""
+        return self._call(replace(call.spec, disconnect=None))
 
-    def _ask(self, wish: Wish) -> Ask:
-        self._asked += 1
-        return Ask(f"call-{self._client}-{self._asked}", self._client % self._plan.users, wish, self._model)
+    def _call(self, spec: CallSpec) -> PlannedCall:
+        self._calls += 1
+        return PlannedCall(f"call-{self._client}-{self._calls}", self._client % self._plan.users, spec, self._model)
 
-    def _wish(self) -> Wish:
-        chance = self.chance
-        kind = chance.choices(_KINDS, _KINDS_WEIGHTS)[0]
+    def _spec(self) -> CallSpec:
+        rng = self.rng
+        kind = rng.choices(_KINDS, _KIND_WEIGHTS)[0]
         is_generating = kind != "embeddings"
-        stream = is_generating and chance.random() < 0.5
-        is_long = stream and chance.randrange(_LONG_AMONG) == 0
-        tokens = self._size(_LONG_LEAST, _LONG_MOST) if is_long else self._size(_TOKENS_LEAST, _TOKENS_MOST)
-        may_be_several = kind in ("chat", "completions") and not is_long
-        return Wish(
+        stream = is_generating and rng.random() < 0.5
+        is_long = stream and rng.randrange(_LONG_ONE_IN) == 0
+        if is_long:
+            tokens = self._size(_LONG_TOKENS_MIN, _LONG_TOKENS_MAX)
+        else:
+            tokens = self._size(_ANSWER_TOKENS_MIN, _ANSWER_TOKENS_MAX)
+        may_have_choices = kind in ("chat", "completions") and not is_long
+        return CallSpec(
             kind=kind,
             text=self._text(),
-            tokens=tokens if is_generating else 0,
+            answer_tokens=tokens if is_generating else 0,
             maximum=self._maximum(tokens, stream=stream) if is_generating else None,
-            maximum_field=chance.choice(_MAXIMUM_FIELDS.get(kind, ("",))),
-            choices=chance.randint(2, 3) if may_be_several and chance.random() < 0.15 else 1,
+            maximum_field=rng.choice(_MAXIMUM_FIELDS.get(kind, ("",))),
+            choices=rng.randint(2, 3) if may_have_choices and rng.random() < 0.15 else 1,
             stream=stream,
-            usage=kind != "responses" and chance.random() < 0.5,
-            leave=self._leave() if chance.random() < self._plan.disconnects else None,
+            include_usage=kind != "responses" and rng.random() < 0.5,
+            disconnect=self._disconnect() if rng.random() < self._plan.disconnects else None,
         )
 
     def _size(self, least: int, most: int) -> int:
-        """A size of any order between the two: as many small ones as large ones."""
-        return round(math.exp(self.chance.uniform(math.log(least), math.log(most))))
+        """Return a size between the two whose logarithm is uniform: 10 to 77 is as likely as 78 to 600."""
+        return round(math.exp(self.rng.uniform(math.log(least), math.log(most))))
 
     def _text(self) -> str:
-        words = self._size(_WORDS_LEAST, _WORDS_MOST)
-        start = self.chance.randrange(_SCROLL_WORDS - words)
-        # Without a blank before it many a word has two tokens; this one has one.
-        return " ".join(["the", *self._scroll[start + 1 : start + words]])
+        words = self._size(_PROMPT_WORDS_MIN, _PROMPT_WORDS_MAX)
+        start = self.rng.randrange(_CORPUS_WORDS - words)
+        # The first word has no space before it. Some words of the vocabulary are then two tokens; "the" is one.
+        return " ".join(["the", *self._corpus[start + 1 : start + words]])
 
     def _maximum(self, tokens: int, *, stream: bool) -> int | None:
-        """None, one that cuts the answer short, one that is just enough, and such as agents ask for."""
-        cut, enough = max(1, tokens // 2), tokens + self.chance.randint(0, 50)
-        return self.chance.choice([None, cut, enough, enough, 4096, 32_000 if stream else 4096])
+        """Return no maximum, one that cuts the answer short, one that is just enough, or one that agents send."""
+        cut_short, enough = max(1, tokens // 2), tokens + self.rng.randint(0, 50)
+        return self.rng.choice([None, cut_short, enough, enough, 4096, 32_000 if stream else 4096])
 
-    def _leave(self) -> Leave:
-        chance = self.chance
-        return chance.choice(
+    def _disconnect(self) -> Disconnect:
+        rng = self.rng
+        return rng.choice(
             [
-                Leave("after_a_time", after_s=self._size(1, 2000) / 1000),
-                Leave("after_some_chunks", chunks=chance.randint(1, 50)),
-                Leave("before_the_end"),
+                Disconnect("after_time", after_s=self._size(1, 2000) / 1000),
+                Disconnect("after_chunks", chunks=rng.randint(1, 50)),
+                Disconnect("after_text"),
             ]
         )
 
 
-def mark_of(asked: Mapping[str, Any]) -> str:
-    """The mark in a request as it arrived at the upstream; empty where it has none."""
-    model = str(asked.get("model"))
-    if model.startswith(MODEL_PREFIX) and client_of(mark := model.removeprefix(MODEL_PREFIX)) is not None:
-        return mark
-    messages = asked.get("messages")
-    prompt = messages[-1].get("content") if messages else asked.get("prompt", asked.get("input"))
-    if isinstance(prompt, list):
+def tag_of(params: Mapping[str, Any]) -> str:
+    """Return the tag in a request that arrived at the upstream, or another string if it has none."""
+    model = str(params.get("model"))
+    if model.startswith(MODEL_PREFIX) and client_of(tag := model.removeprefix(MODEL_PREFIX)) is not None:
+        return tag
+    messages = params.get("messages")
+    prompt = messages[-1].get("content") if messages else params.get("prompt", params.get("input"))
+    if isinstance(prompt, list):  # a proxy may send a list with one prompt
         prompt = prompt[0]
     return prompt.partition(" ")[0] if isinstance(prompt, str) else ""
 
 
-def client_of(mark: str) -> int | None:
-    """Whose call it is, by its mark; None where the mark is none of ours."""
-    match = _MARK.fullmatch(mark)
+def client_of(tag: str) -> int | None:
+    """Return the number of the client that made the call, None if this is no tag of a torture run."""
+    match = _TAG.fullmatch(tag)
     return int(match[1]) if match else None

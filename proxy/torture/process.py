@@ -1,6 +1,6 @@
-"""The proxy that is tortured: a process, so that killing it is real, on a database and a port that it keeps.
+"""The proxy under test as a process of its own, so that `kill -9` is real, with a database and a port that it keeps.
 
-Whether a client that leaves is drained or stopped changes with every start, so that one run meets both.
+Each start changes `on_disconnect` from `drain` to `stop` or back, so one run tests both.
 """
 
 import asyncio
@@ -25,22 +25,22 @@ users:
 """
 _START_S = 30.0
 _STOP_S = 45.0
-_ANSWER_S = 1.0
-_LOOK_EVERY_S = 0.02
-# Below the ports that systems hand out by themselves (Linux from 32768, others from 49152): while the proxy is down,
-# a client that tries to reach such a port may be given that very one and so be connected to itself, and then the
-# proxy could not come back.
+_READY_ANSWER_S = 1.0
+_READY_EVERY_S = 0.02
+# Below the ephemeral ports (Linux: from 32768, other systems: from 49152). A client that connects to an ephemeral
+# port while the proxy is down may get that very port as its source port. TCP then connects it to itself, and the
+# proxy can't listen there again.
 _PORTS = range(15_000, 30_000)
 
 
 class NotStarted(Exception):
-    """The proxy did not come up; says what it said last."""
+    """The proxy did not start; the message is the end of its log."""
 
 
-class Proxy:
-    """The process. `era` is odd while it is down or paused on purpose, and changes each time.
+class ProxyProcess:
+    """The process. `epoch` increases when it goes down or is paused, and when it is up again; odd is down.
 
-    `database` is a URL; without one it has a file of its own.
+    `database` is a URL; without one it has an SQLite file in its folder.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Proxy:
     ) -> None:
         self.keys = keys
         self.database = database or f"sqlite:///{folder / 'quotas.db'}"
-        self.era = 0
+        self.epoch = 0
         self.kills = 0
         self.pauses = 0
         self.crashes = 0
@@ -68,7 +68,7 @@ class Proxy:
         self._upstream = (upstream, upstream_key)
 
     async def start(self) -> None:
-        """Start it and wait until it serves; raises NotStarted."""
+        """Start it and wait until it is ready. Raises NotStarted."""
         self._config.write_text(self._policy("stop" if self._starts % 2 else "drain"))
         self._starts += 1
         command = [sys.executable, "-m", "proxy", "serve", "--config", str(self._config)]
@@ -79,37 +79,37 @@ class Proxy:
             async with asyncio.timeout(_START_S):
                 while not await self._is_ready():
                     if self._process.returncode is not None:
-                        raise NotStarted(self._said())
-                    await asyncio.sleep(_LOOK_EVERY_S)
+                        raise NotStarted(self._log_tail())
+                    await asyncio.sleep(_READY_EVERY_S)
         except TimeoutError:
-            raise NotStarted(f"It was not ready after {_START_S:.0f} s. {self._said()}") from None
+            raise NotStarted(f"It was not ready after {_START_S:.0f} s. {self._log_tail()}") from None
 
     async def kill_and_restart(self) -> None:
-        """`kill -9`, and at once a start on the same file and port."""
+        """Send SIGKILL, and start it again at once with the same database and port."""
         process = self._process
         assert process is not None, "start() first"
         self.crashes += process.returncode is not None
         self.kills += 1
-        self.era += 1
-        await self.end()
+        self.epoch += 1
+        await self.kill()
         await self.start()
-        self.era += 1
+        self.epoch += 1
 
     async def pause(self, seconds: float) -> None:
-        """Let it stand still for so long: no connection breaks, and nothing is answered."""
+        """Send SIGSTOP, and SIGCONT after this time: connections stay open, and nothing is answered meanwhile."""
         process = self._process
         assert process is not None, "start() first"
         self.pauses += 1
-        self.era += 1
+        self.epoch += 1
         process.send_signal(signal.SIGSTOP)
         try:
             await asyncio.sleep(seconds)
         finally:
             process.send_signal(signal.SIGCONT)
-        self.era += 1
+        self.epoch += 1
 
     async def stop(self) -> None:
-        """Stop it as an operator does; one that won't is killed, and was a crash."""
+        """Send SIGTERM, as an operator does, and wait. A process that does not stop is killed; that is a crash."""
         process = self._process
         assert process is not None, "start() first"
         if process.returncode is None:
@@ -118,11 +118,11 @@ class Proxy:
                 async with asyncio.timeout(_STOP_S):
                     await process.wait()
             except TimeoutError:
-                await self.end()
+                await self.kill()
         self.crashes += process.returncode != 0
 
-    async def end(self) -> None:
-        """Kill it, if it still runs."""
+    async def kill(self) -> None:
+        """Send SIGKILL if it is running."""
         if self._process is not None and self._process.returncode is None:
             self._process.kill()
             await self._process.wait()
@@ -150,22 +150,22 @@ class Proxy:
         except OSError:
             return False
         try:
-            async with asyncio.timeout(_ANSWER_S):
+            async with asyncio.timeout(_READY_ANSWER_S):
                 writer.write(b"GET /readyz HTTP/1.0\r\n\r\n")
                 return b" 200 " in await reader.readline()
-        except OSError:  # a connection that broke, or a time-out
+        except OSError:  # the connection broke; a TimeoutError is an OSError too
             return False
         finally:
             writer.close()
 
-    def _said(self) -> str:
+    def _log_tail(self) -> str:
         return "\n".join(self._log.read_text(errors="replace").splitlines()[-10:])
 
 
-def _free_port(chance: random.Random) -> int:
-    """A port that nobody has, outside of those that are handed out."""
+def _free_port(rng: random.Random) -> int:
+    """Return a port below the ephemeral ones on which nothing listens."""
     while True:
-        port = chance.choice(_PORTS)
+        port = rng.choice(_PORTS)
         with socket.socket() as probe:
             if probe.connect_ex(("127.0.0.1", port)) != 0:
                 return port

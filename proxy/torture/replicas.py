@@ -1,7 +1,7 @@
-"""What befalls the replicas of a tortured proxy while their clients call: kills, pauses, a restart of the database.
+"""The replicas of the proxy under test, and the faults that are injected: kills, pauses, a restart of the database.
 
-One thing at a time happens to one replica, and none is started while the database is down, as an operator would see
-to; but one may be killed, and the database be restarted, while another is paused.
+At most one replica is killed and one paused at a time. No replica is started while the database is down, because an
+operator would not do that either. But a replica may be killed, and the database restarted, while another is paused.
 """
 
 import asyncio
@@ -9,7 +9,7 @@ import random
 from collections.abc import AsyncIterator, Sequence
 
 from proxy.torture.plan import Plan
-from proxy.torture.process import Proxy
+from proxy.torture.process import ProxyProcess
 
 _RESTART_S = 60.0
 
@@ -19,27 +19,27 @@ class NotRestarted(Exception):
 
 
 class Replicas:
-    """Several proxies on one database, or one alone. `database_era` is odd while that is restarted."""
+    """Several proxies with one database, or a single proxy. `database_epoch` is odd while the database restarts."""
 
-    def __init__(self, proxies: Sequence[Proxy], plan: Plan, *, restart: str | None = None) -> None:
+    def __init__(self, proxies: Sequence[ProxyProcess], plan: Plan, *, restart: str | None = None) -> None:
         self.proxies = proxies
-        self.database_era = 0
+        self.database_epoch = 0
         self._plan = plan
-        self._command = restart
-        self._chance = random.Random(f"{plan.seed}/replicas")
+        self._restart_command = restart
+        self._rng = random.Random(f"{plan.seed}/replicas")
         self._database_up = asyncio.Lock()
 
     async def start(self) -> None:
-        """Start all at once, and wait until they serve; raises NotStarted."""
+        """Start all at once and wait until they are ready. Raises NotStarted."""
         await asyncio.gather(*(proxy.start() for proxy in self.proxies))
 
-    async def befall(self) -> None:
-        """All that the plan has for them. Raises NotStarted, or NotRestarted."""
+    async def inject_faults(self) -> None:
+        """Inject all faults of the plan, each at its time. Raises NotStarted or NotRestarted."""
         try:
-            async with asyncio.TaskGroup() as together:
-                together.create_task(self._kill())
-                together.create_task(self._pause())
-                together.create_task(self._restart())
+            async with asyncio.TaskGroup() as faults:
+                faults.create_task(self._kill_replicas())
+                faults.create_task(self._pause_replicas())
+                faults.create_task(self._restart_database())
         except ExceptionGroup as error:
             raise error.exceptions[0] from None
 
@@ -47,31 +47,35 @@ class Replicas:
         """Stop all as an operator does."""
         await asyncio.gather(*(proxy.stop() for proxy in self.proxies))
 
-    async def end(self) -> None:
-        """Kill those that still run."""
-        await asyncio.gather(*(proxy.end() for proxy in self.proxies))
+    async def kill(self) -> None:
+        """Kill those that are still running."""
+        await asyncio.gather(*(proxy.kill() for proxy in self.proxies))
 
-    async def _kill(self) -> None:
+    async def _kill_replicas(self) -> None:
         async for _ in _at(self._plan.kills_at_s):
             async with self._database_up:
-                await self._one().kill_and_restart()
+                await self._running_replica().kill_and_restart()
 
-    async def _pause(self) -> None:
+    async def _pause_replicas(self) -> None:
         async for _ in _at(self._plan.pauses_at_s):
-            await self._one().pause(self._plan.pause_s)
+            await self._running_replica().pause(self._plan.pause_s)
 
-    def _one(self) -> Proxy:
-        """Any that is well; there is one, as at most one is killed and one paused, unless it is the only one."""
-        return self._chance.choice([proxy for proxy in self.proxies if proxy.era % 2 == 0])
+    def _running_replica(self) -> ProxyProcess:
+        """Return a random replica that is up.
 
-    async def _restart(self) -> None:
-        if self._command is None:
+        There is one: while a replica is chosen to be killed at most one other is paused, and the reverse; and a
+        single proxy is never paused.
+        """
+        return self._rng.choice([proxy for proxy in self.proxies if proxy.epoch % 2 == 0])
+
+    async def _restart_database(self) -> None:
+        if self._restart_command is None:
             return
         await asyncio.sleep(self._plan.restart_at_s)
         async with self._database_up:
-            self.database_era += 1
-            await _run(self._command)
-            self.database_era += 1
+            self.database_epoch += 1
+            await _run(self._restart_command)
+            self.database_epoch += 1
 
 
 async def _run(command: str) -> None:
@@ -87,9 +91,9 @@ async def _run(command: str) -> None:
 
 
 async def _at(times: Sequence[float]) -> AsyncIterator[None]:
-    """Go on at each of these times, in seconds from now."""
+    """Yield at each of these times, in seconds from now."""
     loop = asyncio.get_running_loop()
-    begun = loop.time()
+    started = loop.time()
     for at_s in times:
-        await asyncio.sleep(begun + at_s - loop.time())
+        await asyncio.sleep(started + at_s - loop.time())
         yield

@@ -1,6 +1,6 @@
-"""The report of a torture run: figures, the promises that hang on them, and how both are shown.
+"""The report of a torture run: its figures, which of them are promises, and how both are printed.
 
-Pure: takes values, gives text.
+Pure: takes values, returns text.
 """
 
 import json
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """One line of the report. `is_kept` is None where no promise hangs on it."""
+    """One row of the report. `is_kept` says whether the promise was kept; None if the figure is no promise."""
 
     name: str
     value: int | float | None
@@ -17,14 +17,14 @@ class Figure:
     is_kept: bool | None = None
 
     def as_line(self, width: int) -> str:
-        """A row of the table, whose names take so many characters."""
+        """Return the row of the table; `width` is that of the column of names, in characters."""
         mark = {True: "kept", False: "BROKEN", None: ""}[self.is_kept]
         return f"  {self.name:<{width}}  {_number(self.value):>12}  {mark:<6}  {self.note}".rstrip()
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What came out."""
+    """All figures of a run."""
 
     figures: tuple[Figure, ...]
 
@@ -33,23 +33,23 @@ class Report:
 
     @property
     def broken(self) -> list[str]:
-        """The promises that were not kept."""
+        """The names of the promises that were broken."""
         return [figure.name for figure in self.figures if figure.is_kept is False]
 
     @property
     def is_kept(self) -> bool:
-        """Whether every promise was."""
+        """Whether every promise was kept."""
         return not self.broken
 
     def as_text(self) -> str:
-        """A table, and the verdict in one line."""
+        """Return the table and a line with the verdict."""
         width = max(len(figure.name) for figure in self.figures)
         lines = [figure.as_line(width) for figure in self.figures]
         verdict = f"Broken: {', '.join(self.broken)}." if self.broken else "Every promise was kept."
         return "\n".join([*lines, "", verdict])
 
     def as_json(self) -> str:
-        """The same for programs."""
+        """Return the same as JSON: `kept`, `broken`, and `figures` by name."""
         figures = {
             figure.name: {"value": figure.value, "kept": figure.is_kept, "note": figure.note}
             for figure in self.figures

@@ -1,10 +1,10 @@
-"""Torture: many clients hammer a quota, and what the upstream gave, what they saw and what was counted must agree.
+"""Run a load test: start the upstream, the proxies and the clients, inject faults, and collect the records.
 
-    run             against our own proxy, one process or several replicas, which are killed now and then; its books
-                    are read
-    run_outside     against any OpenAI-compatible proxy that forwards to the upstream that is served here
+    run             tests this proxy, as one process or as several replicas, which are killed and paused; its database
+                    is read
+    run_external    tests any OpenAI-compatible proxy that forwards to the upstream that is served here
 
-What is judged, and how, stands in `torture_verdict`.
+`verdict` says what is judged, and how.
 """
 
 import asyncio
@@ -19,31 +19,34 @@ from functools import partial
 from math import ceil
 from pathlib import Path
 
-from proxy.torture.clients import Clients, Door, Target
-from proxy.torture.database import count_open, need_none, read_books, remove_books
+from proxy.torture.clients import Address, Clients, ProxyUnderTest
+from proxy.torture.database import count_open_calls, drop_schema, read_snapshot, require_empty
 from proxy.torture.evidence import Evidence
 from proxy.torture.plan import Plan
-from proxy.torture.process import Proxy
+from proxy.torture.process import ProxyProcess
 from proxy.torture.replicas import Replicas
 from proxy.torture.report import Report
-from proxy.torture.upstream import Accountant
-from proxy.torture.verdict import judge, judge_from_outside
+from proxy.torture.upstream import RecordingUpstream
+from proxy.torture.verdict import judge, judge_external
 
-# How long calls whose clients have gone may take to end: a drain takes 30 s at the most.
-_QUIET_S = 40.0
+# How long calls whose clients have disconnected may take to end: the proxy drains an answer for at most 30 s.
+_IDLE_S = 40.0
 _LOOK_EVERY_S = 0.1
 _COUNTER_S = 30.0
 
-Say = Callable[[str], object]
+Print = Callable[[str], object]
 
 
-class NoCount(Exception):
-    """The command that reads the counter failed, or printed no number."""
+class CounterUnreadable(Exception):
+    """The command that reads the proxy's counter failed or printed no number."""
 
 
 @dataclass(frozen=True, slots=True)
-class Outside:
-    """A proxy that is not ours to start, and how it is set up. `counter` is a command that prints what it counted."""
+class ExternalProxy:
+    """A proxy that somebody else has started, and its configuration.
+
+    `counter` is a shell command that prints how many tokens the proxy has counted.
+    """
 
     url: str
     keys: tuple[str, ...]
@@ -54,135 +57,147 @@ class Outside:
 
 
 @dataclass(frozen=True, slots=True)
-class Shared:
-    """The PostgreSQL database of all replicas, by its URL, and the command that restarts it, if it is to be."""
+class SharedDatabase:
+    """The URL of the replicas' PostgreSQL database, and a shell command that restarts it, None for no restart."""
 
     url: str
     restart: str | None = None
 
 
-async def run(plan: Plan, *, now: Callable[[], int], say: Say, shared: Shared | None = None) -> Report:
-    """Torture our own proxy: one process on a file, or replicas on a database.
+async def run(plan: Plan, *, now: Callable[[], int], say: Print, shared: SharedDatabase | None = None) -> Report:
+    """Test this proxy: one process with an SQLite file, or replicas with a shared database.
 
-    Raises NotStarted where one does not come up, NoBooks and NotRestarted.
+    `now` returns ms since 1970. Raises NotStarted if a proxy does not start, DatabaseUnusable and NotRestarted.
     """
     _raise_file_limit()
     if shared is not None:
-        await need_none(shared.url)
-    upstream = Accountant(_key(), plan.seed, tokens_per_s=plan.tokens_per_s)
+        await require_empty(shared.url)
+    upstream = RecordingUpstream(_key(), plan.seed, tokens_per_s=plan.tokens_per_s)
     await upstream.start()
     folder = Path(tempfile.mkdtemp(prefix="llm-quota-proxy-torture-"))
     keys = tuple(_key() for _ in range(plan.users))
     proxies = _proxies(plan, folder, shared, upstream=upstream, keys=keys)
     replicas = Replicas(proxies, plan, restart=shared.restart if shared else None)
     try:
-        report = judge(await _evidence(plan, replicas, upstream, now=now, say=say))
+        report = judge(await _collect_evidence(plan, replicas, upstream, now=now, say=say))
     finally:
-        await replicas.end()
+        await replicas.kill()
         await upstream.stop()
     if report.is_kept:
         shutil.rmtree(folder)
         if shared is not None:
-            await remove_books(shared.url)
+            await drop_schema(shared.url)
+    elif shared is not None:
+        say(f"The data is kept in the database for inspection, the logs in {folder}")
     else:
-        say(f"The books are kept {'in the database' if shared else 'beside the logs'}, the logs in {folder}")
+        say(f"The database and the logs are kept for inspection in {folder}")
     return report
 
 
 def _proxies(
-    plan: Plan, folder: Path, shared: Shared | None, *, upstream: Accountant, keys: tuple[str, ...]
-) -> list[Proxy]:
-    """As many as the plan says, each with a folder of its own."""
+    plan: Plan, folder: Path, shared: SharedDatabase | None, *, upstream: RecordingUpstream, keys: tuple[str, ...]
+) -> list[ProxyProcess]:
+    """Return as many proxies as the plan says, each with a folder of its own."""
     proxies = []
     for number in range(plan.replicas):
         home = folder / f"replica-{number}"
         home.mkdir()
         database = shared.url if shared else None
         proxies.append(
-            Proxy(home, plan, upstream=upstream.url, upstream_key=upstream.key, keys=keys, database=database)
+            ProxyProcess(home, plan, upstream=upstream.url, upstream_key=upstream.key, keys=keys, database=database)
         )
     return proxies
 
 
-async def _evidence(
-    plan: Plan, replicas: Replicas, upstream: Accountant, *, now: Callable[[], int], say: Say
+async def _collect_evidence(
+    plan: Plan, replicas: Replicas, upstream: RecordingUpstream, *, now: Callable[[], int], say: Print
 ) -> Evidence:
     await replicas.start()
     proxies = replicas.proxies
     database = proxies[0].database
-    say(f"{_intent(plan)}, {len(plan.kills_at_s)} kills, {len(plan.pauses_at_s)} pauses, {len(proxies)} replicas")
-    doors = [Door(f"http://127.0.0.1:{proxy.port}/v1", partial(_era, proxy)) for proxy in proxies]
-    target = Target(doors, proxies[0].keys, database_era=lambda: replicas.database_era)
-    seen, _ = await asyncio.gather(Clients(target, plan, now=now).run(), replicas.befall())
-    await upstream.at_rest(_QUIET_S)
-    await _quiet(database)
-    at_rest = await read_books(database)
+    faults = f"{len(plan.kills_at_s)} kills, {len(plan.pauses_at_s)} pauses"
+    say(f"{_summary(plan)}, {faults}, {len(proxies)} replicas")
+    addresses = [Address(f"http://127.0.0.1:{proxy.port}/v1", partial(_epoch, proxy)) for proxy in proxies]
+    under_test = ProxyUnderTest(addresses, proxies[0].keys, database_epoch=lambda: replicas.database_epoch)
+    records, _ = await asyncio.gather(Clients(under_test, plan, now=now).run(), replicas.inject_faults())
+    await upstream.wait_until_idle(_IDLE_S)
+    await _wait_until_settled(database)
+    # Read twice: a call that is still open or held now is leaked. The stop of the proxy must not hide that by
+    # settling it, and must not leave anything open or held either.
+    idle = await read_snapshot(database)
     await replicas.stop()
     return Evidence(
         limit=plan.tokens,
-        seen=seen,
-        given=upstream.given,
-        books=await read_books(database),
-        at_rest=at_rest,
+        clients=records,
+        upstream=upstream.records,
+        stopped=await read_snapshot(database),
+        idle=idle,
         kills=sum(proxy.kills for proxy in proxies),
         pauses=sum(proxy.pauses for proxy in proxies),
-        restarts=replicas.database_era // 2,
+        restarts=replicas.database_epoch // 2,
         crashes=sum(proxy.crashes for proxy in proxies),
     )
 
 
-def _era(proxy: Proxy) -> int:
-    return proxy.era
+def _epoch(proxy: ProxyProcess) -> int:
+    return proxy.epoch
 
 
-async def run_outside(plan: Plan, outside: Outside, *, now: Callable[[], int], say: Say) -> Report:
-    """Torture a proxy that is up. Raises NoCount, or OSError where the upstream's port is taken."""
+async def run_external(plan: Plan, external: ExternalProxy, *, now: Callable[[], int], say: Print) -> Report:
+    """Test a proxy that is running. Raises CounterUnreadable, or OSError if the upstream's port is taken."""
     _raise_file_limit()
-    upstream = Accountant(outside.upstream_key, plan.seed, tokens_per_s=plan.tokens_per_s)
-    await upstream.start(outside.upstream_port)
+    upstream = RecordingUpstream(external.upstream_key, plan.seed, tokens_per_s=plan.tokens_per_s)
+    await upstream.start(external.upstream_port)
     loop = asyncio.get_running_loop()
     is_one_window = plan.window_s > plan.seconds
 
-    def free_of(user: int) -> int | None:
-        """What is left by the upstream's count; nobody outside knows when windows begin, if there are several."""
-        return plan.tokens - upstream.tokens_of(user % plan.pots, plan.pots) if is_one_window else None
+    def free_tokens(user: int) -> int | None:
+        """Return what the upstream's count leaves of the limit.
+
+        With several windows nobody knows from outside when one begins, so None.
+        """
+        if not is_one_window:
+            return None
+        return plan.tokens - upstream.tokens_of(user % plan.counters, plan.counters)
 
     try:
         say(f"The upstream is {upstream.url} with the key {upstream.key}; the proxy must forward to it.")
-        say(_intent(plan))
-        before = await _count(outside.counter)
-        begun = loop.time()
-        target = Target([Door(outside.url.rstrip("/"))], outside.keys, outside.model, free_of=free_of)
-        seen = await Clients(target, plan, now=now).run()
-        await upstream.at_rest(_QUIET_S)
-        lasted_s = loop.time() - begun
-        after = await _count(outside.counter)
+        say(_summary(plan))
+        before = await _read_counter(external.counter)
+        started = loop.time()
+        address = Address(external.url.rstrip("/"))
+        under_test = ProxyUnderTest([address], external.keys, external.model, free_tokens=free_tokens)
+        records = await Clients(under_test, plan, now=now).run()
+        await upstream.wait_until_idle(_IDLE_S)
+        lasted_s = loop.time() - started
+        after = await _read_counter(external.counter)
     finally:
         await upstream.stop()
-    return judge_from_outside(
-        Evidence(limit=plan.tokens, seen=seen, given=upstream.given),
+    return judge_external(
+        Evidence(limit=plan.tokens, clients=records, upstream=upstream.records),
+        # A run of 10 s can touch three windows of 5 s, if it begins in the middle of one: 10 / 5 + 1.
         windows=1 if is_one_window else ceil(lasted_s / plan.window_s) + 1,
-        pots=plan.pots,
+        counters=plan.counters,
         counted=None if after is None or before is None else after - before,
     )
 
 
-def _intent(plan: Plan) -> str:
-    whose = f"{plan.users} users share" if plan.shared else f"{plan.users} users have each"
-    quota = f"{whose} {plan.tokens:,} tokens per {plan.per}"
+def _summary(plan: Plan) -> str:
+    subject = f"{plan.users} users share" if plan.shared else f"{plan.users} users have each"
+    quota = f"{subject} {plan.tokens:,} tokens per {plan.per}"
     return f"{plan.clients} clients for {plan.seconds:g} s; {quota}; seed {plan.seed}"
 
 
-async def _quiet(database: str) -> None:
-    """Wait until no call is in flight by the books, also of those that died, or until that takes too long."""
-    for _ in range(round(_QUIET_S / _LOOK_EVERY_S)):
-        if not await count_open(database):
+async def _wait_until_settled(database: str) -> None:
+    """Wait until no call is open in the database, including those of killed replicas, or until the time is over."""
+    for _ in range(round(_IDLE_S / _LOOK_EVERY_S)):
+        if not await count_open_calls(database):
             return
         await asyncio.sleep(_LOOK_EVERY_S)
 
 
-async def _count(command: str | None) -> int | None:
-    """What the proxy's own counter says: the last number that the command prints."""
+async def _read_counter(command: str | None) -> int | None:
+    """Return the last number that the command prints: how many tokens the proxy has counted."""
     if command is None:
         return None
     process = await asyncio.create_subprocess_shell(command, stdout=asyncio.subprocess.PIPE)
@@ -191,15 +206,18 @@ async def _count(command: str | None) -> int | None:
             printed, _ = await process.communicate()
     except TimeoutError:
         process.kill()
-        raise NoCount(f"The counter's command took longer than {_COUNTER_S:.0f} s.") from None
+        raise CounterUnreadable(f"The counter's command took longer than {_COUNTER_S:.0f} s.") from None
     numbers = re.findall(rb"[0-9]+", printed)
     if process.returncode != 0 or not numbers:
-        raise NoCount(f"The counter's command printed no number (exit code {process.returncode}).")
+        raise CounterUnreadable(f"The counter's command printed no number (exit code {process.returncode}).")
     return int(numbers[-1])
 
 
 def _raise_file_limit() -> None:
-    """A call takes two descriptors here, its client's and its upstream's, and the usual soft limit is 1024."""
+    """Raise the soft limit of open files to the hard one.
+
+    A call needs two descriptors in this process, its client's and its upstream's, and the usual soft limit is 1024.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

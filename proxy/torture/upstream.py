@@ -1,50 +1,50 @@
-"""The upstream of a torture run: the simulator, and its own account of what it gave to whom."""
+"""The upstream of a torture run: the simulator, with a record of each call that it served."""
 
 import asyncio
 from collections import Counter
 from collections.abc import Awaitable, Callable
 
 from proxy.simulator.server import Served, Simulator, serve
-from proxy.torture.evidence import Given
-from proxy.torture.plan import client_of, mark_of
+from proxy.torture.evidence import UpstreamRecord
+from proxy.torture.plan import client_of, tag_of
 
 
-class Accountant:
-    """Serves, and notes of each call what it took and made. `given` is complete when all is at rest."""
+class RecordingUpstream:
+    """Serves, and records the tokens of each call. `records` is complete once no call is open."""
 
     def __init__(self, key: str, seed: int, *, tokens_per_s: float) -> None:
         self.key = key
-        self.given: list[Given] = []
+        self.records: list[UpstreamRecord] = []
         self.url = ""
-        self._tokens: Counter[int] = Counter()
-        self._simulator = Simulator(key, seed, tokens_per_s, watch=self._note)
+        self._tokens_by_client: Counter[int] = Counter()
+        self._simulator = Simulator(key, seed, tokens_per_s, on_served=self._record)
         self._stop: Callable[[], Awaitable[None]] | None = None
 
     async def start(self, port: int = 0) -> None:
-        """Serve; raises OSError where the port is taken."""
+        """Start serving. Raises OSError if the port is taken."""
         runner, port = await serve(self._simulator, port=port)
         self._stop = runner.cleanup
         self.url = f"http://127.0.0.1:{port}/v1"
 
     async def stop(self) -> None:
-        """Serve no more."""
+        """Stop serving."""
         if self._stop is not None:
             await self._stop()
 
-    async def at_rest(self, patience_s: float) -> None:
-        """Wait until no call is open here, or until that takes too long."""
+    async def wait_until_idle(self, timeout_s: float) -> None:
+        """Wait until no call is open, or until the time is over."""
         try:
-            async with asyncio.timeout(patience_s):
+            async with asyncio.timeout(timeout_s):
                 await self._simulator.until(lambda: self._simulator.open_calls == 0)
         except TimeoutError:
-            pass  # what keeps them open is judged by what is on the books
+            pass  # a call that stays open for ever shows as `leaked` in the verdict
 
-    def tokens_of(self, pot: int, pots: int) -> int:
-        """What was given so far from one of so many pots, for calls that have ended."""
-        return sum(tokens for client, tokens in self._tokens.items() if client % pots == pot)
+    def tokens_of(self, counter: int, counters: int) -> int:
+        """Return the tokens of all calls that have ended and that one of so many counters counts."""
+        return sum(tokens for client, tokens in self._tokens_by_client.items() if client % counters == counter)
 
-    def _note(self, served: Served) -> None:
-        script, mark = served.script, mark_of(served.script.asked)
-        self.given.append(Given(mark, script.input_tokens, served.generated, served.reported))
-        if (client := client_of(mark)) is not None:
-            self._tokens[client] += script.input_tokens + served.generated
+    def _record(self, served: Served) -> None:
+        answer, tag = served.answer, tag_of(served.answer.params)
+        self.records.append(UpstreamRecord(tag, answer.input_tokens, served.generated, served.reported))
+        if (client := client_of(tag)) is not None:
+            self._tokens_by_client[client] += answer.input_tokens + served.generated

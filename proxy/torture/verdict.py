@@ -1,300 +1,344 @@
-"""The verdict of a torture run: what the upstream gave, what the clients saw and what the books say, side by side.
+"""The verdict of a torture run: the records of clients, upstream and database, compared call by call.
 
-    overshoot         tokens beyond the limit, in each window of each counter
-    lost              answers that a client saw, wholly or in part, and that are not charged, or not in full
-    overcharged       answers that are charged more than the upstream said, or twice
-    leaked            what is still held, or in flight, when all is quiet
-    unbalanced        counters that are not the sum of their calls
-    false refusals    of calls for which there was room: what they truly needed was free
-    false resets      calls that came back at the instant that was named, and found the same window
+    overshoot            tokens charged beyond the limit, in each window of each counter
+    upstream overshoot   the same by the upstream's own count
+    lost                 answers that a client received in full and that are not charged in full
+    lost in part         answers that a client received in part and that are charged less than it received
+    overcharged          answers that are charged more than the upstream reported, or twice
+    leaked               calls in flight, or amounts held, when no call is in flight any more
+    unbalanced           counters that differ from the sum of their calls
+    false refusals       refused calls that would have fitted: the tokens that they needed were free
+    false resets         calls that were repeated at the reset that was named, and found the same window
 
-The sums are made here, from the rows as they stand in the database, by a rule that is written down once more: a call
-is charged to the lines of its row. Where a counter has several of them, because its window ended while the answer
-grew, each but the last takes at most its own amount, and the last what is left.
+The sums are computed here from the rows of the database, with a second implementation of the rule for a call whose
+window ends while its answer grows. Such a call holds amounts in several windows of one counter. It is charged to them
+in order: each but the last takes at most the amount held there, and the last takes the rest.
 
-Pure: records in, a report out. What can be asked of a proxy that nobody can look into is less: `judge_from_outside`.
+    held 150 (opened 10:00) and 30 (opened 11:00), charged 160: 150 to the first window and 10 to the second
+
+Pure: takes records, returns a report. `judge_external` judges less, because another proxy's rows can't be read.
 """
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from proxy.torture.answers import Tokens
-from proxy.torture.evidence import CounterKey, Evidence, Given, Levels, Line, Row, Seen, WindowKey
+from proxy.torture.evidence import (
+    Amounts,
+    CallRow,
+    ClientRecord,
+    CounterKey,
+    Evidence,
+    HeldAmount,
+    UpstreamRecord,
+    WindowKey,
+)
 from proxy.torture.report import Figure, Report
 
-# This part of all refusals may be false: one in a hundred.
-_FALSE_AMONG = 100
-_NONE: Levels = (0, 0, 0)
+# Fewer than one refusal in this many may be false. Calls in flight hold more than they are charged in the end, so a
+# refusal can be right by what was held and false by what was used.
+_ONE_FALSE_IN = 100
+_ZERO: Amounts = (0, 0, 0)
 
 
 def judge(evidence: Evidence) -> Report:
-    """Judge our own proxy, whose books we can read."""
-    sums = _Sums(evidence)
-    counters = len(evidence.books.levels)
+    """Judge this proxy, whose database was read."""
+    matched = _Matched(evidence)
+    counters = len(evidence.stopped.counters)
     return Report(
         (
-            *_counts(evidence),
-            Figure(
-                "made in vain", sums.made_in_vain(), "tokens that the upstream made ahead of answers that were cut"
-            ),
-            _promise("overshoot", sums.overshoot(), f"tokens beyond {evidence.limit:,}; windows: {sums.fullness()}"),
-            _promise("overshoot given", sums.overshoot_given(), "the same by the upstream's own count"),
-            _promise("lost", len(sums.lost()), "answers that a client saw complete and that are not charged in full"),
-            _promise("lost in part", len(sums.lost_in_part()), "answers of which a client saw more than is charged"),
-            _promise("overcharged", len(sums.overcharged()), "answers charged more than the upstream said, or twice"),
+            *_totals(evidence),
+            Figure("wasted tokens", matched.wasted_tokens(), "generated for answers that were cut, and not charged"),
+            _promise("overshoot", matched.overshoot(), f"tokens beyond {evidence.limit:,}; {matched.windows_note()}"),
+            _promise("upstream overshoot", matched.upstream_overshoot(), "the same by the upstream's own count"),
+            _promise("lost", len(matched.lost()), "answers that a client received in full, not charged in full"),
+            _promise("lost in part", len(matched.lost_in_part()), "answers charged less than their client received"),
+            _promise("overcharged", len(matched.overcharged()), "answers charged more than reported, or twice"),
             _leaked(evidence),
-            _promise("unbalanced", sums.unbalanced(), f"of {counters} counters: not the sum of their calls"),
-            _promise("broken off", *_broken_off(evidence)),
-            _promise("crashes", evidence.crashes, "times that the proxy ended by itself, or would not stop"),
+            _promise("unbalanced", matched.unbalanced(), f"of {counters} counters: not the sum of their calls"),
+            _promise("unexplained failures", *_unexplained_failures(evidence)),
+            _promise("crashes", evidence.crashes, "the proxy exited by itself, or did not stop"),
             *_refusals(evidence),
             *_times(evidence),
         )
     )
 
 
-def judge_from_outside(evidence: Evidence, *, windows: int, pots: int, counted: int | None) -> Report:
-    """Judge any proxy: by the upstream's own count, and by what its own counter says it counted, where one is given.
+def judge_external(evidence: Evidence, *, windows: int, counters: int, counted: int | None) -> Report:
+    """Judge any proxy by the upstream's own count, and by the proxy's counter if it can be read.
 
-    `windows` is how many the run can have touched of each of the `pots`: one for each user, or one for all.
+    `windows` is how many windows of each counter the run can have touched, `counters` one for each user or one for
+    all, `counted` how many tokens the proxy's counter added during the run.
     """
-    user_of = {seen.mark: seen.user for seen in evidence.seen}
-    given = dict.fromkeys(range(pots), 0)
-    for each in evidence.given:
-        if each.mark in user_of:
-            given[user_of[each.mark] % pots] += each.taken + each.made
+    user_of = {record.tag: record.user for record in evidence.clients}
+    by_counter = dict.fromkeys(range(counters), 0)
+    for each in evidence.upstream:
+        if each.tag in user_of:
+            by_counter[user_of[each.tag] % counters] += each.input_tokens + each.output_tokens
     allowed = evidence.limit * windows
-    overshoot = sum(max(0, tokens - allowed) for tokens in given.values())
-    note = f"tokens beyond {windows} × {evidence.limit:,} for each of {pots}, by the upstream's own count"
-    known = {each.mark for each in evidence.given}
-    strange = sum(seen.end == "complete" and seen.mark not in known for seen in evidence.seen)
+    overshoot = sum(max(0, tokens - allowed) for tokens in by_counter.values())
+    note = f"tokens beyond {windows} × {evidence.limit:,} for each of {counters}, by the upstream's own count"
+    known = {each.tag for each in evidence.upstream}
+    foreign = sum(record.result == "complete" and record.tag not in known for record in evidence.clients)
     figures = [
-        *_counts(evidence),
-        _promise(
-            "strange answers",
-            strange,
-            "complete ones that our upstream knows nothing of: nothing can be said of them",
-        ),
-        _promise("overshoot given", overshoot, note),
+        *_totals(evidence),
+        _promise("foreign answers", foreign, "complete answers that this upstream did not give, so can't be judged"),
+        _promise("upstream overshoot", overshoot, note),
     ]
     if counted is not None:
-        seen = sum(sum(each.usage or ()) for each in evidence.seen if each.end == "complete")
-        note = f"tokens of complete answers that say {seen:,}; counted {counted:,}, given {sum(given.values()):,}"
-        figures.append(_promise("lost", max(0, seen - counted), note))
-    figures += [Figure("broken off", *_broken_off(evidence)), *_refusals(evidence), *_times(evidence)]
+        received = sum(sum(record.usage or ()) for record in evidence.clients if record.result == "complete")
+        given = sum(by_counter.values())
+        note = f"of {received:,} tokens reported in complete answers; {counted:,} counted, {given:,} by the upstream"
+        figures.append(_promise("lost", max(0, received - counted), note))
+    # Not a promise: an external proxy may fail for reasons that its operator knows and this test does not.
+    figures += [Figure("unexplained failures", *_unexplained_failures(evidence))]
+    figures += [*_refusals(evidence), *_times(evidence)]
     return Report(tuple(figures))
 
 
-def shares(lines: Sequence[Line], charge: Levels) -> Iterator[tuple[WindowKey, Levels]]:
-    """What each line of a call is charged; see the module's text. The request counts on a counter's first line."""
-    left: dict[CounterKey, Tokens] = {}
-    for place, line in enumerate(lines):
-        requests = 0 if line.counter in left else charge[2]
-        taken, made = left.setdefault(line.counter, charge[:2])
-        if any(later.counter == line.counter for later in lines[place + 1 :]):
-            share = (min(taken, line.amount[0]), min(made, line.amount[1]), requests)
+def charges_by_window(held: Sequence[HeldAmount], charge: Amounts) -> Iterator[tuple[WindowKey, Amounts]]:
+    """Yield what each held amount's window is charged, by the rule in the module's docstring.
+
+    The request counts in the first window of each counter. Each counter is charged the whole call: a user's own quota
+    and a shared one beside it don't divide the charge.
+    """
+    remaining: dict[CounterKey, Tokens] = {}
+    for position, each in enumerate(held):
+        requests = 0 if each.counter in remaining else charge[2]
+        input_tokens, output_tokens = remaining.setdefault(each.counter, charge[:2])
+        if any(later.counter == each.counter for later in held[position + 1 :]):
+            share = (min(input_tokens, each.amount[0]), min(output_tokens, each.amount[1]), requests)
         else:
-            share = (taken, made, requests)
-        left[line.counter] = (taken - share[0], made - share[1])
-        yield line.window, share
+            share = (input_tokens, output_tokens, requests)
+        remaining[each.counter] = (input_tokens - share[0], output_tokens - share[1])
+        yield each.window, share
 
 
-class _Sums:
-    """The evidence, laid side by side by the marks of the calls."""
+class _Matched:
+    """The records of a run, matched by the calls' tags."""
 
     def __init__(self, evidence: Evidence) -> None:
         self._evidence = evidence
-        self._seen = {seen.mark: seen for seen in evidence.seen}
-        self._given: dict[str, list[Given]] = defaultdict(list)
-        for given in evidence.given:
-            self._given[given.mark].append(given)
-        self._rows: dict[str, list[Row]] = defaultdict(list)
-        for row in evidence.books.rows:
-            self._rows[row.mark].append(row)
-        rows = evidence.books.rows
-        self.used = _sum(share for row in rows if row.state != "open" for share in shares(row.lines, row.charge))
-        self._held = _sum((line.window, line.amount) for row in rows if row.state == "open" for line in row.lines)
+        self._client = {record.tag: record for record in evidence.clients}
+        # Lists, because the proxy may retry at the upstream, and because a call that is stored twice must be found.
+        self._upstream: dict[str, list[UpstreamRecord]] = defaultdict(list)
+        for record in evidence.upstream:
+            self._upstream[record.tag].append(record)
+        calls = evidence.stopped.calls
+        self._rows: dict[str, list[CallRow]] = defaultdict(list)
+        for row in calls:
+            self._rows[row.tag].append(row)
+        ended = [row for row in calls if row.state != "open"]
+        self._used = _sum(share for row in ended for share in charges_by_window(row.held, row.charge))
+        self._held = _sum((each.window, each.amount) for row in calls if row.state == "open" for each in row.held)
 
     def overshoot(self) -> int:
-        """Tokens beyond the limit in all windows, by the rows' own charges."""
-        return self._beyond(self.used)
+        """Return the tokens charged beyond the limit, in all windows."""
+        return self._beyond_limit(self._used)
 
-    def fullness(self) -> str:
-        """How many windows there were, and how much was used of the fullest."""
-        fullest = max((taken + made for taken, made, _ in self.used.values()), default=0)
-        return f"{len(self.used)}, in the fullest {fullest:,}"
+    def windows_note(self) -> str:
+        """Return how many windows there were, and how much was used in the fullest."""
+        fullest = max((tokens[0] + tokens[1] for tokens in self._used.values()), default=0)
+        return f"windows: {len(self._used)}, in the fullest {fullest:,}"
 
-    def overshoot_given(self) -> int:
-        """The same by what the upstream took and made for each call.
+    def upstream_overshoot(self) -> int:
+        """Return the tokens beyond the limit by the upstream's count.
 
-        Of an answer that was cut, by whomever, it may have made more than ever arrived (see `made_in_vain`): that
-        counts up to the call's charge.
+        An answer that was cut, by its client or by the proxy, counts up to its charge: the upstream may have
+        generated more than ever arrived (see `wasted_tokens`).
         """
-        return self._beyond(_sum(share for row in self._evidence.books.rows for share in self._truth(row)))
+        calls = self._evidence.stopped.calls
+        return self._beyond_limit(_sum(share for row in calls for share in self._true_charges(row)))
 
-    def made_in_vain(self) -> int:
-        """Tokens of answers that were cut, which the upstream had made and nobody took or was charged."""
-        rows = [row for row in self._evidence.books.rows if not self._is_whole(row)]
-        return sum(max(0, sum(given.made for given in self._given[row.mark]) - row.charge[1]) for row in rows)
+    def wasted_tokens(self) -> int:
+        """Return the tokens that the upstream generated for answers that were cut, beyond what was charged."""
+        cut = [row for row in self._evidence.stopped.calls if not self._is_whole(row)]
+        return sum(
+            max(0, sum(record.output_tokens for record in self._upstream[row.tag]) - row.charge[1]) for row in cut
+        )
 
     def lost(self) -> list[str]:
-        """Marks of the answers that a client saw complete and that are not charged in full."""
-        return [seen.mark for seen in self._evidence.seen if seen.end == "complete" and self._is_lost(seen)]
+        """Return the tags of answers that a client received in full and that are not charged in full."""
+        complete = [record for record in self._evidence.clients if record.result == "complete"]
+        return [record.tag for record in complete if self._is_lost(record)]
 
     def lost_in_part(self) -> list[str]:
-        """Marks of the answers that broke off, or that their client left, and are charged less than it had seen."""
-        left = [seen for seen in self._evidence.seen if seen.end in ("hung_up", "broken") and seen.words]
-        return [seen.mark for seen in left if self._is_lost(seen)]
+        """Return the tags of answers that ended early and are charged less than their client received."""
+        cut = [record for record in self._evidence.clients if record.result in ("disconnected", "broken")]
+        return [record.tag for record in cut if record.words and self._is_lost(record)]
 
     def overcharged(self) -> list[str]:
-        """Marks of the calls that are charged more than was said at their end, or that stand in the books twice."""
-        return [mark for mark, rows in self._rows.items() if len(rows) > 1 or self._is_overcharged(rows[0])]
+        """Return the tags of calls that are charged more than their usage, or that are stored twice."""
+        return [tag for tag, rows in self._rows.items() if len(rows) > 1 or self._is_overcharged(rows[0])]
 
     def unbalanced(self) -> int:
-        """How many counters are not the sum of the calls of their window."""
+        """Return the number of counters that differ from the sum of their window's calls."""
         return sum(
-            level.used != self.used.get(level.window, _NONE) or level.held != self._held.get(level.window, _NONE)
-            for level in self._evidence.books.levels
+            row.used != self._used.get(row.window, _ZERO) or row.held != self._held.get(row.window, _ZERO)
+            for row in self._evidence.stopped.counters
         )
 
-    def _beyond(self, used: Mapping[WindowKey, Levels]) -> int:
-        return sum(max(0, taken + made - self._evidence.limit) for taken, made, _ in used.values())
+    def _beyond_limit(self, used: Mapping[WindowKey, Amounts]) -> int:
+        return sum(max(0, tokens[0] + tokens[1] - self._evidence.limit) for tokens in used.values())
 
-    def _is_lost(self, seen: Seen) -> bool:
-        row = next((row for row in self._rows.get(seen.mark, ()) if row.id == seen.id), None)
+    def _is_lost(self, record: ClientRecord) -> bool:
+        rows = self._rows.get(record.tag, ())
+        row = next((row for row in rows if row.request_id == record.request_id), None)
         if row is None:
             return True
-        said = self._said(row, seen) if seen.end == "complete" else None
-        taken, made = said or (self._taken(seen), seen.words)
-        if row.state == "expired" and seen.end != "complete":
-            made = 0  # charged is how far it had got a while before the proxy died
-        return row.charge[0] < taken or row.charge[1] < made
+        usage = self._true_usage(row, record) if record.result == "complete" else None
+        input_tokens, output_tokens = usage or (self._upstream_input(record), record.words)
+        if row.state == "expired" and record.result != "complete":
+            # The proxy was killed. It charges what it had stored of the answer's progress, which may be a while old,
+            # so a client may have received more words.
+            output_tokens = 0
+        return row.charge[0] < input_tokens or row.charge[1] < output_tokens
 
-    def _is_overcharged(self, row: Row) -> bool:
-        seen = self._seen.get(row.mark)
-        if seen is None or row.state == "expired" or (row.outcome != "complete" and seen.end != "complete"):
-            return False
-        said = self._said(row, seen)
-        return said is not None and (row.charge[0] > said[0] or row.charge[1] > said[1])
+    def _is_overcharged(self, row: CallRow) -> bool:
+        record = self._client.get(row.tag)
+        if record is None or row.state == "expired":
+            return False  # a call that was lost with the proxy is charged what it held
+        if row.outcome != "complete" and record.result != "complete":
+            return False  # an answer that was cut is charged by an estimate
+        usage = self._true_usage(row, record)
+        return usage is not None and (row.charge[0] > usage[0] or row.charge[1] > usage[1])
 
-    def _is_whole(self, row: Row) -> bool:
-        """Whether all that the upstream made for it came through."""
-        seen = self._seen.get(row.mark)
+    def _is_whole(self, row: CallRow) -> bool:
+        """Whether everything that the upstream generated for the call was passed on."""
+        record = self._client.get(row.tag)
         return row.outcome != "at_limit" and (
-            row.outcome == "complete" or (seen is not None and seen.end == "complete")
+            row.outcome == "complete" or (record is not None and record.result == "complete")
         )
 
-    def _said(self, row: Row, seen: Seen) -> Tokens | None:
-        """The usage that the client was told, or else what the upstream told the proxy at the end of the answer."""
-        told = (given.reported for given in self._given[seen.mark] if given.reported and row.outcome != "at_limit")
-        return seen.usage or next(told, None)
+    def _true_usage(self, row: CallRow, record: ClientRecord) -> Tokens | None:
+        """Return the usage that the client received, or else the one that the upstream sent to the proxy.
 
-    def _taken(self, seen: Seen) -> int:
-        return sum(given.taken for given in self._given[seen.mark])
+        The upstream's usage is not true of an answer that the proxy ended at the limit: it may report 5,000 tokens of
+        which the proxy passed on 40.
+        """
+        if row.outcome == "at_limit":
+            return record.usage
+        return record.usage or next((each.reported for each in self._upstream[record.tag] if each.reported), None)
 
-    def _truth(self, row: Row) -> Iterator[tuple[WindowKey, Levels]]:
-        given = self._given[row.mark]
-        taken, made = sum(each.taken for each in given), sum(each.made for each in given)
+    def _upstream_input(self, record: ClientRecord) -> int:
+        return sum(each.input_tokens for each in self._upstream[record.tag])
+
+    def _true_charges(self, row: CallRow) -> Iterator[tuple[WindowKey, Amounts]]:
+        records = self._upstream[row.tag]
+        input_tokens = sum(record.input_tokens for record in records)
+        output_tokens = sum(record.output_tokens for record in records)
         if not self._is_whole(row):
-            taken, made = min(taken, row.charge[0]), min(made, row.charge[1])
-        return shares(row.lines, (taken, made, 0))
+            input_tokens, output_tokens = min(input_tokens, row.charge[0]), min(output_tokens, row.charge[1])
+        return charges_by_window(row.held, (input_tokens, output_tokens, 0))
 
 
-def _sum(shared: Iterable[tuple[WindowKey, Levels]]) -> dict[WindowKey, Levels]:
-    sums: dict[WindowKey, Levels] = {}
-    for window, (taken, made, requests) in shared:
-        before = sums.get(window, _NONE)
-        sums[window] = (before[0] + taken, before[1] + made, before[2] + requests)
+def _sum(shares: Iterable[tuple[WindowKey, Amounts]]) -> dict[WindowKey, Amounts]:
+    sums: dict[WindowKey, Amounts] = {}
+    for window, amounts in shares:
+        before = sums.get(window, _ZERO)
+        sums[window] = (before[0] + amounts[0], before[1] + amounts[1], before[2] + amounts[2])
     return sums
 
 
 def _promise(name: str, value: int, note: str) -> Figure:
-    """A figure that must be 0."""
+    """Return a figure that must be 0."""
     return Figure(name, value, note, value == 0)
 
 
-def _counts(evidence: Evidence) -> list[Figure]:
-    """What there was, before anything is judged."""
-    ends = Counter(seen.end for seen in evidence.seen)
-    told = ", ".join(f"{count:,} {end.replace('_', ' ')}" for end, count in ends.most_common())
-    unsaid = sum(each.made for each in evidence.given if each.reported is None)
-    lost = sum(row.state == "expired" for row in evidence.books.rows)
-    befell = (
-        Figure("kills", evidence.kills, f"{lost:,} calls were charged as lost"),
-        Figure("pauses", evidence.pauses, "of a replica, three leases long"),
+def _totals(evidence: Evidence) -> list[Figure]:
+    """Return how many calls, tokens and faults there were."""
+    results = Counter(record.result for record in evidence.clients)
+    note = ", ".join(f"{count:,} {result}" for result, count in results.most_common())
+    without_usage = sum(each.output_tokens for each in evidence.upstream if each.reported is None)
+    lost = sum(row.state == "expired" for row in evidence.stopped.calls)
+    faults = (
+        Figure("kills", evidence.kills, f"{lost:,} calls were lost with a process"),
+        Figure("pauses", evidence.pauses, "of a replica, for three leases"),
         Figure("restarts", evidence.restarts, "of the database"),
     )
     return [
-        Figure("calls", len(evidence.seen), told, None if ends["complete"] else False),
+        # No complete answer at all: the promises would be kept because nothing was tested.
+        Figure("calls", len(evidence.clients), note, None if results["complete"] else False),
         Figure(
-            "tokens given",
-            sum(each.taken + each.made for each in evidence.given),
-            f"by the upstream, in {len(evidence.given):,} calls; {unsaid:,} of them for answers that were cut",
+            "upstream tokens",
+            sum(each.input_tokens + each.output_tokens for each in evidence.upstream),
+            f"in {len(evidence.upstream):,} calls; {without_usage:,} of them in answers that were cut",
         ),
-        *(figure for figure in befell if figure.value),
+        *(figure for figure in faults if figure.value),
     ]
 
 
 def _leaked(evidence: Evidence) -> Figure:
-    """What was in flight though all was quiet, or is still held after the stop."""
-    open_rows = sum(row.state == "open" for books in (evidence.at_rest, evidence.books) for row in books.rows)
-    held = sum(sum(level.held) for books in (evidence.at_rest, evidence.books) for level in books.levels)
-    return _promise("leaked", open_rows + held, f"{open_rows} calls in flight and {held} held, when all was quiet")
+    """Return what was open or held when no call was in flight any more, before and after the stop."""
+    snapshots = (evidence.idle, evidence.stopped)
+    open_calls = sum(row.state == "open" for snapshot in snapshots for row in snapshot.calls)
+    held = sum(sum(row.held) for snapshot in snapshots for row in snapshot.counters)
+    return _promise("leaked", open_calls + held, f"{open_calls} calls in flight and {held} held after the last call")
 
 
-def _broken_off(evidence: Evidence) -> tuple[int, str]:
-    """The calls that went wrong though nobody was to blame: neither their client, nor the upstream, nor we."""
-    wrong = [seen for seen in evidence.seen if seen.end in ("broken", "failed", "unreached") and not seen.disturbed]
-    how = Counter(f"{seen.end} ({seen.status})" for seen in wrong)
-    return len(wrong), "calls that failed though nothing befell the proxy" + "".join(
-        f", {count} {end}" for end, count in how.items()
+def _unexplained_failures(evidence: Evidence) -> tuple[int, str]:
+    """Return the calls that failed although no fault was injected, and a note with their results and statuses."""
+    failed = [
+        record
+        for record in evidence.clients
+        if record.result in ("broken", "failed", "unreachable") and not record.disturbed
+    ]
+    kinds = Counter(f"{record.result} ({record.status})" for record in failed)
+    return len(failed), "calls that failed although no fault was injected" + "".join(
+        f", {count} {kind}" for kind, count in kinds.items()
     )
 
 
 def _refusals(evidence: Evidence) -> list[Figure]:
-    """How many there were, and whether they told the truth."""
-    refused = [seen for seen in evidence.seen if seen.refusal]
-    told = sum(seen.refusal is not None and seen.refusal.free is not None for seen in refused)
-    false = sum(seen.had_room for seen in refused)
-    retries = [seen for seen in evidence.seen if seen.retries and not seen.disturbed]
-    early = sum(_is_same_window(seen) for seen in retries)
+    """Return the number of refusals, and how many of them, and of the resets that they named, were false."""
+    refused = [record for record in evidence.clients if record.refusal]
+    judged = sum(record.refusal is not None and record.refusal.free_tokens is not None for record in refused)
+    false = sum(record.is_falsely_refused for record in refused)
+    retries = [record for record in evidence.clients if record.retry_of and not record.disturbed]
+    early = sum(_is_same_window(record) for record in retries)
     return [
         Figure("refusals", len(refused)),
         Figure(
             "false refusals",
-            false if told else None,
-            f"{100 * false / max(1, told):.2f} % of {told:,}: what the call truly needed was free",
-            false * _FALSE_AMONG < told if told else None,
+            false if judged else None,
+            f"{100 * false / max(1, judged):.2f} % of {judged:,}: the tokens that the call needed were free",
+            false * _ONE_FALSE_IN < judged if judged else None,
         ),
         Figure(
             "false resets",
             early if retries else None,
-            f"of {len(retries):,} calls that came back at the instant that was named: still the same window",
+            f"of {len(retries):,} calls repeated at the reset that was named: still the same window",
             early == 0 if retries else None,
         ),
     ]
 
 
-def _is_same_window(seen: Seen) -> bool:
-    refusal, before = seen.refusal, seen.retries
-    if refusal is None or before is None or seen.had_room:
+def _is_same_window(record: ClientRecord) -> bool:
+    """Whether a repeated call was refused for lack of tokens, in the same window as before."""
+    refusal, before = record.refusal, record.retry_of
+    if refusal is None or before is None or record.is_falsely_refused:
         return False
-    return refusal.window is not None and refusal.window == before.window
+    return refusal.window_opened_at is not None and refusal.window_opened_at == before.window_opened_at
 
 
 def _times(evidence: Evidence) -> list[Figure]:
-    """How long the two things took that a user waits for."""
-    refused = [seen for seen in evidence.seen if seen.refusal and not seen.had_room]
-    streams = [seen for seen in evidence.seen if seen.status == 200]
+    """Return the times that a user notices: until a refusal, and until the first byte of a stream."""
+    refused = [record for record in evidence.clients if record.refusal and not record.is_falsely_refused]
+    streams = [record for record in evidence.clients if record.status == 200]
     return [
         figure
-        for what, calls in (("refusal", refused), ("first byte", streams))
-        for figure in _percentiles(what, [seen.answered_s for seen in calls if seen.answered_s is not None])
+        for name, records in (("refusal", refused), ("first byte", streams))
+        for figure in _percentiles(name, [each.answered_s for each in records if each.answered_s is not None])
     ]
 
 
-def _percentiles(what: str, seconds: list[float]) -> list[Figure]:
-    shown = sorted(seconds)
+def _percentiles(name: str, seconds: list[float]) -> list[Figure]:
+    ordered = sorted(seconds)
     return [
-        Figure(f"{what} p{part}", 1000 * shown[len(shown) * part // 100] if shown else None, f"ms, of {len(shown):,}")
+        Figure(
+            f"{name} p{part}",
+            1000 * ordered[len(ordered) * part // 100] if ordered else None,
+            f"ms, of {len(ordered):,}",
+        )
         for part in (50, 99)
     ]

@@ -1,1 +1,17 @@
-"""upstreams"""
+"""Which upstream a call goes to, and the HTTP to get it there and back.
+
+What the package promises:
+
+- `UpstreamError.was_sent` is False only if the upstream provably received nothing of the call, so that the call is
+  free and may be sent again.
+- A header passes only if it is on a list, in either direction. No key of a user reaches an upstream, and nothing
+  about the operator's key or account reaches a user.
+- The meaning of an error answer (who is at fault, what is charged, what the client sees) is decided in one place.
+
+What it never does: it does not retry by itself (`calls.dispatch` decides that), it knows no quotas, and it interprets
+no body of an answer except those of errors.
+
+Begin with `client`, which sends one request. `addresses` and `headers` say what is sent where, and `spool` keeps
+bodies that are too large for memory. `routing` chooses among several upstreams and keeps their cooldowns, `failures`
+explains error answers, and `usage_option` remembers which upstreams report the usage of a stream on request.
+"""

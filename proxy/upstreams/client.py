@@ -1,8 +1,8 @@
-"""HTTP to the upstreams: send one call, hand back its answer as it arrives.
+"""HTTP to the upstreams: sends one request and hands out its answer as it arrives.
 
-What goes wrong is told apart by whether the call can have reached the upstream: `UpstreamError` with
-`was_sent = False` is provably free, everything else may have cost something. The library's defaults that are wrong
-for this job are set here, each with its reason.
+Errors are told apart by whether the upstream can have received the call. `UpstreamError` with `was_sent=False` is
+provably free; every other failure may have cost something. Where a default of the HTTP library is wrong for a proxy,
+it is set here with the reason.
 """
 
 import asyncio
@@ -18,18 +18,20 @@ from proxy.errors import UpstreamError, UpstreamTimeout
 from proxy.policy.policy import Upstream
 from proxy.upstreams.spool import Spliced
 
-# SDKs wait ten minutes for an answer, and bill a retry again; giving up earlier would only cost more.
+# SDKs wait ten minutes for an answer, and a retry is billed again. Giving up earlier would only cost more.
 _SILENCE_S = 600
 _CONNECT_S = 5
-# The largest answer that is taken whole (a stream may be of any length).
-WHOLE_BYTES_MAX = 64 * 2**20
-_AT_ONCE_BYTES_MAX = 2**20
+# The largest answer that is read as a whole. A stream may have any length.
+ANSWER_BYTES_MAX = 64 * 2**20
+# The largest body that is sent with one write. The HTTP library warns of larger ones.
+_ONE_WRITE_BYTES_MAX = 2**20
+# How much of the body of an error is read, and for how long. The status alone decides almost everything.
 _ERROR_BYTES_MAX = 2**20
 _ERROR_S = 5.0
 
 
 class Answer:
-    """What the upstream sends back: the status and headers at once, the body as it comes."""
+    """An upstream's answer: the status and headers are there, the body is still arriving."""
 
     def __init__(self, response: aiohttp.ClientResponse) -> None:
         self._response = response
@@ -37,34 +39,34 @@ class Answer:
         self.headers = list(response.headers.items())
         self.retry_after = response.headers.get("retry-after")
         self.is_stream = response.content_type == "text/event-stream"
-        self._beginning: bytes | None = None
+        self._error_body: bytes | None = None
 
     async def chunks(self) -> AsyncIterator[bytes]:
-        """The body's bytes as they arrive; raises UpstreamError where it breaks, UpstreamTimeout where it stalls."""
+        """The body's bytes as they arrive. Raises UpstreamError if it breaks off, UpstreamTimeout if it stalls."""
         try:
             async for chunk in self._response.content.iter_any():
                 yield chunk
         except TimeoutError:
-            raise UpstreamTimeout("The upstream fell silent in the middle of its answer.") from None
+            raise UpstreamTimeout("The upstream stopped sending in the middle of its answer.") from None
         except (aiohttp.ClientError, ConnectionError):
             raise UpstreamError("The upstream broke off in the middle of its answer.") from None
 
-    async def whole(self) -> bytes:
-        """The whole body; raises as `chunks`, and UpstreamError where it is over WHOLE_BYTES_MAX."""
+    async def read(self) -> bytes:
+        """The whole body. Raises like `chunks`, and UpstreamError if it has more than ANSWER_BYTES_MAX bytes."""
         body = bytearray()
         async for chunk in self.chunks():
             body += chunk
-            if len(body) > WHOLE_BYTES_MAX:
-                raise UpstreamError(f"The upstream's answer is larger than {WHOLE_BYTES_MAX} bytes.")
+            if len(body) > ANSWER_BYTES_MAX:
+                raise UpstreamError(f"The upstream's answer is larger than {ANSWER_BYTES_MAX} bytes.")
         return bytes(body)
 
-    async def beginning(self) -> bytes:
-        """The body of an error as far as it comes within bounds; never raises, for the status says enough.
+    async def error_body(self) -> bytes:
+        """The body of an error, as far as it arrives within the bounds; never raises, because the status says enough.
 
-        It is read once, and can be asked for again when the connection is closed.
+        It is read once and kept, so it can be asked for again after the connection was closed.
         """
-        if self._beginning is not None:
-            return self._beginning
+        if self._error_body is not None:
+            return self._error_body
         body = bytearray()
         try:
             async with asyncio.timeout(_ERROR_S):
@@ -74,26 +76,26 @@ class Answer:
                         break
         except (UpstreamError, TimeoutError):
             pass
-        self._beginning = bytes(body)
-        return self._beginning
+        self._error_body = bytes(body)
+        return self._error_body
 
 
 class Upstreams:
-    """Connections to all upstreams, kept and reused. `open()` before use, `close()` after."""
+    """The connections to all upstreams, kept open and reused. Call `open()` before use and `close()` after."""
 
     def __init__(self) -> None:
         self._session: aiohttp.ClientSession | None = None
 
     def open(self) -> None:
-        """Make the session; has to be called where the event loop runs."""
+        """Create the session. Must be called while the event loop runs."""
         self._session = aiohttp.ClientSession(
-            # No total time limit: long generations are honest. No limit of connections: quotas bound the calls,
-            # and a queue in here would be silent.
+            # No total time limit, because a long answer is no failure. No limit on connections: quotas bound the
+            # calls, and calls that queued here would show up nowhere.
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S, sock_read=_SILENCE_S),
             connector=aiohttp.TCPConnector(limit=0, ttl_dns_cache=60),
-            # A shared cookie jar would replay one user's Cloudflare cookie for another.
+            # A shared cookie jar would send one user's Cloudflare cookie with the calls of another.
             cookie_jar=aiohttp.DummyCookieJar(),
-            # A megabyte that unpacks to 400 MB would be ours to carry; `identity` is asked for instead.
+            # One compressed megabyte can unpack to 400 MB in our memory. We ask for `identity` instead.
             auto_decompress=False,
         )
 
@@ -113,19 +115,19 @@ class Upstreams:
         *,
         method: str = "POST",
     ) -> AsyncIterator[Answer]:
-        """Send `body` and hand out the answer; leaving closes or returns the connection.
+        """Send `body` and hand out the answer. Leaving the block closes the connection, or keeps it for another call.
 
-        Raises UpstreamError where no answer came, UpstreamTimeout where it did not come in time.
+        Raises UpstreamError if no answer came, UpstreamTimeout if it did not come in time.
         """
         assert self._session is not None, "open() first"
-        data = _data(body)
-        # Redirects are not followed: the library would carry `api-key` headers to wherever they point.
+        payload = _payload(body)
         request = self._session.request(
             method,
             URL(upstream.base_url + path, encoded=True),
-            data=data,
-            # Not chunked, which some servers don't take for a form.
+            data=payload,
+            # With a length the library does not send chunks. Some servers read no forms from chunked bodies.
             headers={**headers, "content-length": str(len(body))},
+            # The library would send the `api-key` header to whatever address a redirect names.
             allow_redirects=False,
         )
         try:
@@ -137,20 +139,22 @@ class Upstreams:
         except TimeoutError:
             raise UpstreamTimeout("The upstream did not answer in time.") from None
         except (aiohttp.ClientError, OSError):
-            was_sent = not isinstance(data, _AtOnce) or data.was_written
+            was_sent = not isinstance(payload, _OneWritePayload) or payload.was_written
             raise UpstreamError("The upstream closed the connection without an answer.", was_sent=was_sent) from None
         finally:
-            del body, data  # sent: a long answer must not keep it
+            del body, payload  # a long answer must not keep them in memory
         async with response:
             if response.headers.get("content-encoding", "identity").lower() != "identity":
                 raise UpstreamError("The upstream compressed its answer although it was asked not to.")
             yield Answer(response)
 
 
-class _AtOnce(aiohttp.BytesPayload):
-    """A body that is written in one go, together with the head, so that it is known whether anything of it was.
+class _OneWritePayload(aiohttp.BytesPayload):
+    """A body that is written together with the head, in one write, and that records whether this write happened.
 
-    A kept connection may be closed by the upstream in the moment at which it is taken up again.
+    An upstream may close a kept connection at the moment at which we use it again. If nothing was written, the call
+    was not sent and may go elsewhere. If head and body were written separately, the upstream could have the head
+    alone.
     """
 
     was_written = False
@@ -160,9 +164,9 @@ class _AtOnce(aiohttp.BytesPayload):
         self.was_written = True
 
 
-def _data(body: bytes | Spliced) -> object:
-    """The body as the library is to send it."""
+def _payload(body: bytes | Spliced) -> object:
+    """The body in the form in which the HTTP library is to send it."""
     if isinstance(body, Spliced):
-        return body.pieces()
-    # As a file where it is large: the library would write a megabyte of bytes in one go, and warns of it.
-    return io.BytesIO(body) if len(body) > _AT_ONCE_BYTES_MAX else _AtOnce(body)
+        return body.chunks()
+    # The library sends a file in chunks, but bytes in one write.
+    return io.BytesIO(body) if len(body) > _ONE_WRITE_BYTES_MAX else _OneWritePayload(body)

@@ -1,15 +1,16 @@
-"""What an upstream's failure means: whose fault it was, what is charged, and what the client gets to see.
+"""What an upstream's error answer means: who is at fault, what is charged, and what the client gets to see.
 
-    4xx (but those below)   the request's fault      one request, no tokens    passed on as it is
-    401, 403                our key's                nothing                   502 that says nothing of the key
-    402, or a code of it    our account's            nothing                   503
-    429                     the upstream's limit     nothing                   429 marked as the upstream's
-    408, 5xx                the upstream's           nothing                   passed on, or 502 / 504
-    anything else           the upstream's           nothing                   502
+    status                          fault                  charged                  the client gets
+    4xx except those below          the request's          one request, no tokens   the same answer
+    401, 403                        our key's              nothing                  502, with nothing about the key
+    402, or a code that means it    our account's          nothing                  503
+    429                             the upstream's limit   nothing                  429, marked as the upstream's
+    408, 5xx                        the upstream's         nothing                  the same answer, or 502 / 504
+    anything else                   the upstream's         nothing                  502
 
-A body passes on as it came where it is an error in OpenAI's shape, or in Anthropic's from such an upstream. Where it
-says one in another shape (Ollama, older vLLM, FastAPI) its words are put into OpenAI's, in which SDKs show them.
-Never with our key or account in it.
+A body is forwarded unchanged if it is an error in OpenAI's shape, or in Anthropic's shape from an upstream of
+Anthropic's kind. An error in another shape (Ollama, older vLLM, FastAPI) is put into OpenAI's shape, because SDKs
+show nothing else. Our key and account are masked in all of them.
 """
 
 import re
@@ -22,7 +23,7 @@ from proxy.errors import InvalidRequest, ProxyError, UpstreamBusy, UpstreamError
 from proxy.formats import anthropic
 from proxy.policy.policy import Upstream
 
-# The codes for an account that is used up: waiting does not help, and it is not the user's account.
+# The codes of an account that is used up. Waiting does not help, and the account is not the user's.
 _ACCOUNT_CODES = frozenset(
     (
         "insufficient_quota",
@@ -34,23 +35,23 @@ _ACCOUNT_CODES = frozenset(
         "billing_error",  # Anthropic's type
     )
 )
-# Anthropic has no code for it, and calls it a bad request.
+# Anthropic has no code for it and answers 400 `invalid_request_error` with a message that begins so.
 _NO_CREDIT = "Your credit balance is too low"
-# OpenAI names the organisation or project in the text of a 429; Anthropic the organisation, by a UUID.
+# OpenAI names the organisation or project in the message of a 429, and Anthropic the organisation by its UUID.
 _ACCOUNT = re.compile(
     rb"\b(?:(?:org|proj)[-_]|wrkspc_)[A-Za-z0-9]{6,}"
     rb'|\borg(?:anization)?(?: id)?[ :=("]{1,4}[0-9a-f]{8}(?:-[0-9a-f]{4,12}){4}',
     re.IGNORECASE,
 )
-# {"message": {"detail": [{"msg": "…"}]}} is Mistral's.
-_WRAPPINGS_MAX = 4
-# What passes on of a `Retry-After`: seconds, and not 0, at which some SDKs hammer.
+# How deep a message may be nested. Mistral sends {"message": {"detail": [{"msg": "…"}]}}, which has three levels.
+_NESTING_MAX = 4
+# Which values of `Retry-After` are forwarded: whole seconds, but not 0, at which some SDKs retry without a pause.
 _SECONDS = re.compile(r"[1-9][0-9]{0,5}")
 
 
 @dataclass(frozen=True, slots=True)
 class Rejected:
-    """The request was at fault: the upstream's answer passes on, and the call counts as one request."""
+    """The request was at fault: the upstream's answer is forwarded, and the call is charged one request."""
 
     status: int
     body: bytes
@@ -58,7 +59,7 @@ class Rejected:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """The upstream failed with an error that passes on as it is; nothing is charged."""
+    """The upstream failed with an error that is forwarded; nothing is charged."""
 
     status: int
     body: bytes
@@ -67,40 +68,44 @@ class Failed:
 def failure_of(
     status: int, body: bytes, retry_after: str | None, upstream: Upstream
 ) -> Rejected | Failed | ProxyError:
-    """What an answer with this status means; `body` as far as it was read."""
-    error, is_plain = _error_in(body)
+    """What an error answer with this status means. `body` may be incomplete.
+
+    A ProxyError is to be raised, and nothing is charged for it.
+    """
+    error, is_openai_shape = _read_error(body)
     if status in (401, 403):
-        return UpstreamError(
-            "The upstream did not accept the proxy's key. The operator of this proxy has to mend it."
-        )
+        # Not a 401: a user who saw one would replace the key that works.
+        return UpstreamError("The upstream did not accept the proxy's key. The operator of this proxy has to fix it.")
     if status == 402 or _is_account_used_up(error):
-        return UpstreamExhausted("The account behind this proxy is used up. The operator has to mend it.")
+        return UpstreamExhausted(
+            "The proxy's account at the upstream is used up. The operator of this proxy has to fix it."
+        )
     if status == 429:
-        return _limited(error, retry_after, upstream)
+        return _rate_limited(error, retry_after, upstream)
     if status == 408 or status >= 500:
         if error is not None and status != 408:
-            return Failed(status, masked(body if is_plain else _shaped(status, error), upstream))
+            return Failed(status, masked(body if is_openai_shape else _in_openai_shape(status, error), upstream))
         kind = UpstreamTimeout if status in (408, 504) else UpstreamError
         return kind(f"The upstream failed with status {status}.")
     if 400 <= status < 500:
         if upstream.kind == "anthropic":
-            return Rejected(status, masked(body, upstream) if error is not None else _wrapped(status))
-        return Rejected(status, masked(body if is_plain else _shaped(status, error), upstream))
-    return UpstreamError(f"The upstream gave an answer that can't be passed on (status {status}).")
+            return Rejected(status, masked(body, upstream) if error is not None else _in_anthropic_shape(status))
+        return Rejected(status, masked(body if is_openai_shape else _in_openai_shape(status, error), upstream))
+    return UpstreamError(f"The upstream sent an answer that can't be forwarded (status {status}).")
 
 
 def masked(body: bytes, upstream: Upstream) -> bytes:
-    """A body without our key and account, should the upstream have repeated them."""
+    """The body with `***` in the place of our key and our account, in case the upstream repeated them."""
     key = upstream.api_key.reveal().encode() if upstream.api_key else b""
     return _ACCOUNT.sub(b"***", body.replace(key, b"***") if key else body)
 
 
-def _limited(error: dict[str, Any] | None, retry_after: str | None, upstream: Upstream) -> ProxyError:
+def _rate_limited(error: dict[str, Any] | None, retry_after: str | None, upstream: Upstream) -> ProxyError:
     headers = {"retry-after": retry_after} if retry_after and _SECONDS.fullmatch(retry_after) else None
-    said = _words(error.get("message")) if error else ""
-    text = masked(said.encode(), upstream).decode()
+    message = masked((_message_text(error.get("message")) if error else "").encode(), upstream).decode()
     return UpstreamBusy(
-        f"The upstream itself is limiting requests just now; this is no quota of this proxy. {text[:500]}".strip(),
+        # Masked before it is cut: a key that crossed the edge would leave its first half.
+        f"The upstream itself is limiting requests; this is not a quota of this proxy. {message[:500]}".strip(),
         headers=headers,
     )
 
@@ -108,12 +113,12 @@ def _limited(error: dict[str, Any] | None, retry_after: str | None, upstream: Up
 def _is_account_used_up(error: dict[str, Any] | None) -> bool:
     if error is None:
         return False
-    said = [word for word in map(error.get, ("code", "type", "message")) if isinstance(word, str)]
-    return any(word in _ACCOUNT_CODES or word.startswith(_NO_CREDIT) for word in said)
+    texts = [value for value in map(error.get, ("code", "type", "message")) if isinstance(value, str)]
+    return any(text in _ACCOUNT_CODES or text.startswith(_NO_CREDIT) for text in texts)
 
 
-def _error_in(body: bytes) -> tuple[dict[str, Any] | None, bool]:
-    """The members of the error that a body says, if it does, and whether it is in OpenAI's shape as it stands."""
+def _read_error(body: bytes) -> tuple[dict[str, Any] | None, bool]:
+    """The members of the error in a body (None: there is no error), and whether it already has OpenAI's shape."""
     try:
         answer = orjson.loads(body)
     except orjson.JSONDecodeError:
@@ -122,43 +127,41 @@ def _error_in(body: bytes) -> tuple[dict[str, Any] | None, bool]:
         return None, False
     error = answer.get("error")
     if isinstance(error, dict):
-        is_plain = isinstance(error.get("message"), str)
-        return error, is_plain and all(isinstance(error.get(name), str | None) for name in ("type", "param", "code"))
+        has_text = isinstance(error.get("message"), str)
+        return error, has_text and all(isinstance(error.get(name), str | None) for name in ("type", "param", "code"))
     # {"error": "text"}: Ollama. {"object": "error", "message": …}: vLLM until 0.10, Mistral. {"detail": …}: FastAPI.
-    said = next((value for name in ("error", "message", "detail") if (value := answer.get(name))), None)
-    return ({"message": said, **_rest_of(answer)} if _words(said) else None), False
+    message = next((value for name in ("error", "message", "detail") if (value := answer.get(name))), None)
+    if not _message_text(message):
+        return None, False
+    return {"message": message, **{name: answer.get(name) for name in ("type", "param", "code")}}, False
 
 
-def _rest_of(answer: dict[str, Any]) -> dict[str, Any]:
-    return {name: answer.get(name) for name in ("type", "param", "code")}
+def _message_text(message: object) -> str:
+    """The text of a message that may be nested. FastAPI sends a list with one entry for each bad field: the first."""
+    for _ in range(_NESTING_MAX):
+        if isinstance(message, dict):
+            message = message.get("msg") or message.get("message") or message.get("detail")
+        elif isinstance(message, list):
+            message = message[0] if message else None
+    return message.strip() if isinstance(message, str) else ""
 
 
-def _words(said: object) -> str:
-    """What a message says, however it is wrapped; FastAPI lists what is wrong with each field."""
-    for _ in range(_WRAPPINGS_MAX):
-        if isinstance(said, dict):
-            said = said.get("msg") or said.get("message") or said.get("detail")
-        elif isinstance(said, list):
-            said = said[0] if said else None
-    return said.strip() if isinstance(said, str) else ""
-
-
-def _shaped(status: int, error: dict[str, Any] | None) -> bytes:
-    """An error in OpenAI's shape, with what of its members can stand there."""
+def _in_openai_shape(status: int, error: dict[str, Any] | None) -> bytes:
+    """The error in OpenAI's shape; members that OpenAI does not have are kept."""
     error = error or {}
     type_, param, code = (error.get(name) for name in ("type", "param", "code"))
-    happened = "refused the request" if status < 500 else "failed"
+    event = "refused the request" if status < 500 else "failed"
     shaped = {
         **error,
-        "message": _words(error.get("message")) or f"The upstream {happened} with status {status}.",
+        "message": _message_text(error.get("message")) or f"The upstream {event} with status {status}.",
         "type": type_ if isinstance(type_, str) else "invalid_request_error" if status < 500 else "upstream_error",
         "param": param if isinstance(param, str) else None,
-        # vLLM's and llama.cpp's are numbers, at which strict clients stumble.
+        # vLLM and llama.cpp send numbers, which strict clients do not accept.
         "code": str(code) if isinstance(code, str | int) and not isinstance(code, bool) else None,
     }
     return orjson.dumps({"error": shaped})
 
 
-def _wrapped(status: int) -> bytes:
+def _in_anthropic_shape(status: int) -> bytes:
     error = InvalidRequest(f"The upstream refused the request with status {status}.")
     return orjson.dumps(anthropic.error_body(error))

@@ -1,8 +1,11 @@
-"""Which headers pass on, in either direction: two short lists; what is not on them stays here.
+"""Which headers are forwarded, in either direction. There is one short list for each, and no other header passes.
 
-Towards the upstream nothing passes that names the user, the client's address or account, or carries a key;
-towards the client nothing that names the account behind our key or speaks of this connection only.
-RFC 9110 §7.6.1 (hop-by-hop), and what was seen of the vendors' headers.
+Towards the upstream, no header passes that carries a key or that names the user, the client's address or the client's
+account. Towards the client, no header passes that names the account behind our key or that describes the connection
+to the upstream. Sources: RFC 9110 §7.6.1 (hop-by-hop headers), and the headers that the vendors were seen to send.
+
+An example of a header that does not pass: `openai-organization` in a request would bill another organisation, and in
+an answer it would name the operator's account to every user.
 """
 
 import hashlib
@@ -13,9 +16,9 @@ from proxy.policy.policy import Kind, Secret
 
 Headers = Sequence[tuple[str, str]]
 
-# What we call ourselves in `Server`: the library would name itself and its version.
+# Our value of `Server`. By default the HTTP library would name itself and its version.
 SERVER_NAME = "llm-quota-proxy"
-# Those of every answer in JSON that is written here.
+# The headers of every JSON answer that the proxy itself writes.
 JSON_HEADERS = {"content-type": "application/json", "cache-control": "no-store"}
 
 _TO_UPSTREAM = frozenset(
@@ -29,6 +32,7 @@ _TO_UPSTREAM = frozenset(
     )
 )
 _TO_CLIENT = frozenset(("content-type", "content-language", "openai-processing-ms", "openai-version"))
+# Without these, nginx and other proxies in front of us would buffer a stream.
 _EVENT_STREAM = {"cache-control": "no-cache, no-transform", "x-accel-buffering": "no"}
 
 
@@ -41,41 +45,46 @@ def to_upstream(
     betas: Collection[str] = (),
     is_stream: bool = False,
 ) -> dict[str, str]:
-    """The headers of the forwarded request: a few of the client's, our key, and no compression to undo.
+    """The headers of the forwarded request: a few of the client's, and our key. No compression is asked for.
 
-    `betas` are those of Anthropic's that may be asked for beside the usual ones. Others are left out, and what needs
-    them is refused by the upstream itself: clients name a handful with each request, whether or not they use them.
+    `betas` are the beta features of Anthropic's that the operator allows in addition to the usual ones. Others are
+    removed from the header. Clients name a handful in each request, whether or not they use them; a request that does
+    use one that was removed is rejected by the upstream itself.
     """
-    passing = _TO_UPSTREAM - _of_this_connection(headers)
-    sent = {name.lower(): value for name, value in headers if name.lower() in passing}
+    allowed = _TO_UPSTREAM - _hop_by_hop(headers)
+    sent = {name.lower(): value for name, value in headers if name.lower() in allowed}
     sent["content-type"] = content_type
     sent["accept-encoding"] = "identity"
     if kind == "anthropic":
         sent.setdefault("anthropic-version", VERSION)
-        if asked := [beta for beta in _listed(headers, "anthropic-beta") if beta in USUAL_BETAS or beta in betas]:
-            sent["anthropic-beta"] = ",".join(asked)
+        requested = _list_items(headers, "anthropic-beta")
+        if allowed_betas := [beta for beta in requested if beta in USUAL_BETAS or beta in betas]:
+            sent["anthropic-beta"] = ",".join(allowed_betas)
     if kind == "llamacpp" and is_stream:
-        # It says that it keeps the connection after a stream, and closes it: the next call would go nowhere.
+        # llama.cpp announces `keep-alive` and closes the connection after a stream all the same. If the connection
+        # were pooled, the next call would be written to a closed socket.
         sent["connection"] = "close"
     return {**sent, **key_header(kind, api_key)}
 
 
-def idempotency(headers: Headers, *, user: str, api_key: Secret | None) -> dict[str, str]:
-    """The client's idempotency key, made its user's own: the same for the same user and no other.
+def idempotency_header(headers: Headers, *, user: str, api_key: Secret | None) -> dict[str, str]:
+    """The client's `Idempotency-Key`, hashed with the user's name; empty if the client sent none.
 
-    An upstream that answers a repeated one from memory sees one account, and would hand one user the answer of
-    another. Our key is in it, so that nobody finds the user by trying names.
+    The upstream sees all users as one account, and an upstream with idempotency answers a repeated key from memory.
+    If alice and bob both send the key "1", bob would get alice's answer. Hashed, alice's key is the same each time
+    she sends it and different from bob's. Our API key is part of the hash, so an upstream cannot find the user by
+    hashing likely names.
     """
-    said = next((value for name, value in headers if name.lower() == "idempotency-key"), "")
-    if not said or "idempotency-key" in _of_this_connection(headers):
+    client_key = next((value for name, value in headers if name.lower() == "idempotency-key"), "")
+    if not client_key or "idempotency-key" in _hop_by_hop(headers):
         return {}
     secret = api_key.reveal() if api_key else ""
-    own = hashlib.sha256("\0".join((secret, user, said)).encode("utf-8", "surrogatepass")).hexdigest()
-    return {"idempotency-key": own}
+    digest = hashlib.sha256("\0".join((secret, user, client_key)).encode("utf-8", "surrogatepass")).hexdigest()
+    return {"idempotency-key": digest}
 
 
 def key_header(kind: Kind, api_key: Secret | None) -> dict[str, str]:
-    """The header in which this kind of upstream wants its key."""
+    """The header in which this kind of upstream reads its key."""
     if api_key is None:
         return {}
     match kind:
@@ -88,21 +97,25 @@ def key_header(kind: Kind, api_key: Secret | None) -> dict[str, str]:
 
 
 def to_client(headers: Headers, *, is_stream: bool) -> dict[str, str]:
-    """The headers of an answer that pass on, with what keeps others from storing or delaying it."""
-    passing = _TO_CLIENT - _of_this_connection(headers)
-    passed = {name.lower(): value for name, value in headers if name.lower() in passing and value.isprintable()}
-    # The second name is Anthropic's.
+    """The headers of the answer to the client: a few of the upstream's, and ours against caching and buffering.
+
+    The upstream's request id gets the name `x-upstream-request-id`, because `x-request-id` is our own. A value with
+    control characters is dropped: it could end the header line and begin another one.
+    """
+    allowed = _TO_CLIENT - _hop_by_hop(headers)
+    passed = {name.lower(): value for name, value in headers if name.lower() in allowed and value.isprintable()}
+    # OpenAI's name is x-request-id, Anthropic's request-id.
     upstream_id = next((value for name, value in headers if name.lower() in ("x-request-id", "request-id")), "")
     if upstream_id and upstream_id.isprintable():
         passed["x-upstream-request-id"] = upstream_id
     return {**passed, **(_EVENT_STREAM if is_stream else {"cache-control": "no-store"})}
 
 
-def _of_this_connection(headers: Headers) -> set[str]:
-    """The names that `Connection` lists: what they say ends here."""
-    return {listed.lower() for listed in _listed(headers, "connection")}
+def _hop_by_hop(headers: Headers) -> set[str]:
+    """The header names that `Connection` lists. They are meant for this connection only and are not forwarded."""
+    return {name.lower() for name in _list_items(headers, "connection")}
 
 
-def _listed(headers: Headers, name: str) -> list[str]:
-    """What all headers of this name list, between commas."""
-    return [part.strip() for header, value in headers if header.lower() == name for part in value.split(",")]
+def _list_items(headers: Headers, name: str) -> list[str]:
+    """The comma-separated items of all headers with this name (RFC 9110 §5.6.1)."""
+    return [item.strip() for header, value in headers if header.lower() == name for item in value.split(",")]

@@ -1,14 +1,22 @@
-"""Which upstream a call is sent to, where several serve its model, and which of them are left alone for a while.
+"""Which upstream a call is sent to if several serve its model, and which upstreams are in cooldown.
 
-Each gets its share by its weight. One that keeps failing, or that said when to come back, rests: it is asked only
-where all that could be asked are resting too. When its rest is over one call is sent to try it, and it rests on until
-that call was answered. So a rest never refuses a call, and nobody can bring one about that would.
+Each upstream gets a share of the calls by its weight. An upstream that keeps failing, or that said when to come back,
+is in cooldown: it is asked only if all upstreams that could be asked are in cooldown. When the cooldown is over, one
+call tries the upstream, and the others keep avoiding it until that call is answered. So a cooldown never refuses a
+call, and a client that provokes failures cannot lock others out.
 
-What one call may still do after a try that failed is said here too: asking again must never run it twice, so only
-what refused it provably, or failed with a head that says so, lets it go elsewhere. A time that ran out does not.
+    12:00:00  the fifth failure in a row         cooldown until 12:00:30
+    12:00:30  one call is sent to it             cooldown until 12:01:00, for all other calls
+    12:00:31  that call is answered              the cooldown is over
+              or it fails                        cooldown until 12:01:01
+              or its client left, and no result  at 12:01:00 another call tries it
 
-Pure: instants in ms and random numbers come in. Failures are remembered of upstreams as the policy has them, so one
-that is written anew begins anew.
+The module also says what a call may still do after a failed attempt. A call must never run twice, so only a call that
+was provably refused, or whose upstream failed with a status that says so, may be sent again. A timeout proves
+nothing.
+
+Pure: times (in ms) and random numbers are passed in. Failures are remembered by the upstream as it is configured, so
+an upstream whose configuration changes starts without failures.
 """
 
 import re
@@ -19,107 +27,121 @@ from itertools import accumulate
 
 from proxy.policy.policy import Model, Upstream
 
-# So many calls in a row that an upstream fails are no coincidence; then it is left alone for so long.
+# So many failures in a row are no coincidence: one failure in ten calls would give five in a row once in 100,000
+# times.
 FAILURES_MAX = 5
 COOLDOWN_MS = 30_000
-# What it says itself is believed up to here: a slip of an upstream must not take it out for a day.
+# The longest `Retry-After` that is believed. An upstream that says 86400 by mistake must not be avoided for a day.
 COOLDOWN_MS_MAX = 60_000
-# A wait that its client need not hear of, once for each call.
+# The longest pause before the same upstream is asked again. The client waits meanwhile and sees nothing of it.
 PAUSE_MS_MAX = 2_000
-# Before an upstream is asked again that could not be reached: it may be starting anew.
+# The pause before an upstream that could not be reached is asked again: it may be restarting.
 UNREACHED_PAUSE_MS = 200
-# An upstream, or what stands before it, that gave up waiting: the call may be running on (524 is Cloudflare's).
-_TIMES_OUT = frozenset((408, 504, 524))
-# Our key or our account is of no use there, or its own limit is reached; whatever is asked.
-_NOT_HERE = frozenset((401, 402, 429))
+# The upstream, or a proxy in front of it, gave up waiting, so the call may still run (524 is Cloudflare's).
+_TIMEOUT_STATUSES = frozenset((408, 504, 524))
+# This upstream refuses our key, our account is used up, or its own limit is reached. Another upstream may answer.
+_ACCOUNT_STATUSES = frozenset((401, 402, 429))
 
 
 @dataclass(frozen=True, slots=True)
-class _Failing:
-    """What is remembered of an upstream since it last answered."""
+class _Failures:
+    """The failures of an upstream since it last answered, and the end of its cooldown (0: no cooldown)."""
 
-    failures: int
+    count: int
     cooldown_until: int
 
 
 @dataclass(frozen=True, slots=True)
 class RoutingState:
-    """One call's choice among the places that serve its model: those `left`, and when none is sent to any more.
+    """The targets that one call may still be sent to, until the time `deadline` (ms).
 
-    `pause_ms` passes before the next one. `has_paused`: no place is asked a second time but once.
+    `pause_ms` is the pause before the next attempt. `has_paused` is set once a target is asked a second time, which
+    happens at most once for each call.
     """
 
-    left: tuple[Model, ...]
-    until: int
+    remaining: tuple[Model, ...]
+    deadline: int
     pause_ms: int = 0
     has_paused: bool = False
 
-    def after(self, tried: Model, *, pause_ms: int | None, now: int) -> "RoutingState | None":
-        """What is left after a failed try; None where nothing is.
+    def after_failure(self, target: Model, *, pause_ms: int | None, now: int) -> "RoutingState | None":
+        """The state after a failed attempt at `target`; None if the call may not be sent again.
 
-        `pause_ms` is when the same upstream might be asked again (None: never).
+        `pause_ms` is the time after which the same upstream may be asked again (None: never). Other targets are asked
+        first, without a pause.
         """
-        left = tuple(target for target in self.left if target is not tried)
-        if now >= self.until:
+        remaining = tuple(other for other in self.remaining if other is not target)
+        if now >= self.deadline:
             return None
-        if left:
-            return replace(self, left=left, pause_ms=0)
-        is_short = pause_ms is not None and pause_ms <= PAUSE_MS_MAX and now + pause_ms < self.until
-        if pause_ms is None or not is_short or self.has_paused:
+        if remaining:
+            return replace(self, remaining=remaining, pause_ms=0)
+        if pause_ms is None or pause_ms > PAUSE_MS_MAX or now + pause_ms >= self.deadline or self.has_paused:
             return None
-        return replace(self, left=(tried,), pause_ms=pause_ms, has_paused=True)
+        return replace(self, remaining=(target,), pause_ms=pause_ms, has_paused=True)
 
 
 @dataclass(slots=True)
 class Cooldowns:
-    """Which upstreams are left alone, as one process sees it."""
+    """Which upstreams are in cooldown, as one process has seen it."""
 
-    _failing: dict[Upstream, _Failing] = field(default_factory=dict)
+    _failures: dict[Upstream, _Failures] = field(default_factory=dict)
 
     def choose(self, targets: Sequence[Model], now: int, *, draw: int) -> Model:
-        """One of these places. `draw` is a random number from 0 on, far larger than any sum of weights."""
-        # The end of a rest that is further away than any rest was written by a clock that went ahead.
-        awake = [target for target in targets if not now < self._rests_until(target) <= now + COOLDOWN_MS_MAX]
-        if not awake:
-            return min(targets, key=self._rests_until)
-        chosen = _drawn(awake, draw)
-        failing = self._failing.get(chosen.upstream)
-        if failing is not None and failing.cooldown_until:
-            # This call is the one that tries it. Should nothing be heard of it, another one will.
-            self._failing[chosen.upstream] = replace(failing, cooldown_until=now + COOLDOWN_MS)
+        """One of these targets. `draw` is a random number ≥ 0 from a range far larger than any sum of weights.
+
+        Choosing an upstream whose cooldown is over makes this call the one that tries it.
+        """
+        # A cooldown that ends later than any cooldown can was written while the clock was ahead; it is ignored.
+        available = [target for target in targets if not now < self._cooldown_until(target) <= now + COOLDOWN_MS_MAX]
+        if not available:
+            return min(targets, key=self._cooldown_until)
+        chosen = _by_weight(available, draw)
+        failures = self._failures.get(chosen.upstream)
+        if failures is not None and failures.cooldown_until:
+            # The other calls avoid the upstream for one more cooldown. If no result of this call is ever noted,
+            # because its client left, another call tries the upstream then.
+            self._failures[chosen.upstream] = replace(failures, cooldown_until=now + COOLDOWN_MS)
         return chosen
 
     def answered(self, upstream: Upstream) -> None:
-        """It did what it is there for."""
-        self._failing.pop(upstream, None)
+        """Note that it answered: its failures are forgotten."""
+        self._failures.pop(upstream, None)
 
     def failed(self, upstream: Upstream, now: int, *, retry_after_s: int | None = None) -> None:
-        """It failed, or was too busy; `retry_after_s` as it said."""
-        before = self._failing.get(upstream, _Failing(0, 0))
-        failures, cooldown_until = before.failures + 1, before.cooldown_until
+        """Note that it failed or refused because it was busy; `retry_after_s` is what its `Retry-After` said."""
+        before = self._failures.get(upstream, _Failures(0, 0))
+        count, cooldown_until = before.count + 1, before.cooldown_until
+        # `max`: calls overlap, and a result that comes late must not shorten a cooldown.
         if retry_after_s is not None:
             cooldown_until = max(cooldown_until, now + min(retry_after_s * 1000, COOLDOWN_MS_MAX))
-        elif failures >= FAILURES_MAX:
+        elif count >= FAILURES_MAX:
             cooldown_until = max(cooldown_until, now + COOLDOWN_MS)
-        self._failing[upstream] = _Failing(failures, cooldown_until)
+        self._failures[upstream] = _Failures(count, cooldown_until)
 
-    def _rests_until(self, target: Model) -> int:
-        failing = self._failing.get(target.upstream)
-        return failing.cooldown_until if failing is not None else 0
+    def _cooldown_until(self, target: Model) -> int:
+        failures = self._failures.get(target.upstream)
+        return failures.cooldown_until if failures is not None else 0
 
 
 def seconds_of(retry_after: str | None) -> int | None:
-    """The whole seconds that a `Retry-After` says; None where it says a date, or nothing."""
+    """The seconds in a `Retry-After` header; None if it has a date or anything else, or is missing."""
     return int(retry_after) if retry_after and re.fullmatch(r"[0-9]{1,9}", retry_after) else None
 
 
 def may_try_another_target(status: int) -> bool:
-    """Whether an answer with this status leaves no doubt that another upstream may be asked."""
-    return status in _NOT_HERE or (500 <= status <= 599 and status not in _TIMES_OUT)
+    """Whether a call that was answered with this status certainly did not run, so that another upstream may get it.
+
+    Not for other 4xx: the request itself is at fault, and every upstream would refuse it.
+    """
+    return status in _ACCOUNT_STATUSES or (500 <= status <= 599 and status not in _TIMEOUT_STATUSES)
 
 
-def _drawn(targets: Sequence[Model], draw: int) -> Model:
-    """One of them, each as often as its weight says; where none has any, all alike."""
+def _by_weight(targets: Sequence[Model], draw: int) -> Model:
+    """One of the targets, each as often as its weight says; if all weights are 0, each equally often.
+
+    Example: with weights 3 and 1 the edges are 3 and 4. `draw % 4` is 0, 1 or 2 for the first target, 3 for the
+    second.
+    """
     edges = list(accumulate(target.weight for target in targets))
     if edges[-1] == 0:
         return targets[draw % len(targets)]

@@ -1,6 +1,6 @@
-"""A body that is too large for memory, kept in a temporary file from when it comes until it is sent.
+"""A body that is too large for memory, kept in a temporary file from its arrival until it is sent.
 
-The file has no name on the disk, so nothing is left behind by a crash. It is read and written in a thread.
+The file has no name on the disk, so a crash leaves nothing behind. It is read and written in a thread.
 """
 
 import asyncio
@@ -11,67 +11,74 @@ from collections.abc import AsyncIterator
 
 from proxy.errors import NoSpace
 
-# So much is kept in memory before the file is begun, and written or read at a time.
-_PIECE_BYTES = 2**18
+# How many bytes are written or read at a time.
+_CHUNK_BYTES = 2**18
+# Bodies up to this size stay in memory, and no file is made.
 _MEMORY_BYTES = 2**20
-# What uploads leave free of the disk, or a tenth of it where it is small: the books may stand on the same one.
-_LEFT_FREE_BYTES = 2**30
+# How much of the disk uploads leave free, or a tenth of a small disk. The database may be on the same disk: if
+# uploads filled it, no call could be admitted.
+_FREE_BYTES_MIN = 2**30
 
 
 def has_room(total: int, used: int, free: int) -> bool:
-    """Whether a disk of so many bytes has room for an upload."""
-    return free > min(_LEFT_FREE_BYTES, total // 10)
+    """Whether a disk with these sizes (in bytes) has room for an upload."""
+    return free > min(_FREE_BYTES_MIN, total // 10)
 
 
 class Spool:
-    """One body on the disk. `close()` when it isn't needed any more."""
+    """One body. Call `close()` when it is no longer needed."""
 
     def __init__(self) -> None:
         self.size = 0
-        self._file = tempfile.SpooledTemporaryFile(max_size=_MEMORY_BYTES)  # noqa: SIM115 - `close` does it
+        self._file = tempfile.SpooledTemporaryFile(max_size=_MEMORY_BYTES)  # noqa: SIM115 - closed by `close`
         self._unwritten = bytearray()
-        self._reading = threading.Lock()
+        self._read_lock = threading.Lock()
 
     async def write(self, chunk: bytes) -> None:
-        """Take the next bytes. Raises NoSpace where the disk has no room for them."""
+        """Append bytes. Raises NoSpace if the disk has no room for them."""
         self.size += len(chunk)
         self._unwritten += chunk
-        if len(self._unwritten) >= _PIECE_BYTES:
+        if len(self._unwritten) >= _CHUNK_BYTES:
             await self.flush()
 
     async def flush(self) -> None:
-        """Write what has been taken: before it is read. Raises NoSpace."""
-        piece, self._unwritten = bytes(self._unwritten), bytearray()
+        """Write what is still buffered; required before the first read. Raises NoSpace."""
+        chunk, self._unwritten = bytes(self._unwritten), bytearray()
         try:
-            await asyncio.to_thread(self._write, piece)
+            await asyncio.to_thread(self._write, chunk)
         except OSError as error:
             raise NoSpace from error
 
-    def _write(self, piece: bytes) -> None:
+    def _write(self, chunk: bytes) -> None:
         if self.size > _MEMORY_BYTES and not has_room(*shutil.disk_usage(tempfile.gettempdir())):
             raise NoSpace
-        self._file.write(piece)
+        self._file.write(chunk)
 
     async def read(self, start: int, end: int) -> AsyncIterator[bytes]:
-        """The bytes from `start` to `end`, piece by piece."""
+        """The bytes from `start` to `end`, in chunks of at most 256 KiB."""
         while start < end:
-            piece = await asyncio.to_thread(self._piece, start, min(_PIECE_BYTES, end - start))
-            start += len(piece)
-            yield piece
+            chunk = await asyncio.to_thread(self._read, start, min(_CHUNK_BYTES, end - start))
+            start += len(chunk)
+            yield chunk
 
-    def _piece(self, start: int, size: int) -> bytes:
-        # A thread can't be stopped: the one of a try that was given up may still be reading.
-        with self._reading:
+    def _read(self, start: int, size: int) -> bytes:
+        # A thread cannot be cancelled: while an attempt that was given up is still reading, the next attempt may
+        # begin. Without the lock one of them would read at the position to which the other one moved the file.
+        with self._read_lock:
             self._file.seek(start)
             return self._file.read(size)
 
     def close(self) -> None:
-        """Let go of it."""
+        """Close the file, which deletes it."""
         self._file.close()
 
 
 class Spliced:
-    """A body that is sent from a spool, with the bytes from `start` to `end` replaced."""
+    """The body in a spool, with the bytes from `start` to `end` replaced by `patch` while it is sent.
+
+    Only the model's name in a form is replaced, so an upload of any size is never copied. Example: in a form whose
+    field `model` has the value "fast" at bytes 120 to 124, `patch` is b"gpt-4o-mini", and the body is 7 bytes longer.
+    """
 
     def __init__(self, spool: Spool, *, start: int, end: int, patch: bytes) -> None:
         self._spool = spool
@@ -82,10 +89,10 @@ class Spliced:
     def __len__(self) -> int:
         return self._spool.size - (self._end - self._start) + len(self._patch)
 
-    async def pieces(self) -> AsyncIterator[bytes]:
-        """The body, piece by piece."""
-        async for piece in self._spool.read(0, self._start):
-            yield piece
+    async def chunks(self) -> AsyncIterator[bytes]:
+        """The body in chunks."""
+        async for chunk in self._spool.read(0, self._start):
+            yield chunk
         yield self._patch
-        async for piece in self._spool.read(self._end, self._spool.size):
-            yield piece
+        async for chunk in self._spool.read(self._end, self._spool.size):
+            yield chunk

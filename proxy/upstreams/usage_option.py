@@ -1,56 +1,60 @@
-"""Which upstreams accept the option by which we ask for the usage of a stream, remembered as calls go by.
+"""Which upstreams accept the option that asks for the usage of a stream, learned from their answers.
 
-A stream of OpenAI's format states its usage only if `stream_options.include_usage` asks for it, so we ask if the client
-did not. An upstream that does not know the option answers 400. It then gets the call again without the option, and the
-next hundred calls go without it too. Pure.
+A stream of OpenAI's format reports its usage only if `stream_options.include_usage` asks for it, so we ask if the
+client did not. An upstream that does not know the option answers 400 or 422. Then it gets the call again without the
+option, and the next hundred calls to the same address and model go without it too. Pure.
 """
 
 from proxy.policy.policy import Model
 
-# What we write into the request to hear the usage of a stream. Whoever does not take it names one of these.
-_OPTION = (b"stream_options", b"include_usage", b"continuous_usage_stats", b"timings_per_token")
-# OpenAI's and vLLM's status for a field that is not known or not allowed, and FastAPI's and Mistral's.
-_NOT_TAKEN = (400, 422)
-# So many calls go without the option before it is tried again. Azure is said to refuse it beside pictures: one
-# such call must not leave all others uncounted for good.
+# The fields that we write into a request to get the usage of a stream. An upstream that rejects one names it.
+_OPTION_FIELDS = (b"stream_options", b"include_usage", b"continuous_usage_stats", b"timings_per_token")
+# For a field that is not known or not allowed, OpenAI and vLLM answer 400, FastAPI and Mistral 422.
+_REJECTION_STATUSES = (400, 422)
+# How many calls go without the option before it is tried again. Azure is said to reject it in requests with images:
+# one such call must not leave all others uncounted for good.
 _CALLS_WITHOUT = 100
-_ADDRESSES_KEPT = 4096
+# Names of models come from clients, so the number of addresses has a bound.
+_ADDRESSES_MAX = 4096
 
 
 def is_about_usage_option(status: int, body: bytes) -> bool:
-    """Whether an answer says that the option in which we ask for the usage of a stream is not taken."""
-    return status in _NOT_TAKEN and any(name in body for name in _OPTION)
+    """Whether an error answer says that the upstream does not accept the option."""
+    return status in _REJECTION_STATUSES and any(field in body for field in _OPTION_FIELDS)
 
 
 class UsageOptionCache:
-    """Which addresses take the option in which we ask for usage, learned as calls go by."""
+    """Which addresses accept the option, as one process has seen it."""
 
     def __init__(self) -> None:
-        # By the upstream's base_url, the address there, and the model.
-        self._taken: set[tuple[str, str, str]] = set()
+        # The keys are the upstream's base_url, the address there, and the model.
+        self._accepted: set[tuple[str, str, str]] = set()
         self._calls_without: dict[tuple[str, str, str], int] = {}
 
-    def may_ask(self, address: str, model: Model) -> bool:
-        """Whether a call that is sent there now may ask; one that may not is one of the hundred that go without."""
-        key = _key(address, model)
-        left = self._calls_without.pop(key, 0)
-        if left:
-            self._calls_without[key] = left - 1
-        return not left
+    def should_send(self, address: str, model: Model) -> bool:
+        """Whether the call that is about to be sent may have the option.
 
-    def note(self, address: str, model: Model, *, is_taken: bool) -> None:
-        """Take note that a call was let through with the option, or only without it.
-
-        Where it was taken once a refusal speaks of that one request.
+        If not, the call counts as one of the hundred that go without it.
         """
         key = _key(address, model)
-        # With an open list of models there is no end of names.
-        if len(self._taken) + len(self._calls_without) >= _ADDRESSES_KEPT:
-            self._taken.clear()
+        remaining = self._calls_without.pop(key, 0)
+        if remaining:
+            self._calls_without[key] = remaining - 1
+        return not remaining
+
+    def note(self, address: str, model: Model, *, is_accepted: bool) -> None:
+        """Note that a call succeeded with the option, or only without it.
+
+        Once an address has accepted the option, a later rejection concerns that one request and is ignored. Otherwise
+        one client could turn off the usage of all others with a request that is rejected for another reason.
+        """
+        key = _key(address, model)
+        if len(self._accepted) + len(self._calls_without) >= _ADDRESSES_MAX:
+            self._accepted.clear()
             self._calls_without.clear()
-        if is_taken:
-            self._taken.add(key)
-        elif key not in self._taken:
+        if is_accepted:
+            self._accepted.add(key)
+        elif key not in self._accepted:
             self._calls_without[key] = _CALLS_WITHOUT
 
 

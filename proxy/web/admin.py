@@ -1,4 +1,4 @@
-"""The admin listener: metrics and health. Nothing of it is reachable on the API listener."""
+"""The admin listener: metrics and health. The API listener does not serve these metrics."""
 
 from aiohttp import web
 
@@ -15,11 +15,12 @@ class Admin:
         self._health = health
 
     def application(self) -> web.Application:
-        """The application."""
+        """The application of the listener."""
         application = web.Application(middlewares=[answer_errors])
-        application.router.add_routes([*self._health.routes(), web.get("/metrics", self._exposition)])
+        application.router.add_routes([*self._health.routes(), web.get("/metrics", self._metrics_page)])
         return application
 
-    async def _exposition(self, request: web.Request) -> web.Response:
+    async def _metrics_page(self, request: web.Request) -> web.Response:
+        # Prometheus' text format has the version 0.0.4, and wants it in the content type.
         headers = {"content-type": "text/plain; version=0.0.4; charset=utf-8", "cache-control": "no-store"}
         return web.Response(headers=headers, body=self._metrics.exposition())

@@ -1,7 +1,11 @@
-"""Cross-origin requests: which web pages may call from a browser, and which headers their scripts may read.
+"""CORS: the web pages that may call the API from a browser, and the headers that their scripts may read.
 
-Off unless the config names origins. Keys travel in headers, never in cookies, so a page can only use a key that it
-was given: the list bounds where keys are typed in, it does not guard them.
+Off unless `server.cors` lists origins. Keys are sent in headers and never in cookies, so a page can use only a key
+that its user gave it. The list therefore limits the pages into which users may type their keys; it does not protect
+the keys.
+
+A browser sends a preflight request (OPTIONS, without a key) before the real one. If the answer does not allow the
+origin, the browser sends nothing more.
 """
 
 import re
@@ -12,15 +16,17 @@ from aiohttp import hdrs, web
 from proxy.web.middleware import Handler
 
 _ALLOWED_METHODS = "GET, POST, OPTIONS"
-# `*` would not stand for authorization (Fetch, "CORS protocol"), so each is named.
+# Each is listed, because `*` does not include `authorization` (Fetch Standard, "CORS protocol").
 _ALLOWED_HEADERS = (
     "authorization content-type api-key x-api-key openai-organization openai-project openai-beta anthropic-version "
     "anthropic-beta anthropic-dangerous-direct-browser-access idempotency-key http-referer x-title x-quota-max-wait"
 ).split()
-# SDKs tell of themselves in a dozen of these, and of others from release to release.
+# OpenAI's and Anthropic's SDKs send a dozen headers with this prefix, and new releases add more. So those that the
+# browser asks for are echoed.
 _ECHOED = re.compile(r"x-stainless-[a-z0-9-]{1,60}")
 _ECHOED_MAX = 40
-# Without these a browser's SDK sees neither when to come back nor that it should not.
+# A script can read no other headers. Without `retry-after` and `x-should-retry` in this list, an SDK in a browser
+# would retry a call that is refused until the end of the month.
 _EXPOSED_HEADERS = (
     "x-request-id x-upstream-request-id retry-after retry-after-ms x-should-retry "
     "x-ratelimit-limit-requests x-ratelimit-limit-tokens x-ratelimit-remaining-requests "
@@ -29,24 +35,24 @@ _EXPOSED_HEADERS = (
     "anthropic-ratelimit-requests-limit anthropic-ratelimit-requests-remaining anthropic-ratelimit-requests-reset "
     "anthropic-ratelimit-tokens-limit anthropic-ratelimit-tokens-remaining anthropic-ratelimit-tokens-reset"
 ).split()
-# Two hours is the most that Chrome keeps.
+# How long a browser caches the answer to a preflight. Chrome limits it to two hours.
 _MAX_AGE_S = "7200"
 
 
 class Cors:
-    """What pages of these origins may do; "*" stands for all."""
+    """The CORS headers for pages of the given origins; "*" allows all origins."""
 
     def __init__(self, origins: Collection[str]) -> None:
         self._origins = frozenset(origins)
 
     @web.middleware
     async def answer_preflight(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        """Answer what a browser asks before it sends a request, which it does without any key."""
-        asks = request.method == hdrs.METH_OPTIONS and hdrs.ACCESS_CONTROL_REQUEST_METHOD in request.headers
-        if not asks or self._allowed(request) is None:
+        """Answer a preflight request of an allowed origin. It comes before authentication, because it has no key."""
+        is_preflight = request.method == hdrs.METH_OPTIONS and hdrs.ACCESS_CONTROL_REQUEST_METHOD in request.headers
+        if not is_preflight or self._allowed(request) is None:
             return await handler(request)
-        asked = request.headers.get(hdrs.ACCESS_CONTROL_REQUEST_HEADERS, "").lower().split(",")
-        echoed = [name for name in map(str.strip, asked) if _ECHOED.fullmatch(name)]
+        requested = request.headers.get(hdrs.ACCESS_CONTROL_REQUEST_HEADERS, "").lower().split(",")
+        echoed = [name for name in map(str.strip, requested) if _ECHOED.fullmatch(name)]
         headers = {
             hdrs.ACCESS_CONTROL_ALLOW_METHODS: _ALLOWED_METHODS,
             hdrs.ACCESS_CONTROL_ALLOW_HEADERS: ", ".join([*_ALLOWED_HEADERS, *echoed[:_ECHOED_MAX]]),
@@ -54,16 +60,21 @@ class Cors:
         }
         return web.Response(status=204, headers=headers)
 
-    async def mark(self, request: web.Request, response: web.StreamResponse) -> None:
-        """Say on an answer, whatever it is, who may read it. For `on_response_prepare`, where streams pass too."""
+    async def add_headers(self, request: web.Request, response: web.StreamResponse) -> None:
+        """Add the CORS headers to a response, whatever its status.
+
+        It is a signal handler of `on_response_prepare` and not a middleware: a streamed response is sent before the
+        handler returns it.
+        """
         if self._origins and "*" not in self._origins:
+            # The headers depend on the origin, so a cache must not give this response to a page of another origin.
             response.headers[hdrs.VARY] = hdrs.ORIGIN
         if (allowed := self._allowed(request)) is not None:
             response.headers[hdrs.ACCESS_CONTROL_ALLOW_ORIGIN] = allowed
             response.headers[hdrs.ACCESS_CONTROL_EXPOSE_HEADERS] = ", ".join(_EXPOSED_HEADERS)
 
     def _allowed(self, request: web.Request) -> str | None:
-        """The origin that is let in; None where it is not, or where no browser is asking."""
+        """The value of Access-Control-Allow-Origin; None if the origin is not allowed or the request has none."""
         origin = request.headers.get(hdrs.ORIGIN)
         if origin is None or not self._origins:
             return None

@@ -1,7 +1,8 @@
-"""Liveness and readiness, the same on both listeners, without a key.
+"""Liveness and readiness, on both listeners, without a key.
 
-Liveness says only that the process answers: a database that is away is no reason to kill it. Readiness says
-whether a call would be served now, and under which policy.
+`/healthz` (liveness) is 200 as long as the process answers, also while the database can't be used: a restart of the
+process would not bring the database back. `/readyz` (readiness) is 200 if a call would be served now, else 503, and
+has the hash of the policy in force.
 """
 
 from aiohttp import web
@@ -11,7 +12,7 @@ from proxy.ledger.ledger import Ledger
 
 
 class Health:
-    """`/healthz` and `/readyz`."""
+    """The handlers of `/healthz` and `/readyz`. Set `is_stopping` to make the process not ready."""
 
     def __init__(self, ledger: Ledger, policies: Policies) -> None:
         self._ledger = ledger
@@ -19,7 +20,7 @@ class Health:
         self.is_stopping = False
 
     def routes(self) -> list[web.RouteDef]:
-        """To be added to an application's router."""
+        """The routes, for an application's router."""
         return [web.get("/healthz", self._live), web.get("/readyz", self._ready)]
 
     async def _live(self, request: web.Request) -> web.Response:

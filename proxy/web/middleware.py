@@ -1,11 +1,13 @@
-"""What every request passes: it must be readable in one way only, and every error becomes a response.
+"""The steps that every request passes: validation of its framing, and the conversion of every error to a response.
 
-This is the one place that turns an error into a response, in the shape of the surface that was asked: OpenAI's, or
-Anthropic's on the paths that are its own. That includes what the server library itself refuses.
+`answer_errors` is the one place that converts an error to a response, in the shape of the API that was addressed:
+OpenAI's, or Anthropic's on Anthropic's paths. That includes errors that the server library raises. `listener` uses
+`error_response` too, for requests that never reach a handler.
 
-A request whose framing others in front of us could read differently is refused and its connection closed, so that no
-byte behind it is taken for another request (RFC 9112 section 11.2). The library refuses most of it while it reads (two
-lengths, a length and a transfer coding, lines that are no HTTP); `validate_request` refuses what it accepts.
+`validate_request` refuses a request that a server in front of the proxy could parse differently, and closes its
+connection, so that no byte behind it is taken for another request (RFC 9112 §11.2). The library itself refuses most
+of them while it parses: two lengths, a length and a transfer coding, lines that are not HTTP. `validate_request`
+refuses those that the library accepts.
 """
 
 import re
@@ -22,69 +24,86 @@ from proxy.upstreams.headers import JSON_HEADERS, SERVER_NAME
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
+# The id that the proxy gives to a request; routes.py sets it before any other step.
 REQUEST_ID = web.RequestKey("request_id", str)
 
-log = structlog.get_logger("answering")
+# RFC 9110 §7.2: a name or an address, and optionally a port. With a slash in it (`Host: proxy/v1/models?`), a server
+# that joins host and path to one URL would see another path than this proxy.
+_HOST = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~-]*)(?::[0-9]{0,5})?")
+
+log = structlog.get_logger("middleware")
+
+
+# --------------------------------------------------------------------------------------------------------- validation
+
+
+@web.middleware
+async def validate_request(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Handle the request if there is only one way to parse it. Raises BadFraming.
+
+    For example `Transfer-Encoding: gzip, chunked`: the library parses the body as chunked. A server in front that
+    compares the value with `chunked` finds no match and may take the body to be empty. The two would disagree about
+    where the next request begins, and a client could hide a second request in the body of the first.
+    """
+    # The target has to be a path of this server. An absolute URL would name another host than the Host header may.
+    if not request.raw_path.startswith("/") and request.raw_path != "*":
+        raise BadFraming("Send the path alone in the request line: this is no forward proxy.")
+    # The library drops a fragment: `/v1/models#/../x` would be served as `/v1/models`, others may resolve the rest.
+    if "#" in request.raw_path:
+        raise BadFraming("The path has a fragment (#…). Remove it: fragments are not sent to servers.")
+    if request.version not in ((1, 0), (1, 1)):
+        raise BadFraming("Use HTTP/1.1 or HTTP/1.0.")
+    if not _HOST.fullmatch(request.headers.get(hdrs.HOST, "")):
+        raise BadFraming("The Host header is not a host name or an address with an optional port.")
+    codings = request.headers.getall(hdrs.TRANSFER_ENCODING, [])
+    if codings and ([coding.lower() for coding in codings] != ["chunked"] or request.version < (1, 1)):
+        raise BadFraming("Transfer-Encoding must be chunked and nothing else, in HTTP/1.1.")
+    return await handler(request)
+
+
+# ------------------------------------------------------------------------------------------------------------- errors
 
 
 @web.middleware
 async def answer_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Answer every error in the shape of the surface that was asked, with the request's id."""
+    """Convert every exception of the handler to a response in the shape of the API that was addressed."""
     try:
         return await handler(request)
     except ProxyError as error:
         response = error_response(error, request)
+        # The connection is closed if it is unknown where the next request begins. That is so for errors of framing
+        # (`closes`), and after `Expect: 100-continue`: a client that gets a final status instead of the 100 may send
+        # its body all the same, or leave it out (RFC 9110 §10.1.1).
         if error.closes or hdrs.EXPECT in request.headers:
-            # The rest of the request is unknown; also of a client that asked before it sent its body, and may not.
             response.force_close()
         return response
     except (web.HTTPNotFound, web.HTTPMethodNotAllowed):
-        return error_response(_no_such_path(request), request)
+        return error_response(_not_served(request), request)
     except Exception as error:
+        # The text of an unexpected exception may contain anything, so only the log has it.
         log.error("a request failed", exc_info=error, request=request.get(REQUEST_ID))
         return error_response(ProxyError("The proxy made a mistake. It has been logged."), request)
 
 
 async def not_served(request: web.Request) -> web.StreamResponse:
-    """The handler of every path that is not served."""
-    raise _no_such_path(request)
+    """The handler of every path that is not served: a 404."""
+    raise _not_served(request)
 
 
 def error_response(error: ProxyError, request: web.BaseRequest) -> web.Response:
-    """The answer that an error is."""
+    """The response for an error, with the request's id if it has one."""
     headers = {**JSON_HEADERS, "server": SERVER_NAME, **error.headers}
     id = request.get(REQUEST_ID)
     if id is not None:
         headers["x-request-id"] = id
     body = error.body()
     if is_messages_path(request.path):
+        # Anthropic's SDK reads the id from `request-id`, OpenAI's from `x-request-id`.
         headers |= {} if id is None else {"request-id": id}
         body = anthropic.error_body(error, id)
     return web.Response(status=error.status, headers=headers, body=dump(body))
 
 
-def _no_such_path(request: web.Request) -> NotServed:
-    # As it was sent: decoded, `/v1%2fmodels` would look like a path that is served.
+def _not_served(request: web.Request) -> NotServed:
+    # The path as the client sent it: decoded, `/v1%2fmodels` would look like `/v1/models`, which is served.
     return NotServed(f"Invalid URL ({request.method} {request.rel_url.raw_path[:200]})")
-
-
-# RFC 9110 §7.2: a name or an address and perhaps a port; a slash in it could be taken for the beginning of a path.
-_HOST = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~-]*)(?::[0-9]{0,5})?")
-
-
-@web.middleware
-async def validate_request(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Handle the request if it can be read in one way only; raises BadFraming."""
-    # The target is a path of ours: no other server's URL, and no fragment, which the library would drop.
-    if not request.raw_path.startswith("/") and request.raw_path != "*":
-        raise BadFraming("Send the path alone in the request line: this is no forward proxy.")
-    if "#" in request.raw_path:
-        raise BadFraming("The path holds a fragment (#…), which is not for servers.")
-    if request.version not in ((1, 0), (1, 1)):
-        raise BadFraming("Speak HTTP/1.1 or HTTP/1.0.")
-    if not _HOST.fullmatch(request.headers.get(hdrs.HOST, "")):
-        raise BadFraming("The Host header names no host.")
-    codings = request.headers.getall(hdrs.TRANSFER_ENCODING, [])
-    if codings and ([coding.lower() for coding in codings] != ["chunked"] or request.version < (1, 1)):
-        raise BadFraming("Transfer-Encoding must be chunked and nothing else, in HTTP/1.1.")
-    return await handler(request)

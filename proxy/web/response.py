@@ -1,8 +1,9 @@
-"""The program at the other end of one request: what is sent to it, and that it has gone.
+"""Writes the answer of one request to its client, and notices that the client has disconnected.
 
-The handler of a request does nothing but wait; when the client hangs up, the server cancels the handler at once,
-also while nothing is being written, and the handler says so here (`note_disconnect`). The call itself runs in a task of its
-own, which asks `is_disconnected` or is told through `on_disconnected`. Writing to a client that has gone does nothing.
+The handler of a request only waits for its call, which runs in a task of its own. When the client closes the
+connection, the server library cancels the handler at once, also while nothing is being written, and the handler calls
+`note_disconnect`. The call reads `is_disconnected`, or is told by the callback of `on_disconnected`. Writing to a
+client that has disconnected does nothing.
 """
 
 import asyncio
@@ -14,54 +15,57 @@ from aiohttp import web
 from proxy.tasks import Tasks
 from proxy.upstreams.headers import SERVER_NAME
 
-# A client that takes nothing for this long is taken to be gone: it must not hold an upstream's generation.
+# A client that accepts no data for this long counts as disconnected: its upstream would go on generating meanwhile.
 _WRITE_S = 60
-# What is between may take a connection on which nothing moves for dead: load balancers after 60 s, Node after 300.
-_SILENCE_S = 15
-# A line that begins with a colon is a comment (WHATWG, HTML section 9.2.6): every SDK passes over it.
-KEEP_ALIVE = b": keep-alive\n\n"
+# Load balancers close a connection without traffic after 60 s, Node's HTTP client after 300 s.
+_HEARTBEAT_S = 15
+# A line that begins with a colon is a comment (WHATWG, HTML §9.2.6), which every SDK ignores.
+HEARTBEAT = b": keep-alive\n\n"
 
 
 class WebResponder:
-    """One client and the response to it. `id` is the request's id, sent as `x-request-id`."""
+    """One client and the response to it. `id` is the request's id, which is sent as `x-request-id`.
+
+    `response` is None until an answer has begun.
+    """
 
     def __init__(
-        self, request: web.Request, *, id: str, write_s: float = _WRITE_S, heartbeat_s: float = _SILENCE_S
+        self, request: web.Request, *, id: str, write_s: float = _WRITE_S, heartbeat_s: float = _HEARTBEAT_S
     ) -> None:
         self.id = id
         self.headers: Sequence[tuple[str, str]] = list(request.headers.items())
-        self.api_version = request.query.get("api-version")  # as Azure's clients send it
+        self.api_version = request.query.get("api-version")  # a query parameter of Azure's clients
         self.is_disconnected = False
         self.response: web.StreamResponse | None = None
         self._request = request
         self._write_s = write_s
-        self._silence_s = heartbeat_s
-        self._when_gone: Callable[[], object] | None = None
-        self._writes = 0  # under way
-        self._written_at = 0.0
-        self._alarm: asyncio.TimerHandle | None = None
+        self._heartbeat_s = heartbeat_s
+        self._on_disconnected: Callable[[], object] | None = None
+        self._writes_in_progress = 0
+        self._written_at = 0.0  # by the event loop's clock
+        self._heartbeat_timer: asyncio.TimerHandle | None = None
         self._tasks = Tasks()
-
-    def on_disconnected(self, act: Callable[[], object] | None) -> None:
-        """Call `act` once the client has gone (None: no longer)."""
-        self._when_gone = act
-        if self.is_disconnected:
-            self.note_disconnect()
 
     @property
     def has_begun(self) -> bool:
         """Whether an answer has begun."""
         return self.response is not None
 
+    def on_disconnected(self, notify: Callable[[], object] | None) -> None:
+        """Call `notify` once the client has disconnected, at once if it has already; None removes it."""
+        self._on_disconnected = notify
+        if self.is_disconnected:
+            self.note_disconnect()
+
     def note_disconnect(self) -> None:
-        """Take note that the client has gone."""
+        """Record that the client has disconnected, and call the callback the first time."""
         self.is_disconnected = True
-        act, self._when_gone = self._when_gone, None
-        if act is not None:
-            act()
+        notify, self._on_disconnected = self._on_disconnected, None
+        if notify is not None:
+            notify()
 
     def send(self, status: int, headers: Mapping[str, str], body: bytes) -> None:
-        """Send a whole answer."""
+        """Send a whole answer. It is sent when the handler returns it."""
         if self.is_disconnected:
             return
         self.response = web.Response(
@@ -69,79 +73,93 @@ class WebResponder:
         )
 
     async def start(self, status: int, headers: Mapping[str, str]) -> None:
-        """Send the head of an answer that is written piece by piece."""
+        """Send the head of a streamed answer."""
         response = web.StreamResponse(
             status=status, headers={**headers, "x-request-id": self.id, "server": SERVER_NAME}
         )
         self.response = response
-        await self._to_client(lambda: response.prepare(self._request))
+        await self._write_in_time(lambda: response.prepare(self._request))
 
     async def write(self, data: bytes) -> None:
-        """Send a piece; waits while the client is slow."""
+        """Send a piece of a streamed answer; waits while the client reads slowly."""
         response = self.response
         assert response is not None, "start() first"
         if data:
-            await self._to_client(lambda: response.write(data))
+            await self._write_in_time(lambda: response.write(data))
 
     @contextmanager
     def heartbeat(self, is_between_events: Callable[[], bool]) -> Iterator[None]:
-        """Within the block a stream on which nothing moves is told from time to time that it is alive.
+        """Within the block, send a comment whenever nothing was sent for `heartbeat_s` seconds.
 
-        In a comment of its own, so only where `is_between_events`: within an event it would be a part of it.
+        It is sent only if `is_between_events`: inside an event that is sent in pieces, the comment would become a
+        part of that event.
         """
-        self._set_alarm(self._silence_s, is_between_events)
+        self._schedule_heartbeat(self._heartbeat_s, is_between_events)
         try:
             yield
         finally:
-            self._stop_alarm()
+            self._cancel_heartbeat()
 
     async def end(self) -> None:
-        """Say that the answer is over."""
-        self._stop_alarm()
+        """End a streamed answer."""
+        self._cancel_heartbeat()
         response = self.response
         assert response is not None, "start() first"
-        await self._to_client(response.write_eof)
+        await self._write_in_time(response.write_eof)
 
     def abort(self) -> None:
-        """Cut the connection: the client is to see that the answer is not whole."""
+        """Cut the connection, so that the client sees that the answer is incomplete."""
         if self._request.transport is not None:
             self._request.transport.abort()
         self.note_disconnect()
 
-    async def _to_client(self, act: Callable[[], Awaitable[object]]) -> None:
-        """Do what writes to the client; one that takes longer than it may is cut off."""
+    async def _write_in_time(self, write: Callable[[], Awaitable[object]]) -> None:
+        """Perform a write, and cut the connection if it takes longer than `write_s`.
+
+        Does nothing if the client has disconnected.
+        """
         if self.is_disconnected:
             return
-        # A bare timer: a stream has thousands of writes, and asyncio.timeout would cost each of them five times this.
+        # A plain timer: a stream has thousands of writes, and asyncio.timeout would cost five times as much for each.
         loop = asyncio.get_running_loop()
         deadline = loop.call_later(self._write_s, self.abort)
-        self._writes += 1
+        self._writes_in_progress += 1
         try:
-            await act()
+            await write()
         except ConnectionError:
             self.abort()
         finally:
             deadline.cancel()
-            self._writes -= 1
+            self._writes_in_progress -= 1
             self._written_at = loop.time()
 
-    def _set_alarm(self, after_s: float, is_between_events: Callable[[], bool]) -> None:
-        self._alarm = asyncio.get_running_loop().call_later(after_s, self._look_for_silence, is_between_events)
+    def _schedule_heartbeat(self, after_s: float, is_between_events: Callable[[], bool]) -> None:
+        self._heartbeat_timer = asyncio.get_running_loop().call_later(
+            after_s, self._on_heartbeat_timer, is_between_events
+        )
 
-    def _stop_alarm(self) -> None:
-        if self._alarm is not None:
-            self._alarm.cancel()
-            self._alarm = None
+    def _cancel_heartbeat(self) -> None:
+        if self._heartbeat_timer is not None:
+            self._heartbeat_timer.cancel()
+            self._heartbeat_timer = None
 
-    def _look_for_silence(self, is_between_events: Callable[[], bool]) -> None:
-        # One timer for all the stream, which looks back, and none for each of its thousand writes.
+    def _on_heartbeat_timer(self, is_between_events: Callable[[], bool]) -> None:
+        """Send a heartbeat if the stream was silent, and start the timer again.
+
+        There is one timer for the whole stream, not one for each of its thousands of writes. With 15 s, a stream
+        that begins at 12:00:00 and writes last at 12:00:06 has its timer at 12:00:15. The silence is only 9 s then,
+        so the timer is set for 6 s later. At 12:00:21 the silence is 15 s: a comment is sent, and the next check is
+        at 12:00:36.
+        """
         silent_s = asyncio.get_running_loop().time() - self._written_at
-        if silent_s >= self._silence_s:
-            self._tasks.start("keep alive", self._say_alive(is_between_events))
+        if silent_s >= self._heartbeat_s:
+            self._tasks.start("heartbeat", self._send_heartbeat(is_between_events))
             silent_s = 0
-        self._set_alarm(self._silence_s - silent_s, is_between_events)
+        self._schedule_heartbeat(self._heartbeat_s - silent_s, is_between_events)
 
-    async def _say_alive(self, is_between_events: Callable[[], bool]) -> None:
-        # Asked only here: the stream may have moved since the timer rang. Nothing awaits between this and the bytes.
-        if self._alarm is not None and self._writes == 0 and is_between_events():
-            await self.write(KEEP_ALIVE)
+    async def _send_heartbeat(self, is_between_events: Callable[[], bool]) -> None:
+        # Checked here and not when the timer fires: the stream may have written, or ended its block, before this task
+        # runs. Nothing is awaited between the check and the write. A client that still takes an earlier write gets no
+        # comment: it has traffic, and comments would only queue up behind it.
+        if self._heartbeat_timer is not None and self._writes_in_progress == 0 and is_between_events():
+            await self.write(HEARTBEAT)

@@ -1,7 +1,14 @@
-"""What users call: the paths of `endpoints` behind each of their prefixes; everything else is a 404.
+"""The API listener: the paths of `formats.endpoints`, the list of models and the caller's quotas. Others are a 404.
 
-A handler authenticates, reads and checks the request, and hands the call to the relay in a task of its own. Then
-it only waits: the server cancels it when the client hangs up, and it passes that on.
+A request passes these steps in order:
+
+1. It gets its id, and the middlewares of CORS, errors and validation see it.
+2. `_metered_call` identifies the user by the key, then reads and parses the body.
+3. `_answer` starts the call in a task of its own and waits for it. The task belongs to `calls` and not to the
+   request, because it has to settle the call also when the client has disconnected.
+
+If the client disconnects, the server library cancels the handler. The handler records that and ends; the call goes on
+or stops as the policy says (see `calls.disconnect`).
 """
 
 import asyncio
@@ -28,17 +35,20 @@ from proxy.policy.status import quota_statuses
 from proxy.tasks import Tasks
 from proxy.upstreams.headers import JSON_HEADERS, SERVER_NAME
 from proxy.upstreams.spool import Spool
-from proxy.web.body import expect_when_read, read_body, read_form
+from proxy.web.body import defer_continue, read_body, read_form
 from proxy.web.cors import Cors
 from proxy.web.health import Health
 from proxy.web.middleware import REQUEST_ID, Handler, answer_errors, not_served, validate_request
 from proxy.web.response import WebResponder
 
-log = structlog.get_logger("api")
+log = structlog.get_logger("routes")
 
 
 class Api:
-    """The handlers of the API listener. `now` gives milliseconds since 1970."""
+    """The handlers of the API listener. `calls` has the tasks of the calls in flight.
+
+    `now` returns the time in milliseconds since the epoch.
+    """
 
     def __init__(
         self,
@@ -61,54 +71,56 @@ class Api:
         self._now = now
 
     def application(self) -> web.Application:
-        """The application, to be served with `handler_cancellation` on."""
+        """The application. It has to be served with `handler_cancellation`, as `Listener` does."""
         application = web.Application(
             middlewares=[
-                self._give_id,
+                self._assign_id,  # the outermost, because every answer has the id
                 self._cors.answer_preflight,
-                answer_errors,
+                answer_errors,  # outside of the following ones, whose errors it answers
                 validate_request,
-                _without_upgrade,
+                _refuse_websocket,
             ]
         )
-        application.on_response_prepare.append(self._cors.mark)
+        application.on_response_prepare.append(self._cors.add_headers)
         application.router.add_routes(self._health.routes())
         for endpoint in METERED:
-            # A deployment may have slashes in its name, as OpenRouter's models have.
-            of_deployments = ("/openai/deployments/{deployment:.+}",) if endpoint.has_deployments else ()
-            for prefix in (*PREFIXES, *of_deployments):
+            # `.+` also matches slashes, which are in the names of OpenRouter's models.
+            deployments = ("/openai/deployments/{deployment:.+}",) if endpoint.has_deployments else ()
+            for prefix in (*PREFIXES, *deployments):
                 application.router.add_post(
-                    prefix + endpoint.path, partial(self._metered, endpoint), expect_handler=expect_when_read
+                    prefix + endpoint.path, partial(self._metered_call, endpoint), expect_handler=defer_continue
                 )
         for prefix in PREFIXES:
-            for kept in STORED_RESPONSE_PATHS:
+            for stored in STORED_RESPONSE_PATHS:
                 application.router.add_route(
-                    kept.method,
-                    prefix + kept.path("{id}"),
-                    partial(self._kept, kept),
-                    expect_handler=expect_when_read,
+                    stored.method,
+                    prefix + stored.path("{id}"),
+                    partial(self._stored_response, stored),
+                    expect_handler=defer_continue,
                 )
             application.router.add_get(prefix + "/models", self._models)
             application.router.add_get(prefix + "/models/{model:.+}", self._model)
             application.router.add_get(prefix + "/quota", self._quota)
-        # All else is a 404 of ours, which invites no body either.
-        application.router.add_route("*", "/{anything:.*}", _not_served, expect_handler=expect_when_read)
+        # Every other path is a 404 of ours. The library's own would answer `Expect: 100-continue` with 100.
+        application.router.add_route("*", "/{anything:.*}", _other_path, expect_handler=defer_continue)
         return application
 
     @web.middleware
-    async def _give_id(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+    async def _assign_id(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         request[REQUEST_ID] = f"{call_id_prefix(self._now())}{secrets.token_hex(10)}"
         return await handler(request)
 
-    async def _metered(self, endpoint: Endpoint, request: web.Request) -> web.StreamResponse:
-        policy = self._policies.current
+    async def _metered_call(self, endpoint: Endpoint, request: web.Request) -> web.StreamResponse:
+        policy = self._policies.current  # read once: a reload does not change a call that has begun
         user = identify(request.headers.items(), policy)
         client = WebResponder(request, id=request[REQUEST_ID], heartbeat_s=self._limits.heartbeat_s)
         deployment = request.match_info.get("deployment")
         if endpoint.form is None:
             parsed = parse_request(endpoint, await read_body(request, self._limits), deployment=deployment)
             call = await self._stored_responses.with_previous(prepare_call(parsed, user, policy, client))
-            return await self._carried(call, client)
+            return await self._answer(call, client)
+        # A form may have 512 MiB, so it is written to the disk. From here on the spool has to be closed on every
+        # path: here until the call is prepared, then by `_run_call`.
         spool = Spool()
         try:
             form = await read_form(request, spool, self._limits)
@@ -117,32 +129,37 @@ class Api:
         except BaseException:
             spool.close()
             raise
-        return await self._carried(call, client)
+        return await self._answer(call, client)
 
-    async def _kept(self, kept: StoredResponsePath, request: web.Request) -> web.StreamResponse:
-        # Not in a task of its own: nothing is on the books of it, so it may end with its client.
+    async def _stored_response(self, path: StoredResponsePath, request: web.Request) -> web.StreamResponse:
+        # Not in a task of its own: it reserves nothing, so there is nothing to settle if it is cancelled.
         policy = self._policies.current
         user = identify(request.headers.items(), policy)
         client = WebResponder(request, id=request[REQUEST_ID], heartbeat_s=self._limits.heartbeat_s)
-        asked = StoredResponseQuery(kept, request.match_info["id"], list(request.query.items()), user, policy)
-        await self._stored_responses.pass_on(asked, client)
-        assert client.response is not None, "what was passed on was answered"
+        query = StoredResponseQuery(path, request.match_info["id"], list(request.query.items()), user, policy)
+        await self._stored_responses.forward(query, client)
+        assert client.response is not None, "forward() answers or raises"
         return client.response
 
-    async def _carried(self, call: Call, client: WebResponder) -> web.StreamResponse:
-        carrying = self.calls.start("call", self._carry(call))
+    async def _answer(self, call: Call, client: WebResponder) -> web.StreamResponse:
+        """Run the call in a task of its own and return its response. Raises the ProxyError with which it ended."""
+        task = self.calls.start("call", self._run_call(call))
         try:
-            error = await asyncio.shield(carrying)
-        except asyncio.CancelledError:
+            error = await asyncio.shield(task)
+        except asyncio.CancelledError:  # the client has disconnected; the call goes on
             client.note_disconnect()
             raise
         if error is not None:
             raise error
-        assert client.response is not None, "a call that was carried was answered"
+        assert client.response is not None, "a call without an error has been answered"
         return client.response
 
-    async def _carry(self, call: Call) -> ProxyError | None:
-        # What went wrong is a result here, not an exception: whose client has gone has nobody to raise it to.
+    async def _run_call(self, call: Call) -> ProxyError | None:
+        """Run the call to its settlement. Returns the error that its client is to get.
+
+        The error is returned and not raised: if the client has disconnected, nobody awaits the task, and an exception
+        would be logged as a failed task.
+        """
         try:
             await self._relay.carry(call)
         except ProxyError as error:
@@ -151,7 +168,7 @@ class Api:
             log.error("a call failed", exc_info=error, call=call.client.id)
             if not call.client.has_begun:
                 return ProxyError("The proxy made a mistake. It has been logged.")
-            call.client.abort()
+            call.client.abort()  # a part of the answer was sent, so there can't be a status any more
         finally:
             if call.spool is not None:
                 call.spool.close()
@@ -179,15 +196,15 @@ class Api:
 
 
 @web.middleware
-async def _without_upgrade(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Say no to WebSockets at once, so that a client which tries them first goes on over HTTP (Codex does)."""
+async def _refuse_websocket(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Refuse WebSockets with a 426. Codex tries them first and, on this status, sends the call over HTTP."""
     if hdrs.SEC_WEBSOCKET_KEY in request.headers and "websocket" in request.headers.get(hdrs.UPGRADE, "").lower():
         raise NoUpgrade
     return await handler(request)
 
 
-async def _not_served(request: web.Request) -> web.StreamResponse:
-    """The handler of every path that is not served; one that is known is refused with its reason."""
+async def _other_path(request: web.Request) -> web.StreamResponse:
+    """The handler of every other path: a 404, which for a known endpoint says why it is not served."""
     row = closed(request.method, request.path)
     if row is not None:
         raise NotAllowed(f"{request.method} {row.pattern} is not open on this proxy: {row.reason}.")
@@ -195,6 +212,7 @@ async def _not_served(request: web.Request) -> web.StreamResponse:
 
 
 def _models_of(user: User, policy: Policy) -> list[str]:
+    """The names of the listed models that this user may use."""
     named = [name for name in policy.models or {} if name != "*"]
     return [name for name in named if policy.serves(user, name)]
 

@@ -1,4 +1,4 @@
-"""What one call takes along: found or refused before anything is reserved."""
+"""A call is prepared, or refused, before anything is reserved."""
 
 import json
 from dataclasses import replace
@@ -25,83 +25,83 @@ def _policy(folder: Path, policy: str = STAFF) -> Policy:
     return config_of(policy, folder=folder, upstream="http://127.0.0.1:1/v1").policy
 
 
-def _passage(policy: Policy, model: str = "fast", more: bytes = b"") -> Call:
+def _call(policy: Policy, model: str = "fast", more: bytes = b"") -> Call:
     request = parse_request(CHAT, b'{"model": "%s", "messages": []%s}' % (model.encode(), more))
     client = WebResponder(make_mocked_request("POST", "/v1/chat/completions"), id="req_1")
     return prepare_call(request, policy.users["alice"], policy, client)
 
 
 @pytest.mark.parametrize(
-    ("change", "model", "says"),
+    ("change", "model", "remedy"),
     [
         (("", ""), "gpt-9", "GET /v1/models"),
         (("staff: {", "staff: {models: [gpt-4o-mini], "), "fast", "you may not use it"),
         (("daily: {", "daily: {models: [gpt-4o-mini], "), "fast", "unmatched: allow"),
     ],
 )
-def test_a_model_that_is_not_there_says_what_would_help(
-    change: tuple[str, str], model: str, says: str, tmp_path: Path
+def test_a_model_that_cannot_be_used_is_refused_with_a_remedy(
+    change: tuple[str, str], model: str, remedy: str, tmp_path: Path
 ) -> None:
-    """Unknown, not allowed, not covered: three causes, one code, each with its remedy."""
-    with pytest.raises(ModelNotFound, match=says):
-        _passage(_policy(tmp_path, STAFF.replace(*change)), model)
+    """The model is unknown, not allowed, or covered by no quota. The code is the same, the remedies differ."""
+    with pytest.raises(ModelNotFound, match=remedy):
+        _call(_policy(tmp_path, STAFF.replace(*change)), model)
 
 
-def _booked(call: Call) -> Accepted:
-    """The passage's call, let in by empty books."""
+def _admit(call: Call) -> Accepted:
+    """The call, admitted by an empty ledger."""
     prompt = read_prompt(call.request.document, model=call.model.upstream_model, is_chat=True)
     body = forwarded_body(call.request, call.model)
     demand = estimate_demand(call.request, call.model, prompt, body_bytes=len(body))
-    booked = Book({}, {}, NOON).apply(call.reserve(replace(demand, is_estimated=False), owner="me"))
-    assert isinstance(booked, Accepted)
-    return booked
+    accepted = Book({}, {}, NOON).apply(call.reserve(replace(demand, is_estimated=False), owner="me"))
+    assert isinstance(accepted, Accepted)
+    return accepted
 
 
-def test_a_call_is_booked_under_its_own_names(tmp_path: Path) -> None:
-    """The user's, the model's as the client names it, and the id that the client is told."""
-    call = _passage(_policy(tmp_path))
-    entry = _booked(call).entry
+def test_a_call_is_reserved_under_its_labels(tmp_path: Path) -> None:
+    """The model's name is the client's, and the id is the one that the client gets."""
+    call = _call(_policy(tmp_path))
+    entry = _admit(call).entry
     assert (entry.id, entry.owner) == ("req_1", "me")
     assert entry.labels == CallLabels("alice", "fast", "chat", "simulated")
 
 
 @pytest.mark.parametrize("stream", ["false", "true"])
 def test_a_lowered_maximum_is_shared_by_the_choices(stream: str, tmp_path: Path) -> None:
-    """What there is room for is divided: each choice may use its part, and the head says so.
+    """Each choice may use its part of what is free, and the header `x-quota-capped` says how much that is in all.
 
-    Of a stream less is held to begin with, but it is told the same.
+    A stream holds less at the beginning, but its maximum is lowered to the same number.
     """
     policy = _policy(tmp_path, STAFF.replace("tokens: 1M", "tokens: 4k"))
-    call = _passage(policy, "gpt-4o-mini", b', "n": 3, "max_tokens": 2000, "stream": %s' % stream.encode())
-    booked = _booked(call)
-    room = 4000 - booked.entry.hold.input
-    assert (booked.entry.maximum, booked.entry.capped_by) == (room, "staff/daily")
-    assert booked.entry.hold.output == (3 * 1024 if stream == "true" else room)
-    assert json.loads(call.body_for(booked.entry))["max_tokens"] == room // 3
-    told = call.quota_headers(booked.entry, booked.counters, NOON, is_held=True)
-    assert told["x-quota-capped"] == f'{room}; quota="staff/daily"'
-    assert told["x-ratelimit-remaining-tokens"] == "4000"
-    held_too = call.quota_headers(booked.entry, booked.counters, NOON, is_held=False)
-    assert held_too["x-ratelimit-remaining-tokens"] == str(4000 - booked.entry.hold.tokens)
+    call = _call(policy, "gpt-4o-mini", b', "n": 3, "max_tokens": 2000, "stream": %s' % stream.encode())
+    accepted = _admit(call)
+    free = 4000 - accepted.entry.hold.input
+    assert (accepted.entry.maximum, accepted.entry.capped_by) == (free, "staff/daily")
+    assert accepted.entry.hold.output == (3 * 1024 if stream == "true" else free)
+    assert json.loads(call.body_for(accepted.entry))["max_tokens"] == free // 3
+    headers = call.quota_headers(accepted.entry, accepted.counters, NOON, is_held=True)
+    assert headers["x-quota-capped"] == f'{free}; quota="staff/daily"'
+    assert headers["x-ratelimit-remaining-tokens"] == "4000"
+    with_own_hold = call.quota_headers(accepted.entry, accepted.counters, NOON, is_held=False)
+    assert with_own_hold["x-ratelimit-remaining-tokens"] == str(4000 - accepted.entry.hold.tokens)
 
 
-def test_a_call_that_has_room_is_not_capped(tmp_path: Path) -> None:
-    """Then nothing is lowered, and the head says nothing of it; also where nobody knows the maximum."""
-    call = _passage(_policy(tmp_path), "gpt-4o-mini")
-    booked = _booked(call)
-    assert (booked.entry.maximum, booked.entry.capped_by) == (None, None)
-    assert "x-quota-capped" not in call.quota_headers(booked.entry, booked.counters, NOON, is_held=True)
+def test_a_call_that_fits_is_not_capped(tmp_path: Path) -> None:
+    """No maximum is lowered and the header is missing, also if nobody knows the maximum."""
+    call = _call(_policy(tmp_path), "gpt-4o-mini")
+    accepted = _admit(call)
+    assert (accepted.entry.maximum, accepted.entry.capped_by) == (None, None)
+    assert "x-quota-capped" not in call.quota_headers(accepted.entry, accepted.counters, NOON, is_held=True)
 
 
-def test_labels_come_from_the_policy_only(tmp_path: Path) -> None:
-    """A name that a client made up is no label, also where the list is open."""
+def test_the_model_label_comes_from_the_policy(tmp_path: Path) -> None:
+    """A name that a client made up is no label, also if the list of models is open."""
     open_list = STAFF.replace("models:\n", 'models:\n  "*": {upstream: simulated}\n')
-    assert _passage(_policy(tmp_path, open_list), "made-up").model_label == "other"
-    assert _passage(_policy(tmp_path), "fast").model_label == "fast"
+    assert _call(_policy(tmp_path, open_list), "made-up").model_label == "other"
+    assert _call(_policy(tmp_path), "fast").model_label == "fast"
 
 
 @pytest.mark.parametrize(
-    ("endpoint", "kind", "says"),
+    ("endpoint", "kind", "remedy"),
     [
         (CHAT, "anthropic", "/v1/messages"),
         (COUNT_TOKENS, "openai", "/v1/chat/completions"),
@@ -113,25 +113,27 @@ def test_labels_come_from_the_policy_only(tmp_path: Path) -> None:
         (CHAT, "vllm", ""),
     ],
 )
-def test_nothing_is_translated(endpoint: Endpoint, kind: str, says: str, tmp_path: Path) -> None:
-    """A model that is served on the other surface says where to send it."""
+def test_nothing_is_translated_between_the_two_apis(
+    endpoint: Endpoint, kind: str, remedy: str, tmp_path: Path
+) -> None:
+    """A request for a model of the other API is refused, and the error names the path to use."""
     policy = config_of(STAFF, folder=tmp_path, upstream="http://127.0.0.1:1/v1", kind=kind).policy
     request = parse_request(endpoint, b'{"model": "fast", "messages": [], "max_tokens": 5}')
     client = WebResponder(make_mocked_request("POST", "/v1" + endpoint.path), id="req_1")
-    if says:
-        with pytest.raises(InvalidRequest, match=f"send it to {says},"):
+    if remedy:
+        with pytest.raises(InvalidRequest, match=f"send it to {remedy},"):
             prepare_call(request, policy.users["alice"], policy, client)
     else:
         assert prepare_call(request, policy.users["alice"], policy, client).request is request
 
 
-def test_a_message_is_told_its_quotas_in_anthropic_s_words(tmp_path: Path) -> None:
-    """Beside ours, and with the id where its SDK reads it."""
+def test_an_answer_of_v1_messages_has_anthropic_s_limit_headers(tmp_path: Path) -> None:
+    """In addition to ours, and with the id in the header that Anthropic's SDK reads."""
     policy = _policy(tmp_path)
     request = parse_request(MESSAGES, b'{"model": "fast", "messages": [], "max_tokens": 5}')
     client = WebResponder(make_mocked_request("POST", "/v1/messages"), id="req_1")
     call = prepare_call(request, policy.users["alice"], policy, client)
-    booked = _booked(call)
-    told = call.quota_headers(booked.entry, booked.counters, NOON, is_held=True)
-    assert told["anthropic-ratelimit-tokens-remaining"] == told["x-ratelimit-remaining-tokens"] == "1000000"
-    assert told["request-id"] == "req_1"
+    accepted = _admit(call)
+    headers = call.quota_headers(accepted.entry, accepted.counters, NOON, is_held=True)
+    assert headers["anthropic-ratelimit-tokens-remaining"] == headers["x-ratelimit-remaining-tokens"] == "1000000"
+    assert headers["request-id"] == "req_1"

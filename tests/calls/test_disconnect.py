@@ -1,4 +1,4 @@
-"""Clients that go before the end: never free, never double, and nothing stays held."""
+"""Calls whose clients disconnect before the end are charged once, and nothing stays held."""
 
 import asyncio
 import io
@@ -12,7 +12,7 @@ import pytest
 
 from proxy.calls import disconnect as module
 from proxy.calls.call import Call
-from proxy.calls.disconnect import DRAINS_OF_A_USER_MAX, Disconnects
+from proxy.calls.disconnect import DRAINS_PER_USER_MAX, Disconnects
 from proxy.calls.reservation import Reservation
 from proxy.calls.tokenizer import Tokenizers
 from proxy.config.loader import load_text
@@ -32,14 +32,14 @@ def _ask(simulate: str, **more: Any) -> dict[str, Any]:
 
 
 async def _leave_after(on: Stage, body: dict[str, Any], words: int) -> None:
-    """Begin a call and hang up once the upstream has sent so many words (0: once it has the request)."""
+    """Begin a call, and hang up when the upstream has sent so many words (0: when it has the request)."""
     call = on.begin(CHAT, body)
     await on.simulator.until(lambda: on.simulator.received > 0 and on.simulator.chunks_sent >= words)
     await on.hang_up(call)
 
 
-async def test_stop_closes_the_upstream_at_once_and_charges_what_passed(tmp_path: Path) -> None:
-    """The upstream's generation ends with its client, also while nothing is being written."""
+async def test_stop_closes_the_connection_at_once_and_charges_what_passed(tmp_path: Path) -> None:
+    """The upstream stops generating when the client disconnects, also while nothing is being written."""
     async with stage(folder=tmp_path, on_disconnect="stop") as on:
         await _leave_after(on, _ask("tokens=90 stall=5", stream=True), 5)
         await on.simulator.until(lambda: on.simulator.open_calls == 0)
@@ -51,7 +51,7 @@ async def test_stop_closes_the_upstream_at_once_and_charges_what_passed(tmp_path
 
 
 async def test_stop_before_the_upstream_answered_charges_the_input(tmp_path: Path) -> None:
-    """The call was sent; nobody can say that nothing was done with it."""
+    """The call was sent, so the upstream may have read the input."""
     async with stage(folder=tmp_path, on_disconnect="stop") as on:
         await _leave_after(on, _ask("hang", stream=True), 0)
         await on.simulator.until(lambda: on.simulator.open_calls == 0)
@@ -62,24 +62,26 @@ async def test_stop_before_the_upstream_answered_charges_the_input(tmp_path: Pat
 
 
 @pytest.mark.parametrize(("stream", "on_disconnect"), [(True, "drain"), (False, "drain"), (False, "stop")])
-async def test_drain_reads_on_and_charges_the_truth(stream: bool, on_disconnect: str, tmp_path: Path) -> None:
-    """The client has gone, the answer is paid for all the same, and its end says how much it was.
+async def test_drain_reads_to_the_end_and_charges_the_reported_usage(
+    stream: bool, on_disconnect: str, tmp_path: Path
+) -> None:
+    """The upstream bills the whole answer, and its end says how much that is.
 
-    A whole answer is always read on: hanging up before its end would be a free ride.
+    An answer that is not streamed is always drained: otherwise hanging up before its end would make it almost free.
     """
     simulator = Simulator(UPSTREAM_KEY, tokens_per_s=400)
     async with stage(folder=tmp_path, on_disconnect=on_disconnect, simulator=simulator) as on:
         await _leave_after(on, _ask("tokens=60", stream=stream), 3 if stream else 0)
         await on.all_settled()
-        assert await on.used() == (simulator.given.input_tokens + simulator.given.output_tokens, 0)
-        assert simulator.given.output_tokens == 60
+        assert await on.used() == (simulator.reported_usage.input_tokens + simulator.reported_usage.output_tokens, 0)
+        assert simulator.reported_usage.output_tokens == 60
 
 
 @pytest.mark.parametrize("bound", [{"drain_s": 0.05}, {"drains_max": 0}], ids=["too long", "too many"])
 async def test_a_drain_at_its_bound_charges_the_hold(bound: dict[str, Any], tmp_path: Path) -> None:
-    """Nobody knows what it cost: all that was held is charged, and the upstream closed.
+    """If a drain takes too long, or too many run, the connection is closed and all that was held is charged.
 
-    In time, and in number at once: drains are no way to pile up connections.
+    The cost is unknown then. Without these bounds, disconnecting would be a way to pile up connections.
     """
     async with stage(folder=tmp_path, on_disconnect="drain", disconnects=Disconnects(**bound)) as on:
         await _leave_after(on, _ask("tokens=90 stall=5", stream=True, max_tokens=500), 5)
@@ -90,24 +92,24 @@ async def test_a_drain_at_its_bound_charges_the_hold(bound: dict[str, Any], tmp_
         assert used > 500
 
 
-async def test_one_user_s_departures_are_not_everybody_s(tmp_path: Path) -> None:
-    """Whoever fills the drains with calls that hang pays for them; another user's departure is still drained."""
+async def test_one_user_cannot_take_the_drains_of_others(tmp_path: Path) -> None:
+    """Bob's calls that hang fill his share of the drains, and the rest is charged. Alice's call is still drained."""
     async with stage(folder=tmp_path, on_disconnect="drain", disconnects=Disconnects(drain_s=5)) as on:
-        hanging = [on.begin(CHAT, _ask("hang"), user="bob") for _ in range(DRAINS_OF_A_USER_MAX + 3)]
+        hanging = [on.begin(CHAT, _ask("hang"), user="bob") for _ in range(DRAINS_PER_USER_MAX + 3)]
         await on.simulator.until(lambda: on.simulator.open_calls == len(hanging))
         for call in hanging:
             await on.hang_up(call)
-        await until(lambda: on.server.calls_in_flight == DRAINS_OF_A_USER_MAX)
+        await until(lambda: on.server.calls_in_flight == DRAINS_PER_USER_MAX)
         call = on.begin(CHAT, _ask("tokens=9 speed=50", stream=True, max_tokens=500))
         await on.simulator.until(lambda: on.simulator.chunks_sent >= 2)
         await on.hang_up(call)
-        await until(lambda: on.server.calls_in_flight == DRAINS_OF_A_USER_MAX)
-        assert await on.used() == (on.simulator.given.input_tokens + 9, 0)
+        await until(lambda: on.server.calls_in_flight == DRAINS_PER_USER_MAX)
+        assert await on.used() == (on.simulator.reported_usage.input_tokens + 9, 0)
         await on.server.stop(grace_s=0)
 
 
-async def test_many_that_leave_at_many_points_leave_nothing_behind(tmp_path: Path) -> None:
-    """After a hundred of them: nothing held, no call open, each charged once and at least its words."""
+async def test_a_hundred_disconnects_leave_nothing_held(tmp_path: Path) -> None:
+    """After disconnects at different points no call is open, nothing is held, and each call is charged its words."""
     async with stage(folder=tmp_path, on_disconnect="stop") as on:
         for words in range(100):
             before = on.simulator.chunks_sent
@@ -122,15 +124,15 @@ async def test_many_that_leave_at_many_points_leave_nothing_behind(tmp_path: Pat
         assert (await on.quota("staff/daily"))["requests"]["used"] <= 100
 
 
-# -------------------------------------------------------------------------- an upstream that waits until it is told
+# ------------------------------------------------------------------------------- an upstream that pauses in a stream
 
 
-class Hesitant:
-    """An upstream that streams its `first` bytes, and the `rest` when it is told to go on."""
+class PausingUpstream:
+    """An upstream that streams the bytes `first` and, once `go_on` is set, the bytes `rest`."""
 
     def __init__(self, first: bytes, rest: bytes) -> None:
         self.go_on = asyncio.Event()
-        self.is_left = asyncio.Event()
+        self.is_closed = asyncio.Event()
         self.url = ""
         self.asked: dict[str, Any] = {}
         self._first, self._rest = first, rest
@@ -145,7 +147,7 @@ class Hesitant:
         leaving = asyncio.ensure_future(reader.read())
         await asyncio.wait([going_on, leaving], return_when=asyncio.FIRST_COMPLETED)
         if leaving.done():
-            self.is_left.set()
+            self.is_closed.set()
         else:
             writer.write(self._rest)
         going_on.cancel()
@@ -153,8 +155,8 @@ class Hesitant:
         writer.close()
 
 
-class Told(Disconnects):
-    """Departures that know of the last client whether it has gone."""
+class WatchedDisconnects(Disconnects):
+    """Disconnects that remember the client of the last call."""
 
     client: WebResponder
 
@@ -166,39 +168,39 @@ class Told(Disconnects):
 
 
 @asynccontextmanager
-async def _hesitant(
+async def _pausing_upstream(
     folder: Path, first: bytes, rest: bytes = b"", *, kind: str = "simulator"
-) -> AsyncIterator[tuple[Stage, Hesitant, Told]]:
-    """A stage before such an upstream of this kind, with `on_disconnect: stop`."""
-    upstream, told = Hesitant(first, rest), Told()
+) -> AsyncIterator[tuple[Stage, PausingUpstream, WatchedDisconnects]]:
+    """A stage in front of a pausing upstream of this kind, with `on_disconnect: stop`."""
+    upstream, disconnects = PausingUpstream(first, rest), WatchedDisconnects()
     server = await asyncio.start_server(upstream.serve, "127.0.0.1", 0)
     upstream.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
     try:
-        async with stage(folder=folder, disconnects=told, upstream=upstream.url, on_disconnect="stop") as on:
+        async with stage(folder=folder, disconnects=disconnects, upstream=upstream.url, on_disconnect="stop") as on:
             text = text_of(
                 STAFF, database=sqlite_in(folder), upstream=upstream.url, kind=kind, more=", on_disconnect: stop"
             )
             on.config = load_text(text)
             assert await on.server.policies.reload()
-            yield on, upstream, told
+            yield on, upstream, disconnects
     finally:
         server.close()
         await server.wait_closed()
 
 
-async def _read_and_leave(on: Stage, told: Told, length: int, **more: Any) -> tuple[str, bytes]:
-    """Read so many bytes of a stream and hang up; once the proxy has seen that, the call's id and the bytes."""
+async def _read_and_leave(on: Stage, disconnects: WatchedDisconnects, length: int, **more: Any) -> tuple[str, bytes]:
+    """Read so many bytes of a stream and hang up. Returns the call's id and the bytes once the proxy has noticed."""
     headers = {"authorization": f"Bearer {key_of('alice')}"}
     body = _ask("", stream=True, **more)
     async with on.http.post(on.url + CHAT, json=body, headers=headers) as response:
         seen = await response.content.readexactly(length)
         response.close()
-    await until(lambda: told.client.is_disconnected)
+    await until(lambda: disconnects.client.is_disconnected)
     return response.headers["x-request-id"], seen
 
 
 async def _charged(on: Stage, call_id: str) -> Usage:
-    """What a call whose client left was charged, when it has ended; the quota has that and holds nothing."""
+    """The charge of a call whose client left, after its end. The quota has the same usage and holds nothing."""
     await on.all_settled()
     entry = await on.server.ledger.entry(call_id)
     assert entry is not None and entry.usage is not None
@@ -217,86 +219,85 @@ DONE = b"data: [DONE]\n\n"
 FINISHED = _chunk(content="Hi") + _chunk(finish="stop")
 
 
-async def test_once_an_answer_is_whole_its_usage_is_waited_for(tmp_path: Path) -> None:
-    """It comes in a moment, and is the truth: leaving after the last word is no free ride, and no guess."""
-    async with _hesitant(tmp_path, FINISHED, USAGE + DONE) as (on, upstream, told):
-        call_id, _ = await _read_and_leave(on, told, len(FINISHED))
+async def test_stop_waits_for_the_usage_once_the_text_is_complete(tmp_path: Path) -> None:
+    """The usage follows within moments and is exact, so no estimate is charged."""
+    async with _pausing_upstream(tmp_path, FINISHED, USAGE + DONE) as (on, upstream, disconnects):
+        call_id, _ = await _read_and_leave(on, disconnects, len(FINISHED))
         upstream.go_on.set()
         assert await _charged(on, call_id) == Exactly(Tokens(5, 2))
 
 
-async def test_usage_that_does_not_come_is_waited_for_a_bounded_time(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Then what passed is charged, and the upstream closed."""
-    monkeypatch.setattr(module, "USAGE_S", 0.05)
-    async with _hesitant(tmp_path, FINISHED) as (on, upstream, told):
-        call_id, _ = await _read_and_leave(on, told, len(FINISHED))
+async def test_stop_waits_for_the_usage_for_a_limited_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After that the connection is closed and what passed is charged."""
+    monkeypatch.setattr(module, "USAGE_WAIT_S", 0.05)
+    async with _pausing_upstream(tmp_path, FINISHED) as (on, upstream, disconnects):
+        call_id, _ = await _read_and_leave(on, disconnects, len(FINISHED))
         usage = await _charged(on, call_id)
         assert isinstance(usage, AtLeast)
         assert usage.tokens.output == 1
-        await upstream.is_left.wait()
+        await upstream.is_closed.wait()
 
 
-async def test_while_one_of_several_answers_goes_on_the_upstream_is_stopped(
+async def test_stop_does_not_wait_while_another_choice_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A choice that has finished is not the end of the others, so no usage is waited for."""
-    monkeypatch.setattr(module, "USAGE_S", 10**6)
+    """The answer is complete only when all choices have finished."""
+    monkeypatch.setattr(module, "USAGE_WAIT_S", 10**6)
     first = _chunk(0, content="Hi") + _chunk(1, content="Hi") + _chunk(0, finish="stop")
-    async with _hesitant(tmp_path, first) as (on, upstream, told):
-        call_id, _ = await _read_and_leave(on, told, len(first), n=2)
-        await upstream.is_left.wait()
+    async with _pausing_upstream(tmp_path, first) as (on, upstream, disconnects):
+        call_id, _ = await _read_and_leave(on, disconnects, len(first), n=2)
+        await upstream.is_closed.wait()
         usage = await _charged(on, call_id)
         assert isinstance(usage, AtLeast)
         assert usage.tokens.output == 2
 
 
-async def test_of_vllm_a_stream_that_was_left_is_charged_exactly(tmp_path: Path) -> None:
-    """The usage so far was asked for on every chunk, and taken out again for a client who did not ask."""
+async def test_an_abandoned_stream_of_vllm_is_charged_exactly(tmp_path: Path) -> None:
+    """We ask for the usage so far on every chunk, and remove it for a client that did not ask."""
 
     def so_far(output: int) -> dict[str, int]:
         return {"prompt_tokens": 11, "total_tokens": 11 + output, "completion_tokens": output}
 
     running = _chunk(content="", usage=so_far(0)) + _chunk(content="A long word", usage=so_far(7))
     plain = _chunk(content="") + _chunk(content="A long word")
-    async with _hesitant(tmp_path, running, kind="vllm") as (on, upstream, told):
-        call_id, seen = await _read_and_leave(on, told, len(plain))
-        await upstream.is_left.wait()
+    async with _pausing_upstream(tmp_path, running, kind="vllm") as (on, upstream, disconnects):
+        call_id, seen = await _read_and_leave(on, disconnects, len(plain))
+        await upstream.is_closed.wait()
         assert seen == plain
         assert upstream.asked["stream_options"] == {"include_usage": True, "continuous_usage_stats": True}
         assert await _charged(on, call_id) == Exactly(Tokens(11, 7))
 
 
-class Slow(Tokenizers):
-    """A tokenizer that never gets done."""
+class EndlessTokenizers(Tokenizers):
+    """A tokenizer that never finishes."""
 
     def __init__(self) -> None:
         super().__init__(())
         self.is_asked = asyncio.Event()
 
-    async def count_all(self, texts: Sequence[str], encoding: str, *, within_s: float = 10) -> int | None:
+    async def count_all(self, texts: Sequence[str], encoding: str, *, timeout_s: float = 10) -> int | None:
         self.is_asked.set()
         await asyncio.Event().wait()
         return None
 
 
 @pytest.mark.parametrize("stream", [True, False])
-async def test_who_leaves_before_the_call_was_sent_pays_nothing(stream: bool, tmp_path: Path) -> None:
-    """While a large input is still being counted: the upstream never heard of it, and what was held is free again."""
-    told, slow = Told(drain_s=10**6), Slow()  # what was not sent has no answer to be read on
+async def test_a_disconnect_before_the_call_was_sent_costs_nothing(stream: bool, tmp_path: Path) -> None:
+    """A large input is still being counted, so the upstream has nothing of the call. The hold is freed."""
+    disconnects = WatchedDisconnects(drain_s=10**6)  # no drain: a call that was not sent has no answer
+    tokenizers = EndlessTokenizers()
     policy = STAFF.replace("tokens: 1M", "tokens: 1_000M")
-    async with stage(policy, folder=tmp_path, disconnects=told, tokenizers=slow) as on:
+    async with stage(policy, folder=tmp_path, disconnects=disconnects, tokenizers=tokenizers) as on:
         body = _ask("tokens=1", stream=stream)
         body["messages"] = [{"role": "user", "content": "a " * 2**20}]
         call = on.begin(CHAT, io.BytesIO(json.dumps(body).encode()))
-        await slow.is_asked.wait()
+        await tokenizers.is_asked.wait()
         assert (await on.used())[1] > 2**21
         await on.hang_up(call)
-        await until(lambda: told.client.is_disconnected)
+        await until(lambda: disconnects.client.is_disconnected)
         await on.all_settled()
         assert await on.used() == (0, 0)
         assert on.simulator.received == 0
-        entry = await on.server.ledger.entry(told.client.id)
+        entry = await on.server.ledger.entry(disconnects.client.id)
         assert entry is not None
         assert (entry.state, entry.outcome) == ("released", "client_left")

@@ -1,8 +1,8 @@
-"""What an upstream may do, and what becomes of the call: what the client sees, and what is charged."""
+"""What the client gets and what is charged, for each thing that an upstream may do."""
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ import aiohttp
 import openai
 import pytest
 
+from proxy.calls.tokenizer import Tokenizers
 from proxy.formats.meter import Meter
 from proxy.formats.sse import Event
 from proxy.ledger.entry import Entry
@@ -27,7 +28,7 @@ def _ask(simulate: str, **more: Any) -> dict[str, Any]:
 
 
 async def _charged(on: Stage) -> tuple[int, int]:
-    """Tokens and requests on the books, once all is settled; nothing may be held."""
+    """The tokens and requests that are charged, after all calls are settled. Nothing may be held."""
     await on.all_settled()
     item = await on.quota("staff/daily")
     assert item["tokens"]["held"] == item["requests"]["held"] == 0
@@ -41,8 +42,8 @@ async def _entry(on: Stage, request_id: str) -> Entry:
 
 
 @pytest.mark.parametrize("status", [400, 404, 409, 422])
-async def test_a_bad_request_counts_as_one_request_and_passes_on(status: int, tmp_path: Path) -> None:
-    """The upstream's 4xx is the user's fault: its words reach the user, no tokens are charged."""
+async def test_a_rejected_request_is_forwarded_and_costs_one_request(status: int, tmp_path: Path) -> None:
+    """A 4xx of the upstream is the user's fault. The user gets its message, and no tokens are charged."""
     async with stage(folder=tmp_path) as on:
         reply = await on.post(CHAT, _ask(f"status={status}"))
         assert reply.status == status
@@ -64,8 +65,8 @@ async def test_a_bad_request_counts_as_one_request_and_passes_on(status: int, tm
         ("status=429 code=insufficient_quota", 503),
     ],
 )
-async def test_what_the_upstream_fails_with_is_free(simulate: str, status: int, tmp_path: Path) -> None:
-    """Its own troubles, and ours with its account: nothing is charged, and no key is in the answer."""
+async def test_a_failure_of_the_upstream_is_free(simulate: str, status: int, tmp_path: Path) -> None:
+    """So is a problem with our key or account. No key is in the answer."""
     async with stage(folder=tmp_path) as on:
         reply = await on.post(CHAT, _ask(simulate))
         assert reply.status == status
@@ -77,7 +78,30 @@ async def test_what_the_upstream_fails_with_is_free(simulate: str, status: int, 
             assert reply.headers["retry-after"] == "1"
 
 
-async def test_an_upstream_that_is_down_is_a_502_and_free(tmp_path: Path) -> None:
+class RecordingTokenizers(Tokenizers):
+    """Tokenizers without tables that record how often a count was requested."""
+
+    def __init__(self) -> None:
+        super().__init__(())
+        self.requests = 0
+
+    async def count_all(self, texts: Sequence[str], encoding: str, *, timeout_s: float = 10) -> int | None:
+        self.requests += 1
+        return None
+
+
+async def test_a_call_that_an_error_answer_has_ended_is_not_counted(tmp_path: Path) -> None:
+    """Its status says what is charged, so its input is not counted. The input of an answer without usage is."""
+    tokenizers = RecordingTokenizers()
+    async with stage(folder=tmp_path, tokenizers=tokenizers) as on:
+        for simulate, status in (("status=401", 502), ("html", 502), ("status=429", 429)):
+            assert (await on.post(CHAT, _ask(simulate))).status == status
+        assert tokenizers.requests == 0
+        await on.post(CHAT, _ask("tokens=40 no_usage"))
+        assert tokenizers.requests > 0
+
+
+async def test_an_upstream_that_is_down_gives_a_502_and_is_free(tmp_path: Path) -> None:
     """Nothing was sent, so nothing can have been used."""
     async with stage(folder=tmp_path, upstream="http://127.0.0.1:1/v1") as on:
         reply = await on.post(CHAT, _ask("tokens=1"))
@@ -87,7 +111,7 @@ async def test_an_upstream_that_is_down_is_a_502_and_free(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("path", [CHAT, "/v1/completions", "/v1/responses"])
 async def test_a_broken_stream_is_charged_for_what_passed(path: str, tmp_path: Path) -> None:
-    """An upstream that drops the connection after 5 words was not free: input and words are on the books."""
+    """The upstream closes the connection after 5 words. The input and these words are charged."""
     async with stage(folder=tmp_path) as on:
         body = _ask("tokens=50 cut=5", stream=True, prompt="Hi", input="Hi")
         if path == "/v1/responses":
@@ -103,7 +127,7 @@ async def test_a_broken_stream_is_charged_for_what_passed(path: str, tmp_path: P
 
 
 async def test_the_sdk_raises_when_a_stream_breaks(tmp_path: Path) -> None:
-    """Closing early would look like success to an SDK, so the break is said in band."""
+    """A stream that just ended would look complete to an SDK, so an error is sent as an event."""
     async with stage(folder=tmp_path) as on:
         with pytest.raises(openai.APIError, match="broke off"):
             async for _ in await on.sdk().chat.completions.create(**_ask("tokens=50 cut=5", stream=True)):
@@ -116,15 +140,15 @@ async def test_the_sdk_raises_when_a_stream_breaks(tmp_path: Path) -> None:
 
 
 async def test_an_estimate_is_never_more_than_the_hold(tmp_path: Path) -> None:
-    """By their bytes these five words would be more than five tokens: a guess may not take a quota over."""
+    """By their bytes the words are more than five tokens. An estimate must not take a quota over its limit."""
     async with stage(folder=tmp_path) as on:
         reply = await on.post(CHAT, _ask("tokens=90 no_usage", stream=True, max_tokens=5))
         entry = await _entry(on, reply.headers["x-request-id"])
         assert entry.usage and entry.usage.tokens.output == 5
 
 
-async def test_ended_calls_are_counted_also_when_the_upstream_failed(tmp_path: Path) -> None:
-    """An operator can see in the metrics what the upstream does."""
+async def test_metrics_count_calls_whose_upstream_failed(tmp_path: Path) -> None:
+    """An operator sees the failures of an upstream in the metrics."""
     async with stage(folder=tmp_path) as on:
         await on.post(CHAT, _ask("status=500"))
         await on.post(CHAT, _ask("html"))
@@ -132,29 +156,29 @@ async def test_ended_calls_are_counted_also_when_the_upstream_failed(tmp_path: P
             assert 'outcome="upstream_failed"} 2.0' in await response.text()
 
 
-async def test_a_mistake_of_ours_never_puts_a_second_answer_into_the_first(
+async def test_a_bug_in_the_proxy_never_puts_an_error_into_an_answer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Before the head it is a clean 500; after it the connection is cut, and what passed is charged."""
+    """Before the head the client gets a 500. After it the connection is cut, and what passed is charged."""
 
-    def mistake(meter: Meter, event: Event) -> bytes:
+    def fail(meter: Meter, event: Event) -> bytes:
         raise RuntimeError("a mistake")
 
     async with stage(folder=tmp_path) as on:
         with monkeypatch.context() as patch:
-            patch.setattr(Meter, "see_event", mistake)
+            patch.setattr(Meter, "see_event", fail)
             with pytest.raises(aiohttp.ClientPayloadError):
                 await on.post(CHAT, _ask("tokens=9", stream=True))
         assert await _charged(on) != (0, 0)
         with monkeypatch.context() as patch:
-            patch.setattr(Meter, "see_whole", mistake)
+            patch.setattr(Meter, "see_whole", fail)
             reply = await on.post(CHAT, _ask("tokens=9"))
         assert (reply.status, "mistake" in reply.error["message"]) == (500, True)
         assert "a mistake" not in reply.error["message"].replace("made a mistake", "")
 
 
-async def test_a_broken_whole_answer_is_a_502_and_charged(tmp_path: Path) -> None:
-    """The call was sent, so it may have cost something: the input at least."""
+async def test_a_whole_answer_that_breaks_off_is_a_502_and_is_charged(tmp_path: Path) -> None:
+    """The call was sent, so it may have cost at least the input."""
     async with stage(folder=tmp_path) as on:
         reply = await on.post(CHAT, _ask("cut=5"))
         assert (reply.status, reply.error["code"]) == (502, "upstream_error")
@@ -163,8 +187,8 @@ async def test_a_broken_whole_answer_is_a_502_and_charged(tmp_path: Path) -> Non
         assert requests == 1
 
 
-async def test_an_error_inside_a_stream_passes_on_and_is_no_output(tmp_path: Path) -> None:
-    """What came before it is charged; its text is not."""
+async def test_an_error_event_in_a_stream_is_forwarded_and_not_counted(tmp_path: Path) -> None:
+    """The text before it is charged, its own message is not."""
     async with stage(folder=tmp_path) as on:
         reply = await on.post(CHAT, _ask("tokens=50 error=3 no_done", stream=True))
         assert b'"error"' in reply.body
@@ -174,8 +198,8 @@ async def test_an_error_inside_a_stream_passes_on_and_is_no_output(tmp_path: Pat
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_an_answer_without_usage_is_counted_by_us(stream: bool, tmp_path: Path) -> None:
-    """Marked as at least: never free."""
+async def test_an_answer_without_usage_is_counted_by_the_proxy(stream: bool, tmp_path: Path) -> None:
+    """It is recorded as `at_least`, and is never free."""
     async with stage(folder=tmp_path) as on:
         reply = await on.post(CHAT, _ask("tokens=40 no_usage", stream=stream))
         entry = await _entry(on, reply.headers["x-request-id"])
@@ -184,15 +208,15 @@ async def test_an_answer_without_usage_is_counted_by_us(stream: bool, tmp_path: 
         assert (await _charged(on))[0] == entry.usage.tokens.input + entry.usage.tokens.output
 
 
-async def test_an_explicit_zero_is_a_zero(tmp_path: Path) -> None:
-    """An upstream that says 0 is believed; the request counts."""
+async def test_an_explicit_usage_of_zero_is_believed(tmp_path: Path) -> None:
+    """No tokens are charged, but the request is."""
     async with stage(folder=tmp_path) as on:
         await on.post(CHAT, _ask("tokens=40 usage_zero"))
         assert await _charged(on) == (0, 1)
 
 
-async def test_the_end_of_an_answer_waits_for_the_books(tmp_path: Path) -> None:
-    """When a client has seen `[DONE]`, its call is charged: also when it asks at that very moment."""
+async def test_the_end_of_an_answer_waits_for_the_commit(tmp_path: Path) -> None:
+    """A client that has received `[DONE]` sees its call charged, even if it asks at once."""
     async with stage(folder=tmp_path) as on:
         for _ in range(20):
             before, _ = await on.used()
@@ -202,8 +226,8 @@ async def test_the_end_of_an_answer_waits_for_the_books(tmp_path: Path) -> None:
             assert await on.used() == (before + total, 0)
 
 
-async def test_a_shadow_quota_never_refuses_and_is_reported(tmp_path: Path) -> None:
-    """It keeps its own counter, and says what it would have done."""
+async def test_a_shadow_quota_never_refuses_but_is_reported(tmp_path: Path) -> None:
+    """It has a counter of its own, and the record and the metric say which calls it would have refused."""
     policy = STAFF.replace("per: day}", "per: day}, trial: {requests: 1, per: day, enforce: shadow}")
     async with stage(policy, folder=tmp_path) as on:
         for _ in range(3):
@@ -215,8 +239,8 @@ async def test_a_shadow_quota_never_refuses_and_is_reported(tmp_path: Path) -> N
             assert 'llm_quota_shadow_refusals_total{quota="staff/trial"} 2.0' in await response.text()
 
 
-async def test_after_counts_at_the_end_and_changes_no_request(tmp_path: Path) -> None:
-    """The classic way: in while there is anything left, however much the call then uses."""
+async def test_enforce_after_counts_at_the_end_and_changes_no_request(tmp_path: Path) -> None:
+    """A call is admitted while anything is left, however much it then uses."""
     policy = STAFF.replace("tokens: 1M, requests: 100k, per: day", "tokens: 10, per: day, enforce: after")
     async with stage(policy, folder=tmp_path) as on:
         assert (await on.post(CHAT, _ask("tokens=40", max_tokens=90))).status == 200
@@ -226,7 +250,7 @@ async def test_after_counts_at_the_end_and_changes_no_request(tmp_path: Path) ->
 
 
 async def test_a_call_that_can_never_fit_is_a_400(tmp_path: Path) -> None:
-    """Waiting would not help, so it is no 429; agents answer this code by compacting."""
+    """Waiting would not help, so it is not a 429. Agents react to this code by shortening the input."""
     policy = STAFF.replace("tokens: 1M", "tokens: 1k")
     async with stage(policy, folder=tmp_path) as on:
         with pytest.raises(openai.BadRequestError) as refused:
@@ -235,8 +259,8 @@ async def test_a_call_that_can_never_fit_is_a_400(tmp_path: Path) -> None:
         assert on.simulator.received == 0
 
 
-async def test_a_call_in_flight_makes_the_next_one_busy_not_exhausted(tmp_path: Path) -> None:
-    """Room that a call in flight holds comes back in a moment, and the refusal says so."""
+async def test_room_held_by_a_call_in_flight_is_busy_and_not_exhausted(tmp_path: Path) -> None:
+    """It is free again soon, and the refusal says so."""
     policy = STAFF.replace("tokens: 1M", "tokens: 150")
     async with stage(policy, folder=tmp_path, on_disconnect="stop") as on:
         first = on.begin(CHAT, _ask("hang", max_tokens=100, stream=True))
@@ -250,7 +274,7 @@ async def test_a_call_in_flight_makes_the_next_one_busy_not_exhausted(tmp_path: 
 
 @asynccontextmanager
 async def _raw_upstream(*pieces: bytes) -> AsyncIterator[str]:
-    """An upstream that streams these bytes, whatever it is asked, and ends without a word; gives its base URL."""
+    """An upstream that answers every request with these bytes as a stream and closes. Yields its base URL."""
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
@@ -275,8 +299,8 @@ WORD = b'data: {"choices":[{"index":0,"delta":{"content":"x"}}]}\n\n'
 USAGE = b'data: {"choices":[],"usage":{"prompt_tokens":5,"completion_tokens":2}}\n\n'
 
 
-async def test_what_looked_like_the_end_passes_on_when_more_comes(tmp_path: Path) -> None:
-    """A usage chunk in the middle holds nothing back for long, and the last one counts; no [DONE] is forged."""
+async def test_an_event_that_looked_like_the_end_is_forwarded_when_more_comes(tmp_path: Path) -> None:
+    """A usage chunk in the middle delays nothing for long, and the last one counts. No `[DONE]` is invented."""
     async with (
         _raw_upstream(WORD + USAGE + WORD, USAGE.replace(b"2}", b"3}")) as url,
         stage(folder=tmp_path, upstream=url) as on,
@@ -287,7 +311,7 @@ async def test_what_looked_like_the_end_passes_on_when_more_comes(tmp_path: Path
 
 
 async def test_an_end_that_never_ends_is_cut_off(tmp_path: Path) -> None:
-    """Megabytes of comments after the usage are no end of an answer, and not ours to keep."""
+    """Megabytes of comments after the usage chunk are not kept in memory until the stream closes."""
     comments = b": " + b"x" * 65_000 + b"\n\n"
     async with _raw_upstream(WORD + USAGE, *[comments] * 400) as url, stage(folder=tmp_path, upstream=url) as on:
         reply = await on.post(CHAT, _ask("", stream=True))
@@ -296,8 +320,8 @@ async def test_an_end_that_never_ends_is_cut_off(tmp_path: Path) -> None:
         assert await _charged(on) == (7, 1)
 
 
-async def test_a_call_that_only_others_hold_up_waits_for_them(tmp_path: Path) -> None:
-    """Nobody is refused because others might use what is left."""
+async def test_a_call_waits_for_calls_in_flight(tmp_path: Path) -> None:
+    """No call is refused only because others might use what is left."""
     policy = STAFF.replace("tokens: 1M", "tokens: 250")
     async with stage(policy, folder=tmp_path) as on:
         first = on.begin(CHAT, _ask("tokens=5 speed=50", max_tokens=200))
@@ -306,8 +330,8 @@ async def test_a_call_that_only_others_hold_up_waits_for_them(tmp_path: Path) ->
         assert ((await first).status, (await second).status) == (200, 200)
 
 
-async def test_a_client_that_goes_while_its_call_waits_leaves_nothing(tmp_path: Path) -> None:
-    """Its place is given up; nothing was sent, nothing is held, nothing is charged."""
+async def test_a_client_that_leaves_while_its_call_waits_is_charged_nothing(tmp_path: Path) -> None:
+    """The call leaves the queue. Nothing is sent, held or charged."""
     policy = STAFF.replace("tokens: 1M", "tokens: 150")
     async with stage(policy, folder=tmp_path, on_disconnect="stop") as on:
         first = on.begin(CHAT, _ask("hang", max_tokens=100, stream=True))
@@ -322,9 +346,9 @@ async def test_a_client_that_goes_while_its_call_waits_leaves_nothing(tmp_path: 
         await on.hang_up(first)
 
 
-@pytest.mark.parametrize("said", ["soon", "-1", "601", "1.5"])
-async def test_a_wait_that_makes_no_sense_is_a_400(said: str, tmp_path: Path) -> None:
-    """The header is checked like everything else."""
+@pytest.mark.parametrize("header", ["soon", "-1", "601", "1.5"])
+async def test_an_invalid_x_quota_max_wait_is_a_400(header: str, tmp_path: Path) -> None:
+    """It must be whole seconds, at most 600."""
     async with stage(folder=tmp_path) as on:
-        reply = await on.post(CHAT, _ask("tokens=1"), headers={"x-quota-max-wait": said})
+        reply = await on.post(CHAT, _ask("tokens=1"), headers={"x-quota-max-wait": header})
         assert (reply.status, reply.error["param"]) == (400, "X-Quota-Max-Wait")

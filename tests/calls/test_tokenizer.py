@@ -1,6 +1,6 @@
-"""Tokens are counted as tiktoken counts them, from tables that are already here, and nothing holds up the loop.
+"""Tokens are counted as tiktoken counts them, from local tables, without blocking the event loop.
 
-Threats T66 (a megabyte of anything), T67 (special tokens, half surrogates, a million spaces), T68 (no network).
+Threats T66 (a megabyte of anything), T67 (special tokens, lone surrogates, a million spaces), T68 (no network).
 """
 
 import asyncio
@@ -31,7 +31,7 @@ from proxy.formats.content import read_prompt
 from proxy.policy.policy import Model, Upstream
 
 UPSTREAM = Upstream("up", "http://127.0.0.1/v1", None)
-# What tables are called in tiktoken's cache: by the hash of the address from which it fetches them.
+# The names of the tables in tiktoken's cache: the SHA-1 of the URL from which it downloads them.
 CACHED = {
     "o200k_base": "fb374d419588a4632f3f557e76b4b70aebbca790",
     "cl100k_base": "9b5ad71b2ce5302211f9c61530b329a4922fc6a4",
@@ -40,8 +40,8 @@ FOLDERS = table_folders({})
 
 
 @pytest.fixture(scope="module")
-def both() -> Iterator[Tokenizers]:
-    """With both tables of the wheel."""
+def tokenizers() -> Iterator[Tokenizers]:
+    """Tokenizers with both tables of the wheel."""
     tokens = Tokenizers(FOLDERS)
     tokens.load(["o200k_base", "cl100k_base"])
     yield tokens
@@ -50,7 +50,7 @@ def both() -> Iterator[Tokenizers]:
 
 @pytest.fixture(scope="module")
 def encodings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tiktoken.Encoding]:
-    """Tiktoken's own, as it builds them itself from its cache."""
+    """Tiktoken's own encodings, as tiktoken builds them from its cache."""
     folder = tmp_path_factory.mktemp("cache")
     for name, cached in CACHED.items():
         (folder / cached).write_bytes(table_of(name))
@@ -65,7 +65,7 @@ def table_of(name: str) -> bytes:
     return gzip.decompress(packed.read_bytes())
 
 
-# ----------------------------------------------------------------------------------------------- whose encoding it is
+# ---------------------------------------------------------------------------------------------- the model's encoding
 
 
 @pytest.mark.parametrize(
@@ -87,23 +87,23 @@ def table_of(name: str) -> bytes:
         ("", "o200k_base", True),
     ],
 )
-def test_the_encoding_is_the_one_that_tiktoken_knows(upstream_model: str, encoding: str, is_guess: bool):
-    """By the upstream's name of the model, not the client's; what it doesn't know is a guess that says so."""
+def test_the_encoding_is_the_one_that_tiktoken_has_for_the_model(upstream_model: str, encoding: str, is_guess: bool):
+    """Looked up by the upstream's name of the model. If tiktoken does not know it, the result is a guess."""
     found = Tokenizers.encoding_of(Model("gpt-4", UPSTREAM, upstream_model))
     assert (found.name, found.is_guess) == (encoding, is_guess)
 
 
-def test_what_the_file_says_goes_before_the_name():
-    """The operator knows which model stands behind a name."""
+def test_a_configured_encoding_comes_before_the_name():
+    """The operator knows which model a name stands for."""
     found = Tokenizers.encoding_of(Model("m", UPSTREAM, "gpt-4o", encoding="cl100k_base"))
     assert (found.name, found.is_guess) == ("cl100k_base", False)
 
 
-# ---------------------------------------------------------------------------------------------------- counts are true
+# ----------------------------------------------------------------------------------------------- counts are correct
 
 
-def test_the_cookbooks_own_example_has_129_tokens(both: Tokenizers):
-    """What OpenAI counted for these messages on gpt-4-0613, by its cookbook."""
+def test_the_example_of_openai_s_cookbook_has_129_tokens(tokenizers: Tokenizers):
+    """OpenAI's cookbook states this number for these messages on gpt-4-0613."""
     turns = [
         ("", "You are a helpful, pattern-following assistant that translates corporate jargon into plain English."),
         ("example_user", "New synergies will help drive top-line growth."),
@@ -118,7 +118,7 @@ def test_the_cookbooks_own_example_has_129_tokens(both: Tokenizers):
     last = "This late pivot means we don't have time to boil the ocean for the client deliverable."
     messages.append({"role": "user", "content": last})
     prompt = read_prompt({"messages": messages}, model="gpt-4-0613", is_chat=True)
-    assert sum(both.count(text, "cl100k_base") for text in prompt.texts) + prompt.overhead == 129
+    assert sum(tokenizers.count(text, "cl100k_base") for text in prompt.texts) + prompt.overhead == 129
 
 
 @pytest.mark.parametrize(
@@ -133,24 +133,26 @@ def test_the_cookbooks_own_example_has_129_tokens(both: Tokenizers):
         (" " * 80, 2, 1),
     ],
 )
-def test_small_pieces_are_counted_at_once(both: Tokenizers, text: str, o200k: int, cl100k: int):
-    """Special tokens are text, and half a surrogate is one more character (T67)."""
-    assert (both.count(text, "o200k_base"), both.count(text, "cl100k_base")) == (o200k, cl100k)
-    assert both.count_by("o200k_base")(text) == both.count(text, "o200k_harmony") == o200k
+def test_short_texts_are_counted_on_the_event_loop(tokenizers: Tokenizers, text: str, o200k: int, cl100k: int):
+    """Special tokens count as text, and a lone surrogate is one more character (T67)."""
+    assert (tokenizers.count(text, "o200k_base"), tokenizers.count(text, "cl100k_base")) == (o200k, cl100k)
+    assert tokenizers.count_by("o200k_base")(text) == tokenizers.count(text, "o200k_harmony") == o200k
 
 
 @given(text=st.text(st.characters(exclude_categories=()), max_size=200))
-def test_any_piece_is_counted_and_has_no_more_tokens_than_bytes(both: Tokenizers, text: str):
-    """So the bytes bound what the tokenizer would say."""
+def test_no_text_has_more_tokens_than_bytes(tokenizers: Tokenizers, text: str):
+    """So the number of bytes bounds every count."""
     for name in CACHED:
-        assert bool(text) <= both.count(text, name) <= len(text.encode("utf-8", "surrogatepass"))
+        assert bool(text) <= tokenizers.count(text, name) <= len(text.encode("utf-8", "surrogatepass"))
 
 
 @given(text=st.text(max_size=200))
-def test_any_piece_is_counted_as_tiktoken_does(both: Tokenizers, encodings: dict[str, tiktoken.Encoding], text: str):
-    """The same table with the same pattern, whichever way they came here."""
+def test_any_text_is_counted_as_by_tiktoken(
+    tokenizers: Tokenizers, encodings: dict[str, tiktoken.Encoding], text: str
+):
+    """We load the tables differently, but tables and patterns are the same."""
     for name, encoding in encodings.items():
-        assert both.count(text, name) == len(encoding.encode(text, disallowed_special=()))
+        assert tokenizers.count(text, name) == len(encoding.encode(text, disallowed_special=()))
 
 
 HOSTILE = {
@@ -164,44 +166,44 @@ HOSTILE = {
 }
 
 
-@pytest.mark.parametrize("what", HOSTILE)
+@pytest.mark.parametrize("kind", HOSTILE)
 @pytest.mark.parametrize("encoding", ["o200k_base", "cl100k_base"])
-async def test_a_megabyte_of_anything_is_counted_almost_as_in_one_piece(
-    both: Tokenizers, encodings: dict[str, tiktoken.Encoding], what: str, encoding: str
+async def test_a_megabyte_in_slices_has_almost_the_same_count(
+    tokenizers: Tokenizers, encodings: dict[str, tiktoken.Encoding], kind: str, encoding: str
 ):
-    """Also what would overflow the library's stack. A cut changes the count by two tokens at most (T66, T67)."""
-    text = HOSTILE[what]
-    halves = (text[:500_000], text[500_000:])  # a million spaces in one piece are too many for the library
+    """Also texts that overflow the library's stack. A cut changes the count by at most two tokens (T66, T67)."""
+    text = HOSTILE[kind]
+    halves = (text[:500_000], text[500_000:])  # the library cannot encode a million spaces at once
     exact = sum(len(encodings[encoding].encode_ordinary(half)) for half in halves)
-    counted = await both.count_all([text], encoding)
+    counted = await tokenizers.count_all([text], encoding)
     assert counted is not None
     assert abs(counted - exact) <= 2 * (len(text) // 16_384 + 3)
 
 
-async def test_many_texts_are_counted_one_by_one(both: Tokenizers):
-    """They are packed for their way to a thread, and none is joined to its neighbour, or cut."""
+async def test_texts_are_counted_separately(tokenizers: Tokenizers):
+    """They are packed into slices, but not joined, and short ones are not cut."""
     texts = ["", "Hello", " world", "x" * 16_384, "a" * 20_000, *["user"] * 1000]
-    alone = [await both.count_all([text], "o200k_base") for text in texts]
-    assert await both.count_all(texts, "o200k_base") == sum(number or 0 for number in alone)
-    assert await both.count_all([], "o200k_base") == await both.count_all([""] * 9, "o200k_base") == 0
+    separately = [await tokenizers.count_all([text], "o200k_base") for text in texts]
+    assert await tokenizers.count_all(texts, "o200k_base") == sum(number or 0 for number in separately)
+    assert await tokenizers.count_all([], "o200k_base") == await tokenizers.count_all([""] * 9, "o200k_base") == 0
 
 
-@pytest.mark.parametrize("what", ["prose", "emoji", "a"])
-def test_of_a_long_piece_the_beginning_speaks_for_the_rest(both: Tokenizers, what: str):
-    """It is counted at once all the same, so it must not take long; text is mostly like its beginning."""
-    text = HOSTILE[what]
-    parts = sum(both.count(text[start : start + 4096], "o200k_base") for start in range(0, len(text), 4096))
-    assert both.count(text, "o200k_base") == pytest.approx(parts, rel=0.02)
-    assert both.count("a" * 4096 + "é" * 4096, "o200k_base") == 2 * both.count("a" * 4096, "o200k_base")
+@pytest.mark.parametrize("kind", ["prose", "emoji", "a"])
+def test_a_long_text_on_the_event_loop_is_extrapolated(tokenizers: Tokenizers, kind: str):
+    """It must not take long, and a text is mostly like its beginning."""
+    text = HOSTILE[kind]
+    parts = sum(tokenizers.count(text[start : start + 4096], "o200k_base") for start in range(0, len(text), 4096))
+    assert tokenizers.count(text, "o200k_base") == pytest.approx(parts, rel=0.02)
+    assert tokenizers.count("a" * 4096 + "é" * 4096, "o200k_base") == 2 * tokenizers.count("a" * 4096, "o200k_base")
 
 
 class Panic(BaseException):
-    """As the library's Rust raises it: no Exception."""
+    """A BaseException, as the Rust library raises it."""
 
 
 @pytest.mark.parametrize("error", [ValueError, Panic])
-def test_a_text_on_which_the_tokenizer_fails_counts_by_its_bytes(error: type[BaseException]):
-    """Never fewer than its tokens, and never an error in the midst of a call; the log has no word of the text."""
+def test_if_the_tokenizer_fails_the_bytes_are_counted(error: type[BaseException]):
+    """They are never fewer than the tokens, and the call goes on. The log does not contain the text."""
 
     def fail(text: str) -> list[int]:
         raise error(text)
@@ -213,14 +215,14 @@ def test_a_text_on_which_the_tokenizer_fails_counts_by_its_bytes(error: type[Bas
     ]
 
 
-def test_a_million_spaces_at_once_are_what_slices_are_for(encodings: dict[str, tiktoken.Encoding]):
-    """The library gives up on them; once it no longer does, slices are for the event loop alone."""
+def test_the_library_fails_on_a_million_spaces(encodings: dict[str, tiktoken.Encoding]):
+    """This is one reason for slices. If this test fails one day, they are needed for the event loop only."""
     with capture_logs():
         assert tokens_in(" " * 1_000_000, encodings["o200k_base"].encode_ordinary) == 1_000_000
 
 
-def test_whoever_interrupts_the_program_is_heard():
-    """That is no failure of the tokenizer."""
+def test_a_keyboard_interrupt_is_not_swallowed():
+    """It is no failure of the tokenizer."""
 
     def interrupt(text: str) -> list[int]:
         raise KeyboardInterrupt
@@ -232,21 +234,21 @@ def test_whoever_interrupts_the_program_is_heard():
 # ------------------------------------------------------------------------------------------------------------- bounds
 
 
-async def test_what_is_too_much_is_not_counted(both: Tokenizers):
-    """Then the bytes have to do. As much as is allowed is counted."""
-    assert await both.count_all(["a" * (CHARACTERS_MAX // 8)] * 8 + ["a"], "o200k_base") is None
-    assert await both.count_all([""] * (TEXTS_MAX + 1), "o200k_base") is None
-    assert await both.count_all([""] * TEXTS_MAX, "o200k_base") == 0
+async def test_too_much_text_is_not_counted(tokenizers: Tokenizers):
+    """The bytes are used instead. Exactly the allowed amount is still counted."""
+    assert await tokenizers.count_all(["a" * (CHARACTERS_MAX // 8)] * 8 + ["a"], "o200k_base") is None
+    assert await tokenizers.count_all([""] * (TEXTS_MAX + 1), "o200k_base") is None
+    assert await tokenizers.count_all([""] * TEXTS_MAX, "o200k_base") == 0
 
 
-async def test_what_takes_too_long_is_given_up(both: Tokenizers):
-    """Nobody waits for ever on a busy machine."""
-    assert await both.count_all([HOSTILE["a"]], "o200k_base", within_s=0) is None
-    assert await both.count_all(["Hello"], "o200k_base") == 1
+async def test_a_count_that_takes_too_long_is_given_up(tokenizers: Tokenizers):
+    """A call must not wait for ever on a busy machine."""
+    assert await tokenizers.count_all([HOSTILE["a"]], "o200k_base", timeout_s=0) is None
+    assert await tokenizers.count_all(["Hello"], "o200k_base") == 1
 
 
 class Gate:
-    """Stands in for an encoder: each text waits in its thread until the gate is open, and is one token."""
+    """An encoder that waits in its thread until the gate is open. Each text is one token."""
 
     def __init__(self) -> None:
         self.is_open = threading.Event()
@@ -260,7 +262,7 @@ class Gate:
         return [0]
 
     async def until_entered(self) -> None:
-        """Wait until a thread stands at the gate."""
+        """Wait until a thread waits at the gate."""
         await asyncio.to_thread(self.entered.acquire)
 
 
@@ -273,7 +275,7 @@ def gate() -> Iterator[Gate]:
 
 @pytest.fixture
 def gated(gate: Gate) -> Iterator[Tokenizers]:
-    """Counts by an encoding `gate` alone."""
+    """Tokenizers with only one encoding, `gate`."""
     tokens = Tokenizers([])
     tokens._encoders["gate"] = gate
     yield tokens
@@ -281,8 +283,8 @@ def gated(gate: Gate) -> Iterator[Tokenizers]:
     tokens.close()
 
 
-async def test_nothing_more_is_taken_on_while_too_much_waits(gated: Tokenizers, gate: Gate):
-    """The answer comes at once; as soon as the others have ended there is room again. A small one always has."""
+async def test_while_too_much_waits_only_short_texts_are_accepted(gated: Tokenizers, gate: Gate):
+    """A large text is declined at once, until the others have ended. A small one is always counted."""
     large = ["a" * (CHARACTERS_MAX // 2)]
     queue = [asyncio.create_task(gated.count_all(large, "gate")) for _ in range(4)]
     await gate.until_entered()
@@ -297,7 +299,7 @@ async def test_nothing_more_is_taken_on_while_too_much_waits(gated: Tokenizers, 
 
 
 async def test_a_short_prompt_does_not_wait_for_the_end_of_long_ones(gated: Tokenizers, gate: Gate):
-    """Each queues anew for every slice, so a thousand slices of others are not all before it."""
+    """Each slice queues separately, so the slices of a long prompt are not all counted first."""
     long = asyncio.create_task(gated.count_all(["a" * CHARACTERS_MAX], "gate"))
     await gate.until_entered()
     short = asyncio.create_task(gated.count_all(["a"], "gate"))
@@ -307,8 +309,8 @@ async def test_a_short_prompt_does_not_wait_for_the_end_of_long_ones(gated: Toke
     assert await long == 512
 
 
-async def test_a_caller_that_is_cancelled_leaves_nothing_behind(gated: Tokenizers, gate: Gate):
-    """Its slice ends, the others are never begun, and its room is free."""
+async def test_a_cancelled_count_leaves_nothing_behind(gated: Tokenizers, gate: Gate):
+    """Its current slice ends, the others never begin, and its share of the bound is free again."""
     task = asyncio.create_task(gated.count_all(["a" * CHARACTERS_MAX], "gate"))
     await gate.until_entered()
     task.cancel()
@@ -319,8 +321,8 @@ async def test_a_caller_that_is_cancelled_leaves_nothing_behind(gated: Tokenizer
     assert gate.counted == 1 + 512
 
 
-async def test_closing_ends_what_is_being_counted(gated: Tokenizers, gate: Gate):
-    """With None, as whatever is asked for later; not with an error in a call that is being settled."""
+async def test_closing_ends_a_running_count(gated: Tokenizers, gate: Gate):
+    """It gives None, like every later count, and no error in a call that is being settled."""
     task = asyncio.create_task(gated.count_all(["a" * CHARACTERS_MAX], "gate"))
     await gate.until_entered()
     gated.close()
@@ -332,8 +334,8 @@ async def test_closing_ends_what_is_being_counted(gated: Tokenizers, gate: Gate)
 # ------------------------------------------------------------------------------------------------------------- tables
 
 
-def test_the_tables_are_those_of_the_wheel_and_of_tiktokens_cache(tmp_path: Path):
-    """Under the names that they have there, and with the hashes that OpenAI's have."""
+def test_tables_are_found_in_the_wheel_and_in_tiktoken_s_cache(tmp_path: Path):
+    """Under their names there, and with the hashes of OpenAI's tables."""
     found = {name: hashlib.sha256(table_of(name)).hexdigest() for name in CACHED}
     assert found == {
         "o200k_base": "446a9538cb6c348e3516120d7c08b09f57c36495e2acfffe59a5bf8b0cfb1a2d",
@@ -348,8 +350,8 @@ def test_the_tables_are_those_of_the_wheel_and_of_tiktokens_cache(tmp_path: Path
         tokens.close()
 
 
-def test_only_what_is_asked_for_is_loaded():
-    """Each takes some thirty megabytes; the encoding of gpt-oss shares its table."""
+def test_only_requested_tables_are_loaded():
+    """Each takes about 30 MB. The encoding of gpt-oss shares the table of o200k_base."""
     tokens = Tokenizers(FOLDERS)
     assert not tokens.is_loaded("o200k_base")
     tokens.load(["o200k_harmony"])
@@ -359,8 +361,8 @@ def test_only_what_is_asked_for_is_loaded():
 
 
 @pytest.mark.parametrize("encoding", ["p50k_base", "r50k_base", "gpt2", "p50k_edit", "nobody_knows_it"])
-async def test_without_a_table_it_is_four_bytes_to_a_token(encoding: str):
-    """It starts all the same, says so once, and what is long is left to its bound in bytes (T68)."""
+async def test_without_a_table_four_bytes_count_as_one_token(encoding: str):
+    """The proxy starts, logs it once, and long texts are bounded by their bytes (T68)."""
     tokens = Tokenizers(FOLDERS)
     with capture_logs() as logs:
         tokens.load([encoding])
@@ -378,34 +380,34 @@ async def test_without_a_table_it_is_four_bytes_to_a_token(encoding: str):
     tokens.close()
 
 
-def spoilt(tmp_path: Path, what: str) -> Path:
-    """A folder in which something stands under the tables' names that is none of them."""
+def damaged(tmp_path: Path, kind: str) -> Path:
+    """A folder with a file that has a table's name but not its content."""
     table = table_of("cl100k_base")
     cached, packed = tmp_path / CACHED["cl100k_base"], tmp_path / "cl100k_base.tiktoken.gz"
-    if what == "changed":
+    if kind == "changed":
         cached.write_bytes(table[:-1] + b"\r")
         packed.write_bytes(gzip.compress(table + b"\n"))
-    elif what == "cut off":
+    elif kind == "cut off":
         cached.write_bytes(table[:1000])
         packed.write_bytes(gzip.compress(table)[:-1000])
-    elif what == "no gzip":
+    elif kind == "no gzip":
         packed.write_bytes(b"no gzip at all")
-    elif what == "spoilt gzip":
+    elif kind == "damaged gzip":
         packed.write_bytes(gzip.compress(table)[:10] + b"\xff" * 1000)
-    elif what == "a folder":
+    elif kind == "a folder":
         cached.mkdir()
         packed.mkdir()
-    elif what == "not readable":
+    elif kind == "not readable":
         cached.symlink_to(cached)
     return tmp_path
 
 
 @pytest.mark.parametrize(
-    "what", ["changed", "cut off", "no gzip", "spoilt gzip", "a folder", "not readable", "nothing"]
+    "kind", ["changed", "cut off", "no gzip", "damaged gzip", "a folder", "not readable", "nothing"]
 )
-def test_a_table_with_another_hash_is_none(tmp_path: Path, what: str):
-    """It would count something else. The next place is looked at, and nothing is thrown away."""
-    folder = spoilt(tmp_path, what)
+def test_a_damaged_table_is_not_used(tmp_path: Path, kind: str):
+    """It would give wrong counts. The next folder is searched, and no file is deleted."""
+    folder = damaged(tmp_path, kind)
     before = sorted(path.name for path in folder.iterdir())
     tokens = Tokenizers([folder])
     with capture_logs():
@@ -426,30 +428,30 @@ def test_a_table_with_another_hash_is_none(tmp_path: Path, what: str):
         ({"DATA_GYM_CACHE_DIR": "/b"}, Path("/b")),
     ],
 )
-def test_the_cache_is_where_tiktoken_has_it(environment: dict[str, str], first: Path):
-    """By its own variables, in its order; the wheel comes after it."""
+def test_the_cache_folder_is_tiktoken_s(environment: dict[str, str], first: Path):
+    """By its own variables, in its order. The wheel comes after it."""
     assert table_folders(environment) == (first, FOLDERS[-1])
 
 
-def test_an_empty_name_of_the_cache_means_that_there_is_none():
-    """As for tiktoken; left out it means a folder of the system's for temporary files."""
+def test_an_empty_variable_means_no_cache():
+    """As for tiktoken. A missing variable means a folder for temporary files."""
     assert table_folders({"TIKTOKEN_CACHE_DIR": ""}) == FOLDERS[-1:]
     assert [folder.name for folder in table_folders({})] == ["data-gym-cache", "data"]
 
 
-def test_tiktoken_itself_is_left_as_it_was(both: Tokenizers):
-    """Its constructors are run in a copy: whoever else uses it in this process has its own loader."""
+def test_tiktoken_itself_is_not_changed(tokenizers: Tokenizers):
+    """Its constructors run in a copy, so other users of tiktoken in this process keep its loader."""
     from tiktoken_ext import openai_public
 
     assert openai_public.load_tiktoken_bpe is tiktoken.load.load_tiktoken_bpe
-    assert both.is_loaded("o200k_base")
+    assert tokenizers.is_loaded("o200k_base")
 
 
 OFFLINE = """
 import asyncio, sys
 from pathlib import Path
 import proxy.calls.tokenizer
-assert not {"tiktoken", "requests", "bpe_openai"} & sys.modules.keys(), "importing the module is not for nothing"
+assert not {"tiktoken", "requests", "bpe_openai"} & sys.modules.keys(), "importing the module must not import these"
 
 from proxy.policy.policy import Model, Upstream
 tokens = proxy.calls.tokenizer.Tokenizers([Path(folder) for folder in sys.argv[1:]])
@@ -474,17 +476,17 @@ asyncio.run(main())
 """
 
 
-@pytest.mark.parametrize(("folders", "said"), [(FOLDERS, "True 2 2"), ([], "False 3 None")])
-def test_nothing_is_ever_fetched(folders: list[Path], said: str):
-    """Neither at the start nor by a count, with or without tables: no socket is opened, no address looked up (T68).
+@pytest.mark.parametrize(("folders", "output"), [(FOLDERS, "True 2 2"), ([], "False 3 None")])
+def test_nothing_is_ever_downloaded(folders: list[Path], output: str):
+    """Neither at the start nor by a count, with or without tables, is a socket opened or a name resolved (T68).
 
-    In a process of its own, in which that would be an error; the wheel's library is not imported either.
+    The test runs in a process in which that raises. The wheel's library is not imported either.
     """
     command = [sys.executable, "-c", OFFLINE, *map(str, folders)]
     run = subprocess.run(command, capture_output=True, text=True, timeout=50, check=False)
-    assert (run.stdout.splitlines()[-1:], run.returncode) == ([said], 0), run.stderr
+    assert (run.stdout.splitlines()[-1:], run.returncode) == ([output], 0), run.stderr
 
 
-def test_the_library_is_one_whose_time_grows_with_the_text():
-    """Before 0.13 it grew by the square, so that a megabyte of one letter took minutes."""
+def test_the_library_takes_linear_time():
+    """Before 0.13 its time was quadratic: a megabyte of one letter took minutes."""
     assert tuple(map(int, version("tiktoken").split(".")[:2])) >= (0, 13)

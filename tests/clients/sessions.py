@@ -39,7 +39,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from proxy.simulator.media import HEARD, PICTURE, SOUND
+from proxy.simulator.media import AUDIO, IMAGE, TRANSCRIPT
 from proxy.simulator.text import DIMENSIONS
 from tests.stage import STAFF, Stage, key_of, stage
 
@@ -178,7 +178,7 @@ async def check(on: Stage, client: Client) -> None:
     _check_charges(rows, client)
     # Refused once, so the SDK did not retry.
     assert 'quota="staff/scarce",verdict="exhausted"} 1.0' in await _metrics(on)
-    given = on.simulator.given  # without the streams that broke
+    given = on.simulator.reported_usage  # without the streams that broke
     broken = sum(_tokens(rows[step]) for step in ("broken_stream", "cut_stream"))
     assert await on.used() == (given.input_tokens + given.output_tokens + broken, 0)
     await on.audit()
@@ -208,11 +208,11 @@ def _check_answer(result: Result, row: Mapping[str, Any]) -> None:
         case "embeddings":
             assert fields["dimensions"] == DIMENSIONS, result
         case "images":
-            assert fields["bytes"] == len(base64.b64decode(PICTURE)), result
+            assert fields["bytes"] == len(base64.b64decode(IMAGE)), result
         case "speech":
-            assert fields["bytes"] == len(SOUND), result
+            assert fields["bytes"] == len(AUDIO), result
         case "transcription":
-            assert fields["text"] == HEARD, result
+            assert fields["text"] == TRANSCRIPT, result
         case "tools" | "tools_stream":
             assert fields["name"] == "look_up", result
             assert len(fields["arguments"]["term"].split()) == row["output_tokens"] > 0, result

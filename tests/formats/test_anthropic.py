@@ -1,6 +1,6 @@
-"""What Anthropic's surface says in words of its own: errors, rate-limit headers, usage.
+"""Errors and usage of Anthropic's API.
 
-wire §1.2 and §1.3 (its usage), §3.6 (its client).
+Sources: docs/wire.md, sections 1.2 and 1.3 (usage) and 3.6 (the client).
 """
 
 import pytest
@@ -12,8 +12,8 @@ from proxy.formats.anthropic import error_body, read_usage, type_of
 from proxy.policy.amounts import Tokens
 
 
-def test_an_error_keeps_what_we_say_to_programs() -> None:
-    """When it resets stands inside `error`, where the SDK's user finds it; the type is Anthropic's."""
+def test_an_error_keeps_the_members_for_programs() -> None:
+    """`reset_at` and the like are inside `error`, where the SDK exposes them; the type is Anthropic's."""
     members = {"reset_at": "2026-11-25T00:00:00+01:00", "retry_after": 7}
     error = Refusal("Used up.", type="insufficient_quota", code="insufficient_quota", headers={}, members=members)
     assert error_body(error, "req_1") == {
@@ -23,10 +23,10 @@ def test_an_error_keeps_what_we_say_to_programs() -> None:
     }
 
 
-def test_an_error_says_no_more_than_there_is() -> None:
-    """No nulls, which OpenAI's shape has: nobody reads them here. In a stream there is no id."""
-    said = error_body(InvalidRequest("No.", param="tools"))
-    assert said == {"type": "error", "error": {"type": "invalid_request_error", "message": "No.", "param": "tools"}}
+def test_an_error_has_no_empty_members() -> None:
+    """OpenAI's shape has nulls, Anthropic's does not. An error inside a stream has no id."""
+    body = error_body(InvalidRequest("No.", param="tools"))
+    assert body == {"type": "error", "error": {"type": "invalid_request_error", "message": "No.", "param": "tools"}}
     assert error_body(UpstreamError("No."))["error"]["type"] == "api_error"  # type: ignore[index]
     assert error_body(LedgerUnavailable())["error"]["type"] == "overloaded_error"  # type: ignore[index]
 
@@ -48,8 +48,8 @@ def test_an_error_says_no_more_than_there_is() -> None:
         (529, "overloaded_error"),
     ],
 )
-def test_a_type_follows_from_the_status(status: int, type: str) -> None:
-    """Those of the API's description; what has none of its own is a bad request or a failure."""
+def test_the_status_determines_the_error_type(status: int, type: str) -> None:
+    """The API description lists these; any other 4xx is a bad request, any other 5xx an API error."""
     assert type_of(status) == type
 
 
@@ -87,13 +87,13 @@ def test_a_type_follows_from_the_status(status: int, type: str) -> None:
         ({}, None),
     ],
 )
-def test_all_three_parts_of_the_input_are_input(usage: dict, tokens: Tokens | None) -> None:
-    """At OpenAI what was cached is a part of the input, here it stands beside it; nonsense is no count."""
+def test_the_three_parts_of_the_input_are_added(usage: dict, tokens: Tokens | None) -> None:
+    """At OpenAI cached tokens are a part of the input, here they stand beside it; invalid usage gives None."""
     assert read_usage(usage) == tokens
 
 
 @given(st.tuples(*[st.integers(0, 1_000_000)] * 4))
-def test_nothing_of_an_input_is_lost(parts: tuple[int, int, int, int]) -> None:
-    """What is charged is the sum of the parts, and what was read from the cache is a part of it."""
+def test_the_input_is_the_sum_of_its_parts(parts: tuple[int, int, int, int]) -> None:
+    """All three parts are charged, and `cached` is the part that was read from the cache."""
     names = ("input_tokens", "cache_creation_input_tokens", "cache_read_input_tokens", "output_tokens")
     assert read_usage(dict(zip(names, parts, strict=True))) == Tokens(sum(parts[:3]), parts[3], cached=parts[2])

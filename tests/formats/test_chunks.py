@@ -1,4 +1,4 @@
-"""Chunks are read as clients read them, and what was put in for us is taken out to the byte."""
+"""Chunks are parsed as clients parse them, and only the members that the proxy asked for are removed."""
 
 import json
 
@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.formats.chunks import (
-    is_finished,
-    more_than_usage,
+    extra_members,
+    is_finish_chunk,
     read_object,
     with_timings,
     without_timings,
@@ -27,7 +27,7 @@ def event(text):
 
 
 def stripped(text):
-    """What is left of a chunk without its usage."""
+    """The event of this chunk without its usage."""
     return without_usage(event(text), json.loads(text)).decode()
 
 
@@ -42,12 +42,12 @@ def stripped(text):
         (b"[" * 100_000, None),
     ],
 )
-def test_what_a_client_can_read_is_read(data, value):
-    """Also what strict JSON forbids and Python's reader takes."""
+def test_an_object_that_a_client_can_parse_is_parsed(data, value):
+    """Including what strict JSON forbids and Python's parser accepts."""
     found = read_object(data)
     if data == b'{"a": NaN}':
         assert found is not None
-        assert found["a"] != found["a"]
+        assert found["a"] != found["a"]  # NaN is not equal to itself
     else:
         assert found == value
 
@@ -65,8 +65,8 @@ def test_what_a_client_can_read_is_read(data, value):
         ('{"in":{"x":1', "", ',"usage":null},"y":1}'),
     ],
 )
-def test_only_the_member_is_cut_out(before, member, after):
-    """Every other byte stays, also where the word stands elsewhere."""
+def test_only_the_usage_member_is_cut_out(before, member, after):
+    """Every other byte stays, even if the word "usage" occurs elsewhere in the chunk."""
     if member:
         assert stripped(before + member + after) == f"data: {before}{after}\n\n"
     else:
@@ -74,35 +74,35 @@ def test_only_the_member_is_cut_out(before, member, after):
         assert json.loads(stripped(json.dumps({**whole, "usage": None})).removeprefix("data: ")) == whole
 
 
-def test_what_cannot_be_cut_out_is_written_anew():
-    """Spaces in odd places: the same chunk, in other bytes."""
+def test_a_member_that_cannot_be_cut_out_leads_to_a_new_serialization():
+    """With spaces in unusual places the client gets the same chunk in other bytes."""
     assert stripped('{"id" : "1" , "usage" : null}') == 'data: {"id":"1"}\n\n'
 
 
 @given(st.dictionaries(st.sampled_from(["id", "usage_of", "x"]), st.text() | st.none() | st.just({"usage": None})))
-def test_whatever_else_it_says_is_said_still(rest):
-    """Under any name and in any place."""
-    left = stripped(json.dumps({**rest, "usage": USAGE}))
-    assert json.loads(left.removeprefix("data: ")) == rest
+def test_all_other_members_stay(others):
+    """Whatever their names and values are."""
+    shown = stripped(json.dumps({**others, "usage": USAGE}))
+    assert json.loads(shown.removeprefix("data: ")) == others
 
 
-def test_what_a_chunk_says_beside_the_usual():
-    """A member without a value says nothing."""
-    assert more_than_usage({"id": "1", "usage": USAGE, "timings": TIMINGS, "x": None}) == {"timings"}
+def test_extra_members_are_those_beyond_the_common_ones():
+    """A member that is null does not count."""
+    assert extra_members({"id": "1", "usage": USAGE, "timings": TIMINGS, "x": None}) == {"timings"}
 
 
 @pytest.mark.parametrize(
-    ("choices", "is_last"),
+    ("choices", "is_finish"),
     [([{"finish_reason": "stop"}], True), ([{"finish_reason": None}], False), ([], False), (None, False)],
 )
-def test_the_last_of_a_choice_says_why_it_ended(choices, is_last):
-    """Of one choice: of several none is the last of all."""
-    assert is_finished({"choices": choices}) is is_last
+def test_a_finish_chunk_has_one_choice_with_a_reason(choices, is_finish):
+    """With several choices no chunk is the last of all of them."""
+    assert is_finish_chunk({"choices": choices}) is is_finish
 
 
 @pytest.mark.parametrize("gap", ["", " "])
-def test_timings_are_moved_as_they_stand(gap):
-    """To the end of the chunk before; where they can't be cut out they are written anew."""
+def test_timings_are_moved_to_the_finish_chunk(gap):
+    """They become its last member; if their bytes can't be copied, the chunk is serialized anew."""
     last = b'data: {"choices":[{"finish_reason":"stop"}]}\n\n'
     of = f'{{"choices":[],"timings"{gap}:{json.dumps(TIMINGS)}}}'
     moved = with_timings(last, json.loads(last[6:]), event(of), json.loads(of))
@@ -120,6 +120,6 @@ def test_timings_are_moved_as_they_stand(gap):
         ('{"timings":3,"a":{"x":1,"timings":{"n":1}}}', '{"a":{"x":1,"timings":{"n":1}}}'),
     ],
 )
-def test_timings_are_cut_out_and_no_other_byte(text, shown):
-    """Where that is not to be done safely the chunk is written anew."""
+def test_only_the_timings_are_cut_out(text, shown):
+    """If that is not safe, the chunk is serialized anew: 1.50 then becomes 1.5."""
     assert without_timings(event(text), json.loads(text)) == b"data: " + shown.encode() + b"\n\n"

@@ -1,6 +1,6 @@
-"""What of a request the model reads: texts are handed on, pictures and sounds have their price, nothing is missed.
+"""What the model reads of a request: texts are returned, images and audio are priced, and nothing is overlooked.
 
-Threats T25 (addresses are never fetched), T34 (20,000 of everything), T66 (base64).
+Threats T25 (URLs are never fetched), T34 (20,000 of everything), T66 (base64).
 """
 
 import base64
@@ -11,29 +11,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.formats.content import Prompt, parts_of, read_prompt, with_files, with_previous
+from proxy.formats.content import Prompt, content_parts, read_prompt, with_files, with_previous
 from proxy.formats.strict_json import dump
-from tests.formats.test_images import data_url, jpeg, png, webp_lossy
-
-
-def read(*, model: str = "gpt-4o", is_chat: bool = True, **document: object) -> Prompt:
-    return read_prompt(document, model=model, is_chat=is_chat)
-
-
-def of_part(part: object, model: str = "gpt-4o") -> Prompt:
-    """What one part of a message adds to its role."""
-    return read(messages=[{"role": "user", "content": [part]}], model=model)
-
-
-MESSAGE = 3
-EMPTY_CHAT = 6  # of a chat with one message
-
+from tests.formats.test_images import EMPTY_CHAT, data_url, jpeg, of_part, png, read, webp_lossy
 
 # -------------------------------------------------------------------------------------------------------------- texts
 
 
 def test_a_chat_is_read_message_by_message():
-    """Contents, roles and names are texts; each message, each name and the answer's beginning have their tokens."""
+    """Contents, roles and names are texts. Each message, each name and the reply priming add tokens."""
     prompt = read(
         messages=[
             {"role": "system", "content": "Be brief."},
@@ -45,8 +31,8 @@ def test_a_chat_is_read_message_by_message():
     assert (prompt.overhead, prompt.opaque_bytes, prompt.media_tokens, prompt.is_open) == (3 * 3 + 1 + 3, 0, 0, False)
 
 
-def test_calls_of_tools_are_read_with_their_ids_and_arguments():
-    """Arguments are JSON in a string; where a client sends them as an object the template writes JSON."""
+def test_tool_calls_are_read_with_their_ids_and_arguments():
+    """Arguments are a string of JSON. If a client sends an object, it is read as the JSON that templates print."""
     calls = [
         {"id": "call_1", "type": "function", "function": {"name": "f", "arguments": '{"a":1}'}},
         {"id": "call_2", "type": "function", "function": {"name": "g", "arguments": {"a": [1, 2]}}},
@@ -62,8 +48,8 @@ def test_calls_of_tools_are_read_with_their_ids_and_arguments():
     assert not prompt.is_open
 
 
-def test_items_of_a_response_are_read_like_messages():
-    """Their own ids, kinds and states are not; what a tool gave back is, as text or as parts."""
+def test_items_of_responses_are_read_like_messages():
+    """The output of a tool is read, as text or as parts; an item's own id, type and status are not."""
     prompt = read(
         instructions="Be brief.",
         input=[
@@ -74,12 +60,12 @@ def test_items_of_a_response_are_read_like_messages():
         ],
     )
     assert sorted(prompt.texts) == sorted(["Hi", "user", "c", "f", "{}", "c", "one", "c", "two", "Be brief."])
-    assert prompt.overhead == 4 * 3 + 1 + 3 + 3  # four items, a name, the instructions, the answer's beginning
+    assert prompt.overhead == 4 * 3 + 1 + 3 + 3  # four items, a name, the instructions, the reply priming
     assert not prompt.is_open
 
 
 def test_encrypted_reasoning_is_estimated_and_not_read_as_text():
-    """Read as text it would have more than twice the tokens of the thoughts in it; nobody can say their number."""
+    """Counted as text it would have more than twice the tokens of the reasoning in it, whose number is unknown."""
     prompt = read(input=[{"type": "reasoning", "id": "rs_1", "summary": [], "encrypted_content": "gAAA" * 1000}])
     assert (prompt.texts, prompt.overhead) == ((), EMPTY_CHAT + 1000)
     assert read(input=[{"type": "reasoning", "encrypted_content": None}]).overhead == EMPTY_CHAT
@@ -94,8 +80,8 @@ def test_encrypted_reasoning_is_estimated_and_not_read_as_text():
         ({"input": ["one", "two"]}, ("one", "two")),
     ],
 )
-def test_prompts_and_what_is_embedded_are_nothing_but_text(document: dict, texts: tuple[str, ...]):
-    """No messages, so nothing is added to them."""
+def test_inputs_of_completions_and_embeddings_are_only_text(document: dict, texts: tuple[str, ...]):
+    """They are not messages, so no tokens are added."""
     assert read(is_chat=False, **document) == Prompt(texts=texts)
 
 
@@ -110,24 +96,24 @@ def test_prompts_and_what_is_embedded_are_nothing_but_text(document: dict, texts
     ],
 )
 def test_tokens_that_come_as_numbers_are_counted(document: dict, tokens: int):
-    """One each; what is no whole number is no token."""
+    """Each integer in a list is one token; true, null and fractions are none."""
     assert read(is_chat=False, **document) == Prompt(overhead=tokens)
 
 
-def test_a_single_text_is_a_message_too():
-    """/responses takes one without a role."""
+def test_a_single_text_counts_as_a_message():
+    """/responses accepts a text without a role as its input."""
     assert read(input="Hi") == Prompt(texts=("Hi",), overhead=EMPTY_CHAT)
 
 
 def test_2048_texts_and_20_000_messages_are_read():
-    """The most that OpenAI embeds at once, and more turns than anybody has (T34)."""
+    """2,048 texts are the most that OpenAI embeds in one call; 20,000 messages are more than any chat has (T34)."""
     assert len(read(input=["x"] * 2048, is_chat=False).texts) == 2048
     prompt = read(messages=[{"role": "user", "content": "x"}] * 20_000)
     assert (len(prompt.texts), prompt.overhead) == (40_000, 60_003)
 
 
-def test_schemas_are_read_as_json():
-    """Tools, functions, the form that an answer must have, and what we have never heard of."""
+def test_schemas_and_unknown_fields_are_read_as_json():
+    """Tools, functions, the response format, and fields that the proxy does not know."""
     tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
     schema = {"name": "s", "schema": {"type": "object"}}
     prompt = read(
@@ -145,8 +131,8 @@ def test_schemas_are_read_as_json():
     assert read(tools=[]) == Prompt(overhead=3)
 
 
-def test_names_that_are_longer_than_any_name_are_texts():
-    """A prompt hides in the keys of an object as well as in its values."""
+def test_long_keys_are_texts():
+    """A prompt can be written into the keys of an object as well as into its values."""
     long = "one two three four five six seven eight nine ten"
     assert read(**{long: 1}).texts == (json.dumps({long: 1}, separators=(",", ":")),)
     assert read(messages=[{"role": "user", "content": [{long: "yes", "short": "no"}]}]).texts == (
@@ -157,8 +143,8 @@ def test_names_that_are_longer_than_any_name_are_texts():
     )
 
 
-def test_what_only_steers_the_answer_is_not_read():
-    """Nor is what is said about the call."""
+def test_fields_that_the_model_does_not_read_are_not_counted():
+    """Parameters of the generation, and metadata of the call."""
     document = {
         "model": "m",
         "stop": ["a"],
@@ -170,25 +156,25 @@ def test_what_only_steers_the_answer_is_not_read():
     assert read_prompt(document, model="m", is_chat=False) == Prompt()
 
 
-# --------------------------------------------------------------------------------------------------- sounds and files
+# ---------------------------------------------------------------------------------------------------- audio and files
 
 
-def test_a_sound_costs_a_token_for_a_hundred_bytes():
-    """A token is 100 ms, and the leanest MP3 has 1000 bytes a second: a longer sound has more bytes."""
+def test_audio_costs_one_token_for_a_hundred_bytes():
+    """A token is 100 ms, and the leanest MP3 has 1,000 bytes per second; other files have more bytes per token."""
     data = base64.b64encode(bytes(30_000)).decode()
     prompt = of_part({"type": "input_audio", "input_audio": {"data": data, "format": "mp3"}})
     assert prompt == Prompt(("user",), EMPTY_CHAT + 300, opaque_bytes=40_000, media_tokens=300)
 
 
-def test_a_file_is_bounded_by_its_bytes_and_estimated_as_prose():
-    """Only of plain text: of all others the model gets pictures of their pages too, so they are open."""
+def test_a_file_is_estimated_as_prose_and_open_unless_it_is_plain_text():
+    """A plain text is bounded by its bytes. Of other files the model also sees the pages as images."""
     plain = {"type": "input_file", "filename": "a.txt", "file_data": "data:text/plain;base64," + "A" * 377}
     assert of_part(plain) == Prompt(("user", "a.txt"), EMPTY_CHAT + 100)
     inside = {"type": "file", "file": {"filename": "a.pdf", "file_data": "data:application/pdf;base64," + "A" * 372}}
     assert of_part(inside) == Prompt(("user", "a.pdf"), EMPTY_CHAT + 100, is_open=True)
 
 
-# --------------------------------------------------------------------------------------------------------------- open
+# ------------------------------------------------------------------------------------------------------- hidden input
 
 
 @pytest.mark.parametrize(
@@ -223,13 +209,13 @@ def test_a_file_is_bounded_by_its_bytes_and_estimated_as_prose():
         {"messages": [{"role": "user", "content": [{"audio_url": {"url": "https://a.example"}}]}]},
     ],
 )
-def test_what_stands_for_tokens_that_the_request_does_not_show_is_open(document: dict):
-    """Stored things, hosted tools, far files, films: nothing in the body bounds them."""
+def test_a_prompt_with_hidden_input_is_open(document: dict):
+    """Stored items, tools that run at the upstream, linked files, videos: nothing in the body bounds them."""
     assert read(**document).is_open
 
 
-def test_what_is_gone_on_from_is_read_once_more():
-    """As many tokens as it is known to have; where nobody knows, nothing bounds the call."""
+def test_the_previous_response_is_part_of_the_input():
+    """It counts with its known total. If the total is unknown, nothing bounds the call."""
     prompt = read(previous_response_id="resp_1", input="Hi")
     longer = with_previous(prompt, 500)
     assert (longer.overhead, longer.bound(100), longer.is_open) == (
@@ -264,27 +250,27 @@ def test_what_is_gone_on_from_is_read_once_more():
         {"messages": [{"role": "user", "content": "Hi", "audio": "audio_1"}]},
     ],
 )
-def test_what_the_request_shows_is_not_open(document: dict):
-    """Pictures far away are not either: they have the highest price."""
+def test_a_prompt_without_hidden_input_is_not_open(document: dict):
+    """A linked image does not make it open either: it has the highest price."""
     assert not read(**document).is_open
 
 
-# ----------------------------------------------------------------------------------------------------- what must hold
+# --------------------------------------------------------------------------------------------------------- invariants
 
 
 @pytest.mark.parametrize("field", ["messages", "input"])
-def test_the_parts_of_a_request_are_its_turns_and_theirs(field: str):
-    """Of their contents and of what tools gave back, in a list or alone; texts are none."""
+def test_the_parts_of_a_request_are_its_messages_and_their_parts(field: str):
+    """Parts of contents and of tool outputs, in a list or alone; a text is not a part."""
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     alone = {"type": "f"}
     turns = [{"content": parts[:1]}, {"output": [*parts[1:], "c"]}, {"content": "d"}, "e", {"output": alone}]
-    assert parts_of({field: turns}) == [*[turn for turn in turns if turn != "e"], *parts, alone]
-    assert parts_of({field: alone}) == [alone]
-    assert parts_of({field: "x"}) == []
+    assert content_parts({field: turns}) == [*[turn for turn in turns if turn != "e"], *parts, alone]
+    assert content_parts({field: alone}) == [alone]
+    assert content_parts({field: "x"}) == []
 
 
 def test_no_depth_overflows_the_stack():
-    """Whoever calls need not have bounded it."""
+    """The caller need not have limited the depth."""
     value: object = "deep"
     for _ in range(5000):
         value = [{"type": "x", "content": value}]
@@ -327,10 +313,8 @@ values = st.recursive(
     model=st.sampled_from(["gpt-4o", "gpt-4o-mini", "o4-mini", "x"]),
     is_chat=st.booleans(),
 )
-def test_no_request_breaks_the_reading_and_its_bound_is_never_below_its_count(
-    document: dict, model: str, is_chat: bool
-):
-    """Whatever stands where: a token is at least one byte, so the count of what was found stays within the bound."""
+def test_any_request_is_read_and_its_byte_bound_is_never_below_its_tokens(document: dict, model: str, is_chat: bool):
+    """A token is at least one byte, so the bytes of the texts and the overhead never exceed the bound."""
     prompt = read_prompt(document, model=model, is_chat=is_chat)
     most = sum(len(text.encode("utf-8", "surrogatepass")) for text in prompt.texts) + prompt.overhead
     body_bytes = len(dump({"model": model, **document}))
@@ -339,8 +323,8 @@ def test_no_request_breaks_the_reading_and_its_bound_is_never_below_its_count(
     assert prompt.opaque_bytes <= body_bytes
 
 
-def test_a_picture_may_be_an_item_of_its_own_and_need_not_say_what_it_is():
-    """Its base64 is left out of the text only where the part leaves no doubt; its price is the same."""
+def test_an_image_may_be_an_item_of_its_own_and_lack_a_type():
+    """Its base64 is excluded from the bound only if the part states its type; the price is the same."""
     url = data_url(png(512, 512))
     item = read(input=[{"type": "input_image", "image_url": url}])
     assert (item.texts, item.opaque_bytes) == ((), len(url))
@@ -348,17 +332,17 @@ def test_a_picture_may_be_an_item_of_its_own_and_need_not_say_what_it_is():
     assert (bare.opaque_bytes, bare.media_tokens) == (0, item.media_tokens)
 
 
-def test_a_sound_without_data_is_read_as_text():
-    """What has an odd shape is counted, not passed over."""
+def test_audio_without_data_is_read_as_text():
+    """A part of an unexpected shape is counted, not ignored."""
     assert of_part({"type": "input_audio", "input_audio": {"url": "elsewhere"}}).texts[-1] == "elsewhere"
 
 
-def test_files_of_a_form_are_priced_by_what_they_are() -> None:
-    """Sounds by their size, up to the model's context, pictures at the highest fidelity."""
+def test_uploaded_files_are_priced_as_audio_or_as_images() -> None:
+    """Audio by its size, up to the model's context; images at the highest fidelity."""
     prompt = Prompt(texts=("hello",), overhead=3)
-    sounds = with_files(prompt, [1000, 1_000_001], are_audio=True, context=None)
-    assert (sounds.overhead, sounds.media_tokens, sounds.opaque_bytes) == (3 + 10_011, 10_011, 1_001_001)
-    assert sounds.bound(1_001_101) == 100 + 10_011
+    audio = with_files(prompt, [1000, 1_000_001], are_audio=True, context=None)
+    assert (audio.overhead, audio.media_tokens, audio.opaque_bytes) == (3 + 10_011, 10_011, 1_001_001)
+    assert audio.bound(1_001_101) == 100 + 10_011
     assert with_files(prompt, [25_000_000], are_audio=True, context=None).media_tokens == 16_000
     assert with_files(prompt, [25_000_000], are_audio=True, context=32_000).media_tokens == 32_000
     assert with_files(prompt, [5, 50_000_000], are_audio=False, context=None).media_tokens == 2 * 8192
@@ -368,24 +352,24 @@ def test_files_of_a_form_are_priced_by_what_they_are() -> None:
 
 
 def block(kind: str, **more: object) -> Prompt:
-    """What a block of this kind adds to its message."""
+    """The prompt of one message with a role and a block of this type."""
     return of_part({"type": kind, **more})
 
 
 def source(kind: str, data: object, **more: object) -> dict:
-    """Where a picture or a document comes from."""
+    """The `source` of an image or a document."""
     return {"source": {"type": kind, "data": data, **more}}
 
 
-def test_a_system_is_text_before_all_messages():
-    """As one text, or in blocks."""
+def test_the_system_prompt_is_text_before_all_messages():
+    """As one text or as blocks."""
     assert read(system="Be brief.", messages=[]).texts == ("Be brief.",)
     blocks = [{"type": "text", "text": "Be brief.", "cache_control": {"type": "ephemeral"}}]
     assert read(system=blocks, messages=[]).texts == ("Be brief.",)
 
 
-def test_a_picture_of_anthropic_s_costs_by_its_area():
-    """Its base64 is no text; one that doesn't show its size costs the most, and nothing is open."""
+def test_an_image_block_is_priced_by_its_area():
+    """Its base64 is not text. An unknown size has the highest price and does not make the prompt open."""
     data = base64.b64encode(png(1092, 1092)).decode()
     prompt = block("image", **source("base64", data, media_type="image/png"))
     assert prompt.texts == ("user",)
@@ -395,8 +379,8 @@ def test_a_picture_of_anthropic_s_costs_by_its_area():
     assert block("image", source={"type": "file", "file_id": "file_1"}).is_open
 
 
-def test_a_document_of_anthropic_s_is_text_or_open():
-    """Of a PDF the model reads the pages as pictures too, so nothing bounds it."""
+def test_a_document_block_is_text_or_open():
+    """Of a PDF the model also sees the pages as images, so nothing bounds it."""
     assert block("document", title="T", **source("text", "words")).texts == ("user", "T", "words")
     parts = [{"type": "text", "text": "a"}, {"type": "image", **source("base64", "??")}]
     inner = block("document", source={"type": "content", "content": parts})
@@ -407,8 +391,8 @@ def test_a_document_of_anthropic_s_is_text_or_open():
     assert block("document", source={"type": "url", "url": "https://x.example/a.pdf"}).is_open
 
 
-def test_what_tools_of_anthropic_s_gave_back_is_read():
-    """Its texts and pictures; of what holds parts itself the words."""
+def test_tool_result_blocks_are_read():
+    """Their texts and images; a block inside them that has parts itself is read as text."""
     content = [
         {"type": "text", "text": "done"},
         {"type": "image", **source("base64", "??")},
@@ -420,20 +404,20 @@ def test_what_tools_of_anthropic_s_gave_back_is_read():
     assert block("tool_result", tool_use_id="toolu_1", content="done").texts == ("user", "toolu_1", "done")
 
 
-def test_what_a_tool_of_anthropic_s_is_called_with_is_json():
-    """With its names, which the model reads too."""
+def test_the_input_of_a_tool_use_block_is_read_as_json():
+    """Including its keys, which the model reads too."""
     assert block("tool_use", id="toolu_1", name="f", input={"a": [1]}).texts == ("user", "toolu_1", "f", '{"a":[1]}')
 
 
-def test_thoughts_of_anthropic_s_are_read_and_their_signatures_estimated():
-    """A signature is no text, and holds a thought that was left out."""
+def test_thinking_blocks_are_read_and_their_signatures_estimated():
+    """A signature is not text; it contains reasoning in encrypted form."""
     prompt = block("thinking", thinking="hm", signature="s" * 400)
     assert (prompt.texts, prompt.overhead) == (("user", "hm"), EMPTY_CHAT + 100)
     assert block("redacted_thinking", data="s" * 400).overhead == EMPTY_CHAT + 100
 
 
-def test_anthropic_tells_its_models_about_tools():
-    """So many tokens at the most beside their descriptions, which have no bytes in the request."""
+def test_tools_of_anthropic_add_a_system_prompt():
+    """At most 804 tokens beside the descriptions of the tools, without any bytes in the request."""
     tools = [{"name": "f", "input_schema": {"type": "object"}}]
     assert read(tools=tools).media_tokens == 804
     assert read(tools=tools).bound(100) == 904
@@ -441,9 +425,9 @@ def test_anthropic_tells_its_models_about_tools():
 
 
 def test_parts_within_parts_are_found():
-    """In what a tool gave back, and in a document that is made of parts."""
+    """In the output of a tool, and in a document that is made of parts."""
     text = {"type": "text", "text": "a"}
     document = {"type": "document", "source": {"type": "content", "content": [text, "x"]}}
     result = {"type": "tool_result", "content": [document, "x"]}
     turn = {"role": "user", "content": [result]}
-    assert parts_of({"messages": [turn]}) == [turn, result, document, text]
+    assert content_parts({"messages": [turn]}) == [turn, result, document, text]

@@ -1,8 +1,8 @@
-"""A stream that we stop ends as if the upstream's own maximum had ended it there.
+"""A stream that the proxy stops ends as if the upstream's own maximum had ended it there.
 
-Shown three ways: by what the simulated upstream itself writes at its maximum, by the events one after the other, and
-by the official SDK, which reads the beginning of an answer and then our end from a real socket. wire §2.2 (usage in
-streams), §2.4 (events of /responses).
+The end is tested in three ways: it is compared with what the simulated upstream writes at its maximum, it is checked
+after each event of a response, and the official SDK reads the beginning of an answer followed by the proxy's end from
+a real socket. Sources: docs/wire.md, sections 2.2 (usage in streams) and 2.4 (events of /responses).
 """
 
 import json
@@ -23,9 +23,9 @@ from proxy.formats.ending import RESPONSE_ENDS, Ending
 from proxy.formats.endpoints import EndpointName
 from proxy.formats.sse import Splitter
 from proxy.policy.amounts import Tokens
-from proxy.simulator.directives import Directions
-from proxy.simulator.frames import Stream, write_stream
-from proxy.simulator.text import Author, Endpoint
+from proxy.simulator.directives import Directives
+from proxy.simulator.frames import EventStream, write_stream
+from proxy.simulator.text import Endpoint, Generator
 
 JSON = dict[str, Any]
 
@@ -51,41 +51,41 @@ MAXIMUM = {
 }
 HELLO: Any = [{"role": "user", "content": "hello there"}]
 
-author = cache(Author)
+generator = cache(Generator)
 
 
 def _content(endpoint: Endpoint) -> Any:
     return HELLO if endpoint is Endpoint.CHAT else "hello there"
 
 
-def recorded(endpoint: Endpoint, *, crlf: bool = False, **asked: Any) -> Stream:
-    """An answer of the simulated upstream."""
-    request = {"model": "m", endpoint.input_field: _content(endpoint), "stream": True, **asked}
-    return write_stream(author(0).script(endpoint, request, Directions(crlf=crlf)), id="x1", created=7)
+def simulated(endpoint: Endpoint, *, crlf: bool = False, **fields: Any) -> EventStream:
+    """An answer of the simulated upstream to a request with these fields."""
+    request = {"model": "m", endpoint.input_field: _content(endpoint), "stream": True, **fields}
+    return write_stream(generator(0).answer(endpoint, request, Directives(crlf=crlf)), id="x1", created=7)
 
 
-def beginning(stream: Stream, words: int, closing: int = 0) -> bytes:
-    """The opening of an answer, so many of its text events, and so many of those after them."""
+def beginning(stream: EventStream, words: int, closing: int = 0) -> bytes:
+    """The first bytes of an answer: its opening, `words` of its text events and `closing` of its closing events."""
     return b"".join([*stream.opening, *(event for event, _ in zip(stream.text, range(words), strict=False))]) + (
         b"".join(stream.closing[:closing])
     )
 
 
 def chunks(raw: bytes) -> list[JSON]:
-    """The JSON of each event, but not `[DONE]`; every event is whole, and named as its type or not at all."""
+    """The JSON of each event except `[DONE]`. Every event must be complete, and its name, if any, its type."""
     splitter = Splitter()
-    read = []
+    parsed = []
     for event in splitter.feed(raw):
         if event.data != b"[DONE]":
             chunk = json.loads(event.data or b"")
             assert event.name in (None, chunk.get("type"))
-            read.append(chunk)
+            parsed.append(chunk)
     assert splitter.end() == b""
-    return read
+    return parsed
 
 
 def ending_of(endpoint: EndpointName, passed: Sequence[JSON], *, choices: int = 1) -> Ending:
-    """An ending that saw these pass."""
+    """An ending that has recorded these chunks."""
     ending = Ending(endpoint, choices=choices)
     for chunk in passed:
         ending.see(chunk)
@@ -100,21 +100,21 @@ def end_of(
     shows_usage: bool = False,
     used: Tokens = USED,
 ) -> list[JSON]:
-    """What is written after these, read again."""
+    """The chunks that are written after these."""
     return chunks(ending_of(endpoint, passed, choices=choices).at_limit(used, shows_usage=shows_usage))
 
 
 def stopped(
     endpoint: Endpoint, passed: bytes, *, choices: int = 1, shows_usage: bool = False, newline: bytes = b"\n"
 ) -> bytes:
-    """What a client gets: what had passed, and then our end."""
+    """The bytes that a client gets: those that passed, and then the proxy's end."""
     ending = ending_of(NAMES[endpoint], chunks(passed), choices=choices)
     return passed + ending.at_limit(USED, shows_usage=shows_usage, newline=newline)
 
 
 @asynccontextmanager
 async def sdk_reading(body: bytes) -> AsyncIterator[AsyncOpenAI]:
-    """The official SDK before a server that answers everything with this stream."""
+    """The official SDK, connected to a server that answers every request with this stream."""
 
     async def answer(_: web.Request) -> web.Response:
         return web.Response(body=body, content_type="text/event-stream")
@@ -132,11 +132,11 @@ async def sdk_reading(body: bytes) -> AsyncIterator[AsyncOpenAI]:
         await runner.cleanup()
 
 
-# ----------------------------------------------------------------------------------------- as the upstream would have
+# ------------------------------------------------------------------------------- compared with the simulated upstream
 
 
-def plain(chunk: JSON) -> JSON:
-    """Without what tells our end from the upstream's: details of usage, and the maximum that was asked for."""
+def comparable(chunk: JSON) -> JSON:
+    """The chunk without the two differences to the upstream's end: details of usage, and the requested maximum."""
     chunk.get("response", {}).pop("max_output_tokens", None)
     for name in ("prompt_tokens_details", "completion_tokens_details"):
         (chunk.get("usage") or {}).pop(name, None)
@@ -144,36 +144,36 @@ def plain(chunk: JSON) -> JSON:
 
 
 @pytest.mark.parametrize("words", [1, 5])
-@pytest.mark.parametrize("usage", [{}, ASKED], ids=["unasked", "asked"])
+@pytest.mark.parametrize("usage", [{}, ASKED], ids=["no usage", "usage"])
 @pytest.mark.parametrize(
     ("endpoint", "choices"),
     [(endpoint, n) for endpoint in NAMES for n in (1, 3) if (endpoint, n) != (Endpoint.RESPONSES, 3)],
 )
-def test_our_end_is_the_one_that_the_upstream_writes_at_its_maximum(
+def test_the_end_equals_that_of_the_upstream_at_its_maximum(
     endpoint: Endpoint, choices: int, usage: JSON, words: int
 ) -> None:
-    """Chunk for chunk, for each endpoint and number of choices, with and without usage."""
-    asked = {**usage, **({"n": choices} if choices > 1 else {})}
+    """Chunk by chunk, for each endpoint and number of choices, with and without usage."""
+    fields = {**usage, **({"n": choices} if choices > 1 else {})}
     maximum: Any = {MAXIMUM[endpoint]: words}
-    theirs = recorded(endpoint, **asked, **maximum)
-    passed = chunks(beginning(recorded(endpoint, **asked), words * choices))
-    script = author(0).script(endpoint, {"model": "m", endpoint.input_field: _content(endpoint), **asked})
-    used = Tokens(script.input_tokens, words * choices)
+    theirs = simulated(endpoint, **fields, **maximum)
+    passed = chunks(beginning(simulated(endpoint, **fields), words * choices))
+    answer = generator(0).answer(endpoint, {"model": "m", endpoint.input_field: _content(endpoint), **fields})
+    used = Tokens(answer.input_tokens, words * choices)
     ours = end_of(NAMES[endpoint], passed, choices=choices, shows_usage=bool(usage), used=used)
-    assert [plain(chunk) for chunk in ours] == [plain(chunk) for chunk in chunks(b"".join(theirs.closing))]
+    assert [comparable(chunk) for chunk in ours] == [comparable(chunk) for chunk in chunks(b"".join(theirs.closing))]
 
 
 # ----------------------------------------------------------------------------------------------- chat and completions
 
 
 def chunk(index: int = 0, finish: str | None = None, **more: Any) -> JSON:
-    """A chunk of a chat stream with a word, or with the reason to finish."""
+    """A chunk of a chat stream with a word, or with a finish reason."""
     choice = {"index": index, "delta": {} if finish else {"content": "x"}, "finish_reason": finish}
     return {"id": "c-1", "object": "chat.completion.chunk", "created": 1, "model": "m", "choices": [choice], **more}
 
 
-def indices(end: list[JSON]) -> list[int]:
-    """The choices that an end finishes; each by itself, with no word more, for its length."""
+def finished_choices(end: list[JSON]) -> list[int]:
+    """The indices of the choices that an end finishes. Each must have its own chunk with the reason `length`."""
     finished = [each["choices"][0] for each in end if each["choices"]]
     assert all(each["finish_reason"] == "length" and each["logprobs"] is None for each in finished)
     assert all(len(each["choices"]) < 2 for each in end)
@@ -181,7 +181,7 @@ def indices(end: list[JSON]) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("passed", "finished", "rest"),
+    ("passed", "finished", "missing"),
     [
         ([], False, [0, 1, 2]),
         ([chunk(0), chunk(1), chunk(2)], False, [0, 1, 2]),
@@ -196,24 +196,24 @@ def indices(end: list[JSON]) -> list[int]:
         ([{"choices": [{"finish_reason": "stop"}]}], False, [1, 2]),
     ],
     ids=[
-        *("nothing passed", "none finished", "one finished", "two finished", "all finished", "the same one again"),
-        *("all in one chunk", "no reason is none", "not asked for", "below the first", "no index is the first"),
+        *("nothing passed", "none finished", "one finished", "two finished", "all finished", "the same choice again"),
+        *("all in one chunk", "an empty reason is none", "not requested", "negative", "no index means 0"),
     ],
 )
-def test_every_choice_finishes_once(passed: list[JSON], finished: bool, rest: list[int]) -> None:
-    """Those that have no reason to finish yet get one; the others are left alone."""
+def test_every_choice_finishes_once(passed: list[JSON], finished: bool, missing: list[int]) -> None:
+    """Choices without a finish reason get one; the others are left alone."""
     ending = ending_of("chat", passed, choices=3)
     assert ending.has_finished == finished
-    assert indices(chunks(ending.at_limit(USED, shows_usage=False))) == rest
+    assert finished_choices(chunks(ending.at_limit(USED, shows_usage=False))) == missing
     assert end_of("chat", passed, choices=3, shows_usage=True)[-1]["usage"] == USAGE
 
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.sampled_from([None, "stop", "length"]))), st.integers(1, 6))
-def test_whatever_passed_every_choice_has_one_reason(history: list[tuple[int, str | None]], choices: int) -> None:
-    """For every order of words and finishes: theirs or ours, never none, and ours only where there was none."""
+def test_every_choice_has_exactly_one_finish_reason(history: list[tuple[int, str | None]], choices: int) -> None:
+    """In any order of words and finish reasons, the proxy adds a reason only to a choice that has none."""
     ending = ending_of("chat", [chunk(index, finish) for index, finish in history], choices=choices)
     theirs = {index for index, finish in history if finish and index < choices}
-    ours = indices(chunks(ending.at_limit(USED, shows_usage=False)))
+    ours = finished_choices(chunks(ending.at_limit(USED, shows_usage=False)))
     assert sorted([*theirs, *ours]) == list(range(choices))
     assert ending.has_finished == (not ours)
 
@@ -226,15 +226,15 @@ HEADS: list[tuple[list[JSON], JSON]] = [
     ),
     ([chunk(service_tier="flex"), chunk()], {"service_tier": "flex"}),
     ([chunk(system_fingerprint="a"), chunk(system_fingerprint="b")], {"system_fingerprint": "b"}),
-    # Azure's first chunk, and one of its annotations in the middle
+    # Azure's first chunk, and one of its annotations in the middle.
     ([{"id": "", "model": "", "created": 0, "choices": [], "prompt_filter_results": []}, chunk()], {}),
     ([chunk(), {"id": "", "model": "", "created": 0, "choices": []}], {}),
 ]
 
 
 @pytest.mark.parametrize(("passed", "more"), HEADS)
-def test_our_chunks_look_like_those_before(passed: list[JSON], more: JSON) -> None:
-    """The same id, time and model, and what else all chunks of an answer share; nothing that was one chunk's own."""
+def test_the_end_repeats_the_members_that_all_chunks_share(passed: list[JSON], more: JSON) -> None:
+    """Id, time, model and the like are repeated; members of a single chunk are not."""
     for each in end_of("chat", passed, shows_usage=True):
         head = {name: value for name, value in each.items() if name not in ("choices", "usage")}
         expected = {"id": "c-1", "object": "chat.completion.chunk", "created": 1, "model": "m", **more}
@@ -247,15 +247,15 @@ def test_our_chunks_look_like_those_before(passed: list[JSON], more: JSON) -> No
     [("chat", "chatcmpl-", "chat.completion.chunk"), ("completions", "cmpl-", "text_completion")],
 )
 def test_an_answer_of_which_nothing_passed(endpoint: EndpointName, prefix: str, object: str) -> None:
-    """A whole stream all the same, with an id that nobody could take for one of the upstream's."""
+    """The end is a complete stream, with an id that is clearly not one of the upstream's."""
     cut, usage = end_of(endpoint, [], shows_usage=True)
     for each in (cut, usage):
         assert (each["id"], each["object"], each["created"], each["model"]) == (f"{prefix}unknown", object, 0, "")
     assert "usage" not in cut
 
 
-def test_the_first_chunk_of_a_choice_says_whose_message_it_is() -> None:
-    """Also where it is ours; where there was one before, it has nothing to say."""
+def test_the_first_chunk_of_a_choice_states_the_role() -> None:
+    """If a chunk of the choice has passed, the delta is empty."""
     begun, new = end_of("chat", [chunk(0)], choices=2)
     assert begun["choices"][0]["delta"] == {}
     assert new["choices"][0]["delta"] == {"role": "assistant", "content": ""}
@@ -270,23 +270,23 @@ def test_the_first_chunk_of_a_choice_says_whose_message_it_is() -> None:
         ([chunk(usage=None)], False, ["none"]),
         ([chunk()], False, ["none"]),
     ],
-    ids=["null before", "left out before", "counts before", "null, but taken out for the client", "not asked"],
+    ids=["null before", "left out before", "counts before", "null, but removed for the client", "not requested"],
 )
-def test_usage_is_shown_as_it_was_asked_for(passed: list[JSON], shows_usage: bool, expected: list[object]) -> None:
-    """One chunk without choices, before the end; null on ours only where those before had it and it is shown."""
+def test_usage_is_written_only_if_requested(passed: list[JSON], shows_usage: bool, expected: list[object]) -> None:
+    """It is one chunk without choices. The other chunks of the end have null only if those before them had it."""
     assert [each.get("usage", "none") for each in end_of("chat", passed, shows_usage=shows_usage)] == expected
 
 
 @pytest.mark.parametrize("endpoint", list(NAMES.values()))
-def test_lines_end_as_those_of_the_stream(endpoint: EndpointName) -> None:
-    """The same end, with the other ends of lines, everywhere; and `[DONE]` in its exact form, but for responses."""
+def test_the_end_uses_the_line_ends_of_the_stream(endpoint: EndpointName) -> None:
+    """With CRLF all lines differ only in their ends. `[DONE]` has its exact form; /responses has none."""
     ending = ending_of(endpoint, [chunk()])
-    plain_end = ending.at_limit(USED, shows_usage=True)
-    odd = ending.at_limit(USED, shows_usage=True, newline=b"\r\n")
-    assert odd.replace(b"\r\n", b"\n") == plain_end
-    assert odd.count(b"\r\n") == odd.count(b"\n") > 4
-    assert plain_end.endswith(b"\n\ndata: [DONE]\n\n") == (endpoint != "responses")
-    assert plain_end.count(b"[DONE]") == (endpoint != "responses")
+    lf_end = ending.at_limit(USED, shows_usage=True)
+    crlf_end = ending.at_limit(USED, shows_usage=True, newline=b"\r\n")
+    assert crlf_end.replace(b"\r\n", b"\n") == lf_end
+    assert crlf_end.count(b"\r\n") == crlf_end.count(b"\n") > 4
+    assert lf_end.endswith(b"\n\ndata: [DONE]\n\n") == (endpoint != "responses")
+    assert lf_end.count(b"[DONE]") == (endpoint != "responses")
 
 
 # --------------------------------------------------------------------------------------------------------- /responses
@@ -309,24 +309,28 @@ HEAD: JSON = {
 }
 HEAD |= {"output": [], "usage": None, "incomplete_details": None, "tools": [], "metadata": {"trace": "1"}}
 
-_THOUGHT = {"item_id": "rs_1", "output_index": 0, "summary_index": 0}
-_SAID = {"item_id": "msg_1", "output_index": 1, "content_index": 0}
-_REFUSED = {"item_id": "msg_1", "output_index": 1, "content_index": 1}
-_CALLED = {"item_id": "fc_1", "output_index": 2}
-_RUN = {"item_id": "ct_1", "output_index": 3}
-_SUMMARY = "reasoning_summary_text.done reasoning_summary_part.done output_item.done"
-_PART = "content_part.done output_item.done"
+_OF_SUMMARY = {"item_id": "rs_1", "output_index": 0, "summary_index": 0}
+_OF_TEXT = {"item_id": "msg_1", "output_index": 1, "content_index": 0}
+_OF_REFUSAL = {"item_id": "msg_1", "output_index": 1, "content_index": 1}
+_OF_FUNCTION = {"item_id": "fc_1", "output_index": 2}
+_OF_CUSTOM = {"item_id": "ct_1", "output_index": 3}
+_SUMMARY_END = "reasoning_summary_text.done reasoning_summary_part.done output_item.done"
+_PART_END = "content_part.done output_item.done"
 
-# One event a line: its type, what it says, and what is still to be written if the stream is stopped after it.
+# One event a line: its type, its members, and the events that the proxy must write if the stream is stopped after it.
 EVENTS: list[tuple[str, JSON, str]] = [
     ("created", {"response": HEAD}, ""),
     ("in_progress", {"response": HEAD}, ""),
     ("output_item.added", {"output_index": 0, "item": REASONING}, "output_item.done"),
-    ("reasoning_summary_part.added", {**_THOUGHT, "part": SUMMARY}, _SUMMARY),
-    ("reasoning_summary_text.delta", {**_THOUGHT, "delta": "I "}, _SUMMARY),
-    ("reasoning_summary_text.delta", {**_THOUGHT, "delta": "think"}, _SUMMARY),
-    ("reasoning_summary_text.done", {**_THOUGHT, "text": "I think"}, "reasoning_summary_part.done output_item.done"),
-    ("reasoning_summary_part.done", {**_THOUGHT, "part": {**SUMMARY, "text": "I think"}}, "output_item.done"),
+    ("reasoning_summary_part.added", {**_OF_SUMMARY, "part": SUMMARY}, _SUMMARY_END),
+    ("reasoning_summary_text.delta", {**_OF_SUMMARY, "delta": "I "}, _SUMMARY_END),
+    ("reasoning_summary_text.delta", {**_OF_SUMMARY, "delta": "think"}, _SUMMARY_END),
+    (
+        "reasoning_summary_text.done",
+        {**_OF_SUMMARY, "text": "I think"},
+        "reasoning_summary_part.done output_item.done",
+    ),
+    ("reasoning_summary_part.done", {**_OF_SUMMARY, "part": {**SUMMARY, "text": "I think"}}, "output_item.done"),
     (
         "output_item.done",
         {
@@ -336,15 +340,15 @@ EVENTS: list[tuple[str, JSON, str]] = [
         "",
     ),
     ("output_item.added", {"output_index": 1, "item": MESSAGE}, "output_item.done"),
-    ("content_part.added", {**_SAID, "part": TEXT}, f"output_text.done {_PART}"),
-    ("output_text.delta", {**_SAID, "delta": "Hello", "logprobs": []}, f"output_text.done {_PART}"),
-    ("output_text.delta", {**_SAID, "delta": " wörld", "logprobs": []}, f"output_text.done {_PART}"),
-    ("output_text.done", {**_SAID, "text": "Hello wörld", "logprobs": []}, _PART),
-    ("content_part.done", {**_SAID, "part": {**TEXT, "text": "Hello wörld"}}, "output_item.done"),
-    ("content_part.added", {**_REFUSED, "part": REFUSAL}, f"refusal.done {_PART}"),
-    ("refusal.delta", {**_REFUSED, "delta": "No."}, f"refusal.done {_PART}"),
-    ("refusal.done", {**_REFUSED, "refusal": "No."}, _PART),
-    ("content_part.done", {**_REFUSED, "part": {**REFUSAL, "refusal": "No."}}, "output_item.done"),
+    ("content_part.added", {**_OF_TEXT, "part": TEXT}, f"output_text.done {_PART_END}"),
+    ("output_text.delta", {**_OF_TEXT, "delta": "Hello", "logprobs": []}, f"output_text.done {_PART_END}"),
+    ("output_text.delta", {**_OF_TEXT, "delta": " wörld", "logprobs": []}, f"output_text.done {_PART_END}"),
+    ("output_text.done", {**_OF_TEXT, "text": "Hello wörld", "logprobs": []}, _PART_END),
+    ("content_part.done", {**_OF_TEXT, "part": {**TEXT, "text": "Hello wörld"}}, "output_item.done"),
+    ("content_part.added", {**_OF_REFUSAL, "part": REFUSAL}, f"refusal.done {_PART_END}"),
+    ("refusal.delta", {**_OF_REFUSAL, "delta": "No."}, f"refusal.done {_PART_END}"),
+    ("refusal.done", {**_OF_REFUSAL, "refusal": "No."}, _PART_END),
+    ("content_part.done", {**_OF_REFUSAL, "part": {**REFUSAL, "refusal": "No."}}, "output_item.done"),
     (
         "output_item.done",
         {
@@ -358,40 +362,41 @@ EVENTS: list[tuple[str, JSON, str]] = [
         "",
     ),
     ("output_item.added", {"output_index": 2, "item": FUNCTION}, "output_item.done"),
-    ("function_call_arguments.delta", {**_CALLED, "delta": '{"a"'}, "output_item.done"),
-    ("function_call_arguments.delta", {**_CALLED, "delta": ":1}"}, "output_item.done"),
-    ("function_call_arguments.done", {**_CALLED, "arguments": '{"a":1}'}, "output_item.done"),
+    ("function_call_arguments.delta", {**_OF_FUNCTION, "delta": '{"a"'}, "output_item.done"),
+    ("function_call_arguments.delta", {**_OF_FUNCTION, "delta": ":1}"}, "output_item.done"),
+    ("function_call_arguments.done", {**_OF_FUNCTION, "arguments": '{"a":1}'}, "output_item.done"),
     (
         "output_item.done",
         {"output_index": 2, "item": {**FUNCTION, "status": "completed", "arguments": '{"a":1}'}},
         "",
     ),
     ("output_item.added", {"output_index": 3, "item": CUSTOM}, "output_item.done"),
-    ("custom_tool_call_input.delta", {**_RUN, "delta": "rm -r"}, "output_item.done"),
-    ("custom_tool_call_input.done", {**_RUN, "input": "rm -r"}, "output_item.done"),
+    ("custom_tool_call_input.delta", {**_OF_CUSTOM, "delta": "rm -r"}, "output_item.done"),
+    ("custom_tool_call_input.done", {**_OF_CUSTOM, "input": "rm -r"}, "output_item.done"),
     ("output_item.done", {"output_index": 3, "item": {**CUSTOM, "status": "completed", "input": "rm -r"}}, ""),
 ]
 RESPONSE: list[JSON] = [
-    {"type": f"response.{kind}", "sequence_number": number, **said} for number, (kind, said, _) in enumerate(EVENTS)
+    {"type": f"response.{kind}", "sequence_number": number, **members}
+    for number, (kind, members, _) in enumerate(EVENTS)
 ]
 CUTS = range(1, len(EVENTS) + 1)
 
 
 def response_of(end: list[JSON]) -> JSON:
-    """The response as the last event says it."""
+    """The response in the last event."""
     assert end[-1]["type"] == "response.incomplete"
     response: JSON = end[-1]["response"]
     return response
 
 
-def said_in(events: list[JSON], kind: str) -> str:
-    """The text of these deltas."""
+def text_of(events: list[JSON], kind: str) -> str:
+    """The text of the deltas of this kind."""
     return "".join(event["delta"] for event in events if event["type"] == f"response.{kind}.delta")
 
 
 @pytest.mark.parametrize("cut", CUTS, ids=lambda cut: f"{cut}-{EVENTS[cut - 1][0]}")
-def test_what_is_open_is_closed_in_order(cut: int) -> None:
-    """After each event: what a real stream would still send, numbered on, then the response as far as it came."""
+def test_the_end_has_the_missing_events_in_order(cut: int) -> None:
+    """After each event: those that the upstream would still send, numbered on, and then `response.incomplete`."""
     end = end_of("responses", RESPONSE[:cut])
     missing = EVENTS[cut - 1][2].split()
     assert [event["type"] for event in end] == [f"response.{kind}" for kind in (*missing, "incomplete")]
@@ -399,8 +404,8 @@ def test_what_is_open_is_closed_in_order(cut: int) -> None:
 
 
 @pytest.mark.parametrize("cut", CUTS, ids=lambda cut: f"{cut}-{EVENTS[cut - 1][0]}")
-def test_a_response_has_all_that_passed_and_nothing_else(cut: int) -> None:
-    """After each event: what was done stands as it was said, the rest is incomplete, and no text is lost."""
+def test_the_response_contains_exactly_what_passed(cut: int) -> None:
+    """After each event: finished items are unchanged, the others are incomplete, and no text is lost."""
     passed = RESPONSE[:cut]
     response = response_of(end_of("responses", passed))
     done = {event["output_index"]: event["item"] for event in passed if event["type"] == "response.output_item.done"}
@@ -410,14 +415,14 @@ def test_a_response_has_all_that_passed_and_nothing_else(cut: int) -> None:
     assert {index: item for index, item in enumerate(output) if item.get("status") != "incomplete"} == done
     parts = [part for item in output for part in item.get("summary") or item.get("content") or []]
     for kind, part_type in (("reasoning_summary_text", "summary_text"), ("output_text", "output_text")):
-        assert "".join(part["text"] for part in parts if part["type"] == part_type) == said_in(passed, kind)
-    assert "".join(part.get("refusal", "") for part in parts) == said_in(passed, "refusal")
-    assert "".join(item.get("arguments", "") for item in output) == said_in(passed, "function_call_arguments")
-    assert "".join(item.get("input", "") for item in output) == said_in(passed, "custom_tool_call_input")
+        assert "".join(part["text"] for part in parts if part["type"] == part_type) == text_of(passed, kind)
+    assert "".join(part.get("refusal", "") for part in parts) == text_of(passed, "refusal")
+    assert "".join(item.get("arguments", "") for item in output) == text_of(passed, "function_call_arguments")
+    assert "".join(item.get("input", "") for item in output) == text_of(passed, "custom_tool_call_input")
 
 
-def test_a_response_says_why_it_ended_and_what_it_used() -> None:
-    """Whether or not anybody asked for usage; all else stands as the upstream said it last."""
+def test_a_response_states_its_reason_and_its_usage() -> None:
+    """Even if the client did not ask for usage. All other members are those of the last lifecycle event."""
     later = {**HEAD, "model": "m-2026", "service_tier": "flex"}
     passed = [RESPONSE[0], {"type": "response.in_progress", "sequence_number": 1, "response": later}]
     for shows_usage in (False, True):
@@ -429,36 +434,36 @@ def test_a_response_says_why_it_ended_and_what_it_used() -> None:
         }
 
 
-def test_the_closing_events_say_what_was_said() -> None:
-    """In the members that a real one has; and each closes its own part of its own item."""
+def test_the_missing_events_contain_the_text_that_passed() -> None:
+    """They have the members of real ones, and each refers to its own part of its own item."""
     end = end_of("responses", RESPONSE[:12])
-    said = {**TEXT, "text": "Hello"}
-    item = {**MESSAGE, "status": "incomplete", "content": [said]}
+    part = {**TEXT, "text": "Hello"}
+    item = {**MESSAGE, "status": "incomplete", "content": [part]}
     assert [{name: value for name, value in event.items() if name != "sequence_number"} for event in end[:-1]] == [
-        {"type": "response.output_text.done", **_SAID, "text": "Hello", "logprobs": []},
-        {"type": "response.content_part.done", **_SAID, "part": said},
+        {"type": "response.output_text.done", **_OF_TEXT, "text": "Hello", "logprobs": []},
+        {"type": "response.content_part.done", **_OF_TEXT, "part": part},
         {"type": "response.output_item.done", "output_index": 1, "item": item},
     ]
     assert response_of(end)["output"][1] == item
 
 
-def test_a_summary_that_was_interrupted_says_so() -> None:
-    """As OpenAI's do; one whose text was said to its end was not interrupted."""
+def test_an_interrupted_summary_is_incomplete() -> None:
+    """As at OpenAI. A summary whose text was done is not incomplete."""
     _, part, *_ = end_of("responses", RESPONSE[:6])
     assert (part["part"]["text"], part["status"]) == ("I think", "incomplete")
     part, *_ = end_of("responses", RESPONSE[:7])
     assert "status" not in part
 
 
-def test_half_a_tool_call_is_never_called_final() -> None:
-    """Its item ends with a status that says so, and no `.done` invites a client to run `rm -r`."""
+def test_the_input_of_a_cut_tool_call_is_never_declared_final() -> None:
+    """Its item ends as incomplete, without a `.done` event, after which a client might run `rm -r`."""
     item, last = end_of("responses", RESPONSE[:27])
     assert item["item"] == {**CUSTOM, "input": "rm -r", "status": "incomplete"}
     assert last["type"] == "response.incomplete"
 
 
 def _item(item: JSON, *events: JSON) -> list[JSON]:
-    """A response with one item, of which these events tell."""
+    """A response with one item and these events of it."""
     added = {"type": "response.output_item.added", "output_index": 0, "item": item}
     return [RESPONSE[0], added, *({"output_index": 0, "content_index": 0, **event} for event in events)]
 
@@ -467,7 +472,7 @@ OLD = {**TEXT, "text": "old"}
 
 
 @pytest.mark.parametrize(
-    ("passed", "kinds", "said"),
+    ("passed", "kinds", "members"),
     [
         (
             _item(REASONING, {"type": "response.reasoning_text.delta", "delta": "hm"}),
@@ -524,24 +529,24 @@ OLD = {**TEXT, "text": "old"}
         *(
             "reasoning without a part",
             "text without a part",
-            "a part that only ends",
+            "a part that is only ended",
             "a part in the item",
-            "odd parts",
+            "parts of an unexpected shape",
         ),
-        *("arguments begun in the item", "a part that we don't know", "no text in its events", "text of no item"),
+        *("arguments begun in the item", "a part of an unknown type", "no text in its events", "text of no item"),
     ],
 )
-def test_servers_that_leave_events_out(passed: list[JSON], kinds: str, said: JSON) -> None:
-    """What was never opened is not closed; what was said is kept wherever it was said."""
+def test_servers_that_leave_events_out(passed: list[JSON], kinds: str, members: JSON) -> None:
+    """A part that was never added is not ended. Text is kept, whichever event contained it."""
     end = end_of("responses", passed)
     assert [event["type"] for event in end[:-1]] == [f"response.{kind}" for kind in kinds.split()]
     (item,) = response_of(end)["output"]
-    assert {name: item[name] for name in said} == said
+    assert {name: item[name] for name in members} == members
     assert item["status"] == "incomplete"
 
 
 @pytest.mark.parametrize(
-    "odd",
+    "unexpected",
     [
         {"type": "response.something_new", "output_index": 1, "delta": "x"},
         {"type": "response.output_text.done", "output_index": 4, "content_index": 0, "text": "x"},
@@ -553,14 +558,14 @@ def test_servers_that_leave_events_out(passed: list[JSON], kinds: str, said: JSO
         {"delta": "x"},
     ],
 )
-def test_an_event_that_makes_no_sense_changes_nothing(odd: JSON) -> None:
-    """Of a kind that we don't know, of nothing that is open, or empty: the end is the same as without it."""
+def test_an_unexpected_event_changes_nothing(unexpected: JSON) -> None:
+    """An unknown type, an index of no item, or missing members: the end is the same as without the event."""
     passed = RESPONSE[:12]
-    assert end_of("responses", [*passed, odd]) == end_of("responses", passed)
+    assert end_of("responses", [*passed, unexpected]) == end_of("responses", passed)
 
 
-def test_items_and_parts_stand_by_their_index() -> None:
-    """Whichever of them came first: clients find them by it."""
+def test_items_and_parts_are_ordered_by_index() -> None:
+    """In whatever order they arrived, because clients find them by index."""
     late = {"type": "response.output_item.added", "output_index": 0, "item": MESSAGE}
     words = [
         {"type": "response.output_text.delta", "output_index": 0, "content_index": index, "delta": f"{index}"}
@@ -572,15 +577,15 @@ def test_items_and_parts_stand_by_their_index() -> None:
     assert function["id"] == FUNCTION["id"]
 
 
-def test_text_after_its_item_was_done_is_no_part_of_it() -> None:
-    """The item as it was ended is the last word."""
-    late = {"type": "response.output_text.delta", **_SAID, "delta": "late"}
+def test_text_after_the_end_of_its_item_is_ignored() -> None:
+    """The item in `output_item.done` is final."""
+    late = {"type": "response.output_text.delta", **_OF_TEXT, "delta": "late"}
     response = response_of(end_of("responses", [*RESPONSE[:20], late]))
     assert response["output"][1] == RESPONSE[19]["item"]
 
 
 def test_a_response_of_which_nothing_passed() -> None:
-    """It is created first, since SDKs take nothing else before; its id is nobody's."""
+    """It begins with `response.created`, because SDKs accept no other event first. Its id is a placeholder."""
     created, last = end_of("responses", [])
     assert (created["type"], created["sequence_number"], last["sequence_number"]) == ("response.created", 0, 1)
     assert created["response"]["status"] == "in_progress"
@@ -589,7 +594,7 @@ def test_a_response_of_which_nothing_passed() -> None:
 
 @pytest.mark.parametrize("kind", sorted(RESPONSE_ENDS))
 def test_a_response_that_has_ended_gets_no_second_end(kind: str) -> None:
-    """Its own last event was the end."""
+    """The upstream's own last event was the end."""
     ending = ending_of("responses", RESPONSE)
     assert not ending.has_finished
     ending.see({"type": kind, "sequence_number": len(RESPONSE), "response": HEAD})
@@ -597,7 +602,7 @@ def test_a_response_that_has_ended_gets_no_second_end(kind: str) -> None:
     assert ending.at_limit(USED, shows_usage=True) == b""
 
 
-# ------------------------------------------------------------------------------------------------------ odd upstreams
+# --------------------------------------------------------------------------------------- unexpected chunks and events
 
 KINDS = [f"response.{kind}" for kind, _, _ in EVENTS] + [
     "response.reasoning_text.delta",
@@ -613,7 +618,7 @@ ANYTHING = st.recursive(
 ITEM = st.sampled_from([REASONING, MESSAGE, FUNCTION, CUSTOM]) | ANYTHING
 PART = st.sampled_from([TEXT, REFUSAL, SUMMARY]) | st.fixed_dictionaries({"type": ANYTHING}) | ANYTHING
 CHOICE = st.fixed_dictionaries({}, optional={"index": ANYTHING, "finish_reason": ANYTHING}) | ANYTHING
-ODD_CHUNK = st.dictionaries(st.text(max_size=5), ANYTHING, max_size=3) | st.fixed_dictionaries(
+ANY_CHUNK = st.dictionaries(st.text(max_size=5), ANYTHING, max_size=3) | st.fixed_dictionaries(
     {"type": st.sampled_from(KINDS) | ANYTHING},
     optional={
         "sequence_number": ANYTHING,
@@ -632,19 +637,19 @@ ODD_CHUNK = st.dictionaries(st.text(max_size=5), ANYTHING, max_size=3) | st.fixe
 )
 
 
-@given(st.lists(ODD_CHUNK, max_size=8), st.sampled_from(["chat", "completions"]), st.integers(1, 3))
-def test_no_chunk_is_too_odd(passed: list[JSON], endpoint: EndpointName, choices: int) -> None:
-    """Whatever JSON an upstream sends: it is taken note of or passed over, and the end is one that can be read."""
+@given(st.lists(ANY_CHUNK, max_size=8), st.sampled_from(["chat", "completions"]), st.integers(1, 3))
+def test_any_chunk_leaves_a_readable_end(passed: list[JSON], endpoint: EndpointName, choices: int) -> None:
+    """Whatever JSON an upstream sends, nothing is raised and the end states the usage."""
     end = end_of(endpoint, passed, choices=choices, shows_usage=True)
     assert end[-1]["usage"] == USAGE
 
 
-@given(st.integers(0, len(EVENTS)), st.lists(ODD_CHUNK, max_size=8))
-def test_no_event_is_too_odd(cut: int, odd: list[JSON]) -> None:
-    """Wherever in a response it comes: then there is an end that can be read, unless it was an end itself."""
-    ending = ending_of("responses", [*RESPONSE[:cut], *odd])
+@given(st.integers(0, len(EVENTS)), st.lists(ANY_CHUNK, max_size=8))
+def test_any_event_leaves_a_readable_end(cut: int, events: list[JSON]) -> None:
+    """Wherever in a response it comes, the end states the usage, unless the event was an end itself."""
+    ending = ending_of("responses", [*RESPONSE[:cut], *events])
     end = chunks(ending.at_limit(USED, shows_usage=False))
-    assert ending.has_finished == any(event.get("type") in sorted(RESPONSE_ENDS) for event in odd)
+    assert ending.has_finished == any(event.get("type") in sorted(RESPONSE_ENDS) for event in events)
     assert [event["response"]["usage"] for event in end[-1:]] == [RESPONSE_USAGE] * (not ending.has_finished)
 
 
@@ -652,19 +657,19 @@ def test_no_event_is_too_odd(cut: int, odd: list[JSON]) -> None:
 
 
 async def cut_completion(stream: AsyncChatCompletionStream[Any]) -> ChatCompletion:
-    """What the SDK has gathered of a chat. It gives it in an error, as it does with every answer cut by length."""
+    """The completion that the SDK assembled. The SDK raises it inside an error if the answer was cut by length."""
     with pytest.raises(LengthFinishReasonError) as cut:
         await stream.get_final_completion()
     return cut.value.completion
 
 
-@pytest.mark.parametrize("usage", [{}, ASKED], ids=["unasked", "asked"])
+@pytest.mark.parametrize("usage", [{}, ASKED], ids=["no usage", "usage"])
 @pytest.mark.parametrize("crlf", [False, True], ids=["lf", "crlf"])
 @pytest.mark.parametrize("words", [0, 1, 7])
 async def test_the_sdk_reads_a_chat_that_was_stopped(words: int, crlf: bool, usage: JSON) -> None:
-    """All words that passed, cut by length, usage if and only if it was asked for; in both ways to read a stream."""
+    """With both of the SDK's APIs: all words, cut by length, and usage if and only if it was requested."""
     newline = b"\r\n" if crlf else b"\n"
-    passed = beginning(recorded(Endpoint.CHAT, crlf=crlf, **usage), words)
+    passed = beginning(simulated(Endpoint.CHAT, crlf=crlf, **usage), words)
     text = "".join(each["choices"][0]["delta"].get("content", "") for each in chunks(passed))
     async with sdk_reading(stopped(Endpoint.CHAT, passed, shows_usage=bool(usage), newline=newline)) as sdk:
         read = [each async for each in await sdk.chat.completions.create(model="m", messages=HELLO, stream=True)]
@@ -684,8 +689,8 @@ async def test_the_sdk_reads_a_chat_that_was_stopped(words: int, crlf: bool, usa
 
 
 async def test_the_sdk_reads_three_choices_of_which_one_had_finished() -> None:
-    """The finished one keeps its reason, the others are cut by length, and each has its own words."""
-    stream = recorded(Endpoint.CHAT, n=3)
+    """The finished choice keeps its reason, the others are cut by length, and each has its own words."""
+    stream = simulated(Endpoint.CHAT, n=3)
     passed = beginning(stream, 200, closing=1)  # all words of all of them
     texts = ["", "", ""]
     for each in chunks(passed):
@@ -701,8 +706,8 @@ async def test_the_sdk_reads_three_choices_of_which_one_had_finished() -> None:
 
 
 async def test_the_sdk_reads_choices_that_had_not_begun() -> None:
-    """A message of the assistant without a word, not half an object."""
-    passed = beginning(recorded(Endpoint.CHAT), 3)
+    """Each is an empty message of the assistant, with a role and content."""
+    passed = beginning(simulated(Endpoint.CHAT), 3)
     async with (
         sdk_reading(stopped(Endpoint.CHAT, passed, choices=2)) as sdk,
         sdk.chat.completions.stream(model="m", messages=HELLO, n=2) as reading,
@@ -713,8 +718,8 @@ async def test_the_sdk_reads_choices_that_had_not_begun() -> None:
 
 
 async def test_the_sdk_reads_a_chat_that_was_stopped_in_a_tool_call() -> None:
-    """The reason says that its arguments are not whole; what passed of them is there."""
-    opening = recorded(Endpoint.CHAT).opening
+    """The finish reason says that the arguments are incomplete; the SDK has those that passed."""
+    opening = simulated(Endpoint.CHAT).opening
     request = {"index": 0, "id": "call_1", "type": "function", "function": {"name": "look", "arguments": ""}}
     calls = [{"tool_calls": [request]}, {"tool_calls": [{"index": 0, "function": {"arguments": '{"a": [1'}}]}]
     deltas = [chunk(choices=[{"index": 0, "delta": delta, "finish_reason": None}], id="x1") for delta in calls]
@@ -730,13 +735,13 @@ async def test_the_sdk_reads_a_chat_that_was_stopped_in_a_tool_call() -> None:
     assert made["function"] == {"name": "look", "arguments": '{"a": [1', "parsed_arguments": None}
 
 
-@pytest.mark.parametrize("usage", [{}, ASKED], ids=["unasked", "asked"])
+@pytest.mark.parametrize("usage", [{}, ASKED], ids=["no usage", "usage"])
 async def test_the_sdk_reads_completions_that_were_stopped(usage: JSON) -> None:
-    """All words of both that passed, cut by length, usage if and only if it was asked for."""
-    passed = beginning(recorded(Endpoint.COMPLETIONS, n=2, **usage), 6)
+    """All words of both choices, cut by length, and usage if and only if it was requested."""
+    passed = beginning(simulated(Endpoint.COMPLETIONS, n=2, **usage), 6)
     expected = ["", ""]
-    for said in chunks(passed):
-        expected[said["choices"][0]["index"]] += said["choices"][0]["text"]
+    for each in chunks(passed):
+        expected[each["choices"][0]["index"]] += each["choices"][0]["text"]
     async with sdk_reading(stopped(Endpoint.COMPLETIONS, passed, choices=2, shows_usage=bool(usage))) as sdk:
         read = [each async for each in await sdk.completions.create(model="m", prompt="x", n=2, stream=True)]
     texts, reasons = ["", ""], []
@@ -751,9 +756,9 @@ async def test_the_sdk_reads_completions_that_were_stopped(usage: JSON) -> None:
 @pytest.mark.parametrize("crlf", [False, True], ids=["lf", "crlf"])
 @pytest.mark.parametrize("words", [0, 1, 7])
 async def test_the_sdk_reads_a_response_that_was_stopped(words: int, crlf: bool) -> None:
-    """Incomplete, because of its length, with all words that passed and its usage; numbered without a gap."""
-    passed = beginning(recorded(Endpoint.RESPONSES, crlf=crlf), words)
-    text = said_in(chunks(passed), "output_text")
+    """It is incomplete because of its length, with all words and its usage; the numbers have no gap."""
+    passed = beginning(simulated(Endpoint.RESPONSES, crlf=crlf), words)
+    text = text_of(chunks(passed), "output_text")
     async with sdk_reading(stopped(Endpoint.RESPONSES, passed, newline=b"\r\n" if crlf else b"\n")) as sdk:
         read = [event async for event in await sdk.responses.create(model="m", input="x", stream=True)]
     last = read[-1]
@@ -767,8 +772,8 @@ async def test_the_sdk_reads_a_response_that_was_stopped(words: int, crlf: bool)
 
 
 @pytest.mark.parametrize("cut", [0, *CUTS])
-async def test_the_sdk_gathers_a_response_that_was_stopped_anywhere(cut: int) -> None:
-    """After each event, in the middle of thoughts, refusals and tool calls: its accumulator takes our end."""
+async def test_the_sdk_assembles_a_response_that_was_stopped_anywhere(cut: int) -> None:
+    """After each event, even inside reasoning, a refusal or a tool call, its accumulator accepts the end."""
     body = b"".join(b"data: " + json.dumps(event).encode() + b"\n\n" for event in RESPONSE[:cut])
     async with (
         sdk_reading(stopped(Endpoint.RESPONSES, body)) as sdk,
@@ -777,24 +782,24 @@ async def test_the_sdk_gathers_a_response_that_was_stopped_anywhere(cut: int) ->
         events = [event async for event in stream]
     last = events[-1]
     assert last.type == "response.incomplete"
-    assert last.response.output_text == said_in(RESPONSE[:cut], "output_text")
+    assert last.response.output_text == text_of(RESPONSE[:cut], "output_text")
     done = {event.output_index: event.item for event in events if event.type == "response.output_item.done"}
     assert [done[index].to_dict() for index in sorted(done)] == [item.to_dict() for item in last.response.output]
 
 
 async def test_the_helpers_of_the_sdk_raise_as_at_the_upstreams_own_maximum() -> None:
-    """They give no final object of any answer that was cut, whoever cut it; the error is the same, word for word."""
-    said = []
+    """They return no final object of an answer that was cut; the error is the same, word for word."""
+    errors = []
     for endpoint in (Endpoint.CHAT, Endpoint.RESPONSES):
         maximum: Any = {MAXIMUM[endpoint]: 5}
-        theirs = beginning(recorded(endpoint, **maximum), 5, closing=9)
-        ours = stopped(endpoint, beginning(recorded(endpoint), 5))
+        theirs = beginning(simulated(endpoint, **maximum), 5, closing=9)
+        ours = stopped(endpoint, beginning(simulated(endpoint), 5))
         for body in (theirs, ours):
             with pytest.raises((LengthFinishReasonError, RuntimeError)) as raised:
                 await _final(endpoint, body)
-            said.append((type(raised.value), str(raised.value)))
-    assert said[0] == said[1]
-    assert said[2] == said[3] == (RuntimeError, "Didn't receive a `response.completed` event.")
+            errors.append((type(raised.value), str(raised.value)))
+    assert errors[0] == errors[1]
+    assert errors[2] == errors[3] == (RuntimeError, "Didn't receive a `response.completed` event.")
 
 
 async def _final(endpoint: Endpoint, body: bytes) -> None:

@@ -1,6 +1,6 @@
-"""The list of endpoints is closed, and all that OpenAI publishes is decided in it: metered, answered or refused.
+"""The list of endpoints is closed: every path that OpenAI or Anthropic publishes is metered, answered or refused.
 
-wire §1.1 (all endpoints), §1.7 (what is denied); threats T19, T20.
+wire §1.1 (all endpoints), §1.7 (refused endpoints); threats T19, T20.
 """
 
 import re
@@ -23,9 +23,9 @@ from proxy.formats.endpoints import (
     is_messages_path,
 )
 
-# What the proxy answers by itself.
+# The proxy answers these itself.
 ANSWERED = {("GET", "/models"), ("GET", "/models/{}")}
-# Endpoints that were published and that the SDK has no method for, or no longer.
+# Published endpoints for which the SDK has no method, or no longer has one.
 BESIDE_THE_SDK = """
     GET /realtime
     GET /live/sessions
@@ -43,12 +43,12 @@ _ALL_CALLS = re.compile(r"self\._(?:post|get|delete|patch|put|get_api_list)\(\s*
 
 
 def sdk_source() -> list[str]:
-    """The modules of the SDK in which its methods stand."""
+    """The source of the SDK's modules that call the API."""
     return [path.read_text(encoding="utf-8") for path in (Path(openai.__file__).parent / "resources").rglob("*.py")]
 
 
 def published() -> list[tuple[str, str]]:
-    """Every method and path that the installed SDK can send, and those that we know of beside it."""
+    """Every method and path that the installed SDK can send, and the known ones beside it."""
     found = {
         ("GET" if method == "get_api_list" else method.upper(), re.sub(r"\{[^}]*\}", "{}", path))
         for text in sdk_source()
@@ -58,20 +58,20 @@ def published() -> list[tuple[str, str]]:
     return sorted(found | beside)
 
 
-def is_decided(method: str, path: str) -> bool:
-    """Whether the table says what becomes of it."""
+def is_listed(method: str, path: str) -> bool:
+    """Whether the list of endpoints contains this path."""
     is_metered = method == "POST" and path in {endpoint.path for endpoint in METERED}
-    is_kept = (method, path) in {(each.method, each.path("{}")) for each in STORED_RESPONSE_PATHS}
-    return is_metered or is_kept or (method, path) in ANSWERED or closed(method, path) is not None
+    is_stored = (method, path) in {(each.method, each.path("{}")) for each in STORED_RESPONSE_PATHS}
+    return is_metered or is_stored or (method, path) in ANSWERED or closed(method, path) is not None
 
 
-def test_every_path_of_the_sdk_is_decided() -> None:
-    """A new release of the SDK that brings a path makes this fail, and name it: decide it in `endpoints`."""
-    assert [f"{method} {path}" for method, path in published() if not is_decided(method, path)] == []
+def test_every_path_of_openai_s_sdk_is_listed() -> None:
+    """A new release of the SDK with a new path fails here, with the path: add it to the list in `endpoints`."""
+    assert [f"{method} {path}" for method, path in published() if not is_listed(method, path)] == []
 
 
 def test_the_paths_are_found_in_the_sdk() -> None:
-    """The test above would be worth nothing, had the SDK begun to write its paths otherwise."""
+    """If the SDK wrote its paths in another form, the test above would find none and pass."""
     calls = sum(len(_ALL_CALLS.findall(text)) for text in sdk_source())
     read = sum(len(_CALLED.findall(text)) for text in sdk_source())
     assert read == calls > 700
@@ -96,8 +96,8 @@ def test_the_paths_are_found_in_the_sdk() -> None:
         ("POST", "/threads/thread_1/runs", "all users of this proxy share"),
     ],
 )
-def test_a_refusal_says_why(method: str, path: str, says: str) -> None:
-    """Also behind `/v1` and Azure's prefixes."""
+def test_a_refused_path_has_its_reason(method: str, path: str, says: str) -> None:
+    """Behind every prefix: `/v1`, none, and Azure's."""
     for prefix in (*PREFIXES, "/openai/deployments/gpt-4o"):
         row = closed(method, prefix + path)
         assert row is not None
@@ -119,29 +119,29 @@ def test_a_refusal_says_why(method: str, path: str, says: str) -> None:
         ("GET", ""),
     ],
 )
-def test_what_nobody_has_heard_of_has_no_row(method: str, path: str) -> None:
-    """It is not served either, and there is no reason to give."""
+def test_an_unknown_path_has_no_row(method: str, path: str) -> None:
+    """It is not served either, but without a reason."""
     assert closed(method, path) is None
 
 
-@pytest.mark.parametrize("kept", STORED_RESPONSE_PATHS, ids=lambda kept: f"{kept.method}{kept.of_it}")
-def test_what_leads_to_a_users_own_is_not_refused(kept: StoredResponsePath) -> None:
-    """By an id that can't lead anywhere else."""
-    assert closed(kept.method, kept.path("resp_1")) is None
+@pytest.mark.parametrize("stored", STORED_RESPONSE_PATHS, ids=lambda stored: f"{stored.method}{stored.suffix}")
+def test_paths_to_stored_responses_are_not_refused(stored: StoredResponsePath) -> None:
+    """The id in the path can't lead to another path."""
+    assert closed(stored.method, stored.path("resp_1")) is None
     assert RESPONSE_ID.fullmatch("resp_0f-A=")
     assert not any(map(RESPONSE_ID.fullmatch, ("", ".", "..", "a/b", "a?b", "a%2fb", "a\n", "é", "a" * 513)))
 
 
 @pytest.mark.parametrize("endpoint", METERED, ids=lambda endpoint: endpoint.name)
-def test_what_is_metered_is_not_refused(endpoint: Endpoint) -> None:
-    """And no two have the same name or path."""
+def test_a_metered_path_is_not_refused(endpoint: Endpoint) -> None:
+    """And no two endpoints have the same name or path."""
     assert closed("POST", endpoint.path) is None
     assert [each.name for each in METERED].count(endpoint.name) == 1
     assert [each.path for each in METERED].count(endpoint.path) == 1
 
 
-def test_the_endpoints_differ_in_few_ways() -> None:
-    """What each makes, whether that is seen as text, and whether a stream has to be asked for its usage."""
+def test_the_properties_of_all_endpoints() -> None:
+    """The charge, whether it generates, whether its output is text, and whether a stream must be asked for usage."""
     assert {
         each.name: (each.charge, each.generates, each.shows_output, each.has_usage_option, each.is_of_responses)
         for each in METERED
@@ -164,14 +164,14 @@ def test_the_endpoints_differ_in_few_ways() -> None:
     }
 
 
-def test_azure_has_deployments_for_what_its_sdk_sends_there() -> None:
-    """All else stands beside them."""
+def test_azure_has_deployments_for_the_paths_that_its_sdk_sends_there() -> None:
+    """All other paths come without a deployment."""
     paths = {each.path for each in METERED if each.has_deployments}
     assert paths == azure._deployments_endpoints
 
 
-def test_every_path_of_anthropic_s_sdk_is_decided() -> None:
-    """Likewise: what runs by itself, what is shared and what administers is closed; two are metered."""
+def test_every_path_of_anthropic_s_sdk_is_listed() -> None:
+    """Two paths are metered. Those that run later, reach shared data or administer the account are refused."""
     resources = Path(anthropic.__file__).parent / "resources"
     texts = [path.read_text(encoding="utf-8") for path in resources.rglob("*.py")]
     paths = {re.sub(r"\{[^}]*\}", "{}", path) for text in texts for path in re.findall(r'"/v1(/[^"?]+)', text)}
@@ -181,13 +181,13 @@ def test_every_path_of_anthropic_s_sdk_is_decided() -> None:
     assert closed("POST", "/messages") is None
 
 
-def test_no_row_is_there_twice() -> None:
-    """A second reason would never be read."""
+def test_no_path_is_refused_twice() -> None:
+    """A second row for the same path would never be used."""
     assert len({(row.method, row.pattern) for row in CLOSED}) == len(CLOSED)
 
 
 @pytest.mark.parametrize(
-    ("path", "is_its"),
+    ("path", "is_anthropic"),
     [
         ("/messages", True),
         ("/messages/count_tokens", True),
@@ -199,7 +199,6 @@ def test_no_row_is_there_twice() -> None:
     ],
 )
 @pytest.mark.parametrize("prefix", PREFIXES)
-def test_anthropic_s_surface_is_told_by_the_path(prefix: str, path: str, is_its: bool) -> None:
-    """Before anything of a request is read, and behind each prefix that is served: also a wrong key is answered in
-    its shape."""
-    assert is_messages_path(prefix + path) == is_its
+def test_anthropic_s_api_is_recognised_by_the_path(prefix: str, path: str, is_anthropic: bool) -> None:
+    """Behind every prefix, and before the body is read: an invalid key is answered with Anthropic's error too."""
+    assert is_messages_path(prefix + path) == is_anthropic

@@ -1,6 +1,6 @@
-"""What a call may use at the most: the bound on its input, the answer that it asks for, and how much of that at once.
+"""What a call may use at most: the bound on its input, the output that it asks for, and how much is reserved first.
 
-wire §1.4 (which field an upstream really reads, and what it takes where none is stated); threats T31, T32, T34.
+wire §1.4 (which field an upstream really reads, and its default if none is stated); threats T31, T32, T34.
 """
 
 from dataclasses import replace
@@ -39,37 +39,37 @@ def model(kind: Kind = "vllm", name: str = "real-m", **known: Any) -> Model:
 
 
 def demand(request: Request, kind: Kind = "vllm", **known: Any) -> Demand:
-    """What the call may use at the most, by the body that would be sent."""
+    """The demand of a request, estimated from the body that would be forwarded."""
     of = model(kind, **known)
     prompt = read_prompt(request.document, model=of.upstream_model, is_chat=request.endpoint in (CHAT, RESPONSES))
     return estimate_demand(request, of, prompt, body_bytes=len(forwarded_body(request, of)))
 
 
 def says(text: str) -> list[dict[str, str]]:
-    """Messages with this text."""
+    """One message with this text."""
     return [{"role": "user", "content": text}]
 
 
-# ------------------------------------------------------------------------------------------- the answer that is asked
+# ------------------------------------------------------------------------------------------------- the output maximum
 
 
 @targets
 @pytest.mark.parametrize("name", MAXIMA)
 def test_a_maximum_counts_only_where_it_is_read(kind: Kind, endpoint: Endpoint, name: str) -> None:
-    """Believing a field that the upstream ignores would bound nothing (wire §1.4)."""
+    """A field that the upstream ignores bounds nothing (wire §1.4)."""
     request = parse(endpoint, **{name: 77})
     expected = 77 if name in READS[kind, endpoint.name] else demand(parse(endpoint), kind).output_maximum
     assert demand(request, kind).output_maximum == expected
 
 
 def answers(endpoint: Endpoint) -> int:
-    """As many as may be asked for at once: a response is one."""
+    """A number of answers that the endpoint accepts: /responses only one."""
     return 1 if endpoint is RESPONSES else 3
 
 
 @targets
-def test_of_several_maxima_the_larger_counts(kind: Kind, endpoint: Endpoint) -> None:
-    """Which one wins differs by version, so the careful one holds (T32)."""
+def test_of_several_maxima_the_largest_counts(kind: Kind, endpoint: Endpoint) -> None:
+    """Which one wins differs by the upstream's version, so the largest is the safe one (T32)."""
     for larger in READS[kind, endpoint.name]:
         stated = dict.fromkeys(READS[kind, endpoint.name], 5) | {larger: 9000}
         assert demand(parse(endpoint, **stated), kind).output_maximum == 9000
@@ -77,8 +77,8 @@ def test_of_several_maxima_the_larger_counts(kind: Kind, endpoint: Endpoint) -> 
 
 
 @targets
-def test_a_maximum_that_is_null_is_none(kind: Kind, endpoint: Endpoint) -> None:
-    """SDKs send null for what their user left alone."""
+def test_null_is_no_maximum(kind: Kind, endpoint: Endpoint) -> None:
+    """SDKs send null for options that their user did not set."""
     reads = READS[kind, endpoint.name]
     assert demand(parse(endpoint, **dict.fromkeys(reads)), kind).output_maximum == 4096
     for stated in reads:
@@ -93,24 +93,24 @@ def test_a_maximum_that_is_null_is_none(kind: Kind, endpoint: Endpoint) -> None:
         ("ollama", {"max_tokens": 0}),
     ],
 )
-def test_an_endless_maximum_bounds_nothing(kind: Kind, endless: dict) -> None:
-    """llama.cpp takes n_predict before all others, and -1 for no end; Ollama takes 0 for none too."""
+def test_a_number_that_means_no_maximum_bounds_nothing(kind: Kind, endless: dict) -> None:
+    """In llama.cpp n_predict overrides all others, and -1 means no maximum; at Ollama 0 does too."""
     found = demand(parse(**endless), kind)
     assert (found.output_maximum, found.is_unbounded) == (4096, True)
     known = demand(parse(**endless), kind, max_output_tokens=900)
     assert (known.output_maximum, known.is_unbounded) == (900, False)
 
 
-def test_a_maximum_of_nothing_is_one() -> None:
-    """Elsewhere 0 asks for no answer at all."""
+def test_a_maximum_of_0_is_a_maximum() -> None:
+    """At upstreams other than Ollama it asks for no output."""
     request = parse(COMPLETIONS, max_tokens=0)
     length = len(forwarded_body(request, model()))
     assert demand(request) == Demand(input=length, output_maximum=0, smallest=0, initial_hold=0, is_estimated=True)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_where_nothing_is_asked_the_model_decides(kind: Kind) -> None:
-    """Its configured maximum, else 4096, else what the upstream itself takes: 16 on OpenAI's /completions."""
+def test_without_a_stated_maximum_the_model_s_or_the_upstream_s_counts(kind: Kind) -> None:
+    """First the configured maximum, then the upstream's default (16 on OpenAI's /completions), then 4096."""
     short = 4096 if kind in ("ollama", "llamacpp") else 16
     assert demand(parse(CHAT), kind).output_maximum == demand(parse(RESPONSES), kind).output_maximum == 4096
     assert demand(parse(COMPLETIONS), kind).output_maximum == short
@@ -123,7 +123,7 @@ def test_where_nothing_is_asked_the_model_decides(kind: Kind) -> None:
 
 
 def test_null_is_not_the_default_of_completions() -> None:
-    """vLLM takes 16 for a field left out, but all that is left of its context for null."""
+    """vLLM applies 16 if the field is absent, but for null the rest of its context."""
     found = demand(parse(COMPLETIONS, max_tokens=None))
     assert (found.output_maximum, found.is_unbounded) == (4096, True)
 
@@ -140,10 +140,8 @@ def test_null_is_not_the_default_of_completions() -> None:
         (parse(EMBEDDINGS, input="x"), {}, False),
     ],
 )
-def test_an_answer_is_open_ended_where_nobody_says_how_long_it_may_become(
-    sent: Request, known: dict, is_unbounded: bool
-) -> None:
-    """Neither the request, nor the configuration, nor what the upstream takes by itself."""
+def test_an_answer_is_unbounded_if_no_maximum_is_known(sent: Request, known: dict, is_unbounded: bool) -> None:
+    """Neither from the request, nor from the configuration, nor from the upstream's default."""
     assert demand(sent, **known).is_unbounded == is_unbounded
 
 
@@ -159,13 +157,13 @@ def test_an_answer_is_open_ended_where_nobody_says_how_long_it_may_become(
         (parse(RESPONSES, max_output_tokens=10), 10),
     ],
 )
-def test_the_maximum_is_for_each_answer(sent: Request, output_maximum: int) -> None:
-    """`n` or `best_of` of them for each prompt, and all are generated and billed."""
+def test_the_maximum_is_multiplied_by_the_number_of_answers(sent: Request, output_maximum: int) -> None:
+    """The larger of `n` and `best_of`, for each prompt: all are generated and billed."""
     assert demand(sent).output_maximum == output_maximum
 
 
-def test_no_hold_leaves_64_bits() -> None:
-    """Even the largest numbers, for a hundred thousand prompts, stay far inside (T31)."""
+def test_no_hold_exceeds_64_bits() -> None:
+    """Even the largest numbers, for a hundred thousand prompts, stay far below (T31)."""
     prompts = [""] * 100_000
     found = demand(parse(COMPLETIONS, max_tokens=HUGE, n=128, prompt=prompts))
     assert found.output_maximum == TOKENS_MAX
@@ -189,10 +187,10 @@ def test_no_hold_leaves_64_bits() -> None:
         ({"max_tokens": 0, "max_completion_tokens": 0}, 0, 0),
     ],
 )
-def test_the_smallest_answer_is_a_thousand_tokens_or_what_is_asked(
+def test_the_smallest_answer_is_1024_tokens_or_the_stated_maximum(
     fields: dict, output_maximum: int, smallest: int
 ) -> None:
-    """choices × min(asked, 1024): less than that isn't worth starting."""
+    """choices × min(stated maximum, 1024): a call is not sent for less."""
     found = demand(parse(CHAT, **fields))
     assert (found.output_maximum, found.smallest) == (output_maximum, smallest)
     assert SMALLEST_ANSWER == 1024
@@ -201,8 +199,8 @@ def test_the_smallest_answer_is_a_thousand_tokens_or_what_is_asked(
 @pytest.mark.parametrize(
     ("fields", "smallest"), [({}, 2000), ({"n": 2}, 4000), ({"max_tokens": 100}, 100), ({"max_tokens": 2001}, 2000)]
 )
-def test_a_model_may_say_what_its_smallest_answer_is(fields: dict, smallest: int) -> None:
-    """Unless less was asked for."""
+def test_the_smallest_answer_of_a_model_can_be_configured(fields: dict, smallest: int) -> None:
+    """A smaller maximum in the request goes first."""
     assert demand(parse(CHAT, **fields), smallest_answer=2000).smallest == smallest
     assert demand(parse(CHAT), smallest_answer=5).smallest == 5
 
@@ -226,18 +224,18 @@ def test_a_model_may_say_what_its_smallest_answer_is(fields: dict, smallest: int
         ({"thinking": None, "reasoning": None}, 1024),
     ],
 )
-def test_a_budget_for_thinking_comes_before_the_smallest_answer(fields: dict, smallest: int) -> None:
-    """Else all of a short answer would be thoughts; never more than what is asked, and what is odd is no budget."""
+def test_a_reasoning_budget_is_added_to_the_smallest_answer(fields: dict, smallest: int) -> None:
+    """Otherwise a short answer would be all reasoning. At most the stated maximum; invalid values are no budget."""
     assert demand(parse(CHAT, max_tokens=9000, **fields)).smallest == smallest
 
 
-# -------------------------------------------------------------------------------------------- seen growing, or hidden
+# ------------------------------------------------------------------------------------------------- the initial hold
 
 
 @pytest.mark.parametrize("endpoint", [*GENERATING, EMBEDDINGS], ids=ids)
 @pytest.mark.parametrize("stream", [True, False, None])
-def test_only_a_stream_is_seen_growing(endpoint: Endpoint, stream: bool | None) -> None:
-    """A whole answer comes at once, and embeddings generate nothing."""
+def test_only_a_stream_starts_with_the_smallest_answer(endpoint: Endpoint, stream: bool | None) -> None:
+    """A whole answer can't be counted before its end, and embeddings generate nothing."""
     request = parse(endpoint, stream=stream, max_tokens=9000, max_output_tokens=9000)
     found = demand(request)
     assert streams_all_output(request, model()) == (endpoint is not EMBEDDINGS and stream is True)
@@ -271,23 +269,23 @@ def test_only_a_stream_is_seen_growing(endpoint: Endpoint, stream: bool | None) 
         ("simulator", "o4-mini", False),
     ],
 )
-def test_openai_s_models_think_unseen_unless_they_are_known_not_to(kind: Kind, name: str, hides: bool) -> None:
-    """A model that is not known yet is the careful case; open models stream their thoughts. The file goes before."""
+def test_openai_s_models_hide_reasoning_unless_they_are_known_not_to(kind: Kind, name: str, hides: bool) -> None:
+    """Unknown models are assumed to hide it; open models stream it. `reasoning` in the YAML goes first."""
     request = parse(stream=True)
     assert streams_all_output(request, model(kind, name)) != hides
     assert not streams_all_output(request, model(kind, name, reasoning=True))
     assert streams_all_output(request, model(kind, name, reasoning=False))
 
 
-def test_a_model_is_known_by_the_name_that_its_upstream_has_for_it() -> None:
-    """An alias may say anything."""
+def test_the_upstream_s_name_of_a_model_decides_whether_it_hides_reasoning() -> None:
+    """The proxy's alias may be any text."""
     upstream = Upstream("up", "http://upstream.example/v1", None, "openai")
     assert not streams_all_output(parse(stream=True), Model("gpt-4o", upstream, "o4-mini"))
     assert streams_all_output(parse(stream=True), Model("o4-mini", upstream, "gpt-4o"))
 
 
 @pytest.mark.parametrize(
-    ("thinking", "first", "smallest"),
+    ("thinking", "initial_hold", "smallest"),
     [
         ({"type": "enabled", "budget_tokens": 2000}, 9000, 3024),
         ({"type": "adaptive"}, 9000, 1024),
@@ -296,11 +294,13 @@ def test_a_model_is_known_by_the_name_that_its_upstream_has_for_it() -> None:
         ("adaptive", 1024, 1024),
     ],
 )
-def test_thoughts_of_a_message_are_within_its_maximum(thinking: object, first: int, smallest: int) -> None:
-    """Of which a summary is shown: so all of it is held at once, and no more than that."""
+def test_a_message_with_thinking_reserves_its_whole_maximum(
+    thinking: object, initial_hold: int, smallest: int
+) -> None:
+    """Only a summary of the thinking is shown, so it can't be counted. All of it is within max_tokens."""
     request = parse(MESSAGES, stream=True, max_tokens=9000, thinking=thinking)
     asked = demand(request, "anthropic")
-    assert (asked.output_maximum, asked.initial_hold, asked.smallest) == (9000, first, smallest)
+    assert (asked.output_maximum, asked.initial_hold, asked.smallest) == (9000, initial_hold, smallest)
 
 
 @pytest.mark.parametrize(
@@ -334,16 +334,16 @@ def test_thoughts_of_a_message_are_within_its_maximum(thinking: object, first: i
         ({"ignore_eos": False}, False),
     ],
 )
-def test_a_request_may_ask_for_what_is_billed_and_not_streamed_as_text(fields: dict, is_hidden: bool) -> None:
-    """Sound, predictions that were not taken, thoughts: then all that is wanted is held at once."""
+def test_a_request_for_output_that_can_t_be_counted_reserves_its_whole_maximum(fields: dict, is_hidden: bool) -> None:
+    """Audio, rejected predictions, hidden reasoning, tokens without text: they are billed but can't be counted."""
     request = parse(stream=True, max_tokens=9000, **fields)
     for known in ({}, {"reasoning": False}):
         assert streams_all_output(request, model(**known)) != is_hidden
         assert (demand(request, **known).initial_hold == 9000) == is_hidden
 
 
-def test_what_is_held_first_is_enough_for_the_smallest_answer() -> None:
-    """Of each choice, and by what the model says of itself."""
+def test_the_initial_hold_of_a_stream_is_its_smallest_answer() -> None:
+    """For all choices together, and as configured for the model."""
     request = parse(stream=True, max_tokens=9000, n=3)
     assert demand(request).initial_hold == demand(request).smallest == 3 * 1024
     assert demand(request, smallest_answer=50).initial_hold == 150
@@ -356,14 +356,14 @@ def test_what_is_held_first_is_enough_for_the_smallest_answer() -> None:
     texts=st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=40), max_size=6), image=st.booleans()
 )
 def test_the_input_bound_is_never_less_than_the_bytes_of_the_text(texts: list[str], image: bool) -> None:
-    """A token is at least a byte, so as many tokens as there are bytes of text can't be exceeded."""
+    """A token is at least one byte, so the tokens can't exceed the bytes."""
     text_bytes = sum(len(text.encode()) for text in texts)
     parts = [{"type": "text", "text": text} for text in texts]
-    picture = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * 999}}
+    image_part = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * 999}}
     messages = [{"role": "user", "content": text} for text in texts]
     for request in (
         parse(CHAT, messages=messages),
-        parse(CHAT, messages=[{"role": "user", "content": [*parts, *([picture] if image else [])]}]),
+        parse(CHAT, messages=[{"role": "user", "content": [*parts, *([image_part] if image else [])]}]),
         parse(COMPLETIONS, prompt=texts),
         parse(EMBEDDINGS, input=texts),
         parse(RESPONSES, input=messages, instructions="".join(texts)),
@@ -373,34 +373,34 @@ def test_the_input_bound_is_never_less_than_the_bytes_of_the_text(texts: list[st
 
 @given(tokens=st.lists(st.integers(0, 200_000), max_size=50))
 def test_the_input_bound_covers_arrays_of_tokens(tokens: list[int]) -> None:
-    """Prompts may come as numbers: one of a digit with its comma is still two bytes."""
+    """A prompt may be numbers. Even a single digit is two bytes with its comma."""
     assert demand(parse(COMPLETIONS, prompt=tokens)).input >= len(tokens)
     assert demand(parse(EMBEDDINGS, input=[tokens, tokens])).input >= 2 * len(tokens)
 
 
-def test_half_a_surrogate_pair_is_bounded_as_it_is_sent() -> None:
-    """It can only be sent as an escape of six bytes."""
+def test_half_a_surrogate_pair_is_bounded_by_its_escape() -> None:
+    """It can only be sent as an escape, which is six bytes."""
     assert demand(parse(COMPLETIONS, prompt="\ud800" * 50)).input >= 300
 
 
 @pytest.mark.parametrize(
     "messages", [None, 7, "hi", {}, [7, None, "x"], [{"content": None}], [{"content": [None, "x"]}]]
 )
-def test_messages_of_any_form_are_bounded(messages: object) -> None:
-    """What is wrong with them is for the upstream to say; here they are bytes (T34)."""
+def test_messages_of_any_shape_are_bounded_by_their_bytes(messages: object) -> None:
+    """The upstream reports what is wrong with them (T34)."""
     request = parse(CHAT, messages=messages)
     assert demand(request).input == len(forwarded_body(request, model()))
 
 
-def test_a_picture_has_a_price_instead_of_its_base64() -> None:
-    """A hundred thousand characters that no model reads as text, for the price of one whose size nobody knows."""
+def test_an_image_is_bounded_by_its_price_and_not_by_its_base64() -> None:
+    """100,000 characters of base64 count as one image of unknown size."""
     url = "data:image/png;base64," + "A" * 100_000
     request = parse(CHAT, messages=[{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}])
     assert demand(request).input == len(forwarded_body(request, model())) - len(url) + 85 + 8 * 170
 
 
-def test_the_largest_list_of_embeddings_wants_its_input_and_no_more() -> None:
-    """2,048 texts: limits on output alone don't bind them, whatever else the body says."""
+def test_embeddings_demand_only_input() -> None:
+    """2,048 texts, the most that OpenAI embeds in one call. Output is 0, whatever else the body says."""
     request = parse(EMBEDDINGS, input=["text"] * 2048, max_tokens=50, stream=True)
     found = demand(request, max_output_tokens=900, smallest_answer=5, reasoning=True)
     length = len(forwarded_body(request, model()))
@@ -408,7 +408,7 @@ def test_the_largest_list_of_embeddings_wants_its_input_and_no_more() -> None:
     assert found.input > 2048
 
 
-# Each reads something that the request doesn't show.
+# In each the model reads something that the request doesn't show.
 OPEN = [
     {"messages": [{"role": "user", "content": [{"type": "video_url", "video_url": {"url": "https://x/y.mp4"}}]}]},
     {"messages": [{"role": "user", "content": [{"type": "file", "file": {"file_data": "data:application/pdf,x"}}]}]},
@@ -417,8 +417,8 @@ OPEN = [
 
 
 @pytest.mark.parametrize("fields", OPEN)
-def test_what_an_open_prompt_reads_unseen_is_bounded_by_the_model_s_context(fields: dict) -> None:
-    """Beside what it shows, which is bounded as ever; where nobody knows the context, or it is smaller, nothing."""
+def test_hidden_input_is_what_the_model_s_context_leaves_beside_the_visible_input(fields: dict) -> None:
+    """It is 0 if the context is not configured, or smaller than the bound of the visible input."""
     request = parse(CHAT, **fields)
     length = len(forwarded_body(request, model()))
     expected = Demand(length, 4096, 1024, 4096, is_unbounded=True, is_estimated=True, hidden_input=128_000 - length)
@@ -430,21 +430,21 @@ def test_what_an_open_prompt_reads_unseen_is_bounded_by_the_model_s_context(fiel
     )
 
 
-def test_embeddings_may_be_open_too() -> None:
-    """A picture that is stored elsewhere costs input, though nothing is generated."""
+def test_embeddings_may_have_hidden_input_too() -> None:
+    """A linked video costs input, although nothing is generated."""
     request = parse(EMBEDDINGS, input=[{"type": "video_url", "video_url": {"url": "https://x/y.mp4"}}])
     found = demand(request, context=8192)
     assert (found.input + found.hidden_input, found.output_maximum) == (8192, 0)
 
 
-def test_a_prompt_that_shows_all_has_nothing_unseen() -> None:
-    """Its bytes bound it, whatever the context is."""
+def test_a_prompt_that_is_not_open_has_no_hidden_input() -> None:
+    """Its bytes bound it, whatever the model's context is."""
     request = parse(CHAT, messages=says("hi"))
     found = demand(request, context=128_000)
     assert (found.input, found.hidden_input, found.is_estimated) == (len(forwarded_body(request, model())), 0, True)
 
 
-# ------------------------------------------------------------------------------------------------- once it is counted
+# -------------------------------------------------------------------------------------------------- the counted input
 
 CONTEXT = model(context=1500)
 ROUGH = Demand(input=1000, output_maximum=500, smallest=100, initial_hold=100, is_unbounded=True, is_estimated=True)
@@ -460,25 +460,25 @@ ROUGH = Demand(input=1000, output_maximum=500, smallest=100, initial_hold=100, i
         (0, True, 7, 0),
         (700, True, 707, 293),
         (993, False, 1000, 0),
-        (994, False, 1000, 0),  # the bytes bound it all the same
+        (994, False, 1000, 0),  # never more than the bound by bytes
         (994, True, 1000, 0),
         (None, False, 1000, 0),
         (None, True, 1000, 0),
     ],
 )
-def test_a_count_takes_the_place_of_the_bytes(
+def test_a_count_replaces_the_bound_by_bytes(
     text_tokens: int | None, is_guess: bool, input_tokens: int, hidden_input: int
 ) -> None:
-    """With what is no text beside it; by a tokenizer that may be another one half as much again, if there is room.
+    """The overhead is added. If the tokenizer is a guess, half as many tokens again are hidden input.
 
-    One that failed leaves the bytes. Either way there is no more to be had, and nothing else changes.
+    If counting failed, the bytes stay. In both cases the demand is no longer an estimate, and nothing else changes.
     """
     found = counted(ROUGH, CONTEXT, Prompt(overhead=7), text_tokens=text_tokens, is_guess=is_guess)
     assert found == replace(ROUGH, input=input_tokens, hidden_input=hidden_input, is_estimated=False)
 
 
-def test_what_covers_several_demands_covers_each() -> None:
-    """The most of each number: the call may go to the one that needs it."""
+def test_the_largest_demand_covers_each_demand() -> None:
+    """It has the largest of each number, because the call may go to any of the upstreams."""
     one = Demand(10, 500, 400, initial_hold=400, hidden_input=3, is_estimated=True)
     other = Demand(20, 300, 200, initial_hold=300, is_unbounded=True, is_estimated=True)
     assert largest_demand([one]) == one
@@ -495,7 +495,7 @@ def test_what_covers_several_demands_covers_each() -> None:
 def test_a_count_never_raises_the_bound(
     text_tokens: int | None, overhead: int, is_guess: bool, is_open: bool
 ) -> None:
-    """What is held after it is what was bounded before it, or less: of an open call all that its context leaves."""
+    """Input and hidden input together never grow. An open call still reserves all that its context leaves."""
     estimated = replace(ROUGH, hidden_input=500 if is_open else 0)
     prompt = Prompt(overhead=overhead, is_open=is_open)
     found = counted(estimated, CONTEXT, prompt, text_tokens=text_tokens, is_guess=is_guess)
@@ -529,20 +529,22 @@ def test_a_count_never_raises_the_bound(
         },
     ),
 )
-def test_the_parts_of_a_demand_fit_each_other(endpoint: Endpoint, kind: Kind, fields: dict, known: dict) -> None:
-    """The smallest answer fits into what is held first, and that into what is wanted."""
-    of_it = {name: value for name, value in fields.items() if name != "n" or not endpoint.is_of_responses}
-    found = demand(parse(endpoint, **of_it), kind, **known)
+def test_smallest_answer_initial_hold_and_output_maximum_are_in_this_order(
+    endpoint: Endpoint, kind: Kind, fields: dict, known: dict
+) -> None:
+    """And the output maximum is 0 for endpoints that generate nothing."""
+    accepted = {name: value for name, value in fields.items() if name != "n" or not endpoint.is_of_responses}
+    found = demand(parse(endpoint, **accepted), kind, **known)
     assert 0 <= found.smallest <= found.initial_hold <= found.output_maximum <= TOKENS_MAX
     assert (found.output_maximum > 0) <= endpoint.generates
 
 
-# ---------------------------------------------------------------------------------------------------- what is no text
+# ---------------------------------------------------------------------------------------------- answers without text
 
 
 @pytest.mark.parametrize("endpoint", [MODERATIONS, INPUT_TOKENS], ids=ids)
-def test_what_costs_no_tokens_holds_none(endpoint: Endpoint) -> None:
-    """So that nobody is kept from it by a quota of tokens."""
+def test_endpoints_that_cost_no_tokens_reserve_none(endpoint: Endpoint) -> None:
+    """So a quota of tokens that is used up does not refuse them."""
     assert demand(parse(endpoint, input="long" * 100), context=1000) == Demand(
         input=0, output_maximum=0, smallest=0, initial_hold=0
     )
@@ -557,10 +559,10 @@ def test_what_costs_no_tokens_holds_none(endpoint: Endpoint) -> None:
         (parse(SPEECH, input="x", stream_format="sse"), 6144),
         (parse(SPEECH, input="x"), 0),
     ],
-    ids=["picture", "pictures", "compact", "events", "sound"],
+    ids=["image", "images", "compact", "speech events", "speech bytes"],
 )
-def test_what_can_t_be_bounded_or_seen_is_held_as_a_whole(sent: Request, output_maximum: int) -> None:
-    """No smaller answer is to be had, and none that grows; the model's own maximum may be less."""
+def test_answers_that_are_not_text_reserve_their_whole_maximum(sent: Request, output_maximum: int) -> None:
+    """No field makes them shorter, and they can't be counted while they stream. The model's maximum may be less."""
     found = demand(sent)
     assert (found.output_maximum, found.smallest, found.initial_hold) == (
         output_maximum,

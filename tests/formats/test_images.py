@@ -1,4 +1,4 @@
-"""A picture costs what its size costs, wherever it stands in a request, and never its base64."""
+"""An image is priced by its size in pixels, anywhere in a request, and never by its base64."""
 
 import base64
 import struct
@@ -14,11 +14,10 @@ def read(*, model: str = "gpt-4o", is_chat: bool = True, **document: object) -> 
 
 
 def of_part(part: object, model: str = "gpt-4o") -> Prompt:
-    """What one part of a message adds to its role."""
+    """The prompt of one message with a role and this part."""
     return read(messages=[{"role": "user", "content": [part]}], model=model)
 
 
-MESSAGE = 3
 EMPTY_CHAT = 6  # of a chat with one message
 
 
@@ -32,7 +31,7 @@ def jpeg(width: int, height: int, before: bytes = b"", sof: int = 0xC0) -> bytes
 
 
 def segment(marker: int, count: int) -> bytes:
-    """A segment of a JPEG with `count` bytes in it, which look like the size of a small picture."""
+    """A segment of a JPEG with `count` bytes of data, which look like the frame header of a small image."""
     return (
         bytes((0xFF, marker))
         + struct.pack(">H", count + 2)
@@ -60,12 +59,12 @@ def data_url(data: bytes, kind: str = "png") -> str:
     return f"data:image/{kind};base64," + base64.b64encode(data).decode()
 
 
-def picture(url: object, **more: object) -> dict:
+def image(url: object, **more: object) -> dict:
     return {"type": "image_url", "image_url": {"url": url, **more}}
 
 
 def price(data: bytes, model: str = "gpt-4o", **more: object) -> int:
-    return of_part(picture(data_url(data), **more), model).media_tokens
+    return of_part(image(data_url(data), **more), model).media_tokens
 
 
 HIGHEST = 85 + 8 * 170
@@ -82,11 +81,11 @@ HIGHEST = 85 + 8 * 170
         ((3000, 1000), 85 + 8 * 170),  # 2048 × 683
         ((100_000, 10), 85 + 4 * 170),  # 2048 × 1
         ((2**32 - 1, 2**32 - 1), 85 + 4 * 170),
-        ((0, 100), HIGHEST),  # no size at all
+        ((0, 100), HIGHEST),  # not a size
     ],
 )
-def test_a_picture_costs_its_tiles(size: tuple[int, int], tokens: int):
-    """The first two are the examples in OpenAI's documents; width and height may change places."""
+def test_an_image_is_priced_by_its_tiles(size: tuple[int, int], tokens: int):
+    """The first two sizes are the examples in OpenAI's documents. Width and height may be exchanged."""
     width, height = size
     assert price(png(width, height)) == price(png(height, width)) == tokens
 
@@ -106,15 +105,15 @@ def test_a_picture_costs_its_tiles(size: tuple[int, int], tokens: int):
         ("my-own-model", 765, HIGHEST),
     ],
 )
-def test_models_have_their_own_prices(model: str, small: int, highest: int):
-    """By tiles or by patches; a picture whose size nobody knows has the highest price of its model."""
+def test_each_model_has_its_own_prices(model: str, small: int, highest: int):
+    """By tiles or by patches. An image of unknown size has the highest price of its model."""
     assert price(png(256, 256), model) == small
-    assert of_part(picture("https://a.example/x.png"), model).media_tokens == highest
+    assert of_part(image("https://a.example/x.png"), model).media_tokens == highest
     assert max(price(png(side, 2 * side), model) for side in (32, 700, 800, 5000)) <= highest
 
 
-def test_a_picture_of_too_many_patches_is_made_to_fit():
-    """1536 patches are the most."""
+def test_an_image_has_at_most_1536_patches():
+    """A larger one is scaled down."""
     assert price(png(1024, 1536), "o4-mini") == price(png(9000, 9000), "o4-mini") == 2642
 
 
@@ -122,16 +121,16 @@ def test_a_picture_of_too_many_patches_is_made_to_fit():
     ("size", "tokens"),
     [((1092, 1092), 1590), ((200, 200), 54), ((1, 1), 1), ((2576, 1392), 4782), ((8000, 8000), 4784), (None, 4784)],
 )
-def test_anthropic_s_pictures_cost_by_their_area(size: tuple[int, int] | None, tokens: int):
-    """A token for 750 pixels, and never more than the largest; those that we can't size are that."""
+def test_an_image_on_messages_is_priced_by_its_area(size: tuple[int, int] | None, tokens: int):
+    """One token for 750 pixels, at most 4784, which is also the price of an unknown size."""
     assert price_by_area(size) == tokens
 
 
-def test_low_detail_costs_the_base_alone_where_the_model_knows_of_it():
-    """A model that we don't know may read the whole picture whatever is asked."""
+def test_low_detail_costs_the_base_price_if_the_model_supports_it():
+    """An unknown model may ignore `detail` and read the whole image."""
     for part in (
-        picture(data_url(png(4000, 4000)), detail="low"),
-        picture("https://a.example/x.png", detail="low"),
+        image(data_url(png(4000, 4000)), detail="low"),
+        image("https://a.example/x.png", detail="low"),
         {"type": "input_image", "image_url": "https://a.example/x.png", "detail": "low"},
     ):
         assert of_part(part).media_tokens == 85
@@ -147,7 +146,7 @@ def test_low_detail_costs_the_base_alone_where_the_model_knows_of_it():
         png(2048, 4096),
         jpeg(2048, 4096),
         jpeg(2048, 4096, sof=0xC2),
-        jpeg(2048, 4096, segment(0xE1, 65_000)),  # a preview inside
+        jpeg(2048, 4096, segment(0xE1, 65_000)),  # with a preview inside
         jpeg(2048, 4096, segment(0xE2, 65_000) + segment(0xDB, 500)),
         jpeg(2048, 4096, b"\xff" * 30),
         webp_extended(2048, 4096),
@@ -155,8 +154,8 @@ def test_low_detail_costs_the_base_alone_where_the_model_knows_of_it():
         webp_lossy(2048, 4096),
     ],
 )
-def test_the_size_stands_in_the_first_bytes(data: bytes):
-    """Of PNG, JPEG and WebP, whatever the address says of the kind."""
+def test_the_size_is_read_from_the_first_bytes(data: bytes):
+    """Of PNG, JPEG and WebP, whatever media type the data URL states."""
     assert price(data) == 85 + 6 * 170
 
 
@@ -165,8 +164,8 @@ def test_the_size_stands_in_the_first_bytes(data: bytes):
     [
         b"",
         b"\x89PNG\r\n\x1a\n",
-        png(16, 16, b"tEXt"),  # some readers go on to the header behind it
-        b"GIF89a" + struct.pack("<HH", 16, 16) + bytes(30),  # its pictures may be larger than its screen
+        png(16, 16, b"tEXt"),  # some decoders go on to an IHDR behind it
+        b"GIF89a" + struct.pack("<HH", 16, 16) + bytes(30),  # its frames may be larger than its screen
         b"\xff\xd8",
         jpeg(16, 16)[:24],
         jpeg(16, 16, b"\x00"),
@@ -180,38 +179,38 @@ def test_the_size_stands_in_the_first_bytes(data: bytes):
         b"<svg/>" * 20,
     ],
 )
-def test_what_does_not_say_its_size_costs_the_most(data: bytes):
-    """Never less than the upstream may find in it."""
+def test_an_image_of_unknown_size_has_the_highest_price(data: bytes):
+    """The price is never less than what the upstream may find in the file."""
     assert price(data) == HIGHEST
 
 
-def test_not_every_jpeg_of_a_request_is_searched_for_its_size():
-    """That takes time in which nobody else is served: after the first 32 only where it stands at the beginning."""
-    far, near = (picture(data_url(jpeg(16, 16, segment(0xE1, count)))) for count in (5000, 3000))
+def test_only_32_images_of_a_request_are_searched_beyond_their_first_bytes():
+    """Decoding blocks the event loop. After the first 32 images a JPEG's size is read only from its first 4 KiB."""
+    far, near = (image(data_url(jpeg(16, 16, segment(0xE1, count)))) for count in (5000, 3000))
     assert of_part(far).media_tokens == 765
     assert read(messages=[{"content": [far] * 33}]).media_tokens == 32 * 765 + HIGHEST
     assert read(messages=[{"content": [near] * 33}]).media_tokens == 33 * 765
 
 
 @pytest.mark.parametrize("blank", ["\n", " ", "!", "é", "="])
-def test_base64_that_a_reader_would_have_to_forgive_does_not_say_its_size(blank: str):
-    """Who skips what is no base64 sees other bytes than we do, and so perhaps another size."""
+def test_the_size_is_not_read_from_base64_that_is_not_strict(blank: str):
+    """A decoder that skips invalid characters sees other bytes, and so perhaps another size."""
     url = data_url(png(16, 16))
-    assert of_part(picture(url[:30] + blank + url[30:])).media_tokens == HIGHEST
-    assert of_part(picture(url)).media_tokens == 765
+    assert of_part(image(url[:30] + blank + url[30:])).media_tokens == HIGHEST
+    assert of_part(image(url)).media_tokens == 765
 
 
-def test_the_base64_of_a_picture_is_no_text():
-    """A megabyte of it would count as 680,000 tokens (T66). A far address is none either, nor fetched (T25)."""
+def test_the_base64_and_the_url_of_an_image_are_not_counted_as_text():
+    """A megabyte of base64 would count as 680,000 tokens (T66). A remote URL is not fetched (T25)."""
     url = data_url(png(1024, 1024) + bytes(10**6))
-    for part in (picture(url), {"type": "image_url", "image_url": url}, {"type": "input_image", "image_url": url}):
+    for part in (image(url), {"type": "image_url", "image_url": url}, {"type": "input_image", "image_url": url}):
         assert of_part(part) == Prompt(("user",), EMPTY_CHAT + 765, opaque_bytes=len(url), media_tokens=765)
     for address in ("https://a.example/x.png", "file:///etc/passwd", "", "data:image/svg+xml,<svg/>"):
-        assert of_part(picture(address)) == Prompt(("user",), EMPTY_CHAT + HIGHEST, media_tokens=HIGHEST)
+        assert of_part(image(address)) == Prompt(("user",), EMPTY_CHAT + HIGHEST, media_tokens=HIGHEST)
 
 
-def test_pictures_have_their_price_wherever_they_stand():
-    """In messages, in items, in what a tool gave back, or as an item by itself."""
+def test_an_image_is_priced_anywhere_in_a_request():
+    """In messages, in items, in the output of a tool, or as an item of its own."""
     part = {"type": "input_image", "image_url": "https://a.example/x.png"}
     for turn in (
         {"role": "user", "content": [part] * 3},
@@ -237,8 +236,8 @@ def test_pictures_have_their_price_wherever_they_stand():
         {"input_audio": {"data": "A" * 1000}},
     ],
 )
-def test_nothing_is_left_out_because_it_looks_like_a_picture(part: dict):
-    """What some server could take for text stays in the bound, with the price of a picture if others see one."""
+def test_data_that_may_be_read_as_text_stays_in_the_bound(part: dict):
+    """It also has the price of an image if other servers may read it as one."""
     prompt = of_part(part)
     assert prompt.opaque_bytes == 0
     assert prompt.bound(5000) == 5000 + prompt.media_tokens

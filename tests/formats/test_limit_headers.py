@@ -1,4 +1,4 @@
-"""The rate-limit headers: programs can read them, and they describe the quota that refuses first."""
+"""The rate-limit headers can be parsed by programs, and describe the quota that would refuse first."""
 
 import re
 
@@ -25,25 +25,26 @@ from tests.formats.test_refusal import AFTERNOON, DAILY
 from tests.random_rules import bindings, counters_of
 
 # ------------------------------------------------------------------------------------------------- rate-limit headers
+
 STRING = r'"(?:[ !#-\[\]-~]|\\["\\])*"'
 PARAMETER = rf";([a-z*][a-z0-9_.*-]*)=(-?[0-9]{{1,15}}|{STRING})"
 
 
 def headers_of(who: Binding, found: dict[CounterKey, Counter], now: int = NOON) -> dict[str, str]:
-    """The headers of an answer."""
+    """The rate-limit headers of an answer to this user, with these counters."""
     return rate_limit_headers(who, quota_statuses(who, found, now), now)
 
 
-def test_an_overdraft_is_nothing_that_remains():
-    """Nobody is let in above the limit, so who would count on it would be refused."""
+def test_an_overdraft_does_not_count_as_remaining():
+    """No call is admitted above the limit, so a client that relied on the overdraft would be refused."""
     who = binding([quota("staff/daily", tokens=1000, overdraft=500)])
     for used, remaining in ((0, "1000"), (999, "1"), (1000, "0"), (1400, "0")):
         headers = headers_of(who, counters(who, used={"staff/daily": used}))
         assert (headers["x-ratelimit-limit-tokens"], headers["x-ratelimit-remaining-tokens"]) == ("1000", remaining)
 
 
-def test_the_headers_of_an_answer_are_openais_and_the_drafts():
-    """All of them, for a quota of tokens and one of requests."""
+def test_an_answer_has_the_headers_of_openai_and_of_the_draft():
+    """With a quota of tokens and a quota of requests all of them are present."""
     who = binding([DAILY], always=[quota("everyone/calls", requests=5000, per="24h")])
     found = counters(who, used={DAILY.id: 50_000, "everyone/calls": Amount(requests=12)}, opened=AFTERNOON)
     assert headers_of(who, found, AFTERNOON + 500) == {
@@ -58,14 +59,14 @@ def test_the_headers_of_an_answer_are_openais_and_the_drafts():
     }
 
 
-def test_who_is_bound_by_nothing_gets_no_headers():
-    """There is nothing true to say."""
+def test_without_a_binding_quota_there_are_no_headers():
+    """They would have no true value."""
     assert headers_of(binding(), {}) == {}
     assert headers_of(binding(route("admins")), {}) == {}
 
 
 def test_a_measure_without_a_limit_has_no_headers():
-    """A quota of tokens says nothing about requests, nor the other way round."""
+    """A quota of tokens has no headers for requests, and a quota of requests none for tokens."""
     tokens, requests = binding([quota("a/b", tokens=5)]), binding([quota("a/b", requests=5)])
     assert {name for name in headers_of(tokens, {}) if name.endswith("-requests")} == set()
     assert {name for name in headers_of(requests, {}) if name.endswith("-tokens")} == set()
@@ -78,19 +79,19 @@ def test_a_measure_without_a_limit_has_no_headers():
             binding([quota("a/hourly", tokens=100, per="hour"), quota("a/daily", tokens=1000)]),
             {"a/daily": 950, "a/hourly": 0},
             ("1000", "50"),
-            id="inside a group the one with least left",
+            id="within a group: the quota with the least remaining",
         ),
         pytest.param(
             binding([quota("a/small", tokens=100)], [quota("b/large", tokens=1000)]),
             {"a/small": 10, "b/large": 600},
             ("1000", "400"),
-            id="across groups the most generous",
+            id="across groups: the most generous group",
         ),
         pytest.param(
             binding([quota("a/small", tokens=100)], [quota("b/large", tokens=1000)]),
             {"a/small": 10, "b/large": 950},
             ("100", "90"),
-            id="the most generous is the one with most left",
+            id="the most generous group is the one with the most remaining",
         ),
         pytest.param(
             binding(
@@ -98,51 +99,54 @@ def test_a_measure_without_a_limit_has_no_headers():
             ),
             {},
             ("70", "70"),
-            id="everyone's binds whatever the group",
+            id="a quota of everyone binds in every group",
         ),
         pytest.param(
             binding([quota("a/x", tokens=100)], [quota("b/y", tokens=50)], combine="every_group"),
             {},
             ("50", "50"),
-            id="every group: the least of all",
+            id="every group: the least remaining of all",
         ),
         pytest.param(
-            binding([quota("a/x", tokens=100)], route("admins")), {}, None, id="an unlimited group is never refused"
+            binding([quota("a/x", tokens=100)], route("admins")),
+            {},
+            None,
+            id="a member of an unlimited group is never refused",
         ),
         pytest.param(
             binding([quota("a/x", tokens=100)], route("admins"), always=[quota("everyone/z", tokens=70)]),
             {},
             ("70", "70"),
-            id="unlimited, but for what binds everyone",
+            id="unlimited except for a quota of everyone",
         ),
         pytest.param(
             binding([quota("a/x", tokens=100)], route("admins"), combine="every_group"),
             {},
             ("100", "100"),
-            id="every group: an unlimited one always has room, the others still bind",
+            id="every group: the quotas of the other groups bind in spite of an unlimited one",
         ),
         pytest.param(
             binding([quota("a/x", tokens=100)], [quota("b/y", requests=5)]),
             {},
             None,
-            id="a way without a limit on tokens is never refused for tokens",
+            id="a group without a limit on tokens never refuses for tokens",
         ),
         pytest.param(
             binding([quota("a/x", tokens=100, input_tokens=40, output_tokens=60)]),
             {"a/x": 30},
             ("40", "10"),
-            id="of several limits the one with least left",
+            id="several limits: the one with the least remaining",
         ),
         pytest.param(
             binding([quota("a/x", tokens=100)], shadows=[quota("a/new", tokens=5, enforce="shadow")]),
             {"a/new": 5},
             ("100", "100"),
-            id="shadow never refuses",
+            id="a shadow quota never refuses",
         ),
     ],
 )
-def test_the_headers_speak_of_the_quota_that_would_refuse_first(who, used, shown):
-    """Through the most generous way in, the limit that stops first; none where no reset would ever be waited for."""
+def test_the_headers_describe_the_quota_that_would_refuse_first(who, used, shown):
+    """In the most generous group, the limit that is reached first; no headers if no limit would ever be reached."""
     headers = headers_of(who, counters(who, used=used))
     names = ("x-ratelimit-limit-tokens", "x-ratelimit-remaining-tokens")
     assert (tuple(headers[name] for name in names) if names[0] in headers else None) == shown
@@ -150,7 +154,7 @@ def test_the_headers_speak_of_the_quota_that_would_refuse_first(who, used, shown
 
 @st.composite
 def token_bindings(draw: st.DrawFn) -> Binding:
-    """Bindings whose quotas limit tokens and nothing else, all of them exact."""
+    """Bindings whose quotas limit only tokens and are all exact."""
     numbers = iter(range(100))
 
     def some(group: str, least: int) -> list[Quota]:
@@ -164,10 +168,10 @@ def token_bindings(draw: st.DrawFn) -> Binding:
 
 
 @given(who=token_bindings(), data=st.data())
-def test_what_is_said_to_remain_is_what_would_be_let_in(who, data):
-    """A call of as many tokens as the header says is let in, one of one more is not; without a header any is.
+def test_a_call_of_the_remaining_tokens_is_admitted_and_a_larger_one_is_not(who, data):
+    """A call of one token more is refused; without the header any call is admitted.
 
-    So whoever is shown 0 is refused, for no call has no tokens at all.
+    If 0 remain, every call is refused, because every call has tokens.
     """
     found = data.draw(counters_of(who))
     headers = headers_of(who, found)
@@ -179,16 +183,16 @@ def test_what_is_said_to_remain_is_what_would_be_let_in(who, data):
 
 @pytest.mark.parametrize("enforce", ["exact", "after"])
 @given(data=st.data())
-def test_whoever_is_shown_0_remaining_is_refused(enforce, data):
-    """At the limit means out, and what is shown and what is done agree: also where only what was used counts."""
+def test_a_call_is_refused_if_0_remain(enforce, data):
+    """The header and the decision agree, also with `enforce: after`, where only used tokens count."""
     limits = {data.draw(st.sampled_from(MEASURES)): data.draw(st.integers(1, 10))}
     who = binding([quota("staff/daily", enforce=enforce, **limits)])
     counts = st.integers(0, 10)
     used, held = (data.draw(st.builds(Amount, counts, counts, counts)) for _ in range(2))
     held = held if enforce == "exact" else Amount(requests=held.requests)  # `after` holds no tokens
     found = counters(who, used={"staff/daily": used}, held={"staff/daily": held})
-    statuses = quota_statuses(who, found, NOON)["staff/daily"]
-    if statuses.remaining(statuses.quota.limits[0]) == 0:
+    status = quota_statuses(who, found, NOON)["staff/daily"]
+    if status.remaining(status.quota.limits[0]) == 0:
         assert isinstance(decide(call(1, 1), who, found, NOON), NotAdmitted)
 
 
@@ -196,21 +200,21 @@ def test_whoever_is_shown_0_remaining_is_refused(enforce, data):
 
 
 def parsed(field: str) -> dict[str, dict[str, int | str]]:
-    """A List of String Items with parameters (RFC 9651), read strictly: name → its parameters."""
+    """Parse a List of String Items with parameters strictly (RFC 9651): item → its parameters."""
     items: dict[str, dict[str, int | str]] = {}
     for member in re.split(r"[ \t]*,[ \t]*", field):
         match = re.fullmatch(rf"({STRING})((?:{PARAMETER})*)", member)
         assert match, member
         pairs = re.findall(PARAMETER, match[2])
-        assert len(dict(pairs)) == len(pairs), "a parameter stands twice"
-        assert match[1] not in items, "a policy stands twice"
+        assert len(dict(pairs)) == len(pairs), "a parameter occurs twice"
+        assert match[1] not in items, "a policy occurs twice"
         items[match[1]] = {name: value if value.startswith('"') else int(value) for name, value in pairs}
     return items
 
 
 @given(who=bindings(), data=st.data(), now=st.integers(NOON, NOON + 90_000))
-def test_the_headers_can_be_read_by_any_parser_of_the_draft(who, data, now):
-    """`q` and `r` are integers of 0 or more, `w` more than 0, `t` the seconds to the reset, names those of quotas."""
+def test_the_headers_follow_the_grammar_of_the_draft(who, data, now):
+    """`q` and `r` are integers ≥ 0, `w` is > 0, `t` is the seconds until the reset, and the items are quota ids."""
     found = data.draw(counters_of(who))
     statuses = quota_statuses(who, found, now)
     headers = rate_limit_headers(who, statuses, now)
@@ -222,28 +226,28 @@ def test_the_headers_can_be_read_by_any_parser_of_the_draft(who, data, now):
     assert list(policies) == list(levels)
     assert len(levels) == min(3, len(binding_ids))
     for name, level in levels.items():
-        policy, standing = policies[name], statuses[name.strip('"')]
-        assert standing.quota.enforce != "shadow"
+        policy, status = policies[name], statuses[name.strip('"')]
+        assert status.quota.enforce != "shadow"
         assert policy.keys() - {"qu"} == {"q", "w"}
         assert level.keys() == {"r", "t"}
-        assert policy["q"] == standing.tightest().maximum
-        unit = "requests" if standing.tightest().measure == "requests" else "tokens"
+        assert policy["q"] == status.tightest().maximum
+        unit = "requests" if status.tightest().measure == "requests" else "tokens"
         assert policy.get("qu", '"requests"') == f'"{unit}"'
         assert 0 <= level["r"] <= policy["q"]
         assert policy["w"] > 0
-        assert now <= standing.counter.window.resets_at <= now + 1000 * level["t"]
+        assert now <= status.counter.window.resets_at <= now + 1000 * level["t"]
 
 
-def test_the_three_tightest_quotas_are_named_tightest_first():
-    """Of four, by the part that remains: 0 %, 10 %, 50 %; the one that is untouched is left out."""
+def test_the_three_tightest_quotas_are_listed_tightest_first():
+    """Of four quotas, those with 0 %, 10 % and 50 % remaining; the unused one is left out."""
     quotas = [quota(f"staff/{name}", tokens=limit) for name, limit in zip("abcd", (10, 1000, 100, 50), strict=True)]
     who = binding(quotas)
     found = counters(who, used={"staff/a": 0, "staff/b": 900, "staff/c": 50, "staff/d": 50})
     assert list(parsed(headers_of(who, found)["ratelimit"])) == ['"staff/d"', '"staff/b"', '"staff/c"']
 
 
-def test_a_quota_speaks_of_its_tightest_limit():
-    """Of a quota's limits the one of which the smallest part remains; of equal parts the smaller number."""
+def test_the_item_of_a_quota_describes_its_tightest_limit():
+    """The limit of which the smallest part remains; if the parts are equal, the one with the smaller number."""
     one = quota("staff/daily", tokens=1000, requests=10)
     found = {one.key_for("ann"): Counter(one.per.opening(NOON), Amount(100, 0, 9))}
     headers = headers_of(binding([one]), found)
@@ -253,8 +257,8 @@ def test_a_quota_speaks_of_its_tightest_limit():
 
 
 @given(who=bindings(), data=st.data())
-def test_openais_headers_are_whole_and_within_the_limit(who, data):
-    """Limit, remaining and reset come together; 0 ≤ remaining ≤ limit; the reset is a Go duration."""
+def test_openais_headers_are_complete_and_within_the_limit(who, data):
+    """Limit, remaining and reset are present together; 0 ≤ remaining ≤ limit; the reset is a Go duration."""
     headers = headers_of(who, data.draw(counters_of(who)))
     for kind in ("tokens", "requests"):
         three = [headers.get(f"x-ratelimit-{what}-{kind}") for what in ("limit", "remaining", "reset")]
@@ -268,7 +272,7 @@ def test_openais_headers_are_whole_and_within_the_limit(who, data):
 
 
 def go_seconds(text: str) -> int:
-    """What Go's time.ParseDuration makes of it, in seconds."""
+    """The duration in seconds, as Go's `time.ParseDuration` reads it."""
     assert re.fullmatch(r"(\d+h)?(\d+m)?(\d+s)?", text) and text
     return sum(int(count) * {"h": 3600, "m": 60, "s": 1}[unit] for count, unit in re.findall(r"(\d+)([hms])", text))
 
@@ -287,23 +291,26 @@ def go_seconds(text: str) -> int:
         (31 * DAY, "744h0m0s"),
     ],
 )
-def test_a_go_duration_is_written_as_go_writes_it(length_ms, text):
-    """`6m0s`, as in OpenAI's own headers; Go knows no days; nothing is negative."""
+def test_a_duration_is_written_as_go_writes_it(length_ms, text):
+    """`6m0s`, as in OpenAI's own headers. There is no unit for days, and no negative duration."""
     assert go_duration(length_ms) == text
 
 
 @given(length_ms=st.integers(0, 400 * DAY))
-def test_a_go_duration_is_read_back_as_what_was_meant(length_ms):
-    """Whole seconds, rounded up."""
+def test_a_duration_read_back_is_the_length_rounded_up(length_ms):
+    """To whole seconds, so by less than one second."""
     assert go_seconds(go_duration(length_ms)) == seconds_up(length_ms)
     assert 0 <= 1000 * seconds_up(length_ms) - length_ms < 1000
 
 
-def test_the_headers_say_what_openai_s_say() -> None:
-    """The same limits and the same rest; the reset is an instant in UTC."""
+# -------------------------------------------------------------------------------------------------- Anthropic's names
+
+
+def test_anthropics_headers_have_the_values_of_openais() -> None:
+    """The limits and the remaining numbers are the same; the reset is an instant in UTC."""
     who = binding([quota("staff/daily", tokens=1000, requests=10)])
-    stand = quota_statuses(who, counters(who, used={"staff/daily": Amount(300, 50, 4)}), NOON)
-    assert anthropic_limit_headers(who, stand) == {
+    statuses = quota_statuses(who, counters(who, used={"staff/daily": Amount(300, 50, 4)}), NOON)
+    assert anthropic_limit_headers(who, statuses) == {
         "anthropic-ratelimit-tokens-limit": "1000",
         "anthropic-ratelimit-tokens-remaining": "650",
         "anthropic-ratelimit-tokens-reset": "2026-11-25T00:00:00Z",
@@ -311,12 +318,12 @@ def test_the_headers_say_what_openai_s_say() -> None:
         "anthropic-ratelimit-requests-remaining": "6",
         "anthropic-ratelimit-requests-reset": "2026-11-25T00:00:00Z",
     }
-    assert rate_limit_headers(who, stand, NOON)["x-ratelimit-remaining-tokens"] == "650"
+    assert rate_limit_headers(who, statuses, NOON)["x-ratelimit-remaining-tokens"] == "650"
 
 
-def test_what_is_not_limited_has_no_headers() -> None:
-    """A zone's offset is no part of the instant, and who has no limit of requests is told of none."""
+def test_anthropics_headers_cover_only_what_is_limited() -> None:
+    """Without a limit on requests there are no headers for requests. A reset in Berlin is stated in UTC."""
     who = binding([quota("staff/daily", tokens=1000, zone="Europe/Berlin")])
-    said = anthropic_limit_headers(who, quota_statuses(who, {}, NOON))
-    assert said.keys() == {f"anthropic-ratelimit-tokens-{name}" for name in ("limit", "remaining", "reset")}
-    assert said["anthropic-ratelimit-tokens-reset"] == "2026-11-24T23:00:00Z"
+    headers = anthropic_limit_headers(who, quota_statuses(who, {}, NOON))
+    assert headers.keys() == {f"anthropic-ratelimit-tokens-{name}" for name in ("limit", "remaining", "reset")}
+    assert headers["anthropic-ratelimit-tokens-reset"] == "2026-11-24T23:00:00Z"

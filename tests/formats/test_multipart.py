@@ -1,4 +1,4 @@
-"""A form is read as it passes, and one that two readers could read in two ways is refused.
+"""A form is read while it is spooled, and a form that two parsers could read differently is refused.
 
 RFC 7578, RFC 2046 §5.1; threats T27, T28.
 """
@@ -14,7 +14,7 @@ PLAIN = "multipart/form-data; boundary=xYz"
 
 
 def part(name: str, content: bytes = b"v", more: str = "", *, is_file: bool = False) -> bytes:
-    """A part with its delimiter before it."""
+    """One part, with the delimiter before it."""
     filename = '; filename="f"' if is_file else ""
     return (
         f'--xYz\r\nContent-Disposition: form-data; name="{name}"{filename}{more}\r\n\r\n'.encode() + content + b"\r\n"
@@ -22,12 +22,12 @@ def part(name: str, content: bytes = b"v", more: str = "", *, is_file: bool = Fa
 
 
 def form(*parts: bytes) -> bytes:
-    """A whole form."""
+    """A complete form of these parts."""
     return b"".join(parts) + b"--xYz--\r\n"
 
 
 def read(body: bytes, content_type: str = PLAIN, *, step: int = 2**16) -> Form:
-    """The form in a body that comes in pieces of this size."""
+    """The form in a body that arrives in chunks of `step` bytes."""
     reader = FormReader(content_type)
     for start in range(0, len(body), step):
         reader.feed(body[start : start + step])
@@ -35,7 +35,7 @@ def read(body: bytes, content_type: str = PLAIN, *, step: int = 2**16) -> Form:
 
 
 def refused(body: bytes, content_type: str = PLAIN) -> str:
-    """What is said of a body that is refused, in pieces or as a whole."""
+    """The message with which a body is refused, which is the same for one chunk and for single bytes."""
     with pytest.raises(InvalidRequest) as whole:
         read(body, content_type)
     with pytest.raises(InvalidRequest) as pieces:
@@ -45,8 +45,8 @@ def refused(body: bytes, content_type: str = PLAIN) -> str:
 
 
 @pytest.mark.parametrize("step", [1, 2, 3, 7, 1000])
-def test_a_form_is_the_same_in_pieces_of_any_size(step: int) -> None:
-    """Each value is found where it stands, and of each file its size."""
+def test_a_form_is_the_same_in_chunks_of_any_size(step: int) -> None:
+    """The position of each value is found, and the size of each file."""
     tricky = b"\r\n--xY\r\n--\r\n\r\n--xY z"
     body = form(part("file", tricky, is_file=True), part("model", b"m\r\n-"), part("file[]", b"", is_file=True))
     found = read(body, step=step)
@@ -63,8 +63,8 @@ def test_a_form_is_the_same_in_pieces_of_any_size(step: int) -> None:
     parts=st.lists(st.tuples(st.sampled_from(["a[]", "b[]"]), st.binary(max_size=60), st.booleans()), max_size=6),
     step=st.integers(1, 80),
 )
-def test_whatever_the_parts_hold_they_are_found(parts: list[tuple[str, bytes, bool]], step: int) -> None:
-    """As long as they don't hold the boundary."""
+def test_parts_with_any_bytes_are_found(parts: list[tuple[str, bytes, bool]], step: int) -> None:
+    """Any bytes except the boundary."""
     contents = [(name, content if is_file else content.hex().encode(), is_file) for name, content, is_file in parts]
     body = form(*(part(name, content, is_file=is_file) for name, content, is_file in contents))
     if not parts:
@@ -86,7 +86,7 @@ def test_whatever_the_parts_hold_they_are_found(parts: list[tuple[str, bytes, bo
     ],
 )
 def test_a_boundary_may_be_quoted(content_type: str) -> None:
-    """And is sent on as it came."""
+    """The header is forwarded as it came."""
     found = read(form(part("a")), content_type)
     assert (found.boundary, found.content_type) == ("xYz", content_type.strip())
 
@@ -106,8 +106,8 @@ def test_a_boundary_may_be_quoted(content_type: str) -> None:
         "multipart/form-data; boundary=x\r\ny",
     ],
 )
-def test_what_is_no_plain_form_is_a_415(content_type: str) -> None:
-    """Two boundaries are two forms."""
+def test_a_content_type_other_than_a_form_with_one_boundary_is_a_415(content_type: str) -> None:
+    """With two boundaries, two parsers would see two forms."""
     with pytest.raises(UnsupportedEncoding):
         FormReader(content_type)
 
@@ -115,65 +115,77 @@ def test_what_is_no_plain_form_is_a_415(content_type: str) -> None:
 @pytest.mark.parametrize(
     ("body", "says"),
     [
-        (b"", "breaks off"),
-        (b"--xYz", "breaks off"),
-        (part("a"), "breaks off"),
-        (part("a") + b"--xYz-", "breaks off"),
+        (b"", "ends before its last boundary"),
+        (b"--xYz", "ends before its last boundary"),
+        (part("a"), "ends before its last boundary"),
+        (part("a") + b"--xYz-", "ends before its last boundary"),
         (b"Hello\r\n" + form(part("a")), "before its first part"),
-        (form(part("a")) + b"more", "follows its last part"),
-        (part("a") + b"--xYzz\r\n", "boundary stands where no part ends"),
-        (form(part("a", b"1"), part("a", b"2")), '"a" comes twice'),
+        (form(part("a")) + b"more", "after its last part"),
+        (part("a") + b"--xYzz\r\n", "boundary appears where no part ends"),
+        (form(part("a", b"1"), part("a", b"2")), '"a" appears twice'),
         (form(part("a", b"\xff")), "not valid UTF-8"),
-        (form(b"--xYz\r\n\r\n\r\nx\r\n"), "not understood"),
-        (form(b"--xYz\r\nContent-Type: text/plain\r\n\r\nx\r\n"), "no plain name"),
-        (form(b'--xYz\r\nContent-Disposition: attachment; name="a"\r\n\r\nx\r\n'), "no plain name"),
-        (form(part('a"; name="b')), "no plain name"),
-        (form(part("a", more="; name*=utf-8''b")), "no plain name"),
-        (form(part("a\\")), "no plain name"),
-        (form(part("a", more='\r\nContent-Disposition: form-data; name="b"')), "not understood"),
-        (form(part("a", more='\r\nContent-Disposition: x; name="b"')), "not understood"),
-        (form(part("a", more="\r\nContent-Type: text/plain\r\ncontent-type: text/html")), "not understood"),
-        (form(part("a", more="\u2028")), "no plain name"),
-        (form(part("a", more="\r\nContent-Transfer-Encoding: base64")), "encoded"),
+        (form(b"--xYz\r\n\r\n\r\nx\r\n"), "headers that are not accepted"),
+        (form(b"--xYz\r\nContent-Type: text/plain\r\n\r\nx\r\n"), "has no name, or one that is not clear"),
+        (
+            form(b'--xYz\r\nContent-Disposition: attachment; name="a"\r\n\r\nx\r\n'),
+            "has no name, or one that is not clear",
+        ),
+        (form(part('a"; name="b')), "has no name, or one that is not clear"),
+        (form(part("a", more="; name*=utf-8''b")), "has no name, or one that is not clear"),
+        (form(part("a\\")), "has no name, or one that is not clear"),
+        (form(part("a", more='\r\nContent-Disposition: form-data; name="b"')), "headers that are not accepted"),
+        (form(part("a", more='\r\nContent-Disposition: x; name="b"')), "headers that are not accepted"),
+        (
+            form(part("a", more="\r\nContent-Type: text/plain\r\ncontent-type: text/html")),
+            "headers that are not accepted",
+        ),
+        (form(part("a", more="\u2028")), "has no name, or one that is not clear"),
+        (form(part("a", more="\r\nContent-Transfer-Encoding: base64")), "transfer encoding"),
         (form(part("a", more="\r\nContent-Type: text/plain; charset=utf-7")), "not in UTF-8"),
-        (form(part("a", more="\r\nX-Other: 1")), "not understood"),
-        (form(part("a", more="\r\n folded")), "not understood"),
+        (form(part("a", more="\r\nX-Other: 1")), "headers that are not accepted"),
+        (form(part("a", more="\r\n folded")), "headers that are not accepted"),
         (form(part("a", more="\r\nContent-Type: " + "x" * 5000)), "too long"),
         (form(*[part("a[]")] * 257), "more than 256 parts"),
-        # Go's reader takes a delimiter at the very beginning of a part, and Werkzeug's one after a bare LF or CR.
-        (form(part("f", part("model", b"other")[:-2], is_file=True)), "boundary stands where no part ends"),
-        (form(part("f", b"x\n" + part("model", b"other")[:-2], is_file=True)), "boundary stands where no part ends"),
-        (form(part("f", b"x\r--xYz--", is_file=True)), "boundary stands where no part ends"),
-        (form(part("a", b"--xYz")), "boundary stands where no part ends"),
-        # Of two names some readers take the last; and a bare LF ends a line for many.
-        (form(part("f", more='; name="model"', is_file=True)), "no plain name"),
-        (form(part("f", more="; x=y", is_file=True)), "no plain name"),
-        (form(part("f", more="\r\nContent-Type: a\nContent-Disposition: b", is_file=True)), "not understood"),
-        (form(part("f", more="\r\nContent-Type: a\rContent-Disposition: b", is_file=True)), "not understood"),
-        (form(part("f", more="\r\nContent-Type: a\0", is_file=True)), "not understood"),
+        # Go's parser accepts a delimiter at the very beginning of a part, and Werkzeug's one after a bare LF or CR.
+        (form(part("f", part("model", b"other")[:-2], is_file=True)), "boundary appears where no part ends"),
+        (form(part("f", b"x\n" + part("model", b"other")[:-2], is_file=True)), "boundary appears where no part ends"),
+        (form(part("f", b"x\r--xYz--", is_file=True)), "boundary appears where no part ends"),
+        (form(part("a", b"--xYz")), "boundary appears where no part ends"),
+        # Of two names some parsers take the last, and for many a bare LF ends a line.
+        (form(part("f", more='; name="model"', is_file=True)), "has no name, or one that is not clear"),
+        (form(part("f", more="; x=y", is_file=True)), "has no name, or one that is not clear"),
+        (
+            form(part("f", more="\r\nContent-Type: a\nContent-Disposition: b", is_file=True)),
+            "headers that are not accepted",
+        ),
+        (
+            form(part("f", more="\r\nContent-Type: a\rContent-Disposition: b", is_file=True)),
+            "headers that are not accepted",
+        ),
+        (form(part("f", more="\r\nContent-Type: a\0", is_file=True)), "headers that are not accepted"),
     ],
 )
-def test_what_could_be_read_in_two_ways_is_refused(body: bytes, says: str) -> None:
-    """Also where it comes byte by byte."""
+def test_an_incomplete_or_ambiguous_form_is_refused(body: bytes, says: str) -> None:
+    """In one chunk and byte by byte."""
     assert says in refused(body)
 
 
-def test_a_head_that_never_ends_is_refused() -> None:
-    """Before it has filled any memory."""
+def test_headers_of_a_part_that_never_end_are_refused() -> None:
+    """Before they fill the memory."""
     with pytest.raises(InvalidRequest, match="too long"):
         FormReader(PLAIN).feed(b"--xYz\r\n" + b"x" * 5000)
 
 
-def test_fields_are_short_and_files_may_be_long() -> None:
-    """Only fields are kept."""
+def test_fields_are_limited_to_a_megabyte_and_files_are_not() -> None:
+    """Only the values of fields are kept in memory."""
     long = b"x" * 600_000
     assert read(form(part("f", long, is_file=True), part("g", long, is_file=True))).files[1] == File("g", 600_000)
     with pytest.raises(InvalidRequest, match="more than"):
         read(form(part("a", long), part("b", long)))
 
 
-def test_heads_that_say_nothing_new_are_taken() -> None:
-    """What the SDKs and curl send."""
+def test_headers_that_change_nothing_are_accepted() -> None:
+    """The SDKs and curl send them."""
     more = "\r\nContent-Type: text/plain; charset=UTF-8\r\ncontent-transfer-encoding: 8bit\r\nContent-Length: 1"
     body = form(part("a", more=more), part("b", more="\r\nContent-Type: audio/x; charset=latin-1", is_file=True))
     found = read(body)
@@ -181,8 +193,8 @@ def test_heads_that_say_nothing_new_are_taken() -> None:
     assert found.files == (File("b", 1),)
 
 
-def test_a_boundary_of_dashes_costs_no_time() -> None:
-    """CVE-2024-8984: such a form hung a server."""
+def test_a_boundary_of_dashes_is_parsed_in_linear_time() -> None:
+    """Such a form blocked a server (CVE-2024-8984)."""
     dashes = "-" * 70
     body = (
         f'--{dashes}\r\nContent-Disposition: form-data; name="f"; filename="f"\r\n\r\n'.encode() + b"\r\n-" * 200_000
@@ -207,17 +219,17 @@ def test_a_boundary_of_dashes_costs_no_time() -> None:
         '; filename="Grüße.mp3"',
     ],
 )
-def test_files_are_called_as_clients_call_them(filename: str) -> None:
-    """With quotes and semicolons in it, and once more in the other notation."""
+def test_the_file_names_of_all_clients_are_accepted(filename: str) -> None:
+    """With quotes and semicolons, and in both notations."""
     assert read(form(part("f", more=filename))).files == (File("f", 1),)
 
 
 @pytest.mark.parametrize("filename", ["", "; filename=a.mp3; filename*=utf-8''a.mp3"])
-def test_names_need_no_quotes(filename: str) -> None:
-    """As .NET writes them."""
+def test_names_without_quotes_are_accepted(filename: str) -> None:
+    """.NET writes them so."""
     body = f"--xYz\r\nContent-Disposition: form-data; name=model{filename}\r\n\r\nv\r\n".encode()
     found = read(form(body))
     assert [each.name for each in (*found.fields, *found.files)] == ["model"]
     assert bool(found.files) == bool(filename)
     for other in ("name=", "name=a b", "name=a; name=b", 'name="a; name=b', "name='a\"; filename=b"):
-        assert "no plain name" in refused(form(body.replace(b"name=model", other.encode())))
+        assert "has no name, or one that is not clear" in refused(form(body.replace(b"name=model", other.encode())))

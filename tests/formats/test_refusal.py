@@ -1,4 +1,4 @@
-"""What a refused call is told, word for word: a true reset, and what clients act on."""
+"""The error of a refused call, word for word: its reset is true, and clients can act on it."""
 
 import json
 from datetime import datetime
@@ -31,7 +31,7 @@ from tests.random_rules import bindings, counters_of, demands
 BERLIN = ZoneInfo("Europe/Berlin")
 HELP = "https://llm.example/usage"
 
-# The afternoon of the contract's example: in Berlin five hours and twelve minutes before midnight.
+# Five hours and twelve minutes before midnight in Berlin.
 AFTERNOON = round(datetime.fromisoformat("2026-11-23T18:48:00+01:00").timestamp() * 1000)
 DAILY = quota("staff/daily", tokens=200_000, zone="Europe/Berlin")
 
@@ -52,8 +52,8 @@ def refused(
     return refusal(decision, statuses, policy=policy(zone=BERLIN, help=help), endpoint=endpoint, now=now, busy_s=2)
 
 
-def waiting(per: str, wait_ms: int, **limits: int) -> tuple[Binding, dict[CounterKey, Counter]]:
-    """A quota that is used up, and how it stands: at NOON it resets in `wait_ms`."""
+def used_up(per: str, wait_ms: int, **limits: int) -> tuple[Binding, dict[CounterKey, Counter]]:
+    """A quota that is used up at NOON and resets `wait_ms` later, with its counter."""
     one = quota("staff/short", per=per, **limits)
     used = Amount(max(limits.get("tokens", 0), limits.get("input_tokens", 0)), limits.get("output_tokens", 0), 9)
     who = binding([one])
@@ -63,8 +63,8 @@ def waiting(per: str, wait_ms: int, **limits: int) -> tuple[Binding, dict[Counte
 # -------------------------------------------------------------------------------------------- refusals, word for word
 
 
-def test_a_used_up_quota_is_refused_as_the_contract_says():
-    """The whole answer: status, headers and body, to the letter."""
+def test_the_whole_refusal_of_a_used_up_quota():
+    """Status, headers and body, to the letter."""
     who = binding([DAILY])
     error = refused(
         who, call(100, 400), counters(who, used={DAILY.id: 200_000}, opened=AFTERNOON), AFTERNOON, help=HELP
@@ -125,7 +125,7 @@ def test_a_used_up_quota_is_refused_as_the_contract_says():
             0,
             call(100, 400),
             "is used up: 1416 of 1000 tokens. Resets at 2026-11-25T01:00:00+01:00 (in 12h).",
-            id="used up, and over",
+            id="used up, and above the limit",
         ),
         pytest.param(
             {"requests": 3},
@@ -157,7 +157,7 @@ def test_a_used_up_quota_is_refused_as_the_contract_says():
             0,
             call(100, 4096),
             "has 500 output tokens left and this call may need 1024. Resets at 2026-11-25T01:00:00+01:00 (in 12h).",
-            id="some left, output: not what was wanted but what it starts for",
+            id="some left, output: the smallest answer is needed, not the largest",
         ),
         pytest.param(
             {"tokens": 1000},
@@ -180,7 +180,7 @@ def test_a_used_up_quota_is_refused_as_the_contract_says():
     ],
 )
 def test_each_kind_of_refusal_has_its_own_sentence(limits, used, held, demand, sentence):
-    """Used up, some left but too little, busy: which quota, how much of what, and when (promise 5)."""
+    """Used up, some left but too little, busy: each names the quota, the amounts, and when to come back."""
     who = binding([quota("staff/daily", **limits)])
     error = refused(who, demand, counters(who, used={"staff/daily": used}, held={"staff/daily": held}), NOON)
     assert error.message == f'Quota "staff/daily" {sentence}'
@@ -208,8 +208,8 @@ def test_each_kind_of_refusal_has_its_own_sentence(limits, used, held, demand, s
     ],
 )
 @pytest.mark.parametrize("endpoint", ["chat", "responses"])
-def test_what_never_fits_is_a_400_that_agents_answer_by_compacting(limits, demand, sentence, endpoint):
-    """`context_length_exceeded`, without a time to come back at: no reset would help."""
+def test_a_call_that_never_fits_is_a_400_that_makes_agents_compact(limits, demand, sentence, endpoint):
+    """The code is `context_length_exceeded`. There is no time to come back at, because no reset would help."""
     who = binding([quota("staff/daily", per="6h", **limits)])
     error = refused(who, demand, {}, NOON, endpoint=endpoint, help=HELP)
     assert isinstance(error, NeverFits)
@@ -225,7 +225,7 @@ def test_what_never_fits_is_a_400_that_agents_answer_by_compacting(limits, deman
 
 
 def test_a_quota_that_is_switched_off_promises_no_reset():
-    """A limit of 0 lets nothing in, after the reset neither: no instant is named, and nobody is told to try again."""
+    """A limit of 0 admits nothing after its reset either, so no instant is stated and no retry is suggested."""
     who = binding([quota("staff/off", tokens=0)])
     error = refused(who, call(100, 400), {}, NOON)
     assert "staff/off" in error.message
@@ -236,15 +236,15 @@ def test_a_quota_that_is_switched_off_promises_no_reset():
 
 
 def test_without_help_nothing_is_appended():
-    """The message ends with its last word, and `help_url` is null."""
-    who, found = waiting("6h", HOUR, tokens=100)
+    """The message ends with the sentence, and `help_url` is null."""
+    who, found = used_up("6h", HOUR, tokens=100)
     error = refused(who, call(1, 1), found, NOON)
     assert error.message.endswith("(in 1h).")
     assert error.members["help_url"] is None
 
 
 def test_the_quota_that_lasts_longest_is_named():
-    """Of an hourly and a weekly one that are both used up, the weekly says when this call would be let in."""
+    """If an hourly and a weekly quota are both used up, the weekly one decides when this call would be admitted."""
     hourly, weekly = quota("staff/hourly", tokens=10, per="hour"), quota("staff/weekly", tokens=10, per="week")
     for quotas in ([hourly, weekly], [weekly, hourly]):
         who = binding(quotas)
@@ -254,10 +254,10 @@ def test_the_quota_that_lasts_longest_is_named():
         assert [each["id"] for each in error.members["quotas"]] == [each.id for each in quotas]
 
 
-def test_a_refusal_shows_all_quotas_that_bind_and_none_that_only_watches():
-    """Those of everyone and of each group, as in `/v1/quota`; a quota in shadow refuses nobody, so it has no say."""
-    everyone, watching = quota("everyone/calls", requests=5), quota("staff/new", tokens=1, enforce="shadow")
-    who = binding([DAILY], [quota("team/pot", tokens=1, shared=True)], always=[everyone], shadows=[watching])
+def test_a_refusal_lists_all_quotas_except_shadow_quotas():
+    """Those of everyone and of each group, as in `/v1/quota`. A shadow quota refuses nothing, so it is left out."""
+    everyone, shadow = quota("everyone/calls", requests=5), quota("staff/new", tokens=1, enforce="shadow")
+    who = binding([DAILY], [quota("team/pot", tokens=1, shared=True)], always=[everyone], shadows=[shadow])
     found = counters(who, used={"everyone/calls": Amount(requests=5), "staff/new": 70})
     error = refused(who, call(1, 1), found, NOON)
     assert [each["id"] for each in error.members["quotas"]] == ["everyone/calls", "staff/daily", "team/pot"]
@@ -266,7 +266,7 @@ def test_a_refusal_shows_all_quotas_that_bind_and_none_that_only_watches():
     ]
 
 
-# ------------------------------------------------------------------------------------ how long, and what it is called
+# ---------------------------------------------------------------- the wait, and the type and code that follow from it
 
 
 @pytest.mark.parametrize(
@@ -283,7 +283,7 @@ def test_a_refusal_shows_all_quotas_that_bind_and_none_that_only_watches():
         (60_001, "61", False),
         (61_000, "61", False),
         (5 * HOUR + 12 * MINUTE, "18720", False),
-        (31 * DAY, "2678400", False),  # beyond 2**31 ms, where timers of openai-js overflow: it must not retry
+        (31 * DAY, "2678400", False),  # above 2**31 ms the timers of openai-js overflow, so it must not retry
     ],
 )
 @pytest.mark.parametrize(
@@ -298,8 +298,8 @@ def test_a_refusal_shows_all_quotas_that_bind_and_none_that_only_watches():
     ],
 )
 def test_type_and_code_follow_the_length_of_the_wait(wait_ms, retry_after, is_soon, endpoint, limits, soon, long):
-    """Up to a minute SDKs sleep and come back; beyond it they are told not to, and what the user is out of (T72)."""
-    who, found = waiting("60d", wait_ms, **limits)
+    """Up to a minute SDKs sleep and retry. For a longer wait they are told not to retry (T72)."""
+    who, found = used_up("60d", wait_ms, **limits)
     error = refused(who, call(1, 1), found, NOON, endpoint=endpoint)
     assert isinstance(error, Refusal)
     error.headers.pop("x-codex-promo-message", None)
@@ -310,11 +310,8 @@ def test_type_and_code_follow_the_length_of_the_wait(wait_ms, retry_after, is_so
     assert error.members["reset_at"] == datetime.fromtimestamp(seconds_up(NOON + wait_ms), BERLIN).isoformat()
 
 
-HELP = "https://llm.example/usage"
-
-
 @pytest.mark.parametrize(
-    ("help", "used", "limit", "said"),
+    ("help", "used", "limit", "text"),
     [
         (HELP, 500, 500, f'Quota "staff/daily" is used up: 500 of 500 tokens ({HELP})'),
         ("", 400, 500, 'Quota "staff/daily" has 100 tokens left and this call may need 320'),
@@ -323,12 +320,12 @@ HELP = "https://llm.example/usage"
         (HELP, 0, 0, f'Quota "staff/daily" is switched off: it allows 0 tokens ({HELP})'),
     ],
 )
-def test_codex_tells_its_user_which_quota_it_was(help, used, limit, said):
-    """Of all that we say it shows the reset, and this header, which takes no other help than plain characters."""
+def test_codex_gets_the_reason_in_a_header(help, used, limit, text):
+    """It shows only the reset and this header. The help text is appended if it is printable ASCII."""
     who = binding([quota("staff/daily", tokens=limit)])
     found = counters(who, used={"staff/daily": used})
-    told = [refused(who, call(20, 300), found, NOON, endpoint=name, help=help) for name in ("responses", "chat")]
-    assert [error.headers.get("x-codex-promo-message") for error in told] == [said, None]
+    errors = [refused(who, call(20, 300), found, NOON, endpoint=name, help=help) for name in ("responses", "chat")]
+    assert [error.headers.get("x-codex-promo-message") for error in errors] == [text, None]
 
 
 @pytest.mark.parametrize(
@@ -340,7 +337,7 @@ def test_codex_tells_its_user_which_quota_it_was(help, used, limit, said):
 )
 @pytest.mark.parametrize("endpoint", ["chat", "responses"])
 def test_busy_is_a_rate_limit_whatever_the_window(limits, held, type, endpoint):
-    """The reset may be a month away: calls in flight end sooner, so SDKs may try again by themselves in 2 to 30 s."""
+    """Even if the reset is a month away, calls in flight end sooner, so SDKs may retry by themselves in 2 to 30 s."""
     who = binding([quota("staff/daily", per="month", **limits)])
     error = refused(who, call(1, 1), counters(who, held={"staff/daily": held}), NOON, endpoint=endpoint)
     assert (error.status, error.type, error.code) == (429, type, "rate_limit_exceeded")
@@ -356,8 +353,8 @@ def test_busy_is_a_rate_limit_whatever_the_window(limits, held, type, endpoint):
     now=st.integers(NOON, NOON + 5000),
     endpoint=st.sampled_from(["chat", "responses"]),
 )
-def test_every_refusal_is_one_that_clients_understand(who, data, now, endpoint):
-    """Whatever the quotas: one of the agreed types and codes, a wait of a second or more, and JSON."""
+def test_every_refusal_has_a_known_type_and_code(who, data, now, endpoint):
+    """Whatever the quotas are, the wait is at least a second and the body is JSON."""
     found, demand = data.draw(counters_of(who)), data.draw(demands())
     decision = decide(demand, who, found, now)
     if isinstance(decision, Admitted):
@@ -379,8 +376,8 @@ def test_every_refusal_is_one_that_clients_understand(who, data, now, endpoint):
 
 
 @given(who=bindings(), data=st.data(), now=st.integers(NOON, NOON + 5000))
-def test_whoever_comes_back_when_told_is_let_in(who, data, now):
-    """`Retry-After` and `resets_at` are true for this very call while nobody else calls, and rounded to be so."""
+def test_a_call_is_admitted_at_the_time_that_its_refusal_states(who, data, now):
+    """`Retry-After` and `resets_at` are true for this very call if there are no other calls, also after rounding."""
     found, demand = data.draw(counters_of(who, held=False)), data.draw(demands())
     if isinstance(decide(demand, who, found, now), Admitted):
         return
@@ -391,6 +388,3 @@ def test_whoever_comes_back_when_told_is_let_in(who, data, now):
     assert isinstance(decide(demand, who, found, 1000 * error.members["resets_at"]), Admitted)
     reset_at = datetime.fromisoformat(error.members["reset_at"])
     assert reset_at.timestamp() == error.members["resets_at"]
-
-
-# ----------------------------------------------------------------------------------------------- an item of /v1/quota

@@ -1,6 +1,6 @@
-"""What was checked is what is sent: the fields on which something is decided, and all else untouched.
+"""The upstream gets what was checked: the fields that the proxy decides on, and all other fields unchanged.
 
-wire §1.4 (which field an upstream really reads), §2.2 and §2.3 (asking for usage), §1.7 (what stays closed);
+wire §1.4 (which field an upstream really reads), §2.2 and §2.3 (asking for usage), §1.7 (what is refused);
 threats T24, T27, T31 to T37.
 """
 
@@ -49,12 +49,12 @@ HUGE = 10**9
 
 
 def body(**fields: object) -> bytes:
-    """A request's body; the model is there unless the test says otherwise."""
+    """A request's body with these fields; the model is "m" by default."""
     return json.dumps({"model": "m", **fields}).encode()
 
 
 def parse(endpoint: Endpoint = CHAT, **fields: object) -> Request:
-    """A call with these fields."""
+    """A parsed request with these fields."""
     return parse_request(endpoint, body(**fields))
 
 
@@ -68,25 +68,25 @@ def refused(endpoint: Endpoint = CHAT, **fields: object) -> InvalidRequest:
 
 
 def model(kind: Kind = "openai") -> Model:
-    """A model behind an upstream of this kind, under another name there."""
+    """A model at an upstream of this kind, which calls it "real-m"."""
     return Model("m", Upstream("up", "http://upstream.example/v1", None, kind), "real-m")
 
 
 def sent(request: Request, kind: Kind = "openai", maximum: int | None = None) -> dict:
-    """The document that an upstream of this kind gets."""
+    """The document that an upstream of this kind receives."""
     return json.loads(forwarded_body(request, model(kind), maximum=maximum))
 
 
 def ids(value: object) -> str | None:
-    """Endpoints by their names, where a test is run for each."""
+    """Names endpoints in the ids of tests."""
     return value.name if isinstance(value, Endpoint) else None
 
 
-# ------------------------------------------------------------------------------------------------------- what is read
+# ------------------------------------------------------------------------------------------------------------ parsing
 
 
-def test_a_call_says_what_was_asked() -> None:
-    """The fields on which something is decided, and the document as it was read."""
+def test_a_request_has_the_checked_fields_and_the_whole_document() -> None:
+    """The document is as it was parsed, with unknown fields."""
     request = parse(CHAT, stream=True, n=3, messages=[], unknown={"a": 1})
     assert (request.endpoint, request.model, request.stream, request.choices) == (CHAT, "m", True, 3)
     assert request.document == {"model": "m", "stream": True, "n": 3, "messages": [], "unknown": {"a": 1}}
@@ -96,7 +96,7 @@ def test_a_call_says_what_was_asked() -> None:
 
 @pytest.mark.parametrize("endpoint", [each for each in METERED if each.default_model is None], ids=ids)
 def test_a_model_must_be_named(endpoint: Endpoint) -> None:
-    """Without one no quota can be found (T33)."""
+    """Without a model no quota can be found (T33)."""
     for missing in ({}, {"model": None}):
         with pytest.raises(InvalidRequest) as caught:
             parse_request(endpoint, json.dumps(missing).encode())
@@ -104,8 +104,8 @@ def test_a_model_must_be_named(endpoint: Endpoint) -> None:
 
 
 @pytest.mark.parametrize("endpoint", [MODERATIONS, IMAGES], ids=ids)
-def test_where_none_is_named_the_upstream_s_own_is_meant(endpoint: Endpoint) -> None:
-    """And it is the one that is sent, so that what was decided on is what is used."""
+def test_without_a_model_the_upstream_s_default_is_used(endpoint: Endpoint) -> None:
+    """It is written into the forwarded body, so the model that was checked is the model that answers."""
     for missing in ({}, {"model": None}):
         request = parse_request(endpoint, json.dumps(missing).encode())
         assert request.model == endpoint.default_model
@@ -123,8 +123,8 @@ def test_where_none_is_named_the_upstream_s_own_is_meant(endpoint: Endpoint) -> 
         ({"stream_format": ["sse"]}, False),
     ],
 )
-def test_speech_says_otherwise_that_it_is_to_be_streamed(fields: dict, is_streamed: bool) -> None:
-    """`stream` means nothing to it."""
+def test_speech_is_streamed_if_stream_format_is_sse(fields: dict, is_streamed: bool) -> None:
+    """`stream` has no meaning on /audio/speech."""
     assert parse(SPEECH, **fields).stream is is_streamed
 
 
@@ -150,33 +150,33 @@ def test_speech_says_otherwise_that_it_is_to_be_streamed(fields: dict, is_stream
         "\ud800",
     ],
 )
-def test_a_model_is_a_short_printable_name(name: object) -> None:
-    """It goes into messages, logs and metrics: no control characters, no megabytes, no other types (T15, T33)."""
+def test_a_model_must_be_a_short_printable_name(name: object) -> None:
+    """It appears in messages, logs and metrics: no control characters, no megabytes, no other types (T15, T33)."""
     assert refused(model=name).param == "model"
 
 
 @pytest.mark.parametrize("name", ["m", "m" * 256, "M", "мodel", "..m", "m..", "org/.m", "org/m:tag@1", "模型"])
-def test_a_model_is_taken_as_it_is_written(name: str) -> None:
-    """No trimming and no folding: permission, price and metrics all use these very characters."""
+def test_a_model_s_name_is_not_changed(name: str) -> None:
+    """It is neither trimmed nor casefolded: permission, quotas and metrics all use exactly these characters."""
     assert parse(model=name).model == name
 
 
 @pytest.mark.parametrize("value", ["true", "false", 1, 0, [], {}, 1.0])
 @pytest.mark.parametrize("endpoint", METERED, ids=ids)
-def test_stream_is_true_or_false(endpoint: Endpoint, value: object) -> None:
-    """Some servers read "true" as true and others refuse it (T35)."""
+def test_stream_must_be_true_or_false(endpoint: Endpoint, value: object) -> None:
+    """Some servers read the text "true" as true, and others refuse it (T35)."""
     error = refused(endpoint, stream=value)
     assert (error.param, error.code) == ("stream", "invalid_type")
 
 
-def test_stream_may_be_left_out_or_null() -> None:
-    """Both mean no."""
+def test_stream_may_be_absent_or_null() -> None:
+    """Both mean false."""
     assert [parse().stream, parse(stream=None).stream, parse(stream=False).stream] == [False, False, False]
 
 
 @pytest.mark.parametrize("other", ["MODEL", "Stream", "Max_Tokens", "N", "Best_Of", "N_Predict", "Prompt", "Input"])
-def test_a_lone_key_in_another_case_is_refused(other: str) -> None:
-    """A server in Go reads `Max_Tokens` as the maximum, of which we would know nothing (T27)."""
+def test_a_single_key_in_another_case_is_refused(other: str) -> None:
+    """A server in Go reads `Max_Tokens` as the maximum, which the proxy would not know (T27)."""
     error = refused(**{other: 1})
     assert error.code == "invalid_json"
     assert f'"{other.lower()}" and "{other}"' in error.message
@@ -184,12 +184,12 @@ def test_a_lone_key_in_another_case_is_refused(other: str) -> None:
 
 @pytest.mark.parametrize("endpoint", METERED, ids=ids)
 def test_refused_fields_are_refused_in_any_case(endpoint: Endpoint) -> None:
-    """A list of closed fields is worth nothing if `API_BASE` gets around it."""
+    """`API_BASE` must not bypass the list of refused fields."""
     for name in endpoint.refused:
         assert name in refused(endpoint, **{name.upper(): "x"}).message
 
 
-# ----------------------------------------------------------------------------------------------------- what is closed
+# ----------------------------------------------------------------------------------------------------- refused fields
 
 
 @pytest.mark.parametrize("endpoint", METERED, ids=ids)
@@ -200,7 +200,7 @@ def test_refused_fields_are_refused_in_any_case(endpoint: Endpoint) -> None:
     "user_config kv_transfer_params".split(),
 )
 def test_no_field_changes_where_a_call_goes(endpoint: Endpoint, name: str) -> None:
-    """Behind us may be another gateway that reads them (T24, CVE-2024-6587)."""
+    """The upstream may be another gateway that reads them (T24, CVE-2024-6587)."""
     for value in ("http://evil.example", {"a": "b"}, "", [], True):
         error = refused(endpoint, **{name: value})
         assert (error.param, error.code) == (name, "unsupported_parameter")
@@ -224,17 +224,19 @@ def test_no_field_changes_where_a_call_goes(endpoint: Endpoint, name: str) -> No
     ],
     ids=ids,
 )
-def test_what_costs_more_than_the_request_shows_is_refused(endpoint: Endpoint, name: str, value: object) -> None:
-    """Stored history and jobs in the background: a wallet hole until they are metered (T20)."""
+def test_fields_that_cost_more_than_the_request_shows_are_refused(
+    endpoint: Endpoint, name: str, value: object
+) -> None:
+    """Stored history, searches and background jobs cost tokens that no quota would count (T20)."""
     error = refused(endpoint, **{name: value})
     assert (error.param, error.code) == (name, "unsupported_parameter")
 
 
-def test_a_refused_field_may_say_that_it_is_not_used() -> None:
-    """SDKs send null and false for what their user left alone."""
+def test_a_refused_field_may_be_null_or_false() -> None:
+    """SDKs send null and false for options that their user did not set."""
     parse(RESPONSES, background=False, previous_response_id=None, conversation=None, prompt=None)
     assert parse(RESPONSES, previous_response_id="").previous_response_id is None
-    parse(CHAT, previous_response_id="mine", conversation="mine", background=True)  # nothing there reads them
+    parse(CHAT, previous_response_id="mine", conversation="mine", background=True)  # unknown fields on chat
 
 
 @pytest.mark.parametrize(
@@ -249,13 +251,13 @@ def test_a_refused_field_may_say_that_it_is_not_used() -> None:
     ],
 )
 def test_references_to_stored_items_are_refused(item: object) -> None:
-    """What they stand for is input that the body does not show; their type may be left out."""
+    """Their content is input that the body does not show. Their type may be absent."""
     error = refused(RESPONSES, input=[{"role": "user", "content": "hi"}, item])
     assert (error.param, error.code) == ("input", "unsupported_parameter")
 
 
-def test_items_that_show_their_content_are_open() -> None:
-    """Messages, with and without a type, and what a client plays back of an earlier answer."""
+def test_items_that_show_their_content_are_accepted() -> None:
+    """Messages, with and without a type, and items of an earlier answer that a client sends back."""
     items = [
         {"role": "user", "content": "hi"},
         {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "hi"}]},
@@ -269,16 +271,16 @@ def test_items_that_show_their_content_are_open() -> None:
 
 
 @pytest.mark.parametrize("endpoint", [RESPONSES, COMPACT, INPUT_TOKENS], ids=ids)
-def test_what_a_call_goes_on_from_is_a_name(endpoint: Endpoint) -> None:
-    """It is looked up, so it is nothing else; whose it is, is decided where the books are."""
+def test_previous_response_id_must_be_a_string(endpoint: Endpoint) -> None:
+    """It is looked up in the ledger, which knows the owner of the response."""
     assert parse(endpoint, previous_response_id="resp_1").previous_response_id == "resp_1"
     assert parse(CHAT, previous_response_id="resp_1").previous_response_id is None
     for strange in (["resp_1"], {"id": "resp_1"}, 1, False):
         assert refused(endpoint, previous_response_id=strange).param == "previous_response_id"
 
 
-def test_an_upstream_keeps_responses_only_where_it_may() -> None:
-    """OpenAI's keeps them unless it is told not to."""
+def test_store_false_is_written_if_the_operator_forbids_storing() -> None:
+    """OpenAI stores a response unless the request says `store: false`."""
     forbidden = replace(model(), allow=Allow(store=False))
     for said, may, sent_on in ((None, False, False), (False, False, False), (None, True, None), (True, True, True)):
         document = {} if said is None else {"store": said}
@@ -294,13 +296,13 @@ def test_an_upstream_keeps_responses_only_where_it_may() -> None:
 @pytest.mark.parametrize("value", [-1, -(2**31), 2**31, 2**63, 10**30, 1.5, 1.0, True, False, "10", [], {}, HUGE + 1])
 @pytest.mark.parametrize("endpoint", GENERATING, ids=ids)
 def test_a_number_that_makes_no_sense_is_refused(endpoint: Endpoint, name: str, value: object) -> None:
-    """T31: whatever another server would make of it, no hold is negative, and none leaves 64 bits."""
+    """T31: no hold is negative, and none exceeds 64 bits."""
     assert refused(endpoint, **{name: value}).param == name
 
 
 @pytest.mark.parametrize("name", ["n", "n_cmpl"])
-def test_the_number_of_answers_is_bounded(name: str) -> None:
-    """1 to 128, as OpenAI has it: an unbounded `n` has taken servers down (CVE-2026-34756)."""
+def test_the_number_of_answers_is_1_to_128(name: str) -> None:
+    """As at OpenAI. An unbounded `n` has crashed servers (CVE-2026-34756)."""
     assert parse(**{name: 128}).choices == 128
     assert refused(**{name: 129}).code == "integer_above_max_value"
     assert refused(**{name: 0}).param == name
@@ -308,14 +310,14 @@ def test_the_number_of_answers_is_bounded(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["n", "n_cmpl"])
-def test_a_response_is_one_answer(name: str) -> None:
-    """llama.cpp writes several, and says of a stream what one of them used."""
+def test_a_request_to_responses_has_one_answer(name: str) -> None:
+    """llama.cpp generates several, but its stream reports the usage of one."""
     assert parse(RESPONSES, input="x", **{name: 1}).choices == 1
     assert refused(RESPONSES, input="x", **{name: 2}).code == "unsupported_parameter"
 
 
-def test_best_of_is_bounded_where_it_is_read() -> None:
-    """On /completions; elsewhere it is a field that we don't know."""
+def test_best_of_is_bounded_on_completions() -> None:
+    """On other endpoints it is an unknown field."""
     assert parse(COMPLETIONS, best_of=128).choices == 128
     for value in (129, 0, -1, True, "2", 1.5):
         assert refused(COMPLETIONS, best_of=value).param == "best_of"
@@ -324,13 +326,13 @@ def test_best_of_is_bounded_where_it_is_read() -> None:
 
 @pytest.mark.parametrize("value", [-2, 1.5, "10", True])
 def test_n_predict_may_be_minus_one_but_not_less(value: object) -> None:
-    """llama.cpp's own field, in which -1 means no end."""
+    """In llama.cpp's own field -1 means "no maximum"."""
     assert refused(n_predict=value).param == "n_predict"
     assert parse(n_predict=-1).document["n_predict"] == -1
 
 
-def test_numbers_of_embeddings_are_not_read() -> None:
-    """Nothing is generated, so there is nothing to decide, and unknown fields pass."""
+def test_maxima_of_embeddings_are_not_checked() -> None:
+    """Embeddings generate nothing, so these are unknown fields, which are forwarded."""
     assert parse(EMBEDDINGS, input="x", n="any", max_tokens="any").choices == 1
 
 
@@ -357,23 +359,23 @@ def test_numbers_of_embeddings_are_not_read() -> None:
         ({"prompt": [[1], [2]], "n": 3}, 6),
     ],
 )
-def test_completions_generate_for_each_prompt_the_best_of_several(fields: dict, choices: int) -> None:
-    """Prompts × the larger of n and best_of; a list of numbers is one prompt of tokens (wire §1.4)."""
+def test_completions_generate_the_larger_of_n_and_best_of_for_each_prompt(fields: dict, choices: int) -> None:
+    """A list of numbers is one prompt of tokens (wire §1.4)."""
     request = parse(COMPLETIONS, **fields)
     assert request.choices == choices
     prompt = fields.get("prompt")
     assert request.has_several_prompts is (isinstance(prompt, list) and len(prompt) > 1 and prompt[0] != 1)
 
 
-def test_prompts_may_come_as_what_models_make_of_them() -> None:
-    """vLLM answers each of them, beside those that are texts."""
+def test_prompts_may_be_embeddings() -> None:
+    """vLLM completes each of them in addition to those that are texts."""
     for embedded, choices in (("one", 1), (["one", "two"], 3), ([], 1), (None, 1)):
         request = parse(COMPLETIONS, prompt="three", prompt_embeds=embedded)
         assert (request.choices, request.has_several_prompts) == (choices, choices > 1)
 
 
-def test_prompts_count_nowhere_else() -> None:
-    """On chat a `prompt` is a field that nobody reads."""
+def test_prompts_count_only_on_completions() -> None:
+    """On chat `prompt` is an unknown field."""
     assert parse(CHAT, prompt=["a", "b"]).choices == 1
     assert not parse(CHAT, prompt=["a", "b"]).has_several_prompts
     assert parse(CHAT, n=7).choices == 7
@@ -381,7 +383,7 @@ def test_prompts_count_nowhere_else() -> None:
 
 # --------------------------------------------------------------------------------------------------------- the maxima
 
-# The fields that each kind of upstream reads, by endpoint; the rest of the maxima it ignores.
+# The maximum fields that each kind of upstream reads, by endpoint. It ignores the others.
 READS = {
     ("openai", "chat"): {"max_completion_tokens", "max_tokens"},
     ("openai", "completions"): {"max_tokens"},
@@ -406,7 +408,7 @@ READS = {
     ("simulator", "responses"): {"max_output_tokens"},
     **{(kind, "messages"): {"max_tokens"} for kind in KINDS},
 }
-# What is written where none of them stands.
+# The field that is written if the client stated none, where it is not the endpoint's first.
 WRITES = {
     ("ollama", "chat"): "max_tokens",
     ("llamacpp", "chat"): "n_predict",
@@ -417,8 +419,8 @@ targets = pytest.mark.parametrize(("kind", "endpoint"), [(k, e) for k in KINDS f
 
 
 @targets
-def test_lowering_leaves_no_field_that_says_more(kind: Kind, endpoint: Endpoint) -> None:
-    """Each field that this upstream reads says the lower number, and no other field is touched."""
+def test_every_maximum_field_that_the_upstream_reads_is_lowered(kind: Kind, endpoint: Endpoint) -> None:
+    """No other field is changed."""
     stated = dict.fromkeys(MAXIMA, 5000)
     lowered = sent(parse(endpoint, **stated), kind, maximum=300)
     assert {name for name in MAXIMA if lowered[name] == 300} == READS[kind, endpoint.name]
@@ -426,8 +428,8 @@ def test_lowering_leaves_no_field_that_says_more(kind: Kind, endpoint: Endpoint)
 
 
 @targets
-def test_lowering_raises_nothing(kind: Kind, endpoint: Endpoint) -> None:
-    """Who asked for less in one of the fields keeps it."""
+def test_a_maximum_that_is_already_lower_stays(kind: Kind, endpoint: Endpoint) -> None:
+    """Each field is compared by itself."""
     reads = sorted(READS[kind, endpoint.name])
     stated = {name: 10 + 1000 * position for position, name in enumerate(reads)}
     lowered = sent(parse(endpoint, **stated), kind, maximum=300)
@@ -435,8 +437,8 @@ def test_lowering_raises_nothing(kind: Kind, endpoint: Endpoint) -> None:
 
 
 @targets
-def test_a_maximum_is_written_where_none_stands(kind: Kind, endpoint: Endpoint) -> None:
-    """In the field that this kind of upstream reads, and only when there is something to lower; null is none."""
+def test_a_maximum_is_written_if_the_client_stated_none(kind: Kind, endpoint: Endpoint) -> None:
+    """In the first field that this kind of upstream reads, and only if there is a maximum to write. Null is none."""
     name = WRITES.get((kind, endpoint.name), endpoint.maxima[0])
     for request in (parse(endpoint), parse(endpoint, **dict.fromkeys(MAXIMA))):
         assert {field: value for field, value in sent(request, kind, maximum=300).items() if value == 300} == {
@@ -446,37 +448,37 @@ def test_a_maximum_is_written_where_none_stands(kind: Kind, endpoint: Endpoint) 
 
 
 @targets
-def test_the_fields_that_are_read_are_named(kind: Kind, endpoint: Endpoint) -> None:
-    """So that whoever asks what a call may use believes no others; the first is the one that is written."""
+def test_maximum_fields_are_those_that_the_upstream_reads(kind: Kind, endpoint: Endpoint) -> None:
+    """The estimate believes only these fields. The first is the one that is written."""
     fields = maximum_fields(endpoint, kind)
     assert set(fields) == READS[kind, endpoint.name]
     assert fields[0] == WRITES.get((kind, endpoint.name), endpoint.maxima[0])
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_is_no_maximum_is_lowered_too(kind: Kind) -> None:
-    """-1 has no end anywhere, and 0 none at Ollama; elsewhere 0 is the least that one can ask for."""
+def test_minus_one_means_no_maximum_and_so_does_0_at_ollama(kind: Kind) -> None:
+    """At other upstreams 0 is the smallest maximum."""
     assert is_endless(-1, kind)
     assert is_endless(0, kind) == (kind == "ollama")
     assert not is_endless(1, kind)
 
 
-def test_an_endless_maximum_becomes_one() -> None:
-    """llama.cpp takes -1 for no end and Ollama 0: the smaller number would be the larger one."""
+def test_a_number_that_means_no_maximum_is_replaced_by_one() -> None:
+    """-1 at llama.cpp and 0 at Ollama are the smaller numbers, but they ask for more."""
     lowered = sent(parse(n_predict=-1, max_tokens=1), "llamacpp", maximum=300)
     assert (lowered["n_predict"], lowered["max_tokens"]) == (300, 1)
     assert sent(parse(max_tokens=0), "ollama", maximum=300)["max_tokens"] == 300
     assert sent(parse(max_tokens=0), "openai", maximum=300)["max_tokens"] == 0
 
 
-def test_nothing_is_lowered_where_nothing_is_generated() -> None:
-    """Embeddings have no maximum."""
+def test_no_maximum_is_written_for_embeddings() -> None:
+    """They generate nothing, so no field of theirs is a maximum."""
     for kind in KINDS:
         assert maximum_fields(EMBEDDINGS, kind) == ()
         assert sent(parse(EMBEDDINGS, input="x", max_tokens=5000), kind, maximum=300)["max_tokens"] == 5000
 
 
-# ------------------------------------------------------------------------------------------------------- what is sent
+# ------------------------------------------------------------------------------------------------- the forwarded body
 
 asks = pytest.mark.parametrize(
     ("options", "asks_for_usage", "adds_usage", "forwarded"),
@@ -499,10 +501,10 @@ asks = pytest.mark.parametrize(
 
 @asks
 @pytest.mark.parametrize("endpoint", [CHAT, COMPLETIONS], ids=ids)
-def test_usage_is_asked_for_where_the_client_did_not(
+def test_usage_of_a_stream_is_asked_for_if_the_client_did_not(
     endpoint: Endpoint, options: dict, asks_for_usage: bool, adds_usage: bool, forwarded: object
 ) -> None:
-    """The other options stay (wire §2.3)."""
+    """The client's other options stay (wire §2.3)."""
     request = parse(endpoint, stream=True, **options)
     assert (request.asks_for_usage, request.adds_usage) == (asks_for_usage, adds_usage)
     assert sent(request)["stream_options"] == forwarded
@@ -513,10 +515,10 @@ def test_usage_is_asked_for_where_the_client_did_not(
 @pytest.mark.parametrize(
     ("endpoint", "stream"), [(CHAT, False), (COMPLETIONS, None), (EMBEDDINGS, True), (RESPONSES, True)], ids=ids
 )
-def test_usage_is_not_asked_for_where_it_comes_anyway(
+def test_usage_is_not_asked_for_if_it_comes_without(
     endpoint: Endpoint, stream: bool | None, options: dict, asks_for_usage: bool, adds_usage: bool, forwarded: object
 ) -> None:
-    """Without a stream the option is an error at OpenAI, and /responses doesn't know it."""
+    """Without a stream the option is an error at OpenAI, and /responses doesn't have it."""
     request = parse(endpoint, stream=stream, **options)
     assert not request.adds_usage
     document = sent(request)
@@ -528,16 +530,16 @@ def test_usage_is_not_asked_for_where_it_comes_anyway(
     "options", [{"include_usage": "false"}, {"include_usage": 7}, {"include_usage": []}, {"Include_Usage": False}]
 )
 @pytest.mark.parametrize("endpoint", [CHAT, COMPLETIONS], ids=ids)
-def test_whether_usage_is_asked_for_is_beyond_doubt(endpoint: Endpoint, options: dict) -> None:
-    """vLLM reads "false" as false and Ollama reads `Include_Usage`: the usage would never come."""
+def test_include_usage_must_be_clear_to_every_server(endpoint: Endpoint, options: dict) -> None:
+    """vLLM reads the text "false" as false, and Ollama reads `Include_Usage`: the usage would never come."""
     error = refused(endpoint, stream=True, stream_options={"include_usage": True, **options})
     assert (error.param, error.code) == ("stream_options.include_usage", "invalid_type")
 
 
 @pytest.mark.parametrize("options", ["x", [], 0, False, True])
 @pytest.mark.parametrize("endpoint", [CHAT, COMPLETIONS], ids=ids)
-def test_what_asks_for_usage_is_an_object(endpoint: Endpoint, options: object) -> None:
-    """llama.cpp passes over what is none, and so would we over the usage (T35)."""
+def test_stream_options_must_be_an_object(endpoint: Endpoint, options: object) -> None:
+    """llama.cpp ignores options of another type, and would then send no usage (T35)."""
     error = refused(endpoint, stream=True, stream_options=options)
     assert (error.param, error.code) == ("stream_options", "invalid_type")
     assert parse(RESPONSES, stream_options=options).document["stream_options"] == options
@@ -560,10 +562,10 @@ def test_what_asks_for_usage_is_an_object(endpoint: Endpoint, options: object) -
 )
 @pytest.mark.parametrize("endpoint", [CHAT, COMPLETIONS], ids=ids)
 def test_vllm_is_asked_for_the_usage_so_far(endpoint: Endpoint, options: dict, is_added: bool | None) -> None:
-    """On every chunk, so that a stream which is cut is known to the token.
+    """On every chunk, so the usage is exact even if the stream is cut.
 
-    Of several choices each chunk has the usage of its own, so that would tell less than nothing. (`prompt` makes
-    several only on /completions.)
+    With several choices a chunk has only the usage of its own choice, so the option is not added. (Several prompts
+    make several choices only on /completions.)
     """
     request = parse(endpoint, stream=True, **options)
     is_added = endpoint is CHAT if is_added is None else is_added
@@ -590,7 +592,7 @@ def test_vllm_is_asked_for_the_usage_so_far(endpoint: Endpoint, options: dict, i
 )
 @pytest.mark.parametrize("endpoint", [CHAT, COMPLETIONS], ids=ids)
 def test_llama_cpp_is_asked_for_its_timings_so_far(endpoint: Endpoint, fields: dict, is_added: bool) -> None:
-    """They say the tokens of the input and the output, as vLLM's usage so far does."""
+    """They state the tokens of the input and the output, like vLLM's usage so far."""
     request = parse(endpoint, **{"stream": True, **fields})
     assert request.adds_running_usage("llamacpp") == is_added
     assert sent(request, "llamacpp").get("timings_per_token") == (
@@ -600,14 +602,14 @@ def test_llama_cpp_is_asked_for_its_timings_so_far(endpoint: Endpoint, fields: d
 
 
 @pytest.mark.parametrize("endpoint", [RESPONSES, EMBEDDINGS], ids=ids)
-def test_elsewhere_llama_cpp_is_not_asked(endpoint: Endpoint) -> None:
-    """There the usage comes by itself."""
+def test_llama_cpp_is_not_asked_on_responses_and_embeddings(endpoint: Endpoint) -> None:
+    """There the usage comes without asking."""
     assert not parse(endpoint, stream=True).adds_running_usage("llamacpp")
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("vllm", "llamacpp")])
-def test_nobody_else_is_asked_for_it(kind: Kind) -> None:
-    """The option is vLLM's own; what a client wrote by itself is for the upstream to judge."""
+def test_other_kinds_are_not_asked_for_the_usage_so_far(kind: Kind) -> None:
+    """The option is vLLM's own. If a client wrote it itself, it is forwarded."""
     assert not parse(stream=True).adds_running_usage(kind)
     assert sent(parse(stream=True), kind)["stream_options"] == {"include_usage": True}
     own = {"include_usage": True, "continuous_usage_stats": True}
@@ -617,20 +619,20 @@ def test_nobody_else_is_asked_for_it(kind: Kind) -> None:
 @pytest.mark.parametrize(
     ("endpoint", "stream"), [(CHAT, False), (COMPLETIONS, None), (EMBEDDINGS, True), (RESPONSES, True)], ids=ids
 )
-def test_there_is_no_usage_so_far_of_what_is_no_stream_of_chunks(endpoint: Endpoint, stream: bool | None) -> None:
-    """Whole answers, embeddings and responses go to vLLM without the option."""
+def test_the_usage_so_far_is_asked_for_only_in_streams_of_chunks(endpoint: Endpoint, stream: bool | None) -> None:
+    """Whole answers, embeddings and responses are requested from vLLM without the option."""
     request = parse(endpoint, stream=stream)
     assert not request.adds_running_usage("vllm")
     assert "stream_options" not in sent(request, "vllm")
 
 
-def test_what_responses_make_of_stream_options_is_their_matter() -> None:
-    """There it is a field that we don't know (T37)."""
+def test_stream_options_are_not_checked_on_responses() -> None:
+    """There `include_usage` is an unknown field (T37)."""
     parse(RESPONSES, stream=True, stream_options={"include_usage": "false"})
 
 
-def test_a_call_goes_out_under_the_name_of_the_upstream() -> None:
-    """An alias is ours alone."""
+def test_a_request_is_forwarded_with_the_upstream_s_name_of_the_model() -> None:
+    """The upstream does not know the proxy's aliases."""
     assert sent(parse()) == {"model": "real-m"}
 
 
@@ -666,11 +668,13 @@ known = st.fixed_dictionaries(
     fields=st.tuples(unknown, known),
     maximum=st.none() | st.integers(1, 4000),
 )
-def test_only_what_we_decide_is_changed(endpoint: Endpoint, kind: Kind, fields: tuple, maximum: int | None) -> None:
-    """The body that is sent says what the client's said, but for the model, the usage option and the maxima."""
+def test_only_the_proxy_s_own_fields_are_changed(
+    endpoint: Endpoint, kind: Kind, fields: tuple, maximum: int | None
+) -> None:
+    """The forwarded body equals the client's, except for the model, the usage options and the maxima."""
     document = {**fields[0], **fields[1]}
     if endpoint.is_of_responses:
-        document.pop("n", None)  # one answer, or it is refused
+        document.pop("n", None)  # more than one answer is refused there
     request = parse(endpoint, **document)
     forwarded = sent(request, kind, maximum)
     ours = ("model", "stream_options", "timings_per_token", *MAXIMA)
@@ -692,14 +696,14 @@ def test_only_what_we_decide_is_changed(endpoint: Endpoint, kind: Kind, fields: 
 
 @pytest.mark.parametrize("endpoint", [CHAT, COMPLETIONS, EMBEDDINGS], ids=ids)
 def test_an_error_in_a_stream_of_chunks_is_a_chunk(endpoint: Endpoint) -> None:
-    """`data: {"error": …}` makes every SDK raise (wire §2.1); closing early would look like success."""
+    """`data: {"error": …}` makes every SDK raise (wire §2.1). A stream that ends early would look like success."""
     error = UpstreamError("It broke\nhalf way.")
     event = error_event(endpoint, error)
     assert event == b"data: " + json.dumps(error.body(), separators=(",", ":")).encode() + b"\n\n"
 
 
-def test_an_error_in_a_response_has_both_forms() -> None:
-    """Older SDKs raise at an `error` member, newer ones at the event's name."""
+def test_an_error_in_a_stream_of_responses_has_both_forms() -> None:
+    """Older SDKs raise if there is a member `error`, newer ones if the event has that name."""
     error = UpstreamError("It broke\nhalf way.")
     first, second, *rest = error_event(RESPONSES, error).split(b"\n")
     assert (first, rest) == (b"event: error", [b"", b""])
@@ -707,8 +711,8 @@ def test_an_error_in_a_response_has_both_forms() -> None:
     assert json.loads(second.removeprefix(b"data: ")) == {**flat, **error.body()}
 
 
-def test_a_voice_is_one_that_everybody_has() -> None:
-    """One of the account's own is somebody's."""
+def test_a_custom_voice_is_refused() -> None:
+    """It is stored in the account that all users share, and belongs to one of them."""
     assert refused(SPEECH, input="x", voice={"id": "voice_1"}).param == "voice"
     assert parse(SPEECH, input="x", voice="alloy").document["voice"] == "alloy"
 
@@ -724,7 +728,7 @@ def test_a_voice_is_one_that_everybody_has() -> None:
 )
 @pytest.mark.parametrize(("endpoint", "field"), [(CHAT, "messages"), (RESPONSES, "input")])
 def test_stored_files_are_refused(part: dict, endpoint: Endpoint, field: str) -> None:
-    """Their tokens are not in the request, and they may be somebody else's."""
+    """Their tokens are not in the request, and they may be another user's."""
     body = json.dumps({"model": "m", field: [{"role": "user", "content": [part]}]}).encode()
     with pytest.raises(InvalidRequest, match="file_id"):
         parse_request(endpoint, body)
@@ -739,22 +743,22 @@ def test_stored_files_are_refused(part: dict, endpoint: Endpoint, field: str) ->
         {"role": "user", "content": {"type": "input_file", "file_id": "file_1"}},
     ],
 )
-def test_stored_files_are_found_where_no_list_is_around_them(item: dict) -> None:
-    """A picture of a screen, and what some servers take without a message."""
+def test_stored_files_are_found_outside_of_lists(item: dict) -> None:
+    """A screenshot, and parts that some servers accept without a message or a list around them."""
     assert refused(RESPONSES, input=[item]).param == "file_id"
     assert refused(RESPONSES, input=item).param == "file_id"
 
 
-def test_a_model_s_name_has_no_blanks_around_it() -> None:
-    """A quota would not know it, and some upstreams would."""
+def test_a_model_s_name_must_not_have_blanks_around_it() -> None:
+    """No quota would match it, but some upstreams would accept it."""
     with pytest.raises(InvalidRequest, match="blanks"):
         parse_request(CHAT, b'{"model": " gpt-4o"}')
 
 
-def test_a_body_is_freed_and_what_it_said_stays() -> None:
-    """After the upstream has answered, a long stream must not keep megabytes of prompt in memory.
+def test_a_request_keeps_its_properties_when_its_body_is_freed() -> None:
+    """A long stream must not keep megabytes of prompt in memory after the upstream has answered.
 
-    Every answer that a request gives stays the same; only the body itself may no longer be asked for.
+    All properties stay the same; only the body itself may no longer be read.
     """
     body = b"""{"model": "m", "stream": true, "n": 2, "messages": ["long"],
         "stream_options": {"include_usage": true, "continuous_usage_stats": true}, "timings_per_token": true}"""
@@ -780,7 +784,7 @@ def form(*parts: str, files: tuple[str, ...] = ("file",)) -> Form:
 
 
 def form_and_body(parts: tuple[str, ...], files: tuple[str, ...]) -> tuple[Form, bytes]:
-    """The same, and its bytes."""
+    """The same form, and its bytes."""
     heads = [(f'name="{name}"; filename="f"', "sound") for name in files]
     heads += [(f'name="{name}"', value) for name, _, value in (part.partition("=") for part in parts)]
     body = (
@@ -792,8 +796,8 @@ def form_and_body(parts: tuple[str, ...], files: tuple[str, ...]) -> tuple[Form,
     return reader.end(), body.encode()
 
 
-def test_a_form_says_what_json_would() -> None:
-    """The fields on which something is decided, in the types that JSON has for them."""
+def test_a_form_is_parsed_like_json() -> None:
+    """The checked fields get the types that they have in JSON."""
     request = parse_form_request(
         IMAGE_EDITS, form("model=m", "n=3", "stream=true", "prompt=a fox", "size=auto", files=("image[]",))
     )
@@ -827,8 +831,10 @@ def test_a_form_says_what_json_would() -> None:
         (("model=m", "mask[FILE_ID]=file_1"), ("image",), "mask[FILE_ID]"),
     ],
 )
-def test_a_form_has_no_second_way_to_say_it(parts: tuple[str, ...], files: tuple[str, ...], param: str) -> None:
-    """Some servers read `model[]` as `model`, and others don't: what decides is written plainly or refused."""
+def test_a_form_with_an_ambiguous_field_is_refused(
+    parts: tuple[str, ...], files: tuple[str, ...], param: str
+) -> None:
+    """Some servers read `model[]` as `model`, and others don't: a checked field has exactly one spelling."""
     with pytest.raises(InvalidRequest) as caught:
         parse_form_request(
             IMAGE_EDITS if param in ("n", "svg", "api_base") else TRANSCRIPTIONS, form(*parts, files=files)
@@ -836,8 +842,8 @@ def test_a_form_has_no_second_way_to_say_it(parts: tuple[str, ...], files: tuple
     assert caught.value.param == param
 
 
-def test_a_form_is_sent_with_the_upstream_s_name_of_the_model() -> None:
-    """In its place; before all others where there is none."""
+def test_a_form_is_forwarded_with_the_upstream_s_name_of_the_model() -> None:
+    """It replaces the client's; if there is none, a part with it is inserted before all others."""
     read, body = form_and_body(("a=1", "model=m", "b=2"), ("file",))
     start, end, name = forwarded_model(parse_form_request(TRANSCRIPTIONS, read), model())
     assert body[:start] + name + body[end:] == body.replace(b"\r\nm\r\n", b"\r\nreal-m\r\n")
@@ -852,29 +858,29 @@ def test_a_form_is_sent_with_the_upstream_s_name_of_the_model() -> None:
 
 
 @pytest.mark.parametrize("said", [{"model": "other"}, {"model": None}, {"model": 7}, {}])
-def test_a_deployment_in_the_path_is_the_model(said: dict) -> None:
-    """Whatever the body says, which is written over: what is counted is what is sent."""
+def test_a_deployment_in_the_path_overrides_the_model_in_the_body(said: dict) -> None:
+    """The body is forwarded with it too, so the model that is counted is the model that answers."""
     of = parse_request(CHAT, json.dumps({"messages": [], **said}).encode(), deployment="mine")
     assert of.model == "mine"
     assert json.loads(forwarded_body(of, model()))["model"] == "real-m"
 
 
-def test_a_deployment_is_the_model_of_a_form() -> None:
-    """As of JSON, also where it names none."""
+def test_a_deployment_in_the_path_overrides_the_model_in_a_form() -> None:
+    """Also if the form names none."""
     for parts in (("model=other",), ()):
         assert parse_form_request(TRANSCRIPTIONS, form(*parts), deployment="mine").model == "mine"
 
 
 @pytest.mark.parametrize("name", [".", "..", "mine/../yours", " x", "x\n", ""])
-def test_a_deployment_is_a_name(name: str) -> None:
-    """As a model in a body is; what leads elsewhere in a path is none."""
+def test_a_deployment_must_be_a_valid_model_name(name: str) -> None:
+    """The same rules hold in the path and in the body; a name must not lead to another path."""
     with pytest.raises(InvalidRequest):
         parse_request(CHAT, b"{}", deployment=name)
     assert refused(model=name).param == "model"
 
 
-def test_an_option_that_is_withheld_is_not_written() -> None:
-    """The client's own stays."""
+def test_a_withheld_usage_option_is_not_written() -> None:
+    """The client's own options stay."""
     for options, sent in ((None, None), ({"include_obfuscation": False}, {"include_obfuscation": False})):
         of = replace(parse(stream=True, stream_options=options), is_option_withheld=True)
         assert not of.adds_usage
@@ -895,15 +901,15 @@ def test_an_option_that_is_withheld_is_not_written() -> None:
         ({"messages": [{"role": "user", "content": [{"type": "container_upload", "file_id": "file_1"}]}]}, "file_id"),
     ],
 )
-def test_what_a_message_does_not_show_is_refused(endpoint: Endpoint, fields: dict, param: str) -> None:
-    """Containers, servers and tools that the upstream runs: input that nobody could bound (T20)."""
+def test_hidden_input_of_messages_is_refused(endpoint: Endpoint, fields: dict, param: str) -> None:
+    """Containers, MCP servers and stored files: input that the request does not show and nothing bounds (T20)."""
     error = refused(endpoint, **fields)
     assert (error.param, error.code) == (param, "unsupported_parameter")
 
 
 @pytest.mark.parametrize("kind", ["image", "document"])
-def test_files_of_a_message_are_found_at_any_depth(kind: str) -> None:
-    """In a block, in what a tool gave back, and in a document that is made of blocks."""
+def test_stored_files_in_messages_are_found_at_any_depth(kind: str) -> None:
+    """In a block, in a tool result, and in a document that is made of blocks."""
     stored = {"type": kind, "source": {"type": "file", "file_id": "file_1"}}
     result = {"type": "tool_result", "tool_use_id": "t", "content": [stored]}
     document = {"type": "document", "source": {"type": "content", "content": [stored]}}
@@ -911,15 +917,15 @@ def test_files_of_a_message_are_found_at_any_depth(kind: str) -> None:
         assert refused(MESSAGES, messages=[{"role": "user", "content": [block]}]).param == "file_id"
 
 
-def test_a_tool_of_one_s_own_is_open_on_messages() -> None:
-    """Whether or not it says its type; and what we don't know passes."""
+def test_a_user_s_own_tool_is_accepted_on_messages() -> None:
+    """With and without a type. Unknown fields are forwarded."""
     tools = [{"name": "f", "input_schema": {}}, {"type": "custom", "name": "g", "input_schema": {}}]
     request = parse(MESSAGES, tools=tools, max_tokens=5, thinking={"type": "adaptive"}, what_comes_next=1)
     assert sent(request, "anthropic") == {**request.document, "model": "real-m"}
 
 
-def test_an_error_in_a_stream_of_a_message_is_an_event_of_anthropic_s() -> None:
-    """Its SDK raises at the event's name, and reads `error`."""
+def test_an_error_in_a_stream_of_messages_is_anthropic_s_error_event() -> None:
+    """Anthropic's SDK raises if the event is named `error`, and reads its member `error`."""
     event = error_event(MESSAGES, UpstreamError("It broke."))
     head, data = event.split(b"\n", 1)
     assert head == b"event: error"

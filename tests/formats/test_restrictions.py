@@ -1,4 +1,4 @@
-"""What costs or reaches beyond what quotas see is refused unless the policy allows it, and the message says how."""
+"""Requests that cost or reach more than quotas see are refused unless the policy allows them; messages say how."""
 
 import pytest
 
@@ -22,17 +22,17 @@ OF_RESPONSES = [RESPONSES, COMPACT, INPUT_TOKENS]
 
 
 def ids(value: object) -> str | None:
-    """Endpoints by their names."""
+    """Names endpoints in the ids of tests."""
     return value.name if isinstance(value, Endpoint) else None
 
 
 def check(endpoint: Endpoint, allow: Allow = NOTHING, **fields: object) -> None:
-    """Check a call with these fields."""
+    """Check a request with these fields."""
     check_allowance(parse(endpoint, **fields), allow)
 
 
 def refused(endpoint: Endpoint, allow: Allow = NOTHING, **fields: object) -> InvalidRequest:
-    """The error with which such a call is refused."""
+    """The error with which a request with these fields is refused."""
     with pytest.raises(InvalidRequest) as caught:
         check(endpoint, allow, **fields)
     assert (caught.value.status, caught.value.code) == (400, "unsupported_parameter")
@@ -56,7 +56,7 @@ def refused(endpoint: Endpoint, allow: Allow = NOTHING, **fields: object) -> Inv
 )
 @pytest.mark.parametrize("endpoint", OF_RESPONSES, ids=ids)
 def test_tools_that_run_at_the_upstream_are_refused(endpoint: Endpoint, tool: object) -> None:
-    """They loop there, and each round costs tokens that nothing here bounds; also where they come in by an item."""
+    """Each round there costs tokens that nothing bounds. Tools inside items and groups are refused too."""
     given = [{"type": "function", "name": "f"}, tool]
     assert refused(endpoint, tools=given).param == "tools"
     assert refused(endpoint, input=["text", {"type": "additional_tools", "tools": given}]).param == "tools"
@@ -66,9 +66,11 @@ def test_tools_that_run_at_the_upstream_are_refused(endpoint: Endpoint, tool: ob
     assert refused(endpoint, input=[{"type": "tool_search_output", "tools": within}]).param == "tools"
 
 
-def test_tools_that_the_client_runs_are_open() -> None:
-    """Functions and custom tools are text in and text out, and so are groups of them (Codex sends such) and a search
-    among them that the client makes; what is no list is for the upstream to refuse."""
+def test_tools_that_the_client_runs_are_allowed() -> None:
+    """Functions, custom tools, groups of them (Codex sends such) and a search that the client makes among them.
+
+    The request shows all that the model reads of them. `tools` that is not a list is for the upstream to refuse.
+    """
     schema = {"type": "object", "properties": {"file_id": {"type": "string"}, "container": {"type": "string"}}}
     check(RESPONSES, tools=[{"type": "function", "name": "f", "parameters": schema}, {"type": "custom", "name": "c"}])
     group = {"type": "namespace", "name": "n", "tools": [{"type": "function", "name": "f", "parameters": schema}]}
@@ -76,13 +78,15 @@ def test_tools_that_the_client_runs_are_open() -> None:
     check(RESPONSES, input=[{"type": "additional_tools", "tools": [group, {"type": "namespace", "tools": [group]}]}])
     check(RESPONSES, tools={"type": "web_search"})
     check(RESPONSES, input=[{"type": "additional_tools", "tools": [{"type": "function", "name": "f"}]}])
-    check(RESPONSES, input=[{"type": "mcp_list_tools", "tools": [{"name": "f"}]}])  # what a server once listed
+    check(
+        RESPONSES, input=[{"type": "mcp_list_tools", "tools": [{"name": "f"}]}]
+    )  # repeats what a server once listed
     check(CHAT, tools=[{"type": "function"}])
 
 
 @pytest.mark.parametrize("endpoint", [MESSAGES, COUNT_TOKENS], ids=ids)
-def test_anthropic_s_own_tools_are_open_only_by_their_types(endpoint: Endpoint) -> None:
-    """What the vendor says of them to its model is input that the request doesn't show; a user's own need no type."""
+def test_tools_that_anthropic_defines_are_allowed_only_by_their_types(endpoint: Endpoint) -> None:
+    """Anthropic's description of them is input that the request doesn't show. A user's own tools need no type."""
     own = [{"name": "f", "input_schema": {}}, {"type": "custom", "name": "g", "input_schema": {}}]
     check(endpoint, tools=own)
     for kind in ("web_search_20250305", "bash_20250124"):
@@ -90,28 +94,28 @@ def test_anthropic_s_own_tools_are_open_only_by_their_types(endpoint: Endpoint) 
         assert f'"allow: {{tools: [{kind}]}}"' in error.message
         check(endpoint, Allow(frozenset([kind])), tools=[*own, {"type": kind, "name": "t"}])
     assert refused(endpoint, tools=["web_search"]).param == "tools"
-    assert refused(RESPONSES, tools=[{"name": "f"}]).param == "tools"  # there it would need its type
+    assert refused(RESPONSES, tools=[{"name": "f"}]).param == "tools"  # a type is required there
 
 
-def test_a_tool_without_a_type_is_for_its_user_to_mend() -> None:
-    """No setting of the operator's could open it."""
+def test_the_error_for_a_tool_without_a_type_names_no_setting() -> None:
+    """The user has to correct the request; no setting of the operator allows it."""
     message = refused(RESPONSES, tools=[{"name": "f"}]).message
-    assert ('says its "type"' in message, "allow" in message) == (True, False)
+    assert ('an object with a "type"' in message, "allow" in message) == (True, False)
 
 
 @pytest.mark.parametrize("endpoint", [CHAT, RESPONSES, MESSAGES], ids=ids)
-def test_the_type_of_a_tool_has_one_spelling(endpoint: Endpoint) -> None:
-    """Behind a gateway in Go the last of two wins, in whatever case; the parameters of a function are its user's."""
+def test_the_type_of_a_tool_in_another_case_is_refused(endpoint: Endpoint) -> None:
+    """A gateway in Go takes the last of two spellings. The parameters of a function may have any name."""
     own = {"type": "custom", "name": "f", "input_schema": {"Type": "x", "Tools": []}}
     check(endpoint, tools=[own])
-    for twin in ("Type", "TYPE", "Tools", "tool\u017f"):
+    for spelling in ("Type", "TYPE", "Tools", "tool\u017f"):
         with pytest.raises(InvalidRequest) as caught:
-            check(endpoint, tools=[{**own, twin: "web_search"}])
+            check(endpoint, tools=[{**own, spelling: "web_search"}])
         assert (caught.value.status, caught.value.param) == (400, "tools")
 
 
-def test_tools_that_are_allowed_are_open_and_no_others() -> None:
-    """By the very type that the request names."""
+def test_a_tool_is_allowed_by_its_exact_type() -> None:
+    """Permission for `web_search` does not include `web_search_preview`."""
     allow = Allow(frozenset(["web_search", "mcp", "code_interpreter"]))
     check(RESPONSES, allow, tools=[{"type": "web_search"}, {"type": "mcp", "server_url": "https://a.example"}])
     check(RESPONSES, allow, tools=[{"type": "code_interpreter", "container": {"type": "auto"}}])
@@ -134,19 +138,19 @@ def test_tools_that_are_allowed_are_open_and_no_others() -> None:
     ],
 )
 def test_an_allowed_tool_reaches_nothing_that_is_stored(tool: dict) -> None:
-    """Whoever stored it: the account is everybody's."""
+    """All users share the upstream account, so a stored thing may be another user's."""
     assert "stored at the upstream" in refused(RESPONSES, Allow(frozenset([tool["type"]])), tools=[tool]).message
 
 
-def test_other_vendors_have_tools_of_their_own_in_chat() -> None:
-    """Which they run themselves, as on /responses."""
+def test_tools_that_other_vendors_run_on_chat_need_permission() -> None:
+    """The same as on /responses."""
     own = {"type": "function", "function": {"name": "f"}}
     assert "tools: [browser_search]" in refused(CHAT, tools=[own, {"type": "browser_search"}]).message
     check(CHAT, Allow(frozenset(["browser_search"])), tools=[own, {"type": "browser_search"}])
 
 
-def test_search_in_chat_is_a_tool_too() -> None:
-    """It stands in a field of its own there."""
+def test_web_search_options_need_the_permission_for_web_search() -> None:
+    """On /chat/completions the tool has a field of its own."""
     error = refused(CHAT, web_search_options={})
     assert (error.param, "tools: [web_search]" in error.message) == ("web_search_options", True)
     check(CHAT, Allow(frozenset(["web_search"])), web_search_options={})
@@ -156,8 +160,8 @@ def test_search_in_chat_is_a_tool_too() -> None:
 
 
 @pytest.mark.parametrize("endpoint", [CHAT, COMPLETIONS, RESPONSES], ids=ids)
-def test_a_tier_of_service_has_its_price(endpoint: Endpoint) -> None:
-    """The usual ones are open, of others those that are allowed."""
+def test_a_service_tier_other_than_the_usual_needs_permission(endpoint: Endpoint) -> None:
+    """It changes the price of the call."""
     for usual in (None, "auto", "default", "standard_only"):
         check(endpoint, service_tier=usual)
     assert '"allow: {service_tiers: [priority]}"' in refused(endpoint, service_tier="priority").message
@@ -170,8 +174,8 @@ def test_a_tier_of_service_has_its_price(endpoint: Endpoint) -> None:
 
 
 @pytest.mark.parametrize("endpoint", [CHAT, RESPONSES], ids=ids)
-def test_nothing_is_kept_where_the_operator_says_so(endpoint: Endpoint) -> None:
-    """At the upstream it would stay for a month, in an account that everybody shares."""
+def test_store_is_refused_if_the_operator_forbids_it(endpoint: Endpoint) -> None:
+    """The upstream would keep the answer for a month, in an account that all users share."""
     for unused in (None, False):
         check(endpoint, Allow(store=False), store=unused)
     for used in (True, "true", 1):

@@ -1,4 +1,4 @@
-"""Events come out of a stream as the WHATWG grammar says, and the bytes as they came in."""
+"""The splitter returns the events that the WHATWG grammar defines, with their bytes unchanged."""
 
 import re
 from itertools import pairwise
@@ -9,27 +9,27 @@ from hypothesis import strategies as st
 
 from proxy.formats.sse import EVENT_BYTES_MAX, Event, Splitter
 
-Said = tuple[str | None, bytes | None]
+NameAndData = tuple[str | None, bytes | None]
 
 
 def split(stream: bytes, cuts: list[int] | None = None, event_bytes_max: int = EVENT_BYTES_MAX) -> list[Event]:
-    """Feed the stream cut at these places, and hold the splitter to its first promise on the way."""
+    """Feed the stream cut at these offsets, and check that no byte is lost or changed."""
     splitter = Splitter(event_bytes_max)
-    places = [0, *sorted(min(cut, len(stream)) for cut in cuts or []), len(stream)]
-    events = [event for start, end in pairwise(places) for event in splitter.feed(stream[start:end])]
+    offsets = [0, *sorted(min(cut, len(stream)) for cut in cuts or []), len(stream)]
+    events = [event for start, end in pairwise(offsets) for event in splitter.feed(stream[start:end])]
     assert b"".join(event.raw for event in events) + splitter.end() == stream
     assert splitter.end() == b""
     return events
 
 
-def said(events: list[Event]) -> list[Said]:
-    """What a reader of the stream is told: an event without data is none."""
+def dispatched(events: list[Event]) -> list[NameAndData]:
+    """The events that a client dispatches: those with data."""
     return [(event.name, event.data) for event in events if event.data is not None]
 
 
-def told_by_the_grammar(stream: bytes) -> list[Said]:
-    """The grammar of WHATWG, read in the plainest way: the whole stream at once, line by line."""
-    told: list[Said] = []
+def reference_parse(stream: bytes) -> list[NameAndData]:
+    """A simple parser of the WHATWG grammar: the whole stream at once, line by line."""
+    events: list[NameAndData] = []
     name, data = None, []
     *lines, _ = re.split(rb"\r\n|\n|\r", stream.removeprefix(b"\xef\xbb\xbf"))
     for line in lines:
@@ -40,9 +40,9 @@ def told_by_the_grammar(stream: bytes) -> list[Said]:
         if field == b"data":
             data.append(value)
         if line == b"":
-            told += [(name, b"\n".join(data))] if data else []
+            events += [(name, b"\n".join(data))] if data else []
             name, data = None, []
-    return told
+    return events
 
 
 LINE_ENDS = [b"\n", b"\n\n", b"\n\n", b"\r", b"\r\r", b"\r\n", b"\r\n\r\n"]
@@ -54,25 +54,25 @@ cuts = st.lists(st.integers(0, 120), max_size=20)
 
 @given(stream=streams, cuts=cuts)
 def test_events_do_not_depend_on_where_the_stream_was_cut(stream: bytes, cuts: list[int]) -> None:
-    """However the network cuts a stream, also byte by byte, the same events come out with the same bytes."""
+    """However the network cuts a stream, even into single bytes, it returns the same events with the same bytes."""
     assert split(stream, cuts) == split(stream) == split(stream, list(range(len(stream))))
 
 
 @given(stream=streams, cuts=cuts)
-def test_events_are_those_of_the_grammar(stream: bytes, cuts: list[int]) -> None:
-    """Any mixture of line ends, comments and fields reads as the plain grammar reads it."""
-    decided = stream + b":"  # a last CR may still become a CRLF; with a byte after it there is no doubt
-    assert said(split(decided, cuts)) == told_by_the_grammar(decided)
+def test_events_match_the_reference_parser(stream: bytes, cuts: list[int]) -> None:
+    """Any mixture of line ends, comments and fields is parsed as the grammar says."""
+    decided = stream + b":"  # a CR at the end could still become a CRLF; the byte after it removes the doubt
+    assert dispatched(split(decided, cuts)) == reference_parse(decided)
 
 
 @given(stream=streams, cuts=cuts, event_bytes_max=st.integers(0, 30))
-def test_large_events_pass_in_pieces_and_the_others_are_read(
+def test_large_events_are_returned_in_pieces_and_the_others_are_parsed(
     stream: bytes, cuts: list[int], event_bytes_max: int
 ) -> None:
-    """An event too large to hold loses its data, no byte, and takes no other event with it."""
+    """An event over the maximum is returned without data but with all its bytes; other events are not affected."""
     small_enough = [event for event in split(stream) if len(event.raw) <= max(event_bytes_max, 2)]
     events = split(stream, cuts, event_bytes_max)
-    assert said(events) == said(small_enough)
+    assert dispatched(events) == dispatched(small_enough)
     assert all(event.raw for event in events)
 
 
@@ -110,14 +110,14 @@ def test_large_events_pass_in_pieces_and_the_others_are_read(
         (b"", []),
     ],
 )
-def test_what_an_event_says(stream: bytes, expected: list[Said]) -> None:
-    """Each rule of the grammar that real upstreams make use of, and each that they break."""
+def test_the_name_and_data_of_events(stream: bytes, expected: list[NameAndData]) -> None:
+    """Each rule of the grammar that real upstreams use, and each that they break."""
     assert [(event.name, event.data) for event in split(stream)] == expected
     assert [(event.name, event.data) for event in split(stream, list(range(len(stream))))] == expected
 
 
 def test_the_raw_bytes_of_an_event_include_comments_and_the_terminator() -> None:
-    """What is passed on for one event is everything since the one before it."""
+    """`raw` contains every byte since the previous event."""
     assert split(b": hi\r\ndata: 1\r\n\r\n\ndata: 2\n\n") == [
         Event(b": hi\r\ndata: 1\r\n\r\n", None, b"1"),
         Event(b"\n", None, None),
@@ -125,8 +125,8 @@ def test_the_raw_bytes_of_an_event_include_comments_and_the_terminator() -> None
     ]
 
 
-def test_a_whole_event_goes_out_at_once() -> None:
-    """Nothing waits for a byte that needn't come: not after LF, not after CRLF, not in a stream of bare CRs."""
+def test_a_complete_event_is_returned_at_once() -> None:
+    """No event waits for a byte that may never come: not after LF, not after CRLF, not in a stream of bare CRs."""
     for stream in (b"data: 1\n\n", b"data: 1\r\n\r\n", b"data: 1\r\r"):
         splitter = Splitter()
         for _ in range(3):
@@ -134,43 +134,43 @@ def test_a_whole_event_goes_out_at_once() -> None:
 
 
 def test_a_bare_cr_after_lf_waits_for_the_byte_after_it() -> None:
-    """It may be half of a CRLF, which would belong to the same event."""
+    """It may be the first half of a CRLF, which would belong to the same event."""
     splitter = Splitter()
     assert splitter.feed(b"data: 1\n\r") == []
     assert splitter.feed(b"\n") == [Event(b"data: 1\n\r\n", None, b"1")]
 
 
 def test_several_events_in_one_chunk_of_a_running_stream() -> None:
-    """After the first event the usual chunks take the short way, with the same outcome."""
+    """After the first event, chunks of whole LF events take the fast path, with the same result."""
     splitter = Splitter()
-    assert said(splitter.feed(b"data: 0\n\n")) == [(None, b"0")]
+    assert dispatched(splitter.feed(b"data: 0\n\n")) == [(None, b"0")]
     assert splitter.feed(b"data: 1\n\nevent: e\ndata:2\n\n") == [
         Event(b"data: 1\n\n", None, b"1"),
         Event(b"event: e\ndata:2\n\n", "e", b"2"),
     ]
-    assert said(splitter.feed(b"data: 3\n\n\ndata: 4\n\n")) == [(None, b"3"), (None, b"4")]
-    assert said(splitter.feed(b"\n\n")) == []
-    assert said(splitter.feed(b"data: 5\n\ndata: ")) == [(None, b"5")]
-    assert said(splitter.feed(b"6\n\n")) == [(None, b"6")]
+    assert dispatched(splitter.feed(b"data: 3\n\n\ndata: 4\n\n")) == [(None, b"3"), (None, b"4")]
+    assert dispatched(splitter.feed(b"\n\n")) == []
+    assert dispatched(splitter.feed(b"data: 5\n\ndata: ")) == [(None, b"5")]
+    assert dispatched(splitter.feed(b"6\n\n")) == [(None, b"6")]
     assert splitter.end() == b""
 
 
-def test_a_large_event_passes_on_before_its_end_and_says_so() -> None:
-    """Its bytes are not kept back, but for the two that may begin its end; then events are read again."""
+def test_a_large_event_is_returned_in_pieces_before_its_end() -> None:
+    """All but the last two bytes are returned, because those may begin the blank line; the next event is parsed."""
     splitter = Splitter(event_bytes_max=16)
     assert splitter.feed(b"data: 1\n\n") == [Event(b"data: 1\n\n", None, b"1")]
     assert splitter.feed(b"data: " + b"x" * 10) == []
-    assert not splitter.is_passing_on
+    assert not splitter.is_inside_large_event
     assert splitter.feed(b"y") == [Event(b"data: " + b"x" * 9, None, None)]
-    assert splitter.is_passing_on
+    assert splitter.is_inside_large_event
     assert splitter.feed(b"z") == [Event(b"x", None, None)]
     assert splitter.feed(b"\n") == [Event(b"y", None, None)]
     assert splitter.feed(b"\ndata: 2\n\n") == [Event(b"z\n\n", None, None), Event(b"data: 2\n\n", None, b"2")]
-    assert not splitter.is_passing_on
+    assert not splitter.is_inside_large_event
 
 
-def test_a_large_event_in_one_chunk_is_not_read_either() -> None:
-    """Whether an event is too large is a matter of its size, not of how it arrived."""
+def test_a_large_event_in_one_chunk_is_not_parsed_either() -> None:
+    """The size of an event decides, not how it arrived."""
     splitter = Splitter(event_bytes_max=16)
     splitter.feed(b"data: 1\n\n")
     stream = b"data: " + b"x" * 9 + b"\n\n"
@@ -178,8 +178,8 @@ def test_a_large_event_in_one_chunk_is_not_read_either() -> None:
     assert splitter.feed(b"data: 2\n\n") == [Event(b"data: 2\n\n", None, b"2")]
 
 
-def test_an_event_of_megabytes_is_read() -> None:
-    """The last event of a response holds all of it, images too: there is no limit on a line but the event's."""
+def test_an_event_of_several_megabytes_is_parsed() -> None:
+    """The last event of a response contains its images: a line may be as long as an event may be."""
     stream = b"event: response.completed\ndata: " + b"x" * (3 << 20) + b"\n\n"
     assert split(stream, list(range(0, len(stream), 4096))) == [
         Event(stream, "response.completed", b"x" * (3 << 20)),

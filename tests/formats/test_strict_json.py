@@ -1,6 +1,6 @@
-"""What could be read in two ways is refused with words that help; everything else is read and written back as it was.
+"""Ambiguous JSON is refused with a message that helps; every other body is read and written back unchanged.
 
-Threats T26 (bodies that are no JSON object), T27 (twins), T34 (depth), T37 (fields that we don't know).
+Threats T26 (bodies that are not a JSON object), T27 (duplicate keys), T34 (depth), T37 (unknown fields).
 """
 
 import json
@@ -10,13 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.errors import InvalidRequest
-from proxy.formats.strict_json import DEPTH_MAX, dump, parse_object
+from proxy.formats.strict_json import DEPTH_MAX, dump, parse_object, walk
 
 KNOWN = frozenset(("model", "max_tokens", "stream", "messages"))
 
 
 def refusal(body: bytes) -> str:
-    """The words with which a body is refused."""
+    """The message with which this body is refused."""
     with pytest.raises(InvalidRequest) as caught:
         parse_object(body, KNOWN)
     assert (caught.value.status, caught.value.code) == (400, "invalid_json")
@@ -24,11 +24,11 @@ def refusal(body: bytes) -> str:
 
 
 def nested(levels: int, inner: bytes = b"1") -> bytes:
-    """Arrays inside an object, `levels` deep in all."""
+    """An object with nested arrays, `levels` deep in total."""
     return b'{"a":' + b"[" * (levels - 1) + inner + b"]" * (levels - 1) + b"}"
 
 
-# ---------------------------------------------------------------------------------------------------- what is refused
+# ----------------------------------------------------------------------------------------------------- refused bodies
 
 
 @pytest.mark.parametrize(
@@ -65,21 +65,21 @@ def nested(levels: int, inner: bytes = b"1") -> bytes:
         (b'{"model":"\xc0\xaf"}', "not valid UTF-8"),
     ],
 )
-def test_what_is_no_json_object_is_a_400_that_says_why(body: bytes, words: str) -> None:
-    """Whatever comes in (T26) is answered in OpenAI's shape, with the place where there is one."""
+def test_a_body_that_is_not_a_json_object_is_a_400_that_says_why(body: bytes, words: str) -> None:
+    """Any bytes (T26) get an error in OpenAI's shape, with line and column if the parser states them."""
     assert words in refusal(body)
 
 
 @pytest.mark.parametrize("text", [b"NaN", b"Infinity", b"-Infinity"])
 @pytest.mark.parametrize("body", [b'{"max_tokens":%b}', b'{"a":[{"b":%b}]}', b"%b"])
-def test_constants_that_json_does_not_have_are_refused(text: bytes, body: bytes) -> None:
-    """Python would read them, other servers don't; also deep inside, where we don't look ourselves."""
-    assert f"{text.decode()} is no JSON number" in refusal(body % text)
+def test_nan_and_infinity_are_refused(text: bytes, body: bytes) -> None:
+    """Python's parser would accept them, other servers don't. They are refused at any depth."""
+    assert f"{text.decode()} is not a JSON number" in refusal(body % text)
 
 
 @pytest.mark.parametrize("text", [b"1e999", b"-1e999", b"1E+400", b"1" + b"0" * 400 + b".5"])
-def test_fractions_beyond_a_double_are_refused(text: bytes) -> None:
-    """They would be read as infinity, which could not be written again."""
+def test_fractions_beyond_the_range_of_a_double_are_refused(text: bytes) -> None:
+    """They would be read as infinity, which cannot be written as JSON again."""
     words = refusal(b'{"temperature":%b}' % text)
     assert "beyond the range of numbers" in words
     assert len(words) < 150
@@ -87,25 +87,25 @@ def test_fractions_beyond_a_double_are_refused(text: bytes) -> None:
 
 @pytest.mark.parametrize("body", [b'{"a":%b}', b"%b", b'{"a":[-%b]}'])
 def test_an_integer_of_200_000_digits_is_refused(body: bytes) -> None:
-    """Reading one takes time by the square of its length, so Python's own limit of digits stands."""
+    """int() takes time quadratic in the number of digits."""
     assert "a number has too many digits" in refusal(body % (b"1" * 200_000))
 
 
 @pytest.mark.parametrize("body", [b'{"%b":1,"%b":2}', b'{"messages":[{"c":{"%b":1,"x":0,"%b":1}}]}'])
 @pytest.mark.parametrize("key", [b"model", b"digits", b"", b"\\u00e9", b"\\ud800", b"a\\nb"])
-def test_a_key_that_stands_twice_is_refused_at_any_depth(body: bytes, key: bytes) -> None:
-    """One server takes the first, another the last (T27). Equal values make no difference: nobody writes that."""
+def test_a_duplicate_key_is_refused_at_any_depth(body: bytes, key: bytes) -> None:
+    """One server takes the first, another the last (T27). Duplicates with equal values are refused too."""
     words = refusal(body % (key, key))
-    assert f'the key "{json.loads(b"%c%b%c" % (34, key, 34))}" stands twice' in words
+    assert f'the key "{json.loads(b"%c%b%c" % (34, key, 34))}" appears twice' in words
 
 
-def test_the_same_key_in_two_spellings_stands_twice() -> None:
-    """Escapes are undone before keys are compared, as every reader does it."""
-    assert 'the key "model" stands twice' in refusal(b'{"model":"a","\\u006dodel":"b"}')
+def test_a_duplicate_key_is_found_behind_an_escape() -> None:
+    """Escapes are decoded before keys are compared, as in every parser."""
+    assert 'the key "model" appears twice' in refusal(b'{"model":"a","\\u006dodel":"b"}')
 
 
-def test_the_same_key_in_two_objects_is_no_twin() -> None:
-    """Each message has a role, and a field of a tool may be called `model`."""
+def test_the_same_key_in_two_objects_is_not_a_duplicate() -> None:
+    """Each message has a role, and a parameter of a tool may be called `model`."""
     body = b'{"model":"m","messages":[{"role":"user"},{"role":"user"}],"tools":{"model":{"model":1}}}'
     assert parse_object(body, KNOWN) == json.loads(body)
 
@@ -126,21 +126,21 @@ def test_the_same_key_in_two_objects_is_no_twin() -> None:
     ],
 )
 def test_keys_that_differ_only_in_case_are_refused(body: bytes, first: str, second: str) -> None:
-    """Go's decoder takes them for one, by its own folding: also the long s and the sign for Kelvin.
+    """Go's decoder treats them as equal, by a case folding that includes the long s and the Kelvin sign.
 
-    Of a field on which something is decided a single other spelling is enough, since a server behind us may read it.
+    For a field that the proxy decides on, one other spelling alone is refused, because the upstream may read it.
     """
     assert f'"{first}" and "{second}" differ only in case' in refusal(body)
 
 
-def test_case_matters_nowhere_else() -> None:
-    """A field that nobody knows may be spelled as it likes, and deeper nothing is decided."""
+def test_unknown_and_nested_keys_may_have_any_case() -> None:
+    """Nothing is decided on an unknown field, nor on keys below the outermost object."""
     body = b'{"model":"m","X-Own":1,"metadata":{"a":1,"A":2,"MODEL":3}}'
     assert parse_object(body, KNOWN) == json.loads(body)
 
 
-def test_words_of_a_refusal_are_short() -> None:
-    """A key of 200 kB does not come back as an answer of 200 kB."""
+def test_error_messages_are_short() -> None:
+    """A key of 200 kB does not produce an error of 200 kB."""
     key = b"k" * 200_000
     assert len(refusal(b'{"%b":1,"%b":2}' % (key, key))) < 200
     assert len(refusal(b'{"%b":1,"%b":2}' % (key, key.upper()))) < 300
@@ -149,8 +149,8 @@ def test_words_of_a_refusal_are_short() -> None:
 # -------------------------------------------------------------------------------------------------------------- depth
 
 
-def test_as_deep_as_allowed_is_read_and_one_deeper_is_not() -> None:
-    """64 levels, counted in objects and arrays alike."""
+def test_64_levels_are_read_and_65_are_refused() -> None:
+    """Objects and arrays both count as a level."""
     assert parse_object(nested(DEPTH_MAX), KNOWN) == json.loads(nested(DEPTH_MAX))
     assert f"more than {DEPTH_MAX} levels" in refusal(nested(DEPTH_MAX + 1))
     assert f"more than {DEPTH_MAX} levels" in refusal(nested(DEPTH_MAX, b"{}"))
@@ -159,12 +159,12 @@ def test_as_deep_as_allowed_is_read_and_one_deeper_is_not() -> None:
 @pytest.mark.parametrize(("opening", "closing"), [(b"[", b"]"), (b'{"a":', b"}"), (b'[{"a":', b"}]")])
 @pytest.mark.parametrize("levels", [500, 100_000])
 def test_no_depth_overflows_a_stack(opening: bytes, closing: bytes, levels: int) -> None:
-    """100,000 levels are a 400 as well, closed or not: a RecursionError would be a 500 (T26)."""
+    """100,000 levels are a 400 too, closed or not. An uncaught RecursionError would be a 500 (T26)."""
     assert "levels deep" in refusal(b'{"a":' + opening * levels + b"1" + closing * levels + b"}")
     assert "not valid JSON" in refusal(b'{"a":' + opening * levels)
 
 
-# ------------------------------------------------------------------------------------------- what is read and written
+# ------------------------------------------------------------------------------------------------ reading and writing
 
 
 @pytest.mark.parametrize(
@@ -182,16 +182,16 @@ def test_no_depth_overflows_a_stack(opening: bytes, closing: bytes, levels: int)
         b'{"text":"<|endoftext|>","unknown":{"deep":[[[{"x":[null]}]]]}}',
     ],
 )
-def test_what_is_read_is_written_back(body: bytes) -> None:
-    """The value survives reading and writing: integers of any size, also half of a surrogate pair (T37, T67)."""
+def test_a_value_survives_reading_and_writing(body: bytes) -> None:
+    """Integers of any size do, and so does half of a surrogate pair (T37, T67)."""
     value = parse_object(body, KNOWN)
     again = parse_object(dump(value), KNOWN)
     assert again == value == json.loads(body)
     assert repr(again) == repr(value)  # 1 is not 1.0, and -0.0 is not 0.0
 
 
-def test_what_is_written_is_compact_utf8() -> None:
-    """So its length bounds the tokens, and no server has to undo escapes."""
+def test_json_is_written_compactly_in_utf8() -> None:
+    """The length of the body bounds its tokens, so it contains neither blanks nor needless escapes."""
     assert dump({"a": [1, "é😀"], "b": None}) == '{"a":[1,"é😀"],"b":null}'.encode()
     assert dump({"a": [2**64, "\ud800"]}) == b'{"a":[18446744073709551616,"\\ud800"]}'
 
@@ -213,12 +213,12 @@ documents = st.dictionaries(st.text(max_size=5), values, max_size=5)
 
 @given(document=documents, spaced=st.booleans(), escaped=st.booleans())
 def test_any_document_is_read_as_json_reads_it_or_refused(document: dict, spaced: bool, escaped: bool) -> None:
-    """However it is spelled, it is read as what it says; only twins by case stand in its way."""
+    """Blanks and escapes make no difference; only keys that differ in case are refused."""
     separators = (" , ", " : ") if spaced else (",", ":")
     try:
         body = json.dumps(document, ensure_ascii=escaped, separators=separators).encode()
     except UnicodeEncodeError:
-        return  # half a pair can only be written as an escape
+        return  # half of a surrogate pair can only be written as an escape
     if len({key.casefold() for key in document.keys() | KNOWN}) < len(document.keys() | KNOWN):
         assert "differ only in case" in refusal(body)
         return
@@ -228,8 +228,8 @@ def test_any_document_is_read_as_json_reads_it_or_refused(document: dict, spaced
 
 
 @given(body=st.binary(max_size=40) | st.text('{}[]",:0123456789eE+-.truefalsn\\ \n', max_size=40).map(str.encode))
-def test_no_bytes_break_the_reading(body: bytes) -> None:
-    """Anything is an object or a 400, never another exception."""
+def test_any_bytes_give_an_object_or_a_400(body: bytes) -> None:
+    """No bytes raise another exception than InvalidRequest."""
     try:
         value = parse_object(body, KNOWN)
     except InvalidRequest as error:
@@ -240,14 +240,44 @@ def test_no_bytes_break_the_reading(body: bytes) -> None:
 
 
 @pytest.mark.parametrize("value", [b"{},", b"[],", b"1,"])
-def test_a_body_of_too_many_values_is_refused_before_it_is_read(value: bytes) -> None:
-    """It would take seconds to read, in which nobody else is served."""
+def test_a_body_of_too_many_values_is_refused_before_it_is_parsed(value: bytes) -> None:
+    """Parsing it would block the event loop for seconds."""
     with pytest.raises(InvalidRequest, match="commas and brackets"):
         parse_object(b'{"a":[' + value * 1_000_000 + b"1]}", frozenset())
 
 
 def test_a_body_of_too_many_keys_is_refused() -> None:
-    """Each of them would be compared with all that is known."""
+    """Each outermost key is casefolded and looked up among all others."""
     many = b"{" + b",".join(b'"k%d":1' % number for number in range(1001)) + b"}"
     with pytest.raises(InvalidRequest, match="1000 keys"):
         parse_object(many, frozenset())
+
+
+# --------------------------------------------------------------------------------------------------------------- walk
+
+
+def test_walk_yields_the_value_and_all_values_below_it_in_document_order() -> None:
+    """Depth first: a value comes before the values inside it, and these before its next sibling."""
+    inner = {"b": 2}
+    items = [1, inner]
+    value = {"a": items, "c": None}
+    assert list(walk(value)) == [value, items, 1, inner, 2, None]
+    assert list(walk("text")) == ["text"]
+    assert list(walk([])) == [[]]
+
+
+def test_walk_goes_only_into_the_chosen_members() -> None:
+    """The choice is made at every level, and may replace a value."""
+    value = {"skip": {"a": 1}, "b": [{"skip": 2, "c": 3}]}
+    found = walk(value, lambda members: [inner for name, inner in members.items() if name != "skip"])
+    assert list(found) == [value, value["b"], {"skip": 2, "c": 3}, 3]
+    assert list(walk({"a": [1]}, lambda members: map(json.dumps, members.values()))) == [{"a": [1]}, "[1]"]
+
+
+def test_walk_is_not_recursive() -> None:
+    """100,000 levels don't overflow the stack."""
+    value: object = "deep"
+    for level in range(100_000):
+        value = [value] if level % 2 else {"a": value}
+    *_, last = walk(value)
+    assert last == "deep"

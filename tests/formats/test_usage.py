@@ -1,4 +1,8 @@
-"""A usage object that an upstream states is read to the token; what makes no sense is not read (docs/threats.md)."""
+"""A valid usage object is read exactly; an invalid one gives None.
+
+The cases named u-… are those of docs/threats.md, "What is charged for strange usage". The true usage there is 11
+tokens of input and 5 of output.
+"""
 
 import json
 
@@ -8,11 +12,29 @@ from hypothesis import strategies as st
 
 from proxy.formats.usage import REPORTED_MAX, read_timings, read_tokens
 from proxy.policy.amounts import Amount, Exactly, Tokens, charge_of
-from tests.policy.test_amounts import NAMES, reported, values
+
+NAMES = [
+    *("prompt_tokens", "completion_tokens", "input_tokens", "output_tokens", "total_tokens"),
+    *("prompt_tokens_details", "completion_tokens_details", "input_tokens_details", "output_tokens_details"),
+    *("cached_tokens", "reasoning_tokens"),
+]
+scalars = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.integers(0, 100)
+    | st.floats()
+    | st.text(max_size=5)
+    | st.from_regex(r"[0-9]{1,15}", fullmatch=True)
+)
+values = st.recursive(
+    scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(NAMES), inner), max_leaves=12
+)
+reported = st.integers(0, REPORTED_MAX)
 
 
 def chat(input_tokens: object = 11, output_tokens: object = 5, **more: object) -> dict[str, object]:
-    """A chat completion's usage."""
+    """The usage of a chat completion."""
     return {"prompt_tokens": input_tokens, "completion_tokens": output_tokens, "total_tokens": 16, **more}
 
 
@@ -45,7 +67,7 @@ def chat(input_tokens: object = 11, output_tokens: object = 5, **more: object) -
         pytest.param(
             chat(prompt_tokens_details={"cached_tokens": -1}, completion_tokens_details={"reasoning_tokens": "x"}),
             Tokens(11, 5),
-            id="senseless details don't spoil the count",
+            id="invalid details are ignored",
         ),
         pytest.param({"prompt_tokens": 8, "total_tokens": 8}, Tokens(8, 0), id="embeddings"),
         pytest.param(
@@ -65,16 +87,16 @@ def chat(input_tokens: object = 11, output_tokens: object = 5, **more: object) -
         pytest.param(chat(1_000_000, 5), Tokens(1_000_000, 5), id="u-1e6"),
         pytest.param(chat(1e6, 5), Tokens(1_000_000, 5), id="u-1e6 as a float"),
         pytest.param(
-            chat(REPORTED_MAX, REPORTED_MAX), Tokens(REPORTED_MAX, REPORTED_MAX), id="the most that is believed"
+            chat(REPORTED_MAX, REPORTED_MAX), Tokens(REPORTED_MAX, REPORTED_MAX), id="the largest accepted number"
         ),
         pytest.param({**chat(), "cost": 0.1, "queue_time": "x"}, Tokens(11, 5), id="members of other servers"),
         pytest.param(
-            {**chat(), "input_tokens": 0, "output_tokens": 0}, Tokens(11, 5), id="both namings, one of zeros"
+            {**chat(), "input_tokens": 0, "output_tokens": 0}, Tokens(11, 5), id="both namings, one with zeros"
         ),
     ],
 )
-def test_what_the_upstream_says_is_what_is_read(usage, tokens):
-    """An explicit zero is a zero, details are parts and not extras, a total alone is charged in full."""
+def test_a_valid_usage_is_read(usage, tokens):
+    """An explicit zero is a zero, details are parts and not extras, and a total without parts is charged in full."""
     assert read_tokens(usage) == tokens
 
 
@@ -91,7 +113,7 @@ def test_what_the_upstream_says_is_what_is_read(usage, tokens):
         pytest.param(chat(None, None, total_tokens=None), id="u-nullfields"),
         pytest.param(chat(-11, 5), id="u-neg"),
         pytest.param(chat(11, -5), id="u-neg output"),
-        pytest.param(chat(-11, -5), id="u-neg both, a total beside"),
+        pytest.param(chat(-11, -5), id="u-neg both, with a total"),
         pytest.param({"total_tokens": -16}, id="u-neg-total"),
         pytest.param(chat(True, False), id="u-bool"),
         pytest.param(chat(11, True), id="u-bool output"),
@@ -107,7 +129,7 @@ def test_what_the_upstream_says_is_what_is_read(usage, tokens):
         pytest.param(chat(11, 10**30), id="u-huge output"),
         pytest.param(chat(1e30, 5), id="u-huge as a float"),
         pytest.param(chat(2**63, 5), id="u-2e63"),
-        pytest.param(chat(11, REPORTED_MAX + 1), id="just beyond belief"),
+        pytest.param(chat(11, REPORTED_MAX + 1), id="one more than the largest accepted number"),
         pytest.param({"total_tokens": 2**63}, id="u-2e63 total only"),
         pytest.param(chat("9" * 200_000, 5), id="long-int"),
         pytest.param(chat("eleven", "five"), id="words"),
@@ -121,8 +143,8 @@ def test_what_the_upstream_says_is_what_is_read(usage, tokens):
         pytest.param({"output_tokens": 5}, id="no input, responses"),
     ],
 )
-def test_what_makes_no_sense_is_not_read(usage):
-    """Neither an exception nor a guess: None, and the caller counts by itself; nobody is locked out by one answer."""
+def test_an_invalid_usage_gives_none(usage):
+    """There is no exception and no guess. The caller counts itself, so one absurd answer uses up no quota."""
     assert read_tokens(usage) is None
 
 
@@ -134,15 +156,15 @@ def test_what_makes_no_sense_is_not_read(usage):
         {"input_tokens": 11, "output_tokens": None, "total_tokens": 16},
     ],
 )
-def test_an_answer_that_only_the_total_counts_is_not_free(usage):
-    """The total is 16 and the input 11, so 5 were generated: charged, or not readable, but never booked as 11."""
+def test_output_that_only_the_total_includes_is_not_free(usage):
+    """The total is 16 and the input 11, so 5 were generated: the result has 16 tokens or is None, never 11."""
     tokens = read_tokens(usage)
     assert tokens is None or tokens.input + tokens.output == 16
 
 
 @given(usage=st.dictionaries(st.sampled_from(NAMES), values) | values)
-def test_whatever_comes_the_books_stay_whole_and_bounded(usage):
-    """Integers from 0 to the most that is believed, parts within their wholes, and never an exception (T43)."""
+def test_any_usage_gives_bounded_integers_or_none(usage):
+    """Counts are integers from 0 to the accepted maximum, parts are at most their wholes, nothing is raised (T43)."""
     tokens = read_tokens(usage)
     if tokens is None:
         return
@@ -158,8 +180,8 @@ def test_whatever_comes_the_books_stay_whole_and_bounded(usage):
     output_tokens=reported,
     naming=st.sampled_from([("prompt", "completion"), ("input", "output")]),
 )
-def test_an_honest_count_is_booked_to_the_token(input_tokens, output_tokens, naming):
-    """What clients saw as usage is what is charged (invariant I5), in either naming, after a trip through JSON."""
+def test_an_honest_usage_is_charged_exactly(input_tokens, output_tokens, naming):
+    """The usage that clients see is the usage that is charged (I5), in either naming, after encoding as JSON."""
     first, second = naming
     usage = {
         f"{first}_tokens": input_tokens,
@@ -176,7 +198,7 @@ def test_an_honest_count_is_booked_to_the_token(input_tokens, output_tokens, nam
     [
         ({"prompt_n": 7, "cache_n": 4, "predicted_n": 5, "prompt_ms": 1.5}, Tokens(11, 5, cached=4)),
         ({"prompt_n": 7, "cache_n": 0, "predicted_n": 0}, Tokens(7, 0)),
-        ({"prompt_n": 7, "predicted_n": 5}, None),  # formerly it did not say what it knew already
+        ({"prompt_n": 7, "predicted_n": 5}, None),  # older versions do not send cache_n
         ({"prompt_n": -7, "cache_n": 4, "predicted_n": 5}, None),
         ({"prompt_n": True, "cache_n": 4, "predicted_n": 5}, None),
         ({}, None),
@@ -184,6 +206,6 @@ def test_an_honest_count_is_booked_to_the_token(input_tokens, output_tokens, nam
         ([7, 4, 5], None),
     ],
 )
-def test_timings_of_llama_cpp_are_a_usage_where_they_say_all_of_it(timings, tokens):
-    """What was read now and what was read before are the input."""
+def test_complete_timings_of_llama_cpp_are_a_usage(timings, tokens):
+    """The input is the sum of the tokens evaluated now and those in the cache."""
     assert read_timings(timings) == tokens

@@ -76,7 +76,7 @@ async def test_six_agents_use_up_a_shared_quota(tmp_path: Path) -> None:
         await asyncio.gather(*(session.run(on, name) for name in AGENTS))
         await on.all_settled()
         used, held = await on.used("team/pot", "ann")
-        given = on.simulator.given
+        given = on.simulator.reported_usage
         assert session.used_at_refusals()[0] >= LIMIT * 9 // 10
         assert {error["code"] for error in session.refusals} == {"insufficient_quota"}
         assert (used, held) == (given.input_tokens + given.output_tokens, 0)
@@ -115,7 +115,7 @@ async def test_six_agents_with_one_key_do_not_affect_another_member(tmp_path: Pa
         await asyncio.gather(bob(), agents())
         await on.all_settled()
         used, held = await on.used("staff/daily", "ann")
-        given = on.simulator.given
+        given = on.simulator.reported_usage
         assert session.used_at_refusals()[0] >= LIMIT * 9 // 10
         assert used <= LIMIT
         assert len(tokens_of_bob) > 10

@@ -62,7 +62,7 @@ async def test_a_session_is_accepted_and_charged(name: str, tmp_path: Path) -> N
             assert reply.status == 200, request["what"]
             assert b"completed" in reply.body or b"message_stop" in reply.body
             assert json.loads(on.simulator.requests[-1].body) == request["body"]
-        given = on.simulator.given
+        given = on.simulator.reported_usage
         assert given.calls == len(recorded(name)) > 1
         assert await on.used() == (given.input_tokens + given.output_tokens, 0)
         assert {call["provenance"] for call in await on.rows("calls")} == {"exactly"}

@@ -140,7 +140,7 @@ async def test_the_quota_equals_the_sum_of_usage_after_five_hundred_mixed_calls(
 
         await asyncio.gather(*(client() for _ in range(64)))
         await on.all_settled()
-        given = on.simulator.given
+        given = on.simulator.reported_usage
         assert given.calls == 500
         assert await on.used() == (given.input_tokens + given.output_tokens, 0)
         assert (await on.quota("staff/daily"))["requests"]["used"] == 500
@@ -191,7 +191,7 @@ async def test_many_clients_never_charge_more_than_the_limit(tmp_path: Path) -> 
         assert held == 0
         assert used <= 10_000
         assert used > 10_000 - need
-        assert used == on.simulator.given.input_tokens + on.simulator.given.output_tokens
+        assert used == on.simulator.reported_usage.input_tokens + on.simulator.reported_usage.output_tokens
         for refused in refusals:
             tokens = next(item for item in refused["quotas"] if item["id"] == "staff/daily")["tokens"]
             assert tokens["held"] > 0 or tokens["limit"] - tokens["used"] <= need

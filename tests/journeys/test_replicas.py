@@ -22,7 +22,7 @@ from proxy.ledger.store import StoreUnavailable
 from proxy.policy.amounts import Amount, AtLeast, Tokens
 from proxy.server import wall_clock_ms
 from tests.builders import binding, call, exactly, extend, quota, reserve
-from tests.calls.test_reservation import Call
+from tests.calls.test_reservation import AdmittedCall
 from tests.ledger.test_postgres import LONG, Database, until
 from tests.postgres import shared
 from tests.stage import STAFF, Clock, stage
@@ -176,7 +176,7 @@ async def test_a_replica_that_was_paused_does_not_exceed_the_quota(database):
     bound = binding([small])
     async with replica(database, "paused", now=now) as paused, replica(database, "other") as other:
         accepted = await paused.reserve(replace(reserve("1", bound, STREAM), owner="paused"))
-        stream = Call(paused, accepted, small)
+        stream = AdmittedCall(paused, accepted, small)
         stream.says("x" * 150)
         await expire_lease(database, "paused")
         now.ms += 3 * LEASE_MS

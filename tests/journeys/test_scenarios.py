@@ -361,7 +361,7 @@ async def test_two_thousand_embedding_inputs_are_one_request(tmp_path: Path) -> 
         assert "has 904 tokens left and this call may need 2048." in third.error["message"]
         assert await _level(on) == [5000, 4096, 0, 904]
         assert await _level(on, measure="requests") == [10, 2, 0, 8]
-        given = on.simulator.given
+        given = on.simulator.reported_usage
         assert (given.calls, given.input_tokens, given.output_tokens) == (2, 4096, 0)
 
 
@@ -735,7 +735,7 @@ async def test_a_stream_at_the_limit_ends_as_its_own_maximum_would_end_it(
     it; the text is the beginning of what the upstream would have said, and the upstream has stopped.
     """
     served: list[Served] = []
-    simulator = Simulator(UPSTREAM_KEY, watch=served.append)
+    simulator = Simulator(UPSTREAM_KEY, on_served=served.append)
     # With no room for drains whoever leaves is charged all that was held, at once.
     disconnects = Disconnects(drains_max=0)
     async with stage(SHARED_300, folder=tmp_path, simulator=simulator, disconnects=disconnects) as on:
@@ -752,7 +752,7 @@ async def test_a_stream_at_the_limit_ends_as_its_own_maximum_would_end_it(
         assert heard.usage == ((taken, 140 - taken) if asks_for_usage else None)
         assert await _level(on) == [300, 300, 0, 0]
         await simulator.until(lambda: simulator.open_calls == 0)
-        said = next(each.script.choices[0].text for each in served if each.script.is_streamed)
+        said = next(each.answer.choices[0].text for each in served if each.answer.is_streamed)
         assert said.startswith(heard.text)
         assert len(said) > len(heard.text) > 0
         await on.audit()
@@ -927,9 +927,13 @@ async def test_many_streams_share_the_end_of_a_quota(tmp_path: Path) -> None:
         await asyncio.gather(*(client() for _ in range(64)))
         await on.all_settled()
         used, held = await on.used()
-        calls = on.simulator.given.calls
+        calls = on.simulator.reported_usage.calls
         assert held == 0
-        assert used == 110 * calls == on.simulator.given.input_tokens + on.simulator.given.output_tokens
+        assert (
+            used
+            == 110 * calls
+            == on.simulator.reported_usage.input_tokens + on.simulator.reported_usage.output_tokens
+        )
         assert 10_000 - worth < used <= 10_000
         assert {refused["code"] for refused in refusals} == {"insufficient_quota"}
         assert all(_left(refused["quotas"]) < worth for refused in refusals)

@@ -14,7 +14,7 @@ import aiohttp
 import openai
 import pytest
 
-from proxy.simulator.media import HEARD, PICTURE, SOUND
+from proxy.simulator.media import AUDIO, IMAGE, TRANSCRIPT
 from tests.formats.test_endpoints import METERED, published
 from tests.stage import STAFF, Stage, key_of, stage
 
@@ -103,7 +103,7 @@ async def test_images_are_charged_the_reported_usage(tmp_path: Path) -> None:
     async with stage(POLICY, folder=tmp_path) as on:
         images = on.sdk().images
         whole = await images.generate(model="painter", prompt="a red fox", n=2)
-        assert [image.b64_json for image in whole.data or []] == [PICTURE, PICTURE]
+        assert [image.b64_json for image in whole.data or []] == [IMAGE, IMAGE]
         assert await used(on) == (3 + 544, 1, 1)
         stream = await images.generate(model="painter", prompt="a red fox", stream=True, partial_images=2, n=2)
         kinds = [event.type async for event in stream]
@@ -153,7 +153,7 @@ async def test_speech_passes_unchanged_and_counts_as_a_request(tmp_path: Path) -
     """Audio bytes report no tokens."""
     async with stage(POLICY, folder=tmp_path) as on:
         speech = await on.sdk().audio.speech.create(model="voice", input="hello there", voice="alloy")
-        assert speech.content == SOUND
+        assert speech.content == AUDIO
         assert speech.response.headers["content-type"] == "audio/mpeg"
         assert await used(on) == (0, 1, 1)
 
@@ -175,7 +175,7 @@ async def test_a_transcription_is_charged_the_reported_usage(tmp_path: Path) -> 
     """In tokens, streamed or not."""
     async with stage(POLICY, folder=tmp_path) as on:
         transcription = await on.sdk().audio.transcriptions.create(model="scribe", file=FILE)
-        assert transcription.text == HEARD
+        assert transcription.text == TRANSCRIPT
         assert await used(on) == (1750 + 8, 1, 1)
         stream = await on.sdk().audio.transcriptions.create(model="scribe", file=FILE, stream=True)
         assert [event.type async for event in stream][-1] == "transcript.text.done"
@@ -186,10 +186,11 @@ async def test_a_transcription_without_tokens_counts_as_a_request(tmp_path: Path
     """whisper-1 is billed by the second, and a plain-text answer has no usage."""
     async with stage(POLICY, folder=tmp_path) as on:
         audio = on.sdk().audio
-        assert (await audio.transcriptions.create(model="whisper-1", file=FILE)).text == HEARD
-        assert await audio.transcriptions.create(model="scribe", file=FILE, response_format="text") == HEARD + "\n"
+        assert (await audio.transcriptions.create(model="whisper-1", file=FILE)).text == TRANSCRIPT
+        text = await audio.transcriptions.create(model="scribe", file=FILE, response_format="text")
+        assert text == TRANSCRIPT + "\n"
         with pytest.deprecated_call():
-            assert (await audio.translations.create(model="whisper-1", file=FILE)).text == HEARD
+            assert (await audio.translations.create(model="whisper-1", file=FILE)).text == TRANSCRIPT
         assert await used(on) == (0, 3, 3)
 
 
@@ -218,7 +219,7 @@ async def test_only_the_model_of_a_multipart_body_is_changed(order: int, tmp_pat
     headers = {"content-type": "multipart/form-data; boundary=xYz", "expect": "100-continue"}
     async with stage(POLICY, folder=tmp_path) as on:
         reply = await on.post("/v1/audio/transcriptions", io.BytesIO(body), headers=headers)
-        assert reply.json()["text"] == HEARD
+        assert reply.json()["text"] == TRANSCRIPT
         received = on.simulator.requests[-1]
         assert received.body == body.replace(b"scribe", b"gpt-4o-transcribe")
         assert received.headers["content-type"] == headers["content-type"]

@@ -4,11 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.formats.usage import REPORTED_MAX
 from proxy.policy.amounts import MEASURES, NOTHING, TOKENS_MAX, Amount, AtLeast, Exactly, Tokens, Unspent, charge_of
 
 counts = st.integers(0, TOKENS_MAX)
-reported = st.integers(0, REPORTED_MAX)
 amounts = st.builds(Amount, counts, counts, counts)
 
 # ------------------------------------------------------------------------------------------------------------ amounts
@@ -106,25 +104,3 @@ def test_only_tokens_above_the_hold_are_beyond_it(tokens: Tokens, hold: Amount, 
 def test_an_unspent_call_has_no_tokens_of_any_kind():
     """Also where the call itself counts."""
     assert Unspent(requests=1).tokens == Tokens(0, 0)
-
-
-# --------------------------------------------------------------------------------------------- reading a usage object
-
-
-NAMES = [
-    *("prompt_tokens", "completion_tokens", "input_tokens", "output_tokens", "total_tokens"),
-    *("prompt_tokens_details", "completion_tokens_details", "input_tokens_details", "output_tokens_details"),
-    *("cached_tokens", "reasoning_tokens"),
-]
-scalars = (
-    st.none()
-    | st.booleans()
-    | st.integers()
-    | st.integers(0, 100)
-    | st.floats()
-    | st.text(max_size=5)
-    | st.from_regex(r"[0-9]{1,15}", fullmatch=True)
-)
-values = st.recursive(
-    scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(NAMES), inner), max_leaves=12
-)

@@ -1,58 +1,65 @@
-"""A request says how the simulator is to answer or to fail, and is told when it can't be understood."""
+"""Directives are parsed, an invalid one is an error, and error responses are worded as OpenAI's."""
 
 import pytest
 
-from proxy.simulator.directives import TOKENS_MAX, Complaint, Directions, complaint_of, read_directions, wrong_key
+from proxy.simulator.directives import (
+    TOKENS_MAX,
+    ApiError,
+    Directives,
+    error_for_status,
+    invalid_key_error,
+    read_directives,
+)
 
 
 @pytest.mark.parametrize(
-    ("wish", "expected"),
+    ("text", "expected"),
     [
-        ("", Directions()),
-        ("  ", Directions()),
-        ("tokens=300", Directions(tokens=300)),
-        ("tokens=0", Directions(tokens=0)),
-        ("speed=100", Directions(tokens_per_s=100.0)),
-        ("delay=0.5 speed=2.5", Directions(delay_s=0.5, tokens_per_s=2.5)),
-        ("status=429 code=insufficient_quota", Directions(status=429, code="insufficient_quota")),
-        ("cut=5", Directions(fault="cut", fault_after=5)),
-        ("error=3 no_done", Directions(fault="error", fault_after=3, no_done=True)),
-        ("stall=0", Directions(fault="stall", fault_after=0)),
-        ("no_usage crlf", Directions(no_usage=True, crlf=True)),
-        ("usage_early", Directions(usage_early=True)),
-        ("usage_zero", Directions(usage_zero=True)),
-        ("hang html", Directions(hang=True, html=True)),
-        ("header=X-A:1 header=X-B:a:b", Directions(headers=(("X-A", "1"), ("X-B", "a:b")))),
+        ("", Directives()),
+        ("  ", Directives()),
+        ("tokens=300", Directives(tokens=300)),
+        ("tokens=0", Directives(tokens=0)),
+        ("speed=100", Directives(tokens_per_s=100.0)),
+        ("delay=0.5 speed=2.5", Directives(delay_s=0.5, tokens_per_s=2.5)),
+        ("status=429 code=insufficient_quota", Directives(status=429, code="insufficient_quota")),
+        ("cut=5", Directives(fault="cut", fault_after=5)),
+        ("error=3 no_done", Directives(fault="error", fault_after=3, no_done=True)),
+        ("stall=0", Directives(fault="stall", fault_after=0)),
+        ("no_usage crlf", Directives(no_usage=True, crlf=True)),
+        ("usage_early", Directives(usage_early=True)),
+        ("usage_zero", Directives(usage_zero=True)),
+        ("hang html", Directives(hang=True, html=True)),
+        ("header=X-A:1 header=X-B:a:b", Directives(headers=(("X-A", "1"), ("X-B", "a:b")))),
     ],
 )
-def test_directives(wish: str, expected: Directions) -> None:
-    """Each directive means one thing, and several stand beside each other."""
-    assert read_directions({"metadata": {"simulate": wish}}) == expected
+def test_each_directive_sets_its_field(text: str, expected: Directives) -> None:
+    """Several directives are separated by spaces."""
+    assert read_directives({"metadata": {"simulate": text}}) == expected
 
 
 @pytest.mark.parametrize(
-    ("asked", "expected"),
+    ("params", "expected"),
     [
-        ({"model": "gpt-4o-mini+tokens=300+cut=5"}, Directions(tokens=300, fault="cut", fault_after=5)),
-        ({"model": "m+tool", "metadata": {"user_id": "7"}}, Directions(tool=True)),
-        ({"model": "m+tool", "metadata": {"simulate": "tokens=3"}}, Directions(tokens=3)),
-        ({"model": "gpt-4o-mini"}, Directions()),
-        ({"model": None}, Directions()),
+        ({"model": "gpt-4o-mini+tokens=300+cut=5"}, Directives(tokens=300, fault="cut", fault_after=5)),
+        ({"model": "m+tool", "metadata": {"user_id": "7"}}, Directives(tool=True)),
+        ({"model": "m+tool", "metadata": {"simulate": "tokens=3"}}, Directives(tokens=3)),
+        ({"model": "gpt-4o-mini"}, Directives()),
+        ({"model": None}, Directives()),
     ],
 )
-def test_directives_behind_a_model_s_name(asked: dict[str, object], expected: Directions) -> None:
-    """For clients that send no metadata, or whose metadata are others; what these say goes first."""
-    assert read_directions(asked) == expected
+def test_directives_after_the_model_name(params: dict[str, object], expected: Directives) -> None:
+    """For clients that send no metadata, or metadata without `simulate`. `metadata.simulate` takes precedence."""
+    assert read_directives(params) == expected
 
 
-@pytest.mark.parametrize("asked", [{}, {"metadata": None}, {"metadata": "x"}, {"metadata": {"trace": "7"}}])
-def test_no_directives(asked: dict[str, object]) -> None:
-    """A request that says nothing of the kind gets an ordinary answer; other metadata are its own affair."""
-    assert read_directions(asked) == Directions()
+@pytest.mark.parametrize("params", [{}, {"metadata": None}, {"metadata": "x"}, {"metadata": {"trace": "7"}}])
+def test_a_request_without_directives(params: dict[str, object]) -> None:
+    """It gets an ordinary answer; other metadata is ignored."""
+    assert read_directives(params) == Directives()
 
 
 @pytest.mark.parametrize(
-    "wish",
+    "text",
     [
         *(
             "cutt=5",
@@ -68,12 +75,12 @@ def test_no_directives(asked: dict[str, object]) -> None:
         *("status=99", "status=600", "no_done=1", "nonsense", "header=X-A", "delay=-1", 5, ["cut=5"], None),
     ],
 )
-def test_what_is_no_directive_is_an_error(wish: object) -> None:
-    """A misspelt fault must not pass as an answer without one."""
-    with pytest.raises(Complaint) as caught:
-        read_directions({"metadata": {"simulate": wish}})
-    with pytest.raises(Complaint):
-        read_directions({"model": f"gpt-4o-mini+{wish or 'cutt'}"})
+def test_an_invalid_directive_is_an_error(text: object) -> None:
+    """A misspelt fault must not be answered as if there were no fault."""
+    with pytest.raises(ApiError) as caught:
+        read_directives({"metadata": {"simulate": text}})
+    with pytest.raises(ApiError):
+        read_directives({"model": f"gpt-4o-mini+{text or 'cutt'}"})
     assert (caught.value.status, caught.value.error["param"]) == (400, "metadata")
 
 
@@ -94,19 +101,19 @@ def test_what_is_no_directive_is_an_error(wish: object) -> None:
 def test_errors_have_the_type_and_code_of_openai(
     status: int, code: str | None, expected: tuple[str, str | None]
 ) -> None:
-    """What tells clients whether to try again is the type and the code, so these are the real ones."""
-    complaint = complaint_of(status, code, "sk-some-key-of-the-proxy")
-    assert complaint.status == status
-    assert (complaint.error["type"], complaint.error["code"]) == expected
-    assert list(complaint.error) == ["message", "type", "param", "code"]
+    """Clients decide by type and code whether to retry, so these are the real ones."""
+    error = error_for_status(status, code, "sk-some-key-of-the-proxy")
+    assert error.status == status
+    assert (error.error["type"], error.error["code"]) == expected
+    assert list(error.error) == ["message", "type", "param", "code"]
 
 
-def test_the_error_for_a_wrong_key_shows_part_of_it() -> None:
-    """As OpenAI's does, so it can be seen that the proxy passes nothing of that on; the whole key it never shows."""
+def test_the_error_for_an_invalid_key_shows_part_of_the_key() -> None:
+    """As OpenAI's does, so tests can check that the proxy does not pass it on. It never shows the whole key."""
     key = "sk-upstream-0123456789"
-    message = wrong_key(key).error["message"]
+    message = invalid_key_error(key).error["message"]
     assert key[:8] in message
     assert key[-4:] in message
     assert key not in message
-    assert "ab***" in wrong_key("abcdef").error["message"]
-    assert wrong_key("").error["code"] is None
+    assert "ab***" in invalid_key_error("abcdef").error["message"]
+    assert invalid_key_error("").error["code"] is None

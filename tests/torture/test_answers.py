@@ -1,90 +1,97 @@
-"""What a client reads out of an answer, whole or cut anywhere."""
+"""What a client reads in an answer that is complete, or cut anywhere."""
 
 import orjson
 import pytest
 
-from proxy.simulator.directives import Directions
+from proxy.simulator.directives import Directives
 from proxy.simulator.frames import write_stream, write_whole
-from proxy.simulator.text import Author, Endpoint, Script
-from proxy.torture.answers import Reading, Refusal, is_near_the_end, read_refusal, read_stream, read_whole
+from proxy.simulator.text import Answer, Endpoint, Generator
+from proxy.torture.answers import (
+    ReceivedAnswer,
+    Refusal,
+    is_between_text_and_end,
+    read_refusal,
+    read_stream,
+    read_whole,
+)
 
 HELLO = {"messages": [{"role": "user", "content": "hello"}], "prompt": "hello", "input": "hello"}
 
 
-def script(endpoint: Endpoint, **asked: object) -> Script:
-    """A call for 12 tokens, or 2 × 12."""
-    return Author(0).script(endpoint, {"model": "m", **HELLO, **asked}, Directions(tokens=12))
+def generated(endpoint: Endpoint, **params: object) -> Answer:
+    """An answer of 12 tokens, or of 12 for each choice."""
+    return Generator(0).answer(endpoint, {"model": "m", **HELLO, **params}, Directives(tokens=12))
 
 
-def stream(endpoint: Endpoint, **asked: object) -> list[bytes]:
-    """The events of its answer."""
-    events = write_stream(script(endpoint, stream=True, **asked), id="x", created=1)
+def stream(endpoint: Endpoint, **params: object) -> list[bytes]:
+    """The events of a streamed answer."""
+    events = write_stream(generated(endpoint, stream=True, **params), id="x", created=1)
     return [*events.opening, *events.text, *events.closing]
 
 
-ASKED = {"stream_options": {"include_usage": True}, "n": 2}
+WITH_USAGE = {"stream_options": {"include_usage": True}, "n": 2}
 
 
 @pytest.mark.parametrize(
-    ("endpoint", "asked", "reading"),
+    ("endpoint", "params", "expected"),
     [
-        (Endpoint.CHAT, {}, Reading(True, (4, 12), 12)),
-        (Endpoint.CHAT, {"n": 2}, Reading(True, (4, 24), 24)),
-        (Endpoint.COMPLETIONS, {}, Reading(True, (1, 12), 12)),
-        (Endpoint.RESPONSES, {}, Reading(True, (1, 12), 12)),
-        (Endpoint.EMBEDDINGS, {"input": "hello"}, Reading(True, (1, 0), 0)),
+        (Endpoint.CHAT, {}, ReceivedAnswer(True, (4, 12), 12)),
+        (Endpoint.CHAT, {"n": 2}, ReceivedAnswer(True, (4, 24), 24)),
+        (Endpoint.COMPLETIONS, {}, ReceivedAnswer(True, (1, 12), 12)),
+        (Endpoint.RESPONSES, {}, ReceivedAnswer(True, (1, 12), 12)),
+        (Endpoint.EMBEDDINGS, {"input": "hello"}, ReceivedAnswer(True, (1, 0), 0)),
     ],
 )
-def test_a_whole_answer(endpoint: Endpoint, asked: dict[str, object], reading: Reading) -> None:
-    """Its usage, and the words that are in it."""
-    body = write_whole(script(endpoint, **asked), id="x", created=1)
-    assert read_whole(body) == reading
-    assert not read_whole(body[:-1]).is_whole
+def test_a_whole_answer(endpoint: Endpoint, params: dict[str, object], expected: ReceivedAnswer) -> None:
+    """Its usage and the number of words are read; with a byte missing it is not complete."""
+    body = write_whole(generated(endpoint, **params), id="x", created=1)
+    assert read_whole(body) == expected
+    assert not read_whole(body[:-1]).is_complete
 
 
 @pytest.mark.parametrize("body", [b"", b"<html>", b"[]", b'{"error": {"message": "no"}}'])
-def test_what_is_no_answer(body: bytes) -> None:
-    """Is not whole, and has neither usage nor words."""
-    assert read_whole(body) == Reading()
+def test_a_body_that_is_not_an_answer(body: bytes) -> None:
+    """It is not complete and has neither usage nor words."""
+    assert read_whole(body) == ReceivedAnswer()
 
 
 @pytest.mark.parametrize(
-    ("endpoint", "asked", "usage", "words"),
+    ("endpoint", "params", "usage", "words"),
     [
         (Endpoint.CHAT, {}, None, 12),
-        (Endpoint.CHAT, ASKED, (4, 24), 24),
+        (Endpoint.CHAT, WITH_USAGE, (4, 24), 24),
         (Endpoint.COMPLETIONS, {}, None, 12),
-        (Endpoint.COMPLETIONS, ASKED, (1, 24), 24),
+        (Endpoint.COMPLETIONS, WITH_USAGE, (1, 24), 24),
         (Endpoint.RESPONSES, {}, (1, 12), 12),
         (Endpoint.RESPONSES, {"max_output_tokens": 5}, (1, 5), 5),
     ],
 )
-def test_a_stream_is_whole_with_its_last_event_and_not_before(
-    endpoint: Endpoint, asked: dict[str, object], usage: tuple[int, int] | None, words: int
+def test_a_stream_is_complete_only_with_its_last_event(
+    endpoint: Endpoint, params: dict[str, object], usage: tuple[int, int] | None, words: int
 ) -> None:
-    """Cut anywhere before, it has the words that came, and is no whole answer."""
-    events = stream(endpoint, **asked)
+    """If it is cut before, it has the words that arrived and is not complete."""
+    events = stream(endpoint, **params)
     data = b"".join(events)
-    assert read_stream(data) == Reading(True, usage, words)
-    assert read_stream(data.replace(b"\n", b"\r\n")) == Reading(True, usage, words)
-    assert not read_stream(data[:-1]).is_whole
-    assert not read_stream(b"".join(events[:-1])).is_whole
+    assert read_stream(data) == ReceivedAnswer(True, usage, words)
+    assert read_stream(data.replace(b"\n", b"\r\n")) == ReceivedAnswer(True, usage, words)
+    assert not read_stream(data[:-1]).is_complete
+    assert not read_stream(b"".join(events[:-1])).is_complete
     assert read_stream(b"".join(events[:8])).words < words or words == 5
 
 
 @pytest.mark.parametrize("endpoint", [Endpoint.CHAT, Endpoint.COMPLETIONS, Endpoint.RESPONSES])
-def test_the_last_moment_to_leave(endpoint: Endpoint) -> None:
-    """When the text is over, and the answer is not."""
+def test_the_point_between_the_text_and_the_end_of_a_stream(endpoint: Endpoint) -> None:
+    """All words have arrived there, and the last event has not."""
     events = stream(endpoint)
-    near = [place for place, event in enumerate(events) if is_near_the_end(event)]
-    assert near
-    assert max(near) < len(events) - 1
-    assert read_stream(b"".join(events[: near[0] + 1])).words == 12
-    assert not is_near_the_end(b"".join(events))
+    between = [place for place, event in enumerate(events) if is_between_text_and_end(event)]
+    assert between
+    assert max(between) < len(events) - 1
+    assert read_stream(b"".join(events[: between[0] + 1])).words == 12
+    assert not is_between_text_and_end(b"".join(events))
 
 
 def refusal(resets_at: int, *free: int) -> bytes:
-    """A 429 of ours, of quotas that have so much left."""
+    """The body of the proxy's 429; each quota has so many tokens left."""
     quotas = [
         {"tokens": {"limit": 100, "used": 100 - left}, "window": {"opened_at": left, "resets_at": 60 + left}}
         for left in free
@@ -94,7 +101,7 @@ def refusal(resets_at: int, *free: int) -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("body", "read"),
+    ("body", "expected"),
     [
         (refusal(70, 10), Refusal(10, 10, 70)),
         (refusal(70, 30, 10), Refusal(10, 10, 70)),
@@ -106,6 +113,6 @@ def refusal(resets_at: int, *free: int) -> bytes:
         (b"slow down", Refusal()),
     ],
 )
-def test_a_refusal(body: bytes, read: Refusal) -> None:
-    """What is free by its own words; the tightest of several; others' refusals say nothing."""
-    assert read_refusal(body) == read
+def test_a_refusal(body: bytes, expected: Refusal) -> None:
+    """The free tokens that it states, of the tightest quota. Other proxies' refusals state none."""
+    assert read_refusal(body) == expected

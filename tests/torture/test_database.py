@@ -1,4 +1,4 @@
-"""The books as plain SQL shows them, in either engine, while the program that writes them is at work."""
+"""The database as plain SQL reads it, on both engines, while the proxy's own store is open."""
 
 import asyncio
 import sys
@@ -11,8 +11,8 @@ from proxy.ledger.book import Expire, Release, Settle
 from proxy.ledger.postgres import PostgresStore
 from proxy.ledger.sqlite import SqliteStore
 from proxy.ledger.store import Store
-from proxy.torture.database import NoBooks, count_open, need_none, read_books, remove_books
-from proxy.torture.evidence import Level, WindowKey
+from proxy.torture.database import DatabaseUnusable, count_open_calls, drop_schema, read_snapshot, require_empty
+from proxy.torture.evidence import CounterRow, WindowKey
 from tests.builders import NOON, binding, call, exactly, quota, reserve
 from tests.postgres import shared
 
@@ -22,7 +22,7 @@ WINDOWS = {("user:ann", "staff/daily"), ("~everyone", "everyone/pot")}
 
 @pytest.fixture(params=["sqlite", "postgresql"])
 async def opened(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[tuple[Store, str]]:
-    """A database in use, with one call in each state, and its URL."""
+    """An open database with one call in each state, and its URL."""
     store: Store
     if request.param == "sqlite":
         url = f"sqlite:///{tmp_path / 'quotas.db'}"
@@ -38,9 +38,9 @@ async def opened(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterato
 
 
 async def test_calls_and_counters_are_read_as_they_are_committed(opened: tuple[Store, str]) -> None:
-    """Each call with its state, what it is charged and the lines that it is charged to; each counter's levels."""
-    books = await read_books(opened[1])
-    rows = {row.id: row for row in books.rows}
+    """Each call with its state, its charge and its held amounts; each counter with its used and held amounts."""
+    snapshot = await read_snapshot(opened[1])
+    rows = {row.request_id: row for row in snapshot.calls}
     assert {id: (row.state, row.outcome) for id, row in rows.items()} == {
         "a": ("settled", "complete"),
         "b": ("released", "upstream_failed"),
@@ -49,61 +49,61 @@ async def test_calls_and_counters_are_read_as_they_are_committed(opened: tuple[S
     }
     assert (rows["a"].charge, rows["b"].charge, rows["d"].charge) == ((7, 9, 1), (0, 0, 0), (0, 0, 0))
     assert rows["c"].charge[0] == 10
-    assert rows["a"].mark == "mini"
-    windows: set[WindowKey] = {line.window for line in rows["a"].lines}
+    assert rows["a"].tag == "mini"
+    windows: set[WindowKey] = {held.window for held in rows["a"].held}
     assert {window[:2] for window in windows} == WINDOWS
-    assert {line.amount for line in rows["d"].lines} == {(10, 20, 1)}
-    used = tuple(map(sum, zip(*(row.charge for row in books.rows), strict=True)))
-    assert sorted(books.levels, key=lambda level: level.window) == [
-        Level(window, used=used, held=(10, 20, 1))  # type: ignore[arg-type]
+    assert {held.amount for held in rows["d"].held} == {(10, 20, 1)}
+    used = tuple(map(sum, zip(*(row.charge for row in snapshot.calls), strict=True)))
+    assert sorted(snapshot.counters, key=lambda row: row.window) == [
+        CounterRow(window, used=used, held=(10, 20, 1))  # type: ignore[arg-type]
         for window in sorted(windows)
     ]
 
 
-async def test_what_is_in_flight_is_counted(opened: tuple[Store, str]) -> None:
-    """So one can wait until nothing is."""
+async def test_open_calls_are_counted(opened: tuple[Store, str]) -> None:
+    """So a run can wait until there are none."""
     store, url = opened
-    assert await count_open(url) == 1
+    assert await count_open_calls(url) == 1
     await store.apply([Release("d")], NOON + 2)
-    assert await count_open(url) == 0
+    assert await count_open_calls(url) == 0
 
 
-def test_reading_never_makes_a_file(tmp_path: Path) -> None:
-    """A mistaken path is an error, not an empty set of books."""
+def test_reading_never_creates_a_file(tmp_path: Path) -> None:
+    """A wrong path is an error, not an empty database."""
     with pytest.raises(Exception, match="unable to open"):
-        asyncio.run(read_books(f"sqlite:///{tmp_path / 'nowhere.db'}"))
+        asyncio.run(read_snapshot(f"sqlite:///{tmp_path / 'nowhere.db'}"))
     assert not list(tmp_path.iterdir())
 
 
-async def test_somebodys_own_books_are_not_touched() -> None:
-    """A database that has some is refused; whose were removed, or that never had any, is not."""
+async def test_a_database_with_the_proxy_s_schema_is_refused() -> None:
+    """Its data may be needed. Without the schema, or once it is dropped, the database is accepted."""
     url = await shared().fresh()
-    await need_none(url)
+    await require_empty(url)
     store = PostgresStore(url)
     await store.open()
     await store.close()
-    with pytest.raises(NoBooks, match="DROP SCHEMA llm_quota_proxy CASCADE"):
-        await need_none(url)
-    await remove_books(url)
-    await need_none(url)
+    with pytest.raises(DatabaseUnusable, match="DROP SCHEMA llm_quota_proxy CASCADE"):
+        await require_empty(url)
+    await drop_schema(url)
+    await require_empty(url)
 
 
 @pytest.mark.parametrize(
-    ("url", "said"),
+    ("url", "message"),
     [
         ("postgresql://me:secret-word@127.0.0.1:9/none", "can't be reached"),
         ("postgresql://me:secret-word@127.0.0.1:port/none", "can't read the database's URL"),
     ],
 )
-async def test_a_database_that_is_not_there_is_said(url: str, said: str) -> None:
-    """Without its password."""
-    with pytest.raises(NoBooks, match=said) as caught:
-        await read_books(url)
+async def test_the_error_for_an_unreachable_database(url: str, message: str) -> None:
+    """It does not contain the password."""
+    with pytest.raises(DatabaseUnusable, match=message) as caught:
+        await read_snapshot(url)
     assert "secret-word" not in str(caught.value)
 
 
-async def test_a_driver_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is an extra."""
+async def test_the_error_for_a_missing_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It names the extra to install."""
     monkeypatch.setitem(sys.modules, "asyncpg", None)
-    with pytest.raises(NoBooks, match=r"pip install 'llm-quota-proxy\[postgres\]'"):
-        await need_none("postgresql://127.0.0.1:1/none")
+    with pytest.raises(DatabaseUnusable, match=r"pip install 'llm-quota-proxy\[postgres\]'"):
+        await require_empty("postgresql://127.0.0.1:1/none")

@@ -3,18 +3,24 @@
 import pytest
 
 from proxy.torture.answers import Refusal
-from proxy.torture.evidence import Line, Seen
+from proxy.torture.evidence import ClientRecord, HeldAmount
 
 
-def test_a_line_names_the_window_that_it_counts_in() -> None:
-    """The same counter in another window is another sum."""
-    line = Line(("user:u", "g/q"), 5, (1, 2, 1))
-    assert line.window == ("user:u", "g/q", 5)
+def test_a_held_amount_names_its_window() -> None:
+    """The same counter has another sum in another window."""
+    held = HeldAmount(("user:u", "g/q"), 5, (1, 2, 1))
+    assert held.window == ("user:u", "g/q", 5)
 
 
 @pytest.mark.parametrize(
-    ("refusal", "had_room"), [(None, False), (Refusal(), False), (Refusal(free=49), False), (Refusal(free=50), True)]
+    ("refusal", "is_falsely_refused"),
+    [
+        (None, False),
+        (Refusal(), False),
+        (Refusal(free_tokens=49), False),
+        (Refusal(free_tokens=50), True),
+    ],
 )
-def test_a_call_had_room_where_what_it_needs_was_free(refusal: Refusal | None, had_room: bool) -> None:
-    """To the token; where nobody says what was free, nothing can be said."""
-    assert Seen("a", 0, 50, refusal=refusal).had_room == had_room
+def test_a_refusal_is_false_if_the_needed_tokens_were_free(refusal: Refusal | None, is_falsely_refused: bool) -> None:
+    """Exactly to the token. A refusal that does not say what was free is not false."""
+    assert ClientRecord("a", 0, 50, refusal=refusal).is_falsely_refused == is_falsely_refused

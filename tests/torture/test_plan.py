@@ -1,4 +1,4 @@
-"""What is asked follows from the seed, and is counted as the simulated upstream counts it."""
+"""The calls depend only on the seed, and their tokens are counted as the simulated upstream does."""
 
 from collections import Counter
 from itertools import islice
@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from proxy.simulator.directives import read_directions
-from proxy.simulator.text import Author, Endpoint
-from proxy.torture.plan import MODEL_PREFIX, Ask, Asker, Leave, Plan, Wish, client_of, mark_of
+from proxy.simulator.directives import read_directives
+from proxy.simulator.text import Endpoint, Generator
+from proxy.torture.plan import MODEL_PREFIX, CallGenerator, CallSpec, Disconnect, Plan, PlannedCall, client_of, tag_of
 
 ENDPOINTS = {
     "chat": Endpoint.CHAT,
@@ -18,68 +18,71 @@ ENDPOINTS = {
 }
 
 
-def asks(count: int = 400, *, seed: int = 0, client: int = 3, model: str | None = None) -> list[Ask]:
-    """One client's first calls."""
-    asker = Asker(Plan(seed=seed), client, model)
-    return list(islice(iter(asker.next, None), count))
+def planned(count: int = 400, *, seed: int = 0, client: int = 3, model: str | None = None) -> list[PlannedCall]:
+    """The first calls of one client."""
+    generator = CallGenerator(Plan(seed=seed), client, model)
+    return list(islice(iter(generator.next, None), count))
 
 
-def wish(**more: Any) -> Wish:
-    """A call for an answer."""
+def spec(**more: Any) -> CallSpec:
+    """The parameters of a call."""
     usual: dict[str, Any] = {
         "kind": "chat",
         "text": "one two three",
-        "tokens": 20,
+        "answer_tokens": 20,
         "maximum": None,
         "maximum_field": "max_tokens",
         "choices": 1,
         "stream": False,
-        "usage": False,
-        "leave": None,
+        "include_usage": False,
+        "disconnect": None,
     }
-    return Wish(**{**usual, **more})
+    return CallSpec(**{**usual, **more})
 
 
-def test_the_same_seed_asks_the_same() -> None:
-    """So a run that went wrong can be made again; another seed or client asks something else."""
-    assert asks() == asks()
-    texts = {asks(1, **other)[0].wish.text for other in ({}, {"seed": 1}, {"client": 4})}
+def test_the_same_seed_makes_the_same_calls() -> None:
+    """So a run with broken promises can be repeated; another seed or client makes other calls."""
+    assert planned() == planned()
+    texts = {planned(1, **other)[0].spec.text for other in ({}, {"seed": 1}, {"client": 4})}
     assert len(texts) == 3
 
 
 @pytest.mark.parametrize("model", [None, "some-model"])
-def test_the_upstream_understands_and_counts_every_call_as_it_was_meant(model: str | None) -> None:
-    """All of them: its input to the token, its answer no longer than asked, streamed or not, and its mark."""
-    author = Author(0)
-    for ask in asks(model=model):
-        body = ask.body()
-        script = author.script(ENDPOINTS[ask.wish.kind], body, read_directions(body))
-        assert script.input_tokens == ask.input_tokens
-        longest = min(ask.wish.tokens, script.maximum or ask.wish.tokens)
-        assert script.output_tokens == longest * ask.wish.choices
-        assert (script.is_streamed, script.is_usage_asked) == (ask.wish.stream, ask.wish.stream and ask.wish.usage)
-        assert (mark_of(body), client_of(ask.mark)) == (ask.mark, 3)
-        assert body["model"] == (model or MODEL_PREFIX + ask.mark)
+def test_the_upstream_counts_every_call_as_planned(model: str | None) -> None:
+    """The input tokens, the length of the answer, whether it is streamed, and the tag."""
+    generator = Generator(0)
+    for call in planned(model=model):
+        body = call.body()
+        answer = generator.answer(ENDPOINTS[call.spec.kind], body, read_directives(body))
+        assert answer.input_tokens == call.input_tokens
+        longest = min(call.spec.answer_tokens, answer.maximum or call.spec.answer_tokens)
+        assert answer.output_tokens == longest * call.spec.choices
+        assert (answer.is_streamed, answer.is_usage_requested) == (
+            call.spec.stream,
+            call.spec.stream and call.spec.include_usage,
+        )
+        assert (tag_of(body), client_of(call.tag)) == (call.tag, 3)
+        assert body["model"] == (model or MODEL_PREFIX + call.tag)
 
 
-def test_there_is_some_of_everything() -> None:
-    """Every kind, streamed and whole, with and without usage and maximum, several answers, all three ways to go."""
-    calls = asks()
-    assert {ask.path for ask in calls} == {"/chat/completions", "/completions", "/embeddings", "/responses"}
-    for of in ("stream", "usage", "choices", "maximum_field"):
-        assert len({getattr(ask.wish, of) for ask in calls}) > 1
-    assert {None, 4096, 32_000} < {ask.wish.maximum for ask in calls}
-    left = Counter(ask.wish.leave.when for ask in calls if ask.wish.leave)
-    assert left.keys() == {"after_a_time", "after_some_chunks", "before_the_end"}
-    assert 40 < left.total() < 120
-    lengths = [len(ask.wish.text.split()) for ask in calls]
+def test_the_calls_are_of_every_kind() -> None:
+    """Every endpoint, streamed or not, with and without usage and maximum, several choices, all disconnects."""
+    calls = planned()
+    assert {call.path for call in calls} == {"/chat/completions", "/completions", "/embeddings", "/responses"}
+    for field in ("stream", "include_usage", "choices", "maximum_field"):
+        assert len({getattr(call.spec, field) for call in calls}) > 1
+    assert {None, 4096, 32_000} < {call.spec.maximum for call in calls}
+    disconnects = Counter(call.spec.disconnect.when for call in calls if call.spec.disconnect)
+    assert disconnects.keys() == {"after_time", "after_chunks", "after_text"}
+    assert 40 < disconnects.total() < 120
+    lengths = [len(call.spec.text.split()) for call in calls]
     assert min(lengths) < 200
     assert max(lengths) > 2000
-    assert 2 < sum(ask.wish.stream and ask.wish.tokens >= 1500 for ask in calls) < 30
+    assert 2 < sum(call.spec.stream and call.spec.answer_tokens >= 1500 for call in calls) < 30
 
 
 @pytest.mark.parametrize(
-    ("asked", "output"),
+    ("params", "output"),
     [
         ({}, 1024),
         ({"maximum": 5}, 5),
@@ -91,30 +94,30 @@ def test_there_is_some_of_everything() -> None:
         ({"kind": "responses"}, 1024),
     ],
 )
-def test_what_a_call_needs_is_its_input_and_the_smallest_answer(asked: dict[str, Any], output: int) -> None:
-    """As the README says it: what was asked, at most 1024, for each choice; nothing where nothing is generated."""
-    ask = Ask("call-1-1", 0, wish(**asked))
-    uncounted = {"chat": 5, "responses": 6}.get(ask.wish.kind, 0)
-    assert ask.needed - ask.input_tokens - uncounted == output
+def test_a_call_needs_its_input_and_the_smallest_answer(params: dict[str, Any], output: int) -> None:
+    """As documented: the maximum, at most 1024, for each choice; nothing for an embedding."""
+    call = PlannedCall("call-1-1", 0, spec(**params))
+    uncounted = {"chat": 5, "responses": 6}.get(call.spec.kind, 0)
+    assert call.tokens_needed - call.input_tokens - uncounted == output
 
 
-def test_a_mark_in_the_prompt_takes_more_tokens_than_words() -> None:
-    """Seven at the most for any of the first thousand clients' calls, of which the upstream counts one."""
-    bare, marked = (Ask("call-999-99999", 0, wish(), model) for model in (None, "m"))
-    assert (marked.input_tokens - bare.input_tokens, marked.needed - bare.needed) == (1, 7)
+def test_a_tag_in_the_prompt_has_more_tokens_than_words() -> None:
+    """At most seven for each of the first thousand clients; the simulated upstream counts one."""
+    untagged, tagged = (PlannedCall("call-999-99999", 0, spec(), model) for model in (None, "m"))
+    assert (tagged.input_tokens - untagged.input_tokens, tagged.tokens_needed - untagged.tokens_needed) == (1, 7)
 
 
-def test_a_call_that_is_made_again_is_the_same_but_for_its_mark() -> None:
-    """It is to be let in after the reset, so it does not leave before."""
-    asker = Asker(Plan(), 0)
-    first = Ask("call-0-9", 0, wish(leave=Leave("before_the_end")))
-    again = asker.again(first)
-    assert again.mark != first.mark
-    assert again.wish == wish()
+def test_a_repeated_call_differs_in_its_tag_and_does_not_disconnect() -> None:
+    """It checks that a call is admitted after the reset, so its client stays."""
+    generator = CallGenerator(Plan(), 0)
+    first = PlannedCall("call-0-9", 0, spec(disconnect=Disconnect("after_text")))
+    again = generator.repeat(first)
+    assert again.tag != first.tag
+    assert again.spec == spec()
 
 
 @pytest.mark.parametrize(
-    "asked",
+    "params",
     [
         {},
         {"model": "gpt-4o-mini"},
@@ -124,14 +127,14 @@ def test_a_call_that_is_made_again_is_the_same_but_for_its_mark() -> None:
         {"input": "call-x-1 hello"},
     ],
 )
-def test_a_call_of_somebody_else_has_no_mark(asked: dict[str, Any]) -> None:
-    """Other traffic on the same upstream is nobody's client."""
-    assert client_of(mark_of(asked)) is None
+def test_a_call_of_another_client_has_no_tag(params: dict[str, Any]) -> None:
+    """Other traffic at the same upstream counts for no client of the run."""
+    assert client_of(tag_of(params)) is None
 
 
-def test_a_proxy_may_make_a_list_of_a_prompt() -> None:
-    """The mark is still found."""
-    assert mark_of({"input": ["call-1-2 hello"]}) == "call-1-2"
+def test_the_tag_is_found_in_a_list_with_one_prompt() -> None:
+    """A proxy may send one in place of a string."""
+    assert tag_of({"input": ["call-1-2 hello"]}) == "call-1-2"
 
 
 @pytest.mark.parametrize(
@@ -145,8 +148,8 @@ def test_a_proxy_may_make_a_list_of_a_prompt() -> None:
         ({"per": "minute", "seconds": 600}, 480_000),
     ],
 )
-def test_without_a_limit_the_quota_is_used_up_about_half_way(given: dict[str, Any], tokens: int) -> None:
-    """By the clients, the length of a window, and how many share it."""
+def test_the_default_limit_is_used_up_in_about_half_of_a_window(given: dict[str, Any], tokens: int) -> None:
+    """It depends on the clients, the length of a window, and the number of users that share it."""
     assert Plan(**given).tokens == tokens
 
 
@@ -154,8 +157,8 @@ def test_without_a_limit_the_quota_is_used_up_about_half_way(given: dict[str, An
     ("seconds", "every", "kills"),
     [(60, 10, [10, 20, 30, 40, 50]), (10, 4, [4, 8]), (10, 0, []), (10, 10, []), (10, 20, [])],
 )
-def test_kills_come_at_their_times_and_not_at_the_end(seconds: float, every: float, kills: list[float]) -> None:
-    """After the last one there are still calls."""
+def test_the_times_of_kills(seconds: float, every: float, kills: list[float]) -> None:
+    """There is none at the end of the run: calls follow each kill."""
     assert Plan(seconds=seconds, kill_every_s=every).kills_at_s == kills
 
 
@@ -170,17 +173,17 @@ def test_kills_come_at_their_times_and_not_at_the_end(seconds: float, every: flo
         ({"replicas": 2, "seconds": 8, "pause_every_s": 5}, 1, []),
     ],
 )
-def test_pauses_last_three_leases_and_are_over_before_the_end(
+def test_pauses_last_three_leases_and_are_over_after_text(
     given: dict[str, Any], lease_s: float, pauses: list[float]
 ) -> None:
-    """And before the next one; of a proxy that is alone there are none, as nobody could take it for dead."""
+    """And before the next pause. A single proxy is not paused, because no other one could take it for dead."""
     plan = Plan(**given)
     assert (plan.lease_s, plan.pause_s, plan.pauses_at_s) == (lease_s, 3 * lease_s, pauses)
     assert plan.restart_at_s == plan.seconds / 2
 
 
-def test_a_plan_that_cannot_be() -> None:
-    """More users than clients, or a window that is none: said before anything starts."""
+def test_an_invalid_plan_raises() -> None:
+    """More users than clients, or an invalid window, before anything starts."""
     with pytest.raises(ValueError, match="3 users need as many clients"):
         Plan(clients=2, users=3)
     with pytest.raises(ValueError, match="month"):

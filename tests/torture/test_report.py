@@ -1,4 +1,4 @@
-"""The report as it is printed, for people and for programs."""
+"""The report as text and as JSON."""
 
 import json
 
@@ -8,8 +8,8 @@ KEPT = Figure("lost", 0, "answers", True)
 BROKEN = Figure("overshoot", 1234, "tokens", False)
 
 
-def test_a_promise_that_was_broken_stands_out() -> None:
-    """In its line and in the verdict, which names nothing else."""
+def test_a_broken_promise_is_marked() -> None:
+    """In its row, and in the last line, which names the broken promises only."""
     report = Report((KEPT, BROKEN, Figure("p50", 1.25), Figure("p99", None, "ms")))
     assert report.as_text().splitlines() == [
         "  lost                  0  kept    answers",
@@ -23,17 +23,17 @@ def test_a_promise_that_was_broken_stands_out() -> None:
     assert report["overshoot"] is BROKEN
 
 
-def test_a_good_run_says_so() -> None:
-    """In one line at the end."""
+def test_a_report_without_broken_promises_says_so() -> None:
+    """In its last line."""
     report = Report((KEPT, Figure("calls", 7)))
     assert report.is_kept
     assert report.as_text().endswith("\n\nEvery promise was kept.")
 
 
-def test_programs_get_every_figure() -> None:
-    """By its name, with whether a promise hangs on it."""
-    told = json.loads(Report((KEPT, BROKEN, Figure("p99", None, "ms"))).as_json())
-    assert told == {
+def test_the_json_has_every_figure() -> None:
+    """By name, with whether its promise was kept; null if it is no promise."""
+    parsed = json.loads(Report((KEPT, BROKEN, Figure("p99", None, "ms"))).as_json())
+    assert parsed == {
         "kept": False,
         "broken": ["overshoot"],
         "figures": {

@@ -1,4 +1,4 @@
-"""Verdicts by tables: a run in which all went well, and what becomes of it when one thing did not."""
+"""Tables of verdicts: a run in which every promise is kept, and variants of it in which one thing differs."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -7,73 +7,88 @@ from typing import Any
 import pytest
 
 from proxy.torture.answers import Refusal
-from proxy.torture.evidence import Books, Evidence, Given, Level, Levels, Line, Row, Seen
+from proxy.torture.evidence import (
+    Amounts,
+    CallRow,
+    ClientRecord,
+    CounterRow,
+    Evidence,
+    HeldAmount,
+    Snapshot,
+    UpstreamRecord,
+)
 from proxy.torture.report import Report
-from proxy.torture.verdict import judge, judge_from_outside, shares
+from proxy.torture.verdict import charges_by_window, judge, judge_external
 
-POT = ("user:u", "g/q")
+COUNTER = ("user:u", "g/q")
 LIMIT = 1000
 
 
-def line(taken: int, made: int, *, opened_at: int = 0) -> Line:
-    """A line on the one counter there is."""
-    return Line(POT, opened_at, (taken, made, 1))
+def held_amount(input_tokens: int, output_tokens: int, *, opened_at: int = 0) -> HeldAmount:
+    """An amount held on the one counter there is."""
+    return HeldAmount(COUNTER, opened_at, (input_tokens, output_tokens, 1))
 
 
-def row(mark: str, taken: int, made: int, **more: Any) -> Row:
-    """A call that ended, and was charged this much."""
-    whole = {"state": "settled", "outcome": "complete", "lines": (line(500, 500),), **more}
-    return Row(f"req-{mark}", mark, charge=(taken, made, 1), **whole)
+def row(tag: str, input_tokens: int, output_tokens: int, **more: Any) -> CallRow:
+    """A settled call that was charged this much."""
+    fields = {"state": "settled", "outcome": "complete", "held": (held_amount(500, 500),), **more}
+    return CallRow(f"req-{tag}", tag, charge=(input_tokens, output_tokens, 1), **fields)
 
 
-def level(used: Levels = (110, 60, 2), held: Levels = (0, 0, 0)) -> Level:
+def counter(used: Amounts = (110, 60, 2), held: Amounts = (0, 0, 0)) -> CounterRow:
     """The counter."""
-    return Level((*POT, 0), used, held)
+    return CounterRow((*COUNTER, 0), used, held)
 
 
-def seen(mark: str, **more: Any) -> Seen:
-    """A call that its client saw complete."""
-    whole = {"end": "complete", "status": 200, "id": f"req-{mark}", "words": 40, **more}
-    return Seen(mark, 0, 50, **whole)
+def client(tag: str, **more: Any) -> ClientRecord:
+    """A call whose client received the complete answer."""
+    fields = {"result": "complete", "status": 200, "request_id": f"req-{tag}", "words": 40, **more}
+    return ClientRecord(tag, 0, 50, **fields)
 
 
-def refused(free: int | None = 10, **more: Any) -> Seen:
-    """A call that needs 50 tokens and was refused for want of them."""
-    refusal = Refusal(free=free, window=7, resets_at=12)
-    return Seen("r", 0, 50, **{"end": "refused", "status": 429, "refusal": refusal, "answered_s": 0.002, **more})
+def refused(free: int | None = 10, **more: Any) -> ClientRecord:
+    """A call that needs 50 tokens and was refused when so many were free."""
+    refusal = Refusal(free_tokens=free, window_opened_at=7, resets_at=12)
+    fields = {"result": "refused", "status": 429, "refusal": refusal, "answered_s": 0.002, **more}
+    return ClientRecord("r", 0, 50, **fields)
 
 
 def evidence(**more: Any) -> Evidence:
-    """Two calls, one that its client saw to its end and one that it left, and a refusal; all is as it should be."""
-    left = replace(row("b", 60, 20), outcome="client_left")
-    books = Books([row("a", 50, 40), left], [level()])
-    good = {
-        "seen": [seen("a", usage=(50, 40)), seen("b", end="hung_up", words=15), refused()],
-        "given": [Given("a", 50, 40, (50, 40)), Given("b", 50, 18, None)],
-        "books": books,
-        "at_rest": books,
+    """A complete call, one whose client disconnected, and a refusal; every promise is kept."""
+    disconnected = replace(row("b", 60, 20), outcome="client_left")
+    snapshot = Snapshot([row("a", 50, 40), disconnected], [counter()])
+    fields = {
+        "clients": [client("a", usage=(50, 40)), client("b", result="disconnected", words=15), refused()],
+        "upstream": [UpstreamRecord("a", 50, 40, (50, 40)), UpstreamRecord("b", 50, 18, None)],
+        "stopped": snapshot,
+        "idle": snapshot,
         **more,
     }
-    return Evidence(limit=LIMIT, **good)
+    return Evidence(limit=LIMIT, **fields)
 
 
-def with_rows(*rows: Row, used: Levels | None = None, held: Levels = (0, 0, 0), **more: Any) -> Evidence:
-    """The same with other rows, on a counter that is their sum unless it is said."""
+def with_rows(*rows: CallRow, used: Amounts | None = None, held: Amounts = (0, 0, 0), **more: Any) -> Evidence:
+    """The same with other rows; by default the counter is their sum."""
     ended = [each.charge for each in rows if each.state != "open"]
     total = used or (sum(c[0] for c in ended), sum(c[1] for c in ended), sum(c[2] for c in ended))
-    return evidence(books=Books(rows, [level(total, held)]), **more)
+    return evidence(stopped=Snapshot(rows, [counter(total, held)]), **more)
 
 
-def test_a_run_in_which_all_went_well() -> None:
-    """Every promise is kept, and the figures say how much there was."""
+def upstream(*records: tuple[str, int, int, tuple[int, int] | None]) -> list[UpstreamRecord]:
+    """The upstream's records: tag, input tokens, output tokens, reported usage."""
+    return [UpstreamRecord(*record) for record in records]
+
+
+def test_a_run_in_which_every_promise_is_kept() -> None:
+    """The figures count the calls and tokens."""
     report = judge(evidence())
     assert report.broken == []
     assert report["calls"].value == 3
-    assert "1 complete, 1 hung up, 1 refused" in report["calls"].note
-    assert report["tokens given"].value == 158
-    assert "18 of them for answers that were cut" in report["tokens given"].note
+    assert "1 complete, 1 disconnected, 1 refused" in report["calls"].note
+    assert report["upstream tokens"].value == 158
+    assert "18 of them in answers that were cut" in report["upstream tokens"].note
     assert (report["refusals"].value, report["false refusals"].value) == (1, 0)
-    assert report["made in vain"].value == 0
+    assert report["wasted tokens"].value == 0
     assert report["overshoot"].note == "tokens beyond 1,000; windows: 1, in the fullest 170"
     assert report["refusal p99"].value == 2.0
 
@@ -81,240 +96,265 @@ def test_a_run_in_which_all_went_well() -> None:
 A, B = row("a", 50, 40), replace(row("b", 60, 20), outcome="client_left")
 
 BROKEN: dict[str, tuple[Evidence, list[str]]] = {
-    "nobody got an answer": (evidence(seen=[refused()]), ["calls"]),
-    "the charges of a window are over its limit": (with_rows(A, replace(B, charge=(900, 70, 1))), ["overshoot"]),
-    "the upstream gave more than the limit, and charged and told was less": (
-        with_rows(A, B, given=[Given("a", 50, 990, (50, 990)), Given("b", 50, 18, None)]),
-        ["overshoot given"],
+    "no call was complete": (evidence(clients=[refused()]), ["calls"]),
+    "the charges of a window exceed its limit": (with_rows(A, replace(B, charge=(900, 70, 1))), ["overshoot"]),
+    "the upstream generated more than the limit, and less was charged and reported": (
+        with_rows(A, B, upstream=upstream(("a", 50, 990, (50, 990)), ("b", 50, 18, None))),
+        ["upstream overshoot"],
     ),
     "a complete answer has no row": (with_rows(B), ["lost"]),
-    "a complete answer stands under another id": (with_rows(replace(A, id="other"), B), ["lost"]),
-    "a complete answer is charged less than its client was told": (with_rows(row("a", 50, 39), B), ["lost"]),
-    "a complete answer was given back": (with_rows(row("a", 0, 0, state="released"), B), ["lost"]),
-    "a stream without usage is charged less than the upstream told the proxy": (
-        with_rows(row("a", 49, 40), B, seen=[seen("a"), refused()]),
+    "a complete answer has another request id": (with_rows(replace(A, request_id="other"), B), ["lost"]),
+    "a complete answer is charged less than its client's usage": (with_rows(row("a", 50, 39), B), ["lost"]),
+    "a complete answer was released": (with_rows(row("a", 0, 0, state="released"), B), ["lost"]),
+    "a stream without usage is charged less than the usage that the proxy received": (
+        with_rows(row("a", 49, 40), B, clients=[client("a"), refused()]),
         ["lost"],
     ),
-    "an answer that nobody counted is charged less than its client saw": (
-        with_rows(row("a", 50, 39), B, seen=[seen("a"), refused()], given=[Given("a", 50, 40, None)]),
+    "an answer without any usage is charged less than its client received": (
+        with_rows(row("a", 50, 39), B, clients=[client("a"), refused()], upstream=upstream(("a", 50, 40, None))),
         ["lost"],
     ),
-    "an answer that its client left is charged less than it saw": (
+    "an answer whose client disconnected is charged less than it received": (
         with_rows(A, replace(B, charge=(60, 14, 1))),
         ["lost in part"],
     ),
-    "an answer that its client left is charged no input": (
+    "an answer whose client disconnected is charged no input": (
         with_rows(A, replace(B, charge=(0, 20, 1))),
         ["lost in part"],
     ),
-    "a call that was lost with the proxy was forgotten": (
-        with_rows(A, seen=[seen("a"), seen("b", end="broken", disturbed=True)]),
+    "a call that was lost with the proxy has no row": (
+        with_rows(A, clients=[client("a"), client("b", result="broken", disturbed=True)]),
         ["lost in part"],
     ),
-    "an answer is charged more than its client was told": (with_rows(row("a", 50, 41), B), ["overcharged"]),
-    "an answer that was ended at the limit is charged less than its client saw": (
-        with_rows(row("a", 50, 39, outcome="at_limit"), B, seen=[seen("a")]),
+    "an answer is charged more than its client's usage": (with_rows(row("a", 50, 41), B), ["overcharged"]),
+    "an answer that was ended at the limit is charged less than its client received": (
+        with_rows(row("a", 50, 39, outcome="at_limit"), B, clients=[client("a")]),
         ["lost"],
     ),
-    "or more than its client was told": (
-        with_rows(row("a", 50, 41, outcome="at_limit"), B, seen=[seen("a", usage=(50, 40))]),
+    "an answer that was ended at the limit is charged more than its client's usage": (
+        with_rows(row("a", 50, 41, outcome="at_limit"), B, clients=[client("a", usage=(50, 40))]),
         ["overcharged"],
     ),
-    "an answer is charged twice": (with_rows(A, replace(A, id="again"), B), ["overcharged"]),
-    "an answer that was left is charged as whole, and too much": (
-        with_rows(A, row("b", 60, 20), given=[Given("a", 50, 40, (50, 40)), Given("b", 50, 18, (50, 18))]),
+    "an answer is charged twice": (with_rows(A, replace(A, request_id="again"), B), ["overcharged"]),
+    "an answer whose client disconnected is charged as complete, and too much": (
+        with_rows(A, row("b", 60, 20), upstream=upstream(("a", 50, 40, (50, 40)), ("b", 50, 18, (50, 18)))),
         ["overcharged"],
     ),
-    "a call is in flight though all is quiet": (
-        evidence(at_rest=Books([replace(A, state="open")], [level()])),
+    "a call is open after the last one": (
+        evidence(idle=Snapshot([replace(A, state="open")], [counter()])),
         ["leaked"],
     ),
-    "tokens are held though all is quiet": (evidence(at_rest=Books([A, B], [level(held=(0, 7, 0))])), ["leaked"]),
-    "a call is in flight after the stop": (
+    "tokens are held after the last call": (
+        evidence(idle=Snapshot([A, B], [counter(held=(0, 7, 0))])),
+        ["leaked"],
+    ),
+    "a call is open after the stop": (
         with_rows(A, B, row("c", 0, 0, state="open"), held=(500, 500, 1)),
         ["leaked"],
     ),
     "a counter has used less than its calls": (with_rows(A, B, used=(110, 59, 2)), ["unbalanced"]),
-    "a counter has a request too many": (with_rows(A, B, used=(110, 60, 3)), ["unbalanced"]),
-    "an answer broke off for no reason": (
-        evidence(seen=[seen("a"), seen("b", end="broken", words=15)]),
-        ["broken off"],
+    "a counter has one request too many": (with_rows(A, B, used=(110, 60, 3)), ["unbalanced"]),
+    "an answer broke off without a fault": (
+        evidence(clients=[client("a"), client("b", result="broken", words=15)]),
+        ["unexplained failures"],
     ),
-    "the proxy made a mistake": (evidence(seen=[seen("a"), seen("x", end="failed", status=500)]), ["broken off"]),
-    "nobody was there": (evidence(seen=[seen("a"), seen("x", end="unreached", status=None)]), ["broken off"]),
-    "the proxy fell over": (evidence(crashes=1), ["crashes"]),
-    "a call was refused though there was room": (evidence(seen=[seen("a"), refused(free=50)]), ["false refusals"]),
-    "one of a hundred was refused though there was room": (
-        evidence(seen=[seen("a"), refused(free=50), *[refused()] * 99]),
+    "the proxy failed without a fault": (
+        evidence(clients=[client("a"), client("x", result="failed", status=500)]),
+        ["unexplained failures"],
+    ),
+    "the proxy was unreachable without a fault": (
+        evidence(clients=[client("a"), client("x", result="unreachable", status=None)]),
+        ["unexplained failures"],
+    ),
+    "the proxy exited by itself": (evidence(crashes=1), ["crashes"]),
+    "the one refused call would have fitted": (evidence(clients=[client("a"), refused(free=50)]), ["false refusals"]),
+    "one of a hundred refused calls would have fitted": (
+        evidence(clients=[client("a"), refused(free=50), *[refused()] * 99]),
         ["false refusals"],
     ),
-    "a reset was not true": (
-        evidence(seen=[seen("a"), refused(retries=Refusal(window=7, resets_at=12))]),
+    "the quota had not reset when it should": (
+        evidence(clients=[client("a"), refused(retry_of=Refusal(window_opened_at=7, resets_at=12))]),
         ["false resets"],
     ),
 }
 
 
-@pytest.mark.parametrize("what", BROKEN)
-def test_each_promise_that_is_broken_is_named(what: str) -> None:
-    """That one, and no other."""
-    told, broken = BROKEN[what]
-    assert judge(told).broken == broken
+@pytest.mark.parametrize("case", BROKEN)
+def test_each_broken_promise_is_named(case: str) -> None:
+    """That promise, and no other."""
+    given, broken = BROKEN[case]
+    assert judge(given).broken == broken
 
 
 KEPT: dict[str, Evidence] = {
-    "exactly at the limit": with_rows(A, replace(B, charge=(850, 60, 1))),
-    "what was made after the proxy had hung up is nobody's to know": with_rows(
-        A, B, given=[Given("a", 50, 40, (50, 40)), Given("b", 50, 5000, None)]
+    "the charges are exactly the limit": with_rows(A, replace(B, charge=(850, 60, 1))),
+    "the upstream generated far more before it noticed the disconnect": with_rows(
+        A, B, upstream=upstream(("a", 50, 40, (50, 40)), ("b", 50, 5000, None))
     ),
-    "nor what it had made, and said, of an answer that the proxy ended at the limit": with_rows(
-        row("a", 50, 40, outcome="at_limit"), B, given=[Given("a", 50, 5000, (50, 5000))], seen=[seen("a")]
-    ),
-    "which its client was told as it was charged": with_rows(
+    "the upstream generated and reported far more of an answer that was ended at the limit": with_rows(
         row("a", 50, 40, outcome="at_limit"),
         B,
-        given=[Given("a", 50, 5000, (50, 5000))],
-        seen=[seen("a", usage=(50, 40))],
+        upstream=upstream(("a", 50, 5000, (50, 5000))),
+        clients=[client("a")],
     ),
-    "a call that was left may be charged by an estimate": with_rows(A, replace(B, charge=(90, 70, 1))),
-    "one that was lost with the proxy is charged what it held": with_rows(
+    "the same, and the client's usage is what was charged": with_rows(
+        row("a", 50, 40, outcome="at_limit"),
+        B,
+        upstream=upstream(("a", 50, 5000, (50, 5000))),
+        clients=[client("a", usage=(50, 40))],
+    ),
+    "a call whose client disconnected is charged an estimate": with_rows(A, replace(B, charge=(90, 70, 1))),
+    "a call that was lost with the proxy is charged what it held": with_rows(
         A,
         replace(B, state="expired", outcome="lost", charge=(400, 400, 1)),
-        seen=[seen("a"), seen("b", end="complete", usage=(50, 18))],
+        clients=[client("a"), client("b", result="complete", usage=(50, 18))],
         kills=1,
     ),
-    "or how far it had got a while before": with_rows(
+    "a call that was lost with the proxy is charged its progress some time before": with_rows(
         A,
         replace(B, state="expired", outcome="lost", charge=(60, 0, 1)),
-        seen=[seen("a"), seen("b", end="broken", disturbed=True)],
+        clients=[client("a"), client("b", result="broken", disturbed=True)],
     ),
-    "who left before the first word need not be on the books": with_rows(
-        A, seen=[seen("a"), Seen("b", 0, 50, "hung_up")]
+    "a call whose client disconnected before the first word has no row": with_rows(
+        A, clients=[client("a"), ClientRecord("b", 0, 50, "disconnected")]
     ),
-    "what broke in a kill is no fault": evidence(
-        seen=[seen("a"), *(Seen("x", 0, 50, end, disturbed=True) for end in ("broken", "failed", "unreached"))]
+    "calls failed during a kill": evidence(
+        clients=[
+            client("a"),
+            *(ClientRecord("x", 0, 50, result, disturbed=True) for result in ("broken", "failed", "unreachable")),
+        ]
     ),
-    "one false refusal in a hundred and one": evidence(seen=[seen("a"), refused(free=50), *[refused()] * 100]),
-    "a refusal that does not say what is free": evidence(seen=[seen("a"), refused(free=None)]),
-    "the next window was used up as well": evidence(
-        seen=[seen("a"), refused(retries=Refusal(window=2, resets_at=7))]
+    "one of 101 refused calls would have fitted": evidence(
+        clients=[client("a"), refused(free=50), *[refused()] * 100]
     ),
-    "after the reset it was held up by calls in flight": evidence(
-        seen=[
-            seen("a"),
+    "a refusal does not say what is free": evidence(clients=[client("a"), refused(free=None)]),
+    "after the reset the next window was used up as well": evidence(
+        clients=[client("a"), refused(retry_of=Refusal(window_opened_at=2, resets_at=7))]
+    ),
+    "after the reset calls in flight held the tokens": evidence(
+        clients=[
+            client("a"),
             *[refused()] * 100,
-            refused(refusal=Refusal(50, 7, 9), retries=Refusal(window=7)),
+            refused(refusal=Refusal(50, 7, 9), retry_of=Refusal(window_opened_at=7)),
         ]
     ),
     "after the reset no window is open": evidence(
-        seen=[seen("a"), refused(refusal=Refusal(10, None, 12), retries=Refusal(resets_at=12))]
+        clients=[client("a"), refused(refusal=Refusal(10, None, 12), retry_of=Refusal(resets_at=12))]
     ),
-    "after the reset it was let in": evidence(
-        seen=[seen("a"), seen("b", end="hung_up", words=9, retries=Refusal(window=7))]
+    "after the reset the call was admitted": evidence(
+        clients=[
+            client("a"),
+            client("b", result="disconnected", words=9, retry_of=Refusal(window_opened_at=7)),
+        ]
     ),
-    "windows are judged one by one": with_rows(
-        row("a", 500, 400, lines=(line(500, 500, opened_at=1),)),
-        row("b", 500, 400, lines=(line(500, 500, opened_at=2),)),
+    "two windows are each below the limit": with_rows(
+        row("a", 500, 400, held=(held_amount(500, 500, opened_at=1),)),
+        row("b", 500, 400, held=(held_amount(500, 500, opened_at=2),)),
         used=(0, 0, 0),
-        seen=[seen("a"), refused()],
-        given=[Given("a", 500, 400, (500, 400)), Given("b", 500, 400, (500, 400))],
+        clients=[client("a"), refused()],
+        upstream=upstream(("a", 500, 400, (500, 400)), ("b", 500, 400, (500, 400))),
     ),
 }
 
 
-@pytest.mark.parametrize("what", KEPT)
-def test_what_breaks_no_promise(what: str) -> None:
-    """Each of these is as the README says it."""
-    assert judge(KEPT[what]).broken == []
+@pytest.mark.parametrize("case", KEPT)
+def test_no_promise_is_broken(case: str) -> None:
+    """Each of these is as the proxy's documentation says."""
+    assert judge(KEPT[case]).broken == []
 
 
-def test_what_befell_the_proxy_is_shown() -> None:
-    """As far as anything did."""
-    befell = ("kills", "pauses", "restarts")
-    assert not any(figure.name in befell for figure in judge(evidence()).figures)
-    told = judge(evidence(kills=3, pauses=2, restarts=1))
-    assert [told[name].value for name in befell] == [3, 2, 1]
+def test_faults_are_reported() -> None:
+    """Only those that were injected."""
+    faults = ("kills", "pauses", "restarts")
+    assert not any(figure.name in faults for figure in judge(evidence()).figures)
+    report = judge(evidence(kills=3, pauses=2, restarts=1))
+    assert [report[name].value for name in faults] == [3, 2, 1]
 
 
-def test_what_was_made_ahead_of_a_cut_is_shown() -> None:
-    """Nobody is charged for it, and no promise hangs on it, but somebody pays for it."""
-    told = judge(evidence(given=[Given("a", 50, 40, (50, 40)), Given("b", 50, 70, None)]))
-    assert (told["made in vain"].value, told["made in vain"].is_kept) == (50, None)
+def test_tokens_that_were_generated_beyond_a_cut_are_reported() -> None:
+    """They are charged to no quota and are no promise, but the upstream bills them."""
+    report = judge(evidence(upstream=upstream(("a", 50, 40, (50, 40)), ("b", 50, 70, None))))
+    assert (report["wasted tokens"].value, report["wasted tokens"].is_kept) == (50, None)
 
 
 @pytest.mark.parametrize(
-    ("amounts", "charge", "shared"),
+    ("amounts", "charge", "expected"),
     [
         ([(100, 50)], (30, 20), [(30, 20, 1)]),
-        ([(100, 50)], (130, 70), [(130, 70, 1)]),  # by itself it takes all, also what is beyond its hold
+        ([(100, 50)], (130, 70), [(130, 70, 1)]),  # a single amount takes everything, even more than was held
         ([(100, 50), (0, 30)], (100, 60), [(100, 50, 1), (0, 10, 0)]),
         ([(100, 50), (0, 30)], (90, 40), [(90, 40, 1), (0, 0, 0)]),
         ([(100, 50), (0, 30)], (120, 90), [(100, 50, 1), (20, 40, 0)]),
         ([(100, 50), (0, 30), (0, 30)], (100, 105), [(100, 50, 1), (0, 30, 0), (0, 25, 0)]),
     ],
 )
-def test_a_call_over_a_windows_end_is_charged_to_its_lines_in_order(
-    amounts: list[tuple[int, int]], charge: tuple[int, int], shared: list[Levels]
+def test_a_call_across_the_end_of_a_window_is_charged_to_its_held_amounts_in_order(
+    amounts: list[tuple[int, int]], charge: tuple[int, int], expected: list[Amounts]
 ) -> None:
-    """Each but the last takes at most its own amount; the request counts once, where the call began."""
-    lines = [line(*amount, opened_at=place) for place, amount in enumerate(amounts)]
-    told = list(shares(lines, (*charge, 1)))
-    assert [window[2] for window, _ in told] == list(range(len(lines)))
-    assert [share for _, share in told] == shared
+    """Each but the last takes at most its own amount; the request counts once, in the first window."""
+    held = [held_amount(*amount, opened_at=position) for position, amount in enumerate(amounts)]
+    charged = list(charges_by_window(held, (*charge, 1)))
+    assert [window[2] for window, _ in charged] == list(range(len(held)))
+    assert [share for _, share in charged] == expected
 
 
 def test_each_counter_is_charged_the_whole_call() -> None:
-    """A user's own quota and the pot beside it: lines of different counters don't share."""
-    own, pot = line(10, 5), replace(line(10, 5), counter=("~g", "g/pot"))
-    assert [share for _, share in shares([own, pot], (10, 5, 1))] == [(10, 5, 1), (10, 5, 1)]
+    """A user's own quota and a shared one don't divide the charge."""
+    own, shared = held_amount(10, 5), replace(held_amount(10, 5), counter=("~g", "g/pot"))
+    assert [share for _, share in charges_by_window([own, shared], (10, 5, 1))] == [(10, 5, 1), (10, 5, 1)]
 
 
-# ------------------------------------------------------------------------------------------------------ from outside
+# ------------------------------------------------------------------------------------------- a proxy of somebody else
 
 
-def outside(counted: int | None = None, *, windows: int = 1, pots: int = 1, **more: Any) -> Report:
-    """Judge the same run without its books."""
-    return judge_from_outside(evidence(**more), windows=windows, pots=pots, counted=counted)
+def external(counted: int | None = None, *, windows: int = 1, counters: int = 1, **more: Any) -> Report:
+    """Judge the same run without the proxy's database."""
+    return judge_external(evidence(**more), windows=windows, counters=counters, counted=counted)
 
 
-def test_from_outside_all_may_be_well_too() -> None:
-    """By the upstream's count, and by a counter that says all that was given."""
-    assert outside().broken == []
-    assert outside(158).broken == []
-    assert outside(90).broken == []  # an answer that was left may be charged as one likes
+def test_an_external_proxy_can_keep_every_promise() -> None:
+    """By the upstream's count, and by its own counter."""
+    assert external().broken == []
+    assert external(158).broken == []
+    assert external(90).broken == []  # only complete answers have to be counted
 
 
-def _given(*made: int) -> list[Given]:
-    return [Given("a", 0, made[0], (0, made[0])), *(Given("b", 0, more, None) for more in made[1:])]
+def _generated(*output_tokens: int) -> list[UpstreamRecord]:
+    """Records of one complete call and of others without usage."""
+    first, *others = output_tokens
+    return upstream(("a", 0, first, (0, first)), *(("b", 0, other, None) for other in others))
 
 
-OUTSIDE: dict[str, tuple[Callable[[], Report], list[str]]] = {
-    "more was given than the limit": (lambda: outside(given=_given(600, 401)), ["overshoot given"]),
-    "just the limit was given": (lambda: outside(given=_given(600, 400)), []),
-    "two windows allow as much again": (lambda: outside(given=_given(600, 600), windows=2), []),
-    "the counter has lost an answer": (lambda: outside(89), ["lost"]),
-    "an answer comes from elsewhere": (lambda: outside(seen=[seen("a"), seen("z")]), ["strange answers"]),
-    "nothing came at all": (lambda: outside(seen=[], given=[]), ["calls"]),
-    "others who use the same upstream don't count": (
-        lambda: outside(given=[*_given(600), Given("?", 900, 0, None)]),
+EXTERNAL: dict[str, tuple[Callable[[], Report], list[str]]] = {
+    "more than the limit was generated": (lambda: external(upstream=_generated(600, 401)), ["upstream overshoot"]),
+    "exactly the limit was generated": (lambda: external(upstream=_generated(600, 400)), []),
+    "two windows allow twice the limit": (lambda: external(upstream=_generated(600, 600), windows=2), []),
+    "the counter has lost an answer": (lambda: external(89), ["lost"]),
+    "an answer comes from another upstream": (
+        lambda: external(clients=[client("a"), client("z")]),
+        ["foreign answers"],
+    ),
+    "no call was made": (lambda: external(clients=[], upstream=[]), ["calls"]),
+    "calls of other clients at the same upstream don't count": (
+        lambda: external(upstream=[*_generated(600), UpstreamRecord("?", 900, 0, None)]),
         [],
     ),
-    "a call was refused though there was room": (
-        lambda: outside(seen=[seen("a"), refused(free=50)]),
+    "a refused call would have fitted": (
+        lambda: external(clients=[client("a"), refused(free=50)]),
         ["false refusals"],
     ),
 }
 
 
-@pytest.mark.parametrize("what", OUTSIDE)
-def test_what_can_be_seen_from_outside(what: str) -> None:
-    """The upstream's own count is a witness that no proxy can bribe."""
-    report, broken = OUTSIDE[what]
+@pytest.mark.parametrize("case", EXTERNAL)
+def test_the_verdict_on_an_external_proxy(case: str) -> None:
+    """The upstream's own count does not depend on the proxy."""
+    report, broken = EXTERNAL[case]
     assert report().broken == broken
 
 
-def test_each_user_has_a_pot_of_their_own() -> None:
-    """What one leaves is not the other's to take."""
-    both = [seen("a"), replace(seen("b", end="hung_up"), user=1)]
-    assert outside(seen=both, given=_given(600, 600), pots=2).broken == []
-    assert outside(seen=both, given=_given(1100, 100), pots=2).broken == ["overshoot given"]
+def test_each_user_has_a_counter_of_their_own() -> None:
+    """What one user leaves of the limit is not another user's."""
+    both = [client("a"), replace(client("b", result="disconnected"), user=1)]
+    assert external(clients=both, upstream=_generated(600, 600), counters=2).broken == []
+    assert external(clients=both, upstream=_generated(1100, 100), counters=2).broken == ["upstream overshoot"]

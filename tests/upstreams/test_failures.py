@@ -1,4 +1,4 @@
-"""Whose fault an upstream's failure was, what it costs, and that nothing of our key or account gets out with it.
+"""Who is at fault if an upstream fails, what is charged, and that nothing about our key or account is shown.
 
 The table of the module's docstring; contract "A refusal"; threats T9, T10, T38, T44.
 """
@@ -27,7 +27,7 @@ def error(message: object = "It can't be done.", **more: object) -> bytes:
 
 
 def failure(status: int, body: bytes = HTML, retry_after: str | None = None) -> Rejected | Failed | ProxyError:
-    """What the answer of an upstream with a key means."""
+    """What an error answer of an upstream with a key means."""
     return failure_of(status, body, retry_after, UPSTREAM)
 
 
@@ -35,8 +35,8 @@ def failure(status: int, body: bytes = HTML, retry_after: str | None = None) -> 
 
 
 @pytest.mark.parametrize("status", [400, 404, 405, 409, 413, 415, 422, 424, 451, 499])
-def test_a_bad_request_passes_on_and_costs_one_request(status: int) -> None:
-    """The upstream's words help the user, and who sends nonsense in a loop is counted."""
+def test_a_rejected_request_is_forwarded_and_costs_one_request(status: int) -> None:
+    """The upstream's message helps the user, and a client that repeats a bad request is counted."""
     body = error(code="context_length_exceeded", param="messages")
     assert failure(status, body) == Rejected(status, body)
 
@@ -61,8 +61,8 @@ def test_a_bad_request_passes_on_and_costs_one_request(status: int) -> None:
         b"[" * 100_000,
     ],
 )
-def test_a_body_in_another_shape_is_replaced(body: bytes) -> None:
-    """SDKs show nothing of HTML, and nobody knows what is in it."""
+def test_a_body_without_an_error_is_replaced(body: bytes) -> None:
+    """SDKs do not show HTML, and it may contain anything."""
     rejected = failure(400, body)
     assert isinstance(rejected, Rejected)
     assert json.loads(rejected.body) == {
@@ -84,7 +84,7 @@ def test_a_body_in_another_shape_is_replaced(body: bytes) -> None:
     "body", [error(f"Incorrect API key provided: {KEY}."), error(code="insufficient_quota"), HTML]
 )
 def test_our_key_is_not_the_user_s_fault(status: int, body: bytes) -> None:
-    """502, since at a 401 users would change their own keys; and not a word of what the upstream said (T9)."""
+    """It is a 502, because at a 401 users would change their own keys. The upstream's message is not shown (T9)."""
     failed = failure(status, body)
     assert type(failed) is UpstreamError
     assert (failed.status, failed.code) == (502, "upstream_error")
@@ -103,8 +103,8 @@ def test_our_key_is_not_the_user_s_fault(status: int, body: bytes) -> None:
     ],
 )
 @pytest.mark.parametrize("status", [400, 429, 500])
-def test_an_account_that_is_used_up_is_the_operator_s_matter(code: str, status: int) -> None:
-    """503 whichever status and member says it: a user who saw `insufficient_quota` would look at the wrong quota."""
+def test_a_used_up_account_is_a_503(code: str, status: int) -> None:
+    """Whatever status and member say it. A user who saw `insufficient_quota` would look at the wrong quota."""
     for body in (error("You, org-123, exceeded it.", code=code), error("You, org-123, exceeded it.", type=code)):
         failed = failure(status, body, retry_after="5")
         assert type(failed) is UpstreamExhausted
@@ -113,44 +113,44 @@ def test_an_account_that_is_used_up_is_the_operator_s_matter(code: str, status: 
 
 
 @pytest.mark.parametrize("body", [error("Insufficient credits. Buy more at https://x.example."), HTML, b""])
-def test_payment_required_is_the_operator_s_matter(body: bytes) -> None:
-    """402 (OpenRouter, DeepSeek) is about the account too; the user can't pay it, and isn't charged for it."""
+def test_payment_required_is_a_503(body: bytes) -> None:
+    """402 (OpenRouter, DeepSeek) is about the account too. The user cannot pay it and is not charged for it."""
     failed = failure(402, body)
     assert type(failed) is UpstreamExhausted
     assert "https" not in failed.message
 
 
-# ------------------------------------------------------------------------------------------------- the upstream's own
+# ------------------------------------------------------------------------------- the upstream's own limits and errors
 
 
 def test_the_upstream_s_own_limit_is_marked_as_such() -> None:
-    """A 429 that is no quota of ours keeps its status, its words and its time, under another code."""
+    """A 429 that is not about a quota of ours keeps its status, message and `Retry-After`, but gets another code."""
     failed = failure(429, error("Rate limit reached.", code="rate_limit_exceeded", type="tokens"), retry_after="7")
     assert type(failed) is UpstreamBusy
     assert (failed.status, failed.type, failed.code) == (429, "rate_limit_error", "upstream_rate_limited")
     assert failed.headers == {"retry-after": "7"}
     assert failed.message == (
-        "The upstream itself is limiting requests just now; this is no quota of this proxy. Rate limit reached."
+        "The upstream itself is limiting requests; this is not a quota of this proxy. Rate limit reached."
     )
 
 
 @pytest.mark.parametrize("body", [HTML, b"", b'{"error":7}', error(None), error({"a": 1}), error(""), error(7)])
-def test_a_limit_without_words_is_told_in_ours(body: bytes) -> None:
-    """And never with `None`."""
+def test_a_limit_without_a_message_has_ours(body: bytes) -> None:
+    """And it never contains `None`."""
     failed = failure(429, body)
     assert isinstance(failed, UpstreamBusy)
-    assert failed.message == "The upstream itself is limiting requests just now; this is no quota of this proxy."
+    assert failed.message == "The upstream itself is limiting requests; this is not a quota of this proxy."
 
 
 @pytest.mark.parametrize("code", [None, 429, {}, [], ["insufficient_quota"], {"insufficient_quota": 1}, True, 1.5])
-def test_codes_of_any_type_are_no_mistake_of_ours(code: object) -> None:
-    """Strict clients stumble at the numbers of vLLM and llama.cpp; what can't be hashed must not become a 500."""
+def test_codes_of_any_type_are_handled(code: object) -> None:
+    """Strict clients do not accept the numbers of vLLM and llama.cpp. A code that is not hashable must not raise."""
     body = error("x", code=code, type=code, more="y")
     assert isinstance(failure(429, body), UpstreamBusy)
     text = "429" if code == 429 else None
     for status, kind in ((400, "invalid_request_error"), (500, "upstream_error")):
-        said = failure(status, body)
-        assert isinstance(said, Rejected | Failed)
+        result = failure(status, body)
+        assert isinstance(result, Rejected | Failed)
         members = {
             "message": "x",
             "type": kind if code is not None else None,
@@ -158,8 +158,8 @@ def test_codes_of_any_type_are_no_mistake_of_ours(code: object) -> None:
             "code": text,
             "more": "y",
         }
-        assert json.loads(said.body) == {"error": members}
-        assert code is not None or said.body == body
+        assert json.loads(result.body) == {"error": members}
+        assert code is not None or result.body == body
 
 
 @pytest.mark.parametrize(
@@ -170,7 +170,7 @@ def test_codes_of_any_type_are_no_mistake_of_ours(code: object) -> None:
             b'{"object":"error","message":"It is too long.","type":"BadRequestError","param":null,"code":400}',
             "It is too long.",
             "400",
-        ),  # vLLM, formerly
+        ),  # vLLM until 0.10
         (b'{"error":{"message":"It is too long.","type":"BadRequestError","code":400}}', "It is too long.", "400"),
         (b'{"error":{"code":400,"message":"Bad.","type":"invalid_request_error"}}', "Bad.", "400"),  # llama.cpp
         (b'{"error":{"code":429,"message":"Bad.","metadata":{"raw":"r"}}}', "Bad.", "429"),  # OpenRouter
@@ -182,12 +182,12 @@ def test_codes_of_any_type_are_no_mistake_of_ours(code: object) -> None:
         (b'{"error":{"message":{"message":"Bad."}}}', "Bad.", None),
     ],
 )
-def test_an_error_in_another_shape_is_put_into_openai_s(body: bytes, message: str, code: str | None) -> None:
-    """So that SDKs show what the upstream said, whether the request or the upstream was at fault."""
+def test_an_error_in_another_shape_is_put_into_openai_s_shape(body: bytes, message: str, code: str | None) -> None:
+    """So SDKs show the upstream's message, whether the request or the upstream was at fault."""
     for status in (404, 500):
-        said = failure(status, body)
-        assert isinstance(said, Rejected | Failed)
-        shown = json.loads(said.body)["error"]
+        result = failure(status, body)
+        assert isinstance(result, Rejected | Failed)
+        shown = json.loads(result.body)["error"]
         assert (shown["message"], shown["param"], shown["code"]) == (message, None, code)
         assert isinstance(shown["type"], str)
     busy = failure(429, body)
@@ -195,33 +195,33 @@ def test_an_error_in_another_shape_is_put_into_openai_s(body: bytes, message: st
     assert busy.message.endswith(message)
 
 
-def test_nothing_else_of_an_error_is_lost() -> None:
-    """Its further members pass on (OpenRouter says there what the provider said)."""
-    said = failure(400, b'{"error":{"code":400,"message":"Bad.","metadata":{"raw":"r"}}}')
-    assert isinstance(said, Rejected)
-    assert json.loads(said.body)["error"]["metadata"] == {"raw": "r"}
+def test_other_members_of_an_error_are_kept() -> None:
+    """OpenRouter puts the provider's message there."""
+    result = failure(400, b'{"error":{"code":400,"message":"Bad.","metadata":{"raw":"r"}}}')
+    assert isinstance(result, Rejected)
+    assert json.loads(result.body)["error"]["metadata"] == {"raw": "r"}
 
 
 @pytest.mark.parametrize("status", [400, 503])
-def test_an_error_that_says_nothing_is_told_in_our_words(status: int) -> None:
-    """It has its message all the same."""
-    said = failure(status, b'{"error":{"code":1}}')
-    assert isinstance(said, Rejected | Failed)
-    assert json.loads(said.body)["error"]["message"].endswith(f"with status {status}.")
+def test_an_error_without_a_message_gets_ours(status: int) -> None:
+    """Every error has a message."""
+    result = failure(status, b'{"error":{"code":1}}')
+    assert isinstance(result, Rejected | Failed)
+    assert json.loads(result.body)["error"]["message"].endswith(f"with status {status}.")
 
 
 @pytest.mark.parametrize(
     "retry_after", [None, "", "soon", "1.5", "-1", "7\r\nx: y", "\u0667", "Wed, 21 Oct 2026 07:28:00 GMT"]
 )
-def test_only_whole_seconds_are_passed_on(retry_after: str | None) -> None:
-    """Nothing else becomes a header of ours."""
+def test_only_a_retry_after_in_whole_seconds_is_forwarded(retry_after: str | None) -> None:
+    """Any other value is dropped."""
     failed = failure(429, error(), retry_after)
     assert isinstance(failed, UpstreamBusy)
     assert failed.headers == {}
 
 
-def test_the_words_of_a_limit_are_bounded_and_without_our_key() -> None:
-    """The key goes before the cut, so no half of it stays at the edge (T9)."""
+def test_the_message_of_a_limit_is_cut_and_has_no_key() -> None:
+    """The key is masked before the message is cut, so no part of it stays at the edge (T9)."""
     for position in range(480, 505):
         failed = failure(429, error("x" * position + KEY + "y" * 9999))
         assert isinstance(failed, UpstreamBusy)
@@ -230,40 +230,40 @@ def test_the_words_of_a_limit_are_bounded_and_without_our_key() -> None:
 
 
 @pytest.mark.parametrize("status", [500, 502, 503, 504, 529, 599])
-def test_an_error_of_the_upstream_passes_on_and_costs_nothing(status: int) -> None:
-    """In OpenAI's shape, as it is."""
+def test_an_error_of_the_upstream_is_forwarded_and_costs_nothing(status: int) -> None:
+    """It is forwarded unchanged if it has OpenAI's shape."""
     assert failure(status, error()) == Failed(status, error())
 
 
 @pytest.mark.parametrize("status", [500, 501, 502, 503, 529])
-def test_a_failure_in_another_shape_is_a_502(status: int) -> None:
-    """The words are ours, with the status for whoever asks."""
+def test_a_failure_without_an_error_body_is_a_502(status: int) -> None:
+    """The message is ours and names the status."""
     failed = failure(status)
     assert type(failed) is UpstreamError
     assert (failed.status, failed.message) == (502, f"The upstream failed with status {status}.")
 
 
 @pytest.mark.parametrize(("status", "body"), [(408, HTML), (408, error()), (504, HTML)])
-def test_a_time_limit_of_the_upstream_is_a_504(status: int, body: bytes) -> None:
-    """408 speaks of a connection of ours, so it never passes on."""
+def test_a_timeout_of_the_upstream_is_a_504(status: int, body: bytes) -> None:
+    """A 408 is about our connection to the upstream, so it is never forwarded."""
     failed = failure(status, body)
     assert type(failed) is UpstreamTimeout
     assert failed.status == 504
 
 
 @pytest.mark.parametrize("status", [100, 101, 199, 300, 301, 302, 304, 307, 308])
-def test_what_is_no_answer_is_a_502(status: int) -> None:
-    """Redirects are not followed, and not passed on either: they name hosts (T44)."""
+def test_a_status_that_cannot_be_forwarded_is_a_502(status: int) -> None:
+    """Redirects are neither followed nor forwarded, because they name hosts (T44)."""
     failed = failure(status, error())
     assert type(failed) is UpstreamError
-    assert failed.message == f"The upstream gave an answer that can't be passed on (status {status})."
+    assert failed.message == f"The upstream sent an answer that can't be forwarded (status {status})."
 
 
 # ------------------------------------------------------------------------------------------------------------ the key
 
 
-def test_our_key_is_masked_wherever_a_body_passes_on() -> None:
-    """An upstream that repeats what it was sent must not give the key away (T9)."""
+def test_our_key_is_masked_in_every_forwarded_body() -> None:
+    """An upstream that repeats the request's headers must not reveal the key (T9)."""
     body = error(f"You sent Bearer {KEY}. Yes, {KEY}!", param=KEY)
     clean = body.replace(KEY.encode(), b"***")
     assert clean.count(b"***") == 3
@@ -273,7 +273,7 @@ def test_our_key_is_masked_wherever_a_body_passes_on() -> None:
 
 
 @pytest.mark.parametrize(
-    "said",
+    "mention",
     [
         "for organization org-AbCdEf123 on tokens",
         "in project proj_AbCdEf123 on tokens",
@@ -283,9 +283,9 @@ def test_our_key_is_masked_wherever_a_body_passes_on() -> None:
         "workspace wrkspc_AbCdEf123",
     ],
 )
-def test_our_account_is_masked_too(said: str) -> None:
-    """OpenAI and Anthropic name it where it reached a limit; the id of a request stays, for who asks them."""
-    busy = failure(429, error(f"{said}, request 9d0c2f9e-1111-4222-8333-123456789abc"))
+def test_our_account_is_masked_too(mention: str) -> None:
+    """OpenAI and Anthropic name it when it reaches a limit. The id of the request stays, for questions to them."""
+    busy = failure(429, error(f"{mention}, request 9d0c2f9e-1111-4222-8333-123456789abc"))
     assert isinstance(busy, UpstreamBusy)
     assert "***" in busy.message
     assert "AbCdEf123" not in busy.message and "4f0c2f9e" not in busy.message
@@ -293,7 +293,7 @@ def test_our_account_is_masked_too(said: str) -> None:
 
 
 def test_without_a_key_nothing_is_masked() -> None:
-    """Nor with an empty one, which is in every text."""
+    """An empty key masks nothing either, although it is part of every text."""
     empty = Upstream("up", "http://upstream.example/v1", Secret(""))
     for upstream in (OPEN, empty):
         assert masked(b"abc", upstream) == b"abc"
@@ -310,8 +310,8 @@ bodies = st.binary(max_size=60) | st.recursive(
 
 
 @given(status=st.integers(100, 599), body=bodies, retry_after=st.none() | st.text(max_size=9))
-def test_every_answer_means_something(status: int, body: bytes, retry_after: str | None) -> None:
-    """Nothing is raised, the key is in nothing, and what is charged follows from the kind alone."""
+def test_every_error_answer_has_a_meaning(status: int, body: bytes, retry_after: str | None) -> None:
+    """Nothing is raised, the key is never shown, and the type of the result alone says what is charged."""
     meant = failure(status, body, retry_after)
     if isinstance(meant, ProxyError):
         assert isinstance(meant, UpstreamError)
@@ -327,39 +327,42 @@ def test_every_answer_means_something(status: int, body: bytes, retry_after: str
 CLAUDE = Upstream("up", "http://upstream.example/v1", Secret(KEY), "anthropic")
 
 
-def theirs(type: str, message: str = "It can't be done.") -> bytes:
+def anthropic_error(type: str, message: str = "It can't be done.") -> bytes:
     """A body with an error in Anthropic's shape."""
     return json.dumps({"type": "error", "error": {"type": type, "message": message}, "request_id": "r"}).encode()
 
 
 @pytest.mark.parametrize("status", [400, 404, 413])
-def test_a_bad_request_of_anthropic_s_passes_on(status: int) -> None:
-    """In its own words; where there are none, in ours and its shape."""
-    body = theirs("invalid_request_error")
+def test_a_request_rejected_by_anthropic_is_forwarded(status: int) -> None:
+    """With Anthropic's message, or if there is none, with ours in Anthropic's shape."""
+    body = anthropic_error("invalid_request_error")
     assert failure_of(status, body, None, CLAUDE) == Rejected(status, body)
     wrapped = failure_of(status, HTML, None, CLAUDE)
     assert isinstance(wrapped, Rejected)
-    said = json.loads(wrapped.body)
-    assert (said["type"], said["error"]["type"]) == ("error", "invalid_request_error")
-    assert str(status) in said["error"]["message"]
+    result = json.loads(wrapped.body)
+    assert (result["type"], result["error"]["type"]) == ("error", "invalid_request_error")
+    assert str(status) in result["error"]["message"]
 
 
-def test_an_overload_of_anthropic_s_passes_on() -> None:
-    """With the status that its SDK knows, and nothing is charged."""
-    body = theirs("overloaded_error", f"Overloaded, {KEY}")
+def test_an_overload_of_anthropic_is_forwarded() -> None:
+    """With the status that its SDK knows. Nothing is charged."""
+    body = anthropic_error("overloaded_error", f"Overloaded, {KEY}")
     assert failure_of(529, body, None, CLAUDE) == Failed(529, body.replace(KEY.encode(), b"***"))
 
 
 @pytest.mark.parametrize(
     ("status", "body"),
     [
-        (400, theirs("invalid_request_error", "Your credit balance is too low to access the Anthropic API.")),
-        (403, theirs("billing_error")),
-        (402, theirs("billing_error")),
+        (
+            400,
+            anthropic_error("invalid_request_error", "Your credit balance is too low to access the Anthropic API."),
+        ),
+        (403, anthropic_error("billing_error")),
+        (402, anthropic_error("billing_error")),
     ],
 )
-def test_an_account_of_anthropic_s_that_is_used_up_is_the_operator_s(status: int, body: bytes) -> None:
-    """It has no code for it, and may call it a bad request: the user pays nothing."""
+def test_a_used_up_account_at_anthropic_is_not_the_user_s_fault(status: int, body: bytes) -> None:
+    """Anthropic has no code for it and may answer 400. The user is charged nothing."""
     failed = failure_of(status, body, None, CLAUDE)
     assert isinstance(failed, UpstreamError)
     assert isinstance(failed, UpstreamExhausted) == (status != 403)

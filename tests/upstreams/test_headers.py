@@ -1,4 +1,4 @@
-"""What is not on the two lists stays here: nothing that names a user goes up, nothing of the account comes down.
+"""Only the headers on two lists are forwarded: none that names a user, and none that names the operator's account.
 
 wire §6.2; threats T9 to T11, T14, T44.
 """
@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.policy.policy import Kind, Secret
-from proxy.upstreams.headers import idempotency, key_header, to_client, to_upstream
+from proxy.upstreams.headers import idempotency_header, key_header, to_client, to_upstream
 
 KEY = Secret("sk-of-the-operator")
 OURS = {"content-type": "application/json", "accept-encoding": "identity"}
@@ -26,17 +26,17 @@ PASSED_DOWN = ["Content-Type", "Content-Language", "OpenAI-Processing-MS", "Open
 
 
 def ours(kind: Kind) -> dict[str, str]:
-    """What an upstream of this kind gets from us alone, but for the key."""
+    """The headers that we send to this kind of upstream, without the key."""
     return {**OURS, "anthropic-version": "2023-06-01"} if kind == "anthropic" else OURS
 
 
 def up(*headers: tuple[str, str], kind: Kind = "openai", api_key: Secret | None = KEY) -> dict[str, str]:
-    """What an upstream gets of a client's headers."""
+    """The headers that an upstream gets if the client sends these."""
     return to_upstream(headers, kind=kind, api_key=api_key)
 
 
 def down(*headers: tuple[str, str], is_stream: bool = False) -> dict[str, str]:
-    """What a client gets of an upstream's headers."""
+    """The headers that a client gets if the upstream sends these."""
     return to_client(headers, is_stream=is_stream)
 
 
@@ -53,14 +53,14 @@ def down(*headers: tuple[str, str], is_stream: bool = False) -> dict[str, str]:
     ],
 )
 def test_each_kind_of_upstream_gets_its_key_in_its_own_header(kind: Kind, expected: dict[str, str]) -> None:
-    """And in no other: a second one would be refused or logged."""
+    """And in no other header: a second one would be rejected or logged."""
     assert key_header(kind, KEY) == expected
     assert up(kind=kind) == {**ours(kind), **expected}
 
 
 @pytest.mark.parametrize("kind", get_args(Kind))
 def test_an_upstream_without_a_key_gets_none(kind: Kind) -> None:
-    """A server of one's own may be open; the client's key is not for it either."""
+    """A server of your own may need no key. The client's key is not sent to it either."""
     client = (("authorization", "Bearer sk-user"), ("api-key", "sk-user"), ("x-api-key", "sk-user"))
     assert key_header(kind, None) == {}
     assert up(*client, kind=kind, api_key=None) == ours(kind)
@@ -104,26 +104,26 @@ def test_an_upstream_without_a_key_gets_none(kind: Kind) -> None:
         "X-Anything",
     ],
 )
-def test_a_client_s_header_that_is_not_on_the_list_stays_here(kind: Kind, name: str) -> None:
-    """No key of a user, no address, no account, nothing of this connection (T11, T14)."""
+def test_a_client_s_header_that_is_not_on_the_list_is_not_forwarded(kind: Kind, name: str) -> None:
+    """No user's key, address or account, and nothing about the client's connection (T11, T14)."""
     for spelled in (name, name.lower(), name.upper()):
         assert up((spelled, "sk-user"), kind=kind) == {**ours(kind), **key_header(kind, KEY)}
 
 
 @pytest.mark.parametrize("name", PASSED_UP)
-def test_a_few_of_the_client_s_headers_mean_something_upstream(name: str) -> None:
-    """In whatever case they come: they are sent in lower case, once."""
+def test_a_few_of_the_client_s_headers_are_forwarded(name: str) -> None:
+    """Whatever their case, they are sent once and in lower case."""
     for spelled in (name, name.lower(), name.upper()):
         assert up((spelled, "value")) == {**OURS, **key_header("openai", KEY), name.lower(): "value"}
 
 
 @pytest.mark.parametrize("api_key", [KEY, None])
-def test_an_idempotency_key_is_its_user_s_own(api_key: Secret | None) -> None:
-    """All users are one account upstream: a repeated key must not bring one of them the answer of another."""
+def test_an_idempotency_key_is_different_for_each_user(api_key: Secret | None) -> None:
+    """All users share one account upstream. If two send the same key, neither must get the other's answer."""
 
     def sent(user: str, said: str, *more: tuple[str, str]) -> dict[str, str]:
         assert up(("Idempotency-Key", said), *more, api_key=api_key) == up(api_key=api_key)
-        return idempotency([("Idempotency-Key", said), *more], user=user, api_key=api_key)
+        return idempotency_header([("Idempotency-Key", said), *more], user=user, api_key=api_key)
 
     assert sent("alice", "1") == sent("alice", "1")
     owners = [("alice", "1"), ("bob", "1"), ("alice", "2"), ("alice", "\udce4")]
@@ -131,8 +131,8 @@ def test_an_idempotency_key_is_its_user_s_own(api_key: Secret | None) -> None:
     assert sent("alice", "") == sent("alice", "1", ("Connection", "idempotency-key")) == {}
 
 
-def test_a_version_of_anthropic_s_is_the_client_s_where_it_names_one() -> None:
-    """Each SDK speaks its own; the first that was published is for who says nothing."""
+def test_the_version_of_anthropic_s_api_is_the_client_s_if_it_names_one() -> None:
+    """Each SDK names its own. The default is the first one that was published."""
     assert up(("Anthropic-Version", "2026-10-21"), kind="anthropic")["anthropic-version"] == "2026-10-21"
     assert up(kind="anthropic")["anthropic-version"] == "2023-06-01"
 
@@ -146,17 +146,15 @@ def test_a_version_of_anthropic_s_is_the_client_s_where_it_names_one() -> None:
         ("openai", ["a", "b", "c"], None),
     ],
 )
-def test_a_beta_is_asked_for_where_the_operator_lets_it_pass(
-    kind: Kind, allowed: list[str], sent: str | None
-) -> None:
-    """All others are left out, in whichever of the headers they stand."""
+def test_a_beta_is_forwarded_if_the_operator_allows_it(kind: Kind, allowed: list[str], sent: str | None) -> None:
+    """All others are removed, from every header that lists betas."""
     headers = [("anthropic-beta", "a, b"), ("Anthropic-Beta", "c")]
     passed = to_upstream(headers, kind=kind, api_key=KEY, betas=allowed)
     assert passed.get("anthropic-beta") == sent
 
 
-def test_a_beta_that_changes_neither_price_nor_reach_is_asked_for() -> None:
-    """Whatever the operator lists beside it; what costs more or reaches further is not among them."""
+def test_a_beta_that_changes_neither_price_nor_access_is_always_forwarded() -> None:
+    """Whatever else the operator allows. Betas that cost more or give access to more are not among them."""
     asked = ("claude-code-20250219", "context-1m-2025-08-07", "context-management-2025-06-27", "fast-mode-2026-02-01")
     headers = [("anthropic-beta", ",".join(asked))]
     sent = to_upstream(headers, kind="anthropic", api_key=KEY)["anthropic-beta"]
@@ -165,14 +163,14 @@ def test_a_beta_that_changes_neither_price_nor_reach_is_asked_for() -> None:
     assert sent == "claude-code-20250219,context-1m-2025-08-07,context-management-2025-06-27"
 
 
-def test_the_body_is_ours_and_the_answer_is_not_to_be_compressed() -> None:
-    """Whatever the client said of its own body and of what it takes."""
+def test_content_type_and_accept_encoding_are_ours() -> None:
+    """We write the body again, and we cannot meter a compressed answer."""
     sent = up(("Content-Type", "application/json; charset=latin-1"), ("Accept-Encoding", "gzip, br"))
     assert sent == {**OURS, **key_header("openai", KEY)}
 
 
-def test_what_connection_names_ends_here() -> None:
-    """Also a header that would pass otherwise (RFC 9110 §7.6.1, T14)."""
+def test_a_header_that_connection_lists_is_not_forwarded() -> None:
+    """Even if it is on our list (RFC 9110 §7.6.1, T14)."""
     passing = (("Accept", "a"), ("X-Title", "t"), ("OpenAI-Beta", "b"))
     sent = up(("Connection", "keep-alive, X-Title"), *passing, ("connection", " ACCEPT ,"))
     assert sent == {**OURS, **key_header("openai", KEY), "openai-beta": "b"}
@@ -181,16 +179,16 @@ def test_what_connection_names_ends_here() -> None:
 # ------------------------------------------------------------------------------------------------------ to the client
 
 
-def test_a_whole_answer_is_not_to_be_stored() -> None:
-    """It holds somebody's text."""
+def test_a_whole_answer_must_not_be_cached() -> None:
+    """It is one user's text."""
     assert down(("Content-Type", "application/json"), ("Cache-Control", "public")) == {
         "content-type": "application/json",
         "cache-control": "no-store",
     }
 
 
-def test_a_stream_is_not_to_be_delayed() -> None:
-    """nginx and others would collect it otherwise."""
+def test_a_stream_must_not_be_buffered() -> None:
+    """nginx and others would buffer it otherwise."""
     assert down(("Content-Type", "text/event-stream; charset=utf-8"), is_stream=True) == {
         "content-type": "text/event-stream; charset=utf-8",
         "cache-control": "no-cache, no-transform",
@@ -230,14 +228,14 @@ def test_a_stream_is_not_to_be_delayed() -> None:
     ],
 )
 @pytest.mark.parametrize("is_stream", [True, False])
-def test_an_upstream_s_header_that_is_not_on_the_list_stays_here(name: str, is_stream: bool) -> None:
-    """Neither the account behind our key nor what speaks of another connection (T9, T44)."""
+def test_an_upstream_s_header_that_is_not_on_the_list_is_not_forwarded(name: str, is_stream: bool) -> None:
+    """Nothing names the account behind our key or describes our connection to the upstream (T9, T44)."""
     for spelled in (name, name.lower(), name.upper()):
         assert down((spelled, "1"), is_stream=is_stream) == down(is_stream=is_stream)
 
 
-def test_a_few_of_the_upstream_s_headers_pass() -> None:
-    """Its own id for the request gets another name, since ours has that one."""
+def test_a_few_of_the_upstream_s_headers_are_forwarded() -> None:
+    """The upstream's request id gets another name, because ours is `x-request-id`."""
     for name in PASSED_DOWN:
         assert down((name, "value")) == {name.lower(): "value", "cache-control": "no-store"}
     assert down(("Request-Id", "req_1")) == down(("X-Request-ID", "req_1"))
@@ -245,21 +243,21 @@ def test_a_few_of_the_upstream_s_headers_pass() -> None:
 
 
 @pytest.mark.parametrize("value", ["", "a\r\nSet-Cookie: b", "a\nb", "a\x00b", "\x1b[31m", "a\u2028b", "\udcff"])
-def test_a_value_that_could_become_a_line_of_its_own_is_dropped(value: str) -> None:
-    """No control bytes of an upstream in our headers or logs (T15)."""
+def test_a_value_with_control_characters_is_dropped(value: str) -> None:
+    """It could end the header line and begin another one, and it could reach a log (T15)."""
     assert down(("X-Request-ID", value)) == {"cache-control": "no-store"}
     if value:
         assert down(("OpenAI-Version", value), ("Content-Type", value)) == {"cache-control": "no-store"}
 
 
 @pytest.mark.parametrize("kind", get_args(Kind))
-def test_llama_cpp_is_asked_to_close_the_connection_behind_a_stream(kind: Kind) -> None:
-    """It does so anyway and says the contrary; all others keep theirs."""
+def test_llama_cpp_is_asked_to_close_the_connection_after_a_stream(kind: Kind) -> None:
+    """It closes it in any case but announces `keep-alive`. Connections to other kinds are kept."""
     sent = to_upstream((), kind=kind, api_key=None, is_stream=True)
     assert sent == {**ours(kind), **({"connection": "close"} if kind == "llamacpp" else {})}
 
 
-def test_what_an_upstream_s_connection_names_ends_here() -> None:
+def test_an_upstream_s_header_that_connection_lists_is_not_forwarded() -> None:
     """The same rule in the other direction."""
     assert down(("Connection", "close, openai-version"), ("OpenAI-Version", "1")) == {"cache-control": "no-store"}
 
@@ -271,8 +269,8 @@ headers = st.lists(st.tuples(names | st.text(min_size=1, max_size=12), st.text(m
 
 
 @given(headers=headers, kind=st.sampled_from(get_args(Kind)), is_stream=st.booleans())
-def test_no_headers_let_anything_else_through(headers: list[tuple[str, str]], kind: Kind, is_stream: bool) -> None:
-    """Whatever comes, the names that go out are of the lists, and the key is ours."""
+def test_no_input_gets_another_header_through(headers: list[tuple[str, str]], kind: Kind, is_stream: bool) -> None:
+    """Whatever is received, only names on the lists are sent, and the key is ours."""
     sent = up(*headers, kind=kind)
     assert sent.keys() - key_header(kind, KEY).keys() - ours(kind).keys() <= {name.lower() for name in PASSED_UP}
     assert {**sent, **OURS, **key_header(kind, KEY)} == sent

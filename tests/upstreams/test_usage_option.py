@@ -1,4 +1,4 @@
-"""Which upstreams accept the option that asks for the usage of a stream. wire §2.2 (who rejects it), §2.3."""
+"""Which upstreams accept the option that asks for the usage of a stream. wire §2.2 (servers that reject it), §2.3."""
 
 import pytest
 
@@ -14,14 +14,14 @@ def model(
     base_url: str = "https://res.openai.azure.com",
     api_version: str | None = None,
 ) -> Model:
-    """A model at such an upstream."""
+    """A model at an upstream of this kind."""
     return Model("m", Upstream("up", base_url, None, kind=kind, api_version=api_version), name)
 
 
 @pytest.mark.parametrize(
     ("status", "body", "is_about_it"),
     [
-        (400, b'{"error":{"code":"unknown_parameter","param":"stream_options"}}', True),  # OpenAI's like
+        (400, b'{"error":{"code":"unknown_parameter","param":"stream_options"}}', True),  # OpenAI
         (400, b'{"error":{"message":"Unknown parameter: \'stream_options\'"}}', True),  # Azure's old versions
         (422, b'{"detail":[{"loc":["body","stream_options"],"type":"extra_forbidden"}]}', True),  # Mistral
         (400, b'{"object":"error","message":"continuous_usage_stats is not known"}', True),
@@ -31,37 +31,37 @@ def model(
         (200, b"stream_options", False),
     ],
 )
-def test_an_upstream_says_that_it_takes_no_option(status: int, body: bytes, is_about_it: bool) -> None:
-    """By its name, in whatever shape."""
+def test_a_rejection_of_the_option_is_recognised(status: int, body: bytes, is_about_it: bool) -> None:
+    """By the name of a field that we add, whatever the shape of the error, and only at 400 or 422."""
     assert is_about_usage_option(status, body) is is_about_it
 
 
-def test_an_upstream_is_asked_until_it_refuses_and_again_after_a_while() -> None:
-    """Each model at each address for itself."""
+def test_after_a_rejection_a_hundred_calls_go_without_the_option() -> None:
+    """Each pair of a model and an address is remembered separately."""
     known, other = UsageOptionCache(), model("other")
-    assert known.may_ask("/x", model())
-    known.note("/x", model(), is_taken=False)
-    assert [known.may_ask("/x", model()) for _ in range(102)] == [False] * 100 + [True] * 2
-    known.note("/x", model(), is_taken=False)
-    assert not known.may_ask("/x", model())
-    assert known.may_ask("/y", model())
-    assert known.may_ask("/x", other)
+    assert known.should_send("/x", model())
+    known.note("/x", model(), is_accepted=False)
+    assert [known.should_send("/x", model()) for _ in range(102)] == [False] * 100 + [True] * 2
+    known.note("/x", model(), is_accepted=False)
+    assert not known.should_send("/x", model())
+    assert known.should_send("/y", model())
+    assert known.should_send("/x", other)
 
 
-def test_one_refusal_means_nothing_where_it_was_taken_before() -> None:
-    """Nobody can switch the usage of all others off with a request that is refused for something else."""
+def test_a_rejection_is_ignored_if_the_option_was_accepted_before() -> None:
+    """No client can turn off the usage of all others with a request that is rejected for another reason."""
     known = UsageOptionCache()
-    known.note("/x", model(), is_taken=True)
-    known.note("/x", model(), is_taken=False)
-    assert known.may_ask("/x", model())
+    known.note("/x", model(), is_accepted=True)
+    known.note("/x", model(), is_accepted=False)
+    assert known.should_send("/x", model())
 
 
-def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Names of models come from clients."""
-    monkeypatch.setattr(usage_option, "_ADDRESSES_KEPT", 2)
+def test_the_number_of_remembered_addresses_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The names of models come from clients, so there is no end of them."""
+    monkeypatch.setattr(usage_option, "_ADDRESSES_MAX", 2)
     known = UsageOptionCache()
-    known.note("/1", model(), is_taken=False)
-    known.note("/2", model(), is_taken=True)
-    known.note("/3", model(), is_taken=False)
-    assert known.may_ask("/1", model())
-    assert not known.may_ask("/3", model())
+    known.note("/1", model(), is_accepted=False)
+    known.note("/2", model(), is_accepted=True)
+    known.note("/3", model(), is_accepted=False)
+    assert known.should_send("/1", model())
+    assert not known.should_send("/3", model())

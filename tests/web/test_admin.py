@@ -1,4 +1,4 @@
-"""The admin listener: metrics and health, and nothing of the API."""
+"""The admin listener serves metrics and health, and nothing of the API."""
 
 from pathlib import Path
 from typing import Any
@@ -6,8 +6,8 @@ from typing import Any
 from tests.stage import UPSTREAM_KEY, key_of, stage
 
 
-async def test_metrics_count_calls_and_tokens_and_hold_no_secret(tmp_path: Path) -> None:
-    """What a call used, by model and outcome; no key, no user name, no model name that a client made up."""
+async def test_metrics_count_calls_and_tokens_and_contain_no_secret(tmp_path: Path) -> None:
+    """By model and outcome. They contain no key, no user name, and no model name that a client made up."""
     body: dict[str, Any] = {"model": "fast", "messages": [{"role": "user", "content": "Hello"}]}
     async with stage(folder=tmp_path) as on:
         total = (await on.post("/v1/chat/completions", body)).json()["usage"]
@@ -22,8 +22,8 @@ async def test_metrics_count_calls_and_tokens_and_hold_no_secret(tmp_path: Path)
             assert secret not in text
 
 
-async def test_the_api_is_not_served_here(tmp_path: Path) -> None:
-    """Two listeners, two lists of paths."""
+async def test_the_admin_listener_does_not_serve_the_api(tmp_path: Path) -> None:
+    """A path of the API is a 404, also with a valid key."""
     async with stage(folder=tmp_path) as on:
         headers = {"authorization": f"Bearer {key_of('alice')}"}
         async with on.http.get(f"{on.admin_url}/v1/models", headers=headers) as response:

@@ -1,10 +1,13 @@
-"""Bodies over a real socket: unpacked, bounded, invited only where they are wanted, and read in their time.
+"""Request bodies: when they are asked for, their time, their size, and their decompression.
 
-T21 slow bodies · T23 Expect: 100-continue · T28 other types · T29 content codings and bombs · T30 bodies over the cap
+The first part sends them to a running proxy over a socket, the second part tests the decoders alone.
+
+T21 slow bodies · T23 Expect: 100-continue · T28 other types · T29 content encodings and bombs · T30 too large bodies
 """
 
 import gzip
 import json
+import os
 import tracemalloc
 import zlib
 from collections.abc import Callable
@@ -14,95 +17,103 @@ from pathlib import Path
 import brotli
 import pytest
 from backports import zstd
+from hypothesis import given
+from hypothesis import strategies as st
 
 from proxy.config.loader import ConnectionLimits
-from proxy.web.body import REQUEST_BYTES_MAX
+from proxy.errors import InvalidRequest
+from proxy.web.body import CONTENT_ENCODINGS, MEMBERS_MAX, PIECE_BYTES, REQUEST_BYTES_MAX, BodyDecoder
 from tests.bare_client import GOOD, KEY, bare_client, get, post
 from tests.stage import Reply, Stage, stage
 
 CHAT = "/v1/chat/completions"
-PACK: dict[str, Callable[[bytes], bytes]] = {
+COMPRESS: dict[str, Callable[[bytes], bytes]] = {
     "gzip": gzip.compress,
-    "x-gzip": gzip.compress,
     "deflate": zlib.compress,
     "br": partial(brotli.compress, quality=1),
     "zstd": zstd.compress,
-    "ZSTD": zstd.compress,
-    "identity": bytes,
 }
+# The values of Content-Encoding that are accepted, with other spellings.
+ACCEPTED = {**COMPRESS, "x-gzip": gzip.compress, "ZSTD": zstd.compress, "identity": bytes}
 
 
-async def _sent(on: Stage, coding: str, body: bytes) -> Reply:
+# --------------------------------------------------------------------------------------- compressed bodies, over HTTP
+
+
+async def _send(on: Stage, encoding: str, body: bytes) -> Reply:
     async with bare_client(on.url) as client:
-        client.send(post(CHAT, KEY, f"Content-Encoding: {coding}", body=body))
+        client.send(post(CHAT, KEY, f"Content-Encoding: {encoding}", body=body))
         return await client.reply()
 
 
-@pytest.mark.parametrize("coding", PACK)
-async def test_a_packed_body_is_unpacked_and_sent_on_plain(coding: str, tmp_path: Path) -> None:
-    """T29: whatever packed it, the upstream gets JSON, and no word of a coding that is undone."""
+@pytest.mark.parametrize("encoding", ACCEPTED)
+async def test_a_compressed_body_reaches_the_upstream_as_plain_json(encoding: str, tmp_path: Path) -> None:
+    """T29: whatever the client used, the upstream gets JSON without Content-Encoding, and with the right length."""
     async with stage(folder=tmp_path) as on:
         text = "Hello " * 100_000
         body = json.dumps({"model": "fast", "messages": [{"role": "user", "content": text}]}).encode()
-        assert (await _sent(on, coding, PACK[coding](body))).status == 200
+        assert (await _send(on, encoding, ACCEPTED[encoding](body))).status == 200
         (call,) = on.simulator.requests
         assert json.loads(call.body)["messages"][0]["content"] == text
         assert "content-encoding" not in call.headers
         assert call.headers.getall("content-length") == [str(len(call.body))]  # type: ignore[attr-defined]
 
 
-async def test_a_bomb_is_a_413_and_takes_no_memory(tmp_path: Path) -> None:
-    """T29: half a megabyte that becomes 512 is read no further than the cap."""
+async def test_a_decompression_bomb_is_a_413_and_takes_little_memory(tmp_path: Path) -> None:
+    """T29: a small body that decompresses to 128 MiB is decompressed only up to the limit of 32 MiB."""
     async with stage(folder=tmp_path) as on:
-        for coding in ("gzip", "br", "zstd"):
-            bomb = PACK[coding](bytes(4 * REQUEST_BYTES_MAX))
+        for encoding in ("gzip", "br", "zstd"):
+            bomb = COMPRESS[encoding](bytes(4 * REQUEST_BYTES_MAX))
             tracemalloc.start()
-            reply = await _sent(on, coding, bomb)
-            _, most = tracemalloc.get_traced_memory()
+            reply = await _send(on, encoding, bomb)
+            _, peak = tracemalloc.get_traced_memory()
             tracemalloc.stop()
             assert (reply.status, reply.error["code"]) == (413, "request_too_large")
-            # The body grows to the cap, by steps that each may copy what is there.
-            assert most < 2.5 * REQUEST_BYTES_MAX
+            # The body grows up to the limit; when it grows, it may be copied once.
+            assert peak < 2.5 * REQUEST_BYTES_MAX
         assert on.simulator.received == 0
         assert await on.used() == (0, 0)
 
 
-@pytest.mark.parametrize("coding", ["compress", "gzip, zstd", "gzip\r\nContent-Encoding: gzip", "aes128gcm"])
-async def test_a_coding_that_is_unknown_or_one_of_several_is_a_415(coding: str, tmp_path: Path) -> None:
-    """T29: in OpenAI's shape, with what would be taken."""
+@pytest.mark.parametrize("encoding", ["compress", "gzip, zstd", "gzip\r\nContent-Encoding: gzip", "aes128gcm"])
+async def test_an_unknown_encoding_and_several_encodings_are_a_415(encoding: str, tmp_path: Path) -> None:
+    """T29: the answer lists the encodings that are accepted."""
     async with stage(folder=tmp_path) as on:
-        reply = await _sent(on, coding, gzip.compress(b"{}"))
+        reply = await _send(on, encoding, gzip.compress(b"{}"))
         assert (reply.status, reply.headers["accept-encoding"]) == (415, "gzip, deflate, br, zstd")
-        assert "can't be read here" in reply.error["message"]
+        assert "is not supported" in reply.error["message"]
         assert on.simulator.received == 0
 
 
-@pytest.mark.parametrize("coding", ["gzip", "deflate", "br", "zstd"])
-async def test_a_body_that_is_not_what_it_says_is_a_400(coding: str, tmp_path: Path) -> None:
-    """T29: plain JSON, or half of a body: the connection serves on."""
+@pytest.mark.parametrize("encoding", ["gzip", "deflate", "br", "zstd"])
+async def test_a_body_that_cannot_be_decompressed_is_a_400(encoding: str, tmp_path: Path) -> None:
+    """T29: plain JSON, or an incomplete body. The connection can be used for further requests."""
     async with stage(folder=tmp_path) as on, bare_client(on.url) as client:
-        half = PACK[coding](json.dumps(GOOD).encode())[:-3]
-        for body in (json.dumps(GOOD).encode(), half):
-            client.send(post(CHAT, KEY, f"Content-Encoding: {coding}", body=body))
+        incomplete = COMPRESS[encoding](json.dumps(GOOD).encode())[:-3]
+        for body in (json.dumps(GOOD).encode(), incomplete):
+            client.send(post(CHAT, KEY, f"Content-Encoding: {encoding}", body=body))
             reply = await client.reply()
             assert reply.status == 400
-            assert "can't be unpacked" in reply.error["message"]
+            assert "can't be decompressed" in reply.error["message"]
         client.send(get("/v1/models", KEY))
         assert (await client.reply()).status == 200
 
 
-async def test_a_body_that_goes_on_and_on_is_a_413(tmp_path: Path) -> None:
-    """T30: without a length, also where it becomes nothing at all when it is unpacked."""
-    skipped = b"\x50\x2a\x4d\x18" + (2**31).to_bytes(4, "little")  # a zstd frame that decoders pass over
+async def test_an_endless_body_without_a_length_is_a_413(tmp_path: Path) -> None:
+    """T30: also if it decompresses to nothing, so the bytes before decompression are limited too."""
+    skipped = b"\x50\x2a\x4d\x18" + (2**31).to_bytes(4, "little")  # the head of a zstd frame that decoders skip
     async with stage(folder=tmp_path) as on:
-        for begins in (b"", skipped):
+        for beginning in (b"", skipped):
             async with bare_client(on.url) as client:
-                coding = "zstd" if begins else "identity"
-                head = (KEY, f"Content-Encoding: {coding}", "Transfer-Encoding: chunked")
-                client.send(post(CHAT, *head, body=b"%x\r\n%b" % (2**31, begins), length=False))
+                encoding = "zstd" if beginning else "identity"
+                head = (KEY, f"Content-Encoding: {encoding}", "Transfer-Encoding: chunked")
+                client.send(post(CHAT, *head, body=b"%x\r\n%b" % (2**31, beginning), length=False))
                 client.send(bytes(REQUEST_BYTES_MAX + 1))
                 reply = await client.reply()
                 assert (reply.status, reply.headers["connection"]) == (413, "close")
+
+
+# ------------------------------------------------------------------------------------------------------- 100-continue
 
 
 HEADS = {
@@ -112,7 +123,7 @@ HEADS = {
         401,
     ),
     "too long": (post(CHAT, KEY, "Expect: 100-continue", "Content-Length: 99999999", body=b"", length=False), 413),
-    "not read here": (
+    "an unknown encoding": (
         post(CHAT, KEY, "Expect: 100-continue", "Content-Encoding: x", "Content-Length: 9", body=b"", length=False),
         415,
     ),
@@ -122,8 +133,8 @@ HEADS = {
 
 
 @pytest.mark.parametrize("case", HEADS)
-async def test_who_asks_first_is_told_no_before_the_body_comes(case: str, tmp_path: Path) -> None:
-    """T23: the final answer at once and no 100; and the end of the connection, since the body may not come."""
+async def test_expect_100_continue_gets_the_error_and_no_100(case: str, tmp_path: Path) -> None:
+    """T23: the final answer comes at once. The connection is closed, because the body may follow or not."""
     head, status = HEADS[case]
     async with stage(folder=tmp_path) as on, bare_client(on.url) as client:
         client.send(head)
@@ -132,8 +143,8 @@ async def test_who_asks_first_is_told_no_before_the_body_comes(case: str, tmp_pa
         assert "message" in reply.error
 
 
-async def test_who_asks_first_and_may_is_invited_once_the_key_is_known(tmp_path: Path) -> None:
-    """T23: then the body is read, and answered; an expectation that we don't know is none."""
+async def test_expect_100_continue_gets_a_100_once_the_key_is_known(tmp_path: Path) -> None:
+    """T23: then the body is read and the call answered. An expectation with another value is ignored."""
     body = json.dumps(GOOD).encode()
     async with stage(folder=tmp_path) as on, bare_client(on.url) as client:
         client.send(post(CHAT, KEY, "Expect: 100-Continue", f"Content-Length: {len(body)}", body=b"", length=False))
@@ -144,8 +155,11 @@ async def test_who_asks_first_and_may_is_invited_once_the_key_is_known(tmp_path:
         assert (await client.reply()).status == 200
 
 
-async def test_a_body_that_trickles_is_a_408(tmp_path: Path) -> None:
-    """T21: in OpenAI's shape, and the end of the connection; nothing is charged."""
+# -------------------------------------------------------------------------------------------------------- slow bodies
+
+
+async def test_a_body_that_is_too_slow_is_a_408(tmp_path: Path) -> None:
+    """T21: the connection is closed, and nothing is charged."""
     async with (
         stage(folder=tmp_path, connection_limits=ConnectionLimits(body_s=0.01)) as on,
         bare_client(on.url) as client,
@@ -157,13 +171,109 @@ async def test_a_body_that_trickles_is_a_408(tmp_path: Path) -> None:
         assert await on.used() == (0, 0)
 
 
-async def test_a_body_that_flows_has_the_longer_the_more_has_come(tmp_path: Path) -> None:
-    """T21: with no time at all to begin with, but a second for each byte, half a body can wait for its other half."""
+async def test_received_bytes_extend_the_time_of_a_body(tmp_path: Path) -> None:
+    """T21: with no time to begin with and a second for each byte, the second half of a body may come later."""
     body = json.dumps(GOOD).encode()
     limits = ConnectionLimits(body_s=0, body_bytes_per_s=1)
     async with stage(folder=tmp_path, connection_limits=limits) as on, bare_client(on.url) as client:
         client.send(post(CHAT, KEY, f"Content-Length: {len(body)}", body=body[:40], length=False))
         for _ in range(3):
-            assert (await on.get("/healthz")).status == 200  # what was to be late would be so by now
+            assert (await on.get("/healthz")).status == 200  # without more time, the body would be too late by now
         client.send(body[40:])
         assert (await client.reply()).status == 200
+
+
+# ------------------------------------------------------------------------------------------------- decoders (all T29)
+
+
+def decompressed(encoding: str, *chunks: bytes) -> bytes:
+    """The decompressed body that arrives in these chunks."""
+    decoder = BodyDecoder(encoding)
+    pieces = [piece for chunk in chunks for piece in decoder.feed(chunk)]
+    decoder.end()
+    assert all(0 < len(piece) <= PIECE_BYTES for piece in pieces)
+    return b"".join(pieces)
+
+
+def raw_deflate(body: bytes) -> bytes:
+    """Deflate without the header and the checksum of zlib."""
+    compressor = zlib.compressobj(wbits=-15)
+    return compressor.compress(body) + compressor.flush()
+
+
+TEXT = b'{"model": "fast"}'
+
+
+def test_every_content_encoding_is_tested() -> None:
+    """An encoding that is added needs a compressor here."""
+    assert COMPRESS.keys() == CONTENT_ENCODINGS.keys()
+
+
+@pytest.mark.parametrize("encoding", CONTENT_ENCODINGS)
+@given(body=st.binary(max_size=300), step=st.integers(1, 40))
+def test_a_body_may_arrive_in_chunks_of_any_size(encoding: str, body: bytes, step: int) -> None:
+    """The decompressed body does not depend on how the network splits it."""
+    compressed = COMPRESS[encoding](body)
+    assert decompressed(encoding, *(compressed[at : at + step] for at in range(0, len(compressed), step))) == body
+
+
+@pytest.mark.parametrize("encoding", CONTENT_ENCODINGS)
+@pytest.mark.parametrize("size", [PIECE_BYTES - 1, PIECE_BYTES, PIECE_BYTES + 1, 3 * PIECE_BYTES])
+def test_a_body_of_several_pieces_is_complete(encoding: str, size: int) -> None:
+    """Also if a piece ends exactly where the body does, and if the body can't be compressed at all."""
+    for body in (b"a" * size, os.urandom(size)):
+        assert decompressed(encoding, COMPRESS[encoding](body)) == body
+
+
+def test_deflate_without_the_zlib_header_is_accepted() -> None:
+    """Some clients send it like this, and browsers have always accepted it."""
+    assert decompressed("deflate", raw_deflate(TEXT)) == TEXT
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "zstd"])
+def test_several_members_are_one_body_up_to_a_limit(encoding: str) -> None:
+    """Both formats allow members in a row. Each costs a decoder, so their number is limited."""
+    member = COMPRESS[encoding](b"ab")
+    assert decompressed(encoding, member + member[:5], member[5:]) == b"abab"
+    with pytest.raises(InvalidRequest, match="more than 1000 members"):
+        decompressed(encoding, COMPRESS[encoding](b"") * (MEMBERS_MAX + 1))
+
+
+@pytest.mark.parametrize("encoding", CONTENT_ENCODINGS)
+def test_an_empty_body_needs_no_decompression(encoding: str) -> None:
+    """It is accepted whatever its Content-Encoding says."""
+    assert decompressed(encoding) == decompressed(encoding, b"") == b""
+
+
+@pytest.mark.parametrize("encoding", CONTENT_ENCODINGS)
+def test_a_body_in_another_format_is_refused(encoding: str) -> None:
+    """Plain JSON, an incomplete body, and bodies with bytes behind their end."""
+    compressed = COMPRESS[encoding](TEXT)
+    for wrong in (TEXT, compressed[:-1], compressed + b"x", compressed + b"\0" * 20):
+        with pytest.raises(InvalidRequest, match="can't be decompressed"):
+            decompressed(encoding, wrong)
+
+
+def test_a_zstd_frame_may_need_a_window_of_8_mib_and_no_more() -> None:
+    """RFC 9659: 8 MiB is 2^23."""
+
+    def frame(window_log: int) -> bytes:
+        compressor = zstd.ZstdCompressor(options={zstd.CompressionParameter.window_log: window_log})
+        return compressor.compress(TEXT) + compressor.flush()
+
+    assert decompressed("zstd", frame(23)) == TEXT
+    with pytest.raises(InvalidRequest, match="can't be decompressed"):
+        decompressed("zstd", frame(24))
+
+
+@pytest.mark.parametrize("encoding", CONTENT_ENCODINGS)
+def test_a_bomb_is_decompressed_only_as_far_as_it_is_read(encoding: str) -> None:
+    """Four pieces of 64 MiB are read: less than 2 MiB of memory is used."""
+    bomb = COMPRESS[encoding](b"\0" * (64 * 2**20))
+    tracemalloc.start()
+    pieces = BodyDecoder(encoding).feed(bomb)
+    read = sum(len(next(pieces)) for _ in range(4))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert 0 < read <= 4 * PIECE_BYTES
+    assert peak < 2 * 2**20

@@ -1,4 +1,4 @@
-"""Browsers: who may call, and what a script may read, also of refusals and streams. wire §6.6."""
+"""CORS: the pages that may call from a browser, and the headers that their scripts may read. docs/wire.md §6.6."""
 
 from pathlib import Path
 
@@ -12,11 +12,11 @@ PAGE = "https://app.example"
 STAINLESS = "x-stainless-lang, X-Stainless-Package-Version, x-stainless-retry-count"
 
 
-async def _preflight(on: Stage, origin: str, asked: str = "authorization, content-type") -> Reply:
+async def _preflight(on: Stage, origin: str, requested: str = "authorization, content-type") -> Reply:
     sent = {
         "origin": origin,
         "access-control-request-method": "POST",
-        "access-control-request-headers": asked,
+        "access-control-request-headers": requested,
     }
     async with on.http.options(on.url + CHAT, headers=sent) as response:
         return Reply(response.status, response.headers.copy(), await response.read())
@@ -26,8 +26,8 @@ def _names(reply: Reply, header: str) -> set[str]:
     return set(reply.headers[header].split(", "))
 
 
-async def test_a_page_of_the_list_is_told_what_it_may_send(tmp_path: Path) -> None:
-    """Without a key, which browsers don't send with such a question; SDKs' own headers are echoed one by one."""
+async def test_a_preflight_of_a_listed_page_lists_what_it_may_send(tmp_path: Path) -> None:
+    """A browser sends it without a key. The headers of SDKs that it asks for are echoed one by one."""
     async with stage(folder=tmp_path, cors=(PAGE, "app://notes")) as on:
         reply = await _preflight(on, PAGE, f"authorization, {STAINLESS}, x-evil, x-stainless-a b")
         assert (reply.status, reply.body) == (204, b"")
@@ -45,8 +45,8 @@ async def test_a_page_of_the_list_is_told_what_it_may_send(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     "origin", ["https://evil.example", "http://app.example", f"{PAGE}:444", f"{PAGE}.evil", "null"]
 )
-async def test_any_other_page_is_told_nothing(origin: str, tmp_path: Path) -> None:
-    """So its browser stops it; and a cache between knows that the answer is for that page alone."""
+async def test_another_page_gets_no_cors_headers(origin: str, tmp_path: Path) -> None:
+    """So its browser blocks it. `Vary: Origin` keeps a cache from giving the answer to another page."""
     async with stage(folder=tmp_path, cors=(PAGE,)) as on:
         for reply in (await _preflight(on, origin), await on.post(CHAT, GOOD, headers={"origin": origin})):
             assert reply.headers["vary"] == "Origin"
@@ -54,8 +54,8 @@ async def test_any_other_page_is_told_nothing(origin: str, tmp_path: Path) -> No
         assert (await _preflight(on, origin)).status == 404
 
 
-async def test_without_a_list_no_page_is_let_in(tmp_path: Path) -> None:
-    """The default: nothing is said at all."""
+async def test_without_a_list_no_page_is_allowed(tmp_path: Path) -> None:
+    """The default: no answer has CORS headers."""
     async with stage(folder=tmp_path) as on:
         reply = await on.post(CHAT, GOOD, headers={"origin": PAGE})
         assert reply.status == 200
@@ -63,8 +63,8 @@ async def test_without_a_list_no_page_is_let_in(tmp_path: Path) -> None:
         assert (await _preflight(on, PAGE)).status == 404
 
 
-async def test_all_pages_may_be_let_in(tmp_path: Path) -> None:
-    """`"*"`: the answer is then the same for every page."""
+async def test_all_pages_may_be_allowed(tmp_path: Path) -> None:
+    """With `"*"` the answer is the same for every page, so it needs no Vary."""
     async with stage(folder=tmp_path, cors=("*",)) as on:
         assert (await _preflight(on, PAGE)).headers["access-control-allow-origin"] == "*"
         reply = await on.post(CHAT, GOOD, headers={"origin": "null"})
@@ -72,8 +72,8 @@ async def test_all_pages_may_be_let_in(tmp_path: Path) -> None:
         assert "vary" not in reply.headers
 
 
-async def test_a_script_may_read_when_to_come_back_and_all_else_that_we_say(tmp_path: Path) -> None:
-    """Of a good answer, a stream, a 401, a 429 and a 404: what isn't exposed, a browser's SDK can't obey."""
+async def test_a_script_may_read_every_header_that_the_proxy_sets(tmp_path: Path) -> None:
+    """On an answer, a stream, a 429, a 401 and a 404. An SDK in a browser can't obey headers that it can't read."""
     policy = STAFF.replace("requests: 100k", "requests: 2")
     page = {"origin": PAGE}
     async with stage(policy, folder=tmp_path, cors=(PAGE,)) as on:
@@ -93,8 +93,8 @@ async def test_a_script_may_read_when_to_come_back_and_all_else_that_we_say(tmp_
         assert {"retry-after", "x-should-retry", "ratelimit"} & {name.lower() for name in replies[2].headers}
 
 
-async def test_a_request_that_asks_nothing_is_a_path_like_any_other(tmp_path: Path) -> None:
-    """OPTIONS that is no browser's question: a 404, with the headers of its page."""
+async def test_an_options_request_that_is_no_preflight_is_a_404(tmp_path: Path) -> None:
+    """Preflight requests have Access-Control-Request-Method. The 404 has the CORS headers too."""
     sent = {"origin": PAGE, "api-key": key_of("alice")}
     async with stage(folder=tmp_path, cors=(PAGE,)) as on, on.http.options(on.url + CHAT, headers=sent) as response:
         assert response.status == 404

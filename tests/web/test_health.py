@@ -6,7 +6,7 @@ from tests.stage import stage
 
 
 async def test_both_listeners_answer_without_a_key(tmp_path: Path) -> None:
-    """Readiness names the policy in force, so a rollout can be watched."""
+    """Readiness has the hash of the policy in force, so an operator can watch a rollout."""
     async with stage(folder=tmp_path) as on:
         for url in (on.url, on.admin_url):
             async with on.http.get(f"{url}/healthz") as response:
@@ -16,8 +16,8 @@ async def test_both_listeners_answer_without_a_key(tmp_path: Path) -> None:
         assert state == {"status": "ready", "ledger": "ok", "policy": on.server.policies.current.hash}
 
 
-async def test_a_ledger_that_cannot_be_used_is_not_ready_but_alive(tmp_path: Path) -> None:
-    """Killing the process would not bring the database back."""
+async def test_without_its_database_the_proxy_is_live_but_not_ready(tmp_path: Path) -> None:
+    """A restart of the process would not bring the database back."""
     async with stage(folder=tmp_path) as on:
         on.server.ledger.is_healthy = False
         reply = await on.get("/readyz", user=None)

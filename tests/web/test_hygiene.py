@@ -1,15 +1,26 @@
-"""What passes between the two sides, byte by byte, over real sockets.
+"""The headers and bytes that pass from clients to upstreams and back, over sockets.
 
-Where each of the threats to the HTTP front is shown:
-T9 keys of ours        here                       T18 pipelining          test_framing
-T11 keys of clients    here, test_headers         T19 paths               test_framing, test_api
-T12 large heads        test_framing, listener     T20 other endpoints     test_api
-T13 lengths, codings   test_framing               T21 slow and many       test_listener, test_bodies
-T14 re-framed          here                       T22 slow readers        test_client
-T15 line ends          here, test_headers         T23 Expect              test_bodies
-T16 hosts, targets     test_framing               T28 types, T29 codings  test_bodies, test_codings
-T17 other protocols    test_framing               T30 over the cap        test_bodies, test_api
-T39 streams that break test_relay, test_cuts      T44 an upstream's heads here, test_headers
+The tests for each threat to the HTTP server (docs/threats.md):
+
+T9  keys of the proxy       here
+T11 keys of clients         here, upstreams/test_headers
+T12 large heads             test_middleware, test_listener
+T13 lengths, encodings      test_middleware
+T14 new framing             here
+T15 line ends in headers    here, upstreams/test_headers
+T16 hosts and targets       test_middleware
+T17 other protocols         test_middleware
+T18 pipelined requests      test_middleware
+T19 paths                   test_middleware, test_routes
+T20 other endpoints         test_routes
+T21 slow, idle, too many    test_listener, test_body
+T22 slow readers            test_response
+T23 Expect: 100-continue    test_body
+T28 other types             test_body
+T29 content encodings       test_body
+T30 too large bodies        test_body, test_routes
+T39 broken streams          calls/test_relay, journeys/test_cuts
+T44 headers of upstreams    here, upstreams/test_headers
 """
 
 import asyncio
@@ -20,18 +31,18 @@ from typing import Any
 import pytest
 
 from proxy.config.loader import ConnectionLimits
-from proxy.web.response import KEEP_ALIVE
+from proxy.web.response import HEARTBEAT
 from tests.bare_client import GOOD, bare_client, post
 from tests.bare_upstream import bare_upstream, stream_head
 from tests.stage import STAFF, UPSTREAM_KEY, key_of, stage
 
 CHAT = "/v1/chat/completions"
-ASK = json.dumps({**GOOD, "metadata": {}, "stream": True}).encode()
+STREAM = json.dumps({**GOOD, "metadata": {}, "stream": True}).encode()
 MARK = "of-the-client"
 
 
 async def test_no_credential_and_no_address_of_a_client_reaches_the_upstream(tmp_path: Path) -> None:
-    """T11, T14: keys in every form, account, cookies, addresses, and what speaks of this connection alone."""
+    """T11, T14: no key in any form, account, cookie, address, or header that concerns only this connection."""
     sent = [
         f"Authorization: Bearer {key_of('alice')}",
         f"api-key: {key_of('alice')}",
@@ -67,7 +78,7 @@ async def test_no_credential_and_no_address_of_a_client_reaches_the_upstream(tmp
         } | {"accept": "*/*"}
 
 
-KEPT_BACK = [
+REMOVED = [
     f"Set-Cookie: __cf_bm={MARK}; domain=.upstream.example",
     f"Server: {MARK}",
     f"openai-organization: {MARK}",
@@ -88,14 +99,14 @@ KEPT_BACK = [
 
 @pytest.mark.parametrize("is_stream", [True, False])
 async def test_nothing_of_the_account_behind_our_key_reaches_a_client(is_stream: bool, tmp_path: Path) -> None:
-    """T9, T44: cookies, names, other pages' permissions and orders to browsers end here."""
+    """T9, T44: cookies, names of the account, and the upstream's CORS and security headers are removed."""
     whole = b'{"choices": [], "usage": {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}}'
 
-    async def serve(said: Any, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def serve(metadata: Any, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if is_stream:
-            writer.write(stream_head(*KEPT_BACK) + b"data: [DONE]\n\n")
+            writer.write(stream_head(*REMOVED) + b"data: [DONE]\n\n")
         else:
-            head = ["HTTP/1.1 200 OK", "Content-Type: application/json", f"Content-Length: {len(whole)}", *KEPT_BACK]
+            head = ["HTTP/1.1 200 OK", "Content-Type: application/json", f"Content-Length: {len(whole)}", *REMOVED]
             writer.write("\r\n".join([*head, "", ""]).encode() + whole)
         await writer.drain()
 
@@ -111,14 +122,15 @@ def _chunk(text: str) -> bytes:
     return b'data: {"choices": [{"index": 0, "delta": {"content": "%b"}}]}\n\n' % text.encode()
 
 
-async def test_a_stream_that_falls_silent_is_kept_awake_and_otherwise_the_same(tmp_path: Path) -> None:
-    """Before its first event, between two, and while half of one has come: take the comments away, and it is what
-    the upstream sent."""
+async def test_a_silent_stream_gets_heartbeats_and_no_other_change(tmp_path: Path) -> None:
+    """Before its first event, between two events, and after half an event. Without the comments it is what the
+    upstream sent.
+    """
     pieces = [_chunk("one"), _chunk("two")[:20], _chunk("two")[20:], b"data: [DONE]\n\n"]
     seen = bytearray()
     commented = asyncio.Event()
 
-    async def serve(said: Any, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def serve(metadata: Any, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(stream_head())
         for piece in pieces:
             commented.clear()
@@ -130,22 +142,22 @@ async def test_a_stream_that_falls_silent_is_kept_awake_and_otherwise_the_same(t
     async with (
         bare_upstream(serve) as upstream,
         stage(folder=tmp_path, upstream=upstream.url, connection_limits=limits) as on,
-        on.http.post(on.url + CHAT, data=ASK, headers={"api-key": key_of("alice")}) as response,
+        on.http.post(on.url + CHAT, data=STREAM, headers={"api-key": key_of("alice")}) as response,
     ):
         async for data in response.content.iter_any():
             seen += data
-            if KEEP_ALIVE in data:
+            if HEARTBEAT in data:
                 commented.set()
-        assert seen.count(KEEP_ALIVE) >= len(pieces)
-        assert seen.replace(KEEP_ALIVE, b"") == b"".join(pieces)
+        assert seen.count(HEARTBEAT) >= len(pieces)
+        assert seen.replace(HEARTBEAT, b"") == b"".join(pieces)
 
 
-async def test_no_comment_goes_into_an_event_that_goes_out_in_pieces(tmp_path: Path) -> None:
-    """One that is too large to be held back: its client has the beginning, and waits for the rest."""
+async def test_no_heartbeat_is_sent_inside_an_event_that_is_sent_in_pieces(tmp_path: Path) -> None:
+    """An event of 9 MiB is too large to be buffered: the client has its beginning and waits for the rest."""
     event = b"data: " + b"x" * (9 * 2**20) + b"\n\n"
     rest = asyncio.Event()
 
-    async def serve(said: Any, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def serve(metadata: Any, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(stream_head() + event[:-10])
         await writer.drain()
         await rest.wait()
@@ -163,7 +175,7 @@ async def test_no_comment_goes_into_an_event_that_goes_out_in_pieces(tmp_path: P
         async for data in response.content.iter_any():
             seen += data
             if len(seen) > 8 * 2**20 and not rest.is_set():
-                for _ in range(10):  # a silence, and more
+                for _ in range(10):  # takes several heartbeat intervals
                     await on.get("/healthz")
                 rest.set()
         assert event in seen

@@ -1,4 +1,4 @@
-"""The other end of a request: gone, slow, or there."""
+"""Answers to clients that read slowly, that have disconnected, and that wait for a silent stream."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 from aiohttp import web
 
 from proxy.tasks import Tasks
-from proxy.web.response import KEEP_ALIVE, WebResponder
+from proxy.web.response import HEARTBEAT, WebResponder
 
 
 @asynccontextmanager
@@ -30,23 +30,23 @@ async def _ask(port: int) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
     return reader, writer
 
 
-async def test_a_client_that_takes_nothing_is_taken_to_be_gone() -> None:
-    """It must not hold an upstream's generation: after the write limit its connection is cut."""
+async def test_a_client_that_accepts_no_data_is_disconnected() -> None:
+    """After the time limit of a write its connection is cut. Otherwise its upstream would go on generating."""
     tasks = Tasks()
     done: asyncio.Future[WebResponder] = asyncio.get_running_loop().create_future()
 
     async def pour(client: WebResponder) -> None:
-        told: list[bool] = []
-        client.on_disconnected(lambda: told.append(True))
+        notified: list[bool] = []
+        client.on_disconnected(lambda: notified.append(True))
         await client.start(200, {})
         while not client.is_disconnected:
             await client.write(b"x" * 65536)
-        assert told == [True]
-        await client.end()  # to nobody: does nothing
+        assert notified == [True]
+        await client.end()  # does nothing
         done.set_result(client)
 
     async def handler(request: web.Request) -> web.StreamResponse:
-        # In a task of its own, as in production: this one is cancelled when the connection is cut.
+        # In a task of its own, as in production: the handler is cancelled when the connection is cut.
         await asyncio.shield(tasks.start("pour", pour(WebResponder(request, id="1", write_s=0.05))))
         raise AssertionError
 
@@ -57,17 +57,17 @@ async def test_a_client_that_takes_nothing_is_taken_to_be_gone() -> None:
         writer.close()
 
 
-async def test_who_asks_late_is_told_at_once() -> None:
-    """A client that left before anybody watched is not missed, and is reported once."""
-    told: list[int] = []
+async def test_a_callback_that_is_set_after_the_disconnect_is_called_at_once() -> None:
+    """And only once. Nothing is sent to a client that has disconnected."""
+    notified: list[int] = []
 
     async def handler(request: web.Request) -> web.StreamResponse:
         client = WebResponder(request, id="1")
         client.note_disconnect()
-        client.on_disconnected(lambda: told.append(1))
+        client.on_disconnected(lambda: notified.append(1))
         client.note_disconnect()
         client.on_disconnected(None)
-        client.send(200, {}, b"nobody reads this")
+        client.send(200, {}, b"not sent")
         assert client.response is None
         return web.Response(text="ok")
 
@@ -75,11 +75,11 @@ async def test_who_asks_late_is_told_at_once() -> None:
         reader, writer = await _ask(port)
         assert (await reader.readline()).startswith(b"HTTP/1.1 200")
         writer.close()
-    assert told == [1]
+    assert notified == [1]
 
 
-async def test_pieces_arrive_as_they_are_written() -> None:
-    """Head, pieces and end in order; an empty piece is none."""
+async def test_a_streamed_answer_arrives_as_it_is_written() -> None:
+    """Head, pieces and end in this order. An empty piece is not sent: an empty chunk would end the answer."""
 
     async def handler(request: web.Request) -> web.StreamResponse:
         client = WebResponder(request, id="req_1")
@@ -99,8 +99,8 @@ async def test_pieces_arrive_as_they_are_written() -> None:
         writer.close()
 
 
-async def test_a_silent_stream_is_told_that_it_is_alive_but_never_within_an_event() -> None:
-    """From its head on, again and again while nothing moves; not before an event has ended, and not after the end."""
+async def test_a_silent_stream_gets_heartbeats_but_never_inside_an_event() -> None:
+    """From its head on, after every interval without a write; none before an event is complete or after the block."""
     is_between = True
     may_go_on, ended = asyncio.Event(), asyncio.Event()
 
@@ -122,7 +122,7 @@ async def test_a_silent_stream_is_told_that_it_is_alive_but_never_within_an_even
         return client.response
 
     async def _turns() -> None:
-        """As long as some silences take."""
+        """Wait for a few intervals."""
         loop = asyncio.get_running_loop()
         for _ in range(3):
             passed = asyncio.Event()
@@ -133,7 +133,7 @@ async def test_a_silent_stream_is_told_that_it_is_alive_but_never_within_an_even
         reader, writer = await _ask(port)
         await reader.readuntil(b"\r\n\r\n")
         for _ in range(3):
-            assert await reader.readuntil(KEEP_ALIVE + b"\r\n") == b"e\r\n" + KEEP_ALIVE + b"\r\n"
+            assert await reader.readuntil(HEARTBEAT + b"\r\n") == b"e\r\n" + HEARTBEAT + b"\r\n"
         may_go_on.set()
         rest = await reader.readuntil(b"\r\n0\r\n\r\n")
         assert rest.endswith(b"c\r\ndata: begins\r\nb\r\n and ends\n\n\r\n0\r\n\r\n")
@@ -141,8 +141,8 @@ async def test_a_silent_stream_is_told_that_it_is_alive_but_never_within_an_even
         writer.close()
 
 
-async def test_what_moved_just_before_a_comment_keeps_it_back() -> None:
-    """The timer may ring, and the stream end its block before the comment has its turn: then nothing is said."""
+async def test_a_heartbeat_is_not_sent_if_its_block_has_ended() -> None:
+    """The timer may fire just before the end of the block, and the task that sends the comment runs after it."""
 
     async def handler(request: web.Request) -> web.StreamResponse:
         loop = asyncio.get_running_loop()
@@ -151,8 +151,8 @@ async def test_what_moved_just_before_a_comment_keeps_it_back() -> None:
         with client.heartbeat(lambda: True):
             begun = loop.time()
             while loop.time() < begun + 0.002:
-                pass  # nothing else has its turn, and the timer is overdue
-            await asyncio.sleep(0)  # it rings
+                pass  # blocks the loop until the timer is overdue
+            await asyncio.sleep(0)  # the timer fires
             await asyncio.sleep(0)
         await client.write(b"data: begins")
         await asyncio.sleep(0)
@@ -163,28 +163,28 @@ async def test_what_moved_just_before_a_comment_keeps_it_back() -> None:
     async with _served(handler) as port:
         reader, writer = await _ask(port)
         seen = await reader.readuntil(b"\r\n0\r\n\r\n")
-        assert KEEP_ALIVE not in seen
+        assert HEARTBEAT not in seen
         writer.close()
 
 
-async def test_a_slow_client_is_not_told_that_it_is_alive() -> None:
-    """What it has not taken yet moves all the same: comments would only pile up behind it."""
+async def test_a_slow_client_gets_no_heartbeats() -> None:
+    """Its connection has traffic, and comments would only queue up behind the write that it has not accepted."""
     tasks = Tasks()
     done: asyncio.Future[int] = asyncio.get_running_loop().create_future()
 
     async def pour(request: web.Request) -> None:
         client = WebResponder(request, id="1", write_s=0.05, heartbeat_s=0.001)
-        asked: list[bool] = []
+        checks: list[bool] = []
 
         def is_between_events() -> bool:
-            asked.append(True)
+            checks.append(True)
             return True
 
         await client.start(200, {})
         with client.heartbeat(is_between_events):
             while not client.is_disconnected:
                 await client.write(b"x" * 65536)
-        done.set_result(len(asked))
+        done.set_result(len(checks))
 
     async def handler(request: web.Request) -> web.StreamResponse:
         await asyncio.shield(tasks.start("pour", pour(request)))

@@ -1,4 +1,4 @@
-"""Bad input at the API listener: always a clear error in OpenAI's shape, and nothing charged."""
+"""Wrong requests at the API listener get a clear error in OpenAI's shape, and nothing is charged."""
 
 import asyncio
 import gzip
@@ -18,7 +18,7 @@ GOOD = {"model": "fast", "messages": HELLO}
 
 
 async def _refused(on: Stage, reply: Reply, status: int, code: str | None) -> str:
-    """The reply is this error, in OpenAI's shape, and neither the upstream nor the books saw the call."""
+    """Check that the reply is this error, and that neither the upstream nor the ledger has the call."""
     assert reply.status == status
     assert reply.headers["content-type"] == "application/json"
     assert reply.headers["server"] == "llm-quota-proxy"
@@ -41,49 +41,49 @@ async def _refused(on: Stage, reply: Reply, status: int, code: str | None) -> st
     ids=["none", "wrong", "basic", "two", "upper case"],
 )
 async def test_no_key_or_a_wrong_one_is_a_401(headers: dict[str, str], tmp_path: Path) -> None:
-    """Nothing is let in without exactly one key that is known."""
+    """A call needs exactly one known key, spelled exactly."""
     async with stage(folder=tmp_path) as on:
         reply = await on.post(CHAT, GOOD, user=None, headers=headers)
         await _refused(on, reply, 401, "invalid_api_key")
 
 
 @pytest.mark.parametrize("name", ["authorization", "api-key", "x-api-key"])
-async def test_each_header_that_may_carry_the_key_does(name: str, tmp_path: Path) -> None:
-    """OpenAI's, Azure's and Anthropic's clients each send it their own way."""
+async def test_the_key_may_be_in_any_of_three_headers(name: str, tmp_path: Path) -> None:
+    """Those that OpenAI's, Azure's and Anthropic's clients send."""
     async with stage(folder=tmp_path) as on:
         value = key_of("alice") if name != "authorization" else f"Bearer {key_of('alice')}"
         assert (await on.post(CHAT, GOOD, user=None, headers={name: value})).status == 200
 
 
-async def test_a_key_in_the_query_is_none(tmp_path: Path) -> None:
-    """Query strings end up in logs, so a key there is not taken."""
+async def test_a_key_in_the_query_is_ignored(tmp_path: Path) -> None:
+    """Query strings end up in logs, so a key there is not accepted."""
     async with stage(folder=tmp_path) as on:
         reply = await on.post(f"{CHAT}?api-key={key_of('alice')}", GOOD, user=None)
         await _refused(on, reply, 401, "invalid_api_key")
 
 
 @pytest.mark.parametrize(
-    ("body", "says"),
+    ("body", "message"),
     [
         (b"not json", "not valid JSON"),
         (b"", "empty"),
         (b"[1]", "must be a JSON object"),
-        (b'{"model": "fast", "model": "gpt-4o", "messages": []}', 'the key "model" stands twice'),
+        (b'{"model": "fast", "model": "gpt-4o", "messages": []}', 'the key "model" appears twice'),
         (b'{"model": "fast", "MODEL": "gpt-4o", "messages": []}', "differ only in case"),
-        (b'{"model": "fast", "temperature": NaN, "messages": []}', "NaN is no JSON number"),
+        (b'{"model": "fast", "temperature": NaN, "messages": []}', "NaN is not a JSON number"),
         (b'{"model": "fast", "messages": "\xff"}', "not valid UTF-8"),
         (b"[" * 100_000, "nested"),
     ],
 )
-async def test_a_body_that_can_be_read_in_two_ways_is_a_400(body: bytes, says: str, tmp_path: Path) -> None:
-    """What was decided on has to be what is sent."""
+async def test_a_body_that_is_not_unambiguous_json_is_a_400(body: bytes, message: str, tmp_path: Path) -> None:
+    """The upstream has to read the same values that the quotas were checked for."""
     async with stage(folder=tmp_path) as on:
         reply = await on.post(CHAT, body)
-        assert says in await _refused(on, reply, 400, "invalid_json")
+        assert message in await _refused(on, reply, 400, "invalid_json")
 
 
-async def test_an_unknown_model_says_what_would_help(tmp_path: Path) -> None:
-    """The list is closed; the answer points to it."""
+async def test_an_unknown_model_is_a_404_that_says_how_to_list_the_models(tmp_path: Path) -> None:
+    """The list of models is closed; the message says how to get it."""
     async with stage(folder=tmp_path) as on:
         reply = await on.post(CHAT, {**GOOD, "model": "gpt-9"})
         assert "GET /v1/models" in await _refused(on, reply, 404, "model_not_found")
@@ -91,8 +91,8 @@ async def test_an_unknown_model_says_what_would_help(tmp_path: Path) -> None:
         assert (listed.status, listed.error["code"]) == (404, "model_not_found")
 
 
-async def test_a_model_without_a_quota_says_what_to_write(tmp_path: Path) -> None:
-    """`unmatched: refuse`: the operator learns from the message which line is missing."""
+async def test_a_model_without_a_quota_is_a_404_that_says_what_to_configure(tmp_path: Path) -> None:
+    """With `unmatched: refuse`, the message names the setting that is missing."""
     policy = STAFF.replace("daily: {", "daily: {models: [gpt-4o-mini], ")
     async with stage(policy, folder=tmp_path) as on:
         reply = await on.post(CHAT, GOOD)
@@ -101,7 +101,7 @@ async def test_a_model_without_a_quota_says_what_to_write(tmp_path: Path) -> Non
 
 
 async def test_a_body_over_the_limit_is_a_413(tmp_path: Path) -> None:
-    """Announced or not: the answer comes before the whole body, and is readable."""
+    """By its announced length, or only after decompression. The answer comes before the whole body."""
     async with stage(folder=tmp_path) as on:
         reply = await on.post(CHAT, io.BytesIO(b" " * (REQUEST_BYTES_MAX + 1)))
         await _refused(on, reply, 413, "request_too_large")
@@ -110,14 +110,14 @@ async def test_a_body_over_the_limit_is_a_413(tmp_path: Path) -> None:
         await _refused(on, reply, 413, "request_too_large")
 
 
-async def test_content_codings_and_types_that_cannot_be_read_are_a_415(tmp_path: Path) -> None:
-    """gzip is undone; what can't be undone is said, not guessed."""
+async def test_unsupported_content_encodings_and_types_are_a_415(tmp_path: Path) -> None:
+    """An unknown encoding, and a form where JSON is expected. gzip is accepted."""
     async with stage(folder=tmp_path) as on:
-        packed = gzip.compress(json.dumps(GOOD).encode())
+        compressed = gzip.compress(json.dumps(GOOD).encode())
         assert (await on.post(CHAT, b"x", headers={"content-encoding": "x-snappy"})).status == 415
         assert (await on.post(CHAT, b"x", headers={"content-type": "multipart/form-data; boundary=b"})).status == 415
         assert on.simulator.received == 0
-        assert (await on.post(CHAT, packed, headers={"content-encoding": "gzip"})).status == 200
+        assert (await on.post(CHAT, compressed, headers={"content-encoding": "gzip"})).status == 200
 
 
 @pytest.mark.parametrize(
@@ -133,7 +133,7 @@ async def test_content_codings_and_types_that_cannot_be_read_are_a_415(tmp_path:
     ],
 )
 async def test_every_other_path_is_a_404_in_openai_shape(method: str, path: str, tmp_path: Path) -> None:
-    """The list of endpoints is closed, and the admin listener's are not among them."""
+    """The list of endpoints is closed, and the paths of the admin listener are not in it."""
     async with stage(folder=tmp_path) as on:
         url = on.url + path
         async with on.http.request(method, url, headers={"authorization": f"Bearer {key_of('alice')}"}) as response:
@@ -150,16 +150,16 @@ async def test_every_other_path_is_a_404_in_openai_shape(method: str, path: str,
         ("tools", [{"type": "web_search"}]),
     ],
 )
-async def test_what_responses_cannot_do_yet_is_a_400_that_says_so(field: str, value: Any, tmp_path: Path) -> None:
-    """Tokens that the request doesn't show, or that arise later, are not let in by accident."""
+async def test_unsupported_fields_of_responses_are_a_400(field: str, value: Any, tmp_path: Path) -> None:
+    """They cause tokens that the request does not show, or that are generated later."""
     async with stage(folder=tmp_path) as on:
         reply = await on.post("/v1/responses", {"model": "fast", "input": "Hi", field: value})
         assert reply.error["param"] == field
         await _refused(on, reply, 400, "unsupported_parameter")
 
 
-async def test_quota_lists_all_that_bind_the_caller(tmp_path: Path) -> None:
-    """Own groups, everyone, and default where it can apply; nothing of other users."""
+async def test_quota_lists_every_quota_of_the_caller(tmp_path: Path) -> None:
+    """Those of their groups, of `everyone`, and of `default` if it can apply; no usage of other users."""
     policy = STAFF.replace("staff: {", "everyone: {quotas: {calls: {requests: 50, per: 1h}}}\n  staff: {")
     async with stage(policy, folder=tmp_path) as on:
         await on.post(CHAT, GOOD)
@@ -172,8 +172,8 @@ async def test_quota_lists_all_that_bind_the_caller(tmp_path: Path) -> None:
         assert (await on.quota("everyone/calls", "bob"))["window"]["opened_at"] is None
 
 
-async def test_a_body_that_breaks_off_is_no_crash(tmp_path: Path) -> None:
-    """A client that lies about its length or hangs up while sending is nobody's call."""
+async def test_an_incomplete_body_is_no_call(tmp_path: Path) -> None:
+    """A client that disconnects while it sends its body does no harm; the next call is served."""
     async with stage(folder=tmp_path) as on:
         assert on.server.api
         reader, writer = await asyncio.open_connection("127.0.0.1", on.server.api.port)
@@ -188,7 +188,7 @@ async def test_a_body_that_breaks_off_is_no_crash(tmp_path: Path) -> None:
 
 
 async def test_a_corrupt_gzip_body_is_a_400(tmp_path: Path) -> None:
-    """What can't be unpacked is the client's mistake."""
+    """It can't be decompressed."""
     async with stage(folder=tmp_path) as on:
         broken = gzip.compress(json.dumps(GOOD).encode())[:-12] + b"000000000000"
         reply = await on.post(CHAT, broken, headers={"content-encoding": "gzip"})
