@@ -130,13 +130,13 @@ def _count_requests(sdk: openai.AsyncOpenAI) -> list[str]:
 async def test_the_quota_equals_the_sum_of_usage_after_five_hundred_mixed_calls(tmp_path: Path) -> None:
     """64 in flight, streams and whole answers of all endpoints: the charge is exactly what the upstream reported."""
     policy = STAFF.replace("tokens: 1M", "tokens: 100M")
-    chance = random.Random(7)
+    rng = random.Random(7)
     async with stage(policy, folder=tmp_path) as on:
         calls_left = iter(range(500))
 
         async def client() -> None:
             for _ in calls_left:
-                assert (await on.post(*_some_call(chance))).status == 200
+                assert (await on.post(*_random_call(rng))).status == 200
 
         await asyncio.gather(*(client() for _ in range(64)))
         await on.all_settled()
@@ -146,18 +146,18 @@ async def test_the_quota_equals_the_sum_of_usage_after_five_hundred_mixed_calls(
         assert (await on.quota("staff/daily"))["requests"]["used"] == 500
 
 
-def _some_call(chance: random.Random) -> tuple[str, dict[str, Any]]:
-    words = " ".join(["word"] * chance.randint(1, 40))
-    stream = chance.random() < 0.5
-    common = {"model": "gpt-4o-mini", "metadata": {"simulate": f"tokens={chance.randint(1, 60)}"}}
-    match chance.randrange(4):
+def _random_call(rng: random.Random) -> tuple[str, dict[str, Any]]:
+    words = " ".join(["word"] * rng.randint(1, 40))
+    stream = rng.random() < 0.5
+    common = {"model": "gpt-4o-mini", "metadata": {"simulate": f"tokens={rng.randint(1, 60)}"}}
+    match rng.randrange(4):
         case 0:
             messages = [{"role": "user", "content": words}]
             return "/v1/chat/completions", {
                 **common,
                 "messages": messages,
                 "stream": stream,
-                "n": chance.randint(1, 3),
+                "n": rng.randint(1, 3),
             }
         case 1:
             return "/v1/completions", {**common, "prompt": words, "stream": stream, "max_tokens": 50}

@@ -139,9 +139,9 @@ async def test_requests_are_not_translated_between_vendors(tmp_path: Path) -> No
 
 async def test_a_wrong_request_raises_the_exception_of_its_status(tmp_path: Path) -> None:
     """With Anthropic's error type and a request id. The request does not reach the upstream."""
-    async with anthropic_stage(tmp_path) as on, client(on) as sdk, client(on, api_key="sk-of-nobody") as stranger:
+    async with anthropic_stage(tmp_path) as on, client(on) as sdk, client(on, api_key="sk-of-nobody") as unknown_sdk:
         with pytest.raises(anthropic.AuthenticationError) as unknown:
-            await stranger.messages.create(**request())
+            await unknown_sdk.messages.create(**request())
         with pytest.raises(anthropic.NotFoundError) as missing:
             await sdk.messages.create(**request(model="claude-9"))
         with pytest.raises(anthropic.BadRequestError) as hosted:

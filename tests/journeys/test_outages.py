@@ -373,10 +373,10 @@ class ProxyProcess:
 class Clients:
     """Clients that call one proxy after the other. `complete` has the usage of the answers received completely."""
 
-    def __init__(self, chance: random.Random) -> None:
+    def __init__(self, rng: random.Random) -> None:
         self.complete: dict[str, tuple[int, int]] = {}
         self.broken = 0
-        self._chance = chance
+        self._rng = rng
 
     async def call_until_broken(self, http: aiohttp.ClientSession, url: str) -> None:
         """Send calls until a connection breaks."""
@@ -388,11 +388,11 @@ class Clients:
                 return
 
     async def _call(self, http: aiohttp.ClientSession, url: str) -> None:
-        path, body = _some_call(self._chance)
-        sent = {"authorization": f"Bearer {key_of(self._chance.choice(['alice', 'bob']))}"}
+        path, body = _random_call(self._rng)
+        sent = {"authorization": f"Bearer {key_of(self._rng.choice(['alice', 'bob']))}"}
         async with http.post(url + path, json=body, headers=sent) as response:
             assert response.status == 200
-            if self._chance.random() < 0.1:
+            if self._rng.random() < 0.1:
                 await response.content.readany()
                 response.close()
                 return
@@ -406,16 +406,16 @@ class Clients:
 _USAGE_NAMES = (("prompt", "input"), ("completion", "output"))
 
 
-def _some_call(chance: random.Random) -> tuple[str, dict[str, Any]]:
+def _random_call(rng: random.Random) -> tuple[str, dict[str, Any]]:
     """A call to a random endpoint, streamed or not, at a random speed."""
-    stream = chance.random() < 0.7
-    speed = chance.choice(["", " speed=2000", " speed=500"])
+    stream = rng.random() < 0.7
+    speed = rng.choice(["", " speed=2000", " speed=500"])
     body = {
         "model": "gpt-4o-mini",
         "stream": stream,
-        "metadata": {"simulate": f"tokens={chance.randint(1, 60)}{speed}"},
+        "metadata": {"simulate": f"tokens={rng.randint(1, 60)}{speed}"},
     }
-    match chance.randrange(3):
+    match rng.randrange(3):
         case 0:
             return "/v1/responses", {**body, "input": "Hello", "max_output_tokens": 80}
         case kind:
@@ -426,11 +426,11 @@ def _some_call(chance: random.Random) -> tuple[str, dict[str, Any]]:
 
 async def test_complete_answers_are_charged_exactly_after_twenty_kills(tmp_path: Path) -> None:
     """Killed at random times: a complete answer is charged its usage, a call in flight its hold, each once."""
-    chance = random.Random(20_261_124)
+    rng = random.Random(20_261_124)
     simulator = Simulator(UPSTREAM_KEY)
     runner, port = await serve_simulator(simulator)
     text = text_of(LARGE, database=sqlite_in(tmp_path), upstream=f"http://127.0.0.1:{port}/v1")
-    clients = Clients(chance)
+    clients = Clients(rng)
     lost: dict[str, tuple[int, int]] = {}
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as http:
         for number in range(KILLS):
@@ -438,7 +438,7 @@ async def test_complete_answers_are_charged_exactly_after_twenty_kills(tmp_path:
                 _check_charges(tmp_path / "quotas.db", clients, lost)
                 for _ in range(CLIENTS):
                     tasks.create_task(clients.call_until_broken(http, proxy.url))
-                chunks = simulator.chunks_sent + chance.randint(1, 600)
+                chunks = simulator.chunks_sent + rng.randint(1, 600)
                 await simulator.until(lambda: simulator.chunks_sent >= chunks)  # noqa: B023
                 proxy.process.kill()
             lost |= _in_flight(tmp_path / "quotas.db", tmp_path / f"killed-{number}")
@@ -521,7 +521,7 @@ async def test_a_stop_cuts_off_and_charges_streams_that_do_not_end_in_time(tmp_p
 @pytest.mark.parametrize("on_disconnect", ["stop", "drain"])
 async def test_five_hundred_disconnects_leave_nothing_behind(on_disconnect: str, tmp_path: Path) -> None:
     """At random times, 50 at once: no call, task, connection or hold remains, and each sent call is charged."""
-    chance = random.Random(1000)
+    rng = random.Random(1000)
     hung_up = 0
     async with stage(LARGE, folder=tmp_path, on_disconnect=on_disconnect) as on:
         calls_left = iter(range(500))
@@ -529,8 +529,8 @@ async def test_five_hundred_disconnects_leave_nothing_behind(on_disconnect: str,
         async def disconnect() -> None:
             nonlocal hung_up
             for _ in calls_left:
-                call = on.begin(*_some_call(chance), user=chance.choice(["alice", "bob"]))
-                for _ in range(chance.randint(1, 120)):
+                call = on.begin(*_random_call(rng), user=rng.choice(["alice", "bob"]))
+                for _ in range(rng.randint(1, 120)):
                     await asyncio.sleep(0)
                 hung_up += not call.done()
                 await on.hang_up(call)

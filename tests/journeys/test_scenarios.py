@@ -43,10 +43,12 @@ models:
 
 
 def _policy(groups: str, *, more: str = "", **users: str) -> str:
-    """A policy with these groups. Alice and bob are in `staff`, unless `users` names other groups, or "gone"."""
+    """A policy with these groups. Alice and bob are in `staff`, unless `users` names other groups, or "removed"."""
     groups_of = {"alice": "staff", "bob": "staff", **users}
     listed = (
-        f'  {name}: {{groups: [{own}], keys: ["{key_of(name)}"]}}' for name, own in groups_of.items() if own != "gone"
+        f'  {name}: {{groups: [{own}], keys: ["{key_of(name)}"]}}'
+        for name, own in groups_of.items()
+        if own != "removed"
     )
     return f"{more}\n{MODELS}\ngroups:\n  {groups}\nusers:\n" + "\n".join(listed) + "\n"
 
@@ -633,7 +635,7 @@ async def test_a_stream_reserves_more_by_the_policy_of_its_call(tmp_path: Path) 
         assert await _status(on) == [1000, 1510, 0, 0]
 
 
-@pytest.mark.parametrize("becomes", ["gone", "other"])
+@pytest.mark.parametrize("becomes", ["removed", "other"])
 async def test_a_user_who_is_removed_or_moved_during_a_stream(becomes: str, tmp_path: Path) -> None:
     """The stream completes, and its 30 tokens are charged to the quota of the group that admitted it.
 
@@ -644,7 +646,7 @@ async def test_a_user_who_is_removed_or_moved_during_a_stream(becomes: str, tmp_
         async with _open_stream(on, _pausing_body(5, 15, max_tokens=500)) as stream:
             await stream.read_words(5)
             await _reload(on, _policy(groups, alice=becomes))
-            if becomes == "gone":
+            if becomes == "removed":
                 refused = await on.post(COMPLETIONS, _body(1, ""))
                 assert (refused.status, refused.error["code"]) == (401, "invalid_api_key")
             else:
