@@ -20,7 +20,7 @@ from proxy.ledger.book import (
     Reply,
     Settle,
     Unknown,
-    shares,
+    split_charge,
 )
 from proxy.ledger.entry import CallLabels, Entry, HeldAmount
 from proxy.policy.admission import NeedsCount, Verdict
@@ -848,7 +848,7 @@ def test_a_charge_is_shared_among_the_windows_of_each_counter(amounts, charge, p
     held_amounts = tuple(
         HeldAmount(("user:ann", name), place, amount) for place, (name, amount) in enumerate(amounts)
     )
-    assert shares(held_amounts, charge) == parts
+    assert split_charge(held_amounts, charge) == parts
 
 
 # ---------------------------------------------------------------------------------------- other quotas, other clocks
@@ -980,7 +980,7 @@ def test_text_that_databases_and_logs_choke_on_is_not_booked(text, place):
     """It is refused when the act is built, before it stands in a batch with others."""
     texts = ["ann", "gpt-4o-mini", "chat", "openai"]
     texts[place] = text
-    with pytest.raises(ValueError, match="not fit for the books"):
+    with pytest.raises(ValueError, match="not fit for the ledger"):
         CallLabels(*texts)
 
 
