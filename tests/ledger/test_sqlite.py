@@ -20,7 +20,7 @@ from proxy.ledger.book import Accepted, Expire, Refused, Release, Settle, Unknow
 from proxy.ledger.entry import CallLabels
 from proxy.ledger.schema import NewerSchema
 from proxy.ledger.sqlite import SqliteStore
-from proxy.ledger.store import StoreInUse, StoreRefused, StoreUnavailable
+from proxy.ledger.store import JobResult, StoreInUse, StoreRefused, StoreUnavailable
 from proxy.policy.admission import NeedsCount, Verdict
 from proxy.policy.amounts import Amount, AtLeast, Exactly, Tokens, Unspent
 from tests.audit import audit, connected, contents, rows, states
@@ -697,7 +697,7 @@ async def test_upkeep_says_how_many_rows_it_was(store, path):
     for owner in ("me", "you"):
         await store.renew(owner, NOON, lease_ms=1)
     with commits() as seen:
-        assert await store._run_job(FORGET, 5) == 2
+        assert await store._run_job(FORGET, 5) == JobResult(2)
     assert len(seen) == 1
     assert rows(path, "owners") == []
 
