@@ -3,7 +3,15 @@
 import asyncpg
 import pytest
 
-from proxy.ledger.postgres import ORPHANS, READ_CALL, READ_COUNTERS, WRITING, PostgresStore, Timeouts, begin
+from proxy.ledger.postgres import (
+    READ_CALL,
+    READ_COUNTERS,
+    READ_ORPHANS,
+    WRITER_STATEMENTS,
+    PostgresStore,
+    Timeouts,
+    begin,
+)
 from tests.postgres import shared
 
 
@@ -18,7 +26,7 @@ async def connection():
     await connection.close()
 
 
-@pytest.mark.parametrize("statement", [*WRITING, READ_COUNTERS, READ_CALL, ORPHANS])
+@pytest.mark.parametrize("statement", [*WRITER_STATEMENTS.values(), READ_COUNTERS, READ_CALL, READ_ORPHANS])
 async def test_each_statement_is_of_the_tables_that_migrations_make(connection, statement):
     """The server finds all tables, columns and types, in whatever schema it looks by itself."""
     await connection.execute("SET search_path TO nowhere")
