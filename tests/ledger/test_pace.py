@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.ledger.queue import LEAST_S, MOST_S, DurationEstimate
+from proxy.ledger.queue import RETRY_S_MAX, RETRY_S_MIN, DurationEstimate
 from tests.builders import NOON
 
 
@@ -56,4 +56,4 @@ def test_it_is_always_a_wait_that_sdks_sleep_through(lengths: list[int], begun: 
         pace.ended(str(number), NOON + length)
     for number, ago in enumerate(begun):
         pace.began(f"in flight {number}", NOON - ago)
-    assert LEAST_S <= pace.busy_s(NOON) <= MOST_S
+    assert RETRY_S_MIN <= pace.busy_s(NOON) <= RETRY_S_MAX

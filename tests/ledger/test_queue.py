@@ -11,7 +11,7 @@ import pytest
 from proxy.errors import LedgerUnavailable
 from proxy.ledger.book import Accepted, Extend, Refused, Release, Reserve, Settle
 from proxy.ledger.ledger import Ledger
-from proxy.ledger.queue import OF_A_USER_MAX, AdmissionQueue
+from proxy.ledger.queue import WAITING_OF_A_USER_MAX, AdmissionQueue
 from proxy.ledger.sqlite import SqliteStore
 from proxy.policy.admission import Verdict
 from proxy.policy.amounts import Amount
@@ -142,7 +142,7 @@ async def test_a_queue_is_bounded(tmp_path: Path) -> None:
     """Past so many of one user's calls the next is refused as busy at once."""
     async with _room(tmp_path) as (_, room):
         await _reserve(room, _ask("1", 900), wait_s=50)
-        waiting = [await _begin(room, _ask(f"w{number}", 500)) for number in range(OF_A_USER_MAX)]
+        waiting = [await _begin(room, _ask(f"w{number}", 500)) for number in range(WAITING_OF_A_USER_MAX)]
         assert isinstance(await _reserve(room, _ask("2", 500), wait_s=50), Refused)
         for each in waiting:
             each.cancel()
