@@ -364,7 +364,7 @@ async def test_it_waits_for_calls_in_flight(tmp_path: Path) -> None:
         it.says("x" * 2000)
         assert not await it.grows()
         growing = asyncio.get_running_loop().create_task(it.grows(wait_s=50))
-        await until(lambda: bool(it.room._growing))
+        await until(lambda: bool(it.room._extending))
         await it.ledger.end(Settle("nobody's", exactly(0, 0), "complete"))  # so the first answer was "busy"
         assert not growing.done()
         await it.ledger.end(Settle("req_2", exactly(0, 10), "complete"))
