@@ -41,7 +41,7 @@ from proxy.ledger.store import StoreInUse, StoreUnavailable
 from proxy.policy.admission import NeedsCount, Verdict
 from proxy.policy.amounts import TOKENS_MAX, Amount, AtLeast, Exactly, Tokens, Unspent
 from tests.audit import audit, connected, contents, rows, states
-from tests.breakage import BrokenBinding, commits, failing_writes, full, locked, moved, read_only, unfit, writers
+from tests.breakage import BrokenBinding, commits, failing_writes, full, locked, moved, read_only, unchecked, writers
 from tests.builders import DAY, HOUR, MINUTE, NOON, binding, call, estimated, exactly, extend, quota, reserve
 
 DAILY = quota("staff/daily", tokens=1000)
@@ -482,10 +482,10 @@ async def test_an_end_is_booked_also_where_nobody_waits_for_it(ledger, path):
 
 
 BAD = {
-    "a rule raises": lambda: unfit(reserve("bad", ROOMY, call(1)), binding=BrokenBinding()),
+    "a rule raises": lambda: unchecked(reserve("bad", ROOMY, call(1)), binding=BrokenBinding()),
     "a rule raises at growth": lambda: extend("0", binding([quota("lab/daily", tokens=9)]), 500),
-    "the database refuses": lambda: unfit(reserve("bad", ROOMY, call(1)), owner=None),
-    "the driver refuses": lambda: unfit(Settle("0", exactly(1), "complete"), usage=Exactly(Tokens(2**70, 0))),
+    "the database refuses": lambda: unchecked(reserve("bad", ROOMY, call(1)), owner=None),
+    "the driver refuses": lambda: unchecked(Settle("0", exactly(1), "complete"), usage=Exactly(Tokens(2**70, 0))),
 }
 
 

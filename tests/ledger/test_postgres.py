@@ -27,7 +27,7 @@ from proxy.ledger.store import JobResult, StoreRefused, StoreUnavailable
 from proxy.policy.admission import NeedsCount, Verdict
 from proxy.policy.amounts import Amount, AtLeast, Exactly, Tokens, Unspent
 from tests.audit import balance
-from tests.breakage import BrokenBinding, unfit
+from tests.breakage import BrokenBinding, unchecked
 from tests.builders import amount, binding, call, estimated, exactly, extend, quota, reserve
 from tests.postgres import shared
 
@@ -293,11 +293,11 @@ async def test_a_batch_is_one_transaction(store, database):
 def endings():
     """Ends of call 1 which neither rules nor types have stopped from reaching the database."""
     return {
-        "too large an integer": unfit(Settle("1", exactly(1), "complete"), usage=Exactly(Tokens(2**70, 0))),
-        "no text": unfit(Settle("1", exactly(1), "complete"), outcome="\ud800"),
-        "a zero byte": unfit(Settle("1", exactly(1), "complete"), outcome="\0"),
-        "no value": unfit(Settle("1", exactly(1), "complete"), outcome=object()),
-        "no number": unfit(Settle("1", exactly(1), "complete"), usage=Exactly(Tokens("x", 0))),
+        "too large an integer": unchecked(Settle("1", exactly(1), "complete"), usage=Exactly(Tokens(2**70, 0))),
+        "no text": unchecked(Settle("1", exactly(1), "complete"), outcome="\ud800"),
+        "a zero byte": unchecked(Settle("1", exactly(1), "complete"), outcome="\0"),
+        "no value": unchecked(Settle("1", exactly(1), "complete"), outcome=object()),
+        "no number": unchecked(Settle("1", exactly(1), "complete"), usage=Exactly(Tokens("x", 0))),
     }
 
 
@@ -318,7 +318,7 @@ async def test_a_rule_that_raises_leaves_nothing_of_its_batch(store, database):
     """Likewise: the error comes through as it is, and no lock stays behind."""
     before = await database.contents()
     with pytest.raises(ZeroDivisionError):
-        await apply(store, reserve("1", ANN, CALL), unfit(reserve("2", ANN, CALL), binding=BrokenBinding()))
+        await apply(store, reserve("1", ANN, CALL), unchecked(reserve("2", ANN, CALL), binding=BrokenBinding()))
     assert await database.contents() == before
     assert await locks(database) == 0
 
@@ -337,7 +337,7 @@ async def test_what_the_database_would_not_take_is_told_from_what_it_could_not(s
     with pytest.raises(StoreRefused):
         await apply(store, endings()["no value"])
     with pytest.raises(StoreRefused, match="null value"):
-        await apply(store, unfit(reserve("2", ANN, call(1)), owner=None))
+        await apply(store, unchecked(reserve("2", ANN, call(1)), owner=None))
 
 
 # ------------------------------------------------------------------------------------------------------ many at once
@@ -767,7 +767,7 @@ async def test_a_rule_that_raises_while_the_connection_is_gone_is_still_what_is_
                 return super().keys()
 
         with pytest.raises(ZeroDivisionError):
-            await apply(store, unfit(reserve("2", ANN, CALL), binding=Breaking()))
+            await apply(store, unchecked(reserve("2", ANN, CALL), binding=Breaking()))
         stopped.__exit__()
         await apply(store, SETTLED)
     await database.audit()

@@ -33,7 +33,7 @@ from tests.breakage import (
     moved,
     read_only,
     replaced,
-    unfit,
+    unchecked,
     writers,
 )
 from tests.builders import DAY, HOUR, NOON, amount, binding, call, estimated, exactly, extend, quota, reserve
@@ -279,10 +279,10 @@ async def test_a_commit_is_on_the_disk(faulty):
 def endings():
     """Ends of call 1 which neither rules nor types have stopped from reaching the database."""
     return {
-        "too large an integer": unfit(Settle("1", exactly(1), "complete"), usage=Exactly(Tokens(2**70, 0))),
-        "no text": unfit(Settle("1", exactly(1), "complete"), outcome="\ud800"),
-        "no value": unfit(Settle("1", exactly(1), "complete"), outcome=object()),
-        "no number": unfit(Settle("1", exactly(1), "complete"), usage=Exactly(Tokens("x", 0))),
+        "too large an integer": unchecked(Settle("1", exactly(1), "complete"), usage=Exactly(Tokens(2**70, 0))),
+        "no text": unchecked(Settle("1", exactly(1), "complete"), outcome="\ud800"),
+        "no value": unchecked(Settle("1", exactly(1), "complete"), outcome=object()),
+        "no number": unchecked(Settle("1", exactly(1), "complete"), usage=Exactly(Tokens("x", 0))),
     }
 
 
@@ -303,7 +303,9 @@ async def test_a_rule_that_raises_leaves_nothing_of_its_batch(store, path):
     """Likewise: the error comes through as it is."""
     before = contents(path)
     with pytest.raises(ZeroDivisionError):
-        await store.apply([reserve("1", ANN, CALL), unfit(reserve("2", ANN, CALL), binding=BrokenBinding())], NOON)
+        await store.apply(
+            [reserve("1", ANN, CALL), unchecked(reserve("2", ANN, CALL), binding=BrokenBinding())], NOON
+        )
     assert contents(path) == before
 
 
@@ -313,7 +315,7 @@ async def test_what_the_database_would_not_take_is_told_from_what_it_could_not(s
     with pytest.raises(StoreRefused, match="not supported"):
         await store.apply([endings()["no value"]], NOON)
     with pytest.raises(StoreRefused, match="NOT NULL"):
-        await store.apply([unfit(reserve("2", ANN, call(1)), owner=None)], NOON)
+        await store.apply([unchecked(reserve("2", ANN, call(1)), owner=None)], NOON)
 
 
 # ------------------------------------------------------------------------------------------------ when it can't write
@@ -378,7 +380,7 @@ async def test_a_lock_is_asked_for_before_anything_is_decided(faulty, path):
     """A transaction that only reads at first would decide on what somebody else is about to change."""
     store, writer = faulty
     with locked(path, writer), pytest.raises(StoreUnavailable):
-        await store.apply([unfit(reserve("1", ANN, CALL), binding=BrokenBinding())], NOON)
+        await store.apply([unchecked(reserve("1", ANN, CALL), binding=BrokenBinding())], NOON)
 
 
 async def test_reading_waits_for_no_writer(store, path):
@@ -537,7 +539,7 @@ async def test_workers_take_turns(path):
     os.close(turn)
     await waiting
     with pytest.raises(ZeroDivisionError):
-        await first.apply([unfit(reserve("2", ANN, CALL), binding=BrokenBinding())], NOON)
+        await first.apply([unchecked(reserve("2", ANN, CALL), binding=BrokenBinding())], NOON)
     assert isinstance((await second.apply([SETTLED], NOON))[0], Accepted)
     await first.close()
     await second.close()
@@ -677,7 +679,7 @@ async def test_its_thread_is_its_own(store):
     """The one in which batches are applied, so that no other work of the program waits for a disk."""
     watching = Watching()
     with pytest.raises(AttributeError):
-        await store.apply([unfit(reserve("1", ANN, CALL), binding=watching)], NOON)
+        await store.apply([unchecked(reserve("1", ANN, CALL), binding=watching)], NOON)
     assert watching.thread.startswith("ledger")
 
 
