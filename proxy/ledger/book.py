@@ -32,7 +32,7 @@ from proxy.policy.admission import (
 from proxy.policy.amounts import NOTHING, TOKENS_MAX, Amount, AtLeast, Tokens, Usage, charge_of
 from proxy.policy.quota import Binding, Counter, CounterKey, Demand, Quota, counter_at
 
-# ------------------------------------------------------------------------------------------------------- operations
+# --------------------------------------------------------------------------------------------------------- operations
 
 # Numbers are checked when an operation is built. A batch holds the operations of up to 256 callers in one
 # transaction: a number that does not fit into the database's 64 bits would fail all of them.
@@ -121,7 +121,7 @@ class Expire:
 
 Operation = Reserve | Extend | Settle | Release | Expire
 
-# ---------------------------------------------------------------------------------------------------------- replies
+# ------------------------------------------------------------------------------------------------------------ replies
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +155,7 @@ class Unknown:
 
 Reply = Accepted | Refused | NeedsCount | Unknown
 
-# ------------------------------------------------------------------------------------------------------------- book
+# --------------------------------------------------------------------------------------------------------------- book
 
 
 class Book:

@@ -92,7 +92,7 @@ class Timeouts:
     whole_ms: int = 9000  # for a whole transaction, enforced by us
 
 
-# ------------------------------------------------------------------------------------------------------- statements
+# --------------------------------------------------------------------------------------------------------- statements
 
 
 # `idle_ms` does not end the transaction of a client that stops in the middle of sending a statement, because the
@@ -239,7 +239,7 @@ DELETE_DAYS = f"""
     SELECT count(*), CAST(max(day) AS text) FROM deleted
 """
 
-# ------------------------------------------------------------------------------------------------------------ store
+# -------------------------------------------------------------------------------------------------------------- store
 
 T = TypeVar("T")
 

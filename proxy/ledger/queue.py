@@ -34,7 +34,7 @@ _ASK_EVERY_S = 1.0
 
 _QueueKey = tuple[str, frozenset[CounterKey]]
 
-# ---------------------------------------------------------------------------------------------------- waiting calls
+# ------------------------------------------------------------------------------------------------------ waiting calls
 
 
 class _Waiter:
@@ -166,7 +166,7 @@ async def _wait_for(wake: asyncio.Event, timeout_s: float) -> None:
     wake.clear()
 
 
-# ------------------------------------------------------------------------------------------------ duration estimate
+# -------------------------------------------------------------------------------------------------- duration estimate
 
 # The estimate is taken from this many calls that ended last, and from this many calls in flight.
 _CALLS_MAX = 100

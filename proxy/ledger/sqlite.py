@@ -52,7 +52,7 @@ _BUSY_TIMEOUT_S = 5.0
 # Errors that are caused by a value in the batch. All other errors are caused by the database, and may pass.
 _REFUSALS = (DataError, IntegrityError, InterfaceError, NotSupportedError, ProgrammingError)
 
-# ------------------------------------------------------------------------------------------------------- statements
+# --------------------------------------------------------------------------------------------------------- statements
 
 
 class _Statements:
@@ -95,7 +95,7 @@ DELETE_DAYS = (
     f"WHERE day >= coalesce(CAST(?2 AS bigint), 0) AND day < ?3 ORDER BY {DAY_KEY} LIMIT ?1)",
 )
 
-# ------------------------------------------------------------------------------------------------------------ store
+# -------------------------------------------------------------------------------------------------------------- store
 
 T = TypeVar("T")
 

@@ -689,7 +689,7 @@ def test_an_expired_call_is_charged_its_hold_as_it_was_extended():
     assert ledger.levels(DAILY) == (Amount(30, 450, 1), NOTHING)
 
 
-# ---------------------------------------------------------------------------------- extend after the window's end
+# -------------------------------------------------------------------------------------- extend after the window's end
 
 
 @pytest.mark.parametrize(("each", "next_opening"), [(DAILY, TOMORROW), (SIX_HOURS, NOON + DAY)], ids=["day", "6h"])
@@ -860,7 +860,7 @@ def test_a_charge_is_split_among_the_windows_of_each_counter(amounts, charge, pa
     assert split_charge(held_amounts, charge) == parts
 
 
-# ---------------------------------------------------------------------------------------- other quotas, other clocks
+# ----------------------------------------------------------------------------------------- other quotas, other clocks
 
 
 def test_a_quota_of_another_group_that_cannot_carry_the_increase_is_freed():
@@ -980,7 +980,7 @@ def test_a_call_whose_counter_was_reset_is_extended_in_a_new_window():
     assert ledger.levels(SIX_HOURS) == (Amount(output=150), NOTHING)
 
 
-# ----------------------------------------------------------------------------------------------- invalid operations
+# ------------------------------------------------------------------------------------------------- invalid operations
 
 
 @pytest.mark.parametrize("text", ["a" * 513, "a\0b", "a\nb", "\x1b[2J", "\ud800", "a\u2028b"])

@@ -340,7 +340,7 @@ async def test_what_the_database_would_not_take_is_told_from_what_it_could_not(s
         await apply(store, unchecked(reserve("2", ANN, call(1)), owner=None))
 
 
-# ------------------------------------------------------------------------------------------------------ many at once
+# ------------------------------------------------------------------------------------------------------- many at once
 
 
 async def test_two_processes_share_a_pot_exactly(url, database):

@@ -196,7 +196,7 @@ async def test_who_can_not_be_let_in_by_its_tokens_either_is_refused(tmp_path: P
         assert (reply.decision.verdict, reply.decision.blocks[0].needed) == (Verdict.NEVER, 2001)
 
 
-# ------------------------------------------------------------------------------------------------- holds that grow
+# ---------------------------------------------------------------------------------------------------- holds that grow
 
 
 def _grow(output: int, *, call_id: str = "1", least: int | None = None) -> Extend:

@@ -689,7 +689,7 @@ def test_making_a_store_touches_nothing(path):
     assert list(path.parent.iterdir()) == []
 
 
-# ----------------------------------------------------------------------------------------------------------- upkeep
+# ------------------------------------------------------------------------------------------------------------- upkeep
 
 FORGET = ("UPDATE owners SET alive_until = ?1", "DELETE FROM owners WHERE alive_until = ?1")
 
