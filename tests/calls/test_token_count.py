@@ -16,7 +16,7 @@ from proxy.policy.policy import Model, Upstream
 from tests.builders import binding, exactly, reserve
 from tests.builders import call as demand
 from tests.formats.test_request import parse
-from tests.ledger.test_rows import booked
+from tests.ledger.test_rows import book_after
 from tests.stage import loaded
 
 UPSTREAM = Upstream("up", "http://upstream.example/v1", None, "openai")
@@ -95,7 +95,7 @@ async def test_the_most_of_an_input_is_what_is_shown_and_what_is_not() -> None:
 
 async def test_what_a_call_goes_on_from_is_part_of_its_input() -> None:
     """As its upstream said of it in all, and no more than the model reads; else nobody knows how much it is."""
-    made = booked(reserve("1", binding(), demand()), Settle("1", exactly(300, 200), "complete")).entries["1"]
+    made = book_after(reserve("1", binding(), demand()), Settle("1", exactly(300, 200), "complete")).entries["1"]
     guessed = replace(made, usage=AtLeast(Tokens(300, 200)))
     for model, previous, tokens, hidden_input in (
         (GPT_4O, made, 500, 0),
