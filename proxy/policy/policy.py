@@ -12,7 +12,6 @@ from zoneinfo import ZoneInfo
 
 from proxy.policy.quota import ALL_MODELS, Binding, Combine, Globs, GroupQuotas, Quota
 
-Kind = Literal["openai", "azure", "anthropic", "vllm", "ollama", "llamacpp", "simulator"]
 OnDisconnect = Literal["drain", "stop"]
 
 EVERYONE = "everyone"
@@ -75,7 +74,7 @@ class Upstream:
     name: str
     base_url: str
     api_key: Secret | None
-    kind: Kind = "openai"
+    kind: str = "openai"
     on_disconnect: OnDisconnect = "drain"
     api_version: str | None = None
     allow: Allow = Allow()
