@@ -12,7 +12,7 @@ To test another database, write one more class like `OnSqlite` and add three lin
 
 import asyncio
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import count
@@ -49,7 +49,7 @@ from proxy.policy.windows import Window
 from tests.audit import audit, balance, connected, rows
 from tests.breakage import writers
 from tests.builders import DAY, HOUR, exactly, instant, quota, reserve
-from tests.postgres import shared, url_name
+from tests.postgres import shared
 from tests.random_rules import demands
 from tests.sqlite import write_migrated
 
@@ -191,19 +191,40 @@ class OnSqlite:
         return store
 
 
+@dataclass(frozen=True)
+class PostgresDatabase:
+    """The PostgreSQL database of all histories: making one takes longer than a history."""
+
+    runner: asyncio.Runner
+    url: str
+    set_clock: Callable[[int], None]
+    auditor: Any  # a connection that reads with plain SQL
+
+
+@pytest.fixture(scope="module")
+def _postgres() -> Iterator[None]:
+    clocks: list[Callable[[int], None]] = []
+    with asyncio.Runner() as runner:
+        url = runner.run(shared().timed(clocks.append))
+        OnPostgres.database = PostgresDatabase(runner, url, clocks[0], runner.run(asyncpg.connect(url)))
+        yield
+        runner.run(OnPostgres.database.auditor.close())
+
+
 class OnPostgres:
     """A PostgreSQL database with the clock of the history, written by a store and read with plain SQL."""
 
+    database: PostgresDatabase
+
     def __init__(self) -> None:
-        self._runner = asyncio.Runner()
-        self._set_clock: Callable[[int], None] = lambda ms: None
-        self._url = self._runner.run(shared().timed(self._follow))
-        self._reader = self._runner.run(asyncpg.connect(self._url))
-        self._store = PostgresStore(self._url)
+        self._run = self.database.runner.run
+        self._auditor = self.database.auditor
+        self._run(self._auditor.execute("TRUNCATE llm_quota_proxy.counters, llm_quota_proxy.calls"))
+        self._store = PostgresStore(self.database.url)
 
     def apply(self, operations: Sequence[Operation], now: int) -> list[Reply]:
-        self._set_clock(now)
-        return self._runner.run(self._store.apply(operations, now))
+        self.database.set_clock(now)
+        return self._run(self._store.apply(operations, now))
 
     def counters(self) -> dict[CounterKey, Counter]:
         return _counters(row for row in self._rows("counters") if row["resets_at"])
@@ -215,33 +236,26 @@ class OnPostgres:
         return self._rows("counters"), self._rows("calls")
 
     def orphans(self, owner: str) -> list[str]:
-        return self._runner.run(self._store.orphans(owner, 0, limit=1000))
+        return self._run(self._store.orphans(owner, 0, limit=1000))
 
     def put(self, key: CounterKey, counter: Counter) -> None:
         columns = ", ".join(f"${number}" for number in range(1, 11))
         insert = f"INSERT INTO llm_quota_proxy.counters VALUES ({columns})"
         delete = "DELETE FROM llm_quota_proxy.counters WHERE subject = $1 AND quota_id = $2"
-        self._runner.run(self._reader.execute(delete, *key))
-        self._runner.run(self._reader.execute(insert, *_row(key, counter)))
+        self._run(self._auditor.execute(delete, *key))
+        self._run(self._auditor.execute(insert, *_row(key, counter)))
 
     def crash(self) -> None:
-        self._runner.run(self._store.close())
-        self._store = PostgresStore(self._url)
+        self._run(self._store.close())
+        self._store = PostgresStore(self.database.url)
 
     def close(self) -> None:
-        self._runner.run(self._store.close())
+        self._run(self._store.close())
         balance(self._rows("calls"), self._rows("counters"))
-        self._runner.run(self._reader.close())
-        self._runner.run(shared().run(f"DROP DATABASE {url_name(self._url)}"))
-        self._runner.close()
 
     def _rows(self, table: str) -> list[dict[str, Any]]:
-        found = self._runner.run(self._reader.fetch(f"SELECT * FROM llm_quota_proxy.{table} ORDER BY 1, 2"))
+        found = self._run(self._auditor.fetch(f"SELECT * FROM llm_quota_proxy.{table} ORDER BY 1, 2"))
         return [dict(row) for row in found]
-
-    def _follow(self, set_clock: Callable[[int], None]) -> None:
-        self._set_clock = set_clock
-        set_clock(0)
 
 
 def _row(key: CounterKey, counter: Counter) -> list[Any]:
@@ -672,4 +686,4 @@ SqliteHistories.TestCase.settings = settings(max_examples=50, stateful_step_coun
 PostgresHistories.TestCase.settings = settings(max_examples=30, stateful_step_count=15)
 TestInMemory = InMemoryHistories.TestCase
 TestOnSqlite = SqliteHistories.TestCase
-TestOnPostgres = PostgresHistories.TestCase
+TestOnPostgres = pytest.mark.usefixtures("_postgres")(PostgresHistories.TestCase)
