@@ -94,9 +94,9 @@ async def test_a_running_call_keeps_its_policy(tmp_path: Path) -> None:
         call = on.begin("/v1/chat/completions", body)
         await on.simulator.until(lambda: on.simulator.chunks_sent > 2)
         without = "\n".join(line for line in STAFF.splitlines() if "fast:" not in line)
-        on.files.config = config_of(without, folder=tmp_path, upstream=UP)
+        on.config = config_of(without, folder=tmp_path, upstream=UP)
         assert await on.server.policies.reload()
         assert (await call).body.endswith(b"data: [DONE]\n\n")
         assert (await on.post("/v1/chat/completions", body)).status == 404
-        await on.at_rest()
+        await on.all_settled()
         assert (await on.used())[0] >= 30

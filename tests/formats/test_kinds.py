@@ -35,7 +35,7 @@ def test_minus_one_means_no_maximum_and_so_does_0_at_ollama(kind: str) -> None:
 
 
 def test_a_kind_is_configured_by_its_name() -> None:
-    """In this order in the JSON Schema, so that editors offer the most common first."""
+    """The JSON Schema and error messages list the names in the order of the table."""
     schema = json.loads(json_schema())
     assert schema["$defs"]["Upstream"]["properties"]["kind"]["enum"] == list(KINDS)
     assert list(KINDS) == ["openai", "azure", "anthropic", "vllm", "ollama", "llamacpp", "simulator"]
