@@ -61,7 +61,7 @@ async def test_the_commands_that_the_demo_prints_work(tmp_path: Path) -> None:
         snippet.write_text("\n".join(line[4:] for line in lines.splitlines()))
         output = await _run(sys.executable, str(snippet))
         assert re.search(r"^0 \d+ \w+", output, re.MULTILINE)
-        assert re.search(r'Error code: 429 - Quota "staff/hourly" .* Resets at .* \(in 5\dm \d+s\)', output)
+        assert re.search(r'Error code: 429 - Quota "staff/hourly" .* Resets at .* \(in (1h|5\dm( \d+s)?)\)', output)
         curl = re.search(r"(curl \S+/quota .*)\n", printed)
         assert curl
         assert '"id":"staff/hourly"' in await _run("sh", "-c", curl[1])
