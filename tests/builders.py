@@ -83,7 +83,7 @@ def binding(
 ) -> Binding:
     """A binding of a user of these groups: each is a list of its quotas, or `group_quotas(name)` for one without."""
     listed = [each if isinstance(each, GroupQuotas) else _group_of(each) for each in groups]
-    return Binding(user, tuple(always), tuple(listed), tuple(shadows), combine)
+    return Binding(tuple(always), tuple(listed), tuple(shadows), combine, user=user)
 
 
 def _group_of(quotas: Iterable[Quota]) -> GroupQuotas:

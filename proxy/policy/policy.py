@@ -223,7 +223,9 @@ class Policy:
         if not any(_applies_to_all(group, stated) for group in groups) and DEFAULT in self.groups:
             groups.append(self.groups[DEFAULT])
         everyone = self.groups.get(EVERYONE, Group(EVERYONE))
-        return Binding(user.name, everyone.quotas, tuple(GroupQuotas(group.name, group.quotas) for group in groups))
+        return Binding(
+            everyone.quotas, tuple(GroupQuotas(group.name, group.quotas) for group in groups), user=user.name
+        )
 
     def _groups_of(self, user: User) -> list[Group]:
         """The groups whose lists of models count: `everyone` and the user's own, or `default` without own ones."""

@@ -494,7 +494,7 @@ class Histories(RuleBasedStateMachine):
             return tuple(each for each in self.quotas.values() if each.group == group)
 
         routes = tuple(GroupQuotas(group, of(group)) for group in USERS[user])
-        return Binding(user, of("everyone"), routes, of("watch"), self.combine)
+        return Binding(of("everyone"), routes, of("watch"), self.combine, user=user)
 
     # What becomes of calls. Each may come again, or late, and is then to change nothing.
 
