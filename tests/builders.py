@@ -166,6 +166,5 @@ def group(name: str, *quotas: Quota, models: Iterable[str] | None = None, unlimi
 
 
 def policy(*groups: Group, **settings: object) -> Policy:
-    """A policy with these groups in this order, and without users and upstreams unless `settings` has some."""
-    given: dict[str, object] = {"users": {}, "key_digests": {}, **settings}
-    return Policy(groups={each.name: each for each in groups}, **given)  # type: ignore[arg-type]
+    """A policy with these groups in this order."""
+    return Policy(groups={each.name: each for each in groups}, **settings)  # type: ignore[arg-type]

@@ -27,7 +27,7 @@ from pydantic import (
 
 from proxy.config import values
 from proxy.policy.amounts import MEASURES
-from proxy.policy.policy import Kind, OnDisconnect, Secret
+from proxy.policy.catalog import Kind, OnDisconnect, Secret
 from proxy.policy.quota import Combine, Enforce, Limit
 
 # ----------------------------------------------------------------------------------------- the types of single values

@@ -16,7 +16,7 @@ from proxy.formats.content import Prompt
 from proxy.formats.endpoints import SPEECH
 from proxy.formats.request import Request, is_endless, maximum_fields
 from proxy.policy.amounts import TOKENS_MAX
-from proxy.policy.policy import Kind, Model
+from proxy.policy.catalog import Kind, Model
 from proxy.policy.quota import Demand
 
 # The output reserved for an answer if neither the request nor the model's configuration states a maximum.

@@ -36,7 +36,7 @@ from proxy.formats.request import Request
 from proxy.formats.sse import Event
 from proxy.formats.usage import read_timings, read_tokens
 from proxy.policy.amounts import TOKENS_MAX, AtLeast, Exactly, Tokens, Unspent, Usage
-from proxy.policy.policy import Kind
+from proxy.policy.catalog import Kind
 
 # Members of a choice or an item that contain no text of the model: names and ids, reasons, filter results, the same
 # text again as single tokens (logprobs), and audio as base64 (data). Counting them would charge a broken stream

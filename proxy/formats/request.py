@@ -17,7 +17,7 @@ from proxy.formats.content import content_parts
 from proxy.formats.endpoints import METERED, RESPONSES, SPEECH, STORED, Endpoint, EndpointName
 from proxy.formats.multipart import Form
 from proxy.formats.strict_json import dump, parse_object
-from proxy.policy.policy import Kind, Model
+from proxy.policy.catalog import Kind, Model
 
 _MODEL_CHARACTERS_MAX = 256
 # A segment "." or ".." in a model's name. In Azure's path /deployments/{model}/… it would lead to another deployment,

@@ -14,7 +14,7 @@ from proxy.formats.content import is_run_by_client, offered_tools
 from proxy.formats.endpoints import STORED, Endpoint
 from proxy.formats.request import Request
 from proxy.formats.strict_json import walk
-from proxy.policy.policy import Allow
+from proxy.policy.catalog import Allow
 
 # Tiers at the usual price; null means the default. OpenAI has `auto` and `default`, Anthropic `auto` and
 # `standard_only`.

@@ -13,7 +13,7 @@ import re
 from urllib.parse import quote
 
 from proxy.formats.endpoints import Endpoint
-from proxy.policy.policy import Model, Upstream
+from proxy.policy.catalog import Model, Upstream
 
 # The latest dated version that is not a preview. It is sent if neither the client nor the configuration names one.
 _AZURE_VERSION = "2024-10-21"

@@ -21,7 +21,7 @@ import orjson
 
 from proxy.errors import InvalidRequest, ProxyError, UpstreamBusy, UpstreamError, UpstreamExhausted, UpstreamTimeout
 from proxy.formats import anthropic
-from proxy.policy.policy import Upstream
+from proxy.policy.catalog import Upstream
 
 # The codes of an account that is used up. Waiting does not help, and the account is not the user's.
 _ACCOUNT_CODES = frozenset(

@@ -12,7 +12,7 @@ import hashlib
 from collections.abc import Collection, Sequence
 
 from proxy.formats.anthropic import USUAL_BETAS, VERSION
-from proxy.policy.policy import Kind, Secret
+from proxy.policy.catalog import Kind, Secret
 
 Headers = Sequence[tuple[str, str]]
 

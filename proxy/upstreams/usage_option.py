@@ -5,7 +5,7 @@ client did not. An upstream that does not know the option answers 400 or 422. Th
 option, and the next hundred calls to the same address and model go without it too. Pure.
 """
 
-from proxy.policy.policy import Model
+from proxy.policy.catalog import Model
 
 # The fields that we write into a request to get the usage of a stream. An upstream that rejects one names it.
 _OPTION_FIELDS = (b"stream_options", b"include_usage", b"continuous_usage_stats", b"timings_per_token")

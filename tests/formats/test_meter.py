@@ -29,7 +29,7 @@ from proxy.formats.meter import Meter
 from proxy.formats.request import Request, parse_request
 from proxy.formats.sse import Event, Splitter
 from proxy.policy.amounts import TOKENS_MAX, AtLeast, Exactly, Tokens, Unspent, Usage
-from proxy.policy.policy import Kind
+from proxy.policy.catalog import Kind
 
 HONEST = {"prompt_tokens": 11, "completion_tokens": 5, "total_tokens": 16}
 ZEROS = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}

@@ -41,7 +41,7 @@ from proxy.formats.request import (
     parse_form_request,
     parse_request,
 )
-from proxy.policy.policy import Allow, Kind, Model, Upstream
+from proxy.policy.catalog import Allow, Kind, Model, Upstream
 
 KINDS = get_args(Kind)
 GENERATING = [CHAT, COMPLETIONS, RESPONSES, MESSAGES]

@@ -14,7 +14,7 @@ from proxy.formats.endpoints import (
     Endpoint,
 )
 from proxy.formats.restrictions import check_allowance
-from proxy.policy.policy import Allow
+from proxy.policy.catalog import Allow
 from tests.formats.test_request import parse
 
 NOTHING = Allow()

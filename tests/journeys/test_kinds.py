@@ -18,7 +18,7 @@ from proxy.formats.meter import Meter
 from proxy.formats.request import Request, parse_request
 from proxy.formats.stream import Stream
 from proxy.policy.amounts import TOKENS_MAX, AtLeast, Exactly, Tokens, Usage
-from proxy.policy.policy import Kind
+from proxy.policy.catalog import Kind
 from tests.stage import STAFF, stage
 
 pytestmark = pytest.mark.journey

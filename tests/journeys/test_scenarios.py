@@ -57,7 +57,7 @@ def _daily(limits: str) -> str:
 
 async def _reload(on: Stage, policy: str, *, kind: str = "simulator") -> None:
     """Put another policy in force, perhaps with an upstream of another kind at the same address."""
-    upstream = on.server.policies.current.upstreams["simulated"]
+    upstream = on.server.policies.current.catalog.upstreams["simulated"]
     text = text_of(
         policy,
         database=on.files.config.settings.database,

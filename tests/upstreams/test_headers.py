@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.policy.policy import Kind, Secret
+from proxy.policy.catalog import Kind, Secret
 from proxy.upstreams.headers import idempotency_header, key_header, to_client, to_upstream
 
 KEY = Secret("sk-of-the-operator")
