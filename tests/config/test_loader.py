@@ -385,7 +385,7 @@ def test_a_file_is_loaded_from_disk(tmp_path):
     (tmp_path / "key").write_text(f"{KEY}\n", encoding="utf-8")
     path = tmp_path / "quotas.yaml"
     path.write_text(f'{SMALL}users: {{alice: {{keys: ["${{file:{tmp_path}/key}}"]}}}}\n', encoding="utf-8")
-    assert load(str(path), {}).policy.key_digests == {digest(KEY): "alice"}
+    assert load(str(path), {}).users == (FileUser("alice", (), (digest(KEY),)),)
 
 
 def test_a_missing_file_is_a_mistake(tmp_path):
@@ -415,7 +415,7 @@ def example_environ() -> dict[str, str]:
 def test_the_example_is_valid():
     """Operators copy it. It needs only the environment variables that it names."""
     config = load(str(EXAMPLE), example_environ())
-    assert list(config.policy.users) == ["alice", "bob", "carol", "dave"]
+    assert [user.name for user in config.users] == ["alice", "bob", "carol", "dave"]
 
 
 def test_the_example_shows_every_key():
