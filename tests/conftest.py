@@ -1,7 +1,7 @@
 """What all tests share: the databases that they run on, and how hypothesis runs.
 
-Hypothesis looks for new examples in each run of a developer, and prints the blob that repeats a failure. If CI is set,
-its examples follow from the tests themselves, so that no change is stopped by code that it did not touch. It has no
+Hypothesis looks for new examples in each run of a developer, and prints the blob that repeats a failure. If CI is
+set, its examples follow from the tests themselves, so that no change is stopped by code that it did not touch. It has no
 deadline of its own: each test has the time limit of pyproject.toml.
 
 A property is tried with 100 examples in `policy` and `ledger`, which the promises rest on, and with 30 elsewhere.

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-Kind = Literal["openai", "azure", "anthropic", "vllm", "ollama", "llamacpp", "simulator"]
 OnDisconnect = Literal["drain", "stop"]
 
 
@@ -54,12 +53,13 @@ class Upstream:
     """A server that calls are forwarded to.
 
     `base_url` includes `/v1` and does not end with a slash. `api_version` is Azure's, for calls that name none.
+    `kind` is plain text here: `config` checks that it names one of the kinds in `formats.kinds`.
     """
 
     name: str
     base_url: str
     api_key: Secret | None
-    kind: Kind = "openai"
+    kind: str = "openai"
     on_disconnect: OnDisconnect = "drain"
     api_version: str | None = None
     allow: Allow = Allow()

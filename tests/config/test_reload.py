@@ -103,11 +103,11 @@ async def test_a_running_call_keeps_its_policy(tmp_path: Path) -> None:
         call = on.begin("/v1/chat/completions", body)
         await on.simulator.until(lambda: on.simulator.chunks_sent > 2)
         without = "\n".join(line for line in STAFF.splitlines() if "fast:" not in line)
-        on.files.config = config_of(without, folder=tmp_path, upstream=UP)
+        on.config = config_of(without, folder=tmp_path, upstream=UP)
         assert await on.server.policies.reload()
         assert (await call).body.endswith(b"data: [DONE]\n\n")
         assert (await on.post("/v1/chat/completions", body)).status == 404
-        await on.at_rest()
+        await on.all_settled()
         assert (await on.used())[0] >= 30
 
 
@@ -127,7 +127,7 @@ async def test_a_reload_during_authentication_changes_nothing_for_that_request(
         old = tasks.create_task(on.get("/v1/quota"))
         await is_looked_up.wait()
         moved = STAFF.replace("staff: {", "lab: {").replace("[staff]", "[lab]")
-        on.files.config = config_of(moved, folder=tmp_path, upstream=UP)
+        on.config = config_of(moved, folder=tmp_path, upstream=UP)
         assert await on.server.policies.reload()
         go_on.set()
         assert [each["id"] for each in (await old).json()["data"]] == ["staff/daily"]
