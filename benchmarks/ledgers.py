@@ -200,7 +200,7 @@ _DEMAND = call(100, 400)
 
 
 def _whoever(users: int) -> Binding:
-    return Binding(f"user {random.randrange(users)}", (), (_STAFF,), (), "any_group")
+    return Binding(groups=(_STAFF,), user=f"user {random.randrange(users)}")
 
 
 def _line(*cells: str) -> str:

@@ -19,7 +19,7 @@ from proxy.formats.content import read_prompt
 from proxy.formats.endpoints import CHAT
 from proxy.formats.request import parse_request
 from proxy.formats.restrictions import check_allowance
-from proxy.policy.policy import Allow
+from proxy.policy.catalog import Allow
 
 # 400 short messages must take less than this.
 AIM_US = 200

@@ -34,7 +34,7 @@ from proxy.formats.meter import Meter
 from proxy.formats.surfaces import meter_of
 from proxy.ledger.entry import Entry
 from proxy.metrics import Metrics
-from proxy.policy.policy import Model, Upstream
+from proxy.policy.catalog import Model, Upstream
 from proxy.policy.quota import Demand
 from proxy.upstreams.client import Answer, Upstreams
 from proxy.upstreams.routing import UNREACHED_PAUSE_MS, Cooldowns, RoutingState, may_try_another_target, seconds_of

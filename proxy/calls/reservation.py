@@ -26,7 +26,7 @@ from proxy.ledger.ledger import Ledger
 from proxy.ledger.queue import AdmissionQueue
 from proxy.policy.admission import Verdict
 from proxy.policy.amounts import TOKENS_MAX, AtLeast, Tokens, Unspent, Usage
-from proxy.policy.policy import Model
+from proxy.policy.catalog import Model
 from proxy.policy.quota import Binding, Counter, CounterKey
 
 # How long the end of an answer waits for the commit of its charge. The end is held back so that a client that has the

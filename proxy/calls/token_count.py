@@ -17,7 +17,7 @@ from proxy.formats.estimate import counted, estimate_demand
 from proxy.formats.request import Request
 from proxy.ledger.entry import Entry
 from proxy.policy.amounts import TOKENS_MAX, Exactly
-from proxy.policy.policy import Model
+from proxy.policy.catalog import Model
 from proxy.policy.quota import Demand
 
 # The texts of an input are kept until the call ends, in case they have to be counted at the end. If they have more

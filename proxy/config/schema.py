@@ -28,7 +28,7 @@ from pydantic import (
 from proxy.config import values
 from proxy.formats.kinds import KINDS, kind_of
 from proxy.policy.amounts import MEASURES
-from proxy.policy.policy import OnDisconnect, Secret
+from proxy.policy.catalog import OnDisconnect, Secret
 from proxy.policy.quota import Combine, Enforce, Limit
 
 # ----------------------------------------------------------------------------------------- the types of single values

@@ -17,7 +17,7 @@ from proxy.formats.endpoints import SPEECH
 from proxy.formats.kinds import Kind, kind_of
 from proxy.formats.request import Request
 from proxy.policy.amounts import TOKENS_MAX
-from proxy.policy.policy import Model
+from proxy.policy.catalog import Model
 from proxy.policy.quota import Demand
 
 # The output reserved for an answer if neither the request nor the model's configuration states a maximum.

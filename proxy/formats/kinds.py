@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
 from proxy.formats.endpoints import METERED, Endpoint, EndpointName, SurfaceName
-from proxy.policy.policy import OnDisconnect, Secret, Upstream
+from proxy.policy.catalog import OnDisconnect, Secret, Upstream
 
 # The latest dated version of Azure's API that is not a preview. It is sent if neither the client nor the
 # configuration names one.

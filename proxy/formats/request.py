@@ -16,7 +16,7 @@ from proxy.formats.kinds import CHOICE_COUNT_FIELDS, KINDS, kind_of
 from proxy.formats.multipart import Form
 from proxy.formats.restrictions import CHECKED_FIELDS, check_body, check_form_field
 from proxy.formats.strict_json import dump, parse_object
-from proxy.policy.policy import Model
+from proxy.policy.catalog import Model
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,7 @@ from proxy.formats.body import RequestBody, content_parts, is_run_by_client, off
 from proxy.formats.endpoints import METERED, Endpoint
 from proxy.formats.kinds import CHOICE_COUNT_FIELDS, LEAST_MAXIMUM, MAXIMUM_FIELDS
 from proxy.formats.strict_json import DEPTH_MAX, is_within_depth, walk
-from proxy.policy.policy import Allow
+from proxy.policy.catalog import Allow
 
 _MODEL_CHARACTERS_MAX = 256
 # A segment "." or ".." in a model's name. In Azure's path /deployments/{model}/… it would lead to another deployment,

@@ -13,7 +13,7 @@ from urllib.parse import quote
 
 from proxy.formats.endpoints import Endpoint
 from proxy.formats.kinds import kind_of
-from proxy.policy.policy import Model, Upstream
+from proxy.policy.catalog import Model, Upstream
 
 
 def address_of(endpoint: Endpoint, model: Model, *, api_version: str | None) -> str:

@@ -23,7 +23,7 @@ from proxy.errors import InvalidRequest, ProxyError, UpstreamBusy, UpstreamError
 from proxy.formats.endpoints import SurfaceName
 from proxy.formats.kinds import kind_of
 from proxy.formats.surfaces import SURFACES
-from proxy.policy.policy import Upstream
+from proxy.policy.catalog import Upstream
 
 # The codes of an account that is used up. Waiting does not help, and the account is not the user's.
 _ACCOUNT_CODES = frozenset(

@@ -12,7 +12,7 @@ import hashlib
 from collections.abc import Collection, Sequence
 
 from proxy.formats.kinds import kind_of
-from proxy.policy.policy import Secret
+from proxy.policy.catalog import Secret
 
 Headers = Sequence[tuple[str, str]]
 

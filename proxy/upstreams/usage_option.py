@@ -6,7 +6,7 @@ option, and the next hundred calls to the same address and model go without it t
 """
 
 from proxy.formats.kinds import KINDS
-from proxy.policy.policy import Model
+from proxy.policy.catalog import Model
 
 # The fields that we write into a request to get the usage of a stream. An upstream that rejects one names it.
 _OPTION_FIELDS = (

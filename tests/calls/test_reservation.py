@@ -22,7 +22,7 @@ from proxy.ledger.ledger import LEASE_MS, Ledger
 from proxy.ledger.queue import AdmissionQueue
 from proxy.ledger.sqlite import SqliteStore
 from proxy.policy.amounts import Amount, AtLeast, Exactly, Tokens, Unspent, Usage
-from proxy.policy.policy import Model, Upstream
+from proxy.policy.catalog import Model, Upstream
 from proxy.policy.quota import Demand, Quota
 from tests.breakage import read_only, writers
 from tests.builders import NOON, binding, call, exactly, quota, reserve

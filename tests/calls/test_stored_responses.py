@@ -182,7 +182,7 @@ async def test_a_response_at_an_upstream_that_was_removed_is_not_found(tmp_path:
     """The upstream that the model goes to now does not have it either."""
     async with stage(folder=tmp_path) as on:
         response_id = (await on.post("/v1/responses", ASK)).json()["id"]
-        url = on.config.policy.upstreams["simulated"].base_url
+        url = on.config.catalog.upstreams["simulated"].base_url
         text = text_of(STAFF.replace("upstream: simulated", "upstream: other"), database=on.database, upstream=url)
         on.config = load_text(text.replace("  simulated:", "  other:"))
         await on.server.policies.reload()

@@ -12,7 +12,7 @@ from proxy.formats.endpoints import CHAT, COMPLETIONS, EMBEDDINGS, RESPONSES, En
 from proxy.formats.request import forwarded_body
 from proxy.ledger.book import Settle
 from proxy.policy.amounts import AtLeast, Tokens
-from proxy.policy.policy import Model, Upstream
+from proxy.policy.catalog import Model, Upstream
 from tests.builders import binding, exactly, reserve
 from tests.builders import call as demand
 from tests.formats.test_request import parse

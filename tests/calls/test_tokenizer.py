@@ -29,7 +29,7 @@ from proxy.calls.tokenizer import (
 )
 from proxy.formats.body import RequestBody
 from proxy.formats.content import read_prompt
-from proxy.policy.policy import Model, Upstream
+from proxy.policy.catalog import Model, Upstream
 
 UPSTREAM = Upstream("up", "http://127.0.0.1/v1", None)
 # The names of the tables in tiktoken's cache: the SHA-1 of the URL from which it downloads them.
@@ -454,7 +454,7 @@ from pathlib import Path
 import proxy.calls.tokenizer
 assert not {"tiktoken", "requests", "bpe_openai"} & sys.modules.keys(), "importing the module must not import these"
 
-from proxy.policy.policy import Model, Upstream
+from proxy.policy.catalog import Model, Upstream
 tokens = proxy.calls.tokenizer.Tokenizers([Path(folder) for folder in sys.argv[1:]])
 is_watched = False
 

@@ -28,7 +28,7 @@ from proxy.formats.endpoints import (
 from proxy.formats.estimate import SMALLEST_ANSWER, counted, estimate_demand, largest_demand, streams_all_output
 from proxy.formats.request import Request, forwarded_body
 from proxy.policy.amounts import TOKENS_MAX
-from proxy.policy.policy import Model, Upstream
+from proxy.policy.catalog import Model, Upstream
 from proxy.policy.quota import Demand
 from tests.formats.test_request import GENERATING, HUGE, KINDS, MAXIMA, READS, ids, parse, targets
 

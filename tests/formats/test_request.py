@@ -34,7 +34,7 @@ from proxy.formats.request import (
     parse_form_request,
     parse_request,
 )
-from proxy.policy.policy import Allow, Model, Upstream
+from proxy.policy.catalog import Allow, Model, Upstream
 
 GENERATING = [CHAT, COMPLETIONS, RESPONSES, MESSAGES]
 HUGE = 10**9

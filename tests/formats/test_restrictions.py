@@ -23,7 +23,7 @@ from proxy.formats.endpoints import (
 from proxy.formats.request import parse_form_request, parse_request
 from proxy.formats.restrictions import check_allowance, refused_fields
 from proxy.formats.strict_json import DEPTH_MAX
-from proxy.policy.policy import Allow
+from proxy.policy.catalog import Allow
 from tests.formats.test_request import GENERATING, HUGE, form, parse
 
 NOTHING = Allow()

@@ -261,7 +261,7 @@ SMALL = STAFF.replace("tokens: 1M", "tokens: 9000")
 
 async def _reload(on: Stage, folder: Path, policy: str, *, upstream_name: str = "simulated") -> None:
     """Reload with another policy, as if the file had changed."""
-    model = on.server.policies.current.model("fast")
+    model = on.server.policies.current.catalog.model("fast")
     assert model is not None
     text = text_of(policy, database=sqlite_in(folder), upstream=model.upstream.base_url)
     on.config = load_text(text.replace("simulated", upstream_name))

@@ -59,7 +59,7 @@ def _daily(limits: str) -> str:
 
 async def _reload(on: Stage, policy: str, *, kind: str = "simulator") -> None:
     """Reload with another policy, and with an upstream of this kind at the same address."""
-    upstream = on.server.policies.current.upstreams["simulated"]
+    upstream = on.server.policies.current.catalog.upstreams["simulated"]
     text = text_of(
         policy,
         database=on.config.settings.database,

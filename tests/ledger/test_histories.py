@@ -497,7 +497,7 @@ class Histories(RuleBasedStateMachine):
             return tuple(each for each in self.quotas.values() if each.group == group)
 
         routes = tuple(GroupQuotas(group, of(group)) for group in USERS[user])
-        return Binding(user, of("everyone"), routes, of("watch"), self.combine)
+        return Binding(of("everyone"), routes, of("watch"), self.combine, user=user)
 
     # Operations. Each may be repeated or come late, and must then change nothing.
 

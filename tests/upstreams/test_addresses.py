@@ -3,7 +3,7 @@
 import pytest
 
 from proxy.formats.endpoints import CHAT, EMBEDDINGS, METERED, RESPONSES, Endpoint
-from proxy.policy.policy import Model, Upstream
+from proxy.policy.catalog import Model, Upstream
 from proxy.upstreams.addresses import address_at, address_of
 
 RESOURCE = "https://res.openai.azure.com"

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.formats.kinds import KINDS, kind_of
-from proxy.policy.policy import Secret
+from proxy.policy.catalog import Secret
 from proxy.upstreams.headers import idempotency_header, to_client, to_upstream
 
 KEY = Secret("sk-of-the-operator")

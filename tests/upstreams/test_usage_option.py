@@ -2,7 +2,7 @@
 
 import pytest
 
-from proxy.policy.policy import Model, Upstream
+from proxy.policy.catalog import Model, Upstream
 from proxy.upstreams import usage_option
 from proxy.upstreams.usage_option import UsageOptionCache, is_about_usage_option
 
