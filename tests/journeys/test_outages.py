@@ -317,7 +317,7 @@ async def test_a_running_stream_of_a_removed_upstream_completes(tmp_path: Path) 
 
 # ------------------------------------------------------------------------------------------------- killed processes
 
-KILLS = 20
+KILLS = 10
 CLIENTS = 16
 
 
@@ -344,7 +344,7 @@ def _run_proxy(text: str, started: Connection) -> None:
 class ProxyProcess:
     """A proxy in a process of its own."""
 
-    # Forked from a process that has imported everything, because twenty cold starts would take a minute.
+    # Forked from a process that has imported everything, because ten cold starts would take half a minute.
     _context = multiprocessing.get_context("forkserver")
     _context.set_forkserver_preload([__name__])
 
@@ -424,7 +424,7 @@ def _random_call(rng: random.Random) -> tuple[str, dict[str, Any]]:
             return CHAT if kind == 1 else "/v1/completions", {**body, **more}
 
 
-async def test_complete_answers_are_charged_exactly_after_twenty_kills(tmp_path: Path) -> None:
+async def test_complete_answers_are_charged_exactly_after_ten_kills(tmp_path: Path) -> None:
     """Killed at random times: a complete answer is charged its usage, a call in flight its hold, each once."""
     rng = random.Random(20_261_124)
     simulator = Simulator(UPSTREAM_KEY)
