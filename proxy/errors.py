@@ -1,33 +1,34 @@
-"""Every way a call can end badly: whose fault it is, the HTTP status, OpenAI's code, and safe words.
+"""The errors that the proxy answers with: whose fault each is, its HTTP status and code, a message safe to show.
 
     ProxyError
-    ├── RequestError          the request has to change; the same one again gets the same answer
+    ├── RequestError          the request has to change; sent again unchanged, it gets the same answer
     │   ├── InvalidRequest        400
-    │   ├── BadFraming            400  where the request ends, or what it asks for, can't be told for sure
-    │   ├── NeverFits             400  context_length_exceeded: larger than a limit, agents answer by compacting
+    │   ├── BadFraming            400  two parsers could read the request differently, or it is not HTTP
+    │   ├── NeverFits             400  context_length_exceeded: larger than a limit; agents shorten their input
     │   ├── InvalidKey            401
     │   ├── ModelNotFound         404
-    │   ├── ResponseNotFound      404  no response of this user's, whether or not it is somebody else's
-    │   │   └── PreviousNotFound      404  the same, of one that a request goes on from
+    │   ├── ResponseNotFound      404  the user has no such response, also if another user has it
+    │   │   └── PreviousNotFound      404  the same for the response that a request continues
     │   ├── NotServed             404  a path or method that this proxy does not forward
-    │   │   └── NotAllowed            404  one that it knows, with the reason
-    │   ├── TooSlow               408  the head or the body took longer than it may
-    │   ├── NoUpgrade             426  a WebSocket was asked for, which nothing could meter
+    │   │   └── NotAllowed            404  an endpoint that it knows and does not forward, with the reason
+    │   ├── TooSlow               408  the head or the body of the request took too long
+    │   ├── NoUpgrade             426  the client asked for a WebSocket, which the proxy cannot meter
     │   ├── BodyTooLarge          413
     │   └── UnsupportedEncoding   415
-    ├── ClientLeft            499  the client went while its call waited; nobody reads this
-    ├── Refusal               429  the user's own quota; waiting until `reset_at` helps
-    ├── UpstreamError         502  the upstream failed, or refused our key
-    │   ├── UpstreamBusy          429  the upstream's own rate limit, not a quota of ours
+    ├── ClientLeft            499  the client disconnected while its call waited, so nobody reads this
+    ├── Refusal               429  the user's own quota; it helps to wait until `reset_at`
+    ├── UpstreamError         502  the upstream failed, or refused the proxy's key
+    │   ├── UpstreamBusy          429  the upstream's own rate limit, not a quota of the proxy
     │   ├── UpstreamExhausted     503  the operator's account at the upstream is used up
     │   └── UpstreamTimeout       504
-    └── Unavailable           it can't be taken just now; says when to come back
-        ├── TooManyConnections    503  more connections than this listener holds
-        ├── NoSpace               503  a large body has no room on the disk
-        └── LedgerUnavailable     503  the books can't be written, so nothing is let in
+    └── Unavailable           the proxy cannot take the call now; `Retry-After` says when to try again
+        ├── TooManyConnections    503  the listener has as many connections as it may have
+        ├── NoSpace               503  the disk has no space for a large body
+        └── LedgerUnavailable     503  the ledger cannot be written, so no call is admitted
 
-The shape of the body is OpenAI's: `{"error": {"message", "type", "param", "code"}}`, all four always present.
-Messages are shown to users: no secrets, no hosts, no text of an upstream that could hold our key.
+The body has OpenAI's shape, `{"error": {"message", "type", "param", "code"}}`; all four members are always present.
+Users see the messages: they contain no secrets, no hosts, and no text of an upstream that could contain the proxy's
+key.
 """
 
 from collections.abc import Mapping
@@ -35,13 +36,13 @@ from typing import ClassVar
 
 
 class ProxyError(Exception):
-    """Something that is answered with an HTTP status and OpenAI's error object.
+    """An error that is answered with an HTTP status and OpenAI's error object.
 
-    `headers` go out with the answer, `members` stand beside the four usual ones inside `error`.
+    `headers` are added to the response, and `members` to the four usual members of `error`.
     """
 
     status: ClassVar[int] = 500
-    # Whether the connection is of no more use: the rest of the request is unknown, or nobody wants it.
+    # Whether the connection is closed after the response, because the rest of the request cannot or will not be read.
     closes: ClassVar[bool] = False
     type: str = "api_error"
     code: str | None = None
@@ -61,20 +62,20 @@ class ProxyError(Exception):
         self.members = dict(members or {})
 
     def body(self) -> dict[str, object]:
-        """The JSON body, in OpenAI's shape."""
+        """The JSON body in OpenAI's shape."""
         usual = {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
         return {"error": {**usual, **self.members}}
 
 
 class RequestError(ProxyError):
-    """The client's request is at fault: sending it again unchanged is pointless."""
+    """The request is at fault: sending it again unchanged gets the same answer."""
 
     status = 400
     type = "invalid_request_error"
 
 
 class InvalidRequest(RequestError):
-    """The body or a parameter can't be understood or isn't allowed; `param` names it."""
+    """The body or a parameter is invalid or not allowed; `param` names it."""
 
     def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
         super().__init__(message, param=param)
@@ -82,7 +83,7 @@ class InvalidRequest(RequestError):
 
 
 class BadFraming(RequestError):
-    """Two readers of this request could see two requests in it, or it is no HTTP at all (RFC 9112 §11.2)."""
+    """Two parsers could read two different requests here (RFC 9112 §11.2), or it is not HTTP at all."""
 
     status = 400
     closes = True
@@ -90,51 +91,51 @@ class BadFraming(RequestError):
 
 
 class NeverFits(RequestError):
-    """The smallest form of this call is larger than a limit, so no reset will ever let it in."""
+    """The smallest form of this call is larger than a limit, so no reset helps."""
 
     code = "context_length_exceeded"
 
 
 class InvalidKey(RequestError):
-    """No key, a wrong one, or two different ones."""
+    """No key, an unknown key, or two different keys."""
 
     status = 401
     code = "invalid_api_key"
 
 
 class ModelNotFound(RequestError):
-    """The model doesn't exist here, this user may not use it, or no quota of the user covers it."""
+    """The model does not exist here, the user may not use it, or no quota of the user covers it."""
 
     status = 404
     code = "model_not_found"
 
 
 class ResponseNotFound(RequestError):
-    """There is no such response of this user's. One of somebody else's gets the same answer, to the letter."""
+    """The user has no such response. If another user has it, the answer is the same, so that ids cannot be probed."""
 
     status = 404
 
 
 class PreviousNotFound(ResponseNotFound):
-    """The same of a response from which a request goes on. Agents begin anew at this code."""
+    """The response that a request continues is not found. Agents start a new conversation at this code."""
 
     code = "previous_response_not_found"
 
 
 class NotServed(RequestError):
-    """A path or method that is not forwarded (the list of endpoints is closed)."""
+    """A path or method that is not forwarded: the list of endpoints is closed."""
 
     status = 404
 
 
 class NotAllowed(NotServed):
-    """A path that is known and not forwarded: it would leak, or no quota could count it. The message says why."""
+    """A known endpoint that is not forwarded: it would leak data, or no quota can count it. The message says why."""
 
     code = "endpoint_not_allowed"
 
 
 class TooSlow(RequestError):
-    """The request did not come in the time that it may take."""
+    """The request did not arrive in the time that it may take."""
 
     status = 408
     closes = True
@@ -142,18 +143,18 @@ class TooSlow(RequestError):
 
 
 class NoUpgrade(RequestError):
-    """A WebSocket was asked for. Clients that can do without go on over HTTP when they see this status."""
+    """The client asked for a WebSocket. Clients that can do without one (Codex) continue over HTTP at this status."""
 
     status = 426
-    closes = True  # what comes behind it are frames, no requests
+    closes = True  # the client could send WebSocket frames next, which are not HTTP requests
     code = "upgrade_not_supported"
 
-    def __init__(self, message: str = "No WebSockets here: send the same request over HTTP.") -> None:
+    def __init__(self, message: str = "WebSockets are not supported. Send the same request over HTTP.") -> None:
         super().__init__(message, headers={"upgrade": "HTTP/1.1"})  # RFC 9110 §15.5.22
 
 
 class BodyTooLarge(RequestError):
-    """The request's body is over the limit; the connection is closed after the answer."""
+    """The body of the request is larger than allowed. The connection is closed after the response."""
 
     status = 413
     closes = True
@@ -161,23 +162,23 @@ class BodyTooLarge(RequestError):
 
 
 class UnsupportedEncoding(RequestError):
-    """A content coding or a media type that can't be read here."""
+    """A content encoding or a media type that the proxy cannot read."""
 
     status = 415
 
 
 class ClientLeft(ProxyError):
-    """The client went while its call waited for others. Nothing was sent, nothing is held."""
+    """The client disconnected while its call waited for other calls. Nothing was sent and nothing is held."""
 
     status = 499
     code = "client_left"
 
-    def __init__(self, message: str = "The client left while its call waited.") -> None:
+    def __init__(self, message: str = "The client disconnected while its call waited.") -> None:
         super().__init__(message)
 
 
 class Refusal(ProxyError):
-    """The user's own quota says no. Carries when this very call would be let in."""
+    """A quota of the user refuses the call. `headers` and `members` say when this call would be admitted."""
 
     status = 429
     type = "insufficient_quota"
@@ -198,9 +199,9 @@ class Refusal(ProxyError):
 
 
 class UpstreamError(ProxyError):
-    """The upstream could not be reached, broke, or would not take our key. Never the user's fault.
+    """The upstream could not be reached, failed, or refused the proxy's key. It is never the user's fault.
 
-    `was_sent` says whether the call can have reached it, so that it may have cost something.
+    `was_sent` says whether the call may have reached the upstream, and so may have cost something.
     """
 
     status = 502
@@ -213,7 +214,7 @@ class UpstreamError(ProxyError):
 
 
 class UpstreamBusy(UpstreamError):
-    """The upstream's own 429: marked as such, because no quota of ours was hit."""
+    """The upstream's own 429. The code says so, because no quota of the proxy refused the call."""
 
     status = 429
     type = "rate_limit_error"
@@ -221,7 +222,7 @@ class UpstreamBusy(UpstreamError):
 
 
 class UpstreamExhausted(UpstreamError):
-    """The account behind our key is used up: for the operator to mend, not for the user."""
+    """The account of the proxy's key is used up: only the operator can change that, not the user."""
 
     status = 503
     code = "upstream_unavailable"
@@ -235,36 +236,36 @@ class UpstreamTimeout(UpstreamError):
 
 
 class Unavailable(ProxyError):
-    """It can't be taken just now, whoever asks; who comes back in `retry_after_s` may find it otherwise."""
+    """The proxy cannot take the call of any user now. It may help to try again after `retry_after_s` seconds."""
 
     status = 503
     type = "server_error"
-    words: ClassVar[str]
+    default_message: ClassVar[str]
     retry_after_s: ClassVar[int] = 5
 
     def __init__(self, message: str | None = None) -> None:
-        super().__init__(message or self.words, headers={"retry-after": str(self.retry_after_s)})
+        super().__init__(message or self.default_message, headers={"retry-after": str(self.retry_after_s)})
 
 
 class TooManyConnections(Unavailable):
-    """This listener holds as many connections as it may."""
+    """This listener has as many connections as it may have."""
 
     closes = True
     code = "too_many_connections"
-    words = "There are too many connections. Try again in a few seconds."
+    default_message = "There are too many connections. Try again in a few seconds."
 
 
 class NoSpace(Unavailable):
-    """A body that is too large for memory finds no room on the disk."""
+    """A body that is too large for memory does not fit on the disk either."""
 
     closes = True
     code = "out_of_space"
-    words = "There is no room for so large a body just now. Try again later."
+    default_message = "The proxy has no disk space left for a body of this size. Try again later."
     retry_after_s = 30
 
 
 class LedgerUnavailable(Unavailable):
-    """Nothing can be written down, so nothing is let in (fail closed)."""
+    """Nothing can be written to the ledger, so no call is admitted (fail closed)."""
 
     code = "ledger_unavailable"
-    words = "The quota ledger can't be reached right now. Try again in a few seconds."
+    default_message = "The quota ledger can't be reached right now. Try again in a few seconds."

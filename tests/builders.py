@@ -1,8 +1,10 @@
-"""Small values that many tests build: quotas, bindings, counters, calls and instants, in as few words as they need.
+"""Builders of the values that many tests need: quotas, bindings, counters, calls and instants.
 
-staff = quota("staff/daily", tokens=1000)
-who = binding([staff], always=[quota("everyone/calls", requests=10)])
-decide(call(100, 400), who, counters(who, used={"staff/daily": 300}), NOON)
+Example:
+
+    staff = quota("staff/daily", tokens=1000)
+    who = binding([staff], always=[quota("everyone/calls", requests=10)])
+    decide(call(100, 400), who, counters(who, used={"staff/daily": 300}), NOON)
 """
 
 from collections.abc import Iterable, Mapping
@@ -35,7 +37,7 @@ DAY = 24 * HOUR
 
 
 def instant(text: str) -> int:
-    """`2026-11-24 12:00` in UTC, as milliseconds."""
+    """An instant such as `2026-11-24 12:00` in UTC, as milliseconds since 1970."""
     return round(datetime.fromisoformat(text).replace(tzinfo=UTC).timestamp()) * 1000
 
 
@@ -53,7 +55,7 @@ def quota(
     overdraft: int = 0,
     **limits: int,
 ) -> Quota:
-    """`quota("staff/daily", tokens=1000, per="day")`; its limits are `tokens`, `input_tokens`, … = how many."""
+    """`quota("staff/daily", tokens=1000, per="day")`; each limit is a keyword with the name of its measure."""
     group, name = quota_id.split("/")
     return Quota(
         group,
@@ -67,30 +69,30 @@ def quota(
     )
 
 
-def route(group: str, *quotas: Quota) -> GroupQuotas:
-    """A group as a way in; without quotas it is unlimited."""
+def group_quotas(group: str, *quotas: Quota) -> GroupQuotas:
+    """One group's quotas for a model; without quotas the group is unlimited."""
     return GroupQuotas(group, quotas)
 
 
 def binding(
-    *alternatives: GroupQuotas | Iterable[Quota],
+    *groups: GroupQuotas | Iterable[Quota],
     always: Iterable[Quota] = (),
     shadows: Iterable[Quota] = (),
     combine: Combine = "any_group",
     user: str = "ann",
 ) -> Binding:
-    """A binding with one way for each group: its quotas, or a `route(...)` where it has none."""
-    groups = [way if isinstance(way, GroupQuotas) else _route_of(way) for way in alternatives]
-    return Binding(user, tuple(always), tuple(groups), tuple(shadows), combine)
+    """A binding of a user of these groups: each is a list of its quotas, or `group_quotas(name)` for one without."""
+    listed = [each if isinstance(each, GroupQuotas) else _group_of(each) for each in groups]
+    return Binding(user, tuple(always), tuple(listed), tuple(shadows), combine)
 
 
-def _route_of(quotas: Iterable[Quota]) -> GroupQuotas:
+def _group_of(quotas: Iterable[Quota]) -> GroupQuotas:
     listed = tuple(quotas)
     return GroupQuotas(listed[0].group, listed)
 
 
 def amount(given: Amount | int) -> Amount:
-    """A bare number means so many input tokens, of one call where there are any."""
+    """A bare number means that many input tokens and one request; 0 means nothing at all."""
     return given if isinstance(given, Amount) else Amount(given, 0, 1 if given else 0)
 
 
@@ -118,11 +120,11 @@ def call(
     *,
     initial_hold: int = TOKENS_MAX,
     hidden_input: int = 0,
-    open_ended: bool = False,
+    is_unbounded: bool = False,
 ) -> Demand:
-    """What a call asks for; the least worth starting for is `min(want, 1024)`, as for a call with one choice.
+    """The demand of a call. Its smallest answer is `min(output_maximum, 1024)`, as for a call with one choice.
 
-    It holds all of it at once, unless `initial_hold` says that it is a stream that begins with less.
+    The call holds its whole answer at once; with `initial_hold` it is a stream that begins with less.
     """
     least = min(output_maximum, 1024) if smallest is None else smallest
     return Demand(
@@ -131,36 +133,39 @@ def call(
         least,
         initial_hold=initial_hold,
         hidden_input=hidden_input,
-        is_unbounded=open_ended,
+        is_unbounded=is_unbounded,
     )
 
 
 def estimated(demand: Demand) -> Demand:
-    """The same call before its input is counted: all that is known is how many bytes it has."""
+    """The same call before its input is counted, when only the number of its bytes is known."""
     return replace(demand, is_estimated=True)
 
 
 def reserve(entry_id: str, who: Binding, demand: Demand) -> Reserve:
-    """The act that lets a call in."""
+    """The operation that admits a call."""
     return Reserve(entry_id, "process-1", CallLabels(who.user, "gpt-4o-mini", "chat", "openai"), who, demand)
 
 
 def extend(entry_id: str, who: Binding, output: int, *, least: int = 0, input_tokens: int = TOKENS_MAX) -> Extend:
-    """The act that holds `output` tokens in all for a call in flight; its input stays as it is unless it is given."""
+    """The operation that increases the output held by a call in flight to `output` tokens in all.
+
+    The input that the call holds does not change unless `input_tokens` is given.
+    """
     return Extend(entry_id, who, input=input_tokens, output=output, least=least)
 
 
 def exactly(input_tokens: int, output_tokens: int = 0) -> Exactly:
-    """The usage that the upstream stated."""
+    """A usage that the upstream reported."""
     return Exactly(Tokens(input_tokens, output_tokens))
 
 
 def group(name: str, *quotas: Quota, models: Iterable[str] | None = None, unlimited: bool = False) -> Group:
-    """A group of a policy, with the quotas that stand under its name."""
+    """A group of a policy with these quotas."""
     return Group(name, quotas, None if models is None else Globs(models), unlimited)
 
 
 def policy(*groups: Group, **settings: object) -> Policy:
-    """A policy of these groups, in this order; without users or upstreams unless `settings` has some."""
+    """A policy with these groups in this order, and without users and upstreams unless `settings` has some."""
     given: dict[str, object] = {"users": {}, "key_digests": {}, **settings}
     return Policy(groups={each.name: each for each in groups}, **given)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Random quotas, bindings, counters and calls for hypothesis: small numbers, so that limits are met to the token."""
+"""Random quotas, bindings, counters and calls for hypothesis. The numbers are small, so limits are often met."""
 
 from hypothesis import strategies as st
 
@@ -9,7 +9,7 @@ from tests.builders import DAY, HOUR, MINUTE, NOON, quota
 
 PERS = ("10s", "90s", "minute", "hour", "day", "6h", "month")
 
-# Most quotas are exact, since those have the promises.
+# Most quotas are exact, because the promises are about those.
 ENFORCED = ("exact", "exact", "after")
 
 
@@ -23,7 +23,7 @@ def quota_lists(
     enforce: tuple[str, ...] = ENFORCED,
     pers: tuple[str, ...] = PERS,
 ) -> tuple[Quota, ...]:
-    """Some quotas of one group, with one or more limits each, now and then of 0; of the exact ones some overdrawn."""
+    """Quotas of one group. Each has one or more limits, sometimes 0; some of the exact ones have an overdraft."""
     found = []
     for number in range(draw(st.integers(least, most))):
         enforced = draw(st.sampled_from(enforce))
@@ -42,7 +42,7 @@ def quota_lists(
 
 @st.composite
 def bindings(draw: st.DrawFn) -> Binding:
-    """Everyone's quotas, up to three groups of which some are unlimited, a few quotas in shadow."""
+    """Quotas of everyone, up to three groups of which some are unlimited, and a few quotas in shadow."""
     groups = [
         GroupQuotas(group, () if draw(st.sampled_from([False] * 5 + [True])) else draw(quota_lists(group, least=1)))
         for group in ("a", "b", "c")[: draw(st.integers(0, 3))]
@@ -61,12 +61,12 @@ amounts = st.builds(Amount, st.integers(0, 30), st.integers(0, 30), st.integers(
 
 @st.composite
 def counters_of(draw: st.DrawFn, who: Binding, *, held: bool = True) -> dict[CounterKey, Counter]:
-    """Counters of some of a binding's quotas, whatever was used; without `held` no call is in flight."""
+    """Counters of some of a binding's quotas with any usage; with `held=False` no call is in flight."""
     found: dict[CounterKey, Counter] = {}
     for each in who.quotas:
         if draw(st.sampled_from([True, True, True, False])):
             opened_at = NOON - draw(st.integers(0, 90_000))
-            # Not only what the quota's own `per` would open: it may have been changed while this one was running.
+            # Some windows have another length than `per` gives: `per` may have changed while a window was open.
             mine = each.per.opening(opened_at)
             other = Window(opened_at, opened_at + draw(st.sampled_from([10_000, MINUTE, HOUR, 31 * DAY])))
             window = draw(st.sampled_from([mine, mine, other]))
@@ -79,8 +79,8 @@ def counters_of(draw: st.DrawFn, who: Binding, *, held: bool = True) -> dict[Cou
 def demands(draw: st.DrawFn, most: int = 60, *, hidden_input: bool = True) -> Demand:
     """Calls from an empty one to one that is larger than any limit.
 
-    Some generate nothing, some are streams that begin with a part of what they want, and some read what they don't
-    show, unless `hidden_input` is not to be.
+    Some generate nothing, and some are streams that begin with a part of their answer. Some read input that they do
+    not show, unless `hidden_input=False`.
     """
     output_maximum = draw(st.sampled_from([0, 1, most // 2]) | st.integers(0, most))
     smallest = min(output_maximum, draw(st.sampled_from([1, 1, most // 5, most])))

@@ -1,4 +1,4 @@
-"""Every way a call can end badly has OpenAI's shape, its own code, and the status that SDKs expect."""
+"""Every error has OpenAI's shape, its own code, and the status that SDKs expect."""
 
 import json
 import re
@@ -35,7 +35,7 @@ from proxy.errors import (
     UpstreamTimeout,
 )
 
-# What the contract says of each: status, type, code.
+# What clients see of each: status, type, code.
 TABLE = {
     InvalidRequest: (400, "invalid_request_error", None),
     BadFraming: (400, "invalid_request_error", "bad_framing"),
@@ -60,37 +60,37 @@ TABLE = {
     NoSpace: (503, "server_error", "out_of_space"),
     LedgerUnavailable: (503, "server_error", "ledger_unavailable"),
 }
-# These only gather others; what is raised is one of the table.
+# Base classes that are never raised themselves.
 ROOTS = {ProxyError, RequestError, Unavailable}
 
 
 def all_below(cls: type[ProxyError]) -> set[type[ProxyError]]:
-    """A class and all that stem from it."""
+    """A class and all its subclasses."""
     return {cls}.union(*(all_below(child) for child in cls.__subclasses__()))
 
 
 def raised(cls: type[ProxyError]) -> ProxyError:
-    """One of each class, as it would be raised."""
+    """An instance of the class as it would be raised."""
     if cls is Refusal:
         return Refusal("No.", type="insufficient_quota", code="insufficient_quota", headers={}, members={})
     return cls("No.")
 
 
-def test_the_table_knows_every_error():
-    """A new class has to be entered here, with what clients see of it."""
+def test_the_table_contains_every_error():
+    """A new class must be added here, with what clients see of it."""
     assert all_below(ProxyError) == ROOTS | TABLE.keys()
 
 
 @pytest.mark.parametrize("cls", TABLE, ids=lambda cls: cls.__name__)
 def test_each_error_has_its_status_and_code(cls):
-    """SDKs pick the exception by status, and programs decide by type and code."""
+    """SDKs choose the exception by the status, and programs decide by type and code."""
     error = raised(cls)
     assert (error.status, error.type, error.code) == TABLE[cls]
 
 
 @pytest.mark.parametrize("cls", [*TABLE, *ROOTS], ids=lambda cls: cls.__name__)
 def test_the_body_has_the_four_members_of_openai(cls):
-    """`message`, `type`, `param` and `code` are always there, null where there is nothing to say: SDKs read them."""
+    """`message`, `type`, `param` and `code` are always present, because SDKs read them; null without a value."""
     error = raised(cls)
     assert error.body() == {"error": {"message": "No.", "type": error.type, "param": None, "code": error.code}}
     assert str(error) == error.message == "No."
@@ -98,7 +98,7 @@ def test_the_body_has_the_four_members_of_openai(cls):
 
 
 def test_status_and_code_tell_the_errors_apart():
-    """No two share both, but a path and a response that are not there, for which OpenAI has no code either."""
+    """No two have both in common, except a path and a response that do not exist: OpenAI has no code for them."""
     pairs = Counter((status, code) for status, _, code in TABLE.values())
     assert pairs.pop((404, None)) == 2
     assert all(count == 1 for count in pairs.values())
@@ -108,21 +108,21 @@ def test_status_and_code_tell_the_errors_apart():
 
 @pytest.mark.parametrize("cls", TABLE, ids=lambda cls: cls.__name__)
 def test_the_status_says_whose_fault_it_is(cls):
-    """4xx: request or quota; 5xx: upstream or ledger. The upstream's own 429 alone keeps its number."""
+    """4xx: request or quota; 5xx: upstream or ledger. Only the upstream's own 429 keeps its status."""
     at_fault = 4 if issubclass(cls, RequestError | Refusal) or cls in (UpstreamBusy, ClientLeft) else 5
     assert cls.status // 100 == at_fault
 
 
-def test_the_tree_in_the_text_is_the_tree_in_the_code():
-    """Each class stands in the module's docstring once, below its parent, with its status."""
+def test_the_tree_in_the_docstring_is_the_tree_in_the_code():
+    """The module's docstring lists each class once, below its parent, with its status."""
     tree = dict(re.findall(r"^[\s│├└─]*(\w+)(?: +(\d{3}))?", errors.__doc__.split("\n\n")[1], flags=re.MULTILINE))
     assert tree == {cls.__name__: str(cls.status) if cls in TABLE else "" for cls in TABLE.keys() | ROOTS}
     for cls in all_below(ProxyError):
         assert cls.__doc__, cls
 
 
-def test_param_names_what_is_wrong():
-    """A client can point at the field."""
+def test_param_names_the_field():
+    """A client can show which field is wrong."""
     error = InvalidRequest('"n" must be a whole number.', param="n", code="invalid_value")
     assert error.body()["error"] == {
         "message": '"n" must be a whole number.',
@@ -134,7 +134,7 @@ def test_param_names_what_is_wrong():
 
 
 def test_a_code_given_to_one_error_is_not_the_code_of_the_next():
-    """Types and codes that vary belong to the one that was raised."""
+    """A type and a code given to an instance do not change the class."""
     InvalidRequest("One.", code="invalid_value")
     Refusal("One.", type="tokens", code="rate_limit_exceeded", headers={}, members={})
     assert InvalidRequest("Two.").code is None
@@ -142,7 +142,7 @@ def test_a_code_given_to_one_error_is_not_the_code_of_the_next():
 
 
 def test_a_refusal_carries_its_headers_and_members():
-    """What says when to come back goes out with it: headers for SDKs, members inside `error` for programs."""
+    """They say when to try again: headers for SDKs, members of `error` for programs."""
     headers, members = {"retry-after": "18"}, {"retry_after": 18, "help_url": None}
     refusal = Refusal("Busy.", type="tokens", code="rate_limit_exceeded", headers=headers, members=members)
     headers.clear()
@@ -161,7 +161,7 @@ def test_a_refusal_carries_its_headers_and_members():
 
 
 def test_an_unreachable_ledger_says_when_to_try_again():
-    """Nothing is let in while nothing can be written down: 503 with `Retry-After: 5`."""
+    """While the ledger cannot be written no call is admitted: a 503 with `Retry-After: 5`."""
     error = LedgerUnavailable()
     assert error.headers == {"retry-after": "5"}
     assert "quota ledger" in error.message
@@ -170,14 +170,14 @@ def test_an_unreachable_ledger_says_when_to_try_again():
 @pytest.mark.parametrize(
     "cls", [cls for cls in TABLE if issubclass(cls, UpstreamError)], ids=lambda cls: cls.__name__
 )
-def test_a_failed_upstream_may_have_cost_something_unless_the_call_was_not_sent(cls):
-    """Charging depends on it, so the careful answer is the one that nobody has to think of."""
+def test_an_upstream_error_counts_as_sent_unless_it_says_otherwise(cls):
+    """A call that was sent may have cost something. Charging depends on it, so that is the default."""
     assert cls("No.").was_sent is True
     assert cls("No.", was_sent=False).was_sent is False
 
 
 @pytest.mark.parametrize("cls", [NeverFits, UpstreamError, UpstreamBusy], ids=lambda cls: cls.__name__)
-def test_others_carry_headers_only_if_given(cls):
-    """An upstream's `Retry-After` can be handed on; by itself an error adds none."""
+def test_other_errors_have_headers_only_if_given(cls):
+    """An upstream's `Retry-After` can be passed on. An error adds no headers by itself."""
     assert cls("No.").headers == {}
     assert cls("No.", headers={"retry-after": "7"}).headers == {"retry-after": "7"}

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from proxy.errors import InvalidRequest, ModelNotFound, ProxyError
+from proxy.formats.kinds import kind_of
 from proxy.formats.limit_headers import anthropic_limit_headers, rate_limit_headers
 from proxy.formats.refusal import refusal
 from proxy.formats.request import Request, forwarded_body, forwarded_model
@@ -217,7 +218,7 @@ def prepare_call(
         raise no_such_model(request.model)
     _check_surface(request, model)
     for target in model.targets:
-        check_allowance(request, target.allows)
+        check_allowance(request.endpoint, request.body, target.allows)
     binding = policy.binding(user, request.model)
     if binding is None:
         raise ModelNotFound(
@@ -229,9 +230,8 @@ def prepare_call(
 
 
 def _check_surface(request: Request, model: Model) -> None:
-    """Refuse a request of one API for a model of the other; nothing is translated. The simulator has both APIs."""
-    kinds = {target.upstream.kind for target in model.targets} - {"simulator"}
-    if all((kind == "anthropic") == request.endpoint.is_of_messages for kind in kinds):
+    """Refuse a request of one API for a model of the other; nothing is translated."""
+    if all(request.endpoint.surface in kind_of(target.upstream.kind).surfaces for target in model.targets):
         return
     is_openai_request = not request.endpoint.is_of_messages
     vendor, path = ("Anthropic", "/v1/messages") if is_openai_request else ("OpenAI", "/v1/chat/completions")

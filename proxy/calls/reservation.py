@@ -204,8 +204,8 @@ class Reservation:
             rejected                             one request and no tokens
             upstream_failed                      nothing
 
-        `charges_full_hold` is for a call of which what passed says nothing about its cost: if it was sent, all that is
-        held is charged. Returns when the end is committed, or after COMMIT_WAIT_S. Only the first end counts.
+        `charges_full_hold` is for a call of which what passed says nothing about its cost: if it was sent, all
+        that is held is charged. Returns when the end is committed, or after COMMIT_WAIT_S. Only the first end counts.
         """
         if self.outcome is None:
             await self.settle(await self._charge_for(outcome, charges_full_hold), outcome)

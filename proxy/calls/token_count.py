@@ -41,7 +41,7 @@ class TokenCount:
         previous: Entry | None = None,
     ) -> None:
         is_chat = request.endpoint.name in ("chat", "messages") or request.endpoint.is_of_responses
-        prompt = read_prompt(request.document, model=model.upstream_model, is_chat=is_chat)
+        prompt = read_prompt(request.body, model=model.upstream_model, is_chat=is_chat)
         if request.form is not None:
             sizes = [file.size for file in request.form.files]
             prompt = with_files(prompt, sizes, are_audio=request.endpoint.form == "audio", context=model.context)

@@ -16,6 +16,7 @@ from proxy.config.document import Diagnostic, Finding, KeyPath
 from proxy.config.loader import Config
 from proxy.config.messages import finding_at
 from proxy.formats.estimate import SMALLEST_ANSWER
+from proxy.formats.kinds import kind_of
 from proxy.policy.policy import DEFAULT, EVERYONE, Group, Model, Policy, User, enforced
 from proxy.policy.quota import Globs, Limit, Quota
 from proxy.policy.windows import Calendar
@@ -300,7 +301,7 @@ def _models_without_maximum(policy: Policy) -> Warnings:
     """Models whose longest answer is unknown, so that one answer may take an exact quota over its limit."""
     for name, model in (policy.models or {}).items():
         # Anthropic requires a maximum in every call; the simulator's answers have a maximum of their own.
-        is_bounded = all(target.upstream.kind in ("simulator", "anthropic") for target in model.targets)
+        is_bounded = all(kind_of(target.upstream.kind).bounds_answers for target in model.targets)
         is_known = model.max_output_tokens is not None or is_bounded
         # Embedding models have no output. The name is all that tells them apart.
         if name == "*" or is_known or "embed" in model.upstream_model:

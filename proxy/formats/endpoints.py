@@ -10,8 +10,7 @@ Sources: the published API descriptions of both vendors, and the paths in their 
 """
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 EndpointName = Literal[
@@ -38,37 +37,8 @@ EndpointName = Literal[
 #   nothing         nothing
 Charge = Literal["tokens", "tokens_if_said", "request", "nothing"]
 
-# Fields that an endpoint refuses, each with the reason. The error message is `"<field>" can't be used here:
-# <reason>.`
-_REROUTING_FIELDS = dict.fromkeys(
-    # LiteLLM's fallbacks and OpenRouter's models and presets name other models than the one that is allowed and
-    # counted. vLLM's kv_transfer_params name a server from which it fetches the cache of another call.
-    (
-        "api_base api_key base_url content_policy_fallbacks context_window_fallback_dict context_window_fallbacks "
-        "custom_host custom_llm_provider deployment_id extra_body extra_headers fallbacks kv_transfer_params "
-        "model_list models preset user_config"
-    ).split(),
-    "it would change where this call goes or which key it uses, and the proxy decides that",
-)
-# Azure searches `data_sources` with the rights of its operator. The others search the web: `plugins` are OpenRouter's
-# (on all of its endpoints), `search_parameters` xAI's, `enable_search` Alibaba's.
-_SEARCH_FIELDS = dict.fromkeys(
-    ("data_sources", "plugins", "search_parameters", "enable_search"),
-    "the upstream would search with it, and no setting of this proxy allows that. Send the content instead",
-)
-_REFUSED_EVERYWHERE = {**_REROUTING_FIELDS, **_SEARCH_FIELDS}
-STORED = (
-    "it refers to things stored at the upstream, in an account that all users share, and the request does not show "
-    "their tokens. Send their content instead"
-)
-_REFUSED_ON_RESPONSES = {
-    **_REFUSED_EVERYWHERE,
-    "background": "its cost would arise after the answer. Leave it out, and stream the answer if it is long",
-    "conversation": STORED,
-    "prompt": STORED,
-    # vLLM uses it as the id of the response. A client could take the id of another user's response.
-    "request_id": "the upstream chooses the ids of responses. Leave it out",
-}
+# Whose API an endpoint belongs to.
+Surface = Literal["openai", "anthropic"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +48,7 @@ class Endpoint:
     `maxima` are the fields that bound an answer; the first is the one to write. If there are none, the output can't
     be counted while it streams, and `answer_tokens` are reserved for each answer. `default_model` is what the
     upstream uses if a request names no model. `form` says what the files are if the request is a form
-    (`multipart/form-data`) and not JSON. `refused` has the fields that are refused, with the reason.
+    (`multipart/form-data`) and not JSON. Which fields it refuses is in `restrictions`.
     """
 
     name: EndpointName
@@ -88,7 +58,6 @@ class Endpoint:
     answer_tokens: int = 0
     default_model: str | None = None
     form: Literal["audio", "images"] | None = None
-    refused: Mapping[str, str] = field(default_factory=lambda: _REFUSED_EVERYWHERE)
 
     @property
     def generates(self) -> bool:
@@ -120,6 +89,11 @@ class Endpoint:
         """Whether its requests, answers and errors have Anthropic's format."""
         return self.name in ("messages", "count_tokens")
 
+    @property
+    def surface(self) -> Surface:
+        """Whose API it belongs to."""
+        return "anthropic" if self.is_of_messages else "openai"
+
 
 # Azure's SDK sends these to /openai/deployments/{model}/…, and all others to /openai/….
 _OF_DEPLOYMENTS = frozenset(
@@ -147,26 +121,15 @@ CHAT = Endpoint(
 )
 COMPLETIONS = Endpoint("completions", "/completions", "tokens", maxima=("max_tokens",))
 EMBEDDINGS = Endpoint("embeddings", "/embeddings", "tokens")
-RESPONSES = Endpoint(
-    "responses", "/responses", "tokens", maxima=("max_output_tokens",), refused=_REFUSED_ON_RESPONSES
-)
+RESPONSES = Endpoint("responses", "/responses", "tokens", maxima=("max_output_tokens",))
 # The model summarises a conversation; no field bounds the length of the summary.
-COMPACT = Endpoint("compact", "/responses/compact", "tokens", answer_tokens=8192, refused=_REFUSED_ON_RESPONSES)
-INPUT_TOKENS = Endpoint("input_tokens", "/responses/input_tokens", "nothing", refused=_REFUSED_ON_RESPONSES)
+COMPACT = Endpoint("compact", "/responses/compact", "tokens", answer_tokens=8192)
+INPUT_TOKENS = Endpoint("input_tokens", "/responses/input_tokens", "nothing")
 MODERATIONS = Endpoint("moderations", "/moderations", "request", default_model="omni-moderation-latest")
 # A large image of high quality has 6,240 tokens (OpenAI's table for gpt-image-1), and each partial image 100 more.
 _IMAGE_TOKENS = 8192
-_REFUSED_ON_IMAGES = {
-    **_REFUSED_EVERYWHERE,
-    "svg": "it names a second model, which no quota would count. Leave it out",
-}
 IMAGES = Endpoint(
-    "images",
-    "/images/generations",
-    "tokens_if_said",
-    answer_tokens=_IMAGE_TOKENS,
-    default_model="dall-e-2",
-    refused=_REFUSED_ON_IMAGES,
+    "images", "/images/generations", "tokens_if_said", answer_tokens=_IMAGE_TOKENS, default_model="dall-e-2"
 )
 IMAGE_EDITS = Endpoint(
     "image_edits",
@@ -175,7 +138,6 @@ IMAGE_EDITS = Endpoint(
     answer_tokens=_IMAGE_TOKENS,
     default_model="dall-e-2",
     form="images",
-    refused=_REFUSED_ON_IMAGES,
 )
 # Only dall-e-2 has it, which is billed per image.
 IMAGE_VARIATIONS = Endpoint(
@@ -190,16 +152,9 @@ TRANSCRIPTIONS = Endpoint(
     "transcriptions", "/audio/transcriptions", "tokens_if_said", answer_tokens=4096, form="audio"
 )
 TRANSLATIONS = Endpoint("translations", "/audio/translations", "tokens_if_said", answer_tokens=4096, form="audio")
-# Anthropic's endpoints. Betas that need no field of the request are controlled by `allow: {betas: […]}`, through the
-# header `anthropic-beta`.
-_REFUSED_ON_MESSAGES = {
-    **_REFUSED_EVERYWHERE,
-    "container": STORED,
-    "inference_geo": "it changes the price of the call. Leave it out",
-    "mcp_servers": "the upstream would call these servers, and their results are input that the body does not show",
-}
-MESSAGES = Endpoint("messages", "/messages", "tokens", maxima=("max_tokens",), refused=_REFUSED_ON_MESSAGES)
-COUNT_TOKENS = Endpoint("count_tokens", "/messages/count_tokens", "nothing", refused=_REFUSED_ON_MESSAGES)
+# Anthropic's endpoints.
+MESSAGES = Endpoint("messages", "/messages", "tokens", maxima=("max_tokens",))
+COUNT_TOKENS = Endpoint("count_tokens", "/messages/count_tokens", "nothing")
 
 METERED = (
     CHAT,

@@ -46,7 +46,7 @@ def rate_limit_headers(binding: Binding, statuses: Mapping[str, QuotaStatus], no
     # (50 %) and 50 with none left (0 %), the order is 50, 1000, 100. Shadow quotas refuse nothing, so they are left
     # out.
     enforced = [(status, status.tightest()) for status in statuses.values() if status.quota.enforce != "shadow"]
-    tightest = sorted(enforced, key=lambda item: item[0].fullness(item[1]))[:_QUOTAS_MAX]
+    tightest = sorted(enforced, key=lambda item: item[0].remaining_share(item[1]))[:_QUOTAS_MAX]
     if tightest:
         headers["ratelimit-policy"] = ", ".join(_policy_item(status, limit) for status, limit in tightest)
         headers["ratelimit"] = ", ".join(_remaining_item(status, limit, now) for status, limit in tightest)

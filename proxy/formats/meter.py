@@ -32,11 +32,11 @@ from proxy.formats.chunks import (
 )
 from proxy.formats.ending import RESPONSE_ENDS, Ending
 from proxy.formats.endpoints import RESPONSE_ID
+from proxy.formats.kinds import kind_of
 from proxy.formats.request import Request
 from proxy.formats.sse import Event
 from proxy.formats.usage import read_timings, read_tokens
 from proxy.policy.amounts import TOKENS_MAX, AtLeast, Exactly, Tokens, Unspent, Usage
-from proxy.policy.policy import Kind
 
 # Members of a choice or an item that contain no text of the model: names and ids, reasons, filter results, the same
 # text again as single tokens (logprobs), and audio as base64 (data). Counting them would charge a broken stream
@@ -82,7 +82,7 @@ class Meter:
         request: Request,
         *,
         count: Callable[[str], int],
-        kind: Kind = "openai",
+        kind: str = "openai",
     ) -> None:
         self.is_at_end = False
         self.is_over = False
@@ -98,8 +98,9 @@ class Meter:
         self._choices = request.choices
         self._strips_usage = request.adds_usage
         self._strips_running_usage = request.adds_running_usage(kind)
-        self._is_llamacpp = kind == "llamacpp"
-        self._moves_timings = self._is_llamacpp and request.adds_usage and request.choices == 1
+        self._running_usage = kind_of(kind).running_usage
+        self._reports_first_choice_only = kind_of(kind).reports_first_choice_only
+        self._moves_timings = self._running_usage == "timings" and request.adds_usage and request.choices == 1
         # The finish chunk, kept for one event because it may get the timings: its bytes, and its JSON without usage.
         self._finish_chunk: tuple[bytes, dict[str, Any]] | None = None
         self._has_several_prompts = request.has_several_prompts
@@ -179,7 +180,7 @@ class Meter:
         if self._reported is None and self._generates:
             names = ("content",) if self._is_messages else ("choices", "output")
             self.uncounted_texts = [text for name in names for text in _texts_in(answer.get(name))]
-        elif self._is_llamacpp:
+        elif self._reports_first_choice_only:
             self._keep_other_choices(answer.get("choices"))
 
     def usage(self) -> Usage:
@@ -294,7 +295,7 @@ class Meter:
             if not choices:
                 return self._see_usage_chunk(chunk, event)
             self._see_running_usage(read_tokens(usage))
-            if self._strips_running_usage and not self._is_llamacpp:
+            if self._strips_running_usage and self._running_usage == "usage":
                 return without_usage(event, chunk)
         return without_usage(event, chunk) if is_placeholder and self._strips_usage else event.raw
 
@@ -332,7 +333,7 @@ class Meter:
         If a stop word ends the answer, llama.cpp sends timings with the last text too; those are removed, and it
         repeats them on the next chunk.
         """
-        is_running = self._strips_running_usage and self._is_llamacpp and "timings" in chunk
+        is_running = self._strips_running_usage and self._running_usage == "timings" and "timings" in chunk
         return without_timings(event, chunk) if is_running and not is_finish_chunk(chunk) else event.raw
 
     def _keep_other_choices(self, choices: object) -> None:

@@ -19,7 +19,7 @@ from zoneinfo import ZoneInfo
 from proxy.errors import NeverFits, ProxyError, Refusal
 from proxy.policy.admission import Block, NotAdmitted, Verdict
 from proxy.policy.policy import Policy
-from proxy.policy.status import QuotaStatus, seconds_up, spoken
+from proxy.policy.status import QuotaStatus, duration_text, seconds_up
 from proxy.policy.windows import rfc3339
 
 # Up to this wait the answer is a rate limit, after which SDKs sleep and retry. A longer wait is a used-up quota with
@@ -92,7 +92,7 @@ def _longest(blocks: Iterable[Block]) -> Block:
 
 
 def _reset_sentence(block: Block, admissible_at: int, *, now: int, zone: ZoneInfo) -> str:
-    return f"{_reason(block)}. Resets at {rfc3339(admissible_at, zone)} (in {spoken(admissible_at - now)})."
+    return f"{_reason(block)}. Resets at {rfc3339(admissible_at, zone)} (in {duration_text(admissible_at - now)})."
 
 
 def _reason(block: Block) -> str:

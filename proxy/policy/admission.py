@@ -1,19 +1,25 @@
-"""The decisions: whether a call may be let in, what it holds, and how much more it may hold as its answer grows.
+"""Decides whether a call is admitted, what it holds, and how far its hold increases while its answer grows.
 
-A call *demands* input and output tokens. For each limit by itself `free = limit - used` and
-`available = free - held`; the verdict on a quota is the worst of its limits:
+A call *demands* input and output tokens. Each limit is checked separately, with `free = limit - used` and
+`available = free - held`. The verdict on a quota is the worst verdict on its limits:
 
-    ROOM        the hold fits into what is available
-    BUSY        it fits into what is free, but calls in flight hold the rest: waiting a moment helps
-    EXHAUSTED   not even the smallest answer fits into what is free: waiting for the reset helps
-    NEVER       the smallest answer is larger than the limit: nothing helps but a smaller call
+    ALLOW       the hold fits into what is available
+    BUSY        it fits into what is free, but calls in flight hold the rest: it helps to wait for them
+    EXHAUSTED   not even the smallest answer fits into what is free: it helps to wait for the reset
+    NEVER       the smallest answer is larger than the limit: only a smaller call helps
 
-`decide` combines quotas: inside one group the worst verdict counts, across a user's groups the best
-(`any_group`), and those of `everyone` count always. What an admitted call holds: the quotas of everyone, those
-of the group through which it came in, and the per-member quotas of the user's other groups that can carry the
-whole hold too. A shared pot is touched only by calls admitted through its group.
+`decide` combines the quotas. Inside one group the worst verdict counts. Across a user's groups the best one counts
+(`combine: any_group`) or all groups must have room (`every_group`). The quotas of `everyone` always count.
 
-An `overdraft` is room beyond the limit for answers that have begun, never for letting a call in.
+An admitted call holds tokens of these quotas:
+
+* those of everyone, and those of the group through which it was admitted. They can refuse, delay or shorten it.
+* *additional quotas*: the per-member quotas of the user's other groups that can carry the whole hold. They cannot
+  refuse it. A user of two groups with 100k and 200k tokens a day thereby gets 200k, the larger one, not the sum. A
+  shared quota is never additional: only calls that are admitted through its group count in it.
+* quotas in shadow that would not have refused it.
+
+An `overdraft` lets an answer that has begun exceed the limit. It never admits a call.
 
 Pure: no clock, no SQL. Everything here is a value; nothing is changed in place.
 """
@@ -25,13 +31,14 @@ from enum import IntEnum
 from proxy.policy.amounts import TOKENS_MAX, Amount
 from proxy.policy.quota import Binding, Counter, CounterKey, Demand, GroupQuotas, Limit, Quota, counter_at
 
-# An input that was only bounded by its bytes is counted where the bound is more than this part of what is available,
-# or stands in the way of the call itself. Far from a limit nothing is counted; near it nobody is refused by a guess.
-_ROUGH_PART = 16
+# An estimated input is the number of its bytes, about four times its tokens in prose. Far from a limit that is good
+# enough, and no text is tokenized. It is counted if the estimate is more than a sixteenth of what is available: with
+# 1,600 tokens available, an estimate of 100 is taken as it is and one of 101 is counted.
+_COUNTED_PART = 16
 
 
 class Verdict(IntEnum):
-    """From best to worst; see the module's text."""
+    """How a quota takes a call, from best to worst. The module's docstring defines each."""
 
     ALLOW = 0
     BUSY = 1
@@ -41,7 +48,7 @@ class Verdict(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Why one limit of one quota stands in the way."""
+    """Why one limit of one quota does not admit a call. `needed` is the least that the call takes of the limit."""
 
     quota: Quota
     counter: Counter
@@ -61,9 +68,12 @@ class Hold:
 
 @dataclass(frozen=True, slots=True)
 class Admitted:
-    """The call may be sent. `hold` is what it holds to begin with, `maximum` the longest answer there is room for.
+    """The call may be sent.
 
-    `capped_by` says why that is less than it wanted. None: nobody knows how long the answer may become.
+    `hold` is what it holds at first, and `holds` the same for each counter. `maximum` is the longest answer, in
+    tokens, that its quotas have room for; None if neither a quota nor the request bounds the answer. `capped_by` is
+    the quota that made `maximum` less than the call asked for. `would_refuse` are the quotas in shadow that would
+    have refused.
     """
 
     admitted_via: str
@@ -76,14 +86,18 @@ class Admitted:
 
 @dataclass(frozen=True, slots=True)
 class NotAdmitted:
-    """The call may not be sent, and what stands in its way."""
+    """The call may not be sent. `blocks` are the limits that decided so, all with this `verdict`."""
 
     verdict: Verdict
     blocks: tuple[Block, ...]
 
     @property
     def admissible_at(self) -> int | None:
-        """The instant at which this call would be let in, in ms; None where no reset will do (busy, never, a 0)."""
+        """When this call would be admitted, in ms; None if no reset helps (busy, never, or a limit of 0).
+
+        The latest reset of the blocks counts: with an hourly quota used up until 13:00 and a daily one until
+        midnight, the call is admitted at midnight.
+        """
         if self.verdict is not Verdict.EXHAUSTED or any(block.limit.maximum == 0 for block in self.blocks):
             return None
         return max(block.counter.window.resets_at for block in self.blocks)
@@ -91,120 +105,146 @@ class NotAdmitted:
 
 @dataclass(frozen=True, slots=True)
 class NeedsCount:
-    """So little is left that the bytes of the input are too rough a bound: count its tokens, and ask again."""
+    """The estimate of the input is too coarse for what is left: count its tokens and decide again."""
 
 
 Counters = Mapping[CounterKey, Counter]
 
 
 def decide(demand: Demand, binding: Binding, counters: Counters, now: int) -> Admitted | NotAdmitted | NeedsCount:
-    """Let a call in, and say what it holds of which counter; or refuse it, and say why.
+    """Admit a call and say what it holds of which counter, or refuse it and say why.
 
-    Of the ways that have room for all that the call wants the first one is taken. If there is none, the one
-    that can carry the most: by what is free, so that nobody gets a shorter answer because of calls in flight.
+    The first alternative (see `Binding.alternatives`) that has room for all that the call asks for is taken. If none
+    has, the one whose free tokens allow the longest answer is taken, also if the call has to wait for it.
     """
-    at = {quota.id: counter_at(now, quota, counters.get(quota.key_for(binding.user))) for quota in binding.quotas}
-    best = _best(demand, binding, at)
-    if demand.is_estimated and _could_be_better(best, demand, binding, at):
+    current = {
+        quota.id: counter_at(now, quota, counters.get(quota.key_for(binding.user))) for quota in binding.quotas
+    }
+    best = _best_assessment(demand, binding, current)
+    if demand.is_estimated and _could_count_help(best, demand, binding, current):
         return NeedsCount()
     if best.verdict is not Verdict.ALLOW:
-        return NotAdmitted(best.verdict, best.telling())
-    return _admit(best, demand, binding, at)
+        return NotAdmitted(best.verdict, best.worst_blocks())
+    return _admit(best, demand, binding, current)
 
 
 def hold_of(quota: Quota, whole: Amount) -> Amount:
     """What a call that holds `whole` holds of this quota.
 
-    `after` holds no tokens; the one request marks that its window is open, so that the call is charged to the
-    window in which it was let in.
+    A quota with `enforce: after` holds no tokens. It holds the request, which keeps its window open: a call that is
+    admitted at 11:59 and ends at 12:01 is charged to the window in which it was admitted.
     """
     return Amount(requests=whole.requests) if quota.enforce == "after" else whole
 
 
 @dataclass(frozen=True, slots=True)
 class _Assessment:
-    route: GroupQuotas
+    """How one alternative takes a call: `output` is the longest answer that it has room for."""
+
+    alternative: GroupQuotas
     verdict: Verdict
     output: int
     hold: Amount
     blocks: tuple[Block, ...]
     capped_by: Quota | None
 
-    def is_whole(self, demand: Demand) -> bool:
-        """Whether it lets the call in with all that it wants."""
+    def allows_all(self, demand: Demand) -> bool:
+        """Whether it admits the call with all that it asks for."""
         return self.verdict is Verdict.ALLOW and self.output == demand.output_maximum
 
     def rank(self) -> tuple[int, int, int]:
-        """Smaller is better: any that may be let in now or soon, by the most it carries; then the soonest reset."""
+        """The smallest rank is the best: first those that admit the call now or soon, the longest answer first.
+
+        Then EXHAUSTED before NEVER, the earliest reset first, and one without a reset (a limit of 0) last.
+
+        ALLOW and BUSY are ranked together, by what is *free*: a call waits rather than get a shorter answer because
+        of calls in flight. Example: a call with 50 tokens of input asks for 4,000. Group `staff` has 300 tokens free,
+        group `lab` 400, of which calls in flight hold 300. The call waits for `lab` and 350 tokens of output, and
+        does not take the 250 that `staff` allows at once.
+        """
         if self.verdict <= Verdict.BUSY:
             return (0, -self.output, self.verdict)
-        admissible_at = NotAdmitted(self.verdict, self.telling()).admissible_at
+        admissible_at = NotAdmitted(self.verdict, self.worst_blocks()).admissible_at
         return (self.verdict, int(admissible_at is None), admissible_at or 0)
 
-    def telling(self) -> tuple[Block, ...]:
-        """The blocks that decide: the worst of them."""
+    def worst_blocks(self) -> tuple[Block, ...]:
+        """The blocks that decide: those with the worst verdict.
+
+        If the hourly quota is exhausted and the daily one only busy, the refusal names the hourly one and its reset.
+        """
         return tuple(block for block in self.blocks if block.verdict is self.verdict)
 
 
-def _best(demand: Demand, binding: Binding, at: Mapping[str, Counter]) -> _Assessment:
-    alternatives = [_assess(way, demand, at) for way in binding.alternatives()]
-    return next((way for way in alternatives if way.is_whole(demand)), None) or min(
-        alternatives, key=_Assessment.rank
+def _best_assessment(demand: Demand, binding: Binding, current: Mapping[str, Counter]) -> _Assessment:
+    assessments = [_assess(alternative, demand, current) for alternative in binding.alternatives()]
+    # `min` keeps the first of equals, so the policy's order of groups decides between them.
+    return next((each for each in assessments if each.allows_all(demand)), None) or min(
+        assessments, key=_Assessment.rank
     )
 
 
-def _assess(route: GroupQuotas, demand: Demand, at: Mapping[str, Counter]) -> _Assessment:
-    """How a set of quotas, all of which must have room, takes this call."""
+def _assess(alternative: GroupQuotas, demand: Demand, current: Mapping[str, Counter]) -> _Assessment:
+    """How a set of quotas that must all have room takes this call."""
+    # The answer is cut to the tightest quota first, and the hold for that answer is then checked against each of
+    # them. Example: the daily quota has 200 tokens free and the hourly one 300, of which other calls hold 101. A call
+    # with 50 tokens of input can have 150 of output, holds 200, and waits for the hourly quota, which has 199
+    # available.
     output, capped_by = demand.output_maximum, None
-    for quota in route.quotas:
-        carried = _carried(quota, at[quota.id], demand)
-        if carried < output:
-            output, capped_by = carried, quota
-    hold = Amount(demand.input + _unseen(route, demand, at, output), min(output, demand.initial_hold), 1)
-    blocks = tuple(block for quota in route.quotas for block in _blocks(quota, at[quota.id], demand, hold))
+    for quota in alternative.quotas:
+        longest = _longest_output(quota, current[quota.id], demand)
+        if longest < output:
+            output, capped_by = longest, quota
+    hidden_input = _hidden_input_hold(alternative, demand, current, output)
+    hold = Amount(demand.input + hidden_input, min(output, demand.initial_hold), 1)
+    blocks = tuple(block for quota in alternative.quotas for block in _blocks(quota, current[quota.id], demand, hold))
     verdict = max((block.verdict for block in blocks), default=Verdict.ALLOW)
-    return _Assessment(route, verdict, output, hold, blocks, capped_by)
+    return _Assessment(alternative, verdict, output, hold, blocks, capped_by)
 
 
-def _carried(quota: Quota, counter: Counter, demand: Demand) -> int:
-    """The longest answer that what is free of this quota has room for."""
+def _longest_output(quota: Quota, counter: Counter, demand: Demand) -> int:
+    """The longest answer that fits into what is free of this quota, up to the overdraft."""
     if quota.enforce == "after":
         return demand.output_maximum
-    room = [demand.output_maximum]
+    candidates = [demand.output_maximum]
     for limit in quota.limits:
         if limit.measure in ("tokens", "output_tokens") and demand.bounds(limit):
-            taken = demand.input if limit.measure == "tokens" else 0
-            room.append(quota.ceiling(limit) - counter.used.of(limit.measure) - taken)
-    return max(0, min(room))
+            input_tokens = demand.input if limit.measure == "tokens" else 0
+            candidates.append(quota.ceiling(limit) - counter.used.of(limit.measure) - input_tokens)
+    return max(0, min(candidates))
 
 
-def _unseen(route: GroupQuotas, demand: Demand, at: Mapping[str, Counter], output: int) -> int:
-    """How much is held of what the call may read without showing it: as much as is free beside the rest."""
-    room = [demand.hidden_input]
-    for quota in route.quotas if demand.hidden_input else ():
+def _hidden_input_hold(alternative: GroupQuotas, demand: Demand, current: Mapping[str, Counter], output: int) -> int:
+    """How many tokens are held for input that the request does not show, such as stored files.
+
+    Its size is not known, so it only takes what is free after the shown input and the whole answer: it refuses no
+    call and shortens no answer. With 1,000 tokens free, 100 of input and 400 of output, up to 500 are held.
+    """
+    candidates = [demand.hidden_input]
+    for quota in alternative.quotas if demand.hidden_input else ():
         for limit in quota.limits if quota.enforce != "after" else ():
             if limit.measure in ("tokens", "input_tokens"):
                 taken = demand.input + (output if limit.measure == "tokens" else 0)
-                room.append(limit.maximum - at[quota.id].used.of(limit.measure) - taken)
-    return max(0, min(room))
+                candidates.append(limit.maximum - current[quota.id].used.of(limit.measure) - taken)
+    return max(0, min(candidates))
 
 
-def _could_be_better(best: _Assessment, demand: Demand, binding: Binding, at: Mapping[str, Counter]) -> bool:
-    """Whether an input that was only bounded by its bytes should be counted before anything is decided.
+def _could_count_help(best: _Assessment, demand: Demand, binding: Binding, current: Mapping[str, Counter]) -> bool:
+    """Whether the tokens of an estimated input should be counted before the call is decided on.
 
-    It should where the call would be refused, delayed or shortened, unless it would be so without any input; and
-    where its bound takes a large part of what others may want.
+    They should if the estimate takes a large part of what is available to others, and if the call would be refused,
+    delayed or shortened because of it. They should not if that would happen even with no input at all.
     """
-    if best.is_whole(demand):
-        return any(_is_large(quota, at[quota.id], demand) for quota in binding.quotas)
-    relieved = _best(replace(demand, input=0), binding, at)
-    return relieved.verdict < best.verdict or relieved.output > best.output
+    if best.allows_all(demand):
+        return any(_is_large_part(quota, current[quota.id], demand) for quota in binding.quotas)
+    without_input = _best_assessment(replace(demand, input=0), binding, current)
+    return without_input.verdict < best.verdict or without_input.output > best.output
 
 
-def _is_large(quota: Quota, counter: Counter, demand: Demand) -> bool:
-    much = demand.input * _ROUGH_PART
+def _is_large_part(quota: Quota, counter: Counter, demand: Demand) -> bool:
+    # A quota in which nothing is free is left out. The call is admitted without it, and is not counted in it.
+    least_available = demand.input * _COUNTED_PART
     return quota.enforce == "exact" and any(
-        0 < limit.maximum - counter.used.of(limit.measure) < much + counter.held.of(limit.measure)
+        0 < limit.maximum - counter.used.of(limit.measure) < least_available + counter.held.of(limit.measure)
         for limit in quota.limits
         if limit.measure in ("tokens", "input_tokens")
     )
@@ -227,42 +267,55 @@ def _verdict(quota: Quota, limit: Limit, counter: Counter, least: int, hold: int
     free = limit.maximum - counter.used.of(limit.measure)
     if quota.enforce == "after":
         return Verdict.ALLOW if free > 0 else Verdict.EXHAUSTED
-    if least > limit.maximum > 0:  # a limit of 0 is a switch that is off, not a call that is too large
+    # NEVER comes first: a call that no reset can admit must not be told to wait for one. A limit of 0 is a switch
+    # that is off, not a call that is too large.
+    if least > limit.maximum > 0:
         return Verdict.NEVER
+    # The smallest answer must fit below the limit itself. With 1,000 of 1,000 tokens used, a call is refused
+    # whatever the overdraft is, even one that takes nothing.
     if free <= 0 or least > free:
         return Verdict.EXHAUSTED
-    room = quota.ceiling(limit) - counter.used.of(limit.measure) - counter.held.of(limit.measure)
-    return Verdict.BUSY if hold > room else Verdict.ALLOW
+    # The hold may use the overdraft. With limit 1,000, overdraft 200 and 900 used, a call that needs at least 100
+    # may hold 300.
+    available = quota.ceiling(limit) - counter.used.of(limit.measure) - counter.held.of(limit.measure)
+    return Verdict.BUSY if hold > available else Verdict.ALLOW
 
 
-def _admit(way: _Assessment, demand: Demand, binding: Binding, at: Mapping[str, Counter]) -> Admitted:
-    hold = way.hold
-    wanted = replace(demand, smallest=hold.output)
-    admitted_via = {quota.id for quota in way.route.quotas}
-    beside = [
+def _admit(chosen: _Assessment, demand: Demand, binding: Binding, current: Mapping[str, Counter]) -> Admitted:
+    hold = chosen.hold
+    # An additional quota must carry the whole hold below its limit, without the overdraft. That is the hold which the
+    # call gets, not what it asked for. Example: a call asks for 4,000 tokens, and the group that admits it has 100
+    # free, so it holds 100. It is also counted in the quota of another group that has 100 available.
+    whole_hold = replace(demand, smallest=hold.output)
+    own_ids = {quota.id for quota in chosen.alternative.quotas}
+    # Shared quotas are left out. `team` shares 5M tokens among its members: a member whom `staff` can serve does not
+    # use them up for the others.
+    additional = [
         quota
-        for route in binding.groups
-        for quota in route.quotas
-        if quota.id not in admitted_via and not quota.shared and not _blocks(quota, at[quota.id], wanted, hold)
+        for group in binding.groups
+        for quota in group.quotas
+        if quota.id not in own_ids and not quota.shared and not _blocks(quota, current[quota.id], whole_hold, hold)
     ]
-    refusing = [quota for quota in binding.shadows if _would_refuse(quota, at[quota.id], demand)]
-    watching = [quota for quota in binding.shadows if quota not in refusing]
+    # A call that a quota in shadow would have refused is reported and not counted in it, so its counter shows what it
+    # would be if the quota were enforced.
+    refusing_shadows = [quota for quota in binding.shadows if _would_refuse(quota, current[quota.id], demand)]
+    counting_shadows = [quota for quota in binding.shadows if quota not in refusing_shadows]
     return Admitted(
-        admitted_via=way.route.group,
+        admitted_via=chosen.alternative.group,
         hold=hold,
-        maximum=None if demand.is_unbounded and way.capped_by is None else way.output,
+        maximum=None if demand.is_unbounded and chosen.capped_by is None else chosen.output,
         holds=tuple(
-            Hold(quota, at[quota.id], hold_of(quota, hold))
-            for quota in (*way.route.quotas, *beside, *watching)
+            Hold(quota, current[quota.id], hold_of(quota, hold))
+            for quota in (*chosen.alternative.quotas, *additional, *counting_shadows)
             if any(demand.bounds(limit) for limit in quota.limits)
         ),
-        capped_by=way.capped_by,
-        would_refuse=tuple(refusing),
+        capped_by=chosen.capped_by,
+        would_refuse=tuple(refusing_shadows),
     )
 
 
 def _would_refuse(quota: Quota, counter: Counter, demand: Demand) -> bool:
-    """Whether a quota in shadow would have refused: what it would only have delayed it would have let in."""
+    """Whether a quota in shadow would have refused the call. BUSY is no refusal: the call would only have waited."""
     return _assess(GroupQuotas(quota.group, (quota,)), demand, {quota.id: counter}).verdict > Verdict.BUSY
 
 
@@ -270,8 +323,9 @@ def _would_refuse(quota: Quota, counter: Counter, demand: Demand) -> bool:
 class HoldIncrease:
     """How many more tokens of output a call in flight holds, and of which counters.
 
-    `verdict` is ROOM where that is enough to go on; else whether calls in flight (BUSY) or the limit (EXHAUSTED)
-    stand in the way. `left_alone` are quotas that the call did not come in through and that can't carry the growth.
+    `verdict` is ALLOW if the increase is enough to go on; else BUSY (calls in flight hold the rest) or EXHAUSTED (the
+    limit is reached). `left_alone` are the additional quotas that cannot carry the increase: the call frees what it
+    holds of them, and goes on.
     """
 
     output: int
@@ -287,39 +341,44 @@ def increase_hold(
     *,
     admitted_via: str,
     own: Mapping[str, Amount],
-    at: Mapping[str, Counter],
+    current: Mapping[str, Counter],
 ) -> HoldIncrease:
-    """Let a call in flight hold more, as far as there is room.
+    """Increase the output that a call in flight holds by up to `wanted` tokens; it needs `least` of them to go on.
 
-    `at` is how the counters of the quotas stand that the call holds, by the quotas' ids, and `own` what it holds of
-    them itself. Only the way through which it was let in can stop it.
+    `current` are the counters of the quotas that the call holds, and `own` what it holds of each itself, both by
+    quota id. Only the quotas through which it was admitted limit the increase.
     """
-    [way] = [way for way in binding.alternatives() if way.group == admitted_via]
-    stopping = [quota for quota in way.quotas if quota.id in at]
-    output = min([wanted, *(_room(quota, at[quota.id], at[quota.id].held) for quota in stopping)])
+    [alternative] = [each for each in binding.alternatives() if each.group == admitted_via]
+    limiting = [quota for quota in alternative.quotas if quota.id in current]
+    output = min(
+        [wanted, *(_available_output(quota, current[quota.id], current[quota.id].held) for quota in limiting)]
+    )
     output, verdict = max(0, output), Verdict.ALLOW
     if output < least:
-        alone = min(_room(quota, at[quota.id], own[quota.id]) for quota in stopping)
+        # Waiting helps if there would be enough once all other calls have ended and only this one still holds tokens.
+        # Limit 1,000, 500 used, 500 held, 200 of them by this call: the others can free 300 tokens at most, so with
+        # `least` 300 the increase is BUSY and with 301 it is EXHAUSTED.
+        alone = min(_available_output(quota, current[quota.id], own[quota.id]) for quota in limiting)
         verdict = Verdict.BUSY if alone >= least else Verdict.EXHAUSTED
-    beside = [quota for quota in binding.quotas if quota.id in at and quota not in stopping]
+    not_limiting = [quota for quota in binding.quotas if quota.id in current and quota not in limiting]
     left_alone = [
         quota
-        for quota in beside
-        if quota.enforce == "exact" and _room(quota, at[quota.id], at[quota.id].held) < output
+        for quota in not_limiting
+        if quota.enforce == "exact" and _available_output(quota, current[quota.id], current[quota.id].held) < output
     ]
     amount = Amount(output=output)
-    growing = [quota for quota in (*stopping, *beside) if quota not in left_alone]
-    holds = tuple(Hold(quota, at[quota.id], hold_of(quota, amount)) for quota in growing)
+    increased = [quota for quota in (*limiting, *not_limiting) if quota not in left_alone]
+    holds = tuple(Hold(quota, current[quota.id], hold_of(quota, amount)) for quota in increased)
     return HoldIncrease(output, verdict, holds, tuple(left_alone))
 
 
-def _room(quota: Quota, counter: Counter, held: Amount) -> int:
-    """How much output a quota has room for, beside what is held."""
+def _available_output(quota: Quota, counter: Counter, held: Amount) -> int:
+    """How many tokens of output a quota has left, up to its overdraft, after what is used and `held`."""
     if quota.enforce == "after":
         return TOKENS_MAX
-    room = [
+    available = [
         quota.ceiling(limit) - counter.used.of(limit.measure) - held.of(limit.measure)
         for limit in quota.limits
         if limit.measure in ("tokens", "output_tokens")
     ]
-    return min(room, default=TOKENS_MAX)
+    return min(available, default=TOKENS_MAX)

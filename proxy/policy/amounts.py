@@ -1,14 +1,15 @@
-"""What one call used, and how sure we are of it.
+"""Amounts of tokens and requests, and what one call used.
 
-A count is never a bare number: `Exactly` says that the upstream counted, `AtLeast` that its count never came and
-this much passed before our eyes, `Unspent` that nothing was generated. So "the stream broke" can't be mistaken
-for "it was free".
+The usage of a call is never a bare number, but says how it is known: `Exactly` (the upstream reported it), `AtLeast`
+(the upstream's report never came, so the proxy counted what passed) or `Unspent` (nothing was generated). So a stream
+that broke cannot be mistaken for a call that was free.
 """
 
 from dataclasses import dataclass
 from typing import Literal
 
-# Integers are stored in 64 bits. No honest call comes near this, and sums of a window stay far inside.
+# No honest call comes near this number. The ledger stores 64-bit integers, of which the sum of a window then stays
+# far below the largest (9.2 × 10^18, nine million such calls).
 TOKENS_MAX = 10**12
 
 Measure = Literal["tokens", "input_tokens", "output_tokens", "requests"]
@@ -17,7 +18,7 @@ MEASURES: tuple[Measure, ...] = ("tokens", "input_tokens", "output_tokens", "req
 
 @dataclass(frozen=True, slots=True)
 class Amount:
-    """So much of everything that a quota can limit. `tokens` is always the sum of input and output."""
+    """A number for each measure that a quota can limit. `tokens` is always the sum of input and output."""
 
     input: int = 0
     output: int = 0
@@ -25,7 +26,7 @@ class Amount:
 
     @property
     def tokens(self) -> int:
-        """Input and output together."""
+        """Input plus output."""
         return self.input + self.output
 
     def __add__(self, other: "Amount") -> "Amount":
@@ -38,13 +39,13 @@ class Amount:
         return bool(self.input or self.output or self.requests)
 
     def at_most(self, other: "Amount") -> "Amount":
-        """The smaller of the two in each of its parts."""
+        """The smaller one of input, of output and of requests."""
         return Amount(
             min(self.input, other.input), min(self.output, other.output), min(self.requests, other.requests)
         )
 
     def of(self, measure: Measure) -> int:
-        """The number that a limit on `measure` is compared with."""
+        """The number of this measure, which a limit on it is compared with."""
         match measure:
             case "tokens":
                 return self.input + self.output
@@ -61,7 +62,7 @@ NOTHING = Amount()
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """The tokens of one call. `cached` is a part of `input`, `reasoning` a part of `output`: never added again."""
+    """The tokens of one call. `cached` is a part of `input` and `reasoning` a part of `output`; neither is added."""
 
     input: int
     output: int
@@ -69,18 +70,18 @@ class Tokens:
     reasoning: int = 0
 
     def at_most(self, other: "Tokens") -> "Tokens":
-        """No more input or output than the other has."""
+        """The same tokens, with at most as much input and output as `other`."""
         input_tokens, output_tokens = min(self.input, other.input), min(self.output, other.output)
         return Tokens(input_tokens, output_tokens, min(self.cached, input_tokens), min(self.reasoning, output_tokens))
 
     def beyond(self, hold: Amount) -> int:
-        """How many tokens of input and of output exceed what was held for each."""
+        """How many tokens exceed the hold. Held input that was not used does not cover output, or the reverse."""
         return max(0, self.input - hold.input) + max(0, self.output - hold.output)
 
 
 @dataclass(frozen=True, slots=True)
 class Exactly:
-    """The upstream said so. An explicit zero is a zero."""
+    """The upstream reported these tokens. An explicit zero is a zero."""
 
     tokens: Tokens
     provenance: Literal["exactly"] = "exactly"
@@ -88,7 +89,7 @@ class Exactly:
 
 @dataclass(frozen=True, slots=True)
 class AtLeast:
-    """The upstream's count never arrived: this much passed before our eyes, so this much is charged."""
+    """The upstream's report never came. The proxy counted these tokens as they passed, and they are charged."""
 
     tokens: Tokens
     provenance: Literal["at_least"] = "at_least"
@@ -96,9 +97,9 @@ class AtLeast:
 
 @dataclass(frozen=True, slots=True)
 class Unspent:
-    """No tokens: nothing was generated, or what was is billed otherwise.
+    """No tokens: nothing was generated, or it is not billed in tokens.
 
-    `requests` is 1 where the call itself counts: the upstream called it a bad request, or bills it by the piece.
+    `requests` is 1 if the call itself counts: the upstream answered that the request is wrong, or bills per call.
     """
 
     requests: int = 0
@@ -106,7 +107,7 @@ class Unspent:
 
     @property
     def tokens(self) -> Tokens:
-        """None of any kind."""
+        """No tokens of any kind."""
         return Tokens(0, 0)
 
 
@@ -114,6 +115,6 @@ Usage = Exactly | AtLeast | Unspent
 
 
 def charge_of(usage: Usage) -> Amount:
-    """What a counter is charged for a call with this usage."""
+    """What a call with this usage is charged: its tokens and one request, or for `Unspent` the requests it states."""
     requests = usage.requests if isinstance(usage, Unspent) else 1
     return Amount(usage.tokens.input, usage.tokens.output, requests)

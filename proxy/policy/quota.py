@@ -1,7 +1,7 @@
-"""What a quota is, how its counter stands at an instant, what a call demands, and which quotas bind a user.
+"""The values that decisions are made of: a quota, its counter at an instant, a call's demand, a user's binding.
 
-Whether they let a call in is decided in `admission`. Pure: no clock, no SQL. Everything here is a value; nothing is
-changed in place.
+`admission` decides with them whether a call is admitted. Pure: no clock, no SQL. Everything here is a value; nothing
+is changed in place.
 """
 
 import re
@@ -19,7 +19,7 @@ CounterKey = tuple[str, str]
 
 
 class Globs:
-    """Patterns for model names: `*`, `?` and `[…]`, case-sensitive, the whole name."""
+    """Patterns for model names: `*`, `?` and `[…]`. They are case-sensitive and match the whole name."""
 
     __slots__ = ("_pattern", "texts")
 
@@ -28,7 +28,7 @@ class Globs:
         self._pattern = re.compile("|".join(translate(text) for text in self.texts))
 
     def match(self, model: str) -> bool:
-        """Whether any of the patterns covers this model name."""
+        """Whether any of the patterns matches this model name; no patterns match none."""
         return bool(self.texts) and self._pattern.match(model) is not None
 
     def __eq__(self, other: object) -> bool:
@@ -46,7 +46,7 @@ ALL_MODELS = Globs()
 
 @dataclass(frozen=True, slots=True)
 class Limit:
-    """One number of a quota."""
+    """One number of a quota: at most `maximum` of `measure` in each window."""
 
     measure: Measure
     maximum: int
@@ -54,7 +54,7 @@ class Limit:
 
 @dataclass(frozen=True, slots=True)
 class Quota:
-    """One named rule of a group. Its id, `group/name`, is what its counters belong to."""
+    """One named rule of a group. Its counters belong to its id, `group/name`, so a new limit keeps their usage."""
 
     group: str
     name: str
@@ -63,30 +63,38 @@ class Quota:
     models: Globs = ALL_MODELS
     shared: bool = False
     enforce: Enforce = "exact"
-    # How far an answer that has begun may take the quota over its limit, in tokens. Nobody is let in above the limit.
+    # How many tokens an answer that has begun may exceed the limit by. No call is admitted when the limit is reached.
     overdraft: int = 0
-    # Asked for a dozen times in every decision, so it is put together once.
+    # Each decision reads it about a dozen times, so it is built once.
     id: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "id", f"{self.group}/{self.name}")
 
     def ceiling(self, limit: Limit) -> int:
-        """How far calls may take a limit that they were let in under: the overdraft is for what they generate."""
+        """How far admitted calls may take a limit.
+
+        The overdraft lets an answer end, so it adds nothing to limits on input or on requests. With `tokens: 1000`,
+        `requests: 10` and `overdraft: 200`, calls may reach 1,200 tokens and 10 requests.
+        """
         return limit.maximum + (self.overdraft if limit.measure in ("tokens", "output_tokens") else 0)
 
     def key_for(self, user: str) -> CounterKey:
-        """Whose counter this is: the member's own, or the group's one pot.
+        """The key of the user's counter, or of the group's one counter if the quota is shared: (subject, quota id).
 
-        The subject comes first and a pot's begins with "~", so that sorted keys put members' rows before pots:
-        the order in which rows are locked, which keeps a hot pot locked for the shortest time.
+        Rows are locked in the order of their keys. The subject comes first, and "~" sorts after "user:", so shared
+        counters, which all members need, are locked last and for the shortest time:
+
+            ("user:ann", "staff/daily")  <  ("user:zoe", "staff/daily")  <  ("~art", "art/pot")
+
+        The prefixes also keep subjects apart: a user called "~art" is "user:~art".
         """
         return (f"~{self.group}" if self.shared else f"user:{user}", self.id)
 
 
 @dataclass(frozen=True, slots=True)
 class Counter:
-    """What one subject has used and holds of one quota in its window."""
+    """What one subject (a user, or a group with a shared quota) has used and holds of one quota in its window."""
 
     window: Window
     used: Amount = NOTHING
@@ -94,40 +102,53 @@ class Counter:
 
     @property
     def is_open(self) -> bool:
-        """A window in which nothing was used and nothing is held is not open."""
+        """Whether anything was used or is held. Otherwise the window has not been opened by a call."""
         return bool(self.used or self.held)
 
 
 def counter_at(now: int, quota: Quota, counter: Counter | None) -> Counter:
-    """The counter as it stands at `now`: itself while its window is open, else a fresh one.
+    """The counter at `now`: `counter` itself while its window is open, else a new one at 0.
 
-    A running window keeps its end when `per` changes. A clock that jumps back resets nothing, because a window
-    is left only when its end has passed. A window is known by when it opened, so a new one never opens before, or
-    together with, one that calls in flight may still belong to: not after a change of `per` (the hour and the day
-    that begin at midnight), and not after a clock that went ahead and came back.
+    A window is identified by the instant at which it opened. So a new window never opens before, or at the same
+    instant as, an earlier one that calls in flight may still belong to.
     """
+    opening = quota.per.opening(now)
     if counter is None:
-        return Counter(quota.per.opening(now))
-    last, opening = counter.window, quota.per.opening(now)
+        return Counter(opening)
+    last = counter.window
     if last.is_open(now) and now < last.opened_at:
-        # What a clock that was ahead has opened counts on, but for no longer than a window that opens now.
+        # The clock has jumped back to before the window opened. Its usage still counts, but no longer than in a
+        # window that opens now. With `per: 6h`, a clock that was a day ahead opened a window from 12:00 to 18:00
+        # tomorrow. At 12:00 today that window ends at 18:00 today.
         return replace(counter, window=Window(last.opened_at, min(last.resets_at, opening.resets_at)))
     if last.is_open(now) and counter.is_open:
+        # An open window keeps its end when `per` changes, because headers and refusals have announced that end. If
+        # `per: day` becomes `minute` at 12:00, the day still ends at midnight, and the first minute opens then.
         return counter
+    # A new window opens, but not before
+    # - the opening of the last window, if that has not ended but nothing is used or held in it;
+    # - the end of the last window, if that has passed. Example: `per: hour` becomes `day` at 12:00, and the hour from
+    #   00:00 to 01:00 was used. The day opens at 01:00; if it opened at 00:00, a call of that hour that is still in
+    #   flight would be settled into the day;
+    # - 1 ms after the opening of the last window, which after a jump of the clock (above) may have ended before that.
     not_before = last.opened_at if last.is_open(now) else max(last.resets_at, last.opened_at + 1)
     return Counter(Window(max(opening.opened_at, not_before), opening.resets_at))
 
 
 @dataclass(frozen=True, slots=True)
 class Demand:
-    """What a call asks for, in tokens: a bound on its input, the answer wanted, and the least worth starting for.
+    """What a call asks for, in tokens: an upper bound of its input, its longest answer, and the least worth starting.
 
-    `output_maximum`, `smallest` and `first` are totals over all choices; all are 0 for calls that generate nothing
-    (embeddings), which limits on output alone don't bind. Of the answer no more than `first` is held to begin with: a
-    stream whose tokens can be seen holds more as it grows. `is_unbounded` where nobody says how long the answer may
-    become, so that `output_maximum` is only what is usual. `is_estimated` where the input was bounded by its bytes, of which four
-    make a token. `hidden_input` is what it may read beside its input without showing it (stored files, earlier answers): so
-    much is held of it as is free, since nobody knows.
+    `output_maximum`, `smallest` and `initial_hold` are totals over all choices. All three are 0 for calls that
+    generate nothing (embeddings), which limits on output alone do not bind.
+
+    - `initial_hold`: at most this much of the answer is held at first. A stream whose tokens can be counted as they
+      pass begins with a part, and increases it as the answer grows.
+    - `is_unbounded`: neither the request nor the configuration says how long the answer can become, so
+      `output_maximum` is only what is usual.
+    - `is_estimated`: `input` is the number of bytes of the input, of which about four make a token in prose.
+    - `hidden_input`: the most that the call may read beyond `input` without showing it (stored files, earlier
+      answers). As much of it is held as is free, because the real number is not known.
     """
 
     input: int
@@ -139,17 +160,17 @@ class Demand:
     hidden_input: int = 0
 
     def bounds(self, limit: Limit) -> bool:
-        """Whether this limit can bind this call at all."""
+        """Whether this limit can bind this call at all: one on output does not bind a call that generates nothing."""
         return limit.measure != "output_tokens" or self.output_maximum > 0
 
     def least(self, measure: Measure) -> int:
-        """The least that this call takes of a measure."""
+        """The least that this call takes of a measure: its input and the smallest answer."""
         return Amount(self.input, self.smallest, 1).of(measure)
 
 
 @dataclass(frozen=True, slots=True)
 class GroupQuotas:
-    """One of a user's groups, as a way in: its quotas for this model. None of them: unlimited."""
+    """The quotas of one of a user's groups for one model. No quotas: the group is unlimited for it."""
 
     group: str
     quotas: tuple[Quota, ...]
@@ -159,8 +180,9 @@ class GroupQuotas:
 class Binding:
     """Which quotas bind one user on one model.
 
-    `always` are those of everyone. `groups` are the user's groups that have a say, in the policy's order.
-    `shadows` only watch: they never refuse and give no group a say.
+    `always` are the quotas of everyone. `groups` are the user's groups that have an enforced quota for the model or
+    are unlimited for it, in the policy's order. `shadows` are the quotas in shadow: they only count, and never
+    refuse.
     """
 
     user: str
@@ -171,17 +193,26 @@ class Binding:
 
     @property
     def quotas(self) -> tuple[Quota, ...]:
-        """All of them, each once."""
-        return self.always + tuple(quota for route in self.groups for quota in route.quotas) + self.shadows
+        """All of its quotas, each once."""
+        return self.always + tuple(quota for group in self.groups for quota in group.quotas) + self.shadows
 
     def keys(self) -> list[CounterKey]:
-        """The counters that a decision looks at."""
+        """The keys of the counters that a decision reads."""
         return [quota.key_for(self.user) for quota in self.quotas]
 
     def alternatives(self) -> list[GroupQuotas]:
-        """Sets of quotas of which one has to have room as a whole: one for each group, or all together."""
+        """The sets of quotas of which one must have room as a whole.
+
+        A user of `staff` (100k a day) and `lab` (200k a day), with a quota of everyone (1M a month):
+
+            any_group      {everyone, staff} or {everyone, lab}     room in one of the two is enough
+            every_group    {everyone, staff, lab}, "staff+lab"      all three must have room
+
+        An unlimited group is a set with the quotas of everyone alone. With `any_group` it admits what the others
+        cannot; with `every_group` it adds nothing, and the other groups still bind.
+        """
         if self.combine == "every_group" and self.groups:
-            together = tuple(quota for route in self.groups for quota in route.quotas)
-            return [GroupQuotas("+".join(route.group for route in self.groups), self.always + together)]
-        own = [GroupQuotas(route.group, self.always + route.quotas) for route in self.groups]
+            together = tuple(quota for group in self.groups for quota in group.quotas)
+            return [GroupQuotas("+".join(group.group for group in self.groups), self.always + together)]
+        own = [GroupQuotas(group.group, self.always + group.quotas) for group in self.groups]
         return own or [GroupQuotas("everyone", self.always)]

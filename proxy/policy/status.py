@@ -1,10 +1,10 @@
-"""The status of a user's quotas: one view that `/v1/quota`, refusals and rate-limit headers share.
+"""The status of a user's quotas: one view for `/v1/quota`, refusals and rate-limit headers.
 
 Instants are shown in two forms: `reset_at` is RFC 3339 in the policy's time zone, for people; `opened_at` and
 `resets_at` are whole seconds since 1970, for programs. Resets are rounded up: a window that ends at 12:00:00.400 is
-shown as 12:00:01, because a client that came back at 12:00:00 would still be refused.
+shown as 12:00:01, because a client that came back at 12:00:00 would still be refused. Openings are rounded down.
 
-Pure. How refusals and headers say it stands in `formats.refusal` and `formats.limit_headers`.
+Pure. The texts of refusals are in `formats.refusal`, the headers in `formats.limit_headers`.
 """
 
 from collections.abc import Mapping
@@ -18,28 +18,34 @@ from proxy.policy.windows import rfc3339
 
 @dataclass(frozen=True, slots=True)
 class QuotaStatus:
-    """One quota and how its counter stands for one user at one instant."""
+    """One quota, and its counter for one user at one instant."""
 
     quota: Quota
     counter: Counter
 
     def remaining(self, limit: Limit) -> int:
-        """What is neither used nor held of a limit; never below 0. `after` lets in whatever is held."""
+        """What is neither used nor held of a limit; never below 0.
+
+        With `enforce: after` holds do not count, because such a quota admits calls whatever others hold.
+        """
         held = 0 if self.quota.enforce == "after" else self.counter.held.of(limit.measure)
         return max(0, limit.maximum - self.counter.used.of(limit.measure) - held)
 
-    def fullness(self, limit: Limit) -> tuple[int, int]:
-        """Smaller is tighter: parts per million that remain, then how many."""
+    def remaining_share(self, limit: Limit) -> tuple[int, int]:
+        """What remains of a limit in parts per million, then as a number; the smaller one is tighter.
+
+        Integers, because floats are never compared: 667 of 1,000 tokens is (667_000, 667).
+        """
         remaining = self.remaining(limit)
         return remaining * 1_000_000 // max(1, limit.maximum), remaining
 
     def tightest(self) -> Limit:
-        """The limit of this quota of which the smallest part remains."""
+        """The limit of which the smallest part remains."""
         limits = self.quota.limits
-        return limits[0] if len(limits) == 1 else min(limits, key=self.fullness)
+        return limits[0] if len(limits) == 1 else min(limits, key=self.remaining_share)
 
     def as_json(self, zone: ZoneInfo) -> dict[str, object]:
-        """The item of `/v1/quota`."""
+        """This quota as an item of `/v1/quota`; times in RFC 3339 are those of `zone`."""
         limits = {limit.measure: limit for limit in self.quota.limits}
         return {
             "id": self.quota.id,
@@ -53,6 +59,7 @@ class QuotaStatus:
 
     def _window(self, zone: ZoneInfo) -> dict[str, object]:
         per, window = self.quota.per, self.counter.window
+        # A window of the first-call kind has no times before a call opens it: its end would be later at each request.
         shown = per.kind == "calendar" or self.counter.is_open
         return {
             "kind": per.kind,
@@ -82,10 +89,12 @@ def quota_statuses(
     *,
     without: Mapping[tuple[CounterKey, int], Amount] | None = None,
 ) -> dict[str, QuotaStatus]:
-    """The status of each quota of a binding, by the quota's id.
+    """The status of each quota of a binding, by quota id.
 
-    `without` is left out of what is held: what one open call holds itself, by counter and the instant at which its
-    window opened.
+    `without` is subtracted from what is held, by counter and by the instant at which its window opened. It is what
+    one call in flight holds itself, so that its own headers say what remains for other calls. The instant is compared
+    because a call that outlives its window holds nothing of the next: reserved at 11:59 with `per: hour`, its hold
+    must not be subtracted from what others hold at 12:01.
     """
     own = without or {}
     statuses: dict[str, QuotaStatus] = {}
@@ -99,32 +108,38 @@ def quota_statuses(
 
 
 def seconds_up(instant: int) -> int:
-    """Milliseconds to whole seconds, rounded up."""
+    """Milliseconds to whole seconds, rounded up: 12,400 gives 13."""
+    # Integer division rounds down, so the number is negated before and after: -(-12400 // 1000) is -(-13).
     return -(-instant // 1000)
 
 
-def spoken(length_ms: int) -> str:
-    """A length of time for people, to two places: `5h 12m`, `45s`, `3d 4h`."""
+def duration_text(length_ms: int) -> str:
+    """A duration for people, in its largest unit and the next one if that is not 0: `5h 12m`, `45s`, `3d 4h`."""
     total = max(0, seconds_up(length_ms))
     parts = ((total // 86400, "d"), (total // 3600 % 24, "h"), (total // 60 % 60, "m"), (total % 60, "s"))
-    first = next((place for place, (count, _) in enumerate(parts) if count), 3)
+    first = next((position for position, (count, _) in enumerate(parts) if count), 3)
     return " ".join(f"{count}{unit}" for count, unit in parts[first : first + 2] if count) or "0s"
 
 
 def first_to_refuse(
     binding: Binding, statuses: Mapping[str, QuotaStatus], measures: tuple[Measure, ...]
 ) -> tuple[QuotaStatus, Limit] | None:
-    """The limit at which this user is refused first: the tightest of the most generous way in."""
+    """The limit that will refuse this user first, with its quota; None if no limit on these measures ever will.
+
+    Within an alternative the limit with the least remaining refuses first. A call is refused only when every
+    alternative refuses it, so among them the one with the most remaining counts. With `combine: any_group`, 100
+    tokens left in `staff` and 400 in `lab`, the user is refused when the 400 are used.
+    """
     tightest: list[tuple[int, QuotaStatus, Limit]] = []
-    for way in binding.alternatives():
+    for alternative in binding.alternatives():
         limits = [
             (statuses[quota.id].remaining(limit), statuses[quota.id], limit)
-            for quota in way.quotas
+            for quota in alternative.quotas
             for limit in quota.limits
             if limit.measure in measures
         ]
         if not limits:
-            return None  # this way has no such limit, so none of the others' ever refuses
+            return None  # this alternative has no such limit, so those of the others never refuse the user
         tightest.append(min(limits, key=lambda item: item[0]))
-    _, standing, limit = max(tightest, key=lambda item: item[0])
-    return standing, limit
+    _, status, limit = max(tightest, key=lambda item: item[0])
+    return status, limit

@@ -364,7 +364,7 @@ async def test_growing_waits_for_calls_in_flight(tmp_path: Path) -> None:
         it.says("x" * 2000)
         assert not await it.grows()
         extending = asyncio.get_running_loop().create_task(it.grows(wait_s=50))
-        await until(lambda: bool(it.queue._growing))
+        await until(lambda: bool(it.queue._extending))
         # The ledger works in order: when this operation is done, the first reply, "busy", has arrived.
         await it.ledger.end(Settle("nobody's", exactly(0, 0), "complete"))
         assert not extending.done()

@@ -18,8 +18,8 @@ from tests.builders import (
     binding,
     call,
     counters,
+    group_quotas,
     quota,
-    route,
 )
 from tests.formats.test_refusal import AFTERNOON, DAILY
 from tests.random_rules import bindings, counters_of
@@ -62,7 +62,7 @@ def test_an_answer_has_the_headers_of_openai_and_of_the_draft():
 def test_without_a_binding_quota_there_are_no_headers():
     """They would have no true value."""
     assert headers_of(binding(), {}) == {}
-    assert headers_of(binding(route("admins")), {}) == {}
+    assert headers_of(binding(group_quotas("admins")), {}) == {}
 
 
 def test_a_measure_without_a_limit_has_no_headers():
@@ -108,19 +108,19 @@ def test_a_measure_without_a_limit_has_no_headers():
             id="every group: the least remaining of all",
         ),
         pytest.param(
-            binding([quota("a/x", tokens=100)], route("admins")),
+            binding([quota("a/x", tokens=100)], group_quotas("admins")),
             {},
             None,
             id="a member of an unlimited group is never refused",
         ),
         pytest.param(
-            binding([quota("a/x", tokens=100)], route("admins"), always=[quota("everyone/z", tokens=70)]),
+            binding([quota("a/x", tokens=100)], group_quotas("admins"), always=[quota("everyone/z", tokens=70)]),
             {},
             ("70", "70"),
             id="unlimited except for a quota of everyone",
         ),
         pytest.param(
-            binding([quota("a/x", tokens=100)], route("admins"), combine="every_group"),
+            binding([quota("a/x", tokens=100)], group_quotas("admins"), combine="every_group"),
             {},
             ("100", "100"),
             id="every group: the quotas of the other groups bind in spite of an unlimited one",
@@ -162,7 +162,7 @@ def token_bindings(draw: st.DrawFn) -> Binding:
         return [quota(f"{group}/q{next(numbers)}", tokens=draw(st.integers(0, 50))) for _ in range(count)]
 
     alternatives = [some(group, 1) for group in ("a", "b", "c")[: draw(st.integers(0, 3))]]
-    unlimited = [route("admins")] if draw(st.booleans()) else []
+    unlimited = [group_quotas("admins")] if draw(st.booleans()) else []
     combine = draw(st.sampled_from(["any_group", "every_group"]))
     return binding(*alternatives, *unlimited, always=some("everyone", 0), combine=combine)
 

@@ -29,7 +29,6 @@ from proxy.formats.meter import Meter
 from proxy.formats.request import Request, parse_request
 from proxy.formats.sse import Event, Splitter
 from proxy.policy.amounts import TOKENS_MAX, AtLeast, Exactly, Tokens, Unspent, Usage
-from proxy.policy.policy import Kind
 
 HONEST = {"prompt_tokens": 11, "completion_tokens": 5, "total_tokens": 16}
 ZEROS = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
@@ -50,13 +49,13 @@ def count(text: str) -> int:
     return len(text.encode("utf-8", "surrogatepass"))
 
 
-def new(of: Request = UNASKED, *, kind: Kind = "openai") -> Meter:
+def new(of: Request = UNASKED, *, kind: str = "openai") -> Meter:
     """A new meter."""
     return Meter(of, count=count, kind=kind)
 
 
 def watch(
-    stream: bytes, of: Request = UNASKED, cuts: list[int] | None = None, *, kind: Kind = "openai"
+    stream: bytes, of: Request = UNASKED, cuts: list[int] | None = None, *, kind: str = "openai"
 ) -> tuple[Meter, bytes]:
     """Feed a whole stream, cut at these offsets; return the meter and the bytes for the client."""
     meter, splitter = new(of, kind=kind), Splitter()

@@ -1,4 +1,4 @@
-"""Who is calling: one key, whole and exact, in one of three headers; anything else is the same 401 (T1 to T4, T8)."""
+"""A user is identified by one exact key in one of three headers. Anything else is a 401 (T1 to T4, T8)."""
 
 import pytest
 from hypothesis import given
@@ -11,23 +11,23 @@ from proxy.policy.policy import Policy, User, digest
 KEY = "sk-alice-0123456789abcdefghijklmnop"
 ADMIN_KEY = "sk-admin-0123456789abcdefghijklmnop"
 OTHER_KEY = "sk-other-0123456789abcdefghijklmnop"
-GONE_KEY = "sk-gone-0123456789abcdefghijklmnopq"
+DELETED_KEY = "sk-gone-0123456789abcdefghijklmnopq"
 
 ALICE = User("alice", ("staff",))
 POLICY = Policy(
     groups={},
     users={"alice": ALICE},
-    key_digests={digest(KEY): "alice", digest(GONE_KEY): "bob"},
+    key_digests={digest(KEY): "alice", digest(DELETED_KEY): "bob"},
     admin_digests={digest(ADMIN_KEY): "ops"},
 )
 
 Headers = list[tuple[str, str]]
 
 
-def refused(headers: Headers, who=identify) -> InvalidKey:
+def refused(headers: Headers, check=identify) -> InvalidKey:
     """The 401 that these headers get."""
     with pytest.raises(InvalidKey) as caught:
-        who(headers, POLICY)
+        check(headers, POLICY)
     return caught.value
 
 
@@ -50,7 +50,7 @@ def refused(headers: Headers, who=identify) -> InvalidKey:
     ],
 )
 def test_a_key_is_read_from_each_of_its_headers(headers):
-    """`Authorization: Bearer`, `api-key`, `x-api-key`, in any case, also in several of them if it is the same one."""
+    """`Authorization: Bearer`, `api-key` and `x-api-key`, in any case; also in several of them, with the same key."""
     assert identify(headers, POLICY) is ALICE
 
 
@@ -80,7 +80,7 @@ def test_a_key_is_read_from_each_of_its_headers(headers):
     ],
 )
 def test_without_a_key_the_answer_says_how_to_send_one(headers):
-    """No key, an empty one, another scheme, another header: 401, with the three ways to do it right."""
+    """No key, an empty one, another scheme or another header: a 401 that names the three headers."""
     error = refused(headers)
     assert "You didn't send an API key" in error.message
     for name in ("Authorization: Bearer", "api-key", "x-api-key"):
@@ -106,7 +106,7 @@ def test_without_a_key_the_answer_says_how_to_send_one(headers):
         f"{KEY},{KEY}",
         digest(KEY),
         f"sha256:{digest(KEY)}",
-        GONE_KEY,  # a digest whose user is not there
+        DELETED_KEY,  # a digest whose user does not exist any more
         ADMIN_KEY,
         "alice",
         "' OR 1=1 --",
@@ -127,8 +127,8 @@ def test_without_a_key_the_answer_says_how_to_send_one(headers):
     ],
 )
 @pytest.mark.parametrize("header", ["authorization", "api-key", "x-api-key"])
-def test_a_wrong_key_is_nobodys(header, key):
-    """One character more or less, another case, a digest, SQL, wildcards, no text at all: 401, never a match."""
+def test_a_wrong_key_matches_no_user(header, key):
+    """One character more or less, another case, a digest, SQL, wildcards, bytes that are not text: always a 401."""
     error = refused([(header, f"Bearer {key}" if header == "authorization" else key)])
     assert error.status == 401
     assert error.code == "invalid_api_key"
@@ -136,24 +136,24 @@ def test_a_wrong_key_is_nobodys(header, key):
 
 
 def test_the_answer_does_not_repeat_the_key():
-    """A wrong key is often a right one with a slip: it belongs in no message and no log (T8 to T10)."""
+    """A wrong key is often a right one with a typing error, so it must not be in a message or a log (T8 to T10)."""
     for headers in ([("api-key", KEY + "1")], [("api-key", KEY), ("x-api-key", OTHER_KEY)]):
         error = refused(headers)
         for key in (KEY, OTHER_KEY):
             assert key[:12] not in f"{error!r} {error} {error.body()} {error.headers} {error.param}"
 
 
-def test_unknown_keys_and_those_of_users_that_are_gone_sound_alike():
-    """A prober can't tell a key that once worked from one that never did."""
-    assert refused([("api-key", GONE_KEY)]).body() == refused([("api-key", OTHER_KEY)]).body()
+def test_unknown_keys_and_keys_of_deleted_users_get_the_same_answer():
+    """A client that tries keys cannot tell a key that once worked from one that never did."""
+    assert refused([("api-key", DELETED_KEY)]).body() == refused([("api-key", OTHER_KEY)]).body()
 
 
 @pytest.mark.parametrize(
     "blank", ["\u00a0", "\u0085", "\u2003", "\u3000", "\x0b", "\x0c", "\x1c", "\x1f", "\n", "\r\n"]
 )
 @pytest.mark.parametrize("header", ["authorization", "api-key", "x-api-key"])
-def test_only_blanks_and_tabs_are_stripped(header, blank):
-    """Control and non-ASCII characters around a key make it another key: never a match (T2)."""
+def test_only_spaces_and_tabs_are_stripped(header, blank):
+    """Control and non-ASCII characters around a key make it another key, which matches no user (T2)."""
     prefix = "Bearer " if header == "authorization" else ""
     refused([(header, f"{prefix}{KEY}{blank}")])
     refused([(header, f"{prefix}{blank}{KEY}")])
@@ -171,8 +171,8 @@ def test_only_blanks_and_tabs_are_stripped(header, blank):
         [("Authorization", f"Bearer {KEY}"), ("api-key", KEY), ("x-api-key", ADMIN_KEY)],
     ],
 )
-def test_two_different_keys_are_none(headers):
-    """Which of the two is meant nobody can know, so neither is taken, in whatever order they come."""
+def test_two_different_keys_are_refused(headers):
+    """The proxy cannot know which one is meant, so it takes neither, in whatever order they come."""
     for order in (headers, headers[::-1]):
         assert "two different API keys" in refused(order).message
         with pytest.raises(InvalidKey):
@@ -188,8 +188,8 @@ def test_two_different_keys_are_none(headers):
         [("Authorization", "Bearer " + "x" * 100_000), ("api-key", KEY)],
     ],
 )
-def test_a_key_too_long_to_look_at_is_still_a_key(headers):
-    """100 KB are nobody's key, and beside a right one they are a second one, which a size does not excuse (T2)."""
+def test_a_key_that_is_too_long_is_refused_also_beside_a_right_one(headers):
+    """100 KB are no user's key. Beside a right key they are a second, different key (T2)."""
     refused(headers)
 
 
@@ -197,7 +197,7 @@ def test_a_key_too_long_to_look_at_is_still_a_key(headers):
     "other", [f"Basic {KEY}", "Basic dXNlcjpwYXNz", "Negotiate abc", f"Bearer\t{OTHER_KEY}", OTHER_KEY]
 )
 def test_two_authorization_headers_that_differ_are_a_401(other):
-    """The header may stand there once: what stands before us may have looked at the other one (T2)."""
+    """Only one is allowed: a server in front of the proxy may have read the other one (T2)."""
     headers = [("Authorization", other), ("Authorization", f"Bearer {KEY}")]
     refused(headers)
     refused(headers[::-1])
@@ -205,7 +205,7 @@ def test_two_authorization_headers_that_differ_are_a_401(other):
 
 @given(key=st.text(st.characters(exclude_categories=()), max_size=60))
 def test_no_text_but_the_key_itself_matches(key):
-    """Any text at all, lone surrogates included: a 401, never another exception (T2)."""
+    """Any other text, lone surrogates included, is a 401 and never another exception (T2)."""
     if key.strip() == KEY:
         return
     for header in ("authorization", "api-key"):
@@ -221,8 +221,8 @@ def test_no_text_but_the_key_itself_matches(key):
         max_size=4,
     )
 )
-def test_any_mixture_of_headers_is_alice_or_a_401(headers):
-    """Whoever gets in sent Alice's key and no other one."""
+def test_any_combination_of_headers_is_alice_or_a_401(headers):
+    """A request that is identified contains Alice's key and no other one."""
     try:
         user = identify(headers, POLICY)
     except InvalidKey:
@@ -238,7 +238,7 @@ def test_any_mixture_of_headers_is_alice_or_a_401(headers):
 
 @pytest.mark.parametrize("headers", [[("Authorization", f"Bearer {ADMIN_KEY}")], [("x-api-key", ADMIN_KEY)]])
 def test_an_admin_is_known_by_name(headers):
-    """So that the log can say who it was."""
+    """The log can then say who it was."""
     assert identify_admin(headers, POLICY) == "ops"
 
 
@@ -254,21 +254,21 @@ def test_an_admin_is_known_by_name(headers):
         [("Authorization", "Bearer ops")],
     ],
 )
-def test_nobody_else_is_an_admin(headers):
-    """A user's key opens nothing here (T84), nor does an admin's key open the API of users."""
+def test_no_other_key_is_an_admins(headers):
+    """A user's key does not identify an admin (T84), and an admin's key does not identify a user."""
     assert refused(headers, identify_admin).status == 401
     refused([("x-api-key", ADMIN_KEY)], identify)
 
 
 def test_without_admin_keys_nobody_is_an_admin():
-    """Not even with an empty key: an unset secret opens nothing (T7)."""
-    nobody = Policy(groups={}, users={}, key_digests={})
+    """Not even with an empty key, so an unset secret gives no access (T7)."""
+    without_admins = Policy(groups={}, users={}, key_digests={})
     for value in ("", " ", "Bearer ", "Bearer x"):
         with pytest.raises(InvalidKey):
-            identify_admin([("Authorization", value)], nobody)
+            identify_admin([("Authorization", value)], without_admins)
 
 
-def test_a_policy_does_not_show_its_digests():
-    """A policy that is printed, in a traceback or a log, gives away neither keys nor their hashes."""
+def test_the_text_of_a_policy_has_no_digests():
+    """A policy in a traceback or a log reveals neither keys nor their hashes."""
     assert digest(KEY) not in repr(POLICY)
     assert digest(ADMIN_KEY) not in repr(POLICY)

@@ -1,7 +1,7 @@
-"""Which calls the quotas let in, what those hold of which counter, how far that grows, and when others may come back.
+"""Which calls are admitted, what they hold of which counter, how far a hold increases, and the resets of refusals.
 
-Scenarios are played on Tuesday the 24th of November 2026 at noon, UTC, by ann. In a table, a bare number of tokens
-used or held means that many input tokens, and one request.
+In all scenarios the user is ann and the time is noon UTC on Tuesday, 24 November 2026. In a table, a bare number used
+or held means that many input tokens and one request.
 """
 
 from collections.abc import Mapping
@@ -25,7 +25,7 @@ from proxy.policy.admission import (
 from proxy.policy.amounts import NOTHING, Amount
 from proxy.policy.quota import Binding, Counter, Demand, GroupQuotas, Limit, Quota, counter_at
 from proxy.policy.windows import Window
-from tests.builders import DAY, NOON, amount, binding, call, counters, estimated, instant, quota, route
+from tests.builders import DAY, NOON, amount, binding, call, counters, estimated, group_quotas, instant, quota
 from tests.random_rules import bindings, counters_of, demands
 
 ONE_OCLOCK = instant("2026-11-24 13:00")
@@ -35,12 +35,12 @@ MIDNIGHT = instant("2026-11-25 00:00")
 DAILY = quota("staff/daily", tokens=1000)
 
 
-# -------------------------------------------------------------------------------------------- the words of the tables
+# --------------------------------------------------------------------------------------------- the expected decisions
 
 
-def room(admitted_via: str, output: int, *charged: str) -> tuple[object, ...]:
-    """Let in through a group, for an answer of at most `output`, held of and charged to these quotas."""
-    return ("room", admitted_via, output, set(charged))
+def admitted(admitted_via: str, output: int, *charged: str) -> tuple[object, ...]:
+    """Admitted through a group with `output` tokens of answer held, and charged to these quotas."""
+    return ("admitted", admitted_via, output, set(charged))
 
 
 def busy(*quotas: str) -> tuple[object, ...]:
@@ -49,25 +49,25 @@ def busy(*quotas: str) -> tuple[object, ...]:
 
 
 def exhausted(*quotas: str, until: int | None) -> tuple[object, ...]:
-    """These are used up, and the call would be let in at `until`."""
+    """These are used up, and the call would be admitted at `until`."""
     return ("exhausted", set(quotas), until)
 
 
 def never(*quotas: str) -> tuple[object, ...]:
-    """The call is larger than these ever allow."""
+    """The call is larger than the limits of these."""
     return ("never", set(quotas), None)
 
 
-def told(decision: Admitted | NotAdmitted | NeedsCount) -> tuple[object, ...]:
-    """A decision in the words above."""
+def summary(decision: Admitted | NotAdmitted | NeedsCount) -> tuple[object, ...]:
+    """A decision in the form of the functions above."""
     if isinstance(decision, Admitted):
-        return room(decision.admitted_via, decision.hold.output, *(hold.quota.id for hold in decision.holds))
+        return admitted(decision.admitted_via, decision.hold.output, *(hold.quota.id for hold in decision.holds))
     if isinstance(decision, NeedsCount):
-        return ("uncounted",)
+        return ("needs count",)
     return (decision.verdict.name.lower(), {block.quota.id for block in decision.blocks}, decision.admissible_at)
 
 
-def played(who: Binding, demand: Demand, used: dict, held: dict) -> Admitted | NotAdmitted | NeedsCount:
+def decide_at_noon(who: Binding, demand: Demand, used: dict, held: dict) -> Admitted | NotAdmitted | NeedsCount:
     return decide(demand, who, counters(who, used=used, held=held), NOON)
 
 
@@ -80,44 +80,49 @@ ONE_CALL = Amount(requests=1)
     ("limits", "used", "held", "demand", "expected"),
     [
         # tokens: limit 1000
-        pytest.param({"tokens": 1000}, 300, 0, call(100, 400), 400, id="room to spare"),
-        pytest.param({"tokens": 500}, 0, 0, call(100, 400), 400, id="fits to the last token"),
-        pytest.param({"tokens": 499}, 0, 0, call(100, 400, 1), 399, id="one short: the answer is one shorter"),
-        pytest.param({"tokens": 1000}, 600, 0, call(100, 400, 1), 300, id="the answer is what is free"),
-        pytest.param({"tokens": 1000}, 500, 0, call(100, 4000, 400), 400, id="the smallest answer just fits"),
-        pytest.param({"tokens": 1000}, 501, 0, call(100, 4000, 400), "exhausted", id="the smallest is one too large"),
-        pytest.param({"tokens": 1000}, 300, 200, call(100, 400), 400, id="held, but not in the way"),
-        pytest.param({"tokens": 1000}, 300, 201, call(100, 400), "busy", id="held, and one too many"),
-        pytest.param({"tokens": 1000}, 0, 600, call(100, 4000, 1), "busy", id="no shorter answer for what is held"),
-        pytest.param({"tokens": 1000}, 0, 1000, call(1, 1), "busy", id="all of it is held"),
-        pytest.param({"tokens": 1000}, 950, 50, call(51, 1), "exhausted", id="what is held will not help"),
+        pytest.param({"tokens": 1000}, 300, 0, call(100, 400), 400, id="more than enough is free"),
+        pytest.param({"tokens": 500}, 0, 0, call(100, 400), 400, id="exactly enough is free"),
+        pytest.param({"tokens": 499}, 0, 0, call(100, 400, 1), 399, id="one token short: the answer is cut"),
+        pytest.param({"tokens": 1000}, 600, 0, call(100, 400, 1), 300, id="the answer is cut to what is free"),
+        pytest.param({"tokens": 1000}, 500, 0, call(100, 4000, 400), 400, id="the smallest answer fits exactly"),
+        pytest.param({"tokens": 1000}, 501, 0, call(100, 4000, 400), "exhausted", id="one token too few"),
+        pytest.param({"tokens": 1000}, 300, 200, call(100, 400), 400, id="others hold some, enough is left"),
+        pytest.param({"tokens": 1000}, 300, 201, call(100, 400), "busy", id="others hold one too many"),
+        pytest.param({"tokens": 1000}, 0, 600, call(100, 4000, 1), "busy", id="others hold some: no cut answer"),
+        pytest.param({"tokens": 1000}, 0, 1000, call(1, 1), "busy", id="others hold everything"),
+        pytest.param({"tokens": 1000}, 950, 50, call(51, 1), "exhausted", id="freed holds would not help"),
         pytest.param({"tokens": 1000}, 999, 0, call(0, 1), 1, id="the last token"),
         pytest.param({"tokens": 1000}, 999, 0, call(1), 0, id="the last token, as input"),
-        pytest.param({"tokens": 1000}, 1000, 0, call(0, 1), "exhausted", id="at the limit means out"),
-        pytest.param({"tokens": 1000}, 1000, 0, call(), "exhausted", id="at the limit means out, for nothing too"),
-        pytest.param({"tokens": 1000}, 5000, 0, call(1, 1), "exhausted", id="the limit was lowered below the use"),
-        pytest.param({"tokens": 6000}, 5000, 0, call(1, 1), 1, id="and raised again"),
+        pytest.param({"tokens": 1000}, 1000, 0, call(0, 1), "exhausted", id="at the limit: refused"),
+        pytest.param({"tokens": 1000}, 1000, 0, call(), "exhausted", id="at the limit: an empty call too"),
+        pytest.param({"tokens": 1000}, 5000, 0, call(1, 1), "exhausted", id="the limit was lowered below the usage"),
+        pytest.param({"tokens": 6000}, 5000, 0, call(1, 1), 1, id="the limit was raised again"),
         pytest.param({"tokens": 1000}, 0, 0, call(600, 400, 400), 400, id="exactly as large as the limit"),
         pytest.param({"tokens": 1000}, 0, 0, call(600, 401, 401), "never", id="one larger than the limit"),
-        pytest.param({"tokens": 1000}, 1000, 0, call(600, 401, 401), "never", id="never comes before exhausted"),
-        pytest.param({"tokens": 1000}, 0, 1000, call(1001), "never", id="never comes before busy"),
-        pytest.param({"tokens": 1000}, 0, 0, call(100, 10**12, 1), 900, id="asks for everything there is"),
+        pytest.param({"tokens": 1000}, 1000, 0, call(600, 401, 401), "never", id="never wins over exhausted"),
+        pytest.param({"tokens": 1000}, 0, 1000, call(1001), "never", id="never wins over busy"),
+        pytest.param({"tokens": 1000}, 0, 0, call(100, 10**12, 1), 900, id="a huge maximum is cut to what is free"),
         # input and output apart
-        pytest.param({"input_tokens": 100}, 0, 0, call(100, 10**6), 10**6, id="input alone: any answer"),
-        pytest.param({"input_tokens": 100}, 0, 0, call(101, 1), "never", id="input alone: too large"),
-        pytest.param({"input_tokens": 100}, 50, 0, call(50, 9), 9, id="input alone: the last of it"),
-        pytest.param({"input_tokens": 100}, 50, 0, call(51, 9), "exhausted", id="input alone: used up"),
-        pytest.param({"input_tokens": 100}, 50, 1, call(50, 9), "busy", id="input alone: held"),
-        pytest.param({"output_tokens": 400}, 10**6, 10**6, call(10**6, 400), 400, id="output alone: any input"),
-        pytest.param({"output_tokens": 400}, Amount(0, 100, 1), 0, call(9, 400, 1), 300, id="output alone: shorter"),
-        pytest.param({"output_tokens": 400}, Amount(0, 400, 1), 0, call(9, 1), "exhausted", id="output alone: out"),
-        pytest.param({"output_tokens": 400}, 0, Amount(0, 1, 1), call(9, 400), "busy", id="output alone: held"),
-        pytest.param({"output_tokens": 400}, 0, 0, call(9, 401, 401), "never", id="output alone: too long"),
+        pytest.param({"input_tokens": 100}, 0, 0, call(100, 10**6), 10**6, id="input only: any answer fits"),
+        pytest.param({"input_tokens": 100}, 0, 0, call(101, 1), "never", id="input only: too large for the limit"),
+        pytest.param({"input_tokens": 100}, 50, 0, call(50, 9), 9, id="input only: exactly what is left"),
+        pytest.param({"input_tokens": 100}, 50, 0, call(51, 9), "exhausted", id="input only: more than what is left"),
+        pytest.param({"input_tokens": 100}, 50, 1, call(50, 9), "busy", id="input only: held by other calls"),
+        pytest.param({"output_tokens": 400}, 10**6, 10**6, call(10**6, 400), 400, id="output only: any input fits"),
+        pytest.param({"output_tokens": 400}, Amount(0, 100, 1), 0, call(9, 400, 1), 300, id="output only: a cut"),
+        pytest.param({"output_tokens": 400}, Amount(0, 400, 1), 0, call(9, 1), "exhausted", id="output only: used"),
+        pytest.param({"output_tokens": 400}, 0, Amount(0, 1, 1), call(9, 400), "busy", id="output only: busy"),
+        pytest.param({"output_tokens": 400}, 0, 0, call(9, 401, 401), "never", id="output only: too large"),
         pytest.param(
-            {"input_tokens": 100, "output_tokens": 40}, 0, 0, call(100, 90, 1), 40, id="both: each by itself"
+            {"input_tokens": 100, "output_tokens": 40}, 0, 0, call(100, 90, 1), 40, id="input and output: separate"
         ),
         pytest.param(
-            {"input_tokens": 100, "output_tokens": 40}, 100, 0, call(1, 1), "exhausted", id="both: input out"
+            {"input_tokens": 100, "output_tokens": 40},
+            100,
+            0,
+            call(1, 1),
+            "exhausted",
+            id="input and output: no input",
         ),
         pytest.param(
             {"input_tokens": 100, "output_tokens": 40},
@@ -125,94 +130,101 @@ ONE_CALL = Amount(requests=1)
             0,
             call(1, 1),
             "exhausted",
-            id="both: output",
+            id="input and output: no output",
         ),
-        pytest.param({"tokens": 100, "output_tokens": 90}, 0, 0, call(30, 90, 1), 70, id="the tighter one: tokens"),
-        pytest.param({"tokens": 100, "output_tokens": 40}, 0, 0, call(30, 90, 1), 40, id="the tighter one: output"),
+        pytest.param({"tokens": 100, "output_tokens": 90}, 0, 0, call(30, 90, 1), 70, id="tokens are tighter"),
+        pytest.param({"tokens": 100, "output_tokens": 40}, 0, 0, call(30, 90, 1), 40, id="output is tighter"),
         # requests
         pytest.param({"requests": 2}, 10**6, 0, call(10**6, 10**6), 10**6, id="requests only: any size"),
         pytest.param({"requests": 2}, ONE_CALL + ONE_CALL, 0, call(), "exhausted", id="requests only: used up"),
         pytest.param({"requests": 2}, ONE_CALL, ONE_CALL, call(), "busy", id="requests only: the last is in flight"),
         pytest.param(
-            {"requests": 2, "tokens": 9}, ONE_CALL, ONE_CALL, call(10), "never", id="the worst limit counts"
+            {"requests": 2, "tokens": 9}, ONE_CALL, ONE_CALL, call(10), "never", id="the worst verdict counts"
         ),
-        pytest.param({"requests": 1, "tokens": 9}, ONE_CALL, 0, call(1), "exhausted", id="tokens left, no request"),
+        pytest.param({"requests": 1, "tokens": 9}, ONE_CALL, 0, call(1), "exhausted", id="only tokens are left"),
         # nothing at all
         pytest.param({"tokens": 0}, 0, 0, call(), "exhausted", id="tokens 0"),
-        pytest.param({"tokens": 0}, 0, 0, call(100, 400), "exhausted", id="tokens 0: off, not too large a call"),
+        pytest.param({"tokens": 0}, 0, 0, call(100, 400), "exhausted", id="tokens 0: exhausted, not never"),
         pytest.param({"requests": 0}, 0, 0, call(1, 1), "exhausted", id="requests 0"),
-        pytest.param({"input_tokens": 0}, 0, 0, call(0, 1), "exhausted", id="input 0, for an empty input too"),
+        pytest.param({"input_tokens": 0}, 0, 0, call(0, 1), "exhausted", id="input 0: an empty input too"),
         pytest.param({"output_tokens": 0}, 0, 0, call(1, 1), "exhausted", id="output 0"),
         # calls that generate nothing
         pytest.param({"output_tokens": 40}, Amount(0, 99, 1), 0, call(10), 0, id="embeddings: output doesn't bind"),
-        pytest.param({"output_tokens": 0}, 0, 0, call(10), 0, id="embeddings: nor when it is 0"),
-        pytest.param({"tokens": 10}, 0, 0, call(10), 0, id="embeddings: tokens do"),
-        pytest.param({"tokens": 10}, 1, 0, call(10), "exhausted", id="embeddings: tokens used up"),
-        pytest.param({"tokens": 10}, 0, 1, call(10), "busy", id="embeddings: tokens held"),
+        pytest.param({"output_tokens": 0}, 0, 0, call(10), 0, id="embeddings: an output limit of 0 does not bind"),
+        pytest.param({"tokens": 10}, 0, 0, call(10), 0, id="embeddings: a limit on tokens binds"),
+        pytest.param({"tokens": 10}, 1, 0, call(10), "exhausted", id="embeddings: tokens are used up"),
+        pytest.param({"tokens": 10}, 0, 1, call(10), "busy", id="embeddings: tokens are held"),
         pytest.param({"tokens": 10}, 0, 0, call(11), "never", id="embeddings: too large"),
         pytest.param(
-            {"input_tokens": 10, "output_tokens": 5}, Amount(3, 5, 1), 0, call(7), 0, id="embeddings: output used up"
+            {"input_tokens": 10, "output_tokens": 5}, Amount(3, 5, 1), 0, call(7), 0, id="embeddings: output is used"
         ),
         pytest.param(
-            {"input_tokens": 10, "output_tokens": 5}, Amount(4, 0, 1), 0, call(7), "exhausted", id="embeddings: input"
+            {"input_tokens": 10, "output_tokens": 5},
+            Amount(4, 0, 1),
+            0,
+            call(7),
+            "exhausted",
+            id="embeddings: input is used",
         ),
     ],
 )
-def test_an_exact_quota_weighs_each_limit_by_itself(limits, used, held, demand, expected):
-    """`free = limit − used`, `available = free − held`; a number is the answer's length that is let in."""
+def test_an_exact_quota_checks_each_limit_separately(limits, used, held, demand, expected):
+    """`free = limit − used`, `available = free − held`; an expected number is the output of the admitted call."""
     who = binding([quota("staff/daily", **limits)])
-    decision = played(who, demand, {"staff/daily": used}, {"staff/daily": held})
+    decision = decide_at_noon(who, demand, {"staff/daily": used}, {"staff/daily": held})
     if isinstance(expected, int):
         assert isinstance(decision, Admitted)
         assert decision.hold == Amount(demand.input, expected, 1)
         assert (decision.capped_by is None) is (expected == demand.output_maximum)
     else:
-        assert told(decision)[0] == expected
+        assert summary(decision)[0] == expected
 
 
 @pytest.mark.parametrize(
-    ("limits", "used", "held", "is_let_in"),
+    ("limits", "used", "held", "is_admitted"),
     [
-        pytest.param({"tokens": 1000}, 0, 0, True, id="fresh"),
-        pytest.param({"tokens": 1000}, 999, 0, True, id="one token left is enough for any call"),
-        pytest.param({"tokens": 1000}, 1000, 0, False, id="at the limit means out"),
-        pytest.param({"tokens": 1000}, 9000, 0, False, id="over it"),
-        pytest.param({"tokens": 1000}, 0, Amount(0, 0, 99), True, id="what others hold is nothing here"),
-        pytest.param({"requests": 2}, Amount(0, 0, 1), Amount(0, 0, 9), True, id="a request left"),
-        pytest.param({"requests": 2}, Amount(0, 0, 2), 0, False, id="no request left"),
-        pytest.param({"requests": 2, "tokens": 9}, Amount(9, 0, 1), 0, False, id="each limit counts"),
+        pytest.param({"tokens": 1000}, 0, 0, True, id="nothing is used"),
+        pytest.param({"tokens": 1000}, 999, 0, True, id="one token is left, which is enough for any call"),
+        pytest.param({"tokens": 1000}, 1000, 0, False, id="at the limit: refused"),
+        pytest.param({"tokens": 1000}, 9000, 0, False, id="above the limit"),
+        pytest.param({"tokens": 1000}, 0, Amount(0, 0, 99), True, id="holds of other calls do not count"),
+        pytest.param({"requests": 2}, Amount(0, 0, 1), Amount(0, 0, 9), True, id="one request is left"),
+        pytest.param({"requests": 2}, Amount(0, 0, 2), 0, False, id="no request is left"),
+        pytest.param({"requests": 2, "tokens": 9}, Amount(9, 0, 1), 0, False, id="one of two limits is used up"),
         pytest.param({"tokens": 0}, 0, 0, False, id="a limit of 0"),
     ],
 )
-def test_enforce_after_checks_what_was_used_and_nothing_else(limits, used, held, is_let_in):
-    """The classic way: no call is too large, none waits, no answer is shortened; it holds but its request's mark."""
-    classic = quota("staff/daily", enforce="after", **limits)
-    decision = played(binding([classic]), call(5000, 4000), {classic.id: used}, {classic.id: held})
-    if is_let_in:
-        assert told(decision) == room("staff", 4000, classic.id)
+def test_enforce_after_checks_only_what_was_used(limits, used, held, is_admitted):
+    """No call is too large, none waits and no answer is cut; an admitted call holds one request and no tokens."""
+    after = quota("staff/daily", enforce="after", **limits)
+    decision = decide_at_noon(binding([after]), call(5000, 4000), {after.id: used}, {after.id: held})
+    if is_admitted:
+        assert summary(decision) == admitted("staff", 4000, after.id)
         assert [hold.amount for hold in decision.holds] == [Amount(requests=1)]
     else:
-        assert told(decision)[:2] == ("exhausted", {classic.id})
+        assert summary(decision)[:2] == ("exhausted", {after.id})
 
 
-def test_enforce_after_on_output_alone_lets_embeddings_by():
-    """They generate nothing, so they neither meet that quota nor open its window."""
-    classic = quota("staff/daily", enforce="after", output_tokens=10)
-    who = binding([classic])
-    assert told(played(who, call(5), {classic.id: Amount(0, 10, 1)}, {})) == room("staff", 0)
-    assert told(played(who, call(5, 1), {classic.id: Amount(0, 10, 1)}, {})) == exhausted(classic.id, until=MIDNIGHT)
+def test_enforce_after_on_output_does_not_bind_embeddings():
+    """They generate nothing, so they are not charged to the quota and do not open its window."""
+    after = quota("staff/daily", enforce="after", output_tokens=10)
+    who = binding([after])
+    assert summary(decide_at_noon(who, call(5), {after.id: Amount(0, 10, 1)}, {})) == admitted("staff", 0)
+    assert summary(decide_at_noon(who, call(5, 1), {after.id: Amount(0, 10, 1)}, {})) == exhausted(
+        after.id, until=MIDNIGHT
+    )
 
 
-def test_a_block_says_what_was_needed_and_how_the_counter_stood():
-    """Enough to tell "used up" from "300 left and this call may need 416"."""
+def test_a_block_has_what_was_needed_and_the_counter():
+    """A refusal can then tell "used up" from "300 left and this call may need 416"."""
     who = binding([DAILY])
-    refused = played(who, call(100, 400, 316), {DAILY.id: 700}, {DAILY.id: 50})
+    refused = decide_at_noon(who, call(100, 400, 316), {DAILY.id: 700}, {DAILY.id: 50})
     [block] = refused.blocks
     assert (block.verdict, block.needed, block.limit.maximum) == (Verdict.EXHAUSTED, 416, 1000)
     assert (block.counter.used, block.counter.held) == (Amount(700, 0, 1), Amount(50, 0, 1))
 
 
-# ------------------------------------------------------------------------------ the length of an answer, and its hold
+# ------------------------------------------------------------------------------- the length of an answer and its hold
 
 
 @pytest.mark.parametrize(
@@ -220,30 +232,30 @@ def test_a_block_says_what_was_needed_and_how_the_counter_stood():
     [
         pytest.param({"tokens": 1000}, 0, 0, call(100, 400, 100, initial_hold=100), (100, 400), id="a part is held"),
         pytest.param(
-            {"tokens": 1000}, 0, 0, call(100, 400, initial_hold=10**6), (400, 400), id="no more than it wants"
+            {"tokens": 1000}, 0, 0, call(100, 400, initial_hold=10**6), (400, 400), id="not more than its maximum"
         ),
-        pytest.param({"tokens": 1000}, 0, 0, call(100, 400, initial_hold=0), (0, 400), id="nothing to begin with"),
+        pytest.param({"tokens": 1000}, 0, 0, call(100, 400, initial_hold=0), (0, 400), id="nothing is held at first"),
         pytest.param({"tokens": 1000}, 0, 800, call(100, 400, 100, initial_hold=100), (100, 400), id="the part fits"),
         pytest.param(
-            {"tokens": 1000}, 0, 801, call(100, 400, 100, initial_hold=100), "busy", id="not even the part fits"
+            {"tokens": 1000}, 0, 801, call(100, 400, 100, initial_hold=100), "busy", id="the part does not fit"
         ),
         pytest.param(
-            {"tokens": 1000}, 700, 0, call(100, 400, 1, initial_hold=50), (50, 200), id="shorter than it wants"
+            {"tokens": 1000}, 700, 0, call(100, 400, 1, initial_hold=50), (50, 200), id="a cut answer, a whole part"
         ),
         pytest.param(
-            {"tokens": 1000}, 850, 0, call(100, 400, 1, initial_hold=100), (50, 50), id="shorter than its part"
+            {"tokens": 1000}, 850, 0, call(100, 400, 1, initial_hold=100), (50, 50), id="the part is cut too"
         ),
         pytest.param(
-            {"tokens": 1000}, 850, 1, call(100, 400, 1, initial_hold=50), "busy", id="the last part is held"
+            {"tokens": 1000}, 850, 1, call(100, 400, 1, initial_hold=50), "busy", id="others hold the last part"
         ),
         pytest.param(
-            {"tokens": 1000}, 0, 800, call(100, 4000, 100, initial_hold=100), (100, 900), id="others don't shorten"
+            {"tokens": 1000}, 0, 800, call(100, 4000, 100, initial_hold=100), (100, 900), id="others do not cut it"
         ),
         pytest.param(
-            {"tokens": 1000}, 801, 0, call(100, 400, 100, initial_hold=1), "exhausted", id="the least must fit"
+            {"tokens": 1000}, 801, 0, call(100, 400, 100, initial_hold=1), "exhausted", id="the smallest must fit"
         ),
         pytest.param(
-            {"tokens": 1000}, 0, 0, call(600, 401, 401, initial_hold=1), "never", id="the least is too large"
+            {"tokens": 1000}, 0, 0, call(600, 401, 401, initial_hold=1), "never", id="the smallest is too large"
         ),
         pytest.param(
             {"output_tokens": 400}, 0, Amount(0, 350, 1), call(9, 400, 50, initial_hold=50), (50, 400), id="output"
@@ -251,37 +263,43 @@ def test_a_block_says_what_was_needed_and_how_the_counter_stood():
         pytest.param(
             {"output_tokens": 400}, 0, Amount(0, 351, 1), call(9, 400, 50, initial_hold=50), "busy", id="held"
         ),
-        # nobody says how long it may become
-        pytest.param({"tokens": 1000}, 0, 0, call(100, 400, open_ended=True), (400, None), id="open: no maximum"),
+        # unbounded: nothing says how long the answer may become
+        pytest.param(
+            {"tokens": 1000}, 0, 0, call(100, 400, is_unbounded=True), (400, None), id="unbounded: no maximum"
+        ),
         pytest.param(
             {"tokens": 1000},
             0,
             0,
-            call(100, 400, 100, initial_hold=100, open_ended=True),
+            call(100, 400, 100, initial_hold=100, is_unbounded=True),
             (100, None),
-            id="open: in parts",
+            id="unbounded: a part is held",
         ),
-        pytest.param({"tokens": 500}, 0, 0, call(100, 400, open_ended=True), (400, None), id="open: just fits"),
-        pytest.param({"tokens": 499}, 0, 0, call(100, 400, 1, open_ended=True), (399, 399), id="open: but capped"),
-        pytest.param({"requests": 1}, 0, 0, call(100, 400, open_ended=True), (400, None), id="open: requests only"),
+        pytest.param(
+            {"tokens": 500}, 0, 0, call(100, 400, is_unbounded=True), (400, None), id="unbounded: just fits"
+        ),
+        pytest.param(
+            {"tokens": 499}, 0, 0, call(100, 400, 1, is_unbounded=True), (399, 399), id="unbounded, but capped"
+        ),
+        pytest.param({"requests": 1}, 0, 0, call(100, 400, is_unbounded=True), (400, None), id="unbounded: requests"),
     ],
 )
-def test_a_stream_holds_a_part_of_what_its_answer_may_become(limits, used, held, demand, expected):
-    """(held, maximum): room is asked for the part alone; how long it may become is what is free, not available."""
+def test_a_stream_holds_a_part_of_its_answer_at_first(limits, used, held, demand, expected):
+    """Expected (output held, maximum): the part must be available; the maximum is what is free, whatever is held."""
     who = binding([quota("staff/daily", **limits)])
-    decision = played(who, demand, {"staff/daily": used}, {"staff/daily": held})
+    decision = decide_at_noon(who, demand, {"staff/daily": used}, {"staff/daily": held})
     if isinstance(expected, str):
-        assert told(decision)[0] == expected
+        assert summary(decision)[0] == expected
         return
     output, maximum = expected
     assert (decision.hold, decision.maximum) == (Amount(demand.input, output, 1), maximum)
     assert (decision.capped_by is None) is (maximum in (None, demand.output_maximum))
 
 
-def test_a_way_in_is_chosen_by_the_whole_answer_not_by_its_first_part():
-    """Else a stream would come in where it soon meets the limit, with room elsewhere."""
+def test_a_group_is_chosen_by_the_whole_answer_not_by_the_part_held_first():
+    """Otherwise a stream would be admitted through a group whose limit it soon reaches, though another has room."""
     lab = quota("lab/6h", tokens=1000, per="6h")
-    decision = played(binding([DAILY], [lab]), call(100, 400, 100, initial_hold=100), {DAILY.id: 601}, {})
+    decision = decide_at_noon(binding([DAILY], [lab]), call(100, 400, 100, initial_hold=100), {DAILY.id: 601}, {})
     assert (decision.admitted_via, decision.maximum) == ("lab", 400)
     assert {hold.quota.id: hold.amount for hold in decision.holds} == dict.fromkeys(
         (lab.id, DAILY.id), Amount(100, 100, 1)
@@ -291,33 +309,35 @@ def test_a_way_in_is_chosen_by_the_whole_answer_not_by_its_first_part():
 @pytest.mark.parametrize(
     ("limits", "used", "held", "demand", "expected"),
     [
-        pytest.param({"tokens": 1000}, 0, 0, call(100, 4000, 1), 1100, id="an answer may end in it"),
+        pytest.param({"tokens": 1000}, 0, 0, call(100, 4000, 1), 1100, id="an answer may use all of it"),
         pytest.param({"tokens": 1000}, 0, 0, call(100, 1100, 1), 1100, id="to the last token"),
-        pytest.param({"tokens": 1000}, 999, 0, call(0, 4000, 1), 201, id="with one token left"),
-        pytest.param({"tokens": 1000}, 1000, 0, call(0, 1), "exhausted", id="at the limit means out"),
-        pytest.param({"tokens": 1000}, 1100, 0, call(0, 1), "exhausted", id="within it means out"),
-        pytest.param({"tokens": 1000}, 900, 0, call(0, 4000, 100), 300, id="the least fits below the limit"),
-        pytest.param({"tokens": 1000}, 900, 0, call(0, 4000, 101), "exhausted", id="the least must not need it"),
-        pytest.param({"tokens": 1000}, 900, 0, call(101), "exhausted", id="an input must not need it"),
-        pytest.param({"tokens": 1000}, 0, 0, call(1001), "never", id="nor make a call fit that never does"),
-        pytest.param({"tokens": 1000}, 0, 200, call(100, 900), 900, id="held, but not in the way"),
-        pytest.param({"tokens": 1000}, 0, 201, call(100, 900), "busy", id="held, and one too many"),
-        pytest.param({"output_tokens": 400}, 0, 0, call(9, 4000, 1), 600, id="of output"),
-        pytest.param({"output_tokens": 400}, Amount(0, 400, 1), 0, call(9, 1), "exhausted", id="of output: out"),
-        pytest.param({"tokens": 1000, "output_tokens": 400}, 0, 0, call(500, 4000, 1), 600, id="of both"),
-        pytest.param({"tokens": 1000, "input_tokens": 100}, 50, 0, call(51, 9), "exhausted", id="not of input"),
-        pytest.param({"tokens": 1000, "input_tokens": 100}, 0, 0, call(101, 9), "never", id="not of input: never"),
-        pytest.param({"tokens": 1000, "input_tokens": 100}, 50, 1, call(50, 9), "busy", id="not of input: held"),
-        pytest.param({"tokens": 9, "requests": 1}, 0, Amount(0, 0, 1), call(1, 1), "busy", id="not of requests"),
-        pytest.param({"tokens": 0}, 0, 0, call(0, 1), "exhausted", id="a limit of 0 is off all the same"),
+        pytest.param({"tokens": 1000}, 999, 0, call(0, 4000, 1), 201, id="one token is left"),
+        pytest.param({"tokens": 1000}, 1000, 0, call(0, 1), "exhausted", id="at the limit: refused"),
+        pytest.param({"tokens": 1000}, 1100, 0, call(0, 1), "exhausted", id="within it: refused"),
+        pytest.param({"tokens": 1000}, 900, 0, call(0, 4000, 100), 300, id="the smallest answer fits"),
+        pytest.param({"tokens": 1000}, 900, 0, call(0, 4000, 101), "exhausted", id="the smallest answer needs it"),
+        pytest.param({"tokens": 1000}, 900, 0, call(101), "exhausted", id="the input needs it"),
+        pytest.param({"tokens": 1000}, 0, 0, call(1001), "never", id="it makes no large call fit"),
+        pytest.param({"tokens": 1000}, 0, 200, call(100, 900), 900, id="others hold some, enough is left"),
+        pytest.param({"tokens": 1000}, 0, 201, call(100, 900), "busy", id="others hold one too many"),
+        pytest.param({"output_tokens": 400}, 0, 0, call(9, 4000, 1), 600, id="output may use it"),
+        pytest.param(
+            {"output_tokens": 400}, Amount(0, 400, 1), 0, call(9, 1), "exhausted", id="output: at the limit"
+        ),
+        pytest.param({"tokens": 1000, "output_tokens": 400}, 0, 0, call(500, 4000, 1), 600, id="the tighter one"),
+        pytest.param({"tokens": 1000, "input_tokens": 100}, 50, 0, call(51, 9), "exhausted", id="input: not used"),
+        pytest.param({"tokens": 1000, "input_tokens": 100}, 0, 0, call(101, 9), "never", id="input: too large"),
+        pytest.param({"tokens": 1000, "input_tokens": 100}, 50, 1, call(50, 9), "busy", id="input: busy"),
+        pytest.param({"tokens": 9, "requests": 1}, 0, Amount(0, 0, 1), call(1, 1), "busy", id="requests: not used"),
+        pytest.param({"tokens": 0}, 0, 0, call(0, 1), "exhausted", id="a limit of 0 still refuses"),
     ],
 )
-def test_an_overdraft_of_200_lets_answers_end_and_nobody_in(limits, used, held, demand, expected):
+def test_an_overdraft_of_200_lets_answers_end_and_admits_no_call(limits, used, held, demand, expected):
     """Admission stops at the limit; what is held, and so charged, may reach limit + overdraft."""
     who = binding([quota("staff/daily", overdraft=200, **limits)])
-    decision = played(who, demand, {"staff/daily": used}, {"staff/daily": held})
+    decision = decide_at_noon(who, demand, {"staff/daily": used}, {"staff/daily": held})
     if isinstance(expected, str):
-        assert told(decision)[0] == expected
+        assert summary(decision)[0] == expected
     else:
         assert (decision.hold, decision.maximum) == (Amount(demand.input, expected, 1), expected)
         assert (decision.capped_by is None) is (expected == demand.output_maximum)
@@ -327,13 +347,13 @@ def test_an_overdraft_of_200_lets_answers_end_and_nobody_in(limits, used, held, 
     ("each", "used", "held", "demand", "hold"),
     [
         pytest.param(
-            {"tokens": 1000}, 0, 0, call(100, 400, hidden_input=50), Amount(150, 400, 1), id="there is room"
+            {"tokens": 1000}, 0, 0, call(100, 400, hidden_input=50), Amount(150, 400, 1), id="all of it is free"
         ),
         pytest.param(
-            {"tokens": 1000}, 0, 0, call(100, 400, hidden_input=9999), Amount(600, 400, 1), id="all that is free"
+            {"tokens": 1000}, 0, 0, call(100, 400, hidden_input=9999), Amount(600, 400, 1), id="only what is free"
         ),
         pytest.param(
-            {"tokens": 1000}, 500, 0, call(100, 400, hidden_input=50), Amount(100, 400, 1), id="none is free"
+            {"tokens": 1000}, 500, 0, call(100, 400, hidden_input=50), Amount(100, 400, 1), id="none of it is free"
         ),
         pytest.param(
             {"tokens": 1000}, 0, 0, call(100, 4000, 1, hidden_input=50), Amount(100, 900, 1), id="answer first"
@@ -344,21 +364,19 @@ def test_an_overdraft_of_200_lets_answers_end_and_nobody_in(limits, used, held, 
             0,
             call(100, 400, 100, initial_hold=100, hidden_input=9999),
             Amount(600, 100, 1),
-            id="beside the whole answer, also where that is held in parts",
+            id="the whole answer comes first, also if only a part of it is held",
         ),
         pytest.param({"tokens": 1000}, 0, 1, call(100, 400, hidden_input=9999), None, id="free, but held: it waits"),
         pytest.param(
-            {"tokens": 1000}, 0, 450, call(100, 400, hidden_input=50), Amount(150, 400, 1), id="not in the way"
+            {"tokens": 1000}, 0, 450, call(100, 400, hidden_input=50), Amount(150, 400, 1), id="free and available"
         ),
         pytest.param(
-            {"input_tokens": 300}, 0, 0, call(100, 400, hidden_input=9999), Amount(300, 400, 1), id="input alone"
+            {"input_tokens": 300}, 0, 0, call(100, 400, hidden_input=9999), Amount(300, 400, 1), id="input only"
         ),
         pytest.param(
-            {"output_tokens": 400}, 0, 0, call(100, 400, hidden_input=50), Amount(150, 400, 1), id="output alone"
+            {"output_tokens": 400}, 0, 0, call(100, 400, hidden_input=50), Amount(150, 400, 1), id="output only"
         ),
-        pytest.param(
-            {"requests": 1}, 0, 0, call(100, 400, hidden_input=50), Amount(150, 400, 1), id="requests alone"
-        ),
+        pytest.param({"requests": 1}, 0, 0, call(100, 400, hidden_input=50), Amount(150, 400, 1), id="requests only"),
         pytest.param(
             {"tokens": 1000, "input_tokens": 120},
             0,
@@ -381,26 +399,26 @@ def test_an_overdraft_of_200_lets_answers_end_and_nobody_in(limits, used, held, 
         ),
     ],
 )
-def test_of_what_a_call_does_not_show_as_much_is_held_as_is_free(each, used, held, demand, hold):
-    """Stored files, earlier answers: nobody knows how much that is, so it refuses nobody and shortens no answer."""
+def test_as_much_hidden_input_is_held_as_is_free(each, used, held, demand, hold):
+    """Stored files, earlier answers: their size is not known, so they refuse no call and cut no answer."""
     who = binding([quota("staff/daily", **each)])
-    decision = played(who, demand, {"staff/daily": used}, {"staff/daily": held})
-    assert decision.hold == hold if hold else told(decision) == busy("staff/daily")
+    decision = decide_at_noon(who, demand, {"staff/daily": used}, {"staff/daily": held})
+    assert decision.hold == hold if hold else summary(decision) == busy("staff/daily")
 
 
-def test_what_is_not_shown_is_held_wherever_the_call_is_charged():
-    """A quota beside that can't carry it is left alone; without quotas it is held as a whole."""
+def test_hidden_input_is_held_in_every_quota_that_the_call_is_charged_to():
+    """A quota of another group that cannot carry it is not charged; without any quota all of it is held."""
     big, demand = quota("lab/big", tokens=9000), call(100, 400, hidden_input=5000)
-    decision = played(binding([big], [DAILY]), demand, {}, {})
+    decision = decide_at_noon(binding([big], [DAILY]), demand, {}, {})
     assert [(hold.quota.id, hold.amount) for hold in decision.holds] == [(big.id, Amount(5100, 400, 1))]
-    assert played(binding(), demand, {}, {}).hold == Amount(5100, 400, 1)
+    assert decide_at_noon(binding(), demand, {}, {}).hold == Amount(5100, 400, 1)
 
 
-# --------------------------------------------------------------------------------------------- what has to be counted
+# ------------------------------------------------------------------------------------------- when an input is counted
 
 SMALL = quota("s/q", tokens=1600)
 SHADOWED = quota("s/q", tokens=1600, enforce="shadow")
-CLASSICALLY = quota("s/q", tokens=1600, enforce="after")
+AFTER = quota("s/q", tokens=1600, enforce="after")
 FAR = quota("s/far", tokens=10**6)
 
 
@@ -408,47 +426,49 @@ FAR = quota("s/far", tokens=10**6)
     ("who", "used", "held", "demand", "is_counted"),
     [
         # 16 × 100 = 1600
-        pytest.param(binding([SMALL]), 0, 0, call(100, 9), False, id="a sixteenth"),
+        pytest.param(binding([SMALL]), 0, 0, call(100, 9), False, id="exactly a sixteenth"),
         pytest.param(binding([SMALL]), 0, 0, call(101, 9), True, id="more than a sixteenth"),
-        pytest.param(binding([SMALL]), 1, 0, call(100, 9), True, id="of what is free"),
-        pytest.param(binding([SMALL]), 0, 1, call(100, 9), True, id="of what is available"),
+        pytest.param(binding([SMALL]), 1, 0, call(100, 9), True, id="more than a sixteenth of what is free"),
+        pytest.param(binding([SMALL]), 0, 1, call(100, 9), True, id="more than a sixteenth of what is available"),
         pytest.param(binding([SMALL]), 0, 0, call(0, 1600), False, id="no input"),
         pytest.param(binding([quota("s/q", tokens=1600, overdraft=900)]), 0, 0, call(101, 9), True, id="overdraft"),
         pytest.param(binding([quota("s/q", input_tokens=1600)]), 0, 0, call(100, 9), False, id="input: a sixteenth"),
         pytest.param(binding([quota("s/q", input_tokens=1600)]), 0, 0, call(101, 9), True, id="input: more"),
         pytest.param(binding([quota("s/q", output_tokens=9)]), 0, 0, call(9999, 9), False, id="output"),
         pytest.param(binding([quota("s/q", requests=2)]), 0, 0, call(9999, 9), False, id="requests"),
-        pytest.param(binding([CLASSICALLY]), 0, 0, call(9999, 9), False, id="after looks at no call's size"),
+        pytest.param(binding([AFTER]), 0, 0, call(9999, 9), False, id="after: the size of a call does not matter"),
         pytest.param(binding(shadows=[SHADOWED]), 0, 0, call(9999, 9), False, id="shadow"),
-        pytest.param(binding([FAR], [SMALL]), 0, 0, call(101, 9), True, id="beside the way in"),
-        pytest.param(binding([FAR], [SMALL]), 1600, 0, call(101, 9), False, id="used up beside the way in"),
-        pytest.param(binding([FAR], always=[SMALL]), 0, 0, call(101, 9), True, id="everyone's"),
-        pytest.param(binding(route("admins")), 0, 0, call(9999, 9), False, id="unlimited"),
-        # where the call is not let in with all that it wants
-        pytest.param(binding([SMALL]), 0, 0, call(9999, 9), True, id="too large for ever"),
-        pytest.param(binding([SMALL]), 1500, 0, call(100, 9), True, id="too large now"),
-        pytest.param(binding([SMALL]), 1500, 0, call(1, 200, 1), True, id="it would be shortened"),
-        pytest.param(binding([SMALL]), 0, 1500, call(100, 9), True, id="it would be delayed"),
-        pytest.param(binding([SMALL]), 1000, 600, call(1, 9), False, id="it would be delayed in any case"),
-        pytest.param(binding([SMALL]), 1600, 0, call(100, 9), False, id="used up in any case"),
-        pytest.param(binding([SMALL]), 1600, 0, call(1700, 9), True, id="used up, but not too large for ever"),
-        pytest.param(binding([SMALL]), 0, 0, call(1, 9999, 1601), True, id="so that the refusal says what it needs"),
+        pytest.param(binding([FAR], [SMALL]), 0, 0, call(101, 9), True, id="an additional quota"),
+        pytest.param(binding([FAR], [SMALL]), 1600, 0, call(101, 9), False, id="an additional quota that is used up"),
+        pytest.param(binding([FAR], always=[SMALL]), 0, 0, call(101, 9), True, id="a quota of everyone"),
+        pytest.param(binding(group_quotas("admins")), 0, 0, call(9999, 9), False, id="unlimited"),
+        # the call does not get all that it asks for
+        pytest.param(binding([SMALL]), 0, 0, call(9999, 9), True, id="larger than the limit"),
+        pytest.param(binding([SMALL]), 1500, 0, call(100, 9), True, id="larger than what is free"),
+        pytest.param(binding([SMALL]), 1500, 0, call(1, 200, 1), True, id="it would be cut"),
+        pytest.param(binding([SMALL]), 0, 1500, call(100, 9), True, id="it would wait"),
+        pytest.param(binding([SMALL]), 1000, 600, call(1, 9), False, id="it would wait without input too"),
+        pytest.param(binding([SMALL]), 1600, 0, call(100, 9), False, id="refused without input too"),
+        pytest.param(binding([SMALL]), 1600, 0, call(1700, 9), True, id="never by its bytes, exhausted by a count"),
+        pytest.param(binding([SMALL]), 0, 0, call(1, 9999, 1601), True, id="for the exact number in the refusal"),
         pytest.param(
             binding([quota("s/q", output_tokens=50)], [quota("s/p", tokens=100)]),
             0,
             Amount(0, 1, 1),
             call(60, 90, 1),
             True,
-            id="it would be shortened, and could wait for a longer answer elsewhere",
+            id="it would be cut, and could wait for a longer answer in another group",
         ),
     ],
 )
-def test_near_a_limit_an_input_is_counted_before_it_is_decided_on(who, used, held, demand, is_counted):
-    """Where its bytes would refuse, delay or shorten the call, or are more than a sixteenth of what is left.
+def test_near_a_limit_the_tokens_of_the_input_are_counted_first(who, used, held, demand, is_counted):
+    """If the bytes would refuse, delay or cut the call, or are more than a sixteenth of what is available.
 
-    Never twice, and never where a count can't help.
+    Never twice, and never if a count cannot help.
     """
-    [by_bytes, counted] = [played(who, each, {"s/q": used}, {"s/q": held}) for each in (estimated(demand), demand)]
+    [by_bytes, counted] = [
+        decide_at_noon(who, each, {"s/q": used}, {"s/q": held}) for each in (estimated(demand), demand)
+    ]
     assert not isinstance(counted, NeedsCount)
     assert by_bytes == (NeedsCount() if is_counted else counted)
 
@@ -457,12 +477,12 @@ def test_near_a_limit_an_input_is_counted_before_it_is_decided_on(who, used, hel
 
 HOURLY = quota("staff/hourly", tokens=300, per="hour")
 WEEKLY = quota("team/weekly", tokens=5000, per="week")
-POT = quota("team/pot", tokens=5000, per="month", shared=True)
+SHARED = quota("team/pot", tokens=5000, per="month", shared=True)
 LAB = quota("lab/6h", tokens=1000, per="6h")
 CALLS = quota("everyone/calls", requests=10)
-CLASSIC = quota("lab/classic", tokens=1000, per="6h", enforce="after")
-OFF = quota("off/zero", tokens=0, per="minute")
-ADMINS = route("admins")
+LAB_AFTER = quota("lab/after", tokens=1000, per="6h", enforce="after")
+ZERO = quota("off/zero", tokens=0, per="minute")
+ADMINS = group_quotas("admins")
 TEN = Amount(requests=10)
 
 
@@ -471,7 +491,7 @@ TEN = Amount(requests=10)
     [
         # inside one group
         pytest.param(
-            binding([DAILY, HOURLY]), {}, {}, call(100, 200), room("staff", 200, DAILY.id, HOURLY.id), id="both"
+            binding([DAILY, HOURLY]), {}, {}, call(100, 200), admitted("staff", 200, DAILY.id, HOURLY.id), id="both"
         ),
         pytest.param(
             binding([DAILY, HOURLY]),
@@ -479,7 +499,7 @@ TEN = Amount(requests=10)
             {},
             call(1, 1),
             exhausted(HOURLY.id, until=ONE_OCLOCK),
-            id="inside one group all must have room",
+            id="one group: all its quotas must have room",
         ),
         pytest.param(
             binding([DAILY, HOURLY]),
@@ -487,7 +507,7 @@ TEN = Amount(requests=10)
             {},
             call(1, 1),
             exhausted(HOURLY.id, DAILY.id, until=MIDNIGHT),
-            id="inside one group the latest reset counts",
+            id="one group: the latest reset counts",
         ),
         pytest.param(
             binding([DAILY, HOURLY]),
@@ -495,7 +515,7 @@ TEN = Amount(requests=10)
             {DAILY.id: 1000},
             call(1, 1),
             exhausted(HOURLY.id, until=ONE_OCLOCK),
-            id="inside one group exhausted is worse than busy",
+            id="one group: exhausted is worse than busy",
         ),
         pytest.param(
             binding([DAILY, HOURLY]),
@@ -503,15 +523,15 @@ TEN = Amount(requests=10)
             {},
             call(301),
             never(HOURLY.id),
-            id="inside one group never is worse than exhausted",
+            id="one group: never is worse than exhausted",
         ),
         pytest.param(
             binding([DAILY, HOURLY]),
             {DAILY.id: 800},
             {},
             call(50, 4000, 1),
-            room("staff", 150, DAILY.id, HOURLY.id),
-            id="inside one group the shortest answer counts",
+            admitted("staff", 150, DAILY.id, HOURLY.id),
+            id="one group: the shortest answer counts",
         ),
         pytest.param(
             binding([DAILY, HOURLY]),
@@ -519,7 +539,7 @@ TEN = Amount(requests=10)
             {HOURLY.id: 101},
             call(50, 4000, 1),
             busy(HOURLY.id),
-            id="what the tightest leaves must be available in the others",
+            id="one group: the answer that the tightest leaves must be available in the others",
         ),
         # everyone
         pytest.param(
@@ -527,8 +547,8 @@ TEN = Amount(requests=10)
             {},
             {},
             call(1, 1),
-            room("staff", 1, CALLS.id, DAILY.id),
-            id="in addition",
+            admitted("staff", 1, CALLS.id, DAILY.id),
+            id="everyone: in addition to the group",
         ),
         pytest.param(
             binding([DAILY], always=[CALLS]),
@@ -536,7 +556,7 @@ TEN = Amount(requests=10)
             {},
             call(1, 1),
             exhausted(CALLS.id, until=MIDNIGHT),
-            id="everyone's quota binds although the group has room",
+            id="everyone: binds although the group has room",
         ),
         pytest.param(
             binding([DAILY], [LAB], ADMINS, always=[CALLS]),
@@ -544,60 +564,60 @@ TEN = Amount(requests=10)
             {},
             call(1, 1),
             exhausted(CALLS.id, until=MIDNIGHT),
-            id="everyone's quota binds through any group, unlimited ones too",
+            id="everyone: binds through any group, unlimited ones too",
         ),
         pytest.param(
-            binding(always=[CALLS]), {}, {}, call(1, 9), room("everyone", 9, CALLS.id), id="everyone's alone"
+            binding(always=[CALLS]), {}, {}, call(1, 9), admitted("everyone", 9, CALLS.id), id="only everyone"
         ),
-        pytest.param(binding(), {}, {}, call(1, 9), room("everyone", 9), id="no quota at all, where that is allowed"),
-        # any_group: through which
+        pytest.param(binding(), {}, {}, call(1, 9), admitted("everyone", 9), id="no quota at all"),
+        # any_group: through which group
         pytest.param(
             binding([DAILY], [WEEKLY]),
             {},
             {},
             call(1, 9),
-            room("staff", 9, DAILY.id, WEEKLY.id),
-            id="the first in order",
+            admitted("staff", 9, DAILY.id, WEEKLY.id),
+            id="any_group: the first group that can carry the call",
         ),
         pytest.param(
             binding([WEEKLY], [DAILY]),
             {},
             {},
             call(1, 9),
-            room("team", 9, WEEKLY.id, DAILY.id),
-            id="the order is the policy's",
+            admitted("team", 9, WEEKLY.id, DAILY.id),
+            id="any_group: in the order of the policy",
         ),
         pytest.param(
             binding([DAILY], [WEEKLY]),
             {DAILY.id: 700},
             {},
             call(100, 400, 1),
-            room("team", 400, WEEKLY.id),
-            id="the first that can carry the whole hold; who can't is left alone",
+            admitted("team", 400, WEEKLY.id),
+            id="any_group: a group that cannot carry the whole hold is passed over and not charged",
         ),
         pytest.param(
             binding([DAILY], [LAB], [WEEKLY]),
             {DAILY.id: 700, LAB.id: 600, WEEKLY.id: 4900},
             {},
             call(50, 4000, 1),
-            room("lab", 350, LAB.id),
-            id="if none can, the one that can carry the most",
+            admitted("lab", 350, LAB.id),
+            id="any_group: if none can carry all, the one that can carry most",
         ),
         pytest.param(
             binding([DAILY], [LAB]),
             {DAILY.id: 600, LAB.id: 600},
             {},
             call(50, 4000, 1),
-            room("staff", 350, DAILY.id, LAB.id),
-            id="if they carry the same, the first of them",
+            admitted("staff", 350, DAILY.id, LAB.id),
+            id="any_group: of two that carry the same, the first",
         ),
         pytest.param(
             binding([DAILY], [LAB]),
             {DAILY.id: 600, LAB.id: 600},
             {DAILY.id: 1},
             call(50, 4000, 1),
-            room("lab", 350, LAB.id),
-            id="if they carry the same, one that need not wait",
+            admitted("lab", 350, LAB.id),
+            id="any_group: of two that carry the same, the one without waiting",
         ),
         pytest.param(
             binding([DAILY], [LAB]),
@@ -605,32 +625,32 @@ TEN = Amount(requests=10)
             {LAB.id: 300},
             call(50, 4000, 1),
             busy(LAB.id),
-            id="the most by what is free: it waits rather than be shortened by calls in flight",
+            id="any_group: most by what is free, so it waits for calls in flight",
         ),
         pytest.param(
             binding([DAILY], [LAB]),
             {},
             {DAILY.id: 900},
             call(100, 400),
-            room("lab", 400, LAB.id),
-            id="nobody waits while another group can carry it all",
+            admitted("lab", 400, LAB.id),
+            id="any_group: no waiting if another group can carry all",
         ),
         pytest.param(
             binding([HOURLY, DAILY], [LAB]),
             {HOURLY.id: 290},
             {},
             call(100, 400),
-            room("lab", 400, LAB.id, DAILY.id),
-            id="other groups' quotas are weighed one by one",
+            admitted("lab", 400, LAB.id, DAILY.id),
+            id="any_group: the quotas of another group are additional one by one",
         ),
-        # any_group: across groups the best verdict
+        # any_group: the best verdict of the groups
         pytest.param(
             binding([HOURLY], [DAILY]),
             {HOURLY.id: 300},
             {DAILY.id: 1000},
             call(10, 10),
             busy(DAILY.id),
-            id="across groups busy is better than exhausted",
+            id="any_group: busy is better than exhausted",
         ),
         pytest.param(
             binding([HOURLY], [DAILY]),
@@ -638,7 +658,7 @@ TEN = Amount(requests=10)
             {},
             call(301),
             exhausted(DAILY.id, until=MIDNIGHT),
-            id="across groups exhausted is better than never",
+            id="any_group: exhausted is better than never",
         ),
         pytest.param(
             binding([HOURLY], [quota("lab/tiny", tokens=5)]),
@@ -646,7 +666,7 @@ TEN = Amount(requests=10)
             {},
             call(301),
             never("staff/hourly"),
-            id="never anywhere",
+            id="any_group: never in all groups",
         ),
         pytest.param(
             binding([DAILY], [LAB], [WEEKLY]),
@@ -654,7 +674,7 @@ TEN = Amount(requests=10)
             {},
             call(1, 1),
             exhausted(LAB.id, until=SIX_OCLOCK),
-            id="across groups the earliest reset counts",
+            id="any_group: the earliest reset of the groups counts",
         ),
         pytest.param(
             binding([HOURLY, DAILY], [LAB]),
@@ -662,7 +682,7 @@ TEN = Amount(requests=10)
             {},
             call(1, 1),
             exhausted(LAB.id, until=SIX_OCLOCK),
-            id="the earliest of the groups' latest",
+            id="any_group: the earliest of each group's latest reset",
         ),
         pytest.param(
             binding([HOURLY, DAILY], [LAB]),
@@ -670,7 +690,7 @@ TEN = Amount(requests=10)
             {DAILY.id: 1000},
             call(1, 1),
             exhausted(HOURLY.id, until=ONE_OCLOCK),
-            id="a reset counts for what is exhausted, not for what is only busy",
+            id="any_group: the reset of a busy quota does not count",
         ),
         pytest.param(
             binding([DAILY], [LAB], always=[CALLS]),
@@ -678,7 +698,7 @@ TEN = Amount(requests=10)
             {},
             call(1, 1),
             exhausted(DAILY.id, CALLS.id, until=MIDNIGHT),
-            id="everyone's reset counts in each way",
+            id="any_group: the reset of everyone's quota counts for each group",
         ),
         # unlimited
         pytest.param(
@@ -686,157 +706,160 @@ TEN = Amount(requests=10)
             {},
             {},
             call(1, 9),
-            room("staff", 9, DAILY.id),
-            id="unlimited, but another is first",
+            admitted("staff", 9, DAILY.id),
+            id="unlimited: another group is first",
         ),
         pytest.param(
             binding([DAILY], ADMINS),
             {DAILY.id: 995},
             {},
             call(1, 9),
-            room("admins", 9),
-            id="unlimited carries what the others can't",
+            admitted("admins", 9),
+            id="unlimited: carries what the other group cannot",
         ),
         pytest.param(
-            binding(ADMINS, [DAILY], [POT]),
+            binding(ADMINS, [DAILY], [SHARED]),
             {},
             {},
             call(1, 9),
-            room("admins", 9, DAILY.id),
-            id="through unlimited, others are charged beside, pots are not",
+            admitted("admins", 9, DAILY.id),
+            id="unlimited: per-member quotas of other groups are charged, shared ones are not",
         ),
         pytest.param(
             binding([DAILY], ADMINS),
             {},
             {DAILY.id: 1000},
             call(1, 10**9),
-            room("admins", 10**9),
-            id="unlimited never waits",
+            admitted("admins", 10**9),
+            id="unlimited: never waits",
         ),
-        # pots
+        # shared quotas
         pytest.param(
-            binding([DAILY], [POT]), {}, {}, call(1, 9), room("staff", 9, DAILY.id), id="a pot only through its group"
-        ),
-        pytest.param(
-            binding([POT], [DAILY]),
+            binding([DAILY], [SHARED]),
             {},
             {},
             call(1, 9),
-            room("team", 9, POT.id, DAILY.id),
-            id="through the pot's group",
+            admitted("staff", 9, DAILY.id),
+            id="shared: only through its group",
         ),
         pytest.param(
-            binding([DAILY], [POT, WEEKLY]),
+            binding([SHARED], [DAILY]),
             {},
             {},
             call(1, 9),
-            room("staff", 9, DAILY.id, WEEKLY.id),
-            id="of another group the members' quotas, not the pot",
+            admitted("team", 9, SHARED.id, DAILY.id),
+            id="shared: charged through its group",
         ),
         pytest.param(
-            binding([DAILY], [POT]),
-            {DAILY.id: 999, POT.id: 5000},
+            binding([DAILY], [SHARED, WEEKLY]),
+            {},
+            {},
+            call(1, 9),
+            admitted("staff", 9, DAILY.id, WEEKLY.id),
+            id="shared: of another group only the per-member quotas are charged",
+        ),
+        pytest.param(
+            binding([DAILY], [SHARED]),
+            {DAILY.id: 999, SHARED.id: 5000},
             {},
             call(2),
             exhausted(DAILY.id, until=MIDNIGHT),
-            id="an empty pot is no help",
+            id="shared: one that is used up admits nobody",
         ),
         pytest.param(
             binding([DAILY], always=[quota("everyone/pot", tokens=50, shared=True)]),
             {},
             {},
             call(1, 9),
-            room("staff", 9, "everyone/pot", DAILY.id),
-            id="everyone's pot is everyone's",
+            admitted("staff", 9, "everyone/pot", DAILY.id),
+            id="shared: one of everyone is always charged",
         ),
-        # what is charged beside
+        # additional quotas: those of other groups that are charged too
         pytest.param(
             binding([DAILY], [WEEKLY]),
             {WEEKLY.id: 4900},
             {},
             call(50, 51),
-            room("staff", 51, DAILY.id),
-            id="beside: too little is free",
+            admitted("staff", 51, DAILY.id),
+            id="additional: too little is free",
         ),
         pytest.param(
             binding([DAILY], [WEEKLY]),
             {WEEKLY.id: 4900},
             {},
             call(50, 50),
-            room("staff", 50, DAILY.id, WEEKLY.id),
-            id="beside: just enough is free",
+            admitted("staff", 50, DAILY.id, WEEKLY.id),
+            id="additional: exactly enough is free",
         ),
         pytest.param(
             binding([DAILY], [WEEKLY]),
             {WEEKLY.id: 4000},
             {WEEKLY.id: 950},
             call(50, 50),
-            room("staff", 50, DAILY.id),
-            id="beside: free, but held by others",
+            admitted("staff", 50, DAILY.id),
+            id="additional: free, but held by other calls",
         ),
         pytest.param(
             binding([DAILY], [WEEKLY]),
             {DAILY.id: 900, WEEKLY.id: 4950},
             {},
             call(10, 4000, 1),
-            room("staff", 90, DAILY.id),
-            id="beside: the hold that is let in counts, not the one asked",
+            admitted("staff", 90, DAILY.id),
+            id="additional: the hold of the admitted call counts, not what it asked for",
         ),
         pytest.param(
-            binding([DAILY], [OFF]),
+            binding([DAILY], [ZERO]),
             {},
             {},
             call(1, 9),
-            room("staff", 9, DAILY.id),
-            id="beside: a limit of 0 carries nothing",
+            admitted("staff", 9, DAILY.id),
+            id="additional: a limit of 0 carries nothing",
         ),
         pytest.param(
-            binding([DAILY], [CLASSIC]),
-            {CLASSIC.id: 999},
+            binding([DAILY], [LAB_AFTER]),
+            {LAB_AFTER.id: 999},
             {},
             call(50, 50),
-            room("staff", 50, DAILY.id, CLASSIC.id),
-            id="beside: after carries anything while it is not used up",
+            admitted("staff", 50, DAILY.id, LAB_AFTER.id),
+            id="additional: after carries any call before its limit",
         ),
         pytest.param(
-            binding([DAILY], [CLASSIC]),
-            {CLASSIC.id: 1000},
+            binding([DAILY], [LAB_AFTER]),
+            {LAB_AFTER.id: 1000},
             {},
             call(50, 50),
-            room("staff", 50, DAILY.id),
-            id="beside: after carries nothing once it is",
+            admitted("staff", 50, DAILY.id),
+            id="additional: after carries no call at its limit",
         ),
         pytest.param(
             binding([DAILY], [quota("lab/out", output_tokens=5)]),
             {},
             {},
             call(50),
-            room("staff", 0, DAILY.id),
-            id="beside: output alone has nothing to do with embeddings",
+            admitted("staff", 0, DAILY.id),
+            id="additional: a limit on output does not count embeddings",
         ),
         # a limit of 0
         pytest.param(
-            binding([OFF], [DAILY]), {}, {}, call(1, 9), room("staff", 9, DAILY.id), id="0 here, room there"
+            binding([ZERO], [DAILY]), {}, {}, call(1, 9), admitted("staff", 9, DAILY.id), id="limit 0: another admits"
         ),
         pytest.param(
-            binding([OFF], [DAILY]),
+            binding([ZERO], [DAILY]),
             {DAILY.id: 1000},
             {},
             call(1, 9),
             exhausted(DAILY.id, until=MIDNIGHT),
-            id="a limit of 0 never resets, so it is not the earliest way in",
+            id="limit 0: never resets, so the reset of the other group counts",
         ),
-        pytest.param(
-            binding([OFF]), {}, {}, call(1, 9), exhausted(OFF.id, until=None), id="a limit of 0 names no reset"
-        ),
+        pytest.param(binding([ZERO]), {}, {}, call(1, 9), exhausted(ZERO.id, until=None), id="limit 0: no reset"),
         # every_group
         pytest.param(
-            binding([DAILY], [POT], combine="every_group", always=[CALLS]),
+            binding([DAILY], [SHARED], combine="every_group", always=[CALLS]),
             {},
             {},
             call(1, 9),
-            room("staff+team", 9, CALLS.id, DAILY.id, POT.id),
-            id="every_group: through all, pots too",
+            admitted("staff+team", 9, CALLS.id, DAILY.id, SHARED.id),
+            id="every_group: through all groups, shared quotas too",
         ),
         pytest.param(
             binding([DAILY], [LAB], combine="every_group"),
@@ -859,7 +882,7 @@ TEN = Amount(requests=10)
             {LAB.id: 700},
             {},
             call(100, 400, 1),
-            room("staff+lab", 200, DAILY.id, LAB.id),
+            admitted("staff+lab", 200, DAILY.id, LAB.id),
             id="every_group: the shortest answer counts",
         ),
         pytest.param(
@@ -867,8 +890,8 @@ TEN = Amount(requests=10)
             {},
             {},
             call(1, 9),
-            room("staff+admins", 9, DAILY.id),
-            id="every_group: unlimited has room",
+            admitted("staff+admins", 9, DAILY.id),
+            id="every_group: an unlimited group has room",
         ),
         pytest.param(
             binding(ADMINS, [DAILY], combine="every_group"),
@@ -876,102 +899,102 @@ TEN = Amount(requests=10)
             {},
             call(1, 9),
             exhausted(DAILY.id, until=MIDNIGHT),
-            id="every_group: unlimited frees nobody of the others",
+            id="every_group: an unlimited group does not lift the quotas of others",
         ),
         pytest.param(
             binding(combine="every_group", always=[CALLS]),
             {},
             {},
             call(1, 9),
-            room("everyone", 9, CALLS.id),
-            id="every_group: of no group",
+            admitted("everyone", 9, CALLS.id),
+            id="every_group: no group",
         ),
     ],
 )
-def test_who_is_let_in_and_what_is_charged(who, used, held, demand, expected):
-    """Inside a group all quotas must have room; across groups `combine` decides; everyone's bind in addition."""
-    assert told(played(who, demand, used, held)) == expected
+def test_which_calls_are_admitted_and_what_they_are_charged(who, used, held, demand, expected):
+    """All quotas of a group must have room; `combine` decides across groups; the quotas of everyone always bind."""
+    assert summary(decide_at_noon(who, demand, used, held)) == expected
 
 
-def test_the_answer_says_which_quota_shortened_it():
-    """For the head of the answer: `x-quota-capped`."""
+def test_an_admission_names_the_quota_that_cut_the_answer():
+    """For the response header `x-quota-capped`."""
     who = binding([DAILY, HOURLY], always=[quota("everyone/tokens", tokens=900)])
-    decision = played(who, call(50, 4000, 1), {DAILY.id: 800}, {})
+    decision = decide_at_noon(who, call(50, 4000, 1), {DAILY.id: 800}, {})
     assert decision.capped_by == DAILY
     assert decision.hold.output == 150
 
 
-def test_exact_beside_after_beside_shadow():
-    """Each holds in its own way of the same call: exact and shadow the whole, after only that there is a call."""
-    classic, watching = (
-        quota("staff/classic", tokens=10, enforce="after"),
-        quota("staff/new", tokens=900, enforce="shadow"),
+def test_a_call_holds_all_of_its_tokens_in_exact_and_shadow_and_one_request_in_after():
+    """The three kinds of enforcement can bind the same call."""
+    after, shadow = (
+        quota("staff/after", tokens=10, enforce="after"),
+        quota("staff/shadow", tokens=900, enforce="shadow"),
     )
-    who = binding([DAILY, classic], shadows=[watching])
-    decision = played(who, call(100, 400), {}, {})
+    who = binding([DAILY, after], shadows=[shadow])
+    decision = decide_at_noon(who, call(100, 400), {}, {})
     whole = Amount(100, 400, 1)
     assert {hold.quota.id: hold.amount for hold in decision.holds} == {
         DAILY.id: whole,
-        classic.id: Amount(requests=1),
-        watching.id: whole,
+        after.id: Amount(requests=1),
+        shadow.id: whole,
     }
-    assert [hold_of(each, whole) for each in (DAILY, classic)] == [whole, Amount(requests=1)]
+    assert [hold_of(each, whole) for each in (DAILY, after)] == [whole, Amount(requests=1)]
 
 
 # ------------------------------------------------------------------------------------------------------------- shadow
 
-WATCH = quota("staff/watch", tokens=500, enforce="shadow")
+SHADOW = quota("staff/shadow", tokens=500, enforce="shadow")
 
 
 @pytest.mark.parametrize(
     ("used", "held", "demand", "output", "is_charged"),
     [
-        pytest.param(0, 0, call(100, 400), 400, True, id="room"),
+        pytest.param(0, 0, call(100, 400), 400, True, id="it would admit"),
         pytest.param(500, 0, call(100, 400), 400, False, id="exhausted: reported, not charged"),
         pytest.param(0, 0, call(501, 9), 9, False, id="never: reported, not charged"),
-        pytest.param(0, 500, call(100, 400), 400, True, id="busy: it would only have waited"),
-        pytest.param(
-            300, 0, call(100, 400, 1), 400, True, id="it would have been shortened: let in, and not shortened"
-        ),
+        pytest.param(0, 500, call(100, 400), 400, True, id="busy: charged, because the call would only have waited"),
+        pytest.param(300, 0, call(100, 400, 1), 400, True, id="it would have been cut: admitted and not cut"),
     ],
 )
-def test_a_quota_in_shadow_never_refuses_and_says_what_it_would_have_done(used, held, demand, output, is_charged):
-    """So that an operator can see what a new quota would do before it does it."""
-    who = binding([quota("staff/big", tokens=10**6)], shadows=[WATCH])
-    decision = played(who, demand, {WATCH.id: used}, {WATCH.id: held})
-    assert told(decision) == room("staff", output, "staff/big", *([WATCH.id] if is_charged else []))
-    assert decision.would_refuse == (() if is_charged else (WATCH,))
+def test_a_quota_in_shadow_never_refuses_and_reports_what_it_would_have_refused(
+    used, held, demand, output, is_charged
+):
+    """An operator can see what a new quota would do before it is enforced."""
+    who = binding([quota("staff/big", tokens=10**6)], shadows=[SHADOW])
+    decision = decide_at_noon(who, demand, {SHADOW.id: used}, {SHADOW.id: held})
+    assert summary(decision) == admitted("staff", output, "staff/big", *([SHADOW.id] if is_charged else []))
+    assert decision.would_refuse == (() if is_charged else (SHADOW,))
     assert decision.capped_by is None
 
 
-def test_quotas_in_shadow_alone_let_everything_in():
-    """They bind nobody."""
-    who = binding(shadows=[WATCH])
-    assert told(played(who, call(10**6, 10**6), {}, {})) == room("everyone", 10**6)
-    assert told(played(who, call(1, 1), {}, {})) == room("everyone", 1, WATCH.id)
+def test_quotas_in_shadow_alone_admit_every_call():
+    """They bind no user."""
+    who = binding(shadows=[SHADOW])
+    assert summary(decide_at_noon(who, call(10**6, 10**6), {}, {})) == admitted("everyone", 10**6)
+    assert summary(decide_at_noon(who, call(1, 1), {}, {})) == admitted("everyone", 1, SHADOW.id)
 
 
 def test_a_quota_in_shadow_is_not_named_in_a_refusal():
-    """What it would have done is of no help to who was refused by another."""
-    who = binding([DAILY], shadows=[WATCH])
-    decision = played(who, call(1, 1), {DAILY.id: 1000, WATCH.id: 500}, {})
-    assert told(decision) == exhausted(DAILY.id, until=MIDNIGHT)
+    """A user who was refused by another quota does not need to know what this one would have done."""
+    who = binding([DAILY], shadows=[SHADOW])
+    decision = decide_at_noon(who, call(1, 1), {DAILY.id: 1000, SHADOW.id: 500}, {})
+    assert summary(decision) == exhausted(DAILY.id, until=MIDNIGHT)
 
 
-def test_a_shadow_on_output_alone_does_not_watch_embeddings():
-    """As it would not bind them either."""
+def test_a_quota_on_output_in_shadow_does_not_count_embeddings():
+    """It would not bind them if it were enforced."""
     who = binding([DAILY], shadows=[quota("staff/out", output_tokens=0, enforce="shadow")])
-    decision = played(who, call(10), {}, {})
-    assert told(decision) == room("staff", 0, DAILY.id)
+    decision = decide_at_noon(who, call(10), {}, {})
+    assert summary(decision) == admitted("staff", 0, DAILY.id)
     assert decision.would_refuse == ()
 
 
-# ------------------------------------------------------------------------------------------------- holds that increase_hold
+# ------------------------------------------------------------------------------------------------ increases of a hold
 
 OWN = Amount(100, 100, 1)
 
 
-def grown(
+def increased(
     who: Binding,
     increase: tuple[int, int],
     *,
@@ -980,12 +1003,16 @@ def grown(
     others: Mapping,
     not_held: tuple = (),
 ) -> HoldIncrease:
-    """How a call that holds OWN of all quotas of a binding grows; `others` is what is held beside that."""
+    """How a call that holds OWN of all quotas of a binding increases its hold; `others` is what other calls hold."""
     held = {each.id: amount(others.get(each.id, 0)) + hold_of(each, OWN) for each in who.quotas}
     found = counters(who, used=used, held=held)
-    at = {each.id: found[each.key_for("ann")] for each in who.quotas if each.id not in not_held}
+    current = {each.id: found[each.key_for("ann")] for each in who.quotas if each.id not in not_held}
     return increase_hold(
-        *increase, who, admitted_via=admitted_via, own={each.id: hold_of(each, OWN) for each in who.quotas}, at=at
+        *increase,
+        who,
+        admitted_via=admitted_via,
+        own={each.id: hold_of(each, OWN) for each in who.quotas},
+        current=current,
     )
 
 
@@ -993,101 +1020,105 @@ def grown(
     ("each", "used", "others", "increase", "output", "verdict"),
     [
         # tokens: limit 1000, of which the call itself holds 200
-        pytest.param({"tokens": 1000}, 0, 0, (300, 1), 300, "ALLOW", id="room to spare"),
+        pytest.param({"tokens": 1000}, 0, 0, (300, 1), 300, "ALLOW", id="more than enough is free"),
         pytest.param({"tokens": 1000}, 500, 0, (300, 1), 300, "ALLOW", id="to the last token"),
-        pytest.param({"tokens": 1000}, 501, 0, (300, 299), 299, "ALLOW", id="in part, but enough to go on"),
-        pytest.param({"tokens": 1000}, 501, 0, (300, 300), 299, "EXHAUSTED", id="in part, and not enough"),
+        pytest.param({"tokens": 1000}, 501, 0, (300, 299), 299, "ALLOW", id="a part, and enough to go on"),
+        pytest.param({"tokens": 1000}, 501, 0, (300, 300), 299, "EXHAUSTED", id="a part, and not enough to go on"),
         pytest.param({"tokens": 1000}, 800, 0, (300, 1), 0, "EXHAUSTED", id="nothing is left"),
-        pytest.param({"tokens": 1000}, 800, 0, (300, 0), 0, "ALLOW", id="nothing is left, nothing is needed"),
-        pytest.param({"tokens": 1000}, 5000, 0, (300, 1), 0, "EXHAUSTED", id="the limit was lowered"),
-        pytest.param({"tokens": 1000}, 0, 501, (300, 299), 299, "ALLOW", id="others hold some"),
+        pytest.param({"tokens": 1000}, 800, 0, (300, 0), 0, "ALLOW", id="nothing is left and nothing is needed"),
+        pytest.param({"tokens": 1000}, 5000, 0, (300, 1), 0, "EXHAUSTED", id="the limit was lowered below the usage"),
+        pytest.param({"tokens": 1000}, 0, 501, (300, 299), 299, "ALLOW", id="others hold some, enough is left"),
         pytest.param({"tokens": 1000}, 0, 501, (300, 300), 299, "BUSY", id="others hold what is needed"),
-        pytest.param({"tokens": 1000}, 0, 800, (300, 1), 0, "BUSY", id="others hold all"),
-        pytest.param({"tokens": 1000}, 500, 300, (400, 301), 0, "EXHAUSTED", id="and could not give enough back"),
-        pytest.param({"tokens": 1000}, 500, 300, (400, 300), 0, "BUSY", id="and could give back just enough"),
+        pytest.param({"tokens": 1000}, 0, 800, (300, 1), 0, "BUSY", id="others hold everything"),
+        pytest.param({"tokens": 1000}, 500, 300, (400, 301), 0, "EXHAUSTED", id="others could not free enough"),
+        pytest.param({"tokens": 1000}, 500, 300, (400, 300), 0, "BUSY", id="others could just free enough"),
         pytest.param({"tokens": 1000}, 0, 0, (0, 0), 0, "ALLOW", id="nothing is wanted"),
         # the other limits
         pytest.param({"tokens": 1000, "overdraft": 50}, 800, 0, (300, 50), 50, "ALLOW", id="overdraft"),
-        pytest.param({"tokens": 1000, "overdraft": 50}, 800, 0, (300, 51), 50, "EXHAUSTED", id="and no further"),
+        pytest.param({"tokens": 1000, "overdraft": 50}, 800, 0, (300, 51), 50, "EXHAUSTED", id="overdraft: no more"),
         pytest.param({"output_tokens": 400}, Amount(999, 100, 1), 0, (300, 1), 200, "ALLOW", id="output"),
-        pytest.param({"output_tokens": 400}, 0, Amount(0, 300, 1), (300, 1), 0, "BUSY", id="output: held"),
+        pytest.param({"output_tokens": 400}, 0, Amount(0, 300, 1), (300, 1), 0, "BUSY", id="output: busy"),
         pytest.param({"output_tokens": 400, "overdraft": 50}, 0, 0, (999, 1), 350, "ALLOW", id="output: overdraft"),
         pytest.param({"tokens": 1000, "output_tokens": 150}, 0, 0, (300, 1), 50, "ALLOW", id="the tightest"),
-        pytest.param({"input_tokens": 100}, 999, 999, (300, 300), 300, "ALLOW", id="input doesn't bind answers"),
-        pytest.param({"requests": 1}, 9, 9, (300, 300), 300, "ALLOW", id="nor do requests"),
-        pytest.param({"tokens": 10, "enforce": "after"}, 99, 99, (300, 300), 300, "ALLOW", id="after stops nobody"),
+        pytest.param({"input_tokens": 100}, 999, 999, (300, 300), 300, "ALLOW", id="input does not limit answers"),
+        pytest.param({"requests": 1}, 9, 9, (300, 300), 300, "ALLOW", id="requests do not limit answers"),
+        pytest.param({"tokens": 10, "enforce": "after"}, 99, 99, (300, 300), 300, "ALLOW", id="after limits nothing"),
     ],
 )
-def test_a_hold_grows_as_far_as_there_is_room(each, used, others, increase, output, verdict):
-    """It takes what it can get; where that is too little to go on, waiting may help (BUSY) or not (EXHAUSTED)."""
+def test_a_hold_increases_by_what_is_available(each, used, others, increase, output, verdict):
+    """If that is too little to go on, waiting helps (BUSY) or does not (EXHAUSTED)."""
     daily = quota("staff/daily", **each)
-    growth = grown(binding([daily]), increase, admitted_via="staff", used={daily.id: used}, others={daily.id: others})
-    assert (growth.output, growth.verdict, growth.left_alone) == (output, Verdict[verdict], ())
-    assert [(hold.quota, hold.amount) for hold in growth.holds] == [(daily, hold_of(daily, Amount(output=output)))]
+    result = increased(
+        binding([daily]), increase, admitted_via="staff", used={daily.id: used}, others={daily.id: others}
+    )
+    assert (result.output, result.verdict, result.left_alone) == (output, Verdict[verdict], ())
+    assert [(hold.quota, hold.amount) for hold in result.holds] == [(daily, hold_of(daily, Amount(output=output)))]
 
 
 LAB_OUT = quota("lab/output", output_tokens=500)
-TEAM_POT = quota("team/pot", tokens=1000, shared=True)
+TEAM_SHARED = quota("team/pot", tokens=1000, shared=True)
 EVERYONES = quota("everyone/tokens", tokens=2000)
-WATCHING = quota("staff/watch", tokens=100, enforce="shadow")
-CLASSICAL = quota("lab/after", tokens=100, enforce="after")
+SMALL_SHADOW = quota("staff/shadow", tokens=100, enforce="shadow")
+SMALL_AFTER = quota("lab/after", tokens=100, enforce="after")
 
 
 @pytest.mark.parametrize(
-    ("who", "admitted_via", "used", "others", "output", "verdict", "grows", "left_alone"),
+    ("who", "admitted_via", "used", "others", "output", "verdict", "increases", "left_alone"),
     [
         pytest.param(binding([DAILY], always=[EVERYONES]), "staff", {EVERYONES.id: 1600}, {}, 200, "ALLOW",
-                     {EVERYONES.id, DAILY.id}, set(), id="the tightest of the way in"),
+                     {EVERYONES.id, DAILY.id}, set(), id="the tightest quota limits"),
         pytest.param(binding([DAILY], always=[EVERYONES]), "staff", {EVERYONES.id: 1800}, {DAILY.id: 800}, 0,
-                     "EXHAUSTED", {EVERYONES.id, DAILY.id}, set(), id="used up is worse than held"),
+                     "EXHAUSTED", {EVERYONES.id, DAILY.id}, set(), id="exhausted is worse than busy"),
         pytest.param(binding([DAILY], always=[EVERYONES]), "staff", {}, {EVERYONES.id: 1800}, 0, "BUSY",
-                     {EVERYONES.id, DAILY.id}, set(), id="everyone's is held"),
-        # beside
+                     {EVERYONES.id, DAILY.id}, set(), id="the quota of everyone is held"),
+        # additional quotas
         pytest.param(binding([DAILY], [LAB_OUT]), "staff", {}, {}, 300, "ALLOW",
-                     {DAILY.id, LAB_OUT.id}, set(), id="beside: it grows along"),
+                     {DAILY.id, LAB_OUT.id}, set(), id="additional: increased too"),
         pytest.param(binding([DAILY], [LAB_OUT]), "staff", {LAB_OUT.id: Amount(0, 100, 1)}, {}, 300, "ALLOW",
-                     {DAILY.id, LAB_OUT.id}, set(), id="beside: to the last token"),
+                     {DAILY.id, LAB_OUT.id}, set(), id="additional: to the last token"),
         pytest.param(binding([DAILY], [LAB_OUT]), "staff", {LAB_OUT.id: Amount(0, 101, 1)}, {}, 300, "ALLOW",
-                     {DAILY.id}, {LAB_OUT.id}, id="beside: what can't carry it is left alone"),
+                     {DAILY.id}, {LAB_OUT.id}, id="additional: left alone if it cannot carry the increase"),
         pytest.param(binding([DAILY], [LAB_OUT]), "staff", {}, {LAB_OUT.id: Amount(0, 101, 1)}, 300, "ALLOW",
-                     {DAILY.id}, {LAB_OUT.id}, id="beside: nobody waits for it"),
+                     {DAILY.id}, {LAB_OUT.id}, id="additional: the call does not wait for it"),
         pytest.param(binding([DAILY], [LAB_OUT]), "staff", {DAILY.id: 750, LAB_OUT.id: Amount(0, 350, 1)}, {}, 50,
-                     "ALLOW", {DAILY.id, LAB_OUT.id}, set(), id="beside: what there is room for counts"),
+                     "ALLOW", {DAILY.id, LAB_OUT.id}, set(), id="additional: carries the increase granted"),
         pytest.param(binding([LAB_OUT], [DAILY]), "staff", {LAB_OUT.id: Amount(0, 400, 1)}, {}, 300, "ALLOW",
-                     {DAILY.id}, {LAB_OUT.id}, id="the way in is the one that it took, not the first"),
-        pytest.param(binding([DAILY], [CLASSICAL]), "staff", {CLASSICAL.id: 100}, {}, 300, "ALLOW",
-                     {DAILY.id, CLASSICAL.id}, set(), id="beside: after needs no room"),
-        pytest.param(binding([DAILY], shadows=[WATCHING]), "staff", {WATCHING.id: 900}, {}, 300, "ALLOW",
-                     {DAILY.id, WATCHING.id}, set(), id="a shadow goes on watching above its limit"),
-        # the ways in
-        pytest.param(binding([TEAM_POT], [DAILY]), "team", {}, {TEAM_POT.id: 800}, 0, "BUSY",
-                     {TEAM_POT.id, DAILY.id}, set(), id="through a pot's group"),
+                     {DAILY.id}, {LAB_OUT.id}, id="the group that admitted the call limits, not the first group"),
+        pytest.param(binding([DAILY], [SMALL_AFTER]), "staff", {SMALL_AFTER.id: 100}, {}, 300, "ALLOW",
+                     {DAILY.id, SMALL_AFTER.id}, set(), id="additional: after carries any increase"),
+        pytest.param(binding([DAILY], shadows=[SMALL_SHADOW]), "staff", {SMALL_SHADOW.id: 900}, {}, 300, "ALLOW",
+                     {DAILY.id, SMALL_SHADOW.id}, set(), id="a quota in shadow counts on above its limit"),
+        # by the groups that admitted the call
+        pytest.param(binding([TEAM_SHARED], [DAILY]), "team", {}, {TEAM_SHARED.id: 800}, 0, "BUSY",
+                     {TEAM_SHARED.id, DAILY.id}, set(), id="the group of a shared quota limits"),
         pytest.param(binding([DAILY], [LAB_OUT], combine="every_group"), "staff+lab", {LAB_OUT.id: Amount(0, 380, 1)},
-                     {}, 20, "ALLOW", {DAILY.id, LAB_OUT.id}, set(), id="every_group: all stop it"),
-        pytest.param(binding([DAILY], route("admins")), "admins", {}, {DAILY.id: 800}, 300, "ALLOW",
-                     set(), {DAILY.id}, id="through unlimited nothing stops it"),
-        pytest.param(binding([DAILY], route("admins"), always=[EVERYONES]), "admins", {EVERYONES.id: 1700}, {}, 100,
-                     "ALLOW", {EVERYONES.id, DAILY.id}, set(), id="through unlimited everyone's does"),
+                     {}, 20, "ALLOW", {DAILY.id, LAB_OUT.id}, set(), id="every_group: each group limits"),
+        pytest.param(binding([DAILY], group_quotas("admins")), "admins", {}, {DAILY.id: 800}, 300, "ALLOW",
+                     set(), {DAILY.id}, id="unlimited: nothing limits"),
+        pytest.param(binding([DAILY], group_quotas("admins"), always=[EVERYONES]), "admins", {EVERYONES.id: 1700},
+                     {}, 100, "ALLOW", {EVERYONES.id, DAILY.id}, set(), id="unlimited: the quota of everyone limits"),
         pytest.param(binding(always=[EVERYONES]), "everyone", {EVERYONES.id: 1700}, {}, 100, "ALLOW",
-                     {EVERYONES.id}, set(), id="everyone's alone"),
+                     {EVERYONES.id}, set(), id="only everyone"),
         pytest.param(binding(), "everyone", {}, {}, 300, "ALLOW", set(), set(), id="no quota at all"),
     ],
 )  # fmt: skip
-def test_only_the_way_in_stops_an_answer(who, admitted_via, used, others, output, verdict, grows, left_alone):
-    """A call would like 300 tokens more and needs one; quotas beside its way in are let go rather than stop it."""
-    growth = grown(who, (300, 1), admitted_via=admitted_via, used=used, others=others)
-    assert (growth.output, growth.verdict) == (output, Verdict[verdict])
-    assert {hold.quota.id for hold in growth.holds} == grows
-    assert {each.id for each in growth.left_alone} == left_alone
+def test_only_the_quotas_that_admitted_a_call_limit_its_answer(
+    who, admitted_via, used, others, output, verdict, increases, left_alone
+):
+    """A call asks for 300 more tokens and needs one. Additional quotas without room for them are left alone."""
+    result = increased(who, (300, 1), admitted_via=admitted_via, used=used, others=others)
+    assert (result.output, result.verdict) == (output, Verdict[verdict])
+    assert {hold.quota.id for hold in result.holds} == increases
+    assert {each.id for each in result.left_alone} == left_alone
 
 
-def test_a_quota_that_the_call_does_not_hold_neither_stops_it_nor_grows():
-    """It was left alone before, and is not taken up again in the middle of an answer."""
+def test_a_quota_that_the_call_does_not_hold_neither_limits_nor_increases():
+    """It was left alone before, and is not charged again in the middle of an answer."""
     who = binding([DAILY], [LAB_OUT])
-    growth = grown(who, (300, 300), admitted_via="staff", used={}, others={}, not_held=(LAB_OUT.id,))
-    assert [hold.quota.id for hold in growth.holds] == [DAILY.id]
-    growth = grown(who, (300, 300), admitted_via="lab", used={}, others={LAB_OUT.id: 999}, not_held=(LAB_OUT.id,))
-    assert (growth.output, growth.verdict, [hold.quota.id for hold in growth.holds]) == (
+    result = increased(who, (300, 300), admitted_via="staff", used={}, others={}, not_held=(LAB_OUT.id,))
+    assert [hold.quota.id for hold in result.holds] == [DAILY.id]
+    result = increased(who, (300, 300), admitted_via="lab", used={}, others={LAB_OUT.id: 999}, not_held=(LAB_OUT.id,))
+    assert (result.output, result.verdict, [hold.quota.id for hold in result.holds]) == (
         300,
         Verdict.ALLOW,
         [DAILY.id],
@@ -1097,8 +1128,8 @@ def test_a_quota_that_the_call_does_not_hold_neither_stops_it_nor_grows():
 # ----------------------------------------------------------------------------------------------- which counters count
 
 
-def test_a_counter_of_another_user_or_of_a_closed_window_stands_in_nobodys_way():
-    """Ann's limit is ann's, today's is today's."""
+def test_counters_of_another_user_and_of_a_closed_window_do_not_count():
+    """Neither bob's usage nor yesterday's refuses ann today."""
     bobs = counters(binding([DAILY], user="bob"), used={DAILY.id: 1000})
     yesterdays = counters(binding([DAILY]), used={DAILY.id: 1000}, held={DAILY.id: 500}, opened=NOON - DAY)
     for others in (bobs, yesterdays):
@@ -1110,55 +1141,57 @@ def test_a_counter_of_another_user_or_of_a_closed_window_stands_in_nobodys_way()
 # ----------------------------------------------------------------------------------------------- all rules, at random
 
 
-def standing(who: Binding, found: Counters, now: int) -> dict[str, Counter]:
+def current_counters(who: Binding, found: Counters, now: int) -> dict[str, Counter]:
     return {each.id: counter_at(now, each, found.get(each.key_for(who.user))) for each in who.quotas}
 
 
-def binds(limit: Limit, demand: Demand) -> bool:
+def applies(limit: Limit, demand: Demand) -> bool:
     return limit.measure != "output_tokens" or demand.output_maximum > 0
 
 
-def above(each: Quota, limit: Limit) -> int:
-    """How far what is held may go above a limit."""
+def overdraft_of(each: Quota, limit: Limit) -> int:
+    """How far a hold may exceed a limit."""
     return each.overdraft if limit.measure in ("tokens", "output_tokens") else 0
 
 
 def is_free(each: Quota, counter: Counter, demand: Demand, output: int) -> bool:
-    """Whether the smallest answer fits below the limit and one of `output` below the overdraft, of what is unused."""
+    """Whether the unused part has room for the smallest answer, and with the overdraft for one of `output` tokens."""
     least, whole = Amount(demand.input, demand.smallest, 1), Amount(demand.input, output, 1)
     for limit in each.limits:
         left = limit.maximum - counter.used.of(limit.measure)
-        is_too_large = least.of(limit.measure) > left or whole.of(limit.measure) > left + above(each, limit)
-        if binds(limit, demand) and (left <= 0 or (is_too_large and each.enforce != "after")):
+        is_too_large = least.of(limit.measure) > left or whole.of(limit.measure) > left + overdraft_of(each, limit)
+        if applies(limit, demand) and (left <= 0 or (is_too_large and each.enforce != "after")):
             return False
     return True
 
 
 def is_available(each: Quota, counter: Counter, demand: Demand, hold: Amount) -> bool:
-    """Whether a hold fits beside what others hold."""
+    """Whether a hold fits beside what other calls hold."""
     taken = counter.used + counter.held + hold
     return each.enforce == "after" or all(
-        taken.of(limit.measure) <= limit.maximum + above(each, limit) for limit in each.limits if binds(limit, demand)
+        taken.of(limit.measure) <= limit.maximum + overdraft_of(each, limit)
+        for limit in each.limits
+        if applies(limit, demand)
     )
 
 
-def held_for(quotas: tuple[Quota, ...], at: Mapping[str, Counter], demand: Demand, output: int) -> Amount:
-    """Of an answer its first part, and of what is not shown all that is free below each limit."""
-    seen = demand.input
+def held_for(quotas: tuple[Quota, ...], current: Mapping[str, Counter], demand: Demand, output: int) -> Amount:
+    """What a call holds: the first part of its answer, and as much hidden input as is free below each limit."""
+    input_tokens = demand.input
     for more in range(demand.hidden_input + 1):
         whole = Amount(demand.input + more, output, 1)
         if more == 0 or all(
-            at[each.id].used.of(limit.measure) + whole.of(limit.measure) <= limit.maximum
+            current[each.id].used.of(limit.measure) + whole.of(limit.measure) <= limit.maximum
             for each in quotas
             for limit in each.limits
             if each.enforce != "after" and limit.measure in ("tokens", "input_tokens")
         ):
-            seen = whole.input
-    return Amount(seen, min(output, demand.initial_hold), 1)
+            input_tokens = whole.input
+    return Amount(input_tokens, min(output, demand.initial_hold), 1)
 
 
-def plainly(demand: Demand, who: Binding, at: Mapping[str, Counter]) -> tuple[str, str, int]:
-    """The rules once more, told as plainly as possible, by trying every length of answer."""
+def by_brute_force(demand: Demand, who: Binding, current: Mapping[str, Counter]) -> tuple[str, str, int]:
+    """The rules in their simplest form: every length of answer is tried with every group."""
     alternatives = [(one.group, one.quotas) for one in who.groups] or [("everyone", ())]
     if who.combine == "every_group" and who.groups:
         alternatives = [
@@ -1167,16 +1200,16 @@ def plainly(demand: Demand, who: Binding, at: Mapping[str, Counter]) -> tuple[st
     alternatives = [(name, (*who.always, *quotas)) for name, quotas in alternatives]
 
     def has_free(quotas: tuple[Quota, ...], output: int) -> bool:
-        return all(is_free(each, at[each.id], demand, output) for each in quotas)
+        return all(is_free(each, current[each.id], demand, output) for each in quotas)
 
     def has_room(quotas: tuple[Quota, ...], output: int) -> bool:
-        hold = held_for(quotas, at, demand, output)
-        return has_free(quotas, output) and all(is_available(each, at[each.id], demand, hold) for each in quotas)
+        hold = held_for(quotas, current, demand, output)
+        return has_free(quotas, output) and all(is_available(each, current[each.id], demand, hold) for each in quotas)
 
     for output in range(demand.output_maximum, demand.smallest - 1, -1):
         for name, quotas in alternatives:
             if has_room(quotas, output):
-                return ("room", name, output)
+                return ("admitted", name, output)
         if any(has_free(quotas, output) for _, quotas in alternatives):
             return ("busy", "", 0)
     possible = any(all(could_ever_fit(each, demand) for each in quotas) for _, quotas in alternatives)
@@ -1184,17 +1217,17 @@ def plainly(demand: Demand, who: Binding, at: Mapping[str, Counter]) -> tuple[st
 
 
 def could_ever_fit(each: Quota, demand: Demand) -> bool:
-    """Whether the smallest answer is within its limits; one of 0 is off rather than too small."""
+    """Whether the smallest answer is within its limits; a limit of 0 is a switch that is off, not too small."""
     least = Amount(demand.input, demand.smallest, 1)
     return each.enforce == "after" or all(
         least.of(limit.measure) <= limit.maximum or limit.maximum == 0
         for limit in each.limits
-        if binds(limit, demand)
+        if applies(limit, demand)
     )
 
 
-def longest(decision: Admitted, demand: Demand) -> int:
-    """The answer that there is room for; where nobody says how long it may become, what is usual."""
+def longest_output(decision: Admitted, demand: Demand) -> int:
+    """The longest answer that the quotas have room for; if nothing bounds it, the usual one."""
     return demand.output_maximum if decision.maximum is None else decision.maximum
 
 
@@ -1202,61 +1235,63 @@ def longest(decision: Admitted, demand: Demand) -> int:
 def situations(
     draw: st.DrawFn, *, held: bool = True, hidden_input: bool = True
 ) -> tuple[Demand, Binding, dict[tuple[str, str], Counter]]:
-    """A call, the quotas that bind it, and how they stand."""
+    """A call, the quotas that bind it, and their counters."""
     who = draw(bindings())
     return draw(demands(hidden_input=hidden_input)), who, draw(counters_of(who, held=held))
 
 
 @given(situations())
-def test_decisions_are_those_of_the_rules_told_plainly(situation):
-    """The same verdict, group, length of answer and hold as by trying every group with every length."""
+def test_decisions_are_those_that_brute_force_finds(situation):
+    """The same verdict, group, length of answer and hold as by trying every length with every group."""
     demand, who, found = situation
-    decision, at = decide(demand, who, found, NOON), standing(who, found, NOON)
-    verdict, admitted_via, output = plainly(demand, who, at)
-    assert told(decision)[0] == verdict
+    decision, current = decide(demand, who, found, NOON), current_counters(who, found, NOON)
+    verdict, admitted_via, output = by_brute_force(demand, who, current)
+    assert summary(decision)[0] == verdict
     if isinstance(decision, Admitted):
-        way = next(way for way in who.alternatives() if way.group == admitted_via)
-        assert (decision.admitted_via, longest(decision, demand)) == (admitted_via, output)
-        assert decision.hold == held_for(way.quotas, at, demand, output)
+        alternative = next(each for each in who.alternatives() if each.group == admitted_via)
+        assert (decision.admitted_via, longest_output(decision, demand)) == (admitted_via, output)
+        assert decision.hold == held_for(alternative.quotas, current, demand, output)
         assert (decision.maximum is None) is (demand.is_unbounded and output == demand.output_maximum)
 
 
 @given(situations())
-def test_what_is_held_is_available_in_every_quota_that_is_charged(situation):
-    """Promise 1, at the moment of admission: in an exact quota `used + held` stays within limit and overdraft."""
+def test_an_admitted_call_never_exceeds_a_quota_that_it_is_charged_to(situation):
+    """In an exact quota `used + held` stays within the limit plus the overdraft."""
     demand, who, found = situation
     decision = decide(demand, who, found, NOON)
     if isinstance(decision, NotAdmitted):
         return
-    assert demand.smallest <= longest(decision, demand) <= demand.output_maximum
-    assert decision.hold.output == min(demand.initial_hold, longest(decision, demand))
-    assert (decision.capped_by is None) is (longest(decision, demand) == demand.output_maximum)
+    assert demand.smallest <= longest_output(decision, demand) <= demand.output_maximum
+    assert decision.hold.output == min(demand.initial_hold, longest_output(decision, demand))
+    assert (decision.capped_by is None) is (longest_output(decision, demand) == demand.output_maximum)
     for hold in decision.holds:
         counter = hold.counter
         assert counter == counter_at(NOON, hold.quota, found.get(hold.quota.key_for(who.user)))
         for limit in hold.quota.limits:
             taken = counter.used + counter.held + hold.amount
             if hold.quota.enforce == "exact" and demand.bounds(limit):
-                assert taken.of(limit.measure) <= limit.maximum + above(hold.quota, limit)
+                assert taken.of(limit.measure) <= limit.maximum + overdraft_of(hold.quota, limit)
             if hold.quota.enforce != "shadow" and demand.bounds(limit):
                 assert counter.used.of(limit.measure) < limit.maximum
 
 
 @given(situations())
-def test_what_is_charged_is_everyones_the_groups_and_what_else_can_carry_it(situation):
-    """Each quota once; a pot only of a group through which the call came; nothing that can't carry the whole hold."""
+def test_a_call_is_charged_to_everyone_its_group_and_additional_quotas_that_can_carry_it(situation):
+    """Each quota once; a shared one only through its group; none that cannot carry the whole hold."""
     demand, who, found = situation
     decision = decide(demand, who, found, NOON)
     if isinstance(decision, NotAdmitted):
         return
-    at, hold = standing(who, found, NOON), decision.hold
+    current, hold = current_counters(who, found, NOON), decision.hold
     admitted_via = {
         each.id for one in who.groups if one.group in decision.admitted_via.split("+") for each in one.quotas
     } | {each.id for each in who.always}
 
     def can_carry_it(each: Quota) -> bool:
         whole = replace(demand, smallest=hold.output)
-        return is_free(each, at[each.id], whole, hold.output) and is_available(each, at[each.id], demand, hold)
+        return is_free(each, current[each.id], whole, hold.output) and is_available(
+            each, current[each.id], demand, hold
+        )
 
     expected = {
         each.id
@@ -1269,34 +1304,34 @@ def test_what_is_charged_is_everyones_the_groups_and_what_else_can_carry_it(situ
 
 
 @given(situations())
-def test_a_reset_that_is_named_is_true_and_the_earliest(situation):
-    """Promise 5: at that instant no quota is used up any more, and a millisecond before it still is one."""
+def test_the_reset_of_a_refusal_is_true_and_the_earliest(situation):
+    """At that instant no quota is used up any more; one millisecond earlier one still is."""
     demand, who, found = situation
     decision = decide(demand, who, found, NOON)
     if isinstance(decision, Admitted) or decision.verdict is not Verdict.EXHAUSTED:
         assert isinstance(decision, Admitted) or decision.admissible_at is None
         return
-    if decision.admissible_at is None:  # switched off by a limit of 0, so it is never let in
-        assert told(decide(demand, who, found, NOON + 400 * DAY))[0] == "exhausted"
+    if decision.admissible_at is None:  # a limit of 0, so the call is never admitted
+        assert summary(decide(demand, who, found, NOON + 400 * DAY))[0] == "exhausted"
         return
     assert decision.admissible_at > NOON
-    assert told(decide(demand, who, found, decision.admissible_at))[0] in ("room", "busy")
-    assert told(decide(demand, who, found, decision.admissible_at - 1))[0] == "exhausted"
+    assert summary(decide(demand, who, found, decision.admissible_at))[0] in ("admitted", "busy")
+    assert summary(decide(demand, who, found, decision.admissible_at - 1))[0] == "exhausted"
 
 
 @given(situations(held=False))
-def test_with_nothing_in_flight_nobody_waits_and_the_reset_lets_in(situation):
-    """No call is refused because of others when there are none."""
+def test_with_no_call_in_flight_none_waits_and_the_reset_admits(situation):
+    """No call is refused because of other calls if there are none."""
     demand, who, found = situation
     decision = decide(demand, who, found, NOON)
-    assert told(decision)[0] != "busy"
+    assert summary(decision)[0] != "busy"
     if isinstance(decision, NotAdmitted) and decision.admissible_at is not None:
         assert isinstance(decide(demand, who, found, decision.admissible_at), Admitted)
 
 
 @given(situations(hidden_input=False), st.data())
-def test_more_that_is_free_never_turns_a_yes_into_a_no(situation, data):
-    """Used less, held less or a larger limit: what was let in may now have to wait for a longer answer, at worst."""
+def test_with_more_free_no_call_is_refused_that_was_admitted(situation, data):
+    """With less used, less held or larger limits, the worst for an admitted call is to wait for a longer answer."""
     demand, who, found = situation
     before = decide(demand, who, found, NOON)
     freer = {key: replace(counter, used=data.draw(less(counter.used))) for key, counter in found.items()}
@@ -1313,13 +1348,13 @@ def test_more_that_is_free_never_turns_a_yes_into_a_no(situation, data):
         assert isinstance(after, Admitted) or after.verdict <= before.verdict
     elif before.capped_by is None or not any(counter.held for counter in freer.values()):
         assert isinstance(after, Admitted)
-        assert longest(after, demand) >= longest(before, demand)
+        assert longest_output(after, demand) >= longest_output(before, demand)
     else:
         assert isinstance(after, Admitted) or after.verdict is Verdict.BUSY
 
 
 def less(of: Amount) -> st.SearchStrategy[Amount]:
-    """Any amount that is nowhere more, and not nothing where this is not (an empty window would be another one)."""
+    """Any smaller or equal amount. It is not empty unless `of` is, because an empty window would not be open."""
     return st.builds(
         Amount, st.integers(0, of.input), st.integers(0, of.output), st.integers(min(1, of.requests), of.requests)
     )
@@ -1327,7 +1362,7 @@ def less(of: Amount) -> st.SearchStrategy[Amount]:
 
 @st.composite
 def larger(draw: st.DrawFn, each: Quota) -> Quota:
-    """The same quota with limits and overdraft nowhere smaller; what is switched off stays so."""
+    """The same quota with larger or equal limits and overdraft; a limit of 0 stays 0."""
     raised = [(limit, draw(st.sampled_from([0, 0, 1, 20])) if limit.maximum else 0) for limit in each.limits]
     overdraft = each.overdraft + draw(st.sampled_from([0, 0, 5]))
     limits = tuple(replace(limit, maximum=limit.maximum + more) for limit, more in raised)
@@ -1336,64 +1371,66 @@ def larger(draw: st.DrawFn, each: Quota) -> Quota:
 
 @given(situations())
 def test_quotas_in_shadow_change_nothing_but_their_own_counters(situation):
-    """With them or without: the same decision, and the same charges to all others."""
+    """With and without them the decision is the same, and so are the charges to all other quotas."""
     demand, who, found = situation
-    watched, alone = decide(demand, who, found, NOON), decide(demand, replace(who, shadows=()), found, NOON)
-    if isinstance(watched, Admitted):
-        others = tuple(hold for hold in watched.holds if hold.quota.enforce != "shadow")
-        watched = replace(watched, holds=others, would_refuse=())
-    assert watched == alone
+    with_shadows, without = decide(demand, who, found, NOON), decide(demand, replace(who, shadows=()), found, NOON)
+    if isinstance(with_shadows, Admitted):
+        others = tuple(hold for hold in with_shadows.holds if hold.quota.enforce != "shadow")
+        with_shadows = replace(with_shadows, holds=others, would_refuse=())
+    assert with_shadows == without
 
 
 @given(situations(hidden_input=False), st.integers(0, 60))
-def test_no_call_is_worse_off_by_its_bytes(situation, count):
-    """Where no count was asked for, none would have let it in sooner or with a longer answer; and none asks again."""
+def test_a_call_decided_by_its_bytes_would_not_gain_from_a_count(situation, count):
+    """If no count was needed, a count would not have admitted the call sooner or with a longer answer."""
     demand, who, found = situation
     by_bytes = decide(estimated(demand), who, found, NOON)
     if isinstance(by_bytes, NeedsCount):
         return
     counted = decide(replace(demand, input=min(demand.input, count)), who, found, NOON)
     assert by_bytes == decide(demand, who, found, NOON)
-    assert told(by_bytes)[0] == told(counted)[0]
+    assert summary(by_bytes)[0] == summary(counted)[0]
     if isinstance(by_bytes, Admitted):
-        assert longest(by_bytes, demand) == longest(counted, demand)
+        assert longest_output(by_bytes, demand) == longest_output(counted, demand)
 
 
 @given(situations(), st.integers(0, 60), st.integers(0, 60))
-def test_growth_is_that_of_the_rules_told_plainly(situation, wanted, least):
-    """By trying every number of tokens; and nothing that grows goes above its limit and overdraft."""
+def test_increases_are_those_that_brute_force_finds(situation, wanted, least):
+    """By trying every number of tokens; and no quota that is increased exceeds its limit plus overdraft."""
     demand, who, found = situation
-    admitted = decide(demand, who, found, NOON)
-    if isinstance(admitted, NotAdmitted):
+    decision = decide(demand, who, found, NOON)
+    if isinstance(decision, NotAdmitted):
         return
-    at = {one.quota.id: replace(one.counter, held=one.counter.held + one.amount) for one in admitted.holds}
-    own = {one.quota.id: one.amount for one in admitted.holds}
+    current = {one.quota.id: replace(one.counter, held=one.counter.held + one.amount) for one in decision.holds}
+    own = {one.quota.id: one.amount for one in decision.holds}
     increase = (wanted, min(wanted, least))
-    growth = increase_hold(*increase, who, admitted_via=admitted.admitted_via, own=own, at=at)
+    result = increase_hold(*increase, who, admitted_via=decision.admitted_via, own=own, current=current)
 
-    way = next(way for way in who.alternatives() if way.group == admitted.admitted_via)
-    stopping = [each for each in way.quotas if each.id in at]
+    alternative = next(each for each in who.alternatives() if each.group == decision.admitted_via)
+    limiting = [each for each in alternative.quotas if each.id in current]
 
     def has_room(quotas: list[Quota], output: int, held: Mapping[str, Amount]) -> bool:
         return output == 0 or all(
-            (at[each.id].used + held[each.id] + Amount(output=output)).of(limit.measure)
-            <= limit.maximum + above(each, limit)
+            (current[each.id].used + held[each.id] + Amount(output=output)).of(limit.measure)
+            <= limit.maximum + overdraft_of(each, limit)
             for each in quotas
             for limit in each.limits
             if each.enforce == "exact" and limit.measure in ("tokens", "output_tokens")
         )
 
-    held = {quota_id: counter.held for quota_id, counter in at.items()}
-    assert growth.output == max(n for n in range(wanted + 1) if has_room(stopping, n, held))
-    if growth.output >= increase[1]:
-        assert growth.verdict is Verdict.ALLOW
+    held = {quota_id: counter.held for quota_id, counter in current.items()}
+    assert result.output == max(n for n in range(wanted + 1) if has_room(limiting, n, held))
+    if result.output >= increase[1]:
+        assert result.verdict is Verdict.ALLOW
     else:
-        waiting_helps = has_room(stopping, increase[1], own)
-        assert growth.verdict is (Verdict.BUSY if waiting_helps else Verdict.EXHAUSTED)
-    beside = [each for each in who.quotas if each.id in at and each not in stopping]
-    kept = [each for each in beside if has_room([each], growth.output, held)]
-    assert {hold.quota.id for hold in growth.holds} == {each.id for each in (*stopping, *kept)}
-    assert {each.id for each in growth.left_alone} == {each.id for each in beside} - {each.id for each in kept}
-    for hold in growth.holds:
-        assert hold.counter == at[hold.quota.id]
-        assert hold.amount == (NOTHING if hold.quota.enforce == "after" else Amount(output=growth.output))
+        waiting_helps = has_room(limiting, increase[1], own)
+        assert result.verdict is (Verdict.BUSY if waiting_helps else Verdict.EXHAUSTED)
+    not_limiting = [each for each in who.quotas if each.id in current and each not in limiting]
+    carrying = [each for each in not_limiting if has_room([each], result.output, held)]
+    assert {hold.quota.id for hold in result.holds} == {each.id for each in (*limiting, *carrying)}
+    assert {each.id for each in result.left_alone} == {each.id for each in not_limiting} - {
+        each.id for each in carrying
+    }
+    for hold in result.holds:
+        assert hold.counter == current[hold.quota.id]
+        assert hold.amount == (NOTHING if hold.quota.enforce == "after" else Amount(output=result.output))

@@ -1,4 +1,4 @@
-"""What a usage object says is booked to the token; what makes no sense is left to our own count (docs/threats.md)."""
+"""Amounts add up to the token, and a call is charged exactly what its usage says."""
 
 import pytest
 from hypothesis import given
@@ -13,7 +13,7 @@ amounts = st.builds(Amount, counts, counts, counts)
 
 
 def test_each_measure_is_compared_with_its_own_number():
-    """A limit on tokens sees input and output together, the others see their own."""
+    """A limit on tokens is compared with input plus output, the others with their own number."""
     amount = Amount(input=11, output=5, requests=1)
     assert {measure: amount.of(measure) for measure in MEASURES} == {
         "tokens": 16,
@@ -25,8 +25,8 @@ def test_each_measure_is_compared_with_its_own_number():
 
 
 @given(one=amounts, other=amounts)
-def test_what_is_added_can_be_taken_away_again(one, other):
-    """Holding and giving back leaves every measure as it was, to the token."""
+def test_adding_and_subtracting_an_amount_changes_nothing(one, other):
+    """Holding and freeing leaves every measure as it was, to the token."""
     assert one + other - other == one
     assert one + NOTHING == one - NOTHING == one
     for measure in MEASURES:
@@ -35,8 +35,8 @@ def test_what_is_added_can_be_taken_away_again(one, other):
 
 
 @given(one=amounts, other=amounts)
-def test_of_two_amounts_the_smaller_of_each_part_is_a_part_of_both(one, other):
-    """What is charged to one of several windows is never more than was held in it, and the rest is what remains."""
+def test_at_most_takes_the_smaller_number_of_each_measure(one, other):
+    """A window is charged at most what was held in it, and the rest is what remains for the next one."""
     part = one.at_most(other)
     assert part == Amount(
         min(one.input, other.input), min(one.output, other.output), min(one.requests, other.requests)
@@ -48,8 +48,8 @@ def test_of_two_amounts_the_smaller_of_each_part_is_a_part_of_both(one, other):
     ("amount", "is_something"),
     [(NOTHING, False), (Amount(input=1), True), (Amount(output=1), True), (Amount(requests=1), True)],
 )
-def test_only_nothing_at_all_is_nothing(amount, is_something):
-    """A request without tokens keeps its window open, as do tokens without a request."""
+def test_an_amount_is_false_only_if_all_its_numbers_are_0(amount, is_something):
+    """A request without tokens keeps its window open, and so do tokens without a request."""
     assert bool(amount) is is_something
 
 
@@ -66,8 +66,8 @@ def test_only_nothing_at_all_is_nothing(amount, is_something):
         (Tokens(11, 5, 3, 2), Tokens(0, 0), Tokens(0, 0, 0, 0)),
     ],
 )
-def test_tokens_that_are_bounded_keep_their_parts_inside(tokens, most, expected):
-    """What was cached stays a part of the input, what was thought a part of the output."""
+def test_bounded_tokens_have_bounded_parts(tokens, most, expected):
+    """Cached tokens stay a part of the input, and reasoning tokens a part of the output."""
     assert tokens.at_most(most) == expected
 
 
@@ -83,7 +83,7 @@ def test_tokens_that_are_bounded_keep_their_parts_inside(tokens, most, expected)
     ],
 )
 def test_a_call_is_charged_what_its_usage_says(usage, provenance, charge):
-    """One request and its tokens; parts are never added again; what generated nothing costs no tokens."""
+    """One request and its tokens; cached and reasoning tokens are not added; an unspent call costs no tokens."""
     assert charge_of(usage) == charge
     assert usage.provenance == provenance
 
@@ -96,11 +96,11 @@ def test_a_call_is_charged_what_its_usage_says(usage, provenance, charge):
         (Tokens(90, 60), Amount(100, 200, 1), 0),
     ],
 )
-def test_only_tokens_above_the_hold_are_beyond_it(tokens: Tokens, hold: Amount, beyond: int) -> None:
-    """Input and output by themselves: room that one leaves does not cover the other."""
+def test_input_and_output_beyond_the_hold_are_counted_separately(tokens: Tokens, hold: Amount, beyond: int) -> None:
+    """Held input that was not used does not cover output, and the reverse."""
     assert tokens.beyond(hold) == beyond
 
 
 def test_an_unspent_call_has_no_tokens_of_any_kind():
-    """Also where the call itself counts."""
+    """Also if the call itself counts as a request."""
     assert Unspent(requests=1).tokens == Tokens(0, 0)

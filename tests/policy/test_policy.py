@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from proxy.policy.admission import Admitted, decide
-from proxy.policy.policy import _BINDINGS_KEPT, Allow, Group, Model, Policy, Secret, Upstream, User, digest
+from proxy.policy.policy import _BINDINGS_MAX, Allow, Group, Model, Policy, Secret, Upstream, User, digest
 from proxy.policy.quota import Binding, Globs, GroupQuotas
 from tests.builders import NOON, call, group, policy, quota
 
@@ -16,7 +16,7 @@ WEEKLY = quota("team/weekly", tokens=5000, per="week")
 CALLS = quota("everyone/calls", requests=10)
 FALLBACK = quota("default/daily", tokens=50)
 ONLY_MINI = quota("everyone/mini", tokens=9, models=["gpt-4o-mini"])
-WATCHING = quota("staff/watching", tokens=9, enforce="shadow")
+IN_SHADOW = quota("staff/shadow", tokens=9, enforce="shadow")
 
 STAFF = group("staff", DAILY, FRONTIER)
 TEAM = group("team", WEEKLY)
@@ -26,29 +26,33 @@ DEFAULT = group("default", FALLBACK)
 ADMINS = group("admins", unlimited=True)
 MINI_ADMINS = group("admins", unlimited=True, models=["gpt-4o-mini"])
 FRONTIER_ONLY = group("staff", FRONTIER)
-WATCHED = group("staff", WATCHING)
+SHADOW_ONLY = group("staff", IN_SHADOW)
 
 
-def told(binding: Binding | None) -> tuple[list[str], dict[str, list[str]], list[str]] | None:
-    """A binding in short: everyone's quotas, the ways in with theirs, and those in shadow."""
+def summary(binding: Binding | None) -> tuple[list[str], dict[str, list[str]], list[str]] | None:
+    """A binding as quota ids: those of everyone, those of each group, and those in shadow."""
     if binding is None:
         return None
     return (
         [each.id for each in binding.always],
-        {route.group: [each.id for each in route.quotas] for route in binding.groups},
+        {one.group: [each.id for each in one.quotas] for one in binding.groups},
         [each.id for each in binding.shadows],
     )
 
 
-# --------------------------------------------------------------------------------------------- which quotas bind whom
+# --------------------------------------------------------------------------------------- which quotas bind which user
 
 
 @pytest.mark.parametrize(
     ("groups", "member_of", "model", "expected"),
     [
-        pytest.param([STAFF], ["staff"], "gpt-4o", ([], {"staff": [DAILY.id, FRONTIER.id]}, []), id="all that match"),
-        pytest.param([STAFF], ["staff"], "fast", ([], {"staff": [DAILY.id]}, []), id="but not those of other models"),
-        pytest.param([STAFF, TEAM], ["staff"], "fast", ([], {"staff": [DAILY.id]}, []), id="nor of other groups"),
+        pytest.param(
+            [STAFF], ["staff"], "gpt-4o", ([], {"staff": [DAILY.id, FRONTIER.id]}, []), id="all quotas that match"
+        ),
+        pytest.param([STAFF], ["staff"], "fast", ([], {"staff": [DAILY.id]}, []), id="not those for other models"),
+        pytest.param(
+            [STAFF, TEAM], ["staff"], "fast", ([], {"staff": [DAILY.id]}, []), id="not those of other groups"
+        ),
         pytest.param(
             [STAFF, TEAM],
             ["staff", "team"],
@@ -56,28 +60,38 @@ def told(binding: Binding | None) -> tuple[list[str], dict[str, list[str]], list
             ([], {"staff": [DAILY.id], "team": [WEEKLY.id]}, []),
             id="two groups",
         ),
-        # a quota reaches its models within its group's
+        # a quota matches only models that its group's list contains
         pytest.param(
             [MINI_TEAM],
             ["team"],
             "fast",
             ([], {"team": [WEEKLY.id]}, []),
-            id="a quota for all models of its group's list",
+            id="a quota for all models matches its group's list",
         ),
-        pytest.param([MINI_TEAM], ["team"], "gpt-4o", None, id="and for none beyond it"),
         pytest.param(
-            [group("staff", FRONTIER, models=["gpt-4o*"])], ["staff"], "o3", None, id="both lists have to have it"
+            [MINI_TEAM], ["team"], "gpt-4o", None, id="a quota for all models matches nothing beyond its group's list"
+        ),
+        pytest.param(
+            [group("staff", FRONTIER, models=["gpt-4o*"])],
+            ["staff"],
+            "o3",
+            None,
+            id="both lists must contain the model",
         ),
         pytest.param(
             [group("staff", FRONTIER, models=["gpt-4o*"])],
             ["staff"],
             "gpt-4o-mini",
             None,
-            id="both, the other way round",
+            id="both lists must contain the model, the other way round",
         ),
-        # a group without a quota for the model has no say
+        # a group without a quota for the model is ignored
         pytest.param(
-            [FRONTIER_ONLY, TEAM], ["staff", "team"], "fast", ([], {"team": [WEEKLY.id]}, []), id="no quota, no say"
+            [FRONTIER_ONLY, TEAM],
+            ["staff", "team"],
+            "fast",
+            ([], {"team": [WEEKLY.id]}, []),
+            id="a group without a quota for the model",
         ),
         pytest.param(
             [group("empty"), TEAM],
@@ -88,61 +102,67 @@ def told(binding: Binding | None) -> tuple[list[str], dict[str, list[str]], list
         ),
         # everyone
         pytest.param(
-            [EVERYONE, STAFF], ["staff"], "fast", ([CALLS.id], {"staff": [DAILY.id]}, []), id="everyone in addition"
+            [EVERYONE, STAFF], ["staff"], "fast", ([CALLS.id], {"staff": [DAILY.id]}, []), id="everyone: in addition"
         ),
-        pytest.param([EVERYONE, STAFF], [], "fast", ([CALLS.id], {}, []), id="everyone alone"),
+        pytest.param([EVERYONE, STAFF], [], "fast", ([CALLS.id], {}, []), id="everyone: alone"),
         pytest.param(
             [group("everyone", ONLY_MINI), STAFF],
             ["staff"],
             "fast",
             ([], {"staff": [DAILY.id]}, []),
-            id="not this model",
+            id="everyone: not for this model",
         ),
         pytest.param(
             [group("everyone", CALLS, models=["gpt-4o"]), STAFF],
             ["staff"],
             "fast",
             ([], {"staff": [DAILY.id]}, []),
-            id="everyone's quotas within everyone's models",
+            id="everyone: only models of everyone's list",
         ),
         # default
-        pytest.param([DEFAULT, STAFF], [], "fast", ([], {"default": [FALLBACK.id]}, []), id="default: of no group"),
+        pytest.param(
+            [DEFAULT, STAFF], [], "fast", ([], {"default": [FALLBACK.id]}, []), id="default: a user of no group"
+        ),
         pytest.param(
             [DEFAULT, STAFF],
             ["staff"],
             "fast",
             ([], {"staff": [DAILY.id]}, []),
-            id="default: not for who has a quota",
+            id="default: not for a user with a quota",
         ),
         pytest.param(
             [DEFAULT, FRONTIER_ONLY],
             ["staff"],
             "fast",
             ([], {"default": [FALLBACK.id]}, []),
-            id="default: for who has none for this model",
+            id="default: for a user without a quota for this model",
         ),
         pytest.param(
             [DEFAULT, EVERYONE],
             [],
             "fast",
             ([CALLS.id], {"default": [FALLBACK.id]}, []),
-            id="default: everyone's is nobody's own",
+            id="default: a quota of everyone is not the user's own",
         ),
         pytest.param(
-            [DEFAULT, ADMINS], ["admins"], "fast", ([], {"admins": []}, []), id="default: not for unlimited"
+            [DEFAULT, ADMINS], ["admins"], "fast", ([], {"admins": []}, []), id="default: not for an unlimited user"
         ),
         pytest.param(
             [DEFAULT, MINI_ADMINS],
             ["admins"],
             "fast",
             ([], {"default": [FALLBACK.id]}, []),
-            id="default: unlimited, but not for this model",
+            id="default: for a user who is unlimited for other models",
         ),
         pytest.param(
-            [group("default", FALLBACK, models=["gpt-4o"])], [], "fast", None, id="default: within its own models too"
+            [group("default", FALLBACK, models=["gpt-4o"])],
+            [],
+            "fast",
+            None,
+            id="default: only models of its own list",
         ),
         pytest.param(
-            [group("default", unlimited=True)], [], "fast", ([], {"default": []}, []), id="default: may be unlimited"
+            [group("default", unlimited=True)], [], "fast", ([], {"default": []}, []), id="default: can be unlimited"
         ),
         # unlimited
         pytest.param(
@@ -150,92 +170,98 @@ def told(binding: Binding | None) -> tuple[list[str], dict[str, list[str]], list
             ["staff", "admins"],
             "fast",
             ([], {"staff": [DAILY.id], "admins": []}, []),
-            id="unlimited is a way in like others",
+            id="unlimited: a group like others",
         ),
         pytest.param(
-            [MINI_ADMINS], ["admins"], "gpt-4o-mini", ([], {"admins": []}, []), id="unlimited for its models"
+            [MINI_ADMINS], ["admins"], "gpt-4o-mini", ([], {"admins": []}, []), id="unlimited: for its models"
         ),
-        pytest.param([MINI_ADMINS], ["admins"], "gpt-4o", None, id="unlimited for no others"),
+        pytest.param([MINI_ADMINS], ["admins"], "gpt-4o", None, id="unlimited: for no other models"),
         # nothing covers the model
-        pytest.param([STAFF], [], "fast", None, id="of no group"),
-        pytest.param([FRONTIER_ONLY], ["staff"], "fast", None, id="no quota for this model"),
+        pytest.param([STAFF], [], "fast", None, id="nothing covers the model: a user of no group"),
+        pytest.param(
+            [FRONTIER_ONLY], ["staff"], "fast", None, id="nothing covers the model: quotas for other models"
+        ),
         pytest.param([], [], "fast", None, id="a policy without groups"),
         # shadow
         pytest.param(
-            [group("staff", DAILY, WATCHING)],
+            [group("staff", DAILY, IN_SHADOW)],
             ["staff"],
             "fast",
-            ([], {"staff": [DAILY.id]}, [WATCHING.id]),
-            id="shadow: beside an enforced one",
+            ([], {"staff": [DAILY.id]}, [IN_SHADOW.id]),
+            id="shadow: in a group with an enforced quota",
         ),
         pytest.param(
-            [WATCHED, TEAM],
+            [SHADOW_ONLY, TEAM],
             ["staff", "team"],
             "fast",
-            ([], {"team": [WEEKLY.id]}, [WATCHING.id]),
-            id="shadow: opens no way past another group's quotas",
+            ([], {"team": [WEEKLY.id]}, [IN_SHADOW.id]),
+            id="shadow: does not replace another group's quotas",
         ),
         pytest.param(
-            [WATCHED, EVERYONE], ["staff"], "fast", ([CALLS.id], {}, [WATCHING.id]), id="shadow: nor past everyone's"
-        ),
-        pytest.param(
-            [WATCHED, DEFAULT],
+            [SHADOW_ONLY, EVERYONE],
             ["staff"],
             "fast",
-            ([], {"default": [FALLBACK.id]}, [WATCHING.id]),
-            id="shadow: nor past those of default",
+            ([CALLS.id], {}, [IN_SHADOW.id]),
+            id="shadow: does not replace those of everyone",
+        ),
+        pytest.param(
+            [SHADOW_ONLY, DEFAULT],
+            ["staff"],
+            "fast",
+            ([], {"default": [FALLBACK.id]}, [IN_SHADOW.id]),
+            id="shadow: does not replace those of default",
         ),
         pytest.param(
             [group("everyone", replace(CALLS, enforce="shadow")), STAFF],
             ["staff"],
             "fast",
             ([], {"staff": [DAILY.id]}, [CALLS.id]),
-            id="shadow: everyone's",
+            id="shadow: of everyone",
         ),
         pytest.param(
             [group("default", replace(FALLBACK, enforce="shadow"))],
             [],
             "fast",
             ([], {}, [FALLBACK.id]),
-            id="shadow: of default, which binds nobody then",
+            id="shadow: of default, which then binds nobody",
         ),
         pytest.param(
-            [group("admins", replace(WATCHING, group="admins"), unlimited=True)],
+            [group("admins", replace(IN_SHADOW, group="admins"), unlimited=True)],
             ["admins"],
             "fast",
-            ([], {"admins": []}, ["admins/watching"]),
+            ([], {"admins": []}, ["admins/shadow"]),
             id="shadow: of an unlimited group",
         ),
     ],
 )
 def test_which_quotas_bind(groups, member_of, model, expected):
-    """The ways in are the user's groups that have a say about this model; None: `unmatched: refuse` decides."""
-    assert told(policy(*groups).binding(User("ann", tuple(member_of)), model)) == expected
+    """A binding has the user's groups that apply to the model; None means that `unmatched: refuse` decides."""
+    assert summary(policy(*groups).binding(User("ann", tuple(member_of)), model)) == expected
 
 
 def test_a_model_that_no_quota_covers_may_be_allowed():
-    """`unmatched: allow`: nothing binds, and the call is let in."""
+    """`unmatched: allow`: no quota binds, and the call is admitted."""
     binding = policy(STAFF, unmatched="allow").binding(User("ann"), "fast")
-    assert told(binding) == ([], {}, [])
+    assert summary(binding) == ([], {}, [])
     assert isinstance(decide(call(10**6, 10**6), binding, {}, NOON), Admitted)
 
 
-def test_unmatched_allow_frees_nobody_from_the_quotas_that_do_match():
-    """It is about models without a quota only."""
+def test_unmatched_allow_does_not_lift_quotas_that_match():
+    """It only concerns models without a quota."""
     allowing = policy(EVERYONE, DEFAULT, STAFF, unmatched="allow")
-    assert told(allowing.binding(User("ann", ("staff",)), "fast")) == ([CALLS.id], {"staff": [DAILY.id]}, [])
-    assert told(allowing.binding(User("bob"), "fast")) == ([CALLS.id], {"default": [FALLBACK.id]}, [])
+    assert summary(allowing.binding(User("ann", ("staff",)), "fast")) == ([CALLS.id], {"staff": [DAILY.id]}, [])
+    assert summary(allowing.binding(User("bob"), "fast")) == ([CALLS.id], {"default": [FALLBACK.id]}, [])
 
 
 @pytest.mark.parametrize("combine", ["any_group", "every_group"])
-def test_a_binding_carries_the_user_and_how_groups_combine(combine):
-    """So that a decision needs no policy beside it."""
+def test_a_binding_has_the_user_and_how_groups_combine(combine):
+    """A decision needs no policy."""
     binding = policy(STAFF, combine=combine).binding(User("ann", ("staff",)), "fast")
     assert (binding.user, binding.combine) == ("ann", combine)
 
 
-def test_the_ways_in_keep_the_users_order_of_groups():
-    """Which is the policy's: a call is let in through the first that can carry it."""
+def test_a_binding_keeps_the_users_order_of_groups():
+    """It is the policy's order: a call is admitted through the first group that can carry it."""
     for order in (("staff", "team"), ("team", "staff")):
         binding = policy(STAFF, TEAM).binding(User("ann", order), "fast")
         assert binding.groups == tuple(
@@ -243,9 +269,9 @@ def test_the_ways_in_keep_the_users_order_of_groups():
         )
 
 
-def test_putting_a_quota_in_shadow_lets_nobody_in_further():
-    """A team tries a quota out: what its members may use is as before, to the token."""
-    before, trying = policy(DEFAULT, group("staff")), policy(DEFAULT, WATCHED)
+def test_a_new_quota_in_shadow_admits_no_more_than_before():
+    """While a team tries a quota, its members may use as much as before, to the token."""
+    before, trying = policy(DEFAULT, group("staff")), policy(DEFAULT, SHADOW_ONLY)
     small, large = call(10, 10), call(10**6, 10)
     for demand in (small, large):
         decisions = [
@@ -258,33 +284,42 @@ def test_putting_a_quota_in_shadow_lets_nobody_in_further():
     ("groups", "member_of", "shown"),
     [
         pytest.param([], [], [], id="no groups"),
-        pytest.param([EVERYONE, STAFF, TEAM], ["staff"], [CALLS, DAILY, FRONTIER], id="everyone's and the groups'"),
+        pytest.param([EVERYONE, STAFF, TEAM], ["staff"], [CALLS, DAILY, FRONTIER], id="everyone's and the group's"),
         pytest.param([STAFF, TEAM], ["team", "staff"], [WEEKLY, DAILY, FRONTIER], id="of all the user's groups"),
-        pytest.param([EVERYONE, DEFAULT], [], [CALLS, FALLBACK], id="default: of no group"),
-        pytest.param([DEFAULT, STAFF], ["staff"], [DAILY, FRONTIER], id="default: covered for every model"),
-        pytest.param([DEFAULT, ADMINS], ["admins"], [], id="default: unlimited for every model"),
+        pytest.param([EVERYONE, DEFAULT], [], [CALLS, FALLBACK], id="default: a user of no group"),
         pytest.param(
-            [DEFAULT, FRONTIER_ONLY], ["staff"], [FRONTIER, FALLBACK], id="default: covered for some models"
+            [DEFAULT, STAFF], ["staff"], [DAILY, FRONTIER], id="default: the user has a quota for every model"
         ),
-        pytest.param([DEFAULT, MINI_TEAM], ["team"], [WEEKLY], id="default: covered for all that it may use"),
+        pytest.param([DEFAULT, ADMINS], ["admins"], [], id="default: the user is unlimited for every model"),
+        pytest.param(
+            [DEFAULT, FRONTIER_ONLY],
+            ["staff"],
+            [FRONTIER, FALLBACK],
+            id="default: the user has quotas for some models",
+        ),
+        pytest.param(
+            [DEFAULT, MINI_TEAM], ["team"], [WEEKLY], id="default: the user has a quota for all models of the list"
+        ),
         pytest.param(
             [DEFAULT, MINI_TEAM, group("lab", models=["o*"])],
             ["team", "lab"],
             [WEEKLY, FALLBACK],
-            id="default: not covered for a model that another group allows",
+            id="default: another group allows a model without a quota",
         ),
         pytest.param(
             [DEFAULT, MINI_ADMINS, group("lab", models=["o*"])],
             ["admins", "lab"],
             [FALLBACK],
-            id="default: unlimited, but not for a model that another group allows",
+            id="default: another group allows a model that is not unlimited",
         ),
-        pytest.param([group("staff", DAILY, WATCHING)], ["staff"], [DAILY, WATCHING], id="those in shadow too"),
-        pytest.param([DEFAULT, WATCHED], ["staff"], [WATCHING, FALLBACK], id="default: not covered by one in shadow"),
+        pytest.param([group("staff", DAILY, IN_SHADOW)], ["staff"], [DAILY, IN_SHADOW], id="quotas in shadow too"),
+        pytest.param(
+            [DEFAULT, SHADOW_ONLY], ["staff"], [IN_SHADOW, FALLBACK], id="default: a quota in shadow is none"
+        ),
     ],
 )
 def test_a_user_is_shown_every_quota_that_can_bind_on_some_model(groups, member_of, shown):
-    """For `/v1/quota`, which is asked without a model: what would refuse a call must not be missing."""
+    """`/v1/quota` is asked without a model, so no quota that could refuse a call may be missing."""
     user, each_policy = User("ann", tuple(member_of)), policy(*groups)
     assert sorted(each.id for each in each_policy.all_quotas(user).quotas) == sorted(each.id for each in shown)
     for model in ("gpt-4o", "gpt-4o-mini", "o3", "fast"):
@@ -292,19 +327,19 @@ def test_a_user_is_shown_every_quota_that_can_bind_on_some_model(groups, member_
             assert {each.id for each in binding.quotas} <= {each.id for each in shown}
 
 
-def test_what_is_remembered_of_bindings_is_bounded_and_right():
-    """Model names come from clients: with an open list there is no end of them."""
-    remembering = policy(STAFF)
+def test_the_cache_of_bindings_is_bounded_and_right():
+    """Model names come from clients, and an open list of models accepts any name."""
+    cached = policy(STAFF)
     ann, bob = User("ann", ("staff",)), User("bob")
-    first = remembering.binding(ann, "gpt-4o")
-    assert remembering.binding(ann, "gpt-4o") is first
-    assert remembering.binding(bob, "gpt-4o") is None
-    for number in range(_BINDINGS_KEPT + 10):
-        remembering.binding(ann, f"model-{number}")
-        assert len(remembering._bindings) <= _BINDINGS_KEPT
-    assert remembering.binding(ann, "gpt-4o") == first
-    assert "model-1" not in repr(remembering)
-    assert remembering == policy(STAFF)
+    first = cached.binding(ann, "gpt-4o")
+    assert cached.binding(ann, "gpt-4o") is first
+    assert cached.binding(bob, "gpt-4o") is None
+    for number in range(_BINDINGS_MAX + 10):
+        cached.binding(ann, f"model-{number}")
+        assert len(cached._bindings) <= _BINDINGS_MAX
+    assert cached.binding(ann, "gpt-4o") == first
+    assert "model-1" not in repr(cached)
+    assert cached == policy(STAFF)
 
 
 # -------------------------------------------------------------------------------------------------------- model lists
@@ -322,32 +357,38 @@ LISTED = group("lab", models=["gpt-4o", "o*"])
         pytest.param([MINI_TEAM, LISTED], ["team", "lab"], "fast", True, id="the union: on the first"),
         pytest.param([MINI_TEAM, LISTED], ["team", "lab"], "o3", True, id="the union: on the second"),
         pytest.param([MINI_TEAM, LISTED], ["team", "lab"], "gpt-5", False, id="the union: on neither"),
-        pytest.param([STAFF, LISTED], ["staff", "lab"], "fast", False, id="who states none adds none"),
-        pytest.param([STAFF, LISTED], ["staff"], "fast", True, id="other groups' lists don't matter"),
+        pytest.param([STAFF, LISTED], ["staff", "lab"], "fast", False, id="a group without a list adds no models"),
+        pytest.param([STAFF, LISTED], ["staff"], "fast", True, id="lists of other groups do not count"),
         pytest.param([group("lab", models=[])], ["lab"], "o3", False, id="an empty list: none"),
         pytest.param(
-            [group("default", models=["o3"])], [], "fast", False, id="default's, for who is in no other group"
+            [group("default", models=["o3"])], [], "fast", False, id="default's list, for a user of no group"
         ),
         pytest.param(
-            [group("default", models=["o3"]), STAFF], ["staff"], "fast", True, id="default's, for nobody else"
+            [group("default", models=["o3"]), STAFF],
+            ["staff"],
+            "fast",
+            True,
+            id="default's list, not for other users",
         ),
+        pytest.param([group("everyone", models=["o3"]), STAFF], ["staff"], "o3", True, id="everyone's list counts"),
         pytest.param(
-            [group("everyone", models=["o3"]), STAFF], ["staff"], "o3", True, id="everyone's is one of them"
-        ),
-        pytest.param(
-            [group("everyone", models=["o3"]), STAFF], ["staff"], "fast", False, id="everyone's binds members"
+            [group("everyone", models=["o3"]), STAFF],
+            ["staff"],
+            "fast",
+            False,
+            id="everyone's list counts for members of groups",
         ),
         pytest.param(
             [group("everyone", models=["o3"]), MINI_TEAM],
             ["team"],
             "fast",
             True,
-            id="everyone's list and the group's",
+            id="the union of everyone's list and the group's",
         ),
     ],
 )
 def test_which_models_a_user_may_use(groups, member_of, model, may):
-    """The union of the lists of those of the user's groups that state one."""
+    """The union of the lists of those of the user's groups that have one."""
     assert policy(*groups).may_use(User("ann", tuple(member_of)), model) is may
 
 
@@ -366,17 +407,19 @@ ANYTHING = Model("*", LOCAL, "*")
         pytest.param(None, None, "gpt-4o", None, None, id="no section and no default upstream: none"),
         pytest.param([], OPENAI, "gpt-4o", None, None, id="an empty section is closed"),
         pytest.param([FAST], OPENAI, "fast", "openai", "gpt-4o-mini", id="an alias"),
-        pytest.param([FAST], OPENAI, "gpt-4o-mini", None, None, id="a closed section hides what the alias means"),
+        pytest.param([FAST], OPENAI, "gpt-4o-mini", None, None, id="the name behind an alias is not listed"),
         pytest.param([FAST], OPENAI, "FAST", None, None, id="names are case-sensitive"),
-        pytest.param([FAST, ANYTHING], OPENAI, "gpt-4o", "local", "gpt-4o", id='"*" opens it, to its own upstream'),
-        pytest.param([FAST, ANYTHING], OPENAI, "fast", "openai", "gpt-4o-mini", id='what is listed comes before "*"'),
+        pytest.param(
+            [FAST, ANYTHING], OPENAI, "gpt-4o", "local", "gpt-4o", id='"*" accepts any name, for its own upstream'
+        ),
+        pytest.param([FAST, ANYTHING], OPENAI, "fast", "openai", "gpt-4o-mini", id='a listed name comes before "*"'),
         pytest.param([ANYTHING], OPENAI, "*", "local", "*", id='"*" as a name is a name like any other'),
-        pytest.param([FAST], OPENAI, "*", None, None, id='and is not there where "*" is not'),
+        pytest.param([FAST], OPENAI, "*", None, None, id='"*" as a name without an entry "*"'),
         pytest.param([FAST], OPENAI, "", None, None, id="no name"),
     ],
 )
-def test_what_a_client_means_by_a_models_name(listed, default, name, upstream, upstream_model):
-    """A `models` section is a closed list; aliases are what clients, quotas and records call a model."""
+def test_which_model_a_client_means_by_a_name(listed, default, name, upstream, upstream_model):
+    """A `models` section is a closed list; clients, quotas and records call a model by its alias."""
     models = None if listed is None else {model.name: model for model in listed}
     found = policy(models=models, default_upstream=default).model(name)
     if upstream is None:
@@ -385,14 +428,14 @@ def test_what_a_client_means_by_a_models_name(listed, default, name, upstream, u
         assert (found.name, found.upstream.name, found.upstream_model) == (name, upstream, upstream_model)
 
 
-def test_nothing_is_known_of_a_model_that_is_not_listed():
-    """`"*"` names an upstream only: what holds for one unknown model need not hold for the next."""
+def test_nothing_is_known_about_a_model_that_is_not_listed():
+    """`"*"` names only an upstream: what is true of one unknown model need not be true of the next."""
     found = policy(models={"*": ANYTHING}).model("qwen")
     assert found == Model("qwen", LOCAL, "qwen")
 
 
 def test_a_model_is_served_at_all_its_upstreams():
-    """In the order of the file; an open list sends each name to the same ones, by that name."""
+    """In the order of the file. An open list sends each name to the same upstreams under that name."""
     spare = Model("*", OPENAI, "*", weight=0)
     anything = replace(ANYTHING, others=(spare,))
     found = policy(models={"*": anything}).model("qwen")
@@ -402,8 +445,8 @@ def test_a_model_is_served_at_all_its_upstreams():
     assert FAST.targets == (FAST,)
 
 
-def test_a_listed_model_keeps_all_that_is_known_about_it():
-    """Its maximum and context bound what calls hold."""
+def test_a_listed_model_keeps_its_maximum_and_context():
+    """They bound what calls hold."""
     assert policy(models={"fast": FAST}).model("fast") is FAST
 
 
@@ -418,8 +461,8 @@ def test_quotas_match_the_name_that_the_client_asked_for():
 # ------------------------------------------------------------------------------------------------------------ secrets
 
 
-def test_a_secret_does_not_show_itself():
-    """Neither by itself nor inside what holds it."""
+def test_a_secret_is_hidden_in_its_text():
+    """Also in the text of lists, upstreams, models and policies that contain it."""
     secret = Secret("sk-upstream")
     assert secret.reveal() == "sk-upstream"
     shown = f"{secret} {secret!r} {[secret]} {OPENAI} {FAST} {policy(models={'fast': FAST})}"
@@ -427,15 +470,15 @@ def test_a_secret_does_not_show_itself():
     assert not hasattr(secret, "__dict__")
 
 
-def test_secrets_are_compared_by_what_they_hide():
-    """So that a reload sees whether a key has changed."""
+def test_secrets_are_compared_by_their_values():
+    """A reload can then see whether a key has changed."""
     assert Secret("a") == Secret("a") != Secret("b")
     assert Secret("a") != "a"
     assert len({Secret("a"), Secret("a"), Secret("b")}) == 2
 
 
-def test_a_policy_does_not_show_whose_key_has_which_digest():
-    """A dump of it in a log helps nobody to search for a key."""
+def test_the_text_of_a_policy_has_no_digests_of_keys():
+    """A policy that is dumped into a log does not help to search for a key."""
     shown = repr(policy(key_digests={"d1gest": "ann"}, admin_digests={"adm1n": "ops"}))
     assert "d1gest" not in shown
     assert "adm1n" not in shown
@@ -443,13 +486,13 @@ def test_a_policy_does_not_show_whose_key_has_which_digest():
 
 @pytest.mark.parametrize("key", ["sk-abc", "", "schlüssel", "\udcff"])
 def test_a_digest_is_sha_256_in_hex(key):
-    """As `printf %s KEY | sha256sum` says it; bytes that are no text have one too, which no key has."""
+    """The same as `printf %s KEY | sha256sum`. Bytes that are not text have a digest too, which no key has."""
     assert digest(key) == hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()
     assert len(digest(key)) == 64
 
 
 def test_groups_and_globs_are_values():
-    """A file that is read again gives an equal policy."""
+    """Reading the same file again gives an equal policy."""
     assert group("staff", DAILY, models=["a"]) == Group("staff", (DAILY,), Globs(["a"]))
     assert isinstance(policy(STAFF), Policy)
     assert policy(STAFF) != policy(TEAM)
@@ -458,8 +501,8 @@ def test_groups_and_globs_are_values():
 @pytest.mark.parametrize(
     ("model", "served"), [("fast", True), ("unknown", False), ("slow", False), ("uncovered", False)]
 )
-def test_a_model_is_served_that_is_there_allowed_and_covered(model, served):
-    """One answer to whoever asks: the call itself, the list of models, and check."""
+def test_a_model_is_served_if_it_exists_is_allowed_and_is_covered(model, served):
+    """One rule for calls, for the list of models and for the command check."""
     up = Upstream("up", "http://up/v1", None)
     staff = Group("staff", (quota("staff/daily", tokens=10, models=["fast", "slow"]),), Globs(["fast", "uncovered"]))
     user = User("ann", ("staff",))
@@ -467,8 +510,8 @@ def test_a_model_is_served_that_is_there_allowed_and_covered(model, served):
     assert Policy({"staff": staff}, {"ann": user}, {}, {"up": up}, models).serves(user, model) is served
 
 
-def test_what_is_said_of_a_model_goes_before_its_upstream() -> None:
-    """As a whole: an empty list closes what the upstream has open."""
+def test_allow_of_a_model_replaces_that_of_its_upstream() -> None:
+    """As a whole: an empty list forbids what the upstream allows."""
     upstream = Upstream("up", "http://upstream.example/v1", None, allow=Allow(store=True))
     assert Model("m", upstream, "m").allows == Allow(store=True)
     assert Model("m", upstream, "m", allow=Allow()).allows == Allow()

@@ -1,4 +1,4 @@
-"""What users are told of their quotas: refusals word for word, headers that programs can read, true resets."""
+"""What `/v1/quota` shows, and how a call's own hold is left out of its headers."""
 
 from zoneinfo import ZoneInfo
 
@@ -12,7 +12,7 @@ from proxy.ledger.entry import Entry
 from proxy.policy.admission import NotAdmitted, decide
 from proxy.policy.amounts import MEASURES, NOTHING, Amount
 from proxy.policy.quota import Binding, Counter, CounterKey, Demand, Quota
-from proxy.policy.status import quota_statuses, spoken
+from proxy.policy.status import duration_text, quota_statuses
 from proxy.policy.windows import Window
 from tests.builders import (
     DAY,
@@ -34,13 +34,13 @@ BERLIN = ZoneInfo("Europe/Berlin")
 
 
 def item(one: Quota, counter: Counter | None = None, now: int = NOON, zone: ZoneInfo = UTC) -> dict:
-    """How this quota is shown."""
+    """How `/v1/quota` shows this quota."""
     who = binding([one])
     return quota_statuses(who, {one.key_for(who.user): counter} if counter else {}, now)[one.id].as_json(zone)
 
 
 def test_an_item_has_all_members_of_the_contract():
-    """Limits that a quota doesn't have are null, so a program need not ask which are there."""
+    """A limit that a quota does not have is null, so a program need not check which members exist."""
     shown = item(
         quota("team-x/pot", tokens=5000, requests=100, per="month", shared=True, models=("gpt-4o", "o*")),
         Counter(quota("a/b", per="month", tokens=1).per.opening(NOON), Amount(1200, 34, 7), Amount(100, 400, 1)),
@@ -66,7 +66,7 @@ def test_an_item_has_all_members_of_the_contract():
 
 
 def test_each_limit_shows_its_own_measure():
-    """Input, output, both together and requests, each by itself."""
+    """Tokens, input, output and requests are shown separately."""
     one = quota("staff/all", tokens=100, input_tokens=50, output_tokens=60, requests=10)
     shown = item(one, Counter(one.per.opening(NOON), Amount(20, 30, 2), Amount(1, 2, 1)))
     assert {measure: (shown[measure]["used"], shown[measure]["held"]) for measure in MEASURES} == {
@@ -84,7 +84,7 @@ def test_each_limit_shows_its_own_measure():
         (1000, 333, 0, 667, 33.3),
         (1000, 1000, 0, 0, 100.0),
         (1000, 600, 400, 0, 60.0),
-        (1000, 1416, 0, 0, 141.6),  # an answer above its hold, or a limit that was lowered below its use (T69)
+        (1000, 1416, 0, 0, 141.6),  # an answer above its hold, or a limit lowered below its usage (T69)
         (1000, 900, 400, 0, 90.0),
         (0, 0, 0, 0, 100.0),
         (0, 5, 0, 0, 100.0),
@@ -92,7 +92,7 @@ def test_each_limit_shows_its_own_measure():
     ],
 )
 def test_remaining_is_never_negative(limit, used, held, remaining, percent):
-    """What is neither used nor held; `percent` is of what was used, so it may say by how much it is over."""
+    """It is what is neither used nor held. `percent` is of what was used, and can be more than 100."""
     one = quota("staff/daily", tokens=limit)
     assert item(one, Counter(one.per.opening(NOON), Amount(used), Amount(held)))["tokens"] == {
         "limit": limit,
@@ -103,15 +103,15 @@ def test_remaining_is_never_negative(limit, used, held, remaining, percent):
     }
 
 
-LEFT = Counter(Window(NOON - 7 * HOUR, NOON - HOUR), Amount(100, 0, 1))
+ENDED = Counter(Window(NOON - 7 * HOUR, NOON - HOUR), Amount(100, 0, 1))
 RUNNING = Counter(Window(NOON - HOUR, NOON + 5 * HOUR), Amount(100, 0, 1))
 HOLDING = Counter(Window(NOON - HOUR, NOON + 5 * HOUR), NOTHING, Amount(100, 0, 1))
-EMPTIED = Counter(Window(NOON - HOUR, NOON + 5 * HOUR))
+EMPTY = Counter(Window(NOON - HOUR, NOON + 5 * HOUR))
 
 
-@pytest.mark.parametrize("counter", [None, LEFT, EMPTIED], ids=["never used", "reset", "given back"])
+@pytest.mark.parametrize("counter", [None, ENDED, EMPTY], ids=["never used", "has ended", "used and held nothing"])
 def test_a_window_that_no_call_has_opened_has_no_times(counter):
-    """It will open with the next call: nulls, not times that would move with each look; and nothing is used."""
+    """It opens with the next call. Its times are null, because they would be others at each request."""
     shown = item(quota("staff/six", tokens=1000, per="6h"), counter)
     assert shown["window"] == {
         "kind": "first_call",
@@ -125,7 +125,7 @@ def test_a_window_that_no_call_has_opened_has_no_times(counter):
 
 @pytest.mark.parametrize("counter", [RUNNING, HOLDING], ids=["used", "held"])
 def test_a_window_that_a_call_has_opened_shows_its_times(counter):
-    """Also while that first call is still in flight."""
+    """Also while the first call is still in flight."""
     assert item(quota("staff/six", tokens=1000, per="6h"), counter, zone=BERLIN)["window"] == {
         "kind": "first_call",
         "per": "6h",
@@ -137,7 +137,7 @@ def test_a_window_that_a_call_has_opened_shows_its_times(counter):
 
 @pytest.mark.parametrize("counter", [None, Counter(Window(NOON - 2 * DAY, NOON - DAY), Amount(100))])
 def test_a_calendar_window_is_always_shown(counter):
-    """Everybody knows when the day began and ends, used or not."""
+    """Its opening and end do not depend on calls."""
     shown = item(quota("staff/daily", tokens=1000, zone="Europe/Berlin"), counter, zone=BERLIN)
     assert shown["window"]["reset_at"] == "2026-11-25T00:00:00+01:00"
     assert shown["window"]["resets_at"] - shown["window"]["opened_at"] == 86_400
@@ -145,7 +145,7 @@ def test_a_calendar_window_is_always_shown(counter):
 
 
 def test_resets_are_rounded_up_and_openings_down():
-    """A window that opened between two seconds: nobody is sent back too early."""
+    """A window can open between two seconds, and a client that returns at its shown end must not be too early."""
     one = quota("staff/six", tokens=1000, per="6h")
     window = item(one, Counter(one.per.opening(NOON + 500), Amount(1)), NOON + 600)["window"]
     assert window["opened_at"] == NOON // 1000
@@ -153,55 +153,55 @@ def test_resets_are_rounded_up_and_openings_down():
 
 
 def test_a_running_window_keeps_its_end_when_per_changes():
-    """What is shown is the window that counts, whatever the quota says now."""
+    """The open window is shown, with the quota's new `per`."""
     shown = item(quota("staff/daily", tokens=1000, per="7d"), RUNNING)
     assert shown["window"]["per"] == "7d"
     assert shown["window"]["resets_at"] == (NOON + 5 * HOUR) // 1000
 
 
-# ----------------------------------------------------------------------------------------- a call's own hold left out
+# -------------------------------------------------------------------------------------- a call's own hold is left out
 
 
 def reserved(who: Binding, demand: Demand, found: dict[CounterKey, Counter], now: int) -> tuple[Book, Entry]:
-    """The books after a call was let in, and its entry."""
-    books = Book(found, {}, now)
-    answer = books.apply(reserve("call-1", who, demand))
+    """The book after a call was admitted, and the call's entry."""
+    book = Book(found, {}, now)
+    answer = book.apply(reserve("call-1", who, demand))
     assert isinstance(answer, Accepted)
-    return books, answer.entry
+    return book, answer.entry
 
 
-def test_a_calls_own_hold_is_left_out_and_those_of_others_are_not():
-    """The headers say what remains beside this call: 1000 − 100 used − 200 that another one holds."""
+def test_a_calls_own_hold_is_left_out_and_other_holds_are_not():
+    """The headers say what remains for other calls: 1000 − 100 used − 200 that another call holds."""
     who = binding([quota("staff/daily", tokens=1000, requests=10)])
     found = counters(who, used={"staff/daily": 100}, held={"staff/daily": Amount(100, 100, 1)})
-    books, entry = reserved(who, call(100, 400), found, NOON)
+    book, entry = reserved(who, call(100, 400), found, NOON)
     assert (
-        rate_limit_headers(who, quota_statuses(who, books.counters, NOON), NOON)["x-ratelimit-remaining-tokens"]
+        rate_limit_headers(who, quota_statuses(who, book.counters, NOON), NOON)["x-ratelimit-remaining-tokens"]
         == "200"
     )
-    headers = rate_limit_headers(who, quota_statuses(who, books.counters, NOON, without=entry.open_amounts), NOON)
+    headers = rate_limit_headers(who, quota_statuses(who, book.counters, NOON, without=entry.open_amounts), NOON)
     assert headers["x-ratelimit-remaining-tokens"] == "700"
     assert headers["x-ratelimit-remaining-requests"] == "8"
 
 
 def test_a_call_that_has_ended_holds_nothing_to_leave_out():
-    """After it was settled its charge counts like any other."""
+    """After it was settled, its charge counts like any other usage."""
     who = binding([quota("staff/daily", tokens=1000)])
-    books, entry = reserved(who, call(100, 400), {}, NOON)
-    settled = books.apply(Settle(entry.id, exactly(100, 50), "complete"))
+    book, entry = reserved(who, call(100, 400), {}, NOON)
+    settled = book.apply(Settle(entry.id, exactly(100, 50), "complete"))
     assert isinstance(settled, Accepted)
-    statuses = quota_statuses(who, books.counters, NOON, without=settled.entry.open_amounts)
+    statuses = quota_statuses(who, book.counters, NOON, without=settled.entry.open_amounts)
     assert statuses["staff/daily"].counter.held == NOTHING
     assert rate_limit_headers(who, statuses, NOON)["x-ratelimit-remaining-tokens"] == "850"
 
 
 @pytest.mark.parametrize("per", ["minute", "90s"])
-def test_a_hold_of_a_closed_window_is_not_left_out_of_the_next(per):
-    """A call that outlives its window holds nothing of the new one, so no more than the limit can remain (T77)."""
+def test_a_hold_of_a_closed_window_is_not_subtracted_in_the_next(per):
+    """A call that outlives its window holds nothing of the next one, so no more than the limit can remain (T77)."""
     who = binding([quota("staff/short", tokens=1000, requests=5, per=per)])
-    books, entry = reserved(who, call(100, 400), {}, NOON)
+    book, entry = reserved(who, call(100, 400), {}, NOON)
     later = NOON + 2 * MINUTE
-    statuses = quota_statuses(who, books.counters, later, without=entry.open_amounts)
+    statuses = quota_statuses(who, book.counters, later, without=entry.open_amounts)
     assert statuses["staff/short"].counter.held == NOTHING
     headers = rate_limit_headers(who, statuses, later)
     assert headers["x-ratelimit-remaining-tokens"] == "1000"
@@ -209,8 +209,8 @@ def test_a_hold_of_a_closed_window_is_not_left_out_of_the_next(per):
 
 
 @pytest.mark.parametrize("per", ["minute", "90s"])
-def test_a_hold_of_a_closed_window_is_not_left_out_of_what_others_hold_in_the_next(per):
-    """Nor does it hide what another call holds there."""
+def test_a_hold_of_a_closed_window_does_not_hide_what_others_hold_in_the_next(per):
+    """What another call holds in the next window is shown as a whole."""
     one = quota("staff/short", tokens=1000, per=per)
     who = binding([one])
     _, entry = reserved(who, call(100, 400), {}, NOON)
@@ -220,30 +220,30 @@ def test_a_hold_of_a_closed_window_is_not_left_out_of_what_others_hold_in_the_ne
     assert statuses["staff/short"].counter.held == Amount(50, 50, 1)
 
 
-def test_of_a_call_that_grew_into_the_next_window_what_it_holds_there_is_left_out():
-    """Its 100 + 100 stay with the hour in which it began; in the next it holds 300, and another call 50."""
+def test_a_call_that_increased_its_hold_in_the_next_window_is_left_out_there():
+    """Its first 100 + 100 belong to the hour in which it began. In the next it holds 300, and another call 50."""
     hourly = quota("staff/hourly", tokens=1000, per="hour")
     who = binding([hourly])
-    books, _ = reserved(who, call(100, 900, 100, initial_hold=100), {}, NOON)
-    later = Book(books.counters, books.entries, NOON + HOUR)
+    book, _ = reserved(who, call(100, 900, 100, initial_hold=100), {}, NOON)
+    later = Book(book.counters, book.entries, NOON + HOUR)
     later.apply(reserve("call-2", who, call(50)))
-    grown = later.apply(extend("call-1", who, 400))
-    assert isinstance(grown, Accepted)
-    statuses = quota_statuses(who, later.counters, NOON + HOUR, without=grown.entry.open_amounts)
+    extended = later.apply(extend("call-1", who, 400))
+    assert isinstance(extended, Accepted)
+    statuses = quota_statuses(who, later.counters, NOON + HOUR, without=extended.entry.open_amounts)
     assert statuses[hourly.id].counter.held == Amount(50, 0, 1)
     assert rate_limit_headers(who, statuses, NOON + HOUR)["x-ratelimit-remaining-tokens"] == "950"
 
 
 @given(who=bindings(), data=st.data())
-def test_without_itself_things_stand_as_before_it_came(who, data):
-    """Leaving out a call's own hold gives back what was held before, in every quota that it touched."""
+def test_without_its_own_hold_a_call_sees_what_was_held_before_it(who, data):
+    """In every quota that it holds tokens of."""
     found, demand = data.draw(counters_of(who)), data.draw(demands())
     if isinstance(decide(demand, who, found, NOON), NotAdmitted):
         return
-    books, entry = reserved(who, demand, found, NOON)
+    book, entry = reserved(who, demand, found, NOON)
     before, after = (
         quota_statuses(who, found, NOON),
-        quota_statuses(who, books.counters, NOON, without=entry.open_amounts),
+        quota_statuses(who, book.counters, NOON, without=entry.open_amounts),
     )
     assert {name: each.counter.held for name, each in after.items()} == {
         name: each.counter.held for name, each in before.items()
@@ -267,6 +267,6 @@ def test_without_itself_things_stand_as_before_it_came(who, data):
         (31 * DAY, "31d"),
     ],
 )
-def test_a_length_of_time_is_told_to_two_places(length_ms, text):
-    """Short enough to be read at a glance; what is zero is not said."""
-    assert spoken(length_ms) == text
+def test_a_duration_is_written_in_at_most_two_units(length_ms, text):
+    """Short enough to be read at a glance. A unit that is 0 is left out."""
+    assert duration_text(length_ms) == text
