@@ -1,8 +1,8 @@
 """The house rules that no other tool checks.
 
 The order of the packages is checked by import-linter, style and types by ruff and mypy. Each rule here looks at
-the source of `proxy/` and names what breaks it, with what to do instead. If breaking a rule is better, EXEMPT says so with
-the reason; an exemption that is no longer needed fails, so the list only shrinks.
+the source of `proxy/` and names what breaks it, with what to do instead. If breaking a rule is better, EXEMPT says so
+with the reason; an exemption that is no longer needed fails, so the list only shrinks.
 """
 
 import ast

@@ -30,15 +30,18 @@ EndpointName = Literal[
     "messages",
     "count_tokens",
 ]
+# The format of an endpoint's answers, streams and errors; `surfaces` has a row for each.
+#   chat        a stream of chunks with choices, ended by [DONE]; also embeddings and moderations, which do not stream
+#   responses   the events and objects of /responses
+#   messages    Anthropic's events, objects and errors
+#   media       images, speech, transcripts: their output is known only at the end, and may be no JSON
+SurfaceName = Literal["chat", "responses", "messages", "media"]
 # What an answer is charged.
-#   tokens          the tokens that it reports, else the tokens that the proxy counts
-#   tokens_if_said  the tokens that it reports, else one request: a model that reports none is billed per piece
-#   request         one request and no tokens
-#   nothing         nothing
-Charge = Literal["tokens", "tokens_if_said", "request", "nothing"]
-
-# Whose API an endpoint belongs to.
-Surface = Literal["openai", "anthropic"]
+#   tokens            the tokens that it reports, else the tokens that the proxy counts
+#   tokens_if_stated  the tokens that it reports, else one request: a model that reports none is billed per piece
+#   request           one request and no tokens
+#   nothing           nothing
+Charge = Literal["tokens", "tokens_if_stated", "request", "nothing"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +56,7 @@ class Endpoint:
 
     name: EndpointName
     path: str
+    surface: SurfaceName
     charge: Charge
     maxima: tuple[str, ...] = ()
     answer_tokens: int = 0
@@ -82,17 +86,12 @@ class Endpoint:
     @property
     def is_of_responses(self) -> bool:
         """Whether its request has the format of /responses: items, tools, references to stored things."""
-        return self.name in ("responses", "compact", "input_tokens")
+        return self.surface == "responses"
 
     @property
     def is_of_messages(self) -> bool:
         """Whether its requests, answers and errors have Anthropic's format."""
-        return self.name in ("messages", "count_tokens")
-
-    @property
-    def surface(self) -> Surface:
-        """Whose API it belongs to."""
-        return "anthropic" if self.is_of_messages else "openai"
+        return self.surface == "messages"
 
 
 # Azure's SDK sends these to /openai/deployments/{model}/…, and all others to /openai/….
@@ -116,45 +115,54 @@ _PREFIX = re.compile(r"(?:/openai(?:/deployments/[^/]+)?)?(?:/v1)?(?=/)")
 CHAT = Endpoint(
     "chat",
     "/chat/completions",
+    "chat",
     "tokens",
     maxima=("max_completion_tokens", "max_tokens"),
 )
-COMPLETIONS = Endpoint("completions", "/completions", "tokens", maxima=("max_tokens",))
-EMBEDDINGS = Endpoint("embeddings", "/embeddings", "tokens")
-RESPONSES = Endpoint("responses", "/responses", "tokens", maxima=("max_output_tokens",))
+COMPLETIONS = Endpoint("completions", "/completions", "chat", "tokens", maxima=("max_tokens",))
+EMBEDDINGS = Endpoint("embeddings", "/embeddings", "chat", "tokens")
+RESPONSES = Endpoint("responses", "/responses", "responses", "tokens", maxima=("max_output_tokens",))
 # The model summarises a conversation; no field bounds the length of the summary.
-COMPACT = Endpoint("compact", "/responses/compact", "tokens", answer_tokens=8192)
-INPUT_TOKENS = Endpoint("input_tokens", "/responses/input_tokens", "nothing")
-MODERATIONS = Endpoint("moderations", "/moderations", "request", default_model="omni-moderation-latest")
+COMPACT = Endpoint("compact", "/responses/compact", "responses", "tokens", answer_tokens=8192)
+INPUT_TOKENS = Endpoint("input_tokens", "/responses/input_tokens", "responses", "nothing")
+MODERATIONS = Endpoint("moderations", "/moderations", "chat", "request", default_model="omni-moderation-latest")
 # A large image of high quality has 6,240 tokens (OpenAI's table for gpt-image-1), and each partial image 100 more.
 _IMAGE_TOKENS = 8192
 IMAGES = Endpoint(
-    "images", "/images/generations", "tokens_if_said", answer_tokens=_IMAGE_TOKENS, default_model="dall-e-2"
+    "images",
+    "/images/generations",
+    "media",
+    "tokens_if_stated",
+    answer_tokens=_IMAGE_TOKENS,
+    default_model="dall-e-2",
 )
 IMAGE_EDITS = Endpoint(
     "image_edits",
     "/images/edits",
-    "tokens_if_said",
+    "media",
+    "tokens_if_stated",
     answer_tokens=_IMAGE_TOKENS,
     default_model="dall-e-2",
     form="images",
 )
 # Only dall-e-2 has it, which is billed per image.
 IMAGE_VARIATIONS = Endpoint(
-    "image_variations", "/images/variations", "request", default_model="dall-e-2", form="images"
+    "image_variations", "/images/variations", "media", "request", default_model="dall-e-2", form="images"
 )
 # The longest input, 4,096 characters, is five minutes of speech. At 20 tokens a second that is 6,000 tokens. Only a
 # stream with `stream_format: "sse"` reports its tokens.
-SPEECH = Endpoint("speech", "/audio/speech", "tokens_if_said", answer_tokens=6144)
+SPEECH = Endpoint("speech", "/audio/speech", "media", "tokens_if_stated", answer_tokens=6144)
 # They report usage in tokens, or in seconds if the model is billed by time, or not at all (plain text, subtitles).
 # The last two count as one request.
 TRANSCRIPTIONS = Endpoint(
-    "transcriptions", "/audio/transcriptions", "tokens_if_said", answer_tokens=4096, form="audio"
+    "transcriptions", "/audio/transcriptions", "media", "tokens_if_stated", answer_tokens=4096, form="audio"
 )
-TRANSLATIONS = Endpoint("translations", "/audio/translations", "tokens_if_said", answer_tokens=4096, form="audio")
+TRANSLATIONS = Endpoint(
+    "translations", "/audio/translations", "media", "tokens_if_stated", answer_tokens=4096, form="audio"
+)
 # Anthropic's endpoints.
-MESSAGES = Endpoint("messages", "/messages", "tokens", maxima=("max_tokens",))
-COUNT_TOKENS = Endpoint("count_tokens", "/messages/count_tokens", "nothing")
+MESSAGES = Endpoint("messages", "/messages", "messages", "tokens", maxima=("max_tokens",))
+COUNT_TOKENS = Endpoint("count_tokens", "/messages/count_tokens", "messages", "nothing")
 
 METERED = (
     CHAT,

@@ -13,9 +13,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
-from proxy.errors import ProxyError
-from proxy.formats import anthropic
-from proxy.formats.endpoints import METERED, Endpoint, EndpointName, Surface
+from proxy.formats.endpoints import METERED, Endpoint, EndpointName, SurfaceName
 from proxy.policy.policy import OnDisconnect, Secret, Upstream
 
 # The latest dated version of Azure's API that is not a preview. It is sent if neither the client nor the
@@ -29,6 +27,26 @@ _DATED = re.compile(r"20[0-9]{2}-[01][0-9]-[0-3][0-9](?:-preview)?")
 # Azure's newer API at /openai/v1 takes one of these versions, or none.
 _UNDATED = re.compile(r"v1|preview|latest")
 
+# The `anthropic-version` that is sent for a client that names none: the first that was published, because every
+# compatible server knows it.
+_ANTHROPIC_VERSION = "2023-06-01"
+# The values of `anthropic-beta` that are forwarded for every user. They change neither the price of a token nor what
+# a request can reach. They add request fields (effort, system messages between turns, which parts of the history to
+# leave out, the scope of a cached prefix), allow thinking between tool calls, report the thinking tokens, and name
+# the client. Claude Code 2.1 sends all of them, and the fields of its requests need them.
+# Not in the list: `context-1m-…`, whose long inputs cost more; `fast-mode-…`, `compact-…` and `advisor-tool-…`, which
+# cost more by themselves; and the betas for files, servers (MCP), skills and the web, which reach other systems.
+_USUAL_BETAS = frozenset(
+    (
+        "claude-code-20250219",
+        "context-management-2025-06-27",
+        "effort-2025-11-24",
+        "interleaved-thinking-2025-05-14",
+        "mid-conversation-system-2026-04-07",
+        "prompt-caching-scope-2026-01-05",
+        "thinking-token-count-2026-05-13",
+    )
+)
 # OpenAI's default for `max_tokens` on /completions.
 _COMPLETIONS_DEFAULT = 16
 # OpenAI's models without hidden reasoning, by the beginning of their names. All other models of OpenAI, also future
@@ -39,11 +57,11 @@ _WITHOUT_HIDDEN_REASONING = tuple("babbage-002 chatgpt-4o davinci-002 gpt-3.5 gp
 class Kind:
     """An upstream with OpenAI's API, and the behaviour of all kinds that override nothing.
 
-    `surfaces` are the APIs that it serves; nothing is translated from one to the other. `on_disconnect` is the
+    `surfaces` are those that it serves; nothing is translated from one to the other. `on_disconnect` is the
     default of that setting: hosted APIs bill an answer whose client has left, so it is read to its usage.
     """
 
-    surfaces: ClassVar[frozenset[Surface]] = frozenset(("openai",))
+    surfaces: ClassVar[frozenset[SurfaceName]] = frozenset(("chat", "responses", "media"))
     on_disconnect: ClassVar[OnDisconnect] = "drain"
     # Whether the configuration of an upstream may name an `api_version`.
     has_api_version: ClassVar[bool] = False
@@ -80,8 +98,8 @@ class Kind:
     # Whether the usage of a whole answer with several choices covers the first choice only.
     reports_first_choice_only: ClassVar[bool] = False
 
-    # Whether errors of the request are forwarded in its own format instead of OpenAI's.
-    has_own_errors: ClassVar[bool] = False
+    # The surface in whose format its errors of a request are, and are forwarded; None for OpenAI's.
+    error_surface: ClassVar[SurfaceName | None] = None
 
     def address(self, upstream: Upstream, path: str, *, deployment: str, api_version: str | None) -> str:
         """What is appended to the upstream's `base_url`: the path, and a query if this kind needs one.
@@ -117,10 +135,6 @@ class Kind:
         """The header that carries its key; none if it has no key."""
         name, before = self.key_header
         return {} if api_key is None else {name: before + api_key.reveal()}
-
-    def error_body(self, error: ProxyError) -> dict[str, Any]:
-        """An error of the proxy in the format of this kind's errors."""
-        return error.body()
 
 
 class _WithVisibleReasoning(Kind):
@@ -162,16 +176,13 @@ class Azure(Kind):
 class Anthropic(_WithVisibleReasoning):
     """Anthropic's API. It requires a maximum in every request."""
 
-    surfaces = frozenset(("anthropic",))
+    surfaces = frozenset(("messages",))
     key_header = ("x-api-key", "")
-    default_headers = MappingProxyType({"anthropic-version": anthropic.VERSION})
+    default_headers = MappingProxyType({"anthropic-version": _ANTHROPIC_VERSION})
     beta_header = "anthropic-beta"
-    usual_betas = anthropic.USUAL_BETAS
+    usual_betas = _USUAL_BETAS
     bounds_answers = True
-    has_own_errors = True
-
-    def error_body(self, error: ProxyError) -> dict[str, Any]:
-        return anthropic.error_body(error)
+    error_surface = "messages"
 
 
 class VLLM(_OwnServer):
@@ -226,7 +237,7 @@ class LlamaCpp(_OwnServer):
 class Simulator(_WithVisibleReasoning):
     """The simulator of this project. It serves both APIs, and its answers have a maximum of their own."""
 
-    surfaces = frozenset(("openai", "anthropic"))
+    surfaces = frozenset(("chat", "responses", "messages", "media"))
     bounds_answers = True
 
 

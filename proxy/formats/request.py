@@ -10,8 +10,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from proxy.errors import ProxyError
-from proxy.formats.anthropic import error_body
 from proxy.formats.body import RequestBody
 from proxy.formats.endpoints import RESPONSES, SPEECH, Endpoint
 from proxy.formats.kinds import CHOICE_COUNT_FIELDS, KINDS, kind_of
@@ -157,19 +155,6 @@ def forwarded_body(request: Request, model: Model, *, maximum: int | None = None
             asked = document.get(name)
             document[name] = maximum if asked is None or kind.is_endless(asked) else min(asked, maximum)
     return dump(document)
-
-
-def error_event(endpoint: Endpoint, error: ProxyError) -> bytes:
-    """An error inside a stream, in the form at which the SDKs raise an exception.
-
-    On /responses older SDKs look for a member `error` and newer ones for the event's name, so the event has both.
-    """
-    if endpoint.is_of_messages:
-        return b"event: error\ndata: " + dump(error_body(error)) + b"\n\n"
-    if not endpoint.is_of_responses:
-        return b"data: " + dump(error.body()) + b"\n\n"
-    flat = {"type": "error", "code": error.code, "message": error.message, "param": error.param}
-    return b"event: error\ndata: " + dump({**flat, **error.body()}) + b"\n\n"
 
 
 def _choices(endpoint: Endpoint, document: Mapping[str, Any]) -> int:

@@ -20,7 +20,9 @@ from typing import Any
 import orjson
 
 from proxy.errors import InvalidRequest, ProxyError, UpstreamBusy, UpstreamError, UpstreamExhausted, UpstreamTimeout
-from proxy.formats.kinds import Kind, kind_of
+from proxy.formats.endpoints import SurfaceName
+from proxy.formats.kinds import kind_of
+from proxy.formats.surfaces import SURFACES
 from proxy.policy.policy import Upstream
 
 # The codes of an account that is used up. Waiting does not help, and the account is not the user's.
@@ -88,9 +90,8 @@ def failure_of(
         failure = UpstreamTimeout if status in (408, 504) else UpstreamError
         return failure(f"The upstream failed with status {status}.")
     if 400 <= status < 500:
-        kind = kind_of(upstream.kind)
-        if kind.has_own_errors:
-            return Rejected(status, masked(body, upstream) if error is not None else _in_own_shape(status, kind))
+        if surface := kind_of(upstream.kind).error_surface:
+            return Rejected(status, masked(body, upstream) if error is not None else _in_shape_of(surface, status))
         return Rejected(status, masked(body if is_openai_shape else _in_openai_shape(status, error), upstream))
     return UpstreamError(f"The upstream sent an answer that can't be forwarded (status {status}).")
 
@@ -163,6 +164,6 @@ def _in_openai_shape(status: int, error: dict[str, Any] | None) -> bytes:
     return orjson.dumps({"error": shaped})
 
 
-def _in_own_shape(status: int, kind: Kind) -> bytes:
+def _in_shape_of(surface: SurfaceName, status: int) -> bytes:
     error = InvalidRequest(f"The upstream refused the request with status {status}.")
-    return orjson.dumps(kind.error_body(error))
+    return orjson.dumps(SURFACES[surface].error_body(error))

@@ -13,9 +13,9 @@ from proxy.calls import reservation as module
 from proxy.calls.reservation import HOLD_STEP, Reservation
 from proxy.calls.token_count import TokenCount
 from proxy.formats.endpoints import CHAT
-from proxy.formats.meter import Meter
 from proxy.formats.request import parse_request
 from proxy.formats.sse import Splitter
+from proxy.formats.surfaces import meter_of
 from proxy.ledger.book import Accepted, Expire, Settle
 from proxy.ledger.entry import Entry
 from proxy.ledger.ledger import LEASE_MS, Ledger
@@ -45,7 +45,7 @@ class AdmittedCall:
         count = TokenCount(loaded(), request, MODEL, body_bytes=len(BODY))
         self.ledger = ledger
         self.queue = AdmissionQueue(ledger)
-        self.meter = Meter(request, count=len)  # each character of its stream is one token
+        self.meter = meter_of(request, count=len)  # each character of its stream is one token
         self.reservation = Reservation(ledger, accepted, self.meter, binding=binding([daily]), count=count)
         self.reservation.is_sent = True
 

@@ -43,9 +43,9 @@ def test_a_kind_is_configured_by_its_name() -> None:
 
 def test_only_anthropic_and_the_simulator_serve_anthropic_s_api() -> None:
     """Nothing is translated: each kind serves one of the two APIs, but the simulator has both."""
-    assert [name for name, kind in KINDS.items() if "anthropic" in kind.surfaces] == ["anthropic", "simulator"]
-    assert [name for name, kind in KINDS.items() if "openai" not in kind.surfaces] == ["anthropic"]
-    assert {endpoint.name for endpoint in METERED if endpoint.surface == "anthropic"} == {"messages", "count_tokens"}
+    assert [name for name, kind in KINDS.items() if "messages" in kind.surfaces] == ["anthropic", "simulator"]
+    assert [name for name, kind in KINDS.items() if "chat" not in kind.surfaces] == ["anthropic"]
+    assert {endpoint.name for endpoint in METERED if endpoint.surface == "messages"} == {"messages", "count_tokens"}
 
 
 def test_answers_are_read_to_their_end_where_they_are_billed_all_the_same() -> None:

@@ -11,7 +11,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.errors import UpstreamError
 from proxy.formats.endpoints import (
     CHAT,
     COMPLETIONS,
@@ -30,7 +29,6 @@ from proxy.formats.kinds import KINDS, kind_of
 from proxy.formats.multipart import Form, FormReader
 from proxy.formats.request import (
     Request,
-    error_event,
     forwarded_body,
     forwarded_model,
     parse_form_request,
@@ -437,26 +435,6 @@ def test_only_the_proxy_s_own_fields_are_changed(
         assert all(forwarded.get(name) == document.get(name) for name in MAXIMA)
 
 
-# ------------------------------------------------------------------------------------------------- errors in streams
-
-
-@pytest.mark.parametrize("endpoint", [CHAT, COMPLETIONS, EMBEDDINGS], ids=ids)
-def test_an_error_in_a_stream_of_chunks_is_a_chunk(endpoint: Endpoint) -> None:
-    """`data: {"error": …}` makes every SDK raise (wire §2.1). A stream that ends early would look like success."""
-    error = UpstreamError("It broke\nhalf way.")
-    event = error_event(endpoint, error)
-    assert event == b"data: " + json.dumps(error.body(), separators=(",", ":")).encode() + b"\n\n"
-
-
-def test_an_error_in_a_stream_of_responses_has_both_forms() -> None:
-    """Older SDKs raise if there is a member `error`, newer ones if the event has that name."""
-    error = UpstreamError("It broke\nhalf way.")
-    first, second, *rest = error_event(RESPONSES, error).split(b"\n")
-    assert (first, rest) == (b"event: error", [b"", b""])
-    flat = {"type": "error", "code": "upstream_error", "message": "It broke\nhalf way.", "param": None}
-    assert json.loads(second.removeprefix(b"data: ")) == {**flat, **error.body()}
-
-
 def test_a_request_keeps_its_properties_when_its_body_is_freed() -> None:
     """A long stream must not keep megabytes of prompt in memory after the upstream has answered.
 
@@ -554,12 +532,3 @@ def test_a_user_s_own_tool_is_accepted_on_messages() -> None:
     tools = [{"name": "f", "input_schema": {}}, {"type": "custom", "name": "g", "input_schema": {}}]
     request = parse(MESSAGES, tools=tools, max_tokens=5, thinking={"type": "adaptive"}, what_comes_next=1)
     assert sent(request, "anthropic") == {**request.document, "model": "real-m"}
-
-
-def test_an_error_in_a_stream_of_messages_is_anthropic_s_error_event() -> None:
-    """Anthropic's SDK raises if the event is named `error`, and reads its member `error`."""
-    event = error_event(MESSAGES, UpstreamError("It broke."))
-    head, data = event.split(b"\n", 1)
-    assert head == b"event: error"
-    error = {"type": "api_error", "message": "It broke.", "code": "upstream_error"}
-    assert json.loads(data.removeprefix(b"data: ")) == {"type": "error", "error": error}

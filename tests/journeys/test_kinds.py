@@ -18,6 +18,7 @@ from proxy.formats.endpoints import CHAT, COMPLETIONS, Endpoint
 from proxy.formats.meter import Meter
 from proxy.formats.request import Request, parse_request
 from proxy.formats.stream import Stream
+from proxy.formats.surfaces import meter_of
 from proxy.policy.amounts import TOKENS_MAX, AtLeast, Exactly, Tokens, Usage
 from tests.stage import STAFF, stage
 
@@ -271,7 +272,7 @@ def _request(endpoint: Endpoint) -> Request:
 def _metered(recording: Recording, pieces: Iterator[bytes] | list[bytes]) -> tuple[Meter, bytes]:
     """Feed these bytes to a meter and end the stream; return the meter and all bytes that the client gets."""
     request = _request(recording.endpoint)
-    meter = Meter(request, count=lambda text: len(text), kind=recording.kind)
+    meter = meter_of(request, count=lambda text: len(text), kind=recording.kind)
     stream = Stream(meter)
     shown = b"".join(stream.feed(piece, covered=TOKENS_MAX) for piece in pieces)
     stream.close(covered=TOKENS_MAX)
