@@ -26,6 +26,7 @@ from proxy.policy.policy import Model, Upstream
 from proxy.policy.quota import Demand, Quota
 from tests.breakage import read_only, writers
 from tests.builders import NOON, binding, call, exactly, quota, reserve
+from tests.sqlite import write_migrated
 from tests.stage import Clock, fast_timers, loaded, until
 
 BODY = b'{"model": "m", "stream": true, "messages": [{"role": "user", "content": "Hello world!"}]}'
@@ -80,6 +81,8 @@ async def _reserved(
     store: SqliteStore | None = None,
     now: Callable[[], int] = lambda: NOON,
 ) -> AsyncIterator[AdmittedCall]:
+    if not (folder / "quotas.db").exists():
+        write_migrated(folder / "quotas.db")
     ledger = Ledger(store or SqliteStore(folder / "quotas.db"), owner="me", now=now, retry_s=0.001)
     await ledger.start()
     try:
