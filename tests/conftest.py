@@ -34,13 +34,19 @@ def pytest_collectstart(collector: pytest.Collector) -> None:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Run what is marked `every_engine` once on SQLite and once on PostgreSQL."""
     if metafunc.definition.get_closest_marker("every_engine"):
-        metafunc.fixturenames.append("_engine")
         metafunc.parametrize("_engine", ["sqlite", "postgresql"], indirect=True)
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def _engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tests.stage.ENGINE", request.param)
+    """Choose the engine of the stages of this test.
+
+    It is an autouse fixture, because pytest removes a name that is only appended to `metafunc.fixturenames`: it
+    computes the fixtures of a parametrized test anew. The fixture would not run, and all tests would run on SQLite
+    twice.
+    """
+    if hasattr(request, "param"):
+        monkeypatch.setattr("tests.stage.ENGINE", request.param)
 
 
 @pytest.fixture(autouse=True)

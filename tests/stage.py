@@ -6,13 +6,10 @@ async with stage(POLICY, folder=tmp_path) as on:
 """
 
 import asyncio
-import atexit
 import io
 import json
-import shutil
-import tempfile
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -25,13 +22,13 @@ from proxy.calls.disconnect import Disconnects
 from proxy.calls.tokenizer import Tokenizers, table_folders
 from proxy.config.loader import Config, ConnectionLimits, load_text
 from proxy.ledger.schema import SCHEMA, metadata
-from proxy.ledger.sqlite import SqliteStore
 from proxy.server import Server
 from proxy.simulator.server import Simulator
 from proxy.simulator.server import serve as serve_simulator
 from tests.audit import audit, balance, rows
 from tests.builders import NOON
 from tests.postgres import shared
+from tests.sqlite import write_migrated
 
 # The engine of stages that name no database; see `every_engine` in conftest.
 ENGINE = "sqlite"
@@ -236,7 +233,7 @@ async def stage(
         database = lent.url
         clock.when_changed(lent.set_time)
     elif database is None and not (folder / "quotas.db").exists():
-        shutil.copyfile(await _migrated_file(), folder / "quotas.db")
+        write_migrated(folder / "quotas.db")
     simulator = simulator or Simulator(UPSTREAM_KEY)
     runner, port = await serve_simulator(simulator)
     config = config_of(
@@ -266,23 +263,6 @@ async def stage(
         await runner.cleanup()
     if lent is not None:
         _free_databases.append(lent)
-
-
-async def _migrated_file() -> Path:
-    """An empty ledger with the newest schema: migrated once in this process, and copied for each stage."""
-    path = _template_path()
-    if not path.exists():
-        store = SqliteStore(path)
-        await store.open()
-        await store.close()
-    return path
-
-
-@cache
-def _template_path() -> Path:
-    folder = Path(tempfile.mkdtemp(prefix="quotas-sqlite-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return folder / "quotas.db"
 
 
 @dataclass(frozen=True, slots=True)
@@ -331,3 +311,23 @@ async def until(is_reached: Callable[[], bool]) -> None:
     """Yield to the event loop until our own tasks have made the condition true. The test's timeout bounds it."""
     while not is_reached():  # noqa: ASYNC110 - nothing here would set an event for a test
         await asyncio.sleep(0)
+
+
+@contextmanager
+def fast_timers(factor: float = 5) -> Iterator[None]:
+    """Run the event loop's clock this many times as fast: a timeout of 2 s ends after 0.4 s.
+
+    For tests in which the database is away: then calls and streams wait for their timeouts and for nothing else.
+    """
+    loop: Any = asyncio.get_running_loop()
+    selector = loop._selector
+    time, select = loop.time, selector.select
+    begun = time()
+    loop.time = lambda: begun + factor * (time() - begun)
+    selector.select = lambda timeout: select(timeout / factor if timeout else timeout)
+    try:
+        yield
+    finally:
+        ahead = loop.time() - time()
+        loop.time = lambda: time() + ahead  # a loop's clock must not go back
+        selector.select = select

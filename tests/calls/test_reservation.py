@@ -26,7 +26,8 @@ from proxy.policy.catalog import Model, Upstream
 from proxy.policy.quota import Demand, Quota
 from tests.breakage import read_only, writers
 from tests.builders import NOON, binding, call, exactly, quota, reserve
-from tests.stage import Clock, loaded, until
+from tests.sqlite import write_migrated
+from tests.stage import Clock, fast_timers, loaded, until
 
 BODY = b'{"model": "m", "stream": true, "messages": [{"role": "user", "content": "Hello world!"}]}'
 INPUT = 4 + 3 + 3  # the tokens of "user" and the text, of the frame of a message, and of the start of the answer
@@ -80,6 +81,8 @@ async def _reserved(
     store: SqliteStore | None = None,
     now: Callable[[], int] = lambda: NOON,
 ) -> AsyncIterator[AdmittedCall]:
+    if not (folder / "quotas.db").exists():
+        write_migrated(folder / "quotas.db")
     ledger = Ledger(store or SqliteStore(folder / "quotas.db"), owner="me", now=now, retry_s=0.001)
     await ledger.start()
     try:
@@ -153,16 +156,16 @@ async def test_after_its_lease_has_lapsed_only_held_output_passes(tmp_path: Path
         async with _reserved(tmp_path, STREAM, store=store, now=clock) as it:
             it.says("x" * 1100)
             clock.ms += LEASE_MS
-            with read_only(path, made[-1]):
+            with read_only(path, made[-1]), fast_timers(20):
                 assert not await it.grows()
                 assert not await it.reservation.hold_whole_answer(it.queue)
             await it.ledger.renew_lease()
-            with read_only(path, made[-1]):
+            with read_only(path, made[-1]), fast_timers(20):
                 assert not await it.grows()
             assert it.reservation.covered == 1024
             assert await it.grows()
             it.says("x" * 1100)
-            with read_only(path, made[-1]):
+            with read_only(path, made[-1]), fast_timers(20):
                 assert await it.grows()
                 assert await it.reservation.hold_whole_answer(it.queue)
             assert it.reservation.covered == 2200 + HOLD_STEP
@@ -318,7 +321,7 @@ async def test_while_the_ledger_is_unavailable_a_whole_answer_passes(tmp_path: P
     with writers() as made:
         async with _reserved(tmp_path, STREAM, store=SqliteStore(tmp_path / "quotas.db", busy_timeout_s=0)) as it:
             it.meter.see_whole(b'{"usage": {"prompt_tokens": 1, "completion_tokens": 5000}}')
-            with read_only(tmp_path / "quotas.db", made[-1]):
+            with read_only(tmp_path / "quotas.db", made[-1]), fast_timers(20):
                 assert await it.reservation.hold_whole_answer(it.queue)
 
 
@@ -390,7 +393,7 @@ async def test_while_the_ledger_is_unavailable_a_stream_goes_on(tmp_path: Path) 
     with writers() as made:
         async with _reserved(tmp_path, STREAM, store=SqliteStore(tmp_path / "quotas.db", busy_timeout_s=0)) as it:
             it.says("x" * 1100)
-            with read_only(tmp_path / "quotas.db", made[-1]):
+            with read_only(tmp_path / "quotas.db", made[-1]), fast_timers(20):
                 assert await it.grows()
                 assert it.reservation.covered == 1100 + HOLD_STEP
                 assert await it.counter() == (0, 1124)
@@ -407,7 +410,7 @@ async def test_when_the_ledger_is_back_the_hold_grows_again(tmp_path: Path) -> N
     with writers() as made:
         async with _reserved(tmp_path, STREAM, store=SqliteStore(tmp_path / "quotas.db", busy_timeout_s=0)) as it:
             it.says("x" * 1100)
-            with read_only(tmp_path / "quotas.db", made[-1]):
+            with read_only(tmp_path / "quotas.db", made[-1]), fast_timers(20):
                 assert await it.grows()
             it.says("x" * 1100)
             assert await it.grows()
@@ -420,7 +423,7 @@ async def test_while_the_ledger_is_unavailable_nothing_beyond_the_maximum_is_cha
     with writers() as made:
         async with _reserved(tmp_path, demand, store=SqliteStore(tmp_path / "quotas.db", busy_timeout_s=0)) as it:
             it.says("x" * 4100)
-            with read_only(tmp_path / "quotas.db", made[-1]):
+            with read_only(tmp_path / "quotas.db", made[-1]), fast_timers(20):
                 assert await it.grows()
                 assert it.reservation.covered > 4100
             await it.reservation.end("client_left")

@@ -22,6 +22,12 @@ HELLO: Any = [{"role": "user", "content": "Hello there, how are you?"}]
 SMALL = STAFF.replace("tokens: 1M, requests: 100k", "tokens: 10k")
 
 
+async def test_each_engine_is_really_used(request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    """The engine in the name of a test is the one on which its stages run."""
+    async with stage(folder=tmp_path) as on:
+        assert on.database.startswith(request.node.callspec.params["_engine"])
+
+
 async def test_the_sdk_gets_its_answers_and_each_token_is_charged(tmp_path: Path) -> None:
     """Models, chat, streams, completions, embeddings and responses work, and the usage they report is charged."""
     async with stage(folder=tmp_path) as on:

@@ -8,8 +8,8 @@ import json
 import multiprocessing
 import random
 import shutil
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,19 @@ from tests.audit import audit, rows, states
 from tests.bare_upstream import bare_upstream, stream_head
 from tests.breakage import failing_writes, full, locked, moved, read_only, replaced, writers
 from tests.builders import DAY, HOUR, NOON
-from tests.stage import STAFF, UPSTREAM_KEY, Clock, Reply, Stage, key_of, sqlite_in, stage, text_of, until
+from tests.stage import (
+    STAFF,
+    UPSTREAM_KEY,
+    Clock,
+    Reply,
+    Stage,
+    fast_timers,
+    key_of,
+    sqlite_in,
+    stage,
+    text_of,
+    until,
+)
 
 pytestmark = pytest.mark.journey
 
@@ -107,26 +119,6 @@ def _is_complete(reply: Reply, words: int) -> bool:
     return reply.status == 200 and reply.body.endswith(DONE) and reply.body.count(WORD) == words
 
 
-@contextmanager
-def _fast_timers(factor: float = 5) -> Iterator[None]:
-    """Run the event loop's clock this many times as fast: a timeout of 2 s ends after 0.4 s.
-
-    While the database is away, calls and streams wait for their timeouts of 1 and 2 s and for nothing else.
-    """
-    loop: Any = asyncio.get_running_loop()
-    selector = loop._selector
-    time, select = loop.time, selector.select
-    begun = time()
-    loop.time = lambda: begun + factor * (time() - begun)
-    selector.select = lambda timeout: select(timeout / factor if timeout else timeout)
-    try:
-        yield
-    finally:
-        ahead = loop.time() - time()
-        loop.time = lambda: time() + ahead  # a loop's clock must not go back
-        selector.select = select
-
-
 # --------------------------------------------------------------------------------------- a database that is away
 
 FAULTS = [locked, read_only, full, failing_writes, moved, replaced]
@@ -140,7 +132,7 @@ async def test_while_the_database_is_away_new_calls_are_refused_and_streams_end(
         async with _gated(SHORT_WAIT, folder=tmp_path) as (on, upstream):
             words = [3000, 1500, 40]
             calls = await _begin(on, upstream, *(_ask(count, is_held_back=True) for count in words))
-            with fault(path, made[0]), _fast_timers():
+            with fault(path, made[0]), fast_timers():
                 upstream.gate.set()
                 answered, ended = await asyncio.gather(_until_refused(on), asyncio.gather(*calls))
                 assert all(_is_complete(reply, count) for reply, count in zip(ended, words, strict=True))
@@ -187,7 +179,7 @@ async def test_a_deleted_database_is_not_created_again(what: str, tmp_path: Path
             path.unlink()
             if what == "emptied":
                 path.touch()
-            with _fast_timers():
+            with fast_timers():
                 for _ in range(3):
                     await _until_refused(on)
                     shown = await asyncio.gather(*(on.get("/v1/quota") for _ in range(4)))
@@ -317,7 +309,7 @@ async def test_a_running_stream_of_a_removed_upstream_completes(tmp_path: Path) 
 
 # ------------------------------------------------------------------------------------------------- killed processes
 
-KILLS = 20
+KILLS = 10
 CLIENTS = 16
 
 
@@ -344,7 +336,7 @@ def _run_proxy(text: str, started: Connection) -> None:
 class ProxyProcess:
     """A proxy in a process of its own."""
 
-    # Forked from a process that has imported everything, because twenty cold starts would take a minute.
+    # Forked from a process that has imported everything, because ten cold starts would take half a minute.
     _context = multiprocessing.get_context("forkserver")
     _context.set_forkserver_preload([__name__])
 
@@ -424,7 +416,7 @@ def _random_call(rng: random.Random) -> tuple[str, dict[str, Any]]:
             return CHAT if kind == 1 else "/v1/completions", {**body, **more}
 
 
-async def test_complete_answers_are_charged_exactly_after_twenty_kills(tmp_path: Path) -> None:
+async def test_complete_answers_are_charged_exactly_after_ten_kills(tmp_path: Path) -> None:
     """Killed at random times: a complete answer is charged its usage, a call in flight its hold, each once."""
     rng = random.Random(20_261_124)
     simulator = Simulator(UPSTREAM_KEY)
