@@ -30,7 +30,7 @@ from proxy.ledger.entry import CallLabels
 from proxy.ledger.ledger import Ledger
 from proxy.policy.quota import Binding
 from proxy.server import store_of, wall_clock_ms
-from tests.builders import call, exactly, quota, route
+from tests.builders import call, exactly, group_quotas, quota
 
 _SECONDS = 4.0
 # All processes have opened the database by then.
@@ -194,13 +194,13 @@ async def _client(ledger: Ledger, name: str, users: int, until: float, latencies
         latencies.append(time.monotonic() - began)
 
 
-_STAFF = route("staff", quota("staff/daily", tokens=_PLENTY), quota("staff/6h", tokens=_PLENTY, per="6h"))
+_STAFF = group_quotas("staff", quota("staff/daily", tokens=_PLENTY), quota("staff/6h", tokens=_PLENTY, per="6h"))
 _FACTS = CallLabels("somebody", "gpt-4o-mini", "chat", "openai")
 _DEMAND = call(100, 400)
 
 
 def _whoever(users: int) -> Binding:
-    return Binding(f"user {random.randrange(users)}", (), (_STAFF,), (), "any_group")
+    return Binding(groups=(_STAFF,), user=f"user {random.randrange(users)}")
 
 
 def _line(*cells: str) -> str:

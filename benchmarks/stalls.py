@@ -19,6 +19,7 @@ import orjson
 import uvloop
 
 from proxy.calls.tokenizer import Tokenizers, table_folders
+from proxy.formats.body import RequestBody
 from proxy.formats.content import read_prompt
 from proxy.formats.strict_json import parse_object
 
@@ -88,7 +89,8 @@ async def _at_once(tokens: Tokenizers, texts: list[str]) -> int:
 
 async def _read(body: bytes) -> None:
     """Parse a body and read its prompt, which the proxy does on the event loop before admission."""
-    read_prompt(parse_object(body, frozenset(("model", "messages"))), model="gpt-4o", is_chat=True)
+    document = parse_object(body, frozenset(("model", "messages")))
+    read_prompt(RequestBody(document), model="gpt-4o", is_chat=True)
 
 
 def _body_with_images(count: int, *, base64_bytes: int) -> bytes:

@@ -6,11 +6,11 @@ answer used. A call that does not fit into the quotas of its user is refused wit
 
 The packages, from the lowest to the highest:
 
-    policy      who may use how much: windows, quotas, admission, groups, users, models; pure
+    policy      who may use how much: windows, quotas, admission, groups, models; pure
     formats     the requests, answers and streams of the OpenAI and Anthropic APIs: parsing, metering, errors; pure
     ledger      reservations and usage in SQLite or PostgreSQL, exact and durable
-    identity    which user a key belongs to
     config      quotas.yaml: loads, checks and reloads it
+    identity    the users and their groups, and which of them a request comes from
     upstreams   which upstream takes a call, and the HTTP client for it
     calls       one call from admission to settlement
     web         the two listeners: routes, authentication, bodies, errors, responses

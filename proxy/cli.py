@@ -21,10 +21,9 @@ from proxy.calls.tokenizer import Tokenizers, table_folders
 from proxy.config.lint import sentences, warnings
 from proxy.config.loader import BadConfig, Config, load
 from proxy.config.schema import json_schema
-from proxy.config.values import KEY_CHARACTERS_MIN
+from proxy.config.values import KEY_CHARACTERS_MIN, digest
 from proxy.ledger.schema import NewerSchema
 from proxy.ledger.store import StoreInUse, StoreUnavailable
-from proxy.policy.policy import digest
 from proxy.server import Server, fingerprint_of, serve, store_of
 from proxy.workers import Command, ControlSocket, NotServing, Parent
 
@@ -118,7 +117,7 @@ def check_command(path: str) -> None:
     config = _load(path, otherwise=_NO)
     for warning in warnings(config):
         click.secho(f"warning: {warning}", fg="yellow", err=True)
-    for sentence in sentences(config.policy):
+    for sentence in sentences(config):
         click.echo(sentence)
 
 

@@ -39,13 +39,14 @@ from proxy.calls.stored_responses import StoredResponses
 from proxy.calls.tokenizer import Tokenizers
 from proxy.config.loader import Address, Config
 from proxy.config.reload import Fingerprint, Policies
+from proxy.identity.authentication import Snapshot
 from proxy.ledger.ledger import LEASE_MS, Ledger
 from proxy.ledger.queue import AdmissionQueue
 from proxy.ledger.rollup import Rollup
 from proxy.ledger.sqlite import SqliteStore
 from proxy.ledger.store import Store, StoreUnavailable
 from proxy.metrics import Metrics
-from proxy.policy.policy import Policy
+from proxy.policy.catalog import Catalog
 from proxy.tasks import Tasks
 from proxy.upstreams.client import Upstreams
 from proxy.web.admin import Admin
@@ -137,16 +138,21 @@ class Server:
         self._tokenizers = tokenizers
         self._load = load
         self.policies = Policies(
-            config, load=self._load_with_tokenizers, fingerprint=fingerprint, metrics=self.metrics, now=now
+            config,
+            load=self._load_with_tokenizers,
+            build=Snapshot.of,
+            fingerprint=fingerprint,
+            metrics=self.metrics,
+            now=now,
         )
         store = store_of(self._inherited.database, self._inherited.lock)
-        self.rollup = Rollup(store, now=now, keep=lambda: self.policies.current.keep)
+        self.rollup = Rollup(store, now=now, keep=lambda: self.policies.current.policy.keep)
         self.ledger = Ledger(
             store,
             owner=self._inherited.owner,
             now=now,
             lease_ms=config.settings.lease_ms or LEASE_MS,
-            wait_s=lambda: self.policies.current.ledger_wait_s,
+            wait_s=lambda: self.policies.current.policy.ledger_wait_s,
         )
         self.upstreams = Upstreams()
         self.queue = AdmissionQueue(self.ledger)
@@ -180,7 +186,7 @@ class Server:
 
     async def start(self) -> None:
         """Start to serve. Raises what `Store.open` raises, and OSError if a port is in use."""
-        self._tokenizers.load(_encodings_of(self.policies.current))
+        self._tokenizers.load(_encodings_of(self.policies.current.catalog))
         await self.ledger.start(self._inherited.dead)
         self.upstreams.open()
         inherited, settings = self._inherited, self._settings
@@ -229,7 +235,7 @@ class Server:
     def _load_with_tokenizers(self) -> Config:
         """Load the config, and the tokenizers that its models need."""
         config = self._load()
-        self._tokenizers.load(_encodings_of(config.policy))
+        self._tokenizers.load(_encodings_of(config.catalog))
         return config
 
     async def _listen(self, application: web.Application, at: Address | tuple[int, ...]) -> Address:
@@ -254,11 +260,11 @@ class Server:
             response.headers["connection"] = "close"  # the library sets its headers before it sends this signal
 
 
-def _encodings_of(policy: Policy) -> set[str]:
+def _encodings_of(catalog: Catalog) -> set[str]:
     """The encodings of all listed models, and the two most common ones if clients may name other models."""
-    models = policy.models or {}
+    models = catalog.models or {}
     common = () if models and "*" not in models else ("o200k_base", "cl100k_base")
-    targets = (target for name, model in models.items() if name != "*" for target in model.targets)
+    targets = (target for name in catalog.names for target in models[name].targets)
     return {*common, *(Tokenizers.encoding_of(target).name for target in targets)}
 
 

@@ -1,1 +1,1 @@
-"""The proof: one test file for each module, journeys named by what they show."""
+"""The tests: one package for each package of `proxy`, and journeys through the whole program."""

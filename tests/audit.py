@@ -1,8 +1,8 @@
-"""An auditor of a ledger's file, who reads it with plain SQL and trusts nothing of the program that wrote it.
+"""An auditor of a ledger. It reads the tables with plain SQL and uses no code of the program that wrote them.
 
-audit(path)                 the file is sound, and its counters are the sums of its calls
-balance(calls, counters)    the same of rows from elsewhere
-contents(path)              all that stands in it
+audit(path)                 checks a SQLite file: it is intact, and its counters are the sums of its calls
+balance(calls, counters)    checks the same for rows that were read elsewhere
+contents(path)              the whole file as SQL
 """
 
 import json
@@ -19,13 +19,13 @@ Row = Mapping[str, Any]
 
 @contextmanager
 def connected(path: Path) -> Iterator[sqlite3.Connection]:
-    """A connection of one's own, that begins and commits only when told, and waits for nobody."""
+    """A connection of our own. It begins and commits only if told to, and waits for no lock."""
     with closing(sqlite3.connect(path, timeout=0, isolation_level=None)) as connection:
         yield connection
 
 
 def rows(path: Path, table: str) -> list[dict[str, Any]]:
-    """What is committed in a table, by its first columns."""
+    """The committed rows of a table, sorted by their first two columns."""
     with connected(path) as connection:
         connection.row_factory = sqlite3.Row
         found = connection.execute(f"SELECT * FROM {table}").fetchall()
@@ -39,14 +39,14 @@ def contents(path: Path) -> list[str]:
 
 
 def states(path: Path) -> dict[str, str]:
-    """id → state, of all calls."""
+    """The state of each call, by id."""
     return {row["id"]: row["state"] for row in rows(path, "calls")}
 
 
 def audit(path: Path) -> None:
-    """The file is sound; each counter holds what its open calls hold and has used what its ended ones are charged.
+    """Check that the file is intact, and that its counters are the sums of its calls.
 
-    Whether that is within the limits is not its matter: limits change.
+    It does not check limits, because limits change.
     """
     with connected(path) as connection:
         assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
@@ -54,7 +54,7 @@ def audit(path: Path) -> None:
 
 
 def balance(calls: Iterable[Row], counters: Iterable[Row]) -> None:
-    """The same of rows that were read from elsewhere."""
+    """Check that each counter holds what its open calls hold, and has used what its ended calls are charged."""
     used: dict[Key, list[int]] = defaultdict(lambda: [0, 0, 0])
     held: dict[Key, list[int]] = defaultdict(lambda: [0, 0, 0])
     for call in calls:
@@ -62,28 +62,29 @@ def balance(calls: Iterable[Row], counters: Iterable[Row]) -> None:
         is_open = call["state"] == "open"
         assert is_open == (call["ended_at"] is None)
         assert charged == [0, 0, 0] or not is_open
-        lines = [((*key, opened_at), amount) for key, opened_at, amount in json.loads(call["lines"])]
-        assert len({key for key, _ in lines}) == len(lines), f"two lines of {call['id']} for one window"
-        parts = [amount for _, amount in lines] if is_open else _parts(lines, charged)
-        for (key, _), part in zip(lines, parts, strict=True):
-            level = (held if is_open else used)[key]
+        held_amounts = [((*key, opened_at), amount) for key, opened_at, amount in json.loads(call["lines"])]
+        windows = {window for window, _ in held_amounts}
+        assert len(windows) == len(held_amounts), f"{call['id']} has two held amounts in one window"
+        parts = [amount for _, amount in held_amounts] if is_open else _split(held_amounts, charged)
+        for (window, _), part in zip(held_amounts, parts, strict=True):
+            level = (held if is_open else used)[window]
             level[:] = [total + amount for total, amount in zip(level, part, strict=True)]
     for counter in counters:
-        key = (counter["subject"], counter["quota_id"], counter["opened_at"])
+        window = (counter["subject"], counter["quota_id"], counter["opened_at"])
         for side, sums in (("used", used), ("held", held)):
             levels = [counter[f"{side}_{measure}"] for measure in ("input", "output", "requests")]
-            assert levels == sums.get(key, [0, 0, 0]), f"{side} of {key}"
-            assert min(levels) >= 0, f"{side} of {key}"
+            assert levels == sums.get(window, [0, 0, 0]), f"{side} of {window}"
+            assert min(levels) >= 0, f"{side} of {window}"
 
 
-def _parts(lines: list[tuple[Key, list[int]]], charged: list[int]) -> list[list[int]]:
-    """What each line is charged: of several for one counter each takes what it held, and the last one the rest."""
-    left: dict[tuple[str, str], list[int]] = {}
+def _split(held_amounts: list[tuple[Key, list[int]]], charged: list[int]) -> list[list[int]]:
+    """What each held amount is charged. Of several of one counter: each what it holds, and the last one the rest."""
+    rests: dict[tuple[str, str], list[int]] = {}
     parts = []
-    for place, ((subject, quota_id, _), amount) in enumerate(lines):
-        rest = left.setdefault((subject, quota_id), charged)
-        is_last = all(key[:2] != (subject, quota_id) for key, _ in lines[place + 1 :])
+    for index, ((subject, quota_id, _), amount) in enumerate(held_amounts):
+        rest = rests.setdefault((subject, quota_id), charged)
+        is_last = all(window[:2] != (subject, quota_id) for window, _ in held_amounts[index + 1 :])
         part = rest if is_last else [min(one, other) for one, other in zip(rest, amount, strict=True)]
-        left[subject, quota_id] = [one - other for one, other in zip(rest, part, strict=True)]
+        rests[subject, quota_id] = [one - other for one, other in zip(rest, part, strict=True)]
         parts.append(part)
     return parts

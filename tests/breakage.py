@@ -1,8 +1,8 @@
-"""Ways in which a ledger's file fails, as they happen outside: each a block inside of which it is so.
+"""Faults of a ledger's SQLite file, as they happen in operation. Each is a block; the fault lasts while it runs.
 
 with locked(path, writer):     # `writer` is the driver's connection through which the store writes
     ...                        # nothing can be written
-...                            # all is well again
+...                            # the fault has passed
 """
 
 import resource
@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 @contextmanager
 def locked(path: Path, writer: Connection) -> Iterator[None]:
-    """Somebody else is in a transaction: a backup tool, a shell that was left open."""
+    """Another program is in a transaction: a backup tool, or a shell that was left open."""
     with connected(path) as other:
         other.execute("BEGIN IMMEDIATE")
         yield
@@ -30,7 +30,7 @@ def locked(path: Path, writer: Connection) -> Iterator[None]:
 
 @contextmanager
 def read_only(path: Path, writer: Connection) -> Iterator[None]:
-    """The file system went read-only."""
+    """The file system has become read-only."""
     writer.execute("PRAGMA query_only = ON")
     yield
     writer.execute("PRAGMA query_only = OFF")
@@ -38,7 +38,7 @@ def read_only(path: Path, writer: Connection) -> Iterator[None]:
 
 @contextmanager
 def full(path: Path, writer: Connection) -> Iterator[None]:
-    """There is no room for one page more."""
+    """The disk has no space for one more page."""
     [pages] = writer.execute("PRAGMA page_count").fetchone()
     writer.execute(f"PRAGMA max_page_count = {pages}")
     yield
@@ -47,7 +47,7 @@ def full(path: Path, writer: Connection) -> Iterator[None]:
 
 @contextmanager
 def failing_writes(path: Path, writer: Connection) -> Iterator[None]:
-    """The operating system takes no further byte of the database's log, which shows while committing."""
+    """The operating system accepts no more bytes for the database's log. This shows only in the commit."""
     size = path.with_name(f"{path.name}-wal").stat().st_size
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
@@ -57,7 +57,7 @@ def failing_writes(path: Path, writer: Connection) -> Iterator[None]:
 
 @contextmanager
 def moved(path: Path, writer: Connection) -> Iterator[None]:
-    """The file has been given another name."""
+    """The file has been renamed."""
     aside = path.with_name("aside.db")
     path.rename(aside)
     yield
@@ -66,7 +66,7 @@ def moved(path: Path, writer: Connection) -> Iterator[None]:
 
 @contextmanager
 def replaced(path: Path, writer: Connection) -> Iterator[None]:
-    """Another file has been put in its place, such as a backup; then the true one comes back."""
+    """Another file, such as a backup, has taken its place. Afterwards the original is back."""
     with moved(path, writer):
         path.touch()
         yield
@@ -75,47 +75,47 @@ def replaced(path: Path, writer: Connection) -> Iterator[None]:
 
 @contextmanager
 def writers() -> Iterator[list[Connection]]:
-    """The driver's connections that stores make for writing meanwhile."""
-    made: list[Connection] = []
+    """The driver's connections that stores open for writing during the block."""
+    opened: list[Connection] = []
 
-    def note(connection: Any, _: object) -> None:
-        if isinstance(connection, Connection):  # the one for reading goes through aiosqlite
-            made.append(connection)
+    def on_connect(connection: Any, _: object) -> None:
+        if isinstance(connection, Connection):  # connections for reading are aiosqlite's
+            opened.append(connection)
 
-    with _noting("connect", note):
-        yield made
+    with _listening("connect", on_connect):
+        yield opened
 
 
 @contextmanager
 def commits() -> Iterator[list[object]]:
-    """One item for each transaction that is committed meanwhile."""
+    """One item for each transaction that is committed during the block."""
     seen: list[object] = []
 
-    def note(connection: object) -> None:
+    def on_commit(connection: object) -> None:
         seen.append(connection)
 
-    with _noting("commit", note):
+    with _listening("commit", on_commit):
         yield seen
 
 
 @contextmanager
-def _noting(what: str, note: Any) -> Iterator[None]:
-    sa.event.listen(sa.Engine, what, note)
+def _listening(event: str, callback: Any) -> Iterator[None]:
+    sa.event.listen(sa.Engine, event, callback)
     try:
         yield
     finally:
-        sa.event.remove(sa.Engine, what, note)
+        sa.event.remove(sa.Engine, event, callback)
 
 
-def unfit(operation: T, **values: object) -> T:
-    """The same act with values that its own checks would not have let through."""
+def unchecked(operation: T, **values: object) -> T:
+    """The same operation, with values that the checks of its constructor reject."""
     for name, value in values.items():
         object.__setattr__(operation, name, value)
     return operation
 
 
 class BrokenBinding:
-    """A binding that can't be asked, as a rule with a bug."""
+    """A binding that raises when it is used, as a rule with a bug would."""
 
     def keys(self) -> list[tuple[str, str]]:
         raise ZeroDivisionError

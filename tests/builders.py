@@ -82,7 +82,7 @@ def binding(
 ) -> Binding:
     """A binding of a user of these groups: each is a list of its quotas, or `group_quotas(name)` for one without."""
     listed = [each if isinstance(each, GroupQuotas) else _group_of(each) for each in groups]
-    return Binding(user, tuple(always), tuple(listed), tuple(shadows), combine)
+    return Binding(tuple(always), tuple(listed), tuple(shadows), combine, user=user)
 
 
 def _group_of(quotas: Iterable[Quota]) -> GroupQuotas:
@@ -165,6 +165,5 @@ def group(name: str, *quotas: Quota, models: Iterable[str] | None = None, unlimi
 
 
 def policy(*groups: Group, **settings: object) -> Policy:
-    """A policy with these groups in this order, and without users and upstreams unless `settings` has some."""
-    given: dict[str, object] = {"users": {}, "key_digests": {}, **settings}
-    return Policy(groups={each.name: each for each in groups}, **given)  # type: ignore[arg-type]
+    """A policy with these groups in this order."""
+    return Policy(groups={each.name: each for each in groups}, **settings)  # type: ignore[arg-type]

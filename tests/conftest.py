@@ -1,8 +1,8 @@
 """What all tests share: the databases that they run on, and how hypothesis runs.
 
-Hypothesis looks for new examples in each run of a developer, and prints the blob that repeats a failure. If CI is set,
-its examples follow from the tests themselves, so that no change is stopped by code that it did not touch. It has no
-deadline of its own: each test has the time limit of pyproject.toml.
+Hypothesis looks for new examples in each run of a developer, and prints the blob that repeats a failure. If CI is
+set, its examples follow from the tests themselves, so that no change is stopped by code that it did not touch. It has
+no deadline of its own: each test has the time limit of pyproject.toml.
 
 A property is tried with 100 examples in `policy` and `ledger`, which the promises rest on, and with 30 elsewhere.
 `make nightly` tries 1,000 everywhere (`--hypothesis-profile nightly`).
@@ -34,13 +34,19 @@ def pytest_collectstart(collector: pytest.Collector) -> None:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Run what is marked `every_engine` once on SQLite and once on PostgreSQL."""
     if metafunc.definition.get_closest_marker("every_engine"):
-        metafunc.fixturenames.append("_engine")
         metafunc.parametrize("_engine", ["sqlite", "postgresql"], indirect=True)
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def _engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tests.stage.ENGINE", request.param)
+    """Choose the engine of the stages of this test.
+
+    It is an autouse fixture, because pytest removes a name that is only appended to `metafunc.fixturenames`: it
+    computes the fixtures of a parametrized test anew. The fixture would not run, and all tests would run on SQLite
+    twice.
+    """
+    if hasattr(request, "param"):
+        monkeypatch.setattr("tests.stage.ENGINE", request.param)
 
 
 @pytest.fixture(autouse=True)

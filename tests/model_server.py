@@ -1,11 +1,11 @@
-"""A real model server that is none of ours: llama.cpp's, with a model that is written when it starts.
+"""A real model server as an upstream: llama.cpp's, with a small model that is written when it starts.
 
 with model_server(folder) as server:
-    await server.ask(http, "/v1/chat/completions", body)     # what it says without us
-    await server.generated(http)                             # how many tokens it made since it started
+    await server.ask(http, "/v1/chat/completions", body)     # its answer without the proxy
+    await server.generated(http)                             # the number of tokens generated since its start
 
-It is installed by `make test` from tests/model_server.lock into a folder of its own, which is on the path of its
-process alone.
+`make test` installs it from tests/model_server.lock into a folder of its own. Only the server's process has that
+folder on its path.
 """
 
 import os
@@ -29,7 +29,7 @@ _METRIC = re.compile(r"^llamacpp:(\w+) (\d+)$", re.MULTILINE)
 
 
 class ModelServer:
-    """It runs; `url` is where it generates, and `embeddings_url` where it embeds, each with `/v1`."""
+    """A running server. `url` generates and `embeddings_url` embeds; both end with `/v1`."""
 
     def __init__(self, root: str, embeddings_root: str) -> None:
         self.url = f"{root}/v1"
@@ -40,8 +40,8 @@ class ModelServer:
     async def ask(
         self, http: aiohttp.ClientSession, path: str, body: Mapping[str, Any], *, embeds: bool = False
     ) -> bytes:
-        """Its answer without us between."""
-        # It closes the connection after a stream, and promises the contrary.
+        """Its answer to a direct request, without the proxy."""
+        # It closes the connection after a stream although it announces that it keeps it open.
         headers = {"authorization": f"Bearer {UPSTREAM_KEY}", "connection": "close"}
         async with http.post(
             (self._embeddings_root if embeds else self._root) + path, json=body, headers=headers
@@ -49,22 +49,27 @@ class ModelServer:
             return await response.read()
 
     async def generated(self, http: aiohttp.ClientSession) -> int:
-        """All the tokens that it ever generated, by its own count, also those that nobody read; once it is idle."""
+        """Wait until it is idle; return how many tokens it has generated since its start, by its own metrics.
+
+        Tokens of answers whose client disconnected are included.
+        """
         headers = {"authorization": f"Bearer {UPSTREAM_KEY}"}
-        while True:  # it notices that a client has gone when it writes; the test's time limit bounds it
+        # It notices a disconnect only when it writes, so it may be busy for a while. The test's timeout bounds the
+        # loop.
+        while True:
             async with http.get(f"{self._root}/metrics", headers=headers) as response:
-                said = dict(_METRIC.findall(await response.text()))
-            if said["requests_processing"] == said["requests_deferred"] == "0":
-                return int(said["tokens_predicted_total"])
+                metrics = dict(_METRIC.findall(await response.text()))
+            if metrics["requests_processing"] == metrics["requests_deferred"] == "0":
+                return int(metrics["tokens_predicted_total"])
 
 
 @contextmanager
 def model_server(folder: Path) -> Iterator[ModelServer]:
-    """Start it; skips the test, loudly, where it is not installed."""
+    """Start it. If it is not installed, the test is skipped, and in CI it fails."""
     if not (INSTALLED / "xllamacpp").exists():
-        missing = "no model server: make test installs it, where there is a wheel of xllamacpp"
-        assert not os.environ.get("CI"), missing
-        pytest.skip(missing)
+        reason = "no model server: `make test` installs it if there is a wheel of xllamacpp"
+        assert not os.environ.get("CI"), reason
+        pytest.skip(reason)
     write_model(folder / "tiny.gguf")
     with (
         (folder / "model-server.log").open("wb") as log,
@@ -78,7 +83,7 @@ def model_server(folder: Path) -> Iterator[ModelServer]:
     ):
         try:
             assert process.stdout is not None
-            roots = process.stdout.readline().decode().split()  # it gives up by itself, which ends this too
+            roots = process.stdout.readline().decode().split()  # empty if it has ended by its own timeout
             assert len(roots) == 2, (folder / "model-server.log").read_text()
             yield ModelServer(*roots)
         finally:

@@ -1,16 +1,16 @@
 """A running proxy in front of a running simulator, started as production starts them, on real sockets.
 
-async with stage(POLICY) as on:
+async with stage(POLICY, folder=tmp_path) as on:
     await on.sdk("alice").chat.completions.create(...)
-    assert await on.used("alice", "staff/daily") == 48
+    assert await on.used("staff/daily", "alice") == (48, 0)
 """
 
 import asyncio
 import io
 import json
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
-from dataclasses import replace
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,14 @@ from openai import AsyncOpenAI
 from proxy.calls.disconnect import Disconnects
 from proxy.calls.tokenizer import Tokenizers, table_folders
 from proxy.config.loader import Config, ConnectionLimits, load_text
+from proxy.ledger.schema import SCHEMA, metadata
 from proxy.server import Server
 from proxy.simulator.server import Simulator
 from proxy.simulator.server import serve as serve_simulator
 from tests.audit import audit, balance, rows
 from tests.builders import NOON
 from tests.postgres import shared
+from tests.sqlite import write_migrated
 
 # The engine of stages that name no database; see `every_engine` in conftest.
 ENGINE = "sqlite"
@@ -53,56 +55,49 @@ users:
 
 
 def key_of(user: str) -> str:
-    """The key that STAFF and its like give a user."""
+    """The key of a user in STAFF and in policies like it."""
     return f"key-of-{user}-0123456789abcdef"
 
 
 @cache
 def loaded() -> Tokenizers:
-    """Tokenizers that all stages share: each table is read once."""
+    """Tokenizers that all stages share, so that each table is read once."""
     return Tokenizers(table_folders({}))
 
 
 class Clock:
-    """The time as the proxy and its database see it; tests move it."""
+    """The time as the proxy and its database see it; tests move it. Milliseconds since 1970."""
 
     def __init__(self, now: int = NOON) -> None:
         self._ms = now
-        self._tell: Callable[[int], object] = lambda ms: None
+        self._on_change: Callable[[int], object] = lambda ms: None
 
     def __call__(self) -> int:
         return self._ms
 
     @property
     def ms(self) -> int:
-        """What it shows."""
+        """The current time."""
         return self._ms
 
     @ms.setter
     def ms(self, ms: int) -> None:
         self._ms = ms
-        self._tell(ms)
+        self._on_change(ms)
 
-    def when_moved(self, tell: Callable[[int], object]) -> None:
-        """Tell somebody what it shows, now and whenever it is moved."""
-        self._tell = tell
-        tell(self._ms)
-
-
-class Files:
-    """The config as it is read at the next reload."""
-
-    def __init__(self, config: Config) -> None:
-        self.config = config
+    def when_changed(self, on_change: Callable[[int], object]) -> None:
+        """Call this with the time, now and whenever a test moves it."""
+        self._on_change = on_change
+        on_change(self._ms)
 
 
 class Stage:
-    """What a journey needs at hand."""
+    """A running proxy, its simulated upstream and a client. A reload loads `config`, which a test may replace."""
 
     def __init__(
-        self, server: Server, simulator: Simulator, *, clock: Clock, http: aiohttp.ClientSession, files: "Files"
+        self, server: Server, simulator: Simulator, *, clock: Clock, http: aiohttp.ClientSession, config: Config
     ) -> None:
-        self.files = files
+        self.config = config
         self.server = server
         self.simulator = simulator
         self.clock = clock
@@ -111,13 +106,13 @@ class Stage:
 
     @property
     def url(self) -> str:
-        """The API listener, without `/v1`."""
+        """The URL of the API listener, without `/v1`."""
         assert self.server.api is not None
         return f"http://127.0.0.1:{self.server.api.port}"
 
     @property
     def admin_url(self) -> str:
-        """The admin listener."""
+        """The URL of the admin listener."""
         assert self.server.admin is not None
         return f"http://127.0.0.1:{self.server.admin.port}"
 
@@ -130,7 +125,7 @@ class Stage:
     async def post(
         self, path: str, body: Any, *, user: str | None = "alice", headers: Mapping[str, str] | None = None
     ) -> "Reply":
-        """POST JSON (or bytes as they are) and read the whole reply."""
+        """POST JSON, or bytes unchanged, and read the whole reply."""
         sent = {**({"authorization": f"Bearer {key_of(user)}"} if user else {}), **(headers or {})}
         content = {"data": body} if isinstance(body, (bytes, io.IOBase)) else {"json": body}
         async with self.http.post(self.url + path, headers=sent, **content) as response:
@@ -153,7 +148,7 @@ class Stage:
         return tokens["used"], tokens["held"]
 
     def begin(self, path: str, body: Any, *, user: str = "alice") -> "asyncio.Task[Reply]":
-        """POST in the background; cancelling the task hangs up."""
+        """POST in the background. Cancelling the task closes the connection."""
         return asyncio.get_running_loop().create_task(self.post(path, body, user=user))
 
     async def hang_up(self, call: "asyncio.Task[Reply]") -> None:
@@ -162,14 +157,14 @@ class Stage:
         await asyncio.wait([call])
 
     async def rows(self, table: str) -> list[dict[str, Any]]:
-        """What is committed in a table of the books, whatever keeps them."""
+        """The committed rows of a table of the ledger, on either engine."""
         if self.database.startswith("sqlite"):
             return rows(self._file, table)
-        found = await shared().run(f"SELECT * FROM llm_quota_proxy.{table} ORDER BY 1, 2", url=self.database)
+        found = await shared().run(f"SELECT * FROM {SCHEMA}.{table} ORDER BY 1, 2", url=self.database)
         return [dict(row) for row in found]
 
     async def audit(self) -> None:
-        """Each counter of the books holds what its open calls hold, and has used what its ended ones are charged."""
+        """Check that each counter is the sum of its calls: held by the open ones, used by the ended ones."""
         if self.database.startswith("sqlite"):
             audit(self._file)
         else:
@@ -177,15 +172,15 @@ class Stage:
 
     @property
     def database(self) -> str:
-        """The URL of the books."""
-        return self.files.config.settings.database
+        """The URL of the ledger's database."""
+        return self.config.settings.database
 
     @property
     def _file(self) -> Path:
         return Path(self.database.removeprefix("sqlite:///"))
 
-    async def at_rest(self) -> None:
-        """Wait until no call is in flight: all that was begun is settled."""
+    async def all_settled(self) -> None:
+        """Wait until no call is in flight: every call that began is settled."""
         await self.server.all_settled()
 
 
@@ -226,13 +221,19 @@ async def stage(
     kind: str = "simulator",
     more: str = "",
 ) -> AsyncIterator[Stage]:
-    """Start both, and stop them in order.
+    """Start the simulator and the proxy, and stop them in order.
 
-    Without a `database` the books are in a new one of the engine that is on trial.
+    Without a `database` the ledger is in a new migrated database of the engine under test: `quotas.db` in `folder`,
+    or one of the shared PostgreSQL. An existing `quotas.db` is used, so a test can start the proxy again on it.
     """
     clock = clock or Clock()
+    lent = None
     if database is None and ENGINE == "postgresql":
-        database = await shared().timed(clock.when_moved)
+        lent = await _postgres_database()
+        database = lent.url
+        clock.when_changed(lent.set_time)
+    elif database is None and not (folder / "quotas.db").exists():
+        write_migrated(folder / "quotas.db")
     simulator = simulator or Simulator(UPSTREAM_KEY)
     runner, port = await serve_simulator(simulator)
     config = config_of(
@@ -247,20 +248,45 @@ async def stage(
         config,
         settings=replace(config.settings, cors=cors, connection_limits=connection_limits or ConnectionLimits()),
     )
-    files = Files(config)
     server = Server(
-        config, load=lambda: files.config, now=clock, disconnects=disconnects, tokenizers=tokenizers or loaded()
+        config, load=lambda: on.config, now=clock, disconnects=disconnects, tokenizers=tokenizers or loaded()
     )
     await server.start()
     try:
         async with aiohttp.ClientSession(auto_decompress=False) as http:
-            on = Stage(server, simulator, clock=clock, http=http, files=files)
+            on = Stage(server, simulator, clock=clock, http=http, config=config)
             yield on
             for sdk in on.sdks:
                 await sdk.close()
     finally:
         await server.stop(grace_s=5)
         await runner.cleanup()
+    if lent is not None:
+        _free_databases.append(lent)
+
+
+@dataclass(frozen=True, slots=True)
+class _PostgresDatabase:
+    """A migrated database and the function that sets its time, in milliseconds since 1970."""
+
+    url: str
+    set_time: Callable[[int], object]
+
+
+# Of stages that have ended. Their rows stay until another stage takes the database, so that a test can read them.
+_free_databases: list[_PostgresDatabase] = []
+
+
+async def _postgres_database() -> _PostgresDatabase:
+    """A database without rows. A used one is emptied if there is one: that takes 5 ms, and creating one 100 ms."""
+    if not _free_databases:
+        setters: list[Callable[[int], object]] = []
+        url = await shared().timed(setters.append)
+        return _PostgresDatabase(url, *setters)
+    database = _free_databases.pop()
+    tables = (f"{SCHEMA}.{table.name}" for table in metadata.sorted_tables)
+    await shared().run(*(f"DELETE FROM {table}" for table in tables), url=database.url)
+    return database
 
 
 def config_of(
@@ -277,14 +303,31 @@ def text_of(policy: str, *, database: str, upstream: str, kind: str = "simulator
 
 
 def sqlite_in(folder: Path) -> str:
-    """The URL of the file that a stage in this folder keeps its books in."""
+    """The database URL of a stage in this folder on SQLite."""
     return f"sqlite:///{folder / 'quotas.db'}"
 
 
-Wait = Callable[[], bool]
-
-
-async def until(is_reached: Wait) -> None:
-    """Let the loop turn until something is true that our own tasks bring about; the test's time limit bounds it."""
+async def until(is_reached: Callable[[], bool]) -> None:
+    """Yield to the event loop until our own tasks have made the condition true. The test's timeout bounds it."""
     while not is_reached():  # noqa: ASYNC110 - nothing here would set an event for a test
         await asyncio.sleep(0)
+
+
+@contextmanager
+def fast_timers(factor: float = 5) -> Iterator[None]:
+    """Run the event loop's clock this many times as fast: a timeout of 2 s ends after 0.4 s.
+
+    For tests in which the database is away: then calls and streams wait for their timeouts and for nothing else.
+    """
+    loop: Any = asyncio.get_running_loop()
+    selector = loop._selector
+    time, select = loop.time, selector.select
+    begun = time()
+    loop.time = lambda: begun + factor * (time() - begun)
+    selector.select = lambda timeout: select(timeout / factor if timeout else timeout)
+    try:
+        yield
+    finally:
+        ahead = loop.time() - time()
+        loop.time = lambda: time() + ahead  # a loop's clock must not go back
+        selector.select = select

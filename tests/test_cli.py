@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from proxy.cli import main
-from proxy.policy.policy import digest
+from proxy.config.values import digest
 
 GOOD = """
 database: "sqlite:///{folder}/quotas.db"

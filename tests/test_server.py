@@ -62,7 +62,7 @@ async def test_usage_is_rolled_up_and_old_calls_are_deleted(tmp_path: Path, monk
     monkeypatch.setattr("proxy.server._ROLLUP_EVERY_S", 0.01)
     async with stage(folder=tmp_path) as on:
         await on.post(CHAT, _ask("tokens=9"))
-        await on.at_rest()
+        await on.all_settled()
         while not (days := await on.rows("usage_by_day")):
             await on.get("/healthz", user=None)
         [call] = await on.rows("calls")

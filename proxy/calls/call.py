@@ -10,13 +10,16 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from proxy.errors import InvalidRequest, ModelNotFound, ProxyError
+from proxy.formats.kinds import kind_of
 from proxy.formats.limit_headers import anthropic_limit_headers, rate_limit_headers
 from proxy.formats.refusal import refusal
 from proxy.formats.request import Request, forwarded_body, forwarded_model
 from proxy.formats.restrictions import check_allowance
+from proxy.identity.authentication import Caller, Snapshot
 from proxy.ledger.book import Refused, Reserve
 from proxy.ledger.entry import CallLabels, Entry
-from proxy.policy.policy import Model, OnDisconnect, Policy, User
+from proxy.policy.catalog import Catalog, Model, OnDisconnect
+from proxy.policy.policy import Policy
 from proxy.policy.quota import Binding, Counter, CounterKey, Demand
 from proxy.policy.status import QuotaStatus, quota_statuses
 from proxy.upstreams.addresses import address_of
@@ -71,8 +74,9 @@ class Call:
     """One call. `model` is the model at the first upstream, or at the one that this attempt goes to."""
 
     request: Request
-    user: User
+    caller: Caller
     policy: Policy
+    catalog: Catalog
     model: Model
     binding: Binding
     client: Responder
@@ -82,11 +86,11 @@ class Call:
 
     @property
     def model_label(self) -> str:
-        """The model's name if the policy lists it, else "other".
+        """The model's name if the catalog lists it, else "other".
 
         It is a label of metrics, and a client that made names up could otherwise create any number of time series.
         """
-        return self.request.model if self.request.model in (self.policy.models or {}) else "other"
+        return self.request.model if self.request.model in (self.catalog.models or {}) else "other"
 
     def with_target(self, target: Model) -> "Call":
         """The same call, sent to this target."""
@@ -122,7 +126,7 @@ class Call:
             id=self.client.id,
             owner=owner,
             labels=CallLabels(
-                self.user.name, self.request.model, self.request.endpoint.name, self.model.upstream.name
+                self.caller.user, self.request.model, self.request.endpoint.name, self.model.upstream.name
             ),
             binding=self.binding,
             demand=demand,
@@ -154,7 +158,7 @@ class Call:
         """The headers to send."""
         kind, api_key = self.model.upstream.kind, self.model.upstream.api_key
         content_type = "application/json" if self.request.form is None else self.request.form.content_type
-        idempotency = idempotency_header(self.client.headers, user=self.user.name, api_key=api_key)
+        idempotency = idempotency_header(self.client.headers, user=self.caller.user, api_key=api_key)
         return idempotency | to_upstream(
             self.client.headers,
             kind=kind,
@@ -205,33 +209,43 @@ class Call:
 
 
 def prepare_call(
-    request: Request, user: User, policy: Policy, client: Responder, *, spool: Spool | None = None
+    request: Request, caller: Caller, snapshot: Snapshot, client: Responder, *, spool: Spool | None = None
 ) -> Call:
     """Find the model and the quotas of a call, and check what the model's targets allow.
 
     Raises ModelNotFound if there is no such model for this user, and InvalidRequest if a target does not allow what
     the request asks for. Both say what would help.
     """
-    model = policy.model(request.model)
-    if model is None or not policy.may_use(user, request.model):
+    policy, catalog = snapshot.policy, snapshot.catalog
+    model = catalog.model(request.model)
+    if model is None or not policy.may_use(caller.groups, request.model):
         raise no_such_model(request.model)
     _check_surface(request, model)
     for target in model.targets:
-        check_allowance(request, target.allows)
-    binding = policy.binding(user, request.model)
-    if binding is None:
+        check_allowance(request.endpoint, request.body, target.allows)
+    bound = policy.binding(caller.groups, request.model)
+    if bound is None:
         raise ModelNotFound(
             f'No quota of yours covers the model "{request.model}". The operator can add it to the `models` of a '
             "quota of one of your groups, or set `unmatched: allow`.",
             param="model",
         )
-    return Call(request, user, policy, model, binding, client, wait_s=_wait_s(client, policy), spool=spool)
+    return Call(
+        request=request,
+        caller=caller,
+        policy=policy,
+        catalog=catalog,
+        model=model,
+        binding=bound.for_user(caller.user),
+        client=client,
+        wait_s=_wait_s(client, policy),
+        spool=spool,
+    )
 
 
 def _check_surface(request: Request, model: Model) -> None:
-    """Refuse a request of one API for a model of the other; nothing is translated. The simulator has both APIs."""
-    kinds = {target.upstream.kind for target in model.targets} - {"simulator"}
-    if all((kind == "anthropic") == request.endpoint.is_of_messages for kind in kinds):
+    """Refuse a request of one API for a model of the other; nothing is translated."""
+    if all(request.endpoint.surface in kind_of(target.upstream.kind).surfaces for target in model.targets):
         return
     is_openai_request = not request.endpoint.is_of_messages
     vendor, path = ("Anthropic", "/v1/messages") if is_openai_request else ("OpenAI", "/v1/chat/completions")

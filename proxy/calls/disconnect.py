@@ -25,7 +25,7 @@ from contextlib import asynccontextmanager
 
 from proxy.calls.call import Call
 from proxy.calls.reservation import Reservation
-from proxy.policy.policy import OnDisconnect
+from proxy.policy.catalog import OnDisconnect
 
 DRAIN_S = 30.0
 # How long `stop` waits for the usage after the last text of an answer.
@@ -50,7 +50,7 @@ class Disconnects:
 
         The block must be all that the running task does with this call, because the task is cancelled.
         """
-        client, user = call.client, call.user.name
+        client, user = call.client, call.caller.user
         task = asyncio.current_task()
         assert task is not None, "a call runs in a task"
         loop = asyncio.get_running_loop()

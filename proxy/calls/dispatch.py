@@ -31,9 +31,10 @@ from proxy.calls.tokenizer import Tokenizers
 from proxy.errors import UpstreamError, UpstreamTimeout
 from proxy.formats.estimate import largest_demand
 from proxy.formats.meter import Meter
+from proxy.formats.surfaces import meter_of
 from proxy.ledger.entry import Entry
 from proxy.metrics import Metrics
-from proxy.policy.policy import Model, Upstream
+from proxy.policy.catalog import Model, Upstream
 from proxy.policy.quota import Demand
 from proxy.upstreams.client import Answer, Upstreams
 from proxy.upstreams.routing import UNREACHED_PAUSE_MS, Cooldowns, RoutingState, may_try_another_target, seconds_of
@@ -62,7 +63,7 @@ class Candidate:
 
     def meter(self) -> Meter:
         """A new meter for its answer."""
-        return Meter(self.call.request, count=self.count.output_counter, kind=self.upstream.kind)
+        return meter_of(self.call.request, count=self.count.output_counter, kind=self.upstream.kind)
 
     def body(self, call: Call, entry: Entry) -> bytes | Spliced:
         """The body to send for `call`, which is this candidate's or the same without the usage option.

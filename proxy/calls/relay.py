@@ -20,8 +20,8 @@ from proxy.calls.reservation import Reservation
 from proxy.calls.tokenizer import Tokenizers
 from proxy.errors import ClientLeft, ProxyError, UpstreamError
 from proxy.formats.meter import Meter
-from proxy.formats.request import error_event
 from proxy.formats.stream import Stream
+from proxy.formats.surfaces import error_event
 from proxy.ledger.book import Accepted, Refused
 from proxy.ledger.entry import Outcome
 from proxy.ledger.queue import AdmissionQueue, DurationEstimate

@@ -26,7 +26,7 @@ from proxy.ledger.ledger import Ledger
 from proxy.ledger.queue import AdmissionQueue
 from proxy.policy.admission import Verdict
 from proxy.policy.amounts import TOKENS_MAX, AtLeast, Tokens, Unspent, Usage
-from proxy.policy.policy import Model
+from proxy.policy.catalog import Model
 from proxy.policy.quota import Binding, Counter, CounterKey
 
 # How long the end of an answer waits for the commit of its charge. The end is held back so that a client that has the
@@ -204,8 +204,8 @@ class Reservation:
             rejected                             one request and no tokens
             upstream_failed                      nothing
 
-        `charges_full_hold` is for a call of which what passed says nothing about its cost: if it was sent, all that is
-        held is charged. Returns when the end is committed, or after COMMIT_WAIT_S. Only the first end counts.
+        `charges_full_hold` is for a call of which what passed says nothing about its cost: if it was sent, all
+        that is held is charged. Returns when the end is committed, or after COMMIT_WAIT_S. Only the first end counts.
         """
         if self.outcome is None:
             await self.settle(await self._charge_for(outcome, charges_full_hold), outcome)

@@ -17,7 +17,7 @@ from proxy.errors import PreviousNotFound, ProxyError, ResponseNotFound, Upstrea
 from proxy.formats.endpoints import RESPONSE_ID, StoredResponsePath
 from proxy.ledger.entry import Entry
 from proxy.ledger.ledger import Ledger
-from proxy.policy.policy import Model, Policy, Upstream, User
+from proxy.policy.catalog import Catalog, Model, Upstream
 from proxy.upstreams.addresses import address_at
 from proxy.upstreams.client import Answer, Upstreams
 from proxy.upstreams.failures import failure_of
@@ -29,13 +29,16 @@ _ID_CHARACTERS_MAX = 80
 
 @dataclass(frozen=True, slots=True)
 class StoredResponseQuery:
-    """A request for a stored response. `parameters` is the client's query; only known parameters are forwarded."""
+    """A user's request for a stored response.
+
+    `parameters` is the client's query; only known parameters are forwarded.
+    """
 
     route: StoredResponsePath
     response_id: str
     parameters: Sequence[tuple[str, str]]
-    user: User
-    policy: Policy
+    user: str
+    catalog: Catalog
 
     def address(self, upstream: Upstream, *, api_version: str | None) -> str:
         """The path and query at this upstream, without its `base_url`."""
@@ -59,7 +62,7 @@ class StoredResponses:
         response_id = call.request.previous_response_id
         if response_id is None:
             return call
-        entry = await self._own_entry(response_id, call.user)
+        entry = await self._own_entry(response_id, call.caller.user)
         targets = [target for target in call.model.targets if entry and target.upstream.name == entry.labels.upstream]
         if not targets:
             raise _previous_not_found(response_id, call.model)
@@ -73,7 +76,7 @@ class StoredResponses:
         reserved.
         """
         entry = await self._own_entry(query.response_id, query.user)
-        upstream = query.policy.upstreams.get(entry.labels.upstream) if entry else None
+        upstream = query.catalog.upstreams.get(entry.labels.upstream) if entry else None
         if upstream is None:
             raise _not_found(query.response_id)
         headers = to_upstream(client.headers, kind=upstream.kind, api_key=upstream.api_key)
@@ -88,12 +91,12 @@ class StoredResponses:
             else:
                 client.send(answer.status, to_client(answer.headers, is_stream=False), await answer.read())
 
-    async def _own_entry(self, response_id: str, user: User) -> Entry | None:
+    async def _own_entry(self, response_id: str, user: str) -> Entry | None:
         """The ledger entry of the call that produced the response; None unless that call was this user's."""
         if not RESPONSE_ID.fullmatch(response_id):
             return None
         entry = await self.ledger.response_entry(response_id)
-        return entry if entry is not None and entry.labels.user == user.name else None
+        return entry if entry is not None and entry.labels.user == user else None
 
 
 def _not_found(response_id: str) -> ResponseNotFound:

@@ -17,7 +17,7 @@ from proxy.formats.estimate import counted, estimate_demand
 from proxy.formats.request import Request
 from proxy.ledger.entry import Entry
 from proxy.policy.amounts import TOKENS_MAX, Exactly
-from proxy.policy.policy import Model
+from proxy.policy.catalog import Model
 from proxy.policy.quota import Demand
 
 # The texts of an input are kept until the call ends, in case they have to be counted at the end. If they have more
@@ -41,7 +41,7 @@ class TokenCount:
         previous: Entry | None = None,
     ) -> None:
         is_chat = request.endpoint.name in ("chat", "messages") or request.endpoint.is_of_responses
-        prompt = read_prompt(request.document, model=model.upstream_model, is_chat=is_chat)
+        prompt = read_prompt(request.body, model=model.upstream_model, is_chat=is_chat)
         if request.form is not None:
             sizes = [file.size for file in request.form.files]
             prompt = with_files(prompt, sizes, are_audio=request.endpoint.form == "audio", context=model.context)

@@ -26,7 +26,7 @@ from typing import Any
 
 import structlog
 
-from proxy.policy.policy import Model
+from proxy.policy.catalog import Model
 
 Encode = Callable[[str], Sequence[int]]
 

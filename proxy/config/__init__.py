@@ -1,4 +1,4 @@
-"""Turns quotas.yaml into a `Policy` and the process's settings, and reloads it while the proxy runs.
+"""Turns quotas.yaml into a policy, a catalog, users and settings, and reloads it while the proxy runs.
 
 What the package promises:
 

@@ -13,10 +13,12 @@ from ipaddress import ip_address
 from urllib.parse import urlsplit
 
 from proxy.config.document import Diagnostic, Finding, KeyPath
-from proxy.config.loader import Config
+from proxy.config.loader import Config, FileUser
 from proxy.config.messages import finding_at
 from proxy.formats.estimate import SMALLEST_ANSWER
-from proxy.policy.policy import DEFAULT, EVERYONE, Group, Model, Policy, User, enforced
+from proxy.formats.kinds import kind_of
+from proxy.policy.catalog import Catalog, Model
+from proxy.policy.policy import DEFAULT, EVERYONE, Group, Policy, enforced
 from proxy.policy.quota import Globs, Limit, Quota
 from proxy.policy.windows import Calendar
 
@@ -42,40 +44,39 @@ _ENFORCE_NOTES = {"exact": "", "after": " (counted when calls have ended)", "sha
 
 def warnings(config: Config) -> tuple[Diagnostic, ...]:
     """All warnings about a valid file, sorted by line."""
-    policy = config.policy
     findings = [
-        *_groups_without_effect(policy),
-        *_users_without_quota(policy),
-        *_limits_too_small(policy),
-        *_quotas_that_never_refuse(policy),
-        *_aliases_without_quota(policy),
-        *_models_without_maximum(policy),
-        *_link_local_upstreams(policy),
+        *_groups_without_effect(config),
+        *_users_without_quota(config),
+        *_limits_too_small(config),
+        *_quotas_that_never_refuse(config),
+        *_aliases_without_quota(config),
+        *_models_without_maximum(config),
+        *_link_local_upstreams(config.catalog),
         *_secrets_in_plain_text(config),
     ]
     return tuple(sorted(config.document.locate(finding) for finding in findings))
 
 
-def sentences(policy: Policy) -> tuple[str, ...]:
+def sentences(config: Config) -> tuple[str, ...]:
     """What each group may use, in one sentence each, in the policy's order."""
-    members = _members(policy)
-    return tuple(_sentence(group, len(members[group.name])) for group in policy.groups.values())
+    members = _members(config)
+    return tuple(_sentence(group, len(members[group.name])) for group in config.policy.groups.values())
 
 
 # ------------------------------------------------------------------------------------------------- groups and users
 
 
-def _members(policy: Policy) -> dict[str, list[User]]:
+def _members(config: Config) -> dict[str, list[FileUser]]:
     """The users in each group. All users are in `everyone` and `default`."""
-    members: dict[str, list[User]] = {name: [] for name in policy.groups}
-    for user in policy.users.values():
+    members: dict[str, list[FileUser]] = {name: [] for name in config.policy.groups}
+    for user in config.users:
         for group in user.groups:
             members[group].append(user)
-    return members | {name: list(policy.users.values()) for name in (EVERYONE, DEFAULT) if name in members}
+    return members | {name: list(config.users) for name in (EVERYONE, DEFAULT) if name in members}
 
 
-def _groups_without_effect(policy: Policy) -> Warnings:
-    members = _members(policy)
+def _groups_without_effect(config: Config) -> Warnings:
+    policy, members = config.policy, _members(config)
     for group in policy.groups.values():
         path: KeyPath = ("groups", group.name)
         if not members[group.name] and group.name not in (EVERYONE, DEFAULT):
@@ -84,16 +85,16 @@ def _groups_without_effect(policy: Policy) -> Warnings:
             yield Finding(
                 path, f'group "{group.name}" has no effect: it has no quotas and no models, and is not unlimited'
             )
-        if group.models and not _may_match_both(policy, group.models, None):
+        if group.models and not _may_match_both(config.catalog, group.models, None):
             text = f'the models of group "{group.name}" match none of those listed under models'
             yield Finding((*path, "models"), text)
     default = policy.groups.get(DEFAULT)
-    if default and policy.users and all(_has_quota_for_every_model(policy, user) for user in policy.users.values()):
+    if default and config.users and all(_has_quota_for_every_model(policy, user) for user in config.users):
         text = "default applies to no user: each user has a group with a quota for every model"
         yield Finding(("groups", DEFAULT), text)
 
 
-def _has_quota_for_every_model(policy: Policy, user: User) -> bool:
+def _has_quota_for_every_model(policy: Policy, user: FileUser) -> bool:
     """Whether one of the user's groups has a quota for every model, or is unlimited for every model."""
     groups = (policy.groups[name] for name in user.groups)
     return any(
@@ -107,13 +108,12 @@ def _matches_all(globs: Globs | None) -> bool:
     return globs is None or "*" in globs.texts
 
 
-def _users_without_quota(policy: Policy) -> Warnings:
+def _users_without_quota(config: Config) -> Warnings:
     """Users whose every call is refused. One warning names the first five."""
+    policy = config.policy
     if policy.unmatched == "allow" or any(_admits_any_call(policy, name) for name in (EVERYONE, DEFAULT)):
         return
-    refused = [
-        user.name for user in policy.users.values() if not any(_admits_any_call(policy, name) for name in user.groups)
-    ]
+    refused = [user.name for user in config.users if not any(_admits_any_call(policy, name) for name in user.groups)]
     if refused:
         shown = ", ".join(refused[:_NAMES_SHOWN])
         more = f" and {len(refused) - _NAMES_SHOWN} more" if len(refused) > _NAMES_SHOWN else ""
@@ -136,8 +136,8 @@ def _quotas(policy: Policy) -> Iterator[tuple[KeyPath, Group, Quota]]:
             yield ("groups", group.name, "quotas", quota.name), group, quota
 
 
-def _limits_too_small(policy: Policy) -> Warnings:
-    for path, group, quota in _quotas(policy):
+def _limits_too_small(config: Config) -> Warnings:
+    for path, group, quota in _quotas(config.policy):
         for limit in quota.limits:
             if limit.maximum == 0:
                 text = f"a limit of {_limit_text(limit)} refuses every call that it applies to"
@@ -145,25 +145,25 @@ def _limits_too_small(policy: Policy) -> Warnings:
             elif (
                 quota.enforce == "exact"
                 and limit.measure.counts_output
-                and limit.maximum < _smallest_answer(policy, group, quota)
+                and limit.maximum < _smallest_answer(config.catalog, group, quota)
             ):
                 text = f"calls that ask for a longer answer than {limit.maximum:,} tokens are never admitted"
                 yield Finding((*path, limit.measure), f"{quota.id}: {text}")
 
 
-def _smallest_answer(policy: Policy, group: Group, quota: Quota) -> int:
+def _smallest_answer(catalog: Catalog, group: Group, quota: Quota) -> int:
     """The least `smallest_answer` of the models that this quota applies to, in tokens."""
-    models = [model for name, model in (policy.models or {}).items() if quota in group.quotas_for(name)]
+    models = [model for name, model in (catalog.models or {}).items() if quota in group.quotas_for(name)]
     return min((model.smallest_answer or SMALLEST_ANSWER for model in models), default=SMALLEST_ANSWER)
 
 
-def _quotas_that_never_refuse(policy: Policy) -> Warnings:
+def _quotas_that_never_refuse(config: Config) -> Warnings:
     """Quotas without effect. Not those with `enforce: shadow`, which are meant to refuse nothing."""
-    members = _members(policy)
+    policy, members = config.policy, _members(config)
     for path, group, quota in _quotas(policy):
         if quota.enforce == "shadow":
             continue
-        if not _may_match_both(policy, quota.models, group.models):
+        if not _may_match_both(config.catalog, quota.models, group.models):
             reason = "it matches no model that its group may use"
         elif unlimited := _unlimited_group_of_all(policy, group, members[group.name]):
             reason = f"all its members are also in {unlimited}, which is unlimited"
@@ -174,14 +174,14 @@ def _quotas_that_never_refuse(policy: Policy) -> Warnings:
         yield Finding(path, f"{quota.id} can never refuse a call: {reason}")
 
 
-def _may_match_both(policy: Policy, globs: Globs, within: Globs | None) -> bool:
+def _may_match_both(catalog: Catalog, globs: Globs, within: Globs | None) -> bool:
     """Whether some model may match `globs` and `within` (None: every model does).
 
     A closed list of models decides it. Without one, whole names decide it. Two patterns, `gpt-*` and `o*`, always may
     match both, because a name that the file does not have can match them.
     """
-    if policy.models is not None and "*" not in policy.models:
-        return any(globs.match(model) and (within is None or within.match(model)) for model in policy.models)
+    if catalog.models is not None and "*" not in catalog.models:
+        return any(globs.match(model) and (within is None or within.match(model)) for model in catalog.models)
     if within is None:
         return True
     if _are_whole_names(globs):
@@ -193,7 +193,7 @@ def _are_whole_names(globs: Globs) -> bool:
     return not any(sign in text for text in globs.texts for sign in "*?[")
 
 
-def _unlimited_group_of_all(policy: Policy, group: Group, members: list[User]) -> str | None:
+def _unlimited_group_of_all(policy: Policy, group: Group, members: list[FileUser]) -> str | None:
     """An unlimited group that has all members of `group`, and so admits every call that `group` would refuse."""
     if policy.combine == "every_group" or group.name in (EVERYONE, DEFAULT) or not members:
         return None
@@ -201,7 +201,7 @@ def _unlimited_group_of_all(policy: Policy, group: Group, members: list[User]) -
     return next((name for name in unlimited if all(name in user.groups for user in members)), None)
 
 
-def _tighter_quota(policy: Policy, group: Group, quota: Quota, members: list[User]) -> Quota | None:
+def _tighter_quota(policy: Policy, group: Group, quota: Quota, members: list[FileUser]) -> Quota | None:
     """A quota of the same group that is used up before this one, whatever the calls are."""
     # A call that is admitted through another group is also charged to each per-member quota here that has capacity
     # for it. Example: tight has 100 tokens a day, loose 120, both are at 80. A call of 40 does not fit into tight, is
@@ -247,30 +247,30 @@ def _windows_contain(longer: Quota, shorter: Quota) -> bool:
 # --------------------------------------------------------------------------------------------- models and upstreams
 
 
-def _aliases_without_quota(policy: Policy) -> Warnings:
+def _aliases_without_quota(config: Config) -> Warnings:
     """Names under which a member can use a model without the quota that was written for it.
 
     With `smart: {model: gpt-4o}` and a quota on gpt-4o, a call for "smart" reaches the same model, and the quota does
     not match. There is no warning if the group has a quota of its own for the alias, or if no member may use it.
     """
-    members = _members(policy)
+    policy, members = config.policy, _members(config)
     for path, group, quota in _quotas(policy):
-        for alias, known in _aliases(policy, quota):
+        for alias, known in _aliases(config.catalog, quota):
             has_its_own = any(other.models.match(alias) and not other.models.match(known) for other in group.quotas)
             users = (user for user in members[group.name] if _applies_to(policy, user, known, quota))
-            if not has_its_own and any(policy.serves(user, alias) for user in users):
+            if not has_its_own and any(policy.serves(user.groups, alias, config.catalog) for user in users):
                 text = f'it matches "{known}" but not "{alias}", which is the same model; add "{alias}" to its models'
                 yield Finding(path, f"{quota.id}: {text}")
 
 
-def _applies_to(policy: Policy, user: User, model: str, quota: Quota) -> bool:
-    binding = policy.binding(user, model)
+def _applies_to(policy: Policy, user: FileUser, model: str, quota: Quota) -> bool:
+    binding = policy.binding(user.groups, model)
     return binding is not None and quota in binding.quotas
 
 
-def _aliases(policy: Policy, quota: Quota) -> Iterator[tuple[str, str]]:
+def _aliases(catalog: Catalog, quota: Quota) -> Iterator[tuple[str, str]]:
     """Names that the quota does not match, each with a name of the same model that it matches."""
-    targets = [target for model in _models_by_name(policy).values() for target in model.targets]
+    targets = [target for model in _models_by_name(catalog).values() for target in model.targets]
     matched = {_served(target): target.name for target in targets if quota.models.match(target.name)}
     found: dict[tuple[str, str], None] = {}  # a set in order: a model with two upstreams has its alias twice
     for target in targets:
@@ -280,11 +280,11 @@ def _aliases(policy: Policy, quota: Quota) -> Iterator[tuple[str, str]]:
     yield from found
 
 
-def _models_by_name(policy: Policy) -> dict[str, Model]:
+def _models_by_name(catalog: Catalog) -> dict[str, Model]:
     """The models by every name that a client can use. With an open list, these include the upstreams' own names."""
-    listed = {name: model for name, model in (policy.models or {}).items() if name != "*"}
+    listed = {name: model for name, model in (catalog.models or {}).items() if name != "*"}
     served_names = {target.upstream_model for model in listed.values() for target in model.targets}
-    served = {name: policy.model(name) for name in sorted(served_names)}
+    served = {name: catalog.model(name) for name in sorted(served_names)}
     return listed | {name: model for name, model in served.items() if model is not None}
 
 
@@ -292,24 +292,26 @@ def _served(model: Model) -> tuple[str, str]:
     return model.upstream.name, model.upstream_model
 
 
-def _models_without_maximum(policy: Policy) -> Warnings:
+def _models_without_maximum(config: Config) -> Warnings:
     """Models whose longest answer is unknown, so that one answer may take an exact quota over its limit."""
-    for name, model in (policy.models or {}).items():
+    for name, model in (config.catalog.models or {}).items():
         # Anthropic requires a maximum in every call; the simulator's answers have a maximum of their own.
-        is_bounded = all(target.upstream.kind in ("simulator", "anthropic") for target in model.targets)
+        is_bounded = all(kind_of(target.upstream.kind).bounds_answers for target in model.targets)
         is_known = model.max_output_tokens is not None or is_bounded
         # Embedding models have no output. The name is all that tells them apart.
         if name == "*" or is_known or "embed" in model.upstream_model:
             continue
-        if quota := _exact_output_quota(policy, name):
+        if quota := _exact_output_quota(config, name):
             text = f"a whole answer may take {quota.id} over its limit if its call states no maximum"
             yield Finding(("models", name), f"{text}; write max_output_tokens")
 
 
-def _exact_output_quota(policy: Policy, model: str) -> Quota | None:
+def _exact_output_quota(config: Config, model: str) -> Quota | None:
     """The first exact quota on this model's output that applies to a user."""
-    members = _members(policy)
-    quotas = (quota for group in policy.groups.values() if members[group.name] for quota in group.quotas_for(model))
+    members = _members(config)
+    quotas = (
+        quota for group in config.policy.groups.values() if members[group.name] for quota in group.quotas_for(model)
+    )
     return next(
         (
             quota
@@ -320,9 +322,9 @@ def _exact_output_quota(policy: Policy, model: str) -> Quota | None:
     )
 
 
-def _link_local_upstreams(policy: Policy) -> Warnings:
+def _link_local_upstreams(catalog: Catalog) -> Warnings:
     """Upstreams such as 169.254.169.254, where cloud machines serve their own credentials to any local process."""
-    for name, upstream in policy.upstreams.items():
+    for name, upstream in catalog.upstreams.items():
         host = urlsplit(upstream.base_url).hostname or ""
         try:
             is_link_local = ip_address(host).is_link_local

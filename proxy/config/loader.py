@@ -25,7 +25,9 @@ from proxy.config.schema import Allow as AllowSection
 from proxy.config.schema import File
 from proxy.config.schema import Group as GroupSection
 from proxy.config.schema import Model as ModelSection
-from proxy.policy.policy import DEFAULT, EVERYONE, Allow, Group, Keep, Model, Policy, Upstream, User
+from proxy.config.schema import User as UserSection
+from proxy.policy.catalog import Allow, Catalog, Model, Upstream
+from proxy.policy.policy import DEFAULT, EVERYONE, Group, Keep, Policy
 from proxy.policy.quota import Globs, Quota
 from proxy.policy.windows import WEEKDAYS, parse_per
 
@@ -83,11 +85,29 @@ class Settings:
 
 
 @dataclass(frozen=True, slots=True)
+class FileUser:
+    """A user of the file. `groups` are in the order of the file's groups, without `everyone` and `default`.
+
+    That order, and not the one in which the user lists them, decides through which group a call is admitted.
+    """
+
+    name: str
+    groups: tuple[str, ...] = ()
+    key_digests: tuple[str, ...] = field(default=(), repr=False)
+
+
+@dataclass(frozen=True, slots=True)
 class Config:
-    """A valid file: its settings, its policy, and the document, which knows the line of each value."""
+    """A valid file: what each of its sections says, and the document, which knows the line of each value.
+
+    `admin_keys` are the names of the admins by the digests of their keys.
+    """
 
     settings: Settings
     policy: Policy
+    catalog: Catalog
+    users: tuple[FileUser, ...]
+    admin_keys: Mapping[str, str] = field(repr=False)
     document: Document
 
     @property
@@ -137,7 +157,14 @@ def _load(source: bytes, name: str, interpolator: Interpolator) -> Config:
     mistakes = [document.locate(finding) for finding in findings if not document.is_bad(finding.path)]
     if file is None or mistakes or document.mistakes:
         raise BadConfig([*document.mistakes, *mistakes])
-    return Config(_settings(file), _policy(file, _hash(document.data)), document)
+    return Config(
+        settings=_settings(file),
+        policy=_policy(file, _hash(document.data)),
+        catalog=_catalog(file),
+        users=tuple(_user(name, section, file) for name, section in file.users.items()),
+        admin_keys={digest: name for name, digest in file.admin_keys.items()},
+        document=document,
+    )
 
 
 # ---------------------------------------------------------------------------------------- mistakes across sections
@@ -264,6 +291,27 @@ def _settings(file: File) -> Settings:
 
 
 def _policy(file: File, hash: str) -> Policy:
+    zone = ZoneInfo(file.timezone)
+    week_starts = WEEKDAYS.index(file.week_starts)
+    return Policy(
+        groups={name: _group(name, section, zone, week_starts) for name, section in file.groups.items()},
+        combine=file.combine,
+        unmatched=file.unmatched,
+        wait_s=file.wait / 1000,
+        ledger_wait_s=file.ledger_wait / 1000,
+        retry_for_ms=file.retry_for,
+        keep=Keep(calls_ms=file.keep.calls, days_ms=file.keep.days),
+        zone=zone,
+        help=file.help,
+        hash=hash,
+    )
+
+
+def _user(name: str, section: UserSection, file: File) -> FileUser:
+    return FileUser(name, tuple(group for group in file.groups if group in section.groups), tuple(section.keys))
+
+
+def _catalog(file: File) -> Catalog:
     upstreams = {
         name: Upstream(
             name,
@@ -277,30 +325,8 @@ def _policy(file: File, hash: str) -> Policy:
         for name, section in file.upstreams.items()
     }
     default = file.default_upstream or (next(iter(upstreams)) if len(upstreams) == 1 else "")
-    zone = ZoneInfo(file.timezone)
-    week_starts = WEEKDAYS.index(file.week_starts)
-    return Policy(
-        groups={name: _group(name, section, zone, week_starts) for name, section in file.groups.items()},
-        # A user's groups in the order of the file's groups, which decides through which one a call is admitted.
-        users={
-            name: User(name, tuple(group for group in file.groups if group in section.groups))
-            for name, section in file.users.items()
-        },
-        key_digests={digest: name for name, section in file.users.items() for digest in section.keys},
-        upstreams=upstreams,
-        models=None if file.models is None else _models(file, upstreams, default),
-        default_upstream=upstreams.get(default),
-        combine=file.combine,
-        unmatched=file.unmatched,
-        wait_s=file.wait / 1000,
-        ledger_wait_s=file.ledger_wait / 1000,
-        retry_for_ms=file.retry_for,
-        keep=Keep(calls_ms=file.keep.calls, days_ms=file.keep.days),
-        zone=zone,
-        help=file.help,
-        admin_digests={digest: name for name, digest in file.admin_keys.items()},
-        hash=hash,
-    )
+    models = None if file.models is None else _models(file, upstreams, default)
+    return Catalog(upstreams, models, upstreams.get(default))
 
 
 def _models(file: File, upstreams: Mapping[str, Upstream], default: str) -> dict[str, Model]:

@@ -11,7 +11,7 @@ Other modules hold the texts of mistakes (`messages`) and the check that a name 
 """
 
 import json
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     AfterValidator,
@@ -26,8 +26,9 @@ from pydantic import (
 )
 
 from proxy.config import values
+from proxy.formats.kinds import KINDS, kind_of
 from proxy.policy.amounts import Measure
-from proxy.policy.policy import Kind, OnDisconnect, Secret
+from proxy.policy.catalog import OnDisconnect, Secret
 from proxy.policy.quota import Combine, Enforce, Limit
 
 # ----------------------------------------------------------------------------------------- the types of single values
@@ -37,6 +38,17 @@ INTERPOLATION_PATTERN = r".*\$\{.+\}.*"
 
 Weekday = Literal["monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday"]
 Encoding = Literal["o200k_base", "o200k_harmony", "cl100k_base", "p50k_base", "p50k_edit", "r50k_base", "gpt2"]
+
+# The names in `KINDS`, so that a new kind needs no change here. A type checker can't evaluate that, and sees a text.
+if TYPE_CHECKING:
+    KindName = str
+else:
+    KindName = Literal[tuple(KINDS)]
+
+
+def _kinds_that(on_disconnect: OnDisconnect) -> str:
+    """The kinds of upstream with this default, for a description."""
+    return ", ".join(name for name, kind in KINDS.items() if kind.on_disconnect == on_disconnect)
 
 
 def _int_to_text(value: object) -> object:
@@ -194,7 +206,7 @@ class Upstream(Section):
         repr=False,
         description="The key that is sent to this server, as in ${OPENAI_API_KEY}. Default: no key is sent.",
     )
-    kind: Kind = Field(
+    kind: KindName = Field(
         "openai",
         description="The vendor or server software, which decides the auth header, the paths and the fields of "
         "requests. openai is right for OpenRouter, LiteLLM and most others.",
@@ -208,23 +220,20 @@ class Upstream(Section):
     on_disconnect: OnDisconnect | None = Field(
         None,
         description="What to do when a client disconnects during an answer. drain: read the rest and charge the "
-        "exact usage (default for openai, azure, anthropic, simulator). stop: close the connection to the upstream "
-        "(default for vllm, ollama, llamacpp).",
+        f"exact usage (default for {_kinds_that('drain')}). stop: close the connection to the upstream "
+        f"(default for {_kinds_that('stop')}).",
     )
     allow: Allow = Field(Allow(), description="Features that requests may use although quotas do not count them.")
 
     @model_validator(mode="after")
     def _has_api_version_only_for_azure(self) -> "Upstream":
-        if self.api_version and self.kind != "azure":
+        if self.api_version and not kind_of(self.kind).has_api_version:
             raise ValueError("api_version is only for upstreams of kind azure; remove it from this one")
         return self
 
     def effective_on_disconnect(self) -> OnDisconnect:
-        """`on_disconnect`, or the default of this kind.
-
-        Hosted APIs bill an answer whose client has left, so it is read to its usage; servers of one's own stop.
-        """
-        return self.on_disconnect or ("stop" if self.kind in ("vllm", "ollama", "llamacpp") else "drain")
+        """`on_disconnect`, or the default of this kind."""
+        return self.on_disconnect or kind_of(self.kind).on_disconnect
 
 
 class Target(Section):

@@ -5,6 +5,7 @@ that says what is wrong and what to write instead. A text never quotes a value t
 (keys and URLs).
 """
 
+import hashlib
 import re
 from difflib import get_close_matches
 from ipaddress import AddressValueError, IPv6Address
@@ -12,7 +13,8 @@ from urllib.parse import SplitResult, urlsplit
 from zoneinfo import ZoneInfo, available_timezones
 
 from proxy.policy.amounts import TOKENS_MAX
-from proxy.policy.policy import DEFAULT, EVERYONE, Secret, digest
+from proxy.policy.catalog import Secret
+from proxy.policy.policy import DEFAULT, EVERYONE
 from proxy.policy.windows import Duration, parse_per
 
 # Only a key's SHA-256 digest is stored. 24 random characters out of 64 are 144 bits: no search finds the key.
@@ -258,6 +260,11 @@ def key_digest(text: str) -> str:
     if len(text) < KEY_CHARACTERS_MIN:
         raise ValueError(f"this key is too short; use one of {KEY_CHARACTERS_MIN} random characters or more")
     return digest(text)
+
+
+def digest(key: str) -> str:
+    """SHA-256 of a key, in hex. Keys are long and random, so a plain hash cannot be reversed by trying keys."""
+    return hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def secret(value: object) -> Secret:

@@ -14,7 +14,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from proxy.formats.body import RequestBody, Turns, is_run_by_client, offered_tools
 from proxy.formats.images import Patches, Tiles, base64_start, image_price, image_size, price_by_area
+from proxy.formats.kinds import CHOICE_COUNT_FIELDS, MAXIMUM_FIELDS
 from proxy.formats.strict_json import dump, walk
 
 # The cookbook's tokens around a chat: for each message, for each name, and once for the beginning of the answer.
@@ -40,12 +42,12 @@ _TEXT_FIELDS = ("system", "messages", "input", "prompt", "suffix", "instructions
 # Fields that the model does not read, and those above. Every other field is counted as JSON, because a chat template
 # may print it: tools, schemas, documents, and fields that the proxy does not know.
 _NOT_PRINTED = frozenset(
-    "model stream stream_options n n_cmpl best_of max_tokens max_completion_tokens max_output_tokens n_predict "
+    "model stream stream_options best_of "
     "temperature top_p top_k min_p frequency_penalty presence_penalty repetition_penalty stop seed user metadata "
     "store safety_identifier logprobs top_logprobs logit_bias parallel_tool_calls tool_choice service_tier audio "
     "modalities encoding_format dimensions echo truncation include reasoning reasoning_effort thinking verbosity "
     "prediction prompt_cache_key background stop_sequences cache_control previous_response_id".split()
-).union(_TEXT_FIELDS)
+).union(_TEXT_FIELDS, MAXIMUM_FIELDS, CHOICE_COUNT_FIELDS)
 # A key that is longer than any name in the vendors' APIs is counted as text: a prompt can also be written into keys.
 _KEY_CHARACTERS_MAX = 40
 # Fields that stand for input which is not in the request. A client's own `chat_template` can print any number of
@@ -57,9 +59,6 @@ _HIDDEN_INPUT_FIELDS = (
     "mm_processor_kwargs",
     "media_io_kwargs",
 )
-# Tools that the client runs. None: some servers do not require a type.
-_CLIENT_TOOL_TYPES = ("function", "custom", None)
-
 # Messages, and items of /responses. An id of a tool call is read: some chat templates print it.
 _CONTENT_FIELDS = ("content", "output")
 _MESSAGE_FIELDS_NOT_READ = ("type", "id", "status")
@@ -78,7 +77,7 @@ _TYPES_BY_MEMBER = (*_IMAGE_TYPES, *_AUDIO_TYPES, *_FILE_TYPES, *_LINKED_TYPES)
 _MEMBERS_OF_TYPES = frozenset(_TYPES_BY_MEMBER)
 # Anthropic's content blocks always state their type.
 _BLOCK_TYPES = ("image", "document", "tool_result", "tool_use", "thinking", "redacted_thinking", "search_result")
-_SPECIAL_TYPES = (*_TYPES_BY_MEMBER, *_BLOCK_TYPES)
+_SPECIAL_TYPES = frozenset((*_TYPES_BY_MEMBER, *_BLOCK_TYPES))
 # Blocks that contain other blocks. One level is read block by block, and everything below as text. So the functions
 # here call each other to a fixed depth, and no input overflows the stack.
 _BLOCKS_WITH_PARTS = ("document", "tool_result", "tool_use", "search_result")
@@ -117,15 +116,19 @@ class Prompt:
         return body_bytes - self.opaque_bytes + self.media_tokens
 
 
-def read_prompt(document: Mapping[str, Any], *, model: str, is_chat: bool) -> Prompt:
+def read_prompt(body: RequestBody, *, model: str, is_chat: bool) -> Prompt:
     """Find what the model reads of a request's body.
 
     `model` is the upstream's name of the model. `is_chat`: the input is messages (/chat/completions, /responses,
     /messages), which have tokens of their own around them.
     """
     reader = _PromptReader(image_price(model))
+    document, turns = body.document, body.turns
     for name in _TEXT_FIELDS:
-        reader.read_field(document.get(name), is_chat=is_chat)
+        if name in turns:
+            reader.read_turns(turns[name])
+        else:
+            reader.read_field(document.get(name), is_chat=is_chat)
     # Tools with an `input_schema` are Anthropic's; OpenAI's have `parameters`.
     if any(isinstance(tool, dict) and "input_schema" in tool for tool in _list_or_empty(document.get("tools"))):
         reader.add_media_tokens(_ANTHROPIC_TOOLS_PROMPT_TOKENS)
@@ -137,7 +140,7 @@ def read_prompt(document: Mapping[str, Any], *, model: str, is_chat: bool) -> Pr
         overhead=reader.overhead + (_REPLY_PRIMING if is_chat else 0),
         opaque_bytes=reader.opaque_bytes,
         media_tokens=reader.media_tokens,
-        is_open=reader.is_open or _has_hidden_input(document),
+        is_open=reader.is_open or _has_hidden_input(body),
     )
 
 
@@ -169,50 +172,14 @@ def with_previous(prompt: Prompt, tokens: int | None) -> Prompt:
     return replace(prompt, overhead=prompt.overhead + tokens, media_tokens=prompt.media_tokens + tokens)
 
 
-def content_parts(document: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """All messages and items of a request, all parts of their contents and outputs, and all parts within these.
-
-    At any depth, and also if a part or a message is not inside a list.
-    """
-    parts = [
-        turn for name in ("messages", "input") for turn in _as_list(document.get(name)) if isinstance(turn, dict)
-    ]
-    for part in parts:  # the list grows while it is read, so parts within parts are found without recursion
-        contents = [*map(part.get, _CONTENT_FIELDS), _get(part.get("source"), "content")]
-        parts += [inner for content in contents for inner in _as_list(content) if isinstance(inner, dict)]
-    return parts
-
-
-def offered_tools(document: Mapping[str, Any]) -> list[Any]:
-    """The tools that a request offers to the model: in `tools`, in items (`additional_tools`), and in groups."""
-    tools = _list_or_empty(document.get("tools"))[:]
-    for item in _list_or_empty(document.get("input")):
-        # `mcp_list_tools` only repeats what an MCP server once listed.
-        tools += _list_or_empty(_get(item, "tools")) if _get(item, "type") != "mcp_list_tools" else ()
-    for tool in tools:  # the list grows while it is read, so groups within groups are found without recursion
-        tools += _list_or_empty(_get(tool, "tools"))
-    return tools
-
-
-def is_run_by_client(tool: object) -> bool:
-    """Whether the client runs this tool, so that the request shows everything that the model reads of it.
-
-    A `tool_search` with `execution: client` is one; without, the upstream searches and reads what it finds. A
-    `namespace` only groups other tools, each of which is checked by itself (`offered_tools`).
-    """
-    kind = _get(tool, "type")
-    is_search = kind == "tool_search" and _get(tool, "execution") == "client"
-    is_group = kind == "namespace" and isinstance(_get(tool, "tools"), list)
-    return isinstance(tool, dict) and (kind in _CLIENT_TOOL_TYPES or is_search or is_group)
-
-
-def _has_hidden_input(document: Mapping[str, Any]) -> bool:
+def _has_hidden_input(body: RequestBody) -> bool:
     """Whether a field or a tool makes the model read something that the request does not show."""
+    document = body.document
     if any(document.get(name) not in (None, False) for name in _HIDDEN_INPUT_FIELDS):
         return True
     if isinstance(document.get("prompt"), dict):  # a prompt template that is stored at the upstream
         return True
-    return not all(map(is_run_by_client, offered_tools(document)))
+    return not all(map(is_run_by_client, offered_tools(body)))
 
 
 class _PromptReader:
@@ -241,6 +208,21 @@ class _PromptReader:
                 self._read_message(turn)
             else:
                 self.add_texts(turn)
+
+    def read_turns(self, turns: Turns) -> None:
+        """Read a list of messages or items; the same as `read_field`, after the walk over them."""
+        self.overhead += _PER_MESSAGE * turns.plain
+        if not turns.unusual:
+            self.texts += turns.reading  # type: ignore[arg-type]  # they are all texts then
+            return
+        self.overhead += _integers_in(turns.unusual)
+        for value in turns.reading:
+            if type(value) is str:
+                self.texts.append(value)
+            elif type(value) is dict:
+                self._read_message(value)
+            elif type(value) is list:
+                self.add_texts(value)
 
     def add_json(self, value: object) -> None:
         """Add a value that the model sees as JSON."""
@@ -281,15 +263,18 @@ class _PromptReader:
 
     def _read_message(self, turn: dict[str, Any]) -> None:
         """Read a message, or another item of /responses such as a tool call or its output."""
-        if _part_type(turn) in _SPECIAL_TYPES:  # a part that is not inside a message
+        if _is_special(_part_type(turn)):  # a part that is not inside a message
             self._read_part(turn)
             return
         self.overhead += _PER_MESSAGE + (_PER_NAME if isinstance(turn.get("name"), str) else 0)
         self.is_open = self.is_open or _refers_to_stored_turn(turn)
         for key, value in turn.items():
             if key in _CONTENT_FIELDS:
-                for part in _as_list(value):
-                    self._read_part(part)
+                if isinstance(value, list):
+                    for part in value:
+                        self._read_part(part)
+                else:
+                    self._read_part(value)
             elif key == "encrypted_content":
                 self._add_encoded(value)
             elif key not in _MESSAGE_FIELDS_NOT_READ:
@@ -297,8 +282,14 @@ class _PromptReader:
 
     def _read_part(self, part: object) -> None:
         kind = _part_type(part) if isinstance(part, dict) else None
-        if not isinstance(part, dict) or kind not in _SPECIAL_TYPES:
+        if not isinstance(part, dict):
             self.add_texts(part)
+        elif not _is_special(kind):
+            text = part.get("text")
+            if len(part) == 2 and "type" in part and isinstance(text, str):  # most parts, without a walk
+                self.add_texts(text)
+            else:
+                self.add_texts(part)
         elif kind in _IMAGE_TYPES:
             self._read_image(part)
         elif kind in _AUDIO_TYPES:
@@ -397,6 +388,10 @@ def _part_type(part: Mapping[str, Any]) -> object:
     if kind is not None or _MEMBERS_OF_TYPES.isdisjoint(part):
         return kind
     return next(member for member in _TYPES_BY_MEMBER if member in part)
+
+
+def _is_special(kind: object) -> bool:
+    return isinstance(kind, str) and kind in _SPECIAL_TYPES  # a list or an object as type can't be looked up in a set
 
 
 def _refers_to_stored_turn(turn: Mapping[str, Any]) -> bool:

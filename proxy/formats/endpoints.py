@@ -10,8 +10,7 @@ Sources: the published API descriptions of both vendors, and the paths in their 
 """
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 EndpointName = Literal[
@@ -31,44 +30,18 @@ EndpointName = Literal[
     "messages",
     "count_tokens",
 ]
+# The format of an endpoint's answers, streams and errors; `surfaces` has a row for each.
+#   chat        a stream of chunks with choices, ended by [DONE]; also embeddings and moderations, which do not stream
+#   responses   the events and objects of /responses
+#   messages    Anthropic's events, objects and errors
+#   media       images, speech, transcripts: their output is known only at the end, and may be no JSON
+SurfaceName = Literal["chat", "responses", "messages", "media"]
 # What an answer is charged.
-#   tokens          the tokens that it reports, else the tokens that the proxy counts
-#   tokens_if_said  the tokens that it reports, else one request: a model that reports none is billed per piece
-#   request         one request and no tokens
-#   nothing         nothing
-Charge = Literal["tokens", "tokens_if_said", "request", "nothing"]
-
-# Fields that an endpoint refuses, each with the reason. The error message is `"<field>" can't be used here:
-# <reason>.`
-_REROUTING_FIELDS = dict.fromkeys(
-    # LiteLLM's fallbacks and OpenRouter's models and presets name other models than the one that is allowed and
-    # counted. vLLM's kv_transfer_params name a server from which it fetches the cache of another call.
-    (
-        "api_base api_key base_url content_policy_fallbacks context_window_fallback_dict context_window_fallbacks "
-        "custom_host custom_llm_provider deployment_id extra_body extra_headers fallbacks kv_transfer_params "
-        "model_list models preset user_config"
-    ).split(),
-    "it would change where this call goes or which key it uses, and the proxy decides that",
-)
-# Azure searches `data_sources` with the rights of its operator. The others search the web: `plugins` are OpenRouter's
-# (on all of its endpoints), `search_parameters` xAI's, `enable_search` Alibaba's.
-_SEARCH_FIELDS = dict.fromkeys(
-    ("data_sources", "plugins", "search_parameters", "enable_search"),
-    "the upstream would search with it, and no setting of this proxy allows that. Send the content instead",
-)
-_REFUSED_EVERYWHERE = {**_REROUTING_FIELDS, **_SEARCH_FIELDS}
-STORED = (
-    "it refers to things stored at the upstream, in an account that all users share, and the request does not show "
-    "their tokens. Send their content instead"
-)
-_REFUSED_ON_RESPONSES = {
-    **_REFUSED_EVERYWHERE,
-    "background": "its cost would arise after the answer. Leave it out, and stream the answer if it is long",
-    "conversation": STORED,
-    "prompt": STORED,
-    # vLLM uses it as the id of the response. A client could take the id of another user's response.
-    "request_id": "the upstream chooses the ids of responses. Leave it out",
-}
+#   tokens            the tokens that it reports, else the tokens that the proxy counts
+#   tokens_if_stated  the tokens that it reports, else one request: a model that reports none is billed per piece
+#   request           one request and no tokens
+#   nothing           nothing
+Charge = Literal["tokens", "tokens_if_stated", "request", "nothing"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,17 +51,17 @@ class Endpoint:
     `maxima` are the fields that bound an answer; the first is the one to write. If there are none, the output can't
     be counted while it streams, and `answer_tokens` are reserved for each answer. `default_model` is what the
     upstream uses if a request names no model. `form` says what the files are if the request is a form
-    (`multipart/form-data`) and not JSON. `refused` has the fields that are refused, with the reason.
+    (`multipart/form-data`) and not JSON. Which fields it refuses is in `restrictions`.
     """
 
     name: EndpointName
     path: str
+    surface: SurfaceName
     charge: Charge
     maxima: tuple[str, ...] = ()
     answer_tokens: int = 0
     default_model: str | None = None
     form: Literal["audio", "images"] | None = None
-    refused: Mapping[str, str] = field(default_factory=lambda: _REFUSED_EVERYWHERE)
 
     @property
     def generates(self) -> bool:
@@ -113,12 +86,12 @@ class Endpoint:
     @property
     def is_of_responses(self) -> bool:
         """Whether its request has the format of /responses: items, tools, references to stored things."""
-        return self.name in ("responses", "compact", "input_tokens")
+        return self.surface == "responses"
 
     @property
     def is_of_messages(self) -> bool:
         """Whether its requests, answers and errors have Anthropic's format."""
-        return self.name in ("messages", "count_tokens")
+        return self.surface == "messages"
 
 
 # Azure's SDK sends these to /openai/deployments/{model}/…, and all others to /openai/….
@@ -142,64 +115,54 @@ _PREFIX = re.compile(r"(?:/openai(?:/deployments/[^/]+)?)?(?:/v1)?(?=/)")
 CHAT = Endpoint(
     "chat",
     "/chat/completions",
+    "chat",
     "tokens",
     maxima=("max_completion_tokens", "max_tokens"),
 )
-COMPLETIONS = Endpoint("completions", "/completions", "tokens", maxima=("max_tokens",))
-EMBEDDINGS = Endpoint("embeddings", "/embeddings", "tokens")
-RESPONSES = Endpoint(
-    "responses", "/responses", "tokens", maxima=("max_output_tokens",), refused=_REFUSED_ON_RESPONSES
-)
+COMPLETIONS = Endpoint("completions", "/completions", "chat", "tokens", maxima=("max_tokens",))
+EMBEDDINGS = Endpoint("embeddings", "/embeddings", "chat", "tokens")
+RESPONSES = Endpoint("responses", "/responses", "responses", "tokens", maxima=("max_output_tokens",))
 # The model summarises a conversation; no field bounds the length of the summary.
-COMPACT = Endpoint("compact", "/responses/compact", "tokens", answer_tokens=8192, refused=_REFUSED_ON_RESPONSES)
-INPUT_TOKENS = Endpoint("input_tokens", "/responses/input_tokens", "nothing", refused=_REFUSED_ON_RESPONSES)
-MODERATIONS = Endpoint("moderations", "/moderations", "request", default_model="omni-moderation-latest")
+COMPACT = Endpoint("compact", "/responses/compact", "responses", "tokens", answer_tokens=8192)
+INPUT_TOKENS = Endpoint("input_tokens", "/responses/input_tokens", "responses", "nothing")
+MODERATIONS = Endpoint("moderations", "/moderations", "chat", "request", default_model="omni-moderation-latest")
 # A large image of high quality has 6,240 tokens (OpenAI's table for gpt-image-1), and each partial image 100 more.
 _IMAGE_TOKENS = 8192
-_REFUSED_ON_IMAGES = {
-    **_REFUSED_EVERYWHERE,
-    "svg": "it names a second model, which no quota would count. Leave it out",
-}
 IMAGES = Endpoint(
     "images",
     "/images/generations",
-    "tokens_if_said",
+    "media",
+    "tokens_if_stated",
     answer_tokens=_IMAGE_TOKENS,
     default_model="dall-e-2",
-    refused=_REFUSED_ON_IMAGES,
 )
 IMAGE_EDITS = Endpoint(
     "image_edits",
     "/images/edits",
-    "tokens_if_said",
+    "media",
+    "tokens_if_stated",
     answer_tokens=_IMAGE_TOKENS,
     default_model="dall-e-2",
     form="images",
-    refused=_REFUSED_ON_IMAGES,
 )
 # Only dall-e-2 has it, which is billed per image.
 IMAGE_VARIATIONS = Endpoint(
-    "image_variations", "/images/variations", "request", default_model="dall-e-2", form="images"
+    "image_variations", "/images/variations", "media", "request", default_model="dall-e-2", form="images"
 )
 # The longest input, 4,096 characters, is five minutes of speech. At 20 tokens a second that is 6,000 tokens. Only a
 # stream with `stream_format: "sse"` reports its tokens.
-SPEECH = Endpoint("speech", "/audio/speech", "tokens_if_said", answer_tokens=6144)
+SPEECH = Endpoint("speech", "/audio/speech", "media", "tokens_if_stated", answer_tokens=6144)
 # They report usage in tokens, or in seconds if the model is billed by time, or not at all (plain text, subtitles).
 # The last two count as one request.
 TRANSCRIPTIONS = Endpoint(
-    "transcriptions", "/audio/transcriptions", "tokens_if_said", answer_tokens=4096, form="audio"
+    "transcriptions", "/audio/transcriptions", "media", "tokens_if_stated", answer_tokens=4096, form="audio"
 )
-TRANSLATIONS = Endpoint("translations", "/audio/translations", "tokens_if_said", answer_tokens=4096, form="audio")
-# Anthropic's endpoints. Betas that need no field of the request are controlled by `allow: {betas: […]}`, through the
-# header `anthropic-beta`.
-_REFUSED_ON_MESSAGES = {
-    **_REFUSED_EVERYWHERE,
-    "container": STORED,
-    "inference_geo": "it changes the price of the call. Leave it out",
-    "mcp_servers": "the upstream would call these servers, and their results are input that the body does not show",
-}
-MESSAGES = Endpoint("messages", "/messages", "tokens", maxima=("max_tokens",), refused=_REFUSED_ON_MESSAGES)
-COUNT_TOKENS = Endpoint("count_tokens", "/messages/count_tokens", "nothing", refused=_REFUSED_ON_MESSAGES)
+TRANSLATIONS = Endpoint(
+    "translations", "/audio/translations", "media", "tokens_if_stated", answer_tokens=4096, form="audio"
+)
+# Anthropic's endpoints.
+MESSAGES = Endpoint("messages", "/messages", "messages", "tokens", maxima=("max_tokens",))
+COUNT_TOKENS = Endpoint("count_tokens", "/messages/count_tokens", "messages", "nothing")
 
 METERED = (
     CHAT,

@@ -14,22 +14,18 @@ from typing import Any
 
 from proxy.formats.content import Prompt
 from proxy.formats.endpoints import SPEECH
-from proxy.formats.request import Request, is_endless, maximum_fields
+from proxy.formats.kinds import Kind, kind_of
+from proxy.formats.request import Request
 from proxy.policy.amounts import TOKENS_MAX
-from proxy.policy.policy import Kind, Model
+from proxy.policy.catalog import Model
 from proxy.policy.quota import Demand
 
 # The output reserved for an answer if neither the request nor the model's configuration states a maximum.
 _DEFAULT_ANSWER_TOKENS = 4096
-# OpenAI's default for `max_tokens` on /completions.
-_COMPLETIONS_DEFAULT = 16
 # The least that must be available for an answer before a call is sent, unless the request itself asks for less. With
 # 800 tokens left, a call with max_tokens: 5000 waits or is refused, because an answer cut at 800 tokens is of little
 # use and its input is charged all the same. A call with max_tokens: 500 is sent.
 SMALLEST_ANSWER = 1024
-# OpenAI's models without hidden reasoning, by the beginning of their names. All other models of OpenAI, also future
-# ones, are assumed to reason.
-_WITHOUT_HIDDEN_REASONING = tuple("babbage-002 chatgpt-4o davinci-002 gpt-3.5 gpt-35 gpt-4".split())
 
 
 def estimate_demand(request: Request, model: Model, prompt: Prompt, *, body_bytes: int) -> Demand:
@@ -54,8 +50,9 @@ def estimate_demand(request: Request, model: Model, prompt: Prompt, *, body_byte
             is_estimated=True,
             hidden_input=hidden_input,
         )
-    stated = _stated_maximum(request, model.upstream.kind)
-    known = stated if stated is not None else model.max_output_tokens or _upstream_default(request, model)
+    kind = kind_of(model.upstream.kind)
+    stated = _stated_maximum(request, kind)
+    known = stated if stated is not None else model.max_output_tokens or _upstream_default(request, kind)
     each = _DEFAULT_ANSWER_TOKENS if known is None else known
     output_maximum = min(each * request.choices, TOKENS_MAX)
     # The reasoning budget comes on top, because a short answer would otherwise be all reasoning and no text.
@@ -134,15 +131,10 @@ def _unbounded_answer(request: Request, model: Model) -> int:
 
 
 def _hides_reasoning(model: Model) -> bool:
-    """Whether this model reasons in tokens that the answer does not show: as configured, else by its name.
-
-    OpenAI's models do unless they are known not to. The careful assumption is right for models of the future, and for
-    Azure's deployments, whose names say nothing. Models on other kinds of upstream stream their reasoning.
-    """
+    """Whether this model reasons in tokens that the answer does not show: as configured, else by kind and name."""
     if model.reasoning is not None:
         return model.reasoning
-    name = model.upstream_model.removeprefix("ft:")  # fine-tuned: ft:gpt-4o-mini:acme::x
-    return model.upstream.kind in ("openai", "azure") and not name.startswith(_WITHOUT_HIDDEN_REASONING)
+    return kind_of(model.upstream.kind).hides_reasoning(model.upstream_model)
 
 
 def _asks_for_hidden_output(document: Mapping[str, Any]) -> bool:
@@ -191,18 +183,17 @@ def _stated_maximum(request: Request, kind: Kind) -> int | None:
     Of several fields the largest counts: which one wins differs by the upstream's version. -1 in one of them is no
     maximum, whatever the others say.
     """
-    values = [request.document.get(name) for name in maximum_fields(request.endpoint, kind)]
+    values = [request.document.get(name) for name in kind.maximum_fields(request.endpoint)]
     numbers = [number for number in values if number is not None]
-    if any(is_endless(number, kind) for number in numbers):
+    if any(kind.is_endless(number) for number in numbers):
         return None
     return max(numbers, default=None)
 
 
-def _upstream_default(request: Request, model: Model) -> int | None:
+def _upstream_default(request: Request, kind: Kind) -> int | None:
     """The maximum that the upstream itself applies if the request states none; None for no maximum.
 
-    Only /completions has one. Without the field it is 16, but for null vLLM applies none. llama.cpp and Ollama have
-    no default.
+    Only /completions has one, if the field is absent. For null vLLM applies none.
     """
     has_default = request.endpoint.name == "completions" and "max_tokens" not in request.document
-    return _COMPLETIONS_DEFAULT if has_default and model.upstream.kind not in ("llamacpp", "ollama") else None
+    return kind.completions_default if has_default else None

@@ -6,6 +6,7 @@ their vision guides in 2025. If the size can't be read, the image costs the most
 
 import binascii
 from dataclasses import dataclass
+from functools import lru_cache
 
 # PNG and WebP state their size within the first 30 bytes. The size of a JPEG comes after its previews and colour
 # profiles. It is searched in the first 4 KiB, then in 128 KiB, and behind at most 100 segments.
@@ -85,6 +86,7 @@ _PRICES: tuple[tuple[tuple[str, ...], Tiles | Patches], ...] = (
 _UNKNOWN = Tiles(85, 170, supports_detail=False)
 
 
+@lru_cache(maxsize=1024)  # with an open list of models there is no end of names
 def image_price(model: str) -> Tiles | Patches:
     """The rule by which this model prices images; `model` is the upstream's name of it."""
     matching = (price for texts, price in _PRICES if all(text in model for text in texts))

@@ -1,12 +1,14 @@
-"""Who is calling: from the headers of a request to a user or an admin of the policy.
+"""Who is calling: from the headers of a request to a user, with the user's groups, or to an admin.
 
 What the package promises:
 
 - A request without a valid key raises `InvalidKey` (401), whatever its headers contain.
 - Keys are compared by their SHA-256 only, over their full length. No key is stored, logged or repeated in an answer.
 - An unknown key and the key of a user who no longer exists get the same answer, so that keys cannot be probed.
+- A request never gets a user of one version of the file and the policy of another.
 
 What it never does: it does not decide what a user may use (see `policy`), and reads no header but those of keys.
 
-Begin with `identify` in `keys`.
+Begin with `authentication`: `Authentication.identify` says who is calling. `keys` reads the key from the headers, and
+`directory` has the users.
 """

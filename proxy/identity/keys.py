@@ -1,13 +1,8 @@
-"""Reads the key from the headers of a request, and finds the user or admin that it belongs to.
+"""Reads the one key from the headers of a request."""
 
-Keys are known by their SHA-256 only, over their full length. All unknown keys get the same answer, so a client that
-tries keys does not learn that a part of one was right.
-"""
-
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 from proxy.errors import InvalidKey
-from proxy.policy.policy import Policy, User, digest
 
 _HEADERS = ("authorization", "api-key", "x-api-key")
 # Longer keys are refused unread. A key of this proxy has about 50 characters, a JSON Web Token up to a few thousand.
@@ -17,30 +12,12 @@ _KEY_CHARACTERS_MAX = 16_384
 _WHITESPACE = " \t"
 
 
-def identify(headers: Iterable[tuple[str, str]], policy: Policy) -> User:
-    """The user whose key is in these headers. Raises InvalidKey.
+def presented_key(headers: Iterable[tuple[str, str]]) -> str:
+    """The one key in these headers. Raises InvalidKey if there is none, or if two differ.
 
     The key can be in `Authorization: Bearer`, `api-key` or `x-api-key`, also in several of them if it is the same
     key.
     """
-    name = _owner(presented_key(headers), policy.key_digests)
-    if name is None or name not in policy.users:
-        raise InvalidKey(
-            "This API key is not known here. Use the key you were given for this proxy, not one of the upstream's."
-        )
-    return policy.users[name]
-
-
-def identify_admin(headers: Iterable[tuple[str, str]], policy: Policy) -> str:
-    """The name of the admin whose key is in these headers. Raises InvalidKey."""
-    name = _owner(presented_key(headers), policy.admin_digests)
-    if name is None:
-        raise InvalidKey("This is not an admin key of this proxy. Use a key that is listed under `admin_keys`.")
-    return name
-
-
-def presented_key(headers: Iterable[tuple[str, str]]) -> str:
-    """The one key in these headers. Raises InvalidKey if there is none, or if two differ."""
     sent = [(name.lower(), value.strip(_WHITESPACE)) for name, value in headers if name.lower() in _HEADERS]
     keys = {key for name, value in sent if (key := _key_in(name, value))}
     if not keys:
@@ -61,8 +38,3 @@ def _key_in(name: str, value: str) -> str:
         return value
     scheme, _, key = value.partition(" ")
     return key.strip(_WHITESPACE) if scheme.lower() == "bearer" else ""
-
-
-def _owner(key: str, digests: Mapping[str, str]) -> str | None:
-    """The name that this key belongs to. Its digest is looked up, so the time taken says nothing about the key."""
-    return digests.get(digest(key))

@@ -1,13 +1,18 @@
-"""The operations of the ledger on plain values: reserve, extend, settle, release, expire.
+"""The operations of the ledger on plain values: reserve, extend, settle, release and expire.
 
-The store loads what a batch touches, applies the operations here, and writes what changed. Each operation is applied
-whole or not at all, and repeating one is harmless.
+The store loads the counters and entries that a batch touches into a `Book`, applies the operations in order, and
+writes what changed. Each operation is applied as a whole or not at all, and repeating one changes nothing.
 
-A held amount remembers the window of the counter that it was reserved in; once that window has closed, settling
-writes the entry only. An answer that grows past the end of a window holds its increase in the window that is open then,
-as a second held amount of the same counter: each is charged up to what it holds, and the last one the rest. Example:
-a call reserved at 11:59 holds 100 tokens in the window that ends at 12:00 and, at 12:01, 50 more in the next one. It
-used 130 tokens: 100 are charged to the first window, if it is still known, and 30 to the second. Pure.
+A call belongs to the window in which it was reserved: a held amount names that window. If the counter has moved on to
+the next window before the call ends, the end is written to the entry only. If an answer grows after the window has
+closed, the increase is held in the window that is open then, as a second held amount of the same counter. At the end
+each held amount is charged up to what it holds, and the last one the rest. Example:
+
+    11:59  reserve 100 tokens          held in the window that ends at 12:00: 100
+    12:01  extend to 150 tokens        held in the next window:                50
+    12:02  settle with 130 tokens      charged to the first window: 100, to the second: 30
+
+This module is pure: no I/O and no clock.
 """
 
 from collections.abc import Mapping
@@ -27,10 +32,18 @@ from proxy.policy.admission import (
 from proxy.policy.amounts import NOTHING, TOKENS_MAX, Amount, AtLeast, Tokens, Usage, charge_of
 from proxy.policy.quota import Binding, Counter, CounterKey, Demand, Quota, counter_at
 
+# --------------------------------------------------------------------------------------------------------- operations
+
+# Numbers are checked when an operation is built. A batch holds the operations of up to 256 callers in one
+# transaction: a number that does not fit into the database's 64 bits would fail all of them.
+
 
 @dataclass(frozen=True, slots=True)
 class Reserve:
-    """Let a call in if its quotas have room. `id` makes repeating it harmless."""
+    """Admit a call if its quotas have room. Repeating it with the same `id` returns the entry that is there.
+
+    Raises ValueError for a demand that is negative or above `TOKENS_MAX`.
+    """
 
     id: str
     owner: str
@@ -47,10 +60,14 @@ class Reserve:
 
 @dataclass(frozen=True, slots=True)
 class Extend:
-    """Hold so much in all for a call in flight: `output` tokens, or as many as there is room for.
+    """Raise the hold of a call in flight to `output` tokens in total, or to as many as there is room for.
 
-    Less than `least` is too little to go on. `input` gives back what was held for an input that turned out smaller.
-    `binding` is the one with which it was reserved. Absolute numbers, so repeating it is harmless.
+    With less than `least` tokens in total the call cannot continue, and the reply's verdict says why. `input` lowers
+    the hold for an input that turned out to be smaller. `binding` is the one with which the call was reserved. All
+    numbers are totals, so repeating an Extend changes nothing. Example at a hold of 200 tokens: "extend to 400"
+    applied twice gives 400; "extend by 200" applied twice would give 600.
+
+    Raises ValueError for a number that is negative or above `TOKENS_MAX`, and for a `least` above `output`.
     """
 
     id: str
@@ -68,7 +85,11 @@ class Extend:
 
 @dataclass(frozen=True, slots=True)
 class Settle:
-    """Charge what a call used, at `upstream` (None: where it was to go), and free the rest; it made `response_id`."""
+    """Charge what a call used, and free the rest of its hold.
+
+    `upstream` is the upstream that had the call; None: the one that the entry names. `response_id` is the id of the
+    response that the upstream stored. Raises ValueError for a usage that is negative or above `TOKENS_MAX`.
+    """
 
     id: str
     usage: Usage
@@ -84,7 +105,7 @@ class Settle:
 
 @dataclass(frozen=True, slots=True)
 class Release:
-    """Give everything back: nothing was generated, and not by the user's fault."""
+    """Free the whole hold and charge nothing: nothing was generated, and the user is not at fault."""
 
     id: str
     outcome: Outcome = "upstream_failed"
@@ -93,20 +114,22 @@ class Release:
 
 @dataclass(frozen=True, slots=True)
 class Expire:
-    """Charge all that a call holds: its process is taken to be dead."""
+    """Charge the whole hold: the process that ran the call has died, or its lease has run out."""
 
     id: str
 
 
 Operation = Reserve | Extend | Settle | Release | Expire
 
+# ------------------------------------------------------------------------------------------------------------ replies
+
 
 @dataclass(frozen=True, slots=True)
 class Accepted:
-    """The entry after the act, and how the counters stand that it looked at.
+    """The entry after the operation, and the counters of its quotas.
 
-    `verdict` says of an Extend why less is held than the least that was asked for. `freed` are the counters on which
-    this very act gave back what was held.
+    `verdict` is the verdict on an Extend: if less than its `least` is held, it says why. `freed` are the counters on
+    which this operation lowered what is held; calls that wait for room on them try again.
     """
 
     entry: Entry
@@ -117,7 +140,7 @@ class Accepted:
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """The call was refused. Nothing changed."""
+    """The call was refused. No entry was made, and no counter was charged."""
 
     decision: NotAdmitted
     counters: Mapping[CounterKey, Counter]
@@ -125,16 +148,18 @@ class Refused:
 
 @dataclass(frozen=True, slots=True)
 class Unknown:
-    """There is no such entry: it was never reserved, or has been deleted since. Nothing changed."""
+    """There is no entry with this id: it was never reserved, or was deleted since. Nothing changed."""
 
     id: str
 
 
 Reply = Accepted | Refused | NeedsCount | Unknown
 
+# --------------------------------------------------------------------------------------------------------------- book
+
 
 class Book:
-    """The counters and entries that one batch touches. Acts are applied in order, each wholly or not at all.
+    """The counters and entries that one batch touches.
 
     `counters_changed` and `entries_changed` name what has to be written.
     """
@@ -147,7 +172,7 @@ class Book:
         self._now = now
 
     def apply(self, operation: Operation) -> Reply:
-        """Do one act and say how things stand after it."""
+        """Apply one operation, and return the state after it."""
         match operation:
             case Reserve():
                 return self._reserve(operation)
@@ -162,109 +187,107 @@ class Book:
 
     def _reserve(self, operation: Reserve) -> Reply:
         keys = operation.binding.keys()
-        if booked := self.entries.get(operation.id):
-            return Accepted(booked, self._standing(keys))
-        self._date_back(operation.binding)
+        if entry := self.entries.get(operation.id):
+            return Accepted(entry, self._counters_of(keys))
+        self._correct_windows(operation.binding)
         decision = decide(operation.demand, operation.binding, self.counters, self._now)
         if isinstance(decision, NeedsCount):
             return decision
         if isinstance(decision, NotAdmitted):
-            return Refused(decision, self._standing(keys))
-        entry = _opened(operation, decision, self._now)
+            return Refused(decision, self._counters_of(keys))
+        entry = _new_entry(operation, decision, self._now)
         for hold in decision.holds:
-            self._put(hold.quota.key_for(operation.binding.user), _holding(hold))
-        self._note(entry)
-        return Accepted(entry, self._standing(keys))
+            self._put_counter(hold.quota.key_for(operation.binding.user), _with_hold(hold))
+        self._put_entry(entry)
+        return Accepted(entry, self._counters_of(keys))
 
-    def _date_back(self, binding: Binding) -> None:
-        """Note when windows end that a clock ahead of its time has opened, also for a call that is refused.
+    def _correct_windows(self, binding: Binding) -> None:
+        """Shorten and store windows that were opened by a clock that was ahead.
 
-        Else who comes again later would be told a later end each time.
+        Such a window counts on, but ends when a window that opens now would end. That end is stored also if the call
+        is refused. Otherwise it would be computed anew for each call, and would be later each time. Example with a
+        window of six hours: the clock was a day ahead and opened a window on the 25th at 12:00. It is set right on
+        the 24th at 12:00, and the window now ends on the 24th at 18:00. Without the stored end, a call that is
+        refused at 13:00 would be told 19:00, and one that is refused at 14:00 would be told 20:00.
         """
         for quota in binding.quotas:
             key = quota.key_for(binding.user)
             counter = self.counters.get(key)
             if counter is not None and self._now < counter.window.opened_at:
-                stands = self._at(key, quota)
-                if stands.is_open:  # else it has ended, and who is refused opens no other
-                    self._put(key, stands)
+                current = self._counter_now(key, quota)
+                # A corrected window that has ended by now is not stored: `current` is then a fresh window, and a call
+                # that is refused must not open one.
+                if current.is_open:
+                    self._put_counter(key, current)
 
     def _extend(self, operation: Extend) -> Reply:
-        entry = self.entries.get(operation.id)
-        if entry is None:
+        before = self.entries.get(operation.id)
+        if before is None:
             return Unknown(operation.id)
-        if entry.state != "open":
-            return Accepted(entry, self._standing(_keys(entry)))
-        before, entry = entry, self._shrink(entry, max(0, entry.hold.input - operation.input))
-        at = {quota.id: self._at(key, quota) for key, quota in _quotas(entry, operation.binding).items()}
-        own = {quota_id: _held(entry, quota_id, counter) for quota_id, counter in at.items()}
+        if before.state != "open":
+            return Accepted(before, self._counters_of(_keys(before)))
+        # The input is lowered first: what it frees is room for the output of the same call.
+        entry = self._lower_input(before, max(0, before.hold.input - operation.input))
+        at = {
+            quota.id: self._counter_now(key, quota) for key, quota in _held_quotas(entry, operation.binding).items()
+        }
         increase = increase_hold(
             max(0, operation.output - entry.hold.output),
             max(0, operation.least - entry.hold.output),
             operation.binding,
             admitted_via=entry.admitted_via,
-            own=own,
+            own={quota_id: _held_in_window(entry, quota_id, counter) for quota_id, counter in at.items()},
             current=at,
         )
         freed = {
-            held_amount.key
-            for held_amount, was in zip(entry.held_amounts, before.held_amounts, strict=True)
-            if held_amount != was
+            held.key
+            for held, held_before in zip(entry.held_amounts, before.held_amounts, strict=True)
+            if held != held_before
         }
         freed.update(quota.key_for(operation.binding.user) for quota in increase.left_alone)
-        entry = self._grow(self._leave_alone(entry, increase), operation.binding.user, increase)
-        self._note(entry)
-        return Accepted(entry, self._standing(_keys(entry)), increase.verdict, frozenset(freed))
+        entry = self._raise_output(self._free_left_alone(entry, increase), operation.binding.user, increase)
+        self._put_entry(entry)
+        return Accepted(entry, self._counters_of(_keys(entry)), increase.verdict, frozenset(freed))
 
-    def _shrink(self, entry: Entry, tokens: int) -> Entry:
-        """Give back what is held for an input that turned out to be so much smaller."""
+    def _lower_input(self, entry: Entry, tokens: int) -> Entry:
+        """Free `tokens` of the hold for an input that turned out to be smaller by so many."""
         hold = entry.hold - Amount(input=tokens)
         held_amounts = (
-            self._hold(held_amount, Amount(-min(tokens, held_amount.amount.input)))
-            for held_amount in entry.held_amounts
+            self._change_held(held, Amount(-min(tokens, held.amount.input))) for held in entry.held_amounts
         )
         return replace(entry, hold=hold, held_amounts=tuple(held_amounts))
 
-    def _leave_alone(self, entry: Entry, increase: HoldIncrease) -> Entry:
-        """Give back what is held of quotas that need not carry this call and can't."""
+    def _free_left_alone(self, entry: Entry, increase: HoldIncrease) -> Entry:
+        """Free what is held of the quotas that cannot carry the increase and that did not admit the call."""
         ids = {quota.id for quota in increase.left_alone}
-        for held_amount in entry.held_amounts:
-            if held_amount.key[1] in ids:
-                self._hold(held_amount, NOTHING - held_amount.amount)
-        return replace(
-            entry,
-            held_amounts=tuple(held_amount for held_amount in entry.held_amounts if held_amount.key[1] not in ids),
-        )
+        kept = []
+        for held in entry.held_amounts:
+            if held.key[1] in ids:
+                self._change_held(held, NOTHING - held.amount)
+            else:
+                kept.append(held)
+        return replace(entry, held_amounts=tuple(kept))
 
-    def _grow(self, entry: Entry, user: str, increase: HoldIncrease) -> Entry:
-        """Hold more, each part in the window that is open now."""
+    def _raise_output(self, entry: Entry, user: str, increase: HoldIncrease) -> Entry:
+        """Hold more output, of each counter in the window that is open now."""
         held_amounts = list(entry.held_amounts)
         for hold in increase.holds:
             key, opened_at = hold.quota.key_for(user), hold.counter.window.opened_at
-            place = next(
-                (
-                    n
-                    for n, held_amount in enumerate(held_amounts)
-                    if (held_amount.key, held_amount.opened_at) == (key, opened_at)
-                ),
-                None,
-            )
-            if place is not None:
-                held_amounts[place] = self._hold(held_amounts[place], hold.amount)
-            elif hold.amount:
-                self._put(key, _holding(hold))
+            windows = [(held.key, held.opened_at) for held in held_amounts]
+            if (key, opened_at) in windows:
+                index = windows.index((key, opened_at))
+                held_amounts[index] = self._change_held(held_amounts[index], hold.amount)
+            elif hold.amount:  # an increase of 0 must not open the next window
+                self._put_counter(key, _with_hold(hold))
                 held_amounts.append(HeldAmount(key, opened_at, hold.amount))
         total = entry.hold + Amount(output=increase.output)
         return replace(entry, hold=total, held_amounts=tuple(held_amounts))
 
-    def _hold(self, held_amount: HeldAmount, change: Amount) -> HeldAmount:
-        """Let a line hold so much more, or less; its counter too, unless its window has closed."""
+    def _change_held(self, held: HeldAmount, change: Amount) -> HeldAmount:
+        """Raise or lower a held amount, and its counter too, unless that window has closed."""
         if change:
-            self._change(held_amount, used=NOTHING, held=change)
-        return replace(held_amount, amount=held_amount.amount + change)
-
-    def _at(self, key: CounterKey, quota: Quota) -> Counter:
-        return counter_at(self._now, quota, self.counters.get(key))
+            self._change_counter(held, used=NOTHING, held=change)
+        return replace(held, amount=held.amount + change)
 
     def _end(
         self, operation: Settle | Release | Expire, state: State, usage: Usage | None, outcome: Outcome
@@ -272,67 +295,76 @@ class Book:
         entry = self.entries.get(operation.id)
         if entry is None:
             return Unknown(operation.id)
-        if entry.state != "open" and not (entry.state == "expired" and state == "settled"):
-            return Accepted(entry, self._standing(_keys(entry)))
+        is_open = entry.state == "open"
+        if not is_open and not (entry.state == "expired" and state == "settled"):
+            return Accepted(entry, self._counters_of(_keys(entry)))
         if state == "expired":
             usage = AtLeast(Tokens(entry.hold.input, entry.hold.output))
-        was_held = frozenset(_keys(entry)) if entry.state == "open" else frozenset()
-        before, after = (shares(entry.held_amounts, charge_of(of) if of else NOTHING) for of in (entry.usage, usage))
-        for held_amount, was, now in zip(entry.held_amounts, before, after, strict=True):
-            held = NOTHING - held_amount.amount if entry.state == "open" else NOTHING
-            self._change(held_amount, used=now - was, held=held)
+        # Only the difference to what was charged before is added. Before an open call ends that is nothing. Example
+        # of an expired call: it was charged its hold, 100 + 400. Its process comes back and settles 90 + 60, so the
+        # counter changes by -10 and -340.
+        charged, charge = (
+            split_charge(entry.held_amounts, charge_of(used) if used else NOTHING) for used in (entry.usage, usage)
+        )
+        for held, before, after in zip(entry.held_amounts, charged, charge, strict=True):
+            self._change_counter(held, used=after - before, held=NOTHING - held.amount if is_open else NOTHING)
+        freed = frozenset(_keys(entry)) if is_open else frozenset()
         if not isinstance(operation, Expire) and operation.upstream is not None:
             entry = replace(entry, labels=replace(entry.labels, upstream=operation.upstream))
-        made = operation.response_id if isinstance(operation, Settle) else None
-        entry = replace(entry, state=state, ended_at=self._now, usage=usage, outcome=outcome, response_id=made)
-        self._note(entry)
-        return Accepted(entry, self._standing(_keys(entry)), freed=was_held)
+        response_id = operation.response_id if isinstance(operation, Settle) else None
+        entry = replace(entry, state=state, ended_at=self._now, usage=usage, outcome=outcome, response_id=response_id)
+        self._put_entry(entry)
+        return Accepted(entry, self._counters_of(_keys(entry)), freed=freed)
 
-    def _change(self, held_amount: HeldAmount, *, used: Amount, held: Amount) -> None:
+    def _change_counter(self, of: HeldAmount, *, used: Amount, held: Amount) -> None:
         """Add to what the counter of a held amount has used and holds."""
-        counter = self.counters.get(held_amount.key)
+        counter = self.counters.get(of.key)
         if counter is None:
-            return  # the counter was reset: the entry keeps the record
-        if counter.window.opened_at != held_amount.opened_at:
-            # Its window has closed: the entry keeps the record. Only what is held of concurrent quantities has been
-            # carried into the window that is open now.
+            return  # an operator has reset the counter: only the entry has the usage
+        if counter.window.opened_at != of.opened_at:
+            # The next window has opened, so only the entry has the usage. What the call holds of concurrent
+            # quantities was carried into that window.
             used, held = NOTHING, held.concurrent_part()
             if not held:
                 return
-        self._put(held_amount.key, Counter(counter.window, counter.used + used, counter.held + held))
+        self._put_counter(of.key, Counter(counter.window, counter.used + used, counter.held + held))
 
-    def _note(self, entry: Entry) -> None:
+    def _counter_now(self, key: CounterKey, quota: Quota) -> Counter:
+        return counter_at(self._now, quota, self.counters.get(key))
+
+    def _counters_of(self, keys: list[CounterKey]) -> dict[CounterKey, Counter]:
+        return {key: counter for key in keys if (counter := self.counters.get(key)) is not None}
+
+    def _put_entry(self, entry: Entry) -> None:
         self.entries[entry.id] = entry
         self.entries_changed.add(entry.id)
 
-    def _put(self, key: CounterKey, counter: Counter) -> None:
+    def _put_counter(self, key: CounterKey, counter: Counter) -> None:
         self.counters[key] = counter
         self.counters_changed.add(key)
 
-    def _standing(self, keys: list[CounterKey]) -> dict[CounterKey, Counter]:
-        return {key: counter for key in keys if (counter := self.counters.get(key)) is not None}
 
+def split_charge(held_amounts: tuple[HeldAmount, ...], charge: Amount) -> list[Amount]:
+    """What each held amount is charged. Every counter is charged the whole of `charge` once.
 
-def shares(held_amounts: tuple[HeldAmount, ...], charge: Amount) -> list[Amount]:
-    """What each line is charged of a call's usage: all of it, for each counter.
-
-    Of several for one counter each is charged up to what it holds, in the order of windows, the last one the rest.
+    Of several held amounts of one counter, each is charged up to what it holds, in the order of their windows, and
+    the last one the rest. Example: a call holds 100 + 50 tokens of its daily quota, in two windows, and 150 of its
+    monthly one. It used 170. The daily windows are charged 100 and 70, the monthly one 170.
     """
-    last = {held_amount.key: place for place, held_amount in enumerate(held_amounts)}
-    if len(last) == len(held_amounts):
+    last = {held.key: index for index, held in enumerate(held_amounts)}
+    if len(last) == len(held_amounts):  # almost always: one window of each counter
         return [charge] * len(held_amounts)
-    left: dict[CounterKey, Amount] = {}
+    rests: dict[CounterKey, Amount] = {}
     parts = []
-    for place, held_amount in enumerate(held_amounts):
-        part = left.get(held_amount.key, charge)
-        if last[held_amount.key] != place:
-            part = part.at_most(held_amount.amount)
-        left[held_amount.key] = left.get(held_amount.key, charge) - part
+    for index, held in enumerate(held_amounts):
+        rest = rests.get(held.key, charge)
+        part = rest if last[held.key] == index else rest.at_most(held.amount)
+        rests[held.key] = rest - part
         parts.append(part)
     return parts
 
 
-def _opened(operation: Reserve, admitted: Admitted, now: int) -> Entry:
+def _new_entry(operation: Reserve, admitted: Admitted, now: int) -> Entry:
     return Entry(
         id=operation.id,
         owner=operation.owner,
@@ -350,28 +382,22 @@ def _opened(operation: Reserve, admitted: Admitted, now: int) -> Entry:
     )
 
 
-def _holding(hold: Hold) -> Counter:
+def _with_hold(hold: Hold) -> Counter:
+    """The counter of a hold, with the hold added."""
     return Counter(hold.counter.window, hold.counter.used, hold.counter.held + hold.amount)
 
 
 def _keys(entry: Entry) -> list[CounterKey]:
-    return [held_amount.key for held_amount in entry.held_amounts]
+    return [held.key for held in entry.held_amounts]
 
 
-def _quotas(entry: Entry, binding: Binding) -> dict[CounterKey, Quota]:
-    """The quotas that a call holds something of, by the keys of their counters."""
+def _held_quotas(entry: Entry, binding: Binding) -> dict[CounterKey, Quota]:
+    """The quotas of which a call holds something, by the keys of their counters."""
     held = set(_keys(entry))
     return {key: quota for quota in binding.quotas if (key := quota.key_for(binding.user)) in held}
 
 
-def _held(entry: Entry, quota_id: str, counter: Counter) -> Amount:
-    """What a call holds itself of a counter, in the window that is open now."""
-    where = (quota_id, counter.window.opened_at)
-    return sum(
-        (
-            held_amount.amount
-            for held_amount in entry.held_amounts
-            if (held_amount.key[1], held_amount.opened_at) == where
-        ),
-        NOTHING,
-    )
+def _held_in_window(entry: Entry, quota_id: str, counter: Counter) -> Amount:
+    """What the call itself holds of a counter in the window that is open now."""
+    window = (quota_id, counter.window.opened_at)
+    return sum((held.amount for held in entry.held_amounts if (held.key[1], held.opened_at) == window), NOTHING)

@@ -1,14 +1,18 @@
-"""One call in the book: its reservation while it is in flight, its usage record afterwards.
+"""The ledger's entry of one call: a reservation while the call is in flight, its usage record afterwards.
 
-So a call ends exactly once by construction, and a repeated operation finds that it was done:
+An entry is in one of four states:
 
     (none) ── reserve ──▶ open ── settle ───▶ settled
                           │ ▲ ├── release ──▶ released
                    extend └─┘ └── expire ───▶ expired ── settle, once ──▶ settled
 
-Expired means that the process which held the reservation was taken for dead: the call is charged all that it held. If
-that process comes back after all, its settle books the difference. Any other operation on an ended entry changes
-nothing and is answered with the entry as it is. Pure.
+An entry ends once. An operation on an ended entry changes nothing and returns the entry as it is, so repeating an
+operation is harmless.
+
+The one exception is an expired entry. A call expires when the lease of its process has run out, and is charged its
+full hold. If the process was only paused, it settles the call later. That settle corrects the charge, once.
+
+This module is pure: no I/O and no clock.
 """
 
 from dataclasses import dataclass
@@ -21,21 +25,25 @@ State = Literal["open", "settled", "released", "expired"]
 
 # How a call ended, as its record says it.
 Outcome = Literal[
-    "complete",  # the whole answer went by
-    "client_left",  # the client went before the end
-    "upstream_broke",  # the upstream broke or fell silent after the call was sent
-    "rejected",  # the upstream called the request bad (4xx)
+    "complete",  # the whole answer passed
+    "client_left",  # the client disconnected before the end
+    "upstream_broke",  # the upstream broke off, or was silent for too long, after the call was sent
+    "rejected",  # the upstream rejected the request (4xx)
     "upstream_failed",  # the upstream failed, refused our key, or could not be reached: nothing is charged
-    "proxy_broke",  # a mistake of ours ended it
-    "at_limit",  # the proxy ended it, because no more of a quota was to be had
-    "stopped",  # the proxy was stopped while it ran
-    "lost",  # the proxy died, or was taken to be dead
+    "proxy_broke",  # an error of the proxy ended it
+    "at_limit",  # the proxy ended it, because a quota had no more tokens for it
+    "stopped",  # the proxy was stopped while the call ran
+    "lost",  # the proxy died, or its lease ran out
 ]
 
 
 @dataclass(frozen=True, slots=True)
 class HeldAmount:
-    """What a call holds of one counter, while open; which counter it was charged to, afterwards."""
+    """What an open call holds in one window of one counter. An ended call was charged to that window of that counter.
+
+    `opened_at` (ms) names the window. A call has two held amounts of one counter if its hold grew in a later window
+    than the one in which it was reserved.
+    """
 
     key: CounterKey
     opened_at: int
@@ -44,7 +52,11 @@ class HeldAmount:
 
 @dataclass(frozen=True, slots=True)
 class CallLabels:
-    """Who called what: the part of an entry that is known before it is let in."""
+    """Who calls which model, at which endpoint and upstream: the part of an entry that is known before admission.
+
+    Raises ValueError for a text of more than 512 characters, or with characters that are not printable. Such a text
+    would make the database refuse the whole batch, for example because PostgreSQL stores no zero byte.
+    """
 
     user: str
     model: str
@@ -53,41 +65,48 @@ class CallLabels:
 
     def __post_init__(self) -> None:
         for text in (self.user, self.model, self.endpoint, self.upstream):
-            if len(text) > 512 or not text.isprintable():  # which "\0" is not either
-                raise ValueError(f"not fit for the books: {text[:80]!r}")
+            if len(text) > 512 or not text.isprintable():  # a zero byte is not printable either
+                raise ValueError(f"not fit for the ledger: {text[:80]!r}")
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One call in the books. Instants in ms; `hold` is what it may use so far, `usage` what it did use.
+    """One call in the ledger. Instants are in ms.
 
-    `maximum` is how many tokens its answer may come to have, where that is known: a stream's hold grows up to it.
+    `hold` is what the call may use so far. `maximum` is the largest number of tokens that its answer may have; the
+    hold of a stream grows up to it. It is None if no maximum is known. `usage` is what the call used; it is None
+    while the call is open, and if it was released.
     """
 
     id: str
-    owner: str
+    owner: str  # the process that runs the call
     labels: CallLabels
-    admitted_via: str
+    admitted_via: str  # the group whose quotas admitted it
     reserved_at: int
     hold: Amount
     maximum: int | None
     held_amounts: tuple[HeldAmount, ...]
-    capped_by: str | None = None
-    would_refuse: tuple[str, ...] = ()
+    capped_by: str | None = None  # the quota that lowered the maximum
+    would_refuse: tuple[str, ...] = ()  # quotas with `enforce: shadow` that had no room for it
     state: State = "open"
     ended_at: int | None = None
     usage: Usage | None = None
     outcome: Outcome | None = None
-    response_id: str | None = None  # by which its upstream keeps what it made
+    response_id: str | None = None  # the id under which the upstream stores the response
 
     @property
     def open_amounts(self) -> dict[tuple[CounterKey, int], Amount]:
-        """What an open call holds, by counter and the instant at which its window opened; nothing once it has ended."""
+        """What an open call holds, by counter and the instant at which its window opened. Empty after its end."""
         if self.state != "open":
             return {}
         return {(held.key, held.opened_at): held.amount for held in self.held_amounts}
 
 
 def call_id_prefix(instant: int) -> str:
-    """The beginning of the id of a call that arrives at this instant (ms), so that ids sort by time."""
+    """The first part of the id of a call that arrives at this instant (ms).
+
+    The instant is written with twelve hexadecimal digits, so ids sort by time. New rows then go to the right edge of
+    the primary key, and old calls are found by id without an index on `reserved_at`. Example: every call before
+    24 November 2026 12:00 UTC has an id below `req_01a20d6d5a00`.
+    """
     return f"req_{instant:012x}"

@@ -1,19 +1,23 @@
-"""The ledger: one loop, one transaction, many calls.
+"""The ledger of one process: callers queue operations, and one loop commits them in batches.
 
-Whoever wants something booked queues an act and waits for its answer. One loop takes up to `BATCH_MAX` of what is
-queued, has the store apply it in one transaction, and answers all: the cost of a commit is shared, and a caller
-who was answered is on the books. Within a batch what gives back goes first, so that a call is never refused for
-room that is being freed in the same moment.
+The loop takes up to `BATCH_MAX` queued operations, has the store apply them in one transaction, and answers all
+callers. A caller that was answered is committed. The batches share the cost of a commit (group commit): operations
+that arrive during one commit are the next batch, so batches grow with the load. With 2 ms for a commit and 100
+operations in a batch, one operation costs 0.02 ms of the database's time, and waits at most for two commits.
 
-    reserve ──▶ settle        what the call did use is charged, the rest given back
-      │ ▲ ├──▶ release        nothing was generated
-   extend └──▶ expire         its process died: charged from the reservation
+    reserve ──▶ settle        the call is charged what it used, and the rest of its hold is freed
+      │ ▲ ├──▶ release        nothing was generated: the whole hold is freed
+   extend └──▶ expire         its process died: the call is charged its whole hold
 
-While the database is away nothing may be let in that is not on the books: who wants in waits, for a failover to
-pass, and is then refused (LedgerUnavailable). Who wants to hold more is told so at once, since a running answer goes
-on without it, until our lease has run out (`lapses`). What gives back stays queued until it works, and there is never
-more of it than calls in flight. One act that can't be booked never fails its neighbours: the batch is done again one
-by one.
+While the database is unavailable:
+
+- A new call waits up to `wait_s`, so a failover is only a pause. Then it is refused (LedgerUnavailable), because
+  nothing may be admitted that is not committed.
+- An extend stays queued as long as its caller waits. The caller decides for how long: a running answer may continue
+  without it until the lease has run out (see `lapses`).
+- A settle or a release stays queued until it is committed. There is at most one for each call in flight.
+
+An operation that cannot be applied fails alone: the batch is repeated with one operation at a time.
 """
 
 import asyncio
@@ -31,29 +35,31 @@ from proxy.policy.admission import NeedsCount
 from proxy.policy.quota import Counter, CounterKey
 from proxy.tasks import Tasks
 
+# The most operations in one transaction. A larger batch would delay the answer to the first of its callers.
 BATCH_MAX = 256
+# How long a process counts as alive after it was last heard of. It renews its lease four times in this time.
 LEASE_MS = 60_000
-# How long a call waits for a database that is away: a failover.
+# How long a new call waits for a database that is unavailable: long enough for a failover.
 WAIT_S = 10.0
-_ORPHANS_AT_ONCE = 1000
+_ORPHANS_PER_READ = 1000
 
 log = structlog.get_logger("ledger")
 
 
 @dataclass(slots=True, eq=False)
 class _Queued:
-    """An operation and its answer. `may_be_booked` is set once the outcome of its commit is unknown."""
+    """An operation and the future of its answer. `may_be_committed`: a commit of it had an unknown outcome."""
 
     operation: Operation
     answer: "asyncio.Future[Reply]"
-    may_be_booked: bool = False
+    may_be_committed: bool = False
 
 
 class Ledger:
-    """The books of this process. `owner` names the process; `now` gives milliseconds since 1970.
+    """The ledger of the process `owner`. `now` returns milliseconds since 1970.
 
-    `lease_ms` is how long it is taken to be alive without a sign of it, `retry_s` how long the loop lets a database
-    that failed alone before it tries again, `wait_s` how long a call that wants in waits for it.
+    `lease_ms` is how long the process counts as alive after each renewal, `retry_s` how long the loop pauses after
+    the database failed, and `wait_s` returns how long a new call waits for the database.
     """
 
     def __init__(
@@ -79,24 +85,30 @@ class Ledger:
         self._tasks = Tasks()
         self._loop: asyncio.Task[None] | None = None
         self._is_closing = False
-        self._tell_of_freed: Callable[[set[CounterKey]], object] = lambda keys: None
+        self._on_freed: Callable[[set[CounterKey]], object] = lambda keys: None
         self._committed_at = 0.0  # by the event loop's clock
         self.is_healthy = True
 
-    def on_freed(self, tell: Callable[[set[CounterKey]], object]) -> None:
-        """Call `tell` after each batch that gave something back, with the counters that it was given back on."""
-        self._tell_of_freed = tell
+    def on_freed(self, callback: Callable[[set[CounterKey]], object]) -> None:
+        """Call `callback` after each batch that lowered holds, with the keys of the counters they were lowered on."""
+        self._on_freed = callback
 
     @property
     def lapses(self) -> int:
-        """How often the lease has run out so far: then others may have charged all that was in flight here."""
+        """How often the lease of this process has run out so far.
+
+        If this number has changed since a call's last answer from the ledger, other processes may have expired the
+        call: charged it its hold and admitted others into the room that was left. It must extend before it passes on
+        more. Example with a lease of 60 s that was renewed at 12:00:00: the process is paused from 12:00:10 to
+        12:02:00. At 12:01:05 another process expires its calls. When it runs again, `lapses` is higher by one from
+        the first moment, before anything was renewed or read.
+        """
         return self._lapses + (self._now() >= self._alive_until)
 
     async def start(self, dead: Iterable[str] = ()) -> None:
-        """Open the store, say that this process is alive, charge what dead ones left behind, and begin.
+        """Open the store, begin the lease, start the loop, and expire the open calls of dead processes.
 
-        `dead` are owners that have certainly ended, whatever is left of their leases.
-        Raises what `Store.open` raises.
+        `dead` names processes that have certainly ended. Their leases end now. Raises what `Store.open` raises.
         """
         await self._store.open()
         for owner in dead:
@@ -106,44 +118,47 @@ class Ledger:
         await self.expire_orphans()
 
     async def reserve(self, operation: Reserve) -> Accepted | Refused | NeedsCount:
-        """Let a call in, or say why not. Raises LedgerUnavailable when nothing can be booked for as long as it waits.
+        """Admit a call, or say why not. Raises LedgerUnavailable if it was not decided within `wait_s`.
 
-        If the caller is cancelled meanwhile, what was reserved is released again.
+        If the caller is cancelled, what was reserved for it is released.
         """
         queued = self._enqueue(operation)
-        patience = asyncio.get_running_loop().call_later(self._wait_s(), self._give_up, queued)
+        timeout = asyncio.get_running_loop().call_later(self._wait_s(), self._time_out, queued)
         try:
             answer = await queued.answer
         except asyncio.CancelledError:
-            if not queued.answer.cancelled():  # it was answered in the very moment in which its caller was cancelled
+            if not queued.answer.cancelled():  # the answer was set, and then the caller was cancelled before it ran
                 self._enqueue(Release(operation.id, "client_left"))
             raise
         finally:
-            patience.cancel()
+            timeout.cancel()
         assert isinstance(answer, (Accepted, Refused, NeedsCount))
         return answer
 
     async def extend(self, operation: Extend) -> Accepted:
-        """Hold more for a call in flight, as far as there is room; whoever asks says how long it waits.
+        """Raise the hold of a call in flight, as far as there is room. The caller limits how long it waits.
 
         Raises LedgerUnavailable.
         """
         answer = await self._enqueue(operation).answer
         if not isinstance(answer, Accepted):
-            raise LedgerUnavailable  # its entry is not there any more, and so can't hold anything
+            raise LedgerUnavailable  # the entry does not exist, so nothing is held for this call
         return answer
 
     def end(self, operation: Settle | Release) -> "asyncio.Future[Reply]":
-        """Queue the end of a call; the future is done when that is committed, however long it takes.
+        """Queue the end of a call. The future is done when it is committed, however long that takes.
 
-        It is booked also where nobody waits for it any more.
+        Cancelling the future does not take the operation out of the queue.
         """
         return self._enqueue(operation).answer
 
     async def expire_orphans(self) -> int:
-        """Charge the open calls of dead processes; returns how many there were."""
+        """Expire the open calls of dead processes, and return how many there were.
+
+        Raises StoreUnavailable or LedgerUnavailable.
+        """
         found = 0
-        while ids := await self._store.orphans(self.owner, self._now(), limit=_ORPHANS_AT_ONCE):
+        while ids := await self._store.orphans(self.owner, self._now(), limit=_ORPHANS_PER_READ):
             await asyncio.gather(*(self._enqueue(Expire(call_id)).answer for call_id in ids))
             found += len(ids)
         if found:
@@ -151,45 +166,46 @@ class Ledger:
         return found
 
     async def sweep(self) -> None:
-        """Charge what other processes left behind since the start; to be called now and then."""
+        """Expire the open calls of processes that died since the last sweep. To be called twice in each lease."""
         try:
             await self.expire_orphans()
         except (StoreUnavailable, LedgerUnavailable) as error:
             log.warning("calls of dead processes could not be looked for", reason=str(error))
 
     async def renew_lease(self) -> None:
-        """Say once more that this process is alive; to be called a few times in each lease."""
+        """Extend the lease of this process by `lease_ms` from now. To be called four times in each lease."""
         try:
             await self._renew()
         except StoreUnavailable as error:
             self.is_healthy = False
             log.warning("the lease could not be renewed", reason=str(error))
         else:
-            self.is_healthy = True  # also where no call comes to find it out, because we said that we can't serve
+            # A process that is not ready gets no calls, so no batch of calls would show that the database is back.
+            self.is_healthy = True
 
     async def counters(self, keys: Sequence[CounterKey]) -> dict[CounterKey, Counter]:
-        """How counters stand, to be shown. Raises LedgerUnavailable."""
+        """The committed counters with these keys, for display. Raises LedgerUnavailable."""
         try:
             return await self._store.read_counters(keys)
         except StoreUnavailable as error:
             raise LedgerUnavailable from error
 
     async def entry(self, call_id: str) -> Entry | None:
-        """One call in the books. Raises LedgerUnavailable."""
+        """The entry of one call. Raises LedgerUnavailable."""
         try:
             return await self._store.read_entry(call_id)
         except StoreUnavailable as error:
             raise LedgerUnavailable from error
 
     async def response_entry(self, response_id: str) -> Entry | None:
-        """The call that made a response. Raises LedgerUnavailable."""
+        """The entry of the call that made this response. Raises LedgerUnavailable."""
         try:
             return await self._store.find_response_entry(response_id)
         except StoreUnavailable as error:
             raise LedgerUnavailable from error
 
     async def close(self) -> None:
-        """Book what is queued, as far as the database lets us, and close the store."""
+        """Commit what is queued, unless the database is unavailable, and close the store."""
         self._is_closing = True
         if self._loop is not None:
             self._wake.set()
@@ -199,7 +215,7 @@ class Ledger:
     def _enqueue(self, operation: Operation) -> _Queued:
         queued = _Queued(operation, asyncio.get_running_loop().create_future())
         if self._loop is None or self._loop.done():
-            self._fail(queued)  # nobody would ever answer it
+            self._fail(queued)  # no loop runs that could answer it
         else:
             self._queue.append(queued)
             self._wake.set()
@@ -210,46 +226,53 @@ class Ledger:
             await self._wake.wait()
             self._wake.clear()
             while self._queue:
-                if batch := self._take():
-                    await self._book(batch)
+                if batch := self._next_batch():
+                    await self._process(batch)
 
-    def _take(self) -> list[_Queued]:
-        """The next batch: what gives back first, then those in flight, then those who want in.
+    def _next_batch(self) -> list[_Queued]:
+        """The next operations, in the order in which they are applied: ends, then extends, then reserves.
 
-        A caller who gave up before we began wants nothing booked, and what may have been booked all the same is
+        So no call is refused for tokens that the same batch frees. Example with a limit of 1,000: the calls A and B
+        hold 500 each. "Reserve 500 for C" and "settle A with 0" are queued, in this order. Applied in this order, C
+        would be busy; applied as sorted here, C is admitted. Extends come before reserves, because an answer that has
+        begun is worth more than one that has not. The sort is stable, so each kind stays in order of arrival.
+
+        A reserve or extend whose caller has given up is left out. If it may have been committed before, it is
         released.
         """
         batch: list[_Queued] = []
         for _ in range(min(BATCH_MAX, len(self._queue))):
             queued = self._queue.popleft()
-            if not (_takes(queued) and queued.answer.done()):
+            if _is_end(queued) or not queued.answer.done():
                 batch.append(queued)
-            elif queued.may_be_booked:
-                self._enqueue(_taking_back(queued))
-        return sorted(batch, key=_turn)
+            elif queued.may_be_committed:
+                self._enqueue(_release_of(queued))
+        return sorted(batch, key=_order_in_batch)
 
-    async def _book(self, batch: list[_Queued]) -> None:
+    async def _process(self, batch: list[_Queued]) -> None:
+        """Have the store apply a batch, and answer its callers."""
         try:
             answers = await self._apply(batch)
         except StoreUnavailable as error:
-            await self._put_off(batch, error)
-        except Exception as error:  # noqa: BLE001 - one bad act, of whatever kind, must not end the loop
-            await self._one_by_one(batch, error)
+            await self._requeue(batch, error)
+        except Exception as error:  # noqa: BLE001 - an operation with any kind of mistake must not end the loop
+            await self._process_one_by_one(batch, error)
         else:
             self._committed_at = asyncio.get_running_loop().time()
             self.is_healthy = True
             freed: set[CounterKey] = set()
             for queued, answer in zip(batch, answers, strict=True):
-                self._tell(queued, answer)
+                self._answer(queued, answer)
                 if isinstance(answer, Accepted):
                     freed |= answer.freed
             if freed:
-                self._tell_of_freed(freed)
+                self._on_freed(freed)
 
-    async def _one_by_one(self, batch: list[_Queued], error: Exception) -> None:
+    async def _process_one_by_one(self, batch: list[_Queued], error: Exception) -> None:
+        """Repeat a batch that failed with one operation at a time. Nothing of it was committed."""
         if len(batch) > 1:
             for queued in batch:
-                await self._book([queued])
+                await self._process([queued])
             return
         for queued in batch:
             log.error(
@@ -260,30 +283,39 @@ class Ledger:
             )
             self._fail(queued)
 
-    async def _put_off(self, batch: list[_Queued], error: StoreUnavailable) -> None:
-        """The database is away: keep all for later, as long as anybody waits for it."""
+    async def _requeue(self, batch: list[_Queued], error: StoreUnavailable) -> None:
+        """Put a batch back to the front of the queue, because the database is unavailable, and pause the loop.
+
+        An uncertain commit may have been done, for example if the connection broke between COMMIT and its reply.
+        Repeating the batch is right in both cases: an operation that was done finds its entry and changes nothing.
+        But a reserve is not repeated after its caller has given up, and then its hold, if it was committed, would
+        have no owner. `may_be_committed` marks it, so that `_next_batch` releases it. An extend needs no mark: the
+        end of its call frees what it holds.
+        """
         self.is_healthy = False
         log.warning("the ledger's database can't be used", reason=str(error), acts=len(batch))
-        for queued in filter(_lets_in, batch if error.is_uncertain else ()):
-            queued.may_be_booked = True
+        if error.is_uncertain:
+            for queued in batch:
+                queued.may_be_committed |= _is_reserve(queued)
         self._queue.extendleft(reversed(batch))
         if self._is_closing:
-            # Their reservations are on the books: they are charged as lost.
-            ends = sum(not _takes(queued) for queued in self._queue)
+            # The reservations of these calls are committed. The next start expires the calls and charges their holds.
+            ends = sum(_is_end(queued) for queued in self._queue)
             log.error("closing with ends that could not be booked", acts=ends)
             while self._queue:
                 self._fail(self._queue.popleft())
             return
         await asyncio.sleep(self._retry_s)
 
-    def _tell(self, queued: _Queued, answer: Reply) -> None:
+    def _answer(self, queued: _Queued, answer: Reply) -> None:
+        """Answer a caller. If it has given up and its call was admitted, release the call."""
         if not queued.answer.done():
             queued.answer.set_result(answer)
-        elif _lets_in(queued) and isinstance(answer, Accepted):
-            self._enqueue(_taking_back(queued))
+        elif _is_reserve(queued) and isinstance(answer, Accepted):
+            self._enqueue(_release_of(queued))
 
-    def _give_up(self, queued: _Queued) -> None:
-        """Refuse a call that has waited for as long as it may.
+    def _time_out(self, queued: _Queued) -> None:
+        """Refuse a call that has waited for `wait_s`.
 
         The database is unavailable if no batch was committed in the last half of that time, for example because one
         hangs. If batches were committed, the ledger is only overloaded, and the process stays ready: with a wait of
@@ -297,11 +329,15 @@ class Ledger:
     def _fail(queued: _Queued) -> None:
         if not queued.answer.done():
             queued.answer.set_exception(LedgerUnavailable())
-            queued.answer.exception()  # seen: an end that nobody waits for any more must not warn
+            # Marks the exception as retrieved. asyncio warns of one that is not, and an end may have no caller that
+            # waits.
+            queued.answer.exception()
 
     async def _apply(self, batch: list[_Queued]) -> list[Reply]:
         if self._now() >= self._alive_until:
-            await self._renew()  # we have been paused: what we book now must not look like that of a dead process
+            # This process was paused for longer than its lease. What it reserves now would look to other processes
+            # like the calls of a dead one, and be expired at once.
+            await self._renew()
         return await self._store.apply([queued.operation for queued in batch], self._now())
 
     async def _renew(self) -> None:
@@ -311,18 +347,18 @@ class Ledger:
         self._alive_until = now + self.lease_ms
 
 
-def _lets_in(queued: _Queued) -> bool:
+def _is_reserve(queued: _Queued) -> bool:
     return isinstance(queued.operation, Reserve)
 
 
-def _takes(queued: _Queued) -> bool:
-    return isinstance(queued.operation, Reserve | Extend)
+def _is_end(queued: _Queued) -> bool:
+    return not isinstance(queued.operation, Reserve | Extend)
 
 
-def _taking_back(queued: _Queued) -> Release:
-    """What ends a call that was let in after its caller had gone, or had been told that it can't be."""
+def _order_in_batch(queued: _Queued) -> int:
+    return 0 if _is_end(queued) else 1 + _is_reserve(queued)
+
+
+def _release_of(queued: _Queued) -> Release:
+    """The release of a call that was admitted after its caller was cancelled or refused."""
     return Release(queued.operation.id, "client_left" if queued.answer.cancelled() else "proxy_broke")
-
-
-def _turn(queued: _Queued) -> int:
-    return 2 if _lets_in(queued) else int(_takes(queued))

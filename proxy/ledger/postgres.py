@@ -1,16 +1,22 @@
-"""The books in PostgreSQL, which any number of processes share: exact by its row locks, and nothing else to run.
+"""The ledger in a PostgreSQL database, which any number of processes on any number of machines share.
 
 A batch is one transaction:
 
-    begin ─▶ make missing counters ─▶ lock counters ─▶ lock calls ─▶ rules ─▶ write ─▶ commit
+    begin ─▶ make missing counters ─▶ lock counters ─▶ lock calls ─▶ apply operations ─▶ write ─▶ commit
 
-Everybody makes and locks in the same order, counters before calls, so that two batches can wait for each other but
-not in a circle. Counters are made before any is locked: the other way round deadlocked in a third of all batches.
-The locking select tells the time by which windows are decided, so that all processes go by one clock.
+The row locks make the ledger exact: until the commit no other process can change what the operations were applied to.
 
-The timeouts are set in each transaction, and no statement has a name: so it works through pgbouncer too, where the
-next transaction may be on another connection. A process that stops in the middle of a batch loses its transaction,
-and its locks with it, after a few seconds.
+All processes make and lock rows in the same order, counters by key and then calls by id. So batches can wait for each
+other, but never in a circle. Example: one batch needs the counters A and B, another B and A. If each locked in its
+own order, the first could hold A and wait for B while the second holds B and waits for A: a deadlock. As both begin
+with A, the second waits for A and holds nothing that the first needs. Missing counters are made before any counter is
+locked; locking first and inserting later deadlocked in a third of all batches.
+
+The statement that locks the counters returns the time that decides windows, so all processes go by one clock.
+
+The timeouts are set in each transaction and no statement has a name, so the store works through pgbouncer, where the
+next transaction may run on another connection. A process that stops in the middle of a batch loses its transaction,
+and with it its locks, after a few seconds.
 """
 
 import asyncio
@@ -45,52 +51,65 @@ from proxy.ledger.schema import (
 from proxy.ledger.store import JobResult, StoreRefused, StoreUnavailable
 from proxy.policy.quota import Counter, CounterKey
 
-# Any number, as long as it is always this one: whoever holds it makes the schema, the others wait.
+# An arbitrary number that must not change: the process that holds this advisory lock migrates, the others wait.
 _MIGRATION_LOCK = 0x11_90_07_A5
-# How often a batch that collided with another is tried again.
-_TRIES = 5
+# How often a transaction is run if each run collides with a transaction of another process.
+_RUNS_MAX = 5
 _READERS = 2
-# A process that has been dead for so long has no open calls any more.
+# A process that has been dead for a week has no open calls any more. Each start has a new name, so old ones add up.
 _FORGET_OWNER_MS = 7 * 86_400_000
 
-# What lies in what the database was given. All else lies in the database, and may pass.
+# Errors that are caused by a value in the batch. All other errors are caused by the database, and may pass.
 _REFUSALS = (DataError, IntegrityConstraintViolationError)
-# Deadlock, failure to serialise, and a lock that took too long: the same batch may get through a moment later.
+# Deadlock, serialization failure and lock timeout: the same transaction may succeed a moment later.
 _COLLISIONS = (
     asyncpg.exceptions.DeadlockDetectedError,
     asyncpg.exceptions.SerializationError,
     asyncpg.exceptions.LockNotAvailableError,
 )
-# The driver calls it a mistake of its own where a connection is used in the moment in which it breaks.
+# asyncpg raises InternalClientError if a connection is used in the moment in which it breaks.
 _FAILURES = (
     *(PostgresError, asyncpg.InterfaceError, asyncpg.exceptions.InternalClientError),
     *(DBAPIError, OSError, TimeoutError),
 )
 
-# ------------------------------------------------------------------------------------------------------- statements
-
 
 @dataclass(frozen=True, slots=True)
 class Timeouts:
-    """How long is waited, in ms: for a client that has stopped, a lock, a statement; in all by the server, and by us.
+    """How long to wait, in milliseconds.
 
-    A client that has stopped must lose its locks before others give up waiting for them. A connection that does not
-    answer to a mere begin for `probe_ms` is taken to be gone.
+    A process that has stopped must lose its locks before others give up waiting for them. Example with the defaults:
+    process A stops in the middle of its batch, and B begins to wait for its locks at once. After 3 s the server ends
+    A's transaction, and B continues, one second before its lock timeout.
     """
 
-    connect_ms: int = 4000
-    probe_ms: int = 2000
-    idle_ms: int = 3000
-    lock_ms: int = 4000
-    statement_ms: int = 6000
-    batch_ms: int = 7000
-    whole_ms: int = 9000
+    connect_ms: int = 4000  # to connect
+    probe_ms: int = 2000  # for the reply to BEGIN, ROLLBACK or a close; after it the connection counts as broken
+    idle_ms: int = 3000  # until the server ends a transaction whose client sends nothing
+    lock_ms: int = 4000  # for one lock
+    statement_ms: int = 6000  # for one statement
+    batch_ms: int = 7000  # for a whole transaction, enforced by the server (PostgreSQL 17 or newer)
+    whole_ms: int = 9000  # for a whole transaction, enforced by us
+
+
+# --------------------------------------------------------------------------------------------------------- statements
+
+
+# `idle_ms` does not end the transaction of a client that stops in the middle of sending a statement, because the
+# server is then not idle but reading. Only `transaction_timeout` does. It exists since PostgreSQL 17; an older server
+# is given a setting of ours instead, which has no effect.
+_SET_BATCH_TIMEOUT = f"""
+    SELECT set_config(CASE WHEN current_setting('server_version_num')::int < 170000 THEN '{SCHEMA}.none'
+    ELSE 'transaction_timeout' END, '{{}}', true)
+"""
 
 
 def begin(timeouts: Timeouts) -> str:
-    """Every batch looks a few hundred keys up: that is never worth a walk through a table, whatever is estimated.
+    """The statements that begin a transaction, with settings that end with it.
 
-    A table of a million counters, once it was analysed, was walked through by each batch: 120 calls a second.
+    A batch looks up at most a few hundred keys, for which a scan of a table is always slower than its index. The
+    planner is not left to decide that: with a million counters, and after the table was analyzed, it scanned the
+    table in each batch, which left 120 calls a second.
     """
     settings = {
         "idle_in_transaction_session_timeout": timeouts.idle_ms,
@@ -99,17 +118,17 @@ def begin(timeouts: Timeouts) -> str:
         **dict.fromkeys(("enable_hashjoin", "enable_mergejoin", "enable_seqscan", "jit"), "off"),
     }
     limits = "; ".join(f"SET LOCAL {name} = {value}" for name, value in settings.items())
-    return f"BEGIN ISOLATION LEVEL READ COMMITTED; {limits}; {_BATCH_TIMEOUT.format(timeouts.batch_ms)}"
+    return f"BEGIN ISOLATION LEVEL READ COMMITTED; {limits}; {_SET_BATCH_TIMEOUT.format(timeouts.batch_ms)}"
 
 
 def _arrays(columns: Sequence[sa.Column[Any]]) -> str:
-    """Parameters that are one array for each column: a statement has the same text for any number of rows."""
-    kinds = ["bigint" if isinstance(column.type, sa.BigInteger) else "text" for column in columns]
-    return ", ".join(f"${place}::{kind}[]" for place, kind in enumerate(kinds, 1))
+    """One array parameter for each column, so that a statement has the same text for any number of rows."""
+    types = ["bigint" if isinstance(column.type, sa.BigInteger) else "text" for column in columns]
+    return ", ".join(f"${number}::{type_}[]" for number, type_ in enumerate(types, 1))
 
 
 def _update(table: Table, names: Sequence[str]) -> str:
-    """Write these columns of rows that are there, which are found by the table's key."""
+    """An UPDATE of these columns in existing rows, which are found by the primary key."""
     keys = [column.name for column in table.primary_key]
     sets = ", ".join(f"{name} = given.{name}" for name in names if name not in keys)
     same = " AND ".join(f"kept.{name} = given.{name}" for name in keys)
@@ -117,24 +136,23 @@ def _update(table: Table, names: Sequence[str]) -> str:
     return f"UPDATE {SCHEMA}.{table.name} AS kept SET {sets} FROM {given} WHERE {same}"
 
 
-# A client that stops between the two halves of a statement is not idle, and only this makes it lose its locks: from
-# PostgreSQL 17 on. Before that there is no such setting, and one that nobody reads is set instead.
-_BATCH_TIMEOUT = f"""
-    SELECT set_config(CASE WHEN current_setting('server_version_num')::int < 170000 THEN '{SCHEMA}.none'
-    ELSE 'transaction_timeout' END, '{{}}', true)
-"""
 _NOW = "(extract(epoch FROM clock_timestamp()) * 1000)::bigint"
 _COUNTER, _CALL = (", ".join(column.name for column in table.c) for table in (counters, calls))
 _GIVEN_KEYS = "unnest($1::text[], $2::text[]) AS given(subject, quota_id)"
 
+# Keys are sorted with COLLATE "C", by bytes, so that the order does not depend on the locale of the database.
 _MAKE_COUNTERS = f"""
     INSERT INTO {SCHEMA}.counters ({_COUNTER})
     SELECT subject, quota_id, {", ".join("0" * (len(counters.c) - 2))} FROM {_GIVEN_KEYS}
     ORDER BY subject COLLATE "C", quota_id COLLATE "C"
     ON CONFLICT DO NOTHING
 """
-# Those of the acts, and those that their calls hold something of. The time is told after the locks were got; there is
-# one row also where there is no counter.
+# Locks the counters that the operations name, and those that their calls hold something of. The rows are looked up
+# and locked one by one, in the order of the sorted keys. COLLATE "default" in the lookup lets it use the primary key.
+#
+# Each row is returned with the time at which it had been locked, and the latest one decides. Example: a batch asks at
+# 11:59:59 and gets its last lock at 12:00:01. It decides in the window of 12:00, as the batch for which it waited may
+# have done. The left join returns the time also if there is no counter to lock.
 _LOCK_COUNTERS = f"""
     SELECT {_NOW}, locked.* FROM (VALUES (1)) AS one LEFT JOIN LATERAL (
         SELECT kept.* FROM (
@@ -161,25 +179,35 @@ _RENEW_LEASE = f"""
     INSERT INTO {SCHEMA}.owners (id, alive_until) VALUES ($1::text, {_NOW} + $2::bigint)
     ON CONFLICT (id) DO UPDATE SET alive_until = excluded.alive_until
 """
-# In the order of the fields of postgres' writer.
-WRITING = (_MAKE_COUNTERS, _LOCK_COUNTERS, _LOCK_CALLS, _PUT_COUNTERS, _OPEN_CALLS, _CHANGE_CALLS, _RENEW_LEASE)
+# By the fields of `_Writer`.
+WRITER_STATEMENTS = {
+    "make_counters": _MAKE_COUNTERS,
+    "lock_counters": _LOCK_COUNTERS,
+    "lock_calls": _LOCK_CALLS,
+    "put_counters": _PUT_COUNTERS,
+    "open_calls": _OPEN_CALLS,
+    "change_calls": _CHANGE_CALLS,
+    "renew_lease": _RENEW_LEASE,
+}
 
+# OFFSET 0 keeps the planner from merging the lookups into one join, which could scan the whole table.
 READ_COUNTERS = f"""
     SELECT kept.* FROM {_GIVEN_KEYS} CROSS JOIN LATERAL (
         SELECT {_COUNTER} FROM {SCHEMA}.counters WHERE subject = given.subject AND quota_id = given.quota_id OFFSET 0
     ) AS kept
 """
 READ_CALL = f"SELECT {_CALL} FROM {SCHEMA}.calls WHERE id = $1"
-READ_MAKER = f"SELECT {_CALL} FROM {SCHEMA}.calls WHERE response_id = $1 ORDER BY id DESC LIMIT 1"
-ORPHANS = f"""
+READ_RESPONSE_CALL = f"SELECT {_CALL} FROM {SCHEMA}.calls WHERE response_id = $1 ORDER BY id DESC LIMIT 1"
+READ_ORPHANS = f"""
     SELECT id FROM {SCHEMA}.calls WHERE state = 'open' AND owner <> $1
     AND NOT EXISTS (SELECT FROM {SCHEMA}.owners WHERE owners.id = calls.owner AND alive_until > {_NOW})
     ORDER BY id LIMIT $2
 """
 
-# The maintenance jobs. Parameters: $1 the limit, $2 the key after which to start, $3 the instant, $4 an id of then. Each
-# is one statement that returns how many rows it touched and the last key. Rows that another process has locked (it is
-# counting, deleting or settling them) are left to it, or to the next run. Each is served by an index in its order.
+# The maintenance jobs. Parameters: $1 the limit, $2 the key after which to start, $3 an instant, $4 the id prefix of
+# that instant. Each is one statement that returns how many rows it touched and the last key. It skips rows that
+# another process has locked, because that process counts, deletes or settles them; the next run finds what is left of
+# them. Each reads an index in its order, so no step scans a table.
 ROLL_UP = f"""
     WITH chosen AS (
         SELECT id, counted_as FROM {SCHEMA}.calls WHERE {UNCOUNTED} AND id > coalesce($2::text, '')
@@ -211,14 +239,13 @@ DELETE_DAYS = f"""
     SELECT count(*), CAST(max(day) AS text) FROM deleted
 """
 
-
-# ------------------------------------------------------------------------------------------------------------ store
+# -------------------------------------------------------------------------------------------------------------- store
 
 T = TypeVar("T")
 
 
 class PostgresStore:
-    """One PostgreSQL database, by its URL; see `store.Store`. One connection writes, up to two read."""
+    """One PostgreSQL database, by its URL; see `store.Store`. One connection writes, and at most two read."""
 
     def __init__(self, url: str, *, timeouts: Timeouts | None = None) -> None:
         self._url = url
@@ -229,55 +256,21 @@ class PostgresStore:
         self._idle_readers: list[Any] = []
         self._reading = asyncio.Semaphore(_READERS)
 
-    async def open(self) -> None:
-        """Bring the schema up to date, which several processes may want at once; one does it.
+    # Opening and closing
 
-        Raises StoreUnavailable, or tables.NewerSchema.
+    async def open(self) -> None:
+        """Migrate the schema. If several processes start at once, one migrates and the others wait.
+
+        Raises StoreUnavailable or schema.NewerSchema.
         """
         engine = create_async_engine("postgresql+asyncpg://", async_creator=self._connect, poolclass=NullPool)
         try:
             async with engine.begin() as connection:
                 await connection.run_sync(_migrate)
         except _FAILURES as error:
-            raise StoreUnavailable(f"PostgreSQL can't be used: {_said(error)}") from error
+            raise StoreUnavailable(f"PostgreSQL can't be used: {_reason(error)}") from error
         finally:
             await engine.dispose()
-
-    async def apply(self, operations: Sequence[Operation], now: int) -> list[Reply]:
-        """Do these acts in order, in one transaction, and answer each; by the database's time, not by `now`."""
-        return await self._transaction(lambda writer: _apply(writer, operations))
-
-    async def renew(self, owner: str, now: int, *, lease_ms: int) -> None:
-        """Say that the process `owner` is alive for so long from now, which the database knows."""
-        await self._transaction(lambda writer: writer.renew(owner, lease_ms, _FORGET_OWNER_MS))
-
-    async def orphans(self, owner: str, now: int, *, limit: int) -> list[str]:
-        """The ids of open calls of other processes whose lease has run out, by the database's time."""
-        return [row[0] for row in await self._read(ORPHANS, owner, limit)]
-
-    async def read_counters(self, keys: Sequence[CounterKey]) -> dict[CounterKey, Counter]:
-        """How these counters stand, read without a lock."""
-        return counters_of(await self._read(READ_COUNTERS, *_columns(keys, 2)))
-
-    async def read_entry(self, entry_id: str) -> Entry | None:
-        """One call in the books."""
-        return next(map(entry_of, await self._read(READ_CALL, entry_id)), None)
-
-    async def find_response_entry(self, response_id: str) -> Entry | None:
-        """The call that made this response."""
-        return next(map(entry_of, await self._read(READ_MAKER, response_id)), None)
-
-    async def roll_up(self, limit: int, after: str | None) -> JobResult:
-        """Add ended calls to the sums of their days."""
-        return await self._run_job(ROLL_UP, limit, after)
-
-    async def delete_calls(self, limit: int, after: str | None, *, before: int) -> JobResult:
-        """Delete old calls."""
-        return await self._run_job(DELETE_CALLS, limit, after, before, call_id_prefix(max(0, before)))
-
-    async def delete_days(self, limit: int, after: str | None, *, before: int) -> JobResult:
-        """Delete old sums."""
-        return await self._run_job(DELETE_DAYS, limit, after, before)
 
     async def close(self) -> None:
         """Close the connections."""
@@ -289,61 +282,64 @@ class PostgresStore:
             except _FAILURES:
                 connection.terminate()
 
-    async def _run_job(self, statement: str, *given: object) -> JobResult:
-        """Run one step of a maintenance job beside the batches, in a transaction with their timeouts and plans."""
-        try:
-            async with asyncio.timeout(self._timeouts.whole_ms / 1000), self._reader() as connection:
-                await connection.execute(self._begin)
-                rows, last = await connection.fetchrow(statement, *given)
-                await connection.execute("COMMIT")
-                return JobResult(rows, last)
-        except _FAILURES as error:
-            raise StoreUnavailable(_said(error)) from error
-
     async def _connect(self) -> Any:
         try:
-            # Without a cache the driver gives statements no names.
+            # With a cache of 0 statements asyncpg gives statements no names.
             return await asyncpg.connect(self._url, timeout=self._timeouts.connect_ms / 1000, statement_cache_size=0)
         except ValueError:
-            raise StoreUnavailable("the driver can't read the database's URL") from None  # nor may it be shown
+            # `from None`, because the text of the ValueError may contain parts of the URL, and with it the password.
+            raise StoreUnavailable("the driver can't read the database's URL") from None
+
+    # Writing
+
+    async def apply(self, operations: Sequence[Operation], now: int) -> list[Reply]:
+        """Apply these operations in this order, in one transaction, at the database's time instead of `now`."""
+        return await self._transaction(lambda writer: _apply(writer, operations))
+
+    async def renew(self, owner: str, now: int, *, lease_ms: int) -> None:
+        """Let the lease of the process `owner` end `lease_ms` from now, by the database's clock."""
+        await self._transaction(lambda writer: writer.renew(owner, lease_ms))
 
     async def _transaction(self, work: "Callable[[_Writer], Awaitable[T]]") -> T:
-        """Do `work` in a transaction of its own; again, where it collided with that of somebody else."""
+        """Run `work` in a transaction of its own, and again if it collided with another process."""
         async with self._writing:
-            for attempt in range(_TRIES):
+            for run in range(_RUNS_MAX):
                 try:
-                    return await self._try(work)
+                    return await self._run_transaction(work)
                 except _COLLISIONS as error:
                     collision = error
-                await asyncio.sleep(random.uniform(0, 0.01 * 2**attempt))
-        raise StoreUnavailable(_said(collision)) from collision
+                # A random pause, so that two processes that collided do not collide again.
+                await asyncio.sleep(random.uniform(0, 0.01 * 2**run))
+        raise StoreUnavailable(_reason(collision)) from collision
 
-    async def _try(self, work: "Callable[[_Writer], Awaitable[T]]") -> T:
+    async def _run_transaction(self, work: "Callable[[_Writer], Awaitable[T]]") -> T:
         is_committing = False
         try:
             async with asyncio.timeout(self._timeouts.whole_ms / 1000):
-                writer = await self._begun()
-                done = await work(writer)
+                writer = await self._begin_transaction()
+                result = await work(writer)
                 is_committing = True
                 await writer.connection.execute("COMMIT")
-                return done
+                return result
         except (*_REFUSALS, *_COLLISIONS) as error:
             await self._roll_back()
             if isinstance(error, _REFUSALS):
-                raise StoreRefused(_said(error)) from error
+                raise StoreRefused(_reason(error)) from error
             raise
         except _FAILURES as error:
-            self._drop_writer()  # also where it would still answer: it may be a server that can't write any more
-            raise StoreUnavailable(_said(error), is_uncertain=is_committing) from error
-        except Exception:
+            # The connection is dropped even if it still works: after a failover it may lead to a server that is now
+            # read-only, and a new connection to the new primary.
+            self._drop_writer()
+            raise StoreUnavailable(_reason(error), is_uncertain=is_committing) from error
+        except Exception:  # a rule raised it: the connection is fine
             await self._roll_back()
             raise
-        except BaseException:
+        except BaseException:  # cancelled: a statement may be running, so the connection cannot be used again
             self._drop_writer()
             raise
 
-    async def _begun(self) -> "_Writer":
-        """The writing connection, in a transaction; a new one, where that of the last batch has gone meanwhile."""
+    async def _begin_transaction(self) -> "_Writer":
+        """The writing connection, in a new transaction. A connection that has broken meanwhile is replaced."""
         if self._writer is not None:
             try:
                 await self._writer.connection.execute(self._begin, timeout=self._timeouts.probe_ms / 1000)
@@ -355,7 +351,7 @@ class PostgresStore:
         return self._writer
 
     async def _roll_back(self) -> None:
-        """Leave no transaction open; a connection on which that fails is of no more use."""
+        """End the transaction. A connection that cannot do that is dropped."""
         if self._writer is None:
             return
         try:
@@ -368,18 +364,60 @@ class PostgresStore:
             self._writer.connection.terminate()
             self._writer = None
 
-    async def _read(self, statement: str, *given: object) -> list[Row]:
+    # Reading, and maintenance beside the batches
+
+    async def orphans(self, owner: str, now: int, *, limit: int) -> list[str]:
+        """The ids of open calls of other processes whose lease has run out, by the database's clock."""
+        return [row[0] for row in await self._read(READ_ORPHANS, owner, limit)]
+
+    async def read_counters(self, keys: Sequence[CounterKey]) -> dict[CounterKey, Counter]:
+        """The committed counters with these keys."""
+        return counters_of(await self._read(READ_COUNTERS, *_columns(keys, 2)))
+
+    async def read_entry(self, entry_id: str) -> Entry | None:
+        """The entry of one call."""
+        return next(map(entry_of, await self._read(READ_CALL, entry_id)), None)
+
+    async def find_response_entry(self, response_id: str) -> Entry | None:
+        """The entry of the call that made this response."""
+        return next(map(entry_of, await self._read(READ_RESPONSE_CALL, response_id)), None)
+
+    async def roll_up(self, limit: int, after: str | None) -> JobResult:
+        """Add ended calls to the sums of their days."""
+        return await self._run_job(ROLL_UP, limit, after)
+
+    async def delete_calls(self, limit: int, after: str | None, *, before: int) -> JobResult:
+        """Delete old calls."""
+        return await self._run_job(DELETE_CALLS, limit, after, before, call_id_prefix(max(0, before)))
+
+    async def delete_days(self, limit: int, after: str | None, *, before: int) -> JobResult:
+        """Delete old sums of days."""
+        return await self._run_job(DELETE_DAYS, limit, after, before)
+
+    async def _run_job(self, statement: str, *parameters: object) -> JobResult:
+        """Run one step of a maintenance job on a reading connection, with the timeouts and settings of a batch."""
+        try:
+            async with asyncio.timeout(self._timeouts.whole_ms / 1000), self._reader() as connection:
+                await connection.execute(self._begin)
+                rows, last = await connection.fetchrow(statement, *parameters)
+                await connection.execute("COMMIT")
+                return JobResult(rows, last)
+        except _FAILURES as error:
+            raise StoreUnavailable(_reason(error)) from error
+
+    async def _read(self, statement: str, *parameters: object) -> list[Row]:
         try:
             async with self._reader() as connection:
                 rows: list[Row] = await connection.fetch(
-                    statement, *given, timeout=self._timeouts.statement_ms / 1000
+                    statement, *parameters, timeout=self._timeouts.statement_ms / 1000
                 )
                 return rows
         except _FAILURES as error:
-            raise StoreUnavailable(_said(error)) from error
+            raise StoreUnavailable(_reason(error)) from error
 
     @asynccontextmanager
     async def _reader(self) -> AsyncIterator[Any]:
+        """A connection for one read or job. It is kept for the next one, unless anything failed on it."""
         async with self._reading:
             self._idle_readers = [reader for reader in self._idle_readers if not reader.is_closed()]
             connection = self._idle_readers.pop() if self._idle_readers else await self._connect()
@@ -393,7 +431,10 @@ class PostgresStore:
 
 @dataclass(frozen=True, slots=True)
 class _Writer:
-    """A connection and its statements: their types were asked for once, their text is sent each time."""
+    """The connection that writes, and its prepared statements.
+
+    The types of their parameters are asked for once. As they have no names, their text is sent each time.
+    """
 
     connection: Any
     make_counters: Any
@@ -407,20 +448,21 @@ class _Writer:
     @classmethod
     async def on(cls, connection: Any) -> "_Writer":
         try:
-            return cls(connection, *[await connection.prepare(text) for text in WRITING])
+            prepared = {name: await connection.prepare(text) for name, text in WRITER_STATEMENTS.items()}
+            return cls(connection, **prepared)
         except BaseException:
             connection.terminate()
             raise
 
-    async def renew(self, owner: str, lease_ms: int, forget_ms: int) -> None:
-        await self.renew_lease.fetch(owner, lease_ms, forget_ms)
+    async def renew(self, owner: str, lease_ms: int) -> None:
+        await self.renew_lease.fetch(owner, lease_ms, _FORGET_OWNER_MS)
 
 
 async def _apply(writer: _Writer, operations: Sequence[Operation]) -> list[Reply]:
-    books = await _load(writer, operations)
-    known = list(books.entries)
-    answers = [books.apply(operation) for operation in operations]
-    changes = changes_of(books, known)
+    book = await _load(writer, operations)
+    known = list(book.entries)
+    replies = [book.apply(operation) for operation in operations]
+    changes = changes_of(book, known)
     for statement, rows in (
         (writer.put_counters, changes.counters),
         (writer.open_calls, changes.opened),
@@ -428,13 +470,14 @@ async def _apply(writer: _Writer, operations: Sequence[Operation]) -> list[Reply
     ):
         if rows:
             await statement.fetch(*zip(*rows, strict=True))
-    return answers
+    return replies
 
 
 async def _load(writer: _Writer, operations: Sequence[Operation]) -> Book:
-    """Lock what the acts touch, in the one order; what nobody else can change any more is what they are applied to.
+    """Lock and load the counters and calls that the operations touch.
 
-    Which counters a call holds something of is read while it may still be growing: it then holds more of the same.
+    The counters of a call are read from its row before that row is locked. Another process may extend the call in
+    between. That does not matter, because an extend adds no counter: it raises what is held of the same ones.
     """
     subjects, quota_ids = _columns(sorted(keys_of(operations)), 2)
     if subjects:
@@ -447,11 +490,11 @@ async def _load(writer: _Writer, operations: Sequence[Operation]) -> Book:
 
 
 def _columns(rows: Sequence[Sequence[Any]], width: int) -> list[list[Any]]:
-    return [[row[place] for row in rows] for place in range(width)]
+    return [[row[index] for row in rows] for index in range(width)]
 
 
-def _said(error: BaseException) -> str:
-    """What an error says, without what it was given: a statement's parameters are nobody's business."""
+def _reason(error: BaseException) -> str:
+    """The text of an error for logs, without the parameters of its statement, which contain names of users."""
     if isinstance(error, DBAPIError):
         return str(error.orig)
     if isinstance(error, TimeoutError):
@@ -460,10 +503,11 @@ def _said(error: BaseException) -> str:
 
 
 def _migrate(connection: Connection) -> None:
-    """Make the schema, or bring it up to date; in one transaction, and by one process at a time."""
+    """Create or migrate the schema, in one transaction and in one process at a time."""
     connection.execute(sa.text("SET LOCAL lock_timeout = '60s'"))
     connection.execute(sa.text(f"SELECT pg_advisory_xact_lock({_MIGRATION_LOCK})"))
-    # Who has been given the schema need not have the right to make one.
+    # Not CREATE SCHEMA IF NOT EXISTS, which needs the right to create a schema even if it is there. An operator may
+    # have created it for a user that has no such right.
     if not connection.scalar(sa.text("SELECT to_regnamespace(:name)::oid").bindparams(name=SCHEMA)):
         connection.execute(sa.text(f"CREATE SCHEMA {SCHEMA}"))
     connection.execute(sa.text(f"SET LOCAL search_path TO {SCHEMA}"))

@@ -1,9 +1,16 @@
-"""Calls that would fit but for calls in flight: they wait a moment instead of being refused.
+"""Calls that wait for tokens which other calls in flight hold, and the estimate of how long that takes.
 
-Each user has a queue of their own for each set of quotas, in the order in which the calls came; only its first asks
-the ledger, so a small call can't slip past a large one for ever, and no queue holds up another. It asks again
-whenever something was given back on a counter that it needs, and now and then without that, since other processes
-give back too. Who has waited for long enough gets the ledger's last word, which is "busy".
+A call is busy if it fits into what is free, but calls in flight hold a part of that. Such a call waits up to `wait_s`
+instead of being refused at once, because calls end all the time and free the rest of their holds.
+
+Each user has one queue for each set of quotas, in order of arrival. Only the first call of a queue asks the ledger,
+so a small call cannot overtake a large one again and again. Example with a limit of 1,000 of which 600 are held: a
+call that needs 500 waits. Calls of the same user that need 10 each would fit, but wait behind it. Calls of other
+users, and of the same user with other quotas, are in other queues and are admitted.
+
+The first call of a queue asks again whenever the ledger reports that holds were lowered on one of its counters, and
+once a second, because other processes lower holds too. A call that has waited `wait_s` asks once more, from any place
+in its queue, and gets the ledger's current answer.
 """
 
 import asyncio
@@ -19,15 +26,19 @@ from proxy.ledger.ledger import Ledger
 from proxy.policy.admission import NeedsCount, Verdict
 from proxy.policy.quota import CounterKey, Demand
 
-# How many of one user's calls may wait, and how many in all: past that a call is refused as busy at once.
-OF_A_USER_MAX = 64
-IN_ALL_MAX = 1024
-# How often the first of a queue asks without having been woken, in seconds.
+# How many calls may wait, of one user and in total. A busy call beyond that is refused at once.
+WAITING_OF_A_USER_MAX = 64
+WAITING_MAX = 1024
+# How often a call that waits asks the ledger without having been woken, in seconds.
 _ASK_EVERY_S = 1.0
 
+_QueueKey = tuple[str, frozenset[CounterKey]]
 
-class _Place:
-    """One call's place in its user's queue."""
+# ------------------------------------------------------------------------------------------------------ waiting calls
+
+
+class _Waiter:
+    """A call that waits for tokens of these counters. `wake` is set when it should ask again."""
 
     __slots__ = ("keys", "wake")
 
@@ -36,12 +47,12 @@ class _Place:
         self.wake = asyncio.Event()
 
 
-class _Asking:
-    """One call that asks the ledger, again and again; its input is counted if the ledger has to know it better."""
+class _Admission:
+    """A call that asks for admission. Its input is counted once, if the ledger needs the count."""
 
     def __init__(self, ledger: Ledger, operation: Reserve, recount: Callable[[], Awaitable[Demand]]) -> None:
         self.operation = operation
-        self.queue = (operation.labels.user, frozenset(operation.binding.keys()))
+        self.queue_key: _QueueKey = (operation.labels.user, frozenset(operation.binding.keys()))
         self._ledger = ledger
         self._recount = recount
 
@@ -50,19 +61,19 @@ class _Asking:
         if isinstance(reply, NeedsCount):
             self.operation = replace(self.operation, demand=await self._recount())
             reply = await self._ledger.reserve(self.operation)
-            assert not isinstance(reply, NeedsCount), "what was counted is not rough any more"
+            assert not isinstance(reply, NeedsCount), "the ledger needs no count of an input that was counted"
         return reply
 
 
 class AdmissionQueue:
-    """Lets calls in through the ledger, and has those wait that are only held up by others."""
+    """Admits calls through the ledger; busy calls wait. `len()` is how many wait for admission."""
 
     def __init__(self, ledger: Ledger) -> None:
         self.ledger = ledger
-        self._queues: dict[tuple[str, frozenset[CounterKey]], deque[_Place]] = {}
-        self._growing: set[_Place] = set()
+        self._queues: dict[_QueueKey, deque[_Waiter]] = {}
+        self._extending: set[_Waiter] = set()
         self._waiting = 0
-        ledger.on_freed(self._freed)
+        ledger.on_freed(self._wake)
 
     def __len__(self) -> int:
         return self._waiting
@@ -70,41 +81,40 @@ class AdmissionQueue:
     async def reserve(
         self, operation: Reserve, *, wait_s: float, recount: Callable[[], Awaitable[Demand]]
     ) -> Accepted | Refused:
-        """Let a call in, or say why not; where only calls in flight stand in the way, after up to `wait_s`.
+        """Admit a call, or say why not. A busy call is refused only after `wait_s`.
 
-        `recount` gives its demand with the input counted, for when its bytes are too rough a bound. Cancelling gives
-        up the place. Raises LedgerUnavailable.
+        `recount` returns the demand with its input counted. It is called if the number of bytes is too rough a bound.
+        Cancelling removes the call from its queue. Raises LedgerUnavailable.
         """
-        asking = _Asking(self.ledger, operation, recount)
-        if not self._queues.get(asking.queue):
-            reply = await asking.ask()
+        admission = _Admission(self.ledger, operation, recount)
+        if not self._queues.get(admission.queue_key):
+            reply = await admission.ask()
             if not _is_busy(reply) or wait_s <= 0:
                 return reply
-        if self._waiting >= IN_ALL_MAX or self._waiting_of(operation.labels.user) >= OF_A_USER_MAX:
-            return await asking.ask()
-        return await self._wait(asking, asyncio.get_running_loop().time() + wait_s)
+        if self._waiting >= WAITING_MAX or self._waiting_of(operation.labels.user) >= WAITING_OF_A_USER_MAX:
+            return await admission.ask()
+        return await self._wait(admission, asyncio.get_running_loop().time() + wait_s)
 
     async def extend(
         self, operation: Extend, *, wait_s: float, ask_s: float, is_disconnected: Callable[[], bool] = lambda: False
     ) -> Accepted:
-        """Hold more for a stream; where only calls in flight stand in the way, after up to `wait_s`.
+        """Raise the hold of a stream. If it is busy, it waits up to `wait_s`, and keeps what it gets meanwhile.
 
-        Not for a client that has gone meanwhile: that is looked at once a second.
-
-        Raises LedgerUnavailable, also where the ledger takes longer than `ask_s` to answer.
+        A stream whose client `is_disconnected` stops waiting within a second. `ask_s` is how long the ledger may take
+        for one answer. Raises LedgerUnavailable, also if it takes longer.
         """
         until = asyncio.get_running_loop().time() + wait_s
-        place = _Place(operation.binding.keys())
-        self._growing.add(place)
+        waiter = _Waiter(operation.binding.keys())
+        self._extending.add(waiter)
         try:
             while True:
                 reply = await self._extend(operation, ask_s)
                 left = until - asyncio.get_running_loop().time()
                 if reply.verdict is not Verdict.BUSY or left <= 0 or is_disconnected():
                     return reply
-                await _woken(place.wake, min(left, _ASK_EVERY_S))
+                await _wait_for(waiter.wake, min(left, _ASK_EVERY_S))
         finally:
-            self._growing.discard(place)
+            self._extending.discard(waiter)
 
     async def _extend(self, operation: Extend, ask_s: float) -> Accepted:
         try:
@@ -113,40 +123,41 @@ class AdmissionQueue:
         except TimeoutError:
             raise LedgerUnavailable from None
 
-    async def _wait(self, asking: _Asking, until: float) -> Accepted | Refused:
-        place, queue = _Place(asking.queue[1]), self._queues.setdefault(asking.queue, deque())
-        queue.append(place)
+    async def _wait(self, admission: _Admission, until: float) -> Accepted | Refused:
+        waiter, queue = _Waiter(admission.queue_key[1]), self._queues.setdefault(admission.queue_key, deque())
+        queue.append(waiter)
         self._waiting += 1
         try:
             while True:
                 left = until - asyncio.get_running_loop().time()
-                if queue[0] is place or left <= 0:
-                    reply = await asking.ask()
+                if queue[0] is waiter or left <= 0:
+                    reply = await admission.ask()
                     if not _is_busy(reply) or left <= 0:
                         return reply
-                await _woken(place.wake, min(left, _ASK_EVERY_S))
+                await _wait_for(waiter.wake, min(left, _ASK_EVERY_S))
         finally:
             self._waiting -= 1
-            queue.remove(place)
+            queue.remove(waiter)
             if queue:
-                queue[0].wake.set()  # it may be its turn now
+                queue[0].wake.set()  # this one may be the first now
             else:
-                self._queues.pop(asking.queue, None)
+                self._queues.pop(admission.queue_key, None)
 
     def _waiting_of(self, user: str) -> int:
-        return sum(len(places) for queue, places in self._queues.items() if queue[0] == user)
+        return sum(len(queue) for (name, _), queue in self._queues.items() if name == user)
 
-    def _freed(self, keys: set[CounterKey]) -> None:
-        for place in (*self._growing, *(queue[0] for queue in self._queues.values())):
-            if not place.keys.isdisjoint(keys):
-                place.wake.set()
+    def _wake(self, keys: set[CounterKey]) -> None:
+        """Wake the streams, and the first call of each queue, that wait for one of these counters."""
+        for waiter in (*self._extending, *(queue[0] for queue in self._queues.values())):
+            if not waiter.keys.isdisjoint(keys):
+                waiter.wake.set()
 
 
 def _is_busy(reply: Accepted | Refused) -> bool:
     return isinstance(reply, Refused) and reply.decision.verdict is Verdict.BUSY
 
 
-async def _woken(wake: asyncio.Event, timeout_s: float) -> None:
+async def _wait_for(wake: asyncio.Event, timeout_s: float) -> None:
     try:
         async with asyncio.timeout(timeout_s):
             await wake.wait()
@@ -155,31 +166,42 @@ async def _woken(wake: asyncio.Event, timeout_s: float) -> None:
     wake.clear()
 
 
-# How many ended calls are remembered, and of how many in flight the median is taken.
-_LOOKED_AT_MAX = 100
-# A call may be told to come back in so many seconds: SDKs sleep through all of them by themselves.
-LEAST_S, MOST_S = 2, 30
+# -------------------------------------------------------------------------------------------------- duration estimate
+
+# The estimate is taken from this many calls that ended last, and from this many calls in flight.
+_CALLS_MAX = 100
+# The bounds of the estimate, which a busy call is told as `Retry-After`. SDKs wait for that long by themselves.
+RETRY_S_MIN, RETRY_S_MAX = 2, 30
 
 
 class DurationEstimate:
-    """Watches the calls of one process begin and end."""
+    """Estimates when the calls in flight of this process will end, from how long earlier calls took.
+
+    Instants are in ms.
+    """
 
     def __init__(self) -> None:
-        self._begun: dict[str, int] = {}
-        self._lengths: deque[int] = deque(maxlen=_LOOKED_AT_MAX)
+        self._began_at: dict[str, int] = {}
+        self._durations: deque[int] = deque(maxlen=_CALLS_MAX)
 
     def began(self, call_id: str, now: int) -> None:
-        """A call was let in."""
-        self._begun[call_id] = now
+        """A call was admitted."""
+        self._began_at[call_id] = now
 
     def ended(self, call_id: str, now: int) -> None:
-        """It was settled or released."""
-        self._lengths.append(max(0, now - self._begun.pop(call_id)))
+        """A call that began was settled or released."""
+        # A clock that was set back must not make a duration negative.
+        self._durations.append(max(0, now - self._began_at.pop(call_id)))
 
     def busy_s(self, now: int) -> int:
-        """In how many seconds to come back: the median of what calls in flight have still before them."""
-        if not self._begun or not self._lengths:
-            return LEAST_S
-        usual = median(self._lengths)
-        left = median(max(0, usual - (now - begun)) for begun in islice(self._begun.values(), _LOOKED_AT_MAX))
-        return min(MOST_S, max(LEAST_S, -int(-left // 1000)))
+        """In how many seconds a busy call should try again.
+
+        This is the median of the time that calls in flight have left, if each takes as long as the median of the
+        calls that ended. It is rounded up, so that a call does not come too early. Example: calls took 10, 20 and 90
+        s, so the median is 20 s. Three calls in flight began 0, 8 and 19 s ago and have 20, 12 and 1 s left: 12 s.
+        """
+        if not self._began_at or not self._durations:
+            return RETRY_S_MIN
+        usual = median(self._durations)
+        left = median(max(0, usual - (now - began_at)) for began_at in islice(self._began_at.values(), _CALLS_MAX))
+        return min(RETRY_S_MAX, max(RETRY_S_MIN, -int(-left // 1000)))

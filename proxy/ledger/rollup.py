@@ -1,10 +1,11 @@
-"""Usage by day: calls that have ended are added to the sums of their day, and old records are deleted.
+"""Usage by day: ended calls are added to the sums of their day, and old records are deleted.
 
     call ends ─▶ counted into its day ─▶ deleted after `keep.calls`        day ─▶ deleted after `keep.days`
 
-This runs in the background, in small steps, each a transaction of its own; any number of processes may run it at once.
-A step marks calls as counted and adds their sums to their days, or does neither. So each call is counted once, whoever
-is killed when. `ledger.schema` says how a call that was charged as lost and settled after all is corrected.
+This runs in the background in small steps, each in a transaction of its own. Any number of processes may run it at
+once. A step adds calls to the sums of their days and marks them as counted, in one transaction. So each call is
+counted once, even if the process is killed in the middle. `schema.py` says how a call is corrected that was counted
+as lost and settled later.
 """
 
 import asyncio
@@ -15,9 +16,9 @@ import structlog
 from proxy.ledger.store import JobResult, Store, StoreUnavailable
 from proxy.policy.policy import Keep
 
-# Calls in one step: SQLite's batches wait while it runs.
+# Rows in one step. On SQLite no batch can be committed while a step runs.
 _STEP = 500
-# The pause between two steps, so that the ledger has the database for most of the time, however much there is to do.
+# The pause between two steps, so that the database is free for batches most of the time, however many rows are left.
 _PAUSE_S = 0.05
 _DAY_MS = 86_400_000
 
@@ -25,7 +26,10 @@ log = structlog.get_logger("records")
 
 
 class Rollup:
-    """Maintains the usage records of one database. `now` gives milliseconds since 1970, `keep` the policy's times."""
+    """Maintains the usage records of one database.
+
+    `now` returns milliseconds since 1970, `keep` how long the policy keeps calls and days.
+    """
 
     def __init__(
         self, store: Store, *, now: Callable[[], int], keep: Callable[[], Keep], pause_s: float = _PAUSE_S
@@ -36,30 +40,33 @@ class Rollup:
         self._pause_s = pause_s
 
     async def run(self) -> None:
-        """Count what has ended and delete what is old; to be called every few seconds."""
+        """Count the calls that have ended, and delete old calls and days. To be called every few seconds."""
         keep, now, store = self._keep(), self._now(), self._store
         try:
             await self._repeat(store.roll_up)
             if keep.calls_ms is not None:
-                old = now - keep.calls_ms
-                await self._repeat(lambda limit, after: store.delete_calls(limit, after, before=old))
+                calls_before = now - keep.calls_ms
+                await self._repeat(lambda limit, after: store.delete_calls(limit, after, before=calls_before))
             if keep.days_ms is not None:
-                ended = now - keep.days_ms - _DAY_MS  # a day is deleted when all of it is old enough
-                await self._repeat(lambda limit, after: store.delete_days(limit, after, before=ended))
+                # A day is deleted when its end is old enough. Example with `keep.days: 90d`: the sums of the 1st of
+                # January, which ends at midnight UTC on the 2nd, are deleted 90 days after that midnight.
+                days_before = now - keep.days_ms - _DAY_MS
+                await self._repeat(lambda limit, after: store.delete_days(limit, after, before=days_before))
         except StoreUnavailable as error:
             log.warning("the records could not be tended", reason=str(error))
 
     async def _repeat(self, job: Callable[[int, str | None], Awaitable[JobResult]]) -> None:
-        """Run a job step by step until a step finds less than a full batch.
+        """Run a job in steps until a step finds fewer rows than it may touch.
 
-        Each step starts after the last key of the one before. PostgreSQL keeps changed and deleted rows in its indexes
-        until they are vacuumed, which a backup delays for hours; a step that started at the beginning would walk over
-        them. 400,000 such rows made a step four (counting) to sixteen (deleting) times as long.
+        Each step starts after the last key of the one before. PostgreSQL keeps changed and deleted rows in its
+        indexes until they are vacuumed, which a backup may delay for hours, and a step that started at the beginning
+        would read all of them again. With 400,000 such rows a step took four times as long (counting) to sixteen
+        times (deleting).
         """
         after = None
         while True:
-            done = await job(_STEP, after)
-            if done.rows < _STEP:
+            result = await job(_STEP, after)
+            if result.rows < _STEP:
                 return
-            after = done.last
+            after = result.last
             await asyncio.sleep(self._pause_s)

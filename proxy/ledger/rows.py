@@ -1,6 +1,7 @@
-"""Rows of the database and values of the books: what is written here is read back as it was.
+"""Converts counters and entries to rows of the database and back, the same for every engine.
 
-The same for every engine. A row has its values in the order of the table's columns.
+What is written here is read back equal, to the last field. The values of a row are in the order of its table's
+columns.
 """
 
 from collections.abc import Iterable, Sequence
@@ -26,7 +27,7 @@ from proxy.policy.amounts import (
 from proxy.policy.quota import Counter, CounterKey
 from proxy.policy.windows import Window
 
-# What changes in the row of a call after it was let in, in the table's order.
+# The columns of a call that change after its admission, in the order of the table.
 CHANGING = (
     "state upstream ended_at hold_input hold_output lines "
     "input_tokens output_tokens cached_tokens reasoning_tokens requests provenance outcome response_id"
@@ -39,9 +40,9 @@ _WIDTH = len(QUANTITIES)
 
 @dataclass(frozen=True, slots=True)
 class Changes:
-    """The rows that a batch leaves to be written, each list in one order.
+    """The rows that a batch has to write, sorted by their keys, so that all processes write them in the same order.
 
-    `counters` and `opened` have all columns; `changed` has those of CHANGING, and then the call's id.
+    `counters` and `opened` have all columns. `changed` has those of CHANGING, and then the id of the call.
     """
 
     counters: list[Row]
@@ -49,18 +50,18 @@ class Changes:
     changed: list[Row]
 
 
-def changes_of(books: Book, known: Iterable[str]) -> Changes:
-    """What a batch has changed; `known` are the calls that were in the database before it."""
-    entries, before, changed = books.entries, set(known), sorted(books.entries_changed)
+def changes_of(book: Book, known: Iterable[str]) -> Changes:
+    """What a batch has changed. `known` are the ids of the calls that were in the database before it."""
+    entries, before, changed = book.entries, set(known), sorted(book.entries_changed)
     return Changes(
-        counters=[_counter_row(key, books.counters[key]) for key in sorted(books.counters_changed)],
+        counters=[_counter_row(key, book.counters[key]) for key in sorted(book.counters_changed)],
         opened=[_call_row(entries[entry_id]) for entry_id in changed if entry_id not in before],
-        changed=[(*_changing(entries[entry_id]), entry_id) for entry_id in changed if entry_id in before],
+        changed=[(*_changing_columns(entries[entry_id]), entry_id) for entry_id in changed if entry_id in before],
     )
 
 
 def keys_of(operations: Iterable[Operation]) -> set[CounterKey]:
-    """The counters that acts may look at, beside those that their calls hold something of already."""
+    """The counters that operations name. The counters that their calls hold already are found in the entries."""
     return set(
         chain.from_iterable(
             operation.binding.keys() for operation in operations if isinstance(operation, Reserve | Extend)
@@ -69,7 +70,10 @@ def keys_of(operations: Iterable[Operation]) -> set[CounterKey]:
 
 
 def counters_of(rows: Iterable[Row]) -> dict[CounterKey, Counter]:
-    """The counters that have a window; a row that was only made to be locked has none."""
+    """The counters in these rows.
+
+    A row whose `resets_at` is 0 was only made so that it could be locked; it is not a counter yet.
+    """
     return {
         (subject, quota_id): Counter(Window(opened_at, resets_at), Amount(*levels[:_WIDTH]), Amount(*levels[_WIDTH:]))
         for subject, quota_id, opened_at, resets_at, *levels in rows
@@ -82,9 +86,9 @@ def _counter_row(key: CounterKey, counter: Counter) -> Row:
 
 
 def entry_of(row: Row) -> Entry:
-    """One call."""
+    """The entry in a row of `calls`."""
     entry_id, owner, state, user, model, endpoint, upstream, admitted_via, reserved_at, ended_at, *rest = row
-    hold_input, hold_output, maximum, held_amounts, capped_by, would_refuse, *used, outcome, _, response_id = rest
+    hold_input, hold_output, maximum, held_amounts, capped_by, would_refuse, *usage, outcome, _, response_id = rest
     return Entry(
         id=entry_id,
         owner=owner,
@@ -94,13 +98,14 @@ def entry_of(row: Row) -> Entry:
         hold=call_amount(hold_input, hold_output),
         maximum=maximum,
         held_amounts=tuple(
-            HeldAmount((key[0], key[1]), at, _amount_of(numbers)) for key, at, numbers in orjson.loads(held_amounts)
+            HeldAmount((key[0], key[1]), opened_at, _amount_of(numbers))
+            for key, opened_at, numbers in orjson.loads(held_amounts)
         ),
         capped_by=capped_by,
         would_refuse=tuple(orjson.loads(would_refuse)),
         state=state,
         ended_at=ended_at,
-        usage=_usage(*used),
+        usage=_usage(*usage),
         outcome=outcome,
         response_id=response_id,
     )
@@ -117,24 +122,24 @@ def _amount_of(numbers: Sequence[int]) -> Amount:
 
 def _call_row(entry: Entry) -> Row:
     labels = entry.labels
-    state, upstream, ended_at, hold_input, hold_output, held_amounts, *used, response_id = _changing(entry)
+    state, upstream, ended_at, hold_input, hold_output, held_amounts, *usage_outcome, response_id = _changing_columns(
+        entry
+    )
     return (
         *(entry.id, entry.owner, state, labels.user, labels.model, labels.endpoint, upstream, entry.admitted_via),
         *(entry.reserved_at, ended_at, hold_input, hold_output, entry.maximum),
         *(held_amounts, entry.capped_by, orjson.dumps(entry.would_refuse).decode()),
-        *used,
-        *(None, response_id),  # not counted into its day
+        *usage_outcome,
+        *(None, response_id),  # `counted_as` is NULL: the roll-up has not counted it yet
     )
 
 
-def _changing(entry: Entry) -> Row:
-    held_amounts = [
-        (held_amount.key, held_amount.opened_at, tuple(held_amount.amount)) for held_amount in entry.held_amounts
-    ]
+def _changing_columns(entry: Entry) -> Row:
+    held_amounts = [(held.key, held.opened_at, tuple(held.amount)) for held in entry.held_amounts]
     return (
         *(entry.state, entry.labels.upstream, entry.ended_at),
         *(entry.hold.input, entry.hold.output, orjson.dumps(held_amounts).decode()),
-        *(*_used(entry.usage), entry.outcome, entry.response_id),
+        *(*_usage_columns(entry.usage), entry.outcome, entry.response_id),
     )
 
 
@@ -151,7 +156,7 @@ def _usage(
     return None
 
 
-def _used(usage: Usage | None) -> Row:
+def _usage_columns(usage: Usage | None) -> Row:
     if usage is None:
         return (None,) * 6
     tokens, requests = usage.tokens, charge_of(usage).requests

@@ -1,25 +1,31 @@
-"""The schema: counters, calls, owners, usage by day; and how a database is brought up to it.
+"""The tables of the ledger, and the migration of a database to them.
 
-A row of `calls` is a reservation while its state is "open" and the usage record of the call afterwards. Counters
-have no foreign keys: the call of a user who was deleted meanwhile still settles. Instants are milliseconds since
-1970 in UTC; amounts are tokens and requests; all of them 64-bit integers. From the first release on migrations only
-add, and a release has one step at the most, so that a release runs on the schema of the next: replicas are replaced
-one by one, and one of the old that dies meanwhile starts again.
+A row of `calls` is a reservation while its state is "open", and the usage record of the call afterwards. Counters
+have no foreign keys, so the call of a user who was deleted meanwhile can still be settled. Instants are milliseconds
+since 1970 (UTC), amounts are tokens and requests, and all of them are 64-bit integers.
 
-How a hundred million calls slow nothing:
+From the first release on, migrations only add, and a release has at most one migration. So a release also runs on the
+schema of the next one: replicas can be replaced one by one, and an old one that dies meanwhile can start again.
 
-* Ids of calls begin with the time (`entry.call_id_prefix`), so new rows go to the right edge of the key and of its cache,
-  and what is oldest is found by the key: there is no index by `reserved_at` that each call would have to pay for.
-* `calls_open` and `calls_uncounted` are partial: they have what is in flight, and what the next roll-up will count.
+A hundred million calls in the table slow nothing down, for these reasons:
+
+* Ids of calls begin with the time (`entry.call_id_prefix`). So new rows are added at the right edge of the primary
+  key, which is in the cache, and old rows are found by the primary key. There is no index on `reserved_at`, which
+  each call would have to update.
+* The indexes `calls_open` and `calls_uncounted` are partial: they contain only the calls in flight, and the calls
+  that the next roll-up counts.
 * `counted_as` is the state in which a call was counted into `usage_by_day`. It is set in the transaction that adds
-  the call's sums, so a call is counted once, whoever dies; when an expired call is settled after all, the two differ
-  and the difference is booked. The ledger never writes it.
-* `response_id` is the id by which the upstream keeps what a call to /responses made, written with the settle; only
-  such calls are in `calls_by_response`. Several may have one id, at upstreams that are careless with theirs: then
-  it belongs to the user of the newest.
+  the call to the sums, so a call is counted once, even if a process dies in the middle. Example: a call expires and
+  is counted with its hold of 100 + 400 tokens (`counted_as` = "expired"). Its process was only paused and settles it
+  with 90 + 60 (`state` = "settled"). The two differ, so the next roll-up adds -10 and -340 and sets `counted_as` to
+  "settled". Only the roll-up writes this column.
+* `response_id` is the id under which the upstream stores the response of a call to /responses. It is written with the
+  settle. Only calls that have one are in `calls_by_response`. Some upstreams use an id more than once; then the
+  response belongs to the user of the newest call.
 
-A row of `usage_by_day` is of the day, in UTC, in which its calls were reserved: its first millisecond. The policy's
-time zone may change; days that were added up can't be taken apart again. `admitted_via` is the group.
+A row of `usage_by_day` has the sums of one UTC day, by user, group (`through`) and model. `day` is the first
+millisecond of the day in which the calls were reserved. It is not a day in the policy's time zone, because that may
+be changed, and sums of days cannot be divided again.
 """
 
 from importlib.resources import files
@@ -31,16 +37,17 @@ from proxy.policy.amounts import QUANTITIES
 
 metadata = MetaData()
 
-# The newest step of `migrations`.
+# The newest revision in `migrations`.
 HEAD = "0004"
-# Where PostgreSQL has our tables.
+# The PostgreSQL schema that contains our tables, so that they can share a database with others.
 SCHEMA = "llm_quota_proxy"
 
-# Calls that have ended and were not counted into their day as what they are now.
+# Calls that have ended and were not counted into their day in their present state.
 UNCOUNTED = "state <> 'open' AND (counted_as IS NULL OR counted_as <> state)"
 
-# How a call is added to its day. A call that was counted before (`was` is then the state in which it was) had expired:
-# it was added as one call that is charged its hold. That is subtracted, and what it really used is added.
+# What a call adds to the sums of its day. `was` is the state in which it was counted before, or NULL. A call is
+# counted again only if it had expired. It was then counted as one request that used its hold, which is subtracted
+# again.
 _AGAIN = "CASE WHEN was IS NULL THEN 0 ELSE 1 END"
 DAY_SUMS = {
     "calls": f"1 - {_AGAIN}",
@@ -53,7 +60,7 @@ DAY_SUMS = {
 }
 DAY_KEY = "day, user_name, through, model"
 DAY_COLUMNS = f"{DAY_KEY}, {', '.join(DAY_SUMS)}"
-# Grouped by day and sorted in one order, so that two processes that add to the same days can't deadlock.
+# Rows are sorted, so that two processes that add to the same days lock them in the same order and cannot deadlock.
 ADDED_TO_DAYS = f"""
     SELECT reserved_at / 86400000 * 86400000, user_name, through, model,
     {", ".join(f"CAST(sum({each}) AS bigint)" for each in DAY_SUMS.values())}
@@ -145,18 +152,18 @@ usage_by_day = Table(
 
 
 class NewerSchema(Exception):
-    """The database was written by a newer release; serving from it could lose what that one stores."""
+    """A newer release has migrated this database. This release could lose data that the newer one stores."""
 
 
 def migrate(connection: Connection) -> None:
-    """Bring the database up to this release's schema; that of the next release is left as it is.
+    """Migrate the database to this release's schema. The schema of the next release is left as it is.
 
-    Raises NewerSchema rather than touch one from later.
+    Raises NewerSchema for the schema of any later release, before anything is changed.
     """
-    found = _revision(connection)
-    if found in (HEAD, f"{int(HEAD) + 1:04}"):
+    revision = _revision(connection)
+    if revision in (HEAD, f"{int(HEAD) + 1:04}"):
         return
-    # Only where there is something to do: its import takes 10 MB that nothing else needs.
+    # Imported only if there is a migration to run: alembic takes 10 MB that nothing else needs.
     from alembic import command
     from alembic.config import Config
     from alembic.script import ScriptDirectory
@@ -165,16 +172,16 @@ def migrate(connection: Connection) -> None:
     config.set_main_option("script_location", str(files("proxy.ledger") / "migrations"))
     config.attributes["connection"] = connection
     known = {script.revision for script in ScriptDirectory.from_config(config).walk_revisions()}
-    if found is not None and found not in known:
+    if revision is not None and revision not in known:
         raise NewerSchema(
-            f"The database has schema {found}, which this release does not know: "
+            f"The database has schema {revision}, which this release does not know: "
             "use the release that wrote it, or a newer one."
         )
     command.upgrade(config, "head")
 
 
 def _revision(connection: Connection) -> str | None:
-    """The schema that the database has, as alembic noted it; None for an empty one."""
+    """The revision of the database's schema, which alembic stores; None for an empty database."""
     if not sa.inspect(connection).has_table("alembic_version"):
         return None
     revision: str | None = connection.execute(sa.text("SELECT version_num FROM alembic_version")).scalar()

@@ -1,7 +1,7 @@
-"""The database as the ledger sees it: what every engine promises, and the ways in which it fails.
+"""The interface of a database engine to the ledger, and the ways in which a database fails.
 
-The ledger hands over acts and gets their answers; how they are locked, applied and written is the engine's own:
-`sqlite` for the processes of one machine, `postgres` for as many as share it.
+The ledger passes a batch of operations to `Store.apply` and gets their replies. How rows are locked, loaded and
+written is up to the engine: `sqlite` for the processes of one machine, `postgres` for any number of machines.
 """
 
 from collections.abc import Sequence
@@ -14,13 +14,13 @@ from proxy.policy.quota import Counter, CounterKey
 
 
 class StoreInUse(Exception):
-    """Another process has this database open for writing, and is none of ours."""
+    """Another process, which is not one of our workers, has this database open for writing."""
 
 
 class StoreUnavailable(Exception):
-    """The database can't be reached or written right now; the same act may work later.
+    """The database cannot be reached or written at the moment. The same operation may succeed later.
 
-    `is_uncertain` where it failed while committing, so that what was asked may have been done.
+    `is_uncertain` means that it failed while it committed, so the batch may have been committed.
     """
 
     def __init__(self, message: str, *, is_uncertain: bool = False) -> None:
@@ -29,7 +29,7 @@ class StoreUnavailable(Exception):
 
 
 class StoreRefused(Exception):
-    """The database would not take this batch; it may take the acts one by one."""
+    """The database rejects a value in this batch, now and later. It may accept the other operations one by one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,49 +44,54 @@ class JobResult:
 
 
 class Store(Protocol):
-    """Where the books are kept. `open()` before use, `close()` after; making one touches nothing.
+    """A database that contains a ledger. Call `open()` before use and `close()` after it.
 
-    `apply` is called by one task at a time, the others by any. Instants are milliseconds since 1970; an engine with a
-    clock that all its processes share goes by that one instead of the `now` that it is given.
+    The constructor does no I/O. Only one task at a time may call `apply`; all other methods may be called at any
+    time. Instants are milliseconds since 1970. An engine whose processes share a clock (PostgreSQL) uses that clock
+    instead of the `now` it is given.
     """
 
     async def open(self) -> None:
-        """Bring the schema up to date and be ready. Raises StoreInUse, StoreUnavailable, or tables.NewerSchema."""
+        """Migrate the schema and make the store ready. Raises StoreInUse, StoreUnavailable or schema.NewerSchema."""
 
     async def apply(self, operations: Sequence[Operation], now: int) -> list[Reply]:
-        """Do these acts in order, in one transaction, and answer each.
+        """Apply these operations in this order, in one transaction, and return their replies.
 
-        Raises StoreUnavailable or StoreRefused, or what a rule or a driver raises at a bad act; then nothing was
-        done, or, where that is uncertain, all of it: every act may be repeated.
+        Raises StoreUnavailable or StoreRefused, or the exception that a rule or the driver raised for one of the
+        operations. Then nothing was committed. If the StoreUnavailable is uncertain, either all or nothing was
+        committed; every operation may be repeated.
         """
 
     async def renew(self, owner: str, now: int, *, lease_ms: int) -> None:
-        """Say that the process `owner` is alive for so long from now. Raises StoreUnavailable."""
+        """Let the lease of the process `owner` end `lease_ms` from now. Raises StoreUnavailable."""
 
     async def orphans(self, owner: str, now: int, *, limit: int) -> list[str]:
-        """The ids of open calls of dead processes, `owner` being the one that asks. Raises StoreUnavailable."""
+        """The ids of open calls of dead processes, at most `limit`. `owner` is the process that asks.
+
+        Raises StoreUnavailable.
+        """
 
     async def read_counters(self, keys: Sequence[CounterKey]) -> dict[CounterKey, Counter]:
-        """How these counters stand, read without a lock. Raises StoreUnavailable."""
+        """The committed counters with these keys, read without a lock. Raises StoreUnavailable."""
 
     async def read_entry(self, entry_id: str) -> Entry | None:
-        """One call in the books. Raises StoreUnavailable."""
+        """The entry of one call. Raises StoreUnavailable."""
 
     async def find_response_entry(self, response_id: str) -> Entry | None:
-        """The call that made this response, the newest of several. Raises StoreUnavailable."""
+        """The entry of the call that made this response; of several, the newest. Raises StoreUnavailable."""
 
     async def roll_up(self, limit: int, after: str | None) -> JobResult:
-        """Add up to `limit` ended calls, from behind the id `after` on, to the sums of their days.
+        """Add up to `limit` ended calls, whose ids come after `after`, to the sums of their days.
 
-        In one transaction that also marks them as counted, so each call is counted once, whoever is killed when.
-        Raises StoreUnavailable, like the two below.
+        The same transaction marks them as counted, so each call is counted once, even if the process is killed in the
+        middle. Raises StoreUnavailable, as the two methods below do.
         """
 
     async def delete_calls(self, limit: int, after: str | None, *, before: int) -> JobResult:
-        """Delete up to `limit` counted calls that were reserved before this instant, from behind the id `after` on."""
+        """Delete up to `limit` counted calls that were reserved before this instant; their ids come after `after`."""
 
     async def delete_days(self, limit: int, after: str | None, *, before: int) -> JobResult:
-        """Delete up to `limit` sums of days that began before this instant, from the day `after` on."""
+        """Delete up to `limit` sums of days that began before this instant, starting with the day `after`."""
 
     async def close(self) -> None:
         """Close the database."""

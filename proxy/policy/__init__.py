@@ -13,6 +13,7 @@ What it never does: it does not read YAML (see `config`), know a wire format (se
 `ledger`) or write a response.
 
 Begin with `quota`: what a quota, a counter and a call's demand are. `windows` says when a window opens and resets,
-`amounts` what is counted and how sure a count is. `admission` decides about one call. `policy` is everything that the
-file says, as one value, and finds the quotas that bind a user on a model. `status` shows a quota to its user.
+`amounts` what is counted and how sure a count is. `admission` decides about one call. `policy` has the groups, and
+finds the quotas that bind their members on a model. `catalog` has the models and their upstreams. `status` shows a
+quota to its user.
 """

@@ -189,28 +189,27 @@ class GroupQuotas:
 
 
 @dataclass(frozen=True, slots=True)
-class Binding:
-    """Which quotas bind one user on one model.
+class BoundQuotas:
+    """Which quotas bind the users who are in the same groups, on one model.
 
-    `always` are the quotas of everyone. `groups` are the user's groups that have an enforced quota for the model or
+    `always` are the quotas of everyone. `groups` are the users' groups that have an enforced quota for the model or
     are unlimited for it, in the policy's order. `shadows` are the quotas in shadow: they only count, and never
     refuse.
     """
 
-    user: str
     always: tuple[Quota, ...] = ()
     groups: tuple[GroupQuotas, ...] = ()
     shadows: tuple[Quota, ...] = ()
     combine: Combine = "any_group"
 
+    def for_user(self, name: str) -> "Binding":
+        """The binding of one of these users."""
+        return Binding(self.always, self.groups, self.shadows, self.combine, user=name)
+
     @property
     def quotas(self) -> tuple[Quota, ...]:
         """All of its quotas, each once."""
         return self.always + tuple(quota for group in self.groups for quota in group.quotas) + self.shadows
-
-    def keys(self) -> list[CounterKey]:
-        """The keys of the counters that a decision reads."""
-        return [quota.key_for(self.user) for quota in self.quotas]
 
     def alternatives(self) -> list[GroupQuotas]:
         """The sets of quotas of which one must have room as a whole.
@@ -228,3 +227,18 @@ class Binding:
             return [GroupQuotas("+".join(group.group for group in self.groups), self.always + together)]
         own = [GroupQuotas(group.group, self.always + group.quotas) for group in self.groups]
         return own or [GroupQuotas("everyone", self.always)]
+
+
+@dataclass(frozen=True, slots=True)
+class Binding(BoundQuotas):
+    """Which quotas bind one user on one model: the quotas of the user's groups, and whose counters they are.
+
+    All users of the same groups share the tuples of quotas. Only the name is each user's own, because a quota counts
+    each member separately unless it is shared.
+    """
+
+    user: str = field(kw_only=True)
+
+    def keys(self) -> list[CounterKey]:
+        """The keys of the counters that a decision reads."""
+        return [quota.key_for(self.user) for quota in self.quotas]

@@ -37,7 +37,7 @@ from proxy.simulator.frames import JSON, EventStream, write_stream, write_whole
 from proxy.simulator.media import MEDIA, STREAM_ERROR, MediaWriter, read_multipart, write_media
 from proxy.simulator.messages import write_error, write_message, write_message_stream
 from proxy.simulator.store import ResponseStore
-from proxy.simulator.text import Answer, Endpoint, Generator, read_json
+from proxy.simulator.text import Answer, Endpoint, generator_of, read_json
 
 MODELS = ("gpt-4o", "gpt-4o-mini", "o4-mini", "gpt-3.5-turbo-instruct", "text-embedding-3-small")
 PATHS = {
@@ -122,7 +122,7 @@ class Simulator:
         self.chunks_sent = 0  # words of text sent in streams since the start
         self.disconnects = 0  # calls whose client disconnected before the end
         self._api_key = api_key
-        self._generator = Generator(seed)
+        self._generator = generator_of(seed)
         self._tokens_per_s = tokens_per_s
         self._now = now
         self._on_served = on_served

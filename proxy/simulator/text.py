@@ -15,6 +15,7 @@ import zlib
 from array import array
 from dataclasses import dataclass
 from enum import Enum
+from functools import cache
 from typing import Any
 
 import orjson
@@ -219,8 +220,14 @@ def _validate(endpoint: Endpoint, params: JSON) -> None:
         raise ApiError(400, message, param="stream_options")
 
 
+@cache
+def generator_of(seed: int) -> "Generator":
+    """The generator of a seed. It is made once in a process: that takes 8 ms, and the tests start many simulators."""
+    return Generator(seed)
+
+
 class Generator:
-    """Generates the answers of one seed.
+    """Generates the answers of one seed. It does not change.
 
     A choice is a run of words out of a corpus of `CORPUS_WORDS` random words; a hash of the prompt says where in the
     corpus it starts. So an answer of any length costs one slice.

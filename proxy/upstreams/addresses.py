@@ -6,24 +6,14 @@ its API in the query. Example, for the deployment `prod`:
     openai   /chat/completions
     azure    /openai/deployments/prod/chat/completions?api-version=2024-10-21
 
-Pure.
+Which version is sent is in `formats.kinds`. Pure.
 """
 
-import re
 from urllib.parse import quote
 
 from proxy.formats.endpoints import Endpoint
-from proxy.policy.policy import Model, Upstream
-
-# The latest dated version that is not a preview. It is sent if neither the client nor the configuration names one.
-_AZURE_VERSION = "2024-10-21"
-# The first version with `stream_options` and `max_completion_tokens`. With an older one, streams would not report
-# their usage, and a maximum that we write would be answered with 400. Requests of older clients mean the same in this
-# one.
-_AZURE_OLDEST = "2024-09-01"
-_DATED = re.compile(r"20[0-9]{2}-[01][0-9]-[0-3][0-9](?:-preview)?")
-# Azure's newer API at /openai/v1 takes one of these versions, or none.
-_UNDATED = re.compile(r"v1|preview|latest")
+from proxy.formats.kinds import kind_of
+from proxy.policy.catalog import Model, Upstream
 
 
 def address_of(endpoint: Endpoint, model: Model, *, api_version: str | None) -> str:
@@ -39,18 +29,4 @@ def address_of(endpoint: Endpoint, model: Model, *, api_version: str | None) -> 
 
 def address_at(upstream: Upstream, path: str, *, api_version: str | None, deployment: str = "") -> str:
     """The same for any of OpenAI's paths; Azure has some of them below a `deployment`."""
-    if upstream.kind != "azure":
-        return path
-    if upstream.base_url.endswith("/v1"):
-        version = _matching(_UNDATED, api_version) or upstream.api_version
-        return path + (f"?api-version={version}" if version else "")
-    requested = _matching(_DATED, api_version)
-    # Versions are ISO dates, so they compare as texts: "2024-08-01-preview" < "2024-09-01".
-    is_new_enough = requested is not None and requested >= _AZURE_OLDEST
-    version = requested if is_new_enough else upstream.api_version or _AZURE_VERSION
-    root = "" if upstream.base_url.endswith("/openai") else "/openai"
-    return f"{root}{deployment}{path}?api-version={version}"
-
-
-def _matching(pattern: re.Pattern[str], api_version: str | None) -> str | None:
-    return api_version if api_version and pattern.fullmatch(api_version) else None
+    return kind_of(upstream.kind).address(upstream, path, deployment=deployment, api_version=api_version)

@@ -15,7 +15,7 @@ from aiohttp.abc import AbstractStreamWriter
 from yarl import URL
 
 from proxy.errors import UpstreamError, UpstreamTimeout
-from proxy.policy.policy import Upstream
+from proxy.policy.catalog import Upstream
 from proxy.upstreams.spool import Spliced
 
 # SDKs wait ten minutes for an answer, and a retry is billed again. Giving up earlier would only cost more.

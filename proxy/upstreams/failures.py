@@ -8,8 +8,8 @@
     408, 5xx                        the upstream's         nothing                  the same answer, or 502 / 504
     anything else                   the upstream's         nothing                  502
 
-A body is forwarded unchanged if it is an error in OpenAI's shape, or in Anthropic's shape from an upstream of
-Anthropic's kind. An error in another shape (Ollama, older vLLM, FastAPI) is put into OpenAI's shape, because SDKs
+A body is forwarded unchanged if it is an error in OpenAI's shape, or from a kind of upstream with errors of its own
+shape (Anthropic). An error in another shape (Ollama, older vLLM, FastAPI) is put into OpenAI's shape, because SDKs
 show nothing else. Our key and account are masked in all of them.
 """
 
@@ -20,8 +20,10 @@ from typing import Any
 import orjson
 
 from proxy.errors import InvalidRequest, ProxyError, UpstreamBusy, UpstreamError, UpstreamExhausted, UpstreamTimeout
-from proxy.formats import anthropic
-from proxy.policy.policy import Upstream
+from proxy.formats.endpoints import SurfaceName
+from proxy.formats.kinds import kind_of
+from proxy.formats.surfaces import SURFACES
+from proxy.policy.catalog import Upstream
 
 # The codes of an account that is used up. Waiting does not help, and the account is not the user's.
 _ACCOUNT_CODES = frozenset(
@@ -85,11 +87,11 @@ def failure_of(
     if status == 408 or status >= 500:
         if error is not None and status != 408:
             return Failed(status, masked(body if is_openai_shape else _in_openai_shape(status, error), upstream))
-        kind = UpstreamTimeout if status in (408, 504) else UpstreamError
-        return kind(f"The upstream failed with status {status}.")
+        failure = UpstreamTimeout if status in (408, 504) else UpstreamError
+        return failure(f"The upstream failed with status {status}.")
     if 400 <= status < 500:
-        if upstream.kind == "anthropic":
-            return Rejected(status, masked(body, upstream) if error is not None else _in_anthropic_shape(status))
+        if surface := kind_of(upstream.kind).error_surface:
+            return Rejected(status, masked(body, upstream) if error is not None else _in_shape_of(surface, status))
         return Rejected(status, masked(body if is_openai_shape else _in_openai_shape(status, error), upstream))
     return UpstreamError(f"The upstream sent an answer that can't be forwarded (status {status}).")
 
@@ -162,6 +164,6 @@ def _in_openai_shape(status: int, error: dict[str, Any] | None) -> bytes:
     return orjson.dumps({"error": shaped})
 
 
-def _in_anthropic_shape(status: int) -> bytes:
+def _in_shape_of(surface: SurfaceName, status: int) -> bytes:
     error = InvalidRequest(f"The upstream refused the request with status {status}.")
-    return orjson.dumps(anthropic.error_body(error))
+    return orjson.dumps(SURFACES[surface].error_body(error))

@@ -11,8 +11,8 @@ an answer it would name the operator's account to every user.
 import hashlib
 from collections.abc import Collection, Sequence
 
-from proxy.formats.anthropic import USUAL_BETAS, VERSION
-from proxy.policy.policy import Kind, Secret
+from proxy.formats.kinds import kind_of
+from proxy.policy.catalog import Secret
 
 Headers = Sequence[tuple[str, str]]
 
@@ -39,15 +39,17 @@ _EVENT_STREAM = {"cache-control": "no-cache, no-transform", "x-accel-buffering":
 def to_upstream(
     headers: Headers,
     *,
-    kind: Kind,
+    kind: str,
     api_key: Secret | None,
     content_type: str = "application/json",
     betas: Collection[str] = (),
     is_stream: bool = False,
 ) -> dict[str, str]:
-    """The headers of the forwarded request: a few of the client's, and our key. No compression is asked for.
+    """The headers of the forwarded request: a few of the client's, our key, and those of the upstream's kind.
 
-    `betas` are the beta features of Anthropic's that the operator allows in addition to the usual ones. Others are
+    No compression is asked for.
+
+    `betas` are the beta features that the operator allows in addition to the usual ones. Others are
     removed from the header. Clients name a handful in each request, whether or not they use them; a request that does
     use one that was removed is rejected by the upstream itself.
     """
@@ -55,16 +57,12 @@ def to_upstream(
     sent = {name.lower(): value for name, value in headers if name.lower() in allowed}
     sent["content-type"] = content_type
     sent["accept-encoding"] = "identity"
-    if kind == "anthropic":
-        sent.setdefault("anthropic-version", VERSION)
-        requested = _list_items(headers, "anthropic-beta")
-        if allowed_betas := [beta for beta in requested if beta in USUAL_BETAS or beta in betas]:
-            sent["anthropic-beta"] = ",".join(allowed_betas)
-    if kind == "llamacpp" and is_stream:
-        # llama.cpp announces `keep-alive` and closes the connection after a stream all the same. If the connection
-        # were pooled, the next call would be written to a closed socket.
-        sent["connection"] = "close"
-    return {**sent, **key_header(kind, api_key)}
+    of = kind_of(kind)
+    if of.beta_header is not None:
+        requested = _list_items(headers, of.beta_header)
+        if allowed_betas := [beta for beta in requested if beta in of.usual_betas or beta in betas]:
+            sent[of.beta_header] = ",".join(allowed_betas)
+    return {**of.default_headers, **sent, **(of.stream_headers if is_stream else {}), **of.key_headers(api_key)}
 
 
 def idempotency_header(headers: Headers, *, user: str, api_key: Secret | None) -> dict[str, str]:
@@ -81,19 +79,6 @@ def idempotency_header(headers: Headers, *, user: str, api_key: Secret | None) -
     secret = api_key.reveal() if api_key else ""
     digest = hashlib.sha256("\0".join((secret, user, client_key)).encode("utf-8", "surrogatepass")).hexdigest()
     return {"idempotency-key": digest}
-
-
-def key_header(kind: Kind, api_key: Secret | None) -> dict[str, str]:
-    """The header in which this kind of upstream reads its key."""
-    if api_key is None:
-        return {}
-    match kind:
-        case "azure":
-            return {"api-key": api_key.reveal()}
-        case "anthropic":
-            return {"x-api-key": api_key.reveal()}
-        case _:
-            return {"authorization": f"Bearer {api_key.reveal()}"}
 
 
 def to_client(headers: Headers, *, is_stream: bool) -> dict[str, str]:

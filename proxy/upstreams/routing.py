@@ -25,7 +25,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 
-from proxy.policy.policy import Model, Upstream
+from proxy.policy.catalog import Model, Upstream
 
 # So many failures in a row are no coincidence: one failure in ten calls would give five in a row once in 100,000
 # times.

@@ -5,10 +5,15 @@ client did not. An upstream that does not know the option answers 400 or 422. Th
 option, and the next hundred calls to the same address and model go without it too. Pure.
 """
 
-from proxy.policy.policy import Model
+from proxy.formats.kinds import KINDS
+from proxy.policy.catalog import Model
 
 # The fields that we write into a request to get the usage of a stream. An upstream that rejects one names it.
-_OPTION_FIELDS = (b"stream_options", b"include_usage", b"continuous_usage_stats", b"timings_per_token")
+_OPTION_FIELDS = (
+    b"stream_options",
+    b"include_usage",
+    *(kind.running_usage_option.encode() for kind in KINDS.values() if kind.running_usage_option is not None),
+)
 # For a field that is not known or not allowed, OpenAI and vLLM answer 400, FastAPI and Mistral 422.
 _REJECTION_STATUSES = (400, 422)
 # How many calls go without the option before it is tried again. Azure is said to reject it in requests with images:

@@ -8,13 +8,14 @@ has the hash of the policy in force.
 from aiohttp import web
 
 from proxy.config.reload import Policies
+from proxy.identity.authentication import Snapshot
 from proxy.ledger.ledger import Ledger
 
 
 class Health:
     """The handlers of `/healthz` and `/readyz`. Set `is_stopping` to make the process not ready."""
 
-    def __init__(self, ledger: Ledger, policies: Policies) -> None:
+    def __init__(self, ledger: Ledger, policies: Policies[Snapshot]) -> None:
         self._ledger = ledger
         self._policies = policies
         self.is_stopping = False
@@ -31,6 +32,6 @@ class Health:
         state = {
             "status": "ready" if is_ready else "not ready",
             "ledger": "ok" if self._ledger.is_healthy else "unavailable",
-            "policy": self._policies.current.hash,
+            "policy": self._policies.current.policy.hash,
         }
         return web.json_response(state, status=200 if is_ready else 503)

@@ -17,7 +17,7 @@ import structlog
 from aiohttp import hdrs, web
 
 from proxy.errors import BadFraming, NotServed, ProxyError
-from proxy.formats import anthropic
+from proxy.formats import messages
 from proxy.formats.endpoints import is_messages_path
 from proxy.formats.strict_json import dump
 from proxy.upstreams.headers import JSON_HEADERS, SERVER_NAME
@@ -100,7 +100,7 @@ def error_response(error: ProxyError, request: web.BaseRequest) -> web.Response:
     if is_messages_path(request.path):
         # Anthropic's SDK reads the id from `request-id`, OpenAI's from `x-request-id`.
         headers |= {} if id is None else {"request-id": id}
-        body = anthropic.error_body(error, id)
+        body = messages.error_body(error, id)
     return web.Response(status=error.status, headers=headers, body=dump(body))
 
 

@@ -28,9 +28,8 @@ from proxy.errors import NotAllowed, NoUpgrade, ProxyError
 from proxy.formats.endpoints import METERED, PREFIXES, STORED_RESPONSE_PATHS, Endpoint, StoredResponsePath, closed
 from proxy.formats.request import parse_form_request, parse_request
 from proxy.formats.strict_json import dump
-from proxy.identity.keys import identify
+from proxy.identity.authentication import Caller, Snapshot
 from proxy.ledger.entry import call_id_prefix
-from proxy.policy.policy import Policy, User
 from proxy.policy.status import quota_statuses
 from proxy.tasks import Tasks
 from proxy.upstreams.headers import JSON_HEADERS, SERVER_NAME
@@ -52,7 +51,7 @@ class Api:
 
     def __init__(
         self,
-        policies: Policies,
+        policies: Policies[Snapshot],
         stored_responses: StoredResponses,
         *,
         relay: Relay,
@@ -110,14 +109,21 @@ class Api:
         request[REQUEST_ID] = f"{call_id_prefix(self._now())}{secrets.token_hex(10)}"
         return await handler(request)
 
+    async def _identify(self, request: web.Request) -> tuple[Snapshot, Caller]:
+        """What is in force, and who is calling. Raises InvalidKey.
+
+        The snapshot is read once, because a reload must not change a request that has begun.
+        """
+        snapshot = self._policies.current
+        return snapshot, await snapshot.authentication.identify(request.headers.items(), request.remote)
+
     async def _metered_call(self, endpoint: Endpoint, request: web.Request) -> web.StreamResponse:
-        policy = self._policies.current  # read once: a reload does not change a call that has begun
-        user = identify(request.headers.items(), policy)
+        snapshot, caller = await self._identify(request)
         client = WebResponder(request, id=request[REQUEST_ID], heartbeat_s=self._limits.heartbeat_s)
         deployment = request.match_info.get("deployment")
         if endpoint.form is None:
             parsed = parse_request(endpoint, await read_body(request, self._limits), deployment=deployment)
-            call = await self._stored_responses.with_previous(prepare_call(parsed, user, policy, client))
+            call = await self._stored_responses.with_previous(prepare_call(parsed, caller, snapshot, client))
             return await self._answer(call, client)
         # A form may have 512 MiB, so it is written to the disk. From here on the spool has to be closed on every
         # path: here until the call is prepared, then by `_run_call`.
@@ -125,7 +131,7 @@ class Api:
         try:
             form = await read_form(request, spool, self._limits)
             parsed = parse_form_request(endpoint, form, deployment=deployment)
-            call = prepare_call(parsed, user, policy, client, spool=spool)
+            call = prepare_call(parsed, caller, snapshot, client, spool=spool)
         except BaseException:
             spool.close()
             raise
@@ -133,10 +139,10 @@ class Api:
 
     async def _stored_response(self, path: StoredResponsePath, request: web.Request) -> web.StreamResponse:
         # Not in a task of its own: it reserves nothing, so there is nothing to settle if it is cancelled.
-        policy = self._policies.current
-        user = identify(request.headers.items(), policy)
+        snapshot, caller = await self._identify(request)
         client = WebResponder(request, id=request[REQUEST_ID], heartbeat_s=self._limits.heartbeat_s)
-        query = StoredResponseQuery(path, request.match_info["id"], list(request.query.items()), user, policy)
+        parameters = list(request.query.items())
+        query = StoredResponseQuery(path, request.match_info["id"], parameters, caller.user, snapshot.catalog)
         await self._stored_responses.forward(query, client)
         assert client.response is not None, "forward() answers or raises"
         return client.response
@@ -175,24 +181,24 @@ class Api:
         return None
 
     async def _models(self, request: web.Request) -> web.Response:
-        policy = self._policies.current
-        user = identify(request.headers.items(), policy)
-        return _json({"object": "list", "data": [_model(name) for name in _models_of(user, policy)]}, request)
+        snapshot, caller = await self._identify(request)
+        names = [name for name in snapshot.catalog.names if _serves(snapshot, caller, name)]
+        return _json({"object": "list", "data": [_model(name) for name in names]}, request)
 
     async def _model(self, request: web.Request) -> web.Response:
-        policy = self._policies.current
-        user = identify(request.headers.items(), policy)
+        snapshot, caller = await self._identify(request)
         name = request.match_info["model"]
-        if not policy.serves(user, name):
+        if not _serves(snapshot, caller, name):
             raise no_such_model(name[:200])
         return _json(_model(name), request)
 
     async def _quota(self, request: web.Request) -> web.Response:
-        policy = self._policies.current
-        binding = policy.all_quotas(identify(request.headers.items(), policy))
+        snapshot, caller = await self._identify(request)
+        binding = snapshot.policy.all_quotas(caller.groups).for_user(caller.user)
         counters = await self._ledger.counters(binding.keys())
         statuses = quota_statuses(binding, counters, self._now())
-        return _json({"object": "list", "data": [each.as_json(policy.zone) for each in statuses.values()]}, request)
+        zone = snapshot.policy.zone
+        return _json({"object": "list", "data": [each.as_json(zone) for each in statuses.values()]}, request)
 
 
 @web.middleware
@@ -211,10 +217,8 @@ async def _other_path(request: web.Request) -> web.StreamResponse:
     return await not_served(request)
 
 
-def _models_of(user: User, policy: Policy) -> list[str]:
-    """The names of the listed models that this user may use."""
-    named = [name for name in policy.models or {} if name != "*"]
-    return [name for name in named if policy.serves(user, name)]
+def _serves(snapshot: Snapshot, caller: Caller, model: str) -> bool:
+    return snapshot.policy.serves(caller.groups, model, snapshot.catalog)
 
 
 def _model(name: str) -> dict[str, object]:

@@ -13,22 +13,24 @@ from proxy.formats.content import read_prompt
 from proxy.formats.endpoints import CHAT, COUNT_TOKENS, MESSAGES, Endpoint
 from proxy.formats.estimate import estimate_demand
 from proxy.formats.request import forwarded_body, parse_request
+from proxy.identity.authentication import Caller, Snapshot
 from proxy.ledger.book import Accepted, Book
 from proxy.ledger.entry import CallLabels
-from proxy.policy.policy import Policy
 from proxy.web.response import WebResponder
 from tests.builders import NOON
 from tests.stage import STAFF, config_of
 
-
-def _policy(folder: Path, policy: str = STAFF) -> Policy:
-    return config_of(policy, folder=folder, upstream="http://127.0.0.1:1/v1").policy
+ALICE = Caller("alice", ("staff",), key="", source="key")
 
 
-def _call(policy: Policy, model: str = "fast", more: bytes = b"") -> Call:
+def _snapshot(folder: Path, policy: str = STAFF, *, kind: str = "simulator") -> Snapshot:
+    return Snapshot.of(config_of(policy, folder=folder, upstream="http://127.0.0.1:1/v1", kind=kind))
+
+
+def _call(snapshot: Snapshot, model: str = "fast", more: bytes = b"") -> Call:
     request = parse_request(CHAT, b'{"model": "%s", "messages": []%s}' % (model.encode(), more))
     client = WebResponder(make_mocked_request("POST", "/v1/chat/completions"), id="req_1")
-    return prepare_call(request, policy.users["alice"], policy, client)
+    return prepare_call(request, ALICE, snapshot, client)
 
 
 @pytest.mark.parametrize(
@@ -44,12 +46,12 @@ def test_a_model_that_cannot_be_used_is_refused_with_a_remedy(
 ) -> None:
     """The model is unknown, not allowed, or covered by no quota. The code is the same, the remedies differ."""
     with pytest.raises(ModelNotFound, match=remedy):
-        _call(_policy(tmp_path, STAFF.replace(*change)), model)
+        _call(_snapshot(tmp_path, STAFF.replace(*change)), model)
 
 
 def _admit(call: Call) -> Accepted:
     """The call, admitted by an empty ledger."""
-    prompt = read_prompt(call.request.document, model=call.model.upstream_model, is_chat=True)
+    prompt = read_prompt(call.request.body, model=call.model.upstream_model, is_chat=True)
     body = forwarded_body(call.request, call.model)
     demand = estimate_demand(call.request, call.model, prompt, body_bytes=len(body))
     accepted = Book({}, {}, NOON).apply(call.reserve(replace(demand, is_estimated=False), owner="me"))
@@ -59,7 +61,7 @@ def _admit(call: Call) -> Accepted:
 
 def test_a_call_is_reserved_under_its_labels(tmp_path: Path) -> None:
     """The model's name is the client's, and the id is the one that the client gets."""
-    call = _call(_policy(tmp_path))
+    call = _call(_snapshot(tmp_path))
     entry = _admit(call).entry
     assert (entry.id, entry.owner) == ("req_1", "me")
     assert entry.labels == CallLabels("alice", "fast", "chat", "simulated")
@@ -71,8 +73,8 @@ def test_a_lowered_maximum_is_shared_by_the_choices(stream: str, tmp_path: Path)
 
     A stream holds less at the beginning, but its maximum is lowered to the same number.
     """
-    policy = _policy(tmp_path, STAFF.replace("tokens: 1M", "tokens: 4k"))
-    call = _call(policy, "gpt-4o-mini", b', "n": 3, "max_tokens": 2000, "stream": %s' % stream.encode())
+    snapshot = _snapshot(tmp_path, STAFF.replace("tokens: 1M", "tokens: 4k"))
+    call = _call(snapshot, "gpt-4o-mini", b', "n": 3, "max_tokens": 2000, "stream": %s' % stream.encode())
     accepted = _admit(call)
     free = 4000 - accepted.entry.hold.input
     assert (accepted.entry.maximum, accepted.entry.capped_by) == (free, "staff/daily")
@@ -87,17 +89,17 @@ def test_a_lowered_maximum_is_shared_by_the_choices(stream: str, tmp_path: Path)
 
 def test_a_call_that_fits_is_not_capped(tmp_path: Path) -> None:
     """No maximum is lowered and the header is missing, also if nobody knows the maximum."""
-    call = _call(_policy(tmp_path), "gpt-4o-mini")
+    call = _call(_snapshot(tmp_path), "gpt-4o-mini")
     accepted = _admit(call)
     assert (accepted.entry.maximum, accepted.entry.capped_by) == (None, None)
     assert "x-quota-capped" not in call.quota_headers(accepted.entry, accepted.counters, NOON, is_held=True)
 
 
-def test_the_model_label_comes_from_the_policy(tmp_path: Path) -> None:
+def test_the_model_label_comes_from_the_snapshot(tmp_path: Path) -> None:
     """A name that a client made up is no label, also if the list of models is open."""
     open_list = STAFF.replace("models:\n", 'models:\n  "*": {upstream: simulated}\n')
-    assert _call(_policy(tmp_path, open_list), "made-up").model_label == "other"
-    assert _call(_policy(tmp_path), "fast").model_label == "fast"
+    assert _call(_snapshot(tmp_path, open_list), "made-up").model_label == "other"
+    assert _call(_snapshot(tmp_path), "fast").model_label == "fast"
 
 
 @pytest.mark.parametrize(
@@ -117,22 +119,22 @@ def test_nothing_is_translated_between_the_two_apis(
     endpoint: Endpoint, kind: str, remedy: str, tmp_path: Path
 ) -> None:
     """A request for a model of the other API is refused, and the error names the path to use."""
-    policy = config_of(STAFF, folder=tmp_path, upstream="http://127.0.0.1:1/v1", kind=kind).policy
+    snapshot = _snapshot(tmp_path, kind=kind)
     request = parse_request(endpoint, b'{"model": "fast", "messages": [], "max_tokens": 5}')
     client = WebResponder(make_mocked_request("POST", "/v1" + endpoint.path), id="req_1")
     if remedy:
         with pytest.raises(InvalidRequest, match=f"send it to {remedy},"):
-            prepare_call(request, policy.users["alice"], policy, client)
+            prepare_call(request, ALICE, snapshot, client)
     else:
-        assert prepare_call(request, policy.users["alice"], policy, client).request is request
+        assert prepare_call(request, ALICE, snapshot, client).request is request
 
 
 def test_an_answer_of_v1_messages_has_anthropic_s_limit_headers(tmp_path: Path) -> None:
     """In addition to ours, and with the id in the header that Anthropic's SDK reads."""
-    policy = _policy(tmp_path)
+    snapshot = _snapshot(tmp_path)
     request = parse_request(MESSAGES, b'{"model": "fast", "messages": [], "max_tokens": 5}')
     client = WebResponder(make_mocked_request("POST", "/v1/messages"), id="req_1")
-    call = prepare_call(request, policy.users["alice"], policy, client)
+    call = prepare_call(request, ALICE, snapshot, client)
     accepted = _admit(call)
     headers = call.quota_headers(accepted.entry, accepted.counters, NOON, is_held=True)
     assert headers["anthropic-ratelimit-tokens-remaining"] == headers["x-ratelimit-remaining-tokens"] == "1000000"

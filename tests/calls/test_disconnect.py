@@ -43,7 +43,7 @@ async def test_stop_closes_the_connection_at_once_and_charges_what_passed(tmp_pa
     async with stage(folder=tmp_path, on_disconnect="stop") as on:
         await _leave_after(on, _ask("tokens=90 stall=5", stream=True), 5)
         await on.simulator.until(lambda: on.simulator.open_calls == 0)
-        await on.at_rest()
+        await on.all_settled()
         used, held = await on.used()
         assert held == 0
         assert 0 < used < 60
@@ -55,7 +55,7 @@ async def test_stop_before_the_upstream_answered_charges_the_input(tmp_path: Pat
     async with stage(folder=tmp_path, on_disconnect="stop") as on:
         await _leave_after(on, _ask("hang", stream=True), 0)
         await on.simulator.until(lambda: on.simulator.open_calls == 0)
-        await on.at_rest()
+        await on.all_settled()
         used, held = await on.used()
         assert held == 0
         assert 0 < used < 60
@@ -72,7 +72,7 @@ async def test_drain_reads_to_the_end_and_charges_the_reported_usage(
     simulator = Simulator(UPSTREAM_KEY, tokens_per_s=400)
     async with stage(folder=tmp_path, on_disconnect=on_disconnect, simulator=simulator) as on:
         await _leave_after(on, _ask("tokens=60", stream=stream), 3 if stream else 0)
-        await on.at_rest()
+        await on.all_settled()
         assert await on.used() == (simulator.reported_usage.input_tokens + simulator.reported_usage.output_tokens, 0)
         assert simulator.reported_usage.output_tokens == 60
 
@@ -86,7 +86,7 @@ async def test_a_drain_at_its_bound_charges_the_hold(bound: dict[str, Any], tmp_
     async with stage(folder=tmp_path, on_disconnect="drain", disconnects=Disconnects(**bound)) as on:
         await _leave_after(on, _ask("tokens=90 stall=5", stream=True, max_tokens=500), 5)
         await on.simulator.until(lambda: on.simulator.open_calls == 0)
-        await on.at_rest()
+        await on.all_settled()
         used, held = await on.used()
         assert held == 0
         assert used > 500
@@ -117,7 +117,7 @@ async def test_a_hundred_disconnects_leave_nothing_held(tmp_path: Path) -> None:
             await on.simulator.until(lambda: on.simulator.chunks_sent >= before + words % 10)  # noqa: B023
             await on.hang_up(call)
         await on.simulator.until(lambda: on.simulator.open_calls == 0)
-        await on.at_rest()
+        await on.all_settled()
         used, held = await on.used()
         assert held == 0
         assert used >= on.simulator.chunks_sent
@@ -180,7 +180,7 @@ async def _pausing_upstream(
             text = text_of(
                 STAFF, database=sqlite_in(folder), upstream=upstream.url, kind=kind, more=", on_disconnect: stop"
             )
-            on.files.config = load_text(text)
+            on.config = load_text(text)
             assert await on.server.policies.reload()
             yield on, upstream, disconnects
     finally:
@@ -201,7 +201,7 @@ async def _read_and_leave(on: Stage, disconnects: WatchedDisconnects, length: in
 
 async def _charged(on: Stage, call_id: str) -> Usage:
     """The charge of a call whose client left, after its end. The quota has the same usage and holds nothing."""
-    await on.at_rest()
+    await on.all_settled()
     entry = await on.server.ledger.entry(call_id)
     assert entry is not None and entry.usage is not None
     assert entry.outcome == "client_left"
@@ -295,7 +295,7 @@ async def test_a_disconnect_before_the_call_was_sent_costs_nothing(stream: bool,
         assert (await on.used())[1] > 2**21
         await on.hang_up(call)
         await until(lambda: disconnects.client.is_disconnected)
-        await on.at_rest()
+        await on.all_settled()
         assert await on.used() == (0, 0)
         assert on.simulator.received == 0
         entry = await on.server.ledger.entry(disconnects.client.id)

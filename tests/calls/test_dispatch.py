@@ -97,7 +97,7 @@ async def _broken_upstream(*answers: bytes | None) -> AsyncIterator[BrokenUpstre
 
 async def _record(on: Stage) -> dict[str, Any]:
     """The record of the only call, after all calls are settled. Nothing may be held."""
-    await on.at_rest()
+    await on.all_settled()
     await on.audit()
     [row] = await on.rows("calls")
     assert row["state"] in ("settled", "released")
@@ -367,7 +367,7 @@ async def test_a_reload_changes_no_call_between_two_attempts(tmp_path: Path) -> 
         call = on.begin(CHAT, _ask())
         await broken.received.wait()
         text = text_of(STAFF, database=sqlite_in(tmp_path), upstream=broken.url)
-        on.files.config = load_text(text.replace("simulated", "another"))
+        on.config = load_text(text.replace("simulated", "another"))
         assert await on.server.policies.reload()
         broken.gate.set()
         assert (await call).status == 200

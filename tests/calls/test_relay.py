@@ -29,7 +29,7 @@ def _ask(simulate: str, **more: Any) -> dict[str, Any]:
 
 async def _charged(on: Stage) -> tuple[int, int]:
     """The tokens and requests that are charged, after all calls are settled. Nothing may be held."""
-    await on.at_rest()
+    await on.all_settled()
     item = await on.quota("staff/daily")
     assert item["tokens"]["held"] == item["requests"]["held"] == 0
     return item["tokens"]["used"], item["requests"]["used"]

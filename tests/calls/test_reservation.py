@@ -13,20 +13,21 @@ from proxy.calls import reservation as module
 from proxy.calls.reservation import HOLD_STEP, Reservation
 from proxy.calls.token_count import TokenCount
 from proxy.formats.endpoints import CHAT
-from proxy.formats.meter import Meter
 from proxy.formats.request import parse_request
 from proxy.formats.sse import Splitter
+from proxy.formats.surfaces import meter_of
 from proxy.ledger.book import Accepted, Expire, Settle
 from proxy.ledger.entry import Entry
 from proxy.ledger.ledger import LEASE_MS, Ledger
 from proxy.ledger.queue import AdmissionQueue
 from proxy.ledger.sqlite import SqliteStore
 from proxy.policy.amounts import Amount, AtLeast, Exactly, Tokens, Unspent, Usage
-from proxy.policy.policy import Model, Upstream
+from proxy.policy.catalog import Model, Upstream
 from proxy.policy.quota import Demand, Quota
 from tests.breakage import read_only, writers
 from tests.builders import NOON, binding, call, exactly, quota, reserve
-from tests.stage import Clock, loaded, until
+from tests.sqlite import write_migrated
+from tests.stage import Clock, fast_timers, loaded, until
 
 BODY = b'{"model": "m", "stream": true, "messages": [{"role": "user", "content": "Hello world!"}]}'
 INPUT = 4 + 3 + 3  # the tokens of "user" and the text, of the frame of a message, and of the start of the answer
@@ -45,7 +46,7 @@ class AdmittedCall:
         count = TokenCount(loaded(), request, MODEL, body_bytes=len(BODY))
         self.ledger = ledger
         self.queue = AdmissionQueue(ledger)
-        self.meter = Meter(request, count=len)  # each character of its stream is one token
+        self.meter = meter_of(request, count=len)  # each character of its stream is one token
         self.reservation = Reservation(ledger, accepted, self.meter, binding=binding([daily]), count=count)
         self.reservation.is_sent = True
 
@@ -80,6 +81,8 @@ async def _reserved(
     store: SqliteStore | None = None,
     now: Callable[[], int] = lambda: NOON,
 ) -> AsyncIterator[AdmittedCall]:
+    if not (folder / "quotas.db").exists():
+        write_migrated(folder / "quotas.db")
     ledger = Ledger(store or SqliteStore(folder / "quotas.db"), owner="me", now=now, retry_s=0.001)
     await ledger.start()
     try:
@@ -153,16 +156,16 @@ async def test_after_its_lease_has_lapsed_only_held_output_passes(tmp_path: Path
         async with _reserved(tmp_path, STREAM, store=store, now=clock) as it:
             it.says("x" * 1100)
             clock.ms += LEASE_MS
-            with read_only(path, made[-1]):
+            with read_only(path, made[-1]), fast_timers(20):
                 assert not await it.grows()
                 assert not await it.reservation.hold_whole_answer(it.queue)
             await it.ledger.renew_lease()
-            with read_only(path, made[-1]):
+            with read_only(path, made[-1]), fast_timers(20):
                 assert not await it.grows()
             assert it.reservation.covered == 1024
             assert await it.grows()
             it.says("x" * 1100)
-            with read_only(path, made[-1]):
+            with read_only(path, made[-1]), fast_timers(20):
                 assert await it.grows()
                 assert await it.reservation.hold_whole_answer(it.queue)
             assert it.reservation.covered == 2200 + HOLD_STEP
@@ -318,7 +321,7 @@ async def test_while_the_ledger_is_unavailable_a_whole_answer_passes(tmp_path: P
     with writers() as made:
         async with _reserved(tmp_path, STREAM, store=SqliteStore(tmp_path / "quotas.db", busy_timeout_s=0)) as it:
             it.meter.see_whole(b'{"usage": {"prompt_tokens": 1, "completion_tokens": 5000}}')
-            with read_only(tmp_path / "quotas.db", made[-1]):
+            with read_only(tmp_path / "quotas.db", made[-1]), fast_timers(20):
                 assert await it.reservation.hold_whole_answer(it.queue)
 
 
@@ -364,7 +367,7 @@ async def test_growing_waits_for_calls_in_flight(tmp_path: Path) -> None:
         it.says("x" * 2000)
         assert not await it.grows()
         extending = asyncio.get_running_loop().create_task(it.grows(wait_s=50))
-        await until(lambda: bool(it.queue._growing))
+        await until(lambda: bool(it.queue._extending))
         # The ledger works in order: when this operation is done, the first reply, "busy", has arrived.
         await it.ledger.end(Settle("nobody's", exactly(0, 0), "complete"))
         assert not extending.done()
@@ -390,7 +393,7 @@ async def test_while_the_ledger_is_unavailable_a_stream_goes_on(tmp_path: Path) 
     with writers() as made:
         async with _reserved(tmp_path, STREAM, store=SqliteStore(tmp_path / "quotas.db", busy_timeout_s=0)) as it:
             it.says("x" * 1100)
-            with read_only(tmp_path / "quotas.db", made[-1]):
+            with read_only(tmp_path / "quotas.db", made[-1]), fast_timers(20):
                 assert await it.grows()
                 assert it.reservation.covered == 1100 + HOLD_STEP
                 assert await it.counter() == (0, 1124)
@@ -407,7 +410,7 @@ async def test_when_the_ledger_is_back_the_hold_grows_again(tmp_path: Path) -> N
     with writers() as made:
         async with _reserved(tmp_path, STREAM, store=SqliteStore(tmp_path / "quotas.db", busy_timeout_s=0)) as it:
             it.says("x" * 1100)
-            with read_only(tmp_path / "quotas.db", made[-1]):
+            with read_only(tmp_path / "quotas.db", made[-1]), fast_timers(20):
                 assert await it.grows()
             it.says("x" * 1100)
             assert await it.grows()
@@ -420,7 +423,7 @@ async def test_while_the_ledger_is_unavailable_nothing_beyond_the_maximum_is_cha
     with writers() as made:
         async with _reserved(tmp_path, demand, store=SqliteStore(tmp_path / "quotas.db", busy_timeout_s=0)) as it:
             it.says("x" * 4100)
-            with read_only(tmp_path / "quotas.db", made[-1]):
+            with read_only(tmp_path / "quotas.db", made[-1]), fast_timers(20):
                 assert await it.grows()
                 assert it.reservation.covered > 4100
             await it.reservation.end("client_left")

@@ -182,9 +182,9 @@ async def test_a_response_at_an_upstream_that_was_removed_is_not_found(tmp_path:
     """The upstream that the model goes to now does not have it either."""
     async with stage(folder=tmp_path) as on:
         response_id = (await on.post("/v1/responses", ASK)).json()["id"]
-        url = on.files.config.policy.upstreams["simulated"].base_url
+        url = on.config.catalog.upstreams["simulated"].base_url
         text = text_of(STAFF.replace("upstream: simulated", "upstream: other"), database=on.database, upstream=url)
-        on.files.config = load_text(text.replace("  simulated:", "  other:"))
+        on.config = load_text(text.replace("  simulated:", "  other:"))
         await on.server.policies.reload()
         assert (await send(on, "GET", f"/v1/responses/{response_id}")).status == 404
         reply = await on.post("/v1/responses", {**ASK, "previous_response_id": response_id})
@@ -268,5 +268,5 @@ async def upstream_that_says(answer: bytes, is_closed: asyncio.Event | None = No
 
 async def move(on: Stage, url: str) -> None:
     """Reload a config in which the upstream has this `base_url`."""
-    on.files.config = load_text(text_of(STAFF, database=on.database, upstream=url))
+    on.config = load_text(text_of(STAFF, database=on.database, upstream=url))
     await on.server.policies.reload()

@@ -12,11 +12,11 @@ from proxy.formats.endpoints import CHAT, COMPLETIONS, EMBEDDINGS, RESPONSES, En
 from proxy.formats.request import forwarded_body
 from proxy.ledger.book import Settle
 from proxy.policy.amounts import AtLeast, Tokens
-from proxy.policy.policy import Model, Upstream
+from proxy.policy.catalog import Model, Upstream
 from tests.builders import binding, exactly, reserve
 from tests.builders import call as demand
 from tests.formats.test_request import parse
-from tests.ledger.test_rows import booked
+from tests.ledger.test_rows import book_after
 from tests.stage import loaded
 
 UPSTREAM = Upstream("up", "http://upstream.example/v1", None, "openai")
@@ -95,7 +95,7 @@ async def test_the_upper_bound_of_an_input_includes_hidden_input() -> None:
 
 async def test_the_previous_response_is_part_of_the_input() -> None:
     """Its reported usage, but at most the model's context. If the usage is an estimate, it is hidden input."""
-    book = booked(reserve("1", binding(), demand()), Settle("1", exactly(300, 200), "complete"))
+    book = book_after(reserve("1", binding(), demand()), Settle("1", exactly(300, 200), "complete"))
     exact = book.entries["1"]
     estimated = replace(exact, usage=AtLeast(Tokens(300, 200)))
     for model, previous, tokens, hidden_input in (

@@ -27,8 +27,9 @@ from proxy.calls.tokenizer import (
     table_folders,
     tokens_in,
 )
+from proxy.formats.body import RequestBody
 from proxy.formats.content import read_prompt
-from proxy.policy.policy import Model, Upstream
+from proxy.policy.catalog import Model, Upstream
 
 UPSTREAM = Upstream("up", "http://127.0.0.1/v1", None)
 # The names of the tables in tiktoken's cache: the SHA-1 of the URL from which it downloads them.
@@ -117,7 +118,7 @@ def test_the_example_of_openai_s_cookbook_has_129_tokens(tokenizers: Tokenizers)
     messages = [{"role": "system", "content": text, **({"name": name} if name else {})} for name, text in turns]
     last = "This late pivot means we don't have time to boil the ocean for the client deliverable."
     messages.append({"role": "user", "content": last})
-    prompt = read_prompt({"messages": messages}, model="gpt-4-0613", is_chat=True)
+    prompt = read_prompt(RequestBody({"messages": messages}), model="gpt-4-0613", is_chat=True)
     assert sum(tokenizers.count(text, "cl100k_base") for text in prompt.texts) + prompt.overhead == 129
 
 
@@ -453,7 +454,7 @@ from pathlib import Path
 import proxy.calls.tokenizer
 assert not {"tiktoken", "requests", "bpe_openai"} & sys.modules.keys(), "importing the module must not import these"
 
-from proxy.policy.policy import Model, Upstream
+from proxy.policy.catalog import Model, Upstream
 tokens = proxy.calls.tokenizer.Tokenizers([Path(folder) for folder in sys.argv[1:]])
 is_watched = False
 

@@ -1,1 +1,1 @@
-"""Programs that use the proxy as people do: each with one SDK, in a process and an environment of its own."""
+"""Client programs for the tests: each uses one SDK, as real users do, in a process and an environment of its own."""

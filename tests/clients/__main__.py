@@ -1,8 +1,8 @@
-"""Plays a client in Python: `python -m tests.clients openai chat stream …`; `sessions` says what it prints.
+"""Runs one Python client: `python -m tests.clients openai chat stream …`; `sessions` documents the output.
 
-Nothing else of ours is in this process. A client's module has a `Session`, made of the proxy's address, a key and
-perhaps `max_retries`, with a method for each step, which takes the name of the model and returns what came of it; and
-`describe`, which says what an exception shows to whoever catches it.
+This process contains no other code of ours. A client's module has a class `Session`, created with the proxy's
+address, a key and perhaps `max_retries`. It has one method for each step, which takes the name of the model and
+returns the result. The module also has `describe`, which returns the public attributes of an exception.
 """
 
 import json
@@ -11,11 +11,12 @@ import sys
 from importlib import import_module
 from typing import Any
 
-WRONG_KEY = "no-key-of-anyone-0123456789"
-HERE = ("127.0.0.1", "::1", "localhost", None)
-RETRIED = ("used_up",)  # as often as the SDK thinks right by itself: not at all, since our answer says so
-# What goes wrong is asked for in one of two ways.
-ASKED_AS = {
+UNKNOWN_KEY = "no-key-of-anyone-0123456789"
+LOOPBACK = ("127.0.0.1", "::1", "localhost", None)
+# Steps for which the SDK keeps its default number of retries. It must not retry, because our answer tells it so.
+WITH_RETRIES = ("used_up",)
+# The method for each step that must fail.
+METHODS = {
     "unknown_key": "chat",
     "unknown_model": "chat",
     "used_up": "chat",
@@ -26,31 +27,32 @@ ASKED_AS = {
 
 
 def main(name: str, steps: list[str]) -> None:
-    """Play them in this order, and print a line for each."""
-    sys.addaudithook(_stay_here)  # before its SDK is imported: some look things up even then
+    """Run the steps in this order, and print one line for each."""
+    sys.addaudithook(_refuse_other_hosts)  # before the SDK is imported: some send requests during the import
     client = import_module(f"tests.clients.{name}_client")
     for step in steps:
-        key = WRONG_KEY if step == "unknown_key" else os.environ["API_KEY"]
+        key = UNKNOWN_KEY if step == "unknown_key" else os.environ["API_KEY"]
+        retries = {} if step in WITH_RETRIES else {"max_retries": 0}
         try:
-            session = client.Session(os.environ["BASE_URL"], key, **({} if step in RETRIED else {"max_retries": 0}))
-            said = getattr(session, ASKED_AS.get(step, step))(step)
-        except Exception as error:  # noqa: BLE001 - whatever an SDK raises is what we want to know
-            said = {"error": {"class": type(error).__name__, "message": str(error), **client.describe(error)}}
-        sys.stdout.write(json.dumps({"step": step, **said}) + "\n")
+            session = client.Session(os.environ["BASE_URL"], key, **retries)
+            result = getattr(session, METHODS.get(step, step))(step)
+        except Exception as error:  # noqa: BLE001 - the test checks every exception that an SDK raises
+            result = {"error": {"class": type(error).__name__, "message": str(error), **client.describe(error)}}
+        sys.stdout.write(json.dumps({"step": step, **result}) + "\n")
 
 
-def _stay_here(event: str, details: tuple[Any, ...]) -> None:
-    """No SDK gets beyond this machine, whatever it would report or look up at home."""
+def _refuse_other_hosts(event: str, details: tuple[Any, ...]) -> None:
+    """End the process if an SDK connects to another machine, for example for telemetry or a list of prices."""
     if event == "socket.getaddrinfo":
         host = details[0]
     elif event == "socket.connect" and isinstance(details[1], tuple):
         host = details[1][0]
     else:
         return
-    if host not in HERE:
-        sys.stderr.write(f"It wants to talk to {host}.\n")
+    if host not in LOOPBACK:
+        sys.stderr.write(f"The SDK tried to connect to {host}.\n")
         sys.stderr.flush()
-        os._exit(3)  # an exception would be caught
+        os._exit(3)  # the SDK would catch an exception
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The official SDK of OpenAI in its form for Azure, which has other addresses and sends its key otherwise."""
+"""OpenAI's official SDK for Azure, which has other paths and sends the key in another header."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""LiteLLM, which speaks to everybody in OpenAI's words, and here to a server like OpenAI's."""
+"""LiteLLM, which has one OpenAI-like interface for many vendors; here it calls an OpenAI-compatible server."""
 
 import json
 from typing import Any
@@ -6,10 +6,10 @@ from typing import Any
 import litellm
 
 from tests.clients.openai_client import describe as describe
-from tests.clients.steps import MESSAGES, QUESTION, SOUND, TOOL, size_of, used
+from tests.clients.steps import AUDIO, MESSAGES, QUESTION, TOOL, size_of, usage_of
 
 TOOLS: Any = [{"type": "function", "function": TOOL}]
-# It would print advice among our lines.
+# Otherwise it prints advice to standard output, between our lines.
 litellm.suppress_debug_info = True
 
 
@@ -17,68 +17,68 @@ class Session:
     """Its calls, each as its documentation shows it."""
 
     def __init__(self, url: str, key: str, **retries: int) -> None:
-        self._where: Any = {"api_base": f"{url}/v1", "api_key": key, **retries}
+        self._settings: Any = {"api_base": f"{url}/v1", "api_key": key, **retries}
 
     def _complete(self, model: str, **more: Any) -> Any:
-        return litellm.completion(model=f"openai/{model}", messages=MESSAGES, **self._where, **more)
+        return litellm.completion(model=f"openai/{model}", messages=MESSAGES, **self._settings, **more)
 
     def _stream(self, model: str, **more: Any) -> Any:
         chunks = list(self._complete(model, stream=True, stream_options={"include_usage": True}, **more))
         return litellm.stream_chunk_builder(chunks, messages=MESSAGES)
 
     def chat(self, model: str) -> dict[str, Any]:
-        """Whole."""
-        return _said(self._complete(model))
+        """A chat, not streamed."""
+        return _text_result(self._complete(model))
 
     def stream(self, model: str) -> dict[str, Any]:
-        """Chunks, from which it builds the answer."""
-        return _said(self._stream(model))
+        """A streamed chat, assembled by LiteLLM."""
+        return _text_result(self._stream(model))
 
     def tools(self, model: str) -> dict[str, Any]:
-        """What it calls, whole."""
-        return _called(self._complete(model, tools=TOOLS))
+        """A tool call, not streamed."""
+        return _tool_result(self._complete(model, tools=TOOLS))
 
     def tools_stream(self, model: str) -> dict[str, Any]:
-        """The same, built from chunks."""
-        return _called(self._stream(model, tools=TOOLS))
+        """A streamed tool call, assembled by LiteLLM."""
+        return _tool_result(self._stream(model, tools=TOOLS))
 
     def responses(self, model: str) -> dict[str, Any]:
-        """By the newer way to ask."""
-        answer: Any = litellm.responses(model=f"openai/{model}", input=QUESTION, **self._where)
-        return {"text": answer.output_text, "usage": _used(answer.usage)}
+        """A response of the Responses API, not streamed."""
+        answer: Any = litellm.responses(model=f"openai/{model}", input=QUESTION, **self._settings)
+        return {"text": answer.output_text, "usage": _usage(answer.usage)}
 
     def embeddings(self, model: str) -> dict[str, Any]:
         """A vector."""
-        answer = litellm.embedding(model=f"openai/{model}", input=["a river"], **self._where)
-        return {"dimensions": len(answer.data[0]["embedding"]), "usage": used(answer.usage.prompt_tokens)}
+        answer = litellm.embedding(model=f"openai/{model}", input=["a river"], **self._settings)
+        return {"dimensions": len(answer.data[0]["embedding"]), "usage": usage_of(answer.usage.prompt_tokens)}
 
     def images(self, model: str) -> dict[str, Any]:
-        """One picture."""
-        answer = litellm.image_generation(model=f"openai/{model}", prompt="a river", **self._where)
-        return {"bytes": size_of(answer.data[0].b64_json), "usage": _used(answer.usage)}
+        """One image."""
+        answer = litellm.image_generation(model=f"openai/{model}", prompt="a river", **self._settings)
+        return {"bytes": size_of(answer.data[0].b64_json), "usage": _usage(answer.usage)}
 
     def speech(self, model: str) -> dict[str, Any]:
-        """Bytes."""
-        answer = litellm.speech(model=f"openai/{model}", voice="alloy", input="a river", **self._where)
+        """Speech, as bytes."""
+        answer = litellm.speech(model=f"openai/{model}", voice="alloy", input="a river", **self._settings)
         return {"bytes": len(answer.content)}
 
     def transcription(self, model: str) -> dict[str, Any]:
-        """A form with a file."""
-        answer = litellm.transcription(model=f"openai/{model}", file=SOUND, **self._where)
-        return {"text": answer.text, "usage": _used(answer.usage)}
+        """A transcription: a multipart request with a file."""
+        answer = litellm.transcription(model=f"openai/{model}", file=AUDIO, **self._settings)
+        return {"text": answer.text, "usage": _usage(answer.usage)}
 
 
-def _said(answer: Any) -> dict[str, Any]:
-    return {"text": answer.choices[0].message.content, "usage": _used(answer.usage)}
+def _text_result(answer: Any) -> dict[str, Any]:
+    return {"text": answer.choices[0].message.content, "usage": _usage(answer.usage)}
 
 
-def _called(answer: Any) -> dict[str, Any]:
-    [called] = answer.choices[0].message.tool_calls
-    arguments = json.loads(called.function.arguments)
-    return {"name": called.function.name, "arguments": arguments, "usage": _used(answer.usage)}
+def _tool_result(answer: Any) -> dict[str, Any]:
+    [call] = answer.choices[0].message.tool_calls
+    arguments = json.loads(call.function.arguments)
+    return {"name": call.function.name, "arguments": arguments, "usage": _usage(answer.usage)}
 
 
-def _used(usage: Any) -> dict[str, int]:
+def _usage(usage: Any) -> dict[str, int]:
     if hasattr(usage, "prompt_tokens"):
-        return used(usage.prompt_tokens, usage.completion_tokens)
-    return used(usage.input_tokens, usage.output_tokens)
+        return usage_of(usage.prompt_tokens, usage.completion_tokens)
+    return usage_of(usage.input_tokens, usage.output_tokens)

@@ -1,4 +1,4 @@
-"""What the clients in Python ask, and in what form they print it."""
+"""What the Python clients send, and the form of their results."""
 
 import base64
 from typing import Any
@@ -10,14 +10,14 @@ TOOL: Any = {
     "description": "Look a term up.",
     "parameters": {"type": "object", "properties": {"term": {"type": "string"}}, "required": ["term"]},
 }
-SOUND = ("speech.mp3", b"ID3\x04" + bytes(4000), "audio/mpeg")
+AUDIO = ("speech.mp3", b"ID3\x04" + bytes(4000), "audio/mpeg")
 
 
-def used(taken: int, given: int = 0) -> dict[str, int]:
-    """What an SDK says that a call has used."""
-    return {"input": taken, "output": given}
+def usage_of(input_tokens: int, output_tokens: int = 0) -> dict[str, int]:
+    """The usage that an SDK reports for a call, in the form in which it is printed."""
+    return {"input": input_tokens, "output": output_tokens}
 
 
-def size_of(picture: str) -> int:
-    """The bytes of a picture in base64."""
-    return len(base64.b64decode(picture, validate=True))
+def size_of(image: str) -> int:
+    """The number of bytes of an image in base64."""
+    return len(base64.b64decode(image, validate=True))

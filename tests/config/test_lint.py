@@ -16,7 +16,7 @@ def warned(below: str, **environ: str) -> list[str]:
 
 
 def printed(below: str) -> tuple[str, ...]:
-    return sentences(load_text(UPSTREAM + below).policy)
+    return sentences(load_text(UPSTREAM + below))
 
 
 def group(quotas: str, *, name: str = "staff", more: str = "", users: str = "alice: {groups: [staff]}") -> str:

@@ -9,8 +9,20 @@ from hypothesis import strategies as st
 
 from proxy.config import schema
 from proxy.config.document import BYTES_MAX
-from proxy.config.loader import Address, BadConfig, Config, ConnectionLimits, Settings, load, load_text, read_capped
-from proxy.policy.policy import Allow, Group, Keep, Model, Secret, Upstream, User, digest
+from proxy.config.loader import (
+    Address,
+    BadConfig,
+    Config,
+    ConnectionLimits,
+    FileUser,
+    Settings,
+    load,
+    load_text,
+    read_capped,
+)
+from proxy.config.values import digest
+from proxy.policy.catalog import Allow, Model, Secret, Upstream
+from proxy.policy.policy import Group, Keep
 from proxy.policy.quota import Globs, Limit
 from proxy.policy.windows import Calendar, Duration
 
@@ -86,22 +98,23 @@ def test_a_change_that_needs_a_restart_is_found_by_its_section():
     assert [section for section in now if now[section] != then[section]] == ["server"]
 
 
-def test_the_policy_has_every_section():
+def test_the_config_has_every_section():
     """All values are interpolated."""
-    policy = whole().policy
+    config = whole()
+    policy, catalog = config.policy, config.catalog
     box = Upstream("box", "http://box/v1", None, "vllm", "stop")
     allowed = Allow(tools=frozenset(["mcp", "web_search"]), store=True)
     openai = Upstream("openai", "https://api.openai.com/v1", Secret("sk-upstream"), "openai", "drain", allow=allowed)
-    assert policy.upstreams == {"box": box, "openai": openai}
-    assert policy.default_upstream == openai
-    assert policy.models == {
+    assert catalog.upstreams == {"box": box, "openai": openai}
+    assert catalog.default_upstream == openai
+    assert catalog.models == {
         "gpt-4o": Model("gpt-4o", openai, "gpt-4o", 16_384, 128_000, "o200k_base"),
         "big": Model("big", box, "meta/llama", reasoning=True, smallest_answer=2000),
         "quick": Model("quick", openai, "quick", reasoning=False, allow=Allow(service_tiers=frozenset(["flex"]))),
         "*": Model("*", box, "*"),
     }
-    assert policy.key_digests == {digest(KEY): "alice"}
-    assert policy.admin_digests == {digest("an-admins-key-of-some-length"): "ops"}
+    assert {key: user.name for user in config.users for key in user.key_digests} == {digest(KEY): "alice"}
+    assert config.admin_keys == {digest("an-admins-key-of-some-length"): "ops"}
     assert (policy.wait_s, policy.ledger_wait_s) == (30, 5)
     assert policy.keep == Keep(calls_ms=30 * 86_400_000, days_ms=None)
     assert load_text(SMALL).policy.keep == Keep()
@@ -127,23 +140,33 @@ def test_groups_and_quotas_are_in_the_order_of_the_file():
 
 def test_a_users_groups_are_in_the_order_of_the_groups_section():
     """The order in which the user lists them does not matter."""
-    assert whole().policy.users == {"alice": User("alice", ("first", "second")), "1001": User("1001")}
+    assert whole().users == (FileUser("alice", ("first", "second"), (digest(KEY),)), FileUser("1001"))
+
+
+def test_the_text_of_a_config_has_no_digests_of_keys():
+    """A config that is dumped into a log does not help to search for a key."""
+    config = whole()
+    shown = f"{config.users} {config.policy} {config!r}"
+    assert "alice" in shown
+    for key in (KEY, "an-admins-key-of-some-length"):
+        assert key not in shown
+        assert digest(key) not in shown
 
 
 def test_the_only_upstream_is_the_default():
     """default_upstream need not be written."""
-    policy = load_text(SMALL).policy
-    assert policy.models is None
-    assert policy.default_upstream == policy.upstreams["box"]
+    catalog = load_text(SMALL).catalog
+    assert catalog.models is None
+    assert catalog.default_upstream == catalog.upstreams["box"]
 
 
 def test_no_default_upstream_is_needed_if_every_model_names_one():
-    """Then the policy has none."""
-    policy = load_text(
+    """Then the catalog has none."""
+    catalog = load_text(
         "upstreams: {a: {base_url: http://a}, b: {base_url: http://b}}\nmodels: {m: {upstream: b}}\n"
-    ).policy
-    assert policy.default_upstream is None
-    assert policy.models is not None and policy.models["m"].upstream.name == "b"
+    ).catalog
+    assert catalog.default_upstream is None
+    assert catalog.models is not None and catalog.models["m"].upstream.name == "b"
 
 
 TWO = "upstreams: {a: {base_url: http://a}, b: {base_url: http://b, kind: vllm}}\n"
@@ -152,13 +175,14 @@ ONLY_A_ROUTE = '"*" only says which upstream other names go to; remove this, or 
 
 def test_a_model_may_have_several_upstreams():
     """Each target has its own upstream, name and weight; the model's other properties hold for all of them."""
-    policy = load_text(
+    config = load_text(
         f"{TWO}retry_for: 5s\nmodels:\n"
         "  m: {max_output_tokens: 100, upstreams: [{upstream: a, weight: 3}, {upstream: b, model: m-1}]}\n"
         '  "*": {upstreams: [{upstream: b, weight: 0}, {upstream: a}]}\n'
-    ).policy
-    a, b = policy.upstreams["a"], policy.upstreams["b"]
-    model, other = policy.model("m"), policy.model("x")
+    )
+    catalog = config.catalog
+    a, b = catalog.upstreams["a"], catalog.upstreams["b"]
+    model, other = catalog.model("m"), catalog.model("x")
     assert model is not None and other is not None
     served = [(target.upstream, target.upstream_model, target.weight) for target in model.targets]
     assert served == [(a, "m", 3), (b, "m-1", 1)]
@@ -167,7 +191,7 @@ def test_a_model_may_have_several_upstreams():
         (b, "x", 0),
         (a, "x", 1),
     ]
-    assert (policy.retry_for_ms, load_text(SMALL).policy.retry_for_ms) == (5000, 30_000)
+    assert (config.policy.retry_for_ms, load_text(SMALL).policy.retry_for_ms) == (5000, 30_000)
 
 
 def test_a_mistake_in_a_models_upstreams_has_its_path():
@@ -361,7 +385,7 @@ def test_a_file_is_loaded_from_disk(tmp_path):
     (tmp_path / "key").write_text(f"{KEY}\n", encoding="utf-8")
     path = tmp_path / "quotas.yaml"
     path.write_text(f'{SMALL}users: {{alice: {{keys: ["${{file:{tmp_path}/key}}"]}}}}\n', encoding="utf-8")
-    assert load(str(path), {}).policy.key_digests == {digest(KEY): "alice"}
+    assert load(str(path), {}).users == (FileUser("alice", (), (digest(KEY),)),)
 
 
 def test_a_missing_file_is_a_mistake(tmp_path):
@@ -391,7 +415,7 @@ def example_environ() -> dict[str, str]:
 def test_the_example_is_valid():
     """Operators copy it. It needs only the environment variables that it names."""
     config = load(str(EXAMPLE), example_environ())
-    assert list(config.policy.users) == ["alice", "bob", "carol", "dave"]
+    assert [user.name for user in config.users] == ["alice", "bob", "carol", "dave"]
 
 
 def test_the_example_shows_every_key():
@@ -452,7 +476,7 @@ def test_any_mapping_is_valid_or_raises_bad_config(sections, above):
         assert bad.mistakes
         assert all(1 <= mistake.line <= text.count("\n") + 1 for mistake in bad.mistakes)
     else:
-        assert config.policy.upstreams
+        assert config.catalog.upstreams
 
 
 @given(st.text())

@@ -1,14 +1,18 @@
 """Reloads: a valid file replaces the policy, an invalid one changes nothing, and running calls keep their policy."""
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
+import pytest
 from structlog.testing import capture_logs
 
 from proxy.config.document import Diagnostic
 from proxy.config.loader import BadConfig, Config
 from proxy.config.reload import Fingerprint, Policies
+from proxy.identity.directory import FileDirectory, User
 from proxy.metrics import Metrics
+from proxy.policy.policy import Policy
 from tests.builders import NOON
 from tests.stage import STAFF, config_of, stage
 
@@ -29,9 +33,14 @@ class Disk:
         return self.config
 
 
-def _policies(disk: Disk, metrics: Metrics) -> Policies:
+def _policies(disk: Disk, metrics: Metrics) -> Policies[Policy]:
     return Policies(
-        disk.load(), load=disk.load, fingerprint=lambda: disk.fingerprint, metrics=metrics, now=lambda: NOON
+        disk.load(),
+        load=disk.load,
+        build=lambda config: config.policy,
+        fingerprint=lambda: disk.fingerprint,
+        metrics=metrics,
+        now=lambda: NOON,
     )
 
 
@@ -94,9 +103,32 @@ async def test_a_running_call_keeps_its_policy(tmp_path: Path) -> None:
         call = on.begin("/v1/chat/completions", body)
         await on.simulator.until(lambda: on.simulator.chunks_sent > 2)
         without = "\n".join(line for line in STAFF.splitlines() if "fast:" not in line)
-        on.files.config = config_of(without, folder=tmp_path, upstream=UP)
+        on.config = config_of(without, folder=tmp_path, upstream=UP)
         assert await on.server.policies.reload()
         assert (await call).body.endswith(b"data: [DONE]\n\n")
         assert (await on.post("/v1/chat/completions", body)).status == 404
-        await on.at_rest()
+        await on.all_settled()
         assert (await on.used())[0] >= 30
+
+
+async def test_a_reload_during_authentication_changes_nothing_for_that_request(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The user and the policy are of the same file. The new policy does not have the old user's group."""
+    is_looked_up, go_on, look_up = asyncio.Event(), asyncio.Event(), FileDirectory.user
+
+    async def slowly(self: FileDirectory, name: str) -> User | None:
+        is_looked_up.set()
+        await go_on.wait()
+        return await look_up(self, name)
+
+    monkeypatch.setattr(FileDirectory, "user", slowly)
+    async with stage(folder=tmp_path) as on, asyncio.TaskGroup() as tasks:
+        old = tasks.create_task(on.get("/v1/quota"))
+        await is_looked_up.wait()
+        moved = STAFF.replace("staff: {", "lab: {").replace("[staff]", "[lab]")
+        on.config = config_of(moved, folder=tmp_path, upstream=UP)
+        assert await on.server.policies.reload()
+        go_on.set()
+        assert [each["id"] for each in (await old).json()["data"]] == ["staff/daily"]
+        assert [each["id"] for each in (await on.get("/v1/quota")).json()["data"]] == ["lab/daily"]

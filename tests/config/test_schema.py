@@ -28,7 +28,7 @@ from proxy.config.schema import (
     json_schema,
     section_at,
 )
-from proxy.policy.policy import Secret
+from proxy.policy.catalog import Secret
 from proxy.policy.quota import Limit
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.config import values
-from proxy.policy.policy import Secret
+from proxy.policy.catalog import Secret
 from proxy.policy.quota import Globs
 
 A_KEY = "a-key-of-24-characters-x"
@@ -272,3 +272,10 @@ def test_any_text_is_valid_or_raises_a_value_error_with_a_text(take: Callable[[o
 def test_every_valid_pattern_compiles(written):
     """A valid pattern never fails, or warns, when the policy is built."""
     assert Globs([values.glob(written)]).match("a") in (True, False)
+
+
+@pytest.mark.parametrize("key", ["sk-abc", "", "schlüssel", "\udcff"])
+def test_a_digest_is_sha_256_in_hex(key):
+    """The same as `printf %s KEY | sha256sum`. Bytes that are not text have a digest too, which no key has."""
+    assert values.digest(key) == hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()
+    assert len(values.digest(key)) == 64

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.formats.content import Prompt, content_parts, read_prompt, with_files, with_previous
+from proxy.formats.body import RequestBody
+from proxy.formats.content import Prompt, read_prompt, with_files, with_previous
 from proxy.formats.strict_json import dump
 from tests.formats.test_images import EMPTY_CHAT, data_url, jpeg, of_part, png, read, webp_lossy
 
@@ -153,7 +154,7 @@ def test_fields_that_the_model_does_not_read_are_not_counted():
         "logit_bias": {"5": 1},
         "max_tokens": 5,
     }
-    assert read_prompt(document, model="m", is_chat=False) == Prompt()
+    assert read_prompt(RequestBody(document), model="m", is_chat=False) == Prompt()
 
 
 # ---------------------------------------------------------------------------------------------------- audio and files
@@ -258,17 +259,6 @@ def test_a_prompt_without_hidden_input_is_not_open(document: dict):
 # --------------------------------------------------------------------------------------------------------- invariants
 
 
-@pytest.mark.parametrize("field", ["messages", "input"])
-def test_the_parts_of_a_request_are_its_messages_and_their_parts(field: str):
-    """Parts of contents and of tool outputs, in a list or alone; a text is not a part."""
-    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
-    alone = {"type": "f"}
-    turns = [{"content": parts[:1]}, {"output": [*parts[1:], "c"]}, {"content": "d"}, "e", {"output": alone}]
-    assert content_parts({field: turns}) == [*[turn for turn in turns if turn != "e"], *parts, alone]
-    assert content_parts({field: alone}) == [alone]
-    assert content_parts({field: "x"}) == []
-
-
 def test_no_depth_overflows_the_stack():
     """The caller need not have limited the depth."""
     value: object = "deep"
@@ -315,7 +305,7 @@ values = st.recursive(
 )
 def test_any_request_is_read_and_its_byte_bound_is_never_below_its_tokens(document: dict, model: str, is_chat: bool):
     """A token is at least one byte, so the bytes of the texts and the overhead never exceed the bound."""
-    prompt = read_prompt(document, model=model, is_chat=is_chat)
+    prompt = read_prompt(RequestBody(document), model=model, is_chat=is_chat)
     most = sum(len(text.encode("utf-8", "surrogatepass")) for text in prompt.texts) + prompt.overhead
     body_bytes = len(dump({"model": model, **document}))
     assert most <= prompt.bound(body_bytes)
@@ -424,10 +414,19 @@ def test_tools_of_anthropic_add_a_system_prompt():
     assert read(tools=[{"type": "function", "function": {}}, "x"]).media_tokens == 0
 
 
-def test_parts_within_parts_are_found():
-    """In the output of a tool, and in a document that is made of parts."""
-    text = {"type": "text", "text": "a"}
-    document = {"type": "document", "source": {"type": "content", "content": [text, "x"]}}
-    result = {"type": "tool_result", "content": [document, "x"]}
-    turn = {"role": "user", "content": [result]}
-    assert content_parts({"messages": [turn]}) == [turn, result, document, text]
+plain = st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant", ""]), "content": st.text(max_size=4)})
+
+
+@given(turns=st.lists(plain | st.text(max_size=3) | values, max_size=6), field=st.sampled_from(["messages", "input"]))
+def test_a_plain_turn_is_read_like_any_other(turns: list, field: str):
+    """Turns of a role and a text are read without a closer look. With a `status`, which is not read, they get one."""
+
+    def unusual(turn: object) -> object:
+        texts = turn.values() if isinstance(turn, dict) and turn.keys() == {"role", "content"} else [None]
+        is_plain = all(isinstance(text, str) for text in texts)
+        return {"role": turn["role"], "content": turn["content"], "status": "done"} if is_plain else turn
+
+    given_turns, closer = RequestBody({field: turns}), RequestBody({field: [unusual(turn) for turn in turns]})
+    assert closer.turns[field].plain == 0
+    expected = read_prompt(closer, model="gpt-4o", is_chat=True)
+    assert read_prompt(given_turns, model="gpt-4o", is_chat=True) == expected

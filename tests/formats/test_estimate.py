@@ -28,20 +28,20 @@ from proxy.formats.endpoints import (
 from proxy.formats.estimate import SMALLEST_ANSWER, counted, estimate_demand, largest_demand, streams_all_output
 from proxy.formats.request import Request, forwarded_body
 from proxy.policy.amounts import TOKENS_MAX
-from proxy.policy.policy import Kind, Model, Upstream
+from proxy.policy.catalog import Model, Upstream
 from proxy.policy.quota import Demand
 from tests.formats.test_request import GENERATING, HUGE, KINDS, MAXIMA, READS, ids, parse, targets
 
 
-def model(kind: Kind = "vllm", name: str = "real-m", **known: Any) -> Model:
+def model(kind: str = "vllm", name: str = "real-m", **known: Any) -> Model:
     """A model behind an upstream of this kind, which calls it `name`."""
     return Model("m", Upstream("up", "http://upstream.example/v1", None, kind), name, **known)
 
 
-def demand(request: Request, kind: Kind = "vllm", **known: Any) -> Demand:
+def demand(request: Request, kind: str = "vllm", **known: Any) -> Demand:
     """The demand of a request, estimated from the body that would be forwarded."""
     of = model(kind, **known)
-    prompt = read_prompt(request.document, model=of.upstream_model, is_chat=request.endpoint in (CHAT, RESPONSES))
+    prompt = read_prompt(request.body, model=of.upstream_model, is_chat=request.endpoint in (CHAT, RESPONSES))
     return estimate_demand(request, of, prompt, body_bytes=len(forwarded_body(request, of)))
 
 
@@ -55,7 +55,7 @@ def says(text: str) -> list[dict[str, str]]:
 
 @targets
 @pytest.mark.parametrize("name", MAXIMA)
-def test_a_maximum_counts_only_where_it_is_read(kind: Kind, endpoint: Endpoint, name: str) -> None:
+def test_a_maximum_counts_only_where_it_is_read(kind: str, endpoint: Endpoint, name: str) -> None:
     """A field that the upstream ignores bounds nothing (wire §1.4)."""
     request = parse(endpoint, **{name: 77})
     expected = 77 if name in READS[kind, endpoint.name] else demand(parse(endpoint), kind).output_maximum
@@ -68,7 +68,7 @@ def answers(endpoint: Endpoint) -> int:
 
 
 @targets
-def test_of_several_maxima_the_largest_counts(kind: Kind, endpoint: Endpoint) -> None:
+def test_of_several_maxima_the_largest_counts(kind: str, endpoint: Endpoint) -> None:
     """Which one wins differs by the upstream's version, so the largest is the safe one (T32)."""
     for larger in READS[kind, endpoint.name]:
         stated = dict.fromkeys(READS[kind, endpoint.name], 5) | {larger: 9000}
@@ -77,7 +77,7 @@ def test_of_several_maxima_the_largest_counts(kind: Kind, endpoint: Endpoint) ->
 
 
 @targets
-def test_null_is_no_maximum(kind: Kind, endpoint: Endpoint) -> None:
+def test_null_is_no_maximum(kind: str, endpoint: Endpoint) -> None:
     """SDKs send null for options that their user did not set."""
     reads = READS[kind, endpoint.name]
     assert demand(parse(endpoint, **dict.fromkeys(reads)), kind).output_maximum == 4096
@@ -93,7 +93,7 @@ def test_null_is_no_maximum(kind: Kind, endpoint: Endpoint) -> None:
         ("ollama", {"max_tokens": 0}),
     ],
 )
-def test_a_number_that_means_no_maximum_bounds_nothing(kind: Kind, endless: dict) -> None:
+def test_a_number_that_means_no_maximum_bounds_nothing(kind: str, endless: dict) -> None:
     """In llama.cpp n_predict overrides all others, and -1 means no maximum; at Ollama 0 does too."""
     found = demand(parse(**endless), kind)
     assert (found.output_maximum, found.is_unbounded) == (4096, True)
@@ -109,7 +109,7 @@ def test_a_maximum_of_0_is_a_maximum() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_without_a_stated_maximum_the_model_s_or_the_upstream_s_counts(kind: Kind) -> None:
+def test_without_a_stated_maximum_the_model_s_or_the_upstream_s_counts(kind: str) -> None:
     """First the configured maximum, then the upstream's default (16 on OpenAI's /completions), then 4096."""
     short = 4096 if kind in ("ollama", "llamacpp") else 16
     assert demand(parse(CHAT), kind).output_maximum == demand(parse(RESPONSES), kind).output_maximum == 4096
@@ -269,7 +269,7 @@ def test_only_a_stream_starts_with_the_smallest_answer(endpoint: Endpoint, strea
         ("simulator", "o4-mini", False),
     ],
 )
-def test_openai_s_models_hide_reasoning_unless_they_are_known_not_to(kind: Kind, name: str, hides: bool) -> None:
+def test_openai_s_models_hide_reasoning_unless_they_are_known_not_to(kind: str, name: str, hides: bool) -> None:
     """Unknown models are assumed to hide it; open models stream it. `reasoning` in the YAML goes first."""
     request = parse(stream=True)
     assert streams_all_output(request, model(kind, name)) != hides
@@ -508,7 +508,7 @@ def test_a_count_never_raises_the_bound(
 
 @given(
     endpoint=st.sampled_from(METERED),
-    kind=st.sampled_from(KINDS),
+    kind=st.sampled_from(list(KINDS)),
     fields=st.fixed_dictionaries(
         {},
         optional={
@@ -530,7 +530,7 @@ def test_a_count_never_raises_the_bound(
     ),
 )
 def test_smallest_answer_initial_hold_and_output_maximum_are_in_this_order(
-    endpoint: Endpoint, kind: Kind, fields: dict, known: dict
+    endpoint: Endpoint, kind: str, fields: dict, known: dict
 ) -> None:
     """And the output maximum is 0 for endpoints that generate nothing."""
     accepted = {name: value for name, value in fields.items() if name != "n" or not endpoint.is_of_responses}

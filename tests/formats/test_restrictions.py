@@ -1,5 +1,7 @@
 """Requests that cost or reach more than quotas see are refused unless the policy allows them; messages say how."""
 
+import json
+
 import pytest
 
 from proxy.errors import InvalidRequest
@@ -8,14 +10,21 @@ from proxy.formats.endpoints import (
     COMPACT,
     COMPLETIONS,
     COUNT_TOKENS,
+    EMBEDDINGS,
+    IMAGE_EDITS,
     INPUT_TOKENS,
     MESSAGES,
+    METERED,
     RESPONSES,
+    SPEECH,
+    TRANSCRIPTIONS,
     Endpoint,
 )
-from proxy.formats.restrictions import check_allowance
-from proxy.policy.policy import Allow
-from tests.formats.test_request import parse
+from proxy.formats.request import parse_form_request, parse_request
+from proxy.formats.restrictions import check_allowance, refused_fields
+from proxy.formats.strict_json import DEPTH_MAX
+from proxy.policy.catalog import Allow
+from tests.formats.test_request import GENERATING, HUGE, form, parse
 
 NOTHING = Allow()
 OF_RESPONSES = [RESPONSES, COMPACT, INPUT_TOKENS]
@@ -28,16 +37,422 @@ def ids(value: object) -> str | None:
 
 def check(endpoint: Endpoint, allow: Allow = NOTHING, **fields: object) -> None:
     """Check a request with these fields."""
-    check_allowance(parse(endpoint, **fields), allow)
+    check_allowance(endpoint, parse(endpoint, **fields).body, allow)
 
 
-def refused(endpoint: Endpoint, allow: Allow = NOTHING, **fields: object) -> InvalidRequest:
+def not_allowed(endpoint: Endpoint, allow: Allow = NOTHING, **fields: object) -> InvalidRequest:
     """The error with which a request with these fields is refused."""
     with pytest.raises(InvalidRequest) as caught:
         check(endpoint, allow, **fields)
     assert (caught.value.status, caught.value.code) == (400, "unsupported_parameter")
     assert len(caught.value.message) < 300
     return caught.value
+
+
+def refused(endpoint: Endpoint = CHAT, **fields: object) -> InvalidRequest:
+    """The error with which these fields are refused."""
+    with pytest.raises(InvalidRequest) as caught:
+        parse(endpoint, **fields)
+    assert caught.value.status == 400
+    assert len(caught.value.message) < 300
+    return caught.value
+
+
+# --------------------------------------------------------------------------------- the model, and fields of one type
+
+
+@pytest.mark.parametrize("endpoint", [each for each in METERED if each.default_model is None], ids=ids)
+def test_a_model_must_be_named(endpoint: Endpoint) -> None:
+    """Without a model no quota can be found (T33)."""
+    for missing in ({}, {"model": None}):
+        with pytest.raises(InvalidRequest) as caught:
+            parse_request(endpoint, json.dumps(missing).encode())
+        assert (caught.value.param, caught.value.code) == ("model", "missing_required_parameter")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        "../m",
+        "m/..",
+        "gpt-4o/../o3",
+        "a/./b",
+        "m\\..\\x",
+        1,
+        True,
+        ["m"],
+        {"a": "m"},
+        "m" * 257,
+        "m" * 200_000,
+        "a\nb",
+        "a\rb",
+        "\x1b[31m",
+        "a\u2028b",
+        "\ud800",
+    ],
+)
+def test_a_model_must_be_a_short_printable_name(name: object) -> None:
+    """It appears in messages, logs and metrics: no control characters, no megabytes, no other types (T15, T33)."""
+    assert refused(model=name).param == "model"
+
+
+@pytest.mark.parametrize("name", ["m", "m" * 256, "M", "мodel", "..m", "m..", "org/.m", "org/m:tag@1", "模型"])
+def test_a_model_s_name_is_not_changed(name: str) -> None:
+    """It is neither trimmed nor casefolded: permission, quotas and metrics all use exactly these characters."""
+    assert parse(model=name).model == name
+
+
+def test_a_model_s_name_must_not_have_blanks_around_it() -> None:
+    """No quota would match it, but some upstreams would accept it."""
+    with pytest.raises(InvalidRequest, match="blanks"):
+        parse_request(CHAT, b'{"model": " gpt-4o"}')
+
+
+@pytest.mark.parametrize("name", [".", "..", "mine/../yours", " x", "x\n", ""])
+def test_a_deployment_must_be_a_valid_model_name(name: str) -> None:
+    """The same rules hold in the path and in the body; a name must not lead to another path."""
+    with pytest.raises(InvalidRequest):
+        parse_request(CHAT, b"{}", deployment=name)
+    assert refused(model=name).param == "model"
+
+
+@pytest.mark.parametrize("value", ["true", "false", 1, 0, [], {}, 1.0])
+@pytest.mark.parametrize("endpoint", METERED, ids=ids)
+def test_stream_must_be_true_or_false(endpoint: Endpoint, value: object) -> None:
+    """Some servers read the text "true" as true, and others refuse it (T35)."""
+    error = refused(endpoint, stream=value)
+    assert (error.param, error.code) == ("stream", "invalid_type")
+
+
+@pytest.mark.parametrize("other", ["MODEL", "Stream", "Max_Tokens", "N", "Best_Of", "N_Predict", "Prompt", "Input"])
+def test_a_single_key_in_another_case_is_refused(other: str) -> None:
+    """A server in Go reads `Max_Tokens` as the maximum, which the proxy would not know (T27)."""
+    error = refused(**{other: 1})
+    assert error.code == "invalid_json"
+    assert f'"{other.lower()}" and "{other}"' in error.message
+
+
+@pytest.mark.parametrize("endpoint", METERED, ids=ids)
+def test_refused_fields_are_refused_in_any_case(endpoint: Endpoint) -> None:
+    """`API_BASE` must not bypass the list of refused fields."""
+    for name in refused_fields(endpoint):
+        assert name in refused(endpoint, **{name.upper(): "x"}).message
+
+
+# ------------------------------------------------------------------------------------------------------------- depth
+
+
+def nested(levels: int, inner: bytes = b"1") -> bytes:
+    """An object with nested arrays, `levels` deep in total."""
+    return b'{"model":"m","a":' + b"[" * (levels - 1) + inner + b"]" * (levels - 1) + b"}"
+
+
+def too_deep(body: bytes) -> str:
+    """The message with which this body is refused."""
+    with pytest.raises(InvalidRequest) as caught:
+        parse_request(CHAT, body)
+    assert (caught.value.status, caught.value.code) == (400, "invalid_json")
+    return caught.value.message
+
+
+def test_64_levels_are_read_and_65_are_refused() -> None:
+    """Objects and arrays both count as a level."""
+    assert parse_request(CHAT, nested(DEPTH_MAX)).document == json.loads(nested(DEPTH_MAX))
+    assert f"more than {DEPTH_MAX} levels" in too_deep(nested(DEPTH_MAX + 1))
+    assert f"more than {DEPTH_MAX} levels" in too_deep(nested(DEPTH_MAX, b"{}"))
+
+
+@pytest.mark.parametrize("field", [b"messages", b"input"])
+@pytest.mark.parametrize("turn", [b'{"role":"user","content":%b}', b'{"type":"text","x":%b,"y":1}', b"[[],%b]"])
+def test_turns_are_levels_too(field: bytes, turn: bytes) -> None:
+    """The body is the first, the list of turns the second, a turn the third. Plain turns beside it change nothing."""
+    for plain in (b'{"role":"user","content":"Hi"}', b'"Hi"'):
+        for spaces in (b"", b" "):
+            body = b'{"model":"m",%b"%b":[%b,%b,%b]}' % (spaces, field, plain, turn, plain)
+            fits = body % (b"[" * (DEPTH_MAX - 3) + b"]" * (DEPTH_MAX - 3))
+            assert parse_request(MESSAGES, fits).document == json.loads(fits)
+            assert "levels deep" in too_deep(body % (b"[" * (DEPTH_MAX - 2) + b"]" * (DEPTH_MAX - 2)))
+
+
+@pytest.mark.parametrize(("opening", "closing"), [(b"[", b"]"), (b'{"a":', b"}"), (b'[{"a":', b"}]")])
+@pytest.mark.parametrize("levels", [500, 100_000])
+def test_no_depth_overflows_a_stack(opening: bytes, closing: bytes, levels: int) -> None:
+    """100,000 levels are a 400 too, closed or not. An uncaught RecursionError would be a 500 (T26)."""
+    assert "levels deep" in too_deep(b'{"a":' + opening * levels + b"1" + closing * levels + b"}")
+    assert "not valid JSON" in too_deep(b'{"a":' + opening * levels)
+
+
+# ------------------------------------------------------------------------------------ fields that are always refused
+
+
+@pytest.mark.parametrize("endpoint", METERED, ids=ids)
+@pytest.mark.parametrize(
+    "name",
+    "api_base api_key base_url custom_host extra_body extra_headers fallbacks context_window_fallbacks models preset "
+    "content_policy_fallbacks context_window_fallback_dict custom_llm_provider deployment_id model_list "
+    "user_config kv_transfer_params".split(),
+)
+def test_no_field_changes_where_a_call_goes(endpoint: Endpoint, name: str) -> None:
+    """The upstream may be another gateway that reads them (T24, CVE-2024-6587)."""
+    for value in ("http://evil.example", {"a": "b"}, "", [], True):
+        error = refused(endpoint, **{name: value})
+        assert (error.param, error.code) == (name, "unsupported_parameter")
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "name", "value"),
+    [
+        (RESPONSES, "background", True),
+        (RESPONSES, "background", "true"),
+        (RESPONSES, "conversation", "conv_1"),
+        (RESPONSES, "conversation", {"id": "conv_1"}),
+        (RESPONSES, "prompt", {"id": "pmpt_1"}),
+        (CHAT, "data_sources", [{"type": "azure_search"}]),
+        (CHAT, "plugins", [{"id": "web"}]),
+        (CHAT, "search_parameters", {"mode": "on"}),
+        *((endpoint, "plugins", [{"id": "web"}]) for endpoint in (RESPONSES, COMPLETIONS, MESSAGES, EMBEDDINGS)),
+        (CHAT, "enable_search", True),
+        (RESPONSES, "request_id", "resp_of_somebody_else"),
+        (COMPACT, "request_id", "resp_of_somebody_else"),
+    ],
+    ids=ids,
+)
+def test_fields_that_cost_more_than_the_request_shows_are_refused(
+    endpoint: Endpoint, name: str, value: object
+) -> None:
+    """Stored history, searches and background jobs cost tokens that no quota would count (T20)."""
+    error = refused(endpoint, **{name: value})
+    assert (error.param, error.code) == (name, "unsupported_parameter")
+
+
+def test_a_refused_field_may_be_null_or_false() -> None:
+    """SDKs send null and false for options that their user did not set."""
+    parse(RESPONSES, background=False, previous_response_id=None, conversation=None, prompt=None)
+    assert parse(RESPONSES, previous_response_id="").previous_response_id is None
+    parse(CHAT, previous_response_id="mine", conversation="mine", background=True)  # unknown fields on chat
+
+
+@pytest.mark.parametrize("endpoint", [MESSAGES, COUNT_TOKENS], ids=ids)
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"container": "container_1"}, "container"),
+        ({"mcp_servers": [{"type": "url", "url": "https://mcp.example"}]}, "mcp_servers"),
+        ({"inference_geo": "us"}, "inference_geo"),
+        ({"messages": [{"role": "user", "content": [{"type": "container_upload", "file_id": "file_1"}]}]}, "file_id"),
+    ],
+)
+def test_hidden_input_of_messages_is_refused(endpoint: Endpoint, fields: dict, param: str) -> None:
+    """Containers, MCP servers and stored files: input that the request does not show and nothing bounds (T20)."""
+    error = refused(endpoint, **fields)
+    assert (error.param, error.code) == (param, "unsupported_parameter")
+
+
+def test_a_custom_voice_is_refused() -> None:
+    """It is stored in the account that all users share, and belongs to one of them."""
+    assert refused(SPEECH, input="x", voice={"id": "voice_1"}).param == "voice"
+    assert parse(SPEECH, input="x", voice="alloy").document["voice"] == "alloy"
+
+
+# ----------------------------------------------------------------------------------------------------- stored things
+
+
+@pytest.mark.parametrize(
+    "item",
+    [
+        {"type": "item_reference", "id": "i"},
+        {"id": "i"},
+        {"id": "i", "type": None},
+        {"id": "i", "role": "user"},
+        {"type": "image_generation_call", "id": "ig_1"},
+        {"type": "image_generation_call", "id": "ig_1", "result": None},
+    ],
+)
+def test_references_to_stored_items_are_refused(item: object) -> None:
+    """Their content is input that the body does not show. Their type may be absent."""
+    error = refused(RESPONSES, input=[{"role": "user", "content": "hi"}, item])
+    assert (error.param, error.code) == ("input", "unsupported_parameter")
+
+
+def test_items_that_show_their_content_are_accepted() -> None:
+    """Messages, with and without a type, and items of an earlier answer that a client sends back."""
+    items = [
+        {"role": "user", "content": "hi"},
+        {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "hi"}]},
+        {"type": "function_call_output", "call_id": "c", "output": "42"},
+        {"type": "reasoning", "id": "rs_1", "summary": []},
+        {"type": "image_generation_call", "id": "ig_1", "status": "completed", "result": "iVBORw0KGgo="},
+        "no item",
+    ]
+    for given_input in (items, "hi", None, 7, {"type": "item_reference"}):
+        assert parse(RESPONSES, input=given_input).document["input"] == given_input
+
+
+@pytest.mark.parametrize("endpoint", [RESPONSES, COMPACT, INPUT_TOKENS], ids=ids)
+def test_previous_response_id_must_be_a_string(endpoint: Endpoint) -> None:
+    """It is looked up in the ledger, which knows the owner of the response."""
+    assert parse(endpoint, previous_response_id="resp_1").previous_response_id == "resp_1"
+    assert parse(CHAT, previous_response_id="resp_1").previous_response_id is None
+    for strange in (["resp_1"], {"id": "resp_1"}, 1, False):
+        assert refused(endpoint, previous_response_id=strange).param == "previous_response_id"
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"type": "input_file", "file_id": "file_1"},
+        {"type": "file", "file": {"file_id": "file_1"}},
+        {"type": "image_url", "image_url": {"file_id": "file_1"}},
+        {"type": "input_file", "file_id": None, "File_ID": "file_1"},
+    ],
+)
+@pytest.mark.parametrize(("endpoint", "field"), [(CHAT, "messages"), (RESPONSES, "input")])
+def test_stored_files_are_refused(part: dict, endpoint: Endpoint, field: str) -> None:
+    """Their tokens are not in the request, and they may be another user's."""
+    body = json.dumps({"model": "m", field: [{"role": "user", "content": [part]}]}).encode()
+    with pytest.raises(InvalidRequest, match="file_id"):
+        parse_request(endpoint, body)
+
+
+@pytest.mark.parametrize(
+    "item",
+    [
+        {"type": "computer_call_output", "output": {"type": "computer_screenshot", "file_id": "file_1"}},
+        {"type": "function_call_output", "output": [{"type": "input_image", "file_id": "file_1"}]},
+        {"type": "input_image", "file_id": "file_1"},
+        {"role": "user", "content": {"type": "input_file", "file_id": "file_1"}},
+    ],
+)
+def test_stored_files_are_found_outside_of_lists(item: dict) -> None:
+    """A screenshot, and parts that some servers accept without a message or a list around them."""
+    assert refused(RESPONSES, input=[item]).param == "file_id"
+    assert refused(RESPONSES, input=item).param == "file_id"
+
+
+@pytest.mark.parametrize("kind", ["image", "document"])
+def test_stored_files_in_messages_are_found_at_any_depth(kind: str) -> None:
+    """In a block, in a tool result, and in a document that is made of blocks."""
+    stored = {"type": kind, "source": {"type": "file", "file_id": "file_1"}}
+    result = {"type": "tool_result", "tool_use_id": "t", "content": [stored]}
+    document = {"type": "document", "source": {"type": "content", "content": [stored]}}
+    for block in (stored, result, document):
+        assert refused(MESSAGES, messages=[{"role": "user", "content": [block]}]).param == "file_id"
+
+
+# ----------------------------------------------------------------------------------------------------------- numbers
+
+
+@pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens", "max_output_tokens", "n", "n_cmpl"])
+@pytest.mark.parametrize("value", [-1, -(2**31), 2**31, 2**63, 10**30, 1.5, 1.0, True, False, "10", [], {}, HUGE + 1])
+@pytest.mark.parametrize("endpoint", GENERATING, ids=ids)
+def test_a_number_that_makes_no_sense_is_refused(endpoint: Endpoint, name: str, value: object) -> None:
+    """T31: no hold is negative, and none exceeds 64 bits."""
+    assert refused(endpoint, **{name: value}).param == name
+
+
+@pytest.mark.parametrize("name", ["n", "n_cmpl"])
+def test_the_number_of_answers_is_1_to_128(name: str) -> None:
+    """As at OpenAI. An unbounded `n` has crashed servers (CVE-2026-34756)."""
+    assert parse(**{name: 128}).choices == 128
+    assert refused(**{name: 129}).code == "integer_above_max_value"
+    assert refused(**{name: 0}).param == name
+    assert parse(**{name: None}).choices == 1
+
+
+@pytest.mark.parametrize("name", ["n", "n_cmpl"])
+def test_a_request_to_responses_has_one_answer(name: str) -> None:
+    """llama.cpp generates several, but its stream reports the usage of one."""
+    assert parse(RESPONSES, input="x", **{name: 1}).choices == 1
+    assert refused(RESPONSES, input="x", **{name: 2}).code == "unsupported_parameter"
+
+
+def test_best_of_is_bounded_on_completions() -> None:
+    """On other endpoints it is an unknown field."""
+    assert parse(COMPLETIONS, best_of=128).choices == 128
+    for value in (129, 0, -1, True, "2", 1.5):
+        assert refused(COMPLETIONS, best_of=value).param == "best_of"
+    assert parse(CHAT, best_of="any").choices == 1
+
+
+@pytest.mark.parametrize("value", [-2, 1.5, "10", True])
+def test_n_predict_may_be_minus_one_but_not_less(value: object) -> None:
+    """In llama.cpp's own field -1 means "no maximum"."""
+    assert refused(n_predict=value).param == "n_predict"
+    assert parse(n_predict=-1).document["n_predict"] == -1
+
+
+def test_maxima_of_embeddings_are_not_checked() -> None:
+    """Embeddings generate nothing, so these are unknown fields, which are forwarded."""
+    assert parse(EMBEDDINGS, input="x", n="any", max_tokens="any").choices == 1
+
+
+# ---------------------------------------------------------------------------------------------- the option for usage
+
+
+@pytest.mark.parametrize(
+    "options", [{"include_usage": "false"}, {"include_usage": 7}, {"include_usage": []}, {"Include_Usage": False}]
+)
+@pytest.mark.parametrize("endpoint", [CHAT, COMPLETIONS], ids=ids)
+def test_include_usage_must_be_clear_to_every_server(endpoint: Endpoint, options: dict) -> None:
+    """vLLM reads the text "false" as false, and Ollama reads `Include_Usage`: the usage would never come."""
+    error = refused(endpoint, stream=True, stream_options={"include_usage": True, **options})
+    assert (error.param, error.code) == ("stream_options.include_usage", "invalid_type")
+
+
+@pytest.mark.parametrize("options", ["x", [], 0, False, True])
+@pytest.mark.parametrize("endpoint", [CHAT, COMPLETIONS], ids=ids)
+def test_stream_options_must_be_an_object(endpoint: Endpoint, options: object) -> None:
+    """llama.cpp ignores options of another type, and would then send no usage (T35)."""
+    error = refused(endpoint, stream=True, stream_options=options)
+    assert (error.param, error.code) == ("stream_options", "invalid_type")
+    assert parse(RESPONSES, stream_options=options).document["stream_options"] == options
+
+
+def test_stream_options_are_not_checked_on_responses() -> None:
+    """There `include_usage` is an unknown field (T37)."""
+    parse(RESPONSES, stream=True, stream_options={"include_usage": "false"})
+
+
+# ------------------------------------------------------------------------------------------------------------- forms
+
+
+@pytest.mark.parametrize(
+    ("parts", "files", "param"),
+    [
+        ((), ("file",), "model"),
+        (("model= m",), ("file",), "model"),
+        (("model=m", "model[]=big"), ("file",), "model"),
+        (("model=m", "Model=big"), ("file",), "model"),
+        (("model=m", "MODEL[x]=big"), ("file",), "model"),
+        (("model=m", " model=big"), ("file",), "model"),
+        (("model=m", "model [x]=big"), ("file",), "model"),
+        (("model=m",), ("model",), "model"),
+        (("model=m",), ("Stream",), "stream"),
+        (("model=m", "stream=1"), ("file",), "stream"),
+        (("model=m", "stream=True"), ("file",), "stream"),
+        (("model=m", "n=x"), ("image",), "n"),
+        (("model=m", "n=\u0663"), ("image",), "n"),
+        (("model=m", "n=0"), ("image",), "n"),
+        (("model=m", "n=1000000000000"), ("image",), "n"),
+        (("model=m", "svg[model]=big"), ("image",), "svg"),
+        (("model=m", "api_base=http://evil.example"), ("image",), "api_base"),
+        (("model=m", "images[][file_id]=file_1"), ("image",), "images[][file_id]"),
+        (("model=m", "mask[FILE_ID]=file_1"), ("image",), "mask[FILE_ID]"),
+    ],
+)
+def test_a_form_with_an_ambiguous_field_is_refused(
+    parts: tuple[str, ...], files: tuple[str, ...], param: str
+) -> None:
+    """Some servers read `model[]` as `model`, and others don't: a checked field has exactly one spelling."""
+    with pytest.raises(InvalidRequest) as caught:
+        parse_form_request(
+            IMAGE_EDITS if param in ("n", "svg", "api_base") else TRANSCRIPTIONS, form(*parts, files=files)
+        )
+    assert caught.value.param == param
+
+
+# ----------------------------------------------------------------------------------------- what the policy may allow
 
 
 @pytest.mark.parametrize(
@@ -58,12 +473,12 @@ def refused(endpoint: Endpoint, allow: Allow = NOTHING, **fields: object) -> Inv
 def test_tools_that_run_at_the_upstream_are_refused(endpoint: Endpoint, tool: object) -> None:
     """Each round there costs tokens that nothing bounds. Tools inside items and groups are refused too."""
     given = [{"type": "function", "name": "f"}, tool]
-    assert refused(endpoint, tools=given).param == "tools"
-    assert refused(endpoint, input=["text", {"type": "additional_tools", "tools": given}]).param == "tools"
+    assert not_allowed(endpoint, tools=given).param == "tools"
+    assert not_allowed(endpoint, input=["text", {"type": "additional_tools", "tools": given}]).param == "tools"
     within = [{"type": "namespace", "name": "n", "tools": given}]
-    assert refused(endpoint, tools=within).param == "tools"
-    assert refused(endpoint, tools=[{"type": "namespace", "tools": within}]).param == "tools"
-    assert refused(endpoint, input=[{"type": "tool_search_output", "tools": within}]).param == "tools"
+    assert not_allowed(endpoint, tools=within).param == "tools"
+    assert not_allowed(endpoint, tools=[{"type": "namespace", "tools": within}]).param == "tools"
+    assert not_allowed(endpoint, input=[{"type": "tool_search_output", "tools": within}]).param == "tools"
 
 
 def test_tools_that_the_client_runs_are_allowed() -> None:
@@ -90,16 +505,16 @@ def test_tools_that_anthropic_defines_are_allowed_only_by_their_types(endpoint: 
     own = [{"name": "f", "input_schema": {}}, {"type": "custom", "name": "g", "input_schema": {}}]
     check(endpoint, tools=own)
     for kind in ("web_search_20250305", "bash_20250124"):
-        error = refused(endpoint, tools=[*own, {"type": kind, "name": "t"}])
+        error = not_allowed(endpoint, tools=[*own, {"type": kind, "name": "t"}])
         assert f'"allow: {{tools: [{kind}]}}"' in error.message
         check(endpoint, Allow(frozenset([kind])), tools=[*own, {"type": kind, "name": "t"}])
-    assert refused(endpoint, tools=["web_search"]).param == "tools"
-    assert refused(RESPONSES, tools=[{"name": "f"}]).param == "tools"  # a type is required there
+    assert not_allowed(endpoint, tools=["web_search"]).param == "tools"
+    assert not_allowed(RESPONSES, tools=[{"name": "f"}]).param == "tools"  # a type is required there
 
 
 def test_the_error_for_a_tool_without_a_type_names_no_setting() -> None:
     """The user has to correct the request; no setting of the operator allows it."""
-    message = refused(RESPONSES, tools=[{"name": "f"}]).message
+    message = not_allowed(RESPONSES, tools=[{"name": "f"}]).message
     assert ('an object with a "type"' in message, "allow" in message) == (True, False)
 
 
@@ -121,9 +536,9 @@ def test_a_tool_is_allowed_by_its_exact_type() -> None:
     check(RESPONSES, allow, tools=[{"type": "code_interpreter", "container": {"type": "auto"}}])
     inner = {"type": "function", "name": "f", "parameters": {"file_id": {}}}
     check(RESPONSES, allow, tools=[{"type": "namespace", "name": "n", "tools": [inner]}])
-    error = refused(RESPONSES, allow, tools=[{"type": "web_search_preview"}])
+    error = not_allowed(RESPONSES, allow, tools=[{"type": "web_search_preview"}])
     assert '"allow: {tools: [web_search_preview]}"' in error.message
-    assert refused(RESPONSES, tools=[{"type": "x" * 900}]).param == "tools"
+    assert not_allowed(RESPONSES, tools=[{"type": "x" * 900}]).param == "tools"
 
 
 @pytest.mark.parametrize(
@@ -139,22 +554,22 @@ def test_a_tool_is_allowed_by_its_exact_type() -> None:
 )
 def test_an_allowed_tool_reaches_nothing_that_is_stored(tool: dict) -> None:
     """All users share the upstream account, so a stored thing may be another user's."""
-    assert "stored at the upstream" in refused(RESPONSES, Allow(frozenset([tool["type"]])), tools=[tool]).message
+    assert "stored at the upstream" in not_allowed(RESPONSES, Allow(frozenset([tool["type"]])), tools=[tool]).message
 
 
 def test_tools_that_other_vendors_run_on_chat_need_permission() -> None:
     """The same as on /responses."""
     own = {"type": "function", "function": {"name": "f"}}
-    assert "tools: [browser_search]" in refused(CHAT, tools=[own, {"type": "browser_search"}]).message
+    assert "tools: [browser_search]" in not_allowed(CHAT, tools=[own, {"type": "browser_search"}]).message
     check(CHAT, Allow(frozenset(["browser_search"])), tools=[own, {"type": "browser_search"}])
 
 
 def test_web_search_options_need_the_permission_for_web_search() -> None:
     """On /chat/completions the tool has a field of its own."""
-    error = refused(CHAT, web_search_options={})
+    error = not_allowed(CHAT, web_search_options={})
     assert (error.param, "tools: [web_search]" in error.message) == ("web_search_options", True)
     check(CHAT, Allow(frozenset(["web_search"])), web_search_options={})
-    assert refused(COMPLETIONS, web_search_options={}).param == "web_search_options"
+    assert not_allowed(COMPLETIONS, web_search_options={}).param == "web_search_options"
     for unused in (None, False):
         check(CHAT, web_search_options=unused)
 
@@ -164,11 +579,11 @@ def test_a_service_tier_other_than_the_usual_needs_permission(endpoint: Endpoint
     """It changes the price of the call."""
     for usual in (None, "auto", "default", "standard_only"):
         check(endpoint, service_tier=usual)
-    assert '"allow: {service_tiers: [priority]}"' in refused(endpoint, service_tier="priority").message
+    assert '"allow: {service_tiers: [priority]}"' in not_allowed(endpoint, service_tier="priority").message
     check(endpoint, Allow(service_tiers=frozenset(["priority"])), service_tier="priority")
     for other in ("flex", "PRIORITY", ["priority"], {"priority": 1}, True):
         assert (
-            refused(endpoint, Allow(service_tiers=frozenset(["priority"])), service_tier=other).param
+            not_allowed(endpoint, Allow(service_tiers=frozenset(["priority"])), service_tier=other).param
             == "service_tier"
         )
 
@@ -179,5 +594,5 @@ def test_store_is_refused_if_the_operator_forbids_it(endpoint: Endpoint) -> None
     for unused in (None, False):
         check(endpoint, Allow(store=False), store=unused)
     for used in (True, "true", 1):
-        assert '"allow: {store: true}"' in refused(endpoint, Allow(store=False), store=used).message
+        assert '"allow: {store: true}"' in not_allowed(endpoint, Allow(store=False), store=used).message
         check(endpoint, store=used)

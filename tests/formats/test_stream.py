@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 
 from proxy.errors import UpstreamError
 from proxy.formats.endpoints import CHAT, RESPONSES, Endpoint
-from proxy.formats.meter import Meter
 from proxy.formats.request import parse_request
 from proxy.formats.sse import EVENT_BYTES_MAX, Splitter
 from proxy.formats.stream import Stream
+from proxy.formats.surfaces import meter_of
 from proxy.policy.amounts import Tokens
 
 WORD = b'data: {"choices":[{"index":0,"delta":{"content":"x"}}]}\n\n'
@@ -27,7 +27,7 @@ ALL = 10**12
 
 def _stream(body: bytes = ASKED, endpoint: Endpoint = CHAT) -> Stream:
     """A new stream; each character of its text is a token."""
-    return Stream(Meter(parse_request(endpoint, body), count=len))
+    return Stream(meter_of(parse_request(endpoint, body), count=len))
 
 
 def _word(text: str) -> bytes:
@@ -85,7 +85,7 @@ def test_an_event_without_its_blank_line_is_counted(last: bytes, seen: int, line
     Data that can't be parsed is counted by its bytes only if the event is complete.
     """
     seen += last == b"data: half" and line_end == b"\n\n"
-    meter = Meter(parse_request(CHAT, ASKED), count=len)
+    meter = meter_of(parse_request(CHAT, ASKED), count=len)
     stream = Stream(meter)
     passed = stream.feed(WORD + last.rstrip() + line_end, covered=ALL)
     stream.close(covered=ALL)
@@ -96,7 +96,7 @@ def test_an_event_without_its_blank_line_is_counted(last: bytes, seen: int, line
 @pytest.mark.parametrize(("before", "last"), [(b"", USAGE), (USAGE, DONE), (USAGE, WORD), (USAGE, b": ping")])
 def test_an_event_without_its_blank_line_may_belong_to_the_end(before: bytes, last: bytes) -> None:
     """Or it shows that a usage chunk before it was not the end. Either way each byte is sent once, in order."""
-    meter = Meter(parse_request(CHAT, ASKED), count=len)
+    meter = meter_of(parse_request(CHAT, ASKED), count=len)
     stream = Stream(meter)
     assert stream.feed(WORD + before + last.rstrip(), covered=ALL) == WORD
     stream.close(covered=ALL)
@@ -110,7 +110,7 @@ def test_an_event_without_its_blank_line_may_belong_to_the_end(before: bytes, la
 
 def test_the_last_bytes_of_a_large_event_are_not_counted_as_an_event() -> None:
     """The event was sent and counted in pieces; only its last bytes are left when the upstream closes."""
-    meter = Meter(parse_request(CHAT, ASKED), count=len)
+    meter = meter_of(parse_request(CHAT, ASKED), count=len)
     stream = Stream(meter)
     large = b"data: " + b"x" * (EVENT_BYTES_MAX + 10)
     passed = stream.feed(large, covered=ALL)

@@ -1,10 +1,10 @@
-"""People's clients in Python, each unchanged in its own process: their answers, their exceptions, and the books."""
+"""Client SDKs in Python, each unchanged in a process of its own: their answers, their exceptions, and the charges."""
 
 from pathlib import Path
 
 import pytest
 
-from tests.clients.sessions import ITS_OWN, OPENAI, Client, Raised, check, in_python, session
+from tests.clients.sessions import CLIENTS_PYTHON, OPENAI, Client, Raised, check, in_python, session
 
 pytestmark = pytest.mark.journey
 
@@ -25,7 +25,7 @@ LANGCHAIN = OPENAI | {
     "used_up": Raised("OpenAIRateLimitError", 429, "insufficient_quota"),
     "failing": Raised("OpenAIAPIError", 500),
 }
-# Its exceptions are made after OpenAI's, with the code left out or the status in its place.
+# Its exceptions resemble OpenAI's, but have no code, or the status in its place.
 LITELLM = {
     "unknown_key": Raised("AuthenticationError", 401),
     "unknown_model": Raised("NotFoundError", 404),
@@ -34,24 +34,28 @@ LITELLM = {
     "broken_stream": Raised("MidStreamFallbackError", 500),
     "cut_stream": Raised("MidStreamFallbackError", 500),
 }
-# Neither traces what was said, nor looks for prices.
+# Without telemetry, and without the download of LiteLLM's list of prices.
 QUIET = {"LANGSMITH_TRACING": "false", "LITELLM_LOCAL_MODEL_COST_MAP": "True"}
 CLIENTS = [
-    Client("openai", in_python("openai"), (*TEXT, "stream_unasked", *RESPONSES, *MEDIA), OPENAI),
-    Client("azure", in_python("azure"), (*TEXT, "stream_unasked", *RESPONSES, *MEDIA), OPENAI),
+    Client("openai", in_python("openai"), (*TEXT, "stream_without_usage", *RESPONSES, *MEDIA), OPENAI),
+    Client("azure", in_python("azure"), (*TEXT, "stream_without_usage", *RESPONSES, *MEDIA), OPENAI),
     Client("anthropic", in_python("anthropic"), TEXT, ANTHROPIC, kind="anthropic"),
     Client(
-        "langchain", in_python("langchain", python=ITS_OWN), (*TEXT, *RESPONSES, "embeddings"), LANGCHAIN, env=QUIET
+        "langchain",
+        in_python("langchain", python=CLIENTS_PYTHON),
+        (*TEXT, *RESPONSES, "embeddings"),
+        LANGCHAIN,
+        env=QUIET,
     ),
-    Client("litellm", in_python("litellm", python=ITS_OWN), (*TEXT, "responses", *MEDIA), LITELLM, env=QUIET),
+    Client("litellm", in_python("litellm", python=CLIENTS_PYTHON), (*TEXT, "responses", *MEDIA), LITELLM, env=QUIET),
 ]
 
 
 @pytest.mark.parametrize("client", CLIENTS, ids=str)
-async def test_a_client_works_unchanged_and_is_told_what_the_books_have(client: Client, tmp_path: Path) -> None:
-    """Whole and streamed, tools, vectors, pictures and sound as far as it has them, its own exception for each error.
+async def test_an_sdk_works_unchanged_and_reports_the_usage_that_is_charged(client: Client, tmp_path: Path) -> None:
+    """Chats, streams, tools, embeddings, images and audio, as far as the SDK has them, and its exception per error.
 
-    A stream that breaks never seems whole.
+    A stream that breaks raises an exception; it never looks complete.
     """
     async with session(client, tmp_path) as on:
         await check(on, client)

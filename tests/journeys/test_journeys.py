@@ -1,8 +1,9 @@
-"""The main job, as the official SDK sees it: answers as from the upstream itself, until the quota is up."""
+"""The main promise, as the official SDK sees it: the same answers as from the upstream, until a quota is used up."""
 
 import asyncio
 import json
 import random
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,14 @@ HELLO: Any = [{"role": "user", "content": "Hello there, how are you?"}]
 SMALL = STAFF.replace("tokens: 1M, requests: 100k", "tokens: 10k")
 
 
-async def test_the_sdk_gets_its_answers_and_the_books_have_each_token(tmp_path: Path) -> None:
-    """Models, chat, streams, completions, embeddings and responses work, and what they used is charged."""
+async def test_each_engine_is_really_used(request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    """The engine in the name of a test is the one on which its stages run."""
+    async with stage(folder=tmp_path) as on:
+        assert on.database.startswith(request.node.callspec.params["_engine"])
+
+
+async def test_the_sdk_gets_its_answers_and_each_token_is_charged(tmp_path: Path) -> None:
+    """Models, chat, streams, completions, embeddings and responses work, and the usage they report is charged."""
     async with stage(folder=tmp_path) as on:
         sdk = on.sdk()
         assert [model.id async for model in sdk.models.list()] == ["gpt-4o-mini", "fast"]
@@ -48,40 +55,49 @@ async def test_the_sdk_gets_its_answers_and_the_books_have_each_token(tmp_path: 
         assert (await on.quota("staff/daily"))["requests"]["used"] == 5
 
 
-@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/v1/responses"])
-@pytest.mark.parametrize("options", [None, {"include_usage": True}, {"include_usage": False}])
-@pytest.mark.parametrize("simulate", ["tokens=30", "tokens=30 crlf", "tokens=3 usage_early", "tokens=3 no_usage"])
-async def test_a_stream_is_byte_for_byte_what_the_upstream_would_have_sent(
-    path: str, options: dict[str, bool] | None, simulate: str, tmp_path: Path
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        ("/v1/chat/completions", {"messages": HELLO}),
+        ("/v1/completions", {"prompt": "Hi"}),
+        ("/v1/responses", {"input": "Hi", "store": False}),
+    ],
+    ids=["chat", "completions", "responses"],
+)
+async def test_a_stream_has_the_same_bytes_as_without_the_proxy(
+    path: str, fields: dict[str, Any], tmp_path: Path
 ) -> None:
-    """With and without include_usage: the client sees the bytes of the upstream, but for what only we asked for."""
-    body: dict[str, Any] = {"model": "gpt-4o-mini", "stream": True, "metadata": {"simulate": simulate}}
-    body |= (
-        {"input": "Hi", "store": False}
-        if path == "/v1/responses"
-        else {"prompt": "Hi"}
-        if "chat" not in path
-        else {"messages": HELLO}
-    )
-    if options is not None and path != "/v1/responses":
-        body["stream_options"] = options
+    """With and without `include_usage`. Only the usage that the proxy itself asked for is removed.
+
+    A second simulator, which gets the same calls directly, says what the bytes are.
+    """
+    simulates = ("tokens=30", "tokens=30 crlf", "tokens=3 usage_early", "tokens=3 no_usage")
+    options = ({},) if path == "/v1/responses" else ({}, _usage_option(True), _usage_option(False))
     direct, port = await serve_simulator(Simulator(UPSTREAM_KEY))
     async with stage(folder=tmp_path) as on:
-        sent = {"authorization": f"Bearer {UPSTREAM_KEY}"}
-        async with on.http.post(f"http://127.0.0.1:{port}{path}", json=body, headers=sent) as response:
-            expected = await response.read()
-        reply = await on.post(path, body)
-        assert reply.body == expected
-        assert reply.headers["content-type"].startswith("text/event-stream")
-        await on.at_rest()
-        used, held = await on.used()
-        assert used > 0
-        assert held == 0
+        used_before = 0
+        for simulate, option in product(simulates, options):
+            body = {"model": "gpt-4o-mini", "stream": True, "metadata": {"simulate": simulate}, **fields, **option}
+            sent = {"authorization": f"Bearer {UPSTREAM_KEY}"}
+            async with on.http.post(f"http://127.0.0.1:{port}{path}", json=body, headers=sent) as response:
+                expected = await response.read()
+            reply = await on.post(path, body)
+            assert reply.body == expected, (simulate, option)
+            assert reply.headers["content-type"].startswith("text/event-stream")
+            await on.all_settled()
+            used, held = await on.used()
+            assert used > used_before, (simulate, option)
+            assert held == 0
+            used_before = used
     await direct.cleanup()
 
 
-async def test_a_used_up_quota_is_one_request_and_a_true_reset(tmp_path: Path) -> None:
-    """RateLimitError with code and reset, exactly one request on the wire, and in again at that very instant."""
+def _usage_option(include_usage: bool) -> dict[str, Any]:
+    return {"stream_options": {"include_usage": include_usage}}
+
+
+async def test_a_used_up_quota_takes_one_request_and_states_its_reset(tmp_path: Path) -> None:
+    """The SDK raises RateLimitError with code and reset after one request. At the reset a call is admitted again."""
     policy = STAFF.replace("tokens: 1M, requests: 100k", "requests: 2")
     async with stage(policy, folder=tmp_path) as on:
         sdk = on.sdk(max_retries=2)
@@ -107,7 +123,7 @@ async def test_a_used_up_quota_is_one_request_and_a_true_reset(tmp_path: Path) -
 
 
 def _count_requests(sdk: openai.AsyncOpenAI) -> list[str]:
-    """The requests that an SDK really puts on the wire from now on."""
+    """The requests that the SDK's HTTP client sends from now on."""
     seen: list[str] = []
 
     async def note(request: Any) -> None:
@@ -117,38 +133,37 @@ def _count_requests(sdk: openai.AsyncOpenAI) -> list[str]:
     return seen
 
 
-async def test_quota_equals_the_sum_of_usage_after_a_thousand_mixed_calls(tmp_path: Path) -> None:
-    """64 in flight, streams and whole answers of all endpoints: to the token what the upstream reported."""
+async def test_the_quota_equals_the_sum_of_usage_after_five_hundred_mixed_calls(tmp_path: Path) -> None:
+    """64 in flight, streams and whole answers of all endpoints: the charge is exactly what the upstream reported."""
     policy = STAFF.replace("tokens: 1M", "tokens: 100M")
-    chance = random.Random(7)
+    rng = random.Random(7)
     async with stage(policy, folder=tmp_path) as on:
-        waiting = list(range(1000))
+        calls_left = iter(range(500))
 
         async def client() -> None:
-            while waiting:
-                waiting.pop()
-                assert (await on.post(*_some_call(chance))).status == 200
+            for _ in calls_left:
+                assert (await on.post(*_random_call(rng))).status == 200
 
         await asyncio.gather(*(client() for _ in range(64)))
-        await on.at_rest()
+        await on.all_settled()
         given = on.simulator.reported_usage
-        assert given.calls == 1000
+        assert given.calls == 500
         assert await on.used() == (given.input_tokens + given.output_tokens, 0)
-        assert (await on.quota("staff/daily"))["requests"]["used"] == 1000
+        assert (await on.quota("staff/daily"))["requests"]["used"] == 500
 
 
-def _some_call(chance: random.Random) -> tuple[str, dict[str, Any]]:
-    words = " ".join(["word"] * chance.randint(1, 40))
-    stream = chance.random() < 0.5
-    common = {"model": "gpt-4o-mini", "metadata": {"simulate": f"tokens={chance.randint(1, 60)}"}}
-    match chance.randrange(4):
+def _random_call(rng: random.Random) -> tuple[str, dict[str, Any]]:
+    words = " ".join(["word"] * rng.randint(1, 40))
+    stream = rng.random() < 0.5
+    common = {"model": "gpt-4o-mini", "metadata": {"simulate": f"tokens={rng.randint(1, 60)}"}}
+    match rng.randrange(4):
         case 0:
             messages = [{"role": "user", "content": words}]
             return "/v1/chat/completions", {
                 **common,
                 "messages": messages,
                 "stream": stream,
-                "n": chance.randint(1, 3),
+                "n": rng.randint(1, 3),
             }
         case 1:
             return "/v1/completions", {**common, "prompt": words, "stream": stream, "max_tokens": 50}
@@ -159,7 +174,10 @@ def _some_call(chance: random.Random) -> tuple[str, dict[str, Any]]:
 
 
 async def test_many_clients_never_charge_more_than_the_limit(tmp_path: Path) -> None:
-    """64 clients on 10,000 tokens: never over, and nobody refused while a call's worth was free and none flew."""
+    """64 clients share 10,000 tokens: usage never exceeds them, and each refusal is necessary.
+
+    That means: while no call was in flight, a call was refused only if what it needs was not free.
+    """
     body = {"model": "gpt-4o-mini", "messages": HELLO, "max_tokens": 50, "metadata": {"simulate": "tokens=200"}}
     async with stage(SMALL, folder=tmp_path) as on:
         refusals: list[dict[str, Any]] = []
@@ -171,7 +189,7 @@ async def test_many_clients_never_charge_more_than_the_limit(tmp_path: Path) -> 
                     refusals.append(reply.error)
                     if reply.error["code"] == "insufficient_quota":
                         return
-                    await on.at_rest()
+                    await on.all_settled()
 
         await asyncio.gather(*(client() for _ in range(64)))
         used, held = await on.used()
@@ -185,8 +203,8 @@ async def test_many_clients_never_charge_more_than_the_limit(tmp_path: Path) -> 
             assert tokens["held"] > 0 or tokens["limit"] - tokens["used"] <= need
 
 
-async def test_headers_tell_where_the_user_stands(tmp_path: Path) -> None:
-    """Every metered answer has OpenAI's rate-limit headers and the IETF draft's, from our quotas alone."""
+async def test_headers_state_the_user_s_quota(tmp_path: Path) -> None:
+    """Every metered answer has OpenAI's rate-limit headers and the IETF draft's, from the proxy's quotas alone."""
     async with stage(folder=tmp_path) as on:
         reply = await on.post("/v1/chat/completions", {"model": "fast", "messages": HELLO})
         total = reply.json()["usage"]["total_tokens"]
@@ -200,11 +218,11 @@ async def test_headers_tell_where_the_user_stands(tmp_path: Path) -> None:
             assert name not in reply.headers
 
 
-async def test_an_answer_is_shortened_to_what_is_left_and_says_so(tmp_path: Path) -> None:
-    """Where less is free than the call wants, the forwarded maximum is lowered, and the answer's head says it."""
+async def test_an_answer_is_shortened_to_what_is_free(tmp_path: Path) -> None:
+    """If less is free than the call's maximum, the forwarded maximum is lowered, and a header says so."""
     async with stage(SMALL, folder=tmp_path) as on:
-        long = {"simulate": "tokens=9999"}
-        body = {"model": "gpt-4o-mini", "messages": HELLO, "max_tokens": 20_000, "metadata": long}
+        metadata = {"simulate": "tokens=9999"}
+        body = {"model": "gpt-4o-mini", "messages": HELLO, "max_tokens": 20_000, "metadata": metadata}
         reply = await on.post("/v1/chat/completions", body)
         maximum = json.loads(on.simulator.requests[-1].body)["max_tokens"]
         assert reply.headers["x-quota-capped"] == f'{maximum}; quota="staff/daily"'
@@ -214,8 +232,8 @@ async def test_an_answer_is_shortened_to_what_is_left_and_says_so(tmp_path: Path
         assert held == 0
 
 
-async def test_the_upstream_sees_its_own_key_and_nothing_of_the_client(tmp_path: Path) -> None:
-    """Credentials, cookies and addresses of the client stay here; the model goes out under the upstream's name."""
+async def test_the_upstream_gets_its_own_key_and_no_data_of_the_client(tmp_path: Path) -> None:
+    """Credentials, cookies and addresses of the client are not sent on. The model has the upstream's name for it."""
     async with stage(folder=tmp_path) as on:
         headers = {
             "cookie": "a=b",
@@ -233,15 +251,15 @@ async def test_the_upstream_sees_its_own_key_and_nothing_of_the_client(tmp_path:
         assert json.loads(on.simulator.requests[-1].body)["model"] == "gpt-4o-mini"
 
 
-async def test_bytes_pass_on_at_once(tmp_path: Path) -> None:
-    """The first words of a stream that then falls silent are with the client while the upstream still sends."""
+async def test_bytes_are_passed_on_at_once(tmp_path: Path) -> None:
+    """A stream sends three words and then stalls: the client has received them while the stream is still open."""
     body = {"model": "fast", "messages": HELLO, "stream": True, "metadata": {"simulate": "stall=3"}}
     async with stage(folder=tmp_path, on_disconnect="stop") as on:
         async with _open(on, body) as response:
             seen = b""
             while seen.count(b'"content"') < 4:  # the opening chunk and three words
                 seen += await response.content.readany()
-        await on.at_rest()
+        await on.all_settled()
 
 
 def _open(on: Stage, body: dict[str, Any]) -> Any:

@@ -1,7 +1,7 @@
-"""The proxy before a server that none of us wrote: llama.cpp's own, which counts by itself.
+"""The proxy in front of a real model server, llama.cpp's own, which counts its tokens itself.
 
-What it says of a call is what stands on the books, and what it sends is what the client gets. Where it says too
-little its metrics tell what it generated, and no less is charged.
+The usage that it reports for a call is what is charged, and the bytes that it sends are what the client gets. Where
+it reports too little, its metrics state how many tokens it generated, and no less is charged.
 """
 
 import json
@@ -21,9 +21,9 @@ pytestmark = pytest.mark.journey
 
 POLICY = "models: {tiny: {upstream: simulated}}\n" + STAFF[STAFF.index("groups:") :]
 POLICY += f"  carol: {{groups: [staff], keys: [{key_of('carol')}]}}\n"
-# The last byte decides how long the answer is.
+# The last byte of a prompt decides how long the answer is, see tiny_model.
 PROMPTS = ("Hallo", "Wer lebt im Wald?", "Größe: 木 und 🦊", "a\nb\tc" * 90)
-# What differs between two answers to the same: names, times, and how long it took.
+# Parts that differ between two answers to the same request: ids, times and durations.
 _VARYING = (
     (re.compile(rb"(chatcmpl|resp|msg|rs)([-_])\w{32}"), rb"\1\2#"),
     (re.compile(rb'"(created|created_at|completed_at)":\d+'), rb'"\1":#'),
@@ -35,48 +35,48 @@ _TIMINGS = re.compile(rb',"timings":\{[^}]*\}')
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModelServer]:
-    """One for all of these tests that run in this process."""
+    """One server for all tests of this module that run in the same process."""
     with model_server(tmp_path_factory.mktemp("model-server")) as server:
         yield server
 
 
-def before(
+def llama_stage(
     server: ModelServer, folder: Path, *, policy: str = POLICY, **more: Any
 ) -> AbstractAsyncContextManager[Stage]:
-    """The proxy before that server."""
+    """A stage with that server as its upstream."""
     return stage(policy, folder=folder, **{"upstream": server.url, "kind": "llamacpp", **more})
 
 
 def chat(prompt: str, **more: Any) -> tuple[str, dict[str, Any]]:
-    """Where to ask for a chat, and how."""
-    return "/v1/chat/completions", _asked(messages=[{"role": "user", "content": prompt}], **more)
+    """The path and the body of a chat."""
+    return "/v1/chat/completions", _body(messages=[{"role": "user", "content": prompt}], **more)
 
 
 def completion(prompt: str | list[str], **more: Any) -> tuple[str, dict[str, Any]]:
-    """The same for a completion."""
-    return "/v1/completions", _asked(prompt=prompt, **more)
+    """The path and the body of a completion."""
+    return "/v1/completions", _body(prompt=prompt, **more)
 
 
 def response(prompt: str, **more: Any) -> tuple[str, dict[str, Any]]:
-    """The same for a response."""
+    """The path and the body of a response."""
     if "max_tokens" in more:
         more["max_output_tokens"] = more.pop("max_tokens")
-    return "/v1/responses", _asked(input=prompt, **more)
+    return "/v1/responses", _body(input=prompt, **more)
 
 
-def _asked(**fields: Any) -> dict[str, Any]:
+def _body(**fields: Any) -> dict[str, Any]:
     return {"model": "tiny", "temperature": 0, **fields}
 
 
-def alike(answer: bytes) -> bytes:
-    """An answer without what differs from one to the next."""
+def normalized(answer: bytes) -> bytes:
+    """An answer without the parts that differ between two answers to the same request."""
     for pattern, replacement in _VARYING:
         answer = pattern.sub(replacement, answer)
     return answer
 
 
-def said(answer: bytes) -> tuple[int, int]:
-    """The tokens of input and output that an answer says, whole or as a stream; as read by nothing of the proxy's."""
+def reported_usage(answer: bytes) -> tuple[int, int]:
+    """The input and output tokens that an answer reports, streamed or not. It uses none of the proxy's own code."""
     data = answer.replace(b"\ndata: ", b"\n").removeprefix(b"data: ")
     found: dict[str, int] = {}
     for line in data.splitlines():
@@ -103,41 +103,41 @@ def _numbers(value: Mapping[str, Any]) -> dict[str, int]:
     return found
 
 
-async def booked(on: Stage, reply: Reply) -> dict[str, Any]:
-    """The row of a call, once all is settled."""
-    await on.at_rest()
+async def settled_row(on: Stage, reply: Reply) -> dict[str, Any]:
+    """The row of a call, after all calls are settled and audited."""
+    await on.all_settled()
     await on.audit()
     return next(row for row in await on.rows("calls") if row["id"] == reply.headers["x-request-id"])
 
 
-async def same_as_without_us(
-    on: Stage, server: ModelServer, path: str, body: dict[str, Any], *, but: re.Pattern[bytes] = _NOTHING
+async def check_same_as_direct(
+    on: Stage, server: ModelServer, path: str, body: dict[str, Any], *, ignore: re.Pattern[bytes] = _NOTHING
 ) -> None:
-    """Ask the server and ask the proxy: the same answer `but` for this, and on the books what it says."""
-    await server.ask(on.http, path, body)  # from now on the same of it is in the cache
+    """Send a request to the server and to the proxy: the answers are the same, and the reported usage is charged."""
+    await server.ask(on.http, path, body)  # fills its cache, so the next two answers read the same part from it
     direct = await server.ask(on.http, path, body)
     reply = await on.post(path, body)
     assert reply.status == 200
-    assert but.sub(b"", alike(reply.body)) == but.sub(b"", alike(direct))
-    row = await booked(on, reply)
-    assert (row["input_tokens"], row["output_tokens"]) == said(direct)
+    assert ignore.sub(b"", normalized(reply.body)) == ignore.sub(b"", normalized(direct))
+    row = await settled_row(on, reply)
+    assert (row["input_tokens"], row["output_tokens"]) == reported_usage(direct)
     assert (row["provenance"], row["outcome"]) == ("exactly", "complete")
 
 
 USAGE: dict[str, Any] = {"stream": True, "stream_options": {"include_usage": True}}
-# Whole, as a stream, and as one whose client wants to see the usage.
+# Not streamed, streamed, and streamed with the usage for the client.
 FORMS: tuple[dict[str, Any], ...] = ({}, {"stream": True}, USAGE)
 
 
-@pytest.mark.parametrize("ask", [chat, completion, response])
-async def test_what_it_says_is_charged_and_what_it_sends_passes(
-    ask: Any, server: ModelServer, tmp_path: Path
+@pytest.mark.parametrize("request_of", [chat, completion, response])
+async def test_the_reported_usage_is_charged_and_the_bytes_are_unchanged(
+    request_of: Any, server: ModelServer, tmp_path: Path
 ) -> None:
-    """Byte for byte as without us, whether or not the client asked for the usage; and charged what it said."""
+    """The client gets the same bytes as without the proxy, whether or not it asked for the usage."""
     maxima: tuple[dict[str, int], ...] = ({}, {"max_tokens": 3})
-    async with before(server, tmp_path) as on:
+    async with llama_stage(server, tmp_path) as on:
         for prompt, form, maximum in product(PROMPTS, FORMS, maxima):
-            await same_as_without_us(on, server, *ask(prompt, **form, **maximum))
+            await check_same_as_direct(on, server, *request_of(prompt, **form, **maximum))
 
 
 @pytest.mark.parametrize(
@@ -151,23 +151,28 @@ async def test_what_it_says_is_charged_and_what_it_sends_passes(
     ],
     ids=str,
 )
-async def test_its_own_options_pass(option: dict[str, Any], server: ModelServer, tmp_path: Path) -> None:
-    """What they change in an answer is in the client's, and nothing of it is taken for what we asked."""
-    async with before(server, tmp_path) as on:
-        for ask, form in product((chat, completion), FORMS):
-            await same_as_without_us(on, server, *ask(PROMPTS[2], **form, **option))
+async def test_llama_cpp_s_own_options_are_passed_on(
+    option: dict[str, Any], server: ModelServer, tmp_path: Path
+) -> None:
+    """Their effect on an answer reaches the client. The proxy removes only what it asked for itself."""
+    async with llama_stage(server, tmp_path) as on:
+        for request_of, form in product((chat, completion), FORMS):
+            await check_same_as_direct(on, server, *request_of(PROMPTS[2], **form, **option))
 
 
 async def test_a_stop_word_costs_what_was_generated(server: ModelServer, tmp_path: Path) -> None:
-    """There its timings come with the last of the text too, unasked; the client gets them on the last chunk alone."""
-    async with before(server, tmp_path) as on:
-        for ask, form in product((chat, completion), FORMS):
-            await same_as_without_us(on, server, *ask(PROMPTS[2], stop=["木"], **form), but=_TIMINGS)
+    """The server then sends its timings on the chunk with the last text too; the client gets them on the last chunk.
+
+    So the comparison ignores the timings.
+    """
+    async with llama_stage(server, tmp_path) as on:
+        for request_of, form in product((chat, completion), FORMS):
+            await check_same_as_direct(on, server, *request_of(PROMPTS[2], stop=["木"], **form), ignore=_TIMINGS)
 
 
-async def test_the_official_sdk_reads_what_it_would_read_without_us(server: ModelServer, tmp_path: Path) -> None:
-    """A stream and a whole answer: their usage is what stands on the books, in sum."""
-    async with before(server, tmp_path) as on:
+async def test_the_official_sdk_reads_the_usage_that_is_charged(server: ModelServer, tmp_path: Path) -> None:
+    """A stream and a whole answer have the same text, and the sum of their usage is charged."""
+    async with llama_stage(server, tmp_path) as on:
         _, body = chat(PROMPTS[0])
         whole = await on.sdk().chat.completions.create(**body)
         stream = await on.sdk().chat.completions.create(**body, **USAGE)
@@ -176,18 +181,18 @@ async def test_the_official_sdk_reads_what_it_would_read_without_us(server: Mode
         assert text == whole.choices[0].message.content
         assert whole.usage is not None
         assert chunks[-1].usage is not None
-        await on.at_rest()
+        await on.all_settled()
         assert await on.used() == (whole.usage.total_tokens + chunks[-1].usage.total_tokens, 0)
 
 
-async def test_embeddings_are_charged_what_it_says(server: ModelServer, tmp_path: Path) -> None:
-    """Of several texts too; and each number comes through."""
-    async with before(server, tmp_path, upstream=server.embeddings_url) as on:
+async def test_embeddings_are_charged_the_reported_usage(server: ModelServer, tmp_path: Path) -> None:
+    """For several texts in one request. All numbers of the vectors are unchanged."""
+    async with llama_stage(server, tmp_path, upstream=server.embeddings_url) as on:
         body = {"model": "tiny", "input": list(PROMPTS[:3])}
         direct = await server.ask(on.http, "/v1/embeddings", body, embeds=True)
         reply = await on.post("/v1/embeddings", body)
-        assert alike(reply.body) == alike(direct)
-        row = await booked(on, reply)
+        assert normalized(reply.body) == normalized(direct)
+        row = await settled_row(on, reply)
         assert (row["input_tokens"], row["output_tokens"], row["provenance"]) == (
             _prompt_tokens(direct),
             0,
@@ -195,87 +200,90 @@ async def test_embeddings_are_charged_what_it_says(server: ModelServer, tmp_path
         )
 
 
-async def test_messages_are_charged_what_it_says(server: ModelServer, tmp_path: Path) -> None:
-    """On Anthropic's surface, which it has too: what it took from its cache is input like the rest."""
-    async with before(server, tmp_path, kind="anthropic") as on:
+async def test_messages_are_charged_the_reported_usage(server: ModelServer, tmp_path: Path) -> None:
+    """On Anthropic's endpoint, which the server has too. Tokens that it read from its cache count as input."""
+    async with llama_stage(server, tmp_path, kind="anthropic") as on:
         for prompt, form in product(PROMPTS, FORMS[:2]):
             _, body = chat(prompt, max_tokens=12, **form)
-            await same_as_without_us(on, server, "/v1/messages", body)
+            await check_same_as_direct(on, server, "/v1/messages", body)
 
 
 async def test_a_prompt_that_is_too_long_costs_nothing(server: ModelServer, tmp_path: Path) -> None:
-    """Its own words about it come through, in the form at which SDKs raise."""
-    async with before(server, tmp_path) as on:
-        for ask, form in product((chat, completion, response), FORMS):
-            reply = await on.post(*ask("a" * 9000, **form))
+    """The server's message is passed on, in an error object for which SDKs raise an exception."""
+    async with llama_stage(server, tmp_path) as on:
+        for request_of, form in product((chat, completion, response), FORMS):
+            reply = await on.post(*request_of("a" * 9000, **form))
             assert reply.status == 400
             assert "exceeds the available context size" in reply.error["message"]
-            row = await booked(on, reply)
+            row = await settled_row(on, reply)
             assert (row["input_tokens"], row["output_tokens"]) == (0, 0)
 
 
-@pytest.mark.parametrize("ask", [chat, completion, response])
-async def test_it_keeps_to_what_is_left(ask: Any, server: ModelServer, tmp_path: Path) -> None:
-    """An answer that would go on for ever ends where the quota does, and all that was generated is charged."""
+@pytest.mark.parametrize("request_of", [chat, completion, response])
+async def test_an_endless_answer_ends_at_the_limit(request_of: Any, server: ModelServer, tmp_path: Path) -> None:
+    """The server stops where the quota has no more tokens, and all tokens that it generated are charged."""
     policy = POLICY.replace("tokens: 1M", "output_tokens: 30").replace(
         "simulated}", "simulated, smallest_answer: 10}"
     )
-    async with before(server, tmp_path, policy=policy) as on:
+    async with llama_stage(server, tmp_path, policy=policy) as on:
         for user, form in zip(("alice", "bob", "carol"), FORMS, strict=True):
-            made = await server.generated(on.http)
-            reply = await on.post(*ask("Hallo", ignore_eos=True, **form), user=user)
+            generated_before = await server.generated(on.http)
+            reply = await on.post(*request_of("Hallo", ignore_eos=True, **form), user=user)
             assert reply.status == 200
-            row = await booked(on, reply)
-            assert row["output_tokens"] == await server.generated(on.http) - made == 30
+            row = await settled_row(on, reply)
+            assert row["output_tokens"] == await server.generated(on.http) - generated_before == 30
 
 
 async def test_all_choices_are_charged(server: ModelServer, tmp_path: Path) -> None:
-    """It says the usage of one of them alone; what it generated for all of them is on the books."""
+    """The server reports the usage of one choice only. At least what it generated for all of them is charged."""
     several = (
         chat("Hallo", n=3),
         chat("Hallo", n_cmpl=3),
         completion(["Hallo", "Wer bist du?", "木"]),
         completion("Hallo", n=2),
     )
-    async with before(server, tmp_path) as on:
+    async with llama_stage(server, tmp_path) as on:
         for (path, body), form in product(several, FORMS):
-            made = await server.generated(on.http)
+            generated_before = await server.generated(on.http)
             reply = await on.post(path, {**body, **form})
             assert reply.status == 200
-            made = await server.generated(on.http) - made
-            row = await booked(on, reply)
-            assert row["output_tokens"] >= made > 20
+            generated = await server.generated(on.http) - generated_before
+            row = await settled_row(on, reply)
+            assert row["output_tokens"] >= generated > 20
 
 
 @pytest.mark.parametrize("on_disconnect", ["stop", "drain"])
-@pytest.mark.parametrize("ask", [chat, completion, response])
-async def test_who_hangs_up_pays_for_what_was_generated(
-    ask: Any, on_disconnect: str, server: ModelServer, tmp_path: Path
+@pytest.mark.parametrize("request_of", [chat, completion, response])
+async def test_a_client_that_disconnects_is_charged_what_was_generated(
+    request_of: Any, on_disconnect: str, server: ModelServer, tmp_path: Path
 ) -> None:
-    """All that came until then; where the answer is read on, exactly what the server made of it to its end."""
-    # So long that it has not ended when the client goes; what is read on has to be over soon.
-    path, body = ask("Hallo", stream=True, max_tokens=7000 if on_disconnect == "stop" else 400, ignore_eos=True)
-    async with before(server, tmp_path, on_disconnect=on_disconnect) as on:
-        taken, _ = said(await server.ask(on.http, *ask("Hallo", max_tokens=1)))
-        made = await server.generated(on.http)
-        seen = b""
+    """`stop` charges what had arrived. `drain` charges exactly what the server generated to the end of the answer."""
+    # With `stop` the answer is so long that it has not ended when the client disconnects. With `drain` it must end
+    # soon.
+    maximum = 7000 if on_disconnect == "stop" else 400
+    path, body = request_of("Hallo", stream=True, max_tokens=maximum, ignore_eos=True)
+    async with llama_stage(server, tmp_path, on_disconnect=on_disconnect) as on:
+        input_tokens, _ = reported_usage(await server.ask(on.http, *request_of("Hallo", max_tokens=1)))
+        generated_before = await server.generated(on.http)
+        received = b""
         headers = {"authorization": f"Bearer {key_of('alice')}"}
         async with on.http.post(on.url + path, json=body, headers=headers) as stream:
-            while seen.count(b"\n\n") < 60:
-                seen += await stream.content.readany()
-        await on.at_rest()
+            while received.count(b"\n\n") < 60:
+                received += await stream.content.readany()
+        await on.all_settled()
         [row] = await on.rows("calls")
-        made = await server.generated(on.http) - made
+        generated = await server.generated(on.http) - generated_before
         if on_disconnect == "drain":
-            assert (row["input_tokens"], row["output_tokens"], row["provenance"]) == (taken, made, "exactly")
+            charged = row["input_tokens"], row["output_tokens"], row["provenance"]
+            assert charged == (input_tokens, generated, "exactly")
             return
         assert row["outcome"] == "client_left"
-        assert 7000 > row["output_tokens"] >= sum(map(is_text, seen.split(b"\n\n")))
-        if ask is not response:  # which says nothing before its end
-            assert (row["input_tokens"], row["provenance"]) == (taken, "exactly")
-            assert row["output_tokens"] <= made
+        assert 7000 > row["output_tokens"] >= sum(map(is_text, received.split(b"\n\n")))
+        if request_of is not response:  # a response reports no usage before its end
+            assert (row["input_tokens"], row["provenance"]) == (input_tokens, "exactly")
+            assert row["output_tokens"] <= generated
 
 
 def is_text(event: bytes) -> bool:
-    """Whether an event brings something that was generated."""
+    """Whether an event contains generated text."""
     return bool(re.search(rb'"(content|text|delta)":"[^"]', event))

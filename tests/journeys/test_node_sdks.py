@@ -1,6 +1,6 @@
-"""People's clients in JavaScript, each unchanged in its own process: their answers, their exceptions, and the books.
+"""Client SDKs in JavaScript, each unchanged in a process of its own: answers, exceptions, and the charges.
 
-`make test` installs them where there is npm. Without Node they are skipped, which the summary says.
+`make test` installs the SDKs if there is npm. Without Node these tests are skipped, and the summary says so.
 """
 
 import os
@@ -17,19 +17,19 @@ pytestmark = pytest.mark.journey
 
 
 @pytest.fixture(autouse=True)
-def _is_there_node() -> None:
-    """Where CI has Node they are played, come what may: what isn't installed fails."""
+def _skip_without_node() -> None:
+    """Skip these tests without Node or the SDKs. In CI with Node they run, and fail if the SDKs are not installed."""
     if NODE is None:
-        missing = "there is no Node here"
+        reason = "Node is not installed"
     elif not (FOLDER / "node_modules").is_dir() and not os.environ.get("CI"):
-        missing = "`make test` installs them where there is npm"
+        reason = "the SDKs are not installed; `make test` installs them if there is npm"
     else:
         return
-    pytest.skip(f"NOT ONE SDK OF NODE WAS TRIED: {missing}")
+    pytest.skip(f"NO SDK FOR NODE WAS TESTED: {reason}")
 
 
-TEXT = ("chat", "stream", "stream_unasked", "tools", "tools_stream")
-PICTURES = ("embeddings", "images")
+TEXT = ("chat", "stream", "stream_without_usage", "tools", "tools_stream")
+MEDIA = ("embeddings", "images")
 AI = {
     "unknown_key": Raised("AI_APICallError", 401, "invalid_api_key"),
     "unknown_model": Raised("AI_APICallError", 404, "model_not_found"),
@@ -38,7 +38,7 @@ AI = {
     "broken_stream": Raised("AI_StreamProviderError", None, "server_error"),
     "cut_stream": Raised("AI_StreamProviderError", None, "upstream_error"),
 }
-# Hands out what it finds in a stream as it came.
+# Version 6 throws the error object of a stream unchanged.
 AI_6 = AI | {
     "broken_stream": Raised("Object", None, "server_error"),
     "cut_stream": Raised("Object", None, "upstream_error"),
@@ -49,20 +49,20 @@ def _client(name: str, steps: tuple[str, ...], raises: dict[str, Raised]) -> Cli
     return Client(name, (NODE or "node", FOLDER / f"{name}.mjs"), steps, raises)
 
 
-ALL = (*TEXT, "responses", "responses_stream", *PICTURES, "speech", "transcription")
+ALL = (*TEXT, "responses", "responses_stream", *MEDIA, "speech", "transcription")
 SDKS = [
     _client("openai-6", ALL, OPENAI),
     _client("openai-7", ALL, OPENAI),
-    _client("ai-6", (*TEXT, *PICTURES), AI_6),
-    _client("ai-7", (*TEXT, *PICTURES), AI),
+    _client("ai-6", (*TEXT, *MEDIA), AI_6),
+    _client("ai-7", (*TEXT, *MEDIA), AI),
 ]
 
 
 @pytest.mark.parametrize("client", SDKS, ids=str)
-async def test_a_client_works_unchanged_and_is_told_what_the_books_have(client: Client, tmp_path: Path) -> None:
-    """Whole and streamed, tools, vectors, pictures and sound as far as it has them, its own exception for each error.
+async def test_an_sdk_works_unchanged_and_reports_the_usage_that_is_charged(client: Client, tmp_path: Path) -> None:
+    """Chats, streams, tools, embeddings, images and audio, as far as the SDK has them, and its exception per error.
 
-    A stream that breaks never seems whole.
+    A stream that breaks raises an exception; it never looks complete.
     """
     async with session(client, tmp_path) as on:
         await check(on, client)

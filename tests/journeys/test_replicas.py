@@ -1,6 +1,6 @@
-"""Several processes on one PostgreSQL: exact together, and each sees to what the others leave behind.
+"""Several replicas on one PostgreSQL: together they are exact, and each charges the calls of replicas that died.
 
-Two ledgers in one process stand for two replicas; what only a second process can show is in test_postgres.
+Two ledgers in one process stand for two replicas. Tests that need a second process are in test_postgres.
 """
 
 import asyncio
@@ -22,7 +22,7 @@ from proxy.ledger.store import StoreUnavailable
 from proxy.policy.amounts import Amount, AtLeast, Tokens
 from proxy.server import wall_clock_ms
 from tests.builders import binding, call, exactly, extend, quota, reserve
-from tests.calls.test_reservation import Call
+from tests.calls.test_reservation import AdmittedCall
 from tests.ledger.test_postgres import LONG, Database, until
 from tests.postgres import shared
 from tests.stage import STAFF, Clock, stage
@@ -30,7 +30,7 @@ from tests.stage import STAFF, Clock, stage
 pytestmark = pytest.mark.journey
 
 DAILY = quota("staff/daily", tokens=10**9, per=LONG)
-POT = quota("staff/pot", tokens=20_000, per=LONG, shared=True)
+SHARED = quota("staff/pot", tokens=20_000, per=LONG, shared=True)
 ANN = binding([DAILY])
 STREAM = call(100, 900, 100, initial_hold=100)
 
@@ -42,9 +42,9 @@ async def database():
 
 
 @asynccontextmanager
-async def replica(where, owner, *, wait_s=50.0, now=lambda: 0):
-    """A ledger as each process has one; its own clock is wrong, because the database's is what counts."""
-    url = where.url if isinstance(where, Database) else where
+async def replica(database, owner, *, wait_s=50.0, now=lambda: 0):
+    """A ledger of one replica. Its own clock is wrong, because only the database's clock may matter."""
+    url = database.url if isinstance(database, Database) else database
     store = PostgresStore(url, timeouts=Timeouts(idle_ms=1000, lock_ms=1500, statement_ms=2000, whole_ms=2500))
     ledger = Ledger(store, owner=owner, now=now, retry_s=0.01, wait_s=lambda: wait_s)
     await ledger.start()
@@ -54,24 +54,24 @@ async def replica(where, owner, *, wait_s=50.0, now=lambda: 0):
         await ledger.close()
 
 
-def stream(call_id, ledger):
-    """What lets a stream in through this replica."""
+def reserve_stream(call_id, ledger):
+    """The operation that reserves for a stream through this replica."""
     return replace(reserve(call_id, ANN, STREAM), owner=ledger.owner)
 
 
-async def let_die(database, owner):
-    """The time of its lease goes by without a sign of it."""
+async def expire_lease(database, owner):
+    """Set the end of a replica's lease to the past, as if it had died."""
     await database.run(f"UPDATE llm_quota_proxy.owners SET alive_until = 0 WHERE id = '{owner}'")
 
 
-async def clients(ledger, name, *, count, calls):
-    """Clients of one replica who come again whenever they were let in; what they used."""
+async def run_clients(ledger, name, *, count, calls):
+    """Run clients that each send this many calls through one replica; return the tokens that they used."""
     used = []
 
     async def client(number):
-        who = binding([DAILY, POT], user=f"user {number}")
+        bound = binding([DAILY, SHARED], user=f"user {number}")
         for each in range(calls):
-            operation = reserve(f"{name}-{number}-{each}", who, call(10, 50))
+            operation = reserve(f"{name}-{number}-{each}", bound, call(10, 50))
             if isinstance(await ledger.reserve(operation), Accepted):
                 used.append(10 + each)
                 await ledger.end(Settle(operation.id, exactly(10, each), "complete"))
@@ -80,11 +80,11 @@ async def clients(ledger, name, *, count, calls):
     return sum(used)
 
 
-async def test_of_all_that_come_through_any_as_many_are_let_in_as_fit(database):
-    """A hundred users at each of two replicas, for one pot that nobody has touched: 40 fit."""
+async def test_as_many_calls_are_admitted_as_fit(database):
+    """100 users at each of two replicas share an unused quota of 20,000 tokens: 40 calls of 500 fit."""
     async with replica(database, "one") as one, replica(database, "two") as two:
         operations = [
-            (ledger, reserve(f"{name}-{number}", binding([POT], user=f"user {number}"), call(100, 400)))
+            (ledger, reserve(f"{name}-{number}", binding([SHARED], user=f"user {number}"), call(100, 400)))
             for number in range(100)
             for name, ledger in (("a", one), ("b", two))
         ]
@@ -94,11 +94,14 @@ async def test_of_all_that_come_through_any_as_many_are_let_in_as_fit(database):
     await database.audit()
 
 
-async def test_a_pot_that_two_hammer_is_used_up_and_never_over(database):
-    """32 clients each, a counter for each user and one pot for all: never over, and nothing is left for nothing."""
+async def test_a_quota_shared_by_two_replicas_is_used_up_and_not_exceeded(database):
+    """32 clients at each replica, a counter for each user and one for all of them, and no deadlocks.
+
+    In the end fewer tokens are free than one call needs.
+    """
     async with replica(database, "one") as one, replica(database, "two") as two:
-        used = await asyncio.gather(*(clients(each, each.owner, count=32, calls=25) for each in (one, two)))
-        [counter] = (await one.counters([POT.key_for("anybody")])).values()
+        used = await asyncio.gather(*(run_clients(each, each.owner, count=32, calls=25) for each in (one, two)))
+        [counter] = (await one.counters([SHARED.key_for("any user")])).values()
     assert 20_000 - 60 < sum(used) <= 20_000
     assert (counter.used.tokens, counter.held) == (sum(used), Amount())
     [[deadlocks]] = await database.run("SELECT deadlocks FROM pg_stat_database WHERE datname = current_database()")
@@ -109,24 +112,25 @@ async def test_a_pot_that_two_hammer_is_used_up_and_never_over(database):
 # ------------------------------------------------------------------------------------------------------------- leases
 
 
-async def test_calls_of_one_that_lives_are_left_alone(database):
-    """However often the others look."""
+async def test_calls_of_a_running_replica_do_not_expire(database):
+    """However often the replicas sweep."""
     async with replica(database, "one") as one, replica(database, "two") as two:
-        await one.reserve(stream("1", one))
+        await one.reserve(reserve_stream("1", one))
         await asyncio.gather(two.sweep(), two.sweep(), one.sweep())
         assert await database.states() == {"1": "open"}
 
 
-async def test_calls_of_one_that_died_are_charged_once_by_the_others(database):
-    """When its lease has run out, and whoever looks first; also where several look at once."""
+async def test_calls_of_a_dead_replica_are_charged_once_by_the_others(database):
+    """After its lease has ended, by the replica that sweeps first; also if several sweep at the same time."""
     async with replica(database, "one") as one, replica(database, "two") as two:
         async with replica(database, "dead") as dead:
-            await dead.reserve(stream("1", dead))
-            await dead.reserve(stream("2", dead))
+            await dead.reserve(reserve_stream("1", dead))
+            await dead.reserve(reserve_stream("2", dead))
             await dead.end(Settle("2", exactly(1, 1), "complete"))
         await one.sweep()
-        assert await database.states() == {"1": "open", "2": "settled"}  # it may only be slow
-        await let_die(database, "dead")
+        # Until its lease ends the replica may only be slow.
+        assert await database.states() == {"1": "open", "2": "settled"}
+        await expire_lease(database, "dead")
         with capture_logs():
             await asyncio.gather(one.sweep(), two.sweep())
         entry = await one.entry("1")
@@ -136,16 +140,19 @@ async def test_calls_of_one_that_died_are_charged_once_by_the_others(database):
     await database.audit()
 
 
-async def test_one_that_was_paused_does_no_harm(database):
-    """Taken for dead, it learns it when its stream grows; its settle books the difference, once."""
+async def test_a_replica_that_was_paused_charges_each_call_once(database):
+    """Another replica expired its calls. It learns this when it extends a hold, and a settle charges the difference.
+
+    A call that it reserves after it has renewed its lease is not expired.
+    """
     async with replica(database, "paused") as paused, replica(database, "other") as other:
         for call_id in ("1", "2", "3"):
-            await paused.reserve(stream(call_id, paused))
-        await let_die(database, "paused")
+            await paused.reserve(reserve_stream(call_id, paused))
+        await expire_lease(database, "paused")
         with capture_logs():
             await other.sweep()
-        grown = await paused.extend(extend("1", ANN, 500))
-        assert (grown.entry.state, grown.entry.hold) == ("expired", Amount(100, 100, 1))
+        extended = await paused.extend(extend("1", ANN, 500))
+        assert (extended.entry.state, extended.entry.hold) == ("expired", Amount(100, 100, 1))
         for _ in range(2):
             await paused.end(Settle("1", exactly(90, 60), "at_limit"))
             await paused.end(Release("2"))
@@ -153,36 +160,36 @@ async def test_one_that_was_paused_does_no_harm(database):
         [counter] = (await other.counters(ANN.keys())).values()
         assert (counter.used, counter.held) == (Amount(290, 260, 3), Amount())
         await paused.renew_lease()
-        await paused.reserve(stream("4", paused))
+        await paused.reserve(reserve_stream("4", paused))
         await other.sweep()
         assert (await other.entry("4")).state == "open"
     await database.audit()
 
 
-async def test_one_that_was_paused_gives_nobodys_room_away(database):
-    """The pot is full again before it comes back; what its stream held is on the books, and no more passes on.
+async def test_a_replica_that_was_paused_does_not_exceed_the_quota(database):
+    """While it was paused another call took what was free. Its stream is charged its hold, and no more of it passes.
 
-    Also where its database goes away in the very moment in which it would hold more.
+    This holds also if the database is away at the moment at which the stream needs a larger hold.
     """
     now = Clock(0)
     small = quota("staff/small", tokens=1300, per=LONG)
-    who = binding([small])
+    bound = binding([small])
     async with replica(database, "paused", now=now) as paused, replica(database, "other") as other:
-        booked = await paused.reserve(replace(reserve("1", who, STREAM), owner="paused"))
-        it = Call(paused, booked, small)
-        it.says("x" * 150)
-        await let_die(database, "paused")
+        accepted = await paused.reserve(replace(reserve("1", bound, STREAM), owner="paused"))
+        stream = AdmittedCall(paused, accepted, small)
+        stream.says("x" * 150)
+        await expire_lease(database, "paused")
         now.ms += 3 * LEASE_MS
         with capture_logs():
             await other.sweep()
-            assert isinstance(await other.reserve(reserve("2", who, call(100, 1000))), Accepted)
+            assert isinstance(await other.reserve(reserve("2", bound, call(100, 1000))), Accepted)
             await asyncio.to_thread(database.server.stop)
-            assert not await it.grows()
+            assert not await stream.grows()
             await asyncio.to_thread(database.server.start)
-            assert not await it.grows()
-        await it.reservation.end("at_limit")
+            assert not await stream.grows()
+        await stream.reservation.settle(await stream.reservation.usage(), "at_limit")
         await other.end(Settle("2", exactly(100, 1000), "complete"))
-        [counter] = (await other.counters(who.keys())).values()
+        [counter] = (await other.counters(bound.keys())).values()
     assert (counter.used.output, counter.held) == (1000 + 100, Amount())
     assert counter.used.tokens <= 1300
     await database.audit()
@@ -191,17 +198,17 @@ async def test_one_that_was_paused_gives_nobodys_room_away(database):
 # ------------------------------------------------------------------------------------------------------------ outages
 
 
-async def test_a_restart_of_the_database_is_a_pause(database):
-    """Under the calls of two replicas, twice: nobody is refused, nothing is lost or doubled."""
+async def test_calls_wait_for_a_restart_of_the_database(database):
+    """Two restarts during the calls of two replicas: no call is refused, lost or charged twice."""
     async with replica(database, "one") as one, replica(database, "two") as two:
-        done = []
+        settled = []
 
         async def client(ledger, name):
             for number in range(30):
                 operation = reserve(f"{name}-{number}", ANN, call(1, 2))
                 assert isinstance(await ledger.reserve(operation), Accepted)
                 await ledger.end(Settle(operation.id, exactly(1, 1), "complete"))
-                done.append(operation.id)
+                settled.append(operation.id)
 
         with capture_logs() as logs:
             working = [
@@ -210,7 +217,7 @@ async def test_a_restart_of_the_database_is_a_pause(database):
                 for number in range(8)
             ]
             for mode, after in (("fast", 60), ("immediate", 240)):
-                await until(lambda least=after: at_least(done, least))
+                await until(lambda least=after: at_least(settled, least))
                 await asyncio.to_thread(database.server.stop, mode)
                 assert not await are_healthy(one, two)
                 await asyncio.to_thread(database.server.start)
@@ -223,26 +230,26 @@ async def test_a_restart_of_the_database_is_a_pause(database):
     await database.audit()
 
 
-async def at_least(done, least):
-    return len(done) >= least
+async def at_least(items, least):
+    return len(items) >= least
 
 
 async def are_healthy(*ledgers):
-    """Whether they would serve; each finds it out by its lease, if not by a call."""
+    """Whether all of them are healthy, after each has tried to renew its lease."""
     await asyncio.gather(*(ledger.renew_lease() for ledger in ledgers))
     return all(ledger.is_healthy for ledger in ledgers)
 
 
-async def test_who_has_waited_long_enough_for_the_database_is_told(database):
-    """And an end waits on, until it is back."""
+async def test_a_call_that_has_waited_for_the_database_is_refused(database):
+    """The end of a call keeps waiting until the database is back."""
     async with replica(database, "one", wait_s=0.05) as ledger:
-        ledger.end(stream("1", ledger))
+        ledger.end(reserve_stream("1", ledger))
         await ledger.end(Release("unknown"))
         await asyncio.to_thread(database.server.stop)
         with capture_logs():
             end = ledger.end(Settle("1", exactly(90, 60), "complete"))
             with pytest.raises(LedgerUnavailable):
-                await ledger.reserve(stream("2", ledger))
+                await ledger.reserve(reserve_stream("2", ledger))
             with pytest.raises(LedgerUnavailable):
                 await ledger.counters(ANN.keys())
             await asyncio.to_thread(database.server.start)
@@ -257,8 +264,8 @@ async def test_who_has_waited_long_enough_for_the_database_is_told(database):
 ASK = {"model": "gpt-4o-mini", "messages": [{"role": "user", "content": "tokens=50"}]}
 
 
-async def test_two_servers_share_what_a_user_has(database, tmp_path):
-    """Nothing to run beside PostgreSQL: what is used through one is seen through the other."""
+async def test_two_servers_share_a_user_s_quota(database, tmp_path):
+    """They need only PostgreSQL in common: tokens used through one server are visible through the other."""
     now = Clock(wall_clock_ms())
     async with (
         stage(STAFF, folder=tmp_path, clock=now, database=database.url) as one,
@@ -271,10 +278,13 @@ async def test_two_servers_share_what_a_user_has(database, tmp_path):
     await database.audit()
 
 
-async def test_a_server_whose_database_is_away_says_so(database, tmp_path):
-    """503 and when to come again; not ready, so it gets no calls; alive, so nobody kills it; then all is well."""
-    hasty = f"ledger_wait: 1s\n{STAFF}"
-    async with stage(hasty, folder=tmp_path, clock=Clock(wall_clock_ms()), database=database.url) as on:
+async def test_a_server_whose_database_is_away_reports_it(database, tmp_path):
+    """Calls get a 503 with Retry-After. It is not ready, so it gets no calls, but alive, so it is not restarted.
+
+    When the database is back, it serves again.
+    """
+    short_wait = f"ledger_wait: 1s\n{STAFF}"
+    async with stage(short_wait, folder=tmp_path, clock=Clock(wall_clock_ms()), database=database.url) as on:
         assert (await on.post("/v1/chat/completions", ASK)).status == 200
         await asyncio.to_thread(database.server.stop)
         with capture_logs():
@@ -309,9 +319,9 @@ default_pool_size = 3
 
 @pytest.fixture
 def bouncer(database):
-    """The same database through pgbouncer, where each transaction may get another connection."""
+    """The URL of the same database through pgbouncer, where each transaction may get another connection."""
     if not (program := shutil.which("pgbouncer")):
-        pytest.skip("there is no pgbouncer here")
+        pytest.skip("pgbouncer is not installed")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         folder.chmod(0o777)
@@ -323,22 +333,22 @@ def bouncer(database):
             process.terminate()
 
 
-async def test_all_goes_through_pgbouncer_in_transaction_mode(bouncer, database):
-    """Migrations, batches, leases and reads of two replicas, on fewer connections than they think they have."""
-    await until(lambda: answers(bouncer))
+async def test_the_ledger_works_through_pgbouncer_in_transaction_mode(bouncer, database):
+    """Migrations, batches, leases and reads of two replicas, on fewer connections than the replicas open."""
+    await until(lambda: accepts_connections(bouncer))
     async with replica(bouncer, "one") as one, replica(bouncer, "two") as two:
-        used = await asyncio.gather(*(clients(each, each.owner, count=16, calls=25) for each in (one, two)))
-        counters = await asyncio.gather(*(one.counters([POT.key_for("anybody")]) for _ in range(20)))
+        used = await asyncio.gather(*(run_clients(each, each.owner, count=16, calls=25) for each in (one, two)))
+        counters = await asyncio.gather(*(one.counters([SHARED.key_for("any user")]) for _ in range(20)))
         assert {counter.used.tokens for found in counters for counter in found.values()} == {sum(used)}
-        await two.reserve(stream("left", two))
-        await let_die(database, "two")
+        await two.reserve(reserve_stream("open", two))
+        await expire_lease(database, "two")
         with capture_logs():
             await one.sweep()
-        assert (await two.entry("left")).state == "expired"
+        assert (await two.entry("open")).state == "expired"
     await database.audit()
 
 
-async def answers(url):
+async def accepts_connections(url):
     try:
         await PostgresStore(url).open()
     except StoreUnavailable:

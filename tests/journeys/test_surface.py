@@ -1,6 +1,6 @@
-"""Whoever changes their base URL finds every method of the SDK either working and counted, or refused with a reason.
+"""Every method of OpenAI's SDK either works through the proxy and is charged, or is refused with a reason.
 
-wire §1.1, §1.6, §1.7; threats T17, T20.
+docs/wire.md §1.1, §1.6 and §1.7 list the endpoints; docs/threats.md T 17 and T 20 say what must be refused.
 """
 
 import asyncio
@@ -34,20 +34,23 @@ POLICY = MODELS + STAFF[STAFF.index("groups:") :]
 
 
 async def used(on: Stage) -> tuple[int, int, int]:
-    """Tokens and requests of alice, once all is settled, and what is still held, which is nothing."""
-    await on.at_rest()
+    """Alice's used tokens and requests, and the number of calls at the upstream, once all calls are settled.
+
+    Nothing may be held then.
+    """
+    await on.all_settled()
     quota = await on.quota("staff/daily")
     assert (quota["tokens"]["held"], quota["requests"]["held"]) == (0, 0)
     return quota["input_tokens"] or quota["tokens"]["used"], quota["requests"]["used"], on.simulator.received
 
 
-def sent(on: Stage) -> dict:
-    """The document that the upstream got last."""
+def last_document(on: Stage) -> dict:
+    """The JSON body of the last request that the upstream received."""
     return json.loads(on.simulator.requests[-1].body)
 
 
 async def test_every_path_is_metered_answered_or_refused(tmp_path: Path) -> None:
-    """All that the installed SDK can send, with and without `/v1`; nothing that is refused reaches the upstream."""
+    """Every path of the installed SDK, with and without `/v1`. A refused request does not reach the upstream."""
     metered = {("POST", endpoint.path) for endpoint in METERED}
     async with stage(POLICY, folder=tmp_path) as on:
         for method, pattern in published():
@@ -70,37 +73,37 @@ async def test_every_path_is_metered_answered_or_refused(tmp_path: Path) -> None
 
 
 async def test_moderations_are_counted_and_cost_no_tokens(tmp_path: Path) -> None:
-    """Under their default model where none is named."""
+    """A request without a model is charged to OpenAI's default model."""
     async with stage(POLICY, folder=tmp_path) as on:
         verdict = await on.sdk().moderations.create(input=["one", "two"])
         assert len(verdict.results) == 2
-        assert sent(on)["model"] == "omni-moderation-latest"
+        assert last_document(on)["model"] == "omni-moderation-latest"
         assert await used(on) == (0, 1, 1)
 
 
 async def test_a_count_of_tokens_costs_nothing(tmp_path: Path) -> None:
-    """It is no charge but a number."""
+    """Neither tokens nor a request."""
     async with stage(POLICY, folder=tmp_path) as on:
         counted = await on.sdk().responses.input_tokens.count(model="fast", input="three small words")
         assert counted.input_tokens == 3
-        assert sent(on)["model"] == "gpt-4o-mini"
+        assert last_document(on)["model"] == "gpt-4o-mini"
         assert await used(on) == (0, 0, 1)
 
 
 async def test_a_compaction_is_charged_like_a_response(tmp_path: Path) -> None:
-    """It is a pass of the model."""
+    """Because the model runs for it."""
     async with stage(POLICY, folder=tmp_path) as on:
         compacted = await on.sdk().responses.compact(model="fast", input="three small words")
         assert compacted.usage.total_tokens == 15
         assert await used(on) == (15, 1, 1)
 
 
-async def test_pictures_are_charged_what_they_say(tmp_path: Path) -> None:
-    """Whole and streamed, each of several with its own share."""
+async def test_images_are_charged_the_reported_usage(tmp_path: Path) -> None:
+    """Streamed or not. In a stream of two images each one reports its share of the tokens."""
     async with stage(POLICY, folder=tmp_path) as on:
         images = on.sdk().images
         whole = await images.generate(model="painter", prompt="a red fox", n=2)
-        assert [picture.b64_json for picture in whole.data or []] == [IMAGE, IMAGE]
+        assert [image.b64_json for image in whole.data or []] == [IMAGE, IMAGE]
         assert await used(on) == (3 + 544, 1, 1)
         stream = await images.generate(model="painter", prompt="a red fox", stream=True, partial_images=2, n=2)
         kinds = [event.type async for event in stream]
@@ -108,21 +111,21 @@ async def test_pictures_are_charged_what_they_say(tmp_path: Path) -> None:
         assert await used(on) == (2 * (3 + 544), 2, 2)
 
 
-async def test_pictures_that_say_no_tokens_count_as_requests(tmp_path: Path) -> None:
-    """Their model is billed by the piece; it is the one that is meant where none is named."""
+async def test_images_without_tokens_count_as_requests(tmp_path: Path) -> None:
+    """dall-e-2 is billed per image. It is the model of a request that names none."""
     async with stage(POLICY, folder=tmp_path) as on:
         await on.sdk().images.generate(prompt="a red fox")
-        assert sent(on)["model"] == "dall-e-2"
+        assert last_document(on)["model"] == "dall-e-2"
         assert await used(on) == (0, 1, 1)
 
 
-async def test_a_stream_of_pictures_that_breaks_off_is_charged_its_hold(tmp_path: Path) -> None:
-    """Its upstream bills what it painted, and nobody can see how much that was."""
+async def test_a_stream_of_images_that_breaks_off_is_charged_its_hold(tmp_path: Path) -> None:
+    """The upstream bills the images that it generated, and the proxy can't see how many tokens that was."""
     async with stage(POLICY, folder=tmp_path) as on:
-        wish = {"metadata": {"simulate": "cut=1"}}
+        directives = {"metadata": {"simulate": "cut=1"}}
         with pytest.raises(openai.APIError):
             stream = await on.sdk().images.generate(
-                model="painter", prompt="fox", stream=True, partial_images=2, extra_body=wish
+                model="painter", prompt="fox", stream=True, partial_images=2, extra_body=directives
             )
             async for _ in stream:
                 pass
@@ -131,12 +134,12 @@ async def test_a_stream_of_pictures_that_breaks_off_is_charged_its_hold(tmp_path
         assert requests == 1
 
 
-async def test_pictures_that_fail_cost_what_was_asked(tmp_path: Path) -> None:
-    """The upstream says in its stream that there is none: what it read is charged, and nothing else."""
+async def test_an_error_in_a_stream_of_images_costs_only_the_input(tmp_path: Path) -> None:
+    """The upstream reports in the stream that it generated no image: only the prompt is charged."""
     async with stage(POLICY, folder=tmp_path) as on:
-        wish = {"metadata": {"simulate": "error=1"}}
+        directives = {"metadata": {"simulate": "error=1"}}
         stream = await on.sdk().images.generate(
-            model="painter", prompt="fox", stream=True, partial_images=2, extra_body=wish
+            model="painter", prompt="fox", stream=True, partial_images=2, extra_body=directives
         )
         with pytest.raises(openai.APIError, match="had an error"):
             async for _ in stream:
@@ -146,54 +149,53 @@ async def test_pictures_that_fail_cost_what_was_asked(tmp_path: Path) -> None:
         assert requests == 1
 
 
-async def test_sound_passes_unchanged_and_counts_as_a_request(tmp_path: Path) -> None:
-    """Its bytes say no tokens."""
+async def test_speech_passes_unchanged_and_counts_as_a_request(tmp_path: Path) -> None:
+    """Audio bytes report no tokens."""
     async with stage(POLICY, folder=tmp_path) as on:
-        sound = await on.sdk().audio.speech.create(model="voice", input="hello there", voice="alloy")
-        assert sound.content == AUDIO
-        assert sound.response.headers["content-type"] == "audio/mpeg"
+        speech = await on.sdk().audio.speech.create(model="voice", input="hello there", voice="alloy")
+        assert speech.content == AUDIO
+        assert speech.response.headers["content-type"] == "audio/mpeg"
         assert await used(on) == (0, 1, 1)
 
 
-async def test_sound_in_events_is_charged_what_it_says(tmp_path: Path) -> None:
+async def test_speech_as_events_is_charged_the_reported_usage(tmp_path: Path) -> None:
     """The last event of such a stream has the usage."""
     async with stage(POLICY, folder=tmp_path) as on:
-        sound = await on.sdk().audio.speech.create(
+        speech = await on.sdk().audio.speech.create(
             model="voice", input="hello there", voice="alloy", stream_format="sse"
         )
-        assert sound.content.count(b"speech.audio.delta") == 4
+        assert speech.content.count(b"speech.audio.delta") == 4
         assert await used(on) == (2 + 40, 1, 1)
 
 
-FILE = ("talk.mp3", b"--\r\n\x00--" * 200_000, "audio/mpeg")  # 1.4 MB, more than is kept in memory
+FILE = ("talk.mp3", b"--\r\n\x00--" * 200_000, "audio/mpeg")  # 1.4 MB, more than the proxy keeps in memory
 
 
-async def test_what_was_said_is_charged_what_the_answer_says(tmp_path: Path) -> None:
-    """In tokens; whole and streamed."""
+async def test_a_transcription_is_charged_the_reported_usage(tmp_path: Path) -> None:
+    """In tokens, streamed or not."""
     async with stage(POLICY, folder=tmp_path) as on:
-        heard = await on.sdk().audio.transcriptions.create(model="scribe", file=FILE)
-        assert heard.text == TRANSCRIPT
+        transcription = await on.sdk().audio.transcriptions.create(model="scribe", file=FILE)
+        assert transcription.text == TRANSCRIPT
         assert await used(on) == (1750 + 8, 1, 1)
         stream = await on.sdk().audio.transcriptions.create(model="scribe", file=FILE, stream=True)
         assert [event.type async for event in stream][-1] == "transcript.text.done"
         assert await used(on) == (2 * (1750 + 8), 2, 2)
 
 
-async def test_what_is_billed_by_the_second_counts_as_a_request(tmp_path: Path) -> None:
-    """And so does what is no JSON, and says nothing."""
+async def test_a_transcription_without_tokens_counts_as_a_request(tmp_path: Path) -> None:
+    """whisper-1 is billed by the second, and a plain-text answer has no usage."""
     async with stage(POLICY, folder=tmp_path) as on:
         audio = on.sdk().audio
         assert (await audio.transcriptions.create(model="whisper-1", file=FILE)).text == TRANSCRIPT
-        assert (
-            await audio.transcriptions.create(model="scribe", file=FILE, response_format="text") == TRANSCRIPT + "\n"
-        )
+        text = await audio.transcriptions.create(model="scribe", file=FILE, response_format="text")
+        assert text == TRANSCRIPT + "\n"
         with pytest.deprecated_call():
             assert (await audio.translations.create(model="whisper-1", file=FILE)).text == TRANSCRIPT
         assert await used(on) == (0, 3, 3)
 
 
-async def test_pictures_are_edited_and_varied(tmp_path: Path) -> None:
-    """Forms with several files; an edit says its tokens, a variation is billed by the piece."""
+async def test_edits_and_variations_of_images_are_charged(tmp_path: Path) -> None:
+    """Multipart requests with several files. An edit reports its tokens; a variation is billed per image."""
     async with stage(POLICY, folder=tmp_path) as on:
         images, file = on.sdk().images, ("a.png", b"\x89PNG", "image/png")
         await images.edit(model="painter", image=[file, file], mask=file, prompt="a red fox", n=2)
@@ -208,8 +210,8 @@ async def test_pictures_are_edited_and_varied(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("order", [0, 1, 2])
-async def test_a_form_is_sent_on_as_it_came_but_for_the_model(order: int, tmp_path: Path) -> None:
-    """Wherever the part with its name stands, before the file or behind it; boundary and bytes are the client's."""
+async def test_only_the_model_of_a_multipart_body_is_changed(order: int, tmp_path: Path) -> None:
+    """The part `model` may be before or after the file. The boundary and all other bytes are the client's."""
     parts = [b'Content-Disposition: form-data; name="language"\r\n\r\nde']
     parts.append(b'Content-Disposition: form-data; name="file"; filename="a.mp3"\r\n\r\n' + bytes(range(256)) * 5000)
     parts.insert(order, b'Content-Disposition: form-data; name="model"\r\n\r\nscribe')
@@ -240,57 +242,61 @@ async def test_a_form_is_sent_on_as_it_came_but_for_the_model(order: int, tmp_pa
         ("multipart/mixed; boundary=b", b"--b--", 415),
     ],
 )
-async def test_a_form_that_is_none_costs_nothing(content_type: str, body: bytes, status: int, tmp_path: Path) -> None:
-    """It is the client's mistake, and nothing of it is left on the disk."""
+async def test_an_invalid_multipart_body_costs_nothing(
+    content_type: str, body: bytes, status: int, tmp_path: Path
+) -> None:
+    """It is the client's mistake: a 4xx, and nothing is charged or sent to the upstream."""
     async with stage(POLICY, folder=tmp_path) as on:
         headers = {"content-type": content_type}
         assert (await on.post("/v1/audio/transcriptions", body, headers=headers)).status == status
         assert await used(on) == (0, 0, 0)
 
 
-async def test_a_form_that_is_too_large_or_packed_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Announced or not."""
+async def test_a_multipart_body_that_is_too_large_or_compressed_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Too large: with a Content-Length that says so, and without one."""
     monkeypatch.setattr("proxy.web.body.FORM_BYTES_MAX", 5000)
     body = b'--b\r\nContent-Disposition: form-data; name="file"; filename="f"\r\n\r\n' + b"x" * 5000
     async with stage(POLICY, folder=tmp_path) as on:
         path, headers = "/v1/audio/transcriptions", {"content-type": "multipart/form-data; boundary=b"}
         assert (await on.post(path, body, headers=headers)).status == 413
 
-        async def unannounced() -> AsyncIterator[bytes]:
+        async def without_length() -> AsyncIterator[bytes]:
             yield body
 
         chunked = {**headers, "authorization": f"Bearer {key_of('alice')}"}
-        async with on.http.post(on.url + path, data=unannounced(), headers=chunked) as response:
+        async with on.http.post(on.url + path, data=without_length(), headers=chunked) as response:
             assert response.status == 413
-        packed = {**headers, "content-encoding": "gzip"}
-        assert (await on.post(path, gzip.compress(b"x"), headers=packed)).status == 415
+        compressed = {**headers, "content-encoding": "gzip"}
+        assert (await on.post(path, gzip.compress(b"x"), headers=compressed)).status == 415
         assert await used(on) == (0, 0, 0)
 
 
-async def test_a_form_whose_client_leaves_is_read_on_and_charged(tmp_path: Path) -> None:
-    """Its body stays on the disk for as long as the call needs it, and its answer is billed whoever waits for it."""
+async def test_a_multipart_call_whose_client_disconnects_is_completed_and_charged(tmp_path: Path) -> None:
+    """The spooled body is kept until the call ends, because the upstream bills the answer even if no client waits."""
     async with stage(POLICY, folder=tmp_path) as on:
-        transcriptions, wish = on.sdk().audio.transcriptions, {"metadata": {"simulate": "delay=0.05"}}
-        call = asyncio.ensure_future(transcriptions.create(model="scribe", file=FILE, extra_body=wish))
+        transcriptions, directives = on.sdk().audio.transcriptions, {"metadata": {"simulate": "delay=0.05"}}
+        call = asyncio.ensure_future(transcriptions.create(model="scribe", file=FILE, extra_body=directives))
         await on.simulator.until(lambda: on.simulator.received == 1)
         call.cancel()
         await asyncio.wait([call])
         assert await used(on) == (1750 + 8, 1, 1)
 
 
-async def test_a_form_whose_upstream_breaks_off_is_charged_its_hold(tmp_path: Path) -> None:
-    """What it heard is billed, whether or not anybody reads it."""
+async def test_a_transcription_whose_upstream_breaks_off_is_charged_its_hold(tmp_path: Path) -> None:
+    """The upstream bills the audio that it transcribed, although the answer is lost."""
     async with stage(POLICY, folder=tmp_path) as on:
-        wish = {"metadata": {"simulate": "cut=0"}}
+        directives = {"metadata": {"simulate": "cut=0"}}
         with pytest.raises(openai.APIError):
-            await on.sdk().audio.transcriptions.create(model="scribe", file=FILE, extra_body=wish)
+            await on.sdk().audio.transcriptions.create(model="scribe", file=FILE, extra_body=directives)
         tokens, requests, _ = await used(on)
         assert 4096 + 14_000 <= tokens < 4096 + 14_600
         assert requests == 1
 
 
-async def test_what_does_not_fit_is_refused_before_it_is_painted(tmp_path: Path) -> None:
-    """A picture can't be made shorter: what it may cost has to be there."""
+async def test_images_that_do_not_fit_are_refused_before_they_are_generated(tmp_path: Path) -> None:
+    """An image can't be shortened, so its maximum must be free."""
     async with stage(POLICY.replace("tokens: 1M", "tokens: 9000"), folder=tmp_path) as on:
         with pytest.raises(openai.BadRequestError, match=r"."):
             await on.sdk().images.generate(model="painter", prompt="a red fox", n=2)
@@ -318,8 +324,8 @@ async def test_what_does_not_fit_is_refused_before_it_is_painted(tmp_path: Path)
         ),
     ],
 )
-async def test_what_would_slip_in_by_a_field_is_a_400(path: str, body: dict, param: str, tmp_path: Path) -> None:
-    """A second model, things stored in the shared account, tools that run at the upstream."""
+async def test_a_field_that_evades_the_quota_is_a_400(path: str, body: dict, param: str, tmp_path: Path) -> None:
+    """A second model, data stored in the shared account, and tools that run at the upstream."""
     async with stage(POLICY, folder=tmp_path) as on:
         reply = await on.post("/v1" + path, body)
         assert (reply.status, reply.error["param"]) == (400, param)
@@ -328,7 +334,7 @@ async def test_what_would_slip_in_by_a_field_is_a_400(path: str, body: dict, par
 
 @pytest.mark.parametrize("path", ["/v1/responses", "/responses", "/v1/realtime?model=gpt-realtime", "/v1/live", "/"])
 async def test_a_websocket_is_refused_at_once(path: str, tmp_path: Path) -> None:
-    """With 426 and in OpenAI's shape, so that a client which tries one first (Codex) goes on over HTTP."""
+    """With a 426, so a client that tries a WebSocket first, such as Codex, continues over HTTP."""
     async with stage(POLICY, folder=tmp_path) as on:
         headers = {"authorization": f"Bearer {key_of('alice')}"}
         with pytest.raises(aiohttp.WSServerHandshakeError) as caught:

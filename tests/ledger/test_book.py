@@ -1,7 +1,6 @@
-"""What the five acts do to counters and entries: by scenarios with numbers.
+"""What the five operations do to counters and entries, in scenarios with numbers.
 
-A batch is a `Book` over what the batches before it wrote, as in the ledger. The clock starts on the 24th of November
-2026 at noon, UTC.
+The clock starts on 24 November 2026 at noon, UTC.
 """
 
 from collections.abc import Mapping
@@ -20,7 +19,7 @@ from proxy.ledger.book import (
     Reply,
     Settle,
     Unknown,
-    shares,
+    split_charge,
 )
 from proxy.ledger.entry import CallLabels, Entry, HeldAmount
 from proxy.policy.admission import NeedsCount, Verdict
@@ -45,8 +44,8 @@ from tests.builders import (
 )
 
 
-class Ledger:
-    """What the real one keeps: counters and entries, of which each batch writes back only what it says it changed."""
+class InMemoryLedger:
+    """Counters and entries in memory. A batch is a `Book`; only what the book says it changed is written back."""
 
     def __init__(self, who: Binding, now: int = NOON, *, used: Mapping[str, Amount | int] | None = None) -> None:
         self.counters = counters(who, used=used, opened=now)
@@ -54,16 +53,16 @@ class Ledger:
         self.now = now
 
     def apply(self, *operations: Operation) -> list[Reply]:
-        books = Book(self.counters, self.entries, self.now)
-        answers = [books.apply(operation) for operation in operations]
-        self.counters |= {key: books.counters[key] for key in books.counters_changed}
-        self.entries |= {entry_id: books.entries[entry_id] for entry_id in books.entries_changed}
-        assert books.counters == self.counters
-        assert books.entries == self.entries
-        return answers
+        book = Book(self.counters, self.entries, self.now)
+        replies = [book.apply(operation) for operation in operations]
+        self.counters |= {key: book.counters[key] for key in book.counters_changed}
+        self.entries |= {entry_id: book.entries[entry_id] for entry_id in book.entries_changed}
+        assert book.counters == self.counters
+        assert book.entries == self.entries
+        return replies
 
     def levels(self, each: Quota, user: str = "ann") -> tuple[Amount, Amount]:
-        """What is used and held of a quota."""
+        """What is used and what is held of a quota."""
         counter = self.counters[each.key_for(user)]
         return counter.used, counter.held
 
@@ -94,25 +93,25 @@ LOST = AtLeast(Tokens(100, 400))
     ("operations", "state", "usage", "outcome", "used"),
     [
         pytest.param([], "open", None, None, NOTHING, id="in flight"),
-        pytest.param(
-            [SETTLE], "settled", exactly(90, 60), "complete", Amount(90, 60, 1), id="the rest is given back"
-        ),
+        pytest.param([SETTLE], "settled", exactly(90, 60), "complete", Amount(90, 60, 1), id="the rest is freed"),
         pytest.param(
             [SETTLE_MORE],
             "settled",
             exactly(900, 600),
             "complete",
             Amount(900, 600, 1),
-            id="more than it held: in full",
+            id="more than its hold: in full",
         ),
         pytest.param(
             [SETTLE_AT_LEAST], "settled", AtLeast(Tokens(90, 20)), "client_left", Amount(90, 20, 1), id="client left"
         ),
-        pytest.param([SETTLE_ZERO], "settled", exactly(0, 0), "complete", Amount(0, 0, 1), id="a zero is a zero"),
-        pytest.param([SETTLE_REJECTED], "settled", BAD_REQUEST, "rejected", Amount(0, 0, 1), id="4xx: one request"),
+        pytest.param([SETTLE_ZERO], "settled", exactly(0, 0), "complete", Amount(0, 0, 1), id="an explicit zero"),
+        pytest.param(
+            [SETTLE_REJECTED], "settled", BAD_REQUEST, "rejected", Amount(0, 0, 1), id="4xx: one request, no tokens"
+        ),
         pytest.param([RELEASE], "released", None, "upstream_failed", NOTHING, id="5xx: nothing"),
-        pytest.param([EXPIRE], "expired", LOST, "lost", Amount(100, 400, 1), id="the proxy died: its hold"),
-        # once only
+        pytest.param([EXPIRE], "expired", LOST, "lost", Amount(100, 400, 1), id="the process died: its hold"),
+        # an entry ends once
         pytest.param(
             [SETTLE, SETTLE_MORE], "settled", exactly(90, 60), "complete", Amount(90, 60, 1), id="settle twice"
         ),
@@ -127,7 +126,7 @@ LOST = AtLeast(Tokens(100, 400))
         pytest.param([RELEASE, EXPIRE], "released", None, "upstream_failed", NOTHING, id="release, expire"),
         pytest.param([EXPIRE, EXPIRE], "expired", LOST, "lost", Amount(100, 400, 1), id="expire twice"),
         pytest.param([EXPIRE, RELEASE], "expired", LOST, "lost", Amount(100, 400, 1), id="expire, release"),
-        # but for the process that comes back
+        # except that an expired call may be settled
         pytest.param(
             [EXPIRE, SETTLE], "settled", exactly(90, 60), "complete", Amount(90, 60, 1), id="expire, settle: less"
         ),
@@ -148,14 +147,14 @@ LOST = AtLeast(Tokens(100, 400))
             exactly(90, 60),
             "complete",
             Amount(90, 60, 1),
-            id="expire, settle: the difference is booked once",
+            id="expire, settle: corrected once",
         ),
     ],
 )
 @pytest.mark.parametrize("batches", ["one", "many"])
 def test_an_entry_ends_once(operations, state, usage, outcome, used, batches):
-    """Whatever comes again, or late, in one batch or in several: the first end counts, and nothing stays held."""
-    ledger = Ledger(ANN)
+    """The first end counts, whatever is repeated or comes late, in one batch or in several. Nothing stays held."""
+    ledger = InMemoryLedger(ANN)
     if batches == "one":
         [*_, last] = ledger.apply(reserve("1", ANN, CALL), *operations)
     else:
@@ -168,9 +167,9 @@ def test_an_entry_ends_once(operations, state, usage, outcome, used, batches):
     assert entry.ended_at == (NOON if operations else None)
 
 
-def test_an_entry_says_who_called_what_and_what_it_holds():
-    """It is the reservation first, and the record afterwards."""
-    ledger = Ledger(ANN)
+def test_a_reserve_makes_an_entry():
+    """The entry says who called which model, when, through which group, and what the call holds of which counter."""
+    ledger = InMemoryLedger(ANN)
     ledger.apply(reserve("1", ANN, CALL))
     assert ledger.entries["1"] == Entry(
         id="1",
@@ -184,9 +183,9 @@ def test_an_entry_says_who_called_what_and_what_it_holds():
     )
 
 
-def test_the_end_changes_only_how_it_ended():
-    """Who called, through which group and when stays as it was, also when the clock went on."""
-    ledger = Ledger(ANN)
+def test_an_end_changes_only_the_fields_of_the_end():
+    """Who called, through which group and when it was reserved stay the same."""
+    ledger = InMemoryLedger(ANN)
     ledger.apply(reserve("1", ANN, CALL))
     before = ledger.entries["1"]
     ledger.now += HOUR
@@ -196,27 +195,27 @@ def test_the_end_changes_only_how_it_ended():
 
 
 @pytest.mark.parametrize("end", [Settle("1", exactly(100, 50), "complete", "spare"), Release("1", upstream="spare")])
-def test_the_end_may_say_who_had_the_call(end):
-    """Where another upstream answered than was to be asked at first; of what is lost nobody can say."""
+def test_an_end_may_name_another_upstream(end):
+    """If another upstream answered than the entry names. An end that names none, and an Expire, change nothing."""
     who = binding([quota("staff/daily", tokens=1000)])
     for operation, upstream in ((end, "spare"), (replace(end, upstream=None), "openai"), (Expire("1"), "openai")):
-        books = Book({}, {}, NOON)
-        books.apply(reserve("1", who, call(100, 400)))
-        ended = books.apply(operation)
+        book = Book({}, {}, NOON)
+        book.apply(reserve("1", who, call(100, 400)))
+        ended = book.apply(operation)
         assert isinstance(ended, Accepted)
         assert ended.entry.labels == CallLabels("ann", "gpt-4o-mini", "chat", upstream)
 
 
-def test_a_record_names_what_shortened_the_answer_and_what_would_have_refused():
-    """By the quotas' ids, since quotas come and go."""
-    watching = quota("staff/new", tokens=10, enforce="shadow")
-    who = binding([DAILY], shadows=[watching])
-    ledger = Ledger(who)
+def test_an_entry_names_the_quotas_that_capped_or_would_have_refused_the_call():
+    """By their ids, because a quota may be removed later."""
+    shadow = quota("staff/new", tokens=10, enforce="shadow")
+    who = binding([DAILY], shadows=[shadow])
+    ledger = InMemoryLedger(who)
     ledger.apply(reserve("1", who, call(100, 4000, 1)))
     entry = ledger.entries["1"]
-    assert (entry.capped_by, entry.would_refuse) == (DAILY.id, (watching.id,))
+    assert (entry.capped_by, entry.would_refuse) == (DAILY.id, (shadow.id,))
     assert (entry.hold, entry.maximum) == (Amount(100, 900, 1), 900)
-    assert watching.key_for("ann") not in ledger.counters
+    assert shadow.key_for("ann") not in ledger.counters
 
 
 @pytest.mark.parametrize(
@@ -224,9 +223,9 @@ def test_a_record_names_what_shortened_the_answer_and_what_would_have_refused():
     [Settle("2", exactly(1), "complete"), Release("2"), Expire("2"), extend("2", ANN, 400)],
     ids=lambda operation: type(operation),
 )
-def test_the_end_or_growth_of_an_unknown_call_changes_nothing(operation):
-    """It was never reserved, or has been deleted since."""
-    ledger = Ledger(ANN)
+def test_an_operation_on_an_unknown_call_changes_nothing(operation):
+    """The call was never reserved, or was deleted since."""
+    ledger = InMemoryLedger(ANN)
     ledger.apply(reserve("1", ANN, CALL))
     before = (dict(ledger.counters), dict(ledger.entries))
     assert ledger.apply(operation) == [Unknown("2")]
@@ -237,31 +236,31 @@ def test_the_end_or_growth_of_an_unknown_call_changes_nothing(operation):
 
 
 def test_a_refused_call_changes_nothing():
-    """No charge, no request, no window opened, no entry left; the answer says how things stand."""
+    """No charge, no request, no new window and no entry. The reply has the counters."""
     never_used = quota("staff/6h", tokens=5000, per="6h")
     who = binding([DAILY, never_used])
-    books = Book(counters(who, used={DAILY.id: 600}), {}, NOON)
-    before = dict(books.counters)
-    answer = books.apply(reserve("1", who, call(401)))
-    assert isinstance(answer, Refused)
-    assert answer.decision.verdict is Verdict.EXHAUSTED
-    assert answer.counters == books.counters == before
-    assert (books.entries, books.entries_changed, books.counters_changed) == ({}, set(), set())
+    book = Book(counters(who, used={DAILY.id: 600}), {}, NOON)
+    before = dict(book.counters)
+    reply = book.apply(reserve("1", who, call(401)))
+    assert isinstance(reply, Refused)
+    assert reply.decision.verdict is Verdict.EXHAUSTED
+    assert reply.counters == book.counters == before
+    assert (book.entries, book.entries_changed, book.counters_changed) == ({}, set(), set())
 
 
-def test_a_call_that_has_to_be_counted_first_changes_nothing():
-    """It comes again with the same id once its tokens are known, and is decided on like any other."""
-    ledger = Ledger(ANN)
+def test_a_call_whose_input_must_be_counted_first_changes_nothing():
+    """It is reserved again with the same id when its tokens are counted."""
+    ledger = InMemoryLedger(ANN)
     operation = reserve("1", ANN, CALL)
     assert ledger.apply(replace(operation, demand=estimated(operation.demand))) == [NeedsCount()]
     assert (ledger.counters, ledger.entries) == ({}, {})
-    [booked] = ledger.apply(operation)
-    assert isinstance(booked, Accepted)
+    [reply] = ledger.apply(operation)
+    assert isinstance(reply, Accepted)
 
 
-def test_a_stream_holds_its_first_part():
-    """And the entry says how far that may grow; where nobody knows, nothing."""
-    ledger = Ledger(ANN)
+def test_a_stream_is_reserved_with_its_initial_hold():
+    """The entry has the maximum of the answer; None if it is not known."""
+    ledger = InMemoryLedger(ANN)
     ledger.apply(reserve("1", ANN, STREAM), reserve("2", ANN, replace(STREAM, output_maximum=400, is_unbounded=True)))
     known, unknown = ledger.entries["1"], ledger.entries["2"]
     assert known.hold == unknown.hold == Amount(100, 100, 1)
@@ -269,12 +268,12 @@ def test_a_stream_holds_its_first_part():
     assert ledger.levels(DAILY) == (NOTHING, Amount(200, 200, 2))
 
 
-def test_a_reserve_is_all_or_nothing():
-    """Room in one quota is not held where another refuses."""
+def test_a_reserve_is_applied_as_a_whole_or_not_at_all():
+    """If one quota refuses, nothing is held of the others."""
     who = binding(
         [DAILY, quota("staff/hourly", tokens=100, per="hour")], always=[quota("everyone/calls", requests=9)]
     )
-    ledger = Ledger(who)
+    ledger = InMemoryLedger(who)
     ledger.apply(reserve("1", who, call(101)))
     assert not ledger.counters
 
@@ -282,9 +281,9 @@ def test_a_reserve_is_all_or_nothing():
 @pytest.mark.parametrize(
     "ending", [[], [SETTLE], [RELEASE], [EXPIRE]], ids=["open", "settled", "released", "expired"]
 )
-def test_a_reserve_that_is_repeated_books_nothing_more(ending):
-    """The first one's commit may have been answered by a broken line; the entry is found as it is."""
-    ledger = Ledger(ANN)
+def test_a_repeated_reserve_changes_nothing(ending):
+    """The connection may have broken before the first one was answered. The reply has the entry as it is."""
+    ledger = InMemoryLedger(ANN)
     ledger.apply(reserve("1", ANN, CALL), *ending)
     before = (dict(ledger.counters), dict(ledger.entries))
     for again in (reserve("1", ANN, CALL), reserve("1", ANN, call(1001))):
@@ -292,106 +291,106 @@ def test_a_reserve_that_is_repeated_books_nothing_more(ending):
     assert (ledger.counters, ledger.entries) == before
 
 
-def test_a_reserve_that_was_refused_may_be_repeated():
-    """So a call can wait for others and ask again under its own id."""
-    ledger = Ledger(ANN)
+def test_a_refused_reserve_may_be_repeated():
+    """So a busy call can wait and ask again with the same id."""
+    ledger = InMemoryLedger(ANN)
     full = reserve("1", ANN, call(600, 400))
     [_, refused] = ledger.apply(full, reserve("2", ANN, CALL))
     assert isinstance(refused, Refused)
     assert refused.decision.verdict is Verdict.BUSY
-    [_, let_in] = ledger.apply(SETTLE, reserve("2", ANN, CALL))
-    assert isinstance(let_in, Accepted)
+    [_, admitted] = ledger.apply(SETTLE, reserve("2", ANN, CALL))
+    assert isinstance(admitted, Accepted)
 
 
-def test_acts_of_one_batch_see_each_other_in_order():
-    """What one call gives back the next one may take, and what one takes the next one may not."""
-    ledger = Ledger(ANN)
-    answers = ledger.apply(
+def test_operations_of_a_batch_see_what_those_before_them_did():
+    """Tokens that one call frees, the next one may hold; tokens that one call holds, the next one may not."""
+    ledger = InMemoryLedger(ANN)
+    replies = ledger.apply(
         reserve("1", ANN, call(600, 400)),
         reserve("2", ANN, CALL),
         SETTLE,
         reserve("3", ANN, CALL),
         reserve("4", ANN, CALL),
     )
-    assert [type(answer) for answer in answers] == [Accepted, Refused, Accepted, Accepted, Refused]
+    assert [type(reply) for reply in replies] == [Accepted, Refused, Accepted, Accepted, Refused]
     assert ledger.levels(DAILY) == (Amount(90, 60, 1), HELD)
 
 
 @pytest.mark.parametrize("each", [DAILY, SIX_HOURS], ids=["calendar", "duration"])
-def test_of_64_calls_at_once_as_many_are_let_in_as_fit(each):
-    """Also if they are the first ever: 60 + 40 tokens each, 10 fit into 1000."""
+def test_of_64_calls_in_one_batch_as_many_are_admitted_as_fit(each):
+    """Also if they are the first ever. Each has 60 + 40 tokens, so 10 fit into 1000."""
     who = binding([each])
-    ledger = Ledger(who)
-    answers = ledger.apply(*(reserve(str(number), who, call(60, 40)) for number in range(64)))
-    assert [isinstance(answer, Accepted) for answer in answers] == [True] * 10 + [False] * 54
+    ledger = InMemoryLedger(who)
+    replies = ledger.apply(*(reserve(str(number), who, call(60, 40)) for number in range(64)))
+    assert [isinstance(reply, Accepted) for reply in replies] == [True] * 10 + [False] * 54
     ledger.apply(*(Settle(str(number), exactly(60, 40), "complete") for number in range(64)))
     assert ledger.levels(each) == (Amount(600, 400, 10), NOTHING)
 
 
-def test_a_call_that_nothing_binds_is_on_the_books_all_the_same():
-    """Where `unmatched: allow`, or for an unlimited group: the record says what it used, no counter does."""
+def test_a_call_that_no_quota_binds_has_an_entry_too():
+    """With `unmatched: allow`, or in an unlimited group. Its usage is in the entry, but in no counter."""
     who = binding(group_quotas("admins"))
-    ledger = Ledger(who)
+    ledger = InMemoryLedger(who)
     ledger.apply(reserve("1", who, call(10**6, 10**6)), SETTLE)
     entry = ledger.entries["1"]
     assert (entry.admitted_via, entry.held_amounts, entry.usage) == ("admins", (), exactly(90, 60))
     assert not ledger.counters
 
 
-def test_members_have_their_own_counters_and_share_a_pot():
-    """What bob holds of the pot stands in ann's way, what he holds of his own does not."""
-    own, pot = quota("team/own", tokens=600), quota("team/pot", tokens=1000, shared=True)
-    ann, bob = binding([own, pot], user="ann"), binding([own, pot], user="bob")
-    ledger = Ledger(ann)
-    answers = ledger.apply(reserve("1", ann, call(500)), reserve("2", bob, call(500)), reserve("3", ann, call(1)))
-    assert [type(answer) for answer in answers] == [Accepted, Accepted, Refused]
+def test_members_have_their_own_counters_and_one_counter_of_a_shared_quota():
+    """What bob holds of the shared quota is missing for ann. What he holds of his own counter is not."""
+    own, shared = quota("team/own", tokens=600), quota("team/pot", tokens=1000, shared=True)
+    ann, bob = binding([own, shared], user="ann"), binding([own, shared], user="bob")
+    ledger = InMemoryLedger(ann)
+    replies = ledger.apply(reserve("1", ann, call(500)), reserve("2", bob, call(500)), reserve("3", ann, call(1)))
+    assert [type(reply) for reply in replies] == [Accepted, Accepted, Refused]
     ledger.apply(Settle("1", exactly(500), "complete"), Release("2"))
     assert ledger.levels(own, "ann") == (amount(500), NOTHING)
     assert ledger.levels(own, "bob") == (NOTHING, NOTHING)
-    assert ledger.levels(pot) == (amount(500), NOTHING)
+    assert ledger.levels(shared) == (amount(500), NOTHING)
 
 
-def test_what_is_charged_is_what_was_held():
-    """A group's quota that could not carry the call is left alone at its end too, and so is another group's pot."""
-    small, pot = quota("lab/small", tokens=499), quota("team/pot", tokens=5000, shared=True)
-    who = binding([DAILY], [small], [pot])
-    ledger = Ledger(who)
+def test_an_end_charges_only_quotas_of_which_the_call_held_something():
+    """Not a quota of another group that could not carry the call, and not a shared quota of another group."""
+    small, shared = quota("lab/small", tokens=499), quota("team/pot", tokens=5000, shared=True)
+    who = binding([DAILY], [small], [shared])
+    ledger = InMemoryLedger(who)
     ledger.apply(reserve("1", who, CALL), SETTLE)
     assert ledger.counters.keys() == {DAILY.key_for("ann")}
 
 
-def test_a_call_that_ends_after_its_user_was_moved_charges_what_it_was_let_in_through():
-    """Its lines say where, no policy is asked."""
-    ledger = Ledger(ANN)
+def test_a_call_is_charged_to_the_group_that_admitted_it():
+    """Also if its user was moved to another group meanwhile: the held amounts decide, not the policy."""
+    ledger = InMemoryLedger(ANN)
     ledger.apply(reserve("1", ANN, CALL))
     elsewhere = binding([quota("team/daily", tokens=1000)])
     ledger.apply(SETTLE, reserve("2", elsewhere, CALL))
     assert ledger.levels(DAILY) == (Amount(90, 60, 1), NOTHING)
 
 
-def test_after_counts_tokens_and_requests_once_they_are_known():
-    """It holds the mark of a call, is charged all, and may end over its limit; then it is out."""
-    classic = quota("staff/classic", tokens=1000, per="6h", enforce="after")
-    who = binding([classic])
-    ledger = Ledger(who)
+def test_a_quota_with_enforce_after_is_charged_at_the_end():
+    """A call holds one request of it and no tokens, and may end above its limit. Then the next call is refused."""
+    after = quota("staff/classic", tokens=1000, per="6h", enforce="after")
+    who = binding([after])
+    ledger = InMemoryLedger(who)
     first, second = reserve("1", who, call(900, 900)), reserve("2", who, call(900, 900))
     ledger.apply(first, second)
-    assert ledger.levels(classic) == (NOTHING, Amount(requests=2))
+    assert ledger.levels(after) == (NOTHING, Amount(requests=2))
     ledger.now += HOUR
     ledger.apply(Settle("1", exactly(900, 300), "complete"))
-    assert ledger.levels(classic) == (Amount(900, 300, 1), Amount(requests=1))
+    assert ledger.levels(after) == (Amount(900, 300, 1), Amount(requests=1))
     [refused] = ledger.apply(reserve("3", who, call(1)))
     assert isinstance(refused, Refused)
     assert refused.decision.admissible_at == NOON + 6 * HOUR
 
 
-def test_a_quota_in_shadow_is_charged_like_any_other():
+def test_a_quota_with_enforce_shadow_is_charged_like_any_other():
     """Its counter shows what it would have counted."""
-    watching = quota("staff/new", tokens=600, enforce="shadow")
-    who = binding([DAILY], shadows=[watching])
-    ledger = Ledger(who)
+    shadow = quota("staff/new", tokens=600, enforce="shadow")
+    who = binding([DAILY], shadows=[shadow])
+    ledger = InMemoryLedger(who)
     ledger.apply(reserve("1", who, CALL), SETTLE)
-    assert ledger.levels(watching) == ledger.levels(DAILY) == (Amount(90, 60, 1), NOTHING)
+    assert ledger.levels(shadow) == ledger.levels(DAILY) == (Amount(90, 60, 1), NOTHING)
 
 
 # ------------------------------------------------------------------------------------------------------------ windows
@@ -400,9 +399,9 @@ def test_a_quota_in_shadow_is_charged_like_any_other():
 @pytest.mark.parametrize("end", [SETTLE, RELEASE, EXPIRE], ids=["settle", "release", "expire"])
 @pytest.mark.parametrize("each", [DAILY, SIX_HOURS], ids=["calendar", "duration"])
 def test_a_call_belongs_to_the_window_in_which_it_was_reserved(each, end):
-    """It began before midnight and ends after: the new window, in which another call runs, does not notice."""
+    """A call begins before midnight and ends after it. The counter, which another call has moved on, is unchanged."""
     who = binding([each])
-    ledger = Ledger(who)
+    ledger = InMemoryLedger(who)
     ledger.apply(reserve("1", who, CALL))
     ledger.now += DAY
     ledger.apply(reserve("2", who, call(30)), end)
@@ -411,30 +410,30 @@ def test_a_call_belongs_to_the_window_in_which_it_was_reserved(each, end):
 
 
 @pytest.mark.parametrize("each", [DAILY, SIX_HOURS], ids=["calendar", "duration"])
-def test_a_late_settle_after_an_expire_does_not_touch_the_next_window(each):
-    """The difference belongs to the window that has closed."""
+def test_a_settle_after_an_expire_does_not_change_the_next_window(each):
+    """The correction belongs to the window that has closed."""
     who = binding([each])
-    ledger = Ledger(who)
+    ledger = InMemoryLedger(who)
     ledger.apply(reserve("1", who, CALL), EXPIRE)
     ledger.now += DAY
     ledger.apply(reserve("2", who, call(30)), SETTLE)
     assert ledger.levels(each) == (NOTHING, Amount(30, 0, 1))
 
 
-def test_a_settle_into_a_window_that_has_passed_but_has_no_successor_counts_there():
-    """Nobody has called since, so the counter still is that window's: what it used is true, and soon forgotten."""
-    ledger = Ledger(ANN)
+def test_a_settle_is_charged_to_a_window_that_has_ended_if_no_other_has_opened():
+    """No call was reserved since, so the counter still has that window. The next call opens a new one."""
+    ledger = InMemoryLedger(ANN)
     ledger.apply(reserve("1", ANN, CALL))
     ledger.now += DAY
     ledger.apply(SETTLE)
     assert ledger.levels(DAILY) == (Amount(90, 60, 1), NOTHING)
-    [booked] = ledger.apply(reserve("2", ANN, call(1000)))
-    assert isinstance(booked, Accepted)
+    [reply] = ledger.apply(reserve("2", ANN, call(1000)))
+    assert isinstance(reply, Accepted)
 
 
 def test_a_settle_whose_counter_was_reset_writes_the_entry_only():
-    """An operator may have set the counter back to nothing."""
-    ledger = Ledger(ANN)
+    """An operator may have deleted the counter."""
+    ledger = InMemoryLedger(ANN)
     ledger.apply(reserve("1", ANN, CALL))
     ledger.counters.clear()
     ledger.apply(SETTLE)
@@ -445,16 +444,18 @@ def test_a_settle_whose_counter_was_reset_writes_the_entry_only():
 @pytest.mark.parametrize(
     ("end", "opened_at"),
     [
-        pytest.param(RELEASE, NOON + HOUR, id="nothing was generated: the window was never open"),
-        pytest.param(Settle("1", Unspent(), "upstream_failed"), NOON + HOUR, id="nothing was charged: likewise"),
-        pytest.param(SETTLE_REJECTED, NOON, id="a bad request is a request: it is open"),
-        pytest.param(SETTLE, NOON, id="it is open"),
+        pytest.param(RELEASE, NOON + HOUR, id="nothing was generated: the window is not open"),
+        pytest.param(
+            Settle("1", Unspent(), "upstream_failed"), NOON + HOUR, id="nothing was charged: the window is not open"
+        ),
+        pytest.param(SETTLE_REJECTED, NOON, id="one request was charged: the window is open"),
+        pytest.param(SETTLE, NOON, id="tokens were charged: the window is open"),
     ],
 )
 def test_a_window_in_which_nothing_was_used_is_not_open(end, opened_at):
-    """The next call opens its own, and has all of its six hours."""
+    """The next call opens a new window, which lasts all of its six hours."""
     who = binding([SIX_HOURS])
-    ledger = Ledger(who)
+    ledger = InMemoryLedger(who)
     ledger.apply(reserve("1", who, CALL), end)
     ledger.now += HOUR
     ledger.apply(reserve("2", who, call(30)))
@@ -462,9 +463,9 @@ def test_a_window_in_which_nothing_was_used_is_not_open(end, opened_at):
     assert counter.window == Window(opened_at, opened_at + 6 * HOUR)
 
 
-def test_a_change_of_per_lets_the_running_window_end_first():
+def test_after_a_change_of_per_the_open_window_keeps_its_end():
     """From day to hour: what was used today counts until midnight."""
-    ledger = Ledger(ANN, used={DAILY.id: 950})
+    ledger = InMemoryLedger(ANN, used={DAILY.id: 950})
     hourly = binding([replace(DAILY, per=quota("x/y", per="hour").per)])
     [refused] = ledger.apply(reserve("1", hourly, CALL))
     assert isinstance(refused, Refused)
@@ -474,24 +475,24 @@ def test_a_change_of_per_lets_the_running_window_end_first():
     assert ledger.counters[DAILY.key_for("ann")].window.resets_at == instant("2026-11-25 01:00")
 
 
-def test_a_changed_limit_keeps_what_was_used():
-    """Lowered below the use, raised again: the counter is the same."""
-    ledger = Ledger(ANN, used={DAILY.id: 500})
+def test_a_changed_limit_keeps_the_usage():
+    """The limit is lowered below the usage and then raised: the counter stays the same."""
+    ledger = InMemoryLedger(ANN, used={DAILY.id: 500})
     [lowered, raised] = [binding([quota("staff/daily", tokens=maximum)]) for maximum in (400, 600)]
-    [refused, booked] = ledger.apply(reserve("1", lowered, call(9)), reserve("2", raised, call(9)))
+    [refused, admitted] = ledger.apply(reserve("1", lowered, call(9)), reserve("2", raised, call(9)))
     assert isinstance(refused, Refused)
-    assert isinstance(booked, Accepted)
+    assert isinstance(admitted, Accepted)
     assert ledger.levels(DAILY) == (amount(500), Amount(9, 0, 1))
 
 
-def test_two_windows_that_begin_alike_are_still_two():
-    """Hour becomes day while a call of the hour 00:00 is in flight: its end is not the day's, which begins 00:00 too.
+def test_two_windows_that_begin_at_the_same_instant_are_told_apart():
+    """`per` changes from hour to day while a call of the hour 00:00 is in flight. The day begins at 00:00 too.
 
-    Else what others hold in the new window would be given back by a call that holds nothing of it.
+    If the two were taken for one, the end of that call would free what others hold in the day.
     """
     hourly = quota("staff/daily", tokens=500, per="hour")
     daily = binding([quota("staff/daily", tokens=500, per="day")])
-    ledger = Ledger(ANN, instant("2026-11-24 00:30"))
+    ledger = InMemoryLedger(ANN, instant("2026-11-24 00:30"))
     ledger.apply(reserve("1", binding([hourly]), CALL))
     ledger.now = instant("2026-11-24 01:00")
     ledger.apply(reserve("2", daily, CALL), RELEASE)
@@ -500,9 +501,9 @@ def test_two_windows_that_begin_alike_are_still_two():
     assert isinstance(full, Refused)
 
 
-def test_a_clock_that_goes_astray_gives_nobody_back_what_others_hold():
-    """A day ahead and back again, with a call in flight from before: nothing is negative, no limit is passed."""
-    ledger = Ledger(ANN)
+def test_a_clock_that_jumps_does_not_free_what_other_calls_hold():
+    """The clock goes a day ahead and back while a call is in flight. Nothing is negative and no limit is exceeded."""
+    ledger = InMemoryLedger(ANN)
     ledger.apply(reserve("1", ANN, CALL))
     ledger.now = NOON + DAY
     ledger.apply(reserve("2", ANN, CALL), Release("2"))
@@ -511,28 +512,28 @@ def test_a_clock_that_goes_astray_gives_nobody_back_what_others_hold():
     assert ledger.levels(DAILY) == (NOTHING, Amount(600, 400, 1))
 
 
-@pytest.mark.parametrize("is_full", [True, False], ids=["refused", "let in"])
-def test_what_a_clock_ahead_of_its_time_has_opened_ends_when_it_was_first_said(is_full):
-    """A day ahead it opened six hours; they end six hours after the first call at the true time, whoever comes."""
+@pytest.mark.parametrize("is_full", [True, False], ids=["refused", "admitted"])
+def test_a_window_that_a_clock_ahead_of_time_opened_ends_at_the_end_that_was_told_first(is_full):
+    """A clock that was a day ahead opened six hours. They end six hours after the first call at the right time."""
     who = binding([SIX_HOURS])
-    ledger = Ledger(who, NOON + DAY, used={SIX_HOURS.id: 1000 if is_full else 0})
+    ledger = InMemoryLedger(who, NOON + DAY, used={SIX_HOURS.id: 1000 if is_full else 0})
     for hours in (0, 1, 5):
         ledger.now = NOON + hours * HOUR
-        [answer] = ledger.apply(reserve(str(hours), who, call(1)))
-        assert isinstance(answer, Refused) is is_full
-        assert answer.counters[SIX_HOURS.key_for("ann")].window == Window(NOON + DAY, NOON + 6 * HOUR)
+        [reply] = ledger.apply(reserve(str(hours), who, call(1)))
+        assert isinstance(reply, Refused) is is_full
+        assert reply.counters[SIX_HOURS.key_for("ann")].window == Window(NOON + DAY, NOON + 6 * HOUR)
     ledger.now = NOON + 6 * HOUR
-    [booked] = ledger.apply(reserve("6", who, call(1)))
-    assert isinstance(booked, Accepted)
+    [reply] = ledger.apply(reserve("6", who, call(1)))
+    assert isinstance(reply, Accepted)
     assert ledger.levels(SIX_HOURS) == (NOTHING, Amount(1, 0, 1))
 
 
-def test_who_is_refused_while_the_clock_was_ahead_opens_no_window():
-    """What has ended is left as it is; a call that is let in later has all of its six hours."""
+def test_a_refused_call_opens_no_window_after_the_clock_was_ahead():
+    """A window that has ended stays as it is. A call that is admitted later opens one of six whole hours."""
     small = quota("staff/6h", tokens=9, per="6h")
     who = binding([small])
     for used, hours in ((9, 7), (0, 0)):
-        ledger = Ledger(who, NOON + DAY, used={small.id: used})
+        ledger = InMemoryLedger(who, NOON + DAY, used={small.id: used})
         ledger.now = NOON
         ledger.apply(reserve("1", who, call(10)))
         before = dict(ledger.counters)
@@ -544,11 +545,11 @@ def test_who_is_refused_while_the_clock_was_ahead_opens_no_window():
         assert ledger.counters[small.key_for("ann")].window.resets_at == ledger.now + 6 * HOUR
 
 
-# ------------------------------------------------------------------------------------------------- holds that grow
+# ------------------------------------------------------------------------------------------------------------- extend
 
 
-def held_by(ledger: Ledger, entry_id: str = "1") -> list[tuple[str, int, Amount]]:
-    """The lines of an entry, in short: quota, opening of the window, amount."""
+def held_by(ledger: InMemoryLedger, entry_id: str = "1") -> list[tuple[str, int, Amount]]:
+    """The held amounts of an entry, in short: quota, opening of the window, amount."""
     return [
         (held_amount.key[1], held_amount.opened_at, held_amount.amount)
         for held_amount in ledger.entries[entry_id].held_amounts
@@ -565,12 +566,12 @@ IN_SIX_HOURS = NOON + 6 * HOUR
 @pytest.mark.parametrize(
     ("operations", "hold", "verdict"),
     [
-        pytest.param([extend("1", ANN, 400)], Amount(100, 400, 1), "ALLOW", id="grows"),
+        pytest.param([extend("1", ANN, 400)], Amount(100, 400, 1), "ALLOW", id="raised"),
         pytest.param([extend("1", ANN, 900)], Amount(100, 900, 1), "ALLOW", id="to the last token"),
         pytest.param([extend("1", ANN, 901)], Amount(100, 900, 1), "ALLOW", id="as far as there is room"),
-        pytest.param([extend("1", ANN, 1200, least=901)], Amount(100, 900, 1), "EXHAUSTED", id="which is too little"),
-        pytest.param([extend("1", ANN, 1200, least=900)], Amount(100, 900, 1), "ALLOW", id="which is just enough"),
-        pytest.param([extend("1", ANN, 50)], Amount(100, 100, 1), "ALLOW", id="never shrinks"),
+        pytest.param([extend("1", ANN, 1200, least=901)], Amount(100, 900, 1), "EXHAUSTED", id="less than the least"),
+        pytest.param([extend("1", ANN, 1200, least=900)], Amount(100, 900, 1), "ALLOW", id="exactly the least"),
+        pytest.param([extend("1", ANN, 50)], Amount(100, 100, 1), "ALLOW", id="never lowered"),
         pytest.param([extend("1", ANN, 400)] * 2, Amount(100, 400, 1), "ALLOW", id="repeated"),
         pytest.param(
             [extend("1", ANN, 400), extend("1", ANN, 600), extend("1", ANN, 400)],
@@ -579,33 +580,35 @@ IN_SIX_HOURS = NOON + 6 * HOUR
             id="repeated late",
         ),
         pytest.param([extend("1", ANN, 400, input_tokens=30)], Amount(30, 400, 1), "ALLOW", id="a smaller input"),
-        pytest.param([extend("1", ANN, 400, input_tokens=30)] * 2, Amount(30, 400, 1), "ALLOW", id="told twice"),
+        pytest.param(
+            [extend("1", ANN, 400, input_tokens=30)] * 2, Amount(30, 400, 1), "ALLOW", id="a smaller input twice"
+        ),
         pytest.param([extend("1", ANN, 0, input_tokens=0)], Amount(0, 100, 1), "ALLOW", id="no input at all"),
         pytest.param(
-            [extend("1", ANN, 0, input_tokens=101)], Amount(100, 100, 1), "ALLOW", id="a larger input: as it is"
+            [extend("1", ANN, 0, input_tokens=101)], Amount(100, 100, 1), "ALLOW", id="a larger input changes nothing"
         ),
         pytest.param(
             [extend("1", ANN, 0, input_tokens=30), extend("1", ANN, 0, input_tokens=60)],
             Amount(30, 100, 1),
             "ALLOW",
-            id="what was given back is not taken again",
+            id="what was freed is not held again",
         ),
         pytest.param(
             [extend("1", ANN, 970, least=970, input_tokens=30)],
             Amount(30, 970, 1),
             "ALLOW",
-            id="what the input gives back the answer may take",
+            id="the answer may take what the input frees",
         ),
     ],
 )
 @pytest.mark.parametrize("batches", ["one", "many"])
-def test_a_hold_grows_to_what_is_asked_in_all(operations, hold, verdict, batches):
-    """It takes absolute numbers, so that repeating one, or an old one that comes late, changes nothing."""
-    ledger = Ledger(ANN)
+def test_an_extend_raises_the_hold_to_a_total(operations, hold, verdict, batches):
+    """The numbers are totals, so repeating an Extend, or an old one that comes late, changes nothing."""
+    ledger = InMemoryLedger(ANN)
     for batch in [operations] if batches == "one" else [[operation] for operation in operations]:
-        [*_, answer] = ledger.apply(*([] if "1" in ledger.entries else [reserve("1", ANN, STREAM)]), *batch)
+        [*_, reply] = ledger.apply(*([] if "1" in ledger.entries else [reserve("1", ANN, STREAM)]), *batch)
     entry = ledger.entries["1"]
-    assert (answer.entry, answer.counters, answer.verdict) == (entry, ledger.counters, Verdict[verdict])
+    assert (reply.entry, reply.counters, reply.verdict) == (entry, ledger.counters, Verdict[verdict])
     assert (entry.hold, entry.maximum, entry.state) == (hold, 900, "open")
     assert held_by(ledger) == [(DAILY.id, TODAY, hold)]
     assert ledger.levels(DAILY) == (NOTHING, hold)
@@ -614,28 +617,28 @@ def test_a_hold_grows_to_what_is_asked_in_all(operations, hold, verdict, batches
 @pytest.mark.parametrize(
     ("operations", "freed"),
     [
-        pytest.param([extend("1", ANN_OF_TWO, 400)], [], id="more is held"),
-        pytest.param([extend("1", ANN_OF_TWO, 100, input_tokens=99)], [DAILY, LAB], id="of the input"),
-        pytest.param([extend("1", ANN_OF_TWO, 100, input_tokens=99)] * 2, [], id="but only once"),
-        pytest.param([extend("1", ANN_OF_TWO, 501)], [LAB], id="what is left alone"),
-        pytest.param([extend("1", ANN_OF_TWO, 501), SETTLE], [DAILY], id="and is left alone at its end"),
+        pytest.param([extend("1", ANN_OF_TWO, 400)], [], id="a higher hold frees nothing"),
+        pytest.param([extend("1", ANN_OF_TWO, 100, input_tokens=99)], [DAILY, LAB], id="a smaller input"),
+        pytest.param([extend("1", ANN_OF_TWO, 100, input_tokens=99)] * 2, [], id="a smaller input twice frees once"),
+        pytest.param([extend("1", ANN_OF_TWO, 501)], [LAB], id="a quota that cannot carry the increase"),
+        pytest.param([extend("1", ANN_OF_TWO, 501), SETTLE], [DAILY], id="the end does not free it again"),
         pytest.param([RELEASE], [DAILY, LAB], id="released"),
-        pytest.param([EXPIRE], [DAILY, LAB], id="lost"),
-        pytest.param([EXPIRE, SETTLE], [], id="came back: nothing was held any more"),
-        pytest.param([RELEASE, extend("1", ANN_OF_TWO, 100, input_tokens=0)], [], id="ended"),
-        pytest.param([reserve("1", ANN_OF_TWO, STREAM)], [], id="let in"),
+        pytest.param([EXPIRE], [DAILY, LAB], id="expired"),
+        pytest.param([EXPIRE, SETTLE], [], id="settled after it expired: nothing was held"),
+        pytest.param([RELEASE, extend("1", ANN_OF_TWO, 100, input_tokens=0)], [], id="extend after the end"),
+        pytest.param([reserve("1", ANN_OF_TWO, STREAM)], [], id="reserved twice"),
     ],
 )
-def test_an_answer_says_where_something_was_given_back(operations, freed):
-    """So that whoever waits for room in one of these quotas asks again, and nobody else."""
-    ledger = Ledger(ANN_OF_TWO)
-    *_, answer = ledger.apply(reserve("1", ANN_OF_TWO, STREAM), *operations)
-    assert answer.freed == {each.key_for("ann") for each in freed}
+def test_a_reply_names_the_counters_on_which_a_hold_was_lowered(operations, freed):
+    """So only the calls that wait for room on these counters ask again."""
+    ledger = InMemoryLedger(ANN_OF_TWO)
+    *_, reply = ledger.apply(reserve("1", ANN_OF_TWO, STREAM), *operations)
+    assert reply.freed == {each.key_for("ann") for each in freed}
 
 
-def test_what_others_hold_stops_an_answer_until_they_give_it_back():
-    """It takes what there is meanwhile, and the rest when it asks again."""
-    ledger = Ledger(ANN)
+def test_an_extend_is_busy_while_others_hold_the_rest():
+    """It gets what is available, and the rest when it asks again after they have freed it."""
+    ledger = InMemoryLedger(ANN)
     ledger.apply(reserve("1", ANN, STREAM), reserve("2", ANN, call(600)))
     more = extend("1", ANN, 500, least=400)
     [busy] = ledger.apply(more)
@@ -645,40 +648,40 @@ def test_what_others_hold_stops_an_answer_until_they_give_it_back():
     assert ledger.levels(DAILY) == (amount(300), Amount(100, 500, 1))
 
 
-def test_growing_makes_room_in_one_quota_and_is_stopped_by_another():
-    """Each counts what it limits: the input that was given back is room for tokens, not for output."""
+def test_an_input_that_is_lowered_makes_room_for_tokens_but_not_for_output():
+    """The limit on tokens counts both; the limit on output tokens then stops the extend."""
     each = quota("staff/daily", tokens=300, output_tokens=150)
     who = binding([each])
-    ledger = Ledger(who)
+    ledger = InMemoryLedger(who)
     ledger.apply(reserve("1", who, STREAM))
     [grown] = ledger.apply(extend("1", who, 400, least=151, input_tokens=10))
     assert (grown.verdict, grown.entry.hold) == (Verdict.EXHAUSTED, Amount(10, 150, 1))
 
 
 @pytest.mark.parametrize("end", [SETTLE, RELEASE, EXPIRE], ids=["settled", "released", "expired"])
-def test_a_call_that_has_ended_does_not_grow(end):
-    """The answer is its record, in which its process sees that it was taken for dead."""
-    ledger = Ledger(ANN)
+def test_a_call_that_has_ended_is_not_extended(end):
+    """The reply has the entry as it is, so a process whose call has expired learns it."""
+    ledger = InMemoryLedger(ANN)
     ledger.apply(reserve("1", ANN, STREAM), end)
     before = (dict(ledger.counters), dict(ledger.entries))
-    [answer] = ledger.apply(extend("1", ANN, 400, input_tokens=0))
-    assert answer == Accepted(ledger.entries["1"], ledger.counters)
-    assert answer.entry.state != "open"
+    [reply] = ledger.apply(extend("1", ANN, 400, input_tokens=0))
+    assert reply == Accepted(ledger.entries["1"], ledger.counters)
+    assert reply.entry.state != "open"
     assert (ledger.counters, ledger.entries) == before
 
 
-def test_a_call_that_nothing_binds_grows_without_a_line():
-    """Its record says how far."""
+def test_a_call_that_no_quota_binds_is_extended_without_a_held_amount():
+    """Its entry has the hold."""
     who = binding(group_quotas("admins"))
-    ledger = Ledger(who)
+    ledger = InMemoryLedger(who)
     ledger.apply(reserve("1", who, STREAM), extend("1", who, TOKENS_MAX))
     assert (ledger.entries["1"].hold, held_by(ledger)) == (Amount(100, TOKENS_MAX, 1), [])
     assert not ledger.counters
 
 
-def test_what_a_lost_call_is_charged_is_all_that_it_had_come_to_hold():
-    """Nobody saw more than that: nothing passes that is not held. If it comes back the difference is booked."""
-    ledger = Ledger(ANN)
+def test_an_expired_call_is_charged_its_hold_as_it_was_extended():
+    """Its client cannot have got more, because nothing passes that is not held. A late settle corrects the charge."""
+    ledger = InMemoryLedger(ANN)
     ledger.apply(reserve("1", ANN, STREAM), extend("1", ANN, 400, input_tokens=30), EXPIRE)
     assert ledger.entries["1"].usage == AtLeast(Tokens(30, 400))
     assert ledger.levels(DAILY) == (Amount(30, 400, 1), NOTHING)
@@ -686,14 +689,14 @@ def test_what_a_lost_call_is_charged_is_all_that_it_had_come_to_hold():
     assert ledger.levels(DAILY) == (Amount(30, 450, 1), NOTHING)
 
 
-# -------------------------------------------------------------------------------------- growing over a window's end
+# -------------------------------------------------------------------------------------- extend after the window's end
 
 
 @pytest.mark.parametrize(("each", "next_opening"), [(DAILY, TOMORROW), (SIX_HOURS, NOON + DAY)], ids=["day", "6h"])
-def test_an_answer_that_outlives_its_window_grows_in_the_next(each, next_opening):
-    """By a line of its own, which grows on in place; what it held before stays where it was."""
+def test_after_the_end_of_its_window_a_call_holds_the_increase_in_the_next(each, next_opening):
+    """The increase is a second held amount, which further extends raise. The first one stays as it was."""
     who = binding([each])
-    ledger = Ledger(who)
+    ledger = InMemoryLedger(who)
     ledger.apply(reserve("1", who, STREAM))
     first = (each.id, each.per.opening(NOON).opened_at, Amount(100, 100, 1))
     ledger.now = NOON + DAY
@@ -705,25 +708,25 @@ def test_an_answer_that_outlives_its_window_grows_in_the_next(each, next_opening
 
 
 def test_in_the_next_window_only_what_is_held_there_counts():
-    """900 are held by a call of today, 300 by it tomorrow; of the 1000 of tomorrow another one may have 700."""
-    ledger = Ledger(ANN)
+    """A call holds 900 today and 300 tomorrow. Of the 1000 of tomorrow, another call may hold 700."""
+    ledger = InMemoryLedger(ANN)
     ledger.apply(reserve("1", ANN, call(100, 900, 800, initial_hold=800)))
     ledger.now = NOON + DAY
     ledger.apply(extend("1", ANN, 1100))
     assert ledger.levels(DAILY) == (NOTHING, Amount(output=300))
-    [full, let_in] = ledger.apply(reserve("2", ANN, call(701)), reserve("3", ANN, call(700)))
-    assert isinstance(full, Refused)
-    assert isinstance(let_in, Accepted)
+    [refused, admitted] = ledger.apply(reserve("2", ANN, call(701)), reserve("3", ANN, call(700)))
+    assert isinstance(refused, Refused)
+    assert isinstance(admitted, Accepted)
     [stopped] = ledger.apply(extend("1", ANN, 1200, least=1101))
     assert (stopped.verdict, stopped.entry.hold.output) == (Verdict.BUSY, 1100)
     [used_up] = ledger.apply(Settle("3", exactly(700), "complete"), extend("1", ANN, 1200, least=1101))[1:]
     assert (used_up.verdict, used_up.entry.hold.output) == (Verdict.EXHAUSTED, 1100)
 
 
-def test_it_may_grow_in_a_window_that_another_call_has_opened():
-    """It joins that window; it does not open one of its own."""
+def test_an_increase_may_be_held_in_a_window_that_another_call_has_opened():
+    """It opens no window of its own."""
     who = binding([SIX_HOURS])
-    ledger = Ledger(who)
+    ledger = InMemoryLedger(who)
     ledger.apply(reserve("1", who, STREAM))
     ledger.now = IN_SIX_HOURS + 5
     ledger.apply(reserve("2", who, call(600)))
@@ -733,9 +736,9 @@ def test_it_may_grow_in_a_window_that_another_call_has_opened():
     assert ledger.levels(SIX_HOURS) == (NOTHING, Amount(600, 200, 1))
 
 
-def test_growth_that_is_nothing_opens_no_window():
-    """Whoever asks for what it holds already has no line in the new one."""
-    ledger = Ledger(ANN)
+def test_an_increase_of_0_opens_no_window():
+    """An extend to what the call holds already adds no held amount in the new window."""
+    ledger = InMemoryLedger(ANN)
     ledger.apply(reserve("1", ANN, STREAM))
     ledger.now = NOON + DAY
     ledger.apply(extend("1", ANN, 100))
@@ -743,10 +746,10 @@ def test_growth_that_is_nothing_opens_no_window():
     assert ledger.levels(DAILY) == (NOTHING, Amount(100, 100, 1))
 
 
-def test_an_input_is_given_back_where_it_was_held():
-    """Of the line that it stands in: in its window, if that is still there; the growth knows of no input."""
+def test_a_smaller_input_is_freed_in_the_window_in_which_it_was_held():
+    """If that window has closed, no counter changes. The increase in the next window contains no input."""
     for later, levels in ((HOUR, (NOTHING, Amount(30, 300, 1))), (DAY, (NOTHING, Amount(output=200)))):
-        ledger = Ledger(ANN)
+        ledger = InMemoryLedger(ANN)
         ledger.apply(reserve("1", ANN, STREAM))
         ledger.now += later
         ledger.apply(extend("1", ANN, 300), extend("1", ANN, 300, input_tokens=30))
@@ -761,23 +764,29 @@ TWO_WINDOWS = [("staff/daily", TODAY, Amount(100, 100, 1)), ("staff/daily", TOMO
     ("ends", "used"),
     [
         pytest.param([Settle("1", exactly(90, 60), "complete")], NOTHING, id="all of it in the first"),
-        pytest.param([Settle("1", exactly(90, 100), "complete")], NOTHING, id="just all of it"),
+        pytest.param([Settle("1", exactly(90, 100), "complete")], NOTHING, id="exactly what the first held"),
         pytest.param([Settle("1", exactly(90, 250), "complete")], Amount(output=150), id="the rest in the second"),
         pytest.param([Settle("1", exactly(100, 400), "complete")], Amount(output=300), id="as held"),
         pytest.param([Settle("1", exactly(150, 500), "complete")], Amount(50, 400, 0), id="more than was held"),
-        pytest.param([Settle("1", BAD_REQUEST, "rejected")], NOTHING, id="the request is of the first"),
+        pytest.param([Settle("1", BAD_REQUEST, "rejected")], NOTHING, id="the request belongs to the first"),
         pytest.param([RELEASE], NOTHING, id="released"),
-        pytest.param([EXPIRE], Amount(output=300), id="lost: as held"),
-        pytest.param([EXPIRE, Settle("1", exactly(90, 250), "complete")], Amount(output=150), id="came back: less"),
+        pytest.param([EXPIRE], Amount(output=300), id="expired: as held"),
         pytest.param(
-            [EXPIRE, Settle("1", exactly(90, 60), "complete")], NOTHING, id="came back: the second had none"
+            [EXPIRE, Settle("1", exactly(90, 250), "complete")], Amount(output=150), id="expired, then settled: less"
         ),
-        pytest.param([EXPIRE, Settle("1", exactly(150, 500), "complete")], Amount(50, 400, 0), id="came back: more"),
+        pytest.param(
+            [EXPIRE, Settle("1", exactly(90, 60), "complete")],
+            NOTHING,
+            id="expired, then settled: nothing in the second",
+        ),
+        pytest.param(
+            [EXPIRE, Settle("1", exactly(150, 500), "complete")], Amount(50, 400, 0), id="expired, then settled: more"
+        ),
     ],
 )
 def test_of_two_windows_each_is_charged_up_to_what_it_held_and_the_last_the_rest(ends, used):
-    """The first has closed, so it is in the record alone; what is charged to the second is on its counter."""
-    ledger = Ledger(ANN)
+    """The first has closed, so its part is only in the entry. The part of the second is charged to the counter."""
+    ledger = InMemoryLedger(ANN)
     ledger.apply(reserve("1", ANN, STREAM))
     ledger.now = NOON + DAY
     ledger.apply(extend("1", ANN, 400))
@@ -787,9 +796,9 @@ def test_of_two_windows_each_is_charged_up_to_what_it_held_and_the_last_the_rest
     assert held_by(ledger) == TWO_WINDOWS
 
 
-def test_an_answer_may_outlive_any_number_of_windows():
-    """Each holds what it grew by in it; of what it used, the last open one gets what the others did not hold."""
-    ledger = Ledger(ANN)
+def test_a_call_may_hold_increases_in_any_number_of_windows():
+    """Each window holds its increase. The last one is charged what the others did not hold."""
+    ledger = InMemoryLedger(ANN)
     ledger.apply(reserve("1", ANN, STREAM))
     for days in (1, 2, 3):
         ledger.now = NOON + days * DAY
@@ -802,13 +811,13 @@ def test_an_answer_may_outlive_any_number_of_windows():
 @pytest.mark.parametrize(
     ("amounts", "charge", "parts"),
     [
-        pytest.param([], Amount(9, 9, 1), [], id="no line"),
-        pytest.param([("a", Amount(1, 1, 1))], Amount(9, 9, 1), [Amount(9, 9, 1)], id="one line: all"),
+        pytest.param([], Amount(9, 9, 1), [], id="no held amount"),
+        pytest.param([("a", Amount(1, 1, 1))], Amount(9, 9, 1), [Amount(9, 9, 1)], id="one: all"),
         pytest.param(
             [("a", Amount(1, 1, 1)), ("b", Amount(1, 1, 1))],
             Amount(9, 9, 1),
             [Amount(9, 9, 1)] * 2,
-            id="one each: all",
+            id="one of each counter: all",
         ),
         pytest.param(
             [("a", Amount(5, 5, 1)), ("a", Amount(0, 5))], Amount(5, 7, 1), [Amount(5, 5, 1), Amount(0, 2)], id="two"
@@ -839,24 +848,24 @@ def test_an_answer_may_outlive_any_number_of_windows():
             [("a", Amount(requests=1)), ("b", Amount(5, 8, 1))],
             Amount(5, 9, 1),
             [Amount(5, 9, 1)] * 2,
-            id="a mark is charged all",
+            id="one that holds a request only: all",
         ),
     ],
 )
-def test_a_charge_is_shared_among_the_windows_of_each_counter(amounts, charge, parts):
-    """Each counter is charged all of it once: each of its windows up to what it held, in order, the last the rest."""
+def test_a_charge_is_split_among_the_windows_of_each_counter(amounts, charge, parts):
+    """Each counter is charged all of it: each of its windows up to what it held, in order, and the last the rest."""
     held_amounts = tuple(
-        HeldAmount(("user:ann", name), place, amount) for place, (name, amount) in enumerate(amounts)
+        HeldAmount(("user:ann", name), opened_at, amount) for opened_at, (name, amount) in enumerate(amounts)
     )
-    assert shares(held_amounts, charge) == parts
+    assert split_charge(held_amounts, charge) == parts
 
 
-# ---------------------------------------------------------------------------------------- other quotas, other clocks
+# ----------------------------------------------------------------------------------------- other quotas, other clocks
 
 
-def test_a_quota_beside_that_can_not_carry_the_growth_is_left_alone():
-    """What was held of it is given back, it is charged nothing, and it is not taken up again."""
-    ledger = Ledger(ANN_OF_TWO)
+def test_a_quota_of_another_group_that_cannot_carry_the_increase_is_freed():
+    """What was held of it is freed, it is charged nothing, and later extends do not hold any of it."""
+    ledger = InMemoryLedger(ANN_OF_TWO)
     ledger.apply(reserve("1", ANN_OF_TWO, STREAM), extend("1", ANN_OF_TWO, 500))
     assert ledger.levels(LAB) == (NOTHING, Amount(100, 500, 1))
     [grown] = ledger.apply(extend("1", ANN_OF_TWO, 501))
@@ -868,9 +877,9 @@ def test_a_quota_beside_that_can_not_carry_the_growth_is_left_alone():
     assert ledger.levels(DAILY) == (Amount(90, 502, 1), NOTHING)
 
 
-def test_what_is_left_alone_in_the_next_window_is_left_alone_in_the_last_too():
-    """A call is charged to a quota as a whole or not at all; others there keep what they hold."""
-    ledger = Ledger(ANN_OF_TWO)
+def test_a_quota_that_is_freed_in_the_next_window_is_freed_in_the_first_too():
+    """A call is charged to a quota as a whole or not at all. What other calls hold of it stays held."""
+    ledger = InMemoryLedger(ANN_OF_TWO)
     ledger.apply(reserve("1", ANN_OF_TWO, STREAM))
     ledger.now = NOON + DAY
     ledger.apply(reserve("2", ANN_OF_TWO, call(1, 99)), extend("1", ANN_OF_TWO, 500), extend("1", ANN_OF_TWO, 502))
@@ -879,52 +888,52 @@ def test_what_is_left_alone_in_the_next_window_is_left_alone_in_the_last_too():
     assert ledger.levels(DAILY) == (NOTHING, Amount(1, 501, 1))
 
 
-def test_through_a_pot_an_answer_takes_from_the_pot_as_it_grows():
-    """Another member finds only what is left of it."""
-    pot = quota("team/pot", tokens=1000, shared=True)
-    ann, bob = binding([pot], user="ann"), binding([pot], user="bob")
-    ledger = Ledger(ann)
+def test_an_extend_holds_more_of_a_shared_quota():
+    """Another member gets only what is left of it."""
+    shared = quota("team/pot", tokens=1000, shared=True)
+    ann, bob = binding([shared], user="ann"), binding([shared], user="bob")
+    ledger = InMemoryLedger(ann)
     ledger.apply(reserve("1", ann, STREAM), extend("1", ann, 500), reserve("2", bob, STREAM))
     [stopped] = ledger.apply(extend("2", bob, 400, least=400))
     assert (stopped.verdict, stopped.entry.hold) == (Verdict.BUSY, Amount(100, 300, 1))
-    assert ledger.levels(pot) == (NOTHING, Amount(200, 800, 2))
+    assert ledger.levels(shared) == (NOTHING, Amount(200, 800, 2))
 
 
-def test_after_keeps_the_mark_of_a_call_that_grows_and_shadow_watches_it_grow():
-    """`after` is charged in the window in which the call was let in; in the next it has no mark."""
-    classic = quota("staff/classic", tokens=100, enforce="after")
-    watching = quota("staff/new", tokens=300, enforce="shadow")
-    who = binding([DAILY, classic], shadows=[watching])
-    ledger = Ledger(who)
+def test_an_extend_raises_the_hold_of_a_shadow_quota_but_not_of_an_after_quota():
+    """A quota with `enforce: after` is charged in the window of the reserve, and nothing of the next is held."""
+    after = quota("staff/classic", tokens=100, enforce="after")
+    shadow = quota("staff/new", tokens=300, enforce="shadow")
+    who = binding([DAILY, after], shadows=[shadow])
+    ledger = InMemoryLedger(who)
     ledger.apply(reserve("1", who, STREAM), extend("1", who, 400))
-    mark, whole = Amount(requests=1), Amount(100, 400, 1)
-    assert [amount for _, _, amount in held_by(ledger)] == [whole, mark, whole]
-    assert [ledger.levels(each)[1] for each in (DAILY, classic, watching)] == [whole, mark, whole]
+    one_request, whole = Amount(requests=1), Amount(100, 400, 1)
+    assert [amount for _, _, amount in held_by(ledger)] == [whole, one_request, whole]
+    assert [ledger.levels(each)[1] for each in (DAILY, after, shadow)] == [whole, one_request, whole]
     ledger.now = NOON + DAY
     ledger.apply(extend("1", who, 600))
     assert held_by(ledger)[3:] == [
         (DAILY.id, TOMORROW, Amount(output=200)),
-        (watching.id, TOMORROW, Amount(output=200)),
+        (shadow.id, TOMORROW, Amount(output=200)),
     ]
-    assert ledger.counters[classic.key_for("ann")].window.opened_at == TODAY
+    assert ledger.counters[after.key_for("ann")].window.opened_at == TODAY
 
 
-def test_an_overdraft_lets_an_answer_end_and_nobody_in():
-    """It grows to 1200 of 1000; whoever comes meanwhile is refused."""
+def test_an_overdraft_is_for_answers_that_have_begun_and_admits_no_call():
+    """An answer is extended to 1200 of 1000. Then the next call is refused."""
     each = quota("staff/daily", tokens=1000, overdraft=200)
     who = binding([each])
-    ledger = Ledger(who)
+    ledger = InMemoryLedger(who)
     ledger.apply(reserve("1", who, call(100, 4000, 100, initial_hold=100)))
     [grown, stopped] = ledger.apply(extend("1", who, 1100, least=1100), extend("1", who, 1101, least=1101))
-    assert [answer.verdict for answer in (grown, stopped)] == [Verdict.ALLOW, Verdict.EXHAUSTED]
+    assert [reply.verdict for reply in (grown, stopped)] == [Verdict.ALLOW, Verdict.EXHAUSTED]
     [_, refused] = ledger.apply(Settle("1", exactly(100, 1100), "complete"), reserve("2", who, call(0, 1)))
     assert refused.decision.verdict is Verdict.EXHAUSTED
     assert ledger.levels(each)[0].tokens == 1200
 
 
-def test_an_answer_grows_by_the_limits_under_which_it_was_let_in():
-    """A reload meanwhile is for the calls that come after it: each act brings its own quotas."""
-    ledger = Ledger(ANN)
+def test_a_call_is_extended_by_the_limits_with_which_it_was_admitted():
+    """A reload applies to the calls that come after it: each operation has the quotas of its call."""
+    ledger = InMemoryLedger(ANN)
     ledger.apply(reserve("1", ANN, STREAM))
     lowered = binding([quota("staff/daily", tokens=150)])
     [grown, refused] = ledger.apply(extend("1", ANN, 900, least=900), reserve("2", lowered, call(1)))
@@ -933,10 +942,10 @@ def test_an_answer_grows_by_the_limits_under_which_it_was_let_in():
 
 
 @pytest.mark.parametrize("each", [DAILY, SIX_HOURS], ids=["calendar", "duration"])
-def test_after_a_clock_that_goes_back_an_answer_grows_where_it_began(each):
-    """Its window is still the last one, by whatever clock."""
+def test_after_the_clock_went_back_a_call_is_extended_in_its_window(each):
+    """Its window is still the last one that was opened."""
     who = binding([each])
-    ledger = Ledger(who)
+    ledger = InMemoryLedger(who)
     ledger.apply(reserve("1", who, STREAM))
     ledger.now = NOON - 2 * DAY
     ledger.apply(extend("1", who, 400), extend("1", who, 400))
@@ -944,9 +953,9 @@ def test_after_a_clock_that_goes_back_an_answer_grows_where_it_began(each):
     assert ledger.levels(each) == (NOTHING, Amount(100, 400, 1))
 
 
-def test_after_a_clock_that_went_ahead_an_answer_grows_in_the_window_that_it_left_there():
-    """A day ahead it grew into tomorrow; back again tomorrow's window is the one that counts."""
-    ledger = Ledger(ANN)
+def test_after_the_clock_went_ahead_a_call_is_extended_in_the_window_that_was_opened_then():
+    """The clock was a day ahead, and the call was extended in tomorrow's window. That window stays the open one."""
+    ledger = InMemoryLedger(ANN)
     ledger.apply(reserve("1", ANN, STREAM))
     ledger.now = NOON + DAY
     ledger.apply(extend("1", ANN, 300))
@@ -958,10 +967,10 @@ def test_after_a_clock_that_went_ahead_an_answer_grows_in_the_window_that_it_lef
     assert ledger.levels(DAILY) == (Amount(output=300), Amount(50, 0, 1))
 
 
-def test_a_call_whose_counter_was_reset_grows_in_a_window_of_its_own():
-    """What it held there stays in its record; it holds of the new window only what it grows by."""
+def test_a_call_whose_counter_was_reset_is_extended_in_a_new_window():
+    """What it held before stays in its entry. Of the new window it holds only the increase."""
     who = binding([SIX_HOURS])
-    ledger = Ledger(who)
+    ledger = InMemoryLedger(who)
     ledger.apply(reserve("1", who, STREAM))
     ledger.counters.clear()
     ledger.now += HOUR
@@ -971,55 +980,55 @@ def test_a_call_whose_counter_was_reset_grows_in_a_window_of_its_own():
     assert ledger.levels(SIX_HOURS) == (Amount(output=150), NOTHING)
 
 
-# ------------------------------------------------------------------------------------------ what is fit for the books
+# ------------------------------------------------------------------------------------------------- invalid operations
 
 
 @pytest.mark.parametrize("text", ["a" * 513, "a\0b", "a\nb", "\x1b[2J", "\ud800", "a\u2028b"])
-@pytest.mark.parametrize("place", range(4))
-def test_text_that_databases_and_logs_choke_on_is_not_booked(text, place):
-    """It is refused when the act is built, before it stands in a batch with others."""
+@pytest.mark.parametrize("index", range(4))
+def test_text_that_a_database_or_a_log_cannot_take_is_rejected(text, index):
+    """It is rejected when the operation is built, before it is in a batch with others."""
     texts = ["ann", "gpt-4o-mini", "chat", "openai"]
-    texts[place] = text
-    with pytest.raises(ValueError, match="not fit for the books"):
+    texts[index] = text
+    with pytest.raises(ValueError, match="not fit for the ledger"):
         CallLabels(*texts)
 
 
-def test_names_in_any_language_are_booked():
-    """Also the longest, and none."""
+def test_names_in_any_language_are_accepted():
+    """Also a name of the greatest length, and an empty one."""
     assert CallLabels("Élodie 李", "a" * 512, "chat", "").user == "Élodie 李"
 
 
 @pytest.mark.parametrize(
     "demand", [call(-1), call(TOKENS_MAX + 1), call(0, -1), call(0, TOKENS_MAX + 1), call(2**63), call(0, 10**30)]
 )
-def test_a_demand_beyond_all_bounds_is_not_booked(demand):
-    """Integers are stored in 64 bits; a negative one would give tokens away."""
+def test_a_demand_out_of_range_is_rejected(demand):
+    """Integers are stored in 64 bits, and a negative one would free tokens."""
     with pytest.raises(ValueError, match="beyond all bounds"):
         reserve("1", ANN, demand)
 
 
-def test_the_largest_demand_is_an_ordinary_one():
-    """It fits no quota, but the books are well."""
-    assert isinstance(Ledger(ANN).apply(reserve("1", ANN, call(TOKENS_MAX, TOKENS_MAX)))[0], Refused)
+def test_the_largest_demand_is_decided_like_any_other():
+    """It is refused, because it fits into no quota."""
+    assert isinstance(InMemoryLedger(ANN).apply(reserve("1", ANN, call(TOKENS_MAX, TOKENS_MAX)))[0], Refused)
 
 
 @pytest.mark.parametrize(
     "usage", [exactly(-1), exactly(0, -1), exactly(TOKENS_MAX + 1), AtLeast(Tokens(0, 2**63)), Unspent(requests=-1)]
 )
-def test_a_usage_beyond_all_bounds_is_not_booked(usage):
-    """As for demands: refused when the act is built, so that it can't fail its neighbours in the batch."""
+def test_a_usage_out_of_range_is_rejected(usage):
+    """When the operation is built, so that it cannot fail the others in its batch."""
     with pytest.raises(ValueError, match="beyond all bounds"):
         Settle("1", usage, "complete")
 
 
 @pytest.mark.parametrize("numbers", [(-1, 0, 0), (0, -1, -1), (0, 0, -1), (TOKENS_MAX + 1, 0, 0), (0, 2**63, 0)])
-def test_a_growth_beyond_all_bounds_is_not_booked(numbers):
-    """Likewise."""
+def test_an_extend_out_of_range_is_rejected(numbers):
+    """When the operation is built."""
     with pytest.raises(ValueError, match="beyond all bounds"):
         Extend("1", ANN, *numbers)
 
 
-def test_a_growth_that_contradicts_itself_is_not_booked():
-    """Nobody needs more than he asks for."""
+def test_an_extend_that_needs_more_than_it_asks_for_is_rejected():
+    """`least` is at most `output`."""
     with pytest.raises(ValueError, match="401 tokens at the least are more than the 400 asked for"):
         extend("1", ANN, 400, least=401)

@@ -1,17 +1,18 @@
-"""Whatever happens in whatever order, the books agree with books that are kept another way: on every engine.
+"""Random histories: after each step, the ledger agrees with a model that computes its state in another way.
 
-Each history is one of two users, of quotas that change while calls are in flight, of a clock that goes both ways, of
-processes that die and of batches that are done twice. The other books (`Ghost`) give each opening of a counter's
-window an object of its own and note in which of them each call holds what, so they can't take one window for another;
-and they add up everything anew each time. What they don't do is decide: whether a call is let in, and how far it may
-grow, they are told, and see whether that was within the limits.
+In a history two users make calls, quotas change while calls are in flight, the clock goes forward and back, processes
+die, and batches are applied twice. Each runs in memory, on SQLite and on PostgreSQL.
 
-To try another database, write one more `Kept` and three lines at the end.
+The model (`Model`) has an object for each window that was opened, and records which call holds how much in which of
+them. So it cannot take one window for another. It adds up all sums anew each time. It does not decide: it takes from
+the replies whether a call was admitted and how much it may hold, and checks that this was within the limits.
+
+To test another database, write one more class like `OnSqlite` and add three lines at the end.
 """
 
 import asyncio
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import count
@@ -48,64 +49,65 @@ from proxy.policy.windows import Window
 from tests.audit import audit, balance, connected, rows
 from tests.breakage import writers
 from tests.builders import DAY, HOUR, exactly, instant, quota, reserve
-from tests.postgres import shared, url_name
+from tests.postgres import shared
 from tests.random_rules import demands
+from tests.sqlite import write_migrated
 
 pytestmark = pytest.mark.journey
 
-# ------------------------------------------------------------------------------------------------ where they are kept
+# -------------------------------------------------------------------------------------------------------- the ledgers
 
 
 @dataclass(frozen=True)
 class Record:
-    """What must be the same of a call wherever it is kept."""
+    """What must be the same of a call in every ledger and in the model."""
 
     state: str
     hold: Amount
     charge: Amount
 
 
-class Kept(Protocol):
-    """The books as they are kept somewhere."""
+class LedgerUnderTest(Protocol):
+    """A ledger, in memory or in a database."""
 
     def apply(self, operations: Sequence[Operation], now: int) -> list[Reply]:
-        """Do one batch."""
+        """Apply one batch."""
 
     def counters(self) -> dict[CounterKey, Counter]:
-        """How all counters stand."""
+        """All counters."""
 
     def calls(self) -> dict[str, Record]:
-        """All calls."""
+        """All calls, by id."""
 
     def everything(self) -> object:
-        """To the last field: equal before and after something that changes nothing."""
+        """All data, to compare before and after an operation that must change nothing."""
 
     def orphans(self, owner: str) -> list[str]:
         """The open calls of other processes than this one."""
 
     def put(self, key: CounterKey, counter: Counter) -> None:
-        """Set a counter, behind the back of the books."""
+        """Set a counter, as an operator does in the database."""
 
     def crash(self) -> None:
-        """Die, and be opened by another process."""
+        """Kill the process, and open the ledger in another one."""
 
     def close(self) -> None:
-        """Leave nothing behind."""
+        """Close it and delete its data."""
 
 
 class InMemory:
-    """As the ledger's rules see them: each batch writes back only what it says it changed."""
+    """Counters and entries in memory. Of each batch only what its book says it changed is written back."""
 
     def __init__(self) -> None:
         self._counters: dict[CounterKey, Counter] = {}
         self._entries: dict[str, Entry] = {}
 
     def apply(self, operations: Sequence[Operation], now: int) -> list[Reply]:
-        books = Book(self._counters, self._entries, now)
-        replies = [books.apply(operation) for operation in operations]
-        self._counters |= {key: books.counters[key] for key in books.counters_changed}
-        self._entries |= {entry_id: books.entries[entry_id] for entry_id in books.entries_changed}
-        assert (books.counters, books.entries) == (self._counters, self._entries)
+        book = Book(self._counters, self._entries, now)
+        replies = [book.apply(operation) for operation in operations]
+        self._counters |= {key: book.counters[key] for key in book.counters_changed}
+        self._entries |= {entry_id: book.entries[entry_id] for entry_id in book.entries_changed}
+        assert (book.counters, book.entries) == (self._counters, self._entries)
         return replies
 
     def counters(self) -> dict[CounterKey, Counter]:
@@ -134,14 +136,14 @@ class InMemory:
 
 
 class OnSqlite:
-    """In a file, written by a store and read with plain SQL. To crash is to go on with a copy of what is there."""
+    """A SQLite file, written by a store and read with plain SQL. After a crash a copy of the file is opened."""
 
     def __init__(self) -> None:
         self._folder = TemporaryDirectory()
         self._runner = asyncio.Runner()
-        self._lives = count()
+        self._numbers = count()
         self._path = self._next_path()
-        self._path.write_bytes(_empty_file())
+        write_migrated(self._path)
         self._store = self._opened()
 
     def apply(self, operations: Sequence[Operation], now: int) -> list[Reply]:
@@ -178,30 +180,51 @@ class OnSqlite:
         self._folder.cleanup()
 
     def _next_path(self) -> Path:
-        return Path(self._folder.name) / f"{next(self._lives)}.db"
+        return Path(self._folder.name) / f"{next(self._numbers)}.db"
 
     def _opened(self) -> SqliteStore:
         store = SqliteStore(self._path)
-        with writers() as made:
+        with writers() as opened:
             self._runner.run(store.open())
-        # No history here loses power, and so many commits need not wait for a disk.
-        made[0].execute("PRAGMA synchronous=OFF")
+        # No history has a power failure, so its many commits need not wait for a disk.
+        opened[0].execute("PRAGMA synchronous=OFF")
         return store
 
 
+@dataclass(frozen=True)
+class PostgresDatabase:
+    """The PostgreSQL database of all histories: making one takes longer than a history."""
+
+    runner: asyncio.Runner
+    url: str
+    set_clock: Callable[[int], None]
+    auditor: Any  # a connection that reads with plain SQL
+
+
+@pytest.fixture(scope="module")
+def _postgres() -> Iterator[None]:
+    clocks: list[Callable[[int], None]] = []
+    with asyncio.Runner() as runner:
+        url = runner.run(shared().timed(clocks.append))
+        OnPostgres.database = PostgresDatabase(runner, url, clocks[0], runner.run(asyncpg.connect(url)))
+        yield
+        runner.run(OnPostgres.database.auditor.close())
+
+
 class OnPostgres:
-    """In a database of its own whose clock shows the history's time, written by a store and read with plain SQL."""
+    """A PostgreSQL database with the clock of the history, written by a store and read with plain SQL."""
+
+    database: PostgresDatabase
 
     def __init__(self) -> None:
-        self._runner = asyncio.Runner()
-        self._show: Callable[[int], None] = lambda ms: None
-        self._url = self._runner.run(shared().timed(self._follow))
-        self._reader = self._runner.run(asyncpg.connect(self._url))
-        self._store = PostgresStore(self._url)
+        self._run = self.database.runner.run
+        self._auditor = self.database.auditor
+        self._run(self._auditor.execute("TRUNCATE llm_quota_proxy.counters, llm_quota_proxy.calls"))
+        self._store = PostgresStore(self.database.url)
 
     def apply(self, operations: Sequence[Operation], now: int) -> list[Reply]:
-        self._show(now)
-        return self._runner.run(self._store.apply(operations, now))
+        self.database.set_clock(now)
+        return self._run(self._store.apply(operations, now))
 
     def counters(self) -> dict[CounterKey, Counter]:
         return _counters(row for row in self._rows("counters") if row["resets_at"])
@@ -213,44 +236,26 @@ class OnPostgres:
         return self._rows("counters"), self._rows("calls")
 
     def orphans(self, owner: str) -> list[str]:
-        return self._runner.run(self._store.orphans(owner, 0, limit=1000))
+        return self._run(self._store.orphans(owner, 0, limit=1000))
 
     def put(self, key: CounterKey, counter: Counter) -> None:
-        columns = ", ".join(f"${place}" for place in range(1, 11))
-        put = f"INSERT INTO llm_quota_proxy.counters VALUES ({columns})"
-        drop = "DELETE FROM llm_quota_proxy.counters WHERE subject = $1 AND quota_id = $2"
-        self._runner.run(self._reader.execute(drop, *key))
-        self._runner.run(self._reader.execute(put, *_row(key, counter)))
+        columns = ", ".join(f"${number}" for number in range(1, 11))
+        insert = f"INSERT INTO llm_quota_proxy.counters VALUES ({columns})"
+        delete = "DELETE FROM llm_quota_proxy.counters WHERE subject = $1 AND quota_id = $2"
+        self._run(self._auditor.execute(delete, *key))
+        self._run(self._auditor.execute(insert, *_row(key, counter)))
 
     def crash(self) -> None:
-        self._runner.run(self._store.close())
-        self._store = PostgresStore(self._url)
+        self._run(self._store.close())
+        self._store = PostgresStore(self.database.url)
 
     def close(self) -> None:
-        self._runner.run(self._store.close())
+        self._run(self._store.close())
         balance(self._rows("calls"), self._rows("counters"))
-        self._runner.run(self._reader.close())
-        self._runner.run(shared().run(f"DROP DATABASE {url_name(self._url)}"))
-        self._runner.close()
 
     def _rows(self, table: str) -> list[dict[str, Any]]:
-        found = self._runner.run(self._reader.fetch(f"SELECT * FROM llm_quota_proxy.{table} ORDER BY 1, 2"))
+        found = self._run(self._auditor.fetch(f"SELECT * FROM llm_quota_proxy.{table} ORDER BY 1, 2"))
         return [dict(row) for row in found]
-
-    def _follow(self, show: Callable[[int], None]) -> None:
-        self._show = show
-        show(0)
-
-
-@cache
-def _empty_file() -> bytes:
-    """A database with its schema: making one takes longer than a history."""
-    with TemporaryDirectory() as folder:
-        store = SqliteStore(Path(folder) / "empty.db")
-        with asyncio.Runner() as runner:
-            runner.run(store.open())
-            runner.run(store.close())
-        return (Path(folder) / "empty.db").read_bytes()
 
 
 def _row(key: CounterKey, counter: Counter) -> list[Any]:
@@ -283,51 +288,51 @@ def _amount(row: Mapping[str, int], prefix: str) -> Amount:
     return Amount(row[f"{prefix}input"], row[f"{prefix}output"], row[f"{prefix}requests"])
 
 
-# ---------------------------------------------------------------------------------------------------- the other books
+# ---------------------------------------------------------------------------------------------------------- the model
 
 
 @dataclass(eq=False)
-class Opening:
-    """One opening of a counter's window. `ceilings` are the highest up to which anything was held in it."""
+class OpenedWindow:
+    """One window of a counter. `ceilings` are the highest limits (with overdraft) up to which it was held."""
 
     resets_at: int
     ceilings: dict[Measure, int] = field(default_factory=dict)
 
 
 @dataclass(eq=False)
-class Share:
-    """What a call holds in one opening."""
+class Held:
+    """What a call holds in one window."""
 
     key: CounterKey
-    opening: Opening
+    window: OpenedWindow
     amount: Amount
 
 
 @dataclass(eq=False)
 class Call:
-    """A call that was let in, by the quotas that were in force then."""
+    """A call that was admitted, with the quotas that were in force then."""
 
     who: Binding
     hold: Amount
     state: str = "open"
     charge: Amount = NOTHING
-    shares: dict[tuple[CounterKey, int], Share] = field(default_factory=dict)
+    held: dict[tuple[CounterKey, int], Held] = field(default_factory=dict)
 
-    def parts(self) -> list[tuple[Share, Amount]]:
-        """What each share is charged: of one counter each as much as it holds, and the last one the rest."""
-        left = {share.key: self.charge for share in self.shares.values()}
-        last = {share.key: share for share in self.shares.values()}
+    def parts(self) -> list[tuple[Held, Amount]]:
+        """What each held amount is charged. Of several of one counter: each its amount, and the last the rest."""
+        rests = {held.key: self.charge for held in self.held.values()}
+        last = {held.key: held for held in self.held.values()}
         parts = []
-        for share in self.shares.values():
-            rest = left[share.key]
-            part = rest if share is last[share.key] else rest.at_most(share.amount)
-            left[share.key] = rest - part
-            parts.append((share, part))
+        for held in self.held.values():
+            rest = rests[held.key]
+            part = rest if held is last[held.key] else rest.at_most(held.amount)
+            rests[held.key] = rest - part
+            parts.append((held, part))
         return parts
 
 
 def _end(operation: Settle | Release | Expire, call: Call) -> None:
-    """A call ends once; but that it was given up for lost is taken back, once, by the truth."""
+    """A call ends once. Only a call that has expired may still be settled, once."""
     match operation:
         case Settle() if call.state in ("open", "expired"):
             call.state, call.charge = "settled", charge_of(operation.usage)
@@ -337,15 +342,15 @@ def _end(operation: Settle | Release | Expire, call: Call) -> None:
             call.state, call.charge = "expired", call.hold
 
 
-class Ghost:
-    """Books that know of each call where it holds what, and of each counter which opening is its last."""
+class Model:
+    """All calls with what they hold in which window, and the last window of each counter."""
 
     def __init__(self) -> None:
         self.calls: dict[str, Call] = {}
-        self.last: dict[CounterKey, Opening] = {}
+        self.last: dict[CounterKey, OpenedWindow] = {}
 
-    def note(self, operation: Operation, reply: Reply, now: int) -> None:
-        """What an act has done, by what was answered; and whether it may have done that."""
+    def record(self, operation: Operation, reply: Reply, now: int) -> None:
+        """Record what an operation did, by its reply, and check that the reply is possible."""
         known = self.calls.get(operation.id)
         if isinstance(operation, Reserve) and known is None:
             if isinstance(reply, Accepted):
@@ -355,7 +360,7 @@ class Ghost:
             assert reply == Unknown(operation.id)
             return
         elif isinstance(operation, Extend) and known.state == "open":
-            self._grown(operation, known, reply, now)
+            self._extend(operation, known, reply, now)
         elif isinstance(operation, Settle | Release | Expire):
             _end(operation, known)
         assert isinstance(reply, Accepted | Refused)
@@ -365,7 +370,7 @@ class Ghost:
         for key, counter in reply.counters.items():
             self.last[key].resets_at = counter.window.resets_at
 
-    def _grown(self, operation: Extend, call: Call, reply: Reply, now: int) -> None:
+    def _extend(self, operation: Extend, call: Call, reply: Reply, now: int) -> None:
         assert isinstance(reply, Accepted)
         hold = reply.entry.hold
         assert hold.input == min(call.hold.input, operation.input)
@@ -375,63 +380,61 @@ class Ghost:
         self._hold(call, reply, now)
 
     def _hold(self, call: Call, reply: Accepted, now: int) -> None:
-        """Take over how much is held where, and see that it is no more than there is room for."""
-        held_amounts = {
-            (held_amount.key, held_amount.opened_at): held_amount.amount for held_amount in reply.entry.held_amounts
-        }
-        assert len(held_amounts) == len(reply.entry.held_amounts)
-        new = [held_amount for held_amount in held_amounts if held_amount not in call.shares]
-        opened = {key: self._opening(key, now, reply.counters[key].window.resets_at) for key, _ in new}
-        call.shares = {
-            held_amount: Share(
-                held_amount[0],
-                call.shares[held_amount].opening if held_amount in call.shares else opened[held_amount[0]],
+        """Record what the call holds now, and check that it is no more than there is room for."""
+        amounts = {(held.key, held.opened_at): held.amount for held in reply.entry.held_amounts}
+        assert len(amounts) == len(reply.entry.held_amounts)
+        new = [window for window in amounts if window not in call.held]
+        opened = {key: self._window(key, now, reply.counters[key].window.resets_at) for key, _ in new}
+        call.held = {
+            (key, opened_at): Held(
+                key,
+                call.held[key, opened_at].window if (key, opened_at) in call.held else opened[key],
                 amount,
             )
-            for held_amount, amount in held_amounts.items()
+            for (key, opened_at), amount in amounts.items()
         }
         quotas = {each.key_for(call.who.user): each for each in call.who.quotas if each.enforce == "exact"}
         for key, _ in new:
             if key in quotas:
-                self._within(quotas[key], reply.counters[key], opened[key])
+                self._check_limits(quotas[key], reply.counters[key], opened[key])
 
-    def _within(self, each: Quota, counter: Counter, opening: Opening) -> None:
+    def _check_limits(self, each: Quota, counter: Counter, window: OpenedWindow) -> None:
         for limit in each.limits:
             ceiling = each.ceiling(limit)
             taken = (counter.used + counter.held).of(limit.measure)
-            assert taken <= ceiling or limit.measure == "output_tokens"  # which calls without an answer don't meet
-            opening.ceilings[limit.measure] = max(ceiling, opening.ceilings.get(limit.measure, 0))
+            assert taken <= ceiling or limit.measure == "output_tokens"  # it does not bind calls without output
+            window.ceilings[limit.measure] = max(ceiling, window.ceilings.get(limit.measure, 0))
 
-    def _opening(self, key: CounterKey, now: int, resets_at: int) -> Opening:
-        """The last one while it goes on and anything is used or held in it, else a new one."""
+    def _window(self, key: CounterKey, now: int, resets_at: int) -> OpenedWindow:
+        """The last window if it has not ended and anything is used or held in it, else a new one."""
         last = self.last.get(key)
         if last is None or last.resets_at <= now or not any(map(bool, self.levels(key))):
-            self.last[key] = Opening(resets_at)
+            self.last[key] = OpenedWindow(resets_at)
         return self.last[key]
 
     def levels(self, key: CounterKey) -> tuple[Amount, Amount]:
-        """What is used and held in a counter's last opening."""
+        """What is used and what is held in the last window of a counter."""
         used, held = NOTHING, NOTHING
         for call in self.calls.values():
-            for share, part in call.parts():
-                if share.opening is self.last[key]:
-                    used, held = used + part, held + (share.amount if call.state == "open" else NOTHING)
+            for each, part in call.parts():
+                if each.window is self.last[key]:
+                    used, held = used + part, held + (each.amount if call.state == "open" else NOTHING)
         return used, held
 
     def hidden(self, key: CounterKey, measure: Measure) -> int:
-        """What calls used in a counter's last opening beyond what they held there."""
+        """What calls used in the last window of a counter beyond what they held in it."""
         return sum(
-            max(0, part.of(measure) - share.amount.of(measure))
+            max(0, part.of(measure) - held.amount.of(measure))
             for call in self.calls.values()
-            for share, part in call.parts()
-            if share.opening is self.last[key]
+            for held, part in call.parts()
+            if held.window is self.last[key]
         )
 
 
 # ------------------------------------------------------------------------------------------------------ the histories
 
-# Few quotas, and calls that are small beside them: what is refused leaves nothing to go wrong. So few windows that a
-# history comes back to the same one now and then.
+# Few quotas, and calls that are small compared with them, because a refused call tests little. Few windows, so that a
+# history often comes back to the same one.
 NAMES = ("everyone/q", "a/q", "a/r", "b/q", "watch/q")
 ALWAYS = ("a/q", "b/q")
 PERS = ("hour", "day", "6h")
@@ -448,15 +451,15 @@ LIMITS: tuple[dict[str, Any], ...] = (
 
 @cache
 def _quotas_named(name: str) -> list[Quota]:
-    """All that a quota may be at the beginning. Most are exact, since those have the promises."""
+    """All variants of a quota at the beginning. Most are exact, because the promises are about those."""
     enforced: list[tuple[Enforce, int]] = [("exact", 0), ("exact", 5), ("after", 0)]
-    watched: list[tuple[Enforce, int]] = [("shadow", 0)]
+    shadow: list[tuple[Enforce, int]] = [("shadow", 0)]
     return [
         quota(name, per=per, shared=shared, enforce=enforce, overdraft=overdraft, **limits)
         for limits in LIMITS
         for per in PERS
         for shared in (False, True)
-        for enforce, overdraft in (watched if name.startswith("watch") else enforced)
+        for enforce, overdraft in (shadow if name.startswith("watch") else enforced)
     ]
 
 
@@ -465,25 +468,25 @@ STEPS = st.sampled_from([1, HOUR, HOUR, DAY, -1, -HOUR, -DAY])
 
 
 def _has_calls(histories: "Histories") -> bool:
-    return bool(histories.ghost.calls)
+    return bool(histories.model.calls)
 
 
 def _may_crash(histories: "Histories") -> bool:
-    """Not as soon as there is anything to be lost, or nothing ever grows."""
-    return sum(call.state == "open" for call in histories.ghost.calls.values()) > 2
+    """With three open calls at least: after more frequent crashes hardly any call would be extended."""
+    return sum(call.state == "open" for call in histories.model.calls.values()) > 2
 
 
 class Histories(RuleBasedStateMachine):
-    """Each begins when hour, day and month have just begun together: so windows are easily taken for one another."""
+    """Each begins when an hour, a day and a month have begun together, so that windows are easily confused."""
 
-    kept: type[Kept]
+    ledger_type: type[LedgerUnderTest]
 
     @initialize(data=st.data())
     def begin(self, data: st.DataObject) -> None:
-        self.books, self.ghost = self.kept(), Ghost()
+        self.ledger, self.model = self.ledger_type(), Model()
         self.now = instant("2026-12-01 00:00") + 5000
-        self.ids, self.lives = count(), 0
-        self.done: list[Operation] = []
+        self.ids, self.crashes = count(), 0
+        self.done: list[Operation] = []  # the operations of the last batch that did all they can
         some = [name for name in NAMES if name in ALWAYS or data.draw(st.booleans())]
         self.quotas = {each.id: each for name in some for each in [data.draw(st.sampled_from(_quotas_named(name)))]}
         self.combine: Combine = data.draw(st.sampled_from(["any_group", "every_group"]))
@@ -494,93 +497,95 @@ class Histories(RuleBasedStateMachine):
             return tuple(each for each in self.quotas.values() if each.group == group)
 
         routes = tuple(GroupQuotas(group, of(group)) for group in USERS[user])
-        return Binding(user, of("everyone"), routes, of("watch"), self.combine)
+        return Binding(of("everyone"), routes, of("watch"), self.combine, user=user)
 
-    # What becomes of calls. Each may come again, or late, and is then to change nothing.
+    # Operations. Each may be repeated or come late, and must then change nothing.
 
     @rule(data=st.data(), number=st.sampled_from([1, 2, 4]))
     def arrive(self, data: st.DataObject, number: int) -> None:
-        self.book(*(self.reserving(data, f"{next(self.ids)}") for _ in range(number)))
+        """New calls are reserved."""
+        self.apply(*(self.a_reserve(data, f"{next(self.ids)}") for _ in range(number)))
 
     @precondition(_has_calls)
     @rule(data=st.data(), number=st.sampled_from([1, 2, 4]), later=st.sampled_from([0, 0, HOUR, DAY]))
-    def grow(self, data: st.DataObject, number: int, later: int) -> None:
+    def extend(self, data: st.DataObject, number: int, later: int) -> None:
+        """Calls are extended, at once or in a later window."""
         self.now += later
-        self.book(*(self.growing(data, self.one_of_them(data)) for _ in range(number)))
+        self.apply(*(self.an_extend(data, self.a_call(data)) for _ in range(number)))
 
     @precondition(_has_calls)
     @rule(data=st.data(), is_known=st.booleans())
     def settle(self, data: st.DataObject, is_known: bool) -> None:
-        """By at most as much as it holds."""
-        call_id = self.one_of_them(data)
-        hold = self.ghost.calls[call_id].hold
+        """A call is settled with at most what it holds."""
+        call_id = self.a_call(data)
+        hold = self.model.calls[call_id].hold
         tokens = Tokens(
             *(data.draw(st.sampled_from([most, most, most // 2, 0])) for most in (hold.input, hold.output))
         )
-        self.book(Settle(call_id, Exactly(tokens) if is_known else AtLeast(tokens), "complete"))
+        self.apply(Settle(call_id, Exactly(tokens) if is_known else AtLeast(tokens), "complete"))
 
     @precondition(_has_calls)
     @rule(data=st.data(), tokens=st.builds(Tokens, st.integers(0, 50), st.integers(0, 50)))
-    def settle_anyhow(self, data: st.DataObject, tokens: Tokens) -> None:
-        """Possibly above its hold: the upstream charges what the request didn't show."""
-        self.book(Settle(self.one_of_them(data), Exactly(tokens), "complete"))
+    def settle_with_any_usage(self, data: st.DataObject, tokens: Tokens) -> None:
+        """A call may be settled above its hold: the upstream charges input that the request did not show."""
+        self.apply(Settle(self.a_call(data), Exactly(tokens), "complete"))
 
     @precondition(_has_calls)
     @rule(data=st.data())
-    def come_to_nothing(self, data: st.DataObject) -> None:
-        """A bad request, an upstream that failed, or a process that was taken for dead, and may yet settle."""
-        call_id = self.one_of_them(data)
+    def end_without_an_answer(self, data: st.DataObject) -> None:
+        """The upstream rejects the request or fails, or the process is taken for dead and may still settle."""
+        call_id = self.a_call(data)
         operations: list[Operation] = [Settle(call_id, Unspent(requests), "rejected") for requests in (0, 1)]
         operations += [Release(call_id), Expire(call_id), Expire(call_id)]
-        self.book(data.draw(st.sampled_from(operations)))
+        self.apply(data.draw(st.sampled_from(operations)))
 
     @precondition(_has_calls)
     @rule(data=st.data())
-    def come_again(self, data: st.DataObject) -> None:
-        """With the same id, and whatever else."""
-        self.book(self.reserving(data, self.one_of_them(data)))
+    def reserve_again(self, data: st.DataObject) -> None:
+        """A call is reserved with the id of another, and with any other values."""
+        self.apply(self.a_reserve(data, self.a_call(data)))
 
     @precondition(_has_calls)
     @rule(data=st.data(), number=st.sampled_from([2, 3, 5]))
-    def happen_at_once(self, data: st.DataObject, number: int) -> None:
-        """In one batch, also to the same call, and to one that is only being let in, or refused."""
-        new = self.reserving(data, str(next(self.ids)))
-        some = st.sampled_from([new.id, self.one_of_them(data), self.one_of_them(data)])
-        self.book(new, *(self.something(data, data.draw(some), new) for _ in range(number)))
+    def apply_several(self, data: st.DataObject, number: int) -> None:
+        """One batch has several operations, also on the same call, and on one that it admits or refuses."""
+        new = self.a_reserve(data, str(next(self.ids)))
+        some = st.sampled_from([new.id, self.a_call(data), self.a_call(data)])
+        self.apply(new, *(self.an_operation(data, data.draw(some), new) for _ in range(number)))
 
-    def one_of_them(self, data: st.DataObject) -> str:
-        """Most often one that is in flight."""
-        every = list(self.ghost.calls)
-        in_flight = [call_id for call_id in every if self.ghost.calls[call_id].state == "open"] or every
+    def a_call(self, data: st.DataObject) -> str:
+        """The id of a call, most often of one that is in flight."""
+        every = list(self.model.calls)
+        in_flight = [call_id for call_id in every if self.model.calls[call_id].state == "open"] or every
         among: list[str] = data.draw(st.sampled_from([in_flight, in_flight, in_flight, every]))
         return data.draw(st.sampled_from(among))
 
-    def something(self, data: st.DataObject, call_id: str, new: Reserve) -> Operation:
+    def an_operation(self, data: st.DataObject, call_id: str, new: Reserve) -> Operation:
         kinds: list[Callable[[], Operation]] = [
-            lambda: self.growing(data, call_id, new),
+            lambda: self.an_extend(data, call_id, new),
             lambda: Settle(call_id, exactly(data.draw(st.integers(0, 9)), 5), "complete"),
             lambda: Release(call_id),
             lambda: Expire(call_id),
-            lambda: new if call_id == new.id else self.reserving(data, call_id),
+            lambda: new if call_id == new.id else self.a_reserve(data, call_id),
         ]
         return data.draw(st.sampled_from(kinds))()
 
-    def reserving(self, data: st.DataObject, call_id: str) -> Reserve:
+    def a_reserve(self, data: st.DataObject, call_id: str) -> Reserve:
         user = data.draw(st.sampled_from(sorted(USERS)))
         operation = reserve(call_id, self.binding_of(user), data.draw(demands(most=9)))
-        return replace(operation, owner=f"process-{self.lives}")
+        return replace(operation, owner=f"process-{self.crashes}")
 
-    def growing(self, data: st.DataObject, call_id: str, new: Reserve | None = None) -> Extend:
-        """By the quotas with which it was let in, whatever has become of them."""
-        call = self.ghost.calls[call_id] if new is None or new.id != call_id else Call(new.binding, NOTHING)
+    def an_extend(self, data: st.DataObject, call_id: str, new: Reserve | None = None) -> Extend:
+        """An extend with the quotas with which the call was admitted, even if they have changed."""
+        call = self.model.calls[call_id] if new is None or new.id != call_id else Call(new.binding, NOTHING)
         output = call.hold.output + data.draw(st.integers(0, 12))
         held = call.hold.input // data.draw(st.sampled_from([1, 1, 2]))
         return Extend(call_id, call.who, held, output, data.draw(st.integers(0, output)))
 
-    def book(self, *operations: Operation) -> None:
-        replies = self.books.apply(operations, self.now)
+    def apply(self, *operations: Operation) -> None:
+        replies = self.ledger.apply(operations, self.now)
         for operation, reply in zip(operations, replies, strict=True):
-            self.ghost.note(operation, reply, self.now)
+            self.model.record(operation, reply, self.now)
         self.done = [
             operation for operation, reply in zip(operations, replies, strict=True) if _is_done(operation, reply)
         ]
@@ -588,90 +593,92 @@ class Histories(RuleBasedStateMachine):
     @precondition(lambda self: self.done)
     @rule()
     def replay(self) -> None:
-        """Nobody knows whether the batch was committed, so it is done once more."""
-        before = self.books.everything()
-        replies = self.books.apply(self.done, self.now)
+        """The last batch is repeated, as after an uncertain commit."""
+        before = self.ledger.everything()
+        replies = self.ledger.apply(self.done, self.now)
         assert all(isinstance(reply, Accepted) for reply in replies)
-        assert self.books.everything() == before
+        assert self.ledger.everything() == before
 
-    # What happens around it.
+    # Other events.
 
     @rule(step=STEPS)
-    def clock(self, step: int) -> None:
+    def move_clock(self, step: int) -> None:
+        """The clock goes forward or back."""
         self.now += step
 
     @rule(data=st.data(), maximum=st.integers(0, 80), overdraft=st.sampled_from([0, 0, 5]), per=st.sampled_from(PERS))
     def reload(self, data: st.DataObject, maximum: int, overdraft: int, per: str) -> None:
-        """Of one quota a limit, or how long it counts, is another from now on."""
+        """A limit or the window of one quota is changed."""
         each = self.quotas[data.draw(st.sampled_from(sorted(self.quotas)))]
         first, *rest = each.limits
         limited = replace(each, limits=(replace(first, maximum=maximum), *rest), overdraft=overdraft)
         changed = replace(each, per=quota("x/y", per=per).per)
         self.quotas[each.id] = data.draw(st.sampled_from([limited, changed]))
 
-    @precondition(lambda self: self.ghost.last)
+    @precondition(lambda self: self.model.last)
     @rule(data=st.data())
     def reset(self, data: st.DataObject) -> None:
-        """An operator sets a counter back to nothing, as a window that opens anew: calls in flight are of the old."""
-        key = data.draw(st.sampled_from(sorted(self.ghost.last)))
-        last = self.books.counters()[key].window
+        """An operator resets a counter, with a new window. Calls in flight belong to the old window."""
+        key = data.draw(st.sampled_from(sorted(self.model.last)))
+        last = self.ledger.counters()[key].window
         window = Window(max(self.now, last.opened_at + 1), last.resets_at)
-        self.books.put(key, Counter(window))
-        self.ghost.last[key] = Opening(window.resets_at)
+        self.ledger.put(key, Counter(window))
+        self.model.last[key] = OpenedWindow(window.resets_at)
         self.done = []
 
     @precondition(_may_crash)
     @rule()
     def crash(self) -> None:
-        """The process dies, and the next one charges what it left behind."""
-        self.books.crash()
-        self.lives += 1
-        orphans = self.books.orphans(f"process-{self.lives}")
-        assert set(orphans) == {call_id for call_id, call in self.ghost.calls.items() if call.state == "open"}
-        self.book(*(Expire(call_id) for call_id in orphans))
+        """The process dies, and the next one expires its open calls."""
+        self.ledger.crash()
+        self.crashes += 1
+        orphans = self.ledger.orphans(f"process-{self.crashes}")
+        assert set(orphans) == {call_id for call_id, call in self.model.calls.items() if call.state == "open"}
+        self.apply(*(Expire(call_id) for call_id in orphans))
 
-    # What holds after each of these.
+    # What must be true after each step.
 
     @invariant()
-    def the_books_say_what_the_ghost_says(self) -> None:
-        """Held: what open calls hold in this window. Used: what ended ones are charged. Each ended but once.
+    def the_ledger_agrees_with_the_model(self) -> None:
+        """Each counter holds what its open calls hold in this window, and has used what its ended calls are charged.
 
-        And promise 1: but for what calls used beyond their hold, no exact quota is over its limit and overdraft.
+        And no quota that is enforced exactly is above its limit and overdraft, except by what calls used beyond their
+        holds.
         """
-        counters = self.books.counters()
-        assert counters.keys() == self.ghost.last.keys()
+        counters = self.ledger.counters()
+        assert counters.keys() == self.model.last.keys()
         for key, counter in counters.items():
-            assert (counter.used, counter.held) == self.ghost.levels(key)
+            assert (counter.used, counter.held) == self.model.levels(key)
             for level in (counter.used, counter.held):
                 assert min(level.input, level.output, level.requests) >= 0
-            for measure, ceiling in self.ghost.last[key].ceilings.items():
+            for measure, ceiling in self.model.last[key].ceilings.items():
                 taken = (counter.used + counter.held).of(measure)
-                assert taken - self.ghost.hidden(key, measure) <= ceiling
-        expected = {call_id: Record(call.state, call.hold, call.charge) for call_id, call in self.ghost.calls.items()}
-        assert self.books.calls() == expected
+                assert taken - self.model.hidden(key, measure) <= ceiling
+        expected = {call_id: Record(call.state, call.hold, call.charge) for call_id, call in self.model.calls.items()}
+        assert self.ledger.calls() == expected
 
     def teardown(self) -> None:
-        if hasattr(self, "books"):
-            self.books.close()
+        if hasattr(self, "ledger"):
+            self.ledger.close()
 
 
 def _is_done(operation: Operation, reply: Reply) -> bool:
-    """Whether an act did all that it can, so that it finds itself done when it comes again."""
+    """Whether an operation did all it can, so that repeating it changes nothing."""
     return isinstance(reply, Accepted) and not (
         isinstance(operation, Extend) and reply.entry.hold.output < operation.output
     )
 
 
 class InMemoryHistories(Histories):
-    kept = InMemory
+    ledger_type = InMemory
 
 
 class SqliteHistories(Histories):
-    kept = OnSqlite
+    ledger_type = OnSqlite
 
 
 class PostgresHistories(Histories):
-    kept = OnPostgres
+    ledger_type = OnPostgres
 
 
 InMemoryHistories.TestCase.settings = settings(max_examples=250, stateful_step_count=15)
@@ -679,4 +686,4 @@ SqliteHistories.TestCase.settings = settings(max_examples=50, stateful_step_coun
 PostgresHistories.TestCase.settings = settings(max_examples=30, stateful_step_count=15)
 TestInMemory = InMemoryHistories.TestCase
 TestOnSqlite = SqliteHistories.TestCase
-TestOnPostgres = PostgresHistories.TestCase
+TestOnPostgres = pytest.mark.usefixtures("_postgres")(PostgresHistories.TestCase)

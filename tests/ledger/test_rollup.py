@@ -1,6 +1,6 @@
-"""The records of what was used: each call is in the sums of its day once, whatever happens, and what is old is gone.
+"""Usage by day: each call is in the sums of its day once, whatever happens, and old records are deleted.
 
-On a real SQLite file and a real PostgreSQL, whose clock shows what the test says.
+The tests run on a real SQLite file and on a real PostgreSQL, whose clock shows what the test sets.
 """
 
 import asyncio
@@ -8,6 +8,7 @@ import sys
 from contextlib import asynccontextmanager
 from operator import add, itemgetter
 
+import asyncpg
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -24,62 +25,70 @@ from proxy.server import store_of
 from tests.audit import connected, rows
 from tests.builders import DAY, NOON, binding, call, quota
 from tests.postgres import shared
+from tests.sqlite import write_migrated
 
 SUMS = "calls requests input_tokens output_tokens cached_tokens reasoning_tokens estimated".split()
 MIDNIGHT = NOON - DAY // 2
-PLENTY = quota("staff/daily", tokens=10**9)
+LARGE = quota("staff/daily", tokens=10**9)
 ENGINES = pytest.mark.parametrize("engine", ["sqlite", "postgresql"])
 
 
-class Place:
-    """A database, the instant that it is there, and every call that was ever made in it as it was last seen."""
+class Database:
+    """A database, its time, and each call that was ever made in it, as the last reply described it."""
 
-    def __init__(self, url):
+    def __init__(self, url, auditor=None):
         self.url = url
         self.store = store_of(url)
         self.now = NOON
-        self.tell = lambda now: None
-        self.seen = {}
+        self.set_clock = lambda now: None
+        self.entries = {}
+        self._auditor = auditor  # a connection to PostgreSQL
 
     async def apply(self, *operations):
-        self.tell(self.now)
-        for answer in await self.store.apply(operations, self.now):
-            if isinstance(answer, Accepted):
-                self.seen[answer.entry.id] = answer.entry
+        self.set_clock(self.now)
+        for reply in await self.store.apply(operations, self.now):
+            if isinstance(reply, Accepted):
+                self.entries[reply.entry.id] = reply.entry
 
-    async def reserve(self, number, *, user="ann", model="small"):
-        """A call that came just now; its id."""
-        entry_id = f"{call_id_prefix(self.now)}{number:020x}"
-        labels = CallLabels(user, model, "chat", "openai")
-        await self.apply(Reserve(entry_id, "process-1", labels, binding([PLENTY], user=user), call(100, 400)))
-        return entry_id
+    async def reserve(self, *numbers, user="ann", model="small"):
+        """Reserve calls that arrive now, and return their ids."""
+        ids = [f"{call_id_prefix(self.now)}{number:020x}" for number in numbers]
+        labels, who = CallLabels(user, model, "chat", "openai"), binding([LARGE], user=user)
+        await self.apply(*(Reserve(entry_id, "process-1", labels, who, call(100, 400)) for entry_id in ids))
+        return ids
 
-    async def ended(self, numbers, **who):
-        """Calls that came just now and have used 90 and 60 tokens."""
-        ids = [await self.reserve(number, **who) for number in numbers]
+    async def reserve_and_settle(self, *numbers, **labels):
+        """Reserve calls that arrive now, settle them with 90 and 60 tokens, and return their ids."""
+        ids = await self.reserve(*numbers, **labels)
         await self.apply(*(Settle(each, Exactly(Tokens(90, 60, 30, 20)), "complete") for each in ids))
         return ids
 
     async def rows(self, table):
-        if self.url.startswith("sqlite"):
+        if self._auditor is None:
             return rows(self.url.removeprefix("sqlite:///"), table)
-        return [dict(row) for row in await shared().run(f"SELECT * FROM llm_quota_proxy.{table}", url=self.url)]
+        return [dict(row) for row in await self._auditor.fetch(f"SELECT * FROM llm_quota_proxy.{table}")]
 
     async def run(self, statement):
-        """As an operator would."""
-        if self.url.startswith("sqlite"):
+        """Run a statement as an operator would."""
+        if self._auditor is None:
             with connected(self.url.removeprefix("sqlite:///")) as connection:
                 connection.execute(statement)
         else:
-            await shared().run("SET search_path = llm_quota_proxy", statement, url=self.url)
+            await self._auditor.execute(f"SET search_path = llm_quota_proxy; {statement}; RESET search_path")
+
+    async def clear(self):
+        """Delete all rows and set the time back to noon."""
+        for table in ("counters", "calls", "owners", "usage_by_day"):
+            await self.run(f"DELETE FROM {table}")
+        self.entries, self.now = {}, NOON
 
     async def days(self):
         """The sums, by day, user, group and model."""
         keys = itemgetter("day", "user_name", "through", "model")
         return {keys(row): [row[name] for name in SUMS] for row in await self.rows("usage_by_day")}
 
-    async def accounted(self):
-        """The sums as they are, with what the calls say that were not counted yet as what they are now."""
+    async def sums(self):
+        """The sums, with what the next roll-up has to add to them."""
         sums = await self.days()
         for row in await self.rows("calls"):
             if row["state"] == "open" or row["counted_as"] == row["state"]:
@@ -95,16 +104,17 @@ class Place:
         return sums
 
     async def count(self, limit=100):
+        """Count all calls that have ended."""
         while (await self.store.roll_up(limit, None)).rows == limit:
             pass
 
-    async def delete(self, before, limit=100):
+    async def delete_calls(self, before, limit=100):
         return (await self.store.delete_calls(limit, None, before=before)).rows
 
     def expected(self):
-        """The sums as they follow from what the ledger said of each call."""
+        """The sums of all ended calls, from the replies."""
         sums = {}
-        for entry in self.seen.values():
+        for entry in self.entries.values():
             if entry.state == "open":
                 continue
             tokens = entry.usage.tokens if entry.usage else Tokens(0, 0)
@@ -117,27 +127,33 @@ class Place:
 
 @asynccontextmanager
 async def opened(engine, folder):
-    """An empty database."""
-    tellers = []
-    url = f"sqlite:///{folder}/quotas.db" if engine == "sqlite" else await shared().timed(tellers.append)
-    place = Place(url)
-    place.tell = tellers[0] if tellers else place.tell
-    place.tell(place.now)
-    await place.store.open()
+    """An empty database with our schema, and its open store."""
+    if engine == "sqlite":
+        write_migrated(folder / "quotas.db")
+        database = Database(f"sqlite:///{folder}/quotas.db")
+    else:
+        clocks = []
+        url = await shared().timed(clocks.append)
+        database = Database(url, await asyncpg.connect(url))
+        [database.set_clock] = clocks
+    database.set_clock(database.now)
+    await database.store.open()
     try:
-        yield place
+        yield database
     finally:
-        await place.store.close()
+        await database.store.close()
+        if database._auditor is not None:
+            await database._auditor.close()
 
 
 @pytest.fixture
-async def place(engine, tmp_path):
-    async with opened(engine, tmp_path) as place:
-        yield place
+async def database(engine, tmp_path):
+    async with opened(engine, tmp_path) as database:
+        yield database
 
 
-def records(place, **keep):
-    return Rollup(place.store, now=lambda: place.now, keep=lambda: Keep(**keep), pause_s=0)
+def rollup(database, **keep):
+    return Rollup(database.store, now=lambda: database.now, keep=lambda: Keep(**keep), pause_s=0)
 
 
 ENDS = st.sampled_from(
@@ -150,7 +166,7 @@ ENDS = st.sampled_from(
     ]
 )
 STEPS = st.one_of(
-    st.tuples(st.just("begin"), st.sampled_from(["ann", "bob"]), st.sampled_from(["small", "large"])),
+    st.tuples(st.just("reserve"), st.sampled_from(["ann", "bob"]), st.sampled_from(["small", "large"])),
     st.tuples(st.just("end"), st.integers(0, 30), ENDS),
     st.tuples(st.just("later"), st.integers(1, 2 * DAY)),
     st.tuples(st.just("count"), st.integers(1, 4)),
@@ -158,100 +174,110 @@ STEPS = st.one_of(
 )
 
 
-async def play(place, history):
-    """Live through it, and count what is left; at every moment nothing is missing, and nothing there twice."""
-    for what, *how in history:
-        if what == "begin":
-            await place.reserve(len(place.seen), user=how[0], model=how[1])
-        elif what == "end" and place.seen:
-            await place.apply(how[1](sorted(place.seen)[how[0] % len(place.seen)]))
-        elif what == "later":
-            place.now += how[0]
-        elif what == "count":
-            await place.store.roll_up(how[0], None)
-        elif what == "delete":
-            await place.delete(place.now - how[0], limit=3)
-        if what in ("end", "count", "delete"):
-            assert await place.accounted() == place.expected()
-    await place.count()
+async def play(database, history):
+    """Run a history. After each step no call is missing from the sums, and none is in them twice."""
+    await database.clear()
+    for step, *arguments in history:
+        if step == "reserve":
+            await database.reserve(len(database.entries), user=arguments[0], model=arguments[1])
+        elif step == "end" and database.entries:
+            await database.apply(arguments[1](sorted(database.entries)[arguments[0] % len(database.entries)]))
+        elif step == "later":
+            database.now += arguments[0]
+        elif step == "count":
+            await database.store.roll_up(arguments[0], None)
+        elif step == "delete":
+            await database.delete_calls(database.now - arguments[0], limit=3)
+        if step in ("end", "count", "delete"):
+            assert await database.sums() == database.expected()
+    await database.count()
+    assert await database.days() == database.expected()
+
+
+@pytest.fixture
+def runner():
+    with asyncio.Runner() as runner:
+        yield runner
+
+
+@pytest.fixture
+def one_database(runner, engine, tmp_path):
+    """A database for all examples of a test: making one takes longer than a history."""
+    opening = opened(engine, tmp_path)
+    yield runner.run(opening.__aenter__())
+    runner.run(opening.__aexit__(None, None, None))
 
 
 @ENGINES
 @settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(history=st.lists(STEPS, min_size=10, max_size=60))
-def test_the_sums_are_those_of_all_calls_ever_made(engine, tmp_path_factory, history):
-    """Whatever ends when and how often, and however it is counted and deleted meanwhile."""
-
-    async def played():
-        async with opened(engine, tmp_path_factory.mktemp("history")) as place:
-            await play(place, history)
-            assert await place.days() == place.expected()
-
-    asyncio.run(played())
+def test_the_sums_are_those_of_all_calls_ever_made(runner, one_database, history):
+    """Whenever and however often calls end, are counted and are deleted."""
+    runner.run(play(one_database, history))
 
 
 @ENGINES
-async def test_a_call_is_of_the_day_in_which_it_was_reserved(place):
-    """In UTC, also where it ends days later; a day begins at midnight."""
-    place.now = MIDNIGHT - 1
-    last = await place.reserve(1)
-    place.now = MIDNIGHT
-    await place.ended([2], user="bob", model="large")
-    place.now += 3 * DAY
-    await place.apply(Settle(last, Exactly(Tokens(90, 60)), "complete"))
-    await place.count()
-    assert await place.days() == {
+async def test_a_call_belongs_to_the_day_in_which_it_was_reserved(database):
+    """To the day in UTC, also if it ends days later. A day begins at midnight."""
+    database.now = MIDNIGHT - 1
+    [last] = await database.reserve(1)
+    database.now = MIDNIGHT
+    await database.reserve_and_settle(2, user="bob", model="large")
+    database.now += 3 * DAY
+    await database.apply(Settle(last, Exactly(Tokens(90, 60)), "complete"))
+    await database.count()
+    assert await database.days() == {
         (MIDNIGHT - DAY, "ann", "staff", "small"): [1, 1, 90, 60, 0, 0, 0],
         (MIDNIGHT, "bob", "staff", "large"): [1, 1, 90, 60, 30, 20, 0],
     }
 
 
 @ENGINES
-async def test_a_lost_call_that_is_settled_after_all_is_put_right(place):
-    """It was counted as what it held; the difference is booked, once, and it is no estimate any more."""
-    lost = await place.reserve(1)
-    await place.apply(Expire(lost))
-    await place.count()
-    assert await place.days() == {(MIDNIGHT, "ann", "staff", "small"): [1, 1, 100, 400, 0, 0, 1]}
-    place.now += 5 * DAY
-    await place.apply(Settle(lost, Exactly(Tokens(90, 60, 30, 20)), "complete"))
+async def test_an_expired_call_that_is_settled_later_is_corrected(database):
+    """It was counted with its hold. The roll-up adds the difference, once, and it is no estimate any more."""
+    [lost] = await database.reserve(1)
+    await database.apply(Expire(lost))
+    await database.count()
+    assert await database.days() == {(MIDNIGHT, "ann", "staff", "small"): [1, 1, 100, 400, 0, 0, 1]}
+    database.now += 5 * DAY
+    await database.apply(Settle(lost, Exactly(Tokens(90, 60, 30, 20)), "complete"))
     for _ in range(2):
-        await place.count()
-        assert await place.days() == {(MIDNIGHT, "ann", "staff", "small"): [1, 1, 90, 60, 30, 20, 0]}
+        await database.count()
+        assert await database.days() == {(MIDNIGHT, "ann", "staff", "small"): [1, 1, 90, 60, 30, 20, 0]}
 
 
 @ENGINES
-async def test_two_who_count_at_once_count_each_call_once(place):
-    """As replicas do, on connections of their own."""
-    await place.ended(range(60))
-    await place.ended(range(60, 90), user="bob")
-    other = store_of(place.url) if place.url.startswith("postgresql") else place.store
-    counted = await asyncio.gather(*(store.roll_up(20, None) for store in [place.store, other] * 4))
-    await place.count()
-    assert sum(done.rows for done in counted) <= 90
-    assert await place.days() == place.expected()
-    if other is not place.store:
+async def test_several_roll_ups_at_once_count_each_call_once(database):
+    """As replicas run them, on connections of their own."""
+    await database.reserve_and_settle(*range(60))
+    await database.reserve_and_settle(*range(60, 90), user="bob")
+    other = store_of(database.url) if database.url.startswith("postgresql") else database.store
+    counted = await asyncio.gather(*(store.roll_up(20, None) for store in [database.store, other] * 4))
+    await database.count()
+    assert sum(result.rows for result in counted) <= 90
+    assert await database.days() == database.expected()
+    if other is not database.store:
         await other.close()
 
 
 @ENGINES
-async def test_who_is_stopped_between_adding_and_marking_has_done_neither(place):
-    """The sums were written, the marks could not be: after that all is as before, and the next one counts."""
-    await place.ended(range(3))
-    if place.url.startswith("sqlite"):
-        broken = "CREATE TRIGGER broken BEFORE UPDATE ON calls BEGIN SELECT RAISE(ABORT, 'broken'); END"
-        mended = "DROP TRIGGER broken"
+async def test_a_roll_up_that_fails_between_adding_and_marking_does_neither(database):
+    """The sums were written and the marks were not, so both are rolled back. The next roll-up counts the calls."""
+    await database.reserve_and_settle(*range(3))
+    if database.url.startswith("sqlite"):
+        breaking = "CREATE TRIGGER broken BEFORE UPDATE ON calls BEGIN SELECT RAISE(ABORT, 'broken'); END"
+        mending = "DROP TRIGGER broken"
     else:
-        broken = "ALTER TABLE usage_by_day ADD CONSTRAINT broken CHECK (calls < 0)"
-        mended = "ALTER TABLE usage_by_day DROP CONSTRAINT broken"
-    await place.run(broken)
+        breaking = "ALTER TABLE usage_by_day ADD CONSTRAINT broken CHECK (calls < 0)"
+        mending = "ALTER TABLE usage_by_day DROP CONSTRAINT broken"
+    await database.run(breaking)
     with pytest.raises(Exception, match="broken"):
-        await place.count()
-    assert await place.days() == {}
-    assert {row["counted_as"] for row in await place.rows("calls")} == {None}
-    await place.run(mended)
-    await place.count()
-    assert await place.days() == place.expected()
+        await database.count()
+    assert await database.days() == {}
+    assert {row["counted_as"] for row in await database.rows("calls")} == {None}
+    await database.run(mending)
+    await database.count()
+    assert await database.days() == database.expected()
 
 
 COUNTING = """
@@ -269,177 +295,178 @@ asyncio.run(count())
 
 
 @ENGINES
-async def test_a_process_that_is_killed_while_it_counts_loses_nothing_and_repeats_nothing(engine, tmp_path):
-    """kill -9, in whatever moment that is; the next one goes on."""
-    async with opened(engine, tmp_path) as place:
-        await place.ended(range(200))
-        await place.store.close()  # a file is for one process
-        program = (sys.executable, "-c", COUNTING, place.url)
+async def test_a_process_that_is_killed_while_it_counts_loses_and_repeats_nothing(engine, tmp_path):
+    """It is killed with SIGKILL at any moment. The next process continues."""
+    async with opened(engine, tmp_path) as database:
+        await database.reserve_and_settle(*range(200))
+        await database.store.close()  # a SQLite file is for one process
+        program = (sys.executable, "-c", COUNTING, database.url)
         counting = await asyncio.create_subprocess_exec(*program, stdout=asyncio.subprocess.PIPE)
         for _ in range(20):
             assert await counting.stdout.readline() == b"1\n"
         counting.kill()
         await counting.wait()
-        place.store = store_of(place.url)
-        await place.store.open()
-        await place.count()
-        assert await place.days() == place.expected()
+        database.store = store_of(database.url)
+        await database.store.open()
+        await database.count()
+        assert await database.days() == database.expected()
 
 
-async def test_a_connection_that_breaks_while_counting_counts_nothing(tmp_path):
-    """As of a process that is killed: it waits for a day that somebody else has locked, and is cut off."""
-    async with opened("postgresql", tmp_path) as place:
-        await place.ended(range(3))
-        await place.count()
-        await place.ended(range(3, 6))
+async def test_a_roll_up_whose_connection_breaks_counts_nothing(tmp_path):
+    """It waits for a day that another client has locked, and its connection is broken then."""
+    async with opened("postgresql", tmp_path) as database:
+        await database.reserve_and_settle(*range(3))
+        await database.count()
+        await database.reserve_and_settle(*range(3, 6))
         waiting = "FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
-        connection = await place.store._connect()
+        connection = await database.store._connect()
         await connection.execute("BEGIN; SELECT FROM llm_quota_proxy.usage_by_day FOR UPDATE")
-        counting = asyncio.create_task(place.count())
+        counting = asyncio.create_task(database.count())
         while not await connection.fetchval(f"SELECT count(*) {waiting}"):
             pass
         await connection.execute(f"SELECT pg_terminate_backend(pid) {waiting}; COMMIT")
         with pytest.raises(StoreUnavailable):
             await counting
         await connection.close()
-        assert [each[0] for each in (await place.days()).values()] == [3]
-        await place.count()
-        assert await place.days() == place.expected()
+        assert [each[0] for each in (await database.days()).values()] == [3]
+        await database.count()
+        assert await database.days() == database.expected()
 
 
 @ENGINES
-async def test_what_is_old_is_deleted_once_it_was_counted(place):
-    """In steps; not what is open, nor what came later, nor what nobody has counted yet. Counters stay."""
-    old = await place.ended(range(5))
-    still_open = await place.reserve(5)
-    place.now += DAY
-    new = await place.ended([6])
-    before = place.now - DAY // 2
-    counters = await place.rows("counters")
-    assert await place.delete(before) == 0
-    await place.count()
-    assert [await place.delete(before, limit=2) for _ in range(4)] == [2, 2, 1, 0]
-    assert {row["id"] for row in await place.rows("calls")} == {still_open, *new}
-    assert old[0] not in {still_open, *new}
-    assert await place.days() == place.expected()
-    assert await place.rows("counters") == counters
+async def test_old_calls_are_deleted_after_they_were_counted(database):
+    """In steps. Calls that are open, newer, or not counted yet are kept, and counters do not change."""
+    old = await database.reserve_and_settle(*range(5))
+    still_open = await database.reserve(5)
+    database.now += DAY
+    new = await database.reserve_and_settle(6)
+    before = database.now - DAY // 2
+    counters = await database.rows("counters")
+    assert await database.delete_calls(before) == 0
+    await database.count()
+    assert [await database.delete_calls(before, limit=2) for _ in range(4)] == [2, 2, 1, 0]
+    kept = {row["id"] for row in await database.rows("calls")}
+    assert kept == {*still_open, *new}
+    assert kept.isdisjoint(old)
+    assert await database.days() == database.expected()
+    assert await database.rows("counters") == counters
 
 
 @ENGINES
-async def test_a_deleted_call_can_not_be_ended_again(place):
-    """A process that was paused for so long finds nothing, and books nothing."""
-    lost = await place.reserve(1)
-    await place.apply(Expire(lost))
-    await place.count()
-    await place.delete(place.now + DAY)
-    await place.apply(Settle(lost, Exactly(Tokens(9, 6)), "complete"))
-    await place.count()
-    assert await place.days() == {(MIDNIGHT, "ann", "staff", "small"): [1, 1, 100, 400, 0, 0, 1]}
+async def test_a_deleted_call_cannot_end_again(database):
+    """A process that was paused for so long finds no entry, and nothing is charged."""
+    [lost] = await database.reserve(1)
+    await database.apply(Expire(lost))
+    await database.count()
+    await database.delete_calls(database.now + DAY)
+    await database.apply(Settle(lost, Exactly(Tokens(9, 6)), "complete"))
+    await database.count()
+    assert await database.days() == {(MIDNIGHT, "ann", "staff", "small"): [1, 1, 100, 400, 0, 0, 1]}
 
 
 @ENGINES
-async def test_the_chore_does_all_of_it(place, monkeypatch):
-    """Counts and deletes until nothing is left to do; days go when they are whole and old enough."""
+async def test_a_run_counts_and_deletes_until_nothing_is_left_to_do(database, monkeypatch):
+    """A day is deleted when its end is older than `keep.days`."""
     monkeypatch.setattr("proxy.ledger.rollup._STEP", 2)
-    await place.ended(range(5))
-    tended = records(place, calls_ms=2 * DAY, days_ms=4 * DAY)
-    place.now += DAY
-    await tended.run()
-    assert (len(await place.rows("calls")), len(await place.days())) == (5, 1)
-    place.now += DAY + 1
-    await tended.run()
-    assert (len(await place.rows("calls")), await place.days()) == (0, place.expected())
-    place.now = MIDNIGHT + 5 * DAY
-    await tended.run()
-    assert len(await place.days()) == 1
-    place.now += 1
-    await tended.run()
-    assert await place.days() == {}
+    await database.reserve_and_settle(*range(5))
+    job = rollup(database, calls_ms=2 * DAY, days_ms=4 * DAY)
+    database.now += DAY
+    await job.run()
+    assert (len(await database.rows("calls")), len(await database.days())) == (5, 1)
+    database.now += DAY + 1
+    await job.run()
+    assert (len(await database.rows("calls")), await database.days()) == (0, database.expected())
+    database.now = MIDNIGHT + 5 * DAY
+    await job.run()
+    assert len(await database.days()) == 1
+    database.now += 1
+    await job.run()
+    assert await database.days() == {}
 
 
-class Watched:
-    """A store, and after which key each piece of upkeep was to begin."""
+class RecordingStore:
+    """A store that records after which key each step of a job started, and how many rows it touched."""
 
     def __init__(self, store):
         self.store = store
-        self.began = []
+        self.steps = []
 
     async def roll_up(self, limit, after):
-        return self._noted(after, await self.store.roll_up(limit, after))
+        return self._record(after, await self.store.roll_up(limit, after))
 
     async def delete_calls(self, limit, after, *, before):
-        return self._noted(after, await self.store.delete_calls(limit, after, before=before))
+        return self._record(after, await self.store.delete_calls(limit, after, before=before))
 
     async def delete_days(self, limit, after, *, before):
-        return self._noted(after, await self.store.delete_days(limit, after, before=before))
+        return self._record(after, await self.store.delete_days(limit, after, before=before))
 
-    def _noted(self, after, done):
-        self.began.append((after, done.rows))
-        return done
+    def _record(self, after, result):
+        self.steps.append((after, result.rows))
+        return result
 
 
-async def test_a_step_begins_where_the_last_one_ended(tmp_path, monkeypatch):
-    """What was done stays in PostgreSQL's indexes for a while: else each step walks over that of all before it."""
+async def test_a_step_starts_after_the_last_key_of_the_one_before(tmp_path, monkeypatch):
+    """PostgreSQL keeps dead rows in its indexes for a while, and a step from the beginning would read all of them."""
     monkeypatch.setattr("proxy.ledger.rollup._STEP", 2)
-    async with opened("postgresql", tmp_path) as place:
-        ids = await place.ended(range(5))
-        watched = Watched(place.store)
-        place.now += 3 * DAY
+    async with opened("postgresql", tmp_path) as database:
+        ids = await database.reserve_and_settle(*range(5))
+        recording = RecordingStore(database.store)
+        database.now += 3 * DAY
         keep = Keep(calls_ms=DAY, days_ms=DAY)
-        await Rollup(watched, now=lambda: place.now, keep=lambda: keep, pause_s=0).run()
+        await Rollup(recording, now=lambda: database.now, keep=lambda: keep, pause_s=0).run()
         steps = [(None, 2), (ids[1], 2), (ids[3], 1)]
-        assert watched.began == [*steps, *steps, (None, 1)]
+        assert recording.steps == [*steps, *steps, (None, 1)]
 
 
-async def test_days_are_deleted_on_from_the_day_that_was_reached(tmp_path):
-    """Which may have more rows than one step deletes."""
-    async with opened("postgresql", tmp_path) as place:
+async def test_a_step_of_days_starts_with_the_day_that_the_last_one_reached(tmp_path):
+    """That day may have more rows than one step deletes."""
+    async with opened("postgresql", tmp_path) as database:
         for number in range(4):
-            await place.ended([number], user=f"user-{number}")
-            place.now += DAY * (number == 0)
-        await place.count()
-        done = await place.store.delete_days(2, None, before=MIDNIGHT + 2 * DAY)
-        assert (done.rows, done.last) == (2, str(MIDNIGHT + DAY))
-        assert (await place.store.delete_days(9, done.last, before=MIDNIGHT + 2 * DAY)).rows == 2
+            await database.reserve_and_settle(number, user=f"user-{number}")
+            database.now += DAY * (number == 0)
+        await database.count()
+        result = await database.store.delete_days(2, None, before=MIDNIGHT + 2 * DAY)
+        assert (result.rows, result.last) == (2, str(MIDNIGHT + DAY))
+        assert (await database.store.delete_days(9, result.last, before=MIDNIGHT + 2 * DAY)).rows == 2
 
 
 @ENGINES
-async def test_what_is_kept_for_ever_is_not_deleted(place):
-    """Neither the calls nor the days, a century later."""
-    await place.ended([1])
-    place.now += 36_500 * DAY
-    await records(place, calls_ms=None, days_ms=None).run()
-    assert len(await place.rows("calls")) == len(await place.days()) == 1
+async def test_records_that_are_kept_for_ever_are_not_deleted(database):
+    """Neither calls nor days, a century later."""
+    await database.reserve_and_settle(1)
+    database.now += 36_500 * DAY
+    await rollup(database, calls_ms=None, days_ms=None).run()
+    assert len(await database.rows("calls")) == len(await database.days()) == 1
 
 
 @ENGINES
-async def test_many_days_are_deleted_in_steps(place):
-    """No more than so many rows in one transaction."""
+async def test_days_are_deleted_in_steps(database):
+    """A transaction deletes at most `limit` rows."""
     for number in range(3):
-        await place.ended([number], user=f"user-{number}")
-    await place.count()
-    assert [(await place.store.delete_days(2, None, before=MIDNIGHT + 1)).rows for _ in range(3)] == [2, 1, 0]
+        await database.reserve_and_settle(number, user=f"user-{number}")
+    await database.count()
+    assert [(await database.store.delete_days(2, None, before=MIDNIGHT + 1)).rows for _ in range(3)] == [2, 1, 0]
 
 
-async def test_a_database_that_is_away_is_tended_later(tmp_path):
-    """A line in the log, and nothing that stops the chore."""
-    async with opened("sqlite", tmp_path) as place:
+async def test_a_run_on_an_unavailable_database_is_only_logged(tmp_path):
+    """The next run tries again."""
+    async with opened("sqlite", tmp_path) as database:
         (tmp_path / "quotas.db").rename(tmp_path / "elsewhere.db")
         with capture_logs() as logged:
-            await records(place).run()
+            await rollup(database).run()
         assert [line["event"] for line in logged] == ["the records could not be tended"]
 
 
-async def test_no_step_walks_through_the_calls(tmp_path):
-    """What is next is found by an index, in its order; SQLite says how it would go about it."""
-    async with opened("sqlite", tmp_path) as place:
-        with connected(place.url.removeprefix("sqlite:///")) as connection:
-            for job, given_values in (
+async def test_no_step_scans_a_table(tmp_path):
+    """Each reads an index in its order, as SQLite's query plan shows."""
+    async with opened("sqlite", tmp_path) as database:
+        with connected(database.url.removeprefix("sqlite:///")) as connection:
+            for job, parameters in (
                 (sqlite.ROLL_UP, (9, None)),
                 (sqlite.DELETE_CALLS, (9, None, 1, "req_1")),
                 (sqlite.DELETE_DAYS, (9, None, 1)),
             ):
                 for statement in job:
-                    plan = [row[3] for row in connection.execute(f"EXPLAIN QUERY PLAN {statement}", given_values)]
-                    walks = [line for line in plan if line.startswith(("SCAN calls", "SCAN usage_by_day"))]
-                    assert [line for line in walks if "calls_uncounted" not in line] == []
+                    plan = [row[3] for row in connection.execute(f"EXPLAIN QUERY PLAN {statement}", parameters)]
+                    scans = [line for line in plan if line.startswith(("SCAN calls", "SCAN usage_by_day"))]
+                    assert [line for line in scans if "calls_uncounted" not in line] == []

@@ -1,4 +1,4 @@
-"""The schema that migrations make is the one that the statements are written for."""
+"""The migrations create the tables of `schema.py`, and keep the data of older releases."""
 
 from importlib.resources import files
 
@@ -19,8 +19,9 @@ from tests.builders import NOON, binding, call, exactly, quota, reserve
 
 
 @pytest.fixture
-def path(tmp_path):
-    return tmp_path / "quotas.db"
+def path(new_path):
+    """Where a database may be created: these tests run the migrations."""
+    return new_path
 
 
 @pytest.fixture
@@ -30,13 +31,13 @@ def engine(path):
     engine.dispose()
 
 
-def migrated(engine):
+def run_migrations(engine):
     with engine.begin() as connection:
         migrate(connection)
 
 
-def stopped_at(engine, revision):
-    """A database as a release left it whose newest step that was."""
+def migrate_to(engine, revision):
+    """Leave the database as a release did whose newest revision this was."""
     config = Config()
     config.set_main_option("script_location", str(files("proxy.ledger") / "migrations"))
     with engine.begin() as connection:
@@ -45,9 +46,9 @@ def stopped_at(engine, revision):
 
 
 def schema(path):
-    """What SQLite knows of our tables and their indexes.
+    """Our tables, their columns and their indexes, as SQLite describes them.
 
-    Not their text, nor in which order the columns stand: altering a table writes it otherwise than making it.
+    Neither the text of CREATE TABLE nor the order of columns, which differ after an ALTER TABLE.
     """
     with connected(path) as connection:
         tables = connection.execute("SELECT name, type, wr, strict FROM pragma_table_list WHERE schema = 'main'")
@@ -66,28 +67,28 @@ def schema(path):
         return ours, columns, sorted(indexes, key=str)
 
 
-def test_migrations_make_exactly_the_tables_that_we_use(engine, path, tmp_path):
-    """To the letter, so also WITHOUT ROWID and partial indexes, which the comparing tool doesn't see."""
-    migrated(engine)
+def test_the_migrations_create_exactly_the_tables_of_schema_py(engine, path, tmp_path):
+    """Also WITHOUT ROWID and partial indexes, which alembic's comparison does not see."""
+    run_migrations(engine)
     with engine.connect() as connection:
         assert compare_metadata(MigrationContext.configure(connection), metadata) == []
-    straight = tmp_path / "straight.db"
-    made = sa.create_engine(f"sqlite:///{straight}")
-    metadata.create_all(made)
-    made.dispose()
-    assert schema(path) == schema(straight)
+    direct_path = tmp_path / "direct.db"
+    direct = sa.create_engine(f"sqlite:///{direct_path}")
+    metadata.create_all(direct)
+    direct.dispose()
+    assert schema(path) == schema(direct_path)
     tables, columns, indexes = schema(path)
     assert [name for name, *_ in tables] == list(columns) == sorted(metadata.tables)
     assert {name for _, name, _ in indexes} >= {"calls_open", "calls_by_user"}
 
 
 def test_migrating_again_changes_nothing(engine, path):
-    """Each start does it."""
-    migrated(engine)
+    """Each start runs the migrations."""
+    run_migrations(engine)
     with connected(path) as connection:
         connection.execute("INSERT INTO owners VALUES ('me', 1)")
     before = contents(path)
-    migrated(engine)
+    run_migrations(engine)
     assert contents(path) == before
 
 
@@ -102,14 +103,14 @@ INSERT INTO calls VALUES ('2', 'process-1', 'open', 'ann', 'gpt-4o-mini', 'chat'
 """
 
 
-def test_calls_that_a_release_left_behind_go_on_in_the_next(engine, path):
-    """Holds did not grow then, so what is held is the longest that an answer may become; nothing else changes."""
-    stopped_at(engine, "0001")
+def test_the_calls_of_the_first_release_are_kept(engine, path):
+    """Holds did not grow then, so the maximum of an open call is its hold. Nothing else changes."""
+    migrate_to(engine, "0001")
     with connected(path) as connection:
         connection.executescript(FIRST_CALLS)
     before = {table: rows(path, table) for table in ("counters", "calls")}
     assert [row["state"] for row in before["calls"]] == ["settled", "open"]
-    migrated(engine)
+    run_migrations(engine)
     assert rows(path, "counters") == before["counters"]
     for was, now in zip(before["calls"], rows(path, "calls"), strict=True):
         added = {"maximum": 400, "counted_as": None, "response_id": None}
@@ -117,38 +118,38 @@ def test_calls_that_a_release_left_behind_go_on_in_the_next(engine, path):
     audit(path)
 
 
-async def test_an_open_call_of_the_release_before_is_settled_by_this_one(engine, path):
-    """It is read as if it had been booked today."""
-    stopped_at(engine, "0001")
+async def test_an_open_call_of_the_first_release_can_be_settled(engine, path):
+    """It is read as if this release had reserved it."""
+    migrate_to(engine, "0001")
     with connected(path) as connection:
         connection.executescript(FIRST_CALLS)
     store = SqliteStore(path)
     await store.open()
     assert await store.orphans("process-2", NOON, limit=9) == ["2"]
-    [booked] = await store.apply([Settle("2", exactly(80, 40), "complete")], NOON)
-    assert booked.entry == await store.read_entry("2")
-    assert (booked.entry.hold, booked.entry.maximum) == (Amount(100, 400, 1), 400)
-    [counter] = booked.counters.values()
+    [reply] = await store.apply([Settle("2", exactly(80, 40), "complete")], NOON)
+    assert reply.entry == await store.read_entry("2")
+    assert (reply.entry.hold, reply.entry.maximum) == (Amount(100, 400, 1), 400)
+    [counter] = reply.counters.values()
     assert (counter.used, counter.held) == (Amount(170, 100, 2), Amount())
     await store.close()
     audit(path)
 
 
 def test_a_newer_schema_is_refused_and_left_alone(engine, path):
-    """After going back to an older release, which would not keep what the newer one stores."""
-    migrated(engine)
+    """The proxy went back to an older release, which would lose what the newer one stores."""
+    run_migrations(engine)
     with connected(path) as connection:
         connection.execute("UPDATE alembic_version SET version_num = '9999'")
         connection.execute("ALTER TABLE counters ADD COLUMN used_cost BIGINT")
     before = contents(path)
     with pytest.raises(NewerSchema, match=r"schema 9999.*use the release that wrote it"):
-        migrated(engine)
+        run_migrations(engine)
     assert contents(path) == before
 
 
 async def test_a_release_runs_on_the_schema_of_the_next(engine, path):
-    """Migrations only add, so who is replaced last, or must start once more, goes on with what it knows."""
-    migrated(engine)
+    """Migrations only add. So a replica that is replaced last, or starts once more, works on."""
+    run_migrations(engine)
     with connected(path) as connection:
         connection.execute(f"UPDATE alembic_version SET version_num = '{int(HEAD) + 1:04}'")
         connection.execute("ALTER TABLE counters ADD COLUMN used_cost BIGINT NOT NULL DEFAULT 0")
@@ -156,26 +157,26 @@ async def test_a_release_runs_on_the_schema_of_the_next(engine, path):
     store = SqliteStore(path)
     await store.open()
     await store.apply([reserve("1", binding([quota("staff/daily", tokens=1000)]), call(100, 400))], NOON)
-    [booked] = await store.apply([Settle("1", exactly(80, 40), "complete")], NOON)
-    assert booked.entry == await store.read_entry("1")
+    [reply] = await store.apply([Settle("1", exactly(80, 40), "complete")], NOON)
+    assert reply.entry == await store.read_entry("1")
     await store.close()
     audit(path)
 
 
-def test_there_is_one_line_of_migrations(engine, path):
-    """Two heads, as two branches leave them when merged, could not be applied to any database."""
-    migrated(engine)
+def test_the_migrations_have_one_head(engine, path):
+    """Two heads, as after a merge of two branches, could not be applied to a database."""
+    run_migrations(engine)
     scripts = ScriptDirectory(str(files("proxy.ledger") / "migrations"))
     [revision] = rows(path, "alembic_version")
     assert [revision["version_num"]] == scripts.get_heads()
 
 
 def test_instants_and_amounts_have_64_bits():
-    """Milliseconds since 1970 don't fit into the 32 that PostgreSQL gives an Integer; SQLite would not show it."""
+    """Milliseconds since 1970 do not fit into the 32 bits of PostgreSQL's INTEGER. SQLite would not show that."""
     types = {type(column.type) for table in metadata.tables.values() for column in table.columns}
     assert types == {sa.BigInteger, sa.Text}
 
 
-def test_the_head_is_the_newest_step():
-    """A database that has it is taken as it is, without loading what makes steps."""
+def test_head_is_the_newest_revision():
+    """A database that has it is not migrated, and alembic is not loaded."""
     assert ScriptDirectory(str(files("proxy.ledger") / "migrations")).get_current_head() == HEAD

@@ -1,6 +1,7 @@
-"""One SQLite file as the ledger sees it: what is written is read back, whole or not at all, and in turns.
+"""The SQLite store: batches are written as a whole or not at all, read back equal, and workers take turns.
 
-Real files and real faults: a lock that somebody else holds, a full disk, a failing write, a file that is taken away.
+The tests use real files and real faults: a lock of another program, a full disk, a failing write, a file that was
+moved.
 """
 
 import asyncio
@@ -20,7 +21,7 @@ from proxy.ledger.book import Accepted, Expire, Refused, Release, Settle, Unknow
 from proxy.ledger.entry import CallLabels
 from proxy.ledger.schema import NewerSchema
 from proxy.ledger.sqlite import SqliteStore
-from proxy.ledger.store import StoreInUse, StoreRefused, StoreUnavailable
+from proxy.ledger.store import JobResult, StoreInUse, StoreRefused, StoreUnavailable
 from proxy.policy.admission import NeedsCount, Verdict
 from proxy.policy.amounts import Amount, AtLeast, Exactly, Tokens, Unspent
 from tests.audit import audit, connected, contents, rows, states
@@ -33,7 +34,7 @@ from tests.breakage import (
     moved,
     read_only,
     replaced,
-    unfit,
+    unchecked,
     writers,
 )
 from tests.builders import DAY, HOUR, NOON, amount, binding, call, estimated, exactly, extend, quota, reserve
@@ -46,13 +47,8 @@ SETTLED = Settle("1", exactly(90, 60), "complete")
 
 
 @pytest.fixture
-def path(tmp_path):
-    return tmp_path / "quotas.db"
-
-
-@pytest.fixture
 async def store(path):
-    """An open store that waits for nobody's lock."""
+    """An open store that does not wait for locks."""
     store = SqliteStore(path, busy_timeout_s=0)
     await store.open()
     yield store
@@ -60,7 +56,7 @@ async def store(path):
 
 
 async def levels(store, each=DAILY, user="ann"):
-    """What is used and held of a quota, as it is read for pages."""
+    """What is used and what is held of a quota."""
     found = await store.read_counters([each.key_for(user)])
     counter = found[each.key_for(user)]
     return counter.used, counter.held
@@ -84,28 +80,28 @@ WATCHED = binding(
         pytest.param([Settle("1", Exactly(Tokens(90, 60, 30, 20)), "complete")], id="exactly"),
         pytest.param([Settle("1", AtLeast(Tokens(90, 6, 1, 2)), "client_left")], id="at least"),
         pytest.param([Settle("1", exactly(0, 0), "complete", response_id="resp_1")], id="an explicit zero"),
-        pytest.param([Settle("1", Unspent(1), "rejected")], id="a bad request"),
-        pytest.param([Settle("1", Unspent(), "upstream_failed")], id="nothing at all"),
+        pytest.param([Settle("1", Unspent(1), "rejected")], id="rejected"),
+        pytest.param([Settle("1", Unspent(), "upstream_failed")], id="unspent"),
         pytest.param([Release("1")], id="released"),
         pytest.param([Expire("1")], id="expired"),
-        pytest.param([Expire("1"), Settle("1", exactly(90, 60), "stopped")], id="came back"),
-        pytest.param([Release("1"), Settle("1", exactly(90, 60), "complete")], id="ended once"),
+        pytest.param([Expire("1"), Settle("1", exactly(90, 60), "stopped")], id="expired, then settled"),
+        pytest.param([Release("1"), Settle("1", exactly(90, 60), "complete")], id="settled after its end"),
     ],
 )
 @pytest.mark.parametrize("is_one_batch", [False, True])
-async def test_a_call_is_read_as_it_was_booked(store, path, ends, is_one_batch):
-    """To the last field, through every state, also where the next act is of another transaction."""
+async def test_an_entry_is_read_as_it_was_written(store, path, ends, is_one_batch):
+    """Equal to the last field, in every state, in one transaction or in several."""
     reserved = reserve("1", WATCHED, call(100, 800, 10))
     if is_one_batch:
-        *_, booked = await store.apply([reserved, *ends], NOON)
+        *_, reply = await store.apply([reserved, *ends], NOON)
     else:
-        *_, booked = [
+        *_, reply = [
             (await store.apply([operation], NOON + later))[0] for later, operation in enumerate([reserved, *ends])
         ]
-    assert isinstance(booked, Accepted)
-    assert (booked.entry.capped_by, booked.entry.would_refuse) == ("staff/6h", ("watch/tiny",))
-    assert await store.read_entry("1") == booked.entry
-    assert await store.read_counters(WATCHED.keys()) == booked.counters
+    assert isinstance(reply, Accepted)
+    assert (reply.entry.capped_by, reply.entry.would_refuse) == ("staff/6h", ("watch/tiny",))
+    assert await store.read_entry("1") == reply.entry
+    assert await store.read_counters(WATCHED.keys()) == reply.counters
     audit(path)
 
 
@@ -115,7 +111,8 @@ GROWING = binding(
     always=[quota("everyone/calls", requests=2, enforce="after")],
     shadows=[quota("watch/daily", tokens=200, enforce="shadow")],
 )
-GROWTH = [
+# When it is extended, and how many held amounts the entry has then.
+EXTENDS = [
     (NOON + HOUR, extend("1", GROWING, 200), 5),
     (NOON + 2 * HOUR, extend("1", GROWING, 310, input_tokens=30), 4),  # more than lab/output has room for
     (NOON + 7 * HOUR, extend("1", GROWING, 340), 5),  # the next six hours
@@ -133,28 +130,28 @@ GROWTH = [
         pytest.param([Settle("1", exactly(90, 1200), "complete")], id="more than it held"),
         pytest.param([Release("1")], id="released"),
         pytest.param([Expire("1")], id="expired"),
-        pytest.param([Expire("1"), Settle("1", exactly(30, 380), "stopped")], id="came back"),
+        pytest.param([Expire("1"), Settle("1", exactly(30, 380), "stopped")], id="expired, then settled"),
     ],
 )
-async def test_a_call_that_grows_is_read_as_it_was_booked(store, path, ends):
-    """Through windows and with several lines for one counter; what it is in the file decides what comes next."""
-    [booked] = await store.apply([reserve("1", GROWING, call(100, 400, 50, initial_hold=50))], NOON)
-    assert (booked.entry.hold.output, booked.entry.maximum, len(booked.entry.held_amounts)) == (50, 400, 5)
-    for now, operation, lines in GROWTH:
-        [booked] = await store.apply([operation], now)
-        assert len(booked.entry.held_amounts) == lines
-        assert await store.read_entry("1") == booked.entry
+async def test_an_extended_entry_is_read_as_it_was_written(store, path, ends):
+    """Also with several held amounts of one counter. Each operation starts from what is in the file."""
+    [reply] = await store.apply([reserve("1", GROWING, call(100, 400, 50, initial_hold=50))], NOON)
+    assert (reply.entry.hold.output, reply.entry.maximum, len(reply.entry.held_amounts)) == (50, 400, 5)
+    for now, operation, held_amounts in EXTENDS:
+        [reply] = await store.apply([operation], now)
+        assert len(reply.entry.held_amounts) == held_amounts
+        assert await store.read_entry("1") == reply.entry
         audit(path)
-    assert (booked.verdict, booked.entry.hold) == (Verdict.EXHAUSTED, Amount(30, 840, 1))
+    assert (reply.verdict, reply.entry.hold) == (Verdict.EXHAUSTED, Amount(30, 840, 1))
     for end in ends:
-        [booked] = await store.apply([end], NOON + DAY)
-        assert await store.read_entry("1") == booked.entry
-        assert await store.read_counters([line.key for line in booked.entry.held_amounts]) == booked.counters
+        [reply] = await store.apply([end], NOON + DAY)
+        assert await store.read_entry("1") == reply.entry
+        assert await store.read_counters([held.key for held in reply.entry.held_amounts]) == reply.counters
         audit(path)
 
 
-async def test_how_long_an_answer_may_become_is_read_as_it_was_booked(store):
-    """Where nobody knows it is nothing, which is not 0."""
+async def test_the_maximum_of_an_answer_is_read_as_it_was_written(store):
+    """A maximum that is not known is None and not 0."""
     operations = [
         reserve("known", ANN, call(1, 40)),
         reserve("none", ANN, call(1)),
@@ -164,42 +161,39 @@ async def test_how_long_an_answer_may_become_is_read_as_it_was_booked(store):
     assert [(await store.read_entry(operation.id)).maximum for operation in operations] == [40, 0, None]
 
 
-async def test_a_growth_sees_the_counters_of_quotas_that_others_opened(store, path):
-    """All of a binding's are loaded, and those of the lines that a call has."""
+async def test_an_extend_sees_a_window_that_another_call_has_opened(store, path):
+    """The counters of the binding are loaded, and those of the held amounts."""
     await store.apply([reserve("1", ANN, call(100, 900, 100, initial_hold=100))], NOON)
     await store.apply([reserve("2", ANN, call(700))], NOON + DAY)
-    [grown] = await store.apply([extend("1", ANN, 900, least=401)], NOON + DAY)
-    assert (grown.verdict, grown.entry.hold.output) == (Verdict.BUSY, 400)
+    [extended] = await store.apply([extend("1", ANN, 900, least=401)], NOON + DAY)
+    assert (extended.verdict, extended.entry.hold.output) == (Verdict.BUSY, 400)
     assert await levels(store) == (Amount(), Amount(700, 300, 1))
     assert await store.apply([extend("3", ANN, 900)], NOON + DAY) == [Unknown("3")]
     audit(path)
 
 
-async def test_a_call_that_has_to_be_counted_leaves_no_trace(store, path):
-    """No row, no counter: it comes again."""
+async def test_a_call_whose_input_must_be_counted_first_writes_nothing(store, path):
+    """It will be reserved again."""
     assert await store.apply([reserve("1", ANN, estimated(call(100, 400)))], NOON) == [NeedsCount()]
     assert (rows(path, "calls"), rows(path, "counters")) == ([], [])
 
 
 @pytest.mark.parametrize("name", ["Élodie 李", "o'hara", '"', "[]", "\\", "%s ? :x", "~staff", "🦉", "1"])
-async def test_names_of_any_kind_are_names(store, path, name):
-    """No quoting anywhere turns one into another, or into an instruction."""
+async def test_a_name_may_have_any_characters(store, path, name):
+    """No quoting turns it into another name or into SQL."""
     who = replace(ANN, user=name)
     operation = replace(reserve(name, who, CALL), labels=CallLabels(name, name, name, name))
     await store.apply([operation, *(reserve(f"{name}{number}", ANN, call(1)) for number in range(3))], NOON)
-    [booked] = await store.apply([Settle(name, exactly(90, 60), "complete")], NOON)
-    assert booked.entry == await store.read_entry(name)
-    assert booked.counters == {DAILY.key_for(name): (await all_of(store, who))[0]}
+    [reply] = await store.apply([Settle(name, exactly(90, 60), "complete")], NOON)
+    assert reply.entry == await store.read_entry(name)
+    assert reply.counters == await store.read_counters(who.keys())
+    assert reply.counters.keys() == {DAILY.key_for(name)}
     assert await levels(store, user=name) == (Amount(90, 60, 1), Amount())
     audit(path)
 
 
-async def all_of(store, who):
-    return list((await store.read_counters(who.keys())).values())
-
-
-async def test_what_is_not_there_is_not_read(store):
-    """A user who never called has no counters; a call that nobody made has no entry."""
+async def test_a_user_without_calls_has_no_counters_and_an_unknown_call_no_entry(store):
+    """An operation on an unknown call replies Unknown."""
     assert await store.read_counters(ANN.keys()) == {}
     assert await store.read_counters([]) == {}
     assert await store.read_entry("1") is None
@@ -207,7 +201,7 @@ async def test_what_is_not_there_is_not_read(store):
 
 
 async def test_a_response_leads_to_the_call_that_made_it(store):
-    """Known from the commit of its settle on; of an id that came twice to the newest, whoever made that one."""
+    """From the commit of the settle on. If an id was used twice, to the newer call, even of another user."""
     bob = replace(ANN, user="bob")
     await store.apply([reserve("1", ANN, CALL), reserve("2", bob, CALL), reserve("3", ANN, CALL)], NOON)
     assert await store.find_response_entry("resp_1") is None
@@ -222,13 +216,13 @@ async def test_a_response_leads_to_the_call_that_made_it(store):
 async def test_the_largest_numbers_are_read_as_they_were_written(store):
     """Milliseconds of a far year and a trillion tokens have more than 32 bits."""
     who, far = binding([quota("staff/daily", tokens=10**13)]), NOON + 200_000 * DAY
-    [booked] = await store.apply([reserve("1", who, call(10**12, 10**12))], far)
-    assert await store.read_entry("1") == booked.entry
+    [reply] = await store.apply([reserve("1", who, call(10**12, 10**12))], far)
+    assert await store.read_entry("1") == reply.entry
     assert await levels(store) == (Amount(), Amount(10**12, 10**12, 1))
 
 
-async def test_acts_see_what_other_batches_wrote(store, path):
-    """A refusal counts what a batch long ago let in; a repeated reserve finds its entry."""
+async def test_a_batch_sees_what_earlier_batches_wrote(store, path):
+    """A call is refused because of a call of an earlier batch; a repeated reserve finds its entry."""
     [first] = await store.apply([reserve("1", ANN, CALL)], NOON)
     [full, again] = await store.apply([reserve("2", ANN, call(600)), reserve("1", ANN, CALL)], NOON)
     assert isinstance(full, Refused)
@@ -237,16 +231,16 @@ async def test_acts_see_what_other_batches_wrote(store, path):
     assert states(path) == {"1": "open"}
 
 
-async def test_a_new_window_takes_the_place_of_the_old(store):
-    """There is one row for each subject and quota: yesterday's is of no more use."""
+async def test_a_new_window_replaces_the_one_that_ended(store):
+    """There is one row for each subject and quota."""
     await store.apply([reserve("1", ANN, CALL), SETTLED], NOON)
-    [booked] = await store.apply([reserve("2", ANN, call(7))], NOON + DAY)
-    assert await store.read_counters(ANN.keys()) == booked.counters
+    [reply] = await store.apply([reserve("2", ANN, call(7))], NOON + DAY)
+    assert await store.read_counters(ANN.keys()) == reply.counters
     assert await levels(store) == (Amount(), amount(7))
 
 
 async def test_a_batch_may_touch_any_number_of_counters(store, path):
-    """None is taken for never seen because a statement could not name it: that would forget what was used."""
+    """More than a statement may have parameters, so none is missed and taken for unused."""
     many = [quota(f"staff/q{number}", requests=1) for number in range(11_000)]
     who = binding(many)
     await store.apply([reserve("1", who, call(1)), SETTLED], NOON)
@@ -256,11 +250,11 @@ async def test_a_batch_may_touch_any_number_of_counters(store, path):
     assert len(await store.read_counters(who.keys())) == len(many)
 
 
-# ------------------------------------------------------------------------------------------------ whole or not at all
+# ----------------------------------------------------------------------------------------------------- all or nothing
 
 
 async def test_a_batch_is_one_transaction(store, path):
-    """However many acts: their answers share the cost of one commit."""
+    """However many operations it has, they share the cost of one commit."""
     operations = [reserve(str(number), ANN, call(1)) for number in range(200)]
     with commits() as seen:
         await store.apply(operations, NOON)
@@ -269,54 +263,56 @@ async def test_a_batch_is_one_transaction(store, path):
     audit(path)
 
 
-async def test_a_commit_is_on_the_disk(faulty):
-    """WAL lets readers read meanwhile; only with synchronous=FULL (2) does a commit outlive a power cut."""
+async def test_the_connection_that_writes_uses_wal_and_synchronous_full(faulty):
+    """WAL allows reads during a write. Only with synchronous=FULL (2) does a commit survive a power failure."""
     _, writer = faulty
     assert writer.execute("PRAGMA journal_mode").fetchone() == ("wal",)
     assert writer.execute("PRAGMA synchronous").fetchone() == (2,)
 
 
-def endings():
-    """Ends of call 1 which neither rules nor types have stopped from reaching the database."""
+def invalid_ends():
+    """Ends of call 1 that pass all our checks and that the driver or the database rejects."""
     return {
-        "too large an integer": unfit(Settle("1", exactly(1), "complete"), usage=Exactly(Tokens(2**70, 0))),
-        "no text": unfit(Settle("1", exactly(1), "complete"), outcome="\ud800"),
-        "no value": unfit(Settle("1", exactly(1), "complete"), outcome=object()),
-        "no number": unfit(Settle("1", exactly(1), "complete"), usage=Exactly(Tokens("x", 0))),
+        "too large an integer": unchecked(Settle("1", exactly(1), "complete"), usage=Exactly(Tokens(2**70, 0))),
+        "no valid text": unchecked(Settle("1", exactly(1), "complete"), outcome="\ud800"),
+        "no value of the database": unchecked(Settle("1", exactly(1), "complete"), outcome=object()),
+        "no number": unchecked(Settle("1", exactly(1), "complete"), usage=Exactly(Tokens("x", 0))),
     }
 
 
-@pytest.mark.parametrize("kind", endings())
-async def test_a_bad_act_leaves_nothing_of_its_batch(store, path, kind):
-    """The rest of it can be done again without being done twice."""
+@pytest.mark.parametrize("kind", invalid_ends())
+async def test_nothing_of_a_batch_with_an_invalid_operation_is_written(store, path, kind):
+    """So the others can be repeated and are not applied twice."""
     await store.apply([reserve("1", ANN, CALL)], NOON)
     before = contents(path)
     with pytest.raises(Exception) as raised:
-        await store.apply([reserve("2", ANN, call(1)), endings()[kind], Release("2")], NOON)
+        await store.apply([reserve("2", ANN, call(1)), invalid_ends()[kind], Release("2")], NOON)
     assert not isinstance(raised.value, StoreUnavailable)
     assert contents(path) == before
     await store.apply([reserve("2", ANN, call(1)), SETTLED], NOON)
     audit(path)
 
 
-async def test_a_rule_that_raises_leaves_nothing_of_its_batch(store, path):
-    """Likewise: the error comes through as it is."""
+async def test_nothing_of_a_batch_in_which_a_rule_raises_is_written(store, path):
+    """The exception is raised as it is."""
     before = contents(path)
     with pytest.raises(ZeroDivisionError):
-        await store.apply([reserve("1", ANN, CALL), unfit(reserve("2", ANN, CALL), binding=BrokenBinding())], NOON)
+        await store.apply(
+            [reserve("1", ANN, CALL), unchecked(reserve("2", ANN, CALL), binding=BrokenBinding())], NOON
+        )
     assert contents(path) == before
 
 
-async def test_what_the_database_would_not_take_is_told_from_what_it_could_not(store, path):
-    """A value of no type it knows, or a row that breaks a constraint, will never be taken; repeating is no use."""
+async def test_a_value_that_the_database_rejects_raises_store_refused(store, path):
+    """A value of an unknown type, or a row that violates a constraint, is rejected now and later."""
     await store.apply([reserve("1", ANN, CALL)], NOON)
     with pytest.raises(StoreRefused, match="not supported"):
-        await store.apply([endings()["no value"]], NOON)
+        await store.apply([invalid_ends()["no value of the database"]], NOON)
     with pytest.raises(StoreRefused, match="NOT NULL"):
-        await store.apply([unfit(reserve("2", ANN, call(1)), owner=None)], NOON)
+        await store.apply([unchecked(reserve("2", ANN, call(1)), owner=None)], NOON)
 
 
-# ------------------------------------------------------------------------------------------------ when it can't write
+# --------------------------------------------------------------------------------------------------- writes that fail
 
 
 FAULTS = [locked, read_only, full, failing_writes, moved, replaced]
@@ -326,20 +322,20 @@ FAULTS = [locked, read_only, full, failing_writes, moved, replaced]
 async def faulty(path):
     """A store, and the driver's connection through which it writes."""
     store = SqliteStore(path, busy_timeout_s=0)
-    with writers() as made:
+    with writers() as opened:
         await store.open()
-    yield store, made[0]
+    yield store, opened[0]
     await store.close()
 
 
 def many(first, count):
-    """Reserves that need many pages together, so that a full disk is noticed."""
+    """Reserves that need many pages together, so that they show that the disk is full."""
     return [reserve(f"{first + number:09}", binding([DAILY], user=f"user {number}"), CALL) for number in range(count)]
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
 async def test_a_database_that_cannot_be_written_is_unavailable(faulty, path, fault):
-    """Nothing is half done, and once the fault has passed the very same acts are done as if nothing had been."""
+    """Nothing of the batch is written. When the fault has passed, the same operations can be applied."""
     store, writer = faulty
     await store.apply([reserve("1", ANN, CALL)], NOON)
     before = contents(path)
@@ -354,8 +350,8 @@ async def test_a_database_that_cannot_be_written_is_unavailable(faulty, path, fa
 
 
 @pytest.mark.parametrize("fault", [locked, moved, replaced], ids=lambda fault: fault.__name__)
-async def test_a_lease_is_not_renewed_where_nothing_can_be_written(faulty, path, fault):
-    """So a process without calls notices too."""
+async def test_renewing_a_lease_shows_that_nothing_can_be_written(faulty, path, fault):
+    """So a process without calls notices it too."""
     store, writer = faulty
     with fault(path, writer), pytest.raises(StoreUnavailable):
         await store.renew("me", NOON, lease_ms=0)
@@ -363,26 +359,26 @@ async def test_a_lease_is_not_renewed_where_nothing_can_be_written(faulty, path,
     assert rows(path, "owners") == [{"id": "me", "alive_until": NOON}]
 
 
-async def test_a_write_that_failed_while_committing_may_have_been_done(faulty, path):
-    """Whoever asked must see for himself; what failed before that was certainly not done."""
+async def test_a_failure_during_the_commit_is_uncertain(faulty, path):
+    """The batch may have been committed. After a failure before the commit it was certainly not."""
     store, writer = faulty
-    with failing_writes(path, writer), pytest.raises(StoreUnavailable, match="I/O") as while_committing:
+    with failing_writes(path, writer), pytest.raises(StoreUnavailable, match="I/O") as during_commit:
         await store.apply([reserve("1", ANN, CALL)], NOON)
-    with locked(path, writer), pytest.raises(StoreUnavailable, match="locked") as before_that:
+    with locked(path, writer), pytest.raises(StoreUnavailable, match="locked") as before_commit:
         await store.apply([reserve("1", ANN, CALL)], NOON)
-    assert while_committing.value.is_uncertain
-    assert not before_that.value.is_uncertain
+    assert during_commit.value.is_uncertain
+    assert not before_commit.value.is_uncertain
 
 
-async def test_a_lock_is_asked_for_before_anything_is_decided(faulty, path):
-    """A transaction that only reads at first would decide on what somebody else is about to change."""
+async def test_a_batch_takes_the_write_lock_before_it_decides(faulty, path):
+    """Otherwise it would decide on counters that another process changes before it writes them."""
     store, writer = faulty
     with locked(path, writer), pytest.raises(StoreUnavailable):
-        await store.apply([unfit(reserve("1", ANN, CALL), binding=BrokenBinding())], NOON)
+        await store.apply([unchecked(reserve("1", ANN, CALL), binding=BrokenBinding())], NOON)
 
 
-async def test_reading_waits_for_no_writer(store, path):
-    """A page is shown while somebody writes, as things stood before."""
+async def test_a_read_does_not_wait_for_a_write(store, path):
+    """It returns what was committed before."""
     await store.apply([reserve("1", ANN, CALL)], NOON)
     with connected(path) as other:
         other.execute("BEGIN IMMEDIATE")
@@ -391,8 +387,8 @@ async def test_reading_waits_for_no_writer(store, path):
         other.execute("ROLLBACK")
 
 
-async def test_what_cannot_be_read_is_unavailable(store, path):
-    """Somebody has laid hands on the schema."""
+async def test_a_read_of_a_table_that_was_dropped_raises_store_unavailable(store, path):
+    """The error names the table."""
     with connected(path) as other:
         other.execute("DROP TABLE counters")
         other.execute("DROP TABLE calls")
@@ -404,8 +400,8 @@ async def test_what_cannot_be_read_is_unavailable(store, path):
         await store.orphans("me", NOON, limit=10)
 
 
-async def test_a_file_that_is_gone_is_not_made_anew_by_reading(faulty, path):
-    """Who asks then hears that it is gone, and not that nobody has used anything."""
+async def test_a_read_does_not_create_a_file_that_is_gone(faulty, path):
+    """It raises StoreUnavailable. An empty file would say that nothing was used."""
     store, writer = faulty
     await store.apply([reserve("1", ANN, CALL)], NOON)
     with moved(path, writer):
@@ -417,19 +413,19 @@ async def test_a_file_that_is_gone_is_not_made_anew_by_reading(faulty, path):
     assert await levels(store) == (Amount(), HELD)
 
 
-# ---------------------------------------------------------------------------------------------------- owners, orphans
+# ---------------------------------------------------------------------------------------------------- leases, orphans
 
 
-async def test_a_lease_is_written_once_for_each_process(store, path):
-    """Renewing moves its end."""
+async def test_each_process_has_one_lease(store, path):
+    """A renewal moves its end."""
     await store.renew("me", NOON, lease_ms=0)
     await store.renew("you", NOON, lease_ms=1)
     await store.renew("me", NOON + 1, lease_ms=1)
     assert rows(path, "owners") == [{"id": "me", "alive_until": NOON + 2}, {"id": "you", "alive_until": NOON + 1}]
 
 
-async def test_orphans_are_open_calls_of_others(store):
-    """Not one's own, and none that has ended; no more at once than asked for."""
+async def test_for_the_only_process_all_open_calls_of_others_are_orphans(store):
+    """Not its own calls, not ended calls, and at most `limit`."""
     operations = [replace(reserve(str(number), ANN, call(1)), owner=f"process-{number % 2}") for number in range(8)]
     await store.apply([*operations, Settle("0", exactly(1), "complete"), Release("2"), Expire("1")], NOON)
     assert sorted(await store.orphans("process-0", NOON, limit=10)) == ["3", "5", "7"]
@@ -438,22 +434,26 @@ async def test_orphans_are_open_calls_of_others(store):
     assert len(await store.orphans("process-2", NOON, limit=3)) == 3
 
 
-async def test_of_workers_orphans_are_those_whose_lease_has_run_out(store, path):
-    """The others are alive and in the middle of their calls."""
+async def test_for_workers_orphans_are_open_calls_of_processes_whose_lease_has_run_out(store, path):
+    """The other workers are alive, and their calls are in flight."""
     operations = [replace(reserve(str(number), ANN, call(1)), owner=f"process-{number}") for number in range(3)]
     await store.apply(operations, NOON)
     worker = SqliteStore(path, lock=store.hand_over())
     await worker.open()
     await worker.renew("process-1", NOON, lease_ms=0)
     await worker.renew("process-2", NOON, lease_ms=1)
-    assert sorted(await worker.orphans("me", NOON, limit=10)) == ["0", "1"]  # of 0 nobody ever said that it lived
+    assert sorted(await worker.orphans("me", NOON, limit=10)) == ["0", "1"]  # process-0 has no lease
     assert sorted(await worker.orphans("me", NOON + 1, limit=10)) == ["0", "1", "2"]
     assert sorted(await worker.orphans("process-0", NOON, limit=10)) == ["1"]
-    assert sorted(await store.orphans("me", NOON, limit=10)) == ["0", "1", "2"]  # who is alone knows better
+    assert sorted(await store.orphans("me", NOON, limit=10)) == [
+        "0",
+        "1",
+        "2",
+    ]  # the only process knows that all others are dead
     await worker.close()
 
 
-# --------------------------------------------------------------------------------------------------- whose file it is
+# ---------------------------------------------------------------------------------------------------- locks and turns
 
 
 OPEN = """
@@ -477,8 +477,8 @@ async def opened_and_closed_async(path):
     await asyncio.to_thread(asyncio.run, opened_and_closed(path))
 
 
-def test_a_second_process_is_refused_until_the_first_is_gone(path):
-    """Two that don't know of each other would let in twice as much. A process that is killed lets go too."""
+def test_a_second_process_is_refused_until_the_first_has_ended(path):
+    """It would expire the calls of the first. A process that is killed frees its lock too."""
     command = [sys.executable, "-c", OPEN, path]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as first:
         assert first.stdout.readline() == "opened\n"
@@ -489,8 +489,8 @@ def test_a_second_process_is_refused_until_the_first_is_gone(path):
     asyncio.run(opened_and_closed(path))
 
 
-async def test_a_lock_that_was_handed_over_outlives_its_store(path):
-    """Until the last of those that have it is gone nobody else gets the file."""
+async def test_a_lock_that_was_handed_over_stays_until_all_its_holders_have_closed_it(path):
+    """Also after the store that took it is closed. Until then no other process gets the file."""
     parent = SqliteStore(path)
     await parent.open()
     workers = [SqliteStore(path, lock=parent.hand_over()) for _ in range(2)]
@@ -505,26 +505,26 @@ async def test_a_lock_that_was_handed_over_outlives_its_store(path):
 
 
 def worker_of(path):
-    """A store of a worker; whether its parent has really locked the file is all the same to it."""
+    """A store of a worker. It does not check whether its parent has really locked the file."""
     return SqliteStore(path, busy_timeout_s=0, lock=os.open(os.devnull, os.O_RDONLY))
 
 
-async def test_workers_make_the_schema_once(path):
-    """However many begin at once on a file that is not there yet."""
-    workers = [worker_of(path) for _ in range(4)]
+async def test_of_several_workers_that_start_at_once_one_creates_the_schema(new_path):
+    """On a file that does not exist yet."""
+    workers = [worker_of(new_path) for _ in range(4)]
     await asyncio.gather(*(worker.open() for worker in workers))
     operations = [reserve(str(number), ANN, call(100)) for number in range(12)]
     answers = await asyncio.gather(
         *(workers[n % 4].apply([operation], NOON) for n, operation in enumerate(operations))
     )
     assert sum(isinstance(answer, Accepted) for [answer] in answers) == 10
-    audit(path)
+    audit(new_path)
     for worker in workers:
         await worker.close()
 
 
-async def test_workers_take_turns(path):
-    """None writes out of turn, however long it waits; and a turn is given back when its batch fails."""
+async def test_a_worker_writes_only_in_its_turn(path):
+    """It waits for its turn, and reads do not. A turn ends also if its batch fails."""
     first, second = worker_of(path), worker_of(path)
     await first.open()
     await second.open()
@@ -537,14 +537,14 @@ async def test_workers_take_turns(path):
     os.close(turn)
     await waiting
     with pytest.raises(ZeroDivisionError):
-        await first.apply([unfit(reserve("2", ANN, CALL), binding=BrokenBinding())], NOON)
+        await first.apply([unchecked(reserve("2", ANN, CALL), binding=BrokenBinding())], NOON)
     assert isinstance((await second.apply([SETTLED], NOON))[0], Accepted)
     await first.close()
     await second.close()
 
 
-async def test_a_file_is_the_same_by_any_name(store, path, tmp_path, monkeypatch):
-    """A relative path or a link is no way around."""
+async def test_a_file_has_one_lock_under_all_its_names(store, path, tmp_path, monkeypatch):
+    """A relative path or a symbolic link does not get around the lock."""
     link = tmp_path / "link.db"
     link.symlink_to(path)
     monkeypatch.chdir(tmp_path)
@@ -556,8 +556,8 @@ async def test_a_file_is_the_same_by_any_name(store, path, tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("is_refused", [True, False])
-async def test_closing_twice_closes_nothing_of_others(path, tmp_path, is_refused):
-    """The number that the lock's file had may be anybody's by now; and no file is left open."""
+async def test_closing_twice_closes_no_file_of_others(path, tmp_path, is_refused):
+    """The system may have given the descriptor of the lock to another file. And closing leaves no file open."""
     first, twice = SqliteStore(path), SqliteStore(path if is_refused else tmp_path / "other.db")
     await first.open()
     before = os.listdir("/dev/fd")
@@ -575,8 +575,9 @@ async def test_closing_twice_closes_nothing_of_others(path, tmp_path, is_refused
     await first.close()
 
 
-async def test_closing_lets_go_of_the_file(path):
-    """The next one finds all there, in one file: the log is folded into it."""
+async def test_closing_leaves_one_file_and_frees_its_lock(new_path):
+    """The write-ahead log is merged into the file, and the next store finds all calls."""
+    path = new_path
     store = SqliteStore(path)
     await store.open()
     await store.apply([reserve("1", ANN, CALL)], NOON)
@@ -590,10 +591,7 @@ async def test_closing_lets_go_of_the_file(path):
 
 
 async def test_a_newer_schema_is_refused_and_left_alone(path):
-    """By the store as by the migrations."""
-    store = SqliteStore(path)
-    await store.open()
-    await store.close()
+    """The store raises NewerSchema, as the migrations do."""
     with connected(path) as connection:
         connection.execute("UPDATE alembic_version SET version_num = '9999'")
     before = contents(path)
@@ -604,20 +602,20 @@ async def test_a_newer_schema_is_refused_and_left_alone(path):
     assert contents(path) == before
 
 
-async def test_a_migration_that_fails_leaves_the_file_as_it_was(path):
-    """Somebody else's table has the name of one of ours: it is theirs, and nothing of ours is put beside it."""
-    with connected(path) as connection:
+async def test_a_migration_that_fails_leaves_the_file_as_it_was(new_path):
+    """A table of another program has the name of one of ours. It is not changed, and no table is added beside it."""
+    with connected(new_path) as connection:
         connection.execute("CREATE TABLE calls (who TEXT)")
-    before = contents(path)
-    store = SqliteStore(path)
+    before = contents(new_path)
+    store = SqliteStore(new_path)
     with pytest.raises(StoreUnavailable, match="calls already exists"):
         await store.open()
     await store.close()
-    assert contents(path) == before
+    assert contents(new_path) == before
 
 
-def cut_off(path):
-    """What a copy that was broken off leaves."""
+def truncated(path):
+    """As an interrupted copy leaves it."""
     os.truncate(path, 5000)
 
 
@@ -630,18 +628,18 @@ def a_directory(path):
     path.mkdir()
 
 
-def nowhere(path):
+def no_folder(path):
     for file in path.parent.iterdir():
         file.unlink()
     path.parent.rmdir()
 
 
-DAMAGES = [cut_off, not_a_database, a_directory, nowhere]
+DAMAGES = [truncated, not_a_database, a_directory, no_folder]
 
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
-async def test_what_is_no_database_is_not_served_from(tmp_path, damage):
-    """It says so, and is not quietly replaced by an empty one in which nobody has used anything."""
+async def test_a_damaged_file_is_unavailable(tmp_path, damage):
+    """It is not replaced by an empty one, which would say that nothing was used."""
     path = tmp_path / "data" / "quotas.db"
     path.parent.mkdir()
     store = SqliteStore(path)
@@ -655,8 +653,8 @@ async def test_what_is_no_database_is_not_served_from(tmp_path, damage):
     assert not path.exists() or path.is_dir() or path.stat().st_size in (3500, 5000)
 
 
-async def test_open_waits_for_nobody(path):
-    """A file that is locked while we start is unavailable, as it would be while we serve."""
+async def test_a_file_that_is_locked_at_the_start_is_unavailable(path):
+    """As it would be later."""
     with connected(path) as other:
         other.execute("BEGIN EXCLUSIVE")
         store = SqliteStore(path, busy_timeout_s=0)
@@ -665,46 +663,46 @@ async def test_open_waits_for_nobody(path):
         await store.close()
 
 
-class Watching(BrokenBinding):
-    """A binding that notes in which thread the rules run."""
+class ThreadRecorder(BrokenBinding):
+    """A binding that records in which thread the rules run."""
 
     def keys(self):
         self.thread = threading.current_thread().name
         return []
 
 
-async def test_its_thread_is_its_own(store):
-    """The one in which batches are applied, so that no other work of the program waits for a disk."""
-    watching = Watching()
+async def test_batches_are_applied_in_a_thread_of_their_own(store):
+    """So that nothing else in the program waits for a disk."""
+    recorder = ThreadRecorder()
     with pytest.raises(AttributeError):
-        await store.apply([unfit(reserve("1", ANN, CALL), binding=watching)], NOON)
-    assert watching.thread.startswith("ledger")
+        await store.apply([unchecked(reserve("1", ANN, CALL), binding=recorder)], NOON)
+    assert recorder.thread.startswith("ledger")
 
 
-def test_making_a_store_touches_nothing(path):
-    """Until it is opened there is no file."""
-    SqliteStore(path)
-    assert list(path.parent.iterdir()) == []
+def test_the_constructor_of_a_store_does_no_io(new_path):
+    """Until the store is opened there is no file."""
+    SqliteStore(new_path)
+    assert list(new_path.parent.iterdir()) == []
 
 
-# ----------------------------------------------------------------------------------------------------------- upkeep
+# --------------------------------------------------------------------------------------------------- maintenance jobs
 
-FORGET = ("UPDATE owners SET alive_until = ?1", "DELETE FROM owners WHERE alive_until = ?1")
+TWO_STATEMENTS = ("UPDATE owners SET alive_until = ?1", "DELETE FROM owners WHERE alive_until = ?1")
 
 
-async def test_upkeep_says_how_many_rows_it_was(store, path):
-    """Of its last statement; all of them are one transaction, so that nobody sees a half of it."""
+async def test_a_step_of_a_job_returns_the_rows_of_its_last_statement(store, path):
+    """Its statements are one transaction."""
     for owner in ("me", "you"):
         await store.renew(owner, NOON, lease_ms=1)
     with commits() as seen:
-        assert await store._run_job(FORGET, 5) == 2
+        assert await store._run_job(TWO_STATEMENTS, 5) == JobResult(2)
     assert len(seen) == 1
     assert rows(path, "owners") == []
 
 
-async def test_upkeep_that_fails_half_way_did_nothing(store, path):
-    """Its first statement is taken back."""
+async def test_a_step_of_a_job_that_fails_changes_nothing(store, path):
+    """Its first statement is rolled back."""
     await store.renew("me", NOON, lease_ms=1)
     with pytest.raises(StoreUnavailable):
-        await store._run_job((FORGET[0], "SELECT nothing(?1)"), 5)
+        await store._run_job((TWO_STATEMENTS[0], "SELECT nothing(?1)"), 5)
     assert [row["alive_until"] for row in rows(path, "owners")] == [NOON + 1]

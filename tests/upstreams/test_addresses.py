@@ -3,14 +3,14 @@
 import pytest
 
 from proxy.formats.endpoints import CHAT, EMBEDDINGS, METERED, RESPONSES, Endpoint
-from proxy.policy.policy import Kind, Model, Upstream
+from proxy.policy.catalog import Model, Upstream
 from proxy.upstreams.addresses import address_at, address_of
 
 RESOURCE = "https://res.openai.azure.com"
 
 
 def model(
-    name: str = "prod", *, kind: Kind = "azure", base_url: str = RESOURCE, api_version: str | None = None
+    name: str = "prod", *, kind: str = "azure", base_url: str = RESOURCE, api_version: str | None = None
 ) -> Model:
     """A model at an upstream of this kind."""
     return Model("m", Upstream("up", base_url, None, kind=kind, api_version=api_version), name)
@@ -45,7 +45,7 @@ def test_azure_has_one_path_for_each_deployment(endpoint: Endpoint, base_url: st
         ("azure", RESOURCE + "/openai/v1", "/responses/resp_1"),
     ],
 )
-def test_the_address_of_a_stored_response_follows_the_same_rules(kind: Kind, base_url: str, address: str) -> None:
+def test_the_address_of_a_stored_response_follows_the_same_rules(kind: str, base_url: str, address: str) -> None:
     """OpenAI's path is used, and at Azure the version is added."""
     upstream = model(kind=kind, base_url=base_url).upstream
     assert address_at(upstream, "/responses/resp_1", api_version="2025-04-01-preview") == address

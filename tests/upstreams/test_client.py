@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from proxy.errors import UpstreamError
-from proxy.policy.policy import Upstream
+from proxy.policy.catalog import Upstream
 from proxy.upstreams.client import ANSWER_BYTES_MAX, Upstreams
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.errors import ProxyError, UpstreamBusy, UpstreamError, UpstreamExhausted, UpstreamTimeout
-from proxy.policy.policy import Secret, Upstream
+from proxy.policy.catalog import Secret, Upstream
 from proxy.upstreams.failures import Failed, Rejected, failure_of, masked
 
 KEY = "sk-of-the-operator-0123456789"

@@ -3,14 +3,13 @@
 wire §6.2; threats T9 to T11, T14, T44.
 """
 
-from typing import get_args
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.policy.policy import Kind, Secret
-from proxy.upstreams.headers import idempotency_header, key_header, to_client, to_upstream
+from proxy.formats.kinds import KINDS, kind_of
+from proxy.policy.catalog import Secret
+from proxy.upstreams.headers import idempotency_header, to_client, to_upstream
 
 KEY = Secret("sk-of-the-operator")
 OURS = {"content-type": "application/json", "accept-encoding": "identity"}
@@ -25,12 +24,12 @@ PASSED_UP = [
 PASSED_DOWN = ["Content-Type", "Content-Language", "OpenAI-Processing-MS", "OpenAI-Version"]
 
 
-def ours(kind: Kind) -> dict[str, str]:
+def ours(kind: str) -> dict[str, str]:
     """The headers that we send to this kind of upstream, without the key."""
     return {**OURS, "anthropic-version": "2023-06-01"} if kind == "anthropic" else OURS
 
 
-def up(*headers: tuple[str, str], kind: Kind = "openai", api_key: Secret | None = KEY) -> dict[str, str]:
+def up(*headers: tuple[str, str], kind: str = "openai", api_key: Secret | None = KEY) -> dict[str, str]:
     """The headers that an upstream gets if the client sends these."""
     return to_upstream(headers, kind=kind, api_key=api_key)
 
@@ -48,25 +47,25 @@ def down(*headers: tuple[str, str], is_stream: bool = False) -> dict[str, str]:
     [
         ("azure", {"api-key": "sk-of-the-operator"}),
         ("anthropic", {"x-api-key": "sk-of-the-operator"}),
-        *((kind, {"authorization": "Bearer sk-of-the-operator"}) for kind in get_args(Kind)[3:]),
+        *((kind, {"authorization": "Bearer sk-of-the-operator"}) for kind in tuple(KINDS)[3:]),
         ("openai", {"authorization": "Bearer sk-of-the-operator"}),
     ],
 )
-def test_each_kind_of_upstream_gets_its_key_in_its_own_header(kind: Kind, expected: dict[str, str]) -> None:
+def test_each_kind_of_upstream_gets_its_key_in_its_own_header(kind: str, expected: dict[str, str]) -> None:
     """And in no other header: a second one would be rejected or logged."""
-    assert key_header(kind, KEY) == expected
+    assert kind_of(kind).key_headers(KEY) == expected
     assert up(kind=kind) == {**ours(kind), **expected}
 
 
-@pytest.mark.parametrize("kind", get_args(Kind))
-def test_an_upstream_without_a_key_gets_none(kind: Kind) -> None:
+@pytest.mark.parametrize("kind", tuple(KINDS))
+def test_an_upstream_without_a_key_gets_none(kind: str) -> None:
     """A server of your own may need no key. The client's key is not sent to it either."""
     client = (("authorization", "Bearer sk-user"), ("api-key", "sk-user"), ("x-api-key", "sk-user"))
-    assert key_header(kind, None) == {}
+    assert kind_of(kind).key_headers(None) == {}
     assert up(*client, kind=kind, api_key=None) == ours(kind)
 
 
-@pytest.mark.parametrize("kind", get_args(Kind))
+@pytest.mark.parametrize("kind", tuple(KINDS))
 @pytest.mark.parametrize(
     "name",
     [
@@ -104,17 +103,17 @@ def test_an_upstream_without_a_key_gets_none(kind: Kind) -> None:
         "X-Anything",
     ],
 )
-def test_a_client_s_header_that_is_not_on_the_list_is_not_forwarded(kind: Kind, name: str) -> None:
+def test_a_client_s_header_that_is_not_on_the_list_is_not_forwarded(kind: str, name: str) -> None:
     """No user's key, address or account, and nothing about the client's connection (T11, T14)."""
     for spelled in (name, name.lower(), name.upper()):
-        assert up((spelled, "sk-user"), kind=kind) == {**ours(kind), **key_header(kind, KEY)}
+        assert up((spelled, "sk-user"), kind=kind) == {**ours(kind), **kind_of(kind).key_headers(KEY)}
 
 
 @pytest.mark.parametrize("name", PASSED_UP)
 def test_a_few_of_the_client_s_headers_are_forwarded(name: str) -> None:
     """Whatever their case, they are sent once and in lower case."""
     for spelled in (name, name.lower(), name.upper()):
-        assert up((spelled, "value")) == {**OURS, **key_header("openai", KEY), name.lower(): "value"}
+        assert up((spelled, "value")) == {**OURS, **kind_of("openai").key_headers(KEY), name.lower(): "value"}
 
 
 @pytest.mark.parametrize("api_key", [KEY, None])
@@ -146,7 +145,7 @@ def test_the_version_of_anthropic_s_api_is_the_client_s_if_it_names_one() -> Non
         ("openai", ["a", "b", "c"], None),
     ],
 )
-def test_a_beta_is_forwarded_if_the_operator_allows_it(kind: Kind, allowed: list[str], sent: str | None) -> None:
+def test_a_beta_is_forwarded_if_the_operator_allows_it(kind: str, allowed: list[str], sent: str | None) -> None:
     """All others are removed, from every header that lists betas."""
     headers = [("anthropic-beta", "a, b"), ("Anthropic-Beta", "c")]
     passed = to_upstream(headers, kind=kind, api_key=KEY, betas=allowed)
@@ -166,14 +165,14 @@ def test_a_beta_that_changes_neither_price_nor_access_is_always_forwarded() -> N
 def test_content_type_and_accept_encoding_are_ours() -> None:
     """We write the body again, and we cannot meter a compressed answer."""
     sent = up(("Content-Type", "application/json; charset=latin-1"), ("Accept-Encoding", "gzip, br"))
-    assert sent == {**OURS, **key_header("openai", KEY)}
+    assert sent == {**OURS, **kind_of("openai").key_headers(KEY)}
 
 
 def test_a_header_that_connection_lists_is_not_forwarded() -> None:
     """Even if it is on our list (RFC 9110 §7.6.1, T14)."""
     passing = (("Accept", "a"), ("X-Title", "t"), ("OpenAI-Beta", "b"))
     sent = up(("Connection", "keep-alive, X-Title"), *passing, ("connection", " ACCEPT ,"))
-    assert sent == {**OURS, **key_header("openai", KEY), "openai-beta": "b"}
+    assert sent == {**OURS, **kind_of("openai").key_headers(KEY), "openai-beta": "b"}
 
 
 # ------------------------------------------------------------------------------------------------------ to the client
@@ -250,8 +249,8 @@ def test_a_value_with_control_characters_is_dropped(value: str) -> None:
         assert down(("OpenAI-Version", value), ("Content-Type", value)) == {"cache-control": "no-store"}
 
 
-@pytest.mark.parametrize("kind", get_args(Kind))
-def test_llama_cpp_is_asked_to_close_the_connection_after_a_stream(kind: Kind) -> None:
+@pytest.mark.parametrize("kind", tuple(KINDS))
+def test_llama_cpp_is_asked_to_close_the_connection_after_a_stream(kind: str) -> None:
     """It closes it in any case but announces `keep-alive`. Connections to other kinds are kept."""
     sent = to_upstream((), kind=kind, api_key=None, is_stream=True)
     assert sent == {**ours(kind), **({"connection": "close"} if kind == "llamacpp" else {})}
@@ -268,12 +267,14 @@ names = st.sampled_from(
 headers = st.lists(st.tuples(names | st.text(min_size=1, max_size=12), st.text(max_size=20)), max_size=8)
 
 
-@given(headers=headers, kind=st.sampled_from(get_args(Kind)), is_stream=st.booleans())
-def test_no_input_gets_another_header_through(headers: list[tuple[str, str]], kind: Kind, is_stream: bool) -> None:
+@given(headers=headers, kind=st.sampled_from(tuple(KINDS)), is_stream=st.booleans())
+def test_no_input_gets_another_header_through(headers: list[tuple[str, str]], kind: str, is_stream: bool) -> None:
     """Whatever is received, only names on the lists are sent, and the key is ours."""
     sent = up(*headers, kind=kind)
-    assert sent.keys() - key_header(kind, KEY).keys() - ours(kind).keys() <= {name.lower() for name in PASSED_UP}
-    assert {**sent, **OURS, **key_header(kind, KEY)} == sent
+    assert sent.keys() - kind_of(kind).key_headers(KEY).keys() - ours(kind).keys() <= {
+        name.lower() for name in PASSED_UP
+    }
+    assert {**sent, **OURS, **kind_of(kind).key_headers(KEY)} == sent
     passed = to_client(headers, is_stream=is_stream)
     added = {"x-upstream-request-id", "cache-control", "x-accel-buffering"}
     assert passed.keys() <= added | {name.lower() for name in PASSED_DOWN}

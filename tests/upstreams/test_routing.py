@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.policy.policy import Model, Upstream
+from proxy.policy.catalog import Model, Upstream
 from proxy.upstreams.routing import (
     COOLDOWN_MS,
     COOLDOWN_MS_MAX,

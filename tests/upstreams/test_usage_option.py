@@ -2,7 +2,7 @@
 
 import pytest
 
-from proxy.policy.policy import Kind, Model, Upstream
+from proxy.policy.catalog import Model, Upstream
 from proxy.upstreams import usage_option
 from proxy.upstreams.usage_option import UsageOptionCache, is_about_usage_option
 
@@ -10,7 +10,7 @@ from proxy.upstreams.usage_option import UsageOptionCache, is_about_usage_option
 def model(
     name: str = "prod",
     *,
-    kind: Kind = "azure",
+    kind: str = "azure",
     base_url: str = "https://res.openai.azure.com",
     api_version: str | None = None,
 ) -> Model:

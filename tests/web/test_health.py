@@ -13,7 +13,7 @@ async def test_both_listeners_answer_without_a_key(tmp_path: Path) -> None:
                 assert (response.status, await response.json()) == (200, {"status": "ok"})
             async with on.http.get(f"{url}/readyz") as response:
                 state = await response.json()
-        assert state == {"status": "ready", "ledger": "ok", "policy": on.server.policies.current.hash}
+        assert state == {"status": "ready", "ledger": "ok", "policy": on.server.policies.current.policy.hash}
 
 
 async def test_without_its_database_the_proxy_is_live_but_not_ready(tmp_path: Path) -> None:

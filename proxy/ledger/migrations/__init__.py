@@ -1,1 +1,1 @@
-"""The steps by which a database comes up to the schema in `tables`. They only add."""
+"""The migrations to the tables in `ledger/schema.py`, in order. From the first release on they only add."""

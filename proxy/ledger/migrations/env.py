@@ -1,4 +1,4 @@
-"""How alembic runs the steps: on the connection that `tables.migrate` hands it, in that one transaction."""
+"""Runs the migrations for alembic, on the connection of `schema.migrate` and in its transaction."""
 
 from alembic import context
 

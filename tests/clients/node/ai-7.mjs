@@ -1,6 +1,6 @@
 import * as ai from "ai-7";
 import { createOpenAICompatible } from "openai-compatible-3";
 
-import { converse } from "./ai_session.mjs";
+import { run } from "./ai_session.mjs";
 
-await converse(ai, createOpenAICompatible);
+await run(ai, createOpenAICompatible);

@@ -1,5 +1,5 @@
 import OpenAI, { toFile } from "openai-7";
 
-import { converse } from "./openai_session.mjs";
+import { run } from "./openai_session.mjs";
 
-await converse(OpenAI, toFile);
+await run(OpenAI, toFile);

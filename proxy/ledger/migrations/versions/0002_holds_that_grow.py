@@ -1,4 +1,4 @@
-"""How long an answer may become, which its hold grows up to; what a lost call is charged is its hold."""
+"""The maximum of an answer, up to which its hold grows. A lost call is charged its hold."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -8,7 +8,7 @@ down_revision = "0001"
 
 
 def upgrade() -> None:
-    """Calls in flight that are found here were let in when holds did not grow: theirs is the maximum."""
+    """Open calls were admitted before holds could grow, so each holds its maximum."""
     op.add_column("calls", sa.Column("maximum", sa.BigInteger))
     op.execute("UPDATE calls SET maximum = hold_output")
     op.drop_column("calls", "lost_input")

@@ -1,4 +1,4 @@
-"""By which id an upstream keeps the response that a call made, so that it stays its user's."""
+"""The id under which an upstream stores the response of a call, so that only its owner can use it."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -8,7 +8,7 @@ down_revision = "0003"
 
 
 def upgrade() -> None:
-    """Nobody could refer to a response before, so of those made earlier nothing needs to be known."""
+    """Add the column. Earlier responses need no id, because no request could refer to one before."""
     op.add_column("calls", sa.Column("response_id", sa.Text))
     is_one = sa.text("response_id IS NOT NULL")
     op.create_index("calls_by_response", "calls", ["response_id", "id"], sqlite_where=is_one, postgresql_where=is_one)

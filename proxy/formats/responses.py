@@ -1,39 +1,30 @@
-"""The end of a streamed answer that the proxy stops at a quota's limit, in the format of each endpoint.
+"""Answers of /responses and /responses/compact: a response object, or a stream of the events that build it.
 
-An `Ending` watches the chunks or events of one stream. At any moment it can write what the upstream would have sent
-next if its own maximum had ended the answer there:
+    event: response.created             data: {"type":"response.created","response":{"id":"resp_1",…}}
+    event: response.output_text.delta   data: {"type":"response.output_text.delta","delta":"Hi",…}
+    event: response.completed           data: {"type":"response.completed","response":{…,"usage":{…}}}
 
-    chat, completions   `finish_reason: "length"` for every choice without a finish reason, usage if requested,
-    `[DONE]` /responses          the missing `.done` events, then `response.incomplete` with the whole output so far
-    /v1/messages        `stop_reason: "max_tokens"`; see `message_ending`
-
-So an SDK sees a complete stream that was cut by length, not a broken one. The written events repeat what passed (id,
-model, items). No text is invented or left out.
-
-Pure: no sockets, no clock. Other modules decide whether a stream is stopped, and what it has used.
+A stream always states its usage in its last event, so the proxy adds no option and removes nothing. Pure.
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from io import StringIO
-from typing import Any
 
-from proxy.formats.endpoints import EndpointName
-from proxy.formats.message_ending import MessageEnding
-from proxy.formats.strict_json import dump
+from proxy.errors import ProxyError
+from proxy.formats.endpoints import RESPONSE_ID
+from proxy.formats.meter import JSON, Ending, Meter, texts_in, write_events
+from proxy.formats.request import Request
+from proxy.formats.sse import Event
+from proxy.formats.usage import read_tokens
 from proxy.policy.amounts import Tokens
-
-JSON = dict[str, Any]
 
 # The events that end a response.
 RESPONSE_ENDS = frozenset(("response.completed", "response.incomplete", "response.failed", "error"))
-
-# The members that all chunks of an answer share.
-_HEAD_MEMBERS = ("id", "object", "created", "model", "system_fingerprint", "service_tier")
-# Used if a stream is stopped before any chunk of it passed. The id is not random, because this module is pure, and an
+# The members in which a `.done` event repeats a text as a whole.
+_WHOLE_TEXT_MEMBERS = ("text", "refusal", "arguments", "input", "item", "part")
+# Used if a stream is stopped before any event of it passed. The id is not random, because this module is pure, and an
 # id that looks real would mislead: no answer can be found by it.
-_UNKNOWN_CHAT: JSON = {"id": "chatcmpl-unknown", "object": "chat.completion.chunk", "created": 0, "model": ""}
-_UNKNOWN_COMPLETION: JSON = {"id": "cmpl-unknown", "object": "text_completion", "created": 0, "model": ""}
 _UNKNOWN_RESPONSE: JSON = {
     "id": "resp_unknown",
     "object": "response",
@@ -50,96 +41,65 @@ _UNKNOWN_RESPONSE: JSON = {
 }
 
 
-class Ending:
-    """Watches one stream and can write its end. `choices` is the number of answers that the request asks for."""
+def error_event(error: ProxyError) -> bytes:
+    """An error inside a stream, at which the SDKs raise an exception.
 
-    __slots__ = ("_begun", "_choices", "_event_ending", "_finished", "_first", "_is_chat", "_last")
+    Older SDKs look for a member `error` and newer ones for the event's name, so the event has both.
+    """
+    flat = {"type": "error", "code": error.code, "message": error.message, "param": error.param}
+    return write_events([{**flat, **error.body()}])
 
-    def __init__(self, endpoint: EndpointName, *, choices: int) -> None:
-        self._is_chat = endpoint == "chat"
-        self._choices = choices
-        # The endpoints whose streams consist of typed events. They have no chunks and no choices.
-        self._event_ending: _Response | MessageEnding | None = None
-        if endpoint in ("responses", "messages"):
-            self._event_ending = _Response() if endpoint == "responses" else MessageEnding()
-        self._first: JSON = {}
-        self._last: JSON = {}  # the last chunk with a choice
-        self._begun: set[int] = set()  # indices of the choices that have had a chunk
-        self._finished: set[int] = set()  # indices of the choices that have a finish_reason
 
-    def see(self, chunk: JSON) -> None:
-        """Record one chunk or event that passed. It is kept, so the caller must not change it afterwards.
+class ResponsesMeter(Meter):
+    """Measures a response. All bytes are forwarded unchanged."""
 
-        Chunks of an unexpected shape are ignored.
+    def _new_ending(self, request: Request) -> Ending:
+        return ResponsesEnding()
+
+    def _see_answer(self, answer: JSON) -> object:
+        self._see_response(answer)
+        return answer.get("output")
+
+    def _see_object(self, chunk: JSON, event: Event) -> bytes:
+        self._see_error(chunk)
+        kind, response = chunk.get("type"), chunk.get("response")
+        if isinstance(response, dict):
+            self._see_response(response)
+        if isinstance(kind, str) and kind in RESPONSE_ENDS:
+            self.is_at_end = self.is_over = True
+            self.has_error = self.has_error or kind in ("error", "response.failed")
+            if self._reported is None and isinstance(response, dict):
+                self._count_missing(response.get("output"))
+        elif isinstance(kind, str) and kind.endswith(".delta") and isinstance(delta := chunk.get("delta"), str):
+            self._count_texts(delta)
+        elif isinstance(kind, str) and kind.endswith(".done"):
+            self._count_missing([chunk.get(name) for name in _WHOLE_TEXT_MEMBERS])
+        return event.raw
+
+    def _see_response(self, response: JSON) -> None:
+        """Record the id of a response, and its usage if it has one."""
+        name, tools = response.get("id"), response.get("tool_usage")
+        if isinstance(name, str) and RESPONSE_ID.fullmatch(name):
+            self.response_id = name
+        tokens = read_tokens(response.get("usage"))
+        # The image tool reports its tokens separately; they are not included in `usage`.
+        drawn = read_tokens(tools.get("image_gen")) if isinstance(tools, dict) else None
+        if tokens and drawn:
+            tokens = replace(tokens, input=tokens.input + drawn.input, output=tokens.output + drawn.output)
+        self._report(tokens)
+
+    def _count_missing(self, part: object) -> None:
+        """Count a text that an event repeats as a whole, as far as it exceeds what was counted so far.
+
+        Some servers send no deltas, or not all. Example: deltas of 5 tokens, then `output_text.done` with 12: 7 are
+        added. Then `content_part.done` and `output_item.done` repeat the same 12, and nothing is added.
         """
-        if self._event_ending is not None:
-            self._event_ending.see(chunk)
-            return
-        choices = chunk.get("choices")
-        if isinstance(choices, list) and choices:
-            self._last = chunk
-            for choice in choices:
-                index = choice.get("index", 0) if isinstance(choice, dict) else None
-                # A choice that was not requested gets no end. It is not recorded either, because an upstream could
-                # fill the memory with indices.
-                if isinstance(index, int) and 0 <= index < self._choices:
-                    self._begun.add(index)
-                    if choice.get("finish_reason"):  # some servers write "" instead of null
-                        self._finished.add(index)
-        if not self._first:
-            self._first = chunk
-
-    @property
-    def has_finished(self) -> bool:
-        """Whether the answer is complete: only the usage chunk and `[DONE]` may follow, or nothing."""
-        if self._event_ending is not None:
-            return self._event_ending.is_over
-        return len(self._finished) >= self._choices
-
-    def at_limit(self, usage: Tokens, *, shows_usage: bool, newline: bytes = b"\n") -> bytes:
-        """The bytes that end the stream here; empty if the upstream has already ended the response or message.
-
-        `usage` is what the call is charged. `shows_usage` is whether the client asked for the usage of the stream;
-        /responses and /v1/messages always state it. `newline` is the line end that the stream uses.
-        """
-        if self._event_ending is not None:
-            events = self._event_ending.missing_events(usage)
-            lines = [b"event: %b%bdata: %b" % (event["type"].encode(), newline, dump(event)) for event in events]
-        else:
-            chunks = [dump(chunk) for chunk in self._missing_chunks(usage, shows_usage)]
-            lines = [b"data: " + data for data in (*chunks, b"[DONE]")]
-        return b"".join(line + newline + newline for line in lines)
-
-    def _missing_chunks(self, usage: Tokens, shows_usage: bool) -> Iterator[JSON]:
-        # Azure's first chunk is `{"id":"","model":"","created":0,"choices":[],…}`, so the last chunk overrides it.
-        passed = {**self._first, **self._last}
-        head = {name: passed[name] for name in _HEAD_MEMBERS if name in passed}
-        head = head or (_UNKNOWN_CHAT if self._is_chat else _UNKNOWN_COMPLETION)
-        # If usage is requested, OpenAI writes `"usage": null` on all chunks but the last; vLLM and Ollama do not.
-        null_usage = {"usage": None} if shows_usage and self._last.get("usage", 0) is None else {}
-        for index in range(self._choices):
-            if index not in self._finished:
-                yield {**head, "choices": [self._cut_choice(index)], **null_usage}
-        if shows_usage:
-            yield {**head, "choices": [], "usage": _chunk_usage(usage)}
-
-    def _cut_choice(self, index: int) -> JSON:
-        content: JSON = {"text": ""}
-        if self._is_chat:
-            # If this is the first chunk of the choice, it must state the role, or SDKs build a message without one.
-            content = {"delta": {} if index in self._begun else {"role": "assistant", "content": ""}}
-        return {"index": index, **content, "logprobs": None, "finish_reason": "length"}
+        missing = sum(map(self._count, texts_in(part))) - self._counted
+        if missing > 0:
+            self._add_to_count(missing)
 
 
-def _chunk_usage(usage: Tokens) -> JSON:
-    return {
-        "prompt_tokens": usage.input,
-        "completion_tokens": usage.output,
-        "total_tokens": usage.input + usage.output,
-    }
-
-
-# ------------------------------------------------------------------------------------------------------ /responses
+# ------------------------------------------------------------------------------------------------- the end at a limit
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,42 +233,49 @@ class _Item:
         yield {"type": "response.output_item.done", "output_index": output_index, "item": self.as_json()}
 
 
-class _Response:
-    """One response, assembled from its events."""
+class ResponsesEnding(Ending):
+    """Assembles a response from its events, and can write its end.
 
-    __slots__ = ("_head", "_items", "_number", "is_over")
+    That is the missing `.done` events, then `response.incomplete` with the whole output so far.
+    """
+
+    __slots__ = ("_head", "_items", "_number")
 
     def __init__(self) -> None:
-        self.is_over = False
+        super().__init__()
         self._head: JSON = {}  # the response object from the last lifecycle event
         self._items: dict[int, _Item] = {}  # by output index
         self._number = -1  # the last sequence_number
 
-    def see(self, event: JSON) -> None:
-        """Record one event; an event of an unexpected shape is ignored."""
-        kind = event.get("type")
+    def see(self, chunk: JSON) -> None:
+        """Record one event that passed."""
+        kind = chunk.get("type")
         if not isinstance(kind, str):
             return
-        number = event.get("sequence_number")
+        number = chunk.get("sequence_number")
         if isinstance(number, int):
             self._number = number
         if text_kind := _KIND_OF_DELTA.get(kind):
-            if text := self._text(text_kind, event):
-                text.append(event.get("delta"))
+            if text := self._text(text_kind, chunk):
+                text.append(chunk.get("delta"))
         elif text_kind := _KIND_OF_DONE.get(kind):
-            if text := self._text(text_kind, event):
-                text.replace(event.get(text_kind.member))
+            if text := self._text(text_kind, chunk):
+                text.replace(chunk.get(text_kind.member))
                 text.is_text_done = True
         else:
-            self._see_structure(kind, event)
+            self._see_structure(kind, chunk)
 
-    def missing_events(self, usage: Tokens) -> list[JSON]:
+    def at_limit(self, usage: Tokens, *, shows_usage: bool, newline: bytes = b"\n") -> bytes:
+        """The bytes that end the response here; empty if the upstream has ended it. It always states its usage."""
+        return write_events(self._missing_events(usage), newline)
+
+    def _missing_events(self, usage: Tokens) -> list[JSON]:
         """The events that end the response here; none if the upstream has ended it.
 
         Example, stopped after the delta "Hello": `output_text.done`, `content_part.done`, `output_item.done`, and
         `response.incomplete`, numbered on from the last event.
         """
-        if self.is_over:
+        if self.has_finished:
             return []
         # SDKs accept no event of a response before `response.created`.
         events: list[JSON] = [] if self._head else [{"type": "response.created", "response": _UNKNOWN_RESPONSE}]
@@ -340,7 +307,7 @@ class _Response:
             response = event.get("response")
             self._head = response if isinstance(response, dict) else self._head
         elif kind in RESPONSE_ENDS:
-            self.is_over = True
+            self.has_finished = True
 
     def _see_part(self, event: JSON, *, is_done: bool) -> None:
         part = event.get("part")

@@ -1,33 +1,56 @@
 """A user is identified by one exact key in one of three headers. Anything else is a 401 (T1 to T4, T8)."""
 
+import asyncio
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from proxy.config.loader import FileUser
+from proxy.config.values import digest
 from proxy.errors import InvalidKey
-from proxy.identity.keys import identify, identify_admin, presented_key
-from proxy.policy.policy import Policy, User, digest
+from proxy.identity.authentication import Authentication, Caller, Snapshot
+from proxy.identity.directory import FileDirectory, User
+from proxy.identity.keys import presented_key
+from tests.stage import STAFF, config_of, key_of
 
 KEY = "sk-alice-0123456789abcdefghijklmnop"
 ADMIN_KEY = "sk-admin-0123456789abcdefghijklmnop"
 OTHER_KEY = "sk-other-0123456789abcdefghijklmnop"
 DELETED_KEY = "sk-gone-0123456789abcdefghijklmnopq"
 
-ALICE = User("alice", ("staff",))
-POLICY = Policy(
-    groups={},
-    users={"alice": ALICE},
-    key_digests={digest(KEY): "alice", digest(DELETED_KEY): "bob"},
-    admin_digests={digest(ADMIN_KEY): "ops"},
+PEER = "192.0.2.7"
+ALICE = Caller("alice", ("staff",), digest(KEY), source="key")
+
+
+class Directory(FileDirectory):
+    """Users of a file, and a key whose user was deleted."""
+
+    async def key_owner(self, digest_of_key: str) -> str | None:
+        """Bob for the key of the deleted user."""
+        return "bob" if digest_of_key == digest(DELETED_KEY) else await super().key_owner(digest_of_key)
+
+
+AUTHENTICATION = Authentication(
+    Directory([FileUser("alice", ("staff",), (digest(KEY),))]), {digest(ADMIN_KEY): "ops"}
 )
 
 Headers = list[tuple[str, str]]
 
 
+def identify(headers: Headers, authentication: Authentication = AUTHENTICATION) -> Caller:
+    return asyncio.run(authentication.identify(headers, PEER))
+
+
+def identify_admin(headers: Headers, authentication: Authentication = AUTHENTICATION) -> str:
+    return asyncio.run(authentication.identify_admin(headers, PEER))
+
+
 def refused(headers: Headers, check=identify) -> InvalidKey:
     """The 401 that these headers get."""
     with pytest.raises(InvalidKey) as caught:
-        check(headers, POLICY)
+        check(headers)
     return caught.value
 
 
@@ -51,7 +74,7 @@ def refused(headers: Headers, check=identify) -> InvalidKey:
 )
 def test_a_key_is_read_from_each_of_its_headers(headers):
     """`Authorization: Bearer`, `api-key` and `x-api-key`, in any case; also in several of them, with the same key."""
-    assert identify(headers, POLICY) is ALICE
+    assert identify(headers) == ALICE
 
 
 @pytest.mark.parametrize(
@@ -224,11 +247,11 @@ def test_no_text_but_the_key_itself_matches(key):
 def test_any_combination_of_headers_is_alice_or_a_401(headers):
     """A request that is identified contains Alice's key and no other one."""
     try:
-        user = identify(headers, POLICY)
+        caller = identify(headers)
     except InvalidKey:
         return
     sent = {value.removeprefix("Bearer ") for name, value in headers if name != "cookie"}
-    assert user is ALICE
+    assert caller == ALICE
     assert KEY in sent
     assert not any(value.endswith(OTHER_KEY) and name in ("api-key", "X-Api-Key") for name, value in headers)
 
@@ -239,7 +262,7 @@ def test_any_combination_of_headers_is_alice_or_a_401(headers):
 @pytest.mark.parametrize("headers", [[("Authorization", f"Bearer {ADMIN_KEY}")], [("x-api-key", ADMIN_KEY)]])
 def test_an_admin_is_known_by_name(headers):
     """The log can then say who it was."""
-    assert identify_admin(headers, POLICY) == "ops"
+    assert identify_admin(headers) == "ops"
 
 
 @pytest.mark.parametrize(
@@ -262,13 +285,37 @@ def test_no_other_key_is_an_admins(headers):
 
 def test_without_admin_keys_nobody_is_an_admin():
     """Not even with an empty key, so an unset secret gives no access (T7)."""
-    without_admins = Policy(groups={}, users={}, key_digests={})
+    without_admins = Authentication(FileDirectory([]), {})
     for value in ("", " ", "Bearer ", "Bearer x"):
         with pytest.raises(InvalidKey):
             identify_admin([("Authorization", value)], without_admins)
 
 
-def test_the_text_of_a_policy_has_no_digests():
-    """A policy in a traceback or a log reveals neither keys nor their hashes."""
-    assert digest(KEY) not in repr(POLICY)
-    assert digest(ADMIN_KEY) not in repr(POLICY)
+def test_the_text_of_what_identifies_has_no_digests():
+    """A snapshot or a caller in a traceback or a log reveals neither keys nor their hashes."""
+    shown = f"{AUTHENTICATION!r} {identify([('api-key', KEY)])!r} {FileUser('alice', (), (digest(KEY),))!r}"
+    assert digest(KEY) not in shown
+    assert digest(ADMIN_KEY) not in shown
+
+
+# ------------------------------------------------------------------------------------------------------ the directory
+
+
+async def test_a_directory_knows_users_by_name_and_by_each_of_their_keys():
+    """A user may have several keys, or none."""
+    directory = FileDirectory([FileUser("ann", ("a", "b"), ("1", "2")), FileUser("bob")])
+    assert await directory.user("ann") == User("ann", ("a", "b"))
+    assert await directory.user("bob") == User("bob")
+    assert await directory.user("zoe") is None
+    assert [await directory.key_owner(key) for key in ("1", "2", "3", "ann")] == ["ann", "ann", None, None]
+
+
+async def test_a_snapshot_has_the_users_the_policy_and_the_models_of_one_file(tmp_path: Path):
+    """The caller's groups are groups of the snapshot's policy."""
+    config = config_of(STAFF, folder=tmp_path, upstream="http://127.0.0.1:1/v1")
+    snapshot = Snapshot.of(config)
+    caller = await snapshot.authentication.identify([("api-key", key_of("bob"))], PEER)
+    assert (caller.user, caller.groups) == ("bob", ("staff",))
+    assert snapshot.policy is config.policy
+    assert snapshot.catalog is config.catalog
+    assert snapshot.policy.serves(caller.groups, "fast", snapshot.catalog)

@@ -1,0 +1,317 @@
+"""Answers of /chat/completions and /completions, and of the endpoints whose answers have the same shape.
+
+A stream consists of chunks with choices, and ends with `[DONE]`:
+
+    data: {"id":"c","choices":[{"index":0,"delta":{"content":"Hi"}}]}
+    data: {"id":"c","choices":[{"index":0,"delta":{},"finish_reason":"stop"}]}
+    data: {"id":"c","choices":[],"usage":{"prompt_tokens":11,…}}                   only if usage is requested
+    data: [DONE]
+
+The proxy asks for usage in the client's place (`formats.request`), so the upstream adds members to chunks. They are
+cut out of the bytes, and all other bytes stay the same: numbers, escapes, spaces and line ends. Example:
+
+    data: {"id":"c","x":1.50,"choices":[…],"usage":null}     from the upstream
+    data: {"id":"c","x":1.50,"choices":[…]}                  to the client
+
+If a member cannot be cut out safely, because it has an unusual spelling or another member looks like it, the chunk is
+serialized anew from the parsed object. Pure.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+from proxy.errors import ProxyError
+from proxy.formats.kinds import kind_of
+from proxy.formats.meter import JSON, Ending, Meter, read_object, texts_in
+from proxy.formats.request import Request
+from proxy.formats.sse import Event
+from proxy.formats.strict_json import dump
+from proxy.formats.usage import read_timings, read_tokens
+from proxy.policy.amounts import Tokens
+
+# Members that any chunk may have. A chunk without choices that has no others was sent only because usage was
+# requested.
+_COMMON_KEYS = frozenset(
+    ("id", "object", "created", "model", "system_fingerprint", "service_tier", "choices", "usage", "obfuscation")
+)
+# The spellings of "no usage yet" on a chunk, with the comma that has to be removed too: a comma before the member, or
+# behind it if the member is the first. The zeros are Ollama's, on every chunk of /completions.
+_PLACEHOLDERS = (
+    b',"usage":null',
+    b', "usage": null',
+    b'"usage":null,',
+    b'"usage": null, ',
+    b',"usage":{"prompt_tokens":0,"completion_tokens":0,"total_tokens":0}',
+)
+# The members that all chunks of an answer share.
+_HEAD_MEMBERS = ("id", "object", "created", "model", "system_fingerprint", "service_tier")
+# Used if a stream is stopped before any chunk of it passed. The id is not random, because this module is pure, and an
+# id that looks real would mislead: no answer can be found by it.
+_UNKNOWN_CHAT: JSON = {"id": "chatcmpl-unknown", "object": "chat.completion.chunk", "created": 0, "model": ""}
+_UNKNOWN_COMPLETION: JSON = {"id": "cmpl-unknown", "object": "text_completion", "created": 0, "model": ""}
+
+
+def error_event(error: ProxyError) -> bytes:
+    """An error inside a stream: a chunk with `error`, at which the SDKs raise an exception."""
+    return b"data: " + dump(error.body()) + b"\n\n"
+
+
+class ChatMeter(Meter):
+    """Measures an answer of chunks and choices; also of embeddings and moderations, which have `usage` or nothing.
+
+    The proxy asks vLLM and llama.cpp for the usage so far on every chunk, which moves or adds members. They are
+    removed or put back, so that the client gets what it would have got otherwise.
+    """
+
+    def __init__(self, request: Request, *, count: Callable[[str], int], kind: str) -> None:
+        super().__init__(request, count=count, kind=kind)
+        running_usage = kind_of(kind).running_usage
+        self._reports_first_choice_only = kind_of(kind).reports_first_choice_only
+        self._stripped_running_usage = running_usage if request.adds_running_usage(kind) else None
+        self._moves_timings = running_usage == "timings" and request.adds_usage and request.choices == 1
+        self._has_several_prompts = request.has_several_prompts
+        # The finish chunk, kept for one event because it may get the timings: its bytes, and its JSON without usage.
+        self._finish_chunk: tuple[bytes, JSON] | None = None
+
+    def stop_stripping(self) -> None:
+        """Remove nothing from now on, and move no timings."""
+        super().stop_stripping()
+        self._stripped_running_usage, self._moves_timings = None, False
+
+    @property
+    def input_reported(self) -> int | None:
+        """The tokens of the input, if the upstream has reported that of all prompts."""
+        return None if self._is_partial and self._has_several_prompts else super().input_reported
+
+    def see_event(self, event: Event, *, is_cut: bool = False) -> bytes:
+        """Measure one event and return the bytes for the client; a finish chunk may be kept for one event."""
+        shown = super().see_event(event, is_cut=is_cut)
+        if not self._moves_timings:
+            return shown
+        # If no usage is requested, llama.cpp writes `timings` on the last chunk that has a choice. Because the proxy
+        # requests usage, they come on the usage chunk instead, which the client must not see:
+        #     data: {"choices":[{"delta":{},"finish_reason":"stop"}]}
+        #     data: {"choices":[],"usage":{…},"timings":{…}}
+        # So the finish chunk is kept until the next event, and gets the timings if that is the usage chunk.
+        kept, self._finish_chunk = self._finish_chunk, None
+        chunk = self.chunk or {}
+        # If the usage chunk has other members too, it is sent with all of them: it is unknown on which chunk those
+        # would have come without our option.
+        if kept and shown and not chunk.get("choices") and extra_members(chunk) == {"timings"}:
+            return with_timings(*kept, event, chunk)
+        if is_finish_chunk(chunk) and "timings" not in chunk:
+            without_null = chunk if chunk.get("usage") else {key: v for key, v in chunk.items() if key != "usage"}
+            self._finish_chunk, shown = (shown, without_null), b""
+        return (kept[0] if kept else b"") + shown
+
+    def flush(self) -> bytes:
+        """Return the finish chunk if one is kept; called if no further event comes."""
+        kept, self._finish_chunk = self._finish_chunk, None
+        return kept[0] if kept else b""
+
+    def _new_ending(self, request: Request) -> Ending:
+        return ChatEnding(is_chat=request.endpoint.name == "chat", choices=request.choices)
+
+    def _see_answer(self, answer: JSON) -> object:
+        choices = answer.get("choices")
+        self._report(read_tokens(answer.get("usage")))
+        if self._reports_first_choice_only:
+            self._keep_other_choices(choices)
+        return choices
+
+    def _keep_other_choices(self, choices: object) -> None:
+        """Keep the texts of all choices but the first. llama.cpp reports the usage of the first only."""
+        if isinstance(choices, list) and len(choices) > 1 and self._reported is not None:
+            self.uncounted_texts = list(texts_in(choices[1:]))
+            self._is_partial = True
+            if self._has_several_prompts:  # the reported input is that of the first prompt only
+                self._reported = replace(self._reported, input=0, cached=0)
+
+    def _see_object(self, chunk: JSON, event: Event) -> bytes:
+        self._see_error(chunk)
+        choices = chunk.get("choices")
+        if choices:
+            self.is_at_end = self.is_over  # text follows, so a usage chunk before it was not the end
+            self._count_texts(choices)
+        if "usage" not in chunk:
+            self._see_running_usage(read_timings(chunk.get("timings")))
+            return self._without_running_timings(chunk, event)
+        usage = chunk["usage"]
+        # OpenAI writes null on every chunk before the last. Ollama's /completions writes three zeros; beside a choice
+        # they are a placeholder too. But zeros without a choice are the final usage, and an explicit zero is a zero.
+        is_placeholder = usage is None or (isinstance(usage, dict) and bool(choices) and not any(usage.values()))
+        if isinstance(usage, dict) and not is_placeholder:
+            if not choices:
+                return self._see_usage_chunk(chunk, event)
+            self._see_running_usage(read_tokens(usage))
+            if self._stripped_running_usage == "usage":
+                return without_usage(event, chunk)
+        return without_usage(event, chunk) if is_placeholder and self._strips_usage else event.raw
+
+    def _see_usage_chunk(self, chunk: JSON, event: Event) -> bytes:
+        """Return the usage chunk as it would have come unasked: not at all, unless it has other members too."""
+        # With several choices llama.cpp sends a usage chunk for each as soon as it is finished. So only [DONE] is the
+        # end, and the outputs are added; the input is that of the one prompt each time:
+        #     {"prompt_tokens":11,"completion_tokens":5} + {"prompt_tokens":11,"completion_tokens":7}  →  11 and 12
+        self.is_at_end = self.is_at_end or self._choices == 1
+        tokens, before = read_tokens(chunk["usage"]), self._reported
+        if tokens and before and self._choices > 1:
+            output, reasoning = before.output + tokens.output, before.reasoning + tokens.reasoning
+            tokens = replace(tokens, output=output, reasoning=reasoning)
+        self._report(tokens)
+        if not self._strips_usage:
+            return event.raw
+        return without_usage(event, chunk) if extra_members(chunk) else b""
+
+    def _see_running_usage(self, tokens: Tokens | None) -> None:
+        """Record the usage so far that a chunk states beside its choice.
+
+        With several choices it is the usage of that one choice, so it is ignored. It is also ignored if its output
+        does not rise although text has passed: a server that reports 4 tokens on every chunk does not count.
+        """
+        before = self._reported.output if self._reported else 0
+        if self._choices == 1 and tokens and (tokens.output > before or not self._counted_since_report):
+            self._report(tokens)
+
+    def _without_running_timings(self, chunk: JSON, event: Event) -> bytes:
+        """Return the chunk without the timings so far. The timings of the finish chunk stay: they come unasked.
+
+        If a stop word ends the answer, llama.cpp sends timings with the last text too; those are removed, and it
+        repeats them on the next chunk.
+        """
+        is_running = self._stripped_running_usage == "timings" and "timings" in chunk
+        return without_timings(event, chunk) if is_running and not is_finish_chunk(chunk) else event.raw
+
+
+class ChatEnding(Ending):
+    """Watches a stream of chunks, and can write its end.
+
+    That is `finish_reason: "length"` for every choice without a finish reason, the usage if requested, and `[DONE]`.
+    `is_chat` tells /chat/completions from /completions; `choices` is how many answers the request asks for.
+    """
+
+    __slots__ = ("_begun", "_choices", "_finished", "_first", "_is_chat", "_last")
+
+    def __init__(self, *, is_chat: bool, choices: int) -> None:
+        super().__init__()
+        self._is_chat = is_chat
+        self._choices = choices
+        self._first: JSON = {}
+        self._last: JSON = {}  # the last chunk with a choice
+        self._begun: set[int] = set()  # indices of the choices that have had a chunk
+        self._finished: set[int] = set()  # indices of the choices that have a finish_reason
+
+    def see(self, chunk: JSON) -> None:
+        """Record one chunk that passed. It is kept, so the caller must not change it afterwards."""
+        choices = chunk.get("choices")
+        if isinstance(choices, list) and choices:
+            self._last = chunk
+            for choice in choices:
+                index = choice.get("index", 0) if isinstance(choice, dict) else None
+                # A choice that was not requested gets no end. It is not recorded either, because an upstream could
+                # fill the memory with indices.
+                if isinstance(index, int) and 0 <= index < self._choices:
+                    self._begun.add(index)
+                    if choice.get("finish_reason"):  # some servers write "" instead of null
+                        self._finished.add(index)
+        if not self._first:
+            self._first = chunk
+        self.has_finished = len(self._finished) >= self._choices
+
+    def at_limit(self, usage: Tokens, *, shows_usage: bool, newline: bytes = b"\n") -> bytes:
+        """The bytes that end the stream here."""
+        chunks = (dump(chunk) for chunk in self._missing_chunks(usage, shows_usage))
+        return b"".join(b"data: " + data + newline + newline for data in (*chunks, b"[DONE]"))
+
+    def _missing_chunks(self, usage: Tokens, shows_usage: bool) -> Iterator[JSON]:
+        # Azure's first chunk is `{"id":"","model":"","created":0,"choices":[],…}`, so the last chunk overrides it.
+        passed = {**self._first, **self._last}
+        head = {name: passed[name] for name in _HEAD_MEMBERS if name in passed}
+        head = head or (_UNKNOWN_CHAT if self._is_chat else _UNKNOWN_COMPLETION)
+        # If usage is requested, OpenAI writes `"usage": null` on all chunks but the last; vLLM and Ollama do not.
+        null_usage = {"usage": None} if shows_usage and self._last.get("usage", 0) is None else {}
+        for index in range(self._choices):
+            if index not in self._finished:
+                yield {**head, "choices": [self._cut_choice(index)], **null_usage}
+        if shows_usage:
+            yield {**head, "choices": [], "usage": _chunk_usage(usage)}
+
+    def _cut_choice(self, index: int) -> JSON:
+        content: JSON = {"text": ""}
+        if self._is_chat:
+            # If this is the first chunk of the choice, it must state the role, or SDKs build a message without one.
+            content = {"delta": {} if index in self._begun else {"role": "assistant", "content": ""}}
+        return {"index": index, **content, "logprobs": None, "finish_reason": "length"}
+
+
+def _chunk_usage(usage: Tokens) -> JSON:
+    return {
+        "prompt_tokens": usage.input,
+        "completion_tokens": usage.output,
+        "total_tokens": usage.input + usage.output,
+    }
+
+
+# -------------------------------------------------------------------------------- chunks without what the proxy added
+
+
+def extra_members(chunk: JSON) -> set[str]:
+    """The names of members with a value, beyond those that any chunk may have."""
+    return {key for key, value in chunk.items() if value is not None and key not in _COMMON_KEYS}
+
+
+def is_finish_chunk(chunk: JSON) -> bool:
+    """Whether the chunk has exactly one choice and states its `finish_reason`."""
+    match chunk.get("choices"):
+        case [{"finish_reason": str()}]:
+            return True
+    return False
+
+
+def with_timings(raw: bytes, chunk: JSON, usage_event: Event, usage_chunk: JSON) -> bytes:
+    """The finish chunk (`raw`, parsed as `chunk`) with the `timings` of the usage chunk as its last member.
+
+    That is where llama.cpp writes them if no usage is requested.
+    """
+    expected = {**chunk, "timings": usage_chunk["timings"]}
+    # In the usage chunk the timings are the last member too: `…,"timings":{…}}`. Everything between the name and the
+    # last brace is copied in front of the last brace of the finish chunk.
+    insert_at = raw.rfind(b"}")
+    start, end = usage_event.raw.rfind(b'"timings":'), usage_event.raw.rfind(b"}")
+    moved = raw[:insert_at] + b"," + usage_event.raw[start:end] + raw[insert_at:]
+    return moved if start >= 0 and _parses_to(moved, expected) else _serialize(expected)
+
+
+def without_timings(event: Event, chunk: JSON) -> bytes:
+    """The event without `timings`, which llama.cpp writes on every chunk if `timings_per_token` is set."""
+    raw, expected = event.raw, {key: value for key, value in chunk.items() if key != "timings"}
+    start = raw.rfind(b',"timings":{')
+    cut = raw[:start] + raw[raw.find(b"}", start) + 1 :]  # timings contain only numbers, so the first } ends them
+    return cut if start >= 0 and _parses_to(cut, expected) else _serialize(expected)
+
+
+def without_usage(event: Event, chunk: JSON) -> bytes:
+    """The event without `usage`, which is there only because the proxy asked for it."""
+    raw = event.raw
+    expected = {key: value for key, value in chunk.items() if key != "usage"}
+    # Quotes inside a string are escaped, so `"usage"` with plain quotes is a name or a whole string. If it occurs
+    # once, it is the member. Otherwise it may also be a string (`"note":"usage"`) or the member of an inner object
+    # (`{"a":{"x":1,"usage":null},"usage":null}`), so each place where it could be cut is checked by parsing the
+    # result.
+    is_only_one = raw.count(b'"usage"') == 1
+    for member in (*_PLACEHOLDERS, b',"usage":' + dump(chunk["usage"])):
+        before, found, after = raw.partition(member)
+        while found:
+            if is_only_one or _parses_to(before + after, expected):
+                return before + after
+            skipped, found, after = after.partition(member)
+            before += member + skipped
+    return _serialize(expected)
+
+
+def _parses_to(raw: bytes, chunk: JSON) -> bool:
+    return read_object(raw[raw.find(b"{") : raw.rfind(b"}") + 1]) == chunk
+
+
+def _serialize(chunk: JSON) -> bytes:
+    return b"data: " + dump(chunk) + b"\n\n"

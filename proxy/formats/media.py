@@ -1,0 +1,93 @@
+"""Images, speech and transcripts: their output is known only at the end of the answer, and an answer may be no JSON.
+
+A model that reports its tokens is charged these; one that reports none is billed per piece and charged as one
+request. A stream consists of typed events, of which the last of each choice may have the usage:
+
+    data: {"type":"image_generation.partial_image","b64_json":…}
+    data: {"type":"image_generation.completed","b64_json":…,"usage":{"input_tokens":11,…}}
+
+Pure.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from proxy.formats.meter import JSON, Ending, Meter
+from proxy.formats.request import Request
+from proxy.formats.sse import Event
+from proxy.formats.usage import read_tokens
+from proxy.policy.amounts import TOKENS_MAX, AtLeast, Exactly, Tokens, Unspent, Usage
+
+# The last event of a stream of images, speech or a transcript.
+_STREAM_ENDS = (
+    "image_generation.completed",
+    "image_edit.completed",
+    "speech.audio.done",
+    "transcript.text.done",
+    "error",
+)
+
+
+class MediaMeter(Meter):
+    """Measures images, speech or a transcript. All bytes are forwarded unchanged."""
+
+    def __init__(self, request: Request, *, count: Callable[[str], int], kind: str) -> None:
+        super().__init__(request, count=count, kind=kind)
+        self._completed = 0  # how many images, or speech or transcript streams, have ended
+
+    def _new_ending(self, request: Request) -> Ending:
+        return MediaEnding()
+
+    def _see_object(self, chunk: JSON, event: Event) -> bytes:
+        """Record an event of a stream. Each choice has its own last event, with its own usage."""
+        self._see_error(chunk)
+        kind = chunk.get("type")
+        self.has_error = self.has_error or kind == "error"
+        if kind in _STREAM_ENDS:
+            self._completed += 1
+            self._add_usage(chunk)
+        self.is_at_end = self.is_over = self.is_over or self.has_error or self._completed >= self._choices
+        return event.raw
+
+    def _see_answer(self, answer: JSON) -> None:
+        self._add_usage(answer)
+
+    def _see_other_body(self, body: bytes) -> None:
+        # Audio and subtitles are not JSON. An endpoint that is charged by request (image variations) always has JSON.
+        if self._charge != "tokens_if_stated":
+            super()._see_other_body(body)
+
+    def _add_usage(self, answer: JSON) -> None:
+        """Add the usage that an answer states. An SVG image also states, in `svg_usage`, that of its text model."""
+        for name in ("usage", "svg_usage"):
+            tokens, before = read_tokens(answer.get(name)), self._reported
+            if tokens is not None and before is not None:
+                tokens = replace(tokens, input=before.input + tokens.input, output=before.output + tokens.output)
+            self._report(tokens)
+
+    def _usage_in_tokens(self) -> Usage:
+        """The reported tokens if there are any, else one request.
+
+        A stream that broke off has not reported what it cost. TOKENS_MAX then stands for the whole reservation,
+        because an estimate is never charged beyond it. An error generated nothing, but its input was read.
+        """
+        if self._reported is not None and self.is_at_end:
+            return Exactly(self._reported)
+        if self.has_error:
+            return AtLeast(Tokens(0, 0))
+        if self.is_at_end:
+            return Unspent(requests=1)
+        return AtLeast(Tokens(0, TOKENS_MAX))
+
+
+class MediaEnding(Ending):
+    """The ending of a stream that is never stopped at a limit, because its whole output is held before it begins."""
+
+    __slots__ = ()
+
+    def see(self, chunk: JSON) -> None:
+        """Record nothing: an event may have megabytes of an image."""
+
+    def at_limit(self, usage: Tokens, *, shows_usage: bool, newline: bytes = b"\n") -> bytes:
+        """Nothing."""
+        return b""

@@ -1,0 +1,216 @@
+"""Anthropic's API, /v1/messages: versions and betas, errors, usage, and the answers with their streams of events.
+
+    event: message_start         data: {"type":"message_start","message":{…,"usage":{"input_tokens":11,…}}}
+    event: content_block_start   data: {"type":"content_block_start","index":0,"content_block":{"type":"text",…}}
+    event: content_block_delta   data: {"type":"content_block_delta","index":0,"delta":{"text":"Hi",…}}
+    event: content_block_stop    data: {"type":"content_block_stop","index":0}
+    event: message_delta         data: {"type":"message_delta","delta":{"stop_reason":"end_turn"},"usage":{…}}
+    event: message_stop          data: {"type":"message_stop"}
+
+A stream always states its usage, so the proxy adds no option and removes nothing.
+
+An error is `{"type": "error", "error": {"type", "message", …}, "request_id"}`. Its type follows from the HTTP status.
+The members that the proxy adds (`code`, `param`, `reset_at`, …) are inside `error`, as in an OpenAI error. Sources:
+Anthropic's published API description and its SDK. Pure.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+from proxy.errors import ProxyError
+from proxy.formats.meter import JSON, Ending, Meter, write_events
+from proxy.formats.request import Request
+from proxy.formats.sse import Event
+from proxy.formats.usage import read_tokens
+from proxy.policy.amounts import Tokens
+
+_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+    529: "overloaded_error",
+}
+# The input is the sum of these three. At OpenAI the cached tokens are a part of the input; here they stand beside it.
+# Example: input_tokens 7, cache_creation_input_tokens 100 and cache_read_input_tokens 1000 are an input of 1107.
+_INPUT_PARTS = ("input_tokens", "cache_creation_input_tokens", "cache_read_input_tokens")
+
+# Used if a stream is stopped before any event of it passed. The id is not made to look real, because no message can
+# be found by it.
+_UNKNOWN_MESSAGE: JSON = {
+    "id": "msg_unknown",
+    "type": "message",
+    "role": "assistant",
+    "model": "",
+    "content": [],
+    "stop_reason": None,
+    "stop_sequence": None,
+}
+
+
+def error_body(error: ProxyError, request_id: str | None = None) -> dict[str, object]:
+    """The JSON body of an error in Anthropic's shape. Members without a value are left out.
+
+    An error event inside a stream has no `request_id`.
+    """
+    standard = {"type": type_of(error.status), "message": error.message}
+    added = {name: value for name, value in (("code", error.code), ("param", error.param)) if value is not None}
+    id_member = {} if request_id is None else {"request_id": request_id}
+    return {"type": "error", "error": {**standard, **added, **error.members}, **id_member}
+
+
+def error_event(error: ProxyError) -> bytes:
+    """An error inside a stream. The SDK raises if the event is named `error`, and reads its member `error`."""
+    return write_events([error_body(error)])
+
+
+def type_of(status: int) -> str:
+    """Anthropic's error type for an HTTP status."""
+    return _TYPES.get(status, "api_error" if status >= 500 else "invalid_request_error")
+
+
+def read_usage(usage: Mapping[str, object]) -> Tokens | None:
+    """The tokens in an Anthropic usage object; None if it makes no sense, by the rules of `read_tokens`."""
+    # Each part is read by `read_tokens` itself, so that "many" or -7 makes the whole object unreadable.
+    parts = [
+        read_tokens({"input_tokens": usage[name], "output_tokens": 0})
+        for name in _INPUT_PARTS
+        if usage.get(name) is not None
+    ]
+    counts = [part.input for part in parts if part is not None]
+    if len(counts) < len(parts):
+        return None
+    return read_tokens(
+        {
+            "input_tokens": sum(counts) if counts else None,
+            "output_tokens": usage.get("output_tokens"),
+            "input_tokens_details": {"cached_tokens": usage.get("cache_read_input_tokens")},
+            "output_tokens_details": {"reasoning_tokens": _thinking_tokens(usage)},
+        }
+    )
+
+
+def _thinking_tokens(usage: Mapping[str, object]) -> object:
+    details = usage.get("output_tokens_details")
+    return details.get("thinking_tokens") if isinstance(details, dict) else None
+
+
+class MessagesMeter(Meter):
+    """Measures a message. All bytes are forwarded unchanged."""
+
+    def __init__(self, request: Request, *, count: Callable[[str], int], kind: str) -> None:
+        super().__init__(request, count=count, kind=kind)
+        self._merged_usage: JSON = {}  # the usage, merged from the events
+
+    def _new_ending(self, request: Request) -> Ending:
+        return MessagesEnding()
+
+    def _see_answer(self, answer: JSON) -> object:
+        self._see_usage(answer.get("usage"))
+        return answer.get("content")
+
+    def _see_object(self, chunk: JSON, event: Event) -> bytes:
+        """Record an event of a message. `message_start` reports the input, each `message_delta` the total so far."""
+        kind = chunk.get("type")
+        self.has_error = self.has_error or kind == "error"
+        if kind == "message_start":
+            message = chunk.get("message")
+            self._see_usage(message.get("usage") if isinstance(message, dict) else None, is_early=True)
+        elif kind == "content_block_start":
+            self.is_at_end = False  # a block follows, so a `message_delta` before it was not the end
+            self._count_texts(chunk.get("content_block"))
+        elif kind == "content_block_delta":
+            self.is_at_end = False
+            self._count_texts(chunk.get("delta"))
+        elif kind == "message_delta":
+            self._see_usage(chunk.get("usage"))
+            self.is_at_end = True
+        elif kind in ("message_stop", "error"):
+            self.is_at_end = self.is_over = True
+        return event.raw
+
+    def _see_usage(self, usage: object, *, is_early: bool = False) -> None:
+        """Merge a usage of a message: members that the last one lacks keep the value of an earlier one. Example:
+
+        message_start  {"input_tokens": 4, "cache_read_input_tokens": 5, "output_tokens": 1}   input 9
+        message_delta  {"output_tokens": 9}                                                    input 9, output 9
+        """
+        if not isinstance(usage, dict):
+            return
+        self._merged_usage |= {name: value for name, value in usage.items() if value is not None}
+        tokens = read_usage(self._merged_usage)
+        # No message has an empty input. A server that reports 0 at the beginning counts the input at the end.
+        if tokens is not None and (tokens.input or not is_early):
+            # The early output is a guess at the first tokens. They are counted when they come, so it is left out.
+            self._report(replace(tokens, output=0, reasoning=0) if is_early else tokens)
+            self._is_partial = is_early
+
+
+class MessagesEnding(Ending):
+    """Watches the events of a message, and can write its end.
+
+    These are the events that the upstream sends if `max_tokens` ends an answer: the open block is closed,
+    `message_delta` states `stop_reason: "max_tokens"` and the usage, and `message_stop` is the last event.
+    """
+
+    __slots__ = ("_has_begun", "_open", "_usage")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._has_begun = False
+        self._open: int | None = None  # the index of the open content block
+        self._usage: JSON = {}  # the usage that `message_start` stated
+
+    def see(self, chunk: JSON) -> None:
+        """Record one event that passed."""
+        kind, index = chunk.get("type"), chunk.get("index")
+        if kind == "message_start":
+            message = chunk.get("message")
+            usage = message.get("usage") if isinstance(message, dict) else None
+            self._has_begun, self._usage = True, usage if isinstance(usage, dict) else {}
+        elif kind == "content_block_start":
+            self._open = index if isinstance(index, int) else None
+        elif kind == "content_block_stop":
+            self._open = None
+        elif kind == "message_delta":
+            # A `message_delta` without a stop reason only states the usage so far.
+            delta = chunk.get("delta")
+            self.has_finished = isinstance(delta, dict) and delta.get("stop_reason") is not None
+        elif kind in ("message_stop", "error"):
+            self.has_finished = True
+
+    def at_limit(self, usage: Tokens, *, shows_usage: bool, newline: bytes = b"\n") -> bytes:
+        """The bytes that end the message here; empty after an error or the upstream's own end.
+
+        They always state the usage.
+        """
+        return write_events(self._missing_events(usage), newline)
+
+    def _missing_events(self, usage: Tokens) -> list[JSON]:
+        if self.has_finished:
+            return []
+        final_usage = {**self._usage, "output_tokens": usage.output} if self._usage else _message_usage(usage)
+        start: JSON = {  # SDKs accept no event of a message before this one
+            "type": "message_start",
+            "message": {**_UNKNOWN_MESSAGE, "usage": {**_message_usage(usage), "output_tokens": 0}},
+        }
+        delta: JSON = {"stop_reason": "max_tokens", "stop_sequence": None}
+        return [
+            *([] if self._has_begun else [start]),
+            *([] if self._open is None else [{"type": "content_block_stop", "index": self._open}]),
+            {"type": "message_delta", "delta": delta, "usage": final_usage},
+            {"type": "message_stop"},
+        ]
+
+
+def _message_usage(usage: Tokens) -> JSON:
+    # Anthropic's input_tokens do not include the cached ones: an input of 11 with 3 from the cache is 8 and 3.
+    return {
+        "input_tokens": usage.input - usage.cached,
+        "cache_creation_input_tokens": 0,
+        "cache_read_input_tokens": usage.cached,
+        "output_tokens": usage.output,
+    }

@@ -1,0 +1,45 @@
+"""The surfaces: for each format of answers its meter, the event that states an error inside a stream, and the body of
+an error.
+
+A new format of streams is one module with a meter, an ending and an error event, and one row here. Pure.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from proxy.errors import ProxyError
+from proxy.formats import chat, messages, responses
+from proxy.formats.chat import ChatMeter
+from proxy.formats.endpoints import Endpoint, SurfaceName
+from proxy.formats.media import MediaMeter
+from proxy.formats.messages import MessagesMeter
+from proxy.formats.meter import Meter
+from proxy.formats.request import Request
+from proxy.formats.responses import ResponsesMeter
+
+
+@dataclass(frozen=True, slots=True)
+class Surface:
+    """One format of answers. The meter makes the ending of its streams itself."""
+
+    meter: type[Meter]
+    error_event: Callable[[ProxyError], bytes]
+    error_body: Callable[[ProxyError], Mapping[str, object]] = ProxyError.body
+
+
+SURFACES: dict[SurfaceName, Surface] = {
+    "chat": Surface(ChatMeter, chat.error_event),
+    "responses": Surface(ResponsesMeter, responses.error_event),
+    "messages": Surface(MessagesMeter, messages.error_event, messages.error_body),
+    "media": Surface(MediaMeter, chat.error_event),
+}
+
+
+def meter_of(request: Request, *, count: Callable[[str], int], kind: str = "openai") -> Meter:
+    """A new meter for the answer to this request; see `Meter` for `count` and `kind`."""
+    return SURFACES[request.endpoint.surface].meter(request, count=count, kind=kind)
+
+
+def error_event(endpoint: Endpoint, error: ProxyError) -> bytes:
+    """An error inside a stream of this endpoint, in the form at which the SDKs raise an exception."""
+    return SURFACES[endpoint.surface].error_event(error)

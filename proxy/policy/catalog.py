@@ -1,0 +1,133 @@
+"""The upstreams, the models that they serve, and what requests may use there.
+
+Quotas do not depend on it: they match the name of a model that a client asks for, whether the catalog has it or not.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+OnDisconnect = Literal["drain", "stop"]
+
+
+class Secret:
+    """A string whose `repr` hides it from logs, tracebacks and dumps. Only `reveal()` returns it."""
+
+    __slots__ = ("_value",)
+
+    def __init__(self, value: str) -> None:
+        self._value = value
+
+    def reveal(self) -> str:
+        """The string itself, for the code that sends it."""
+        return self._value
+
+    def __repr__(self) -> str:
+        return "Secret(…)"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Secret) and self._value == other._value
+
+    def __hash__(self) -> int:
+        return hash(self._value)
+
+
+@dataclass(frozen=True, slots=True)
+class Allow:
+    """Features that requests may use although they cost, or reach, more than quotas can count.
+
+    - `tools`: types of tools that the upstream runs itself.
+    - `service_tiers`: values of `service_tier` beside the usual ones.
+    - `betas`: Anthropic's betas that users may ask for.
+    - `store`: whether the upstream may keep answers.
+    """
+
+    tools: frozenset[str] = frozenset()
+    service_tiers: frozenset[str] = frozenset()
+    betas: frozenset[str] = frozenset()
+    store: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Upstream:
+    """A server that calls are forwarded to.
+
+    `base_url` includes `/v1` and does not end with a slash. `api_version` is Azure's, for calls that name none.
+    `kind` is plain text here: `config` checks that it names one of the kinds in `formats.kinds`.
+    """
+
+    name: str
+    base_url: str
+    api_key: Secret | None
+    kind: str = "openai"
+    on_disconnect: OnDisconnect = "drain"
+    api_version: str | None = None
+    allow: Allow = Allow()
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A model as clients name it, where it is served, and what is known about it (in tokens).
+
+    - `reasoning`: whether it generates reasoning tokens that its answer does not show. None: its name decides.
+    - `smallest_answer`: the shortest answer that is worth starting. None: 1,024.
+    - `allow`: what its requests may use. None: what its upstream allows.
+    - `others`: the same model at other upstreams. Calls are distributed over those that are available in proportion
+      to `weight`. One with weight 0 gets a call only if no other takes it.
+    """
+
+    name: str
+    upstream: Upstream
+    upstream_model: str
+    max_output_tokens: int | None = None
+    context: int | None = None
+    encoding: str | None = None
+    reasoning: bool | None = None
+    smallest_answer: int | None = None
+    weight: int = 1
+    others: tuple["Model", ...] = ()
+    allow: Allow | None = None
+
+    @property
+    def targets(self) -> tuple["Model", ...]:
+        """The model at each upstream that serves it, in the order of the file."""
+        return (self, *self.others)
+
+    @property
+    def allows(self) -> Allow:
+        """What its requests may use there: its own `allow` as a whole if it has one, else that of its upstream."""
+        return self.upstream.allow if self.allow is None else self.allow
+
+    def named(self, name: str) -> "Model":
+        """This model under another name, at the same upstreams: what the entry "*" gives for an unlisted name."""
+        others = tuple(other.named(name) for other in self.others)
+        return Model(name, self.upstream, name, weight=self.weight, others=others)
+
+
+@dataclass(frozen=True, slots=True)
+class Catalog:
+    """All upstreams and models.
+
+    `models` is a closed list, unless it is None (any name goes to `default_upstream`) or has an entry "*".
+    """
+
+    upstreams: Mapping[str, Upstream]
+    models: Mapping[str, Model] | None = None
+    default_upstream: Upstream | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the listed models, in the order of the file."""
+        return tuple(name for name in self.models or {} if name != "*")
+
+    def model(self, name: str) -> Model | None:
+        """The model that a client means by `name`; None if the list is closed and does not contain it."""
+        listed = (self.models or {}).get(name)
+        if listed is not None and name != "*":
+            return listed
+        # A client may ask for a model that is called "*". It gets what any unlisted name gets, not the entry itself.
+        anything = (self.models or {}).get("*")
+        if anything is not None:
+            return anything.named(name)
+        upstream = self.default_upstream if self.models is None else None
+        return Model(name, upstream, name) if upstream else None

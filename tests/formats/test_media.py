@@ -1,0 +1,95 @@
+"""Images, speech and transcripts: what their answers are charged. They are never stopped at a limit.
+
+Sources: docs/wire.md, section 2.3 (usage in streams).
+"""
+
+import json
+
+import pytest
+
+from proxy.formats.endpoints import (
+    IMAGES,
+    SPEECH,
+    Endpoint,
+)
+from proxy.policy.amounts import TOKENS_MAX, AtLeast, Exactly, Tokens, Unspent
+from tests.formats.streams import (
+    DONE,
+    RESPONSE_USAGE,
+    USED,
+    new,
+    request,
+    usage_of,
+    watch,
+    whole,
+)
+
+
+def media_stream(*documents: dict) -> bytes:
+    """A stream of these events."""
+    return b"".join(b"data: " + json.dumps(each).encode() + b"\n\n" for each in documents)
+
+
+@pytest.mark.parametrize("endpoint", [IMAGES, SPEECH])
+def test_images_and_audio_are_charged_the_tokens_that_they_report(endpoint: Endpoint) -> None:
+    """Without a report the answer counts as one request, whether it is JSON or audio. An error costs its input."""
+    assert whole({"usage": RESPONSE_USAGE}, endpoint).usage() == Exactly(Tokens(11, 5))
+    assert whole({"data": []}, endpoint).usage() == Unspent(requests=1)
+    assert whole({"usage": {"type": "duration", "seconds": 7}}, endpoint).usage() == Unspent(requests=1)
+    sound = whole(b"ID3\xff", endpoint)
+    assert (sound.usage(), sound.has_error, sound.uncounted_texts) == (Unspent(requests=1), False, [])
+    assert whole({"error": {"message": "no"}}, endpoint).usage() == AtLeast(Tokens(0, 0))
+
+
+def test_the_separate_usage_of_an_svg_image_is_added() -> None:
+    """Both usages are billed."""
+    drawing = {
+        "usage": RESPONSE_USAGE,
+        "svg_usage": {"model": "m", "input_tokens": 100, "output_tokens": 50, "total_tokens": 150},
+    }
+    assert whole(drawing, IMAGES).usage() == Exactly(Tokens(111, 55))
+    assert whole({"svg_usage": RESPONSE_USAGE}, IMAGES).usage() == Exactly(Tokens(11, 5))
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "step", "end"),
+    [
+        (IMAGES, "image_generation.partial_image", "image_generation.completed"),
+        (SPEECH, "speech.audio.delta", "speech.audio.done"),
+    ],
+)
+def test_a_stream_of_images_or_audio_reports_its_usage_at_its_end(endpoint: Endpoint, step: str, end: str) -> None:
+    """Every event is forwarded unchanged. If the stream breaks off before its end, the whole hold is charged."""
+    of = request(endpoint)
+    begun = media_stream({"type": step, "b64_json": "AAAA"})
+    done = media_stream({"type": end, "usage": RESPONSE_USAGE})
+    meter, shown = watch(begun, of)
+    assert (shown, meter.output_seen, meter.is_over) == (begun, 0, False)
+    assert meter.usage() == AtLeast(Tokens(0, TOKENS_MAX))
+    meter, shown = watch(begun + done, of)
+    assert (shown, meter.output_seen, meter.is_at_end, meter.is_over) == (begun + done, 0, True, True)
+    assert meter.usage() == Exactly(Tokens(11, 5))
+    assert usage_of(begun + media_stream({"type": end}), of) == Unspent(requests=1)
+    assert usage_of(begun + DONE, of) == Unspent(requests=1)
+
+
+def test_the_usages_of_several_images_in_a_stream_add_up() -> None:
+    """A stream that ends after the first image has not reported the second, so the whole hold is charged."""
+    first = media_stream({"type": "image_generation.completed", "usage": RESPONSE_USAGE})
+    assert usage_of(first + first, request(IMAGES, n=2)) == Exactly(Tokens(22, 10))
+    assert usage_of(first, request(IMAGES, n=2)) == AtLeast(Tokens(0, TOKENS_MAX))
+
+
+@pytest.mark.parametrize("error", [{"type": "error", "message": "no"}, {"error": {"message": "no"}}])
+def test_a_stream_of_images_with_an_error_has_no_output(error: dict) -> None:
+    """Only its input is charged, which the caller adds."""
+    meter, _ = watch(media_stream(error), request(IMAGES))
+    assert (meter.is_over, meter.has_error, meter.usage()) == (True, True, AtLeast(Tokens(0, 0)))
+
+
+def test_a_stream_of_images_is_never_stopped() -> None:
+    """Its whole output is held before it begins, so its ending writes nothing and keeps no event."""
+    ending = new(request(IMAGES)).ending
+    ending.see({"type": "image_generation.partial_image", "b64_json": "AAAA"})
+    assert ending.at_limit(USED, shows_usage=True) == b""
+    assert not ending.has_finished
