@@ -12,8 +12,11 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from zoneinfo import ZoneInfo
 
+import pytest
+
 from proxy.ledger.book import Extend, Reserve
 from proxy.ledger.entry import CallLabels
+from proxy.policy import amounts
 from proxy.policy.amounts import TOKENS_MAX, Amount, Exactly, Measure, Tokens
 from proxy.policy.policy import Group, Policy
 from proxy.policy.quota import (
@@ -88,6 +91,16 @@ def binding(
 def _group_of(quotas: Iterable[Quota]) -> GroupQuotas:
     listed = tuple(quotas)
     return GroupQuotas(listed[0].group, listed)
+
+
+def make_requests_concurrent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let requests be a concurrent quantity, as calls at once would be: held while a call is in flight.
+
+    No quantity of this release is concurrent, so there is no other way to test how the rules treat one. Build the
+    quotas after it.
+    """
+    monkeypatch.setattr(amounts, "CONCURRENT", frozenset({"requests"}))
+    monkeypatch.setattr(Measure.REQUESTS, "is_concurrent", True)
 
 
 def amount(given: Amount | int) -> Amount:

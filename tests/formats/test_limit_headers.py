@@ -19,6 +19,7 @@ from tests.builders import (
     call,
     counters,
     group_quotas,
+    make_requests_concurrent,
     quota,
 )
 from tests.formats.test_refusal import AFTERNOON, DAILY
@@ -236,6 +237,17 @@ def test_the_headers_follow_the_grammar_of_the_draft(who, data, now):
         assert 0 <= level["r"] <= policy["q"]
         assert policy["w"] > 0
         assert now <= status.counter.window.resets_at <= now + 1000 * level["t"]
+
+
+def test_limits_on_concurrent_measures_are_in_no_header(monkeypatch):
+    """No reset changes what remains of them, so a client would wait for the wrong instant."""
+    make_requests_concurrent(monkeypatch)
+    both, alone = quota("staff/both", tokens=1000, requests=1), quota("staff/alone", requests=1)
+    who = binding([both, alone])
+    headers = headers_of(who, counters(who, held={"staff/both": 100, "staff/alone": 100}))
+    assert not [name for name in headers if name.endswith("-requests")]
+    assert headers["ratelimit"] == '"staff/both";r=900;t=43200'
+    assert headers_of(binding([alone]), {}) == {}
 
 
 def test_the_three_tightest_quotas_are_listed_tightest_first():

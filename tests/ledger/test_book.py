@@ -39,6 +39,7 @@ from tests.builders import (
     extend,
     group_quotas,
     instant,
+    make_requests_concurrent,
     quota,
     reserve,
 )
@@ -418,6 +419,26 @@ def test_a_settle_after_an_expire_does_not_change_the_next_window(each):
     ledger.now += DAY
     ledger.apply(reserve("2", who, call(30)), SETTLE)
     assert ledger.levels(each) == (NOTHING, Amount(30, 0, 1))
+
+
+@pytest.mark.parametrize("end", [RELEASE, SETTLE, EXPIRE], ids=["release", "settle", "expire"])
+@pytest.mark.parametrize("per", ["day", "6h"])
+def test_a_concurrent_quantity_is_held_until_the_call_ends_in_whichever_window(per, end, monkeypatch):
+    """With a limit of two calls at once, a call of the window before takes one of the two places."""
+    make_requests_concurrent(monkeypatch)
+    each = quota("staff/calls", requests=2, per=per)
+    who = binding([each])
+    ledger = InMemoryLedger(who)
+    ledger.apply(reserve("1", who, CALL))
+    ledger.now += DAY
+    [_, refused] = ledger.apply(reserve("2", who, call(30)), reserve("3", who, call(40)))
+    assert isinstance(refused, Refused)
+    assert refused.decision.verdict is Verdict.BUSY
+    assert ledger.levels(each) == (NOTHING, Amount(30, 0, 2))
+    [ended, admitted] = ledger.apply(end, reserve("3", who, call(40)))
+    assert ended.freed == {each.key_for("ann")}
+    assert isinstance(admitted, Accepted)
+    assert ledger.levels(each) == (NOTHING, Amount(70, 0, 2))
 
 
 def test_a_settle_is_charged_to_a_window_that_has_ended_if_no_other_has_opened():
@@ -886,6 +907,19 @@ def test_a_quota_that_is_freed_in_the_next_window_is_freed_in_the_first_too():
     assert {quota_id for quota_id, _, _ in held_by(ledger)} == {DAILY.id}
     assert ledger.levels(LAB) == (NOTHING, Amount(1, 99, 1))
     assert ledger.levels(DAILY) == (NOTHING, Amount(1, 501, 1))
+
+
+def test_a_quota_that_is_freed_in_the_next_window_is_freed_of_concurrent_quantities_too(monkeypatch):
+    """The place that the call took of the window before becomes free; its place in the other quota does not."""
+    make_requests_concurrent(monkeypatch)
+    ledger = InMemoryLedger(ANN_OF_TWO)
+    ledger.apply(reserve("1", ANN_OF_TWO, STREAM))
+    ledger.now = NOON + DAY
+    ledger.apply(reserve("2", ANN_OF_TWO, call(1, 99)))
+    assert ledger.levels(LAB) == (NOTHING, Amount(1, 99, 2))
+    ledger.apply(extend("1", ANN_OF_TWO, 500), extend("1", ANN_OF_TWO, 502))
+    assert ledger.levels(LAB) == (NOTHING, Amount(1, 99, 1))
+    assert ledger.levels(DAILY) == (NOTHING, Amount(1, 501, 2))
 
 
 def test_an_extend_holds_more_of_a_shared_quota():

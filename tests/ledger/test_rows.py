@@ -1,11 +1,12 @@
 """Counters and entries become rows and are read back equal. No database is needed for this."""
 
+import orjson
 import pytest
 
 from proxy.ledger.book import Book, Expire, Operation, Release, Settle
 from proxy.ledger.rows import CHANGING, Changes, changes_of, counters_of, entry_of, keys_of
 from proxy.ledger.schema import calls
-from proxy.policy.amounts import AtLeast, Exactly, Tokens, Unspent
+from proxy.policy.amounts import Amount, AtLeast, Exactly, Tokens, Unspent
 from tests.builders import DAY, NOON, binding, call, extend, quota, reserve
 
 DAILY = quota("staff/daily", tokens=1000)
@@ -44,6 +45,20 @@ def test_new_rows_are_read_as_they_were_written(end):
     assert [entry_of(row) for row in rows.opened] == [whole.entries["1"]]
     assert counters_of(rows.counters) == whole.counters
     assert rows.changed == []
+
+
+@pytest.mark.parametrize(
+    ("stored", "amount"),
+    [([100, 10, 1], Amount(100, 10, 1)), ([100, 10], Amount(100, 10)), ([100, 10, 1, 7], Amount(100, 10, 1))],
+    ids=["this release", "a release with fewer quantities", "a release with more"],
+)
+def test_held_amounts_of_other_releases_are_read(stored, amount):
+    """Missing quantities are 0, and quantities that this release does not count are ignored."""
+    [opened] = changes_of(book_after(RESERVED), known=[]).opened
+    row = dict(zip(COLUMNS, opened, strict=True))
+    lines = [[key, at, stored] for key, at, _ in orjson.loads(row["lines"])]
+    entry = entry_of([*{**row, "lines": orjson.dumps(lines).decode()}.values()])
+    assert [held.amount for held in entry.held_amounts] == [amount] * len(lines)
 
 
 @pytest.mark.parametrize("end", ENDS, ids=lambda end: getattr(end, "outcome", "lost"))

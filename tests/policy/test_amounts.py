@@ -4,12 +4,52 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.policy.amounts import NOTHING, TOKENS_MAX, Amount, AtLeast, Exactly, Measure, Tokens, Unspent, charge_of
+from proxy.policy.amounts import (
+    NOTHING,
+    QUANTITIES,
+    TOKENS_MAX,
+    Amount,
+    AtLeast,
+    Exactly,
+    Measure,
+    Tokens,
+    Unspent,
+    call_amount,
+    charge_of,
+)
+from tests.builders import make_requests_concurrent
 
 counts = st.integers(0, TOKENS_MAX)
 amounts = st.builds(Amount, counts, counts, counts)
 
-# ------------------------------------------------------------------------------------------------------------ amounts
+# ----------------------------------------------------------------------------------------------- measures and amounts
+
+
+def test_the_table_says_of_each_measure_what_the_rules_ask():
+    """The order is that of `/v1/quota`, the names are the keys of quotas.yaml."""
+    assert [(str(each), each.unit, each.family) for each in Measure] == [
+        ("tokens", "tokens", "tokens"),
+        ("input_tokens", "input tokens", "tokens"),
+        ("output_tokens", "output tokens", "tokens"),
+        ("requests", "requests", "requests"),
+    ]
+    assert [each for each in Measure if each.counts_input] == ["tokens", "input_tokens"]
+    assert [each for each in Measure if each.counts_output] == ["tokens", "output_tokens"]
+    assert [each for each in Measure if each.counts_only_output] == ["output_tokens"]
+    assert [each for each in Measure if each.is_concurrent] == []
+
+
+def test_a_call_holds_its_tokens_and_one_request():
+    """The position of each quantity is that of its columns in the database."""
+    assert tuple(call_amount(11, 5)) == (11, 5, 1)
+    assert QUANTITIES == ("input", "output", "requests")
+
+
+def test_the_concurrent_part_of_an_amount_has_only_concurrent_quantities(monkeypatch):
+    """All quantities of this release are consumed, so there it is nothing."""
+    assert Amount(11, 5, 1).concurrent_part() == NOTHING
+    make_requests_concurrent(monkeypatch)
+    assert Amount(11, 5, 1).concurrent_part() == Amount(requests=1)
 
 
 def test_each_measure_is_compared_with_its_own_number():

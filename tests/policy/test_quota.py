@@ -10,7 +10,18 @@ import pytest
 from proxy.policy.amounts import Amount, Measure
 from proxy.policy.quota import Counter, Globs, Limit, counter_at
 from proxy.policy.windows import Window
-from tests.builders import DAY, HOUR, MINUTE, NOON, binding, call, group_quotas, instant, quota
+from tests.builders import (
+    DAY,
+    HOUR,
+    MINUTE,
+    NOON,
+    binding,
+    call,
+    group_quotas,
+    instant,
+    make_requests_concurrent,
+    quota,
+)
 
 SIX_OCLOCK = instant("2026-11-24 18:00")
 MIDNIGHT = instant("2026-11-25 00:00")
@@ -210,6 +221,24 @@ SOME = Amount(1, 0, 1)
 def test_the_window_of_a_counter_is_computed_from_the_clock(each, counter, now, expected):
     """On every access, so no reset job is needed."""
     assert counter_at(now, each, counter) == expected
+
+
+@pytest.mark.parametrize(
+    ("per", "now", "window"),
+    [
+        pytest.param("day", NOON, None, id="the same window"),
+        pytest.param("day", MIDNIGHT, Window(MIDNIGHT, MIDNIGHT + DAY), id="the next day"),
+        pytest.param("6h", SIX_OCLOCK, Window(SIX_OCLOCK, SIX_OCLOCK + 6 * HOUR), id="the next duration"),
+    ],
+)
+def test_a_new_window_begins_with_what_calls_in_flight_hold_of_concurrent_quantities(per, now, window, monkeypatch):
+    """All else begins at 0. A window that has only such a hold has not been opened by a call."""
+    make_requests_concurrent(monkeypatch)
+    each = quota("staff/calls", requests=2, per=per)
+    counter = Counter(each.per.opening(NOON), Amount(50, 50), Amount(100, 400, 1))
+    later = counter_at(now, each, counter)
+    assert later == (counter if window is None else Counter(window, held=Amount(requests=1)))
+    assert later.is_open is (window is None)
 
 
 # ----------------------------------------------------------------------------------------------- overdraft and demand
