@@ -77,6 +77,8 @@ counters = Table(
     Column("quota_id", Text, primary_key=True),
     Column("opened_at", BigInteger, nullable=False),
     Column("resets_at", BigInteger, nullable=False),
+    # A later quantity needs server_default="0" here and in its migration, because the release before inserts counters
+    # without its columns.
     *(
         Column(f"{side}_{quantity}", BigInteger, nullable=False)
         for side in ("used", "held")
