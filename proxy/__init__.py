@@ -17,15 +17,17 @@ The packages, from the lowest to the highest:
 
     server      builds the parts of one process, starts them and stops them in order
     workers     several such processes behind one port
-    cli         the commands; `demo` is the one that needs no configuration
+    demo        a proxy and a simulated upstream with random keys
+    cli         the commands
 
     simulator   a fake upstream for the demo, the tests and the benchmarks
-    torture     a load test with disconnects and crashes that compares what was counted with what was allowed
+    torture     a load test with disconnects and crashes: compares, call by call, what was generated, received and
+                charged
 
     errors, logs, tasks, metrics    modules that every package may use
 
-A package or module imports only from those above it, and from the four in the last line. Only the commands `demo` and
-`torture` use the simulator and `torture`. Importing any of it has no side effects.
+A package or module imports only from packages that are listed before it, and from the four in the last line. Only the
+commands `demo` and `torture` use the simulator and `torture`. Importing any of it has no side effects.
 
 Begin with the docstring of the package that you need: it says what the package promises, what it never does, and
 which module to read first. To follow one call, begin with `web.routes`.

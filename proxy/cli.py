@@ -1,6 +1,6 @@
 """The commands.
 
-Exit codes: 0 for success, 1 if the answer is no (`check` found mistakes), 2 if the command, the config or the
+Exit codes: 0 for success, 1 if a check failed (`check` found mistakes), 2 if the command, the config or the
 environment is wrong.
 """
 

@@ -44,10 +44,10 @@ _LINE_BYTES = 65_536
 # The messages on the control socket. They must not change: in a restart an old parent starts workers of a new
 # release.
 _SERVES, _RETIRE = b"serves\n", b"leave\n"
-# For so long a retired worker still answers on its connections, and tells each client to open a new one. Clients that
+# How long a retired worker still answers on its connections, and tells each client to open a new one. Clients that
 # were about to send on an idle connection get their answer.
 _LINGER_S = 2.0
-# Then its calls may run for so long. There is no hurry, because other workers serve already.
+# How long its calls may run after that. There is no hurry, because other workers serve already.
 _RETIRED_CALLS_S = 600.0
 # A stopping worker is killed if it takes this much longer than its calls may take.
 _KILL_AFTER_S = 15.0
@@ -282,8 +282,7 @@ class Parent:
         if self._inherited.lock is not None:
             os.close(self._inherited.lock)
 
-    # -------------------------------------------------------------------------------------------------- start and
-    # replace
+    # ---------------------------------------------------------------------------------------------- start and replace
 
     async def _start(self, count: int) -> list[_Worker]:
         """Start `count` workers and return them when all of them serve.
@@ -301,7 +300,7 @@ class Parent:
         else:
             reason = "see its log above"
             if all(worker.serves for worker in new):
-                # A worker charges the calls of the dead owners that it is told of before it serves.
+                # A worker charges the calls of the dead owners in `inherited.dead` before it serves.
                 self._dead_owners -= {owner for worker in new for owner in worker.inherited.dead}
                 return new
         watchers = [self._running[worker] for worker in new if worker in self._running]
@@ -393,8 +392,7 @@ class Parent:
         self._failure = error
         self._stop.set()
 
-    # --------------------------------------------------------------------------------------------------------
-    # reload, restart
+    # ------------------------------------------------------------------------------------------------ reload, restart
 
     def _reload(self) -> None:
         for worker in self._running:

@@ -65,7 +65,7 @@ NAMED_ONLY_IN: dict[str, tuple[tuple[str, ...], str]] = {
     "aiohttp.web": (SERVER, "HTTP stays in web; pass plain values to other packages"),
     "aiohttp.hdrs": ((*SERVER, "upstreams.client"), "HTTP stays in web; pass plain values to other packages"),
     "yaml": (("config.document",), "ask config.document, which keeps the line of every value"),
-    "prometheus_client": (("metrics",), "every metric stands in metrics.py"),
+    "prometheus_client": (("metrics",), "every metric is defined in metrics.py"),
     "click": (("cli", "torture.cli"), "return the text; the commands print it"),
     "tiktoken": (("calls.tokenizer",), "counting stays in calls.tokenizer"),
     "time.time": CLOCK,
@@ -192,7 +192,8 @@ def impure_modules() -> Iterator[tuple[str, str]]:
             if name.partition(".")[0] in NOT_IN_PURE:
                 yield (
                     f"{module}: {name}",
-                    f"proxy.{module}:{line} imports {name}, but it is pure: decide here, act above",
+                    f"proxy.{module}:{line} imports {name}, but it is pure: "
+                    "return a value here and do the I/O in a higher package",
                 )
         for node in ast.walk(tree(module)):
             if isinstance(node, ast.AsyncFunctionDef | ast.Await | ast.AsyncFor | ast.AsyncWith) and not _is_protocol(
@@ -200,12 +201,13 @@ def impure_modules() -> Iterator[tuple[str, str]]:
             ):
                 yield (
                     f"{module}: async",
-                    f"proxy.{module}:{node.lineno} awaits, but it is pure: decide here, act above",
+                    f"proxy.{module}:{node.lineno} awaits, but it is pure: "
+                    "return a value here and do the I/O in a higher package",
                 )
 
 
 def _is_protocol(module: str, node: ast.AST) -> bool:
-    """Whether a node stands in a Protocol, which only describes what others do."""
+    """Whether a node is inside a Protocol, which only describes what others do."""
     protocols = [
         each
         for each in ast.walk(tree(module))

@@ -14,7 +14,8 @@ A call that may have run is never sent again:
     2xx                                            the answer, even if its body breaks off later
 
 An example with two upstreams: `box` answers 503, so the call goes to `openai` at once. If `openai` cannot be reached
-either, the client gets the 503 of `box`, because an answer says more than its absence.
+either, the client gets the 503 of `box`, because an error answer is more informative than a failed
+connection.
 """
 
 import asyncio

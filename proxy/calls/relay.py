@@ -1,10 +1,11 @@
 """The path of one call: reserve, send, forward the answer, settle.
 
 `Relay.carry` is the whole path in one function. It runs in a task of its own, not in the task of the HTTP request, so
-a client that disconnects cannot stop it half way.
+a client that disconnects cannot interrupt it.
 
-The end of an answer is sent only when its charge is committed, or after `reservation.COMMIT_WAIT_S`. So a client that
-has a complete answer has been charged for it, even if the proxy is killed in the next moment.
+The end of an answer is sent only when its charge is committed, or after `reservation.COMMIT_WAIT_S`. So unless the
+database is slower than that, a client that has a complete answer has been charged for it, even if the proxy is killed
+in the next moment.
 """
 
 import asyncio
@@ -125,7 +126,7 @@ class Relay:
             )
 
     async def _admit(self, call: Call, candidates: Candidates) -> Accepted | Refused:
-        """Ask the ledger, and if only calls in flight stand in the way, wait for them. Raises ClientLeft.
+        """Ask the ledger, and if only calls in flight prevent it, wait for them. Raises ClientLeft.
 
         Nothing is sent and nothing is held while the call waits, so a disconnect simply cancels it.
         """
@@ -170,7 +171,7 @@ class Relay:
             with client.heartbeat(lambda: stream.is_between_events):
                 async for chunk in answer.chunks():
                     await client.write(stream.feed(chunk, covered=reservation.covered))
-                    while stream.is_held_up:
+                    while stream.is_waiting_for_hold:
                         if not await reservation.grow(
                             self._queue, wait_s=call.extend_wait_s, is_disconnected=lambda: client.is_disconnected
                         ):

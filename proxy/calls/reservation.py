@@ -30,10 +30,11 @@ from proxy.policy.catalog import Model
 from proxy.policy.quota import Binding, Counter, CounterKey
 
 # How long the end of an answer waits for the commit of its charge. The end is held back so that a client that has the
-# whole answer is always charged for it, even if the proxy is killed in the next moment. A commit takes a few
-# milliseconds. If the database takes longer than 2 s, the end goes out all the same, because the client has waited
-# enough and nothing is lost: the charge stays queued until it succeeds, and if the proxy crashes first, the
-# reservation, which is already committed, is charged in full. Requests to extend a hold have the same limit.
+# whole answer has been charged for it, even if the proxy is killed in the next moment, unless the database is slower
+# than that. A commit takes a few milliseconds. If the database takes longer than 2 s, the end goes out all the same,
+# because the client has waited enough and nothing is lost: the charge stays queued until it succeeds, and if the
+# proxy crashes first, the reservation, which is already committed, is charged in full. Requests to extend a hold have
+# the same limit.
 COMMIT_WAIT_S = 2.0
 # How many tokens a hold grows by. At 100 tokens a second that is one commit (2 ms) every ten seconds. A smaller step
 # costs more commits, a larger one holds more than the answer may need.
@@ -96,7 +97,7 @@ class Reservation:
     ) -> bool:
         """Hold the output that the meter has seen, and HOLD_STEP more. False if there is no room for what was seen.
 
-        If only calls in flight stand in the way, it waits for them for up to `wait_s` seconds or until
+        If only calls in flight prevent it, it waits for them for up to `wait_s` seconds or until
         `is_disconnected()`; what it got meanwhile is kept.
 
         While the ledger cannot be written, a running answer goes on: its usage is charged at its end. This no longer
@@ -204,8 +205,8 @@ class Reservation:
             rejected                             one request and no tokens
             upstream_failed                      nothing
 
-        `charges_full_hold` is for a call of which what passed says nothing about its cost: if it was sent, all
-        that is held is charged. Returns when the end is committed, or after COMMIT_WAIT_S. Only the first end counts.
+        `charges_full_hold` is for a call whose cost cannot be derived from what passed: if it was sent, all that
+        is held is charged. Returns when the end is committed, or after COMMIT_WAIT_S. Only the first end counts.
         """
         if self.outcome is None:
             await self.settle(await self._charge_for(outcome, charges_full_hold), outcome)

@@ -230,7 +230,7 @@ def _is_used_up_before(tight: Quota, loose: Quota) -> bool:
         and tight.shared == loose.shared
         and set(tight.models.texts) in ({"*"}, set(loose.models.texts))
         and _windows_contain(tight, loose)
-        # Of a measure that tight does not limit, there may be any amount.
+        # A measure that `tight` does not limit can have any amount.
         and all(maxima.get(limit.measure, limit.maximum + 1) <= limit.maximum for limit in loose.limits)
     )
 

@@ -287,7 +287,7 @@ class Model(Section):
             raise ValueError("max_output_tokens is larger than context; write a smaller max_output_tokens")
         if self.upstreams and (self.upstream or self.model):
             raise ValueError(
-                "upstreams can't stand beside upstream or model; write those in the entries of upstreams"
+                "upstreams can't be combined with upstream or model; write those in the entries of upstreams"
             )
         targets = self.upstreams or ()
         if len({(target.upstream, target.model) for target in targets}) < len(targets):

@@ -2,10 +2,11 @@
 
 A request is parsed and checked (`request`, `body`, `restrictions`), and what it may use at most is estimated from
 what the model reads of it (`content`, `images`, `estimate`). Its answer is metered event by event, and a stream that
-reaches a limit is ended as its own API would end it, so that every SDK accepts the answer. `meter` has the contract
-for both, and each surface a module with its meter, its ending and its error event: `chat`, `responses`, `messages`,
-`media` (`surfaces` lists them). A call that no quota admits gets the error and the headers of its API (`refusal`,
-`limit_headers`). What differs between kinds of upstream (OpenAI, Azure, vLLM, …) is in `kinds`.
+reaches a limit is ended as its own API would end it, so that every SDK accepts the answer. `meter` defines the
+interface of meters and endings. Each format of answers (a *surface*) has a module with its meter, its ending and its
+error event: `chat`, `responses`, `messages`, `media` (`surfaces` lists them). `usage` reads the usage objects of
+vendors. A call that no quota admits gets the error and the headers of its API (`refusal`, `limit_headers`). What
+differs between kinds of upstream (OpenAI, Azure, vLLM, …) is in `kinds`.
 
 The package promises:
 

@@ -1,8 +1,8 @@
 """The parsed body of a request, and the one walk over its messages and items.
 
 Both APIs send conversations: chat and /messages in `messages`, /responses in `input`. Most turns are a role and a
-text, and nothing else. They are told from all others once, here, so that neither the refusals (`restrictions`) nor
-the reading of the prompt (`content`) look at them again. Pure.
+text, and nothing else. They are separated from all others once, here, so that neither the refusals (`restrictions`)
+nor the reading of the prompt (`content`) look at them again. Pure.
 """
 
 from collections.abc import Mapping

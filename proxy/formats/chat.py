@@ -7,7 +7,7 @@ A stream consists of chunks with choices, and ends with `[DONE]`:
     data: {"id":"c","choices":[],"usage":{"prompt_tokens":11,…}}                   only if usage is requested
     data: [DONE]
 
-The proxy asks for usage in the client's place (`formats.request`), so the upstream adds members to chunks. They are
+The proxy asks for usage on the client's behalf (`formats.request`), so the upstream adds members to chunks. They are
 cut out of the bytes, and all other bytes stay the same: numbers, escapes, spaces and line ends. Example:
 
     data: {"id":"c","x":1.50,"choices":[…],"usage":null}     from the upstream

@@ -97,14 +97,15 @@ class Prompt:
     `overhead` is all tokens beside those of the texts: those around messages, tokens that came as numbers, media.
     `media_tokens` is the part of `overhead` that has no text in the request: images, audio, Anthropic's system prompt
     for tools, the previous response. `opaque_bytes` is how many bytes of the JSON are base64 of these images and
-    audio. If `is_open`, the model reads something that the request does not show, so nothing bounds the input.
+    audio. If `has_hidden_input`, the model reads something that the request does not show, so nothing bounds the
+    input.
     """
 
     texts: tuple[str, ...] = ()
     overhead: int = 0
     opaque_bytes: int = 0
     media_tokens: int = 0
-    is_open: bool = False
+    has_hidden_input: bool = False
 
     def bound(self, body_bytes: int) -> int:
         """The most tokens that the visible input can have, in a body of `body_bytes` bytes.
@@ -140,7 +141,7 @@ def read_prompt(body: RequestBody, *, model: str, is_chat: bool) -> Prompt:
         overhead=reader.overhead + (_REPLY_PRIMING if is_chat else 0),
         opaque_bytes=reader.opaque_bytes,
         media_tokens=reader.media_tokens,
-        is_open=reader.is_open or _has_hidden_input(body),
+        has_hidden_input=reader.has_hidden_input or _has_hidden_input(body),
     )
 
 
@@ -168,7 +169,7 @@ def with_previous(prompt: Prompt, tokens: int | None) -> Prompt:
     None: the total is unknown, so nothing bounds the input.
     """
     if tokens is None:
-        return replace(prompt, is_open=True)
+        return replace(prompt, has_hidden_input=True)
     return replace(prompt, overhead=prompt.overhead + tokens, media_tokens=prompt.media_tokens + tokens)
 
 
@@ -191,7 +192,7 @@ class _PromptReader:
     def __init__(self, image_prices: Tiles | Patches) -> None:
         self.texts: list[str] = []
         self.overhead = self.opaque_bytes = self.media_tokens = 0
-        self.is_open = False
+        self.has_hidden_input = False
         self._image_prices = image_prices
         self._images_sized = 0
 
@@ -267,7 +268,7 @@ class _PromptReader:
             self._read_part(turn)
             return
         self.overhead += _PER_MESSAGE + (_PER_NAME if isinstance(turn.get("name"), str) else 0)
-        self.is_open = self.is_open or _refers_to_stored_turn(turn)
+        self.has_hidden_input = self.has_hidden_input or _refers_to_stored_turn(turn)
         for key, value in turn.items():
             if key in _CONTENT_FIELDS:
                 if isinstance(value, list):
@@ -299,7 +300,7 @@ class _PromptReader:
         elif kind in _BLOCK_TYPES:
             self._read_block(part)
         else:
-            self.is_open = True
+            self.has_hidden_input = True
             self._add_encoded(part)
 
     def _read_image(self, part: dict[str, Any]) -> None:
@@ -314,7 +315,7 @@ class _PromptReader:
             self._exclude_base64(url, part)
         # An image behind a link has the highest price. The proxy never fetches it.
         self.add_media_tokens(self._image_prices.price(size, is_low=image.get("detail") == "low"))
-        self.is_open = self.is_open or bool(part.get("file_id"))
+        self.has_hidden_input = self.has_hidden_input or bool(part.get("file_id"))
 
     def _read_audio(self, part: dict[str, Any]) -> None:
         data = _get(part.get("input_audio"), "data")
@@ -336,7 +337,7 @@ class _PromptReader:
                 self.add_texts(value)
         data = file.get("file_data")
         is_plain_text = isinstance(data, str) and data.startswith("data:text/") and not file.get("file_url")
-        self.is_open = self.is_open or not is_plain_text or bool(file.get("file_id"))
+        self.has_hidden_input = self.has_hidden_input or not is_plain_text or bool(file.get("file_id"))
 
     def _read_block(self, block: dict[str, Any]) -> None:
         """Read one of Anthropic's content blocks and the blocks inside it."""
@@ -368,8 +369,8 @@ class _PromptReader:
             self._read_inner_parts(source.get("content"))
         else:
             self._add_encoded(data)
-            self.is_open = True
-        self.is_open = self.is_open or bool(source.get("file_id"))
+            self.has_hidden_input = True
+        self.has_hidden_input = self.has_hidden_input or bool(source.get("file_id"))
 
     def _read_inner_parts(self, content: object) -> None:
         for part in _as_list(content):

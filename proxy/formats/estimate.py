@@ -107,7 +107,7 @@ def _hidden_input(prompt: Prompt, model: Model, input_tokens: int) -> int:
 
     0 if the context is not configured: then nothing is known that could be reserved.
     """
-    return max(0, (model.context or 0) - input_tokens) if prompt.is_open else 0
+    return max(0, (model.context or 0) - input_tokens) if prompt.has_hidden_input else 0
 
 
 def streams_all_output(request: Request, model: Model) -> bool:

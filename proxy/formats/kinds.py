@@ -98,7 +98,7 @@ class Kind:
     # Whether the usage of a whole answer with several choices covers the first choice only.
     reports_first_choice_only: ClassVar[bool] = False
 
-    # The surface in whose format its errors of a request are, and are forwarded; None for OpenAI's.
+    # The surface of its error bodies, in which they are forwarded; None for OpenAI's.
     error_surface: ClassVar[SurfaceName | None] = None
 
     def address(self, upstream: Upstream, path: str, *, deployment: str, api_version: str | None) -> str:
@@ -145,7 +145,7 @@ class _WithVisibleReasoning(Kind):
 
 
 class _OwnServer(_WithVisibleReasoning):
-    """A server of the operator's own. It stops when its client disconnects, and bills nobody."""
+    """A server of the operator's own. It stops when its client disconnects, and does not bill."""
 
     on_disconnect = "stop"
 

@@ -34,7 +34,7 @@ _TYPES = {
     504: "timeout_error",
     529: "overloaded_error",
 }
-# The input is the sum of these three. At OpenAI the cached tokens are a part of the input; here they stand beside it.
+# The input is the sum of these three. At OpenAI the cached tokens are a part of the input; here they are separate.
 # Example: input_tokens 7, cache_creation_input_tokens 100 and cache_read_input_tokens 1000 are an input of 1107.
 _INPUT_PARTS = ("input_tokens", "cache_creation_input_tokens", "cache_read_input_tokens")
 

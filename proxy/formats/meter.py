@@ -1,8 +1,8 @@
 """The contract of meters and endings, and what those of all surfaces share.
 
 A `Meter` is fed one answer in order: the events of a stream, or one whole body. For each event it returns the bytes
-for the client. These are the bytes that came, unless the proxy asked for usage in the client's place: then it removes
-exactly what came only because of that, such as the usage chunk:
+for the client. These are the bytes that came, unless the proxy asked for usage on the client's behalf: then it
+removes exactly what came only because of that, such as the usage chunk:
 
     data: {"choices":[{"delta":{"content":"Hi"}}],"usage":null}    →  the same without `"usage":null`
     data: {"choices":[],"usage":{"prompt_tokens":11,…}}            →  nothing
@@ -143,7 +143,7 @@ class Meter(ABC):
             if len(event.raw) > _COMMENT_BYTES_MAX:
                 self._count_bytes(event.raw)
             return event.raw
-        if data.startswith(b"[DONE]"):  # the Python SDK accepts anything that begins so
+        if data.startswith(b"[DONE]"):  # the Python SDK accepts anything that begins with [DONE]
             self.is_at_end = self.is_over = True
             return event.raw
         self.chunk = read_object(data)

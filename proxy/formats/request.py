@@ -89,8 +89,8 @@ def parse_form_request(endpoint: Endpoint, form: Form, *, deployment: str | None
 
 def _request(endpoint: Endpoint, body: RequestBody, deployment: str | None, form: Form | None = None) -> Request:
     document = body.document
-    said = document.get("model")
-    model: Any = deployment or (endpoint.default_model if said is None else said)
+    stated_model = document.get("model")
+    model: Any = deployment or (endpoint.default_model if stated_model is None else stated_model)
     check_body(endpoint, body, model=model)
     options = document.get("stream_options")
     return Request(

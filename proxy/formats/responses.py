@@ -212,7 +212,7 @@ class _Item:
                 parts.setdefault(list_member, {})[index] = text.as_part()
             else:
                 item[text.kind.member] = text.text
-        # Parts that the item had when it was added stay, unless an event spoke of the same index.
+        # Parts that the item had when it was added stay, unless an event had the same index.
         for list_member, streamed in parts.items():
             initial = item.get(list_member)
             merged = {**dict(enumerate(initial if isinstance(initial, list) else ())), **streamed}

@@ -59,7 +59,7 @@ class Splitter:
     def __init__(self, event_bytes_max: int = EVENT_BYTES_MAX) -> None:
         self._event_bytes_max = max(event_bytes_max, OVERLAP)
         self._buffer = bytearray()  # bytes of the event that is not complete yet
-        self._is_started = False  # the first event, before which a byte order mark may stand, is complete
+        self._is_started = False  # the first event, before which a byte order mark may come, is complete
         self._is_after_cr = False  # the last event ended in a bare CR
         self._is_inside_large_event = False
         self._is_plain = False  # the buffer is empty and the last event ended in LF

@@ -45,7 +45,7 @@ class Stream:
         return self._meter.is_over
 
     @property
-    def is_held_up(self) -> bool:
+    def is_waiting_for_hold(self) -> bool:
         """Whether an event waits until more tokens are held."""
         return self._blocked is not None
 

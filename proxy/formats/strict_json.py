@@ -49,8 +49,8 @@ def _parse_canonical(body: bytes) -> object:
     orjson reads a body four times faster than the strict parser, but it takes the last of two equal keys, and makes a
     float of an integer beyond 64 bits. A body that is equal to what orjson writes of the value that it read can have
     neither: orjson never writes a key twice, nor such an integer, `NaN`, a byte that is not UTF-8 or a number out of
-    range. So the strict parser would read the same value. The SDKs of OpenAI and Anthropic write their bodies so:
-    compact, in UTF-8, numbers and escapes in their shortest form.
+    range. So the strict parser would read the same value. The SDKs of OpenAI and Anthropic write their bodies in
+    this form: compact, in UTF-8, numbers and escapes in their shortest form.
 
         {"n":1}     canonical
         {"n": 1}    not (a blank); {"n":1,"n":1}, {"n":1e400}, {"n":-0}, {"n":"\\u0041"}: neither
@@ -175,7 +175,7 @@ def _refuse_keys_that_differ_in_case(value: dict[str, Any], known: frozenset[str
 
 
 def is_within_depth(values: Iterable[object], levels: int) -> bool:
-    """Whether each of these values has at most so many levels of objects and arrays, its own included.
+    """Whether each of these values has at most `levels` levels of objects and arrays, its own included.
 
     is_within_depth([1, {"a": []}], 2)  →  True
     """

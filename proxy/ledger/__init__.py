@@ -4,14 +4,14 @@ What the package promises:
 
 - Reservations never take a quota with `enforce: exact` over its limit, in however many processes. Its counter is
   locked while a batch of operations is decided.
-- What a caller was told is committed. A crash loses nothing of it and charges nothing twice, because every operation
-  may be repeated.
+- A caller gets its reply only after the commit. A crash loses nothing of it and charges nothing twice, because every
+  operation may be repeated.
 - Every reservation ends once: it is settled, released, or expired after its process died. Only an expired call may
   still be settled, once, which corrects its charge.
 - An operation with a mistake never fails the others of its batch.
 
 What it never does: it has no rules of its own (they are in `policy`), knows no HTTP and no wire format, and reads no
-clock but PostgreSQL's. It changes a counter only for a call, whose entry says why.
+clock but PostgreSQL's. Every change of a counter belongs to a call and is recorded in the call's entry.
 
 Begin with `entry`, the life of one call. `book` applies the operations to counters and entries, as pure functions.
 `ledger` is the loop that commits them in batches, `store` the interface to a database, `sqlite` and `postgres` its

@@ -204,11 +204,11 @@ class Book:
     def _correct_windows(self, binding: Binding) -> None:
         """Shorten and store windows that were opened by a clock that was ahead.
 
-        Such a window counts on, but ends when a window that opens now would end. That end is stored also if the call
-        is refused. Otherwise it would be computed anew for each call, and would be later each time. Example with a
-        window of six hours: the clock was a day ahead and opened a window on the 25th at 12:00. It is set right on
-        the 24th at 12:00, and the window now ends on the 24th at 18:00. Without the stored end, a call that is
-        refused at 13:00 would be told 19:00, and one that is refused at 14:00 would be told 20:00.
+        Such a window keeps its usage, but ends when a window that opens now would end. That end is stored also if the
+        call is refused. Otherwise it would be computed anew for each call, and would be later each time. Example with
+        a window of six hours: the clock was a day ahead and opened a window on the 25th at 12:00. The clock is
+        corrected on the 24th at 12:00, and the window now ends on the 24th at 18:00. Without the stored end, a call
+        that is refused at 13:00 would get the reset time 19:00, and one that is refused at 14:00 would get 20:00.
         """
         for quota in binding.quotas:
             key = quota.key_for(binding.user)
@@ -244,22 +244,22 @@ class Book:
             for held, held_before in zip(entry.held_amounts, before.held_amounts, strict=True)
             if held != held_before
         }
-        freed.update(quota.key_for(operation.binding.user) for quota in increase.left_alone)
-        entry = self._raise_output(self._free_left_alone(entry, increase), operation.binding.user, increase)
+        freed.update(quota.key_for(operation.binding.user) for quota in increase.not_increased)
+        entry = self._raise_output(self._free_not_increased(entry, increase), operation.binding.user, increase)
         self._put_entry(entry)
         return Accepted(entry, self._counters_of(_keys(entry)), increase.verdict, frozenset(freed))
 
     def _lower_input(self, entry: Entry, tokens: int) -> Entry:
-        """Free `tokens` of the hold for an input that turned out to be smaller by so many."""
+        """Free `tokens` of the hold for an input that turned out to be smaller by that number."""
         hold = entry.hold - Amount(input=tokens)
         held_amounts = (
             self._change_held(held, Amount(-min(tokens, held.amount.input))) for held in entry.held_amounts
         )
         return replace(entry, hold=hold, held_amounts=tuple(held_amounts))
 
-    def _free_left_alone(self, entry: Entry, increase: HoldIncrease) -> Entry:
+    def _free_not_increased(self, entry: Entry, increase: HoldIncrease) -> Entry:
         """Free what is held of the quotas that cannot carry the increase and that did not admit the call."""
-        ids = {quota.id for quota in increase.left_alone}
+        ids = {quota.id for quota in increase.not_increased}
         kept = []
         for held in entry.held_amounts:
             if held.key[1] in ids:

@@ -170,7 +170,7 @@ async def _wait_for(wake: asyncio.Event, timeout_s: float) -> None:
 
 # The estimate is taken from this many calls that ended last, and from this many calls in flight.
 _CALLS_MAX = 100
-# The bounds of the estimate, which a busy call is told as `Retry-After`. SDKs wait for that long by themselves.
+# The bounds of the estimate, which a busy call gets as `Retry-After`. SDKs wait for that long by themselves.
 RETRY_S_MIN, RETRY_S_MAX = 2, 30
 
 

@@ -7,11 +7,9 @@ busy event loop held it for 42 ms. Reads for display go through aiosqlite beside
 Two advisory locks (flock) on files beside the database coordinate processes:
 
 - `quotas.db.lock` is held while a store is open, so a second proxy on the same file is refused. It would take the
-  open
-  calls of the first for those of a dead process, and expire them. The workers of one parent share this lock.
+  open calls of the first for those of a dead process, and expire them. The workers of one parent share this lock.
 - `quotas.db.turn` is locked by a worker for each transaction. The system grants this lock in the order in which it
-  was
-  asked for. SQLite's own lock has no queue: a process that finds it taken sleeps and tries again, and may find it
+  was asked for. SQLite's own lock has no queue: a process that finds it taken sleeps and tries again, and may find it
   taken again and again. Without turns one process got 1 batch while another got 5,393.
 """
 

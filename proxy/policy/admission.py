@@ -86,7 +86,7 @@ class Admitted:
 
 @dataclass(frozen=True, slots=True)
 class NotAdmitted:
-    """The call may not be sent. `blocks` are the limits that decided so, all with this `verdict`."""
+    """The call may not be sent. `blocks` are the limits that caused this, all with this `verdict`."""
 
     verdict: Verdict
     blocks: tuple[Block, ...]
@@ -323,14 +323,14 @@ class HoldIncrease:
     """How many more tokens of output a call in flight holds, and of which counters.
 
     `verdict` is ALLOW if the increase is enough to go on; else BUSY (calls in flight hold the rest) or EXHAUSTED (the
-    limit is reached). `left_alone` are the additional quotas that cannot carry the increase: the call frees what it
-    holds of them, and goes on.
+    limit is reached). `not_increased` are the additional quotas that cannot carry the increase: the call frees what
+    it holds of them, and goes on.
     """
 
     output: int
     verdict: Verdict
     holds: tuple[Hold, ...]
-    left_alone: tuple[Quota, ...]
+    not_increased: tuple[Quota, ...]
 
 
 def increase_hold(
@@ -360,15 +360,15 @@ def increase_hold(
         alone = min(_available_output(quota, current[quota.id], own[quota.id]) for quota in limiting)
         verdict = Verdict.BUSY if alone >= least else Verdict.EXHAUSTED
     not_limiting = [quota for quota in binding.quotas if quota.id in current and quota not in limiting]
-    left_alone = [
+    not_increased = [
         quota
         for quota in not_limiting
         if quota.enforce == "exact" and _available_output(quota, current[quota.id], current[quota.id].held) < output
     ]
     amount = Amount(output=output)
-    increased = [quota for quota in (*limiting, *not_limiting) if quota not in left_alone]
+    increased = [quota for quota in (*limiting, *not_limiting) if quota not in not_increased]
     holds = tuple(Hold(quota, current[quota.id], hold_of(quota, amount)) for quota in increased)
-    return HoldIncrease(output, verdict, holds, tuple(left_alone))
+    return HoldIncrease(output, verdict, holds, tuple(not_increased))
 
 
 def _available_output(quota: Quota, counter: Counter, held: Amount) -> int:

@@ -63,7 +63,7 @@ class Quota:
     models: Globs = ALL_MODELS
     shared: bool = False
     enforce: Enforce = "exact"
-    # How many tokens an answer that has begun may exceed the limit by. No call is admitted when the limit is reached.
+    # By how many tokens an answer that has begun may exceed the limit. No call is admitted when the limit is reached.
     overdraft: int = 0
     # Each decision reads the id about a dozen times, so it is built once.
     id: str = field(init=False, repr=False, compare=False)
@@ -89,7 +89,7 @@ class Quota:
         Rows are locked in the order of their keys. The subject comes first, and "~" sorts after "user:", so shared
         counters, which all members need, are locked last and for the shortest time:
 
-            ("user:ann", "staff/daily")  <  ("user:zoe", "staff/daily")  <  ("~art", "art/pot")
+            ("user:ann", "staff/daily")  <  ("user:zoe", "staff/daily")  <  ("~art", "art/monthly")
 
         The prefixes also keep subjects apart: a user called "~art" is "user:~art".
         """

@@ -63,7 +63,9 @@ _NO, _WRONG = 1, 2
     help="Seconds between pauses (SIGSTOP) of a replica; 0 for none.",
 )
 @click.option(
-    "--restart-database", "restart", help="A command that restarts the database; it runs once, half way through."
+    "--restart-database",
+    "restart",
+    help="A command that restarts the database; it runs once, in the middle of the run.",
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="The same seed makes the same calls.")
 @click.option("--target", help="Test another proxy, at this address with /v1. It is not started or killed.")

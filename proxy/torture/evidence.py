@@ -114,7 +114,7 @@ class Snapshot:
 class Evidence:
     """All records of a run. `limit` is in tokens.
 
-    `idle` is the database when no call was in flight any more, before the proxy was stopped; `stopped` is after that.
+    `idle` is the database after the last call had ended, before the proxy was stopped; `stopped` is after that.
     """
 
     limit: int

@@ -154,7 +154,7 @@ async def run_external(plan: Plan, external: ExternalProxy, *, now: Callable[[],
     def free_tokens(user: int) -> int | None:
         """Return what the upstream's count leaves of the limit.
 
-        With several windows nobody knows from outside when one begins, so None.
+        With several windows, their beginnings are not known from outside, so None.
         """
         if not is_one_window:
             return None

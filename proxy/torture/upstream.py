@@ -40,7 +40,7 @@ class RecordingUpstream:
             pass  # a call that stays open for ever shows as `leaked` in the verdict
 
     def tokens_of(self, counter: int, counters: int) -> int:
-        """Return the tokens of all calls that have ended and that one of so many counters counts."""
+        """Return the tokens of all calls that have ended and that one of `counters` counters counts."""
         return sum(tokens for client, tokens in self._tokens_by_client.items() if client % counters == counter)
 
     def _record(self, served: Served) -> None:

@@ -5,7 +5,7 @@
     lost                 answers that a client received in full and that are not charged in full
     lost in part         answers that a client received in part and that are charged less than it received
     overcharged          answers that are charged more than the upstream reported, or twice
-    leaked               calls in flight, or amounts held, when no call is in flight any more
+    leaked               calls in flight, or amounts held, after the last call has ended
     unbalanced           counters that differ from the sum of their calls
     false refusals       refused calls that would have fitted: the tokens that they needed were free
     false resets         calls that were repeated at the reset that was named, and found the same window
@@ -269,7 +269,7 @@ def _totals(evidence: Evidence) -> list[Figure]:
 
 
 def _leaked(evidence: Evidence) -> Figure:
-    """Return what was open or held when no call was in flight any more, before and after the stop."""
+    """Return what was open or held after the last call had ended, before and after the stop."""
     snapshots = (evidence.idle, evidence.stopped)
     open_calls = sum(row.state == "open" for snapshot in snapshots for row in snapshot.calls)
     held = sum(sum(row.held) for snapshot in snapshots for row in snapshot.counters)

@@ -6,7 +6,7 @@ its API in the query. Example, for the deployment `prod`:
     openai   /chat/completions
     azure    /openai/deployments/prod/chat/completions?api-version=2024-10-21
 
-Which version is sent is in `formats.kinds`. Pure.
+The paths are built in `formats.kinds` (`Kind.address`). Pure.
 """
 
 from urllib.parse import quote

@@ -1,6 +1,6 @@
 """HTTP to the upstreams: sends one request and hands out its answer as it arrives.
 
-Errors are told apart by whether the upstream can have received the call. `UpstreamError` with `was_sent=False` is
+Errors are distinguished by whether the upstream can have received the call. `UpstreamError` with `was_sent=False` is
 provably free; every other failure may have cost something. Where a default of the HTTP library is wrong for a proxy,
 it is set here with the reason.
 """

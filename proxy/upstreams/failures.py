@@ -37,7 +37,7 @@ _ACCOUNT_CODES = frozenset(
         "billing_error",  # Anthropic's type
     )
 )
-# Anthropic has no code for it and answers 400 `invalid_request_error` with a message that begins so.
+# Anthropic has no code for it and answers 400 `invalid_request_error` with a message that begins with this text.
 _NO_CREDIT = "Your credit balance is too low"
 # OpenAI names the organisation or project in the message of a 429, and Anthropic the organisation by its UUID.
 _ACCOUNT = re.compile(

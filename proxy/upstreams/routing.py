@@ -1,7 +1,7 @@
 """Which upstream a call is sent to if several serve its model, and which upstreams are in cooldown.
 
-Each upstream gets a share of the calls by its weight. An upstream that keeps failing, or that said when to come back,
-is in cooldown: it is asked only if all upstreams that could be asked are in cooldown. When the cooldown is over, one
+Each upstream gets a share of the calls by its weight. An upstream that keeps failing, or that sent `Retry-After`, is
+in cooldown: it is asked only if all upstreams that could be asked are in cooldown. When the cooldown is over, one
 call tries the upstream, and the others keep avoiding it until that call is answered. So a cooldown never refuses a
 call, and a client that provokes failures cannot lock others out.
 
@@ -12,8 +12,8 @@ call, and a client that provokes failures cannot lock others out.
               or its client left, and no result  at 12:01:00 another call tries it
 
 The module also says what a call may still do after a failed attempt. A call must never run twice, so only a call that
-was provably refused, or whose upstream failed with a status that says so, may be sent again. A timeout proves
-nothing.
+was provably refused, or whose upstream failed with a status that says so, may be sent again. After a timeout the
+call may still run.
 
 Pure: times (in ms) and random numbers are passed in. Failures are remembered by the upstream as it is configured, so
 an upstream whose configuration changes starts without failures.
@@ -108,7 +108,7 @@ class Cooldowns:
         self._failures.pop(upstream, None)
 
     def failed(self, upstream: Upstream, now: int, *, retry_after_s: int | None = None) -> None:
-        """Note that it failed or refused because it was busy; `retry_after_s` is what its `Retry-After` said."""
+        """Note that it failed or refused because it was busy; `retry_after_s` is the value of its `Retry-After`."""
         before = self._failures.get(upstream, _Failures(0, 0))
         count, cooldown_until = before.count + 1, before.cooldown_until
         # `max`: calls overlap, and a result that comes late must not shorten a cooldown.

@@ -3,7 +3,7 @@
 What the package promises:
 
 - Every request gets an answer in the shape of the API that it addresses, OpenAI's or Anthropic's. That includes
-  errors that the server library finds, and mistakes of the proxy.
+  errors that the server library finds, and internal errors of the proxy.
 - A request that can be parsed in more than one way is refused, and its connection is closed.
 - The key is checked before the body is read, also if the client sends `Expect: 100-continue`.
 - Heads, bodies, idle connections and writes have time limits. The number of connections and the size of a body, also

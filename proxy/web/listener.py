@@ -156,7 +156,7 @@ class Connection(web.RequestHandler):
         error: ProxyError = BadFraming(_BAD_HEAD)
         if status >= HTTPStatus.INTERNAL_SERVER_ERROR:
             log.error("a request failed", exc_info=exc)
-            error = ProxyError("The proxy made a mistake. It has been logged.")
+            error = ProxyError("Internal error of the proxy. It has been logged.")
         response = error_response(error, request)
         response.force_close()
         return response

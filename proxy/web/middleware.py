@@ -82,7 +82,7 @@ async def answer_errors(request: web.Request, handler: Handler) -> web.StreamRes
     except Exception as error:
         # The text of an unexpected exception may contain anything, so only the log has it.
         log.error("a request failed", exc_info=error, request=request.get(REQUEST_ID))
-        return error_response(ProxyError("The proxy made a mistake. It has been logged."), request)
+        return error_response(ProxyError("Internal error of the proxy. It has been logged."), request)
 
 
 async def not_served(request: web.Request) -> web.StreamResponse:

@@ -2,7 +2,7 @@
 
 The handler of a request only waits for its call, which runs in a task of its own. When the client closes the
 connection, the server library cancels the handler at once, also while nothing is being written, and the handler calls
-`note_disconnect`. The call reads `is_disconnected`, or is told by the callback of `on_disconnected`. Writing to a
+`note_disconnect`. The call reads `is_disconnected`, or is notified through `on_disconnected`. Writing to a
 client that has disconnected does nothing.
 """
 

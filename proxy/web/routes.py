@@ -173,7 +173,7 @@ class Api:
         except Exception as error:
             log.error("a call failed", exc_info=error, call=call.client.id)
             if not call.client.has_begun:
-                return ProxyError("The proxy made a mistake. It has been logged.")
+                return ProxyError("Internal error of the proxy. It has been logged.")
             call.client.abort()  # a part of the answer was sent, so there can't be a status any more
         finally:
             if call.spool is not None:
@@ -213,7 +213,7 @@ async def _other_path(request: web.Request) -> web.StreamResponse:
     """The handler of every other path: a 404, which for a known endpoint says why it is not served."""
     row = closed(request.method, request.path)
     if row is not None:
-        raise NotAllowed(f"{request.method} {row.pattern} is not open on this proxy: {row.reason}.")
+        raise NotAllowed(f"{request.method} {row.pattern} is not available on this proxy: {row.reason}.")
     return await not_served(request)
 
 

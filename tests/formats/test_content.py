@@ -29,7 +29,12 @@ def test_a_chat_is_read_message_by_message():
         ]
     )
     assert prompt.texts == ("system", "Be brief.", "user", "ann", "Hi", "there", "assistant", "No.")
-    assert (prompt.overhead, prompt.opaque_bytes, prompt.media_tokens, prompt.is_open) == (3 * 3 + 1 + 3, 0, 0, False)
+    assert (prompt.overhead, prompt.opaque_bytes, prompt.media_tokens, prompt.has_hidden_input) == (
+        3 * 3 + 1 + 3,
+        0,
+        0,
+        False,
+    )
 
 
 def test_tool_calls_are_read_with_their_ids_and_arguments():
@@ -46,7 +51,7 @@ def test_tool_calls_are_read_with_their_ids_and_arguments():
     )
     expected = ("assistant", "call_1", "f", '{"a":1}', "call_2", "g", '{"a":[1,2]}', "tool", "call_1", "done")
     assert prompt.texts == expected
-    assert not prompt.is_open
+    assert not prompt.has_hidden_input
 
 
 def test_items_of_responses_are_read_like_messages():
@@ -62,7 +67,7 @@ def test_items_of_responses_are_read_like_messages():
     )
     assert sorted(prompt.texts) == sorted(["Hi", "user", "c", "f", "{}", "c", "one", "c", "two", "Be brief."])
     assert prompt.overhead == 4 * 3 + 1 + 3 + 3  # four items, a name, the instructions, the reply priming
-    assert not prompt.is_open
+    assert not prompt.has_hidden_input
 
 
 def test_encrypted_reasoning_is_estimated_and_not_read_as_text():
@@ -172,7 +177,7 @@ def test_a_file_is_estimated_as_prose_and_open_unless_it_is_plain_text():
     plain = {"type": "input_file", "filename": "a.txt", "file_data": "data:text/plain;base64," + "A" * 377}
     assert of_part(plain) == Prompt(("user", "a.txt"), EMPTY_CHAT + 100)
     inside = {"type": "file", "file": {"filename": "a.pdf", "file_data": "data:application/pdf;base64," + "A" * 372}}
-    assert of_part(inside) == Prompt(("user", "a.pdf"), EMPTY_CHAT + 100, is_open=True)
+    assert of_part(inside) == Prompt(("user", "a.pdf"), EMPTY_CHAT + 100, has_hidden_input=True)
 
 
 # ------------------------------------------------------------------------------------------------------- hidden input
@@ -210,21 +215,21 @@ def test_a_file_is_estimated_as_prose_and_open_unless_it_is_plain_text():
         {"messages": [{"role": "user", "content": [{"audio_url": {"url": "https://a.example"}}]}]},
     ],
 )
-def test_a_prompt_with_hidden_input_is_open(document: dict):
+def test_hidden_input_is_detected(document: dict):
     """Stored items, tools that run at the upstream, linked files, videos: nothing in the body bounds them."""
-    assert read(**document).is_open
+    assert read(**document).has_hidden_input
 
 
 def test_the_previous_response_is_part_of_the_input():
     """It counts with its known total. If the total is unknown, nothing bounds the call."""
     prompt = read(previous_response_id="resp_1", input="Hi")
     longer = with_previous(prompt, 500)
-    assert (longer.overhead, longer.bound(100), longer.is_open) == (
+    assert (longer.overhead, longer.bound(100), longer.has_hidden_input) == (
         prompt.overhead + 500,
         prompt.bound(100) + 500,
         False,
     )
-    assert with_previous(prompt, None) == replace(prompt, is_open=True)
+    assert with_previous(prompt, None) == replace(prompt, has_hidden_input=True)
 
 
 @pytest.mark.parametrize(
@@ -251,9 +256,9 @@ def test_the_previous_response_is_part_of_the_input():
         {"messages": [{"role": "user", "content": "Hi", "audio": "audio_1"}]},
     ],
 )
-def test_a_prompt_without_hidden_input_is_not_open(document: dict):
-    """A linked image does not make it open either: it has the highest price."""
-    assert not read(**document).is_open
+def test_a_prompt_without_hidden_input(document: dict):
+    """A linked image is not hidden input either: it has the highest price."""
+    assert not read(**document).has_hidden_input
 
 
 # --------------------------------------------------------------------------------------------------------- invariants
@@ -363,10 +368,10 @@ def test_an_image_block_is_priced_by_its_area():
     data = base64.b64encode(png(1092, 1092)).decode()
     prompt = block("image", **source("base64", data, media_type="image/png"))
     assert prompt.texts == ("user",)
-    assert (prompt.media_tokens, prompt.opaque_bytes, prompt.is_open) == (1590, len(data), False)
+    assert (prompt.media_tokens, prompt.opaque_bytes, prompt.has_hidden_input) == (1590, len(data), False)
     for unknown in ({"source": {"type": "url", "url": "https://x.example/a.png"}}, source("base64", "??"), {}):
-        assert (block("image", **unknown).media_tokens, block("image", **unknown).is_open) == (4784, False)
-    assert block("image", source={"type": "file", "file_id": "file_1"}).is_open
+        assert (block("image", **unknown).media_tokens, block("image", **unknown).has_hidden_input) == (4784, False)
+    assert block("image", source={"type": "file", "file_id": "file_1"}).has_hidden_input
 
 
 def test_a_document_block_is_text_or_open():
@@ -374,11 +379,11 @@ def test_a_document_block_is_text_or_open():
     assert block("document", title="T", **source("text", "words")).texts == ("user", "T", "words")
     parts = [{"type": "text", "text": "a"}, {"type": "image", **source("base64", "??")}]
     inner = block("document", source={"type": "content", "content": parts})
-    assert (inner.texts, inner.media_tokens, inner.is_open) == (("user", "a"), 4784, False)
+    assert (inner.texts, inner.media_tokens, inner.has_hidden_input) == (("user", "a"), 4784, False)
     assert block("document", source={"type": "content", "content": "a"}).texts == ("user", "a")
     pdf = block("document", **source("base64", "JVBE" * 100))
-    assert (pdf.texts, pdf.overhead, pdf.opaque_bytes, pdf.is_open) == (("user",), EMPTY_CHAT + 100, 0, True)
-    assert block("document", source={"type": "url", "url": "https://x.example/a.pdf"}).is_open
+    assert (pdf.texts, pdf.overhead, pdf.opaque_bytes, pdf.has_hidden_input) == (("user",), EMPTY_CHAT + 100, 0, True)
+    assert block("document", source={"type": "url", "url": "https://x.example/a.pdf"}).has_hidden_input
 
 
 def test_tool_result_blocks_are_read():
@@ -390,7 +395,7 @@ def test_tool_result_blocks_are_read():
     ]
     prompt = block("tool_result", tool_use_id="toolu_1", is_error=False, content=content)
     assert prompt.texts == ("user", "toolu_1", "done", "T", "found")
-    assert (prompt.media_tokens, prompt.is_open) == (4784, False)
+    assert (prompt.media_tokens, prompt.has_hidden_input) == (4784, False)
     assert block("tool_result", tool_use_id="toolu_1", content="done").texts == ("user", "toolu_1", "done")
 
 

@@ -490,19 +490,19 @@ def test_the_largest_demand_covers_each_demand() -> None:
     text_tokens=st.none() | st.integers(0, TOKENS_MAX),
     overhead=st.integers(0, 10**6),
     is_guess=st.booleans(),
-    is_open=st.booleans(),
+    has_hidden_input=st.booleans(),
 )
 def test_a_count_never_raises_the_bound(
-    text_tokens: int | None, overhead: int, is_guess: bool, is_open: bool
+    text_tokens: int | None, overhead: int, is_guess: bool, has_hidden_input: bool
 ) -> None:
-    """Input and hidden input together never grow. An open call still reserves all that its context leaves."""
-    estimated = replace(ROUGH, hidden_input=500 if is_open else 0)
-    prompt = Prompt(overhead=overhead, is_open=is_open)
+    """The two inputs together never grow. A call with hidden input still reserves all that its context leaves."""
+    estimated = replace(ROUGH, hidden_input=500 if has_hidden_input else 0)
+    prompt = Prompt(overhead=overhead, has_hidden_input=has_hidden_input)
     found = counted(estimated, CONTEXT, prompt, text_tokens=text_tokens, is_guess=is_guess)
     assert 0 <= found.input <= estimated.input
     assert found.input + found.hidden_input <= estimated.input + estimated.hidden_input
-    assert found.input + found.hidden_input == 1500 or not is_open
-    assert not found.hidden_input or is_open or is_guess
+    assert found.input + found.hidden_input == 1500 or not has_hidden_input
+    assert not found.hidden_input or has_hidden_input or is_guess
     assert not found.is_estimated
 
 

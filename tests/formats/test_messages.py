@@ -120,7 +120,7 @@ def test_an_error_in_a_stream_of_messages_is_anthropic_s_error_event() -> None:
     ],
 )
 def test_the_three_parts_of_the_input_are_added(usage: dict, tokens: Tokens | None) -> None:
-    """At OpenAI cached tokens are a part of the input, here they stand beside it; invalid usage gives None."""
+    """At OpenAI cached tokens are a part of the input, here they are separate; invalid usage gives None."""
     assert read_usage(usage) == tokens
 
 

@@ -138,7 +138,7 @@ def test_an_event_too_large_to_parse_is_counted_by_its_bytes() -> None:
     stream = _stream()
     piece = b"data: " + b"x" * (EVENT_BYTES_MAX + 10)
     assert stream.feed(piece, covered=1000) == b""
-    assert stream.is_held_up
+    assert stream.is_waiting_for_hold
     assert stream.feed(b"", covered=EVENT_BYTES_MAX) == piece[:-2]
 
 
@@ -176,12 +176,12 @@ def test_an_event_that_exceeds_the_hold_waits() -> None:
     """So do all events after it. They are sent in order as soon as enough is held, exact to the token."""
     stream = _stream()
     assert stream.feed(_word("abc") + _word("def") + FINISH, covered=5) == _word("abc")
-    assert stream.is_held_up
+    assert stream.is_waiting_for_hold
     assert stream.feed(WORD, covered=5) == b""
     assert stream.feed(b"", covered=6) == _word("def") + FINISH
-    assert stream.is_held_up
+    assert stream.is_waiting_for_hold
     assert stream.feed(b"", covered=7) == WORD
-    assert not stream.is_held_up
+    assert not stream.is_waiting_for_hold
 
 
 def test_events_without_output_need_no_hold() -> None:
@@ -189,14 +189,14 @@ def test_events_without_output_need_no_hold() -> None:
     head = b'data: {"choices":[{"index":0,"delta":{"role":"assistant","content":""}}]}\n\n'
     stream = _stream()
     assert stream.feed(head + b": ping\n\n" + FINISH + USAGE + DONE, covered=0) == head + b": ping\n\n" + FINISH
-    assert (stream.is_held_up, stream.is_over, stream.end()) == (False, True, USAGE + DONE)
+    assert (stream.is_waiting_for_hold, stream.is_over, stream.end()) == (False, True, USAGE + DONE)
 
 
 def test_the_usage_at_the_end_needs_no_hold() -> None:
     """Whatever its numbers are, the answer is complete, and the settlement charges its cost."""
     stream = _stream()
     assert stream.feed(WORD + USAGE.replace(b":2}", b":2000}") + DONE, covered=1) == WORD
-    assert (stream.is_held_up, stream.is_over) == (False, True)
+    assert (stream.is_waiting_for_hold, stream.is_over) == (False, True)
 
 
 def test_running_usage_needs_a_hold_like_text() -> None:
@@ -207,20 +207,20 @@ def test_running_usage_needs_a_hold_like_text() -> None:
     assert stream.feed(b"", covered=40) == word
 
 
-def test_a_stream_is_not_over_while_it_is_held_up() -> None:
+def test_a_stream_is_not_over_while_it_is_waiting_for_a_hold() -> None:
     """Even though its end has arrived."""
     stream = _stream()
     assert stream.feed(WORD + USAGE + DONE, covered=0) == b""
-    assert (stream.is_held_up, stream.is_over) == (True, False)
+    assert (stream.is_waiting_for_hold, stream.is_over) == (True, False)
     assert stream.feed(b"", covered=1) == WORD
-    assert (stream.is_held_up, stream.is_over, stream.end()) == (False, True, USAGE + DONE)
+    assert (stream.is_waiting_for_hold, stream.is_over, stream.end()) == (False, True, USAGE + DONE)
 
 
 def test_usage_in_the_middle_is_kept_until_the_text_after_it_is_covered() -> None:
     """It is sent before that text, or not at all if the stream is ended there."""
     stream = _stream()
     assert stream.feed(WORD + USAGE + WORD, covered=2) == WORD
-    assert stream.is_held_up
+    assert stream.is_waiting_for_hold
     assert stream.feed(b"", covered=3) == USAGE + WORD
 
 
@@ -295,7 +295,7 @@ def test_a_response_is_ended_with_the_text_that_passed() -> None:
     abc, deff = (event("response.output_text.delta", **location, delta=text) for text in ("abc", "def"))
     stream = _stream(b'{"model":"m","input":"x","stream":true}', RESPONSES)
     assert stream.feed(opening + abc + deff, covered=3) == opening + abc
-    assert stream.is_held_up
+    assert stream.is_waiting_for_hold
     last = _data(stream.end_at_limit(Tokens(5, 3)))[-1]
     assert (last["type"], last["response"]["id"]) == ("response.incomplete", "resp_1")
     assert last["response"]["output"][0]["content"][0]["text"] == "abc"
@@ -338,7 +338,7 @@ def test_no_more_text_is_sent_than_is_held(
         assert _length(passed) <= covered
     passed += held.feed(whole[offsets[-1] if offsets else 0 :], covered=ALL)
     assert passed == expected
-    assert not held.is_held_up
+    assert not held.is_waiting_for_hold
     shown = whole if body == ASKED else whole.replace(USAGE.replace(b"\n", newline), b"")
     for stream in (held, unlimited):
         stream.close(covered=ALL)

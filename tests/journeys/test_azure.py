@@ -91,7 +91,7 @@ async def test_a_deployment_may_have_a_slash(name: str, tmp_path: Path) -> None:
 async def test_a_closed_endpoint_is_closed_under_azure_s_paths_too(tmp_path: Path) -> None:
     """The request does not reach the upstream. `test_client_sdks` checks the SDK's other errors."""
     async with stage(POLICY, folder=tmp_path) as on, client(on) as azure:
-        with pytest.raises(openai.NotFoundError, match="not open on this proxy"):
+        with pytest.raises(openai.NotFoundError, match="not available on this proxy"):
             await azure.files.list()
         assert on.simulator.received == 0
 

@@ -68,7 +68,7 @@ async def test_every_path_is_metered_answered_or_refused(tmp_path: Path) -> None
                     assert response.status == (200 if pattern == "/models" else 404), path
                 else:
                     assert (response.status, error["code"]) == (404, "endpoint_not_allowed"), path
-                    assert "is not open on this proxy: " in error["message"]
+                    assert "is not available on this proxy: " in error["message"]
         assert {call.path for call in on.simulator.requests} <= {"/v1" + endpoint.path for endpoint in METERED}
 
 

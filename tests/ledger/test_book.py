@@ -885,7 +885,7 @@ def test_a_charge_is_split_among_the_windows_of_each_counter(amounts, charge, pa
 
 
 def test_a_quota_of_another_group_that_cannot_carry_the_increase_is_freed():
-    """What was held of it is freed, it is charged nothing, and later extends do not hold any of it."""
+    """Tokens held in it are freed, it is charged nothing, and later extends do not hold any of it."""
     ledger = InMemoryLedger(ANN_OF_TWO)
     ledger.apply(reserve("1", ANN_OF_TWO, STREAM), extend("1", ANN_OF_TWO, 500))
     assert ledger.levels(LAB) == (NOTHING, Amount(100, 500, 1))
@@ -899,7 +899,7 @@ def test_a_quota_of_another_group_that_cannot_carry_the_increase_is_freed():
 
 
 def test_a_quota_that_is_freed_in_the_next_window_is_freed_in_the_first_too():
-    """A call is charged to a quota as a whole or not at all. What other calls hold of it stays held."""
+    """A call is charged to a quota as a whole or not at all. Tokens that other calls hold in it stay held."""
     ledger = InMemoryLedger(ANN_OF_TWO)
     ledger.apply(reserve("1", ANN_OF_TWO, STREAM))
     ledger.now = NOON + DAY

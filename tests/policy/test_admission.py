@@ -1051,7 +1051,7 @@ def test_a_hold_increases_by_what_is_available(each, used, others, increase, out
     result = increased(
         binding([daily]), increase, admitted_via="staff", used={daily.id: used}, others={daily.id: others}
     )
-    assert (result.output, result.verdict, result.left_alone) == (output, Verdict[verdict], ())
+    assert (result.output, result.verdict, result.not_increased) == (output, Verdict[verdict], ())
     assert [(hold.quota, hold.amount) for hold in result.holds] == [(daily, hold_of(daily, Amount(output=output)))]
 
 
@@ -1063,7 +1063,7 @@ SMALL_AFTER = quota("lab/after", tokens=100, enforce="after")
 
 
 @pytest.mark.parametrize(
-    ("who", "admitted_via", "used", "others", "output", "verdict", "increases", "left_alone"),
+    ("who", "admitted_via", "used", "others", "output", "verdict", "increases", "not_increased"),
     [
         pytest.param(binding([DAILY], always=[EVERYONES]), "staff", {EVERYONES.id: 1600}, {}, 200, "ALLOW",
                      {EVERYONES.id, DAILY.id}, set(), id="the tightest quota limits"),
@@ -1103,13 +1103,13 @@ SMALL_AFTER = quota("lab/after", tokens=100, enforce="after")
     ],
 )  # fmt: skip
 def test_only_the_quotas_that_admitted_a_call_limit_its_answer(
-    who, admitted_via, used, others, output, verdict, increases, left_alone
+    who, admitted_via, used, others, output, verdict, increases, not_increased
 ):
     """A call asks for 300 more tokens and needs one. Additional quotas without room for them are left alone."""
     result = increased(who, (300, 1), admitted_via=admitted_via, used=used, others=others)
     assert (result.output, result.verdict) == (output, Verdict[verdict])
     assert {hold.quota.id for hold in result.holds} == increases
-    assert {each.id for each in result.left_alone} == left_alone
+    assert {each.id for each in result.not_increased} == not_increased
 
 
 def test_a_quota_that_the_call_does_not_hold_neither_limits_nor_increases():
@@ -1428,7 +1428,7 @@ def test_increases_are_those_that_brute_force_finds(situation, wanted, least):
     not_limiting = [each for each in who.quotas if each.id in current and each not in limiting]
     carrying = [each for each in not_limiting if has_room([each], result.output, held)]
     assert {hold.quota.id for hold in result.holds} == {each.id for each in (*limiting, *carrying)}
-    assert {each.id for each in result.left_alone} == {each.id for each in not_limiting} - {
+    assert {each.id for each in result.not_increased} == {each.id for each in not_limiting} - {
         each.id for each in carrying
     }
     for hold in result.holds:

@@ -103,8 +103,7 @@ async def test_clients_with_slow_heads_do_not_stop_others() -> None:
             assert (await client.reply()).status == 200
 
 
-# ----------------------------------------------------------------------------------------------------------- too
-# many and too large
+# --------------------------------------------------------------------------------------------- too many and too large
 
 
 async def test_a_head_without_an_end_is_a_400(caplog: pytest.LogCaptureFixture) -> None:
