@@ -3,7 +3,7 @@
 #   make test    lint, types and all tests: what CI runs
 #   make quick   the part of it to run at every step, in less than two minutes
 #   make lint    lint and types only          make bench   the figures of docs/figures.md
-#   make nightly the property tests with 1,000 examples each
+#   make nightly the property tests with 1,000 examples each, but for those that state a number
 #   make torture four minutes of 64 clients, disconnects and kills: checks that every promise holds
 #   make lock    update the versions in the lock files
 #   make clean   remove everything that was made here

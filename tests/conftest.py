@@ -5,7 +5,7 @@ set, its examples follow from the tests themselves, so that no change is stopped
 no deadline of its own: each test has the time limit of pyproject.toml.
 
 A property is tried with 100 examples in `policy` and `ledger`, which the promises rest on, and with 30 elsewhere.
-`make nightly` tries 1,000 everywhere (`--hypothesis-profile nightly`).
+`make nightly` tries 1,000 (`--hypothesis-profile nightly`). Tests that state a number of their own keep it.
 """
 
 import os

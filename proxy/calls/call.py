@@ -1,6 +1,7 @@
 """One call: its request, its user, and the part of the policy that decides about it.
 
-All of it is fixed when the call begins. A reload of the policy changes calls that begin later, and no call in flight.
+Its user, policy and quotas are fixed when the call begins. A reload of the policy changes calls that begin later, and
+no call in flight.
 """
 
 import re

@@ -1,7 +1,8 @@
 """The surfaces: for each format of answers its meter, the event that states an error inside a stream, and the body of
 an error.
 
-A new format of streams is one module with a meter, an ending and an error event, and one row here. Pure.
+A new format of streams is one module with a meter, an ending and an error event, one row here, and its name in
+`endpoints`. Pure.
 """
 
 from collections.abc import Callable, Mapping

@@ -1,7 +1,7 @@
 """The steps that every request passes: validation of its framing, and the conversion of every error to a response.
 
-`answer_errors` is the one place that converts an error to a response, in the shape of the API that was addressed:
-OpenAI's, or Anthropic's on Anthropic's paths. That includes errors that the server library raises. `listener` uses
+`answer_errors` is the place that converts every error of a request to a response, in the shape of the API that was
+addressed: OpenAI's, or Anthropic's on Anthropic's paths. That includes errors that the server library raises. `listener` uses
 `error_response` too, for requests that never reach a handler.
 
 `validate_request` refuses a request that a server in front of the proxy could parse differently, and closes its
