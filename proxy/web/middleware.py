@@ -1,8 +1,8 @@
 """The steps that every request passes: validation of its framing, and the conversion of every error to a response.
 
 `answer_errors` is the place that converts every error of a request to a response, in the shape of the API that was
-addressed: OpenAI's, or Anthropic's on Anthropic's paths. That includes errors that the server library raises. `listener` uses
-`error_response` too, for requests that never reach a handler.
+addressed: OpenAI's, or Anthropic's on Anthropic's paths. That includes errors that the server library raises.
+`listener` uses `error_response` too, for requests that never reach a handler.
 
 `validate_request` refuses a request that a server in front of the proxy could parse differently, and closes its
 connection, so that no byte behind it is taken for another request (RFC 9112 §11.2). The library itself refuses most

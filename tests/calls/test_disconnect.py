@@ -77,6 +77,18 @@ async def test_drain_reads_to_the_end_and_charges_the_reported_usage(
         assert simulator.reported_usage.output_tokens == 60
 
 
+async def test_a_drain_that_has_ended_makes_room_for_the_next(tmp_path: Path) -> None:
+    """With one drain at a time, two that follow each other are both charged exactly, and none is left counted."""
+    simulator, disconnects = Simulator(UPSTREAM_KEY, tokens_per_s=400), Disconnects(drains_max=1)
+    async with stage(folder=tmp_path, on_disconnect="drain", simulator=simulator, disconnects=disconnects) as on:
+        for calls in (1, 2):
+            await _leave_after(on, _ask("tokens=60", stream=True, max_tokens=500), 3)
+            await on.all_settled()
+            usage = simulator.reported_usage
+            assert await on.used() == (calls * (usage.input_tokens + 60), 0)
+            assert not disconnects._draining
+
+
 @pytest.mark.parametrize("bound", [{"drain_s": 0.05}, {"drains_max": 0}], ids=["too long", "too many"])
 async def test_a_drain_at_its_bound_charges_the_hold(bound: dict[str, Any], tmp_path: Path) -> None:
     """If a drain takes too long, or too many run, the connection is closed and all that was held is charged.
