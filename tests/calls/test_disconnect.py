@@ -82,10 +82,11 @@ async def test_a_drain_that_has_ended_makes_room_for_the_next(tmp_path: Path) ->
     simulator, disconnects = Simulator(UPSTREAM_KEY, tokens_per_s=400), Disconnects(drains_max=1)
     async with stage(folder=tmp_path, on_disconnect="drain", simulator=simulator, disconnects=disconnects) as on:
         for calls in (1, 2):
-            await _leave_after(on, _ask("tokens=60", stream=True, max_tokens=500), 3)
+            await _leave_after(on, _ask("tokens=60", stream=True, max_tokens=500), simulator.chunks_sent + 3)
             await on.all_settled()
-            usage = simulator.reported_usage
-            assert await on.used() == (calls * (usage.input_tokens + 60), 0)
+            usage = simulator.reported_usage  # of all calls so far
+            assert usage.output_tokens == calls * 60
+            assert await on.used() == (usage.input_tokens + usage.output_tokens, 0)
             assert not disconnects._draining
 
 
