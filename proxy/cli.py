@@ -92,7 +92,8 @@ def serve_command(count: int, control_number: int | None, path: str, lease_s: fl
         _run(_serve(config, path, control))
     else:
         # The worker's command line is that of the parent, with its options, and the number of its socket behind it.
-        command = Command((sys.executable, *sys.orig_argv[1:], "--control-socket"), os.environ)
+        # By the option's old name, which every release knows: a SIGUSR2 may also start an older release.
+        command = Command((sys.executable, *sys.orig_argv[1:], "--tie"), os.environ)
         parent = Parent(
             config, count, command=command, load=lambda: _with_listeners(load(path, os.environ), **listeners)
         )

@@ -57,7 +57,7 @@ def error_event(error: ProxyError) -> bytes:
 
 
 class ChatMeter(Meter):
-    """Measures an answer of chunks and choices; also of embeddings and moderations, which have `usage` or nothing.
+    """Measures an answer of chunks and choices; also of embeddings, which have `usage` and no text.
 
     The proxy asks vLLM and llama.cpp for the usage so far on every chunk, which moves or adds members. They are
     removed or put back, so that the client gets what it would have got otherwise.
@@ -117,7 +117,8 @@ class ChatMeter(Meter):
         self._report(read_tokens(answer.get("usage")))
         if self._reports_first_choice_only:
             self._keep_other_choices(choices)
-        return choices
+        # A gateway may answer in the shape of /responses. Its text is delivered, so it counts.
+        return [choices, answer.get("output")]
 
     def _keep_other_choices(self, choices: object) -> None:
         """Keep the texts of all choices but the first. llama.cpp reports the usage of the first only."""

@@ -125,7 +125,7 @@ RESPONSES = Endpoint("responses", "/responses", "responses", "tokens", maxima=("
 # The model summarises a conversation; no field bounds the length of the summary.
 COMPACT = Endpoint("compact", "/responses/compact", "responses", "tokens", answer_tokens=8192)
 INPUT_TOKENS = Endpoint("input_tokens", "/responses/input_tokens", "responses", "nothing")
-MODERATIONS = Endpoint("moderations", "/moderations", "chat", "request", default_model="omni-moderation-latest")
+MODERATIONS = Endpoint("moderations", "/moderations", "media", "request", default_model="omni-moderation-latest")
 # A large image of high quality has 6,240 tokens (OpenAI's table for gpt-image-1), and each partial image 100 more.
 _IMAGE_TOKENS = 8192
 IMAGES = Endpoint(

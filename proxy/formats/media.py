@@ -1,4 +1,4 @@
-"""Images, speech and transcripts: their output is known only at the end of the answer, and an answer may be no JSON.
+"""Images, speech, transcripts and moderations: the output is known only at the end of the answer. It may be no JSON.
 
 A model that reports its tokens is charged these; one that reports none is billed per piece and charged as one
 request. A stream consists of typed events, of which the last of each choice may have the usage:
@@ -29,7 +29,7 @@ _STREAM_ENDS = (
 
 
 class MediaMeter(Meter):
-    """Measures images, speech or a transcript. All bytes are forwarded unchanged."""
+    """Measures images, speech, a transcript or a moderation. All bytes are forwarded unchanged."""
 
     def __init__(self, request: Request, *, count: Callable[[str], int], kind: str) -> None:
         super().__init__(request, count=count, kind=kind)

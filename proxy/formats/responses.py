@@ -58,7 +58,8 @@ class ResponsesMeter(Meter):
 
     def _see_answer(self, answer: JSON) -> object:
         self._see_response(answer)
-        return answer.get("output")
+        # A gateway may answer in chat's shape. Its text is delivered, so it counts.
+        return [answer.get("choices"), answer.get("output")]
 
     def _see_object(self, chunk: JSON, event: Event) -> bytes:
         self._see_error(chunk)
@@ -79,7 +80,8 @@ class ResponsesMeter(Meter):
     def _see_response(self, response: JSON) -> None:
         """Record the id of a response, and its usage if it has one."""
         name, tools = response.get("id"), response.get("tool_usage")
-        if isinstance(name, str) and RESPONSE_ID.fullmatch(name):
+        # Counting the input tokens (`input_tokens`) stores no response, whatever its answer contains.
+        if self._generates and isinstance(name, str) and RESPONSE_ID.fullmatch(name):
             self.response_id = name
         tokens = read_tokens(response.get("usage"))
         # The image tool reports its tokens separately; they are not included in `usage`.

@@ -354,6 +354,29 @@ def test_a_moderation_costs_a_request_and_a_token_count_costs_nothing() -> None:
     assert whole(b"no JSON", MODERATIONS).has_error
 
 
+def test_a_token_count_stores_no_response() -> None:
+    """Whatever id the answer or an event states, the client does not own a response of that name."""
+    answer = {"id": "resp_1", "object": "response.input_tokens", "input_tokens": 11}
+    stream = event({"type": "response.completed", "response": answer})
+    assert whole(answer, RESPONSES).response_id == "resp_1"
+    assert whole(answer, INPUT_TOKENS).response_id is None
+    assert watch(stream, request(INPUT_TOKENS))[0].response_id is None
+
+
+def test_an_error_event_in_the_answer_to_a_moderation_is_an_error() -> None:
+    assert watch(event({"type": "error", "message": "The server had an error."}), request(MODERATIONS))[0].has_error
+
+
+@pytest.mark.parametrize("endpoint", [CHAT, COMPLETIONS, RESPONSES], ids=lambda endpoint: endpoint.name)
+def test_the_text_of_an_answer_in_the_shape_of_the_other_api_is_counted(endpoint: Endpoint) -> None:
+    """The client got the text, so it costs; a gateway may answer /responses in chat's shape, or the reverse."""
+    for answer in (
+        {"choices": [{"index": 0, "message": {"role": "assistant", "content": "One two"}}]},
+        {"output": [{"type": "message", "content": [{"type": "output_text", "text": "One two"}]}]},
+    ):
+        assert "One two" in whole(answer, endpoint).uncounted_texts
+
+
 # ------------------------------------------------------------------------------------------- streams that are stopped
 
 
