@@ -21,6 +21,7 @@
     │   ├── UpstreamBusy          429  the upstream's own rate limit, not a quota of the proxy
     │   ├── UpstreamExhausted     503  the operator's account at the upstream is used up
     │   └── UpstreamTimeout       504
+    ├── InternalError         500  a fault of the proxy itself; only the log says which
     └── Unavailable           the proxy cannot take the call now; `Retry-After` says when to try again
         ├── TooManyConnections    503  the listener has as many connections as it may have
         ├── NoSpace               503  the disk has no space for a large body
@@ -65,6 +66,13 @@ class ProxyError(Exception):
         """The JSON body in OpenAI's shape."""
         usual = {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
         return {"error": {**usual, **self.members}}
+
+
+class InternalError(ProxyError):
+    """A fault of the proxy itself. The text of an exception may contain anything, so only the log has it."""
+
+    def __init__(self, message: str = "Internal error of the proxy. It has been logged.") -> None:
+        super().__init__(message)
 
 
 class RequestError(ProxyError):

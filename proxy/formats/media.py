@@ -53,7 +53,7 @@ class MediaMeter(Meter):
         self._add_usage(answer)
 
     def _see_other_body(self, body: bytes) -> None:
-        # Audio and subtitles are not JSON. An endpoint that is charged by request (image variations) always has JSON.
+        # Audio and subtitles are not JSON. The endpoints that are charged by request always answer with JSON.
         if self._charge != "tokens_if_stated":
             super()._see_other_body(body)
 

@@ -17,7 +17,7 @@ import structlog
 from aiohttp import web
 
 from proxy.config.loader import ConnectionLimits
-from proxy.errors import BadFraming, ProxyError, TooManyConnections, TooSlow
+from proxy.errors import BadFraming, InternalError, ProxyError, TooManyConnections, TooSlow
 from proxy.formats.strict_json import dump
 from proxy.upstreams.headers import SERVER_NAME
 from proxy.web.middleware import error_response
@@ -156,7 +156,7 @@ class Connection(web.RequestHandler):
         error: ProxyError = BadFraming(_BAD_HEAD)
         if status >= HTTPStatus.INTERNAL_SERVER_ERROR:
             log.error("a request failed", exc_info=exc)
-            error = ProxyError("Internal error of the proxy. It has been logged.")
+            error = InternalError()
         response = error_response(error, request)
         response.force_close()
         return response

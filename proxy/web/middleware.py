@@ -16,7 +16,7 @@ from collections.abc import Awaitable, Callable
 import structlog
 from aiohttp import hdrs, web
 
-from proxy.errors import BadFraming, NotServed, ProxyError
+from proxy.errors import BadFraming, InternalError, NotServed, ProxyError
 from proxy.formats import messages
 from proxy.formats.endpoints import is_messages_path
 from proxy.formats.strict_json import dump
@@ -80,9 +80,8 @@ async def answer_errors(request: web.Request, handler: Handler) -> web.StreamRes
     except (web.HTTPNotFound, web.HTTPMethodNotAllowed):
         return error_response(_not_served(request), request)
     except Exception as error:
-        # The text of an unexpected exception may contain anything, so only the log has it.
         log.error("a request failed", exc_info=error, request=request.get(REQUEST_ID))
-        return error_response(ProxyError("Internal error of the proxy. It has been logged."), request)
+        return error_response(InternalError(), request)
 
 
 async def not_served(request: web.Request) -> web.StreamResponse:

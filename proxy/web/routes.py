@@ -24,7 +24,7 @@ from proxy.calls.relay import Relay
 from proxy.calls.stored_responses import StoredResponseQuery, StoredResponses
 from proxy.config.loader import Settings
 from proxy.config.reload import Policies
-from proxy.errors import NotAllowed, NoUpgrade, ProxyError
+from proxy.errors import InternalError, NotAllowed, NoUpgrade, ProxyError
 from proxy.formats.endpoints import METERED, PREFIXES, STORED_RESPONSE_PATHS, Endpoint, StoredResponsePath, closed
 from proxy.formats.request import parse_form_request, parse_request
 from proxy.formats.strict_json import dump
@@ -173,7 +173,7 @@ class Api:
         except Exception as error:
             log.error("a call failed", exc_info=error, call=call.client.id)
             if not call.client.has_begun:
-                return ProxyError("Internal error of the proxy. It has been logged.")
+                return InternalError()
             call.client.abort()  # a part of the answer was sent, so there can't be a status any more
         finally:
             if call.spool is not None:
