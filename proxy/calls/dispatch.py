@@ -64,7 +64,13 @@ class Candidate:
 
     def meter(self) -> Meter:
         """A new meter for its answer."""
-        return meter_of(self.call.request, count=self.count.output_counter, kind=self.upstream.kind)
+        return meter_of(
+            self.call.request,
+            count=self.count.output_counter,
+            kind=self.upstream.kind,
+            output_bound=self.count.demand.output_maximum,
+            extra_usage=self.upstream.extra_usage,
+        )
 
     def body(self, call: Call, entry: Entry) -> bytes | Spliced:
         """The body to send for `call`, which is this candidate's or the same without the usage option.

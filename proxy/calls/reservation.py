@@ -73,6 +73,7 @@ class Reservation:
         # and beyond the maximum that was sent to the upstream (see _MISCOUNT_FACTOR).
         self._unheld_allowance = 0
         self._miscount_allowance = 0
+        self._widen_output_bound()
 
     async def __aenter__(self) -> "Reservation":
         return self
@@ -86,6 +87,7 @@ class Reservation:
         """Note that the call is about to be sent to this target; `meter` and `count` are for its answer."""
         self.target, self.meter, self._count = target, meter, count
         self.is_sent = True
+        self._widen_output_bound()
 
     @property
     def covered(self) -> int:
@@ -168,7 +170,12 @@ class Reservation:
         operation = Extend(self.entry.id, self._binding, input=held_input, output=wanted, least=seen)
         accepted = await queue.extend(operation, wait_s=wait_s, ask_s=COMMIT_WAIT_S, is_disconnected=is_disconnected)
         self.entry, self.counters, self._lapses = accepted.entry, {**self.counters, **accepted.counters}, lapses
+        self._widen_output_bound()
         return accepted.verdict is Verdict.ALLOW and accepted.entry.state == "open"
+
+    def _widen_output_bound(self) -> None:
+        """Let the meter believe a usage that is within the hold, even if the call asked for less."""
+        self.meter.output_bound = max(self.meter.output_bound, self.entry.hold.output)
 
     def _held_input(self) -> int:
         """The input to hold, in tokens: what the upstream reported, if it already has, else what is held now."""
@@ -183,8 +190,9 @@ class Reservation:
         tokens = usage.tokens
         if self.meter.input_reported is None:
             tokens = replace(tokens, input=await self._count.input_tokens())
-        output = tokens.output + await self._count.output_tokens(self.meter.uncounted_texts)
-        return AtLeast(replace(tokens, output=output))
+        if texts := self.meter.uncounted_texts:
+            tokens = replace(tokens, output=self.meter.output_with(await self._count.output_tokens(texts)))
+        return AtLeast(tokens)
 
     @property
     def full_hold(self) -> Usage:

@@ -321,6 +321,7 @@ def _catalog(file: File) -> Catalog:
             on_disconnect=section.effective_on_disconnect(),
             api_version=section.api_version,
             allow=_allow(section.allow),
+            extra_usage=tuple(dict.fromkeys(section.extra_usage)),
         )
         for name, section in file.upstreams.items()
     }

@@ -90,6 +90,7 @@ Per = Annotated[str, _IntToText, AfterValidator(values.per)]
 Address = Annotated[str, _IntToText, AfterValidator(values.address)]
 Origin = Annotated[str, AfterValidator(values.origin)]
 Zone = Annotated[str, AfterValidator(values.zone)]
+UsageField = Annotated[str, AfterValidator(values.usage_field), _string_schema(minLength=1)]
 ApiVersion = Annotated[str, AfterValidator(values.api_version)]
 BaseUrl = Annotated[str, AfterValidator(values.base_url)]
 Database = Annotated[str, AfterValidator(values.database)]
@@ -224,6 +225,12 @@ class Upstream(Section):
         f"(default for {_kinds_that('stop')}).",
     )
     allow: Allow = Field(Allow(), description="Features that requests may use although quotas do not count them.")
+    extra_usage: list[UsageField] = Field(
+        default=[],
+        description="Members of the usage that this server writes beside total_tokens and does not include in it; "
+        "their tokens are charged as output. Perplexity has reasoning_tokens and citation_tokens.",
+        examples=[["reasoning_tokens", "citation_tokens"]],
+    )
 
     @model_validator(mode="after")
     def _has_api_version_only_for_azure(self) -> "Upstream":

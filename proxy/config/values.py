@@ -12,6 +12,7 @@ from ipaddress import AddressValueError, IPv6Address
 from urllib.parse import SplitResult, urlsplit
 from zoneinfo import ZoneInfo, available_timezones
 
+from proxy.formats.usage import STANDARD_FIELDS
 from proxy.policy.amounts import TOKENS_MAX
 from proxy.policy.catalog import Secret
 from proxy.policy.policy import DEFAULT, EVERYONE
@@ -111,6 +112,18 @@ def glob(text: str) -> str:
     """A pattern for model names."""
     if not text.isprintable() or " " in text or not 0 < len(text) <= _MODEL_NAME_MAX:
         raise ValueError(f"this is not a valid model name; use 1 to {_MODEL_NAME_MAX} visible characters, no spaces")
+    return text
+
+
+def usage_field(text: str) -> str:
+    """A member of a usage object whose tokens are output, in addition to the output that it states."""
+    if text in STANDARD_FIELDS:
+        raise ValueError("this member is read anyway; write only members that total_tokens does not include")
+    if not text.isprintable() or " " in text or not 0 < len(text) <= _MODEL_NAME_MAX:
+        raise ValueError(
+            f"this is not a member of a usage; use 1 to {_MODEL_NAME_MAX} visible characters, no spaces, such as "
+            "citation_tokens"
+        )
     return text
 
 

@@ -17,8 +17,9 @@ If a member cannot be cut out safely, because it has an unusual spelling or anot
 serialized anew from the parsed object. Pure.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import reduce
 
 from proxy.errors import ProxyError
 from proxy.formats.kinds import kind_of
@@ -26,7 +27,7 @@ from proxy.formats.meter import JSON, Ending, Meter, read_object, texts_in
 from proxy.formats.request import Request
 from proxy.formats.sse import Event
 from proxy.formats.strict_json import dump
-from proxy.formats.usage import read_timings, read_tokens
+from proxy.formats.usage import Stated, read_timings, usage_of_choice
 from proxy.policy.amounts import Tokens
 
 # Members that any chunk may have. A chunk without choices that has no others was sent only because usage was
@@ -72,6 +73,8 @@ class ChatMeter(Meter):
         self._has_several_prompts = request.has_several_prompts
         # The finish chunk, kept for one event because it may get the timings: its bytes, and its JSON without usage.
         self._finish_chunk: tuple[bytes, JSON] | None = None
+        self._usage_chunks: Stated | None = None  # the sum of the usage chunks
+        self._usage_of_choices: dict[int, Stated] = {}  # the usages inside choices, by the index of the choice
 
     def stop_stripping(self) -> None:
         """Remove nothing from now on, and move no timings."""
@@ -114,7 +117,9 @@ class ChatMeter(Meter):
 
     def _see_answer(self, answer: JSON) -> object:
         choices = answer.get("choices")
-        self._report(read_tokens(answer.get("usage")))
+        self._report(self._read(answer.get("usage")))
+        self._report_beside(answer)
+        self._see_usage_of_choices(choices)
         if self._reports_first_choice_only:
             self._keep_other_choices(choices)
         # A gateway may answer in the shape of /responses. Its text is delivered, so it counts.
@@ -122,11 +127,11 @@ class ChatMeter(Meter):
 
     def _keep_other_choices(self, choices: object) -> None:
         """Keep the texts of all choices but the first. llama.cpp reports the usage of the first only."""
-        if isinstance(choices, list) and len(choices) > 1 and self._reported is not None:
+        if isinstance(choices, list) and len(choices) > 1 and self._stated is not None:
             self.uncounted_texts = list(texts_in(choices[1:]))
             self._is_partial = True
             if self._has_several_prompts:  # the reported input is that of the first prompt only
-                self._reported = replace(self._reported, input=0, cached=0)
+                self._stated = replace(self._stated, input=None, cached=0)
 
     def _see_object(self, chunk: JSON, event: Event) -> bytes:
         self._see_error(chunk)
@@ -134,6 +139,8 @@ class ChatMeter(Meter):
         if choices:
             self.is_at_end = self.is_over  # text follows, so a usage chunk before it was not the end
             self._count_texts(choices)
+            self._see_usage_of_choices(choices)
+        self._report_beside(chunk)
         if "usage" not in chunk:
             self._see_running_usage(read_timings(chunk.get("timings")))
             return self._without_running_timings(chunk, event)
@@ -144,7 +151,7 @@ class ChatMeter(Meter):
         if isinstance(usage, dict) and not is_placeholder:
             if not choices:
                 return self._see_usage_chunk(chunk, event)
-            self._see_running_usage(read_tokens(usage))
+            self._see_running_usage(self._read(usage))
             if self._stripped_running_usage == "usage":
                 return without_usage(event, chunk)
         return without_usage(event, chunk) if is_placeholder and self._strips_usage else event.raw
@@ -155,24 +162,45 @@ class ChatMeter(Meter):
         # end, and the outputs are added; the input is that of the one prompt each time:
         #     {"prompt_tokens":11,"completion_tokens":5} + {"prompt_tokens":11,"completion_tokens":7}  →  11 and 12
         self.is_at_end = self.is_at_end or self._choices == 1
-        tokens, before = read_tokens(chunk["usage"]), self._reported
-        if tokens and before and self._choices > 1:
-            output, reasoning = before.output + tokens.output, before.reasoning + tokens.reasoning
-            tokens = replace(tokens, output=output, reasoning=reasoning)
-        self._report(tokens)
+        stated, before = self._read(chunk["usage"]), self._usage_chunks
+        if stated and before and self._choices > 1:
+            stated = self._added([before, stated])
+        self._usage_chunks = stated or before
+        self._report(stated)
         if not self._strips_usage:
             return event.raw
         return without_usage(event, chunk) if extra_members(chunk) else b""
 
-    def _see_running_usage(self, tokens: Tokens | None) -> None:
+    def _see_running_usage(self, stated: Stated | None) -> None:
         """Record the usage so far that a chunk states beside its choice.
 
-        With several choices it is the usage of that one choice, so it is ignored. It is also ignored if its output
-        does not rise although text has passed: a server that reports 4 tokens on every chunk does not count.
+        With several choices it is the usage of that one choice, so it is ignored.
         """
-        before = self._reported.output if self._reported else 0
-        if self._choices == 1 and tokens and (tokens.output > before or not self._counted_since_report):
-            self._report(tokens)
+        if self._choices == 1:
+            self._report(stated)
+
+    def _see_usage_of_choices(self, choices: object) -> None:
+        """Record the usages that are stated inside choices (Kimi). Those of several choices are added."""
+        if not isinstance(choices, list):
+            return
+        for place, choice in enumerate(choices):
+            stated = self._read(usage_of_choice(choice))
+            if stated is None:
+                continue
+            index = choice.get("index", place) if self._choices > 1 else 0
+            if isinstance(index, int) and 0 <= index < self._choices:
+                before = self._usage_of_choices.get(index)
+                self._usage_of_choices[index] = stated if before is None else before.largest(stated)
+                self._report(stated if self._choices == 1 else self._added([*self._usage_of_choices.values()]))
+
+    def _added(self, usages: Sequence[Stated]) -> Stated:
+        """The usages of several choices with the same input as one.
+
+        Some servers state the usage of all choices each time. So the sum is at most what the call can have used,
+        unless one of them alone is larger.
+        """
+        total = reduce(lambda sum, stated: sum.plus(stated, adds_input=False), usages)
+        return total.with_output_at_most(max(self.output_bound, *(stated.known_output or 0 for stated in usages)))
 
     def _without_running_timings(self, chunk: JSON, event: Event) -> bytes:
         """Return the chunk without the timings so far. The timings of the finish chunk stay: they come unasked.

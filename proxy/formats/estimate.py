@@ -21,7 +21,7 @@ from proxy.policy.catalog import Model
 from proxy.policy.quota import Demand
 
 # The output reserved for an answer if neither the request nor the model's configuration states a maximum.
-_DEFAULT_ANSWER_TOKENS = 4096
+DEFAULT_ANSWER_TOKENS = 4096
 # The least that must be available for an answer before a call is sent, unless the request itself asks for less. With
 # 800 tokens left, a call with max_tokens: 5000 waits or is refused, because an answer cut at 800 tokens is of little
 # use and its input is charged all the same. A call with max_tokens: 500 is sent.
@@ -53,7 +53,7 @@ def estimate_demand(request: Request, model: Model, prompt: Prompt, *, body_byte
     kind = kind_of(model.upstream.kind)
     stated = _stated_maximum(request, kind)
     known = stated if stated is not None else model.max_output_tokens or _upstream_default(request, kind)
-    each = _DEFAULT_ANSWER_TOKENS if known is None else known
+    each = DEFAULT_ANSWER_TOKENS if known is None else known
     output_maximum = min(each * request.choices, TOKENS_MAX)
     # The reasoning budget comes on top, because a short answer would otherwise be all reasoning and no text.
     least = _reasoning_budget(request.document) + (model.smallest_answer or SMALLEST_ANSWER)

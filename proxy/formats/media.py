@@ -10,12 +10,10 @@ Pure.
 """
 
 from collections.abc import Callable
-from dataclasses import replace
 
 from proxy.formats.meter import JSON, Ending, Meter
 from proxy.formats.request import Request
 from proxy.formats.sse import Event
-from proxy.formats.usage import read_tokens
 from proxy.policy.amounts import TOKENS_MAX, AtLeast, Exactly, Tokens, Unspent, Usage
 
 # The last event of a stream of images, speech or a transcript.
@@ -60,10 +58,10 @@ class MediaMeter(Meter):
     def _add_usage(self, answer: JSON) -> None:
         """Add the usage that an answer states. An SVG image also states, in `svg_usage`, that of its text model."""
         for name in ("usage", "svg_usage"):
-            tokens, before = read_tokens(answer.get(name)), self._reported
-            if tokens is not None and before is not None:
-                tokens = replace(tokens, input=before.input + tokens.input, output=before.output + tokens.output)
-            self._report(tokens)
+            stated, before = self._read(answer.get(name)), self._stated
+            if stated is not None and before is not None:
+                stated = before.plus(stated, adds_input=True)
+            self._report(stated)
 
     def _usage_in_tokens(self) -> Usage:
         """The reported tokens if there are any, else one request.
@@ -71,8 +69,12 @@ class MediaMeter(Meter):
         A stream that broke off has not reported what it cost. TOKENS_MAX then stands for the whole reservation,
         because an estimate is never charged beyond it. An error generated nothing, but its input was read.
         """
-        if self._reported is not None and self.is_at_end:
-            return Exactly(self._reported)
+        if self._stated is not None and self.is_at_end:
+            tokens = self._stated.tokens()
+            # Without an output the usage states only a part of the cost.
+            if self._stated.known_output is None:
+                return AtLeast(Tokens(tokens.input, TOKENS_MAX))
+            return AtLeast(tokens) if self.input_reported is None else Exactly(tokens)
         if self.has_error:
             return AtLeast(Tokens(0, 0))
         if self.is_at_end:

@@ -14,14 +14,13 @@ The members that the proxy adds (`code`, `param`, `reset_at`, …) are inside `e
 Anthropic's published API description and its SDK. Pure.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 
 from proxy.errors import ProxyError
 from proxy.formats.meter import JSON, Ending, Meter, write_events
 from proxy.formats.request import Request
 from proxy.formats.sse import Event
-from proxy.formats.usage import read_tokens
 from proxy.policy.amounts import Tokens
 
 _TYPES = {
@@ -34,10 +33,6 @@ _TYPES = {
     504: "timeout_error",
     529: "overloaded_error",
 }
-# The input is the sum of these three. At OpenAI the cached tokens are a part of the input; here they are separate.
-# Example: input_tokens 7, cache_creation_input_tokens 100 and cache_read_input_tokens 1000 are an input of 1107.
-_INPUT_PARTS = ("input_tokens", "cache_creation_input_tokens", "cache_read_input_tokens")
-
 # Used if a stream is stopped before any event of it passed. The id is not made to look real, because no message can
 # be found by it.
 _UNKNOWN_MESSAGE: JSON = {
@@ -72,34 +67,12 @@ def type_of(status: int) -> str:
     return _TYPES.get(status, "api_error" if status >= 500 else "invalid_request_error")
 
 
-def read_usage(usage: Mapping[str, object]) -> Tokens | None:
-    """The tokens in an Anthropic usage object; None if it makes no sense, by the rules of `read_tokens`."""
-    # Each part is read by `read_tokens` itself, so that "many" or -7 makes the whole object unreadable.
-    parts = [
-        read_tokens({"input_tokens": usage[name], "output_tokens": 0})
-        for name in _INPUT_PARTS
-        if usage.get(name) is not None
-    ]
-    counts = [part.input for part in parts if part is not None]
-    if len(counts) < len(parts):
-        return None
-    return read_tokens(
-        {
-            "input_tokens": sum(counts) if counts else None,
-            "output_tokens": usage.get("output_tokens"),
-            "input_tokens_details": {"cached_tokens": usage.get("cache_read_input_tokens")},
-            "output_tokens_details": {"reasoning_tokens": _thinking_tokens(usage)},
-        }
-    )
-
-
-def _thinking_tokens(usage: Mapping[str, object]) -> object:
-    details = usage.get("output_tokens_details")
-    return details.get("thinking_tokens") if isinstance(details, dict) else None
-
-
 class MessagesMeter(Meter):
     """Measures a message. All bytes are forwarded unchanged."""
+
+    # At OpenAI the cached tokens are a part of the input; here they are separate. Example: input_tokens 7,
+    # cache_creation_input_tokens 100 and cache_read_input_tokens 1000 are an input of 1107.
+    _has_separate_cache = True
 
     def __init__(self, request: Request, *, count: Callable[[str], int], kind: str) -> None:
         super().__init__(request, count=count, kind=kind)
@@ -133,20 +106,27 @@ class MessagesMeter(Meter):
         return event.raw
 
     def _see_usage(self, usage: object, *, is_early: bool = False) -> None:
-        """Merge a usage of a message: members that the last one lacks keep the value of an earlier one. Example:
+        """Merge a usage of a message: members that the last one lacks, or that are 0 in it, keep an earlier value.
 
         message_start  {"input_tokens": 4, "cache_read_input_tokens": 5, "output_tokens": 1}   input 9
-        message_delta  {"output_tokens": 9}                                                    input 9, output 9
+        message_delta  {"input_tokens": 0, "output_tokens": 9}                                 input 9, output 9
         """
         if not isinstance(usage, dict):
             return
-        self._merged_usage |= {name: value for name, value in usage.items() if value is not None}
-        tokens = read_usage(self._merged_usage)
         # No message has an empty input. A server that reports 0 at the beginning counts the input at the end.
-        if tokens is not None and (tokens.input or not is_early):
-            # The early output is a guess at the first tokens. They are counted when they come, so it is left out.
-            self._report(replace(tokens, output=0, reasoning=0) if is_early else tokens)
-            self._is_partial = is_early
+        merged = {**self._merged_usage}
+        for name, value in usage.items():
+            if value or (value is not None and name not in merged and not is_early):
+                merged[name] = value
+        # A usage that makes no sense must not spoil those before and after it.
+        if (stated := self._read(merged)) is None:
+            return
+        self._merged_usage = merged
+        # The early output is a guess at the first tokens. They are counted when they come, so it is left out.
+        if is_early:
+            merged.pop("output_tokens", None)
+            stated = replace(stated, output=None, reasoning=0, total=None)
+        self._report(stated)
 
 
 class MessagesEnding(Ending):

@@ -8,7 +8,9 @@ removes exactly what came only because of that, such as the usage chunk:
     data: {"choices":[],"usage":{"prompt_tokens":11,…}}            →  nothing
     data: [DONE]                                                   →  data: [DONE]
 
-The usage can be read at any time, even if the stream broke off; it is what the call is charged.
+The usage can be read at any time, even if the stream broke off; it is what the call is charged. An upstream may state
+its usage several times in one answer. Each part is then the largest that was stated, so a later zero never makes an
+answer free. A zero counts only if no text contradicts it.
 
 If the upstream states no usage, the meter counts the texts of a stream itself, each piece as at least one token,
 because no server sends a piece for less than a token. So a word that comes in three pieces is at least three tokens,
@@ -21,15 +23,19 @@ Each surface has its own meter and its own ending, in a module of its name (`cha
 """
 
 import json
+import math
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import orjson
 
+from proxy.formats.estimate import DEFAULT_ANSWER_TOKENS
 from proxy.formats.request import Request
 from proxy.formats.sse import Event
 from proxy.formats.strict_json import dump, walk
+from proxy.formats.usage import Stated, read_usage, usages_beside
 from proxy.policy.amounts import AtLeast, Exactly, Tokens, Unspent, Usage
 
 JSON = dict[str, Any]
@@ -41,6 +47,22 @@ _NOT_TEXT = frozenset(
     "role type id call_id status finish_reason native_finish_reason stop_reason logprobs prompt_logprobs "
     "content_filter_results data signature".split()
 )
+# Members that contain text of the model, in JSON that can't be parsed. There it is unknown what a member is a part
+# of, so only names that have no other meaning are in this list.
+_TEXT = frozenset(
+    "content text reasoning reasoning_content reasoning_text refusal arguments thinking partial_json transcript "
+    "delta output_text".split()
+)
+# A string, whether it is closed, and whether a colon follows, which makes it a name. Possessive repeats never go
+# back, so a search takes time proportional to the length of the text, even if its last string is never closed.
+_STRING = re.compile(r'"((?:[^"\\]++|\\.)*+)"?+\s*+(:?)', re.DOTALL)
+# The most strings that are looked at in JSON that can't be parsed: they block the event loop for about 0.3 s.
+_STRINGS_MAX = 250_000
+# Python's parser takes three times as long as orjson, and longer still if numbers need special care. So JSON that
+# orjson can't parse is parsed only if it has no more values than this; see `strict_json`.
+_VALUES_MAX = 1_000_000
+# No number of more digits is a count, and int() takes time quadratic in the number of digits.
+_DIGITS_MAX = 40
 # An event without data that is larger than this is no comment but a piece of an event that was too large to parse.
 _COMMENT_BYTES_MAX = 65_536
 _BYTES_PER_TOKEN = 4
@@ -90,11 +112,21 @@ class Meter(ABC):
     - `has_error`: the upstream reported an error inside the answer.
     - `chunk`: the JSON object of the event, None if its data is no object.
     - `response_id`: the id under which the upstream stores the response.
-    - `uncounted_texts`: the texts of a whole answer without usage. The caller counts them, as that may take long.
+    - `uncounted_texts`: the texts of a whole answer whose usage does not state its output. The caller counts them, as
+      that may take long, and passes the result to `output_with`.
+
+    Set by the caller, and used for usage that is read afterwards (see `usage.read_usage`):
+
+    - `output_bound`: the most output that the call can have used, in tokens: what it asks for, or more if it holds
+      more.
+    - `extra_usage`: the members of a usage that its upstream writes in addition to the output.
 
     A surface's meter implements `_new_ending`, `_see_object` for the events of a stream and `_see_answer` for a whole
-    answer. It passes on what it finds there with `_report` (a stated usage) and `_count_texts` (pieces of output).
+    answer. It passes on what it finds there with `_report` (a usage that `_read` has read) and `_count_texts` (pieces
+    of output).
     """
+
+    _has_separate_cache = False  # whether cached tokens are not included in the input that a usage states
 
     def __init__(self, request: Request, *, count: Callable[[str], int], kind: str) -> None:
         self.is_at_end = False
@@ -105,15 +137,19 @@ class Meter(ABC):
         self.ending = self._new_ending(request)
         self.response_id: str | None = None
         self.uncounted_texts: list[str] = []
+        self.output_bound = DEFAULT_ANSWER_TOKENS * request.choices
+        self.extra_usage: Sequence[str] = ()
         self._count = count
         self._charge = request.endpoint.charge
         self._generates = request.endpoint.charge == "tokens" and request.endpoint.generates
         self._choices = request.choices
         self._strips_usage = request.adds_usage
-        self._reported: Tokens | None = None
-        self._is_partial = False  # the reported usage is of the beginning or of one choice, not of the whole answer
+        self._may_have_output = request.endpoint.generates
+        self._stated: Stated | None = None
+        self._is_partial = False  # the stated usage is of one choice, not of the whole answer
+        self._is_contradicted = False  # the upstream stated a smaller output than it had stated before
         self._counted = 0  # output tokens by our count, in the whole answer
-        self._counted_since_report = 0  # the same, since the upstream last reported its usage
+        self._counted_since_report = 0  # the same, since the upstream last stated its usage
 
     def stop_stripping(self) -> None:
         """Remove nothing from now on: the proxy did not ask for usage after all, so it is meant for the client."""
@@ -124,12 +160,26 @@ class Meter(ABC):
         """The tokens of output that have passed so far; 0 for images and audio, which are known only at their end."""
         if self._charge != "tokens":
             return 0
-        return self._counted if self._reported is None else self._reported.output + self._counted_since_report
+        seen = self._output_stated + self._counted_since_report
+        return max(seen, self._counted) if self._is_doubtful else seen
+
+    def output_with(self, counted: int) -> int:
+        """The tokens of output, with `counted` tokens in `uncounted_texts`."""
+        return self.output_seen + counted if self._is_partial else max(self.output_seen, counted)
 
     @property
     def input_reported(self) -> int | None:
-        """The tokens of the input, if the upstream has reported them."""
-        return None if self._reported is None else self._reported.input
+        """The tokens of the input, if the upstream has reported them.
+
+        Zeros for both input and output are no report if there is text, or if the output is not stated at all.
+        """
+        if self._stated is None:
+            return None
+        stated = self._stated.known_input
+        if stated or self._output_stated or not self._generates:
+            return stated
+        has_text = self._counted > 0 or bool(self.uncounted_texts)
+        return None if has_text or self._stated.known_output is None else stated
 
     def see_event(self, event: Event, *, is_cut: bool = False) -> bytes:
         """Measure one event and return the bytes for the client.
@@ -150,7 +200,11 @@ class Meter(ABC):
         if self.chunk is None:
             # A client may understand data that we can't parse, so it is charged. But no client understands an event
             # that broke off in the middle.
-            if not is_cut:
+            if is_cut:
+                return event.raw
+            if data.lstrip()[:1] == b"{":
+                self._count_texts([*texts_of_broken_json(data)])
+            else:
                 self._count_bytes(data)
             return event.raw
         return self._see_object(self.chunk, event)
@@ -168,7 +222,7 @@ class Meter(ABC):
             return
         self._see_error(answer)
         output = self._see_answer(answer)
-        if self._reported is None and self._generates:
+        if self._generates and (not self._output_stated or (self._is_doubtful and not self._is_partial)):
             self.uncounted_texts = [*texts_in(output)]
 
     def usage(self) -> Usage:
@@ -181,6 +235,10 @@ class Meter(ABC):
             broke off before any report                      AtLeast(0, 12); the caller adds its count of the input
             vLLM had reported 11 and 4 so far, then text
             of 5 tokens by our count came without a report   AtLeast(11, 9)
+            11 and no output were reported, and 12 tokens
+            passed by our count                              AtLeast(11, 12)
+            20 and 30 were reported, then zeros              Exactly(20, 30)
+            only zeros were reported, and there is no text   Exactly(0, 0)
         """
         if self._charge == "nothing":
             return Unspent()
@@ -205,24 +263,66 @@ class Meter(ABC):
     # What it may override, and what it calls.
 
     def _see_other_body(self, body: bytes) -> None:
-        """Record a whole answer that is no JSON object. That is an error, but it was generated."""
+        """Record a whole answer that is no JSON object. That is an error, but it was generated.
+
+        If it is JSON, or was to be, only the texts in it count: a number of 200,000 digits is no text.
+        """
         self.has_error = True
-        self.uncounted_texts = [body.decode("utf-8", "replace")] if self._generates else []
+        if self._generates:
+            self.uncounted_texts = [*texts_of_body(body)]
 
     def _usage_in_tokens(self) -> Usage:
-        if self._reported is None:
-            return AtLeast(Tokens(0, self._counted if self._generates else 0))
-        if self._counted_since_report or self._is_partial:
-            return AtLeast(Tokens(self._reported.input, self.output_seen, self._reported.cached))
-        return Exactly(self._reported)
+        stated, input_tokens = self._stated or Stated(), self.input_reported
+        output = self.output_seen if self._generates else self._output_stated
+        is_whole = not self._is_partial and not self.uncounted_texts and not self._counted_since_report
+        is_output_stated = stated.known_output == output or not self._generates
+        if input_tokens is not None and is_whole and is_output_stated:
+            return Exactly(stated.tokens())
+        input_tokens = input_tokens or 0
+        return AtLeast(Tokens(input_tokens, output, min(stated.cached, input_tokens)))
+
+    @property
+    def _output_stated(self) -> int:
+        """The output that the upstream has stated so far; 0 if none."""
+        return 0 if self._stated is None else self._stated.known_output or 0
+
+    @property
+    def _is_doubtful(self) -> bool:
+        """Whether the stated output is not believed against our own count: it fell, or comes without an input."""
+        return self._is_contradicted or (self._stated is not None and self._stated.known_input is None)
 
     def _see_error(self, answer: JSON) -> None:
         self.has_error = self.has_error or answer.get("error") is not None
 
-    def _report(self, tokens: Tokens | None) -> None:
-        """Record a usage that the upstream stated; None if it stated none, or one that makes no sense."""
-        if tokens is not None:
-            self._reported, self._counted_since_report = tokens, 0
+    def _read(self, usage: object) -> Stated | None:
+        """What a usage object of this answer states."""
+        return read_usage(
+            usage,
+            output_bound=self.output_bound if self._may_have_output else None,
+            extra=self.extra_usage,
+            has_separate_cache=self._has_separate_cache,
+        )
+
+    def _report(self, stated: Stated | None) -> None:
+        """Record a usage that the upstream stated; None if it stated none, or one that makes no sense.
+
+        It covers the text that has passed only if its output is larger than what was stated before, or than what we
+        have counted. A server that states 4 tokens on every chunk does not count.
+        """
+        if stated is None:
+            return
+        before, output = self._output_stated, stated.known_output or 0
+        if self._stated is not None:
+            self._is_contradicted = self._is_contradicted or 0 < (stated.output or 0) < (self._stated.output or 0)
+            stated = self._stated.largest(stated)
+        self._stated = stated
+        if output > before or output >= self._counted:
+            self._counted_since_report = 0
+
+    def _report_beside(self, document: JSON) -> None:
+        """Record the usages that a vendor states in members of its own."""
+        for usage in usages_beside(document):
+            self._report(self._read(usage))
 
     def _count_texts(self, part: object) -> None:
         """Count the texts in a piece of the answer, as at least one token if there is any text."""
@@ -244,14 +344,26 @@ def read_object(data: bytes) -> JSON | None:
 
     NaN, infinities and unpaired surrogates are accepted. They are not JSON, but some clients parse them.
     """
-    try:
-        value = orjson.loads(data)
-    except orjson.JSONDecodeError:
-        try:
-            value = json.loads(data)
-        except (ValueError, RecursionError):
-            return None
+    value = _parse(data)
     return value if isinstance(value, dict) else None
+
+
+def _parse(data: bytes) -> object:
+    """Parse JSON; None if that is not possible, or if it is `null`."""
+    try:
+        return orjson.loads(data)
+    except orjson.JSONDecodeError:
+        pass
+    if len(data) > _VALUES_MAX and sum(map(data.count, (b",", b"[", b"{"))) > _VALUES_MAX:
+        return None
+    try:
+        return json.loads(data, parse_int=_bounded_int)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _bounded_int(digits: str) -> float:
+    return int(digits) if len(digits) <= _DIGITS_MAX else math.inf
 
 
 def write_events(events: Iterable[JSON], newline: bytes = b"\n") -> bytes:
@@ -268,4 +380,41 @@ def texts_in(part: object) -> Iterator[str]:
 
 
 def _members_with_text(members: JSON) -> list[object]:
-    return [value for name, value in members.items() if name not in _NOT_TEXT]
+    return [
+        value
+        for name, value in members.items()
+        if name not in _NOT_TEXT and not (name == "usage" and isinstance(value, dict))
+    ]
+
+
+def texts_of_body(body: bytes) -> Iterator[str]:
+    """The texts in a whole answer that is no JSON object: all of it, unless it is JSON or was to be."""
+    beginning = body[:64].lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
+    if beginning in (b"{", b"["):
+        return texts_of_broken_json(body)
+    value = _parse(body) if beginning == b'"' or beginning.isdigit() or beginning == b"-" else None
+    if value is None:
+        return iter([body.decode("utf-8", "replace")])
+    return iter([value] if isinstance(value, str) else [])
+
+
+def texts_of_broken_json(data: bytes) -> Iterator[str]:
+    """The texts in JSON that can't be parsed: the strings in members that have the model's text, never other bytes.
+
+    `{"id":"c","choices":[{"message":{"content":"Hello","n":1e` has the text "Hello". So has an array of strings.
+    """
+    name = ""
+    for string, _ in zip(_STRING.finditer(data.decode("utf-8", "replace")), range(_STRINGS_MAX), strict=False):
+        if string[2]:
+            name = string[1]
+        elif name in _TEXT and string[1]:
+            yield _unescaped(string[1])
+
+
+def _unescaped(string: str) -> str:
+    if "\\" not in string:
+        return string
+    try:
+        return str(json.loads(f'"{string}"', strict=False))
+    except ValueError:  # an escape that does not exist, or that broke off
+        return string

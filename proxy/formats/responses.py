@@ -8,7 +8,7 @@ A stream always states its usage in its last event, so the proxy adds no option 
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from io import StringIO
 
 from proxy.errors import ProxyError
@@ -16,7 +16,6 @@ from proxy.formats.endpoints import RESPONSE_ID
 from proxy.formats.meter import JSON, Ending, Meter, texts_in, write_events
 from proxy.formats.request import Request
 from proxy.formats.sse import Event
-from proxy.formats.usage import read_tokens
 from proxy.policy.amounts import Tokens
 
 # The events that end a response.
@@ -66,10 +65,13 @@ class ResponsesMeter(Meter):
         kind, response = chunk.get("type"), chunk.get("response")
         if isinstance(response, dict):
             self._see_response(response)
+        # Some gateways state the usage beside the response, or in members of their own.
+        self._report(self._read(chunk.get("usage")))
+        self._report_beside(chunk)
         if isinstance(kind, str) and kind in RESPONSE_ENDS:
             self.is_at_end = self.is_over = True
             self.has_error = self.has_error or kind in ("error", "response.failed")
-            if self._reported is None and isinstance(response, dict):
+            if isinstance(response, dict) and (not self._output_stated or self._is_doubtful):
                 self._count_missing(response.get("output"))
         elif isinstance(kind, str) and kind.endswith(".delta") and isinstance(delta := chunk.get("delta"), str):
             self._count_texts(delta)
@@ -83,12 +85,13 @@ class ResponsesMeter(Meter):
         # Counting the input tokens (`input_tokens`) stores no response, whatever its answer contains.
         if self._generates and isinstance(name, str) and RESPONSE_ID.fullmatch(name):
             self.response_id = name
-        tokens = read_tokens(response.get("usage"))
+        stated = self._read(response.get("usage"))
         # The image tool reports its tokens separately; they are not included in `usage`.
-        drawn = read_tokens(tools.get("image_gen")) if isinstance(tools, dict) else None
-        if tokens and drawn:
-            tokens = replace(tokens, input=tokens.input + drawn.input, output=tokens.output + drawn.output)
-        self._report(tokens)
+        drawn = self._read(tools.get("image_gen")) if isinstance(tools, dict) else None
+        if stated and drawn:
+            stated = stated.plus(drawn, adds_input=True)
+        self._report(stated)
+        self._report_beside(response)
 
     def _count_missing(self, part: object) -> None:
         """Count a text that an event repeats as a whole, as far as it exceeds what was counted so far.

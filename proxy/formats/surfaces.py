@@ -5,7 +5,7 @@ A new format of streams is one module with a meter, an ending and an error event
 `endpoints`. Pure.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from proxy.errors import ProxyError
@@ -36,9 +36,23 @@ SURFACES: dict[SurfaceName, Surface] = {
 }
 
 
-def meter_of(request: Request, *, count: Callable[[str], int], kind: str = "openai") -> Meter:
-    """A new meter for the answer to this request; see `Meter` for `count` and `kind`."""
-    return SURFACES[request.endpoint.surface].meter(request, count=count, kind=kind)
+def meter_of(
+    request: Request,
+    *,
+    count: Callable[[str], int],
+    kind: str = "openai",
+    output_bound: int | None = None,
+    extra_usage: Sequence[str] = (),
+) -> Meter:
+    """A new meter for the answer to this request; see `Meter` for the parameters.
+
+    If `output_bound` is None, it is that of a call that states no maximum.
+    """
+    meter = SURFACES[request.endpoint.surface].meter(request, count=count, kind=kind)
+    meter.extra_usage = extra_usage
+    if output_bound is not None:
+        meter.output_bound = output_bound
+    return meter
 
 
 def error_event(endpoint: Endpoint, error: ProxyError) -> bytes:

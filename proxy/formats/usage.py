@@ -1,9 +1,13 @@
-"""Read the usage that an upstream states in its answer, as a number of tokens.
+"""Read the usage that an upstream states in its answer, as numbers of tokens.
 
-Servers differ in the names of the members and in how they write a number, so the readers accept several spellings.
-They do not accept a usage that makes no sense: the result is then None, and the caller counts the tokens itself.
-docs/threats.md ("What is charged for strange usage") lists the cases. Pure.
+Servers differ in the names of the members, in how they write a number, and in what they count into which number. One
+function reads them all, for every surface. It does not accept a usage that makes no sense: the result is then None,
+and the caller counts the tokens itself. docs/threats.md ("What is charged for strange usage") lists the cases. Pure.
 """
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 from proxy.policy.amounts import Tokens
 
@@ -11,45 +15,130 @@ from proxy.policy.amounts import Tokens
 # above it is a mistake of the upstream, and must not use up a user's quota for the rest of a month.
 REPORTED_MAX = 20_000_000
 
-_PARTS = ("prompt_tokens", "input_tokens", "completion_tokens", "output_tokens")
+_INPUT = ("prompt_tokens", "input_tokens")
+_OUTPUT = ("completion_tokens", "output_tokens")
+_TOTAL = "total_tokens"
+# Tokens that were read from the cache, and that were written to it. They are a part of the input at OpenAI, where
+# they are in the details. At Anthropic they are separate.
+_CACHE_READ, _CACHE_WRITE = "cache_read_input_tokens", "cache_creation_input_tokens"
+_INPUT_DETAILS = ("prompt_tokens_details", "input_tokens_details", "input_token_details")
+_OUTPUT_DETAILS = ("completion_tokens_details", "output_tokens_details", "output_token_details")
+# Other names for the tokens that were read from the cache: DeepSeek's and Kimi's.
+_CACHE_HITS = ("cached_tokens", "prompt_cache_hit_tokens")
+# Anthropic calls its reasoning thinking.
+_REASONING = ("reasoning_tokens", "thinking_tokens")
+# The members that the proxy reads anyway, so that they can't be counted again as additional output.
+STANDARD_FIELDS = frozenset((*_INPUT, *_OUTPUT, _TOTAL, _CACHE_READ, _CACHE_WRITE, *_CACHE_HITS))
 
 
-def read_tokens(usage: object) -> Tokens | None:
-    """The tokens in an OpenAI usage object; None if it makes no sense.
+@dataclass(frozen=True, slots=True)
+class Stated:
+    """What an upstream states of the tokens of one answer; None for a part that it does not state.
+
+    `cached` is a part of `input` and `reasoning` a part of `output`. `total` is set only if it is all that is stated.
+    """
+
+    input: int | None = None
+    output: int | None = None
+    cached: int = 0
+    reasoning: int = 0
+    total: int | None = None
+
+    @property
+    def known_input(self) -> int | None:
+        """The input; 0 if only a total is stated, because the total is charged as output."""
+        return 0 if self.input is None and self.output is None and self.total is not None else self.input
+
+    @property
+    def known_output(self) -> int | None:
+        """The output, or else what the total leaves beside the input: a total of 16 beside an input of 11 is 5."""
+        if self.output is not None or self.total is None:
+            return self.output
+        return max(0, self.total - (self.input or 0))
+
+    @property
+    def parts(self) -> tuple[int | None, int | None, int | None]:
+        """Input, output and total."""
+        return self.input, self.output, self.total
+
+    def tokens(self) -> Tokens:
+        """The tokens; 0 for a part that is unknown. Cached and reasoning tokens are never more than their whole."""
+        input_tokens, output_tokens = self.known_input or 0, self.known_output or 0
+        return Tokens(
+            input_tokens,
+            output_tokens,
+            cached=min(self.cached, input_tokens),
+            reasoning=min(self.reasoning, output_tokens),
+        )
+
+    def largest(self, other: "Stated") -> "Stated":
+        """The larger number of each part. So zeros change nothing, and a part that one lacks comes from the other."""
+        return Stated(
+            _largest(self.input, other.input),
+            _largest(self.output, other.output),
+            cached=max(self.cached, other.cached),
+            reasoning=max(self.reasoning, other.reasoning),
+            total=_largest(self.total, other.total),
+        )
+
+    def plus(self, other: "Stated", *, adds_input: bool) -> "Stated":
+        """The sum of two usages, such as those of two choices. They have the same input unless `adds_input`.
+
+        A part that one of them lacks is unknown in the sum.
+        """
+        inputs = (self.known_input, other.known_input)
+        return Stated(
+            _sum(*inputs) if adds_input else _largest(*inputs),
+            _sum(self.known_output, other.known_output),
+            cached=self.cached + other.cached if adds_input else max(self.cached, other.cached),
+            reasoning=self.reasoning + other.reasoning,
+        )
+
+    def with_output_at_most(self, bound: int) -> "Stated":
+        """The same with at most so much output."""
+        output = self.known_output
+        if output is None or output <= bound:
+            return self
+        return Stated(self.known_input, bound, self.cached, min(self.reasoning, bound))
+
+
+def read_usage(
+    usage: object,
+    *,
+    output_bound: int | None = None,
+    extra: Sequence[str] = (),
+    has_separate_cache: bool = False,
+) -> Stated | None:
+    """What a usage object states; None if it states nothing, or makes no sense.
 
     Both namings are read: `prompt_tokens`/`completion_tokens` (chat, completions, embeddings) and
-    `input_tokens`/`output_tokens` (/responses, images, audio).
+    `input_tokens`/`output_tokens` (/responses, /messages, images, audio).
 
-    - A total that contradicts its parts is ignored: parts 11 and 5 with a total of 9999 are 16 tokens.
-    - If both parts are missing, the total is charged as output: `{"total_tokens": 16}` is 16 tokens of output. If
-      only the output is missing, it is the total minus the input: input 11 with a total of 16 is 11 and 5.
+    - `output_bound` is the most output that the call can have used, None if its endpoint generates none. If the total
+      is larger than input and output, the surplus is output: if it is exactly the reasoning tokens (xAI), or if the
+      output with it is at most `output_bound` (Gemini). A surplus that is exactly the cached tokens is input. Any
+      other total that contradicts its parts is ignored: parts 11 and 5 with a total of 9999 are 16 tokens.
+    - If only the output is missing, it is the total minus the input: input 11 with a total of 16 is 11 and 5. If both
+      parts are missing, the total is charged as output: `{"total_tokens": 16}` is 16 tokens of output.
+    - `extra` are members that count as output in addition (Perplexity), if the endpoint generates.
+    - `has_separate_cache`: the input is the sum of `input_tokens`, `cache_creation_input_tokens` and
+      `cache_read_input_tokens` (Anthropic).
     - Text and floats with a whole value are accepted (`"11"`, `11.0`), because some servers write them.
-    - Negative numbers, fractions, booleans, numbers over 20 million and a missing input make the object unreadable.
+    - A part that is a negative number, a fraction, a boolean or a number over 20 million makes the object unreadable.
+      Details of such values are ignored. Null is treated as a missing member.
     """
     if not isinstance(usage, dict):
         return None
-    input_tokens = _first_count(usage, "prompt_tokens", "input_tokens")
-    output_tokens = _first_count(usage, "completion_tokens", "output_tokens")
-    total = _count(usage.get("total_tokens"))
-    if input_tokens is None and output_tokens is None:
-        return None if total is None or _is_invalid(usage, *_PARTS) else Tokens(0, total)
-    if input_tokens is None or (output_tokens is None and _is_invalid(usage, "completion_tokens", "output_tokens")):
+    stated = _parts_of(usage, has_separate_cache=has_separate_cache)
+    if stated is not None and output_bound is not None:
+        stated = _with_extra(stated, sum(_count(usage.get(name)) or 0 for name in extra))
+        stated = _with_surplus(stated, usage, output_bound)
+    if stated is None or any(part is not None and part > REPORTED_MAX for part in stated.parts):
         return None
-    if output_tokens is None:
-        output_tokens = max(0, (total or 0) - input_tokens)
-    input_details = _first_dict(usage, "prompt_tokens_details", "input_tokens_details")
-    output_details = _first_dict(usage, "completion_tokens_details", "output_tokens_details")
-    # Cached and reasoning tokens are parts of input and output. A part is never more than the whole: a report of 4000
-    # reasoning tokens in 5 tokens of output becomes 5.
-    return Tokens(
-        input_tokens,
-        output_tokens,
-        cached=min(_count(input_details.get("cached_tokens")) or 0, input_tokens),
-        reasoning=min(_count(output_details.get("reasoning_tokens")) or 0, output_tokens),
-    )
+    return stated
 
 
-def read_timings(timings: object) -> Tokens | None:
+def read_timings(timings: object) -> Stated | None:
     """The tokens in the `timings` that llama.cpp adds to the last chunk; None if they don't state the whole input.
 
     The input is the tokens that were evaluated now (`prompt_n`) and those that were in its cache (`cache_n`):
@@ -60,21 +149,105 @@ def read_timings(timings: object) -> Tokens | None:
         return None
     match [_count(timings.get(name)) for name in ("prompt_n", "cache_n", "predicted_n")]:
         case [int(evaluated), int(cached), int(output)]:
-            return Tokens(evaluated + cached, output, cached=cached)
+            return Stated(evaluated + cached, output, cached=cached)
     return None
 
 
-def _first_count(usage: dict[str, object], *names: str) -> int | None:
-    return next((count for name in names if (count := _count(usage.get(name))) is not None), None)
+def usages_beside(document: dict[str, Any]) -> Iterator[object]:
+    """The usages in members of a vendor's own, such as Groq's: `{"x_groq": {"id": …, "usage": {…}}}`."""
+    for name, value in document.items():
+        if name.startswith("x_") and isinstance(value, dict) and value.get("usage") is not None:
+            yield value["usage"]
 
 
-def _first_dict(usage: dict[str, object], *names: str) -> dict[str, object]:
-    return next((part for name in names if isinstance(part := usage.get(name), dict)), {})
+def usage_of_choice(choice: object) -> object:
+    """The usage inside a choice, where Kimi writes it, or inside its delta or message; None if there is none."""
+    if not isinstance(choice, dict):
+        return None
+    inner = (choice, choice.get("delta"), choice.get("message"))
+    return next((part["usage"] for part in inner if isinstance(part, dict) and part.get("usage") is not None), None)
 
 
-def _is_invalid(usage: dict[str, object], *names: str) -> bool:
-    """Whether one of these members has a value that is no count. Null is treated as a missing member."""
-    return any(usage.get(name) is not None and _count(usage[name]) is None for name in names)
+def _parts_of(usage: dict[str, Any], *, has_separate_cache: bool) -> Stated | None:
+    """What the parts of a usage state, and its total where they state less; None if one of them makes no sense."""
+    groups = [_INPUT, _OUTPUT] + ([(_CACHE_READ,), (_CACHE_WRITE,)] if has_separate_cache else [])
+    if any(_is_unreadable(usage, names) for names in groups):
+        return None
+    input_tokens, output_tokens, *caches = (_largest_of(usage, names) for names in groups)
+    for count in caches:
+        input_tokens = input_tokens if count is None else (input_tokens or 0) + count
+    total, reasoning = _count(usage.get(_TOTAL)), _reasoning_in(usage)
+    if input_tokens is None and output_tokens is None:
+        return None if total is None else Stated(reasoning=reasoning, total=total)
+    if output_tokens is None and input_tokens is not None and total is not None and total >= input_tokens:
+        output_tokens = total - input_tokens
+    return Stated(input_tokens, output_tokens, _cached_in(usage), reasoning)
+
+
+def _with_extra(stated: Stated, more: int) -> Stated:
+    """The same with additional output, unless the output is unknown."""
+    if stated.output is not None:
+        return replace(stated, output=stated.output + more)
+    return stated if stated.total is None else replace(stated, total=stated.total + more)
+
+
+def _with_surplus(stated: Stated, usage: dict[str, Any], output_bound: int) -> Stated:
+    """The same with the tokens by which the total is larger than input and output, if it is known what they are."""
+    total = _count(usage.get(_TOTAL))
+    if stated.input is None or stated.output is None or total is None:
+        return stated
+    surplus, caches = total - stated.input - stated.output, _caches_in(usage)
+    if surplus <= 0:
+        return stated
+    if surplus == stated.reasoning:
+        cached, output = 0, surplus
+    elif surplus in caches:
+        cached, output = surplus, 0
+    elif surplus - stated.reasoning in caches:
+        cached, output = surplus - stated.reasoning, stated.reasoning
+    elif stated.output + surplus <= output_bound:
+        cached, output = 0, surplus
+    else:
+        return stated
+    return replace(stated, input=stated.input + cached, output=stated.output + output)
+
+
+def _cached_in(usage: dict[str, Any]) -> int:
+    counts = [_detail(usage, _INPUT_DETAILS, ("cached_tokens",)), _largest_of(usage, (*_CACHE_HITS, _CACHE_READ))]
+    return max(count or 0 for count in counts)
+
+
+def _reasoning_in(usage: dict[str, Any]) -> int:
+    counts = [_detail(usage, _OUTPUT_DETAILS, _REASONING), _largest_of(usage, _REASONING)]
+    return max(count or 0 for count in counts)
+
+
+def _caches_in(usage: dict[str, Any]) -> Collection[int]:
+    """The numbers of cached tokens that a surplus may be: those read, those written, and both."""
+    read, written = _cached_in(usage), _count(usage.get(_CACHE_WRITE)) or 0
+    return {read, written, read + written} - {0}
+
+
+def _detail(usage: dict[str, Any], sections: Sequence[str], names: Sequence[str]) -> int | None:
+    details = [section for name in sections if isinstance(section := usage.get(name), dict)]
+    return max((count for section in details if (count := _largest_of(section, names)) is not None), default=None)
+
+
+def _largest_of(usage: dict[str, Any], names: Sequence[str]) -> int | None:
+    return max((count for name in names if (count := _count(usage.get(name))) is not None), default=None)
+
+
+def _is_unreadable(usage: dict[str, Any], names: Sequence[str]) -> bool:
+    """Whether none of these members has a count, and one has another value. Null is treated as a missing member."""
+    return _largest_of(usage, names) is None and any(usage.get(name) is not None for name in names)
+
+
+def _largest(first: int | None, second: int | None) -> int | None:
+    return max((count for count in (first, second) if count is not None), default=None)
+
+
+def _sum(first: int | None, second: int | None) -> int | None:
+    return None if first is None or second is None else first + second
 
 
 def _count(value: object) -> int | None:

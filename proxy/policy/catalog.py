@@ -53,7 +53,8 @@ class Upstream:
     """A server that calls are forwarded to.
 
     `base_url` includes `/v1` and does not end with a slash. `api_version` is Azure's, for calls that name none.
-    `kind` is plain text here: `config` checks that it names one of the kinds in `formats.kinds`.
+    `kind` is plain text here: `config` checks that it names one of the kinds in `formats.kinds`. `extra_usage` are
+    the members of its usage that it writes in addition to the output.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Upstream:
     on_disconnect: OnDisconnect = "drain"
     api_version: str | None = None
     allow: Allow = Allow()
+    extra_usage: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,17 +9,15 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from proxy.errors import InvalidRequest, LedgerUnavailable, Refusal, UpstreamError
 from proxy.formats.endpoints import (
     MESSAGES,
 )
-from proxy.formats.messages import MessagesEnding, error_body, read_usage, type_of
+from proxy.formats.messages import MessagesEnding, error_body, type_of
 from proxy.formats.sse import Splitter
 from proxy.formats.surfaces import error_event
-from proxy.policy.amounts import AtLeast, Exactly, Tokens
+from proxy.policy.amounts import AtLeast, Exactly, Tokens, Usage
 from proxy.simulator.messages import write_message_stream
 from proxy.simulator.text import Endpoint as Simulated
 from proxy.simulator.text import Generator
@@ -80,55 +78,6 @@ def test_an_error_in_a_stream_of_messages_is_anthropic_s_error_event() -> None:
     assert head == b"event: error"
     error = {"type": "api_error", "message": "It broke.", "code": "upstream_error"}
     assert json.loads(data.removeprefix(b"data: ")) == {"type": "error", "error": error}
-
-
-# -------------------------------------------------------------------------------------------------------------- usage
-
-
-@pytest.mark.parametrize(
-    ("usage", "tokens"),
-    [
-        ({"input_tokens": 7, "output_tokens": 5}, Tokens(7, 5)),
-        (
-            {
-                "input_tokens": 7,
-                "cache_creation_input_tokens": 100,
-                "cache_read_input_tokens": 1000,
-                "cache_creation": {"ephemeral_5m_input_tokens": 100},
-                "output_tokens": 5,
-                "output_tokens_details": {"thinking_tokens": 3},
-            },
-            Tokens(1107, 5, cached=1000, reasoning=3),
-        ),
-        (
-            {
-                "input_tokens": 7,
-                "cache_creation_input_tokens": None,
-                "cache_read_input_tokens": 0,
-                "output_tokens": 5,
-            },
-            Tokens(7, 5),
-        ),
-        ({"cache_read_input_tokens": 9, "output_tokens": 5}, Tokens(9, 5, cached=9)),
-        ({"input_tokens": 0, "output_tokens": 0}, Tokens(0, 0)),
-        ({"input_tokens": 7, "output_tokens": 5, "output_tokens_details": "x"}, Tokens(7, 5)),
-        ({"input_tokens": -7, "output_tokens": 5}, None),
-        ({"input_tokens": 7, "cache_read_input_tokens": "many", "output_tokens": 5}, None),
-        ({"input_tokens": 7, "output_tokens": 2.5}, None),
-        ({"output_tokens": 5}, None),
-        ({}, None),
-    ],
-)
-def test_the_three_parts_of_the_input_are_added(usage: dict, tokens: Tokens | None) -> None:
-    """At OpenAI cached tokens are a part of the input, here they are separate; invalid usage gives None."""
-    assert read_usage(usage) == tokens
-
-
-@given(st.tuples(*[st.integers(0, 1_000_000)] * 4))
-def test_the_input_is_the_sum_of_its_parts(parts: tuple[int, int, int, int]) -> None:
-    """All three parts are charged, and `cached` is the part that was read from the cache."""
-    names = ("input_tokens", "cache_creation_input_tokens", "cache_read_input_tokens", "output_tokens")
-    assert read_usage(dict(zip(names, parts, strict=True))) == Tokens(sum(parts[:3]), parts[3], cached=parts[2])
 
 
 # ------------------------------------------------------------------------------------------ what an answer is charged
@@ -197,13 +146,52 @@ def test_an_input_of_0_at_the_beginning_is_ignored() -> None:
     )
 
 
-def test_the_last_usage_of_a_message_counts() -> None:
-    """Each states the total so far, so they are not added. A later one may correct the input."""
+def test_of_the_usages_of_a_message_the_largest_numbers_count() -> None:
+    """Each states the total so far, so they are not added. A later one may raise the input."""
     stream = START + BLOCK + delta("text_delta", text="hi") + message_delta(output_tokens=3)
     meter, _ = watch(
         stream + message_delta(output_tokens=9, input_tokens=6, cache_read_input_tokens=0) + STOP, MESSAGE
     )
-    assert meter.usage() == Exactly(Tokens(8, 9))
+    assert meter.usage() == Exactly(Tokens(13, 9, cached=5))
+
+
+CACHED_START = message_event(
+    "message_start",
+    message={"usage": {"input_tokens": 31, "cache_read_input_tokens": 20, "output_tokens": 1}},
+)
+
+
+@pytest.mark.parametrize(
+    ("usage", "expected"),
+    [
+        ({"input_tokens": 0, "cache_read_input_tokens": 0, "output_tokens": 12}, Exactly(Tokens(51, 12, cached=20))),
+        ({"input_tokens": 0, "cache_read_input_tokens": 20, "output_tokens": 12}, Exactly(Tokens(51, 12, cached=20))),
+        ({"input_tokens": 51, "output_tokens": 12}, Exactly(Tokens(71, 12, cached=20))),
+        (
+            {"input_tokens": 11, "cache_read_input_tokens": 40, "output_tokens": 12},
+            Exactly(Tokens(51, 12, cached=40)),
+        ),
+        ({"input_tokens": -1, "output_tokens": 12}, AtLeast(Tokens(51, 5, cached=20))),
+        ({"input_tokens": 0, "cache_read_input_tokens": 0, "output_tokens": 0}, AtLeast(Tokens(51, 5, cached=20))),
+        ("many", AtLeast(Tokens(51, 5, cached=20))),
+    ],
+)
+def test_zeros_at_the_end_of_a_message_take_nothing_away(usage: Any, expected: Usage) -> None:
+    """A member that is 0 keeps its earlier value; one that is larger or smaller replaces it.
+
+    An input that is divided differently between the cache and the rest is not charged twice.
+    """
+    end = message_event("message_delta", delta={"stop_reason": "end_turn"}, usage=usage) + STOP
+    assert usage_of(CACHED_START + BLOCK + delta("text_delta", text="hello") + end, MESSAGE) == expected
+
+
+def test_an_output_without_an_input_is_charged() -> None:
+    """The caller adds its count of the input. The output is at least what has passed."""
+    start = message_event("message_start", message={"usage": {"input_tokens": 0, "output_tokens": 0}})
+    text = start + BLOCK + delta("text_delta", text="hello")
+    for output, charged in ((12, 12), (3, 5)):
+        meter, _ = watch(text + message_delta(output_tokens=output) + STOP, MESSAGE)
+        assert (meter.usage(), meter.input_reported) == (AtLeast(Tokens(0, charged)), None)
 
 
 def test_a_cut_message_is_charged_its_input_and_the_text_that_passed() -> None:

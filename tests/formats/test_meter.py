@@ -5,6 +5,7 @@ that the proxy stops ends as if the upstream's own maximum had ended it there. S
 2.3 (usage in streams); docs/threats.md, T36 and T39 to T45.
 """
 
+from time import perf_counter
 from typing import Any, get_args
 
 import pytest
@@ -17,6 +18,7 @@ from proxy.formats.endpoints import (
     COMPLETIONS,
     EMBEDDINGS,
     INPUT_TOKENS,
+    MESSAGES,
     MODERATIONS,
     RESPONSES,
     Endpoint,
@@ -134,12 +136,14 @@ def test_data_that_cannot_be_parsed_is_forwarded(pieces: list[bytes]) -> None:
 @pytest.mark.parametrize(
     ("raw", "tokens"),
     [
-        (b'data: {"choices":[{"delta":{"content":"\n\n', 9),
-        (b'data: {"choices":[{"delta":{"content":"\xff"}}]}\n\n', 10),
+        (b'data: {"choices":[{"delta":{"content":"\n\n', 0),
+        (b'data: {"choices":[{"delta":{"content":"abc\n\n', 3),
+        (b'data: {"choices":[{"delta":{"content":"\xff"}}]}\n\n', 3),
         (b"data: null\n\n", 1),
         (b'data: ["Hello"]\n\n', 3),
         (b"data: <html>\n\n", 2),
-        (b'data: {"a":' + b"[" * 2000 + b"]" * 2000 + b"}\n\n", 1002),
+        (b'data: {"a":' + b"[" * 2000 + b"]" * 2000 + b"}\n\n", 0),
+        (b'data: {"choices":[{"delta":{"content":"abc"},"logprobs":' + b"[" * 2000 + b"]" * 2000 + b"}]}\n\n", 3),
         (b"data: \n\n", 0),
         (b"data\n\n", 0),
         (b": OPENROUTER PROCESSING\n\n", 0),
@@ -152,14 +156,14 @@ def test_data_that_cannot_be_parsed_is_forwarded(pieces: list[bytes]) -> None:
 def test_events_that_are_no_chunk_are_forwarded(raw: bytes, tokens: int) -> None:
     """In the middle of a stream (T41). A client may understand data that can't be parsed here, so its bytes count.
 
-    Comments and events without data count as nothing.
+    Of data that begins like an object only the texts count. Comments and events without data count as nothing.
     """
     meter, shown = watch(TEXT + raw + event(usage_chunk()) + DONE)
     assert shown == TEXT + raw + DONE
     assert meter.usage() == REPORTED
     meter, _ = watch(TEXT + raw)
     assert (meter.usage(), meter.output_seen) == (AtLeast(Tokens(0, 12 + tokens)), 12 + tokens)
-    running = {**HONEST, "completion_tokens": 1}
+    running = {**HONEST, "completion_tokens": 1, "total_tokens": 12}
     assert usage_of(event(chunk("a", usage=running)) + raw) == (
         AtLeast(Tokens(11, 1 + tokens)) if tokens else Exactly(Tokens(11, 1))
     )
@@ -303,7 +307,7 @@ def test_a_whole_answer_without_usage_keeps_its_texts(endpoint: Endpoint, answer
     ("endpoint", "answer", "expected"),
     [
         (CHAT, {"choices": [message("Hello world")], "usage": HONEST}, REPORTED),
-        (COMPLETIONS, {"choices": [{"text": "Hello world"}], "usage": ZEROS}, Exactly(Tokens(0, 0))),
+        (COMPLETIONS, {"choices": [{"text": ""}], "usage": ZEROS}, Exactly(Tokens(0, 0))),
         (RESPONSES, {"output": [ITEM], "usage": RESPONSE_USAGE}, REPORTED),
         (RESPONSES, {"status": "incomplete", "output": [], "usage": RESPONSE_USAGE}, REPORTED),
         (EMBEDDINGS, {"data": [], "usage": {"prompt_tokens": 9, "total_tokens": 9}}, Exactly(Tokens(9, 0))),
@@ -329,13 +333,107 @@ def test_an_error_in_a_whole_answer_is_noted() -> None:
     assert whole(failed, RESPONSES).usage() == REPORTED
 
 
-@pytest.mark.parametrize("body", [b"x" * 400, b"\xff" * 400, b"[" * 400, b'"' + b"x" * 398 + b'"', b"7" * 400])
-def test_a_body_that_is_no_object_is_counted_in_full(body: bytes) -> None:
-    """It was generated, although it is no valid answer. Embeddings generate nothing."""
+@pytest.mark.parametrize(
+    ("body", "texts"),
+    [
+        (b"x" * 400, ["x" * 400]),
+        (b"\xff" * 400, ["\ufffd" * 400]),
+        (b"<p>Hello", ["<p>Hello"]),
+        (b"- Hello", ["- Hello"]),
+        (b'"' + b"x" * 398 + b'"', ["x" * 398]),
+        (b'"Hello', ['"Hello']),
+        (b"[" * 400, []),
+        (b"7" * 200_000, []),
+        (b"-1.5", []),
+        (b"[1, 2]", []),
+        (b'[{"content": "Hello"}]', ["Hello"]),
+        (b"", [""]),
+    ],
+)
+def test_of_a_body_that_is_no_object_the_text_is_counted(body: bytes, texts: list[str]) -> None:
+    """It was generated, although it is no valid answer. JSON is no text. Embeddings generate nothing."""
     meter = whole(body)
-    assert (meter.usage(), meter.uncounted_texts) == (UNCOUNTED, [body.decode(errors="replace")])
+    assert (meter.usage(), meter.uncounted_texts) == (UNCOUNTED, texts)
     assert (whole(body, EMBEDDINGS).usage(), whole(body, EMBEDDINGS).uncounted_texts) == (UNCOUNTED, [])
     assert meter.has_error
+
+
+BROKEN = '{"id":"c-1","object":"chat.completion","model":"m","choices":[{"index":0,"message":{"content":"Hello %s"'
+
+
+@pytest.mark.parametrize(
+    ("body", "texts"),
+    [
+        (BROKEN % "you", ["Hello you"]),
+        (BROKEN % "you" + ',"tool_calls":[{"id":"t","function":{"name":"f","arguments":"{}"}', ["Hello you", "{}"]),
+        (BROKEN % r"\u00e9\n\"text\": \"x" + ",,}", ['Hello é\n"text": "x']),
+        (BROKEN[:-1] + "you", ["Hello %syou"]),
+        (BROKEN[:-1] + "you\\", ["Hello %syou"]),
+        (BROKEN % "you" + '}}],"usage":{"prompt_tokens":11', ["Hello you"]),
+        ("\ufeff \n" + BROKEN % "you", ["Hello you"]),
+        ('{"choices":[{"message":{"content":[{"type":"text","text":"a"},{"type":"text","text" : "b"}', ["a", "b"]),
+        ('{"choices":[{"message":{"content":["a","b"]},{"role":"assistant"', ["a", "b"]),
+        ('{"choices":[{"message":{"content":null,"reasoning_content":"a"', ["a"]),
+        ('{"output":[{"type":"message","content":[{"type":"output_text","text":"a","annotations":[', ["a"]),
+        ('{"error":{"message":"It broke."', []),
+        ('{"data":[{"b64_json":"' + "A" * 400, []),
+        ("{" * 400, []),
+    ],
+)
+def test_of_broken_json_only_the_texts_are_counted(body: str, texts: list[str]) -> None:
+    """Of a whole answer, and of an event of a stream: never names, numbers and braces."""
+    meter = whole(body.encode())
+    assert (meter.usage(), meter.uncounted_texts, meter.has_error) == (UNCOUNTED, texts, True)
+    if "\n" not in body:
+        counted = max(1, len("".join(texts).encode())) if texts else 0
+        assert usage_of(b"data: " + body.encode() + b"\n\n") == AtLeast(Tokens(0, counted))
+
+
+def test_a_number_of_many_digits_does_not_make_an_answer_unreadable() -> None:
+    """Python's parser refuses it. The rest of the answer is read as ever, and the number is no count."""
+    long = b"9" * 200_000
+    answer = b'{"choices":[{"message":{"content":"Hello"}}],"created":%b,"usage":{"prompt_tokens":%b,"n":1}}'
+    meter = whole(answer % (long, long))
+    assert (meter.usage(), meter.uncounted_texts, meter.has_error) == (UNCOUNTED, ["Hello"], False)
+    assert whole(answer.replace(b',"n":1', b',"completion_tokens":5') % (long, b"11")).usage() == REPORTED
+    text = b'data: {"choices":[{"delta":{"content":"Hello"}}],"created":' + long + b"}\n\n"
+    assert usage_of(text) == AtLeast(Tokens(0, 5))
+
+
+@pytest.mark.parametrize("usage", ["16", 16, [11, 5], True, None])
+@pytest.mark.parametrize(
+    ("endpoint", "answer"),
+    [
+        (CHAT, {"choices": [message("Hello")]}),
+        (RESPONSES, {"output": [{"type": "message", "content": [{"text": "Hello"}]}]}),
+        (MESSAGES, {"content": [{"type": "text", "text": "Hello"}]}),
+    ],
+)
+def test_an_answer_whose_usage_is_no_object_is_counted(endpoint: Endpoint, answer: dict, usage: object) -> None:
+    """On every surface, and only its texts."""
+    meter = whole({"id": "x" * 99, **answer, "usage": usage}, endpoint)
+    assert (meter.usage(), meter.uncounted_texts) == (UNCOUNTED, ["Hello"])
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"text":"' + b'\\"' * 4_000_000,
+        b'{"text":"' + b"\\" * 8_000_001,
+        b'{"text":' + b'"a",' * 2_000_000,
+        b'{"text":"a"' + b" " * 8_000_000,
+        b'{"text" ' * 1_000_000,
+        b'{"n":' + b"9" * 8_000_000,
+        b"{" * 8_000_000,
+        b"[1," * 2_500_000,
+    ],
+    ids=["escaped quotes", "backslashes", "strings", "blanks", "names", "digits", "braces", "numbers"],
+)
+def test_broken_json_takes_linear_time(body: bytes) -> None:
+    """Eight megabytes take less than three seconds; what is quadratic would take hours."""
+    start = perf_counter()
+    whole(body)
+    assert perf_counter() - start < 3
 
 
 def test_a_stream_in_answer_to_a_request_without_stream_is_measured() -> None:

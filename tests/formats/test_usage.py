@@ -5,12 +5,13 @@ tokens of input and 5 of output.
 """
 
 import json
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.formats.usage import REPORTED_MAX, read_timings, read_tokens
+from proxy.formats.usage import REPORTED_MAX, Stated, read_timings, read_usage, usage_of_choice, usages_beside
 from proxy.policy.amounts import Amount, Exactly, Tokens, charge_of
 
 NAMES = [
@@ -31,6 +32,12 @@ values = st.recursive(
     scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(NAMES), inner), max_leaves=12
 )
 reported = st.integers(0, REPORTED_MAX)
+
+
+def read_tokens(usage: object) -> Tokens | None:
+    """The tokens that a usage of an endpoint that generates states."""
+    stated = read_usage(usage, output_bound=4096)
+    return None if stated is None else stated.tokens()
 
 
 def chat(input_tokens: object = 11, output_tokens: object = 5, **more: object) -> dict[str, object]:
@@ -76,7 +83,8 @@ def chat(input_tokens: object = 11, output_tokens: object = 5, **more: object) -
         pytest.param({"prompt_tokens": 11, "completion_tokens": 5}, Tokens(11, 5), id="no total"),
         pytest.param(chat(total_tokens=0), Tokens(11, 5), id="total 0"),
         pytest.param(chat(0, 0, total_tokens=0), Tokens(0, 0), id="u-zero"),
-        pytest.param(chat(11, 0), Tokens(11, 0), id="zero output"),
+        pytest.param(chat(11, 0, total_tokens=11), Tokens(11, 0), id="zero output"),
+        pytest.param(chat(11, 0), Tokens(11, 5), id="zero output, but in the total"),
         pytest.param({"total_tokens": 0}, Tokens(0, 0), id="u-zero, total only"),
         pytest.param({"total_tokens": 16}, Tokens(0, 16), id="u-partial"),
         pytest.param(chat(None, None), Tokens(0, 16), id="u-partial, the parts null"),
@@ -138,9 +146,6 @@ def test_a_valid_usage_is_read(usage, tokens):
         pytest.param(chat(" 11", "5"), id="text with a blank"),
         pytest.param(chat("१२", "५"), id="digits of another script"),
         pytest.param(chat("²", "5"), id="a digit that is no number"),
-        pytest.param({"completion_tokens": 5}, id="no input"),
-        pytest.param({"prompt_tokens": None, "completion_tokens": 5, "total_tokens": 16}, id="input null"),
-        pytest.param({"output_tokens": 5}, id="no input, responses"),
     ],
 )
 def test_an_invalid_usage_gives_none(usage):
@@ -159,7 +164,202 @@ def test_an_invalid_usage_gives_none(usage):
 def test_output_that_only_the_total_includes_is_not_free(usage):
     """The total is 16 and the input 11, so 5 were generated: the result has 16 tokens or is None, never 11."""
     tokens = read_tokens(usage)
-    assert tokens is None or tokens.input + tokens.output == 16
+    assert tokens == Tokens(11, 5)
+
+
+@pytest.mark.parametrize(
+    ("usage", "stated"),
+    [
+        ({"prompt_tokens": 11}, Stated(11, None)),
+        ({"prompt_tokens": 11, "completion_tokens": None}, Stated(11, None)),
+        ({"prompt_tokens": 11, "completion_tokens": None, "total_tokens": None}, Stated(11, None)),
+        ({"prompt_tokens": 11, "total_tokens": 5}, Stated(11, None)),
+        ({"prompt_tokens": 11, "completion_tokens": 0}, Stated(11, 0)),
+        ({"completion_tokens": 5}, Stated(None, 5)),
+        ({"prompt_tokens": None, "completion_tokens": 5, "total_tokens": 16}, Stated(None, 5)),
+        ({"output_tokens": 5}, Stated(None, 5)),
+        ({"total_tokens": 16}, Stated(total=16)),
+    ],
+)
+def test_a_part_that_is_not_stated_is_unknown_and_not_zero(usage, stated):
+    """The meter counts the part that is missing. An explicit zero is a number."""
+    assert read_usage(usage) == read_usage(usage, output_bound=4096) == stated
+
+
+REASONED = {"completion_tokens_details": {"reasoning_tokens": 94}}
+CACHED = {"prompt_tokens_details": {"cached_tokens": 200}}
+
+
+@pytest.mark.parametrize(
+    ("usage", "tokens"),
+    [
+        pytest.param(chat(32, 9, total_tokens=135, **REASONED), Tokens(32, 103, reasoning=94), id="xAI"),
+        pytest.param(chat(10, 5, total_tokens=215), Tokens(10, 205), id="Gemini"),
+        pytest.param(
+            {
+                "input_tokens": 32,
+                "output_tokens": 9,
+                "total_tokens": 135,
+                "output_tokens_details": {"reasoning_tokens": 94},
+            },
+            Tokens(32, 103, reasoning=94),
+            id="responses",
+        ),
+        pytest.param(
+            chat(10, 5, total_tokens=15, completion_tokens_details={"reasoning_tokens": 3}),
+            Tokens(10, 5, reasoning=3),
+            id="reasoning inside the output",
+        ),
+        pytest.param(
+            chat(500, 500, total_tokens=1000, completion_tokens_details={"reasoning_tokens": 200}),
+            Tokens(500, 500, reasoning=200),
+            id="more reasoning inside the output",
+        ),
+        pytest.param(
+            chat(10, 5, total_tokens=9015, completion_tokens_details={"reasoning_tokens": 9000}),
+            Tokens(10, 9005, reasoning=9000),
+            id="reasoning beyond the bound, to the token",
+        ),
+        pytest.param(
+            chat(10, 5, total_tokens=9014, completion_tokens_details={"reasoning_tokens": 9000}),
+            Tokens(10, 5, reasoning=5),
+            id="a surplus beyond the bound that nothing explains",
+        ),
+        pytest.param(chat(10, 96, total_tokens=4106), Tokens(10, 4096), id="as much as the call can use"),
+        pytest.param(chat(10, 96, total_tokens=4107), Tokens(10, 96), id="one more than the call can use"),
+        pytest.param(chat(100, 50, total_tokens=350, **CACHED), Tokens(300, 50, cached=200), id="cached beside"),
+        pytest.param(chat(300, 50, total_tokens=350, **CACHED), Tokens(300, 50, cached=200), id="cached inside"),
+        pytest.param(
+            chat(100, 50, total_tokens=444, **CACHED, **REASONED),
+            Tokens(300, 144, cached=200, reasoning=94),
+            id="both beside",
+        ),
+        pytest.param(
+            chat(7, 5, total_tokens=1112, cache_read_input_tokens=1000, cache_creation_input_tokens=100),
+            Tokens(1107, 5, cached=1000),
+            id="Anthropic's cache beside an OpenAI usage",
+        ),
+        pytest.param(
+            chat(7, 5, total_tokens=112, cache_creation_input_tokens=100), Tokens(107, 5), id="cache written"
+        ),
+        pytest.param(
+            chat(10, 5, total_tokens=15, reasoning_tokens=3),
+            Tokens(10, 5, reasoning=3),
+            id="SGLang: a part",
+        ),
+        pytest.param(
+            chat(10, 5, total_tokens=18, reasoning_tokens=3),
+            Tokens(10, 8, reasoning=3),
+            id="reasoning at the top",
+        ),
+    ],
+)
+def test_tokens_beside_the_output_are_not_free(usage, tokens):
+    """What the total includes beyond input and output is output, or input if it is exactly the cached tokens."""
+    assert read_tokens(usage) == tokens
+    assert read_usage(usage) == replace(read_usage(usage), output=usage.get("completion_tokens", 9))
+
+
+def test_additional_members_of_an_upstream_are_output():
+    """Perplexity writes them beside the total. If a server includes them in it, they are not charged twice."""
+    extra = ("reasoning_tokens", "citation_tokens", "missing")
+    usage = chat(33, 700, total_tokens=733, citation_tokens=200, reasoning_tokens=1000)
+    assert read_usage(usage, output_bound=4096) == Stated(33, 700, reasoning=1000)
+    for total in (733, 1933, 1733):
+        read = read_usage({**usage, "total_tokens": total}, output_bound=1, extra=extra)
+        assert read == Stated(33, 1900, reasoning=1000)
+    assert read_usage(usage, extra=extra) == Stated(33, 700, reasoning=1000)  # nothing is generated
+    assert read_usage({**usage, "citation_tokens": "many"}, output_bound=1, extra=extra) == Stated(33, 1700, 0, 1000)
+    assert read_usage({"total_tokens": 16, "citation_tokens": 4}, output_bound=1, extra=extra) == Stated(total=20)
+    assert read_usage({"prompt_tokens": 16, "citation_tokens": 4}, output_bound=1, extra=extra) == Stated(16, None)
+    assert read_usage({**usage, "citation_tokens": REPORTED_MAX}, output_bound=1, extra=extra) is None
+
+
+@pytest.mark.parametrize(
+    ("usage", "stated"),
+    [
+        ({"input_tokens": 7, "output_tokens": 5}, Stated(7, 5)),
+        (
+            {
+                "input_tokens": 7,
+                "cache_creation_input_tokens": 100,
+                "cache_read_input_tokens": 1000,
+                "cache_creation": {"ephemeral_5m_input_tokens": 100},
+                "output_tokens": 5,
+                "output_tokens_details": {"thinking_tokens": 3},
+            },
+            Stated(1107, 5, cached=1000, reasoning=3),
+        ),
+        (
+            {
+                "input_tokens": 7,
+                "cache_creation_input_tokens": None,
+                "cache_read_input_tokens": 0,
+                "output_tokens": 5,
+            },
+            Stated(7, 5),
+        ),
+        ({"cache_read_input_tokens": 9, "output_tokens": 5}, Stated(9, 5, cached=9)),
+        ({"input_tokens": 0, "output_tokens": 0}, Stated(0, 0)),
+        ({"input_tokens": 7, "output_tokens": 5, "output_tokens_details": "x"}, Stated(7, 5)),
+        ({"input_tokens": -7, "output_tokens": 5}, None),
+        ({"input_tokens": 7, "cache_read_input_tokens": "many", "output_tokens": 5}, None),
+        ({"input_tokens": 7, "cache_creation_input_tokens": -1, "output_tokens": 5}, None),
+        ({"input_tokens": 7, "output_tokens": 2.5}, None),
+        ({"output_tokens": 5}, Stated(None, 5)),
+        ({}, None),
+    ],
+)
+def test_a_separate_cache_is_added_to_the_input(usage, stated):
+    """At OpenAI cached tokens are a part of the input, at Anthropic they are separate."""
+    assert read_usage(usage, output_bound=4096, has_separate_cache=True) == stated
+
+
+@given(st.tuples(*[st.integers(0, 1_000_000)] * 4))
+def test_the_input_is_the_sum_of_its_parts(parts):
+    """All three parts are charged, and `cached` is the part that was read from the cache."""
+    names = ("input_tokens", "cache_creation_input_tokens", "cache_read_input_tokens", "output_tokens")
+    read = read_usage(dict(zip(names, parts, strict=True)), output_bound=4096, has_separate_cache=True)
+    assert read == Stated(sum(parts[:3]), parts[3], cached=parts[2])
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "largest"),
+    [
+        (Stated(20, 30), Stated(0, 0), Tokens(20, 30)),
+        (Stated(20, 30), Stated(25, 10), Tokens(25, 30)),
+        (Stated(11, None), Stated(None, 5), Tokens(11, 5)),
+        (Stated(11, None), Stated(total=16), Tokens(11, 5)),
+        (Stated(11, 5), Stated(total=16), Tokens(11, 5)),
+        (Stated(total=16), Stated(total=20), Tokens(0, 20)),
+        (Stated(11, 5, cached=3), Stated(11, 5, reasoning=2), Tokens(11, 5, cached=3, reasoning=2)),
+    ],
+)
+def test_of_two_usages_each_part_is_the_largest(first, second, largest):
+    """In either order. So a later usage never takes away what an earlier one stated."""
+    assert first.largest(second).tokens() == second.largest(first).tokens() == largest
+
+
+def test_usages_of_several_choices_or_images_are_added():
+    """Choices have the same input, images each their own. A part that one of them lacks is unknown in the sum."""
+    first, second = Stated(11, 5, cached=3, reasoning=1), Stated(11, 7, cached=3, reasoning=2)
+    assert first.plus(second, adds_input=False) == Stated(11, 12, cached=3, reasoning=3)
+    assert first.plus(second, adds_input=True) == Stated(22, 12, cached=6, reasoning=3)
+    assert first.plus(Stated(total=16), adds_input=False) == Stated(11, 21, cached=3, reasoning=1)
+    assert first.plus(Stated(11), adds_input=True) == Stated(22, None, cached=3, reasoning=1)
+    assert first.with_output_at_most(4) == Stated(11, 4, cached=3, reasoning=1)
+    assert first.with_output_at_most(5) is first
+
+
+def test_a_usage_is_found_beside_the_usual_place():
+    """In a choice (Kimi), or in a member of the vendor (Groq)."""
+    usage = chat()
+    groq = {"usage": {}, "x_groq": {"id": "req_1", "usage": usage}, "x_other": "usage", "x_none": {"usage": None}}
+    assert list(usages_beside(groq)) == [usage]
+    for choice in ({"usage": usage}, {"delta": {"usage": usage}}, {"message": {"usage": usage}, "usage": None}):
+        assert usage_of_choice(choice) == usage
+    for choice in (None, 7, {}, {"usage": None, "delta": "usage"}):
+        assert usage_of_choice(choice) is None
 
 
 @given(usage=st.dictionaries(st.sampled_from(NAMES), values) | values)
@@ -208,4 +408,5 @@ def test_an_honest_usage_is_charged_exactly(input_tokens, output_tokens, naming)
 )
 def test_complete_timings_of_llama_cpp_are_a_usage(timings, tokens):
     """The input is the sum of the tokens evaluated now and those in the cache."""
-    assert read_timings(timings) == tokens
+    stated = read_timings(timings)
+    assert (None if stated is None else stated.tokens()) == tokens
