@@ -207,11 +207,22 @@ async def test_an_answer_without_usage_is_counted_by_the_proxy(stream: bool, tmp
         assert (await _charged(on))[0] == entry.usage.tokens.input + entry.usage.tokens.output
 
 
-async def test_an_explicit_usage_of_zero_is_believed(tmp_path: Path) -> None:
+async def test_an_explicit_usage_of_zero_is_believed_if_there_is_no_text(tmp_path: Path) -> None:
     """No tokens are charged, but the request is."""
     async with stage(folder=tmp_path) as on:
-        await on.post(CHAT, _ask("tokens=40 usage_zero"))
+        await on.post(CHAT, _ask("tokens=0 usage_zero"))
         assert await _charged(on) == (0, 1)
+
+
+@pytest.mark.parametrize("more", [{}, {"stream": True}])
+async def test_a_usage_of_zero_beside_text_does_not_make_it_free(tmp_path: Path, more: dict) -> None:
+    """The text contradicts it, so input and text are counted, streamed and whole."""
+    async with stage(folder=tmp_path) as on:
+        reply = await on.post(CHAT, _ask("tokens=40 usage_zero", **more))
+        entry = await _entry(on, reply.headers["x-request-id"])
+        assert entry.usage and entry.usage.provenance == "at_least"
+        assert entry.usage.tokens.input > 0
+        assert entry.usage.tokens.output >= 40
 
 
 async def test_the_end_of_an_answer_waits_for_the_commit(tmp_path: Path) -> None:

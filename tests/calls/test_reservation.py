@@ -257,7 +257,54 @@ async def test_the_texts_of_a_whole_answer_without_usage_are_counted(tmp_path: P
         assert await it.reservation.usage() == AtLeast(Tokens(INPUT, 3))
 
 
+async def test_a_usage_without_an_output_is_charged_with_the_counted_text(tmp_path: Path) -> None:
+    """The input as stated, and our count of the text. A smaller output that is stated elsewhere changes nothing."""
+    async with _reserved(tmp_path) as it:
+        it.meter.see_whole(b'{"choices": [{"message": {"content": "Hello world!"}}], "usage": {"prompt_tokens": 11}}')
+        assert await it.reservation.usage() == AtLeast(Tokens(11, 3))
+        assert it.reservation.meter.input_reported == 11
+
+
+async def test_of_usages_that_contradict_each_other_none_is_below_the_text(tmp_path: Path) -> None:
+    """The text is counted, and the largest output that was stated is the least."""
+    for first, second, charged in ((2, 1, 3), (9, 1, 9)):
+        folder = tmp_path / str(first)
+        folder.mkdir()
+        async with _reserved(folder) as it:
+            usages = [{"prompt_tokens": 11, "completion_tokens": output} for output in (first, second)]
+            choice = {"message": {"content": "Hello world!"}, "usage": usages[1]}
+            it.meter.see_whole(json.dumps({"choices": [choice], "usage": usages[0]}).encode())
+            assert await it.reservation.usage() == AtLeast(Tokens(11, charged))
+
+
 # ------------------------------------------------------------------------------------------------ growth of the hold
+
+
+async def test_a_usage_within_the_hold_is_believed(tmp_path: Path) -> None:
+    """The total includes 6,000 tokens beside the output. The call asked for less, until it held more."""
+    surplus = {"prompt_tokens": 40, "completion_tokens": 5, "total_tokens": 6045}
+    for held, output in ((200, 5), (7000, 6005)):
+        folder = tmp_path / str(held)
+        folder.mkdir()
+        async with _reserved(folder, call(100, held)) as it:
+            it.says("Hello", **surplus)
+            assert await it.reservation.usage() == Exactly(Tokens(40, output))
+            assert it.meter.output_seen == output
+
+
+async def test_a_hold_that_has_grown_widens_what_is_believed(tmp_path: Path) -> None:
+    """Also if it grew beyond what the call asked for, and for the meter of the next attempt."""
+    endless = Demand(input=INPUT, output_maximum=4096, smallest=1024, initial_hold=1024, is_unbounded=True)
+    async with _reserved(tmp_path, endless) as it:
+        assert it.meter.output_bound == 4096
+        it.says("x" * 4096)
+        assert await it.grows()
+        assert it.meter.output_bound == it.reservation.covered == 4096 + HOLD_STEP
+        meter = meter_of(parse_request(CHAT, BODY), count=len, output_bound=7)
+        it.reservation.begin_attempt(
+            MODEL, meter, count=TokenCount(loaded(), parse_request(CHAT, BODY), MODEL, body_bytes=9)
+        )
+        assert meter.output_bound == 4096 + HOLD_STEP
 
 
 async def test_the_hold_grows_with_the_answer(tmp_path: Path) -> None:

@@ -122,6 +122,15 @@ def test_the_config_has_every_section():
     assert policy.zone.key == "Europe/Berlin"
 
 
+def test_an_upstream_may_have_additional_members_in_its_usage():
+    """Each is charged once, however often it is listed. By default there are none."""
+    box = "  up: {base_url: http://up/v1, extra_usage: [reasoning_tokens, x, reasoning_tokens]}\n"
+    text = f"upstreams:\n{box}"
+    assert load_text(text).catalog.upstreams["up"].extra_usage == ("reasoning_tokens", "x")
+    [default] = load_text(SMALL).catalog.upstreams.values()
+    assert default.extra_usage == ()
+
+
 def test_groups_and_quotas_are_in_the_order_of_the_file():
     """Calendar windows have the file's time zone and first day of the week."""
     groups = whole().policy.groups

@@ -18,6 +18,8 @@ NUMBER = "is not a whole number from 0 up; write one such as 200000, 200_000, 20
 ADDRESS = "is not an address; write host:port, as in 127.0.0.1:8080, [::1]:8080, or 0.0.0.0:8080 for all interfaces"
 ORIGIN = 'is not an origin; write scheme://host[:port], as in https://app.example, or "*" for all'
 URL = "this is not an http:// or https:// address; write one such as https://api.openai.com/v1"
+MEMBER = "this is not a member of a usage; use 1 to 200 visible characters, no spaces, such as citation_tokens"
+STANDARD = "this member is read anyway; write only members that total_tokens does not include"
 VERSION = "this is not a version of Azure's API; write one such as 2024-10-21 or 2025-04-01-preview"
 NO_KEEP = "this is not a valid time to keep records; write 1d or more, as in 90d, or null to keep them forever"
 NO_WAIT = "this is not a valid duration here; write one such as 30s, at most 10m, or 0s for none"
@@ -70,6 +72,7 @@ NO_MODEL = "this is not a valid model name; use 1 to 200 visible characters, no 
         (values.api_version, "2024-10-21", "2024-10-21"),
         (values.api_version, "2025-04-01-preview", "2025-04-01-preview"),
         (values.api_version, "preview", "preview"),
+        (values.usage_field, "citation_tokens", "citation_tokens"),
         (values.database, "sqlite:///quotas.db", "sqlite:///quotas.db"),
         (values.database, "sqlite:////var/lib/quotas.db", "sqlite:////var/lib/quotas.db"),
         (values.database, "postgresql://u:p@h/db?sslmode=require", "postgresql://u:p@h/db?sslmode=require"),
@@ -170,6 +173,14 @@ def test_a_valid_value_is_returned_in_its_normal_form(take: Callable[[object], o
         (values.api_version, "2024", VERSION),
         (values.api_version, "2024-10-21&x=1", VERSION),
         (values.api_version, "2024-10-21\n", VERSION),
+        (values.usage_field, "", MEMBER),
+        (values.usage_field, "citation tokens", MEMBER),
+        (values.usage_field, "citation_tokens\n", MEMBER),
+        (values.usage_field, "x" * 201, MEMBER),
+        (values.usage_field, "completion_tokens", STANDARD),
+        (values.usage_field, "output_tokens", STANDARD),
+        (values.usage_field, "total_tokens", STANDARD),
+        (values.usage_field, "cache_read_input_tokens", STANDARD),
         (values.base_url, "api.openai.com/v1", URL),
         (values.base_url, "file:///etc/passwd", URL),
         (values.base_url, "https:///v1", URL),
