@@ -180,18 +180,17 @@ class ChatMeter(Meter):
             self._report(stated)
 
     def _see_usage_of_choices(self, choices: object) -> None:
-        """Record the usages that are stated inside choices (Kimi). Those of several choices are added."""
-        if not isinstance(choices, list):
-            return
-        for place, choice in enumerate(choices):
+        """Record the usages that are stated inside choices (Kimi).
+
+        Those of several choices are added, as soon as each has stated one. Until then the texts are counted.
+        """
+        for place, choice in enumerate(choices if isinstance(choices, list) else ()):
             stated = self._read(usage_of_choice(choice))
-            if stated is None:
-                continue
-            index = choice.get("index", place) if self._choices > 1 else 0
-            if isinstance(index, int) and 0 <= index < self._choices:
-                before = self._usage_of_choices.get(index)
-                self._usage_of_choices[index] = stated if before is None else before.largest(stated)
-                self._report(stated if self._choices == 1 else self._added([*self._usage_of_choices.values()]))
+            index = choice.get("index", place) if stated and self._choices > 1 else 0
+            if stated is not None and isinstance(index, int) and 0 <= index < self._choices:
+                self._usage_of_choices[index] = stated.largest(self._usage_of_choices.get(index, stated))
+                if len(self._usage_of_choices) == self._choices:
+                    self._report(self._added([*self._usage_of_choices.values()]))
 
     def _added(self, usages: Sequence[Stated]) -> Stated:
         """The usages of several choices with the same input as one.
