@@ -17,7 +17,7 @@ If a member cannot be cut out safely, because it has an unusual spelling or anot
 serialized anew from the parsed object. Pure.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import reduce
 
@@ -27,7 +27,7 @@ from proxy.formats.meter import JSON, Ending, Meter, read_object, texts_in
 from proxy.formats.request import Request
 from proxy.formats.sse import Event
 from proxy.formats.strict_json import dump
-from proxy.formats.usage import Stated, read_timings, usage_of_choice
+from proxy.formats.usage import Stated, read_timings, usages_in_choices, without_usages
 from proxy.policy.amounts import Tokens
 
 # Members that any chunk may have. A chunk without choices that has no others was sent only because usage was
@@ -119,7 +119,9 @@ class ChatMeter(Meter):
         choices = answer.get("choices")
         self._report(self._read(answer.get("usage")))
         self._report_beside(answer)
-        self._see_usage_of_choices(choices)
+        if usages := usages_in_choices(choices):
+            self._see_usages_of_choices(usages)
+            choices = without_usages(choices)
         if self._reports_first_choice_only:
             self._keep_other_choices(choices)
         # A gateway may answer in the shape of /responses. Its text is delivered, so it counts.
@@ -138,8 +140,9 @@ class ChatMeter(Meter):
         choices = chunk.get("choices")
         if choices:
             self.is_at_end = self.is_over  # text follows, so a usage chunk before it was not the end
-            self._count_texts(choices)
-            self._see_usage_of_choices(choices)
+            usages = usages_in_choices(choices)
+            self._count_texts(without_usages(choices) if usages else choices)
+            self._see_usages_of_choices(usages)
         self._report_beside(chunk)
         if "usage" not in chunk:
             self._see_running_usage(read_timings(chunk.get("timings")))
@@ -179,16 +182,16 @@ class ChatMeter(Meter):
         if self._choices == 1:
             self._report(stated)
 
-    def _see_usage_of_choices(self, choices: object) -> None:
-        """Record the usages that are stated inside choices (Kimi).
+    def _see_usages_of_choices(self, usages: Iterable[tuple[int, object]]) -> None:
+        """Record the usages that are stated inside choices (Kimi), each with the index of its choice.
 
         Those of several choices are added, as soon as each has stated one. Until then the texts are counted.
         """
-        for place, choice in enumerate(choices if isinstance(choices, list) else ()):
-            stated = self._read(usage_of_choice(choice))
-            index = choice.get("index", place) if stated and self._choices > 1 else 0
-            if stated is not None and isinstance(index, int) and 0 <= index < self._choices:
-                self._usage_of_choices[index] = stated.largest(self._usage_of_choices.get(index, stated))
+        for index, usage in usages:
+            stated = self._read(usage)
+            place = index if self._choices > 1 else 0
+            if stated is not None and 0 <= place < self._choices:
+                self._usage_of_choices[place] = stated.largest(self._usage_of_choices.get(place, stated))
                 if len(self._usage_of_choices) == self._choices:
                     self._report(self._added([*self._usage_of_choices.values()]))
 

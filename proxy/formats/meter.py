@@ -380,11 +380,7 @@ def texts_in(part: object) -> Iterator[str]:
 
 
 def _members_with_text(members: JSON) -> list[object]:
-    return [
-        value
-        for name, value in members.items()
-        if name not in _NOT_TEXT and not (name == "usage" and isinstance(value, dict))
-    ]
+    return [value for name, value in members.items() if name not in _NOT_TEXT]
 
 
 def texts_of_body(body: bytes) -> Iterator[str]:

@@ -160,12 +160,36 @@ def usages_beside(document: dict[str, Any]) -> Iterator[object]:
             yield value["usage"]
 
 
-def usage_of_choice(choice: object) -> object:
-    """The usage inside a choice, where Kimi writes it, or inside its delta or message; None if there is none."""
-    if not isinstance(choice, dict):
-        return None
-    inner = (choice, choice.get("delta"), choice.get("message"))
-    return next((part["usage"] for part in inner if isinstance(part, dict) and part.get("usage") is not None), None)
+def usages_in_choices(choices: object) -> list[tuple[int, object]]:
+    """The usages inside choices, where Kimi writes them, each with the index of its choice.
+
+    They are in the choice itself, or in its delta or message: `[{"index": 0, "delta": {}, "usage": {…}}]`.
+    """
+    if not isinstance(choices, list):
+        return []
+    found: list[tuple[int, object]] = []
+    for place, choice in enumerate(choices):
+        if isinstance(choice, dict):
+            parts = [part for part in (choice, choice.get("delta"), choice.get("message")) if isinstance(part, dict)]
+            index = choice.get("index", place)
+            found += [(index, part["usage"]) for part in parts if "usage" in part and isinstance(index, int)]
+    return found
+
+
+def without_usages(choices: object) -> object:
+    """The choices without the usages inside them, which are no text of the model."""
+    if not isinstance(choices, list):
+        return choices
+    return [
+        {
+            name: {key: inner for key, inner in value.items() if key != "usage"} if isinstance(value, dict) else value
+            for name, value in choice.items()
+            if name != "usage"
+        }
+        if isinstance(choice, dict)
+        else choice
+        for choice in choices
+    ]
 
 
 def _parts_of(usage: dict[str, Any], *, has_separate_cache: bool) -> Stated | None:

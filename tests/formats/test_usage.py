@@ -11,7 +11,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.formats.usage import REPORTED_MAX, Stated, read_timings, read_usage, usage_of_choice, usages_beside
+from proxy.formats.usage import (
+    REPORTED_MAX,
+    Stated,
+    read_timings,
+    read_usage,
+    usages_beside,
+    usages_in_choices,
+    without_usages,
+)
 from proxy.policy.amounts import Amount, Exactly, Tokens, charge_of
 
 NAMES = [
@@ -356,10 +364,12 @@ def test_a_usage_is_found_beside_the_usual_place():
     usage = chat()
     groq = {"usage": {}, "x_groq": {"id": "req_1", "usage": usage}, "x_other": "usage", "x_none": {"usage": None}}
     assert list(usages_beside(groq)) == [usage]
-    for choice in ({"usage": usage}, {"delta": {"usage": usage}}, {"message": {"usage": usage}, "usage": None}):
-        assert usage_of_choice(choice) == usage
-    for choice in (None, 7, {}, {"usage": None, "delta": "usage"}):
-        assert usage_of_choice(choice) is None
+    choices: list = [{"usage": usage}, {"index": 5, "delta": {"usage": "x", "a": 1}}, 7, {"message": {"usage": None}}]
+    assert usages_in_choices(choices) == [(0, usage), (5, "x"), (3, None)]
+    assert without_usages(choices) == [{}, {"index": 5, "delta": {"a": 1}}, 7, {"message": {}}]
+    for other in (None, "usage", {"usage": usage}, [{"index": "0", "usage": usage}], [{"delta": "usage"}]):
+        assert usages_in_choices(other) == []
+    assert without_usages("text") == "text"
 
 
 @given(usage=st.dictionaries(st.sampled_from(NAMES), values) | values)
