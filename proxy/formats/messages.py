@@ -15,12 +15,12 @@ Anthropic's published API description and its SDK. Pure.
 """
 
 from collections.abc import Callable
-from dataclasses import replace
 
 from proxy.errors import ProxyError
 from proxy.formats.meter import JSON, Ending, Meter, write_events
 from proxy.formats.request import Request
 from proxy.formats.sse import Event
+from proxy.formats.usage import INPUT_PARTS, Stated
 from proxy.policy.amounts import Tokens
 
 _TYPES = {
@@ -76,7 +76,7 @@ class MessagesMeter(Meter):
 
     def __init__(self, request: Request, *, count: Callable[[str], int], kind: str) -> None:
         super().__init__(request, count=count, kind=kind)
-        self._merged_usage: JSON = {}  # the usage, merged from the events
+        self._input_parts: JSON = {}  # the parts of the input, merged from the events
 
     def _new_ending(self, request: Request) -> Ending:
         return MessagesEnding()
@@ -106,7 +106,7 @@ class MessagesMeter(Meter):
         return event.raw
 
     def _see_usage(self, usage: object, *, is_early: bool = False) -> None:
-        """Merge a usage of a message: members that the last one lacks, or that are 0 in it, keep an earlier value.
+        """Record a usage of a message. Parts of the input that it lacks, or that are 0 in it, keep an earlier value.
 
         message_start  {"input_tokens": 4, "cache_read_input_tokens": 5, "output_tokens": 1}   input 9
         message_delta  {"input_tokens": 0, "output_tokens": 9}                                 input 9, output 9
@@ -114,19 +114,15 @@ class MessagesMeter(Meter):
         if not isinstance(usage, dict):
             return
         # No message has an empty input. A server that reports 0 at the beginning counts the input at the end.
-        merged = {**self._merged_usage}
-        for name, value in usage.items():
-            if value or (value is not None and name not in merged and not is_early):
-                merged[name] = value
+        parts = {name: usage.get(name) for name in INPUT_PARTS if usage.get(name) or not is_early}
+        parts |= {name: earlier for name, earlier in self._input_parts.items() if not parts.get(name)}
+        others = {name: value for name, value in usage.items() if name not in INPUT_PARTS}
         # A usage that makes no sense must not spoil those before and after it.
-        if (stated := self._read(merged)) is None:
+        if (stated := self._read({**others, **parts})) is None:
             return
-        self._merged_usage = merged
+        self._input_parts = {name: value for name, value in parts.items() if value}
         # The early output is a guess at the first tokens. They are counted when they come, so it is left out.
-        if is_early:
-            merged.pop("output_tokens", None)
-            stated = replace(stated, output=None, reasoning=0, total=None)
-        self._report(stated)
+        self._report(Stated(stated.input, cached=stated.cached) if is_early else stated)
 
 
 class MessagesEnding(Ending):

@@ -21,6 +21,8 @@ _TOTAL = "total_tokens"
 # Tokens that were read from the cache, and that were written to it. They are a part of the input at OpenAI, where
 # they are in the details. At Anthropic they are separate.
 _CACHE_READ, _CACHE_WRITE = "cache_read_input_tokens", "cache_creation_input_tokens"
+# The parts whose sum is the input at Anthropic.
+INPUT_PARTS = ("input_tokens", _CACHE_WRITE, _CACHE_READ)
 _INPUT_DETAILS = ("prompt_tokens_details", "input_tokens_details", "input_token_details")
 _OUTPUT_DETAILS = ("completion_tokens_details", "output_tokens_details", "output_token_details")
 # Other names for the tokens that were read from the cache: DeepSeek's and Kimi's.

@@ -126,6 +126,7 @@ class Plain:
     output_max: int
     input_max: int
     is_readable: bool
+    says_nothing: bool = True  # no output: neither as a number, nor in the total
 
 
 def plain(usage: object) -> Plain:
@@ -150,7 +151,8 @@ def plain(usage: object) -> Plain:
     elif total is not None and total - stated_output - (stated_input or 0) <= explained:
         output_max = max(output_max, total - (stated_input or 0))
     input_max = (stated_input or 0) + explained
-    return Plain(stated_output, output_max, input_max, is_readable=True)
+    says_nothing = not stated_output and (total or 0) <= (stated_input or 0)
+    return Plain(stated_output, output_max, input_max, is_readable=True, says_nothing=says_nothing)
 
 
 def check(charged: Tokens, *, is_exact: bool, counted: int, stated: list[Plain], contradicts: bool) -> None:
@@ -158,14 +160,14 @@ def check(charged: Tokens, *, is_exact: bool, counted: int, stated: list[Plain],
     assert all(type(each) is int and each >= 0 for each in (charged.input, charged.output))
     assert charged.cached <= charged.input
     assert charged.reasoning <= charged.output
-    # Never above what the call could have used, unless a larger number was stated plainly. An estimate is charged
-    # only up to the hold.
-    if is_exact or charged.output > counted + sum(each.output_max for each in stated):
-        assert charged.output <= max(BOUND, *(each.output_max for each in stated))
+    # Never above what the call could have used, unless a larger number was stated plainly. An estimate adds text that
+    # came after the usage; it is charged only up to the hold.
+    most = max([BOUND, *(each.output_max for each in stated)])
+    assert charged.output <= (most if is_exact else most + counted)
     assert charged.input <= max((each.input_max for each in stated), default=0)
     # Never below what has passed, if that is contradicted.
     outputs = [each.output for each in stated if each.is_readable and each.output]
-    if not outputs and not any(each.output_max for each in stated):
+    if all(each.says_nothing for each in stated):
         assert charged.output == counted
     if contradicts:
         assert charged.output >= counted
