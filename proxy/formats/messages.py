@@ -111,18 +111,16 @@ class MessagesMeter(Meter):
         message_start  {"input_tokens": 4, "cache_read_input_tokens": 5, "output_tokens": 1}   input 9
         message_delta  {"input_tokens": 0, "output_tokens": 9}                                 input 9, output 9
         """
-        if not isinstance(usage, dict):
+        # A usage that makes no sense must not spoil those before and after it.
+        if not isinstance(usage, dict) or self._read(usage) is None:
             return
         # No message has an empty input. A server that reports 0 at the beginning counts the input at the end.
         parts = {name: usage.get(name) for name in INPUT_PARTS if usage.get(name) or not is_early}
         parts |= {name: earlier for name, earlier in self._input_parts.items() if not parts.get(name)}
-        others = {name: value for name, value in usage.items() if name not in INPUT_PARTS}
-        # A usage that makes no sense must not spoil those before and after it.
-        if (stated := self._read({**others, **parts})) is None:
-            return
         self._input_parts = {name: value for name, value in parts.items() if value}
         # The early output is a guess at the first tokens. They are counted when they come, so it is left out.
-        self._report(Stated(stated.input, cached=stated.cached) if is_early else stated)
+        stated = self._read({**{name: value for name, value in usage.items() if name not in INPUT_PARTS}, **parts})
+        self._report(Stated(stated.input, cached=stated.cached) if stated and is_early else stated)
 
 
 class MessagesEnding(Ending):
