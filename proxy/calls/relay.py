@@ -84,7 +84,7 @@ class Relay:
         ):
             if answer.status // 100 != 2:
                 await self._forward_error(answer, sent, reservation)
-            elif answer.is_stream:
+            elif await self._is_stream(answer, sent, reservation):
                 await self._forward_stream(answer, sent, reservation)
             else:
                 await self._forward_whole(answer, sent, reservation)
@@ -160,13 +160,28 @@ class Relay:
             await call.client.write(error_event(call.request.endpoint, error))
             await call.client.end()
 
+    async def _is_stream(self, answer: Answer, call: Call, reservation: Reservation) -> bool:
+        """Whether the answer is a stream. Its first bytes decide, because headers are sometimes wrong in either way.
+
+        If a stream was requested and the header says that it comes, the head is sent at once: a model may reason for
+        minutes before its first byte, and heartbeats keep the connection to the client open meanwhile.
+        """
+        if not (call.request.stream or answer.is_event_stream):
+            return False
+        if not (call.request.stream and answer.is_event_stream):
+            return await answer.carries_events()
+        await call.client.start(answer.status, self._answer_headers(answer, call, reservation, is_stream=True))
+        with call.client.heartbeat(lambda: True):
+            return await answer.carries_events()
+
     async def _forward_stream(self, answer: Answer, call: Call, reservation: Reservation) -> None:
         """Forward each event at once if the hold covers it, and the end when it is settled.
 
         An event that is not covered waits until the hold has grown. If it cannot grow, the stream is ended before it.
         """
         client, stream = call.client, Stream(reservation.meter)
-        await client.start(answer.status, self._answer_headers(answer, call, reservation))
+        if not client.has_begun:
+            await client.start(answer.status, self._answer_headers(answer, call, reservation, is_stream=True))
         try:
             with client.heartbeat(lambda: stream.is_between_events):
                 async for chunk in answer.chunks():
@@ -202,7 +217,10 @@ class Relay:
         await call.client.end()
 
     async def _forward_whole(self, answer: Answer, call: Call, reservation: Reservation) -> None:
-        """Forward an answer that is not a stream, after it is settled."""
+        """Forward an answer that is not a stream, after it is settled.
+
+        Its header may have promised a stream, whose head is sent already: then the body follows as it is.
+        """
         body = await answer.read()
         reservation.meter.see_whole(body)
         if not await reservation.hold_whole_answer(self._queue):
@@ -211,7 +229,12 @@ class Relay:
                 "The upstream sent a whole answer where a stream was requested, and your quotas have no room for it."
             )
         await reservation.end(_outcome(call, reservation.meter))
-        call.client.send(answer.status, self._answer_headers(answer, call, reservation), body)
+        if call.client.has_begun:
+            await call.client.write(body)
+            await call.client.end()
+        else:
+            headers_ = self._answer_headers(answer, call, reservation, is_stream=False)
+            call.client.send(answer.status, headers_, body)
 
     async def _forward_error(self, answer: Answer, call: Call, reservation: Reservation) -> None:
         """Forward an error answer. Its meaning decides what is charged and what the client sees."""
@@ -223,8 +246,10 @@ class Relay:
             failure.status, {**self._quota_headers(call, reservation), **headers.JSON_HEADERS}, failure.body
         )
 
-    def _answer_headers(self, answer: Answer, call: Call, reservation: Reservation) -> dict[str, str]:
-        passed = headers.to_client(answer.headers, is_stream=answer.is_stream)
+    def _answer_headers(
+        self, answer: Answer, call: Call, reservation: Reservation, *, is_stream: bool
+    ) -> dict[str, str]:
+        passed = headers.to_client(answer.headers, is_stream=is_stream)
         return {**passed, **self._quota_headers(call, reservation)}
 
     def _quota_headers(self, call: Call, reservation: Reservation) -> dict[str, str]:

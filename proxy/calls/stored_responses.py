@@ -86,7 +86,7 @@ class StoredResponses:
                 raise _not_found(query.response_id)  # deleted there; the same words as for an unknown id
             if answer.status // 100 != 2:
                 await _forward_error(answer, upstream, client)
-            elif answer.is_stream:
+            elif await answer.carries_events():
                 await _forward_stream(answer, client)
             else:
                 client.send(answer.status, to_client(answer.headers, is_stream=False), await answer.read())

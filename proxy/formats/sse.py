@@ -36,6 +36,11 @@ OVERLAP = 2
 BLANK_START = re.compile(rb"\n|\r(?:\n|(?=[^\n]))")
 BLANK_START_AFTER_CR = re.compile(rb"\r|\n(?:\n|\r(?:\n|(?=[^\n])))")
 
+# What may precede the first line of a stream, and the fields that may begin it. A line of a field may lack the colon.
+BEFORE_FIRST_LINE = re.compile(rb"(?:\xef\xbb\xbf)?[\r\n]*")
+FIRST_LINE = re.compile(rb"(?:data|event|id|retry)[:\r\n]|:")
+FIELDS = (b"data", b"event", b"id", b"retry")
+
 
 @dataclass(frozen=True, slots=True)
 class Event:
@@ -131,6 +136,22 @@ class Splitter:
         if is_first and raw.startswith(BOM):
             return Event(raw, *_parse_lines(raw[len(BOM) :]))
         return _parse_event(raw)
+
+
+def begins_with_event(body: bytes | bytearray) -> bool | None:
+    """Whether a body that begins with these bytes is a stream of events; None as long as they may be either.
+
+    b'\\n\\ndata: {'      True
+    b': waiting'         True: a comment
+    b'{"choices"'        False
+    b'\\nda'              None
+    """
+    begin = BEFORE_FIRST_LINE.match(body)
+    line = body[begin.end() if begin else 0 :]
+    if FIRST_LINE.match(line):
+        return True
+    is_undecided = any(field.startswith(line) for field in FIELDS) or BOM.startswith(body)
+    return None if is_undecided else False
 
 
 def _parse_event(raw: bytes) -> Event:
