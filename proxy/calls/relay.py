@@ -11,6 +11,7 @@ in the next moment.
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 
 import structlog
 
@@ -21,6 +22,7 @@ from proxy.calls.reservation import Reservation
 from proxy.calls.tokenizer import Tokenizers
 from proxy.errors import ClientLeft, ProxyError, UpstreamError
 from proxy.formats.meter import Meter
+from proxy.formats.reported_error import reports_error
 from proxy.formats.stream import Stream
 from proxy.formats.surfaces import error_event
 from proxy.ledger.book import Accepted, Refused
@@ -29,7 +31,7 @@ from proxy.ledger.queue import AdmissionQueue, DurationEstimate
 from proxy.metrics import Metrics
 from proxy.upstreams import headers
 from proxy.upstreams.client import Answer
-from proxy.upstreams.failures import Rejected, failure_of
+from proxy.upstreams.failures import Rejected, failure_of, masked
 
 # How long to wait for the end of the body after the last event of a stream, to reuse the connection.
 _READ_TO_END_S = 1.0
@@ -179,7 +181,8 @@ class Relay:
 
         An event that is not covered waits until the hold has grown. If it cannot grow, the stream is ended before it.
         """
-        client, stream = call.client, Stream(reservation.meter)
+        client = call.client
+        stream = Stream(reservation.meter, mask=partial(masked, upstream=call.model.upstream))
         if not client.has_begun:
             await client.start(answer.status, self._answer_headers(answer, call, reservation, is_stream=True))
         try:
@@ -221,14 +224,17 @@ class Relay:
 
         Its header may have promised a stream, whose head is sent already: then the body follows as it is.
         """
-        body = await answer.read()
-        reservation.meter.see_whole(body)
+        body, meter = await answer.read(), reservation.meter
+        meter.see_whole(body)
         if not await reservation.hold_whole_answer(self._queue):
             await reservation.end("at_limit")
             raise UpstreamError(
                 "The upstream sent a whole answer where a stream was requested, and your quotas have no room for it."
             )
-        await reservation.end(_outcome(call, reservation.meter))
+        await reservation.end(_outcome(call, meter))
+        # Without `has_error`, a body that is no JSON is audio or subtitles.
+        if meter.has_error or reports_error(body, meter.chunk or {}):
+            body = masked(body, call.model.upstream, is_cut=meter.chunk is None)
         if call.client.has_begun:
             await call.client.write(body)
             await call.client.end()

@@ -56,6 +56,12 @@ class Event:
     data: bytes | None
 
 
+class Piece(Event):
+    """A piece of an event that is too large, whose rest is still to come."""
+
+    __slots__ = ()
+
+
 class Splitter:
     """Splits one stream into its events; see the module docstring."""
 
@@ -103,7 +109,7 @@ class Splitter:
         if len(buffer) > (OVERLAP if self._is_inside_large_event else self._event_bytes_max):
             # Keep the last two bytes: they may be the first part of the blank line that ends the event.
             self._is_inside_large_event = True
-            events.append(Event(bytes(buffer[:-OVERLAP]), None, None))
+            events.append(Piece(bytes(buffer[:-OVERLAP]), None, None))
             del buffer[:-OVERLAP]
         self._is_plain = self._is_started and not buffer and not self._is_after_cr and not self._is_inside_large_event
         return events

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.formats.sse import EVENT_BYTES_MAX, Event, Splitter, begins_with_event
+from proxy.formats.sse import EVENT_BYTES_MAX, Event, Piece, Splitter, begins_with_event
 
 NameAndData = tuple[str | None, bytes | None]
 
@@ -161,10 +161,10 @@ def test_a_large_event_is_returned_in_pieces_before_its_end() -> None:
     assert splitter.feed(b"data: 1\n\n") == [Event(b"data: 1\n\n", None, b"1")]
     assert splitter.feed(b"data: " + b"x" * 10) == []
     assert not splitter.is_inside_large_event
-    assert splitter.feed(b"y") == [Event(b"data: " + b"x" * 9, None, None)]
+    assert splitter.feed(b"y") == [Piece(b"data: " + b"x" * 9, None, None)]
     assert splitter.is_inside_large_event
-    assert splitter.feed(b"z") == [Event(b"x", None, None)]
-    assert splitter.feed(b"\n") == [Event(b"y", None, None)]
+    assert splitter.feed(b"z") == [Piece(b"x", None, None)]
+    assert splitter.feed(b"\n") == [Piece(b"y", None, None)]
     assert splitter.feed(b"\ndata: 2\n\n") == [Event(b"z\n\n", None, None), Event(b"data: 2\n\n", None, b"2")]
     assert not splitter.is_inside_large_event
 

@@ -1,8 +1,12 @@
-"""Answers whose headers are wrong: a stream under another content type, and a body that is compressed unasked."""
+"""Answers of status 200 that are not what they seem.
+
+A stream under another content type, a body that is compressed unasked, and errors that repeat our key.
+"""
 
 import asyncio
 import gzip
 import json
+import re
 import zlib
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -13,7 +17,7 @@ from typing import Any
 import pytest
 
 from tests.bare_upstream import connections
-from tests.stage import STAFF, Reply, Stage, key_of, stage
+from tests.stage import STAFF, UPSTREAM_KEY, Reply, Stage, key_of, stage
 
 pytestmark = pytest.mark.journey
 
@@ -353,3 +357,77 @@ async def test_the_status_of_an_error_is_enough_if_its_encoding_is_unknown(tmp_p
         reply = await ask(on)
         assert (reply.status, reply.error["message"]) == (400, "The upstream refused the request with status 400.")
         assert (await record(on))[0] == "rejected"
+
+
+# ---------------------------------------------------------------------------------------- errors that repeat our key
+
+ESCAPED_KEY = "".join(f"\\u{ord(letter):04x}" for letter in UPSTREAM_KEY)
+ACCOUNT = "org-AbCdEf0123456789"
+FORMS = {
+    "error": '{"error":{"message":"%s","code":null}}',
+    "text": '{"error":"%s"}',
+    "typed": '{"type":"error","code":null,"message":"%s"}',
+    "failed": '{"type":"response.failed","response":{"id":"resp_1","error":{"message":"%s"}}}',
+    "choice": '{"choices":[{"index":0,"delta":{"content":""},"error":{"message":"%s"},"finish_reason":"error"}]}',
+    "detail": '{"detail":"%s"}',
+    "list": '[{"error":{"message":"%s"}}]',
+    "plain": "Incorrect API key: %s",
+    "broken": '{"error":{"message":"%s',
+}
+
+
+def shown_key(body: bytes) -> bool:
+    """Whether a client can read our key or our account in these bytes."""
+    plain = re.sub(rb"\\u00(..)", lambda escape: bytes.fromhex(escape[1].decode()), body).decode()
+    return UPSTREAM_KEY[:12] in plain or ACCOUNT in plain
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("surface", SURFACES)
+async def test_an_error_in_a_stream_shows_neither_key_nor_account(surface: str, form: str, tmp_path: Path) -> None:
+    """T9: in every form and on every surface, at the beginning, in the middle and at a cut end, escaped or not."""
+    first = SURFACES[surface][2].partition(b"\n\n")[0] + b"\n\n"
+    async with fixed() as upstream, behind(upstream, tmp_path, surface=surface) as on:
+        for secret in (UPSTREAM_KEY, ESCAPED_KEY, ACCOUNT):
+            error = b"data: " + (FORMS[form] % secret).encode()
+            for stream in (first + error + b"\n\n", error + b"\n\n", first + error, first + error[:-8]):
+                upstream.pieces = (typed("text/event-stream"), stream)
+                reply = await ask(on, surface)
+                assert reply.status == 200
+                assert not shown_key(reply.body), stream
+                assert b"***" in reply.body or stream.endswith(error[:-8])
+
+
+@pytest.mark.parametrize("form", [form for form in FORMS if form not in ("typed", "plain", "broken")])
+@pytest.mark.parametrize("surface", SURFACES)
+@pytest.mark.parametrize("content_type", ["application/json", "text/event-stream"])
+async def test_a_whole_error_shows_neither_key_nor_account(
+    surface: str, form: str, content_type: str, tmp_path: Path
+) -> None:
+    """T9: whether a whole answer was requested or a stream."""
+    async with fixed() as upstream, behind(upstream, tmp_path, surface=surface) as on:
+        for secret, stream in ((UPSTREAM_KEY, False), (ESCAPED_KEY, True), (ACCOUNT, False)):
+            upstream.pieces = (typed(content_type), (FORMS[form] % secret).encode())
+            reply = await ask(on, surface, **({} if surface == "speech" else {"stream": stream}))
+            assert reply.status == 200
+            assert not shown_key(reply.body)
+            assert b"***" in reply.body
+
+
+@pytest.mark.parametrize("form", ["error", "text", "failed"])
+async def test_reading_a_response_shows_neither_key_nor_account(form: str, tmp_path: Path) -> None:
+    """T9: an upstream may store or report a failure with our key in it."""
+    created = WHOLE.replace(b'"c"', b'"resp_1"')
+    async with (
+        fixed(typed("application/json"), created) as upstream,
+        behind(upstream, tmp_path, surface="responses") as on,
+    ):
+        assert (await ask(on, "responses", stream=False)).status == 200
+        for secret, content_type in ((UPSTREAM_KEY, "application/json"), (ESCAPED_KEY, "text/event-stream")):
+            error = (FORMS[form] % secret).encode()
+            error = b"data: %b\n\n" % error if content_type == "text/event-stream" else error
+            upstream.pieces = (typed(content_type), error[:50], error[50:])
+            reply = await on.get("/v1/responses/resp_1")
+            assert reply.status == 200
+            assert not shown_key(reply.body)
+            assert b"***" in reply.body
