@@ -43,20 +43,25 @@ def reports_error(data: bytes, answer: JSON | None, *, name: str | None = None) 
     """
     if answer is None:
         return data != b"[DONE]"
-    if name == "error":
+    if answer.get("error") is not None or answer.get("errors") or name == "error":
         return True
-    # Nearly every event of a stream is sorted out by these searches, in a third of the time of the rest.
-    if not (b"rror" in data or b"failed" in data or b'"detail"' in data or b'"message"' in data or b"\\u00" in data):
+    choices, kind = answer.get("choices"), answer.get("type")
+    # The two frequent kinds of events first: a search of their bytes takes longer than parsing them.
+    if isinstance(choices, list) and choices:
+        return any(isinstance(choice, dict) and _is_failed(choice) for choice in choices)
+    if isinstance(kind, str) and kind.endswith("delta"):
         return False
-    kind = answer.get("type")
     return (
-        answer.get("error") is not None
-        or (isinstance(kind, str) and kind.endswith(("error", "failed")))
+        (isinstance(kind, str) and kind.endswith(("error", "failed")))
         or answer.get("object") == "error"
         or "detail" in answer
         or isinstance(answer.get("message"), str)
         or _ERROR_MEMBER.search(data) is not None
     )
+
+
+def _is_failed(choice: JSON) -> bool:
+    return choice.get("error") is not None or choice.get("finish_reason") == "error"
 
 
 class PieceMask:

@@ -28,6 +28,7 @@ ERRORS: list[dict[str, Any]] = [
     {"type": "transcript.text.error", "text": "m"},
     {"type": "response.completed", "response": {"error": None, "output": [{"error": "m"}]}},
     {"choices": [{"error": {"message": "m"}}]},
+    {"choices": [{"delta": {"content": "m"}, "finish_reason": "stop"}, {"finish_reason": "error"}]},
     {"object": "error", "message": "m"},
     {"detail": [{"msg": "m"}]},
     {"message": "m"},
@@ -38,6 +39,9 @@ NO_ERRORS: list[dict[str, Any]] = [
     {"type": "response.created", "response": {"error": None, "errors": []}},
     {"type": "message_start", "message": {"content": []}},
     {"error": None, "output": [{"error": None}]},
+    {"type": "response.output_text.delta", "delta": "error"},
+    {"choices": ["odd"]},
+    {"choices": []},
 ]
 
 
