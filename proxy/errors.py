@@ -20,7 +20,8 @@
     ├── UpstreamError         502  the upstream failed, or refused the proxy's key
     │   ├── UpstreamBusy          429  the upstream's own rate limit, not a quota of the proxy
     │   ├── UpstreamExhausted     503  the operator's account at the upstream is used up
-    │   └── UpstreamTimeout       504
+    │   ├── UpstreamTimeout       504
+    │   └── UpstreamUnreadable    502  it compressed its answer in an unknown way; another one may be asked
     ├── InternalError         500  a fault of the proxy itself; only the log says which
     └── Unavailable           the proxy cannot take the call now; `Retry-After` says when to try again
         ├── TooManyConnections    503  the listener has as many connections as it may have
@@ -241,6 +242,15 @@ class UpstreamTimeout(UpstreamError):
 
     status = 504
     code = "upstream_timeout"
+
+
+class UpstreamUnreadable(UpstreamError):
+    """The upstream compressed its answer in a way that the proxy can't read, so nobody gets it.
+
+    It is raised with `was_sent=False`: the call is free, and another upstream may answer it.
+    """
+
+    code = "upstream_unreadable"
 
 
 class Unavailable(ProxyError):

@@ -42,6 +42,34 @@ class BareUpstream:
 
 
 @asynccontextmanager
+async def connections(
+    accept: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]],
+) -> AsyncIterator[int]:
+    """Accept connections on a free port, which is yielded. A connection is closed when `accept` returns."""
+    serving: set[asyncio.Task[None] | None] = set()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        serving.add(asyncio.current_task())
+        try:
+            await accept(reader, writer)
+        except (ConnectionError, asyncio.IncompleteReadError):
+            pass  # the proxy has closed it first
+        finally:
+            writer.close()
+            serving.discard(asyncio.current_task())
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    try:
+        yield server.sockets[0].getsockname()[1]
+    finally:
+        server.close()
+        for task in serving:
+            if task is not None:
+                task.cancel()
+        await server.wait_closed()
+
+
+@asynccontextmanager
 async def bare_upstream(serve: Serve) -> AsyncIterator[BareUpstream]:
     """Start an upstream on a free port."""
     upstream = BareUpstream(serve)

@@ -34,6 +34,7 @@ from proxy.errors import (
     UpstreamError,
     UpstreamExhausted,
     UpstreamTimeout,
+    UpstreamUnreadable,
 )
 
 # What clients see of each: status, type, code.
@@ -57,6 +58,7 @@ TABLE = {
     UpstreamBusy: (429, "rate_limit_error", "upstream_rate_limited"),
     UpstreamExhausted: (503, "upstream_error", "upstream_unavailable"),
     UpstreamTimeout: (504, "upstream_error", "upstream_timeout"),
+    UpstreamUnreadable: (502, "upstream_error", "upstream_unreadable"),
     InternalError: (500, "api_error", None),
     TooManyConnections: (503, "server_error", "too_many_connections"),
     NoSpace: (503, "server_error", "out_of_space"),

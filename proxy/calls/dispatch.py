@@ -7,11 +7,12 @@ A call that may have run is never sent again:
 
     could not connect                              sent again
     429, 401, 402, 5xx except 504 and 524          sent again: the status says that the call did not run
+    2xx in an unknown compression                  sent to another upstream: nobody can read the answer
     connection closed without an answer            not sent again: it may have run
     no answer in time, 408, 504, 524               not sent again: it may still run
     other 4xx                                      not sent again: every upstream would reject the request
     3xx                                            not sent again: redirects are not followed
-    2xx                                            the answer, even if its body breaks off later
+    any other 2xx                                  the answer, even if its body breaks off later
 
 An example with two upstreams: `box` answers 503, so the call goes to `openai` at once. If `openai` cannot be reached
 either, the client gets the 503 of `box`, because an error answer is more informative than a failed
@@ -29,7 +30,7 @@ from proxy.calls.call import Call
 from proxy.calls.reservation import Reservation
 from proxy.calls.token_count import TokenCount
 from proxy.calls.tokenizer import Tokenizers
-from proxy.errors import UpstreamError, UpstreamTimeout
+from proxy.errors import UpstreamError, UpstreamTimeout, UpstreamUnreadable
 from proxy.formats.estimate import largest_demand
 from proxy.formats.meter import Meter
 from proxy.formats.surfaces import meter_of
@@ -155,7 +156,7 @@ class Dispatcher:
                     routing = self._after_error(error, routing, candidate)
                     if routing is None and (error.was_sent or last_failure is None):
                         raise
-                    reservation.is_sent = False  # nothing reached the upstream
+                    reservation.is_sent = False  # nothing reached the upstream, or nobody can read its answer
                 else:
                     routing = self._after_answer(answer, routing, candidate)
                     if routing is None:
@@ -213,6 +214,9 @@ class Dispatcher:
         if error.was_sent:
             self._count_attempt(candidate, "timed_out" if isinstance(error, UpstreamTimeout) else "broke_off")
             return None
+        if isinstance(error, UpstreamUnreadable):
+            self._count_attempt(candidate, "failed")
+            return self._next_attempt(routing, candidate, pause_ms=None)
         self._count_attempt(candidate, "unreachable")
         return self._next_attempt(routing, candidate, pause_ms=UNREACHED_PAUSE_MS)
 

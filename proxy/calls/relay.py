@@ -11,6 +11,7 @@ in the next moment.
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 
 import structlog
 
@@ -21,6 +22,7 @@ from proxy.calls.reservation import Reservation
 from proxy.calls.tokenizer import Tokenizers
 from proxy.errors import ClientLeft, ProxyError, UpstreamError
 from proxy.formats.meter import Meter
+from proxy.formats.reported_error import reports_error
 from proxy.formats.stream import Stream
 from proxy.formats.surfaces import error_event
 from proxy.ledger.book import Accepted, Refused
@@ -29,7 +31,7 @@ from proxy.ledger.queue import AdmissionQueue, DurationEstimate
 from proxy.metrics import Metrics
 from proxy.upstreams import headers
 from proxy.upstreams.client import Answer
-from proxy.upstreams.failures import Rejected, failure_of
+from proxy.upstreams.failures import Rejected, failure_of, masked
 
 # How long to wait for the end of the body after the last event of a stream, to reuse the connection.
 _READ_TO_END_S = 1.0
@@ -84,7 +86,7 @@ class Relay:
         ):
             if answer.status // 100 != 2:
                 await self._forward_error(answer, sent, reservation)
-            elif answer.is_stream:
+            elif await self._is_stream(answer, sent, reservation):
                 await self._forward_stream(answer, sent, reservation)
             else:
                 await self._forward_whole(answer, sent, reservation)
@@ -160,13 +162,29 @@ class Relay:
             await call.client.write(error_event(call.request.endpoint, error))
             await call.client.end()
 
+    async def _is_stream(self, answer: Answer, call: Call, reservation: Reservation) -> bool:
+        """Whether the answer is a stream. Its first bytes decide, because headers are sometimes wrong in either way.
+
+        If a stream was requested and the header says that it comes, the head is sent at once: a model may reason for
+        minutes before its first byte, and heartbeats keep the connection to the client open meanwhile.
+        """
+        if not (call.request.stream or answer.is_event_stream):
+            return False
+        if not (call.request.stream and answer.is_event_stream):
+            return await answer.carries_events()
+        await call.client.start(answer.status, self._answer_headers(answer, call, reservation, is_stream=True))
+        with call.client.heartbeat(lambda: True):
+            return await answer.carries_events()
+
     async def _forward_stream(self, answer: Answer, call: Call, reservation: Reservation) -> None:
         """Forward each event at once if the hold covers it, and the end when it is settled.
 
         An event that is not covered waits until the hold has grown. If it cannot grow, the stream is ended before it.
         """
-        client, stream = call.client, Stream(reservation.meter)
-        await client.start(answer.status, self._answer_headers(answer, call, reservation))
+        client = call.client
+        stream = Stream(reservation.meter, mask=partial(masked, upstream=call.model.upstream))
+        if not client.has_begun:
+            await client.start(answer.status, self._answer_headers(answer, call, reservation, is_stream=True))
         try:
             with client.heartbeat(lambda: stream.is_between_events):
                 async for chunk in answer.chunks():
@@ -202,16 +220,27 @@ class Relay:
         await call.client.end()
 
     async def _forward_whole(self, answer: Answer, call: Call, reservation: Reservation) -> None:
-        """Forward an answer that is not a stream, after it is settled."""
-        body = await answer.read()
-        reservation.meter.see_whole(body)
+        """Forward an answer that is not a stream, after it is settled.
+
+        Its header may have promised a stream, whose head is sent already: then the body follows as it is.
+        """
+        body, meter = await answer.read(), reservation.meter
+        meter.see_whole(body)
         if not await reservation.hold_whole_answer(self._queue):
             await reservation.end("at_limit")
             raise UpstreamError(
                 "The upstream sent a whole answer where a stream was requested, and your quotas have no room for it."
             )
-        await reservation.end(_outcome(call, reservation.meter))
-        call.client.send(answer.status, self._answer_headers(answer, call, reservation), body)
+        await reservation.end(_outcome(call, meter))
+        # Without `has_error`, a body that is no JSON is audio or subtitles.
+        if meter.has_error or reports_error(body, meter.chunk or {}):
+            body = masked(body, call.model.upstream, is_cut=meter.chunk is None)
+        if call.client.has_begun:
+            await call.client.write(body)
+            await call.client.end()
+        else:
+            headers_ = self._answer_headers(answer, call, reservation, is_stream=False)
+            call.client.send(answer.status, headers_, body)
 
     async def _forward_error(self, answer: Answer, call: Call, reservation: Reservation) -> None:
         """Forward an error answer. Its meaning decides what is charged and what the client sees."""
@@ -223,8 +252,10 @@ class Relay:
             failure.status, {**self._quota_headers(call, reservation), **headers.JSON_HEADERS}, failure.body
         )
 
-    def _answer_headers(self, answer: Answer, call: Call, reservation: Reservation) -> dict[str, str]:
-        passed = headers.to_client(answer.headers, is_stream=answer.is_stream)
+    def _answer_headers(
+        self, answer: Answer, call: Call, reservation: Reservation, *, is_stream: bool
+    ) -> dict[str, str]:
+        passed = headers.to_client(answer.headers, is_stream=is_stream)
         return {**passed, **self._quota_headers(call, reservation)}
 
     def _quota_headers(self, call: Call, reservation: Reservation) -> dict[str, str]:

@@ -10,17 +10,19 @@ usage once more, and that is not charged a second time.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from urllib.parse import urlencode
 
 from proxy.calls.call import Call, Responder
 from proxy.errors import PreviousNotFound, ProxyError, ResponseNotFound, UpstreamError
 from proxy.formats.endpoints import RESPONSE_ID, StoredResponsePath
+from proxy.formats.reported_error import PieceMask
 from proxy.ledger.entry import Entry
 from proxy.ledger.ledger import Ledger
 from proxy.policy.catalog import Catalog, Model, Upstream
 from proxy.upstreams.addresses import address_at
 from proxy.upstreams.client import Answer, Upstreams
-from proxy.upstreams.failures import failure_of
+from proxy.upstreams.failures import failure_of, masked
 from proxy.upstreams.headers import JSON_HEADERS, to_client, to_upstream
 
 # How much of an id is repeated in an error. Ids come from clients and may have any length.
@@ -86,10 +88,12 @@ class StoredResponses:
                 raise _not_found(query.response_id)  # deleted there; the same words as for an unknown id
             if answer.status // 100 != 2:
                 await _forward_error(answer, upstream, client)
-            elif answer.is_stream:
-                await _forward_stream(answer, client)
+            elif await answer.carries_events():
+                await _forward_stream(answer, client, PieceMask(partial(masked, upstream=upstream)))
             else:
-                client.send(answer.status, to_client(answer.headers, is_stream=False), await answer.read())
+                mask = PieceMask(partial(masked, upstream=upstream))
+                body = mask.feed(await answer.read()) + mask.end()
+                client.send(answer.status, to_client(answer.headers, is_stream=False), body)
 
     async def _own_entry(self, response_id: str, user: str) -> Entry | None:
         """The ledger entry of the call that produced the response; None unless that call was this user's."""
@@ -110,11 +114,11 @@ def _previous_not_found(response_id: str, model: Model) -> PreviousNotFound:
     return PreviousNotFound(text, param="previous_response_id")
 
 
-async def _forward_stream(answer: Answer, client: Responder) -> None:
+async def _forward_stream(answer: Answer, client: Responder, mask: PieceMask) -> None:
     await client.start(answer.status, to_client(answer.headers, is_stream=True))
     try:
         async for chunk in answer.chunks():
-            await client.write(chunk)
+            await client.write(mask.feed(chunk))
             if client.is_disconnected:
                 return
     except UpstreamError:
@@ -122,6 +126,7 @@ async def _forward_stream(answer: Answer, client: Responder) -> None:
         # off.
         client.abort()
     else:
+        await client.write(mask.end())
         await client.end()
 
 

@@ -5,8 +5,9 @@ what the model reads of it (`content`, `images`, `estimate`). Its answer is mete
 reaches a limit is ended as its own API would end it, so that every SDK accepts the answer. `meter` defines the
 interface of meters and endings. Each format of answers (a *surface*) has a module with its meter, its ending and its
 error event: `chat`, `responses`, `messages`, `media` (`surfaces` lists them). `usage` reads the usage objects of
-vendors. A call that no quota admits gets the error and the headers of its API (`refusal`, `limit_headers`). What
-differs between kinds of upstream (OpenAI, Azure, vLLM, …) is in `kinds`.
+vendors, and `reported_error` finds errors in answers of status 200. A call that no quota admits gets the error and
+the headers of its API (`refusal`, `limit_headers`). What differs between kinds of upstream (OpenAI, Azure, vLLM, …)
+is in `kinds`.
 
 The package promises:
 
@@ -19,5 +20,5 @@ and so does the function that counts tokens.
 
 Begin reading at `endpoints` (which paths exist and how each is charged), then `request` (what a request asks for and
 what is forwarded), `meter` (what an answer used) and `stream` (what of a stream may pass to the client).
-`strict_json`, `multipart` and `sse` parse the syntaxes below them.
+`strict_json`, `multipart` and `sse` parse the syntaxes below them, and `content_encoding` decompresses.
 """

@@ -110,7 +110,7 @@ class Meter(ABC):
       ends a response or message.
     - `is_over`: the last event has come.
     - `has_error`: the upstream reported an error inside the answer.
-    - `chunk`: the JSON object of the event, None if its data is no object.
+    - `chunk`: the JSON object of the event or of the whole answer, None if its data is no object.
     - `response_id`: the id under which the upstream stores the response.
     - `uncounted_texts`: the texts of a whole answer whose usage does not state its output. The caller counts them, as
       that may take long, and passes the result to `output_with`.
@@ -216,7 +216,7 @@ class Meter(ABC):
     def see_whole(self, body: bytes) -> None:
         """Measure an answer that is not a stream."""
         self.is_at_end = True
-        answer = read_object(body)
+        answer = self.chunk = read_object(body)
         if answer is None:
             self._see_other_body(body)
             return

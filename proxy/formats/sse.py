@@ -36,6 +36,11 @@ OVERLAP = 2
 BLANK_START = re.compile(rb"\n|\r(?:\n|(?=[^\n]))")
 BLANK_START_AFTER_CR = re.compile(rb"\r|\n(?:\n|\r(?:\n|(?=[^\n])))")
 
+# What may precede the first line of a stream, and the fields that may begin it. A line of a field may lack the colon.
+BEFORE_FIRST_LINE = re.compile(rb"(?:\xef\xbb\xbf)?[\r\n]*")
+FIRST_LINE = re.compile(rb"(?:data|event|id|retry)[:\r\n]|:")
+FIELDS = (b"data", b"event", b"id", b"retry")
+
 
 @dataclass(frozen=True, slots=True)
 class Event:
@@ -49,6 +54,12 @@ class Event:
     raw: bytes
     name: str | None
     data: bytes | None
+
+
+class Piece(Event):
+    """A piece of an event that is too large, whose rest is still to come."""
+
+    __slots__ = ()
 
 
 class Splitter:
@@ -98,7 +109,7 @@ class Splitter:
         if len(buffer) > (OVERLAP if self._is_inside_large_event else self._event_bytes_max):
             # Keep the last two bytes: they may be the first part of the blank line that ends the event.
             self._is_inside_large_event = True
-            events.append(Event(bytes(buffer[:-OVERLAP]), None, None))
+            events.append(Piece(bytes(buffer[:-OVERLAP]), None, None))
             del buffer[:-OVERLAP]
         self._is_plain = self._is_started and not buffer and not self._is_after_cr and not self._is_inside_large_event
         return events
@@ -131,6 +142,22 @@ class Splitter:
         if is_first and raw.startswith(BOM):
             return Event(raw, *_parse_lines(raw[len(BOM) :]))
         return _parse_event(raw)
+
+
+def begins_with_event(body: bytes | bytearray) -> bool | None:
+    """Whether a body that begins with these bytes is a stream of events; None as long as they may be either.
+
+    b'\\n\\ndata: {'      True
+    b': waiting'         True: a comment
+    b'{"choices"'        False
+    b'\\nda'              None
+    """
+    begin = BEFORE_FIRST_LINE.match(body)
+    line = body[begin.end() if begin else 0 :]
+    if FIRST_LINE.match(line):
+        return True
+    is_undecided = any(field.startswith(line) for field in FIELDS) or BOM.startswith(body)
+    return None if is_undecided else False
 
 
 def _parse_event(raw: bytes) -> Event:

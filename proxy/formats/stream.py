@@ -20,7 +20,8 @@ from dataclasses import replace
 
 from proxy.errors import UpstreamError
 from proxy.formats.meter import Meter
-from proxy.formats.sse import Event, Splitter
+from proxy.formats.reported_error import Mask, PieceMask, reports_error
+from proxy.formats.sse import Event, Piece, Splitter
 from proxy.policy.amounts import Tokens
 
 # The most that is kept of an end. The last event of a response contains the whole response with its images, which may
@@ -29,10 +30,12 @@ _END_BYTES_MAX = 16 * 2**20
 
 
 class Stream:
-    """One streamed answer. `meter` counts its events."""
+    """One streamed answer. `meter` counts its events, and `mask` is applied to those that report an error."""
 
-    def __init__(self, meter: Meter) -> None:
+    def __init__(self, meter: Meter, *, mask: Mask) -> None:
         self._meter = meter
+        self._mask = mask
+        self._piece_mask: PieceMask | None = None  # of an event that is too large and not at its end
         self._splitter = Splitter()
         self._events: deque[Event] = deque()  # events that the meter has not seen yet
         self._blocked: bytes | None = None  # the bytes for the client of an event that exceeds the hold
@@ -92,7 +95,10 @@ class Stream:
 
     def end(self) -> bytes:
         """The bytes that were kept until the settlement, and those of an event that was never finished."""
-        return bytes(self._end) + self._splitter.end()
+        rest = self._splitter.end()
+        if self._piece_mask is not None:
+            rest = self._piece_mask.feed(rest) + self._piece_mask.end()
+        return bytes(self._end) + rest
 
     def end_at_limit(self, usage: Tokens) -> bytes:
         """The bytes that end a stream which is stopped here; `usage` is what the call is charged."""
@@ -106,7 +112,22 @@ class Stream:
     def _see(self, event: Event, *, is_cut: bool = False) -> bytes:
         if event.raw.endswith(b"\r\n"):
             self._newline = b"\r\n"
-        return self._meter.see_event(event, is_cut=is_cut)
+        shown = self._meter.see_event(event, is_cut=is_cut)
+        if event.data is None:
+            return self._without_key(event, shown)
+        if not reports_error(event.data, self._meter.chunk, name=event.name):
+            return shown
+        return self._mask(shown, is_cut=is_cut)
+
+    def _without_key(self, event: Event, shown: bytes) -> bytes:
+        """A comment, or a piece of an event that is too large to parse, masked as far as it may report an error."""
+        mask = self._piece_mask or PieceMask(self._mask)
+        passing = mask.feed(shown)
+        if isinstance(event, Piece):
+            self._piece_mask = mask
+            return passing
+        self._piece_mask = None
+        return passing + mask.end()
 
     def _forward(self, shown: bytes, ready: bytearray) -> None:
         if self._meter.chunk is not None:

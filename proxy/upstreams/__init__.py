@@ -2,8 +2,8 @@
 
 What the package promises:
 
-- `UpstreamError.was_sent` is False only if the upstream provably received nothing of the call, so that the call is
-  free and may be sent again.
+- `UpstreamError.was_sent` is False only if the upstream provably received nothing of the call, or if nobody can read
+  its answer, so that the call is free and may be sent again.
 - A header passes only if it is on a list, in either direction. No key of a user reaches an upstream, and nothing
   about the operator's key or account reaches a user.
 - The meaning of an error answer (who is at fault, what is charged, what the client sees) is decided in one place.

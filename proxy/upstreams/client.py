@@ -14,7 +14,9 @@ import aiohttp
 from aiohttp.abc import AbstractStreamWriter
 from yarl import URL
 
-from proxy.errors import UpstreamError, UpstreamTimeout
+from proxy.errors import UpstreamError, UpstreamTimeout, UpstreamUnreadable
+from proxy.formats.content_encoding import PIECE_BYTES, BodyDecoder, NotDecodable, encoding_of
+from proxy.formats.sse import begins_with_event
 from proxy.policy.catalog import Upstream
 from proxy.upstreams.spool import Spliced
 
@@ -30,26 +32,59 @@ _ERROR_BYTES_MAX = 2**20
 _ERROR_S = 5.0
 
 
+# The encodings that an answer may have although we ask for `identity`: servers in front of a model compress in them
+# without being asked, in pieces that can be decompressed as they arrive.
+_ANSWER_ENCODINGS = ("gzip", "deflate")
+# An answer may consist of one member for each event, and has no limit of its length.
+_MEMBERS_MAX = 2**40
+# After so many bytes of blank lines the header alone decides whether an answer is a stream.
+_BEGINNING_BYTES_MAX = 2**14
+
+
 class Answer:
-    """An upstream's answer: the status and headers are there, the body is still arriving."""
+    """An upstream's answer: the status and headers are there, the body is still arriving.
+
+    `is_event_stream` is what its header says; `carries_events` is the truth.
+    """
 
     def __init__(self, response: aiohttp.ClientResponse) -> None:
-        self._response = response
         self.status = response.status
         self.headers = list(response.headers.items())
         self.retry_after = response.headers.get("retry-after")
-        self.is_stream = response.content_type == "text/event-stream"
+        self.is_event_stream = response.content_type == "text/event-stream"
+        encoding = _encoding(response)
+        self.is_readable = encoding in ("", *_ANSWER_ENCODINGS)
+        decoder = BodyDecoder(encoding, members_max=_MEMBERS_MAX) if encoding and self.is_readable else None
+        self._body = _body(response.content, decoder)
+        self._beginning: list[bytes] = []  # chunks that were looked at and not handed out yet
         self._error_body: bytes | None = None
 
+    async def carries_events(self) -> bool:
+        """Whether the body is a stream of events, whatever the header says. Waits for its first bytes.
+
+        Raises like `chunks`, which hands out the whole body after this as well.
+        """
+        beginning = bytearray()
+        async for chunk in self._body:
+            self._beginning.append(chunk)
+            beginning += chunk
+            answer = begins_with_event(beginning)
+            if answer is not None:
+                return answer
+            if len(beginning) > _BEGINNING_BYTES_MAX:
+                break
+        return self.is_event_stream
+
     async def chunks(self) -> AsyncIterator[bytes]:
-        """The body's bytes as they arrive. Raises UpstreamError if it breaks off, UpstreamTimeout if it stalls."""
-        try:
-            async for chunk in self._response.content.iter_any():
-                yield chunk
-        except TimeoutError:
-            raise UpstreamTimeout("The upstream stopped sending in the middle of its answer.") from None
-        except (aiohttp.ClientError, ConnectionError):
-            raise UpstreamError("The upstream broke off in the middle of its answer.") from None
+        """The body's bytes as they arrive, decompressed.
+
+        Raises UpstreamError if the body breaks off or can't be decompressed, UpstreamTimeout if it stalls.
+        """
+        beginning, self._beginning = self._beginning, []
+        for chunk in beginning:
+            yield chunk
+        async for chunk in self._body:
+            yield chunk
 
     async def read(self) -> bytes:
         """The whole body. Raises like `chunks`, and UpstreamError if it has more than ANSWER_BYTES_MAX bytes."""
@@ -68,6 +103,9 @@ class Answer:
         if self._error_body is not None:
             return self._error_body
         body = bytearray()
+        if not self.is_readable:
+            self._error_body = b""
+            return b""
         try:
             async with asyncio.timeout(_ERROR_S):
                 async for chunk in self.chunks():
@@ -95,7 +133,8 @@ class Upstreams:
             connector=aiohttp.TCPConnector(limit=0, ttl_dns_cache=60),
             # A shared cookie jar would send one user's Cloudflare cookie with the calls of another.
             cookie_jar=aiohttp.DummyCookieJar(),
-            # One compressed megabyte can unpack to 400 MB in our memory. We ask for `identity` instead.
+            # The library would decompress as much as arrives at once, and one megabyte can become 400 MB. We ask for
+            # `identity`, and `Answer` decompresses what comes nevertheless, in pieces.
             auto_decompress=False,
         )
 
@@ -117,7 +156,8 @@ class Upstreams:
     ) -> AsyncIterator[Answer]:
         """Send `body` and hand out the answer. Leaving the block closes the connection, or keeps it for another call.
 
-        Raises UpstreamError if no answer came, UpstreamTimeout if it did not come in time.
+        Raises UpstreamError if no answer came, UpstreamTimeout if it did not come in time, and UpstreamUnreadable for
+        a successful answer in an unknown encoding. The status of an error says enough without its body.
         """
         assert self._session is not None, "open() first"
         payload = _payload(body)
@@ -144,9 +184,44 @@ class Upstreams:
         finally:
             del body, payload  # a long answer must not keep them in memory
         async with response:
-            if response.headers.get("content-encoding", "identity").lower() != "identity":
-                raise UpstreamError("The upstream compressed its answer although it was asked not to.")
-            yield Answer(response)
+            answer = Answer(response)
+            if not answer.is_readable and answer.status // 100 == 2:
+                raise UpstreamUnreadable(
+                    f'The upstream "{upstream.name}" compressed its answer in a way that this proxy can\'t read, '
+                    "although it was asked not to. The operator of this proxy has to turn that compression off.",
+                    was_sent=False,
+                )
+            yield answer
+
+
+def _encoding(response: aiohttp.ClientResponse) -> str:
+    """The encoding in which the body arrives, in the terms of `encoding_of`.
+
+    Compression may be named as a transfer coding too (RFC 9112 §7.2). The library undoes only `chunked`.
+    """
+    transfer = ",".join(response.headers.getall("transfer-encoding", ())).lower()
+    codings = [item for item in transfer.split(",") if item.strip() != "chunked"]
+    return encoding_of([*response.headers.getall("content-encoding", ()), *codings])
+
+
+# No method of Answer, so that an answer that is given up halfway is no cycle of references.
+async def _body(content: aiohttp.StreamReader, decoder: BodyDecoder | None) -> AsyncIterator[bytes]:
+    """The bytes of a body as they arrive, decompressed. Raises UpstreamError and UpstreamTimeout."""
+    try:
+        async for chunk in content.iter_any():
+            if decoder is None:
+                yield chunk
+                continue
+            for piece in decoder.feed(chunk):
+                yield piece
+                if len(piece) == PIECE_BYTES:
+                    await asyncio.sleep(0)  # one packet can become hundreds of megabytes; others get their turn
+        if decoder is not None:
+            decoder.end()
+    except TimeoutError:
+        raise UpstreamTimeout("The upstream stopped sending in the middle of its answer.") from None
+    except (aiohttp.ClientError, ConnectionError, NotDecodable):
+        raise UpstreamError("The upstream broke off in the middle of its answer.") from None
 
 
 class _OneWritePayload(aiohttp.BytesPayload):

@@ -86,6 +86,9 @@ def to_client(headers: Headers, *, is_stream: bool) -> dict[str, str]:
 
     The upstream's request id gets the name `x-upstream-request-id`, because `x-request-id` is our own. A value with
     control characters is dropped: it could end the header line and begin another one.
+
+    `is_stream` is what the body really is. A content type that says the opposite is replaced, because SDKs choose
+    their parser by it.
     """
     allowed = _TO_CLIENT - _hop_by_hop(headers)
     passed = {name.lower(): value for name, value in headers if name.lower() in allowed and value.isprintable()}
@@ -93,6 +96,8 @@ def to_client(headers: Headers, *, is_stream: bool) -> dict[str, str]:
     upstream_id = next((value for name, value in headers if name.lower() in ("x-request-id", "request-id")), "")
     if upstream_id and upstream_id.isprintable():
         passed["x-upstream-request-id"] = upstream_id
+    if passed.get("content-type", "").lower().startswith("text/event-stream") is not is_stream:
+        passed |= {"content-type": "text/event-stream"} if is_stream else {"content-type": "application/json"}
     return {**passed, **(_EVENT_STREAM if is_stream else {"cache-control": "no-store"})}
 
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.formats.sse import EVENT_BYTES_MAX, Event, Splitter
+from proxy.formats.sse import EVENT_BYTES_MAX, Event, Piece, Splitter, begins_with_event
 
 NameAndData = tuple[str | None, bytes | None]
 
@@ -161,10 +161,10 @@ def test_a_large_event_is_returned_in_pieces_before_its_end() -> None:
     assert splitter.feed(b"data: 1\n\n") == [Event(b"data: 1\n\n", None, b"1")]
     assert splitter.feed(b"data: " + b"x" * 10) == []
     assert not splitter.is_inside_large_event
-    assert splitter.feed(b"y") == [Event(b"data: " + b"x" * 9, None, None)]
+    assert splitter.feed(b"y") == [Piece(b"data: " + b"x" * 9, None, None)]
     assert splitter.is_inside_large_event
-    assert splitter.feed(b"z") == [Event(b"x", None, None)]
-    assert splitter.feed(b"\n") == [Event(b"y", None, None)]
+    assert splitter.feed(b"z") == [Piece(b"x", None, None)]
+    assert splitter.feed(b"\n") == [Piece(b"y", None, None)]
     assert splitter.feed(b"\ndata: 2\n\n") == [Event(b"z\n\n", None, None), Event(b"data: 2\n\n", None, b"2")]
     assert not splitter.is_inside_large_event
 
@@ -184,3 +184,47 @@ def test_an_event_of_several_megabytes_is_parsed() -> None:
     assert split(stream, list(range(0, len(stream), 4096))) == [
         Event(stream, "response.completed", b"x" * (3 << 20)),
     ]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"data: 1",
+        b"data:1",
+        b"data\n",
+        b"event: x",
+        b"id:1",
+        b"retry: 3",
+        b": waiting",
+        b":\n",
+        b"\xef\xbb\xbfdata: 1",
+        b"\r\n\n\rdata: 1",
+    ],
+)
+def test_a_stream_is_recognized_by_its_first_line(body: bytes) -> None:
+    """As soon as the line's field is complete, and not before."""
+    decided = [begins_with_event(body[:end]) for end in range(len(body) + 1)]
+    first = decided.index(True)
+    assert decided == [None] * first + [True] * (len(body) + 1 - first)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"{",
+        b"[",
+        b"  {",
+        b" data: 1",
+        b"dates",
+        b"database: 1",
+        b"<html>",
+        b"ID3",
+        b"\xff\xfb",
+        b"\n\n{",
+        b"\xef\xbbd",
+    ],
+)
+def test_anything_else_is_a_whole_answer(body: bytes) -> None:
+    """JSON, also with whitespace in front of it; HTML; audio."""
+    assert begins_with_event(body) is False
+    assert begins_with_event(body[:0]) is None

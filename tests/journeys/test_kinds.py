@@ -20,6 +20,7 @@ from proxy.formats.request import Request, parse_request
 from proxy.formats.stream import Stream
 from proxy.formats.surfaces import meter_of
 from proxy.policy.amounts import TOKENS_MAX, AtLeast, Exactly, Tokens, Usage
+from tests.formats.streams import unmasked
 from tests.stage import STAFF, stage
 
 pytestmark = pytest.mark.journey
@@ -273,7 +274,7 @@ def _metered(recording: Recording, pieces: Iterator[bytes] | list[bytes]) -> tup
     """Feed these bytes to a meter and end the stream; return the meter and all bytes that the client gets."""
     request = _request(recording.endpoint)
     meter = meter_of(request, count=lambda text: len(text), kind=recording.kind)
-    stream = Stream(meter)
+    stream = Stream(meter, mask=unmasked)
     shown = b"".join(stream.feed(piece, covered=TOKENS_MAX) for piece in pieces)
     stream.close(covered=TOKENS_MAX)
     return meter, shown + stream.end()

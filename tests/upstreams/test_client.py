@@ -1,6 +1,7 @@
 """HTTP to the upstreams: which errors there are, and whether the upstream can have received the call."""
 
 import asyncio
+import gzip
 import sys
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
@@ -8,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from proxy.errors import UpstreamError
+from proxy.errors import UpstreamError, UpstreamUnreadable
+from proxy.formats.content_encoding import PIECE_BYTES
 from proxy.policy.catalog import Upstream
 from proxy.upstreams.client import ANSWER_BYTES_MAX, Upstreams
 
@@ -56,7 +58,7 @@ async def test_an_answer_has_status_headers_and_body() -> None:
     """The request arrives at the upstream as it was given."""
     async with _upstream(HEAD + b"Retry-After: 3\r\nContent-Length: 2\r\n\r\n{}") as (up, seen), _open() as upstreams:
         async with upstreams.send(up, "/chat/completions", b'{"a":1}', {"x-title": "T"}) as answer:
-            assert (answer.status, answer.retry_after, answer.is_stream) == (200, "3", False)
+            assert (answer.status, answer.retry_after, answer.is_event_stream) == (200, "3", False)
             assert await answer.read() == b"{}"
         assert seen[0].startswith(b"POST /v1/chat/completions HTTP/1.1")
         assert b"x-title: T" in seen[0]
@@ -122,15 +124,78 @@ async def test_a_whole_answer_has_a_largest_size() -> None:
                 await answer.read()
 
 
-async def test_a_compressed_answer_is_refused() -> None:
-    """We ask for none. It could not be metered, and without its header the client could not read it."""
+async def test_a_compressed_answer_is_bounded_after_decompression() -> None:
+    """A bomb of 64 kB becomes more than an answer may have. It is unpacked piece by piece and given up there."""
+    bomb = gzip.compress(bytes(ANSWER_BYTES_MAX + 1))
+    async with _upstream(HEAD + b"Content-Encoding: gzip\r\n\r\n" + bomb) as (up, _), _open() as upstreams:
+        async with upstreams.send(up, "/x", b"{}", {}) as answer:
+            assert len(await anext(answer.chunks())) <= PIECE_BYTES
+        with pytest.raises(UpstreamError, match="larger than"):
+            async with upstreams.send(up, "/x", b"{}", {}) as answer:
+                await answer.read()
+
+
+async def test_a_compressed_answer_leaves_others_their_turn() -> None:
+    """One packet may become many megabytes. The event loop is free after each piece."""
+    packed = gzip.compress(bytes(16 * PIECE_BYTES))
     async with (
-        _upstream(HEAD + b"Content-Encoding: gzip\r\nContent-Length: 2\r\n\r\nxx") as (up, _),
+        _upstream(HEAD + b"Content-Encoding: gzip\r\n\r\n" + packed) as (up, _),
         _open() as upstreams,
+        upstreams.send(up, "/x", b"{}", {}) as answer,
     ):
-        with pytest.raises(UpstreamError, match="compressed"):
+        turns = 0
+
+        def count() -> None:
+            nonlocal turns
+            turns += 1
+            asyncio.get_running_loop().call_soon(count)
+
+        await anext(chunks := answer.chunks())
+        count()
+        assert len([chunk async for chunk in chunks]) == 15
+        assert turns >= 15
+
+
+async def test_a_compressed_transfer_is_decompressed_too() -> None:
+    """RFC 9112 §7.2 allows compression as a transfer coding. The library undoes only the chunks."""
+    packed = gzip.compress(b"{}")
+    body = b"%x\r\n%b\r\n0\r\n\r\n" % (len(packed), packed)
+    async with (
+        _upstream(HEAD + b"Transfer-Encoding: gzip, chunked\r\n\r\n" + body) as (up, _),
+        _open() as upstreams,
+        upstreams.send(up, "/x", b"{}", {}) as answer,
+    ):
+        assert await answer.read() == b"{}"
+
+
+async def test_an_answer_in_an_unknown_encoding_counts_as_not_sent() -> None:
+    """Nobody can read it. The status of an error is enough without its body."""
+    body = b"Content-Encoding: br\r\nContent-Length: 2\r\n\r\nxx"
+    async with _upstream(HEAD + body) as (up, _), _open() as upstreams:
+        with pytest.raises(UpstreamUnreadable, match="compressed") as failed:
             async with upstreams.send(up, "/x", b"{}", {}):
                 raise AssertionError
+        assert failed.value.was_sent is False
+    async with (
+        _upstream(HEAD.replace(b"200", b"400") + body) as (up, _),
+        _open() as upstreams,
+        upstreams.send(up, "/x", b"{}", {}) as answer,
+    ):
+        assert (answer.status, await answer.error_body()) == (400, b"")
+
+
+async def test_blank_lines_do_not_keep_an_answer_undecided_for_ever() -> None:
+    """After 16 kB of them the header decides, and all of them are handed out."""
+    blank = b"\n" * 100_000
+    for content_type, is_stream in ((b"text/event-stream", True), (b"text/plain", False)):
+        head = b"HTTP/1.1 200 OK\r\nContent-Type: %b\r\n\r\n" % content_type
+        async with (
+            _upstream(head + blank) as (up, _),
+            _open() as upstreams,
+            upstreams.send(up, "/x", b"{}", {}) as answer,
+        ):
+            assert await answer.carries_events() is is_stream
+            assert await answer.read() == blank
 
 
 async def test_a_connection_closed_without_an_answer_counts_as_sent() -> None:

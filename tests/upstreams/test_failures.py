@@ -4,6 +4,7 @@ The table of the module's docstring; contract "A refusal"; threats T9, T10, T38,
 """
 
 import json
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -290,6 +291,51 @@ def test_our_account_is_masked_too(mention: str) -> None:
     assert "***" in busy.message
     assert "AbCdEf123" not in busy.message and "4f0c2f9e" not in busy.message
     assert "9d0c2f9e" in busy.message
+
+
+@pytest.mark.parametrize(
+    "spelled",
+    [
+        KEY.replace("-", "\\u002d"),
+        KEY.replace("-", "\\u002D"),
+        "".join(f"\\u{ord(letter):04x}" for letter in KEY),
+        KEY[:5] + f"\\u{ord(KEY[5]):04x}" + KEY[6:],
+    ],
+)
+def test_our_key_is_masked_however_json_spells_it(spelled: str) -> None:
+    """An upstream may escape any character of a string (RFC 8259 §7). The rest of the body keeps its meaning."""
+    body = b'{"error": {"message": "a \\"quoted\\" \\u00e9\\\\u0073 %b", "type": null}}' % spelled.encode()
+    shown = masked(body, UPSTREAM)
+    assert json.loads(shown)["error"]["message"] == 'a "quoted" é\\u0073 ***'
+    assert json.loads(masked(body, replace(UPSTREAM, api_key=Secret("a/b/c")))) == json.loads(body)
+    rejected = failure(400, body)
+    assert isinstance(rejected, Rejected)
+    assert KEY not in json.loads(rejected.body)["error"]["message"]
+
+
+def test_a_key_with_a_slash_is_masked() -> None:
+    """PHP and others escape a slash."""
+    upstream = replace(UPSTREAM, api_key=Secret("ab/cd/0123456789"))
+    assert masked(b'{"error": "ab\\/cd\\/0123456789"}', upstream) == b'{"error": "***"}'
+
+
+def test_a_body_that_needs_no_mask_is_unchanged() -> None:
+    """With all its escapes."""
+    body = b'{"error": "a\\/b \\u0041 \\n"}'
+    assert masked(body, UPSTREAM) == body
+    assert masked(b"the org-chart of the project", UPSTREAM) == b"the org-chart of the project"
+
+
+def test_a_key_that_breaks_off_is_masked() -> None:
+    """Its beginning is a secret too, if it is long enough to be one."""
+    body = b"data: " + KEY.encode()
+    for end in range(len(body)):
+        shown = masked(body[:end], UPSTREAM, is_cut=True)
+        assert shown == (body[:end] if end < 14 else b"data: ***")
+    assert masked(body[:-1], UPSTREAM) == body[:-1]
+    escaped = b"".join(b"\\u%04x" % letter for letter in KEY.encode())
+    for end in range(6 * 8, len(escaped)):
+        assert masked(escaped[:end], UPSTREAM, is_cut=True) == b"***"
 
 
 def test_without_a_key_nothing_is_masked() -> None:

@@ -195,6 +195,14 @@ def test_a_stream_must_not_be_buffered() -> None:
     }
 
 
+def test_a_wrong_content_type_is_replaced() -> None:
+    """SDKs choose their parser by it."""
+    assert down(("Content-Type", "text/plain"), is_stream=True)["content-type"] == "text/event-stream"
+    assert down(is_stream=True)["content-type"] == "text/event-stream"
+    assert down(("Content-Type", "text/event-stream"))["content-type"] == "application/json"
+    assert "content-type" not in down()
+
+
 @pytest.mark.parametrize(
     "name",
     [
