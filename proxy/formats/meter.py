@@ -87,7 +87,7 @@ class Meter(ABC):
     - `is_at_end`: this event belongs to the end of the answer. True from the usage chunk, `[DONE]`, or the event that
       ends a response or message.
     - `is_over`: the last event has come.
-    - `has_error`: the upstream reported an error inside the answer.
+    - `has_error`: the upstream reported an error inside the answer, or a response that it has not finished.
     - `chunk`: the JSON object of the event, None if its data is no object.
     - `response_id`: the id under which the upstream stores the response.
     - `uncounted_texts`: the texts of a whole answer without usage. The caller counts them, as that may take long.
