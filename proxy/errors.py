@@ -17,6 +17,7 @@
     │   └── UnsupportedEncoding   415
     ├── ClientLeft            499  the client disconnected while its call waited, so nobody reads this
     ├── Refusal               429  the user's own quota; it helps to wait until `reset_at`
+    ├── TooManyReads          429  the user reads stored responses too often; no quota is involved
     ├── UpstreamError         502  the upstream failed, or refused the proxy's key
     │   ├── UpstreamBusy          429  the upstream's own rate limit, not a quota of the proxy
     │   ├── UpstreamExhausted     503  the operator's account at the upstream is used up
@@ -205,6 +206,14 @@ class Refusal(ProxyError):
         super().__init__(message, headers=headers, members=members)
         self.type = type
         self.code = code
+
+
+class TooManyReads(ProxyError):
+    """The user reads stored responses too often. `Retry-After` says in how many seconds the next read is possible."""
+
+    status = 429
+    type = "requests"
+    code = "rate_limit_exceeded"
 
 
 class UpstreamError(ProxyError):

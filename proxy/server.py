@@ -13,7 +13,8 @@ They are stopped so that no call is cut off while it can still end by itself:
 1. `/readyz` becomes 503, so a load balancer sends no more calls here.
 2. The listeners accept no new connections, and idle connections are closed.
 3. Calls in flight get `grace_s` seconds to end. Then they are cancelled, and charged what they have used.
-4. Maintenance jobs, listeners and the HTTP client are stopped. The ledger is last, because it settles every call.
+4. Responses whose answers were cut are deleted at the upstreams, for a few seconds at most.
+5. Maintenance jobs, listeners and the HTTP client are stopped. The ledger is last, because it settles every call.
 """
 
 import asyncio
@@ -156,17 +157,24 @@ class Server:
         )
         self.upstreams = Upstreams()
         self.queue = AdmissionQueue(self.ledger)
+        self._stored_responses = StoredResponses(self.ledger, self.upstreams, now=now)
         relay = Relay(
             self.queue,
-            Dispatcher(self.upstreams, metrics=self.metrics, now=now, draw=draw),
-            tokenizers=tokenizers,
+            Dispatcher(self.upstreams, tokenizers=tokenizers, metrics=self.metrics, now=now, draw=draw),
+            stored_responses=self._stored_responses,
             metrics=self.metrics,
             disconnects=disconnects or Disconnects(),
             now=now,
         )
         self.health = Health(self.ledger, self.policies)
-        stored = StoredResponses(self.ledger, self.upstreams)
-        self._api = Api(self.policies, stored, relay=relay, health=self.health, settings=config.settings, now=now)
+        self._api = Api(
+            self.policies,
+            self._stored_responses,
+            relay=relay,
+            health=self.health,
+            settings=config.settings,
+            now=now,
+        )
         self._admin = Admin(self.metrics, self.health)
         self._settings = config.settings
         self._jobs = Tasks()
@@ -221,6 +229,7 @@ class Server:
         cut_off = await self._api.calls.finish(grace_s)
         if cut_off:
             log.warning("calls were cut off and settled", calls=cut_off)
+        await self._stored_responses.close()
         await self._jobs.finish(0)
         for runner in self._runners:
             await runner.cleanup()

@@ -14,10 +14,15 @@ Serve = Callable[[dict[str, Any], asyncio.StreamReader, asyncio.StreamWriter], A
 
 
 class BareUpstream:
-    """A server whose answers are written by `serve`. `open` has the connections that are not closed yet."""
+    """A server whose answers are written by `serve`. `open` has the connections that are not closed yet.
+
+    A DELETE is answered by the server itself, with the next of `delete_statuses` or 200; `deleted` has its paths.
+    """
 
     def __init__(self, serve: Serve) -> None:
         self.url = ""
+        self.deleted: list[str] = []
+        self.delete_statuses: list[int] = []
         self.open: set[asyncio.Task[None] | None] = set()
         self._serve = serve
 
@@ -26,6 +31,12 @@ class BareUpstream:
         self.open.add(asyncio.current_task())
         try:
             head = await reader.readuntil(b"\r\n\r\n")
+            if head.startswith(b"DELETE "):
+                status = self.delete_statuses.pop(0) if self.delete_statuses else 200
+                self.deleted.append(head.split()[1].decode())
+                writer.write(b"HTTP/1.1 %d X\r\nContent-Length: 2\r\nConnection: close\r\n\r\n{}" % status)
+                writer.close()
+                return
             length = int(head.lower().partition(b"content-length:")[2].split(b"\r\n")[0])
             await self._serve(json.loads(await reader.readexactly(length))["metadata"], reader, writer)
             writer.close()

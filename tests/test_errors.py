@@ -27,6 +27,7 @@ from proxy.errors import (
     RequestError,
     ResponseNotFound,
     TooManyConnections,
+    TooManyReads,
     TooSlow,
     Unavailable,
     UnsupportedEncoding,
@@ -54,6 +55,7 @@ TABLE = {
     UnsupportedEncoding: (415, "invalid_request_error", None),
     ClientLeft: (499, "api_error", "client_left"),
     Refusal: (429, "insufficient_quota", "insufficient_quota"),
+    TooManyReads: (429, "requests", "rate_limit_exceeded"),
     UpstreamError: (502, "upstream_error", "upstream_error"),
     UpstreamBusy: (429, "rate_limit_error", "upstream_rate_limited"),
     UpstreamExhausted: (503, "upstream_error", "upstream_unavailable"),
@@ -113,7 +115,7 @@ def test_status_and_code_tell_the_errors_apart():
 @pytest.mark.parametrize("cls", TABLE, ids=lambda cls: cls.__name__)
 def test_the_status_says_whose_fault_it_is(cls):
     """4xx: request or quota; 5xx: upstream or ledger. Only the upstream's own 429 keeps its status."""
-    at_fault = 4 if issubclass(cls, RequestError | Refusal) or cls in (UpstreamBusy, ClientLeft) else 5
+    at_fault = 4 if issubclass(cls, RequestError | Refusal) or cls in (TooManyReads, UpstreamBusy, ClientLeft) else 5
     assert cls.status // 100 == at_fault
 
 

@@ -123,14 +123,25 @@ class Dispatcher:
     """
 
     def __init__(
-        self, upstreams: Upstreams, *, metrics: Metrics, now: Callable[[], int], draw: Callable[[], int]
+        self,
+        upstreams: Upstreams,
+        *,
+        tokenizers: Tokenizers,
+        metrics: Metrics,
+        now: Callable[[], int],
+        draw: Callable[[], int],
     ) -> None:
         self._upstreams = upstreams
+        self._tokenizers = tokenizers
         self._metrics = metrics
         self._now = now
         self._draw = draw
         self._cooldowns = Cooldowns()
         self._usage_options = UsageOptionCache()
+
+    def candidates(self, call: Call) -> Candidates:
+        """The call in the form in which each target of its model gets it."""
+        return Candidates(call, self._tokenizers)
 
     @asynccontextmanager
     async def answer(self, candidates: Candidates, reservation: Reservation) -> AsyncIterator[tuple[Call, Answer]]:

@@ -19,7 +19,7 @@ from proxy.calls.call import Call
 from proxy.calls.disconnect import Disconnects
 from proxy.calls.dispatch import Candidates, Dispatcher
 from proxy.calls.reservation import Reservation
-from proxy.calls.tokenizer import Tokenizers
+from proxy.calls.stored_responses import StoredResponses
 from proxy.errors import ClientLeft, ProxyError, UpstreamError
 from proxy.formats.meter import Meter
 from proxy.formats.reported_error import reports_error
@@ -47,7 +47,7 @@ class Relay:
         queue: AdmissionQueue,
         dispatcher: Dispatcher,
         *,
-        tokenizers: Tokenizers,
+        stored_responses: StoredResponses,
         metrics: Metrics,
         disconnects: Disconnects,
         now: Callable[[], int],
@@ -55,7 +55,7 @@ class Relay:
         self._queue = queue
         self._ledger = queue.ledger
         self._dispatcher = dispatcher
-        self._tokenizers = tokenizers
+        self._stored_responses = stored_responses
         self._metrics = metrics
         self._disconnects = disconnects
         self._now = now
@@ -75,7 +75,7 @@ class Relay:
         Raises Refusal if a quota refuses the call, ClientLeft, LedgerUnavailable, and UpstreamError as long as
         nothing of an answer has been sent. After that an upstream's error is sent as an event of the stream.
         """
-        candidates = Candidates(call, self._tokenizers)
+        candidates = self._dispatcher.candidates(call)
         # The order matters. `watch` cancels everything inside it, so `_reserve`, which must end the reservation in
         # any case, is outside. An upstream's error is handled inside `watch`: a client may leave meanwhile.
         async with (
@@ -111,6 +111,7 @@ class Relay:
         finally:
             self._durations.ended(reply.entry.id, self._now())
             self._count_end(call, reservation)
+            self._stored_responses.delete_unless_complete(call, reservation)
 
     def _count_end(self, call: Call, reservation: Reservation) -> None:
         entry, usage, model = reservation.entry, reservation.charged, call.model_label

@@ -1,25 +1,42 @@
 """Responses that an upstream stores. They belong to the user whose call produced them.
 
 All users share one account at the upstream, and the upstream would give a response to anyone who knows its id. So the
-id is looked up in the ledger first. The answer is the same if no such response exists, if it is another user's, and
-if the upstream has deleted it: a user who tries ids learns nothing.
+id is looked up in the ledger first. The answer is the same if no such response exists, if it is another user's, if
+its answer did not pass to its end, and if the upstream has deleted it: a user who tries ids learns nothing.
 
 Nothing here is metered. A response was charged when it was produced. If its stream is read again, it reports the same
-usage once more, and that is not charged a second time.
+usage once more, and that is not charged a second time. No quota refuses a read; `ReadLimit` bounds how many there
+are.
+
+A response whose answer did not pass to its end was charged what passed, but the upstream may have stored all of it.
+Example: a stream is ended at a quota's limit after 2,000 tokens, and the upstream stores 20,000. Such a response
+cannot be read or continued, and it is deleted at the upstream. A response without usage whose answer passed to its
+end can be read: it was charged what was counted.
 """
 
-from collections.abc import Sequence
+import asyncio
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from urllib.parse import urlencode
+from zoneinfo import ZoneInfo
+
+import structlog
 
 from proxy.calls.call import Call, Responder
-from proxy.errors import PreviousNotFound, ProxyError, ResponseNotFound, UpstreamError
+from proxy.calls.reservation import Reservation
+from proxy.errors import PreviousNotFound, ProxyError, ResponseNotFound, TooManyReads, UpstreamError
 from proxy.formats.endpoints import RESPONSE_ID, StoredResponsePath
+from proxy.formats.kinds import kind_of
 from proxy.formats.reported_error import PieceMask
 from proxy.ledger.entry import Entry
 from proxy.ledger.ledger import Ledger
 from proxy.policy.catalog import Catalog, Model, Upstream
+from proxy.policy.status import seconds_up
+from proxy.policy.windows import rfc3339
+from proxy.tasks import Tasks
 from proxy.upstreams.addresses import address_at
 from proxy.upstreams.client import Answer, Upstreams
 from proxy.upstreams.failures import failure_of, masked
@@ -27,6 +44,25 @@ from proxy.upstreams.headers import JSON_HEADERS, to_client, to_upstream
 
 # How much of an id is repeated in an error. Ids come from clients and may have any length.
 _ID_CHARACTERS_MAX = 80
+
+# How many requests for stored responses one user may have open at a time, and begin within any 60 seconds. An agent
+# reads a response once or twice; a program that reads in a loop would use the operator's rate limit at the upstream.
+READS_AT_ONCE_MAX = 4
+READS_PER_MINUTE_MAX = 60
+_MINUTE_MS = 60_000
+# How long a read that is refused because of others in progress should wait, in seconds. Most take less than that.
+_BUSY_S = 1
+
+# The pauses before the attempts to delete a response, in seconds. An upstream whose connection was just closed may
+# store the response a moment later, and says until then that there is none.
+DELETE_PAUSES_S = (0.0, 2.0, 15.0)
+_DELETE_S = 10.0
+# How long a stop waits for deletions. The pauses are skipped then.
+_CLOSE_S = 5.0
+# How many deletions may be waiting, for an upstream that does not answer. Further ones are left out.
+_DELETIONS_MAX = 256
+
+log = structlog.get_logger("stored responses")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +77,7 @@ class StoredResponseQuery:
     parameters: Sequence[tuple[str, str]]
     user: str
     catalog: Catalog
+    zone: ZoneInfo  # of the instants in errors
 
     def address(self, upstream: Upstream, *, api_version: str | None) -> str:
         """The path and query at this upstream, without its `base_url`."""
@@ -49,12 +86,82 @@ class StoredResponseQuery:
         return address + ("&" if "?" in address else "?") + query if query else address
 
 
-class StoredResponses:
-    """Finds the owner of a response in the ledger, and the upstream that stores it."""
+class ReadLimit:
+    """Bounds the requests for stored responses of each user, in this process. `now` gives ms since 1970.
 
-    def __init__(self, ledger: Ledger, upstreams: Upstreams) -> None:
+    It remembers the users of the last minute only. Every request counts, also for ids that do not exist, but not
+    those that it refuses.
+    """
+
+    def __init__(self, now: Callable[[], int]) -> None:
+        self._now = now
+        self._open: Counter[str] = Counter()  # by user
+        self._begun: dict[str, deque[int]] = {}  # when requests began, by user; the latest user is the last
+
+    def __len__(self) -> int:
+        """How many users it remembers."""
+        return len(self._begun)
+
+    @contextmanager
+    def read(self, user: str, *, zone: ZoneInfo) -> Iterator[None]:
+        """Within the block a request of this user is open. Raises TooManyReads.
+
+        Example with 60 a minute: the first of 60 requests began at 12:00:10. The next one is refused until 12:01:10,
+        and `Retry-After` says how many seconds that is from now.
+        """
+        now = self._now()
+        begun = self._begun_within_minute(user, now)
+        if len(begun) >= READS_PER_MINUTE_MAX:
+            raise _too_often(begun[0] + _MINUTE_MS, now=now, zone=zone)
+        if self._open[user] >= READS_AT_ONCE_MAX:
+            raise TooManyReads(
+                f"You may read {READS_AT_ONCE_MAX} stored responses at once. Try again when one has been read.",
+                headers={"retry-after": str(_BUSY_S)},
+                members={"retry_after": _BUSY_S},
+            )
+        begun.append(now)
+        self._begun[user] = begun
+        self._open[user] += 1
+        try:
+            yield
+        finally:
+            self._open -= Counter([user])  # this also removes users without an open request
+
+    def _begun_within_minute(self, user: str, now: int) -> deque[int]:
+        """When this user's requests of the last minute began. Users without one are forgotten.
+
+        A clock that was set back leaves instants in the future; they do not count.
+        """
+        begun = self._begun.pop(user, deque())
+        while begun and not now - _MINUTE_MS < begun[0] <= now:
+            begun.popleft()
+        if begun:
+            self._begun[user] = begun
+        while self._begun and not now - _MINUTE_MS < (oldest := next(iter(self._begun.items())))[1][-1] <= now:
+            del self._begun[oldest[0]]
+        return begun
+
+
+class StoredResponses:
+    """Finds the owner of a response in the ledger, and the upstream that stores it. `now` gives ms since 1970.
+
+    `delete_pauses_s` has a pause for each attempt to delete a response, in seconds.
+    """
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        upstreams: Upstreams,
+        *,
+        now: Callable[[], int],
+        delete_pauses_s: Sequence[float] = DELETE_PAUSES_S,
+    ) -> None:
         self.ledger = ledger
         self._upstreams = upstreams
+        self._reads = ReadLimit(now)
+        self._delete_pauses_s = delete_pauses_s
+        self._deletions = Tasks()
+        self._is_closing = asyncio.Event()
 
     async def with_previous(self, call: Call) -> Call:
         """The call with the previous response that it continues, and only the targets at the upstream that stores it.
@@ -74,9 +181,37 @@ class StoredResponses:
     async def forward(self, query: StoredResponseQuery, client: Responder) -> None:
         """Send the request to the upstream that stores the response, and its answer to the client.
 
-        Raises ResponseNotFound, LedgerUnavailable, UpstreamError. It may be cancelled at any time, because nothing is
-        reserved.
+        The answer is passed on in pieces. Raises TooManyReads, ResponseNotFound, LedgerUnavailable, UpstreamError. It
+        may be cancelled at any time, because nothing is reserved.
         """
+        with self._reads.read(query.user, zone=query.zone):
+            await self._forward(query, client)
+
+    def delete_unless_complete(self, call: Call, reservation: Reservation) -> None:
+        """Delete the response of an ended call at its upstream, in the background, if it did not pass to its end.
+
+        This is best effort: `_own_entry` keeps such a response from being read whether or not it was deleted.
+        """
+        response_id, model = reservation.meter.response_id, reservation.target or call.model
+        may_be_stored = (
+            call.request.is_stored and model.allows.store and kind_of(model.upstream.kind).stores_responses
+        )
+        if response_id is None or reservation.outcome == "complete" or not may_be_stored:
+            return
+        if len(self._deletions) >= _DELETIONS_MAX:
+            log.warning("a response was not deleted", call=call.client.id, reason="too many are waiting")
+            return
+        path = StoredResponsePath("DELETE").path(response_id)
+        address = address_at(model.upstream, path, api_version=call.client.api_version)
+        self._deletions.start("delete response", self._delete(model.upstream, address, call_id=call.client.id))
+
+    async def close(self) -> None:
+        """Finish the deletions, in a few seconds at most."""
+        self._is_closing.set()
+        if given_up := await self._deletions.finish(_CLOSE_S):
+            log.warning("responses were not deleted", responses=given_up, reason="the proxy was stopped")
+
+    async def _forward(self, query: StoredResponseQuery, client: Responder) -> None:
         entry = await self._own_entry(query.response_id, query.user)
         upstream = query.catalog.upstreams.get(entry.labels.upstream) if entry else None
         if upstream is None:
@@ -88,19 +223,62 @@ class StoredResponses:
                 raise _not_found(query.response_id)  # deleted there; the same words as for an unknown id
             if answer.status // 100 != 2:
                 await _forward_error(answer, upstream, client)
-            elif await answer.carries_events():
-                await _forward_stream(answer, client, PieceMask(partial(masked, upstream=upstream)))
             else:
-                mask = PieceMask(partial(masked, upstream=upstream))
-                body = mask.feed(await answer.read()) + mask.end()
-                client.send(answer.status, to_client(answer.headers, is_stream=False), body)
+                await _forward_body(answer, client, PieceMask(partial(masked, upstream=upstream)))
 
     async def _own_entry(self, response_id: str, user: str) -> Entry | None:
-        """The ledger entry of the call that produced the response; None unless that call was this user's."""
+        """The ledger entry of the call that produced the response.
+
+        None unless that call was this user's and its answer passed to its end. If several calls had this id, the
+        newest decides, because its response is the one that the upstream stores.
+        """
         if not RESPONSE_ID.fullmatch(response_id):
             return None
         entry = await self.ledger.response_entry(response_id)
-        return entry if entry is not None and entry.labels.user == user else None
+        is_readable = entry is not None and entry.labels.user == user and entry.outcome == "complete"
+        return entry if is_readable else None
+
+    async def _delete(self, upstream: Upstream, address: str, *, call_id: str) -> None:
+        """Delete the response at this address, in several attempts if need be. A failure is only logged."""
+        reason = None
+        for pause_s in self._delete_pauses_s:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._is_closing.wait(), pause_s)
+            status, reason = await self._delete_once(upstream, address)
+            if status is not None and status not in (404, 408, 409, 429) and status < 500:
+                break
+        if reason is not None:
+            log.warning("a response was not deleted", upstream=upstream.name, call=call_id, reason=reason)
+
+    async def _delete_once(self, upstream: Upstream, address: str) -> tuple[int | None, str | None]:
+        """Send one DELETE.
+
+        Returns the status of the answer (None: there was none), and why the response may still exist (None: it is
+        gone).
+        """
+        headers = to_upstream((), kind=upstream.kind, api_key=upstream.api_key)
+        try:
+            async with (
+                asyncio.timeout(_DELETE_S),
+                self._upstreams.send(upstream, address, b"", headers, method="DELETE") as answer,
+            ):
+                await answer.error_body()  # to the end, so that the connection can be used again
+                is_gone = answer.status // 100 == 2 or answer.status == 404
+                return answer.status, None if is_gone else f"status {answer.status}"
+        except UpstreamError as error:
+            return None, error.message
+        except TimeoutError:
+            return None, "the upstream did not answer in time"
+
+
+def _too_often(free_at: int, *, now: int, zone: ZoneInfo) -> TooManyReads:
+    """The error until `free_at` (ms), with the same members as the refusal of a quota."""
+    wait_s = max(1, seconds_up(free_at - now))
+    return TooManyReads(
+        f"You may read stored responses {READS_PER_MINUTE_MAX} times a minute. Try again in {wait_s} s.",
+        headers={"retry-after": str(wait_s)},
+        members={"reset_at": rfc3339(free_at, zone), "resets_at": seconds_up(free_at), "retry_after": wait_s},
+    )
 
 
 def _not_found(response_id: str) -> ResponseNotFound:
@@ -114,8 +292,9 @@ def _previous_not_found(response_id: str, model: Model) -> PreviousNotFound:
     return PreviousNotFound(text, param="previous_response_id")
 
 
-async def _forward_stream(answer: Answer, client: Responder, mask: PieceMask) -> None:
-    await client.start(answer.status, to_client(answer.headers, is_stream=True))
+async def _forward_body(answer: Answer, client: Responder, mask: PieceMask) -> None:
+    """Pass on a stream or a whole response in pieces. A stored response may be megabytes of images."""
+    await client.start(answer.status, to_client(answer.headers, is_stream=await answer.carries_events()))
     try:
         async for chunk in answer.chunks():
             await client.write(mask.feed(chunk))

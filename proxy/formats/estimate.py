@@ -27,6 +27,23 @@ DEFAULT_ANSWER_TOKENS = 4096
 # use and its input is charged all the same. A call with max_tokens: 500 is sent.
 SMALLEST_ANSWER = 1024
 
+# Fields that choose which tokens are generated, by their ids or by a program. With each of them an answer can consist
+# of tokens that have no text, such as <|im_start|>, which servers leave out of the answer and bill. The last lines
+# are grammars, which may name tokens: `<[151644]>*` in llama.cpp's and llguidance's.
+_TOKEN_CHOICES = frozenset(
+    "logit_bias ignore_eos "  # OpenAI; vLLM, SGLang, llama.cpp
+    "allowed_token_ids bad_words logits_processors vllm_xargs "  # vLLM
+    "custom_logit_processor custom_params "  # SGLang
+    "bad bad_token_ids embedding_bias end_id "  # TensorRT-LLM
+    "ban_eos_token bypass_eos_token banned_tokens custom_token_bans "  # Aphrodite, KoboldCpp, TabbyAPI
+    "suppress_tokens begin_suppress_tokens bad_words_ids force_words_ids forced_decoder_ids "  # transformers
+    "grammar guided_grammar structural_tag ebnf".split()
+)
+# Objects of a request that may hold the same fields: NVIDIA's `nvext`, vLLM's and SGLang's.
+_TOKEN_CHOICE_SECTIONS = ("nvext", "sampling_params", "structured_outputs")
+# Formats of `response_format` that are grammars. A JSON Schema produces text only.
+_GRAMMAR_FORMATS = ("grammar", "gbnf", "ebnf", "lark_grammar", "structural_tag")
+
 
 def estimate_demand(request: Request, model: Model, prompt: Prompt, *, body_bytes: int) -> Demand:
     """What a call may use at most, in tokens. `body_bytes` is the length of the forwarded body.
@@ -142,8 +159,7 @@ def _asks_for_hidden_output(document: Mapping[str, Any]) -> bool:
 
     That is: audio; a prediction, whose rejected tokens are billed; reasoning with a budget; reasoning that is left
     out of the answer (`include_reasoning`, `reasoning.exclude`, `reasoning_format`, `stream_reasoning`: fields of
-    vLLM, OpenRouter, Groq and SGLang); tokens without text, of which `logit_bias` and `ignore_eos` can produce any
-    number.
+    vLLM, OpenRouter, Groq and SGLang); tokens without text.
     """
     modalities, reasoning = document.get("modalities"), document.get("reasoning")
     asks_for_audio = isinstance(modalities, list) and "audio" in modalities
@@ -153,9 +169,37 @@ def _asks_for_hidden_output(document: Mapping[str, Any]) -> bool:
         or document.get("reasoning_format") == "hidden"
         or document.get("stream_reasoning") not in (None, True)
     )
-    has_no_text = bool(document.get("logit_bias")) or bool(document.get("ignore_eos"))
     has_budget = _reasoning_budget(document) > 0
-    return asks_for_audio or leaves_out or has_no_text or bool(document.get("prediction")) or has_budget
+    return (
+        asks_for_audio
+        or leaves_out
+        or bool(document.get("prediction"))
+        or has_budget
+        or _may_lack_text(document)
+        or any(_may_lack_text(section) for section in map(document.get, _TOKEN_CHOICE_SECTIONS))
+    )
+
+
+def _may_lack_text(fields: object) -> bool:
+    """Whether these fields of a request can make a model generate any number of tokens that have no text.
+
+    `min_tokens` does so together with `stop_token_ids`: until the minimum is reached, tokens that would stop the
+    answer are not generated. If these are all that have text, only the others are left. Either of the two alone
+    cannot choose the tokens. `detokenize: false` leaves the text out.
+    """
+    if not isinstance(fields, Mapping):
+        return False
+    # Servers written in Go or with aliases accept names in any case.
+    used = {name.casefold() for name, value in fields.items() if value}
+    has_minimum = not used.isdisjoint(("min_tokens", "min_new_tokens", "min_completion_tokens"))
+    has_stops = not used.isdisjoint(("stop_token_ids", "stop_tokens", "eos_token_id"))
+    format_ = fields.get("response_format")
+    return (
+        not used.isdisjoint(_TOKEN_CHOICES)
+        or (has_minimum and has_stops)
+        or fields.get("detokenize") not in (None, True)
+        or (isinstance(format_, dict) and format_.get("type") in _GRAMMAR_FORMATS)
+    )
 
 
 def _asks_for_thinking(document: Mapping[str, Any]) -> bool:

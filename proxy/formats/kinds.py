@@ -98,6 +98,9 @@ class Kind:
     # Whether the usage of a whole answer with several choices covers the first choice only.
     reports_first_choice_only: ClassVar[bool] = False
 
+    # Whether it may store responses under their ids, so that one whose answer was cut has to be deleted there.
+    stores_responses: ClassVar[bool] = True
+
     # The surface of its error bodies, in which they are forwarded; None for OpenAI's.
     error_surface: ClassVar[SurfaceName | None] = None
 
@@ -203,6 +206,7 @@ class Ollama(_OwnServer):
     """Ollama. Its struct has only `max_tokens`, so lowering `max_completion_tokens` would bound nothing."""
 
     own_maximum_fields = MappingProxyType({"chat": ("max_tokens",)})
+    stores_responses = False
     smallest_bound = 1  # 0 means "no maximum" too
     completions_default = None
 
@@ -219,6 +223,7 @@ class LlamaCpp(_OwnServer):
     )
     least_maximum = MappingProxyType({"n_predict": -1})
     own_choice_count_fields = ("n_cmpl",)  # overrides `n`
+    stores_responses = False
     completions_default = None
     running_usage = "timings"
     running_usage_option = "timings_per_token"

@@ -109,7 +109,7 @@ class Meter(ABC):
     - `is_at_end`: this event belongs to the end of the answer. True from the usage chunk, `[DONE]`, or the event that
       ends a response or message.
     - `is_over`: the last event has come.
-    - `has_error`: the upstream reported an error inside the answer.
+    - `has_error`: the upstream reported an error inside the answer, or a response that it has not finished.
     - `chunk`: the JSON object of the event or of the whole answer, None if its data is no object.
     - `response_id`: the id under which the upstream stores the response.
     - `uncounted_texts`: the texts of a whole answer whose usage does not state its output. The caller counts them, as

@@ -37,6 +37,7 @@ class Request:
     asks_for_usage: bool = False  # the client asked for the usage of its stream
     asks_for_running_usage: frozenset[str] = frozenset()
     has_several_prompts: bool = False  # on /completions, each with an input of its own
+    is_stored: bool = False  # the upstream may store the response under its id
     is_option_withheld: bool = False  # the upstream rejected the `stream_options` that we added
 
     @property
@@ -107,6 +108,7 @@ def _request(endpoint: Endpoint, body: RequestBody, deployment: str | None, form
             name for name, kind in KINDS.items() if kind.asks_for_running_usage(document)
         ),
         has_several_prompts=endpoint.name == "completions" and _prompt_count(document) > 1,
+        is_stored=endpoint.is_of_responses and document.get("store") is not False,
     )
 
 

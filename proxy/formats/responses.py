@@ -20,6 +20,8 @@ from proxy.policy.amounts import Tokens
 
 # The events that end a response.
 RESPONSE_ENDS = frozenset(("response.completed", "response.incomplete", "response.failed", "error"))
+# The states of a whole response that is not what it was asked for: the rest could be read later, or never comes.
+_NOT_FINISHED = ("queued", "in_progress", "failed")
 # The members in which a `.done` event repeats a text as a whole.
 _WHOLE_TEXT_MEMBERS = ("text", "refusal", "arguments", "input", "item", "part")
 # Used if a stream is stopped before any event of it passed. The id is not random, because this module is pure, and an
@@ -55,8 +57,14 @@ class ResponsesMeter(Meter):
     def _new_ending(self, request: Request) -> Ending:
         return ResponsesEnding()
 
+    def flush(self) -> bytes:
+        """Note that a stream that ends without its last event broke off, even if its body ended regularly."""
+        self.has_error = self.has_error or not self.is_over
+        return b""
+
     def _see_answer(self, answer: JSON) -> object:
         self._see_response(answer)
+        self.has_error = self.has_error or answer.get("status") in _NOT_FINISHED
         # A gateway may answer in chat's shape. Its text is delivered, so it counts.
         return [answer.get("choices"), answer.get("output")]
 

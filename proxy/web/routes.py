@@ -141,8 +141,14 @@ class Api:
         # Not in a task of its own: it reserves nothing, so there is nothing to settle if it is cancelled.
         snapshot, caller = await self._identify(request)
         client = WebResponder(request, id=request[REQUEST_ID], heartbeat_s=self._limits.heartbeat_s)
-        parameters = list(request.query.items())
-        query = StoredResponseQuery(path, request.match_info["id"], parameters, caller.user, snapshot.catalog)
+        query = StoredResponseQuery(
+            path,
+            response_id=request.match_info["id"],
+            parameters=list(request.query.items()),
+            user=caller.user,
+            catalog=snapshot.catalog,
+            zone=snapshot.policy.zone,
+        )
         await self._stored_responses.forward(query, client)
         assert client.response is not None, "forward() answers or raises"
         return client.response

@@ -1,19 +1,41 @@
-"""Stored responses belong to the user whose call produced them, on both engines and after restarts."""
+"""Stored responses belong to the user whose call produced them, on both engines and after restarts.
+
+One whose answer did not pass to its end does not exist, and reads are bounded (T99).
+"""
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
+from zoneinfo import ZoneInfo
 
 import aiohttp
 import openai
 import pytest
 
+from proxy.calls.disconnect import Disconnects
+from proxy.calls.stored_responses import READS_AT_ONCE_MAX, READS_PER_MINUTE_MAX, ReadLimit
 from proxy.config.loader import load_text
+from proxy.errors import TooManyReads
 from proxy.simulator.server import Simulator
 from proxy.simulator.server import serve as serve_simulator
-from tests.stage import STAFF, UPSTREAM_KEY, Reply, Stage, key_of, stage, text_of
+from tests.audit import connected
+from tests.bare_upstream import BareUpstream, bare_upstream, stream_head
+from tests.stage import (
+    STAFF,
+    UPSTREAM_KEY,
+    Clock,
+    Reply,
+    Stage,
+    fast_timers,
+    key_of,
+    sqlite_in,
+    stage,
+    text_of,
+    until,
+)
 
 FORGETFUL = STAFF.replace("{upstream: simulated}", "{upstream: simulated, allow: {store: false}}").replace(
     "max_output_tokens: 100}", "max_output_tokens: 100, allow: {store: false}}"
@@ -247,6 +269,380 @@ async def test_leaving_a_stream_of_a_stored_response_closes_it_at_the_upstream(t
             async with on.http.get(f"{on.url}/v1/responses/{response_id}?stream=true", headers=headers) as response:
                 assert await response.content.readline() == b": begun\n"
             await is_closed.wait()
+
+
+# ------------------------------------------------------------------------- responses that did not pass to their end
+
+
+async def _check_gone(on: Stage, response_id: str) -> None:
+    """Check that its own user gets the answer for an unknown id on every path, and cannot continue it."""
+    received = on.simulator.received
+    for method, rest in PATHS:
+        reply = await send(on, method, f"/v1/responses/{response_id}{rest}")
+        assert (reply.status, reply.error["code"]) == (404, None)
+        assert reply.error["message"] == f"Response with id '{response_id}' not found."
+    reply = await on.post("/v1/responses", {**ASK, "previous_response_id": response_id})
+    assert (reply.status, reply.error["code"]) == (404, "previous_response_not_found")
+    assert reply.error["message"] == f"Previous response with id '{response_id}' not found."
+    assert on.simulator.received == received
+
+
+def _deleted(on: Stage) -> list[str]:
+    """The paths of the DELETE requests that the simulator received."""
+    return [request.path for request in on.simulator.requests if request.method == "DELETE"]
+
+
+@pytest.mark.every_engine
+async def test_streams_that_end_at_a_limit_cannot_be_read_whole_afterwards(tmp_path: Path) -> None:
+    """The client is charged what passed. The upstream has all of it, and deletes it."""
+    policy = STAFF.replace("tokens: 1M", "tokens: 9k").replace("max_output_tokens: 100", "max_output_tokens: 8000")
+    policy = "wait: 0s\n" + policy
+    ask = {"model": "fast", "input": "Hi", "stream": True, "metadata": {"simulate": "tokens=8000"}}
+    async with stage(policy, folder=tmp_path) as on:
+        replies = await asyncio.gather(*(on.post("/v1/responses", ask) for _ in range(8)))
+        ended = [reply.body for reply in replies if reply.status == 200]
+        assert len(ended) > 1
+        assert all(b'"response.incomplete"' in body for body in ended)
+        ids = [json.loads(body.split(b"data: ")[1].split(b"\n")[0])["response"]["id"] for body in ended]
+        await on.simulator.until(lambda: len(_deleted(on)) == len(ids))
+        assert sorted(_deleted(on)) == sorted(f"/v1/responses/{each}" for each in ids)
+        for each in ids:
+            await _check_gone(on, each)
+        assert (await on.used())[0] <= 9000
+        await on.audit()
+
+
+@pytest.mark.parametrize("fault", ["cut=3", "error=3"])
+async def test_a_response_that_the_upstream_broke_off_does_not_exist(fault: str, tmp_path: Path) -> None:
+    """Neither after an error event nor after a broken connection."""
+    async with stage(folder=tmp_path) as on:
+        reply = await on.post("/v1/responses", {**ASK, "stream": True, "metadata": {"simulate": fault}})
+        await on.simulator.until(lambda: len(_deleted(on)) == 1)
+        [response_id] = [row["response_id"] for row in await on.rows("calls")]
+        assert response_id.encode() in reply.body
+        await _check_gone(on, response_id)
+
+
+def _event(kind: str, **fields: Any) -> bytes:
+    return f"event: {kind}\ndata: {json.dumps({'type': kind, **fields})}\n\n".encode()
+
+
+BEGUN = _event("response.created", response={"id": "resp_1", "status": "in_progress"})
+WORD = _event("response.output_text.delta", output_index=0, content_index=0, delta="word")
+COMPLETED = _event("response.completed", response={"id": "resp_1", "status": "completed"})
+USED = {"input_tokens": 3, "output_tokens": 4, "total_tokens": 7}
+
+
+@asynccontextmanager
+async def _bare_stage(folder: Path, *parts: bytes, **more: Any) -> AsyncIterator[tuple[Stage, BareUpstream, Any]]:
+    """A stage whose upstream sends these parts of a stream: the first at once, the others when the gate is opened."""
+    gate = asyncio.Event()
+
+    async def serve(_: Any, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        del reader
+        writer.write(stream_head("Connection: close") + parts[0])
+        await gate.wait()
+        for part in parts[1:]:
+            writer.write(part)
+
+    async with bare_upstream(serve) as upstream, stage(folder=folder, upstream=upstream.url, **more) as on:
+        try:
+            yield on, upstream, gate
+        finally:
+            gate.set()
+
+
+async def _leave_after(on: Stage, text: bytes, **fields: Any) -> None:
+    """Begin a response, read up to this text, and close the connection."""
+    body = {**ASK, "stream": True, "metadata": {}, **fields}
+    headers = {"authorization": f"Bearer {key_of('alice')}"}
+    async with on.http.post(f"{on.url}/v1/responses", json=body, headers=headers) as response:
+        await response.content.readuntil(text)
+
+
+async def test_a_response_whose_client_left_is_deleted_at_once_where_nothing_is_drained(tmp_path: Path) -> None:
+    """With `on_disconnect: stop`."""
+    async with _bare_stage(tmp_path, BEGUN + WORD, on_disconnect="stop") as (on, upstream, _):
+        await _leave_after(on, b"word")
+        await until(lambda: upstream.deleted == ["/v1/responses/resp_1"])
+        await _check_gone(on, "resp_1")
+
+
+@pytest.mark.parametrize("first", [BEGUN + WORD, WORD], ids=["at its beginning", "at its end"])
+async def test_a_response_whose_client_left_is_deleted_after_its_drain(first: bytes, tmp_path: Path) -> None:
+    """The whole answer is charged, and still not readable: it never passed. The id may come late."""
+    last = _event("response.completed", response={"id": "resp_1", "usage": USED})
+    async with _bare_stage(tmp_path, first, last, on_disconnect="drain") as (on, upstream, gate):
+        await _leave_after(on, b"word")
+        assert (await send(on, "GET", "/v1/responses/resp_1")).status == 404
+        assert upstream.deleted == []
+        gate.set()
+        await until(lambda: upstream.deleted == ["/v1/responses/resp_1"])
+        await on.all_settled()
+        assert await on.used() == (7, 0)
+        await _check_gone(on, "resp_1")
+
+
+async def test_a_response_whose_drain_was_cut_is_deleted(tmp_path: Path) -> None:
+    """The drain may take no time here."""
+    async with _bare_stage(tmp_path, BEGUN + WORD, on_disconnect="drain", disconnects=Disconnects(drain_s=0)) as (
+        on,
+        upstream,
+        _,
+    ):
+        await _leave_after(on, b"word")
+        await until(lambda: upstream.deleted == ["/v1/responses/resp_1"])
+        await _check_gone(on, "resp_1")
+
+
+async def test_a_whole_response_whose_client_left_is_deleted(tmp_path: Path) -> None:
+    """It is drained and charged, but nobody got it."""
+    body = json.dumps({"id": "resp_1", "object": "response", "status": "completed", "usage": USED}).encode()
+    received, gate = asyncio.Event(), asyncio.Event()
+
+    async def serve(_: Any, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        del reader
+        received.set()
+        await gate.wait()
+        head = "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nConnection: close\r\n\r\n"
+        writer.write(head.encode() + body)
+
+    async with bare_upstream(serve) as upstream, stage(folder=tmp_path, upstream=upstream.url) as on:
+        call = on.begin("/v1/responses", {**ASK, "metadata": {}})
+        await received.wait()
+        await on.hang_up(call)
+        gate.set()
+        await until(lambda: upstream.deleted == ["/v1/responses/resp_1"])
+        assert await on.used() == (7, 0)
+        await _check_gone(on, "resp_1")
+
+
+@pytest.mark.parametrize(
+    "last",
+    [b"", _event("response.failed", response={"id": "resp_1", "status": "failed", "usage": USED})],
+    ids=["no last event", "failed"],
+)
+async def test_a_stream_that_ends_without_its_answer_did_not_pass_to_its_end(last: bytes, tmp_path: Path) -> None:
+    """The upstream closes the stream regularly, but the last event is missing, or says that the response failed."""
+    async with _bare_stage(tmp_path, BEGUN + WORD, last) as (on, upstream, gate):
+        gate.set()
+        await on.post("/v1/responses", {**ASK, "stream": True, "metadata": {}})
+        await until(lambda: upstream.deleted == ["/v1/responses/resp_1"])
+        assert [row["outcome"] for row in await on.rows("calls")] == ["upstream_broke"]
+        await _check_gone(on, "resp_1")
+
+
+async def test_a_response_can_be_read_only_when_its_answer_has_passed(tmp_path: Path) -> None:
+    """Not while its stream runs. Without usage it can be read too: it was charged what was counted."""
+    async with _bare_stage(tmp_path, BEGUN + WORD, COMPLETED) as (on, upstream, gate):
+        call = on.begin("/v1/responses", {**ASK, "stream": True, "metadata": {}})
+        await until(lambda: bool(upstream.open))
+        assert (await send(on, "GET", "/v1/responses/resp_1")).status == 404
+        gate.set()
+        assert (await call).status == 200
+        async with upstream_that_says(_whole(b'{"id": "resp_1"}')) as url:
+            await move(on, url)
+            assert (await send(on, "GET", "/v1/responses/resp_1")).json() == {"id": "resp_1"}
+        assert [row["provenance"] for row in await on.rows("calls")] == ["at_least"]
+        assert upstream.deleted == []
+
+
+async def test_a_response_that_the_stop_of_the_proxy_cut_is_deleted_before_it_ends(tmp_path: Path) -> None:
+    """And a later process does not find it."""
+    async with _bare_stage(tmp_path, BEGUN + WORD) as (on, upstream, _):
+        headers = {"authorization": f"Bearer {key_of('alice')}"}
+        body = {**ASK, "stream": True, "metadata": {}}
+        async with on.http.post(f"{on.url}/v1/responses", json=body, headers=headers) as response:
+            await response.content.readuntil(b"word")
+            await on.server.stop(grace_s=0)
+        assert upstream.deleted == ["/v1/responses/resp_1"]
+    async with stage(folder=tmp_path, database=sqlite_in(tmp_path)) as on:
+        await _check_gone(on, "resp_1")
+
+
+async def test_a_response_that_an_earlier_release_recorded_is_judged_by_its_outcome(tmp_path: Path) -> None:
+    """Earlier releases let the owner read responses of any outcome. The newest call with an id decides."""
+    async with stage(folder=tmp_path) as on:
+        response_id = (await on.post("/v1/responses", ASK)).json()["id"]
+        assert (await send(on, "GET", f"/v1/responses/{response_id}")).status == 200
+    for outcome in ("at_limit", "client_left", "stopped", "upstream_broke", "proxy_broke", "lost"):
+        with connected(tmp_path / "quotas.db") as connection:
+            connection.execute("UPDATE calls SET outcome = ?", (outcome,))
+            connection.commit()
+        async with stage(folder=tmp_path) as on:
+            await _check_gone(on, response_id)
+
+
+@pytest.mark.parametrize(
+    ("fields", "more"),
+    [
+        ({"store": False}, {}),
+        ({}, {"more": ", allow: {store: false}"}),
+        ({}, {"kind": "ollama"}),
+        ({}, {"kind": "llamacpp"}),
+    ],
+    ids=["the client", "the policy", "ollama", "llama.cpp"],
+)
+async def test_what_is_not_stored_is_not_deleted(fields: Any, more: Any, tmp_path: Path) -> None:
+    """The client or the policy said so, or the upstream stores nothing."""
+    async with _bare_stage(tmp_path, BEGUN + WORD, b"", **more) as (on, upstream, gate):
+        gate.set()
+        await on.post("/v1/responses", {**ASK, "stream": True, "metadata": {}, **fields})
+        await on.all_settled()
+    assert upstream.deleted == []
+
+
+@pytest.mark.parametrize(
+    ("statuses", "attempts"),
+    [([404, 503, 200], 3), ([404, 404, 404, 200], 3), ([500, 500, 500, 200], 3), ([405, 200], 1), ([200, 200], 1)],
+)
+async def test_a_deletion_that_may_succeed_later_is_tried_again(
+    statuses: list[int], attempts: int, tmp_path: Path
+) -> None:
+    """The upstream may store the response only after its connection was closed. At most three attempts."""
+    async with _bare_stage(tmp_path, BEGUN + WORD, b"") as (on, upstream, gate):
+        upstream.delete_statuses = statuses
+        gate.set()
+        with fast_timers(100):
+            await on.post("/v1/responses", {**ASK, "stream": True, "metadata": {}})
+            await until(lambda: len(upstream.deleted) == attempts)
+    assert len(upstream.deleted) == attempts
+
+
+async def test_an_upstream_that_is_away_does_not_delay_the_client(tmp_path: Path) -> None:
+    """The end of an answer does not wait for a deletion, and a stop tries once more and goes on."""
+    async with _bare_stage(tmp_path, BEGUN + WORD, b"") as (on, upstream, gate):
+        upstream.delete_statuses = [503] * 9
+        gate.set()
+        reply = await on.post("/v1/responses", {**ASK, "stream": True, "metadata": {}})
+        assert reply.body.endswith(WORD)
+        await on.all_settled()
+    assert 1 <= len(upstream.deleted) <= 3
+
+
+# --------------------------------------------------------------------------------------------- how reads are bounded
+
+
+def _whole(body: bytes, *, length: int | None = None) -> bytes:
+    """A whole answer; a `length` beyond the body's makes the client wait for more."""
+    length = len(body) if length is None else length
+    return b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n%b" % (length, body)
+
+
+async def test_a_stored_response_is_passed_on_in_pieces(tmp_path: Path) -> None:
+    """The client gets the first bytes while the upstream still sends. A response that breaks off is no whole one."""
+    half = _whole(b'{"id": ', length=10**9)
+    async with stage(folder=tmp_path) as on:
+        response_id = (await on.post("/v1/responses", ASK)).json()["id"]
+        headers = {"authorization": f"Bearer {key_of('alice')}"}
+        async with upstream_that_says(half, asyncio.Event()) as url:
+            await move(on, url)
+            async with on.http.get(f"{on.url}/v1/responses/{response_id}", headers=headers) as response:
+                assert response.headers["content-type"] == "application/json"
+                assert await response.content.readexactly(7) == b'{"id": '
+        async with upstream_that_says(half) as url:
+            await move(on, url)
+            with pytest.raises(aiohttp.ClientError):
+                await send(on, "GET", f"/v1/responses/{response_id}")
+
+
+async def test_a_user_may_read_four_stored_responses_at_once(tmp_path: Path) -> None:
+    """Others are not affected, and a read that ended makes room for the next."""
+    begun = stream_head() + b": begun\n\n"
+    async with stage(folder=tmp_path) as on:
+        ids = {user: (await on.post("/v1/responses", ASK, user=user)).json()["id"] for user in ("alice", "bob")}
+        used = await on.used()
+        async with upstream_that_says(begun, asyncio.Event()) as url:
+            await move(on, url)
+            reads = [await _read(on, "alice", ids["alice"]) for _ in range(READS_AT_ONCE_MAX)]
+            reply = await send(on, "GET", f"/v1/responses/{ids['alice']}")
+            assert (reply.status, reply.error["code"]) == (429, "rate_limit_exceeded")
+            assert reply.headers["retry-after"] == "1"
+            (await _read(on, "bob", ids["bob"])).close()
+            reads.pop().close()
+            while (reply := await send(on, "GET", "/v1/responses/resp_unknown")).status == 429:
+                pass
+            assert reply.status == 404
+            for read in reads:
+                read.close()
+        assert await on.used() == used
+
+
+async def _read(on: Stage, user: str, response_id: str) -> aiohttp.ClientResponse:
+    """Begin to read a response."""
+    headers = {"authorization": f"Bearer {key_of(user)}"}
+    response = await on.http.get(f"{on.url}/v1/responses/{response_id}?stream=true", headers=headers)
+    assert await response.content.readline() == b": begun\n"
+    return response
+
+
+async def test_a_user_may_read_stored_responses_sixty_times_a_minute(tmp_path: Path) -> None:
+    """Every request counts, also for ids that do not exist. The refusal says when the next one is possible.
+
+    A used-up quota does not refuse a read, and a refused read is charged to no quota.
+    """
+    clock = Clock()
+    async with stage(STAFF.replace("requests: 100k", "requests: 1"), folder=tmp_path, clock=clock) as on:
+        path = f"/v1/responses/{(await on.post('/v1/responses', ASK)).json()['id']}"
+        used = await on.used()
+        assert (await send(on, "GET", path)).status == 200
+        clock.ms += 1000
+        for number in range(READS_PER_MINUTE_MAX - 1):
+            reply = await send(on, "GET" if number % 2 else "DELETE", "/v1/responses/resp_unknown")
+            assert reply.status == 404
+        for later_ms, wait_s in ((0, 59), (58_500, 1), (499, 1)):
+            clock.ms += later_ms
+            reply = await send(on, "GET", path)
+            assert (reply.status, reply.error["type"]) == (429, "requests")
+            assert reply.error["code"] == "rate_limit_exceeded"
+            assert (reply.headers["retry-after"], reply.error["retry_after"]) == (str(wait_s), wait_s)
+            assert reply.error["reset_at"] == "2026-11-24T12:01:00+00:00"
+            assert f"Try again in {wait_s} s." in reply.error["message"]
+            assert (await send(on, "GET", path, "bob")).status == 404
+        clock.ms += 1
+        assert (await send(on, "GET", path)).status == 200
+        assert (await send(on, "GET", path)).status == 429  # the other 59 began a second later
+        assert (await on.used(), (await on.quota("staff/daily"))["requests"]["used"]) == (used, 1)
+
+
+def test_only_the_users_of_the_last_minute_are_remembered() -> None:
+    """However many users come and go, and if the clock is set back."""
+    clock, zone = Clock(), ZoneInfo("UTC")
+    limit = ReadLimit(clock)
+
+    def read(user: str) -> None:
+        with limit.read(user, zone=zone):
+            pass
+
+    for number in range(5000):
+        clock.ms += 100
+        read(f"user-{number}")
+        assert len(limit) <= 600
+    for _ in range(READS_PER_MINUTE_MAX):
+        read("alice")
+    clock.ms -= 3_600_000
+    read("alice")
+    assert len(limit) <= 601
+    clock.ms += 3_660_000
+    read("bob")
+    assert len(limit) == 1
+
+
+def test_a_refused_read_counts_for_nothing() -> None:
+    """Neither among those at once nor among those of a minute; a read that fails frees its place."""
+    clock, zone = Clock(), ZoneInfo("UTC")
+    limit = ReadLimit(clock)
+    with ExitStack() as reads:
+        for _ in range(READS_AT_ONCE_MAX):
+            reads.enter_context(limit.read("alice", zone=zone))
+        for _ in range(READS_PER_MINUTE_MAX):
+            with pytest.raises(TooManyReads), limit.read("alice", zone=zone):
+                pass
+    for _ in range(READS_PER_MINUTE_MAX - READS_AT_ONCE_MAX):
+        with pytest.raises(ZeroDivisionError), limit.read("alice", zone=zone):
+            raise ZeroDivisionError
+    with pytest.raises(TooManyReads), limit.read("alice", zone=zone):
+        pass
 
 
 @asynccontextmanager

@@ -129,6 +129,22 @@ def test_the_id_of_a_response_is_known_from_its_first_event() -> None:
     assert whole({"id": "chatcmpl-1"}).response_id is None
 
 
+def test_a_response_that_the_upstream_has_not_finished_has_an_error() -> None:
+    """A stream without its last event, and a whole response that is in progress: the rest could be read later."""
+    begun = response_event("response.created", response={"id": "resp_1"})
+    for last in ("completed", "incomplete"):
+        meter = watch(begun + response_event(f"response.{last}", response={}), request(RESPONSES))[0]
+        meter.flush()
+        assert not meter.has_error
+        assert not whole({"id": "resp_1", "status": last}, RESPONSES).has_error
+    meter = watch(begun, request(RESPONSES))[0]
+    assert not meter.has_error
+    meter.flush()
+    assert meter.has_error
+    for status in ("queued", "in_progress", "failed"):
+        assert whole({"id": "resp_1", "status": status}, RESPONSES).has_error
+
+
 @pytest.mark.parametrize(
     ("tools", "tokens"),
     [
