@@ -140,10 +140,13 @@ class ChatMeter(Meter):
         choices = chunk.get("choices")
         if choices:
             self.is_at_end = self.is_over  # text follows, so a usage chunk before it was not the end
-            usages = usages_in_choices(choices)
-            self._count_texts(without_usages(choices) if usages else choices)
-            self._see_usages_of_choices(usages)
-        self._report_beside(chunk)
+            # The bytes are searched first, because this is the path of every chunk and hardly any has such members.
+            has_usage = event.raw.count(b'"usage"') > ("usage" in chunk)
+            self._count_texts(without_usages(choices) if has_usage else choices)
+            if has_usage:
+                self._see_usages_of_choices(usages_in_choices(choices))
+        if b'"x_' in event.raw:
+            self._report_beside(chunk)
         if "usage" not in chunk:
             self._see_running_usage(read_timings(chunk.get("timings")))
             return self._without_running_timings(chunk, event)

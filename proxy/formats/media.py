@@ -59,9 +59,12 @@ class MediaMeter(Meter):
         """Add the usage that an answer states. An SVG image also states, in `svg_usage`, that of its text model."""
         for name in ("usage", "svg_usage"):
             stated, before = self._read(answer.get(name)), self._stated
-            if stated is not None and before is not None:
-                stated = before.plus(stated, adds_input=True)
-            self._report(stated)
+            if stated is None or before is None:
+                self._stated = stated or before
+            elif self._completed > self._choices:  # more ends than were asked for: not another image
+                self._stated = before.largest(stated)
+            else:
+                self._stated = before.plus(stated, adds_input=True)
 
     def _usage_in_tokens(self) -> Usage:
         """The reported tokens if there are any, else one request.

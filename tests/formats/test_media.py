@@ -80,6 +80,33 @@ def test_the_usages_of_several_images_in_a_stream_add_up() -> None:
     assert usage_of(first, request(IMAGES, n=2)) == AtLeast(Tokens(0, TOKENS_MAX))
 
 
+def test_an_end_that_is_repeated_is_no_other_image() -> None:
+    """Of its usages the largest counts, so zeros take nothing away."""
+    zeros = {"input_tokens": 0, "output_tokens": 0}
+    ends = [
+        {"type": "image_generation.completed", "usage": usage} for usage in (RESPONSE_USAGE, zeros, RESPONSE_USAGE)
+    ]
+    assert usage_of(media_stream(*ends), request(IMAGES)) == Exactly(Tokens(11, 5))
+
+
+def test_a_usage_without_an_output_states_only_a_part_of_the_cost() -> None:
+    """The rest is unknown, so the whole hold is charged. Without an input the caller counts it."""
+    for usage in ({"input_tokens": 11}, {"input_tokens": 11, "output_tokens": None}):
+        assert whole({"usage": usage}, IMAGES).usage() == AtLeast(Tokens(11, TOKENS_MAX))
+    some = [
+        {"type": "image_generation.completed", "usage": usage} for usage in (RESPONSE_USAGE, {"input_tokens": 11})
+    ]
+    assert usage_of(media_stream(*some), request(IMAGES, n=2)) == AtLeast(Tokens(22, TOKENS_MAX))
+    without_input = whole({"usage": {"output_tokens": 5}}, IMAGES)
+    assert (without_input.usage(), without_input.input_reported) == (AtLeast(Tokens(0, 5)), None)
+
+
+def test_tokens_beside_the_output_of_an_image_are_not_free() -> None:
+    """As on every endpoint that generates."""
+    usage = {"input_tokens": 11, "output_tokens": 5, "total_tokens": 116}
+    assert whole({"usage": usage}, IMAGES).usage() == Exactly(Tokens(11, 105))
+
+
 @pytest.mark.parametrize("error", [{"type": "error", "message": "no"}, {"error": {"message": "no"}}])
 def test_a_stream_of_images_with_an_error_has_no_output(error: dict) -> None:
     """Only its input is charged, which the caller adds."""

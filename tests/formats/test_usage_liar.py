@@ -126,6 +126,7 @@ class Plain:
     output_max: int
     input_max: int
     is_readable: bool
+    output_top: int = 0  # the same as `output_max`, also if a surplus in the total is not explained
     says_nothing: bool = True  # no output: neither as a number, nor in the total
 
 
@@ -152,7 +153,8 @@ def plain(usage: object) -> Plain:
         output_max = max(output_max, total - (stated_input or 0))
     input_max = (stated_input or 0) + explained
     says_nothing = not stated_output and (total or 0) <= (stated_input or 0)
-    return Plain(stated_output, output_max, input_max, is_readable=True, says_nothing=says_nothing)
+    top = max(output_max, (total or 0) - (stated_input or 0))
+    return Plain(stated_output, output_max, input_max, is_readable=True, output_top=top, says_nothing=says_nothing)
 
 
 def check(charged: Tokens, *, is_exact: bool, counted: int, stated: list[Plain], contradicts: bool) -> None:
@@ -177,9 +179,10 @@ def check(charged: Tokens, *, is_exact: bool, counted: int, stated: list[Plain],
         assert counted == 0
 
 
-def falls(outputs: list[int]) -> bool:
-    """Whether a later output is smaller than an earlier one."""
-    return any(later < max(outputs[:at]) for at, later in enumerate(outputs) if at)
+def falls(stated: list[Plain]) -> bool:
+    """Whether a later output is smaller than an earlier one, however the total is read."""
+    said = [each for each in stated if each.output]
+    return any(later.output_top < max(each.output or 0 for each in said[:at]) for at, later in enumerate(said) if at)
 
 
 @pytest.mark.parametrize("endpoint", EVENTS, ids=lambda endpoint: endpoint.name)
@@ -196,7 +199,6 @@ def test_a_stream_that_lies_is_charged_within_bounds(endpoint: Endpoint, steps: 
             counted += len(step)
         else:
             stated.append(plain(step[1]))
-        outputs = [each.output for each in stated if each.output]
         usage = meter.usage()
         assert meter.output_seen == usage.tokens.output
         check(
@@ -204,7 +206,7 @@ def test_a_stream_that_lies_is_charged_within_bounds(endpoint: Endpoint, steps: 
             is_exact=isinstance(usage, Exactly),
             counted=counted,
             stated=[] if endpoint is MESSAGES and not any(each.is_readable for each in stated) else stated,
-            contradicts=falls(outputs),
+            contradicts=falls(stated),
         )
         assert isinstance(usage, Exactly | AtLeast)
     for each in Splitter().feed(DONE):
@@ -229,7 +231,7 @@ def test_a_whole_answer_that_lies_is_charged_within_bounds(
         is_exact=isinstance(usage, Exactly),
         counted=len(text),
         stated=stated,
-        contradicts=falls([each.output for each in stated if each.output]),
+        contradicts=falls(stated),
     )
 
 
