@@ -30,7 +30,7 @@ import orjson
 from proxy.formats.request import Request
 from proxy.formats.sse import Event
 from proxy.formats.strict_json import dump, walk
-from proxy.policy.amounts import AtLeast, Exactly, Tokens, Unspent, Usage
+from proxy.policy.amounts import AtLeast, Exactly, Tokens, Unspent, Usage, Uses
 
 JSON = dict[str, Any]
 
@@ -106,8 +106,9 @@ class Meter(ABC):
         self.response_id: str | None = None
         self.uncounted_texts: list[str] = []
         self._count = count
-        self._charge = request.endpoint.charge
-        self._generates = request.endpoint.charge == "tokens" and request.endpoint.generates
+        self._uses = request.endpoint.uses
+        # Whether the tokens of an answer can be counted if the upstream does not report them.
+        self._generates = request.endpoint.generates and not request.endpoint.by_piece
         self._choices = request.choices
         self._strips_usage = request.adds_usage
         self._reported: Tokens | None = None
@@ -122,7 +123,7 @@ class Meter(ABC):
     @property
     def output_seen(self) -> int:
         """The tokens of output that have passed so far; 0 for images and audio, which are known only at their end."""
-        if self._charge != "tokens":
+        if not self._generates:
             return 0
         return self._counted if self._reported is None else self._reported.output + self._counted_since_report
 
@@ -182,10 +183,11 @@ class Meter(ABC):
             vLLM had reported 11 and 4 so far, then text
             of 5 tokens by our count came without a report   AtLeast(11, 9)
         """
-        if self._charge == "nothing":
-            return Unspent()
-        if self._charge == "request":
-            return Unspent(requests=1)
+        match self._uses:
+            case Uses.NOTHING:
+                return Unspent()
+            case Uses.REQUEST:
+                return Unspent(requests=1)
         return self._usage_in_tokens()
 
     # What a surface's meter implements.
