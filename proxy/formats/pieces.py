@@ -15,7 +15,15 @@ The name is the one at the upstream, because the name that clients use may be an
 Sources: OpenAI's published API description; docs/wire.md, section 1.6. Pure.
 """
 
-from proxy.formats.endpoints import IMAGE_EDITS, IMAGE_VARIATIONS, IMAGES, SPEECH, TRANSCRIPTIONS, EndpointName
+from proxy.formats.endpoints import (
+    IMAGE_EDITS,
+    IMAGE_VARIATIONS,
+    IMAGES,
+    SPEECH,
+    TRANSCRIPTIONS,
+    Endpoint,
+    EndpointName,
+)
 from proxy.formats.request import Request
 from proxy.policy.amounts import TOKENS_MAX, Uses
 from proxy.policy.catalog import Model
@@ -30,14 +38,19 @@ _STATING: dict[EndpointName, Globs] = {
     SPEECH.name: Globs(("gpt-*-tts", "gpt-*-tts-20*")),
     TRANSCRIPTIONS.name: Globs(("gpt-4o*-transcribe", "gpt-4o*-transcribe-20*")),
 }
-# The models whose answers never state tokens, on any endpoint.
-_NEVER_STATING = Globs(("dall-e*", "dalle*", "tts-*", "whisper*"))
+# The models whose answers never state tokens, with the endpoint that they are for.
+_NEVER_STATING = (
+    (Globs(("dall-e*", "dalle*")), IMAGES),
+    (Globs(("tts-*",)), SPEECH),
+    (Globs(("whisper*",)), TRANSCRIPTIONS),
+)
 _IMAGE_ENDPOINTS = (IMAGES, IMAGE_EDITS, IMAGE_VARIATIONS)
 
 
-def is_never_in_tokens(upstream_model: str) -> bool:
-    """Whether the answers of this model never state tokens, by its name at the upstream."""
-    return _NEVER_STATING.match(_bare(upstream_model))
+def endpoint_by_piece(upstream_model: str) -> Endpoint | None:
+    """The endpoint of a model whose answers never state tokens, by its name at the upstream; None for others."""
+    name = _bare(upstream_model)
+    return next((endpoint for globs, endpoint in _NEVER_STATING if globs.match(name)), None)
 
 
 def states_tokens(request: Request, target: Model) -> bool | None:
@@ -49,7 +62,7 @@ def states_tokens(request: Request, target: Model) -> bool | None:
     if not endpoint.by_piece:
         return True
     has_no_json = (endpoint is SPEECH and not request.stream) or format_ in ("text", "srt", "vtt")
-    if endpoint is IMAGE_VARIATIONS or is_never_in_tokens(target.upstream_model) or has_no_json:
+    if endpoint is IMAGE_VARIATIONS or has_no_json or endpoint_by_piece(target.upstream_model):
         return False
     stating = _STATING.get(endpoint.name)
     is_plain = endpoint is not TRANSCRIPTIONS or format_ in (None, "json")
