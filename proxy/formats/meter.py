@@ -23,6 +23,7 @@ Each surface has its own meter and its own ending, in a module of its name (`cha
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import orjson
@@ -223,6 +224,9 @@ class Meter(ABC):
 
     def _report(self, tokens: Tokens | None) -> None:
         """Record a usage that the upstream stated; None if it stated none, or one that makes no sense."""
+        if tokens is not None and self._uses is Uses.INPUT:
+            # Some servers state only the total of an embedding, which a limit on input must count.
+            tokens = replace(tokens, input=tokens.input + tokens.output, output=0, reasoning=0)
         if tokens is not None:
             self._reported, self._counted_since_report = tokens, 0
 

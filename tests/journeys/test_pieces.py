@@ -1,6 +1,6 @@
 """Images, speech and transcripts that report no tokens are counted by a quota of requests, or by a price in tokens.
 
-Calls that cost no tokens are not refused when tokens are used up.
+Calls that cost no tokens are not refused when tokens are used up. docs/threats.md T110, T111.
 """
 
 import asyncio
