@@ -17,7 +17,7 @@ import pytest
 from proxy.ledger.book import Extend, Reserve
 from proxy.ledger.entry import CallLabels
 from proxy.policy import amounts
-from proxy.policy.amounts import TOKENS_MAX, Amount, Exactly, Measure, Tokens
+from proxy.policy.amounts import TOKENS_MAX, Amount, Exactly, Measure, Tokens, Uses
 from proxy.policy.policy import Group, Policy
 from proxy.policy.quota import (
     Binding,
@@ -133,6 +133,7 @@ def call(
     initial_hold: int = TOKENS_MAX,
     hidden_input: int = 0,
     is_unbounded: bool = False,
+    uses: Uses = Uses.INPUT_AND_OUTPUT,
 ) -> Demand:
     """The demand of a call. Its smallest answer is `min(output_maximum, 1024)`, as for a call with one choice.
 
@@ -146,6 +147,7 @@ def call(
         initial_hold=initial_hold,
         hidden_input=hidden_input,
         is_unbounded=is_unbounded,
+        uses=uses,
     )
 
 

@@ -2,7 +2,7 @@
 
 from hypothesis import strategies as st
 
-from proxy.policy.amounts import TOKENS_MAX, Amount, Measure
+from proxy.policy.amounts import TOKENS_MAX, Amount, Measure, Uses
 from proxy.policy.quota import Binding, Counter, CounterKey, Demand, GroupQuotas, Quota
 from proxy.policy.windows import Window
 from tests.builders import DAY, HOUR, MINUTE, NOON, quota
@@ -79,16 +79,19 @@ def counters_of(draw: st.DrawFn, who: Binding, *, held: bool = True) -> dict[Cou
 def demands(draw: st.DrawFn, most: int = 60, *, hidden_input: bool = True) -> Demand:
     """Calls from an empty one to one that is larger than any limit.
 
-    Some generate nothing, and some are streams that begin with a part of their answer. Some read input that they do
-    not show, unless `hidden_input=False`.
+    Some generate nothing, some cost only a request or nothing at all, and some are streams that begin with a part of
+    their answer. Some read input that they do not show, unless `hidden_input=False`.
     """
-    output_maximum = draw(st.sampled_from([0, 1, most // 2]) | st.integers(0, most))
+    uses = draw(st.sampled_from([Uses.INPUT_AND_OUTPUT] * 5 + list(Uses)))
+    has_input, has_output = (quantity in uses.value for quantity in ("input", "output"))
+    output_maximum = draw(st.sampled_from([0, 1, most // 2]) | st.integers(0, most)) if has_output else 0
     smallest = min(output_maximum, draw(st.sampled_from([1, 1, most // 5, most])))
     return Demand(
-        draw(st.integers(0, most // 2) | st.integers(0, most)),
+        draw(st.integers(0, most // 2) | st.integers(0, most)) if has_input else 0,
         output_maximum,
         smallest,
         initial_hold=draw(st.sampled_from([TOKENS_MAX, smallest]) | st.integers(0, most)),
         is_unbounded=draw(st.booleans()),
-        hidden_input=draw(st.sampled_from([0, 0, 0, most // 3, 2 * most])) if hidden_input else 0,
+        hidden_input=draw(st.sampled_from([0, 0, 0, most // 3, 2 * most])) if hidden_input and has_input else 0,
+        uses=uses,
     )

@@ -13,6 +13,7 @@ from typing import Protocol
 from proxy.errors import InvalidRequest, ModelNotFound, ProxyError
 from proxy.formats.kinds import kind_of
 from proxy.formats.limit_headers import anthropic_limit_headers, rate_limit_headers
+from proxy.formats.pieces import counted_of
 from proxy.formats.refusal import refusal
 from proxy.formats.request import Request, forwarded_body, forwarded_model
 from proxy.formats.restrictions import check_allowance
@@ -224,13 +225,9 @@ def prepare_call(
     _check_surface(request, model)
     for target in model.targets:
         check_allowance(request.endpoint, request.body, target.allows)
-    bound = policy.binding(caller.groups, request.model)
+    bound = policy.binding(caller.groups, request.model, counted_of(request, model))
     if bound is None:
-        raise ModelNotFound(
-            f'No quota of yours covers the model "{request.model}". The operator can add it to the `models` of a '
-            "quota of one of your groups, or set `unmatched: allow`.",
-            param="model",
-        )
+        raise _no_quota(request.model, is_covered=policy.binding(caller.groups, request.model) is not None)
     return Call(
         request=request,
         caller=caller,
@@ -256,6 +253,22 @@ def _check_surface(request: Request, model: Model) -> None:
         param="model",
         code="wrong_endpoint",
     )
+
+
+def _no_quota(name: str, *, is_covered: bool) -> ModelNotFound:
+    """The error for a model without a quota. If it `is_covered`, its quotas cannot count this call."""
+    if is_covered:
+        text = (
+            f'The answers of the model "{name}" report no tokens here, and your quotas count only tokens, so none of '
+            "them can count this call. The operator can add `requests` to a quota of one of your groups, write "
+            "`tokens_per_request` or `tokens_per_image` for the model, or set `unmatched: allow`."
+        )
+    else:
+        text = (
+            f'No quota of yours covers the model "{name}". The operator can add it to the `models` of a quota of one '
+            "of your groups, or set `unmatched: allow`."
+        )
+    return ModelNotFound(text, param="model")
 
 
 def no_such_model(name: str) -> ModelNotFound:

@@ -25,7 +25,7 @@ from proxy.ledger.entry import Outcome
 from proxy.ledger.ledger import Ledger
 from proxy.ledger.queue import AdmissionQueue
 from proxy.policy.admission import Verdict
-from proxy.policy.amounts import TOKENS_MAX, AtLeast, Tokens, Unspent, Usage
+from proxy.policy.amounts import TOKENS_MAX, AtLeast, Tokens, Unspent, Usage, Uses
 from proxy.policy.catalog import Model
 from proxy.policy.quota import Binding, Counter, CounterKey
 
@@ -183,8 +183,18 @@ class Reservation:
         return self.entry.hold.input if reported is None else reported
 
     async def usage(self) -> Usage:
-        """What was used, as well as it is known now: what the upstream reported, else what we count."""
+        """What was used, as well as it is known now: what the upstream reported, else what we count.
+
+        An image, speech or transcript without a report is charged the price that the configuration names. If its
+        model states tokens and its answer does not, it is charged what is held, because nothing else is known.
+        """
         usage = self.meter.usage()
+        is_output_stated = not isinstance(usage, Unspent) and usage.tokens.output < TOKENS_MAX
+        if not is_output_stated and not self.meter.has_error:
+            if self._count.unstated_price is not None:
+                return AtLeast(Tokens(0, self._count.unstated_price))
+            if self._count.should_state_tokens:
+                usage = AtLeast(replace(usage.tokens, output=self._count.demand.output_maximum))
         if not isinstance(usage, AtLeast):
             return usage
         tokens = usage.tokens
@@ -210,7 +220,7 @@ class Reservation:
             complete, client_left, stopped,      the usage as it is known; nothing if the call was not sent
               upstream_broke, proxy_broke
             at_limit                             the usage as it is known, but no more than is held
-            rejected                             one request and no tokens
+            rejected                             one request and no tokens; nothing if the call can use nothing
             upstream_failed                      nothing
 
         `charges_full_hold` is for a call whose cost cannot be derived from what passed: if it was sent, all that
@@ -224,7 +234,7 @@ class Reservation:
             case "upstream_failed":
                 return None
             case "rejected":
-                return Unspent(requests=1)
+                return Unspent(requests=0 if self._count.demand.uses is Uses.NOTHING else 1)
             case "at_limit":
                 # A usage that the upstream has reported may include an event that was withheld. As AtLeast it is
                 # charged only up to the hold. Example: 1,100 tokens are held and passed, and the withheld event says

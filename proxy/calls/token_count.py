@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from proxy.calls.tokenizer import BYTES_PER_TOKEN, Tokenizers
 from proxy.formats.content import read_prompt, with_files, with_previous
 from proxy.formats.estimate import counted, estimate_demand
+from proxy.formats.pieces import price_of, states_tokens
 from proxy.formats.request import Request
 from proxy.ledger.entry import Entry
 from proxy.policy.amounts import TOKENS_MAX, Exactly
@@ -29,6 +30,10 @@ class TokenCount:
     """The tokens of one call. `body_bytes` is the length of the body that is sent.
 
     `previous` is the call that produced the response which this one continues.
+
+    `unstated_price` is what an answer costs that states no tokens, in tokens of output; None if the configuration
+    names no price. `should_state_tokens` is whether this is an image, speech or transcript of a model that states
+    them.
     """
 
     def __init__(
@@ -48,6 +53,8 @@ class TokenCount:
         if previous is not None:
             prompt = with_previous(prompt, _total_tokens(previous, model))
         self.demand = estimate_demand(request, model, prompt, body_bytes=body_bytes)
+        self.unstated_price = price_of(request, model) or None
+        self.should_state_tokens = request.endpoint.by_piece and states_tokens(request, model) is True
         self._tokenizers = tokenizers
         self._model = model
         self._encoding = tokenizers.encoding_of(model)

@@ -9,6 +9,7 @@ Sunday at 21:00, 50k may be used before a 7d window ends at midnight and 10k aft
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from ipaddress import ip_address
 from urllib.parse import urlsplit
 
@@ -17,6 +18,8 @@ from proxy.config.loader import Config, FileUser
 from proxy.config.messages import finding_at
 from proxy.formats.estimate import SMALLEST_ANSWER
 from proxy.formats.kinds import kind_of
+from proxy.formats.pieces import endpoint_by_piece
+from proxy.policy.amounts import Uses
 from proxy.policy.catalog import Catalog, Model
 from proxy.policy.policy import DEFAULT, EVERYONE, Group, Policy, enforced
 from proxy.policy.quota import Globs, Limit, Quota
@@ -25,6 +28,8 @@ from proxy.policy.windows import Calendar
 Warnings = Iterator[Finding]
 
 _NAMES_SHOWN = 5
+# Well-known models whose answers report no tokens: an open list of models accepts them without naming them.
+_WITHOUT_TOKENS = ("dall-e-3", "tts-1", "whisper-1")
 
 # For each calendar window those in which it always lies as a whole. A week can lie in two months, quarters or years.
 _CONTAINING = {
@@ -51,6 +56,7 @@ def warnings(config: Config) -> tuple[Diagnostic, ...]:
         *_quotas_that_never_refuse(config),
         *_aliases_without_quota(config),
         *_models_without_maximum(config),
+        *_models_without_tokens(config),
         *_link_local_upstreams(config.catalog),
         *_secrets_in_plain_text(config),
     ]
@@ -89,17 +95,30 @@ def _groups_without_effect(config: Config) -> Warnings:
             text = f'the models of group "{group.name}" match none of those listed under models'
             yield Finding((*path, "models"), text)
     default = policy.groups.get(DEFAULT)
-    if default and config.users and all(_has_quota_for_every_model(policy, user) for user in config.users):
+    if default and config.users and not any(_default_may_apply(policy, default, user) for user in config.users):
         text = "default applies to no user: each user has a group with a quota for every model"
         yield Finding(("groups", DEFAULT), text)
 
 
-def _has_quota_for_every_model(policy: Policy, user: FileUser) -> bool:
-    """Whether one of the user's groups has a quota for every model, or is unlimited for every model."""
+def _default_may_apply(policy: Policy, default: Group, user: FileUser) -> bool:
+    """Whether there may be calls that `default` can count and that no quota of the user's own groups can."""
+    can_count = [Uses.INPUT_AND_OUTPUT] + [
+        uses
+        for uses in (Uses.REQUEST, Uses.OUTPUT)
+        if default.unlimited or any(quota.counts(uses) for quota in enforced(default.quotas))
+    ]
+    return not all(_has_quota_for_every_model(policy, user, uses) for uses in can_count)
+
+
+def _has_quota_for_every_model(policy: Policy, user: FileUser, counted: Uses) -> bool:
+    """Whether one of the user's groups has a quota for every model that counts this, or is unlimited for them."""
     groups = (policy.groups[name] for name in user.groups)
     return any(
         _matches_all(group.models)
-        and (group.unlimited or any(_matches_all(quota.models) for quota in enforced(group.quotas)))
+        and (
+            group.unlimited
+            or any(_matches_all(quota.models) and quota.counts(counted) for quota in enforced(group.quotas))
+        )
         for group in groups
     )
 
@@ -115,10 +134,14 @@ def _users_without_quota(config: Config) -> Warnings:
         return
     refused = [user.name for user in config.users if not any(_admits_any_call(policy, name) for name in user.groups)]
     if refused:
-        shown = ", ".join(refused[:_NAMES_SHOWN])
-        more = f" and {len(refused) - _NAMES_SHOWN} more" if len(refused) > _NAMES_SHOWN else ""
         text = "no quota covers them, so every call is refused; put them in a group, or add a group called default"
-        yield Finding(("users", refused[0]), f"{shown}{more}: {text}")
+        yield Finding(("users", refused[0]), f"{_shown(refused)}: {text}")
+
+
+def _shown(names: list[str]) -> str:
+    """The first five names, and how many more there are."""
+    more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
+    return ", ".join(names[:_NAMES_SHOWN]) + more
 
 
 def _admits_any_call(policy: Policy, name: str) -> bool:
@@ -298,12 +321,49 @@ def _models_without_maximum(config: Config) -> Warnings:
         # Anthropic requires a maximum in every call; the simulator's answers have a maximum of their own.
         is_bounded = all(kind_of(target.upstream.kind).bounds_answers for target in model.targets)
         is_known = model.max_output_tokens is not None or is_bounded
-        # Embedding models have no output. The name is all that tells them apart.
-        if name == "*" or is_known or "embed" in model.upstream_model:
+        # Embedding models have no output, and others no output in tokens. The name is all that tells them apart.
+        has_no_tokens = "embed" in model.upstream_model or endpoint_by_piece(model.upstream_model) is not None
+        if name == "*" or is_known or has_no_tokens:
             continue
         if quota := _exact_output_quota(config, name):
             text = f"a whole answer may take {quota.id} over its limit if its call states no maximum"
             yield Finding(("models", name), f"{text}; write max_output_tokens")
+
+
+def _models_without_tokens(config: Config) -> Warnings:
+    """Models whose answers report no tokens, for users whose quotas count only tokens.
+
+    With an open list of models, and `unmatched: allow`, one warning is about all such models that are not listed.
+    """
+    for name, model in (config.catalog.models or {}).items():
+        endpoint = next(filter(None, (endpoint_by_piece(each.upstream_model) for each in model.targets)), None)
+        has_price = bool(model.tokens_per_request or model.tokens_per_image)
+        users = _users_not_counted(config, name, Uses.OUTPUT if has_price else Uses.REQUEST)
+        if endpoint is None or not users:
+            continue
+        key = "tokens_per_image" if endpoint.name == "images" else "tokens_per_request"
+        remedy = "write tokens or requests" if has_price else f"write {key} here, or requests"
+        result = "are free" if config.policy.unmatched == "allow" else "are refused"
+        text = f"its answers on /v1{endpoint.path} report no tokens, which no quota of {_shown(users)} counts"
+        yield Finding(("models", name), f"{text}, so they {result}; {remedy} in one of the quotas")
+    unlisted = [name for name in _WITHOUT_TOKENS if name not in (config.catalog.models or {})]
+    users = list(dict.fromkeys(user for name in unlisted for user in _users_not_counted(config, name, Uses.REQUEST)))
+    if users and config.policy.unmatched == "allow":
+        text = (
+            f"images, speech and transcripts of models that report no tokens ({', '.join(unlisted)} and others) are "
+            f"free for {_shown(users)}, whose quotas count only tokens; write requests in one of the quotas"
+        )
+        yield Finding(("unmatched",), text)
+
+
+def _users_not_counted(config: Config, model: str, counted: Uses) -> list[str]:
+    """The users who can call this model, and whose quotas for it count nothing of a call that uses `counted`."""
+    policy = replace(config.policy, unmatched="refuse")
+    return [
+        user.name
+        for user in config.users
+        if policy.serves(user.groups, model, config.catalog) and policy.binding(user.groups, model, counted) is None
+    ]
 
 
 def _exact_output_quota(config: Config, model: str) -> Quota | None:

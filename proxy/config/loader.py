@@ -348,6 +348,8 @@ def _model(name: str, section: ModelSection, *, upstreams: Mapping[str, Upstream
             encoding=section.encoding,
             reasoning=section.reasoning,
             smallest_answer=section.smallest_answer,
+            tokens_per_request=section.tokens_per_request,
+            tokens_per_image=section.tokens_per_image,
             weight=weight,
             allow=None if section.allow is None else _allow(section.allow),
         )

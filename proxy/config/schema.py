@@ -286,6 +286,12 @@ class Model(Section):
         description="No call starts if its answer might have to be shorter than this, unless the call asks for a "
         "shorter one. Default: 1024 tokens.",
     )
+    tokens_per_request: Positive | None = Field(
+        None,
+        description="What an image, speech or transcript costs if its answer reports no tokens, in tokens that are "
+        "charged as output. Default: it counts as a request alone, so a quota of tokens does not cover it.",
+    )
+    tokens_per_image: Positive | None = Field(None, description="The same for each image of an answer; both add up.")
     allow: Allow | None = Field(None, description="Replaces the upstream's allow. Default: the upstream's.")
 
     @model_validator(mode="after")

@@ -1,7 +1,8 @@
 """The wire formats of OpenAI's and Anthropic's APIs: read a request, meter an answer, end a stream.
 
 A request is parsed and checked (`request`, `body`, `restrictions`), and what it may use at most is estimated from
-what the model reads of it (`content`, `images`, `estimate`). Its answer is metered event by event, and a stream that
+what the model reads of it (`content`, `images`, `estimate`); `pieces` says which calls are billed by the piece and
+not in tokens. Its answer is metered event by event, and a stream that
 reaches a limit is ended as its own API would end it, so that every SDK accepts the answer. `meter` defines the
 interface of meters and endings. Each format of answers (a *surface*) has a module with its meter, its ending and its
 error event: `chat`, `responses`, `messages`, `media` (`surfaces` lists them). `usage` reads the usage objects of

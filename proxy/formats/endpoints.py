@@ -13,6 +13,8 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
+from proxy.policy.amounts import Uses
+
 EndpointName = Literal[
     "chat",
     "completions",
@@ -36,17 +38,16 @@ EndpointName = Literal[
 #   messages    Anthropic's events, objects and errors
 #   media       images, speech, transcripts: their output is known only at the end, and may be no JSON
 SurfaceName = Literal["chat", "responses", "messages", "media"]
-# What an answer is charged.
-#   tokens            the tokens that it reports, else the tokens that the proxy counts
-#   tokens_if_stated  the tokens that it reports, else one request: a model that reports none is billed per piece
-#   request           one request and no tokens
-#   nothing           nothing
-Charge = Literal["tokens", "tokens_if_stated", "request", "nothing"]
 
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
     """One metered path. Its method is POST. A user may call it for each model that a quota of the user covers.
+
+    `uses` is what a call can use. It decides which quotas can refuse the call, and what the call is charged.
+    `by_piece` says that some models of this endpoint are billed by the image, the second or the character, and their
+    answers state no tokens; `pieces` tells them apart. On other endpoints the proxy counts the tokens that an answer
+    does not state.
 
     `maxima` are the fields that bound an answer; the first is the one to write. If there are none, the output can't
     be counted while it streams, and `answer_tokens` are reserved for each answer. `default_model` is what the
@@ -57,7 +58,8 @@ class Endpoint:
     name: EndpointName
     path: str
     surface: SurfaceName
-    charge: Charge
+    uses: Uses
+    by_piece: bool = False
     maxima: tuple[str, ...] = ()
     answer_tokens: int = 0
     default_model: str | None = None
@@ -66,7 +68,7 @@ class Endpoint:
     @property
     def generates(self) -> bool:
         """Whether it produces output tokens."""
-        return bool(self.maxima or self.answer_tokens)
+        return self.uses is Uses.INPUT_AND_OUTPUT
 
     @property
     def shows_output(self) -> bool:
@@ -116,23 +118,24 @@ CHAT = Endpoint(
     "chat",
     "/chat/completions",
     "chat",
-    "tokens",
+    Uses.INPUT_AND_OUTPUT,
     maxima=("max_completion_tokens", "max_tokens"),
 )
-COMPLETIONS = Endpoint("completions", "/completions", "chat", "tokens", maxima=("max_tokens",))
-EMBEDDINGS = Endpoint("embeddings", "/embeddings", "chat", "tokens")
-RESPONSES = Endpoint("responses", "/responses", "responses", "tokens", maxima=("max_output_tokens",))
+COMPLETIONS = Endpoint("completions", "/completions", "chat", Uses.INPUT_AND_OUTPUT, maxima=("max_tokens",))
+EMBEDDINGS = Endpoint("embeddings", "/embeddings", "chat", Uses.INPUT)
+RESPONSES = Endpoint("responses", "/responses", "responses", Uses.INPUT_AND_OUTPUT, maxima=("max_output_tokens",))
 # The model summarises a conversation; no field bounds the length of the summary.
-COMPACT = Endpoint("compact", "/responses/compact", "responses", "tokens", answer_tokens=8192)
-INPUT_TOKENS = Endpoint("input_tokens", "/responses/input_tokens", "responses", "nothing")
-MODERATIONS = Endpoint("moderations", "/moderations", "media", "request", default_model="omni-moderation-latest")
+COMPACT = Endpoint("compact", "/responses/compact", "responses", Uses.INPUT_AND_OUTPUT, answer_tokens=8192)
+INPUT_TOKENS = Endpoint("input_tokens", "/responses/input_tokens", "responses", Uses.NOTHING)
+MODERATIONS = Endpoint("moderations", "/moderations", "media", Uses.REQUEST, default_model="omni-moderation-latest")
 # A large image of high quality has 6,240 tokens (OpenAI's table for gpt-image-1), and each partial image 100 more.
 _IMAGE_TOKENS = 8192
 IMAGES = Endpoint(
     "images",
     "/images/generations",
     "media",
-    "tokens_if_stated",
+    Uses.INPUT_AND_OUTPUT,
+    by_piece=True,
     answer_tokens=_IMAGE_TOKENS,
     default_model="dall-e-2",
 )
@@ -140,29 +143,49 @@ IMAGE_EDITS = Endpoint(
     "image_edits",
     "/images/edits",
     "media",
-    "tokens_if_stated",
+    Uses.INPUT_AND_OUTPUT,
+    by_piece=True,
     answer_tokens=_IMAGE_TOKENS,
     default_model="dall-e-2",
     form="images",
 )
-# Only dall-e-2 has it, which is billed per image.
+# Only dall-e-2 has it, which is billed by the image.
 IMAGE_VARIATIONS = Endpoint(
-    "image_variations", "/images/variations", "media", "request", default_model="dall-e-2", form="images"
+    "image_variations",
+    "/images/variations",
+    "media",
+    Uses.INPUT_AND_OUTPUT,
+    by_piece=True,
+    answer_tokens=_IMAGE_TOKENS,
+    default_model="dall-e-2",
+    form="images",
 )
 # The longest input, 4,096 characters, is five minutes of speech. At 20 tokens a second that is 6,000 tokens. Only a
 # stream with `stream_format: "sse"` reports its tokens.
-SPEECH = Endpoint("speech", "/audio/speech", "media", "tokens_if_stated", answer_tokens=6144)
+SPEECH = Endpoint("speech", "/audio/speech", "media", Uses.INPUT_AND_OUTPUT, by_piece=True, answer_tokens=6144)
 # They report usage in tokens, or in seconds if the model is billed by time, or not at all (plain text, subtitles).
-# The last two count as one request.
+# The last two are billed by the piece.
 TRANSCRIPTIONS = Endpoint(
-    "transcriptions", "/audio/transcriptions", "media", "tokens_if_stated", answer_tokens=4096, form="audio"
+    "transcriptions",
+    "/audio/transcriptions",
+    "media",
+    Uses.INPUT_AND_OUTPUT,
+    by_piece=True,
+    answer_tokens=4096,
+    form="audio",
 )
 TRANSLATIONS = Endpoint(
-    "translations", "/audio/translations", "media", "tokens_if_stated", answer_tokens=4096, form="audio"
+    "translations",
+    "/audio/translations",
+    "media",
+    Uses.INPUT_AND_OUTPUT,
+    by_piece=True,
+    answer_tokens=4096,
+    form="audio",
 )
 # Anthropic's endpoints.
-MESSAGES = Endpoint("messages", "/messages", "messages", "tokens", maxima=("max_tokens",))
-COUNT_TOKENS = Endpoint("count_tokens", "/messages/count_tokens", "messages", "nothing")
+MESSAGES = Endpoint("messages", "/messages", "messages", Uses.INPUT_AND_OUTPUT, maxima=("max_tokens",))
+COUNT_TOKENS = Endpoint("count_tokens", "/messages/count_tokens", "messages", Uses.NOTHING)
 
 METERED = (
     CHAT,

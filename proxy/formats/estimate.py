@@ -10,13 +10,15 @@ Pure. What a request asks for is parsed in `request`, and what the model reads o
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import reduce
+from operator import or_
 from typing import Any
 
 from proxy.formats.content import Prompt
-from proxy.formats.endpoints import SPEECH
 from proxy.formats.kinds import Kind, kind_of
+from proxy.formats.pieces import price_of, uses_of
 from proxy.formats.request import Request
-from proxy.policy.amounts import TOKENS_MAX
+from proxy.policy.amounts import TOKENS_MAX, Uses
 from proxy.policy.catalog import Model
 from proxy.policy.quota import Demand
 
@@ -52,13 +54,17 @@ def estimate_demand(request: Request, model: Model, prompt: Prompt, *, body_byte
     3,072 tokens. If all of its output can be counted while it streams, these 3,072 are reserved first, and more as it
     grows; otherwise all 15,000.
     """
-    if request.endpoint.charge in ("request", "nothing"):
-        return Demand(input=0, output_maximum=0, smallest=0, initial_hold=0)
+    uses, price = uses_of(request, model), price_of(request, model)
+    if uses in (Uses.NOTHING, Uses.REQUEST):
+        return Demand(input=0, output_maximum=0, smallest=0, initial_hold=0, uses=uses)
+    if uses is Uses.OUTPUT:
+        return Demand(input=0, output_maximum=price, smallest=price, initial_hold=price, uses=uses)
     bound = prompt.bound(body_bytes)
     hidden_input = _hidden_input(prompt, model, bound)
     if not request.endpoint.shows_output:
         # No field makes such an answer shorter, and its tokens are known only at its end. So all of it is reserved.
-        output_maximum = _unbounded_answer(request, model)
+        # A model that should state its tokens, and does not, costs its price.
+        output_maximum = max(_unbounded_answer(request, model), price)
         return Demand(
             input=bound,
             output_maximum=output_maximum,
@@ -66,6 +72,7 @@ def estimate_demand(request: Request, model: Model, prompt: Prompt, *, body_byte
             initial_hold=output_maximum,
             is_estimated=True,
             hidden_input=hidden_input,
+            uses=uses,
         )
     kind = kind_of(model.upstream.kind)
     stated = _stated_maximum(request, kind)
@@ -83,6 +90,7 @@ def estimate_demand(request: Request, model: Model, prompt: Prompt, *, body_byte
         is_unbounded=known is None,
         is_estimated=True,
         hidden_input=hidden_input,
+        uses=uses,
     )
 
 
@@ -100,18 +108,19 @@ def largest_demand(demands: Sequence[Demand]) -> Demand:
         is_unbounded=any(demand.is_unbounded for demand in demands),
         is_estimated=any(demand.is_estimated for demand in demands),
         hidden_input=max(demand.hidden_input for demand in demands),
+        uses=reduce(or_, (demand.uses for demand in demands)),
     )
 
 
 def counted(demand: Demand, model: Model, prompt: Prompt, *, text_tokens: int | None, is_guess: bool) -> Demand:
     """The same demand with the input counted: `text_tokens` is the count of the texts, None if counting failed.
 
-    If it failed, the bound by bytes stays, and is not counted again. `is_guess`: the tokenizer may not be the model's
-    own. Two tokenizers differ by a fifth in most languages, so half as many tokens again are reserved as far as they
-    are free: for a bound of 1,000 bytes, 200 counted tokens and an overhead of 7, the input is 207 and the hidden
-    input 100.
+    If it failed, the bound by bytes stays, and is not counted again. A demand that is no estimate stays as it is.
+    `is_guess`: the tokenizer may not be the model's own. Two tokenizers differ by a fifth in most languages, so half
+    as many tokens again are reserved as far as they are free: for a bound of 1,000 bytes, 200 counted tokens and an
+    overhead of 7, the input is 207 and the hidden input 100.
     """
-    if text_tokens is None:
+    if text_tokens is None or not demand.is_estimated:
         return replace(demand, is_estimated=False)
     tokens = min(demand.input, text_tokens + prompt.overhead)
     more = min(demand.input - tokens, text_tokens // 2) if is_guess else 0
@@ -138,12 +147,8 @@ def streams_all_output(request: Request, model: Model) -> bool:
 
 
 def _unbounded_answer(request: Request, model: Model) -> int:
-    """The output reserved for answers that no field of the request bounds.
-
-    0 for speech that comes as plain bytes: it never reports tokens, and is charged as one request.
-    """
-    reports_no_tokens = request.endpoint is SPEECH and not request.stream
-    each = 0 if reports_no_tokens else min(request.endpoint.answer_tokens, model.max_output_tokens or TOKENS_MAX)
+    """The output reserved for answers that no field of the request bounds."""
+    each = min(request.endpoint.answer_tokens, model.max_output_tokens or TOKENS_MAX)
     return min(each * request.choices, TOKENS_MAX)
 
 

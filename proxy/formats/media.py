@@ -1,7 +1,7 @@
 """Images, speech, transcripts and moderations: the output is known only at the end of the answer. It may be no JSON.
 
-A model that reports its tokens is charged these; one that reports none is billed per piece and charged as one
-request. A stream consists of typed events, of which the last of each choice may have the usage:
+An answer that reports its tokens is charged these. One that reports none is one request for the meter: what it costs
+is stated in `pieces`. A stream consists of typed events, of which the last of each choice may have the usage:
 
     data: {"type":"image_generation.partial_image","b64_json":…}
     data: {"type":"image_generation.completed","b64_json":…,"usage":{"input_tokens":11,…}}
@@ -14,7 +14,7 @@ from collections.abc import Callable
 from proxy.formats.meter import JSON, Ending, Meter
 from proxy.formats.request import Request
 from proxy.formats.sse import Event
-from proxy.policy.amounts import TOKENS_MAX, AtLeast, Exactly, Tokens, Unspent, Usage
+from proxy.policy.amounts import TOKENS_MAX, AtLeast, Exactly, Tokens, Unspent, Usage, Uses
 
 # The last event of a stream of images, speech or a transcript.
 _STREAM_ENDS = (
@@ -51,8 +51,8 @@ class MediaMeter(Meter):
         self._add_usage(answer)
 
     def _see_other_body(self, body: bytes) -> None:
-        # Audio and subtitles are not JSON. The endpoints that are charged by request always answer with JSON.
-        if self._charge != "tokens_if_stated":
+        # Audio and subtitles are not JSON. Moderations always are.
+        if self._uses is Uses.REQUEST:
             super()._see_other_body(body)
 
     def _add_usage(self, answer: JSON) -> None:

@@ -36,7 +36,7 @@ from proxy.formats.request import Request
 from proxy.formats.sse import Event
 from proxy.formats.strict_json import dump, walk
 from proxy.formats.usage import Stated, read_usage, usages_beside
-from proxy.policy.amounts import AtLeast, Exactly, Tokens, Unspent, Usage
+from proxy.policy.amounts import AtLeast, Exactly, Tokens, Unspent, Usage, Uses
 
 JSON = dict[str, Any]
 
@@ -140,8 +140,9 @@ class Meter(ABC):
         self.output_bound = DEFAULT_ANSWER_TOKENS * request.choices
         self.extra_usage: Sequence[str] = ()
         self._count = count
-        self._charge = request.endpoint.charge
-        self._generates = request.endpoint.charge == "tokens" and request.endpoint.generates
+        self._uses = request.endpoint.uses
+        # Whether the tokens of an answer can be counted if the upstream does not report them.
+        self._generates = request.endpoint.generates and not request.endpoint.by_piece
         self._choices = request.choices
         self._strips_usage = request.adds_usage
         self._may_have_output = request.endpoint.generates
@@ -158,7 +159,7 @@ class Meter(ABC):
     @property
     def output_seen(self) -> int:
         """The tokens of output that have passed so far; 0 for images and audio, which are known only at their end."""
-        if self._charge != "tokens":
+        if not self._generates:
             return 0
         seen = self._output_stated + self._counted_since_report
         return max(seen, self._counted) if self._is_doubtful else seen
@@ -240,10 +241,11 @@ class Meter(ABC):
             20 and 30 were reported, then zeros              Exactly(20, 30)
             only zeros were reported, and there is no text   Exactly(0, 0)
         """
-        if self._charge == "nothing":
-            return Unspent()
-        if self._charge == "request":
-            return Unspent(requests=1)
+        match self._uses:
+            case Uses.NOTHING:
+                return Unspent()
+            case Uses.REQUEST:
+                return Unspent(requests=1)
         return self._usage_in_tokens()
 
     # What a surface's meter implements.
@@ -311,6 +313,9 @@ class Meter(ABC):
         """
         if stated is None:
             return
+        if self._uses is Uses.INPUT:
+            # Some servers state only the total of an embedding, which a limit on input must count.
+            stated = Stated((stated.known_input or 0) + (stated.known_output or 0), 0, stated.cached)
         before, output = self._output_stated, stated.known_output or 0
         if self._stated is not None:
             self._is_contradicted = self._is_contradicted or 0 < (stated.output or 0) < (self._stated.output or 0)

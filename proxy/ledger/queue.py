@@ -6,7 +6,8 @@ instead of being refused at once, because calls end all the time and free the re
 Each user has one queue for each set of quotas, in order of arrival. Only the first call of a queue asks the ledger,
 so a small call cannot overtake a large one again and again. Example with a limit of 1,000 of which 600 are held: a
 call that needs 500 waits. Calls of the same user that need 10 each would fit, but wait behind it. Calls of other
-users, and of the same user with other quotas, are in other queues and are admitted.
+users, and of the same user with other quotas, are in other queues and are admitted. Calls that use no tokens have
+queues of their own: a moderation does not wait for tokens, and a call that uses nothing waits for nothing.
 
 The first call of a queue asks again whenever the ledger reports that holds were lowered on one of its counters, and
 once a second, because other processes lower holds too. A call that has waited `wait_s` asks once more, from any place
@@ -24,6 +25,7 @@ from proxy.errors import LedgerUnavailable
 from proxy.ledger.book import Accepted, Extend, Refused, Reserve
 from proxy.ledger.ledger import Ledger
 from proxy.policy.admission import NeedsCount, Verdict
+from proxy.policy.amounts import Family
 from proxy.policy.quota import CounterKey, Demand
 
 # How many calls may wait, of one user and in total. A busy call beyond that is refused at once.
@@ -32,7 +34,7 @@ WAITING_MAX = 1024
 # How often a call that waits asks the ledger without having been woken, in seconds.
 _ASK_EVERY_S = 1.0
 
-_QueueKey = tuple[str, frozenset[CounterKey]]
+_QueueKey = tuple[str, frozenset[CounterKey], frozenset[Family]]
 
 # ------------------------------------------------------------------------------------------------------ waiting calls
 
@@ -52,7 +54,11 @@ class _Admission:
 
     def __init__(self, ledger: Ledger, operation: Reserve, recount: Callable[[], Awaitable[Demand]]) -> None:
         self.operation = operation
-        self.queue_key: _QueueKey = (operation.labels.user, frozenset(operation.binding.keys()))
+        self.queue_key: _QueueKey = (
+            operation.labels.user,
+            frozenset(operation.binding.keys()),
+            operation.demand.uses.families,
+        )
         self._ledger = ledger
         self._recount = recount
 
@@ -144,7 +150,7 @@ class AdmissionQueue:
                 self._queues.pop(admission.queue_key, None)
 
     def _waiting_of(self, user: str) -> int:
-        return sum(len(queue) for (name, _), queue in self._queues.items() if name == user)
+        return sum(len(queue) for (name, *_), queue in self._queues.items() if name == user)
 
     def _wake(self, keys: set[CounterKey]) -> None:
         """Wake the streams, and the first call of each queue, that wait for one of these counters."""

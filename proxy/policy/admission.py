@@ -1,6 +1,7 @@
 """Decides whether a call is admitted, what it holds, and how far its hold increases while its answer grows.
 
-A call *demands* input and output tokens. Each limit is checked separately, with `free = limit - used` and
+A call *demands* input and output tokens. Limits that count nothing of what it can use are left out: a call that uses
+nothing is always admitted, and holds nothing. Each other limit is checked separately, with `free = limit - used` and
 `available = free - held`. The verdict on a quota is the worst verdict on its limits:
 
     ALLOW       the hold fits into what is available
@@ -306,7 +307,7 @@ def _admit(chosen: _Assessment, demand: Demand, binding: Binding, current: Mappi
         holds=tuple(
             Hold(quota, current[quota.id], hold_of(quota, hold))
             for quota in (*chosen.alternative.quotas, *additional, *counting_shadows)
-            if any(demand.bounds(limit) for limit in quota.limits)
+            if quota.counts(demand.uses)
         ),
         capped_by=chosen.capped_by,
         would_refuse=tuple(refusing_shadows),

@@ -5,9 +5,11 @@ Two tables stand at the top, and every other module goes by them:
 - the *quantities* are the fields of `Amount`: the numbers that a counter stores. A call holds and uses some of each.
 - the *measures* (`Measure`) are what a limit in quotas.yaml can name. Each is a quantity or the sum of two.
 
+What a call can use at all is one of the rows of `Uses`. Only limits that count some of it bind the call.
+
 To add a measure, add its row here and its key in quotas.yaml to `config.schema.Quota`. If no quantity has it yet, add
-that too, a migration with the columns `used_<quantity>` and `held_<quantity>`, and how much one call holds and is
-charged of it (`call_amount` and `charge_of`).
+that too, a migration with the columns `used_<quantity>` and `held_<quantity>`, which calls use it (`Uses`), and how
+much one call holds and is charged of it (`call_amount` and `charge_of`).
 
 The usage of a call is never a bare number, but says how it is known: `Exactly` (the upstream reported it), `AtLeast`
 (the upstream's report never came, so the proxy counted what passed) or `Unspent` (nothing was generated). So a stream
@@ -16,7 +18,7 @@ that broke cannot be mistaken for a call that was free.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
+from enum import Enum, StrEnum
 from operator import add, itemgetter, sub
 from typing import Literal, NamedTuple
 
@@ -90,7 +92,7 @@ class Measure(StrEnum):
     - `unit` and `singular`: the words for it in sentences.
     - `family`: which of the rate-limit headers it belongs to: they only know tokens and requests.
     - `counts_input`, `counts_output`: whether the input and the answer of a call add to it, token by token.
-    - `counts_only_output`: whether a call that generates nothing adds nothing to it.
+    - `quantities`: the fields of `Amount` that add to it.
     - `is_concurrent`: whether calls only hold it while they are in flight (see CONCURRENT).
     - `total`: its number in an amount.
     """
@@ -105,7 +107,7 @@ class Measure(StrEnum):
     family: Family
     counts_input: bool
     counts_output: bool
-    counts_only_output: bool
+    quantities: tuple[str, ...]
     is_concurrent: bool
     total: Callable[[Amount], int]
 
@@ -115,10 +117,41 @@ class Measure(StrEnum):
         self._value_ = key
         self.unit, self.singular, self.family = unit, singular, family
         self.counts_input, self.counts_output = "input" in quantities, "output" in quantities
-        self.counts_only_output = quantities == ("output",)
+        self.quantities = quantities
         self.is_concurrent = not CONCURRENT.isdisjoint(quantities)
         self.total = _total([QUANTITIES.index(quantity) for quantity in quantities])
         return self
+
+
+class Uses(Enum):
+    """What a call can use. The value is the quantities of it.
+
+    - NOTHING: it counts tokens, and runs no model.
+    - REQUEST: it has no price in tokens, such as a moderation, or an image of a model that is billed by the image.
+    - INPUT: it generates nothing, such as an embedding.
+    - OUTPUT: it has a price in tokens that the configuration states. It is charged as output.
+    - INPUT_AND_OUTPUT: it generates tokens.
+
+    `measures` are the measures that count some of it, and `families` those of these measures.
+    """
+
+    NOTHING = ()
+    REQUEST = ("requests",)
+    INPUT = ("input", "requests")
+    OUTPUT = ("output", "requests")
+    INPUT_AND_OUTPUT = ("input", "output", "requests")
+
+    measures: frozenset[Measure]
+    families: frozenset[Family]
+
+    def __init__(self, *quantities: str) -> None:
+        self.measures = frozenset(each for each in Measure if not set(quantities).isdisjoint(each.quantities))
+        self.families = frozenset(each.family for each in self.measures)
+
+    def __or__(self, other: "Uses") -> "Uses":
+        """What a call can use that can use either."""
+        both = {*self.value, *other.value}
+        return next(each for each in Uses if both == set(each.value))
 
 
 def call_amount(input_tokens: int, output_tokens: int) -> Amount:

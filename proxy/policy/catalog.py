@@ -73,6 +73,8 @@ class Model:
 
     - `reasoning`: whether it generates reasoning tokens that its answer does not show. None: its name decides.
     - `smallest_answer`: the shortest answer that is worth starting. None: 1,024.
+    - `tokens_per_request`, `tokens_per_image`: the price of an answer that states no tokens, on the endpoints that
+      are billed by the piece (see `formats.pieces`). Both add up. None: it has no such price.
     - `allow`: what its requests may use. None: what its upstream allows.
     - `others`: the same model at other upstreams. Calls are distributed over those that are available in proportion
       to `weight`. One with weight 0 gets a call only if no other takes it.
@@ -86,6 +88,8 @@ class Model:
     encoding: str | None = None
     reasoning: bool | None = None
     smallest_answer: int | None = None
+    tokens_per_request: int | None = None
+    tokens_per_image: int | None = None
     weight: int = 1
     others: tuple["Model", ...] = ()
     allow: Allow | None = None

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 from zoneinfo import ZoneInfo
 
+from proxy.policy.amounts import Uses
 from proxy.policy.catalog import Catalog
 from proxy.policy.quota import ALL_MODELS, BoundQuotas, Combine, Globs, GroupQuotas, Quota
 
@@ -68,17 +69,24 @@ class Policy:
 
     # A cache that lives as long as the policy, so a reload cannot leave a stale result behind. It does not know the
     # names of users: if ann is in `staff` today and in `lab` tomorrow, another entry is found for her.
-    _bound: dict[tuple[tuple[str, ...], str], BoundQuotas | None] = field(
+    _bound: dict[tuple[tuple[str, ...], str, Uses], BoundQuotas | None] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
 
-    def binding(self, groups: tuple[str, ...], model: str) -> BoundQuotas | None:
-        """The quotas that bind on this model; None if there are none and `unmatched` is `refuse`."""
-        key = (groups, model)
+    def binding(
+        self, groups: tuple[str, ...], model: str, counted: Uses = Uses.INPUT_AND_OUTPUT
+    ) -> BoundQuotas | None:
+        """The quotas that bind on this model; None if there are none and `unmatched` is `refuse`.
+
+        `counted` is what a call is certain to be counted by. Less than the default is for calls that are billed by
+        the piece: a group whose quotas count nothing of them is treated like a group with quotas for other models.
+        Otherwise a group with a quota of tokens would admit any number of images that cost no tokens.
+        """
+        key = (groups, model, counted)
         if key not in self._bound:
             if len(self._bound) >= _BINDINGS_MAX:
                 self._bound.clear()
-            self._bound[key] = self._bind(groups, model)
+            self._bound[key] = self._bind(*key)
         return self._bound[key]
 
     def may_use(self, groups: tuple[str, ...], model: str) -> bool:
@@ -97,9 +105,15 @@ class Policy:
         stated = {
             text for group in self._groups_of(groups) if group.models is not None for text in group.models.texts
         }
-        # `default` is left out only if one of the groups applies to every model that the user may use.
-        if not any(_applies_to_all(group, stated) for group in own) and DEFAULT in self.groups:
-            own.append(self.groups[DEFAULT])
+        default = self.groups.get(DEFAULT)
+        # `default` is left out only if, whatever it counts of a call, one of the groups applies to every model that
+        # the user may use. A group that counts only tokens does not apply to calls that are billed by the piece.
+        if default is not None and any(
+            any(quota.counts(counted) for quota in default.quotas)
+            and not any(_applies_to_all(group, stated, counted) for group in own)
+            for counted in (Uses.REQUEST, Uses.OUTPUT, Uses.INPUT_AND_OUTPUT)
+        ):
+            own.append(default)
         everyone = self.groups.get(EVERYONE, Group(EVERYONE))
         return BoundQuotas(everyone.quotas, tuple(GroupQuotas(group.name, group.quotas) for group in own))
 
@@ -108,24 +122,30 @@ class Policy:
         names = (EVERYONE, *(groups or (DEFAULT,)))
         return [self.groups[name] for name in names if name in self.groups]
 
-    def _bind(self, groups: tuple[str, ...], model: str) -> BoundQuotas | None:
+    def _bind(self, groups: tuple[str, ...], model: str, counted: Uses) -> BoundQuotas | None:
         always = self._quotas(EVERYONE, model)
         own = [self.groups[name] for name in groups]
         # `default` is for models that the user's own groups do not cover. If `staff` only has a quota for "gpt-*",
         # its members are bound by `staff` on "gpt-4o" and by `default` on "o3".
-        if DEFAULT in self.groups and not any(_applies_to(group, model) for group in own):
+        if DEFAULT in self.groups and not any(_applies_to(group, model, counted) for group in own):
             own.append(self.groups[DEFAULT])
+        applying = [group for group in own if _applies_to(group, model, counted)]
+        if counted is not Uses.INPUT_AND_OUTPUT:
+            if not applying and (self.unmatched == "allow" or any(each.counts(counted) for each in enforced(always))):
+                # Whichever group admits the call, the quotas of everyone count it, or it need not be counted.
+                return self.binding(groups, model)
+            if self.combine == "every_group":
+                # All groups must have room, and one of them counts the call.
+                applying = applying and [group for group in own if _applies_to(group, model)]
         everything = (*always, *(quota for group in own for quota in group.quotas_for(model)))
-        applying = tuple(
-            GroupQuotas(group.name, enforced(group.quotas_for(model))) for group in own if _applies_to(group, model)
-        )
         # Quotas in shadow alone make a binding without any quota that refuses: the model is covered, and the call
-        # admitted.
-        if not everything and not applying and self.unmatched == "refuse":
+        # admitted. But a call that some quotas cannot count must be counted by one that is enforced.
+        is_covered = bool(applying or (everything and counted is Uses.INPUT_AND_OUTPUT))
+        if not is_covered and self.unmatched == "refuse":
             return None
         return BoundQuotas(
             always=enforced(always),
-            groups=applying,
+            groups=tuple(GroupQuotas(group.name, enforced(group.quotas_for(model))) for group in applying),
             shadows=tuple(quota for quota in everything if quota.enforce == "shadow"),
             combine=self.combine,
         )
@@ -139,20 +159,22 @@ def enforced(quotas: tuple[Quota, ...]) -> tuple[Quota, ...]:
     return tuple(quota for quota in quotas if quota.enforce != "shadow")
 
 
-def _applies_to(group: Group, model: str) -> bool:
-    """Whether a group is unlimited for this model or has an enforced quota for it.
+def _applies_to(group: Group, model: str, counted: Uses = Uses.INPUT_AND_OUTPUT) -> bool:
+    """Whether a group is unlimited for this model or has an enforced quota for it that counts some of `counted`.
 
     A group with nothing but quotas in shadow does not apply. It would have no quota that can refuse, so in
     `any_group` it would admit what the user's other groups, or `default`, refuse.
     """
-    return group.is_unlimited_for(model) or bool(enforced(group.quotas_for(model)))
+    return group.is_unlimited_for(model) or any(quota.counts(counted) for quota in enforced(group.quotas_for(model)))
 
 
-def _applies_to_all(group: Group, stated: set[str]) -> bool:
+def _applies_to_all(group: Group, stated: set[str], counted: Uses) -> bool:
     """Whether a group applies to every model that the patterns in `stated` allow; no patterns allow every model.
 
     Patterns are compared as text: `models: ["gpt-*"]` is not seen to contain "gpt-4o". So the quotas of `default` can
     be shown to a user whom they never bind, but a quota that can bind is never left out.
     """
-    has_all = group.unlimited or any(quota.models == ALL_MODELS for quota in enforced(group.quotas))
+    has_all = group.unlimited or any(
+        quota.models == ALL_MODELS and quota.counts(counted) for quota in enforced(group.quotas)
+    )
     return has_all and (group.models is None or (bool(stated) and stated <= set(group.models.texts)))

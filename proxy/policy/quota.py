@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from fnmatch import translate
 from typing import Literal
 
-from proxy.policy.amounts import NOTHING, TOKENS_MAX, Amount, Measure, call_amount
+from proxy.policy.amounts import NOTHING, TOKENS_MAX, Amount, Measure, Uses, call_amount
 from proxy.policy.windows import Per, Window
 
 Enforce = Literal["exact", "after", "shadow"]
@@ -74,6 +74,10 @@ class Quota:
         object.__setattr__(self, "id", f"{self.group}/{self.name}")
         window_limits = tuple(limit for limit in self.limits if not limit.measure.is_concurrent)
         object.__setattr__(self, "window_limits", window_limits)
+
+    def counts(self, uses: Uses) -> bool:
+        """Whether one of its limits counts something of a call that uses this."""
+        return any(limit.measure in uses.measures for limit in self.limits)
 
     def ceiling(self, limit: Limit) -> int:
         """How far admitted calls may take a limit.
@@ -150,9 +154,11 @@ def counter_at(now: int, quota: Quota, counter: Counter | None) -> Counter:
 class Demand:
     """What a call asks for, in tokens: an upper bound of its input, its longest answer, and the least worth starting.
 
-    `output_maximum`, `smallest` and `initial_hold` are totals over all choices. All three are 0 for calls that
-    generate nothing (embeddings), which limits on output alone do not bind.
+    `output_maximum`, `smallest` and `initial_hold` are totals over all choices.
 
+    - `uses`: what the call can use at all. It decides which limits bind the call, not the numbers: a chat with
+      `max_tokens: 0` is bound by a limit on output, because its upstream may generate all the same. An embedding is
+      not.
     - `initial_hold`: at most this much of the answer is held at first. A stream whose tokens can be counted as they
       pass begins with a part, and increases it as the answer grows.
     - `is_unbounded`: neither the request nor the configuration says how long the answer can become, so
@@ -169,10 +175,11 @@ class Demand:
     is_unbounded: bool = False
     is_estimated: bool = False
     hidden_input: int = 0
+    uses: Uses = Uses.INPUT_AND_OUTPUT
 
     def bounds(self, limit: Limit) -> bool:
-        """Whether this limit can bind this call at all: one on output does not bind a call that generates nothing."""
-        return self.output_maximum > 0 or not limit.measure.counts_only_output
+        """Whether this limit binds this call: whether it counts something that the call can use."""
+        return limit.measure in self.uses.measures
 
     @property
     def least(self) -> Amount:

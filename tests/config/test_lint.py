@@ -83,6 +83,22 @@ def test_a_default_group_that_applies_to_no_user(quotas, users, expected):
     assert warned(group(quotas, more=DEFAULT, users=users)) == expected
 
 
+@pytest.mark.parametrize(
+    ("quotas", "default", "applies"),
+    [
+        (DAILY, "{quotas: {d: {requests: 5, per: day}}}", True),
+        (DAILY, "{quotas: {d: {requests: 5, per: day, enforce: shadow}}}", False),
+        (DAILY, "{unlimited: true}", True),
+        ("      d: {tokens: 5, requests: 5, per: day}\n", "{quotas: {d: {requests: 5, per: day}}}", False),
+        ("      d: {input_tokens: 5, per: day}\n", "{quotas: {d: {tokens: 5, per: day}}}", True),
+    ],
+)
+def test_a_default_group_that_counts_what_the_quotas_of_the_users_do_not(quotas, default, applies):
+    """It applies to images of models that report no tokens, or that have a price in tokens."""
+    found = warned(group(quotas, more=f"  default: {default}\n"))
+    assert (UNREACHABLE in found) is not applies
+
+
 def test_a_default_group_beside_an_unlimited_one_applies_to_no_user():
     """An unlimited group covers every model, unless it has a list of models."""
     below = f"groups:\n  all: {{unlimited: true}}\n{DEFAULT}users: {{a: {{groups: [all]}}}}\n"
@@ -314,6 +330,62 @@ def test_an_alias_is_a_problem_only_for_users_to_whom_the_quota_applies():
         f"8: default/frontier: {ALIAS}"
     ]
     assert ALIAS not in str(warned(group(DAILY, more=more) + MODELS))
+
+
+BY_PIECE = "models:\n  draw: {model: dall-e-3}\n"
+IMAGES_REPORT_NO_TOKENS = "its answers on /v1/images/generations report no tokens, which no quota of alice counts"
+
+
+@pytest.mark.parametrize(
+    ("models", "quota", "expected"),
+    [
+        (
+            BY_PIECE,
+            "tokens: 5k",
+            "so they are refused; write tokens_per_image here, or requests in one of the quotas",
+        ),
+        (BY_PIECE, "tokens: 5k, models: [draw]", "so they are refused; write tokens_per_image here, or requests"),
+        (BY_PIECE, "tokens: 5k; requests: 5, enforce: shadow", "so they are refused; write tokens_per_image here"),
+        (BY_PIECE, "tokens: 5k; requests: 5", ""),
+        (BY_PIECE, "tokens: 5k, models: [gpt-4o]", ""),
+        (BY_PIECE.replace("}", ", tokens_per_image: 1k}"), "tokens: 5k", ""),
+        (
+            BY_PIECE.replace("}", ", tokens_per_image: 1k}"),
+            "input_tokens: 5k",
+            "so they are refused; write tokens or requests in",
+        ),
+        (BY_PIECE + "unmatched: allow\n", "tokens: 5k", "so they are free; write tokens_per_image here, or requests"),
+        (BY_PIECE.replace("dall-e-3", "gpt-image-1, max_output_tokens: 9k"), "tokens: 5k", ""),
+    ],
+)
+def test_a_model_whose_answers_report_no_tokens(models, quota, expected):
+    """If a user may call it whose quotas count only tokens. It needs no maximum."""
+    quotas = "".join(f"      q{index}: {{{each}, per: day}}\n" for index, each in enumerate(quota.split("; ")))
+    found = [each for each in warned(group(quotas) + models) if "can never refuse" not in each]
+    assert len(found) == bool(expected)
+    if expected:
+        assert f": {IMAGES_REPORT_NO_TOKENS}, {expected}" in found[0]
+
+
+def test_models_of_other_endpoints_whose_answers_report_no_tokens():
+    """Also if only one of the upstreams has such a model."""
+    models = (
+        "models:\n  a: {model: tts-1-hd}\n  b: {model: openai/whisper-1}\n"
+        f"  c: {{upstreams: [{{upstream: box, model: gpt-image-1}}, {{upstream: box, model: dall-e-2}}], {KNOWN}}}\n"
+    )
+    paths = [text.split()[4] for text in warned(group(DAILY) + models)]
+    assert paths == ["/v1/audio/speech", "/v1/audio/transcriptions", "/v1/images/generations"]
+
+
+def test_an_open_list_with_models_whose_answers_report_no_tokens_that_are_allowed():
+    """They are free. Without `unmatched: allow` they are refused, which needs no warning."""
+    assert warned(group(DAILY) + "unmatched: allow\n") == [
+        "7: images, speech and transcripts of models that report no tokens (dall-e-3, tts-1, whisper-1 and others) "
+        "are free for alice, whose quotas count only tokens; write requests in one of the quotas"
+    ]
+    assert warned(group(DAILY)) == []
+    assert warned(group(DAILY + "      calls: {requests: 5, per: day}\n") + "unmatched: allow\n") == []
+    assert warned(group(DAILY) + f"unmatched: allow\nmodels: {{gpt-4o: {{{KNOWN}}}}}\n") == []
 
 
 NO_MAXIMUM = (

@@ -22,6 +22,7 @@ from proxy.formats.endpoints import (
     closed,
     is_messages_path,
 )
+from proxy.policy.amounts import Uses
 
 # The proxy answers these itself.
 ANSWERED = {("GET", "/models"), ("GET", "/models/{}")}
@@ -141,26 +142,26 @@ def test_a_metered_path_is_not_refused(endpoint: Endpoint) -> None:
 
 
 def test_the_properties_of_all_endpoints() -> None:
-    """The charge, whether it generates, whether its output is text, and whether a stream must be asked for usage."""
+    """What a call can use, whether some of its models are billed by the piece, whether its output is text, …"""
     assert {
-        each.name: (each.charge, each.generates, each.shows_output, each.has_usage_option, each.is_of_responses)
+        each.name: (each.uses, each.by_piece, each.shows_output, each.has_usage_option, each.is_of_responses)
         for each in METERED
     } == {
-        "chat": ("tokens", True, True, True, False),
-        "completions": ("tokens", True, True, True, False),
-        "embeddings": ("tokens", False, False, False, False),
-        "responses": ("tokens", True, True, False, True),
-        "compact": ("tokens", True, False, False, True),
-        "input_tokens": ("nothing", False, False, False, True),
-        "moderations": ("request", False, False, False, False),
-        "images": ("tokens_if_stated", True, False, False, False),
-        "image_edits": ("tokens_if_stated", True, False, False, False),
-        "image_variations": ("request", False, False, False, False),
-        "speech": ("tokens_if_stated", True, False, False, False),
-        "transcriptions": ("tokens_if_stated", True, False, False, False),
-        "translations": ("tokens_if_stated", True, False, False, False),
-        "messages": ("tokens", True, True, False, False),
-        "count_tokens": ("nothing", False, False, False, False),
+        "chat": (Uses.INPUT_AND_OUTPUT, False, True, True, False),
+        "completions": (Uses.INPUT_AND_OUTPUT, False, True, True, False),
+        "embeddings": (Uses.INPUT, False, False, False, False),
+        "responses": (Uses.INPUT_AND_OUTPUT, False, True, False, True),
+        "compact": (Uses.INPUT_AND_OUTPUT, False, False, False, True),
+        "input_tokens": (Uses.NOTHING, False, False, False, True),
+        "moderations": (Uses.REQUEST, False, False, False, False),
+        "images": (Uses.INPUT_AND_OUTPUT, True, False, False, False),
+        "image_edits": (Uses.INPUT_AND_OUTPUT, True, False, False, False),
+        "image_variations": (Uses.INPUT_AND_OUTPUT, True, False, False, False),
+        "speech": (Uses.INPUT_AND_OUTPUT, True, False, False, False),
+        "transcriptions": (Uses.INPUT_AND_OUTPUT, True, False, False, False),
+        "translations": (Uses.INPUT_AND_OUTPUT, True, False, False, False),
+        "messages": (Uses.INPUT_AND_OUTPUT, False, True, False, False),
+        "count_tokens": (Uses.NOTHING, False, False, False, False),
     }
 
 

@@ -27,7 +27,7 @@ from proxy.formats.endpoints import (
 )
 from proxy.formats.estimate import SMALLEST_ANSWER, counted, estimate_demand, largest_demand, streams_all_output
 from proxy.formats.request import Request, forwarded_body
-from proxy.policy.amounts import TOKENS_MAX
+from proxy.policy.amounts import TOKENS_MAX, Uses
 from proxy.policy.catalog import Model, Upstream
 from proxy.policy.quota import Demand
 from tests.formats.test_request import GENERATING, HUGE, KINDS, MAXIMA, READS, ids, parse, targets
@@ -102,7 +102,7 @@ def test_a_number_that_means_no_maximum_bounds_nothing(kind: str, endless: dict)
 
 
 def test_a_maximum_of_0_is_a_maximum() -> None:
-    """At upstreams other than Ollama it asks for no output."""
+    """At upstreams other than Ollama it asks for no output. Limits on output bind the call all the same."""
     request = parse(COMPLETIONS, max_tokens=0)
     length = len(forwarded_body(request, model()))
     assert demand(request) == Demand(input=length, output_maximum=0, smallest=0, initial_hold=0, is_estimated=True)
@@ -447,7 +447,7 @@ def test_embeddings_demand_only_input() -> None:
     request = parse(EMBEDDINGS, input=["text"] * 2048, max_tokens=50, stream=True)
     found = demand(request, max_output_tokens=900, smallest_answer=5, reasoning=True)
     length = len(forwarded_body(request, model()))
-    assert found == Demand(input=length, output_maximum=0, smallest=0, initial_hold=0, is_estimated=True)
+    assert found == Demand(length, 0, 0, initial_hold=0, is_estimated=True, uses=Uses.INPUT)
     assert found.input > 2048
 
 
@@ -589,7 +589,7 @@ def test_smallest_answer_initial_hold_and_output_maximum_are_in_this_order(
 def test_endpoints_that_cost_no_tokens_reserve_none(endpoint: Endpoint) -> None:
     """So a quota of tokens that is used up does not refuse them."""
     assert demand(parse(endpoint, input="long" * 100), context=1000) == Demand(
-        input=0, output_maximum=0, smallest=0, initial_hold=0
+        input=0, output_maximum=0, smallest=0, initial_hold=0, uses=endpoint.uses
     )
 
 
@@ -600,9 +600,8 @@ def test_endpoints_that_cost_no_tokens_reserve_none(endpoint: Endpoint) -> None:
         (parse(IMAGES, prompt="x", n=3, stream=True), 3 * 8192),
         (parse(COMPACT, input="x"), 8192),
         (parse(SPEECH, input="x", stream_format="sse"), 6144),
-        (parse(SPEECH, input="x"), 0),
     ],
-    ids=["image", "images", "compact", "speech events", "speech bytes"],
+    ids=["image", "images", "compact", "speech events"],
 )
 def test_answers_that_are_not_text_reserve_their_whole_maximum(sent: Request, output_maximum: int) -> None:
     """No field makes them shorter, and they can't be counted while they stream. The model's maximum may be less."""
@@ -614,4 +613,4 @@ def test_answers_that_are_not_text_reserve_their_whole_maximum(sent: Request, ou
     )
     assert (found.is_unbounded, streams_all_output(sent, model())) == (False, False)
     assert found.input > 0
-    assert demand(sent, max_output_tokens=100).output_maximum == (100 * sent.choices if output_maximum else 0)
+    assert demand(sent, max_output_tokens=100).output_maximum == 100 * sent.choices

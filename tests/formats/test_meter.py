@@ -311,6 +311,7 @@ def test_a_whole_answer_without_usage_keeps_its_texts(endpoint: Endpoint, answer
         (RESPONSES, {"output": [ITEM], "usage": RESPONSE_USAGE}, REPORTED),
         (RESPONSES, {"status": "incomplete", "output": [], "usage": RESPONSE_USAGE}, REPORTED),
         (EMBEDDINGS, {"data": [], "usage": {"prompt_tokens": 9, "total_tokens": 9}}, Exactly(Tokens(9, 0))),
+        (EMBEDDINGS, {"data": [], "usage": {"total_tokens": 9}}, Exactly(Tokens(9, 0))),
     ],
 )
 def test_a_whole_answer_is_charged_its_usage(endpoint: Endpoint, answer: dict, expected: Usage) -> None:

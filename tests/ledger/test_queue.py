@@ -16,7 +16,7 @@ from proxy.ledger.ledger import Ledger
 from proxy.ledger.queue import RETRY_S_MAX, RETRY_S_MIN, WAITING_OF_A_USER_MAX, AdmissionQueue, DurationEstimate
 from proxy.ledger.sqlite import SqliteStore
 from proxy.policy.admission import Verdict
-from proxy.policy.amounts import Amount
+from proxy.policy.amounts import Amount, Uses
 from proxy.policy.quota import CounterKey, Demand
 from tests.audit import connected
 from tests.builders import NOON, binding, call, estimated, exactly, extend, quota, reserve
@@ -113,6 +113,25 @@ async def test_calls_of_a_user_are_admitted_in_order_of_arrival(path: Path) -> N
         await ledger.end(Settle("1", exactly(0, 1), "complete"))
         assert isinstance(await large, Accepted)
         assert isinstance(await small, Accepted)
+
+
+async def test_calls_that_use_no_tokens_do_not_wait_for_tokens(path: Path) -> None:
+    """A moderation waits for requests alone, and a count of tokens for nothing, with any number of calls waiting."""
+    who = binding([quota("staff/pot", tokens=1000, requests=3, shared=True)])
+    async with _opened(path) as (ledger, queue):
+        await _reserve(queue, reserve("1", who, call(0, 900, 1)), wait_s=50)
+        chat = await _reserving(queue, reserve("2", who, call(0, 500, 1)))
+        for call_id in ("3", "4"):
+            moderation = await _reserve(queue, reserve(call_id, who, call(uses=Uses.REQUEST)), wait_s=50)
+            assert isinstance(moderation, Accepted)
+        busy = await _reserving(queue, reserve("5", who, call(uses=Uses.REQUEST)))
+        assert not chat.done()
+        assert not busy.done()
+        assert isinstance(await _reserve(queue, reserve("6", who, call(uses=Uses.NOTHING)), wait_s=50), Accepted)
+        for call_id in ("1", "3", "4"):
+            await ledger.end(Release(call_id))
+        assert isinstance(await chat, Accepted)
+        assert isinstance(await busy, Accepted)
 
 
 async def test_the_queue_of_a_user_does_not_delay_other_users(path: Path) -> None:

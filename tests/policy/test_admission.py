@@ -22,7 +22,7 @@ from proxy.policy.admission import (
     hold_of,
     increase_hold,
 )
-from proxy.policy.amounts import NOTHING, Amount
+from proxy.policy.amounts import NOTHING, Amount, Uses
 from proxy.policy.quota import Binding, Counter, Demand, GroupQuotas, Limit, Quota, counter_at
 from proxy.policy.windows import Window
 from tests.builders import DAY, NOON, amount, binding, call, counters, estimated, group_quotas, instant, quota
@@ -33,6 +33,11 @@ SIX_OCLOCK = instant("2026-11-24 18:00")
 MIDNIGHT = instant("2026-11-25 00:00")
 
 DAILY = quota("staff/daily", tokens=1000)
+
+
+def embedding(input_tokens: int) -> Demand:
+    """A call that generates nothing."""
+    return call(input_tokens, uses=Uses.INPUT)
 
 
 # --------------------------------------------------------------------------------------------- the expected decisions
@@ -149,23 +154,37 @@ ONE_CALL = Amount(requests=1)
         pytest.param({"input_tokens": 0}, 0, 0, call(0, 1), "exhausted", id="input 0: an empty input too"),
         pytest.param({"output_tokens": 0}, 0, 0, call(1, 1), "exhausted", id="output 0"),
         # calls that generate nothing
-        pytest.param({"output_tokens": 40}, Amount(0, 99, 1), 0, call(10), 0, id="embeddings: output doesn't bind"),
-        pytest.param({"output_tokens": 0}, 0, 0, call(10), 0, id="embeddings: an output limit of 0 does not bind"),
-        pytest.param({"tokens": 10}, 0, 0, call(10), 0, id="embeddings: a limit on tokens binds"),
-        pytest.param({"tokens": 10}, 1, 0, call(10), "exhausted", id="embeddings: tokens are used up"),
-        pytest.param({"tokens": 10}, 0, 1, call(10), "busy", id="embeddings: tokens are held"),
-        pytest.param({"tokens": 10}, 0, 0, call(11), "never", id="embeddings: too large"),
+        pytest.param({"output_tokens": 40}, Amount(0, 99, 1), 0, embedding(10), 0, id="embeddings: output is free"),
+        pytest.param({"output_tokens": 0}, 0, 0, embedding(10), 0, id="embeddings: an output limit of 0"),
+        pytest.param({"tokens": 10}, 0, 0, embedding(10), 0, id="embeddings: a limit on tokens binds"),
+        pytest.param({"tokens": 10}, 1, 0, embedding(10), "exhausted", id="embeddings: tokens are used up"),
+        pytest.param({"tokens": 10}, 0, 1, embedding(10), "busy", id="embeddings: tokens are held"),
+        pytest.param({"tokens": 10}, 0, 0, embedding(11), "never", id="embeddings: too large"),
         pytest.param(
-            {"input_tokens": 10, "output_tokens": 5}, Amount(3, 5, 1), 0, call(7), 0, id="embeddings: output is used"
+            {"input_tokens": 10, "output_tokens": 5},
+            Amount(3, 5, 1),
+            0,
+            embedding(7),
+            0,
+            id="embeddings: output is used",
         ),
         pytest.param(
             {"input_tokens": 10, "output_tokens": 5},
             Amount(4, 0, 1),
             0,
-            call(7),
+            embedding(7),
             "exhausted",
             id="embeddings: input is used",
         ),
+        # a call is bound by what it can use, whatever it asks for
+        pytest.param({"output_tokens": 40}, Amount(0, 40, 1), 0, call(10), "exhausted", id="max_tokens: 0"),
+        pytest.param({"output_tokens": 40}, Amount(0, 39, 1), 0, call(10), 0, id="max_tokens: 0, one token is left"),
+        pytest.param({"tokens": 9}, Amount(9, 0, 1), 0, call(uses=Uses.REQUEST), 0, id="a request: tokens"),
+        pytest.param({"requests": 1}, Amount(9, 0, 1), 0, call(uses=Uses.REQUEST), "exhausted", id="a request"),
+        pytest.param({"requests": 1}, 0, ONE_CALL, call(uses=Uses.REQUEST), "busy", id="a request: in flight"),
+        pytest.param({"input_tokens": 9}, 9, 0, call(0, 9, 9, uses=Uses.OUTPUT), 9, id="a price: input is used up"),
+        pytest.param({"tokens": 9}, 1, 0, call(0, 9, 9, uses=Uses.OUTPUT), "exhausted", id="a price: too little"),
+        pytest.param({"tokens": 9}, 0, 0, call(0, 10, 10, uses=Uses.OUTPUT), "never", id="a price: too large"),
     ],
 )
 def test_an_exact_quota_checks_each_limit_separately(limits, used, held, demand, expected):
@@ -209,10 +228,28 @@ def test_enforce_after_on_output_does_not_bind_embeddings():
     """They generate nothing, so they are not charged to the quota and do not open its window."""
     after = quota("staff/daily", enforce="after", output_tokens=10)
     who = binding([after])
-    assert summary(decide_at_noon(who, call(5), {after.id: Amount(0, 10, 1)}, {})) == admitted("staff", 0)
+    assert summary(decide_at_noon(who, embedding(5), {after.id: Amount(0, 10, 1)}, {})) == admitted("staff", 0)
     assert summary(decide_at_noon(who, call(5, 1), {after.id: Amount(0, 10, 1)}, {})) == exhausted(
         after.id, until=MIDNIGHT
     )
+
+
+@pytest.mark.parametrize("enforce", ["exact", "after", "shadow"])
+def test_a_call_that_uses_nothing_is_admitted_by_every_quota_and_holds_nothing(enforce):
+    """Whatever is used up or switched off. It opens no window and is not charged a request."""
+    each = quota("staff/daily", tokens=9, input_tokens=0, output_tokens=9, requests=1, enforce=enforce)
+    who = binding([DAILY], shadows=[each]) if enforce == "shadow" else binding([each], always=[DAILY])
+    full = Amount(999, 999, 9)
+    decision = decide_at_noon(who, call(uses=Uses.NOTHING), {each.id: full, DAILY.id: full}, {DAILY.id: full})
+    assert isinstance(decision, Admitted)
+    assert (decision.holds, decision.would_refuse, decision.capped_by) == ((), (), None)
+
+
+def test_a_call_that_costs_a_request_is_not_charged_to_quotas_of_tokens():
+    """It does not open their windows."""
+    calls = quota("everyone/calls", requests=9)
+    decision = decide_at_noon(binding([DAILY], always=[calls]), call(uses=Uses.REQUEST), {}, {})
+    assert [(hold.quota.id, hold.amount) for hold in decision.holds] == [(calls.id, ONE_CALL)]
 
 
 def test_a_block_has_what_was_needed_and_the_counter():
@@ -835,7 +872,7 @@ TEN = Amount(requests=10)
             binding([DAILY], [quota("lab/out", output_tokens=5)]),
             {},
             {},
-            call(50),
+            embedding(50),
             admitted("staff", 0, DAILY.id),
             id="additional: a limit on output does not count embeddings",
         ),
@@ -984,7 +1021,7 @@ def test_a_quota_in_shadow_is_not_named_in_a_refusal():
 def test_a_quota_on_output_in_shadow_does_not_count_embeddings():
     """It would not bind them if it were enforced."""
     who = binding([DAILY], shadows=[quota("staff/out", output_tokens=0, enforce="shadow")])
-    decision = decide_at_noon(who, call(10), {}, {})
+    decision = decide_at_noon(who, embedding(10), {}, {})
     assert summary(decision) == admitted("staff", 0, DAILY.id)
     assert decision.would_refuse == ()
 
@@ -1145,8 +1182,17 @@ def current_counters(who: Binding, found: Counters, now: int) -> dict[str, Count
     return {each.id: counter_at(now, each, found.get(each.key_for(who.user))) for each in who.quotas}
 
 
+MEASURES_OF = {
+    Uses.NOTHING: [],
+    Uses.REQUEST: ["requests"],
+    Uses.INPUT: ["requests", "input_tokens", "tokens"],
+    Uses.OUTPUT: ["requests", "output_tokens", "tokens"],
+    Uses.INPUT_AND_OUTPUT: ["requests", "input_tokens", "output_tokens", "tokens"],
+}
+
+
 def applies(limit: Limit, demand: Demand) -> bool:
-    return limit.measure != "output_tokens" or demand.output_maximum > 0
+    return limit.measure in MEASURES_OF[demand.uses]
 
 
 def overdraft_of(each: Quota, limit: Limit) -> int:

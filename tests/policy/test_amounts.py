@@ -14,6 +14,7 @@ from proxy.policy.amounts import (
     Measure,
     Tokens,
     Unspent,
+    Uses,
     call_amount,
     charge_of,
 )
@@ -35,8 +36,28 @@ def test_the_table_says_of_each_measure_what_the_rules_ask():
     ]
     assert [each for each in Measure if each.counts_input] == ["tokens", "input_tokens"]
     assert [each for each in Measure if each.counts_output] == ["tokens", "output_tokens"]
-    assert [each for each in Measure if each.counts_only_output] == ["output_tokens"]
     assert [each for each in Measure if each.is_concurrent] == []
+
+
+@pytest.mark.parametrize(
+    ("uses", "measures", "families"),
+    [
+        (Uses.NOTHING, [], []),
+        (Uses.REQUEST, ["requests"], ["requests"]),
+        (Uses.INPUT, ["tokens", "input_tokens", "requests"], ["tokens", "requests"]),
+        (Uses.OUTPUT, ["tokens", "output_tokens", "requests"], ["tokens", "requests"]),
+        (Uses.INPUT_AND_OUTPUT, [*Measure], ["tokens", "requests"]),
+    ],
+)
+def test_what_a_call_can_use_says_which_measures_count_it(uses, measures, families):
+    """And to which of the rate-limit headers these belong."""
+    assert (uses.measures, uses.families) == (set(measures), set(families))
+
+
+@given(one=st.sampled_from(Uses), other=st.sampled_from(Uses))
+def test_a_call_that_can_use_either_can_use_all_of_both(one, other):
+    """A call may go to a model that is billed in tokens, or to one that is billed by the piece."""
+    assert set((one | other).value) == {*one.value, *other.value}
 
 
 def test_a_call_holds_its_tokens_and_one_request():

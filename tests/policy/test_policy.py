@@ -3,12 +3,16 @@
 from dataclasses import replace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from proxy.policy.admission import Admitted, decide
+from proxy.policy.amounts import Uses
 from proxy.policy.catalog import Catalog, Model, Upstream
 from proxy.policy.policy import _BINDINGS_MAX, Group, Policy
 from proxy.policy.quota import BoundQuotas, Globs, GroupQuotas
 from tests.builders import NOON, call, group, policy, quota
+from tests.random_rules import quota_lists
 
 DAILY = quota("staff/daily", tokens=1000)
 FRONTIER = quota("staff/frontier", tokens=100, models=["gpt-4o", "o*"])
@@ -27,6 +31,11 @@ ADMINS = group("admins", unlimited=True)
 MINI_ADMINS = group("admins", unlimited=True, models=["gpt-4o-mini"])
 FRONTIER_ONLY = group("staff", FRONTIER)
 SHADOW_ONLY = group("staff", IN_SHADOW)
+ONLY_CALLS = quota("default/calls", requests=3)
+FALLBACK_CALLS = group("default", ONLY_CALLS)
+TEN_CALLS = quota("team/calls", requests=10)
+TEAM_CALLS = group("team", TEN_CALLS)
+TEN_OF_STAFF = quota("staff/calls", requests=10)
 
 
 def summary(binding: BoundQuotas | None) -> tuple[list[str], dict[str, list[str]], list[str]] | None:
@@ -316,6 +325,15 @@ def test_a_new_quota_in_shadow_admits_no_more_than_before():
         pytest.param(
             [DEFAULT, SHADOW_ONLY], ["staff"], [IN_SHADOW, FALLBACK], id="default: a quota in shadow is none"
         ),
+        pytest.param(
+            [FALLBACK_CALLS, STAFF],
+            ["staff"],
+            [DAILY, FRONTIER, ONLY_CALLS],
+            id="default: the user's quotas count only tokens",
+        ),
+        pytest.param(
+            [FALLBACK_CALLS, TEAM_CALLS], ["team"], [TEN_CALLS], id="default: the user's quotas count requests too"
+        ),
     ],
 )
 def test_a_user_is_shown_every_quota_that_can_bind_on_some_model(groups, member_of, shown):
@@ -325,6 +343,142 @@ def test_a_user_is_shown_every_quota_that_can_bind_on_some_model(groups, member_
     for model in ("gpt-4o", "gpt-4o-mini", "o3", "fast"):
         if each_policy.may_use(own, model) and (binding := each_policy.binding(own, model)):
             assert {each.id for each in binding.quotas} <= {each.id for each in shown}
+        for counted in (Uses.REQUEST, Uses.OUTPUT):
+            if each_policy.may_use(own, model) and (binding := each_policy.binding(own, model, counted)):
+                assert {each.id for each in binding.quotas} <= {each.id for each in shown}
+
+
+# ---------------------------------------------------------------------------- calls that only some quotas can count
+
+
+@pytest.mark.parametrize(
+    ("groups", "member_of", "counted", "expected"),
+    [
+        pytest.param([STAFF], ["staff"], Uses.REQUEST, None, id="a quota of tokens"),
+        pytest.param([STAFF], ["staff"], Uses.OUTPUT, ([], {"staff": [DAILY.id]}, []), id="a price: tokens count it"),
+        pytest.param(
+            [group("staff", quota("staff/in", input_tokens=9))], ["staff"], Uses.OUTPUT, None, id="a price: input"
+        ),
+        pytest.param(
+            [EVERYONE, STAFF],
+            ["staff"],
+            Uses.REQUEST,
+            ([CALLS.id], {"staff": [DAILY.id]}, []),
+            id="everyone's quota counts requests, whichever group admits the call",
+        ),
+        pytest.param(
+            [EVERYONE, STAFF, TEAM_CALLS],
+            ["staff", "team"],
+            Uses.REQUEST,
+            ([CALLS.id], {"team": [TEN_CALLS.id]}, []),
+            id="a group that counts requests comes before everyone's",
+        ),
+        pytest.param(
+            [group("staff", DAILY, TEN_OF_STAFF)],
+            ["staff"],
+            Uses.REQUEST,
+            ([], {"staff": [DAILY.id, TEN_OF_STAFF.id]}, []),
+            id="all quotas of a group that counts requests: the answer may state tokens",
+        ),
+        pytest.param(
+            [STAFF, TEAM_CALLS],
+            ["staff", "team"],
+            Uses.REQUEST,
+            ([], {"team": [TEN_CALLS.id]}, []),
+            id="only the group that counts requests admits",
+        ),
+        pytest.param(
+            [group("staff", quota("staff/both", tokens=9, requests=9))],
+            ["staff"],
+            Uses.REQUEST,
+            ([], {"staff": ["staff/both"]}, []),
+            id="tokens and requests in one quota",
+        ),
+        pytest.param(
+            [group("staff", DAILY, quota("staff/after", requests=9, enforce="after"))],
+            ["staff"],
+            Uses.REQUEST,
+            ([], {"staff": [DAILY.id, "staff/after"]}, []),
+            id="enforce: after counts",
+        ),
+        pytest.param(
+            [group("staff", DAILY, quota("staff/shadow", requests=9, enforce="shadow"))],
+            ["staff"],
+            Uses.REQUEST,
+            None,
+            id="a quota in shadow does not cover it",
+        ),
+        pytest.param(
+            [TEAM_CALLS, group("lab", quota("lab/shadow", requests=9, enforce="shadow"))],
+            ["team", "lab"],
+            Uses.REQUEST,
+            ([], {"team": [TEN_CALLS.id]}, ["lab/shadow"]),
+            id="a quota in shadow counts it beside another",
+        ),
+        pytest.param(
+            [STAFF, FALLBACK_CALLS],
+            ["staff"],
+            Uses.REQUEST,
+            ([], {"default": [ONLY_CALLS.id]}, []),
+            id="default counts requests",
+        ),
+        pytest.param([STAFF, DEFAULT], ["staff"], Uses.REQUEST, None, id="default counts only tokens"),
+        pytest.param(
+            [STAFF, ADMINS], ["staff", "admins"], Uses.REQUEST, ([], {"admins": []}, []), id="an unlimited group"
+        ),
+    ],
+)
+def test_which_quotas_bind_a_call_that_only_some_can_count(groups, member_of, counted, expected):
+    """A quota that counts nothing of it is treated like one for other models."""
+    assert summary(policy(*groups).binding(tuple(member_of), "fast", counted)) == expected
+
+
+def test_a_call_that_no_quota_can_count_may_be_allowed():
+    """As a model that no quota covers. If its answer states tokens, the quota counts them."""
+    allowing = policy(STAFF, unmatched="allow")
+    assert summary(allowing.binding(("staff",), "fast", Uses.REQUEST)) == ([], {"staff": [DAILY.id]}, [])
+
+
+def test_of_every_group_one_must_count_the_call():
+    """The others bind too, because the answer may state tokens."""
+    for groups, expected in (
+        ([STAFF, TEAM_CALLS], ([], {"staff": [DAILY.id], "team": [TEN_CALLS.id]}, [])),
+        ([STAFF, TEAM], None),
+    ):
+        together = policy(*groups, combine="every_group")
+        assert summary(together.binding(("staff", "team"), "fast", Uses.REQUEST)) == expected
+
+
+@st.composite
+def policies(draw: st.DrawFn) -> Policy:
+    """Up to five groups, of which some are unlimited."""
+    found = []
+    for name in draw(st.lists(st.sampled_from(["everyone", "default", "a", "b", "c"]), unique=True)):
+        unlimited = name != "everyone" and draw(st.sampled_from([False] * 5 + [True]))
+        quotas = () if unlimited else draw(quota_lists(name, enforce=("exact", "after", "shadow")))
+        found.append(group(name, *quotas, unlimited=unlimited))
+    return policy(*found, combine=draw(st.sampled_from(["any_group", "every_group"])))
+
+
+@given(policies(), st.sampled_from([Uses.REQUEST, Uses.OUTPUT]), st.booleans())
+def test_a_call_that_is_admitted_is_counted_by_an_enforced_quota_or_is_unlimited(each_policy, counted, allows):
+    """Whichever group admits it. Without such a quota it is refused, unless the policy allows it."""
+    own = tuple(name for name in each_policy.groups if name not in ("everyone", "default"))
+    each_policy = replace(each_policy, unmatched="allow" if allows else "refuse")
+    bound = each_policy.binding(own, "fast", counted)
+    if bound is None:
+        assert not allows
+        return
+    decision = decide(call(0, 1 if counted is Uses.OUTPUT else 0, uses=counted), bound.for_user("ann"), {}, NOON)
+    if not isinstance(decision, Admitted):
+        return
+    counting = [
+        hold.quota.id
+        for hold in decision.holds
+        if hold.quota.enforce != "shadow" and any(limit.measure in counted.measures for limit in hold.quota.limits)
+    ]
+    names = {*own, "default"} & each_policy.groups.keys()
+    assert counting or allows or any(each_policy.groups[name].unlimited for name in names)
 
 
 def test_the_cache_of_bindings_is_bounded_and_right():

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from proxy.policy.amounts import Amount, Measure
+from proxy.policy.amounts import Amount, Measure, Uses
 from proxy.policy.quota import Counter, Globs, Limit, counter_at
 from proxy.policy.windows import Window
 from tests.builders import (
@@ -264,12 +264,18 @@ def test_an_overdraft_raises_only_limits_on_what_is_generated(measure, ceiling):
             [True] * 4,
             id="it generates, and holds a part at first",
         ),
-        pytest.param(call(100), [100, 100, 0, 1], [True, True, False, True], id="it generates nothing"),
+        pytest.param(call(100), [100, 100, 0, 1], [True] * 4, id="it asks for no output"),
+        pytest.param(
+            call(100, uses=Uses.INPUT), [100, 100, 0, 1], [True, True, False, True], id="it generates nothing"
+        ),
+        pytest.param(call(uses=Uses.REQUEST), [0, 0, 0, 1], [False, False, False, True], id="it costs a request"),
+        pytest.param(call(0, 9, uses=Uses.OUTPUT), [9, 0, 9, 1], [True, False, True, True], id="it has a price"),
+        pytest.param(call(uses=Uses.NOTHING), [0, 0, 0, 1], [False] * 4, id="it uses nothing"),
         pytest.param(call(0, 1), [1, 0, 1, 1], [True] * 4, id="it has no input"),
     ],
 )
 def test_a_demand_says_the_least_that_it_takes_and_which_limits_bind_it(demand, least, is_bound):
-    """Its input and smallest answer; limits on output do not bind a call that generates nothing."""
+    """Its input and smallest answer; a limit binds the call if it counts something that the call can use."""
     assert [demand.least.of(measure) for measure in Measure] == least
     assert [demand.bounds(Limit(measure, 9)) for measure in Measure] == is_bound
 
