@@ -157,7 +157,7 @@ def test_data_that_cannot_be_parsed_is_forwarded(pieces: list[bytes]) -> None:
 def test_events_that_are_no_chunk_are_forwarded(raw: bytes, tokens: int) -> None:
     """In the middle of a stream (T41). A client may understand data that can't be parsed here, so its bytes count.
 
-    Of data that begins like an object or an array only the texts count. Comments and events without data count as nothing.
+    Of data that begins like an object or an array only the texts count, of comments and events without data nothing.
     """
     meter, shown = watch(TEXT + raw + event(usage_chunk()) + DONE)
     assert shown == TEXT + raw + DONE
