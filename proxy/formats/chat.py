@@ -152,7 +152,7 @@ class ChatMeter(Meter):
             return self._without_running_timings(chunk, event)
         usage = chunk["usage"]
         # OpenAI writes null on every chunk before the last. Ollama's /completions writes three zeros; beside a choice
-        # they are a placeholder too. But zeros without a choice are the final usage, and an explicit zero is a zero.
+        # they are a placeholder too. Zeros without a choice are a usage; `usage` decides what they count.
         is_placeholder = usage is None or (isinstance(usage, dict) and bool(choices) and not any(usage.values()))
         if isinstance(usage, dict) and not is_placeholder:
             if not choices:

@@ -203,7 +203,7 @@ class Meter(ABC):
             # that broke off in the middle.
             if is_cut:
                 return event.raw
-            if data.lstrip()[:1] == b"{":
+            if data.lstrip()[:1] in (b"{", b"["):
                 self._count_texts([*texts_of_broken_json(data)])
             else:
                 self._count_bytes(data)
@@ -402,9 +402,9 @@ def texts_of_body(body: bytes) -> Iterator[str]:
 def texts_of_broken_json(data: bytes) -> Iterator[str]:
     """The texts in JSON that can't be parsed: the strings in members that have the model's text, never other bytes.
 
-    `{"id":"c","choices":[{"message":{"content":"Hello","n":1e` has the text "Hello". So has an array of strings.
+    `{"id":"c","choices":[{"message":{"content":"Hello","n":1e` has the text "Hello", and so has `["Hello"`.
     """
-    name = ""
+    name = "text" if data.lstrip()[:1] == b"[" else ""  # strings in an array without a name are text
     for string, _ in zip(_STRING.finditer(data.decode("utf-8", "replace")), range(_STRINGS_MAX), strict=False):
         if string[2]:
             name = string[1]

@@ -140,7 +140,8 @@ def test_data_that_cannot_be_parsed_is_forwarded(pieces: list[bytes]) -> None:
         (b'data: {"choices":[{"delta":{"content":"abc\n\n', 3),
         (b'data: {"choices":[{"delta":{"content":"\xff"}}]}\n\n', 3),
         (b"data: null\n\n", 1),
-        (b'data: ["Hello"]\n\n', 3),
+        (b'data: ["Hello"]\n\n', 5),
+        (b"data: [1, 2, 3, 4, 5]\n\n", 0),
         (b"data: <html>\n\n", 2),
         (b'data: {"a":' + b"[" * 2000 + b"]" * 2000 + b"}\n\n", 0),
         (b'data: {"choices":[{"delta":{"content":"abc"},"logprobs":' + b"[" * 2000 + b"]" * 2000 + b"}]}\n\n", 3),
@@ -156,7 +157,7 @@ def test_data_that_cannot_be_parsed_is_forwarded(pieces: list[bytes]) -> None:
 def test_events_that_are_no_chunk_are_forwarded(raw: bytes, tokens: int) -> None:
     """In the middle of a stream (T41). A client may understand data that can't be parsed here, so its bytes count.
 
-    Of data that begins like an object only the texts count. Comments and events without data count as nothing.
+    Of data that begins like an object or an array only the texts count, of comments and events without data nothing.
     """
     meter, shown = watch(TEXT + raw + event(usage_chunk()) + DONE)
     assert shown == TEXT + raw + DONE
@@ -347,7 +348,8 @@ def test_an_error_in_a_whole_answer_is_noted() -> None:
         (b"7" * 200_000, []),
         (b"-1.5", []),
         (b"[1, 2]", []),
-        (b'[{"content": "Hello"}]', ["Hello"]),
+        (b'[{"content": "Hello", "id": "c"}]', ["Hello"]),
+        (b'["Hello", "you"', ["Hello", "you"]),
         (b"", [""]),
     ],
 )
