@@ -131,7 +131,7 @@ def read_prompt(body: RequestBody, *, model: str, is_chat: bool) -> Prompt:
         else:
             reader.read_field(document.get(name), is_chat=is_chat)
     # Tools with an `input_schema` are Anthropic's; OpenAI's have `parameters`.
-    if any(isinstance(tool, dict) and "input_schema" in tool for tool in _list_or_empty(document.get("tools"))):
+    if any(isinstance(tool, dict) and "input_schema" in tool for tool in offered_tools(body)):
         reader.add_media_tokens(_ANTHROPIC_TOOLS_PROMPT_TOKENS)
     for name, value in document.items():
         if name not in _NOT_PRINTED:
@@ -422,10 +422,6 @@ def _get(value: object, name: str) -> object:
 
 def _as_list(value: object) -> list[Any]:
     return value if isinstance(value, list) else [value]
-
-
-def _list_or_empty(value: object) -> list[Any]:
-    return value if isinstance(value, list) else []
 
 
 def _integers_in(value: list[Any]) -> int:

@@ -245,7 +245,7 @@ def test_the_previous_response_is_part_of_the_input():
                 {"type": "mcp_list_tools", "tools": [{}]},
             ]
         },
-        {"tools": "web_search"},
+        {"tools": {"type": "function"}},
         {"input": [{"content": "Hi"}, {"type": "reasoning", "summary": []}]},
         {"messages": [{"role": "assistant", "tool_calls": []}, {"role": "assistant", "refusal": "No."}]},
         {
