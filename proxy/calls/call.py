@@ -15,7 +15,7 @@ from proxy.formats.kinds import kind_of
 from proxy.formats.limit_headers import anthropic_limit_headers, rate_limit_headers
 from proxy.formats.refusal import refusal
 from proxy.formats.request import Request, forwarded_body, forwarded_model
-from proxy.formats.restrictions import check_allowance
+from proxy.formats.restrictions import check_allowance, check_model_name, check_refused_fields
 from proxy.identity.authentication import Caller, Snapshot
 from proxy.ledger.book import Refused, Reserve
 from proxy.ledger.entry import CallLabels, Entry
@@ -91,7 +91,7 @@ class Call:
 
         It is a label of metrics, and a client that made names up could otherwise create any number of time series.
         """
-        return self.request.model if self.request.model in (self.catalog.models or {}) else "other"
+        return self.model.name if self.catalog.lists(self.model.name) else "other"
 
     def with_target(self, target: Model) -> "Call":
         """The same call, sent to this target."""
@@ -121,13 +121,19 @@ class Call:
         """What to do when the client disconnects. Whole answers are always drained: they are billed in any case."""
         return self.model.upstream.on_disconnect if self.request.stream else "drain"
 
-    def reserve(self, demand: Demand, *, owner: str) -> Reserve:
-        """The ledger operation that reserves `demand` for this call and so admits it."""
+    def reserve(self, demand: Demand, *, owner: str, recorded_model: str | None = None) -> Reserve:
+        """The ledger operation that reserves `demand` for this call and so admits it.
+
+        `recorded_model` is the model's name in the record of the call; by default the name itself.
+        """
         return Reserve(
             id=self.client.id,
             owner=owner,
             labels=CallLabels(
-                self.caller.user, self.request.model, self.request.endpoint.name, self.model.upstream.name
+                self.caller.user,
+                recorded_model or self.model.name,
+                self.request.endpoint.name,
+                self.model.upstream.name,
             ),
             binding=self.binding,
             demand=demand,
@@ -219,12 +225,15 @@ def prepare_call(
     """
     policy, catalog = snapshot.policy, snapshot.catalog
     model = catalog.model(request.model)
-    if model is None or not policy.may_use(caller.groups, request.model):
+    if model is None or not policy.may_use(caller.groups, model.matched_name):
         raise no_such_model(request.model)
+    if not catalog.lists(model.name):
+        check_model_name(request.model)
     _check_surface(request, model)
     for target in model.targets:
         check_allowance(request.endpoint, request.body, target.allows)
-    bound = policy.binding(caller.groups, request.model)
+        check_refused_fields(request.used_fields, target.upstream.refuse, model=request.model)
+    bound = policy.binding(caller.groups, model.matched_name)
     if bound is None:
         raise ModelNotFound(
             f'No quota of yours covers the model "{request.model}". The operator can add it to the `models` of a '
