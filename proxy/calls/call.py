@@ -232,7 +232,8 @@ def prepare_call(
     _check_surface(request, model)
     for target in model.targets:
         check_allowance(request.endpoint, request.body, target.allows)
-        check_refused_fields(request.used_fields, target.upstream.refuse, model=request.model)
+        if target.upstream.refuse:
+            check_refused_fields(request.used_fields, target.upstream.refuse, model=request.model)
     bound = policy.binding(caller.groups, model.matched_name)
     if bound is None:
         raise ModelNotFound(

@@ -143,7 +143,7 @@ def _names_stored_prompt(prompt: object) -> bool:
 
 def _has_custom_voice(value: object) -> bool:
     """Whether the options of audio name a voice by an object. Built-in voices are named by a text."""
-    voices = (inner for name, inner in _members(value) if plain_name(name) == "voice")
+    voices = (inner for part in walk(value) for name, inner in _members(part) if plain_name(name) == "voice")
     return any(map(_is_custom_voice, voices))
 
 
@@ -529,7 +529,7 @@ def check_refused_fields(names: Iterable[str], refused: Collection[str], *, mode
     `names` are the fields that the request uses, and `refused` those in `refuse` of an upstream of the model.
     """
     refused_names = set(map(plain_name, refused))
-    for name in names if refused_names else ():
+    for name in names:
         if plain_name(form_field_base(name)) in refused_names:
             shown = name[:_SHOWN_CHARACTERS]
             raise InvalidRequest(

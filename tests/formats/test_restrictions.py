@@ -328,6 +328,7 @@ def test_a_custom_voice_is_refused() -> None:
         assert refused(SPEECH, input="x", voice=voice).param == "voice"
         for name in ("voice", "Voice"):
             assert refused(CHAT, audio={name: voice, "format": "wav"}).param == "audio.voice"
+            assert refused(CHAT, audio=[{name: voice}]).param == "audio.voice"
     parse(CHAT, audio={"voice": "alloy", "format": "wav"})
     assert parse(SPEECH, input="x", voice="alloy").document["voice"] == "alloy"
 
