@@ -133,12 +133,9 @@ def _is_used_unless(unused: dict[str, Any]) -> Callable[[object], bool]:
 
 def _names_stored_prompt(prompt: object) -> bool:
     """Whether a prompt refers to one that is stored at the upstream: {"id": "pmpt_1"}, also in a list."""
-    return any(
-        plain_name(name) in ("id", "promptid")
-        for part in (prompt if isinstance(prompt, list) else [prompt])
-        if isinstance(part, dict)
-        for name in part
-    )
+    parts = prompt if isinstance(prompt, list) else [prompt]
+    inner = [each for part in parts if isinstance(part, list) for each in part if isinstance(each, dict)]
+    return any(plain_name(name) in ("id", "promptid") for part in [*parts, *inner] for name, _ in _members(part))
 
 
 def _has_custom_voice(value: object) -> bool:
@@ -251,10 +248,17 @@ def _refused_fields(
     is_refused: Callable[[Any], bool] = _is_used,
 ) -> tuple[Row, ...]:
     """A row for each of these fields, which are refused in every spelling unless they are null, false or []."""
-    return tuple(
-        Row(name, is_refused, f'"{name}" can\'t be used here: {reason}.', where=where, is_field_refused=True)
-        for name in names.split()
-    )
+    return tuple(_refused_field(name, reason, where=where, is_refused=is_refused) for name in names.split())
+
+
+def _refused_field(
+    name: str,
+    reason: str,
+    *,
+    where: Callable[[Endpoint], bool] = lambda endpoint: True,
+    is_refused: Callable[[Any], bool] = _is_used,
+) -> Row:
+    return Row(name, is_refused, f'"{name}" can\'t be used here: {reason}.', where=where, is_field_refused=True)
 
 
 def _number(name: str, least: int, where: Callable[[Endpoint], bool] = _GENERATES) -> tuple[Row, ...]:
@@ -462,7 +466,7 @@ def _refusing_row(endpoint: Endpoint, name: str) -> Row | None:
     """The row that refuses a field of this name, in any spelling."""
     row = _REFUSED_OF[endpoint.name].get(plain_name(name))
     if row is None and _REFUSED_PREFIX.match(name):
-        (row,) = _refused_fields(name[:_SHOWN_CHARACTERS], _ROUTES)
+        return _refused_field(name[:_SHOWN_CHARACTERS], _ROUTES)
     return row
 
 
@@ -476,9 +480,9 @@ def check_body(endpoint: Endpoint, body: RequestBody, *, model: object) -> None:
     `model` is the model that the path, the body or the endpoint's default names.
     """
     checked, document = Checked(endpoint, body, model), body.document
-    for name in document.keys() - _USUAL_FIELDS:
-        row, value = _refusing_row(endpoint, name), document[name]
-        if row is not None and value is not None and row.is_refused(value):
+    for name, value in document.items():
+        row = None if name in _USUAL_FIELDS else _refusing_row(endpoint, name)
+        if row is not None and row.is_refused(value):
             raise InvalidRequest(row.message, param=row.field, code=row.code)
     for row in _ROWS_OF[endpoint.name]:
         value = checked if row.field is None else document.get(row.field)

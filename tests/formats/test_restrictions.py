@@ -238,6 +238,8 @@ def test_fields_that_cost_more_than_the_request_shows_are_refused_everywhere(end
         "vertexProject",
         "vertex-project",
         "Aws_Region_Name",
+        "aws_a field with blanks\n",
+        "aws_" + "x" * 10_000,
         "apiBase",
         "mcpServers",
         "vectorStoreIds",
@@ -262,8 +264,14 @@ def test_fields_with_another_meaning_are_refused_only_elsewhere(endpoint: Endpoi
     else:
         assert refused(endpoint, previous_response_id="resp_1").param == "previous_response_id"
         parse(endpoint, prompt="a text")
-    for stored in ({"id": "pmpt_1"}, {"ID": "pmpt_1"}, [{"id": "pmpt_1"}]):
+    for stored in ({"id": "pmpt_1"}, {"ID": "pmpt_1"}, [{"id": "pmpt_1"}], [[{"id": "pmpt_1"}]]):
         assert refused(endpoint, prompt=stored).param == "prompt"
+
+
+def test_the_first_refused_field_of_a_body_is_named() -> None:
+    """The same one each time."""
+    assert refused(CHAT, mcp_servers=["x"], vertex_project="x", api_base="x").param == "mcp_servers"
+    assert refused(CHAT, api_base=None, vertex_project="x", mcp_servers=["x"]).param == "vertex_project"
 
 
 def test_a_prompt_of_completions_may_be_an_object_without_an_id() -> None:
