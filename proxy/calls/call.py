@@ -16,7 +16,7 @@ from proxy.formats.limit_headers import anthropic_limit_headers, rate_limit_head
 from proxy.formats.pieces import counted_of
 from proxy.formats.refusal import refusal
 from proxy.formats.request import Request, forwarded_body, forwarded_model
-from proxy.formats.restrictions import check_allowance
+from proxy.formats.restrictions import check_allowance, check_model_name, check_refused_fields
 from proxy.identity.authentication import Caller, Snapshot
 from proxy.ledger.book import Refused, Reserve
 from proxy.ledger.entry import CallLabels, Entry
@@ -92,7 +92,7 @@ class Call:
 
         It is a label of metrics, and a client that made names up could otherwise create any number of time series.
         """
-        return self.request.model if self.request.model in (self.catalog.models or {}) else "other"
+        return self.model.name if self.catalog.lists(self.model.name) else "other"
 
     def with_target(self, target: Model) -> "Call":
         """The same call, sent to this target."""
@@ -122,13 +122,19 @@ class Call:
         """What to do when the client disconnects. Whole answers are always drained: they are billed in any case."""
         return self.model.upstream.on_disconnect if self.request.stream else "drain"
 
-    def reserve(self, demand: Demand, *, owner: str) -> Reserve:
-        """The ledger operation that reserves `demand` for this call and so admits it."""
+    def reserve(self, demand: Demand, *, owner: str, recorded_model: str | None = None) -> Reserve:
+        """The ledger operation that reserves `demand` for this call and so admits it.
+
+        `recorded_model` is the model's name in the record of the call; by default the name itself.
+        """
         return Reserve(
             id=self.client.id,
             owner=owner,
             labels=CallLabels(
-                self.caller.user, self.request.model, self.request.endpoint.name, self.model.upstream.name
+                self.caller.user,
+                recorded_model or self.model.name,
+                self.request.endpoint.name,
+                self.model.upstream.name,
             ),
             binding=self.binding,
             demand=demand,
@@ -220,14 +226,18 @@ def prepare_call(
     """
     policy, catalog = snapshot.policy, snapshot.catalog
     model = catalog.model(request.model)
-    if model is None or not policy.may_use(caller.groups, request.model):
+    if model is None or not policy.may_use(caller.groups, model.matched_name):
         raise no_such_model(request.model)
+    if not catalog.lists(model.name):
+        check_model_name(request.model)
     _check_surface(request, model)
     for target in model.targets:
         check_allowance(request.endpoint, request.body, target.allows)
-    bound = policy.binding(caller.groups, request.model, counted_of(request, model))
+        if target.upstream.refuse:
+            check_refused_fields(request.used_fields, target.upstream.refuse, model=request.model)
+    bound = policy.binding(caller.groups, model.matched_name, counted_of(request, model))
     if bound is None:
-        raise _no_quota(request.model, is_covered=policy.binding(caller.groups, request.model) is not None)
+        raise _no_quota(request.model, is_covered=policy.binding(caller.groups, model.matched_name) is not None)
     return Call(
         request=request,
         caller=caller,

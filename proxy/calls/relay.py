@@ -18,6 +18,7 @@ import structlog
 from proxy.calls.call import Call
 from proxy.calls.disconnect import Disconnects
 from proxy.calls.dispatch import Candidates, Dispatcher
+from proxy.calls.recorded_names import RecordedNames
 from proxy.calls.reservation import Reservation
 from proxy.calls.stored_responses import StoredResponses
 from proxy.errors import ClientLeft, ProxyError, UpstreamError
@@ -60,6 +61,7 @@ class Relay:
         self._disconnects = disconnects
         self._now = now
         self._durations = DurationEstimate()
+        self._recorded_names = RecordedNames()
 
     async def carry(self, call: Call) -> None:
         """Take one call to an upstream, and its answer to the client.
@@ -137,7 +139,8 @@ class Relay:
         assert task is not None, "a call runs in a task"
         call.client.on_disconnected(task.cancel)
         try:
-            operation = call.reserve(candidates.demand, owner=self._ledger.owner)
+            recorded_model = self._recorded_names.name_of(call, self._now())
+            operation = call.reserve(candidates.demand, owner=self._ledger.owner, recorded_model=recorded_model)
             return await self._queue.reserve(operation, wait_s=call.wait_s, recount=candidates.exact_demand)
         except asyncio.CancelledError:
             if not call.client.is_disconnected:

@@ -8,9 +8,11 @@ both windows open with their first call, so 6 hours can overlap two of those wee
 Sunday at 21:00, 50k may be used before a 7d window ends at midnight and 10k after it, and the quota of 60k refuses.
 """
 
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from ipaddress import ip_address
+from math import inf
 from urllib.parse import urlsplit
 
 from proxy.config.document import Diagnostic, Finding, KeyPath
@@ -19,7 +21,7 @@ from proxy.config.messages import finding_at
 from proxy.formats.estimate import SMALLEST_ANSWER
 from proxy.formats.kinds import kind_of
 from proxy.formats.pieces import endpoint_by_piece
-from proxy.policy.amounts import Uses
+from proxy.policy.amounts import Measure, Uses
 from proxy.policy.catalog import Catalog, Model
 from proxy.policy.policy import DEFAULT, EVERYONE, Group, Policy, enforced
 from proxy.policy.quota import Globs, Limit, Quota
@@ -41,6 +43,16 @@ _CONTAINING = {
     "quarter": ("quarter", "year"),
     "year": ("year",),
 }
+# Their usual lengths in seconds, to compare numbers.
+_CALENDAR_S = {
+    "minute": 60,
+    "hour": 3600,
+    "day": 86_400,
+    "week": 7 * 86_400,
+    "month": 30 * 86_400,
+    "quarter": 91 * 86_400,
+    "year": 365 * 86_400,
+}
 _UNITS = {"s": "second", "m": "minute", "h": "hour", "d": "day", "w": "week"}
 _RESERVED_GROUPS = {EVERYONE: ", whatever the group,", DEFAULT: " whose own groups have no quota for the model"}
 _FEW_MEMBERS = {0: "its members (none in this file)", 1: "its one member"}
@@ -55,6 +67,7 @@ def warnings(config: Config) -> tuple[Diagnostic, ...]:
         *_limits_too_small(config),
         *_quotas_that_never_refuse(config),
         *_aliases_without_quota(config),
+        *_quotas_on_names_of_an_open_list(config),
         *_models_without_maximum(config),
         *_models_without_tokens(config),
         *_link_local_upstreams(config.catalog),
@@ -294,11 +307,11 @@ def _applies_to(policy: Policy, user: FileUser, model: str, quota: Quota) -> boo
 def _aliases(catalog: Catalog, quota: Quota) -> Iterator[tuple[str, str]]:
     """Names that the quota does not match, each with a name of the same model that it matches."""
     targets = [target for model in _models_by_name(catalog).values() for target in model.targets]
-    matched = {_served(target): target.name for target in targets if quota.models.match(target.name)}
+    matched = {_served(target): target.name for target in targets if quota.models.match(target.matched_name)}
     found: dict[tuple[str, str], None] = {}  # a set in order: a model with two upstreams has its alias twice
     for target in targets:
         known = matched.get(_served(target))
-        if known and quota.models.match(target.upstream_model) and not quota.models.match(target.name):
+        if known and quota.models.match(target.upstream_model) and not quota.models.match(target.matched_name):
             found[target.name, known] = None
     yield from found
 
@@ -313,6 +326,78 @@ def _models_by_name(catalog: Catalog) -> dict[str, Model]:
 
 def _served(model: Model) -> tuple[str, str]:
     return model.upstream.name, model.upstream_model
+
+
+def _quotas_on_names_of_an_open_list(config: Config) -> Warnings:
+    """Quotas on names that are tighter than what binds all other names, if clients may use any name.
+
+    The same model has names that the file does not have: `gpt-4o-2024-08-06` is `gpt-4o` for OpenAI, and other
+    servers ignore case or know aliases. A call by such a name is bound only by what binds all names.
+    """
+    policy, members = config.policy, _members(config)
+    if config.catalog.models is not None and "*" not in config.catalog.models:
+        return
+    for path, group, quota in _quotas(policy):
+        own = () if group.name in (EVERYONE, DEFAULT) else (group.name,)
+        users = {user.groups for user in members[group.name]} or {own}
+        if quota.enforce != "shadow" and any(_is_avoidable(policy, quota, groups) for groups in users):
+            text = (
+                "any model name is accepted, and a call by another name of these models is bound by less; list the "
+                'models under models (without "*"), or write the limit for all names'
+            )
+            yield Finding(path, f"{quota.id}: {text}")
+
+
+def _is_avoidable(policy: Policy, quota: Quota, groups: tuple[str, ...]) -> bool:
+    """Whether users in these groups are bound by less on some name that the quota does not match."""
+    names = [name for text in quota.models.texts if quota.models.match(name := _sample(text))]
+    known = [binding for name in names if (binding := policy.binding(groups, name)) and quota in binding.quotas]
+    lists = (policy.groups[name].models for name in (EVERYONE, *(groups or (DEFAULT,))) if name in policy.groups)
+    others = ["*", *(text for globs in lists if globs is not None for text in globs.texts if "*" in text)]
+    for binding in known:
+        sets = binding.alternatives()
+        if any(quota not in each.quotas and each.quotas == binding.always for each in sets):
+            continue  # one of the groups is unlimited
+        for other in map(_sample, others):
+            bound = None if quota.models.match(other) else policy.binding(groups, other)
+            if bound is None or not policy.may_use(groups, other):
+                continue
+            if any(each not in sets and not _is_as_tight(each.quotas, quota) for each in bound.alternatives()):
+                return True
+    return False
+
+
+def _sample(pattern: str) -> str:
+    """A name that the pattern matches, and that patterns for other names do not: `gpt-~other~` of `gpt-*`."""
+    without_sets = re.sub(r"\[(!?)(.)[^\]]*\]", lambda found: "~" if found[1] else found[2], pattern)
+    return without_sets.replace("*", "~other~").replace("?", "~")
+
+
+def _is_as_tight(others: tuple[Quota, ...], quota: Quota) -> bool:
+    """Whether each limit of a quota has one among the others that allows no more in the same time."""
+    return all(any(_allowed_by(other, limit, quota) <= limit.maximum for other in others) for limit in quota.limits)
+
+
+def _allowed_by(other: Quota, limit: Limit, quota: Quota) -> float:
+    """How much of a limit's measure another quota allows in one window of `quota`.
+
+    20k a day are 600k in a month. Windows that begin at other times may allow more, so this compares the numbers as
+    they read.
+    """
+    if (quota.shared and not other.shared) or (quota.enforce == "exact" and other.enforce != "exact"):
+        return inf
+    windows = -(-_length_s(quota) // _length_s(other))
+    maxima = [mine.maximum for mine in other.limits if _includes(mine.measure, limit.measure)]
+    return windows * min(maxima, default=inf)
+
+
+def _includes(measure: Measure, part: Measure) -> bool:
+    return measure == part or (measure == "tokens" and part in ("input_tokens", "output_tokens"))
+
+
+def _length_s(quota: Quota) -> int:
+    per = quota.per
+    return _CALENDAR_S[per.text] if isinstance(per, Calendar) else per.length_ms // 1000
 
 
 def _models_without_maximum(config: Config) -> Warnings:

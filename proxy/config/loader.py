@@ -26,6 +26,7 @@ from proxy.config.schema import File
 from proxy.config.schema import Group as GroupSection
 from proxy.config.schema import Model as ModelSection
 from proxy.config.schema import User as UserSection
+from proxy.formats.kinds import kind_of
 from proxy.policy.catalog import Allow, Catalog, Model, Upstream
 from proxy.policy.policy import DEFAULT, EVERYONE, Group, Keep, Policy
 from proxy.policy.quota import Globs, Quota
@@ -322,6 +323,8 @@ def _catalog(file: File) -> Catalog:
             api_version=section.api_version,
             allow=_allow(section.allow),
             extra_usage=tuple(dict.fromkeys(section.extra_usage)),
+            refuse=frozenset(section.refuse),
+            naming=kind_of(section.kind).naming,
         )
         for name, section in file.upstreams.items()
     }

@@ -78,6 +78,7 @@ GroupName = Annotated[str, _IntToText, AfterValidator(values.group_name), _NAME_
 UserName = Annotated[str, _IntToText, AfterValidator(values.user_name), _string_schema(minLength=1, maxLength=254)]
 ModelName = Annotated[str, _IntToText, AfterValidator(values.model_name), _string_schema(minLength=1)]
 ServedName = Annotated[str, _IntToText, AfterValidator(values.served_name), _string_schema(minLength=1)]
+RefusedField = Annotated[str, AfterValidator(values.field_name), _string_schema(minLength=1)]
 Glob = Annotated[str, _IntToText, AfterValidator(values.glob), _string_schema(minLength=1)]
 Globs = Annotated[list[Glob], Field(min_length=1)]
 Flag = Annotated[bool, BeforeValidator(_text_to_bool)]
@@ -230,6 +231,12 @@ class Upstream(Section):
         description="Members of the usage that this server writes beside total_tokens and does not include in it; "
         "their tokens are charged as output. Perplexity has reasoning_tokens and citation_tokens.",
         examples=[["reasoning_tokens", "citation_tokens"]],
+    )
+    refuse: list[RefusedField] = Field(
+        default=[],
+        description="Fields that no request for a model of this upstream may use, besides those that the proxy "
+        "always refuses. A field is used unless it is null, false or [].",
+        examples=[["provider"]],
     )
 
     @model_validator(mode="after")

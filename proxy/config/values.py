@@ -26,6 +26,7 @@ _MODEL_NAME_MAX = 200
 
 # Not "." and "..": names become segments of URL paths, where those two mean other paths.
 NAME = re.compile(r"^(?!\.\.?$)[A-Za-z0-9._-]{1,100}$")
+_FIELD = re.compile(r"[A-Za-z0-9_-]{1,100}")
 _USER_NAME = re.compile(r"(?!\.\.?$)[A-Za-z0-9._@+-]{1,254}")
 # Underscores only between thousands: 200_000 is a number, 20_0000 is more likely a typing error.
 _COUNT = re.compile(r"(0|[1-9][0-9]{0,14}|[1-9][0-9]{0,2}(?:_[0-9]{3}){1,4})([kM]?)")
@@ -106,6 +107,18 @@ def served_name(text: str) -> str:
     if text == "*":
         raise ValueError('"*" is not the name of a model at an upstream; write its name, or remove "model"')
     return model_name(text)
+
+
+def field_name(text: str) -> str:
+    """The name of a field at the top level of a request's body."""
+    if text.lower() in ("model", "messages", "input"):
+        raise ValueError(f"every request has {text}, so no call could be made; remove it")
+    if not _FIELD.fullmatch(text):
+        raise ValueError(
+            "this is not the name of a field; write one of the top level of requests, in letters, digits, _ and -, "
+            "as in provider"
+        )
+    return text
 
 
 def glob(text: str) -> str:

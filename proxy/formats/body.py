@@ -2,15 +2,24 @@
 
 Both APIs send conversations: chat and /messages in `messages`, /responses in `input`. Most turns are a role and a
 text, and nothing else. They are separated from all others once, here, so that neither the refusals (`restrictions`)
-nor the reading of the prompt (`content`) look at them again. Pure.
+nor the reading of the prompt (`content`) look at them again. Servers accept other shapes than the documented ones,
+so what is found here does not depend on whether a value is in a list. Pure.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 # Fields whose values are messages or items, and on some endpoints texts or lists of token numbers.
 _TURN_FIELDS = ("messages", "input")
+# Other fields in which content may be: texts, parts, and images.
+_CONTENT_FIELDS = ("system", "instructions", "prompt", "image", "images", "mask")
+# Members of turns and parts below which nothing is content: see `content_objects`.
+_NO_CONTENT = frozenset(
+    "arguments input parameters input_schema tools annotations citations results outputs action logprobs".split()
+)
+# Members of which each tool has at least one.
+_TOOL_MEMBERS = frozenset(("type", "name", "function"))
 # Tools that the client runs. None: some servers do not require a type.
 _CLIENT_TOOL_TYPES = ("function", "custom", None)
 
@@ -94,32 +103,59 @@ def _walk_turns(turns: list[Any]) -> Turns:
     return Turns(reading, unusual, plain)
 
 
-def content_parts(body: RequestBody) -> list[dict[str, Any]]:
-    """All messages and items that are not plain, all parts of their contents and outputs, and all parts within these.
+def content_objects(body: RequestBody) -> list[dict[str, Any]]:
+    """Every object in which a server could look for content: turns that are not plain, their parts, and all below.
 
-    At any depth, and also if a part or a message is not inside a list.
+    The shape does not matter: parts are found in a list, alone, in a list within a list, and below members of any
+    name and spelling. Left out are members with names of the user's own, such as the arguments of a function, and
+    those that only repeat what the upstream once said, such as citations.
     """
+    found: list[dict[str, Any]] = unusual_turns(body)
+    lists: list[list[Any]] = [[body.document.get(name) for name in _CONTENT_FIELDS]]
+    read = 0
+    while lists or read < len(found):  # not recursive, so no depth overflows the stack
+        while lists:
+            for inner in lists.pop():
+                if type(inner) is dict:
+                    found.append(inner)
+                elif type(inner) is list:
+                    lists.append(inner)
+        for part in found[read:]:
+            for name, inner in part.items():
+                if type(inner) is dict and name not in _NO_CONTENT:
+                    found.append(inner)
+                elif type(inner) is list and name not in _NO_CONTENT:
+                    lists.append(inner)
+            read += 1
+    return found
+
+
+def unusual_turns(body: RequestBody, names: Iterable[str] = _TURN_FIELDS) -> list[dict[str, Any]]:
+    """The messages and items of these fields that are not plain: in a list, in a list within it, or alone."""
     turns, document = body.turns, body.document
-    found = [turns[name].unusual if name in turns else [document.get(name)] for name in _TURN_FIELDS]
-    parts = [turn for field in found for turn in field if isinstance(turn, dict)]
-    for part in parts:  # the list grows while it is read, so parts within parts are found without recursion
-        for content in (part.get("content"), part.get("output"), _get(part.get("source"), "content")):
-            if isinstance(content, list):
-                parts += [inner for inner in content if isinstance(inner, dict)]
-            elif isinstance(content, dict):
-                parts.append(content)
-    return parts
+    found: list[dict[str, Any]] = []
+    pending: list[object] = []
+    for name in names:
+        pending += turns[name].unusual if name in turns else [document.get(name)]
+    for turn in pending:  # the list grows while it is read
+        if type(turn) is dict:
+            found.append(turn)
+        elif type(turn) is list:
+            pending += [inner for inner in turn if type(inner) is dict or type(inner) is list]
+    return found
 
 
 def offered_tools(body: RequestBody) -> list[Any]:
-    """The tools that a request offers to the model: in `tools`, in items (`additional_tools`), and in groups."""
-    tools = _list_or_empty(body.document.get("tools"))[:]
-    items = body.turns.get("input")
-    for item in items.unusual if items is not None else ():
+    """The tools that a request offers to the model: in `tools`, in items and messages, and in groups.
+
+    A tool that is not in a list is one too.
+    """
+    tools = _tools_in(body.document.get("tools"))
+    for turn in unusual_turns(body):
         # `mcp_list_tools` only repeats what an MCP server once listed.
-        tools += _list_or_empty(_get(item, "tools")) if _get(item, "type") != "mcp_list_tools" else ()
+        tools += _tools_in(turn.get("tools")) if turn.get("type") != "mcp_list_tools" else ()
     for tool in tools:  # the list grows while it is read, so groups within groups are found without recursion
-        tools += _list_or_empty(_get(tool, "tools"))
+        tools += _tools_in(_get(tool, "tools"))
     return tools
 
 
@@ -131,7 +167,7 @@ def is_run_by_client(tool: object) -> bool:
     """
     kind = _get(tool, "type")
     is_search = kind == "tool_search" and _get(tool, "execution") == "client"
-    is_group = kind == "namespace" and isinstance(_get(tool, "tools"), list)
+    is_group = kind == "namespace" and isinstance(_get(tool, "tools"), list | dict)
     return isinstance(tool, dict) and (kind in _CLIENT_TOOL_TYPES or is_search or is_group)
 
 
@@ -140,5 +176,13 @@ def _get(value: object, name: str) -> object:
     return value.get(name) if isinstance(value, dict) else None
 
 
-def _list_or_empty(value: object) -> list[Any]:
-    return value if isinstance(value, list) else []
+def _tools_in(value: object) -> list[Any]:
+    """The tools in a member `tools`: of a list its values, else the value itself.
+
+    An object without a type and a name is also read as a mapping of tools: PHP has one type for lists and objects.
+    """
+    if isinstance(value, dict) and _TOOL_MEMBERS.isdisjoint(value):
+        return [value, *value.values()]
+    if isinstance(value, list):
+        return value[:]
+    return [] if value is None or value is False else [value]

@@ -17,7 +17,7 @@ from typing import Any
 from proxy.formats.body import RequestBody, Turns, is_run_by_client, offered_tools
 from proxy.formats.images import Patches, Tiles, base64_start, image_price, image_size, price_by_area
 from proxy.formats.kinds import CHOICE_COUNT_FIELDS, MAXIMUM_FIELDS
-from proxy.formats.strict_json import dump, walk
+from proxy.formats.strict_json import dump, plain_name, walk
 
 # The cookbook's tokens around a chat: for each message, for each name, and once for the beginning of the answer.
 # One user message "Hi" is 3 + role (1) + text (1) + 3 = 8 tokens.
@@ -85,6 +85,10 @@ _BLOCKS_WITH_PARTS = ("document", "tool_result", "tool_use", "search_result")
 _ENCRYPTED_BLOCK_FIELDS = ("signature", "data")
 _BLOCK_FIELDS_NOT_READ = ("type", "cache_control", "citations", "is_error")
 
+# Members that decide what a part is. Below another spelling of them a server may find content that is not text.
+_NAMES_OF_PARTS = frozenset((*_TYPES_BY_MEMBER, "type", "source", "content"))
+_PLAIN_NAMES_OF_PARTS = frozenset(map(plain_name, _NAMES_OF_PARTS))
+
 # This many images of a request may be decoded beyond their first bytes to find their size. All of them together block
 # the event loop for 13 ms at worst.
 _SEARCHED_IMAGES_MAX = 32
@@ -131,7 +135,7 @@ def read_prompt(body: RequestBody, *, model: str, is_chat: bool) -> Prompt:
         else:
             reader.read_field(document.get(name), is_chat=is_chat)
     # Tools with an `input_schema` are Anthropic's; OpenAI's have `parameters`.
-    if any(isinstance(tool, dict) and "input_schema" in tool for tool in _list_or_empty(document.get("tools"))):
+    if any(isinstance(tool, dict) and "input_schema" in tool for tool in offered_tools(body)):
         reader.add_media_tokens(_ANTHROPIC_TOOLS_PROMPT_TOKENS)
     for name, value in document.items():
         if name not in _NOT_PRINTED:
@@ -198,6 +202,9 @@ class _PromptReader:
 
     def read_field(self, value: object, *, is_chat: bool) -> None:
         """Read a field of texts: a single text, or a list of texts, of messages, or of token numbers."""
+        if isinstance(value, dict) and is_chat:  # a message that is not in a list
+            self._read_message(value)
+            return
         if not isinstance(value, list):
             self.add_texts(value)
             # A single text is a message of its own on /responses, and so are its instructions.
@@ -223,7 +230,9 @@ class _PromptReader:
             elif type(value) is dict:
                 self._read_message(value)
             elif type(value) is list:
+                # Lenient servers may find messages in a list within the list. Numbers are tokens of embeddings.
                 self.add_texts(value)
+                self.has_hidden_input |= any(isinstance(inner, dict | list) for inner in value)
 
     def add_json(self, value: object) -> None:
         """Add a value that the model sees as JSON."""
@@ -280,17 +289,20 @@ class _PromptReader:
                 self._add_encoded(value)
             elif key not in _MESSAGE_FIELDS_NOT_READ:
                 self.add_texts(_as_printed(key, value))
+                self.has_hidden_input |= plain_name(key) in _CONTENT_FIELDS  # `Content`, which some servers read
 
     def _read_part(self, part: object) -> None:
         kind = _part_type(part) if isinstance(part, dict) else None
         if not isinstance(part, dict):
             self.add_texts(part)
+            self.has_hidden_input |= isinstance(part, list)
         elif not _is_special(kind):
             text = part.get("text")
             if len(part) == 2 and "type" in part and isinstance(text, str):  # most parts, without a walk
                 self.add_texts(text)
             else:
                 self.add_texts(part)
+                self.has_hidden_input |= any(_is_other_spelling(key) for key in part)
         elif kind in _IMAGE_TYPES:
             self._read_image(part)
         elif kind in _AUDIO_TYPES:
@@ -315,12 +327,14 @@ class _PromptReader:
             self._exclude_base64(url, part)
         # An image behind a link has the highest price. The proxy never fetches it.
         self.add_media_tokens(self._image_prices.price(size, is_low=image.get("detail") == "low"))
-        self.has_hidden_input = self.has_hidden_input or bool(part.get("file_id"))
+        # Of a list nothing says how many images a server finds in it.
+        self.has_hidden_input = self.has_hidden_input or bool(part.get("file_id")) or isinstance(inner, list)
 
     def _read_audio(self, part: dict[str, Any]) -> None:
         data = _get(part.get("input_audio"), "data")
         if not isinstance(data, str):
             self.add_texts(part)
+            self.has_hidden_input |= isinstance(part.get("input_audio"), list)
             return
         # Four characters of base64 are three bytes: 40,000 characters are 30,000 bytes and 300 tokens.
         self.add_media_tokens(-(-len(data) * 3 // (4 * _AUDIO_BYTES_PER_TOKEN)))
@@ -355,6 +369,7 @@ class _PromptReader:
                 self.add_texts(value)
         if block["type"] == "image" and not isinstance(source, dict):
             self.add_media_tokens(price_by_area(None))
+        self.has_hidden_input |= isinstance(source, list) or any(_is_other_spelling(key) for key in block)
 
     def _read_source(self, block: Mapping[str, Any], source: Mapping[str, Any]) -> None:
         """Read the source of an image or a document. If a document is not plain text, nothing bounds it."""
@@ -391,6 +406,11 @@ def _part_type(part: Mapping[str, Any]) -> object:
     return next(member for member in _TYPES_BY_MEMBER if member in part)
 
 
+def _is_other_spelling(key: str) -> bool:
+    """Whether a server that ignores case may find a part's type or its content below this key."""
+    return key not in _NAMES_OF_PARTS and plain_name(key) in _PLAIN_NAMES_OF_PARTS
+
+
 def _is_special(kind: object) -> bool:
     return isinstance(kind, str) and kind in _SPECIAL_TYPES  # a list or an object as type can't be looked up in a set
 
@@ -422,10 +442,6 @@ def _get(value: object, name: str) -> object:
 
 def _as_list(value: object) -> list[Any]:
     return value if isinstance(value, list) else [value]
-
-
-def _list_or_empty(value: object) -> list[Any]:
-    return value if isinstance(value, list) else []
 
 
 def _integers_in(value: list[Any]) -> int:

@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
 from proxy.formats.endpoints import METERED, Endpoint, EndpointName, SurfaceName
-from proxy.policy.catalog import OnDisconnect, Secret, Upstream
+from proxy.policy.catalog import Naming, OnDisconnect, Secret, Upstream
 
 # The latest dated version of Azure's API that is not a preview. It is sent if neither the client nor the
 # configuration names one.
@@ -65,6 +65,8 @@ class Kind:
     on_disconnect: ClassVar[OnDisconnect] = "drain"
     # Whether the configuration of an upstream may name an `api_version`.
     has_api_version: ClassVar[bool] = False
+    # Which names it takes for the same model.
+    naming: ClassVar[Naming] = Naming()
 
     # The header that carries its key, and what comes before the key.
     key_header: ClassVar[tuple[str, str]] = ("authorization", "Bearer ")
@@ -161,6 +163,7 @@ class Azure(Kind):
     """
 
     has_api_version = True
+    naming = Naming(any_case=True)
     key_header = ("api-key", "")
 
     def address(self, upstream: Upstream, path: str, *, deployment: str, api_version: str | None) -> str:
@@ -205,6 +208,9 @@ class VLLM(_OwnServer):
 class Ollama(_OwnServer):
     """Ollama. Its struct has only `max_tokens`, so lowering `max_completion_tokens` would bound nothing."""
 
+    naming = Naming(
+        any_case=True, default_tag=":latest", default_namespace="library/", default_host="registry.ollama.ai/"
+    )
     own_maximum_fields = MappingProxyType({"chat": ("max_tokens",)})
     stores_responses = False
     smallest_bound = 1  # 0 means "no maximum" too

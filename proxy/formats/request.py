@@ -14,7 +14,7 @@ from proxy.formats.body import RequestBody
 from proxy.formats.endpoints import RESPONSES, SPEECH, Endpoint
 from proxy.formats.kinds import CHOICE_COUNT_FIELDS, KINDS, kind_of
 from proxy.formats.multipart import Form
-from proxy.formats.restrictions import CHECKED_FIELDS, check_body, check_form_field
+from proxy.formats.restrictions import CHECKED_FIELDS, check_body, check_form_field, used_fields
 from proxy.formats.strict_json import dump, parse_object
 from proxy.policy.catalog import Model
 
@@ -44,6 +44,11 @@ class Request:
     def document(self) -> Mapping[str, Any]:
         """The parsed body, until it is freed when the upstream has answered."""
         return self.body.document
+
+    @property
+    def used_fields(self) -> list[str]:
+        """The fields and files that the request uses: all but those that are null, false or []."""
+        return used_fields(self.body) + [file.name for file in (self.form.files if self.form else ())]
 
     @property
     def adds_usage(self) -> bool:

@@ -2,7 +2,11 @@
 
 A row of `ROWS` refuses one thing whatever the policy says: a field that would change where a call goes, a value that
 servers read in different ways, a reference to something stored in the upstream account that all users share. The rows
-are checked when a request is parsed (`check_body`), in the order of the table.
+are checked when a request is parsed (`check_body`). A refused field is refused on every endpoint on which it has no
+other meaning: a gateway may read it anywhere, whichever API it belongs to. It is refused in every spelling.
+
+`check_model_name` refuses the same things in the name of a model that the operator has not listed: at OpenRouter
+`gpt-4o:online` is `gpt-4o` with `plugins`. `check_refused_fields` refuses what the operator adds with `refuse`.
 
 `check_allowance` refuses what costs or reaches more than quotas can see, unless the policy allows it (`allow` in
 quotas.yaml). Tools that run at the upstream repeat model calls there, with the operator's key. Anthropic's own tools
@@ -13,16 +17,16 @@ Bytes that are no unambiguous JSON are refused before, in `strict_json` and `mul
 """
 
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
 
 from proxy.errors import InvalidRequest
-from proxy.formats.body import RequestBody, content_parts, is_run_by_client, offered_tools
+from proxy.formats.body import RequestBody, content_objects, is_run_by_client, offered_tools, unusual_turns
 from proxy.formats.endpoints import METERED, Endpoint
 from proxy.formats.kinds import CHOICE_COUNT_FIELDS, LEAST_MAXIMUM, MAXIMUM_FIELDS
-from proxy.formats.strict_json import DEPTH_MAX, is_within_depth, walk
+from proxy.formats.strict_json import DEPTH_MAX, is_within_depth, plain_name, walk
 from proxy.policy.catalog import Allow
 
 _MODEL_CHARACTERS_MAX = 256
@@ -37,24 +41,39 @@ _NUMBER_MAX = 10**9
 # Tiers at the usual price; null means the default. OpenAI has `auto` and `default`, Anthropic `auto` and
 # `standard_only`.
 _USUAL_TIERS = (None, "auto", "default", "standard_only")
+# What a server with OpenAI's API refuses to an unlisted name because it refuses the same as a field. OpenRouter:
+# `@preset/x` and `gpt-4o@preset/x` (preset), `gpt-4o:online` (plugins), `openrouter/auto` (models). LiteLLM reads
+# `gpt-4o,o3` as several models (models). Fireworks: `model#deployment` (deployment_id). An address (api_base).
+_NAME_WITH_ANOTHER_MEANING = re.compile(r"@preset(?:/|$)|:online(?:$|[:@/])|^openrouter/auto|,|#|://", re.IGNORECASE)
 # Members of a tool that name things which any user may have stored in the upstream account.
-_STORED_THING_FIELDS = frozenset("container_id file_id file_ids skill_id vector_store_id vector_store_ids".split())
+_STORED_THING_FIELDS = frozenset(
+    map(
+        plain_name,
+        "collection_id collection_ids container_id file_id file_ids knowledge_base_id knowledge_base_ids library_id "
+        "library_ids skill_id vector_store_id vector_store_ids".split(),
+    )
+)
 # Messages repeat at most this many characters of the client's values.
 _SHOWN_CHARACTERS = 40
-# Where the id of a stored file may be: in the part itself, or one level below it, as in
-# {"type": "file", "file": {"file_id": …}}.
-_FILE_HOLDERS = frozenset(("file", "source", "image_url", "input_audio"))
-# Keys of parts that are no spelling of `file_id`. Nearly all parts have no others, and need no closer look.
+# Members of a turn or part that name a stored file.
+_FILE_IDS = ("fileid", "fileids")
+# Members of an item that decide what it is. Another spelling of them is refused.
+_MEMBERS_OF_ITEMS = ("type", "tools")
+# Keys of turns and parts that are no spelling of those. Nearly all have no others, and need no closer look.
 _KEYS_OF_PARTS = frozenset(
     "type text role content name id call_id output status summary arguments tool_call_id tool_calls tool_use_id "
     "input is_error cache_control image_url url detail input_audio data format media_type thinking signature title "
-    "encrypted_content file_data filename annotations logprobs refusal phase".split()
+    "encrypted_content file_data filename annotations logprobs refusal phase file source tools".split()
 )
 
 _STORED = (
     "it refers to things stored at the upstream, in an account that all users share, and the request does not show "
     "their tokens. Send their content instead"
 )
+_ROUTES = "it would change where this call goes or which key it uses, and the proxy decides that"
+_SEARCHES = "the upstream would search with it, and no setting of this proxy allows that. Send the content instead"
+_ARISES_LATER = "its cost would arise after the answer. Leave it out, and stream the answer if it is long"
+_CUSTOM_VOICE = '"voice" must name a built-in voice: a custom one is stored in an account that all users share.'
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +82,7 @@ class Row:
 
     `is_refused` gets the value of `field`, and is not asked if that is absent or null. Without a field it gets the
     whole `Checked`. `param` names what to change; by default the field. `where` says which endpoints it applies to.
+    With `is_field_refused` the field is refused in every spelling.
     """
 
     field: str | None
@@ -71,6 +91,7 @@ class Row:
     param: str | None = None
     code: str | None = "unsupported_parameter"
     where: Callable[[Endpoint], bool] = lambda endpoint: True
+    is_field_refused: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,12 +109,54 @@ _MESSAGES = attrgetter("is_of_messages")
 _GENERATES = attrgetter("generates")
 _HAS_USAGE_OPTION = attrgetter("has_usage_option")
 
+
+def _not_on(*names: str) -> Callable[[Endpoint], bool]:
+    """All endpoints but these, on which the field has another meaning."""
+    return lambda endpoint: endpoint.name not in names
+
+
 # --------------------------------------------------------------------------------------------------- what is refused
 
 
 def _is_used(value: object) -> bool:
-    """Whether a field is used. SDKs send null and false for options that their user did not set."""
-    return value not in (None, False)
+    """Whether a field is used. SDKs send null, false and [] for options that their user did not set.
+
+    An empty object is a use: `web_search_options: {}` asks for a search.
+    """
+    return not (value is None or value is False or value == [])
+
+
+def _is_used_unless(unused: dict[str, Any]) -> Callable[[object], bool]:
+    """Whether a field is used, if this very object is not a use of it."""
+    return lambda value: _is_used(value) and value != unused
+
+
+def _names_stored_prompt(prompt: object) -> bool:
+    """Whether a prompt refers to one that is stored at the upstream: {"id": "pmpt_1"}, also in a list."""
+    parts = prompt if isinstance(prompt, list) else [prompt]
+    inner = [each for part in parts if isinstance(part, list) for each in part if isinstance(each, dict)]
+    return any(plain_name(name) in ("id", "promptid") for part in [*parts, *inner] for name, _ in _members(part))
+
+
+def _has_custom_voice(value: object) -> bool:
+    """Whether the options of audio name a voice by an object. Built-in voices are named by a text."""
+    voices = (inner for part in walk(value) for name, inner in _members(part) if plain_name(name) == "voice")
+    return any(map(_is_custom_voice, voices))
+
+
+def _is_custom_voice(voice: object) -> bool:
+    return isinstance(voice, dict | list) and voice != []
+
+
+def _has_refused_members(value: object) -> bool:
+    """Whether a field that is refused is inside an object of options, at any depth."""
+    return any(
+        _is_refused_everywhere(name) and _is_used(inner) for part in walk(value) for name, inner in _members(part)
+    )
+
+
+def _members(value: object) -> Iterable[tuple[str, object]]:
+    return value.items() if isinstance(value, dict) else ()
 
 
 def _is_too_deep(checked: Checked) -> bool:
@@ -105,26 +168,31 @@ def _is_too_deep(checked: Checked) -> bool:
 
 
 def _has_stored_files(checked: Checked) -> bool:
-    for part in content_parts(checked.body):
-        if not _KEYS_OF_PARTS.issuperset(part) and _names_file(part):
-            return True
-        if not _FILE_HOLDERS.isdisjoint(part) and any(_names_file(part.get(name)) for name in _FILE_HOLDERS):
-            return True
-    return False
+    """Whether a turn or part has a `file_id`, in any spelling and at any place where a server could look for it."""
+    return any(
+        plain_name(name) in _FILE_IDS and _is_used(value) and value != ""
+        for part in content_objects(checked.body)
+        if not _KEYS_OF_PARTS.issuperset(part)
+        for name, value in part.items()
+    )
 
 
-def _names_file(holder: object) -> bool:
-    """Whether an object has a `file_id`, in any case: Go's decoder accepts `File_ID` too."""
-    return isinstance(holder, dict) and any(key.casefold() == "file_id" and value for key, value in holder.items())
+def _has_other_spelling(checked: Checked) -> bool:
+    """Whether a turn has `Type` or `Tools`: Go's decoder accepts them for `type` and `tools`, even beside these."""
+    return any(
+        name not in _MEMBERS_OF_ITEMS and plain_name(name) in _MEMBERS_OF_ITEMS
+        for turn in unusual_turns(checked.body)
+        if not _KEYS_OF_PARTS.issuperset(turn)
+        for name in turn
+    )
 
 
 def _has_stored_items(checked: Checked) -> bool:
     """Whether items of `input` refer to stored ones: their content is input that the request does not show."""
-    items = checked.body.turns.get("input")
-    return items is not None and any(map(_may_refer_to_stored_item, items.unusual))
+    return any(map(_may_refer_to_stored_item, unusual_turns(checked.body, ["input"])))
 
 
-def _may_refer_to_stored_item(item: object) -> bool:
+def _may_refer_to_stored_item(item: dict[str, Any]) -> bool:
     """Whether the upstream could read an item as a reference, which need not state its type.
 
     The only items without a type that are not references are messages, and these have `content`. An image that a tool
@@ -133,8 +201,6 @@ def _may_refer_to_stored_item(item: object) -> bool:
     This is stricter than `content._refers_to_stored_turn`, which also sees chats: a chat message such as
     {"role": "assistant", "refusal": "No."} has no `content`, and the same item could be read as a reference here.
     """
-    if not isinstance(item, dict):
-        return False
     kind = item.get("type")
     if kind == "image_generation_call":
         return not item.get("result")
@@ -176,12 +242,23 @@ def _is_above(most: int) -> Callable[[int], bool]:
 
 
 def _refused_fields(
-    names: str, reason: str, where: Callable[[Endpoint], bool] = lambda endpoint: True
+    names: str,
+    reason: str,
+    where: Callable[[Endpoint], bool] = lambda endpoint: True,
+    is_refused: Callable[[Any], bool] = _is_used,
 ) -> tuple[Row, ...]:
-    """A row for each of these fields, which are refused unless they are null or false."""
-    return tuple(
-        Row(name, _is_used, f'"{name}" can\'t be used here: {reason}.', where=where) for name in names.split()
-    )
+    """A row for each of these fields, which are refused in every spelling unless they are null, false or []."""
+    return tuple(_refused_field(name, reason, where=where, is_refused=is_refused) for name in names.split())
+
+
+def _refused_field(
+    name: str,
+    reason: str,
+    *,
+    where: Callable[[Endpoint], bool] = lambda endpoint: True,
+    is_refused: Callable[[Any], bool] = _is_used,
+) -> Row:
+    return Row(name, is_refused, f'"{name}" can\'t be used here: {reason}.', where=where, is_field_refused=True)
 
 
 def _number(name: str, least: int, where: Callable[[Endpoint], bool] = _GENERATES) -> tuple[Row, ...]:
@@ -203,44 +280,85 @@ def _choice_count(name: str, where: Callable[[Endpoint], bool] = _GENERATES) -> 
 ROWS: tuple[Row, ...] = (
     Row(None, _is_too_deep, f"The body is nested more than {DEPTH_MAX} levels deep.", code="invalid_json"),
     # Fields that change where a call goes. LiteLLM's fallbacks and OpenRouter's models and presets name other models
-    # than the one that is allowed and counted. vLLM's kv_transfer_params name a server from which it fetches the
-    # cache of another call.
+    # than the one that is allowed and counted. The servers in kv_transfer_params (vLLM) and bootstrap_… (SGLang) hold
+    # the cache of another call. Adapters (lora…) are other models under the name of their base. LiteLLM takes the
+    # credentials of each vendor from the body: those with a prefix are in `_REFUSED_PREFIX`.
     *_refused_fields(
-        "api_base api_key base_url content_policy_fallbacks context_window_fallback_dict context_window_fallbacks "
-        "custom_host custom_llm_provider deployment_id extra_body extra_headers fallbacks kv_transfer_params "
-        "model_list models preset user_config",
-        "it would change where this call goes or which key it uses, and the proxy decides that",
+        "adapter_id adapter_source agent_id api_base api_key api_token api_type api_version base_url client_id "
+        "client_secret compound_custom configurable_clientside_auth_params content_policy_fallbacks "
+        "context_window_fallback_dict context_window_fallbacks custom_host custom_llm_provider data_parallel_rank "
+        "default_headers deployment_id disagg_prefill_dp_rank ec_transfer_params extra_body extra_headers "
+        "extra_query fallback_model fallback_models fallbacks fastest_response headers kv_transfer_params "
+        "litellm_credential_name litellm_params lora lora_id lora_name lora_path lora_request "
+        "mock_testing_content_policy_fallbacks mock_testing_context_fallbacks mock_testing_fallbacks "
+        "model_group_alias model_list models organization preset project_id region_name route routed_dp_rank "
+        "router_settings_override space_id specific_deployment tenant_id user_config",
+        _ROUTES,
     ),
     # Azure searches `data_sources` with the rights of its operator. The others search the web: `plugins` are
-    # OpenRouter's (on all of its endpoints), `search_parameters` xAI's, `enable_search` Alibaba's.
+    # OpenRouter's, `search_parameters` xAI's, `connectors` Cohere's, `enable_search` and its options Alibaba's,
+    # `web_search` Baidu's and DeepInfra's, `use_search` and `search_settings` Kimi's and Groq's.
     *_refused_fields(
-        "data_sources plugins search_parameters enable_search",
-        "the upstream would search with it, and no setting of this proxy allows that. Send the content instead",
+        "connectors data_sources enable_search forced_search plugins search_options search_settings use_search "
+        "web_search",
+        _SEARCHES,
+    ),
+    *_refused_fields("search_parameters", _SEARCHES, is_refused=_is_used_unless({"mode": "off"})),
+    # `background` of an image is its background. xAI keeps a deferred answer until it is fetched.
+    *_refused_fields("background", _ARISES_LATER, _not_on("images", "image_edits")),
+    *_refused_fields("callback_url deferred webhook webhook_url", _ARISES_LATER),
+    # Things that OpenAI, Anthropic and Mistral store, Gemini's `cached_content`, Volcengine's `context_id`, Cohere's
+    # `conversation_id`, and SGLang's sessions.
+    *_refused_fields(
+        "assistant_id cached_content container container_id context_id conversation conversation_id file_id file_ids "
+        "knowledge_base_id knowledge_base_ids prompt_id session_params skill_id thread_id tool_resources "
+        "vector_store_id vector_store_ids",
+        _STORED,
+    ),
+    # On other endpoints `prompt` is a text.
+    *_refused_fields("prompt", _STORED, _RESPONSES, is_refused=_is_used_unless({})),
+    Row(
+        "prompt",
+        _names_stored_prompt,
+        f'"prompt" can\'t be used here: {_STORED}.',
+        where=lambda endpoint: not endpoint.is_of_responses,
     ),
     *_refused_fields(
-        "background",
-        "its cost would arise after the answer. Leave it out, and stream the answer if it is long",
-        _RESPONSES,
+        "previous_response_id",
+        "it continues a stored response, which works on /v1/responses only. Send the earlier messages instead",
+        lambda endpoint: not endpoint.is_of_responses,
     ),
-    *_refused_fields("conversation prompt", _STORED, _RESPONSES),
-    # vLLM uses it as the id of the response. A client could take the id of another user's response.
-    *_refused_fields("request_id", "the upstream chooses the ids of responses. Leave it out", _RESPONSES),
+    # vLLM and SGLang use it as the id of the answer. A client could take the id of another user's response.
+    *_refused_fields("request_id rid", "the upstream chooses the ids of answers. Leave it out"),
     *_refused_fields(
-        "svg",
-        "it names a second model, which no quota would count. Leave it out",
-        lambda endpoint: endpoint.name in ("images", "image_edits"),
+        "draft_model safety_model svg", "it names a second model, which no quota would count. Leave it out"
     ),
+    # LiteLLM removes the fields that it names, such as the maximum that the proxy has lowered.
+    *_refused_fields(
+        "additional_drop_params", "it can remove the fields that bound the answer. Leave it out, and those fields too"
+    ),
+    # SGLang unpickles it and runs it.
+    *_refused_fields("custom_logit_processor", "the upstream would run its code. Leave it out"),
     # Anthropic's betas that need no field are controlled by `allow: {betas: […]}`, through the header
     # `anthropic-beta`. These are fields of betas.
-    *_refused_fields("container", _STORED, _MESSAGES),
-    *_refused_fields("inference_geo", "it changes the price of the call. Leave it out", _MESSAGES),
+    *_refused_fields("inference_geo", "it changes the price of the call. Leave it out"),
     *_refused_fields(
         "mcp_servers",
         "the upstream would call these servers, and their results are input that the body does not show",
-        _MESSAGES,
+    ),
+    # Options that are passed on: vLLM's to its connectors, Vercel's and Gemini's to a vendor.
+    *(
+        Row(name, _has_refused_members, f'"{name}" has a member that can\'t be used here: {_ROUTES}.')
+        for name in ("custom_params", "google", "providerOptions", "vllm_xargs")
     ),
     # Stored things inside of turns.
     Row(None, _has_stored_files, f'"file_id" can\'t be used here: {_STORED}.', param="file_id"),
+    Row(
+        None,
+        _has_other_spelling,
+        'Write "type" and "tools" in lower case in messages and items.',
+        code="invalid_json",
+    ),
     Row(
         None,
         _has_stored_items,
@@ -256,11 +374,8 @@ ROWS: tuple[Row, ...] = (
         code=None,
         where=_RESPONSES,
     ),
-    Row(
-        "voice",
-        lambda voice: isinstance(voice, dict),
-        '"voice" must name a built-in voice: a custom one is stored in an account that all users share.',
-    ),
+    Row("voice", _is_custom_voice, _CUSTOM_VOICE),
+    Row("audio", _has_custom_voice, _CUSTOM_VOICE, param="audio.voice"),
     # llama.cpp ignores options that are not an object, and would then send no usage.
     Row(
         "stream_options",
@@ -310,29 +425,65 @@ ROWS: tuple[Row, ...] = (
     *_choice_count("best_of", lambda endpoint: endpoint.name == "completions"),
 )
 
-_ROWS_OF = {endpoint.name: tuple(row for row in ROWS if row.where(endpoint)) for endpoint in METERED}
-_REFUSED_FIELDS_OF = {
-    name: {row.field: row for row in rows if row.is_refused is _is_used and row.field is not None}
-    for name, rows in _ROWS_OF.items()
+# LiteLLM reads the address, the account and the credentials of each vendor from fields with these prefixes, and
+# SGLang the server that prepares a call (`bootstrap_host`). `vertexProject` is a spelling of `vertex_project`.
+_REFUSED_PREFIX = re.compile(
+    r"(?i:aws|azure|bedrock|bootstrap|databricks|gcs|oci|s3|sagemaker|snowflake|vertex(?:_?ai)?|watsonx|wx)"
+    r"(?:[_-]|[A-Z])"
+)
+
+# The refused fields of each endpoint by their plain names, and its other rows.
+_REFUSED_OF = {
+    endpoint.name: {
+        plain_name(row.field): row for row in ROWS if row.is_field_refused and row.field and row.where(endpoint)
+    }
+    for endpoint in METERED
+}
+_REFUSED_EVERYWHERE = frozenset.intersection(*map(frozenset, _REFUSED_OF.values()))
+_ROWS_OF = {
+    endpoint.name: tuple(row for row in ROWS if not row.is_field_refused and row.where(endpoint))
+    for endpoint in METERED
 }
 
-# Fields that the proxy decides on. Another spelling of one of them is refused.
-CHECKED_FIELDS = frozenset(row.field for row in ROWS if row.field is not None).union(
-    "model stream_format messages input tools service_tier store web_search_options prompt".split()
+# Fields whose values the proxy decides on. Another spelling of one of them is refused.
+CHECKED_FIELDS = frozenset(row.field for row in ROWS if row.field is not None and not row.is_field_refused).union(
+    "model stream_format messages input tools service_tier store web_search_options".split()
 )
+# Fields that most requests have. They are no spelling of a refused field, so they need no closer look.
+_USUAL_FIELDS = frozenset(
+    "model messages input stream stream_options temperature top_p n user tools tool_choice metadata store stop seed "
+    "parallel_tool_calls response_format reasoning reasoning_effort include text truncation system thinking".split()
+).union(MAXIMUM_FIELDS)
+_CHECKED_BY_PLAIN_NAME = {plain_name(field): field for field in CHECKED_FIELDS}
 
 
 def refused_fields(endpoint: Endpoint) -> Collection[str]:
-    """The fields that this endpoint refuses unless they are null or false, in the order of the table."""
-    return _REFUSED_FIELDS_OF[endpoint.name].keys()
+    """The fields that this endpoint refuses unless they are null, false or [], in the order of the table."""
+    return [row.field for row in _REFUSED_OF[endpoint.name].values() if row.field is not None]
+
+
+def _refusing_row(endpoint: Endpoint, name: str) -> Row | None:
+    """The row that refuses a field of this name, in any spelling."""
+    row = _REFUSED_OF[endpoint.name].get(plain_name(name))
+    if row is None and _REFUSED_PREFIX.match(name):
+        return _refused_field(name[:_SHOWN_CHARACTERS], _ROUTES)
+    return row
+
+
+def _is_refused_everywhere(name: str) -> bool:
+    return plain_name(name) in _REFUSED_EVERYWHERE or _REFUSED_PREFIX.match(name) is not None
 
 
 def check_body(endpoint: Endpoint, body: RequestBody, *, model: object) -> None:
-    """Raise InvalidRequest for the first row of the table that refuses this body.
+    """Raise InvalidRequest for the first field that is refused, else for the first other row that refuses this body.
 
     `model` is the model that the path, the body or the endpoint's default names.
     """
     checked, document = Checked(endpoint, body, model), body.document
+    for name, value in document.items():
+        row = None if name in _USUAL_FIELDS else _refusing_row(endpoint, name)
+        if row is not None and row.is_refused(value):
+            raise InvalidRequest(row.message, param=row.field, code=row.code)
     for row in _ROWS_OF[endpoint.name]:
         value = checked if row.field is None else document.get(row.field)
         if value is not None and row.is_refused(value):
@@ -345,16 +496,57 @@ def check_form_field(endpoint: Endpoint, name: str, *, is_file: bool = False) ->
     Raises InvalidRequest for another spelling of a field that the proxy decides on. `model[]` and ` Model` are read
     as `model` by some servers and not by others.
     """
-    if "[file_id" in name.lower():
+    if "[fileid" in plain_name(name):
         raise InvalidRequest(f'"file_id" can\'t be used here: {_STORED}.', param=name, code="unsupported_parameter")
-    base = name.partition("[")[0]
-    field = base if base in refused_fields(endpoint) else name
-    plain = base.strip().casefold()
-    if field == name and plain in CHECKED_FIELDS and name != plain:
+    base = form_field_base(name)
+    refusing = _refusing_row(endpoint, base)
+    field = name if refusing is None else refusing.field or base
+    plain = _CHECKED_BY_PLAIN_NAME.get(plain_name(base), name)
+    if refusing is None and name != plain:
         raise InvalidRequest(f'Write "{plain}" and not "{name}".', param=plain)
-    if is_file and field in CHECKED_FIELDS:
-        raise InvalidRequest(f'"{name}" must be a field and not a file.', param=name)
+    if is_file and (refusing is not None or field in CHECKED_FIELDS):
+        raise InvalidRequest(f'"{name}" must be a field and not a file.', param=field)
     return field
+
+
+def form_field_base(name: str) -> str:
+    """The field that a part of a form belongs to: `svg` of ` svg[model]`."""
+    return name.partition("[")[0].strip()
+
+
+def check_model_name(name: str) -> None:
+    """Raise InvalidRequest if the name of an unlisted model asks for what is refused as a field."""
+    found = _NAME_WITH_ANOTHER_MEANING.search(name)
+    if found is not None:
+        raise InvalidRequest(
+            f'"{found[0]}" can\'t be used in the name of a model here: the upstream would read it as an option that '
+            "this proxy refuses as a field. The operator of this proxy can list a model with such a name at its "
+            "upstream.",
+            param="model",
+            code="unsupported_parameter",
+        )
+
+
+def check_refused_fields(names: Iterable[str], refused: Collection[str], *, model: str) -> None:
+    """Raise InvalidRequest for a used field that the operator refuses for a model, in any spelling.
+
+    `names` are the fields that the request uses, and `refused` those in `refuse` of an upstream of the model.
+    """
+    refused_names = set(map(plain_name, refused))
+    for name in names:
+        if plain_name(form_field_base(name)) in refused_names:
+            shown = name[:_SHOWN_CHARACTERS]
+            raise InvalidRequest(
+                f'"{shown}" can\'t be used with the model "{model}": the operator of this proxy refuses it. '
+                "Leave it out.",
+                param=shown,
+                code="unsupported_parameter",
+            )
+
+
+def used_fields(body: RequestBody) -> list[str]:
+    """The fields of a body, or of a form, that are neither null nor false nor []."""
+    return [name for name, value in body.document.items() if _is_used(value)]
 
 
 # ----------------------------------------------------------------------------------------------- what may be allowed
@@ -367,13 +559,13 @@ def check_allowance(endpoint: Endpoint, body: RequestBody, allow: Allow) -> None
         _refuse_other_case(tool)
         if not _runs_at_client(tool, endpoint):
             _check_tool(tool, allow)
-    if document.get("web_search_options") not in (None, False):
+    if _is_used(document.get("web_search_options")):
         _check_type("web_search", allow, param="web_search_options")
     tier = document.get("service_tier")
     if tier not in _USUAL_TIERS and not (isinstance(tier, str) and tier in allow.service_tiers):
         shown = str(tier)[:_SHOWN_CHARACTERS]
         raise _not_allowed(f'"service_tier": "{shown}"', f"service_tiers: [{shown}]", param="service_tier")
-    if document.get("store") not in (None, False) and not allow.store:
+    if _is_used(document.get("store")) and not allow.store:
         raise _not_allowed('"store"', "store: true", param="store")
 
 
@@ -389,7 +581,7 @@ def _refuse_other_case(tool: object) -> None:
     A gateway in Go would read {"type": "function", "Type": "web_search"} as a web search.
     """
     for name in tool if isinstance(tool, dict) else ():
-        if name != (plain := name.casefold()) and plain in ("type", "tools"):
+        if name != (plain := plain_name(name)) and plain in _MEMBERS_OF_ITEMS:
             raise InvalidRequest(f'Write "{plain}" and not "{name}" in a tool.', param="tools")
 
 
@@ -415,10 +607,13 @@ def _check_type(type_: str, allow: Allow, *, param: str) -> None:
 def _check_members(part: Mapping[str, Any]) -> None:
     """Refuse names of stored things. A container must be a new one, `{"type": "auto"}`: any other may be shared."""
     for name, value in part.items():
-        is_stored = name in _STORED_THING_FIELDS and value not in (None, [])
-        if is_stored or (name == "container" and value not in (None, {"type": "auto"})):
+        plain = plain_name(name)
+        is_stored = plain in _STORED_THING_FIELDS and value not in (None, [])
+        if is_stored or (plain == "container" and value not in (None, [], {"type": "auto"})):
             raise InvalidRequest(
-                f'"{name}" can\'t be used in tools here: {_STORED}.', param="tools", code="unsupported_parameter"
+                f'"{name[:_SHOWN_CHARACTERS]}" can\'t be used in tools here: {_STORED}.',
+                param="tools",
+                code="unsupported_parameter",
             )
 
 

@@ -1,15 +1,17 @@
 """Read request bodies as strict JSON, so that every program that parses the same bytes sees the same values.
 
 Quotas and permissions are decided on the values read here, and the upstream reads the request after us. Parsers
-differ: Go's `encoding/json` accepts `MODEL` for `model`, and of two equal keys some languages take the first and
-others the last. A body that could be read in two ways is therefore refused: keys that appear twice, outermost keys
-that differ only in case, `NaN` and `Infinity`, fractions beyond the range of a double, bytes that are not UTF-8.
+differ: Go's `encoding/json` accepts `MODEL` for `model`, protobuf's accepts `maxTokens` for `max_tokens`, and of two
+equal keys some languages take the first and others the last. A body that could be read in two ways is therefore
+refused: keys that appear twice, outermost keys that are two spellings of one name, `NaN` and `Infinity`, fractions
+beyond the range of a double, bytes that are not UTF-8.
 How deep a body may be nested is checked with its meaning (`restrictions`), by `is_within_depth`.
 """
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import lru_cache
 from typing import Any
 
 import orjson
@@ -24,22 +26,22 @@ _VALUES_MAX = 1_000_000
 _SEPARATORS = (b",", b"{", b"[")
 # int() takes time quadratic in the number of digits. 40 characters hold any 128-bit integer with its sign.
 _DIGITS_MAX = 40
-# Each outermost key is casefolded and looked up among all others.
+# Each outermost key is brought into its plain spelling and looked up among all others.
 _KEYS_MAX = 1000
 
 
 def parse_object(body: bytes, known: frozenset[str]) -> dict[str, Any]:
     """Parse the JSON object in a request's body. Raises InvalidRequest, whose message says what to correct.
 
-    `known` are the fields that the proxy decides on. Another spelling of one of them (`MODEL`) is refused even if the
-    field itself is absent, because a server that ignores case would read it. Depth is not checked.
+    `known` are the fields that the proxy decides on. Another spelling of one of them (`MODEL`, `maxTokens`) is
+    refused even if the field itself is absent, because some server would read it. Depth is not checked.
     """
     value = _parse_canonical(body)
     if value is None:
         value = _parse_strictly(body)
     if not isinstance(value, dict):
         raise InvalidRequest("The body must be a JSON object.", code="invalid_json")
-    _refuse_keys_that_differ_in_case(value, known)
+    _refuse_other_spellings(value, known)
     return value
 
 
@@ -156,20 +158,33 @@ def _reason(error: Exception) -> str:
     return str(error)
 
 
-def _refuse_keys_that_differ_in_case(value: dict[str, Any], known: frozenset[str]) -> None:
+def plain_name(name: str) -> str:
+    """A name in the one spelling that all its spellings share: `max_tokens`, `MAX_TOKENS`, `maxTokens`, `max-tokens`.
+
+    Go's decoder ignores case. It also takes a long s (U+017F) for "s" and a Kelvin sign (U+212A) for "k". casefold()
+    maps both to the plain letter; lower() would leave the long s. Protobuf's JSON has each name in camel case too.
+    """
+    return name.casefold().replace("_", "").replace("-", "")
+
+
+@lru_cache(maxsize=8)  # in production there is one set of known fields
+def _by_plain_name(known: frozenset[str]) -> Mapping[str, str]:
+    return {plain_name(field): field for field in known}
+
+
+def _refuse_other_spellings(value: dict[str, Any], known: frozenset[str]) -> None:
     if len(value) > _KEYS_MAX:
         raise InvalidRequest(f"The body has more than {_KEYS_MAX} keys.", code="invalid_json")
-    if all(key == key.casefold() for key in value):  # keys of one case are only equal if they are the same key
-        return
-    by_case = {field: field for field in known}
+    known_names = _by_plain_name(known)
+    by_case: dict[str, str] = {}
     for key in value:
-        # Go's decoder also takes a long s (U+017F) for "s" and a Kelvin sign (U+212A) for "k". casefold() maps both
-        # to the plain letter; lower() would leave the long s, and "max_token" + U+017F would pass as an unknown
-        # field.
-        first = by_case.setdefault(key.casefold(), key)
+        if key in known:
+            continue
+        first = known_names.get(plain_name(key)) or by_case.setdefault(key.casefold(), key)
         if first != key:
+            difference = "differ only in case" if first.casefold() == key.casefold() else "are one name"
             raise InvalidRequest(
-                f'The keys "{first[:80]}" and "{key[:80]}" differ only in case: use only the first.',
+                f'The keys "{first[:80]}" and "{key[:80]}" {difference}: use only the first.',
                 code="invalid_json",
             )
 

@@ -4,10 +4,48 @@ Quotas do not depend on it: they match the name of a model that a client asks fo
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 OnDisconnect = Literal["drain", "stop"]
+# A model's name as the patterns of quotas match it: a text exactly as it is, or all spellings of a name that its
+# server takes in any case.
+MatchedName = str | tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Naming:
+    """Which names a server takes for one and the same model.
+
+    The defaults are what it adds to a name that lacks them:
+
+        any_case                                    GPT-4O is gpt-4o
+        default_tag ":latest"                       llama3 is llama3:latest
+        default_namespace "library/"                llama3 is library/llama3
+        default_host "registry.ollama.ai/"          mine/llama3 is registry.ollama.ai/mine/llama3
+    """
+
+    any_case: bool = False
+    default_tag: str = ""
+    default_namespace: str = ""
+    default_host: str = ""
+
+    def spellings(self, name: str) -> tuple[str, ...]:
+        """All names of this model in lower case, the shortest first; none if its name has no other spelling."""
+        if not self.any_case:
+            return ()
+        plain = name.casefold().removeprefix(self.default_host).removeprefix(self.default_namespace)
+        plain = plain.removesuffix(self.default_tag)
+        names = [plain]
+        if self.default_tag and ":" not in plain.rpartition("/")[2]:
+            names.append(plain + self.default_tag)
+        with_namespace = names
+        if self.default_namespace and "/" not in plain:
+            with_namespace = [self.default_namespace + each for each in names]
+            names = names + with_namespace
+        if self.default_host:
+            names = names + [self.default_host + each for each in with_namespace]
+        return tuple(names)
 
 
 class Secret:
@@ -53,8 +91,9 @@ class Upstream:
     """A server that calls are forwarded to.
 
     `base_url` includes `/v1` and does not end with a slash. `api_version` is Azure's, for calls that name none.
-    `kind` is plain text here: `config` checks that it names one of the kinds in `formats.kinds`. `extra_usage` are
-    the members of its usage that it writes in addition to the output.
+    `kind` is plain text here: `config` checks that it names one of the kinds in `formats.kinds`, and takes `naming`
+    from there. `extra_usage` are the members of its usage that it writes in addition to the output. `refuse` are
+    fields that no request for one of its models may use.
     """
 
     name: str
@@ -65,6 +104,8 @@ class Upstream:
     api_version: str | None = None
     allow: Allow = Allow()
     extra_usage: tuple[str, ...] = ()
+    refuse: frozenset[str] = frozenset()
+    naming: Naming = Naming()
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +119,7 @@ class Model:
     - `allow`: what its requests may use. None: what its upstream allows.
     - `others`: the same model at other upstreams. Calls are distributed over those that are available in proportion
       to `weight`. One with weight 0 gets a call only if no other takes it.
+    - `spellings`: all names of an unlisted model, if its server takes names in any case.
     """
 
     name: str
@@ -93,6 +135,12 @@ class Model:
     weight: int = 1
     others: tuple["Model", ...] = ()
     allow: Allow | None = None
+    spellings: tuple[str, ...] = ()
+
+    @property
+    def matched_name(self) -> MatchedName:
+        """Its name as quotas match it."""
+        return self.spellings or self.name
 
     @property
     def targets(self) -> tuple["Model", ...]:
@@ -129,11 +177,36 @@ class Catalog:
     def model(self, name: str) -> Model | None:
         """The model that a client means by `name`; None if the list is closed and does not contain it."""
         listed = (self.models or {}).get(name)
-        if listed is not None and name != "*":
+        if listed is not None and self.lists(name):
             return listed
         # A client may ask for a model that is called "*". It gets what any unlisted name gets, not the entry itself.
         anything = (self.models or {}).get("*")
         if anything is not None:
-            return anything.named(name)
+            return self._in_one_spelling(anything.named(name))
         upstream = self.default_upstream if self.models is None else None
-        return Model(name, upstream, name) if upstream else None
+        return self._in_one_spelling(Model(name, upstream, name)) if upstream else None
+
+    def lists(self, name: str) -> bool:
+        """Whether a model is listed by this very name."""
+        return name != "*" and name in (self.models or {})
+
+    def _in_one_spelling(self, model: Model) -> Model:
+        """An unlisted model by the name that all its spellings share: the listed model if that has the same name.
+
+        With `gpt-4o` listed at an upstream of Azure, an open list and a call for `GPT-4O`, it is the listed `gpt-4o`.
+        """
+        targets = model.targets
+        spellings = tuple(
+            dict.fromkeys(name for target in targets for name in target.upstream.naming.spellings(target.name))
+        )
+        if not spellings:
+            return model
+        upstreams = {target.upstream.name for target in targets}
+        for name, listed in (self.models or {}).items():
+            if name.casefold() in spellings and any(
+                target.upstream.name in upstreams and target.upstream_model.casefold() in spellings
+                for target in listed.targets
+            ):
+                return listed
+        first, *others = (replace(target, name=spellings[0], spellings=spellings, others=()) for target in targets)
+        return replace(first, others=tuple(others))

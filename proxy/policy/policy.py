@@ -10,7 +10,7 @@ from typing import Literal
 from zoneinfo import ZoneInfo
 
 from proxy.policy.amounts import Uses
-from proxy.policy.catalog import Catalog
+from proxy.policy.catalog import Catalog, MatchedName
 from proxy.policy.quota import ALL_MODELS, BoundQuotas, Combine, Globs, GroupQuotas, Quota
 
 EVERYONE = "everyone"
@@ -29,13 +29,13 @@ class Group:
     models: Globs | None = None
     unlimited: bool = False
 
-    def quotas_for(self, model: str) -> tuple[Quota, ...]:
+    def quotas_for(self, model: MatchedName) -> tuple[Quota, ...]:
         """Its quotas that match this model. If the group has a list of models, the model must be on that too."""
         if self.models is not None and not self.models.match(model):
             return ()
         return tuple(quota for quota in self.quotas if quota.models.match(model))
 
-    def is_unlimited_for(self, model: str) -> bool:
+    def is_unlimited_for(self, model: MatchedName) -> bool:
         """Whether it admits any number of calls to this model."""
         return self.unlimited and (self.models is None or self.models.match(model))
 
@@ -69,12 +69,12 @@ class Policy:
 
     # A cache that lives as long as the policy, so a reload cannot leave a stale result behind. It does not know the
     # names of users: if ann is in `staff` today and in `lab` tomorrow, another entry is found for her.
-    _bound: dict[tuple[tuple[str, ...], str, Uses], BoundQuotas | None] = field(
+    _bound: dict[tuple[tuple[str, ...], MatchedName, Uses], BoundQuotas | None] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
 
     def binding(
-        self, groups: tuple[str, ...], model: str, counted: Uses = Uses.INPUT_AND_OUTPUT
+        self, groups: tuple[str, ...], model: MatchedName, counted: Uses = Uses.INPUT_AND_OUTPUT
     ) -> BoundQuotas | None:
         """The quotas that bind on this model; None if there are none and `unmatched` is `refuse`.
 
@@ -89,15 +89,17 @@ class Policy:
             self._bound[key] = self._bind(*key)
         return self._bound[key]
 
-    def may_use(self, groups: tuple[str, ...], model: str) -> bool:
+    def may_use(self, groups: tuple[str, ...], model: MatchedName) -> bool:
         """Whether users may use this model: the union of the lists of their groups, or all models without a list."""
         lists = [group.models for group in self._groups_of(groups) if group.models is not None]
         return not lists or any(globs.match(model) for globs in lists)
 
     def serves(self, groups: tuple[str, ...], model: str, catalog: Catalog) -> bool:
         """Whether users can call this model: it exists, they may use it, and a binding covers it."""
-        is_known = catalog.model(model) is not None
-        return is_known and self.may_use(groups, model) and self.binding(groups, model) is not None
+        found = catalog.model(model)
+        if found is None or not self.may_use(groups, found.matched_name):
+            return False
+        return self.binding(groups, found.matched_name) is not None
 
     def all_quotas(self, groups: tuple[str, ...]) -> BoundQuotas:
         """Every quota that can bind on some model, for `/v1/quota`, which is asked without a model."""
@@ -122,7 +124,7 @@ class Policy:
         names = (EVERYONE, *(groups or (DEFAULT,)))
         return [self.groups[name] for name in names if name in self.groups]
 
-    def _bind(self, groups: tuple[str, ...], model: str, counted: Uses) -> BoundQuotas | None:
+    def _bind(self, groups: tuple[str, ...], model: MatchedName, counted: Uses) -> BoundQuotas | None:
         always = self._quotas(EVERYONE, model)
         own = [self.groups[name] for name in groups]
         # `default` is for models that the user's own groups do not cover. If `staff` only has a quota for "gpt-*",
@@ -150,7 +152,7 @@ class Policy:
             combine=self.combine,
         )
 
-    def _quotas(self, group: str, model: str) -> tuple[Quota, ...]:
+    def _quotas(self, group: str, model: MatchedName) -> tuple[Quota, ...]:
         return self.groups[group].quotas_for(model) if group in self.groups else ()
 
 
@@ -159,7 +161,7 @@ def enforced(quotas: tuple[Quota, ...]) -> tuple[Quota, ...]:
     return tuple(quota for quota in quotas if quota.enforce != "shadow")
 
 
-def _applies_to(group: Group, model: str, counted: Uses = Uses.INPUT_AND_OUTPUT) -> bool:
+def _applies_to(group: Group, model: MatchedName, counted: Uses = Uses.INPUT_AND_OUTPUT) -> bool:
     """Whether a group is unlimited for this model or has an enforced quota for it that counts some of `counted`.
 
     A group with nothing but quotas in shadow does not apply. It would have no quota that can refuse, so in

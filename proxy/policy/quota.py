@@ -11,6 +11,7 @@ from fnmatch import translate
 from typing import Literal
 
 from proxy.policy.amounts import NOTHING, TOKENS_MAX, Amount, Measure, Uses, call_amount
+from proxy.policy.catalog import MatchedName
 from proxy.policy.windows import Per, Window
 
 Enforce = Literal["exact", "after", "shadow"]
@@ -19,7 +20,7 @@ CounterKey = tuple[str, str]
 
 
 class Globs:
-    """Patterns for model names: `*`, `?` and `[…]`. They are case-sensitive and match the whole name."""
+    """Patterns for model names: `*`, `?` and `[…]`. They match the whole name, and are case-sensitive for a text."""
 
     __slots__ = ("_pattern", "texts")
 
@@ -27,9 +28,16 @@ class Globs:
         self.texts = tuple(texts)
         self._pattern = re.compile("|".join(translate(text) for text in self.texts))
 
-    def match(self, model: str) -> bool:
-        """Whether any of the patterns matches this model name; no patterns match none."""
-        return bool(self.texts) and self._pattern.match(model) is not None
+    def match(self, model: MatchedName) -> bool:
+        """Whether any of the patterns matches this model name; no patterns match none.
+
+        Of a model with several spellings one is enough, in any case: the pattern `GPT-4*` matches ("gpt-4o",).
+        """
+        if not self.texts:
+            return False
+        if isinstance(model, str):
+            return self._pattern.match(model) is not None
+        return any(re.match(self._pattern.pattern, spelling, re.IGNORECASE) for spelling in model)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Globs) and self.texts == other.texts

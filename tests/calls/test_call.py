@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from proxy.formats.request import forwarded_body, parse_request
 from proxy.identity.authentication import Caller, Snapshot
 from proxy.ledger.book import Accepted, Book
 from proxy.ledger.entry import CallLabels
+from proxy.policy.quota import Demand
 from proxy.web.response import WebResponder
 from tests.builders import NOON
 from tests.stage import STAFF, config_of
@@ -139,3 +141,61 @@ def test_an_answer_of_v1_messages_has_anthropic_s_limit_headers(tmp_path: Path) 
     headers = call.quota_headers(accepted.entry, accepted.counters, NOON, is_held=True)
     assert headers["anthropic-ratelimit-tokens-remaining"] == headers["x-ratelimit-remaining-tokens"] == "1000000"
     assert headers["request-id"] == "req_1"
+
+
+OPEN = STAFF.replace(
+    "models:\n", 'models:\n  "*": {upstream: simulated}\n  online: {upstream: simulated, model: "x:online"}\n'
+)
+
+
+@pytest.mark.parametrize("name", ["@preset/x", "fast@preset/x", "gpt-4o:online", "GPT-4o:Online", "a,b"])
+def test_an_unlisted_name_asks_for_nothing_that_is_refused_as_a_field(name: str, tmp_path: Path) -> None:
+    """The operator may list a model with any name at its upstream. Of a closed list nobody learns a name."""
+    with pytest.raises(InvalidRequest, match="list a model"):
+        _call(_snapshot(tmp_path, OPEN), name)
+    assert _call(_snapshot(tmp_path, OPEN), "online").model.upstream_model == "x:online"
+    assert _call(_snapshot(tmp_path, OPEN), "fast:free").model.name == "fast:free"
+    with pytest.raises(ModelNotFound):
+        _call(_snapshot(tmp_path), name)
+
+
+def test_fields_that_any_target_refuses_are_refused(tmp_path: Path) -> None:
+    """Which upstream gets the call is not known before it is sent. Other models may use the field."""
+    other = '}\n  other: {base_url: "http://127.0.0.1:1/v1", refuse: [provider, n]'
+    policy = OPEN.replace(
+        "  fast: {", "  both: {upstreams: [{upstream: simulated}, {upstream: other, weight: 0}]}\n  fast: {"
+    )
+    config = config_of(policy, folder=tmp_path, upstream="http://127.0.0.1:1/v1", more=other)
+    for field, value in (("provider", "{}"), ("Provider", "0"), ("n", "1"), ("PROVIDER", '""')):
+        used = b', "%s": %s' % (field.encode(), value.encode())
+        with pytest.raises(InvalidRequest, match="the operator of this proxy refuses it") as caught:
+            _call(Snapshot.of(config), "both", used)
+        assert (caught.value.param, caught.value.code) == (field, "unsupported_parameter")
+        _call(Snapshot.of(config), "fast", used)
+    _call(Snapshot.of(config), "both", b', "provider": null, "n": null, "providers": 1')
+
+
+@pytest.mark.parametrize("name", ["llama3", "LLAMA3", "llama3:latest", "library/Llama3"])
+def test_ollama_takes_a_name_in_any_spelling(name: str, tmp_path: Path) -> None:
+    """A quota on any of them binds, the record has the shortest, and the upstream gets what the client wrote."""
+    for pattern in ("llama3", "Llama3:latest", "LLAMA*"):
+        policy = OPEN.replace("daily: {", f"llama: {{models: ['{pattern}'], tokens: 5, per: day}}, daily: {{")
+        call = _call(_snapshot(tmp_path, policy, kind="ollama"), name)
+        assert "staff/llama" in [quota.id for quota in call.binding.quotas]
+        assert _labels(call).model == "llama3"
+        assert json.loads(call.body())["model"] == name
+        other = _call(_snapshot(tmp_path, policy, kind="vllm"), name)
+        assert ("staff/llama" in [quota.id for quota in other.binding.quotas]) == fnmatchcase(name, pattern)
+        assert _labels(other).model == name
+
+
+def test_a_listed_model_is_meant_by_its_other_spellings(tmp_path: Path) -> None:
+    """With its maximum and its label."""
+    policy = OPEN.replace("model: gpt-4o-mini, max", "max")
+    call = _call(_snapshot(tmp_path, policy, kind="azure"), "FAST")
+    assert (call.model.name, call.model.max_output_tokens, call.model_label) == ("fast", 100, "fast")
+    assert _call(_snapshot(tmp_path, policy, kind="openai"), "FAST").model_label == "other"
+
+
+def _labels(call: Call) -> CallLabels:
+    return call.reserve(Demand(1, 1, 1), owner="me").labels

@@ -1,5 +1,7 @@
 """What `check` prints for a valid policy: warnings that are never wrong, and a sentence for each group."""
 
+from textwrap import dedent
+
 import pytest
 
 from proxy.config.lint import sentences, warnings
@@ -259,7 +261,10 @@ def test_quotas_of_everyone_apply_to_members_of_unlimited_groups():
 def test_a_quota_beside_a_tighter_one(tight, loose, has_no_effect):
     """Only if each window of the one lies in a window of the other, and both count the same calls."""
     text = "6: staff/loose can never refuse a call: staff/tight is used up first"
-    found = warned(group(f"      tight: {{{tight}}}\n      loose: {{{loose}}}\n"))
+    found = warned(
+        group(f"      tight: {{{tight}}}\n      loose: {{{loose}}}\n")
+        + f"models: {{x: {{{KNOWN}}}, y: {{{KNOWN}}}}}\n"
+    )
     assert found == ([text] if has_no_effect else [])
 
 
@@ -308,8 +313,94 @@ def test_an_alias_that_a_quota_does_not_match(quotas, group_models, below, has_w
 def test_an_alias_of_a_model_that_is_not_listed():
     """With an open list, clients can also use the upstream's own name."""
     models = f"models: {{smart: {{model: gpt-4o, {KNOWN}}}, '*': {{}}}}\n"
-    assert warned(group(FRONTIER + DAILY) + models) == [f"5: staff/frontier: {ALIAS}"]
+    assert f"5: staff/frontier: {ALIAS}" in warned(group(FRONTIER + DAILY) + models)
     assert warned(group(FRONTIER + DAILY) + f"models: {{gpt-4o: {{{KNOWN}}}, smart: {{{KNOWN}}}}}\n") == []
+
+
+OPEN = (
+    "any model name is accepted, and a call by another name of these models is bound by less; list the models under "
+    'models (without "*"), or write the limit for all names'
+)
+
+
+@pytest.mark.parametrize(
+    ("named", "others", "below", "is_warned"),
+    [
+        # The same number for all names is as tight, whatever the window; a larger one in the same time is not.
+        ("tokens: 50k, per: 6h", "daily: {tokens: 200k, per: day}", "", True),
+        ("tokens: 50k, per: 6h", "daily: {tokens: 50k, per: day}", "", False),
+        ("tokens: 50k, per: 6h", "hourly: {tokens: 50k, per: hour}", "", True),
+        ("tokens: 1M, per: month", "daily: {tokens: 20k, per: day}", "", False),
+        ("tokens: 599k, per: month", "daily: {tokens: 20k, per: day}", "", True),
+        ("output_tokens: 50k, per: day", "daily: {tokens: 50k, per: day}", "", False),
+        ("tokens: 50k, per: day", "daily: {output_tokens: 50k, per: day}", "", True),
+        ("requests: 5, per: day", "daily: {tokens: 5, per: day}", "", True),
+        ("requests: 5, tokens: 50k, per: day", "a: {tokens: 5k, per: day}", "", True),
+        ("requests: 5, tokens: 50k, per: day", "a: {tokens: 5k, per: day}, b: {requests: 5, per: day}", "", False),
+        ("tokens: 50k, per: day, shared: true", "daily: {tokens: 50k, per: day}", "", True),
+        ("tokens: 50k, per: day", "daily: {tokens: 50k, per: day, shared: true}", "", False),
+        ("tokens: 50k, per: day", "daily: {tokens: 50k, per: day, enforce: after}", "", True),
+        ("tokens: 50k, per: day, enforce: after", "daily: {tokens: 50k, per: day, enforce: after}", "", False),
+        ("tokens: 50k, per: day", "daily: {tokens: 5k, per: day, enforce: shadow}", "", True),
+        ("tokens: 50k, per: day, enforce: shadow", "daily: {tokens: 500k, per: day}", "", False),
+        ("tokens: 0, per: day", "daily: {tokens: 5, per: day}", "", True),
+        # A name that no quota covers is refused, unless the file says otherwise.
+        ("tokens: 50k, per: 6h", "", "", False),
+        ("tokens: 50k, per: 6h", "", "unmatched: allow\n", True),
+        # An open list of models, and a closed one.
+        ("tokens: 50k, per: 6h", "daily: {tokens: 200k, per: day}", "models: {gpt-4o: {}, '*': {}}\n", True),
+        ("tokens: 50k, per: 6h", "daily: {tokens: 200k, per: day}", "models: {gpt-4o: {}, o3: {}}\n", False),
+    ],
+)
+@pytest.mark.parametrize("names", ["[gpt-4o]", "[gpt-4o, 'o*']", "['gpt-4o*']", "['gpt-[45]*', 'o?']"])
+@pytest.mark.parametrize("name", ["staff", "everyone", "default"])
+def test_a_quota_on_names_of_an_open_list(name, names, named, others, below, is_warned):
+    """The same model has other names (gpt-4o-2024-08-06, GPT-4O), which are bound only by what binds all names."""
+    users = "users: {alice: {groups: [staff]}}\n" if name == "staff" else "users: {alice: {}}\n"
+    rest = f", {others}" if others else ""
+    text = f"groups:\n  {name}:\n    quotas: {{frontier: {{models: {names}, {named}}}{rest}}}\n{users}{below}"
+    found = [warning for warning in warned(text) if "any model name" in warning]
+    assert found == ([f"4: {name}/frontier: {OPEN}"] if is_warned else [])
+
+
+@pytest.mark.parametrize(
+    ("more", "users", "below", "is_warned"),
+    [
+        ("", "alice: {groups: [staff]}", "", True),
+        ("", "", "", True),
+        # What another group admits in any case is not reached by a name.
+        ("  admins: {unlimited: true}\n", "alice: {groups: [staff, admins]}", "", False),
+        ("  admins: {unlimited: true}\n", "alice: {groups: [staff, admins]}, bob: {groups: [staff]}", "", True),
+        # Quotas of everyone bind all names.
+        ("  everyone: {quotas: {a: {tokens: 5k, per: day}}}\n", "alice: {groups: [staff]}", "", False),
+        ("  everyone: {quotas: {a: {tokens: 500k, per: day}}}\n", "alice: {groups: [staff]}", "", True),
+        # A list of the models that members may use.
+        ("  team: {models: [gpt-4o, o3]}\n", "alice: {groups: [staff, team]}", "", False),
+        ("  team: {models: ['gpt-4*']}\n", "alice: {groups: [staff, team]}", "", True),
+        ("  team: {models: ['gpt-4*']}\n", "alice: {groups: [staff, team]}, bob: {}", "", True),
+    ],
+)
+def test_a_quota_on_names_is_avoidable_only_by_names_that_its_members_may_use(more, users, below, is_warned):
+    """And only if they are bound by less then."""
+    quotas = "      frontier: {models: [gpt-4o], tokens: 50k, per: day}\n      daily: {tokens: 200k, per: day}\n"
+    found = [warning for warning in warned(group(quotas, more=more, users=users) + below) if "any model" in warning]
+    assert found == ([f"5: staff/frontier: {OPEN}"] if is_warned else [])
+
+
+def test_a_quota_is_not_avoidable_where_default_is_tighter():
+    """A name that the user's groups do not cover is bound by default."""
+    quotas = "      frontier: {models: [gpt-4o], tokens: 50k, per: day}\n"
+    for tokens, is_warned in (("20k", False), ("60k", True)):
+        more = f"  default: {{quotas: {{daily: {{tokens: {tokens}, per: day}}}}}}\n"
+        assert any("any model" in warning for warning in warned(group(quotas, more=more))) == is_warned
+
+
+def test_the_readme_has_no_warnings():
+    """Operators copy its example too."""
+    readme = (EXAMPLE.parent / "README.md").read_text(encoding="utf-8")
+    text = readme.split("    # quotas.yaml\n")[1].split("\n\n")[0]
+    environ = {"OPENAI_API_KEY": "sk-upstream", "ALICE_KEY": "a" * 24}
+    assert warnings(load_text(dedent(text), environ=environ)) == ()
 
 
 def test_an_alias_at_a_second_upstream():

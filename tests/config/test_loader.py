@@ -495,3 +495,32 @@ def test_any_text_raises_bad_config(text):
         load_text(f"{text}\ud800")
     with pytest.raises(BadConfig):
         load_text(text)
+
+
+def test_refuse_and_naming_of_an_upstream() -> None:
+    """The fields as they are written; which names are one model is known of its kind."""
+    text = (
+        "upstreams: {a: {base_url: http://a/v1, kind: azure, refuse: [provider, X-Y]}, b: {base_url: http://b/v1}}\n"
+    )
+    found = load_text(text + "default_upstream: a\n").catalog.upstreams
+    assert (found["a"].refuse, found["b"].refuse) == (frozenset(["provider", "X-Y"]), frozenset())
+    assert (found["a"].naming.any_case, found["b"].naming.any_case) == (True, False)
+
+
+@pytest.mark.parametrize(
+    ("field", "text"),
+    [
+        ("model", "every request has model, so no call could be made; remove it"),
+        ("Messages", "every request has Messages, so no call could be made; remove it"),
+        ("input", "every request has input, so no call could be made; remove it"),
+        ("provider.order", "this is not the name of a field; "),
+        ("provider[order]", "this is not the name of a field; "),
+        ("", "this is not the name of a field; "),
+        ("a b", "this is not the name of a field; "),
+    ],
+)
+def test_a_field_that_cannot_be_refused(field: str, text: str) -> None:
+    """It would refuse every call, or none: only fields at the top level have an effect."""
+    with pytest.raises(BadConfig) as caught:
+        load_text(f"upstreams: {{a: {{base_url: http://a/v1, refuse: ['{field}']}}}}\n")
+    assert f"upstreams.a.refuse[0]: {text}" in str(caught.value)

@@ -44,6 +44,8 @@ NO_MODEL = "this is not a valid model name; use 1 to 200 visible characters, no 
         (values.model_name, "meta-llama/Llama-3.3:70b", "meta-llama/Llama-3.3:70b"),
         (values.served_name, "gpt-4o", "gpt-4o"),
         (values.glob, "o[13]-*?", "o[13]-*?"),
+        (values.field_name, "provider", "provider"),
+        (values.field_name, "X-Provider_1", "X-Provider_1"),
         (values.one_line, " Ask #llm-help · ß \n", "Ask #llm-help · ß"),
         (values.one_line, "", ""),
         (values.count, 0, 0),

@@ -5,7 +5,7 @@ Threat T34 (20,000 of everything).
 
 import pytest
 
-from proxy.formats.body import RequestBody, content_parts
+from proxy.formats.body import RequestBody, content_objects, offered_tools
 from proxy.formats.content import read_prompt
 
 
@@ -21,21 +21,71 @@ def test_turns_are_walked_over_once():
     assert read_prompt(body, model="m", is_chat=True).texts == ("user", "a", "user", "c", "b", "x")
 
 
+def objects(**fields: object) -> list[object]:
+    """The objects in which content is looked for."""
+    return list(content_objects(RequestBody(fields)))
+
+
+PART = {"type": "file", "file": {"file_id": "f"}}
+SHAPES = [PART, [PART], [[PART]], {"a": PART}, {"a": [{"b": [PART]}]}]
+
+
+@pytest.mark.parametrize("part", SHAPES)
+@pytest.mark.parametrize("member", ["content", "output", "source", "CONTENT", "anything"])
 @pytest.mark.parametrize("field", ["messages", "input"])
-def test_the_parts_of_a_request_are_its_messages_and_their_parts(field: str):
-    """Parts of contents and of tool outputs, in a list or alone; a text is not a part."""
-    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
-    alone = {"type": "f"}
-    turns = [{"content": parts[:1]}, {"output": [*parts[1:], "c"]}, {"content": "d"}, "e", {"output": alone}]
-    assert content_parts(RequestBody({field: turns})) == [*[turn for turn in turns if turn != "e"], *parts, alone]
-    assert content_parts(RequestBody({field: alone})) == [alone]
-    assert content_parts(RequestBody({field: "x"})) == []
+def test_content_is_found_in_any_shape(field: str, member: str, part: object):
+    """In a list, in a list within a list, alone, below a member of any name."""
+    turn = {"role": "user", member: part}
+    for turns in ([turn], turn, [[turn]], [{"role": "user", "content": "plain"}, turn]):
+        assert PART in objects(**{field: turns})
+        assert PART["file"] in objects(**{field: turns})
+    assert {"role": "user", "content": "plain"} not in objects(messages=[{"role": "user", "content": "plain"}])
 
 
-def test_parts_within_parts_are_found():
-    """In the output of a tool, and in a document that is made of parts."""
-    text = {"type": "text", "text": "a"}
-    document = {"type": "document", "source": {"type": "content", "content": [text, "x"]}}
-    result = {"type": "tool_result", "content": [document, "x"]}
-    turn = {"role": "user", "content": [result]}
-    assert content_parts(RequestBody({"messages": [turn]})) == [turn, result, document, text]
+@pytest.mark.parametrize("field", ["system", "instructions", "prompt", "image", "images", "mask"])
+def test_content_is_found_in_other_fields(field: str):
+    """Blocks of a system prompt, parts of a prompt, and images."""
+    for shape in SHAPES:
+        assert PART in objects(**{field: shape})
+
+
+@pytest.mark.parametrize(
+    "member", "arguments input parameters input_schema tools annotations citations results outputs action".split()
+)
+def test_names_of_the_user_s_own_are_no_content(member: str):
+    """A function may have an argument `file_id`, and a citation repeats the id of a file that the upstream named."""
+    assert PART not in objects(messages=[{"role": "assistant", "content": [{"type": "x", member: [PART]}]}])
+
+
+def test_no_depth_overflows_the_stack():
+    """The walk is not recursive."""
+    deep: object = PART
+    for _ in range(100_000):
+        deep = [deep]
+    assert PART in objects(messages=[{"content": deep}])
+    while isinstance(deep, list):  # freed level by level; else the interpreter would do it recursively
+        (deep,) = deep
+
+
+@pytest.mark.parametrize(
+    ("tools", "found"),
+    [
+        (None, []),
+        (False, []),
+        ([], []),
+        ([PART], [PART]),
+        (PART, [PART]),
+        ({"name": "f"}, [{"name": "f"}]),
+        ({"a": PART}, [{"a": PART}, PART]),
+        ("web_search", ["web_search"]),
+        ([[PART]], [[PART]]),
+    ],
+)
+def test_tools_are_found_in_any_shape(tools: object, found: list):
+    """What is no list is checked as one tool; so is each value of a mapping of tools."""
+    assert offered_tools(RequestBody({"tools": tools})) == found
+    assert offered_tools(RequestBody({"input": [{"type": "additional_tools", "tools": tools}]})) == found
+    assert offered_tools(RequestBody({"input": {"type": "additional_tools", "tools": tools}})) == found
+    assert offered_tools(RequestBody({"messages": [{"role": "system", "tools": tools}]})) == found
+    group = {"type": "namespace", "tools": tools}
+    assert offered_tools(RequestBody({"tools": [group]})) == [group, *found]

@@ -232,6 +232,31 @@ def test_the_previous_response_is_part_of_the_input():
     assert with_previous(prompt, None) == replace(prompt, has_hidden_input=True)
 
 
+LINK = {"type": "video_url", "video_url": {"url": "https://a.example/v.mp4"}}
+
+
+@pytest.mark.parametrize(
+    "turns",
+    [
+        {"role": "user", "content": [LINK]},
+        [[{"role": "user", "content": [LINK]}]],
+        [{"role": "user", "content": LINK}],
+        [{"role": "user", "content": [[LINK]]}],
+        [{"role": "user", "Content": [LINK]}],
+        [{"role": "user", "content": [{"Type": "video_url", "Video_URL": LINK["video_url"]}]}],
+        [{"role": "user", "content": [{"type": "text", "text": "x", "Video_Url": LINK["video_url"]}]}],
+        [{"role": "user", "content": [{"type": "image_url", "image_url": [{"url": "https://a.example"}] * 9}]}],
+        [{"role": "user", "content": [{"type": "input_audio", "input_audio": [{"data": "x"}]}]}],
+        [{"role": "user", "content": [{"type": "document", "source": [{"type": "url", "url": "x"}]}]}],
+        [{"role": "user", "content": [{"type": "document", "Source": {"type": "url", "url": "x"}}]}],
+    ],
+)
+@pytest.mark.parametrize("field", ["messages", "input"])
+def test_no_shape_and_no_spelling_hides_input(field: str, turns: object):
+    """A link whose tokens nothing bounds is one in every shape that some server reads."""
+    assert read(**{field: turns}).has_hidden_input
+
+
 @pytest.mark.parametrize(
     "document",
     [
@@ -245,7 +270,7 @@ def test_the_previous_response_is_part_of_the_input():
                 {"type": "mcp_list_tools", "tools": [{}]},
             ]
         },
-        {"tools": "web_search"},
+        {"tools": {"type": "function"}},
         {"input": [{"content": "Hi"}, {"type": "reasoning", "summary": []}]},
         {"messages": [{"role": "assistant", "tool_calls": []}, {"role": "assistant", "refusal": "No."}]},
         {

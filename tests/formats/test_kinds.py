@@ -84,6 +84,16 @@ def test_the_option_for_running_usage_is_written_so_that_it_is_found_again(kind:
     assert of.asks_for_running_usage(without) == (of.running_usage is not None)
 
 
+def test_which_kinds_take_names_in_any_case() -> None:
+    """Azure's deployments, and Ollama's models, which also have a default tag, namespace and host."""
+    spellings = {name: kind.naming.spellings("Llama3") for name, kind in KINDS.items()}
+    assert spellings.pop("azure") == ("llama3",)
+    assert spellings.pop("ollama")[:3] == ("llama3", "llama3:latest", "library/llama3")
+    assert set(spellings.values()) == {()}
+    same = {kind_of("ollama").naming.spellings(name) for name in ("x", "X:LATEST", "registry.ollama.ai/library/x")}
+    assert len(same) == 1
+
+
 def test_the_beta_header_is_anthropic_s_alone() -> None:
     """Other kinds would be sent a header that they do not know."""
     assert [name for name, kind in KINDS.items() if kind.beta_header] == ["anthropic"]

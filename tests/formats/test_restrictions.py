@@ -21,7 +21,13 @@ from proxy.formats.endpoints import (
     Endpoint,
 )
 from proxy.formats.request import parse_form_request, parse_request
-from proxy.formats.restrictions import check_allowance, refused_fields
+from proxy.formats.restrictions import (
+    check_allowance,
+    check_model_name,
+    check_refused_fields,
+    refused_fields,
+    used_fields,
+)
 from proxy.formats.strict_json import DEPTH_MAX
 from proxy.policy.catalog import Allow
 from tests.formats.test_request import GENERATING, HUGE, form, parse
@@ -186,51 +192,126 @@ def test_no_depth_overflows_a_stack(opening: bytes, closing: bytes, levels: int)
 # ------------------------------------------------------------------------------------ fields that are always refused
 
 
-@pytest.mark.parametrize("endpoint", METERED, ids=ids)
-@pytest.mark.parametrize(
-    "name",
+# Fields that some server or gateway reads on one of its surfaces, and that are refused on all of ours.
+ROUTING = (
     "api_base api_key base_url custom_host extra_body extra_headers fallbacks context_window_fallbacks models preset "
-    "content_policy_fallbacks context_window_fallback_dict custom_llm_provider deployment_id model_list "
-    "user_config kv_transfer_params".split(),
+    "content_policy_fallbacks context_window_fallback_dict custom_llm_provider deployment_id model_list user_config "
+    "kv_transfer_params organization region_name tenant_id client_id client_secret litellm_credential_name headers "
+    "lora_path lora_request lora adapter_id bootstrap_host bootstrap_port bootstrap_room routed_dp_rank agent_id "
+    "aws_bedrock_runtime_endpoint aws_access_key_id aws_sts_endpoint azure_ad_token azure_username vertex_project "
+    "vertex_ai_location vertex_credentials watsonx_region_name s3_endpoint_url gcs_bucket_name route models "
+    "mock_testing_fallbacks fallback_models fastest_response compound_custom".split()
 )
+COSTS = (
+    "conversation mcp_servers request_id rid vector_store_ids deferred prompt_id data_sources plugins "
+    "enable_search connectors web_search search_options file_ids container conversation_id cached_content thread_id "
+    "session_params webhook svg draft_model safety_model inference_geo additional_drop_params "
+    "custom_logit_processor".split()
+)
+
+
+@pytest.mark.parametrize("endpoint", METERED, ids=ids)
+@pytest.mark.parametrize("name", ROUTING)
 def test_no_field_changes_where_a_call_goes(endpoint: Endpoint, name: str) -> None:
     """The upstream may be another gateway that reads them (T24, CVE-2024-6587)."""
-    for value in ("http://evil.example", {"a": "b"}, "", [], True):
+    for value in ("http://evil.example", {"a": "b"}, "", ["x"], {}, True, 1, 0):
+        error = refused(endpoint, **{name: value})
+        assert (error.param, error.code) == (name, "unsupported_parameter")
+
+
+@pytest.mark.parametrize("endpoint", METERED, ids=ids)
+@pytest.mark.parametrize("name", COSTS)
+def test_fields_that_cost_more_than_the_request_shows_are_refused_everywhere(endpoint: Endpoint, name: str) -> None:
+    """Stored history, searches and background jobs cost tokens that no quota would count (T20).
+
+    A gateway reads them on any surface, whichever vendor invented them.
+    """
+    for value in (True, "true", {"id": "x"}, ["x"], {}, ""):
         error = refused(endpoint, **{name: value})
         assert (error.param, error.code) == (name, "unsupported_parameter")
 
 
 @pytest.mark.parametrize(
-    ("endpoint", "name", "value"),
+    "name",
     [
-        (RESPONSES, "background", True),
-        (RESPONSES, "background", "true"),
-        (RESPONSES, "conversation", "conv_1"),
-        (RESPONSES, "conversation", {"id": "conv_1"}),
-        (RESPONSES, "prompt", {"id": "pmpt_1"}),
-        (CHAT, "data_sources", [{"type": "azure_search"}]),
-        (CHAT, "plugins", [{"id": "web"}]),
-        (CHAT, "search_parameters", {"mode": "on"}),
-        *((endpoint, "plugins", [{"id": "web"}]) for endpoint in (RESPONSES, COMPLETIONS, MESSAGES, EMBEDDINGS)),
-        (CHAT, "enable_search", True),
-        (RESPONSES, "request_id", "resp_of_somebody_else"),
-        (COMPACT, "request_id", "resp_of_somebody_else"),
+        "VERTEX_PROJECT",
+        "vertexProject",
+        "vertex-project",
+        "Aws_Region_Name",
+        "aws_a field with blanks\n",
+        "aws_" + "x" * 10_000,
+        "apiBase",
+        "mcpServers",
+        "vectorStoreIds",
+        "dataSources",
+        "conver\u017fation",
     ],
-    ids=ids,
 )
-def test_fields_that_cost_more_than_the_request_shows_are_refused(
-    endpoint: Endpoint, name: str, value: object
-) -> None:
-    """Stored history, searches and background jobs cost tokens that no quota would count (T20)."""
-    error = refused(endpoint, **{name: value})
-    assert (error.param, error.code) == (name, "unsupported_parameter")
+def test_a_refused_field_has_no_other_spelling(name: str) -> None:
+    """Go's decoder ignores case, and protobuf's JSON has each name in camel case (T27)."""
+    assert "can't be used" in refused(CHAT, **{name: "x"}).message
 
 
-def test_a_refused_field_may_be_null_or_false() -> None:
-    """SDKs send null and false for options that their user did not set."""
-    parse(RESPONSES, background=False, previous_response_id=None, conversation=None, prompt=None)
+@pytest.mark.parametrize("endpoint", METERED, ids=ids)
+def test_fields_with_another_meaning_are_refused_only_elsewhere(endpoint: Endpoint) -> None:
+    """`background` of an image, `previous_response_id` on /responses, and `prompt` where it is a text."""
+    if endpoint.name in ("images", "image_edits"):
+        parse(endpoint, prompt="x", background="transparent")
+    else:
+        assert refused(endpoint, background=True).param == "background"
+    if endpoint in OF_RESPONSES:
+        assert refused(endpoint, prompt="pmpt_1").param == "prompt"
+    else:
+        assert refused(endpoint, previous_response_id="resp_1").param == "previous_response_id"
+        parse(endpoint, prompt="a text")
+    for stored in ({"id": "pmpt_1"}, {"ID": "pmpt_1"}, [{"id": "pmpt_1"}], [[{"id": "pmpt_1"}]]):
+        assert refused(endpoint, prompt=stored).param == "prompt"
+
+
+def test_the_first_refused_field_of_a_body_is_named() -> None:
+    """The same one each time."""
+    assert refused(CHAT, mcp_servers=["x"], vertex_project="x", api_base="x").param == "mcp_servers"
+    assert refused(CHAT, api_base=None, vertex_project="x", mcp_servers=["x"]).param == "vertex_project"
+
+
+def test_a_prompt_of_completions_may_be_an_object_without_an_id() -> None:
+    """llama.cpp has prompts with images: the request shows all that the model reads."""
+    assert parse(COMPLETIONS, prompt={"prompt_string": "one"}).choices == 1
+
+
+@pytest.mark.parametrize("endpoint", METERED, ids=ids)
+def test_a_refused_field_may_be_null_false_or_an_empty_list(endpoint: Endpoint) -> None:
+    """SDKs send them for options that their user did not set."""
+    for name in refused_fields(endpoint):
+        for unused in (None, False, []):
+            assert parse(endpoint, **{name: unused}).document[name] == unused
+        for used in ({}, [{}], [None], ""):
+            assert refused(endpoint, **{name: used}).param == name if (name, used) != ("prompt", {}) else True
     assert parse(RESPONSES, previous_response_id="").previous_response_id is None
-    parse(CHAT, previous_response_id="mine", conversation="mine", background=True)  # unknown fields on chat
+
+
+@pytest.mark.parametrize("endpoint", METERED, ids=ids)
+def test_two_objects_are_no_use_of_their_field(endpoint: Endpoint) -> None:
+    """OpenAI's SDK sends the one for a prompt that is not set, and the other tells xAI not to search."""
+    parse(endpoint, prompt={})
+    parse(endpoint, search_parameters={"mode": "off"})
+    for searching in ({}, {"mode": "on"}, {"mode": "auto"}, {"Mode": "off"}, {"mode": "off", "MODE": "on"}, ["off"]):
+        assert refused(endpoint, search_parameters=searching).param == "search_parameters"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"vllm_xargs": {"kv_transfer_params": {"remote_host": "x"}}},
+        {"providerOptions": {"gateway": {"models": ["o3"]}}},
+        {"google": {"cached_content": "cachedContents/1"}},
+        {"google": [{"cachedContent": "cachedContents/1"}]},
+    ],
+)
+def test_options_that_are_passed_on_have_no_refused_members(options: dict) -> None:
+    """Gateways pass them on as a whole; their other members are the vendor's."""
+    assert refused(CHAT, **options).param == next(iter(options))
+    parse(CHAT, **{name: {"thinking_config": {"include_thoughts": True}} for name in options})
 
 
 @pytest.mark.parametrize("endpoint", [MESSAGES, COUNT_TOKENS], ids=ids)
@@ -251,7 +332,12 @@ def test_hidden_input_of_messages_is_refused(endpoint: Endpoint, fields: dict, p
 
 def test_a_custom_voice_is_refused() -> None:
     """It is stored in the account that all users share, and belongs to one of them."""
-    assert refused(SPEECH, input="x", voice={"id": "voice_1"}).param == "voice"
+    for voice in ({"id": "voice_1"}, [{"id": "voice_1"}], {}):
+        assert refused(SPEECH, input="x", voice=voice).param == "voice"
+        for name in ("voice", "Voice"):
+            assert refused(CHAT, audio={name: voice, "format": "wav"}).param == "audio.voice"
+            assert refused(CHAT, audio=[{name: voice}]).param == "audio.voice"
+    parse(CHAT, audio={"voice": "alloy", "format": "wav"})
     assert parse(SPEECH, input="x", voice="alloy").document["voice"] == "alloy"
 
 
@@ -271,8 +357,19 @@ def test_a_custom_voice_is_refused() -> None:
 )
 def test_references_to_stored_items_are_refused(item: object) -> None:
     """Their content is input that the body does not show. Their type may be absent."""
-    error = refused(RESPONSES, input=[{"role": "user", "content": "hi"}, item])
-    assert (error.param, error.code) == ("input", "unsupported_parameter")
+    for given_input in ([{"role": "user", "content": "hi"}, item], [[item]], item):
+        error = refused(RESPONSES, input=given_input)
+        assert (error.param, error.code) == ("input", "unsupported_parameter")
+
+
+@pytest.mark.parametrize("endpoint", [CHAT, RESPONSES, MESSAGES], ids=ids)
+@pytest.mark.parametrize("name", ["Type", "TYPE", "Tools", "tool\u017f"])
+def test_the_type_of_an_item_has_one_spelling(endpoint: Endpoint, name: str) -> None:
+    """A server in Go reads the last of them, so a message could be a reference or offer tools."""
+    item = {"type": "message", "role": "user", "content": [{"type": "text", "text": "hi"}], name: "item_reference"}
+    for field in ("messages", "input"):
+        for shape in ([item], item, [[item]]):
+            assert refused(endpoint, **{field: shape}).code == "invalid_json"
 
 
 def test_items_that_show_their_content_are_accepted() -> None:
@@ -285,7 +382,7 @@ def test_items_that_show_their_content_are_accepted() -> None:
         {"type": "image_generation_call", "id": "ig_1", "status": "completed", "result": "iVBORw0KGgo="},
         "no item",
     ]
-    for given_input in (items, "hi", None, 7, {"type": "item_reference"}):
+    for given_input in (items, "hi", None, 7, items[0], items[:2]):
         assert parse(RESPONSES, input=given_input).document["input"] == given_input
 
 
@@ -293,7 +390,6 @@ def test_items_that_show_their_content_are_accepted() -> None:
 def test_previous_response_id_must_be_a_string(endpoint: Endpoint) -> None:
     """It is looked up in the ledger, which knows the owner of the response."""
     assert parse(endpoint, previous_response_id="resp_1").previous_response_id == "resp_1"
-    assert parse(CHAT, previous_response_id="resp_1").previous_response_id is None
     for strange in (["resp_1"], {"id": "resp_1"}, 1, False):
         assert refused(endpoint, previous_response_id=strange).param == "previous_response_id"
 
@@ -305,14 +401,39 @@ def test_previous_response_id_must_be_a_string(endpoint: Endpoint) -> None:
         {"type": "file", "file": {"file_id": "file_1"}},
         {"type": "image_url", "image_url": {"file_id": "file_1"}},
         {"type": "input_file", "file_id": None, "File_ID": "file_1"},
+        {"type": "file", "FILE": {"file_id": "file_1"}},
+        {"type": "file", "file": {"FILE_ID": "file_1"}},
+        {"type": "file", "File": {"fileId": "file_1"}},
+        {"type": "file", "file": [{"file_id": "file_1"}]},
+        {"type": "video_url", "video_url": {"file_id": "file_1"}},
+        {"type": "image", "SOURCE": {"type": "file", "file_id": "file_1"}},
+        {"type": "image", "source": [{"type": "file", "file_id": "file_1"}]},
+        {"type": "image_url", "IMAGE_URL": {"file_id": "file_1"}},
+        {"type": "tool_result", "Content": {"source": {"file_id": "file_1"}}},
+        {"attachments": [{"file_id": "file_1"}]},
+        [{"type": "input_file", "file_id": "file_1"}],
     ],
 )
 @pytest.mark.parametrize(("endpoint", "field"), [(CHAT, "messages"), (RESPONSES, "input")])
-def test_stored_files_are_refused(part: dict, endpoint: Endpoint, field: str) -> None:
-    """Their tokens are not in the request, and they may be another user's."""
-    body = json.dumps({"model": "m", field: [{"role": "user", "content": [part]}]}).encode()
-    with pytest.raises(InvalidRequest, match="file_id"):
-        parse_request(endpoint, body)
+def test_stored_files_are_refused(part: object, endpoint: Endpoint, field: str) -> None:
+    """Their tokens are not in the request, and they may be another user's. No shape and no spelling hides them."""
+    for member in ("content", "Content"):
+        for content in ([part], part):
+            turn = {"role": "user", member: content}
+            for turns in ([turn], turn, [[turn]]):
+                assert refused(endpoint, **{field: turns}).param == "file_id"
+
+
+def test_files_of_the_user_s_own_functions_are_no_stored_files() -> None:
+    """An argument of a function may have any name, and so may a property in its schema. Citations are repeated."""
+    call = {"type": "tool_use", "id": "t", "name": "f", "input": {"file_id": "mine"}}
+    cited = {"type": "output_text", "text": "x", "annotations": [{"type": "file_citation", "file_id": "file_1"}]}
+    parse(MESSAGES, messages=[{"role": "assistant", "content": [call]}])
+    parse(RESPONSES, input=[{"type": "message", "role": "assistant", "content": [cited]}])
+    schema = {"type": "object", "properties": {"file_id": {"type": "string"}}}
+    parse(RESPONSES, input=[{"type": "additional_tools", "tools": [{"type": "function", "parameters": schema}]}])
+    parse(CHAT, messages=[{"role": "user", "content": [{"type": "text", "text": "x", "file_id": None}]}])
+    parse(CHAT, metadata={"file_id": "mine"}, tools=[{"type": "function", "function": {"parameters": schema}}])
 
 
 @pytest.mark.parametrize(
@@ -437,6 +558,11 @@ def test_stream_options_are_not_checked_on_responses() -> None:
         (("model=m", "n=1000000000000"), ("image",), "n"),
         (("model=m", "svg[model]=big"), ("image",), "svg"),
         (("model=m", "api_base=http://evil.example"), ("image",), "api_base"),
+        (("model=m", "API_Base=http://evil.example"), ("image",), "api_base"),
+        (("model=m", "vertex_project=x"), ("file",), "vertex_project"),
+        (("model=m", " mcp_servers[][url]=x"), ("file",), "mcp_servers"),
+        (("model=m",), ("api_base",), "api_base"),
+        (("model=m", "images[][fileId]=file_1"), ("image",), "images[][fileId]"),
         (("model=m", "images[][file_id]=file_1"), ("image",), "images[][file_id]"),
         (("model=m", "mask[FILE_ID]=file_1"), ("image",), "mask[FILE_ID]"),
     ],
@@ -481,17 +607,38 @@ def test_tools_that_run_at_the_upstream_are_refused(endpoint: Endpoint, tool: ob
     assert not_allowed(endpoint, input=[{"type": "tool_search_output", "tools": within}]).param == "tools"
 
 
+@pytest.mark.parametrize("endpoint", [CHAT, *OF_RESPONSES, MESSAGES], ids=ids)
+@pytest.mark.parametrize(
+    "tools",
+    [
+        {"type": "web_search"},
+        {"a": {"type": "web_search"}},
+        [[{"type": "web_search"}]],
+        "web_search",
+        {"type": "namespace", "tools": {"type": "web_search"}},
+        {"type": "namespace", "tools": "web_search"},
+    ],
+)
+def test_a_tool_needs_permission_in_any_shape(endpoint: Endpoint, tools: object) -> None:
+    """PHP reads a mapping as a list, and lenient servers take a single tool for a list of one."""
+    assert not_allowed(endpoint, tools=tools).param == "tools"
+    assert not_allowed(endpoint, input={"type": "additional_tools", "tools": tools}).param == "tools"
+    assert not_allowed(endpoint, input=[[{"type": "additional_tools", "tools": tools}]]).param == "tools"
+    assert not_allowed(endpoint, messages=[{"role": "system", "content": "x", "tools": tools}]).param == "tools"
+
+
 def test_tools_that_the_client_runs_are_allowed() -> None:
     """Functions, custom tools, groups of them (Codex sends such) and a search that the client makes among them.
 
-    The request shows all that the model reads of them. `tools` that is not a list is for the upstream to refuse.
+    The request shows all that the model reads of them. A tool that is not in a list is checked like one that is.
     """
     schema = {"type": "object", "properties": {"file_id": {"type": "string"}, "container": {"type": "string"}}}
     check(RESPONSES, tools=[{"type": "function", "name": "f", "parameters": schema}, {"type": "custom", "name": "c"}])
     group = {"type": "namespace", "name": "n", "tools": [{"type": "function", "name": "f", "parameters": schema}]}
     check(RESPONSES, tools=[group, {"type": "tool_search", "execution": "client", "parameters": schema}])
     check(RESPONSES, input=[{"type": "additional_tools", "tools": [group, {"type": "namespace", "tools": [group]}]}])
-    check(RESPONSES, tools={"type": "web_search"})
+    check(RESPONSES, tools={"type": "function", "name": "f", "parameters": schema})
+    check(RESPONSES, tools={"type": "namespace", "name": "n", "tools": {"type": "function", "name": "f"}})
     check(RESPONSES, input=[{"type": "additional_tools", "tools": [{"type": "function", "name": "f"}]}])
     check(
         RESPONSES, input=[{"type": "mcp_list_tools", "tools": [{"name": "f"}]}]
@@ -550,6 +697,11 @@ def test_a_tool_is_allowed_by_its_exact_type() -> None:
         {"type": "shell", "environment": {"type": "container_reference", "container_id": "cntr_1"}},
         {"type": "shell", "environment": {"skills": [{"type": "skill_reference", "skill_id": "skill_1"}]}},
         {"type": "image_generation", "input_image_mask": {"file_id": "file_1"}},
+        {"type": "file_search", "Vector_Store_IDs": ["vs_1"]},
+        {"type": "file_search", "vectorStoreIds": ["vs_1"]},
+        {"type": "document_library", "library_ids": ["lib_1"]},
+        {"type": "code_interpreter", "CONTAINER": "cntr_1"},
+        {"type": "code_interpreter", "container": ["cntr_1"]},
     ],
 )
 def test_an_allowed_tool_reaches_nothing_that_is_stored(tool: dict) -> None:
@@ -570,7 +722,7 @@ def test_web_search_options_need_the_permission_for_web_search() -> None:
     assert (error.param, "tools: [web_search]" in error.message) == ("web_search_options", True)
     check(CHAT, Allow(frozenset(["web_search"])), web_search_options={})
     assert not_allowed(COMPLETIONS, web_search_options={}).param == "web_search_options"
-    for unused in (None, False):
+    for unused in (None, False, []):
         check(CHAT, web_search_options=unused)
 
 
@@ -591,8 +743,54 @@ def test_a_service_tier_other_than_the_usual_needs_permission(endpoint: Endpoint
 @pytest.mark.parametrize("endpoint", [CHAT, RESPONSES], ids=ids)
 def test_store_is_refused_if_the_operator_forbids_it(endpoint: Endpoint) -> None:
     """The upstream would keep the answer for a month, in an account that all users share."""
-    for unused in (None, False):
+    for unused in (None, False, []):
         check(endpoint, Allow(store=False), store=unused)
     for used in (True, "true", 1):
         assert '"allow: {store: true}"' in not_allowed(endpoint, Allow(store=False), store=used).message
         check(endpoint, store=used)
+
+
+# --------------------------------------------------------------------------------------- what the operator refuses
+
+
+@pytest.mark.parametrize("name", ["provider", "Provider", "PROVIDER", "pro-vider", "provider[order][]"])
+def test_fields_that_the_operator_refuses(name: str) -> None:
+    """In every spelling, and also in forms. Null, false and an empty list are no use of a field."""
+    with pytest.raises(InvalidRequest) as caught:
+        check_refused_fields([name], ["provider"], model="m")
+    assert (caught.value.param, caught.value.code) == (name, "unsupported_parameter")
+    assert "operator" in caught.value.message
+    check_refused_fields([name, "other"], [], model="m")
+    check_refused_fields(["other", "providers"], ["provider"], model="m")
+
+
+def test_the_fields_that_a_request_uses() -> None:
+    """0 and "" are values."""
+    request = parse(CHAT, a=None, b=False, c=[], d={}, e=0, f="", g=True)
+    assert used_fields(request.body) == ["model", "d", "e", "f", "g"]
+
+
+# ----------------------------------------------------------------------------------------- names of unlisted models
+
+
+@pytest.mark.parametrize(
+    "name",
+    "@preset/x openai/gpt-4o@preset/x @PRESET/x gpt-4o:online gpt-4o:ONLINE gpt-4o:free:online gpt-4o:online:free "
+    "openrouter/auto OpenRouter/Auto openrouter/auto:nitro gpt-4o,o3 model#deployment http://evil.example/m".split(),
+)
+def test_a_name_asks_for_nothing_that_is_refused_as_a_field(name: str) -> None:
+    """Presets, searches, other models, deployments and addresses."""
+    with pytest.raises(InvalidRequest) as caught:
+        check_model_name(name)
+    assert (caught.value.param, caught.value.code) == ("model", "unsupported_parameter")
+    assert "list a model" in caught.value.message
+
+
+@pytest.mark.parametrize(
+    "name",
+    "gpt-4o gpt-4o-2024-08-06 ft:gpt-4o:acme::x openai/gpt-4o:free llama3:latest @cf/meta/llama-3 sonar-small-online "
+    "hf.co/a/b:Q4_K_M openai/gpt-4o:nitro onlinemodel:onlinex x@presets claude-3-5-sonnet@20240620".split(),
+)
+def test_other_names_are_names(name: str) -> None:
+    """Tags, snapshots, variants and namespaces."""
+    check_model_name(name)

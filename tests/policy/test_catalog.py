@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from proxy.policy.catalog import Allow, Catalog, Model, Secret, Upstream
+from proxy.policy.catalog import Allow, Catalog, Model, Naming, Secret, Upstream
 
 OPENAI = Upstream("openai", "https://api.openai.example/v1", Secret("sk-upstream"))
 LOCAL = Upstream("local", "http://localhost:8000/v1", None, kind="vllm", on_disconnect="stop")
@@ -66,6 +66,82 @@ def test_a_model_is_served_at_all_its_upstreams():
 def test_a_listed_model_keeps_its_maximum_and_context():
     """They bound what calls hold."""
     assert Catalog({}, {"fast": FAST}).model("fast") is FAST
+
+
+AZURE = Upstream("azure", "https://x.example", None, kind="azure", naming=Naming(any_case=True))
+OLLAMA = Upstream(
+    "ollama",
+    "http://box:11434/v1",
+    None,
+    kind="ollama",
+    naming=Naming(any_case=True, default_tag=":latest", default_namespace="library/", default_host="hub.example/"),
+)
+LLAMA = ("llama3", "llama3:latest", "library/llama3", "library/llama3:latest")
+
+
+@pytest.mark.parametrize(
+    ("upstream", "name", "spellings"),
+    [
+        (OPENAI, "GPT-4O", ()),
+        (AZURE, "GPT-4O", ("gpt-4o",)),
+        (AZURE, "gpt-4o:latest", ("gpt-4o:latest",)),
+        *(
+            (OLLAMA, name, (*LLAMA, "hub.example/library/llama3", "hub.example/library/llama3:latest"))
+            for name in (*LLAMA, "LLAMA3", "Llama3:Latest", "hub.example/library/Llama3")
+        ),
+        (
+            OLLAMA,
+            "Llama3:70B",
+            ("llama3:70b", "library/llama3:70b", "hub.example/library/llama3:70b"),
+        ),
+        (OLLAMA, "me/x", ("me/x", "me/x:latest", "hub.example/me/x", "hub.example/me/x:latest")),
+        (
+            OLLAMA,
+            "host:50/me/x",
+            ("host:50/me/x", "host:50/me/x:latest", "hub.example/host:50/me/x", "hub.example/host:50/me/x:latest"),
+        ),
+    ],
+)
+def test_all_spellings_of_a_name_are_one_model(upstream: Upstream, name: str, spellings: tuple[str, ...]) -> None:
+    """Quotas match any of them, records have the shortest, and the upstream gets what the client wrote."""
+    for catalog in (Catalog({}, None, upstream), Catalog({}, {"*": Model("*", upstream, "*")})):
+        found = catalog.model(name)
+        assert found is not None
+        assert found.spellings == spellings
+        assert found.matched_name == (spellings or name)
+        assert found.name == (spellings[0] if spellings else name)
+        assert found.upstream_model == name
+
+
+def test_a_listed_model_is_found_by_its_other_spellings_if_the_list_is_open() -> None:
+    """With the upstream to which the unlisted name would go. A closed list has its names as they are written."""
+    listed = Model("gpt-4o", AZURE, "GPT-4o", max_output_tokens=5)
+    open_list = {"gpt-4o": listed, "*": Model("*", AZURE, "*")}
+    assert Catalog({}, open_list).model("GPT-4O") is listed
+    assert Catalog({}, {"gpt-4o": listed}).model("GPT-4O") is None
+    elsewhere = replace(listed, upstream=OPENAI)
+    alias = replace(listed, upstream_model="o3")
+    for other in (elsewhere, alias):
+        found = Catalog({}, {**open_list, "gpt-4o": other}).model("GPT-4O")
+        assert (found.name, found.spellings, found.upstream) == ("gpt-4o", ("gpt-4o",), AZURE)
+
+
+def test_an_unlisted_name_has_the_same_spellings_at_all_its_upstreams() -> None:
+    """A call may go to any of them."""
+    anything = replace(Model("*", OPENAI, "*"), others=(Model("*", AZURE, "*", weight=0),))
+    found = Catalog({}, {"*": anything}).model("GPT-4O")
+    assert found is not None
+    assert [(each.name, each.upstream_model, each.spellings, each.weight) for each in found.targets] == [
+        ("gpt-4o", "GPT-4O", ("gpt-4o",), 1),
+        ("gpt-4o", "GPT-4O", ("gpt-4o",), 0),
+    ]
+
+
+def test_which_names_are_listed() -> None:
+    """ "*" is no name."""
+    catalog = Catalog({}, {"fast": FAST, "*": ANYTHING})
+    assert [catalog.lists(name) for name in ("fast", "FAST", "*", "qwen")] == [True, False, False, False]
+    assert not Catalog({}, None, OPENAI).lists("fast")
 
 
 def test_allow_of_a_model_replaces_that_of_its_upstream() -> None:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from proxy.policy.admission import Admitted, decide
 from proxy.policy.amounts import Uses
-from proxy.policy.catalog import Catalog, Model, Upstream
+from proxy.policy.catalog import Catalog, Model, Naming, Upstream
 from proxy.policy.policy import _BINDINGS_MAX, Group, Policy
 from proxy.policy.quota import BoundQuotas, Globs, GroupQuotas
 from tests.builders import NOON, call, group, policy, quota
@@ -596,3 +596,17 @@ def test_a_model_is_served_if_it_exists_is_allowed_and_is_covered(model, served)
     staff = Group("staff", (quota("staff/daily", tokens=10, models=["fast", "slow"]),), Globs(["fast", "uncovered"]))
     models = {name: Model(name, up, name) for name in ("fast", "slow", "uncovered")}
     assert policy(staff).serves(("staff",), model, Catalog({"up": up}, models)) is served
+
+
+def test_quotas_and_lists_match_all_spellings_of_a_name() -> None:
+    """At a server that ignores case, `GPT-4O` is `gpt-4o`. The catalog says which names are one model."""
+    azure = Upstream("azure", "http://azure/v1", None, naming=Naming(any_case=True))
+    staff = Group("staff", (DAILY, FRONTIER), Globs(["gpt-4o"]))
+    rules, catalog = policy(staff), Catalog({}, None, azure)
+    for name, quotas in (("GPT-4O", [DAILY.id, FRONTIER.id]), ("gpt-4o", [DAILY.id, FRONTIER.id])):
+        model = catalog.model(name)
+        assert model is not None
+        assert summary(rules.binding(("staff",), model.matched_name)) == ([], {"staff": quotas}, [])
+        assert rules.serves(("staff",), name, catalog)
+    assert not rules.serves(("staff",), "O3", catalog)
+    assert not rules.serves(("staff",), "GPT-4O", Catalog({}, None, Upstream("openai", "http://openai/v1", None)))

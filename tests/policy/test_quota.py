@@ -60,6 +60,23 @@ def test_globs_match_whole_names(texts, model, is_match):
     assert Globs(texts).match(model) is is_match
 
 
+@pytest.mark.parametrize(
+    ("texts", "spellings", "is_match"),
+    [
+        (["gpt-4o"], ("gpt-4o",), True),
+        (["GPT-4*"], ("gpt-4o",), True),
+        (["[A-H]pt*"], ("gpt-4o",), True),
+        (["Llama3:Latest"], ("llama3", "llama3:latest"), True),
+        (["llama3"], ("llama3", "llama3:latest"), True),
+        (["llama2"], ("llama3", "llama3:latest"), False),
+        ([], ("llama3",), False),
+    ],
+)
+def test_a_name_with_several_spellings_is_matched_in_any_case(texts, spellings, is_match):
+    """Its server ignores case, so one spelling that matches is enough."""
+    assert Globs(texts).match(spellings) is is_match
+
+
 def test_globs_are_values():
     """Two policies from the same text are equal, so a reload can tell that nothing has changed."""
     assert Globs(["a", "b*"]) == Globs(["a", "b*"]) != Globs(["a"])
