@@ -10,7 +10,7 @@ Sunday at 21:00, 50k may be used before a 7d window ends at midnight and 10k aft
 
 from collections.abc import Iterator
 from ipaddress import ip_address
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 from proxy.config.document import Diagnostic, Finding, KeyPath
 from proxy.config.loader import Config, FileUser
@@ -54,7 +54,8 @@ def warnings(config: Config) -> tuple[Diagnostic, ...]:
         *_link_local_upstreams(config.catalog),
         *_secrets_in_plain_text(config),
     ]
-    return tuple(sorted(config.document.locate(finding) for finding in findings))
+    located = (config.document.locate(finding) for finding in findings)
+    return tuple(sorted([*config.document.warnings, *located]))
 
 
 def sentences(config: Config) -> tuple[str, ...]:
@@ -348,7 +349,8 @@ def _is_plain_secret(path: KeyPath, value: object) -> bool:
         case ("upstreams", _, "api_key"):
             return True
         case ("database",):
-            return urlsplit(str(value)).password is not None
+            url = urlsplit(str(value))
+            return url.password is not None or "password" in dict(parse_qsl(url.query))
     return False
 
 
