@@ -38,7 +38,7 @@ from proxy.calls.relay import Relay
 from proxy.calls.stored_responses import StoredResponses
 from proxy.calls.tokenizer import Tokenizers
 from proxy.config.loader import Address, Config
-from proxy.config.reload import Fingerprint, Policies
+from proxy.config.reload import Changes, Policies
 from proxy.identity.authentication import Snapshot
 from proxy.ledger.ledger import LEASE_MS, Ledger
 from proxy.ledger.queue import AdmissionQueue
@@ -117,8 +117,8 @@ class InheritedResources:
 class Server:
     """One proxy process. `api` and `admin` are the addresses of its listeners once it has started.
 
-    `load` loads the config again and raises BadConfig if it is invalid; `fingerprint` returns numbers that differ
-    after the file has changed. `now` returns the time in milliseconds since the epoch, `draw` a random integer.
+    `load` loads the config again and raises BadConfig if it is invalid; `changes` returns the files that have changed
+    since. `now` returns the time in milliseconds since the epoch, `draw` a random integer.
     """
 
     def __init__(  # noqa: PLR0913 - see EXEMPT in tests/test_house.py
@@ -127,7 +127,7 @@ class Server:
         *,
         load: Callable[[], Config],
         tokenizers: Tokenizers,
-        fingerprint: Callable[[], Fingerprint] = lambda: None,
+        changes: Callable[[], Changes] = dict,
         now: Callable[[], int] = wall_clock_ms,
         disconnects: Disconnects | None = None,
         inherited: InheritedResources | None = None,
@@ -141,7 +141,7 @@ class Server:
             config,
             load=self._load_with_tokenizers,
             build=Snapshot.of,
-            fingerprint=fingerprint,
+            changes=changes,
             metrics=self.metrics,
             now=now,
         )
@@ -320,15 +320,6 @@ def store_of(database: str, lock: int | None = None) -> Store:
 def sqlite_path(database: str) -> Path:
     """The path in a URL of the form `sqlite:///…`."""
     return Path(database.removeprefix("sqlite:///"))
-
-
-def fingerprint_of(path: str) -> Fingerprint:
-    """The inode, modification time and size of a file; None if there is no file."""
-    try:
-        found = Path(path).stat()
-    except OSError:
-        return None
-    return (found.st_ino, found.st_mtime_ns, found.st_size)
 
 
 async def repeat(job: Callable[[], Awaitable[object]], *, every_s: float) -> None:
