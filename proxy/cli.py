@@ -77,8 +77,13 @@ def main(verbose: bool) -> None:
     hidden=True,
     help="Be a worker of the parent that has the other end of this socket. Only the parent gives this option.",
 )
+@click.option(
+    "--new-database", is_flag=True, help="Make the SQLite database anew if it is gone: all quotas are unused."
+)
 @click.option("--lease", "lease_s", type=click.FloatRange(0.1), hidden=True, help="Seconds. For `torture`.")
-def serve_command(count: int, control_number: int | None, path: str, lease_s: float | None, **listeners: Any) -> None:
+def serve_command(
+    count: int, control_number: int | None, path: str, new_database: bool, lease_s: float | None, **listeners: Any
+) -> None:
     """Serve until stopped. The policy is reloaded when the file changes, or on SIGHUP.
 
     With several workers, SIGUSR2 replaces them with new ones that run the program as it is then. No call is lost.
@@ -86,6 +91,7 @@ def serve_command(count: int, control_number: int | None, path: str, lease_s: fl
     control = _control_socket(control_number)
     file = ConfigFile(path, os.environ)
     config = _with_listeners(_load(file), **listeners)
+    config = replace(config, settings=replace(config.settings, may_be_new_database=new_database))
     if lease_s is not None:
         config = replace(config, settings=replace(config.settings, lease_ms=round(1000 * lease_s)))
     if control is not None or count == 1:
@@ -129,7 +135,7 @@ def schema_command() -> None:
 @main.command("migrate")
 @_config_option
 def migrate_command(path: str) -> None:
-    """Migrate the database to this release's schema."""
+    """Migrate the database to this release's schema. One that is gone is made anew, with all quotas unused."""
     _run(_migrate(_load(ConfigFile(path, os.environ))))
     click.echo("The database has this release's schema.")
 
@@ -150,7 +156,7 @@ def hash_command(key: str | None) -> None:
 
 
 async def _migrate(config: Config) -> None:
-    store = store_of(config.settings.database)
+    store = store_of(config.settings.database, may_be_new=True)
     try:
         await store.open()
     finally:

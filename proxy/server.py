@@ -145,7 +145,9 @@ class Server:
             metrics=self.metrics,
             now=now,
         )
-        store = store_of(self._inherited.database, self._inherited.lock)
+        store = store_of(
+            self._inherited.database, self._inherited.lock, may_be_new=config.settings.may_be_new_database
+        )
         self.rollup = Rollup(store, now=now, keep=lambda: self.policies.current.policy.keep)
         self.ledger = Ledger(
             store,
@@ -300,13 +302,15 @@ def _raise_file_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def store_of(database: str, lock: int | None = None) -> Store:
+def store_of(database: str, lock: int | None = None, *, may_be_new: bool = False) -> Store:
     """The store for a database URL. `lock` is the inherited descriptor of the lock on a SQLite file.
+
+    `may_be_new` allows a SQLite file to be made anew where there was one.
 
     Raises StoreUnavailable if the driver for PostgreSQL is not installed.
     """
     if database.startswith("sqlite:"):
-        return SqliteStore(sqlite_path(database), lock=lock)
+        return SqliteStore(sqlite_path(database), lock=lock, may_be_new=may_be_new)
     try:
         # Imported here, because its driver is an extra and takes 10 MB of memory that SQLite does not need.
         from proxy.ledger.postgres import PostgresStore

@@ -31,7 +31,7 @@ from dataclasses import dataclass, replace
 
 import structlog
 
-from proxy.config.loader import Address, BadConfig, Config
+from proxy.config.loader import Address, BadConfig, Config, Settings
 from proxy.ledger.ledger import Ledger
 from proxy.ledger.sqlite import SqliteStore
 from proxy.metrics import remove_gauges
@@ -225,7 +225,7 @@ class Parent:
         self._handle_signals()
         with tempfile.TemporaryDirectory(prefix="llm-quota-proxy-") as folder:
             try:
-                lock = await _prepare_database(self._inherited.database)
+                lock = await _prepare_database(self._config.settings)
                 self._inherited = replace(self._inherited, lock=lock, metrics=folder)
                 self._bind()
                 self._jobs.start("start", self._start_first_workers(on_started))
@@ -423,13 +423,13 @@ class Parent:
             log.info("new workers serve, the old ones leave", new=len(new), old=len(old))
 
 
-async def _prepare_database(database: str) -> int | None:
+async def _prepare_database(settings: Settings) -> int | None:
     """Migrate the database and charge the calls that were left open. Returns the lock on a SQLite file, else None.
 
     The parent does that before it starts workers. Otherwise all workers would migrate at once, and another process
     could take the file between the end of one worker and the start of the next.
     """
-    store = store_of(database)
+    store = store_of(settings.database, may_be_new=settings.may_be_new_database)
     ledger = Ledger(store, owner=f"proxy-{secrets.token_hex(8)}", now=wall_clock_ms)
     try:
         await ledger.start()

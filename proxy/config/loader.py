@@ -74,7 +74,8 @@ class ConnectionLimits:
 class Settings:
     """What takes effect only at a restart. `admin` is None if that listener is off; `cors` has origins, or "*".
 
-    `lease_ms` is not in the file: the hidden option `--lease` of `serve` sets it. None means the ledger's default.
+    Two are not in the file. The hidden option `--lease` of `serve` sets `lease_ms`; None means the ledger's default.
+    Its option `--new-database` sets `may_be_new_database`: a database that is gone is made anew.
     """
 
     api: Address
@@ -83,6 +84,7 @@ class Settings:
     cors: tuple[str, ...] = ()
     connection_limits: ConnectionLimits = ConnectionLimits()
     lease_ms: int | None = None
+    may_be_new_database: bool = False
 
 
 @dataclass(frozen=True, slots=True)
