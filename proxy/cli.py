@@ -8,7 +8,7 @@ import logging
 import os
 import sys
 from collections.abc import Coroutine
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from typing import Any, NoReturn
 
@@ -165,7 +165,7 @@ async def _migrate(config: Config) -> None:
 
 async def _serve(config: Config, file: ConfigFile, control: ControlSocket | None) -> None:
     """Serve in this process: as a worker if it has a control socket, else alone."""
-    with closing(Tokenizers(table_folders(os.environ))) as tokenizers:
+    with closing(control or ExitStack()), closing(Tokenizers(table_folders(os.environ))) as tokenizers:
         server = Server(
             config,
             load=file.load,
