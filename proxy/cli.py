@@ -173,7 +173,10 @@ async def _serve(config: Config, file: ConfigFile, control: ControlSocket | None
             tokenizers=tokenizers,
             inherited=None if control is None else control.inherited,
         )
-        await serve(server, _print_addresses if control is None else control.report_serving)
+        if control is None:
+            await serve(server, _print_addresses)
+        else:
+            await control.run(serve(server, control.report_serving))
 
 
 def _control_socket(number: int | None) -> ControlSocket | None:

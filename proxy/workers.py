@@ -10,7 +10,7 @@ signals:
 If a worker dies, the others go on serving. The parent starts another one after a pause, which grows while workers
 keep dying. The new worker charges the calls that the dead one left open.
 
-If the parent dies, its workers notice that their control sockets have closed, and stop in order. Calls in flight then
+If the parent dies, its workers notice that their control sockets have closed, and stop in order. One that only starts gives up. Calls in flight
 have a second to end before they are cut off and settled, because the workers hold the lock on the SQLite file, and
 nobody can serve until they have ended. The last of them removes the folder with the metrics.
 
@@ -29,9 +29,10 @@ import shutil
 import signal
 import socket
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from typing import Any
 
 import structlog
 
@@ -92,6 +93,24 @@ class ControlSocket:
         signal.signal(signal.SIGUSR2, signal.SIG_IGN)
         self._socket.setblocking(False)
         self._tasks = Tasks()
+
+    async def run(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run `work`, which starts a server, calls `report_serving` and serves.
+
+        If the parent dies before that, the work is cancelled. Raises NotServing then.
+        """
+        task, loop = asyncio.current_task(), asyncio.get_running_loop()
+        assert task is not None
+
+        def cancel() -> None:
+            loop.remove_reader(self._socket)  # the end of the stream can be read again and again
+            task.cancel()
+
+        loop.add_reader(self._socket, cancel)
+        try:
+            await work
+        except asyncio.CancelledError:
+            raise NotServing("The parent of this worker has ended.") from None
 
     def report_serving(self, server: Server) -> None:
         """Tell the parent that the server serves, and obey its messages from now on."""

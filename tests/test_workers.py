@@ -9,7 +9,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -606,6 +606,29 @@ def test_a_worker_whose_parent_is_gone_ends_with_an_error() -> None:
     ours.close()
     with theirs, pytest.raises(OSError, match="parent"):
         receive_inherited(theirs)
+
+
+async def test_a_worker_whose_parent_dies_while_it_starts_does_not_serve() -> None:
+    """Its start may take seconds, and it has the lock on the file meanwhile."""
+    ours, theirs = socket.socketpair()
+    ours.send(InheritedResources("me", "sqlite:///q.db").to_line())
+    before = signal.getsignal(signal.SIGUSR2)
+    with closing(ControlSocket(theirs.detach())) as control:
+        signal.signal(signal.SIGUSR2, before)
+        is_stopped = asyncio.Event()
+
+        async def start() -> None:
+            ours.close()
+            try:
+                await asyncio.Event().wait()
+            finally:
+                await asyncio.sleep(0)  # stopping in order takes several steps, in which it is not cancelled again
+                await asyncio.sleep(0)
+                is_stopped.set()
+
+        with pytest.raises(NotServing, match="The parent of this worker has ended"):
+            await control.run(start())
+        assert is_stopped.is_set()
 
 
 def test_a_listening_socket_has_an_address_and_is_not_inherited_by_default() -> None:
