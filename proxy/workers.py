@@ -10,9 +10,10 @@ signals:
 If a worker dies, the others go on serving. The parent starts another one after a pause, which grows while workers
 keep dying. The new worker charges the calls that the dead one left open.
 
-If the parent dies, its workers notice that their control sockets have closed, and stop in order. One that only starts gives up. Calls in flight
-have a second to end before they are cut off and settled, because the workers hold the lock on the SQLite file, and
-nobody can serve until they have ended. The last of them removes the folder with the metrics.
+If the parent dies, its workers notice that their control sockets have closed, and stop in order; one that is still
+starting gives up. Calls in flight have a second to end before they are cut off and settled, because the workers hold
+the lock on the SQLite file, and nobody can serve until they have ended. The last of them removes the folder with the
+metrics.
 
 Parent and worker talk over a control socket, a pair of connected sockets:
 
