@@ -2,8 +2,11 @@
 
 import errno
 import re
+from urllib.parse import parse_qsl, unquote, urlsplit
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from proxy.config.interpolation import Interpolated, Interpolator
 
@@ -222,6 +225,40 @@ def test_elsewhere_a_value_that_its_part_of_the_url_cannot_be_is_a_mistake(writt
     [name] = re.findall(r"\$\{(.*?)\}", written)
     assert found.mistakes == (f"the value of ${{{name}}} is not {part}, which its place in the URL needs",)
     assert found.text == written
+
+
+URL_TEXT = st.text(st.one_of(st.sampled_from(":/?#[]@!$&'()*+,;=%.\\ \n\0-_~09azé"), st.characters(codec="utf-8")))
+
+
+@given(user=URL_TEXT, password=URL_TEXT)
+def test_any_user_and_password_reach_the_driver_and_change_no_other_part(user, password):
+    """The URL has the same host, path and query, and both decode to what they were."""
+    found = Interpolator({"U": user, "P": password}, read_bytes).interpolate("postgresql://${U}:${P}@host:1/db?a=b")
+    url = urlsplit(found.text)
+    assert (url.hostname, url.port, url.path, url.query, url.fragment) == ("host", 1, "/db", "a=b", "")
+    assert (unquote(url.username), unquote(url.password)) == (user, password)
+
+
+PLACES = {
+    "https://${X}/v1?a=b#c": ("scheme", "path", "query", "fragment", "username", "password"),
+    "https://up.${X}:80/v1": ("scheme", "port", "path", "query", "fragment", "username", "password"),
+    "https://up:8${X}/v1": ("scheme", "hostname", "path", "query", "fragment", "username", "password"),
+    "https://up/v1/${X}/chat": ("scheme", "netloc", "query", "fragment"),
+    "https://up/v1?a=${X}&b=c": ("scheme", "netloc", "path", "fragment"),
+    "https://up/v1#${X}": ("scheme", "netloc", "path", "query"),
+}
+
+
+@given(place=st.sampled_from(sorted(PLACES)), value=st.one_of(URL_TEXT, st.from_regex(r"\A[a-z0-9.:/@?#&=%]*\Z")))
+def test_any_other_value_is_a_mistake_or_changes_no_other_part(place, value):
+    """No value moves a call to another host, or adds a setting."""
+    found = Interpolator({"X": value}, read_bytes).interpolate(place)
+    if not found.mistakes:
+        url, expected = urlsplit(found.text), urlsplit(place.replace("${X}", "1"))
+        for part in PLACES[place]:
+            assert getattr(url, part) == getattr(expected, part)
+        assert len(parse_qsl(url.query, keep_blank_values=True)) == len(parse_qsl(expected.query))
+        assert [step for step in url.path.split("/") if step in (".", "..")] == []
 
 
 @pytest.mark.parametrize(
