@@ -8,9 +8,8 @@ import logging
 import os
 import sys
 from collections.abc import Coroutine
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import replace
-from functools import partial
 from typing import Any, NoReturn
 
 import click
@@ -19,12 +18,12 @@ import uvloop
 from proxy import __version__, logs
 from proxy.calls.tokenizer import Tokenizers, table_folders
 from proxy.config.lint import sentences, warnings
-from proxy.config.loader import BadConfig, Config, load
+from proxy.config.loader import BadConfig, Config, ConfigFile
 from proxy.config.schema import json_schema
 from proxy.config.values import KEY_CHARACTERS_MIN, digest
 from proxy.ledger.schema import NewerSchema
 from proxy.ledger.store import StoreInUse, StoreUnavailable
-from proxy.server import Server, fingerprint_of, serve, store_of
+from proxy.server import Server, serve, store_of
 from proxy.workers import Command, ControlSocket, NotServing, Parent
 
 _NO, _WRONG = 1, 2
@@ -78,25 +77,30 @@ def main(verbose: bool) -> None:
     hidden=True,
     help="Be a worker of the parent that has the other end of this socket. Only the parent gives this option.",
 )
+@click.option(
+    "--new-database", is_flag=True, help="Make the SQLite database anew if it is gone: all quotas are unused."
+)
 @click.option("--lease", "lease_s", type=click.FloatRange(0.1), hidden=True, help="Seconds. For `torture`.")
-def serve_command(count: int, control_number: int | None, path: str, lease_s: float | None, **listeners: Any) -> None:
+def serve_command(
+    count: int, control_number: int | None, path: str, new_database: bool, lease_s: float | None, **listeners: Any
+) -> None:
     """Serve until stopped. The policy is reloaded when the file changes, or on SIGHUP.
 
     With several workers, SIGUSR2 replaces them with new ones that run the program as it is then. No call is lost.
     """
     control = _control_socket(control_number)
-    config = _with_listeners(_load(path), **listeners)
+    file = ConfigFile(path, os.environ)
+    config = _with_listeners(_load(file), **listeners)
+    config = replace(config, settings=replace(config.settings, may_be_new_database=new_database))
     if lease_s is not None:
         config = replace(config, settings=replace(config.settings, lease_ms=round(1000 * lease_s)))
     if control is not None or count == 1:
-        _run(_serve(config, path, control))
+        _run(_serve(config, file, control))
     else:
         # The worker's command line is that of the parent, with its options, and the number of its socket behind it.
         # By the option's old name, which every release knows: a SIGUSR2 may also start an older release.
         command = Command((sys.executable, *sys.orig_argv[1:], "--tie"), os.environ)
-        parent = Parent(
-            config, count, command=command, load=lambda: _with_listeners(load(path, os.environ), **listeners)
-        )
+        parent = Parent(config, count, command=command, load=lambda: _with_listeners(file.load(), **listeners))
         _run(parent.serve(_print_addresses))
 
 
@@ -115,7 +119,7 @@ def demo_command(port: int, admin_port: int) -> None:
 @_config_option
 def check_command(path: str) -> None:
     """Check a config: print its mistakes, or what each group may do."""
-    config = _load(path, otherwise=_NO)
+    config = _load(ConfigFile(path, os.environ), otherwise=_NO)
     for warning in warnings(config):
         click.secho(f"warning: {warning}", fg="yellow", err=True)
     for sentence in sentences(config):
@@ -131,8 +135,8 @@ def schema_command() -> None:
 @main.command("migrate")
 @_config_option
 def migrate_command(path: str) -> None:
-    """Migrate the database to this release's schema."""
-    _run(_migrate(_load(path)))
+    """Migrate the database to this release's schema. One that is gone is made anew, with all quotas unused."""
+    _run(_migrate(_load(ConfigFile(path, os.environ))))
     click.echo("The database has this release's schema.")
 
 
@@ -152,24 +156,27 @@ def hash_command(key: str | None) -> None:
 
 
 async def _migrate(config: Config) -> None:
-    store = store_of(config.settings.database)
+    store = store_of(config.settings.database, may_be_new=True)
     try:
         await store.open()
     finally:
         await store.close()
 
 
-async def _serve(config: Config, path: str, control: ControlSocket | None) -> None:
+async def _serve(config: Config, file: ConfigFile, control: ControlSocket | None) -> None:
     """Serve in this process: as a worker if it has a control socket, else alone."""
-    with closing(Tokenizers(table_folders(os.environ))) as tokenizers:
+    with closing(control or ExitStack()), closing(Tokenizers(table_folders(os.environ))) as tokenizers:
         server = Server(
             config,
-            load=partial(load, path, os.environ),
-            fingerprint=partial(fingerprint_of, path),
+            load=file.load,
+            changes=file.changes,
             tokenizers=tokenizers,
             inherited=None if control is None else control.inherited,
         )
-        await serve(server, _print_addresses if control is None else control.report_serving)
+        if control is None:
+            await serve(server, _print_addresses)
+        else:
+            await control.run(serve(server, control.report_serving))
 
 
 def _control_socket(number: int | None) -> ControlSocket | None:
@@ -188,9 +195,9 @@ def _with_listeners(config: Config, host: str | None, port: int | None, admin_po
     return replace(config, settings=replace(config.settings, api=api, admin=admin))
 
 
-def _load(path: str, otherwise: int = _WRONG) -> Config:
+def _load(file: ConfigFile, otherwise: int = _WRONG) -> Config:
     try:
-        return load(path, os.environ)
+        return file.load()
     except BadConfig as error:
         _give_up(str(error), otherwise)
 

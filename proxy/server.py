@@ -39,7 +39,7 @@ from proxy.calls.relay import Relay
 from proxy.calls.stored_responses import StoredResponses
 from proxy.calls.tokenizer import Tokenizers
 from proxy.config.loader import Address, Config
-from proxy.config.reload import Fingerprint, Policies
+from proxy.config.reload import Changes, Policies
 from proxy.identity.authentication import Snapshot
 from proxy.ledger.ledger import LEASE_MS, Ledger
 from proxy.ledger.queue import AdmissionQueue
@@ -118,8 +118,8 @@ class InheritedResources:
 class Server:
     """One proxy process. `api` and `admin` are the addresses of its listeners once it has started.
 
-    `load` loads the config again and raises BadConfig if it is invalid; `fingerprint` returns numbers that differ
-    after the file has changed. `now` returns the time in milliseconds since the epoch, `draw` a random integer.
+    `load` loads the config again and raises BadConfig if it is invalid; `changes` returns the files that have changed
+    since. `now` returns the time in milliseconds since the epoch, `draw` a random integer.
     """
 
     def __init__(  # noqa: PLR0913 - see EXEMPT in tests/test_house.py
@@ -128,7 +128,7 @@ class Server:
         *,
         load: Callable[[], Config],
         tokenizers: Tokenizers,
-        fingerprint: Callable[[], Fingerprint] = lambda: None,
+        changes: Callable[[], Changes] = dict,
         now: Callable[[], int] = wall_clock_ms,
         disconnects: Disconnects | None = None,
         inherited: InheritedResources | None = None,
@@ -142,11 +142,13 @@ class Server:
             config,
             load=self._load_with_tokenizers,
             build=Snapshot.of,
-            fingerprint=fingerprint,
+            changes=changes,
             metrics=self.metrics,
             now=now,
         )
-        store = store_of(self._inherited.database, self._inherited.lock)
+        store = store_of(
+            self._inherited.database, self._inherited.lock, may_be_new=config.settings.may_be_new_database
+        )
         self.rollup = Rollup(store, now=now, keep=lambda: self.policies.current.policy.keep)
         self.ledger = Ledger(
             store,
@@ -236,6 +238,12 @@ class Server:
         await self.upstreams.close()
         await self.ledger.close()
 
+    async def cut_off(self) -> None:
+        """Cut off and settle the calls that are in flight now. For a stop that has begun and must not take longer."""
+        cut_off = await self._api.calls.finish(0)
+        if cut_off:
+            log.warning("calls were cut off and settled", calls=cut_off)
+
     async def _stop_accepting(self) -> None:
         for runner in self._runners:
             for site in list(runner.sites):
@@ -309,13 +317,15 @@ def _raise_file_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def store_of(database: str, lock: int | None = None) -> Store:
+def store_of(database: str, lock: int | None = None, *, may_be_new: bool = False) -> Store:
     """The store for a database URL. `lock` is the inherited descriptor of the lock on a SQLite file.
+
+    `may_be_new` allows a SQLite file to be made anew where there was one.
 
     Raises StoreUnavailable if the driver for PostgreSQL is not installed.
     """
     if database.startswith("sqlite:"):
-        return SqliteStore(sqlite_path(database), lock=lock)
+        return SqliteStore(sqlite_path(database), lock=lock, may_be_new=may_be_new)
     try:
         # Imported here, because its driver is an extra and takes 10 MB of memory that SQLite does not need.
         from proxy.ledger.postgres import PostgresStore
@@ -329,15 +339,6 @@ def store_of(database: str, lock: int | None = None) -> Store:
 def sqlite_path(database: str) -> Path:
     """The path in a URL of the form `sqlite:///…`."""
     return Path(database.removeprefix("sqlite:///"))
-
-
-def fingerprint_of(path: str) -> Fingerprint:
-    """The inode, modification time and size of a file; None if there is no file."""
-    try:
-        found = Path(path).stat()
-    except OSError:
-        return None
-    return (found.st_ino, found.st_mtime_ns, found.st_size)
 
 
 async def repeat(job: Callable[[], Awaitable[object]], *, every_s: float) -> None:

@@ -10,7 +10,10 @@ signals:
 If a worker dies, the others go on serving. The parent starts another one after a pause, which grows while workers
 keep dying. The new worker charges the calls that the dead one left open.
 
-If the parent dies, its workers notice that their control sockets have closed, and stop in order.
+If the parent dies, its workers notice that their control sockets have closed, and stop in order; one that is still
+starting gives up. Calls in flight have a second to end before they are cut off and settled, because the workers hold
+the lock on the SQLite file, and nobody can serve until they have ended. The last of them removes the folder with the
+metrics.
 
 Parent and worker talk over a control socket, a pair of connected sockets:
 
@@ -20,18 +23,21 @@ Parent and worker talk over a control socket, a pair of connected sockets:
 """
 
 import asyncio
+import fcntl
 import os
 import secrets
+import shutil
 import signal
 import socket
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from typing import Any
 
 import structlog
 
-from proxy.config.loader import Address, BadConfig, Config
+from proxy.config.loader import Address, BadConfig, Config, Settings
 from proxy.ledger.ledger import Ledger
 from proxy.ledger.sqlite import SqliteStore
 from proxy.metrics import remove_gauges
@@ -49,11 +55,15 @@ _SERVES, _RETIRE = b"serves\n", b"leave\n"
 _LINGER_S = 2.0
 # How long its calls may run after that. There is no hurry, because other workers serve already.
 _RETIRED_CALLS_S = 600.0
+# How long its calls may run when the parent has died.
+_ORPHANED_CALLS_S = 1.0
 # A stopping worker is killed if it takes this much longer than its calls may take.
 _KILL_AFTER_S = 15.0
 # The pause before a dead worker is replaced; see `_next_pause_s`.
 _PAUSE_MIN_S, _PAUSE_MAX_S = 0.1, 30.0
 _PAUSE_RESET_S = 60.0
+
+_FOLDER_PREFIX = "llm-quota-workers-"
 
 log = structlog.get_logger("workers")
 
@@ -79,14 +89,34 @@ class ControlSocket:
     def __init__(self, number: int) -> None:
         self._socket = socket.socket(fileno=number)
         self.inherited = receive_inherited(self._socket)
+        self._folder = None if self.inherited.metrics is None else MetricsFolder(self.inherited.metrics)
         # SIGUSR2 is for the parent, but its default action would kill a worker, for example after `pkill -USR2`.
         signal.signal(signal.SIGUSR2, signal.SIG_IGN)
         self._socket.setblocking(False)
         self._tasks = Tasks()
 
+    async def run(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run `work`, which starts a server, calls `report_serving` and serves.
+
+        If the parent dies before that, the work is cancelled. Raises NotServing then.
+        """
+        task, loop = asyncio.current_task(), asyncio.get_running_loop()
+        assert task is not None
+
+        def cancel() -> None:
+            loop.remove_reader(self._socket)  # the end of the stream can be read again and again
+            task.cancel()
+
+        loop.add_reader(self._socket, cancel)
+        try:
+            await work
+        except asyncio.CancelledError:
+            raise NotServing("The parent of this worker has ended.") from None
+
     def report_serving(self, server: Server) -> None:
         """Tell the parent that the server serves, and obey its messages from now on."""
-        self._socket.send(_SERVES)
+        with suppress(OSError):  # the parent has died, which the reader finds next
+            self._socket.send(_SERVES)
         asyncio.get_running_loop().add_reader(self._socket, self._on_readable, server)
 
     def _on_readable(self, server: Server) -> None:
@@ -97,7 +127,23 @@ class ControlSocket:
             self._tasks.start("retire", _retire(server))
         else:  # the end of the stream: the parent has died, and nobody could stop or restart this worker any more
             asyncio.get_running_loop().remove_reader(self._socket)
+            log.error("the parent has ended, so this worker stops")
             signal.raise_signal(signal.SIGTERM)
+            self._tasks.start("cut off", _cut_off(server))
+
+    def close(self) -> None:
+        """Close the socket. If the parent has died, its last worker also removes the folder with the metrics."""
+        try:
+            is_orphaned = self._socket.recv(1, socket.MSG_PEEK) == b""
+        except BlockingIOError:  # the parent lives and has sent nothing
+            is_orphaned = False
+        except OSError:  # the parent died before it had read "serves"
+            is_orphaned = True
+        self._socket.close()
+        if self._folder is not None:
+            self._folder.close()
+            if is_orphaned:
+                self._folder.remove_if_unused()
 
 
 def receive_inherited(control: socket.socket) -> InheritedResources:
@@ -125,6 +171,68 @@ async def _retire(server: Server) -> None:
     except TimeoutError:
         log.warning("calls still run long after this worker was to leave")
     signal.raise_signal(signal.SIGTERM)
+
+
+async def _cut_off(server: Server) -> None:
+    """Let calls end for a moment, then cut them off. The server is stopping meanwhile, with more patience."""
+    try:
+        async with asyncio.timeout(_ORPHANED_CALLS_S):
+            await server.all_settled()
+    except TimeoutError:
+        await server.cut_off()
+
+
+# ------------------------------------------------------------------------------------------------ the metrics' folder
+
+
+class MetricsFolder:
+    """The folder in which all workers count. The parent and each worker lock it, shared, until they have ended.
+
+    So a folder whose lock is free belongs to nobody any more, however its processes have ended.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self._descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        fcntl.flock(self._descriptor, fcntl.LOCK_SH)
+
+    @classmethod
+    def make(cls) -> "MetricsFolder":
+        """A new folder. Those that killed processes have left are removed."""
+        for name in os.listdir(tempfile.gettempdir()):
+            if name.startswith(_FOLDER_PREFIX):
+                _remove_if_unused(os.path.join(tempfile.gettempdir(), name))
+        while True:
+            path = tempfile.mkdtemp(prefix=_FOLDER_PREFIX)
+            with suppress(FileNotFoundError):
+                folder = cls(path)
+                # Another parent that starts at this moment may have taken the unlocked folder for an old one.
+                if os.path.exists(path):
+                    return folder
+                folder.close()
+
+    def close(self) -> None:
+        """Free the lock."""
+        os.close(self._descriptor)
+
+    def remove_if_unused(self) -> None:
+        """Remove the folder if no process has it locked. To be called after `close`."""
+        _remove_if_unused(self.path)
+
+
+def _remove_if_unused(path: str) -> None:
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError:  # it is gone, or not ours
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.fstat(descriptor).st_uid == os.geteuid():
+            shutil.rmtree(path, ignore_errors=True)
+    except BlockingIOError:
+        pass
+    finally:
+        os.close(descriptor)
 
 
 # ------------------------------------------------------------------------------------------------------ in the parent
@@ -223,15 +331,17 @@ class Parent:
         Raises NotServing, OSError if a port is in use, and what `Store.open` raises.
         """
         self._handle_signals()
-        with tempfile.TemporaryDirectory(prefix="llm-quota-proxy-") as folder:
-            try:
-                lock = await _prepare_database(self._inherited.database)
-                self._inherited = replace(self._inherited, lock=lock, metrics=folder)
-                self._bind()
-                self._jobs.start("start", self._start_first_workers(on_started))
-                await self._stop.wait()
-            finally:
-                await self._stop_workers()
+        folder = MetricsFolder.make()
+        try:
+            lock = await _prepare_database(self._config.settings)
+            self._inherited = replace(self._inherited, lock=lock, metrics=folder.path)
+            self._bind()
+            self._jobs.start("start", self._start_first_workers(on_started))
+            await self._stop.wait()
+        finally:
+            await self._stop_workers()
+            folder.close()
+            folder.remove_if_unused()
         if self._failure is not None:
             raise self._failure
 
@@ -423,13 +533,13 @@ class Parent:
             log.info("new workers serve, the old ones leave", new=len(new), old=len(old))
 
 
-async def _prepare_database(database: str) -> int | None:
+async def _prepare_database(settings: Settings) -> int | None:
     """Migrate the database and charge the calls that were left open. Returns the lock on a SQLite file, else None.
 
     The parent does that before it starts workers. Otherwise all workers would migrate at once, and another process
     could take the file between the end of one worker and the start of the next.
     """
-    store = store_of(database)
+    store = store_of(settings.database, may_be_new=settings.may_be_new_database)
     ledger = Ledger(store, owner=f"proxy-{secrets.token_hex(8)}", now=wall_clock_ms)
     try:
         await ledger.start()

@@ -15,6 +15,7 @@ from proxy.ledger.schema import migrate
 def write_migrated(path: Path) -> None:
     """Write an empty database with the current schema to `path`."""
     path.write_bytes(_migrated())
+    path.chmod(0o600)  # as a store makes it
 
 
 @cache

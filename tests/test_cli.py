@@ -88,6 +88,29 @@ def test_migrate_creates_the_schema_and_may_run_twice(file: Path, tmp_path: Path
     assert (tmp_path / "quotas.db").exists()
 
 
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_serve_makes_no_database_where_there_was_one(workers: str, file: Path, tmp_path: Path) -> None:
+    """T56: only `migrate`, or the option. All quotas would be unused again. Here the port is in use, which is checked
+    later, so `serve` ends.
+    """
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        serve = ("serve", "--config", str(file), "--workers", workers, "--port", port)
+        assert _run("migrate", "--config", str(file)).exit_code == 0
+        database = tmp_path / "quotas.db"
+        database.unlink()
+        result = _run(*serve)
+        assert (result.exit_code, database.exists()) == (2, False)
+        assert f"{database} is gone or empty" in result.stderr
+        result = _run(*serve, "--new-database")
+        assert (result.exit_code, database.exists()) == (2, True)
+        assert "in use" in result.stderr
+        assert f'"database": "{database}"' in result.stderr
+        database.unlink()
+        assert _run("migrate", "--config", str(file)).exit_code == 0
+        assert "in use" in _run(*serve).stderr
+
+
 def test_keys_hash_prints_the_hash_for_the_config() -> None:
     """Of a key in an argument or at the prompt. A short key is refused."""
     key = "key-of-alice-0123456789abcdef"

@@ -12,7 +12,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from proxy.ledger.store import StoreInUse
-from proxy.server import InheritedResources, Server, fingerprint_of, repeat
+from proxy.server import InheritedResources, Server, repeat
 from tests.stage import STAFF, UPSTREAM_KEY, Clock, config_of, key_of, loaded, stage
 
 HELLO: Any = [{"role": "user", "content": "Hello"}]
@@ -165,14 +165,6 @@ async def test_a_job_that_fails_is_repeated() -> None:
         await enough.wait()
         running.cancel()
     assert [entry["event"] for entry in logged[:2]] == ["a chore failed"] * 2
-
-
-def test_a_missing_file_has_no_fingerprint(tmp_path: Path) -> None:
-    """So a file that vanishes has changed. An unchanged file has the same fingerprint twice."""
-    file = tmp_path / "quotas.yaml"
-    assert fingerprint_of(str(file)) is None
-    file.write_text("a")
-    assert fingerprint_of(str(file)) == fingerprint_of(str(file)) is not None
 
 
 async def test_a_call_that_a_crash_interrupts_is_charged_its_reservation(tmp_path: Path) -> None:

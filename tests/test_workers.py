@@ -1,13 +1,15 @@
 """Several processes behind one port: with real workers, then a parent with stand-ins, then the sockets alone."""
 
 import asyncio
+import fcntl
 import os
 import signal
 import socket
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,17 @@ from proxy.ledger.sqlite import SqliteStore
 from proxy.server import InheritedResources
 from proxy.simulator.server import Simulator
 from proxy.simulator.server import serve as serve_simulator
-from proxy.workers import Command, NotServing, Parent, address_of, listen, receive_inherited
+from proxy.workers import (
+    _FOLDER_PREFIX,
+    Command,
+    ControlSocket,
+    MetricsFolder,
+    NotServing,
+    Parent,
+    address_of,
+    listen,
+    receive_inherited,
+)
 from tests.audit import audit, rows
 from tests.bare_upstream import bare_upstream, stream_head
 from tests.postgres import shared
@@ -210,6 +222,51 @@ async def test_a_killed_worker_is_replaced_and_workers_of_a_killed_parent_stop(t
 
 
 @pytest.mark.journey
+@pytest.mark.parametrize("is_stopping", [False, True])
+async def test_workers_of_a_killed_parent_do_not_wait_for_their_calls(
+    is_stopping: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Calls are settled, the lock on the file is free, and the folder of the metrics is gone. Also if the workers are
+    stopping already, because an operator or a service manager lost patience with the parent.
+    """
+    folder = tmp_path / "tmp"
+    folder.mkdir()
+    monkeypatch.setenv("TMPDIR", str(folder))
+    async with running(tmp_path, 2) as on, client() as http:
+        hanging = {"simulate": "tokens=50 stall=5"}
+        loop = asyncio.get_running_loop()
+        calls = [loop.create_task(on.chat(http, stream=True, metadata=hanging)) for _ in range(4)]
+        await on.simulator.until(lambda: on.simulator.chunks_sent >= 20)
+        assert len(list(folder.iterdir())) == 1
+        if is_stopping:
+            on.process.terminate()
+            await until_refused(on.url)
+        on.process.kill()
+        async with asyncio.timeout(10):
+            for pid in on.pids:
+                await ended(pid)
+        await asyncio.gather(*calls, return_exceptions=True)
+        states = Counter(row["state"] for row in rows(tmp_path / "quotas.db", "calls"))
+        assert states == {"settled": 4}
+        assert list(folder.iterdir()) == []
+        store = SqliteStore(tmp_path / "quotas.db")
+        await store.open()
+        await store.close()
+        audit(tmp_path / "quotas.db")
+
+
+async def until_refused(url: str) -> None:
+    """Wait until nobody accepts connections at this address any more."""
+    host, port = url.removeprefix("http://").split(":")
+    while True:
+        try:
+            _, writer = await asyncio.open_connection(host, int(port))
+        except OSError:
+            return
+        writer.close()
+
+
+@pytest.mark.journey
 async def test_calls_through_all_workers_are_admitted_up_to_the_limit(tmp_path: Path) -> None:
     """A shared quota on one SQLite file admits exactly 40 of 90 calls. A second parent on the file gets an error."""
     async with running(tmp_path, 3, requests=40) as on:
@@ -230,6 +287,7 @@ async def test_calls_through_all_workers_are_admitted_up_to_the_limit(tmp_path: 
         _, printed = await second.communicate()
         assert second.returncode == 2
         assert b"Another process is using" in printed
+        assert b"If the parent of --workers was killed, its workers are ending now" in printed
 
 
 @pytest.mark.journey
@@ -443,6 +501,88 @@ async def test_a_worker_that_does_not_stop_is_killed(parent: Parent, monkeypatch
         assert [entry["pid"] for entry in on.entries("is killed")] == [paused]
 
 
+# ------------------------------------------------------------------------------------------------ the metrics' folder
+
+
+@pytest.fixture
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of temporary files."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    return tmp_path
+
+
+def test_the_folder_stays_until_the_last_process_has_ended(temporary: Path) -> None:
+    """Whoever that is: the parent, or a worker if the parent was killed."""
+    parent = MetricsFolder.make()
+    workers = [MetricsFolder(parent.path) for _ in range(2)]
+    (temporary / parent.path / "counter_1.db").touch()
+    for each in (workers[0], parent, workers[1]):
+        assert os.path.exists(parent.path)
+        each.close()
+        each.remove_if_unused()
+    assert os.listdir(temporary) == []
+    workers[0].remove_if_unused()
+
+
+def test_a_new_parent_removes_what_killed_processes_have_left(temporary: Path) -> None:
+    """Not the folders of those that run, not of other programs, and nothing that a link leads to."""
+    running_one, abandoned = MetricsFolder.make(), MetricsFolder.make()
+    abandoned.close()
+    other = temporary / "llm-quota-proxy-demo-x"
+    other.mkdir()
+    link = temporary / f"{_FOLDER_PREFIX}link"
+    link.symlink_to(other)
+    mine = MetricsFolder.make()
+    assert {str(each) for each in temporary.iterdir()} == {running_one.path, mine.path, str(other), str(link)}
+    running_one.close()
+    mine.close()
+
+
+def test_a_folder_that_another_parent_has_removed_is_made_again(
+    temporary: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It looks abandoned until it is locked: before it is opened, or between that and the lock."""
+    made: list[str] = []
+    make, lock = tempfile.mkdtemp, fcntl.flock
+
+    def removed_at_once(**options: Any) -> str:
+        made.append(make(**options))
+        if len(made) == 1:
+            os.rmdir(made[0])
+        return made[-1]
+
+    def removed_before_the_lock(descriptor: int, operation: int) -> None:
+        if len(made) == 2 and os.path.exists(made[1]):
+            os.rmdir(made[1])
+        lock(descriptor, operation)
+
+    monkeypatch.setattr("tempfile.mkdtemp", removed_at_once)
+    monkeypatch.setattr("fcntl.flock", removed_before_the_lock)
+    folder = MetricsFolder.make()
+    assert (len(made), folder.path, os.listdir(temporary)) == (3, made[2], [os.path.basename(made[2])])
+    folder.close()
+
+
+@pytest.mark.parametrize("is_unread", [False, True])
+def test_a_worker_knows_whether_its_parent_lives(is_unread: bool, temporary: Path) -> None:
+    """Also if the parent died before it had read that the worker serves: then the socket was reset."""
+    for lives in (True, False):
+        folder = MetricsFolder.make()
+        ours, theirs = socket.socketpair()
+        ours.send(InheritedResources("me", "sqlite:///q.db", metrics=folder.path).to_line())
+        before = signal.getsignal(signal.SIGUSR2)
+        control = ControlSocket(theirs.detach())
+        signal.signal(signal.SIGUSR2, before)
+        if is_unread:
+            control._socket.send(b"serves\n")
+        folder.close()
+        if not lives:
+            ours.close()
+        control.close()
+        ours.close()
+        assert os.path.exists(folder.path) is lives
+
+
 # ------------------------------------------------------------------------------------------------------------ sockets
 
 
@@ -466,6 +606,29 @@ def test_a_worker_whose_parent_is_gone_ends_with_an_error() -> None:
     ours.close()
     with theirs, pytest.raises(OSError, match="parent"):
         receive_inherited(theirs)
+
+
+async def test_a_worker_whose_parent_dies_while_it_starts_does_not_serve() -> None:
+    """Its start may take seconds, and it has the lock on the file meanwhile."""
+    ours, theirs = socket.socketpair()
+    ours.send(InheritedResources("me", "sqlite:///q.db").to_line())
+    before = signal.getsignal(signal.SIGUSR2)
+    with closing(ControlSocket(theirs.detach())) as control:
+        signal.signal(signal.SIGUSR2, before)
+        is_stopped = asyncio.Event()
+
+        async def start() -> None:
+            ours.close()
+            try:
+                await asyncio.Event().wait()
+            finally:
+                await asyncio.sleep(0)  # stopping in order takes several steps, in which it is not cancelled again
+                await asyncio.sleep(0)
+                is_stopped.set()
+
+        with pytest.raises(NotServing, match="The parent of this worker has ended"):
+            await control.run(start())
+        assert is_stopped.is_set()
 
 
 def test_a_listening_socket_has_an_address_and_is_not_inherited_by_default() -> None:

@@ -106,12 +106,13 @@ class Node:
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A parsed file. `data` is None if the file has no readable top-level mapping."""
+    """A parsed file. `data` is None if the file has no readable top-level mapping. `warnings` stop no start."""
 
     name: str
     root: Node = field(repr=False)
     data: dict[str, object] | None = field(repr=False)
     mistakes: tuple[Diagnostic, ...]
+    warnings: tuple[Diagnostic, ...]
     interpolator: Interpolator = field(repr=False)
 
     def line(self, path: KeyPath) -> int:
@@ -158,9 +159,12 @@ def read_document(source: bytes, name: str, interpolator: Interpolator) -> Docum
         root = builder.build(_parse(_decode(source)))
     except _Unreadable as unreadable:
         builder.add_mistake(unreadable.line, str(unreadable))
-    mistakes = tuple(Diagnostic(name, line, _printable(text, interpolator)) for line, text in builder.mistakes)
+    mistakes, warnings = (
+        tuple(Diagnostic(name, line, _printable(text, interpolator)) for line, text in found)
+        for found in (builder.mistakes, builder.warnings)
+    )
     data = root.plain()
-    return Document(name, root, data if isinstance(data, dict) else None, mistakes, interpolator)
+    return Document(name, root, data if isinstance(data, dict) else None, mistakes, warnings, interpolator)
 
 
 def _printable(text: str, interpolator: Interpolator) -> str:
@@ -239,6 +243,7 @@ class _Builder:
     def __init__(self, interpolator: Interpolator) -> None:
         self._interpolator = interpolator
         self.mistakes: list[tuple[int, str]] = []
+        self.warnings: list[tuple[int, str]] = []
         self._stack: list[_OpenCollection] = []
         self._anchors: dict[str, Node] = {}
         self._root: Node | None = None
@@ -308,6 +313,7 @@ class _Builder:
         result = self._interpolator.interpolate(text)
         for mistake in result.mistakes:
             self.add_mistake(line, mistake)
+        self.warnings += [(line, warning) for warning in result.warnings]
         return Node(line, result.text, is_bad=bool(result.mistakes), is_interpolated=result.is_interpolated)
 
     def _attach(self, node: Node, anchor: str | None, line: int | None = None) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from ipaddress import ip_address
 from math import inf
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 from proxy.config.document import Diagnostic, Finding, KeyPath
 from proxy.config.loader import Config, FileUser
@@ -73,7 +73,8 @@ def warnings(config: Config) -> tuple[Diagnostic, ...]:
         *_link_local_upstreams(config.catalog),
         *_secrets_in_plain_text(config),
     ]
-    return tuple(sorted(config.document.locate(finding) for finding in findings))
+    located = (config.document.locate(finding) for finding in findings)
+    return tuple(sorted([*config.document.warnings, *located]))
 
 
 def sentences(config: Config) -> tuple[str, ...]:
@@ -493,7 +494,8 @@ def _is_plain_secret(path: KeyPath, value: object) -> bool:
         case ("upstreams", _, "api_key"):
             return True
         case ("database",):
-            return urlsplit(str(value)).password is not None
+            url = urlsplit(str(value))
+            return url.password is not None or "password" in dict(parse_qsl(url.query))
     return False
 
 

@@ -13,6 +13,7 @@ false; that it is not a number either would be a second text about the same erro
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from zoneinfo import ZoneInfo
@@ -74,7 +75,8 @@ class ConnectionLimits:
 class Settings:
     """What takes effect only at a restart. `admin` is None if that listener is off; `cors` has origins, or "*".
 
-    `lease_ms` is not in the file: the hidden option `--lease` of `serve` sets it. None means the ledger's default.
+    Two are not in the file. The hidden option `--lease` of `serve` sets `lease_ms`; None means the ledger's default.
+    Its option `--new-database` sets `may_be_new_database`: a database that is gone is made anew.
     """
 
     api: Address
@@ -83,6 +85,7 @@ class Settings:
     cors: tuple[str, ...] = ()
     connection_limits: ConnectionLimits = ConnectionLimits()
     lease_ms: int | None = None
+    may_be_new_database: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +150,54 @@ def read_capped(path: str) -> bytes:
     """A file's content, at most BYTES_MAX + 1 bytes, so that a device such as /dev/zero ends as too large."""
     with open(path, "rb") as file:
         return file.read(BYTES_MAX + 1)
+
+
+# Numbers that differ when a file was written or replaced. None: there is no file.
+Fingerprint = tuple[int, ...] | None
+
+
+class ConfigFile:
+    """The file at `path` and those that its `${file:…}` name. Knows which of them have changed since the last load.
+
+    A path is looked up anew each time. So a symbolic link that now leads to another file is a change, also one in the
+    middle of the path: this is how Kubernetes replaces the files of a mounted secret.
+    """
+
+    def __init__(self, path: str, environ: Mapping[str, str]) -> None:
+        self._path = path
+        self._environ = environ
+        self._loaded: Mapping[str, Fingerprint] = {}
+
+    def load(self) -> Config:
+        """Load the file. Raises BadConfig."""
+        loaded: dict[str, Fingerprint] = {}
+
+        def read(path: str) -> bytes:
+            # Before the file is read, and for a file with two `${file:…}` before it is read for the first time. So a
+            # change in between is found by the next check.
+            if path not in loaded:
+                loaded[path] = _fingerprint(path)
+            return read_capped(path)
+
+        try:
+            return load(self._path, self._environ, read)
+        finally:
+            self._loaded = loaded
+
+    def changes(self) -> Mapping[str, Fingerprint]:
+        """The files that have changed since the last load, valid or not, and their fingerprints now."""
+        loaded = self._loaded  # a load in another thread may replace it meanwhile
+        found = {path: _fingerprint(path) for path in loaded}
+        return {path: now for path, now in found.items() if now != loaded[path]}
+
+
+def _fingerprint(path: str) -> Fingerprint:
+    try:
+        found = os.stat(path)
+    except (OSError, ValueError):  # ValueError: a path that can't exist
+        return None
+    # The time of the last change of the inode differs even if a tool sets the time of modification to an old one.
+    return (found.st_dev, found.st_ino, found.st_mtime_ns, found.st_ctime_ns, found.st_size)
 
 
 def _load(source: bytes, name: str, interpolator: Interpolator) -> Config:

@@ -1,23 +1,22 @@
-"""Holds the policy in force and reloads it when quotas.yaml changes.
+"""Holds the policy in force and reloads it when quotas.yaml changes, or a file that a `${file:…}` in it names.
 
 A reload takes the whole file or nothing: an invalid file is rejected and reported in the log, and the running policy
 stays in force. A call reads `current` once and keeps that policy to its end, so a reload does not change it.
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Generic, TypeVar
 
 import structlog
 
-from proxy.config.loader import BadConfig, Config
+from proxy.config.loader import BadConfig, Config, Fingerprint
 from proxy.metrics import Metrics
 from proxy.policy.policy import Policy
 
 log = structlog.get_logger("reload")
 
-# Numbers that differ when the file was written or replaced, such as inode, modification time and size. None: no file.
-Fingerprint = tuple[int, ...] | None
+Changes = Mapping[str, Fingerprint]
 InForce = TypeVar("InForce")
 
 
@@ -25,7 +24,8 @@ class Policies(Generic[InForce]):
     """The policy in force.
 
     `load` reads the file and raises BadConfig if it is invalid, and `build` makes of a config what requests use.
-    `fingerprint` returns the file's current fingerprint, and `now` the time in milliseconds since the epoch.
+    `changes` returns the files that have changed since the last load, with their fingerprints. `now` returns the time
+    in milliseconds since the epoch.
     """
 
     def __init__(
@@ -34,16 +34,15 @@ class Policies(Generic[InForce]):
         *,
         load: Callable[[], Config],
         build: Callable[[Config], InForce],
-        fingerprint: Callable[[], Fingerprint],
+        changes: Callable[[], Changes],
         metrics: Metrics,
         now: Callable[[], int],
     ) -> None:
         self._config, self._current = config, build(config)
         self._load = load
         self._build = build
-        self._fingerprint = fingerprint
-        # The fingerprint that the last load saw, and the one of the last check.
-        self._loaded = self._checked = fingerprint()
+        self._changes = changes
+        self._checked: Changes = {}  # what the last check found
         # SIGHUP and a changed file can start two reloads at once. The one that reads the file last has to win.
         self._lock = asyncio.Lock()
         self._metrics = metrics
@@ -56,7 +55,7 @@ class Policies(Generic[InForce]):
         return self._current
 
     async def reload_if_changed(self) -> None:
-        """Reload if the file has changed, and did not change any more since the previous check.
+        """Reload if a file has changed, and none has changed any more since the previous check.
 
         An editor may write a file in several steps, and half of a file can be a valid policy that lacks the last
         quotas. With a check every second and a file that is written from 12:00:00.5 to 12:00:01.5, the checks at :01
@@ -64,10 +63,9 @@ class Policies(Generic[InForce]):
 
         An invalid file is loaded, and reported, only once until it changes again.
         """
-        previous, self._checked = self._checked, self._fingerprint()
-        if self._checked == previous != self._loaded:
-            # Stored before the load, not after: if the file changes in between, the next checks see a difference.
-            self._loaded = previous
+        # In a thread: the files may be on a network, and there may be one for each of 50,000 users.
+        previous, self._checked = self._checked, await asyncio.to_thread(self._changes)
+        if self._checked and self._checked == previous:
             await self.reload()
 
     async def reload(self) -> bool:

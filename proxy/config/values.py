@@ -259,7 +259,21 @@ def database(text: str) -> str:
         raise ValueError("this names no PostgreSQL server; write postgresql://user:password@host/name")
     if scheme not in ("sqlite", "postgresql"):
         raise ValueError("this is not a database; write sqlite:///quotas.db, or postgresql://user:password@host/name")
+    if scheme == "postgresql" and url and _has_cut_credentials(url):
+        raise ValueError(
+            "the user or the password in this URL has a character that ends it; write ${PASSWORD} for it alone, or "
+            "percent-encode / ? # and @ in it"
+        )
     return text
+
+
+def _has_cut_credentials(url: SplitResult) -> bool:
+    """Whether the password has a character that ends it.
+
+    With postgresql://u:1/2@host a parser takes u for the host and 1 for the port.
+    """
+    behind = url.path or url.query
+    return bool(url.fragment) or "@" in behind or url.netloc.count("@") > 1
 
 
 def _split_url(text: str) -> SplitResult | None:

@@ -25,9 +25,11 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
+from urllib.parse import parse_qsl, urlsplit
 
 import asyncpg
 import sqlalchemy as sa
+import structlog
 from asyncpg.exceptions import DataError, IntegrityConstraintViolationError, PostgresError
 from sqlalchemy import Connection, Table
 from sqlalchemy.exc import DBAPIError
@@ -46,10 +48,13 @@ from proxy.ledger.schema import (
     UPSERT_DAYS,
     calls,
     counters,
+    has_schema,
     migrate,
 )
 from proxy.ledger.store import JobResult, StoreRefused, StoreUnavailable
 from proxy.policy.quota import Counter, CounterKey
+
+log = structlog.get_logger("ledger")
 
 # An arbitrary number that must not change: the process that holds this advisory lock migrates, the others wait.
 _MIGRATION_LOCK = 0x11_90_07_A5
@@ -249,6 +254,7 @@ class PostgresStore:
 
     def __init__(self, url: str, *, timeouts: Timeouts | None = None) -> None:
         self._url = url
+        self._name = _name_of(url)
         self._timeouts = timeouts or Timeouts()
         self._begin = begin(self._timeouts)
         self._writer: _Writer | None = None
@@ -266,11 +272,13 @@ class PostgresStore:
         engine = create_async_engine("postgresql+asyncpg://", async_creator=self._connect, poolclass=NullPool)
         try:
             async with engine.begin() as connection:
-                await connection.run_sync(_migrate)
+                is_new = await connection.run_sync(_migrate, self._name)
         except _FAILURES as error:
-            raise StoreUnavailable(f"PostgreSQL can't be used: {_reason(error)}") from error
+            raise self._unavailable(error) from error
         finally:
             await engine.dispose()
+        if is_new:
+            log.warning("a new database was made, in which all quotas are unused", database=self._name)
 
     async def close(self) -> None:
         """Close the connections."""
@@ -282,13 +290,20 @@ class PostgresStore:
             except _FAILURES:
                 connection.terminate()
 
+    def _unavailable(self, error: BaseException, *, is_uncertain: bool = False) -> StoreUnavailable:
+        """The error to raise for this one: with the server and the database, without the password."""
+        text = f"PostgreSQL can't be used at {self._name}: {_reason(error)}{_remedy(error)}"
+        return StoreUnavailable(text, is_uncertain=is_uncertain)
+
     async def _connect(self) -> Any:
         try:
             # With a cache of 0 statements asyncpg gives statements no names.
             return await asyncpg.connect(self._url, timeout=self._timeouts.connect_ms / 1000, statement_cache_size=0)
         except ValueError:
             # `from None`, because the text of the ValueError may contain parts of the URL, and with it the password.
-            raise StoreUnavailable("the driver can't read the database's URL") from None
+            raise StoreUnavailable(
+                f"the driver can't read the database's URL (host and name: {self._name}): correct `database`"
+            ) from None
 
     # Writing
 
@@ -310,7 +325,7 @@ class PostgresStore:
                     collision = error
                 # A random pause, so that two processes that collided do not collide again.
                 await asyncio.sleep(random.uniform(0, 0.01 * 2**run))
-        raise StoreUnavailable(_reason(collision)) from collision
+        raise self._unavailable(collision) from collision
 
     async def _run_transaction(self, work: "Callable[[_Writer], Awaitable[T]]") -> T:
         is_committing = False
@@ -330,7 +345,7 @@ class PostgresStore:
             # The connection is dropped even if it still works: after a failover it may lead to a server that is now
             # read-only, and a new connection to the new primary.
             self._drop_writer()
-            raise StoreUnavailable(_reason(error), is_uncertain=is_committing) from error
+            raise self._unavailable(error, is_uncertain=is_committing) from error
         except Exception:  # a rule raised it: the connection is fine
             await self._roll_back()
             raise
@@ -403,7 +418,7 @@ class PostgresStore:
                 await connection.execute("COMMIT")
                 return JobResult(rows, last)
         except _FAILURES as error:
-            raise StoreUnavailable(_reason(error)) from error
+            raise self._unavailable(error) from error
 
     async def _read(self, statement: str, *parameters: object) -> list[Row]:
         try:
@@ -413,7 +428,7 @@ class PostgresStore:
                 )
                 return rows
         except _FAILURES as error:
-            raise StoreUnavailable(_reason(error)) from error
+            raise self._unavailable(error) from error
 
     @asynccontextmanager
     async def _reader(self) -> AsyncIterator[Any]:
@@ -493,8 +508,43 @@ def _columns(rows: Sequence[Sequence[Any]], width: int) -> list[list[Any]]:
     return [[row[index] for row in rows] for index in range(width)]
 
 
+def _name_of(url: str) -> str:
+    """Host, port and name of the database in a URL, without the user and the password."""
+    parts = urlsplit(url)
+    # From the last @ on, wherever it is: a password with a / ends the host for a parser.
+    name = f"{parts.netloc}{parts.path}".rpartition("@")[2]
+    return name if parts.hostname else f"{dict(parse_qsl(parts.query)).get('host', '')}{name}"
+
+
+def _state(error: BaseException) -> str:
+    """The SQLSTATE of an error of the server, also if SQLAlchemy has wrapped it. Empty for other errors."""
+    return getattr(getattr(error, "orig", error), "sqlstate", None) or ""
+
+
+def _remedy(error: BaseException) -> str:
+    """What to do about an error, by its SQLSTATE (PostgreSQL, appendix A). Empty if the error says it."""
+    if not (state := _state(error)):
+        return _UNREACHABLE if isinstance(error, OSError | TimeoutError) else ""
+    return next((f"; {remedy}" for prefix, remedy in _REMEDIES.items() if state.startswith(prefix)), "")
+
+
+_UNREACHABLE = "; check that the server runs, and the host, the port and sslmode in `database`"
+_REMEDIES = {
+    "28": "check both in `database`, where a ${…} is taken literally and not decoded, and pg_hba.conf of the server",
+    "3D000": "create the database, or correct its name in `database`",
+    "42501": "give the user this right, for example with GRANT CREATE ON DATABASE",
+    "25006": "this server is a replica: write the host of the primary in `database`",
+    "53100": "free space on the server's disk",
+    "53300": "raise max_connections of the server, or run fewer processes",
+    "57P": "the server is starting or stopping; it may accept connections in a moment",
+}
+
+
 def _reason(error: BaseException) -> str:
     """The text of an error for logs, without the parameters of its statement, which contain names of users."""
+    if _state(error).startswith("28"):
+        # The server's text has the user's name, which has the password in it if `database` has a colon too few.
+        return "the server does not accept this user with this password"
     if isinstance(error, DBAPIError):
         return str(error.orig)
     if isinstance(error, TimeoutError):
@@ -502,8 +552,8 @@ def _reason(error: BaseException) -> str:
     return str(error) or type(error).__name__
 
 
-def _migrate(connection: Connection) -> None:
-    """Create or migrate the schema, in one transaction and in one process at a time."""
+def _migrate(connection: Connection, name: str) -> bool:
+    """Create or migrate the schema, in one transaction and in one process at a time. Returns whether it is new."""
     connection.execute(sa.text("SET LOCAL lock_timeout = '60s'"))
     connection.execute(sa.text(f"SELECT pg_advisory_xact_lock({_MIGRATION_LOCK})"))
     # Not CREATE SCHEMA IF NOT EXISTS, which needs the right to create a schema even if it is there. An operator may
@@ -511,4 +561,6 @@ def _migrate(connection: Connection) -> None:
     if not connection.scalar(sa.text("SELECT to_regnamespace(:name)::oid").bindparams(name=SCHEMA)):
         connection.execute(sa.text(f"CREATE SCHEMA {SCHEMA}"))
     connection.execute(sa.text(f"SET LOCAL search_path TO {SCHEMA}"))
-    migrate(connection)
+    is_new = not has_schema(connection)
+    migrate(connection, f"The database {name}")
+    return is_new

@@ -157,10 +157,10 @@ class NewerSchema(Exception):
     """A newer release has migrated this database. This release could lose data that the newer one stores."""
 
 
-def migrate(connection: Connection) -> None:
+def migrate(connection: Connection, name: str = "The database") -> None:
     """Migrate the database to this release's schema. The schema of the next release is left as it is.
 
-    Raises NewerSchema for the schema of any later release, before anything is changed.
+    Raises NewerSchema for the schema of any later release, before anything is changed. Its text begins with `name`.
     """
     revision = _revision(connection)
     if revision in (HEAD, f"{int(HEAD) + 1:04}"):
@@ -176,10 +176,15 @@ def migrate(connection: Connection) -> None:
     known = {script.revision for script in ScriptDirectory.from_config(config).walk_revisions()}
     if revision is not None and revision not in known:
         raise NewerSchema(
-            f"The database has schema {revision}, which this release does not know: "
+            f"{name} has schema {revision}, which this release does not know: "
             "use the release that wrote it, or a newer one."
         )
     command.upgrade(config, "head")
+
+
+def has_schema(connection: Connection) -> bool:
+    """Whether the database has a schema of ours, of any release. If not, `migrate` makes it from nothing."""
+    return _revision(connection) is not None
 
 
 def _revision(connection: Connection) -> str | None:

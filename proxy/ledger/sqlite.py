@@ -8,21 +8,27 @@ Two advisory locks (flock) on files beside the database coordinate processes:
 
 - `quotas.db.lock` is held while a store is open, so a second proxy on the same file is refused. It would take the
   open calls of the first for those of a dead process, and expire them. The workers of one parent share this lock.
+  Once a database has been made, this file stays, empty, and shows later that there was one. If the database is gone
+  then, it is not made anew, because all quotas would be unused again.
 - `quotas.db.turn` is locked by a worker for each transaction. The system grants this lock in the order in which it
   was asked for. SQLite's own lock has no queue: a process that finds it taken sleeps and tries again, and may find it
   taken again and again. Without turns one process got 1 batch while another got 5,393.
 """
 
 import asyncio
+import errno
 import fcntl
 import os
+import stat
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import quote
 
 import orjson
 import sqlalchemy as sa
+import structlog
 from sqlalchemy import URL, Connection, Dialect, bindparam, create_engine, event, func, select, tuple_
 from sqlalchemy.dialects.sqlite import insert
 from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, InterfaceError, NotSupportedError, ProgrammingError
@@ -39,12 +45,19 @@ from proxy.ledger.schema import (
     UPSERT_DAYS,
     calls,
     counters,
+    has_schema,
     migrate,
     owners,
 )
 from proxy.ledger.store import JobResult, StoreInUse, StoreRefused, StoreUnavailable
 from proxy.policy.quota import Counter, CounterKey
 
+log = structlog.get_logger("ledger")
+
+# All files that belong to a database, by what their names have after its own.
+_SUFFIXES = ("", "-wal", "-shm", "-journal", ".lock", ".turn")
+# What the lock file contains until its first database has been made. If that fails, the next start may try again.
+_MAKING = b"the database is being made\n"
 # How long a transaction waits for a lock that another program has on the file, in seconds.
 _BUSY_TIMEOUT_S = 5.0
 # Errors that are caused by a value in the batch. All other errors are caused by the database, and may pass.
@@ -103,17 +116,26 @@ class SqliteStore:
 
     `busy_timeout_s` is how long a transaction waits for a lock that another program has on the file. `lock` is the
     file descriptor of the lock that a parent holds for all its workers, as `hand_over` returned it. Without it, this
-    process is the only one on the file.
+    process is the only one on the file. `may_be_new` allows it to make a database anew where there was one; a worker
+    must not do that.
     """
 
-    def __init__(self, path: Path, *, busy_timeout_s: float = _BUSY_TIMEOUT_S, lock: int | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        busy_timeout_s: float = _BUSY_TIMEOUT_S,
+        lock: int | None = None,
+        may_be_new: bool = False,
+    ) -> None:
         self._path = path.resolve()  # a file has one lock, whether it is opened by a link or by a relative path
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="ledger")
-        file, arguments = str(self._path), {"timeout": busy_timeout_s}
-        self._engine = create_engine(URL.create("sqlite", database=file), connect_args=arguments)
+        arguments = {"timeout": busy_timeout_s}
+        self._engine = create_engine(_url("sqlite", self._path), connect_args=arguments)
         self._read_engine = create_async_engine(
-            URL.create("sqlite+aiosqlite", database=file), connect_args=arguments, pool_size=2, max_overflow=0
+            _url("sqlite+aiosqlite", self._path), connect_args=arguments, pool_size=2, max_overflow=0
         )
+        self._may_be_new = may_be_new and lock is None
         self._sql = _Statements(self._engine.dialect)
         self._opened_file: tuple[int, int] | None = None
         self._is_only_process = lock is None
@@ -127,7 +149,7 @@ class SqliteStore:
     async def open(self) -> None:
         """Lock the file, unless the parent has locked it, and migrate its schema.
 
-        Raises StoreInUse, StoreUnavailable or schema.NewerSchema.
+        Raises StoreInUse, StoreUnavailable (also if there was a database and it is gone) or schema.NewerSchema.
         """
         await self._in_thread(self._open)
 
@@ -150,33 +172,61 @@ class SqliteStore:
         self._turn_file = self._lock_file = -1
 
     def _open(self) -> None:
+        if os.path.isdir(self._path):
+            raise StoreUnavailable(f"{self._path} is a folder: write the path of a file in `database`")
+        lock = f"{self._path}.lock"
         if self._is_only_process:
-            self._lock_file = self._lock()
+            self._lock_file = _lock(lock, self._path)
+            had_database = os.pread(self._lock_file, len(_MAKING), 0) != _MAKING
         else:
-            self._turn_file = self._open_side_file("turn")
-        self._in_turn(self._migrate)
+            self._turn_file = _open_file(f"{self._path}.turn", os.O_CREAT)
+            had_database = os.path.exists(lock)
+        self._in_turn(self._migrate, had_database)
+        if self._is_only_process:
+            os.ftruncate(self._lock_file, 0)
         self._opened_file = self._file_identity()
 
-    def _lock(self) -> int:
-        descriptor = self._open_side_file("lock")
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(descriptor)
-            raise StoreInUse(
-                f"Another process is using {self._path}. Stop it first; to run several, use --workers, or PostgreSQL."
-            ) from None
-        return descriptor
+    def _migrate(self, had_database: bool) -> None:
+        has_content, has_log = (_has_content(f"{self._path}{suffix}") for suffix in ("", "-wal"))
+        # Checked before SQLite opens the file, because it deletes the log of a database that is gone or empty.
+        if not has_content and (had_database or has_log):
+            self._refuse_new()
+        if not has_content:
+            os.close(_open_file(str(self._path), os.O_CREAT))
+        self._restrict_files()
+        with self._translated_errors(), self._engine.begin() as connection:
+            is_new = not has_schema(connection)
+            if is_new and had_database:
+                self._refuse_new()
+            migrate(connection, f"The database {self._path}")
+        if is_new:
+            log.warning("a new database was made, in which all quotas are unused", database=str(self._path))
 
-    def _open_side_file(self, kind: str) -> int:
-        try:
-            return os.open(f"{self._path}.{kind}", os.O_CREAT | os.O_RDWR, 0o600)
-        except OSError as error:
-            raise StoreUnavailable(f"{self._path}.{kind} can't be opened: {error.strerror}") from error
+    def _refuse_new(self) -> None:
+        """Raise StoreUnavailable, unless a database may be made where there was one."""
+        if not self._may_be_new:
+            raise StoreUnavailable(
+                f"{self._path} is gone or empty, and the files beside it show that it was a database. Put it back, "
+                "from a backup if need be, or correct `database`. To make a new one, with all quotas unused, run "
+                "`llm-quota-proxy migrate`, or `serve --new-database` once."
+            )
 
-    def _migrate(self) -> None:
-        with _translated_errors(), self._engine.begin() as connection:
-            migrate(connection)
+    def _restrict_files(self) -> None:
+        """Let only the owner read and write the files: they have the names of users, and what they use.
+
+        Files that SQLite makes later get the mode of the database's own.
+        """
+        for suffix in _SUFFIXES:
+            file = f"{self._path}{suffix}"
+            try:
+                mode = stat.S_IMODE(os.stat(file).st_mode)
+                if mode & ~0o600:
+                    os.chmod(file, mode & 0o600)
+                    log.warning("others could use a file of the database; now only its owner can", file=file)
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                log.warning("others can use a file of the database", file=file, reason=error.strerror)
 
     def _file_identity(self) -> tuple[int, int] | None:
         """Device and inode of the file that has our path now; None if there is none."""
@@ -193,7 +243,10 @@ class SqliteStore:
         lost when it is closed. A new connection would create an empty file.
         """
         if self._file_identity() != self._opened_file:
-            raise StoreUnavailable(f"{self._path} was moved, deleted or replaced while in use")
+            raise StoreUnavailable(
+                f"{self._path} was moved, deleted or replaced while in use: put it back, or restart the proxy to use "
+                "the file that is there now"
+            )
 
     # Writing: in the one thread, and as a worker in turn
 
@@ -246,12 +299,12 @@ class SqliteStore:
 
     def _apply(self, operations: Sequence[Operation], now: int) -> list[Reply]:
         self._check_file()
-        with _translated_errors(), self._engine.connect() as connection:
+        with self._translated_errors(), self._engine.connect() as connection:
             book = self._load(connection, operations, now)
             known = list(book.entries)
             replies = [book.apply(operation) for operation in operations]
             self._write(connection, book, known)
-            with _translated_errors(is_uncertain=True):
+            with self._translated_errors(is_uncertain=True):
                 connection.commit()
         return replies
 
@@ -274,7 +327,7 @@ class SqliteStore:
 
     def _renew(self, row: dict[str, object]) -> None:
         self._check_file()
-        with _translated_errors(), self._engine.begin() as connection:
+        with self._translated_errors(), self._engine.begin() as connection:
             statement = insert(owners)
             connection.execute(
                 statement.on_conflict_do_update(
@@ -289,13 +342,13 @@ class SqliteStore:
         if not self._is_only_process:
             alive = select(owners.c.id).where(owners.c.alive_until > now)
             statement = statement.where(calls.c.owner.not_in(alive))
-        with _translated_errors(), self._engine.connect() as connection:
+        with self._translated_errors(), self._engine.connect() as connection:
             return list(connection.execute(statement).scalars())
 
     def _job(self, statements: Sequence[str], parameters: tuple[object, ...]) -> int:
         self._check_file()
         rows = 0
-        with _translated_errors(), self._engine.begin() as connection:
+        with self._translated_errors(), self._engine.begin() as connection:
             for statement in statements:
                 rows = connection.exec_driver_sql(statement, parameters).rowcount
         return rows
@@ -316,15 +369,19 @@ class SqliteStore:
 
     async def _read(self, statement: str, parameters: tuple[str]) -> Sequence[Row]:
         self._check_file()
-        with _translated_errors():
+        with self._translated_errors():
             async with self._read_engine.connect() as connection:
                 return (await connection.exec_driver_sql(statement, parameters)).all()
 
+    def _translated_errors(self, *, is_uncertain: bool = False) -> "_TranslatedErrors":
+        return _TranslatedErrors(self._path, is_uncertain=is_uncertain)
 
-class _translated_errors:
+
+class _TranslatedErrors:
     """Turns SQLAlchemy's errors into StoreRefused (caused by a value) or StoreUnavailable (may be repeated)."""
 
-    def __init__(self, *, is_uncertain: bool = False) -> None:
+    def __init__(self, path: Path, *, is_uncertain: bool) -> None:
+        self._path = path
         self._is_uncertain = is_uncertain
 
     def __enter__(self) -> None:
@@ -334,7 +391,104 @@ class _translated_errors:
         if isinstance(error, _REFUSALS):
             raise StoreRefused(str(error.orig)) from error
         if isinstance(error, DBAPIError):
-            raise StoreUnavailable(str(error.orig), is_uncertain=self._is_uncertain) from error
+            text = f"{self._path} can't be used ({error.orig}): {_remedy(error.orig)}"
+            raise StoreUnavailable(text, is_uncertain=self._is_uncertain) from error
+
+
+def _url(driver: str, path: Path) -> URL:
+    """The URL of a file that exists. SQLite makes no file, and so none with an empty ledger or with a wide mode."""
+    return URL.create(driver, database=f"file:{quote(str(path))}", query={"mode": "rw", "uri": "true"})
+
+
+# ------------------------------------------------------------------------------------------------ files and remedies
+
+
+def _lock(file: str, path: Path) -> int:
+    """Lock the lock file of the database at `path`, and return its descriptor."""
+    try:
+        descriptor = _open_file(file, os.O_CREAT | os.O_EXCL)
+    except FileExistsError:
+        descriptor = _open_file(file)
+    else:
+        _write_mark(descriptor, file)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise StoreInUse(
+            f"Another process is using {path}. Stop it first; to run several, use --workers, or PostgreSQL. If the "
+            "parent of --workers was killed, its workers are ending now: try again in a few seconds."
+        ) from None
+    except OSError as error:
+        os.close(descriptor)
+        raise StoreUnavailable(
+            f"{file} can't be locked ({error.strerror}): use a local disk, not a network file system, or PostgreSQL"
+        ) from error
+    return descriptor
+
+
+def _write_mark(descriptor: int, file: str) -> None:
+    try:
+        os.write(descriptor, _MAKING)
+    except OSError as error:
+        os.close(descriptor)
+        os.unlink(file)  # an empty one would show that there was a database
+        raise StoreUnavailable(f"{file} can't be written ({error.strerror}): {_os_remedy(error)}") from error
+
+
+def _open_file(file: str, flags: int = 0) -> int:
+    """Open a file for reading and writing; one that is made can be used only by its owner.
+
+    Raises StoreUnavailable, and FileExistsError with O_EXCL.
+    """
+    try:
+        return os.open(file, os.O_RDWR | flags, 0o600)
+    except FileExistsError:
+        raise
+    except OSError as error:
+        raise StoreUnavailable(f"{file} can't be opened ({error.strerror}): {_os_remedy(error)}") from error
+
+
+def _has_content(file: str) -> bool:
+    try:
+        return os.path.getsize(file) > 0
+    except OSError:  # there is none, or SQLite will say why it can't be used
+        return False
+
+
+def _os_remedy(error: OSError) -> str:
+    """What to do about an error of the operating system."""
+    if error.errno in (errno.ENOENT, errno.ENOTDIR):
+        return "make its folder, or correct `database`"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return _FREE_SPACE
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return _permissions()
+    return "check its folder and its disk"
+
+
+def _remedy(error: BaseException | None) -> str:
+    """What to do about an error of SQLite, by the name of its code, such as SQLITE_IOERR_WRITE."""
+    name = getattr(error, "sqlite_errorname", None) or ""
+    if name.startswith(("SQLITE_READONLY", "SQLITE_CANTOPEN", "SQLITE_PERM", "SQLITE_AUTH")):
+        return _permissions()
+    return next((remedy for prefix, remedy in _REMEDIES.items() if name.startswith(prefix)), _CHANGED)
+
+
+def _permissions() -> str:
+    return f"let the user {os.geteuid()} write it and its folder, on a file system that can be written"
+
+
+_FREE_SPACE = "free space on its disk"
+_REMEDIES = {
+    "SQLITE_BUSY": "another program has locked it, such as a backup or a SQLite shell; end its transaction",
+    "SQLITE_LOCKED": "another program has locked it; end its transaction",
+    "SQLITE_FULL": _FREE_SPACE,
+    "SQLITE_IOERR": "check its disk, the space on it, and its mount",
+    "SQLITE_NOTADB": "restore a backup, or correct `database`",
+    "SQLITE_CORRUPT": "restore a backup, or copy what can still be read with `sqlite3 FILE .recover`",
+}
+_CHANGED = "another program may have changed its tables; restore a backup, or use a file of its own for the proxy"
 
 
 def _configure(connection: Any, _: object) -> None:

@@ -620,3 +620,19 @@ def test_each_group_is_described_in_a_sentence(below, sentence):
 def test_the_sentences_are_in_the_order_of_the_file():
     """That order decides through which group a call is admitted."""
     assert [sentence.partition(":")[0] for sentence in printed("groups: {z: {}, a: {}}")] == ["z", "a"]
+
+
+def test_a_password_in_plain_text_in_the_databases_url():
+    """Before the host or among the settings. An interpolated one is none."""
+    plain = "this secret is in plain text; write ${NAME} or ${file:/path} for it"
+    for url in ("postgresql://u:sesame@h/d", "postgresql://h/d?user=u&password=sesame"):
+        assert warned(f"unmatched: allow\ndatabase: {url}\n") == [f"3: database: {plain}"]
+    for url in ("postgresql://u:${PW}@h/d", "postgresql://h/d?user=u&password=${PW}"):
+        assert warned(f"unmatched: allow\ndatabase: {url}\n", PW="sesame") == []
+
+
+def test_percent_encoding_in_a_password_is_named_with_its_line():
+    """T81: earlier releases decoded it. The password is not shown."""
+    [found] = warned("unmatched: allow\ndatabase: postgresql://u:${PW}@h/d\n", PW="p%40ss-word")
+    assert found.startswith("3: the value of ${PW} has a %XX, which is taken literally and not decoded")
+    assert warned("unmatched: allow\ndatabase: ${URL}\n", URL="postgresql://u:p%40ss-word@h/d") == []

@@ -24,6 +24,10 @@ VERSION = "this is not a version of Azure's API; write one such as 2024-10-21 or
 NO_KEEP = "this is not a valid time to keep records; write 1d or more, as in 90d, or null to keep them forever"
 NO_WAIT = "this is not a valid duration here; write one such as 30s, at most 10m, or 0s for none"
 DATABASE = "this is not a database; write sqlite:///quotas.db, or postgresql://user:password@host/name"
+CUT = (
+    "the user or the password in this URL has a character that ends it; write ${PASSWORD} for it alone, or "
+    "percent-encode / ? # and @ in it"
+)
 NO_FILE = "this names no file for SQLite; write sqlite:///quotas.db, or sqlite:////var/lib/quotas.db"
 NO_NAME = "this is not a valid name; use 1 to 100 letters, digits, dots, hyphens and underscores"
 NO_HEADER = "this key can't be sent in a header; use visible ASCII characters without spaces"
@@ -76,6 +80,10 @@ NO_MODEL = "this is not a valid model name; use 1 to 200 visible characters, no 
         (values.api_version, "preview", "preview"),
         (values.usage_field, "citation_tokens", "citation_tokens"),
         (values.database, "sqlite:///quotas.db", "sqlite:///quotas.db"),
+        *(
+            (values.database, url, url)
+            for url in ("postgresql://u%40x:p%2Fw@h:1/d?sslmode=require", "postgresql://h/d?user=u@x&password=p")
+        ),
         (values.database, "sqlite:////var/lib/quotas.db", "sqlite:////var/lib/quotas.db"),
         (values.database, "postgresql://u:p@h/db?sslmode=require", "postgresql://u:p@h/db?sslmode=require"),
         (values.database, "postgresql://u:p@/db?host=/run/pg", "postgresql://u:p@/db?host=/run/pg"),
@@ -206,6 +214,10 @@ def test_a_valid_value_is_returned_in_its_normal_form(take: Callable[[object], o
         (values.database, "quotas.db", DATABASE),
         (values.database, "mysql://u:p@h/db", DATABASE),
         (values.database, "postgresql://[h/db", DATABASE),
+        *(
+            (values.database, f"postgresql://{text}", CUT)
+            for text in ("u:1/2@h/d", "u:1?2@h/d", "u:1#2@h/d", "u:1@2@h/d", "h/d#x")
+        ),
         (values.database, "sqlite:///", NO_FILE),
         (values.database, "sqlite:///:memory:", NO_FILE),
         (values.database, "sqlite://quotas.db", NO_FILE),

@@ -18,7 +18,9 @@ from pathlib import Path
 
 import asyncpg
 import pytest
+from structlog.testing import capture_logs
 
+from proxy.config.loader import load_text
 from proxy.ledger.book import Accepted, Expire, Refused, Release, Settle, Unknown
 from proxy.ledger.entry import CallLabels
 from proxy.ledger.postgres import (
@@ -556,7 +558,7 @@ async def test_a_read_only_server_is_unavailable_until_it_may_write(store, datab
     await apply(store, reserve("1", ANN, CALL))
     await database.run(f"ALTER DATABASE {database.name} SET default_transaction_read_only = on")
     await database.break_connections()
-    with pytest.raises(StoreUnavailable, match="read-only transaction"):
+    with pytest.raises(StoreUnavailable, match=r"read-only transaction.*write the host of the primary"):
         await apply(store, SETTLED)
     with pytest.raises(StoreUnavailable, match="read-only transaction"):
         await store.renew("me", NO_CLOCK, lease_ms=MINUTE)
@@ -577,7 +579,7 @@ async def test_a_server_without_a_free_connection_is_unavailable_until_it_has_on
         await apply(store, reserve("1", ANN, CALL))
         await database.run(f"ALTER ROLE {role} CONNECTION LIMIT 0")
         await database.break_connections()
-        with pytest.raises(StoreUnavailable, match="too many connections"):
+        with pytest.raises(StoreUnavailable, match=r"too many connections.*raise max_connections"):
             await apply(store, SETTLED)
         with pytest.raises(StoreUnavailable, match="too many connections"):
             await store.read_entry("1")
@@ -852,6 +854,60 @@ async def test_a_database_without_our_schema_is_unavailable(empty_url):
     with pytest.raises(StoreUnavailable, match="does not exist"):
         await apply(store, Release("1"))
     await store.close()
+
+
+async def test_a_new_database_is_a_warning_with_its_name(empty_url):
+    """All quotas are unused then, also if an older schema was dropped. The next process says nothing."""
+    with capture_logs() as logged:
+        for _ in range(2):
+            async with opened(empty_url):
+                pass
+    [entry] = [entry for entry in logged if entry["log_level"] == "warning"]
+    assert entry["event"] == "a new database was made, in which all quotas are unused"
+    assert entry["database"].endswith(f"/{url_name(empty_url)}")
+
+
+async def error_of(url):
+    store = PostgresStore(url, timeouts=SHORT)
+    with pytest.raises(StoreUnavailable) as raised:
+        await store.open()
+    await store.close()
+    return str(raised.value)
+
+
+async def test_an_error_at_the_start_names_the_database_and_what_to_do(server, empty_url, empty_database):
+    """It never has the password, nor a user's name, which has the password if a colon is missing."""
+    role, socket = f"role_{empty_database.name}", empty_url.partition("?host=")[2]
+    await empty_database.run(f"CREATE ROLE {role} LOGIN")
+    missing = await error_of(f"postgresql://postgres:sesame@/missing?host={socket}")
+    assert re.fullmatch(
+        f"PostgreSQL can't be used at {socket}/missing: .* does not exist; create the database, .*", missing
+    )
+    unknown = await error_of(f"postgresql://u%3Asesame@/{empty_database.name}?host={socket}")
+    assert re.search("the server does not accept this user with this password; check both in `database`", unknown)
+    no_right = await error_of(f"postgresql://{role}:sesame@/{empty_database.name}?host={socket}")
+    assert re.search("permission denied .*; give the user this right, for example with GRANT CREATE", no_right)
+    unreachable = await error_of("postgresql://u:sesame@127.0.0.1:1/db?user=x&password=sesame")
+    assert unreachable.startswith("PostgreSQL can't be used at 127.0.0.1:1/db: ")
+    assert unreachable.endswith("check that the server runs, and the host, the port and sslmode in `database`")
+    unreadable = await error_of("postgresql://u:sesame@h/db?sslmode=sesame")
+    assert unreadable == "the driver can't read the database's URL (host and name: h/db): correct `database`"
+    cut = await error_of("postgresql://u:1/sesame@127.0.0.1:1/db?sslmode=wrong")
+    assert "127.0.0.1:1/db" in cut
+    for text in (missing, unknown, no_right, unreachable, unreadable, cut):
+        assert "sesame" not in text
+
+
+async def test_a_name_of_any_characters_reaches_the_server(server, empty_url, empty_database):
+    """`${…}` in the user and the password is percent-encoded, and the driver decodes it."""
+    name = "p@ss/w:ord%25 #?&+é"
+    await empty_database.run(f'CREATE ROLE "{name}{empty_database.name}" LOGIN')
+    socket = empty_url.partition("?host=")[2]
+    written = f"database: postgresql://${{NAME}}{empty_database.name}:${{NAME}}@/postgres?host={socket}\n"
+    environ = {"NAME": name}
+    config = load_text(f"{written}upstreams: {{box: {{base_url: http://box/v1}}}}\n", environ=environ)
+    [row] = await server.run("SELECT current_user", url=config.settings.database)
+    assert row[0] == f"{name}{empty_database.name}"
 
 
 async def test_a_migration_that_fails_leaves_the_database_as_it_was(empty_url, empty_database):

@@ -5,17 +5,21 @@ moved.
 """
 
 import asyncio
+import errno
 import fcntl
 import os
+import resource
 import signal
+import stat
 import subprocess
 import sys
 import threading
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from structlog.testing import capture_logs
 
 from proxy.ledger.book import Accepted, Expire, Refused, Release, Settle, Unknown
 from proxy.ledger.entry import CallLabels
@@ -315,7 +319,15 @@ async def test_a_value_that_the_database_rejects_raises_store_refused(store, pat
 # --------------------------------------------------------------------------------------------------- writes that fail
 
 
-FAULTS = [locked, read_only, full, failing_writes, moved, replaced]
+REMEDIES = {
+    locked: "another program has locked it",
+    read_only: "let the user [0-9]+ write it",
+    full: "free space on its disk",
+    failing_writes: "check its disk, the space on it, and its mount",
+    moved: "put it back, or restart",
+    replaced: "put it back, or restart",
+}
+FAULTS = list(REMEDIES)
 
 
 @pytest.fixture
@@ -340,8 +352,9 @@ async def test_a_database_that_cannot_be_written_is_unavailable(faulty, path, fa
     await store.apply([reserve("1", ANN, CALL)], NOON)
     before = contents(path)
     operations = [SETTLED, *many(1000, 300)]
-    with fault(path, writer), pytest.raises(StoreUnavailable):
+    with fault(path, writer), pytest.raises(StoreUnavailable, match=REMEDIES[fault]) as raised:
         await store.apply(operations, NOON)
+    assert str(path) in str(raised.value)
     assert contents(path) == before
     await store.apply(operations, NOON)
     assert await levels(store) == (Amount(90, 60, 1), Amount())
@@ -388,11 +401,11 @@ async def test_a_read_does_not_wait_for_a_write(store, path):
 
 
 async def test_a_read_of_a_table_that_was_dropped_raises_store_unavailable(store, path):
-    """The error names the table."""
+    """The error names the file, the table and the likely cause."""
     with connected(path) as other:
         other.execute("DROP TABLE counters")
         other.execute("DROP TABLE calls")
-    with pytest.raises(StoreUnavailable, match="no such table"):
+    with pytest.raises(StoreUnavailable, match=r"quotas\.db can't be used \(no such table.*another program"):
         await store.read_counters(ANN.keys())
     with pytest.raises(StoreUnavailable, match="no such table"):
         await store.read_entry("1")
@@ -482,7 +495,9 @@ def test_a_second_process_is_refused_until_the_first_has_ended(path):
     command = [sys.executable, "-c", OPEN, path]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as first:
         assert first.stdout.readline() == "opened\n"
-        with pytest.raises(StoreInUse, match=r"Another process is using .*quotas\.db\. Stop it first"):
+        with pytest.raises(
+            StoreInUse, match=r"Another process is using .*quotas\.db\. Stop it first.*parent.*was killed"
+        ):
             asyncio.run(opened_and_closed(path))
         first.send_signal(signal.SIGKILL)
         first.wait()
@@ -596,7 +611,7 @@ async def test_a_newer_schema_is_refused_and_left_alone(path):
         connection.execute("UPDATE alembic_version SET version_num = '9999'")
     before = contents(path)
     older = SqliteStore(path)
-    with pytest.raises(NewerSchema):
+    with pytest.raises(NewerSchema, match=r"The database /.*quotas\.db has schema 9999"):
         await older.open()
     await older.close()
     assert contents(path) == before
@@ -634,12 +649,25 @@ def no_folder(path):
     path.parent.rmdir()
 
 
-DAMAGES = [truncated, not_a_database, a_directory, no_folder]
+def no_folder_but_a_file(path):
+    no_folder(path)
+    path.parent.touch()
+
+
+DAMAGES = {
+    truncated: "restore a backup, or copy what can still be read",
+    not_a_database: "restore a backup, or correct `database`",
+    a_directory: "is a folder: write the path of a file",
+    no_folder: "No such file or directory.*: make its folder",
+    no_folder_but_a_file: "Not a directory.*: make its folder",
+}
 
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
 async def test_a_damaged_file_is_unavailable(tmp_path, damage):
-    """It is not replaced by an empty one, which would say that nothing was used."""
+    """T56: it is not replaced by an empty one, which would say that nothing was used. The error names the file and
+    what to do.
+    """
     path = tmp_path / "data" / "quotas.db"
     path.parent.mkdir()
     store = SqliteStore(path)
@@ -647,10 +675,229 @@ async def test_a_damaged_file_is_unavailable(tmp_path, damage):
     await store.close()
     damage(path)
     store = SqliteStore(path)
-    with pytest.raises(StoreUnavailable):
+    with pytest.raises(StoreUnavailable, match=DAMAGES[damage]) as raised:
         await store.open()
     await store.close()
+    assert str(path) in str(raised.value)
     assert not path.exists() or path.is_dir() or path.stat().st_size in (3500, 5000)
+
+
+# -------------------------------------------------------------------------------------------- new, gone, and modes
+
+
+NEW = "a new database was made, in which all quotas are unused"
+
+
+async def opened(path, **options):
+    """Open and close a store; the events that it logs."""
+    with capture_logs() as logged:
+        store = SqliteStore(path, **options)
+        try:
+            await store.open()
+        finally:
+            await store.close()
+    return [(entry["log_level"], entry["event"], entry.get("database") or entry.get("file")) for entry in logged]
+
+
+async def test_a_new_database_is_a_warning_with_its_whole_path(new_path, monkeypatch):
+    """The folder may be a volume that was not mounted. The second start finds the database, and says nothing."""
+    monkeypatch.chdir(new_path.parent)
+    assert await opened(Path("quotas.db")) == [("warning", NEW, str(new_path))]
+    assert await opened(Path("quotas.db")) == []
+
+
+def deleted(path):
+    path.unlink()
+
+
+def emptied(path):
+    os.truncate(path, 0)
+
+
+def without_tables(path):
+    """Another database without our tables, as a program makes that only opens it."""
+    path.unlink()
+    with connected(path) as connection:
+        connection.execute("PRAGMA journal_mode=WAL")
+
+
+def deleted_while_in_use(path):
+    """The log of the database that is gone is still there, and the lock file is not."""
+    path.with_name("quotas.db-wal").write_bytes(path.read_bytes())
+    path.with_name("quotas.db.lock").unlink()
+    path.unlink()
+
+
+LOSSES = [deleted, emptied, without_tables, deleted_while_in_use]
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.__name__)
+async def test_a_database_that_is_gone_is_not_made_anew(new_path, loss):
+    """T56: its lock file shows that there was one. Nothing is changed, so a backup can be put back; with
+    `may_be_new` a new database is made, once.
+    """
+    await opened(new_path)
+    backup = new_path.read_bytes()
+    loss(new_path)
+    before = {file.name: file.read_bytes() for file in new_path.parent.iterdir()}
+    for _ in range(2):
+        with pytest.raises(StoreUnavailable, match=r"quotas\.db is gone or empty.*Put it back.*serve --new-database"):
+            await opened(new_path)
+    after = {file.name: file.read_bytes() for file in new_path.parent.iterdir()}
+    assert {name: after.get(name) for name in before} == before
+    assert after.keys() - before.keys() <= {"quotas.db.lock"}
+    if loss is not deleted_while_in_use:
+        new_path.write_bytes(backup)
+        new_path.chmod(0o600)
+        assert await opened(new_path) == []
+        loss(new_path)
+    assert (await opened(new_path, may_be_new=True))[-1] == ("warning", NEW, str(new_path))
+    assert await opened(new_path) == []
+    audit(new_path)
+    loss(new_path)
+    with pytest.raises(StoreUnavailable, match="is gone or empty"):
+        await opened(new_path)
+
+
+async def test_a_worker_never_makes_a_database_anew(new_path):
+    """Also if its parent's command line, which is its own too, allows that. The file was deleted while they ran."""
+    parent = SqliteStore(new_path)
+    await parent.open()
+    new_path.unlink()
+    with pytest.raises(StoreUnavailable, match="is gone or empty"):
+        await opened(new_path, lock=parent.hand_over(), may_be_new=True)
+    await parent.close()
+    assert not new_path.exists()
+
+
+async def test_a_first_start_that_failed_can_be_repeated(new_path):
+    """Its lock file does not show that there was a database. Here another program's table is in the way."""
+    with connected(new_path) as connection:
+        connection.execute("CREATE TABLE calls (who TEXT)")
+    for _ in range(2):
+        with pytest.raises(StoreUnavailable, match="calls already exists"):
+            await opened(new_path)
+    new_path.unlink()
+    assert await opened(new_path) == [("warning", NEW, str(new_path))]
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o000, 0o077])
+async def test_only_the_owner_can_use_the_files(new_path, umask):
+    """Whatever the umask is: they have the names of users, and what they use."""
+    before = os.umask(umask)
+    try:
+        parent = SqliteStore(new_path)
+        await parent.open()
+        worker = SqliteStore(new_path, lock=parent.hand_over())
+        await worker.open()
+        await worker.apply([reserve("1", ANN, CALL)], NOON)
+        await worker.read_entry("1")
+        modes = {file.name: oct(stat.S_IMODE(file.stat().st_mode)) for file in new_path.parent.iterdir()}
+        await worker.close()
+        await parent.close()
+    finally:
+        os.umask(before)
+    names = ("quotas.db", "quotas.db-shm", "quotas.db-wal", "quotas.db.lock", "quotas.db.turn")
+    assert modes == dict.fromkeys(names, "0o600")
+
+
+async def test_files_that_others_could_use_are_restricted(path, monkeypatch):
+    """Those of earlier releases, also with what a crash has left. A file system that has no modes is no error."""
+    names = ("quotas.db", "quotas.db-wal", "quotas.db-shm", "quotas.db.lock")
+    store = SqliteStore(path)
+    await store.open()
+    for name in names:
+        path.with_name(name).chmod(0o644)
+    restricted = "others could use a file of the database; now only its owner can"
+    worker = {"lock": store.hand_over()}
+    assert await opened(path, **worker) == [("warning", restricted, str(path.with_name(name))) for name in names]
+    assert {stat.S_IMODE(path.with_name(name).stat().st_mode) for name in names} == {0o600}
+    await store.close()
+    path.chmod(0o640)
+
+    def refuse(*_):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr("os.chmod", refuse)
+    assert await opened(path) == [("warning", "others can use a file of the database", str(path))]
+
+
+@contextmanager
+def unprivileged(folder):
+    """A user who may not write in this folder."""
+    folder.chmod(0o500)
+    before = os.geteuid()
+    if before == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(before)
+        folder.chmod(0o700)
+
+
+async def test_a_folder_that_cannot_be_written_is_named_with_the_remedy(new_path):
+    """The user's number is in the error, because in containers it is often not the expected one."""
+    with (
+        unprivileged(new_path.parent),
+        pytest.raises(StoreUnavailable, match=r"quotas\.db\.lock can't be opened \(Permission.*let the user [0-9]+"),
+    ):
+        await opened(new_path)
+
+
+async def test_a_disk_that_is_full_at_the_first_start_leaves_no_lock_file(new_path):
+    """An empty one would show that there was a database."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+    try:
+        with pytest.raises(StoreUnavailable, match=r"quotas\.db\.lock can't be written \(File too large\): check"):
+            await opened(new_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list(new_path.parent.iterdir()) == []
+    assert await opened(new_path) == [("warning", NEW, str(new_path))]
+
+
+async def test_a_file_system_without_locks_is_named_with_the_remedy(new_path, monkeypatch):
+    """As some network file systems are. Without a lock, two proxies could admit calls up to the limit each."""
+
+    def flock(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with pytest.raises(StoreUnavailable, match=r"quotas\.db\.lock can't be locked \(No locks.*use a local disk"):
+        await opened(new_path)
+
+
+@pytest.mark.parametrize(
+    ("number", "remedy"),
+    [
+        (errno.ENOSPC, "free space"),
+        (errno.EDQUOT, "free space"),
+        (errno.EROFS, "file system that can be written"),
+        (errno.EACCES, "let the user"),
+        (errno.EMFILE, "check its folder and its disk"),
+    ],
+)
+async def test_every_error_of_the_system_has_a_remedy(new_path, monkeypatch, number, remedy):
+    """And its file."""
+
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("os.open", refuse)
+    with pytest.raises(StoreUnavailable, match=remedy) as raised:
+        await opened(new_path)
+    assert os.strerror(number) in str(raised.value)
+    assert str(new_path) in str(raised.value)
+
+
+async def test_a_path_may_have_any_characters(tmp_path):
+    """SQLite gets it as a URL, in which some characters have a meaning."""
+    path = tmp_path / "a?b #c%20d&mode=memory" / "quotas é.db"
+    path.parent.mkdir()
+    assert await opened(path) == [("warning", NEW, str(path))]
+    assert path.stat().st_size > 0
 
 
 async def test_a_file_that_is_locked_at_the_start_is_unavailable(path):
@@ -658,7 +905,7 @@ async def test_a_file_that_is_locked_at_the_start_is_unavailable(path):
     with connected(path) as other:
         other.execute("BEGIN EXCLUSIVE")
         store = SqliteStore(path, busy_timeout_s=0)
-        with pytest.raises(StoreUnavailable, match="locked"):
+        with pytest.raises(StoreUnavailable, match=r"quotas\.db can't be used .*another program has locked it"):
             await store.open()
         await store.close()
 
