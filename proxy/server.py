@@ -146,7 +146,6 @@ class Server:
             now=now,
         )
         store = store_of(self._inherited.database, self._inherited.lock)
-        self.rollup = Rollup(store, now=now, keep=lambda: self.policies.current.policy.keep)
         self.ledger = Ledger(
             store,
             owner=self._inherited.owner,
@@ -154,6 +153,9 @@ class Server:
             lease_ms=config.settings.lease_ms or LEASE_MS,
             wait_s=lambda: self.policies.current.policy.ledger_wait_s,
         )
+        self.ledger.on_clock_offset(self.metrics.ledger_clock_differs)
+        # Records are as old as the ledger's clock says, which stamped them, and ids sort by that clock too.
+        self.rollup = Rollup(store, now=self.ledger.now, keep=lambda: self.policies.current.policy.keep)
         self.upstreams = Upstreams()
         self.queue = AdmissionQueue(self.ledger)
         relay = Relay(
@@ -166,7 +168,14 @@ class Server:
         )
         self.health = Health(self.ledger, self.policies)
         stored = StoredResponses(self.ledger, self.upstreams)
-        self._api = Api(self.policies, stored, relay=relay, health=self.health, settings=config.settings, now=now)
+        self._api = Api(
+            self.policies,
+            stored,
+            relay=relay,
+            health=self.health,
+            settings=config.settings,
+            now=self.ledger.now,
+        )
         self._admin = Admin(self.metrics, self.health)
         self._settings = config.settings
         self._jobs = Tasks()

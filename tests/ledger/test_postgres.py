@@ -275,12 +275,13 @@ async def test_the_clock_of_the_database_decides(store, database):
     """Whatever `now` a process passes."""
     before = (await database.run("SELECT extract(epoch FROM clock_timestamp()) * 1000"))[0][0]
     [reply] = await store.apply([reserve("1", binding([quota("a/b", tokens=1000, per="6h")]), CALL)], 12345)
-    await store.renew("me", 12345, lease_ms=MINUTE)
+    renewed_at = await store.renew("me", 12345, lease_ms=MINUTE)
     after = (await database.run("SELECT extract(epoch FROM clock_timestamp()) * 1000"))[0][0]
     [counter] = reply.counters.values()
     assert before - 1 <= reply.entry.reserved_at == counter.window.opened_at <= after
     [owner] = await database.rows("owners")
-    assert before - 1 <= owner["alive_until"] - MINUTE <= after
+    assert before - 1 <= owner["alive_until"] - MINUTE == renewed_at <= after
+    assert reply.decided_at == reply.entry.reserved_at
     [unlimited] = await apply(store, reserve("2", binding(), call(1)))  # no counter has to be locked
     assert unlimited.entry.reserved_at >= reply.entry.reserved_at
 
