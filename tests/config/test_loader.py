@@ -87,6 +87,10 @@ def test_the_settings_have_what_needs_a_restart():
     assert "password" not in repr(config)
     pages = load_text(f'{SMALL}server: {{cors: ["https://App.example/", "*"], connections: 2k}}\n').settings
     assert (pages.cors, pages.connection_limits) == (("https://app.example", "*"), ConnectionLimits(connections=2000))
+    limited = load_text(f"{SMALL}server: {{connections_per_address: 50}}\n").settings.connection_limits
+    assert limited == ConnectionLimits(connections=4000, connections_per_address=50)
+    unlimited = load_text(f"{SMALL}server: {{connections_per_address: null}}\n").settings.connection_limits
+    assert unlimited == ConnectionLimits()
 
 
 def test_a_change_that_needs_a_restart_is_found_by_its_section():
