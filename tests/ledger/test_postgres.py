@@ -240,6 +240,22 @@ async def test_a_response_leads_to_the_call_that_made_it(store):
     assert await store.find_response_entry("' OR ''='") is None
 
 
+async def test_the_newest_of_several_calls_with_one_response_is_found_by_its_index(store, database):
+    """By the time of the call, whichever was settled last. One row is read, however many there are."""
+    await apply(store, *(reserve(f"{number}", ANN, call(1)) for number in range(1, 5)))
+    for number in (4, 1, 3, 2):
+        await apply(store, Settle(f"{number}", exactly(1, 1), "complete", response_id="resp_1"))
+    found = await store.find_response_entry("resp_1")
+    assert found.id == "4"
+    connection = await connect(database)
+    await connection.execute("SET enable_seqscan TO off; SET enable_sort TO off")
+    assert len(await connection.fetch(READ_RESPONSE_CALL, "resp_1")) == 1
+    plan = [row[0] for row in await connection.fetch(f"EXPLAIN {READ_RESPONSE_CALL}", "resp_1")]
+    await connection.close()
+    assert "Limit" in plan[0]
+    assert "Index Scan Backward using calls_by_response" in plan[1]
+
+
 async def test_a_user_without_calls_has_no_counters_and_an_unknown_call_no_entry(store):
     """Operations on an unknown call reply Unknown."""
     assert await store.read_counters(ANN.keys()) == {}

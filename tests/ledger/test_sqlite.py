@@ -192,6 +192,15 @@ async def test_a_name_may_have_any_characters(store, path, name):
     audit(path)
 
 
+async def test_the_newest_of_several_calls_with_one_response_is_found(store):
+    """By the time of the call, whichever was settled last."""
+    await store.apply([reserve(f"{number}", ANN, call(1)) for number in range(1, 5)], NOON)
+    for number in (4, 1, 3, 2):
+        await store.apply([Settle(f"{number}", exactly(1, 1), "complete", response_id="resp_1")], NOON)
+    found = await store.find_response_entry("resp_1")
+    assert found.id == "4"
+
+
 async def test_a_user_without_calls_has_no_counters_and_an_unknown_call_no_entry(store):
     """An operation on an unknown call replies Unknown."""
     assert await store.read_counters(ANN.keys()) == {}

@@ -4,6 +4,7 @@ import asyncio
 import sys
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -131,6 +132,25 @@ async def test_a_compressed_answer_is_refused() -> None:
         with pytest.raises(UpstreamError, match="compressed"):
             async with upstreams.send(up, "/x", b"{}", {}):
                 raise AssertionError
+
+
+async def test_the_library_decompresses_nothing() -> None:
+    """T44: its decompression has no limit, and one compressed megabyte can become 400 MB."""
+    async with _open() as upstreams:
+        assert upstreams._session is not None
+        assert upstreams._session.auto_decompress is False
+
+
+async def test_a_cookie_of_an_upstream_is_not_sent_with_the_next_call() -> None:
+    """T44: it may be another user's. The upstream has a name, because the library keeps no cookies of bare IPs."""
+    cookies = b"Connection: close\r\nSet-Cookie: user=ann; Path=/\r\nSet-Cookie: __cf_bm=x\r\n"
+    async with _upstream(HEAD + cookies + b"Content-Length: 2\r\n\r\n{}") as (up, seen), _open() as upstreams:
+        named = replace(up, base_url=up.base_url.replace("127.0.0.1", "localhost"))
+        for _ in range(2):
+            async with upstreams.send(named, "/x", b"{}", {}) as answer:
+                await answer.read()
+        assert len(seen) == 2
+        assert not any(b"cookie" in request.lower() for request in seen)
 
 
 async def test_a_connection_closed_without_an_answer_counts_as_sent() -> None:
