@@ -402,7 +402,7 @@ def test_a_missing_file_is_a_mistake(tmp_path):
 
 
 def test_a_file_without_an_end_is_read_up_to_the_limit():
-    """A device gives one byte more than the limit, so it is rejected as too large."""
+    """T78: a device gives one byte more than the limit, so it is rejected as too large."""
     assert len(read_capped("/dev/zero")) == BYTES_MAX + 1
 
 

@@ -232,7 +232,7 @@ async def test_a_repeated_operation_changes_nothing(ledger, path):
 @pytest.mark.parametrize("room_for", [0, 1, 7, 99])
 @pytest.mark.parametrize("history", ["first call ever", "a window of yesterday", "an open window"])
 async def test_of_100_calls_at_once_exactly_as_many_are_admitted_as_fit(ledger, clock, path, room_for, history):
-    """Not one more and not one less, also if there is no row to lock yet."""
+    """T60, T61: not one more and not one less, also if there is no row to lock yet."""
     used = 0 if history == "first call ever" else 500
     if used:
         clock.now -= DAY if history == "a window of yesterday" else 0
@@ -534,7 +534,7 @@ def large(number):
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
 async def test_while_the_database_is_unavailable_no_call_is_admitted_and_nothing_is_lost(path, fault):
-    """New calls are refused, and extends wait as long as their callers do. Ends are committed later, each once."""
+    """T53, T55: new calls are refused; extends wait as long as their callers do; ends are committed later, once."""
     calls = 2 * BATCH_MAX + 10
     with writers() as opened, capture_logs() as logs:
         async with running(path, wait_s=0.01) as ledger:
@@ -826,7 +826,7 @@ async def test_an_extend_whose_commit_is_uncertain_is_held_once(path):
 
 
 async def test_an_end_whose_commit_is_uncertain_is_charged_once(path):
-    """It is repeated and changes nothing."""
+    """T54: it is repeated and changes nothing."""
     store = UncertainStore(path)
     async with running(store) as ledger:
         await apply_together(ledger, *(reserve(str(number), ROOMY, CALL) for number in range(3)))

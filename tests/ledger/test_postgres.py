@@ -411,7 +411,7 @@ async def test_a_value_that_the_database_rejects_raises_store_refused(store):
 
 
 async def test_two_processes_admit_exactly_as_many_calls_as_fit_into_a_shared_quota(url, database):
-    """A hundred calls through each of them, for a quota that was not used before."""
+    """T62: a hundred calls through each of them, for a quota that was not used before."""
     who = binding([quota("team-x/pot", tokens=37 * 500 + 499, shared=True, per=LONG)])
     async with opened(url) as one, opened(url) as other:
         batches = [
@@ -425,7 +425,7 @@ async def test_two_processes_admit_exactly_as_many_calls_as_fit_into_a_shared_qu
 
 
 async def test_many_processes_with_many_members_never_deadlock(server, url, database):
-    """Counters of members and of groups in any mixture; first and later calls; reserve, extend, settle and expire."""
+    """T59: counters of members and of groups in any mixture; first and later calls; every operation."""
     quotas = [
         quota(f"g{number % 3}/q{number}", tokens=10**6, per=LONG, shared=number % 2 == 0) for number in range(8)
     ]
@@ -457,7 +457,7 @@ async def test_many_processes_with_many_members_never_deadlock(server, url, data
 
 
 async def test_a_batch_that_is_a_victim_of_a_deadlock_is_repeated(url, database):
-    """Another client locks our rows in the opposite order, and the server cancels our batch. It is run again."""
+    """T59: another client locks our rows in the opposite order, and the server cancels our batch. It is run again."""
     who = binding([DAILY, quota("staff/other", tokens=10**6, per=LONG)])
     async with opened(url, Timeouts(idle_ms=5000)) as store:
         await apply(store, reserve("1", who, CALL))
@@ -513,7 +513,7 @@ async def test_a_lock_that_is_never_freed_raises_store_unavailable(url, database
 
 
 async def test_a_connection_that_has_broken_is_replaced(store, database):
-    """A batch notices it when it begins, so its caller sees no error."""
+    """T58: a batch notices it when it begins, so its caller sees no error."""
     await apply(store, reserve("1", ANN, CALL))
     await store.read_entry("1")
     await database.break_connections()
@@ -530,7 +530,7 @@ async def can_read(store):
 
 
 async def test_a_restart_of_the_server_loses_and_doubles_nothing(server, url, database):
-    """The server stops during batches, twice. What was answered is stored, and everything else is repeated."""
+    """T58: the server stops during batches, twice. What was answered is stored, and everything else is repeated."""
     async with opened(url, SHORT) as one, opened(url, SHORT) as other:
         who, begun = binding([quota("a/b", tokens=10**9, per=LONG)]), []
 
@@ -586,7 +586,7 @@ async def test_a_read_only_server_is_unavailable_until_it_may_write(store, datab
 
 
 async def test_a_server_without_a_free_connection_is_unavailable_until_it_has_one(empty_url, empty_database):
-    """Others use all connections that the server, or our role, may have. Each batch tries again."""
+    """T58: others use all connections that the server, or our role, may have. Each batch tries again."""
     database = empty_database
     role = f"role_{database.name}"
     await database.run(f"CREATE ROLE {role} LOGIN", f"CREATE SCHEMA llm_quota_proxy AUTHORIZATION {role}")
@@ -808,7 +808,7 @@ class StoppedBackends:
 
 
 async def test_a_connection_that_does_not_answer_is_replaced(url, database):
-    """A batch waits `probe_ms` for the reply to its BEGIN. Nothing was sent before that, so it may run on another."""
+    """T58: a batch waits `probe_ms` for the reply to its BEGIN. Nothing was sent before, so it may run on another."""
     async with opened(url, SHORT) as store:
         await apply(store, reserve("1", ANN, CALL))
         await store.read_entry("1")

@@ -328,7 +328,7 @@ def test_a_user_is_shown_every_quota_that_can_bind_on_some_model(groups, member_
 
 
 def test_the_cache_of_bindings_is_bounded_and_right():
-    """Model names come from clients, and an open list of models accepts any name."""
+    """T71: model names come from clients, and an open list of models accepts any name."""
     cached = policy(STAFF)
     staff = ("staff",)
     first = cached.binding(staff, "gpt-4o")
