@@ -75,6 +75,17 @@ class Metrics:
             multiprocess_mode="livemin",
         )
 
+        self.ledger_clock_offset = Gauge(
+            "llm_quota_ledger_clock_offset_seconds",
+            "How far the clock that decides about windows (PostgreSQL's) is ahead of this machine's; 0 on SQLite",
+            registry=self._registry,
+            multiprocess_mode="livemostrecent",  # workers are on one machine, so they measure the same
+        )
+
+    def ledger_clock_differs(self, offset_ms: int) -> None:
+        """Note how far the ledger's clock is ahead of this process's, in ms."""
+        self.ledger_clock_offset.set(offset_ms / 1000)
+
     def refused(self, quota: str, verdict: str) -> None:
         """Count a refused call for one quota that refused it. `verdict` is busy, exhausted or never."""
         self.refusals.labels(quota, verdict).inc()

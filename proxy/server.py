@@ -25,7 +25,7 @@ import signal
 import socket
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from random import getrandbits
 
@@ -38,7 +38,7 @@ from proxy.calls.dispatch import Dispatcher
 from proxy.calls.relay import Relay
 from proxy.calls.stored_responses import StoredResponses
 from proxy.calls.tokenizer import Tokenizers
-from proxy.config.loader import Address, Config
+from proxy.config.loader import Address, Config, ConnectionLimits
 from proxy.config.reload import Changes, Policies
 from proxy.identity.authentication import Snapshot
 from proxy.ledger.ledger import LEASE_MS, Ledger
@@ -57,6 +57,8 @@ from proxy.web.routes import Api
 
 _RELOAD_CHECK_EVERY_S = 1.0
 _ROLLUP_EVERY_S = 10.0
+# Descriptors that are no connections: the database, the listeners, the log, uploads.
+_OTHER_DESCRIPTORS = 64
 # Calls that are still in flight this long after the beginning of a stop are cut off and settled.
 GRACE_S = 30.0
 
@@ -149,7 +151,6 @@ class Server:
         store = store_of(
             self._inherited.database, self._inherited.lock, may_be_new=config.settings.may_be_new_database
         )
-        self.rollup = Rollup(store, now=now, keep=lambda: self.policies.current.policy.keep)
         self.ledger = Ledger(
             store,
             owner=self._inherited.owner,
@@ -157,6 +158,9 @@ class Server:
             lease_ms=config.settings.lease_ms or LEASE_MS,
             wait_s=lambda: self.policies.current.policy.ledger_wait_s,
         )
+        self.ledger.on_clock_offset(self.metrics.ledger_clock_differs)
+        # Records are as old as the ledger's clock says, which stamped them, and ids sort by that clock too.
+        self.rollup = Rollup(store, now=self.ledger.now, keep=lambda: self.policies.current.policy.keep)
         self.upstreams = Upstreams()
         self.queue = AdmissionQueue(self.ledger)
         self._stored_responses = StoredResponses(self.ledger, self.upstreams, now=now)
@@ -175,7 +179,7 @@ class Server:
             relay=relay,
             health=self.health,
             settings=config.settings,
-            now=now,
+            now=self.ledger.now,
         )
         self._admin = Admin(self.metrics, self.health)
         self._settings = config.settings
@@ -200,11 +204,12 @@ class Server:
         await self.ledger.start(self._inherited.dead)
         self.upstreams.open()
         inherited, settings = self._inherited, self._settings
-        self.api = await self._listen(self._api.application(), inherited.api or settings.api)
+        limits = _within_file_limit(settings.connection_limits)
+        self.api = await self._listen(self._api.application(), inherited.api or settings.api, limits=limits)
         # A worker uses only inherited sockets. If its parent has no admin listener, it must not open one by itself.
         admin = inherited.admin or (None if inherited.api else settings.admin)
         if admin is not None:
-            self.admin = await self._listen(self._admin.application(), admin)
+            self.admin = await self._listen(self._admin.application(), admin, limits=limits)
         # With a lease of 60 s, renewed at 12:00:00 and due to lapse at 12:01:00, there are three more renewals in
         # time: at :15, :30 and :45. A sweep every 30 s finds the calls of a crashed process within 90 s.
         lease_s = self.ledger.lease_ms / 1000
@@ -255,11 +260,13 @@ class Server:
         self._tokenizers.load(_encodings_of(config.catalog))
         return config
 
-    async def _listen(self, application: web.Application, at: Address | tuple[int, ...]) -> Address:
+    async def _listen(
+        self, application: web.Application, at: Address | tuple[int, ...], *, limits: ConnectionLimits
+    ) -> Address:
         """Serve the application at an address, or on the inherited sockets with these descriptors."""
         if not isinstance(at, Address):
             application.on_response_prepare.append(self._close_after_answer)
-        runner = Listener(application, self._settings.connection_limits)
+        runner = Listener(application, limits)
         await runner.setup()
         self._runners.append(runner)
         if isinstance(at, Address):
@@ -315,6 +322,24 @@ def _raise_file_limit() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _within_file_limit(limits: ConnectionLimits) -> ConnectionLimits:
+    """The limits with as many connections as the limit of open files allows.
+
+    A listener that is full closes an idle connection for the next one. A process without a free descriptor can accept
+    none, however many are idle. Example: with `ulimit -n 1024` each listener has (1024 - 64) / 2 = 480 connections.
+    """
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    connections = max(1, (files - _OTHER_DESCRIPTORS) // 2)
+    if files == resource.RLIM_INFINITY or limits.connections <= connections:
+        return limits
+    log.warning(
+        "the limit of open files is too low for `server.connections`: raise it (ulimit -n)",
+        open_files=files,
+        connections=connections,
+    )
+    return replace(limits, connections=connections)
 
 
 def store_of(database: str, lock: int | None = None, *, may_be_new: bool = False) -> Store:

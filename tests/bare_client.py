@@ -69,10 +69,10 @@ class BareClient:
 
 
 @asynccontextmanager
-async def bare_client(url: str) -> AsyncIterator[BareClient]:
-    """Connect to a listener."""
+async def bare_client(url: str, *, address: str = "127.0.0.1") -> AsyncIterator[BareClient]:
+    """Connect to a listener, from this address."""
     port = urlsplit(url).port
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    reader, writer = await asyncio.open_connection("127.0.0.1", port, local_addr=(address, 0))
     try:
         yield BareClient(reader, writer)
     finally:

@@ -66,10 +66,14 @@ def loaded() -> Tokenizers:
 
 
 class Clock:
-    """The time as the proxy and its database see it; tests move it. Milliseconds since 1970."""
+    """The time as the proxy and its database see it; tests move it. Milliseconds since 1970.
 
-    def __init__(self, now: int = NOON) -> None:
+    PostgreSQL's clock shows `database_ahead_ms` more. SQLite has no clock of its own.
+    """
+
+    def __init__(self, now: int = NOON, *, database_ahead_ms: int = 0) -> None:
         self._ms = now
+        self._database_ahead_ms = database_ahead_ms
         self._on_change: Callable[[int], object] = lambda ms: None
 
     def __call__(self) -> int:
@@ -83,12 +87,12 @@ class Clock:
     @ms.setter
     def ms(self, ms: int) -> None:
         self._ms = ms
-        self._on_change(ms)
+        self._on_change(ms + self._database_ahead_ms)
 
     def when_changed(self, on_change: Callable[[int], object]) -> None:
-        """Call this with the time, now and whenever a test moves it."""
+        """Call this with the database's time, now and whenever a test moves the clock."""
         self._on_change = on_change
-        on_change(self._ms)
+        on_change(self._ms + self._database_ahead_ms)
 
 
 class Stage:

@@ -375,6 +375,38 @@ def test_pure_modules_may_not_wait(monkeypatch):
     assert {where for where, _ in impure_modules()} == {"formats.sse: asyncio", "formats.meter: async"}
 
 
+# -------------------------------------------------------------------------------------------------------- the threats
+
+
+NOT_BUILT = "(not built yet:"
+
+
+def threats() -> dict[str, str]:
+    """T1 → its row in docs/threats.md."""
+    text = (ROOT / "docs" / "threats.md").read_text(encoding="utf-8")
+    return {f"T{number}": row for number, row in re.findall(r"^\| (\d+) \| (.*)$", text, flags=re.MULTILINE)}
+
+
+def named_threats() -> set[str]:
+    """The rows that the docstrings of tests name. A range ("T36 to T39") names only its ends."""
+    named: set[str] = set()
+    for path in (ROOT / "tests").rglob("test_*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name.startswith("test_"):
+                named.update(re.findall(r"\bT\d+\b", ast.get_docstring(node) or ""))
+    return named
+
+
+def test_each_threat_is_named_by_a_test():
+    """A row that no test names may be forgotten, or its test may have been deleted."""
+    rows = threats()
+    assert len(rows) >= 98
+    assert list(rows) == [f"T{number}" for number in range(1, len(rows) + 1)], "rows are numbered without gaps"
+    built = {threat for threat, row in rows.items() if not row.startswith(NOT_BUILT)}
+    assert not built - named_threats(), "name these rows in the docstring of the test that shows them, or write it"
+    assert not named_threats() - built, "these rows do not exist, or are marked as not built"
+
+
 # ---------------------------------------------------------------------------------------------------------- the locks
 
 
@@ -390,7 +422,7 @@ def locked(lock: str) -> dict[str, str]:
     "lock", ["requirements.lock", "requirements-run.lock", CLIENTS_LOCK, "tests/model_server.lock"]
 )
 def test_a_lock_has_hashes_and_no_address(lock):
-    """What is installed is what was tested, wherever it is fetched from."""
+    """T98: what is installed is what was tested, wherever it is fetched from."""
     text = (ROOT / lock).read_text(encoding="utf-8")
     entries = re.split(r"\n(?=[a-z0-9])", text.strip())
     assert all("--hash=sha256:" in entry for entry in entries), "make lock"

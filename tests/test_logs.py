@@ -28,7 +28,7 @@ def _lines(written: io.StringIO) -> list[dict[str, object]]:
 
 
 def test_every_event_is_one_line_of_json() -> None:
-    """Line ends and control characters that a client sent can't start another line."""
+    """T94: line ends and control characters that a client sent can't start another line."""
     written = io.StringIO()
     stream = LogStream(written)
     set_up(stream, level=logging.INFO)
@@ -62,7 +62,7 @@ def test_records_of_libraries_have_no_exception_texts_and_no_arguments() -> None
 
 
 def test_a_full_pipe_blocks_no_call() -> None:
-    """Lines are dropped when the queue is full, and their number is logged when the pipe is read again."""
+    """T93: lines are dropped when the queue is full, and their number is logged when the pipe is read again."""
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     with contextlib.suppress(BlockingIOError):
@@ -87,7 +87,7 @@ def test_a_full_pipe_blocks_no_call() -> None:
 
 
 def test_a_closed_stream_raises_no_error() -> None:
-    """The line is dropped and counted."""
+    """T93: the line is dropped and counted."""
     written = io.StringIO()
     written.close()
     stream = LogStream(written)

@@ -1,9 +1,11 @@
 """Starting, stopping and restarting one process."""
 
 import asyncio
+import json
 import os
 import signal
 import sys
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from structlog.testing import capture_logs
 
 from proxy.ledger.store import StoreInUse
 from proxy.server import InheritedResources, Server, repeat
+from tests.bare_client import bare_client, get
 from tests.stage import STAFF, UPSTREAM_KEY, Clock, config_of, key_of, loaded, stage
 
 HELLO: Any = [{"role": "user", "content": "Hello"}]
@@ -24,7 +27,7 @@ def _ask(simulate: str, **more: Any) -> dict[str, Any]:
 
 
 async def test_a_stop_lets_calls_end(tmp_path: Path) -> None:
-    """A stream that is running when the stop begins is sent to its end."""
+    """T52: a stream that is running when the stop begins is sent to its end."""
     async with stage(folder=tmp_path) as on:
         call = on.begin(CHAT, _ask("tokens=20 speed=400", stream=True))
         await on.simulator.until(lambda: on.simulator.chunks_sent > 2)
@@ -147,6 +150,37 @@ async def test_a_process_serves_reloads_and_stops_on_signals(tmp_path: Path) -> 
         if process.returncode is None:
             process.kill()
             await process.wait()
+
+
+async def test_a_low_limit_of_open_files_shuts_nobody_out(tmp_path: Path) -> None:
+    """T97: more idle connections than the process may have files. A new client is served, and a warning says why."""
+    file = tmp_path / "quotas.yaml"
+    _write(file, "1000")
+    command = 'ulimit -n 256 && exec "$0" -m proxy serve --config "$1"'
+    process = await asyncio.create_subprocess_exec(
+        *("sh", "-c", command, sys.executable, str(file)),
+        stderr=asyncio.subprocess.PIPE,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    )
+    assert process.stderr
+    try:
+        url, warning = None, None
+        while url is None or warning is None:
+            line = (await process.stderr.readline()).decode()
+            if "open_files" in line:
+                warning = json.loads(line)
+            elif url is None and "http://" in line:
+                url = line.split()[-1]
+        assert (warning["open_files"], warning["connections"]) == (256, 96)
+        async with AsyncExitStack() as held:
+            for _ in range(300):
+                await held.enter_async_context(bare_client(url))
+            async with bare_client(url) as client:
+                client.send(get("/healthz"))
+                assert (await client.reply()).status == 200
+    finally:
+        process.terminate()
+        assert await process.wait() == 0
 
 
 async def test_a_job_that_fails_is_repeated() -> None:

@@ -176,15 +176,16 @@ class Call:
             is_stream=self.request.form is None and self.request.stream,
         )
 
-    def refusal(self, refused: Refused, now: int, *, busy_s: int) -> ProxyError:
+    def refusal(self, refused: Refused, *, busy_s: int) -> ProxyError:
         """The error that tells the client why its call was refused.
 
         `busy_s` is the `Retry-After` for a call that is refused because of calls in flight.
         """
-        # The statuses are those of the moment of the decision. Example: the ledger refused the call at 11:59:59.999
-        # and this runs at 12:00:00.001. At that time the window has ended, and the refusal would show an empty one.
-        decided_at = min([now, *(block.counter.window.resets_at - 1 for block in refused.decision.blocks)])
-        statuses = quota_statuses(self.binding, refused.counters, decided_at)
+        # All times are those of the decision, by the clock that decided. Example: the ledger refused the call at
+        # 11:59:59.999 and this runs at 12:00:00.001. By then the window has ended, and the refusal would show an
+        # empty one.
+        now = refused.decided_at
+        statuses = quota_statuses(self.binding, refused.counters, now)
         error = refusal(
             refused.decision,
             statuses,

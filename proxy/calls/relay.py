@@ -41,7 +41,11 @@ log = structlog.get_logger("relay")
 
 
 class Relay:
-    """Takes calls to an upstream and back. `now` gives milliseconds since 1970."""
+    """Takes calls to an upstream and back.
+
+    `now` gives milliseconds since 1970. Only durations are taken from it: what a client is told goes by the ledger's
+    clock.
+    """
 
     def __init__(
         self,
@@ -100,8 +104,7 @@ class Relay:
         if isinstance(reply, Refused):
             for block in reply.decision.blocks:
                 self._metrics.refused(block.quota.id, block.verdict.name.lower())
-            now = self._now()
-            raise call.refusal(reply, now, busy_s=self._durations.busy_s(now))
+            raise call.refusal(reply, busy_s=self._durations.busy_s(self._now()))
         # Until the first attempt the reservation has the meter and count of the first target.
         first = candidates.first
         reservation = Reservation(self._ledger, reply, first.meter(), binding=call.binding, count=first.count)
@@ -264,7 +267,7 @@ class Relay:
 
     def _quota_headers(self, call: Call, reservation: Reservation) -> dict[str, str]:
         is_held = reservation.outcome is None
-        return call.quota_headers(reservation.entry, reservation.counters, self._now(), is_held=is_held)
+        return call.quota_headers(reservation.entry, reservation.counters, self._ledger.now(), is_held=is_held)
 
 
 def _outcome(call: Call, meter: Meter) -> Outcome:

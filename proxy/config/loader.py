@@ -61,12 +61,16 @@ class ConnectionLimits:
     """How many connections a listener keeps open, and how long it waits for slow clients."""
 
     connections: int = 4000
+    connections_per_address: int | None = None  # of one client address; None: as many as `connections`
     head_s: float = 10.0  # from the first to the last byte of a request's head
     idle_s: float = 75.0  # between two requests, and before the first
     # A body may take body_s, and a second more for every body_bytes_per_s bytes that have arrived. So a body of
     # 32 MiB has 30 + 512 = 542 s, just enough for a client that sends half a megabit per second (537 s).
     body_s: float = 30.0
     body_bytes_per_s: int = 65_536
+    # An answer, or what is left of it, of which a client reads less than 16 KiB in this time is given up. For a
+    # streamed answer, `web.response` has the same limit for each write.
+    unread_s: float = 60.0
     # A stream without output sends a heartbeat after this time. Load balancers close idle connections after 60 s.
     heartbeat_s: float = 15.0
 
@@ -338,7 +342,9 @@ def _settings(file: File) -> Settings:
         admin=None if admin is None else Address(*values.split_address(admin)),
         database=file.database,
         cors=tuple(file.server.cors),
-        connection_limits=ConnectionLimits(connections=file.server.connections),
+        connection_limits=ConnectionLimits(
+            connections=file.server.connections, connections_per_address=file.server.connections_per_address
+        ),
     )
 
 

@@ -125,7 +125,7 @@ class Server(Section):
     """The two listeners. A change takes effect at a restart."""
 
     display_name = "server"
-    nullable = frozenset({"admin"})
+    nullable = frozenset({"admin", "connections_per_address"})
 
     api: Address = Field("127.0.0.1:8080", description="host:port of the API that users call, and of health checks.")
     admin: Address | None = Field(
@@ -139,7 +139,14 @@ class Server(Section):
         examples=[["https://app.example"]],
     )
     connections: Positive = Field(
-        4000, description="The most connections that each listener keeps open; further ones get a 503."
+        4000,
+        description="The most connections that each listener keeps open. For a further one, the connection that has "
+        "been idle longest is closed; if none is idle, the further one gets a 503.",
+    )
+    connections_per_address: Positive | None = Field(
+        None,
+        description="The most connections of one client address (IPv6: of one /64 network) to each listener, by the "
+        "same rule. Default: null, no limit, because all users behind a load balancer have one address.",
     )
 
 

@@ -129,21 +129,28 @@ class Accepted:
     """The entry after the operation, and the counters of its quotas.
 
     `verdict` is the verdict on an Extend: if less than its `least` is held, it says why. `freed` are the counters on
-    which this operation lowered what is held; calls that wait for room on them try again.
+    which this operation lowered what is held; calls that wait for room on them try again. `decided_at` is the
+    instant of the decision (ms), by the clock that decided: the database's, if its processes share one.
     """
 
     entry: Entry
     counters: Mapping[CounterKey, Counter]
     verdict: Verdict = Verdict.ALLOW
     freed: frozenset[CounterKey] = field(default=frozenset(), compare=False)
+    decided_at: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """The call was refused. No entry was made, and no counter was charged."""
+    """The call was refused. No entry was made, and no counter was charged.
+
+    `decided_at` is the instant of the decision, as in `Accepted`. What the client is told about the refusal is
+    computed for that instant.
+    """
 
     decision: NotAdmitted
     counters: Mapping[CounterKey, Counter]
+    decided_at: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,18 +195,18 @@ class Book:
     def _reserve(self, operation: Reserve) -> Reply:
         keys = operation.binding.keys()
         if entry := self.entries.get(operation.id):
-            return Accepted(entry, self._counters_of(keys))
+            return self._accepted(entry, keys)
         self._correct_windows(operation.binding)
         decision = decide(operation.demand, operation.binding, self.counters, self._now)
         if isinstance(decision, NeedsCount):
             return decision
         if isinstance(decision, NotAdmitted):
-            return Refused(decision, self._counters_of(keys))
+            return Refused(decision, self._counters_of(keys), self._now)
         entry = _new_entry(operation, decision, self._now)
         for hold in decision.holds:
             self._put_counter(hold.quota.key_for(operation.binding.user), _with_hold(hold))
         self._put_entry(entry)
-        return Accepted(entry, self._counters_of(keys))
+        return self._accepted(entry, keys)
 
     def _correct_windows(self, binding: Binding) -> None:
         """Shorten and store windows that were opened by a clock that was ahead.
@@ -225,7 +232,7 @@ class Book:
         if before is None:
             return Unknown(operation.id)
         if before.state != "open":
-            return Accepted(before, self._counters_of(_keys(before)))
+            return self._accepted(before, _keys(before))
         # The input is lowered first: what it frees is room for the output of the same call.
         entry = self._lower_input(before, max(0, before.hold.input - operation.input))
         at = {
@@ -247,7 +254,7 @@ class Book:
         freed.update(quota.key_for(operation.binding.user) for quota in increase.not_increased)
         entry = self._raise_output(self._free_not_increased(entry, increase), operation.binding.user, increase)
         self._put_entry(entry)
-        return Accepted(entry, self._counters_of(_keys(entry)), increase.verdict, frozenset(freed))
+        return self._accepted(entry, _keys(entry), verdict=increase.verdict, freed=frozenset(freed))
 
     def _lower_input(self, entry: Entry, tokens: int) -> Entry:
         """Free `tokens` of the hold for an input that turned out to be smaller by that number."""
@@ -297,7 +304,7 @@ class Book:
             return Unknown(operation.id)
         is_open = entry.state == "open"
         if not is_open and not (entry.state == "expired" and state == "settled"):
-            return Accepted(entry, self._counters_of(_keys(entry)))
+            return self._accepted(entry, _keys(entry))
         if state == "expired":
             usage = AtLeast(Tokens(entry.hold.input, entry.hold.output))
         # Only the difference to what was charged before is added. Before an open call ends that is nothing. Example
@@ -314,7 +321,7 @@ class Book:
         response_id = operation.response_id if isinstance(operation, Settle) else None
         entry = replace(entry, state=state, ended_at=self._now, usage=usage, outcome=outcome, response_id=response_id)
         self._put_entry(entry)
-        return Accepted(entry, self._counters_of(_keys(entry)), freed=freed)
+        return self._accepted(entry, _keys(entry), freed=freed)
 
     def _change_counter(self, of: HeldAmount, *, used: Amount, held: Amount) -> None:
         """Add to what the counter of a held amount has used and holds."""
@@ -331,6 +338,16 @@ class Book:
 
     def _counter_now(self, key: CounterKey, quota: Quota) -> Counter:
         return counter_at(self._now, quota, self.counters.get(key))
+
+    def _accepted(
+        self,
+        entry: Entry,
+        keys: list[CounterKey],
+        *,
+        verdict: Verdict = Verdict.ALLOW,
+        freed: frozenset[CounterKey] = frozenset(),
+    ) -> Accepted:
+        return Accepted(entry, self._counters_of(keys), verdict, freed, self._now)
 
     def _counters_of(self, keys: list[CounterKey]) -> dict[CounterKey, Counter]:
         return {key: counter for key in keys if (counter := self.counters.get(key)) is not None}

@@ -41,6 +41,9 @@ BATCH_MAX = 256
 LEASE_MS = 60_000
 # How long a new call waits for a database that is unavailable: long enough for a failover.
 WAIT_S = 10.0
+# From this difference between the ledger's clock and the process's on, it is logged. Machines that keep their time
+# with NTP differ by milliseconds.
+CLOCK_OFFSET_LOGGED_MS = 2_000
 _ORPHANS_PER_READ = 1000
 
 log = structlog.get_logger("ledger")
@@ -86,12 +89,33 @@ class Ledger:
         self._loop: asyncio.Task[None] | None = None
         self._is_closing = False
         self._on_freed: Callable[[set[CounterKey]], object] = lambda keys: None
+        self._on_clock_offset: Callable[[int], object] = lambda offset_ms: None
+        self._clock_offset_ms = 0
+        self._logged_offset_ms = 0
         self._committed_at = 0.0  # by the event loop's clock
         self.is_healthy = True
 
     def on_freed(self, callback: Callable[[set[CounterKey]], object]) -> None:
         """Call `callback` after each batch that lowered holds, with the keys of the counters they were lowered on."""
         self._on_freed = callback
+
+    def on_clock_offset(self, callback: Callable[[int], object]) -> None:
+        """Call `callback` with the offset of the ledger's clock, in ms, whenever another one was measured.
+
+        It is positive if the clock that decides is ahead of the process's clock, and 0 on SQLite.
+        """
+        self._on_clock_offset = callback
+
+    def now(self) -> int:
+        """The time by the clock that decides in which window a call is. Whatever a client is told goes by it.
+
+        It is PostgreSQL's clock on PostgreSQL and the process's on SQLite. Example: the process's clock is 300 s
+        ahead of the database's. At 12:00:00 of the database a call is refused until 12:01:00. By the process's clock,
+        12:05:00, that would be in the past, and the client would be told to come back after 1 s instead of 60.
+
+        The difference is measured with each batch, and with each renewal of the lease (every 15 s).
+        """
+        return self._now() + self._clock_offset_ms
 
     @property
     def lapses(self) -> int:
@@ -338,13 +362,51 @@ class Ledger:
             # This process was paused for longer than its lease. What it reserves now would look to other processes
             # like the calls of a dead one, and be expired at once.
             await self._renew()
-        return await self._store.apply([queued.operation for queued in batch], self._now())
+        asked_at = self._now()
+        replies = await self._store.apply([queued.operation for queued in batch], asked_at)
+        for reply in replies:
+            if isinstance(reply, Accepted | Refused):
+                self._measure_clock(reply.decided_at, asked_at=asked_at)
+                break  # all replies of a batch are decided at the same instant
+        return replies
 
     async def _renew(self) -> None:
         now = self._now()
-        await self._store.renew(self.owner, now, lease_ms=self.lease_ms)
+        renewed_at = await self._store.renew(self.owner, now, lease_ms=self.lease_ms)
         self._lapses = self.lapses
         self._alive_until = now + self.lease_ms
+        self._measure_clock(renewed_at, asked_at=now)
+
+    def _measure_clock(self, decided_at: int, *, asked_at: int) -> None:
+        """Correct the offset of the ledger's clock by an instant that the database returned.
+
+        The database read its clock between our request and its reply, so each reply bounds the offset. The offset is
+        changed only as far as the bounds demand: a reply that took long, because the batch waited for locks, has wide
+        bounds and changes nothing. Example: we ask at 12:00:00.000 and get the reply at 12:00:00.004, which says
+        12:05:00.001. The database's clock is between 299.997 and 300.001 s ahead. The lower bound also ensures that
+        `now` is never earlier than the last decision.
+        """
+        offset_ms = min(max(self._clock_offset_ms, decided_at - self._now()), decided_at - asked_at)
+        if offset_ms == self._clock_offset_ms:
+            return
+        self._clock_offset_ms = offset_ms
+        self._on_clock_offset(offset_ms)
+        self._log_offset()
+
+    def _log_offset(self) -> None:
+        """Log an offset of some seconds: once, and again only if it changes by as much or is gone."""
+        offset_ms = self._clock_offset_ms
+        if abs(offset_ms) < CLOCK_OFFSET_LOGGED_MS // 2:
+            if self._logged_offset_ms:
+                log.info("the database's clock and this machine's agree again", database_ahead_s=offset_ms / 1000)
+            self._logged_offset_ms = 0
+        elif abs(offset_ms - self._logged_offset_ms) >= CLOCK_OFFSET_LOGGED_MS:
+            self._logged_offset_ms = offset_ms
+            log.warning(
+                "the database's clock and this machine's differ: quotas and what clients are told go by the "
+                "database's; check the time synchronization (NTP) of both",
+                database_ahead_s=offset_ms / 1000,
+            )
 
 
 def _is_reserve(queued: _Queued) -> bool:

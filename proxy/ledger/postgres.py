@@ -183,6 +183,7 @@ _RENEW_LEASE = f"""
     WITH forgotten AS (DELETE FROM {SCHEMA}.owners WHERE alive_until < {_NOW} - $3::bigint)
     INSERT INTO {SCHEMA}.owners (id, alive_until) VALUES ($1::text, {_NOW} + $2::bigint)
     ON CONFLICT (id) DO UPDATE SET alive_until = excluded.alive_until
+    RETURNING alive_until - $2::bigint
 """
 # By the fields of `_Writer`.
 WRITER_STATEMENTS = {
@@ -311,9 +312,9 @@ class PostgresStore:
         """Apply these operations in this order, in one transaction, at the database's time instead of `now`."""
         return await self._transaction(lambda writer: _apply(writer, operations))
 
-    async def renew(self, owner: str, now: int, *, lease_ms: int) -> None:
-        """Let the lease of the process `owner` end `lease_ms` from now, by the database's clock."""
-        await self._transaction(lambda writer: writer.renew(owner, lease_ms))
+    async def renew(self, owner: str, now: int, *, lease_ms: int) -> int:
+        """Let the lease of the process `owner` end `lease_ms` from now, by the database's clock. Returns its time."""
+        return await self._transaction(lambda writer: writer.renew(owner, lease_ms))
 
     async def _transaction(self, work: "Callable[[_Writer], Awaitable[T]]") -> T:
         """Run `work` in a transaction of its own, and again if it collided with another process."""
@@ -469,8 +470,9 @@ class _Writer:
             connection.terminate()
             raise
 
-    async def renew(self, owner: str, lease_ms: int) -> None:
-        await self.renew_lease.fetch(owner, lease_ms, _FORGET_OWNER_MS)
+    async def renew(self, owner: str, lease_ms: int) -> int:
+        now: int = await self.renew_lease.fetchval(owner, lease_ms, _FORGET_OWNER_MS)
+        return now
 
 
 async def _apply(writer: _Writer, operations: Sequence[Operation]) -> list[Reply]:

@@ -254,9 +254,10 @@ class SqliteStore:
         """Apply these operations in this order, in one transaction, and return their replies."""
         return await self._in_thread(self._apply, operations, now)
 
-    async def renew(self, owner: str, now: int, *, lease_ms: int) -> None:
-        """Let the lease of the process `owner` end `lease_ms` from now."""
+    async def renew(self, owner: str, now: int, *, lease_ms: int) -> int:
+        """Let the lease of the process `owner` end `lease_ms` from now. Returns `now`, which decides."""
         await self._in_thread(self._renew, {"id": owner, "alive_until": now + lease_ms})
+        return now
 
     async def orphans(self, owner: str, now: int, *, limit: int) -> list[str]:
         """The ids of open calls of dead processes.

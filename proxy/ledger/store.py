@@ -62,8 +62,11 @@ class Store(Protocol):
         committed; every operation may be repeated.
         """
 
-    async def renew(self, owner: str, now: int, *, lease_ms: int) -> None:
-        """Let the lease of the process `owner` end `lease_ms` from now. Raises StoreUnavailable."""
+    async def renew(self, owner: str, now: int, *, lease_ms: int) -> int:
+        """Let the lease of the process `owner` end `lease_ms` from now. Returns now, by the clock that decides.
+
+        Raises StoreUnavailable.
+        """
 
     async def orphans(self, owner: str, now: int, *, limit: int) -> list[str]:
         """The ids of open calls of dead processes, at most `limit`. `owner` is the process that asks.

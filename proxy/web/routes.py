@@ -46,7 +46,7 @@ log = structlog.get_logger("routes")
 class Api:
     """The handlers of the API listener. `calls` has the tasks of the calls in flight.
 
-    `now` returns the time in milliseconds since the epoch.
+    `now` returns the time in milliseconds since the epoch, by the ledger's clock.
     """
 
     def __init__(

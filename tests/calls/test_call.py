@@ -98,7 +98,7 @@ def test_a_call_that_fits_is_not_capped(tmp_path: Path) -> None:
 
 
 def test_the_model_label_comes_from_the_snapshot(tmp_path: Path) -> None:
-    """A name that a client made up is no label, also if the list of models is open."""
+    """T92: a name that a client made up is no label, also if the list of models is open."""
     open_list = STAFF.replace("models:\n", 'models:\n  "*": {upstream: simulated}\n')
     assert _call(_snapshot(tmp_path, open_list), "made-up").model_label == "other"
     assert _call(_snapshot(tmp_path), "fast").model_label == "fast"

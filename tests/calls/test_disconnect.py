@@ -51,7 +51,7 @@ async def test_stop_closes_the_connection_at_once_and_charges_what_passed(tmp_pa
 
 
 async def test_stop_before_the_upstream_answered_charges_the_input(tmp_path: Path) -> None:
-    """The call was sent, so the upstream may have read the input."""
+    """T47: the call was sent, so the upstream may have read the input."""
     async with stage(folder=tmp_path, on_disconnect="stop") as on:
         await _leave_after(on, _ask("hang", stream=True), 0)
         await on.simulator.until(lambda: on.simulator.open_calls == 0)
@@ -122,7 +122,7 @@ async def test_one_user_cannot_take_the_drains_of_others(tmp_path: Path) -> None
 
 
 async def test_a_hundred_disconnects_leave_nothing_held(tmp_path: Path) -> None:
-    """After disconnects at different points no call is open, nothing is held, and each call is charged its words."""
+    """T46: after disconnects at different points no call is open, nothing is held, each call is charged its words."""
     async with stage(folder=tmp_path, on_disconnect="stop") as on:
         for words in range(100):
             before = on.simulator.chunks_sent
@@ -296,7 +296,7 @@ class EndlessTokenizers(Tokenizers):
 
 @pytest.mark.parametrize("stream", [True, False])
 async def test_a_disconnect_before_the_call_was_sent_costs_nothing(stream: bool, tmp_path: Path) -> None:
-    """A large input is still being counted, so the upstream has nothing of the call. The hold is freed."""
+    """T47: a large input is still being counted, so the upstream has nothing of the call. The hold is freed."""
     disconnects = WatchedDisconnects(drain_s=10**6)  # no drain: a call that was not sent has no answer
     tokenizers = EndlessTokenizers()
     policy = STAFF.replace("tokens: 1M", "tokens: 1_000M")

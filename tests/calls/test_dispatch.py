@@ -161,7 +161,7 @@ async def test_another_upstream_answers_and_the_call_is_charged_once(
 async def test_a_call_that_may_have_run_or_was_rejected_is_sent_once(
     answer: bytes, status: int, outcome: str, tmp_path: Path
 ) -> None:
-    """No call is paid twice, and a bad request is bad at every upstream."""
+    """T49: no call is paid twice, and a bad request is bad at every upstream."""
     async with _broken_upstream(answer) as broken, stage(_policy(broken.url), folder=tmp_path) as on:
         assert (await on.post(CHAT, _ask())).status == status
         assert (await _record(on))["upstream"] == "broken"

@@ -102,7 +102,7 @@ async def test_a_call_that_an_error_answer_has_ended_is_not_counted(tmp_path: Pa
 
 
 async def test_an_upstream_that_is_down_gives_a_502_and_is_free(tmp_path: Path) -> None:
-    """Nothing was sent, so nothing can have been used."""
+    """T38: nothing was sent, so nothing can have been used."""
     async with stage(folder=tmp_path, upstream="http://127.0.0.1:1/v1") as on:
         reply = await on.post(CHAT, _ask("tokens=1"))
         assert (reply.status, reply.error["code"]) == (502, "upstream_error")
@@ -111,7 +111,7 @@ async def test_an_upstream_that_is_down_gives_a_502_and_is_free(tmp_path: Path) 
 
 @pytest.mark.parametrize("path", [CHAT, "/v1/completions", "/v1/responses"])
 async def test_a_broken_stream_is_charged_for_what_passed(path: str, tmp_path: Path) -> None:
-    """The upstream closes the connection after 5 words. The input and these words are charged."""
+    """T39: the upstream closes the connection after 5 words. The input and these words are charged."""
     async with stage(folder=tmp_path) as on:
         body = _ask("tokens=50 cut=5", stream=True, prompt="Hi", input="Hi")
         if path == "/v1/responses":
@@ -260,7 +260,7 @@ async def test_enforce_after_counts_at_the_end_and_changes_no_request(tmp_path: 
 
 
 async def test_a_call_that_can_never_fit_is_a_400(tmp_path: Path) -> None:
-    """Waiting would not help, so it is not a 429. Agents react to this code by shortening the input."""
+    """T63: waiting would not help, so it is not a 429. Agents react to this code by shortening the input."""
     policy = STAFF.replace("tokens: 1M", "tokens: 1k")
     async with stage(policy, folder=tmp_path) as on:
         with pytest.raises(openai.BadRequestError) as refused:

@@ -69,7 +69,7 @@ def test_a_diagnostic_has_the_format_of_a_compiler():
     ],
 )
 def test_plain_scalars_are_integers_booleans_null_or_text(written, value):
-    """Only the usual notation is an integer. Dates, floats and numbers with a sign or an underscore stay text."""
+    """T78: only the usual notation is an integer. Dates, floats, numbers with a sign or an underscore stay text."""
     assert data(f"a: {written}") == {"a": value}
 
 
@@ -220,7 +220,7 @@ def test_an_alias_has_the_value_and_the_lines_of_its_anchor():
 
 
 def test_an_alias_bomb_is_rejected_before_it_expands():
-    """Each line has ten aliases to the line above. An alias counts in full at every use."""
+    """T78: each line has ten aliases to the line above. An alias counts in full at every use."""
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
     lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 9)]
     assert mistakes("\n".join(lines)) == [

@@ -93,7 +93,7 @@ def test_other_dollar_signs_stay_as_they_are(written, read):
     ],
 )
 def test_a_failed_interpolation_is_a_mistake_and_stays_as_written(written, mistake):
-    """It never becomes an empty text. A key that was pasted between the braces is not quoted."""
+    """T81: it never becomes an empty text. A key that was pasted between the braces is not quoted."""
     found = interpolator().interpolate(written)
     assert found.mistakes == (mistake,)
     assert found.text.startswith("${")
@@ -306,7 +306,7 @@ def test_interpolated_values_are_redacted():
 
 
 def test_redaction_is_fast_with_many_values():
-    """A file may have a key for each of 50,000 users and many mistakes."""
+    """T95: a file may have a key for each of 50,000 users and many mistakes."""
     many = Interpolator({f"K{number}": f"key-{number:08}" for number in range(50_000)}, read_bytes)
     for number in range(50_000):
         many.interpolate(f"${{K{number}}}")

@@ -537,7 +537,7 @@ def test_a_missing_maximum_gives_one_warning_per_model():
     [("169.254.169.254", True), ("[fe80::1]", True), ("127.0.0.1", False), ("metadata.example", False)],
 )
 def test_a_link_local_upstream(host, is_link_local):
-    """Cloud machines serve their own credentials at such an address."""
+    """T50: cloud machines serve their own credentials at such an address."""
     found = warnings(load_text(f"upstreams:\n  box:\n    base_url: http://{host}/v1\n"))
     text = (
         f"{host.strip('[]')} is a link-local address, where cloud machines serve their credentials; write another one"

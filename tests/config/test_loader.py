@@ -87,6 +87,10 @@ def test_the_settings_have_what_needs_a_restart():
     assert "password" not in repr(config)
     pages = load_text(f'{SMALL}server: {{cors: ["https://App.example/", "*"], connections: 2k}}\n').settings
     assert (pages.cors, pages.connection_limits) == (("https://app.example", "*"), ConnectionLimits(connections=2000))
+    limited = load_text(f"{SMALL}server: {{connections_per_address: 50}}\n").settings.connection_limits
+    assert limited == ConnectionLimits(connections=4000, connections_per_address=50)
+    unlimited = load_text(f"{SMALL}server: {{connections_per_address: null}}\n").settings.connection_limits
+    assert unlimited == ConnectionLimits()
 
 
 def test_a_change_that_needs_a_restart_is_found_by_its_section():
@@ -407,7 +411,7 @@ def test_a_missing_file_is_a_mistake(tmp_path):
 
 
 def test_a_file_without_an_end_is_read_up_to_the_limit():
-    """A device gives one byte more than the limit, so it is rejected as too large."""
+    """T78: a device gives one byte more than the limit, so it is rejected as too large."""
     assert len(read_capped("/dev/zero")) == BYTES_MAX + 1
 
 

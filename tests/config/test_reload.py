@@ -59,7 +59,7 @@ def _config(folder: Path, policy: str = STAFF) -> Config:
 
 
 async def test_a_changed_file_is_loaded_when_it_has_stopped_changing(tmp_path: Path) -> None:
-    """Only if two checks see the same new fingerprint: half of a file is not a policy."""
+    """T79: only if two checks see the same new fingerprint: half of a file is not a policy."""
     disk = Disk(_config(tmp_path))
     policies = _policies(disk, Metrics())
     first = policies.current
@@ -75,7 +75,7 @@ async def test_a_changed_file_is_loaded_when_it_has_stopped_changing(tmp_path: P
 
 
 async def test_an_invalid_file_never_replaces_the_policy(tmp_path: Path) -> None:
-    """The old policy stays in force and a metric reports it, until a valid file is loaded."""
+    """T78: the old policy stays in force and a metric reports it, until a valid file is loaded."""
     metrics = Metrics()
     disk = Disk(_config(tmp_path))
     policies = _policies(disk, metrics)
@@ -246,7 +246,7 @@ async def test_the_log_names_sections_that_need_a_restart(tmp_path: Path) -> Non
 
 
 async def test_a_running_call_keeps_its_policy(tmp_path: Path) -> None:
-    """After a reload that removes the model, the running stream ends normally and the next call gets a 404."""
+    """T79: after a reload that removes the model, the running stream ends normally and the next call gets a 404."""
     body: dict[str, Any] = {
         "model": "fast",
         "messages": [{"role": "user", "content": "Hello"}],

@@ -301,6 +301,6 @@ def test_every_valid_pattern_compiles(written):
 
 @pytest.mark.parametrize("key", ["sk-abc", "", "schlüssel", "\udcff"])
 def test_a_digest_is_sha_256_in_hex(key):
-    """The same as `printf %s KEY | sha256sum`. Bytes that are not text have a digest too, which no key has."""
+    """T4: the same as `printf %s KEY | sha256sum`. Bytes that are not text have a digest too, which no key has."""
     assert values.digest(key) == hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()
     assert len(values.digest(key)) == 64

@@ -222,7 +222,7 @@ def test_a_maximum_that_is_already_lower_stays(kind: str, endpoint: Endpoint) ->
 
 @targets
 def test_a_maximum_is_written_if_the_client_stated_none(kind: str, endpoint: Endpoint) -> None:
-    """In the first field that this kind of upstream reads, and only if there is a maximum to write. Null is none."""
+    """T64: in the first field that this kind of upstream reads, if there is a maximum to write. Null is none."""
     name = WRITES.get((kind, endpoint.name), endpoint.maxima[0])
     for request in (parse(endpoint), parse(endpoint, **dict.fromkeys(MAXIMA))):
         assert {field: value for field, value in sent(request, kind, maximum=300).items() if value == 300} == {

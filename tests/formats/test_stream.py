@@ -135,7 +135,7 @@ def test_an_event_without_its_blank_line_is_left_out_if_it_is_not_covered() -> N
 
 
 def test_an_event_too_large_to_parse_is_counted_by_its_bytes() -> None:
-    """So it can't be used to get around a limit."""
+    """T42: so it can't be used to get around a limit."""
     stream = _stream()
     piece = b"data: " + b"x" * (EVENT_BYTES_MAX + 10)
     assert stream.feed(piece, covered=1000) == b""

@@ -151,7 +151,7 @@ def test_without_a_key_the_answer_says_how_to_send_one(headers):
 )
 @pytest.mark.parametrize("header", ["authorization", "api-key", "x-api-key"])
 def test_a_wrong_key_matches_no_user(header, key):
-    """One character more or less, another case, a digest, SQL, wildcards, bytes that are not text: always a 401."""
+    """T4: a character more or less, another case, a digest, SQL, wildcards, bytes that are not text: always a 401."""
     error = refused([(header, f"Bearer {key}" if header == "authorization" else key)])
     assert error.status == 401
     assert error.code == "invalid_api_key"
@@ -167,7 +167,7 @@ def test_the_answer_does_not_repeat_the_key():
 
 
 def test_unknown_keys_and_keys_of_deleted_users_get_the_same_answer():
-    """A client that tries keys cannot tell a key that once worked from one that never did."""
+    """T6: a client that tries keys cannot tell a key that once worked from one that never did."""
     assert refused([("api-key", DELETED_KEY)]).body() == refused([("api-key", OTHER_KEY)]).body()
 
 
@@ -228,7 +228,7 @@ def test_two_authorization_headers_that_differ_are_a_401(other):
 
 @given(key=st.text(st.characters(exclude_categories=()), max_size=60))
 def test_no_text_but_the_key_itself_matches(key):
-    """Any other text, lone surrogates included, is a 401 and never another exception (T2)."""
+    """T3: any other text, lone surrogates included, is a 401 and never another exception (T2)."""
     if key.strip() == KEY:
         return
     for header in ("authorization", "api-key"):

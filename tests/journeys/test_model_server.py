@@ -221,7 +221,7 @@ async def test_a_prompt_that_is_too_long_costs_nothing(server: ModelServer, tmp_
 
 @pytest.mark.parametrize("request_of", [chat, completion, response])
 async def test_an_endless_answer_ends_at_the_limit(request_of: Any, server: ModelServer, tmp_path: Path) -> None:
-    """The server stops where the quota has no more tokens, and all tokens that it generated are charged."""
+    """T42: the server stops where the quota has no more tokens, and all tokens that it generated are charged."""
     policy = POLICY.replace("tokens: 1M", "output_tokens: 30").replace(
         "simulated}", "simulated, smallest_answer: 10}"
     )

@@ -171,7 +171,7 @@ def _charged(row: dict[str, Any]) -> tuple[int, int, str]:
 
 @pytest.mark.parametrize("what", ["deleted", "emptied"])
 async def test_a_deleted_database_is_not_created_again(what: str, tmp_path: Path) -> None:
-    """No user gets a fresh quota if the file is deleted, or replaced by an empty one, while the proxy runs."""
+    """T56: no user gets a fresh quota if the file is deleted, or replaced by an empty one, while the proxy runs."""
     path = tmp_path / "quotas.db"
     with capture_logs():
         async with _gated(SHORT_WAIT, folder=tmp_path) as (on, upstream):
@@ -295,7 +295,7 @@ async def test_a_stream_keeps_the_policy_with_which_it_began(
 
 
 async def test_a_running_stream_of_a_removed_upstream_completes(tmp_path: Path) -> None:
-    """The stream continues over its connection. The next call goes to the upstream of the new policy."""
+    """T80: the stream continues over its connection. The next call goes to the upstream of the new policy."""
     async with _gated(SMALL, folder=tmp_path) as (on, upstream):
         [running] = await _begin(on, upstream, _ask(3000, is_held_back=True))
         await _reload(on, tmp_path, SMALL, upstream_name="another")
@@ -481,7 +481,7 @@ async def _check_that_restarts_change_nothing(config: str, path: Path) -> None:
 
 
 async def test_a_stop_cuts_off_and_charges_streams_that_do_not_end_in_time(tmp_path: Path) -> None:
-    """30 streams are in flight at SIGTERM: each is charged what had passed, no tokens stay held, and it exits 0."""
+    """T52: 30 streams are in flight at SIGTERM: each is charged what had passed, none is held, and it exits 0."""
     upstream = Upstream()
     async with bare_upstream(upstream.serve) as listening:
         text = text_of(LARGE, database=sqlite_in(tmp_path), upstream=listening.url)
@@ -512,7 +512,7 @@ async def test_a_stop_cuts_off_and_charges_streams_that_do_not_end_in_time(tmp_p
 
 @pytest.mark.parametrize("on_disconnect", ["stop", "drain"])
 async def test_five_hundred_disconnects_leave_nothing_behind(on_disconnect: str, tmp_path: Path) -> None:
-    """At random times, 50 at once: no call, task, connection or hold remains, and each sent call is charged."""
+    """T46: at random times, 50 at once: no call, task, connection or hold remains, and each sent call is charged."""
     rng = random.Random(1000)
     hung_up = 0
     async with stage(LARGE, folder=tmp_path, on_disconnect=on_disconnect) as on:

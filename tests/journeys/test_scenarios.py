@@ -394,7 +394,7 @@ async def test_an_overdraft_admits_no_call_beyond_the_limit(tmp_path: Path) -> N
 
 
 async def test_busy_exhausted_and_never_have_different_messages(tmp_path: Path) -> None:
-    """On 300 tokens: 310 can never fit; 150 must wait while a call holds 210, and don't fit after it has used 210."""
+    """T63: on 300 tokens: 310 can never fit; 150 wait while a call holds 210, and don't fit after it used 210."""
     async with stage(_daily("tokens: 300"), folder=tmp_path, on_disconnect="stop") as on:
         never = await on.post(COMPLETIONS, _body(10, "tokens=1", max_tokens=300))
         assert (never.status, never.error["code"]) == (400, "context_length_exceeded")
@@ -604,7 +604,7 @@ async def test_settling_after_expiry_charges_the_difference_once(tmp_path: Path)
 
 
 async def test_a_limit_lowered_during_a_stream(tmp_path: Path) -> None:
-    """A stream admitted on 1000 uses 610 although the limit is now 200. 0 remain, and the next call is refused."""
+    """T69: a stream admitted on 1000 uses 610 although the limit is now 200. 0 remain; the next call is refused."""
     async with _pausing_stage(_daily("tokens: 1000"), tmp_path) as (on, upstream):
         async with _open_stream(on, _pausing_body(300, 300, model="plain", max_tokens=800)) as stream:
             await stream.read_words(300)
@@ -637,7 +637,7 @@ async def test_a_stream_reserves_more_by_the_policy_of_its_call(tmp_path: Path) 
 
 @pytest.mark.parametrize("becomes", ["removed", "other"])
 async def test_a_user_who_is_removed_or_moved_during_a_stream(becomes: str, tmp_path: Path) -> None:
-    """The stream completes, and its 30 tokens are charged to the quota of the group that admitted it.
+    """T6, T70: the stream completes, and its 30 tokens are charged to the quota of the group that admitted it.
 
     A removed user can't send another call. A user who was moved starts at 0 in the new group.
     """

@@ -9,12 +9,14 @@ import io
 import json
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import ClassVar
 
 import aiohttp
 import openai
 import pytest
 
 from proxy.simulator.media import AUDIO, IMAGE, TRANSCRIPT
+from proxy.upstreams.spool import Spool
 from tests.formats.test_endpoints import METERED, published
 from tests.stage import STAFF, Stage, key_of, stage
 
@@ -250,6 +252,39 @@ async def test_an_invalid_multipart_body_costs_nothing(
         headers = {"content-type": content_type}
         assert (await on.post("/v1/audio/transcriptions", body, headers=headers)).status == status
         assert await used(on) == (0, 0, 0)
+
+
+class _KeptSpool(Spool):
+    """A spool that stays referenced, so that only `close` closes its file and not the garbage collection."""
+
+    made: ClassVar[list[Spool]] = []
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made.append(self)
+
+
+@pytest.mark.parametrize(
+    ("model", "simulate", "status"),
+    [("scribe", None, 200), ("no-such-model", None, 404), ("scribe", "status=400", 400), ("scribe", "cut=0", 502)],
+)
+async def test_the_file_of_a_multipart_body_is_closed(
+    model: str, simulate: str | None, status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """I8: whether the call is answered, refused before it is prepared, or fails at the upstream."""
+    monkeypatch.setattr(_KeptSpool, "made", [])
+    monkeypatch.setattr("proxy.web.routes.Spool", _KeptSpool)
+    async with stage(POLICY, folder=tmp_path) as on:
+        directives = {"metadata": {"simulate": simulate}} if simulate else {}
+        try:
+            await on.sdk().audio.transcriptions.create(model=model, file=FILE, extra_body=directives)
+            seen = 200
+        except openai.APIStatusError as error:
+            seen = error.status_code
+        await on.all_settled()
+    assert seen == status
+    [spool] = _KeptSpool.made
+    assert spool._file.closed
 
 
 async def test_a_multipart_body_that_is_too_large_or_compressed_is_refused(

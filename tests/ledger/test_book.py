@@ -270,7 +270,7 @@ def test_a_stream_is_reserved_with_its_initial_hold():
 
 
 def test_a_reserve_is_applied_as_a_whole_or_not_at_all():
-    """If one quota refuses, nothing is held of the others."""
+    """T65: if one quota refuses, nothing is held of the others."""
     who = binding(
         [DAILY, quota("staff/hourly", tokens=100, per="hour")], always=[quota("everyone/calls", requests=9)]
     )
@@ -497,7 +497,7 @@ def test_after_a_change_of_per_the_open_window_keeps_its_end():
 
 
 def test_a_changed_limit_keeps_the_usage():
-    """The limit is lowered below the usage and then raised: the counter stays the same."""
+    """T69: the limit is lowered below the usage and then raised: the counter stays the same."""
     ledger = InMemoryLedger(ANN, used={DAILY.id: 500})
     [lowered, raised] = [binding([quota("staff/daily", tokens=maximum)]) for maximum in (400, 600)]
     [refused, admitted] = ledger.apply(reserve("1", lowered, call(9)), reserve("2", raised, call(9)))

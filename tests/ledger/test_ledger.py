@@ -232,7 +232,7 @@ async def test_a_repeated_operation_changes_nothing(ledger, path):
 @pytest.mark.parametrize("room_for", [0, 1, 7, 99])
 @pytest.mark.parametrize("history", ["first call ever", "a window of yesterday", "an open window"])
 async def test_of_100_calls_at_once_exactly_as_many_are_admitted_as_fit(ledger, clock, path, room_for, history):
-    """Not one more and not one less, also if there is no row to lock yet."""
+    """T60, T61: not one more and not one less, also if there is no row to lock yet."""
     used = 0 if history == "first call ever" else 500
     if used:
         clock.now -= DAY if history == "a window of yesterday" else 0
@@ -534,7 +534,7 @@ def large(number):
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
 async def test_while_the_database_is_unavailable_no_call_is_admitted_and_nothing_is_lost(path, fault):
-    """New calls are refused, and extends wait as long as their callers do. Ends are committed later, each once."""
+    """T53, T55: new calls are refused; extends wait as long as their callers do; ends are committed later, once."""
     calls = 2 * BATCH_MAX + 10
     with writers() as opened, capture_logs() as logs:
         async with running(path, wait_s=0.01) as ledger:
@@ -665,6 +665,89 @@ async def test_a_renewal_of_the_lease_shows_that_the_database_is_back(ledger, pa
     assert ledger.is_healthy
 
 
+# ------------------------------------------------------------------------------------------- the clock that decides
+
+
+class ClockOfItsOwn(SqliteStore):
+    """A store that decides by its own clock, as PostgreSQL does, and takes its time for a batch."""
+
+    def __init__(self, path: Path, clock: Clock) -> None:
+        super().__init__(path)
+        self.process = clock
+        self.ahead_ms = 0
+        self.read_after_ms = 0
+        self.replied_after_ms = 0
+
+    def read(self) -> int:
+        """Read the store's clock between the request and the reply."""
+        self.process.now += self.read_after_ms
+        now = self.process.now + self.ahead_ms
+        self.process.now += self.replied_after_ms
+        return now
+
+    async def apply(self, operations: Sequence[Operation], now: int) -> list[Reply]:
+        return await super().apply(operations, self.read())
+
+    async def renew(self, owner: str, now: int, *, lease_ms: int) -> int:
+        return await super().renew(owner, self.read(), lease_ms=lease_ms)
+
+
+async def test_the_time_of_the_ledger_is_that_of_the_clock_that_decides(path, clock):
+    """T75: it is measured at the start, with each batch, and with each renewal of the lease."""
+    store = ClockOfItsOwn(path, clock)
+    store.ahead_ms = 300_000
+    async with running(store, clock=clock) as ledger:
+        seen: list[int] = []
+        ledger.on_clock_offset(seen.append)
+        assert ledger.now() == NOON + 300_000
+        clock.now += 1000
+        assert ledger.now() == NOON + 301_000
+        store.ahead_ms = -300_000
+        refused = await ledger.reserve(reserve("1", ANN, call(5000)))
+        assert refused.decided_at == ledger.now() == NOON - 299_000
+        store.ahead_ms = 7
+        await ledger.renew_lease()
+        assert ledger.now() == NOON + 1007
+        store.ahead_ms = 9
+        await ledger.reserve(reserve("2", ANN, call(100)))
+        assert ledger.now() == NOON + 1009
+        await ledger.end(Release("unknown"))  # its reply has no instant
+        assert seen == [-300_000, 7, 9]
+
+
+@pytest.mark.parametrize(
+    ("read_after_ms", "replied_after_ms", "offset_ms"),
+    [(2, 3, 300_000), (0, 5000, 300_000), (5000, 0, 300_000), (100, 400, 300_000)],
+)
+async def test_a_slow_reply_does_not_change_the_measured_time(
+    path, clock, read_after_ms, replied_after_ms, offset_ms
+):
+    """T75: a batch that waited for a lock says little about the clock, and the time is never before a decision."""
+    store = ClockOfItsOwn(path, clock)
+    store.ahead_ms = 300_000
+    async with running(store, clock=clock) as ledger:
+        store.read_after_ms, store.replied_after_ms = read_after_ms, replied_after_ms
+        accepted = await ledger.reserve(reserve("1", ANN, call(100)))
+        assert ledger.now() - clock.now == offset_ms
+        assert ledger.now() >= accepted.decided_at
+
+
+async def test_an_offset_of_the_clock_is_logged_once_for_each_change(path, clock):
+    """T75: not for each call, not for an offset of milliseconds; and once when the clocks agree again."""
+    store = ClockOfItsOwn(path, clock)
+    with capture_logs() as logged:
+        async with running(store, clock=clock) as ledger:
+            for ahead_ms in (1999, -1999, 5, 2000, 2001, 1999, 1001, 3999, -300_000, -300_500, -999, 0, 1500, -2000):
+                store.ahead_ms = ahead_ms
+                await ledger.renew_lease()
+    assert [(line["log_level"], line["database_ahead_s"]) for line in logged] == [
+        ("warning", 2.0),
+        ("warning", -300.0),
+        ("info", -0.999),
+        ("warning", -2.0),
+    ]
+
+
 async def test_a_lease_begins_at_the_start_and_is_renewed_from_now(ledger, clock, path):
     """Each time it ends `lease_ms` later."""
     assert rows(path, "owners") == [{"id": "process-1", "alive_until": NOON + LEASE_MS}]
@@ -743,7 +826,7 @@ async def test_an_extend_whose_commit_is_uncertain_is_held_once(path):
 
 
 async def test_an_end_whose_commit_is_uncertain_is_charged_once(path):
-    """It is repeated and changes nothing."""
+    """T54: it is repeated and changes nothing."""
     store = UncertainStore(path)
     async with running(store) as ledger:
         await apply_together(ledger, *(reserve(str(number), ROOMY, CALL) for number in range(3)))

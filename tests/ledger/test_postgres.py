@@ -242,6 +242,22 @@ async def test_a_response_leads_to_the_call_that_made_it(store):
     assert await store.find_response_entry("' OR ''='") is None
 
 
+async def test_the_newest_of_several_calls_with_one_response_is_found_by_its_index(store, database):
+    """By the time of the call, whichever was settled last. One row is read, however many there are."""
+    await apply(store, *(reserve(f"{number}", ANN, call(1)) for number in range(1, 5)))
+    for number in (4, 1, 3, 2):
+        await apply(store, Settle(f"{number}", exactly(1, 1), "complete", response_id="resp_1"))
+    found = await store.find_response_entry("resp_1")
+    assert found.id == "4"
+    connection = await connect(database)
+    await connection.execute("SET enable_seqscan TO off; SET enable_sort TO off")
+    assert len(await connection.fetch(READ_RESPONSE_CALL, "resp_1")) == 1
+    plan = [row[0] for row in await connection.fetch(f"EXPLAIN {READ_RESPONSE_CALL}", "resp_1")]
+    await connection.close()
+    assert "Limit" in plan[0]
+    assert "Index Scan Backward using calls_by_response" in plan[1]
+
+
 async def test_a_user_without_calls_has_no_counters_and_an_unknown_call_no_entry(store):
     """Operations on an unknown call reply Unknown."""
     assert await store.read_counters(ANN.keys()) == {}
@@ -277,12 +293,13 @@ async def test_the_clock_of_the_database_decides(store, database):
     """Whatever `now` a process passes."""
     before = (await database.run("SELECT extract(epoch FROM clock_timestamp()) * 1000"))[0][0]
     [reply] = await store.apply([reserve("1", binding([quota("a/b", tokens=1000, per="6h")]), CALL)], 12345)
-    await store.renew("me", 12345, lease_ms=MINUTE)
+    renewed_at = await store.renew("me", 12345, lease_ms=MINUTE)
     after = (await database.run("SELECT extract(epoch FROM clock_timestamp()) * 1000"))[0][0]
     [counter] = reply.counters.values()
     assert before - 1 <= reply.entry.reserved_at == counter.window.opened_at <= after
     [owner] = await database.rows("owners")
-    assert before - 1 <= owner["alive_until"] - MINUTE <= after
+    assert before - 1 <= owner["alive_until"] - MINUTE == renewed_at <= after
+    assert reply.decided_at == reply.entry.reserved_at
     [unlimited] = await apply(store, reserve("2", binding(), call(1)))  # no counter has to be locked
     assert unlimited.entry.reserved_at >= reply.entry.reserved_at
 
@@ -396,7 +413,7 @@ async def test_a_value_that_the_database_rejects_raises_store_refused(store):
 
 
 async def test_two_processes_admit_exactly_as_many_calls_as_fit_into_a_shared_quota(url, database):
-    """A hundred calls through each of them, for a quota that was not used before."""
+    """T62: a hundred calls through each of them, for a quota that was not used before."""
     who = binding([quota("team-x/pot", tokens=37 * 500 + 499, shared=True, per=LONG)])
     async with opened(url) as one, opened(url) as other:
         batches = [
@@ -410,7 +427,7 @@ async def test_two_processes_admit_exactly_as_many_calls_as_fit_into_a_shared_qu
 
 
 async def test_many_processes_with_many_members_never_deadlock(server, url, database):
-    """Counters of members and of groups in any mixture; first and later calls; reserve, extend, settle and expire."""
+    """T59: counters of members and of groups in any mixture; first and later calls; every operation."""
     quotas = [
         quota(f"g{number % 3}/q{number}", tokens=10**6, per=LONG, shared=number % 2 == 0) for number in range(8)
     ]
@@ -442,7 +459,7 @@ async def test_many_processes_with_many_members_never_deadlock(server, url, data
 
 
 async def test_a_batch_that_is_a_victim_of_a_deadlock_is_repeated(url, database):
-    """Another client locks our rows in the opposite order, and the server cancels our batch. It is run again."""
+    """T59: another client locks our rows in the opposite order, and the server cancels our batch. It is run again."""
     who = binding([DAILY, quota("staff/other", tokens=10**6, per=LONG)])
     async with opened(url, Timeouts(idle_ms=5000)) as store:
         await apply(store, reserve("1", who, CALL))
@@ -498,7 +515,7 @@ async def test_a_lock_that_is_never_freed_raises_store_unavailable(url, database
 
 
 async def test_a_connection_that_has_broken_is_replaced(store, database):
-    """A batch notices it when it begins, so its caller sees no error."""
+    """T58: a batch notices it when it begins, so its caller sees no error."""
     await apply(store, reserve("1", ANN, CALL))
     await store.read_entry("1")
     await database.break_connections()
@@ -515,7 +532,7 @@ async def can_read(store):
 
 
 async def test_a_restart_of_the_server_loses_and_doubles_nothing(server, url, database):
-    """The server stops during batches, twice. What was answered is stored, and everything else is repeated."""
+    """T58: the server stops during batches, twice. What was answered is stored, and everything else is repeated."""
     async with opened(url, SHORT) as one, opened(url, SHORT) as other:
         who, begun = binding([quota("a/b", tokens=10**9, per=LONG)]), []
 
@@ -571,7 +588,7 @@ async def test_a_read_only_server_is_unavailable_until_it_may_write(store, datab
 
 
 async def test_a_server_without_a_free_connection_is_unavailable_until_it_has_one(empty_url, empty_database):
-    """Others use all connections that the server, or our role, may have. Each batch tries again."""
+    """T58: others use all connections that the server, or our role, may have. Each batch tries again."""
     database = empty_database
     role = f"role_{database.name}"
     await database.run(f"CREATE ROLE {role} LOGIN", f"CREATE SCHEMA llm_quota_proxy AUTHORIZATION {role}")
@@ -793,7 +810,7 @@ class StoppedBackends:
 
 
 async def test_a_connection_that_does_not_answer_is_replaced(url, database):
-    """A batch waits `probe_ms` for the reply to its BEGIN. Nothing was sent before that, so it may run on another."""
+    """T58: a batch waits `probe_ms` for the reply to its BEGIN. Nothing was sent before, so it may run on another."""
     async with opened(url, SHORT) as store:
         await apply(store, reserve("1", ANN, CALL))
         await store.read_entry("1")

@@ -164,11 +164,32 @@ async def test_a_call_that_has_waited_wait_s_asks_from_any_place_in_its_queue(pa
 
 
 async def test_the_calls_of_a_user_that_may_wait_are_bounded(path: Path) -> None:
-    """The next busy call is refused at once."""
+    """The next busy call is refused at once: it never enters the queue. A call of another user may wait."""
     async with _opened(path) as (_, queue):
         await _reserve(queue, _call("1", 900), wait_s=50)
         waiting = [await _reserving(queue, _call(f"w{number}", 500)) for number in range(WAITING_OF_A_USER_MAX)]
-        assert isinstance(await _reserve(queue, _call("2", 500), wait_s=50), Refused)
+        beyond = await _reserving(queue, _call("2", 500))
+        assert beyond.done()
+        assert isinstance(await beyond, Refused)
+        assert len(queue) == WAITING_OF_A_USER_MAX
+        waiting.append(await _reserving(queue, _call("3", 500, "bob")))
+        assert not waiting[-1].done()
+        for each in waiting:
+            each.cancel()
+        await asyncio.wait(waiting)
+        assert len(queue) == 0
+
+
+async def test_the_calls_that_may_wait_are_bounded(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """T48: of all users together. The next busy call of any user is refused at once."""
+    monkeypatch.setattr("proxy.ledger.queue.WAITING_MAX", 3)
+    async with _opened(path) as (_, queue):
+        await _reserve(queue, _call("1", 900), wait_s=50)
+        waiting = [await _reserving(queue, _call(f"w{user}", 500, user)) for user in "abc"]
+        beyond = await _reserving(queue, _call("2", 500, "d"))
+        assert beyond.done()
+        assert isinstance(await beyond, Refused)
+        assert not any(each.done() for each in waiting)
         for each in waiting:
             each.cancel()
         await asyncio.wait(waiting)

@@ -184,7 +184,7 @@ async def test_a_call_whose_input_must_be_counted_first_writes_nothing(store, pa
 
 @pytest.mark.parametrize("name", ["Élodie 李", "o'hara", '"', "[]", "\\", "%s ? :x", "~staff", "🦉", "1"])
 async def test_a_name_may_have_any_characters(store, path, name):
-    """No quoting turns it into another name or into SQL."""
+    """T3: no quoting turns it into another name or into SQL."""
     who = replace(ANN, user=name)
     operation = replace(reserve(name, who, CALL), labels=CallLabels(name, name, name, name))
     await store.apply([operation, *(reserve(f"{name}{number}", ANN, call(1)) for number in range(3))], NOON)
@@ -194,6 +194,15 @@ async def test_a_name_may_have_any_characters(store, path, name):
     assert reply.counters.keys() == {DAILY.key_for(name)}
     assert await levels(store, user=name) == (Amount(90, 60, 1), Amount())
     audit(path)
+
+
+async def test_the_newest_of_several_calls_with_one_response_is_found(store):
+    """By the time of the call, whichever was settled last."""
+    await store.apply([reserve(f"{number}", ANN, call(1)) for number in range(1, 5)], NOON)
+    for number in (4, 1, 3, 2):
+        await store.apply([Settle(f"{number}", exactly(1, 1), "complete", response_id="resp_1")], NOON)
+    found = await store.find_response_entry("resp_1")
+    assert found.id == "4"
 
 
 async def test_a_user_without_calls_has_no_counters_and_an_unknown_call_no_entry(store):
@@ -347,7 +356,7 @@ def many(first, count):
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
 async def test_a_database_that_cannot_be_written_is_unavailable(faulty, path, fault):
-    """Nothing of the batch is written. When the fault has passed, the same operations can be applied."""
+    """T53, T54, T55: nothing of the batch is written. After the fault, the same operations can be applied."""
     store, writer = faulty
     await store.apply([reserve("1", ANN, CALL)], NOON)
     before = contents(path)
@@ -373,7 +382,7 @@ async def test_renewing_a_lease_shows_that_nothing_can_be_written(faulty, path, 
 
 
 async def test_a_failure_during_the_commit_is_uncertain(faulty, path):
-    """The batch may have been committed. After a failure before the commit it was certainly not."""
+    """T54: the batch may have been committed. After a failure before the commit it was certainly not."""
     store, writer = faulty
     with failing_writes(path, writer), pytest.raises(StoreUnavailable, match="I/O") as during_commit:
         await store.apply([reserve("1", ANN, CALL)], NOON)
@@ -491,7 +500,7 @@ async def opened_and_closed_async(path):
 
 
 def test_a_second_process_is_refused_until_the_first_has_ended(path):
-    """It would expire the calls of the first. A process that is killed frees its lock too."""
+    """T62: it would expire the calls of the first. A process that is killed frees its lock too."""
     command = [sys.executable, "-c", OPEN, path]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as first:
         assert first.stdout.readline() == "opened\n"
@@ -606,7 +615,7 @@ async def test_closing_leaves_one_file_and_frees_its_lock(new_path):
 
 
 async def test_a_newer_schema_is_refused_and_left_alone(path):
-    """The store raises NewerSchema, as the migrations do."""
+    """T56: the store raises NewerSchema, as the migrations do."""
     with connected(path) as connection:
         connection.execute("UPDATE alembic_version SET version_num = '9999'")
     before = contents(path)

@@ -482,7 +482,7 @@ def test_a_call_that_is_admitted_is_counted_by_an_enforced_quota_or_is_unlimited
 
 
 def test_the_cache_of_bindings_is_bounded_and_right():
-    """Model names come from clients, and an open list of models accepts any name."""
+    """T71: model names come from clients, and an open list of models accepts any name."""
     cached = policy(STAFF)
     staff = ("staff",)
     first = cached.binding(staff, "gpt-4o")

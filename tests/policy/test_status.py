@@ -92,7 +92,7 @@ def test_each_limit_shows_its_own_measure():
     ],
 )
 def test_remaining_is_never_negative(limit, used, held, remaining, percent):
-    """It is what is neither used nor held. `percent` is of what was used, and can be more than 100."""
+    """T69: it is what is neither used nor held. `percent` is of what was used, and can be more than 100."""
     one = quota("staff/daily", tokens=limit)
     assert item(one, Counter(one.per.opening(NOON), Amount(used), Amount(held)))["tokens"] == {
         "limit": limit,

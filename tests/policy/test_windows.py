@@ -279,7 +279,7 @@ def test_a_duration_opens_now_and_lasts_its_length(now, length_ms):
     [(-DAY, True), (999, True), (1000, True), (1999, True), (2000, False), (2001, False), (DAY, False)],
 )
 def test_only_its_end_closes_a_window(now, is_open):
-    """A clock that jumps back does not close a window, so the limit cannot be used a second time (T73)."""
+    """T76: a clock that jumps back does not close a window, so the limit cannot be used a second time (T73)."""
     assert Window(1000, 2000).is_open(now) is is_open
 
 

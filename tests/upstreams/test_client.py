@@ -5,6 +5,7 @@ import gzip
 import sys
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -75,7 +76,7 @@ async def test_a_large_body_is_sent_completely() -> None:
 
 
 async def test_a_refused_connection_means_that_nothing_was_sent() -> None:
-    """Such a call is provably free."""
+    """T38: such a call is provably free."""
     async with _open() as upstreams:
         with pytest.raises(UpstreamError, match="can't be reached") as failed:
             async with upstreams.send(Upstream("up", "http://127.0.0.1:1/v1", None), "/x", b"{}", {}):
@@ -99,7 +100,7 @@ async def test_an_answer_that_breaks_off_raises(answer: bytes) -> None:
 
 
 async def test_redirects_are_not_followed() -> None:
-    """The library would send our key to whatever address they name."""
+    """T44, T50: the library would send our key to whatever address they name."""
     async with _upstream(b"HTTP/1.1 307 X\r\nLocation: http://127.0.0.1:1/\r\nContent-Length: 0\r\n\r\n") as (
         up,
         seen,
@@ -110,7 +111,7 @@ async def test_redirects_are_not_followed() -> None:
 
 
 async def test_a_whole_answer_has_a_largest_size() -> None:
-    """An answer without end is cut off instead of filling the memory."""
+    """T42: an answer without end is cut off instead of filling the memory."""
     head = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
     piece = b"100000\r\n" + b"x" * 2**20 + b"\r\n"
     async with _upstream(head + piece, repeat=1) as (up, _), _open() as upstreams:
@@ -198,8 +199,27 @@ async def test_blank_lines_do_not_keep_an_answer_undecided_for_ever() -> None:
             assert await answer.read() == blank
 
 
+async def test_the_library_decompresses_nothing() -> None:
+    """T44: its decompression has no limit, and one compressed megabyte can become 400 MB."""
+    async with _open() as upstreams:
+        assert upstreams._session is not None
+        assert upstreams._session.auto_decompress is False
+
+
+async def test_a_cookie_of_an_upstream_is_not_sent_with_the_next_call() -> None:
+    """T44: it may be another user's. The upstream has a name, because the library keeps no cookies of bare IPs."""
+    cookies = b"Connection: close\r\nSet-Cookie: user=ann; Path=/\r\nSet-Cookie: __cf_bm=x\r\n"
+    async with _upstream(HEAD + cookies + b"Content-Length: 2\r\n\r\n{}") as (up, seen), _open() as upstreams:
+        named = replace(up, base_url=up.base_url.replace("127.0.0.1", "localhost"))
+        for _ in range(2):
+            async with upstreams.send(named, "/x", b"{}", {}) as answer:
+                await answer.read()
+        assert len(seen) == 2
+        assert not any(b"cookie" in request.lower() for request in seen)
+
+
 async def test_a_connection_closed_without_an_answer_counts_as_sent() -> None:
-    """The upstream had the whole request, so it may have run although no answer came."""
+    """T49: the upstream had the whole request, so it may have run although no answer came."""
     async with _upstream(b"") as (up, seen), _open() as upstreams:
         with pytest.raises(UpstreamError, match="without an answer") as failed:
             async with upstreams.send(up, "/x", b"{}", {}):
@@ -212,7 +232,7 @@ async def test_a_connection_closed_without_an_answer_counts_as_sent() -> None:
     sys.version_info >= (3, 12), reason="there the library writes before the connection can be closed"
 )
 async def test_a_kept_connection_that_closes_before_the_first_byte_counts_as_not_sent() -> None:
-    """The upstream may close a kept connection just when we use it again. If nothing was written, nothing ran."""
+    """T49: the upstream may close a kept connection when we use it again. If nothing was written, nothing ran."""
     seen: list[bytes] = []
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -7,7 +7,7 @@ from tests.stage import UPSTREAM_KEY, key_of, stage
 
 
 async def test_metrics_count_calls_and_tokens_and_contain_no_secret(tmp_path: Path) -> None:
-    """By model and outcome. They contain no key, no user name, and no model name that a client made up."""
+    """T91: by model and outcome. They contain no key, no user name, and no model name that a client made up."""
     body: dict[str, Any] = {"model": "fast", "messages": [{"role": "user", "content": "Hello"}]}
     async with stage(folder=tmp_path) as on:
         total = (await on.post("/v1/chat/completions", body)).json()["usage"]
@@ -23,7 +23,7 @@ async def test_metrics_count_calls_and_tokens_and_contain_no_secret(tmp_path: Pa
 
 
 async def test_the_admin_listener_does_not_serve_the_api(tmp_path: Path) -> None:
-    """A path of the API is a 404, also with a valid key."""
+    """T91: a path of the API is a 404, also with a valid key."""
     async with stage(folder=tmp_path) as on:
         headers = {"authorization": f"Bearer {key_of('alice')}"}
         async with on.http.get(f"{on.admin_url}/v1/models", headers=headers) as response:

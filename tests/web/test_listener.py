@@ -1,6 +1,7 @@
 """Connections: too many, too slow, idle; heads that are too large; and errors after an answer has begun.
 
-T21 slow heads, idle connections, the limit of connections · T12 large heads (more of it in test_middleware)
+T21 slow heads, idle connections, slow reading, the limits of connections
+T12 large heads (more of it in test_middleware)
 """
 
 import asyncio
@@ -19,7 +20,8 @@ from structlog.testing import capture_logs
 from proxy.config.loader import ConnectionLimits
 from proxy.web import listener
 from proxy.web.listener import Listener
-from tests.bare_client import bare_client, get, post
+from tests.bare_client import BareClient, bare_client, get, post
+from tests.stage import stage, until
 
 Handle = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -29,16 +31,22 @@ async def _ok(request: web.Request) -> web.StreamResponse:
 
 
 @asynccontextmanager
-async def _serving(limits: ConnectionLimits, handler: Handle = _ok) -> AsyncIterator[str]:
+async def _running(limits: ConnectionLimits, handler: Handle = _ok) -> AsyncIterator[tuple[str, Listener]]:
     application = web.Application()
     application.router.add_route("*", "/{any:.*}", handler)
     runner = Listener(application, limits)
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", 0).start()
     try:
-        yield f"http://127.0.0.1:{runner.addresses[0][1]}"
+        yield f"http://127.0.0.1:{runner.addresses[0][1]}", runner
     finally:
         await runner.cleanup()
+
+
+@asynccontextmanager
+async def _serving(limits: ConnectionLimits, handler: Handle = _ok) -> AsyncIterator[str]:
+    async with _running(limits, handler) as (url, _):
+        yield url
 
 
 # ------------------------------------------------------------------------------------------------------ slow and idle
@@ -119,29 +127,349 @@ async def test_a_head_without_an_end_is_a_400(caplog: pytest.LogCaptureFixture) 
     assert not caplog.records
 
 
-async def test_one_connection_too_many_is_a_503_and_the_others_are_served() -> None:
-    """T21: with Retry-After, before the client has sent anything. When connections close, new ones are accepted."""
+# --------------------------------------------------------------------------------------------- a full listener
+
+BIG = 32 * 2**20  # far more than the kernel's buffers of one connection
+
+
+class Doors:
+    """A handler whose answer depends on the path, and that can be waited for."""
+
+    def __init__(self) -> None:
+        self.arrived = 0
+        self.sent = 0
+        self.may_answer = asyncio.Event()
+
+    async def handle(self, request: web.Request) -> web.StreamResponse:
+        self.arrived += 1
+        match request.path:
+            case "/waits":
+                await self.may_answer.wait()
+            case "/big":
+                return web.Response(body=bytes(BIG))
+            case "/full":  # ends when the kernel takes no more, so that the rest waits in the proxy
+                response = web.StreamResponse()
+                await response.prepare(request)
+                assert request.transport is not None
+                while not request.transport.get_write_buffer_size():  # type: ignore[attr-defined]
+                    self.sent += 16_384
+                    await response.write(bytes(16_384))
+                if "wait" in request.query:
+                    await self.may_answer.wait()
+                return response
+            case "/refused":  # answered without reading the body, as a request without a valid key is
+                return web.Response(status=401)
+        return await _ok(request)
+
+
+async def _is_served(url: str) -> bool:
+    """Whether a new connection is served. It is closed afterwards."""
+    async with bare_client(url) as client:
+        client.send(get("/"))
+        return (await client.reply()).status == 200
+
+
+async def _serve_one(client: BareClient) -> None:
+    client.send(get("/"))
+    assert (await client.reply()).status == 200
+
+
+async def test_a_full_listener_closes_the_connection_that_is_idle_longest() -> None:
+    """T21: measured from the end of its last request. The others and the new one are served."""
     async with _serving(ConnectionLimits(connections=3)) as url, AsyncExitStack() as held:
-        clients = [await held.enter_async_context(bare_client(url)) for _ in range(3)]
-        for client in clients:
-            client.send(get("/"))
-            assert (await client.reply()).status == 200
+        first, second, third = [await held.enter_async_context(bare_client(url)) for _ in range(3)]
+        for client in (first, second, third, first):
+            await _serve_one(client)
         async with bare_client(url) as late:
-            late.send(post("/", body=b"x" * 100_000))
-            reply = await late.reply()
-            assert (reply.status, reply.error["code"]) == (503, "too_many_connections")
-            assert (reply.headers["retry-after"], reply.headers["connection"]) == ("5", "close")
-        clients[0].send(get("/"))
-        assert (await clients[0].reply()).status == 200
-        for client in clients[:2]:
-            client.writer.close()
-            await client.writer.wait_closed()
-        status = 503
-        while status == 503:  # until the server has noticed the two that closed
-            async with bare_client(url) as next_one:
-                next_one.send(get("/"))
-                status = (await next_one.reply()).status
-        assert status == 200
+            await _serve_one(late)
+            assert await second.is_closed()
+            for client in (first, third, late):
+                await _serve_one(client)
+
+
+async def test_connections_that_never_send_a_whole_head_shut_nobody_out() -> None:
+    """T21: whether they are silent, or send another byte of a head now and then. The oldest is closed first."""
+    async with _serving(ConnectionLimits(connections=40)) as url, AsyncExitStack() as held:
+        silent = [await held.enter_async_context(bare_client(url)) for _ in range(20)]
+        slow = [await held.enter_async_context(bare_client(url)) for _ in range(20)]
+        for text in (b"GET / HTTP/1.1\r\n", b"X", b"-", b"A"):
+            for client in slow:
+                client.send(text)
+                await client.writer.drain()
+        for client in [*silent, *slow]:
+            assert await _is_served(url)  # it is closed itself before the next one connects
+            late = await held.enter_async_context(bare_client(url))
+            await _serve_one(late)
+            assert await client.is_closed()
+
+
+async def test_connections_in_use_are_not_closed_and_the_next_one_gets_a_503() -> None:
+    """T21: with a call in flight, a body on its way, or an answer that is read slowly. 503 with Retry-After."""
+    doors = Doors()
+    async with _serving(ConnectionLimits(connections=3), doors.handle) as url, AsyncExitStack() as held:
+        waits, sends, reads = [await held.enter_async_context(bare_client(url)) for _ in range(3)]
+        waits.send(get("/waits"))
+        sends.send(post("/", body=b"x" * 200_000)[:-1])
+        reads.send(get("/big"))
+        await until(lambda: doors.arrived == 3)
+        for _ in range(3):
+            async with bare_client(url) as late:
+                late.send(post("/", body=b"x" * 100_000))
+                reply = await late.reply()
+                assert (reply.status, reply.error["code"]) == (503, "too_many_connections")
+                assert (reply.headers["retry-after"], reply.headers["connection"]) == ("5", "close")
+                assert await late.is_closed()
+        doors.may_answer.set()
+        sends.send(b"x")
+        assert (await waits.reply()).status == 200
+        assert (await sends.reply()).body == b"200000"
+        assert len((await reads.reply()).body) == BIG
+        assert await _is_served(url)
+        assert await waits.is_closed()  # it became idle first
+
+
+async def test_a_pipelined_request_keeps_the_connection_busy() -> None:
+    """T21: also while its client has the answer to the request before it."""
+    doors = Doors()
+    async with _serving(ConnectionLimits(connections=1), doors.handle) as url, bare_client(url) as client:
+        client.send(get("/") + get("/waits"))
+        assert (await client.reply()).status == 200
+        await until(lambda: doors.arrived == 2)
+        async with bare_client(url) as late:
+            assert (await late.reply()).status == 503
+        doors.may_answer.set()
+        assert (await client.reply()).status == 200
+
+
+class Known:
+    """A connection as `_Places` knows it."""
+
+    def __init__(self, places: Any, *, has_unread_answer: bool = False) -> None:
+        self.has_unread_answer = has_unread_answer
+        self.places = places
+        self.is_evicted = False
+        places.take(self)
+
+    def evict(self) -> None:
+        self.is_evicted = True
+        self.places.leave(self)
+
+
+def test_slow_readers_are_looked_at_a_few_at_a_time() -> None:
+    """T21: so a flood of new connections costs little, and the idle ones behind the slow readers are found."""
+    places = listener._Places(listener._LOOKED_AT_MAX + 2)
+    slow = [Known(places, has_unread_answer=True) for _ in range(listener._LOOKED_AT_MAX)]
+    idle = [Known(places) for _ in range(2)]
+    assert not places.make_room()
+    assert places.make_room()
+    assert [connection.is_evicted for connection in (*slow, *idle)] == [False] * len(slow) + [True, False]
+    assert places.make_room()  # the place is free at once, before the connection is closed
+    assert not idle[1].is_evicted
+
+
+async def test_the_place_of_a_closed_connection_is_free_at_once() -> None:
+    """T21: many connections may arrive before the event loop has closed the first one."""
+    async with _running(ConnectionLimits(connections=1)) as (url, runner), bare_client(url):
+        [connection] = await _connections(runner)
+        connection.evict()
+        assert len(connection._connections._all_places) == 0
+        assert len(_server(runner).connections) == 1
+
+
+async def test_a_body_after_its_answer_does_not_keep_a_place() -> None:
+    """T21: a client without a key gets its 401 at once. It is idle then, although it has more of a body to send."""
+    doors = Doors()
+    async with _serving(ConnectionLimits(connections=2), doors.handle) as url, AsyncExitStack() as held:
+        clients = [await held.enter_async_context(bare_client(url)) for _ in range(2)]
+        for client in clients:
+            client.send(post("/refused", body=b"x" * 100_000)[:-1])
+            assert (await client.reply()).status == 401
+        async with bare_client(url) as late:
+            await _serve_one(late)
+            assert await clients[0].is_closed()
+
+
+async def test_the_end_of_an_answer_is_not_cut_off() -> None:
+    """T21: a client that has not read all of an answer yet is not idle, although nothing is being handled."""
+    doors = Doors()
+    limits = ConnectionLimits(connections=2)
+    async with (
+        _running(limits, doors.handle) as (url, runner),
+        bare_client(url) as reads,
+        bare_client(url) as other,
+    ):
+        reads.send(get("/full"))
+        [connection, _] = await _connections(runner, 2)
+        await until(lambda: bool(doors.sent) and not connection._request_in_progress)
+        await _serve_one(other)
+        async with bare_client(url) as late:
+            await _serve_one(late)
+            assert await other.is_closed()
+            late.send(get("/waits"))
+            await until(lambda: doors.arrived == 4)
+            async with bare_client(url) as refused:
+                assert (await refused.reply()).status == 503
+            doors.may_answer.set()
+            assert (await late.reply()).status == 200
+        received = b""
+        while not received.endswith(b"\r\n0\r\n\r\n"):
+            received += await reads.reader.read(2**20)
+        assert received.count(0) == doors.sent
+        assert await _is_served(url)
+        assert await _is_served(url)
+
+
+async def test_a_client_that_does_not_read_its_answer_loses_its_connection() -> None:
+    """T21: not while it reads on, however slowly. The library would wait for it forever."""
+    limits = ConnectionLimits(connections=1, unread_s=3600)
+    async with _running(limits, Doors().handle) as (url, runner), bare_client(url) as client:
+        client.send(get("/big"))
+        [connection] = await _connections(runner)
+        await until(lambda: connection._reading_deadline is not None)
+        for _ in range(3):
+            await client.reader.readexactly(2**20)
+            before, deadline = connection._unread_bytes, connection._reading_deadline
+            await until(lambda: connection._transport.get_write_buffer_size() <= before - 16_384)  # noqa: B023
+            connection._on_reading_deadline()
+            assert connection._reading_deadline is not deadline
+            assert connection._reading_deadline.when() > asyncio.get_running_loop().time() + 3000
+        await _stand_still(connection)
+        connection._watch_reading()
+        connection._on_reading_deadline()
+        assert await _is_served(url)
+    doors, limits = Doors(), ConnectionLimits(unread_s=0.01)
+    async with _running(limits, doors.handle) as (url, runner), bare_client(url) as client:
+        client.send(get("/full", "Connection: close"))
+        await until(lambda: bool(doors.sent))
+        await until(lambda: not _server(runner).connections)
+
+
+def _server(runner: Listener) -> web.Server:
+    assert runner.server is not None
+    return runner.server
+
+
+async def _connections(runner: Listener, number: int = 1) -> list[Any]:
+    await until(lambda: len(_server(runner).connections) == number)
+    return _server(runner).connections
+
+
+async def test_an_answer_that_is_still_being_written_is_not_given_up() -> None:
+    """T21: what waits may have been read and written again. A stream has a deadline for each write."""
+    doors = Doors()
+    async with _running(ConnectionLimits(), doors.handle) as (url, runner), bare_client(url) as client:
+        client.send(get("/full?wait=1"))
+        [connection] = await _connections(runner)
+        await until(lambda: bool(doors.sent) and connection.has_unread_answer)
+        await _stand_still(connection)
+        connection._watch_reading()
+        connection._on_reading_deadline()
+        assert not connection._transport.is_closing()
+        doors.may_answer.set()
+        received = b""
+        while not received.endswith(b"\r\n0\r\n\r\n"):
+            received += await client.reader.read(2**20)
+        await until(lambda: not connection.has_unread_answer)
+        await until(lambda: not connection._request_in_progress)
+        connection._on_reading_deadline()
+        assert connection._reading_deadline is None  # nothing waits any more
+        await _serve_one(client)
+
+
+async def _stand_still(connection: Any) -> None:
+    """Wait until the client has taken all that it takes."""
+    before = -1
+    while before != (before := connection._transport.get_write_buffer_size()):
+        for _ in range(100):
+            await asyncio.sleep(0)
+
+
+async def test_a_flood_of_rejected_connections_is_not_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """T21: each of them stays for a second to read its 503. Beyond a bound they are closed at once."""
+    monkeypatch.setattr(listener, "_REJECTED_MAX", 3)
+    doors = Doors()
+    async with _running(ConnectionLimits(connections=1), doors.handle) as (url, runner), AsyncExitStack() as held:
+        waits = await held.enter_async_context(bare_client(url))
+        waits.send(get("/waits"))
+        await until(lambda: doors.arrived == 1)
+        late = [await held.enter_async_context(bare_client(url)) for _ in range(8)]
+        await until(lambda: len(_server(runner).connections) == 1 + 3)
+        texts = [await client.reader.read() for client in late]
+        assert [text[:12] for text in texts if text] == [b"HTTP/1.1 503"] * 3
+        doors.may_answer.set()
+        assert (await waits.reply()).status == 200
+
+
+async def test_rejected_connections_take_no_place() -> None:
+    """T21: those that are still reading a 408 or a 503 are not counted, so they shut nobody out."""
+    async with _serving(ConnectionLimits(connections=1, head_s=0.01)) as url, bare_client(url) as slow:
+        slow.send(b"GET / HT")
+        assert (await slow.reply()).status == 408
+        async with bare_client(url) as late:
+            await _serve_one(late)
+
+
+async def test_one_address_may_be_limited() -> None:
+    """T21: by the same rule, with its own connections only. Other addresses keep theirs."""
+    doors = Doors()
+    limits = ConnectionLimits(connections=100, connections_per_address=2)
+    async with _serving(limits, doors.handle) as url, AsyncExitStack() as held:
+        other = await held.enter_async_context(bare_client(url, address="127.0.0.2"))
+        await _serve_one(other)
+        first, second = [await held.enter_async_context(bare_client(url)) for _ in range(2)]
+        await _serve_one(first)
+        third = await held.enter_async_context(bare_client(url))
+        await _serve_one(third)
+        assert await second.is_closed()
+        for client in (first, third):
+            client.send(get("/waits"))
+        await until(lambda: doors.arrived == 5)
+        async with bare_client(url) as late:
+            assert (await late.reply()).error["code"] == "too_many_connections"
+        await _serve_one(other)
+        async with bare_client(url, address="127.0.0.2") as another:
+            await _serve_one(another)
+        doors.may_answer.set()
+        for client in (first, third):
+            assert (await client.reply()).status == 200
+    async with (
+        _serving(ConnectionLimits(connections=1, connections_per_address=1)) as url,
+        bare_client(url) as client,
+        bare_client(url, address="127.0.0.2") as late,
+    ):
+        await _serve_one(late)  # the limit of all connections holds too
+        assert await client.is_closed()
+
+
+@pytest.mark.parametrize(
+    ("peername", "address"),
+    [
+        (("192.0.2.1", 1), "192.0.2.1"),
+        (("::ffff:192.0.2.1", 1, 0, 0), "192.0.2.1"),
+        (("2001:db8:1:2:3:4:5:6", 1, 0, 0), "2001:db8:1:2::/64"),
+        (("2001:db8:1:2::9", 1, 0, 0), "2001:db8:1:2::/64"),
+        (("fe80::1%eth0", 1, 0, 2), "fe80::/64"),
+        ("", None),
+        (None, None),
+    ],
+)
+def test_an_address_is_an_ipv4_address_or_an_ipv6_network(peername: object, address: str | None) -> None:
+    """T21: one user of IPv6 has 2^64 addresses, which are one here. The clients of a Unix socket have none."""
+    assert listener._address_of(peername) == address
+
+
+async def test_both_listeners_admit_new_connections_when_they_are_full(tmp_path: Path) -> None:
+    """T21: 4,000 connections without a key shut nobody out, and monitoring neither."""
+    limits = ConnectionLimits(connections=4)
+    async with stage(folder=tmp_path, connection_limits=limits) as on, AsyncExitStack() as held:
+        for url in (on.url, on.admin_url):
+            for _ in range(10):
+                silent = await held.enter_async_context(bare_client(url))
+                silent.send(b"GET /heal")
+            async with bare_client(url) as late:
+                late.send(get("/healthz"))
+                assert (await late.reply()).status == 200
+        assert (await on.post("/v1/chat/completions", {"model": "fast", "messages": []})).status != 503
 
 
 # ------------------------------------------------------------------------------------------------------------- errors
@@ -197,6 +525,14 @@ INTERNALS = {
     (web.RequestHandler, "connection_made"): "is called once, before any data; adds the connection to the server",
     (web.RequestHandler, "connection_lost"): "is called once, at the end; removes the connection from the server",
     (web.RequestHandler, "data_received"): "is called with every packet; parses heads and feeds bodies",
+    (web.RequestHandler, "finish_response"): "sends an answer; is awaited once for each request that was handled",
+    (web.RequestHandler, "pause_writing"): "is called when more than 64 KiB wait to be read, as asyncio does",
+    (web.RequestHandler, "writing_paused"): "is true until most of that is read",
+    (web.RequestHandler, "force_close"): "closes the connection at once, after what waits to be read",
+    (
+        web.RequestHandler,
+        "_request_in_progress",
+    ): "is true from the call of the handler to the end of finish_response",
     (web.RequestHandler, "handle_error"): "gives the response to a head that can't be parsed, and to an exception",
     (web.RequestHandler, "close"): "sets _close, and closes the connection when the running handler has ended",
     (web.RequestHandler, "transport"): "the connection, None after connection_lost",
@@ -211,8 +547,12 @@ INTERNALS = {
 # What listener.py adds to aiohttp's classes.
 ADDED = {
     web.AppRunner: ["_limits"],
-    web.Server: ["limits", "is_full"],
-    web.RequestHandler: [*listener.Connection.__slots__, "_end_head", "_on_head_deadline", "_reject"],
+    web.Server: ["limits", "places_for", "has_many_rejected", "_all_places", "_places_of"],
+    web.RequestHandler: [
+        *listener.Connection.__slots__,
+        *("has_unread_answer", "evict", "_leave", "_reject"),
+        *("_end_head", "_on_head_deadline", "_watch_reading", "_stop_watching", "_on_reading_deadline"),
+    ],
 }
 SUBCLASSES = {
     web.AppRunner: listener.Listener,
@@ -255,7 +595,7 @@ def _unlisted() -> Iterator[str]:
             if inspect.isfunction(getattr(base, name, None)):
                 yield f"{subclass.__name__}.{name} overrides a method of aiohttp: add it to INTERNALS."
     source = Path(listener.__file__).read_text(encoding="utf-8")
-    added = {name for names in ADDED.values() for name in names}
+    added = {*listener._Places.__slots__, *(name for names in ADDED.values() for name in names)}
     for name in set(re.findall(r"\.(_[a-z]\w*)", source)) - listed - added:
         yield f"listener.py reads the private {name}: add it to INTERNALS, or to ADDED if it is ours."
 

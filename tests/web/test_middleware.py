@@ -63,7 +63,7 @@ AMBIGUOUS = {
 
 
 async def test_an_ambiguous_request_is_a_400_and_nothing_behind_it_is_parsed(tmp_path: Path) -> None:
-    """The connection is closed. No key is in the answer or in the log."""
+    """T13, T16: the connection is closed. No key is in the answer or in the log."""
     async with stage(folder=tmp_path) as on:
         with capture_logs() as logged:
             for case, request in AMBIGUOUS.items():

@@ -31,7 +31,7 @@ async def _ask(port: int) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
 
 
 async def test_a_client_that_accepts_no_data_is_disconnected() -> None:
-    """After the time limit of a write its connection is cut. Otherwise its upstream would go on generating."""
+    """T22: after the time limit of a write its connection is cut. Otherwise its upstream would go on generating."""
     tasks = Tasks()
     done: asyncio.Future[WebResponder] = asyncio.get_running_loop().create_future()
 

@@ -41,10 +41,20 @@ async def _refused(on: Stage, reply: Reply, status: int, code: str | None) -> st
     ids=["none", "wrong", "basic", "two", "upper case"],
 )
 async def test_no_key_or_a_wrong_one_is_a_401(headers: dict[str, str], tmp_path: Path) -> None:
-    """A call needs exactly one known key, spelled exactly."""
+    """T1: a call needs exactly one known key, spelled exactly."""
     async with stage(folder=tmp_path) as on:
         reply = await on.post(CHAT, GOOD, user=None, headers=headers)
         await _refused(on, reply, 401, "invalid_api_key")
+
+
+async def test_wrong_keys_ask_no_database(tmp_path: Path) -> None:
+    """T5: they are looked up in memory, so a flood of them delays no call. Here the database is gone."""
+    async with stage(folder=tmp_path) as on:
+        (tmp_path / "quotas.db").rename(tmp_path / "aside.db")
+        for number in range(200):
+            reply = await on.post("/v1/chat/completions", {}, user=None, headers={"api-key": f"wrong-{number}"})
+            assert (reply.status, reply.error["code"]) == (401, "invalid_api_key")
+        (tmp_path / "aside.db").rename(tmp_path / "quotas.db")
 
 
 @pytest.mark.parametrize("name", ["authorization", "api-key", "x-api-key"])
@@ -111,7 +121,7 @@ async def test_a_body_over_the_limit_is_a_413(tmp_path: Path) -> None:
 
 
 async def test_unsupported_content_encodings_and_types_are_a_415(tmp_path: Path) -> None:
-    """An unknown encoding, and a form where JSON is expected. gzip is accepted."""
+    """T28: an unknown encoding, and a form where JSON is expected. gzip is accepted."""
     async with stage(folder=tmp_path) as on:
         compressed = gzip.compress(json.dumps(GOOD).encode())
         assert (await on.post(CHAT, b"x", headers={"content-encoding": "x-snappy"})).status == 415
