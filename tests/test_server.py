@@ -123,7 +123,9 @@ async def test_a_process_serves_reloads_and_stops_on_signals(tmp_path: Path) -> 
     )
     assert process.stderr
     try:
-        url = (await process.stderr.readline()).decode().split()[-1]
+        while not (line := (await process.stderr.readline()).decode()).startswith("API on "):
+            pass
+        url = line.split()[-1]
 
         async def limit() -> int:
             headers = {"authorization": f"Bearer {key_of('alice')}"}
