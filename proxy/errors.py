@@ -277,3 +277,20 @@ class LedgerUnavailable(Unavailable):
 
     code = "ledger_unavailable"
     default_message = "The quota ledger can't be reached right now. Try again in a few seconds."
+
+
+def drop_frames(error: BaseException) -> None:
+    """Drop the tracebacks of an error that has been handled, and of the errors that led to it.
+
+    A traceback refers to the frames that the error passed, and a frame to its variables: a request's body, say. If
+    one of the variables is the error itself, that is a cycle, which only the garbage collector frees. The HTTP library
+    has such variables, and an error of a connection has the error of the socket among its `args`.
+    """
+    pending: list[object] = [error]
+    seen: set[int] = set()
+    while pending:
+        found = pending.pop()
+        if isinstance(found, BaseException) and id(found) not in seen:
+            seen.add(id(found))
+            pending += (found.__cause__, found.__context__, *found.args)
+            found.__traceback__ = found.__cause__ = found.__context__ = None

@@ -56,6 +56,9 @@ from proxy.web.routes import Api
 
 _RELOAD_CHECK_EVERY_S = 1.0
 _ROLLUP_EVERY_S = 10.0
+# How often the garbage collector looks at everything. Bodies and answers are freed without it, so this is for small
+# leftovers: the library's cycles of connections and requests, of some kilobytes each. It takes 0.1 µs an object.
+_COLLECT_EVERY_S = 60.0
 # Calls that are still in flight this long after the beginning of a stop are cut off and settled.
 GRACE_S = 30.0
 
@@ -201,6 +204,7 @@ class Server:
         self._jobs.start("renew lease", repeat(self.ledger.renew_lease, every_s=lease_s / 4))
         self._jobs.start("sweep", repeat(self.ledger.sweep, every_s=lease_s / 2))
         self._jobs.start("roll up", repeat(self.rollup.run, every_s=_ROLLUP_EVERY_S))
+        self._jobs.start("collect garbage", repeat(_collect_garbage, every_s=_COLLECT_EVERY_S))
         self._jobs.start("reload", repeat(self.policies.reload_if_changed, every_s=_RELOAD_CHECK_EVERY_S))
 
     async def retire(self) -> None:
@@ -329,6 +333,10 @@ def fingerprint_of(path: str) -> Fingerprint:
     except OSError:
         return None
     return (found.st_ino, found.st_mtime_ns, found.st_size)
+
+
+async def _collect_garbage() -> None:
+    gc.collect()
 
 
 async def repeat(job: Callable[[], Awaitable[object]], *, every_s: float) -> None:

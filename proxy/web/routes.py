@@ -24,7 +24,7 @@ from proxy.calls.relay import Relay
 from proxy.calls.stored_responses import StoredResponseQuery, StoredResponses
 from proxy.config.loader import Settings
 from proxy.config.reload import Policies
-from proxy.errors import InternalError, NotAllowed, NoUpgrade, ProxyError
+from proxy.errors import InternalError, NotAllowed, NoUpgrade, ProxyError, drop_frames
 from proxy.formats.endpoints import METERED, PREFIXES, STORED_RESPONSE_PATHS, Endpoint, StoredResponsePath, closed
 from proxy.formats.request import parse_form_request, parse_request
 from proxy.formats.strict_json import dump
@@ -164,18 +164,21 @@ class Api:
         """Run the call to its settlement. Returns the error that its client is to get.
 
         The error is returned and not raised: if the client has disconnected, nobody awaits the task, and an exception
-        would be logged as a failed task.
+        would be logged as a failed task. It is returned without its frames, which have the body of the request.
         """
         try:
             await self._relay.carry(call)
         except ProxyError as error:
+            drop_frames(error)
             return error
         except Exception as error:
             log.error("a call failed", exc_info=error, call=call.client.id)
+            drop_frames(error)
             if not call.client.has_begun:
                 return InternalError()
             call.client.abort()  # a part of the answer was sent, so there can't be a status any more
         finally:
+            call.request.body.free()
             if call.spool is not None:
                 call.spool.close()
         return None

@@ -1,0 +1,167 @@
+"""Memory: a call that ends gives its body back at once, however it ends, and without the garbage collector."""
+
+import asyncio
+import gc
+import json
+import tracemalloc
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.bare_client import KEY, bare_client, post
+from tests.bare_upstream import bare_upstream
+from tests.stage import Stage, stage, until
+
+CHAT = "/v1/chat/completions"
+POLICY = """
+wait: 0s
+models:
+  fast: {upstream: simulated, model: gpt-4o-mini, max_output_tokens: 100}
+  zero: {upstream: simulated, model: gpt-4o-mini}
+  small: {upstream: simulated, model: gpt-4o-mini}
+groups:
+  staff:
+    quotas:
+      daily: {models: [fast], tokens: 100M, requests: 100k, per: day}
+      none: {models: [zero], requests: 0, per: day}
+      little: {models: [small], tokens: 1000, per: day}
+users:
+  alice: {groups: [staff], keys: ["key-of-alice-0123456789abcdef"]}
+"""
+# A body is this large, and a call may leave this much behind: leftovers of the HTTP library.
+BODY_BYTES = 1_000_000
+LEFT_BYTES_MAX = 50_000
+CALLS = 5
+
+Once = Callable[[], Awaitable[object]]
+
+
+def _body(model: str = "fast", **more: Any) -> bytes:
+    text = {"type": "text", "text": "Hello " * (BODY_BYTES // 6)}
+    return json.dumps({"model": model, "messages": [{"role": "user", "content": [text]}], **more}).encode()
+
+
+@contextmanager
+def _without_collector() -> Iterator[None]:
+    """The garbage collector does nothing, so that only what is freed by hand is freed."""
+    gc.collect()
+    gc.disable()
+    tracemalloc.start()
+    try:
+        yield
+    finally:
+        tracemalloc.stop()
+        gc.enable()
+
+
+async def _left_bytes(on: Stage, once: Once) -> int:
+    """How many bytes a call leaves behind."""
+    await once()  # fills caches
+    await on.all_settled()
+    with _without_collector():
+        before, _ = tracemalloc.get_traced_memory()
+        for _ in range(CALLS):
+            await once()
+        await on.all_settled()
+        return (tracemalloc.get_traced_memory()[0] - before) // CALLS
+
+
+REFUSED = {
+    "a quota of 0": (_body("zero"), 429),
+    "a quota that is too small": (_body("small"), 400),
+    "no such model": (_body("none"), 404),
+    "a wrong value": (_body(n="x"), 400),
+    "a key that appears twice": (_body()[:-1] + b',"model":"fast"}', 400),
+    "a body that is cut": (_body()[:-1], 400),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+async def test_a_refused_call_gives_its_body_back(case: str, tmp_path: Path) -> None:
+    """Whatever refused it, nothing of its body is left when it was answered."""
+    body, status = REFUSED[case]
+    async with stage(POLICY, folder=tmp_path) as on:
+
+        async def once() -> None:
+            assert (await on.post(CHAT, body)).status == status
+
+        assert await _left_bytes(on, once) < LEFT_BYTES_MAX
+
+
+async def test_a_call_gives_its_body_back_when_its_upstream_is_away(tmp_path: Path) -> None:
+    """The HTTP library's error of a failed connection refers to itself, and to the frames that have the body."""
+    async with stage(POLICY, folder=tmp_path, upstream="http://127.0.0.1:1/v1") as on:
+
+        async def once() -> None:
+            assert (await on.post(CHAT, _body())).status == 502
+
+        assert await _left_bytes(on, once) < LEFT_BYTES_MAX
+
+
+async def test_a_call_gives_its_body_back_when_the_ledger_is_away(tmp_path: Path) -> None:
+    """A 503, before anything was sent."""
+    async with stage("ledger_wait: 1s\n" + POLICY, folder=tmp_path) as on:
+        await on.server.ledger.close()
+
+        async def once() -> None:
+            assert (await on.post(CHAT, _body())).status == 503
+
+        assert await _left_bytes(on, once) < LEFT_BYTES_MAX
+
+
+async def _break_off(how: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    writer.write(BROKEN[how])
+    await writer.drain()
+
+
+BROKEN = {
+    "nothing": b"",
+    "no HTTP": b"HTPP\r\n\r\n",
+    "half of a whole answer": b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n{}",
+    "an error": b"HTTP/1.1 500 No\r\nContent-Length: 2\r\n\r\n{}",
+    "a redirect": b"HTTP/1.1 307 No\r\nLocation: /\r\nContent-Length: 0\r\n\r\n",
+}
+
+
+@pytest.mark.parametrize("how", BROKEN)
+async def test_a_call_gives_its_body_back_when_its_upstream_fails(how: str, tmp_path: Path) -> None:
+    """Each way of an upstream to fail raises other errors, on other paths."""
+    async with (
+        bare_upstream(lambda how, reader, writer: _break_off(str(how), reader, writer)) as upstream,
+        stage("retry_for: 0s\n" + POLICY, folder=tmp_path, upstream=upstream.url) as on,
+    ):
+
+        async def once() -> None:
+            assert (await on.post(CHAT, _body(metadata=how))).status >= 500
+
+        assert await _left_bytes(on, once) < LEFT_BYTES_MAX
+
+
+async def test_a_call_gives_its_body_back_when_its_client_leaves(tmp_path: Path) -> None:
+    """Before the body is complete, and while the call waits for its upstream."""
+
+    async def silence(_: object, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read()
+
+    async with (
+        bare_upstream(silence) as upstream,
+        stage(POLICY, folder=tmp_path, upstream=upstream.url, on_disconnect="stop") as on,
+    ):
+
+        async def in_mid_upload() -> None:
+            async with bare_client(on.url) as client:
+                client.send(post(CHAT, KEY, f"Content-Length: {2 * BODY_BYTES}", body=_body(), length=False))
+                await client.writer.drain()
+            await until(lambda: not on.connections)
+
+        async def in_mid_call() -> None:
+            async with bare_client(on.url) as client:
+                client.send(post(CHAT, KEY, body=_body(stream=True, metadata={})))
+                await until(lambda: bool(upstream.open))
+            await upstream.all_closed()
+
+        assert await _left_bytes(on, in_mid_upload) < LEFT_BYTES_MAX
+        assert await _left_bytes(on, in_mid_call) < LEFT_BYTES_MAX
