@@ -283,8 +283,8 @@ def drop_frames(error: BaseException) -> None:
     """Drop the tracebacks of an error that has been handled, and of the errors that led to it.
 
     A traceback refers to the frames that the error passed, and a frame to its variables: a request's body, say. If
-    one of the variables is the error itself, that is a cycle, which only the garbage collector frees. The HTTP library
-    has such variables, and an error of a connection has the error of the socket among its `args`.
+    one of the variables is the error itself, only the garbage collector frees that cycle. The HTTP library has such
+    variables, and an error of a connection has the error of the socket among its `args`.
     """
     pending: list[object] = [error]
     seen: set[int] = set()
