@@ -90,7 +90,7 @@ async def _at_once(tokens: Tokenizers, texts: list[str]) -> int:
 async def _read(body: bytes) -> None:
     """Parse a body and read its prompt, which the proxy does on the event loop before admission."""
     document = parse_object(body, frozenset(("model", "messages")))
-    read_prompt(RequestBody(document), model="gpt-4o", is_chat=True)
+    read_prompt(RequestBody(document), is_chat=True)
 
 
 def _body_with_images(count: int, *, base64_bytes: int) -> bytes:

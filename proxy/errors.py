@@ -25,6 +25,8 @@
     └── Unavailable           the proxy cannot take the call now; `Retry-After` says when to try again
         ├── TooManyConnections    503  the listener has as many connections as it may have
         ├── NoSpace               503  the disk has no space for a large body
+        ├── BodyMemoryFull        503  the memory for large bodies is taken by others
+        ├── BodiesWaitTooLong     503  too many large bodies are being read at the same time
         └── LedgerUnavailable     503  the ledger cannot be written, so no call is admitted
 
 The body has OpenAI's shape, `{"error": {"message", "type", "param", "code"}}`; all four members are always present.
@@ -270,6 +272,26 @@ class NoSpace(Unavailable):
     code = "out_of_space"
     default_message = "The proxy has no disk space left for a body of this size. Try again later."
     retry_after_s = 30
+
+
+class BodyMemoryFull(Unavailable):
+    """The large bodies of calls in flight take all of the memory that is set aside for them."""
+
+    closes = True
+    code = "out_of_memory"
+    default_message = (
+        "The proxy has no memory left for a body of this size while other large calls are in flight. "
+        "Try again in a few seconds, or send a shorter body."
+    )
+
+
+class BodiesWaitTooLong(Unavailable):
+    """Large bodies are read one after another, and too many of them wait."""
+
+    code = "too_many_large_bodies"
+    default_message = (
+        "The proxy is reading too many large bodies. Try again in a few seconds, or send a shorter body."
+    )
 
 
 class LedgerUnavailable(Unavailable):

@@ -32,6 +32,7 @@ import orjson
 import structlog
 from aiohttp import web
 
+from proxy.calls.body_threads import BodyThreads
 from proxy.calls.disconnect import Disconnects
 from proxy.calls.dispatch import Dispatcher
 from proxy.calls.relay import Relay
@@ -159,10 +160,18 @@ class Server:
         )
         self.upstreams = Upstreams()
         self.queue = AdmissionQueue(self.ledger)
+        self._threads = BodyThreads()
         relay = Relay(
             self.queue,
-            Dispatcher(self.upstreams, metrics=self.metrics, now=now, draw=draw),
-            tokenizers=tokenizers,
+            Dispatcher(
+                self.upstreams,
+                tokenizers=tokenizers,
+                threads=self._threads,
+                metrics=self.metrics,
+                now=now,
+                draw=draw,
+            ),
+            threads=self._threads,
             metrics=self.metrics,
             disconnects=disconnects or Disconnects(),
             now=now,
@@ -230,6 +239,7 @@ class Server:
             await runner.cleanup()
         await self.upstreams.close()
         await self.ledger.close()
+        self._threads.close()
 
     async def _stop_accepting(self) -> None:
         for runner in self._runners:

@@ -11,14 +11,15 @@ in the next moment.
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 
 import structlog
 
+from proxy.calls.body_threads import BodyThreads
 from proxy.calls.call import Call
 from proxy.calls.disconnect import Disconnects
 from proxy.calls.dispatch import Candidates, Dispatcher
 from proxy.calls.reservation import Reservation
-from proxy.calls.tokenizer import Tokenizers
 from proxy.errors import ClientLeft, ProxyError, UpstreamError
 from proxy.formats.meter import Meter
 from proxy.formats.stream import Stream
@@ -38,22 +39,25 @@ log = structlog.get_logger("relay")
 
 
 class Relay:
-    """Takes calls to an upstream and back. `now` gives milliseconds since 1970."""
+    """Takes calls to an upstream and back. `now` gives milliseconds since 1970.
+
+    `threads` read large bodies.
+    """
 
     def __init__(
         self,
         queue: AdmissionQueue,
         dispatcher: Dispatcher,
         *,
-        tokenizers: Tokenizers,
+        threads: BodyThreads,
         metrics: Metrics,
         disconnects: Disconnects,
         now: Callable[[], int],
     ) -> None:
+        self.threads = threads
         self._queue = queue
         self._ledger = queue.ledger
         self._dispatcher = dispatcher
-        self._tokenizers = tokenizers
         self._metrics = metrics
         self._disconnects = disconnects
         self._now = now
@@ -73,7 +77,7 @@ class Relay:
         Raises Refusal if a quota refuses the call, ClientLeft, LedgerUnavailable, and UpstreamError as long as
         nothing of an answer has been sent. After that an upstream's error is sent as an event of the stream.
         """
-        candidates = Candidates(call, self._tokenizers)
+        candidates = await self._dispatcher.candidates(call)
         # The order matters. `watch` cancels everything inside it, so `_reserve`, which must end the reservation in
         # any case, is outside. An upstream's error is handled inside `watch`: a client may leave meanwhile.
         async with (
@@ -204,7 +208,7 @@ class Relay:
     async def _forward_whole(self, answer: Answer, call: Call, reservation: Reservation) -> None:
         """Forward an answer that is not a stream, after it is settled."""
         body = await answer.read()
-        reservation.meter.see_whole(body)
+        await self.threads.run(partial(reservation.meter.see_whole, body), body_bytes=len(body))
         if not await reservation.hold_whole_answer(self._queue):
             await reservation.end("at_limit")
             raise UpstreamError(

@@ -5,7 +5,7 @@ text, and nothing else. They are separated from all others once, here, so that n
 nor the reading of the prompt (`content`) look at them again. Pure.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,14 +39,17 @@ class RequestBody:
     """The parsed body of one request. It is freed as soon as the upstream has answered.
 
     Agents send megabytes, and an answer may stream for minutes: the body must not stay in memory for that long.
-    Everything that is needed afterwards is a field of `Request`.
+    Everything that is needed afterwards is a field of `Request`. `size` is the number of its bytes as JSON, as the
+    client wrote it; 0 for a form, whose bytes are not in memory.
     """
 
-    __slots__ = ("_document", "_turns")
+    __slots__ = ("_document", "_on_freed", "_turns", "size")
 
-    def __init__(self, document: Mapping[str, Any]) -> None:
+    def __init__(self, document: Mapping[str, Any], *, size: int = 0) -> None:
+        self.size = size
         self._document: Mapping[str, Any] | None = document
         self._turns: dict[str, Turns] | None = None
+        self._on_freed: Callable[[], object] | None = None
 
     @property
     def document(self) -> Mapping[str, Any]:
@@ -62,9 +65,16 @@ class RequestBody:
             self._turns = {name: _walk_turns(value) for name, value in lists if isinstance(value, list)}
         return self._turns
 
+    def when_freed(self, notify: Callable[[], object]) -> None:
+        """Call `notify` when the body is freed for the first time."""
+        self._on_freed = notify
+
     def free(self) -> None:
         """Drop the parsed body."""
         self._document = self._turns = None
+        notify, self._on_freed = self._on_freed, None
+        if notify is not None:
+            notify()
 
 
 def _walk_turns(turns: list[Any]) -> Turns:

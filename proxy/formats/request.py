@@ -74,7 +74,7 @@ def parse_request(endpoint: Endpoint, body: bytes, *, deployment: str | None = N
     Azure.
     """
     document = parse_object(body, CHECKED_FIELDS)
-    return _request(endpoint, RequestBody(document), deployment)
+    return _request(endpoint, RequestBody(document, size=len(body)), deployment)
 
 
 def parse_form_request(endpoint: Endpoint, form: Form, *, deployment: str | None = None) -> Request:

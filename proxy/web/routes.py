@@ -122,9 +122,15 @@ class Api:
         client = WebResponder(request, id=request[REQUEST_ID], heartbeat_s=self._limits.heartbeat_s)
         deployment = request.match_info.get("deployment")
         if endpoint.form is None:
-            parsed = parse_request(endpoint, await read_body(request, self._limits), deployment=deployment)
-            call = await self._stored_responses.with_previous(prepare_call(parsed, caller, snapshot, client))
-            return await self._answer(call, client)
+            body = await read_body(request, self._limits)
+
+            def prepare() -> Call:
+                parsed = parse_request(endpoint, body, deployment=deployment)
+                return prepare_call(parsed, caller, snapshot, client)
+
+            call = await self._relay.threads.run(prepare, body_bytes=len(body))
+            del body  # only its parsed values are needed from here on
+            return await self._answer(await self._stored_responses.with_previous(call), client)
         # A form may have 512 MiB, so it is written to the disk. From here on the spool has to be closed on every
         # path: here until the call is prepared, then by `_run_call`.
         spool = Spool()

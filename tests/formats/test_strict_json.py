@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from proxy.errors import InvalidRequest
 from proxy.formats.strict_json import (
+    VALUES_MAX,
     _parse_canonical,
     _parse_strictly,
     dump,
@@ -224,11 +225,47 @@ def test_any_bytes_give_an_object_or_a_400(body: bytes) -> None:
         assert isinstance(value, dict)
 
 
-@pytest.mark.parametrize("value", [b"{},", b"[],", b"1,"])
+# Values, each with a comma after it; and how many values each of them is.
+VALUES = {
+    b"{},": 1,
+    b"{ },": 1,
+    b"[],": 1,
+    b"[\n],": 1,
+    b"1,": 1,
+    b'"",': 1,
+    b'"[{,",': 1,
+    b'"\\"[{,\\\\",': 1,
+    b'"\\\\","a\\"",': 2,
+    b'[""],': 2,
+    b'{"":[]},': 2,
+    b'{"a":1,"b":["c",{}]},': 5,
+}
+
+
+@pytest.mark.parametrize("value", VALUES)
 def test_a_body_of_too_many_values_is_refused_before_it_is_parsed(value: bytes) -> None:
-    """Parsing it would block the event loop for seconds."""
-    with pytest.raises(InvalidRequest, match="commas and brackets"):
-        parse_object(b'{"a":[' + value * 1_000_000 + b"1]}", frozenset())
+    """Parsing, checking and reading it would take seconds. The object, its array and the values in it count."""
+    most = (VALUES_MAX - 3) // VALUES[value]
+    rest = VALUES_MAX - 3 - most * VALUES[value]
+    padding = b" " * (2 * VALUES_MAX)  # a body that is too short for so many values is not counted
+    fits = b'{"a":[' + value * most + b"1," * rest + b"1]" + padding + b"}"
+    assert len(parse_object(fits, frozenset())["a"]) >= most
+    with pytest.raises(InvalidRequest, match="100000 JSON values"):
+        parse_object(fits.replace(b"1]", b"1,1]"), frozenset())
+
+
+@pytest.mark.parametrize("text", [",", "[{", "\\,", '",', "\n,é"])
+def test_a_long_text_is_one_value(text: str) -> None:
+    """Commas, brackets and escaped quotes inside of texts are not counted."""
+    document = {"a": [text * VALUES_MAX, text * VALUES_MAX]}
+    for body in (json.dumps(document).encode(), orjson.dumps(document)):
+        assert parse_object(body, frozenset()) == document
+
+
+def test_more_quotes_than_values_can_have_are_too_many_values() -> None:
+    """They are not split first, because that would make millions of pieces."""
+    with pytest.raises(InvalidRequest, match="100000 JSON values"):
+        parse_object(b'{"a":[' + b'"",' * 1_000_000 + b"1]}", frozenset())
 
 
 def test_a_body_of_too_many_keys_is_refused() -> None:
