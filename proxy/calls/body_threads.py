@@ -4,9 +4,10 @@ A thread of Python gives way to others every 5 ms, so the event loop goes on mea
 orjson takes 10 ms to parse or write 4 MB, and 100 ms for 32 MB with many escapes (measured). The number of values in
 a body is bounded, and with it the steps that grow with that number (`formats.strict_json`).
 
-Bodies wait in order of arrival, so no user can overtake another again and again:
+The cost of a body decides, which is its length, or more if it has many values (`strict_json.reading_cost`). Bodies
+wait in order of arrival, so no user can overtake another again and again:
 
-    up to 256 KiB     on the event loop, at once: up to 5 ms, and a thread would cost a short call a tenth more
+    up to 256 KiB     on the event loop, at once: a thread would cost a short call a tenth more
     up to 4 MiB       in one thread, one body at a time: several threads would each take 5 ms from the event loop
     larger            in a second thread, one body at a time, so that those in between do not wait for it
 """
@@ -18,10 +19,9 @@ from typing import TypeVar
 
 from proxy.errors import BodiesWaitTooLong
 
-# Bodies up to this size are read and written on the event loop. They count as small, and their memory is not bounded
-# together.
+# Bodies up to this cost are read and written on the event loop.
 SMALL_BYTES_MAX = 256 * 1024
-# Only one body above this size is read or written at a time.
+# Only one body above this cost is read or written at a time.
 MEDIUM_BYTES_MAX = 4 * 2**20
 # How long the work on one body may take, with the time that it waits for others.
 WAIT_S = 30.0
@@ -37,14 +37,14 @@ class BodyThreads:
         self._medium = ThreadPoolExecutor(1, thread_name_prefix="bodies")
         self._large = ThreadPoolExecutor(1, thread_name_prefix="large-bodies")
 
-    async def run(self, work: Callable[[], T], *, body_bytes: int) -> T:
-        """The result of `work`, which reads or writes a body of this size. Raises what it raises.
+    async def run(self, work: Callable[[], T], *, cost: int) -> T:
+        """The result of `work`, which reads or writes a body of this cost. Raises what it raises.
 
         Raises BodiesWaitTooLong if that takes too long. A caller that is cancelled leaves the line.
         """
-        if body_bytes <= SMALL_BYTES_MAX:
+        if cost <= SMALL_BYTES_MAX:
             return work()
-        pool = self._medium if body_bytes <= MEDIUM_BYTES_MAX else self._large
+        pool = self._medium if cost <= MEDIUM_BYTES_MAX else self._large
         try:
             async with asyncio.timeout(self._wait_s):
                 return await asyncio.get_running_loop().run_in_executor(pool, work)

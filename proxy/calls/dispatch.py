@@ -143,7 +143,7 @@ class Dispatcher:
 
     async def candidates(self, call: Call) -> Candidates:
         """The call in the form in which each target gets it. Raises BodiesWaitTooLong if its body is large."""
-        return await self._threads.run(partial(Candidates, call, self._tokenizers), body_bytes=call.request.body.size)
+        return await self._threads.run(partial(Candidates, call, self._tokenizers), cost=call.request.body.cost)
 
     @asynccontextmanager
     async def answer(self, candidates: Candidates, reservation: Reservation) -> AsyncIterator[tuple[Call, Answer]]:
@@ -224,7 +224,7 @@ class Dispatcher:
 
     async def _written(self, write: Callable[[], bytes | Spliced], call: Call) -> bytes | Spliced:
         """The body that `write` returns, written in a thread if it is large."""
-        return await self._threads.run(write, body_bytes=call.request.body.size)
+        return await self._threads.run(write, cost=call.request.body.cost)
 
     def _send(self, call: Call, body: bytes | Spliced) -> AbstractAsyncContextManager[Answer]:
         return self._upstreams.send(call.model.upstream, call.address, body, call.headers())

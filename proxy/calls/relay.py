@@ -23,6 +23,7 @@ from proxy.calls.reservation import Reservation
 from proxy.errors import ClientLeft, ProxyError, UpstreamError
 from proxy.formats.meter import Meter
 from proxy.formats.stream import Stream
+from proxy.formats.strict_json import reading_cost
 from proxy.formats.surfaces import error_event
 from proxy.ledger.book import Accepted, Refused
 from proxy.ledger.entry import Outcome
@@ -208,7 +209,7 @@ class Relay:
     async def _forward_whole(self, answer: Answer, call: Call, reservation: Reservation) -> None:
         """Forward an answer that is not a stream, after it is settled."""
         body = await answer.read()
-        await self.threads.run(partial(reservation.meter.see_whole, body), body_bytes=len(body))
+        await self.threads.run(partial(reservation.meter.see_whole, body), cost=reading_cost(body))
         if not await reservation.hold_whole_answer(self._queue):
             await reservation.end("at_limit")
             raise UpstreamError(

@@ -39,14 +39,14 @@ class RequestBody:
     """The parsed body of one request. It is freed as soon as the upstream has answered.
 
     Agents send megabytes, and an answer may stream for minutes: the body must not stay in memory for that long.
-    Everything that is needed afterwards is a field of `Request`. `size` is the number of its bytes as JSON, as the
-    client wrote it; 0 for a form, whose bytes are not in memory.
+    Everything that is needed afterwards is a field of `Request`. `cost` says how much work it is to read
+    (`strict_json.reading_cost`); 0 for a form, which has only a few fields.
     """
 
-    __slots__ = ("_document", "_on_freed", "_turns", "size")
+    __slots__ = ("_document", "_on_freed", "_turns", "cost")
 
-    def __init__(self, document: Mapping[str, Any], *, size: int = 0) -> None:
-        self.size = size
+    def __init__(self, document: Mapping[str, Any], *, cost: int = 0) -> None:
+        self.cost = cost
         self._document: Mapping[str, Any] | None = document
         self._turns: dict[str, Turns] | None = None
         self._on_freed: Callable[[], object] | None = None

@@ -27,7 +27,7 @@ from proxy.config.reload import Policies
 from proxy.errors import InternalError, NotAllowed, NoUpgrade, ProxyError, drop_frames
 from proxy.formats.endpoints import METERED, PREFIXES, STORED_RESPONSE_PATHS, Endpoint, StoredResponsePath, closed
 from proxy.formats.request import parse_form_request, parse_request
-from proxy.formats.strict_json import dump
+from proxy.formats.strict_json import dump, reading_cost
 from proxy.identity.authentication import Caller, Snapshot
 from proxy.ledger.entry import call_id_prefix
 from proxy.policy.status import quota_statuses
@@ -123,12 +123,13 @@ class Api:
         deployment = request.match_info.get("deployment")
         if endpoint.form is None:
             body = await read_body(request, self._limits)
+            cost = reading_cost(body)
 
             def prepare() -> Call:
-                parsed = parse_request(endpoint, body, deployment=deployment)
+                parsed = parse_request(endpoint, body, deployment=deployment, cost=cost)
                 return prepare_call(parsed, caller, snapshot, client)
 
-            call = await self._relay.threads.run(prepare, body_bytes=len(body))
+            call = await self._relay.threads.run(prepare, cost=cost)
             del body  # only its parsed values are needed from here on
             return await self._answer(await self._stored_responses.with_previous(call), client)
         # A form may have 512 MiB, so it is written to the disk. From here on the spool has to be closed on every
