@@ -9,6 +9,8 @@ import pytest
 from proxy import errors
 from proxy.errors import (
     BadFraming,
+    BodiesWaitTooLong,
+    BodyMemoryFull,
     BodyTooLarge,
     ClientLeft,
     InternalError,
@@ -61,6 +63,8 @@ TABLE = {
     InternalError: (500, "api_error", None),
     TooManyConnections: (503, "server_error", "too_many_connections"),
     NoSpace: (503, "server_error", "out_of_space"),
+    BodyMemoryFull: (503, "server_error", "out_of_memory"),
+    BodiesWaitTooLong: (503, "server_error", "too_many_large_bodies"),
     LedgerUnavailable: (503, "server_error", "ledger_unavailable"),
 }
 # Base classes that are never raised themselves.

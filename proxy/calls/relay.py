@@ -16,19 +16,23 @@ from functools import partial
 import structlog
 
 from proxy.calls.body_threads import BodyThreads
-from proxy.calls.call import Call
+from proxy.calls.call import Call, Responder, closed_refusal
 from proxy.calls.disconnect import Disconnects
 from proxy.calls.dispatch import Candidates, Dispatcher
 from proxy.calls.reservation import Reservation
 from proxy.errors import ClientLeft, ProxyError, UpstreamError
+from proxy.formats.endpoints import Endpoint
 from proxy.formats.meter import Meter
 from proxy.formats.stream import Stream
 from proxy.formats.strict_json import reading_cost
 from proxy.formats.surfaces import error_event
+from proxy.identity.authentication import Caller, Snapshot
 from proxy.ledger.book import Accepted, Refused
 from proxy.ledger.entry import Outcome
 from proxy.ledger.queue import AdmissionQueue, DurationEstimate
 from proxy.metrics import Metrics
+from proxy.policy.admission import Verdict
+from proxy.policy.quota import BoundQuotas
 from proxy.upstreams import headers
 from proxy.upstreams.client import Answer
 from proxy.upstreams.failures import Rejected, failure_of
@@ -93,6 +97,19 @@ class Relay:
                 await self._forward_stream(answer, sent, reservation)
             else:
                 await self._forward_whole(answer, sent, reservation)
+
+    async def refuse_if_closed(
+        self, endpoint: Endpoint, caller: Caller, snapshot: Snapshot, client: Responder
+    ) -> None:
+        """Raise the Refusal of a user whom limits of 0 admit to no model, whatever the request is."""
+        closing = snapshot.policy.closing(caller.groups, snapshot.catalog)
+        if not closing:
+            return
+        binding = BoundQuotas(closing).for_user(caller.user)
+        counters = await self._ledger.counters(binding.keys())
+        for quota in closing:
+            self._metrics.refused(quota.id, Verdict.EXHAUSTED.name.lower())
+        raise closed_refusal(binding, counters, snapshot.policy, endpoint=endpoint, id=client.id, now=self._now())
 
     @asynccontextmanager
     async def _reserve(self, call: Call, candidates: Candidates) -> AsyncIterator[Reservation]:

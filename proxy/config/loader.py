@@ -67,6 +67,8 @@ class ConnectionLimits:
     body_bytes_per_s: int = 65_536
     # A stream without output sends a heartbeat after this time. Load balancers close idle connections after 60 s.
     heartbeat_s: float = 15.0
+    # For all large bodies of a process together; see `web.body_memory`.
+    body_memory_bytes: int = 256_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -286,7 +288,9 @@ def _settings(file: File) -> Settings:
         admin=None if admin is None else Address(*values.split_address(admin)),
         database=file.database,
         cors=tuple(file.server.cors),
-        connection_limits=ConnectionLimits(connections=file.server.connections),
+        connection_limits=ConnectionLimits(
+            connections=file.server.connections, body_memory_bytes=file.server.body_memory
+        ),
     )
 
 

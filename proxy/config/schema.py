@@ -83,6 +83,7 @@ Globs = Annotated[list[Glob], Field(min_length=1)]
 Flag = Annotated[bool, BeforeValidator(_text_to_bool)]
 Count = Annotated[int, BeforeValidator(values.count), _number_schema(0)]
 Positive = Annotated[int, BeforeValidator(values.positive), _number_schema(1)]
+BodyMemory = Annotated[int, BeforeValidator(values.body_memory), _number_schema(values.BODY_MEMORY_MIN)]
 Wait = Annotated[int, BeforeValidator(values.wait_ms), _string_schema()]
 LedgerWait = Annotated[int, BeforeValidator(values.ledger_wait_ms), _string_schema()]
 KeepFor = Annotated[int, BeforeValidator(values.keep_ms), _string_schema()]
@@ -138,6 +139,11 @@ class Server(Section):
     )
     connections: Positive = Field(
         4000, description="The most connections that each listener keeps open; further ones get a 503."
+    )
+    body_memory: BodyMemory = Field(
+        256_000_000,
+        description="How many bytes the bodies above 256 KiB of all calls in flight may have together, as in 256M; "
+        "further ones wait up to 10 s and then get a 503. A call takes two to three times its body.",
     )
 
 

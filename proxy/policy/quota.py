@@ -75,6 +75,15 @@ class Quota:
         window_limits = tuple(limit for limit in self.limits if not limit.measure.is_concurrent)
         object.__setattr__(self, "window_limits", window_limits)
 
+    @property
+    def is_closed(self) -> bool:
+        """Whether a limit of 0 makes it refuse every call, whatever the call asks for.
+
+        A limit of 0 on output alone does not: it does not bind calls that generate nothing.
+        """
+        zeros = [limit for limit in self.limits if limit.maximum == 0]
+        return self.enforce != "shadow" and not all(limit.measure.counts_only_output for limit in zeros)
+
     def ceiling(self, limit: Limit) -> int:
         """How far admitted calls may take a limit.
 
@@ -210,6 +219,11 @@ class BoundQuotas:
     def quotas(self) -> tuple[Quota, ...]:
         """All of its quotas, each once."""
         return self.always + tuple(quota for group in self.groups for quota in group.quotas) + self.shadows
+
+    def closing(self) -> tuple[Quota, ...]:
+        """The quotas that refuse every call because of limits of 0; none if an alternative may admit one."""
+        closed = [[quota for quota in each.quotas if quota.is_closed] for each in self.alternatives()]
+        return tuple(quota for quotas in closed for quota in quotas) if all(closed) else ()
 
     def alternatives(self) -> list[GroupQuotas]:
         """The sets of quotas of which one must have room as a whole.

@@ -35,6 +35,7 @@ from proxy.tasks import Tasks
 from proxy.upstreams.headers import JSON_HEADERS, SERVER_NAME
 from proxy.upstreams.spool import Spool
 from proxy.web.body import defer_continue, read_body, read_form
+from proxy.web.body_memory import BodyMemory, BodyShare
 from proxy.web.cors import Cors
 from proxy.web.health import Health
 from proxy.web.middleware import REQUEST_ID, Handler, answer_errors, not_served, validate_request
@@ -67,6 +68,7 @@ class Api:
         self._health = health
         self._cors = Cors(settings.cors)
         self._limits = settings.connection_limits
+        self._memory = BodyMemory(settings.connection_limits.body_memory_bytes)
         self._now = now
 
     def application(self) -> web.Application:
@@ -121,8 +123,23 @@ class Api:
         snapshot, caller = await self._identify(request)
         client = WebResponder(request, id=request[REQUEST_ID], heartbeat_s=self._limits.heartbeat_s)
         deployment = request.match_info.get("deployment")
-        if endpoint.form is None:
-            body = await read_body(request, self._limits)
+        check_large = partial(self._relay.refuse_if_closed, endpoint, caller, snapshot, client)
+        share = BodyShare(self._memory, caller.user, check_large)
+        if endpoint.form is not None:
+            # A form may have 512 MiB, so it is written to the disk. From here on the spool has to be closed on every
+            # path: here until the call is prepared, then by `_run_call`.
+            spool = Spool()
+            try:
+                form = await read_form(request, spool, self._limits, share)
+                parsed = parse_form_request(endpoint, form, deployment=deployment)
+                call = prepare_call(parsed, caller, snapshot, client, spool=spool)
+            except BaseException:
+                spool.close()
+                raise
+            return await self._answer(call, client)
+        # The same holds for the share of the memory for bodies. The call gives it back when its body is freed.
+        try:
+            body = await read_body(request, self._limits, share)
             cost = reading_cost(body)
 
             def prepare() -> Call:
@@ -130,17 +147,11 @@ class Api:
                 return prepare_call(parsed, caller, snapshot, client)
 
             call = await self._relay.threads.run(prepare, cost=cost)
-            del body  # only its parsed values are needed from here on
-            return await self._answer(await self._stored_responses.with_previous(call), client)
-        # A form may have 512 MiB, so it is written to the disk. From here on the spool has to be closed on every
-        # path: here until the call is prepared, then by `_run_call`.
-        spool = Spool()
-        try:
-            form = await read_form(request, spool, self._limits)
-            parsed = parse_form_request(endpoint, form, deployment=deployment)
-            call = prepare_call(parsed, caller, snapshot, client, spool=spool)
+            body = b""  # only its parsed values are needed from here on
+            call = await self._stored_responses.with_previous(call)
+            call.request.body.when_freed(share.free)  # by the call, as soon as its upstream has answered
         except BaseException:
-            spool.close()
+            share.free()
             raise
         return await self._answer(call, client)
 

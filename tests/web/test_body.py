@@ -22,7 +22,8 @@ from hypothesis import strategies as st
 
 from proxy.config.loader import ConnectionLimits
 from proxy.errors import InvalidRequest
-from proxy.web.body import CONTENT_ENCODINGS, MEMBERS_MAX, PIECE_BYTES, REQUEST_BYTES_MAX, BodyDecoder
+from proxy.web.body import CONTENT_ENCODINGS, MEMBERS_MAX, PIECE_BYTES, BodyDecoder
+from proxy.web.body_memory import REQUEST_BYTES_MAX
 from tests.bare_client import GOOD, KEY, bare_client, get, post
 from tests.stage import Reply, Stage, stage
 
