@@ -1,6 +1,6 @@
 """Ambiguous JSON is refused with a message that helps; every other body is read and written back unchanged.
 
-Threats T26 (bodies that are not a JSON object), T27 (duplicate keys), T37 (unknown fields).
+Threats T26 (bodies that are not a JSON object), T27 (duplicate keys), T37 (unknown fields), T120 (too many values).
 """
 
 import json

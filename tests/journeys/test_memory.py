@@ -1,4 +1,7 @@
-"""Memory: a call that ends gives its body back at once, however it ends, and without the garbage collector."""
+"""Memory: a call that ends gives its body back at once, and large bodies are bounded together.
+
+T121 calls that end with an error, without the garbage collector · T122 the budget of large bodies, and limits of 0
+"""
 
 import asyncio
 import gc
@@ -11,9 +14,10 @@ from typing import Any
 
 import pytest
 
-from tests.bare_client import KEY, bare_client, post
+from proxy.config.loader import ConnectionLimits
+from tests.bare_client import GOOD, KEY, bare_client, post
 from tests.bare_upstream import bare_upstream
-from tests.stage import Stage, stage, until
+from tests.stage import Stage, fast_timers, stage, until
 
 CHAT = "/v1/chat/completions"
 POLICY = """
@@ -166,3 +170,64 @@ async def test_a_call_gives_its_body_back_when_its_client_leaves(tmp_path: Path)
 
         assert await _left_bytes(on, in_mid_upload) < LEFT_BYTES_MAX
         assert await _left_bytes(on, in_mid_call) < LEFT_BYTES_MAX
+
+
+CLOSED = """
+groups: {staff: {quotas: {none: {tokens: 0, per: day}}}}
+users:
+  alice: {groups: [staff], keys: ["key-of-alice-0123456789abcdef"]}
+"""
+LARGE = f"Content-Length: {30 * BODY_BYTES}"
+
+
+@pytest.mark.parametrize(
+    "path", [CHAT, "/v1/messages", "/v1/audio/transcriptions", "/openai/deployments/x/embeddings"]
+)
+@pytest.mark.parametrize("expect", [(), ("Expect: 100-continue",)])
+async def test_a_user_with_limits_of_0_is_refused_before_a_large_body_is_read(
+    path: str, expect: tuple[str, ...], tmp_path: Path
+) -> None:
+    """Nothing of it is sent here, and the refusal comes all the same. It is that of a small call, which is read."""
+    form = ("Content-Type: multipart/form-data; boundary=x",) if "audio" in path else ()
+    async with stage(CLOSED, folder=tmp_path) as on, bare_client(on.url) as client:
+        client.send(post(path, KEY, *form, *expect, LARGE, body=b"", length=False))
+        reply = await client.reply()
+        assert reply.status == 429
+        assert 'Quota "staff/none" is switched off' in reply.json()["error"]["message"]
+        assert reply.headers["x-should-retry"] == "false"
+        small = await on.post(CHAT, {"model": "any", "messages": []})
+        if path == CHAT:
+            assert {**reply.json()["error"], "quotas": []} == {**small.error, "quotas": []}
+
+
+async def test_a_large_body_waits_for_its_100_continue_until_there_is_memory(tmp_path: Path) -> None:
+    """Alice's half-sent body takes the budget. Bob is asked for his when she has left."""
+    limits = ConnectionLimits(body_memory_bytes=34 * BODY_BYTES)
+    bob = KEY.replace("alice", "bob")
+    async with (
+        stage(folder=tmp_path, connection_limits=limits) as on,
+        bare_client(on.url) as second,
+    ):
+        async with bare_client(on.url) as first:
+            first.send(post(CHAT, KEY, "Expect: 100-continue", LARGE, body=b"", length=False))
+            assert (await first.reply()).status == 100
+            second.send(post(CHAT, bob, "Expect: 100-continue", LARGE, body=b"", length=False))
+            assert (await on.post(CHAT, GOOD, user="bob")).status == 200  # small ones pass
+        assert (await second.reply()).status == 100
+
+
+async def test_a_large_body_without_memory_is_a_503(tmp_path: Path) -> None:
+    """After 10 s, with the time to come back.."""
+    limits = ConnectionLimits(body_memory_bytes=34 * BODY_BYTES)
+    bob = KEY.replace("alice", "bob")
+    async with (
+        stage(folder=tmp_path, connection_limits=limits) as on,
+        bare_client(on.url) as first,
+        bare_client(on.url) as second,
+    ):
+        first.send(post(CHAT, KEY, "Expect: 100-continue", LARGE, body=b"", length=False))
+        assert (await first.reply()).status == 100
+        with fast_timers(50):
+            second.send(post(CHAT, bob, LARGE, body=b"{", length=False))
+            reply = await second.reply()
+        assert (reply.status, reply.headers["retry-after"], reply.error["code"]) == (503, "5", "out_of_memory")
