@@ -17,6 +17,8 @@ They are stopped so that no call is cut off while it can still end by itself:
 """
 
 import asyncio
+import contextlib
+import ctypes
 import gc
 import resource
 import secrets
@@ -60,6 +62,9 @@ _ROLLUP_EVERY_S = 10.0
 # How often the garbage collector looks at everything. Bodies and answers are freed without it, so this is for small
 # leftovers: the library's cycles of connections and requests, of some kilobytes each. It takes 0.1 µs an object.
 _COLLECT_EVERY_S = 60.0
+# Blocks of memory from this size on are returned to the system when they are freed. It is above what is read from a
+# connection at a time (256 KiB), because asking the system for memory costs more than reusing it.
+_RETURNED_BYTES_MIN = 512 * 1024
 # Calls that are still in flight this long after the beginning of a stop are cut off and settled.
 GRACE_S = 30.0
 
@@ -291,6 +296,7 @@ async def serve(server: Server, on_started: Callable[[Server], None] = lambda _:
         loop.add_signal_handler(number, stop.set)
     loop.add_signal_handler(signal.SIGHUP, lambda: reloads.start("reload", server.policies.reload()))
     _raise_file_limit()
+    _return_freed_bodies()
     try:
         await server.start()
         set_up_collector()
@@ -309,6 +315,17 @@ def set_up_collector() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 100)
+
+
+def _return_freed_bodies() -> None:
+    """Have glibc return large blocks to the system when they are freed; other C libraries are left as they are.
+
+    By default glibc raises the size from which it does so up to 32 MiB, as soon as one such block was freed. Then it
+    keeps freed bodies for itself: 900 refused calls of 1 MB left 68 MB, and with a fixed size they leave 3 MB.
+    """
+    m_mmap_threshold = -3  # malloc.h
+    with contextlib.suppress(OSError, AttributeError):  # no glibc
+        ctypes.CDLL(None).mallopt(m_mmap_threshold, _RETURNED_BYTES_MIN)
 
 
 def _raise_file_limit() -> None:
