@@ -67,7 +67,9 @@ class Request:
         return self.stream and self.endpoint.has_usage_option and not self.is_option_withheld
 
 
-def parse_request(endpoint: Endpoint, body: bytes, *, deployment: str | None = None, cost: int = 0) -> Request:
+def parse_request(
+    endpoint: Endpoint, body: bytes | bytearray, *, deployment: str | None = None, cost: int = 0
+) -> Request:
     """Parse a request's body. Raises InvalidRequest, which names the field and says what to send instead.
 
     `deployment` is the model in the path that Azure's clients use. It overrides `model` in the body, as it does at

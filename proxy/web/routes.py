@@ -147,7 +147,7 @@ class Api:
                 return prepare_call(parsed, caller, snapshot, client)
 
             call = await self._relay.threads.run(prepare, cost=cost)
-            body = b""  # only its parsed values are needed from here on
+            body = bytearray()  # only its parsed values are needed from here on
             call = await self._stored_responses.with_previous(call)
             call.request.body.when_freed(share.free)  # by the call, as soon as its upstream has answered
         except BaseException:

@@ -18,6 +18,7 @@ from proxy.formats.strict_json import (
     dump,
     is_within_depth,
     parse_object,
+    reading_cost,
     walk,
 )
 
@@ -372,3 +373,17 @@ def test_objects_and_arrays_are_levels() -> None:
     assert not is_within_depth([{"a": 1}, [[]]], 1)
     assert is_within_depth([{"a": {"b": []}}], 3)
     assert not is_within_depth([{"a": {"b": []}}], 2)
+
+
+@pytest.mark.parametrize(
+    ("body", "cost"),
+    [
+        (b"[" + b"1," * 100 + b"1]", 203),  # a short body has few values
+        (b"[" + b"1," * 10_000 + b"1]", 32 * 10_001),  # its length is a tenth of that
+        (b'["' + b"a" * 400_000 + b'"]', 400_004),
+        (b"[" + b"1," * 2_000_000 + b"1]", 4_000_003),  # not counted: no body may have more than 100,000 values
+    ],
+)
+def test_the_cost_of_a_body_is_its_length_or_that_of_its_values(body: bytes, cost: int) -> None:
+    """It decides whether the body is read on the event loop or in a thread (T120)."""
+    assert reading_cost(body) == cost
