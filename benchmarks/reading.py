@@ -75,7 +75,7 @@ def _read(body: bytes) -> None:
     """What the proxy does with a body on the event loop, before admission."""
     request = parse_request(CHAT, body)
     check_allowance(request.endpoint, request.body, _NOTHING_ALLOWED)
-    read_prompt(request.body, model="gpt-4o", is_chat=True)
+    read_prompt(request.body, is_chat=True)
 
 
 def _least_us(work: Callable[[bytes], object], body: bytes) -> float:

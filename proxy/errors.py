@@ -27,6 +27,8 @@
     └── Unavailable           the proxy cannot take the call now; `Retry-After` says when to try again
         ├── TooManyConnections    503  the listener has as many connections as it may have
         ├── NoSpace               503  the disk has no space for a large body
+        ├── BodyMemoryFull        503  the memory for large bodies is taken by others
+        ├── BodiesWaitTooLong     503  too many large bodies are being read at the same time
         └── LedgerUnavailable     503  the ledger cannot be written, so no call is admitted
 
 The body has OpenAI's shape, `{"error": {"message", "type", "param", "code"}}`; all four members are always present.
@@ -291,8 +293,45 @@ class NoSpace(Unavailable):
     retry_after_s = 30
 
 
+class BodyMemoryFull(Unavailable):
+    """The large bodies of calls in flight take all of the memory that is set aside for them."""
+
+    closes = True
+    code = "out_of_memory"
+    default_message = (
+        "The proxy has no memory left for a body of this size while other large calls are in flight. "
+        "Try again in a few seconds, or send a shorter body."
+    )
+
+
+class BodiesWaitTooLong(Unavailable):
+    """Large bodies are read one after another, and too many of them wait."""
+
+    code = "too_many_large_bodies"
+    default_message = (
+        "The proxy is reading too many large bodies. Try again in a few seconds, or send a shorter body."
+    )
+
+
 class LedgerUnavailable(Unavailable):
     """Nothing can be written to the ledger, so no call is admitted (fail closed)."""
 
     code = "ledger_unavailable"
     default_message = "The quota ledger can't be reached right now. Try again in a few seconds."
+
+
+def drop_frames(error: BaseException) -> None:
+    """Drop the tracebacks of an error that has been handled, and of the errors that led to it.
+
+    A traceback refers to the frames that the error passed, and a frame to its variables: a request's body, say. If
+    one of the variables is the error itself, only the garbage collector frees that cycle. The HTTP library has such
+    variables, and an error of a connection has the error of the socket among its `args`.
+    """
+    pending: list[object] = [error]
+    seen: set[int] = set()
+    while pending:
+        found = pending.pop()
+        if isinstance(found, BaseException) and id(found) not in seen:
+            seen.add(id(found))
+            pending += (found.__cause__, found.__context__, *found.args)
+            found.__traceback__ = found.__cause__ = found.__context__ = None

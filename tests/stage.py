@@ -115,6 +115,13 @@ class Stage:
         return f"http://127.0.0.1:{self.server.api.port}"
 
     @property
+    def connections(self) -> int:
+        """How many connections the API listener has."""
+        listener = self.server._runners[0].server
+        assert listener is not None
+        return len(listener.connections)
+
+    @property
     def admin_url(self) -> str:
         """The URL of the admin listener."""
         assert self.server.admin is not None

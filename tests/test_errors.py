@@ -9,6 +9,8 @@ import pytest
 from proxy import errors
 from proxy.errors import (
     BadFraming,
+    BodiesWaitTooLong,
+    BodyMemoryFull,
     BodyTooLarge,
     ClientLeft,
     InternalError,
@@ -36,6 +38,7 @@ from proxy.errors import (
     UpstreamExhausted,
     UpstreamTimeout,
     UpstreamUnreadable,
+    drop_frames,
 )
 
 # What clients see of each: status, type, code.
@@ -64,6 +67,8 @@ TABLE = {
     InternalError: (500, "api_error", None),
     TooManyConnections: (503, "server_error", "too_many_connections"),
     NoSpace: (503, "server_error", "out_of_space"),
+    BodyMemoryFull: (503, "server_error", "out_of_memory"),
+    BodiesWaitTooLong: (503, "server_error", "too_many_large_bodies"),
     LedgerUnavailable: (503, "server_error", "ledger_unavailable"),
 }
 # Base classes that are never raised themselves.
@@ -187,3 +192,34 @@ def test_other_errors_have_headers_only_if_given(cls):
     """An upstream's `Retry-After` can be passed on. An error adds no headers by itself."""
     assert cls("No.").headers == {}
     assert cls("No.", headers={"retry-after": "7"}).headers == {"retry-after": "7"}
+
+
+def _raise_with(size: int) -> None:
+    body = bytearray(size)
+    try:
+        raise ConnectionError(OSError(len(body)))
+    except ConnectionError as error:
+        cause = error
+        raise UpstreamError("No.") from cause
+
+
+def test_an_error_without_its_frames_keeps_nothing_alive():
+    """The frames of an error, and of those that led to it, have variables such as a request's body."""
+    error: BaseException
+    try:
+        _raise_with(8)
+    except UpstreamError as raised:
+        error = raised
+    cause = error.__cause__
+    assert cause is not None
+    drop_frames(error)
+    for each in (error, cause, *cause.args):
+        assert (each.__traceback__, each.__cause__, each.__context__) == (None, None, None)
+
+
+def test_an_error_that_led_to_itself_is_no_endless_loop():
+    """Libraries re-raise an error inside of its own handler."""
+    error = UpstreamError("No.")
+    error.__cause__ = ConnectionError(error)
+    drop_frames(error)
+    assert error.__cause__ is None

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from proxy.errors import InvalidRequest, ModelNotFound, ProxyError
+from proxy.formats.endpoints import Endpoint
 from proxy.formats.kinds import kind_of
 from proxy.formats.limit_headers import anthropic_limit_headers, rate_limit_headers
 from proxy.formats.pieces import counted_of
@@ -20,6 +21,7 @@ from proxy.formats.restrictions import check_allowance, check_model_name, check_
 from proxy.identity.authentication import Caller, Snapshot
 from proxy.ledger.book import Refused, Reserve
 from proxy.ledger.entry import CallLabels, Entry
+from proxy.policy.admission import Block, NotAdmitted, Verdict
 from proxy.policy.catalog import Catalog, Model, OnDisconnect
 from proxy.policy.policy import Policy
 from proxy.policy.quota import Binding, Counter, CounterKey, Demand
@@ -210,11 +212,38 @@ class Call:
         return {**self._limit_headers(statuses, now), **capped}
 
     def _limit_headers(self, statuses: Mapping[str, QuotaStatus], now: int) -> dict[str, str]:
-        rate_limits = rate_limit_headers(self.binding, statuses, now)
-        if not self.request.endpoint.is_of_messages:
-            return rate_limits
-        # Anthropic's SDK reads the limits and the request's id under other names.
-        return {**rate_limits, **anthropic_limit_headers(self.binding, statuses), "request-id": self.client.id}
+        return _limit_headers(self.request.endpoint, self.binding, statuses, now, id=self.client.id)
+
+
+def closed_refusal(
+    binding: Binding, counters: Mapping[CounterKey, Counter], policy: Policy, *, endpoint: Endpoint, id: str, now: int
+) -> ProxyError:
+    """The refusal of a request that was not read, because quotas of 0 refuse all calls of its user.
+
+    `binding` has these quotas alone, and `id` is the request's. It is the same refusal as that of a call which was
+    read, except that no other quota is shown.
+    """
+    statuses = quota_statuses(binding, counters, now)
+    blocks = tuple(
+        Block(each.quota, each.counter, limit, Verdict.EXHAUSTED, needed=0)
+        for each in statuses.values()
+        for limit in each.quota.limits
+        if limit.maximum == 0
+    )
+    refused = NotAdmitted(Verdict.EXHAUSTED, blocks)
+    error = refusal(refused, statuses, policy=policy, endpoint=endpoint.name, now=now, busy_s=0)
+    error.headers.update(_limit_headers(endpoint, binding, statuses, now, id=id))
+    return error
+
+
+def _limit_headers(
+    endpoint: Endpoint, binding: Binding, statuses: Mapping[str, QuotaStatus], now: int, *, id: str
+) -> dict[str, str]:
+    rate_limits = rate_limit_headers(binding, statuses, now)
+    if not endpoint.is_of_messages:
+        return rate_limits
+    # Anthropic's SDK reads the limits and the request's id under other names.
+    return {**rate_limits, **anthropic_limit_headers(binding, statuses), "request-id": id}
 
 
 def prepare_call(

@@ -22,15 +22,18 @@ connection.
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from functools import partial
 from typing import Literal
 
 import structlog
 
+from proxy.calls.body_threads import BodyThreads
 from proxy.calls.call import Call
 from proxy.calls.reservation import Reservation
-from proxy.calls.token_count import TokenCount
+from proxy.calls.token_count import TokenCount, prompt_of
 from proxy.calls.tokenizer import Tokenizers
 from proxy.errors import UpstreamError, UpstreamTimeout, UpstreamUnreadable
+from proxy.formats.content import Prompt
 from proxy.formats.estimate import largest_demand
 from proxy.formats.meter import Meter
 from proxy.formats.surfaces import meter_of
@@ -52,10 +55,12 @@ log = structlog.get_logger("tries")
 class Candidate:
     """A call in the form in which one of its targets gets it, with its own body, token count and meter."""
 
-    def __init__(self, call: Call, tokenizers: Tokenizers, *, keeps_body: bool) -> None:
+    def __init__(self, call: Call, tokenizers: Tokenizers, *, prompt: Prompt, keeps_body: bool) -> None:
         body = call.body()
         self.call = call
-        self.count = TokenCount(tokenizers, call.request, call.model, body_bytes=len(body), previous=call.previous)
+        self.count = TokenCount(
+            tokenizers, call.request, call.model, prompt=prompt, body_bytes=len(body), previous=call.previous
+        )
         self._body = body if keeps_body else None
 
     @property
@@ -94,9 +99,10 @@ class Candidates:
         self.targets = call.model.targets
         # With several targets the body is written again when it is sent. Otherwise one of 10 MB would be kept once
         # for each target.
-        keeps_body = len(self.targets) == 1
+        keeps_body, prompt = len(self.targets) == 1, prompt_of(call.request)
         self._candidates = [
-            Candidate(call.with_target(target), tokenizers, keeps_body=keeps_body) for target in self.targets
+            Candidate(call.with_target(target), tokenizers, prompt=prompt, keeps_body=keeps_body)
+            for target in self.targets
         ]
         self.demand = largest_demand([candidate.count.demand for candidate in self._candidates])
         self.first = self._candidates[0]
@@ -120,6 +126,7 @@ class Dispatcher:
     """Sends calls, and remembers which upstreams are in cooldown and which accept the usage option.
 
     `now` gives milliseconds since 1970, `draw` random numbers from a range far larger than any sum of weights.
+    `threads` read and write large bodies.
     """
 
     def __init__(
@@ -127,21 +134,23 @@ class Dispatcher:
         upstreams: Upstreams,
         *,
         tokenizers: Tokenizers,
+        threads: BodyThreads,
         metrics: Metrics,
         now: Callable[[], int],
         draw: Callable[[], int],
     ) -> None:
         self._upstreams = upstreams
         self._tokenizers = tokenizers
+        self.threads = threads
         self._metrics = metrics
         self._now = now
         self._draw = draw
         self._cooldowns = Cooldowns()
         self._usage_options = UsageOptionCache()
 
-    def candidates(self, call: Call) -> Candidates:
-        """The call in the form in which each target of its model gets it."""
-        return Candidates(call, self._tokenizers)
+    async def candidates(self, call: Call) -> Candidates:
+        """The call in the form in which each target gets it. Raises BodiesWaitTooLong if its body is large."""
+        return await self.threads.run(partial(Candidates, call, self._tokenizers), cost=call.request.body.cost)
 
     @asynccontextmanager
     async def answer(self, candidates: Candidates, reservation: Reservation) -> AsyncIterator[tuple[Call, Answer]]:
@@ -198,7 +207,9 @@ class Dispatcher:
             call = call.without_usage_option()
             meter.stop_stripping()
         reservation.begin_attempt(call.model, meter, count=candidate.count)
-        async with self._send(call, candidate.body(call, reservation.entry)) as answer:
+        body = await self._written(partial(candidate.body, call, reservation.entry), call)
+        async with self._send(call, body) as answer:
+            del body  # a long answer must not keep it in memory
             if not await _is_option_rejected(answer, call):
                 if call.adds_usage and answer.status // 100 == 2:
                     self._usage_options.note(call.address, call.model, is_accepted=True)
@@ -206,7 +217,9 @@ class Dispatcher:
                 return
         call = call.without_usage_option()
         meter.stop_stripping()
-        async with self._send(call, call.body_for(reservation.entry)) as answer:
+        body = await self._written(partial(call.body_for, reservation.entry), call)
+        async with self._send(call, body) as answer:
+            del body
             if answer.status // 100 == 2:
                 log.info(
                     "upstream takes no stream_options",
@@ -215,6 +228,10 @@ class Dispatcher:
                 )
                 self._usage_options.note(call.address, call.model, is_accepted=False)
             yield answer
+
+    async def _written(self, write: Callable[[], bytes | Spliced], call: Call) -> bytes | Spliced:
+        """The body that `write` returns, written in a thread if it is large."""
+        return await self.threads.run(write, cost=call.request.body.cost)
 
     def _send(self, call: Call, body: bytes | Spliced) -> AbstractAsyncContextManager[Answer]:
         return self._upstreams.send(call.model.upstream, call.address, body, call.headers())

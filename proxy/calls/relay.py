@@ -15,21 +15,27 @@ from functools import partial
 
 import structlog
 
-from proxy.calls.call import Call
+from proxy.calls.call import Call, Responder, closed_refusal
 from proxy.calls.disconnect import Disconnects
 from proxy.calls.dispatch import Candidates, Dispatcher
 from proxy.calls.recorded_names import RecordedNames
 from proxy.calls.reservation import Reservation
 from proxy.calls.stored_responses import StoredResponses
 from proxy.errors import ClientLeft, ProxyError, UpstreamError
+from proxy.formats.endpoints import Endpoint
 from proxy.formats.meter import Meter
 from proxy.formats.reported_error import reports_error
 from proxy.formats.stream import Stream
+from proxy.formats.strict_json import reading_cost
 from proxy.formats.surfaces import error_event
+from proxy.identity.authentication import Caller, Snapshot
 from proxy.ledger.book import Accepted, Refused
 from proxy.ledger.entry import Outcome
 from proxy.ledger.queue import AdmissionQueue, DurationEstimate
 from proxy.metrics import Metrics
+from proxy.policy.admission import Verdict
+from proxy.policy.amounts import Uses
+from proxy.policy.quota import BoundQuotas
 from proxy.upstreams import headers
 from proxy.upstreams.client import Answer
 from proxy.upstreams.failures import Rejected, failure_of, masked
@@ -41,7 +47,7 @@ log = structlog.get_logger("relay")
 
 
 class Relay:
-    """Takes calls to an upstream and back.
+    """Takes calls to an upstream and back. `threads` are those of the dispatcher, which read large bodies.
 
     `now` gives milliseconds since 1970. Only durations are taken from it: what a client is told goes by the ledger's
     clock.
@@ -57,6 +63,7 @@ class Relay:
         disconnects: Disconnects,
         now: Callable[[], int],
     ) -> None:
+        self.threads = dispatcher.threads
         self._queue = queue
         self._ledger = queue.ledger
         self._dispatcher = dispatcher
@@ -81,7 +88,7 @@ class Relay:
         Raises Refusal if a quota refuses the call, ClientLeft, LedgerUnavailable, and UpstreamError as long as
         nothing of an answer has been sent. After that an upstream's error is sent as an event of the stream.
         """
-        candidates = self._dispatcher.candidates(call)
+        candidates = await self._dispatcher.candidates(call)
         # The order matters. `watch` cancels everything inside it, so `_reserve`, which must end the reservation in
         # any case, is outside. An upstream's error is handled inside `watch`: a client may leave meanwhile.
         async with (
@@ -96,6 +103,21 @@ class Relay:
                 await self._forward_stream(answer, sent, reservation)
             else:
                 await self._forward_whole(answer, sent, reservation)
+
+    async def refuse_if_closed(
+        self, endpoint: Endpoint, caller: Caller, snapshot: Snapshot, client: Responder
+    ) -> None:
+        """Raise the Refusal of a user whom limits of 0 admit to no model, whatever the request is."""
+        # A call that is billed by the piece may use no tokens.
+        uses = Uses.REQUEST if endpoint.by_piece else endpoint.uses
+        closing = snapshot.policy.closing(caller.groups, snapshot.catalog, uses)
+        if not closing:
+            return
+        binding = BoundQuotas(closing).for_user(caller.user)
+        counters = await self._ledger.counters(binding.keys())
+        for quota in closing:
+            self._metrics.refused(quota.id, Verdict.EXHAUSTED.name.lower())
+        raise closed_refusal(binding, counters, snapshot.policy, endpoint=endpoint, id=client.id, now=self._now())
 
     @asynccontextmanager
     async def _reserve(self, call: Call, candidates: Candidates) -> AsyncIterator[Reservation]:
@@ -232,7 +254,7 @@ class Relay:
         Its header may have promised a stream, whose head is sent already: then the body follows as it is.
         """
         body, meter = await answer.read(), reservation.meter
-        meter.see_whole(body)
+        await self.threads.run(partial(meter.see_whole, body), cost=reading_cost(body))
         if not await reservation.hold_whole_answer(self._queue):
             await reservation.end("at_limit")
             raise UpstreamError(

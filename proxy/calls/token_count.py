@@ -12,7 +12,7 @@ so the prompt is counted.
 from collections.abc import Callable, Sequence
 
 from proxy.calls.tokenizer import BYTES_PER_TOKEN, Tokenizers
-from proxy.formats.content import read_prompt, with_files, with_previous
+from proxy.formats.content import Prompt, read_prompt, with_files, with_images, with_previous
 from proxy.formats.estimate import counted, estimate_demand
 from proxy.formats.pieces import price_of, states_tokens
 from proxy.formats.request import Request
@@ -27,7 +27,7 @@ _KEPT_CHARACTERS_MAX = 2**20
 
 
 class TokenCount:
-    """The tokens of one call. `body_bytes` is the length of the body that is sent.
+    """The tokens of one call. `prompt` is that of its request, `body_bytes` the length of the body that is sent.
 
     `previous` is the call that produced the response which this one continues.
 
@@ -42,11 +42,11 @@ class TokenCount:
         request: Request,
         model: Model,
         *,
+        prompt: Prompt,
         body_bytes: int,
         previous: Entry | None = None,
     ) -> None:
-        is_chat = request.endpoint.name in ("chat", "messages") or request.endpoint.is_of_responses
-        prompt = read_prompt(request.body, model=model.upstream_model, is_chat=is_chat)
+        prompt = with_images(prompt, model=model.upstream_model)
         if request.form is not None:
             sizes = [file.size for file in request.form.files]
             prompt = with_files(prompt, sizes, are_audio=request.endpoint.form == "audio", context=model.context)
@@ -105,6 +105,12 @@ class TokenCount:
             texts, self._texts = self._texts, None
             self._text_tokens = await self._tokenizers.count_all(texts, self._encoding.name)
         return self._text_tokens
+
+
+def prompt_of(request: Request) -> Prompt:
+    """What a model reads of a request. It is the same for all targets, so it is read once for each call."""
+    is_chat = request.endpoint.name in ("chat", "messages") or request.endpoint.is_of_responses
+    return read_prompt(request.body, is_chat=is_chat)
 
 
 def _total_tokens(entry: Entry, model: Model) -> int | None:

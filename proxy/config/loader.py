@@ -73,6 +73,8 @@ class ConnectionLimits:
     unread_s: float = 60.0
     # A stream without output sends a heartbeat after this time. Load balancers close idle connections after 60 s.
     heartbeat_s: float = 15.0
+    # For all large bodies of a process together; see `web.body_memory`.
+    body_memory_bytes: int = 256_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -343,7 +345,9 @@ def _settings(file: File) -> Settings:
         database=file.database,
         cors=tuple(file.server.cors),
         connection_limits=ConnectionLimits(
-            connections=file.server.connections, connections_per_address=file.server.connections_per_address
+            connections=file.server.connections,
+            connections_per_address=file.server.connections_per_address,
+            body_memory_bytes=file.server.body_memory,
         ),
     )
 

@@ -84,6 +84,7 @@ Globs = Annotated[list[Glob], Field(min_length=1)]
 Flag = Annotated[bool, BeforeValidator(_text_to_bool)]
 Count = Annotated[int, BeforeValidator(values.count), _number_schema(0)]
 Positive = Annotated[int, BeforeValidator(values.positive), _number_schema(1)]
+BodyMemory = Annotated[int, BeforeValidator(values.body_memory), _number_schema(values.BODY_MEMORY_MIN)]
 Wait = Annotated[int, BeforeValidator(values.wait_ms), _string_schema()]
 LedgerWait = Annotated[int, BeforeValidator(values.ledger_wait_ms), _string_schema()]
 KeepFor = Annotated[int, BeforeValidator(values.keep_ms), _string_schema()]
@@ -147,6 +148,11 @@ class Server(Section):
         None,
         description="The most connections of one client address (IPv6: of one /64 network) to each listener, by the "
         "same rule. Default: null, no limit, because all users behind a load balancer have one address.",
+    )
+    body_memory: BodyMemory = Field(
+        256_000_000,
+        description="How many bytes the bodies above 256 KiB of all calls in flight may have together, as in 256M; "
+        "further ones wait up to 10 s and then get a 503. A call takes two to three times its body.",
     )
 
 

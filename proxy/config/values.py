@@ -22,6 +22,8 @@ from proxy.policy.windows import Duration, parse_per
 KEY_CHARACTERS_MIN = 24
 WAIT_MS_MAX = 600_000
 _DAY_MS = 86_400_000
+# The largest body of a request; see `web.body_memory`.
+BODY_MEMORY_MIN = 32 * 2**20
 _MODEL_NAME_MAX = 200
 
 # Not "." and "..": names become segments of URL paths, where those two mean other paths.
@@ -161,6 +163,14 @@ def positive(value: object) -> int:
     number = count(value)
     if not number:
         raise ValueError("0 is not allowed here; write 1 or more, or remove the key")
+    return number
+
+
+def body_memory(value: object) -> int:
+    """A number of bytes that has room for the largest body, 32 MiB."""
+    number = count(value)
+    if number < BODY_MEMORY_MIN:
+        raise ValueError("this has no room for the largest body, which has 33,554,432 bytes; write 34M or more")
     return number
 
 

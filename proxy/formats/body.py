@@ -6,7 +6,7 @@ nor the reading of the prompt (`content`) look at them again. Servers accept oth
 so what is found here does not depend on whether a value is in a list. Pure.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,14 +48,17 @@ class RequestBody:
     """The parsed body of one request. It is freed as soon as the upstream has answered.
 
     Agents send megabytes, and an answer may stream for minutes: the body must not stay in memory for that long.
-    Everything that is needed afterwards is a field of `Request`.
+    Everything that is needed afterwards is a field of `Request`. `cost` says how much work it is to read
+    (`strict_json.reading_cost`); 0 for a form, which has only a few fields.
     """
 
-    __slots__ = ("_document", "_turns")
+    __slots__ = ("_document", "_on_freed", "_turns", "cost")
 
-    def __init__(self, document: Mapping[str, Any]) -> None:
+    def __init__(self, document: Mapping[str, Any], *, cost: int = 0) -> None:
+        self.cost = cost
         self._document: Mapping[str, Any] | None = document
         self._turns: dict[str, Turns] | None = None
+        self._on_freed: Callable[[], object] | None = None
 
     @property
     def document(self) -> Mapping[str, Any]:
@@ -71,9 +74,16 @@ class RequestBody:
             self._turns = {name: _walk_turns(value) for name, value in lists if isinstance(value, list)}
         return self._turns
 
+    def when_freed(self, notify: Callable[[], object]) -> None:
+        """Call `notify` when the body is freed for the first time."""
+        self._on_freed = notify
+
     def free(self) -> None:
         """Drop the parsed body."""
         self._document = self._turns = None
+        notify, self._on_freed = self._on_freed, None
+        if notify is not None:
+            notify()
 
 
 def _walk_turns(turns: list[Any]) -> Turns:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from proxy.formats.body import RequestBody, Turns, is_run_by_client, offered_tools
-from proxy.formats.images import Patches, Tiles, base64_start, image_price, image_size, price_by_area
+from proxy.formats.images import base64_start, image_price, image_size, price_by_area
 from proxy.formats.kinds import CHOICE_COUNT_FIELDS, MAXIMUM_FIELDS
 from proxy.formats.strict_json import dump, plain_name, walk
 
@@ -102,7 +102,8 @@ class Prompt:
     `media_tokens` is the part of `overhead` that has no text in the request: images, audio, Anthropic's system prompt
     for tools, the previous response. `opaque_bytes` is how many bytes of the JSON are base64 of these images and
     audio. If `has_hidden_input`, the model reads something that the request does not show, so nothing bounds the
-    input.
+    input. `images` are those whose price depends on the model and is not in `overhead` yet: their width and height if
+    known, and whether `detail` is low.
     """
 
     texts: tuple[str, ...] = ()
@@ -110,6 +111,7 @@ class Prompt:
     opaque_bytes: int = 0
     media_tokens: int = 0
     has_hidden_input: bool = False
+    images: tuple[tuple[tuple[int, int] | None, bool], ...] = ()
 
     def bound(self, body_bytes: int) -> int:
         """The most tokens that the visible input can have, in a body of `body_bytes` bytes.
@@ -121,13 +123,13 @@ class Prompt:
         return body_bytes - self.opaque_bytes + self.media_tokens
 
 
-def read_prompt(body: RequestBody, *, model: str, is_chat: bool) -> Prompt:
-    """Find what the model reads of a request's body.
+def read_prompt(body: RequestBody, *, is_chat: bool) -> Prompt:
+    """Find what a model reads of a request's body. The images are not priced: see `with_images`.
 
-    `model` is the upstream's name of the model. `is_chat`: the input is messages (/chat/completions, /responses,
-    /messages), which have tokens of their own around them.
+    `is_chat`: the input is messages (/chat/completions, /responses, /messages), which have tokens of their own around
+    them.
     """
-    reader = _PromptReader(image_price(model))
+    reader = _PromptReader()
     document, turns = body.document, body.turns
     for name in _TEXT_FIELDS:
         if name in turns:
@@ -146,7 +148,20 @@ def read_prompt(body: RequestBody, *, model: str, is_chat: bool) -> Prompt:
         opaque_bytes=reader.opaque_bytes,
         media_tokens=reader.media_tokens,
         has_hidden_input=reader.has_hidden_input or _has_hidden_input(body),
+        images=tuple(reader.images),
     )
+
+
+def with_images(prompt: Prompt, *, model: str) -> Prompt:
+    """The prompt with the prices of its images at this model, which is the upstream's name of it.
+
+    A request is read once, and priced for each model that it may be sent to.
+    """
+    if not prompt.images:
+        return prompt
+    price = image_price(model).price
+    tokens = sum(price(size, is_low=is_low) for size, is_low in prompt.images)
+    return replace(prompt, images=(), overhead=prompt.overhead + tokens, media_tokens=prompt.media_tokens + tokens)
 
 
 def with_files(prompt: Prompt, sizes: Sequence[int], *, are_audio: bool, context: int | None) -> Prompt:
@@ -193,11 +208,11 @@ class _PromptReader:
     The methods `read_…` know the shape of a field, a message, a part or a block. The methods `add_…` add a value.
     """
 
-    def __init__(self, image_prices: Tiles | Patches) -> None:
+    def __init__(self) -> None:
         self.texts: list[str] = []
+        self.images: list[tuple[tuple[int, int] | None, bool]] = []
         self.overhead = self.opaque_bytes = self.media_tokens = 0
         self.has_hidden_input = False
-        self._image_prices = image_prices
         self._images_sized = 0
 
     def read_field(self, value: object, *, is_chat: bool) -> None:
@@ -326,7 +341,7 @@ class _PromptReader:
             size = self._image_size(url, start)
             self._exclude_base64(url, part)
         # An image behind a link has the highest price. The proxy never fetches it.
-        self.add_media_tokens(self._image_prices.price(size, is_low=image.get("detail") == "low"))
+        self.images.append((size, image.get("detail") == "low"))
         # Of a list nothing says how many images a server finds in it.
         self.has_hidden_input = self.has_hidden_input or bool(part.get("file_id")) or isinstance(inner, list)
 

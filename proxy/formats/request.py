@@ -73,14 +73,16 @@ class Request:
         return self.stream and self.endpoint.has_usage_option and not self.is_option_withheld
 
 
-def parse_request(endpoint: Endpoint, body: bytes, *, deployment: str | None = None) -> Request:
+def parse_request(
+    endpoint: Endpoint, body: bytes | bytearray, *, deployment: str | None = None, cost: int = 0
+) -> Request:
     """Parse a request's body. Raises InvalidRequest, which names the field and says what to send instead.
 
     `deployment` is the model in the path that Azure's clients use. It overrides `model` in the body, as it does at
-    Azure.
+    Azure. `cost` is the `reading_cost` of the body.
     """
     document = parse_object(body, CHECKED_FIELDS)
-    return _request(endpoint, RequestBody(document), deployment)
+    return _request(endpoint, RequestBody(document, cost=cost), deployment)
 
 
 def parse_form_request(endpoint: Endpoint, form: Form, *, deployment: str | None = None) -> Request:

@@ -35,6 +35,10 @@ class Group:
             return ()
         return tuple(quota for quota in self.quotas if quota.models.match(model))
 
+    def closing(self, uses: Uses) -> tuple[Quota, ...]:
+        """Its quotas that refuse every call that uses this to every one of its models, because of limits of 0."""
+        return tuple(quota for quota in self.quotas if quota.is_closed_for(uses) and quota.models == ALL_MODELS)
+
     def is_unlimited_for(self, model: MatchedName) -> bool:
         """Whether it admits any number of calls to this model."""
         return self.unlimited and (self.models is None or self.models.match(model))
@@ -100,6 +104,33 @@ class Policy:
         if found is None or not self.may_use(groups, found.matched_name):
             return False
         return self.binding(groups, found.matched_name) is not None
+
+    def closing(self, groups: tuple[str, ...], catalog: Catalog, uses: Uses) -> tuple[Quota, ...]:
+        """The quotas whose limits of 0 admit calls that use this to no model at all; none if one may be admitted.
+
+        The body of such a user need not be read to refuse the call. If the list of models is open, this is decided
+        only where it is certain for every name: by quotas for all models, in groups without a list of models.
+        """
+        if catalog.models is None or "*" in catalog.models:
+            found = [self._closing_on_any_model(groups, uses)]
+        else:
+            names = [name for name in catalog.names if self.may_use(groups, name)]
+            bound = [self.binding(groups, name) for name in names]
+            found = [each.closing(uses) for each in bound if each is not None]
+        return tuple(dict.fromkeys(quota for quotas in found for quota in quotas)) if all(found) else ()
+
+    def _closing_on_any_model(self, groups: tuple[str, ...], uses: Uses) -> tuple[Quota, ...]:
+        everyone = self.groups.get(EVERYONE, Group(EVERYONE))
+        if everyone.models is None and (closing := everyone.closing(uses)):
+            return closing
+        own = [group for group in map(self.groups.__getitem__, groups) if group.unlimited or enforced(group.quotas)]
+        if not own and DEFAULT in self.groups:  # `default` is for users none of whose groups has a say
+            own = [self.groups[DEFAULT]]
+        # One that applies to every model, so that `default` or `unmatched` never decides.
+        if not any(group.models is None and group.closing(uses) for group in own):
+            return ()
+        is_closed = self.combine == "every_group" or all(group.closing(uses) for group in own)
+        return tuple(quota for group in own for quota in group.closing(uses)) if is_closed else ()
 
     def all_quotas(self, groups: tuple[str, ...]) -> BoundQuotas:
         """Every quota that can bind on some model, for `/v1/quota`, which is asked without a model."""

@@ -87,6 +87,12 @@ class Quota:
         """Whether one of its limits counts something of a call that uses this."""
         return any(limit.measure in uses.measures for limit in self.limits)
 
+    def is_closed_for(self, uses: Uses) -> bool:
+        """Whether a limit of 0 makes it refuse every call that uses this, whatever else the call asks for."""
+        return self.enforce != "shadow" and any(
+            limit.maximum == 0 and limit.measure in uses.measures for limit in self.limits
+        )
+
     def ceiling(self, limit: Limit) -> int:
         """How far admitted calls may take a limit.
 
@@ -225,6 +231,14 @@ class BoundQuotas:
     def quotas(self) -> tuple[Quota, ...]:
         """All of its quotas, each once."""
         return self.always + tuple(quota for group in self.groups for quota in group.quotas) + self.shadows
+
+    def closing(self, uses: Uses) -> tuple[Quota, ...]:
+        """The quotas that refuse every call that uses this, because of limits of 0.
+
+        None if an alternative may admit one.
+        """
+        closed = [[quota for quota in each.quotas if quota.is_closed_for(uses)] for each in self.alternatives()]
+        return tuple(quota for quotas in closed for quota in quotas) if all(closed) else ()
 
     def alternatives(self) -> list[GroupQuotas]:
         """The sets of quotas of which one must have room as a whole.

@@ -14,7 +14,7 @@ import aiohttp
 from aiohttp.abc import AbstractStreamWriter
 from yarl import URL
 
-from proxy.errors import UpstreamError, UpstreamTimeout, UpstreamUnreadable
+from proxy.errors import UpstreamError, UpstreamTimeout, UpstreamUnreadable, drop_frames
 from proxy.formats.content_encoding import PIECE_BYTES, BodyDecoder, NotDecodable, encoding_of
 from proxy.formats.sse import begins_with_event
 from proxy.policy.catalog import Upstream
@@ -172,13 +172,16 @@ class Upstreams:
         )
         try:
             response = await request
-        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError):
+        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
+            drop_frames(error)  # the library's frames have the body
             raise UpstreamError(
                 f'The upstream "{upstream.name}" can\'t be reached.', was_sent=False, headers={"retry-after": "2"}
             ) from None
-        except TimeoutError:
+        except TimeoutError as error:
+            drop_frames(error)
             raise UpstreamTimeout("The upstream did not answer in time.") from None
-        except (aiohttp.ClientError, OSError):
+        except (aiohttp.ClientError, OSError) as error:
+            drop_frames(error)
             was_sent = not isinstance(payload, _OneWritePayload) or payload.was_written
             raise UpstreamError("The upstream closed the connection without an answer.", was_sent=was_sent) from None
         finally:

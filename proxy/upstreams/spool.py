@@ -13,8 +13,8 @@ from proxy.errors import NoSpace
 
 # How many bytes are written or read at a time.
 _CHUNK_BYTES = 2**18
-# Bodies up to this size stay in memory, and no file is made.
-_MEMORY_BYTES = 2**20
+# Bodies up to this size stay in memory, and no file is made. It is small, because thousands may be in flight.
+_MEMORY_BYTES = 2**18
 # How much of the disk uploads leave free, or a tenth of a small disk. The database may be on the same disk: if
 # uploads filled it, no call could be admitted.
 _FREE_BYTES_MIN = 2**30

@@ -18,11 +18,13 @@ from proxy.errors import BodyTooLarge, InvalidRequest, TooSlow, UnsupportedEncod
 from proxy.formats.content_encoding import CONTENT_ENCODINGS, PIECE_BYTES, BodyDecoder, NotDecodable, encoding_of
 from proxy.formats.multipart import Form, FormReader
 from proxy.upstreams.spool import Spool
+from proxy.web.body_memory import REQUEST_BYTES_MAX, BodyShare
 
-# OpenAI accepts tens of megabytes (images and files as base64). The limit holds before and after decompression.
-REQUEST_BYTES_MAX = 32 * 2**20
 # Uploads of audio and images, which go to the disk. OpenAI accepts no larger file.
 FORM_BYTES_MAX = 512 * 2**20
+# How long a body may pause. A client that stops in the middle would otherwise hold memory for as long as what it has
+# sent allows: half of 32 MiB is worth five minutes.
+_PAUSE_S = 30.0
 _TOO_LARGE = f"The request's body is larger than {REQUEST_BYTES_MAX} bytes."
 
 
@@ -35,30 +37,34 @@ async def defer_continue(request: web.Request) -> None:
     """
 
 
-async def read_body(request: web.Request, limits: ConnectionLimits) -> bytes:
-    """The whole body, decompressed. Call it only when the client's key has been checked.
+async def read_body(request: web.Request, limits: ConnectionLimits, share: BodyShare) -> bytearray:
+    """The whole body, decompressed, in the memory of `share`. Call it only when the client's key has been checked.
 
-    Raises BodyTooLarge, InvalidRequest, TooSlow and UnsupportedEncoding.
+    It is not copied into `bytes`, because that blocks the event loop for 10 ms if the body is large.
+
+    Raises BodyTooLarge, InvalidRequest, TooSlow and UnsupportedEncoding, and what `share.hold` raises.
     """
     if request.content_type.startswith("multipart/"):
         raise UnsupportedEncoding("This endpoint takes JSON: send `Content-Type: application/json`.")
     decoder = _decoder_for(request)
     if request.content_length is not None and request.content_length > REQUEST_BYTES_MAX:
         raise BodyTooLarge(_TOO_LARGE)
+    await share.hold(request.content_length or 0)
     try:
         async with _receiving(request, limits) as on_received:
-            body = await _read_decoded(request, decoder, on_received)
+            body = await _read_decoded(request, decoder, share, on_received)
         if decoder is not None:
             decoder.end()
     except NotDecodable as error:
         raise InvalidRequest(str(error)) from None
-    return bytes(body)
+    return body
 
 
-async def read_form(request: web.Request, spool: Spool, limits: ConnectionLimits) -> Form:
+async def read_form(request: web.Request, spool: Spool, limits: ConnectionLimits, share: BodyShare) -> Form:
     """The form in a multipart body, which is written to `spool` while it arrives.
 
-    Call it only when the client's key has been checked. Raises what `read_body` raises, and NoSpace.
+    Call it only when the client's key has been checked. Raises what `read_body` raises, and NoSpace. It takes no
+    memory of `share`, because it goes to the disk.
     """
     reader = FormReader(request.headers.get(hdrs.CONTENT_TYPE, ""))
     if request.headers.get(hdrs.CONTENT_ENCODING, "identity").lower() != "identity":
@@ -66,10 +72,12 @@ async def read_form(request: web.Request, spool: Spool, limits: ConnectionLimits
     too_large = BodyTooLarge(f"The form is larger than {FORM_BYTES_MAX} bytes.")
     if request.content_length is not None and request.content_length > FORM_BYTES_MAX:
         raise too_large
+    await share.check(request.content_length or 0)
     async with _receiving(request, limits) as on_received:
         async for chunk in request.content.iter_any():
             if spool.size + len(chunk) > FORM_BYTES_MAX:
                 raise too_large
+            await share.check(spool.size + len(chunk))
             reader.feed(chunk)
             await spool.write(chunk)
             on_received(spool.size)
@@ -83,16 +91,22 @@ async def _receiving(request: web.Request, limits: ConnectionLimits) -> AsyncIte
 
     The block calls the yielded function with the number of bytes received so far, which moves the deadline:
 
-        deadline = begin + body_s + received / body_bytes_per_s
+        deadline = begin + body_s + received / body_bytes_per_s, but at most 30 s from now
 
     With the defaults (30 s, 64 KiB/s), a client that has sent 640 KiB has 30 + 10 = 40 s in all. A client that sends
     at 64 KiB/s or more never reaches its deadline; one that sends a byte per second is cut off after 30 s.
     """
     await _send_continue(request)
-    begun_at = asyncio.get_running_loop().time()
+    loop = asyncio.get_running_loop()
+    begun_at = loop.time()
     try:
         async with asyncio.timeout(limits.body_s) as deadline:
-            yield lambda received: deadline.reschedule(begun_at + limits.body_s + received / limits.body_bytes_per_s)
+
+            def on_received(received: int) -> None:
+                until = begun_at + limits.body_s + received / limits.body_bytes_per_s
+                deadline.reschedule(min(until, loop.time() + _PAUSE_S))
+
+            yield on_received
     except TimeoutError:
         raise TooSlow("The request's body came too slowly.") from None
     except web.RequestPayloadError:
@@ -111,7 +125,7 @@ async def _send_continue(request: web.Request) -> None:
 
 
 async def _read_decoded(
-    request: web.Request, decoder: BodyDecoder | None, on_received: Callable[[int], None]
+    request: web.Request, decoder: BodyDecoder | None, share: BodyShare, on_received: Callable[[int], None]
 ) -> bytearray:
     """Receive and decompress the body. Raises BodyTooLarge if it exceeds the limit before or after decompression."""
     received, body = 0, bytearray()
@@ -122,9 +136,10 @@ async def _read_decoded(
         if received > REQUEST_BYTES_MAX:
             raise BodyTooLarge(_TOO_LARGE)
         for piece in (chunk,) if decoder is None else decoder.feed(chunk):
-            body += piece
-            if len(body) > REQUEST_BYTES_MAX:
+            if len(body) + len(piece) > REQUEST_BYTES_MAX:
                 raise BodyTooLarge(_TOO_LARGE)
+            await share.hold(len(body) + len(piece))
+            body += piece
             if len(piece) == PIECE_BYTES:
                 # One packet can decompress to 32 MiB. Other tasks get their turn after every 256 KiB.
                 await asyncio.sleep(0)

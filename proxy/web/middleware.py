@@ -16,7 +16,7 @@ from collections.abc import Awaitable, Callable
 import structlog
 from aiohttp import hdrs, web
 
-from proxy.errors import BadFraming, InternalError, NotServed, ProxyError
+from proxy.errors import BadFraming, InternalError, NotServed, ProxyError, drop_frames
 from proxy.formats import messages
 from proxy.formats.endpoints import is_messages_path
 from proxy.formats.strict_json import dump
@@ -76,11 +76,13 @@ async def answer_errors(request: web.Request, handler: Handler) -> web.StreamRes
         # its body all the same, or leave it out (RFC 9110 §10.1.1).
         if error.closes or hdrs.EXPECT in request.headers:
             response.force_close()
+        drop_frames(error)
         return response
     except (web.HTTPNotFound, web.HTTPMethodNotAllowed):
         return error_response(_not_served(request), request)
     except Exception as error:
         log.error("a request failed", exc_info=error, request=request.get(REQUEST_ID))
+        drop_frames(error)
         return error_response(InternalError(), request)
 
 

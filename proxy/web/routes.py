@@ -24,10 +24,10 @@ from proxy.calls.relay import Relay
 from proxy.calls.stored_responses import StoredResponseQuery, StoredResponses
 from proxy.config.loader import Settings
 from proxy.config.reload import Policies
-from proxy.errors import InternalError, NotAllowed, NoUpgrade, ProxyError
+from proxy.errors import InternalError, NotAllowed, NoUpgrade, ProxyError, drop_frames
 from proxy.formats.endpoints import METERED, PREFIXES, STORED_RESPONSE_PATHS, Endpoint, StoredResponsePath, closed
 from proxy.formats.request import parse_form_request, parse_request
-from proxy.formats.strict_json import dump
+from proxy.formats.strict_json import dump, reading_cost
 from proxy.identity.authentication import Caller, Snapshot
 from proxy.ledger.entry import call_id_prefix
 from proxy.policy.status import quota_statuses
@@ -35,6 +35,7 @@ from proxy.tasks import Tasks
 from proxy.upstreams.headers import JSON_HEADERS, SERVER_NAME
 from proxy.upstreams.spool import Spool
 from proxy.web.body import defer_continue, read_body, read_form
+from proxy.web.body_memory import BodyMemory, BodyShare
 from proxy.web.cors import Cors
 from proxy.web.health import Health
 from proxy.web.middleware import REQUEST_ID, Handler, answer_errors, not_served, validate_request
@@ -67,6 +68,7 @@ class Api:
         self._health = health
         self._cors = Cors(settings.cors)
         self._limits = settings.connection_limits
+        self._memory = BodyMemory(settings.connection_limits.body_memory_bytes)
         self._now = now
 
     def application(self) -> web.Application:
@@ -121,19 +123,35 @@ class Api:
         snapshot, caller = await self._identify(request)
         client = WebResponder(request, id=request[REQUEST_ID], heartbeat_s=self._limits.heartbeat_s)
         deployment = request.match_info.get("deployment")
-        if endpoint.form is None:
-            parsed = parse_request(endpoint, await read_body(request, self._limits), deployment=deployment)
-            call = await self._stored_responses.with_previous(prepare_call(parsed, caller, snapshot, client))
+        check_large = partial(self._relay.refuse_if_closed, endpoint, caller, snapshot, client)
+        share = BodyShare(self._memory, caller.user, check_large)
+        if endpoint.form is not None:
+            # A form may have 512 MiB, so it is written to the disk. From here on the spool has to be closed on every
+            # path: here until the call is prepared, then by `_run_call`.
+            spool = Spool()
+            try:
+                form = await read_form(request, spool, self._limits, share)
+                parsed = parse_form_request(endpoint, form, deployment=deployment)
+                call = prepare_call(parsed, caller, snapshot, client, spool=spool)
+            except BaseException:
+                spool.close()
+                raise
             return await self._answer(call, client)
-        # A form may have 512 MiB, so it is written to the disk. From here on the spool has to be closed on every
-        # path: here until the call is prepared, then by `_run_call`.
-        spool = Spool()
+        # The same holds for the share of the memory for bodies. The call gives it back when its body is freed.
         try:
-            form = await read_form(request, spool, self._limits)
-            parsed = parse_form_request(endpoint, form, deployment=deployment)
-            call = prepare_call(parsed, caller, snapshot, client, spool=spool)
+            body = await read_body(request, self._limits, share)
+            cost = reading_cost(body)
+
+            def prepare() -> Call:
+                parsed = parse_request(endpoint, body, deployment=deployment, cost=cost)
+                return prepare_call(parsed, caller, snapshot, client)
+
+            call = await self._relay.threads.run(prepare, cost=cost)
+            body = bytearray()  # only its parsed values are needed from here on
+            call = await self._stored_responses.with_previous(call)
+            call.request.body.when_freed(share.free)  # by the call, as soon as its upstream has answered
         except BaseException:
-            spool.close()
+            share.free()
             raise
         return await self._answer(call, client)
 
@@ -170,18 +188,21 @@ class Api:
         """Run the call to its settlement. Returns the error that its client is to get.
 
         The error is returned and not raised: if the client has disconnected, nobody awaits the task, and an exception
-        would be logged as a failed task.
+        would be logged as a failed task. It is returned without its frames, which have the body of the request.
         """
         try:
             await self._relay.carry(call)
         except ProxyError as error:
+            drop_frames(error)
             return error
         except Exception as error:
             log.error("a call failed", exc_info=error, call=call.client.id)
+            drop_frames(error)
             if not call.client.has_begun:
                 return InternalError()
             call.client.abort()  # a part of the answer was sent, so there can't be a status any more
         finally:
+            call.request.body.free()
             if call.spool is not None:
                 call.spool.close()
         return None

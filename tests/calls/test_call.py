@@ -53,7 +53,7 @@ def test_a_model_that_cannot_be_used_is_refused_with_a_remedy(
 
 def _admit(call: Call) -> Accepted:
     """The call, admitted by an empty ledger."""
-    prompt = read_prompt(call.request.body, model=call.model.upstream_model, is_chat=True)
+    prompt = read_prompt(call.request.body, is_chat=True)
     body = forwarded_body(call.request, call.model)
     demand = estimate_demand(call.request, call.model, prompt, body_bytes=len(body))
     accepted = Book({}, {}, NOON).apply(call.reserve(replace(demand, is_estimated=False), owner="me"))

@@ -11,7 +11,7 @@ import pytest
 
 from proxy.calls import reservation as module
 from proxy.calls.reservation import HOLD_STEP, Reservation
-from proxy.calls.token_count import TokenCount
+from proxy.calls.token_count import TokenCount, prompt_of
 from proxy.formats.endpoints import CHAT
 from proxy.formats.request import parse_request
 from proxy.formats.sse import Splitter
@@ -43,7 +43,7 @@ class AdmittedCall:
     def __init__(self, ledger: Ledger, accepted: Accepted, daily: Quota) -> None:
         loaded().load(["o200k_base"])
         request = parse_request(CHAT, BODY)
-        count = TokenCount(loaded(), request, MODEL, body_bytes=len(BODY))
+        count = TokenCount(loaded(), request, MODEL, prompt=prompt_of(request), body_bytes=len(BODY))
         self.ledger = ledger
         self.queue = AdmissionQueue(ledger)
         self.meter = meter_of(request, count=len)  # each character of its stream is one token

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from proxy.calls.token_count import TokenCount
+from proxy.calls.token_count import TokenCount, prompt_of
 from proxy.calls.tokenizer import Tokenizers
 from proxy.formats.endpoints import CHAT, COMPLETIONS, EMBEDDINGS, RESPONSES, Endpoint
 from proxy.formats.request import forwarded_body
@@ -49,7 +49,13 @@ def tokenizers() -> Tokenizers:
 def counted(tokenizer: Tokenizers, model: Model = GPT_4O, endpoint: Endpoint = CHAT, **fields: object) -> TokenCount:
     """The count of a call with these fields, whose body has been sent and freed."""
     request = parse(endpoint, **fields)
-    count = TokenCount(tokenizer, request, model, body_bytes=len(forwarded_body(request, model)))
+    count = TokenCount(
+        tokenizer,
+        request,
+        model,
+        prompt=prompt_of(request),
+        body_bytes=len(forwarded_body(request, model)),
+    )
     request.body.free()
     return count
 
@@ -105,7 +111,7 @@ async def test_the_previous_response_is_part_of_the_input() -> None:
         (GPT_4O, estimated, 0, 0),
     ):
         request = parse(RESPONSES, input=HELLO, previous_response_id="resp_1")
-        count = TokenCount(tokenizers(), request, model, body_bytes=100, previous=previous)
+        count = TokenCount(tokenizers(), request, model, prompt=prompt_of(request), body_bytes=100, previous=previous)
         assert count.demand.input == 100 + tokens
         counted_demand = await count.exact_demand()
         assert (counted_demand.input, counted_demand.hidden_input) == (10 + tokens, hidden_input)

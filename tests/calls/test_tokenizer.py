@@ -118,7 +118,7 @@ def test_the_example_of_openai_s_cookbook_has_129_tokens(tokenizers: Tokenizers)
     messages = [{"role": "system", "content": text, **({"name": name} if name else {})} for name, text in turns]
     last = "This late pivot means we don't have time to boil the ocean for the client deliverable."
     messages.append({"role": "user", "content": last})
-    prompt = read_prompt(RequestBody({"messages": messages}), model="gpt-4-0613", is_chat=True)
+    prompt = read_prompt(RequestBody({"messages": messages}), is_chat=True)
     assert sum(tokenizers.count(text, "cl100k_base") for text in prompt.texts) + prompt.overhead == 129
 
 

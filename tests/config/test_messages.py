@@ -35,7 +35,7 @@ QUOTA = "groups.staff.quotas.daily"
         (lambda: texts(grups={}), ['"grups" is not a key of the file; did you mean "groups"?']),
         (
             lambda: texts(server={"port": 1}),
-            ['server: "port" is not a key of server; write one of api, admin, cors, connections'],
+            ['server: "port" is not a key of server; write one of api, admin, cors, connections, body_memory'],
         ),
         (lambda: quota(tokns=1, per="day"), [f'{QUOTA}: "tokns" is not a key of a quota; did you mean "tokens"?']),
         (lambda: quota(tokens=1), [f'{QUOTA}: "per" is missing; write per: day']),

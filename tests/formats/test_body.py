@@ -18,7 +18,7 @@ def test_turns_are_walked_over_once():
     assert (turns.unusual, turns.plain) == ([odd, {"role": "", "content": "x"}], 1)
     assert body.turns["messages"] is turns
     assert "input" not in body.turns
-    assert read_prompt(body, model="m", is_chat=True).texts == ("user", "a", "user", "c", "b", "x")
+    assert read_prompt(body, is_chat=True).texts == ("user", "a", "user", "c", "b", "x")
 
 
 def objects(**fields: object) -> list[object]:

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.formats.body import RequestBody
-from proxy.formats.content import Prompt, read_prompt, with_files, with_previous
+from proxy.formats.content import Prompt, read_prompt, with_files, with_images, with_previous
 from proxy.formats.strict_json import dump
 from tests.formats.test_images import EMPTY_CHAT, data_url, jpeg, of_part, png, read, webp_lossy
 
@@ -159,7 +159,7 @@ def test_fields_that_the_model_does_not_read_are_not_counted():
         "logit_bias": {"5": 1},
         "max_tokens": 5,
     }
-    assert read_prompt(RequestBody(document), model="m", is_chat=False) == Prompt()
+    assert read_prompt(RequestBody(document), is_chat=False) == Prompt()
 
 
 # ---------------------------------------------------------------------------------------------------- audio and files
@@ -335,7 +335,7 @@ values = st.recursive(
 )
 def test_any_request_is_read_and_its_byte_bound_is_never_below_its_tokens(document: dict, model: str, is_chat: bool):
     """A token is at least one byte, so the bytes of the texts and the overhead never exceed the bound."""
-    prompt = read_prompt(RequestBody(document), model=model, is_chat=is_chat)
+    prompt = with_images(read_prompt(RequestBody(document), is_chat=is_chat), model=model)
     most = sum(len(text.encode("utf-8", "surrogatepass")) for text in prompt.texts) + prompt.overhead
     body_bytes = len(dump({"model": model, **document}))
     assert most <= prompt.bound(body_bytes)
@@ -458,5 +458,5 @@ def test_a_plain_turn_is_read_like_any_other(turns: list, field: str):
 
     given_turns, closer = RequestBody({field: turns}), RequestBody({field: [unusual(turn) for turn in turns]})
     assert closer.turns[field].plain == 0
-    expected = read_prompt(closer, model="gpt-4o", is_chat=True)
-    assert read_prompt(given_turns, model="gpt-4o", is_chat=True) == expected
+    expected = read_prompt(closer, is_chat=True)
+    assert read_prompt(given_turns, is_chat=True) == expected

@@ -6,12 +6,12 @@ import struct
 import pytest
 
 from proxy.formats.body import RequestBody
-from proxy.formats.content import Prompt, read_prompt
+from proxy.formats.content import Prompt, read_prompt, with_images
 from proxy.formats.images import price_by_area
 
 
 def read(*, model: str = "gpt-4o", is_chat: bool = True, **document: object) -> Prompt:
-    return read_prompt(RequestBody(document), model=model, is_chat=is_chat)
+    return with_images(read_prompt(RequestBody(document), is_chat=is_chat), model=model)
 
 
 def of_part(part: object, model: str = "gpt-4o") -> Prompt:

@@ -62,7 +62,7 @@ def test_the_fields_of_every_kind_are_checked_and_not_read_as_text(kind: str) ->
     assert set(of.own_choice_count_fields) < set(CHOICE_COUNT_FIELDS)
     assert own.union(of.own_choice_count_fields) <= CHECKED_FIELDS
     body = RequestBody({name: "any" for name in (*own, *of.own_choice_count_fields)})
-    assert read_prompt(body, model="m", is_chat=False).texts == ()
+    assert read_prompt(body, is_chat=False).texts == ()
 
 
 @kinds

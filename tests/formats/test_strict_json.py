@@ -1,6 +1,6 @@
 """Ambiguous JSON is refused with a message that helps; every other body is read and written back unchanged.
 
-Threats T26 (bodies that are not a JSON object), T27 (duplicate keys), T37 (unknown fields).
+Threats T26 (bodies that are not a JSON object), T27 (duplicate keys), T37 (unknown fields), T120 (too many values).
 """
 
 import json
@@ -12,11 +12,13 @@ from hypothesis import strategies as st
 
 from proxy.errors import InvalidRequest
 from proxy.formats.strict_json import (
+    VALUES_MAX,
     _parse_canonical,
     _parse_strictly,
     dump,
     is_within_depth,
     parse_object,
+    reading_cost,
     walk,
 )
 
@@ -224,11 +226,47 @@ def test_any_bytes_give_an_object_or_a_400(body: bytes) -> None:
         assert isinstance(value, dict)
 
 
-@pytest.mark.parametrize("value", [b"{},", b"[],", b"1,"])
+# Values, each with a comma after it; and how many values each of them is.
+VALUES = {
+    b"{},": 1,
+    b"{ },": 1,
+    b"[],": 1,
+    b"[\n],": 1,
+    b"1,": 1,
+    b'"",': 1,
+    b'"[{,",': 1,
+    b'"\\"[{,\\\\",': 1,
+    b'"\\\\","a\\"",': 2,
+    b'[""],': 2,
+    b'{"":[]},': 2,
+    b'{"a":1,"b":["c",{}]},': 5,
+}
+
+
+@pytest.mark.parametrize("value", VALUES)
 def test_a_body_of_too_many_values_is_refused_before_it_is_parsed(value: bytes) -> None:
-    """Parsing it would block the event loop for seconds."""
-    with pytest.raises(InvalidRequest, match="commas and brackets"):
-        parse_object(b'{"a":[' + value * 1_000_000 + b"1]}", frozenset())
+    """Parsing, checking and reading it would take seconds. The object, its array and the values in it count."""
+    most = (VALUES_MAX - 3) // VALUES[value]
+    rest = VALUES_MAX - 3 - most * VALUES[value]
+    padding = b" " * (2 * VALUES_MAX)  # a body that is too short for so many values is not counted
+    fits = b'{"a":[' + value * most + b"1," * rest + b"1]" + padding + b"}"
+    assert len(parse_object(fits, frozenset())["a"]) >= most
+    with pytest.raises(InvalidRequest, match="100000 JSON values"):
+        parse_object(fits.replace(b"1]", b"1,1]"), frozenset())
+
+
+@pytest.mark.parametrize("text", [",", "[{", "\\,", '",', "\n,é"])
+def test_a_long_text_is_one_value(text: str) -> None:
+    """Commas, brackets and escaped quotes inside of texts are not counted."""
+    document = {"a": [text * VALUES_MAX, text * VALUES_MAX]}
+    for body in (json.dumps(document).encode(), orjson.dumps(document)):
+        assert parse_object(body, frozenset()) == document
+
+
+def test_more_quotes_than_values_can_have_are_too_many_values() -> None:
+    """They are not split first, because that would make millions of pieces."""
+    with pytest.raises(InvalidRequest, match="100000 JSON values"):
+        parse_object(b'{"a":[' + b'"",' * 1_000_000 + b"1]}", frozenset())
 
 
 def test_a_body_of_too_many_keys_is_refused() -> None:
@@ -335,3 +373,17 @@ def test_objects_and_arrays_are_levels() -> None:
     assert not is_within_depth([{"a": 1}, [[]]], 1)
     assert is_within_depth([{"a": {"b": []}}], 3)
     assert not is_within_depth([{"a": {"b": []}}], 2)
+
+
+@pytest.mark.parametrize(
+    ("body", "cost"),
+    [
+        (b"[" + b"1," * 100 + b"1]", 203),  # a short body has few values
+        (b"[" + b"1," * 10_000 + b"1]", 32 * 10_001),  # its length is a tenth of that
+        (b'["' + b"a" * 400_000 + b'"]', 400_004),
+        (b"[" + b"1," * 2_000_000 + b"1]", 4_000_003),  # not counted: no body may have more than 100,000 values
+    ],
+)
+def test_the_cost_of_a_body_is_its_length_or_that_of_its_values(body: bytes, cost: int) -> None:
+    """It decides whether the body is read on the event loop or in a thread (T120)."""
+    assert reading_cost(body) == cost

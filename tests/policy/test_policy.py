@@ -610,3 +610,133 @@ def test_quotas_and_lists_match_all_spellings_of_a_name() -> None:
         assert rules.serves(("staff",), name, catalog)
     assert not rules.serves(("staff",), "O3", catalog)
     assert not rules.serves(("staff",), "GPT-4O", Catalog({}, None, Upstream("openai", "http://openai/v1", None)))
+
+
+# ------------------------------------------------------------------------------------------------------ limits of 0
+
+UP = Upstream("up", "http://upstream.example/v1", None)
+CLOSED_LIST = Catalog({"up": UP}, {name: Model(name, UP, name) for name in ("gpt-4o", "fast", "o3")})
+ONE_MODEL = Catalog({"up": UP}, {"gpt-4o": Model("gpt-4o", UP, "gpt-4o")})
+OPEN_LIST = Catalog({"up": UP}, {"*": Model("*", UP, "*")})
+NO_LIST = Catalog({"up": UP}, None, UP)
+ZERO = quota("staff/zero", requests=0)
+ZERO_4O = quota("staff/zero4o", tokens=0, models=["gpt-4o"])
+ZERO_REST = quota("staff/rest", input_tokens=0, models=["fast", "o3"])
+ZERO_OUTPUT = quota("staff/output", output_tokens=0)
+ZERO_SHADOW = quota("staff/zero", tokens=0, enforce="shadow")
+ZERO_TEAM = quota("team/zero", tokens=0, enforce="after")
+NEVER = quota("everyone/zero", requests=0)
+NO_FALLBACK = quota("default/zero", requests=0)
+
+
+@pytest.mark.parametrize("combine", ["any_group", "every_group"])
+@pytest.mark.parametrize("unmatched", ["refuse", "allow"])
+@pytest.mark.parametrize(
+    ("groups", "member_of", "closed", "opened"),
+    [
+        pytest.param([group("staff", ZERO, DAILY)], ["staff"], [ZERO], [ZERO], id="one quota for all models"),
+        pytest.param([group("staff", DAILY)], ["staff"], [], [], id="no limit of 0"),
+        pytest.param([group("staff", ZERO_OUTPUT)], ["staff"], [], [], id="output does not bind embeddings"),
+        pytest.param([group("staff", ZERO_SHADOW, DAILY)], ["staff"], [], [], id="a shadow refuses nothing"),
+        pytest.param([group("staff", ZERO_4O, ZERO_REST)], ["staff"], [ZERO_4O, ZERO_REST], [], id="by model"),
+        pytest.param([EVERYONE, group("staff", ZERO)], ["staff"], [ZERO], [ZERO], id="everyone adds nothing"),
+        pytest.param([group("everyone", NEVER), STAFF], ["staff"], [NEVER], [NEVER], id="a limit of everyone"),
+        pytest.param([group("staff", ZERO), DEFAULT], ["staff"], [ZERO], [ZERO], id="default does not apply"),
+        pytest.param([group("default", NO_FALLBACK)], [], [NO_FALLBACK], [NO_FALLBACK], id="default applies"),
+        pytest.param([DEFAULT], [], [], [], id="default admits"),
+        pytest.param(
+            [group("staff", ZERO), group("team", ZERO_TEAM)],
+            ["staff", "team"],
+            [ZERO, ZERO_TEAM],
+            [ZERO, ZERO_TEAM],
+            id="every group",
+        ),
+        pytest.param(
+            [SHADOW_ONLY, group("default", NO_FALLBACK)], ["staff"], [NO_FALLBACK], [NO_FALLBACK], id="no say"
+        ),
+    ],
+)
+def test_limits_of_0_close_all_models(
+    groups: list[Group], member_of: list[str], closed: list, opened: list, combine: str, unmatched: str
+) -> None:
+    """With a closed list each of its models is looked at, with an open one only quotas for all models."""
+    rules = replace(policy(*groups), combine=combine, unmatched=unmatched)
+    assert rules.closing(tuple(member_of), CLOSED_LIST, Uses.INPUT) == tuple(closed)
+    for catalog in (OPEN_LIST, NO_LIST):
+        assert rules.closing(tuple(member_of), catalog, Uses.INPUT) == tuple(opened)
+
+
+def test_a_group_that_may_admit_a_call_keeps_all_models_open() -> None:
+    """With `any_group` one of the groups is enough, with `every_group` one that is closed closes all."""
+    for other in (TEAM, ADMINS):
+        rules = policy(group("staff", ZERO), other)
+        member_of = ("staff", other.name)
+        for catalog in (CLOSED_LIST, OPEN_LIST, NO_LIST):
+            assert rules.closing(member_of, catalog, Uses.INPUT) == ()
+            assert replace(rules, combine="every_group").closing(member_of, catalog, Uses.INPUT) == (ZERO,)
+
+
+def test_a_closed_group_for_some_models_leaves_the_others_open() -> None:
+    """A name that the group does not list may be admitted through `everyone`, or because `unmatched` allows it."""
+    some = group("staff", ZERO, models=["gpt-4o"])
+    assert policy(some).closing(("staff",), OPEN_LIST, Uses.INPUT) == ()
+    assert policy(some).closing(("staff",), ONE_MODEL, Uses.INPUT) == (ZERO,)
+    # The members of a group with a list of models may use no others.
+    assert policy(some).closing(("staff",), CLOSED_LIST, Uses.INPUT) == (ZERO,)
+    everyone = group("everyone", NEVER, models=["gpt-4o"])
+    assert policy(everyone, STAFF).closing(("staff",), OPEN_LIST, Uses.INPUT) == ()
+
+
+def test_a_limit_of_0_closes_only_for_what_it_counts() -> None:
+    """A limit on output does not bind embeddings, one on tokens no moderations, and nothing binds a token count."""
+    rules = policy(group("staff", ZERO_OUTPUT, quota("staff/tokens", tokens=0)))
+    [everything, *_] = [
+        rules.closing(("staff",), catalog, Uses.INPUT_AND_OUTPUT) for catalog in (CLOSED_LIST, NO_LIST)
+    ]
+    assert [each.id for each in everything] == ["staff/output", "staff/tokens"]
+    assert [each.id for each in rules.closing(("staff",), NO_LIST, Uses.INPUT)] == ["staff/tokens"]
+    assert rules.closing(("staff",), CLOSED_LIST, Uses.REQUEST) == ()
+    assert policy(group("staff", ZERO)).closing(("staff",), NO_LIST, Uses.NOTHING) == ()
+
+
+def test_a_user_without_a_model_is_not_refused_because_of_a_limit() -> None:
+    """Such a user gets a 404 that says what would help."""
+    assert policy().closing((), CLOSED_LIST, Uses.INPUT) == ()
+    assert policy().closing((), OPEN_LIST, Uses.INPUT) == ()
+    assert policy(MINI_TEAM).closing(("team",), ONE_MODEL, Uses.INPUT) == ()
+
+
+LIMITS = st.sampled_from([ZERO, ZERO_4O, ZERO_OUTPUT, ZERO_SHADOW, DAILY, FRONTIER])
+
+
+@given(
+    staff=st.lists(LIMITS, max_size=3, unique=True),
+    team=st.lists(st.sampled_from([ZERO_TEAM, WEEKLY]), max_size=2, unique=True),
+    default=st.lists(st.sampled_from([NO_FALLBACK, FALLBACK]), max_size=2, unique=True),
+    everyone=st.lists(st.sampled_from([NEVER, CALLS]), max_size=2, unique=True),
+    lists=st.tuples(*[st.sampled_from([None, ["gpt-4o"], ["o*"]])] * 3),
+    unlimited=st.booleans(),
+    member_of=st.sampled_from([(), ("staff",), ("team",), ("staff", "team")]),
+    combine=st.sampled_from(["any_group", "every_group"]),
+    unmatched=st.sampled_from(["refuse", "allow"]),
+    catalog=st.sampled_from([CLOSED_LIST, ONE_MODEL, OPEN_LIST, NO_LIST]),
+    uses=st.sampled_from(Uses),
+)
+def test_a_user_who_is_closed_is_admitted_to_no_model(
+    staff, team, default, everyone, lists, unlimited, member_of, combine, unmatched, catalog, uses
+) -> None:
+    """The body is not read, so no call that would be admitted may be refused, whatever its model is."""
+    groups = (
+        group("staff", *staff, models=lists[0]),
+        group("team", *team, models=lists[1], unlimited=unlimited),
+        group("default", *default, models=lists[2]),
+        group("everyone", *everyone),
+    )
+    rules = replace(policy(*groups), combine=combine, unmatched=unmatched)
+    if not rules.closing(member_of, catalog, uses):
+        return
+    for name in ("gpt-4o", "fast", "o3", "new"):
+        if rules.serves(member_of, name, catalog):
+            bound = rules.binding(member_of, name)
+            for demand in (call(1, 1, uses=uses), call(0, 0, uses=uses)):
+                assert not isinstance(decide(demand, bound.for_user("ann"), {}, NOON), Admitted)

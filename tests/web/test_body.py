@@ -12,7 +12,7 @@ import pytest
 from backports import zstd
 
 from proxy.config.loader import ConnectionLimits
-from proxy.web.body import REQUEST_BYTES_MAX
+from proxy.web.body_memory import REQUEST_BYTES_MAX
 from tests.bare_client import GOOD, KEY, bare_client, get, post
 from tests.formats.test_content_encoding import COMPRESS
 from tests.stage import Reply, Stage, stage

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from proxy.web.body import REQUEST_BYTES_MAX
+from proxy.web.body_memory import REQUEST_BYTES_MAX
 from tests.stage import STAFF, Reply, Stage, key_of, stage
 
 HELLO: Any = [{"role": "user", "content": "Hello"}]
