@@ -130,6 +130,7 @@ class Server:
         fingerprint: Callable[[], Fingerprint] = lambda: None,
         now: Callable[[], int] = wall_clock_ms,
         disconnects: Disconnects | None = None,
+        upstreams: Upstreams | None = None,
         inherited: InheritedResources | None = None,
         draw: Callable[[], int] = random_number,
     ) -> None:
@@ -154,7 +155,7 @@ class Server:
             lease_ms=config.settings.lease_ms or LEASE_MS,
             wait_s=lambda: self.policies.current.policy.ledger_wait_s,
         )
-        self.upstreams = Upstreams()
+        self.upstreams = upstreams or Upstreams()
         self.queue = AdmissionQueue(self.ledger)
         relay = Relay(
             self.queue,
