@@ -142,6 +142,7 @@ class Server:
         changes: Callable[[], Changes] = dict,
         now: Callable[[], int] = wall_clock_ms,
         disconnects: Disconnects | None = None,
+        upstreams: Upstreams | None = None,
         inherited: InheritedResources | None = None,
         draw: Callable[[], int] = random_number,
     ) -> None:
@@ -170,7 +171,7 @@ class Server:
         self.ledger.on_clock_offset(self.metrics.ledger_clock_differs)
         # Records are as old as the ledger's clock says, which stamped them, and ids sort by that clock too.
         self.rollup = Rollup(store, now=self.ledger.now, keep=lambda: self.policies.current.policy.keep)
-        self.upstreams = Upstreams()
+        self.upstreams = upstreams or Upstreams()
         self.queue = AdmissionQueue(self.ledger)
         self._stored_responses = StoredResponses(self.ledger, self.upstreams, now=now)
         self._threads = BodyThreads()

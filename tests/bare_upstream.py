@@ -63,7 +63,7 @@ async def connections(
         serving.add(asyncio.current_task())
         try:
             await accept(reader, writer)
-        except (ConnectionError, asyncio.IncompleteReadError):
+        except (OSError, asyncio.IncompleteReadError):
             pass  # the proxy has closed it first
         finally:
             writer.close()

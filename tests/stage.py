@@ -25,6 +25,7 @@ from proxy.ledger.schema import SCHEMA, metadata
 from proxy.server import Server
 from proxy.simulator.server import Simulator
 from proxy.simulator.server import serve as serve_simulator
+from proxy.upstreams.client import Upstreams
 from tests.audit import audit, balance, rows
 from tests.builders import NOON
 from tests.postgres import shared
@@ -223,6 +224,7 @@ async def stage(
     clock: Clock | None = None,
     simulator: Simulator | None = None,
     disconnects: Disconnects | None = None,
+    upstreams: Upstreams | None = None,
     upstream: str | None = None,
     on_disconnect: str | None = None,
     tokenizers: Tokenizers | None = None,
@@ -260,7 +262,12 @@ async def stage(
         settings=replace(config.settings, cors=cors, connection_limits=connection_limits or ConnectionLimits()),
     )
     server = Server(
-        config, load=lambda: on.config, now=clock, disconnects=disconnects, tokenizers=tokenizers or loaded()
+        config,
+        load=lambda: on.config,
+        now=clock,
+        disconnects=disconnects,
+        upstreams=upstreams,
+        tokenizers=tokenizers or loaded(),
     )
     await server.start()
     try:

@@ -9,9 +9,12 @@ import asyncio
 import io
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
 
 import aiohttp
 from aiohttp.abc import AbstractStreamWriter
+from aiohttp.client_proto import ResponseHandler
+from aiohttp.connector import Connection
 from yarl import URL
 
 from proxy.errors import UpstreamError, UpstreamTimeout, UpstreamUnreadable, drop_frames
@@ -20,9 +23,15 @@ from proxy.formats.sse import begins_with_event
 from proxy.policy.catalog import Upstream
 from proxy.upstreams.spool import Spliced
 
+if TYPE_CHECKING:
+    from aiohttp.client_reqrep import ConnectionKey
+    from aiohttp.tracing import Trace
+
 # SDKs wait ten minutes for an answer, and a retry is billed again. Giving up earlier would only cost more.
 _SILENCE_S = 600
 _CONNECT_S = 5
+# A large body may take longer to send: with 64 KiB/s, one of 512 MB has two hours and a quarter more.
+_SENT_BYTES_PER_S = 64 * 1024
 # The largest answer that is read as a whole. A stream may have any length.
 ANSWER_BYTES_MAX = 64 * 2**20
 # The largest body that is sent with one write. The HTTP library warns of larger ones.
@@ -47,7 +56,7 @@ class Answer:
     `is_event_stream` is what its header says; `carries_events` is the truth.
     """
 
-    def __init__(self, response: aiohttp.ClientResponse) -> None:
+    def __init__(self, response: aiohttp.ClientResponse, watch: "_Watch") -> None:
         self.status = response.status
         self.headers = list(response.headers.items())
         self.retry_after = response.headers.get("retry-after")
@@ -55,7 +64,7 @@ class Answer:
         encoding = _encoding(response)
         self.is_readable = encoding in ("", *_ANSWER_ENCODINGS)
         decoder = BodyDecoder(encoding, members_max=_MEMBERS_MAX) if encoding and self.is_readable else None
-        self._body = _body(response.content, decoder)
+        self._body = _body(response.content, decoder, watch)
         self._beginning: list[bytes] = []  # chunks that were looked at and not handed out yet
         self._error_body: bytes | None = None
 
@@ -119,18 +128,23 @@ class Answer:
 
 
 class Upstreams:
-    """The connections to all upstreams, kept open and reused. Call `open()` before use and `close()` after."""
+    """The connections to all upstreams, kept open and reused. Call `open()` before use and `close()` after.
 
-    def __init__(self) -> None:
+    An upstream may take `silence_s` seconds for its head, and be silent for as long in the middle of its body.
+    """
+
+    def __init__(self, *, silence_s: float = _SILENCE_S) -> None:
+        self._silence_s = silence_s
         self._session: aiohttp.ClientSession | None = None
 
     def open(self) -> None:
         """Create the session. Must be called while the event loop runs."""
         self._session = aiohttp.ClientSession(
-            # No total time limit, because a long answer is no failure. No limit on connections: quotas bound the
+            # No total time limit, because a long answer is no failure. The library's limit of a silence does not
+            # notice every one, so `send` and `_Watch` have their own. No limit on connections: quotas bound the
             # calls, and calls that queued here would show up nowhere.
-            timeout=aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S, sock_read=_SILENCE_S),
-            connector=aiohttp.TCPConnector(limit=0, ttl_dns_cache=60),
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S, sock_read=None),
+            connector=_Connector(limit=0, ttl_dns_cache=60),
             # A shared cookie jar would send one user's Cloudflare cookie with the calls of another.
             cookie_jar=aiohttp.DummyCookieJar(),
             # The library would decompress as much as arrives at once, and one megabyte can become 400 MB. We ask for
@@ -170,8 +184,11 @@ class Upstreams:
             # The library would send the `api-key` header to whatever address a redirect names.
             allow_redirects=False,
         )
+        head_s = self._silence_s + len(body) / _SENT_BYTES_PER_S
         try:
-            response = await request
+            # For the whole head: an upstream may send one line of it every minute, or 103 again and again.
+            async with asyncio.timeout(head_s):
+                response = await request
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
             drop_frames(error)  # the library's frames have the body
             raise UpstreamError(
@@ -187,14 +204,18 @@ class Upstreams:
         finally:
             del body, payload  # a long answer must not keep them in memory
         async with response:
-            answer = Answer(response)
-            if not answer.is_readable and answer.status // 100 == 2:
-                raise UpstreamUnreadable(
-                    f'The upstream "{upstream.name}" compressed its answer in a way that this proxy can\'t read, '
-                    "although it was asked not to. The operator of this proxy has to turn that compression off.",
-                    was_sent=False,
-                )
-            yield answer
+            watch = _Watch(response, self._silence_s)
+            try:
+                answer = Answer(response, watch)
+                if not answer.is_readable and answer.status // 100 == 2:
+                    raise UpstreamUnreadable(
+                        f'The upstream "{upstream.name}" compressed its answer in a way that this proxy can\'t read, '
+                        "although it was asked not to. The operator of this proxy has to turn that compression off.",
+                        was_sent=False,
+                    )
+                yield answer
+            finally:
+                watch.stop()
 
 
 def _encoding(response: aiohttp.ClientResponse) -> str:
@@ -207,11 +228,92 @@ def _encoding(response: aiohttp.ClientResponse) -> str:
     return encoding_of([*response.headers.getall("content-encoding", ()), *codings])
 
 
+class _Connector(aiohttp.TCPConnector):
+    """Closes a kept connection on which bytes have come that no request asked for.
+
+    The library would take them for the answer to the next request. So an upstream that answers a request twice would
+    give one user's answer to another.
+    """
+
+    def _release(self, key: "ConnectionKey", protocol: ResponseHandler, *, should_close: bool = False) -> None:
+        super()._release(key, protocol, should_close=should_close)
+        # Without a parser the connection keeps the bytes as they are, and `should_close` says that there are some.
+        protocol._parser = None
+
+    async def _get(self, key: "ConnectionKey", traces: list["Trace"]) -> Connection | None:
+        while (kept := await super()._get(key, traces)) is not None:
+            if kept.protocol is None or not kept.protocol.should_close:
+                break
+            kept.close()
+        return kept
+
+
+class _Watch:
+    """Ends the wait for the next bytes of a body when its connection is gone, or after a silence of `silence_s`.
+
+    The library ends it in most cases itself. But its parser in C forgets the body when it finds an error in the
+    chunks (`zz` where a length belongs), and then nothing wakes the reader: neither the closed connection nor the
+    library's limit of a silence.
+
+    There is one timer for the whole answer, not one for each of its thousands of reads. With 600 s, an answer that
+    begins at 12:00 and sends its last bytes at 12:07 has its timer at 12:10. The silence is only 180 s then, so the
+    timer is set for 420 s later. At 12:17 the silence is 600 s.
+    """
+
+    def __init__(self, response: aiohttp.ClientResponse, silence_s: float) -> None:
+        self.waits_since: float | None = None  # by the event loop's clock; None while nobody reads
+        self.is_broken = False  # the connection is gone, and the body is not complete
+        self._content = response.content
+        self._silence_s = silence_s
+        self._timer = asyncio.get_running_loop().call_later(silence_s, self._check_silence)
+        # Without a length or chunks a body ends with its connection. If that was reset, it is not complete.
+        chunked = "chunked" in response.headers.get("transfer-encoding", "").lower()
+        self._ends_with_connection = not chunked and "content-length" not in response.headers
+        # None if the body has arrived with its head. The connection is in the pool again then.
+        connection = response.connection
+        self._closed = None if connection is None or connection.protocol is None else connection.protocol.closed
+        if self._closed is not None:
+            self._closed.add_done_callback(self._note_closed)
+
+    def stop(self) -> None:
+        """Stop to watch: the connection is closed, or it is used for another call."""
+        self._timer.cancel()
+        if self._closed is not None:
+            self._closed.remove_done_callback(self._note_closed)
+            # The future lives as long as the connection. It logs an error that nobody has asked for.
+            self._closed.remove_done_callback(_forget_error)
+            self._closed.add_done_callback(_forget_error)
+
+    def _check_silence(self) -> None:
+        loop = asyncio.get_running_loop()
+        silent_s = 0.0 if self.waits_since is None else loop.time() - self.waits_since
+        if silent_s >= self._silence_s:
+            self._content.set_exception(TimeoutError())
+        else:
+            self._timer = loop.call_later(self._silence_s - silent_s, self._check_silence)
+
+    def _note_closed(self, closed: asyncio.Future[None]) -> None:
+        was_reset = closed.exception() is not None
+        self.is_broken = not self._content.is_eof() or (was_reset and self._ends_with_connection)
+        if not self._content.is_eof() and self._content.exception() is None:
+            self._content.set_exception(aiohttp.ClientPayloadError("the connection is gone"))
+
+
+def _forget_error(closed: asyncio.Future[None]) -> None:
+    closed.exception()
+
+
 # No method of Answer, so that an answer that is given up halfway is no cycle of references.
-async def _body(content: aiohttp.StreamReader, decoder: BodyDecoder | None) -> AsyncIterator[bytes]:
+async def _body(content: aiohttp.StreamReader, decoder: BodyDecoder | None, watch: _Watch) -> AsyncIterator[bytes]:
     """The bytes of a body as they arrive, decompressed. Raises UpstreamError and UpstreamTimeout."""
+    time = asyncio.get_running_loop().time
     try:
-        async for chunk in content.iter_any():
+        while True:
+            watch.waits_since = time()
+            chunk = await content.readany()
+            watch.waits_since = None
+            if not chunk:
+                break
             if decoder is None:
                 yield chunk
                 continue
@@ -219,11 +321,14 @@ async def _body(content: aiohttp.StreamReader, decoder: BodyDecoder | None) -> A
                 yield piece
                 if len(piece) == PIECE_BYTES:
                     await asyncio.sleep(0)  # one packet can become hundreds of megabytes; others get their turn
+        if watch.is_broken:
+            raise aiohttp.ClientPayloadError("the connection was reset")
         if decoder is not None:
             decoder.end()
     except TimeoutError:
         raise UpstreamTimeout("The upstream stopped sending in the middle of its answer.") from None
-    except (aiohttp.ClientError, ConnectionError, NotDecodable):
+    # The library raises a RuntimeError for a read after its connection is gone.
+    except (aiohttp.ClientError, ConnectionError, NotDecodable, RuntimeError):
         raise UpstreamError("The upstream broke off in the middle of its answer.") from None
 
 

@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 
-from proxy.errors import UpstreamError, UpstreamUnreadable
+from proxy.errors import UpstreamError, UpstreamTimeout, UpstreamUnreadable
 from proxy.formats.content_encoding import PIECE_BYTES
 from proxy.policy.catalog import Upstream
 from proxy.upstreams.client import ANSWER_BYTES_MAX, Upstreams
+from tests.bare_upstream import connections
+from tests.stage import until
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
 
@@ -277,3 +279,85 @@ async def test_the_body_of_an_error_is_read_within_bounds() -> None:
     endless = head + b"x" * 3_000_000
     async with _upstream(endless) as (up, _), _open() as upstreams, upstreams.send(up, "/x", b"{}", {}) as answer:
         assert 2**20 < len(await answer.error_body()) < 2**21
+
+
+@pytest.mark.parametrize("together", [True, False], ids=["at once", "later"])
+async def test_a_second_answer_is_not_taken_for_that_of_the_next_call(together: bool) -> None:
+    """An upstream that answers a request twice would answer one user with the answer of another."""
+    first, stray, own = (HEAD + b"Content-Length: 1\r\n\r\n" + digit for digit in (b"1", b"2", b"3"))
+    answered = asyncio.Event()
+    connected = 0
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal connected
+        connected += 1
+        answers = [[first, stray], [own]] if connected == 1 else [[own]]
+        for parts in answers:
+            await reader.readuntil(b"\r\n\r\n")
+            await reader.readexactly(2)
+            if together:
+                writer.write(b"".join(parts))
+            else:
+                writer.write(parts[0])
+                await answered.wait()
+                for part in parts[1:]:
+                    writer.write(part)
+        await reader.read()
+        writer.close()
+
+    async with connections(serve) as port, _open() as upstreams:
+        up = Upstream("up", f"http://127.0.0.1:{port}/v1", None)
+        async with upstreams.send(up, "/x", b"{}", {}) as answer:
+            assert await answer.read() == b"1"
+        answered.set()
+        # Until the second answer has arrived on the kept connection, or the connection is closed.
+        kept = [proto for kept in _kept(upstreams) for proto, _ in kept]
+        await until(lambda: together or any(proto.should_close for proto in kept))
+        async with upstreams.send(up, "/x", b"{}", {}) as answer:
+            assert await answer.read() == b"3"
+
+
+@pytest.mark.parametrize("line", [b"X-Line: 1\r\n", b"HTTP/1.1 103 Early Hints\r\n\r\n"], ids=["lines", "103"])
+async def test_a_head_that_never_ends_is_a_timeout(line: bytes) -> None:
+    """T38: the time is that of the whole head, and does not begin again with each line of it."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(line if line.startswith(b"HTTP") else b"HTTP/1.1 200 OK\r\n")
+        while True:
+            writer.write(line)
+            await writer.drain()
+            await asyncio.sleep(0.05)
+
+    upstreams = Upstreams(silence_s=0.2)
+    upstreams.open()
+    async with connections(serve) as port:
+        up = Upstream("up", f"http://127.0.0.1:{port}/v1", None)
+        with pytest.raises(UpstreamTimeout, match="did not answer in time"):
+            async with upstreams.send(up, "/x", b"{}", {}):
+                raise AssertionError
+        await upstreams.close()
+
+
+async def test_an_answer_may_take_longer_than_a_silence() -> None:
+    """Only the time between two reads counts, and not the time that the caller takes."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(HEAD + b"\r\n")
+        for _ in range(8):
+            writer.write(b"x")
+            await asyncio.sleep(0.1)
+        await reader.read()  # silent from now on
+
+    upstreams = Upstreams(silence_s=0.4)
+    upstreams.open()
+    async with connections(serve) as port:
+        up = Upstream("up", f"http://127.0.0.1:{port}/v1", None)
+        async with upstreams.send(up, "/x", b"{}", {}) as answer:
+            received = 0
+            with pytest.raises(UpstreamTimeout, match="stopped sending"):
+                async for chunk in answer.chunks():
+                    received += len(chunk)
+            assert received == 8
+        await upstreams.close()
