@@ -30,6 +30,7 @@ from proxy.metrics import Metrics
 from proxy.upstreams import headers
 from proxy.upstreams.client import Answer
 from proxy.upstreams.failures import Rejected, failure_of
+from proxy.upstreams.models import ModelLists
 
 # How long to wait for the end of the body after the last event of a stream, to reuse the connection.
 _READ_TO_END_S = 1.0
@@ -59,6 +60,11 @@ class Relay:
         self._now = now
         self._durations = DurationEstimate()
 
+    @property
+    def model_lists(self) -> ModelLists:
+        """The models that the upstreams list."""
+        return self._dispatcher.model_lists
+
     async def carry(self, call: Call) -> None:
         """Take one call to an upstream, and its answer to the client.
 
@@ -73,7 +79,7 @@ class Relay:
         Raises Refusal if a quota refuses the call, ClientLeft, LedgerUnavailable, and UpstreamError as long as
         nothing of an answer has been sent. After that an upstream's error is sent as an event of the stream.
         """
-        candidates = self._dispatcher.candidates(call)
+        candidates = await self._dispatcher.candidates(call)
         # The order matters. `watch` cancels everything inside it, so `_reserve`, which must end the reservation in
         # any case, is outside. An upstream's error is handled inside `watch`: a client may leave meanwhile.
         async with (

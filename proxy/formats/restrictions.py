@@ -20,7 +20,7 @@ from typing import Any
 
 from proxy.errors import InvalidRequest
 from proxy.formats.body import RequestBody, content_parts, is_run_by_client, offered_tools
-from proxy.formats.endpoints import METERED, Endpoint
+from proxy.formats.endpoints import CHAT, METERED, Endpoint
 from proxy.formats.kinds import CHOICE_COUNT_FIELDS, LEAST_MAXIMUM, MAXIMUM_FIELDS
 from proxy.formats.strict_json import DEPTH_MAX, is_within_depth, walk
 from proxy.policy.catalog import Allow
@@ -310,6 +310,8 @@ ROWS: tuple[Row, ...] = (
     *_choice_count("best_of", lambda endpoint: endpoint.name == "completions"),
 )
 
+# Those about the name of the model.
+_MODEL_ROWS = tuple(row for row in ROWS if row.field is None and row.param == "model")
 _ROWS_OF = {endpoint.name: tuple(row for row in ROWS if row.where(endpoint)) for endpoint in METERED}
 _REFUSED_FIELDS_OF = {
     name: {row.field: row for row in rows if row.is_refused is _is_used and row.field is not None}
@@ -325,6 +327,14 @@ CHECKED_FIELDS = frozenset(row.field for row in ROWS if row.field is not None).u
 def refused_fields(endpoint: Endpoint) -> Collection[str]:
     """The fields that this endpoint refuses unless they are null or false, in the order of the table."""
     return _REFUSED_FIELDS_OF[endpoint.name].keys()
+
+
+def check_model_name(name: str) -> None:
+    """Raise InvalidRequest if no call can name a model so, whatever its endpoint."""
+    checked = Checked(CHAT, RequestBody({}), name)
+    for row in _MODEL_ROWS:
+        if row.is_refused(checked):
+            raise InvalidRequest(row.message, param=row.param, code=row.code)
 
 
 def check_body(endpoint: Endpoint, body: RequestBody, *, model: object) -> None:

@@ -91,6 +91,16 @@ class Policy:
         is_known = catalog.model(model) is not None
         return is_known and self.may_use(groups, model) and self.binding(groups, model) is not None
 
+    def model_names(self, groups: tuple[str, ...]) -> tuple[str, ...]:
+        """The plain names in the quotas and lists of models of these groups, `everyone` and `default`.
+
+        Whether the users may call them is not checked.
+        """
+        found = [self.groups[name] for name in (EVERYONE, *groups, DEFAULT) if name in self.groups]
+        lists = [group.models for group in found if group.models is not None]
+        lists += [quota.models for group in found for quota in group.quotas]
+        return tuple(dict.fromkeys(name for globs in lists for name in globs.names))
+
     def all_quotas(self, groups: tuple[str, ...]) -> BoundQuotas:
         """Every quota that can bind on some model, for `/v1/quota`, which is asked without a model."""
         own = [self.groups[name] for name in groups]

@@ -31,6 +31,11 @@ class Globs:
         """Whether any of the patterns matches this model name; no patterns match none."""
         return bool(self.texts) and self._pattern.match(model) is not None
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Those of the patterns that are plain names."""
+        return tuple(text for text in self.texts if not any(character in text for character in "*?["))
+
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Globs) and self.texts == other.texts
 

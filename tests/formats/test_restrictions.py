@@ -21,7 +21,7 @@ from proxy.formats.endpoints import (
     Endpoint,
 )
 from proxy.formats.request import parse_form_request, parse_request
-from proxy.formats.restrictions import check_allowance, refused_fields
+from proxy.formats.restrictions import check_allowance, check_model_name, refused_fields
 from proxy.formats.strict_json import DEPTH_MAX
 from proxy.policy.catalog import Allow
 from tests.formats.test_request import GENERATING, HUGE, form, parse
@@ -596,3 +596,18 @@ def test_store_is_refused_if_the_operator_forbids_it(endpoint: Endpoint) -> None
     for used in (True, "true", 1):
         assert '"allow: {store: true}"' in not_allowed(endpoint, Allow(store=False), store=used).message
         check(endpoint, store=used)
+
+
+@pytest.mark.parametrize("name", ["gpt-4o", "openai/gpt-4o", "llama3:8b", "*", "modèle", "a" * 256])
+def test_a_name_that_a_call_may_have_passes_alone(name: str) -> None:
+    """The list of models checks names as calls do."""
+    check_model_name(name)
+    assert parse(CHAT, model=name).model == name
+
+
+@pytest.mark.parametrize("name", ["", " gpt-4o", "gpt-4o\n", "../../x", "a/../b", "..", "a\\..\\b", "a" * 257])
+def test_a_name_that_no_call_may_have_is_refused_alone(name: str) -> None:
+    """With the same error as in a call."""
+    with pytest.raises(InvalidRequest) as alone:
+        check_model_name(name)
+    assert (alone.value.message, alone.value.param) == (refused(model=name).message, "model")
