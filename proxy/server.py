@@ -53,6 +53,7 @@ from proxy.metrics import Metrics
 from proxy.policy.catalog import Catalog
 from proxy.tasks import Tasks
 from proxy.upstreams.client import Upstreams
+from proxy.upstreams.models import ModelLists
 from proxy.web.admin import Admin
 from proxy.web.health import Health
 from proxy.web.listener import Listener
@@ -175,10 +176,12 @@ class Server:
         self.queue = AdmissionQueue(self.ledger)
         self._stored_responses = StoredResponses(self.ledger, self.upstreams, now=now)
         self._threads = BodyThreads()
+        self._model_lists = ModelLists(self.upstreams, now=now)
         relay = Relay(
             self.queue,
             Dispatcher(
                 self.upstreams,
+                model_lists=self._model_lists,
                 tokenizers=tokenizers,
                 threads=self._threads,
                 metrics=self.metrics,
@@ -259,6 +262,7 @@ class Server:
         await self._jobs.finish(0)
         for runner in self._runners:
             await runner.cleanup()
+        await self._model_lists.close()
         await self.upstreams.close()
         await self.ledger.close()
         self._threads.close()

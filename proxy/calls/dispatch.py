@@ -42,6 +42,7 @@ from proxy.metrics import Metrics
 from proxy.policy.catalog import Model, Upstream
 from proxy.policy.quota import Demand
 from proxy.upstreams.client import Answer, Upstreams
+from proxy.upstreams.models import ModelLists
 from proxy.upstreams.routing import UNREACHED_PAUSE_MS, Cooldowns, RoutingState, may_try_another_target, seconds_of
 from proxy.upstreams.spool import Spliced
 from proxy.upstreams.usage_option import UsageOptionCache, is_about_usage_option
@@ -107,6 +108,20 @@ class Candidates:
         self.demand = largest_demand([candidate.count.demand for candidate in self._candidates])
         self.first = self._candidates[0]
 
+    async def set_contexts(self, lists: ModelLists) -> None:
+        """Bound hidden input by the contexts that the upstreams state, where the configuration states none.
+
+        Waits for an upstream's first list, for at most `models.WAIT_S`.
+        """
+        lacking = [candidate for candidate in self._candidates if candidate.count.lacks_context]
+        if not lacking:
+            return
+        contexts = await asyncio.gather(*(lists.context(candidate.call.model) for candidate in lacking))
+        for candidate, context in zip(lacking, contexts, strict=True):
+            if context is not None:
+                candidate.count.set_context(context)
+        self.demand = largest_demand([candidate.count.demand for candidate in self._candidates])
+
     async def exact_demand(self) -> Demand:
         """The same as `demand`, with the input counted."""
         return largest_demand([await candidate.count.exact_demand() for candidate in self._candidates])
@@ -133,12 +148,14 @@ class Dispatcher:
         self,
         upstreams: Upstreams,
         *,
+        model_lists: ModelLists,
         tokenizers: Tokenizers,
         threads: BodyThreads,
         metrics: Metrics,
         now: Callable[[], int],
         draw: Callable[[], int],
     ) -> None:
+        self.model_lists = model_lists
         self._upstreams = upstreams
         self._tokenizers = tokenizers
         self.threads = threads
@@ -150,7 +167,9 @@ class Dispatcher:
 
     async def candidates(self, call: Call) -> Candidates:
         """The call in the form in which each target gets it. Raises BodiesWaitTooLong if its body is large."""
-        return await self.threads.run(partial(Candidates, call, self._tokenizers), cost=call.request.body.cost)
+        candidates = await self.threads.run(partial(Candidates, call, self._tokenizers), cost=call.request.body.cost)
+        await candidates.set_contexts(self.model_lists)
+        return candidates
 
     @asynccontextmanager
     async def answer(self, candidates: Candidates, reservation: Reservation) -> AsyncIterator[tuple[Call, Answer]]:

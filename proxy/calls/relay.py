@@ -39,6 +39,7 @@ from proxy.policy.quota import BoundQuotas
 from proxy.upstreams import headers
 from proxy.upstreams.client import Answer
 from proxy.upstreams.failures import Rejected, failure_of, masked
+from proxy.upstreams.models import ModelLists
 
 # How long to wait for the end of the body after the last event of a stream, to reuse the connection.
 _READ_TO_END_S = 1.0
@@ -73,6 +74,11 @@ class Relay:
         self._now = now
         self._durations = DurationEstimate()
         self._recorded_names = RecordedNames()
+
+    @property
+    def model_lists(self) -> ModelLists:
+        """The models that the upstreams list."""
+        return self._dispatcher.model_lists
 
     async def carry(self, call: Call) -> None:
         """Take one call to an upstream, and its answer to the client.

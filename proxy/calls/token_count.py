@@ -10,10 +10,11 @@ so the prompt is counted.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from proxy.calls.tokenizer import BYTES_PER_TOKEN, Tokenizers
 from proxy.formats.content import Prompt, read_prompt, with_files, with_images, with_previous
-from proxy.formats.estimate import counted, estimate_demand
+from proxy.formats.estimate import counted, estimate_demand, with_context
 from proxy.formats.pieces import price_of, states_tokens
 from proxy.formats.request import Request
 from proxy.ledger.entry import Entry
@@ -67,6 +68,16 @@ class TokenCount:
     def output_counter(self) -> Callable[[str], int]:
         """The function that counts the pieces of an answer while they pass."""
         return self._tokenizers.count_by(self._encoding.name)
+
+    @property
+    def lacks_context(self) -> bool:
+        """Whether only the model's context bounds the input, and the configuration does not state it."""
+        return self._prompt.has_hidden_input and self._model.context is None
+
+    def set_context(self, context: int) -> None:
+        """Set the context that the upstream states, in tokens. Its effect is that of a configured one."""
+        self._model = replace(self._model, context=context)
+        self.demand = with_context(self.demand, self._prompt, context=context)
 
     async def count_large_input(self) -> None:
         """Count the input now if it is large, and drop its texts."""

@@ -128,6 +128,11 @@ def counted(demand: Demand, model: Model, prompt: Prompt, *, text_tokens: int | 
     return replace(demand, input=tokens, is_estimated=False, hidden_input=hidden_input)
 
 
+def with_context(demand: Demand, prompt: Prompt, *, context: int) -> Demand:
+    """The same demand for a model with this context, in tokens, which was not known when it was estimated."""
+    return replace(demand, hidden_input=max(0, context - demand.input) if prompt.has_hidden_input else 0)
+
+
 def _hidden_input(prompt: Prompt, model: Model, input_tokens: int) -> int:
     """The most input that the request does not show: what the model's context leaves beside the visible input.
 

@@ -100,6 +100,10 @@ class Kind:
     # Whether the usage of a whole answer with several choices covers the first choice only.
     reports_first_choice_only: ClassVar[bool] = False
 
+    # The path of its list of models; None: it has no list of the names that a call takes.
+    models_path: ClassVar[str | None] = "/models"
+    # Whether it serves its one model under any name.
+    ignores_model_names: ClassVar[bool] = False
     # Whether it may store responses under their ids, so that one whose answer was cut has to be deleted there.
     stores_responses: ClassVar[bool] = True
 
@@ -165,6 +169,7 @@ class Azure(Kind):
     has_api_version = True
     naming = Naming(any_case=True)
     key_header = ("api-key", "")
+    models_path = None  # it lists models that could be deployed; calls name deployments
 
     def address(self, upstream: Upstream, path: str, *, deployment: str, api_version: str | None) -> str:
         """The path of the deployment and the version: /openai/deployments/prod/chat/completions?api-version=…"""
@@ -189,6 +194,7 @@ class Anthropic(_WithVisibleReasoning):
     usual_betas = _USUAL_BETAS
     bounds_answers = True
     error_surface = "messages"
+    models_path = "/models?limit=1000"  # by default a page has 20
 
 
 class VLLM(_OwnServer):
@@ -230,6 +236,7 @@ class LlamaCpp(_OwnServer):
     least_maximum = MappingProxyType({"n_predict": -1})
     own_choice_count_fields = ("n_cmpl",)  # overrides `n`
     stores_responses = False
+    ignores_model_names = True
     completions_default = None
     running_usage = "timings"
     running_usage_option = "timings_per_token"

@@ -24,7 +24,7 @@ from typing import Any
 
 from proxy.errors import InvalidRequest
 from proxy.formats.body import RequestBody, content_objects, is_run_by_client, offered_tools, unusual_turns
-from proxy.formats.endpoints import METERED, Endpoint
+from proxy.formats.endpoints import CHAT, METERED, Endpoint
 from proxy.formats.kinds import CHOICE_COUNT_FIELDS, LEAST_MAXIMUM, MAXIMUM_FIELDS
 from proxy.formats.strict_json import DEPTH_MAX, is_within_depth, plain_name, walk
 from proxy.policy.catalog import Allow
@@ -444,6 +444,8 @@ _ROWS_OF = {
     endpoint.name: tuple(row for row in ROWS if not row.is_field_refused and row.where(endpoint))
     for endpoint in METERED
 }
+# The rows about the name of the model.
+_MODEL_ROWS = tuple(row for row in ROWS if row.field is None and row.param == "model")
 
 # Fields whose values the proxy decides on. Another spelling of one of them is refused.
 CHECKED_FIELDS = frozenset(row.field for row in ROWS if row.field is not None and not row.is_field_refused).union(
@@ -472,6 +474,14 @@ def _refusing_row(endpoint: Endpoint, name: str) -> Row | None:
 
 def _is_refused_everywhere(name: str) -> bool:
     return plain_name(name) in _REFUSED_EVERYWHERE or _REFUSED_PREFIX.match(name) is not None
+
+
+def check_name_form(name: str) -> None:
+    """Raise InvalidRequest if no call can name a model so, whatever its endpoint."""
+    checked = Checked(CHAT, RequestBody({}), name)
+    for row in _MODEL_ROWS:
+        if row.is_refused(checked):
+            raise InvalidRequest(row.message, param=row.param, code=row.code)
 
 
 def check_body(endpoint: Endpoint, body: RequestBody, *, model: object) -> None:

@@ -174,6 +174,14 @@ class Catalog:
         """The names of the listed models, in the order of the file."""
         return tuple(name for name in self.models or {} if name != "*")
 
+    @property
+    def open_upstreams(self) -> tuple[Upstream, ...]:
+        """The upstreams that get the calls for unlisted names; empty if the list is closed."""
+        anything = (self.models or {}).get("*")
+        if anything is not None:
+            return tuple(target.upstream for target in anything.targets)
+        return () if self.models is not None or self.default_upstream is None else (self.default_upstream,)
+
     def model(self, name: str) -> Model | None:
         """The model that a client means by `name`; None if the list is closed and does not contain it."""
         listed = (self.models or {}).get(name)

@@ -132,6 +132,16 @@ class Policy:
         is_closed = self.combine == "every_group" or all(group.closing(uses) for group in own)
         return tuple(quota for group in own for quota in group.closing(uses)) if is_closed else ()
 
+    def model_names(self, groups: tuple[str, ...]) -> tuple[str, ...]:
+        """The plain names in the quotas and lists of models of these groups, `everyone` and `default`.
+
+        Whether the users may call them is not checked.
+        """
+        found = [self.groups[name] for name in (EVERYONE, *groups, DEFAULT) if name in self.groups]
+        lists = [group.models for group in found if group.models is not None]
+        lists += [quota.models for group in found for quota in group.quotas]
+        return tuple(dict.fromkeys(name for globs in lists for name in globs.names))
+
     def all_quotas(self, groups: tuple[str, ...]) -> BoundQuotas:
         """Every quota that can bind on some model, for `/v1/quota`, which is asked without a model."""
         own = [self.groups[name] for name in groups]

@@ -39,6 +39,11 @@ class Globs:
             return self._pattern.match(model) is not None
         return any(re.match(self._pattern.pattern, spelling, re.IGNORECASE) for spelling in model)
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Those of the patterns that are plain names."""
+        return tuple(text for text in self.texts if not any(character in text for character in "*?["))
+
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Globs) and self.texts == other.texts
 

@@ -9,9 +9,10 @@ What the package promises:
 - The meaning of an error answer (who is at fault, what is charged, what the client sees) is decided in one place.
 
 What it never does: it does not retry by itself (`calls.dispatch` decides that), it knows no quotas, and it interprets
-no body of an answer except those of errors.
+no body of an answer except those of errors and lists of models.
 
 Begin with `client`, which sends one request. `addresses` and `headers` say what is sent where, and `spool` keeps
 bodies that are too large for memory. `routing` chooses among several upstreams and keeps their cooldowns, `failures`
-explains error answers, and `usage_option` remembers which upstreams report the usage of a stream on request.
+explains error answers, `usage_option` remembers which upstreams report the usage of a stream on request, and `models`
+has the models that the upstreams list.
 """

@@ -24,15 +24,17 @@ from proxy.calls.relay import Relay
 from proxy.calls.stored_responses import StoredResponseQuery, StoredResponses
 from proxy.config.loader import Settings
 from proxy.config.reload import Policies
-from proxy.errors import InternalError, NotAllowed, NoUpgrade, ProxyError, drop_frames
+from proxy.errors import InternalError, InvalidRequest, NotAllowed, NoUpgrade, ProxyError, drop_frames
 from proxy.formats.endpoints import METERED, PREFIXES, STORED_RESPONSE_PATHS, Endpoint, StoredResponsePath, closed
 from proxy.formats.request import parse_form_request, parse_request
+from proxy.formats.restrictions import check_model_name, check_name_form
 from proxy.formats.strict_json import dump, reading_cost
 from proxy.identity.authentication import Caller, Snapshot
 from proxy.ledger.entry import call_id_prefix
 from proxy.policy.status import quota_statuses
 from proxy.tasks import Tasks
 from proxy.upstreams.headers import JSON_HEADERS, SERVER_NAME
+from proxy.upstreams.models import shows_account
 from proxy.upstreams.spool import Spool
 from proxy.web.body import defer_continue, read_body, read_form
 from proxy.web.body_memory import BodyMemory, BodyShare
@@ -64,6 +66,7 @@ class Api:
         self._policies = policies
         self._stored_responses = stored_responses
         self._ledger = stored_responses.ledger
+        self._model_lists = relay.model_lists
         self._relay = relay
         self._health = health
         self._cors = Cors(settings.cors)
@@ -209,15 +212,21 @@ class Api:
 
     async def _models(self, request: web.Request) -> web.Response:
         snapshot, caller = await self._identify(request)
-        names = [name for name in snapshot.catalog.names if _serves(snapshot, caller, name)]
-        return _json({"object": "list", "data": [_model(name) for name in names]}, request)
+        catalog = snapshot.catalog
+        lists = await asyncio.gather(*map(self._model_lists.of, catalog.open_upstreams))
+        configured = (*catalog.names, *snapshot.policy.model_names(caller.groups))
+        listed = (name for names in lists for name in names if not shows_account(name))
+        names = [name for name in dict.fromkeys((*configured, *listed)) if _serves(snapshot, caller, name)]
+        ends = {"has_more": False, "first_id": names[0] if names else None, "last_id": names[-1] if names else None}
+        data = [_model(name, request) for name in names]
+        return _json({"object": "list", "data": data, **(ends if _is_anthropic(request) else {})}, request)
 
     async def _model(self, request: web.Request) -> web.Response:
         snapshot, caller = await self._identify(request)
         name = request.match_info["model"]
         if not _serves(snapshot, caller, name):
             raise no_such_model(name[:200])
-        return _json(_model(name), request)
+        return _json(_model(name, request), request)
 
     async def _quota(self, request: web.Request) -> web.Response:
         snapshot, caller = await self._identify(request)
@@ -245,11 +254,27 @@ async def _other_path(request: web.Request) -> web.StreamResponse:
 
 
 def _serves(snapshot: Snapshot, caller: Caller, model: str) -> bool:
+    """Whether a call of this user may name this model."""
+    found = snapshot.catalog.model(model)
+    try:
+        check_name_form(model)
+        if found is not None and not snapshot.catalog.lists(found.name):
+            check_model_name(model)
+    except InvalidRequest:
+        return False
     return snapshot.policy.serves(caller.groups, model, snapshot.catalog)
 
 
-def _model(name: str) -> dict[str, object]:
-    return {"id": name, "object": "model", "created": 0, "owned_by": "llm-quota-proxy"}
+def _is_anthropic(request: web.Request) -> bool:
+    """Whether the client is one of Anthropic's API, whose SDKs send this header with every request."""
+    return "anthropic-version" in request.headers
+
+
+def _model(name: str, request: web.Request) -> dict[str, object]:
+    """An entry of the list of models. The names of Anthropic's members are added for its clients."""
+    model = {"id": name, "object": "model", "created": 0, "owned_by": "llm-quota-proxy"}
+    anthropic = {"type": "model", "display_name": name, "created_at": "1970-01-01T00:00:00Z"}
+    return {**model, **(anthropic if _is_anthropic(request) else {})}
 
 
 def _json(value: object, request: web.Request) -> web.Response:

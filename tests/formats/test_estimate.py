@@ -25,7 +25,14 @@ from proxy.formats.endpoints import (
     SPEECH,
     Endpoint,
 )
-from proxy.formats.estimate import SMALLEST_ANSWER, counted, estimate_demand, largest_demand, streams_all_output
+from proxy.formats.estimate import (
+    SMALLEST_ANSWER,
+    counted,
+    estimate_demand,
+    largest_demand,
+    streams_all_output,
+    with_context,
+)
 from proxy.formats.request import Request, forwarded_body
 from proxy.policy.amounts import TOKENS_MAX, Uses
 from proxy.policy.catalog import Model, Upstream
@@ -472,6 +479,17 @@ def test_hidden_input_is_what_the_model_s_context_leaves_beside_the_visible_inpu
         length,
         0,
     )
+
+
+@pytest.mark.parametrize("fields", OPEN)
+def test_a_context_that_is_known_later_has_the_same_effect(fields: dict) -> None:
+    """That of a request without hidden input changes nothing."""
+    request = parse(CHAT, **fields)
+    prompt = read_prompt(request.body, model="real-m", is_chat=True)
+    for context in (128_000, 10):
+        assert with_context(demand(request), prompt, context=context) == demand(request, context=context)
+    plain = parse(CHAT, messages=says("hi"))
+    assert with_context(demand(plain), Prompt(), context=128_000) == demand(plain)
 
 
 def test_embeddings_may_have_hidden_input_too() -> None:

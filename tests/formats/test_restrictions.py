@@ -24,6 +24,7 @@ from proxy.formats.request import parse_form_request, parse_request
 from proxy.formats.restrictions import (
     check_allowance,
     check_model_name,
+    check_name_form,
     check_refused_fields,
     refused_fields,
     used_fields,
@@ -794,3 +795,18 @@ def test_a_name_asks_for_nothing_that_is_refused_as_a_field(name: str) -> None:
 def test_other_names_are_names(name: str) -> None:
     """Tags, snapshots, variants and namespaces."""
     check_model_name(name)
+
+
+@pytest.mark.parametrize("name", ["gpt-4o", "openai/gpt-4o", "llama3:8b", "*", "modèle", "a" * 256])
+def test_a_name_that_a_call_may_have_passes_alone(name: str) -> None:
+    """The list of models checks names as calls do."""
+    check_name_form(name)
+    assert parse(CHAT, model=name).model == name
+
+
+@pytest.mark.parametrize("name", ["", " gpt-4o", "gpt-4o\n", "../../x", "a/../b", "..", "a\\..\\b", "a" * 257])
+def test_a_name_that_no_call_may_have_is_refused_alone(name: str) -> None:
+    """With the same error as in a call."""
+    with pytest.raises(InvalidRequest) as alone:
+        check_name_form(name)
+    assert (alone.value.message, alone.value.param) == (refused(model=name).message, "model")

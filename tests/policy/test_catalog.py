@@ -52,6 +52,22 @@ def test_the_names_of_a_catalog_are_those_of_its_listed_models():
     assert Catalog({}, None, OPENAI).names == ()
 
 
+@pytest.mark.parametrize(
+    ("listed", "default", "names"),
+    [
+        pytest.param(None, OPENAI, ["openai"], id="no section: the default upstream"),
+        pytest.param(None, None, [], id="no section and no default upstream"),
+        pytest.param({}, OPENAI, [], id="a closed list"),
+        pytest.param({"fast": FAST}, OPENAI, [], id="a closed list of aliases"),
+        pytest.param({"fast": FAST, "*": ANYTHING}, OPENAI, ["local"], id='that of "*"'),
+        pytest.param({"*": replace(ANYTHING, others=(FAST,))}, None, ["local", "openai"], id='all of "*"'),
+    ],
+)
+def test_unlisted_names_go_to_the_upstreams_of_an_open_list(listed, default, names):
+    """A closed list has none."""
+    assert [upstream.name for upstream in Catalog({}, listed, default).open_upstreams] == names
+
+
 def test_a_model_is_served_at_all_its_upstreams():
     """In the order of the file. An open list sends each name to the same upstreams under that name."""
     spare = Model("*", OPENAI, "*", weight=0)

@@ -580,6 +580,30 @@ def test_quotas_match_the_name_that_the_client_asked_for():
     assert policy(of_mini).serves(("staff",), "gpt-4o-mini", catalog)
 
 
+@pytest.mark.parametrize(
+    ("member_of", "names"),
+    [
+        (["staff"], ("all", "gpt-4o", "fallback")),
+        (["team"], ("all", "mini", "fast", "fallback")),
+        (["team", "staff"], ("all", "mini", "fast", "gpt-4o", "fallback")),
+        ([], ("all", "fallback")),
+    ],
+)
+def test_the_names_of_models_in_quotas_and_lists_can_be_listed(member_of, names):
+    """Those of the user's groups, `everyone` and `default`; lists before quotas, each name once, without patterns."""
+    groups = [
+        group("everyone", quota("everyone/calls", requests=10, models=["all"])),
+        group("default", quota("default/daily", tokens=50, models=["fallback"])),
+        group("staff", FRONTIER, DAILY, quota("staff/again", tokens=1, models=["gpt-4o"])),
+        group("team", quota("team/daily", tokens=5, models=["fast"]), models=["mini", "x*"]),
+        group("other", quota("other/daily", tokens=5, models=["secret"])),
+    ]
+    found = policy(*groups).model_names(tuple(member_of))
+    assert sorted(found) == sorted(names)
+    assert len(found) == len(names)
+    assert policy(STAFF).model_names(("staff",)) == ("gpt-4o",)
+
+
 def test_groups_and_globs_are_values():
     """Reading the same file again gives an equal policy."""
     assert group("staff", DAILY, models=["a"]) == Group("staff", (DAILY,), Globs(["a"]))

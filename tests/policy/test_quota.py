@@ -83,6 +83,12 @@ def test_globs_match_in_linear_time():
     assert Globs(["*a" * 40 + "b"]).match("a" * 511 + "b")
 
 
+def test_globs_name_the_models_that_they_state_in_full():
+    """A pattern with `*`, `?` or `[` is no name."""
+    assert Globs(["gpt-4o", "o*", "gpt-?", "gpt-[45]", "a/b:c", "*"]).names == ("gpt-4o", "a/b:c")
+    assert Globs().names == ()
+
+
 def test_globs_are_values():
     """Two policies from the same text are equal, so a reload can tell that nothing has changed."""
     assert Globs(["a", "b*"]) == Globs(["a", "b*"]) != Globs(["a"])
