@@ -32,6 +32,7 @@ import orjson
 import structlog
 from aiohttp import web
 
+from proxy import logs
 from proxy.calls.disconnect import Disconnects
 from proxy.calls.dispatch import Dispatcher
 from proxy.calls.relay import Relay
@@ -52,6 +53,7 @@ from proxy.upstreams.client import Upstreams
 from proxy.web.admin import Admin
 from proxy.web.health import Health
 from proxy.web.listener import Listener
+from proxy.web.request_log import RequestLog
 from proxy.web.routes import Api
 
 _RELOAD_CHECK_EVERY_S = 1.0
@@ -118,7 +120,8 @@ class Server:
     """One proxy process. `api` and `admin` are the addresses of its listeners once it has started.
 
     `load` loads the config again and raises BadConfig if it is invalid; `fingerprint` returns numbers that differ
-    after the file has changed. `now` returns the time in milliseconds since the epoch, `draw` a random integer.
+    after the file has changed. `now` returns the time in milliseconds since the epoch, `clock` seconds that only
+    grow, `draw` a random integer.
     """
 
     def __init__(  # noqa: PLR0913 - see EXEMPT in tests/test_house.py
@@ -132,6 +135,7 @@ class Server:
         disconnects: Disconnects | None = None,
         inherited: InheritedResources | None = None,
         draw: Callable[[], int] = random_number,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._inherited = inherited or InheritedResources(f"proxy-{secrets.token_hex(8)}", config.settings.database)
         self.metrics = Metrics(self._inherited.metrics)
@@ -166,7 +170,14 @@ class Server:
         )
         self.health = Health(self.ledger, self.policies)
         stored = StoredResponses(self.ledger, self.upstreams)
-        self._api = Api(self.policies, stored, relay=relay, health=self.health, settings=config.settings, now=now)
+        self._api = Api(
+            self.policies,
+            stored,
+            relay=relay,
+            settings=config.settings,
+            request_log=RequestLog(lambda: self.policies.current.logged_calls, clock=clock),
+            now=now,
+        )
         self._admin = Admin(self.metrics, self.health)
         self._settings = config.settings
         self._jobs = Tasks()
@@ -190,7 +201,7 @@ class Server:
         await self.ledger.start(self._inherited.dead)
         self.upstreams.open()
         inherited, settings = self._inherited, self._settings
-        self.api = await self._listen(self._api.application(), inherited.api or settings.api)
+        self.api = await self._listen(self._api.application(self.health), inherited.api or settings.api)
         # A worker uses only inherited sockets. If its parent has no admin listener, it must not open one by itself.
         admin = inherited.admin or (None if inherited.api else settings.admin)
         if admin is not None:
@@ -214,6 +225,7 @@ class Server:
     async def stop(self, grace_s: float = GRACE_S) -> None:
         """Stop in order. Calls have `grace_s` seconds to end by themselves; the rest is cut off and settled."""
         self.health.is_stopping = True
+        log.info("stopping", calls_in_flight=self.calls_in_flight)
         await self._stop_accepting()
         for runner in self._runners:
             if runner.server is not None:
@@ -226,6 +238,7 @@ class Server:
             await runner.cleanup()
         await self.upstreams.close()
         await self.ledger.close()
+        log.info("stopped", calls_cut_off=cut_off)
 
     async def _stop_accepting(self) -> None:
         for runner in self._runners:
@@ -236,6 +249,7 @@ class Server:
         """Load the config, and the tokenizers that its models need."""
         config = self._load()
         self._tokenizers.load(_encodings_of(config.catalog))
+        logs.set_format(config.log.format)
         return config
 
     async def _listen(self, application: web.Application, at: Address | tuple[int, ...]) -> Address:
@@ -315,6 +329,14 @@ def store_of(database: str, lock: int | None = None) -> Store:
             f"PostgreSQL needs {error.name}, which is not installed: pip install 'llm-quota-proxy[postgres]'"
         ) from error
     return PostgresStore(database)
+
+
+def public_address(database: str) -> str:
+    """A database URL without its user, its password and its parameters, for the log."""
+    if database.startswith("sqlite:"):
+        return database
+    scheme, _, rest = database.partition("://")
+    return f"{scheme}://{rest.rpartition('@')[2].partition('?')[0]}"
 
 
 def sqlite_path(database: str) -> Path:

@@ -180,6 +180,7 @@ class Dispatcher:
             call = call.without_usage_option()
             meter.stop_stripping()
         reservation.begin_attempt(call.model, meter, count=candidate.count)
+        call.client.line.mark_sent()
         async with self._send(call, candidate.body(call, reservation.entry)) as answer:
             if not await _is_option_rejected(answer, call):
                 if call.adds_usage and answer.status // 100 == 2:
@@ -234,9 +235,10 @@ class Dispatcher:
 
     def _count_attempt(self, candidate: Candidate, outcome: AttemptOutcome) -> None:
         self._metrics.attempts.labels(candidate.upstream.name, outcome).inc()
+        log.debug("attempt", upstream=candidate.upstream.name, outcome=outcome, request=candidate.call.client.id)
         if outcome not in ("answered", "rejected"):
             log.warning(
-                "a try failed", upstream=candidate.upstream.name, outcome=outcome, call=candidate.call.client.id
+                "a try failed", upstream=candidate.upstream.name, outcome=outcome, request=candidate.call.client.id
             )
 
 
