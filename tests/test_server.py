@@ -1,6 +1,7 @@
 """Starting, stopping and restarting one process."""
 
 import asyncio
+import json
 import os
 import signal
 import sys
@@ -120,7 +121,9 @@ async def test_a_process_serves_reloads_and_stops_on_signals(tmp_path: Path) -> 
     )
     assert process.stderr
     try:
-        url = (await process.stderr.readline()).decode().split()[-1]
+        starting, serving = [json.loads(await process.stderr.readline()) for _ in range(2)]
+        assert (starting["event"], serving["event"]) == ("starting", "serving")
+        url = serving["api"]
 
         async def limit() -> int:
             headers = {"authorization": f"Bearer {key_of('alice')}"}
