@@ -7,12 +7,13 @@ environment is wrong.
 import logging
 import os
 import sys
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from typing import Any, NoReturn
 
 import click
+import structlog
 import uvloop
 
 from proxy import __version__, logs
@@ -23,10 +24,12 @@ from proxy.config.schema import json_schema
 from proxy.config.values import KEY_CHARACTERS_MIN, digest
 from proxy.ledger.schema import NewerSchema
 from proxy.ledger.store import StoreInUse, StoreUnavailable
-from proxy.server import Server, serve, store_of
+from proxy.server import Server, public_address, serve, store_of
 from proxy.workers import Command, ControlSocket, NotServing, Parent
 
 _NO, _WRONG = 1, 2
+
+log = structlog.get_logger("cli")
 
 _config_option = click.option(
     "--config", "path", default="quotas.yaml", show_default=True, help="The file with the policy and the settings."
@@ -52,9 +55,17 @@ class _Commands(click.Group):
         return super().get_command(ctx, cmd_name)
 
 
+def _print_why(message: str) -> None:
+    click.secho(message, fg="red", err=True)
+
+
+def _log_why(message: str) -> None:
+    log.error("the process can't serve", reason=message)
+
+
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__)
-@click.option("--verbose", is_flag=True, help="Also log at level debug.")
+@click.option("--verbose", is_flag=True, help="Also log each attempt at an upstream and each change of a hold.")
 def main(verbose: bool) -> None:
     """An OpenAI-compatible reverse proxy that enforces group quotas on LLM use."""
     stream = logs.LogStream(sys.stderr)
@@ -92,16 +103,19 @@ def serve_command(
     file = ConfigFile(path, os.environ)
     config = _with_listeners(_load(file), **listeners)
     config = replace(config, settings=replace(config.settings, may_be_new_database=new_database))
+    logs.set_format(config.log.format)
     if lease_s is not None:
         config = replace(config, settings=replace(config.settings, lease_ms=round(1000 * lease_s)))
+    if control is None:
+        log.info("starting", version=__version__, workers=count, **_summary(config))
     if control is not None or count == 1:
-        _run(_serve(config, file, control))
+        _run(_serve(config, file, control), says_why=_log_why)
     else:
         # The worker's command line is that of the parent, with its options, and the number of its socket behind it.
         # By the option's old name, which every release knows: a SIGUSR2 may also start an older release.
         command = Command((sys.executable, *sys.orig_argv[1:], "--tie"), os.environ)
         parent = Parent(config, count, command=command, load=lambda: _with_listeners(file.load(), **listeners))
-        _run(parent.serve(_print_addresses))
+        _run(parent.serve(_log_addresses), says_why=_log_why)
 
 
 @main.command("demo")
@@ -111,6 +125,7 @@ def demo_command(port: int, admin_port: int) -> None:
     """Serve a demo with a simulated upstream, and print what to paste."""
     from proxy import demo  # imported here because it brings the simulator, which `serve` does not need
 
+    logs.set_format("console")
     with closing(Tokenizers(table_folders(os.environ))) as tokenizers:
         _run(demo.run(port, admin_port, click.echo, tokenizers))
 
@@ -174,7 +189,7 @@ async def _serve(config: Config, file: ConfigFile, control: ControlSocket | None
             inherited=None if control is None else control.inherited,
         )
         if control is None:
-            await serve(server, _print_addresses)
+            await serve(server, _log_addresses)
         else:
             await control.run(serve(server, control.report_serving))
 
@@ -202,23 +217,37 @@ def _load(file: ConfigFile, otherwise: int = _WRONG) -> Config:
         _give_up(str(error), otherwise)
 
 
-def _run(work: Coroutine[Any, Any, None]) -> None:
-    """Run a coroutine to its end. Errors that the operator can fix are printed without a traceback; exit code 2."""
+def _run(work: Coroutine[Any, Any, None], says_why: Callable[[str], None] = _print_why) -> None:
+    """Run a coroutine to its end. Errors that the operator can fix have no traceback; exit code 2."""
     try:
         uvloop.run(work)
     except (StoreInUse, StoreUnavailable, NewerSchema, NotServing, OSError) as error:
-        _give_up(str(error), _WRONG)
+        says_why(str(error))
+        raise SystemExit(_WRONG) from None
     except KeyboardInterrupt:
         pass
 
 
-def _print_addresses(server: Server | Parent) -> None:
-    for name, address in (("API", server.api), ("admin", server.admin)):
-        if address is not None:
-            click.echo(f"{name} on http://{address.host}:{address.port}", err=True)
+def _summary(config: Config) -> dict[str, object]:
+    """What the first line of the log says of a config. The database has no user and no password."""
+    return {
+        "database": public_address(config.settings.database),
+        "policy": config.policy.hash,
+        "users": len(config.users),
+        "groups": len(config.policy.groups),
+    }
+
+
+def _log_addresses(server: Server | Parent) -> None:
+    urls = {
+        name: f"http://{address.host}:{address.port}"
+        for name, address in (("api", server.api), ("admin", server.admin))
+        if address is not None
+    }
+    log.info("serving", **urls)
 
 
 def _give_up(message: str, code: int) -> NoReturn:
     """Print the message and exit."""
-    click.secho(message, fg="red", err=True)
+    _print_why(message)
     raise SystemExit(code)

@@ -1,4 +1,4 @@
-"""The log: one JSON object per line, written to a stream that may be slow, full or closed.
+"""The log: one event per line, as JSON or as text, written to a stream that may be slow, full or closed.
 
 Logging never blocks the event loop. A log call only queues a line, and a thread writes the queue to the stream. If
 too many lines are queued, new ones are dropped and counted. So a pipe that nobody reads can't stall a call, and a
@@ -11,9 +11,13 @@ aiohttp quotes the bytes that it failed to parse, which may be a key or a prompt
 import logging
 import queue
 import threading
-from typing import TextIO
+from typing import Literal, TextIO
 
 import structlog
+
+LogFormat = Literal["json", "console"]
+# Which requests get a line in the log of `serve`.
+LoggedCalls = Literal["all", "refusals", "none"]
 
 _LINES_MAX = 10_000
 _CLOSE_S = 1.0
@@ -22,15 +26,22 @@ _CLOSE_S = 1.0
 class LogStream:
     """A writable stream for structlog that never blocks and never raises.
 
-    `lines_max` bounds the queue, `dropped` counts the lines that were dropped and are not reported yet.
+    `lines_max` bounds the queue, `dropped` counts the lines that were dropped and are not reported yet. `format` is
+    the format of the line that reports them.
     """
 
     def __init__(self, stream: TextIO, *, lines_max: int = _LINES_MAX) -> None:
         self.dropped = 0
+        self.format: LogFormat = "json"
         self._stream = stream
         self._lines: queue.Queue[str | None] = queue.Queue(lines_max)  # None ends the thread
         self._thread = threading.Thread(target=self._run, name="log", daemon=True)
         self._thread.start()
+
+    @property
+    def is_terminal(self) -> bool:
+        """Whether the stream is a terminal, which shows colours."""
+        return self._stream.isatty()
 
     def write(self, text: str) -> None:
         """Queue a line, or drop it if the queue is full."""
@@ -59,7 +70,9 @@ class LogStream:
                 self._stream.write(text)
                 if self.dropped:
                     lines, self.dropped = self.dropped, 0
-                    self._stream.write(f'{{"event": "log lines were dropped", "lines": {lines}}}\n')
+                    event = "log lines were dropped"
+                    as_json = f'{{"event": "{event}", "lines": {lines}, "level": "warning"}}\n'
+                    self._stream.write(as_json if self.format == "json" else f"{event}: {lines}\n")
                 self._stream.flush()
             except (OSError, ValueError):  # a full disk, a broken pipe, a closed stream: nowhere to report it
                 self.dropped += 1
@@ -78,16 +91,36 @@ class _LibraryHandler(logging.Handler):
         getattr(structlog.get_logger(record.name), level)(str(record.msg)[:200], error=error)
 
 
-def set_up(stream: LogStream, *, level: int) -> None:
+# What `set_up` was called with last, for `set_format`.
+_current: tuple[LogStream, int, LogFormat] | None = None
+
+
+def set_up(stream: LogStream, *, level: int, format: LogFormat = "json") -> None:
     """Send this process's log to `stream`: the proxy's events from `level` up, those of libraries from WARNING up."""
+    global _current
+    _current = stream, level, format
+    stream.format = format
+    as_json: list[structlog.typing.Processor] = [
+        structlog.processors.TimeStamper(fmt="iso"),
+        structlog.processors.format_exc_info,
+        structlog.processors.JSONRenderer(),
+    ]
+    as_text: list[structlog.typing.Processor] = [
+        structlog.processors.TimeStamper(fmt="%H:%M:%S", utc=False),
+        structlog.dev.ConsoleRenderer(
+            colors=stream.is_terminal, pad_event_to=0, exception_formatter=structlog.dev.plain_traceback
+        ),
+    ]
     structlog.configure(
-        processors=[
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso"),
-            structlog.processors.format_exc_info,
-            structlog.processors.JSONRenderer(),
-        ],
+        processors=[structlog.processors.add_log_level, *(as_json if format == "json" else as_text)],
         wrapper_class=structlog.make_filtering_bound_logger(level),
         logger_factory=structlog.WriteLoggerFactory(stream),  # type: ignore[arg-type]
     )
     logging.basicConfig(handlers=[_LibraryHandler()], level=logging.WARNING, force=True)
+
+
+def set_format(format: LogFormat) -> None:
+    """Change the format of the log from now on. Does nothing if `set_up` was not called, as in tests."""
+    if _current is not None and _current[2] != format:
+        stream, level, _ = _current
+        set_up(stream, level=level, format=format)

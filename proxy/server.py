@@ -35,6 +35,7 @@ import orjson
 import structlog
 from aiohttp import web
 
+from proxy import logs
 from proxy.calls.body_threads import BodyThreads
 from proxy.calls.disconnect import Disconnects
 from proxy.calls.dispatch import Dispatcher
@@ -53,10 +54,10 @@ from proxy.metrics import Metrics
 from proxy.policy.catalog import Catalog
 from proxy.tasks import Tasks
 from proxy.upstreams.client import Upstreams
-from proxy.upstreams.models import ModelLists
 from proxy.web.admin import Admin
 from proxy.web.health import Health
 from proxy.web.listener import Listener
+from proxy.web.request_log import RequestLog
 from proxy.web.routes import Api
 
 _RELOAD_CHECK_EVERY_S = 1.0
@@ -131,7 +132,8 @@ class Server:
     """One proxy process. `api` and `admin` are the addresses of its listeners once it has started.
 
     `load` loads the config again and raises BadConfig if it is invalid; `changes` returns the files that have changed
-    since. `now` returns the time in milliseconds since the epoch, `draw` a random integer.
+    since. `now` returns the time in milliseconds since the epoch, `clock` seconds that only grow, `draw` a random
+    integer.
     """
 
     def __init__(  # noqa: PLR0913 - see EXEMPT in tests/test_house.py
@@ -146,6 +148,7 @@ class Server:
         upstreams: Upstreams | None = None,
         inherited: InheritedResources | None = None,
         draw: Callable[[], int] = random_number,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._inherited = inherited or InheritedResources(f"proxy-{secrets.token_hex(8)}", config.settings.database)
         self.metrics = Metrics(self._inherited.metrics)
@@ -176,12 +179,10 @@ class Server:
         self.queue = AdmissionQueue(self.ledger)
         self._stored_responses = StoredResponses(self.ledger, self.upstreams, now=now)
         self._threads = BodyThreads()
-        self._model_lists = ModelLists(self.upstreams, now=now)
-        relay = Relay(
+        self._relay = Relay(
             self.queue,
             Dispatcher(
                 self.upstreams,
-                model_lists=self._model_lists,
                 tokenizers=tokenizers,
                 threads=self._threads,
                 metrics=self.metrics,
@@ -197,9 +198,9 @@ class Server:
         self._api = Api(
             self.policies,
             self._stored_responses,
-            relay=relay,
-            health=self.health,
+            relay=self._relay,
             settings=config.settings,
+            request_log=RequestLog(lambda: self.policies.current.logged_calls, clock=clock),
             now=self.ledger.now,
         )
         self._admin = Admin(self.metrics, self.health)
@@ -226,7 +227,8 @@ class Server:
         self.upstreams.open()
         inherited, settings = self._inherited, self._settings
         limits = _within_file_limit(settings.connection_limits)
-        self.api = await self._listen(self._api.application(), inherited.api or settings.api, limits=limits)
+        api = self._api.application(self.health)
+        self.api = await self._listen(api, inherited.api or settings.api, limits=limits)
         # A worker uses only inherited sockets. If its parent has no admin listener, it must not open one by itself.
         admin = inherited.admin or (None if inherited.api else settings.admin)
         if admin is not None:
@@ -251,6 +253,7 @@ class Server:
     async def stop(self, grace_s: float = GRACE_S) -> None:
         """Stop in order. Calls have `grace_s` seconds to end by themselves; the rest is cut off and settled."""
         self.health.is_stopping = True
+        log.info("stopping", calls_in_flight=self.calls_in_flight)
         await self._stop_accepting()
         for runner in self._runners:
             if runner.server is not None:
@@ -262,10 +265,11 @@ class Server:
         await self._jobs.finish(0)
         for runner in self._runners:
             await runner.cleanup()
-        await self._model_lists.close()
+        await self._relay.model_lists.close()
         await self.upstreams.close()
         await self.ledger.close()
         self._threads.close()
+        log.info("stopped", calls_cut_off=cut_off)
 
     async def cut_off(self) -> None:
         """Cut off and settle the calls that are in flight now. For a stop that has begun and must not take longer."""
@@ -282,6 +286,7 @@ class Server:
         """Load the config, and the tokenizers that its models need."""
         config = self._load()
         self._tokenizers.load(_encodings_of(config.catalog))
+        logs.set_format(config.log.format)
         return config
 
     async def _listen(
@@ -402,6 +407,14 @@ def store_of(database: str, lock: int | None = None, *, may_be_new: bool = False
             f"PostgreSQL needs {error.name}, which is not installed: pip install 'llm-quota-proxy[postgres]'"
         ) from error
     return PostgresStore(database)
+
+
+def public_address(database: str) -> str:
+    """A database URL without its user, its password and its parameters, for the log."""
+    if database.startswith("sqlite:"):
+        return database
+    scheme, _, rest = database.partition("://")
+    return f"{scheme}://{rest.rpartition('@')[2].partition('?')[0]}"
 
 
 def sqlite_path(database: str) -> Path:

@@ -7,13 +7,14 @@ Example:
     decide(call(100, 400), who, counters(who, used={"staff/daily": 300}), NOON)
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
 from zoneinfo import ZoneInfo
 
 import pytest
 
+from proxy.calls.log_line import LogLine
 from proxy.ledger.book import Extend, Reserve
 from proxy.ledger.entry import CallLabels
 from proxy.policy import amounts
@@ -44,6 +45,11 @@ def instant(text: str) -> int:
 
 
 NOON = instant("2026-11-24 12:00")  # a Tuesday
+
+
+def log_line(request_id: str = "req_1", *, clock: Callable[[], float] = lambda: 0.0) -> LogLine:
+    """The line of a request that began now and that has not been identified yet."""
+    return LogLine(request_id=request_id, endpoint="GET /", address="192.0.2.1", clock=clock, began_s=clock())
 
 
 def quota(

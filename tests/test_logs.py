@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 import structlog
 
-from proxy.logs import LogStream, set_up
+from proxy.logs import LogStream, set_format, set_up
 
 
 @pytest.fixture(autouse=True)
@@ -59,6 +59,33 @@ def test_records_of_libraries_have_no_exception_texts_and_no_arguments() -> None
         "error",
     )
     assert (second["event"], second["error"], second["level"]) == ("beware", None, "warning")
+
+
+def test_the_format_can_change_while_the_process_runs() -> None:
+    """Text for people has the same members, and no control characters of a client."""
+    written = io.StringIO()
+    stream = LogStream(written)
+    set_up(stream, level=logging.INFO)
+    set_format("console")
+    structlog.get_logger("x").info("request", user="a\nb\x1b[31m", status=200)
+    set_format("json")
+    structlog.get_logger("x").info("request", status=201)
+    stream.close()
+    text, as_json = written.getvalue().splitlines()
+    assert "request" in text
+    assert "status=200" in text
+    assert "\x1b" not in text
+    assert json.loads(as_json)["status"] == 201
+
+
+def test_dropped_lines_are_reported_in_the_format_of_the_log() -> None:
+    """The line that reports them is text if the others are."""
+    written = io.StringIO()
+    stream = LogStream(written)
+    stream.format, stream.dropped = "console", 3
+    stream.write("hello\n")
+    stream.close()
+    assert written.getvalue() == "hello\nlog lines were dropped: 3\n"
 
 
 def test_a_full_pipe_blocks_no_call() -> None:

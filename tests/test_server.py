@@ -123,9 +123,10 @@ async def test_a_process_serves_reloads_and_stops_on_signals(tmp_path: Path) -> 
     )
     assert process.stderr
     try:
-        while not (line := (await process.stderr.readline()).decode()).startswith("API on "):
-            pass
-        url = line.split()[-1]
+        line: dict[str, Any] = {}
+        while line.get("event") != "serving":
+            line = json.loads(await process.stderr.readline())
+        url = line["api"]
 
         async def limit() -> int:
             headers = {"authorization": f"Bearer {key_of('alice')}"}

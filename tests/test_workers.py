@@ -78,11 +78,11 @@ class Running:
         raise AssertionError(f"the parent ended and never logged: {words}")
 
     async def all_serve(self, workers: int) -> None:
-        """Wait until it has printed the addresses of its listeners, and logged that all workers serve."""
-        while not (self.url and self.admin_url and len(self.pids) == workers):
-            kind, _, address = (await self.logged("")).partition(" on http")
-            if address:
-                setattr(self, {"API": "url", "admin": "admin_url"}[kind], f"http{address.strip()}")
+        """Wait until it has logged the addresses of its listeners, and that all workers serve."""
+        while not (self.url and len(self.pids) == workers):
+            line = orjson.loads(await self.logged(""))
+            if line["event"] == "serving":
+                self.url, self.admin_url = line["api"], line["admin"]
 
     async def chat(self, http: aiohttp.ClientSession, **more: Any) -> tuple[int, bytes]:
         """Send a call; the status and the body of its answer."""

@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+from proxy.calls.log_line import LogLine
 from proxy.errors import InvalidRequest, ModelNotFound, ProxyError
 from proxy.formats.endpoints import Endpoint
 from proxy.formats.kinds import kind_of
@@ -38,11 +39,13 @@ _WAIT_HEADER = re.compile(r"([0-9]{1,4})(?:s)?")
 class Responder(Protocol):
     """The client of one call: what it sent, how to answer it, and whether it has disconnected.
 
-    `id` is the request's id. Writing to a client that has disconnected does nothing. The implementation for HTTP is
+    `id` is the request's id, and `line` what the log will say of the request. Writing to a client
+    that has disconnected does nothing. The implementation for HTTP is
     `proxy.web.response.WebResponder`.
     """
 
     id: str
+    line: LogLine
     headers: Sequence[tuple[str, str]]
     api_version: str | None  # Azure's `api-version` in the client's query
     is_disconnected: bool

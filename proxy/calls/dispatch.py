@@ -148,14 +148,13 @@ class Dispatcher:
         self,
         upstreams: Upstreams,
         *,
-        model_lists: ModelLists,
         tokenizers: Tokenizers,
         threads: BodyThreads,
         metrics: Metrics,
         now: Callable[[], int],
         draw: Callable[[], int],
     ) -> None:
-        self.model_lists = model_lists
+        self.model_lists = ModelLists(upstreams, now=now)
         self._upstreams = upstreams
         self._tokenizers = tokenizers
         self.threads = threads
@@ -226,6 +225,7 @@ class Dispatcher:
             call = call.without_usage_option()
             meter.stop_stripping()
         reservation.begin_attempt(call.model, meter, count=candidate.count)
+        call.client.line.mark_sent()
         body = await self._written(partial(candidate.body, call, reservation.entry), call)
         async with self._send(call, body) as answer:
             del body  # a long answer must not keep it in memory
@@ -291,9 +291,10 @@ class Dispatcher:
 
     def _count_attempt(self, candidate: Candidate, outcome: AttemptOutcome) -> None:
         self._metrics.attempts.labels(candidate.upstream.name, outcome).inc()
+        log.debug("attempt", upstream=candidate.upstream.name, outcome=outcome, request=candidate.call.client.id)
         if outcome not in ("answered", "rejected"):
             log.warning(
-                "a try failed", upstream=candidate.upstream.name, outcome=outcome, call=candidate.call.client.id
+                "a try failed", upstream=candidate.upstream.name, outcome=outcome, request=candidate.call.client.id
             )
 
 

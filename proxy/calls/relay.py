@@ -128,11 +128,14 @@ class Relay:
     @asynccontextmanager
     async def _reserve(self, call: Call, candidates: Candidates) -> AsyncIterator[Reservation]:
         """Reserve what the call may use, and make sure that the reservation ends. Raises Refusal."""
-        reply = await self._admit(call, candidates)
+        reply, line = await self._admit(call, candidates), call.client.line
         if isinstance(reply, Refused):
-            for block in reply.decision.blocks:
-                self._metrics.refused(block.quota.id, block.verdict.name.lower())
+            line.refused_by = [block.quota.id for block in reply.decision.blocks]
+            line.verdict = reply.decision.verdict.name.lower()
+            for quota_id in line.refused_by:
+                self._metrics.refused(quota_id, line.verdict)
             raise call.refusal(reply, busy_s=self._durations.busy_s(self._now()))
+        line.mark_admitted(reply.entry.admitted_via)
         # Until the first attempt the reservation has the meter and count of the first target.
         first = candidates.first
         reservation = Reservation(self._ledger, reply, first.meter(), binding=call.binding, count=first.count)
@@ -148,6 +151,9 @@ class Relay:
 
     def _count_end(self, call: Call, reservation: Reservation) -> None:
         entry, usage, model = reservation.entry, reservation.charged, call.model_label
+        line = call.client.line
+        line.outcome, line.usage, line.capped_by = reservation.outcome, usage, entry.capped_by or None
+        line.upstream = None if reservation.target is None else reservation.target.upstream.name
         self._metrics.ended(
             endpoint=entry.labels.endpoint, model=model, outcome=reservation.outcome, would_refuse=entry.would_refuse
         )
@@ -189,8 +195,9 @@ class Relay:
         except UpstreamError as error:
             # An error answer has ended the call already (its status says what is charged), and the first end counts.
             await reservation.end("upstream_broke" if error.was_sent else "upstream_failed")
+            call.client.line.error = error
             upstream = (reservation.target or call.model).upstream
-            log.warning("upstream failed", upstream=upstream.name, call=reservation.entry.id, reason=str(error))
+            log.warning("upstream failed", upstream=upstream.name, request=call.client.id, reason=str(error))
             if not call.client.has_begun:
                 raise
             # The status 200 is sent already. A stream that just stopped would look complete to an SDK.
@@ -237,6 +244,7 @@ class Relay:
             if not stream.is_between_events:
                 client.abort()  # an error event would end up inside the event that broke off
             raise
+        client.line.mark_answered()
         stream.close(covered=reservation.covered)
         await reservation.end(_outcome(call, reservation.meter))
         await client.write(stream.end())
@@ -260,6 +268,7 @@ class Relay:
         Its header may have promised a stream, whose head is sent already: then the body follows as it is.
         """
         body, meter = await answer.read(), reservation.meter
+        call.client.line.mark_answered()
         await self.threads.run(partial(meter.see_whole, body), cost=reading_cost(body))
         if not await reservation.hold_whole_answer(self._queue):
             await reservation.end("at_limit")

@@ -17,6 +17,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from types import TracebackType
 
+import structlog
+
 from proxy.calls.token_count import TokenCount
 from proxy.errors import LedgerUnavailable
 from proxy.formats.meter import Meter
@@ -47,6 +49,9 @@ HOLD_STEP = 1024
 # at a time.
 _MISCOUNT_FACTOR = 2
 _MISCOUNT_TOKENS = 64
+
+
+log = structlog.get_logger("reservation")
 
 
 class Reservation:
@@ -171,6 +176,9 @@ class Reservation:
         accepted = await queue.extend(operation, wait_s=wait_s, ask_s=COMMIT_WAIT_S, is_disconnected=is_disconnected)
         self.entry, self.counters, self._lapses = accepted.entry, {**self.counters, **accepted.counters}, lapses
         self._widen_output_bound()
+        log.debug(
+            "hold extended", request=self.entry.id, hold=self.entry.hold.output, verdict=accepted.verdict.name.lower()
+        )
         return accepted.verdict is Verdict.ALLOW and accepted.entry.state == "open"
 
     def _widen_output_bound(self) -> None:

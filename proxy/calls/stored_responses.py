@@ -199,7 +199,7 @@ class StoredResponses:
         if response_id is None or reservation.outcome == "complete" or not may_be_stored:
             return
         if len(self._deletions) >= _DELETIONS_MAX:
-            log.warning("a response was not deleted", call=call.client.id, reason="too many are waiting")
+            log.warning("a response was not deleted", request=call.client.id, reason="too many are waiting")
             return
         path = StoredResponsePath("DELETE").path(response_id)
         address = address_at(model.upstream, path, api_version=call.client.api_version)
@@ -248,7 +248,7 @@ class StoredResponses:
             if status is not None and status not in (404, 408, 409, 429) and status < 500:
                 break
         if reason is not None:
-            log.warning("a response was not deleted", upstream=upstream.name, call=call_id, reason=reason)
+            log.warning("a response was not deleted", upstream=upstream.name, request=call_id, reason=reason)
 
     async def _delete_once(self, upstream: Upstream, address: str) -> tuple[int | None, str | None]:
         """Send one DELETE.

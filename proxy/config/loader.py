@@ -28,6 +28,7 @@ from proxy.config.schema import Group as GroupSection
 from proxy.config.schema import Model as ModelSection
 from proxy.config.schema import User as UserSection
 from proxy.formats.kinds import kind_of
+from proxy.logs import LogFormat, LoggedCalls
 from proxy.policy.catalog import Allow, Catalog, Model, Upstream
 from proxy.policy.policy import DEFAULT, EVERYONE, Group, Keep, Policy
 from proxy.policy.quota import Globs, Quota
@@ -95,6 +96,14 @@ class Settings:
 
 
 @dataclass(frozen=True, slots=True)
+class LogSettings:
+    """The format of the log, and which requests get a line in it."""
+
+    format: LogFormat = "json"
+    calls: LoggedCalls = "all"
+
+
+@dataclass(frozen=True, slots=True)
 class FileUser:
     """A user of the file. `groups` are in the order of the file's groups, without `everyone` and `default`.
 
@@ -119,6 +128,7 @@ class Config:
     users: tuple[FileUser, ...]
     admin_keys: Mapping[str, str] = field(repr=False)
     document: Document
+    log: LogSettings = LogSettings()
 
     @property
     def restart_only(self) -> Mapping[str, object]:
@@ -222,6 +232,7 @@ def _load(source: bytes, name: str, interpolator: Interpolator) -> Config:
         users=tuple(_user(name, section, file) for name, section in file.users.items()),
         admin_keys={digest: name for name, digest in file.admin_keys.items()},
         document=document,
+        log=LogSettings(file.log.format, file.log.calls),
     )
 
 
@@ -447,8 +458,8 @@ def _group(name: str, section: GroupSection, zone: ZoneInfo, week_starts: int) -
 def _hash(data: Mapping[str, object]) -> str:
     """Twelve hex digits that identify the policy.
 
-    They are equal on all replicas with the same policy: each replica's own `server` and `database` are left out, and
-    so are comments and layout. Interpolated values count, so a new key gives a new hash.
+    They are equal on all replicas with the same policy: each replica's own `server`, `database` and `log` are left
+    out, and so are comments and layout. Interpolated values count, so a new key gives a new hash.
     """
-    policy = {key: value for key, value in data.items() if key not in ("server", "database")}
+    policy = {key: value for key, value in data.items() if key not in ("server", "database", "log")}
     return hashlib.sha256(json.dumps(policy).encode()).hexdigest()[:12]

@@ -27,6 +27,7 @@ from pydantic import (
 
 from proxy.config import values
 from proxy.formats.kinds import KINDS, kind_of
+from proxy.logs import LogFormat, LoggedCalls
 from proxy.policy.amounts import Measure
 from proxy.policy.catalog import OnDisconnect, Secret
 from proxy.policy.quota import Combine, Enforce, Limit
@@ -153,6 +154,19 @@ class Server(Section):
         256_000_000,
         description="How many bytes the bodies above 256 KiB of all calls in flight may have together, as in 256M; "
         "further ones wait up to 10 s and then get a 503. A call takes two to three times its body.",
+    )
+
+
+class Log(Section):
+    """The log of `serve`, on standard error."""
+
+    display_name = "log"
+
+    format: LogFormat = Field("json", description="json: one JSON object per line. console: text for people.")
+    calls: LoggedCalls = Field(
+        "all",
+        description="Which requests get a line. all: each one. refusals: those that the proxy itself answers with "
+        "an error. none: no request. No line has a key, a prompt or an answer.",
     )
 
 
@@ -429,6 +443,7 @@ class File(Section):
         description="The database of the ledger: sqlite:///file for one machine, or "
         "postgresql://user:password@host/name for any number of replicas. A change takes effect at a restart.",
     )
+    log: Log = Field(default=Log(), description="The log.")
     timezone: Zone = Field("UTC", description="The time zone of calendar windows, as in Europe/Berlin.")
     week_starts: Weekday = Field("monday", description="The first day of a week.")
     combine: Combine = Field(
@@ -474,13 +489,15 @@ class File(Section):
     users: dict[UserName, User] = Field(default={}, description="The users who may call, by name.")
 
 
+# The sections at the top that have no names of their own in them.
+_TOP_SECTIONS: dict[str | int, type[Section]] = {"server": Server, "log": Log, "keep": Keep}
+
+
 def section_at(path: tuple[str | int, ...]) -> type[Section]:
     """The section that contains the last key of this path."""
     match path:
-        case ("server", _):
-            return Server
-        case ("keep", _):
-            return Keep
+        case (name, _) if name in _TOP_SECTIONS:
+            return _TOP_SECTIONS[name]
         case ("upstreams" | "models", _, "allow", _):
             return Allow
         case ("upstreams", _, _):

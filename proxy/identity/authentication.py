@@ -13,6 +13,7 @@ from proxy.config.values import digest
 from proxy.errors import InvalidKey
 from proxy.identity.directory import Directory, FileDirectory
 from proxy.identity.keys import presented_key
+from proxy.logs import LoggedCalls
 from proxy.policy.catalog import Catalog
 from proxy.policy.policy import Policy
 
@@ -77,8 +78,10 @@ class Snapshot:
     policy: Policy
     catalog: Catalog
     authentication: Authentication
+    logged_calls: LoggedCalls = "all"
 
     @classmethod
     def of(cls, config: Config) -> "Snapshot":
         """The snapshot of a valid file."""
-        return cls(config.policy, config.catalog, Authentication(FileDirectory(config.users), config.admin_keys))
+        authentication = Authentication(FileDirectory(config.users), config.admin_keys)
+        return cls(config.policy, config.catalog, authentication, config.log.calls)

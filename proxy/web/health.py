@@ -11,6 +11,8 @@ from proxy.config.reload import Policies
 from proxy.identity.authentication import Snapshot
 from proxy.ledger.ledger import Ledger
 
+HEALTH_PATHS = ("/healthz", "/readyz")
+
 
 class Health:
     """The handlers of `/healthz` and `/readyz`. Set `is_stopping` to make the process not ready."""
@@ -22,7 +24,8 @@ class Health:
 
     def routes(self) -> list[web.RouteDef]:
         """The routes, for an application's router."""
-        return [web.get("/healthz", self._live), web.get("/readyz", self._ready)]
+        live, ready = HEALTH_PATHS
+        return [web.get(live, self._live), web.get(ready, self._ready)]
 
     async def _live(self, request: web.Request) -> web.Response:
         return web.json_response({"status": "ok"})

@@ -16,6 +16,7 @@ from collections.abc import Awaitable, Callable
 import structlog
 from aiohttp import hdrs, web
 
+from proxy.calls.log_line import LogLine
 from proxy.errors import BadFraming, InternalError, NotServed, ProxyError, drop_frames
 from proxy.formats import messages
 from proxy.formats.endpoints import is_messages_path
@@ -26,6 +27,8 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 # The id that the proxy gives to a request; routes.py sets it before any other step.
 REQUEST_ID = web.RequestKey("request_id", str)
+# What the log will say of a request, set at the same place.
+LOG_LINE = web.RequestKey("log_line", LogLine)
 
 # RFC 9110 §7.2: a name or an address, and optionally a port. With a slash in it (`Host: proxy/v1/models?`), a server
 # that joins host and path to one URL would see another path than this proxy.
@@ -94,9 +97,11 @@ async def not_served(request: web.Request) -> web.StreamResponse:
 def error_response(error: ProxyError, request: web.BaseRequest) -> web.Response:
     """The response for an error, with the request's id if it has one."""
     headers = {**JSON_HEADERS, "server": SERVER_NAME, **error.headers}
-    id = request.get(REQUEST_ID)
+    id, line = request.get(REQUEST_ID), request.get(LOG_LINE)
     if id is not None:
         headers["x-request-id"] = id
+    if line is not None:
+        line.error = error
     body = error.body()
     if is_messages_path(request.path):
         # Anthropic's SDK reads the id from `request-id`, OpenAI's from `x-request-id`.

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 
 from aiohttp import web
 
+from proxy.calls.log_line import LogLine
 from proxy.tasks import Tasks
 from proxy.upstreams.headers import SERVER_NAME
 
@@ -24,15 +25,16 @@ HEARTBEAT = b": keep-alive\n\n"
 
 
 class WebResponder:
-    """One client and the response to it. `id` is the request's id, which is sent as `x-request-id`.
+    """One client and the response to it. `line` is what the log will say of the request.
 
-    `response` is None until an answer has begun.
+    `response` is None until an answer has begun. The request's id is sent as `x-request-id`.
     """
 
     def __init__(
-        self, request: web.Request, *, id: str, write_s: float = _WRITE_S, heartbeat_s: float = _HEARTBEAT_S
+        self, request: web.Request, line: LogLine, *, write_s: float = _WRITE_S, heartbeat_s: float = _HEARTBEAT_S
     ) -> None:
-        self.id = id
+        self.id = line.request_id
+        self.line = line
         self.headers: Sequence[tuple[str, str]] = list(request.headers.items())
         self.api_version = request.query.get("api-version")  # a query parameter of Azure's clients
         self.is_disconnected = False
@@ -68,6 +70,7 @@ class WebResponder:
         """Send a whole answer. It is sent when the handler returns it."""
         if self.is_disconnected:
             return
+        self.line.mark_first_byte()
         self.response = web.Response(
             status=status, headers={**headers, "x-request-id": self.id, "server": SERVER_NAME}, body=body
         )
@@ -78,6 +81,7 @@ class WebResponder:
             status=status, headers={**headers, "x-request-id": self.id, "server": SERVER_NAME}
         )
         self.response = response
+        self.line.mark_first_byte()
         await self._write_in_time(lambda: response.prepare(self._request))
 
     async def write(self, data: bytes) -> None:

@@ -12,6 +12,7 @@ or stops as the policy says (see `calls.disconnect`).
 """
 
 import asyncio
+import re
 import secrets
 from collections.abc import Callable
 from functools import partial
@@ -24,7 +25,7 @@ from proxy.calls.relay import Relay
 from proxy.calls.stored_responses import StoredResponseQuery, StoredResponses
 from proxy.config.loader import Settings
 from proxy.config.reload import Policies
-from proxy.errors import InternalError, InvalidRequest, NotAllowed, NoUpgrade, ProxyError, drop_frames
+from proxy.errors import ClientLeft, InternalError, InvalidRequest, NotAllowed, NoUpgrade, ProxyError, drop_frames
 from proxy.formats.endpoints import METERED, PREFIXES, STORED_RESPONSE_PATHS, Endpoint, StoredResponsePath, closed
 from proxy.formats.request import parse_form_request, parse_request
 from proxy.formats.restrictions import check_model_name, check_name_form
@@ -39,9 +40,14 @@ from proxy.upstreams.spool import Spool
 from proxy.web.body import defer_continue, read_body, read_form
 from proxy.web.body_memory import BodyMemory, BodyShare
 from proxy.web.cors import Cors
-from proxy.web.health import Health
-from proxy.web.middleware import REQUEST_ID, Handler, answer_errors, not_served, validate_request
+from proxy.web.health import HEALTH_PATHS, Health
+from proxy.web.middleware import LOG_LINE, REQUEST_ID, Handler, answer_errors, not_served, validate_request
+from proxy.web.request_log import RequestLog
 from proxy.web.response import WebResponder
+
+# A part of a path that may be an id or, by mistake, a key.
+_LONG_WORD = re.compile(r"[^/]{20,}")
+_PATH_CHARACTERS_MAX = 100
 
 log = structlog.get_logger("routes")
 
@@ -58,8 +64,8 @@ class Api:
         stored_responses: StoredResponses,
         *,
         relay: Relay,
-        health: Health,
         settings: Settings,
+        request_log: RequestLog,
         now: Callable[[], int],
     ) -> None:
         self.calls = Tasks()
@@ -68,14 +74,14 @@ class Api:
         self._ledger = stored_responses.ledger
         self._model_lists = relay.model_lists
         self._relay = relay
-        self._health = health
         self._cors = Cors(settings.cors)
         self._limits = settings.connection_limits
         self._memory = BodyMemory(settings.connection_limits.body_memory_bytes)
         self._now = now
+        self._request_log = request_log
 
-    def application(self) -> web.Application:
-        """The application. It has to be served with `handler_cancellation`, as `Listener` does."""
+    def application(self, health: Health) -> web.Application:
+        """The application, with the paths of `health`. It has to be served with `handler_cancellation`."""
         application = web.Application(
             middlewares=[
                 self._assign_id,  # the outermost, because every answer has the id
@@ -86,7 +92,7 @@ class Api:
             ]
         )
         application.on_response_prepare.append(self._cors.add_headers)
-        application.router.add_routes(self._health.routes())
+        application.router.add_routes(health.routes())
         for endpoint in METERED:
             # `.+` also matches slashes, which are in the names of OpenRouter's models.
             deployments = ("/openai/deployments/{deployment:.+}",) if endpoint.has_deployments else ()
@@ -111,8 +117,18 @@ class Api:
 
     @web.middleware
     async def _assign_id(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        request[REQUEST_ID] = f"{call_id_prefix(self._now())}{secrets.token_hex(10)}"
-        return await handler(request)
+        id = request[REQUEST_ID] = f"{call_id_prefix(self._now())}{secrets.token_hex(10)}"
+        line = request[LOG_LINE] = self._request_log.begin(
+            id, f"{request.method} {_shown_path(request)}", address=request.remote or ""
+        )
+        status = ClientLeft.status
+        try:
+            response = await handler(request)
+            status = response.status
+            return response
+        finally:
+            if not line.is_call and request.path not in HEALTH_PATHS:
+                self._request_log.write(line, status)
 
     async def _identify(self, request: web.Request) -> tuple[Snapshot, Caller]:
         """What is in force, and who is calling. Raises InvalidKey.
@@ -120,11 +136,15 @@ class Api:
         The snapshot is read once, because a reload must not change a request that has begun.
         """
         snapshot = self._policies.current
-        return snapshot, await snapshot.authentication.identify(request.headers.items(), request.remote)
+        caller = await snapshot.authentication.identify(request.headers.items(), request.remote)
+        request[LOG_LINE].caller = caller
+        return snapshot, caller
 
     async def _metered_call(self, endpoint: Endpoint, request: web.Request) -> web.StreamResponse:
         snapshot, caller = await self._identify(request)
-        client = WebResponder(request, id=request[REQUEST_ID], heartbeat_s=self._limits.heartbeat_s)
+        line = request[LOG_LINE]
+        line.endpoint = endpoint.name
+        client = WebResponder(request, line, heartbeat_s=self._limits.heartbeat_s)
         deployment = request.match_info.get("deployment")
         check_large = partial(self._relay.refuse_if_closed, endpoint, caller, snapshot, client)
         share = BodyShare(self._memory, caller.user, check_large)
@@ -135,6 +155,7 @@ class Api:
             try:
                 form = await read_form(request, spool, self._limits, share)
                 parsed = parse_form_request(endpoint, form, deployment=deployment)
+                line.model = parsed.model
                 call = prepare_call(parsed, caller, snapshot, client, spool=spool)
             except BaseException:
                 spool.close()
@@ -147,6 +168,7 @@ class Api:
 
             def prepare() -> Call:
                 parsed = parse_request(endpoint, body, deployment=deployment, cost=cost)
+                line.model = parsed.model
                 return prepare_call(parsed, caller, snapshot, client)
 
             call = await self._relay.threads.run(prepare, cost=cost)
@@ -161,7 +183,7 @@ class Api:
     async def _stored_response(self, path: StoredResponsePath, request: web.Request) -> web.StreamResponse:
         # Not in a task of its own: it reserves nothing, so there is nothing to settle if it is cancelled.
         snapshot, caller = await self._identify(request)
-        client = WebResponder(request, id=request[REQUEST_ID], heartbeat_s=self._limits.heartbeat_s)
+        client = WebResponder(request, request[LOG_LINE], heartbeat_s=self._limits.heartbeat_s)
         query = StoredResponseQuery(
             path,
             response_id=request.match_info["id"],
@@ -176,7 +198,8 @@ class Api:
 
     async def _answer(self, call: Call, client: WebResponder) -> web.StreamResponse:
         """Run the call in a task of its own and return its response. Raises the ProxyError with which it ended."""
-        task = self.calls.start("call", self._run_call(call))
+        client.line.is_call = True
+        task = self.calls.start("call", self._run_call(call, client))
         try:
             error = await asyncio.shield(task)
         except asyncio.CancelledError:  # the client has disconnected; the call goes on
@@ -187,28 +210,31 @@ class Api:
         assert client.response is not None, "a call without an error has been answered"
         return client.response
 
-    async def _run_call(self, call: Call) -> ProxyError | None:
-        """Run the call to its settlement. Returns the error that its client is to get.
+    async def _run_call(self, call: Call, client: WebResponder) -> ProxyError | None:
+        """Run the call to its settlement, and log it. Returns the error that its client is to get.
 
         The error is returned and not raised: if the client has disconnected, nobody awaits the task, and an exception
         would be logged as a failed task. It is returned without its frames, which have the body of the request.
         """
+        line = client.line
         try:
             await self._relay.carry(call)
         except ProxyError as error:
             drop_frames(error)
-            return error
+            line.error = error
         except Exception as error:
-            log.error("a call failed", exc_info=error, call=call.client.id)
+            log.error("a call failed", exc_info=error, request=client.id)
             drop_frames(error)
-            if not call.client.has_begun:
-                return InternalError()
-            call.client.abort()  # a part of the answer was sent, so there can't be a status any more
+            line.error = InternalError()
+            if client.has_begun:
+                client.abort()  # a part of the answer was sent, so there can't be a status any more
         finally:
             call.request.body.free()
             if call.spool is not None:
                 call.spool.close()
-        return None
+            status = (line.error or ClientLeft()).status
+            self._request_log.write(line, status if client.response is None else client.response.status)
+        return None if client.has_begun else line.error
 
     async def _models(self, request: web.Request) -> web.Response:
         snapshot, caller = await self._identify(request)
@@ -251,6 +277,11 @@ async def _other_path(request: web.Request) -> web.StreamResponse:
     if row is not None:
         raise NotAllowed(f"{request.method} {row.pattern} is not available on this proxy: {row.reason}.")
     return await not_served(request)
+
+
+def _shown_path(request: web.Request) -> str:
+    """The path for the log, without what may be an id or a key, and without the query."""
+    return _LONG_WORD.sub("…", request.rel_url.raw_path)[:_PATH_CHARACTERS_MAX]
 
 
 def _serves(snapshot: Snapshot, caller: Caller, model: str) -> bool:

@@ -19,7 +19,7 @@ from proxy.ledger.book import Accepted, Book
 from proxy.ledger.entry import CallLabels
 from proxy.policy.quota import Demand
 from proxy.web.response import WebResponder
-from tests.builders import NOON
+from tests.builders import NOON, log_line
 from tests.stage import STAFF, config_of
 
 ALICE = Caller("alice", ("staff",), key="", source="key")
@@ -31,7 +31,7 @@ def _snapshot(folder: Path, policy: str = STAFF, *, kind: str = "simulator") -> 
 
 def _call(snapshot: Snapshot, model: str = "fast", more: bytes = b"") -> Call:
     request = parse_request(CHAT, b'{"model": "%s", "messages": []%s}' % (model.encode(), more))
-    client = WebResponder(make_mocked_request("POST", "/v1/chat/completions"), id="req_1")
+    client = WebResponder(make_mocked_request("POST", "/v1/chat/completions"), log_line())
     return prepare_call(request, ALICE, snapshot, client)
 
 
@@ -123,7 +123,7 @@ def test_nothing_is_translated_between_the_two_apis(
     """A request for a model of the other API is refused, and the error names the path to use."""
     snapshot = _snapshot(tmp_path, kind=kind)
     request = parse_request(endpoint, b'{"model": "fast", "messages": [], "max_tokens": 5}')
-    client = WebResponder(make_mocked_request("POST", "/v1" + endpoint.path), id="req_1")
+    client = WebResponder(make_mocked_request("POST", "/v1" + endpoint.path), log_line())
     if remedy:
         with pytest.raises(InvalidRequest, match=f"send it to {remedy},"):
             prepare_call(request, ALICE, snapshot, client)
@@ -135,7 +135,7 @@ def test_an_answer_of_v1_messages_has_anthropic_s_limit_headers(tmp_path: Path) 
     """In addition to ours, and with the id in the header that Anthropic's SDK reads."""
     snapshot = _snapshot(tmp_path)
     request = parse_request(MESSAGES, b'{"model": "fast", "messages": [], "max_tokens": 5}')
-    client = WebResponder(make_mocked_request("POST", "/v1/messages"), id="req_1")
+    client = WebResponder(make_mocked_request("POST", "/v1/messages"), log_line())
     call = prepare_call(request, ALICE, snapshot, client)
     accepted = _admit(call)
     headers = call.quota_headers(accepted.entry, accepted.counters, NOON, is_held=True)

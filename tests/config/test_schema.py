@@ -14,6 +14,7 @@ from proxy.config.schema import (
     Flag,
     Group,
     Keep,
+    Log,
     Model,
     Name,
     Positive,
@@ -33,7 +34,7 @@ from proxy.policy.quota import Limit
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALLEST = {"upstreams": {"box": {"base_url": "http://box/v1"}}}
-SECTIONS = (File, Server, Keep, Allow, Upstream, Target, Model, Group, Quota, User)
+SECTIONS = (File, Server, Log, Keep, Allow, Upstream, Target, Model, Group, Quota, User)
 
 
 def test_the_smallest_file_has_all_defaults():
@@ -42,6 +43,7 @@ def test_the_smallest_file_has_all_defaults():
     assert file.server == Server(api="127.0.0.1:8080", admin="127.0.0.1:8081")
     assert (file.database, file.timezone, file.week_starts) == ("sqlite:///quotas.db", "UTC", "monday")
     assert (file.combine, file.unmatched, file.help) == ("any_group", "refuse", "")
+    assert (file.log.format, file.log.calls) == ("json", "all")
     assert (file.models, file.default_upstream, file.groups, file.users, file.admin_keys) == (None, None, {}, {}, {})
 
 
@@ -185,6 +187,7 @@ def test_secrets_are_not_in_the_repr():
         (("a",), File),
         (("server", "a"), Server),
         (("keep", "a"), Keep),
+        (("log", "a"), Log),
         (("upstreams", "box", "a"), Upstream),
         (("models", "m", "upstreams", 0, "a"), Target),
         (("upstreams", "box", "allow", "a"), Allow),

@@ -8,6 +8,7 @@ from aiohttp import web
 
 from proxy.tasks import Tasks
 from proxy.web.response import HEARTBEAT, WebResponder
+from tests.builders import log_line
 
 
 @asynccontextmanager
@@ -47,7 +48,7 @@ async def test_a_client_that_accepts_no_data_is_disconnected() -> None:
 
     async def handler(request: web.Request) -> web.StreamResponse:
         # In a task of its own, as in production: the handler is cancelled when the connection is cut.
-        await asyncio.shield(tasks.start("pour", pour(WebResponder(request, id="1", write_s=0.05))))
+        await asyncio.shield(tasks.start("pour", pour(WebResponder(request, log_line(), write_s=0.05))))
         raise AssertionError
 
     async with _served(handler) as port:
@@ -62,7 +63,7 @@ async def test_a_callback_that_is_set_after_the_disconnect_is_called_at_once() -
     notified: list[int] = []
 
     async def handler(request: web.Request) -> web.StreamResponse:
-        client = WebResponder(request, id="1")
+        client = WebResponder(request, log_line())
         client.note_disconnect()
         client.on_disconnected(lambda: notified.append(1))
         client.note_disconnect()
@@ -82,7 +83,7 @@ async def test_a_streamed_answer_arrives_as_it_is_written() -> None:
     """Head, pieces and end in this order. An empty piece is not sent: an empty chunk would end the answer."""
 
     async def handler(request: web.Request) -> web.StreamResponse:
-        client = WebResponder(request, id="req_1")
+        client = WebResponder(request, log_line())
         await client.start(201, {"content-type": "text/event-stream"})
         for piece in (b"one", b"", b"two"):
             await client.write(piece)
@@ -106,7 +107,7 @@ async def test_a_silent_stream_gets_heartbeats_but_never_inside_an_event() -> No
 
     async def handler(request: web.Request) -> web.StreamResponse:
         nonlocal is_between
-        client = WebResponder(request, id="1", heartbeat_s=0.001)
+        client = WebResponder(request, log_line(), heartbeat_s=0.001)
         await client.start(200, {})
         with client.heartbeat(lambda: is_between):
             await may_go_on.wait()
@@ -146,7 +147,7 @@ async def test_a_heartbeat_is_not_sent_if_its_block_has_ended() -> None:
 
     async def handler(request: web.Request) -> web.StreamResponse:
         loop = asyncio.get_running_loop()
-        client = WebResponder(request, id="1", heartbeat_s=0.001)
+        client = WebResponder(request, log_line(), heartbeat_s=0.001)
         await client.start(200, {})
         with client.heartbeat(lambda: True):
             begun = loop.time()
@@ -173,7 +174,7 @@ async def test_a_slow_client_gets_no_heartbeats() -> None:
     done: asyncio.Future[int] = asyncio.get_running_loop().create_future()
 
     async def pour(request: web.Request) -> None:
-        client = WebResponder(request, id="1", write_s=0.05, heartbeat_s=0.001)
+        client = WebResponder(request, log_line(), write_s=0.05, heartbeat_s=0.001)
         checks: list[bool] = []
 
         def is_between_events() -> bool:

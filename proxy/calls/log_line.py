@@ -1,0 +1,114 @@
+"""What the log says of one request, collected while the request is served and written once, when it has ended.
+
+A line never has a key, a prompt or an answer. Of the request it has the endpoint, the names of the user and of the
+model, and the first digits of the key's digest. Texts of errors are left out, because some of them repeat what the
+client or the upstream sent: the status, the code and the parameter say what happened.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from proxy.errors import ProxyError
+from proxy.identity.authentication import Caller
+from proxy.policy.amounts import Usage
+
+# How many hex digits of the digest of a key are shown. They tell the keys of one user apart and reveal nothing: they
+# are 32 of 256 bits of a hash.
+_KEY_DIGITS = 8
+# How much of a model's name is shown. A client may write up to 256 characters there.
+_MODEL_CHARACTERS_MAX = 100
+# The parameters that errors of the proxy name. One that a client made up, such as the name of a form's field, may be
+# any text.
+_PARAMETER = re.compile(r"[A-Za-z_.-]{1,40}")
+
+
+@dataclass(slots=True, kw_only=True)
+class LogLine:
+    """The line of one request. `clock` gives seconds, and every `…_s` is a time of it; None if it did not happen.
+
+    - `endpoint` is the name of the endpoint, else the method and the path.
+    - `is_call`: the request has a task of its own, which writes the line when the call is settled.
+    - `admitted_s`: the quotas admitted the call. `sent_s`: it was sent to an upstream for the first time.
+    - `answered_s`: the last byte of the upstream's answer came. `first_byte_s`: the client's answer began.
+    """
+
+    request_id: str
+    endpoint: str
+    address: str
+    clock: Callable[[], float]
+    began_s: float
+    is_call: bool = False
+    caller: Caller | None = None
+    model: str | None = None
+    group: str | None = None
+    upstream: str | None = None
+    outcome: str | None = None
+    usage: Usage | None = None
+    capped_by: str | None = None
+    refused_by: Sequence[str] = ()
+    verdict: str | None = None
+    error: ProxyError | None = None
+    admitted_s: float | None = None
+    sent_s: float | None = None
+    answered_s: float | None = None
+    first_byte_s: float | None = None
+
+    def mark_admitted(self, group: str) -> None:
+        """Note that the quotas of this group admitted the call."""
+        self.group, self.admitted_s = group, self.clock()
+
+    def mark_sent(self) -> None:
+        """Note the first time at which the call is sent to an upstream."""
+        if self.sent_s is None:
+            self.sent_s = self.clock()
+
+    def mark_answered(self) -> None:
+        """Note that the upstream's answer has ended."""
+        self.answered_s = self.clock()
+
+    def mark_first_byte(self) -> None:
+        """Note that the answer to the client begins."""
+        if self.first_byte_s is None:
+            self.first_byte_s = self.clock()
+
+    def fields(self, status: int) -> dict[str, Any]:
+        """The members of the line. `status` is the HTTP status that the client got, 499 if it left before one.
+
+        Times are in ms since the request began. `own_ms` is the part of the whole time in which no upstream had the
+        call, so it includes waiting for calls in flight. What does not apply is left out.
+        """
+        ended_s = self.clock()
+        upstream_s = 0.0 if self.sent_s is None else (self.answered_s or ended_s) - self.sent_s
+        error = self.error
+        usage = self.usage
+        members = {
+            "request": self.request_id,
+            "endpoint": self.endpoint,
+            "status": status,
+            "user": self.caller and self.caller.user,
+            "key": self.caller and self.caller.key[:_KEY_DIGITS],
+            "group": self.group,
+            "model": self.model and self.model[:_MODEL_CHARACTERS_MAX],
+            "upstream": self.upstream,
+            "outcome": self.outcome,
+            "input_tokens": usage and usage.tokens.input,
+            "output_tokens": usage and usage.tokens.output,
+            "provenance": usage and usage.provenance,
+            "capped_by": self.capped_by,
+            "refused_by": list(self.refused_by) or None,
+            "verdict": self.verdict,
+            "code": error and (error.code or error.type),
+            "param": error.param if error and error.param and _PARAMETER.fullmatch(error.param) else None,
+            "retry_after": error and error.headers.get("retry-after"),
+            "address": None if self.caller else self.address,
+            "total_ms": self._ms(ended_s),
+            "admitted_ms": self._ms(self.admitted_s),
+            "first_byte_ms": self._ms(self.first_byte_s),
+            "own_ms": round(1000 * (ended_s - self.began_s - upstream_s), 1),
+        }
+        return {name: value for name, value in members.items() if value is not None}
+
+    def _ms(self, at_s: float | None) -> float | None:
+        return None if at_s is None else round(1000 * (at_s - self.began_s), 1)

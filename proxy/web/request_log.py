@@ -1,0 +1,82 @@
+"""Writes a line to the log for each request, and few lines for requests of clients without a valid key.
+
+A client without a key could fill the disk with lines. So of requests without a user only some are logged: 10 a second
+from one address, and 100 a second in all. The others are counted, and the next line of that address says how many
+there were.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import structlog
+
+from proxy.calls.log_line import LogLine
+from proxy.logs import LoggedCalls
+
+_LINES_PER_S = 10
+_LINES_PER_S_IN_ALL = 100
+# How many addresses are remembered. Behind a load balancer there is one.
+_ADDRESSES_MAX = 1024
+
+log = structlog.get_logger("requests")
+
+
+@dataclass(slots=True)
+class _Budget:
+    """How many lines were written in the second that began at `began_s`, and how many requests since had none."""
+
+    began_s: float
+    lines: int = 0
+    skipped: int = 0
+
+    def takes_line(self, now_s: float, lines_max: int) -> bool:
+        """Whether one more line may be written now, which counts it."""
+        if now_s - self.began_s >= 1:
+            self.began_s, self.lines = now_s, 0
+        self.lines += 1
+        return self.lines <= lines_max
+
+
+class RequestLog:
+    """Begins and writes the lines. `logged_calls` is the setting in force. `clock` gives seconds that only grow."""
+
+    def __init__(self, logged_calls: Callable[[], LoggedCalls], *, clock: Callable[[], float]) -> None:
+        self._logged_calls = logged_calls
+        self._clock = clock
+        self._addresses: OrderedDict[str, _Budget] = OrderedDict()
+        self._all = _Budget(0.0)
+
+    def begin(self, request_id: str, endpoint: str, *, address: str) -> LogLine:
+        """The line of a request that begins now."""
+        return LogLine(
+            request_id=request_id, endpoint=endpoint, address=address, clock=self._clock, began_s=self._clock()
+        )
+
+    def write(self, line: LogLine, status: int) -> None:
+        """Write the line of a request that was answered with this status, if the setting wants it.
+
+        A refusal is every request that the proxy itself answered with an error.
+        """
+        setting = self._logged_calls()
+        if setting == "none" or (setting == "refusals" and line.error is None):
+            return
+        if line.caller is not None:
+            log.info("request", **line.fields(status))
+            return
+        skipped = self._skipped_before(line)
+        if skipped is not None:
+            log.info("request", **line.fields(status), **({"not_logged": skipped} if skipped else {}))
+
+    def _skipped_before(self, line: LogLine) -> int | None:
+        """How many requests of this address had no line since the last one; None if this one gets no line either."""
+        now_s = self._clock()
+        budget = self._addresses.pop(line.address, None) or _Budget(now_s)
+        self._addresses[line.address] = budget  # the address that was used last is at the end
+        if len(self._addresses) > _ADDRESSES_MAX:
+            self._addresses.popitem(last=False)
+        if not budget.takes_line(now_s, _LINES_PER_S) or not self._all.takes_line(now_s, _LINES_PER_S_IN_ALL):
+            budget.skipped += 1
+            return None
+        skipped, budget.skipped = budget.skipped, 0
+        return skipped

@@ -1,0 +1,106 @@
+"""What the log says of a request: never a key, and nothing that a client may have written at length."""
+
+from dataclasses import dataclass
+
+from proxy.calls.log_line import LogLine
+from proxy.errors import InvalidRequest, Refusal
+from proxy.identity.authentication import Caller
+from proxy.policy.amounts import Exactly, Tokens
+from tests.builders import log_line
+
+
+@dataclass
+class Clock:
+    """Seconds that only the test changes."""
+
+    now_s: float = 0.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def _call() -> tuple[LogLine, Clock]:
+    clock = Clock(100.0)
+    line = log_line("req_7", clock=clock)
+    line.endpoint, line.model = "chat", "fast"
+    line.caller = Caller("alice", ("staff",), "0123456789abcdef", source="key")
+    return line, clock
+
+
+def test_a_call_has_its_tokens_and_its_times() -> None:
+    """The time in which an upstream had the call is not the proxy's own."""
+    line, clock = _call()
+    clock.now_s = 100.010
+    line.admitted_s = clock()
+    line.mark_sent()
+    clock.now_s = 100.300
+    line.mark_sent()  # a second attempt: the first one counts
+    clock.now_s = 100.400
+    line.mark_first_byte()
+    clock.now_s = 100.500
+    line.mark_first_byte()
+    clock.now_s = 101.000
+    line.mark_answered()
+    clock.now_s = 101.005
+    line.group, line.upstream, line.outcome = "staff", "openai", "complete"
+    line.usage = Exactly(Tokens(11, 5))
+    assert line.fields(200) == {
+        "request": "req_7",
+        "endpoint": "chat",
+        "status": 200,
+        "user": "alice",
+        "key": "01234567",
+        "group": "staff",
+        "model": "fast",
+        "upstream": "openai",
+        "outcome": "complete",
+        "input_tokens": 11,
+        "output_tokens": 5,
+        "provenance": "exactly",
+        "total_ms": 1005.0,
+        "admitted_ms": 10.0,
+        "first_byte_ms": 400.0,
+        "own_ms": 15.0,
+    }
+
+
+def test_an_upstream_that_did_not_end_its_answer_had_the_call_to_the_end() -> None:
+    """So the time until the request ended is not counted as the proxy's own."""
+    line, clock = _call()
+    clock.now_s = 100.002
+    line.mark_sent()
+    clock.now_s = 130.0
+    assert line.fields(502)["own_ms"] == 2.0
+
+
+def test_a_refusal_names_the_quotas_and_says_when_to_come_back() -> None:
+    """The verdict tells a used-up quota from one that calls in flight hold."""
+    line, _ = _call()
+    line.refused_by, line.verdict = ["staff/daily"], "exhausted"
+    line.error = Refusal(
+        "Quota …", type="tokens", code="rate_limit_exceeded", headers={"retry-after": "7"}, members={}
+    )
+    fields = line.fields(429)
+    assert (fields["refused_by"], fields["verdict"]) == (["staff/daily"], "exhausted")
+    assert (fields["code"], fields["retry_after"]) == ("rate_limit_exceeded", "7")
+
+
+def test_a_request_without_a_user_has_its_address() -> None:
+    """It has no key: one that is not known here may be valid elsewhere."""
+    fields = log_line("req_8").fields(401)
+    assert fields["address"] == "192.0.2.1"
+    assert not {"user", "key", "group", "model"} & fields.keys()
+    assert "address" not in _call()[0].fields(200)
+
+
+def test_texts_of_a_client_are_left_out_or_cut() -> None:
+    """The message of an error repeats them, and a parameter or a model's name may be any text."""
+    line, _ = _call()
+    line.model = "m" * 256
+    line.error = InvalidRequest('Write "x" and not "my secret".', param="my secret [0]")
+    fields = line.fields(400)
+    assert len(fields["model"]) == 100
+    assert "param" not in fields
+    assert "secret" not in str(fields)
+    line.error = InvalidRequest("…", param="stream_options.include_usage", code="invalid_type")
+    assert line.fields(400)["param"] == "stream_options.include_usage"
