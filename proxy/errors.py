@@ -221,16 +221,25 @@ class TooManyReads(ProxyError):
 class UpstreamError(ProxyError):
     """The upstream could not be reached, failed, or refused the proxy's key. It is never the user's fault.
 
-    `was_sent` says whether the call may have reached the upstream, and so may have cost something.
+    `was_sent` says whether the call may have reached the upstream, and so may have cost something. `reason` is for
+    the log: it may name hosts, which the message must not. By default it is the message.
     """
 
     status = 502
     type = "upstream_error"
     code = "upstream_error"
 
-    def __init__(self, message: str, *, was_sent: bool = True, headers: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        was_sent: bool = True,
+        headers: Mapping[str, str] | None = None,
+        reason: str | None = None,
+    ) -> None:
         super().__init__(message, headers=headers)
         self.was_sent = was_sent
+        self.reason = reason or message
 
 
 class UpstreamBusy(UpstreamError):

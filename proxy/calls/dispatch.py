@@ -259,18 +259,20 @@ class Dispatcher:
         """Note a failure without an answer. Returns where the call may go now; None if it ends."""
         self._cooldowns.failed(candidate.upstream, self._now())
         if error.was_sent:
-            self._count_attempt(candidate, "timed_out" if isinstance(error, UpstreamTimeout) else "broke_off")
+            self._count_attempt(
+                candidate, "timed_out" if isinstance(error, UpstreamTimeout) else "broke_off", error.reason
+            )
             return None
         if isinstance(error, UpstreamUnreadable):
-            self._count_attempt(candidate, "failed")
+            self._count_attempt(candidate, "failed", error.reason)
             return self._next_attempt(routing, candidate, pause_ms=None)
-        self._count_attempt(candidate, "unreachable")
+        self._count_attempt(candidate, "unreachable", error.reason)
         return self._next_attempt(routing, candidate, pause_ms=UNREACHED_PAUSE_MS)
 
     def _after_answer(self, answer: Answer, routing: RoutingState, candidate: Candidate) -> RoutingState | None:
         """Note an answer. Returns where the call may go now; None if this answer is final."""
         outcome = _outcome(answer.status)
-        self._count_attempt(candidate, outcome)
+        self._count_attempt(candidate, outcome, answer.status_reason)
         if outcome in ("answered", "rejected"):
             self._cooldowns.answered(candidate.upstream)
             return None
@@ -289,13 +291,12 @@ class Dispatcher:
             return None
         return routing.after_failure(candidate.call.model, pause_ms=pause_ms, now=self._now())
 
-    def _count_attempt(self, candidate: Candidate, outcome: AttemptOutcome) -> None:
-        self._metrics.attempts.labels(candidate.upstream.name, outcome).inc()
-        log.debug("attempt", upstream=candidate.upstream.name, outcome=outcome, request=candidate.call.client.id)
+    def _count_attempt(self, candidate: Candidate, outcome: AttemptOutcome, reason: str) -> None:
+        name, id = candidate.upstream.name, candidate.call.client.id
+        self._metrics.attempts.labels(name, outcome).inc()
+        log.debug("attempt", upstream=name, outcome=outcome, request=id)
         if outcome not in ("answered", "rejected"):
-            log.warning(
-                "a try failed", upstream=candidate.upstream.name, outcome=outcome, request=candidate.call.client.id
-            )
+            log.warning("a try failed", upstream=name, outcome=outcome, request=id, reason=reason)
 
 
 async def _is_option_rejected(answer: Answer, call: Call) -> bool:

@@ -197,7 +197,7 @@ class Relay:
             await reservation.end("upstream_broke" if error.was_sent else "upstream_failed")
             call.client.line.error = error
             upstream = (reservation.target or call.model).upstream
-            log.warning("upstream failed", upstream=upstream.name, request=call.client.id, reason=str(error))
+            log.warning("upstream failed", upstream=upstream.name, request=call.client.id, reason=error.reason)
             if not call.client.has_begun:
                 raise
             # The status 200 is sent already. A stream that just stopped would look complete to an SDK.
@@ -289,6 +289,8 @@ class Relay:
     async def _forward_error(self, answer: Answer, call: Call, reservation: Reservation) -> None:
         """Forward an error answer. Its meaning decides what is charged and what the client sees."""
         failure = failure_of(answer.status, await answer.error_body(), answer.retry_after, call.model.upstream)
+        if isinstance(failure, UpstreamError):
+            failure.reason = answer.status_reason
         await reservation.end("rejected" if isinstance(failure, Rejected) else "upstream_failed")
         if isinstance(failure, ProxyError):
             raise failure

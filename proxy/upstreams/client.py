@@ -7,6 +7,7 @@ it is set here with the reason.
 
 import asyncio
 import io
+import os
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 # SDKs wait ten minutes for an answer, and a retry is billed again. Giving up earlier would only cost more.
 _SILENCE_S = 600
 _CONNECT_S = 5
+# How much of the address of a redirect the log has.
+_LOCATION_CHARACTERS_MAX = 200
 # A large body may take longer to send: with 64 KiB/s, one of 512 MB has two hours and a quarter more.
 _SENT_BYTES_PER_S = 64 * 1024
 # The largest answer that is read as a whole. A stream may have any length.
@@ -67,6 +70,16 @@ class Answer:
         self._body = _body(response.content, decoder, watch)
         self._beginning: list[bytes] = []  # chunks that were looked at and not handed out yet
         self._error_body: bytes | None = None
+
+    @property
+    def status_reason(self) -> str:
+        """The status for the log, and where a redirect leads to, without its query: `status 302, to https://…/login`.
+
+        Redirects are not followed. A `base_url` with http instead of https is often answered with one.
+        """
+        location = next((value for name, value in self.headers if name.lower() == "location"), "")
+        target = location.partition("?")[0][:_LOCATION_CHARACTERS_MAX]
+        return f"status {self.status}, to {target}" if target and self.status // 100 == 3 else f"status {self.status}"
 
     async def carries_events(self) -> bool:
         """Whether the body is a stream of events, whatever the header says. Waits for its first bytes.
@@ -192,7 +205,10 @@ class Upstreams:
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
             drop_frames(error)  # the library's frames have the body
             raise UpstreamError(
-                f'The upstream "{upstream.name}" can\'t be reached.', was_sent=False, headers={"retry-after": "2"}
+                f'The upstream "{upstream.name}" can\'t be reached.',
+                was_sent=False,
+                headers={"retry-after": "2"},
+                reason=why_unreachable(error),
             ) from None
         except TimeoutError as error:
             drop_frames(error)
@@ -216,6 +232,24 @@ class Upstreams:
                 yield answer
             finally:
                 watch.stop()
+
+
+def why_unreachable(error: aiohttp.ClientError) -> str:
+    """Why no connection was made, for the log: the address, and what is wrong with it or with its certificate."""
+    match error:
+        case aiohttp.ClientConnectorCertificateError():
+            certificate = error.certificate_error
+            why = f"its certificate is not valid: {getattr(certificate, 'verify_message', None) or certificate}"
+        case aiohttp.ClientConnectorSSLError():
+            why = f"no TLS connection: {error.os_error.strerror or error.os_error}"
+        case aiohttp.ClientConnectorDNSError():
+            why = "the name of its host can't be resolved"
+        case aiohttp.ClientConnectorError():
+            # The library's own text does not say "refused". There is no number if several addresses were tried.
+            why = os.strerror(error.os_error.errno) if error.os_error.errno else str(error.os_error)
+        case _:
+            return f"no connection within {_CONNECT_S} s"
+    return f"{error.host}:{error.port}: {why}"
 
 
 def _encoding(response: aiohttp.ClientResponse) -> str:

@@ -2,18 +2,21 @@
 
 import asyncio
 import gzip
+import ssl
 import sys
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
+import aiohttp
 import pytest
 
 from proxy.errors import UpstreamError, UpstreamTimeout, UpstreamUnreadable
 from proxy.formats.content_encoding import PIECE_BYTES
 from proxy.policy.catalog import Upstream
-from proxy.upstreams.client import ANSWER_BYTES_MAX, Upstreams
+from proxy.upstreams.client import ANSWER_BYTES_MAX, Upstreams, why_unreachable
 from tests.bare_upstream import connections
 from tests.stage import until
 
@@ -75,6 +78,45 @@ async def test_a_large_body_is_sent_completely() -> None:
         async with upstreams.send(up, "/chat/completions", body, {}) as answer:
             await answer.read()
         assert seen[0].endswith(body)
+
+
+async def test_the_reason_for_the_log_says_why_an_upstream_cannot_be_reached() -> None:
+    """With the address, which the message for the client must not name."""
+    async with _open() as upstreams:
+        for url, reason in (
+            ("http://127.0.0.1:1", "127.0.0.1:1: Connection refused"),
+            ("http://no-such-host.invalid", "no-such-host.invalid:80: the name of its host can't be resolved"),
+        ):
+            with pytest.raises(UpstreamError) as failed:
+                async with upstreams.send(Upstream("up", url, None), "/chat/completions", b"{}", {}):
+                    pass
+            assert failed.value.reason == reason
+            assert "127.0.0.1" not in failed.value.message
+
+
+def test_the_reason_names_what_is_wrong_with_a_certificate() -> None:
+    """So that the operator need not try with another program."""
+    key = SimpleNamespace(host="llm.example", port=443, ssl=True, is_ssl=True)
+    invalid = ssl.SSLCertVerificationError(1, "certificate verify failed")
+    invalid.verify_message = "self-signed certificate"
+    error = aiohttp.ClientConnectorCertificateError(key, invalid)  # type: ignore[arg-type]
+    assert why_unreachable(error) == "llm.example:443: its certificate is not valid: self-signed certificate"
+    no_tls = aiohttp.ClientConnectorSSLError(key, OSError(1, "wrong version number"))  # type: ignore[arg-type]
+    assert why_unreachable(no_tls) == "llm.example:443: no TLS connection: wrong version number"
+    assert why_unreachable(aiohttp.ConnectionTimeoutError()) == "no connection within 5 s"
+
+
+async def test_the_reason_of_a_redirect_says_where_it_leads() -> None:
+    """Without its query, which may have a token. It is not followed."""
+    head = b"HTTP/1.1 302 Found\r\nLocation: https://llm.example/login?token=secret\r\nContent-Length: 0\r\n\r\n"
+    plain = HEAD + b"Content-Length: 2\r\n\r\n{}"
+    for sent, reason in ((head, "status 302, to https://llm.example/login"), (plain, "status 200")):
+        async with (
+            _upstream(sent) as (up, _),
+            _open() as upstreams,
+            upstreams.send(up, "/chat/completions", b"{}", {}) as answer,
+        ):
+            assert answer.status_reason == reason
 
 
 async def test_a_refused_connection_means_that_nothing_was_sent() -> None:
