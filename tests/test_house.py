@@ -384,7 +384,9 @@ NOT_BUILT = "(not built yet:"
 def threats() -> dict[str, str]:
     """T1 → its row in docs/threats.md."""
     text = (ROOT / "docs" / "threats.md").read_text(encoding="utf-8")
-    return {f"T{number}": row for number, row in re.findall(r"^\| (\d+) \| (.*)$", text, flags=re.MULTILINE)}
+    rows = re.findall(r"^\| (\d+) \| (.*)$", text, flags=re.MULTILINE)
+    assert len(dict(rows)) == len(rows), "each row has a number of its own"
+    return {f"T{number}": row for number, row in rows}
 
 
 def named_threats() -> set[str]:
@@ -401,7 +403,6 @@ def test_each_threat_is_named_by_a_test():
     """A row that no test names may be forgotten, or its test may have been deleted."""
     rows = threats()
     assert len(rows) >= 98
-    assert list(rows) == [f"T{number}" for number in range(1, len(rows) + 1)], "rows are numbered without gaps"
     built = {threat for threat, row in rows.items() if not row.startswith(NOT_BUILT)}
     assert not built - named_threats(), "name these rows in the docstring of the test that shows them, or write it"
     assert not named_threats() - built, "these rows do not exist, or are marked as not built"

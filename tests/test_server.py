@@ -169,11 +169,11 @@ async def test_a_low_limit_of_open_files_shuts_nobody_out(tmp_path: Path) -> Non
     try:
         url, warning = None, None
         while url is None or warning is None:
-            line = (await process.stderr.readline()).decode()
+            line = json.loads(await process.stderr.readline())
             if "open_files" in line:
-                warning = json.loads(line)
-            elif url is None and "http://" in line:
-                url = line.split()[-1]
+                warning = line
+            elif line["event"] == "serving":
+                url = line["api"]
         assert (warning["open_files"], warning["connections"]) == (256, 96)
         async with AsyncExitStack() as held:
             for _ in range(300):

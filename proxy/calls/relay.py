@@ -34,7 +34,6 @@ from proxy.ledger.entry import Outcome
 from proxy.ledger.queue import AdmissionQueue, DurationEstimate
 from proxy.metrics import Metrics
 from proxy.policy.admission import Verdict
-from proxy.policy.amounts import Uses
 from proxy.policy.quota import BoundQuotas
 from proxy.upstreams import headers
 from proxy.upstreams.client import Answer
@@ -114,9 +113,7 @@ class Relay:
         self, endpoint: Endpoint, caller: Caller, snapshot: Snapshot, client: Responder
     ) -> None:
         """Raise the Refusal of a user whom limits of 0 admit to no model, whatever the request is."""
-        # A call that is billed by the piece may use no tokens.
-        uses = Uses.REQUEST if endpoint.by_piece else endpoint.uses
-        closing = snapshot.policy.closing(caller.groups, snapshot.catalog, uses)
+        closing = snapshot.policy.closing(caller.groups, snapshot.catalog, endpoint.uses, by_piece=endpoint.by_piece)
         if not closing:
             return
         binding = BoundQuotas(closing).for_user(caller.user)

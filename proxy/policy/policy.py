@@ -105,12 +105,19 @@ class Policy:
             return False
         return self.binding(groups, found.matched_name) is not None
 
-    def closing(self, groups: tuple[str, ...], catalog: Catalog, uses: Uses) -> tuple[Quota, ...]:
+    def closing(
+        self, groups: tuple[str, ...], catalog: Catalog, uses: Uses, *, by_piece: bool = False
+    ) -> tuple[Quota, ...]:
         """The quotas whose limits of 0 admit calls that use this to no model at all; none if one may be admitted.
 
         The body of such a user need not be read to refuse the call. If the list of models is open, this is decided
         only where it is certain for every name: by quotas for all models, in groups without a list of models.
+
+        A call that is billed `by_piece` may use no tokens. Then a limit of 0 tokens does not refuse it, unless
+        nothing covers such calls of this user.
         """
+        if by_piece and self._may_cover_pieces(groups):
+            uses = Uses.REQUEST
         if catalog.models is None or "*" in catalog.models:
             found = [self._closing_on_any_model(groups, uses)]
         else:
@@ -118,6 +125,15 @@ class Policy:
             bound = [self.binding(groups, name) for name in names]
             found = [each.closing(uses) for each in bound if each is not None]
         return tuple(dict.fromkeys(quota for quotas in found for quota in quotas)) if all(found) else ()
+
+    def _may_cover_pieces(self, groups: tuple[str, ...]) -> bool:
+        """Whether a call that uses no tokens may be admitted on some model."""
+        names = (EVERYONE, DEFAULT, *groups)
+        covering = (self.groups[name] for name in names if name in self.groups)
+        return self.unmatched == "allow" or any(
+            group.unlimited or any(quota.counts(Uses.REQUEST) for quota in enforced(group.quotas))
+            for group in covering
+        )
 
     def _closing_on_any_model(self, groups: tuple[str, ...], uses: Uses) -> tuple[Quota, ...]:
         everyone = self.groups.get(EVERYONE, Group(EVERYONE))

@@ -300,10 +300,10 @@ async def test_a_hold_that_has_grown_widens_what_is_believed(tmp_path: Path) -> 
         it.says("x" * 4096)
         assert await it.grows()
         assert it.meter.output_bound == it.reservation.covered == 4096 + HOLD_STEP
-        meter = meter_of(parse_request(CHAT, BODY), count=len, output_bound=7)
-        it.reservation.begin_attempt(
-            MODEL, meter, count=TokenCount(loaded(), parse_request(CHAT, BODY), MODEL, body_bytes=9)
-        )
+        request = parse_request(CHAT, BODY)
+        meter = meter_of(request, count=len, output_bound=7)
+        count = TokenCount(loaded(), request, MODEL, prompt=prompt_of(request), body_bytes=9)
+        it.reservation.begin_attempt(MODEL, meter, count=count)
         assert meter.output_bound == 4096 + HOLD_STEP
 
 

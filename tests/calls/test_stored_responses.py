@@ -294,7 +294,7 @@ def _deleted(on: Stage) -> list[str]:
 
 @pytest.mark.every_engine
 async def test_streams_that_end_at_a_limit_cannot_be_read_whole_afterwards(tmp_path: Path) -> None:
-    """The client is charged what passed. The upstream has all of it, and deletes it."""
+    """T99: the client is charged what passed. The upstream has all of it, and deletes it."""
     policy = STAFF.replace("tokens: 1M", "tokens: 9k").replace("max_output_tokens: 100", "max_output_tokens: 8000")
     policy = "wait: 0s\n" + policy
     ask = {"model": "fast", "input": "Hi", "stream": True, "metadata": {"simulate": "tokens=8000"}}

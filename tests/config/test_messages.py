@@ -35,7 +35,10 @@ QUOTA = "groups.staff.quotas.daily"
         (lambda: texts(grups={}), ['"grups" is not a key of the file; did you mean "groups"?']),
         (
             lambda: texts(server={"port": 1}),
-            ['server: "port" is not a key of server; write one of api, admin, cors, connections, body_memory'],
+            [
+                'server: "port" is not a key of server; write one of api, admin, cors, connections, '
+                "connections_per_address, body_memory"
+            ],
         ),
         (lambda: quota(tokns=1, per="day"), [f'{QUOTA}: "tokns" is not a key of a quota; did you mean "tokens"?']),
         (lambda: quota(tokens=1), [f'{QUOTA}: "per" is missing; write per: day']),

@@ -484,7 +484,7 @@ def test_hidden_input_is_what_the_model_s_context_leaves_beside_the_visible_inpu
 def test_a_context_that_is_known_later_has_the_same_effect(fields: dict) -> None:
     """That of a request without hidden input changes nothing."""
     request = parse(CHAT, **fields)
-    prompt = read_prompt(request.body, model="real-m", is_chat=True)
+    prompt = read_prompt(request.body, is_chat=True)
     for context in (128_000, 10):
         assert with_context(demand(request), prompt, context=context) == demand(request, context=context)
     plain = parse(CHAT, messages=says("hi"))

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from proxy.formats.content import read_prompt
+from proxy.formats.content import read_prompt, with_images
 from proxy.formats.endpoints import (
     CHAT,
     EMBEDDINGS,
@@ -44,7 +44,7 @@ def sent(endpoint: Endpoint, **fields: Any) -> Request:
 
 def demand(request: Request, target: Model) -> Demand:
     """What a call may use at this target, with a body of 100 bytes."""
-    prompt = read_prompt(request.body, model=target.upstream_model, is_chat=False)
+    prompt = with_images(read_prompt(request.body, is_chat=False), model=target.upstream_model)
     return estimate_demand(request, target, prompt, body_bytes=100)
 
 
@@ -159,6 +159,6 @@ def test_a_price_is_not_counted_again():
     """It is no estimate: counting the prompt changes nothing, whatever the model could read."""
     target = model("dall-e-3", tokens_per_image=10, context=9000)
     request = sent(IMAGES, prompt=[{"type": "input_file"}])
-    prompt = read_prompt(request.body, model="dall-e-3", is_chat=True)
+    prompt = read_prompt(request.body, is_chat=True)
     found = demand(request, target)
     assert counted(found, target, prompt, text_tokens=5, is_guess=True) == found

@@ -87,7 +87,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("case", REFUSED)
 async def test_a_refused_call_gives_its_body_back(case: str, tmp_path: Path) -> None:
-    """Whatever refused it, nothing of its body is left when it was answered."""
+    """T121: whatever refused it, nothing of its body is left when it was answered."""
     body, status = REFUSED[case]
     async with stage(POLICY, folder=tmp_path) as on:
 
@@ -219,7 +219,7 @@ async def test_a_large_body_waits_for_its_100_continue_until_there_is_memory(tmp
 
 
 async def test_a_large_body_without_memory_is_a_503(tmp_path: Path) -> None:
-    """After 10 s, with the time to come back.."""
+    """T122: after 10 s, with the time to come back."""
     limits = ConnectionLimits(body_memory_bytes=34 * BODY_BYTES)
     bob = KEY.replace("alice", "bob")
     async with (

@@ -80,7 +80,7 @@ async def usage(on: Stage) -> tuple[int, int]:
 
 
 async def test_speech_and_images_are_not_free_under_a_quota_of_tokens(tmp_path: Path) -> None:
-    """31 times speech and three images: each is a 404 that says why and what would help, before anything is sent."""
+    """T110: 31 times speech, three images: each is a 404 that says why and what would help; nothing is sent."""
     async with stage(policy(), folder=tmp_path) as on:
         for path, body in [SPEECH] * 31 + [IMAGE] * 3:
             reply = await on.post(path, body)
@@ -267,7 +267,7 @@ async def test_moderations_are_refused_for_requests_and_not_for_tokens(tmp_path:
 
 @pytest.mark.parametrize("stream", [False, True])
 async def test_a_maximum_of_0_is_bound_by_limits_on_output_and_charged_to_them(stream: bool, tmp_path: Path) -> None:
-    """An upstream may generate all the same, as llama.cpp does."""
+    """T111: an upstream may generate all the same, as llama.cpp does."""
     answer = {
         "choices": [{"index": 0, "message": {"content": "x"}, "delta": {"content": "x"}}],
         "usage": {"prompt_tokens": 5, "completion_tokens": 20, "total_tokens": 25},

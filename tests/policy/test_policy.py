@@ -723,6 +723,23 @@ def test_a_limit_of_0_closes_only_for_what_it_counts() -> None:
     assert policy(group("staff", ZERO)).closing(("staff",), NO_LIST, Uses.NOTHING) == ()
 
 
+@pytest.mark.parametrize("catalog", [CLOSED_LIST, NO_LIST])
+def test_limits_of_0_tokens_close_images_only_if_nothing_covers_them(catalog: Catalog) -> None:
+    """An image may use no tokens. A limit on requests, an unlimited group or `unmatched: allow` may admit it."""
+    tokens = group("staff", quota("staff/tokens", tokens=0))
+
+    def closing(rules: Policy, *groups: str) -> list[str]:
+        return [each.id for each in rules.closing(groups, catalog, Uses.INPUT_AND_OUTPUT, by_piece=True)]
+
+    assert closing(policy(tokens), "staff") == ["staff/tokens"]
+    assert closing(replace(policy(tokens), unmatched="allow"), "staff") == []
+    assert closing(policy(group("staff", quota("staff/tokens", tokens=0, requests=9))), "staff") == []
+    assert closing(policy(group("staff", quota("staff/tokens", tokens=0, requests=0))), "staff") == ["staff/tokens"]
+    assert closing(policy(tokens, group("everyone", quota("everyone/calls", requests=9))), "staff") == []
+    rules = replace(policy(tokens, group("admins", unlimited=True)), combine="every_group")
+    assert closing(rules, "staff", "admins") == []
+
+
 def test_a_user_without_a_model_is_not_refused_because_of_a_limit() -> None:
     """Such a user gets a 404 that says what would help."""
     assert policy().closing((), CLOSED_LIST, Uses.INPUT) == ()

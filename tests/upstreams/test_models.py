@@ -161,7 +161,7 @@ async def replaced(lists: ModelLists, upstream: Upstream, old: Listed) -> None:
 
 
 async def test_a_list_is_fetched_once_and_again_in_the_background_after_five_minutes() -> None:
-    """The first callers share one fetch. Later ones get the old list at once while it is fetched again."""
+    """T100: the first callers share one fetch. Later ones get the old list at once while it is fetched again."""
     async with lister(listing("a"), listing("a", "b")) as (source, lists, upstream, clock):
         found = await asyncio.gather(*(lists.of(upstream) for _ in range(10)))
         assert found == [{"a": None}] * 10
