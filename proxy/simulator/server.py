@@ -117,7 +117,7 @@ class Simulator:
         self.reported_usage = ReportedUsage()
         self.requests: deque[Received] = deque(maxlen=REQUESTS_KEPT)
         self.received = 0  # requests since the start
-        self.deletions = 0  # those of them that delete a response
+        self.deletions = 0  # those of them that delete a stored response
         self.open_calls = 0
         self.open_streams = 0
         self.chunks_sent = 0  # words of text sent in streams since the start
@@ -241,7 +241,6 @@ class Simulator:
     async def _receive(self, request: web.Request) -> bytes:
         body = await request.read()
         self.received += 1
-        self.deletions += request.method == "DELETE"
         self.requests.append(Received(request.method, request.raw_path, request.headers, body))
         self._changed()
         return body
@@ -276,6 +275,7 @@ class Simulator:
 
     async def _handle_stored_response(self, request: web.Request) -> web.Response:
         await self._receive(request)
+        self.deletions += request.method == "DELETE"
         try:
             self._check_key(request)
             answer = self._store.handle(request.method, request.path, request.query)
