@@ -59,6 +59,9 @@ class MediaMeter(Meter):
         """Add the usage that an answer states. An SVG image also states, in `svg_usage`, that of its text model."""
         for name in ("usage", "svg_usage"):
             stated, before = self._read(answer.get(name)), self._stated
+            # Gateways such as LiteLLM write zeros if the vendor states no usage.
+            if stated is not None and not any(stated.parts):
+                stated = None
             if stated is None or before is None:
                 self._stated = stated or before
             elif self._completed > self._choices:  # more ends than were asked for: not another image

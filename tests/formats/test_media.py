@@ -101,6 +101,21 @@ def test_a_usage_without_an_output_states_only_a_part_of_the_cost() -> None:
     assert (without_input.usage(), without_input.input_reported) == (AtLeast(Tokens(0, 5)), None)
 
 
+ZEROS = {"input_tokens": 0, "output_tokens": 0, "total_tokens": 0}
+
+
+def test_a_usage_of_zeros_states_nothing() -> None:
+    """LiteLLM writes it if the vendor states none. No image is free."""
+    for usage in (ZEROS, {"total_tokens": 0}, {"input_tokens": 0}, {"output_tokens": 0}):
+        for name in ("usage", "svg_usage"):
+            meter = whole({name: usage}, IMAGES)
+            assert (meter.usage(), meter.input_reported) == (Unspent(requests=1), None)
+        end = {"type": "image_generation.completed", "usage": usage}
+        assert usage_of(media_stream(end), request(IMAGES)) == Unspent(requests=1)
+    assert whole({"usage": RESPONSE_USAGE, "svg_usage": ZEROS}, IMAGES).usage() == Exactly(Tokens(11, 5))
+    assert whole({"usage": {**ZEROS, "output_tokens": 5}}, IMAGES).usage() == Exactly(Tokens(0, 5))
+
+
 def test_tokens_beside_the_output_of_an_image_are_not_free() -> None:
     """As on every endpoint that generates."""
     usage = {"input_tokens": 11, "output_tokens": 5, "total_tokens": 116}
