@@ -420,20 +420,26 @@ def _models_without_tokens(config: Config) -> Warnings:
 
     With an open list of models, and `unmatched: allow`, one warning is about all such models that are not listed.
     """
+    policy = replace(config.policy, unmatched="refuse")
     for name, model in (config.catalog.models or {}).items():
         endpoint = next(filter(None, (endpoint_by_piece(each.upstream_model) for each in model.targets)), None)
-        has_price = bool(model.tokens_per_request or model.tokens_per_image)
-        users = _users_not_counted(config, name, Uses.OUTPUT if has_price else Uses.REQUEST)
-        if endpoint is None or not users:
+        if endpoint is None:
             continue
-        key = "tokens_per_image" if endpoint.name == "images" else "tokens_per_request"
+        is_of_images = endpoint.name == "images"
+        has_price = bool(model.tokens_per_request or (is_of_images and model.tokens_per_image))
+        users = _users_not_counted(config, policy, name, Uses.OUTPUT if has_price else Uses.REQUEST)
+        if not users:
+            continue
+        key = "tokens_per_image" if is_of_images else "tokens_per_request"
         remedy = "write tokens or requests" if has_price else f"write {key} here, or requests"
         result = "are free" if config.policy.unmatched == "allow" else "are refused"
         text = f"its answers on /v1{endpoint.path} report no tokens, which no quota of {_shown(users)} counts"
         yield Finding(("models", name), f"{text}, so they {result}; {remedy} in one of the quotas")
+    if config.policy.unmatched != "allow":
+        return
     unlisted = [name for name in _WITHOUT_TOKENS if name not in (config.catalog.models or {})]
-    users = list(dict.fromkeys(user for name in unlisted for user in _users_not_counted(config, name, Uses.REQUEST)))
-    if users and config.policy.unmatched == "allow":
+    found = (user for name in unlisted for user in _users_not_counted(config, policy, name, Uses.REQUEST))
+    if users := list(dict.fromkeys(found)):
         text = (
             f"images, speech and transcripts of models that report no tokens ({', '.join(unlisted)} and others) are "
             f"free for {_shown(users)}, whose quotas count only tokens; write requests in one of the quotas"
@@ -441,14 +447,18 @@ def _models_without_tokens(config: Config) -> Warnings:
         yield Finding(("unmatched",), text)
 
 
-def _users_not_counted(config: Config, model: str, counted: Uses) -> list[str]:
-    """The users who can call this model, and whose quotas for it count nothing of a call that uses `counted`."""
-    policy = replace(config.policy, unmatched="refuse")
-    return [
-        user.name
-        for user in config.users
-        if policy.serves(user.groups, model, config.catalog) and policy.binding(user.groups, model, counted) is None
-    ]
+def _users_not_counted(config: Config, policy: Policy, model: str, certain: Uses) -> list[str]:
+    """The users who can call this model, and whose quotas for it count nothing of a call that uses `certain`.
+
+    `policy` is that of the file with `unmatched: refuse`. Thousands of users have few different sets of groups, so
+    each set is looked at once.
+    """
+    not_counted = {
+        groups
+        for groups in {user.groups for user in config.users}
+        if policy.serves(groups, model, config.catalog) and policy.binding(groups, model, certain) is None
+    }
+    return [user.name for user in config.users if user.groups in not_counted]
 
 
 def _exact_output_quota(config: Config, model: str) -> Quota | None:

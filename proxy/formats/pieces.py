@@ -80,12 +80,12 @@ def price_of(request: Request, target: Model) -> int:
 def uses_of(request: Request, target: Model) -> Uses:
     """What a call can use at this target.
 
-    If it is not known whether the answer will state tokens, a call without a price can use them.
+    If it is not known whether the answer will state tokens, it can use them, also if there is a price: they are
+    charged if they come.
     """
-    states = states_tokens(request, target)
-    if states is not True and price_of(request, target):
-        return Uses.OUTPUT
-    return Uses.REQUEST if states is False else request.endpoint.uses
+    if states_tokens(request, target) is not False:
+        return request.endpoint.uses
+    return Uses.OUTPUT if price_of(request, target) else Uses.REQUEST
 
 
 def counted_of(request: Request, model: Model) -> Uses:

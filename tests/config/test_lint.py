@@ -6,6 +6,7 @@ import pytest
 
 from proxy.config.lint import sentences, warnings
 from proxy.config.loader import load, load_text
+from proxy.policy.policy import Policy
 from tests.config.test_loader import EXAMPLE, example_environ
 
 UPSTREAM = "upstreams: {box: {base_url: http://box/v1}}\n"
@@ -466,6 +467,33 @@ def test_models_of_other_endpoints_whose_answers_report_no_tokens():
     )
     paths = [text.split()[4] for text in warned(group(DAILY) + models)]
     assert paths == ["/v1/audio/speech", "/v1/audio/transcriptions", "/v1/images/generations"]
+
+
+def test_a_price_of_images_is_none_of_speech():
+    """It is written where only `tokens_per_request` counts. Either is a price of images."""
+    models = "models:\n  a: {model: tts-1, tokens_per_image: 100}\n"
+    [text] = warned(group(DAILY) + models)
+    assert "/v1/audio/speech report no tokens" in text
+    assert "write tokens_per_request here" in text
+    assert warned(group(DAILY) + models.replace("per_image", "per_request")) == []
+    assert warned(group(DAILY) + BY_PIECE.replace("}", ", tokens_per_request: 1k}")) == []
+
+
+def test_models_without_tokens_are_found_quickly_among_many_users(monkeypatch):
+    """Each set of groups is looked at once for each such model, and no other model is looked at."""
+    looked_at: list[tuple[tuple[str, ...], str]] = []
+    serves = Policy.serves
+
+    def counting(self, groups, model, catalog):
+        looked_at.append((groups, model))
+        return serves(self, groups, model, catalog)
+
+    monkeypatch.setattr(Policy, "serves", counting)
+    users = ", ".join(f"u{number}: {{groups: [staff]}}" for number in range(50))
+    models = "models:\n  draw: {model: dall-e-3}\n" + "".join(f"  m{each}: {{{KNOWN}}}\n" for each in range(50))
+    [text] = warned(group(DAILY, users=users) + models)
+    assert "u0, u1, u2, u3, u4 and 45 more" in text
+    assert looked_at == [(("staff",), "draw")]
 
 
 def test_an_open_list_with_models_whose_answers_report_no_tokens_that_are_allowed():

@@ -98,7 +98,7 @@ def test_the_endpoint_the_format_and_the_name_say_whether_an_answer_states_token
         ("dall-e-3", {}, Uses.REQUEST, Uses.REQUEST),
         ("dall-e-3", {"tokens_per_image": 9}, Uses.OUTPUT, Uses.OUTPUT),
         ("flux", {}, Uses.INPUT_AND_OUTPUT, Uses.REQUEST),
-        ("flux", {"tokens_per_request": 9}, Uses.OUTPUT, Uses.OUTPUT),
+        ("flux", {"tokens_per_request": 9}, Uses.INPUT_AND_OUTPUT, Uses.OUTPUT),
     ],
 )
 def test_what_an_image_can_use_and_is_certain_to_be_counted_by(name, known, uses, counted_by):
@@ -107,6 +107,15 @@ def test_what_an_image_can_use_and_is_certain_to_be_counted_by(name, known, uses
         uses,
         counted_by,
     )
+
+
+@pytest.mark.parametrize(("price", "reserved"), [(200, 8192), (9000, 9000)])
+def test_an_unknown_model_with_a_price_reserves_the_tokens_that_it_may_state(price, reserved):
+    """They are charged if they come, so less would take a quota over its limit. A larger price is reserved too."""
+    target = model("flux", tokens_per_image=price)
+    found = demand(sent(IMAGES), target)
+    assert (found.output_maximum, found.initial_hold, found.input > 0) == (reserved, reserved, True)
+    assert demand(sent(IMAGES), replace(target, max_output_tokens=1000)).output_maximum == max(1000, price)
 
 
 def test_one_target_without_tokens_makes_the_call_one_that_is_billed_by_the_piece():
