@@ -13,7 +13,7 @@ from typing import Protocol
 from proxy.errors import InvalidRequest, ModelNotFound, ProxyError
 from proxy.formats.kinds import kind_of
 from proxy.formats.limit_headers import anthropic_limit_headers, rate_limit_headers
-from proxy.formats.pieces import counted_of
+from proxy.formats.pieces import certain_uses_of
 from proxy.formats.refusal import refusal
 from proxy.formats.request import Request, forwarded_body, forwarded_model
 from proxy.formats.restrictions import check_allowance, check_model_name, check_refused_fields
@@ -235,7 +235,7 @@ def prepare_call(
         check_allowance(request.endpoint, request.body, target.allows)
         if target.upstream.refuse:
             check_refused_fields(request.used_fields, target.upstream.refuse, model=request.model)
-    bound = policy.binding(caller.groups, model.matched_name, counted_of(request, model))
+    bound = policy.binding(caller.groups, model.matched_name, certain_uses_of(request, model))
     if bound is None:
         raise _no_quota(request.model, is_covered=policy.binding(caller.groups, model.matched_name) is not None)
     return Call(

@@ -123,14 +123,14 @@ def _default_may_apply(policy: Policy, default: Group, user: FileUser) -> bool:
     return not all(_has_quota_for_every_model(policy, user, uses) for uses in can_count)
 
 
-def _has_quota_for_every_model(policy: Policy, user: FileUser, counted: Uses) -> bool:
+def _has_quota_for_every_model(policy: Policy, user: FileUser, certain: Uses) -> bool:
     """Whether one of the user's groups has a quota for every model that counts this, or is unlimited for them."""
     groups = (policy.groups[name] for name in user.groups)
     return any(
         _matches_all(group.models)
         and (
             group.unlimited
-            or any(_matches_all(quota.models) and quota.counts(counted) for quota in enforced(group.quotas))
+            or any(_matches_all(quota.models) and quota.counts(certain) for quota in enforced(group.quotas))
         )
         for group in groups
     )

@@ -37,7 +37,8 @@ STANDARD_FIELDS = frozenset((*_INPUT, *_OUTPUT, _TOTAL, _CACHE_READ, _CACHE_WRIT
 class Stated:
     """What an upstream states of the tokens of one answer; None for a part that it does not state.
 
-    `cached` is a part of `input` and `reasoning` a part of `output`. `total` is set only if it is all that is stated.
+    `cached` is a part of `input` and `reasoning` a part of `output`. `total` is what an object states that states
+    nothing else; beside parts from another object it only fills in a missing output.
     """
 
     input: int | None = None
@@ -120,10 +121,10 @@ def read_usage(
       is larger than input and output, the surplus is output: if it is exactly the reasoning tokens (xAI), or if the
       output with it is at most `output_bound` (Gemini). A surplus that is exactly the cached tokens is input. Any
       other total that contradicts its parts is ignored: parts 11 and 5 with a total of 9999 are 16 tokens.
-    - If only the output is missing, it is the surplus of the total under the same rule: input 11 with a total of 16 is
+    - If only the output is missing, it is the surplus of the total by the same rule: input 11 with a total of 16 is
       11 and 5, and with a total of 9999 the output stays unknown. If both parts are missing, the total is charged as
-      output: `{"total_tokens": 16}` is 16 tokens of output. No rule bounds such a total, because it includes the input,
-      whose size is not known here, and nothing else in the answer says what was used.
+      output: `{"total_tokens": 16}` is 16 tokens of output. Such a total is not bounded by `output_bound`, because it
+      includes the input, whose size is not known here.
     - `extra` are members that count as output in addition (Perplexity), if the endpoint generates.
     - `has_separate_cache`: the input is the sum of `input_tokens`, `cache_creation_input_tokens` and
       `cache_read_input_tokens` (Anthropic).

@@ -225,8 +225,8 @@ async def _body(content: aiohttp.StreamReader, decoder: BodyDecoder | None) -> A
         raise UpstreamTimeout("The upstream stopped sending in the middle of its answer.") from None
     except NotDecodable:
         raise UpstreamError(
-            "The upstream's answer can't be decompressed: it is not in the format that its Content-Encoding names, or "
-            "its end is missing."
+            "The upstream's answer can't be decompressed: it is not in the format that its Content-Encoding names, "
+            "or its end is missing."
         ) from None
     except (aiohttp.ClientError, ConnectionError):
         raise UpstreamError("The upstream broke off in the middle of its answer.") from None
