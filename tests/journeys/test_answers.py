@@ -224,7 +224,7 @@ async def test_a_whole_answer_under_the_header_of_a_stream_is_held(tmp_path: Pat
         behind(upstream, tmp_path, policy=policy) as on,
     ):
         reply = await ask(on, model="gpt-4o-mini")
-        assert b"no room for it" in reply.body
+        assert b"no room for it. Send the request without `stream`, or with a smaller maximum." in reply.body
         assert b"word" not in reply.body
         assert (await record(on))[0] == "at_limit"
 
