@@ -1,6 +1,6 @@
 """Images, speech, transcripts and moderations: the output is known only at the end of the answer. It may be no JSON.
 
-An answer that reports its tokens is charged these. One that reports none is one request for the meter: what it costs
+An answer that states its tokens is charged these. One that states none is one request for the meter: what it costs
 is stated in `pieces`. A stream consists of typed events, of which the last of each choice may have the usage:
 
     data: {"type":"image_generation.partial_image","b64_json":…}
@@ -59,6 +59,9 @@ class MediaMeter(Meter):
         """Add the usage that an answer states. An SVG image also states, in `svg_usage`, that of its text model."""
         for name in ("usage", "svg_usage"):
             stated, before = self._read(answer.get(name)), self._stated
+            # Gateways such as LiteLLM write zeros if the vendor states no usage.
+            if stated is not None and not any(stated.parts):
+                stated = None
             if stated is None or before is None:
                 self._stated = stated or before
             elif self._completed > self._choices:  # more ends than were asked for: not another image
@@ -67,9 +70,9 @@ class MediaMeter(Meter):
                 self._stated = before.plus(stated, adds_input=True)
 
     def _usage_in_tokens(self) -> Usage:
-        """The reported tokens if there are any, else one request.
+        """The stated tokens if there are any, else one request.
 
-        A stream that broke off has not reported what it cost. TOKENS_MAX then stands for the whole reservation,
+        A stream that broke off has not stated what it cost. TOKENS_MAX then stands for the whole reservation,
         because an estimate is never charged beyond it. An error generated nothing, but its input was read.
         """
         if self._stated is not None and self.is_at_end:
@@ -77,7 +80,7 @@ class MediaMeter(Meter):
             # Without an output the usage states only a part of the cost.
             if self._stated.known_output is None:
                 return AtLeast(Tokens(tokens.input, TOKENS_MAX))
-            return AtLeast(tokens) if self.input_reported is None else Exactly(tokens)
+            return AtLeast(tokens) if self.input_stated is None else Exactly(tokens)
         if self.has_error:
             return AtLeast(Tokens(0, 0))
         if self.is_at_end:

@@ -86,7 +86,7 @@ class MessagesMeter(Meter):
         return answer.get("content")
 
     def _see_object(self, chunk: JSON, event: Event) -> bytes:
-        """Record an event of a message. `message_start` reports the input, each `message_delta` the total so far."""
+        """Record an event of a message. `message_start` states the input, each `message_delta` the total so far."""
         kind = chunk.get("type")
         self.has_error = self.has_error or kind == "error"
         if kind == "message_start":
@@ -114,13 +114,13 @@ class MessagesMeter(Meter):
         # A usage that makes no sense must not spoil those before and after it.
         if not isinstance(usage, dict) or self._read(usage) is None:
             return
-        # No message has an empty input. A server that reports 0 at the beginning counts the input at the end.
+        # No message has an empty input. A server that states 0 at the beginning counts the input at the end.
         parts = {name: usage.get(name) for name in INPUT_PARTS if usage.get(name) or not is_early}
         parts |= {name: earlier for name, earlier in self._input_parts.items() if not parts.get(name)}
         self._input_parts = {name: value for name, value in parts.items() if value}
         # The early output is a guess at the first tokens. They are counted when they come, so it is left out.
         stated = self._read({**{name: value for name, value in usage.items() if name not in INPUT_PARTS}, **parts})
-        self._report(Stated(stated.input, cached=stated.cached) if stated and is_early else stated)
+        self._record(Stated(stated.input, cached=stated.cached) if stated and is_early else stated)
 
 
 class MessagesEnding(Ending):

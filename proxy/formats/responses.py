@@ -13,9 +13,10 @@ from io import StringIO
 
 from proxy.errors import ProxyError
 from proxy.formats.endpoints import RESPONSE_ID
-from proxy.formats.meter import JSON, Ending, Meter, texts_in, write_events
+from proxy.formats.meter import JSON, Ending, Meter, write_events
 from proxy.formats.request import Request
 from proxy.formats.sse import Event
+from proxy.formats.texts import texts_in
 from proxy.policy.amounts import Tokens
 
 # The events that end a response.
@@ -57,7 +58,7 @@ class ResponsesMeter(Meter):
     def _new_ending(self, request: Request) -> Ending:
         return ResponsesEnding()
 
-    def flush(self) -> bytes:
+    def end(self) -> bytes:
         """Note that a stream that ends without its last event broke off, even if its body ended regularly."""
         self.has_error = self.has_error or not self.is_over
         return b""
@@ -74,8 +75,8 @@ class ResponsesMeter(Meter):
         if isinstance(response, dict):
             self._see_response(response)
         # Some gateways state the usage beside the response, or in members of their own.
-        self._report(self._read(chunk.get("usage")))
-        self._report_beside(chunk)
+        self._record(self._read(chunk.get("usage")))
+        self._record_beside(chunk)
         if isinstance(kind, str) and kind in RESPONSE_ENDS:
             self.is_at_end = self.is_over = True
             self.has_error = self.has_error or kind in ("error", "response.failed")
@@ -91,15 +92,15 @@ class ResponsesMeter(Meter):
         """Record the id of a response, and its usage if it has one."""
         name, tools = response.get("id"), response.get("tool_usage")
         # Counting the input tokens (`input_tokens`) stores no response, whatever its answer contains.
-        if self._generates and isinstance(name, str) and RESPONSE_ID.fullmatch(name):
+        if self._counts_text and isinstance(name, str) and RESPONSE_ID.fullmatch(name):
             self.response_id = name
         stated = self._read(response.get("usage"))
-        # The image tool reports its tokens separately; they are not included in `usage`.
+        # The image tool states its tokens separately; they are not included in `usage`.
         drawn = self._read(tools.get("image_gen")) if isinstance(tools, dict) else None
         if stated and drawn:
             stated = stated.plus(drawn, adds_input=True)
-        self._report(stated)
-        self._report_beside(response)
+        self._record(stated)
+        self._record_beside(response)
 
     def _count_missing(self, part: object) -> None:
         """Count a text that an event repeats as a whole, as far as it exceeds what was counted so far.

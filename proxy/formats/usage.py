@@ -37,7 +37,8 @@ STANDARD_FIELDS = frozenset((*_INPUT, *_OUTPUT, _TOTAL, _CACHE_READ, _CACHE_WRIT
 class Stated:
     """What an upstream states of the tokens of one answer; None for a part that it does not state.
 
-    `cached` is a part of `input` and `reasoning` a part of `output`. `total` is set only if it is all that is stated.
+    `cached` is a part of `input` and `reasoning` a part of `output`. `total` is what an object states that states
+    nothing else; beside parts from another object it only fills in a missing output.
     """
 
     input: int | None = None
@@ -120,8 +121,10 @@ def read_usage(
       is larger than input and output, the surplus is output: if it is exactly the reasoning tokens (xAI), or if the
       output with it is at most `output_bound` (Gemini). A surplus that is exactly the cached tokens is input. Any
       other total that contradicts its parts is ignored: parts 11 and 5 with a total of 9999 are 16 tokens.
-    - If only the output is missing, it is the total minus the input: input 11 with a total of 16 is 11 and 5. If both
-      parts are missing, the total is charged as output: `{"total_tokens": 16}` is 16 tokens of output.
+    - If only the output is missing, it is the surplus of the total by the same rule: input 11 with a total of 16 is
+      11 and 5, and with a total of 9999 the output stays unknown. If both parts are missing, the total is charged as
+      output: `{"total_tokens": 16}` is 16 tokens of output. Such a total is not bounded by `output_bound`, because it
+      includes the input, whose size is not known here.
     - `extra` are members that count as output in addition (Perplexity), if the endpoint generates.
     - `has_separate_cache`: the input is the sum of `input_tokens`, `cache_creation_input_tokens` and
       `cache_read_input_tokens` (Anthropic).
@@ -132,6 +135,9 @@ def read_usage(
     if not isinstance(usage, dict):
         return None
     stated = _parts_of(usage, has_separate_cache=has_separate_cache)
+    if stated is not None and stated.output is None:
+        # The total says what the output is, and it does not include the additional members.
+        stated = _with_surplus(stated, usage, output_bound)
     if stated is not None and output_bound is not None:
         stated = _with_extra(stated, sum(_count(usage.get(name)) or 0 for name in extra))
         stated = _with_surplus(stated, usage, output_bound)
@@ -205,8 +211,6 @@ def _parts_of(usage: dict[str, Any], *, has_separate_cache: bool) -> Stated | No
     total, reasoning = _count(usage.get(_TOTAL)), _reasoning_in(usage)
     if input_tokens is None and output_tokens is None:
         return None if total is None else Stated(reasoning=reasoning, total=total)
-    if output_tokens is None and input_tokens is not None and total is not None and total >= input_tokens:
-        output_tokens = total - input_tokens
     return Stated(input_tokens, output_tokens, _cached_in(usage), reasoning)
 
 
@@ -217,13 +221,18 @@ def _with_extra(stated: Stated, more: int) -> Stated:
     return stated if stated.total is None else replace(stated, total=stated.total + more)
 
 
-def _with_surplus(stated: Stated, usage: dict[str, Any], output_bound: int) -> Stated:
-    """The same with the tokens by which the total is larger than input and output, if it is known what they are."""
-    total = _count(usage.get(_TOTAL))
-    if stated.input is None or stated.output is None or total is None:
+def _with_surplus(stated: Stated, usage: dict[str, Any], output_bound: int | None) -> Stated:
+    """The same with the tokens by which the total is larger than input and output, if it is known what they are.
+
+    An output that is missing is 0 before, and stays missing if the surplus is unknown.
+    """
+    total, stated_output = _count(usage.get(_TOTAL)), stated.output or 0
+    if stated.input is None or total is None:
         return stated
-    surplus, caches = total - stated.input - stated.output, _caches_in(usage)
-    if surplus <= 0:
+    surplus, caches = total - stated.input - stated_output, _caches_in(usage)
+    if surplus == 0:
+        return replace(stated, output=stated_output)
+    if surplus < 0 or output_bound is None:
         return stated
     if surplus == stated.reasoning:
         cached, output = 0, surplus
@@ -231,11 +240,11 @@ def _with_surplus(stated: Stated, usage: dict[str, Any], output_bound: int) -> S
         cached, output = surplus, 0
     elif surplus - stated.reasoning in caches:
         cached, output = surplus - stated.reasoning, stated.reasoning
-    elif stated.output + surplus <= output_bound:
+    elif stated_output + surplus <= output_bound:
         cached, output = 0, surplus
     else:
         return stated
-    return replace(stated, input=stated.input + cached, output=stated.output + output)
+    return replace(stated, input=stated.input + cached, output=stated_output + output)
 
 
 def _cached_in(usage: dict[str, Any]) -> int:

@@ -171,8 +171,10 @@ def test_an_invalid_usage_gives_none(usage):
 )
 def test_output_that_only_the_total_includes_is_not_free(usage):
     """The total is 16 and the input 11, so 5 were generated: the result has 16 tokens or is None, never 11."""
-    tokens = read_tokens(usage)
-    assert tokens == Tokens(11, 5)
+    assert read_tokens(usage) == Tokens(11, 5)
+    assert read_usage(usage) == Stated(11, None)  # nothing is generated
+    assert read_usage({**usage, "citation_tokens": 4}, output_bound=10, extra=["citation_tokens"]) == Stated(11, 9)
+    assert read_usage(usage, output_bound=4) == Stated(11, None)
 
 
 @pytest.mark.parametrize(
@@ -182,6 +184,9 @@ def test_output_that_only_the_total_includes_is_not_free(usage):
         ({"prompt_tokens": 11, "completion_tokens": None}, Stated(11, None)),
         ({"prompt_tokens": 11, "completion_tokens": None, "total_tokens": None}, Stated(11, None)),
         ({"prompt_tokens": 11, "total_tokens": 5}, Stated(11, None)),
+        ({"prompt_tokens": 11, "total_tokens": 9999}, Stated(11, None)),
+        ({"prompt_tokens": 11, "completion_tokens": None, "total_tokens": 4108}, Stated(11, None)),
+        ({"prompt_tokens": 11, "total_tokens": 11}, Stated(11, 0)),
         ({"prompt_tokens": 11, "completion_tokens": 0}, Stated(11, 0)),
         ({"completion_tokens": 5}, Stated(None, 5)),
         ({"prompt_tokens": None, "completion_tokens": 5, "total_tokens": 16}, Stated(None, 5)),
@@ -195,6 +200,7 @@ def test_a_part_that_is_not_stated_is_unknown_and_not_zero(usage, stated):
 
 
 REASONED = {"completion_tokens_details": {"reasoning_tokens": 94}}
+REASONING = {"completion_tokens_details": {"reasoning_tokens": 9000}}
 CACHED = {"prompt_tokens_details": {"cached_tokens": 200}}
 
 
@@ -233,6 +239,9 @@ CACHED = {"prompt_tokens_details": {"cached_tokens": 200}}
             Tokens(10, 5, reasoning=5),
             id="a surplus beyond the bound that nothing explains",
         ),
+        pytest.param(
+            {"prompt_tokens": 10, "total_tokens": 9010, **REASONING}, Tokens(10, 9000, reasoning=9000), id="no output"
+        ),
         pytest.param(chat(10, 96, total_tokens=4106), Tokens(10, 4096), id="as much as the call can use"),
         pytest.param(chat(10, 96, total_tokens=4107), Tokens(10, 96), id="one more than the call can use"),
         pytest.param(chat(100, 50, total_tokens=350, **CACHED), Tokens(300, 50, cached=200), id="cached beside"),
@@ -265,7 +274,8 @@ CACHED = {"prompt_tokens_details": {"cached_tokens": 200}}
 def test_tokens_beside_the_output_are_not_free(usage, tokens):
     """What the total includes beyond input and output is output, or input if it is exactly the cached tokens."""
     assert read_tokens(usage) == tokens
-    assert read_usage(usage) == replace(read_usage(usage), output=usage.get("completion_tokens", 9))
+    stated_output = usage.get("completion_tokens", usage.get("output_tokens"))
+    assert read_usage(usage) == replace(read_usage(usage), output=stated_output)
 
 
 def test_additional_members_of_an_upstream_are_output():
