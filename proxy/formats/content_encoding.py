@@ -48,6 +48,7 @@ class BodyDecoder:
 
     def __init__(self, encoding: str, *, members_max: int = MEMBERS_MAX) -> None:
         self._new_member = CONTENT_ENCODINGS[encoding]
+        self._padding = b"\0" if encoding == "gzip" else b""  # tapes and block devices add it; gzip(1) ignores it
         self._members_max = members_max
         self._member: _Decoder | None = None
         self._members = 0
@@ -71,6 +72,8 @@ class BodyDecoder:
 
     def _pieces(self, data: bytes) -> Iterator[bytes]:
         # Goes on without data while the current member has output left that did not fit into the last piece.
+        if self._member is not None and self._member.eof:
+            data = data.lstrip(self._padding)
         while data or not (self._member is None or self._member.needs_input or self._member.eof):
             if self._member is None or self._member.eof:
                 self._members += 1
@@ -81,7 +84,7 @@ class BodyDecoder:
                 self._member = self._new_member(data)
             if piece := self._member.decompress(data, PIECE_BYTES):
                 yield piece
-            data = self._member.unused_data if self._member.eof else b""
+            data = self._member.unused_data.lstrip(self._padding) if self._member.eof else b""
 
 
 class _Decoder(Protocol):

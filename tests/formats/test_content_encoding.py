@@ -112,9 +112,21 @@ def test_an_empty_body_needs_no_decompression(encoding: str) -> None:
 def test_a_body_in_another_format_is_refused(encoding: str) -> None:
     """Plain JSON, an incomplete body, and bodies with bytes behind their end."""
     compressed = COMPRESS[encoding](TEXT)
-    for wrong in (TEXT, compressed[:-1], compressed + b"x", compressed + b"\0" * 20):
+    padded = [] if encoding == "gzip" else [compressed + b"\0" * 20]
+    for wrong in (TEXT, compressed[:-1], compressed + b"x", *padded):
         with pytest.raises(NotDecodable, match="can't be decompressed"):
             decompressed(encoding, wrong)
+
+
+@pytest.mark.parametrize("step", [1, 7, 1000])
+def test_zeros_after_gzip_are_ignored(step: int) -> None:
+    """As gzip(1) does. They may come before another member, but not before the first one."""
+    padded = compress(b"ab") + b"\0" * 600 + compress(b"c") + b"\0"
+    assert decompressed("gzip", *(padded[at : at + step] for at in range(0, len(padded), step))) == b"abc"
+    with pytest.raises(NotDecodable, match="can't be decompressed"):
+        decompressed("gzip", b"\0" + padded)
+    with pytest.raises(NotDecodable, match="can't be decompressed"):
+        decompressed("gzip", compress(b"ab") + b"\0\0x")
 
 
 def test_a_zstd_frame_may_need_a_window_of_8_mib_and_no_more() -> None:
