@@ -151,7 +151,10 @@ def _deflate(data: bytes) -> _Decoder:
     # RFC 9110 §8.4.1.2: the encoding is the zlib format, but some clients send raw deflate without the header of two
     # bytes. The first byte tells them apart: its low four bits are 8 in a zlib header. In raw deflate they are 8
     # only if a padding bit is set, which encoders leave 0 (RFC 1951 §3.2.4).
-    return _ZlibDecoder(zlib.MAX_WBITS if data[0] & 0x0F == zlib.DEFLATED else -zlib.MAX_WBITS)
+    # `{` and `[` begin no raw deflate: the first byte of its text would be 160 or more. So plain JSON is refused at
+    # once by the decoder for zlib, where the other one might make something of it.
+    is_zlib = data[0] & 0x0F == zlib.DEFLATED or data[:1] in (b"{", b"[")
+    return _ZlibDecoder(zlib.MAX_WBITS if is_zlib else -zlib.MAX_WBITS)
 
 
 def _br(_: bytes) -> _Decoder:

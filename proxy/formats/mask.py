@@ -40,6 +40,8 @@ _ACCOUNT = re.compile(
 )
 # An escape in a JSON string: a character by its number, a slash, or any other, which stays as it is.
 _ESCAPE = re.compile(rb"\\(?:u00([2-7][0-9a-fA-F])|(/)|.)", re.DOTALL)
+# An escape of ASCII. Some upstreams escape all other characters, and these are not searched further.
+_ASCII_ESCAPE = re.compile(rb"\\u00[2-7]")
 # All backslashes before an escape: each JSON in a string of JSON doubles them, or writes them as \u005c. The text
 # before decides that this is the first one, else a search would take time quadratic in their number.
 _BACKSLASHES = rb"(?<!\\)(?:\\(?:u005[cC])?)++"
@@ -67,7 +69,7 @@ class Mask:
         """Mask the key in data of any kind."""
         if self._part is None:
             return data
-        if self._part in data or b"\\u00" in data:
+        if self._part in data or (b"\\u00" in data and _ASCII_ESCAPE.search(data)):
             data = self._without_key(data)
         return self._without_beginning(data) if is_cut else data
 
@@ -92,9 +94,10 @@ class Mask:
         if self._part is None:
             return 0
         tail = data[-len(key) * _SPELLED_BYTES_MAX :]
-        cut = _CUT_ESCAPE.search(tail)
-        end = tail[: cut.start()] if cut else tail
-        text = _NESTED_ESCAPE.sub(_character, end)
+        end = text = tail
+        if b"\\" in tail:
+            end = _CUT_ESCAPE.sub(b"", tail)
+            text = _NESTED_ESCAPE.sub(_character, end)
         length = next((length for length in range(len(key) - 1, least - 1, -1) if text.endswith(key[:length])), 0)
         begin = re.search(_spelled(key[:length]) + rb"\Z", end) if length else None
         if begin is None:

@@ -21,6 +21,8 @@ from proxy.formats.meter import JSON
 _ERROR_MEMBER = re.compile(rb'"errors?"\s*+:(?!\s*+(?:null|""|\{\s*+\}|\[\s*+\]))')
 # The other signs of an error, for a body of which only pieces are seen: typed events, and the name of an event.
 _ERROR_TYPE = re.compile(rb'"(?:type|object)"\s*+:\s*+"(?:[a-z_]+\.)*(?:error|failed)"|[\r\n]event: ?[eE]rror')
+
+
 def reports_error(data: bytes, answer: JSON | None, *, name: str | None = None) -> bool:
     """Whether a body, or the data of the event `name`, reports an error. `answer` is its JSON object.
 

@@ -19,8 +19,8 @@ from collections import deque
 from dataclasses import replace
 
 from proxy.errors import UpstreamError
-from proxy.formats.meter import Meter
 from proxy.formats.mask import Mask, PieceMask
+from proxy.formats.meter import Meter
 from proxy.formats.reported_error import reports_error
 from proxy.formats.sse import Event, Piece, Splitter
 from proxy.policy.amounts import Tokens

@@ -35,10 +35,11 @@ _ERROR_S = 5.0
 # The encodings that an answer may have although we ask for `identity`: servers in front of a model compress in them
 # without being asked, in pieces that can be decompressed as they arrive.
 _ANSWER_ENCODINGS = ("gzip", "deflate")
-# What servers write into `Content-Encoding` although it names no compression: charsets, transfer codings, and values of
+# What servers write into `Content-Encoding` although it names no compression: charsets, `chunked`, and values of
 # `Content-Transfer-Encoding`. Amazon S3 keeps `aws-chunked` of an upload.
 _PLAIN = frozenset(
-    "none null off plain text utf-8 utf8 us-ascii ascii iso-8859-1 latin1 7bit 8bit binary chunked aws-chunked".split()
+    "none null off plain text utf-8 utf8 us-ascii ascii iso-8859-1 latin1 "
+    "7bit 8bit binary chunked aws-chunked".split()
 )
 # An answer may consist of one member for each event, and has no limit of its length.
 _MEMBERS_MAX = 2**40
@@ -68,8 +69,8 @@ class Answer:
     async def is_decodable(self) -> bool:
         """Whether the body can be decompressed, as far as its beginning shows. Raises like `chunks`.
 
-        It waits for the first bytes of a compressed body. Until they are there nothing may pass to the client, because
-        another upstream can be asked only before that.
+        It waits for the first bytes of a compressed body, because another upstream can be asked only before
+        anything has passed to the client.
         """
         if not self.is_readable or not self._is_compressed:
             return self.is_readable
@@ -177,8 +178,8 @@ class Upstreams:
         """Send `body` and hand out the answer. Leaving the block closes the connection, or keeps it for another call.
 
         Raises UpstreamError if no answer came, UpstreamTimeout if it did not come in time, and UpstreamUnreadable for
-        a successful answer in an unknown encoding, or in another one than its header names. The status of an error says
-        enough without its body.
+        a successful answer in an unknown encoding, or in another one than its header names. The status of an error
+        says enough without its body.
         """
         assert self._session is not None, "open() first"
         payload = _payload(body)
@@ -208,8 +209,9 @@ class Upstreams:
             answer = Answer(response)
             if answer.status // 100 == 2 and not await answer.is_decodable():
                 raise UpstreamUnreadable(
-                    f'The upstream "{upstream.name}" compressed its answer in a way that this proxy can\'t read, or named '
-                    "a compression that it did not use. The operator of this proxy has to turn that compression off.",
+                    f'The upstream "{upstream.name}" compressed its answer in a way that this proxy can\'t read, '
+                    "or named a compression that it did not use. The operator of this proxy has to turn that "
+                    "compression off.",
                     was_sent=False,
                 )
             yield answer
@@ -248,7 +250,9 @@ async def _body(content: aiohttp.StreamReader, decoder: BodyDecoder | None) -> A
         raise UpstreamTimeout("The upstream stopped sending in the middle of its answer.") from None
     except (aiohttp.ClientError, ConnectionError, NotDecodable) as error:
         if isinstance(error, NotDecodable) and not has_begun:
-            raise UpstreamUnreadable("The upstream named a compression that it did not use.", was_sent=False) from None
+            raise UpstreamUnreadable(
+                "The upstream named a compression that it did not use.", was_sent=False
+            ) from None
         raise UpstreamError("The upstream broke off in the middle of its answer.") from None
 
 

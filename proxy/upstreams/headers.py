@@ -88,7 +88,9 @@ def to_client(headers: Headers, *, is_stream: bool, mask: Mask) -> dict[str, str
     The upstream's request id gets the name `x-upstream-request-id`, because `x-request-id` is our own. A value with
     control characters is dropped: it could end the header line and begin another one.
 
-    `mask` masks our key in their values. `is_stream` is what the body really is. A content type that says the opposite is replaced, because SDKs choose
+    `mask` masks our key in their values.
+
+    `is_stream` is what the body really is. A content type that says the opposite is replaced, because SDKs choose
     their parser by it.
     """
     allowed = _TO_CLIENT - _hop_by_hop(headers)

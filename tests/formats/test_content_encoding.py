@@ -1,5 +1,6 @@
 """Decompression in pieces, within bounds (T29)."""
 
+import json
 import os
 import tracemalloc
 import zlib
@@ -91,6 +92,14 @@ def test_a_body_of_several_pieces_is_complete(encoding: str, size: int) -> None:
 def test_deflate_without_the_zlib_header_is_accepted() -> None:
     """Some clients send it like this, and browsers have always accepted it."""
     assert decompressed("deflate", raw_deflate(TEXT)) == TEXT
+
+
+@given(st.text("abcdefghij-0123456789XYZ", max_size=300), st.integers(0, 999))
+def test_plain_json_is_no_raw_deflate(text: str, number: int) -> None:
+    """Nothing of it is taken for compressed data."""
+    for body in ({"id": text, "usage": number}, [text, number]):
+        with pytest.raises(NotDecodable, match="can't be decompressed"):
+            next(BodyDecoder("deflate").feed(json.dumps(body).encode()))
 
 
 @pytest.mark.parametrize("encoding", ["gzip", "zstd"])

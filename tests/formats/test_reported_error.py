@@ -58,7 +58,9 @@ def test_what_is_no_object_may_be_an_error() -> None:
     assert reports_error(b'{"\\u0065rror": "m"}', read_object(b'{"\\u0065rror": "m"}'))
 
 
-@pytest.mark.parametrize("sign", [b'{"error": ', b"\n\nevent: error\ndata: ", b"\nevent:Error", b'"type": "response.failed"'])
+@pytest.mark.parametrize(
+    "sign", [b'{"error": ', b"\n\nevent: error\ndata: ", b"\nevent:Error", b'"type": "response.failed"']
+)
 def test_a_piece_may_report_an_error(sign: bytes) -> None:
     """It is searched for signs, as it can't be parsed."""
     assert may_report_error(b"x" + sign + b'"m"')

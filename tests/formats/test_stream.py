@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from proxy.errors import UpstreamError
 from proxy.formats.endpoints import CHAT, RESPONSES, Endpoint
+from proxy.formats.mask import Mask
 from proxy.formats.request import parse_request
 from proxy.formats.sse import EVENT_BYTES_MAX, Splitter
-from proxy.formats.mask import Mask
 from proxy.formats.stream import Stream
 from proxy.formats.surfaces import meter_of
 from proxy.policy.amounts import Tokens

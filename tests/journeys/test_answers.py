@@ -610,10 +610,13 @@ async def test_no_header_shows_the_key(name: str, tmp_path: Path) -> None:
 
 async def test_the_end_at_a_limit_does_not_show_the_key(tmp_path: Path) -> None:
     """T9: the proxy writes that end itself, with the id and model of the events that passed."""
-    event_ = {"id": UPSTREAM_KEY, "model": UPSTREAM_KEY, "choices": [{"index": 0, "delta": {"content": "word " * 40}}]}
+    choice = {"index": 0, "delta": {"content": "word " * 40}}
+    chunk = json.dumps({"id": UPSTREAM_KEY, "model": UPSTREAM_KEY, "choices": [choice]})
     policy = POLICY.replace("tokens: 1M", "tokens: 150")
-    async with fixed(typed("text/event-stream"), *[b"data: %b\n\n" % json.dumps(event_).encode()] * 9) as upstream:
-        async with stage(policy, folder=tmp_path, upstream=upstream.url) as on:
-            reply = await ask(on)
-            assert b'"length"' in reply.body
-            assert UPSTREAM_KEY.encode() not in reply.body
+    async with (
+        fixed(typed("text/event-stream"), *[f"data: {chunk}\n\n".encode()] * 9) as upstream,
+        behind(upstream, tmp_path, policy=policy) as on,
+    ):
+        reply = await ask(on)
+        assert b'"length"' in reply.body
+        assert UPSTREAM_KEY.encode() not in reply.body

@@ -15,9 +15,9 @@ import pytest
 from aiohttp import web
 
 from proxy.formats.endpoints import CHAT, COMPLETIONS, Endpoint
+from proxy.formats.mask import Mask
 from proxy.formats.meter import Meter
 from proxy.formats.request import Request, parse_request
-from proxy.formats.mask import Mask
 from proxy.formats.stream import Stream
 from proxy.formats.surfaces import meter_of
 from proxy.policy.amounts import TOKENS_MAX, AtLeast, Exactly, Tokens, Usage

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.formats.mask import Mask
 from proxy.formats.kinds import KINDS, kind_of
+from proxy.formats.mask import Mask
 from proxy.policy.catalog import Secret
 from proxy.upstreams.headers import idempotency_header, to_client, to_upstream
 
