@@ -9,8 +9,9 @@ a key that is so short that it may be an ordinary word.
     sk\\u002dkey\\u002d0123456789        →  ***     escaped in JSON, which is what most of this module is about
     sk\\\\u002dkey-0123456789            →  ***     JSON in a string of JSON
 
-The search of one event takes 0.2 µs: it looks for a part of the key that nobody escapes, and for the beginning of an
-escape of ASCII, which ordinary answers rarely have. Only if one is there, the escapes are undone. Pure.
+The search of an ordinary event costs two searches for a short string, 0.1 to 0.5 µs, which is less than its parsing:
+one for a part of the key without punctuation, and one for the beginning of an escape by number. Only if one of them
+is there, the escapes are undone. An upstream without a key costs nothing. Pure.
 """
 
 import re
@@ -20,8 +21,9 @@ from proxy.formats.reported_error import may_report_error
 
 # A shorter key may be an ordinary word, such as "none" or "ollama".
 _KEY_BYTES_MIN = 8
-# A shorter part of a key is found in too many texts.
+# A shorter part of a key is found in too many texts, and the search for a longer one takes longer.
 _PART_BYTES_MIN = 6
+_PART_BYTES_MAX = 16
 _PARTS = re.compile(rb"[A-Za-z0-9]+")
 # So many characters of a key at the end of a text that breaks off are taken for its beginning.
 _BEGINNING_MIN = 8
@@ -63,7 +65,7 @@ class Mask:
         self._part: bytes | None = None
         if len(self._key) >= _KEY_BYTES_MIN:
             part = max(_PARTS.findall(self._key), key=len, default=b"")
-            self._part = part if len(part) >= _PART_BYTES_MIN else b""
+            self._part = part[-_PART_BYTES_MAX:] if len(part) >= _PART_BYTES_MIN else b""
 
     def anywhere(self, data: bytes, *, is_cut: bool = False) -> bytes:
         """Mask the key in data of any kind."""
