@@ -11,7 +11,6 @@ in the next moment.
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from functools import partial
 
 import structlog
 
@@ -32,7 +31,7 @@ from proxy.ledger.queue import AdmissionQueue, DurationEstimate
 from proxy.metrics import Metrics
 from proxy.upstreams import headers
 from proxy.upstreams.client import Answer
-from proxy.upstreams.failures import Rejected, failure_of, masked
+from proxy.upstreams.failures import Rejected, failure_of, mask_of
 
 # How long to wait for the end of the body after the last event of a stream, to reuse the connection.
 _READ_TO_END_S = 1.0
@@ -191,7 +190,7 @@ class Relay:
         An event that is not covered waits until the hold has grown. If it cannot grow, the stream is ended before it.
         """
         client = call.client
-        stream = Stream(reservation.meter, mask=partial(masked, upstream=call.model.upstream))
+        stream = Stream(reservation.meter, mask=mask_of(call.model.upstream))
         await self._start_stream(answer, call, reservation)
         try:
             with client.heartbeat(lambda: stream.is_between_events):
@@ -241,9 +240,10 @@ class Relay:
                 "Send the request without `stream`, or with a smaller maximum."
             )
         await reservation.end(_outcome(call, meter))
+        mask = mask_of(call.model.upstream)
         # Without `has_error`, a body that is no JSON is audio or subtitles.
-        if meter.has_error or reports_error(body, meter.chunk or {}):
-            body = masked(body, call.model.upstream, is_cut=meter.chunk is None)
+        is_error = meter.has_error or reports_error(body, meter.chunk or {})
+        body = (mask.in_error if is_error else mask.anywhere)(body, is_cut=meter.chunk is None)
         if call.client.has_begun:
             await call.client.write(body)
             await call.client.end()
@@ -264,7 +264,7 @@ class Relay:
     def _answer_headers(
         self, answer: Answer, call: Call, reservation: Reservation, *, is_stream: bool
     ) -> dict[str, str]:
-        passed = headers.to_client(answer.headers, is_stream=is_stream)
+        passed = headers.to_client(answer.headers, is_stream=is_stream, mask=mask_of(call.model.upstream))
         return {**passed, **self._quota_headers(call, reservation)}
 
     def _quota_headers(self, call: Call, reservation: Reservation) -> dict[str, str]:

@@ -18,7 +18,6 @@ import asyncio
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import partial
 from urllib.parse import urlencode
 from zoneinfo import ZoneInfo
 
@@ -30,14 +29,14 @@ from proxy.calls.reservation import Reservation
 from proxy.errors import PreviousNotFound, ProxyError, ResponseNotFound, UpstreamError
 from proxy.formats.endpoints import RESPONSE_ID, StoredResponsePath
 from proxy.formats.kinds import kind_of
-from proxy.formats.reported_error import PieceMask
+from proxy.formats.mask import Mask, PieceMask
 from proxy.ledger.entry import Entry
 from proxy.ledger.ledger import Ledger
 from proxy.policy.catalog import Catalog, Model, Upstream
 from proxy.tasks import Tasks
 from proxy.upstreams.addresses import address_at
 from proxy.upstreams.client import Answer, Upstreams
-from proxy.upstreams.failures import failure_of, masked
+from proxy.upstreams.failures import failure_of, mask_of
 from proxy.upstreams.headers import JSON_HEADERS, to_client, to_upstream
 
 # How much of an id is repeated in an error. Ids come from clients and may have any length.
@@ -158,7 +157,7 @@ class StoredResponses:
             if answer.status // 100 != 2:
                 await _forward_error(answer, upstream, client)
             else:
-                await _forward_body(answer, client, PieceMask(partial(masked, upstream=upstream)))
+                await _forward_body(answer, client, mask_of(upstream))
 
     async def _own_entry(self, response_id: str, user: str) -> Entry | None:
         """The ledger entry of the call that produced the response.
@@ -216,12 +215,14 @@ def _previous_not_found(response_id: str, model: Model) -> PreviousNotFound:
     return PreviousNotFound(text, param="previous_response_id")
 
 
-async def _forward_body(answer: Answer, client: Responder, mask: PieceMask) -> None:
+async def _forward_body(answer: Answer, client: Responder, mask: Mask) -> None:
     """Pass on a stream or a whole response in pieces. A stored response may be megabytes of images."""
-    await client.start(answer.status, to_client(answer.headers, is_stream=await answer.carries_events()))
+    headers = to_client(answer.headers, is_stream=await answer.carries_events(), mask=mask)
+    await client.start(answer.status, headers)
+    pieces = PieceMask(mask)
     try:
         async for chunk in answer.chunks():
-            await client.write(mask.feed(chunk))
+            await client.write(pieces.feed(chunk))
             if client.is_disconnected:
                 return
     except UpstreamError:
@@ -229,7 +230,7 @@ async def _forward_body(answer: Answer, client: Responder, mask: PieceMask) -> N
         # off.
         client.abort()
     else:
-        await client.write(mask.end())
+        await client.write(pieces.end())
         await client.end()
 
 

@@ -6,9 +6,9 @@ the piece and not in tokens. Its answer is metered event by event, and a stream 
 own API would end it, so that every SDK accepts the answer. `meter` defines the interface of meters and endings. Each
 format of answers (a *surface*) has a module with its meter, its ending and its error event: `chat`, `responses`,
 `messages`, `media` (`surfaces` lists them). `texts` finds the model's texts in an answer, `usage` reads the usage
-objects of vendors, and `reported_error` finds errors in answers of status 200. A call that no quota admits gets the
-error and the headers of its API (`refusal`, `limit_headers`). What differs between kinds of upstream (OpenAI, Azure,
-vLLM, …) is in `kinds`.
+objects of vendors, `reported_error` finds errors in answers of status 200, and `mask` hides our key in whatever
+passes. A call that no quota admits gets the error and the headers of its API (`refusal`, `limit_headers`). What
+differs between kinds of upstream (OpenAI, Azure, vLLM, …) is in `kinds`.
 
 The package promises:
 

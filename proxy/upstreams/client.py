@@ -40,6 +40,13 @@ _ERROR_S = 5.0
 # can decompress is accepted: the decoders work on pieces as they arrive, within bounds. An answer may consist of one
 # member for each event, and has no limit of its length.
 _MEMBERS_MAX = 2**40
+# What servers write into `Content-Encoding` although it names no compression: charsets, `chunked`, and values of
+# `Content-Transfer-Encoding`. Amazon S3 keeps `aws-chunked` of an upload.
+_PLAIN = frozenset(
+    (
+        "none null off plain text utf-8 utf8 us-ascii ascii iso-8859-1 latin1 7bit 8bit binary chunked aws-chunked"
+    ).split()
+)
 # After so many bytes of blank lines the header alone decides whether an answer is a stream.
 _BEGINNING_BYTES_MAX = 2**14
 
@@ -57,31 +64,46 @@ class Answer:
         self.is_event_stream = response.content_type == "text/event-stream"
         encoding = _answer_encoding(response)
         self.is_readable = encoding in ("", *CONTENT_ENCODINGS)
+        self._is_compressed = encoding != ""
         decoder = BodyDecoder(encoding, members_max=_MEMBERS_MAX) if encoding and self.is_readable else None
         self._body = _body(response.content, decoder)
         self._beginning: list[bytes] = []  # chunks that were looked at and not handed out yet
         self._error_body: bytes | None = None
+
+    async def is_decodable(self) -> bool:
+        """Whether the body can be decompressed, as far as its beginning shows. Raises like `chunks`.
+
+        It waits for the first bytes of a compressed body, because another upstream can be asked only before
+        anything has passed to the client.
+        """
+        if not self.is_readable or not self._is_compressed:
+            return self.is_readable
+        try:
+            first = await anext(self._body, None)
+        except UpstreamUnreadable:
+            return False
+        self._beginning = [first] if first is not None else []
+        return True
 
     async def carries_events(self) -> bool:
         """Whether the body is a stream of events, whatever the header says. Waits for its first bytes.
 
         Raises like `chunks`, which hands out the whole body after this as well.
         """
-        beginning = bytearray()
-        async for chunk in self._body:
+        beginning = bytearray().join(self._beginning)
+        while (answer := begins_with_event(beginning)) is None and len(beginning) <= _BEGINNING_BYTES_MAX:
+            chunk = await anext(self._body, None)
+            if chunk is None:
+                break
             self._beginning.append(chunk)
             beginning += chunk
-            answer = begins_with_event(beginning)
-            if answer is not None:
-                return answer
-            if len(beginning) > _BEGINNING_BYTES_MAX:
-                break
-        return self.is_event_stream
+        return self.is_event_stream if answer is None else answer
 
     async def chunks(self) -> AsyncIterator[bytes]:
         """The body's bytes as they arrive, decompressed.
 
-        Raises UpstreamError if the body breaks off or can't be decompressed, UpstreamTimeout if it stalls.
+        Raises UpstreamError if the body breaks off or can't be decompressed, UpstreamTimeout if it stalls, and
+        UpstreamUnreadable if it does not begin in the encoding that its header names.
         """
         beginning, self._beginning = self._beginning, []
         for chunk in beginning:
@@ -160,7 +182,8 @@ class Upstreams:
         """Send `body` and hand out the answer. Leaving the block closes the connection, or keeps it for another call.
 
         Raises UpstreamError if no answer came, UpstreamTimeout if it did not come in time, and UpstreamUnreadable for
-        a successful answer in an unknown encoding. The status of an error says enough without its body.
+        a successful answer in an unknown encoding, or in another one than its header names. The status of an error
+        says enough without its body.
         """
         assert self._session is not None, "open() first"
         payload = _payload(body)
@@ -188,10 +211,11 @@ class Upstreams:
             del body, payload  # a long answer must not keep them in memory
         async with response:
             answer = Answer(response)
-            if not answer.is_readable and answer.status // 100 == 2:
+            if answer.status // 100 == 2 and not await answer.is_decodable():
                 raise UpstreamUnreadable(
                     f'The upstream "{upstream.name}" compressed its answer in a way that this proxy can\'t read, '
-                    "although it was asked not to. The operator of this proxy has to turn that compression off.",
+                    "or named a compression that it did not use. The operator of this proxy has to turn that "
+                    "compression off.",
                     was_sent=False,
                 )
             yield answer
@@ -202,28 +226,37 @@ def _answer_encoding(response: aiohttp.ClientResponse) -> str:
 
     Compression may be named as a transfer coding too (RFC 9112 §7.2). The library undoes only `chunked`.
     """
-    transfer = ",".join(response.headers.getall("transfer-encoding", ())).lower()
-    codings = [item for item in transfer.split(",") if item.strip() != "chunked"]
-    return encoding_of([*response.headers.getall("content-encoding", ()), *codings])
+    codings = (*response.headers.getall("content-encoding", ()), *response.headers.getall("transfer-encoding", ()))
+    return ",".join(name for name in encoding_of(codings).split(",") if name not in _PLAIN)
 
 
 # No method of Answer, so that an answer that is given up halfway is no cycle of references.
 async def _body(content: aiohttp.StreamReader, decoder: BodyDecoder | None) -> AsyncIterator[bytes]:
-    """The bytes of a body as they arrive, decompressed. Raises UpstreamError and UpstreamTimeout."""
+    """The bytes of a body as they arrive, decompressed. Raises UpstreamError and UpstreamTimeout.
+
+    If nothing can be decompressed, it raises UpstreamUnreadable.
+    """
+    has_begun = decoder is None
     try:
         async for chunk in content.iter_any():
             if decoder is None:
                 yield chunk
                 continue
             for piece in decoder.feed(chunk):
+                has_begun = True
                 yield piece
                 if len(piece) == PIECE_BYTES:
                     await asyncio.sleep(0)  # one packet can become hundreds of megabytes; others get their turn
+        has_begun = True  # what has no end has begun
         if decoder is not None:
             decoder.end()
     except TimeoutError:
         raise UpstreamTimeout("The upstream stopped sending in the middle of its answer.") from None
     except NotDecodable:
+        if not has_begun:
+            raise UpstreamUnreadable(
+                "The upstream named a compression that it did not use.", was_sent=False
+            ) from None
         raise UpstreamError(
             "The upstream's answer can't be decompressed: it is not in the format that its Content-Encoding names, "
             "or its end is missing."

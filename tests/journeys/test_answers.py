@@ -5,6 +5,7 @@ A stream under another content type, a body that is compressed unasked, and erro
 
 import asyncio
 import gzip
+import itertools
 import json
 import re
 import zlib
@@ -325,7 +326,9 @@ async def test_events_of_a_compressed_stream_pass_as_they_arrive(encoding: str, 
 
 
 @pytest.mark.parametrize(
-    "packed", [gzip.compress(WHOLE)[:-9], WHOLE, gzip.compress(WHOLE) + b"x"], ids=["cut", "plain", "more"]
+    "packed",
+    [gzip.compress(WHOLE)[:-9], gzip.compress(WHOLE)[:9], gzip.compress(WHOLE) + b"x"],
+    ids=["cut", "cut head", "more"],
 )
 async def test_an_answer_that_cannot_be_unpacked_broke_off(packed: bytes, tmp_path: Path) -> None:
     """The call ran, so its input is charged."""
@@ -359,13 +362,77 @@ async def test_an_unknown_encoding_is_free_and_another_upstream_is_asked(
             assert "compressed its answer" in reply.error["message"]
             assert await record(on) == ("upstream_failed", None, None, None)
             assert upstream.received == 1
-        (tmp_path / "two").mkdir()
-        async with stage(TWO.format(broken=upstream.url), folder=tmp_path / "two") as on:
-            reply = await ask(on, stream=stream, metadata={"simulate": "tokens=5"})
-            assert reply.status == 200
-            outcome, _, output, provenance = await record(on)
-            assert (outcome, output, provenance) == ("complete", 5, "exactly")
-            assert upstream.received == 2
+        await check_another_is_asked(upstream, tmp_path, stream=stream)
+
+
+async def check_another_is_asked(upstream: Fixed, tmp_path: Path, *, stream: bool) -> None:
+    """The same answer, from the first of two upstreams."""
+    (tmp_path / "two").mkdir()
+    received = upstream.received
+    async with stage(TWO.format(broken=upstream.url), folder=tmp_path / "two") as on:
+        reply = await ask(on, stream=stream, metadata={"simulate": "tokens=5"})
+        assert reply.status == 200
+        outcome, _, output, provenance = await record(on)
+        assert (outcome, output, provenance) == ("complete", 5, "exactly")
+        assert upstream.received == received + 1
+
+
+NOT_COMPRESSED = {
+    "whole": ("gzip", WHOLE),
+    "stream": ("x-gzip", CHAT_STREAM),
+    "deflate": ("deflate", WHOLE),
+    "deflated stream": ("deflate", CHAT_STREAM),
+    "other": ("gzip", zlib.compress(WHOLE)),
+    "raw": ("gzip", raw_deflate(WHOLE)),
+    "gzip": ("deflate", gzip.compress(WHOLE)),
+    "head only": ("gzip", gzip.compress(WHOLE)[:10] + b"\xff" * 99),
+    "zeros": ("gzip", b"\0" * 20),
+}
+
+
+@pytest.mark.parametrize("name", NOT_COMPRESSED)
+@pytest.mark.parametrize("stream", [False, True], ids=["asked whole", "asked stream"])
+async def test_a_body_that_is_not_in_its_encoding_is_like_an_unknown_one(
+    stream: bool, name: str, tmp_path: Path
+) -> None:
+    """T44: nothing of it can be read, so it is free and the next upstream is asked."""
+    encoding, body = NOT_COMPRESSED[name]
+    answer = head("Content-Type: text/event-stream", f"Content-Encoding: {encoding}")
+    async with fixed(answer, body) as upstream:
+        async with behind(upstream, tmp_path) as on:
+            reply = await ask(on, stream=stream)
+            assert (reply.status, reply.error["code"]) == (502, "upstream_unreadable")
+            assert "compression that it did not use" in reply.error["message"]
+            assert await record(on) == ("upstream_failed", None, None, None)
+        await check_another_is_asked(upstream, tmp_path, stream=stream)
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+async def test_zeros_after_a_compressed_answer_are_ignored(stream: bool, tmp_path: Path) -> None:
+    """T44: in the same piece and in further ones."""
+    body = CHAT_STREAM if stream else WHOLE
+    pieces = (gzip.compress(body) + b"\0" * 99, b"\0" * 999)
+    async with fixed(head("Content-Encoding: gzip"), *pieces) as upstream, behind(upstream, tmp_path) as on:
+        reply = await ask(on, stream=stream)
+        assert (reply.status, reply.body) == (200, body.replace(USAGE_CHUNK, b""))
+        assert await record(on) == ("complete", 9, 3, "exactly")
+
+
+@pytest.mark.parametrize("named", ["none", "utf-8", "UTF-8", "identity", "", "aws-chunked", "8bit", "identity, none"])
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+async def test_a_content_encoding_that_names_no_compression_is_ignored(
+    stream: bool, named: str, tmp_path: Path
+) -> None:
+    """T44: the body is plain."""
+    body = CHAT_STREAM if stream else WHOLE
+    async with (
+        fixed(head("Content-Type: text/event-stream", f"Content-Encoding: {named}"), body) as upstream,
+        behind(upstream, tmp_path) as on,
+    ):
+        reply = await ask(on, stream=stream)
+        assert (reply.status, reply.body) == (200, body.replace(USAGE_CHUNK, b""))
+        assert "content-encoding" not in reply.headers
+        assert await record(on) == ("complete", 9, 3, "exactly")
 
 
 async def test_the_status_of_an_error_is_enough_if_its_encoding_is_unknown(tmp_path: Path) -> None:
@@ -448,3 +515,125 @@ async def test_reading_a_response_shows_neither_key_nor_account(form: str, tmp_p
             assert reply.status == 200
             assert not shown_key(reply.body)
             assert b"***" in reply.body
+
+
+# Forms of an error that no list of errors names, and answers that are no error at all. Each has the key somewhere.
+NESTED_KEY = UPSTREAM_KEY.replace("-", "\\\\u002d")
+UNLISTED = {
+    "x_groq": '{"choices":[{"index":0,"delta":{}}],"x_groq":{"error":"%s"}}',
+    "delta": '{"choices":[{"index":0,"delta":{"error":"%s"}}]}',
+    "message": '{"choices":[{"index":0,"message":{"error":"%s"}}]}',
+    "beside": '{"choices":[{"index":0,"delta":{"content":"x"}}],"detail":"%s"}',
+    "native": '{"choices":[{"index":0,"delta":{"content":"%s"},"native_finish_reason":"error"}]}',
+    "upper": '{"choices":[{"index":0,"delta":{"content":"%s"},"finish_reason":"ERROR"}]}',
+    "MiniMax": '{"choices":null,"base_resp":{"status_code":1004,"status_msg":"%s"}}',
+    "Baidu": '{"error_code":110,"error_msg":"%s"}',
+    "msg": '{"code":401,"msg":"%s"}',
+    "fault": '{"fault":{"faultstring":"%s"}}',
+    "exception": '{"exception":"%s","Error":"%s","errorMessage":"%s"}',
+    "problem": '{"title":"%s","status":401}',
+    "object": '{"message":{"text":"%s"}}',
+    "messages": '{"type":"content_block_delta","index":0,"delta":{"type":"text_delta","text":"","error":"%s"}}',
+    "tool": '{"type":"content_block_start","index":0,"content_block":{"type":"web_search_tool_result",'
+    '"content":{"type":"web_search_tool_result_error","error_code":"%s"}}}',
+    "incomplete": '{"type":"response.incomplete","response":{"incomplete_details":{"reason":"%s"}}}',
+    "completed": '{"type":"response.completed","response":{"id":"r","status":"failed","status_details":"%s"}}',
+    "name": '{"choices":[],"%s":1}',
+    "HTML": "<html><body>bad key %s</body></html>",
+    "text": "bad key %s",
+}
+LINES = {
+    "error line": 'error: {"code":401,"message":"%s"}',
+    "HTML": "<html><body>bad key %s</body></html>",
+    "text": "bad key %s",
+    "comment": ": bad key %s",
+    "name": "event: Error\nid: %s",
+    "Error": 'event: Error\ndata: {"m":"%s"}',
+    "retry": "retry: %s",
+}
+
+
+def with_secret(form: str, secret: str) -> bytes:
+    """The form with the secret in each of its places."""
+    return form.replace("%s", secret).encode()
+
+
+def readable(body: bytes) -> bytes:
+    """The bytes with all escapes undone, however often they were escaped."""
+    return re.sub(rb"\\+u00(..)", lambda escape: bytes.fromhex(escape[1].decode()), body).replace(b"\\/", b"/")
+
+
+@pytest.mark.parametrize("surface", SURFACES)
+async def test_no_part_of_a_stream_shows_the_key(surface: str, tmp_path: Path) -> None:
+    """T9: whatever it is, at the beginning, after the first event, and at a cut end."""
+    first = SURFACES[surface][2].partition(b"\n\n")[0] + b"\n\n"
+    async with fixed() as upstream, behind(upstream, tmp_path, surface=surface) as on:
+        for line in (*LINES.values(), *("data: " + form for form in UNLISTED.values())):
+            for secret, at in ((UPSTREAM_KEY, 0), (UPSTREAM_KEY, 1), (ESCAPED_KEY, 0), (NESTED_KEY, 1)):
+                part = with_secret(line, secret) + b"\n\n"
+                stream = (first + part, part + first)[at].rstrip()
+                upstream.pieces = (typed("text/event-stream"), stream)
+                reply = await ask(on, surface)
+                assert reply.status == 200
+                assert UPSTREAM_KEY.encode() not in readable(reply.body), stream
+
+
+@pytest.mark.parametrize("surface", SURFACES)
+async def test_no_whole_answer_shows_the_key(surface: str, tmp_path: Path) -> None:
+    """T9: whether a whole answer was requested or a stream, and whatever its content type."""
+    types = itertools.cycle(("application/json", "text/event-stream", "text/html", "text/plain", "audio/mpeg"))
+    async with fixed() as upstream, behind(upstream, tmp_path, surface=surface) as on:
+        for form in UNLISTED.values():
+            for secret, stream in ((UPSTREAM_KEY, False), (ESCAPED_KEY, True), (NESTED_KEY, False)):
+                upstream.pieces = (typed(next(types)), with_secret(form, secret))
+                reply = await ask(on, surface, **({} if surface == "speech" else {"stream": stream}))
+                assert reply.status == 200
+                assert UPSTREAM_KEY.encode() not in readable(reply.body)
+
+
+async def test_no_stored_response_shows_the_key(tmp_path: Path) -> None:
+    """T9: wherever its pieces are cut."""
+    created = WHOLE.replace(b'"c"', b'"resp_1"')
+    async with (
+        fixed(typed("application/json"), created) as upstream,
+        behind(upstream, tmp_path, surface="responses") as on,
+    ):
+        assert (await ask(on, "responses", stream=False)).status == 200
+        forms = [*UNLISTED.values(), '{"detail":"%s"}']
+        for form, secret in itertools.product(forms, (UPSTREAM_KEY, NESTED_KEY)):
+            body = with_secret(form, secret)
+            middle = body.index(b"upstream")
+            upstream.pieces = (typed("text/html"), body[:middle], body[middle:])
+            reply = await on.get("/v1/responses/resp_1")
+            assert reply.status == 200
+            assert UPSTREAM_KEY.encode() not in readable(reply.body)
+            assert b"***" in reply.body
+
+
+@pytest.mark.parametrize("name", ["openai-version", "x-request-id", "content-language", "content-type"])
+async def test_no_header_shows_the_key(name: str, tmp_path: Path) -> None:
+    """T9: of a whole answer and of a stream."""
+    for stream, body in ((False, WHOLE), (True, CHAT_STREAM)):
+        folder = tmp_path / str(stream)
+        folder.mkdir()
+        async with (
+            fixed(head(f"{name}: text/x; {UPSTREAM_KEY}"), body) as upstream,
+            behind(upstream, folder) as on,
+        ):
+            reply = await ask(on, stream=stream)
+            assert reply.status == 200
+            assert UPSTREAM_KEY not in str(reply.headers)
+
+
+async def test_the_end_at_a_limit_does_not_show_the_key(tmp_path: Path) -> None:
+    """T9: the proxy writes that end itself, with the id and model of the events that passed."""
+    choice = {"index": 0, "delta": {"content": "word " * 40}}
+    chunk = json.dumps({"id": UPSTREAM_KEY, "model": UPSTREAM_KEY, "choices": [choice]})
+    policy = POLICY.replace("tokens: 1M", "tokens: 150")
+    async with (
+        fixed(typed("text/event-stream"), *[f"data: {chunk}\n\n".encode()] * 9) as upstream,
+        behind(upstream, tmp_path, policy=policy) as on,
+    ):
+        reply = await ask(on)
+        assert b'"length"' in reply.body
+        assert UPSTREAM_KEY.encode() not in reply.body
