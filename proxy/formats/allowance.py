@@ -6,7 +6,7 @@ message says which setting allows it. References to stored things stay refused i
 always refused is in `restrictions`. Pure.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from proxy.errors import InvalidRequest
@@ -23,10 +23,19 @@ _USUAL_TIERS = (None, "auto", "default", "standard_only")
 _STORED_THING_FIELDS = frozenset(
     map(
         plain_name,
-        "collection_id collection_ids container_id file_id file_ids knowledge_base_id knowledge_base_ids library_id "
-        "library_ids skill_id vector_store_id vector_store_ids".split(),
+        "collection_id collection_ids container_id file_id file_ids knowledge_base_id knowledge_base_ids "
+        "knowledge_id library_id library_ids skill_id vector_store_id vector_store_ids".split(),
     )
 )
+# Members of a tool that are tools of the upstream, whatever its type says. LiteLLM reads
+# {"type": "function", "google_search": {}} as Google's search.
+_TOOL_MEMBERS = {
+    plain_name(name): name
+    for name in (
+        "code_execution code_interpreter computer_use enterprise_web_search file_search google_maps google_search "
+        "google_search_retrieval mcp retrieval url_context web_browser web_fetch web_search x_search"
+    ).split()
+}
 
 
 def check_allowance(endpoint: Endpoint, body: RequestBody, allow: Allow) -> None:
@@ -36,6 +45,8 @@ def check_allowance(endpoint: Endpoint, body: RequestBody, allow: Allow) -> None
         _refuse_other_case(tool)
         if not _runs_at_client(tool, endpoint):
             _check_tool(tool, allow)
+        for type_ in _tools_inside(tool):
+            _check_type(type_, allow, param="tools")
     if is_used(document.get("web_search_options")):
         _check_type("web_search", allow, param="web_search_options")
     tier = document.get("service_tier")
@@ -50,6 +61,24 @@ def _runs_at_client(tool: object, endpoint: Endpoint) -> bool:
     """Whether the client runs this tool. A tool without a type is one only on /messages, where it means `custom`."""
     has_type = isinstance(tool, dict) and tool.get("type") is not None
     return is_run_by_client(tool) and (has_type or endpoint.is_of_messages)
+
+
+def _tools_inside(tool: object) -> Iterable[str]:
+    """The types of the upstream's own tools that are hidden in a tool of another type.
+
+    They are members beside those of its type, and Kimi's functions, whose names begin with "$": `$web_search`.
+    """
+    if not isinstance(tool, dict):
+        return
+    for name, value in tool.items():
+        type_ = _TOOL_MEMBERS.get(plain_name(name))
+        if type_ is not None and is_used(value) and type_ != tool.get("type"):
+            yield type_
+    function = tool.get("function")
+    for named in (tool, function):
+        name = named.get("name") if isinstance(named, dict) else None
+        if is_run_by_client(tool) and isinstance(name, str) and name.startswith("$"):
+            yield name
 
 
 def _refuse_other_case(tool: object) -> None:

@@ -193,3 +193,30 @@ def test_store_is_refused_if_the_operator_forbids_it(endpoint: Endpoint) -> None
     for used in (True, "true", 1):
         assert '"allow: {store: true}"' in not_allowed(endpoint, Allow(store=False), store=used).message
         check(endpoint, store=used)
+
+
+@pytest.mark.parametrize(
+    ("tool", "type_"),
+    [
+        ({"type": "function", "google_search": {}}, "google_search"),
+        ({"type": "function", "googleSearch": {}}, "google_search"),
+        ({"type": "function", "function": {"name": "f"}, "url_context": {}}, "url_context"),
+        ({"type": "function", "function": {"name": "$web_search"}}, "$web_search"),
+        ({"type": "function", "name": "$web_search"}, "$web_search"),
+    ],
+)
+def test_a_tool_inside_a_function_needs_permission_of_its_own(tool: dict, type_: str) -> None:
+    """LiteLLM drops the type and searches. Kimi runs functions whose names begin with "$"."""
+    assert f"tools: [{type_}]" in not_allowed(CHAT, tools=[tool]).message
+    check(CHAT, Allow(frozenset([type_])), tools=[tool])
+    check(CHAT, tools=[{"type": "function", "function": {"name": "google_search"}, "google_search": None}])
+    check(MESSAGES, tools=[{"name": "web_search", "input_schema": {"web_search": {}}}])
+
+
+def test_a_tool_may_have_a_member_of_its_own_type() -> None:
+    """Zhipu's tools have their options there."""
+    tool = {"type": "web_search", "web_search": {"enable": True}}
+    check(CHAT, Allow(frozenset(["web_search"])), tools=[tool])
+    both = {**tool, "code_execution": {}}
+    assert "[code_execution]" in not_allowed(CHAT, Allow(frozenset(["web_search"])), tools=[both]).message
+    assert not_allowed(MESSAGES, tools=[{"google_search": {}}]).param == "tools"

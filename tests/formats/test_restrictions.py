@@ -5,6 +5,7 @@ import json
 import pytest
 
 from proxy.errors import InvalidRequest
+from proxy.formats.allowance import check_allowance
 from proxy.formats.endpoints import (
     CHAT,
     COMPACT,
@@ -28,6 +29,7 @@ from proxy.formats.restrictions import (
     used_fields,
 )
 from proxy.formats.strict_json import DEPTH_MAX
+from proxy.policy.catalog import Allow
 from tests.formats.test_request import GENERATING, HUGE, form, parse
 
 OF_RESPONSES = [RESPONSES, COMPACT, INPUT_TOKENS]
@@ -197,7 +199,7 @@ COSTS = (
 @pytest.mark.parametrize("name", ROUTING)
 def test_no_field_changes_where_a_call_goes(endpoint: Endpoint, name: str) -> None:
     """The upstream may be another gateway that reads them (T24, CVE-2024-6587)."""
-    for value in ("http://evil.example", {"a": "b"}, "", ["x"], {}, True, 1, 0):
+    for value in ("http://evil.example", {"a": "b"}, ["x"], {}, True, 1, 0):
         error = refused(endpoint, **{name: value})
         assert (error.param, error.code) == (name, "unsupported_parameter")
 
@@ -209,7 +211,7 @@ def test_fields_that_cost_more_than_the_request_shows_are_refused_everywhere(end
 
     A gateway reads them on any surface, whichever vendor invented them.
     """
-    for value in (True, "true", {"id": "x"}, ["x"], {}, ""):
+    for value in (True, "true", {"id": "x"}, ["x"], {}):
         error = refused(endpoint, **{name: value})
         assert (error.param, error.code) == (name, "unsupported_parameter")
 
@@ -263,12 +265,12 @@ def test_a_prompt_of_completions_may_be_an_object_without_an_id() -> None:
 
 
 @pytest.mark.parametrize("endpoint", METERED, ids=ids)
-def test_a_refused_field_may_be_null_false_or_an_empty_list(endpoint: Endpoint) -> None:
-    """SDKs send them for options that their user did not set."""
+def test_a_refused_field_may_be_null_false_or_empty(endpoint: Endpoint) -> None:
+    """SDKs send them for options that their user did not set. An empty text or list names nothing."""
     for name in refused_fields(endpoint):
-        for unused in (None, False, []):
+        for unused in (None, False, [], ""):
             assert parse(endpoint, **{name: unused}).document[name] == unused
-        for used in ({}, [{}], [None], ""):
+        for used in ({}, [{}], [None]):
             assert refused(endpoint, **{name: used}).param == name if (name, used) != ("prompt", {}) else True
     assert parse(RESPONSES, previous_response_id="").previous_response_id is None
 
@@ -289,12 +291,49 @@ def test_two_objects_are_no_use_of_their_field(endpoint: Endpoint) -> None:
         {"providerOptions": {"gateway": {"models": ["o3"]}}},
         {"google": {"cached_content": "cachedContents/1"}},
         {"google": [{"cachedContent": "cachedContents/1"}]},
+        {"gateway": {"models": ["o3"]}},
+        {"nvext": {"models": ["o3"]}},
+        {"nvext": {"backend_instance_id": 0}},
+        {"nvext": {"token_data": [1, 2]}},
+        {"venice_parameters": {"enable_web_search": "auto"}},
+        {"venice_parameters": {"enable_web_scraping": True}},
+        {"venice_parameters": {"character_slug": "alan-watts"}},
     ],
 )
 def test_options_that_are_passed_on_have_no_refused_members(options: dict) -> None:
     """Gateways pass them on as a whole; their other members are the vendor's."""
     assert refused(CHAT, **options).param == next(iter(options))
     parse(CHAT, **{name: {"thinking_config": {"include_thoughts": True}} for name in options})
+    parse(CHAT, venice_parameters={"enable_web_search": "off", "enable_web_scraping": False, "character_slug": ""})
+    parse(CHAT, gateway={"order": ["azure"]}, nvext={"agent_hints": {"priority": 5}, "extra_fields": ["timing"]})
+
+
+@pytest.mark.parametrize("endpoint", METERED, ids=ids)
+def test_fields_that_steer_a_gateway_are_refused(endpoint: Endpoint) -> None:
+    """LiteLLM reads them in the body: where its reports go, what it repeats, searches, costs, and makes up."""
+    names = (
+        "langfuse_host langfuseHost langfuse_secret_key langsmith_base_url dd_agent_host posthog_api_url callbacks "
+        "success_callback failure_callback service_callback logger_fn no-log litellm_disabled_callbacks num_retries "
+        "max_retries retry_policy input_cost_per_token outputCostPerToken cache_read_input_token_cost tiered_pricing "
+        "mock_response mock_tool_calls mockResponse mock_timeout ssl_verify proxy silent_model base_model azure "
+        "auto_router_default_model token_exchange_endpoint preset_cache_key enable_web_search google_search "
+        "token_data"
+    ).split()
+    for name in names:
+        for value in ("https://evil.example", ["x"], 0, True, {}):
+            assert refused(endpoint, **{name: value}).code == "unsupported_parameter"
+        parse(endpoint, **{name: None})
+    parse(endpoint, enable_web_search="off", tags=["a"], cost="x", costume="x", dd="x", ttl=60, timeout=30)
+
+
+def test_metadata_do_not_redirect_reports() -> None:
+    """LiteLLM reads them there too. All else in metadata is the user's own, and so are tags."""
+    for field in ("metadata", "litellm_metadata"):
+        for name in ("langfuse_host", "langfuse_secret_key", "arize_api_key", "posthog_api_url"):
+            assert refused(CHAT, **{field: {name: "https://evil.example"}}).param == "metadata"
+            parse(CHAT, **{field: {name: ""}})
+        own = {"langfuse_session_id": "s", "tags": ["a"], "route": "x", "conversation_id": "c", "host": "h"}
+        parse(CHAT, **{field: own})
 
 
 @pytest.mark.parametrize("endpoint", [MESSAGES, COUNT_TOKENS], ids=ids)
@@ -444,6 +483,36 @@ def test_stored_files_in_messages_are_found_at_any_depth(kind: str) -> None:
         assert refused(MESSAGES, messages=[{"role": "user", "content": [block]}]).param == "file_id"
 
 
+def test_stored_files_are_found_in_the_text_of_a_system_message() -> None:
+    """DashScope reads them there, without any field of its own."""
+    text = "fileid://file-fe-1,fileid://file-fe-2"
+    for content in (text, [{"type": "text", "text": text}]):
+        turn = {"role": "system", "content": content}
+        for turns in ([{"role": "user", "content": "hi"}, turn], turn, [{**turn, "name": "n"}]):
+            assert refused(CHAT, messages=turns).param == "messages"
+        parse(CHAT, messages=[{"role": "user", "content": content}, {"role": "user", "content": "system"}])
+
+
+@pytest.mark.parametrize("kind", ["bash_code_execution_output", "code_execution_output"])
+def test_files_that_an_offered_tool_has_made_may_be_repeated(kind: str) -> None:
+    """The second turn of a conversation with Anthropic's code execution has them. The tool needs permission."""
+    result = {"type": "bash_code_execution_result", "stdout": "", "content": [{"type": kind, "file_id": "file_1"}]}
+    block = {"type": "bash_code_execution_tool_result", "tool_use_id": "t", "content": result}
+    messages = [{"role": "assistant", "content": [block]}]
+    tools = [{"type": "code_execution_20250825", "name": "code_execution"}]
+    body = parse(MESSAGES, messages=messages, tools=tools).body
+    check_allowance(MESSAGES, body, Allow(frozenset(["code_execution_20250825"])))
+    with pytest.raises(InvalidRequest) as caught:
+        check_allowance(MESSAGES, body, Allow())
+    assert caught.value.param == "tools"
+    assert refused(MESSAGES, messages=messages).param == "file_id"
+    assert refused(MESSAGES, messages=messages, tools=[{"name": "code_execution_x", "input_schema": {}}])
+    assert refused(CHAT, messages=messages, tools=tools).param == "file_id"
+    for other in ({"type": "container_upload", "file_id": "file_1"}, {"type": kind, "file_id": "f", "source": {}}):
+        result["content"] = [other]
+        assert refused(MESSAGES, messages=messages, tools=tools).param == "file_id"
+
+
 # ----------------------------------------------------------------------------------------------------------- numbers
 
 
@@ -472,11 +541,26 @@ def test_a_request_to_responses_has_one_answer(name: str) -> None:
 
 
 def test_best_of_is_bounded_on_completions() -> None:
-    """On other endpoints it is an unknown field."""
+    """It counts as a number of answers."""
     assert parse(COMPLETIONS, best_of=128).choices == 128
     for value in (129, 0, -1, True, "2", 1.5):
         assert refused(COMPLETIONS, best_of=value).param == "best_of"
-    assert parse(CHAT, best_of="any").choices == 1
+
+
+@pytest.mark.parametrize("endpoint", [CHAT, RESPONSES, MESSAGES, COMPLETIONS, IMAGE_EDITS], ids=ids)
+@pytest.mark.parametrize("name", "best_of num_return_sequences candidate_count candidateCount n_samples".split())
+def test_other_names_for_a_number_of_answers_are_refused_above_one(endpoint: Endpoint, name: str) -> None:
+    """Older vLLM read `best_of` on chat: 20 answers are generated, and the usage of one is stated."""
+    if (endpoint, name) != (COMPLETIONS, "best_of"):
+        for value in (2, 20, 1.5, "20", [1], {}):
+            assert refused(endpoint, **{name: value}).param in ("best_of", name, "candidate_count")
+        for value in (0, 1, "1", None, "", False):
+            parse(endpoint, **{name: value})
+
+
+def test_best_of_of_whisper_is_no_number_of_answers() -> None:
+    """It asks for one transcript, the best of several attempts, which servers of Whisper make by default."""
+    assert parse_form_request(TRANSCRIPTIONS, form("model=m", "best_of=5")).choices == 1
 
 
 @pytest.mark.parametrize("value", [-2, 1.5, "10", True])
@@ -534,7 +618,11 @@ def test_stream_options_are_not_checked_on_responses() -> None:
         (("model=m",), ("model",), "model"),
         (("model=m",), ("Stream",), "stream"),
         (("model=m", "stream=1"), ("file",), "stream"),
-        (("model=m", "stream=True"), ("file",), "stream"),
+        (("model=m", "stream=TRUE"), ("file",), "stream"),
+        (("model=m", "models[]=", "models[]=o3", "models[]="), ("file",), "models"),
+        (("model=m", "models="), ("models",), "models"),
+        (("model=m", "background=true"), ("file",), "background"),
+        (("model=m", "num_images=2"), ("image",), "num_images"),
         (("model=m", "n=x"), ("image",), "n"),
         (("model=m", "n=\u0663"), ("image",), "n"),
         (("model=m", "n=0"), ("image",), "n"),
@@ -556,9 +644,20 @@ def test_a_form_with_an_ambiguous_field_is_refused(
     """Some servers read `model[]` as `model`, and others don't: a checked field has exactly one spelling."""
     with pytest.raises(InvalidRequest) as caught:
         parse_form_request(
-            IMAGE_EDITS if param in ("n", "svg", "api_base") else TRANSCRIPTIONS, form(*parts, files=files)
+            IMAGE_EDITS if param in ("n", "svg", "api_base", "num_images") else TRANSCRIPTIONS,
+            form(*parts, files=files),
         )
     assert caught.value.param == param
+
+
+def test_a_refused_field_of_a_form_may_be_false_or_empty() -> None:
+    """Forms have neither null nor false nor [], so clients write a text. Python writes False."""
+    parts = "background=false webhook=False models= models[]= vector_store_ids= api_base= deferred=false".split()
+    request = parse_form_request(TRANSCRIPTIONS, form("model=m", *parts, "stream=True"))
+    assert (request.stream, request.used_fields) == (True, ["model", "stream", "file"])
+    assert parse_form_request(TRANSCRIPTIONS, form("model=m", "stream=False")).stream is False
+    request = parse_form_request(IMAGE_EDITS, form("model=false", "prompt=False", "num_images=1"))
+    assert (request.model, request.document["prompt"]) == ("false", "False")
 
 
 # --------------------------------------------------------------------------------------- what the operator refuses
@@ -576,9 +675,9 @@ def test_fields_that_the_operator_refuses(name: str) -> None:
 
 
 def test_the_fields_that_a_request_uses() -> None:
-    """0 and "" are values."""
+    """0 is a value."""
     request = parse(CHAT, a=None, b=False, c=[], d={}, e=0, f="", g=True)
-    assert used_fields(request.body) == ["model", "d", "e", "f", "g"]
+    assert used_fields(request.body) == ["model", "d", "e", "g"]
 
 
 # ----------------------------------------------------------------------------------------- names of unlisted models
@@ -587,7 +686,9 @@ def test_the_fields_that_a_request_uses() -> None:
 @pytest.mark.parametrize(
     "name",
     "@preset/x openai/gpt-4o@preset/x @PRESET/x gpt-4o:online gpt-4o:ONLINE gpt-4o:free:online gpt-4o:online:free "
-    "openrouter/auto OpenRouter/Auto openrouter/auto:nitro gpt-4o,o3 model#deployment http://evil.example/m".split(),
+    "openrouter/auto OpenRouter/Auto openrouter/auto:nitro openrouter/fusion openrouter/fusion-flash "
+    "openrouter/openrouter/free openrouter/pareto-code auto kilo/auto auto:fast ~openai/gpt-4o openrouter/~x/y a|b "
+    "gpt-4o:surfing gpt-4o,o3 model#deployment http://evil.example/m".split(),
 )
 def test_a_name_asks_for_nothing_that_is_refused_as_a_field(name: str) -> None:
     """Presets, searches, other models, deployments and addresses."""
@@ -600,8 +701,130 @@ def test_a_name_asks_for_nothing_that_is_refused_as_a_field(name: str) -> None:
 @pytest.mark.parametrize(
     "name",
     "gpt-4o gpt-4o-2024-08-06 ft:gpt-4o:acme::x openai/gpt-4o:free llama3:latest @cf/meta/llama-3 sonar-small-online "
-    "hf.co/a/b:Q4_K_M openai/gpt-4o:nitro onlinemodel:onlinex x@presets claude-3-5-sonnet@20240620".split(),
+    "hf.co/a/b:Q4_K_M openai/gpt-4o:nitro onlinemodel:onlinex x@presets autocoder "
+    "org/auto-1 openrouter/sonoma-sky-alpha x~y claude-3-5-sonnet@20240620".split(),
 )
 def test_other_names_are_names(name: str) -> None:
     """Tags, snapshots, variants and namespaces."""
     check_model_name(name)
+
+
+# ------------------------------------------------------------------------------------------------------ real clients
+
+HELLO = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+FUNCTION = {"type": "function", "function": {"name": "web_search", "parameters": {"type": "object"}}}
+CLIENTS: dict[str, tuple[Endpoint, dict]] = {
+    "Open WebUI": (
+        CHAT,
+        {
+            "stream": True,
+            "stream_options": {"include_usage": True},
+            "chat_id": "c",
+            "session_id": "s",
+            "id": "m",
+            "features": {"image_generation": False, "web_search": False, "code_interpreter": False},
+            "params": {},
+            "files": [{"type": "file", "id": "f"}],
+            "tool_ids": [],
+            "tool_servers": [],
+            "filter_ids": [],
+            "variables": {"{{USER_NAME}}": "A"},
+            "model_item": {"id": "m", "info": {"base_model_id": None}},
+            "background_tasks": {"title_generation": True, "tags_generation": True},
+            "metadata": {"chat_id": "c", "session_id": "s", "files": []},
+        },
+    ),
+    "LibreChat": (
+        CHAT,
+        {
+            "stream": True,
+            "user": "u",
+            "include_reasoning": True,
+            "reasoning": {"effort": "low"},
+            "plugins": [],
+            "presence_penalty": 0,
+            "stop": [],
+            "tools": [FUNCTION],
+            "tool_choice": "auto",
+        },
+    ),
+    "Cline and Roo": (
+        CHAT,
+        {
+            "stream": True,
+            "temperature": 0,
+            "transforms": ["middle-out"],
+            "provider": {"order": ["azure"], "allow_fallbacks": False, "data_collection": "deny"},
+            "include_reasoning": True,
+            "thinking": {"type": "enabled", "budget_tokens": 1024},
+            "tools": [FUNCTION],
+            "parallel_tool_calls": False,
+            "prompt_cache_key": "task",
+        },
+    ),
+    "Continue": (COMPLETIONS, {"prompt": "a", "suffix": "b", "stop": ["\n"], "max_tokens": 64, "best_of": None}),
+    "aider": (CHAT, {"stream": True, "temperature": 0, "extra_headers": None, "extra_body": None}),
+    "LangChain": (
+        CHAT,
+        {"n": 1, "logit_bias": {}, "response_format": {"type": "text"}, "extra_headers": None, "metadata": None},
+    ),
+    "LangChain's completions": (COMPLETIONS, {"prompt": ["a"], "best_of": 1, "n": 1, "logit_bias": {}}),
+    "LlamaIndex": (
+        CHAT,
+        {"temperature": 0.1, "stream": False, "tools": [], "functions": None, "service_tier": "auto"},
+    ),
+    "n8n": (CHAT, {"frequency_penalty": 0, "presence_penalty": 0, "top_p": 1, "n": 1, "timeout": 60000}),
+    "SillyTavern": (
+        CHAT,
+        {
+            "stream": True,
+            "transforms": ["middle-out"],
+            "plugins": [],
+            "include_reasoning": False,
+            "provider": {"allow_fallbacks": True, "order": []},
+            "top_k": 0,
+            "top_a": 0,
+            "min_p": 0,
+            "repetition_penalty": 1,
+            "logit_bias": {},
+            "stop": [],
+            "user": "",
+        },
+    ),
+    "SillyTavern's completions": (
+        COMPLETIONS,
+        {
+            "prompt": "a",
+            "num_beams": 1,
+            "sampler_order": [6, 0],
+            "grammar_string": "",
+            "negative_prompt": "",
+            "guidance_scale": 1,
+            "custom_token_bans": "",
+            "dynatemp_range": 0,
+            "n": 1,
+        },
+    ),
+    "Dify": (CHAT, {"stream": True, "user": "u", "stop": [], "enable_thinking": False, "enable_search": False}),
+    "Zed": (
+        CHAT,
+        {"stream": True, "stop": [], "max_completion_tokens": 8, "prompt_cache_key": "t", "reasoning_effort": None},
+    ),
+    "JetBrains": (CHAT, {"stream": True, "n": 1, "functions": [], "temperature": 0.2, "store": False}),
+    "OpenAI's SDK for .NET": (RESPONSES, {"background": False, "prompt": {}, "conversation": None, "tools": []}),
+    "LM Studio": (CHAT, {"stream": True, "ttl": 300, "reasoning_effort": "low"}),
+    "Zhipu's SDK": (CHAT, {"request_id": None, "do_sample": True, "sensitive_word_check": None, "extra": None}),
+    "an empty text for what is not set": (CHAT, {"organization": "", "conversation_id": "", "api_base": ""}),
+}
+
+
+@pytest.mark.parametrize("client", CLIENTS)
+def test_fields_of_real_clients_pass(client: str) -> None:
+    """What these programs send for options that are not set, and fields of their own that no server reads."""
+    endpoint, fields = CLIENTS[client]
+    turns = {} if "prompt" in fields and endpoint is COMPLETIONS else {"messages": HELLO}
+    if endpoint is RESPONSES:
+        turns = {"input": HELLO}
+    request = parse(endpoint, **turns, **fields)
+    assert request.choices == 1
+    check_allowance(endpoint, request.body, Allow())
