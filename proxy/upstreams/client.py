@@ -62,6 +62,8 @@ class Answer:
     async def carries_events(self) -> bool:
         """Whether the body is a stream of events, whatever the header says. Waits for its first bytes.
 
+        If the body has only blanks, the header decides.
+
         Raises like `chunks`, which hands out the whole body after this as well.
         """
         beginning = bytearray()
@@ -73,7 +75,7 @@ class Answer:
                 return answer
             if len(beginning) > _BEGINNING_BYTES_MAX:
                 break
-        return self.is_event_stream
+        return self.is_event_stream and not beginning.strip(b"\xef\xbb\xbf \t\r\n")
 
     async def chunks(self) -> AsyncIterator[bytes]:
         """The body's bytes as they arrive, decompressed.

@@ -223,9 +223,7 @@ async def test_a_price_is_held_and_charged_as_output(tmp_path: Path) -> None:
         assert (refused.status, "may need 2200" in refused.error["message"]) == (429, True)
         assert (await form(on, "/v1/images/variations", model="poster")).status == 200
         assert await usage(on) == (4600, 0)
-        calls = [
-            (call["input_tokens"], call["output_tokens"], call["hold_input"]) for call in await on.rows("calls")
-        ]
+        calls = [(call["input_tokens"], call["output_tokens"], call["hold_input"]) for call in await on.rows("calls")]
         assert sorted(calls) == [(0, 1200, 0), (0, 1200, 0), (0, 2200, 0)]
 
 
