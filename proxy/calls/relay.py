@@ -88,7 +88,7 @@ class Relay:
         ):
             if answer.status // 100 != 2:
                 await self._forward_error(answer, sent, reservation)
-            elif await self._is_stream(answer, sent, reservation):
+            elif await self._begins_stream(answer, sent, reservation):
                 await self._forward_stream(answer, sent, reservation)
             else:
                 await self._forward_whole(answer, sent, reservation)
@@ -166,7 +166,7 @@ class Relay:
             await call.client.write(error_event(call.request.endpoint, error))
             await call.client.end()
 
-    async def _is_stream(self, answer: Answer, call: Call, reservation: Reservation) -> bool:
+    async def _begins_stream(self, answer: Answer, call: Call, reservation: Reservation) -> bool:
         """Whether the answer is a stream. Its first bytes decide, because headers are sometimes wrong in either way.
 
         If a stream was requested and the header says that it comes, the head is sent at once: a model may reason for
@@ -178,9 +178,14 @@ class Relay:
             return False
         if not (call.request.stream and answer.is_event_stream):
             return await answer.carries_events()
-        await call.client.start(answer.status, self._answer_headers(answer, call, reservation, is_stream=True))
+        await self._start_stream(answer, call, reservation)
         with call.client.heartbeat(lambda: True):
             return await answer.carries_events()
+
+    async def _start_stream(self, answer: Answer, call: Call, reservation: Reservation) -> None:
+        """Send the head of a stream, unless it was sent already."""
+        if not call.client.has_begun:
+            await call.client.start(answer.status, self._answer_headers(answer, call, reservation, is_stream=True))
 
     async def _forward_stream(self, answer: Answer, call: Call, reservation: Reservation) -> None:
         """Forward each event at once if the hold covers it, and the end when it is settled.
@@ -189,8 +194,7 @@ class Relay:
         """
         client = call.client
         stream = Stream(reservation.meter, mask=partial(masked, upstream=call.model.upstream))
-        if not client.has_begun:
-            await client.start(answer.status, self._answer_headers(answer, call, reservation, is_stream=True))
+        await self._start_stream(answer, call, reservation)
         try:
             with client.heartbeat(lambda: stream.is_between_events):
                 async for chunk in answer.chunks():
@@ -235,7 +239,8 @@ class Relay:
         if not await reservation.hold_whole_answer(self._queue):
             await reservation.end("at_limit")
             raise UpstreamError(
-                "The upstream sent a whole answer where a stream was requested, and your quotas have no room for it."
+                "The upstream sent a whole answer where a stream was requested, and your quotas have no room for it. "
+                "Send the request without `stream`, or with a smaller maximum."
             )
         await reservation.end(_outcome(call, meter))
         # Without `has_error`, a body that is no JSON is audio or subtitles.

@@ -98,7 +98,7 @@ class Kind:
     # The name of that option in the request. An upstream that rejects the option repeats it.
     running_usage_option: ClassVar[str | None] = None
     # Whether the usage of a whole answer with several choices covers the first choice only.
-    reports_first_choice_only: ClassVar[bool] = False
+    states_first_choice_only: ClassVar[bool] = False
 
     # Whether it may store responses under their ids, so that one whose answer was cut has to be deleted there.
     stores_responses: ClassVar[bool] = True
@@ -233,7 +233,7 @@ class LlamaCpp(_OwnServer):
     completions_default = None
     running_usage = "timings"
     running_usage_option = "timings_per_token"
-    reports_first_choice_only = True
+    states_first_choice_only = True
     # It announces `keep-alive` and closes the connection after a stream all the same. If the connection were pooled,
     # the next call would be written to a closed socket.
     stream_headers = MappingProxyType({"connection": "close"})

@@ -1,6 +1,6 @@
 """Images, speech, transcripts and moderations: the output is known only at the end of the answer. It may be no JSON.
 
-An answer that reports its tokens is charged these. One that reports none is one request for the meter: what it costs
+An answer that states its tokens is charged these. One that states none is one request for the meter: what it costs
 is stated in `pieces`. A stream consists of typed events, of which the last of each choice may have the usage:
 
     data: {"type":"image_generation.partial_image","b64_json":…}
@@ -89,9 +89,9 @@ class MediaMeter(Meter):
         return stated
 
     def _usage_in_tokens(self) -> Usage:
-        """The reported tokens if there are any, else one request.
+        """The stated tokens if there are any, else one request.
 
-        A stream that broke off has not reported what it cost. TOKENS_MAX then stands for the whole reservation,
+        A stream that broke off has not stated what it cost. TOKENS_MAX then stands for the whole reservation,
         because an estimate is never charged beyond it. An error generated nothing, but its input was read.
         """
         if self._stated is not None and self.is_at_end:
@@ -101,7 +101,7 @@ class MediaMeter(Meter):
             # Without an output, or without the usage of one of several images, only a part of the cost is stated.
             if self._stated.known_output is None or self._unstated:
                 return AtLeast(Tokens(tokens.input, TOKENS_MAX))
-            return AtLeast(tokens) if self.input_reported is None else Exactly(tokens)
+            return AtLeast(tokens) if self.input_stated is None else Exactly(tokens)
         if self.has_error:
             return AtLeast(Tokens(0, 0))
         if self.is_at_end:

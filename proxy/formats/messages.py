@@ -149,10 +149,10 @@ class MessagesMeter(Meter):
         # No message has an empty input. A server that reports 0 at the beginning counts the input at the end.
         parts = {name: usage.get(name) for name in INPUT_PARTS if usage.get(name) or not is_early}
         parts |= {name: earlier for name, earlier in self._input_parts.items() if not parts.get(name)}
-        self._input_parts = {name: value for name, value in parts.items() if value}
+        self._input_parts = {name: value for name, value in parts.items() if value and self._read({name: value})}
         # The early output is a guess at the first tokens. They are counted when they come, so it is left out.
         stated = self._read({**{name: value for name, value in usage.items() if name not in INPUT_PARTS}, **parts})
-        self._report(Stated(stated.input, cached=stated.cached) if stated and is_early else stated)
+        self._record(Stated(stated.input, cached=stated.cached) if stated and is_early else stated)
 
 
 def _usage_of_bedrock(metrics: object) -> JSON | None:

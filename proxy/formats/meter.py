@@ -22,69 +22,32 @@ Each surface has its own meter and its own ending, in a module of its name (`cha
 `surfaces` makes the meter that fits a request. Pure: no sockets, no clock.
 """
 
-import json
-import math
-import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
-
-import orjson
 
 from proxy.formats.estimate import DEFAULT_ANSWER_TOKENS
 from proxy.formats.request import Request
 from proxy.formats.sse import Event
-from proxy.formats.strict_json import dump, walk
+from proxy.formats.strict_json import dump
+from proxy.formats.texts import (
+    is_error,
+    read_object,
+    texts_in,
+    texts_in_other_shape,
+    texts_of_body,
+    texts_of_broken_json,
+)
 from proxy.formats.usage import Stated, read_usage, usages_beside
 from proxy.policy.amounts import AtLeast, Exactly, Tokens, Unspent, Usage, Uses
 
 JSON = dict[str, Any]
 
-# Members of a choice or an item that contain no text of the model: names and ids, reasons, filter results, the same
-# text again as single tokens (logprobs), and audio as base64 (data). Counting them would charge a broken stream
-# several times too much.
-_NOT_TEXT = frozenset(
-    "role type id call_id status finish_reason native_finish_reason stop_reason logprobs prompt_logprobs "
-    "content_filter_results data signature".split()
-)
-# The same in an answer in the shape of another API, where all members are looked at: what the answer is and whose,
-# what it repeats of the request, what a server adds to it, and what it states of its usage.
-_NOT_TEXT_ELSEWHERE = _NOT_TEXT - {"data"} | frozenset(
-    "object model version modelVersion created created_at createTime updated_at expires_at completed_at date "
-    "system_fingerprint service_tier provider region obfuscation language lang event event_type "
-    "error errors warning warnings code param detail details trace debug metadata meta usage usageMetadata timings "
-    "usage_metadata x_groq prompt_filter_results content_filter_offsets safetyRatings safety_ratings promptFeedback "
-    "citationMetadata groundingMetadata urlContextMetadata moderation stop stop_sequence stop_details "
-    "incomplete_details finishReason done_reason avgLogprobs logprobsResult context_management container "
-    "instructions tools tool_choice prompt context user reasoning_effort truncation generation_settings parameters "
-    "annotations citations sources search_results search_queries related_questions images url urls "
-    "encrypted_content thoughtSignature thought_signature b64_json partial_image_b64 mime_type mimeType "
-    "index amazon-bedrock-invocationMetrics".split()
-)
-# Members that are base64 if they are a string, and an error if it is a message. Objects of these names have texts.
-_NOT_TEXT_AS_STRING = frozenset("data audio image message".split())
-_IDS = ("_id", "Id", "_ids", "_type", "_key", "_tier")
 # The events that end a response, and the members in which its `.done` events repeat a text as a whole.
 RESPONSE_ENDS = frozenset(("response.completed", "response.incomplete", "response.failed", "error"))
 _WHOLE_TEXT_MEMBERS = ("text", "refusal", "arguments", "input", "item", "part")
 # The members of an item of a response that have the model's text.
 _ITEM_TEXT_MEMBERS = ("content", "summary", "arguments", "input", "text")
-# Members that contain text of the model, in JSON that can't be parsed. There it is unknown what a member is a part
-# of, so only names that have no other meaning are in this list.
-_TEXT = frozenset(
-    "content text reasoning reasoning_content reasoning_text refusal arguments thinking partial_json transcript "
-    "delta output_text".split()
-)
-# A string, whether it is closed, and whether a colon follows, which makes it a name. Possessive repeats never go
-# back, so a search takes time proportional to the length of the text, even if its last string is never closed.
-_STRING = re.compile(r'"((?:[^"\\]++|\\.)*+)"?+\s*+(:?)', re.DOTALL)
-# The most strings that are looked at in JSON that can't be parsed: they block the event loop for about 0.3 s.
-_STRINGS_MAX = 250_000
-# Python's parser takes three times as long as orjson, and longer still if numbers need special care. So JSON that
-# orjson can't parse is parsed only if it has no more values than this; see `strict_json`.
-_VALUES_MAX = 1_000_000
-# No number of more digits is a count, and int() takes time quadratic in the number of digits.
-_DIGITS_MAX = 40
 # An event without data that is larger than this is no comment but a piece of an event that was too large to parse.
 _COMMENT_BYTES_MAX = 65_536
 _BYTES_PER_TOKEN = 4
@@ -145,7 +108,7 @@ class Meter(ABC):
     - `extra_usage`: the members of a usage that its upstream writes in addition to the output.
 
     A surface's meter implements `_new_ending`, `_see_object` for the events of a stream and `_see_answer` for a whole
-    answer. It passes on what it finds there with `_report` (a usage that `_read` has read) and `_count_texts` (pieces
+    answer. It passes on what it finds there with `_record` (a usage that `_read` has read) and `_count_texts` (pieces
     of output).
     """
 
@@ -165,16 +128,16 @@ class Meter(ABC):
         self.extra_usage: Sequence[str] = ()
         self._count = count
         self._uses = request.endpoint.uses
-        # Whether the tokens of an answer can be counted if the upstream does not report them.
-        self._generates = request.endpoint.generates and not request.endpoint.by_piece
+        # Whether its texts can be counted if the upstream states no usage.
+        self._counts_text = request.endpoint.generates and not request.endpoint.by_piece
         self._choices = request.choices
         self._strips_usage = request.adds_usage
-        self._may_have_output = request.endpoint.generates
+        self._generates = request.endpoint.generates
         self._stated: Stated | None = None
         self._is_partial = False  # the stated usage is of one choice, not of the whole answer
         self._is_contradicted = False  # the upstream stated a smaller output than it had stated before
         self._counted = 0  # output tokens by our count, in the whole answer
-        self._counted_since_report = 0  # the same, since the upstream last stated its usage
+        self._counted_since_stated = 0  # the same, since the upstream last stated its usage
 
     def stop_stripping(self) -> None:
         """Remove nothing from now on: the proxy did not ask for usage after all, so it is meant for the client."""
@@ -183,9 +146,9 @@ class Meter(ABC):
     @property
     def output_seen(self) -> int:
         """The tokens of output that have passed so far; 0 for images and audio, which are known only at their end."""
-        if not self._generates:
+        if not self._counts_text:
             return 0
-        seen = self._output_stated + self._counted_since_report
+        seen = self._output_stated + self._counted_since_stated
         return (max(seen, self._counted) if self._is_doubtful else seen) + self._extra_output
 
     def output_with(self, counted: int) -> int:
@@ -193,10 +156,10 @@ class Meter(ABC):
         return self.output_seen + counted if self._is_partial else max(self.output_seen, counted + self._extra_output)
 
     @property
-    def input_reported(self) -> int | None:
-        """The tokens of the input, if the upstream has reported them; 0 if it has reported only a total.
+    def input_stated(self) -> int | None:
+        """The tokens of the input, if the upstream has stated them; 0 if it has stated only a total.
 
-        Otherwise an input of 0 is no report, because no prompt is empty. Some servers write it if they don't count
+        Otherwise an input of 0 is ignored, because no prompt is empty. Some servers write it if they don't count
         the input, or if they have read all of it from their cache.
         """
         if self._stated is None:
@@ -206,7 +169,7 @@ class Meter(ABC):
     def see_event(self, event: Event, *, is_cut: bool = False) -> bytes:
         """Measure one event and return the bytes for the client.
 
-        Bytes that are kept for a moment are returned with the next event, or by `flush`. `is_cut` says that the
+        Bytes that are kept for a moment are returned with the next event, or by `end`. `is_cut` says that the
         stream ended before the event's blank line; then data that can't be parsed is not counted.
         """
         self.chunk = None
@@ -231,8 +194,8 @@ class Meter(ABC):
             return event.raw
         return self._see_object(self.chunk, event)
 
-    def flush(self) -> bytes:
-        """Return the bytes that were kept; called if no further event comes."""
+    def end(self) -> bytes:
+        """Note that no further event comes, and return the bytes that were kept."""
         return b""
 
     def see_whole(self, body: bytes) -> None:
@@ -244,26 +207,26 @@ class Meter(ABC):
             return
         self._see_error(answer)
         output = self._see_answer(answer)
-        if self._generates and (not self._output_stated or (self._is_doubtful and not self._is_partial)):
+        if self._counts_text and (not self._output_stated or (self._is_doubtful and not self._is_partial)):
             self.uncounted_texts = [*texts_in(output)]
             is_known = any(output) if isinstance(output, list) else bool(output)
-            if not is_known and not _is_error(answer):
+            if not is_known and not is_error(answer):
                 self.uncounted_texts = [*texts_in_other_shape(answer)]
 
     def usage(self) -> Usage:
         """The usage as far as it is known now. If the answer does not state the input, the input is 0.
 
-        A usage that was reported before the last text covers only what came before it. Examples:
+        A usage that was stated before the last text covers only what came before it. Examples:
 
-            the usage chunk reported 11 and 5                Exactly(11, 5)
+            the usage chunk stated 11 and 5                  Exactly(11, 5)
             12 tokens passed by our count, and the stream
-            broke off before any report                      AtLeast(0, 12); the caller adds its count of the input
-            vLLM had reported 11 and 4 so far, then text
-            of 5 tokens by our count came without a report   AtLeast(11, 9)
-            11 and no output were reported, and 12 tokens
+            broke off before any usage                       AtLeast(0, 12); the caller adds its count of the input
+            vLLM had stated 11 and 4 so far, then text
+            of 5 tokens by our count came without a usage    AtLeast(11, 9)
+            11 and no output were stated, and 12 tokens
             passed by our count                              AtLeast(11, 12)
-            20 and 30 were reported, then zeros              Exactly(20, 30)
-            only zeros were reported, and there is no text   AtLeast(0, 0); the caller adds its count of the input
+            20 and 30 were stated, then zeros                Exactly(20, 30)
+            only zeros were stated, and there is no text     AtLeast(0, 0); the caller adds its count of the input
         """
         match self._uses:
             case Uses.NOTHING:
@@ -297,14 +260,14 @@ class Meter(ABC):
         If it is JSON, or was to be, only the texts in it count: a number of 200,000 digits is no text.
         """
         self.has_error = True
-        if self._generates:
+        if self._counts_text:
             self.uncounted_texts = [*texts_of_body(body)]
 
     def _usage_in_tokens(self) -> Usage:
-        stated, input_tokens = self._stated or Stated(), self.input_reported
-        output = self.output_seen if self._generates else self._output_stated
-        is_whole = not self._is_partial and not self.uncounted_texts and not self._counted_since_report
-        is_output_stated = stated.known_output == output or not self._generates
+        stated, input_tokens = self._stated or Stated(), self.input_stated
+        output = self.output_seen if self._counts_text else self._output_stated
+        is_whole = not self._is_partial and not self.uncounted_texts and not self._counted_since_stated
+        is_output_stated = stated.known_output == output or not self._counts_text
         if input_tokens is not None and is_whole and is_output_stated:
             return Exactly(stated.tokens())
         input_tokens = input_tokens or 0
@@ -330,7 +293,7 @@ class Meter(ABC):
 
     def _read(self, usage: object) -> Stated | None:
         """What a usage object of this answer states."""
-        output_bound = self.output_bound if self._may_have_output else None
+        output_bound = self.output_bound if self._generates else None
         return read_usage(
             usage,
             output_bound=output_bound,
@@ -339,7 +302,7 @@ class Meter(ABC):
             has_separate_cache=self._has_separate_cache,
         )
 
-    def _report(self, stated: Stated | None) -> None:
+    def _record(self, stated: Stated | None) -> None:
         """Record a usage that the upstream stated; None if it stated none, or one that makes no sense.
 
         It covers the text that has passed only if its output is larger than what was stated before, or than what we
@@ -356,12 +319,12 @@ class Meter(ABC):
             stated = self._stated.largest(stated)
         self._stated = stated
         if output > before or output >= self._counted:
-            self._counted_since_report = 0
+            self._counted_since_stated = 0
 
-    def _report_beside(self, document: JSON) -> None:
+    def _record_beside(self, document: JSON) -> None:
         """Record the usages that a vendor states in members of its own."""
         for usage in usages_beside(document):
-            self._report(self._read(usage))
+            self._record(self._read(usage))
 
     def _count_texts(self, part: object) -> None:
         """Count the texts in a piece of the answer, as at least one token if there is any text."""
@@ -401,7 +364,7 @@ class Meter(ABC):
         A gateway may pass on what its upstream writes. The client gets the text, so it costs.
         """
         response = event.get("response")
-        if not self._generates or _is_error(event):
+        if not self._counts_text or is_error(event):
             return
         if isinstance(kind, str) and kind.startswith("response."):
             self._count_response_event(kind, event)
@@ -416,34 +379,7 @@ class Meter(ABC):
 
     def _add_to_count(self, tokens: int) -> None:
         self._counted += tokens
-        self._counted_since_report += tokens
-
-
-def read_object(data: bytes) -> JSON | None:
-    """Parse the data of an event; None if it is no JSON object.
-
-    NaN, infinities and unpaired surrogates are accepted. They are not JSON, but some clients parse them.
-    """
-    value = _parse(data)
-    return value if isinstance(value, dict) else None
-
-
-def _parse(data: bytes) -> object:
-    """Parse JSON; None if that is not possible, or if it is `null`."""
-    try:
-        return orjson.loads(data)
-    except orjson.JSONDecodeError:
-        pass
-    if len(data) > _VALUES_MAX and sum(map(data.count, (b",", b"[", b"{"))) > _VALUES_MAX:
-        return None
-    try:
-        return json.loads(data, parse_int=_bounded_int)
-    except (ValueError, RecursionError):
-        return None
-
-
-def _bounded_int(digits: str) -> float:
-    return int(digits) if len(digits) <= _DIGITS_MAX else math.inf
+        self._counted_since_stated += tokens
 
 
 def write_events(events: Iterable[JSON], newline: bytes = b"\n") -> bytes:
@@ -452,75 +388,3 @@ def write_events(events: Iterable[JSON], newline: bytes = b"\n") -> bytes:
         b"event: %b%bdata: %b%b" % (event["type"].encode(), newline, dump(event), newline + newline)
         for event in events
     )
-
-
-def texts_in(part: object) -> Iterator[str]:
-    """The texts in a part of an answer, at any depth: content, refusals, arguments of tool calls."""
-    return (value for value in walk(part, _members_with_text) if isinstance(value, str) and value)
-
-
-def _members_with_text(members: JSON) -> list[object]:
-    return [value for name, value in members.items() if name not in _NOT_TEXT]
-
-
-def texts_in_other_shape(answer: JSON) -> Iterator[str]:
-    """The texts in an answer or event whose shape is unknown: all strings, but those in members that have none.
-
-    {"model": "m", "response": "Hi", "done": false}                                    Hi       (Ollama)
-    {"candidates": [{"content": {"role": "model", "parts": [{"text": "Hi"}]}}]}        Hi       (Gemini)
-    """
-    return (value for value in walk(answer, _members_in_other_shape) if isinstance(value, str) and value)
-
-
-def _members_in_other_shape(members: JSON) -> list[object]:
-    if members.get("object") == "response":  # it repeats much of the request
-        return [members.get("output"), members.get("output_text")]
-    return [
-        value
-        for name, value in members.items()
-        if name not in _NOT_TEXT_ELSEWHERE
-        and not name.endswith(_IDS)
-        and not (name in _NOT_TEXT_AS_STRING and isinstance(value, str))
-    ]
-
-
-def _is_error(answer: JSON) -> bool:
-    kind = answer.get("type")
-    return (
-        answer.get("error") is not None
-        or (isinstance(kind, str) and kind.endswith(("error", "failed")))
-        or answer.get("object") == "error"
-    )
-
-
-def texts_of_body(body: bytes) -> Iterator[str]:
-    """The texts in a whole answer that is no JSON object: all of it, unless it is JSON or was to be."""
-    beginning = body.lstrip(b"\xef\xbb\xbf \t\r\n")[:1]  # servers write blank lines while they are busy
-    if beginning in (b"{", b"["):
-        return texts_of_broken_json(body)
-    value = _parse(body) if beginning == b'"' or beginning.isdigit() or beginning == b"-" else None
-    if value is None:
-        return iter([body.decode("utf-8", "replace")])
-    return iter([value] if isinstance(value, str) else [])
-
-
-def texts_of_broken_json(data: bytes) -> Iterator[str]:
-    """The texts in JSON that can't be parsed: the strings in members that have the model's text, never other bytes.
-
-    `{"id":"c","choices":[{"message":{"content":"Hello","n":1e` has the text "Hello", and so has `["Hello"`.
-    """
-    name = "text" if data.lstrip()[:1] == b"[" else ""  # strings in an array without a name are text
-    for string, _ in zip(_STRING.finditer(data.decode("utf-8", "replace")), range(_STRINGS_MAX), strict=False):
-        if string[2]:
-            name = string[1]
-        elif name in _TEXT and string[1]:
-            yield _unescaped(string[1])
-
-
-def _unescaped(string: str) -> str:
-    if "\\" not in string:
-        return string
-    try:
-        return str(json.loads(f'"{string}"', strict=False))
-    except ValueError:  # an escape that does not exist, or that broke off
-        return string

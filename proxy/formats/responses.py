@@ -55,7 +55,7 @@ class ResponsesMeter(Meter):
     def _new_ending(self, request: Request) -> Ending:
         return ResponsesEnding()
 
-    def flush(self) -> bytes:
+    def end(self) -> bytes:
         """Note that a stream that ends without its last event broke off, even if it ended regularly or by `[DONE]`.
 
         Such a response may go on at the upstream, so it must not be read there.
@@ -79,8 +79,8 @@ class ResponsesMeter(Meter):
         if kind is None:
             self._count_other_shape(chunk, None)
         # Some gateways state the usage beside the response, or in members of their own.
-        self._report(self._read(chunk.get("usage")))
-        self._report_beside(chunk)
+        self._record(self._read(chunk.get("usage")))
+        self._record_beside(chunk)
         if kind in RESPONSE_ENDS:
             self.is_at_end = self.is_over = self._has_ended = True
             self.has_error = self.has_error or kind in ("error", "response.failed")
@@ -92,15 +92,15 @@ class ResponsesMeter(Meter):
         """Record the id of a response, and its usage if it has one."""
         name, tools = response.get("id"), response.get("tool_usage")
         # Counting the input tokens (`input_tokens`) stores no response, whatever its answer contains.
-        if self._generates and isinstance(name, str) and RESPONSE_ID.fullmatch(name):
+        if self._counts_text and isinstance(name, str) and RESPONSE_ID.fullmatch(name):
             self.response_id = name
         stated = self._read(response.get("usage"))
-        # The image tool reports its tokens separately; they are not included in `usage`.
+        # The image tool states its tokens separately; they are not included in `usage`.
         drawn = self._read(tools.get("image_gen")) if isinstance(tools, dict) else None
         if stated and drawn:
             stated = stated.plus(drawn, adds_input=True)
-        self._report(stated)
-        self._report_beside(response)
+        self._record(stated)
+        self._record_beside(response)
 
 
 # ------------------------------------------------------------------------------------------------- the end at a limit

@@ -1,4 +1,4 @@
-"""Everything that refuses a body: one table of rows for both APIs, and what only the policy may allow.
+"""What refuses a body whatever the policy says: one table of rows for both APIs.
 
 A row of `ROWS` refuses one thing whatever the policy says: a field that would change where a call goes, a value that
 servers read in different ways, a reference to something stored in the upstream account that all users share. The rows
@@ -8,26 +8,22 @@ other meaning: a gateway may read it anywhere, whichever API it belongs to. It i
 `check_model_name` refuses the same things in the name of a model that the operator has not listed: at OpenRouter
 `gpt-4o:online` is `gpt-4o` with `plugins`. `check_refused_fields` refuses what the operator adds with `refuse`.
 
-`check_allowance` refuses what costs or reaches more than quotas can see, unless the policy allows it (`allow` in
-quotas.yaml). Tools that run at the upstream repeat model calls there, with the operator's key. Anthropic's own tools
-add input that the request does not show. A service tier changes the price. The message says which setting allows it.
-References to stored things stay refused inside tools that are allowed.
+What only the policy may allow is in `allowance`.
 
 Bytes that are no unambiguous JSON are refused before, in `strict_json` and `multipart`. Pure.
 """
 
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
 
 from proxy.errors import InvalidRequest
-from proxy.formats.body import RequestBody, content_objects, is_run_by_client, offered_tools, unusual_turns
+from proxy.formats.body import RequestBody, content_objects, unusual_turns
 from proxy.formats.endpoints import METERED, Endpoint
 from proxy.formats.kinds import CHOICE_COUNT_FIELDS, LEAST_MAXIMUM, MAXIMUM_FIELDS
 from proxy.formats.strict_json import DEPTH_MAX, is_within_depth, plain_name, walk
-from proxy.policy.catalog import Allow
 
 _MODEL_CHARACTERS_MAX = 256
 # A segment "." or ".." in a model's name. In Azure's path /deployments/{model}/… it would lead to another deployment,
@@ -38,27 +34,18 @@ _CHOICES_MAX = 128
 # More than any answer has, and small enough that products stay far inside 64 bits: 10^9 tokens × 128 answers are less
 # than 2^37.
 _NUMBER_MAX = 10**9
-# Tiers at the usual price; null means the default. OpenAI has `auto` and `default`, Anthropic `auto` and
-# `standard_only`.
-_USUAL_TIERS = (None, "auto", "default", "standard_only")
 # What a server with OpenAI's API refuses to an unlisted name because it refuses the same as a field. OpenRouter:
 # `@preset/x` and `gpt-4o@preset/x` (preset), `gpt-4o:online` (plugins), `openrouter/auto` (models). LiteLLM reads
 # `gpt-4o,o3` as several models (models). Fireworks: `model#deployment` (deployment_id). An address (api_base).
+# SGLang's `base:adapter` passes: ":" also begins a tag (`llama3:70b`) and a variant (`:free`), so it does not tell an
+# adapter from another model.
 _NAME_WITH_ANOTHER_MEANING = re.compile(r"@preset(?:/|$)|:online(?:$|[:@/])|^openrouter/auto|,|#|://", re.IGNORECASE)
-# Members of a tool that name things which any user may have stored in the upstream account.
-_STORED_THING_FIELDS = frozenset(
-    map(
-        plain_name,
-        "collection_id collection_ids container_id file_id file_ids knowledge_base_id knowledge_base_ids library_id "
-        "library_ids skill_id vector_store_id vector_store_ids".split(),
-    )
-)
 # Messages repeat at most this many characters of the client's values.
-_SHOWN_CHARACTERS = 40
+SHOWN_CHARACTERS = 40
 # Members of a turn or part that name a stored file.
 _FILE_IDS = ("fileid", "fileids")
 # Members of an item that decide what it is. Another spelling of them is refused.
-_MEMBERS_OF_ITEMS = ("type", "tools")
+MEMBERS_OF_ITEMS = ("type", "tools")
 # Keys of turns and parts that are no spelling of those. Nearly all have no others, and need no closer look.
 _KEYS_OF_PARTS = frozenset(
     "type text role content name id call_id output status summary arguments tool_call_id tool_calls tool_use_id "
@@ -66,7 +53,7 @@ _KEYS_OF_PARTS = frozenset(
     "encrypted_content file_data filename annotations logprobs refusal phase file source tools".split()
 )
 
-_STORED = (
+STORED = (
     "it refers to things stored at the upstream, in an account that all users share, and the request does not show "
     "their tokens. Send their content instead"
 )
@@ -118,7 +105,7 @@ def _not_on(*names: str) -> Callable[[Endpoint], bool]:
 # --------------------------------------------------------------------------------------------------- what is refused
 
 
-def _is_used(value: object) -> bool:
+def is_used(value: object) -> bool:
     """Whether a field is used. SDKs send null, false and [] for options that their user did not set.
 
     An empty object is a use: `web_search_options: {}` asks for a search.
@@ -128,7 +115,7 @@ def _is_used(value: object) -> bool:
 
 def _is_used_unless(unused: dict[str, Any]) -> Callable[[object], bool]:
     """Whether a field is used, if this very object is not a use of it."""
-    return lambda value: _is_used(value) and value != unused
+    return lambda value: is_used(value) and value != unused
 
 
 def _names_stored_prompt(prompt: object) -> bool:
@@ -151,7 +138,7 @@ def _is_custom_voice(voice: object) -> bool:
 def _has_refused_members(value: object) -> bool:
     """Whether a field that is refused is inside an object of options, at any depth."""
     return any(
-        _is_refused_everywhere(name) and _is_used(inner) for part in walk(value) for name, inner in _members(part)
+        _is_refused_everywhere(name) and is_used(inner) for part in walk(value) for name, inner in _members(part)
     )
 
 
@@ -170,7 +157,7 @@ def _is_too_deep(checked: Checked) -> bool:
 def _has_stored_files(checked: Checked) -> bool:
     """Whether a turn or part has a `file_id`, in any spelling and at any place where a server could look for it."""
     return any(
-        plain_name(name) in _FILE_IDS and _is_used(value) and value != ""
+        plain_name(name) in _FILE_IDS and is_used(value) and value != ""
         for part in content_objects(checked.body)
         if not _KEYS_OF_PARTS.issuperset(part)
         for name, value in part.items()
@@ -180,7 +167,7 @@ def _has_stored_files(checked: Checked) -> bool:
 def _has_other_spelling(checked: Checked) -> bool:
     """Whether a turn has `Type` or `Tools`: Go's decoder accepts them for `type` and `tools`, even beside these."""
     return any(
-        name not in _MEMBERS_OF_ITEMS and plain_name(name) in _MEMBERS_OF_ITEMS
+        name not in MEMBERS_OF_ITEMS and plain_name(name) in MEMBERS_OF_ITEMS
         for turn in unusual_turns(checked.body)
         if not _KEYS_OF_PARTS.issuperset(turn)
         for name in turn
@@ -245,7 +232,7 @@ def _refused_fields(
     names: str,
     reason: str,
     where: Callable[[Endpoint], bool] = lambda endpoint: True,
-    is_refused: Callable[[Any], bool] = _is_used,
+    is_refused: Callable[[Any], bool] = is_used,
 ) -> tuple[Row, ...]:
     """A row for each of these fields, which are refused in every spelling unless they are null, false or []."""
     return tuple(_refused_field(name, reason, where=where, is_refused=is_refused) for name in names.split())
@@ -256,7 +243,7 @@ def _refused_field(
     reason: str,
     *,
     where: Callable[[Endpoint], bool] = lambda endpoint: True,
-    is_refused: Callable[[Any], bool] = _is_used,
+    is_refused: Callable[[Any], bool] = is_used,
 ) -> Row:
     return Row(name, is_refused, f'"{name}" can\'t be used here: {reason}.', where=where, is_field_refused=True)
 
@@ -313,14 +300,14 @@ ROWS: tuple[Row, ...] = (
         "assistant_id cached_content container container_id context_id conversation conversation_id file_id file_ids "
         "knowledge_base_id knowledge_base_ids prompt_id session_params skill_id thread_id tool_resources "
         "vector_store_id vector_store_ids",
-        _STORED,
+        STORED,
     ),
     # On other endpoints `prompt` is a text.
-    *_refused_fields("prompt", _STORED, _RESPONSES, is_refused=_is_used_unless({})),
+    *_refused_fields("prompt", STORED, _RESPONSES, is_refused=_is_used_unless({})),
     Row(
         "prompt",
         _names_stored_prompt,
-        f'"prompt" can\'t be used here: {_STORED}.',
+        f'"prompt" can\'t be used here: {STORED}.',
         where=lambda endpoint: not endpoint.is_of_responses,
     ),
     *_refused_fields(
@@ -352,7 +339,7 @@ ROWS: tuple[Row, ...] = (
         for name in ("custom_params", "google", "providerOptions", "vllm_xargs")
     ),
     # Stored things inside of turns.
-    Row(None, _has_stored_files, f'"file_id" can\'t be used here: {_STORED}.', param="file_id"),
+    Row(None, _has_stored_files, f'"file_id" can\'t be used here: {STORED}.', param="file_id"),
     Row(
         None,
         _has_other_spelling,
@@ -362,7 +349,7 @@ ROWS: tuple[Row, ...] = (
     Row(
         None,
         _has_stored_items,
-        f'References to stored items can\'t be used here, and generated images only with their "result": {_STORED}.',
+        f'References to stored items can\'t be used here, and generated images only with their "result": {STORED}.',
         param="input",
         where=_RESPONSES,
     ),
@@ -466,7 +453,7 @@ def _refusing_row(endpoint: Endpoint, name: str) -> Row | None:
     """The row that refuses a field of this name, in any spelling."""
     row = _REFUSED_OF[endpoint.name].get(plain_name(name))
     if row is None and _REFUSED_PREFIX.match(name):
-        return _refused_field(name[:_SHOWN_CHARACTERS], _ROUTES)
+        return _refused_field(name[:SHOWN_CHARACTERS], _ROUTES)
     return row
 
 
@@ -497,7 +484,7 @@ def check_form_field(endpoint: Endpoint, name: str, *, is_file: bool = False) ->
     as `model` by some servers and not by others.
     """
     if "[fileid" in plain_name(name):
-        raise InvalidRequest(f'"file_id" can\'t be used here: {_STORED}.', param=name, code="unsupported_parameter")
+        raise InvalidRequest(f'"file_id" can\'t be used here: {STORED}.', param=name, code="unsupported_parameter")
     base = form_field_base(name)
     refusing = _refusing_row(endpoint, base)
     field = name if refusing is None else refusing.field or base
@@ -535,7 +522,7 @@ def check_refused_fields(names: Iterable[str], refused: Collection[str], *, mode
     refused_names = set(map(plain_name, refused))
     for name in names:
         if plain_name(form_field_base(name)) in refused_names:
-            shown = name[:_SHOWN_CHARACTERS]
+            shown = name[:SHOWN_CHARACTERS]
             raise InvalidRequest(
                 f'"{shown}" can\'t be used with the model "{model}": the operator of this proxy refuses it. '
                 "Leave it out.",
@@ -546,81 +533,4 @@ def check_refused_fields(names: Iterable[str], refused: Collection[str], *, mode
 
 def used_fields(body: RequestBody) -> list[str]:
     """The fields of a body, or of a form, that are neither null nor false nor []."""
-    return [name for name, value in body.document.items() if _is_used(value)]
-
-
-# ----------------------------------------------------------------------------------------------- what may be allowed
-
-
-def check_allowance(endpoint: Endpoint, body: RequestBody, allow: Allow) -> None:
-    """Raise InvalidRequest if a call uses something that is not allowed for its model."""
-    document = body.document
-    for tool in offered_tools(body):
-        _refuse_other_case(tool)
-        if not _runs_at_client(tool, endpoint):
-            _check_tool(tool, allow)
-    if _is_used(document.get("web_search_options")):
-        _check_type("web_search", allow, param="web_search_options")
-    tier = document.get("service_tier")
-    if tier not in _USUAL_TIERS and not (isinstance(tier, str) and tier in allow.service_tiers):
-        shown = str(tier)[:_SHOWN_CHARACTERS]
-        raise _not_allowed(f'"service_tier": "{shown}"', f"service_tiers: [{shown}]", param="service_tier")
-    if _is_used(document.get("store")) and not allow.store:
-        raise _not_allowed('"store"', "store: true", param="store")
-
-
-def _runs_at_client(tool: object, endpoint: Endpoint) -> bool:
-    """Whether the client runs this tool. A tool without a type is one only on /messages, where it means `custom`."""
-    has_type = isinstance(tool, dict) and tool.get("type") is not None
-    return is_run_by_client(tool) and (has_type or endpoint.is_of_messages)
-
-
-def _refuse_other_case(tool: object) -> None:
-    """Refuse `Type` and `Tools`: Go's decoder accepts them for `type` and `tools`, even beside these.
-
-    A gateway in Go would read {"type": "function", "Type": "web_search"} as a web search.
-    """
-    for name in tool if isinstance(tool, dict) else ():
-        if name != (plain := plain_name(name)) and plain in _MEMBERS_OF_ITEMS:
-            raise InvalidRequest(f'Write "{plain}" and not "{name}" in a tool.', param="tools")
-
-
-def _check_tool(tool: object, allow: Allow) -> None:
-    if not isinstance(tool, dict) or not isinstance(tool.get("type"), str):
-        text = 'Each tool must be an object with a "type", such as "function".'
-        raise InvalidRequest(text, param="tools", code="unsupported_parameter")
-    _check_type(tool["type"], allow, param="tools")
-    # The tools of a group are checked one by one (`offered_tools`). They are left out here, because the parameters of
-    # a function may have any name, such as "file_id".
-    own = {name: value for name, value in tool.items() if name != "tools"}
-    for value in walk(own):
-        if isinstance(value, dict):
-            _check_members(value)
-
-
-def _check_type(type_: str, allow: Allow, *, param: str) -> None:
-    if type_ not in allow.tools:
-        shown = type_[:_SHOWN_CHARACTERS]
-        raise _not_allowed(f'A tool of type "{shown}", which the upstream defines,', f"tools: [{shown}]", param=param)
-
-
-def _check_members(part: Mapping[str, Any]) -> None:
-    """Refuse names of stored things. A container must be a new one, `{"type": "auto"}`: any other may be shared."""
-    for name, value in part.items():
-        plain = plain_name(name)
-        is_stored = plain in _STORED_THING_FIELDS and value not in (None, [])
-        if is_stored or (plain == "container" and value not in (None, [], {"type": "auto"})):
-            raise InvalidRequest(
-                f'"{name[:_SHOWN_CHARACTERS]}" can\'t be used in tools here: {_STORED}.',
-                param="tools",
-                code="unsupported_parameter",
-            )
-
-
-def _not_allowed(what: str, setting: str, *, param: str) -> InvalidRequest:
-    return InvalidRequest(
-        f"{what} can't be used here. The operator of this proxy can allow it for a model or an upstream, with "
-        f'"allow: {{{setting}}}".',
-        param=param,
-        code="unsupported_parameter",
-    )
+    return [name for name, value in body.document.items() if is_used(value)]

@@ -91,7 +91,7 @@ class Stream:
             if self._meter.is_at_end or self._meter.output_seen <= covered:
                 self._forward(shown, ready)
             self._end += ready
-        self._end += self._meter.flush()
+        self._end += self._meter.end()
 
     def end(self) -> bytes:
         """The bytes that were kept until the settlement, and those of an event that was never finished."""
@@ -114,12 +114,12 @@ class Stream:
             self._newline = b"\r\n"
         shown = self._meter.see_event(event, is_cut=is_cut)
         if event.data is None:
-            return self._without_key(event, shown)
+            return self._masked_piece(event, shown)
         if not reports_error(event.data, self._meter.chunk, name=event.name):
             return shown
         return self._mask(shown, is_cut=is_cut)
 
-    def _without_key(self, event: Event, shown: bytes) -> bytes:
+    def _masked_piece(self, event: Event, shown: bytes) -> bytes:
         """A comment, or a piece of an event that is too large to parse, masked as far as it may report an error."""
         mask = self._piece_mask or PieceMask(self._mask)
         passing = mask.feed(shown)

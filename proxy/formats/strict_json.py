@@ -22,10 +22,10 @@ DEPTH_MAX = 64
 # The parser blocks the event loop, and its time grows with the number of values, not with the bytes: 15 MB of `{},`
 # take two seconds, 30 MB of `1,` more than one. A million values take 0.9 s at worst. Every value except the first
 # has a comma or a bracket before it, so counting these bytes bounds the number of values before the body is parsed.
-_VALUES_MAX = 1_000_000
+VALUES_MAX = 1_000_000
 _SEPARATORS = (b",", b"{", b"[")
 # int() takes time quadratic in the number of digits. 40 characters hold any 128-bit integer with its sign.
-_DIGITS_MAX = 40
+DIGITS_MAX = 40
 # Each outermost key is brought into its plain spelling and looked up among all others.
 _KEYS_MAX = 1000
 
@@ -57,7 +57,7 @@ def _parse_canonical(body: bytes) -> object:
         {"n":1}     canonical
         {"n": 1}    not (a blank); {"n":1,"n":1}, {"n":1e400}, {"n":-0}, {"n":"\\u0041"}: neither
     """
-    if _has_too_many_values(body):
+    if has_too_many_values(body):
         return None
     try:
         value = orjson.loads(body)
@@ -71,8 +71,8 @@ def _parse_strictly(body: bytes) -> object:
         text = body.decode("utf-8")
     except UnicodeDecodeError as error:
         raise InvalidRequest(f"The body is not valid UTF-8 (byte {error.start}).", code="invalid_json") from None
-    if _has_too_many_values(body):
-        raise InvalidRequest(f"The body has more than {_VALUES_MAX} commas and brackets.", code="invalid_json")
+    if has_too_many_values(body):
+        raise InvalidRequest(f"The body has more than {VALUES_MAX} commas and brackets.", code="invalid_json")
     if not text.strip():
         raise InvalidRequest("The body is empty: send a JSON object.", code="invalid_json")
     try:
@@ -81,9 +81,10 @@ def _parse_strictly(body: bytes) -> object:
         raise InvalidRequest(f"The body is not valid JSON: {_reason(error)}.", code="invalid_json") from None
 
 
-def _has_too_many_values(body: bytes) -> bool:
+def has_too_many_values(body: bytes) -> bool:
+    """Whether JSON may have so many values that parsing it would block for longer than a second."""
     # A body cannot have more separators than bytes, so short bodies need not be counted.
-    return len(body) > _VALUES_MAX and sum(map(body.count, _SEPARATORS)) > _VALUES_MAX
+    return len(body) > VALUES_MAX and sum(map(body.count, _SEPARATORS)) > VALUES_MAX
 
 
 def dump(value: object) -> bytes:
@@ -135,7 +136,7 @@ def _refuse_constant(text: str) -> None:
 
 
 def _bounded_int(text: str) -> int:
-    if len(text) > _DIGITS_MAX:
+    if len(text) > DIGITS_MAX:
         raise ValueError("a number has too many digits")
     return int(text)
 

@@ -38,8 +38,9 @@ STANDARD_FIELDS = frozenset((*_INPUT, *_OUTPUT, _TOTAL, _CACHE_READ, _CACHE_WRIT
 class Stated:
     """What an upstream states of the tokens of one answer; None for a part that it does not state.
 
-    `cached` is a part of `input` and `reasoning` a part of `output`. `total` is set only if it is all that is stated.
-    `extra` is output in addition to an output that is not stated.
+    `cached` is a part of `input` and `reasoning` a part of `output`. `total` is what an object states that states
+    nothing else; beside parts from another object it only fills in a missing output. `extra` is output in
+    addition to an output that is not stated.
     """
 
     input: int | None = None

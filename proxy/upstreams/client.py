@@ -15,7 +15,13 @@ from aiohttp.abc import AbstractStreamWriter
 from yarl import URL
 
 from proxy.errors import UpstreamError, UpstreamTimeout, UpstreamUnreadable
-from proxy.formats.content_encoding import PIECE_BYTES, BodyDecoder, NotDecodable, encoding_of
+from proxy.formats.content_encoding import (
+    CONTENT_ENCODINGS,
+    PIECE_BYTES,
+    BodyDecoder,
+    NotDecodable,
+    encoding_of,
+)
 from proxy.formats.sse import begins_with_event
 from proxy.policy.catalog import Upstream
 from proxy.upstreams.spool import Spliced
@@ -30,12 +36,9 @@ _ONE_WRITE_BYTES_MAX = 2**20
 # How much of the body of an error is read, and for how long. The status alone decides almost everything.
 _ERROR_BYTES_MAX = 2**20
 _ERROR_S = 5.0
-
-
-# The encodings that an answer may have although we ask for `identity`: servers in front of a model compress in them
-# without being asked, in pieces that can be decompressed as they arrive.
-_ANSWER_ENCODINGS = ("gzip", "deflate")
-# An answer may consist of one member for each event, and has no limit of its length.
+# We ask for `identity`, but servers in front of a model compress without being asked. Every encoding that the proxy
+# can decompress is accepted: the decoders work on pieces as they arrive, within bounds. An answer may consist of one
+# member for each event, and has no limit of its length.
 _MEMBERS_MAX = 2**40
 # After so many bytes of blank lines the header alone decides whether an answer is a stream.
 _BEGINNING_BYTES_MAX = 2**14
@@ -52,8 +55,8 @@ class Answer:
         self.headers = list(response.headers.items())
         self.retry_after = response.headers.get("retry-after")
         self.is_event_stream = response.content_type == "text/event-stream"
-        encoding = _encoding(response)
-        self.is_readable = encoding in ("", *_ANSWER_ENCODINGS)
+        encoding = _answer_encoding(response)
+        self.is_readable = encoding in ("", *CONTENT_ENCODINGS)
         decoder = BodyDecoder(encoding, members_max=_MEMBERS_MAX) if encoding and self.is_readable else None
         self._body = _body(response.content, decoder)
         self._beginning: list[bytes] = []  # chunks that were looked at and not handed out yet
@@ -196,7 +199,7 @@ class Upstreams:
             yield answer
 
 
-def _encoding(response: aiohttp.ClientResponse) -> str:
+def _answer_encoding(response: aiohttp.ClientResponse) -> str:
     """The encoding in which the body arrives, in the terms of `encoding_of`.
 
     Compression may be named as a transfer coding too (RFC 9112 §7.2). The library undoes only `chunked`.
@@ -222,7 +225,12 @@ async def _body(content: aiohttp.StreamReader, decoder: BodyDecoder | None) -> A
             decoder.end()
     except TimeoutError:
         raise UpstreamTimeout("The upstream stopped sending in the middle of its answer.") from None
-    except (aiohttp.ClientError, ConnectionError, NotDecodable):
+    except NotDecodable:
+        raise UpstreamError(
+            "The upstream's answer can't be decompressed: it is not in the format that its Content-Encoding names, "
+            "or its end is missing."
+        ) from None
+    except (aiohttp.ClientError, ConnectionError):
         raise UpstreamError("The upstream broke off in the middle of its answer.") from None
 
 

@@ -99,7 +99,7 @@ def test_a_usage_without_an_output_states_only_a_part_of_the_cost() -> None:
     ]
     assert usage_of(media_stream(*some), request(IMAGES, n=2)) == AtLeast(Tokens(22, TOKENS_MAX))
     without_input = whole({"usage": {"output_tokens": 5}}, IMAGES)
-    assert (without_input.usage(), without_input.input_reported) == (AtLeast(Tokens(0, 5)), None)
+    assert (without_input.usage(), without_input.input_stated) == (AtLeast(Tokens(0, 5)), None)
 
 
 ZEROS = {"input_tokens": 0, "output_tokens": 0, "total_tokens": 0}
@@ -110,7 +110,7 @@ def test_a_usage_of_zeros_states_nothing() -> None:
     for usage in (ZEROS, {"total_tokens": 0}, {"input_tokens": 0}, {"output_tokens": 0}):
         for name in ("usage", "svg_usage"):
             meter = whole({name: usage}, IMAGES)
-            assert (meter.usage(), meter.input_reported) == (Unspent(requests=1), None)
+            assert (meter.usage(), meter.input_stated) == (Unspent(requests=1), None)
         end = {"type": "image_generation.completed", "usage": usage}
         assert usage_of(media_stream(end), request(IMAGES)) == Unspent(requests=1)
     assert whole({"usage": RESPONSE_USAGE, "svg_usage": ZEROS}, IMAGES).usage() == Exactly(Tokens(11, 5))

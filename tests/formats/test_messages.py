@@ -140,7 +140,7 @@ def test_an_input_of_0_at_the_beginning_is_ignored() -> None:
     """Some servers count only at the end. The hold for the input must not shrink to 0."""
     start = message_event("message_start", message={"usage": {"input_tokens": 0, "output_tokens": 0}})
     meter, _ = watch(start + BLOCK + delta("text_delta", text="hello"), MESSAGE)
-    assert (meter.input_reported, meter.usage()) == (None, AtLeast(Tokens(0, 5)))
+    assert (meter.input_stated, meter.usage()) == (None, AtLeast(Tokens(0, 5)))
     assert usage_of(start + BLOCK + message_delta(input_tokens=7, output_tokens=2) + STOP, MESSAGE) == Exactly(
         Tokens(7, 2)
     )
@@ -192,7 +192,7 @@ def test_an_output_without_an_input_is_charged() -> None:
     text = start + BLOCK + delta("text_delta", text="hello")
     for output, charged in ((12, 12), (3, 5)):
         meter, _ = watch(text + message_delta(output_tokens=output) + STOP, MESSAGE)
-        assert (meter.usage(), meter.input_reported) == (AtLeast(Tokens(0, charged)), None)
+        assert (meter.usage(), meter.input_stated) == (AtLeast(Tokens(0, charged)), None)
 
 
 def test_a_cut_message_is_charged_its_input_and_the_text_that_passed() -> None:
@@ -200,7 +200,7 @@ def test_a_cut_message_is_charged_its_input_and_the_text_that_passed() -> None:
     assert usage_of(START, MESSAGE) == AtLeast(Tokens(11, 0, cached=5))
     meter, _ = watch(START + BLOCK + delta("text_delta", text="hello"), MESSAGE)
     assert meter.usage() == AtLeast(Tokens(11, 5, cached=5))
-    assert (meter.input_reported, meter.output_seen, meter.is_at_end) == (11, 5, False)
+    assert (meter.input_stated, meter.output_seen, meter.is_at_end) == (11, 5, False)
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.formats.endpoints import CHAT, MESSAGES, RESPONSES, Endpoint
-from proxy.formats.meter import read_object
 from proxy.formats.reported_error import PieceMask, reports_error
 from proxy.formats.sse import EVENT_BYTES_MAX
 from proxy.formats.stream import Stream
 from proxy.formats.surfaces import meter_of
+from proxy.formats.texts import read_object
 from tests.formats.streams import request
 
 KEY = b"sk-secret-0123456789"

@@ -134,12 +134,12 @@ def test_a_response_that_the_upstream_has_not_finished_has_an_error() -> None:
     begun = response_event("response.created", response={"id": "resp_1"})
     for last in ("completed", "incomplete"):
         meter = watch(begun + response_event(f"response.{last}", response={}), request(RESPONSES))[0]
-        meter.flush()
+        meter.end()
         assert not meter.has_error
         assert not whole({"id": "resp_1", "status": last}, RESPONSES).has_error
     meter = watch(begun, request(RESPONSES))[0]
     assert not meter.has_error
-    meter.flush()
+    meter.end()
     assert meter.has_error
     for status in ("queued", "in_progress", "failed"):
         assert whole({"id": "resp_1", "status": status}, RESPONSES).has_error
@@ -612,5 +612,5 @@ def test_only_its_last_event_ends_a_response() -> None:
     """Not `[DONE]`: the upstream may go on with it, and it could then be read there."""
     for rest, is_broken in ((DONE, True), (response_event("response.completed", response={}) + DONE, False)):
         meter, _ = watch(HELLO + rest, request(RESPONSES))
-        meter.flush()
+        meter.end()
         assert (meter.is_over, meter.has_error) == (True, is_broken)

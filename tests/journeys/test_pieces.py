@@ -33,6 +33,8 @@ models:
   failing: {upstream: simulated, model: dall-e-3+status=500, tokens_per_image: 1000}
   rejected: {upstream: simulated, model: dall-e-3+status=400, tokens_per_image: 1000}
   slow: {upstream: simulated, model: dall-e-3+delay=0.05, tokens_per_image: 1000}
+  priced: {upstream: simulated, model: flux, tokens_per_image: 200}
+  silent-priced: {upstream: simulated, model: flux+no_usage, tokens_per_image: 200}
   silent: {upstream: simulated, model: gpt-image-1+no_usage}
   omni-moderation-latest: {upstream: simulated}
 """
@@ -225,6 +227,16 @@ async def test_a_price_is_held_and_charged_as_output(tmp_path: Path) -> None:
         assert await usage(on) == (4600, 0)
         calls = [(call["input_tokens"], call["output_tokens"], call["hold_input"]) for call in await on.rows("calls")]
         assert sorted(calls) == [(0, 1200, 0), (0, 1200, 0), (0, 2200, 0)]
+
+
+async def test_tokens_that_an_unknown_model_states_never_exceed_what_it_reserved(tmp_path: Path) -> None:
+    """If they come they are charged, and else the price. Reserved is what covers both."""
+    async with stage(policy("tokens: 9k"), folder=tmp_path) as on:
+        assert (await image(on, "priced")).status == 200
+        assert await usage(on) == (3 + 272, 0)
+        assert (await image(on, "priced", n=2)).status == 400
+        assert (await image(on, "silent-priced")).status == 200
+        assert await usage(on) == (3 + 272 + 200, 0)
 
 
 async def test_a_price_covers_calls_only_of_quotas_that_count_output(tmp_path: Path) -> None:
