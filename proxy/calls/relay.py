@@ -171,7 +171,9 @@ class Relay:
         If a stream was requested and the header says that it comes, the head is sent at once: a model may reason for
         minutes before its first byte, and heartbeats keep the connection to the client open meanwhile.
         """
-        if not (call.request.stream or answer.is_event_stream):
+        # Text and audio are answers of their own, and a transcript may begin like a stream.
+        is_json = call.request.endpoint.surface != "media"
+        if not (call.request.stream or answer.is_event_stream or is_json):
             return False
         if not (call.request.stream and answer.is_event_stream):
             return await answer.carries_events()

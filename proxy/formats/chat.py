@@ -146,6 +146,8 @@ class ChatMeter(Meter):
             self._count_texts(without_usages(choices) if has_usage else choices)
             if has_usage:
                 self._see_usages_of_choices(usages_in_choices(choices))
+        elif not isinstance(chunk.get("usage"), dict):
+            self._count_other_shape(chunk, chunk.get("type") or event.name)
         if b'"x_' in event.raw:
             self._record_beside(chunk)
         if "usage" not in chunk:

@@ -10,7 +10,7 @@ removes exactly what came only because of that, such as the usage chunk:
 
 The usage can be read at any time, even if the stream broke off; it is what the call is charged. An upstream may state
 its usage several times in one answer. Each part is then the largest that was stated, so a later zero never makes an
-answer free. A zero counts only if no text contradicts it.
+answer free. A zero counts only if no text contradicts it. An input of 0 never counts: no prompt is empty.
 
 If the upstream states no usage, the meter counts the texts of a stream itself, each piece as at least one token,
 because no server sends a piece for less than a token. So a word that comes in three pieces is at least three tokens,
@@ -30,12 +30,24 @@ from proxy.formats.estimate import DEFAULT_ANSWER_TOKENS
 from proxy.formats.request import Request
 from proxy.formats.sse import Event
 from proxy.formats.strict_json import dump
-from proxy.formats.texts import read_object, texts_in, texts_of_body, texts_of_broken_json
+from proxy.formats.texts import (
+    is_error,
+    read_object,
+    texts_in,
+    texts_in_other_shape,
+    texts_of_body,
+    texts_of_broken_json,
+)
 from proxy.formats.usage import Stated, read_usage, usages_beside
 from proxy.policy.amounts import AtLeast, Exactly, Tokens, Unspent, Usage, Uses
 
 JSON = dict[str, Any]
 
+# The events that end a response, and the members in which its `.done` events repeat a text as a whole.
+RESPONSE_ENDS = frozenset(("response.completed", "response.incomplete", "response.failed", "error"))
+_WHOLE_TEXT_MEMBERS = ("text", "refusal", "arguments", "input", "item", "part")
+# The members of an item of a response that have the model's text.
+_ITEM_TEXT_MEMBERS = ("content", "summary", "arguments", "input", "text")
 # An event without data that is larger than this is no comment but a piece of an event that was too large to parse.
 _COMMENT_BYTES_MAX = 65_536
 _BYTES_PER_TOKEN = 4
@@ -92,6 +104,7 @@ class Meter(ABC):
 
     - `output_bound`: the most output that the call can have used, in tokens: what it asks for, or more if it holds
       more.
+    - `input_bound`: the most input that the call can have, in tokens; None if it is unknown.
     - `extra_usage`: the members of a usage that its upstream writes in addition to the output.
 
     A surface's meter implements `_new_ending`, `_see_object` for the events of a stream and `_see_answer` for a whole
@@ -111,6 +124,7 @@ class Meter(ABC):
         self.response_id: str | None = None
         self.uncounted_texts: list[str] = []
         self.output_bound = DEFAULT_ANSWER_TOKENS * request.choices
+        self.input_bound: int | None = None
         self.extra_usage: Sequence[str] = ()
         self._count = count
         self._uses = request.endpoint.uses
@@ -135,25 +149,22 @@ class Meter(ABC):
         if not self._counts_text:
             return 0
         seen = self._output_stated + self._counted_since_stated
-        return max(seen, self._counted) if self._is_doubtful else seen
+        return (max(seen, self._counted) if self._is_doubtful else seen) + self._extra_output
 
     def output_with(self, counted: int) -> int:
         """The tokens of output, with `counted` tokens in `uncounted_texts`."""
-        return self.output_seen + counted if self._is_partial else max(self.output_seen, counted)
+        return self.output_seen + counted if self._is_partial else max(self.output_seen, counted + self._extra_output)
 
     @property
     def input_stated(self) -> int | None:
-        """The tokens of the input, if the upstream has stated them.
+        """The tokens of the input, if the upstream has stated them; 0 if it has stated only a total.
 
-        Zeros for both input and output are ignored if there is text, or if the output is not stated at all.
+        Otherwise an input of 0 is ignored, because no prompt is empty. Some servers write it if they don't count
+        the input, or if they have read all of it from their cache.
         """
         if self._stated is None:
             return None
-        stated = self._stated.known_input
-        if stated or self._output_stated or not self._counts_text:
-            return stated
-        has_text = self._counted > 0 or bool(self.uncounted_texts)
-        return None if has_text or self._stated.known_output is None else stated
+        return self._stated.known_input or (0 if self._stated.is_only_total and self._stated.total else None)
 
     def see_event(self, event: Event, *, is_cut: bool = False) -> bytes:
         """Measure one event and return the bytes for the client.
@@ -198,6 +209,9 @@ class Meter(ABC):
         output = self._see_answer(answer)
         if self._counts_text and (not self._output_stated or (self._is_doubtful and not self._is_partial)):
             self.uncounted_texts = [*texts_in(output)]
+            is_known = any(output) if isinstance(output, list) else bool(output)
+            if not is_known and not is_error(answer):
+                self.uncounted_texts = [*texts_in_other_shape(answer)]
 
     def usage(self) -> Usage:
         """The usage as far as it is known now. If the answer does not state the input, the input is 0.
@@ -212,7 +226,7 @@ class Meter(ABC):
             11 and no output were stated, and 12 tokens
             passed by our count                              AtLeast(11, 12)
             20 and 30 were stated, then zeros                Exactly(20, 30)
-            only zeros were stated, and there is no text     Exactly(0, 0)
+            only zeros were stated, and there is no text     AtLeast(0, 0); the caller adds its count of the input
         """
         match self._uses:
             case Uses.NOTHING:
@@ -233,7 +247,10 @@ class Meter(ABC):
 
     @abstractmethod
     def _see_answer(self, answer: JSON) -> object:
-        """Record a whole answer, and return the part of it that has the model's texts."""
+        """Record a whole answer, and return the part of it that has the model's texts, or a list of such parts.
+
+        If they are all empty, the answer has the shape of another API.
+        """
 
     # What it may override, and what it calls.
 
@@ -262,6 +279,11 @@ class Meter(ABC):
         return 0 if self._stated is None else self._stated.known_output or 0
 
     @property
+    def _extra_output(self) -> int:
+        """Output that the upstream states in addition to an output that it does not state."""
+        return self._stated.extra if self._stated is not None and self._stated.known_output is None else 0
+
+    @property
     def _is_doubtful(self) -> bool:
         """Whether the stated output is not believed against our own count: it fell, or comes without an input."""
         return self._is_contradicted or (self._stated is not None and self._stated.known_input is None)
@@ -271,9 +293,11 @@ class Meter(ABC):
 
     def _read(self, usage: object) -> Stated | None:
         """What a usage object of this answer states."""
+        output_bound = self.output_bound if self._generates else None
         return read_usage(
             usage,
-            output_bound=self.output_bound if self._generates else None,
+            output_bound=output_bound,
+            total_bound=None if self.input_bound is None else self.input_bound + (output_bound or 0),
             extra=self.extra_usage,
             has_separate_cache=self._has_separate_cache,
         )
@@ -307,6 +331,47 @@ class Meter(ABC):
         tokens = [self._count(text) for text in texts_in(part)]
         if tokens:
             self._add_to_count(max(1, sum(tokens)))
+
+    def _count_missing(self, part: object) -> None:
+        """Count a text that an event repeats as a whole, as far as it exceeds what was counted so far.
+
+        Some servers send no deltas, or not all. Example: deltas of 5 tokens, then `output_text.done` with 12: 7 are
+        added. Then `content_part.done` and `output_item.done` repeat the same 12, and nothing is added.
+        """
+        missing = sum(map(self._count, texts_in(part))) - self._counted
+        if missing > 0:
+            self._add_to_count(missing)
+
+    def _count_response_event(self, kind: str, event: JSON) -> None:
+        """Count the texts of an event of /responses, whose type is `kind`."""
+        if kind in RESPONSE_ENDS:
+            response = event.get("response")
+            if isinstance(response, dict) and (not self._output_stated or self._is_doubtful):
+                self._count_missing(response.get("output"))
+        elif kind.endswith(".delta"):
+            self._count_texts(event.get("delta"))
+        elif kind.endswith(".added"):
+            # It is usually empty. Some servers send the text here, and no deltas.
+            item = event.get("item")
+            members = [item.get(name) for name in _ITEM_TEXT_MEMBERS] if isinstance(item, dict) else []
+            self._count_texts([*members, event.get("part")])
+        elif kind.endswith(".done"):
+            self._count_missing([event.get(name) for name in _WHOLE_TEXT_MEMBERS])
+
+    def _count_other_shape(self, event: JSON, kind: object) -> None:
+        """Count the texts of an event that is none of this surface, such as a chunk of chat on /messages.
+
+        A gateway may pass on what its upstream writes. The client gets the text, so it costs.
+        """
+        response = event.get("response")
+        if not self._counts_text or is_error(event):
+            return
+        if isinstance(kind, str) and kind.startswith("response."):
+            self._count_response_event(kind, event)
+        elif isinstance(response, dict):  # it repeats the whole answer
+            self._count_missing([*texts_in_other_shape(response)])
+        else:
+            self._count_texts([*texts_in_other_shape(event)])
 
     def _count_bytes(self, data: bytes) -> None:
         """Count data that can't be parsed by its length, at four bytes for a token, rounded up."""

@@ -21,6 +21,23 @@ _NOT_TEXT = frozenset(
     "role type id call_id status finish_reason native_finish_reason stop_reason logprobs prompt_logprobs "
     "content_filter_results data signature".split()
 )
+# The same in an answer in the shape of another API, where all members are looked at: what the answer is and whose,
+# what it repeats of the request, what a server adds to it, and what it states of its usage.
+_NOT_TEXT_ELSEWHERE = _NOT_TEXT - {"data"} | frozenset(
+    "object model version modelVersion created created_at createTime updated_at expires_at completed_at date "
+    "system_fingerprint service_tier provider region obfuscation language lang event event_type "
+    "error errors warning warnings code param detail details trace debug metadata meta usage usageMetadata timings "
+    "usage_metadata x_groq prompt_filter_results content_filter_offsets safetyRatings safety_ratings promptFeedback "
+    "citationMetadata groundingMetadata urlContextMetadata moderation stop stop_sequence stop_details "
+    "incomplete_details finishReason done_reason avgLogprobs logprobsResult context_management container "
+    "instructions tools tool_choice prompt context user reasoning_effort truncation generation_settings parameters "
+    "annotations citations sources search_results search_queries related_questions images url urls "
+    "encrypted_content thoughtSignature thought_signature b64_json partial_image_b64 mime_type mimeType "
+    "index amazon-bedrock-invocationMetrics".split()
+)
+# Members that are base64 if they are a string, and an error if it is a message. Objects of these names have texts.
+_NOT_TEXT_AS_STRING = frozenset("data audio image message".split())
+_IDS = ("_id", "Id", "_ids", "_type", "_key", "_tier")
 # Members that contain text of the model, in JSON that can't be parsed. There it is unknown what a member is a part
 # of, so only names that have no other meaning are in this list.
 _TEXT = frozenset(
@@ -71,9 +88,40 @@ def _members_with_text(members: dict[str, Any]) -> list[object]:
     return [value for name, value in members.items() if name not in _NOT_TEXT]
 
 
+def texts_in_other_shape(answer: dict[str, Any]) -> Iterator[str]:
+    """The texts in an answer or event whose shape is unknown: all strings, but those in members that have none.
+
+    {"model": "m", "response": "Hi", "done": false}                                    Hi       (Ollama)
+    {"candidates": [{"content": {"role": "model", "parts": [{"text": "Hi"}]}}]}        Hi       (Gemini)
+    """
+    return (value for value in walk(answer, _members_in_other_shape) if isinstance(value, str) and value)
+
+
+def _members_in_other_shape(members: dict[str, Any]) -> list[object]:
+    if members.get("object") == "response":  # it repeats much of the request
+        return [members.get("output"), members.get("output_text")]
+    return [
+        value
+        for name, value in members.items()
+        if name not in _NOT_TEXT_ELSEWHERE
+        and not name.endswith(_IDS)
+        and not (name in _NOT_TEXT_AS_STRING and isinstance(value, str))
+    ]
+
+
+def is_error(answer: dict[str, Any]) -> bool:
+    """Whether an answer or event is an error, whose message is no text of the model."""
+    kind = answer.get("type")
+    return (
+        answer.get("error") is not None
+        or (isinstance(kind, str) and kind.endswith(("error", "failed")))
+        or answer.get("object") == "error"
+    )
+
+
 def texts_of_body(body: bytes) -> Iterator[str]:
     """The texts in a whole answer that is no JSON object: all of it, unless it is JSON or was to be."""
-    beginning = body[:64].lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
+    beginning = body.lstrip(b"\xef\xbb\xbf \t\r\n")[:1]  # servers write blank lines while they are busy
     if beginning in (b"{", b"["):
         return texts_of_broken_json(body)
     value = _parse(body) if beginning == b'"' or beginning.isdigit() or beginning == b"-" else None

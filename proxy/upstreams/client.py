@@ -88,6 +88,8 @@ class Answer:
     async def carries_events(self) -> bool:
         """Whether the body is a stream of events, whatever the header says. Waits for its first bytes.
 
+        If the body has only blanks, the header decides.
+
         Raises like `chunks`, which hands out the whole body after this as well.
         """
         beginning = bytearray().join(self._beginning)
@@ -97,7 +99,9 @@ class Answer:
                 break
             self._beginning.append(chunk)
             beginning += chunk
-        return self.is_event_stream if answer is None else answer
+        if answer is None:
+            return self.is_event_stream and not beginning.strip(b"\xef\xbb\xbf \t\r\n")
+        return answer
 
     async def chunks(self) -> AsyncIterator[bytes]:
         """The body's bytes as they arrive, decompressed.

@@ -176,13 +176,19 @@ def test_a_stream_without_done_is_forwarded_as_it_is() -> None:
         (TEXT + event(usage_chunk({"total_tokens": 16})) + event(usage_chunk()) + DONE, REPORTED),
         (TEXT + event(usage_chunk(ZEROS)) + DONE, COUNTED),
         (event(usage_chunk(ZEROS)) + TEXT + DONE, COUNTED),
-        (event(chunk("")) + FINISH + event(usage_chunk(ZEROS)) + DONE, Exactly(Tokens(0, 0))),
+        (event(chunk("")) + FINISH + event(usage_chunk(ZEROS)) + DONE, AtLeast(Tokens(0, 0))),
+        (
+            event(chunk("")) + FINISH + event(usage_chunk({**HONEST, "prompt_tokens": 0, "total_tokens": 5})) + DONE,
+            AtLeast(Tokens(0, 5)),
+        ),
         (TEXT + event(usage_chunk({**ZEROS, "prompt_tokens": 11})) + DONE, AtLeast(Tokens(11, 12))),
         (TEXT + event(usage_chunk({"prompt_tokens": 11, "total_tokens": 11})) + DONE, AtLeast(Tokens(11, 12))),
     ],
 )
 def test_the_largest_usage_counts(stream: bytes, expected: Usage) -> None:
-    """On any chunk, even beside the last choice or after [DONE]. Zeros count only if there is neither text nor more.
+    """On any chunk, even beside the last choice or after [DONE].
+
+    An output of 0 counts only if there is neither text nor more, an input of 0 never: the caller counts it.
 
     A usage before the last text covers what came before it; the text after it is counted.
     """
@@ -1064,3 +1070,40 @@ def test_an_error_in_a_stream_of_chunks_is_a_chunk(endpoint: Endpoint) -> None:
     error = UpstreamError("It broke\nhalf way.")
     event = error_event(endpoint, error)
     assert event == b"data: " + json.dumps(error.body(), separators=(",", ":")).encode() + b"\n\n"
+
+
+def test_an_input_of_0_is_counted_by_the_caller() -> None:
+    """No prompt is empty, but some servers state 0 if they read it from their cache. The output counts as stated."""
+    zero = {"prompt_tokens": 0, "completion_tokens": 5, "total_tokens": 5}
+    meter = whole({"choices": [{"message": {"content": "Hello world!"}}], "usage": zero})
+    assert (meter.usage(), meter.input_stated, meter.uncounted_texts) == (AtLeast(Tokens(0, 5)), None, [])
+    assert usage_of(TEXT + event(usage_chunk(zero)) + DONE) == AtLeast(Tokens(0, 5))
+    assert usage_of(event(chunk("a", usage={**zero, "completion_tokens": 1}))) == AtLeast(Tokens(0, 1))
+    timings = {"prompt_n": 0, "cache_n": 0, "predicted_n": 1}
+    assert watch(event(chunk("a", timings=timings)), kind="llamacpp")[0].input_stated is None
+    embedding = whole({"data": [], "usage": {"prompt_tokens": 0, "total_tokens": 0}}, EMBEDDINGS)
+    assert (embedding.usage(), embedding.input_stated) == (AtLeast(Tokens(0, 0)), None)
+    assert whole({"choices": [message("Hi")], "usage": {"total_tokens": 16}}).input_stated == 0
+
+
+@pytest.mark.parametrize("endpoint", [CHAT, EMBEDDINGS], ids=["chat", "embeddings"])
+def test_a_total_beyond_what_the_call_could_have_used_is_ignored(endpoint: Endpoint) -> None:
+    """If it is all that is stated: more than the bounds of the input and, if the endpoint generates, the output."""
+    bound = 2000 + 50 * endpoint.generates
+    for total in (bound, bound + 1, 9_999_999):
+        meter = meter_of(request(endpoint, stream=False), count=count, output_bound=50, input_bound=2000)
+        meter.see_whole(json.dumps({"choices": [message("Hi")], "usage": {"total_tokens": total}}).encode())
+        assert meter.usage().tokens.input + meter.usage().tokens.output == (total if total == bound else 0)
+
+
+def test_additional_tokens_count_beside_an_output_that_is_not_stated() -> None:
+    """The output is counted, and they come on top of it, whole and streamed."""
+    usage = {"prompt_tokens": 11, "reasoning_tokens": 100}
+    meter = meter_of(request(stream=False), count=count, extra_usage=["reasoning_tokens"])
+    meter.see_whole(json.dumps({"choices": [message("Hello world!")], "usage": usage}).encode())
+    assert (meter.usage(), meter.uncounted_texts) == (AtLeast(Tokens(11, 100)), ["Hello world!"])
+    assert meter.output_with(12) == 112
+    meter = meter_of(UNASKED, count=count, extra_usage=["reasoning_tokens"])
+    for each in Splitter().feed(TEXT + event(usage_chunk(usage)) + DONE):
+        meter.see_event(each)
+    assert (meter.usage(), meter.output_seen) == (AtLeast(Tokens(11, 112)), 112)

@@ -289,7 +289,9 @@ def test_additional_members_of_an_upstream_are_output():
     assert read_usage(usage, extra=extra) == Stated(33, 700, reasoning=1000)  # nothing is generated
     assert read_usage({**usage, "citation_tokens": "many"}, output_bound=1, extra=extra) == Stated(33, 1700, 0, 1000)
     assert read_usage({"total_tokens": 16, "citation_tokens": 4}, output_bound=1, extra=extra) == Stated(total=20)
-    assert read_usage({"prompt_tokens": 16, "citation_tokens": 4}, output_bound=1, extra=extra) == Stated(16, None)
+    assert read_usage({"prompt_tokens": 16, "citation_tokens": 4}, output_bound=1, extra=extra) == Stated(
+        16, None, extra=4
+    )
     assert read_usage({**usage, "citation_tokens": REPORTED_MAX}, output_bound=1, extra=extra) is None
 
 
@@ -430,3 +432,37 @@ def test_complete_timings_of_llama_cpp_are_a_usage(timings, tokens):
     """The input is the sum of the tokens evaluated now and those in the cache."""
     stated = read_timings(timings)
     assert (None if stated is None else stated.tokens()) == tokens
+
+
+@pytest.mark.parametrize(
+    ("usage", "stated"),
+    [
+        (chat(11, 9, total_tokens=None, reasoning_tokens=94), Stated(11, 103, reasoning=94)),
+        (chat(11, 9, total_tokens=None, reasoning_tokens=9), Stated(11, 9, reasoning=9)),
+        (chat(11, 9, total_tokens=None, reasoning_tokens=4088), Stated(11, 9, reasoning=4088)),
+        (chat(11, 5, total_tokens=16, reasoning_tokens=4000), Stated(11, 5, reasoning=4000)),
+    ],
+)
+def test_reasoning_that_is_more_than_the_output_is_no_part_of_it(usage, stated):
+    """Unless a total says so, or it is more than the call could have used."""
+    assert read_usage(usage, output_bound=4096) == stated
+
+
+@pytest.mark.parametrize(
+    ("usage", "stated"),
+    [
+        (chat(0, 5, total_tokens=16), Stated(0, 5)),
+        (chat(0, 5, total_tokens=99, reasoning_tokens=94), Stated(0, 99, reasoning=94)),
+        (chat(0, 0, total_tokens=16), Stated(total=16)),
+        (chat(0, None, total_tokens=16), Stated(total=16)),
+    ],
+)
+def test_a_total_beside_an_input_of_0_may_be_the_input(usage, stated):
+    """The caller counts an input of 0, so the surplus is not charged again as output."""
+    assert read_usage(usage, output_bound=4096) == stated
+
+
+def test_a_total_alone_is_bounded():
+    """By what the caller knows of the input and the output."""
+    assert read_usage({"total_tokens": 60}, output_bound=50, total_bound=60) == Stated(total=60)
+    assert read_usage({"total_tokens": 61}, output_bound=50, total_bound=60) is None

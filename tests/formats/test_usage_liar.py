@@ -127,6 +127,7 @@ class Plain:
     input_max: int
     is_readable: bool
     output_top: int = 0  # the same as `output_max`, also if a surplus in the total is not explained
+    is_total: bool = False  # a total is all that it says, beside zeros
     says_nothing: bool = True  # no output, neither as a number nor in a total that is believed
 
 
@@ -154,7 +155,16 @@ def plain(usage: object) -> Plain:
     input_max = (stated_input or 0) + explained
     says_nothing = not stated_output and (surplus <= 0 or is_ignored)
     top = max(output_max, (total or 0) - (stated_input or 0))
-    return Plain(stated_output, output_max, input_max, is_readable=True, output_top=top, says_nothing=says_nothing)
+    # Reasoning that is more than the output is no part of it, if no total says otherwise.
+    reasoned = max(
+        (number(each.get("reasoning_tokens")) or 0 for each in sections[1::2] if type(each) is dict), default=0
+    )
+    if total is None and stated_output is not None and stated_output < reasoned <= BOUND - stated_output:
+        top, says_nothing = max(top, stated_output + reasoned), False
+    is_total = bool(total) and not stated_input and not stated_output
+    return Plain(
+        stated_output, output_max, input_max, True, output_top=top, says_nothing=says_nothing, is_total=is_total
+    )
 
 
 def check(charged: Tokens, *, is_exact: bool, counted: int, stated: list[Plain], contradicts: bool) -> None:
@@ -175,6 +185,8 @@ def check(charged: Tokens, *, is_exact: bool, counted: int, stated: list[Plain],
         assert charged.output >= counted
     # Never below the largest that was stated.
     assert charged.output >= max(outputs, default=0)
+    # No prompt is empty.
+    assert not is_exact or charged.input or any(each.is_total for each in stated)
     if is_exact and not charged.output:
         assert counted == 0
 

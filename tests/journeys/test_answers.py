@@ -184,10 +184,12 @@ async def test_a_stream_is_one_whatever_its_content_type(surface: str, content_t
         CHAT_STREAM.replace(b"data: {", b"id: 1\ndata: {"),
         b"retry: 3000\n\n" + CHAT_STREAM,
         b"event\n" + CHAT_STREAM,
+        b" \n" + CHAT_STREAM,
+        b"x: 1\n" + CHAT_STREAM,
         CHAT_STREAM.replace(b"\n", b"\r\n"),
         CHAT_STREAM.replace(b"\n", b"\r"),
     ],
-    ids=["bom", "blank", "comments", "id", "retry", "no colon", "crlf", "cr"],
+    ids=["bom", "blank", "comments", "id", "retry", "no colon", "a blank", "another field", "crlf", "cr"],
 )
 async def test_a_stream_is_recognized_by_its_first_line(stream: bytes, tmp_path: Path) -> None:
     """It may begin with anything that the grammar of streams allows, and arrive byte by byte."""
@@ -197,6 +199,56 @@ async def test_a_stream_is_recognized_by_its_first_line(stream: bytes, tmp_path:
         assert b'"usage"' not in reply.body
         assert reply.body.startswith(stream[: stream.index(b"data: ") + 4])
         assert await record(on) == ("complete", 9, 3, "exactly")
+
+
+@pytest.mark.parametrize("content_type", ["application/json", "text/plain", "text/event-stream"])
+@pytest.mark.parametrize("surface", ["chat", "responses", "messages"])
+async def test_a_stream_that_was_not_asked_for_is_measured_as_one(
+    surface: str, content_type: str, tmp_path: Path
+) -> None:
+    """Its first bytes decide here too. Nothing is removed, because the proxy asked for nothing."""
+    stream = SURFACES[surface][2]
+    async with (
+        fixed(typed(content_type), stream[:3], stream[3:]) as upstream,
+        behind(upstream, tmp_path, surface=surface) as on,
+    ):
+        path, body, _ = SURFACES[surface]
+        reply = await on.post(path, {"model": "fast", **body})
+        assert (reply.headers["content-type"], reply.body) == ("text/event-stream", stream)
+        assert await record(on) == ("complete", 9, 3, "exactly")
+
+
+async def test_an_answer_that_broke_off_after_many_blank_lines_is_counted_by_its_text(tmp_path: Path) -> None:
+    """Servers write blank lines while they are busy."""
+    body = b"\n" * 400 + WHOLE[: WHOLE.index(b'"usage"')]
+    async with fixed(typed("application/json"), body) as upstream, behind(upstream, tmp_path) as on:
+        await ask(on, stream=False)
+        assert (await record(on))[2] == 2
+
+
+@pytest.mark.parametrize("of", ["responses", "messages", "chat"])
+@pytest.mark.parametrize("surface", ["chat", "responses", "messages"])
+async def test_a_stream_in_the_shape_of_another_surface_ends_at_the_limit(
+    surface: str, of: str, tmp_path: Path
+) -> None:
+    """Its words are counted as they pass, as those of the surface itself are."""
+    events: dict[str, dict[str, Any]] = {
+        "chat": {"id": "c", "choices": [{"index": 0, "delta": {"content": " word"}}]},
+        "responses": {"type": "response.output_text.delta", "item_id": "m", "delta": " word"},
+        "messages": {"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": " word"}},
+    }
+    policy = POLICY.replace("tokens: 1M", "tokens: 2500").replace("max_output_tokens: 100", "max_output_tokens: 4000")
+    raw = b"data: " + json.dumps(events[of]).encode() + b"\n\n"
+    async with (
+        fixed(typed("text/event-stream"), raw * 20_000) as upstream,
+        behind(upstream, tmp_path, policy=policy, surface=surface) as on,
+    ):
+        path, body, _ = SURFACES[surface]
+        maximum = "max_output_tokens" if surface == "responses" else "max_tokens"
+        reply = await on.post(path, {"model": "gpt-4o-mini", "stream": True, **body, maximum: 4000})
+        assert 2400 < reply.body.count(raw) <= 2 * 2500 + 64  # the upstream is expected to keep to its maximum
+        outcome, input_, output, _ = await record(on)
+        assert (outcome, input_ + output <= 2500, output > 1000) == ("at_limit", True, True)
 
 
 @pytest.mark.parametrize("body", [WHOLE, b"\n\n  " + WHOLE], ids=["json", "whitespace before"])
