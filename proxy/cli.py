@@ -18,9 +18,10 @@ import uvloop
 
 from proxy import __version__, logs
 from proxy.calls.tokenizer import Tokenizers, table_folders
-from proxy.config.lint import sentences, warnings
+from proxy.config.lint import warnings
 from proxy.config.loader import BadConfig, Config, ConfigFile
 from proxy.config.schema import json_schema
+from proxy.config.sentences import sentences
 from proxy.config.values import KEY_CHARACTERS_MIN, digest
 from proxy.ledger.schema import NewerSchema
 from proxy.ledger.store import StoreInUse, StoreUnavailable

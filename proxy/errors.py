@@ -265,7 +265,7 @@ class UpstreamTimeout(UpstreamError):
 
 
 class UpstreamUnreadable(UpstreamError):
-    """The upstream compressed its answer in a way that the proxy can't read, so nobody gets it.
+    """The upstream's answer can't be decompressed from its beginning on, so nobody gets it.
 
     It is raised with `was_sent=False`: the call is free, and another upstream may answer it.
     """

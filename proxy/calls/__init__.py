@@ -12,7 +12,9 @@ What it never does: it knows no HTTP server (`call.Responder` is its view of the
 does not decide about quotas (the ledger does) and it does not read wire formats (`formats` does).
 
 Begin with `relay`: `Relay.carry` is the whole path of a call in one function. Then, in the order of that path: `call`
-(what is fixed when a call begins), `reservation` (what it holds, and how it ends), `disconnect` (what happens if the
-client leaves), `dispatch` (to which upstream it is sent, and which attempts are retried). `token_count` and
-`tokenizer` count tokens that no upstream reports, and `stored_responses` serves responses that an upstream stores.
+(what is fixed when a call begins), `recorded_names` (under which name its model is recorded), `reservation` (what it
+holds, and how it ends), `disconnect` (what happens if the client leaves), `dispatch` (to which upstream it is sent,
+and which attempts are retried). `token_count` and `tokenizer` count tokens that no upstream reports.
+`stored_responses` serves responses that an upstream stores, and `read_limit` bounds how many requests for them a user
+sends.
 """

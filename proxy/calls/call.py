@@ -12,13 +12,14 @@ from typing import Protocol
 
 from proxy.calls.log_line import LogLine
 from proxy.errors import InvalidRequest, ModelNotFound, ProxyError
+from proxy.formats.allowance import check_allowance
 from proxy.formats.endpoints import Endpoint
 from proxy.formats.kinds import kind_of
 from proxy.formats.limit_headers import anthropic_limit_headers, rate_limit_headers
-from proxy.formats.pieces import counted_of
+from proxy.formats.pieces import certain_uses_of
 from proxy.formats.refusal import refusal
 from proxy.formats.request import Request, forwarded_body, forwarded_model
-from proxy.formats.restrictions import check_allowance, check_model_name, check_refused_fields
+from proxy.formats.restrictions import check_model_name, check_refused_fields
 from proxy.identity.authentication import Caller, Snapshot
 from proxy.ledger.book import Refused, Reserve
 from proxy.ledger.entry import CallLabels, Entry
@@ -127,17 +128,17 @@ class Call:
         """What to do when the client disconnects. Whole answers are always drained: they are billed in any case."""
         return self.model.upstream.on_disconnect if self.request.stream else "drain"
 
-    def reserve(self, demand: Demand, *, owner: str, recorded_model: str | None = None) -> Reserve:
+    def reserve(self, demand: Demand, *, owner: str, recorded_model: str) -> Reserve:
         """The ledger operation that reserves `demand` for this call and so admits it.
 
-        `recorded_model` is the model's name in the record of the call; by default the name itself.
+        `recorded_model` is the model's name in the record of the call.
         """
         return Reserve(
             id=self.client.id,
             owner=owner,
             labels=CallLabels(
                 self.caller.user,
-                recorded_model or self.model.name,
+                recorded_model,
                 self.request.endpoint.name,
                 self.model.upstream.name,
             ),
@@ -268,7 +269,7 @@ def prepare_call(
         check_allowance(request.endpoint, request.body, target.allows)
         if target.upstream.refuse:
             check_refused_fields(request.used_fields, target.upstream.refuse, model=request.model)
-    bound = policy.binding(caller.groups, model.matched_name, counted_of(request, model))
+    bound = policy.binding(caller.groups, model.matched_name, certain_uses_of(request, model))
     if bound is None:
         raise _no_quota(request.model, is_covered=policy.binding(caller.groups, model.matched_name) is not None)
     return Call(

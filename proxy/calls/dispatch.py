@@ -71,11 +71,13 @@ class Candidate:
 
     def meter(self) -> Meter:
         """A new meter for its answer."""
+        demand = self.count.demand
         return meter_of(
             self.call.request,
             count=self.count.output_counter,
             kind=self.upstream.kind,
-            output_bound=self.count.demand.output_maximum,
+            output_bound=demand.output_maximum,
+            input_bound=demand.input + demand.hidden_input,
             extra_usage=self.upstream.extra_usage,
         )
 

@@ -37,7 +37,7 @@ from proxy.policy.admission import Verdict
 from proxy.policy.quota import BoundQuotas
 from proxy.upstreams import headers
 from proxy.upstreams.client import Answer
-from proxy.upstreams.failures import Rejected, failure_of, masked
+from proxy.upstreams.failures import Rejected, failure_of, mask_of
 from proxy.upstreams.models import ModelLists
 
 # How long to wait for the end of the body after the last event of a stream, to reuse the connection.
@@ -104,7 +104,7 @@ class Relay:
         ):
             if answer.status // 100 != 2:
                 await self._forward_error(answer, sent, reservation)
-            elif await self._is_stream(answer, sent, reservation):
+            elif await self._begins_stream(answer, sent, reservation):
                 await self._forward_stream(answer, sent, reservation)
             else:
                 await self._forward_whole(answer, sent, reservation)
@@ -201,19 +201,26 @@ class Relay:
             await call.client.write(error_event(call.request.endpoint, error))
             await call.client.end()
 
-    async def _is_stream(self, answer: Answer, call: Call, reservation: Reservation) -> bool:
+    async def _begins_stream(self, answer: Answer, call: Call, reservation: Reservation) -> bool:
         """Whether the answer is a stream. Its first bytes decide, because headers are sometimes wrong in either way.
 
         If a stream was requested and the header says that it comes, the head is sent at once: a model may reason for
         minutes before its first byte, and heartbeats keep the connection to the client open meanwhile.
         """
-        if not (call.request.stream or answer.is_event_stream):
+        # Text and audio are answers of their own, and a transcript may begin like a stream.
+        is_json = call.request.endpoint.surface != "media"
+        if not (call.request.stream or answer.is_event_stream or is_json):
             return False
         if not (call.request.stream and answer.is_event_stream):
             return await answer.carries_events()
-        await call.client.start(answer.status, self._answer_headers(answer, call, reservation, is_stream=True))
+        await self._start_stream(answer, call, reservation)
         with call.client.heartbeat(lambda: True):
             return await answer.carries_events()
+
+    async def _start_stream(self, answer: Answer, call: Call, reservation: Reservation) -> None:
+        """Send the head of a stream, unless it was sent already."""
+        if not call.client.has_begun:
+            await call.client.start(answer.status, self._answer_headers(answer, call, reservation, is_stream=True))
 
     async def _forward_stream(self, answer: Answer, call: Call, reservation: Reservation) -> None:
         """Forward each event at once if the hold covers it, and the end when it is settled.
@@ -221,9 +228,8 @@ class Relay:
         An event that is not covered waits until the hold has grown. If it cannot grow, the stream is ended before it.
         """
         client = call.client
-        stream = Stream(reservation.meter, mask=partial(masked, upstream=call.model.upstream))
-        if not client.has_begun:
-            await client.start(answer.status, self._answer_headers(answer, call, reservation, is_stream=True))
+        stream = Stream(reservation.meter, mask=mask_of(call.model.upstream))
+        await self._start_stream(answer, call, reservation)
         try:
             with client.heartbeat(lambda: stream.is_between_events):
                 async for chunk in answer.chunks():
@@ -270,12 +276,14 @@ class Relay:
         if not await reservation.hold_whole_answer(self._queue):
             await reservation.end("at_limit")
             raise UpstreamError(
-                "The upstream sent a whole answer where a stream was requested, and your quotas have no room for it."
+                "The upstream sent a whole answer where a stream was requested, and your quotas have no room for it. "
+                "Send the request without `stream`, or with a smaller maximum."
             )
         await reservation.end(_outcome(call, meter))
+        mask = mask_of(call.model.upstream)
         # Without `has_error`, a body that is no JSON is audio or subtitles.
-        if meter.has_error or reports_error(body, meter.chunk or {}):
-            body = masked(body, call.model.upstream, is_cut=meter.chunk is None)
+        is_error = meter.has_error or reports_error(body, meter.chunk or {})
+        body = (mask.in_error if is_error else mask.anywhere)(body, is_cut=meter.chunk is None)
         if call.client.has_begun:
             await call.client.write(body)
             await call.client.end()
@@ -298,7 +306,7 @@ class Relay:
     def _answer_headers(
         self, answer: Answer, call: Call, reservation: Reservation, *, is_stream: bool
     ) -> dict[str, str]:
-        passed = headers.to_client(answer.headers, is_stream=is_stream)
+        passed = headers.to_client(answer.headers, is_stream=is_stream, mask=mask_of(call.model.upstream))
         return {**passed, **self._quota_headers(call, reservation)}
 
     def _quota_headers(self, call: Call, reservation: Reservation) -> dict[str, str]:

@@ -187,7 +187,7 @@ class Reservation:
 
     def _held_input(self) -> int:
         """The input to hold, in tokens: what the upstream reported, if it already has, else what is held now."""
-        reported = self.meter.input_reported
+        reported = self.meter.input_stated
         return self.entry.hold.input if reported is None else reported
 
     async def usage(self) -> Usage:
@@ -206,7 +206,7 @@ class Reservation:
         if not isinstance(usage, AtLeast):
             return usage
         tokens = usage.tokens
-        if self.meter.input_reported is None:
+        if self.meter.input_stated is None:
             tokens = replace(tokens, input=await self._count.input_tokens())
         if texts := self.meter.uncounted_texts:
             tokens = replace(tokens, output=self.meter.output_with(await self._count.output_tokens(texts)))

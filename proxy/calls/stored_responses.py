@@ -15,43 +15,32 @@ end can be read: it was charged what was counted.
 """
 
 import asyncio
-from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import partial
 from urllib.parse import urlencode
 from zoneinfo import ZoneInfo
 
 import structlog
 
 from proxy.calls.call import Call, Responder
+from proxy.calls.read_limit import ReadLimit
 from proxy.calls.reservation import Reservation
-from proxy.errors import PreviousNotFound, ProxyError, ResponseNotFound, TooManyReads, UpstreamError
+from proxy.errors import PreviousNotFound, ProxyError, ResponseNotFound, UpstreamError
 from proxy.formats.endpoints import RESPONSE_ID, StoredResponsePath
 from proxy.formats.kinds import kind_of
-from proxy.formats.reported_error import PieceMask
+from proxy.formats.mask import Mask, PieceMask
 from proxy.ledger.entry import Entry
 from proxy.ledger.ledger import Ledger
 from proxy.policy.catalog import Catalog, Model, Upstream
-from proxy.policy.status import seconds_up
-from proxy.policy.windows import rfc3339
 from proxy.tasks import Tasks
 from proxy.upstreams.addresses import address_at
 from proxy.upstreams.client import Answer, Upstreams
-from proxy.upstreams.failures import failure_of, masked
+from proxy.upstreams.failures import failure_of, mask_of
 from proxy.upstreams.headers import JSON_HEADERS, to_client, to_upstream
 
 # How much of an id is repeated in an error. Ids come from clients and may have any length.
 _ID_CHARACTERS_MAX = 80
-
-# How many requests for stored responses one user may have open at a time, and begin within any 60 seconds. An agent
-# reads a response once or twice; a program that reads in a loop would use the operator's rate limit at the upstream.
-READS_AT_ONCE_MAX = 4
-READS_PER_MINUTE_MAX = 60
-_MINUTE_MS = 60_000
-# How long a read that is refused because of others in progress should wait, in seconds. Most take less than that.
-_BUSY_S = 1
 
 # The pauses before the attempts to delete a response, in seconds. An upstream whose connection was just closed may
 # store the response a moment later, and says until then that there is none.
@@ -84,62 +73,6 @@ class StoredResponseQuery:
         address = address_at(upstream, self.route.path(self.response_id), api_version=api_version)
         query = urlencode([(name, value) for name, value in self.parameters if name in self.route.query])
         return address + ("&" if "?" in address else "?") + query if query else address
-
-
-class ReadLimit:
-    """Bounds the requests for stored responses of each user, in this process. `now` gives ms since 1970.
-
-    It remembers the users of the last minute only. Every request counts, also for ids that do not exist, but not
-    those that it refuses.
-    """
-
-    def __init__(self, now: Callable[[], int]) -> None:
-        self._now = now
-        self._open: Counter[str] = Counter()  # by user
-        self._begun: dict[str, deque[int]] = {}  # when requests began, by user; the latest user is the last
-
-    def __len__(self) -> int:
-        """How many users it remembers."""
-        return len(self._begun)
-
-    @contextmanager
-    def read(self, user: str, *, zone: ZoneInfo) -> Iterator[None]:
-        """Within the block a request of this user is open. Raises TooManyReads.
-
-        Example with 60 a minute: the first of 60 requests began at 12:00:10. The next one is refused until 12:01:10,
-        and `Retry-After` says how many seconds that is from now.
-        """
-        now = self._now()
-        begun = self._begun_within_minute(user, now)
-        if len(begun) >= READS_PER_MINUTE_MAX:
-            raise _too_often(begun[0] + _MINUTE_MS, now=now, zone=zone)
-        if self._open[user] >= READS_AT_ONCE_MAX:
-            raise TooManyReads(
-                f"You may read {READS_AT_ONCE_MAX} stored responses at once. Try again when one has been read.",
-                headers={"retry-after": str(_BUSY_S)},
-                members={"retry_after": _BUSY_S},
-            )
-        begun.append(now)
-        self._begun[user] = begun
-        self._open[user] += 1
-        try:
-            yield
-        finally:
-            self._open -= Counter([user])  # this also removes users without an open request
-
-    def _begun_within_minute(self, user: str, now: int) -> deque[int]:
-        """When this user's requests of the last minute began. Users without one are forgotten.
-
-        A clock that was set back leaves instants in the future; they do not count.
-        """
-        begun = self._begun.pop(user, deque())
-        while begun and not now - _MINUTE_MS < begun[0] <= now:
-            begun.popleft()
-        if begun:
-            self._begun[user] = begun
-        while self._begun and not now - _MINUTE_MS < (oldest := next(iter(self._begun.items())))[1][-1] <= now:
-            del self._begun[oldest[0]]
-        return begun
 
 
 class StoredResponses:
@@ -224,7 +157,7 @@ class StoredResponses:
             if answer.status // 100 != 2:
                 await _forward_error(answer, upstream, client)
             else:
-                await _forward_body(answer, client, PieceMask(partial(masked, upstream=upstream)))
+                await _forward_body(answer, client, mask_of(upstream))
 
     async def _own_entry(self, response_id: str, user: str) -> Entry | None:
         """The ledger entry of the call that produced the response.
@@ -271,16 +204,6 @@ class StoredResponses:
             return None, "the upstream did not answer in time"
 
 
-def _too_often(free_at: int, *, now: int, zone: ZoneInfo) -> TooManyReads:
-    """The error until `free_at` (ms), with the same members as the refusal of a quota."""
-    wait_s = max(1, seconds_up(free_at - now))
-    return TooManyReads(
-        f"You may read stored responses {READS_PER_MINUTE_MAX} times a minute. Try again in {wait_s} s.",
-        headers={"retry-after": str(wait_s)},
-        members={"reset_at": rfc3339(free_at, zone), "resets_at": seconds_up(free_at), "retry_after": wait_s},
-    )
-
-
 def _not_found(response_id: str) -> ResponseNotFound:
     return ResponseNotFound(f"Response with id '{response_id[:_ID_CHARACTERS_MAX]}' not found.")
 
@@ -292,12 +215,14 @@ def _previous_not_found(response_id: str, model: Model) -> PreviousNotFound:
     return PreviousNotFound(text, param="previous_response_id")
 
 
-async def _forward_body(answer: Answer, client: Responder, mask: PieceMask) -> None:
+async def _forward_body(answer: Answer, client: Responder, mask: Mask) -> None:
     """Pass on a stream or a whole response in pieces. A stored response may be megabytes of images."""
-    await client.start(answer.status, to_client(answer.headers, is_stream=await answer.carries_events()))
+    headers = to_client(answer.headers, is_stream=await answer.carries_events(), mask=mask)
+    await client.start(answer.status, headers)
+    pieces = PieceMask(mask)
     try:
         async for chunk in answer.chunks():
-            await client.write(mask.feed(chunk))
+            await client.write(pieces.feed(chunk))
             if client.is_disconnected:
                 return
     except UpstreamError:
@@ -305,7 +230,7 @@ async def _forward_body(answer: Answer, client: Responder, mask: PieceMask) -> N
         # off.
         client.abort()
     else:
-        await client.write(mask.end())
+        await client.write(pieces.end())
         await client.end()
 
 

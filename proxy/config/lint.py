@@ -1,4 +1,4 @@
-"""Warnings about a valid policy that probably does not do what it seems to, and a sentence for each group.
+"""Warnings about a valid policy that probably does not do what it seems to.
 
 A warning is never wrong. It is given only if the file alone decides it (a quota that can never refuse a call, a group
 without members), and left out if it depends on the calls.
@@ -18,13 +18,14 @@ from urllib.parse import parse_qsl, urlsplit
 from proxy.config.document import Diagnostic, Finding, KeyPath
 from proxy.config.loader import Config, FileUser
 from proxy.config.messages import finding_at
+from proxy.config.sentences import limit_text, matches_all, members_of
 from proxy.formats.estimate import SMALLEST_ANSWER
 from proxy.formats.kinds import kind_of
 from proxy.formats.pieces import endpoint_by_piece
 from proxy.policy.amounts import Measure, Uses
 from proxy.policy.catalog import Catalog, Model
 from proxy.policy.policy import DEFAULT, EVERYONE, Group, Policy, enforced
-from proxy.policy.quota import Globs, Limit, Quota
+from proxy.policy.quota import BoundQuotas, Globs, Limit, Quota
 from proxy.policy.windows import Calendar
 
 Warnings = Iterator[Finding]
@@ -53,10 +54,6 @@ _CALENDAR_S = {
     "quarter": 91 * 86_400,
     "year": 365 * 86_400,
 }
-_UNITS = {"s": "second", "m": "minute", "h": "hour", "d": "day", "w": "week"}
-_RESERVED_GROUPS = {EVERYONE: ", whatever the group,", DEFAULT: " whose own groups have no quota for the model"}
-_FEW_MEMBERS = {0: "its members (none in this file)", 1: "its one member"}
-_ENFORCE_NOTES = {"exact": "", "after": " (counted when calls have ended)", "shadow": " (never refused)"}
 
 
 def warnings(config: Config) -> tuple[Diagnostic, ...]:
@@ -77,26 +74,11 @@ def warnings(config: Config) -> tuple[Diagnostic, ...]:
     return tuple(sorted([*config.document.warnings, *located]))
 
 
-def sentences(config: Config) -> tuple[str, ...]:
-    """What each group may use, in one sentence each, in the policy's order."""
-    members = _members(config)
-    return tuple(_sentence(group, len(members[group.name])) for group in config.policy.groups.values())
-
-
 # ------------------------------------------------------------------------------------------------- groups and users
 
 
-def _members(config: Config) -> dict[str, list[FileUser]]:
-    """The users in each group. All users are in `everyone` and `default`."""
-    members: dict[str, list[FileUser]] = {name: [] for name in config.policy.groups}
-    for user in config.users:
-        for group in user.groups:
-            members[group].append(user)
-    return members | {name: list(config.users) for name in (EVERYONE, DEFAULT) if name in members}
-
-
 def _groups_without_effect(config: Config) -> Warnings:
-    policy, members = config.policy, _members(config)
+    policy, members = config.policy, members_of(config)
     for group in policy.groups.values():
         path: KeyPath = ("groups", group.name)
         if not members[group.name] and group.name not in (EVERYONE, DEFAULT):
@@ -124,21 +106,17 @@ def _default_may_apply(policy: Policy, default: Group, user: FileUser) -> bool:
     return not all(_has_quota_for_every_model(policy, user, uses) for uses in can_count)
 
 
-def _has_quota_for_every_model(policy: Policy, user: FileUser, counted: Uses) -> bool:
+def _has_quota_for_every_model(policy: Policy, user: FileUser, certain: Uses) -> bool:
     """Whether one of the user's groups has a quota for every model that counts this, or is unlimited for them."""
     groups = (policy.groups[name] for name in user.groups)
     return any(
-        _matches_all(group.models)
+        matches_all(group.models)
         and (
             group.unlimited
-            or any(_matches_all(quota.models) and quota.counts(counted) for quota in enforced(group.quotas))
+            or any(matches_all(quota.models) and quota.counts(certain) for quota in enforced(group.quotas))
         )
         for group in groups
     )
-
-
-def _matches_all(globs: Globs | None) -> bool:
-    return globs is None or "*" in globs.texts
 
 
 def _users_without_quota(config: Config) -> Warnings:
@@ -177,7 +155,7 @@ def _limits_too_small(config: Config) -> Warnings:
     for path, group, quota in _quotas(config.policy):
         for limit in quota.limits:
             if limit.maximum == 0:
-                text = f"a limit of {_limit_text(limit)} refuses every call that it applies to"
+                text = f"a limit of {limit_text(limit)} refuses every call that it applies to"
                 yield Finding((*path, limit.measure), f"{quota.id}: {text}")
             elif (
                 quota.enforce == "exact"
@@ -196,7 +174,7 @@ def _smallest_answer(catalog: Catalog, group: Group, quota: Quota) -> int:
 
 def _quotas_that_never_refuse(config: Config) -> Warnings:
     """Quotas without effect. Not those with `enforce: shadow`, which are meant to refuse nothing."""
-    policy, members = config.policy, _members(config)
+    policy, members = config.policy, members_of(config)
     for path, group, quota in _quotas(policy):
         if quota.enforce == "shadow":
             continue
@@ -234,7 +212,7 @@ def _unlimited_group_of_all(policy: Policy, group: Group, members: list[FileUser
     """An unlimited group that has all members of `group`, and so admits every call that `group` would refuse."""
     if policy.combine == "every_group" or group.name in (EVERYONE, DEFAULT) or not members:
         return None
-    unlimited = [name for name, other in policy.groups.items() if other.unlimited and _matches_all(other.models)]
+    unlimited = [name for name, other in policy.groups.items() if other.unlimited and matches_all(other.models)]
     return next((name for name in unlimited if all(name in user.groups for user in members)), None)
 
 
@@ -290,7 +268,7 @@ def _aliases_without_quota(config: Config) -> Warnings:
     With `smart: {model: gpt-4o}` and a quota on gpt-4o, a call for "smart" reaches the same model, and the quota does
     not match. There is no warning if the group has a quota of its own for the alias, or if no member may use it.
     """
-    policy, members = config.policy, _members(config)
+    policy, members = config.policy, members_of(config)
     for path, group, quota in _quotas(policy):
         for alias, known in _aliases(config.catalog, quota):
             has_its_own = any(other.models.match(alias) and not other.models.match(known) for other in group.quotas)
@@ -335,7 +313,7 @@ def _quotas_on_names_of_an_open_list(config: Config) -> Warnings:
     The same model has names that the file does not have: `gpt-4o-2024-08-06` is `gpt-4o` for OpenAI, and other
     servers ignore case or know aliases. A call by such a name is bound only by what binds all names.
     """
-    policy, members = config.policy, _members(config)
+    policy, members = config.policy, members_of(config)
     if config.catalog.models is not None and "*" not in config.catalog.models:
         return
     for path, group, quota in _quotas(policy):
@@ -352,20 +330,33 @@ def _quotas_on_names_of_an_open_list(config: Config) -> Warnings:
 def _is_avoidable(policy: Policy, quota: Quota, groups: tuple[str, ...]) -> bool:
     """Whether users in these groups are bound by less on some name that the quota does not match."""
     names = [name for text in quota.models.texts if quota.models.match(name := _sample(text))]
-    known = [binding for name in names if (binding := policy.binding(groups, name)) and quota in binding.quotas]
-    lists = (policy.groups[name].models for name in (EVERYONE, *(groups or (DEFAULT,))) if name in policy.groups)
-    others = ["*", *(text for globs in lists if globs is not None for text in globs.texts if "*" in text)]
-    for binding in known:
-        sets = binding.alternatives()
-        if any(quota not in each.quotas and each.quotas == binding.always for each in sets):
-            continue  # one of the groups is unlimited
-        for other in map(_sample, others):
-            bound = None if quota.models.match(other) else policy.binding(groups, other)
-            if bound is None or not policy.may_use(groups, other):
-                continue
-            if any(each not in sets and not _is_as_tight(each.quotas, quota) for each in bound.alternatives()):
-                return True
-    return False
+    bindings = [binding for name in names if (binding := policy.binding(groups, name)) and quota in binding.quotas]
+    other_names = [
+        name
+        for name in map(_sample, _patterns_of_other_names(policy, groups))
+        if not quota.models.match(name) and policy.may_use(groups, name)
+    ]
+    others = [other for name in other_names if (other := policy.binding(groups, name))]
+    return any(_is_bound_by_less(other, binding, quota) for binding in bindings for other in others)
+
+
+def _patterns_of_other_names(policy: Policy, groups: tuple[str, ...]) -> Iterator[str]:
+    """The patterns for any number of names that users in these groups may use."""
+    yield "*"
+    for name in (EVERYONE, *(groups or (DEFAULT,))):
+        globs = policy.groups[name].models if name in policy.groups else None
+        yield from (text for text in (globs.texts if globs else ()) if "*" in text)
+
+
+def _is_bound_by_less(other: BoundQuotas, binding: BoundQuotas, quota: Quota) -> bool:
+    """Whether a call can be admitted by less on the name of `other` than on that of `binding`, which has the quota.
+
+    It cannot if one of the groups is unlimited: then the quota binds neither.
+    """
+    alternatives = binding.alternatives()
+    if any(quota not in each.quotas and each.quotas == binding.always for each in alternatives):
+        return False
+    return any(each not in alternatives and not _is_as_tight(each.quotas, quota) for each in other.alternatives())
 
 
 def _sample(pattern: str) -> str:
@@ -421,20 +412,26 @@ def _models_without_tokens(config: Config) -> Warnings:
 
     With an open list of models, and `unmatched: allow`, one warning is about all such models that are not listed.
     """
+    policy = replace(config.policy, unmatched="refuse")
     for name, model in (config.catalog.models or {}).items():
         endpoint = next(filter(None, (endpoint_by_piece(each.upstream_model) for each in model.targets)), None)
-        has_price = bool(model.tokens_per_request or model.tokens_per_image)
-        users = _users_not_counted(config, name, Uses.OUTPUT if has_price else Uses.REQUEST)
-        if endpoint is None or not users:
+        if endpoint is None:
             continue
-        key = "tokens_per_image" if endpoint.name == "images" else "tokens_per_request"
+        is_of_images = endpoint.name == "images"
+        has_price = bool(model.tokens_per_request or (is_of_images and model.tokens_per_image))
+        users = _users_not_counted(config, policy, name, Uses.OUTPUT if has_price else Uses.REQUEST)
+        if not users:
+            continue
+        key = "tokens_per_image" if is_of_images else "tokens_per_request"
         remedy = "write tokens or requests" if has_price else f"write {key} here, or requests"
         result = "are free" if config.policy.unmatched == "allow" else "are refused"
         text = f"its answers on /v1{endpoint.path} report no tokens, which no quota of {_shown(users)} counts"
         yield Finding(("models", name), f"{text}, so they {result}; {remedy} in one of the quotas")
+    if config.policy.unmatched != "allow":
+        return
     unlisted = [name for name in _WITHOUT_TOKENS if name not in (config.catalog.models or {})]
-    users = list(dict.fromkeys(user for name in unlisted for user in _users_not_counted(config, name, Uses.REQUEST)))
-    if users and config.policy.unmatched == "allow":
+    found = (user for name in unlisted for user in _users_not_counted(config, policy, name, Uses.REQUEST))
+    if users := list(dict.fromkeys(found)):
         text = (
             f"images, speech and transcripts of models that report no tokens ({', '.join(unlisted)} and others) are "
             f"free for {_shown(users)}, whose quotas count only tokens; write requests in one of the quotas"
@@ -442,19 +439,23 @@ def _models_without_tokens(config: Config) -> Warnings:
         yield Finding(("unmatched",), text)
 
 
-def _users_not_counted(config: Config, model: str, counted: Uses) -> list[str]:
-    """The users who can call this model, and whose quotas for it count nothing of a call that uses `counted`."""
-    policy = replace(config.policy, unmatched="refuse")
-    return [
-        user.name
-        for user in config.users
-        if policy.serves(user.groups, model, config.catalog) and policy.binding(user.groups, model, counted) is None
-    ]
+def _users_not_counted(config: Config, policy: Policy, model: str, certain: Uses) -> list[str]:
+    """The users who can call this model, and whose quotas for it count nothing of a call that uses `certain`.
+
+    `policy` is that of the file with `unmatched: refuse`. Thousands of users have few different sets of groups, so
+    each set is looked at once.
+    """
+    not_counted = {
+        groups
+        for groups in {user.groups for user in config.users}
+        if policy.serves(groups, model, config.catalog) and policy.binding(groups, model, certain) is None
+    }
+    return [user.name for user in config.users if user.groups in not_counted]
 
 
 def _exact_output_quota(config: Config, model: str) -> Quota | None:
     """The first exact quota on this model's output that applies to a user."""
-    members = _members(config)
+    members = members_of(config)
     quotas = (
         quota for group in config.policy.groups.values() if members[group.name] for quota in group.quotas_for(model)
     )
@@ -497,48 +498,3 @@ def _is_plain_secret(path: KeyPath, value: object) -> bool:
             url = urlsplit(str(value))
             return url.password is not None or "password" in dict(parse_qsl(url.query))
     return False
-
-
-# -------------------------------------------------------------------------------------------------------- sentences
-
-
-def _sentence(group: Group, members: int) -> str:
-    if group.unlimited:
-        models = ", ".join(group.models.texts) if group.models else "any model"
-        return f"{group.name}: {_each_member(group, members)} may use {models} without limit."
-    models = f"; only models {', '.join(group.models.texts)}" if group.models else ""
-    per_member = [_quota_text(quota) for quota in group.quotas if not quota.shared]
-    shared = [_quota_text(quota) for quota in group.quotas if quota.shared]
-    parts = [f"{_each_member(group, members)} may use {', and '.join(per_member)}"] if per_member else []
-    parts += [f"{_all_members(group, members)} may use {', and '.join(shared)}"] if shared else []
-    return f"{group.name}: {'; '.join(parts) or 'no quotas'}{models}."
-
-
-def _each_member(group: Group, members: int) -> str:
-    if group.name in _RESERVED_GROUPS:
-        return f"every user{_RESERVED_GROUPS[group.name]}"
-    return _FEW_MEMBERS.get(members, f"each of {members:,} members")
-
-
-def _all_members(group: Group, members: int) -> str:
-    if group.name in _RESERVED_GROUPS:
-        return f"all users{_RESERVED_GROUPS[group.name]} together"
-    return _FEW_MEMBERS.get(members, f"all {members:,} members together")
-
-
-def _quota_text(quota: Quota) -> str:
-    *others, last = [_limit_text(limit) for limit in quota.limits]
-    limits = f"{', '.join(others)} and {last}" if others else last
-    amount = f"{limits} {_window_text(quota)}{_ENFORCE_NOTES[quota.enforce]}"
-    return f"{amount} of any model" if _matches_all(quota.models) else f"on {', '.join(quota.models.texts)}: {amount}"
-
-
-def _limit_text(limit: Limit) -> str:
-    return f"{limit.maximum:,} {limit.measure.singular if limit.maximum == 1 else limit.measure.unit}"
-
-
-def _window_text(quota: Quota) -> str:
-    if isinstance(quota.per, Calendar):
-        return "an hour" if quota.per.text == "hour" else f"a {quota.per.text}"
-    number, unit = quota.per.text[:-1], _UNITS[quota.per.text[-1]]
-    return f"in {number} {unit}{'' if number == '1' else 's'} from the first call"

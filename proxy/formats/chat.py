@@ -23,10 +23,11 @@ from functools import reduce
 
 from proxy.errors import ProxyError
 from proxy.formats.kinds import kind_of
-from proxy.formats.meter import JSON, Ending, Meter, read_object, texts_in
+from proxy.formats.meter import JSON, Ending, Meter
 from proxy.formats.request import Request
 from proxy.formats.sse import Event
 from proxy.formats.strict_json import dump
+from proxy.formats.texts import read_object, texts_in
 from proxy.formats.usage import Stated, read_timings, usages_in_choices, without_usages
 from proxy.policy.amounts import Tokens
 
@@ -67,7 +68,7 @@ class ChatMeter(Meter):
     def __init__(self, request: Request, *, count: Callable[[str], int], kind: str) -> None:
         super().__init__(request, count=count, kind=kind)
         running_usage = kind_of(kind).running_usage
-        self._reports_first_choice_only = kind_of(kind).reports_first_choice_only
+        self._states_first_choice_only = kind_of(kind).states_first_choice_only
         self._stripped_running_usage = running_usage if request.adds_running_usage(kind) else None
         self._moves_timings = running_usage == "timings" and request.adds_usage and request.choices == 1
         self._has_several_prompts = request.has_several_prompts
@@ -82,9 +83,9 @@ class ChatMeter(Meter):
         self._stripped_running_usage, self._moves_timings = None, False
 
     @property
-    def input_reported(self) -> int | None:
-        """The tokens of the input, if the upstream has reported that of all prompts."""
-        return None if self._is_partial and self._has_several_prompts else super().input_reported
+    def input_stated(self) -> int | None:
+        """The tokens of the input, if the upstream has stated that of all prompts."""
+        return None if self._is_partial and self._has_several_prompts else super().input_stated
 
     def see_event(self, event: Event, *, is_cut: bool = False) -> bytes:
         """Measure one event and return the bytes for the client; a finish chunk may be kept for one event."""
@@ -107,8 +108,8 @@ class ChatMeter(Meter):
             self._finish_chunk, shown = (shown, without_null), b""
         return (kept[0] if kept else b"") + shown
 
-    def flush(self) -> bytes:
-        """Return the finish chunk if one is kept; called if no further event comes."""
+    def end(self) -> bytes:
+        """Note that no further event comes, and return the finish chunk if one is kept."""
         kept, self._finish_chunk = self._finish_chunk, None
         return kept[0] if kept else b""
 
@@ -117,22 +118,22 @@ class ChatMeter(Meter):
 
     def _see_answer(self, answer: JSON) -> object:
         choices = answer.get("choices")
-        self._report(self._read(answer.get("usage")))
-        self._report_beside(answer)
+        self._record(self._read(answer.get("usage")))
+        self._record_beside(answer)
         if usages := usages_in_choices(choices):
             self._see_usages_of_choices(usages)
             choices = without_usages(choices)
-        if self._reports_first_choice_only:
+        if self._states_first_choice_only:
             self._keep_other_choices(choices)
         # A gateway may answer in the shape of /responses. Its text is delivered, so it counts.
         return [choices, answer.get("output")]
 
     def _keep_other_choices(self, choices: object) -> None:
-        """Keep the texts of all choices but the first. llama.cpp reports the usage of the first only."""
+        """Keep the texts of all choices but the first. llama.cpp states the usage of the first only."""
         if isinstance(choices, list) and len(choices) > 1 and self._stated is not None:
             self.uncounted_texts = list(texts_in(choices[1:]))
             self._is_partial = True
-            if self._has_several_prompts:  # the reported input is that of the first prompt only
+            if self._has_several_prompts:  # the stated input is that of the first prompt only
                 self._stated = replace(self._stated, input=None, cached=0)
 
     def _see_object(self, chunk: JSON, event: Event) -> bytes:
@@ -145,8 +146,10 @@ class ChatMeter(Meter):
             self._count_texts(without_usages(choices) if has_usage else choices)
             if has_usage:
                 self._see_usages_of_choices(usages_in_choices(choices))
+        elif not isinstance(chunk.get("usage"), dict):
+            self._count_other_shape(chunk, chunk.get("type") or event.name)
         if b'"x_' in event.raw:
-            self._report_beside(chunk)
+            self._record_beside(chunk)
         if "usage" not in chunk:
             self._see_running_usage(read_timings(chunk.get("timings")))
             return self._without_running_timings(chunk, event)
@@ -172,7 +175,7 @@ class ChatMeter(Meter):
         if stated and before and self._choices > 1:
             stated = self._added([before, stated])
         self._usage_chunks = stated or before
-        self._report(stated)
+        self._record(stated)
         if not self._strips_usage:
             return event.raw
         return without_usage(event, chunk) if extra_members(chunk) else b""
@@ -183,7 +186,7 @@ class ChatMeter(Meter):
         With several choices it is the usage of that one choice, so it is ignored.
         """
         if self._choices == 1:
-            self._report(stated)
+            self._record(stated)
 
     def _see_usages_of_choices(self, usages: Iterable[tuple[int, object]]) -> None:
         """Record the usages that are stated inside choices (Kimi), each with the index of its choice.
@@ -196,7 +199,7 @@ class ChatMeter(Meter):
             if stated is not None and 0 <= place < self._choices:
                 self._usage_of_choices[place] = stated.largest(self._usage_of_choices.get(place, stated))
                 if len(self._usage_of_choices) == self._choices:
-                    self._report(self._added([*self._usage_of_choices.values()]))
+                    self._record(self._added([*self._usage_of_choices.values()]))
 
     def _added(self, usages: Sequence[Stated]) -> Stated:
         """The usages of several choices with the same input as one.

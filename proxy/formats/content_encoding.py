@@ -48,6 +48,7 @@ class BodyDecoder:
 
     def __init__(self, encoding: str, *, members_max: int = MEMBERS_MAX) -> None:
         self._new_member = CONTENT_ENCODINGS[encoding]
+        self._padding = b"\0" if encoding == "gzip" else b""  # tapes and block devices add it; gzip(1) ignores it
         self._members_max = members_max
         self._member: _Decoder | None = None
         self._members = 0
@@ -71,6 +72,8 @@ class BodyDecoder:
 
     def _pieces(self, data: bytes) -> Iterator[bytes]:
         # Goes on without data while the current member has output left that did not fit into the last piece.
+        if self._member is not None and self._member.eof:
+            data = data.lstrip(self._padding)
         while data or not (self._member is None or self._member.needs_input or self._member.eof):
             if self._member is None or self._member.eof:
                 self._members += 1
@@ -81,7 +84,7 @@ class BodyDecoder:
                 self._member = self._new_member(data)
             if piece := self._member.decompress(data, PIECE_BYTES):
                 yield piece
-            data = self._member.unused_data if self._member.eof else b""
+            data = self._member.unused_data.lstrip(self._padding) if self._member.eof else b""
 
 
 class _Decoder(Protocol):
@@ -148,7 +151,10 @@ def _deflate(data: bytes) -> _Decoder:
     # RFC 9110 §8.4.1.2: the encoding is the zlib format, but some clients send raw deflate without the header of two
     # bytes. The first byte tells them apart: its low four bits are 8 in a zlib header. In raw deflate they are 8
     # only if a padding bit is set, which encoders leave 0 (RFC 1951 §3.2.4).
-    return _ZlibDecoder(zlib.MAX_WBITS if data[0] & 0x0F == zlib.DEFLATED else -zlib.MAX_WBITS)
+    # `{` and `[` begin no raw deflate: the first byte of its text would be 160 or more. So plain JSON is refused at
+    # once by the decoder for zlib, where the other one might make something of it.
+    is_zlib = data[0] & 0x0F == zlib.DEFLATED or data[:1] in (b"{", b"[")
+    return _ZlibDecoder(zlib.MAX_WBITS if is_zlib else -zlib.MAX_WBITS)
 
 
 def _br(_: bytes) -> _Decoder:

@@ -44,6 +44,9 @@ SurfaceName = Literal["chat", "responses", "messages", "media"]
 class Endpoint:
     """One metered path. Its method is POST. A user may call it for each model that a quota of the user covers.
 
+    If it is billed by the piece, one of these quotas must also count the call. `/models` does not ask for that: it
+    lists `dall-e-3` for a user whose quotas count only tokens, and each call to it is refused.
+
     `uses` is what a call can use. It decides which quotas can refuse the call, and what the call is charged.
     `by_piece` says that some models of this endpoint are billed by the image, the second or the character, and their
     answers state no tokens; `pieces` tells them apart. On other endpoints the proxy counts the tokens that an answer

@@ -63,7 +63,7 @@ def estimate_demand(request: Request, model: Model, prompt: Prompt, *, body_byte
     hidden_input = _hidden_input(prompt, model, bound)
     if not request.endpoint.shows_output:
         # No field makes such an answer shorter, and its tokens are known only at its end. So all of it is reserved.
-        # A model that should state its tokens, and does not, costs its price.
+        # An answer that may state its tokens, and does not, costs its price.
         output_maximum = max(_unbounded_answer(request, model), price)
         return Demand(
             input=bound,

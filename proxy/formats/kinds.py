@@ -98,7 +98,7 @@ class Kind:
     # The name of that option in the request. An upstream that rejects the option repeats it.
     running_usage_option: ClassVar[str | None] = None
     # Whether the usage of a whole answer with several choices covers the first choice only.
-    reports_first_choice_only: ClassVar[bool] = False
+    states_first_choice_only: ClassVar[bool] = False
 
     # The path of its list of models; None: it has no list of the names that a call takes.
     models_path: ClassVar[str | None] = "/models"
@@ -240,7 +240,7 @@ class LlamaCpp(_OwnServer):
     completions_default = None
     running_usage = "timings"
     running_usage_option = "timings_per_token"
-    reports_first_choice_only = True
+    states_first_choice_only = True
     # It announces `keep-alive` and closes the connection after a stream all the same. If the connection were pooled,
     # the next call would be written to a closed socket.
     stream_headers = MappingProxyType({"connection": "close"})

@@ -1,6 +1,6 @@
 """Images, speech, transcripts and moderations: the output is known only at the end of the answer. It may be no JSON.
 
-An answer that reports its tokens is charged these. One that reports none is one request for the meter: what it costs
+An answer that states its tokens is charged these. One that states none is one request for the meter: what it costs
 is stated in `pieces`. A stream consists of typed events, of which the last of each choice may have the usage:
 
     data: {"type":"image_generation.partial_image","b64_json":…}
@@ -10,10 +10,13 @@ Pure.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
+from proxy.formats.endpoints import TRANSCRIPTIONS, TRANSLATIONS
 from proxy.formats.meter import JSON, Ending, Meter
 from proxy.formats.request import Request
 from proxy.formats.sse import Event
+from proxy.formats.usage import Stated
 from proxy.policy.amounts import TOKENS_MAX, AtLeast, Exactly, Tokens, Unspent, Usage, Uses
 
 # The last event of a stream of images, speech or a transcript.
@@ -32,6 +35,8 @@ class MediaMeter(Meter):
     def __init__(self, request: Request, *, count: Callable[[str], int], kind: str) -> None:
         super().__init__(request, count=count, kind=kind)
         self._completed = 0  # how many images, or speech or transcript streams, have ended
+        self._unstated = 0  # how many of these stated no usage
+        self._is_transcript = request.endpoint in (TRANSCRIPTIONS, TRANSLATIONS)
 
     def _new_ending(self, request: Request) -> Ending:
         return MediaEnding()
@@ -57,27 +62,46 @@ class MediaMeter(Meter):
 
     def _add_usage(self, answer: JSON) -> None:
         """Add the usage that an answer states. An SVG image also states, in `svg_usage`, that of its text model."""
-        for name in ("usage", "svg_usage"):
-            stated, before = self._read(answer.get(name)), self._stated
+        usages = [self._stated_by(answer, name) for name in ("usage", "svg_usage")]
+        is_repeated = self._completed > self._choices  # more ends than were asked for: not another image
+        self._unstated += not is_repeated and not self.has_error and not any(usages)
+        for stated in usages:
+            before = self._stated
             if stated is None or before is None:
                 self._stated = stated or before
-            elif self._completed > self._choices:  # more ends than were asked for: not another image
-                self._stated = before.largest(stated)
             else:
-                self._stated = before.plus(stated, adds_input=True)
+                self._stated = before.largest(stated) if is_repeated else before.plus(stated, adds_input=True)
+
+    def _stated_by(self, answer: JSON, name: str) -> Stated | None:
+        """The usage in this member; None for zeros, which gateways such as LiteLLM write if the vendor states none.
+
+        Nor does an output of 0 state the output, because every image and all speech has some. A transcript may have
+        none. If it has text, that is counted.
+        """
+        stated = self._read(answer.get(name))
+        if stated is None or not any(stated.parts):
+            return None
+        text = answer.get("text") if self._is_transcript else None
+        if not stated.known_output and isinstance(text, str):
+            self.uncounted_texts += [text] if text else []
+        elif stated.output == 0:
+            return replace(stated, output=None)
+        return stated
 
     def _usage_in_tokens(self) -> Usage:
-        """The reported tokens if there are any, else one request.
+        """The stated tokens if there are any, else one request.
 
-        A stream that broke off has not reported what it cost. TOKENS_MAX then stands for the whole reservation,
+        A stream that broke off has not stated what it cost. TOKENS_MAX then stands for the whole reservation,
         because an estimate is never charged beyond it. An error generated nothing, but its input was read.
         """
         if self._stated is not None and self.is_at_end:
             tokens = self._stated.tokens()
-            # Without an output the usage states only a part of the cost.
-            if self._stated.known_output is None:
+            if self.uncounted_texts:
+                return AtLeast(tokens)
+            # Without an output, or without the usage of one of several images, only a part of the cost is stated.
+            if self._stated.known_output is None or self._unstated:
                 return AtLeast(Tokens(tokens.input, TOKENS_MAX))
-            return AtLeast(tokens) if self.input_reported is None else Exactly(tokens)
+            return AtLeast(tokens) if self.input_stated is None else Exactly(tokens)
         if self.has_error:
             return AtLeast(Tokens(0, 0))
         if self.is_at_end:

@@ -20,9 +20,22 @@ from proxy.errors import ProxyError
 from proxy.formats.meter import JSON, Ending, Meter, write_events
 from proxy.formats.request import Request
 from proxy.formats.sse import Event
-from proxy.formats.usage import INPUT_PARTS, Stated
+from proxy.formats.usage import CACHE_PARTS, INPUT_PARTS, Stated
 from proxy.policy.amounts import Tokens
 
+# The types of events; those of other types are none of this API.
+_EVENTS = frozenset(
+    "message_start content_block_start content_block_delta content_block_stop message_delta message_stop ping "
+    "error".split()
+)
+# What Amazon Bedrock adds to the last event, with its names of the parts of a usage.
+_BEDROCK_METRICS = "amazon-bedrock-invocationMetrics"
+_BEDROCK_NAMES = {
+    "inputTokenCount": "input_tokens",
+    "outputTokenCount": "output_tokens",
+    "cacheReadInputTokenCount": "cache_read_input_tokens",
+    "cacheWriteInputTokenCount": "cache_creation_input_tokens",
+}
 _TYPES = {
     401: "authentication_error",
     403: "permission_error",
@@ -87,22 +100,33 @@ class MessagesMeter(Meter):
 
     def _see_object(self, chunk: JSON, event: Event) -> bytes:
         """Record an event of a message. `message_start` reports the input, each `message_delta` the total so far."""
-        kind = chunk.get("type")
+        # SDKs go by the name of the event, and need no type.
+        kind, delta = chunk.get("type") or event.name, chunk.get("delta")
         self.has_error = self.has_error or kind == "error"
         if kind == "message_start":
             message = chunk.get("message")
-            self._see_usage(message.get("usage") if isinstance(message, dict) else None, is_early=True)
+            if isinstance(message, dict):
+                self._see_usage(message.get("usage"), is_early=True)
+                self._count_texts(message.get("content"))
         elif kind == "content_block_start":
             self.is_at_end = False  # a block follows, so a `message_delta` before it was not the end
             self._count_texts(chunk.get("content_block"))
         elif kind == "content_block_delta":
             self.is_at_end = False
-            self._count_texts(chunk.get("delta"))
-        elif kind == "message_delta":
-            self._see_usage(chunk.get("usage"))
+            self._count_texts(delta)
+        elif kind in ("message_delta", "message_stop"):
+            for usage in (chunk.get("usage"), delta.get("usage") if isinstance(delta, dict) else None):
+                self._see_usage(usage)
+            self._see_usage(_usage_of_bedrock(chunk.get(_BEDROCK_METRICS)))
             self.is_at_end = True
-        elif kind in ("message_stop", "error"):
+            self.is_over = self.is_over or kind == "message_stop"
+        elif kind == "error":
             self.is_at_end = self.is_over = True
+        elif kind not in _EVENTS:
+            response = chunk.get("response")
+            self._count_other_shape(chunk, kind)
+            for part in (chunk, response if isinstance(response, dict) else {}):
+                self._see_usage(part.get("usage"))
         return event.raw
 
     def _see_usage(self, usage: object, *, is_early: bool = False) -> None:
@@ -114,13 +138,28 @@ class MessagesMeter(Meter):
         # A usage that makes no sense must not spoil those before and after it.
         if not isinstance(usage, dict) or self._read(usage) is None:
             return
+        # An input that is the sum of the earlier parts includes the cached tokens, so those are not added again:
+        #     message_start  {"input_tokens": 31, "cache_read_input_tokens": 20}   input 51
+        #     message_delta  {"input_tokens": 51}                                  input 51
+        earlier = self._read(self._input_parts)
+        if earlier and self._input_parts.keys() & CACHE_PARTS and not any(usage.get(name) for name in CACHE_PARTS):
+            alone = self._read({"input_tokens": usage.get("input_tokens")})
+            if alone and alone.input == earlier.input:
+                usage = {name: value for name, value in usage.items() if name not in INPUT_PARTS}
         # No message has an empty input. A server that reports 0 at the beginning counts the input at the end.
         parts = {name: usage.get(name) for name in INPUT_PARTS if usage.get(name) or not is_early}
         parts |= {name: earlier for name, earlier in self._input_parts.items() if not parts.get(name)}
-        self._input_parts = {name: value for name, value in parts.items() if value}
+        self._input_parts = {name: value for name, value in parts.items() if value and self._read({name: value})}
         # The early output is a guess at the first tokens. They are counted when they come, so it is left out.
         stated = self._read({**{name: value for name, value in usage.items() if name not in INPUT_PARTS}, **parts})
-        self._report(Stated(stated.input, cached=stated.cached) if stated and is_early else stated)
+        self._record(Stated(stated.input, cached=stated.cached) if stated and is_early else stated)
+
+
+def _usage_of_bedrock(metrics: object) -> JSON | None:
+    """The usage that the metrics of Amazon Bedrock state, with Anthropic's names."""
+    if not isinstance(metrics, dict):
+        return None
+    return {ours: metrics[name] for name, ours in _BEDROCK_NAMES.items() if name in metrics}
 
 
 class MessagesEnding(Ending):

@@ -10,7 +10,7 @@ removes exactly what came only because of that, such as the usage chunk:
 
 The usage can be read at any time, even if the stream broke off; it is what the call is charged. An upstream may state
 its usage several times in one answer. Each part is then the largest that was stated, so a later zero never makes an
-answer free. A zero counts only if no text contradicts it.
+answer free. A zero counts only if no text contradicts it. An input of 0 never counts: no prompt is empty.
 
 If the upstream states no usage, the meter counts the texts of a stream itself, each piece as at least one token,
 because no server sends a piece for less than a token. So a word that comes in three pieces is at least three tokens,
@@ -22,47 +22,32 @@ Each surface has its own meter and its own ending, in a module of its name (`cha
 `surfaces` makes the meter that fits a request. Pure: no sockets, no clock.
 """
 
-import json
-import math
-import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
-
-import orjson
 
 from proxy.formats.estimate import DEFAULT_ANSWER_TOKENS
 from proxy.formats.request import Request
 from proxy.formats.sse import Event
-from proxy.formats.strict_json import dump, walk
+from proxy.formats.strict_json import dump
+from proxy.formats.texts import (
+    is_error,
+    read_object,
+    texts_in,
+    texts_in_other_shape,
+    texts_of_body,
+    texts_of_broken_json,
+)
 from proxy.formats.usage import Stated, read_usage, usages_beside
 from proxy.policy.amounts import AtLeast, Exactly, Tokens, Unspent, Usage, Uses
 
 JSON = dict[str, Any]
 
-# Members of a choice or an item that contain no text of the model: names and ids, reasons, filter results, the same
-# text again as single tokens (logprobs), and audio as base64 (data). Counting them would charge a broken stream
-# several times too much.
-_NOT_TEXT = frozenset(
-    "role type id call_id status finish_reason native_finish_reason stop_reason logprobs prompt_logprobs "
-    "content_filter_results data signature".split()
-)
-# Members that contain text of the model, in JSON that can't be parsed. There it is unknown what a member is a part
-# of, so only names that have no other meaning are in this list.
-_TEXT = frozenset(
-    "content text reasoning reasoning_content reasoning_text refusal arguments thinking partial_json transcript "
-    "delta output_text".split()
-)
-# A string, whether it is closed, and whether a colon follows, which makes it a name. Possessive repeats never go
-# back, so a search takes time proportional to the length of the text, even if its last string is never closed.
-_STRING = re.compile(r'"((?:[^"\\]++|\\.)*+)"?+\s*+(:?)', re.DOTALL)
-# The most strings that are looked at in JSON that can't be parsed: they block the event loop for about 0.3 s.
-_STRINGS_MAX = 250_000
-# Python's parser takes three times as long as orjson, and longer still if numbers need special care. So JSON that
-# orjson can't parse is parsed only if it has no more values than this; see `strict_json`.
-_VALUES_MAX = 1_000_000
-# No number of more digits is a count, and int() takes time quadratic in the number of digits.
-_DIGITS_MAX = 40
+# The events that end a response, and the members in which its `.done` events repeat a text as a whole.
+RESPONSE_ENDS = frozenset(("response.completed", "response.incomplete", "response.failed", "error"))
+_WHOLE_TEXT_MEMBERS = ("text", "refusal", "arguments", "input", "item", "part")
+# The members of an item of a response that have the model's text.
+_ITEM_TEXT_MEMBERS = ("content", "summary", "arguments", "input", "text")
 # An event without data that is larger than this is no comment but a piece of an event that was too large to parse.
 _COMMENT_BYTES_MAX = 65_536
 _BYTES_PER_TOKEN = 4
@@ -119,10 +104,11 @@ class Meter(ABC):
 
     - `output_bound`: the most output that the call can have used, in tokens: what it asks for, or more if it holds
       more.
+    - `input_bound`: the most input that the call can have, in tokens; None if it is unknown.
     - `extra_usage`: the members of a usage that its upstream writes in addition to the output.
 
     A surface's meter implements `_new_ending`, `_see_object` for the events of a stream and `_see_answer` for a whole
-    answer. It passes on what it finds there with `_report` (a usage that `_read` has read) and `_count_texts` (pieces
+    answer. It passes on what it finds there with `_record` (a usage that `_read` has read) and `_count_texts` (pieces
     of output).
     """
 
@@ -138,19 +124,20 @@ class Meter(ABC):
         self.response_id: str | None = None
         self.uncounted_texts: list[str] = []
         self.output_bound = DEFAULT_ANSWER_TOKENS * request.choices
+        self.input_bound: int | None = None
         self.extra_usage: Sequence[str] = ()
         self._count = count
         self._uses = request.endpoint.uses
-        # Whether the tokens of an answer can be counted if the upstream does not report them.
-        self._generates = request.endpoint.generates and not request.endpoint.by_piece
+        # Whether its texts can be counted if the upstream states no usage.
+        self._counts_text = request.endpoint.generates and not request.endpoint.by_piece
         self._choices = request.choices
         self._strips_usage = request.adds_usage
-        self._may_have_output = request.endpoint.generates
+        self._generates = request.endpoint.generates
         self._stated: Stated | None = None
         self._is_partial = False  # the stated usage is of one choice, not of the whole answer
         self._is_contradicted = False  # the upstream stated a smaller output than it had stated before
         self._counted = 0  # output tokens by our count, in the whole answer
-        self._counted_since_report = 0  # the same, since the upstream last stated its usage
+        self._counted_since_stated = 0  # the same, since the upstream last stated its usage
 
     def stop_stripping(self) -> None:
         """Remove nothing from now on: the proxy did not ask for usage after all, so it is meant for the client."""
@@ -159,33 +146,30 @@ class Meter(ABC):
     @property
     def output_seen(self) -> int:
         """The tokens of output that have passed so far; 0 for images and audio, which are known only at their end."""
-        if not self._generates:
+        if not self._counts_text:
             return 0
-        seen = self._output_stated + self._counted_since_report
-        return max(seen, self._counted) if self._is_doubtful else seen
+        seen = self._output_stated + self._counted_since_stated
+        return (max(seen, self._counted) if self._is_doubtful else seen) + self._extra_output
 
     def output_with(self, counted: int) -> int:
         """The tokens of output, with `counted` tokens in `uncounted_texts`."""
-        return self.output_seen + counted if self._is_partial else max(self.output_seen, counted)
+        return self.output_seen + counted if self._is_partial else max(self.output_seen, counted + self._extra_output)
 
     @property
-    def input_reported(self) -> int | None:
-        """The tokens of the input, if the upstream has reported them.
+    def input_stated(self) -> int | None:
+        """The tokens of the input, if the upstream has stated them; 0 if it has stated only a total.
 
-        Zeros for both input and output are no report if there is text, or if the output is not stated at all.
+        Otherwise an input of 0 is ignored, because no prompt is empty. Some servers write it if they don't count
+        the input, or if they have read all of it from their cache.
         """
         if self._stated is None:
             return None
-        stated = self._stated.known_input
-        if stated or self._output_stated or not self._generates:
-            return stated
-        has_text = self._counted > 0 or bool(self.uncounted_texts)
-        return None if has_text or self._stated.known_output is None else stated
+        return self._stated.known_input or (0 if self._stated.is_only_total and self._stated.total else None)
 
     def see_event(self, event: Event, *, is_cut: bool = False) -> bytes:
         """Measure one event and return the bytes for the client.
 
-        Bytes that are kept for a moment are returned with the next event, or by `flush`. `is_cut` says that the
+        Bytes that are kept for a moment are returned with the next event, or by `end`. `is_cut` says that the
         stream ended before the event's blank line; then data that can't be parsed is not counted.
         """
         self.chunk = None
@@ -210,8 +194,8 @@ class Meter(ABC):
             return event.raw
         return self._see_object(self.chunk, event)
 
-    def flush(self) -> bytes:
-        """Return the bytes that were kept; called if no further event comes."""
+    def end(self) -> bytes:
+        """Note that no further event comes, and return the bytes that were kept."""
         return b""
 
     def see_whole(self, body: bytes) -> None:
@@ -223,23 +207,26 @@ class Meter(ABC):
             return
         self._see_error(answer)
         output = self._see_answer(answer)
-        if self._generates and (not self._output_stated or (self._is_doubtful and not self._is_partial)):
+        if self._counts_text and (not self._output_stated or (self._is_doubtful and not self._is_partial)):
             self.uncounted_texts = [*texts_in(output)]
+            is_known = any(output) if isinstance(output, list) else bool(output)
+            if not is_known and not is_error(answer):
+                self.uncounted_texts = [*texts_in_other_shape(answer)]
 
     def usage(self) -> Usage:
         """The usage as far as it is known now. If the answer does not state the input, the input is 0.
 
-        A usage that was reported before the last text covers only what came before it. Examples:
+        A usage that was stated before the last text covers only what came before it. Examples:
 
-            the usage chunk reported 11 and 5                Exactly(11, 5)
+            the usage chunk stated 11 and 5                  Exactly(11, 5)
             12 tokens passed by our count, and the stream
-            broke off before any report                      AtLeast(0, 12); the caller adds its count of the input
-            vLLM had reported 11 and 4 so far, then text
-            of 5 tokens by our count came without a report   AtLeast(11, 9)
-            11 and no output were reported, and 12 tokens
+            broke off before any usage                       AtLeast(0, 12); the caller adds its count of the input
+            vLLM had stated 11 and 4 so far, then text
+            of 5 tokens by our count came without a usage    AtLeast(11, 9)
+            11 and no output were stated, and 12 tokens
             passed by our count                              AtLeast(11, 12)
-            20 and 30 were reported, then zeros              Exactly(20, 30)
-            only zeros were reported, and there is no text   Exactly(0, 0)
+            20 and 30 were stated, then zeros                Exactly(20, 30)
+            only zeros were stated, and there is no text     AtLeast(0, 0); the caller adds its count of the input
         """
         match self._uses:
             case Uses.NOTHING:
@@ -260,7 +247,10 @@ class Meter(ABC):
 
     @abstractmethod
     def _see_answer(self, answer: JSON) -> object:
-        """Record a whole answer, and return the part of it that has the model's texts."""
+        """Record a whole answer, and return the part of it that has the model's texts, or a list of such parts.
+
+        If they are all empty, the answer has the shape of another API.
+        """
 
     # What it may override, and what it calls.
 
@@ -270,14 +260,14 @@ class Meter(ABC):
         If it is JSON, or was to be, only the texts in it count: a number of 200,000 digits is no text.
         """
         self.has_error = True
-        if self._generates:
+        if self._counts_text:
             self.uncounted_texts = [*texts_of_body(body)]
 
     def _usage_in_tokens(self) -> Usage:
-        stated, input_tokens = self._stated or Stated(), self.input_reported
-        output = self.output_seen if self._generates else self._output_stated
-        is_whole = not self._is_partial and not self.uncounted_texts and not self._counted_since_report
-        is_output_stated = stated.known_output == output or not self._generates
+        stated, input_tokens = self._stated or Stated(), self.input_stated
+        output = self.output_seen if self._counts_text else self._output_stated
+        is_whole = not self._is_partial and not self.uncounted_texts and not self._counted_since_stated
+        is_output_stated = stated.known_output == output or not self._counts_text
         if input_tokens is not None and is_whole and is_output_stated:
             return Exactly(stated.tokens())
         input_tokens = input_tokens or 0
@@ -289,6 +279,11 @@ class Meter(ABC):
         return 0 if self._stated is None else self._stated.known_output or 0
 
     @property
+    def _extra_output(self) -> int:
+        """Output that the upstream states in addition to an output that it does not state."""
+        return self._stated.extra if self._stated is not None and self._stated.known_output is None else 0
+
+    @property
     def _is_doubtful(self) -> bool:
         """Whether the stated output is not believed against our own count: it fell, or comes without an input."""
         return self._is_contradicted or (self._stated is not None and self._stated.known_input is None)
@@ -298,14 +293,16 @@ class Meter(ABC):
 
     def _read(self, usage: object) -> Stated | None:
         """What a usage object of this answer states."""
+        output_bound = self.output_bound if self._generates else None
         return read_usage(
             usage,
-            output_bound=self.output_bound if self._may_have_output else None,
+            output_bound=output_bound,
+            total_bound=None if self.input_bound is None else self.input_bound + (output_bound or 0),
             extra=self.extra_usage,
             has_separate_cache=self._has_separate_cache,
         )
 
-    def _report(self, stated: Stated | None) -> None:
+    def _record(self, stated: Stated | None) -> None:
         """Record a usage that the upstream stated; None if it stated none, or one that makes no sense.
 
         It covers the text that has passed only if its output is larger than what was stated before, or than what we
@@ -322,12 +319,12 @@ class Meter(ABC):
             stated = self._stated.largest(stated)
         self._stated = stated
         if output > before or output >= self._counted:
-            self._counted_since_report = 0
+            self._counted_since_stated = 0
 
-    def _report_beside(self, document: JSON) -> None:
+    def _record_beside(self, document: JSON) -> None:
         """Record the usages that a vendor states in members of its own."""
         for usage in usages_beside(document):
-            self._report(self._read(usage))
+            self._record(self._read(usage))
 
     def _count_texts(self, part: object) -> None:
         """Count the texts in a piece of the answer, as at least one token if there is any text."""
@@ -335,40 +332,54 @@ class Meter(ABC):
         if tokens:
             self._add_to_count(max(1, sum(tokens)))
 
+    def _count_missing(self, part: object) -> None:
+        """Count a text that an event repeats as a whole, as far as it exceeds what was counted so far.
+
+        Some servers send no deltas, or not all. Example: deltas of 5 tokens, then `output_text.done` with 12: 7 are
+        added. Then `content_part.done` and `output_item.done` repeat the same 12, and nothing is added.
+        """
+        missing = sum(map(self._count, texts_in(part))) - self._counted
+        if missing > 0:
+            self._add_to_count(missing)
+
+    def _count_response_event(self, kind: str, event: JSON) -> None:
+        """Count the texts of an event of /responses, whose type is `kind`."""
+        if kind in RESPONSE_ENDS:
+            response = event.get("response")
+            if isinstance(response, dict) and (not self._output_stated or self._is_doubtful):
+                self._count_missing(response.get("output"))
+        elif kind.endswith(".delta"):
+            self._count_texts(event.get("delta"))
+        elif kind.endswith(".added"):
+            # It is usually empty. Some servers send the text here, and no deltas.
+            item = event.get("item")
+            members = [item.get(name) for name in _ITEM_TEXT_MEMBERS] if isinstance(item, dict) else []
+            self._count_texts([*members, event.get("part")])
+        elif kind.endswith(".done"):
+            self._count_missing([event.get(name) for name in _WHOLE_TEXT_MEMBERS])
+
+    def _count_other_shape(self, event: JSON, kind: object) -> None:
+        """Count the texts of an event that is none of this surface, such as a chunk of chat on /messages.
+
+        A gateway may pass on what its upstream writes. The client gets the text, so it costs.
+        """
+        response = event.get("response")
+        if not self._counts_text or is_error(event):
+            return
+        if isinstance(kind, str) and kind.startswith("response."):
+            self._count_response_event(kind, event)
+        elif isinstance(response, dict):  # it repeats the whole answer
+            self._count_missing([*texts_in_other_shape(response)])
+        else:
+            self._count_texts([*texts_in_other_shape(event)])
+
     def _count_bytes(self, data: bytes) -> None:
         """Count data that can't be parsed by its length, at four bytes for a token, rounded up."""
         self._add_to_count(-(-len(data) // _BYTES_PER_TOKEN))
 
     def _add_to_count(self, tokens: int) -> None:
         self._counted += tokens
-        self._counted_since_report += tokens
-
-
-def read_object(data: bytes) -> JSON | None:
-    """Parse the data of an event; None if it is no JSON object.
-
-    NaN, infinities and unpaired surrogates are accepted. They are not JSON, but some clients parse them.
-    """
-    value = _parse(data)
-    return value if isinstance(value, dict) else None
-
-
-def _parse(data: bytes) -> object:
-    """Parse JSON; None if that is not possible, or if it is `null`."""
-    try:
-        return orjson.loads(data)
-    except orjson.JSONDecodeError:
-        pass
-    if len(data) > _VALUES_MAX and sum(map(data.count, (b",", b"[", b"{"))) > _VALUES_MAX:
-        return None
-    try:
-        return json.loads(data, parse_int=_bounded_int)
-    except (ValueError, RecursionError):
-        return None
-
-
-def _bounded_int(digits: str) -> float:
-    return int(digits) if len(digits) <= _DIGITS_MAX else math.inf
+        self._counted_since_stated += tokens
 
 
 def write_events(events: Iterable[JSON], newline: bytes = b"\n") -> bytes:
@@ -377,45 +388,3 @@ def write_events(events: Iterable[JSON], newline: bytes = b"\n") -> bytes:
         b"event: %b%bdata: %b%b" % (event["type"].encode(), newline, dump(event), newline + newline)
         for event in events
     )
-
-
-def texts_in(part: object) -> Iterator[str]:
-    """The texts in a part of an answer, at any depth: content, refusals, arguments of tool calls."""
-    return (value for value in walk(part, _members_with_text) if isinstance(value, str) and value)
-
-
-def _members_with_text(members: JSON) -> list[object]:
-    return [value for name, value in members.items() if name not in _NOT_TEXT]
-
-
-def texts_of_body(body: bytes) -> Iterator[str]:
-    """The texts in a whole answer that is no JSON object: all of it, unless it is JSON or was to be."""
-    beginning = body[:64].lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
-    if beginning in (b"{", b"["):
-        return texts_of_broken_json(body)
-    value = _parse(body) if beginning == b'"' or beginning.isdigit() or beginning == b"-" else None
-    if value is None:
-        return iter([body.decode("utf-8", "replace")])
-    return iter([value] if isinstance(value, str) else [])
-
-
-def texts_of_broken_json(data: bytes) -> Iterator[str]:
-    """The texts in JSON that can't be parsed: the strings in members that have the model's text, never other bytes.
-
-    `{"id":"c","choices":[{"message":{"content":"Hello","n":1e` has the text "Hello", and so has `["Hello"`.
-    """
-    name = "text" if data.lstrip()[:1] == b"[" else ""  # strings in an array without a name are text
-    for string, _ in zip(_STRING.finditer(data.decode("utf-8", "replace")), range(_STRINGS_MAX), strict=False):
-        if string[2]:
-            name = string[1]
-        elif name in _TEXT and string[1]:
-            yield _unescaped(string[1])
-
-
-def _unescaped(string: str) -> str:
-    if "\\" not in string:
-        return string
-    try:
-        return str(json.loads(f'"{string}"', strict=False))
-    except ValueError:  # an escape that does not exist, or that broke off
-        return string

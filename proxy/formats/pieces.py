@@ -9,7 +9,7 @@ others by the piece. The names tell them apart:
     any other name                                                 may state them: they count if they come
 
 A quota of tokens cannot count a call that states none. So such a call needs a quota that counts its request
-(`counted_of`), or a price in tokens: `tokens_per_request` and `tokens_per_image` of the model.
+(`certain_uses_of`), or a price in tokens: `tokens_per_request` and `tokens_per_image` of the model.
 
 The name is the one at the upstream, because the name that clients use may be an alias.
 Sources: OpenAI's published API description; docs/wire.md, section 1.6. Pure.
@@ -80,15 +80,15 @@ def price_of(request: Request, target: Model) -> int:
 def uses_of(request: Request, target: Model) -> Uses:
     """What a call can use at this target.
 
-    If it is not known whether the answer will state tokens, a call without a price can use them.
+    If it is not known whether the answer will state tokens, it can use them, also if there is a price: they are
+    charged if they come.
     """
-    states = states_tokens(request, target)
-    if states is not True and price_of(request, target):
-        return Uses.OUTPUT
-    return Uses.REQUEST if states is False else request.endpoint.uses
+    if states_tokens(request, target) is not False:
+        return request.endpoint.uses
+    return Uses.OUTPUT if price_of(request, target) else Uses.REQUEST
 
 
-def counted_of(request: Request, model: Model) -> Uses:
+def certain_uses_of(request: Request, model: Model) -> Uses:
     """What a call is certain to be counted by, whichever target answers it. Everything, if that is no question.
 
     Moderations, embeddings and token counts are not billed by the piece: every quota covers them, also one that
@@ -96,10 +96,10 @@ def counted_of(request: Request, model: Model) -> Uses:
     """
     if not request.endpoint.by_piece:
         return Uses.INPUT_AND_OUTPUT
-    return min((_certain_uses(request, target) for target in model.targets), key=lambda uses: len(uses.value))
+    return min((_certain_uses_at(request, target) for target in model.targets), key=lambda uses: len(uses.value))
 
 
-def _certain_uses(request: Request, target: Model) -> Uses:
+def _certain_uses_at(request: Request, target: Model) -> Uses:
     if states_tokens(request, target):
         return Uses.INPUT_AND_OUTPUT
     return Uses.OUTPUT if price_of(request, target) else Uses.REQUEST

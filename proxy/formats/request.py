@@ -18,6 +18,9 @@ from proxy.formats.restrictions import CHECKED_FIELDS, check_body, check_form_fi
 from proxy.formats.strict_json import dump, parse_object
 from proxy.policy.catalog import Model
 
+# Fields of forms in which "false" is a text.
+_TEXTS_OF_FORMS = ("model", "prompt")
+
 
 @dataclass(frozen=True, slots=True)
 class Request:
@@ -47,7 +50,7 @@ class Request:
 
     @property
     def used_fields(self) -> list[str]:
-        """The fields and files that the request uses: all but those that are null, false or []."""
+        """The fields and files that the request uses: all but those that are null, false, [] or ""."""
         return used_fields(self.body) + [file.name for file in (self.form.files if self.form else ())]
 
     @property
@@ -89,7 +92,9 @@ def parse_form_request(endpoint: Endpoint, form: Form, *, deployment: str | None
     """Make a request of a form, as `parse_request` does of JSON. Raises InvalidRequest likewise."""
     document: dict[str, Any] = {}
     for field in form.fields:
-        document[check_form_field(endpoint, field.name)] = _field_value(field.name, field.value)
+        name = check_form_field(endpoint, field.name)
+        # Of `models[]` and `models[]` the used one counts.
+        document[name] = document.get(name) or _field_value(field.name, field.value)
     for file in form.files:
         check_form_field(endpoint, file.name, is_file=True)
     return _request(endpoint, RequestBody(document), deployment, form)
@@ -134,9 +139,15 @@ def forwarded_model(request: Request, model: Model) -> tuple[int, int, bytes]:
 
 
 def _field_value(name: str, value: str) -> object:
-    """The value of a form field. `stream` and `n` get the type that they have in JSON, because they are checked."""
-    if name == "stream" and value in ("true", "false"):
-        return value == "true"
+    """The value of a form field, as it is checked. Forms have only texts, and Python's clients write True and False.
+
+    `stream` and `n` get the type that they have in JSON. "false" is false in all fields but texts, so that a refused
+    field may be false as in JSON.
+    """
+    if value in ("false", "False") and name not in _TEXTS_OF_FORMS:
+        return False
+    if value in ("true", "True") and name == "stream":
+        return True
     # isascii: isdigit() also accepts other digits, such as U+0663, which the upstream may not read.
     if name == "n" and value.isascii() and value.isdigit() and len(value) < 10:
         return int(value)

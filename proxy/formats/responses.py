@@ -13,17 +13,13 @@ from io import StringIO
 
 from proxy.errors import ProxyError
 from proxy.formats.endpoints import RESPONSE_ID
-from proxy.formats.meter import JSON, Ending, Meter, texts_in, write_events
+from proxy.formats.meter import JSON, RESPONSE_ENDS, Ending, Meter, write_events
 from proxy.formats.request import Request
 from proxy.formats.sse import Event
 from proxy.policy.amounts import Tokens
 
-# The events that end a response.
-RESPONSE_ENDS = frozenset(("response.completed", "response.incomplete", "response.failed", "error"))
 # The states of a whole response that is not what it was asked for: the rest could be read later, or never comes.
 _NOT_FINISHED = ("queued", "in_progress", "failed")
-# The members in which a `.done` event repeats a text as a whole.
-_WHOLE_TEXT_MEMBERS = ("text", "refusal", "arguments", "input", "item", "part")
 # Used if a stream is stopped before any event of it passed. The id is not random, because this module is pure, and an
 # id that looks real would mislead: no answer can be found by it.
 _UNKNOWN_RESPONSE: JSON = {
@@ -54,12 +50,17 @@ def error_event(error: ProxyError) -> bytes:
 class ResponsesMeter(Meter):
     """Measures a response. All bytes are forwarded unchanged."""
 
+    _has_ended = False  # the event that ends the response has come
+
     def _new_ending(self, request: Request) -> Ending:
         return ResponsesEnding()
 
-    def flush(self) -> bytes:
-        """Note that a stream that ends without its last event broke off, even if its body ended regularly."""
-        self.has_error = self.has_error or not self.is_over
+    def end(self) -> bytes:
+        """Note that a stream that ends without its last event broke off, even if it ended regularly or by `[DONE]`.
+
+        Such a response may go on at the upstream, so it must not be read there.
+        """
+        self.has_error = self.has_error or not self._has_ended
         return b""
 
     def _see_answer(self, answer: JSON) -> object:
@@ -70,46 +71,36 @@ class ResponsesMeter(Meter):
 
     def _see_object(self, chunk: JSON, event: Event) -> bytes:
         self._see_error(chunk)
-        kind, response = chunk.get("type"), chunk.get("response")
+        # Clients that go by the name of the event need no type.
+        kind, response = chunk.get("type") or event.name, chunk.get("response")
         if isinstance(response, dict):
             self._see_response(response)
+        kind = kind if isinstance(kind, str) and (kind in RESPONSE_ENDS or kind.startswith("response.")) else None
+        if kind is None:
+            self._count_other_shape(chunk, None)
         # Some gateways state the usage beside the response, or in members of their own.
-        self._report(self._read(chunk.get("usage")))
-        self._report_beside(chunk)
-        if isinstance(kind, str) and kind in RESPONSE_ENDS:
-            self.is_at_end = self.is_over = True
+        self._record(self._read(chunk.get("usage")))
+        self._record_beside(chunk)
+        if kind in RESPONSE_ENDS:
+            self.is_at_end = self.is_over = self._has_ended = True
             self.has_error = self.has_error or kind in ("error", "response.failed")
-            if isinstance(response, dict) and (not self._output_stated or self._is_doubtful):
-                self._count_missing(response.get("output"))
-        elif isinstance(kind, str) and kind.endswith(".delta") and isinstance(delta := chunk.get("delta"), str):
-            self._count_texts(delta)
-        elif isinstance(kind, str) and kind.endswith(".done"):
-            self._count_missing([chunk.get(name) for name in _WHOLE_TEXT_MEMBERS])
+        if kind is not None:
+            self._count_response_event(kind, chunk)
         return event.raw
 
     def _see_response(self, response: JSON) -> None:
         """Record the id of a response, and its usage if it has one."""
         name, tools = response.get("id"), response.get("tool_usage")
         # Counting the input tokens (`input_tokens`) stores no response, whatever its answer contains.
-        if self._generates and isinstance(name, str) and RESPONSE_ID.fullmatch(name):
+        if self._counts_text and isinstance(name, str) and RESPONSE_ID.fullmatch(name):
             self.response_id = name
         stated = self._read(response.get("usage"))
-        # The image tool reports its tokens separately; they are not included in `usage`.
+        # The image tool states its tokens separately; they are not included in `usage`.
         drawn = self._read(tools.get("image_gen")) if isinstance(tools, dict) else None
         if stated and drawn:
             stated = stated.plus(drawn, adds_input=True)
-        self._report(stated)
-        self._report_beside(response)
-
-    def _count_missing(self, part: object) -> None:
-        """Count a text that an event repeats as a whole, as far as it exceeds what was counted so far.
-
-        Some servers send no deltas, or not all. Example: deltas of 5 tokens, then `output_text.done` with 12: 7 are
-        added. Then `content_part.done` and `output_item.done` repeat the same 12, and nothing is added.
-        """
-        missing = sum(map(self._count, texts_in(part))) - self._counted
-        if missing > 0:
-            self._add_to_count(missing)
+        self._record(stated)
+        self._record_beside(response)
 
 
 # ------------------------------------------------------------------------------------------------- the end at a limit

@@ -1,4 +1,4 @@
-"""Everything that refuses a body: one table of rows for both APIs, and what only the policy may allow.
+"""What refuses a body whatever the policy says: one table of rows for both APIs.
 
 A row of `ROWS` refuses one thing whatever the policy says: a field that would change where a call goes, a value that
 servers read in different ways, a reference to something stored in the upstream account that all users share. The rows
@@ -8,26 +8,23 @@ other meaning: a gateway may read it anywhere, whichever API it belongs to. It i
 `check_model_name` refuses the same things in the name of a model that the operator has not listed: at OpenRouter
 `gpt-4o:online` is `gpt-4o` with `plugins`. `check_refused_fields` refuses what the operator adds with `refuse`.
 
-`check_allowance` refuses what costs or reaches more than quotas can see, unless the policy allows it (`allow` in
-quotas.yaml). Tools that run at the upstream repeat model calls there, with the operator's key. Anthropic's own tools
-add input that the request does not show. A service tier changes the price. The message says which setting allows it.
-References to stored things stay refused inside tools that are allowed.
+What only the policy may allow is in `allowance`.
 
 Bytes that are no unambiguous JSON are refused before, in `strict_json` and `multipart`. Pure.
 """
 
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from operator import attrgetter
 from typing import Any
 
 from proxy.errors import InvalidRequest
-from proxy.formats.body import RequestBody, content_objects, is_run_by_client, offered_tools, unusual_turns
+from proxy.formats.body import RequestBody, content_objects, offered_tools, unusual_turns
 from proxy.formats.endpoints import CHAT, METERED, Endpoint
 from proxy.formats.kinds import CHOICE_COUNT_FIELDS, LEAST_MAXIMUM, MAXIMUM_FIELDS
 from proxy.formats.strict_json import DEPTH_MAX, is_within_depth, plain_name, walk
-from proxy.policy.catalog import Allow
 
 _MODEL_CHARACTERS_MAX = 256
 # A segment "." or ".." in a model's name. In Azure's path /deployments/{model}/… it would lead to another deployment,
@@ -38,27 +35,29 @@ _CHOICES_MAX = 128
 # More than any answer has, and small enough that products stay far inside 64 bits: 10^9 tokens × 128 answers are less
 # than 2^37.
 _NUMBER_MAX = 10**9
-# Tiers at the usual price; null means the default. OpenAI has `auto` and `default`, Anthropic `auto` and
-# `standard_only`.
-_USUAL_TIERS = (None, "auto", "default", "standard_only")
 # What a server with OpenAI's API refuses to an unlisted name because it refuses the same as a field. OpenRouter:
-# `@preset/x` and `gpt-4o@preset/x` (preset), `gpt-4o:online` (plugins), `openrouter/auto` (models). LiteLLM reads
-# `gpt-4o,o3` as several models (models). Fireworks: `model#deployment` (deployment_id). An address (api_base).
-_NAME_WITH_ANOTHER_MEANING = re.compile(r"@preset(?:/|$)|:online(?:$|[:@/])|^openrouter/auto|,|#|://", re.IGNORECASE)
-# Members of a tool that name things which any user may have stored in the upstream account.
-_STORED_THING_FIELDS = frozenset(
-    map(
-        plain_name,
-        "collection_id collection_ids container_id file_id file_ids knowledge_base_id knowledge_base_ids library_id "
-        "library_ids skill_id vector_store_id vector_store_ids".split(),
-    )
+# `@preset/x` and `gpt-4o@preset/x` (preset), `gpt-4o:online` (plugins). AiHubMix: `gpt-4o:surfing` (plugins). Routers
+# choose other models themselves, and `openrouter/fusion` asks up to eight (models): `openrouter/auto` and the others
+# of OpenRouter, `auto` of several gateways. `~openai/gpt-latest` is whichever model is the newest. LiteLLM reads
+# `gpt-4o,o3` as several models (models). Fireworks: `model#deployment` (deployment_id). An address (api_base). No
+# model has a `|` in its name. SGLang's `base:adapter` passes: ":" also begins a tag (`llama3:70b`) and a variant
+# (`:free`), so it does not tell an adapter from another model.
+_NAME_WITH_ANOTHER_MEANING = re.compile(
+    r"@preset(?:/|$)|:(?:online|surfing)(?:$|[:@/])|(?:^|/)auto(?:$|[:@])|(?:^|/)~"
+    r"|(?:^|/)openrouter/(?:auto|bodybuilder|free|fusion|pareto)|[,#|]|://",
+    re.IGNORECASE,
 )
 # Messages repeat at most this many characters of the client's values.
-_SHOWN_CHARACTERS = 40
+SHOWN_CHARACTERS = 40
 # Members of a turn or part that name a stored file.
 _FILE_IDS = ("fileid", "fileids")
+# How DashScope's `qwen-long` names stored files: in the text of a system message.
+_FILE_ID_TEXT = "fileid://"
+_SYSTEM_ROLES = ("system", "developer")
+# Files that a tool of Anthropic's has made. The history repeats their ids, and nothing is read from them.
+_MADE_FILES = ("bash_code_execution_output", "code_execution_output")
 # Members of an item that decide what it is. Another spelling of them is refused.
-_MEMBERS_OF_ITEMS = ("type", "tools")
+MEMBERS_OF_ITEMS = ("type", "tools")
 # Keys of turns and parts that are no spelling of those. Nearly all have no others, and need no closer look.
 _KEYS_OF_PARTS = frozenset(
     "type text role content name id call_id output status summary arguments tool_call_id tool_calls tool_use_id "
@@ -66,13 +65,16 @@ _KEYS_OF_PARTS = frozenset(
     "encrypted_content file_data filename annotations logprobs refusal phase file source tools".split()
 )
 
-_STORED = (
+STORED = (
     "it refers to things stored at the upstream, in an account that all users share, and the request does not show "
     "their tokens. Send their content instead"
 )
 _ROUTES = "it would change where this call goes or which key it uses, and the proxy decides that"
 _SEARCHES = "the upstream would search with it, and no setting of this proxy allows that. Send the content instead"
 _ARISES_LATER = "its cost would arise after the answer. Leave it out, and stream the answer if it is long"
+_REPORTS = "the upstream would send prompts and answers elsewhere with it, or hide the call from its operator"
+_PRICES = "it would change what the upstream records as the cost of the call"
+_SEVERAL = 'it asks for several answers. Use "n" where the endpoint has it, else send one request for each answer'
 _CUSTOM_VOICE = '"voice" must name a built-in voice: a custom one is stored in an account that all users share.'
 
 
@@ -118,17 +120,22 @@ def _not_on(*names: str) -> Callable[[Endpoint], bool]:
 # --------------------------------------------------------------------------------------------------- what is refused
 
 
-def _is_used(value: object) -> bool:
-    """Whether a field is used. SDKs send null, false and [] for options that their user did not set.
+def is_used(value: object) -> bool:
+    """Whether a field is used. SDKs send null, false, [] and "" for options that their user did not set.
 
-    An empty object is a use: `web_search_options: {}` asks for a search.
+    An empty object is a use: `web_search_options: {}` asks for a search. So is 0, which may number a server.
     """
-    return not (value is None or value is False or value == [])
+    return not (value is None or value is False or value == [] or value == "")
 
 
-def _is_used_unless(unused: dict[str, Any]) -> Callable[[object], bool]:
-    """Whether a field is used, if this very object is not a use of it."""
-    return lambda value: _is_used(value) and value != unused
+def _is_used_unless(unused: object) -> Callable[[object], bool]:
+    """Whether a field is used, if this very value is not a use of it."""
+    return lambda value: is_used(value) and value != unused
+
+
+def _is_more_than_one(value: object) -> bool:
+    """Whether a number of answers is above 1, or none. Forms have texts."""
+    return is_used(value) and value not in ("0", "1") and not (isinstance(value, int | float) and value <= 1)
 
 
 def _names_stored_prompt(prompt: object) -> bool:
@@ -150,8 +157,16 @@ def _is_custom_voice(voice: object) -> bool:
 
 def _has_refused_members(value: object) -> bool:
     """Whether a field that is refused is inside an object of options, at any depth."""
+    return any(_is_refused_member(name, inner) for part in walk(value) for name, inner in _members(part))
+
+
+def _redirects_reports(checked: Checked) -> bool:
+    """Whether the metadata say where LiteLLM sends its reports of the call. Other metadata are the user's own."""
+    objects = map(checked.body.document.get, ("metadata", "litellm_metadata"))
     return any(
-        _is_refused_everywhere(name) and _is_used(inner) for part in walk(value) for name, inner in _members(part)
+        is_used(value) and _REPORT_PREFIX.match(name) and _REPORT_TARGET.search(name)
+        for value in objects
+        for name, value in _members(value)
     )
 
 
@@ -170,17 +185,45 @@ def _is_too_deep(checked: Checked) -> bool:
 def _has_stored_files(checked: Checked) -> bool:
     """Whether a turn or part has a `file_id`, in any spelling and at any place where a server could look for it."""
     return any(
-        plain_name(name) in _FILE_IDS and _is_used(value) and value != ""
+        plain_name(name) in _FILE_IDS and is_used(value)
         for part in content_objects(checked.body)
-        if not _KEYS_OF_PARTS.issuperset(part)
+        if not (_KEYS_OF_PARTS.issuperset(part) or _repeats_made_file(part, checked))
         for name, value in part.items()
     )
+
+
+def _repeats_made_file(part: dict[str, Any], checked: Checked) -> bool:
+    """Whether a part repeats the id of a file that a tool of Anthropic's has made, and the request offers that tool.
+
+    A tool that is offered needs permission (`check_allowance`), so without permission the id is refused.
+    """
+    return (
+        checked.endpoint.is_of_messages
+        and part.get("type") in _MADE_FILES
+        and part.keys() == {"type", "file_id"}
+        and any(
+            isinstance(tool, dict) and str(tool.get("type")).startswith("code_execution_")
+            for tool in offered_tools(checked.body)
+        )
+    )
+
+
+def _has_files_in_text(checked: Checked) -> bool:
+    """Whether the text of a system message names stored files, as DashScope reads it."""
+    turns = checked.body.turns.get("messages")
+    plain = turns.reading if turns is not None else ()
+    unusual = (turn for turn in unusual_turns(checked.body, ["messages"]) if turn.get("role") in _SYSTEM_ROLES)
+    return any(
+        role in _SYSTEM_ROLES and isinstance(text, str) and _FILE_ID_TEXT in text
+        for role, text in pairwise(plain)
+        if isinstance(role, str)
+    ) or any(isinstance(text, str) and _FILE_ID_TEXT in text for turn in unusual for text in walk(turn))
 
 
 def _has_other_spelling(checked: Checked) -> bool:
     """Whether a turn has `Type` or `Tools`: Go's decoder accepts them for `type` and `tools`, even beside these."""
     return any(
-        name not in _MEMBERS_OF_ITEMS and plain_name(name) in _MEMBERS_OF_ITEMS
+        name not in MEMBERS_OF_ITEMS and plain_name(name) in MEMBERS_OF_ITEMS
         for turn in unusual_turns(checked.body)
         if not _KEYS_OF_PARTS.issuperset(turn)
         for name in turn
@@ -245,9 +288,9 @@ def _refused_fields(
     names: str,
     reason: str,
     where: Callable[[Endpoint], bool] = lambda endpoint: True,
-    is_refused: Callable[[Any], bool] = _is_used,
+    is_refused: Callable[[Any], bool] = is_used,
 ) -> tuple[Row, ...]:
-    """A row for each of these fields, which are refused in every spelling unless they are null, false or []."""
+    """A row for each of these fields, which are refused in every spelling unless they are null, false, [] or ""."""
     return tuple(_refused_field(name, reason, where=where, is_refused=is_refused) for name in names.split())
 
 
@@ -256,7 +299,7 @@ def _refused_field(
     reason: str,
     *,
     where: Callable[[Endpoint], bool] = lambda endpoint: True,
-    is_refused: Callable[[Any], bool] = _is_used,
+    is_refused: Callable[[Any], bool] = is_used,
 ) -> Row:
     return Row(name, is_refused, f'"{name}" can\'t be used here: {reason}.', where=where, is_field_refused=True)
 
@@ -282,45 +325,57 @@ ROWS: tuple[Row, ...] = (
     # Fields that change where a call goes. LiteLLM's fallbacks and OpenRouter's models and presets name other models
     # than the one that is allowed and counted. The servers in kv_transfer_params (vLLM) and bootstrap_… (SGLang) hold
     # the cache of another call. Adapters (lora…) are other models under the name of their base. LiteLLM takes the
-    # credentials of each vendor from the body: those with a prefix are in `_REFUSED_PREFIX`.
+    # credentials of each vendor from the body: those with a prefix are in `_REFUSED_PREFIX`. Its `proxy…` and `ssl_…`
+    # open the connection to others, its routers choose the model, and `backend_instance_id` and its like are Dynamo's
+    # servers. OpenRouter's `route: "fallback"` also without `models` may take another model.
     *_refused_fields(
-        "adapter_id adapter_source agent_id api_base api_key api_token api_type api_version base_url client_id "
-        "client_secret compound_custom configurable_clientside_auth_params content_policy_fallbacks "
-        "context_window_fallback_dict context_window_fallbacks custom_host custom_llm_provider data_parallel_rank "
-        "default_headers deployment_id disagg_prefill_dp_rank ec_transfer_params extra_body extra_headers "
-        "extra_query fallback_model fallback_models fallbacks fastest_response headers kv_transfer_params "
-        "litellm_credential_name litellm_params lora lora_id lora_name lora_path lora_request "
-        "mock_testing_content_policy_fallbacks mock_testing_context_fallbacks mock_testing_fallbacks "
-        "model_group_alias model_list models organization preset project_id region_name route routed_dp_rank "
-        "router_settings_override space_id specific_deployment tenant_id user_config",
+        "adapter_id adapter_source agent_id allowed_model_region api_base api_key api_token api_type api_version "
+        "azure backend_instance_id base_model base_url chatgpt_auth_file client_id client_secret compound_custom "
+        "configurable_clientside_auth_params content_policy_fallbacks context_window_fallback_dict "
+        "context_window_fallbacks custom_host custom_llm_provider data_parallel_rank decode_worker_id "
+        "default_headers deployment_id deployment_url disagg_prefill_dp_rank dp_rank ec_transfer_params "
+        "extra_body extra_headers extra_query fallback_depth fallback_model fallback_models fallbacks "
+        "fastest_response headers hf_model_name kv_transfer_params litellm_credential_name "
+        "litellm_embedding_config litellm_params lora lora_id lora_name lora_path lora_request max_fallbacks "
+        "model_alias_map model_group_alias model_info model_list models organization prefill_worker_id preset "
+        "project_id provider_specific_header proxies proxy region_name route routed_dp_rank "
+        "router_config_override router_settings_override routing_strategy session_control silent_model space_id "
+        "specific_deployment ssl_verify switchyard_router_config tenant_id use_litellm_proxy use_xai_oauth "
+        "user_config",
         _ROUTES,
     ),
     # Azure searches `data_sources` with the rights of its operator. The others search the web: `plugins` are
     # OpenRouter's, `search_parameters` xAI's, `connectors` Cohere's, `enable_search` and its options Alibaba's,
-    # `web_search` Baidu's and DeepInfra's, `use_search` and `search_settings` Kimi's and Groq's.
+    # `web_search` Baidu's and DeepInfra's, `use_search` and `search_settings` Kimi's and Groq's, `google_search` is
+    # Gemini's, `search_tool_name` LiteLLM's. Venice has the next ones, whose "off" is no search.
     *_refused_fields(
-        "connectors data_sources enable_search forced_search plugins search_options search_settings use_search "
-        "web_search",
+        "connectors data_sources enable_search forced_search google_search google_search_retrieval plugins "
+        "search_options search_settings search_tool_name use_search use_web_search web_search web_search_enabled",
         _SEARCHES,
     ),
+    *_refused_fields(
+        "enable_web_scraping enable_web_search enable_x_search", _SEARCHES, is_refused=_is_used_unless("off")
+    ),
+    *_refused_fields("max_agentic_loops", "the upstream would call models and tools by itself"),
     *_refused_fields("search_parameters", _SEARCHES, is_refused=_is_used_unless({"mode": "off"})),
     # `background` of an image is its background. xAI keeps a deferred answer until it is fetched.
     *_refused_fields("background", _ARISES_LATER, _not_on("images", "image_edits")),
     *_refused_fields("callback_url deferred webhook webhook_url", _ARISES_LATER),
     # Things that OpenAI, Anthropic and Mistral store, Gemini's `cached_content`, Volcengine's `context_id`, Cohere's
-    # `conversation_id`, and SGLang's sessions.
+    # `conversation_id`, SGLang's sessions, Venice's characters, and LiteLLM's cached answers by their keys.
     *_refused_fields(
-        "assistant_id cached_content container container_id context_id conversation conversation_id file_id file_ids "
-        "knowledge_base_id knowledge_base_ids prompt_id session_params skill_id thread_id tool_resources "
-        "vector_store_id vector_store_ids",
-        _STORED,
+        "assistant_id cache_key cached_content character_slug container container_id context_id conversation "
+        "conversation_id file_id file_ids knowledge_base_id knowledge_base_ids model_file_id_mapping "
+        "preset_cache_key prompt_id session_params skill_id thread_id tool_resources vector_store_id "
+        "vector_store_ids",
+        STORED,
     ),
     # On other endpoints `prompt` is a text.
-    *_refused_fields("prompt", _STORED, _RESPONSES, is_refused=_is_used_unless({})),
+    *_refused_fields("prompt", STORED, _RESPONSES, is_refused=_is_used_unless({})),
     Row(
         "prompt",
         _names_stored_prompt,
-        f'"prompt" can\'t be used here: {_STORED}.',
+        f'"prompt" can\'t be used here: {STORED}.',
         where=lambda endpoint: not endpoint.is_of_responses,
     ),
     *_refused_fields(
@@ -332,6 +387,38 @@ ROWS: tuple[Row, ...] = (
     *_refused_fields("request_id rid", "the upstream chooses the ids of answers. Leave it out"),
     *_refused_fields(
         "draft_model safety_model svg", "it names a second model, which no quota would count. Leave it out"
+    ),
+    # Dynamo reads these tokens instead of the messages, which the proxy has counted.
+    *_refused_fields("token_data", "its tokens would be read instead of the messages. Send the messages"),
+    # LiteLLM sends a report of each call to these, for all later calls too, or to none of those that its operator has
+    # set. Those with a vendor's prefix are in `_REPORT_PREFIX`. Dynamo uploads to `metadata_upload`.
+    *_refused_fields(
+        "callbacks disable_global_guardrail disable_global_guardrails failure_callback input_callback "
+        "litellm_disabled_callbacks logger_fn metadata_upload no-log opted_out_global_guardrails service_callback "
+        "slack_webhook_url success_callback",
+        _REPORTS,
+    ),
+    Row(None, _redirects_reports, f'"metadata" has a member that can\'t be used here: {_REPORTS}.', param="metadata"),
+    # LiteLLM repeats a failed call as often as the request says, and each attempt may cost.
+    *_refused_fields(
+        "cooldown_time max_retries num_retries retry_policy retry_strategy",
+        "the upstream would repeat the call, and only one of the calls would be counted",
+    ),
+    *_refused_fields("tiered_pricing", _PRICES),
+    # Other names of `n`: Gemini, Cohere, Hugging Face, and vLLM and TensorRT-LLM also on chat; servers of images.
+    # Whisper's servers have a `best_of` that asks for no answer.
+    *_refused_fields(
+        "best_of",
+        _SEVERAL,
+        lambda endpoint: endpoint.generates and endpoint.name != "completions" and endpoint.form != "audio",
+        is_refused=_is_more_than_one,
+    ),
+    *_refused_fields(
+        "batch_size candidate_count image_count n_images n_samples num_choices num_completions num_generations "
+        "num_images num_outputs num_return_sequences num_samples number_of_images sample_count",
+        _SEVERAL,
+        _GENERATES,
+        is_refused=_is_more_than_one,
     ),
     # LiteLLM removes the fields that it names, such as the maximum that the proxy has lowered.
     *_refused_fields(
@@ -346,13 +433,23 @@ ROWS: tuple[Row, ...] = (
         "mcp_servers",
         "the upstream would call these servers, and their results are input that the body does not show",
     ),
-    # Options that are passed on: vLLM's to its connectors, Vercel's and Gemini's to a vendor.
+    # Options that are passed on: vLLM's to its connectors, Vercel's and Gemini's to a vendor. Those of Dynamo and
+    # Venice have fields of their own.
     *(
         Row(name, _has_refused_members, f'"{name}" has a member that can\'t be used here: {_ROUTES}.')
-        for name in ("custom_params", "google", "providerOptions", "vllm_xargs")
+        for name in (
+            "custom_params",
+            "gateway",
+            "google",
+            "nvext",
+            "providerOptions",
+            "venice_parameters",
+            "vllm_xargs",
+        )
     ),
     # Stored things inside of turns.
-    Row(None, _has_stored_files, f'"file_id" can\'t be used here: {_STORED}.', param="file_id"),
+    Row(None, _has_stored_files, f'"file_id" can\'t be used here: {STORED}.', param="file_id"),
+    Row(None, _has_files_in_text, f'"{_FILE_ID_TEXT}" can\'t be used here: {STORED}.', param="messages"),
     Row(
         None,
         _has_other_spelling,
@@ -362,7 +459,7 @@ ROWS: tuple[Row, ...] = (
     Row(
         None,
         _has_stored_items,
-        f'References to stored items can\'t be used here, and generated images only with their "result": {_STORED}.',
+        f'References to stored items can\'t be used here, and generated images only with their "result": {STORED}.',
         param="input",
         where=_RESPONSES,
     ),
@@ -426,11 +523,22 @@ ROWS: tuple[Row, ...] = (
 )
 
 # LiteLLM reads the address, the account and the credentials of each vendor from fields with these prefixes, and
-# SGLang the server that prepares a call (`bootstrap_host`). `vertexProject` is a spelling of `vertex_project`.
+# SGLang the server that prepares a call (`bootstrap_host`). `vertexProject` is a spelling of `vertex_project`. With
+# `mock_…` LiteLLM makes up an answer or an error, and an error closes the model to all users for a while.
 _REFUSED_PREFIX = re.compile(
-    r"(?i:aws|azure|bedrock|bootstrap|databricks|gcs|oci|s3|sagemaker|snowflake|vertex(?:_?ai)?|watsonx|wx)"
+    r"(?i:anthropic_?(?:federation|identity|issuer|keycloak|organization|service)|aws|azure|bedrock|bootstrap"
+    r"|(?:adaptive|auto|complexity|quality)_?router|databricks|gcs|gigachat|github_?copilot|mock|oci"
+    r"|openai_?(?:identity|service)|s3|sagemaker|snowflake|token_?exchange|vertex(?:_?ai)?|watsonx|wx)"
     r"(?:[_-]|[A-Z])"
 )
+# Where LiteLLM sends its reports of a call, and with which keys.
+_REPORT_PREFIX = re.compile(
+    r"(?i:arize|braintrust|dd|humanloop|langfuse|langsmith|lunary|newrelic|phoenix|posthog|signoz|wandb|weave)"
+    r"(?:[_-]|[A-Z])"
+)
+_REPORT_TARGET = re.compile(r"(?:host|port|url|endpoint|site|key|secret)$", re.IGNORECASE)
+# LiteLLM's prices: `input_cost_per_token`, `cache_read_input_token_cost` and many more.
+_PRICE = re.compile(r"(?i:cost_per_|(?:token|image)_cost)|[cC]ostPer[A-Z]")
 
 # The refused fields of each endpoint by their plain names, and its other rows.
 _REFUSED_OF = {
@@ -439,7 +547,9 @@ _REFUSED_OF = {
     }
     for endpoint in METERED
 }
-_REFUSED_EVERYWHERE = frozenset.intersection(*map(frozenset, _REFUSED_OF.values()))
+_REFUSED_EVERYWHERE = {
+    name: row for name, row in _REFUSED_OF["chat"].items() if all(name in rows for rows in _REFUSED_OF.values())
+}
 _ROWS_OF = {
     endpoint.name: tuple(row for row in ROWS if not row.is_field_refused and row.where(endpoint))
     for endpoint in METERED
@@ -460,20 +570,30 @@ _CHECKED_BY_PLAIN_NAME = {plain_name(field): field for field in CHECKED_FIELDS}
 
 
 def refused_fields(endpoint: Endpoint) -> Collection[str]:
-    """The fields that this endpoint refuses unless they are null, false or [], in the order of the table."""
+    """The fields that this endpoint refuses unless they are null, false, [] or "", in the order of the table."""
     return [row.field for row in _REFUSED_OF[endpoint.name].values() if row.field is not None]
 
 
 def _refusing_row(endpoint: Endpoint, name: str) -> Row | None:
     """The row that refuses a field of this name, in any spelling."""
-    row = _REFUSED_OF[endpoint.name].get(plain_name(name))
-    if row is None and _REFUSED_PREFIX.match(name):
-        return _refused_field(name[:_SHOWN_CHARACTERS], _ROUTES)
-    return row
+    return _REFUSED_OF[endpoint.name].get(plain_name(name)) or _row_of_pattern(name)
 
 
-def _is_refused_everywhere(name: str) -> bool:
-    return plain_name(name) in _REFUSED_EVERYWHERE or _REFUSED_PREFIX.match(name) is not None
+def _row_of_pattern(name: str) -> Row | None:
+    """The row that refuses a field because of how its name begins, or what is in it."""
+    if _REFUSED_PREFIX.match(name):
+        return _refused_field(name[:SHOWN_CHARACTERS], _ROUTES)
+    if _REPORT_PREFIX.match(name):
+        return _refused_field(name[:SHOWN_CHARACTERS], _REPORTS)
+    if _PRICE.search(name):
+        return _refused_field(name[:SHOWN_CHARACTERS], _PRICES)
+    return None
+
+
+def _is_refused_member(name: str, value: object) -> bool:
+    """Whether an object of options has a member that is refused as a field on every endpoint."""
+    row = _REFUSED_EVERYWHERE.get(plain_name(name)) or _row_of_pattern(name)
+    return row is not None and row.is_refused(value)
 
 
 def check_name_form(name: str) -> None:
@@ -507,7 +627,7 @@ def check_form_field(endpoint: Endpoint, name: str, *, is_file: bool = False) ->
     as `model` by some servers and not by others.
     """
     if "[fileid" in plain_name(name):
-        raise InvalidRequest(f'"file_id" can\'t be used here: {_STORED}.', param=name, code="unsupported_parameter")
+        raise InvalidRequest(f'"file_id" can\'t be used here: {STORED}.', param=name, code="unsupported_parameter")
     base = form_field_base(name)
     refusing = _refusing_row(endpoint, base)
     field = name if refusing is None else refusing.field or base
@@ -545,7 +665,7 @@ def check_refused_fields(names: Iterable[str], refused: Collection[str], *, mode
     refused_names = set(map(plain_name, refused))
     for name in names:
         if plain_name(form_field_base(name)) in refused_names:
-            shown = name[:_SHOWN_CHARACTERS]
+            shown = name[:SHOWN_CHARACTERS]
             raise InvalidRequest(
                 f'"{shown}" can\'t be used with the model "{model}": the operator of this proxy refuses it. '
                 "Leave it out.",
@@ -555,82 +675,5 @@ def check_refused_fields(names: Iterable[str], refused: Collection[str], *, mode
 
 
 def used_fields(body: RequestBody) -> list[str]:
-    """The fields of a body, or of a form, that are neither null nor false nor []."""
-    return [name for name, value in body.document.items() if _is_used(value)]
-
-
-# ----------------------------------------------------------------------------------------------- what may be allowed
-
-
-def check_allowance(endpoint: Endpoint, body: RequestBody, allow: Allow) -> None:
-    """Raise InvalidRequest if a call uses something that is not allowed for its model."""
-    document = body.document
-    for tool in offered_tools(body):
-        _refuse_other_case(tool)
-        if not _runs_at_client(tool, endpoint):
-            _check_tool(tool, allow)
-    if _is_used(document.get("web_search_options")):
-        _check_type("web_search", allow, param="web_search_options")
-    tier = document.get("service_tier")
-    if tier not in _USUAL_TIERS and not (isinstance(tier, str) and tier in allow.service_tiers):
-        shown = str(tier)[:_SHOWN_CHARACTERS]
-        raise _not_allowed(f'"service_tier": "{shown}"', f"service_tiers: [{shown}]", param="service_tier")
-    if _is_used(document.get("store")) and not allow.store:
-        raise _not_allowed('"store"', "store: true", param="store")
-
-
-def _runs_at_client(tool: object, endpoint: Endpoint) -> bool:
-    """Whether the client runs this tool. A tool without a type is one only on /messages, where it means `custom`."""
-    has_type = isinstance(tool, dict) and tool.get("type") is not None
-    return is_run_by_client(tool) and (has_type or endpoint.is_of_messages)
-
-
-def _refuse_other_case(tool: object) -> None:
-    """Refuse `Type` and `Tools`: Go's decoder accepts them for `type` and `tools`, even beside these.
-
-    A gateway in Go would read {"type": "function", "Type": "web_search"} as a web search.
-    """
-    for name in tool if isinstance(tool, dict) else ():
-        if name != (plain := plain_name(name)) and plain in _MEMBERS_OF_ITEMS:
-            raise InvalidRequest(f'Write "{plain}" and not "{name}" in a tool.', param="tools")
-
-
-def _check_tool(tool: object, allow: Allow) -> None:
-    if not isinstance(tool, dict) or not isinstance(tool.get("type"), str):
-        text = 'Each tool must be an object with a "type", such as "function".'
-        raise InvalidRequest(text, param="tools", code="unsupported_parameter")
-    _check_type(tool["type"], allow, param="tools")
-    # The tools of a group are checked one by one (`offered_tools`). They are left out here, because the parameters of
-    # a function may have any name, such as "file_id".
-    own = {name: value for name, value in tool.items() if name != "tools"}
-    for value in walk(own):
-        if isinstance(value, dict):
-            _check_members(value)
-
-
-def _check_type(type_: str, allow: Allow, *, param: str) -> None:
-    if type_ not in allow.tools:
-        shown = type_[:_SHOWN_CHARACTERS]
-        raise _not_allowed(f'A tool of type "{shown}", which the upstream defines,', f"tools: [{shown}]", param=param)
-
-
-def _check_members(part: Mapping[str, Any]) -> None:
-    """Refuse names of stored things. A container must be a new one, `{"type": "auto"}`: any other may be shared."""
-    for name, value in part.items():
-        plain = plain_name(name)
-        is_stored = plain in _STORED_THING_FIELDS and value not in (None, [])
-        if is_stored or (plain == "container" and value not in (None, [], {"type": "auto"})):
-            raise InvalidRequest(
-                f'"{name[:_SHOWN_CHARACTERS]}" can\'t be used in tools here: {_STORED}.',
-                param="tools",
-                code="unsupported_parameter",
-            )
-
-
-def _not_allowed(what: str, setting: str, *, param: str) -> InvalidRequest:
-    return InvalidRequest(
-        f"{what} can't be used here. The operator of this proxy can allow it for a model or an upstream, with "
-        f'"allow: {{{setting}}}".',
-        param=param,
-        code="unsupported_parameter",
-    )
+    """The fields of a body, or of a form, that are neither null nor false nor [] nor ""."""
+    return [name for name, value in body.document.items() if is_used(value)]

@@ -39,7 +39,10 @@ BLANK_START_AFTER_CR = re.compile(rb"\r|\n(?:\n|\r(?:\n|(?=[^\n])))")
 # What may precede the first line of a stream, and the fields that may begin it. A line of a field may lack the colon.
 BEFORE_FIRST_LINE = re.compile(rb"(?:\xef\xbb\xbf)?[\r\n]*")
 FIRST_LINE = re.compile(rb"(?:data|event|id|retry)[:\r\n]|:")
-FIELDS = (b"data", b"event", b"id", b"retry")
+# Lines that a parser ignores: blanks, and fields of other names. JSON, HTML and audio do not begin with such a line.
+IGNORED_LINE = re.compile(rb"[ \t]*+(?:[A-Za-z][\w.-]*+:[^\r\n]*+)?[\r\n]")
+# A line that may become one of them or a field, because its end has not come.
+UNDECIDED_LINE = re.compile(rb"[ \t]*+(?:[A-Za-z][\w.-]*+(?::[^\r\n]*+)?)?\Z")
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,15 +152,20 @@ def begins_with_event(body: bytes | bytearray) -> bool | None:
 
     b'\\n\\ndata: {'      True
     b': waiting'         True: a comment
+    b'x: 1\\ndata: {'     True: a field of another name is ignored
     b'{"choices"'        False
     b'\\nda'              None
     """
     begin = BEFORE_FIRST_LINE.match(body)
-    line = body[begin.end() if begin else 0 :]
-    if FIRST_LINE.match(line):
-        return True
-    is_undecided = any(field.startswith(line) for field in FIELDS) or BOM.startswith(body)
-    return None if is_undecided else False
+    start = begin.end() if begin else 0
+    while not FIRST_LINE.match(body, start):
+        ignored = IGNORED_LINE.match(body, start)
+        if ignored is None:
+            rest = body[start:]
+            is_undecided = UNDECIDED_LINE.match(rest) or BOM.startswith(body)
+            return None if is_undecided else False
+        start = ignored.end()
+    return True
 
 
 def _parse_event(raw: bytes) -> Event:

@@ -19,8 +19,9 @@ from collections import deque
 from dataclasses import replace
 
 from proxy.errors import UpstreamError
+from proxy.formats.mask import Mask, PieceMask
 from proxy.formats.meter import Meter
-from proxy.formats.reported_error import Mask, PieceMask, reports_error
+from proxy.formats.reported_error import reports_error
 from proxy.formats.sse import Event, Piece, Splitter
 from proxy.policy.amounts import Tokens
 
@@ -30,7 +31,7 @@ _END_BYTES_MAX = 16 * 2**20
 
 
 class Stream:
-    """One streamed answer. `meter` counts its events, and `mask` is applied to those that report an error."""
+    """One streamed answer. `meter` counts its events, and `mask` is applied to everything that is sent."""
 
     def __init__(self, meter: Meter, *, mask: Mask) -> None:
         self._meter = meter
@@ -91,7 +92,7 @@ class Stream:
             if self._meter.is_at_end or self._meter.output_seen <= covered:
                 self._forward(shown, ready)
             self._end += ready
-        self._end += self._meter.flush()
+        self._end += self._mask.anywhere(self._meter.end())
 
     def end(self) -> bytes:
         """The bytes that were kept until the settlement, and those of an event that was never finished."""
@@ -102,7 +103,8 @@ class Stream:
 
     def end_at_limit(self, usage: Tokens) -> bytes:
         """The bytes that end a stream which is stopped here; `usage` is what the call is charged."""
-        return self._meter.ending.at_limit(usage, shows_usage=self._meter.shows_usage, newline=self._newline)
+        end = self._meter.ending.at_limit(usage, shows_usage=self._meter.shows_usage, newline=self._newline)
+        return self._mask.anywhere(end)  # it repeats the ids and names of the events as they came
 
     def _is_covered(self, covered: int) -> bool:
         # Events at the end contain no more output, whatever usage they state: a usage chunk of 2,000 tokens after one
@@ -113,18 +115,18 @@ class Stream:
         if event.raw.endswith(b"\r\n"):
             self._newline = b"\r\n"
         shown = self._meter.see_event(event, is_cut=is_cut)
-        if event.data is None:
-            return self._without_key(event, shown)
-        if not reports_error(event.data, self._meter.chunk, name=event.name):
-            return shown
-        return self._mask(shown, is_cut=is_cut)
+        if isinstance(event, Piece) or self._piece_mask is not None:
+            return self._in_pieces(event, shown)
+        # Lines without data are comments, or what a client may show as an error: a line of HTML, `error: …`.
+        if event.data is None or reports_error(event.data, self._meter.chunk, name=event.name):
+            return self._mask.in_error(shown, is_cut=is_cut)
+        return self._mask.anywhere(shown, is_cut=is_cut)
 
-    def _without_key(self, event: Event, shown: bytes) -> bytes:
-        """A comment, or a piece of an event that is too large to parse, masked as far as it may report an error."""
-        mask = self._piece_mask or PieceMask(self._mask)
+    def _in_pieces(self, event: Event, shown: bytes) -> bytes:
+        """A piece of an event that is too large to parse, masked."""
+        mask = self._piece_mask = self._piece_mask or PieceMask(self._mask)
         passing = mask.feed(shown)
         if isinstance(event, Piece):
-            self._piece_mask = mask
             return passing
         self._piece_mask = None
         return passing + mask.end()

@@ -31,7 +31,7 @@ _COUNTED_BYTES_MIN = 16_384
 _BRACES_TO_BRACKETS = bytes.maketrans(b"{}", b"[]")
 _TOO_DEEP = f"it is nested more than {DEPTH_MAX} levels deep"
 # int() takes time quadratic in the number of digits. 40 characters hold any 128-bit integer with its sign.
-_DIGITS_MAX = 40
+DIGITS_MAX = 40
 # Each outermost key is brought into its plain spelling and looked up among all others.
 _KEYS_MAX = 1000
 
@@ -93,7 +93,12 @@ def reading_cost(body: bytes | bytearray) -> int:
     # difference, and counting them would take 30 ms on the event loop.
     if not _COUNTED_BYTES_MIN < len(body) < _BYTES_OF_A_VALUE * VALUES_MAX:
         return len(body)
-    return max(len(body), _BYTES_OF_A_VALUE * sum(map(body.count, _SEPARATORS)))
+    return max(len(body), _BYTES_OF_A_VALUE * separators_in(body))
+
+
+def separators_in(body: bytes | bytearray) -> int:
+    """How many commas and opening brackets JSON has, also inside of strings. It has at most one value more."""
+    return sum(map(body.count, _SEPARATORS))
 
 
 def _refuse_too_many_values(body: bytes | bytearray) -> None:
@@ -104,7 +109,7 @@ def _refuse_too_many_values(body: bytes | bytearray) -> None:
     """
     # A value and its separator take two bytes, so short bodies need not be counted. Nearly all others have few
     # separators even with those inside their texts.
-    if len(body) < 2 * VALUES_MAX or sum(map(body.count, _SEPARATORS)) < VALUES_MAX:
+    if len(body) < 2 * VALUES_MAX or separators_in(body) < VALUES_MAX:
         return
     unescaped = body.replace(b"\\\\", b"").replace(b'\\"', b"")
     if unescaped.count(b'"') <= _QUOTES_MAX:
@@ -170,7 +175,7 @@ def _refuse_constant(text: str) -> None:
 
 
 def _bounded_int(text: str) -> int:
-    if len(text) > _DIGITS_MAX:
+    if len(text) > DIGITS_MAX:
         raise ValueError("a number has too many digits")
     return int(text)
 

@@ -42,6 +42,7 @@ def meter_of(
     count: Callable[[str], int],
     kind: str = "openai",
     output_bound: int | None = None,
+    input_bound: int | None = None,
     extra_usage: Sequence[str] = (),
 ) -> Meter:
     """A new meter for the answer to this request; see `Meter` for the parameters.
@@ -50,6 +51,7 @@ def meter_of(
     """
     meter = SURFACES[request.endpoint.surface].meter(request, count=count, kind=kind)
     meter.extra_usage = extra_usage
+    meter.input_bound = input_bound
     if output_bound is not None:
         meter.output_bound = output_bound
     return meter

@@ -22,7 +22,8 @@ _TOTAL = "total_tokens"
 # they are in the details. At Anthropic they are separate.
 _CACHE_READ, _CACHE_WRITE = "cache_read_input_tokens", "cache_creation_input_tokens"
 # The parts whose sum is the input at Anthropic.
-INPUT_PARTS = ("input_tokens", _CACHE_WRITE, _CACHE_READ)
+CACHE_PARTS = (_CACHE_WRITE, _CACHE_READ)
+INPUT_PARTS = ("input_tokens", *CACHE_PARTS)
 _INPUT_DETAILS = ("prompt_tokens_details", "input_tokens_details", "input_token_details")
 _OUTPUT_DETAILS = ("completion_tokens_details", "output_tokens_details", "output_token_details")
 # Other names for the tokens that were read from the cache: DeepSeek's and Kimi's.
@@ -37,7 +38,9 @@ STANDARD_FIELDS = frozenset((*_INPUT, *_OUTPUT, _TOTAL, _CACHE_READ, _CACHE_WRIT
 class Stated:
     """What an upstream states of the tokens of one answer; None for a part that it does not state.
 
-    `cached` is a part of `input` and `reasoning` a part of `output`. `total` is set only if it is all that is stated.
+    `cached` is a part of `input` and `reasoning` a part of `output`. `total` is what an object states that states
+    nothing else; beside parts from another object it only fills in a missing output. `extra` is output in
+    addition to an output that is not stated.
     """
 
     input: int | None = None
@@ -45,11 +48,17 @@ class Stated:
     cached: int = 0
     reasoning: int = 0
     total: int | None = None
+    extra: int = 0
+
+    @property
+    def is_only_total(self) -> bool:
+        """Whether a total is all that is stated. It is charged as output, and includes the input."""
+        return self.input is None and self.output is None and self.total is not None
 
     @property
     def known_input(self) -> int | None:
-        """The input; 0 if only a total is stated, because the total is charged as output."""
-        return 0 if self.input is None and self.output is None and self.total is not None else self.input
+        """The input; 0 if only a total is stated."""
+        return 0 if self.is_only_total else self.input
 
     @property
     def known_output(self) -> int | None:
@@ -81,6 +90,7 @@ class Stated:
             cached=max(self.cached, other.cached),
             reasoning=max(self.reasoning, other.reasoning),
             total=_largest(self.total, other.total),
+            extra=max(self.extra, other.extra),
         )
 
     def plus(self, other: "Stated", *, adds_input: bool) -> "Stated":
@@ -94,6 +104,7 @@ class Stated:
             _sum(self.known_output, other.known_output),
             cached=self.cached + other.cached if adds_input else max(self.cached, other.cached),
             reasoning=self.reasoning + other.reasoning,
+            extra=self.extra + other.extra,
         )
 
     def with_output_at_most(self, bound: int) -> "Stated":
@@ -108,6 +119,7 @@ def read_usage(
     usage: object,
     *,
     output_bound: int | None = None,
+    total_bound: int | None = None,
     extra: Sequence[str] = (),
     has_separate_cache: bool = False,
 ) -> Stated | None:
@@ -120,9 +132,16 @@ def read_usage(
       is larger than input and output, the surplus is output: if it is exactly the reasoning tokens (xAI), or if the
       output with it is at most `output_bound` (Gemini). A surplus that is exactly the cached tokens is input. Any
       other total that contradicts its parts is ignored: parts 11 and 5 with a total of 9999 are 16 tokens.
-    - If only the output is missing, it is the total minus the input: input 11 with a total of 16 is 11 and 5. If both
-      parts are missing, the total is charged as output: `{"total_tokens": 16}` is 16 tokens of output.
-    - `extra` are members that count as output in addition (Perplexity), if the endpoint generates.
+    - If only the output is missing, it is the surplus of the total under the same rule: input 11 with a total of 16
+      is 11 and 5, and with a total of 9999 the output stays unknown.
+    - If both parts are missing, the total is charged as output: `{"total_tokens": 16}` is 16 tokens of output. One of
+      more than `total_bound` (None: no bound) is ignored.
+    - An input of 0 is not believed by the caller. So a surplus beside it may be the input, and is no output. If the
+      output is 0 or missing too, the total is all that is stated.
+    - Reasoning tokens that are more than the output can't be a part of it. Without a total, which would say what they
+      are, they are output in addition, if the output with them is at most `output_bound`.
+    - `extra` are members that count as output in addition (Perplexity), if the endpoint generates. If the output is
+      missing, they are `Stated.extra`.
     - `has_separate_cache`: the input is the sum of `input_tokens`, `cache_creation_input_tokens` and
       `cache_read_input_tokens` (Anthropic).
     - Text and floats with a whole value are accepted (`"11"`, `11.0`), because some servers write them.
@@ -132,12 +151,17 @@ def read_usage(
     if not isinstance(usage, dict):
         return None
     stated = _parts_of(usage, has_separate_cache=has_separate_cache)
+    if stated is not None and stated.output is None:
+        # The total says what the output is, and it does not include the additional members.
+        stated = _with_surplus(stated, usage, output_bound)
     if stated is not None and output_bound is not None:
+        stated = _with_reasoning(stated, usage, output_bound, extra)
         stated = _with_extra(stated, sum(_count(usage.get(name)) or 0 for name in extra))
         stated = _with_surplus(stated, usage, output_bound)
     if stated is None or any(part is not None and part > REPORTED_MAX for part in stated.parts):
         return None
-    return stated
+    is_too_much = stated.is_only_total and total_bound is not None and (stated.total or 0) > total_bound
+    return None if is_too_much else stated
 
 
 def read_timings(timings: object) -> Stated | None:
@@ -205,25 +229,40 @@ def _parts_of(usage: dict[str, Any], *, has_separate_cache: bool) -> Stated | No
     total, reasoning = _count(usage.get(_TOTAL)), _reasoning_in(usage)
     if input_tokens is None and output_tokens is None:
         return None if total is None else Stated(reasoning=reasoning, total=total)
-    if output_tokens is None and input_tokens is not None and total is not None and total >= input_tokens:
-        output_tokens = total - input_tokens
     return Stated(input_tokens, output_tokens, _cached_in(usage), reasoning)
 
 
+def _with_reasoning(stated: Stated, usage: dict[str, Any], output_bound: int, extra: Sequence[str]) -> Stated:
+    """The same with the reasoning tokens in the output, if they can't be a part of it and there is no total.
+
+    If one of their names is in `extra`, they are added there.
+    """
+    if stated.output is None or stated.output >= stated.reasoning or _count(usage.get(_TOTAL)) is not None:
+        return stated
+    output = stated.output + stated.reasoning
+    is_added = output <= output_bound and not any(name in extra for name in _REASONING)
+    return replace(stated, output=output) if is_added else stated
+
+
 def _with_extra(stated: Stated, more: int) -> Stated:
-    """The same with additional output, unless the output is unknown."""
+    """The same with additional output."""
     if stated.output is not None:
         return replace(stated, output=stated.output + more)
-    return stated if stated.total is None else replace(stated, total=stated.total + more)
+    return replace(stated, extra=more) if stated.total is None else replace(stated, total=stated.total + more)
 
 
-def _with_surplus(stated: Stated, usage: dict[str, Any], output_bound: int) -> Stated:
-    """The same with the tokens by which the total is larger than input and output, if it is known what they are."""
-    total = _count(usage.get(_TOTAL))
-    if stated.input is None or stated.output is None or total is None:
+def _with_surplus(stated: Stated, usage: dict[str, Any], output_bound: int | None) -> Stated:
+    """The same with the tokens by which the total is larger than input and output, if it is known what they are.
+
+    An output that is missing is 0 before, and stays missing if the surplus is unknown.
+    """
+    total, stated_output = _count(usage.get(_TOTAL)), stated.output or 0
+    if stated.input is None or total is None:
         return stated
-    surplus, caches = total - stated.input - stated.output, _caches_in(usage)
-    if surplus <= 0:
+    surplus, caches = total - stated.input - stated_output, _caches_in(usage)
+    if surplus == 0:
+        return replace(stated, output=stated_output)
+    if surplus < 0 or output_bound is None:
         return stated
     if surplus == stated.reasoning:
         cached, output = 0, surplus
@@ -231,11 +270,13 @@ def _with_surplus(stated: Stated, usage: dict[str, Any], output_bound: int) -> S
         cached, output = surplus, 0
     elif surplus - stated.reasoning in caches:
         cached, output = surplus - stated.reasoning, stated.reasoning
-    elif stated.output + surplus <= output_bound:
+    elif stated_output + surplus <= output_bound:
+        if not stated.input:
+            return stated if stated_output else Stated(reasoning=stated.reasoning, total=total)
         cached, output = 0, surplus
     else:
         return stated
-    return replace(stated, input=stated.input + cached, output=stated.output + output)
+    return replace(stated, input=stated.input + cached, output=stated_output + output)
 
 
 def _cached_in(usage: dict[str, Any]) -> int:

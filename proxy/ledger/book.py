@@ -29,7 +29,7 @@ from proxy.policy.admission import (
     decide,
     increase_hold,
 )
-from proxy.policy.amounts import NOTHING, TOKENS_MAX, Amount, AtLeast, Tokens, Usage, charge_of
+from proxy.policy.amounts import NO_AMOUNT, TOKENS_MAX, Amount, AtLeast, Tokens, Usage, charge_of
 from proxy.policy.quota import Binding, Counter, CounterKey, Demand, Quota, counter_at
 
 # --------------------------------------------------------------------------------------------------------- operations
@@ -270,7 +270,7 @@ class Book:
         kept = []
         for held in entry.held_amounts:
             if held.key[1] in ids:
-                self._change_held(held, NOTHING - held.amount)
+                self._change_held(held, NO_AMOUNT - held.amount)
             else:
                 kept.append(held)
         return replace(entry, held_amounts=tuple(kept))
@@ -293,7 +293,7 @@ class Book:
     def _change_held(self, held: HeldAmount, change: Amount) -> HeldAmount:
         """Raise or lower a held amount, and its counter too, unless that window has closed."""
         if change:
-            self._change_counter(held, used=NOTHING, held=change)
+            self._change_counter(held, used=NO_AMOUNT, held=change)
         return replace(held, amount=held.amount + change)
 
     def _end(
@@ -311,10 +311,10 @@ class Book:
         # of an expired call: it was charged its hold, 100 + 400. Its process comes back and settles 90 + 60, so the
         # counter changes by -10 and -340.
         charged, charge = (
-            split_charge(entry.held_amounts, charge_of(used) if used else NOTHING) for used in (entry.usage, usage)
+            split_charge(entry.held_amounts, charge_of(used) if used else NO_AMOUNT) for used in (entry.usage, usage)
         )
         for held, before, after in zip(entry.held_amounts, charged, charge, strict=True):
-            self._change_counter(held, used=after - before, held=NOTHING - held.amount if is_open else NOTHING)
+            self._change_counter(held, used=after - before, held=NO_AMOUNT - held.amount if is_open else NO_AMOUNT)
         freed = frozenset(_keys(entry)) if is_open else frozenset()
         if not isinstance(operation, Expire) and operation.upstream is not None:
             entry = replace(entry, labels=replace(entry.labels, upstream=operation.upstream))
@@ -331,7 +331,7 @@ class Book:
         if counter.window.opened_at != of.opened_at:
             # The next window has opened, so only the entry has the usage. What the call holds of concurrent
             # quantities was carried into that window.
-            used, held = NOTHING, held.concurrent_part()
+            used, held = NO_AMOUNT, held.concurrent_part()
             if not held:
                 return
         self._put_counter(of.key, Counter(counter.window, counter.used + used, counter.held + held))
@@ -417,4 +417,4 @@ def _held_quotas(entry: Entry, binding: Binding) -> dict[CounterKey, Quota]:
 def _held_in_window(entry: Entry, quota_id: str, counter: Counter) -> Amount:
     """What the call itself holds of a counter in the window that is open now."""
     window = (quota_id, counter.window.opened_at)
-    return sum((held.amount for held in entry.held_amounts if (held.key[1], held.opened_at) == window), NOTHING)
+    return sum((held.amount for held in entry.held_amounts if (held.key[1], held.opened_at) == window), NO_AMOUNT)

@@ -67,7 +67,7 @@ class Amount(NamedTuple):
 
 
 QUANTITIES = Amount._fields
-NOTHING = Amount()
+NO_AMOUNT = Amount()
 
 # The quantities that a call only holds while it is in flight: they are never charged, and belong to no window. All
 # others are consumed: what a call used stays in the counter until its window resets. No quantity of this release is

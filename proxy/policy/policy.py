@@ -78,15 +78,15 @@ class Policy:
     )
 
     def binding(
-        self, groups: tuple[str, ...], model: MatchedName, counted: Uses = Uses.INPUT_AND_OUTPUT
+        self, groups: tuple[str, ...], model: MatchedName, certain: Uses = Uses.INPUT_AND_OUTPUT
     ) -> BoundQuotas | None:
         """The quotas that bind on this model; None if there are none and `unmatched` is `refuse`.
 
-        `counted` is what a call is certain to be counted by. Less than the default is for calls that are billed by
+        `certain` is what a call is certain to be counted by. Less than the default is for calls that are billed by
         the piece: a group whose quotas count nothing of them is treated like a group with quotas for other models.
         Otherwise a group with a quota of tokens would admit any number of images that cost no tokens.
         """
-        key = (groups, model, counted)
+        key = (groups, model, certain)
         if key not in self._bound:
             if len(self._bound) >= _BINDINGS_MAX:
                 self._bound.clear()
@@ -165,13 +165,7 @@ class Policy:
             text for group in self._groups_of(groups) if group.models is not None for text in group.models.texts
         }
         default = self.groups.get(DEFAULT)
-        # `default` is left out only if, whatever it counts of a call, one of the groups applies to every model that
-        # the user may use. A group that counts only tokens does not apply to calls that are billed by the piece.
-        if default is not None and any(
-            any(quota.counts(counted) for quota in default.quotas)
-            and not any(_applies_to_all(group, stated, counted) for group in own)
-            for counted in (Uses.REQUEST, Uses.OUTPUT, Uses.INPUT_AND_OUTPUT)
-        ):
+        if default is not None and _default_may_apply(default, own, stated):
             own.append(default)
         everyone = self.groups.get(EVERYONE, Group(EVERYONE))
         return BoundQuotas(everyone.quotas, tuple(GroupQuotas(group.name, group.quotas) for group in own))
@@ -181,25 +175,22 @@ class Policy:
         names = (EVERYONE, *(groups or (DEFAULT,)))
         return [self.groups[name] for name in names if name in self.groups]
 
-    def _bind(self, groups: tuple[str, ...], model: MatchedName, counted: Uses) -> BoundQuotas | None:
+    def _bind(self, groups: tuple[str, ...], model: MatchedName, certain: Uses) -> BoundQuotas | None:
         always = self._quotas(EVERYONE, model)
         own = [self.groups[name] for name in groups]
         # `default` is for models that the user's own groups do not cover. If `staff` only has a quota for "gpt-*",
         # its members are bound by `staff` on "gpt-4o" and by `default` on "o3".
-        if DEFAULT in self.groups and not any(_applies_to(group, model, counted) for group in own):
+        if DEFAULT in self.groups and not any(_applies_to(group, model, certain) for group in own):
             own.append(self.groups[DEFAULT])
-        applying = [group for group in own if _applies_to(group, model, counted)]
-        if counted is not Uses.INPUT_AND_OUTPUT:
-            if not applying and (self.unmatched == "allow" or any(each.counts(counted) for each in enforced(always))):
-                # Whichever group admits the call, the quotas of everyone count it, or it need not be counted.
-                return self.binding(groups, model)
-            if self.combine == "every_group":
-                # All groups must have room, and one of them counts the call.
-                applying = applying and [group for group in own if _applies_to(group, model)]
+        applying = self._applying_groups(own, model, certain)
+        needs_no_other = self.unmatched == "allow" or any(quota.counts(certain) for quota in enforced(always))
+        if not applying and certain is not Uses.INPUT_AND_OUTPUT and needs_no_other:
+            # Whichever group admits the call, the quotas of everyone count it, or it need not be counted.
+            return self.binding(groups, model)
         everything = (*always, *(quota for group in own for quota in group.quotas_for(model)))
         # Quotas in shadow alone make a binding without any quota that refuses: the model is covered, and the call
         # admitted. But a call that some quotas cannot count must be counted by one that is enforced.
-        is_covered = bool(applying or (everything and counted is Uses.INPUT_AND_OUTPUT))
+        is_covered = bool(applying or (everything and certain is Uses.INPUT_AND_OUTPUT))
         if not is_covered and self.unmatched == "refuse":
             return None
         return BoundQuotas(
@@ -208,6 +199,13 @@ class Policy:
             shadows=tuple(quota for quota in everything if quota.enforce == "shadow"),
             combine=self.combine,
         )
+
+    def _applying_groups(self, own: list[Group], model: MatchedName, certain: Uses) -> list[Group]:
+        """The groups of which one, or with `every_group` each, must have room; none if none counts the call."""
+        applying = [group for group in own if _applies_to(group, model, certain)]
+        if applying and self.combine == "every_group":
+            return [group for group in own if _applies_to(group, model)]  # one of them counts the call
+        return applying
 
     def _quotas(self, group: str, model: MatchedName) -> tuple[Quota, ...]:
         return self.groups[group].quotas_for(model) if group in self.groups else ()
@@ -218,22 +216,34 @@ def enforced(quotas: tuple[Quota, ...]) -> tuple[Quota, ...]:
     return tuple(quota for quota in quotas if quota.enforce != "shadow")
 
 
-def _applies_to(group: Group, model: MatchedName, counted: Uses = Uses.INPUT_AND_OUTPUT) -> bool:
-    """Whether a group is unlimited for this model or has an enforced quota for it that counts some of `counted`.
+def _applies_to(group: Group, model: MatchedName, certain: Uses = Uses.INPUT_AND_OUTPUT) -> bool:
+    """Whether a group is unlimited for this model or has an enforced quota for it that counts some of `certain`.
 
     A group with nothing but quotas in shadow does not apply. It would have no quota that can refuse, so in
     `any_group` it would admit what the user's other groups, or `default`, refuse.
     """
-    return group.is_unlimited_for(model) or any(quota.counts(counted) for quota in enforced(group.quotas_for(model)))
+    return group.is_unlimited_for(model) or any(quota.counts(certain) for quota in enforced(group.quotas_for(model)))
 
 
-def _applies_to_all(group: Group, stated: set[str], counted: Uses) -> bool:
+def _default_may_apply(default: Group, own: list[Group], stated: set[str]) -> bool:
+    """Whether there may be a call that `default` can count, and to which none of the user's own groups applies.
+
+    A group that counts only tokens does not apply to calls that are billed by the piece.
+    """
+    return any(
+        any(quota.counts(certain) for quota in default.quotas)
+        and not any(_applies_to_all(group, stated, certain) for group in own)
+        for certain in (Uses.REQUEST, Uses.OUTPUT, Uses.INPUT_AND_OUTPUT)
+    )
+
+
+def _applies_to_all(group: Group, stated: set[str], certain: Uses) -> bool:
     """Whether a group applies to every model that the patterns in `stated` allow; no patterns allow every model.
 
     Patterns are compared as text: `models: ["gpt-*"]` is not seen to contain "gpt-4o". So the quotas of `default` can
     be shown to a user whom they never bind, but a quota that can bind is never left out.
     """
     has_all = group.unlimited or any(
-        quota.models == ALL_MODELS and quota.counts(counted) for quota in enforced(group.quotas)
+        quota.models == ALL_MODELS and quota.counts(certain) for quota in enforced(group.quotas)
     )
     return has_all and (group.models is None or (bool(stated) and stated <= set(group.models.texts)))

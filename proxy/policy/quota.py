@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from fnmatch import translate
 from typing import Literal
 
-from proxy.policy.amounts import NOTHING, TOKENS_MAX, Amount, Measure, Uses, call_amount
+from proxy.policy.amounts import NO_AMOUNT, TOKENS_MAX, Amount, Measure, Uses, call_amount
 from proxy.policy.catalog import MatchedName
 from proxy.policy.windows import Per, Window
 
@@ -124,8 +124,8 @@ class Counter:
     """What one subject (a user, or a group with a shared quota) has used and holds of one quota in its window."""
 
     window: Window
-    used: Amount = NOTHING
-    held: Amount = NOTHING
+    used: Amount = NO_AMOUNT
+    held: Amount = NO_AMOUNT
 
     @property
     def is_open(self) -> bool:

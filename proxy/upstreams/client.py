@@ -19,7 +19,13 @@ from aiohttp.connector import Connection
 from yarl import URL
 
 from proxy.errors import UpstreamError, UpstreamTimeout, UpstreamUnreadable, drop_frames
-from proxy.formats.content_encoding import PIECE_BYTES, BodyDecoder, NotDecodable, encoding_of
+from proxy.formats.content_encoding import (
+    CONTENT_ENCODINGS,
+    PIECE_BYTES,
+    BodyDecoder,
+    NotDecodable,
+    encoding_of,
+)
 from proxy.formats.sse import begins_with_event
 from proxy.policy.catalog import Upstream
 from proxy.upstreams.spool import Spliced
@@ -42,13 +48,17 @@ _ONE_WRITE_BYTES_MAX = 2**20
 # How much of the body of an error is read, and for how long. The status alone decides almost everything.
 _ERROR_BYTES_MAX = 2**20
 _ERROR_S = 5.0
-
-
-# The encodings that an answer may have although we ask for `identity`: servers in front of a model compress in them
-# without being asked, in pieces that can be decompressed as they arrive.
-_ANSWER_ENCODINGS = ("gzip", "deflate")
-# An answer may consist of one member for each event, and has no limit of its length.
+# We ask for `identity`, but servers in front of a model compress without being asked. Every encoding that the proxy
+# can decompress is accepted: the decoders work on pieces as they arrive, within bounds. An answer may consist of one
+# member for each event, and has no limit of its length.
 _MEMBERS_MAX = 2**40
+# What servers write into `Content-Encoding` although it names no compression: charsets, `chunked`, and values of
+# `Content-Transfer-Encoding`. Amazon S3 keeps `aws-chunked` of an upload.
+_PLAIN = frozenset(
+    (
+        "none null off plain text utf-8 utf8 us-ascii ascii iso-8859-1 latin1 7bit 8bit binary chunked aws-chunked"
+    ).split()
+)
 # After so many bytes of blank lines the header alone decides whether an answer is a stream.
 _BEGINNING_BYTES_MAX = 2**14
 
@@ -64,10 +74,12 @@ class Answer:
         self.headers = list(response.headers.items())
         self.retry_after = response.headers.get("retry-after")
         self.is_event_stream = response.content_type == "text/event-stream"
-        encoding = _encoding(response)
-        self.is_readable = encoding in ("", *_ANSWER_ENCODINGS)
-        decoder = BodyDecoder(encoding, members_max=_MEMBERS_MAX) if encoding and self.is_readable else None
-        self._body = _body(response.content, decoder, watch)
+        encoding = _answer_encoding(response)
+        self.is_readable = encoding in ("", *CONTENT_ENCODINGS)
+        self._is_compressed = encoding != ""
+        self._body = _body(response.content, watch)
+        if self._is_compressed and self.is_readable:
+            self._body = _decompressed(self._body, BodyDecoder(encoding, members_max=_MEMBERS_MAX))
         self._beginning: list[bytes] = []  # chunks that were looked at and not handed out yet
         self._error_body: bytes | None = None
 
@@ -81,26 +93,44 @@ class Answer:
         target = location.partition("?")[0][:_LOCATION_CHARACTERS_MAX]
         return f"status {self.status}, to {target}" if target and self.status // 100 == 3 else f"status {self.status}"
 
+    async def is_decodable(self) -> bool:
+        """Whether the body can be decompressed, as far as its beginning shows. Raises like `chunks`.
+
+        It waits for the first bytes of a compressed body, because another upstream can be asked only before
+        anything has passed to the client.
+        """
+        if not self.is_readable or not self._is_compressed:
+            return self.is_readable
+        try:
+            first = await anext(self._body, None)
+        except UpstreamUnreadable:
+            return False
+        self._beginning = [first] if first is not None else []
+        return True
+
     async def carries_events(self) -> bool:
         """Whether the body is a stream of events, whatever the header says. Waits for its first bytes.
 
+        If the body has only blanks, the header decides.
+
         Raises like `chunks`, which hands out the whole body after this as well.
         """
-        beginning = bytearray()
-        async for chunk in self._body:
+        beginning = bytearray().join(self._beginning)
+        while (answer := begins_with_event(beginning)) is None and len(beginning) <= _BEGINNING_BYTES_MAX:
+            chunk = await anext(self._body, None)
+            if chunk is None:
+                break
             self._beginning.append(chunk)
             beginning += chunk
-            answer = begins_with_event(beginning)
-            if answer is not None:
-                return answer
-            if len(beginning) > _BEGINNING_BYTES_MAX:
-                break
-        return self.is_event_stream
+        if answer is None:
+            return self.is_event_stream and not beginning.strip(b"\xef\xbb\xbf \t\r\n")
+        return answer
 
     async def chunks(self) -> AsyncIterator[bytes]:
         """The body's bytes as they arrive, decompressed.
 
-        Raises UpstreamError if the body breaks off or can't be decompressed, UpstreamTimeout if it stalls.
+        Raises UpstreamError if the body breaks off or can't be decompressed, UpstreamTimeout if it stalls, and
+        UpstreamUnreadable if it does not begin in the encoding that its header names.
         """
         beginning, self._beginning = self._beginning, []
         for chunk in beginning:
@@ -184,7 +214,8 @@ class Upstreams:
         """Send `body` and hand out the answer. Leaving the block closes the connection, or keeps it for another call.
 
         Raises UpstreamError if no answer came, UpstreamTimeout if it did not come in time, and UpstreamUnreadable for
-        a successful answer in an unknown encoding. The status of an error says enough without its body.
+        a successful answer in an unknown encoding, or in another one than its header names. The status of an error
+        says enough without its body.
         """
         assert self._session is not None, "open() first"
         payload = _payload(body)
@@ -223,10 +254,11 @@ class Upstreams:
             watch = _Watch(response, self._silence_s)
             try:
                 answer = Answer(response, watch)
-                if not answer.is_readable and answer.status // 100 == 2:
+                if answer.status // 100 == 2 and not await answer.is_decodable():
                     raise UpstreamUnreadable(
                         f'The upstream "{upstream.name}" compressed its answer in a way that this proxy can\'t read, '
-                        "although it was asked not to. The operator of this proxy has to turn that compression off.",
+                        "or named a compression that it did not use. The operator of this proxy has to turn that "
+                        "compression off.",
                         was_sent=False,
                     )
                 yield answer
@@ -252,14 +284,13 @@ def why_unreachable(error: aiohttp.ClientError) -> str:
     return f"{error.host}:{error.port}: {why}"
 
 
-def _encoding(response: aiohttp.ClientResponse) -> str:
+def _answer_encoding(response: aiohttp.ClientResponse) -> str:
     """The encoding in which the body arrives, in the terms of `encoding_of`.
 
     Compression may be named as a transfer coding too (RFC 9112 §7.2). The library undoes only `chunked`.
     """
-    transfer = ",".join(response.headers.getall("transfer-encoding", ())).lower()
-    codings = [item for item in transfer.split(",") if item.strip() != "chunked"]
-    return encoding_of([*response.headers.getall("content-encoding", ()), *codings])
+    codings = (*response.headers.getall("content-encoding", ()), *response.headers.getall("transfer-encoding", ()))
+    return ",".join(name for name in encoding_of(codings).split(",") if name not in _PLAIN)
 
 
 class _Connector(aiohttp.TCPConnector):
@@ -337,9 +368,9 @@ def _forget_error(closed: asyncio.Future[None]) -> None:
     closed.exception()
 
 
-# No method of Answer, so that an answer that is given up halfway is no cycle of references.
-async def _body(content: aiohttp.StreamReader, decoder: BodyDecoder | None, watch: _Watch) -> AsyncIterator[bytes]:
-    """The bytes of a body as they arrive, decompressed. Raises UpstreamError and UpstreamTimeout."""
+# No methods of Answer, so that an answer that is given up halfway is no cycle of references.
+async def _body(content: aiohttp.StreamReader, watch: _Watch) -> AsyncIterator[bytes]:
+    """The bytes of a body as they arrive. Raises UpstreamError and UpstreamTimeout."""
     time = asyncio.get_running_loop().time
     try:
         while True:
@@ -348,22 +379,37 @@ async def _body(content: aiohttp.StreamReader, decoder: BodyDecoder | None, watc
             watch.waits_since = None
             if not chunk:
                 break
-            if decoder is None:
-                yield chunk
-                continue
-            for piece in decoder.feed(chunk):
-                yield piece
-                if len(piece) == PIECE_BYTES:
-                    await asyncio.sleep(0)  # one packet can become hundreds of megabytes; others get their turn
+            yield chunk
         if watch.is_broken:
             raise aiohttp.ClientPayloadError("the connection was reset")
-        if decoder is not None:
-            decoder.end()
     except TimeoutError:
         raise UpstreamTimeout("The upstream stopped sending in the middle of its answer.") from None
     # The library raises a RuntimeError for a read after its connection is gone.
-    except (aiohttp.ClientError, ConnectionError, NotDecodable, RuntimeError):
+    except (aiohttp.ClientError, ConnectionError, RuntimeError):
         raise UpstreamError("The upstream broke off in the middle of its answer.") from None
+
+
+async def _decompressed(body: AsyncIterator[bytes], decoder: BodyDecoder) -> AsyncIterator[bytes]:
+    """The bytes of a compressed body. Raises like `_body`, and UpstreamUnreadable if nothing can be decompressed."""
+    has_begun = False
+    try:
+        async for chunk in body:
+            for piece in decoder.feed(chunk):
+                has_begun = True
+                yield piece
+                if len(piece) == PIECE_BYTES:
+                    await asyncio.sleep(0)  # one packet can become hundreds of megabytes; others get their turn
+        has_begun = True  # what has no end has begun
+        decoder.end()
+    except NotDecodable:
+        if not has_begun:
+            raise UpstreamUnreadable(
+                "The upstream named a compression that it did not use.", was_sent=False
+            ) from None
+        raise UpstreamError(
+            "The upstream's answer can't be decompressed: it is not in the format that its Content-Encoding names, "
+            "or its end is missing."
+        ) from None
 
 
 class _OneWritePayload(aiohttp.BytesPayload):

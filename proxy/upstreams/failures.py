@@ -10,11 +10,12 @@
 
 A body is forwarded unchanged if it is an error in OpenAI's shape, or from a kind of upstream with errors of its own
 shape (Anthropic). An error in another shape (Ollama, older vLLM, FastAPI) is put into OpenAI's shape, because SDKs
-show nothing else. Our key and account are masked in all of them, and in errors inside a successful answer.
+show nothing else. Our key and account are masked in all of them.
 """
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import orjson
@@ -22,6 +23,7 @@ import orjson
 from proxy.errors import InvalidRequest, ProxyError, UpstreamBusy, UpstreamError, UpstreamExhausted, UpstreamTimeout
 from proxy.formats.endpoints import SurfaceName
 from proxy.formats.kinds import kind_of
+from proxy.formats.mask import Mask
 from proxy.formats.surfaces import SURFACES
 from proxy.policy.catalog import Upstream
 
@@ -39,20 +41,6 @@ _ACCOUNT_CODES = frozenset(
 )
 # Anthropic has no code for it and answers 400 `invalid_request_error` with a message that begins with this text.
 _NO_CREDIT = "Your credit balance is too low"
-# OpenAI names the organisation or project in the message of a 429, and Anthropic the organisation by its UUID.
-# Letters in either case are written out: with re.IGNORECASE the search takes a hundred times as long.
-_ACCOUNT = re.compile(
-    rb"(?<!\w)(?:"
-    rb"(?:[oO][rR][gG]|[pP][rR][oO][jJ])[-_][A-Za-z0-9]{6,}|[wW][rR][kK][sS][pP][cC]_[A-Za-z0-9]{6,}"
-    rb'|[oO][rR][gG](?:[aA][nN][iI][zZ][aA][tT][iI][oO][nN])?(?: [iI][dD])?[ :=(\\"]{1,5}'
-    rb"[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4,12}){4})"
-)
-# An escape in a JSON string: a character by its number, a slash, or any other, which stays as it is.
-_ESCAPE = re.compile(rb"\\(?:u00([2-7][0-9a-fA-F])|(/)|.)", re.DOTALL)
-# An escape of which only the beginning has arrived.
-_CUT_ESCAPE = re.compile(rb"\\(?:u[0-9a-fA-F]{0,3})?\Z")
-# So many characters of a key at the end of a text that breaks off are taken for its beginning.
-_KEY_BEGINNING = 8
 # How deep a message may be nested. Mistral sends {"message": {"detail": [{"msg": "…"}]}}, which has three levels.
 _NESTING_MAX = 4
 # Which values of `Retry-After` are forwarded: whole seconds, but not 0, at which some SDKs retry without a pause.
@@ -83,6 +71,7 @@ def failure_of(
     A ProxyError is to be raised, and nothing is charged for it.
     """
     error, is_openai_shape = _read_error(body)
+    masked = mask_of(upstream).in_error
     if status in (401, 403):
         # Not a 401: a user who saw one would replace the key that works.
         return UpstreamError("The upstream did not accept the proxy's key. The operator of this proxy has to fix it.")
@@ -94,42 +83,29 @@ def failure_of(
         return _rate_limited(error, retry_after, upstream)
     if status == 408 or status >= 500:
         if error is not None and status != 408:
-            return Failed(status, masked(body if is_openai_shape else _in_openai_shape(status, error), upstream))
+            return Failed(status, masked(body if is_openai_shape else _in_openai_shape(status, error)))
         failure = UpstreamTimeout if status in (408, 504) else UpstreamError
         return failure(f"The upstream failed with status {status}.")
     if 400 <= status < 500:
         if surface := kind_of(upstream.kind).error_surface:
-            return Rejected(status, masked(body, upstream) if error is not None else _in_shape_of(surface, status))
-        return Rejected(status, masked(body if is_openai_shape else _in_openai_shape(status, error), upstream))
+            return Rejected(status, masked(body) if error is not None else _in_shape_of(surface, status))
+        return Rejected(status, masked(body if is_openai_shape else _in_openai_shape(status, error)))
     return UpstreamError(f"The upstream sent an answer that can't be forwarded (status {status}).")
 
 
-def masked(body: bytes, upstream: Upstream, *, is_cut: bool = False) -> bytes:
-    """The body with `***` in the place of our key and our account, in case the upstream repeated them.
-
-    They are found in JSON strings that escape some of their characters too. If the body `is_cut`, so is a key of
-    which it has only the beginning. A body without them is returned unchanged.
-    """
-    key = upstream.api_key.reveal().encode() if upstream.api_key else b""
-    plain = _ESCAPE.sub(_unescaped, body) if b"\\" in body else body
-    shown = _ACCOUNT.sub(b"***", plain.replace(key, b"***") if key else plain)
-    if is_cut:
-        end = _CUT_ESCAPE.sub(b"", shown)
-        lengths = range(len(key) - 1, _KEY_BEGINNING - 1, -1)
-        beginning = next((length for length in lengths if end.endswith(key[:length])), 0)
-        shown = end[:-beginning] + b"***" if beginning else shown
-    return body if shown == plain else shown
+def mask_of(upstream: Upstream) -> Mask:
+    """What masks our key and account in the answers of this upstream."""
+    return _mask_of(upstream.api_key.reveal() if upstream.api_key else "")
 
 
-def _unescaped(escape: re.Match[bytes]) -> bytes:
-    """The character that an escape stands for, if a JSON string may have it without one; else the escape itself."""
-    character = bytes.fromhex(escape[1].decode()) if escape[1] else escape[2]
-    return escape[0] if character in (None, b'"', b"\\", b"\x7f") else character
+@lru_cache(maxsize=256)
+def _mask_of(key: str) -> Mask:
+    return Mask(key)
 
 
 def _rate_limited(error: dict[str, Any] | None, retry_after: str | None, upstream: Upstream) -> ProxyError:
     headers = {"retry-after": retry_after} if retry_after and _SECONDS.fullmatch(retry_after) else None
-    message = masked((_message_text(error.get("message")) if error else "").encode(), upstream).decode()
+    message = mask_of(upstream).in_error((_message_text(error.get("message")) if error else "").encode()).decode()
     return UpstreamBusy(
         # Masked before it is cut: a key that crossed the edge would leave its first half.
         f"The upstream itself is limiting requests; this is not a quota of this proxy. {message[:500]}".strip(),

@@ -12,6 +12,7 @@ import hashlib
 from collections.abc import Collection, Sequence
 
 from proxy.formats.kinds import kind_of
+from proxy.formats.mask import Mask
 from proxy.policy.catalog import Secret
 
 Headers = Sequence[tuple[str, str]]
@@ -81,11 +82,13 @@ def idempotency_header(headers: Headers, *, user: str, api_key: Secret | None) -
     return {"idempotency-key": digest}
 
 
-def to_client(headers: Headers, *, is_stream: bool) -> dict[str, str]:
+def to_client(headers: Headers, *, is_stream: bool, mask: Mask) -> dict[str, str]:
     """The headers of the answer to the client: a few of the upstream's, and ours against caching and buffering.
 
     The upstream's request id gets the name `x-upstream-request-id`, because `x-request-id` is our own. A value with
     control characters is dropped: it could end the header line and begin another one.
+
+    `mask` masks our key in their values.
 
     `is_stream` is what the body really is. A content type that says the opposite is replaced, because SDKs choose
     their parser by it.
@@ -98,6 +101,7 @@ def to_client(headers: Headers, *, is_stream: bool) -> dict[str, str]:
         passed["x-upstream-request-id"] = upstream_id
     if passed.get("content-type", "").lower().startswith("text/event-stream") is not is_stream:
         passed |= {"content-type": "text/event-stream"} if is_stream else {"content-type": "application/json"}
+    passed = {name: mask.in_header(value) for name, value in passed.items()}
     return {**passed, **(_EVENT_STREAM if is_stream else {"cache-control": "no-store"})}
 
 

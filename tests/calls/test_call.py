@@ -56,7 +56,8 @@ def _admit(call: Call) -> Accepted:
     prompt = read_prompt(call.request.body, is_chat=True)
     body = forwarded_body(call.request, call.model)
     demand = estimate_demand(call.request, call.model, prompt, body_bytes=len(body))
-    accepted = Book({}, {}, NOON).apply(call.reserve(replace(demand, is_estimated=False), owner="me"))
+    operation = call.reserve(replace(demand, is_estimated=False), owner="me", recorded_model=call.model.name)
+    accepted = Book({}, {}, NOON).apply(operation)
     assert isinstance(accepted, Accepted)
     return accepted
 
@@ -198,4 +199,4 @@ def test_a_listed_model_is_meant_by_its_other_spellings(tmp_path: Path) -> None:
 
 
 def _labels(call: Call) -> CallLabels:
-    return call.reserve(Demand(1, 1, 1), owner="me").labels
+    return call.reserve(Demand(1, 1, 1), owner="me", recorded_model=call.model.name).labels

@@ -207,11 +207,14 @@ async def test_an_answer_without_usage_is_counted_by_the_proxy(stream: bool, tmp
         assert (await _charged(on))[0] == entry.usage.tokens.input + entry.usage.tokens.output
 
 
-async def test_an_explicit_usage_of_zero_is_believed_if_there_is_no_text(tmp_path: Path) -> None:
-    """No tokens are charged, but the request is."""
+async def test_of_a_usage_of_zero_without_text_the_output_is_believed(tmp_path: Path) -> None:
+    """The input is not, because the prompt contradicts it: it is counted."""
     async with stage(folder=tmp_path) as on:
-        await on.post(CHAT, _ask("tokens=0 usage_zero"))
-        assert await _charged(on) == (0, 1)
+        reply = await on.post(CHAT, _ask("tokens=0 usage_zero"))
+        entry = await _entry(on, reply.headers["x-request-id"])
+        assert entry.usage and entry.usage.provenance == "at_least"
+        assert (entry.usage.tokens.input > 0, entry.usage.tokens.output) == (True, 0)
+        assert await _charged(on) == (entry.usage.tokens.input, 1)
 
 
 @pytest.mark.parametrize("more", [{}, {"stream": True}])

@@ -262,7 +262,7 @@ async def test_a_usage_without_an_output_is_charged_with_the_counted_text(tmp_pa
     async with _reserved(tmp_path) as it:
         it.meter.see_whole(b'{"choices": [{"message": {"content": "Hello world!"}}], "usage": {"prompt_tokens": 11}}')
         assert await it.reservation.usage() == AtLeast(Tokens(11, 3))
-        assert it.reservation.meter.input_reported == 11
+        assert it.reservation.meter.input_stated == 11
 
 
 async def test_of_usages_that_contradict_each_other_none_is_below_the_text(tmp_path: Path) -> None:

@@ -6,19 +6,17 @@ One whose answer did not pass to its end does not exist, and reads are bounded (
 import asyncio
 import json
 from collections.abc import AsyncIterator
-from contextlib import ExitStack, asynccontextmanager
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
-from zoneinfo import ZoneInfo
 
 import aiohttp
 import openai
 import pytest
 
 from proxy.calls.disconnect import Disconnects
-from proxy.calls.stored_responses import READS_AT_ONCE_MAX, READS_PER_MINUTE_MAX, ReadLimit
+from proxy.calls.read_limit import READS_AT_ONCE_MAX, READS_PER_MINUTE_MAX
 from proxy.config.loader import load_text
-from proxy.errors import TooManyReads
 from proxy.simulator.server import Simulator
 from proxy.simulator.server import serve as serve_simulator
 from tests.audit import connected
@@ -603,46 +601,6 @@ async def test_a_user_may_read_stored_responses_sixty_times_a_minute(tmp_path: P
         assert (await send(on, "GET", path)).status == 200
         assert (await send(on, "GET", path)).status == 429  # the other 59 began a second later
         assert (await on.used(), (await on.quota("staff/daily"))["requests"]["used"]) == (used, 1)
-
-
-def test_only_the_users_of_the_last_minute_are_remembered() -> None:
-    """However many users come and go, and if the clock is set back."""
-    clock, zone = Clock(), ZoneInfo("UTC")
-    limit = ReadLimit(clock)
-
-    def read(user: str) -> None:
-        with limit.read(user, zone=zone):
-            pass
-
-    for number in range(5000):
-        clock.ms += 100
-        read(f"user-{number}")
-        assert len(limit) <= 600
-    for _ in range(READS_PER_MINUTE_MAX):
-        read("alice")
-    clock.ms -= 3_600_000
-    read("alice")
-    assert len(limit) <= 601
-    clock.ms += 3_660_000
-    read("bob")
-    assert len(limit) == 1
-
-
-def test_a_refused_read_counts_for_nothing() -> None:
-    """Neither among those at once nor among those of a minute; a read that fails frees its place."""
-    clock, zone = Clock(), ZoneInfo("UTC")
-    limit = ReadLimit(clock)
-    with ExitStack() as reads:
-        for _ in range(READS_AT_ONCE_MAX):
-            reads.enter_context(limit.read("alice", zone=zone))
-        for _ in range(READS_PER_MINUTE_MAX):
-            with pytest.raises(TooManyReads), limit.read("alice", zone=zone):
-                pass
-    for _ in range(READS_PER_MINUTE_MAX - READS_AT_ONCE_MAX):
-        with pytest.raises(ZeroDivisionError), limit.read("alice", zone=zone):
-            raise ZeroDivisionError
-    with pytest.raises(TooManyReads), limit.read("alice", zone=zone):
-        pass
 
 
 @asynccontextmanager

@@ -1,11 +1,12 @@
-"""What `check` prints for a valid policy: warnings that are never wrong, and a sentence for each group."""
+"""What `check` warns of in a valid policy. A warning is never wrong."""
 
 from textwrap import dedent
 
 import pytest
 
-from proxy.config.lint import sentences, warnings
+from proxy.config.lint import warnings
 from proxy.config.loader import load, load_text
+from proxy.policy.policy import Policy
 from tests.config.test_loader import EXAMPLE, example_environ
 
 UPSTREAM = "upstreams: {box: {base_url: http://box/v1}}\n"
@@ -15,10 +16,6 @@ KNOWN = "max_output_tokens: 16k"
 
 def warned(below: str, **environ: str) -> list[str]:
     return [f"{warning.line}: {warning.text}" for warning in warnings(load_text(UPSTREAM + below, environ=environ))]
-
-
-def printed(below: str) -> tuple[str, ...]:
-    return sentences(load_text(UPSTREAM + below))
 
 
 def group(quotas: str, *, name: str = "staff", more: str = "", users: str = "alice: {groups: [staff]}") -> str:
@@ -468,6 +465,33 @@ def test_models_of_other_endpoints_whose_answers_report_no_tokens():
     assert paths == ["/v1/audio/speech", "/v1/audio/transcriptions", "/v1/images/generations"]
 
 
+def test_a_price_of_images_is_none_of_speech():
+    """It is written where only `tokens_per_request` counts. Either is a price of images."""
+    models = "models:\n  a: {model: tts-1, tokens_per_image: 100}\n"
+    [text] = warned(group(DAILY) + models)
+    assert "/v1/audio/speech report no tokens" in text
+    assert "write tokens_per_request here" in text
+    assert warned(group(DAILY) + models.replace("per_image", "per_request")) == []
+    assert warned(group(DAILY) + BY_PIECE.replace("}", ", tokens_per_request: 1k}")) == []
+
+
+def test_models_without_tokens_are_found_quickly_among_many_users(monkeypatch):
+    """Each set of groups is looked at once for each such model, and no other model is looked at."""
+    looked_at: list[tuple[tuple[str, ...], str]] = []
+    serves = Policy.serves
+
+    def counting(self, groups, model, catalog):
+        looked_at.append((groups, model))
+        return serves(self, groups, model, catalog)
+
+    monkeypatch.setattr(Policy, "serves", counting)
+    users = ", ".join(f"u{number}: {{groups: [staff]}}" for number in range(50))
+    models = "models:\n  draw: {model: dall-e-3}\n" + "".join(f"  m{each}: {{{KNOWN}}}\n" for each in range(50))
+    [text] = warned(group(DAILY, users=users) + models)
+    assert "u0, u1, u2, u3, u4 and 45 more" in text
+    assert looked_at == [(("staff",), "draw")]
+
+
 def test_an_open_list_with_models_whose_answers_report_no_tokens_that_are_allowed():
     """They are free. Without `unmatched: allow` they are refused, which needs no warning."""
     assert warned(group(DAILY) + "unmatched: allow\n") == [
@@ -560,66 +584,6 @@ def test_secrets_in_plain_text():
     assert warned(below, ADMIN=f"{key}3", USER=f"{key}4") == expected
     upstream = "upstreams: {box: {base_url: http://box/v1, api_key: sk-1}}\n"
     assert [warning.text for warning in warnings(load_text(upstream))] == [f"upstreams.box.api_key: {plain}"]
-
-
-# --------------------------------------------------------------------------------------------------------- sentences
-
-
-@pytest.mark.parametrize(
-    ("below", "sentence"),
-    [
-        (
-            group(
-                DAILY + "      frontier: {models: [gpt-4o, 'o*'], tokens: 50k, requests: 100, per: 6h}\n",
-                users="a: {groups: [staff]}, b: {groups: [staff]}, c: {groups: [staff]}",
-            ),
-            "staff: each of 3 members may use 200,000 tokens a day of any model, and on gpt-4o, o*: "
-            "50,000 tokens and 100 requests in 6 hours from the first call.",
-        ),
-        (
-            group("      pot: {shared: true, tokens: 5M, per: month}\n" + DAILY, users=IN_BOTH, more=ADMINS),
-            "staff: its one member may use 200,000 tokens a day of any model; "
-            "its one member may use 5,000,000 tokens a month of any model.",
-        ),
-        (
-            group("      pot: {shared: true, output_tokens: 1, input_tokens: 2, requests: 1, per: 1w}\n").replace(
-                "{groups: [staff]}", "{groups: [staff]}, bob: {groups: [staff]}"
-            ),
-            "staff: all 2 members together may use 2 input tokens, 1 output token and 1 request "
-            "in 1 week from the first call of any model.",
-        ),
-        (
-            group("      a: {requests: 5, per: hour, enforce: shadow}\n", users=""),
-            "staff: its members (none in this file) may use 5 requests an hour (never refused) of any model.",
-        ),
-        (
-            group("      a: {requests: 5, per: day, enforce: after}\n", name="everyone"),
-            "everyone: every user, whatever the group, may use "
-            "5 requests a day (counted when calls have ended) of any model.",
-        ),
-        (
-            group("      a: {requests: 5, per: day, shared: true}\n", name="default"),
-            "default: all users whose own groups have no quota for the model together may use "
-            "5 requests a day of any model.",
-        ),
-        ("groups: {a: {unlimited: true}}", "a: its members (none in this file) may use any model without limit."),
-        (
-            "groups: {a: {unlimited: true, models: [x, y]}}",
-            "a: its members (none in this file) may use x, y without limit.",
-        ),
-        ("groups: {a: {models: [x]}}", "a: no quotas; only models x."),
-    ],
-)
-def test_each_group_is_described_in_a_sentence(below, sentence):
-    """The operator can compare it with what was meant."""
-    if "{groups: [staff]}" in below and ("everyone" in below or "default" in below):
-        below = below.replace("{groups: [staff]}", "{}")
-    assert printed(below)[0] == sentence
-
-
-def test_the_sentences_are_in_the_order_of_the_file():
-    """That order decides through which group a call is admitted."""
-    assert [sentence.partition(":")[0] for sentence in printed("groups: {z: {}, a: {}}")] == ["z", "a"]
 
 
 def test_a_password_in_plain_text_in_the_databases_url():

@@ -32,11 +32,6 @@ ZEROS = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
 DONE = b"data: [DONE]\n\n"
 
 
-def unmasked(data: bytes, *, is_cut: bool = False) -> bytes:
-    """The mask of a stream whose upstream has neither key nor account."""
-    return data
-
-
 def request(endpoint: Endpoint = CHAT, **fields: object) -> Request:
     """A streamed request. It does not ask for usage unless `fields` do."""
     return parse_request(endpoint, json.dumps({"model": "m", "stream": True, **fields}).encode())

@@ -139,7 +139,7 @@ def test_running_usage_of_one_of_several_choices_is_ignored() -> None:
     several = request(n=2, stream_options={"include_usage": True})
     text = event(chunk("Hello", usage={**HONEST, "completion_tokens": 1})) * 2
     meter, shown = watch(text, several)
-    assert (meter.usage(), meter.output_seen, meter.input_reported) == (AtLeast(Tokens(0, 10)), 10, None)
+    assert (meter.usage(), meter.output_seen, meter.input_stated) == (AtLeast(Tokens(0, 10)), 10, None)
     assert shown == text
     assert usage_of(text + event(usage_chunk()) + DONE, several) == REPORTED
 
@@ -176,13 +176,19 @@ def test_a_stream_without_done_is_forwarded_as_it_is() -> None:
         (TEXT + event(usage_chunk({"total_tokens": 16})) + event(usage_chunk()) + DONE, REPORTED),
         (TEXT + event(usage_chunk(ZEROS)) + DONE, COUNTED),
         (event(usage_chunk(ZEROS)) + TEXT + DONE, COUNTED),
-        (event(chunk("")) + FINISH + event(usage_chunk(ZEROS)) + DONE, Exactly(Tokens(0, 0))),
+        (event(chunk("")) + FINISH + event(usage_chunk(ZEROS)) + DONE, AtLeast(Tokens(0, 0))),
+        (
+            event(chunk("")) + FINISH + event(usage_chunk({**HONEST, "prompt_tokens": 0, "total_tokens": 5})) + DONE,
+            AtLeast(Tokens(0, 5)),
+        ),
         (TEXT + event(usage_chunk({**ZEROS, "prompt_tokens": 11})) + DONE, AtLeast(Tokens(11, 12))),
         (TEXT + event(usage_chunk({"prompt_tokens": 11, "total_tokens": 11})) + DONE, AtLeast(Tokens(11, 12))),
     ],
 )
 def test_the_largest_usage_counts(stream: bytes, expected: Usage) -> None:
-    """On any chunk, even beside the last choice or after [DONE]. Zeros count only if there is neither text nor more.
+    """On any chunk, even beside the last choice or after [DONE].
+
+    An output of 0 counts only if there is neither text nor more, an input of 0 never: the caller counts it.
 
     A usage before the last text covers what came before it; the text after it is counted.
     """
@@ -480,9 +486,9 @@ def test_the_usage_of_a_cut_stream_is_exact() -> None:
     assert isinstance(usage_of(RUNNING), Exactly)
     assert usage_of(ROLE) == Exactly(Tokens(11, 0))
     meter, _ = watch(ROLE)
-    assert (meter.output_seen, meter.input_reported) == (0, 11)
+    assert (meter.output_seen, meter.input_stated) == (0, 11)
     meter, _ = watch(RUNNING)
-    assert (meter.output_seen, meter.input_reported) == (4, 11)
+    assert (meter.output_seen, meter.input_stated) == (4, 11)
 
 
 def test_text_after_the_last_report_is_added() -> None:
@@ -555,7 +561,7 @@ def watch_llamacpp(stream: bytes, of: Request = UNASKED) -> tuple[Meter, bytes]:
     """Feed a whole stream of llama.cpp; return the meter and the bytes for the client."""
     meter, splitter = new(of, kind="llamacpp"), Splitter()
     shown = b"".join(meter.see_event(each) for each in splitter.feed(stream))
-    return meter, shown + meter.flush()
+    return meter, shown + meter.end()
 
 
 @pytest.mark.parametrize("spaced", [False, True])
@@ -647,7 +653,7 @@ def test_the_usage_of_a_cut_stream_of_llama_cpp_is_exact() -> None:
     cut = TIMED[: TIMED.index(b"\n\n") + 2]
     meter, shown = watch_llamacpp(cut)
     assert shown == event(chunk("Hello"))
-    assert (meter.usage(), meter.output_seen, meter.input_reported) == (Exactly(Tokens(11, 3, cached=4)), 3, 11)
+    assert (meter.usage(), meter.output_seen, meter.input_stated) == (Exactly(Tokens(11, 3, cached=4)), 3, 11)
     assert watch_llamacpp(cut + event(chunk("12345")))[0].usage() == AtLeast(Tokens(11, 8, cached=4))
 
 
@@ -720,14 +726,14 @@ def test_usage_of_the_first_choice_only(
     meter.see_whole(json.dumps({**answer, "usage": HONEST}).encode())
     assert meter.usage() == (REPORTED if expected is None else AtLeast(Tokens(*expected)))
     assert meter.uncounted_texts == texts
-    assert meter.input_reported == (None if of.has_several_prompts else 11)
+    assert meter.input_stated == (None if of.has_several_prompts else 11)
 
 
 def test_without_usage_all_choices_are_counted() -> None:
     """Also at llama.cpp, whose usage would cover only one."""
     meter = meter_of(request(stream=False, n=2), count=count, kind="llamacpp")
     meter.see_whole(json.dumps({"choices": [message("a"), message("b")]}).encode())
-    assert (meter.usage(), meter.uncounted_texts, meter.input_reported) == (UNCOUNTED, ["a", "b"], None)
+    assert (meter.usage(), meter.uncounted_texts, meter.input_stated) == (UNCOUNTED, ["a", "b"], None)
 
 
 # ------------------------------------------------------------------------------------- cutting members out of a chunk
@@ -1064,3 +1070,40 @@ def test_an_error_in_a_stream_of_chunks_is_a_chunk(endpoint: Endpoint) -> None:
     error = UpstreamError("It broke\nhalf way.")
     event = error_event(endpoint, error)
     assert event == b"data: " + json.dumps(error.body(), separators=(",", ":")).encode() + b"\n\n"
+
+
+def test_an_input_of_0_is_counted_by_the_caller() -> None:
+    """No prompt is empty, but some servers state 0 if they read it from their cache. The output counts as stated."""
+    zero = {"prompt_tokens": 0, "completion_tokens": 5, "total_tokens": 5}
+    meter = whole({"choices": [{"message": {"content": "Hello world!"}}], "usage": zero})
+    assert (meter.usage(), meter.input_stated, meter.uncounted_texts) == (AtLeast(Tokens(0, 5)), None, [])
+    assert usage_of(TEXT + event(usage_chunk(zero)) + DONE) == AtLeast(Tokens(0, 5))
+    assert usage_of(event(chunk("a", usage={**zero, "completion_tokens": 1}))) == AtLeast(Tokens(0, 1))
+    timings = {"prompt_n": 0, "cache_n": 0, "predicted_n": 1}
+    assert watch(event(chunk("a", timings=timings)), kind="llamacpp")[0].input_stated is None
+    embedding = whole({"data": [], "usage": {"prompt_tokens": 0, "total_tokens": 0}}, EMBEDDINGS)
+    assert (embedding.usage(), embedding.input_stated) == (AtLeast(Tokens(0, 0)), None)
+    assert whole({"choices": [message("Hi")], "usage": {"total_tokens": 16}}).input_stated == 0
+
+
+@pytest.mark.parametrize("endpoint", [CHAT, EMBEDDINGS], ids=["chat", "embeddings"])
+def test_a_total_beyond_what_the_call_could_have_used_is_ignored(endpoint: Endpoint) -> None:
+    """If it is all that is stated: more than the bounds of the input and, if the endpoint generates, the output."""
+    bound = 2000 + 50 * endpoint.generates
+    for total in (bound, bound + 1, 9_999_999):
+        meter = meter_of(request(endpoint, stream=False), count=count, output_bound=50, input_bound=2000)
+        meter.see_whole(json.dumps({"choices": [message("Hi")], "usage": {"total_tokens": total}}).encode())
+        assert meter.usage().tokens.input + meter.usage().tokens.output == (total if total == bound else 0)
+
+
+def test_additional_tokens_count_beside_an_output_that_is_not_stated() -> None:
+    """The output is counted, and they come on top of it, whole and streamed."""
+    usage = {"prompt_tokens": 11, "reasoning_tokens": 100}
+    meter = meter_of(request(stream=False), count=count, extra_usage=["reasoning_tokens"])
+    meter.see_whole(json.dumps({"choices": [message("Hello world!")], "usage": usage}).encode())
+    assert (meter.usage(), meter.uncounted_texts) == (AtLeast(Tokens(11, 100)), ["Hello world!"])
+    assert meter.output_with(12) == 112
+    meter = meter_of(UNASKED, count=count, extra_usage=["reasoning_tokens"])
+    for each in Splitter().feed(TEXT + event(usage_chunk(usage)) + DONE):
+        meter.see_event(each)
+    assert (meter.usage(), meter.output_seen) == (AtLeast(Tokens(11, 112)), 112)

@@ -1,5 +1,6 @@
 """Decompression in pieces, within bounds (T29)."""
 
+import json
 import os
 import tracemalloc
 import zlib
@@ -93,6 +94,14 @@ def test_deflate_without_the_zlib_header_is_accepted() -> None:
     assert decompressed("deflate", raw_deflate(TEXT)) == TEXT
 
 
+@given(st.text("abcdefghij-0123456789XYZ", max_size=300), st.integers(0, 999))
+def test_plain_json_is_no_raw_deflate(text: str, number: int) -> None:
+    """Nothing of it is taken for compressed data."""
+    for body in ({"id": text, "usage": number}, [text, number]):
+        with pytest.raises(NotDecodable, match="can't be decompressed"):
+            next(BodyDecoder("deflate").feed(json.dumps(body).encode()))
+
+
 @pytest.mark.parametrize("encoding", ["gzip", "zstd"])
 def test_several_members_are_one_body_up_to_a_limit(encoding: str) -> None:
     """Both formats allow members in a row. Each costs a decoder, so their number is limited."""
@@ -112,9 +121,21 @@ def test_an_empty_body_needs_no_decompression(encoding: str) -> None:
 def test_a_body_in_another_format_is_refused(encoding: str) -> None:
     """Plain JSON, an incomplete body, and bodies with bytes behind their end."""
     compressed = COMPRESS[encoding](TEXT)
-    for wrong in (TEXT, compressed[:-1], compressed + b"x", compressed + b"\0" * 20):
+    padded = [] if encoding == "gzip" else [compressed + b"\0" * 20]
+    for wrong in (TEXT, compressed[:-1], compressed + b"x", *padded):
         with pytest.raises(NotDecodable, match="can't be decompressed"):
             decompressed(encoding, wrong)
+
+
+@pytest.mark.parametrize("step", [1, 7, 1000])
+def test_zeros_after_gzip_are_ignored(step: int) -> None:
+    """As gzip(1) does. They may come before another member, but not before the first one."""
+    padded = compress(b"ab") + b"\0" * 600 + compress(b"c") + b"\0"
+    assert decompressed("gzip", *(padded[at : at + step] for at in range(0, len(padded), step))) == b"abc"
+    with pytest.raises(NotDecodable, match="can't be decompressed"):
+        decompressed("gzip", b"\0" + padded)
+    with pytest.raises(NotDecodable, match="can't be decompressed"):
+        decompressed("gzip", compress(b"ab") + b"\0\0x")
 
 
 def test_a_zstd_frame_may_need_a_window_of_8_mib_and_no_more() -> None:

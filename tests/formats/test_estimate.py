@@ -361,6 +361,7 @@ def test_a_message_with_thinking_reserves_its_whole_maximum(
         ({"skip_special_tokens": False}, False),
         ({"include_stop_str_in_output": False}, False),
         # SGLang
+        ({"sampling_params": {"custom_logit_processor": "…"}}, True),
         ({"ebnf": "root ::= x"}, True),
         ({"sampling_params": {"min_new_tokens": 9, "stop_token_ids": [1]}}, True),
         ({"sampling_params": "none"}, False),

@@ -10,6 +10,7 @@ import pytest
 from proxy.formats.endpoints import (
     IMAGES,
     SPEECH,
+    TRANSCRIPTIONS,
     Endpoint,
 )
 from proxy.policy.amounts import TOKENS_MAX, AtLeast, Exactly, Tokens, Unspent
@@ -98,7 +99,55 @@ def test_a_usage_without_an_output_states_only_a_part_of_the_cost() -> None:
     ]
     assert usage_of(media_stream(*some), request(IMAGES, n=2)) == AtLeast(Tokens(22, TOKENS_MAX))
     without_input = whole({"usage": {"output_tokens": 5}}, IMAGES)
-    assert (without_input.usage(), without_input.input_reported) == (AtLeast(Tokens(0, 5)), None)
+    assert (without_input.usage(), without_input.input_stated) == (AtLeast(Tokens(0, 5)), None)
+
+
+ZEROS = {"input_tokens": 0, "output_tokens": 0, "total_tokens": 0}
+
+
+def test_a_usage_of_zeros_states_nothing() -> None:
+    """LiteLLM writes it if the vendor states none. No image is free."""
+    for usage in (ZEROS, {"total_tokens": 0}, {"input_tokens": 0}, {"output_tokens": 0}):
+        for name in ("usage", "svg_usage"):
+            meter = whole({name: usage}, IMAGES)
+            assert (meter.usage(), meter.input_stated) == (Unspent(requests=1), None)
+        end = {"type": "image_generation.completed", "usage": usage}
+        assert usage_of(media_stream(end), request(IMAGES)) == Unspent(requests=1)
+    assert whole({"usage": RESPONSE_USAGE, "svg_usage": ZEROS}, IMAGES).usage() == Exactly(Tokens(11, 5))
+    assert whole({"usage": {**ZEROS, "output_tokens": 5}}, IMAGES).usage() == AtLeast(Tokens(0, 5))
+
+
+def test_an_output_of_0_is_none_of_an_image_or_of_speech() -> None:
+    """Each has some. So it is charged like one that is not stated."""
+    usage = {"input_tokens": 5, "output_tokens": 0, "total_tokens": 5}
+    for endpoint in (IMAGES, SPEECH):
+        assert whole({"usage": usage}, endpoint).usage() == AtLeast(Tokens(5, TOKENS_MAX))
+
+
+def test_the_text_of_a_transcript_is_counted_if_its_output_is_not_stated() -> None:
+    """Silence has none."""
+    for usage in ({"input_tokens": 5, "output_tokens": 0, "total_tokens": 5}, {"input_tokens": 5}):
+        meter = whole({"text": "hello there", "usage": usage}, TRANSCRIPTIONS)
+        assert (meter.usage(), meter.uncounted_texts) == (AtLeast(Tokens(5, 0)), ["hello there"])
+        done = media_stream({"type": "transcript.text.done", "text": "hello there", "usage": usage})
+        meter, _ = watch(done, request(TRANSCRIPTIONS))
+        assert (meter.usage(), meter.uncounted_texts) == (AtLeast(Tokens(5, 0)), ["hello there"])
+    silence = {"text": "", "usage": {"input_tokens": 5, "output_tokens": 0}}
+    assert whole(silence, TRANSCRIPTIONS).usage() == Exactly(Tokens(5, 0))
+    assert whole({"text": "", "usage": {"input_tokens": 5}}, TRANSCRIPTIONS).usage() == AtLeast(Tokens(5, TOKENS_MAX))
+    assert whole({"text": "hello there", "usage": ZEROS}, TRANSCRIPTIONS).usage() == Unspent(requests=1)
+
+
+@pytest.mark.parametrize(
+    "order", [(RESPONSE_USAGE, None), (None, RESPONSE_USAGE), (RESPONSE_USAGE, {"input_tokens": 0})]
+)
+def test_an_image_without_a_usage_beside_one_with_it_is_not_free(order: tuple) -> None:
+    """Its cost is unknown, so the whole hold is charged."""
+    ends = [{"type": "image_generation.completed", "usage": usage} for usage in order]
+    assert usage_of(media_stream(*ends), request(IMAGES, n=2)) == AtLeast(Tokens(11, TOKENS_MAX))
+    assert usage_of(media_stream({**ends[0], "usage": RESPONSE_USAGE}, ends[1]), request(IMAGES)) == Exactly(
+        Tokens(11, 5)
+    )
 
 
 def test_tokens_beside_the_output_of_an_image_are_not_free() -> None:

@@ -140,7 +140,7 @@ def test_an_input_of_0_at_the_beginning_is_ignored() -> None:
     """Some servers count only at the end. The hold for the input must not shrink to 0."""
     start = message_event("message_start", message={"usage": {"input_tokens": 0, "output_tokens": 0}})
     meter, _ = watch(start + BLOCK + delta("text_delta", text="hello"), MESSAGE)
-    assert (meter.input_reported, meter.usage()) == (None, AtLeast(Tokens(0, 5)))
+    assert (meter.input_stated, meter.usage()) == (None, AtLeast(Tokens(0, 5)))
     assert usage_of(start + BLOCK + message_delta(input_tokens=7, output_tokens=2) + STOP, MESSAGE) == Exactly(
         Tokens(7, 2)
     )
@@ -166,7 +166,8 @@ CACHED_START = message_event(
     [
         ({"input_tokens": 0, "cache_read_input_tokens": 0, "output_tokens": 12}, Exactly(Tokens(51, 12, cached=20))),
         ({"input_tokens": 0, "cache_read_input_tokens": 20, "output_tokens": 12}, Exactly(Tokens(51, 12, cached=20))),
-        ({"input_tokens": 51, "output_tokens": 12}, Exactly(Tokens(71, 12, cached=20))),
+        ({"input_tokens": 51, "output_tokens": 12}, Exactly(Tokens(51, 12, cached=20))),
+        ({"input_tokens": 52, "output_tokens": 12}, Exactly(Tokens(72, 12, cached=20))),
         (
             {"input_tokens": 11, "cache_read_input_tokens": 40, "output_tokens": 12},
             Exactly(Tokens(51, 12, cached=40)),
@@ -191,7 +192,7 @@ def test_an_output_without_an_input_is_charged() -> None:
     text = start + BLOCK + delta("text_delta", text="hello")
     for output, charged in ((12, 12), (3, 5)):
         meter, _ = watch(text + message_delta(output_tokens=output) + STOP, MESSAGE)
-        assert (meter.usage(), meter.input_reported) == (AtLeast(Tokens(0, charged)), None)
+        assert (meter.usage(), meter.input_stated) == (AtLeast(Tokens(0, charged)), None)
 
 
 def test_a_cut_message_is_charged_its_input_and_the_text_that_passed() -> None:
@@ -199,7 +200,7 @@ def test_a_cut_message_is_charged_its_input_and_the_text_that_passed() -> None:
     assert usage_of(START, MESSAGE) == AtLeast(Tokens(11, 0, cached=5))
     meter, _ = watch(START + BLOCK + delta("text_delta", text="hello"), MESSAGE)
     assert meter.usage() == AtLeast(Tokens(11, 5, cached=5))
-    assert (meter.input_reported, meter.output_seen, meter.is_at_end) == (11, 5, False)
+    assert (meter.input_stated, meter.output_seen, meter.is_at_end) == (11, 5, False)
 
 
 @pytest.mark.parametrize(
@@ -345,3 +346,36 @@ def test_events_of_an_unexpected_shape_are_ignored(event: dict[str, Any]) -> Non
     *_, delta, stop = end_after(event)
     assert (delta["usage"]["input_tokens"], stop) == (8, {"type": "message_stop"})
     assert [each["type"] for each in end_after(event)].count("content_block_stop") == 0
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        {
+            "amazon-bedrock-invocationMetrics": {
+                "inputTokenCount": 31,
+                "outputTokenCount": 12,
+                "invocationLatency": 900,
+            }
+        },
+        {"usage": {"input_tokens": 31, "output_tokens": 12}},
+        {"delta": {"usage": {"output_tokens": 12}}},
+    ],
+)
+@pytest.mark.parametrize("kind", ["message_stop", "message_delta"])
+def test_a_usage_in_the_last_events_is_read_wherever_it_is(kind: str, end: dict) -> None:
+    """Amazon Bedrock adds its metrics to `message_stop`; others write the usage in the delta."""
+    start = message_event("message_start", message={"usage": {"input_tokens": 31, "output_tokens": 1}})
+    stream = start + BLOCK + delta("text_delta", text="hello") + message_event(kind, **end)
+    assert usage_of(stream, MESSAGE) == Exactly(Tokens(31, 12))
+
+
+def test_the_usage_of_an_answer_in_another_shape_is_read() -> None:
+    """Chat's and that of /responses."""
+    usage = {"prompt_tokens": 11, "completion_tokens": 5}
+    text = b'data: {"choices":[{"delta":{"content":"hello"}}]}\n\n'
+    assert usage_of(text + b'data: {"choices":[],"usage":%b}\n\n' % json.dumps(usage).encode(), MESSAGE) == Exactly(
+        Tokens(11, 5)
+    )
+    end = {"type": "response.completed", "response": {"usage": {"input_tokens": 11, "output_tokens": 5}}}
+    assert usage_of(text + b"data: %b\n\n" % json.dumps(end).encode(), MESSAGE) == Exactly(Tokens(11, 5))

@@ -22,7 +22,7 @@ from proxy.formats.endpoints import (
     Endpoint,
 )
 from proxy.formats.estimate import counted, estimate_demand, largest_demand
-from proxy.formats.pieces import counted_of, price_of, states_tokens, uses_of
+from proxy.formats.pieces import certain_uses_of, price_of, states_tokens, uses_of
 from proxy.formats.request import Request
 from proxy.policy.amounts import TOKENS_MAX, Uses
 from proxy.policy.catalog import Model, Upstream
@@ -98,32 +98,41 @@ def test_the_endpoint_the_format_and_the_name_say_whether_an_answer_states_token
         ("dall-e-3", {}, Uses.REQUEST, Uses.REQUEST),
         ("dall-e-3", {"tokens_per_image": 9}, Uses.OUTPUT, Uses.OUTPUT),
         ("flux", {}, Uses.INPUT_AND_OUTPUT, Uses.REQUEST),
-        ("flux", {"tokens_per_request": 9}, Uses.OUTPUT, Uses.OUTPUT),
+        ("flux", {"tokens_per_request": 9}, Uses.INPUT_AND_OUTPUT, Uses.OUTPUT),
     ],
 )
 def test_what_an_image_can_use_and_is_certain_to_be_counted_by(name, known, uses, counted_by):
     """An unknown model may state tokens, so they are reserved, but only its request is certain to be counted."""
-    assert (uses_of(sent(IMAGES), model(name, **known)), counted_of(sent(IMAGES), model(name, **known))) == (
+    assert (uses_of(sent(IMAGES), model(name, **known)), certain_uses_of(sent(IMAGES), model(name, **known))) == (
         uses,
         counted_by,
     )
+
+
+@pytest.mark.parametrize(("price", "reserved"), [(200, 8192), (9000, 9000)])
+def test_an_unknown_model_with_a_price_reserves_the_tokens_that_it_may_state(price, reserved):
+    """They are charged if they come, so less would take a quota over its limit. A larger price is reserved too."""
+    target = model("flux", tokens_per_image=price)
+    found = demand(sent(IMAGES), target)
+    assert (found.output_maximum, found.initial_hold, found.input > 0) == (reserved, reserved, True)
+    assert demand(sent(IMAGES), replace(target, max_output_tokens=1000)).output_maximum == max(1000, price)
 
 
 def test_one_target_without_tokens_makes_the_call_one_that_is_billed_by_the_piece():
     """Any of the targets may answer it. Reserved is the largest demand of all."""
     states, is_by_piece = model("gpt-image-1"), model("dall-e-3")
     for first, second in ((states, is_by_piece), (is_by_piece, states)):
-        assert counted_of(sent(IMAGES), replace(first, others=(second,))) is Uses.REQUEST
+        assert certain_uses_of(sent(IMAGES), replace(first, others=(second,))) is Uses.REQUEST
         both = largest_demand([demand(sent(IMAGES), each) for each in (first, second)])
         assert both == demand(sent(IMAGES), states)
-    assert counted_of(sent(IMAGES), replace(states, others=(states,))) is Uses.INPUT_AND_OUTPUT
+    assert certain_uses_of(sent(IMAGES), replace(states, others=(states,))) is Uses.INPUT_AND_OUTPUT
 
 
 @pytest.mark.parametrize("endpoint", [each for each in METERED if not each.by_piece], ids=ids)
 def test_on_other_endpoints_every_quota_covers_every_call(endpoint: Endpoint):
     """Also moderations, embeddings and token counts, of which some quotas count nothing. A price does not apply."""
     target, request = model("dall-e-3", tokens_per_request=9, tokens_per_image=9), sent(endpoint)
-    assert counted_of(request, target) is Uses.INPUT_AND_OUTPUT
+    assert certain_uses_of(request, target) is Uses.INPUT_AND_OUTPUT
     assert (uses_of(request, target), price_of(request, target)) == (endpoint.uses, 0)
 
 

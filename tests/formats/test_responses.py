@@ -134,12 +134,12 @@ def test_a_response_that_the_upstream_has_not_finished_has_an_error() -> None:
     begun = response_event("response.created", response={"id": "resp_1"})
     for last in ("completed", "incomplete"):
         meter = watch(begun + response_event(f"response.{last}", response={}), request(RESPONSES))[0]
-        meter.flush()
+        meter.end()
         assert not meter.has_error
         assert not whole({"id": "resp_1", "status": last}, RESPONSES).has_error
     meter = watch(begun, request(RESPONSES))[0]
     assert not meter.has_error
-    meter.flush()
+    meter.end()
     assert meter.has_error
     for status in ("queued", "in_progress", "failed"):
         assert whole({"id": "resp_1", "status": status}, RESPONSES).has_error
@@ -179,10 +179,10 @@ def test_a_done_after_a_response_is_accepted() -> None:
         ("response.custom_tool_call_input.delta", "é" * 200, 400),
         ("response.output_text.delta", "", 0),
         ("response.output_text.delta", None, 0),
-        ("response.output_text.delta", {"text": "x"}, 0),
+        ("response.output_text.delta", {"text": "x"}, 1),
         ("response.output_text.done", "x" * 400, 0),
-        (None, "x" * 400, 0),
-        (7, "x" * 400, 0),
+        (None, "x" * 400, 400),
+        (7, "x" * 400, 400),
     ],
 )
 def test_every_delta_of_text_is_counted(kind: object, delta: object, tokens: int) -> None:
@@ -606,3 +606,11 @@ def test_an_error_in_a_stream_of_responses_has_both_forms() -> None:
     assert (first, rest) == (b"event: error", [b"", b""])
     flat = {"type": "error", "code": "upstream_error", "message": "It broke\nhalf way.", "param": None}
     assert json.loads(second.removeprefix(b"data: ")) == {**flat, **error.body()}
+
+
+def test_only_its_last_event_ends_a_response() -> None:
+    """Not `[DONE]`: the upstream may go on with it, and it could then be read there."""
+    for rest, is_broken in ((DONE, True), (response_event("response.completed", response={}) + DONE, False)):
+        meter, _ = watch(HELLO + rest, request(RESPONSES))
+        meter.end()
+        assert (meter.is_over, meter.has_error) == (True, is_broken)

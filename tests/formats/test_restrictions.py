@@ -1,10 +1,11 @@
-"""Requests that cost or reach more than quotas see are refused unless the policy allows them; messages say how."""
+"""What is refused whatever the policy says, and what the operator adds. Messages say what to change."""
 
 import json
 
 import pytest
 
 from proxy.errors import InvalidRequest
+from proxy.formats.allowance import check_allowance
 from proxy.formats.endpoints import (
     CHAT,
     COMPACT,
@@ -22,7 +23,6 @@ from proxy.formats.endpoints import (
 )
 from proxy.formats.request import parse_form_request, parse_request
 from proxy.formats.restrictions import (
-    check_allowance,
     check_model_name,
     check_name_form,
     check_refused_fields,
@@ -33,27 +33,12 @@ from proxy.formats.strict_json import DEPTH_MAX
 from proxy.policy.catalog import Allow
 from tests.formats.test_request import GENERATING, HUGE, form, parse
 
-NOTHING = Allow()
 OF_RESPONSES = [RESPONSES, COMPACT, INPUT_TOKENS]
 
 
 def ids(value: object) -> str | None:
     """Names endpoints in the ids of tests."""
     return value.name if isinstance(value, Endpoint) else None
-
-
-def check(endpoint: Endpoint, allow: Allow = NOTHING, **fields: object) -> None:
-    """Check a request with these fields."""
-    check_allowance(endpoint, parse(endpoint, **fields).body, allow)
-
-
-def not_allowed(endpoint: Endpoint, allow: Allow = NOTHING, **fields: object) -> InvalidRequest:
-    """The error with which a request with these fields is refused."""
-    with pytest.raises(InvalidRequest) as caught:
-        check(endpoint, allow, **fields)
-    assert (caught.value.status, caught.value.code) == (400, "unsupported_parameter")
-    assert len(caught.value.message) < 300
-    return caught.value
 
 
 def refused(endpoint: Endpoint = CHAT, **fields: object) -> InvalidRequest:
@@ -215,7 +200,7 @@ COSTS = (
 @pytest.mark.parametrize("name", ROUTING)
 def test_no_field_changes_where_a_call_goes(endpoint: Endpoint, name: str) -> None:
     """The upstream may be another gateway that reads them (T24, CVE-2024-6587)."""
-    for value in ("http://evil.example", {"a": "b"}, "", ["x"], {}, True, 1, 0):
+    for value in ("http://evil.example", {"a": "b"}, ["x"], {}, True, 1, 0):
         error = refused(endpoint, **{name: value})
         assert (error.param, error.code) == (name, "unsupported_parameter")
 
@@ -227,7 +212,7 @@ def test_fields_that_cost_more_than_the_request_shows_are_refused_everywhere(end
 
     A gateway reads them on any surface, whichever vendor invented them.
     """
-    for value in (True, "true", {"id": "x"}, ["x"], {}, ""):
+    for value in (True, "true", {"id": "x"}, ["x"], {}):
         error = refused(endpoint, **{name: value})
         assert (error.param, error.code) == (name, "unsupported_parameter")
 
@@ -281,12 +266,12 @@ def test_a_prompt_of_completions_may_be_an_object_without_an_id() -> None:
 
 
 @pytest.mark.parametrize("endpoint", METERED, ids=ids)
-def test_a_refused_field_may_be_null_false_or_an_empty_list(endpoint: Endpoint) -> None:
-    """SDKs send them for options that their user did not set."""
+def test_a_refused_field_may_be_null_false_or_empty(endpoint: Endpoint) -> None:
+    """SDKs send them for options that their user did not set. An empty text or list names nothing."""
     for name in refused_fields(endpoint):
-        for unused in (None, False, []):
+        for unused in (None, False, [], ""):
             assert parse(endpoint, **{name: unused}).document[name] == unused
-        for used in ({}, [{}], [None], ""):
+        for used in ({}, [{}], [None]):
             assert refused(endpoint, **{name: used}).param == name if (name, used) != ("prompt", {}) else True
     assert parse(RESPONSES, previous_response_id="").previous_response_id is None
 
@@ -307,12 +292,49 @@ def test_two_objects_are_no_use_of_their_field(endpoint: Endpoint) -> None:
         {"providerOptions": {"gateway": {"models": ["o3"]}}},
         {"google": {"cached_content": "cachedContents/1"}},
         {"google": [{"cachedContent": "cachedContents/1"}]},
+        {"gateway": {"models": ["o3"]}},
+        {"nvext": {"models": ["o3"]}},
+        {"nvext": {"backend_instance_id": 0}},
+        {"nvext": {"token_data": [1, 2]}},
+        {"venice_parameters": {"enable_web_search": "auto"}},
+        {"venice_parameters": {"enable_web_scraping": True}},
+        {"venice_parameters": {"character_slug": "alan-watts"}},
     ],
 )
 def test_options_that_are_passed_on_have_no_refused_members(options: dict) -> None:
     """Gateways pass them on as a whole; their other members are the vendor's."""
     assert refused(CHAT, **options).param == next(iter(options))
     parse(CHAT, **{name: {"thinking_config": {"include_thoughts": True}} for name in options})
+    parse(CHAT, venice_parameters={"enable_web_search": "off", "enable_web_scraping": False, "character_slug": ""})
+    parse(CHAT, gateway={"order": ["azure"]}, nvext={"agent_hints": {"priority": 5}, "extra_fields": ["timing"]})
+
+
+@pytest.mark.parametrize("endpoint", METERED, ids=ids)
+def test_fields_that_steer_a_gateway_are_refused(endpoint: Endpoint) -> None:
+    """LiteLLM reads them in the body: where its reports go, what it repeats, searches, costs, and makes up."""
+    names = (
+        "langfuse_host langfuseHost langfuse_secret_key langsmith_base_url dd_agent_host posthog_api_url callbacks "
+        "success_callback failure_callback service_callback logger_fn no-log litellm_disabled_callbacks num_retries "
+        "max_retries retry_policy input_cost_per_token outputCostPerToken cache_read_input_token_cost tiered_pricing "
+        "mock_response mock_tool_calls mockResponse mock_timeout ssl_verify proxy silent_model base_model azure "
+        "auto_router_default_model token_exchange_endpoint preset_cache_key enable_web_search google_search "
+        "token_data"
+    ).split()
+    for name in names:
+        for value in ("https://evil.example", ["x"], 0, True, {}):
+            assert refused(endpoint, **{name: value}).code == "unsupported_parameter"
+        parse(endpoint, **{name: None})
+    parse(endpoint, enable_web_search="off", tags=["a"], cost="x", costume="x", dd="x", ttl=60, timeout=30)
+
+
+def test_metadata_do_not_redirect_reports() -> None:
+    """LiteLLM reads them there too. All else in metadata is the user's own, and so are tags."""
+    for field in ("metadata", "litellm_metadata"):
+        for name in ("langfuse_host", "langfuse_secret_key", "arize_api_key", "posthog_api_url"):
+            assert refused(CHAT, **{field: {name: "https://evil.example"}}).param == "metadata"
+            parse(CHAT, **{field: {name: ""}})
+        own = {"langfuse_session_id": "s", "tags": ["a"], "route": "x", "conversation_id": "c", "host": "h"}
+        parse(CHAT, **{field: own})
 
 
 @pytest.mark.parametrize("endpoint", [MESSAGES, COUNT_TOKENS], ids=ids)
@@ -462,6 +484,36 @@ def test_stored_files_in_messages_are_found_at_any_depth(kind: str) -> None:
         assert refused(MESSAGES, messages=[{"role": "user", "content": [block]}]).param == "file_id"
 
 
+def test_stored_files_are_found_in_the_text_of_a_system_message() -> None:
+    """DashScope reads them there, without any field of its own."""
+    text = "fileid://file-fe-1,fileid://file-fe-2"
+    for content in (text, [{"type": "text", "text": text}]):
+        turn = {"role": "system", "content": content}
+        for turns in ([{"role": "user", "content": "hi"}, turn], turn, [{**turn, "name": "n"}]):
+            assert refused(CHAT, messages=turns).param == "messages"
+        parse(CHAT, messages=[{"role": "user", "content": content}, {"role": "user", "content": "system"}])
+
+
+@pytest.mark.parametrize("kind", ["bash_code_execution_output", "code_execution_output"])
+def test_files_that_an_offered_tool_has_made_may_be_repeated(kind: str) -> None:
+    """The second turn of a conversation with Anthropic's code execution has them. The tool needs permission."""
+    result = {"type": "bash_code_execution_result", "stdout": "", "content": [{"type": kind, "file_id": "file_1"}]}
+    block = {"type": "bash_code_execution_tool_result", "tool_use_id": "t", "content": result}
+    messages = [{"role": "assistant", "content": [block]}]
+    tools = [{"type": "code_execution_20250825", "name": "code_execution"}]
+    body = parse(MESSAGES, messages=messages, tools=tools).body
+    check_allowance(MESSAGES, body, Allow(frozenset(["code_execution_20250825"])))
+    with pytest.raises(InvalidRequest) as caught:
+        check_allowance(MESSAGES, body, Allow())
+    assert caught.value.param == "tools"
+    assert refused(MESSAGES, messages=messages).param == "file_id"
+    assert refused(MESSAGES, messages=messages, tools=[{"name": "code_execution_x", "input_schema": {}}])
+    assert refused(CHAT, messages=messages, tools=tools).param == "file_id"
+    for other in ({"type": "container_upload", "file_id": "file_1"}, {"type": kind, "file_id": "f", "source": {}}):
+        result["content"] = [other]
+        assert refused(MESSAGES, messages=messages, tools=tools).param == "file_id"
+
+
 # ----------------------------------------------------------------------------------------------------------- numbers
 
 
@@ -490,11 +542,26 @@ def test_a_request_to_responses_has_one_answer(name: str) -> None:
 
 
 def test_best_of_is_bounded_on_completions() -> None:
-    """On other endpoints it is an unknown field."""
+    """It counts as a number of answers."""
     assert parse(COMPLETIONS, best_of=128).choices == 128
     for value in (129, 0, -1, True, "2", 1.5):
         assert refused(COMPLETIONS, best_of=value).param == "best_of"
-    assert parse(CHAT, best_of="any").choices == 1
+
+
+@pytest.mark.parametrize("endpoint", [CHAT, RESPONSES, MESSAGES, COMPLETIONS, IMAGE_EDITS], ids=ids)
+@pytest.mark.parametrize("name", "best_of num_return_sequences candidate_count candidateCount n_samples".split())
+def test_other_names_for_a_number_of_answers_are_refused_above_one(endpoint: Endpoint, name: str) -> None:
+    """Older vLLM read `best_of` on chat: 20 answers are generated, and the usage of one is stated."""
+    if (endpoint, name) != (COMPLETIONS, "best_of"):
+        for value in (2, 20, 1.5, "20", [1], {}):
+            assert refused(endpoint, **{name: value}).param in ("best_of", name, "candidate_count")
+        for value in (0, 1, "1", None, "", False):
+            parse(endpoint, **{name: value})
+
+
+def test_best_of_of_whisper_is_no_number_of_answers() -> None:
+    """It asks for one transcript, the best of several attempts, which servers of Whisper make by default."""
+    assert parse_form_request(TRANSCRIPTIONS, form("model=m", "best_of=5")).choices == 1
 
 
 @pytest.mark.parametrize("value", [-2, 1.5, "10", True])
@@ -552,7 +619,11 @@ def test_stream_options_are_not_checked_on_responses() -> None:
         (("model=m",), ("model",), "model"),
         (("model=m",), ("Stream",), "stream"),
         (("model=m", "stream=1"), ("file",), "stream"),
-        (("model=m", "stream=True"), ("file",), "stream"),
+        (("model=m", "stream=TRUE"), ("file",), "stream"),
+        (("model=m", "models[]=", "models[]=o3", "models[]="), ("file",), "models"),
+        (("model=m", "models="), ("models",), "models"),
+        (("model=m", "background=true"), ("file",), "background"),
+        (("model=m", "num_images=2"), ("image",), "num_images"),
         (("model=m", "n=x"), ("image",), "n"),
         (("model=m", "n=\u0663"), ("image",), "n"),
         (("model=m", "n=0"), ("image",), "n"),
@@ -574,181 +645,20 @@ def test_a_form_with_an_ambiguous_field_is_refused(
     """Some servers read `model[]` as `model`, and others don't: a checked field has exactly one spelling."""
     with pytest.raises(InvalidRequest) as caught:
         parse_form_request(
-            IMAGE_EDITS if param in ("n", "svg", "api_base") else TRANSCRIPTIONS, form(*parts, files=files)
+            IMAGE_EDITS if param in ("n", "svg", "api_base", "num_images") else TRANSCRIPTIONS,
+            form(*parts, files=files),
         )
     assert caught.value.param == param
 
 
-# ----------------------------------------------------------------------------------------- what the policy may allow
-
-
-@pytest.mark.parametrize(
-    "tool",
-    [
-        {"type": "web_search"},
-        {"type": "mcp", "server_url": "http://x"},
-        {"type": None},
-        {},
-        "function",
-        None,
-        {"type": "tool_search"},
-        {"type": "tool_search", "execution": "server"},
-        {"type": "namespace", "name": "n"},
-    ],
-)
-@pytest.mark.parametrize("endpoint", OF_RESPONSES, ids=ids)
-def test_tools_that_run_at_the_upstream_are_refused(endpoint: Endpoint, tool: object) -> None:
-    """Each round there costs tokens that nothing bounds. Tools inside items and groups are refused too."""
-    given = [{"type": "function", "name": "f"}, tool]
-    assert not_allowed(endpoint, tools=given).param == "tools"
-    assert not_allowed(endpoint, input=["text", {"type": "additional_tools", "tools": given}]).param == "tools"
-    within = [{"type": "namespace", "name": "n", "tools": given}]
-    assert not_allowed(endpoint, tools=within).param == "tools"
-    assert not_allowed(endpoint, tools=[{"type": "namespace", "tools": within}]).param == "tools"
-    assert not_allowed(endpoint, input=[{"type": "tool_search_output", "tools": within}]).param == "tools"
-
-
-@pytest.mark.parametrize("endpoint", [CHAT, *OF_RESPONSES, MESSAGES], ids=ids)
-@pytest.mark.parametrize(
-    "tools",
-    [
-        {"type": "web_search"},
-        {"a": {"type": "web_search"}},
-        [[{"type": "web_search"}]],
-        "web_search",
-        {"type": "namespace", "tools": {"type": "web_search"}},
-        {"type": "namespace", "tools": "web_search"},
-    ],
-)
-def test_a_tool_needs_permission_in_any_shape(endpoint: Endpoint, tools: object) -> None:
-    """PHP reads a mapping as a list, and lenient servers take a single tool for a list of one."""
-    assert not_allowed(endpoint, tools=tools).param == "tools"
-    assert not_allowed(endpoint, input={"type": "additional_tools", "tools": tools}).param == "tools"
-    assert not_allowed(endpoint, input=[[{"type": "additional_tools", "tools": tools}]]).param == "tools"
-    assert not_allowed(endpoint, messages=[{"role": "system", "content": "x", "tools": tools}]).param == "tools"
-
-
-def test_tools_that_the_client_runs_are_allowed() -> None:
-    """Functions, custom tools, groups of them (Codex sends such) and a search that the client makes among them.
-
-    The request shows all that the model reads of them. A tool that is not in a list is checked like one that is.
-    """
-    schema = {"type": "object", "properties": {"file_id": {"type": "string"}, "container": {"type": "string"}}}
-    check(RESPONSES, tools=[{"type": "function", "name": "f", "parameters": schema}, {"type": "custom", "name": "c"}])
-    group = {"type": "namespace", "name": "n", "tools": [{"type": "function", "name": "f", "parameters": schema}]}
-    check(RESPONSES, tools=[group, {"type": "tool_search", "execution": "client", "parameters": schema}])
-    check(RESPONSES, input=[{"type": "additional_tools", "tools": [group, {"type": "namespace", "tools": [group]}]}])
-    check(RESPONSES, tools={"type": "function", "name": "f", "parameters": schema})
-    check(RESPONSES, tools={"type": "namespace", "name": "n", "tools": {"type": "function", "name": "f"}})
-    check(RESPONSES, input=[{"type": "additional_tools", "tools": [{"type": "function", "name": "f"}]}])
-    check(
-        RESPONSES, input=[{"type": "mcp_list_tools", "tools": [{"name": "f"}]}]
-    )  # repeats what a server once listed
-    check(CHAT, tools=[{"type": "function"}])
-
-
-@pytest.mark.parametrize("endpoint", [MESSAGES, COUNT_TOKENS], ids=ids)
-def test_tools_that_anthropic_defines_are_allowed_only_by_their_types(endpoint: Endpoint) -> None:
-    """Anthropic's description of them is input that the request doesn't show. A user's own tools need no type."""
-    own = [{"name": "f", "input_schema": {}}, {"type": "custom", "name": "g", "input_schema": {}}]
-    check(endpoint, tools=own)
-    for kind in ("web_search_20250305", "bash_20250124"):
-        error = not_allowed(endpoint, tools=[*own, {"type": kind, "name": "t"}])
-        assert f'"allow: {{tools: [{kind}]}}"' in error.message
-        check(endpoint, Allow(frozenset([kind])), tools=[*own, {"type": kind, "name": "t"}])
-    assert not_allowed(endpoint, tools=["web_search"]).param == "tools"
-    assert not_allowed(RESPONSES, tools=[{"name": "f"}]).param == "tools"  # a type is required there
-
-
-def test_the_error_for_a_tool_without_a_type_names_no_setting() -> None:
-    """The user has to correct the request; no setting of the operator allows it."""
-    message = not_allowed(RESPONSES, tools=[{"name": "f"}]).message
-    assert ('an object with a "type"' in message, "allow" in message) == (True, False)
-
-
-@pytest.mark.parametrize("endpoint", [CHAT, RESPONSES, MESSAGES], ids=ids)
-def test_the_type_of_a_tool_in_another_case_is_refused(endpoint: Endpoint) -> None:
-    """A gateway in Go takes the last of two spellings. The parameters of a function may have any name."""
-    own = {"type": "custom", "name": "f", "input_schema": {"Type": "x", "Tools": []}}
-    check(endpoint, tools=[own])
-    for spelling in ("Type", "TYPE", "Tools", "tool\u017f"):
-        with pytest.raises(InvalidRequest) as caught:
-            check(endpoint, tools=[{**own, spelling: "web_search"}])
-        assert (caught.value.status, caught.value.param) == (400, "tools")
-
-
-def test_a_tool_is_allowed_by_its_exact_type() -> None:
-    """Permission for `web_search` does not include `web_search_preview`."""
-    allow = Allow(frozenset(["web_search", "mcp", "code_interpreter"]))
-    check(RESPONSES, allow, tools=[{"type": "web_search"}, {"type": "mcp", "server_url": "https://a.example"}])
-    check(RESPONSES, allow, tools=[{"type": "code_interpreter", "container": {"type": "auto"}}])
-    inner = {"type": "function", "name": "f", "parameters": {"file_id": {}}}
-    check(RESPONSES, allow, tools=[{"type": "namespace", "name": "n", "tools": [inner]}])
-    error = not_allowed(RESPONSES, allow, tools=[{"type": "web_search_preview"}])
-    assert '"allow: {tools: [web_search_preview]}"' in error.message
-    assert not_allowed(RESPONSES, tools=[{"type": "x" * 900}]).param == "tools"
-
-
-@pytest.mark.parametrize(
-    "tool",
-    [
-        {"type": "file_search", "vector_store_ids": ["vs_1"]},
-        {"type": "code_interpreter", "container": "cntr_1"},
-        {"type": "code_interpreter", "container": {"type": "auto", "file_ids": ["file_1"]}},
-        {"type": "shell", "environment": {"type": "container_reference", "container_id": "cntr_1"}},
-        {"type": "shell", "environment": {"skills": [{"type": "skill_reference", "skill_id": "skill_1"}]}},
-        {"type": "image_generation", "input_image_mask": {"file_id": "file_1"}},
-        {"type": "file_search", "Vector_Store_IDs": ["vs_1"]},
-        {"type": "file_search", "vectorStoreIds": ["vs_1"]},
-        {"type": "document_library", "library_ids": ["lib_1"]},
-        {"type": "code_interpreter", "CONTAINER": "cntr_1"},
-        {"type": "code_interpreter", "container": ["cntr_1"]},
-    ],
-)
-def test_an_allowed_tool_reaches_nothing_that_is_stored(tool: dict) -> None:
-    """All users share the upstream account, so a stored thing may be another user's."""
-    assert "stored at the upstream" in not_allowed(RESPONSES, Allow(frozenset([tool["type"]])), tools=[tool]).message
-
-
-def test_tools_that_other_vendors_run_on_chat_need_permission() -> None:
-    """The same as on /responses."""
-    own = {"type": "function", "function": {"name": "f"}}
-    assert "tools: [browser_search]" in not_allowed(CHAT, tools=[own, {"type": "browser_search"}]).message
-    check(CHAT, Allow(frozenset(["browser_search"])), tools=[own, {"type": "browser_search"}])
-
-
-def test_web_search_options_need_the_permission_for_web_search() -> None:
-    """On /chat/completions the tool has a field of its own."""
-    error = not_allowed(CHAT, web_search_options={})
-    assert (error.param, "tools: [web_search]" in error.message) == ("web_search_options", True)
-    check(CHAT, Allow(frozenset(["web_search"])), web_search_options={})
-    assert not_allowed(COMPLETIONS, web_search_options={}).param == "web_search_options"
-    for unused in (None, False, []):
-        check(CHAT, web_search_options=unused)
-
-
-@pytest.mark.parametrize("endpoint", [CHAT, COMPLETIONS, RESPONSES], ids=ids)
-def test_a_service_tier_other_than_the_usual_needs_permission(endpoint: Endpoint) -> None:
-    """It changes the price of the call."""
-    for usual in (None, "auto", "default", "standard_only"):
-        check(endpoint, service_tier=usual)
-    assert '"allow: {service_tiers: [priority]}"' in not_allowed(endpoint, service_tier="priority").message
-    check(endpoint, Allow(service_tiers=frozenset(["priority"])), service_tier="priority")
-    for other in ("flex", "PRIORITY", ["priority"], {"priority": 1}, True):
-        assert (
-            not_allowed(endpoint, Allow(service_tiers=frozenset(["priority"])), service_tier=other).param
-            == "service_tier"
-        )
-
-
-@pytest.mark.parametrize("endpoint", [CHAT, RESPONSES], ids=ids)
-def test_store_is_refused_if_the_operator_forbids_it(endpoint: Endpoint) -> None:
-    """The upstream would keep the answer for a month, in an account that all users share."""
-    for unused in (None, False, []):
-        check(endpoint, Allow(store=False), store=unused)
-    for used in (True, "true", 1):
-        assert '"allow: {store: true}"' in not_allowed(endpoint, Allow(store=False), store=used).message
-        check(endpoint, store=used)
+def test_a_refused_field_of_a_form_may_be_false_or_empty() -> None:
+    """Forms have neither null nor false nor [], so clients write a text. Python writes False."""
+    parts = "background=false webhook=False models= models[]= vector_store_ids= api_base= deferred=false".split()
+    request = parse_form_request(TRANSCRIPTIONS, form("model=m", *parts, "stream=True"))
+    assert (request.stream, request.used_fields) == (True, ["model", "stream", "file"])
+    assert parse_form_request(TRANSCRIPTIONS, form("model=m", "stream=False")).stream is False
+    request = parse_form_request(IMAGE_EDITS, form("model=false", "prompt=False", "num_images=1"))
+    assert (request.model, request.document["prompt"]) == ("false", "False")
 
 
 # --------------------------------------------------------------------------------------- what the operator refuses
@@ -766,9 +676,9 @@ def test_fields_that_the_operator_refuses(name: str) -> None:
 
 
 def test_the_fields_that_a_request_uses() -> None:
-    """0 and "" are values."""
+    """0 is a value."""
     request = parse(CHAT, a=None, b=False, c=[], d={}, e=0, f="", g=True)
-    assert used_fields(request.body) == ["model", "d", "e", "f", "g"]
+    assert used_fields(request.body) == ["model", "d", "e", "g"]
 
 
 # ----------------------------------------------------------------------------------------- names of unlisted models
@@ -777,7 +687,9 @@ def test_the_fields_that_a_request_uses() -> None:
 @pytest.mark.parametrize(
     "name",
     "@preset/x openai/gpt-4o@preset/x @PRESET/x gpt-4o:online gpt-4o:ONLINE gpt-4o:free:online gpt-4o:online:free "
-    "openrouter/auto OpenRouter/Auto openrouter/auto:nitro gpt-4o,o3 model#deployment http://evil.example/m".split(),
+    "openrouter/auto OpenRouter/Auto openrouter/auto:nitro openrouter/fusion openrouter/fusion-flash "
+    "openrouter/openrouter/free openrouter/pareto-code auto kilo/auto auto:fast ~openai/gpt-4o openrouter/~x/y a|b "
+    "gpt-4o:surfing gpt-4o,o3 model#deployment http://evil.example/m".split(),
 )
 def test_a_name_asks_for_nothing_that_is_refused_as_a_field(name: str) -> None:
     """Presets, searches, other models, deployments and addresses."""
@@ -790,7 +702,8 @@ def test_a_name_asks_for_nothing_that_is_refused_as_a_field(name: str) -> None:
 @pytest.mark.parametrize(
     "name",
     "gpt-4o gpt-4o-2024-08-06 ft:gpt-4o:acme::x openai/gpt-4o:free llama3:latest @cf/meta/llama-3 sonar-small-online "
-    "hf.co/a/b:Q4_K_M openai/gpt-4o:nitro onlinemodel:onlinex x@presets claude-3-5-sonnet@20240620".split(),
+    "hf.co/a/b:Q4_K_M openai/gpt-4o:nitro onlinemodel:onlinex x@presets autocoder "
+    "org/auto-1 openrouter/sonoma-sky-alpha x~y claude-3-5-sonnet@20240620".split(),
 )
 def test_other_names_are_names(name: str) -> None:
     """Tags, snapshots, variants and namespaces."""
@@ -810,3 +723,124 @@ def test_a_name_that_no_call_may_have_is_refused_alone(name: str) -> None:
     with pytest.raises(InvalidRequest) as alone:
         check_name_form(name)
     assert (alone.value.message, alone.value.param) == (refused(model=name).message, "model")
+
+
+# ------------------------------------------------------------------------------------------------------ real clients
+
+HELLO = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+FUNCTION = {"type": "function", "function": {"name": "web_search", "parameters": {"type": "object"}}}
+CLIENTS: dict[str, tuple[Endpoint, dict]] = {
+    "Open WebUI": (
+        CHAT,
+        {
+            "stream": True,
+            "stream_options": {"include_usage": True},
+            "chat_id": "c",
+            "session_id": "s",
+            "id": "m",
+            "features": {"image_generation": False, "web_search": False, "code_interpreter": False},
+            "params": {},
+            "files": [{"type": "file", "id": "f"}],
+            "tool_ids": [],
+            "tool_servers": [],
+            "filter_ids": [],
+            "variables": {"{{USER_NAME}}": "A"},
+            "model_item": {"id": "m", "info": {"base_model_id": None}},
+            "background_tasks": {"title_generation": True, "tags_generation": True},
+            "metadata": {"chat_id": "c", "session_id": "s", "files": []},
+        },
+    ),
+    "LibreChat": (
+        CHAT,
+        {
+            "stream": True,
+            "user": "u",
+            "include_reasoning": True,
+            "reasoning": {"effort": "low"},
+            "plugins": [],
+            "presence_penalty": 0,
+            "stop": [],
+            "tools": [FUNCTION],
+            "tool_choice": "auto",
+        },
+    ),
+    "Cline and Roo": (
+        CHAT,
+        {
+            "stream": True,
+            "temperature": 0,
+            "transforms": ["middle-out"],
+            "provider": {"order": ["azure"], "allow_fallbacks": False, "data_collection": "deny"},
+            "include_reasoning": True,
+            "thinking": {"type": "enabled", "budget_tokens": 1024},
+            "tools": [FUNCTION],
+            "parallel_tool_calls": False,
+            "prompt_cache_key": "task",
+        },
+    ),
+    "Continue": (COMPLETIONS, {"prompt": "a", "suffix": "b", "stop": ["\n"], "max_tokens": 64, "best_of": None}),
+    "aider": (CHAT, {"stream": True, "temperature": 0, "extra_headers": None, "extra_body": None}),
+    "LangChain": (
+        CHAT,
+        {"n": 1, "logit_bias": {}, "response_format": {"type": "text"}, "extra_headers": None, "metadata": None},
+    ),
+    "LangChain's completions": (COMPLETIONS, {"prompt": ["a"], "best_of": 1, "n": 1, "logit_bias": {}}),
+    "LlamaIndex": (
+        CHAT,
+        {"temperature": 0.1, "stream": False, "tools": [], "functions": None, "service_tier": "auto"},
+    ),
+    "n8n": (CHAT, {"frequency_penalty": 0, "presence_penalty": 0, "top_p": 1, "n": 1, "timeout": 60000}),
+    "SillyTavern": (
+        CHAT,
+        {
+            "stream": True,
+            "transforms": ["middle-out"],
+            "plugins": [],
+            "include_reasoning": False,
+            "provider": {"allow_fallbacks": True, "order": []},
+            "top_k": 0,
+            "top_a": 0,
+            "min_p": 0,
+            "repetition_penalty": 1,
+            "logit_bias": {},
+            "stop": [],
+            "user": "",
+        },
+    ),
+    "SillyTavern's completions": (
+        COMPLETIONS,
+        {
+            "prompt": "a",
+            "num_beams": 1,
+            "sampler_order": [6, 0],
+            "grammar_string": "",
+            "negative_prompt": "",
+            "guidance_scale": 1,
+            "custom_token_bans": "",
+            "dynatemp_range": 0,
+            "n": 1,
+        },
+    ),
+    "Dify": (CHAT, {"stream": True, "user": "u", "stop": [], "enable_thinking": False, "enable_search": False}),
+    "Zed": (
+        CHAT,
+        {"stream": True, "stop": [], "max_completion_tokens": 8, "prompt_cache_key": "t", "reasoning_effort": None},
+    ),
+    "JetBrains": (CHAT, {"stream": True, "n": 1, "functions": [], "temperature": 0.2, "store": False}),
+    "OpenAI's SDK for .NET": (RESPONSES, {"background": False, "prompt": {}, "conversation": None, "tools": []}),
+    "LM Studio": (CHAT, {"stream": True, "ttl": 300, "reasoning_effort": "low"}),
+    "Zhipu's SDK": (CHAT, {"request_id": None, "do_sample": True, "sensitive_word_check": None, "extra": None}),
+    "an empty text for what is not set": (CHAT, {"organization": "", "conversation_id": "", "api_base": ""}),
+}
+
+
+@pytest.mark.parametrize("client", CLIENTS)
+def test_fields_of_real_clients_pass(client: str) -> None:
+    """What these programs send for options that are not set, and fields of their own that no server reads."""
+    endpoint, fields = CLIENTS[client]
+    turns = {} if "prompt" in fields and endpoint is COMPLETIONS else {"messages": HELLO}
+    if endpoint is RESPONSES:
+        turns = {"input": HELLO}
+    request = parse(endpoint, **turns, **fields)
+    assert request.choices == 1
+    check_allowance(endpoint, request.body, Allow())

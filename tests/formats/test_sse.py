@@ -199,10 +199,16 @@ def test_an_event_of_several_megabytes_is_parsed() -> None:
         b":\n",
         b"\xef\xbb\xbfdata: 1",
         b"\r\n\n\rdata: 1",
+        b" \ndata: 1",
+        b" \t\r\n\r\n  \ndata: 1",
+        b"x: 1\ndata: 1",
+        b"x-request-id:1\r\nx:\rdata: 1",
+        b"database: 1\n: waiting",
+        b" data: 1\ndata: 1",
     ],
 )
 def test_a_stream_is_recognized_by_its_first_line(body: bytes) -> None:
-    """As soon as the line's field is complete, and not before."""
+    """As soon as the line's field is complete, and not before. Blanks and other fields before it are ignored."""
     decided = [begins_with_event(body[:end]) for end in range(len(body) + 1)]
     first = decided.index(True)
     assert decided == [None] * first + [True] * (len(body) + 1 - first)
@@ -214,11 +220,11 @@ def test_a_stream_is_recognized_by_its_first_line(body: bytes) -> None:
         b"{",
         b"[",
         b"  {",
-        b" data: 1",
-        b"dates",
-        b"database: 1",
+        b"dates and more",
+        b"x y: 1\ndata: 1",
+        b"x: 1\n{",
         b"<html>",
-        b"ID3",
+        b"ID3\x04",
         b"\xff\xfb",
         b"\n\n{",
         b"\xef\xbbd",

@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 
 from proxy.errors import UpstreamError
 from proxy.formats.endpoints import CHAT, RESPONSES, Endpoint
+from proxy.formats.mask import Mask
 from proxy.formats.request import parse_request
 from proxy.formats.sse import EVENT_BYTES_MAX, Splitter
 from proxy.formats.stream import Stream
 from proxy.formats.surfaces import meter_of
 from proxy.policy.amounts import Tokens
-from tests.formats.streams import unmasked
 
 WORD = b'data: {"choices":[{"index":0,"delta":{"content":"x"}}]}\n\n'
 FINISH = b'data: {"choices":[{"index":0,"delta":{},"finish_reason":"stop"}]}\n\n'
@@ -28,7 +28,7 @@ ALL = 10**12
 
 def _stream(body: bytes = ASKED, endpoint: Endpoint = CHAT) -> Stream:
     """A new stream; each character of its text is a token."""
-    return Stream(meter_of(parse_request(endpoint, body), count=len), mask=unmasked)
+    return Stream(meter_of(parse_request(endpoint, body), count=len), mask=Mask(None))
 
 
 def _word(text: str) -> bytes:
@@ -87,7 +87,7 @@ def test_an_event_without_its_blank_line_is_counted(last: bytes, seen: int, line
     """
     seen += last == b"data: half" and line_end == b"\n\n"
     meter = meter_of(parse_request(CHAT, ASKED), count=len)
-    stream = Stream(meter, mask=unmasked)
+    stream = Stream(meter, mask=Mask(None))
     passed = stream.feed(WORD + last.rstrip() + line_end, covered=ALL)
     stream.close(covered=ALL)
     assert passed + stream.end() == WORD + last.rstrip() + line_end
@@ -98,7 +98,7 @@ def test_an_event_without_its_blank_line_is_counted(last: bytes, seen: int, line
 def test_an_event_without_its_blank_line_may_belong_to_the_end(before: bytes, last: bytes) -> None:
     """Or it shows that a usage chunk before it was not the end. Either way each byte is sent once, in order."""
     meter = meter_of(parse_request(CHAT, ASKED), count=len)
-    stream = Stream(meter, mask=unmasked)
+    stream = Stream(meter, mask=Mask(None))
     assert stream.feed(WORD + before + last.rstrip(), covered=ALL) == WORD
     stream.close(covered=ALL)
     assert stream.end() == before + last.rstrip()
@@ -112,7 +112,7 @@ def test_an_event_without_its_blank_line_may_belong_to_the_end(before: bytes, la
 def test_the_last_bytes_of_a_large_event_are_not_counted_as_an_event() -> None:
     """The event was sent and counted in pieces; only its last bytes are left when the upstream closes."""
     meter = meter_of(parse_request(CHAT, ASKED), count=len)
-    stream = Stream(meter, mask=unmasked)
+    stream = Stream(meter, mask=Mask(None))
     large = b"data: " + b"x" * (EVENT_BYTES_MAX + 10)
     passed = stream.feed(large, covered=ALL)
     seen = meter.output_seen

@@ -169,8 +169,10 @@ def test_an_invalid_usage_gives_none(usage):
 )
 def test_output_that_only_the_total_includes_is_not_free(usage):
     """The total is 16 and the input 11, so 5 were generated: the result has 16 tokens or is None, never 11."""
-    tokens = read_tokens(usage)
-    assert tokens == Tokens(11, 5)
+    assert read_tokens(usage) == Tokens(11, 5)
+    assert read_usage(usage) == Stated(11, None)  # nothing is generated
+    assert read_usage({**usage, "citation_tokens": 4}, output_bound=10, extra=["citation_tokens"]) == Stated(11, 9)
+    assert read_usage(usage, output_bound=4) == Stated(11, None)
 
 
 @pytest.mark.parametrize(
@@ -180,6 +182,9 @@ def test_output_that_only_the_total_includes_is_not_free(usage):
         ({"prompt_tokens": 11, "completion_tokens": None}, Stated(11, None)),
         ({"prompt_tokens": 11, "completion_tokens": None, "total_tokens": None}, Stated(11, None)),
         ({"prompt_tokens": 11, "total_tokens": 5}, Stated(11, None)),
+        ({"prompt_tokens": 11, "total_tokens": 9999}, Stated(11, None)),
+        ({"prompt_tokens": 11, "completion_tokens": None, "total_tokens": 4108}, Stated(11, None)),
+        ({"prompt_tokens": 11, "total_tokens": 11}, Stated(11, 0)),
         ({"prompt_tokens": 11, "completion_tokens": 0}, Stated(11, 0)),
         ({"completion_tokens": 5}, Stated(None, 5)),
         ({"prompt_tokens": None, "completion_tokens": 5, "total_tokens": 16}, Stated(None, 5)),
@@ -193,6 +198,7 @@ def test_a_part_that_is_not_stated_is_unknown_and_not_zero(usage, stated):
 
 
 REASONED = {"completion_tokens_details": {"reasoning_tokens": 94}}
+REASONING = {"completion_tokens_details": {"reasoning_tokens": 9000}}
 CACHED = {"prompt_tokens_details": {"cached_tokens": 200}}
 
 
@@ -231,6 +237,9 @@ CACHED = {"prompt_tokens_details": {"cached_tokens": 200}}
             Tokens(10, 5, reasoning=5),
             id="a surplus beyond the bound that nothing explains",
         ),
+        pytest.param(
+            {"prompt_tokens": 10, "total_tokens": 9010, **REASONING}, Tokens(10, 9000, reasoning=9000), id="no output"
+        ),
         pytest.param(chat(10, 96, total_tokens=4106), Tokens(10, 4096), id="as much as the call can use"),
         pytest.param(chat(10, 96, total_tokens=4107), Tokens(10, 96), id="one more than the call can use"),
         pytest.param(chat(100, 50, total_tokens=350, **CACHED), Tokens(300, 50, cached=200), id="cached beside"),
@@ -263,7 +272,8 @@ CACHED = {"prompt_tokens_details": {"cached_tokens": 200}}
 def test_tokens_beside_the_output_are_not_free(usage, tokens):
     """What the total includes beyond input and output is output, or input if it is exactly the cached tokens."""
     assert read_tokens(usage) == tokens
-    assert read_usage(usage) == replace(read_usage(usage), output=usage.get("completion_tokens", 9))
+    stated_output = usage.get("completion_tokens", usage.get("output_tokens"))
+    assert read_usage(usage) == replace(read_usage(usage), output=stated_output)
 
 
 def test_additional_members_of_an_upstream_are_output():
@@ -277,7 +287,9 @@ def test_additional_members_of_an_upstream_are_output():
     assert read_usage(usage, extra=extra) == Stated(33, 700, reasoning=1000)  # nothing is generated
     assert read_usage({**usage, "citation_tokens": "many"}, output_bound=1, extra=extra) == Stated(33, 1700, 0, 1000)
     assert read_usage({"total_tokens": 16, "citation_tokens": 4}, output_bound=1, extra=extra) == Stated(total=20)
-    assert read_usage({"prompt_tokens": 16, "citation_tokens": 4}, output_bound=1, extra=extra) == Stated(16, None)
+    assert read_usage({"prompt_tokens": 16, "citation_tokens": 4}, output_bound=1, extra=extra) == Stated(
+        16, None, extra=4
+    )
     assert read_usage({**usage, "citation_tokens": REPORTED_MAX}, output_bound=1, extra=extra) is None
 
 
@@ -418,3 +430,37 @@ def test_complete_timings_of_llama_cpp_are_a_usage(timings, tokens):
     """The input is the sum of the tokens evaluated now and those in the cache."""
     stated = read_timings(timings)
     assert (None if stated is None else stated.tokens()) == tokens
+
+
+@pytest.mark.parametrize(
+    ("usage", "stated"),
+    [
+        (chat(11, 9, total_tokens=None, reasoning_tokens=94), Stated(11, 103, reasoning=94)),
+        (chat(11, 9, total_tokens=None, reasoning_tokens=9), Stated(11, 9, reasoning=9)),
+        (chat(11, 9, total_tokens=None, reasoning_tokens=4088), Stated(11, 9, reasoning=4088)),
+        (chat(11, 5, total_tokens=16, reasoning_tokens=4000), Stated(11, 5, reasoning=4000)),
+    ],
+)
+def test_reasoning_that_is_more_than_the_output_is_no_part_of_it(usage, stated):
+    """Unless a total says so, or it is more than the call could have used."""
+    assert read_usage(usage, output_bound=4096) == stated
+
+
+@pytest.mark.parametrize(
+    ("usage", "stated"),
+    [
+        (chat(0, 5, total_tokens=16), Stated(0, 5)),
+        (chat(0, 5, total_tokens=99, reasoning_tokens=94), Stated(0, 99, reasoning=94)),
+        (chat(0, 0, total_tokens=16), Stated(total=16)),
+        (chat(0, None, total_tokens=16), Stated(total=16)),
+    ],
+)
+def test_a_total_beside_an_input_of_0_may_be_the_input(usage, stated):
+    """The caller counts an input of 0, so the surplus is not charged again as output."""
+    assert read_usage(usage, output_bound=4096) == stated
+
+
+def test_a_total_alone_is_bounded():
+    """By what the caller knows of the input and the output."""
+    assert read_usage({"total_tokens": 60}, output_bound=50, total_bound=60) == Stated(total=60)
+    assert read_usage({"total_tokens": 61}, output_bound=50, total_bound=60) is None

@@ -127,7 +127,8 @@ class Plain:
     input_max: int
     is_readable: bool
     output_top: int = 0  # the same as `output_max`, also if a surplus in the total is not explained
-    says_nothing: bool = True  # no output: neither as a number, nor in the total
+    is_total: bool = False  # a total is all that it says, beside zeros
+    says_nothing: bool = True  # no output, neither as a number nor in a total that is believed
 
 
 def plain(usage: object) -> Plain:
@@ -146,15 +147,24 @@ def plain(usage: object) -> Plain:
     sections = [usage.get(name) for name in DETAILS]
     inner = [number(each) for section in sections if type(section) is dict for each in section.values()]
     explained = sum({each for each in inner if each})  # reasoning and cached tokens, whichever section they are in
-    output_max = stated_output or 0
-    if stated_output is None:
-        output_max = total or 0
-    elif total is not None and total - stated_output - (stated_input or 0) <= explained:
-        output_max = max(output_max, total - (stated_input or 0))
+    output_max, surplus = stated_output or 0, (total or 0) - (stated_output or 0) - (stated_input or 0)
+    is_total_all = stated_input is None and stated_output is None
+    if is_total_all or surplus <= explained:
+        output_max = max(output_max, (total or 0) - (stated_input or 0))
+    is_ignored = not is_total_all and surplus > max(explained, BOUND - (stated_output or 0))
     input_max = (stated_input or 0) + explained
-    says_nothing = not stated_output and (total or 0) <= (stated_input or 0)
+    says_nothing = not stated_output and (surplus <= 0 or is_ignored)
     top = max(output_max, (total or 0) - (stated_input or 0))
-    return Plain(stated_output, output_max, input_max, is_readable=True, output_top=top, says_nothing=says_nothing)
+    # Reasoning that is more than the output is no part of it, if no total says otherwise.
+    reasoned = max(
+        (number(each.get("reasoning_tokens")) or 0 for each in sections[1::2] if type(each) is dict), default=0
+    )
+    if total is None and stated_output is not None and stated_output < reasoned <= BOUND - stated_output:
+        top, says_nothing = max(top, stated_output + reasoned), False
+    is_total = bool(total) and not stated_input and not stated_output
+    return Plain(
+        stated_output, output_max, input_max, True, output_top=top, says_nothing=says_nothing, is_total=is_total
+    )
 
 
 def check(charged: Tokens, *, is_exact: bool, counted: int, stated: list[Plain], contradicts: bool) -> None:
@@ -175,6 +185,8 @@ def check(charged: Tokens, *, is_exact: bool, counted: int, stated: list[Plain],
         assert charged.output >= counted
     # Never below the largest that was stated.
     assert charged.output >= max(outputs, default=0)
+    # No prompt is empty.
+    assert not is_exact or charged.input or any(each.is_total for each in stated)
     if is_exact and not charged.output:
         assert counted == 0
 

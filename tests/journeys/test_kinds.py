@@ -15,12 +15,12 @@ import pytest
 from aiohttp import web
 
 from proxy.formats.endpoints import CHAT, COMPLETIONS, Endpoint
+from proxy.formats.mask import Mask
 from proxy.formats.meter import Meter
 from proxy.formats.request import Request, parse_request
 from proxy.formats.stream import Stream
 from proxy.formats.surfaces import meter_of
 from proxy.policy.amounts import TOKENS_MAX, AtLeast, Exactly, Tokens, Usage
-from tests.formats.streams import unmasked
 from tests.stage import STAFF, stage
 
 pytestmark = pytest.mark.journey
@@ -274,7 +274,7 @@ def _metered(recording: Recording, pieces: Iterator[bytes] | list[bytes]) -> tup
     """Feed these bytes to a meter and end the stream; return the meter and all bytes that the client gets."""
     request = _request(recording.endpoint)
     meter = meter_of(request, count=lambda text: len(text), kind=recording.kind)
-    stream = Stream(meter, mask=unmasked)
+    stream = Stream(meter, mask=Mask(None))
     shown = b"".join(stream.feed(piece, covered=TOKENS_MAX) for piece in pieces)
     stream.close(covered=TOKENS_MAX)
     return meter, shown + stream.end()

@@ -33,6 +33,8 @@ models:
   failing: {upstream: simulated, model: dall-e-3+status=500, tokens_per_image: 1000}
   rejected: {upstream: simulated, model: dall-e-3+status=400, tokens_per_image: 1000}
   slow: {upstream: simulated, model: dall-e-3+delay=0.05, tokens_per_image: 1000}
+  priced: {upstream: simulated, model: flux, tokens_per_image: 200}
+  silent-priced: {upstream: simulated, model: flux+no_usage, tokens_per_image: 200}
   silent: {upstream: simulated, model: gpt-image-1+no_usage}
   omni-moderation-latest: {upstream: simulated}
 """
@@ -67,6 +69,12 @@ async def form(on: Stage, path: str, **fields: str) -> Reply:
 async def image(on: Stage, model: str, **more: Any) -> Reply:
     """Ask for an image."""
     return await on.post(IMAGE[0], {**IMAGE[1], "model": model, **more})
+
+
+def answer_of(body: bytes) -> bytes:
+    """A whole answer with this body, in JSON."""
+    head = f"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    return head.encode() + body
 
 
 async def usage(on: Stage) -> tuple[int, int]:
@@ -180,6 +188,29 @@ async def test_a_model_that_should_report_tokens_and_does_not_is_charged_its_hol
         assert 2 * 8192 <= tokens < 2 * 8192 + 100
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_usage_of_zeros_makes_no_image_free(stream: bool, tmp_path: Path) -> None:
+    """Gateways such as LiteLLM write it if the vendor states none: a price, a reservation, or one request."""
+    usage_ = {"input_tokens": 0, "output_tokens": 0, "total_tokens": 0}
+    document = {"type": "image_generation.completed", "b64_json": "AAAA", "usage": usage_}
+
+    async def serve(metadata: Any, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        body = json.dumps(document).encode()
+        writer.write(stream_head("Connection: close") + b"data: " + body + b"\n\n" if stream else answer_of(body))
+        await writer.drain()
+
+    async with (
+        bare_upstream(serve) as upstream,
+        stage(policy("tokens: 50k, requests: 9"), folder=tmp_path, upstream=upstream.url, kind="openai") as on,
+    ):
+        used = []
+        for model in ("poster", "gpt-image-1", "unknown", "pictures"):
+            assert (await image(on, model, stream=stream, metadata={})).status == 200
+            used.append(await usage(on))
+        assert used[:3] == [(1200, 1), (1200, 2), (1200, 3)]
+        assert (8192 < used[3][0] - 1200 < 8192 + 100, used[3][1]) == (True, 4)
+
+
 # ------------------------------------------------------------------------------------------------------------- prices
 
 
@@ -194,8 +225,18 @@ async def test_a_price_is_held_and_charged_as_output(tmp_path: Path) -> None:
         assert (refused.status, "may need 2200" in refused.error["message"]) == (429, True)
         assert (await form(on, "/v1/images/variations", model="poster")).status == 200
         assert await usage(on) == (4600, 0)
-        [*_, call] = await on.rows("calls")
-        assert (call["input_tokens"], call["output_tokens"], call["hold_input"]) == (0, 1200, 0)
+        calls = [(call["input_tokens"], call["output_tokens"], call["hold_input"]) for call in await on.rows("calls")]
+        assert sorted(calls) == [(0, 1200, 0), (0, 1200, 0), (0, 2200, 0)]
+
+
+async def test_tokens_that_an_unknown_model_states_never_exceed_what_it_reserved(tmp_path: Path) -> None:
+    """If they come they are charged, and else the price. Reserved is what covers both."""
+    async with stage(policy("tokens: 9k"), folder=tmp_path) as on:
+        assert (await image(on, "priced")).status == 200
+        assert await usage(on) == (3 + 272, 0)
+        assert (await image(on, "priced", n=2)).status == 400
+        assert (await image(on, "silent-priced")).status == 200
+        assert await usage(on) == (3 + 272 + 200, 0)
 
 
 async def test_a_price_covers_calls_only_of_quotas_that_count_output(tmp_path: Path) -> None:
@@ -275,11 +316,8 @@ async def test_a_maximum_of_0_is_bound_by_limits_on_output_and_charged_to_them(s
 
     async def serve(metadata: Any, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         body = json.dumps(answer).encode()
-        if stream:
-            writer.write(stream_head("Connection: close") + b"data: " + body + b"\n\ndata: [DONE]\n\n")
-        else:
-            head = f"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-            writer.write(head.encode() + body)
+        events = stream_head("Connection: close") + b"data: " + body + b"\n\ndata: [DONE]\n\n"
+        writer.write(events if stream else answer_of(body))
         await writer.drain()
 
     async with (

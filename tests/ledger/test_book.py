@@ -23,7 +23,7 @@ from proxy.ledger.book import (
 )
 from proxy.ledger.entry import CallLabels, Entry, HeldAmount
 from proxy.policy.admission import NeedsCount, Verdict
-from proxy.policy.amounts import NOTHING, TOKENS_MAX, Amount, AtLeast, Tokens, Unspent
+from proxy.policy.amounts import NO_AMOUNT, TOKENS_MAX, Amount, AtLeast, Tokens, Unspent
 from proxy.policy.quota import Binding, Quota
 from proxy.policy.windows import Window
 from tests.builders import (
@@ -93,7 +93,7 @@ LOST = AtLeast(Tokens(100, 400))
 @pytest.mark.parametrize(
     ("operations", "state", "usage", "outcome", "used"),
     [
-        pytest.param([], "open", None, None, NOTHING, id="in flight"),
+        pytest.param([], "open", None, None, NO_AMOUNT, id="in flight"),
         pytest.param([SETTLE], "settled", exactly(90, 60), "complete", Amount(90, 60, 1), id="the rest is freed"),
         pytest.param(
             [SETTLE_MORE],
@@ -110,7 +110,7 @@ LOST = AtLeast(Tokens(100, 400))
         pytest.param(
             [SETTLE_REJECTED], "settled", BAD_REQUEST, "rejected", Amount(0, 0, 1), id="4xx: one request, no tokens"
         ),
-        pytest.param([RELEASE], "released", None, "upstream_failed", NOTHING, id="5xx: nothing"),
+        pytest.param([RELEASE], "released", None, "upstream_failed", NO_AMOUNT, id="5xx: nothing"),
         pytest.param([EXPIRE], "expired", LOST, "lost", Amount(100, 400, 1), id="the process died: its hold"),
         # an entry ends once
         pytest.param(
@@ -122,9 +122,9 @@ LOST = AtLeast(Tokens(100, 400))
         pytest.param(
             [SETTLE, EXPIRE], "settled", exactly(90, 60), "complete", Amount(90, 60, 1), id="settle, expire"
         ),
-        pytest.param([RELEASE, SETTLE], "released", None, "upstream_failed", NOTHING, id="release, settle"),
-        pytest.param([RELEASE, RELEASE], "released", None, "upstream_failed", NOTHING, id="release twice"),
-        pytest.param([RELEASE, EXPIRE], "released", None, "upstream_failed", NOTHING, id="release, expire"),
+        pytest.param([RELEASE, SETTLE], "released", None, "upstream_failed", NO_AMOUNT, id="release, settle"),
+        pytest.param([RELEASE, RELEASE], "released", None, "upstream_failed", NO_AMOUNT, id="release twice"),
+        pytest.param([RELEASE, EXPIRE], "released", None, "upstream_failed", NO_AMOUNT, id="release, expire"),
         pytest.param([EXPIRE, EXPIRE], "expired", LOST, "lost", Amount(100, 400, 1), id="expire twice"),
         pytest.param([EXPIRE, RELEASE], "expired", LOST, "lost", Amount(100, 400, 1), id="expire, release"),
         # except that an expired call may be settled
@@ -162,7 +162,7 @@ def test_an_entry_ends_once(operations, state, usage, outcome, used, batches):
         [last] = [ledger.apply(operation) for operation in (reserve("1", ANN, CALL), *operations)][-1]
     entry = ledger.entries["1"]
     assert (entry.state, entry.usage, entry.outcome) == (state, usage, outcome)
-    assert ledger.levels(DAILY) == (used, NOTHING if operations else HELD)
+    assert ledger.levels(DAILY) == (used, NO_AMOUNT if operations else HELD)
     freed = set(ledger.counters) if len(operations) == 1 else set()
     assert last == Accepted(entry, ledger.counters, freed=frozenset(freed))
     assert entry.ended_at == (NOON if operations else None)
@@ -266,7 +266,7 @@ def test_a_stream_is_reserved_with_its_initial_hold():
     known, unknown = ledger.entries["1"], ledger.entries["2"]
     assert known.hold == unknown.hold == Amount(100, 100, 1)
     assert (known.maximum, unknown.maximum) == (900, None)
-    assert ledger.levels(DAILY) == (NOTHING, Amount(200, 200, 2))
+    assert ledger.levels(DAILY) == (NO_AMOUNT, Amount(200, 200, 2))
 
 
 def test_a_reserve_is_applied_as_a_whole_or_not_at_all():
@@ -325,7 +325,7 @@ def test_of_64_calls_in_one_batch_as_many_are_admitted_as_fit(each):
     replies = ledger.apply(*(reserve(str(number), who, call(60, 40)) for number in range(64)))
     assert [isinstance(reply, Accepted) for reply in replies] == [True] * 10 + [False] * 54
     ledger.apply(*(Settle(str(number), exactly(60, 40), "complete") for number in range(64)))
-    assert ledger.levels(each) == (Amount(600, 400, 10), NOTHING)
+    assert ledger.levels(each) == (Amount(600, 400, 10), NO_AMOUNT)
 
 
 def test_a_call_that_no_quota_binds_has_an_entry_too():
@@ -346,9 +346,9 @@ def test_members_have_their_own_counters_and_one_counter_of_a_shared_quota():
     replies = ledger.apply(reserve("1", ann, call(500)), reserve("2", bob, call(500)), reserve("3", ann, call(1)))
     assert [type(reply) for reply in replies] == [Accepted, Accepted, Refused]
     ledger.apply(Settle("1", exactly(500), "complete"), Release("2"))
-    assert ledger.levels(own, "ann") == (amount(500), NOTHING)
-    assert ledger.levels(own, "bob") == (NOTHING, NOTHING)
-    assert ledger.levels(shared) == (amount(500), NOTHING)
+    assert ledger.levels(own, "ann") == (amount(500), NO_AMOUNT)
+    assert ledger.levels(own, "bob") == (NO_AMOUNT, NO_AMOUNT)
+    assert ledger.levels(shared) == (amount(500), NO_AMOUNT)
 
 
 def test_an_end_charges_only_quotas_of_which_the_call_held_something():
@@ -366,7 +366,7 @@ def test_a_call_is_charged_to_the_group_that_admitted_it():
     ledger.apply(reserve("1", ANN, CALL))
     elsewhere = binding([quota("team/daily", tokens=1000)])
     ledger.apply(SETTLE, reserve("2", elsewhere, CALL))
-    assert ledger.levels(DAILY) == (Amount(90, 60, 1), NOTHING)
+    assert ledger.levels(DAILY) == (Amount(90, 60, 1), NO_AMOUNT)
 
 
 def test_a_quota_with_enforce_after_is_charged_at_the_end():
@@ -376,7 +376,7 @@ def test_a_quota_with_enforce_after_is_charged_at_the_end():
     ledger = InMemoryLedger(who)
     first, second = reserve("1", who, call(900, 900)), reserve("2", who, call(900, 900))
     ledger.apply(first, second)
-    assert ledger.levels(after) == (NOTHING, Amount(requests=2))
+    assert ledger.levels(after) == (NO_AMOUNT, Amount(requests=2))
     ledger.now += HOUR
     ledger.apply(Settle("1", exactly(900, 300), "complete"))
     assert ledger.levels(after) == (Amount(900, 300, 1), Amount(requests=1))
@@ -391,7 +391,7 @@ def test_a_quota_with_enforce_shadow_is_charged_like_any_other():
     who = binding([DAILY], shadows=[shadow])
     ledger = InMemoryLedger(who)
     ledger.apply(reserve("1", who, CALL), SETTLE)
-    assert ledger.levels(shadow) == ledger.levels(DAILY) == (Amount(90, 60, 1), NOTHING)
+    assert ledger.levels(shadow) == ledger.levels(DAILY) == (Amount(90, 60, 1), NO_AMOUNT)
 
 
 # ------------------------------------------------------------------------------------------------------------ windows
@@ -406,7 +406,7 @@ def test_a_call_belongs_to_the_window_in_which_it_was_reserved(each, end):
     ledger.apply(reserve("1", who, CALL))
     ledger.now += DAY
     ledger.apply(reserve("2", who, call(30)), end)
-    assert ledger.levels(each) == (NOTHING, Amount(30, 0, 1))
+    assert ledger.levels(each) == (NO_AMOUNT, Amount(30, 0, 1))
     assert ledger.entries["1"].state != "open"
 
 
@@ -418,7 +418,7 @@ def test_a_settle_after_an_expire_does_not_change_the_next_window(each):
     ledger.apply(reserve("1", who, CALL), EXPIRE)
     ledger.now += DAY
     ledger.apply(reserve("2", who, call(30)), SETTLE)
-    assert ledger.levels(each) == (NOTHING, Amount(30, 0, 1))
+    assert ledger.levels(each) == (NO_AMOUNT, Amount(30, 0, 1))
 
 
 @pytest.mark.parametrize("end", [RELEASE, SETTLE, EXPIRE], ids=["release", "settle", "expire"])
@@ -434,11 +434,11 @@ def test_a_concurrent_quantity_is_held_until_the_call_ends_in_whichever_window(p
     [_, refused] = ledger.apply(reserve("2", who, call(30)), reserve("3", who, call(40)))
     assert isinstance(refused, Refused)
     assert refused.decision.verdict is Verdict.BUSY
-    assert ledger.levels(each) == (NOTHING, Amount(30, 0, 2))
+    assert ledger.levels(each) == (NO_AMOUNT, Amount(30, 0, 2))
     [ended, admitted] = ledger.apply(end, reserve("3", who, call(40)))
     assert ended.freed == {each.key_for("ann")}
     assert isinstance(admitted, Accepted)
-    assert ledger.levels(each) == (NOTHING, Amount(70, 0, 2))
+    assert ledger.levels(each) == (NO_AMOUNT, Amount(70, 0, 2))
 
 
 def test_a_settle_is_charged_to_a_window_that_has_ended_if_no_other_has_opened():
@@ -447,7 +447,7 @@ def test_a_settle_is_charged_to_a_window_that_has_ended_if_no_other_has_opened()
     ledger.apply(reserve("1", ANN, CALL))
     ledger.now += DAY
     ledger.apply(SETTLE)
-    assert ledger.levels(DAILY) == (Amount(90, 60, 1), NOTHING)
+    assert ledger.levels(DAILY) == (Amount(90, 60, 1), NO_AMOUNT)
     [reply] = ledger.apply(reserve("2", ANN, call(1000)))
     assert isinstance(reply, Accepted)
 
@@ -517,7 +517,7 @@ def test_two_windows_that_begin_at_the_same_instant_are_told_apart():
     ledger.apply(reserve("1", binding([hourly]), CALL))
     ledger.now = instant("2026-11-24 01:00")
     ledger.apply(reserve("2", daily, CALL), RELEASE)
-    assert ledger.levels(hourly) == (NOTHING, HELD)
+    assert ledger.levels(hourly) == (NO_AMOUNT, HELD)
     [full] = ledger.apply(reserve("3", daily, CALL))
     assert isinstance(full, Refused)
 
@@ -530,7 +530,7 @@ def test_a_clock_that_jumps_does_not_free_what_other_calls_hold():
     ledger.apply(reserve("2", ANN, CALL), Release("2"))
     ledger.now = NOON
     ledger.apply(reserve("3", ANN, call(600, 400)), RELEASE)
-    assert ledger.levels(DAILY) == (NOTHING, Amount(600, 400, 1))
+    assert ledger.levels(DAILY) == (NO_AMOUNT, Amount(600, 400, 1))
 
 
 @pytest.mark.parametrize("is_full", [True, False], ids=["refused", "admitted"])
@@ -546,7 +546,7 @@ def test_a_window_that_a_clock_ahead_of_time_opened_ends_at_the_end_that_was_tol
     ledger.now = NOON + 6 * HOUR
     [reply] = ledger.apply(reserve("6", who, call(1)))
     assert isinstance(reply, Accepted)
-    assert ledger.levels(SIX_HOURS) == (NOTHING, Amount(1, 0, 1))
+    assert ledger.levels(SIX_HOURS) == (NO_AMOUNT, Amount(1, 0, 1))
 
 
 def test_a_refused_call_opens_no_window_after_the_clock_was_ahead():
@@ -632,7 +632,7 @@ def test_an_extend_raises_the_hold_to_a_total(operations, hold, verdict, batches
     assert (reply.entry, reply.counters, reply.verdict) == (entry, ledger.counters, Verdict[verdict])
     assert (entry.hold, entry.maximum, entry.state) == (hold, 900, "open")
     assert held_by(ledger) == [(DAILY.id, TODAY, hold)]
-    assert ledger.levels(DAILY) == (NOTHING, hold)
+    assert ledger.levels(DAILY) == (NO_AMOUNT, hold)
 
 
 @pytest.mark.parametrize(
@@ -705,9 +705,9 @@ def test_an_expired_call_is_charged_its_hold_as_it_was_extended():
     ledger = InMemoryLedger(ANN)
     ledger.apply(reserve("1", ANN, STREAM), extend("1", ANN, 400, input_tokens=30), EXPIRE)
     assert ledger.entries["1"].usage == AtLeast(Tokens(30, 400))
-    assert ledger.levels(DAILY) == (Amount(30, 400, 1), NOTHING)
+    assert ledger.levels(DAILY) == (Amount(30, 400, 1), NO_AMOUNT)
     ledger.apply(Settle("1", exactly(30, 450), "complete"))
-    assert ledger.levels(DAILY) == (Amount(30, 450, 1), NOTHING)
+    assert ledger.levels(DAILY) == (Amount(30, 450, 1), NO_AMOUNT)
 
 
 # -------------------------------------------------------------------------------------- extend after the window's end
@@ -724,7 +724,7 @@ def test_after_the_end_of_its_window_a_call_holds_the_increase_in_the_next(each,
     for output in (300, 300, 700):
         [grown] = ledger.apply(extend("1", who, output))
         assert held_by(ledger) == [first, (each.id, next_opening, Amount(output=output - 100))]
-        assert ledger.levels(each) == (NOTHING, Amount(output=output - 100))
+        assert ledger.levels(each) == (NO_AMOUNT, Amount(output=output - 100))
         assert (grown.entry.hold, grown.verdict) == (Amount(100, output, 1), Verdict.ALLOW)
 
 
@@ -734,7 +734,7 @@ def test_in_the_next_window_only_what_is_held_there_counts():
     ledger.apply(reserve("1", ANN, call(100, 900, 800, initial_hold=800)))
     ledger.now = NOON + DAY
     ledger.apply(extend("1", ANN, 1100))
-    assert ledger.levels(DAILY) == (NOTHING, Amount(output=300))
+    assert ledger.levels(DAILY) == (NO_AMOUNT, Amount(output=300))
     [refused, admitted] = ledger.apply(reserve("2", ANN, call(701)), reserve("3", ANN, call(700)))
     assert isinstance(refused, Refused)
     assert isinstance(admitted, Accepted)
@@ -754,7 +754,7 @@ def test_an_increase_may_be_held_in_a_window_that_another_call_has_opened():
     ledger.now += HOUR
     ledger.apply(extend("1", who, 300))
     assert held_by(ledger)[1] == (SIX_HOURS.id, IN_SIX_HOURS + 5, Amount(output=200))
-    assert ledger.levels(SIX_HOURS) == (NOTHING, Amount(600, 200, 1))
+    assert ledger.levels(SIX_HOURS) == (NO_AMOUNT, Amount(600, 200, 1))
 
 
 def test_an_increase_of_0_opens_no_window():
@@ -764,12 +764,12 @@ def test_an_increase_of_0_opens_no_window():
     ledger.now = NOON + DAY
     ledger.apply(extend("1", ANN, 100))
     assert held_by(ledger) == [(DAILY.id, TODAY, Amount(100, 100, 1))]
-    assert ledger.levels(DAILY) == (NOTHING, Amount(100, 100, 1))
+    assert ledger.levels(DAILY) == (NO_AMOUNT, Amount(100, 100, 1))
 
 
 def test_a_smaller_input_is_freed_in_the_window_in_which_it_was_held():
     """If that window has closed, no counter changes. The increase in the next window contains no input."""
-    for later, levels in ((HOUR, (NOTHING, Amount(30, 300, 1))), (DAY, (NOTHING, Amount(output=200)))):
+    for later, levels in ((HOUR, (NO_AMOUNT, Amount(30, 300, 1))), (DAY, (NO_AMOUNT, Amount(output=200)))):
         ledger = InMemoryLedger(ANN)
         ledger.apply(reserve("1", ANN, STREAM))
         ledger.now += later
@@ -784,20 +784,20 @@ TWO_WINDOWS = [("staff/daily", TODAY, Amount(100, 100, 1)), ("staff/daily", TOMO
 @pytest.mark.parametrize(
     ("ends", "used"),
     [
-        pytest.param([Settle("1", exactly(90, 60), "complete")], NOTHING, id="all of it in the first"),
-        pytest.param([Settle("1", exactly(90, 100), "complete")], NOTHING, id="exactly what the first held"),
+        pytest.param([Settle("1", exactly(90, 60), "complete")], NO_AMOUNT, id="all of it in the first"),
+        pytest.param([Settle("1", exactly(90, 100), "complete")], NO_AMOUNT, id="exactly what the first held"),
         pytest.param([Settle("1", exactly(90, 250), "complete")], Amount(output=150), id="the rest in the second"),
         pytest.param([Settle("1", exactly(100, 400), "complete")], Amount(output=300), id="as held"),
         pytest.param([Settle("1", exactly(150, 500), "complete")], Amount(50, 400, 0), id="more than was held"),
-        pytest.param([Settle("1", BAD_REQUEST, "rejected")], NOTHING, id="the request belongs to the first"),
-        pytest.param([RELEASE], NOTHING, id="released"),
+        pytest.param([Settle("1", BAD_REQUEST, "rejected")], NO_AMOUNT, id="the request belongs to the first"),
+        pytest.param([RELEASE], NO_AMOUNT, id="released"),
         pytest.param([EXPIRE], Amount(output=300), id="expired: as held"),
         pytest.param(
             [EXPIRE, Settle("1", exactly(90, 250), "complete")], Amount(output=150), id="expired, then settled: less"
         ),
         pytest.param(
             [EXPIRE, Settle("1", exactly(90, 60), "complete")],
-            NOTHING,
+            NO_AMOUNT,
             id="expired, then settled: nothing in the second",
         ),
         pytest.param(
@@ -813,7 +813,7 @@ def test_of_two_windows_each_is_charged_up_to_what_it_held_and_the_last_the_rest
     ledger.apply(extend("1", ANN, 400))
     assert held_by(ledger) == TWO_WINDOWS
     ledger.apply(*ends)
-    assert ledger.levels(DAILY) == (used, NOTHING)
+    assert ledger.levels(DAILY) == (used, NO_AMOUNT)
     assert held_by(ledger) == TWO_WINDOWS
 
 
@@ -826,7 +826,7 @@ def test_a_call_may_hold_increases_in_any_number_of_windows():
         ledger.apply(extend("1", ANN, 100 + 200 * days))
     assert [amount for _, _, amount in held_by(ledger)] == [Amount(100, 100, 1)] + [Amount(output=200)] * 3
     ledger.apply(Settle("1", exactly(100, 620), "complete"))
-    assert ledger.levels(DAILY) == (Amount(output=120), NOTHING)
+    assert ledger.levels(DAILY) == (Amount(output=120), NO_AMOUNT)
 
 
 @pytest.mark.parametrize(
@@ -850,9 +850,12 @@ def test_a_call_may_hold_increases_in_any_number_of_windows():
             id="input",
         ),
         pytest.param(
-            [("a", Amount(5, 5, 1)), ("a", Amount(0, 5))], Amount(0, 0, 1), [Amount(0, 0, 1), NOTHING], id="a request"
+            [("a", Amount(5, 5, 1)), ("a", Amount(0, 5))],
+            Amount(0, 0, 1),
+            [Amount(0, 0, 1), NO_AMOUNT],
+            id="a request",
         ),
-        pytest.param([("a", Amount(5, 5, 1)), ("a", Amount(0, 5))], NOTHING, [NOTHING, NOTHING], id="nothing"),
+        pytest.param([("a", Amount(5, 5, 1)), ("a", Amount(0, 5))], NO_AMOUNT, [NO_AMOUNT, NO_AMOUNT], id="nothing"),
         pytest.param(
             [("a", Amount(0, 1)), ("a", Amount(0, 2)), ("a", Amount(0, 3))],
             Amount(0, 9),
@@ -888,14 +891,14 @@ def test_a_quota_of_another_group_that_cannot_carry_the_increase_is_freed():
     """Tokens held in it are freed, it is charged nothing, and later extends do not hold any of it."""
     ledger = InMemoryLedger(ANN_OF_TWO)
     ledger.apply(reserve("1", ANN_OF_TWO, STREAM), extend("1", ANN_OF_TWO, 500))
-    assert ledger.levels(LAB) == (NOTHING, Amount(100, 500, 1))
+    assert ledger.levels(LAB) == (NO_AMOUNT, Amount(100, 500, 1))
     [grown] = ledger.apply(extend("1", ANN_OF_TWO, 501))
     assert held_by(ledger) == [(DAILY.id, TODAY, Amount(100, 501, 1))]
-    assert ledger.levels(LAB) == (NOTHING, NOTHING)
+    assert ledger.levels(LAB) == (NO_AMOUNT, NO_AMOUNT)
     assert grown.counters.keys() == {DAILY.key_for("ann")}
     ledger.apply(extend("1", ANN_OF_TWO, 502), Settle("1", exactly(90, 502), "complete"))
-    assert ledger.levels(LAB) == (NOTHING, NOTHING)
-    assert ledger.levels(DAILY) == (Amount(90, 502, 1), NOTHING)
+    assert ledger.levels(LAB) == (NO_AMOUNT, NO_AMOUNT)
+    assert ledger.levels(DAILY) == (Amount(90, 502, 1), NO_AMOUNT)
 
 
 def test_a_quota_that_is_freed_in_the_next_window_is_freed_in_the_first_too():
@@ -905,8 +908,8 @@ def test_a_quota_that_is_freed_in_the_next_window_is_freed_in_the_first_too():
     ledger.now = NOON + DAY
     ledger.apply(reserve("2", ANN_OF_TWO, call(1, 99)), extend("1", ANN_OF_TWO, 500), extend("1", ANN_OF_TWO, 502))
     assert {quota_id for quota_id, _, _ in held_by(ledger)} == {DAILY.id}
-    assert ledger.levels(LAB) == (NOTHING, Amount(1, 99, 1))
-    assert ledger.levels(DAILY) == (NOTHING, Amount(1, 501, 1))
+    assert ledger.levels(LAB) == (NO_AMOUNT, Amount(1, 99, 1))
+    assert ledger.levels(DAILY) == (NO_AMOUNT, Amount(1, 501, 1))
 
 
 def test_a_quota_that_is_freed_in_the_next_window_is_freed_of_concurrent_quantities_too(monkeypatch):
@@ -916,10 +919,10 @@ def test_a_quota_that_is_freed_in_the_next_window_is_freed_of_concurrent_quantit
     ledger.apply(reserve("1", ANN_OF_TWO, STREAM))
     ledger.now = NOON + DAY
     ledger.apply(reserve("2", ANN_OF_TWO, call(1, 99)))
-    assert ledger.levels(LAB) == (NOTHING, Amount(1, 99, 2))
+    assert ledger.levels(LAB) == (NO_AMOUNT, Amount(1, 99, 2))
     ledger.apply(extend("1", ANN_OF_TWO, 500), extend("1", ANN_OF_TWO, 502))
-    assert ledger.levels(LAB) == (NOTHING, Amount(1, 99, 1))
-    assert ledger.levels(DAILY) == (NOTHING, Amount(1, 501, 2))
+    assert ledger.levels(LAB) == (NO_AMOUNT, Amount(1, 99, 1))
+    assert ledger.levels(DAILY) == (NO_AMOUNT, Amount(1, 501, 2))
 
 
 def test_an_extend_holds_more_of_a_shared_quota():
@@ -930,7 +933,7 @@ def test_an_extend_holds_more_of_a_shared_quota():
     ledger.apply(reserve("1", ann, STREAM), extend("1", ann, 500), reserve("2", bob, STREAM))
     [stopped] = ledger.apply(extend("2", bob, 400, least=400))
     assert (stopped.verdict, stopped.entry.hold) == (Verdict.BUSY, Amount(100, 300, 1))
-    assert ledger.levels(shared) == (NOTHING, Amount(200, 800, 2))
+    assert ledger.levels(shared) == (NO_AMOUNT, Amount(200, 800, 2))
 
 
 def test_an_extend_raises_the_hold_of_a_shadow_quota_but_not_of_an_after_quota():
@@ -984,7 +987,7 @@ def test_after_the_clock_went_back_a_call_is_extended_in_its_window(each):
     ledger.now = NOON - 2 * DAY
     ledger.apply(extend("1", who, 400), extend("1", who, 400))
     assert held_by(ledger) == [(each.id, each.per.opening(NOON).opened_at, Amount(100, 400, 1))]
-    assert ledger.levels(each) == (NOTHING, Amount(100, 400, 1))
+    assert ledger.levels(each) == (NO_AMOUNT, Amount(100, 400, 1))
 
 
 def test_after_the_clock_went_ahead_a_call_is_extended_in_the_window_that_was_opened_then():
@@ -996,7 +999,7 @@ def test_after_the_clock_went_ahead_a_call_is_extended_in_the_window_that_was_op
     ledger.now = NOON
     ledger.apply(reserve("2", ANN, call(50)), extend("1", ANN, 400))
     assert held_by(ledger) == TWO_WINDOWS
-    assert ledger.levels(DAILY) == (NOTHING, Amount(50, 300, 1))
+    assert ledger.levels(DAILY) == (NO_AMOUNT, Amount(50, 300, 1))
     ledger.apply(Settle("1", exactly(100, 400), "complete"), RELEASE)
     assert ledger.levels(DAILY) == (Amount(output=300), Amount(50, 0, 1))
 
@@ -1009,9 +1012,9 @@ def test_a_call_whose_counter_was_reset_is_extended_in_a_new_window():
     ledger.counters.clear()
     ledger.now += HOUR
     ledger.apply(extend("1", who, 300))
-    assert ledger.levels(SIX_HOURS) == (NOTHING, Amount(output=200))
+    assert ledger.levels(SIX_HOURS) == (NO_AMOUNT, Amount(output=200))
     ledger.apply(Settle("1", exactly(100, 250), "complete"))
-    assert ledger.levels(SIX_HOURS) == (Amount(output=150), NOTHING)
+    assert ledger.levels(SIX_HOURS) == (Amount(output=150), NO_AMOUNT)
 
 
 # ------------------------------------------------------------------------------------------------- invalid operations

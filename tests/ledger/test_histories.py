@@ -43,7 +43,7 @@ from proxy.ledger.entry import Entry
 from proxy.ledger.postgres import PostgresStore
 from proxy.ledger.sqlite import SqliteStore
 from proxy.policy.admission import Verdict
-from proxy.policy.amounts import NOTHING, Amount, AtLeast, Exactly, Measure, Tokens, Unspent, charge_of
+from proxy.policy.amounts import NO_AMOUNT, Amount, AtLeast, Exactly, Measure, Tokens, Unspent, charge_of
 from proxy.policy.quota import Binding, Combine, Counter, CounterKey, Enforce, GroupQuotas, Quota
 from proxy.policy.windows import Window
 from tests.audit import audit, balance, connected, rows
@@ -115,7 +115,7 @@ class InMemory:
 
     def calls(self) -> dict[str, Record]:
         return {
-            entry.id: Record(entry.state, entry.hold, charge_of(entry.usage) if entry.usage else NOTHING)
+            entry.id: Record(entry.state, entry.hold, charge_of(entry.usage) if entry.usage else NO_AMOUNT)
             for entry in self._entries.values()
         }
 
@@ -315,7 +315,7 @@ class Call:
     who: Binding
     hold: Amount
     state: str = "open"
-    charge: Amount = NOTHING
+    charge: Amount = NO_AMOUNT
     held: dict[tuple[CounterKey, int], Held] = field(default_factory=dict)
 
     def parts(self) -> list[tuple[Held, Amount]]:
@@ -414,11 +414,11 @@ class Model:
 
     def levels(self, key: CounterKey) -> tuple[Amount, Amount]:
         """What is used and what is held in the last window of a counter."""
-        used, held = NOTHING, NOTHING
+        used, held = NO_AMOUNT, NO_AMOUNT
         for call in self.calls.values():
             for each, part in call.parts():
                 if each.window is self.last[key]:
-                    used, held = used + part, held + (each.amount if call.state == "open" else NOTHING)
+                    used, held = used + part, held + (each.amount if call.state == "open" else NO_AMOUNT)
         return used, held
 
     def hidden(self, key: CounterKey, measure: Measure) -> int:
@@ -577,7 +577,7 @@ class Histories(RuleBasedStateMachine):
 
     def an_extend(self, data: st.DataObject, call_id: str, new: Reserve | None = None) -> Extend:
         """An extend with the quotas with which the call was admitted, even if they have changed."""
-        call = self.model.calls[call_id] if new is None or new.id != call_id else Call(new.binding, NOTHING)
+        call = self.model.calls[call_id] if new is None or new.id != call_id else Call(new.binding, NO_AMOUNT)
         output = call.hold.output + data.draw(st.integers(0, 12))
         held = call.hold.input // data.draw(st.sampled_from([1, 1, 2]))
         return Extend(call_id, call.who, held, output, data.draw(st.integers(0, output)))

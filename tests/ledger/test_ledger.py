@@ -51,7 +51,7 @@ ROOMY = binding([quota("staff/daily", tokens=10**9)])
 CALL = call(100, 400)
 STREAM = call(100, 900, 100, initial_hold=100)
 HELD = Amount(100, 400, 1)
-NOTHING = Amount()
+NO_AMOUNT = Amount()
 
 
 class Clock:
@@ -123,11 +123,11 @@ async def test_a_call_is_reserved_and_settled(ledger, path):
     admitted = await ledger.reserve(reserve("1", ANN, CALL))
     assert states(path) == {"1": "open"}
     assert admitted == await current_reply(ledger)
-    assert await levels(ledger) == (NOTHING, HELD)
+    assert await levels(ledger) == (NO_AMOUNT, HELD)
     settled = await ledger.end(Settle("1", exactly(90, 60), "complete"))
     assert states(path) == {"1": "settled"}
     assert settled == await current_reply(ledger, freed=ANN.keys())
-    assert await levels(ledger) == (Amount(90, 60, 1), NOTHING)
+    assert await levels(ledger) == (Amount(90, 60, 1), NO_AMOUNT)
 
 
 async def test_a_call_is_reserved_and_released(ledger, path):
@@ -135,7 +135,7 @@ async def test_a_call_is_reserved_and_released(ledger, path):
     await ledger.reserve(reserve("1", ANN, CALL))
     released = await ledger.end(Release("1"))
     assert released == await current_reply(ledger, freed=ANN.keys())
-    assert await levels(ledger) == (NOTHING, NOTHING)
+    assert await levels(ledger) == (NO_AMOUNT, NO_AMOUNT)
     assert states(path) == {"1": "released"}
 
 
@@ -162,7 +162,7 @@ async def test_the_clock_decides_windows(ledger, clock):
     clock.now += DAY
     await ledger.reserve(reserve("2", ANN, CALL))
     await ledger.end(Settle("1", exactly(90, 60), "complete"))
-    assert await levels(ledger) == (NOTHING, HELD)
+    assert await levels(ledger) == (NO_AMOUNT, HELD)
     assert (await ledger.entry("1")).usage == exactly(90, 60)
 
 
@@ -171,12 +171,12 @@ async def test_an_extend_raises_the_hold_of_a_stream(ledger, path):
     await ledger.reserve(reserve("1", ANN, STREAM))
     grown = await ledger.extend(extend("1", ANN, 400))
     assert grown == await current_reply(ledger)
-    assert await levels(ledger) == (NOTHING, HELD)
+    assert await levels(ledger) == (NO_AMOUNT, HELD)
     assert await ledger.extend(extend("1", ANN, 400)) == grown
     stopped = await ledger.extend(extend("1", ANN, 1000, least=901))
     assert (stopped.verdict, stopped.entry.hold) == (Verdict.EXHAUSTED, Amount(100, 900, 1))
     await ledger.end(Settle("1", exactly(90, 60), "complete"))
-    assert await levels(ledger) == (Amount(90, 60, 1), NOTHING)
+    assert await levels(ledger) == (Amount(90, 60, 1), NO_AMOUNT)
     audit(path)
 
 
@@ -257,7 +257,7 @@ async def test_the_members_of_a_group_share_a_shared_quota(ledger, path):
         *(ledger.reserve(reserve(str(number), who, CALL)) for number, who in enumerate(whos))
     )
     assert sum(isinstance(answer, Accepted) for answer in answers) == 3
-    assert await levels(ledger, shared) == (NOTHING, Amount(300, 1200, 3))
+    assert await levels(ledger, shared) == (NO_AMOUNT, Amount(300, 1200, 3))
 
 
 async def test_tokens_that_are_freed_admit_the_next_call(ledger, path):
@@ -461,10 +461,10 @@ async def test_an_extend_that_is_cancelled_during_its_batch_is_held_until_the_ca
         with pytest.raises(asyncio.CancelledError):
             await cancelled
         await apply_together(ledger, Release("unknown"))
-        assert await levels(ledger) == (NOTHING, HELD)
+        assert await levels(ledger) == (NO_AMOUNT, HELD)
         assert states(path) == {"1": "open"}
         await ledger.end(Release("1"))
-        assert await levels(ledger) == (NOTHING, NOTHING)
+        assert await levels(ledger) == (NO_AMOUNT, NO_AMOUNT)
 
 
 async def test_an_end_is_committed_also_if_its_future_is_cancelled(ledger, path):
@@ -553,7 +553,7 @@ async def test_while_the_database_is_unavailable_no_call_is_admitted_and_nothing
                 assert not any(end.done() for end in ends)
             await asyncio.gather(*ends)
             assert ledger.is_healthy
-            assert await levels(ledger) == (Amount(90 * calls, sum(range(calls)), calls), NOTHING)
+            assert await levels(ledger) == (Amount(90 * calls, sum(range(calls)), calls), NO_AMOUNT)
             await apply_together(ledger, large(calls))
     assert len(states(path)) == calls + 1  # no entry of a refused call
     assert "the ledger's database can't be used" in {line["event"] for line in logs}
@@ -788,7 +788,7 @@ async def test_a_reserve_whose_commit_is_uncertain_is_repeated(path):
     async with running(store) as ledger:
         store.loses_next_reply = True
         assert isinstance(await ledger.reserve(reserve("1", ANN, CALL)), Accepted)
-        assert await levels(ledger) == (NOTHING, HELD)
+        assert await levels(ledger) == (NO_AMOUNT, HELD)
     audit(path)
 
 
@@ -820,7 +820,7 @@ async def test_an_extend_whose_commit_is_uncertain_is_held_once(path):
         store.loses_next_reply = True
         for _ in range(2):
             assert (await ledger.extend(extend("1", ANN, 400))).entry.hold == HELD
-        assert await levels(ledger) == (NOTHING, HELD)
+        assert await levels(ledger) == (NO_AMOUNT, HELD)
     assert states(path) == {"1": "open"}
     audit(path)
 
@@ -866,7 +866,7 @@ async def test_closing_ends_also_while_the_database_is_unavailable(path):
         with pytest.raises(LedgerUnavailable):
             await unanswered
     async with running(path, "process-2") as ledger:
-        assert await levels(ledger) == (Amount(300, 1200, 3), NOTHING)
+        assert await levels(ledger) == (Amount(300, 1200, 3), NO_AMOUNT)
     audit(path)
 
 
@@ -915,7 +915,7 @@ async def test_an_open_call_of_a_dead_process_is_charged_its_hold_once(path):
     await apply_and_die(path, *operations, Settle("0", exactly(1, 1), "complete"), Release("1"), Expire("2"))
     with capture_logs() as logs:
         async with running(path, "process-2") as ledger:
-            assert await levels(ledger) == (Amount(301, 1201, 4), NOTHING)
+            assert await levels(ledger) == (Amount(301, 1201, 4), NO_AMOUNT)
             assert (await ledger.entry("3")).usage == AtLeast(Tokens(100, 400))
             assert (await ledger.entry("3")).outcome == "lost"
     assert [line["calls"] for line in logs] == [2]
@@ -933,7 +933,7 @@ async def test_an_open_stream_of_a_dead_process_is_charged_its_hold_as_it_was_ex
     await apply_and_die(path, reserve("1", ANN, STREAM), extend("1", ANN, 700, input_tokens=80))
     async with running(path, "process-2") as ledger:
         assert (await ledger.entry("1")).usage == AtLeast(Tokens(80, 700))
-        assert await levels(ledger) == (Amount(80, 700, 1), NOTHING)
+        assert await levels(ledger) == (Amount(80, 700, 1), NO_AMOUNT)
     audit(path)
 
 
@@ -942,7 +942,7 @@ async def test_any_number_of_open_calls_of_dead_processes_expires(path):
     operations = [reserve(f"{number:04}", ROOMY, call(1)) for number in range(1500)]
     await apply_and_die(path, *operations)
     async with running(path, "process-2") as ledger:
-        assert await levels(ledger) == (Amount(1500, 0, 1500), NOTHING)
+        assert await levels(ledger) == (Amount(1500, 0, 1500), NO_AMOUNT)
     assert set(states(path).values()) == {"expired"}
 
 
@@ -971,7 +971,7 @@ async def test_a_settle_corrects_the_charge_of_an_expired_call(ledger):
     await ledger.reserve(replace(reserve("1", ANN, CALL), owner="process-0"))
     await ledger.expire_orphans()
     await ledger.end(Settle("1", exactly(90, 60), "complete"))
-    assert await levels(ledger) == (Amount(90, 60, 1), NOTHING)
+    assert await levels(ledger) == (Amount(90, 60, 1), NO_AMOUNT)
 
 
 async def work_until_killed(path: Path, owner: str) -> None:

@@ -22,7 +22,7 @@ from proxy.policy.admission import (
     hold_of,
     increase_hold,
 )
-from proxy.policy.amounts import NOTHING, Amount, Uses
+from proxy.policy.amounts import NO_AMOUNT, Amount, Uses
 from proxy.policy.quota import Binding, Counter, Demand, GroupQuotas, Limit, Quota, counter_at
 from proxy.policy.windows import Window
 from tests.builders import DAY, NOON, amount, binding, call, counters, estimated, group_quotas, instant, quota
@@ -1479,4 +1479,4 @@ def test_increases_are_those_that_brute_force_finds(situation, wanted, least):
     }
     for hold in result.holds:
         assert hold.counter == current[hold.quota.id]
-        assert hold.amount == (NOTHING if hold.quota.enforce == "after" else Amount(output=result.output))
+        assert hold.amount == (NO_AMOUNT if hold.quota.enforce == "after" else Amount(output=result.output))

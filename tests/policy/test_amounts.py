@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.policy.amounts import (
-    NOTHING,
+    NO_AMOUNT,
     QUANTITIES,
     TOKENS_MAX,
     Amount,
@@ -68,7 +68,7 @@ def test_a_call_holds_its_tokens_and_one_request():
 
 def test_the_concurrent_part_of_an_amount_has_only_concurrent_quantities(monkeypatch):
     """All quantities of this release are consumed, so there it is nothing."""
-    assert Amount(11, 5, 1).concurrent_part() == NOTHING
+    assert Amount(11, 5, 1).concurrent_part() == NO_AMOUNT
     make_requests_concurrent(monkeypatch)
     assert Amount(11, 5, 1).concurrent_part() == Amount(requests=1)
 
@@ -89,7 +89,7 @@ def test_each_measure_is_compared_with_its_own_number():
 def test_adding_and_subtracting_an_amount_changes_nothing(one, other):
     """Holding and freeing leaves every measure as it was, to the token."""
     assert one + other - other == one
-    assert one + NOTHING == one - NOTHING == one
+    assert one + NO_AMOUNT == one - NO_AMOUNT == one
     for measure in Measure:
         assert (one + other).of(measure) == one.of(measure) + other.of(measure)
         assert (one - other).of(measure) == one.of(measure) - other.of(measure)
@@ -107,7 +107,7 @@ def test_at_most_takes_the_smaller_number_of_each_measure(one, other):
 
 @pytest.mark.parametrize(
     ("amount", "is_something"),
-    [(NOTHING, False), (Amount(input=1), True), (Amount(output=1), True), (Amount(requests=1), True)],
+    [(NO_AMOUNT, False), (Amount(input=1), True), (Amount(output=1), True), (Amount(requests=1), True)],
 )
 def test_an_amount_is_false_only_if_all_its_numbers_are_0(amount, is_something):
     """A request without tokens keeps its window open, and so do tokens without a request."""
@@ -139,7 +139,7 @@ def test_bounded_tokens_have_bounded_parts(tokens, most, expected):
         (Exactly(Tokens(0, 0)), "exactly", Amount(0, 0, 1)),
         (Exactly(Tokens(11, 4005, cached=11, reasoning=4000)), "exactly", Amount(11, 4005, 1)),
         (AtLeast(Tokens(11, 3)), "at_least", Amount(11, 3, 1)),
-        (Unspent(), "unspent", NOTHING),
+        (Unspent(), "unspent", NO_AMOUNT),
         (Unspent(requests=1), "unspent", Amount(requests=1)),
     ],
 )

@@ -10,7 +10,7 @@ from proxy.formats.limit_headers import rate_limit_headers
 from proxy.ledger.book import Accepted, Book, Settle
 from proxy.ledger.entry import Entry
 from proxy.policy.admission import NotAdmitted, decide
-from proxy.policy.amounts import NOTHING, Amount, Measure
+from proxy.policy.amounts import NO_AMOUNT, Amount, Measure
 from proxy.policy.quota import Binding, Counter, CounterKey, Demand, Quota
 from proxy.policy.status import duration_text, quota_statuses
 from proxy.policy.windows import Window
@@ -105,7 +105,7 @@ def test_remaining_is_never_negative(limit, used, held, remaining, percent):
 
 ENDED = Counter(Window(NOON - 7 * HOUR, NOON - HOUR), Amount(100, 0, 1))
 RUNNING = Counter(Window(NOON - HOUR, NOON + 5 * HOUR), Amount(100, 0, 1))
-HOLDING = Counter(Window(NOON - HOUR, NOON + 5 * HOUR), NOTHING, Amount(100, 0, 1))
+HOLDING = Counter(Window(NOON - HOUR, NOON + 5 * HOUR), NO_AMOUNT, Amount(100, 0, 1))
 EMPTY = Counter(Window(NOON - HOUR, NOON + 5 * HOUR))
 
 
@@ -191,7 +191,7 @@ def test_a_call_that_has_ended_holds_nothing_to_leave_out():
     settled = book.apply(Settle(entry.id, exactly(100, 50), "complete"))
     assert isinstance(settled, Accepted)
     statuses = quota_statuses(who, book.counters, NOON, without=settled.entry.open_amounts)
-    assert statuses["staff/daily"].counter.held == NOTHING
+    assert statuses["staff/daily"].counter.held == NO_AMOUNT
     assert rate_limit_headers(who, statuses, NOON)["x-ratelimit-remaining-tokens"] == "850"
 
 
@@ -202,7 +202,7 @@ def test_a_hold_of_a_closed_window_is_not_subtracted_in_the_next(per):
     book, entry = reserved(who, call(100, 400), {}, NOON)
     later = NOON + 2 * MINUTE
     statuses = quota_statuses(who, book.counters, later, without=entry.open_amounts)
-    assert statuses["staff/short"].counter.held == NOTHING
+    assert statuses["staff/short"].counter.held == NO_AMOUNT
     headers = rate_limit_headers(who, statuses, later)
     assert headers["x-ratelimit-remaining-tokens"] == "1000"
     assert headers["x-ratelimit-remaining-requests"] == "5"
@@ -215,7 +215,7 @@ def test_a_hold_of_a_closed_window_does_not_hide_what_others_hold_in_the_next(pe
     who = binding([one])
     _, entry = reserved(who, call(100, 400), {}, NOON)
     later = NOON + 2 * MINUTE
-    other = Counter(one.per.opening(later), NOTHING, Amount(50, 50, 1))
+    other = Counter(one.per.opening(later), NO_AMOUNT, Amount(50, 50, 1))
     statuses = quota_statuses(who, {one.key_for(who.user): other}, later, without=entry.open_amounts)
     assert statuses["staff/short"].counter.held == Amount(50, 50, 1)
 

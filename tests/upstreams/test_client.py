@@ -143,6 +143,16 @@ async def test_an_answer_that_breaks_off_raises(answer: bytes) -> None:
         assert failed.value.was_sent is True
 
 
+@pytest.mark.parametrize("packed", [gzip.compress(b"{}", mtime=0)[:-1], gzip.compress(b"{}", mtime=0) + b"{}"])
+async def test_an_answer_that_leaves_its_encoding_says_so(packed: bytes) -> None:
+    """The upstream did not break off: its administrator has to look for another mistake."""
+    head = HEAD + b"Content-Encoding: gzip\r\nContent-Length: %d\r\n\r\n" % len(packed)
+    async with _upstream(head + packed) as (up, _), _open() as upstreams:
+        with pytest.raises(UpstreamError, match="not in the format that its Content-Encoding names, or its end"):
+            async with upstreams.send(up, "/x", b"{}", {}) as begun:
+                await begun.read()
+
+
 async def test_redirects_are_not_followed() -> None:
     """T44, T50: the library would send our key to whatever address they name."""
     async with _upstream(b"HTTP/1.1 307 X\r\nLocation: http://127.0.0.1:1/\r\nContent-Length: 0\r\n\r\n") as (
@@ -215,7 +225,7 @@ async def test_a_compressed_transfer_is_decompressed_too() -> None:
 
 async def test_an_answer_in_an_unknown_encoding_counts_as_not_sent() -> None:
     """Nobody can read it. The status of an error is enough without its body."""
-    body = b"Content-Encoding: br\r\nContent-Length: 2\r\n\r\nxx"
+    body = b"Content-Encoding: lzma\r\nContent-Length: 2\r\n\r\nxx"
     async with _upstream(HEAD + body) as (up, _), _open() as upstreams:
         with pytest.raises(UpstreamUnreadable, match="compressed") as failed:
             async with upstreams.send(up, "/x", b"{}", {}):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from proxy.errors import ProxyError, UpstreamBusy, UpstreamError, UpstreamExhausted, UpstreamTimeout
 from proxy.policy.catalog import Secret, Upstream
-from proxy.upstreams.failures import Failed, Rejected, failure_of, masked
+from proxy.upstreams.failures import Failed, Rejected, failure_of, mask_of
 
 KEY = "sk-of-the-operator-0123456789"
 UPSTREAM = Upstream("up", "http://upstream.example/v1", Secret(KEY))
@@ -270,7 +270,7 @@ def test_our_key_is_masked_in_every_forwarded_body() -> None:
     assert clean.count(b"***") == 3
     assert failure(400, body) == Rejected(400, clean)
     assert failure(500, body) == Failed(500, clean)
-    assert masked(body, UPSTREAM) == clean
+    assert mask_of(UPSTREAM).in_error(body) == clean
 
 
 @pytest.mark.parametrize(
@@ -305,9 +305,9 @@ def test_our_account_is_masked_too(mention: str) -> None:
 def test_our_key_is_masked_however_json_spells_it(spelled: str) -> None:
     """An upstream may escape any character of a string (RFC 8259 §7). The rest of the body keeps its meaning."""
     body = b'{"error": {"message": "a \\"quoted\\" \\u00e9\\\\u0073 %b", "type": null}}' % spelled.encode()
-    shown = masked(body, UPSTREAM)
+    shown = mask_of(UPSTREAM).in_error(body)
     assert json.loads(shown)["error"]["message"] == 'a "quoted" é\\u0073 ***'
-    assert json.loads(masked(body, replace(UPSTREAM, api_key=Secret("a/b/c")))) == json.loads(body)
+    assert json.loads(mask_of(replace(UPSTREAM, api_key=Secret("a/b/c"))).in_error(body)) == json.loads(body)
     rejected = failure(400, body)
     assert isinstance(rejected, Rejected)
     assert KEY not in json.loads(rejected.body)["error"]["message"]
@@ -316,33 +316,33 @@ def test_our_key_is_masked_however_json_spells_it(spelled: str) -> None:
 def test_a_key_with_a_slash_is_masked() -> None:
     """PHP and others escape a slash."""
     upstream = replace(UPSTREAM, api_key=Secret("ab/cd/0123456789"))
-    assert masked(b'{"error": "ab\\/cd\\/0123456789"}', upstream) == b'{"error": "***"}'
+    assert mask_of(upstream).in_error(b'{"error": "ab\\/cd\\/0123456789"}') == b'{"error": "***"}'
 
 
 def test_a_body_that_needs_no_mask_is_unchanged() -> None:
     """With all its escapes."""
     body = b'{"error": "a\\/b \\u0041 \\n"}'
-    assert masked(body, UPSTREAM) == body
-    assert masked(b"the org-chart of the project", UPSTREAM) == b"the org-chart of the project"
+    assert mask_of(UPSTREAM).in_error(body) == body
+    assert mask_of(UPSTREAM).in_error(b"the org-chart of the project") == b"the org-chart of the project"
 
 
 def test_a_key_that_breaks_off_is_masked() -> None:
     """Its beginning is a secret too, if it is long enough to be one."""
     body = b"data: " + KEY.encode()
     for end in range(len(body)):
-        shown = masked(body[:end], UPSTREAM, is_cut=True)
+        shown = mask_of(UPSTREAM).in_error(body[:end], is_cut=True)
         assert shown == (body[:end] if end < 14 else b"data: ***")
-    assert masked(body[:-1], UPSTREAM) == body[:-1]
+    assert mask_of(UPSTREAM).in_error(body[:-1]) == body[:-1]
     escaped = b"".join(b"\\u%04x" % letter for letter in KEY.encode())
     for end in range(6 * 8, len(escaped)):
-        assert masked(escaped[:end], UPSTREAM, is_cut=True) == b"***"
+        assert mask_of(UPSTREAM).in_error(escaped[:end], is_cut=True) == b"***"
 
 
 def test_without_a_key_nothing_is_masked() -> None:
     """An empty key masks nothing either, although it is part of every text."""
     empty = Upstream("up", "http://upstream.example/v1", Secret(""))
     for upstream in (OPEN, empty):
-        assert masked(b"abc", upstream) == b"abc"
+        assert mask_of(upstream).in_error(b"abc") == b"abc"
         assert failure_of(400, error(), None, upstream) == Rejected(400, error())
 
 

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.formats.kinds import KINDS, kind_of
+from proxy.formats.mask import Mask
 from proxy.policy.catalog import Secret
 from proxy.upstreams.headers import idempotency_header, to_client, to_upstream
 
@@ -36,7 +37,7 @@ def up(*headers: tuple[str, str], kind: str = "openai", api_key: Secret | None =
 
 def down(*headers: tuple[str, str], is_stream: bool = False) -> dict[str, str]:
     """The headers that a client gets if the upstream sends these."""
-    return to_client(headers, is_stream=is_stream)
+    return to_client(headers, is_stream=is_stream, mask=Mask(None))
 
 
 # ---------------------------------------------------------------------------------------------------- to the upstream
@@ -283,7 +284,7 @@ def test_no_input_gets_another_header_through(headers: list[tuple[str, str]], ki
         name.lower() for name in PASSED_UP
     }
     assert {**sent, **OURS, **kind_of(kind).key_headers(KEY)} == sent
-    passed = to_client(headers, is_stream=is_stream)
+    passed = to_client(headers, is_stream=is_stream, mask=Mask(None))
     added = {"x-upstream-request-id", "cache-control", "x-accel-buffering"}
     assert passed.keys() <= added | {name.lower() for name in PASSED_DOWN}
     assert all(value.isprintable() for value in passed.values())

@@ -1,0 +1,77 @@
+"""A sentence for each group of a policy, which says what the group may use.
+
+staff: each of 3 members may use 200,000 tokens a day of any model.
+"""
+
+from proxy.config.loader import Config, FileUser
+from proxy.policy.policy import DEFAULT, EVERYONE, Group
+from proxy.policy.quota import Globs, Limit, Quota
+from proxy.policy.windows import Calendar
+
+_UNITS = {"s": "second", "m": "minute", "h": "hour", "d": "day", "w": "week"}
+_RESERVED_GROUPS = {EVERYONE: ", whatever the group,", DEFAULT: " whose own groups have no quota for the model"}
+_FEW_MEMBERS = {0: "its members (none in this file)", 1: "its one member"}
+_ENFORCE_NOTES = {"exact": "", "after": " (counted when calls have ended)", "shadow": " (never refused)"}
+
+
+def sentences(config: Config) -> tuple[str, ...]:
+    """What each group may use, in one sentence each, in the policy's order."""
+    members = members_of(config)
+    return tuple(_sentence(group, len(members[group.name])) for group in config.policy.groups.values())
+
+
+def members_of(config: Config) -> dict[str, list[FileUser]]:
+    """The users in each group. All users are in `everyone` and `default`."""
+    members: dict[str, list[FileUser]] = {name: [] for name in config.policy.groups}
+    for user in config.users:
+        for group in user.groups:
+            members[group].append(user)
+    return members | {name: list(config.users) for name in (EVERYONE, DEFAULT) if name in members}
+
+
+def matches_all(globs: Globs | None) -> bool:
+    """Whether these patterns match every model; None is no pattern, and does."""
+    return globs is None or "*" in globs.texts
+
+
+def _sentence(group: Group, members: int) -> str:
+    if group.unlimited:
+        models = ", ".join(group.models.texts) if group.models else "any model"
+        return f"{group.name}: {_each_member(group, members)} may use {models} without limit."
+    models = f"; only models {', '.join(group.models.texts)}" if group.models else ""
+    per_member = [_quota_text(quota) for quota in group.quotas if not quota.shared]
+    shared = [_quota_text(quota) for quota in group.quotas if quota.shared]
+    parts = [f"{_each_member(group, members)} may use {', and '.join(per_member)}"] if per_member else []
+    parts += [f"{_all_members(group, members)} may use {', and '.join(shared)}"] if shared else []
+    return f"{group.name}: {'; '.join(parts) or 'no quotas'}{models}."
+
+
+def _each_member(group: Group, members: int) -> str:
+    if group.name in _RESERVED_GROUPS:
+        return f"every user{_RESERVED_GROUPS[group.name]}"
+    return _FEW_MEMBERS.get(members, f"each of {members:,} members")
+
+
+def _all_members(group: Group, members: int) -> str:
+    if group.name in _RESERVED_GROUPS:
+        return f"all users{_RESERVED_GROUPS[group.name]} together"
+    return _FEW_MEMBERS.get(members, f"all {members:,} members together")
+
+
+def _quota_text(quota: Quota) -> str:
+    *others, last = [limit_text(limit) for limit in quota.limits]
+    limits = f"{', '.join(others)} and {last}" if others else last
+    amount = f"{limits} {_window_text(quota)}{_ENFORCE_NOTES[quota.enforce]}"
+    return f"{amount} of any model" if matches_all(quota.models) else f"on {', '.join(quota.models.texts)}: {amount}"
+
+
+def limit_text(limit: Limit) -> str:
+    """A limit in words: "200,000 tokens"."""
+    return f"{limit.maximum:,} {limit.measure.singular if limit.maximum == 1 else limit.measure.unit}"
+
+
+def _window_text(quota: Quota) -> str:
+    if isinstance(quota.per, Calendar):
+        return "an hour" if quota.per.text == "hour" else f"a {quota.per.text}"
+    number, unit = quota.per.text[:-1], _UNITS[quota.per.text[-1]]
+    return f"in {number} {unit}{'' if number == '1' else 's'} from the first call"
