@@ -173,7 +173,7 @@ def test_fields_that_any_target_refuses_are_refused(tmp_path: Path) -> None:
             _call(Snapshot.of(config), "both", used)
         assert (caught.value.param, caught.value.code) == (field, "unsupported_parameter")
         _call(Snapshot.of(config), "fast", used)
-    _call(Snapshot.of(config), "both", b', "provider": null, "n": null, "providers": 1')
+    _call(Snapshot.of(config), "both", b', "provider": "", "n": null, "providers": 1')
 
 
 @pytest.mark.parametrize("name", ["llama3", "LLAMA3", "llama3:latest", "library/Llama3"])
