@@ -168,6 +168,12 @@ def begins_with_event(body: bytes | bytearray) -> bool | None:
     return True
 
 
+def is_cut_off_event(body: bytes | bytearray) -> bool:
+    """Whether a whole body is blank, or only the beginning of an event's first line: `dat`."""
+    text = bytes(body).strip(BOM + b" \t\r\n")
+    return any(name.startswith(text) for name in (b"data:", b"event:", b"id:", b"retry:"))
+
+
 def _parse_event(raw: bytes) -> Event:
     # The fast path for `data: {…}\n\n`, one line: no need to split it.
     if raw.startswith(b"data: ") and raw.find(b"\n") == len(raw) - 2 and b"\r" not in raw:

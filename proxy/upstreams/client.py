@@ -26,7 +26,7 @@ from proxy.formats.content_encoding import (
     NotDecodable,
     encoding_of,
 )
-from proxy.formats.sse import begins_with_event
+from proxy.formats.sse import begins_with_event, is_cut_off_event
 from proxy.policy.catalog import Upstream
 from proxy.upstreams.spool import Spliced
 
@@ -111,7 +111,7 @@ class Answer:
     async def carries_events(self) -> bool:
         """Whether the body is a stream of events, whatever the header says. Waits for its first bytes.
 
-        If the body has only blanks, the header decides.
+        If the body has only blanks, or broke off in its first line, the header decides.
 
         Raises like `chunks`, which hands out the whole body after this as well.
         """
@@ -123,7 +123,7 @@ class Answer:
             self._beginning.append(chunk)
             beginning += chunk
         if answer is None:
-            return self.is_event_stream and not beginning.strip(b"\xef\xbb\xbf \t\r\n")
+            return self.is_event_stream and is_cut_off_event(beginning)
         return answer
 
     async def chunks(self) -> AsyncIterator[bytes]:

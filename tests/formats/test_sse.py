@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.formats.sse import EVENT_BYTES_MAX, Event, Piece, Splitter, begins_with_event
+from proxy.formats.sse import EVENT_BYTES_MAX, Event, Piece, Splitter, begins_with_event, is_cut_off_event
 
 NameAndData = tuple[str | None, bytes | None]
 
@@ -234,3 +234,20 @@ def test_anything_else_is_a_whole_answer(body: bytes) -> None:
     """JSON, also with whitespace in front of it; HTML; audio."""
     assert begins_with_event(body) is False
     assert begins_with_event(body[:0]) is None
+
+
+@pytest.mark.parametrize(
+    ("body", "is_cut_off"),
+    [
+        (b"", True),
+        (b" \n", True),
+        (b"d", True),
+        (b"\nda", True),
+        (b"\xef\xbb\xbfev", True),
+        (b"hello", False),
+        (b"{", False),
+    ],
+)
+def test_a_body_that_broke_off_in_its_first_line(body: bytes, is_cut_off: bool) -> None:
+    """The header of the answer decides whether it was to be a stream. Other text is no event."""
+    assert is_cut_off_event(body) is is_cut_off
