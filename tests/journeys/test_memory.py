@@ -224,7 +224,7 @@ async def test_a_large_body_waits_for_its_100_continue_until_there_is_memory(tmp
     ids=["announced", "as it grows"],
 )
 async def test_a_large_body_without_memory_is_a_503(header: str, body: bytes, tmp_path: Path) -> None:
-    """T122: after 10 s, with the time to come back. A body without a length counts as it grows, and waits for nothing."""
+    """T122: after 10 s, with the time to come back. A body without a length counts as it grows, and does not wait."""
     limits = ConnectionLimits(body_memory_bytes=34 * BODY_BYTES)
     bob = KEY.replace("alice", "bob")
     async with (
