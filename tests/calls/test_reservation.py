@@ -405,6 +405,21 @@ async def test_the_input_is_counted_before_a_stream_is_ended(tmp_path: Path) -> 
         assert await it.counter() == (0, INPUT + 1101 + 64)
 
 
+async def test_the_input_is_counted_before_a_stream_waits_for_calls_in_flight(tmp_path: Path) -> None:
+    """What the count frees is enough, so the stream goes on at once."""
+    daily = quota("staff/daily", tokens=1300)
+    async with _reserved(tmp_path, STREAM, daily=daily) as it:
+        other = await it.ledger.reserve(reserve("req_2", binding([daily]), call(50, 50)))
+        assert isinstance(other, Accepted)
+        it.says("x" * 1101)
+        loop = asyncio.get_running_loop()
+        with fast_timers(0.05):  # slow, so that a wait of 1 s takes far longer than the work
+            begun_at = loop.time()
+            assert await it.grows(wait_s=50)
+            assert loop.time() - begun_at < 0.5
+        await it.ledger.end(Settle("req_2", exactly(0, 10), "complete"))
+
+
 async def test_growing_waits_for_calls_in_flight(tmp_path: Path) -> None:
     """If only they hold what is left. Without a wait it fails at once."""
     daily = quota("staff/daily", tokens=5000)

@@ -218,8 +218,13 @@ async def test_a_large_body_waits_for_its_100_continue_until_there_is_memory(tmp
         assert (await second.reply()).status == 100
 
 
-async def test_a_large_body_without_memory_is_a_503(tmp_path: Path) -> None:
-    """T122: after 10 s, with the time to come back."""
+@pytest.mark.parametrize(
+    ("header", "body"),
+    [(LARGE, b"{"), ("Transfer-Encoding: chunked", b"500000\r\n" + b" " * 0x500000)],
+    ids=["announced", "as it grows"],
+)
+async def test_a_large_body_without_memory_is_a_503(header: str, body: bytes, tmp_path: Path) -> None:
+    """T122: after 10 s, with the time to come back. A body without a length counts as it grows, and does not wait."""
     limits = ConnectionLimits(body_memory_bytes=34 * BODY_BYTES)
     bob = KEY.replace("alice", "bob")
     async with (
@@ -230,6 +235,6 @@ async def test_a_large_body_without_memory_is_a_503(tmp_path: Path) -> None:
         first.send(post(CHAT, KEY, "Expect: 100-continue", LARGE, body=b"", length=False))
         assert (await first.reply()).status == 100
         with fast_timers(50):
-            second.send(post(CHAT, bob, LARGE, body=b"{", length=False))
+            second.send(post(CHAT, bob, header, body=body, length=False))
             reply = await second.reply()
         assert (reply.status, reply.headers["retry-after"], reply.error["code"]) == (503, "5", "out_of_memory")

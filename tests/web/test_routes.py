@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from structlog.testing import capture_logs
 
 from proxy.web.body_memory import REQUEST_BYTES_MAX
-from tests.stage import STAFF, Reply, Stage, key_of, stage
+from tests.stage import STAFF, Reply, Stage, key_of, stage, until
 
 HELLO: Any = [{"role": "user", "content": "Hello"}]
 CHAT = "/v1/chat/completions"
@@ -183,16 +184,19 @@ async def test_quota_lists_every_quota_of_the_caller(tmp_path: Path) -> None:
 
 
 async def test_an_incomplete_body_is_no_call(tmp_path: Path) -> None:
-    """A client that disconnects while it sends its body does no harm; the next call is served."""
+    """A client that disconnects while it sends its body does no harm; the next call is served. The log says 499."""
     async with stage(folder=tmp_path) as on:
         assert on.server.api
         reader, writer = await asyncio.open_connection("127.0.0.1", on.server.api.port)
         head = ("POST /v1/chat/completions HTTP/1.1", "Host: x", f"api-key: {key_of('alice')}", "Content-Length: 99")
         writer.write("\r\n".join((*head, "", "{")).encode())
         await writer.drain()
-        writer.close()
-        await writer.wait_closed()
-        del reader
+        with capture_logs() as logged:
+            writer.close()
+            await writer.wait_closed()
+            del reader
+            await until(lambda: bool(logged))
+        assert [(line["event"], line["status"], line["user"]) for line in logged] == [("request", 499, "alice")]
         assert (await on.post(CHAT, GOOD)).status == 200
         assert on.simulator.received == 1
 
