@@ -9,6 +9,7 @@ aiohttp quotes the bytes that it failed to parse, which may be a key or a prompt
 """
 
 import logging
+import os
 import queue
 import threading
 from typing import Literal, TextIO
@@ -34,6 +35,7 @@ class LogStream:
         self.dropped = 0
         self.format: LogFormat = "json"
         self._stream = stream
+        self._descriptor = _descriptor_of(stream)
         self._lines: queue.Queue[str | None] = queue.Queue(lines_max)  # None ends the thread
         self._thread = threading.Thread(target=self._run, name="log", daemon=True)
         self._thread.start()
@@ -67,15 +69,36 @@ class LogStream:
     def _run(self) -> None:
         while (text := self._lines.get()) is not None:
             try:
-                self._stream.write(text)
+                self._write(text)
                 if self.dropped:
                     lines, self.dropped = self.dropped, 0
                     event = "log lines were dropped"
                     as_json = f'{{"event": "{event}", "lines": {lines}, "level": "warning"}}\n'
-                    self._stream.write(as_json if self.format == "json" else f"{event}: {lines}\n")
-                self._stream.flush()
+                    self._write(as_json if self.format == "json" else f"{event}: {lines}\n")
             except (OSError, ValueError):  # a full disk, a broken pipe, a closed stream: nowhere to report it
                 self.dropped += 1
+
+    def _write(self, text: str) -> None:
+        """Write to the descriptor itself if there is one.
+
+        A write that blocks would hold the lock of the stream, and the interpreter, which flushes standard error when
+        it ends, would wait for that lock forever.
+        """
+        if self._descriptor is None:
+            self._stream.write(text)
+            self._stream.flush()
+            return
+        data = text.encode("utf-8", "backslashreplace")
+        while data:
+            data = data[os.write(self._descriptor, data) :]
+
+
+def _descriptor_of(stream: TextIO) -> int | None:
+    """The descriptor of a stream; None if it has none, as in tests."""
+    try:
+        return stream.fileno()
+    except (OSError, ValueError):
+        return None
 
 
 class _LibraryHandler(logging.Handler):

@@ -5,6 +5,8 @@ import io
 import json
 import logging
 import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 
@@ -111,6 +113,23 @@ def test_a_full_pipe_blocks_no_call() -> None:
         stream.close()
         pipe.close()
         rest.join()
+
+
+def test_a_process_ends_also_if_nobody_reads_its_log() -> None:
+    """Its log is stuck in a full pipe. The interpreter must not wait for it when the process ends."""
+    program = (
+        "import sys, logging, structlog\n"
+        "from proxy.logs import LogStream, set_up\n"
+        "stream = LogStream(sys.stderr)\n"
+        "set_up(stream, level=logging.INFO)\n"
+        "for _ in range(3000): structlog.get_logger().info('x' * 100)\n"
+        "stream.close()\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE) as process:
+        try:
+            assert process.wait(timeout=30) == 0
+        finally:
+            process.kill()
 
 
 def test_a_closed_stream_raises_no_error() -> None:

@@ -8,6 +8,7 @@ it is set here with the reason.
 import asyncio
 import io
 import os
+import re
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
@@ -37,8 +38,8 @@ if TYPE_CHECKING:
 # SDKs wait ten minutes for an answer, and a retry is billed again. Giving up earlier would only cost more.
 _SILENCE_S = 600
 _CONNECT_S = 5
-# How much of the address of a redirect the log has.
-_LOCATION_CHARACTERS_MAX = 200
+# Scheme, host and port of an address, without a user.
+_SERVER = re.compile(r"(https?://)(?:[^/?#@]{0,200}@)?([A-Za-z0-9._:\[\]-]{1,200})(?:[/?#]|$)")
 # A large body may take longer to send: with 64 KiB/s, one of 512 MB has two hours and a quarter more.
 _SENT_BYTES_PER_S = 64 * 1024
 # The largest answer that is read as a whole. A stream may have any length.
@@ -85,13 +86,14 @@ class Answer:
 
     @property
     def status_reason(self) -> str:
-        """The status for the log, and where a redirect leads to, without its query: `status 302, to https://…/login`.
+        """The status for the log, and which server a redirect leads to: `status 302, to https://llm.example`.
 
-        Redirects are not followed. A `base_url` with http instead of https is often answered with one.
+        Redirects are not followed. A `base_url` with http instead of https is often answered with one. The rest of
+        the address is left out, because it may repeat what the client sent.
         """
         location = next((value for name, value in self.headers if name.lower() == "location"), "")
-        target = location.partition("?")[0][:_LOCATION_CHARACTERS_MAX]
-        return f"status {self.status}, to {target}" if target and self.status // 100 == 3 else f"status {self.status}"
+        server = _SERVER.match(location) if self.status // 100 == 3 else None
+        return f"status {self.status}" if server is None else f"status {self.status}, to {server[1]}{server[2]}"
 
     async def is_decodable(self) -> bool:
         """Whether the body can be decompressed, as far as its beginning shows. Raises like `chunks`.

@@ -49,7 +49,10 @@ _CONTEXT_MAX = 10**9
 # Names that tell the account: ft:gpt-4o:acme::x (OpenAI, Mistral; with the vendor before it at gateways),
 # davinci:ft-acme-2023-01-31 (OpenAI until 2023), arn:aws:… (Amazon), projects/… (Google), and accounts/… (Fireworks,
 # whose own models are in accounts/fireworks).
-_OF_ACCOUNT = re.compile(r"(?:^|/)ft:|:ft-|(?:^|/)arn:|^projects/|^accounts/(?!fireworks/)", re.IGNORECASE)
+_OF_ACCOUNT = re.compile(
+    r"(?:^|[/:])ft:|:ft(?:-|:|$)|(?:^|[/.])arn(?::|%3a)|(?:^|/)projects/|(?:^|/)accounts/(?!fireworks/)",
+    re.IGNORECASE,
+)
 
 # The listed models by their names; the values are their contexts, None if none is stated.
 Listed = Mapping[str, int | None]

@@ -107,10 +107,11 @@ def test_the_reason_names_what_is_wrong_with_a_certificate() -> None:
 
 
 async def test_the_reason_of_a_redirect_says_where_it_leads() -> None:
-    """Without its query, which may have a token. It is not followed."""
-    head = b"HTTP/1.1 302 Found\r\nLocation: https://llm.example/login?token=secret\r\nContent-Length: 0\r\n\r\n"
+    """Without a user, a path and a query, which may have secrets. It is not followed."""
+    location = b"Location: https://u:secret@llm.example/login?token=secret\r\n"
+    head = b"HTTP/1.1 302 Found\r\n" + location + b"Content-Length: 0\r\n\r\n"
     plain = HEAD + b"Content-Length: 2\r\n\r\n{}"
-    for sent, reason in ((head, "status 302, to https://llm.example/login"), (plain, "status 200")):
+    for sent, reason in ((head, "status 302, to https://llm.example"), (plain, "status 200")):
         async with (
             _upstream(sent) as (up, _),
             _open() as upstreams,
