@@ -394,15 +394,16 @@ class Model:
             for (key, opened_at), amount in amounts.items()
         }
         quotas = {each.key_for(call.who.user): each for each in call.who.quotas if each.enforce == "exact"}
-        for key, _ in new:
+        for key, opened_at in new:
             if key in quotas:
-                self._check_limits(quotas[key], reply.counters[key], opened[key])
+                self._check_limits(quotas[key], reply.counters[key], opened[key], added=amounts[key, opened_at])
 
-    def _check_limits(self, each: Quota, counter: Counter, window: OpenedWindow) -> None:
+    def _check_limits(self, each: Quota, counter: Counter, window: OpenedWindow, *, added: Amount) -> None:
         for limit in each.limits:
             ceiling = each.ceiling(limit)
             taken = (counter.used + counter.held).of(limit.measure)
-            assert taken <= ceiling or limit.measure == "output_tokens"  # it does not bind calls without output
+            # A limit does not bind a call that uses nothing of its measure.
+            assert taken <= ceiling or not added.of(limit.measure)
             window.ceilings[limit.measure] = max(ceiling, window.ceilings.get(limit.measure, 0))
 
     def _window(self, key: CounterKey, now: int, resets_at: int) -> OpenedWindow:
