@@ -29,7 +29,8 @@
         ├── NoSpace               503  the disk has no space for a large body
         ├── BodyMemoryFull        503  the memory for large bodies is taken by others
         ├── BodiesWaitTooLong     503  too many large bodies are being read at the same time
-        └── LedgerUnavailable     503  the ledger cannot be written, so no call is admitted
+        ├── LedgerUnavailable     503  the ledger cannot be written, so no call is admitted
+        └── DirectoryUnavailable  503  the users cannot be read, and the key is not in memory
 
 The body has OpenAI's shape, `{"error": {"message", "type", "param", "code"}}`; all four members are always present.
 Users see the messages: they contain no secrets, no hosts, and no text of an upstream that could contain the proxy's
@@ -109,10 +110,17 @@ class NeverFits(RequestError):
 
 
 class InvalidKey(RequestError):
-    """No key, an unknown key, or two different keys."""
+    """No key, an unknown key, one that is not valid now, or two different keys.
+
+    `reason` is for the log. The message does not say it, so that keys cannot be probed.
+    """
 
     status = 401
     code = "invalid_api_key"
+
+    def __init__(self, message: str, *, reason: str = "unknown") -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 class ModelNotFound(RequestError):
@@ -327,6 +335,13 @@ class LedgerUnavailable(Unavailable):
 
     code = "ledger_unavailable"
     default_message = "The quota ledger can't be reached right now. Try again in a few seconds."
+
+
+class DirectoryUnavailable(Unavailable):
+    """The directory of users can't be read, and the key of this request is not in memory."""
+
+    code = "directory_unavailable"
+    default_message = "The users can't be looked up right now. Try again in a few seconds."
 
 
 def drop_frames(error: BaseException) -> None:

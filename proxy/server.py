@@ -28,6 +28,7 @@ import socket
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from random import getrandbits
 
@@ -45,6 +46,8 @@ from proxy.calls.tokenizer import Tokenizers
 from proxy.config.loader import Address, Config, ConnectionLimits
 from proxy.config.reload import Changes, Policies
 from proxy.identity.authentication import Snapshot
+from proxy.identity.database import DirectoryDatabase
+from proxy.identity.directory import Directory
 from proxy.ledger.ledger import LEASE_MS, Ledger
 from proxy.ledger.queue import AdmissionQueue
 from proxy.ledger.rollup import Rollup
@@ -62,6 +65,10 @@ from proxy.web.routes import Api
 
 _RELOAD_CHECK_EVERY_S = 1.0
 _ROLLUP_EVERY_S = 10.0
+# A change of users or keys is in force on every replica within twice this time.
+_DIRECTORY_POLL_EVERY_S = 1.0
+# Keys show the minute in which they were last used.
+_USED_KEYS_EVERY_S = 30.0
 # Descriptors that are no connections: the database, the listeners, the log, uploads.
 _OTHER_DESCRIPTORS = 64
 # How often the garbage collector looks at everything. Bodies and answers are freed without it, so this is for small
@@ -154,16 +161,17 @@ class Server:
         self.metrics = Metrics(self._inherited.metrics)
         self._tokenizers = tokenizers
         self._load = load
+        store = store_of(
+            self._inherited.database, self._inherited.lock, may_be_new=config.settings.may_be_new_database
+        )
+        self.directory = Directory(DirectoryDatabase(store, now=now), clock=clock, now=now)
         self.policies = Policies(
             config,
             load=self._load_with_tokenizers,
-            build=Snapshot.of,
+            build=partial(Snapshot.of, directory=self.directory, now=now),
             changes=changes,
             metrics=self.metrics,
             now=now,
-        )
-        store = store_of(
-            self._inherited.database, self._inherited.lock, may_be_new=config.settings.may_be_new_database
         )
         self.ledger = Ledger(
             store,
@@ -224,6 +232,7 @@ class Server:
         """Start to serve. Raises what `Store.open` raises, and OSError if a port is in use."""
         self._tokenizers.load(_encodings_of(self.policies.current.catalog))
         await self.ledger.start(self._inherited.dead)
+        await self.directory.poll()
         self.upstreams.open()
         inherited, settings = self._inherited, self._settings
         limits = _within_file_limit(settings.connection_limits)
@@ -240,6 +249,8 @@ class Server:
         self._jobs.start("sweep", repeat(self.ledger.sweep, every_s=lease_s / 2))
         self._jobs.start("roll up", repeat(self.rollup.run, every_s=_ROLLUP_EVERY_S))
         self._jobs.start("collect garbage", repeat(_collect_garbage, every_s=_COLLECT_EVERY_S))
+        self._jobs.start("read directory", repeat(self.directory.poll, every_s=_DIRECTORY_POLL_EVERY_S))
+        self._jobs.start("note used keys", repeat(self.directory.write_used, every_s=_USED_KEYS_EVERY_S))
         self._jobs.start("reload", repeat(self.policies.reload_if_changed, every_s=_RELOAD_CHECK_EVERY_S))
 
     async def retire(self) -> None:
@@ -263,6 +274,7 @@ class Server:
             log.warning("calls were cut off and settled", calls=cut_off)
         await self._stored_responses.close()
         await self._jobs.finish(0)
+        await self.directory.write_used()
         for runner in self._runners:
             await runner.cleanup()
         await self._relay.model_lists.close()

@@ -15,8 +15,12 @@ from zoneinfo import ZoneInfo
 import pytest
 
 from proxy.calls.log_line import LogLine
+from proxy.config.loader import Config
+from proxy.identity.authentication import Snapshot
+from proxy.identity.directory import Cuts, Directory, OwnedKey, User, UserId
 from proxy.ledger.book import Extend, Reserve
 from proxy.ledger.entry import CallLabels
+from proxy.ledger.store import StoreUnavailable
 from proxy.policy import amounts
 from proxy.policy.amounts import TOKENS_MAX, Amount, Exactly, Measure, Tokens, Uses
 from proxy.policy.policy import Group, Policy
@@ -50,6 +54,69 @@ NOON = instant("2026-11-24 12:00")  # a Tuesday
 def log_line(request_id: str = "req_1", *, clock: Callable[[], float] = lambda: 0.0) -> LogLine:
     """The line of a request that began now and that has not been identified yet."""
     return LogLine(request_id=request_id, endpoint="GET /", address="192.0.2.1", clock=clock, began_s=clock())
+
+
+def snapshot_of(config: Config) -> Snapshot:
+    """What requests use of a config, with nobody in the database."""
+    return Snapshot.of(config, directory_of(), lambda: NOON)
+
+
+def directory_of(
+    *users: User, keys: Mapping[str, OwnedKey] | None = None, clock: Callable[[], float] = lambda: 0.0
+) -> Directory:
+    """A directory over a database with these users, and with keys by their digests. By default it has none."""
+    return Directory(DirectoryStoreOf(users, keys or {}), clock=clock, now=lambda: NOON)
+
+
+class DirectoryStoreOf:
+    """The part of the directory that is in a database, from values. `fails` makes every method fail."""
+
+    def __init__(self, users: Iterable[User] = (), keys: Mapping[str, OwnedKey] | None = None) -> None:
+        self.users = {user.identity: user for user in users}
+        self.keys = dict(keys or {})
+        self.number = 1
+        self.cuts = Cuts()
+        self.used: dict[str, int] = {}
+        self.asked: list[object] = []
+        self.fails = False
+
+    async def version(self) -> int:
+        """The number that a test raises."""
+        self._fail()
+        return self.number
+
+    async def find_key(self, digest: str) -> OwnedKey | None:
+        """The key with this digest."""
+        self._fail()
+        self.asked.append(digest)
+        return self.keys.get(digest)
+
+    async def find_user(self, identity: UserId) -> User | None:
+        """This user."""
+        self._fail()
+        self.asked.append(identity)
+        return self.users.get(identity)
+
+    async def add_seen_user(self, identity: UserId, email: str | None, *, users_max: int) -> User | None:
+        """A new user of a header source."""
+        self._fail()
+        if len(self.users) >= users_max:
+            return None
+        return self.users.setdefault(identity, User(identity, email=email))
+
+    async def cuts_since(self, version: int) -> Cuts:
+        """What a test has set."""
+        self._fail()
+        return self.cuts
+
+    async def note_used(self, used: Mapping[str, int]) -> None:
+        """Remember it for the test."""
+        self._fail()
+        self.used |= used
+
+    def _fail(self) -> None:
+        if self.fails:
+            raise StoreUnavailable("the database is away")
 
 
 def quota(

@@ -13,6 +13,7 @@ from proxy.errors import (
     BodyMemoryFull,
     BodyTooLarge,
     ClientLeft,
+    DirectoryUnavailable,
     InternalError,
     InvalidKey,
     InvalidRequest,
@@ -70,6 +71,7 @@ TABLE = {
     BodyMemoryFull: (503, "server_error", "out_of_memory"),
     BodiesWaitTooLong: (503, "server_error", "too_many_large_bodies"),
     LedgerUnavailable: (503, "server_error", "ledger_unavailable"),
+    DirectoryUnavailable: (503, "server_error", "directory_unavailable"),
 }
 # Base classes that are never raised themselves.
 ROOTS = {ProxyError, RequestError, Unavailable}

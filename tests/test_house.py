@@ -48,8 +48,11 @@ ENVIRONMENT = (
 # translates its errors, so that the rest of the code never learns its names.
 NAMED_ONLY_IN: dict[str, tuple[tuple[str, ...], str]] = {
     "sqlalchemy": (
-        ("ledger.schema", "ledger.sqlite", "ledger.postgres", "ledger.migrations"),
-        "SQL stays in the engines of the ledger",
+        (
+            *("ledger.schema", "ledger.store", "ledger.sqlite", "ledger.postgres", "ledger.migrations"),
+            *("ledger.queries", "identity.database", "identity.administration"),
+        ),
+        "SQL stays in the engines of the ledger, in ledger.queries, and in the database of the directory",
     ),
     "alembic": (("ledger.schema", "ledger.migrations"), "migrations stay in ledger.schema"),
     "aiosqlite": ((), "SQLAlchemy loads it, by the database's URL"),
@@ -66,7 +69,8 @@ NAMED_ONLY_IN: dict[str, tuple[tuple[str, ...], str]] = {
     "aiohttp.hdrs": ((*SERVER, "upstreams.client"), "HTTP stays in web; pass plain values to other packages"),
     "yaml": (("config.document",), "ask config.document, which keeps the line of every value"),
     "prometheus_client": (("metrics",), "every metric is defined in metrics.py"),
-    "click": (("cli", "torture.cli"), "return the text; the commands print it"),
+    "click": (("cli", "identity.cli", "torture.cli"), "return the text; the commands print it"),
+    "jwt": (("identity.header_sources",), "signed headers are verified in identity.header_sources"),
     "tiktoken": (("calls.tokenizer",), "counting stays in calls.tokenizer"),
     "time.time": CLOCK,
     "time.time_ns": CLOCK,

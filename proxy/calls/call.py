@@ -141,6 +141,8 @@ class Call:
                 recorded_model,
                 self.request.endpoint.name,
                 self.model.upstream.name,
+                key_id=self.caller.key.id,
+                tag=self.caller.tag,
             ),
             binding=self.binding,
             demand=demand,
@@ -260,7 +262,7 @@ def prepare_call(
     """
     policy, catalog = snapshot.policy, snapshot.catalog
     model = catalog.model(request.model)
-    if model is None or not policy.may_use(caller.groups, model.matched_name):
+    if model is None or not snapshot.may_use(caller, model.matched_name):
         raise no_such_model(request.model)
     if not catalog.lists(model.name):
         check_model_name(request.model)
@@ -269,9 +271,9 @@ def prepare_call(
         check_allowance(request.endpoint, request.body, target.allows)
         if target.upstream.refuse:
             check_refused_fields(request.used_fields, target.upstream.refuse, model=request.model)
-    bound = policy.binding(caller.groups, model.matched_name, certain_uses_of(request, model))
+    bound = snapshot.binding(caller, model.matched_name, certain_uses_of(request, model))
     if bound is None:
-        raise _no_quota(request.model, is_covered=policy.binding(caller.groups, model.matched_name) is not None)
+        raise _no_quota(request.model, is_covered=snapshot.binding(caller, model.matched_name) is not None)
     return Call(
         request=request,
         caller=caller,

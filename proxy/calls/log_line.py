@@ -1,7 +1,7 @@
 """What the log says of one request, collected while the request is served and written once, when it has ended.
 
 A line never has a key, a prompt or an answer. Of the request it has the endpoint, the names of the user and of the
-model, and the first digits of the key's digest. Texts of errors are left out, because some of them repeat what the
+model, and the label or the id of the key. Texts of errors are left out, because some of them repeat what the
 client or the upstream sent: the status, the code and the parameter say what happened.
 """
 
@@ -10,13 +10,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from proxy.errors import ProxyError
+from proxy.errors import InvalidKey, ProxyError
 from proxy.identity.authentication import Caller
 from proxy.policy.amounts import Usage
 
-# How many hex digits of the digest of a key are shown. They tell the keys of one user apart and reveal nothing: they
-# are 32 of 256 bits of a hash.
-_KEY_DIGITS = 8
 # How much of a model's name is shown. A client may write up to 256 characters there.
 _MODEL_CHARACTERS_MAX = 100
 # The parameters that errors of the proxy name. One that a client made up, such as the name of a form's field, may be
@@ -88,7 +85,9 @@ class LogLine:
             "endpoint": self.endpoint,
             "status": status,
             "user": self.caller and self.caller.user,
-            "key": self.caller and self.caller.key[:_KEY_DIGITS],
+            "key": self.caller and (self.caller.key.label or self.caller.key.id),
+            "source": self.caller and self.caller.source,
+            "tag": (self.caller and self.caller.tag) or None,
             "group": self.group,
             "model": self.model and self.model[:_MODEL_CHARACTERS_MAX],
             "upstream": self.upstream,
@@ -100,6 +99,7 @@ class LogLine:
             "refused_by": list(self.refused_by) or None,
             "verdict": self.verdict,
             "code": error and (error.code or error.type),
+            "reason": error.reason if isinstance(error, InvalidKey) else None,
             "param": error.param if error and error.param and _PARAMETER.fullmatch(error.param) else None,
             "retry_after": error and error.headers.get("retry-after"),
             "address": None if self.caller else self.address,

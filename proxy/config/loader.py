@@ -30,10 +30,13 @@ from proxy.config.schema import User as UserSection
 from proxy.formats.kinds import kind_of
 from proxy.logs import LogFormat, LoggedCalls
 from proxy.policy.catalog import Allow, Catalog, Model, Upstream
+from proxy.policy.key import Key
 from proxy.policy.policy import DEFAULT, EVERYONE, Group, Keep, Policy
 from proxy.policy.quota import Globs, Quota
 from proxy.policy.windows import WEEKDAYS, parse_per
 
+# The id of a key of the file is the beginning of its digest: 32 of 256 bits of a hash reveal nothing.
+_KEY_ID_DIGITS = 8
 _MISTAKES_SHOWN = 100
 _NAMES_SHOWN = 10
 _ONLY_A_ROUTE = '"*" only says which upstream other names go to; remove this, or list the model by its name'
@@ -112,7 +115,7 @@ class FileUser:
 
     name: str
     groups: tuple[str, ...] = ()
-    key_digests: tuple[str, ...] = field(default=(), repr=False)
+    keys: Mapping[str, Key] = field(default_factory=dict, repr=False)  # by their digests
 
 
 @dataclass(frozen=True, slots=True)
@@ -381,7 +384,8 @@ def _policy(file: File, hash: str) -> Policy:
 
 
 def _user(name: str, section: UserSection, file: File) -> FileUser:
-    return FileUser(name, tuple(group for group in file.groups if group in section.groups), tuple(section.keys))
+    keys = {digest: Key(digest[:_KEY_ID_DIGITS]) for digest in section.keys}
+    return FileUser(name, tuple(group for group in file.groups if group in section.groups), keys)
 
 
 def _catalog(file: File) -> Catalog:

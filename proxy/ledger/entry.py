@@ -54,6 +54,8 @@ class HeldAmount:
 class CallLabels:
     """Who calls which model, at which endpoint and upstream: the part of an entry that is known before admission.
 
+    `key_id` is the id of the key that the call carried, and `tag` a text for reports. Each may be empty.
+
     Raises ValueError for a text of more than 512 characters, or with characters that are not printable. Such a text
     would make the database refuse the whole batch, for example because PostgreSQL stores no zero byte.
     """
@@ -62,9 +64,11 @@ class CallLabels:
     model: str
     endpoint: str
     upstream: str
+    key_id: str = ""
+    tag: str = ""
 
     def __post_init__(self) -> None:
-        for text in (self.user, self.model, self.endpoint, self.upstream):
+        for text in (self.user, self.model, self.endpoint, self.upstream, self.key_id, self.tag):
             if len(text) > 512 or not text.isprintable():  # a zero byte is not printable either
                 raise ValueError(f"not fit for the ledger: {text[:80]!r}")
 

@@ -33,7 +33,7 @@ import structlog
 from asyncpg.exceptions import DataError, IntegrityConstraintViolationError, PostgresError
 from sqlalchemy import Connection, Table
 from sqlalchemy.exc import DBAPIError
-from sqlalchemy.ext.asyncio import create_async_engine
+from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 from sqlalchemy.pool import NullPool
 
 from proxy.ledger.book import Book, Operation, Reply
@@ -47,6 +47,7 @@ from proxy.ledger.schema import (
     UNCOUNTED,
     UPSERT_DAYS,
     calls,
+    check_schema,
     counters,
     has_schema,
     migrate,
@@ -261,6 +262,14 @@ class PostgresStore:
         self._writer: _Writer | None = None
         self._writing = asyncio.Lock()
         self._idle_readers: list[Any] = []
+        self._change_engine = create_async_engine(
+            "postgresql+asyncpg://",
+            async_creator=self._connect,
+            pool_size=2,
+            max_overflow=0,
+            pool_pre_ping=True,
+            execution_options={"schema_translate_map": {None: SCHEMA}},
+        )
         self._reading = asyncio.Semaphore(_READERS)
 
     # Opening and closing
@@ -285,6 +294,7 @@ class PostgresStore:
         """Close the connections."""
         connections = [*self._idle_readers, *([self._writer.connection] if self._writer else [])]
         self._idle_readers, self._writer = [], None
+        await self._change_engine.dispose()
         for connection in connections:
             try:
                 await connection.close(timeout=self._timeouts.probe_ms / 1000)
@@ -409,6 +419,21 @@ class PostgresStore:
     async def delete_days(self, limit: int, after: str | None, *, before: int) -> JobResult:
         """Delete old sums of days."""
         return await self._run_job(DELETE_DAYS, limit, after, before)
+
+    async def attach(self) -> None:
+        """Make ready for `transaction` beside the processes that serve."""
+        async with self.transaction() as connection:
+            await connection.execute(sa.text(f"SET LOCAL search_path TO {SCHEMA}"))
+            await connection.run_sync(check_schema, f"The database {self._name}")
+
+    @asynccontextmanager
+    async def transaction(self, *, writes: bool = False) -> AsyncIterator[AsyncConnection]:
+        """A transaction for the directory and for reports."""
+        try:
+            async with asyncio.timeout(self._timeouts.whole_ms / 1000), self._change_engine.begin() as connection:
+                yield connection
+        except _FAILURES as error:
+            raise self._unavailable(error) from error
 
     async def _run_job(self, statement: str, *parameters: object) -> JobResult:
         """Run one step of a maintenance job on a reading connection, with the timeouts and settings of a batch."""

@@ -88,11 +88,12 @@ def _counter_row(key: CounterKey, counter: Counter) -> Row:
 def entry_of(row: Row) -> Entry:
     """The entry in a row of `calls`."""
     entry_id, owner, state, user, model, endpoint, upstream, admitted_via, reserved_at, ended_at, *rest = row
-    hold_input, hold_output, maximum, held_amounts, capped_by, would_refuse, *usage, outcome, _, response_id = rest
+    hold_input, hold_output, maximum, held_amounts, capped_by, would_refuse, *usage_and_end = rest
+    *usage, outcome, _, response_id, key_id, tag = usage_and_end
     return Entry(
         id=entry_id,
         owner=owner,
-        labels=CallLabels(user=user, model=model, endpoint=endpoint, upstream=upstream),
+        labels=CallLabels(user, model, endpoint, upstream, key_id or "", tag or ""),
         admitted_via=admitted_via,
         reserved_at=reserved_at,
         hold=call_amount(hold_input, hold_output),
@@ -131,6 +132,7 @@ def _call_row(entry: Entry) -> Row:
         *(held_amounts, entry.capped_by, orjson.dumps(entry.would_refuse).decode()),
         *usage_outcome,
         *(None, response_id),  # `counted_as` is NULL: the roll-up has not counted it yet
+        *(labels.key_id or None, labels.tag or None),
     )
 
 

@@ -26,19 +26,30 @@ A hundred million calls in the table slow nothing down, for these reasons:
 A row of `usage_by_day` has the sums of one UTC day, by user, group (`through`) and model. `day` is the first
 millisecond of the day in which the calls were reserved. It is not a day in the policy's time zone, because that may
 be changed, and sums of days cannot be divided again.
+
+`key_id` and `tag` of a call are for reports only: the id of the key that the call carried, and a text of the client's
+or the key's. Calls of releases before them have NULL.
+
+The directory (`identity.database`) has the users and keys that are made at run time. A user is a row of `users`, by
+the source that says who it is and the id that it has there. `identities` links a (source, id) to another user, whose
+counters it then uses. `groups`, `networks` and `models` are JSON lists. An instant that is NULL has not happened. The
+one row of `directory` has a version that each change raises, in the same transaction and before anything else. So
+changes are serialized, and a process sees by one number that what it remembers may be old. Rows of `audit` say who
+changed what; `before` and `after` are JSON objects with the members that differ.
 """
 
 from importlib.resources import files
 
 import sqlalchemy as sa
-from sqlalchemy import BigInteger, Column, Connection, Index, MetaData, Table, Text
+from sqlalchemy import BigInteger, Boolean, Column, Connection, Index, Integer, MetaData, Table, Text
 
+from proxy.ledger.store import StoreUnavailable
 from proxy.policy.amounts import QUANTITIES
 
 metadata = MetaData()
 
 # The newest revision in `migrations`.
-HEAD = "0004"
+HEAD = "0005"
 # The PostgreSQL schema that contains our tables, so that they can share a database with others.
 SCHEMA = "llm_quota_proxy"
 
@@ -115,6 +126,8 @@ calls = Table(
     Column("outcome", Text),
     Column("counted_as", Text),
     Column("response_id", Text),
+    Column("key_id", Text),
+    Column("tag", Text),
     Index("calls_open", "owner", sqlite_where=sa.text("state = 'open'"), postgresql_where=sa.text("state = 'open'")),
     Index("calls_by_user", "user_name", "reserved_at"),
     Index("calls_uncounted", "id", sqlite_where=sa.text(UNCOUNTED), postgresql_where=sa.text(UNCOUNTED)),
@@ -152,6 +165,77 @@ usage_by_day = Table(
     sqlite_with_rowid=False,
 )
 
+users = Table(
+    "users",
+    metadata,
+    Column("source", Text, primary_key=True),
+    Column("id", Text, primary_key=True),
+    Column("groups", Text, nullable=False),
+    Column("email", Text),
+    Column("is_service", Boolean, nullable=False),
+    Column("created_at", BigInteger, nullable=False),
+    Column("created_by", Text, nullable=False),
+    Column("disabled_at", BigInteger),
+    Column("cut_version", BigInteger),
+    Column("forgotten_at", BigInteger),
+    sqlite_with_rowid=False,
+)
+
+identities = Table(
+    "identities",
+    metadata,
+    Column("source", Text, primary_key=True),
+    Column("id", Text, primary_key=True),
+    Column("user_source", Text, nullable=False),
+    Column("user_id", Text, nullable=False),
+    Index("identities_of_user", "user_source", "user_id"),
+    sqlite_with_rowid=False,
+)
+
+api_keys = Table(
+    "api_keys",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("digest", Text, nullable=False, unique=True),
+    Column("user_source", Text, nullable=False),
+    Column("user_id", Text, nullable=False),
+    Column("label", Text, nullable=False),
+    Column("groups", Text),
+    Column("networks", Text),
+    Column("models", Text),
+    Column("tag", Text),
+    Column("takes_tag_header", Boolean, nullable=False),
+    Column("created_at", BigInteger, nullable=False),
+    Column("created_by", Text, nullable=False),
+    Column("expires_at", BigInteger),
+    Column("revoked_at", BigInteger),
+    Column("cut_version", BigInteger),
+    Column("used_at", BigInteger),
+    Column("replaced_by", Text),
+    Index("api_keys_of_user", "user_source", "user_id"),
+    sqlite_with_rowid=False,
+)
+
+audit = Table(
+    "audit",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("at", BigInteger, nullable=False),
+    Column("actor", Text, nullable=False),
+    Column("action", Text, nullable=False),
+    Column("target", Text, nullable=False),
+    Column("before", Text),
+    Column("after", Text),
+    sqlite_with_rowid=False,
+)
+
+directory = Table(
+    "directory",
+    metadata,
+    Column("id", Integer, primary_key=True, autoincrement=False),
+    Column("version", BigInteger, nullable=False),
+)
+
 
 class NewerSchema(Exception):
     """A newer release has migrated this database. This release could lose data that the newer one stores."""
@@ -185,6 +269,14 @@ def migrate(connection: Connection, name: str = "The database") -> None:
 def has_schema(connection: Connection) -> bool:
     """Whether the database has a schema of ours, of any release. If not, `migrate` makes it from nothing."""
     return _revision(connection) is not None
+
+
+def check_schema(connection: Connection, name: str) -> None:
+    """Raise StoreUnavailable unless the database has this release's schema, or that of the next release."""
+    revision = _revision(connection)
+    if revision not in (HEAD, f"{int(HEAD) + 1:04}"):
+        found = "no schema of ours" if revision is None else f"schema {revision}"
+        raise StoreUnavailable(f"{name} has {found}, and this release needs {HEAD}: run `llm-quota-proxy migrate`")
 
 
 def _revision(connection: Connection) -> str | None:

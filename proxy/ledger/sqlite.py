@@ -20,8 +20,9 @@ import errno
 import fcntl
 import os
 import stat
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote
@@ -32,7 +33,8 @@ import structlog
 from sqlalchemy import URL, Connection, Dialect, bindparam, create_engine, event, func, select, tuple_
 from sqlalchemy.dialects.sqlite import insert
 from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, InterfaceError, NotSupportedError, ProgrammingError
-from sqlalchemy.ext.asyncio import create_async_engine
+from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
+from sqlalchemy.pool import NullPool
 
 from proxy.ledger.book import Book, Operation, Reply
 from proxy.ledger.entry import Entry, call_id_prefix
@@ -44,6 +46,7 @@ from proxy.ledger.schema import (
     UNCOUNTED,
     UPSERT_DAYS,
     calls,
+    check_schema,
     counters,
     has_schema,
     migrate,
@@ -141,8 +144,13 @@ class SqliteStore:
         self._is_only_process = lock is None
         self._lock_file = -1 if lock is None else lock
         self._turn_file = -1
-        event.listen(self._engine, "connect", _configure)
-        event.listen(self._engine, "begin", _begin_immediate)
+        # For rare transactions that write beside the batches: each has a connection of its own.
+        self._change_engine = create_async_engine(
+            _url("sqlite+aiosqlite", self._path), connect_args=arguments, poolclass=NullPool
+        )
+        for engine in (self._engine, self._change_engine.sync_engine):
+            event.listen(engine, "connect", _configure)
+            event.listen(engine, "begin", _begin_immediate)
 
     # Opening and closing
 
@@ -164,6 +172,7 @@ class SqliteStore:
         """Close the file and free its lock."""
         self._thread.shutdown()
         await self._read_engine.dispose()
+        await self._change_engine.dispose()
         self._engine.dispose()
         for descriptor in (self._turn_file, self._lock_file):
             if descriptor >= 0:
@@ -374,6 +383,27 @@ class SqliteStore:
             async with self._read_engine.connect() as connection:
                 return (await connection.exec_driver_sql(statement, parameters)).all()
 
+    # The directory and reports
+
+    async def attach(self) -> None:
+        """Make ready for `transaction` beside the processes that serve."""
+        if not _has_content(str(self._path)):
+            raise StoreUnavailable(
+                f"{self._path} is not a database: correct `database`, or start the proxy, which makes it"
+            )
+        self._opened_file = self._file_identity()
+        async with self.transaction() as connection:
+            await connection.run_sync(check_schema, f"The database {self._path}")
+
+    @asynccontextmanager
+    async def transaction(self, *, writes: bool = False) -> AsyncIterator[AsyncConnection]:
+        """A transaction for the directory and for reports."""
+        self._check_file()
+        engine = self._change_engine if writes else self._read_engine
+        with self._translated_errors():
+            async with engine.begin() as connection:
+                yield connection
+
     def _translated_errors(self, *, is_uncertain: bool = False) -> "_TranslatedErrors":
         return _TranslatedErrors(self._path, is_uncertain=is_uncertain)
 
@@ -499,8 +529,10 @@ def _configure(connection: Any, _: object) -> None:
     reads during a write. Only with synchronous=FULL does a commit survive a power failure.
     """
     connection.isolation_level = None
+    cursor = connection.cursor()
     for pragma in ("journal_mode=WAL", "synchronous=FULL"):
-        connection.execute(f"PRAGMA {pragma}")
+        cursor.execute(f"PRAGMA {pragma}")
+    cursor.close()
 
 
 def _begin_immediate(connection: Connection) -> None:

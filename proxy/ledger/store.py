@@ -5,8 +5,11 @@ written is up to the engine: `sqlite` for the processes of one machine, `postgre
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Protocol
+
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 from proxy.ledger.book import Operation, Reply
 from proxy.ledger.entry import Entry
@@ -95,6 +98,19 @@ class Store(Protocol):
 
     async def delete_days(self, limit: int, after: str | None, *, before: int) -> JobResult:
         """Delete up to `limit` sums of days that began before this instant, starting with the day `after`."""
+
+    async def attach(self) -> None:
+        """Make ready for `transaction` beside the processes that serve, instead of `open`. Changes nothing.
+
+        Raises StoreUnavailable if there is no database with this release's schema.
+        """
+
+    def transaction(self, *, writes: bool = False) -> AbstractAsyncContextManager[AsyncConnection]:
+        """A transaction of SQLAlchemy, for the directory and for reports. It is committed unless the block raises.
+
+        On SQLite, one that `writes` has the database's one lock from its beginning. Entering, every statement and
+        leaving raise StoreUnavailable.
+        """
 
     async def close(self) -> None:
         """Close the database."""

@@ -5,7 +5,7 @@ is changed in place.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, replace
 from fnmatch import translate
 from typing import Literal
@@ -231,6 +231,16 @@ class BoundQuotas:
     def for_user(self, name: str) -> "Binding":
         """The binding of one of these users."""
         return Binding(self.always, self.groups, self.shadows, self.combine, user=name)
+
+    def narrowed(self, groups: Collection[str]) -> "BoundQuotas | None":
+        """The same with these groups alone: what a key binds that is limited to them. None if none of them applies.
+
+        With `every_group` all groups still bind, because a group that is left out would take a limit away.
+        """
+        kept = tuple(group for group in self.groups if group.group in groups)
+        if not kept:
+            return None
+        return self if self.combine == "every_group" else replace(self, groups=kept)
 
     @property
     def quotas(self) -> tuple[Quota, ...]:

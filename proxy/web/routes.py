@@ -136,7 +136,7 @@ class Api:
         The snapshot is read once, because a reload must not change a request that has begun.
         """
         snapshot = self._policies.current
-        caller = await snapshot.authentication.identify(request.headers.items(), request.remote)
+        caller = await snapshot.authentication.identify(request.headers.items(), request.remote, request.remote)
         request[LOG_LINE].caller = caller
         return snapshot, caller
 
@@ -293,7 +293,7 @@ def _serves(snapshot: Snapshot, caller: Caller, model: str) -> bool:
             check_model_name(model)
     except InvalidRequest:
         return False
-    return snapshot.policy.serves(caller.groups, model, snapshot.catalog)
+    return snapshot.serves(caller, model)
 
 
 def _is_anthropic(request: web.Request) -> bool:

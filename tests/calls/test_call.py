@@ -17,16 +17,17 @@ from proxy.formats.request import forwarded_body, parse_request
 from proxy.identity.authentication import Caller, Snapshot
 from proxy.ledger.book import Accepted, Book
 from proxy.ledger.entry import CallLabels
+from proxy.policy.key import Key
 from proxy.policy.quota import Demand
 from proxy.web.response import WebResponder
-from tests.builders import NOON, log_line
+from tests.builders import NOON, log_line, snapshot_of
 from tests.stage import STAFF, config_of
 
-ALICE = Caller("alice", ("staff",), key="", source="key")
+ALICE = Caller("alice", ("staff",), Key("0123abcd"), source="file")
 
 
 def _snapshot(folder: Path, policy: str = STAFF, *, kind: str = "simulator") -> Snapshot:
-    return Snapshot.of(config_of(policy, folder=folder, upstream="http://127.0.0.1:1/v1", kind=kind))
+    return snapshot_of(config_of(policy, folder=folder, upstream="http://127.0.0.1:1/v1", kind=kind))
 
 
 def _call(snapshot: Snapshot, model: str = "fast", more: bytes = b"") -> Call:
@@ -67,7 +68,7 @@ def test_a_call_is_reserved_under_its_labels(tmp_path: Path) -> None:
     call = _call(_snapshot(tmp_path))
     entry = _admit(call).entry
     assert (entry.id, entry.owner) == ("req_1", "me")
-    assert entry.labels == CallLabels("alice", "fast", "chat", "simulated")
+    assert entry.labels == CallLabels("alice", "fast", "chat", "simulated", "0123abcd")
 
 
 @pytest.mark.parametrize("stream", ["false", "true"])
@@ -170,10 +171,10 @@ def test_fields_that_any_target_refuses_are_refused(tmp_path: Path) -> None:
     for field, value in (("provider", "{}"), ("Provider", "0"), ("n", "1"), ("PROVIDER", '"x"')):
         used = b', "%s": %s' % (field.encode(), value.encode())
         with pytest.raises(InvalidRequest, match="the operator of this proxy refuses it") as caught:
-            _call(Snapshot.of(config), "both", used)
+            _call(snapshot_of(config), "both", used)
         assert (caught.value.param, caught.value.code) == (field, "unsupported_parameter")
-        _call(Snapshot.of(config), "fast", used)
-    _call(Snapshot.of(config), "both", b', "provider": "", "n": null, "providers": 1')
+        _call(snapshot_of(config), "fast", used)
+    _call(snapshot_of(config), "both", b', "provider": "", "n": null, "providers": 1')
 
 
 @pytest.mark.parametrize("name", ["llama3", "LLAMA3", "llama3:latest", "library/Llama3"])

@@ -6,6 +6,7 @@ from proxy.calls.log_line import LogLine
 from proxy.errors import InvalidRequest, Refusal
 from proxy.identity.authentication import Caller
 from proxy.policy.amounts import Exactly, Tokens
+from proxy.policy.key import Key
 from tests.builders import log_line
 
 
@@ -23,7 +24,7 @@ def _call() -> tuple[LogLine, Clock]:
     clock = Clock(100.0)
     line = log_line("req_7", clock=clock)
     line.endpoint, line.model = "chat", "fast"
-    line.caller = Caller("alice", ("staff",), "0123456789abcdef", source="key")
+    line.caller = Caller("alice", ("staff",), Key("01234567"), source="file")
     return line, clock
 
 
@@ -50,6 +51,7 @@ def test_a_call_has_its_tokens_and_its_times() -> None:
         "status": 200,
         "user": "alice",
         "key": "01234567",
+        "source": "file",
         "group": "staff",
         "model": "fast",
         "upstream": "openai",

@@ -22,12 +22,14 @@ from proxy.config.loader import (
 )
 from proxy.config.values import digest
 from proxy.policy.catalog import Allow, Model, Secret, Upstream
+from proxy.policy.key import Key
 from proxy.policy.policy import Group, Keep
 from proxy.policy.quota import Globs, Limit
 from proxy.policy.windows import Calendar, Duration
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "quotas.example.yaml"
 KEY = "a-key-of-24-characters-x"
+OF_ALICE = {digest(KEY): Key(digest(KEY)[:8])}
 
 SMALL = """\
 upstreams:
@@ -117,7 +119,7 @@ def test_the_config_has_every_section():
         "quick": Model("quick", openai, "quick", reasoning=False, allow=Allow(service_tiers=frozenset(["flex"]))),
         "*": Model("*", box, "*"),
     }
-    assert {key: user.name for user in config.users for key in user.key_digests} == {digest(KEY): "alice"}
+    assert {key: user.name for user in config.users for key in user.keys} == {digest(KEY): "alice"}
     assert config.admin_keys == {digest("an-admins-key-of-some-length"): "ops"}
     assert (policy.wait_s, policy.ledger_wait_s) == (30, 5)
     assert policy.keep == Keep(calls_ms=30 * 86_400_000, days_ms=None)
@@ -153,7 +155,7 @@ def test_groups_and_quotas_are_in_the_order_of_the_file():
 
 def test_a_users_groups_are_in_the_order_of_the_groups_section():
     """The order in which the user lists them does not matter."""
-    assert whole().users == (FileUser("alice", ("first", "second"), (digest(KEY),)), FileUser("1001"))
+    assert whole().users == (FileUser("alice", ("first", "second"), OF_ALICE), FileUser("1001"))
 
 
 def test_the_text_of_a_config_has_no_digests_of_keys():
@@ -398,7 +400,7 @@ def test_a_file_is_loaded_from_disk(tmp_path):
     (tmp_path / "key").write_text(f"{KEY}\n", encoding="utf-8")
     path = tmp_path / "quotas.yaml"
     path.write_text(f'{SMALL}users: {{alice: {{keys: ["${{file:{tmp_path}/key}}"]}}}}\n', encoding="utf-8")
-    assert load(str(path), {}).users == (FileUser("alice", (), (digest(KEY),)),)
+    assert load(str(path), {}).users == (FileUser("alice", (), OF_ALICE),)
 
 
 def test_a_missing_file_is_a_mistake(tmp_path):

@@ -13,7 +13,8 @@ from proxy.config.document import Diagnostic
 from proxy.config.loader import BadConfig, Config, ConfigFile, Fingerprint
 from proxy.config.reload import Changes, Policies
 from proxy.config.values import digest
-from proxy.identity.directory import FileDirectory, User
+from proxy.identity.authentication import Authentication
+from proxy.identity.directory import User, UserId
 from proxy.metrics import Metrics
 from proxy.policy.policy import Policy
 from tests.builders import NOON
@@ -171,7 +172,7 @@ def _policies_of(file: ConfigFile) -> Policies[Config]:
 def _keys(config: Config) -> tuple[str, tuple[str, ...]]:
     key = config.catalog.upstreams["up"].api_key
     assert key is not None
-    return key.reveal(), config.users[0].key_digests
+    return key.reveal(), tuple(config.users[0].keys)
 
 
 @pytest.mark.parametrize("rotate", ROTATIONS)
@@ -269,14 +270,14 @@ async def test_a_reload_during_authentication_changes_nothing_for_that_request(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The user and the policy are of the same file. The new policy does not have the old user's group."""
-    is_looked_up, go_on, look_up = asyncio.Event(), asyncio.Event(), FileDirectory.user
+    is_looked_up, go_on, look_up = asyncio.Event(), asyncio.Event(), Authentication._find_user
 
-    async def slowly(self: FileDirectory, name: str) -> User | None:
+    async def slowly(self: Authentication, identity: UserId) -> User | None:
         is_looked_up.set()
         await go_on.wait()
-        return await look_up(self, name)
+        return await look_up(self, identity)
 
-    monkeypatch.setattr(FileDirectory, "user", slowly)
+    monkeypatch.setattr(Authentication, "_find_user", slowly)
     async with stage(folder=tmp_path) as on, asyncio.TaskGroup() as tasks:
         old = tasks.create_task(on.get("/v1/quota"))
         await is_looked_up.wait()

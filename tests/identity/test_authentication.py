@@ -1,6 +1,7 @@
 """A user is identified by one exact key in one of three headers. Anything else is a 401 (T1 to T4, T8)."""
 
 import asyncio
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -11,36 +12,41 @@ from proxy.config.loader import FileUser
 from proxy.config.values import digest
 from proxy.errors import InvalidKey
 from proxy.identity.authentication import Authentication, Caller, Snapshot
-from proxy.identity.directory import FileDirectory, User
-from proxy.identity.keys import presented_key
+from proxy.identity.directory import Directory, FileDirectory, OwnedKey, User, UserId
+from proxy.identity.keys import NewKey, presented_key
+from proxy.policy.key import Key
+from tests.builders import NOON, directory_of
 from tests.stage import STAFF, config_of, key_of
 
 KEY = "sk-alice-0123456789abcdefghijklmnop"
 ADMIN_KEY = "sk-admin-0123456789abcdefghijklmnop"
 OTHER_KEY = "sk-other-0123456789abcdefghijklmnop"
-DELETED_KEY = "sk-gone-0123456789abcdefghijklmnopq"
 
 PEER = "192.0.2.7"
-ALICE = Caller("alice", ("staff",), digest(KEY), source="key")
+ALICE_KEY = Key(digest(KEY)[:8])
+ALICE = Caller("alice", ("staff",), ALICE_KEY, source="file")
+ALICE_OF_FILE = FileUser("alice", ("staff",), {digest(KEY): ALICE_KEY})
 
 
-class Directory(FileDirectory):
-    """Users of a file, and a key whose user was deleted."""
-
-    async def key_owner(self, digest_of_key: str) -> str | None:
-        """Bob for the key of the deleted user."""
-        return "bob" if digest_of_key == digest(DELETED_KEY) else await super().key_owner(digest_of_key)
+def authentication(*users: FileUser, admin_keys: Mapping[str, str], directory: Directory) -> Authentication:
+    return Authentication(
+        FileDirectory(users), directory, group_names=["staff"], admin_keys=admin_keys, now=lambda: NOON
+    )
 
 
-AUTHENTICATION = Authentication(
-    Directory([FileUser("alice", ("staff",), (digest(KEY),))]), {digest(ADMIN_KEY): "ops"}
+DELETED = NewKey("testtest22", "lqp_testtest22_abcdefghabcdefghabcdefghabcdefghb7Fzdc")
+DELETED_KEY = DELETED.text
+AUTHENTICATION = authentication(
+    ALICE_OF_FILE,
+    admin_keys={digest(ADMIN_KEY): "ops"},
+    directory=directory_of(keys={DELETED.digest: OwnedKey(Key(DELETED.id), UserId("database", "bob"))}),
 )
 
 Headers = list[tuple[str, str]]
 
 
 def identify(headers: Headers, authentication: Authentication = AUTHENTICATION) -> Caller:
-    return asyncio.run(authentication.identify(headers, PEER))
+    return asyncio.run(authentication.identify(headers, PEER, PEER))
 
 
 def identify_admin(headers: Headers, authentication: Authentication = AUTHENTICATION) -> str:
@@ -285,7 +291,7 @@ def test_no_other_key_is_an_admins(headers):
 
 def test_without_admin_keys_nobody_is_an_admin():
     """Not even with an empty key, so an unset secret gives no access (T7)."""
-    without_admins = Authentication(FileDirectory([]), {})
+    without_admins = authentication(admin_keys={}, directory=directory_of())
     for value in ("", " ", "Bearer ", "Bearer x"):
         with pytest.raises(InvalidKey):
             identify_admin([("Authorization", value)], without_admins)
@@ -293,7 +299,7 @@ def test_without_admin_keys_nobody_is_an_admin():
 
 def test_the_text_of_what_identifies_has_no_digests():
     """A snapshot or a caller in a traceback or a log reveals neither keys nor their hashes."""
-    shown = f"{AUTHENTICATION!r} {identify([('api-key', KEY)])!r} {FileUser('alice', (), (digest(KEY),))!r}"
+    shown = f"{AUTHENTICATION!r} {identify([('api-key', KEY)])!r} {ALICE_OF_FILE!r}"
     assert digest(KEY) not in shown
     assert digest(ADMIN_KEY) not in shown
 
@@ -301,21 +307,24 @@ def test_the_text_of_what_identifies_has_no_digests():
 # ------------------------------------------------------------------------------------------------------ the directory
 
 
-async def test_a_directory_knows_users_by_name_and_by_each_of_their_keys():
+def test_a_directory_knows_users_by_name_and_by_each_of_their_keys():
     """A user may have several keys, or none."""
-    directory = FileDirectory([FileUser("ann", ("a", "b"), ("1", "2")), FileUser("bob")])
-    assert await directory.user("ann") == User("ann", ("a", "b"))
-    assert await directory.user("bob") == User("bob")
-    assert await directory.user("zoe") is None
-    assert [await directory.key_owner(key) for key in ("1", "2", "3", "ann")] == ["ann", "ann", None, None]
+    ann, bob = UserId("file", "ann"), UserId("file", "bob")
+    keys = {"1": Key("1"), "2": Key("2")}
+    directory = FileDirectory([FileUser("ann", ("a", "b"), keys), FileUser("bob")])
+    assert directory.user("ann") == User(ann, ("a", "b"))
+    assert directory.user("bob") == User(bob)
+    assert directory.user("zoe") is None
+    found = [directory.key(digest) for digest in ("1", "2", "3", "ann")]
+    assert found == [OwnedKey(keys["1"], ann), OwnedKey(keys["2"], ann), None, None]
 
 
 async def test_a_snapshot_has_the_users_the_policy_and_the_models_of_one_file(tmp_path: Path):
     """The caller's groups are groups of the snapshot's policy."""
     config = config_of(STAFF, folder=tmp_path, upstream="http://127.0.0.1:1/v1")
-    snapshot = Snapshot.of(config)
-    caller = await snapshot.authentication.identify([("api-key", key_of("bob"))], PEER)
+    snapshot = Snapshot.of(config, directory_of(), lambda: NOON)
+    caller = await snapshot.authentication.identify([("api-key", key_of("bob"))], PEER, PEER)
     assert (caller.user, caller.groups) == ("bob", ("staff",))
     assert snapshot.policy is config.policy
     assert snapshot.catalog is config.catalog
-    assert snapshot.policy.serves(caller.groups, "fast", snapshot.catalog)
+    assert snapshot.serves(caller, "fast")

@@ -8,6 +8,7 @@ from proxy.calls.log_line import LogLine
 from proxy.errors import InvalidKey
 from proxy.identity.authentication import Caller
 from proxy.logs import LoggedCalls
+from proxy.policy.key import Key
 from proxy.web.request_log import RequestLog
 
 
@@ -21,7 +22,7 @@ class _Clock:
 
 
 def _line(request_id: str, now_s: float, *, address: str = "192.0.2.1", user: str | None = None) -> LogLine:
-    caller = None if user is None else Caller(user, (), "ab" * 32, source="key")
+    caller = None if user is None else Caller(user, (), Key("abababab"), source="file")
     error = None if user else InvalidKey("No.")
     return LogLine(
         request_id=request_id,

@@ -1,0 +1,136 @@
+"""The users and keys that are made at run time, in the database of the ledger. All of their SQL is here.
+
+A user of a header source has a row from the first request on, so that it can be listed, disabled and counted. Every
+change raises the version of the directory first (`change`), which makes changes wait for each other and tells every
+process that what it remembers may be old. Adding a user who was never seen is no such change: no process can remember
+anything of that user.
+"""
+
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from ipaddress import ip_network
+from typing import Any
+
+import orjson
+import sqlalchemy as sa
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from proxy.identity.directory import Cuts, OwnedKey, User, UserId
+from proxy.ledger.schema import api_keys, directory, identities, users
+from proxy.ledger.store import Store
+from proxy.policy.key import Key
+from proxy.policy.quota import Globs
+
+
+class DirectoryDatabase:
+    """The part of the directory that is in the database. `now` gives ms since 1970.
+
+    Every method raises StoreUnavailable.
+    """
+
+    def __init__(self, store: Store, *, now: Callable[[], int]) -> None:
+        self._store = store
+        self._now = now
+
+    async def version(self) -> int:
+        """The number of changes so far."""
+        async with self._store.transaction() as connection:
+            version: int = (await connection.execute(sa.select(directory.c.version))).scalar_one()
+            return version
+
+    async def find_key(self, digest: str) -> OwnedKey | None:
+        """The key with this digest."""
+        async with self._store.transaction() as connection:
+            row = (await connection.execute(sa.select(api_keys).where(api_keys.c.digest == digest))).first()
+        return None if row is None else OwnedKey(key_of(row), UserId(row.user_source, row.user_id))
+
+    async def find_user(self, identity: UserId) -> User | None:
+        """This user, or the one that it is linked to.
+
+        A user who is linked to one of the file has no row here: then the result has the identity alone.
+        """
+        async with self._store.transaction() as connection:
+            row = (await connection.execute(sa.select(identities).where(*_is(identities, identity)))).first()
+            linked = identity if row is None else UserId(row.user_source, row.user_id)
+            found = (await connection.execute(sa.select(users).where(*_is(users, linked)))).first()
+        if found is not None:
+            return user_of(found)
+        return None if row is None else User(linked)
+
+    async def add_seen_user(self, identity: UserId, email: str | None, *, users_max: int) -> User | None:
+        """The user of a header source who is seen for the first time; None if the source has `users_max` already."""
+        async with self._store.transaction(writes=True) as connection:
+            # The lock of the one row lets one process at a time count and add.
+            await connection.execute(sa.update(directory).values(version=directory.c.version))
+            row = (await connection.execute(sa.select(users).where(*_is(users, identity)))).first()
+            if row is not None:
+                return user_of(row)
+            of_source = sa.select(sa.func.count()).select_from(users).where(users.c.source == identity.source)
+            if (await connection.execute(of_source)).scalar_one() >= users_max:
+                return None
+            await connection.execute(
+                sa.insert(users).values(
+                    source=identity.source,
+                    id=identity.id,
+                    groups="[]",
+                    email=email,
+                    is_service=False,
+                    created_at=self._now(),
+                    created_by=identity.source,
+                )
+            )
+        return User(identity, email=email)
+
+    async def cuts_since(self, version: int) -> Cuts:
+        """Whose calls were to be ended at once by the changes after this version."""
+        async with self._store.transaction() as connection:
+            keys = await connection.execute(sa.select(api_keys.c.id).where(api_keys.c.cut_version > version))
+            people = await connection.execute(
+                sa.select(users.c.source, users.c.id).where(users.c.cut_version > version)
+            )
+            return Cuts(frozenset(keys.scalars()), frozenset(UserId(*row) for row in people))
+
+    async def note_used(self, used: Mapping[str, int]) -> None:
+        """Record when keys were last used (ms), by their ids."""
+        statement = sa.update(api_keys).where(api_keys.c.id == sa.bindparam("key_id"))
+        later = sa.or_(api_keys.c.used_at.is_(None), api_keys.c.used_at < sa.bindparam("used"))
+        rows = [{"key_id": id, "used": at} for id, at in sorted(used.items())]
+        async with self._store.transaction(writes=True) as connection:
+            await connection.execute(statement.where(later).values(used_at=sa.bindparam("used")), rows)
+
+    @asynccontextmanager
+    async def change(self) -> AsyncIterator[tuple[AsyncConnection, int]]:
+        """A transaction that changes the directory, and the version that it makes."""
+        async with self._store.transaction(writes=True) as connection:
+            raised = sa.update(directory).values(version=directory.c.version + 1).returning(directory.c.version)
+            yield connection, (await connection.execute(raised)).scalar_one()
+
+
+def _is(table: sa.Table, identity: UserId) -> tuple[sa.ColumnElement[bool], sa.ColumnElement[bool]]:
+    return (table.c.source == identity.source, table.c.id == identity.id)
+
+
+def user_of(row: sa.Row[Any]) -> User:
+    """The user in a row of `users`."""
+    is_disabled = row.disabled_at is not None or row.forgotten_at is not None
+    return User(UserId(row.source, row.id), tuple(orjson.loads(row.groups)), row.email, is_disabled)
+
+
+def key_of(row: sa.Row[Any]) -> Key:
+    """The key in a row of `api_keys`."""
+    groups, networks, models = (_list(text) for text in (row.groups, row.networks, row.models))
+    return Key(
+        id=row.id,
+        label=row.label,
+        groups=None if groups is None else tuple(groups),
+        models=None if models is None else Globs(models),
+        networks=tuple(ip_network(network) for network in networks or ()),
+        expires_at=row.expires_at,
+        revoked_at=row.revoked_at,
+        tag=row.tag or "",
+        takes_tag_header=row.takes_tag_header,
+    )
+
+
+def _list(text: str | None) -> Sequence[str] | None:
+    return None if text is None else orjson.loads(text)
