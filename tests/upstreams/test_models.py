@@ -194,6 +194,19 @@ async def test_a_list_is_kept_through_an_outage(failure: bytes | int, capsys: py
         assert await lists.of(upstream) == {"b": None}
 
 
+async def test_an_error_that_nobody_expects_is_not_repeated_at_each_call(capsys: pytest.CaptureFixture[str]) -> None:
+    """The client is not open, which is a fault of ours. The next attempt is half a minute later, as after any other."""
+    clock, upstream = Clock(), Upstream("up", "http://127.0.0.1:1/v1", None, "vllm")
+    lists = ModelLists(Upstreams(), now=clock)
+    for _ in range(5):
+        assert await lists.of(upstream) == {}
+    assert capsys.readouterr().out.count("task failed") == 1
+    clock.ms += RETRY_MS
+    assert await lists.of(upstream) == {}
+    assert "task failed" in capsys.readouterr().out
+    await lists.close()
+
+
 async def test_a_first_caller_waits_two_seconds_at_most() -> None:
     """And those that come later do not wait at all while the same fetch runs."""
     async with lister(None) as (source, lists, upstream, _):
