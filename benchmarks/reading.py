@@ -15,10 +15,10 @@ from typing import Any
 
 import orjson
 
+from proxy.formats.allowance import check_allowance
 from proxy.formats.content import read_prompt
 from proxy.formats.endpoints import CHAT
 from proxy.formats.request import parse_request
-from proxy.formats.restrictions import check_allowance
 from proxy.policy.catalog import Allow
 
 # 400 short messages must take less than this.

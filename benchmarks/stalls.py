@@ -29,9 +29,9 @@ from proxy.calls.body_threads import BodyThreads
 from proxy.calls.token_count import TokenCount, prompt_of
 from proxy.calls.tokenizer import Tokenizers, table_folders
 from proxy.errors import InvalidRequest
+from proxy.formats.allowance import check_allowance
 from proxy.formats.endpoints import CHAT, RESPONSES, Endpoint
 from proxy.formats.request import Request, forwarded_body, parse_request
-from proxy.formats.restrictions import check_allowance
 from proxy.formats.strict_json import VALUES_MAX, reading_cost
 from proxy.policy.catalog import Allow, Model, Upstream
 from proxy.server import set_up_collector
