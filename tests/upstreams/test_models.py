@@ -195,7 +195,7 @@ async def test_a_list_is_kept_through_an_outage(failure: bytes | int, capsys: py
 
 
 async def test_an_error_that_nobody_expects_is_not_repeated_at_each_call(capsys: pytest.CaptureFixture[str]) -> None:
-    """The client is not open, which is a fault of ours. The next attempt is half a minute later, as after any other."""
+    """The client is not open, which is a fault of ours. The next attempt is half a minute later, as always."""
     clock, upstream = Clock(), Upstream("up", "http://127.0.0.1:1/v1", None, "vllm")
     lists = ModelLists(Upstreams(), now=clock)
     for _ in range(5):
