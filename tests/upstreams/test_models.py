@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from proxy.policy.catalog import Model, Secret, Upstream
 from proxy.upstreams.client import Upstreams
 from proxy.upstreams.models import REFRESH_MS, RETRY_MS, Listed, ModelLists, read_list, shows_account
+from tests.bare_upstream import connections
 from tests.stage import Clock, fast_timers, until
 
 
@@ -142,11 +143,10 @@ class Lister:
 async def lister(*answers: bytes | int | None) -> AsyncIterator[tuple[Lister, ModelLists, Upstream, Clock]]:
     """An upstream, its lists, and a clock."""
     source, clock, http = Lister(answers), Clock(), Upstreams()
-    server = await asyncio.start_server(source.serve, "127.0.0.1", 0)
-    base_url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
     http.open()
     lists = ModelLists(http, now=clock)
-    async with server:
+    async with connections(source.serve) as port:
+        base_url = f"http://127.0.0.1:{port}/v1"
         try:
             yield source, lists, Upstream("up", base_url, Secret("sk-secret-0123456789"), "vllm"), clock
         finally:
