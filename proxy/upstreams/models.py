@@ -119,18 +119,19 @@ class ModelLists:
 
     async def _fetch(self, known: _List, path: str) -> None:
         """Fetch a list, and keep the old one if that fails."""
+        pause_ms = RETRY_MS  # also after an error that nobody expects, which the caller's task logs
         try:
             async with asyncio.timeout(_FETCH_S):
                 known.models = read_list(await self._read(known.upstream, path))
         except (UpstreamError, TimeoutError, ValueError) as error:
-            known.due_at = self._now() + RETRY_MS
             reason = str(error) or "the upstream did not answer in time"
             log.warning("the models of an upstream could not be listed", upstream=known.upstream.name, reason=reason)
         else:
             known.is_known = True
-            known.due_at = self._now() + REFRESH_MS
+            pause_ms = REFRESH_MS
         finally:
             known.fetch = None
+            known.due_at = self._now() + pause_ms
 
     async def _read(self, upstream: Upstream, path: str) -> bytes:
         """The body of the list. Raises UpstreamError, and ValueError if it is no list of a usual size."""

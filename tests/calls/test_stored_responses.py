@@ -20,7 +20,7 @@ from proxy.config.loader import load_text
 from proxy.simulator.server import Simulator
 from proxy.simulator.server import serve as serve_simulator
 from tests.audit import connected
-from tests.bare_upstream import BareUpstream, bare_upstream, stream_head
+from tests.bare_upstream import BareUpstream, bare_upstream, connections, stream_head
 from tests.stage import (
     STAFF,
     UPSTREAM_KEY,
@@ -613,11 +613,9 @@ async def upstream_that_says(answer: bytes, is_closed: asyncio.Event | None = No
         if is_closed is not None:
             await reader.read()
             is_closed.set()
-        writer.close()
 
-    server = await asyncio.start_server(serve, "127.0.0.1", 0)
-    async with server:
-        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
+    async with connections(serve) as port:
+        yield f"http://127.0.0.1:{port}/v1"
 
 
 async def move(on: Stage, url: str) -> None:

@@ -5,9 +5,10 @@ import json
 import os
 import re
 import signal
+import socket
 import sys
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,84 @@ async def _running(folder: Path, log: str = "", *options: str) -> AsyncIterator[
             process.kill()
             await process.wait()
         await runner.cleanup()
+
+
+@contextmanager
+def _full_pipe() -> Iterator[int]:
+    """The end for writing of a pipe without space, which nobody reads."""
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    for size in (4096, 1):
+        with suppress(BlockingIOError):
+            while True:
+                os.write(writing, b"\n" * size)
+    os.set_blocking(writing, True)
+    try:
+        yield writing
+    finally:
+        os.close(writing)
+        os.close(reading)
+
+
+async def _accepts(port: int) -> None:
+    """Wait until somebody listens at this port."""
+    while True:
+        try:
+            _, writer = await asyncio.open_connection("127.0.0.1", port)
+        except OSError:
+            await asyncio.sleep(0.02)
+        else:
+            writer.close()
+            await writer.wait_closed()
+            return
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as found:
+        port: int = found.getsockname()[1]
+        return port
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["serve", "--port", "{port}"], 0),
+        (["serve", "--port", "{port}", "--workers", "2"], 0),
+        (["serve", "--invalid-config"], 2),
+        (["serve", "--workers", "2", "--invalid-config"], 2),
+        (["demo", "--port", "{port}", "--admin-port", "0"], 0),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+async def test_a_process_ends_though_nobody_reads_what_it_prints(
+    arguments: list[str], code: int, tmp_path: Path
+) -> None:
+    """T93: its standard output and error are full from the start. It serves, and ends on SIGTERM or by itself."""
+    port = _free_port()
+    config = tmp_path / "quotas.yaml"
+    config.write_text(POLICY.format(folder=tmp_path, port=1, upstream_key=UPSTREAM_KEY, alice=ALICE, bob=BOB, log=""))
+    if "--invalid-config" in arguments:
+        arguments.remove("--invalid-config")
+        config.write_text("groups: {staff: {}}\n")
+    if arguments[0] == "serve":
+        arguments = [*arguments, "--config", str(config)]
+    with _full_pipe() as full:
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "proxy", *(word.format(port=port) for word in arguments)),
+            stdout=full,
+            stderr=full,
+            start_new_session=True,
+        )
+        try:
+            async with asyncio.timeout(30):
+                if code == 0:
+                    await _accepts(port)
+                    process.send_signal(signal.SIGTERM)
+                assert await process.wait() == code
+        finally:
+            if process.returncode is None:
+                process.kill()  # its workers notice it
+                await process.wait()
 
 
 def _chat(model: str = "fast", **more: Any) -> dict[str, Any]:
