@@ -208,7 +208,7 @@ async def test_a_thousand_calls_leave_no_key_prompt_or_answer_in_the_log(tmp_pat
 
 
 async def test_a_thousand_requests_with_a_secret_in_every_place_leave_none_in_the_log(tmp_path: Path) -> None:
-    """A key or a prompt in the path, the query, a header, the model, a field, and in all else that a client writes."""
+    """A key or a prompt in the path, the query, a header, the model, a field, and in all else that it writes."""
     secrets = ("sk-verysecretkeyofsomebody", "s3cret-9f", "secretwordsofaprompt", "two secret words")
     log = "unmatched: allow"
     async with _running(tmp_path, log, "--verbose") as on, aiohttp.ClientSession() as http:
