@@ -1,14 +1,18 @@
 """The commands.
 
-Exit codes: 0 for success, 1 if a check failed (`check` found mistakes), 2 if the command, the config or the
-environment is wrong.
+Exit codes: 0 for success, 1 if a check failed (`check` found mistakes) or the proxy has a fault, 2 if the command,
+the config or the environment is wrong.
+
+Commands print their errors as text. `serve` logs them, because its standard error is the log, which is JSON from the
+first line to the last. Only on a terminal the mistakes in the config are text.
 """
 
+import asyncio
 import logging
 import os
 import sys
-from collections.abc import Callable, Coroutine
-from contextlib import ExitStack, closing
+from collections.abc import Coroutine, Iterator
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from typing import Any, NoReturn
 
@@ -20,6 +24,7 @@ from proxy import __version__, logs
 from proxy.calls.tokenizer import Tokenizers, table_folders
 from proxy.config.lint import warnings
 from proxy.config.loader import BadConfig, Config, ConfigFile
+from proxy.config.reload import log_mistakes
 from proxy.config.schema import json_schema
 from proxy.config.sentences import sentences
 from proxy.config.values import KEY_CHARACTERS_MIN, digest
@@ -29,6 +34,8 @@ from proxy.server import Server, public_address, serve, store_of
 from proxy.workers import Command, ControlSocket, NotServing, Parent
 
 _NO, _WRONG = 1, 2
+# Errors that the operator can fix.
+_FIXABLE = (StoreInUse, StoreUnavailable, NewerSchema, NotServing, OSError)
 
 log = structlog.get_logger("cli")
 
@@ -54,14 +61,6 @@ class _Commands(click.Group):
 
             return command
         return super().get_command(ctx, cmd_name)
-
-
-def _print_why(message: str) -> None:
-    click.secho(message, fg="red", err=True)
-
-
-def _log_why(message: str) -> None:
-    log.error("the process can't serve", reason=message)
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -100,23 +99,24 @@ def serve_command(
 
     With several workers, SIGUSR2 replaces them with new ones that run the program as it is then. No call is lost.
     """
-    control = _control_socket(control_number)
-    file = ConfigFile(path, os.environ)
-    config = _with_listeners(_load(file), **listeners)
-    config = replace(config, settings=replace(config.settings, may_be_new_database=new_database))
-    logs.set_format(config.log.format)
-    if lease_s is not None:
-        config = replace(config, settings=replace(config.settings, lease_ms=round(1000 * lease_s)))
-    if control is None:
-        log.info("starting", version=__version__, workers=count, **_summary(config))
-    if control is not None or count == 1:
-        _run(_serve(config, file, control), says_why=_log_why)
-    else:
-        # The worker's command line is that of the parent, with its options, and the number of its socket behind it.
-        # By the option's old name, which every release knows: a SIGUSR2 may also start an older release.
-        command = Command((sys.executable, *sys.orig_argv[1:], "--tie"), os.environ)
-        parent = Parent(config, count, command=command, load=lambda: _with_listeners(file.load(), **listeners))
-        _run(parent.serve(_log_addresses), says_why=_log_why)
+    with _logged_failures():
+        control = None if control_number is None else ControlSocket(control_number)
+        file = ConfigFile(path, os.environ)
+        config = _with_listeners(file.load(), **listeners)
+        config = replace(config, settings=replace(config.settings, may_be_new_database=new_database))
+        logs.set_format(config.log.format)
+        if lease_s is not None:
+            config = replace(config, settings=replace(config.settings, lease_ms=round(1000 * lease_s)))
+        if control is None:
+            log.info("starting", version=__version__, workers=count, **_summary(config))
+        if control is not None or count == 1:
+            uvloop.run(_serve(config, file, control))
+        else:
+            # The worker's command line is that of the parent, with its options, and the number of its socket behind
+            # it. By the option's old name, which every release knows: a SIGUSR2 may also start an older release.
+            command = Command((sys.executable, *sys.orig_argv[1:], "--tie"), os.environ)
+            parent = Parent(config, count, command=command, load=lambda: _with_listeners(file.load(), **listeners))
+            uvloop.run(parent.serve(_log_addresses))
 
 
 @main.command("demo")
@@ -127,8 +127,9 @@ def demo_command(port: int, admin_port: int) -> None:
     from proxy import demo  # imported here because it brings the simulator, which `serve` does not need
 
     logs.set_format("console")
-    with closing(Tokenizers(table_folders(os.environ))) as tokenizers:
-        _run(demo.run(port, admin_port, click.echo, tokenizers))
+    # Through a thread, as the log: a pipe that nobody reads must not keep the demo from being stopped.
+    with closing(Tokenizers(table_folders(os.environ))) as tokenizers, closing(logs.LogStream(sys.stdout)) as printed:
+        _run(demo.run(port, admin_port, lambda guide: printed.write(f"{guide}\n"), tokenizers))
 
 
 @main.command("check")
@@ -195,13 +196,6 @@ async def _serve(config: Config, file: ConfigFile, control: ControlSocket | None
             await control.run(serve(server, control.report_serving))
 
 
-def _control_socket(number: int | None) -> ControlSocket | None:
-    try:
-        return None if number is None else ControlSocket(number)
-    except OSError as error:
-        _give_up(str(error), _WRONG)
-
-
 def _with_listeners(config: Config, host: str | None, port: int | None, admin_port: int | None) -> Config:
     """The config with the addresses that the command line gives."""
     api, admin = config.settings.api, config.settings.admin
@@ -218,13 +212,36 @@ def _load(file: ConfigFile, otherwise: int = _WRONG) -> Config:
         _give_up(str(error), otherwise)
 
 
-def _run(work: Coroutine[Any, Any, None], says_why: Callable[[str], None] = _print_why) -> None:
+def _run(work: Coroutine[Any, Any, None]) -> None:
     """Run a coroutine to its end. Errors that the operator can fix have no traceback; exit code 2."""
     try:
         uvloop.run(work)
-    except (StoreInUse, StoreUnavailable, NewerSchema, NotServing, OSError) as error:
-        says_why(str(error))
+    except _FIXABLE as error:
+        _give_up(str(error), _WRONG)
+    except KeyboardInterrupt:
+        pass
+
+
+@contextmanager
+def _logged_failures() -> Iterator[None]:
+    """Log whatever ends `serve` within the block, and exit with the code of that. The format is JSON until the config
+    is loaded; a person at a terminal gets its mistakes as `check` prints them.
+    """
+    logs.catch_stray_errors()
+    try:
+        yield
+    except BadConfig as error:
+        if sys.stderr.isatty():
+            _give_up(str(error), _WRONG)
+        log_mistakes(error)
+        log.error("the process can't serve", mistakes=len(error.mistakes))
         raise SystemExit(_WRONG) from None
+    except _FIXABLE as error:
+        log.error("the process can't serve", reason=str(error))
+        raise SystemExit(_WRONG) from None
+    except (Exception, asyncio.CancelledError) as error:
+        log.error("the process ends because of a fault of the proxy", exc_info=error)
+        raise SystemExit(_NO) from None
     except KeyboardInterrupt:
         pass
 
@@ -250,5 +267,5 @@ def _log_addresses(server: Server | Parent) -> None:
 
 def _give_up(message: str, code: int) -> NoReturn:
     """Print the message and exit."""
-    _print_why(message)
+    click.secho(message, fg="red", err=True)
     raise SystemExit(code)

@@ -56,6 +56,11 @@ class Metrics:
             ("upstream", "outcome"),
             registry=self._registry,
         )
+        self.requests_not_logged = Counter(
+            "llm_quota_requests_not_logged",
+            "Requests without a valid key that got no line in the log, because there were too many of them",
+            registry=self._registry,
+        )
         self.in_flight = Gauge(
             "llm_quota_calls_in_flight",
             "Calls that are admitted and have not ended",

@@ -203,12 +203,15 @@ class Server:
             now=now,
         )
         self.health = Health(self.ledger, self.policies)
+        self._request_log = RequestLog(
+            lambda: self.policies.current.logged_calls, metrics=self.metrics, clock=clock, now=self.ledger.now
+        )
         self._api = Api(
             self.policies,
             self._stored_responses,
             relay=self._relay,
             settings=config.settings,
-            request_log=RequestLog(lambda: self.policies.current.logged_calls, clock=clock),
+            request_log=self._request_log,
             now=self.ledger.now,
         )
         self._admin = Admin(self.metrics, self.health)
@@ -307,7 +310,7 @@ class Server:
         """Serve the application at an address, or on the inherited sockets with these descriptors."""
         if not isinstance(at, Address):
             application.on_response_prepare.append(self._close_after_answer)
-        runner = Listener(application, limits)
+        runner = Listener(application, limits, request_log=self._request_log)
         await runner.setup()
         self._runners.append(runner)
         if isinstance(at, Address):

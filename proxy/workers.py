@@ -38,6 +38,7 @@ from typing import Any
 import structlog
 
 from proxy.config.loader import Address, BadConfig, Config, Settings
+from proxy.config.reload import log_mistakes
 from proxy.ledger.ledger import Ledger
 from proxy.ledger.sqlite import SqliteStore
 from proxy.metrics import remove_gauges
@@ -518,7 +519,11 @@ class Parent:
             try:
                 config = await asyncio.to_thread(self._load)
                 new = await self._start(self._count)
-            except (BadConfig, NotServing) as error:
+            except BadConfig as error:
+                log_mistakes(error)
+                log.error("the old workers stay", mistakes=len(error.mistakes))
+                return
+            except NotServing as error:
                 log.error("the old workers stay", reason=str(error))
                 return
             fixed = self._config.restart_only

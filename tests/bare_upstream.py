@@ -35,7 +35,6 @@ class BareUpstream:
                 status = self.delete_statuses.pop(0) if self.delete_statuses else 200
                 self.deleted.append(head.split()[1].decode())
                 writer.write(b"HTTP/1.1 %d X\r\nContent-Length: 2\r\nConnection: close\r\n\r\n{}" % status)
-                writer.close()
                 return
             length = int(head.lower().partition(b"content-length:")[2].split(b"\r\n")[0])
             await self._serve(json.loads(await reader.readexactly(length))["metadata"], reader, writer)
@@ -56,18 +55,26 @@ class BareUpstream:
 async def connections(
     accept: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]],
 ) -> AsyncIterator[int]:
-    """Accept connections on a free port, which is yielded. A connection is closed when `accept` returns."""
-    serving: set[asyncio.Task[None] | None] = set()
+    """Accept connections on a free port, which is yielded. A connection is closed when `accept` returns.
+
+    Those that are still open at the end of the block are cut, also if the other side does not read. Otherwise the
+    garbage collector would find them while another test runs, which would fail.
+    """
+    serving: set[asyncio.Task[None]] = set()
+    writers: set[asyncio.StreamWriter] = set()
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        serving.add(asyncio.current_task())
+        task = asyncio.current_task()
+        assert task is not None
+        serving.add(task)
+        writers.add(writer)
         try:
             await accept(reader, writer)
         except (OSError, asyncio.IncompleteReadError):
             pass  # the proxy has closed it first
         finally:
             writer.close()
-            serving.discard(asyncio.current_task())
+            serving.discard(task)
 
     server = await asyncio.start_server(serve, "127.0.0.1", 0)
     try:
@@ -75,22 +82,21 @@ async def connections(
     finally:
         server.close()
         for task in serving:
-            if task is not None:
-                task.cancel()
+            task.cancel()
+        await asyncio.gather(*serving, return_exceptions=True)
+        for writer in writers:
+            writer.transport.abort()
         await server.wait_closed()
+        await asyncio.sleep(0)  # the event loop closes their sockets
 
 
 @asynccontextmanager
 async def bare_upstream(serve: Serve) -> AsyncIterator[BareUpstream]:
     """Start an upstream on a free port."""
     upstream = BareUpstream(serve)
-    server = await asyncio.start_server(upstream.accept, "127.0.0.1", 0)
-    upstream.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
-    try:
+    async with connections(upstream.accept) as port:
+        upstream.url = f"http://127.0.0.1:{port}/v1"
         yield upstream
-    finally:
-        server.close()
-        await server.wait_closed()
 
 
 def stream_head(*more: str) -> bytes:

@@ -5,6 +5,7 @@ with locked(path, writer):     # `writer` is the driver's connection through whi
 ...                            # the fault has passed
 """
 
+import os
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -71,6 +72,45 @@ def replaced(path: Path, writer: Connection) -> Iterator[None]:
         path.touch()
         yield
         path.unlink()
+
+
+@contextmanager
+def emptied(path: Path, writer: Connection) -> Iterator[None]:
+    """A script has written over the file, and failed: the same file has no bytes. Afterwards they are back."""
+    before = path.read_bytes()
+    os.truncate(path, 0)
+    yield
+    path.write_bytes(before)
+
+
+@contextmanager
+def without_folder(path: Path, writer: Connection) -> Iterator[None]:
+    """The folder with all files has been renamed, or its volume unmounted."""
+    aside = path.parent.with_name("aside")
+    path.parent.rename(aside)
+    yield
+    aside.rename(path.parent)
+
+
+@contextmanager
+def without_log(path: Path, writer: Connection) -> Iterator[None]:
+    """Somebody has tidied up: SQLite's log beside the file is gone."""
+    with moved(path.with_name(f"{path.name}-wal"), writer):
+        yield
+
+
+@contextmanager
+def without_index(path: Path, writer: Connection) -> Iterator[None]:
+    """The same for the index of the log, which has the locks of SQLite."""
+    with moved(path.with_name(f"{path.name}-shm"), writer):
+        yield
+
+
+@contextmanager
+def without_lock(path: Path, writer: Connection) -> Iterator[None]:
+    """The same for our lock file: another process could lock a new one."""
+    with moved(path.with_name(f"{path.name}.lock"), writer):
+        yield
 
 
 @contextmanager

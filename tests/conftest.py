@@ -9,6 +9,8 @@ A property is tried with 100 examples in `policy` and `ledger`, which the promis
 """
 
 import os
+import sys
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -57,5 +59,7 @@ def _log_as_before() -> Iterator[None]:
     bodies included.
     """
     structlog.configure(processors=[structlog.processors.add_log_level, structlog.processors.KeyValueRenderer()])
+    hooks = sys.unraisablehook, threading.excepthook
     yield
+    sys.unraisablehook, threading.excepthook = hooks  # pytest's own, which make a test fail
     structlog.reset_defaults()

@@ -269,15 +269,19 @@ async def stage(
         upstreams=upstreams,
         tokenizers=tokenizers or loaded(),
     )
-    await server.start()
     try:
-        async with aiohttp.ClientSession(auto_decompress=False) as http:
-            on = Stage(server, simulator, clock=clock, http=http, config=config)
-            yield on
-            for sdk in on.sdks:
-                await sdk.close()
+        await server.start()
+        try:
+            async with aiohttp.ClientSession(auto_decompress=False) as http:
+                on = Stage(server, simulator, clock=clock, http=http, config=config)
+                try:
+                    yield on
+                finally:
+                    for sdk in on.sdks:
+                        await sdk.close()
+        finally:
+            await server.stop(grace_s=5)
     finally:
-        await server.stop(grace_s=5)
         await runner.cleanup()
     if lent is not None:
         _free_databases.append(lent)

@@ -1,6 +1,8 @@
 """The commands: their exit codes and what they print."""
 
 import json
+import os
+import pty
 import re
 import socket
 import subprocess
@@ -65,10 +67,45 @@ def test_a_warning_does_not_change_the_exit_code(file: Path) -> None:
 
 @pytest.mark.parametrize("command", ["serve", "migrate"])
 def test_other_commands_end_with_2_if_the_config_is_invalid(command: str, tmp_path: Path) -> None:
-    """They do nothing else."""
+    """They do nothing else. The log of `serve` is JSON, and not for a person: a line for each mistake."""
     result = _run(command, "--config", str(tmp_path / "nowhere.yaml"))
     assert result.exit_code == 2
-    assert "nowhere.yaml:1: the file can't be read" in result.stderr
+    if command == "migrate":
+        assert "nowhere.yaml:1: the file can't be read" in result.stderr
+    else:
+        mistake, end = map(json.loads, result.stderr.splitlines())
+        assert (mistake["path"], mistake["line"]) == (str(tmp_path / "nowhere.yaml"), 1)
+        assert mistake["message"].startswith("the file can't be read")
+        assert (end["event"], end["mistakes"], end["level"]) == ("the process can't serve", 1, "error")
+
+
+def test_on_a_terminal_serve_prints_the_mistakes_of_the_config_as_check_does(file: Path) -> None:
+    """Each with its line, and nothing else."""
+    file.write_text(file.read_text().replace("{tokens: 200k", "{token: 200k").replace("[staff]", "[stuff]"))
+    ours, theirs = pty.openpty()
+    with subprocess.Popen([sys.executable, "-m", "proxy", "serve", "--config", str(file)], stderr=theirs) as process:
+        assert process.wait(timeout=30) == 2
+    os.close(theirs)
+    with os.fdopen(ours, "rb") as terminal:
+        first, second = re.sub(r"\x1b\[\d+m", "", terminal.read1().decode()).strip().splitlines()
+    assert re.search(r"quotas\.yaml:5: .*token", first)
+    assert re.search(r"quotas\.yaml:6: .*stuff", second)
+
+
+def test_a_fault_of_the_proxy_ends_serve_with_a_line_without_its_text(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Exit code 1, and no traceback among the lines of JSON."""
+
+    def fail(*_: object) -> str:
+        raise KeyError("secret")
+
+    monkeypatch.setattr("proxy.cli.public_address", fail)
+    result = _run("serve", "--config", str(file))
+    (line,) = map(json.loads, result.stderr.splitlines())
+    assert (result.exit_code, line["error"], line["level"]) == (1, "KeyError", "error")
+    assert line["place"].endswith("fail")
+    assert "secret" not in result.stderr
 
 
 def test_schema_is_a_json_schema() -> None:
@@ -135,7 +172,8 @@ def test_a_port_in_use_is_an_error_without_a_traceback(file: Path) -> None:
 def test_a_control_socket_that_is_no_socket_is_an_error(option: str, file: Path) -> None:
     """Only a parent gives this option. A parent of an older release gives it as `--tie`."""
     result = _run("serve", "--config", str(file), option, "999")
-    assert (result.exit_code, result.stderr) == (2, "[Errno 9] Bad file descriptor\n")
+    (line,) = map(json.loads, result.stderr.splitlines())
+    assert (result.exit_code, line["reason"]) == (2, "[Errno 9] Bad file descriptor")
 
 
 def test_a_port_in_use_is_an_error_of_the_parent_too(file: Path) -> None:

@@ -6,6 +6,7 @@ with the reason; an exemption that is no longer needed fails, so the list only s
 """
 
 import ast
+import importlib
 import json
 import re
 import tomllib
@@ -410,6 +411,15 @@ def test_each_threat_is_named_by_a_test():
     built = {threat for threat, row in rows.items() if not row.startswith(NOT_BUILT)}
     assert not built - named_threats(), "name these rows in the docstring of the test that shows them, or write it"
     assert not named_threats() - built, "these rows do not exist, or are marked as not built"
+
+
+# ------------------------------------------------------------------------------------------------------- benchmarks
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py")))
+def test_a_benchmark_can_be_imported(name):
+    """No test runs them, so nothing else shows that a name has moved that they import."""
+    importlib.import_module(f"benchmarks.{name}")
 
 
 # ---------------------------------------------------------------------------------------------------------- the locks

@@ -1,6 +1,8 @@
 """The log never blocks a call, never makes one fail, and contains no secret of one."""
 
+import asyncio
 import contextlib
+import gc
 import io
 import json
 import logging
@@ -8,12 +10,14 @@ import os
 import subprocess
 import sys
 import threading
+import warnings
 from collections.abc import Iterator
 
 import pytest
 import structlog
+import uvloop
 
-from proxy.logs import LogStream, set_format, set_up
+from proxy.logs import LogFormat, LogStream, catch_stray_errors, set_format, set_up
 
 
 @pytest.fixture(autouse=True)
@@ -41,14 +45,16 @@ def test_every_event_is_one_line_of_json() -> None:
     assert (line["event"], line["user"], line["level"]) == ("hello\nworld", "a\u2028b\x1b[31m", "info")
 
 
-def test_records_of_libraries_have_no_exception_texts_and_no_arguments() -> None:
+def test_records_of_libraries_have_no_texts_and_no_arguments() -> None:
     """aiohttp quotes the bytes that it failed to parse, which may be a key or a prompt."""
     written = io.StringIO()
     stream = LogStream(written)
     set_up(stream, level=logging.INFO)
     try:
         raise ValueError("Bearer sk-secret")
-    except ValueError:
+    except ValueError as error:
+        assert error.__traceback__
+        raised_at = error.__traceback__.tb_lineno
         logging.getLogger("aiohttp.server").exception("Error handling request from %s", "sk-secret")
     logging.getLogger("other").warning("beware")
     logging.getLogger("other").info("chatter")
@@ -60,7 +66,85 @@ def test_records_of_libraries_have_no_exception_texts_and_no_arguments() -> None
         "ValueError",
         "error",
     )
-    assert (second["event"], second["error"], second["level"]) == ("beware", None, "warning")
+    assert first["place"] == f"{__name__}:{raised_at} test_records_of_libraries_have_no_texts_and_no_arguments"
+    assert (second["event"], second["level"]) == ("beware", "warning")
+    assert "error" not in second
+
+
+def test_an_event_has_no_text_of_an_exception() -> None:
+    """Neither in JSON nor in text, and neither of the exception itself nor of one that caused it."""
+    written = io.StringIO()
+    stream = LogStream(written)
+    set_up(stream, level=logging.INFO)
+    formats: tuple[LogFormat, ...] = ("json", "console")
+    for format in formats:
+        set_format(format)
+        try:
+            try:
+                json.loads("{secret")
+            except ValueError as cause:
+                raise KeyError("secret") from cause
+        except KeyError as error:
+            structlog.get_logger("x").error("a call failed", exc_info=error, request="req_1")
+    stream.close()
+    assert "secret" not in written.getvalue()
+    as_json, text = written.getvalue().splitlines()
+    line = json.loads(as_json)
+    assert (line["error"], line["request"]) == ("KeyError from JSONDecodeError", "req_1")
+    assert line["place"].endswith("test_an_event_has_no_text_of_an_exception")
+    assert "error='KeyError from JSONDecodeError'" in text
+
+
+class Unraisable:
+    """Its `__del__` raises, which Python can only print."""
+
+    def __del__(self) -> None:
+        raise ValueError("secret")
+
+
+def test_what_python_would_print_is_logged_without_its_text() -> None:
+    """T93: warnings, and exceptions in a thread, in `__del__`, and in a callback or a task of the event loop."""
+
+    def fail(*_: object) -> None:
+        raise ValueError("secret")
+
+    async def leave() -> None:
+        loop = asyncio.get_running_loop()
+        loop.call_soon(fail, b"secret")
+        forgotten = loop.create_task(asyncio.to_thread(fail))
+        await asyncio.wait([forgotten])
+
+    written = io.StringIO()
+    stream = LogStream(written)
+    set_up(stream, level=logging.INFO)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        catch_stray_errors()
+        warnings.warn("unclosed <socket of 'secret'>", ResourceWarning, stacklevel=1)
+    thread = threading.Thread(target=fail, name="worker")
+    thread.start()
+    thread.join()
+    quiet = threading.Thread(target=sys.exit)
+    quiet.start()
+    quiet.join()
+    Unraisable()
+    for run in (asyncio.run, uvloop.run):
+        run(leave())
+        gc.collect()
+    stream.close()
+    assert "secret" not in written.getvalue()
+    lines = _lines(written)
+    assert [line["event"] for line in lines[:3]] == [
+        "a warning of Python",
+        "an error ended a thread",
+        "an error could not be raised",
+    ]
+    assert (lines[0]["text"], lines[0]["warning"]) == ("unclosed", "ResourceWarning")
+    assert (lines[1]["thread"], lines[2]["where"]) == ("worker", "Unraisable.__del__")
+    assert all(line["error"] == "ValueError" and " fail" in str(line["place"]) for line in (lines[1], *lines[3:]))
+    events = [str(line["event"]) for line in lines[3:]]
+    assert sum(event.startswith("Exception in callback") for event in events) == 2
+    assert events.count("Task exception was never retrieved") == 2
 
 
 def test_the_format_can_change_while_the_process_runs() -> None:

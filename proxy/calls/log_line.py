@@ -1,34 +1,31 @@
 """What the log says of one request, collected while the request is served and written once, when it has ended.
 
-A line never has a key, a prompt or an answer. Of the request it has the endpoint, the names of the user and of the
-model, and the label or the id of the key. Texts of errors are left out, because some of them repeat what the
-client or the upstream sent: the status, the code and the parameter say what happened.
+A line never has a key, a prompt or an answer, and no text that a client chose: a client may have written a key
+anywhere. Names of users, models, paths and parameters are those that the configuration, the directory or the proxy
+itself lists, and a key is named by its label or its id. Texts of errors are left out, because some of them repeat what
+the client or the upstream sent: the status, the code and the parameter say what happened.
 """
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from proxy.errors import InvalidKey, ProxyError
+from proxy.formats.restrictions import PARAMETERS
 from proxy.identity.authentication import Caller
 from proxy.policy.amounts import Usage
-
-# How much of a model's name is shown. A client may write up to 256 characters there.
-_MODEL_CHARACTERS_MAX = 100
-# The parameters that errors of the proxy name. One that a client made up, such as the name of a form's field, may be
-# any text.
-_PARAMETER = re.compile(r"[A-Za-z_.-]{1,40}")
 
 
 @dataclass(slots=True, kw_only=True)
 class LogLine:
     """The line of one request. `clock` gives seconds, and every `…_s` is a time of it; None if it did not happen.
 
-    - `endpoint` is the name of the endpoint, else the method and the path.
+    - `endpoint` is the name of the endpoint, else the method and the path as `formats.endpoints` lists it.
+    - `model` is the name that `recorded_names.logged_name` gives.
     - `is_call`: the request has a task of its own, which writes the line when the call is settled.
     - `admitted_s`: the quotas admitted the call. `sent_s`: it was sent to an upstream for the first time.
-    - `answered_s`: the last byte of the upstream's answer came. `first_byte_s`: the client's answer began.
+    - `answered_s`: the last byte of the upstream's answer came.
+    - `first_byte_s`: the client's answer began, with `sent_status`.
     """
 
     request_id: str
@@ -51,6 +48,7 @@ class LogLine:
     sent_s: float | None = None
     answered_s: float | None = None
     first_byte_s: float | None = None
+    sent_status: int | None = None
 
     def mark_admitted(self, group: str) -> None:
         """Note that the quotas of this group admitted the call."""
@@ -65,10 +63,10 @@ class LogLine:
         """Note that the upstream's answer has ended."""
         self.answered_s = self.clock()
 
-    def mark_first_byte(self) -> None:
-        """Note that the answer to the client begins."""
+    def mark_first_byte(self, status: int) -> None:
+        """Note that the answer to the client begins, with this status."""
         if self.first_byte_s is None:
-            self.first_byte_s = self.clock()
+            self.first_byte_s, self.sent_status = self.clock(), status
 
     def fields(self, status: int) -> dict[str, Any]:
         """The members of the line. `status` is the HTTP status that the client got, 499 if it left before one.
@@ -89,7 +87,7 @@ class LogLine:
             "source": self.caller and self.caller.source,
             "tag": (self.caller and self.caller.tag) or None,
             "group": self.group,
-            "model": self.model and self.model[:_MODEL_CHARACTERS_MAX],
+            "model": self.model,
             "upstream": self.upstream,
             "outcome": self.outcome,
             "input_tokens": usage and usage.tokens.input,
@@ -100,7 +98,7 @@ class LogLine:
             "verdict": self.verdict,
             "code": error and (error.code or error.type),
             "reason": error.reason if isinstance(error, InvalidKey) else None,
-            "param": error.param if error and error.param and _PARAMETER.fullmatch(error.param) else None,
+            "param": error.param if error and error.param in PARAMETERS else None,
             "retry_after": error and error.headers.get("retry-after"),
             "address": None if self.caller else self.address,
             "total_ms": self._ms(ended_s),

@@ -151,8 +151,11 @@ class StoredResponses:
             raise _not_found(query.response_id)
         headers = to_upstream(client.headers, kind=upstream.kind, api_key=upstream.api_key)
         address = query.address(upstream, api_version=client.api_version)
+        client.line.upstream = upstream.name
+        client.line.mark_sent()
         async with self._upstreams.send(upstream, address, b"", headers, method=query.route.method) as answer:
             if answer.status == 404:
+                client.line.mark_answered()
                 raise _not_found(query.response_id)  # deleted there; the same words as for an unknown id
             if answer.status // 100 != 2:
                 await _forward_error(answer, upstream, client)
@@ -225,17 +228,20 @@ async def _forward_body(answer: Answer, client: Responder, mask: Mask) -> None:
             await client.write(pieces.feed(chunk))
             if client.is_disconnected:
                 return
-    except UpstreamError:
+    except UpstreamError as error:
         # The connection is cut instead of sending an error event: the event could end up inside the one that broke
         # off.
+        client.line.error = error
         client.abort()
     else:
+        client.line.mark_answered()
         await client.write(pieces.end())
         await client.end()
 
 
 async def _forward_error(answer: Answer, upstream: Upstream, client: Responder) -> None:
     failure = failure_of(answer.status, await answer.error_body(), answer.retry_after, upstream)
+    client.line.mark_answered()
     if isinstance(failure, ProxyError):
         raise failure
     client.send(failure.status, JSON_HEADERS, failure.body)

@@ -37,7 +37,7 @@ from proxy.policy.windows import WEEKDAYS, parse_per
 
 # The id of a key of the file is the beginning of its digest: 32 of 256 bits of a hash reveal nothing.
 _KEY_ID_DIGITS = 8
-_MISTAKES_SHOWN = 100
+MISTAKES_SHOWN = 100
 _NAMES_SHOWN = 10
 _ONLY_A_ROUTE = '"*" only says which upstream other names go to; remove this, or list the model by its name'
 
@@ -47,8 +47,8 @@ class BadConfig(Exception):
 
     def __init__(self, mistakes: Iterable[Diagnostic]) -> None:
         self.mistakes = tuple(sorted(set(mistakes)))
-        more = len(self.mistakes) - _MISTAKES_SHOWN
-        lines = [str(mistake) for mistake in self.mistakes[:_MISTAKES_SHOWN]]
+        more = len(self.mistakes) - MISTAKES_SHOWN
+        lines = [str(mistake) for mistake in self.mistakes[:MISTAKES_SHOWN]]
         super().__init__("\n".join([*lines, f"and {more} more"] if more > 0 else lines))
 
 

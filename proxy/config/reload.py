@@ -10,7 +10,7 @@ from typing import Generic, TypeVar
 
 import structlog
 
-from proxy.config.loader import BadConfig, Config, Fingerprint
+from proxy.config.loader import MISTAKES_SHOWN, BadConfig, Config, Fingerprint
 from proxy.metrics import Metrics
 from proxy.policy.policy import Policy
 
@@ -76,7 +76,10 @@ class Policies(Generic[InForce]):
                 new, current = await asyncio.to_thread(self._load_and_build)
             except BadConfig as error:
                 self._metrics.reload_failed.set(1)
-                log.error("the policy file can't be taken, the old policy stays in force", report=str(error))
+                log_mistakes(error)
+                log.error(
+                    "the policy file can't be taken, the old policy stays in force", mistakes=len(error.mistakes)
+                )
                 return False
             old, self._config, self._current = self._config, new, current
             self._log_changes(old, new)
@@ -101,6 +104,12 @@ class Policies(Generic[InForce]):
             counters_start_at_0=sorted(after - before),
             quotas_gone=sorted(before - after),
         )
+
+
+def log_mistakes(error: BadConfig) -> None:
+    """Log a line for each mistake of a file, up to 100."""
+    for mistake in error.mistakes[:MISTAKES_SHOWN]:
+        log.error("a mistake in the policy file", path=mistake.file, line=mistake.line, message=mistake.text)
 
 
 def _quota_ids(policy: Policy) -> set[str]:

@@ -11,6 +11,7 @@ Sources: the published API descriptions of both vendors, and the paths in their 
 
 import re
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Literal
 
 from proxy.policy.amounts import Uses
@@ -309,6 +310,32 @@ CLOSED = (
     Closed("POST", "/decisions", _UNCOUNTED),
     Closed("POST", "/content_provenance_checks", _UNCOUNTED),
 )
+
+
+# The words in the paths that are served, or refused with a reason.
+_WORDS = frozenset(
+    word
+    for path in (
+        *PREFIXES,
+        *(endpoint.path for endpoint in METERED),
+        *(stored.path("{}") for stored in STORED_RESPONSE_PATHS),
+        *(row.pattern for row in CLOSED),
+        "/openai/deployments",
+        "/models",
+        "/quota",
+    )
+    for word in path.split("/")
+) - {"{}", "**"}
+
+
+def known_beginning(path: str) -> str:
+    """An unknown path as far as its words are known, for the log: `/v1/files/…` of `/v1/files/file-123`.
+
+    The rest may be an id, or by mistake a key.
+    """
+    words = path.split("/")
+    known = list(takewhile(_WORDS.__contains__, words))
+    return "/".join(known if len(known) == len(words) else [*known, "…"])
 
 
 def closed(method: str, path: str) -> Closed | None:

@@ -566,6 +566,13 @@ _USUAL_FIELDS = frozenset(
     "model messages input stream stream_options temperature top_p n user tools tool_choice metadata store stop seed "
     "parallel_tool_calls response_format reasoning reasoning_effort include text truncation system thinking".split()
 ).union(MAXIMUM_FIELDS)
+# What an error may name as its `param`, other than a field that its client made up.
+PARAMETERS = CHECKED_FIELDS.union(
+    _USUAL_FIELDS,
+    (row.field for row in ROWS if row.field is not None),
+    (row.param for row in ROWS if row.param is not None),
+    "audio.voice file_id previous_response_id stream_options.include_usage X-Quota-Max-Wait".split(),
+)
 _CHECKED_BY_PLAIN_NAME = {plain_name(field): field for field in CHECKED_FIELDS}
 
 

@@ -59,6 +59,10 @@ log = structlog.get_logger("ledger")
 
 # All files that belong to a database, by what their names have after its own.
 _SUFFIXES = ("", "-wal", "-shm", "-journal", ".lock", ".turn")
+# Those that must stay what they are while the database is in use, and what to do if one does not.
+_PUT_BACK = "put it back, or restart the proxy to use the file that is there now"
+_STOP = "stop the proxy with SIGTERM, with which it writes all it has to the database, and start it again"
+_IN_USE = {"": _PUT_BACK, "-wal": _STOP, "-shm": _STOP, ".lock": _STOP}
 # What the lock file contains until its first database has been made. If that fails, the next start may try again.
 _MAKING = b"the database is being made\n"
 # How long a transaction waits for a lock that another program has on the file, in seconds.
@@ -140,7 +144,7 @@ class SqliteStore:
         )
         self._may_be_new = may_be_new and lock is None
         self._sql = _Statements(self._engine.dialect)
-        self._opened_file: tuple[int, int] | None = None
+        self._opened_files: dict[str, tuple[int, int]] = {}
         self._is_only_process = lock is None
         self._lock_file = -1 if lock is None else lock
         self._turn_file = -1
@@ -187,13 +191,18 @@ class SqliteStore:
         if self._is_only_process:
             self._lock_file = _lock(lock, self._path)
             had_database = os.pread(self._lock_file, len(_MAKING), 0) != _MAKING
+            self._refuse_hard_links()
         else:
             self._turn_file = _open_file(f"{self._path}.turn", os.O_CREAT)
             had_database = os.path.exists(lock)
         self._in_turn(self._migrate, had_database)
         if self._is_only_process:
             os.ftruncate(self._lock_file, 0)
-        self._opened_file = self._file_identity()
+        # The connection that has migrated stays open, so SQLite does not delete the log and its index meanwhile.
+        for suffix in _IN_USE:
+            found = _stat(f"{self._path}{suffix}")
+            if found is not None:
+                self._opened_files[suffix] = (found.st_dev, found.st_ino)
 
     def _migrate(self, had_database: bool) -> None:
         has_content, has_log = (_has_content(f"{self._path}{suffix}") for suffix in ("", "-wal"))
@@ -220,6 +229,19 @@ class SqliteStore:
                 "`llm-quota-proxy migrate`, or `serve --new-database` once."
             )
 
+    def _refuse_hard_links(self) -> None:
+        """Raise StoreUnavailable if the file has several names.
+
+        SQLite's log and our lock are files beside the name that was given. Two processes that use two names would
+        know nothing of each other, and damage the file: https://sqlite.org/howtocorrupt.html, section 2.4.
+        """
+        found = _stat(str(self._path))
+        if found is not None and found.st_nlink > 1:
+            raise StoreUnavailable(
+                f"{self._path} has {found.st_nlink} names (hard links), and a process that uses another one would "
+                f"damage it: delete the others, which `find -inum {found.st_ino}` shows, or use a copy of the file"
+            )
+
     def _restrict_files(self) -> None:
         """Let only the owner read and write the files: they have the names of users, and what they use.
 
@@ -237,25 +259,22 @@ class SqliteStore:
             except OSError as error:
                 log.warning("others can use a file of the database", file=file, reason=error.strerror)
 
-    def _file_identity(self) -> tuple[int, int] | None:
-        """Device and inode of the file that has our path now; None if there is none."""
-        try:
-            found = self._path.stat()
-        except OSError:
-            return None
-        return (found.st_dev, found.st_ino)
+    def _check_files(self) -> None:
+        """Raise StoreUnavailable if a file that was opened has another name now, is gone, or was emptied.
 
-    def _check_file(self) -> None:
-        """Raise StoreUnavailable if our path no longer names the file that was opened.
-
-        A connection that is open would go on writing to a file that was deleted or replaced, and all of that would be
-        lost when it is closed. A new connection would create an empty file.
+        A connection that is open would go on writing to a file that was deleted or replaced. What is written to such
+        a database is lost when the connection is closed, and what is written to such a log (`-wal`) if the process
+        dies. Without the index (`-shm`) or the lock file, another process would know nothing of this one.
         """
-        if self._file_identity() != self._opened_file:
-            raise StoreUnavailable(
-                f"{self._path} was moved, deleted or replaced while in use: put it back, or restart the proxy to use "
-                "the file that is there now"
-            )
+        for suffix, opened in self._opened_files.items():
+            file = f"{self._path}{suffix}"
+            found = _stat(file)
+            if found is None or (found.st_dev, found.st_ino) != opened:
+                raise StoreUnavailable(f"{file} was moved, deleted or replaced while in use: {_IN_USE[suffix]}")
+            if not suffix and not found.st_size:
+                raise StoreUnavailable(
+                    f"{file} was emptied while in use: stop the proxy, put back a backup, and start it again"
+                )
 
     # Writing: in the one thread, and as a worker in turn
 
@@ -308,7 +327,7 @@ class SqliteStore:
             fcntl.flock(self._turn_file, fcntl.LOCK_UN)
 
     def _apply(self, operations: Sequence[Operation], now: int) -> list[Reply]:
-        self._check_file()
+        self._check_files()
         with self._translated_errors(), self._engine.connect() as connection:
             book = self._load(connection, operations, now)
             known = list(book.entries)
@@ -336,7 +355,7 @@ class SqliteStore:
                 connection.exec_driver_sql(statement, rows)
 
     def _renew(self, row: dict[str, object]) -> None:
-        self._check_file()
+        self._check_files()
         with self._translated_errors(), self._engine.begin() as connection:
             statement = insert(owners)
             connection.execute(
@@ -347,7 +366,7 @@ class SqliteStore:
             )
 
     def _orphans(self, owner: str, now: int, limit: int) -> list[str]:
-        self._check_file()
+        self._check_files()
         statement = select(calls.c.id).where(calls.c.state == "open", calls.c.owner != owner).limit(limit)
         if not self._is_only_process:
             alive = select(owners.c.id).where(owners.c.alive_until > now)
@@ -356,7 +375,7 @@ class SqliteStore:
             return list(connection.execute(statement).scalars())
 
     def _job(self, statements: Sequence[str], parameters: tuple[object, ...]) -> int:
-        self._check_file()
+        self._check_files()
         rows = 0
         with self._translated_errors(), self._engine.begin() as connection:
             for statement in statements:
@@ -378,7 +397,7 @@ class SqliteStore:
         return next(map(entry_of, await self._read(self._sql.read_response_call, (response_id,))), None)
 
     async def _read(self, statement: str, parameters: tuple[str]) -> Sequence[Row]:
-        self._check_file()
+        self._check_files()
         with self._translated_errors():
             async with self._read_engine.connect() as connection:
                 return (await connection.exec_driver_sql(statement, parameters)).all()
@@ -480,11 +499,16 @@ def _open_file(file: str, flags: int = 0) -> int:
         raise StoreUnavailable(f"{file} can't be opened ({error.strerror}): {_os_remedy(error)}") from error
 
 
-def _has_content(file: str) -> bool:
+def _stat(file: str) -> os.stat_result | None:
     try:
-        return os.path.getsize(file) > 0
+        return os.stat(file)
     except OSError:  # there is none, or SQLite will say why it can't be used
-        return False
+        return None
+
+
+def _has_content(file: str) -> bool:
+    found = _stat(file)
+    return found is not None and found.st_size > 0
 
 
 def _os_remedy(error: OSError) -> str:

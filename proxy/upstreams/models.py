@@ -91,20 +91,32 @@ class ModelLists:
 
     async def of(self, upstream: Upstream) -> Listed:
         """The models that this upstream lists. Empty if it lists none, or if its first list takes too long."""
+        known = self.refresh(upstream)
+        if known is None:
+            return {}
+        if known.fetch is not None and not known.is_known:
+            loop = asyncio.get_running_loop()
+            await asyncio.wait([known.fetch], timeout=max(0, known.waits_until - loop.time()))
+        return known.models
+
+    def known(self, upstream: Upstream) -> Listed:
+        """The models that this upstream listed when it was last asked. Nothing is fetched for it."""
+        known = self._lists.get(upstream.name)
+        return {} if known is None or known.upstream != upstream else known.models
+
+    def refresh(self, upstream: Upstream) -> _List | None:
+        """What is known of an upstream's list, which is fetched in the background if it is due. None: it has none."""
         path = kind_of(upstream.kind).models_path
         if path is None:
-            return {}
+            return None
         known = self._lists.get(upstream.name)
         if known is None or known.upstream != upstream:
             known = self._lists[upstream.name] = _List(upstream)
-        loop = asyncio.get_running_loop()
         # A clock that was set back must not keep an old list for as long.
         if known.fetch is None and not known.due_at - REFRESH_MS <= self._now() < known.due_at:
             known.fetch = self._fetches.start("fetch models", self._fetch(known, path))
-            known.waits_until = loop.time() + self._wait_s
-        if known.fetch is not None and not known.is_known:
-            await asyncio.wait([known.fetch], timeout=max(0, known.waits_until - loop.time()))
-        return known.models
+            known.waits_until = asyncio.get_running_loop().time() + self._wait_s
+        return known
 
     async def context(self, model: Model) -> int | None:
         """The context that its upstream states for this model, in tokens; None if it states none."""
@@ -119,18 +131,19 @@ class ModelLists:
 
     async def _fetch(self, known: _List, path: str) -> None:
         """Fetch a list, and keep the old one if that fails."""
+        pause_ms = RETRY_MS  # also after an error that nobody expects, which the caller's task logs
         try:
             async with asyncio.timeout(_FETCH_S):
                 known.models = read_list(await self._read(known.upstream, path))
         except (UpstreamError, TimeoutError, ValueError) as error:
-            known.due_at = self._now() + RETRY_MS
             reason = str(error) or "the upstream did not answer in time"
             log.warning("the models of an upstream could not be listed", upstream=known.upstream.name, reason=reason)
         else:
             known.is_known = True
-            known.due_at = self._now() + REFRESH_MS
+            pause_ms = REFRESH_MS
         finally:
             known.fetch = None
+            known.due_at = self._now() + pause_ms
 
     async def _read(self, upstream: Upstream, path: str) -> bytes:
         """The body of the list. Raises UpstreamError, and ValueError if it is no list of a usual size."""

@@ -5,15 +5,24 @@ accepts any number of connections, and answers a head that it can't parse with p
 also logs that text, which may contain a key. This module adds the limits and answers in JSON, without quoting
 anything.
 
-A client without a key can open connections too. So a full listener does not refuse the next connection: it closes the
-one that has been idle longest. A connection is idle unless
+A client without a key can open connections too, and must not shut out those with one. So a full listener does not
+refuse the next connection at once. It closes another one, the first that there is of:
 
-- a request is being handled or waits to be, so its whole head has arrived; or
-- the client has not read all of the last answer yet, for as long as it goes on reading.
+1. The one that has been idle longest, for a second or more. A connection is idle if no request is being handled or
+   waits to be, and the client has read the last answer. One that has sent a part of a head is idle, however often it
+   sends another byte. So is one that still sends the body of a request that is answered already, for example with a
+   401.
+2. One that has shown no valid key and keeps its place all the same, the longest first: its client has not read an
+   answer yet, has sent the next request before that, or sends one request after another.
+3. The one that has been idle longest. A new connection is idle until its first head is complete, so the first two
+   kinds are closed before it.
 
-A connection that has sent a part of a head is idle, however often it sends another byte. So is one that still sends
-the body of a request that is answered already, for example with a 401. If no connection is idle, the next one gets a
-503. The same rule holds for the connections of one client address, if they are limited.
+A connection has a valid key from the request that shows one until a later request without one is answered and all
+answers are read. Such a connection is closed only while it is idle. The first request of a connection has the time
+that its handler takes to look at the key. If no connection may be closed, the next one gets a 503. The same rule
+holds for the connections of one client address, if they are limited.
+
+What the listener refuses by itself has an id and a line in the log, like every other refusal without a key.
 
 It overrides private methods of aiohttp and reads private attributes, so `pyproject.toml` allows only the minor
 version for which it was written. `tests/web/test_listener.py` names each of them, and what to check in a new
@@ -30,11 +39,13 @@ from weakref import WeakValueDictionary
 import structlog
 from aiohttp import web
 
+from proxy.calls.log_line import LogLine
 from proxy.config.loader import ConnectionLimits
-from proxy.errors import BadFraming, InternalError, ProxyError, TooManyConnections, TooSlow
+from proxy.errors import BadFraming, ClientLeft, InternalError, ProxyError, TooManyConnections, TooSlow
 from proxy.formats.strict_json import dump
 from proxy.upstreams.headers import SERVER_NAME
-from proxy.web.middleware import error_response
+from proxy.web.middleware import LOG_LINE, REQUEST_ID, error_response
+from proxy.web.request_log import RequestLog
 
 # JSON web tokens of several kilobytes are used as keys. The library's default is 8190 bytes.
 _LINE_BYTES_MAX = 32_768
@@ -51,9 +62,13 @@ _REJECTED_S = 1.0
 # How many rejected clients may have that time at once. Beyond it their connections are aborted without an answer, so
 # that a flood of them does not use up the descriptors of the process.
 _REJECTED_MAX = 1000
-# How many idle connections are looked at to find one that may be closed. The bound is reached only if so many clients
-# are reading the end of an answer.
+# How many idle connections, and how many without a key, are looked at to find one that may be closed. The bound is
+# reached only if so many clients are reading the end of an answer, or have just sent their first request.
 _LOOKED_AT_MAX = 64
+# A connection that is idle for less than this may be a new one whose first head is on its way, in seconds.
+_IDLE_S_MIN = 1.0
+# What the log shows instead of an endpoint if there was no request whose head could be read.
+_NO_ENDPOINT = "connection"
 # A client that has not read this much more of an answer after `unread_s` (60 s), nor all of it, has stopped reading.
 _READ_BYTES_MIN = 16_384
 
@@ -61,9 +76,9 @@ log = structlog.get_logger("listener")
 
 
 class Listener(web.AppRunner):
-    """Serves an application with the limits of its connections."""
+    """Serves an application with the limits of its connections. What it refuses by itself is in `request_log`."""
 
-    def __init__(self, application: web.Application, limits: ConnectionLimits) -> None:
+    def __init__(self, application: web.Application, limits: ConnectionLimits, *, request_log: RequestLog) -> None:
         super().__init__(
             application,
             access_log=None,
@@ -78,6 +93,7 @@ class Listener(web.AppRunner):
             shutdown_timeout=1.0,
         )
         self._limits = limits
+        self._request_log = request_log
 
     async def _make_server(self) -> web.Server:
         """Replace the library's server, which creates a RequestHandler for each connection, by ours."""
@@ -87,6 +103,7 @@ class Listener(web.AppRunner):
             request_factory=made.request_factory,
             handler_cancellation=made.handler_cancellation,
             limits=self._limits,
+            request_log=self._request_log,
             **made._kwargs,
         )
 
@@ -94,53 +111,71 @@ class Listener(web.AppRunner):
 class _Places:
     """The places of connections that share a limit: all of a listener, or those of one client address."""
 
-    __slots__ = ("__weakref__", "_idle", "_limit", "_taken")
+    __slots__ = ("__weakref__", "_idle", "_limit", "_taken", "_without_key")
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._taken: set[Connection] = set()
-        self._idle: dict[Connection, None] = {}  # in the order in which they became idle
+        # In the order in which they became idle, and since when that is, by the event loop's clock.
+        self._idle: dict[Connection, float] = {}
+        # Those with a request and without a valid key, in the order in which they became so.
+        self._without_key: dict[Connection, None] = {}
 
     def __len__(self) -> int:
         return len(self._taken)
 
     def make_room(self) -> bool:
-        """Whether there is a place, if need be after closing the connection that has been idle longest."""
+        """Whether there is a place, if need be after closing a connection, by the rule of the module's docstring."""
         if len(self._taken) < self._limit:
             return True
-        for connection in list(islice(self._idle, _LOOKED_AT_MAX)):
-            if not connection.has_unread_answer:
-                connection.evict()
-                return True
-            self.note_idle(connection)  # others are looked at before it the next time
-        return False
+        looked_at = list(islice(self._idle, _LOOKED_AT_MAX))
+        idle = [connection for connection in looked_at if not connection.has_unread_answer]
+        idle_until = asyncio.get_running_loop().time() - _IDLE_S_MIN
+        without_key = (*islice(self._without_key, _LOOKED_AT_MAX), *looked_at)
+        found = next((each for each in idle if self._idle[each] <= idle_until), None)
+        found = found or next((each for each in without_key if each.keeps_its_place and not each.has_key), None)
+        found = found or next(iter(idle), None)
+        for connection in looked_at:
+            if connection.has_unread_answer:  # others are looked at before it the next time
+                self._idle[connection] = self._idle.pop(connection)
+        if found is None:
+            return False
+        found.evict()
+        return True
 
     def take(self, connection: "Connection") -> None:
         """Give a place to a new connection, which is idle."""
         self._taken.add(connection)
-        self._idle[connection] = None
+        self.note_idle(connection)
 
     def leave(self, connection: "Connection") -> None:
         """Free the place of a connection that is being closed."""
         self._taken.discard(connection)
-        self._idle.pop(connection, None)
+        self.note_with_key(connection)
 
     def note_idle(self, connection: "Connection") -> None:
         """The connection has become idle now."""
-        self._idle.pop(connection, None)
-        self._idle[connection] = None
+        self.note_with_key(connection)
+        self._idle[connection] = asyncio.get_running_loop().time()
 
-    def note_busy(self, connection: "Connection") -> None:
-        """The connection has got a request."""
+    def note_without_key(self, connection: "Connection") -> None:
+        """The connection has a request, and no valid key is known. It keeps its turn if that was so before."""
         self._idle.pop(connection, None)
+        self._without_key.setdefault(connection)
+
+    def note_with_key(self, connection: "Connection") -> None:
+        """The connection has a request with a valid key, so it is not closed."""
+        self._idle.pop(connection, None)
+        self._without_key.pop(connection, None)
 
 
 class _Connections(web.Server):
     """Creates a Connection for each connection that is accepted, and has their places."""
 
-    def __init__(self, *args: Any, limits: ConnectionLimits, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, limits: ConnectionLimits, request_log: RequestLog, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.limits = limits
+        self.request_log = request_log
         self._all_places = _Places(limits.connections)
         # An address is forgotten with its last connection.
         self._places_of: WeakValueDictionary[str, _Places] = WeakValueDictionary()
@@ -182,12 +217,15 @@ def _address_of(peername: Any) -> str | None:
 class Connection(web.RequestHandler):
     """One connection, which parses heads and rejects a client that exceeds a limit.
 
+    `has_key` says that a valid key is known, as the module's docstring defines it.
+
     A head has `head_s` seconds from its first byte to its last, however many packets it takes. A client that sends
     `GET / HT` at 12:00:00 and one byte every second after that is rejected at 12:00:10, with the default of 10 s.
     """
 
     __slots__ = (
         *("_connections", "_limits", "_places", "_transport"),
+        *("_has_answered", "has_key"),
         *("_head_bytes", "_head_deadline"),
         *("_reading_deadline", "_unread_bytes"),
     )
@@ -199,6 +237,8 @@ class Connection(web.RequestHandler):
         self._places: tuple[_Places, ...] = ()
         # The library forgets its `transport` when it closes the connection, also while data waits to be read.
         self._transport: asyncio.Transport | None = None
+        self.has_key = False
+        self._has_answered = False
         self._head_bytes = 0
         self._head_deadline: asyncio.TimerHandle | None = None
         self._unread_bytes = 0
@@ -228,9 +268,22 @@ class Connection(web.RequestHandler):
         """Whether a part of an answer could not be handed to the system yet, because the client reads slowly."""
         return self._transport is not None and self._transport.get_write_buffer_size() > 0
 
+    @property
+    def keeps_its_place(self) -> bool:
+        """Whether there was more than the first request, which may have a key that was not looked at yet."""
+        return self._has_answered or bool(self._messages) or self.has_unread_answer
+
+    def note_valid_key(self) -> None:
+        """The request that is being handled has a valid key."""
+        self.has_key = True
+        for places in self._places:
+            places.note_with_key(self)
+
     def evict(self) -> None:
-        """Close the connection, which is idle, because its place is needed."""
+        """Close the connection at once, because its place is needed. What the client has not read is lost."""
         self._leave()
+        if self.has_unread_answer and self._transport is not None:
+            self._transport.abort()  # a mere close would wait until it is read
         self.force_close()
 
     def _leave(self) -> None:
@@ -257,8 +310,7 @@ class Connection(web.RequestHandler):
         super().data_received(data)
         is_handling = self._messages or (self._waiter is None and self._request_count)
         if self._request_count != requests:
-            for places in self._places:
-                places.note_busy(self)
+            self._note_busy()
         if self._request_count != requests or is_handling:
             self._end_head()
             return
@@ -273,11 +325,25 @@ class Connection(web.RequestHandler):
     ) -> tuple[web.StreamResponse, bool]:
         """Send an answer, or its end. Then the connection is idle, unless the next request has arrived already."""
         finished = await super().finish_response(request, resp, start_time)
-        if not self._messages:
+        self._has_answered = True
+        line = request.get(LOG_LINE)
+        if (line is None or line.caller is None) and not self.has_unread_answer:
+            self.has_key = False
+        if self._messages:
+            self._note_busy()
+        else:
             for places in self._places:
                 places.note_idle(self)
         self._watch_reading()
         return finished
+
+    def _note_busy(self) -> None:
+        """A request is being handled, or waits to be."""
+        for places in self._places:
+            if self.has_key:
+                places.note_with_key(self)
+            else:
+                places.note_without_key(self)
 
     def pause_writing(self) -> None:
         """More than 64 KiB of an answer wait for the client to read them."""
@@ -303,9 +369,23 @@ class Connection(web.RequestHandler):
         if status >= HTTPStatus.INTERNAL_SERVER_ERROR:
             log.error("a request failed", exc_info=exc)
             error = InternalError()
-        response = error_response(error, request)
+        if request.get(LOG_LINE) is not None:  # a middleware writes the line
+            response = error_response(error, request)
+        else:
+            line = request[LOG_LINE] = self._new_line(error)
+            request[REQUEST_ID] = line.request_id
+            response = error_response(error, request)
+            self._connections.request_log.write(line, error.status)
         response.force_close()
         return response
+
+    def _new_line(self, error: ProxyError) -> LogLine:
+        """The line of what the listener itself refuses, with a new id."""
+        peername = None if self._transport is None else self._transport.get_extra_info("peername")
+        address = peername[0] if isinstance(peername, tuple) else ""
+        line = self._connections.request_log.begin(_NO_ENDPOINT, address=address)
+        line.error = error
+        return line
 
     def _end_head(self) -> None:
         self._head_bytes = 0
@@ -353,17 +433,27 @@ class Connection(web.RequestHandler):
         transport = self.transport
         if transport is None or transport.is_closing():
             return
+        line = self._new_line(error)
         if self._connections.has_many_rejected:
+            line.outcome = "not_answered"
+            self._connections.request_log.write(line, ClientLeft.status)
             transport.abort()
             return
+        self._connections.request_log.write(line, error.status)
         self.close()  # `data_received` ignores everything from now on
-        transport.write(_as_bytes(error))
+        transport.write(_as_bytes(error, line.request_id))
         if transport.can_write_eof():
             transport.write_eof()
         self._loop.call_later(_REJECTED_S, transport.abort)
 
 
-def _as_bytes(error: ProxyError) -> bytes:
+def note_valid_key(request: web.Request) -> None:
+    """Tell the connection of this request that the request has a valid key."""
+    if isinstance(request.protocol, Connection):  # None if the client has left
+        request.protocol.note_valid_key()
+
+
+def _as_bytes(error: ProxyError, id: str) -> bytes:
     """The whole HTTP response for an error, for a connection without a request."""
     body = dump(error.body())
     headers = {
@@ -371,6 +461,7 @@ def _as_bytes(error: ProxyError) -> bytes:
         "content-length": str(len(body)),
         "cache-control": "no-store",
         "connection": "close",
+        "x-request-id": id,
         "server": SERVER_NAME,
         **error.headers,
     }

@@ -1,10 +1,11 @@
 """Writes a line to the log for each request, and few lines for requests of clients without a valid key.
 
 A client without a key could fill the disk with lines. So of requests without a user only some are logged: 10 a second
-from one address, and 100 a second in all. The others are counted, and the next line of that address says how many
-there were.
+from one address, and 100 a second in all. The others are counted in a metric, and the next line of that address says
+how many there were.
 """
 
+import secrets
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +13,9 @@ from dataclasses import dataclass
 import structlog
 
 from proxy.calls.log_line import LogLine
+from proxy.ledger.entry import call_id_prefix
 from proxy.logs import LoggedCalls
+from proxy.metrics import Metrics
 
 _LINES_PER_S = 10
 _LINES_PER_S_IN_ALL = 100
@@ -39,19 +42,30 @@ class _Budget:
 
 
 class RequestLog:
-    """Begins and writes the lines. `logged_calls` is the setting in force. `clock` gives seconds that only grow."""
+    """Begins and writes the lines. `logged_calls` is the setting in force.
 
-    def __init__(self, logged_calls: Callable[[], LoggedCalls], *, clock: Callable[[], float]) -> None:
+    `clock` gives seconds that only grow, and `now` ms since 1970 by the ledger's clock, with which ids begin.
+    """
+
+    def __init__(
+        self,
+        logged_calls: Callable[[], LoggedCalls],
+        *,
+        metrics: Metrics,
+        clock: Callable[[], float],
+        now: Callable[[], int],
+    ) -> None:
         self._logged_calls = logged_calls
+        self._metrics = metrics
         self._clock = clock
+        self._now = now
         self._addresses: OrderedDict[str, _Budget] = OrderedDict()
         self._all = _Budget(0.0)
 
-    def begin(self, request_id: str, endpoint: str, *, address: str) -> LogLine:
-        """The line of a request that begins now."""
-        return LogLine(
-            request_id=request_id, endpoint=endpoint, address=address, clock=self._clock, began_s=self._clock()
-        )
+    def begin(self, endpoint: str, *, address: str) -> LogLine:
+        """The line of a request that begins now, with a new id."""
+        id = f"{call_id_prefix(self._now())}{secrets.token_hex(10)}"
+        return LogLine(request_id=id, endpoint=endpoint, address=address, clock=self._clock, began_s=self._clock())
 
     def write(self, line: LogLine, status: int) -> None:
         """Write the line of a request that was answered with this status, if the setting wants it.
@@ -77,6 +91,7 @@ class RequestLog:
             self._addresses.popitem(last=False)
         if not budget.takes_line(now_s, _LINES_PER_S) or not self._all.takes_line(now_s, _LINES_PER_S_IN_ALL):
             budget.skipped += 1
+            self._metrics.requests_not_logged.inc()
             return None
         skipped, budget.skipped = budget.skipped, 0
         return skipped

@@ -70,7 +70,7 @@ class WebResponder:
         """Send a whole answer. It is sent when the handler returns it."""
         if self.is_disconnected:
             return
-        self.line.mark_first_byte()
+        self.line.mark_first_byte(status)
         self.response = web.Response(
             status=status, headers={**headers, "x-request-id": self.id, "server": SERVER_NAME}, body=body
         )
@@ -81,7 +81,7 @@ class WebResponder:
             status=status, headers={**headers, "x-request-id": self.id, "server": SERVER_NAME}
         )
         self.response = response
-        self.line.mark_first_byte()
+        self.line.mark_first_byte(status)
         await self._write_in_time(lambda: response.prepare(self._request))
 
     async def write(self, data: bytes) -> None:

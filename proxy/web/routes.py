@@ -12,26 +12,43 @@ or stops as the policy says (see `calls.disconnect`).
 """
 
 import asyncio
-import re
-import secrets
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 
 import structlog
 from aiohttp import hdrs, web
 
 from proxy.calls.call import Call, no_such_model, prepare_call
+from proxy.calls.log_line import LogLine
+from proxy.calls.recorded_names import OTHER, logged_name
 from proxy.calls.relay import Relay
 from proxy.calls.stored_responses import StoredResponseQuery, StoredResponses
 from proxy.config.loader import Settings
 from proxy.config.reload import Policies
-from proxy.errors import ClientLeft, InternalError, InvalidRequest, NotAllowed, NoUpgrade, ProxyError, drop_frames
-from proxy.formats.endpoints import METERED, PREFIXES, STORED_RESPONSE_PATHS, Endpoint, StoredResponsePath, closed
+from proxy.errors import (
+    ClientLeft,
+    InternalError,
+    InvalidKey,
+    InvalidRequest,
+    NotAllowed,
+    NoUpgrade,
+    ProxyError,
+    drop_frames,
+)
+from proxy.formats.endpoints import (
+    METERED,
+    PREFIXES,
+    STORED_RESPONSE_PATHS,
+    Endpoint,
+    StoredResponsePath,
+    closed,
+    known_beginning,
+)
 from proxy.formats.request import parse_form_request, parse_request
 from proxy.formats.restrictions import check_model_name, check_name_form
 from proxy.formats.strict_json import dump, reading_cost
 from proxy.identity.authentication import Caller, Snapshot
-from proxy.ledger.entry import call_id_prefix
 from proxy.policy.status import quota_statuses
 from proxy.tasks import Tasks
 from proxy.upstreams.headers import JSON_HEADERS, SERVER_NAME
@@ -41,13 +58,10 @@ from proxy.web.body import defer_continue, read_body, read_form
 from proxy.web.body_memory import BodyMemory, BodyShare
 from proxy.web.cors import Cors
 from proxy.web.health import HEALTH_PATHS, Health
+from proxy.web.listener import note_valid_key
 from proxy.web.middleware import LOG_LINE, REQUEST_ID, Handler, answer_errors, not_served, validate_request
 from proxy.web.request_log import RequestLog
 from proxy.web.response import WebResponder
-
-# A part of a path that may be an id or, by mistake, a key.
-_LONG_WORD = re.compile(r"[^/]{20,}")
-_PATH_CHARACTERS_MAX = 100
 
 log = structlog.get_logger("routes")
 
@@ -117,18 +131,23 @@ class Api:
 
     @web.middleware
     async def _assign_id(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        id = request[REQUEST_ID] = f"{call_id_prefix(self._now())}{secrets.token_hex(10)}"
-        line = request[LOG_LINE] = self._request_log.begin(
-            id, f"{request.method} {_shown_path(request)}", address=request.remote or ""
-        )
-        status = ClientLeft.status
+        line = request[LOG_LINE] = self._request_log.begin(_shown(request), address=request.remote or "")
+        request[REQUEST_ID] = line.request_id
+        status = None
         try:
             response = await handler(request)
             status = response.status
             return response
         finally:
             if not line.is_call and request.path not in HEALTH_PATHS:
-                self._request_log.write(line, status)
+                await self._note_caller(request, line)
+                self._request_log.write(line, status or line.sent_status or ClientLeft.status)
+
+    async def _note_caller(self, request: web.Request, line: LogLine) -> None:
+        """Find out whose request was answered before its key was looked at, such as one for an unknown path."""
+        if line.caller is None and not isinstance(line.error, InvalidKey):
+            with suppress(InvalidKey):
+                await self._identify(request)
 
     async def _identify(self, request: web.Request) -> tuple[Snapshot, Caller]:
         """What is in force, and who is calling. Raises InvalidKey.
@@ -138,6 +157,7 @@ class Api:
         snapshot = self._policies.current
         caller = await snapshot.authentication.identify(request.headers.items(), request.remote, request.remote)
         request[LOG_LINE].caller = caller
+        note_valid_key(request)
         return snapshot, caller
 
     async def _metered_call(self, endpoint: Endpoint, request: web.Request) -> web.StreamResponse:
@@ -146,6 +166,7 @@ class Api:
         line.endpoint = endpoint.name
         client = WebResponder(request, line, heartbeat_s=self._limits.heartbeat_s)
         deployment = request.match_info.get("deployment")
+        shown = partial(logged_name, caller=caller, snapshot=snapshot, lists=self._model_lists)
         check_large = partial(self._relay.refuse_if_closed, endpoint, caller, snapshot, client)
         share = BodyShare(self._memory, caller.user, check_large)
         if endpoint.form is not None:
@@ -155,7 +176,7 @@ class Api:
             try:
                 form = await read_form(request, spool, self._limits, share)
                 parsed = parse_form_request(endpoint, form, deployment=deployment)
-                line.model = parsed.model
+                line.model = shown(parsed.model)
                 call = prepare_call(parsed, caller, snapshot, client, spool=spool)
             except BaseException:
                 spool.close()
@@ -168,7 +189,7 @@ class Api:
 
             def prepare() -> Call:
                 parsed = parse_request(endpoint, body, deployment=deployment, cost=cost)
-                line.model = parsed.model
+                line.model = shown(parsed.model)
                 return prepare_call(parsed, caller, snapshot, client)
 
             call = await self._relay.threads.run(prepare, cost=cost)
@@ -232,8 +253,11 @@ class Api:
             call.request.body.free()
             if call.spool is not None:
                 call.spool.close()
-            status = (line.error or ClientLeft()).status
-            self._request_log.write(line, status if client.response is None else client.response.status)
+            self._request_log.write(line, line.sent_status or (line.error or ClientLeft()).status)
+            if line.model == OTHER and line.outcome == "complete":
+                # It may be one that an upstream lists. Then the line of the next call for it has its name.
+                for target in call.model.targets:
+                    self._model_lists.refresh(target.upstream)
         return None if client.has_begun else line.error
 
     async def _models(self, request: web.Request) -> web.Response:
@@ -279,9 +303,13 @@ async def _other_path(request: web.Request) -> web.StreamResponse:
     return await not_served(request)
 
 
-def _shown_path(request: web.Request) -> str:
-    """The path for the log, without what may be an id or a key, and without the query."""
-    return _LONG_WORD.sub("…", request.rel_url.raw_path)[:_PATH_CHARACTERS_MAX]
+def _shown(request: web.Request) -> str:
+    """The method and the path for the log, with nothing that a client chose: `GET /v1/responses/{id}`."""
+    method = request.method if request.method in hdrs.METH_ALL else "…"
+    route = request.match_info.route
+    if route.resource is None or route.handler is _other_path:
+        return f"{method} {known_beginning(request.rel_url.raw_path)}"
+    return f"{method} {route.resource.canonical}"
 
 
 def _serves(snapshot: Snapshot, caller: Caller, model: str) -> bool:

@@ -19,6 +19,7 @@ from proxy.config.loader import load_text
 from proxy.policy.amounts import AtLeast, Exactly, Tokens, Usage
 from proxy.simulator.server import Simulator
 from proxy.web.response import WebResponder
+from tests.bare_upstream import connections
 from tests.stage import STAFF, UPSTREAM_KEY, Stage, key_of, sqlite_in, stage, text_of, until
 
 pytestmark = [pytest.mark.every_engine, pytest.mark.journey]
@@ -186,9 +187,8 @@ async def _pausing_upstream(
 ) -> AsyncIterator[tuple[Stage, PausingUpstream, WatchedDisconnects]]:
     """A stage in front of a pausing upstream of this kind, with `on_disconnect: stop`."""
     upstream, disconnects = PausingUpstream(first, rest), WatchedDisconnects()
-    server = await asyncio.start_server(upstream.serve, "127.0.0.1", 0)
-    upstream.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
-    try:
+    async with connections(upstream.serve) as port:
+        upstream.url = f"http://127.0.0.1:{port}/v1"
         async with stage(folder=folder, disconnects=disconnects, upstream=upstream.url, on_disconnect="stop") as on:
             text = text_of(
                 STAFF, database=sqlite_in(folder), upstream=upstream.url, kind=kind, more=", on_disconnect: stop"
@@ -196,9 +196,6 @@ async def _pausing_upstream(
             on.config = load_text(text)
             assert await on.server.policies.reload()
             yield on, upstream, disconnects
-    finally:
-        server.close()
-        await server.wait_closed()
 
 
 async def _read_and_leave(on: Stage, disconnects: WatchedDisconnects, length: int, **more: Any) -> tuple[str, bytes]:

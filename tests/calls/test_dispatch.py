@@ -13,6 +13,7 @@ import pytest
 
 from proxy.config.loader import load_text
 from proxy.upstreams.routing import COOLDOWN_MS, FAILURES_MAX
+from tests.bare_upstream import connections
 from tests.stage import STAFF, Stage, fast_timers, key_of, sqlite_in, stage, text_of, until
 
 CHAT = "/v1/chat/completions"
@@ -86,13 +87,9 @@ async def _broken_upstream(*answers: bytes | None) -> AsyncIterator[BrokenUpstre
         broken.url = NOBODY
         yield broken
         return
-    server = await asyncio.start_server(broken.serve, "127.0.0.1", 0)
-    broken.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
-    try:
+    async with connections(broken.serve) as port:
+        broken.url = f"http://127.0.0.1:{port}/v1"
         yield broken
-    finally:
-        server.close()
-        await server.wait_closed()
 
 
 async def _record(on: Stage) -> dict[str, Any]:

@@ -3,7 +3,10 @@
 from dataclasses import replace
 from pathlib import Path
 
-from proxy.calls.recorded_names import NAMES_OF_A_USER_MAX, RecordedNames
+from proxy.calls.recorded_names import NAMES_OF_A_USER_MAX, RecordedNames, logged_name
+from proxy.upstreams import models
+from proxy.upstreams.client import Upstreams
+from proxy.upstreams.models import ModelLists
 from tests.builders import NOON
 from tests.calls.test_call import ALICE, OPEN, _call, _snapshot
 
@@ -41,3 +44,21 @@ def test_the_names_of_all_users_are_bounded(tmp_path: Path) -> None:
     assert [names.name_of(each, NOON) for each in users] == ["m", "m", "other"]
     assert [names.name_of(each, NOON) for each in users] == ["m", "m", "other"]
     assert names.name_of(users[2], NOON + DAY) == "m"
+
+
+async def test_the_log_has_only_names_that_are_listed(tmp_path: Path) -> None:
+    """In the models, in the quotas of the user's groups, or by the upstream. A pattern lists no name."""
+    text = OPEN.replace(
+        "groups:\n", "groups:\n  everyone: {quotas: {x: {requests: 9, per: day, models: [plain, 'sk-*']}}}\n"
+    )
+    snapshot = _snapshot(tmp_path, text)
+    lists = ModelLists(Upstreams(), now=lambda: NOON)
+
+    def logged(name: str) -> str:
+        return logged_name(name, ALICE, snapshot, lists)
+
+    assert [logged(name) for name in ("fast", "plain")] == ["fast", "plain"]
+    assert [logged(name) for name in ("sk-secret", "*", "said-by-the-upstream")] == ["other"] * 3
+    upstream = snapshot.catalog.upstreams["simulated"]
+    lists._lists["simulated"] = models._List(upstream, {"said-by-the-upstream": None})
+    assert logged("said-by-the-upstream") == "said-by-the-upstream"

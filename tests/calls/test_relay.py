@@ -15,6 +15,7 @@ from proxy.calls.tokenizer import Tokenizers
 from proxy.formats.meter import Meter
 from proxy.formats.sse import Event
 from proxy.ledger.entry import Entry
+from tests.bare_upstream import connections
 from tests.stage import STAFF, UPSTREAM_KEY, Stage, stage, until
 
 pytestmark = [pytest.mark.every_engine, pytest.mark.journey]
@@ -292,20 +293,12 @@ async def _raw_upstream(*pieces: bytes) -> AsyncIterator[str]:
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
         writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nConnection: close\r\n\r\n")
-        try:
-            for piece in pieces:
-                writer.write(piece)
-                await writer.drain()
-        except ConnectionError:
-            pass
-        writer.close()
+        for piece in pieces:
+            writer.write(piece)
+            await writer.drain()
 
-    server = await asyncio.start_server(serve, "127.0.0.1", 0)
-    try:
-        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
-    finally:
-        server.close()
-        await server.wait_closed()
+    async with connections(serve) as port:
+        yield f"http://127.0.0.1:{port}/v1"
 
 
 WORD = b'data: {"choices":[{"index":0,"delta":{"content":"x"}}]}\n\n'

@@ -13,6 +13,7 @@ from typing import Any
 import aiohttp
 import openai
 import pytest
+from structlog.testing import capture_logs
 
 from proxy.calls.disconnect import Disconnects
 from proxy.calls.read_limit import READS_AT_ONCE_MAX, READS_PER_MINUTE_MAX
@@ -20,7 +21,7 @@ from proxy.config.loader import load_text
 from proxy.simulator.server import Simulator
 from proxy.simulator.server import serve as serve_simulator
 from tests.audit import connected
-from tests.bare_upstream import BareUpstream, bare_upstream, stream_head
+from tests.bare_upstream import BareUpstream, bare_upstream, connections, stream_head
 from tests.stage import (
     STAFF,
     UPSTREAM_KEY,
@@ -267,6 +268,33 @@ async def test_leaving_a_stream_of_a_stored_response_closes_it_at_the_upstream(t
             async with on.http.get(f"{on.url}/v1/responses/{response_id}?stream=true", headers=headers) as response:
                 assert await response.content.readline() == b": begun\n"
             await is_closed.wait()
+
+
+async def test_the_log_says_what_the_client_of_a_stored_response_got(tmp_path: Path) -> None:
+    """Also if it left: the status that was sent, the upstream, and the time without that of the upstream."""
+    is_closed = asyncio.Event()
+    begun = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n\r\n: begun\n\n"
+    async with stage(folder=tmp_path) as on:
+        response_id = (await on.post("/v1/responses", ASK)).json()["id"]
+        with capture_logs() as logged:
+            assert (await send(on, "GET", f"/v1/responses/{response_id}")).status == 200
+            async with upstream_that_says(begun, is_closed) as url:
+                await move(on, url)
+                headers = {"authorization": f"Bearer {key_of('alice')}"}
+                async with on.http.get(
+                    f"{on.url}/v1/responses/{response_id}?stream=true", headers=headers
+                ) as response:
+                    assert await response.content.readline() == b": begun\n"
+                    await asyncio.wait([asyncio.ensure_future(is_closed.wait())], timeout=0.3)
+                await is_closed.wait()
+            await until(lambda: sum(line["event"] == "request" for line in logged) == 2)
+    whole, left = [line for line in logged if line["event"] == "request"]
+    assert (whole["status"], left["status"]) == (200, 200)
+    assert {line["endpoint"] for line in (whole, left)} == {"GET /v1/responses/{id}"}
+    assert {line["upstream"] for line in (whole, left)} == {"simulated"}
+    assert whole["own_ms"] < whole["total_ms"]
+    assert left["own_ms"] < 200 < left["total_ms"]  # the upstream had it for 300 ms
+    assert "code" not in left
 
 
 # ------------------------------------------------------------------------- responses that did not pass to their end
@@ -613,11 +641,9 @@ async def upstream_that_says(answer: bytes, is_closed: asyncio.Event | None = No
         if is_closed is not None:
             await reader.read()
             is_closed.set()
-        writer.close()
 
-    server = await asyncio.start_server(serve, "127.0.0.1", 0)
-    async with server:
-        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
+    async with connections(serve) as port:
+        yield f"http://127.0.0.1:{port}/v1"
 
 
 async def move(on: Stage, url: str) -> None:

@@ -76,12 +76,29 @@ async def test_a_changed_file_is_loaded_when_it_has_stopped_changing(tmp_path: P
 
 
 async def test_an_invalid_file_never_replaces_the_policy(tmp_path: Path) -> None:
-    """T78: the old policy stays in force and a metric reports it, until a valid file is loaded."""
+    """T78: the old policy stays in force and a metric reports it, until a valid file is loaded. The log has a line
+    for each mistake.
+    """
     metrics = Metrics()
     disk = Disk(_config(tmp_path))
     policies = _policies(disk, metrics)
     first, disk.config = policies.current, None
-    assert await policies.reload() is False
+    with capture_logs() as logged:
+        assert await policies.reload() is False
+    assert logged == [
+        {
+            "log_level": "error",
+            "event": "a mistake in the policy file",
+            "path": "quotas.yaml",
+            "line": 3,
+            "message": "wrong",
+        },
+        {
+            "log_level": "error",
+            "event": "the policy file can't be taken, the old policy stays in force",
+            "mistakes": 1,
+        },
+    ]
     assert policies.current is first
     assert b"llm_quota_reload_failed 1.0" in metrics.exposition()
     disk.config = _config(tmp_path)

@@ -146,7 +146,7 @@ def plain(usage: object) -> Plain:
     (stated_input, stated_output), total = parts, number(usage.get("total_tokens"))
     sections = [usage.get(name) for name in DETAILS]
     inner = [number(each) for section in sections if type(section) is dict for each in section.values()]
-    explained = sum({each for each in inner if each})  # reasoning and cached tokens, whichever section they are in
+    explained = sum(each for each in inner if each)  # reasoning and cached tokens, whichever section they are in
     output_max, surplus = stated_output or 0, (total or 0) - (stated_output or 0) - (stated_input or 0)
     is_total_all = stated_input is None and stated_output is None
     if is_total_all or surplus <= explained:

@@ -5,15 +5,17 @@ import json
 import os
 import re
 import signal
+import socket
 import sys
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 import pytest
+from yarl import URL
 
 from proxy.simulator.server import Simulator
 from proxy.simulator.server import serve as serve_simulator
@@ -105,6 +107,84 @@ async def _running(folder: Path, log: str = "", *options: str) -> AsyncIterator[
         await runner.cleanup()
 
 
+@contextmanager
+def _full_pipe() -> Iterator[int]:
+    """The end for writing of a pipe without space, which nobody reads."""
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    for size in (4096, 1):
+        with suppress(BlockingIOError):
+            while True:
+                os.write(writing, b"\n" * size)
+    os.set_blocking(writing, True)
+    try:
+        yield writing
+    finally:
+        os.close(writing)
+        os.close(reading)
+
+
+async def _accepts(port: int) -> None:
+    """Wait until somebody listens at this port."""
+    while True:
+        try:
+            _, writer = await asyncio.open_connection("127.0.0.1", port)
+        except OSError:
+            await asyncio.sleep(0.02)
+        else:
+            writer.close()
+            await writer.wait_closed()
+            return
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as found:
+        port: int = found.getsockname()[1]
+        return port
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["serve", "--port", "{port}"], 0),
+        (["serve", "--port", "{port}", "--workers", "2"], 0),
+        (["serve", "--invalid-config"], 2),
+        (["serve", "--workers", "2", "--invalid-config"], 2),
+        (["demo", "--port", "{port}", "--admin-port", "0"], 0),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+async def test_a_process_ends_though_nobody_reads_what_it_prints(
+    arguments: list[str], code: int, tmp_path: Path
+) -> None:
+    """T93: its standard output and error are full from the start. It serves, and ends on SIGTERM or by itself."""
+    port = _free_port()
+    config = tmp_path / "quotas.yaml"
+    config.write_text(POLICY.format(folder=tmp_path, port=1, upstream_key=UPSTREAM_KEY, alice=ALICE, bob=BOB, log=""))
+    if "--invalid-config" in arguments:
+        arguments.remove("--invalid-config")
+        config.write_text("groups: {staff: {}}\n")
+    if arguments[0] == "serve":
+        arguments = [*arguments, "--config", str(config)]
+    with _full_pipe() as full:
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "proxy", *(word.format(port=port) for word in arguments)),
+            stdout=full,
+            stderr=full,
+            start_new_session=True,
+        )
+        try:
+            async with asyncio.timeout(30):
+                if code == 0:
+                    await _accepts(port)
+                    process.send_signal(signal.SIGTERM)
+                assert await process.wait() == code
+        finally:
+            if process.returncode is None:
+                process.kill()  # its workers notice it
+                await process.wait()
+
+
 def _chat(model: str = "fast", **more: Any) -> dict[str, Any]:
     return {"model": model, "messages": [{"role": "user", "content": PROMPT}], **more}
 
@@ -155,7 +235,7 @@ async def test_the_id_of_an_answer_finds_what_happened(tmp_path: Path) -> None:
         assert (await on.line_of(id))["code"] == "model_not_found"
         status, id = await _post(http, on.url, {}, path="/v1/v1/chat/completions")
         line = await on.line_of(id)
-        assert (line["status"], line["endpoint"]) == (404, "POST /v1/v1/chat/completions")
+        assert (line["status"], line["endpoint"], line["user"]) == (404, "POST /v1/v1/chat/completions", "alice")
         status, id = await _post(http, on.url, _chat("gone"))
         line = await on.line_of(id)
         assert (status, line["code"], line["outcome"], line["upstream"]) == (
@@ -206,6 +286,72 @@ async def test_a_thousand_calls_leave_no_key_prompt_or_answer_in_the_log(tmp_pat
             assert secret not in text
 
 
+async def test_a_thousand_requests_with_a_secret_in_every_place_leave_none_in_the_log(tmp_path: Path) -> None:
+    """A key or a prompt in the path, the query, a header, the model, a field, and in all else that it writes."""
+    secrets = ("sk-verysecretkeyofsomebody", "s3cret-9f", "secretwordsofaprompt", "two secret words")
+    log = "unmatched: allow"
+    async with _running(tmp_path, log, "--verbose") as on, aiohttp.ClientSession() as http:
+        on.config.write_text(on.config.read_text().replace("models:\n", 'models:\n  "*": {upstream: simulated}\n', 1))
+        on.process.send_signal(signal.SIGHUP)
+        await on.has('"policy reloaded"')
+        for _ in range(9):
+            for secret in secrets:
+                for key in (ALICE, BOB, None):
+                    for method, path, headers, body in _with_secret(secret):
+                        auth = {} if key is None else {"authorization": f"Bearer {key}"}
+                        async with http.request(
+                            method,
+                            URL(on.url + path.replace(" ", "%20"), encoded=True),
+                            json=body,
+                            headers={**headers, **auth},
+                        ) as response:
+                            await response.read()
+                await _send_bare(on.url, f"{secret} / HTTP/1.1\r\n\r\n")
+                await _send_bare(on.url, f"GET / HTTP/1.1\r\nHost: {secret}/\r\nX: 1\r\n\r\n")
+                await _send_bare(on.url, f"GET /{secret} HTTP/1.1\r\n{secret}\r\n\r\n")
+        await on.stop()
+        text = on.text()
+        assert sum(line["event"] == "request" for line in on.lines()) > 800
+        for secret in (*secrets, "secret%20words"):
+            assert secret not in text
+            assert secret[:14] not in text
+
+
+def _with_secret(secret: str) -> list[tuple[str, str, dict[str, str], Any]]:
+    """Requests with this text in each place that a client chooses: method, path, headers, body."""
+    chat = "/v1/chat/completions"
+    return [
+        ("POST", chat, {}, _chat(secret)),
+        ("POST", chat, {}, _chat(f"gpt-{secret}")),
+        ("POST", chat, {}, _chat(user=secret, stream=True)),
+        ("POST", chat, {}, _chat(**{secret: "x", "stream": secret})),
+        ("POST", chat, {}, _chat(**{f"mock_{secret}": "x"})),
+        ("POST", chat, {}, _chat(tools=[{"type": secret}])),
+        ("POST", chat, {}, {"model": "fast", "messages": [{"role": secret, "content": secret}]}),
+        ("POST", f"{chat}?{secret}={secret}&api-version={secret}", {}, _chat()),
+        ("POST", chat, {"X-Request-Id": secret, "Idempotency-Key": secret, "User-Agent": secret}, _chat()),
+        ("POST", chat, {"X-Quota-Max-Wait": secret, "Origin": secret, "X-Forwarded-For": secret}, _chat()),
+        ("POST", chat, {"Content-Encoding": secret}, _chat()),
+        ("POST", chat, {"x-api-key": secret}, _chat()),
+        ("POST", f"/openai/deployments/{secret}/chat/completions", {}, _chat()),
+        ("POST", "/v1/responses", {}, {"model": "fast", "input": secret, "previous_response_id": secret}),
+        ("POST", f"/v1/responses/{secret}/cancel", {}, None),
+        ("GET", f"/v1/responses/{secret}/input_items?after={secret}", {}, None),
+        ("GET", f"/v1/models/{secret}", {}, None),
+        ("GET", f"/v1/{secret}", {}, None),
+        ("PATCH", f"/v1/files/{secret}/{secret}", {}, None),
+        ("OPTIONS", f"/{secret}/v1/chat/completions", {}, None),
+    ]
+
+
+async def _send_bare(url: str, text: str) -> None:
+    """Send bytes that are no valid request, and read what comes."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", URL(url).port)
+    writer.write(text.encode())
+    await reader.read(1000)
+    writer.close()
+
+
 async def test_the_log_can_be_text_and_can_leave_out_requests(tmp_path: Path) -> None:
     """And a reload changes both at once."""
     async with _running(tmp_path, "log: {format: console, calls: refusals}") as on, aiohttp.ClientSession() as http:
@@ -219,3 +365,12 @@ async def test_the_log_can_be_text_and_can_leave_out_requests(tmp_path: Path) ->
         await on.has('"policy reloaded"')
         _, fine = await _post(http, on.url, _chat())
         await on.has(f'"request": "{fine}"')
+        on.config.write_text(on.config.read_text().replace("calls: all", "calls: none"))
+        on.process.send_signal(signal.SIGHUP)
+        while on.text().count('"policy reloaded"') < 2:  # noqa: ASYNC110 - another process sets no event
+            await asyncio.sleep(0.01)
+        _, fine = await _post(http, on.url, _chat())
+        _, refused = await _post(http, on.url, _chat(), BOB)
+        await on.stop()
+        assert fine not in on.text()
+        assert refused not in on.text()

@@ -207,8 +207,10 @@ def _postgres() -> Iterator[None]:
     with asyncio.Runner() as runner:
         url = runner.run(shared().timed(clocks.append))
         OnPostgres.database = PostgresDatabase(runner, url, clocks[0], runner.run(asyncpg.connect(url)))
-        yield
-        runner.run(OnPostgres.database.auditor.close())
+        try:
+            yield
+        finally:
+            runner.run(OnPostgres.database.auditor.close())
 
 
 class OnPostgres:

@@ -157,26 +157,24 @@ async def until(condition):
 )
 async def test_each_statement_fits_the_migrated_tables(database, statement):
     """The server finds all tables, columns and types, whatever its search path is."""
-    connection = await connect(database)
-    await connection.execute("SET search_path TO nowhere")
-    await connection.prepare(statement)
-    await connection.close()
+    async with connected(database) as connection:
+        await connection.execute("SET search_path TO nowhere")
+        await connection.prepare(statement)
 
 
 async def test_a_transaction_begins_with_its_settings_and_they_end_with_it(database):
     """Behind a connection pool the next transaction belongs to another program."""
-    connection = await connect(database)
     names = ("idle_in_transaction_session_timeout", "lock_timeout", "statement_timeout", "enable_seqscan")
 
     async def settings():
         return [await connection.fetchval(f"SHOW {name}") for name in names]
 
-    before = await settings()
-    await connection.execute(begin(Timeouts(idle_ms=1001, lock_ms=1002, statement_ms=1003)))
-    assert await settings() == ["1001ms", "1002ms", "1003ms", "off"]
-    await connection.execute("COMMIT")
-    assert await settings() == before
-    await connection.close()
+    async with connected(database) as connection:
+        before = await settings()
+        await connection.execute(begin(Timeouts(idle_ms=1001, lock_ms=1002, statement_ms=1003)))
+        assert await settings() == ["1001ms", "1002ms", "1003ms", "off"]
+        await connection.execute("COMMIT")
+        assert await settings() == before
 
 
 # -------------------------------------------------------------------------------------------- what is written is read
@@ -249,11 +247,10 @@ async def test_the_newest_of_several_calls_with_one_response_is_found_by_its_ind
         await apply(store, Settle(f"{number}", exactly(1, 1), "complete", response_id="resp_1"))
     found = await store.find_response_entry("resp_1")
     assert found.id == "4"
-    connection = await connect(database)
-    await connection.execute("SET enable_seqscan TO off; SET enable_sort TO off")
-    assert len(await connection.fetch(READ_RESPONSE_CALL, "resp_1")) == 1
-    plan = [row[0] for row in await connection.fetch(f"EXPLAIN {READ_RESPONSE_CALL}", "resp_1")]
-    await connection.close()
+    async with connected(database) as connection:
+        await connection.execute("SET enable_seqscan TO off; SET enable_sort TO off")
+        assert len(await connection.fetch(READ_RESPONSE_CALL, "resp_1")) == 1
+        plan = [row[0] for row in await connection.fetch(f"EXPLAIN {READ_RESPONSE_CALL}", "resp_1")]
     assert "Limit" in plan[0]
     assert "Index Scan Backward using calls_by_response" in plan[1]
 
@@ -461,21 +458,21 @@ async def test_many_processes_with_many_members_never_deadlock(server, url, data
 async def test_a_batch_that_is_a_victim_of_a_deadlock_is_repeated(url, database):
     """T59: another client locks our rows in the opposite order, and the server cancels our batch. It is run again."""
     who = binding([DAILY, quota("staff/other", tokens=10**6, per=LONG)])
-    async with opened(url, Timeouts(idle_ms=5000)) as store:
+    async with (
+        opened(url, Timeouts(idle_ms=5000)) as store,
+        connected(database) as other,
+        connected(database) as watching,
+    ):
         await apply(store, reserve("1", who, CALL))
-        connections = [await connect(database), await connect(database)]
-        other = connections[0]
         await other.execute(
             "SET deadlock_timeout = '10s'; BEGIN"
         )  # so that the server cancels our batch and not this
         await other.execute("SELECT FROM llm_quota_proxy.calls WHERE id = '1' FOR UPDATE")
         batch = asyncio.create_task(apply(store, SETTLED))
-        await until(lambda: is_blocked(connections[1]))
+        await until(lambda: is_blocked(watching))
         locking = asyncio.create_task(other.execute("SELECT FROM llm_quota_proxy.counters FOR UPDATE; COMMIT"))
         [reply] = await batch
         await locking
-        for connection in connections:
-            await connection.close()
     assert reply.entry.state == "settled"
     await until(database.has_no_connections)
     [[deadlocks]] = await database.run(
@@ -486,8 +483,13 @@ async def test_a_batch_that_is_a_victim_of_a_deadlock_is_repeated(url, database)
     await database.audit()
 
 
-async def connect(database):
-    return await asyncpg.connect(database.url)
+@asynccontextmanager
+async def connected(database):
+    connection = await asyncpg.connect(database.url)
+    try:
+        yield connection
+    finally:
+        await connection.close()
 
 
 async def is_blocked(connection):
@@ -501,12 +503,11 @@ async def test_a_lock_that_is_never_freed_raises_store_unavailable(url, database
     """After several runs. The error is not uncertain: nothing was committed."""
     async with opened(url, Timeouts(lock_ms=20)) as store:
         await apply(store, reserve("1", ANN, CALL))
-        other = await connect(database)
-        await other.execute("BEGIN; SELECT FROM llm_quota_proxy.counters FOR UPDATE")
-        with pytest.raises(StoreUnavailable, match="lock timeout") as raised:
-            await apply(store, SETTLED)
-        assert not raised.value.is_uncertain
-        await other.close()
+        async with connected(database) as other:
+            await other.execute("BEGIN; SELECT FROM llm_quota_proxy.counters FOR UPDATE")
+            with pytest.raises(StoreUnavailable, match="lock timeout") as raised:
+                await apply(store, SETTLED)
+            assert not raised.value.is_uncertain
         await apply(store, SETTLED)
     await database.audit()
 
@@ -649,16 +650,13 @@ async def test_a_connection_that_breaks_during_the_commit_is_uncertain(store, da
 async def test_a_batch_that_is_cancelled_leaves_no_lock(store, url, database):
     """Its connection is closed, and the next batch makes a new one."""
     await apply(store, reserve("1", ANN, CALL))
-    other = await connect(database)
-    await other.execute("BEGIN; SELECT FROM llm_quota_proxy.counters FOR UPDATE")
-    watching = await connect(database)
-    batch = asyncio.create_task(apply(store, SETTLED))
-    await until(lambda: is_blocked(watching))
-    batch.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await batch
-    await other.close()
-    await watching.close()
+    async with connected(database) as other, connected(database) as watching:
+        await other.execute("BEGIN; SELECT FROM llm_quota_proxy.counters FOR UPDATE")
+        batch = asyncio.create_task(apply(store, SETTLED))
+        await until(lambda: is_blocked(watching))
+        batch.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await batch
     await apply(store, SETTLED)
     await database.audit()
 
@@ -744,7 +742,7 @@ class HalfStatement:
         try:
             return await self._reader.read()
         finally:
-            self._writer.close()
+            self._writer.transport.abort()
 
 
 async def test_a_process_that_stops_in_the_middle_of_a_batch_loses_its_locks(store, url, database):

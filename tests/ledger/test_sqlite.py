@@ -32,6 +32,7 @@ from tests.audit import audit, connected, contents, rows, states
 from tests.breakage import (
     BrokenBinding,
     commits,
+    emptied,
     failing_writes,
     full,
     locked,
@@ -39,6 +40,10 @@ from tests.breakage import (
     read_only,
     replaced,
     unchecked,
+    without_folder,
+    without_index,
+    without_lock,
+    without_log,
     writers,
 )
 from tests.builders import DAY, HOUR, NOON, amount, binding, call, estimated, exactly, extend, quota, reserve
@@ -335,8 +340,14 @@ REMEDIES = {
     failing_writes: "check its disk, the space on it, and its mount",
     moved: "put it back, or restart",
     replaced: "put it back, or restart",
+    emptied: r"quotas\.db was emptied while in use: stop the proxy, put back a backup",
+    without_folder: "put it back, or restart",
+    without_log: r"quotas\.db-wal was moved, deleted or replaced .* stop the proxy with SIGTERM",
+    without_index: r"quotas\.db-shm was moved, deleted or replaced .* stop the proxy with SIGTERM",
+    without_lock: r"quotas\.db\.lock was moved, deleted or replaced .* stop the proxy with SIGTERM",
 }
 FAULTS = list(REMEDIES)
+IN_USE = [moved, replaced, emptied, without_folder, without_log, without_index, without_lock]
 
 
 @pytest.fixture
@@ -371,7 +382,7 @@ async def test_a_database_that_cannot_be_written_is_unavailable(faulty, path, fa
     audit(path)
 
 
-@pytest.mark.parametrize("fault", [locked, moved, replaced], ids=lambda fault: fault.__name__)
+@pytest.mark.parametrize("fault", [locked, moved, replaced, emptied, without_log], ids=lambda fault: fault.__name__)
 async def test_renewing_a_lease_shows_that_nothing_can_be_written(faulty, path, fault):
     """So a process without calls notices it too."""
     store, writer = faulty
@@ -422,17 +433,34 @@ async def test_a_read_of_a_table_that_was_dropped_raises_store_unavailable(store
         await store.orphans("me", NOON, limit=10)
 
 
-async def test_a_read_does_not_create_a_file_that_is_gone(faulty, path):
-    """It raises StoreUnavailable. An empty file would say that nothing was used."""
+@pytest.mark.parametrize("fault", IN_USE, ids=lambda fault: fault.__name__)
+async def test_a_read_shows_that_a_file_in_use_is_gone_or_empty(faulty, path, fault):
+    """T56: it raises StoreUnavailable and makes no file. An empty file would say that nothing was used."""
     store, writer = faulty
     await store.apply([reserve("1", ANN, CALL)], NOON)
-    with moved(path, writer):
-        with pytest.raises(StoreUnavailable, match="was moved, deleted or replaced"):
-            await store.read_counters(ANN.keys())
-        with pytest.raises(StoreUnavailable, match="was moved, deleted or replaced"):
-            await store.read_entry("1")
-        assert not path.exists()
+    with fault(path, writer):
+        before = sorted(path.parent.glob("*"))
+        for read in (store.read_counters(ANN.keys()), store.read_entry("1")):
+            with pytest.raises(StoreUnavailable, match=REMEDIES[fault]):
+                await read
+        assert sorted(path.parent.glob("*")) == before
     assert await levels(store) == (Amount(), HELD)
+
+
+async def test_what_was_in_a_log_that_is_gone_is_kept_by_a_stop_in_order(path):
+    """As the error says: the store still has the log open, and writes it to the database when it is closed."""
+    store = SqliteStore(path)
+    await store.open()
+    await store.apply([reserve("1", ANN, CALL)], NOON)
+    for suffix in ("-wal", "-shm"):
+        path.with_name(f"{path.name}{suffix}").unlink()
+    with pytest.raises(StoreUnavailable, match="-wal was moved, deleted or replaced"):
+        await store.apply([SETTLED], NOON)
+    await store.close()
+    again = SqliteStore(path)
+    await again.open()
+    assert await levels(again) == (Amount(), HELD)
+    await again.close()
 
 
 # ---------------------------------------------------------------------------------------------------- leases, orphans
@@ -577,6 +605,23 @@ async def test_a_file_has_one_lock_under_all_its_names(store, path, tmp_path, mo
         with pytest.raises(StoreInUse):
             await other.open()
         await other.close()
+
+
+async def test_a_file_with_several_names_is_refused(path):
+    """A hard link would get around the lock, and SQLite would write two logs for one file. The error says what to do,
+    and nothing has changed.
+    """
+    link = path.with_name("link.db")
+    link.hardlink_to(path)
+    before = path.read_bytes()
+    for name in (path, link):
+        store = SqliteStore(name)
+        with pytest.raises(StoreUnavailable, match=rf"{name} has 2 names .*find -inum {path.stat().st_ino}"):
+            await store.open()
+        await store.close()
+    assert path.read_bytes() == before
+    link.unlink()
+    await opened(path)
 
 
 @pytest.mark.parametrize("is_refused", [True, False])

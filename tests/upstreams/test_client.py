@@ -32,21 +32,12 @@ async def _upstream(answer: bytes, *, repeat: int = 1) -> AsyncIterator[tuple[Up
         head = await reader.readuntil(b"\r\n\r\n")
         length = int(next(line for line in head.lower().split(b"\r\n") if b"content-length" in line).split()[1])
         seen.append(head + await reader.readexactly(length))
-        try:
-            for _ in range(repeat):
-                writer.write(answer)
-                await writer.drain()
-        except ConnectionError:
-            pass
-        writer.close()
+        for _ in range(repeat):
+            writer.write(answer)
+            await writer.drain()
 
-    server = await asyncio.start_server(serve, "127.0.0.1", 0)
-    port = server.sockets[0].getsockname()[1]
-    try:
+    async with connections(serve) as port:
         yield Upstream("up", f"http://127.0.0.1:{port}/v1", None), seen
-    finally:
-        server.close()
-        await server.wait_closed()
 
 
 @asynccontextmanager
@@ -297,11 +288,9 @@ async def test_a_kept_connection_that_closes_before_the_first_byte_counts_as_not
                 await reader.readuntil(b"\r\n\r\n")
                 await reader.readexactly(2)
                 writer.write(HEAD + b"Content-Length: 2\r\n\r\n{}")
-        writer.close()
 
-    server = await asyncio.start_server(serve, "127.0.0.1", 0)
-    up = Upstream("up", f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1", None)
-    async with _open() as upstreams:
+    async with connections(serve) as port, _open() as upstreams:
+        up = Upstream("up", f"http://127.0.0.1:{port}/v1", None)
         async with upstreams.send(up, "/x", b"{}", {}) as answer:
             await answer.read()
         [kept] = (proto for kept in _kept(upstreams) for proto, _ in kept)
@@ -313,8 +302,6 @@ async def test_a_kept_connection_that_closes_before_the_first_byte_counts_as_not
         async with upstreams.send(up, "/x", b"{}", {}) as answer:
             assert await answer.read() == b"{}"
     assert len(seen) == 2
-    server.close()
-    await server.wait_closed()
 
 
 def _kept(upstreams: Upstreams) -> Iterable[Any]:

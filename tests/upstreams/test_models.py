@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from proxy.policy.catalog import Model, Secret, Upstream
 from proxy.upstreams.client import Upstreams
 from proxy.upstreams.models import REFRESH_MS, RETRY_MS, Listed, ModelLists, read_list, shows_account
+from tests.bare_upstream import connections
 from tests.stage import Clock, fast_timers, until
 
 
@@ -142,11 +143,10 @@ class Lister:
 async def lister(*answers: bytes | int | None) -> AsyncIterator[tuple[Lister, ModelLists, Upstream, Clock]]:
     """An upstream, its lists, and a clock."""
     source, clock, http = Lister(answers), Clock(), Upstreams()
-    server = await asyncio.start_server(source.serve, "127.0.0.1", 0)
-    base_url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
     http.open()
     lists = ModelLists(http, now=clock)
-    async with server:
+    async with connections(source.serve) as port:
+        base_url = f"http://127.0.0.1:{port}/v1"
         try:
             yield source, lists, Upstream("up", base_url, Secret("sk-secret-0123456789"), "vllm"), clock
         finally:
@@ -192,6 +192,19 @@ async def test_a_list_is_kept_through_an_outage(failure: bytes | int, capsys: py
         clock.ms += RETRY_MS
         await replaced(lists, upstream, {"a": None})
         assert await lists.of(upstream) == {"b": None}
+
+
+async def test_an_error_that_nobody_expects_is_not_repeated_at_each_call(capsys: pytest.CaptureFixture[str]) -> None:
+    """The client is not open, which is a fault of ours. The next attempt is half a minute later, as always."""
+    clock, upstream = Clock(), Upstream("up", "http://127.0.0.1:1/v1", None, "vllm")
+    lists = ModelLists(Upstreams(), now=clock)
+    for _ in range(5):
+        assert await lists.of(upstream) == {}
+    assert capsys.readouterr().out.count("task failed") == 1
+    clock.ms += RETRY_MS
+    assert await lists.of(upstream) == {}
+    assert "task failed" in capsys.readouterr().out
+    await lists.close()
 
 
 async def test_a_first_caller_waits_two_seconds_at_most() -> None:

@@ -6,11 +6,14 @@ T12 large heads (more of it in test_middleware)
 
 import asyncio
 import inspect
+import json
 import re
+import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import aiohttp
 import pytest
@@ -18,10 +21,13 @@ from aiohttp import web
 from structlog.testing import capture_logs
 
 from proxy.config.loader import ConnectionLimits
+from proxy.metrics import Metrics
 from proxy.web import listener
-from proxy.web.listener import Listener
-from tests.bare_client import BareClient, bare_client, get, post
-from tests.stage import stage, until
+from proxy.web.listener import Listener, note_valid_key
+from proxy.web.request_log import RequestLog
+from tests.bare_client import KEY, BareClient, bare_client, get, post
+from tests.builders import NOON
+from tests.stage import Stage, stage, until
 
 Handle = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -34,7 +40,8 @@ async def _ok(request: web.Request) -> web.StreamResponse:
 async def _running(limits: ConnectionLimits, handler: Handle = _ok) -> AsyncIterator[tuple[str, Listener]]:
     application = web.Application()
     application.router.add_route("*", "/{any:.*}", handler)
-    runner = Listener(application, limits)
+    log = RequestLog(lambda: "all", metrics=Metrics(), clock=lambda: 5.5, now=lambda: NOON)
+    runner = Listener(application, limits, request_log=log)
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", 0).start()
     try:
@@ -142,6 +149,8 @@ class Doors:
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
         self.arrived += 1
+        if "key" in request.query:
+            note_valid_key(request)
         match request.path:
             case "/waits":
                 await self.may_answer.wait()
@@ -169,6 +178,19 @@ async def _is_served(url: str) -> bool:
         return (await client.reply()).status == 200
 
 
+def _endless() -> bytes:
+    """A call whose answer is a stream that goes on during the test."""
+    return json.dumps(
+        {
+            "model": "fast",
+            "stream": True,
+            "max_tokens": 400,
+            "messages": [{"role": "user", "content": "Hi"}],
+            "metadata": {"simulate": "tokens=50 speed=50"},
+        }
+    ).encode()
+
+
 async def _serve_one(client: BareClient) -> None:
     client.send(get("/"))
     assert (await client.reply()).status == 200
@@ -187,8 +209,9 @@ async def test_a_full_listener_closes_the_connection_that_is_idle_longest() -> N
                 await _serve_one(client)
 
 
-async def test_connections_that_never_send_a_whole_head_shut_nobody_out() -> None:
+async def test_connections_that_never_send_a_whole_head_shut_nobody_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """T21: whether they are silent, or send another byte of a head now and then. The oldest is closed first."""
+    monkeypatch.setattr(listener, "_IDLE_S_MIN", 0)
     async with _serving(ConnectionLimits(connections=40)) as url, AsyncExitStack() as held:
         silent = [await held.enter_async_context(bare_client(url)) for _ in range(20)]
         slow = [await held.enter_async_context(bare_client(url)) for _ in range(20)]
@@ -204,13 +227,16 @@ async def test_connections_that_never_send_a_whole_head_shut_nobody_out() -> Non
 
 
 async def test_connections_in_use_are_not_closed_and_the_next_one_gets_a_503() -> None:
-    """T21: with a call in flight, a body on its way, or an answer that is read slowly. 503 with Retry-After."""
+    """T21: with a call of a user in flight, its body on its way, or an answer that is read slowly.
+
+    503 with Retry-After.
+    """
     doors = Doors()
     async with _serving(ConnectionLimits(connections=3), doors.handle) as url, AsyncExitStack() as held:
         waits, sends, reads = [await held.enter_async_context(bare_client(url)) for _ in range(3)]
-        waits.send(get("/waits"))
-        sends.send(post("/", body=b"x" * 200_000)[:-1])
-        reads.send(get("/big"))
+        waits.send(get("/waits?key"))
+        sends.send(post("/?key", body=b"x" * 200_000)[:-1])
+        reads.send(get("/big?key"))
         await until(lambda: doors.arrived == 3)
         for _ in range(3):
             async with bare_client(url) as late:
@@ -232,7 +258,7 @@ async def test_a_pipelined_request_keeps_the_connection_busy() -> None:
     """T21: also while its client has the answer to the request before it."""
     doors = Doors()
     async with _serving(ConnectionLimits(connections=1), doors.handle) as url, bare_client(url) as client:
-        client.send(get("/") + get("/waits"))
+        client.send(get("/") + get("/waits?key"))
         assert (await client.reply()).status == 200
         await until(lambda: doors.arrived == 2)
         async with bare_client(url) as late:
@@ -244,8 +270,11 @@ async def test_a_pipelined_request_keeps_the_connection_busy() -> None:
 class Known:
     """A connection as `_Places` knows it."""
 
-    def __init__(self, places: Any, *, has_unread_answer: bool = False) -> None:
+    keeps_its_place = True
+
+    def __init__(self, places: Any, *, has_unread_answer: bool = False, has_key: bool = True) -> None:
         self.has_unread_answer = has_unread_answer
+        self.has_key = has_key
         self.places = places
         self.is_evicted = False
         places.take(self)
@@ -255,7 +284,7 @@ class Known:
         self.places.leave(self)
 
 
-def test_slow_readers_are_looked_at_a_few_at_a_time() -> None:
+async def test_slow_readers_are_looked_at_a_few_at_a_time() -> None:
     """T21: so a flood of new connections costs little, and the idle ones behind the slow readers are found."""
     places = listener._Places(listener._LOOKED_AT_MAX + 2)
     slow = [Known(places, has_unread_answer=True) for _ in range(listener._LOOKED_AT_MAX)]
@@ -265,6 +294,180 @@ def test_slow_readers_are_looked_at_a_few_at_a_time() -> None:
     assert [connection.is_evicted for connection in (*slow, *idle)] == [False] * len(slow) + [True, False]
     assert places.make_room()  # the place is free at once, before the connection is closed
     assert not idle[1].is_evicted
+
+
+async def test_the_order_in_which_connections_are_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """T21: idle for a second or more; without a key and more than a first request; idle. Not with a key."""
+    places: Any = listener._Places(8)
+    names = "with_key first_request loops pipelines unread new_idle idle".split()
+    known = {name: Known(places, has_key=name == "with_key") for name in names}
+    for name in names[:4]:
+        places.note_without_key(known[name])
+    places.note_without_key(known["loops"])  # its next request: it keeps its turn
+    places.note_with_key(known["with_key"])
+    known["unread"].has_unread_answer = True
+    for name in ("first_request", "new_idle"):
+        known[name].keeps_its_place = False
+    places._idle[known["idle"]] -= listener._IDLE_S_MIN
+    order = []
+    for limit in range(len(known), 0, -1):
+        places._limit = limit
+        before = {name for name in names if known[name].is_evicted}
+        if places.make_room():
+            order += [name for name in names if known[name].is_evicted and name not in before]
+    assert order == ["idle", "loops", "pipelines", "unread", "new_idle"]
+
+
+@asynccontextmanager
+async def _without_key(on: Stage, send: bytes, number: int) -> AsyncIterator[list[socket.socket]]:
+    """Connections that send this and read nothing, with small buffers, once the proxy can send them no more."""
+    sockets = [socket.socket() for _ in range(number)]
+    try:
+        for each in sockets:
+            each.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            each.connect(("127.0.0.1", urlsplit(on.url).port))
+            each.setblocking(False)
+            with suppress(BlockingIOError):
+                each.send(send)
+            await asyncio.sleep(0)
+        yield sockets
+    finally:
+        for each in sockets:
+            each.close()
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        get("/v1/nothing"),
+        get("/v1/models"),
+        post(body=b"x" * 100),
+        get("/healthz"),
+        get("/v1/models", "Authorization: Bearer wrong"),
+    ],
+)
+async def test_pipelines_without_a_key_shut_out_nobody_with_one(tmp_path: Path, request_: bytes) -> None:
+    """T21: 8 clients without a key send thousands of requests at once, and read a few bytes of the answers each time.
+
+    They are never idle. A stream of a user goes on meanwhile, and further users are served.
+    """
+    limits = ConnectionLimits(connections=9)
+    async with stage(folder=tmp_path, connection_limits=limits) as on, bare_client(on.url) as streams:
+        streams.send(post("/v1/chat/completions", KEY, body=_endless()))
+        await streams.reader.readuntil(b"data: ")
+        async with _without_key(on, request_ * (200_000 // len(request_)), 8) as held:
+            for _ in range(12):
+                for each in held:
+                    with suppress(BlockingIOError, ConnectionError):
+                        each.recv(30)
+                async with bare_client(on.url) as late:
+                    late.send(get("/v1/quota", KEY, "Connection: close"))
+                    assert (await late.reply()).status == 200
+            await streams.reader.readuntil(b"data: ")
+
+
+async def test_requests_without_a_key_in_a_loop_shut_out_nobody_with_one(tmp_path: Path) -> None:
+    """T21: each sends its next request as soon as it has its 401, so each is idle for moments only."""
+    limits = ConnectionLimits(connections=4)
+    async with stage(folder=tmp_path, connection_limits=limits) as on, AsyncExitStack() as held:
+        answers = [0, 0, 0, 0]
+
+        async def loops(number: int) -> None:
+            while True:
+                async with bare_client(on.url) as client:
+                    with suppress(ConnectionError, asyncio.IncompleteReadError):
+                        while True:
+                            client.send(get("/v1/models"))
+                            await client.reply()
+                            answers[number] += 1
+
+        tasks = [asyncio.ensure_future(loops(number)) for number in range(4)]
+        held.callback(lambda: [task.cancel() for task in tasks])
+        await until(lambda: min(answers) > 1)
+        for _ in range(20):
+            async with bare_client(on.url) as late:
+                late.send(get("/v1/quota", KEY))
+                assert (await late.reply()).status == 200
+
+
+async def test_half_sent_bodies_without_a_key_shut_out_nobody_with_one(tmp_path: Path) -> None:
+    """T21: also if further requests were sent before, or if they wait for a 100."""
+    half = post(body=b"x" * 100_000)[:-1]
+    limits = ConnectionLimits(connections=4)
+    async with stage(folder=tmp_path, connection_limits=limits) as on, AsyncExitStack() as held:
+        for request_ in (
+            half,
+            get("/v1/nothing") * 50 + half,
+            post(body=b"x" * 10)[:-10],
+            b"GET / HTTP/1.1\r\nX",
+        ) * 2:
+            client = await held.enter_async_context(bare_client(on.url))
+            client.send(request_)
+            await client.writer.drain()
+        for _ in range(8):
+            late = await held.enter_async_context(bare_client(on.url))
+            late.send(get("/v1/quota", KEY))
+            assert (await late.reply()).status == 200
+
+
+async def test_a_key_counts_until_a_later_request_has_none(tmp_path: Path) -> None:
+    """T21: so one request with a key does not keep a connection whose later requests have none."""
+    doors = Doors()
+    async with _running(ConnectionLimits(connections=1), doors.handle) as (url, runner), bare_client(url) as client:
+        [connection] = await _connections(runner)
+        client.send(get("/?key"))
+        await client.reply()
+        client.send(get("/") + get("/waits"))
+        await client.reply()
+        await until(lambda: doors.arrived == 3)
+        assert not connection.has_key
+        assert await _is_served(url)
+        assert await client.is_closed()
+
+
+async def test_what_the_listener_refuses_has_an_id_and_a_line_in_the_log() -> None:
+    """T21: a 503 because it is full, a 408, and a 400 of a head that is too large or can't be parsed."""
+    doors = Doors()
+    refused = {}
+    with capture_logs() as logged:
+        async with _serving(ConnectionLimits(connections=1), doors.handle) as url, bare_client(url) as client:
+            client.send(get("/waits?key"))
+            await until(lambda: doors.arrived == 1)
+            async with bare_client(url) as late:
+                refused["too_many_connections"] = await late.reply()
+            doors.may_answer.set()
+            await client.reply()
+        async with _serving(ConnectionLimits(head_s=0.01)) as url, bare_client(url) as client:
+            client.send(b"GET / HT")
+            refused["request_timeout"] = await client.reply()
+        for text in (b"secret text \r\n\r\n", b"GET / HTTP/1.1\r\n" + b"X-A: %b\r\n" % (b"x" * 30_000) * 10):
+            async with _serving(ConnectionLimits()) as url, bare_client(url) as client:
+                client.send(text)
+                reply = await client.reply()
+                assert (reply.status, reply.error["code"]) == (400, "bad_framing")
+                refused[f"bad_framing {len(refused)}"] = reply
+    lines = {line["request"]: line for line in logged if line["event"] == "request"}
+    assert len(lines) == 4
+    for code, reply in refused.items():
+        line = lines[reply.headers["x-request-id"]]
+        assert (line["code"], line["status"], line["endpoint"]) == (code.split()[0], reply.status, "connection")
+        assert line["address"] == "127.0.0.1"
+    assert "secret" not in str(logged)
+
+
+async def test_few_of_the_connections_that_are_refused_have_a_line() -> None:
+    """T21: 10 a second of one address, also if they are not even answered."""
+    doors = Doors()
+    with capture_logs() as logged:
+        async with _serving(ConnectionLimits(connections=1), doors.handle) as url, bare_client(url) as client:
+            client.send(get("/waits?key"))
+            await until(lambda: doors.arrived == 1)
+            for _ in range(30):
+                async with bare_client(url) as late:
+                    assert (await late.reply()).status == 503
+            doors.may_answer.set()
+            await client.reply()
+    assert len([line for line in logged if line["event"] == "request"]) == 10
 
 
 async def test_the_place_of_a_closed_connection_is_free_at_once() -> None:
@@ -298,14 +501,14 @@ async def test_the_end_of_an_answer_is_not_cut_off() -> None:
         bare_client(url) as reads,
         bare_client(url) as other,
     ):
-        reads.send(get("/full"))
+        reads.send(get("/full?key"))
         [connection, _] = await _connections(runner, 2)
         await until(lambda: bool(doors.sent) and not connection._request_in_progress)
         await _serve_one(other)
         async with bare_client(url) as late:
             await _serve_one(late)
             assert await other.is_closed()
-            late.send(get("/waits"))
+            late.send(get("/waits?key"))
             await until(lambda: doors.arrived == 4)
             async with bare_client(url) as refused:
                 assert (await refused.reply()).status == 503
@@ -389,13 +592,16 @@ async def test_a_flood_of_rejected_connections_is_not_answered(monkeypatch: pyte
     monkeypatch.setattr(listener, "_REJECTED_MAX", 3)
     doors = Doors()
     async with _running(ConnectionLimits(connections=1), doors.handle) as (url, runner), AsyncExitStack() as held:
+        logged = held.enter_context(capture_logs())
         waits = await held.enter_async_context(bare_client(url))
-        waits.send(get("/waits"))
+        waits.send(get("/waits?key"))
         await until(lambda: doors.arrived == 1)
         late = [await held.enter_async_context(bare_client(url)) for _ in range(8)]
         await until(lambda: len(_server(runner).connections) == 1 + 3)
         texts = [await client.reader.read() for client in late]
         assert [text[:12] for text in texts if text] == [b"HTTP/1.1 503"] * 3
+        lines = [line for line in logged if line["event"] == "request"]
+        assert sorted(line["status"] for line in lines) == [499] * 5 + [503] * 3
         doors.may_answer.set()
         assert (await waits.reply()).status == 200
 
@@ -409,8 +615,9 @@ async def test_rejected_connections_take_no_place() -> None:
             await _serve_one(late)
 
 
-async def test_one_address_may_be_limited() -> None:
+async def test_one_address_may_be_limited(monkeypatch: pytest.MonkeyPatch) -> None:
     """T21: by the same rule, with its own connections only. Other addresses keep theirs."""
+    monkeypatch.setattr(listener, "_IDLE_S_MIN", 0)
     doors = Doors()
     limits = ConnectionLimits(connections=100, connections_per_address=2)
     async with _serving(limits, doors.handle) as url, AsyncExitStack() as held:
@@ -422,7 +629,7 @@ async def test_one_address_may_be_limited() -> None:
         await _serve_one(third)
         assert await second.is_closed()
         for client in (first, third):
-            client.send(get("/waits"))
+            client.send(get("/waits?key"))
         await until(lambda: doors.arrived == 5)
         async with bare_client(url) as late:
             assert (await late.reply()).error["code"] == "too_many_connections"
@@ -546,11 +753,12 @@ INTERNALS = {
 
 # What listener.py adds to aiohttp's classes.
 ADDED = {
-    web.AppRunner: ["_limits"],
-    web.Server: ["limits", "places_for", "has_many_rejected", "_all_places", "_places_of"],
+    web.AppRunner: ["_limits", "_request_log"],
+    web.Server: ["limits", "request_log", "places_for", "has_many_rejected", "_all_places", "_places_of"],
     web.RequestHandler: [
         *listener.Connection.__slots__,
-        *("has_unread_answer", "evict", "_leave", "_reject"),
+        *("has_unread_answer", "keeps_its_place", "note_valid_key", "evict", "_leave", "_reject", "_note_busy"),
+        "_new_line",
         *("_end_head", "_on_head_deadline", "_watch_reading", "_stop_watching", "_on_reading_deadline"),
     ],
 }

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from anthropic import AsyncAnthropic
 
+from tests.bare_upstream import connections
 from tests.stage import STAFF, Stage, fast_timers, key_of, stage
 
 LISTED = ["gpt-4o", "o3", "claude-x", "ft:gpt-4o:acme::abc", "../../x", "text-embedding-3-small"]
@@ -60,9 +61,10 @@ async def listing_stage(
 ) -> AsyncIterator[tuple[Stage, ListingUpstream]]:
     """A stage in front of an upstream that lists these models."""
     source = ListingUpstream(models)
-    server = await asyncio.start_server(source.serve, "127.0.0.1", 0)
-    url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
-    async with server, stage(policy, folder=folder, upstream=url, **more) as on:
+    async with (
+        connections(source.serve) as port,
+        stage(policy, folder=folder, upstream=f"http://127.0.0.1:{port}/v1", **more) as on,
+    ):
         yield on, source
         source.gate.set()
 

@@ -1,5 +1,6 @@
 """A line for each request of a user, and few lines for clients without a valid key."""
 
+from collections.abc import Callable
 from typing import Any
 
 from structlog.testing import capture_logs
@@ -8,8 +9,10 @@ from proxy.calls.log_line import LogLine
 from proxy.errors import InvalidKey
 from proxy.identity.authentication import Caller
 from proxy.logs import LoggedCalls
+from proxy.metrics import Metrics
 from proxy.policy.key import Key
 from proxy.web.request_log import RequestLog
+from tests.builders import NOON
 
 
 class _Clock:
@@ -35,9 +38,13 @@ def _line(request_id: str, now_s: float, *, address: str = "192.0.2.1", user: st
     )
 
 
+def _log(clock: Callable[[], float], *, setting: LoggedCalls = "all", metrics: Metrics | None = None) -> RequestLog:
+    return RequestLog(lambda: setting, metrics=metrics or Metrics(), clock=clock, now=lambda: NOON)
+
+
 def _written(setting: LoggedCalls, lines: list[tuple[LogLine, int]]) -> list[Any]:
     clock = _Clock()
-    log = RequestLog(lambda: setting, clock=clock)
+    log = _log(clock, setting=setting)
     with capture_logs() as logged:
         for line, status in lines:
             clock.now_s = line.began_s
@@ -66,14 +73,19 @@ def test_ten_requests_a_second_of_an_address_without_a_key_have_a_line() -> None
 
 
 def test_many_addresses_without_a_key_have_a_hundred_lines_a_second() -> None:
-    """A client with a network of its own has millions of addresses. Only the last ones are remembered."""
+    """A client with a network of its own has millions of addresses. Only the last ones are remembered.
+
+    A metric counts those without a line, because an address that is forgotten has no next line to say so.
+    """
     flood = [(_line(f"req_{number}", 5.5, address=f"2001:db8::{number:x}"), 401) for number in range(3000)]
-    log = RequestLog(lambda: "all", clock=lambda: 5.5)
+    metrics = Metrics()
+    log = _log(lambda: 5.5, metrics=metrics)
     with capture_logs() as written:
         for line, status in flood:
             log.write(line, status)
     assert len(written) == 100
     assert len(log._addresses) == 1024
+    assert b"\nllm_quota_requests_not_logged_total 2900.0\n" in metrics.exposition()
 
 
 def test_the_setting_says_which_requests_have_a_line() -> None:
@@ -89,6 +101,7 @@ def test_a_line_begins_with_the_request() -> None:
     """Its times count from there."""
     clock = _Clock()
     clock.now_s = 7.0
-    line = RequestLog(lambda: "all", clock=clock).begin("req_1", "GET /v1/models", address="192.0.2.1")
+    line = _log(clock).begin("GET /v1/models", address="192.0.2.1")
     clock.now_s = 7.25
     assert line.fields(200)["total_ms"] == 250.0
+    assert line.request_id.startswith("req_")

@@ -207,3 +207,18 @@ async def test_a_corrupt_gzip_body_is_a_400(tmp_path: Path) -> None:
         broken = gzip.compress(json.dumps(GOOD).encode())[:-12] + b"000000000000"
         reply = await on.post(CHAT, broken, headers={"content-encoding": "gzip"})
         assert reply.status == 400
+
+
+async def test_refusals_of_a_user_have_a_line_on_every_path(tmp_path: Path) -> None:
+    """Also where no key is needed to refuse: each has its line, and it names the user."""
+    async with stage(folder=tmp_path) as on:
+        with capture_logs() as logged:
+            for number in range(30):
+                await on.post(f"/v1/files/file-{number}", {})
+                await on.post("/v1/unknown", {}, user=None)
+        lines = [line for line in logged if line["event"] == "request"]
+        of_alice = [line for line in lines if line.get("user") == "alice"]
+        assert [line["endpoint"] for line in of_alice] == ["POST /v1/files/…"] * 30
+        assert not any("address" in line for line in of_alice)
+        assert len(lines) - len(of_alice) == 10
+        assert {line["endpoint"] for line in lines[-1:]} <= {"POST /v1/files/…", "POST /v1/…"}
