@@ -8,7 +8,7 @@ library decides about that when it is imported, by the environment variable PROM
 sets for its workers.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
@@ -81,10 +81,39 @@ class Metrics:
             registry=self._registry,
             multiprocess_mode="livemostrecent",  # workers are on one machine, so they measure the same
         )
+        self.unauthorized_requests = Counter(
+            "llm_quota_unauthorized",
+            "Requests without a valid key (401), by the reason that the log gives",
+            ("reason",),
+            registry=self._registry,
+        )
+        self.directory_entries = Gauge(
+            "llm_quota_directory_entries",
+            "Keys and users of the database that are in memory",
+            ("kind",),
+            registry=self._registry,
+            multiprocess_mode="livesum",
+        )
+        self.directory_age = Gauge(
+            "llm_quota_directory_age_seconds",
+            "How long ago the database last said, at the latest poll, whether keys or users have changed",
+            registry=self._registry,
+            multiprocess_mode="livemax",
+        )
 
     def ledger_clock_differs(self, offset_ms: int) -> None:
         """Note how far the ledger's clock is ahead of this process's, in ms."""
         self.ledger_clock_offset.set(offset_ms / 1000)
+
+    def unauthorized(self, reason: str) -> None:
+        """Count a request without a valid key. `reason` has to come from a closed list."""
+        self.unauthorized_requests.labels(reason).inc()
+
+    def directory_polled(self, entries: Mapping[str, int], *, age_s: float) -> None:
+        """Note how many entries of each kind are remembered, and how old their confirmation is after a poll."""
+        for kind, number in entries.items():
+            self.directory_entries.labels(kind).set(number)
+        self.directory_age.set(age_s)
 
     def refused(self, quota: str, verdict: str) -> None:
         """Count a refused call for one quota that refused it. `verdict` is busy, exhausted or never."""

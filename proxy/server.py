@@ -164,7 +164,12 @@ class Server:
         store = store_of(
             self._inherited.database, self._inherited.lock, may_be_new=config.settings.may_be_new_database
         )
-        self.directory = Directory(DirectoryDatabase(store, now=now), clock=clock, now=now)
+        self.directory = Directory(
+            DirectoryDatabase(store, now=now),
+            clock=clock,
+            now=now,
+            on_cut=lambda cuts: self._api.end_calls_of(cuts),
+        )
         self.policies = Policies(
             config,
             load=self._load_with_tokenizers,
@@ -211,6 +216,7 @@ class Server:
             request_log=RequestLog(lambda: self.policies.current.logged_calls, clock=clock),
             now=self.ledger.now,
         )
+        self._clock = clock
         self._admin = Admin(self.metrics, self.health)
         self._settings = config.settings
         self._jobs = Tasks()
@@ -232,7 +238,7 @@ class Server:
         """Start to serve. Raises what `Store.open` raises, and OSError if a port is in use."""
         self._tokenizers.load(_encodings_of(self.policies.current.catalog))
         await self.ledger.start(self._inherited.dead)
-        await self.directory.poll()
+        await self._poll_directory()
         self.upstreams.open()
         inherited, settings = self._inherited, self._settings
         limits = _within_file_limit(settings.connection_limits)
@@ -249,7 +255,7 @@ class Server:
         self._jobs.start("sweep", repeat(self.ledger.sweep, every_s=lease_s / 2))
         self._jobs.start("roll up", repeat(self.rollup.run, every_s=_ROLLUP_EVERY_S))
         self._jobs.start("collect garbage", repeat(_collect_garbage, every_s=_COLLECT_EVERY_S))
-        self._jobs.start("read directory", repeat(self.directory.poll, every_s=_DIRECTORY_POLL_EVERY_S))
+        self._jobs.start("read directory", repeat(self._poll_directory, every_s=_DIRECTORY_POLL_EVERY_S))
         self._jobs.start("note used keys", repeat(self.directory.write_used, every_s=_USED_KEYS_EVERY_S))
         self._jobs.start("reload", repeat(self.policies.reload_if_changed, every_s=_RELOAD_CHECK_EVERY_S))
 
@@ -274,7 +280,7 @@ class Server:
             log.warning("calls were cut off and settled", calls=cut_off)
         await self._stored_responses.close()
         await self._jobs.finish(0)
-        await self.directory.write_used()
+        await self.directory.close()
         for runner in self._runners:
             await runner.cleanup()
         await self._relay.model_lists.close()
@@ -288,6 +294,10 @@ class Server:
         cut_off = await self._api.calls.finish(0)
         if cut_off:
             log.warning("calls were cut off and settled", calls=cut_off)
+
+    async def _poll_directory(self) -> None:
+        await self.directory.poll()
+        self.metrics.directory_polled(self.directory.entries, age_s=self._clock() - self.directory.confirmed_s)
 
     async def _stop_accepting(self) -> None:
         for runner in self._runners:

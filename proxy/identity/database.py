@@ -17,9 +17,12 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from proxy.identity.directory import Cuts, OwnedKey, User, UserId
 from proxy.ledger.schema import api_keys, directory, identities, users
-from proxy.ledger.store import Store
+from proxy.ledger.store import Store, StoreUnavailable
 from proxy.policy.key import Key
 from proxy.policy.quota import Globs
+
+# How many keys one transaction notes as used. It has SQLite's one write lock, for which calls wait.
+_KEYS_AT_ONCE = 500
 
 
 class DirectoryDatabase:
@@ -35,8 +38,10 @@ class DirectoryDatabase:
     async def version(self) -> int:
         """The number of changes so far."""
         async with self._store.transaction() as connection:
-            version: int = (await connection.execute(sa.select(directory.c.version))).scalar_one()
-            return version
+            version: int | None = await connection.scalar(sa.select(directory.c.version))
+        if version is None:
+            raise StoreUnavailable("the table `directory` of the database has lost its row: restore a backup")
+        return version
 
     async def find_key(self, digest: str) -> OwnedKey | None:
         """The key with this digest."""
@@ -49,19 +54,27 @@ class DirectoryDatabase:
 
         A user who is linked to one of the file has no row here: then the result has the identity alone.
         """
+        # One statement, so that the link and the user are of one moment.
+        given = sa.select(
+            sa.literal(identity.source, sa.Text).label("source"), sa.literal(identity.id, sa.Text).label("id")
+        ).subquery("given")
+        link = sa.and_(identities.c.source == given.c.source, identities.c.id == given.c.id)
+        user = sa.and_(
+            users.c.source == sa.func.coalesce(identities.c.user_source, given.c.source),
+            users.c.id == sa.func.coalesce(identities.c.user_id, given.c.id),
+        )
+        joined = given.outerjoin(identities, link).outerjoin(users, user)
+        query = sa.select(users, identities.c.user_source, identities.c.user_id).select_from(joined)
         async with self._store.transaction() as connection:
-            row = (await connection.execute(sa.select(identities).where(*_is(identities, identity)))).first()
-            linked = identity if row is None else UserId(row.user_source, row.user_id)
-            found = (await connection.execute(sa.select(users).where(*_is(users, linked)))).first()
-        if found is not None:
-            return user_of(found)
-        return None if row is None else User(linked)
+            row = (await connection.execute(query)).one()
+        if row.source is not None:
+            return user_of(row)
+        return None if row.user_source is None else User(UserId(row.user_source, row.user_id))
 
     async def add_seen_user(self, identity: UserId, email: str | None, *, users_max: int) -> User | None:
         """The user of a header source who is seen for the first time; None if the source has `users_max` already."""
         async with self._store.transaction(writes=True) as connection:
-            # The lock of the one row lets one process at a time count and add.
-            await connection.execute(sa.update(directory).values(version=directory.c.version))
+            await _lock(connection)  # one process at a time counts and adds
             row = (await connection.execute(sa.select(users).where(*_is(users, identity)))).first()
             if row is not None:
                 return user_of(row)
@@ -95,8 +108,13 @@ class DirectoryDatabase:
         statement = sa.update(api_keys).where(api_keys.c.id == sa.bindparam("key_id"))
         later = sa.or_(api_keys.c.used_at.is_(None), api_keys.c.used_at < sa.bindparam("used"))
         rows = [{"key_id": id, "used": at} for id, at in sorted(used.items())]
-        async with self._store.transaction(writes=True) as connection:
-            await connection.execute(statement.where(later).values(used_at=sa.bindparam("used")), rows)
+        for first in range(0, len(rows), _KEYS_AT_ONCE):
+            async with self._store.transaction(writes=True) as connection:
+                # Else a change of several keys could wait for one of these rows, and this for one of that change.
+                await _lock(connection)
+                await connection.execute(
+                    statement.where(later).values(used_at=sa.bindparam("used")), rows[first : first + _KEYS_AT_ONCE]
+                )
 
     @asynccontextmanager
     async def change(self) -> AsyncIterator[tuple[AsyncConnection, int]]:
@@ -104,6 +122,11 @@ class DirectoryDatabase:
         async with self._store.transaction(writes=True) as connection:
             raised = sa.update(directory).values(version=directory.c.version + 1).returning(directory.c.version)
             yield connection, (await connection.execute(raised)).scalar_one()
+
+
+async def _lock(connection: AsyncConnection) -> None:
+    """Wait for changes that are not committed yet, and let none begin before this transaction ends."""
+    await connection.execute(sa.select(directory.c.version).with_for_update())
 
 
 def _is(table: sa.Table, identity: UserId) -> tuple[sa.ColumnElement[bool], sa.ColumnElement[bool]]:

@@ -33,6 +33,7 @@ import structlog
 from sqlalchemy import URL, Connection, Dialect, bindparam, create_engine, event, func, select, tuple_
 from sqlalchemy.dialects.sqlite import insert
 from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, InterfaceError, NotSupportedError, ProgrammingError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 from sqlalchemy.pool import NullPool
 
@@ -63,6 +64,8 @@ _SUFFIXES = ("", "-wal", "-shm", "-journal", ".lock", ".turn")
 _MAKING = b"the database is being made\n"
 # How long a transaction waits for a lock that another program has on the file, in seconds.
 _BUSY_TIMEOUT_S = 5.0
+# Connections that read beside the batches: two for the directory's lookups, one for its polls, one for displays.
+_READERS = 4
 # Errors that are caused by a value in the batch. All other errors are caused by the database, and may pass.
 _REFUSALS = (DataError, IntegrityError, InterfaceError, NotSupportedError, ProgrammingError)
 
@@ -136,7 +139,11 @@ class SqliteStore:
         arguments = {"timeout": busy_timeout_s}
         self._engine = create_engine(_url("sqlite", self._path), connect_args=arguments)
         self._read_engine = create_async_engine(
-            _url("sqlite+aiosqlite", self._path), connect_args=arguments, pool_size=2, max_overflow=0
+            _url("sqlite+aiosqlite", self._path),
+            connect_args=arguments,
+            pool_size=_READERS,
+            max_overflow=0,
+            pool_timeout=busy_timeout_s,
         )
         self._may_be_new = may_be_new and lock is None
         self._sql = _Statements(self._engine.dialect)
@@ -424,6 +431,8 @@ class _TranslatedErrors:
         if isinstance(error, DBAPIError):
             text = f"{self._path} can't be used ({error.orig}): {_remedy(error.orig)}"
             raise StoreUnavailable(text, is_uncertain=self._is_uncertain) from error
+        if isinstance(error, PoolTimeout):
+            raise StoreUnavailable(f"{self._path} is not read fast enough: check its disk") from error
 
 
 def _url(driver: str, path: Path) -> URL:

@@ -15,6 +15,7 @@ import asyncio
 import re
 import secrets
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import structlog
@@ -25,12 +26,22 @@ from proxy.calls.relay import Relay
 from proxy.calls.stored_responses import StoredResponseQuery, StoredResponses
 from proxy.config.loader import Settings
 from proxy.config.reload import Policies
-from proxy.errors import ClientLeft, InternalError, InvalidRequest, NotAllowed, NoUpgrade, ProxyError, drop_frames
+from proxy.errors import (
+    ClientLeft,
+    InternalError,
+    InvalidKey,
+    InvalidRequest,
+    NotAllowed,
+    NoUpgrade,
+    ProxyError,
+    drop_frames,
+)
 from proxy.formats.endpoints import METERED, PREFIXES, STORED_RESPONSE_PATHS, Endpoint, StoredResponsePath, closed
 from proxy.formats.request import parse_form_request, parse_request
 from proxy.formats.restrictions import check_model_name, check_name_form
 from proxy.formats.strict_json import dump, reading_cost
 from proxy.identity.authentication import Caller, Snapshot
+from proxy.identity.directory import Cuts
 from proxy.ledger.entry import call_id_prefix
 from proxy.policy.status import quota_statuses
 from proxy.tasks import Tasks
@@ -52,6 +63,15 @@ _PATH_CHARACTERS_MAX = 100
 log = structlog.get_logger("routes")
 
 
+@dataclass(slots=True)
+class _Running:
+    """A request whose caller is identified. `call` is the task of its call, once that runs."""
+
+    caller: Caller
+    request: web.Request
+    call: asyncio.Task[object] | None = None
+
+
 class Api:
     """The handlers of the API listener. `calls` has the tasks of the calls in flight.
 
@@ -69,6 +89,7 @@ class Api:
         now: Callable[[], int],
     ) -> None:
         self.calls = Tasks()
+        self._running: dict[str, _Running] = {}  # by the ids of their requests
         self._policies = policies
         self._stored_responses = stored_responses
         self._ledger = stored_responses.ledger
@@ -79,6 +100,30 @@ class Api:
         self._memory = BodyMemory(settings.connection_limits.body_memory_bytes)
         self._now = now
         self._request_log = request_log
+
+    def end_calls_of(self, cuts: Cuts) -> None:
+        """End at once what these keys and users have running here.
+
+        A call is settled and charged what it has used, as at a stop; also one whose client has left and whose answer
+        is only read to its end. Uploads, and requests for lists and stored responses, have nothing to settle. Then
+        the connections are cut: a client sees a stream that breaks off, or a connection that is closed without an
+        answer. If it tries again it gets a 401.
+        """
+        users = {user.subject for user in cuts.users}
+        chosen = [
+            running
+            for running in self._running.values()
+            if running.caller.key.id in cuts.key_ids or running.caller.user in users
+        ]
+        for running in chosen:
+            if running.call is None:
+                _cut_connection(running.request)
+            else:
+                # Not before it has ended: a client that disconnects may be a reason to read the answer to its end.
+                running.call.add_done_callback(partial(_cut_connection, running.request))
+                running.call.cancel()
+        if chosen:
+            log.warning("calls of keys or users that were cut off were ended", requests=len(chosen))
 
     def application(self, health: Health) -> web.Application:
         """The application, with the paths of `health`. It has to be served with `handler_cancellation`."""
@@ -127,8 +172,10 @@ class Api:
             status = response.status
             return response
         finally:
-            if not line.is_call and request.path not in HEALTH_PATHS:
-                self._request_log.write(line, status)
+            if not line.is_call:
+                self._running.pop(id, None)  # that of a call ends with the call
+                if request.path not in HEALTH_PATHS:
+                    self._request_log.write(line, status)
 
     async def _identify(self, request: web.Request) -> tuple[Snapshot, Caller]:
         """What is in force, and who is calling. Raises InvalidKey.
@@ -136,8 +183,18 @@ class Api:
         The snapshot is read once, because a reload must not change a request that has begun.
         """
         snapshot = self._policies.current
-        caller = await snapshot.authentication.identify(request.headers.items(), request.remote, request.remote)
+        authentication, changes = snapshot.authentication, None
+        try:
+            # Once more if a key or user was changed meanwhile: what was read may be from before the change, and the
+            # calls that the change cuts off were ended before this one could be found.
+            while changes != authentication.changes:
+                changes = authentication.changes
+                caller = await authentication.identify(request.headers.items(), request.remote, request.remote)
+        except InvalidKey as error:
+            self._relay.metrics.unauthorized(error.reason)
+            raise
         request[LOG_LINE].caller = caller
+        self._running[request[REQUEST_ID]] = _Running(caller, request)
         return snapshot, caller
 
     async def _metered_call(self, endpoint: Endpoint, request: web.Request) -> web.StreamResponse:
@@ -217,6 +274,7 @@ class Api:
         would be logged as a failed task. It is returned without its frames, which have the body of the request.
         """
         line = client.line
+        self._running[client.id].call = asyncio.current_task()
         try:
             await self._relay.carry(call)
         except ProxyError as error:
@@ -232,6 +290,7 @@ class Api:
             call.request.body.free()
             if call.spool is not None:
                 call.spool.close()
+            del self._running[client.id]
             status = (line.error or ClientLeft()).status
             self._request_log.write(line, status if client.response is None else client.response.status)
         return None if client.has_begun else line.error
@@ -261,6 +320,11 @@ class Api:
         statuses = quota_statuses(binding, counters, self._now())
         zone = snapshot.policy.zone
         return _json({"object": "list", "data": [each.as_json(zone) for each in statuses.values()]}, request)
+
+
+def _cut_connection(request: web.Request, _: object = None) -> None:
+    if request.transport is not None:
+        request.transport.abort()  # which cancels the handler
 
 
 @web.middleware
