@@ -278,13 +278,7 @@ class PostgresStore:
         self._idle_readers: list[Any] = []
         self._change_engine = create_async_engine(
             "postgresql+asyncpg://",
-            # SQLAlchemy prepares each statement under a name, and keeps it. Behind pgbouncer the next transaction is
-            # on another connection, which does not know the name, or knows it for another statement.
-            connect_args={
-                "async_creator_fn": self._connect,
-                "prepared_statement_name_func": lambda: "",
-                "prepared_statement_cache_size": 0,
-            },
+            async_creator=self._connect,
             pool_size=_CHANGERS,
             max_overflow=0,
             pool_pre_ping=True,

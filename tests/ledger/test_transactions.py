@@ -172,7 +172,7 @@ async def test_a_file_that_is_no_database_is_not_made_one(tmp_path, content):
     if content is not None:
         path.write_bytes(content)
     store = SqliteStore(path)
-    with pytest.raises(StoreUnavailable, match="quotas.db"):
+    with pytest.raises(StoreUnavailable, match=r"quotas\.db"):
         await store.attach()
     await store.close()
     assert [each.name for each in tmp_path.iterdir()] == ([] if content is None else ["quotas.db"])
