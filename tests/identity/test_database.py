@@ -16,6 +16,7 @@ from proxy.ledger.store import StoreUnavailable
 from proxy.policy.key import Key
 from proxy.policy.quota import Globs
 from tests.builders import NOON
+from tests.directory import insert, key_row, user_row
 from tests.postgres import shared
 from tests.sqlite import write_migrated
 
@@ -39,23 +40,6 @@ async def store(request, tmp_path):
 @pytest.fixture
 def database(store):
     return DirectoryDatabase(store, now=lambda: NOON)
-
-
-async def insert(database, table, **values):
-    """Insert a row as a command does: in a change."""
-    async with database.change() as (connection, version):
-        await connection.execute(sa.insert(table), values)
-        return version
-
-
-def user_row(identity, **more):
-    row = {"source": identity.source, "id": identity.id, "groups": "[]", "is_service": False}
-    return row | {"created_at": NOON, "created_by": "cli:root"} | more
-
-
-def key_row(id, owner, **more):
-    row = {"id": id, "digest": f"digest of {id}", "user_source": owner.source, "user_id": owner.id, "label": ""}
-    return row | {"takes_tag_header": False, "created_at": NOON, "created_by": "cli:root"} | more
 
 
 async def test_each_change_has_a_version_of_its_own(database):
