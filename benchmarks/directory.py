@@ -2,7 +2,8 @@
 
 A proxy whose database has ten users with a key each is compared with one whose database has 100,000: the time until
 it serves, its memory, and the processor time of a call of a user who was seen before. Then each call is of another
-user, so that nobody is remembered. Last, a lookup alone is timed, on SQLite and on PostgreSQL. It takes three minutes.
+user, so that nobody is remembered. Last, a lookup alone is timed, on SQLite and on PostgreSQL. It takes
+three minutes.
 """
 
 import asyncio

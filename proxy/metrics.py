@@ -9,9 +9,13 @@ sets for its workers.
 """
 
 from collections.abc import Iterable, Mapping
+from typing import Literal
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
+
+# How the values of several workers become one.
+OfWorkers = Literal["livesum", "livemax", "livemin", "livemostrecent"]
 
 
 class Metrics:
@@ -56,30 +60,21 @@ class Metrics:
             ("upstream", "outcome"),
             registry=self._registry,
         )
-        self.in_flight = Gauge(
-            "llm_quota_calls_in_flight",
-            "Calls that are admitted and have not ended",
-            registry=self._registry,
-            multiprocess_mode="livesum",
+        self.in_flight = self._gauge(
+            "llm_quota_calls_in_flight", "Calls that are admitted and have not ended", "livesum"
         )
-        self.reload_failed = Gauge(
-            "llm_quota_reload_failed",
-            "1 if the last reload failed because the file is invalid, else 0",
-            registry=self._registry,
-            multiprocess_mode="livemax",
+        self.reload_failed = self._gauge(
+            "llm_quota_reload_failed", "1 if the last reload failed because the file is invalid, else 0", "livemax"
         )
-        self.reloaded_at = Gauge(
+        self.reloaded_at = self._gauge(
             "llm_quota_policy_loaded_timestamp_seconds",
             "When the policy in force was loaded; with several workers, the earliest of these times",
-            registry=self._registry,
-            multiprocess_mode="livemin",
+            "livemin",
         )
-
-        self.ledger_clock_offset = Gauge(
+        self.ledger_clock_offset = self._gauge(
             "llm_quota_ledger_clock_offset_seconds",
             "How far the clock that decides about windows (PostgreSQL's) is ahead of this machine's; 0 on SQLite",
-            registry=self._registry,
-            multiprocess_mode="livemostrecent",  # workers are on one machine, so they measure the same
+            "livemostrecent",  # workers are on one machine, so they measure the same
         )
         self.unauthorized_requests = Counter(
             "llm_quota_unauthorized",
@@ -87,33 +82,21 @@ class Metrics:
             ("reason",),
             registry=self._registry,
         )
-        self.directory_entries = Gauge(
-            "llm_quota_directory_entries",
-            "Keys and users of the database that are in memory",
-            ("kind",),
-            registry=self._registry,
-            multiprocess_mode="livesum",
+        self.directory_entries = self._gauge(
+            "llm_quota_directory_entries", "Keys and users of the database that are in memory", "livesum", ("kind",)
         )
-        self.directory_age = Gauge(
+        self.directory_age = self._gauge(
             "llm_quota_directory_age_seconds",
             "How long ago the database last said, at the latest poll, whether keys or users have changed",
-            registry=self._registry,
-            multiprocess_mode="livemax",
+            "livemax",
         )
+
+    def _gauge(self, name: str, text: str, of_workers: OfWorkers, labels: Iterable[str] = ()) -> Gauge:
+        return Gauge(name, text, labels, registry=self._registry, multiprocess_mode=of_workers)
 
     def ledger_clock_differs(self, offset_ms: int) -> None:
         """Note how far the ledger's clock is ahead of this process's, in ms."""
         self.ledger_clock_offset.set(offset_ms / 1000)
-
-    def unauthorized(self, reason: str) -> None:
-        """Count a request without a valid key. `reason` has to come from a closed list."""
-        self.unauthorized_requests.labels(reason).inc()
-
-    def directory_polled(self, entries: Mapping[str, int], *, age_s: float) -> None:
-        """Note how many entries of each kind are remembered, and how old their confirmation is after a poll."""
-        for kind, number in entries.items():
-            self.directory_entries.labels(kind).set(number)
-        self.directory_age.set(age_s)
 
     def refused(self, quota: str, verdict: str) -> None:
         """Count a refused call for one quota that refused it. `verdict` is busy, exhausted or never."""
@@ -134,6 +117,16 @@ class Metrics:
         self.tokens.labels(model, "input", provenance).inc(input_tokens)
         self.tokens.labels(model, "output", provenance).inc(output_tokens)
         self.hidden.labels(model).inc(hidden)
+
+    def unauthorized(self, reason: str) -> None:
+        """Count a request without a valid key. `reason` has to come from a closed list."""
+        self.unauthorized_requests.labels(reason).inc()
+
+    def directory_polled(self, entries: Mapping[str, int], *, age_s: float) -> None:
+        """Note how many entries of each kind are remembered, and how old their confirmation is after a poll."""
+        for kind, number in entries.items():
+            self.directory_entries.labels(kind).set(number)
+        self.directory_age.set(age_s)
 
     def exposition(self) -> bytes:
         """All metrics in Prometheus' text format."""

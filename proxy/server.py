@@ -47,7 +47,7 @@ from proxy.config.loader import Address, Config, ConnectionLimits
 from proxy.config.reload import Changes, Policies
 from proxy.identity.authentication import Snapshot
 from proxy.identity.database import DirectoryDatabase
-from proxy.identity.directory import Directory
+from proxy.identity.directory import Cuts, Directory
 from proxy.ledger.ledger import LEASE_MS, Ledger
 from proxy.ledger.queue import AdmissionQueue
 from proxy.ledger.rollup import Rollup
@@ -164,12 +164,8 @@ class Server:
         store = store_of(
             self._inherited.database, self._inherited.lock, may_be_new=config.settings.may_be_new_database
         )
-        self.directory = Directory(
-            DirectoryDatabase(store, now=now),
-            clock=clock,
-            now=now,
-            on_cut=lambda cuts: self._api.end_calls_of(cuts),
-        )
+        users = DirectoryDatabase(store, now=now)
+        self.directory = Directory(users, clock=clock, now=now, on_cut=self._end_calls_of)
         self.policies = Policies(
             config,
             load=self._load_with_tokenizers,
@@ -294,6 +290,9 @@ class Server:
         cut_off = await self._api.calls.finish(0)
         if cut_off:
             log.warning("calls were cut off and settled", calls=cut_off)
+
+    def _end_calls_of(self, cuts: Cuts) -> None:
+        self._api.end_calls_of(cuts)
 
     async def _poll_directory(self) -> None:
         await self.directory.poll()

@@ -25,6 +25,28 @@ from proxy.policy.quota import Globs
 _KEYS_AT_ONCE = 500
 
 
+def _find_user() -> sa.Select[Any]:
+    """One row, with the columns of `users` and the linked user's source and id; they are NULL if there is none.
+
+    It is one statement, so that the link and the user are of one moment.
+    """
+    asked = sa.select(
+        sa.bindparam("asked_source", type_=sa.Text).label("source"),
+        sa.bindparam("asked_id", type_=sa.Text).label("id"),
+    ).subquery("asked")
+    link = sa.and_(identities.c.source == asked.c.source, identities.c.id == asked.c.id)
+    user = sa.and_(
+        users.c.source == sa.func.coalesce(identities.c.user_source, asked.c.source),
+        users.c.id == sa.func.coalesce(identities.c.user_id, asked.c.id),
+    )
+    joined = asked.outerjoin(identities, link).outerjoin(users, user)
+    return sa.select(users, identities.c.user_source, identities.c.user_id).select_from(joined)
+
+
+# Built once: that takes as long as the query.
+_FIND_USER = _find_user()
+
+
 class DirectoryDatabase:
     """The part of the directory that is in the database. `now` gives ms since 1970.
 
@@ -54,19 +76,9 @@ class DirectoryDatabase:
 
         A user who is linked to one of the file has no row here: then the result has the identity alone.
         """
-        # One statement, so that the link and the user are of one moment.
-        given = sa.select(
-            sa.literal(identity.source, sa.Text).label("source"), sa.literal(identity.id, sa.Text).label("id")
-        ).subquery("given")
-        link = sa.and_(identities.c.source == given.c.source, identities.c.id == given.c.id)
-        user = sa.and_(
-            users.c.source == sa.func.coalesce(identities.c.user_source, given.c.source),
-            users.c.id == sa.func.coalesce(identities.c.user_id, given.c.id),
-        )
-        joined = given.outerjoin(identities, link).outerjoin(users, user)
-        query = sa.select(users, identities.c.user_source, identities.c.user_id).select_from(joined)
+        asked = {"asked_source": identity.source, "asked_id": identity.id}
         async with self._store.transaction() as connection:
-            row = (await connection.execute(query)).one()
+            row = (await connection.execute(_FIND_USER, asked)).one()
         if row.source is not None:
             return user_of(row)
         return None if row.user_source is None else User(UserId(row.user_source, row.user_id))

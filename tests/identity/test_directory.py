@@ -1,4 +1,4 @@
-"""What the directory remembers is right, bounded, and used for a minute while the database is away (T4, T5, T71)."""
+"""What the directory remembers is right, bounded, and used for a minute while the database is away."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -110,7 +110,7 @@ async def test_a_change_is_in_force_after_the_next_poll(directory: Directory, st
 
 
 async def test_a_lookup_that_began_before_a_change_is_not_remembered(directory: Directory, store: Store) -> None:
-    """It has read the key as it was before. Requests that come after the change do not wait for it either."""
+    """T150: it has read the key as it was before. Requests that come after the change do not wait for it either."""
     answers = store.hold()
     before = asyncio.ensure_future(directory.key("ann"))
     await until(lambda: store.asked == ["ann"])
@@ -166,7 +166,7 @@ async def test_a_wrong_key_is_looked_up_once_a_second(directory: Directory, stor
 
 
 async def test_wrong_keys_displace_no_right_ones(make: Callable[..., Directory], store: Store, clock: Clock) -> None:
-    """T71: 10,000 wrong keys of a good form in a minute. What is remembered of them is bounded too."""
+    """T5: 10,000 wrong keys of a good form in a minute. What is remembered of them is bounded too."""
     directory = make(entries_max=50)
     await directory.poll()
     await directory.key("ann")
@@ -184,7 +184,7 @@ async def test_wrong_keys_displace_no_right_ones(make: Callable[..., Directory],
 
 
 async def test_at_most_as_many_are_remembered_as_stated(make: Callable[..., Directory], store: Store) -> None:
-    """The one that was used longest ago goes first. So a million users need no more memory than that."""
+    """T71: the one that was used longest ago goes first. So a million users need no more memory than that."""
     directory = make(entries_max=10)
     store.keys = {f"key {number}": OwnedKey(Key(f"id {number}"), ANN) for number in range(100)}
     for number in range(100):
@@ -205,7 +205,7 @@ async def test_at_most_as_many_are_remembered_as_stated(make: Callable[..., Dire
 async def test_while_the_database_is_away_known_callers_are_identified_for_a_minute(
     directory: Directory, store: Store, clock: Clock
 ) -> None:
-    """A caller who is not known gets a 503: it could have a right key. After the minute nobody is identified."""
+    """T151: a caller who is not known gets a 503: its key may be right. After the minute nobody is identified."""
     await directory.key("ann")
     store.fails = True
     with capture_logs() as logs:
@@ -253,7 +253,7 @@ async def test_a_change_during_an_outage_is_seen_after_it(directory: Directory, 
 
 
 async def test_a_database_that_does_not_answer_is_away(directory: Directory, store: Store) -> None:
-    """A lookup takes seconds at most, and the next poll is made."""
+    """T151: a lookup takes seconds at most, and the next poll is made."""
     store.hold()
     with fast_timers(100), capture_logs() as logs:
         lookups = [asyncio.ensure_future(directory.key(name)) for name in ("ann", "new", "newer")]
@@ -266,7 +266,7 @@ async def test_a_database_that_does_not_answer_is_away(directory: Directory, sto
 
 
 async def test_a_poll_does_not_wait_for_lookups(directory: Directory, store: Store) -> None:
-    """However many unknown keys are tried, a change is noticed. Two lookups ask the database at a time."""
+    """T5: however many unknown keys are tried, a change is noticed. Two lookups ask the database at a time."""
     store.hold()
     lookups = [asyncio.ensure_future(directory.key(f"wrong {number}")) for number in range(100)]
     await until(lambda: len(store.asked) == 2)
@@ -335,7 +335,7 @@ async def test_a_source_that_is_full_is_asked_once_a_second(directory: Directory
 
 @pytest.mark.parametrize("id", ["n" * 600, "a\nb", "a\0b", "\udcff", "a\x7fb"])
 async def test_an_id_that_records_can_t_have_is_nobody(id: str, directory: Directory, store: Store) -> None:
-    """It would be refused by the ledger, or by the database with an error. So it is not asked for."""
+    """T153: it would be refused by the ledger, or by the database with an error. So it is not asked for."""
     identity = UserId("open-webui", id)
     assert await directory.user(identity) is None
     assert await directory.seen_user(identity, None, users_max=9) is None

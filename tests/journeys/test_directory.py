@@ -7,6 +7,7 @@ import asyncio
 import json
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
@@ -73,7 +74,7 @@ async def noticed(*stages: Stage) -> None:
 
 
 async def test_a_revoked_key_is_refused_on_every_replica_within_two_polls(tmp_path: Path) -> None:
-    """T4: clients hammer three replicas. Whatever arrives after the next poll has ended, within 2 s, gets a 401.
+    """T6: clients hammer three replicas. Whatever arrives after the next poll has ended, within 2 s, gets a 401.
 
     Streams that run go on to their end, as they were reserved. The key of another user is not affected.
     """
@@ -137,7 +138,7 @@ class _Polls:
 
 @pytest.mark.every_engine
 async def test_a_change_is_in_force_after_the_next_poll(tmp_path: Path) -> None:
-    """T4: a key revoked, a user disabled and enabled again, a group taken away, a new key."""
+    """T6: a key revoked, a user disabled and enabled again, a group taken away, a new key."""
     async with stage(folder=tmp_path) as on, users_of(on.database) as users:
         dora = await add_user(users, "dora")
         key = await add_key(users, dora)
@@ -160,11 +161,11 @@ async def test_a_change_is_in_force_after_the_next_poll(tmp_path: Path) -> None:
         assert (await statuses(on, key.text), await statuses(on, second.text)) == ((401, 401), (200, 200))
         calls = await on.rows("calls")
         assert {row["user_name"] for row in calls} == {"database:dora"}
-        assert [row["key_id"] for row in calls] == [key.id, key.id, second.id]
+        assert Counter(row["key_id"] for row in calls) == {key.id: 2, second.id: 1}
 
 
 async def test_a_key_expires_and_a_rotated_one_overlaps(tmp_path: Path) -> None:
-    """The clock alone ends a key, without a poll. Until then both keys of a rotation are valid."""
+    """T6: the clock alone ends a key, without a poll. Until then both keys of a rotation are valid."""
     clock = Clock()
     async with stage(folder=tmp_path, clock=clock) as on, users_of(on.database) as users:
         dora = await add_user(users, "dora")
@@ -222,7 +223,7 @@ async def test_another_process_may_change_the_sqlite_file_of_a_running_server(tm
 @pytest.mark.every_engine
 @pytest.mark.parametrize("what", ["key", "user"])
 async def test_a_cut_ends_what_is_running_at_once_and_charges_it(what: str, tmp_path: Path) -> None:
-    """T5: a stream, an answer that is not streamed, an upload, and a call that is only read to its end.
+    """T6: a stream, an answer that is not streamed, an upload, and a call that is only read to its end.
 
     The stream breaks off, and clients that have no answer yet find their connection closed. What others have running
     is not affected.
@@ -276,6 +277,33 @@ async def _upload_without_end(on: Stage, key: str) -> None:
         pass
 
 
+async def test_a_request_that_is_being_identified_during_a_cut_is_refused(tmp_path: Path) -> None:
+    """T150: its key was read before the change, and its user is read after it.
+
+    Nothing of it could be ended by the cut, because it was not known yet whose request it is.
+    """
+    async with stage(folder=tmp_path) as on, users_of(on.database) as users:
+        key = await add_key(users, await add_user(users, "dora"))
+        await noticed(on)
+        database = on.server.directory._store
+        find_user = database.find_user
+        is_asked, may_answer = asyncio.Event(), asyncio.Event()
+
+        async def slow(identity: UserId) -> Any:
+            is_asked.set()
+            await may_answer.wait()
+            return await find_user(identity)
+
+        database.find_user = slow  # type: ignore[method-assign]
+        call = asyncio.ensure_future(post(on, key.text, ask("tokens=1")))
+        await is_asked.wait()
+        await set_key(users, key, revoked_at=NOON, is_cut=True)
+        await noticed(on)
+        may_answer.set()
+        assert (await call).status == 401
+        assert await on.rows("calls") == []
+
+
 async def test_a_call_that_waits_for_its_quota_is_cut(tmp_path: Path) -> None:
     """It holds nothing, so nothing is charged."""
     policy = STAFF.replace("tokens: 1M", "tokens: 200")
@@ -299,7 +327,7 @@ async def test_a_call_that_waits_for_its_quota_is_cut(tmp_path: Path) -> None:
 
 
 async def test_while_the_database_is_away_only_who_is_remembered_is_identified(tmp_path: Path) -> None:
-    """T92: a caller who is not remembered gets a 503, not a 401: it may have a right key. A wrong key is still wrong.
+    """T151: a caller who is not remembered gets a 503, not a 401: its key may be right. A wrong key is still wrong.
 
     A call needs the ledger and gets its 503. When the database is back, all is as before.
     """
@@ -358,7 +386,7 @@ async def test_each_name_is_a_user_of_its_own(tmp_path: Path) -> None:
 
 
 async def test_a_name_that_records_can_t_have_is_refused(tmp_path: Path) -> None:
-    """A row that was inserted by hand. It is a 401, not an error of the ledger."""
+    """T153: a row that was inserted by hand. It is a 401, not an error of the ledger."""
     async with stage(folder=tmp_path) as on, users_of(on.database) as users:
         for name in ("n" * 600, "line\nend"):
             key = await add_key(users, await add_user(users, name))
@@ -367,7 +395,7 @@ async def test_a_name_that_records_can_t_have_is_refused(tmp_path: Path) -> None
 
 
 async def test_wrong_keys_in_great_numbers_disturb_nobody(tmp_path: Path) -> None:
-    """T71: well-formed ones, which have to be looked up, and others. The memory for users stays theirs."""
+    """T5: well-formed ones, which have to be looked up, and others. The memory for users stays theirs."""
     async with stage(folder=tmp_path) as on, users_of(on.database) as users:
         key = await add_key(users, await add_user(users, "dora"))
         await noticed(on)

@@ -1,4 +1,4 @@
-"""Transactions of the directory and of reports, beside the batches of the ledger, on both engines (T92)."""
+"""Transactions of the directory and of reports, beside the batches of the ledger, on both engines."""
 
 import asyncio
 from contextlib import asynccontextmanager
@@ -105,7 +105,7 @@ async def test_a_command_works_without_a_server(engine):
 
 
 async def test_a_change_waits_for_another(engine):
-    """Both are made, one after the other, so that no two changes have one version."""
+    """T150: both are made, one after the other, so that no two changes have one version."""
     async with engine.opened() as store, engine.attached() as command:
 
         async def raise_version(of):
@@ -216,7 +216,7 @@ async def test_more_readers_than_connections_wait_and_then_raise_store_unavailab
 
 
 async def test_a_command_that_stops_in_the_middle_of_a_change_loses_its_lock():
-    """Otherwise nobody could change anything until somebody finds it."""
+    """T152: otherwise nobody could change anything until somebody finds it."""
     engine = Engine("postgresql", await shared().migrated())
     async with engine.attached() as stopped, engine.attached() as other:
         with pytest.raises(StoreUnavailable):
