@@ -8,10 +8,14 @@ library decides about that when it is imported, by the environment variable PROM
 sets for its workers.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Literal
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
+
+# How the values of several workers become one.
+OfWorkers = Literal["livesum", "livemax", "livemin", "livemostrecent"]
 
 
 class Metrics:
@@ -61,31 +65,39 @@ class Metrics:
             "Requests without a valid key that got no line in the log, because there were too many of them",
             registry=self._registry,
         )
-        self.in_flight = Gauge(
-            "llm_quota_calls_in_flight",
-            "Calls that are admitted and have not ended",
-            registry=self._registry,
-            multiprocess_mode="livesum",
+        self.in_flight = self._gauge(
+            "llm_quota_calls_in_flight", "Calls that are admitted and have not ended", "livesum"
         )
-        self.reload_failed = Gauge(
-            "llm_quota_reload_failed",
-            "1 if the last reload failed because the file is invalid, else 0",
-            registry=self._registry,
-            multiprocess_mode="livemax",
+        self.reload_failed = self._gauge(
+            "llm_quota_reload_failed", "1 if the last reload failed because the file is invalid, else 0", "livemax"
         )
-        self.reloaded_at = Gauge(
+        self.reloaded_at = self._gauge(
             "llm_quota_policy_loaded_timestamp_seconds",
             "When the policy in force was loaded; with several workers, the earliest of these times",
-            registry=self._registry,
-            multiprocess_mode="livemin",
+            "livemin",
         )
-
-        self.ledger_clock_offset = Gauge(
+        self.ledger_clock_offset = self._gauge(
             "llm_quota_ledger_clock_offset_seconds",
             "How far the clock that decides about windows (PostgreSQL's) is ahead of this machine's; 0 on SQLite",
-            registry=self._registry,
-            multiprocess_mode="livemostrecent",  # workers are on one machine, so they measure the same
+            "livemostrecent",  # workers are on one machine, so they measure the same
         )
+        self.unauthorized_requests = Counter(
+            "llm_quota_unauthorized",
+            "Requests without a valid key (401), by the reason that the log gives",
+            ("reason",),
+            registry=self._registry,
+        )
+        self.directory_entries = self._gauge(
+            "llm_quota_directory_entries", "Keys and users of the database that are in memory", "livesum", ("kind",)
+        )
+        self.directory_age = self._gauge(
+            "llm_quota_directory_age_seconds",
+            "How long ago the database last said, at the latest poll, whether keys or users have changed",
+            "livemax",
+        )
+
+    def _gauge(self, name: str, text: str, of_workers: OfWorkers, labels: Iterable[str] = ()) -> Gauge:
+        return Gauge(name, text, labels, registry=self._registry, multiprocess_mode=of_workers)
 
     def ledger_clock_differs(self, offset_ms: int) -> None:
         """Note how far the ledger's clock is ahead of this process's, in ms."""
@@ -110,6 +122,16 @@ class Metrics:
         self.tokens.labels(model, "input", provenance).inc(input_tokens)
         self.tokens.labels(model, "output", provenance).inc(output_tokens)
         self.hidden.labels(model).inc(hidden)
+
+    def unauthorized(self, reason: str) -> None:
+        """Count a request without a valid key. `reason` has to come from a closed list."""
+        self.unauthorized_requests.labels(reason).inc()
+
+    def directory_polled(self, entries: Mapping[str, int], *, age_s: float) -> None:
+        """Note how many entries of each kind are remembered, and how old their confirmation is after a poll."""
+        for kind, number in entries.items():
+            self.directory_entries.labels(kind).set(number)
+        self.directory_age.set(age_s)
 
     def exposition(self) -> bytes:
         """All metrics in Prometheus' text format."""

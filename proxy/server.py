@@ -47,7 +47,7 @@ from proxy.config.loader import Address, Config, ConnectionLimits
 from proxy.config.reload import Changes, Policies
 from proxy.identity.authentication import Snapshot
 from proxy.identity.database import DirectoryDatabase
-from proxy.identity.directory import Directory
+from proxy.identity.directory import Cuts, Directory
 from proxy.ledger.ledger import LEASE_MS, Ledger
 from proxy.ledger.queue import AdmissionQueue
 from proxy.ledger.rollup import Rollup
@@ -164,7 +164,8 @@ class Server:
         store = store_of(
             self._inherited.database, self._inherited.lock, may_be_new=config.settings.may_be_new_database
         )
-        self.directory = Directory(DirectoryDatabase(store, now=now), clock=clock, now=now)
+        users = DirectoryDatabase(store, now=now)
+        self.directory = Directory(users, clock=clock, now=now, on_cut=self._end_calls_of)
         self.policies = Policies(
             config,
             load=self._load_with_tokenizers,
@@ -214,6 +215,7 @@ class Server:
             request_log=self._request_log,
             now=self.ledger.now,
         )
+        self._clock = clock
         self._admin = Admin(self.metrics, self.health)
         self._settings = config.settings
         self._jobs = Tasks()
@@ -235,7 +237,7 @@ class Server:
         """Start to serve. Raises what `Store.open` raises, and OSError if a port is in use."""
         self._tokenizers.load(_encodings_of(self.policies.current.catalog))
         await self.ledger.start(self._inherited.dead)
-        await self.directory.poll()
+        await self._poll_directory()
         self.upstreams.open()
         inherited, settings = self._inherited, self._settings
         limits = _within_file_limit(settings.connection_limits)
@@ -252,7 +254,7 @@ class Server:
         self._jobs.start("sweep", repeat(self.ledger.sweep, every_s=lease_s / 2))
         self._jobs.start("roll up", repeat(self.rollup.run, every_s=_ROLLUP_EVERY_S))
         self._jobs.start("collect garbage", repeat(_collect_garbage, every_s=_COLLECT_EVERY_S))
-        self._jobs.start("read directory", repeat(self.directory.poll, every_s=_DIRECTORY_POLL_EVERY_S))
+        self._jobs.start("read directory", repeat(self._poll_directory, every_s=_DIRECTORY_POLL_EVERY_S))
         self._jobs.start("note used keys", repeat(self.directory.write_used, every_s=_USED_KEYS_EVERY_S))
         self._jobs.start("reload", repeat(self.policies.reload_if_changed, every_s=_RELOAD_CHECK_EVERY_S))
 
@@ -277,7 +279,7 @@ class Server:
             log.warning("calls were cut off and settled", calls=cut_off)
         await self._stored_responses.close()
         await self._jobs.finish(0)
-        await self.directory.write_used()
+        await self.directory.close()
         for runner in self._runners:
             await runner.cleanup()
         await self._relay.model_lists.close()
@@ -291,6 +293,13 @@ class Server:
         cut_off = await self._api.calls.finish(0)
         if cut_off:
             log.warning("calls were cut off and settled", calls=cut_off)
+
+    def _end_calls_of(self, cuts: Cuts) -> None:
+        self._api.end_calls_of(cuts)
+
+    async def _poll_directory(self) -> None:
+        await self.directory.poll()
+        self.metrics.directory_polled(self.directory.entries, age_s=self._clock() - self.directory.confirmed_s)
 
     async def _stop_accepting(self) -> None:
         for runner in self._runners:

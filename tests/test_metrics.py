@@ -38,3 +38,24 @@ def test_two_sets_of_metrics_in_one_process_are_separate() -> None:
     first.in_flight.inc()
     assert b"llm_quota_calls_in_flight 1.0" in first.exposition()
     assert b"llm_quota_calls_in_flight 0.0" in second.exposition()
+
+
+def test_requests_without_a_valid_key_are_counted_by_reason() -> None:
+    """The reasons are those of the log, from a closed list."""
+    metrics = Metrics()
+    metrics.unauthorized("expired")
+    metrics.unauthorized("unknown")
+    metrics.unauthorized("unknown")
+    text = metrics.exposition().decode()
+    assert 'llm_quota_unauthorized_total{reason="expired"} 1.0' in text
+    assert 'llm_quota_unauthorized_total{reason="unknown"} 2.0' in text
+
+
+def test_the_directory_shows_its_size_and_its_age() -> None:
+    """An age of more than a minute means that nobody of the database is identified."""
+    metrics = Metrics()
+    metrics.directory_polled({"keys": 3, "users": 2}, age_s=61.5)
+    text = metrics.exposition().decode()
+    assert 'llm_quota_directory_entries{kind="keys"} 3.0' in text
+    assert 'llm_quota_directory_entries{kind="users"} 2.0' in text
+    assert "llm_quota_directory_age_seconds 61.5" in text

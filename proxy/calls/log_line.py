@@ -2,8 +2,8 @@
 
 A line never has a key, a prompt or an answer, and no text that a client chose: a client may have written a key
 anywhere. Names of users, models, paths and parameters are those that the configuration, the directory or the proxy
-itself lists, and a key is named by its label or its id. Texts of errors are left out, because some of them repeat what
-the client or the upstream sent: the status, the code and the parameter say what happened.
+itself lists, and a key is named by its label or its id. Texts of errors are left out, because some of them repeat
+what the client or the upstream sent: the status, the code and the parameter say what happened.
 """
 
 from collections.abc import Callable, Sequence

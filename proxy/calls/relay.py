@@ -68,7 +68,7 @@ class Relay:
         self._ledger = queue.ledger
         self._dispatcher = dispatcher
         self._stored_responses = stored_responses
-        self._metrics = metrics
+        self.metrics = metrics
         self._disconnects = disconnects
         self._now = now
         self._durations = DurationEstimate()
@@ -119,7 +119,7 @@ class Relay:
         binding = BoundQuotas(closing).for_user(caller.user)
         counters = await self._ledger.counters(binding.keys())
         for quota in closing:
-            self._metrics.refused(quota.id, Verdict.EXHAUSTED.name.lower())
+            self.metrics.refused(quota.id, Verdict.EXHAUSTED.name.lower())
         raise closed_refusal(binding, counters, snapshot.policy, endpoint=endpoint, id=client.id, now=self._now())
 
     @asynccontextmanager
@@ -130,7 +130,7 @@ class Relay:
             line.refused_by = [block.quota.id for block in reply.decision.blocks]
             line.verdict = reply.decision.verdict.name.lower()
             for quota_id in line.refused_by:
-                self._metrics.refused(quota_id, line.verdict)
+                self.metrics.refused(quota_id, line.verdict)
             raise call.refusal(reply, busy_s=self._durations.busy_s(self._now()))
         line.mark_admitted(reply.entry.admitted_via)
         # Until the first attempt the reservation has the meter and count of the first target.
@@ -138,7 +138,7 @@ class Relay:
         reservation = Reservation(self._ledger, reply, first.meter(), binding=call.binding, count=first.count)
         self._durations.began(reply.entry.id, self._now())
         try:
-            with self._metrics.in_flight.track_inprogress():
+            with self.metrics.in_flight.track_inprogress():
                 async with reservation:
                     yield reservation
         finally:
@@ -151,11 +151,11 @@ class Relay:
         line = call.client.line
         line.outcome, line.usage, line.capped_by = reservation.outcome, usage, entry.capped_by or None
         line.upstream = None if reservation.target is None else reservation.target.upstream.name
-        self._metrics.ended(
+        self.metrics.ended(
             endpoint=entry.labels.endpoint, model=model, outcome=reservation.outcome, would_refuse=entry.would_refuse
         )
         if usage is not None:
-            self._metrics.charged(
+            self.metrics.charged(
                 model=model,
                 input_tokens=usage.tokens.input,
                 output_tokens=usage.tokens.output,

@@ -62,6 +62,11 @@ class Authentication:
         self._admin_keys = admin_keys
         self._now = now
 
+    @property
+    def changes(self) -> int:
+        """How often the directory has noticed a change so far."""
+        return self._directory.changes
+
     async def identify(self, headers: Headers, peer: str | None, address: str | None) -> Caller:
         """The user whose key is in these headers. Raises InvalidKey or DirectoryUnavailable.
 

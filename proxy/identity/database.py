@@ -17,9 +17,34 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from proxy.identity.directory import Cuts, OwnedKey, User, UserId
 from proxy.ledger.schema import api_keys, directory, identities, users
-from proxy.ledger.store import Store
+from proxy.ledger.store import Store, StoreUnavailable
 from proxy.policy.key import Key
 from proxy.policy.quota import Globs
+
+# How many keys one transaction notes as used. It has SQLite's one write lock, for which calls wait.
+_KEYS_AT_ONCE = 500
+
+
+def _find_user() -> sa.Select[Any]:
+    """One row, with the columns of `users` and the linked user's source and id; they are NULL if there is none.
+
+    It is one statement, so that the link and the user are of one moment.
+    """
+    asked = sa.select(
+        sa.bindparam("asked_source", type_=sa.Text).label("source"),
+        sa.bindparam("asked_id", type_=sa.Text).label("id"),
+    ).subquery("asked")
+    link = sa.and_(identities.c.source == asked.c.source, identities.c.id == asked.c.id)
+    user = sa.and_(
+        users.c.source == sa.func.coalesce(identities.c.user_source, asked.c.source),
+        users.c.id == sa.func.coalesce(identities.c.user_id, asked.c.id),
+    )
+    joined = asked.outerjoin(identities, link).outerjoin(users, user)
+    return sa.select(users, identities.c.user_source, identities.c.user_id).select_from(joined)
+
+
+# Built once: that takes as long as the query.
+_FIND_USER = _find_user()
 
 
 class DirectoryDatabase:
@@ -35,8 +60,10 @@ class DirectoryDatabase:
     async def version(self) -> int:
         """The number of changes so far."""
         async with self._store.transaction() as connection:
-            version: int = (await connection.execute(sa.select(directory.c.version))).scalar_one()
-            return version
+            version: int | None = await connection.scalar(sa.select(directory.c.version))
+        if version is None:
+            raise StoreUnavailable("the table `directory` of the database has lost its row: restore a backup")
+        return version
 
     async def find_key(self, digest: str) -> OwnedKey | None:
         """The key with this digest."""
@@ -49,19 +76,17 @@ class DirectoryDatabase:
 
         A user who is linked to one of the file has no row here: then the result has the identity alone.
         """
+        asked = {"asked_source": identity.source, "asked_id": identity.id}
         async with self._store.transaction() as connection:
-            row = (await connection.execute(sa.select(identities).where(*_is(identities, identity)))).first()
-            linked = identity if row is None else UserId(row.user_source, row.user_id)
-            found = (await connection.execute(sa.select(users).where(*_is(users, linked)))).first()
-        if found is not None:
-            return user_of(found)
-        return None if row is None else User(linked)
+            row = (await connection.execute(_FIND_USER, asked)).one()
+        if row.source is not None:
+            return user_of(row)
+        return None if row.user_source is None else User(UserId(row.user_source, row.user_id))
 
     async def add_seen_user(self, identity: UserId, email: str | None, *, users_max: int) -> User | None:
         """The user of a header source who is seen for the first time; None if the source has `users_max` already."""
         async with self._store.transaction(writes=True) as connection:
-            # The lock of the one row lets one process at a time count and add.
-            await connection.execute(sa.update(directory).values(version=directory.c.version))
+            await _lock(connection)  # one process at a time counts and adds
             row = (await connection.execute(sa.select(users).where(*_is(users, identity)))).first()
             if row is not None:
                 return user_of(row)
@@ -95,8 +120,13 @@ class DirectoryDatabase:
         statement = sa.update(api_keys).where(api_keys.c.id == sa.bindparam("key_id"))
         later = sa.or_(api_keys.c.used_at.is_(None), api_keys.c.used_at < sa.bindparam("used"))
         rows = [{"key_id": id, "used": at} for id, at in sorted(used.items())]
-        async with self._store.transaction(writes=True) as connection:
-            await connection.execute(statement.where(later).values(used_at=sa.bindparam("used")), rows)
+        for first in range(0, len(rows), _KEYS_AT_ONCE):
+            async with self._store.transaction(writes=True) as connection:
+                # Else a change of several keys could wait for one of these rows, and this for one of that change.
+                await _lock(connection)
+                await connection.execute(
+                    statement.where(later).values(used_at=sa.bindparam("used")), rows[first : first + _KEYS_AT_ONCE]
+                )
 
     @asynccontextmanager
     async def change(self) -> AsyncIterator[tuple[AsyncConnection, int]]:
@@ -104,6 +134,11 @@ class DirectoryDatabase:
         async with self._store.transaction(writes=True) as connection:
             raised = sa.update(directory).values(version=directory.c.version + 1).returning(directory.c.version)
             yield connection, (await connection.execute(raised)).scalar_one()
+
+
+async def _lock(connection: AsyncConnection) -> None:
+    """Wait for changes that are not committed yet, and let none begin before this transaction ends."""
+    await connection.execute(sa.select(directory.c.version).with_for_update())
 
 
 def _is(table: sa.Table, identity: UserId) -> tuple[sa.ColumnElement[bool], sa.ColumnElement[bool]]:

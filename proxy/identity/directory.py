@@ -4,6 +4,7 @@ A user is a source and an id. The sources are `file`, `database`, and each trust
 Ids of two sources never mean the same user, so nobody becomes somebody else by a name.
 """
 
+import asyncio
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -13,8 +14,10 @@ import structlog
 
 from proxy.config.loader import FileUser
 from proxy.errors import DirectoryUnavailable
+from proxy.ledger.entry import is_recordable
 from proxy.ledger.store import StoreUnavailable
 from proxy.policy.key import Key
+from proxy.tasks import Tasks
 
 FILE, DATABASE = "file", "database"
 
@@ -24,6 +27,11 @@ _ENTRIES_MAX = 10_000
 _UNKNOWN_FOR_S = 1.0
 # How long users in memory are identified while the database can't be reached, in seconds.
 _TRUSTED_FOR_S = 60.0
+# How long a lookup waits for the database, in seconds. After it the caller gets a 503.
+_ANSWER_S = 5.0
+# How many lookups ask the database at a time. The others wait, so that the polls, changes and the reads of the ledger
+# find a connection while many unknown keys are tried.
+_LOOKUPS_AT_ONCE = 2
 
 log = structlog.get_logger("directory")
 
@@ -131,7 +139,12 @@ class Directory:
     minute more, and who is not remembered gets a 503: a caller who is not known is not the same as one who can't be
     looked up.
 
-    `clock` gives seconds that only grow, and `now` ms since 1970.
+    Example of what must not happen: a lookup reads a key, the key is revoked, `poll` sees that and forgets
+    everything, and then the result of the lookup is remembered. So a lookup that began before `poll` forgot is not
+    remembered, and requests that come later do not wait for it but begin one of their own.
+
+    `clock` gives seconds that only grow, and `now` ms since 1970. `on_cut` is called with whose calls are to be
+    ended. `changes` is how often everything was forgotten.
     """
 
     def __init__(
@@ -147,31 +160,54 @@ class Directory:
         self._clock = clock
         self._now = now
         self._on_cut = on_cut
+        self.changes = 0
         self._version: int | None = None
         self._confirmed_s = clock()
+        self._is_away = False
         self._keys: _Memory[OwnedKey] = _Memory(entries_max, clock)
         self._users: _Memory[User] = _Memory(entries_max, clock)
+        self._full_until_s: dict[str, float] = {}  # by header sources that have all the users that they may have
         self._used: dict[str, int] = {}
+        self._asking = asyncio.Semaphore(_LOOKUPS_AT_ONCE)
+        self._lookups = Tasks()
+
+    @property
+    def entries(self) -> dict[str, int]:
+        """How many keys and users are remembered."""
+        return {"keys": len(self._keys.known), "users": len(self._users.known)}
+
+    @property
+    def confirmed_s(self) -> float:
+        """When `poll` last read the version, by `clock`."""
+        return self._confirmed_s
 
     async def poll(self) -> None:
         """Ask the database whether anything has changed. Raises nothing: an outage is logged once."""
+        began_s = self._clock()
         try:
-            version = await self._store.version()
-            if version != self._version:
-                self.forget_all()
-                # At the first poll there are no calls yet that could be cut.
-                cuts = Cuts() if self._version is None else await self._store.cuts_since(self._version)
-                if cuts:
-                    self._on_cut(cuts)
-        except StoreUnavailable as error:
-            log.warning("the directory of users can't be read", reason=str(error))
+            # Not one of the lookups, for which it would have to wait if there are many of them.
+            async with asyncio.timeout(_ANSWER_S):
+                version = await self._store.version()
+                if version != self._version:
+                    self.forget_all()
+                    # At the first poll there are no calls yet that could be cut.
+                    cuts = Cuts() if self._version is None else await self._store.cuts_since(self._version)
+                    if cuts:
+                        self._on_cut(cuts)
+        except (StoreUnavailable, TimeoutError) as error:
+            self._note_outage(error)
             return
-        self._version, self._confirmed_s = version, self._clock()
+        self._version, self._confirmed_s = version, began_s
+        if self._is_away:
+            self._is_away = False
+            log.info("the directory of users can be read again")
 
     def forget_all(self) -> None:
         """Forget what is remembered, after a change."""
+        self.changes += 1
         self._keys.clear()
         self._users.clear()
+        self._full_until_s.clear()
 
     async def key(self, digest: str) -> OwnedKey | None:
         """The key with this digest; None if there is none. Raises DirectoryUnavailable."""
@@ -179,17 +215,26 @@ class Directory:
 
     async def user(self, identity: UserId) -> User | None:
         """This user, or the one that it is linked to; None if there is none. Raises DirectoryUnavailable."""
+        if not is_recordable(identity.subject):
+            return None
         return await self._find(self._users, identity, lambda: self._store.find_user(identity))
 
     async def seen_user(self, identity: UserId, email: str | None, *, users_max: int) -> User | None:
         """The user of a header source, who is added if this is the first request.
 
-        None if the source has `users_max` users already. Raises DirectoryUnavailable.
+        None if the source has `users_max` users already, or if records can't have this id. Raises
+        DirectoryUnavailable.
         """
         user = await self.user(identity)
+        if user is not None or not is_recordable(identity.subject):
+            return user
+        if self._clock() < self._full_until_s.get(identity.source, 0):
+            return None
+        user = await self._ask(lambda: self._store.add_seen_user(identity, email, users_max=users_max))
+        self._users.unknown.pop(identity, None)
         if user is None:
-            user = await self._ask(lambda: self._store.add_seen_user(identity, email, users_max=users_max))
-            self._users.drop(identity)
+            # Adding takes the database's lock. Users who are too many must not take it again and again.
+            self._full_until_s[identity.source] = self._clock() + _UNKNOWN_FOR_S
         return user
 
     def note_used(self, key: Key) -> None:
@@ -205,58 +250,95 @@ class Directory:
         except StoreUnavailable:
             self._used = used | self._used
 
+    async def close(self) -> None:
+        """End the lookups, and write when keys were last used."""
+        await self._lookups.finish(0)
+        await self.write_used()
+
     async def _find(self, memory: "_Memory[T]", name: Hashable, find: Callable[[], Awaitable[T | None]]) -> T | None:
         if self._clock() - self._confirmed_s <= _TRUSTED_FOR_S:
             found = memory.get(name)
             if found is not None:
                 return found.value
-        generation = memory.generation
-        value = await self._ask(find)
-        if memory.generation == generation:  # else it may be from before the change
+        # All who ask for one name at the same time wait for one query.
+        lookup = memory.lookups.get(name)
+        if lookup is None:
+            lookup = memory.lookups[name] = self._lookups.start("look up", self._look_up(memory, name, find))
+        found = await asyncio.shield(lookup)  # one of them may be cancelled
+        if found is None:
+            raise DirectoryUnavailable
+        return found.value
+
+    async def _look_up(
+        self, memory: "_Memory[T]", name: Hashable, find: Callable[[], Awaitable[T | None]]
+    ) -> "_Found[T] | None":
+        """What the database has, which is remembered; None if it can't be reached."""
+        lookups = memory.lookups
+        try:
+            value = await self._ask(find)
+        except DirectoryUnavailable:
+            return None
+        finally:
+            del lookups[name]
+        if lookups is memory.lookups:  # else it may be from before the change
             memory.put(name, value)
-        return value
+        return _Found(value)
 
     async def _ask(self, find: Callable[[], Awaitable[T]]) -> T:
         try:
-            return await find()
-        except StoreUnavailable as error:
-            log.warning("the directory of users can't be read", reason=str(error))
+            async with asyncio.timeout(_ANSWER_S), self._asking:
+                return await find()
+        except (StoreUnavailable, TimeoutError) as error:
+            self._note_outage(error)
             raise DirectoryUnavailable from None
 
+    def _note_outage(self, error: Exception) -> None:
+        if not self._is_away:
+            self._is_away = True
+            log.warning("the directory of users can't be read", reason=str(error) or "it did not answer in time")
 
-@dataclass(slots=True)
-class _Remembered(Generic[T]):
-    """What was found. Nothing (None) is remembered until `until_s`."""
+
+@dataclass(frozen=True, slots=True)
+class _Found(Generic[T]):
+    """The result of a lookup. None: there is no such key or user."""
 
     value: T | None
-    until_s: float
 
 
 @dataclass(slots=True)
 class _Memory(Generic[T]):
-    """What was found lately, at most `entries_max`; the one that was used longest ago goes first."""
+    """What was found lately, at most `entries_max`; the one that was used longest ago goes first.
+
+    `unknown` has what was looked up and not found, until when. It is separate, so that wrong keys displace no right
+    ones, however many are tried. `lookups` has the running ones since the last `clear`.
+    """
 
     entries_max: int
     clock: Callable[[], float]
-    generation: int = 0
-    found: OrderedDict[Hashable, _Remembered[T]] = field(default_factory=OrderedDict)
+    known: OrderedDict[Hashable, T] = field(default_factory=OrderedDict)
+    unknown: dict[Hashable, float] = field(default_factory=dict)
+    lookups: "dict[Hashable, asyncio.Task[_Found[T] | None]]" = field(default_factory=dict)
 
-    def get(self, name: Hashable) -> _Remembered[T] | None:
-        remembered = self.found.get(name)
-        if remembered is None or (remembered.value is None and remembered.until_s <= self.clock()):
-            return None
-        self.found.move_to_end(name)
-        return remembered
+    def get(self, name: Hashable) -> _Found[T] | None:
+        value = self.known.get(name)
+        if value is not None:
+            self.known.move_to_end(name)
+            return _Found(value)
+        return _Found(None) if self.clock() < self.unknown.get(name, 0) else None
 
     def put(self, name: Hashable, value: T | None) -> None:
-        self.found[name] = _Remembered(value, self.clock() + _UNKNOWN_FOR_S)
-        self.found.move_to_end(name)
-        if len(self.found) > self.entries_max:
-            self.found.popitem(last=False)
-
-    def drop(self, name: Hashable) -> None:
-        self.found.pop(name, None)
+        self.known.pop(name, None)
+        self.unknown.pop(name, None)
+        if value is not None:
+            self.known[name] = value
+            if len(self.known) > self.entries_max:
+                self.known.popitem(last=False)
+            return
+        self.unknown[name] = self.clock() + _UNKNOWN_FOR_S
+        if len(self.unknown) > self.entries_max:
+            del self.unknown[next(iter(self.unknown))]  # the oldest
 
     def clear(self) -> None:
-        self.generation += 1
-        self.found.clear()
+        self.known.clear()
+        self.unknown.clear()
+        self.lookups = {}

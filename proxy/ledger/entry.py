@@ -32,9 +32,14 @@ Outcome = Literal[
     "upstream_failed",  # the upstream failed, refused our key, or could not be reached: nothing is charged
     "proxy_broke",  # an error of the proxy ended it
     "at_limit",  # the proxy ended it, because a quota had no more tokens for it
-    "stopped",  # the proxy was stopped while the call ran
+    "stopped",  # the proxy was stopped while the call ran, or an administrator cut off its key or user
     "lost",  # the proxy died, or its lease ran out
 ]
+
+
+def is_recordable(text: str) -> bool:
+    """Whether a text can be a label of a call. A zero byte and a lone surrogate are not printable either."""
+    return len(text) <= 512 and text.isprintable()
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +74,7 @@ class CallLabels:
 
     def __post_init__(self) -> None:
         for text in (self.user, self.model, self.endpoint, self.upstream, self.key_id, self.tag):
-            if len(text) > 512 or not text.isprintable():  # a zero byte is not printable either
+            if not is_recordable(text):
                 raise ValueError(f"not fit for the ledger: {text[:80]!r}")
 
 

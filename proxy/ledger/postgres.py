@@ -62,11 +62,14 @@ _MIGRATION_LOCK = 0x11_90_07_A5
 # How often a transaction is run if each run collides with a transaction of another process.
 _RUNS_MAX = 5
 _READERS = 2
+# Connections for the directory and reports: one is left for its polls while two look up callers.
+_CHANGERS = 3
 # A process that has been dead for a week has no open calls any more. Each start has a new name, so old ones add up.
 _FORGET_OWNER_MS = 7 * 86_400_000
 
 # Errors that are caused by a value in the batch. All other errors are caused by the database, and may pass.
 _REFUSALS = (DataError, IntegrityConstraintViolationError)
+_REFUSED_STATES = ("22", "23")  # their SQLSTATEs, which are left when SQLAlchemy has wrapped them
 # Deadlock, serialization failure and lock timeout: the same transaction may succeed a moment later.
 _COLLISIONS = (
     asyncpg.exceptions.DeadlockDetectedError,
@@ -118,13 +121,20 @@ def begin(timeouts: Timeouts) -> str:
     table in each batch, which left 120 calls a second.
     """
     settings = {
-        "idle_in_transaction_session_timeout": timeouts.idle_ms,
-        "lock_timeout": timeouts.lock_ms,
-        "statement_timeout": timeouts.statement_ms,
+        **_timeout_settings(timeouts),
         **dict.fromkeys(("enable_hashjoin", "enable_mergejoin", "enable_seqscan", "jit"), "off"),
     }
     limits = "; ".join(f"SET LOCAL {name} = {value}" for name, value in settings.items())
     return f"BEGIN ISOLATION LEVEL READ COMMITTED; {limits}; {_SET_BATCH_TIMEOUT.format(timeouts.batch_ms)}"
+
+
+def _timeout_settings(timeouts: Timeouts) -> dict[str, int]:
+    """The server's timeouts in a transaction, by the names of its settings, in ms."""
+    return {
+        "idle_in_transaction_session_timeout": timeouts.idle_ms,
+        "lock_timeout": timeouts.lock_ms,
+        "statement_timeout": timeouts.statement_ms,
+    }
 
 
 def _arrays(columns: Sequence[sa.Column[Any]]) -> str:
@@ -259,13 +269,17 @@ class PostgresStore:
         self._name = _name_of(url)
         self._timeouts = timeouts or Timeouts()
         self._begin = begin(self._timeouts)
+        # For a change: a process that stops in the middle of it must not keep others from changing anything.
+        self._set_timeouts = sa.select(
+            *(sa.func.set_config(name, str(ms), True) for name, ms in _timeout_settings(self._timeouts).items())
+        )
         self._writer: _Writer | None = None
         self._writing = asyncio.Lock()
         self._idle_readers: list[Any] = []
         self._change_engine = create_async_engine(
             "postgresql+asyncpg://",
             async_creator=self._connect,
-            pool_size=2,
+            pool_size=_CHANGERS,
             max_overflow=0,
             pool_pre_ping=True,
             execution_options={"schema_translate_map": {None: SCHEMA}},
@@ -431,8 +445,12 @@ class PostgresStore:
         """A transaction for the directory and for reports."""
         try:
             async with asyncio.timeout(self._timeouts.whole_ms / 1000), self._change_engine.begin() as connection:
+                if writes:
+                    await connection.execute(self._set_timeouts)
                 yield connection
         except _FAILURES as error:
+            if _state(error).startswith(_REFUSED_STATES):
+                raise StoreRefused(_reason(error)) from error
             raise self._unavailable(error) from error
 
     async def _run_job(self, statement: str, *parameters: object) -> JobResult:

@@ -34,8 +34,10 @@ The directory (`identity.database`) has the users and keys that are made at run 
 the source that says who it is and the id that it has there. `identities` links a (source, id) to another user, whose
 counters it then uses. `groups`, `networks` and `models` are JSON lists. An instant that is NULL has not happened. The
 one row of `directory` has a version that each change raises, in the same transaction and before anything else. So
-changes are serialized, and a process sees by one number that what it remembers may be old. Rows of `audit` say who
-changed what; `before` and `after` are JSON objects with the members that differ.
+changes are serialized, and a process sees by one number that what it remembers may be old. `cut_version` is the
+version of the change that was to end the calls in flight of this user or key at once; processes that see a newer
+version than before end those of rows with a version in between. Rows of `audit` say who changed what; `before` and
+`after` are JSON objects with the members that differ.
 """
 
 from importlib.resources import files
@@ -55,6 +57,9 @@ SCHEMA = "llm_quota_proxy"
 
 # Calls that have ended and were not counted into their day in their present state.
 UNCOUNTED = "state <> 'open' AND (counted_as IS NULL OR counted_as <> state)"
+
+# Users and keys whose calls in flight were once to be ended at once.
+CUT = "cut_version IS NOT NULL"
 
 # What a call adds to the sums of its day. `was` is the state in which it was counted before, or NULL. A call is
 # counted again only if it had expired. It was then counted as one request that used its hold, which is subtracted
@@ -178,6 +183,7 @@ users = Table(
     Column("disabled_at", BigInteger),
     Column("cut_version", BigInteger),
     Column("forgotten_at", BigInteger),
+    Index("users_cut", "cut_version", sqlite_where=sa.text(CUT), postgresql_where=sa.text(CUT)),
     sqlite_with_rowid=False,
 )
 
@@ -213,6 +219,7 @@ api_keys = Table(
     Column("used_at", BigInteger),
     Column("replaced_by", Text),
     Index("api_keys_of_user", "user_source", "user_id"),
+    Index("api_keys_cut", "cut_version", sqlite_where=sa.text(CUT), postgresql_where=sa.text(CUT)),
     sqlite_with_rowid=False,
 )
 

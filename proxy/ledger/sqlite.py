@@ -33,6 +33,7 @@ import structlog
 from sqlalchemy import URL, Connection, Dialect, bindparam, create_engine, event, func, select, tuple_
 from sqlalchemy.dialects.sqlite import insert
 from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, InterfaceError, NotSupportedError, ProgrammingError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 from sqlalchemy.pool import NullPool
 
@@ -67,6 +68,8 @@ _IN_USE = {"": _PUT_BACK, "-wal": _STOP, "-shm": _STOP, ".lock": _STOP}
 _MAKING = b"the database is being made\n"
 # How long a transaction waits for a lock that another program has on the file, in seconds.
 _BUSY_TIMEOUT_S = 5.0
+# Connections that read beside the batches: two for the directory's lookups, one for its polls, one for displays.
+_READERS = 4
 # Errors that are caused by a value in the batch. All other errors are caused by the database, and may pass.
 _REFUSALS = (DataError, IntegrityError, InterfaceError, NotSupportedError, ProgrammingError)
 
@@ -140,7 +143,11 @@ class SqliteStore:
         arguments = {"timeout": busy_timeout_s}
         self._engine = create_engine(_url("sqlite", self._path), connect_args=arguments)
         self._read_engine = create_async_engine(
-            _url("sqlite+aiosqlite", self._path), connect_args=arguments, pool_size=2, max_overflow=0
+            _url("sqlite+aiosqlite", self._path),
+            connect_args=arguments,
+            pool_size=_READERS,
+            max_overflow=0,
+            pool_timeout=busy_timeout_s,
         )
         self._may_be_new = may_be_new and lock is None
         self._sql = _Statements(self._engine.dialect)
@@ -410,14 +417,16 @@ class SqliteStore:
             raise StoreUnavailable(
                 f"{self._path} is not a database: correct `database`, or start the proxy, which makes it"
             )
-        self._opened_file = self._file_identity()
+        # Of the other files SQLite makes and deletes some while this process has no connection.
+        found = self._path.stat()
+        self._opened_files = {"": (found.st_dev, found.st_ino)}
         async with self.transaction() as connection:
             await connection.run_sync(check_schema, f"The database {self._path}")
 
     @asynccontextmanager
     async def transaction(self, *, writes: bool = False) -> AsyncIterator[AsyncConnection]:
         """A transaction for the directory and for reports."""
-        self._check_file()
+        self._check_files()
         engine = self._change_engine if writes else self._read_engine
         with self._translated_errors():
             async with engine.begin() as connection:
@@ -443,6 +452,8 @@ class _TranslatedErrors:
         if isinstance(error, DBAPIError):
             text = f"{self._path} can't be used ({error.orig}): {_remedy(error.orig)}"
             raise StoreUnavailable(text, is_uncertain=self._is_uncertain) from error
+        if isinstance(error, PoolTimeout):
+            raise StoreUnavailable(f"{self._path} is not read fast enough: check its disk") from error
 
 
 def _url(driver: str, path: Path) -> URL:

@@ -109,7 +109,8 @@ class Store(Protocol):
         """A transaction of SQLAlchemy, for the directory and for reports. It is committed unless the block raises.
 
         On SQLite, one that `writes` has the database's one lock from its beginning. Entering, every statement and
-        leaving raise StoreUnavailable.
+        leaving raise StoreUnavailable, and StoreRefused for a value that the database rejects. Then nothing was
+        committed.
         """
 
     async def close(self) -> None:

@@ -14,6 +14,7 @@ or stops as the policy says (see `calls.disconnect`).
 import asyncio
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 
 import structlog
@@ -28,6 +29,7 @@ from proxy.config.loader import Settings
 from proxy.config.reload import Policies
 from proxy.errors import (
     ClientLeft,
+    DirectoryUnavailable,
     InternalError,
     InvalidKey,
     InvalidRequest,
@@ -49,6 +51,7 @@ from proxy.formats.request import parse_form_request, parse_request
 from proxy.formats.restrictions import check_model_name, check_name_form
 from proxy.formats.strict_json import dump, reading_cost
 from proxy.identity.authentication import Caller, Snapshot
+from proxy.identity.directory import Cuts
 from proxy.policy.status import quota_statuses
 from proxy.tasks import Tasks
 from proxy.upstreams.headers import JSON_HEADERS, SERVER_NAME
@@ -64,6 +67,15 @@ from proxy.web.request_log import RequestLog
 from proxy.web.response import WebResponder
 
 log = structlog.get_logger("routes")
+
+
+@dataclass(slots=True)
+class _Running:
+    """A request whose caller is identified. `call` is the task of its call, once that runs."""
+
+    caller: Caller
+    request: web.Request
+    call: asyncio.Task[object] | None = None
 
 
 class Api:
@@ -83,6 +95,7 @@ class Api:
         now: Callable[[], int],
     ) -> None:
         self.calls = Tasks()
+        self._running: dict[str, _Running] = {}  # by the ids of their requests
         self._policies = policies
         self._stored_responses = stored_responses
         self._ledger = stored_responses.ledger
@@ -93,6 +106,30 @@ class Api:
         self._memory = BodyMemory(settings.connection_limits.body_memory_bytes)
         self._now = now
         self._request_log = request_log
+
+    def end_calls_of(self, cuts: Cuts) -> None:
+        """End at once what these keys and users have running here.
+
+        A call is settled and charged what it has used, as at a stop; also one whose client has left and whose answer
+        is only read to its end. Uploads, and requests for lists and stored responses, have nothing to settle. Then
+        the connections are cut: a client sees a stream that breaks off, or a connection that is closed without an
+        answer. If it tries again it gets a 401.
+        """
+        users = {user.subject for user in cuts.users}
+        chosen = [
+            running
+            for running in self._running.values()
+            if running.caller.key.id in cuts.key_ids or running.caller.user in users
+        ]
+        for running in chosen:
+            if running.call is None:
+                _cut_connection(running.request)
+            else:
+                # Not before it has ended: a client that disconnects may be a reason to read the answer to its end.
+                running.call.add_done_callback(partial(_cut_connection, running.request))
+                running.call.cancel()
+        if chosen:
+            log.warning("calls of keys or users that were cut off were ended", requests=len(chosen))
 
     def application(self, health: Health) -> web.Application:
         """The application, with the paths of `health`. It has to be served with `handler_cancellation`."""
@@ -139,14 +176,16 @@ class Api:
             status = response.status
             return response
         finally:
-            if not line.is_call and request.path not in HEALTH_PATHS:
-                await self._note_caller(request, line)
-                self._request_log.write(line, status or line.sent_status or ClientLeft.status)
+            if not line.is_call:
+                if request.path not in HEALTH_PATHS:
+                    await self._note_caller(request, line)
+                    self._request_log.write(line, status or line.sent_status or ClientLeft.status)
+                self._running.pop(line.request_id, None)  # that of a call ends with the call
 
     async def _note_caller(self, request: web.Request, line: LogLine) -> None:
         """Find out whose request was answered before its key was looked at, such as one for an unknown path."""
-        if line.caller is None and not isinstance(line.error, InvalidKey):
-            with suppress(InvalidKey):
+        if line.caller is None and not isinstance(line.error, InvalidKey | DirectoryUnavailable):
+            with suppress(InvalidKey, DirectoryUnavailable):
                 await self._identify(request)
 
     async def _identify(self, request: web.Request) -> tuple[Snapshot, Caller]:
@@ -155,9 +194,19 @@ class Api:
         The snapshot is read once, because a reload must not change a request that has begun.
         """
         snapshot = self._policies.current
-        caller = await snapshot.authentication.identify(request.headers.items(), request.remote, request.remote)
+        authentication, changes = snapshot.authentication, None
+        try:
+            # Once more if a key or user was changed meanwhile: what was read may be from before the change, and the
+            # calls that the change cuts off were ended before this one could be found.
+            while changes != authentication.changes:
+                changes = authentication.changes
+                caller = await authentication.identify(request.headers.items(), request.remote, request.remote)
+        except InvalidKey as error:
+            self._relay.metrics.unauthorized(error.reason)
+            raise
         request[LOG_LINE].caller = caller
         note_valid_key(request)
+        self._running[request[REQUEST_ID]] = _Running(caller, request)
         return snapshot, caller
 
     async def _metered_call(self, endpoint: Endpoint, request: web.Request) -> web.StreamResponse:
@@ -238,6 +287,7 @@ class Api:
         would be logged as a failed task. It is returned without its frames, which have the body of the request.
         """
         line = client.line
+        self._running[client.id].call = asyncio.current_task()
         try:
             await self._relay.carry(call)
         except ProxyError as error:
@@ -253,6 +303,7 @@ class Api:
             call.request.body.free()
             if call.spool is not None:
                 call.spool.close()
+            del self._running[client.id]
             self._request_log.write(line, line.sent_status or (line.error or ClientLeft()).status)
             if line.model == OTHER and line.outcome == "complete":
                 # It may be one that an upstream lists. Then the line of the next call for it has its name.
@@ -285,6 +336,11 @@ class Api:
         statuses = quota_statuses(binding, counters, self._now())
         zone = snapshot.policy.zone
         return _json({"object": "list", "data": [each.as_json(zone) for each in statuses.values()]}, request)
+
+
+def _cut_connection(request: web.Request, _: object = None) -> None:
+    if request.transport is not None:
+        request.transport.abort()  # which cancels the handler
 
 
 @web.middleware

@@ -12,16 +12,20 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import sqlalchemy as sa
 from structlog.testing import capture_logs
 
 from proxy.errors import LedgerUnavailable
+from proxy.identity.database import DirectoryDatabase
+from proxy.identity.directory import UserId
 from proxy.ledger.book import Accepted, Refused, Release, Settle
 from proxy.ledger.ledger import LEASE_MS, Ledger
 from proxy.ledger.postgres import PostgresStore, Timeouts
+from proxy.ledger.schema import users
 from proxy.ledger.store import StoreUnavailable
 from proxy.policy.amounts import Amount, AtLeast, Tokens
 from proxy.server import wall_clock_ms
-from tests.builders import binding, call, exactly, extend, quota, reserve
+from tests.builders import NOON, binding, call, exactly, extend, quota, reserve
 from tests.calls.test_reservation import AdmittedCall
 from tests.ledger.test_postgres import LONG, Database, until
 from tests.postgres import shared
@@ -346,6 +350,28 @@ async def test_the_ledger_works_through_pgbouncer_in_transaction_mode(bouncer, d
             await one.sweep()
         assert (await two.entry("open")).state == "expired"
     await database.audit()
+
+
+async def test_the_directory_works_through_pgbouncer_in_transaction_mode(bouncer, database):
+    """Changes and lookups of three processes, whose transactions run on whatever connection is free."""
+    await until(lambda: accepts_connections(bouncer))
+    stores = [PostgresStore(bouncer) for _ in range(3)]
+    for store in stores:
+        await store.attach()
+    directories = [DirectoryDatabase(store, now=lambda: NOON) for store in stores]
+
+    async def use(directory, number):
+        async with directory.change() as (connection, _):
+            await connection.execute(sa.select(users).where(users.c.id == f"user {number}"))
+        await directory.add_seen_user(UserId("webui", f"user {number}"), None, users_max=10**6)
+        assert await directory.find_key("none") is None
+        return await directory.find_user(UserId("webui", f"user {number}"))
+
+    found = await asyncio.gather(*(use(directories[number % 3], number) for number in range(60)))
+    assert [user.identity.id for user in found] == [f"user {number}" for number in range(60)]
+    assert {await directory.version() for directory in directories} == {61}
+    for store in stores:
+        await store.close()
 
 
 async def accepts_connections(url):

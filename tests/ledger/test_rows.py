@@ -1,7 +1,11 @@
 """Counters and entries become rows and are read back equal. No database is needed for this."""
 
+from dataclasses import replace
+
 import orjson
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from proxy.ledger.book import Book, Expire, Operation, Release, Settle
 from proxy.ledger.rows import CHANGING, Changes, changes_of, counters_of, entry_of, keys_of
@@ -45,6 +49,20 @@ def test_new_rows_are_read_as_they_were_written(end):
     assert [entry_of(row) for row in rows.opened] == [whole.entries["1"]]
     assert counters_of(rows.counters) == whole.counters
     assert rows.changed == []
+
+
+LABELS = st.text(st.characters(categories=["L", "N", "P", "S"]), max_size=512)
+
+
+@given(key_id=LABELS, tag=LABELS)
+def test_the_key_and_the_tag_of_a_call_are_read_as_they_were_written(key_id, tag):
+    """Empty ones are stored as NULL, as are those of calls of earlier releases."""
+    labels = replace(RESERVED.labels, key_id=key_id, tag=tag)
+    book = book_after(replace(RESERVED, labels=labels), ENDS[0])
+    [opened] = changes_of(book, known=[]).opened
+    row = dict(zip(COLUMNS, opened, strict=True))
+    assert (row["key_id"], row["tag"]) == (key_id or None, tag or None)
+    assert entry_of(opened).labels == labels
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The migrations create the tables of `schema.py`, and keep the data of older releases."""
 
+from dataclasses import replace
 from importlib.resources import files
 
 import pytest
@@ -11,6 +12,7 @@ from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 
 from proxy.ledger.book import Settle
+from proxy.ledger.entry import CallLabels
 from proxy.ledger.schema import HEAD, NewerSchema, metadata, migrate
 from proxy.ledger.sqlite import SqliteStore
 from proxy.policy.amounts import Amount
@@ -133,6 +135,62 @@ async def test_an_open_call_of_the_first_release_can_be_settled(engine, path):
     assert (counter.used, counter.held) == (Amount(170, 100, 2), Amount())
     await store.close()
     audit(path)
+
+
+COUNTER = "('user:ann', 'staff/daily', 1795478400000, 1795564800000, 90, 60, 1, 100, 400, 1)"
+FOURTH_COLUMNS = """
+    id, owner, state, user_name, model, endpoint, upstream, through, reserved_at, ended_at, hold_input, hold_output,
+    maximum, lines, would_refuse, input_tokens, output_tokens, cached_tokens, reasoning_tokens, requests, provenance,
+    outcome, counted_as, response_id
+"""
+HELD_LINE = '[[["user:ann","staff/daily"],1795478400000,[100,400,1]]]'
+FOURTH_CALL = f"""
+INSERT INTO calls ({FOURTH_COLUMNS}) VALUES ('req_1', 'process-1', 'settled', 'ann', 'gpt-4o-mini', 'chat', 'openai',
+    'staff', 1795521600000, 1795521601000, 100, 400, 400, '{HELD_LINE}', '[]', 90, 60, 0, 0, 1, 'exactly', 'complete',
+    'settled', 'resp_1');
+"""
+FOURTH_OPEN_CALL = f"""
+INSERT INTO calls ({FOURTH_COLUMNS}) VALUES ('req_2', 'process-1', 'open', 'ann', 'gpt-4o-mini', 'chat', 'openai',
+    'staff', 1795521600000, NULL, 100, 400, 400, '{HELD_LINE}', '[]', NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL,
+    NULL);
+"""
+
+
+async def test_the_calls_of_a_release_without_a_directory_are_kept_and_settled(engine, path):
+    """They have no key and no tag. The new tables are empty, but for the version of the directory."""
+    migrate_to(engine, "0004")
+    with connected(path) as connection:
+        connection.executescript(f"INSERT INTO counters VALUES {COUNTER}; {FOURTH_CALL} {FOURTH_OPEN_CALL}")
+    before = rows(path, "calls")
+    run_migrations(engine)
+    assert rows(path, "calls") == [row | {"key_id": None, "tag": None} for row in before]
+    assert rows(path, "directory") == [{"id": 1, "version": 1}]
+    assert [rows(path, table) for table in ("users", "identities", "api_keys", "audit")] == [[], [], [], []]
+    store = SqliteStore(path)
+    await store.open()
+    [reply] = await store.apply([Settle("req_2", exactly(80, 40), "complete")], NOON)
+    assert (reply.entry.labels.key_id, reply.entry.labels.tag) == ("", "")
+    await store.close()
+    audit(path)
+
+
+async def test_the_release_before_works_on_the_tables_of_the_directory(engine, path):
+    """It inserts calls without a key and a tag, reads what this release wrote, and keeps its key when it settles."""
+    run_migrations(engine)
+    store = SqliteStore(path)
+    await store.open()
+    labels = CallLabels("ann", "gpt-4o-mini", "chat", "openai", key_id="testtest22", tag="nightly")
+    ann = binding([quota("staff/daily", tokens=1000)])
+    await store.apply([replace(reserve("req_3", ann, call(100, 400)), labels=labels)], NOON)
+    with connected(path) as connection:
+        # As the statements of the release before name their columns.
+        connection.executescript(FOURTH_OPEN_CALL)
+        [read] = connection.execute(f"SELECT {FOURTH_COLUMNS} FROM calls WHERE id = 'req_3'").fetchall()
+        connection.execute("UPDATE calls SET state = 'released', ended_at = 1, lines = '[]' WHERE id = 'req_3'")
+    assert read[:5] == ("req_3", "process-1", "open", "ann", "gpt-4o-mini")
+    assert (await store.read_entry("req_3")).labels == labels
+    assert (await store.read_entry("req_2")).labels == CallLabels("ann", "gpt-4o-mini", "chat", "openai")
+    await store.close()
 
 
 def test_a_newer_schema_is_refused_and_left_alone(engine, path):

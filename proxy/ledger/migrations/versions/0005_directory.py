@@ -15,6 +15,11 @@ def _instants(*names: str) -> list[sa.Column[int]]:
     return [sa.Column(name, sa.BigInteger) for name in names]
 
 
+def _index_cuts(table: str) -> None:
+    where = sa.text("cut_version IS NOT NULL")
+    op.create_index(f"{table}_cut", table, ["cut_version"], sqlite_where=where, postgresql_where=where)
+
+
 def upgrade() -> None:
     """Create the tables. Calls of earlier releases have neither a key nor a tag."""
     op.create_table(
@@ -29,6 +34,7 @@ def upgrade() -> None:
         *_instants("disabled_at", "cut_version", "forgotten_at"),
         sqlite_with_rowid=False,
     )
+    _index_cuts("users")
     op.create_table(
         "identities",
         sa.Column("source", sa.Text, primary_key=True),
@@ -51,6 +57,7 @@ def upgrade() -> None:
         sqlite_with_rowid=False,
     )
     op.create_index("api_keys_of_user", "api_keys", ["user_source", "user_id"])
+    _index_cuts("api_keys")
     op.create_table(
         "audit",
         sa.Column("id", sa.Text, primary_key=True),
