@@ -9,7 +9,7 @@ import hashlib
 import re
 from datetime import date, datetime
 from difflib import get_close_matches
-from ipaddress import AddressValueError, IPv6Address, IPv6Network, ip_network
+from ipaddress import AddressValueError, IPv6Address, IPv6Network, ip_interface, ip_network
 from urllib.parse import SplitResult, urlsplit
 from zoneinfo import ZoneInfo, available_timezones
 
@@ -249,26 +249,26 @@ def origin(text: str) -> str:
     return origin
 
 
-def network(text: str) -> Network:
+def network(value: object) -> Network:
     """A network such as 10.0.0.0/8, or one address. One in IPv4 is written as IPv4."""
     try:
-        found = None if "%" in text else ip_network(text)
+        # A zone, as in fe80::1%eth0, is a name on one machine alone.
+        found = ip_network(value, strict=False) if isinstance(value, str) and "%" not in value else None
     except ValueError:
         found = None
     if found is None:
-        try:
-            without_host_bits = ip_network(text, strict=False)
-        except ValueError:
-            raise ValueError("this is not a network; write one such as 10.0.0.0/8, 192.0.2.7 or fd00::/8") from None
-        raise ValueError(f"this is an address inside of a network; write {without_host_bits} for the whole network")
+        raise ValueError("this is not a network; write one such as 10.0.0.0/8, 192.0.2.7 or fd00::/8")
+    if ip_interface(str(value)).ip != found.network_address:
+        raise ValueError(f"this is an address inside of a network; write {found} for the whole network")
     if isinstance(found, IPv6Network) and found.network_address.ipv4_mapped is not None:
         # Addresses are compared as IPv4 (see `policy.key.is_in`), so this network would contain none.
         raise ValueError("this is IPv4 in the form of IPv6; write the IPv4 network, as in 10.0.0.0/8")
     return found
 
 
-def expiry(text: str) -> date | datetime:
+def expiry(value: object) -> date | datetime:
     """When a key expires: a day, whose beginning in the policy's time zone is meant, or an instant."""
+    text = value if isinstance(value, str) else ""
     try:
         if _DATE.fullmatch(text):
             return date.fromisoformat(text)

@@ -31,6 +31,7 @@ from proxy.formats.request import parse_form_request, parse_request
 from proxy.formats.restrictions import check_model_name, check_name_form
 from proxy.formats.strict_json import dump, reading_cost
 from proxy.identity.authentication import Caller, Snapshot
+from proxy.identity.client_address import client_address
 from proxy.ledger.entry import call_id_prefix
 from proxy.policy.status import quota_statuses
 from proxy.tasks import Tasks
@@ -75,6 +76,7 @@ class Api:
         self._model_lists = relay.model_lists
         self._relay = relay
         self._cors = Cors(settings.cors)
+        self._trusted_proxies = settings.trusted_proxies
         self._limits = settings.connection_limits
         self._memory = BodyMemory(settings.connection_limits.body_memory_bytes)
         self._now = now
@@ -118,8 +120,9 @@ class Api:
     @web.middleware
     async def _assign_id(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         id = request[REQUEST_ID] = f"{call_id_prefix(self._now())}{secrets.token_hex(10)}"
+        address = client_address(request.remote, request.headers.items(), self._trusted_proxies)
         line = request[LOG_LINE] = self._request_log.begin(
-            id, f"{request.method} {_shown_path(request)}", address=request.remote or ""
+            id, f"{request.method} {_shown_path(request)}", address=address
         )
         status = ClientLeft.status
         try:
@@ -135,10 +138,9 @@ class Api:
 
         The snapshot is read once, because a reload must not change a request that has begun.
         """
-        snapshot = self._policies.current
-        caller = await snapshot.authentication.identify(request.headers.items(), request.remote, request.remote)
-        request[LOG_LINE].caller = caller
-        return snapshot, caller
+        snapshot, line = self._policies.current, request[LOG_LINE]
+        line.caller = await snapshot.authentication.identify(request.headers.items(), request.remote, line.address)
+        return snapshot, line.caller
 
     async def _metered_call(self, endpoint: Endpoint, request: web.Request) -> web.StreamResponse:
         snapshot, caller = await self._identify(request)
