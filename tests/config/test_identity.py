@@ -134,7 +134,7 @@ def test_another_expiry_is_a_mistake(expires):
     ],
 )
 def test_a_mistake_in_a_key_says_what_to_write(written, expected):
-    """T112: with the path and the line; a group of somebody else would widen what the owner may do."""
+    """T130: with the path and the line; a group of somebody else would widen what the owner may do."""
     [text] = mistakes(keys=written)
     assert text.startswith("users.alice.keys[")
     assert expected in text
@@ -261,7 +261,7 @@ def test_a_signed_source_needs_no_other_header():
     ],
 )
 def test_a_mistake_in_a_source_says_what_to_write(sources, expected):
-    """T113: what would let in more than was meant is a mistake, and so is every name that does not exist."""
+    """T131: what would let in more than was meant is a mistake, and so is every name that does not exist."""
     [text] = mistakes(sources=sources)
     assert text.startswith("identity.headers[")
     assert expected in text
@@ -269,7 +269,7 @@ def test_a_mistake_in_a_source_says_what_to_write(sources, expected):
 
 
 def test_a_source_and_a_user_do_not_have_the_same_key():
-    """T113: a request with it could be of either. The source is told, wherever it is in the file."""
+    """T131: a request with it could be of either. The source is told, wherever it is in the file."""
     for key in (f'"{KEY}"', f'{{key: "sha256:{digest(KEY)}"}}'):
         found = mistakes(keys=key, sources=f"{{{SSO}}}")
         assert found == ["identity.headers[0].key: user alice already has this key; write another one"]
@@ -307,7 +307,7 @@ def test_users_of_sources_are_linked_to_a_user_of_the_file():
     ],
 )
 def test_a_mistake_in_a_link_says_what_to_write(links, expected):
-    """T113: a link makes one user another, so it needs a source that exists and an id that nobody can choose."""
+    """T131: a link makes one user another, so it needs a source that exists and an id that nobody can choose."""
     [text] = mistakes(links=links, sources=f"{{{SSO}}}")
     assert text.startswith("users.alice.identities[")
     assert expected in text
