@@ -101,7 +101,7 @@ def identify(key: Key, groups: tuple[str, ...] = ("staff", "lab"), address: str 
     ],
 )
 def test_a_key_that_is_not_valid_here_and_now_is_a_401(key, reason):
-    """T6: the log says why, and the answer is that for an unknown key. The client's address counts, not the peer's."""
+    """T6: the log says why, and the answer is that for an unknown key. The address of the client counts."""
     with pytest.raises(InvalidKey) as refused:
         identify(key)
     with pytest.raises(InvalidKey) as unknown:

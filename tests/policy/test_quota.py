@@ -362,7 +362,7 @@ def test_alternatives_are_sets_of_quotas_that_must_have_room_together(who, alter
     assert replace(who, shadows=(SHADOW,)).alternatives() == alternatives
 
 
-# ---------------------------------------------------------------------------------------------------- narrowed by keys
+# --------------------------------------------------------------------------------------------------- narrowed by keys
 
 
 def test_a_key_that_is_limited_to_groups_leaves_out_the_others():
