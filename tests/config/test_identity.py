@@ -1,5 +1,9 @@
 """Keys with limits, header sources and links to their users, as they are written in quotas.yaml."""
 
+import re
+from pathlib import Path
+from textwrap import dedent
+
 import pytest
 
 from proxy.config.lint import warnings
@@ -11,6 +15,7 @@ from proxy.policy.key import Key
 from proxy.policy.quota import Globs
 from tests.builders import NOON, instant
 
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "identity.md"
 KEY = "a-key-of-24-characters-x"
 ID = digest(KEY)[:8]
 SECRET = "a-secret-of-32-characters-to-sign"
@@ -383,6 +388,36 @@ users: {alice: {groups: [staff, admins]}}
 def test_check_says_who_gets_in_by_which_source(sources, links, sentence):
     """With which header, from where, and in which groups."""
     assert sentences(config(sources=sources, links=links))[-1] == sentence
+
+
+def blocks_of_the_page() -> list[str]:
+    """The YAML in docs/identity.md: the indented blocks that begin with a section of the file."""
+    blocks = re.findall(r"(?:^    .*\n|^\n(?=    ))+", PAGE.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    texts = [dedent(block).strip("\n") for block in blocks]
+    return [text for text in texts if text.startswith(("users:", "server:", "identity:"))]
+
+
+def test_the_examples_of_the_page_are_valid():
+    """Operators copy them. Those of sources have no warnings."""
+    texts = blocks_of_the_page()
+    assert [text.partition(":")[0] for text in texts] == [
+        "users",
+        "users",
+        "server",
+        "identity",
+        "identity",
+        "identity",
+    ]
+    environ = {name: f"{name}-with-some-more-characters-to-sign" for name in re.findall(r"\{([A-Z_]+)\}", str(texts))}
+    groups = (
+        "groups: {staff: {quotas: {a: {tokens: 5k, per: day}}}, batch: {}, guests: {}, admins: {unlimited: true}}\n"
+    )
+    for text in texts:
+        sources = "" if text.startswith("identity") else f"{texts[3]}\n"
+        found = load_text(
+            f"upstreams: {{box: {{base_url: http://box/v1}}}}\n{groups}{sources}{text}\n", environ=environ
+        )
+        assert not [warning for warning in warnings(found, NOON) if "identity.headers" in warning.text]
 
 
 def test_trusted_proxies_are_networks():
