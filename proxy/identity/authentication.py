@@ -19,7 +19,7 @@ from proxy.logs import LoggedCalls
 from proxy.policy.amounts import Uses
 from proxy.policy.catalog import Catalog, MatchedName
 from proxy.policy.key import TAG_CHARACTERS_MAX, Key
-from proxy.policy.policy import Policy
+from proxy.policy.policy import DEFAULT, EVERYONE, Policy
 from proxy.policy.quota import BoundQuotas
 
 Headers = Collection[tuple[str, str]]
@@ -60,7 +60,8 @@ class Authentication:
     ) -> None:
         self._file = file
         self._directory = directory
-        self._group_names = tuple(group_names)
+        # Nobody is put into the reserved groups, also by the database: they apply to all.
+        self._group_names = tuple(name for name in group_names if name not in (EVERYONE, DEFAULT))
         self._admin_keys = admin_keys
         self._now = now
         self._sources = sources or HeaderSources()

@@ -58,7 +58,7 @@ class Door:
         self.authentication = Authentication(
             FileDirectory([ALICE]),
             Directory(self.store, clock=lambda: 0.0, now=lambda: NOON),
-            group_names=["admins", "staff", "lab", "guests"],
+            group_names=["everyone", "admins", "staff", "default", "lab", "guests"],
             admin_keys={},
             now=lambda: NOON,
             sources=HeaderSources([source], on_ignored=self.ignored.append),
@@ -134,7 +134,7 @@ def test_without_an_unmapped_group_others_are_refused():
 
 def test_groups_of_an_administrator_are_added():
     """To the mapped ones, and beside the group of unmapped users. Others than the policy's are left out."""
-    door = Door(SOURCE, User(UserId("webui", "u1"), ("admins", "gone")))
+    door = Door(SOURCE, User(UserId("webui", "u1"), ("everyone", "admins", "default", "gone")))
     assert door.caller(("x-user", "u1"), ("x-groups", "9a01")).groups == ("admins", "lab")
     assert door.caller(("x-user", "u1")).groups == ("admins", "guests")
 
