@@ -1,7 +1,7 @@
 """A sentence for each group of a policy, which says what the group may use, and for each source of users.
 
 staff: each of 3 members may use 200,000 tokens a day of any model.
-sso: with its key, from 10.0.3.8/32, x-forwarded-user names the user: in staff by /staff; all others may not call.
+sso: with its key, from 10.0.3.8, x-forwarded-user names the user: in staff by /staff; all others may not call.
 """
 
 from collections.abc import Iterable
@@ -52,7 +52,8 @@ def _sentence(group: Group, members: int) -> str:
 
 
 def _source_sentence(source: HeaderSource, users: Iterable[FileUser]) -> str:
-    where = f"from {shown(map(str, source.networks))}" if source.networks else "from anywhere"
+    networks = [str(each).removesuffix(f"/{each.max_prefixlen}") for each in source.networks]
+    where = f"from {shown(networks)}" if networks else "from anywhere"
     header = f"the signed {source.signed.header}" if source.signed else source.user
     by_group: dict[str, list[str]] = {}
     for outside, group in source.map.items():

@@ -367,9 +367,9 @@ users: {alice: {groups: [staff, admins]}}
     ("sources", "links", "sentence"),
     [
         (
-            f"{{{SSO}, from: [10.0.3.0/24], groups: X-Groups, map: {{a: staff, b: batch, c: staff}}}}",
+            f"{{{SSO}, from: [10.0.3.0/24, 10.0.4.1], groups: X-Groups, map: {{a: staff, b: batch, c: staff}}}}",
             "{source: sso, id: a}, {source: sso, id: b}",
-            "sso: with its key, from 10.0.3.0/24, x-forwarded-user names the user: in staff by a, c; in batch by b; "
+            "sso: with its key, from 10.0.3.0/24, 10.0.4.1, x-forwarded-user names the user: in staff by a, c; in batch by b; "
             "all others may not call; alice of this file by identities; at most 1,000 users.",
         ),
         (
