@@ -370,7 +370,8 @@ users: {alice: {groups: [staff, admins]}}
             f"{{{SSO}, from: [10.0.3.0/24, 10.0.4.1], groups: X-Groups, map: {{a: staff, b: batch, c: staff}}}}",
             "{source: sso, id: a}, {source: sso, id: b}",
             "sso: with its key, from 10.0.3.0/24, 10.0.4.1, x-forwarded-user names the user: "
-            "in staff by a, c; in batch by b; all others may not call; alice of this file by identities; at most 1,000 users.",
+            "in staff by a, c; in batch by b; all others may not call; alice of this file by identities; "
+            "at most 1,000 users.",
         ),
         (
             f'{{{SSO}, unmapped: staff, users_max: 5k, signed: {{header: X-Jwt, secret: "{SECRET}", issuer: i}}}}',
