@@ -30,7 +30,7 @@ from proxy.config.sentences import sentences
 from proxy.config.values import KEY_CHARACTERS_MIN, digest
 from proxy.ledger.schema import NewerSchema
 from proxy.ledger.store import StoreInUse, StoreUnavailable
-from proxy.server import Server, public_address, serve, store_of
+from proxy.server import Server, public_address, serve, store_of, wall_clock_ms
 from proxy.workers import Command, ControlSocket, NotServing, Parent
 
 _NO, _WRONG = 1, 2
@@ -137,7 +137,7 @@ def demo_command(port: int, admin_port: int) -> None:
 def check_command(path: str) -> None:
     """Check a config: print its mistakes, or what each group may do."""
     config = _load(ConfigFile(path, os.environ), otherwise=_NO)
-    for warning in warnings(config):
+    for warning in warnings(config, wall_clock_ms()):
         click.secho(f"warning: {warning}", fg="yellow", err=True)
     for sentence in sentences(config):
         click.echo(sentence)

@@ -54,6 +54,12 @@ class Metrics:
             ("quota",),
             registry=self._registry,
         )
+        self.ignored_headers = Counter(
+            "llm_quota_ignored_identity_headers",
+            "Requests with headers of a header source that did not count: with another key, or from another address",
+            ("reason",),
+            registry=self._registry,
+        )
         self.attempts = Counter(
             "llm_quota_tries",  # an older word for attempts, kept because dashboards use it
             "Attempts at upstreams, by outcome; a call may need several",
@@ -102,6 +108,10 @@ class Metrics:
     def ledger_clock_differs(self, offset_ms: int) -> None:
         """Note how far the ledger's clock is ahead of this process's, in ms."""
         self.ledger_clock_offset.set(offset_ms / 1000)
+
+    def ignored(self, reason: str) -> None:
+        """Count a request whose identity headers did not count. `reason` is other_key or other_address."""
+        self.ignored_headers.labels(reason).inc()
 
     def refused(self, quota: str, verdict: str) -> None:
         """Count a refused call for one quota that refused it. `verdict` is busy, exhausted or never."""

@@ -169,7 +169,7 @@ class Server:
         self.policies = Policies(
             config,
             load=self._load_with_tokenizers,
-            build=partial(Snapshot.of, directory=self.directory, now=now),
+            build=partial(Snapshot.of, directory=self.directory, now=now, on_ignored_headers=self.metrics.ignored),
             changes=changes,
             metrics=self.metrics,
             now=now,

@@ -22,6 +22,7 @@ from proxy.calls.disconnect import Disconnects
 from proxy.calls.tokenizer import Tokenizers, table_folders
 from proxy.config.loader import Config, ConnectionLimits, load_text
 from proxy.ledger.schema import SCHEMA, metadata
+from proxy.policy.key import Network
 from proxy.server import Server
 from proxy.simulator.server import Simulator
 from proxy.simulator.server import serve as serve_simulator
@@ -231,6 +232,7 @@ async def stage(
     database: str | None = None,
     connection_limits: ConnectionLimits | None = None,
     cors: tuple[str, ...] = (),
+    trusted_proxies: tuple[Network, ...] = (),
     kind: str = "simulator",
     more: str = "",
 ) -> AsyncIterator[Stage]:
@@ -259,7 +261,12 @@ async def stage(
     )
     config = replace(
         config,
-        settings=replace(config.settings, cors=cors, connection_limits=connection_limits or ConnectionLimits()),
+        settings=replace(
+            config.settings,
+            cors=cors,
+            connection_limits=connection_limits or ConnectionLimits(),
+            trusted_proxies=trusted_proxies,
+        ),
     )
     server = Server(
         config,

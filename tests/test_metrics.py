@@ -25,6 +25,13 @@ def test_a_refusal_is_counted_for_the_quota_that_refused() -> None:
     assert 'llm_quota_refusals_total{quota="staff/daily",verdict="never"} 1.0' in metrics.exposition().decode()
 
 
+def test_identity_headers_that_do_not_count_are_counted() -> None:
+    """By the reason: somebody tries them with another key, or the key of a source is used elsewhere."""
+    metrics = Metrics()
+    metrics.ignored("other_key")
+    assert 'llm_quota_ignored_identity_headers_total{reason="other_key"} 1.0' in metrics.exposition().decode()
+
+
 def test_attempts_are_counted_by_upstream() -> None:
     """There are more attempts than calls, if one upstream fails and another takes the call."""
     metrics = Metrics()

@@ -16,9 +16,9 @@ from math import inf
 from urllib.parse import parse_qsl, urlsplit
 
 from proxy.config.document import Diagnostic, Finding, KeyPath
-from proxy.config.loader import Config, FileUser
+from proxy.config.loader import Config, FileUser, HeaderSource
 from proxy.config.messages import finding_at
-from proxy.config.sentences import limit_text, matches_all, members_of
+from proxy.config.sentences import limit_text, matches_all, members_of, shown
 from proxy.formats.estimate import SMALLEST_ANSWER
 from proxy.formats.kinds import kind_of
 from proxy.formats.pieces import endpoint_by_piece
@@ -30,7 +30,6 @@ from proxy.policy.windows import Calendar
 
 Warnings = Iterator[Finding]
 
-_NAMES_SHOWN = 5
 # Well-known models whose answers report no tokens: an open list of models accepts them without naming them.
 _WITHOUT_TOKENS = ("dall-e-3", "tts-1", "whisper-1")
 
@@ -56,9 +55,16 @@ _CALENDAR_S = {
 }
 
 
-def warnings(config: Config) -> tuple[Diagnostic, ...]:
-    """All warnings about a valid file, sorted by line."""
+def warnings(config: Config, now: int) -> tuple[Diagnostic, ...]:
+    """All warnings about a valid file, sorted by line. `now` is in ms since 1970."""
     findings = [
+        *_expired_keys(config, now),
+        *_header_sources(config),
+        *_secrets_in_plain_text(config),
+    ]
+    # The users of header sources are in its groups too, so what is said of all members must be true of them.
+    config = replace(config, users=(*config.users, *_users_of_sources(config)))
+    findings += [
         *_groups_without_effect(config),
         *_users_without_quota(config),
         *_limits_too_small(config),
@@ -68,7 +74,6 @@ def warnings(config: Config) -> tuple[Diagnostic, ...]:
         *_models_without_maximum(config),
         *_models_without_tokens(config),
         *_link_local_upstreams(config.catalog),
-        *_secrets_in_plain_text(config),
     ]
     located = (config.document.locate(finding) for finding in findings)
     return tuple(sorted([*config.document.warnings, *located]))
@@ -127,19 +132,57 @@ def _users_without_quota(config: Config) -> Warnings:
     refused = [user.name for user in config.users if not any(_admits_any_call(policy, name) for name in user.groups)]
     if refused:
         text = "no quota covers them, so every call is refused; put them in a group, or add a group called default"
-        yield Finding(("users", refused[0]), f"{_shown(refused)}: {text}")
-
-
-def _shown(names: list[str]) -> str:
-    """The first five names, and how many more there are."""
-    more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
-    return ", ".join(names[:_NAMES_SHOWN]) + more
+        yield Finding(("users", refused[0]), f"{shown(refused)}: {text}")
 
 
 def _admits_any_call(policy: Policy, name: str) -> bool:
     """Whether this group has a quota for some model, or is unlimited."""
     group = policy.groups.get(name)
     return group is not None and bool(group.quotas or group.unlimited)
+
+
+def _users_of_sources(config: Config) -> Iterator[FileUser]:
+    """Users as header sources can make them: one in each group that a source gives, and one in all of them."""
+    for source in config.header_sources:
+        groups = tuple(name for name in config.policy.groups if name in source.mapped_groups)
+        for some in dict.fromkeys([*((name,) for name in groups), groups]):
+            if some:
+                yield FileUser(f"users of {source.name} in {' and '.join(some)}", some)
+
+
+def _expired_keys(config: Config, now: int) -> Warnings:
+    for user in config.users:
+        for number, key in enumerate(user.keys.values()):
+            if key.expires_at is not None and key.expires_at <= now:
+                path: KeyPath = ("users", user.name, "keys", number, "expires")
+                yield finding_at(path, "this key has expired; remove it, or write a later day")
+
+
+def _header_sources(config: Config) -> Warnings:
+    for number, source in enumerate(config.header_sources):
+        path: KeyPath = ("identity", "headers", number)
+        if not source.networks:
+            text = "whoever has this key can be any of its users, from any address; write from with its networks"
+            yield finding_at(path, text)
+        if source.signed and len(source.header_names) > 1:
+            text = "beside signed, the headers user, email and groups count for nothing; remove them"
+            yield finding_at(path, text)
+        if source.unmapped is None and not source.map:
+            text = (
+                "it puts nobody in a group, so only those may call to whom an administrator gave one, or who are in "
+                "identities of a user; write map, or unmapped with a group"
+            )
+            yield finding_at(path, text)
+        if source.map and not _sends_groups(source):
+            text = "nothing that it sends is looked up here; write groups with the name of a header or claim"
+            yield finding_at((*path, "map"), text)
+
+
+def _sends_groups(source: HeaderSource) -> bool:
+    """Whether it can send what its map has: groups, or verified e-mail addresses."""
+    if source.signed:
+        return source.signed.groups is not None or source.emails_verified
+    return source.groups is not None or (source.emails_verified and source.email is not None)
 
 
 # ----------------------------------------------------------------------------------------------------------- quotas
@@ -425,7 +468,7 @@ def _models_without_tokens(config: Config) -> Warnings:
         key = "tokens_per_image" if is_of_images else "tokens_per_request"
         remedy = "write tokens or requests" if has_price else f"write {key} here, or requests"
         result = "are free" if config.policy.unmatched == "allow" else "are refused"
-        text = f"its answers on /v1{endpoint.path} report no tokens, which no quota of {_shown(users)} counts"
+        text = f"its answers on /v1{endpoint.path} report no tokens, which no quota of {shown(users)} counts"
         yield Finding(("models", name), f"{text}, so they {result}; {remedy} in one of the quotas")
     if config.policy.unmatched != "allow":
         return
@@ -434,7 +477,7 @@ def _models_without_tokens(config: Config) -> Warnings:
     if users := list(dict.fromkeys(found)):
         text = (
             f"images, speech and transcripts of models that report no tokens ({', '.join(unlisted)} and others) are "
-            f"free for {_shown(users)}, whose quotas count only tokens; write requests in one of the quotas"
+            f"free for {shown(users)}, whose quotas count only tokens; write requests in one of the quotas"
         )
         yield Finding(("unmatched",), text)
 
@@ -490,9 +533,11 @@ def _secrets_in_plain_text(config: Config) -> Warnings:
 
 def _is_plain_secret(path: KeyPath, value: object) -> bool:
     match path:
-        case ("admin_keys", _) | ("users", _, "keys", _):
+        case ("admin_keys", _) | ("users", _, "keys", _) | ("users", _, "keys", _, "key"):
+            return not isinstance(value, dict) and not str(value).startswith("sha256:")
+        case ("identity", "headers", _, "key"):
             return not str(value).startswith("sha256:")
-        case ("upstreams", _, "api_key"):
+        case ("upstreams", _, "api_key") | ("identity", "headers", _, "signed", "secret"):
             return True
         case ("database",):
             url = urlsplit(str(value))

@@ -16,6 +16,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from datetime import date, datetime, time
 from zoneinfo import ZoneInfo
 
 from proxy.config import values
@@ -23,22 +24,29 @@ from proxy.config.document import BYTES_MAX, Diagnostic, Document, Finding, KeyP
 from proxy.config.interpolation import Interpolator, ReadFile
 from proxy.config.messages import did_you_mean, finding_at, read_file
 from proxy.config.schema import Allow as AllowSection
-from proxy.config.schema import File
+from proxy.config.schema import File, MappedGroup, UserKey
 from proxy.config.schema import Group as GroupSection
+from proxy.config.schema import HeaderSource as HeaderSourceSection
 from proxy.config.schema import Model as ModelSection
+from proxy.config.schema import SignedHeader as SignedHeaderSection
 from proxy.config.schema import User as UserSection
 from proxy.formats.kinds import kind_of
 from proxy.logs import LogFormat, LoggedCalls
-from proxy.policy.catalog import Allow, Catalog, Model, Upstream
-from proxy.policy.key import Key
+from proxy.policy.catalog import Allow, Catalog, Model, Secret, Upstream
+from proxy.policy.key import Key, Network
 from proxy.policy.policy import DEFAULT, EVERYONE, Group, Keep, Policy
 from proxy.policy.quota import Globs, Quota
 from proxy.policy.windows import WEEKDAYS, parse_per
 
 # The id of a key of the file is the beginning of its digest: 32 of 256 bits of a hash reveal nothing.
 _KEY_ID_DIGITS = 8
+_REFUSE = "refuse"  # the value of `unmapped` that is no group
 MISTAKES_SHOWN = 100
 _NAMES_SHOWN = 10
+_UNVERIFIED = (
+    "this is an e-mail address, and whoever can enter another one at the source would be somebody else; {what}, or "
+    "emails_verified: true if the source verifies them"
+)
 _ONLY_A_ROUTE = '"*" only says which upstream other names go to; remove this, or list the model by its name'
 
 
@@ -94,6 +102,7 @@ class Settings:
     database: str = field(repr=False)
     cors: tuple[str, ...] = ()
     connection_limits: ConnectionLimits = ConnectionLimits()
+    trusted_proxies: tuple[Network, ...] = ()
     lease_ms: int | None = None
     may_be_new_database: bool = False
 
@@ -111,11 +120,65 @@ class FileUser:
     """A user of the file. `groups` are in the order of the file's groups, without `everyone` and `default`.
 
     That order, and not the one in which the user lists them, decides through which group a call is admitted.
+    `identities` are the users of header sources who are this user, each as its source and its id there.
     """
 
     name: str
     groups: tuple[str, ...] = ()
     keys: Mapping[str, Key] = field(default_factory=dict, repr=False)  # by their digests
+    identities: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class SignedHeader:
+    """A header with a signed token; `user`, `email` and `groups` are the claims to read (None: there is none)."""
+
+    header: str
+    secret: Secret
+    issuer: str
+    user: str = "sub"
+    email: str = "email"
+    groups: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class HeaderSource:
+    """A user interface or proxy in front that says in headers who the user is.
+
+    Its requests carry its own `key`, which has its name, and come from `networks`; none: from everywhere. `user`,
+    `email` and `groups` are names of headers, in lower case. `map` has the policy's group for each group of the
+    source, or e-mail address, that counts. `unmapped` is the group of users to whom no entry applies; None: they are
+    refused.
+    """
+
+    key: Key
+    digest: str = field(repr=False)  # of the key
+    networks: tuple[Network, ...] = ()
+    user: str | None = None
+    email: str | None = None
+    groups: str | None = None
+    map: Mapping[str, str] = field(default_factory=dict)
+    unmapped: str | None = None
+    users_max: int = 1000
+    emails_verified: bool = False
+    signed: SignedHeader | None = None
+
+    @property
+    def name(self) -> str:
+        """The source of its users, in `UserId` and in the log."""
+        return self.key.id
+
+    @property
+    def header_names(self) -> tuple[str, ...]:
+        """The headers that it may send, in lower case."""
+        signed = self.signed.header if self.signed else None
+        return tuple(name for name in (self.user, self.email, self.groups, signed) if name is not None)
+
+    @property
+    def mapped_groups(self) -> tuple[str, ...]:
+        """The groups in which its users can be by what it sends, each once."""
+        unmapped = () if self.unmapped is None else (self.unmapped,)
+        return tuple(dict.fromkeys((*self.map.values(), *unmapped)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,12 +195,13 @@ class Config:
     admin_keys: Mapping[str, str] = field(repr=False)
     document: Document
     log: LogSettings = LogSettings()
+    header_sources: tuple[HeaderSource, ...] = ()
 
     @property
     def restart_only(self) -> Mapping[str, object]:
         """The sections that a reload does not change, by name, for comparison with those in force."""
         settings = self.settings
-        server = (settings.api, settings.admin, settings.cors, settings.connection_limits)
+        server = (settings.api, settings.admin, settings.cors, settings.connection_limits, settings.trusted_proxies)
         return {"server": server, "database": settings.database}
 
 
@@ -236,6 +300,7 @@ def _load(source: bytes, name: str, interpolator: Interpolator) -> Config:
         admin_keys={digest: name for name, digest in file.admin_keys.items()},
         document=document,
         log=LogSettings(file.log.format, file.log.calls),
+        header_sources=tuple(_header_source(section) for section in file.identity.headers),
     )
 
 
@@ -248,6 +313,9 @@ def _cross_section_findings(document: Document, data: Mapping[str, object]) -> I
     yield from _missing_default_upstream(data)
     yield from _duplicate_keys(nodes)
     yield from _keys_without_effect(nodes)
+    yield from _foreign_groups_of_keys(data)
+    yield from _links(nodes, data)
+    yield from _header_sources(data)
 
 
 def _unknown_names(nodes: Iterable[tuple[KeyPath, Node]], data: Mapping[str, object]) -> Iterator[Finding]:
@@ -256,9 +324,10 @@ def _unknown_names(nodes: Iterable[tuple[KeyPath, Node]], data: Mapping[str, obj
     for path, node in nodes:
         name = _name_or_key(node.value)
         match path:
-            case ("users", str(), "groups", int()) if name in (EVERYONE, DEFAULT):
-                yield finding_at(path, f'"{name}" applies to users without being listed; remove it')
-            case ("users", str(), "groups", int()):
+            case _ if _names_a_group(path) and name in (EVERYONE, DEFAULT):
+                remedy = "remove it" if path[0] == "users" else "write another group"
+                yield finding_at(path, f'"{name}" applies to users without being listed; {remedy}')
+            case _ if _names_a_group(path):
                 yield from _unknown("group", path, name, groups)
             case (
                 ("default_upstream",)
@@ -268,9 +337,21 @@ def _unknown_names(nodes: Iterable[tuple[KeyPath, Node]], data: Mapping[str, obj
                 yield from _unknown("upstream", path, name, upstreams)
 
 
+def _names_a_group(path: KeyPath) -> bool:
+    """Whether the value at this path is the name of a group in which users are, or may be."""
+    match path:
+        case ("users", str(), "groups", int()) | ("users", str(), "keys", int(), "groups", int()):
+            return True
+        case ("identity", "headers", int(), "map", str()) | ("identity", "headers", int(), "map", str(), "group"):
+            return True
+        case ("identity", "headers", int(), "unmapped"):
+            return True
+    return False
+
+
 def _unknown(kind: str, path: KeyPath, name: str, known: Iterable[str]) -> Iterator[Finding]:
-    # A text that can't be a name is already a mistake of its shape.
-    if name in known or not values.NAME.fullmatch(name):
+    # A text that can't be a name is already a mistake of its shape, and `refuse` stands for no group.
+    if name in known or not values.NAME.fullmatch(name) or (path[-1], name) == ("unmapped", _REFUSE):
         return
     known = [name for name in known if name not in (EVERYONE, DEFAULT)]
     shown = ", ".join(known[:_NAMES_SHOWN])
@@ -299,10 +380,13 @@ def _duplicate_keys(nodes: Iterable[tuple[KeyPath, Node]]) -> Iterator[Finding]:
         match path:
             case ("admin_keys", str()):
                 keys.append(("an admin", path, _name_or_key(node.value)))
-            case ("users", str() as user, "keys", int()):
+            case ("users", str() as user, "keys", int()) | ("users", str() as user, "keys", int(), "key"):
                 keys.append((f"user {user}", path, _name_or_key(node.value)))
-    # Admins first, wherever they are in the file: if an admin and a user have the same key, the user's has to change.
-    keys.sort(key=lambda item: item[1][0] != "admin_keys")
+            case ("identity", "headers", int(), "key"):
+                keys.append(("a header source", path, _name_or_key(node.value)))
+    # Admins first and sources last, wherever they are in the file: if an admin and a user have the same key, the
+    # user's has to change, and if a user and a source have it, the source's.
+    keys.sort(key=lambda item: ("admin_keys", "users", "identity").index(str(item[1][0])))
     owners: dict[str, str] = {}
     for owner, path, key in keys:
         digest = _digest(key)
@@ -336,6 +420,87 @@ def _keys_without_effect(nodes: Iterable[tuple[KeyPath, Node]]) -> Iterator[Find
                 )
 
 
+def _foreign_groups_of_keys(data: Mapping[str, object]) -> Iterator[Finding]:
+    """Groups of a key in which its owner is not. The key would not admit the owner's calls by them."""
+    groups = _mapping(data, "groups")
+    for user, section in _mapping(data, "users").items():
+        own = [_name_or_key(name) for name in _list(section, "groups")]
+        for number, key in enumerate(_list(section, "keys")):
+            for index, name in enumerate(map(_name_or_key, _list(key, "groups"))):
+                if name in groups and name not in own and name not in (EVERYONE, DEFAULT):
+                    path: KeyPath = ("users", user, "keys", number, "groups", index)
+                    text = f'{user} is not in "{name}", and a key is only for groups of its owner'
+                    shown = ", ".join(own[:_NAMES_SHOWN])
+                    yield finding_at(path, f"{text}; {f'write one of {shown}' if shown else 'remove groups'}")
+
+
+def _links(nodes: Iterable[tuple[KeyPath, Node]], data: Mapping[str, object]) -> Iterator[Finding]:
+    """Identities of users in a source that does not exist, by an address that nobody verified, or of two users."""
+    sources = {_name_or_key(_mapping(each).get("name")): each for each in _header_sections(data)}
+    owners: dict[tuple[str, str], str] = {}
+    for path, node in nodes:
+        match path:
+            case ("users", str() as user, "identities", int()):
+                link = _mapping(node.plain())
+                source, id = (_name_or_key(link.get(key)) for key in ("source", "id"))
+                if source and source not in sources:
+                    hint = did_you_mean(source, sources) or "add it to identity.headers"
+                    yield finding_at((*path, "source"), f'there is no source "{source}"; {hint}')
+                elif source and values.is_email(id) and not _is_true(sources[source], "emails_verified"):
+                    yield finding_at((*path, "id"), _UNVERIFIED.format(what="write the user's id there"))
+                if (source, id) in owners:
+                    text = f"user {owners[source, id]} already has this identity; remove one of the two"
+                    yield finding_at(path, text)
+                elif source and id:
+                    owners[source, id] = user
+
+
+def _header_sources(data: Mapping[str, object]) -> Iterator[Finding]:
+    """Header sources whose name is taken, or that would let in whom nobody meant."""
+    names: set[str] = set()
+    for number, section in enumerate(_header_sections(data)):
+        path: KeyPath = ("identity", "headers", number)
+        name = _name_or_key(_mapping(section).get("name"))
+        if name and name in names:
+            yield finding_at((*path, "name"), f'there is already a source "{name}"; write another name')
+        names.add(name)
+        if _is_unlimited(data, unmapped := _name_or_key(_mapping(section).get("unmapped"))):
+            text = f'"{unmapped}" is unlimited, and all users who are in no other group would be in it'
+            yield finding_at((*path, "unmapped"), f"{text}; write another group")
+        for outside, group in _mapping(section, "map").items():
+            yield from _map_entry((*path, "map", outside), group, section=section, data=data)
+
+
+def _map_entry(path: KeyPath, entry: object, *, section: object, data: Mapping[str, object]) -> Iterator[Finding]:
+    outside = str(path[-1])
+    group = _name_or_key(_mapping(entry).get("group") if isinstance(entry, dict) else entry)
+    if values.is_email(outside) and not _is_true(section, "emails_verified"):
+        yield finding_at(path, _UNVERIFIED.format(what="write a group there"))
+    if "," in outside and "signed" not in _mapping(section):
+        yield finding_at(path, "the header separates groups by commas, so none can have one; map the group's id")
+    if _is_unlimited(data, group) and not _is_true(entry, "allow_unlimited"):
+        text = f'"{group}" is unlimited; write {{group: {group}, allow_unlimited: true}} if that is meant'
+        yield finding_at(path, text)
+
+
+def _header_sections(data: Mapping[str, object]) -> list[object]:
+    return _list(data.get("identity"), "headers")
+
+
+def _is_unlimited(data: Mapping[str, object], group: str) -> bool:
+    return _is_true(_mapping(data, "groups").get(group), "unlimited")
+
+
+def _is_true(section: object, key: str) -> bool:
+    return _mapping(section).get(key) in (True, "true")
+
+
+def _list(data: object, key: str) -> list[object]:
+    """The list at this key. Empty if there is none, which is another mistake."""
+    found = _mapping(data).get(key)
+    return found if isinstance(found, list) else []
+
+
 def _mapping(data: object, *path: str) -> Mapping[str, object]:
     """The mapping at this path. Empty if there is none, which is another mistake."""
     for step in path:
@@ -363,6 +528,7 @@ def _settings(file: File) -> Settings:
             connections_per_address=file.server.connections_per_address,
             body_memory_bytes=file.server.body_memory,
         ),
+        trusted_proxies=tuple(file.server.trusted_proxies),
     )
 
 
@@ -384,8 +550,60 @@ def _policy(file: File, hash: str) -> Policy:
 
 
 def _user(name: str, section: UserSection, file: File) -> FileUser:
-    keys = {digest: Key(digest[:_KEY_ID_DIGITS]) for digest in section.keys}
-    return FileUser(name, tuple(group for group in file.groups if group in section.groups), keys)
+    groups = tuple(group for group in file.groups if group in section.groups)
+    keys = dict(_key(key, ZoneInfo(file.timezone)) for key in section.keys)
+    return FileUser(name, groups, keys, tuple((link.source, link.id) for link in section.identities))
+
+
+def _key(section: str | UserKey, zone: ZoneInfo) -> tuple[str, Key]:
+    """The digest of a key, and what it is limited to."""
+    if isinstance(section, str):
+        return section, Key(section[:_KEY_ID_DIGITS])
+    return section.key, Key(
+        section.key[:_KEY_ID_DIGITS],
+        label=section.label,
+        groups=None if section.groups is None else tuple(section.groups),
+        models=None if section.models is None else Globs(section.models),
+        networks=tuple(section.networks),
+        expires_at=None if section.expires is None else _instant(section.expires, zone),
+        tag=section.tag,
+        takes_tag_header=section.tag_header,
+    )
+
+
+def _instant(at: date | datetime, zone: ZoneInfo) -> int:
+    """Ms since 1970. A day is meant from its beginning on: with `expires: 2027-01-01`, 2026-12-31 is the last day."""
+    instant = at if isinstance(at, datetime) else datetime.combine(at, time(), zone)
+    return round(instant.timestamp() * 1000)
+
+
+def _header_source(section: HeaderSourceSection) -> HeaderSource:
+    user, email, groups = (name and name.lower() for name in (section.user, section.email, section.groups))
+    signed = section.signed
+    return HeaderSource(
+        Key(section.name, section.name, tag=section.tag, takes_tag_header=section.tag_header),
+        digest=section.key,
+        networks=tuple(section.networks),
+        user=user,
+        email=email,
+        groups=groups,
+        map={outside: to.group if isinstance(to, MappedGroup) else to for outside, to in section.map.items()},
+        unmapped=None if section.unmapped == _REFUSE else section.unmapped,
+        users_max=section.users_max,
+        emails_verified=section.emails_verified,
+        signed=None if signed is None else _signed_header(signed),
+    )
+
+
+def _signed_header(section: SignedHeaderSection) -> SignedHeader:
+    return SignedHeader(
+        section.header.lower(),
+        section.secret,
+        section.issuer,
+        user=section.user,
+        email=section.email,
+        groups=section.groups,
+    )
 
 
 def _catalog(file: File) -> Catalog:

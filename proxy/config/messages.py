@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from proxy.config.document import Finding, KeyPath
-from proxy.config.schema import EMPTY, File, section_at
+from proxy.config.schema import EMPTY, IS_MAPPING, IS_TEXT, File, section_at
 
 # A report shows 100 mistakes; this only bounds the work for a file with a hundred thousand.
 _FINDINGS_MAX = 1000
@@ -24,6 +24,7 @@ _TEXTS = {
     "model_type": 'this must be a mapping; write "key: value" lines below it',
     "bool_type": "this is neither true nor false; write one of the two",
     "too_short": "this has no entries; add at least one",
+    "string_too_short": "this is empty; write at least one character, or remove the key",
     "string_too_long": "this is too long; write at most 1000 characters",
 }
 
@@ -61,6 +62,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 def _finding(detail: ErrorDetails) -> Finding:
     # For a bad key of a mapping pydantic adds the step "[key]" behind the key itself.
     path = detail["loc"][:-1] if detail["loc"][-1:] == ("[key]",) else detail["loc"]
+    path = tuple(step for step in path if step not in (IS_TEXT, IS_MAPPING))
     kind, context = detail["type"], detail.get("ctx", {})
     # An unknown or missing key has the line of its own path, but its text is about the section that contains it.
     if kind == "extra_forbidden":
@@ -78,12 +80,12 @@ def _finding(detail: ErrorDetails) -> Finding:
 
 def _unknown_key(path: KeyPath) -> str:
     section = section_at(path)
-    keys = section.model_fields
+    keys = section.named_fields()
     hint = did_you_mean(str(path[-1]), keys) or f"write one of {', '.join(keys)}"
     return f'"{path[-1]}" is not a key of {section.display_name}; {hint}'
 
 
 def _missing_key(path: KeyPath) -> str:
     key = str(path[-1])
-    example = (section_at(path).model_fields[key].examples or [""])[0]
+    example = (section_at(path).named_fields()[key].examples or [""])[0]
     return f'"{key}" is missing; write {key}: {example if isinstance(example, str) else json.dumps(example)}'

@@ -11,6 +11,8 @@ Other modules hold the texts of mistakes (`messages`) and the check that a name 
 """
 
 import json
+from collections.abc import Mapping
+from datetime import date, datetime
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import (
@@ -18,18 +20,22 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
+    Tag,
     ValidationInfo,
     WithJsonSchema,
     field_validator,
     model_validator,
 )
+from pydantic.fields import FieldInfo
 
 from proxy.config import values
 from proxy.formats.kinds import KINDS, kind_of
 from proxy.logs import LogFormat, LoggedCalls
 from proxy.policy.amounts import Measure
 from proxy.policy.catalog import OnDisconnect, Secret
+from proxy.policy.key import Network
 from proxy.policy.quota import Combine, Enforce, Limit
 
 # ----------------------------------------------------------------------------------------- the types of single values
@@ -101,6 +107,20 @@ Database = Annotated[str, AfterValidator(values.database)]
 KeyDigest = Annotated[str, _IntToText, AfterValidator(values.key_digest), _string_schema(minLength=1)]
 ApiKey = Annotated[Secret, BeforeValidator(values.secret), _string_schema(minLength=1)]
 
+Label = Annotated[str, _IntToText, AfterValidator(values.label), _string_schema(minLength=1, maxLength=100)]
+CallTag = Annotated[str, _IntToText, AfterValidator(values.tag), _string_schema(minLength=1, maxLength=64)]
+Expiry = Annotated[date | datetime, BeforeValidator(values.expiry), _string_schema()]
+Networks = Annotated[list[Annotated[Network, BeforeValidator(values.network), _string_schema()]], Field(min_length=1)]
+SourceName = Annotated[str, _IntToText, AfterValidator(values.source_name), _NAME_SCHEMA]
+HeaderName = Annotated[str, AfterValidator(values.header_name), _string_schema(minLength=1)]
+OutsideId = Annotated[str, _IntToText, AfterValidator(values.outside_id), _string_schema(minLength=1, maxLength=256)]
+SigningSecret = Annotated[Secret, BeforeValidator(values.signing_secret), _string_schema(minLength=32)]
+
+# A value that is one text or a mapping is checked by the rule of what it is. pydantic adds these tags to the paths of
+# its errors, where `messages` removes them. No key of a file can be one of them.
+IS_TEXT, IS_MAPPING = "\0text", "\0mapping"
+_text_or_mapping = Discriminator(lambda value: IS_MAPPING if isinstance(value, Mapping) else IS_TEXT)
+
 EMPTY = "this has no value; write one, or remove the key"
 
 # ------------------------------------------------------------------------------------------------------- the sections
@@ -114,6 +134,11 @@ class Section(BaseModel):
     )
     display_name: ClassVar[str]
     nullable: ClassVar[frozenset[str]] = frozenset()
+
+    @classmethod
+    def named_fields(cls) -> dict[str, FieldInfo]:
+        """Its fields by their keys in the file; `from` is a word of Python, so its field has another name."""
+        return {field.alias or name: field for name, field in cls.model_fields.items()}
 
     @field_validator("*", mode="before")
     @classmethod
@@ -149,6 +174,13 @@ class Server(Section):
         None,
         description="The most connections of one client address (IPv6: of one /64 network) to each listener, by the "
         "same rule. Default: null, no limit, because all users behind a load balancer have one address.",
+    )
+    trusted_proxies: Networks = Field(
+        default=[],
+        description="Networks of proxies in front whose X-Forwarded-For is believed. The client's address is the "
+        "rightmost one there that is in none of these networks; it serves the networks of keys, and the log. "
+        "Default: none, the client is who connects.",
+        examples=[["10.0.0.0/8"]],
     )
     body_memory: BodyMemory = Field(
         256_000_000,
@@ -411,6 +443,49 @@ class Group(Section):
         return self
 
 
+class UserKey(Section):
+    """A key of a user, and what it is limited to. It never allows more than the user may."""
+
+    display_name = "a key"
+
+    key: KeyDigest = Field(
+        repr=False,
+        description="sha256: and the digest in hex, or a key as in ${ALICE_KEY}, with 24 characters or more.",
+        examples=["${ALICE_KEY}"],
+    )
+    label: Label = Field("", description="Its name in the log and in lists. Default: the beginning of its digest.")
+    expires: Expiry | None = Field(
+        None,
+        description="When it expires: a day, as in 2027-01-01, at whose beginning in the policy's timezone it ends, "
+        "or an instant with its offset, as in 2027-01-01T12:00Z. Default: never.",
+        examples=["2027-01-01"],
+    )
+    groups: Annotated[list[Name], Field(min_length=1)] | None = Field(
+        None, description="Those of the user's groups that may admit its calls. Default: all of them."
+    )
+    networks: Networks = Field(
+        default=[],
+        alias="from",
+        description="The networks that its requests may come from, as in 10.0.0.0/8. Default: all.",
+    )
+    models: Globs | None = Field(None, description="The models that it may call: names or patterns. Default: all.")
+    tag: CallTag = Field("", description="A text that is recorded with its calls, for reports.")
+    tag_header: Flag = Field(False, description="Whether requests may send another tag in X-Quota-Tag.")
+
+
+class Identity(Section):
+    """A user of another source who is the same person."""
+
+    display_name = "an identity"
+
+    source: Name = Field(description="The name of a source in identity.headers.", examples=["open-webui"])
+    id: OutsideId = Field(
+        description="The user's id there, exactly as the source sends it. An e-mail address is allowed only if the "
+        "source has emails_verified.",
+        examples=["7f3c0d1e-5a52-4a8b-9a77-0c7a2c2b1f10"],
+    )
+
+
 class User(Section):
     """A user who may call, with their keys."""
 
@@ -419,10 +494,112 @@ class User(Section):
     groups: list[Name] = Field(
         default=[], description="The user's groups. everyone and default apply without being listed."
     )
-    keys: list[KeyDigest] = Field(
+    keys: list[
+        Annotated[Annotated[KeyDigest, Tag(IS_TEXT)] | Annotated[UserKey, Tag(IS_MAPPING)], _text_or_mapping]
+    ] = Field(
         default=[],
         repr=False,
-        description="sha256: and the digest in hex, or a key as in ${ALICE_KEY}, with 24 characters or more.",
+        description="sha256: and the digest in hex, or a key as in ${ALICE_KEY}, with 24 characters or more; or a "
+        "mapping with key and what it is limited to.",
+    )
+    identities: list[Identity] = Field(
+        default=[],
+        description="Users of header sources who are this user: they have this user's groups and quotas.",
+    )
+
+
+class SignedHeader(Section):
+    """A header with a signed token (JSON Web Token, HS256) that says who the user is."""
+
+    display_name = "signed"
+
+    header: HeaderName = Field(description="The header's name.", examples=["X-OpenWebUI-User-Jwt"])
+    secret: SigningSecret = Field(
+        repr=False,
+        description="The secret with which the source signs, with 32 characters or more.",
+        examples=["${WEBUI_JWT_SECRET}"],
+    )
+    issuer: Text = Field(min_length=1, description="What its claim iss must be.", examples=["open-webui"])
+    user: Text = Field("sub", min_length=1, description="The claim with the user's id.")
+    email: Text = Field("email", min_length=1, description="The claim with the user's e-mail address.")
+    groups: Text | None = Field(
+        None, min_length=1, description="The claim with the list of the user's groups. Default: there is none."
+    )
+
+
+class MappedGroup(Section):
+    """The group of the policy that a group of a source stands for."""
+
+    display_name = "an entry of map"
+
+    group: Name = Field(description="The group of the policy.", examples=["staff"])
+    allow_unlimited: Flag = Field(False, description="Required for a group that is unlimited.")
+
+
+class HeaderSource(Section):
+    """A user interface or proxy in front that says in headers who the user is, with a key of its own."""
+
+    display_name = "a header source"
+
+    name: SourceName = Field(
+        description="Its name. Users are name:id in records and in the log.", examples=["open-webui"]
+    )
+    key: KeyDigest = Field(
+        repr=False,
+        description="Its own key. A request with any other key is of that key's user, whatever its headers say.",
+        examples=["${WEBUI_KEY}"],
+    )
+    networks: Networks = Field(
+        default=[],
+        alias="from",
+        description="The networks that it connects from itself, as in 10.0.3.0/24; X-Forwarded-For does not count. "
+        "Default: all.",
+    )
+    user: HeaderName | None = Field(
+        None, description="The header with the user's id.", examples=["X-OpenWebUI-User-Id"]
+    )
+    email: HeaderName | None = Field(None, description="The header with the user's e-mail address.")
+    groups: HeaderName | None = Field(
+        None, description="The header with the user's groups there, separated by commas."
+    )
+    map: dict[
+        OutsideId,
+        Annotated[Annotated[Name, Tag(IS_TEXT)] | Annotated[MappedGroup, Tag(IS_MAPPING)], _text_or_mapping],
+    ] = Field(
+        default={},
+        description="Groups there, or with emails_verified e-mail addresses, and the group of the policy that each "
+        "stands for. Other groups there count for nothing, also if the policy has one of that name.",
+    )
+    unmapped: Name = Field(
+        "refuse",
+        description="The group of users none of whose groups is in map; refuse: they may not call.",
+    )
+    users_max: Positive = Field(1000, description="How many users it may add to the database.")
+    emails_verified: Flag = Field(
+        False,
+        description="Whether the source has verified that each e-mail address is the user's. If not, no address may "
+        "be in map or in a user's identities.",
+    )
+    tag: CallTag = Field("", description="A text that is recorded with its calls, for reports.")
+    tag_header: Flag = Field(False, description="Whether requests may send another tag in X-Quota-Tag.")
+    signed: SignedHeader | None = Field(
+        None, description="The signed header. If it is set, the headers user, email and groups count for nothing."
+    )
+
+    @model_validator(mode="after")
+    def _says_who_the_user_is(self) -> "HeaderSource":
+        if self.user is None and self.signed is None:
+            raise ValueError("no header says who the user is; write user, as in user: X-Forwarded-User, or signed")
+        return self
+
+
+class IdentitySources(Section):
+    """Who says who the user is, besides the keys of users."""
+
+    display_name = "identity"
+
+    headers: list[HeaderSource] = Field(
+        default=[], description="User interfaces and proxies in front that send the user in headers."
     )
 
 
@@ -487,31 +664,40 @@ class File(Section):
         "applies to all users in addition; default applies to users none of whose groups has a quota for the model.",
     )
     users: dict[UserName, User] = Field(default={}, description="The users who may call, by name.")
+    identity: IdentitySources = Field(
+        default=IdentitySources(), description="Who says who the user is, besides the keys of users."
+    )
 
 
-# The sections at the top that have no names of their own in them.
-_TOP_SECTIONS: dict[str | int, type[Section]] = {"server": Server, "log": Log, "keep": Keep}
+# Where each section is: the keys that lead to it, with None for any name or index.
+_SECTIONS: dict[tuple[str | None, ...], type[Section]] = {
+    ("server",): Server,
+    ("log",): Log,
+    ("keep",): Keep,
+    ("upstreams", None): Upstream,
+    ("upstreams", None, "allow"): Allow,
+    ("models", None): Model,
+    ("models", None, "allow"): Allow,
+    ("models", None, "upstreams", None): Target,
+    ("groups", None): Group,
+    ("groups", None, "quotas", None): Quota,
+    ("users", None): User,
+    ("users", None, "keys", None): UserKey,
+    ("users", None, "identities", None): Identity,
+    ("identity",): IdentitySources,
+    ("identity", "headers", None): HeaderSource,
+    ("identity", "headers", None, "map", None): MappedGroup,
+    ("identity", "headers", None, "signed"): SignedHeader,
+}
 
 
 def section_at(path: tuple[str | int, ...]) -> type[Section]:
     """The section that contains the last key of this path."""
-    match path:
-        case (name, _) if name in _TOP_SECTIONS:
-            return _TOP_SECTIONS[name]
-        case ("upstreams" | "models", _, "allow", _):
-            return Allow
-        case ("upstreams", _, _):
-            return Upstream
-        case ("models", _, "upstreams", _, _):
-            return Target
-        case ("models", _, _):
-            return Model
-        case ("groups", _, _):
-            return Group
-        case ("groups", _, "quotas", _, _):
-            return Quota
-        case ("users", _, _):
-            return User
+    for pattern, section in _SECTIONS.items():
+        if len(pattern) == len(path) - 1 and all(
+            each is None or each == step for each, step in zip(pattern, path, strict=False)
+        ):
+            return section
     return File
 
 

@@ -1,13 +1,17 @@
-"""A sentence for each group of a policy, which says what the group may use.
+"""A sentence for each group of a policy, which says what the group may use, and for each source of users.
 
 staff: each of 3 members may use 200,000 tokens a day of any model.
+sso: with its key, from 10.0.3.8, x-forwarded-user names the user: in staff by /staff; all others may not call.
 """
 
-from proxy.config.loader import Config, FileUser
+from collections.abc import Iterable
+
+from proxy.config.loader import Config, FileUser, HeaderSource
 from proxy.policy.policy import DEFAULT, EVERYONE, Group
 from proxy.policy.quota import Globs, Limit, Quota
 from proxy.policy.windows import Calendar
 
+_NAMES_SHOWN = 5
 _UNITS = {"s": "second", "m": "minute", "h": "hour", "d": "day", "w": "week"}
 _RESERVED_GROUPS = {EVERYONE: ", whatever the group,", DEFAULT: " whose own groups have no quota for the model"}
 _FEW_MEMBERS = {0: "its members (none in this file)", 1: "its one member"}
@@ -15,9 +19,10 @@ _ENFORCE_NOTES = {"exact": "", "after": " (counted when calls have ended)", "sha
 
 
 def sentences(config: Config) -> tuple[str, ...]:
-    """What each group may use, in one sentence each, in the policy's order."""
+    """What each group may use, in one sentence each, in the policy's order; then who gets in by which source."""
     members = members_of(config)
-    return tuple(_sentence(group, len(members[group.name])) for group in config.policy.groups.values())
+    of_groups = [_sentence(group, len(members[group.name])) for group in config.policy.groups.values()]
+    return (*of_groups, *(_source_sentence(source, config.users) for source in config.header_sources))
 
 
 def members_of(config: Config) -> dict[str, list[FileUser]]:
@@ -44,6 +49,30 @@ def _sentence(group: Group, members: int) -> str:
     parts = [f"{_each_member(group, members)} may use {', and '.join(per_member)}"] if per_member else []
     parts += [f"{_all_members(group, members)} may use {', and '.join(shared)}"] if shared else []
     return f"{group.name}: {'; '.join(parts) or 'no quotas'}{models}."
+
+
+def _source_sentence(source: HeaderSource, users: Iterable[FileUser]) -> str:
+    networks = [str(each).removesuffix(f"/{each.max_prefixlen}") for each in source.networks]
+    where = f"from {shown(networks)}" if networks else "from anywhere"
+    header = f"the signed {source.signed.header}" if source.signed else source.user
+    by_group: dict[str, list[str]] = {}
+    for outside, group in source.map.items():
+        by_group.setdefault(group, []).append(outside)
+    parts = [f"in {group} by {shown(names)}" for group, names in by_group.items()]
+    others = f"in {source.unmapped}" if source.unmapped else "may not call"
+    parts.append(f"all others {others}" if parts else f"all {others}")
+    linked = [user.name for user in users for name, _ in user.identities if name == source.name]
+    if linked:
+        parts.append(f"{shown(dict.fromkeys(linked))} of this file by identities")
+    start = f"{source.name}: with its key, {where}, {header} names the user"
+    return f"{start}: {'; '.join(parts)}; at most {source.users_max:,} users."
+
+
+def shown(names: Iterable[str]) -> str:
+    """The first five names, and how many more there are."""
+    listed = list(names)
+    more = f" and {len(listed) - _NAMES_SHOWN} more" if len(listed) > _NAMES_SHOWN else ""
+    return ", ".join(listed[:_NAMES_SHOWN]) + more
 
 
 def _each_member(group: Group, members: int) -> str:

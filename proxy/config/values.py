@@ -7,14 +7,16 @@ that says what is wrong and what to write instead. A text never quotes a value t
 
 import hashlib
 import re
+from datetime import date, datetime
 from difflib import get_close_matches
-from ipaddress import AddressValueError, IPv6Address
+from ipaddress import AddressValueError, IPv6Address, IPv6Network, ip_interface, ip_network
 from urllib.parse import SplitResult, urlsplit
 from zoneinfo import ZoneInfo, available_timezones
 
 from proxy.formats.usage import STANDARD_FIELDS
 from proxy.policy.amounts import TOKENS_MAX
 from proxy.policy.catalog import Secret
+from proxy.policy.key import TAG_CHARACTERS_MAX, Network
 from proxy.policy.policy import DEFAULT, EVERYONE
 from proxy.policy.windows import Duration, parse_per
 
@@ -25,6 +27,10 @@ _DAY_MS = 86_400_000
 # The largest body of a request; see `web.body_memory`.
 BODY_MEMORY_MIN = 32 * 2**20
 _MODEL_NAME_MAX = 200
+# The longest id, e-mail address or name of a group that a header source may send, in characters.
+ID_CHARACTERS_MAX = 256
+# RFC 7518 §3.2: a key of HS256 has at least the 256 bits of the hash.
+_SIGNING_SECRET_BYTES_MIN = 32
 
 # Not "." and "..": names become segments of URL paths, where those two mean other paths.
 NAME = re.compile(r"^(?!\.\.?$)[A-Za-z0-9._-]{1,100}$")
@@ -37,6 +43,18 @@ _TIMES = {"": 1, "k": 1_000, "M": 1_000_000}
 _ADDRESS = re.compile(r"(?:\[([0-9A-Fa-f:.]{2,45})\]|([A-Za-z0-9]([A-Za-z0-9.-]{0,252})?)):([0-9]{1,5})")
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://(?:\[[0-9a-f:.]{2,45}\]|[a-z0-9._-]{1,253})(?::[1-9][0-9]{0,4})?")
 _VISIBLE_ASCII = re.compile(r"[!-~]+")
+# An HTTP header's name (RFC 9110 §5.6.2), in the characters that servers and proxies let through.
+_HEADER = re.compile(r"[A-Za-z][A-Za-z0-9-]{0,99}")
+# These say who calls in another way, or belong to the connection or to the body.
+_OTHER_HEADERS = frozenset(
+    "authorization proxy-authorization api-key x-api-key cookie host connection content-length content-type "
+    "transfer-encoding forwarded x-forwarded-for x-quota-tag x-quota-max-wait".split()
+)
+_DATE = re.compile(r"2[0-9]{3}-[0-9]{2}-[0-9]{2}")
+_INSTANT = re.compile(
+    r"2[0-9]{3}-[0-9]{2}-[0-9]{2}[T ][0-9]{2}:[0-9]{2}(:[0-9]{2})?(Z|[+-][0-9]{2}:[0-9]{2})", re.IGNORECASE
+)
+_EMAIL = re.compile(r"[^@\s]+@[^@\s]+")
 _SHA256 = re.compile(r"sha256:([0-9a-fA-F]{64})")
 _UTC = ZoneInfo("UTC")
 
@@ -229,6 +247,109 @@ def origin(text: str) -> str:
             f'"{text}" is not an origin; write scheme://host[:port], as in https://app.example, or "*" for all'
         )
     return origin
+
+
+def network(value: object) -> Network:
+    """A network such as 10.0.0.0/8, or one address. One in IPv4 is written as IPv4."""
+    try:
+        # A zone, as in fe80::1%eth0, is a name on one machine alone.
+        found = ip_network(value, strict=False) if isinstance(value, str) and "%" not in value else None
+    except ValueError:
+        found = None
+    if found is None:
+        raise ValueError("this is not a network; write one such as 10.0.0.0/8, 192.0.2.7 or fd00::/8")
+    if ip_interface(str(value)).ip != found.network_address:
+        raise ValueError(f"this is an address inside of a network; write {found} for the whole network")
+    if isinstance(found, IPv6Network) and found.network_address.ipv4_mapped is not None:
+        # Addresses are compared as IPv4 (see `policy.key.is_in`), so this network would contain none.
+        raise ValueError("this is IPv4 in the form of IPv6; write the IPv4 network, as in 10.0.0.0/8")
+    return found
+
+
+def expiry(value: object) -> date | datetime:
+    """When a key expires: a day, whose beginning in the policy's time zone is meant, or an instant."""
+    text = value if isinstance(value, str) else ""
+    try:
+        if _DATE.fullmatch(text):
+            return date.fromisoformat(text)
+        if _INSTANT.fullmatch(text):
+            return datetime.fromisoformat(text.upper())
+    except ValueError:  # 2027-02-30
+        pass
+    raise ValueError(
+        "this is not a day or an instant; write one such as 2027-01-01 (the key is valid until that day begins), "
+        "2027-01-01T12:00Z or 2027-01-01T12:00+01:00"
+    )
+
+
+def tag(text: str) -> str:
+    """What is recorded with calls for reports."""
+    text = one_line(text)
+    if not 0 < len(text) <= TAG_CHARACTERS_MAX:
+        raise ValueError(f"this is not a valid tag; write 1 to {TAG_CHARACTERS_MAX} characters, or remove it")
+    return text
+
+
+def label(text: str) -> str:
+    """The name of a key in the log and in lists."""
+    text = one_line(text)
+    if not 0 < len(text) <= 100:
+        raise ValueError("this is not a valid label; write 1 to 100 characters, or remove it")
+    return text
+
+
+def source_name(text: str) -> str:
+    """The name of a source of users, other than the two that always exist."""
+    if text.lower() in ("file", "database"):
+        raise ValueError(f'"{text}" is the name of another source of users; write another name')
+    return name(text)
+
+
+def header_name(text: str) -> str:
+    """The name of a header that says who the user is."""
+    if text.lower() in _OTHER_HEADERS:
+        raise ValueError(f"the header {text} has another meaning; write the one that only your own proxy or UI sets")
+    if not _HEADER.fullmatch(text):
+        raise ValueError("this is not the name of a header; write one such as X-Forwarded-User")
+    return text
+
+
+def outside_id(text: str) -> str:
+    """A user's id, or the name of a group, in a source outside of this file. It is compared exactly."""
+    if why_no_id(text) is not None or text != text.strip():
+        raise ValueError(
+            f"this is not an id that a source can send; write 1 to {ID_CHARACTERS_MAX} visible characters, "
+            "without spaces around them"
+        )
+    return text
+
+
+def why_no_id(text: str) -> str | None:
+    """Why a text can't be a user's id, an e-mail address or the name of a group; None if it can.
+
+    Bytes that are not UTF-8 arrive as surrogates, which are not printable.
+    """
+    if not text:
+        return "empty"
+    if len(text) > ID_CHARACTERS_MAX:
+        return "too long"
+    return None if text.isprintable() else "not printable"
+
+
+def is_email(text: str) -> bool:
+    """Whether an id has the form of an e-mail address."""
+    return _EMAIL.fullmatch(text) is not None
+
+
+def signing_secret(value: object) -> Secret:
+    """The secret that signs with HS256."""
+    found = secret(value)
+    if len(found.reveal().encode()) < _SIGNING_SECRET_BYTES_MIN:
+        raise ValueError(
+            f"this secret is too short to sign with; use {_SIGNING_SECRET_BYTES_MIN} random characters or more, in "
+            "both programs"
+        )
+    return found
 
 
 def api_version(text: str) -> str:

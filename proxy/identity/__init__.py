@@ -6,9 +6,13 @@ What the package promises:
 - Keys are compared by their SHA-256 only, over their full length. No key is stored, logged or repeated in an answer.
 - An unknown key and the key of a user who no longer exists get the same answer, so that keys cannot be probed.
 - A request never gets a user of one version of the file and the policy of another.
+- A user is a source and an id. Nobody becomes a user of another source by a name; only the file or an administrator
+  links two of them.
 
-What it never does: it does not decide what a user may use (see `policy`), and reads no header but those of keys.
+What it never does: it does not decide what a user may use (see `policy`), and reads no header but those of keys, of
+the header sources of the configuration, `X-Forwarded-For` and `X-Quota-Tag`.
 
-Begin with `authentication`: `Authentication.identify` says who is calling. `keys` reads the key from the headers, and
-`directory` has the users.
+Begin with `authentication`: `Authentication.identify` says who is calling. `keys` reads the key from the headers,
+`header_sources` the user whom a trusted proxy names, `client_address` the address behind proxies, and `directory` has
+the users.
 """

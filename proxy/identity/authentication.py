@@ -5,24 +5,24 @@ about the key. All keys that are not valid get the same answer, so a client that
 was right once, or is right elsewhere. The log says which of these it was.
 """
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from ipaddress import IPv4Address, IPv6Address, ip_address
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
 
-from proxy.config.loader import Config
-from proxy.config.values import digest
-from proxy.errors import InvalidKey
+from proxy.config.loader import Config, HeaderSource
+from proxy.config.values import digest, is_email
+from proxy.errors import InvalidKey, InvalidRequest
+from proxy.identity.client_address import IpAddress, parse_address
 from proxy.identity.directory import FILE, Directory, FileDirectory, OwnedKey, User, UserId
+from proxy.identity.header_sources import SentUser, is_from, refused, sent_user
 from proxy.identity.keys import PREFIX, id_of, presented_key
 from proxy.logs import LoggedCalls
 from proxy.policy.amounts import Uses
 from proxy.policy.catalog import Catalog, MatchedName
-from proxy.policy.key import Key
-from proxy.policy.policy import Policy
+from proxy.policy.key import TAG_CHARACTERS_MAX, Key
+from proxy.policy.policy import DEFAULT, EVERYONE, Policy
 from proxy.policy.quota import BoundQuotas
 
-Headers = Iterable[tuple[str, str]]
-IpAddress = IPv4Address | IPv6Address
+Headers = Collection[tuple[str, str]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,8 @@ class Authentication:
     """Finds the user, or the admin, that a request comes from.
 
     `file` has the users of the configuration, and `directory` those of the database. `group_names` are the policy's,
-    in its order. `admin_keys` are the names of the admins by the digests of their keys. `now` gives ms since 1970.
+    in its order. `admin_keys` are the names of the admins by the digests of their keys. `sources` say in headers who
+    the user is. `now` gives ms since 1970.
     """
 
     def __init__(
@@ -55,12 +56,15 @@ class Authentication:
         group_names: Iterable[str],
         admin_keys: Mapping[str, str],
         now: Callable[[], int],
+        sources: "HeaderSources | None" = None,
     ) -> None:
         self._file = file
         self._directory = directory
-        self._group_names = tuple(group_names)
+        # Nobody is put into the reserved groups, also by the database: they apply to all.
+        self._group_names = tuple(name for name in group_names if name not in (EVERYONE, DEFAULT))
         self._admin_keys = admin_keys
         self._now = now
+        self._sources = sources or HeaderSources()
 
     @property
     def changes(self) -> int:
@@ -68,25 +72,29 @@ class Authentication:
         return self._directory.changes
 
     async def identify(self, headers: Headers, peer: str | None, address: str | None) -> Caller:
-        """The user whose key is in these headers. Raises InvalidKey or DirectoryUnavailable.
+        """The user whose key is in these headers, or whom a header source names.
 
         `peer` is the IP address that the connection comes from, and `address` the client's own: they differ behind a
-        trusted proxy.
+        trusted proxy. Raises InvalidKey, DirectoryUnavailable, or InvalidRequest for a bad `X-Quota-Tag`.
         """
         text = presented_key(headers)
-        owned = await self._find_key(text)
-        reason = owned.key.why_invalid(self._now(), _address_of(address))
+        hashed = digest(text)
+        source = self._sources.with_key(hashed, headers, parse_address(peer))
+        if source is not None:
+            return await self._identify_at(source, headers)
+        owned = await self._find_key(text, hashed)
+        reason = owned.key.why_invalid(self._now(), parse_address(address))
         if reason is not None:
             raise _invalid_key(reason)
         user = await self._find_user(owned.owner)
         if user is None or user.is_disabled:
             raise _invalid_key("no such user" if user is None else "user disabled")
-        groups = self._in_order(user.groups)
-        if owned.key.groups is not None and not set(owned.key.groups) & set(groups):
+        caller = self._caller(user, owned.key, headers)
+        if owned.key.groups is not None and not set(owned.key.groups) & set(caller.groups):
             raise _invalid_key("its user is in none of its groups")
-        if owned.owner.source != FILE or self._file.key(digest(text)) is None:
+        if owned.owner.source != FILE or self._file.key(hashed) is None:
             self._directory.note_used(owned.key)
-        return Caller(user.identity.subject, groups, owned.key, user.identity.source, owned.key.tag)
+        return caller
 
     async def identify_admin(self, headers: Headers, peer: str | None) -> str:
         """The name of the admin whose key is in these headers. Raises InvalidKey."""
@@ -96,8 +104,47 @@ class Authentication:
             raise InvalidKey(text, reason="no admin key")
         return name
 
-    async def _find_key(self, text: str) -> OwnedKey:
-        hashed = digest(text)
+    async def _identify_at(self, source: HeaderSource, headers: Headers) -> Caller:
+        """The user whom a header source names: a linked user, or one of its own with the groups that it gives."""
+        sent = sent_user(source, headers, self._now())
+        identity = UserId(source.name, sent.id)
+        user = self._linked_in_file(source, sent) or await self._user_of(source, identity, sent)
+        if user.is_disabled:
+            raise refused("user disabled")
+        if user.identity == identity:
+            given = sent.groups or ({source.unmapped} if source.unmapped else set())
+            user = replace(user, groups=(*user.groups, *given))
+        return self._caller(user, source.key, headers)
+
+    def _linked_in_file(self, source: HeaderSource, sent: SentUser) -> User | None:
+        by_id = self._file.linked(UserId(source.name, sent.id))
+        if by_id is None and source.emails_verified and sent.email is not None and is_email(sent.email):
+            return self._file.linked(UserId(source.name, sent.email))
+        return by_id
+
+    async def _user_of(self, source: HeaderSource, identity: UserId, sent: SentUser) -> User:
+        """The user of the database: of the source itself, or the one to whom an administrator linked it."""
+        if sent.groups or source.unmapped:
+            user = await self._directory.seen_user(identity, sent.email, users_max=source.users_max)
+            if user is None:
+                raise refused("the source has users_max users")
+        else:
+            # Only who may call is added. An administrator can have given groups to the user, or have linked it.
+            user = await self._directory.user(identity)
+            if user is None or (user.identity == identity and not user.groups):
+                raise refused("no group of the user is in map")
+        if user.identity.source != FILE:
+            return user
+        of_file = self._file.user(user.identity.id)
+        if of_file is None:
+            raise refused("no such user")
+        return of_file
+
+    def _caller(self, user: User, key: Key, headers: Headers) -> Caller:
+        groups = tuple(name for name in self._group_names if name in user.groups)
+        return Caller(user.identity.subject, groups, key, user.identity.source, tag=_tag(key, headers))
+
+    async def _find_key(self, text: str, hashed: str) -> OwnedKey:
         found = self._file.key(hashed)
         if found is None and text.startswith(PREFIX):
             # The checksum first: a key with a typing error costs no query.
@@ -111,22 +158,51 @@ class Authentication:
     async def _find_user(self, identity: UserId) -> User | None:
         return self._file.user(identity.id) if identity.source == FILE else await self._directory.user(identity)
 
-    def _in_order(self, groups: Iterable[str]) -> tuple[str, ...]:
-        """Those of the groups that the policy has, in its order."""
-        return tuple(name for name in self._group_names if name in groups)
+
+class HeaderSources:
+    """The header sources by their keys. `on_ignored` is told why headers of a source do not count in a request."""
+
+    def __init__(
+        self, sources: Iterable[HeaderSource] = (), *, on_ignored: Callable[[str], object] = lambda _: None
+    ) -> None:
+        self._by_digest = {source.digest: source for source in sources}
+        self._header_names = frozenset(name for each in self._by_digest.values() for name in each.header_names)
+        self._on_ignored = on_ignored
+
+    def with_key(self, digest: str, headers: Headers, peer: IpAddress | None) -> HeaderSource | None:
+        """The source with the key of this digest, which sent this request; None if it is the key of somebody else.
+
+        Raises InvalidKey if the request has the key of a source and does not come from its networks.
+        """
+        found = self._by_digest.get(digest)
+        if found is not None and is_from(found, peer):
+            return found
+        if self._header_names and any(name.lower() in self._header_names for name, _ in headers):
+            self._on_ignored("other_key" if found is None else "other_address")
+        if found is not None:
+            # The same answer as for an unknown key: who has the key elsewhere does not learn that it is right.
+            raise _invalid_key("wrong network")
+        return None
+
+
+def _tag(key: Key, headers: Headers) -> str:
+    """The tag of a call: that of the key, or the one in `X-Quota-Tag` if the key lets requests send one."""
+    if not key.takes_tag_header:
+        return key.tag
+    sent = [value.strip(" \t") for name, value in headers if name.lower() == "x-quota-tag"]
+    if not any(sent):
+        return key.tag
+    if len(sent) > 1 or len(sent[0]) > TAG_CHARACTERS_MAX or not sent[0].isprintable():
+        raise InvalidRequest(
+            f"X-Quota-Tag must be sent once, with at most {TAG_CHARACTERS_MAX} printable characters.",
+            param="X-Quota-Tag",
+        )
+    return sent[0]
 
 
 def _invalid_key(reason: str) -> InvalidKey:
     text = "This API key is not known here. Use the key you were given for this proxy, not one of the upstream's."
     return InvalidKey(text, reason=reason)
-
-
-def _address_of(text: str | None) -> IpAddress | None:
-    try:
-        # Without the zone of a link-local address, as in fe80::1%eth0.
-        return None if text is None else ip_address(text.partition("%")[0])
-    except ValueError:
-        return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,14 +220,21 @@ class Snapshot:
     logged_calls: LoggedCalls = "all"
 
     @classmethod
-    def of(cls, config: Config, directory: Directory, now: Callable[[], int]) -> "Snapshot":
-        """The snapshot of a valid file."""
+    def of(
+        cls,
+        config: Config,
+        directory: Directory,
+        now: Callable[[], int],
+        on_ignored_headers: Callable[[str], object] = lambda _: None,
+    ) -> "Snapshot":
+        """The snapshot of a valid file. `on_ignored_headers` is that of `HeaderSources`."""
         authentication = Authentication(
             FileDirectory(config.users),
             directory,
             group_names=config.policy.groups,
             admin_keys=config.admin_keys,
             now=now,
+            sources=HeaderSources(config.header_sources, on_ignored=on_ignored_headers),
         )
         return cls(config.policy, config.catalog, authentication, config.log.calls)
 

@@ -85,26 +85,25 @@ class DirectoryDatabase:
 
     async def add_seen_user(self, identity: UserId, email: str | None, *, users_max: int) -> User | None:
         """The user of a header source who is seen for the first time; None if the source has `users_max` already."""
-        async with self._store.transaction(writes=True) as connection:
-            await _lock(connection)  # one process at a time counts and adds
-            row = (await connection.execute(sa.select(users).where(*_is(users, identity)))).first()
-            if row is not None:
-                return user_of(row)
-            of_source = sa.select(sa.func.count()).select_from(users).where(users.c.source == identity.source)
-            if (await connection.execute(of_source)).scalar_one() >= users_max:
-                return None
-            await connection.execute(
-                sa.insert(users).values(
-                    source=identity.source,
-                    id=identity.id,
-                    groups="[]",
-                    email=email,
-                    is_service=False,
-                    created_at=self._now(),
-                    created_by=identity.source,
-                )
-            )
+        of_source = sa.select(sa.func.count()).select_from(users).where(users.c.source == identity.source)
+        # Without the lock at first: a source that sends ever new ids must not hold up the calls of others.
+        for writes in (False, True):
+            async with self._store.transaction(writes=writes) as connection:
+                if writes:
+                    await _lock(connection)  # one process at a time counts and adds
+                row = (await connection.execute(sa.select(users).where(*_is(users, identity)))).first()
+                if row is not None:
+                    return user_of(row)
+                if (await connection.execute(of_source)).scalar_one() >= users_max:
+                    return None
+                if writes:
+                    await self._add(connection, identity, email)
         return User(identity, email=email)
+
+    async def _add(self, connection: AsyncConnection, identity: UserId, email: str | None) -> None:
+        added = {"source": identity.source, "id": identity.id, "groups": "[]", "email": email, "is_service": False}
+        of_now = {"created_at": self._now(), "created_by": identity.source}
+        await connection.execute(sa.insert(users).values(**added, **of_now))
 
     async def cuts_since(self, version: int) -> Cuts:
         """Whose calls were to be ended at once by the changes after this version."""

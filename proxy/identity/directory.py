@@ -95,9 +95,11 @@ class FileDirectory:
     def __init__(self, users: Iterable[FileUser]) -> None:
         self._users: dict[str, User] = {}
         self._keys: dict[str, OwnedKey] = {}
+        self._linked: dict[UserId, User] = {}
         for user in users:
             owner = UserId(FILE, user.name)
             self._users[user.name] = User(owner, user.groups)
+            self._linked.update({UserId(*identity): self._users[user.name] for identity in user.identities})
             self._keys.update({digest: OwnedKey(key, owner) for digest, key in user.keys.items()})
 
     def user(self, name: str) -> User | None:
@@ -107,6 +109,10 @@ class FileDirectory:
     def key(self, digest: str) -> OwnedKey | None:
         """The key with this digest; None if there is none."""
         return self._keys.get(digest)
+
+    def linked(self, identity: UserId) -> User | None:
+        """The user who is also this user of another source; None if there is none."""
+        return self._linked.get(identity)
 
 
 class DirectoryStore(Protocol):

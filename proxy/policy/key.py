@@ -12,6 +12,9 @@ from proxy.policy.quota import Globs
 
 Network = IPv4Network | IPv6Network
 
+# A tag is recorded with every call, so it is short.
+TAG_CHARACTERS_MAX = 64
+
 # Why a key is not valid now, as the log says it. The caller gets the same sentence for all of them.
 Invalid = Literal["expired", "revoked", "wrong network"]
 

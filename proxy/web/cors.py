@@ -19,7 +19,8 @@ _ALLOWED_METHODS = "GET, POST, OPTIONS"
 # Each is listed, because `*` does not include `authorization` (Fetch Standard, "CORS protocol").
 _ALLOWED_HEADERS = (
     "authorization content-type api-key x-api-key openai-organization openai-project openai-beta anthropic-version "
-    "anthropic-beta anthropic-dangerous-direct-browser-access idempotency-key http-referer x-title x-quota-max-wait"
+    "anthropic-beta anthropic-dangerous-direct-browser-access idempotency-key http-referer x-title x-quota-max-wait "
+    "x-quota-tag"
 ).split()
 # OpenAI's and Anthropic's SDKs send a dozen headers with this prefix, and new releases add more. So those that the
 # browser asks for are echoed.

@@ -51,6 +51,7 @@ from proxy.formats.request import parse_form_request, parse_request
 from proxy.formats.restrictions import check_model_name, check_name_form
 from proxy.formats.strict_json import dump, reading_cost
 from proxy.identity.authentication import Caller, Snapshot
+from proxy.identity.client_address import client_address
 from proxy.identity.directory import Cuts
 from proxy.policy.status import quota_statuses
 from proxy.tasks import Tasks
@@ -102,6 +103,7 @@ class Api:
         self._model_lists = relay.model_lists
         self._relay = relay
         self._cors = Cors(settings.cors)
+        self._trusted_proxies = settings.trusted_proxies
         self._limits = settings.connection_limits
         self._memory = BodyMemory(settings.connection_limits.body_memory_bytes)
         self._now = now
@@ -168,7 +170,8 @@ class Api:
 
     @web.middleware
     async def _assign_id(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        line = request[LOG_LINE] = self._request_log.begin(_shown(request), address=request.remote or "")
+        address = client_address(request.remote, request.headers.items(), self._trusted_proxies)
+        line = request[LOG_LINE] = self._request_log.begin(_shown(request), address=address)
         request[REQUEST_ID] = line.request_id
         status = None
         try:
@@ -185,7 +188,7 @@ class Api:
     async def _note_caller(self, request: web.Request, line: LogLine) -> None:
         """Find out whose request was answered before its key was looked at, such as one for an unknown path."""
         if line.caller is None and not isinstance(line.error, InvalidKey | DirectoryUnavailable):
-            with suppress(InvalidKey, DirectoryUnavailable):
+            with suppress(ProxyError):
                 await self._identify(request)
 
     async def _identify(self, request: web.Request) -> tuple[Snapshot, Caller]:
@@ -193,18 +196,18 @@ class Api:
 
         The snapshot is read once, because a reload must not change a request that has begun.
         """
-        snapshot = self._policies.current
+        snapshot, line = self._policies.current, request[LOG_LINE]
         authentication, changes = snapshot.authentication, None
         try:
             # Once more if a key or user was changed meanwhile: what was read may be from before the change, and the
             # calls that the change cuts off were ended before this one could be found.
             while changes != authentication.changes:
                 changes = authentication.changes
-                caller = await authentication.identify(request.headers.items(), request.remote, request.remote)
+                caller = await authentication.identify(request.headers.items(), request.remote, line.address)
         except InvalidKey as error:
             self._relay.metrics.unauthorized(error.reason)
             raise
-        request[LOG_LINE].caller = caller
+        line.caller = caller
         note_valid_key(request)
         self._running[request[REQUEST_ID]] = _Running(caller, request)
         return snapshot, caller

@@ -7,6 +7,7 @@ import pytest
 from proxy.config.lint import warnings
 from proxy.config.loader import load, load_text
 from proxy.policy.policy import Policy
+from tests.builders import NOON
 from tests.config.test_loader import EXAMPLE, example_environ
 
 UPSTREAM = "upstreams: {box: {base_url: http://box/v1}}\n"
@@ -15,7 +16,9 @@ KNOWN = "max_output_tokens: 16k"
 
 
 def warned(below: str, **environ: str) -> list[str]:
-    return [f"{warning.line}: {warning.text}" for warning in warnings(load_text(UPSTREAM + below, environ=environ))]
+    return [
+        f"{warning.line}: {warning.text}" for warning in warnings(load_text(UPSTREAM + below, environ=environ), NOON)
+    ]
 
 
 def group(quotas: str, *, name: str = "staff", more: str = "", users: str = "alice: {groups: [staff]}") -> str:
@@ -32,7 +35,7 @@ def test_a_policy_without_problems_has_no_warnings():
 
 def test_the_example_has_no_warnings():
     """Operators copy it."""
-    assert warnings(load(str(EXAMPLE), example_environ())) == ()
+    assert warnings(load(str(EXAMPLE), example_environ()), NOON) == ()
 
 
 # ------------------------------------------------------------------------------------------------ groups and users
@@ -397,7 +400,7 @@ def test_the_readme_has_no_warnings():
     readme = (EXAMPLE.parent / "README.md").read_text(encoding="utf-8")
     text = readme.split("    # quotas.yaml\n")[1].split("\n\n")[0]
     environ = {"OPENAI_API_KEY": "sk-upstream", "ALICE_KEY": "a" * 24}
-    assert warnings(load_text(dedent(text), environ=environ)) == ()
+    assert warnings(load_text(dedent(text), environ=environ), NOON) == ()
 
 
 def test_an_alias_at_a_second_upstream():
@@ -407,7 +410,7 @@ def test_an_alias_at_a_second_upstream():
     models += f"smart: {{{several}, {KNOWN}}}}}\n"
     below = f"{group(FRONTIER + DAILY)}{models}".replace("users:", "default_upstream: box\nusers:", 1)
     text = f"upstreams: {{box: {{base_url: http://box/v1}}, spare: {{base_url: http://spare/v1}}}}\n{below}"
-    found = [warning.text for warning in warnings(load_text(text))]
+    found = [warning.text for warning in warnings(load_text(text), NOON)]
     assert found == [f"staff/frontier: {ALIAS}"]
 
 
@@ -534,7 +537,7 @@ def test_a_model_without_a_known_maximum(model, quota, has_warning):
     )
     below = f"{upstreams}default_upstream: box\nmodels:\n  gpt-x: {{{model}}}\n  other: {{{KNOWN}}}\n"
     below += group(f"      daily: {{{quota}, per: day}}\n")
-    found = [f"{warning.line}: {warning.text}" for warning in warnings(load_text(below))]
+    found = [f"{warning.line}: {warning.text}" for warning in warnings(load_text(below), NOON)]
     assert found == ([f"7: {NO_MAXIMUM}"] if has_warning else [])
 
 
@@ -542,7 +545,7 @@ def test_a_simulated_upstream_does_not_bound_a_models_other_upstreams():
     """Only the simulator's own answers have a known maximum."""
     upstreams = "upstreams:\n  box: {base_url: http://box/v1}\n  stage: {base_url: http://box, kind: simulator}\n"
     models = "models: {gpt-x: {upstreams: [{upstream: stage}, {upstream: box}]}}\n"
-    assert NO_MAXIMUM in str(warnings(load_text(upstreams + models + group(DAILY))))
+    assert NO_MAXIMUM in str(warnings(load_text(upstreams + models + group(DAILY)), NOON))
 
 
 def test_a_missing_maximum_gives_one_warning_per_model():
@@ -562,7 +565,7 @@ def test_a_missing_maximum_gives_one_warning_per_model():
 )
 def test_a_link_local_upstream(host, is_link_local):
     """T50: cloud machines serve their own credentials at such an address."""
-    found = warnings(load_text(f"upstreams:\n  box:\n    base_url: http://{host}/v1\n"))
+    found = warnings(load_text(f"upstreams:\n  box:\n    base_url: http://{host}/v1\n"), NOON)
     text = (
         f"{host.strip('[]')} is a link-local address, where cloud machines serve their credentials; write another one"
     )
@@ -583,7 +586,7 @@ def test_secrets_in_plain_text():
     ]
     assert warned(below, ADMIN=f"{key}3", USER=f"{key}4") == expected
     upstream = "upstreams: {box: {base_url: http://box/v1, api_key: sk-1}}\n"
-    assert [warning.text for warning in warnings(load_text(upstream))] == [f"upstreams.box.api_key: {plain}"]
+    assert [warning.text for warning in warnings(load_text(upstream), NOON)] == [f"upstreams.box.api_key: {plain}"]
 
 
 def test_a_password_in_plain_text_in_the_databases_url():

@@ -430,7 +430,7 @@ def example_environ() -> dict[str, str]:
 def test_the_example_is_valid():
     """Operators copy it. It needs only the environment variables that it names."""
     config = load(str(EXAMPLE), example_environ())
-    assert [user.name for user in config.users] == ["alice", "bob", "carol", "dave"]
+    assert [user.name for user in config.users] == ["alice", "bob", "build", "carol", "dave"]
 
 
 def test_the_example_shows_every_key():
@@ -445,8 +445,14 @@ def test_the_example_shows_every_key():
         schema.Group,
         schema.Quota,
         schema.User,
+        schema.UserKey,
+        schema.Identity,
+        schema.IdentitySources,
+        schema.HeaderSource,
+        schema.MappedGroup,
+        schema.SignedHeader,
     ):
-        for key in section.model_fields:
+        for key in section.named_fields():
             assert re.search(rf"^[^#\n]*\b{key}:", text, flags=re.MULTILINE), f"{section.__name__}.{key}"
 
 

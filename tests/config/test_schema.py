@@ -13,18 +13,24 @@ from proxy.config.schema import (
     File,
     Flag,
     Group,
+    HeaderSource,
+    Identity,
+    IdentitySources,
     Keep,
     Log,
+    MappedGroup,
     Model,
     Name,
     Positive,
     Quota,
     Section,
     Server,
+    SignedHeader,
     Target,
     Text,
     Upstream,
     User,
+    UserKey,
     Wait,
     json_schema,
     section_at,
@@ -34,7 +40,10 @@ from proxy.policy.quota import Limit
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALLEST = {"upstreams": {"box": {"base_url": "http://box/v1"}}}
-SECTIONS = (File, Server, Log, Keep, Allow, Upstream, Target, Model, Group, Quota, User)
+SECTIONS = (
+    *(File, Server, Log, Keep, Allow, Upstream, Target, Model, Group, Quota),
+    *(User, UserKey, Identity, IdentitySources, HeaderSource, MappedGroup, SignedHeader),
+)
 
 
 def test_the_smallest_file_has_all_defaults():

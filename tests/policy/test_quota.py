@@ -6,7 +6,10 @@ In all scenarios the user is ann and the time is noon UTC on Tuesday, 24 Novembe
 from dataclasses import replace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from proxy.policy.admission import Admitted, decide
 from proxy.policy.amounts import Amount, Measure, Uses
 from proxy.policy.quota import Counter, Globs, Limit, counter_at
 from proxy.policy.windows import Window
@@ -22,6 +25,7 @@ from tests.builders import (
     make_requests_concurrent,
     quota,
 )
+from tests.random_rules import bindings, counters_of, demands
 
 SIX_OCLOCK = instant("2026-11-24 18:00")
 MIDNIGHT = instant("2026-11-25 00:00")
@@ -356,3 +360,31 @@ def test_a_binding_names_the_counters_that_a_decision_reads():
 def test_alternatives_are_sets_of_quotas_that_must_have_room_together(who, alternatives):
     """Each contains the quotas of everyone, and none those in shadow."""
     assert replace(who, shadows=(SHADOW,)).alternatives() == alternatives
+
+
+# --------------------------------------------------------------------------------------------------- narrowed by keys
+
+
+def test_a_key_that_is_limited_to_groups_leaves_out_the_others():
+    """In any_group they are other ways to be admitted. In every_group they are limits, which must not be lost."""
+    any_group = binding([DAILY], [SHARED], ADMINS, always=[CALLS], shadows=[SHADOW])
+    team = replace(any_group, groups=(group_quotas("team", SHARED),))
+    assert any_group.narrowed({"team", "elsewhere"}) == team
+    assert any_group.narrowed({"staff", "team", "admins"}) == any_group
+    assert any_group.narrowed({"elsewhere"}) is None
+    assert any_group.narrowed(()) is None
+    every_group = replace(any_group, combine="every_group")
+    assert every_group.narrowed({"team"}) is every_group
+    assert every_group.narrowed({"elsewhere"}) is None
+    assert binding(always=[CALLS]).narrowed({"staff"}) is None  # no group of the key has a say
+
+
+@given(data=st.data(), who=bindings(), demand=demands())
+def test_a_narrowed_key_admits_only_what_its_owner_may(data, who, demand):
+    """T138: whatever is used and held, and whichever groups the key is limited to."""
+    narrowed = who.narrowed(data.draw(st.sets(st.sampled_from(["a", "b", "c"]))))
+    if narrowed is None:
+        return
+    used = data.draw(counters_of(who))
+    if isinstance(decide(demand, narrowed.for_user("ann"), used, NOON), Admitted):
+        assert isinstance(decide(demand, who, used, NOON), Admitted)

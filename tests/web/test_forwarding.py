@@ -42,7 +42,7 @@ MARK = "of-the-client"
 
 
 async def test_no_credential_and_no_address_of_a_client_reaches_the_upstream(tmp_path: Path) -> None:
-    """T11, T14: no key in any form, account, cookie, address, or header that concerns only this connection."""
+    """T11, T14, T133: no key in any form, account, cookie, address, or header that concerns only this connection."""
     sent = [
         f"Authorization: Bearer {key_of('alice')}",
         f"api-key: {key_of('alice')}",
@@ -52,7 +52,9 @@ async def test_no_credential_and_no_address_of_a_client_reaches_the_upstream(tmp
             for name in (
                 "x-goog-api-key Proxy-Authorization Cookie OpenAI-Organization OpenAI-Project X-Forwarded-For "
                 "X-Forwarded-Host X-Forwarded-Proto Forwarded X-Real-IP CF-Connecting-IP CF-Ray Via X-Request-ID "
-                "Origin Referer TE Keep-Alive Proxy-Connection X-Hop Sec-WebSocket-Protocol"
+                "Origin Referer TE Keep-Alive Proxy-Connection X-Hop Sec-WebSocket-Protocol X-OpenWebUI-User-Id "
+                "X-OpenWebUI-User-Email X-OpenWebUI-User-Jwt X-OpenWebUI-Groups X-Forwarded-User X-Forwarded-Email "
+                "X-Forwarded-Groups X-Quota-Tag"
             ).split()
         ),
         "Connection: keep-alive, X-Hop, OpenAI-Beta",

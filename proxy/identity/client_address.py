@@ -1,0 +1,47 @@
+"""The IP address of a client, also behind proxies that are trusted to say it. Pure."""
+
+from collections.abc import Iterable, Sequence
+from ipaddress import IPv4Address, IPv6Address, ip_address
+
+from proxy.policy.key import Network, is_in
+
+IpAddress = IPv4Address | IPv6Address
+
+
+def client_address(peer: str | None, headers: Iterable[tuple[str, str]], trusted: Sequence[Network]) -> str:
+    """Who sent a request: the rightmost address in `X-Forwarded-For` that is no trusted proxy, else the `peer`.
+
+    The header counts only if the peer itself is a trusted proxy. Each proxy adds the address that it got the request
+    from at the right, so what stands to the left of the first untrusted address may be made up:
+
+        peer 10.0.0.1, trusted 10.0.0.0/8, "X-Forwarded-For: 1.2.3.4, 192.0.2.7, 10.0.0.2"  →  192.0.2.7
+
+    The search stops at the first entry that is no address (a name, `unknown`, an address with a port), because nobody
+    can say whether it stands for a trusted proxy. An empty text if the peer has no address (a Unix socket).
+    """
+    if not is_in(parse_address(peer), trusted):
+        return _shown(peer)
+    values = [value for name, value in headers if name.lower() == "x-forwarded-for"]
+    for entry in reversed(",".join(values).split(",")):
+        text = entry.strip(" \t")
+        address = None if "%" in text else parse_address(text)
+        if address is None:
+            break
+        if not is_in(address, trusted):
+            return _shown(text)
+    return _shown(peer)
+
+
+def parse_address(text: str | None) -> IpAddress | None:
+    """The address in a text; None if it is none. The zone of a link-local address, as in fe80::1%eth0, is dropped."""
+    try:
+        return None if text is None else ip_address(text.partition("%")[0])
+    except ValueError:
+        return None
+
+
+def _shown(text: str | None) -> str:
+    """The address as it is logged: IPv4 as IPv4, also if a listener on [::] sees it as ::ffff:192.0.2.7."""
+    address = parse_address(text)
+    mapped = address.ipv4_mapped if isinstance(address, IPv6Address) else None
+    return text or "" if mapped is None else str(mapped)
