@@ -183,6 +183,7 @@ users = Table(
     Column("disabled_at", BigInteger),
     Column("cut_version", BigInteger),
     Column("forgotten_at", BigInteger),
+    Column("pseudonym", Text),
     Index("users_cut", "cut_version", sqlite_where=sa.text(CUT), postgresql_where=sa.text(CUT)),
     sqlite_with_rowid=False,
 )

@@ -1,0 +1,678 @@
+"""Changes of users and keys at run time. Each is one transaction with its row in the audit log.
+
+The commands and the administration API call these functions and nothing else. They know neither. Users and keys of
+the file are read-only here: the error says where to change them.
+"""
+
+from collections.abc import AsyncIterator, Collection, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+from secrets import choice, token_hex
+from typing import Any, Protocol
+
+import orjson
+import sqlalchemy as sa
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from proxy.config import values
+from proxy.config.messages import did_you_mean
+from proxy.identity.database import DirectoryDatabase, is_row_of, key_of, user_of
+from proxy.identity.directory import DATABASE, FILE, FileDirectory, UserId
+from proxy.identity.keys import KEY_PATTERN, NewKey, make_key
+from proxy.ledger.schema import api_keys, audit, calls, identities, usage_by_day, users
+from proxy.policy.key import Key, Network
+from proxy.policy.policy import DEFAULT, EVERYONE
+from proxy.policy.quota import Globs
+
+# How many rows of a table one transaction changes while a user's records are made anonymous.
+_ROWS_AT_ONCE = 1000
+LISTED_MAX = 1000
+# As a source of forgotten users. No source of the configuration can have this name, because of the colon behind it.
+_FORGOTTEN = "forgotten"
+
+
+class ChangeRefused(Exception):
+    """The change is not possible. `field` is what was wrong: user, group, label, key and so on."""
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(message)
+        self.field = field
+
+
+@dataclass(frozen=True, slots=True)
+class UserRecord:
+    """A user as administrators see it. `linked` are the identities of other sources that are this user."""
+
+    identity: UserId
+    groups: tuple[str, ...]
+    email: str | None = None
+    is_service: bool = False
+    created_at: int | None = None
+    created_by: str | None = None
+    disabled_at: int | None = None
+    forgotten_at: int | None = None
+    linked: tuple[UserId, ...] = ()
+
+    def as_json(self) -> dict[str, Any]:
+        """The members, for output. Instants are in ms since 1970."""
+        return {
+            "user": self.identity.subject,
+            "source": self.identity.source,
+            "id": self.identity.id,
+            "groups": list(self.groups),
+            "email": self.email,
+            "is_service": self.is_service,
+            "created_at": self.created_at,
+            "created_by": self.created_by,
+            "disabled_at": self.disabled_at,
+            "forgotten_at": self.forgotten_at,
+            "linked": [identity.subject for identity in self.linked],
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class KeyRecord:
+    """A key as administrators see it. `used_at` is when it was last used, to the minute; None: never, or unknown."""
+
+    key: Key
+    owner: UserId
+    created_at: int | None = None
+    created_by: str | None = None
+    used_at: int | None = None
+    replaced_by: str | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """The members, for output. Instants are in ms since 1970."""
+        key = self.key
+        return {
+            "id": key.id,
+            "user": self.owner.subject,
+            "label": key.label,
+            "groups": None if key.groups is None else list(key.groups),
+            "models": None if key.models is None else list(key.models.texts),
+            "networks": [str(network) for network in key.networks],
+            "tag": key.tag,
+            "takes_tag_header": key.takes_tag_header,
+            "expires_at": key.expires_at,
+            "revoked_at": key.revoked_at,
+            "used_at": self.used_at,
+            "created_at": self.created_at,
+            "created_by": self.created_by,
+            "replaced_by": self.replaced_by,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class KeyLimits:
+    """What a new key is to narrow, as a person writes it; see `policy.key.Key`."""
+
+    label: str = ""
+    groups: Sequence[str] = ()
+    models: Sequence[str] = ()
+    networks: Sequence[str] = ()
+    expires_at: int | None = None
+    tag: str = ""
+    takes_tag_header: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ImportedUser:
+    """One line of an import. `line` is its number in the file."""
+
+    line: int
+    id: str
+    groups: tuple[str, ...] = ()
+    email: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Imported:
+    """What an import did, or would do: the ids of users who were added, changed, and already as they should be."""
+
+    added: tuple[str, ...] = ()
+    changed: tuple[str, ...] = ()
+    unchanged: tuple[str, ...] = ()
+
+
+class Clock(Protocol):
+    """A function that gives the time in ms since 1970."""
+
+    def __call__(self) -> int:
+        """Now."""
+
+
+@dataclass(frozen=True)
+class Administration:
+    """The changes and lists. `actor` is who makes the changes, such as `cli:ann`.
+
+    `file` has the users of the configuration, and `group_names` the groups of its policy. Methods raise
+    ChangeRefused, and StoreUnavailable.
+    """
+
+    database: DirectoryDatabase
+    file: FileDirectory
+    group_names: Collection[str]
+    actor: str
+    now: Clock
+    source_names: Collection[str] = field(default=())
+
+    # Users
+
+    def resolve(self, name: str) -> UserId:
+        """The user whom a name means: a user of the file, else of the database, unless it is `SOURCE:ID`."""
+        if ":" in name:
+            identity = UserId.of_subject(name)
+            if identity.source not in (FILE, DATABASE, *self.source_names):
+                known = ", ".join((FILE, DATABASE, *self.source_names))
+                raise ChangeRefused("user", f'there is no source "{identity.source}"; write one of {known}, or an id')
+            return identity
+        return UserId(FILE if self.file.user(name) is not None else DATABASE, name)
+
+    async def user(self, identity: UserId) -> UserRecord:
+        """One user."""
+        async with self.database.read() as connection:
+            return await self._user(connection, identity)
+
+    async def users(self, *, text: str = "", after: str = "", limit: int = 100) -> list[UserRecord]:
+        """The users of the database whose id or e-mail address has this text, in the order of their subjects.
+
+        `after` is the subject behind which the list begins. Users of the file are in the file.
+        """
+        name = users.c.source + ":" + users.c.id
+        found = sa.select(users).where(name > after).order_by(name).limit(min(limit, LISTED_MAX))
+        if text:
+            found = found.where(_contains(users.c.id, text) | _contains(users.c.email, text))
+        async with self.database.read() as connection:
+            rows = (await connection.execute(found)).all()
+            return [await self._with_links(connection, _user_record(row)) for row in rows]
+
+    async def add_user(
+        self, id: str, *, groups: Sequence[str] = (), email: str | None = None, is_service: bool = False
+    ) -> UserRecord:
+        """Add a user of the source `database`."""
+        async with self._change("user.add", UserId(DATABASE, id).subject) as change:
+            await self._add_user(change, id, groups=groups, email=email, is_service=is_service)
+            return await self._user(change.connection, UserId(DATABASE, id))
+
+    async def set_user(
+        self, identity: UserId, *, groups: Sequence[str] | None = None, email: str | None = None
+    ) -> UserRecord:
+        """Set the groups or the e-mail address of a user; None leaves them as they are. An empty text removes it."""
+        async with self._change("user.set", identity.subject) as change:
+            before = await self._changeable(change.connection, identity)
+            await self._set_user(change, before, groups=groups, email=email)
+            return await self._user(change.connection, identity)
+
+    async def disable_user(self, identity: UserId, *, cut: bool = False) -> UserRecord:
+        """Refuse further calls of a user. With `cut`, running calls end at once."""
+        async with self._change("user.disable", identity.subject) as change:
+            before = await self._changeable(change.connection, identity)
+            at = before.disabled_at or self.now()
+            cut_now = {"cut_version": change.version} if cut else {}
+            await change.update(users, identity, disabled_at=at, **cut_now)
+            change.note({"disabled_at": before.disabled_at}, {"disabled_at": at, **({"cut": True} if cut else {})})
+            return await self._user(change.connection, identity)
+
+    async def enable_user(self, identity: UserId) -> UserRecord:
+        """Let a disabled user call again."""
+        async with self._change("user.enable", identity.subject) as change:
+            before = await self._changeable(change.connection, identity)
+            await change.update(users, identity, disabled_at=None)
+            change.note({"disabled_at": before.disabled_at}, {"disabled_at": None})
+            return await self._user(change.connection, identity)
+
+    async def link(self, identity: UserId, user: UserId) -> UserRecord:
+        """Let the user whom a header source knows as `identity` be another user, with whose counters it then calls."""
+        if identity.source not in self.source_names:
+            raise ChangeRefused("identity", f'"{identity.source}" is no header source of the configuration')
+        self._check_id("identity", identity.id)
+        async with self._change("user.link", user.subject) as change:
+            await self._user(change.connection, user)
+            taken = await change.connection.execute(sa.select(identities).where(*is_row_of(identities, identity)))
+            if (row := taken.first()) is not None:
+                owner = UserId(row.user_source, row.user_id).subject
+                raise ChangeRefused("identity", f"{identity.subject} is linked to {owner} already; unlink it first")
+            await change.connection.execute(
+                sa.insert(identities).values(
+                    source=identity.source, id=identity.id, user_source=user.source, user_id=user.id
+                )
+            )
+            change.note(None, {"identity": identity.subject})
+            return await self._user(change.connection, user)
+
+    async def unlink(self, identity: UserId) -> None:
+        """Let the user whom a header source knows as `identity` be one of its own again."""
+        async with self._change("user.unlink", identity.subject) as change:
+            gone = await change.connection.execute(sa.delete(identities).where(*is_row_of(identities, identity)))
+            if not gone.rowcount:
+                raise ChangeRefused("identity", f"{identity.subject} is not linked to a user")
+            change.note({"identity": identity.subject}, None)
+
+    async def import_users(self, lines: Iterable[ImportedUser], *, is_trial: bool = False) -> Imported:
+        """Add these users of the source `database`, or set the groups and e-mail addresses of those that are there.
+
+        All or none, and nothing with `is_trial`. Doing it again changes nothing.
+        """
+        added, changed, unchanged, seen = [], [], [], set[str]()
+        try:
+            async with self._change("user.import", DATABASE) as change:
+                for line in lines:
+                    try:
+                        if line.id in seen:
+                            raise ChangeRefused("id", f"{line.id} is in the file twice")
+                        seen.add(line.id)
+                        done = await self._import_user(change, line)
+                    except ChangeRefused as error:
+                        raise ChangeRefused(error.field, f"line {line.line}: {error}") from None
+                    {"added": added, "changed": changed, "unchanged": unchanged}[done].append(line.id)
+                change.note(None, {"added": added, "changed": changed})
+                if is_trial:
+                    raise _Trial
+        except _Trial:
+            pass
+        return Imported(tuple(added), tuple(changed), tuple(unchanged))
+
+    async def forget(self, identity: UserId) -> str:
+        """Make the records of a user anonymous, end its calls and revoke its keys. Returns the pseudonym.
+
+        The name stays taken until the windows of its counters have ended, so that nobody gets a fresh quota by being
+        forgotten; `DirectoryDatabase.free_forgotten` frees it then. The audit log keeps what happened, without the
+        name. Doing it again makes records anonymous that were written meanwhile.
+        """
+        letters = "23456789abcdefghjkmnpqrstuvwxyz"
+        async with self._change("user.forget", "") as change:
+            if identity.source == FILE:
+                # A user who was taken out of the file may still have records.
+                if self.file.user(identity.id) is not None:
+                    raise _of_file(identity)
+                await self._ensure_row(change, identity)
+            row = (await change.connection.execute(sa.select(users).where(*is_row_of(users, identity)))).first()
+            if row is None:
+                raise _no_user(identity)
+            pseudonym: str = row.pseudonym or f"{_FORGOTTEN}:{''.join(choice(letters) for _ in range(10))}"
+            now = self.now()
+            await change.update(
+                users,
+                identity,
+                groups="[]",
+                email=None,
+                disabled_at=row.disabled_at or now,
+                forgotten_at=row.forgotten_at or now,
+                pseudonym=pseudonym,
+                cut_version=change.version,
+            )
+            await self._revoke_all(change, identity, pseudonym)
+            change.target = pseudonym
+        await self._make_anonymous(identity.subject, pseudonym)
+        return pseudonym
+
+    # Keys
+
+    async def keys(
+        self, *, owner: UserId | None = None, text: str = "", after: str = "", limit: int = 100
+    ) -> list[KeyRecord]:
+        """The keys of the database: of one user, or whose id, label or user has this text, in the order of ids."""
+        found = sa.select(api_keys).where(api_keys.c.id > after).order_by(api_keys.c.id).limit(min(limit, LISTED_MAX))
+        if owner is not None:
+            found = found.where(api_keys.c.user_source == owner.source, api_keys.c.user_id == owner.id)
+        if text:
+            columns = (api_keys.c.id, api_keys.c.label, api_keys.c.user_id)
+            found = found.where(sa.or_(*(_contains(column, text) for column in columns)))
+        async with self.database.read() as connection:
+            return [_key_record(row) for row in await connection.execute(found)]
+
+    async def key(self, id: str) -> KeyRecord:
+        """One key, by its id."""
+        async with self.database.read() as connection:
+            return await self._key(connection, id)
+
+    async def find_keys(self, text: str) -> list[KeyRecord]:
+        """The keys in a text, such as a log or a diff; of the file also those that the text has as a whole word.
+
+        Nothing of the text is stored or sent. A key that is not known here is not in the result.
+        """
+        ids = list(dict.fromkeys(KEY_PATTERN.findall(text)))
+        found: list[KeyRecord] = []
+        async with self.database.read() as connection:
+            for first in range(0, len(ids), 500):
+                some = sa.select(api_keys).where(api_keys.c.id.in_(ids[first : first + 500])).order_by(api_keys.c.id)
+                found += [_key_record(row) for row in await connection.execute(some)]
+        for word in dict.fromkeys(_words(text)):
+            owned = self.file.key(values.digest(word))
+            if owned is not None:
+                found.append(KeyRecord(owned.key, owned.owner))
+        return found
+
+    async def create_key(self, owner: UserId, limits: KeyLimits) -> NewKey:
+        """Make a key. Its text is in the result and nowhere else."""
+        async with self._change("key.create", owner.subject) as change:
+            user = await self._user(change.connection, owner)
+            if user.forgotten_at is not None:
+                raise ChangeRefused("user", f"{owner.subject} was forgotten")
+            new = make_key()
+            row = self._key_row(new, user, limits)
+            await change.connection.execute(sa.insert(api_keys).values(**row))
+            record = await self._key(change.connection, new.id)
+            change.target = new.id
+            change.note(None, _audited(record))
+        return new
+
+    async def revoke_key(self, id: str, *, cut: bool = False) -> KeyRecord:
+        """Refuse a key from now on. With `cut`, running calls with it end at once."""
+        async with self._change("key.revoke", id) as change:
+            before = await self._key(change.connection, id)
+            at = before.key.revoked_at or self.now()
+            cut_now = {"cut_version": change.version} if cut else {}
+            of_id = sa.update(api_keys).where(api_keys.c.id == id)
+            await change.connection.execute(of_id.values(revoked_at=at, **cut_now))
+            change.note({"revoked_at": before.key.revoked_at}, {"revoked_at": at, **({"cut": True} if cut else {})})
+            return await self._key(change.connection, id)
+
+    async def rotate_key(self, id: str, *, overlap_ms: int) -> NewKey:
+        """Make a key with the same limits. The old one stays valid for `overlap_ms`, unless it expires before."""
+        async with self._change("key.rotate", id) as change:
+            before = await self._key(change.connection, id)
+            now = self.now()
+            if before.key.revoked_at is not None or (before.key.expires_at or now + 1) <= now:
+                raise ChangeRefused("key", f"the key {id} is not valid any more; make a new one with `keys create`")
+            if before.replaced_by is not None:
+                raise ChangeRefused("key", f"the key {id} was replaced by {before.replaced_by}; rotate that one")
+            new = make_key()
+            copied = sa.select(api_keys).where(api_keys.c.id == id)
+            row = dict((await change.connection.execute(copied)).mappings().one())
+            made = {"id": new.id, "digest": new.digest, "created_at": now, "created_by": self.actor}
+            unused = {"used_at": None, "cut_version": None, "replaced_by": None}
+            await change.connection.execute(sa.insert(api_keys).values(**{**row, **made, **unused}))
+            ends = min(now + overlap_ms, before.key.expires_at or now + overlap_ms)
+            of_id = sa.update(api_keys).where(api_keys.c.id == id)
+            await change.connection.execute(of_id.values(expires_at=ends, replaced_by=new.id))
+            change.note(
+                {"expires_at": before.key.expires_at, "replaced_by": None},
+                {"expires_at": ends, "replaced_by": new.id},
+            )
+        return new
+
+    # Parts
+
+    @asynccontextmanager
+    async def _change(self, action: str, target: str) -> "AsyncIterator[_Change]":
+        """A change and its row in the audit log, in one transaction."""
+        async with self.database.change() as (connection, version):
+            change = _Change(connection, version, target)
+            yield change
+            at = self.now()
+            await connection.execute(
+                sa.insert(audit).values(
+                    id=f"aud_{at:012x}{token_hex(6)}",
+                    at=at,
+                    actor=self.actor,
+                    action=action,
+                    target=change.target,
+                    before=_as_json(change.before),
+                    after=_as_json(change.after),
+                )
+            )
+
+    async def _user(self, connection: AsyncConnection, identity: UserId) -> UserRecord:
+        if identity.source == FILE and (of_file := self.file.user(identity.id)) is not None:
+            return await self._with_links(connection, UserRecord(identity, of_file.groups))
+        row = (await connection.execute(sa.select(users).where(*is_row_of(users, identity)))).first()
+        if row is None:
+            raise _no_user(identity)
+        return await self._with_links(connection, _user_record(row))
+
+    async def _with_links(self, connection: AsyncConnection, record: UserRecord) -> UserRecord:
+        own = (identities.c.user_source == record.identity.source, identities.c.user_id == record.identity.id)
+        found = await connection.execute(
+            sa.select(identities.c.source, identities.c.id).where(*own).order_by(identities.c.source, identities.c.id)
+        )
+        return replace(record, linked=tuple(UserId(*row) for row in found))
+
+    async def _changeable(self, connection: AsyncConnection, identity: UserId) -> UserRecord:
+        """A user who can be changed here. Raises ChangeRefused for one of the file, and for a forgotten one."""
+        if identity.source == FILE:
+            raise _of_file(identity)
+        record = await self._user(connection, identity)
+        if record.forgotten_at is not None:
+            raise ChangeRefused("user", f"{identity.subject} was forgotten; its name is free when its windows end")
+        return record
+
+    async def _add_user(
+        self, change: "_Change", id: str, *, groups: Sequence[str], email: str | None, is_service: bool
+    ) -> None:
+        identity = UserId(DATABASE, id)
+        self._check_id("id", id)
+        row = (await change.connection.execute(sa.select(users).where(*is_row_of(users, identity)))).first()
+        if row is not None:
+            text = f"there is a user {identity.subject} already; change it with `users set`"
+            if row.forgotten_at is not None:
+                text = f"{identity.subject} was forgotten, and its name is free only when its windows have ended"
+            raise ChangeRefused("id", text)
+        checked = self._groups(groups)
+        await change.connection.execute(
+            sa.insert(users).values(
+                source=DATABASE,
+                id=id,
+                groups=_as_json(checked),
+                email=_email(email),
+                is_service=is_service,
+                created_at=self.now(),
+                created_by=self.actor,
+            )
+        )
+        change.note(None, {"groups": checked, "is_service": is_service})
+
+    async def _ensure_row(self, change: "_Change", identity: UserId) -> None:
+        """A row for a user who is in no file any more and has records, so that the name stays taken."""
+        has_row = (await change.connection.execute(sa.select(users).where(*is_row_of(users, identity)))).first()
+        has_calls = sa.select(calls.c.id).where(calls.c.user_name == identity.subject).limit(1)
+        has_days = sa.select(usage_by_day.c.day).where(usage_by_day.c.user_name == identity.subject).limit(1)
+        if has_row is not None:
+            return
+        if all((await change.connection.execute(each)).first() is None for each in (has_calls, has_days)):
+            raise _no_user(identity)
+        of_now = {"created_at": self.now(), "created_by": self.actor}
+        await change.connection.execute(
+            sa.insert(users).values(source=FILE, id=identity.id, groups="[]", is_service=False, **of_now)
+        )
+
+    async def _set_user(
+        self, change: "_Change", before: UserRecord, *, groups: Sequence[str] | None, email: str | None
+    ) -> bool:
+        """Whether anything differed. The audit log does not keep e-mail addresses."""
+        checked = list(before.groups) if groups is None else self._groups(groups)
+        address = before.email if email is None else _email(email)
+        await change.update(users, before.identity, groups=_as_json(checked), email=address)
+        differs = (tuple(checked), address) != (before.groups, before.email)
+        is_changed = {"email": "changed"} if address != before.email else {}
+        change.note({"groups": list(before.groups)}, {"groups": checked, **is_changed})
+        return differs
+
+    async def _import_user(self, change: "_Change", line: ImportedUser) -> str:
+        identity = UserId(DATABASE, line.id)
+        row = (await change.connection.execute(sa.select(users).where(*is_row_of(users, identity)))).first()
+        if row is None:
+            await self._add_user(change, line.id, groups=line.groups, email=line.email, is_service=False)
+            return "added"
+        before = await self._changeable(change.connection, identity)
+        differs = await self._set_user(change, before, groups=line.groups, email=line.email or "")
+        return "changed" if differs else "unchanged"
+
+    async def _key(self, connection: AsyncConnection, id: str) -> KeyRecord:
+        row = (await connection.execute(sa.select(api_keys).where(api_keys.c.id == id))).first()
+        if row is None:
+            raise ChangeRefused("key", f'there is no key "{id[:40]}" in the database; keys of the file are in the file')
+        return _key_record(row)
+
+    def _key_row(self, new: NewKey, user: UserRecord, limits: KeyLimits) -> dict[str, Any]:
+        groups = self._groups(limits.groups)
+        missing = [name for name in groups if name not in user.groups]
+        if missing:
+            own = ", ".join(user.groups) or "no group"
+            raise ChangeRefused("group", f"{user.identity.subject} is not in {missing[0]}, but in {own}")
+        networks: list[Network] = [_checked("from", values.network, text) for text in limits.networks]
+        models = [_checked("model", values.glob, text) for text in limits.models]
+        return {
+            "id": new.id,
+            "digest": new.digest,
+            "user_source": user.identity.source,
+            "user_id": user.identity.id,
+            "label": _checked("label", values.label, limits.label) if limits.label else "",
+            "groups": _as_json(groups) if groups else None,
+            "networks": _as_json([str(network) for network in networks]) if networks else None,
+            "models": _as_json(list(Globs(models).texts)) if models else None,
+            "tag": _checked("tag", values.tag, limits.tag) if limits.tag else None,
+            "takes_tag_header": limits.takes_tag_header,
+            "created_at": self.now(),
+            "created_by": self.actor,
+            "expires_at": limits.expires_at,
+        }
+
+    async def _revoke_all(self, change: "_Change", identity: UserId, pseudonym: str) -> None:
+        """Revoke the keys of a user who is forgotten, and take its name out of links and of the audit log."""
+        own = (api_keys.c.user_source == identity.source, api_keys.c.user_id == identity.id)
+        ids = list((await change.connection.execute(sa.select(api_keys.c.id).where(*own))).scalars())
+        at = sa.func.coalesce(api_keys.c.revoked_at, self.now())
+        await change.connection.execute(sa.update(api_keys).where(*own).values(revoked_at=at, label=""))
+        linked = (identities.c.user_source == identity.source, identities.c.user_id == identity.id)
+        await change.connection.execute(sa.delete(identities).where(sa.and_(*linked)))
+        await change.connection.execute(sa.delete(identities).where(*is_row_of(identities, identity)))
+        of_user = sa.update(audit).where(audit.c.target == identity.subject)
+        await change.connection.execute(of_user.values(target=pseudonym, before=None, after=None))
+        for first in range(0, len(ids), 500):
+            of_keys = sa.update(audit).where(audit.c.target.in_(ids[first : first + 500]))
+            await change.connection.execute(of_keys.values(before=None, after=None))
+
+    async def _make_anonymous(self, subject: str, pseudonym: str) -> None:
+        """Give the records of a user another name, in small transactions: there may be a million of them."""
+        while True:
+            async with self.database.write() as connection:
+                some = sa.select(calls.c.id).where(calls.c.user_name == subject, calls.c.state != "open")
+                ids = list((await connection.execute(some.limit(_ROWS_AT_ONCE))).scalars())
+                for first in range(0, len(ids), 500):
+                    renamed = sa.update(calls).where(calls.c.id.in_(ids[first : first + 500]))
+                    await connection.execute(renamed.values(user_name=pseudonym))
+            if len(ids) < _ROWS_AT_ONCE:
+                break
+        while True:
+            async with self.database.write() as connection:
+                some_days = sa.select(usage_by_day).where(usage_by_day.c.user_name == subject).limit(_ROWS_AT_ONCE)
+                rows = (await connection.execute(some_days)).mappings().all()
+                for row in rows:
+                    await _rename_day(connection, row, pseudonym)
+            if len(rows) < _ROWS_AT_ONCE:
+                break
+
+    def _check_id(self, name: str, id: str) -> None:
+        _checked(name, values.outside_id, id)
+
+    def _groups(self, names: Iterable[str]) -> list[str]:
+        """These groups, each once, in the policy's order. Raises ChangeRefused for one that the policy does not have."""
+        wanted = set(names)
+        for name in sorted(wanted):
+            if name in (EVERYONE, DEFAULT):
+                raise ChangeRefused("group", f'"{name}" applies to users without being listed; leave it out')
+            if name not in self.group_names:
+                known = [group for group in self.group_names if group not in (EVERYONE, DEFAULT)]
+                hint = did_you_mean(name, known) or f"the file has {', '.join(known) or 'none'}"
+                raise ChangeRefused("group", f'there is no group "{name}"; {hint}')
+        return [name for name in self.group_names if name in wanted]
+
+
+class _Trial(Exception):
+    """Ends the transaction of a trial, so that nothing of it stays."""
+
+
+@dataclass
+class _Change:
+    """One change: its transaction, the version that it makes, and what its row in the audit log says."""
+
+    connection: AsyncConnection
+    version: int
+    target: str
+    before: Mapping[str, object] | None = None
+    after: Mapping[str, object] | None = None
+
+    def note(self, before: Mapping[str, object] | None, after: Mapping[str, object] | None) -> None:
+        """Note the members that differ."""
+        self.before, self.after = before, after
+
+    async def update(self, table: sa.Table, identity: UserId, **changed: object) -> None:
+        """Change the row of a user."""
+        await self.connection.execute(sa.update(table).where(*is_row_of(table, identity)).values(**changed))
+
+
+async def _rename_day(connection: AsyncConnection, row: Mapping[Any, Any], pseudonym: str) -> None:
+    """Give a sum of a day another name, or add it to the one that has this name already."""
+    key = ("day", "user_name", "through", "model")
+    old = [usage_by_day.c[name] == row[name] for name in key]
+    new = [usage_by_day.c[name] == (pseudonym if name == "user_name" else row[name]) for name in key]
+    sums = {name: usage_by_day.c[name] + row[name] for name in row if name not in key}
+    merged = await connection.execute(sa.update(usage_by_day).where(*new).values(**sums))
+    if merged.rowcount:
+        await connection.execute(sa.delete(usage_by_day).where(*old))
+    else:
+        await connection.execute(sa.update(usage_by_day).where(*old).values(user_name=pseudonym))
+
+
+def _user_record(row: sa.Row[Any]) -> UserRecord:
+    user = user_of(row)
+    return UserRecord(
+        identity=user.identity,
+        groups=user.groups,
+        email=row.email,
+        is_service=row.is_service,
+        created_at=row.created_at,
+        created_by=row.created_by,
+        disabled_at=row.disabled_at,
+        forgotten_at=row.forgotten_at,
+    )
+
+
+def _key_record(row: sa.Row[Any]) -> KeyRecord:
+    owner = UserId(row.user_source, row.user_id)
+    return KeyRecord(key_of(row), owner, row.created_at, row.created_by, row.used_at, row.replaced_by)
+
+
+def _audited(record: KeyRecord) -> dict[str, Any]:
+    """What the audit log keeps of a new key."""
+    kept = ("user", "label", "groups", "models", "networks", "tag", "expires_at")
+    return {name: value for name, value in record.as_json().items() if name in kept and value}
+
+
+def _checked(name: str, check: Any, text: str) -> Any:
+    try:
+        return check(text)
+    except ValueError as error:
+        raise ChangeRefused(name, f'"{text[:60]}": {error}') from None
+
+
+def _email(text: str | None) -> str | None:
+    if not text:
+        return None
+    if values.why_no_id(text) is not None or not values.is_email(text):
+        raise ChangeRefused("email", "this is not an e-mail address; write one such as ann@example.org")
+    return text
+
+
+def _contains(column: sa.ColumnElement[Any], text: str) -> sa.ColumnElement[bool]:
+    return column.icontains(text, autoescape=True)
+
+
+def _words(text: str) -> list[str]:
+    """What can be a key in a text: what stands between spaces, quotes, and signs of assignment."""
+    for sign in "\"'`,;=<>()[]{}":
+        text = text.replace(sign, " ")
+    return [word for word in text.split() if len(word) >= values.KEY_CHARACTERS_MIN]
+
+
+def _as_json(value: object) -> str | None:
+    return None if value is None else orjson.dumps(value).decode()
+
+
+def _no_user(identity: UserId) -> ChangeRefused:
+    return ChangeRefused("user", f"there is no user {identity.subject}; `users list` lists them")
+
+
+def _of_file(identity: UserId) -> ChangeRefused:
+    return ChangeRefused("user", f"{identity.id} is a user of the file, which is read-only here: change it in the file")
