@@ -361,10 +361,12 @@ def increase_hold(
         alone = min(_available_output(quota, current[quota.id], own[quota.id]) for quota in limiting)
         verdict = Verdict.BUSY if alone >= least else Verdict.EXHAUSTED
     not_limiting = [quota for quota in binding.quotas if quota.id in current and quota not in limiting]
+    # An increase of 0 is one that every quota can take, also one that is over its limit already.
     not_increased = [
         quota
         for quota in not_limiting
-        if quota.enforce == "exact" and _available_output(quota, current[quota.id], current[quota.id].held) < output
+        if quota.enforce == "exact"
+        and max(0, _available_output(quota, current[quota.id], current[quota.id].held)) < output
     ]
     amount = Amount(output=output)
     increased = [quota for quota in (*limiting, *not_limiting) if quota not in not_increased]

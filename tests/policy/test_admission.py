@@ -1162,6 +1162,14 @@ def test_a_quota_that_the_call_does_not_hold_neither_limits_nor_increases():
     )
 
 
+def test_an_increase_of_nothing_leaves_a_quota_that_is_over_its_limit():
+    """Nothing is added to it, so there is no reason to free what the call holds of it."""
+    who = binding([DAILY], [LAB_OUT])
+    result = increased(who, (0, 0), admitted_via="staff", used={LAB_OUT.id: 999}, others={})
+    assert (result.verdict, result.not_increased) == (Verdict.ALLOW, ())
+    assert {hold.quota.id for hold in result.holds} == {DAILY.id, LAB_OUT.id}
+
+
 # ----------------------------------------------------------------------------------------------- which counters count
 
 
