@@ -14,6 +14,7 @@ import sys
 from collections.abc import Coroutine, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
+from importlib import import_module
 from typing import Any, NoReturn
 
 import click
@@ -27,7 +28,6 @@ from proxy.config.loader import BadConfig, Config, ConfigFile
 from proxy.config.reload import log_mistakes
 from proxy.config.schema import json_schema
 from proxy.config.sentences import sentences
-from proxy.config.values import KEY_CHARACTERS_MIN, digest
 from proxy.ledger.schema import NewerSchema
 from proxy.ledger.store import StoreInUse, StoreUnavailable
 from proxy.server import Server, public_address, serve, store_of, wall_clock_ms
@@ -44,21 +44,30 @@ _config_option = click.option(
 )
 
 
-class _Commands(click.Group):
-    """The commands of this module, and `torture`, which is imported only when `--help` or a command line names it.
+# The commands of other modules, which are imported only when `--help` or a command line names them. `torture` brings
+# its own clients and upstream, which a server that starts does not need.
+_ELSEWHERE = {
+    "explain": ("proxy.commands.reports", "explain"),
+    "keys": ("proxy.commands.directory", "keys"),
+    "torture": ("proxy.torture.cli", "command"),
+    "usage": ("proxy.commands.reports", "usage"),
+    "users": ("proxy.commands.directory", "users"),
+    "whoami": ("proxy.commands.directory", "whoami"),
+}
 
-    It brings its own clients and upstream, which a server that starts does not need.
-    """
+
+class _Commands(click.Group):
+    """The commands of this module and those of `_ELSEWHERE`."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """The names of all commands, sorted, as `--help` lists them."""
-        return sorted([*super().list_commands(ctx), "torture"])
+        return sorted([*super().list_commands(ctx), *_ELSEWHERE])
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """The command of this name; None if there is none."""
-        if cmd_name == "torture":
-            from proxy.torture.cli import command
-
+        if cmd_name in _ELSEWHERE:
+            module, name = _ELSEWHERE[cmd_name]
+            command: click.Command = getattr(import_module(module), name)
             return command
         return super().get_command(ctx, cmd_name)
 
@@ -155,21 +164,6 @@ def migrate_command(path: str) -> None:
     """Migrate the database to this release's schema. One that is gone is made anew, with all quotas unused."""
     _run(_migrate(_load(ConfigFile(path, os.environ))))
     click.echo("The database has this release's schema.")
-
-
-@main.group("keys")
-def keys_group() -> None:
-    """Commands for the keys of users."""
-
-
-@keys_group.command("hash")
-@click.argument("key", required=False)
-def hash_command(key: str | None) -> None:
-    """Print the `sha256:…` of a key, for the config. Without KEY, ask for it, so it is in no shell's history."""
-    key = key or click.prompt("Key", hide_input=True)
-    if len(key) < KEY_CHARACTERS_MIN:
-        _give_up(f"A key needs {KEY_CHARACTERS_MIN} characters or more.", _WRONG)
-    click.echo(f"sha256:{digest(key)}")
 
 
 async def _migrate(config: Config) -> None:

@@ -16,7 +16,6 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from datetime import date, datetime, time
 from zoneinfo import ZoneInfo
 
 from proxy.config import values
@@ -565,16 +564,10 @@ def _key(section: str | UserKey, zone: ZoneInfo) -> tuple[str, Key]:
         groups=None if section.groups is None else tuple(section.groups),
         models=None if section.models is None else Globs(section.models),
         networks=tuple(section.networks),
-        expires_at=None if section.expires is None else _instant(section.expires, zone),
+        expires_at=None if section.expires is None else values.expiry_ms(section.expires, zone),
         tag=section.tag,
         takes_tag_header=section.tag_header,
     )
-
-
-def _instant(at: date | datetime, zone: ZoneInfo) -> int:
-    """Ms since 1970. A day is meant from its beginning on: with `expires: 2027-01-01`, 2026-12-31 is the last day."""
-    instant = at if isinstance(at, datetime) else datetime.combine(at, time(), zone)
-    return round(instant.timestamp() * 1000)
 
 
 def _header_source(section: HeaderSourceSection) -> HeaderSource:

@@ -7,7 +7,7 @@ that says what is wrong and what to write instead. A text never quotes a value t
 
 import hashlib
 import re
-from datetime import date, datetime
+from datetime import date, datetime, time
 from difflib import get_close_matches
 from ipaddress import AddressValueError, IPv6Address, IPv6Network, ip_interface, ip_network
 from urllib.parse import SplitResult, urlsplit
@@ -280,6 +280,12 @@ def expiry(value: object) -> date | datetime:
         "this is not a day or an instant; write one such as 2027-01-01 (the key is valid until that day begins), "
         "2027-01-01T12:00Z or 2027-01-01T12:00+01:00"
     )
+
+
+def expiry_ms(at: date | datetime, zone: ZoneInfo) -> int:
+    """Ms since 1970. A day is meant from its beginning on: with `expires: 2027-01-01`, 2026-12-31 is the last day."""
+    instant = at if isinstance(at, datetime) else datetime.combine(at, time(), zone)
+    return round(instant.timestamp() * 1000)
 
 
 def tag(text: str) -> str:

@@ -222,7 +222,7 @@ class Administration:
             return await self._user(change.connection, identity)
 
     async def link(self, identity: UserId, user: UserId) -> UserRecord:
-        """Let the user whom a header source knows as `identity` be another user, with whose counters it then calls."""
+        """Let the user whom a header source knows as `identity` be another user, whose counters it then uses."""
         if identity.source not in self.source_names:
             raise ChangeRefused("identity", f'"{identity.source}" is no header source of the configuration')
         self._check_id("identity", identity.id)
@@ -253,7 +253,8 @@ class Administration:
 
         All or none, and nothing with `is_trial`. Doing it again changes nothing.
         """
-        added, changed, unchanged, seen = [], [], [], set[str]()
+        lists: dict[str, list[str]] = {"added": [], "changed": [], "unchanged": []}
+        seen: set[str] = set()
         try:
             async with self._change("user.import", DATABASE) as change:
                 for line in lines:
@@ -264,13 +265,13 @@ class Administration:
                         done = await self._import_user(change, line)
                     except ChangeRefused as error:
                         raise ChangeRefused(error.field, f"line {line.line}: {error}") from None
-                    {"added": added, "changed": changed, "unchanged": unchanged}[done].append(line.id)
-                change.note(None, {"added": added, "changed": changed})
+                    lists[done].append(line.id)
+                change.note(None, {"added": lists["added"], "changed": lists["changed"]})
                 if is_trial:
                     raise _Trial
         except _Trial:
             pass
-        return Imported(tuple(added), tuple(changed), tuple(unchanged))
+        return Imported(**{name: tuple(ids) for name, ids in lists.items()})
 
     async def forget(self, identity: UserId) -> str:
         """Make the records of a user anonymous, end its calls and revoke its keys. Returns the pseudonym.
@@ -464,12 +465,13 @@ class Administration:
 
     async def _ensure_row(self, change: "_Change", identity: UserId) -> None:
         """A row for a user who is in no file any more and has records, so that the name stays taken."""
-        has_row = (await change.connection.execute(sa.select(users).where(*is_row_of(users, identity)))).first()
-        has_calls = sa.select(calls.c.id).where(calls.c.user_name == identity.subject).limit(1)
-        has_days = sa.select(usage_by_day.c.day).where(usage_by_day.c.user_name == identity.subject).limit(1)
-        if has_row is not None:
+        row = (await change.connection.execute(sa.select(users).where(*is_row_of(users, identity)))).first()
+        if row is not None:
             return
-        if all((await change.connection.execute(each)).first() is None for each in (has_calls, has_days)):
+        records = sa.select(calls.c.id).where(calls.c.user_name == identity.subject).limit(1)
+        days = sa.select(usage_by_day.c.model).where(usage_by_day.c.user_name == identity.subject).limit(1)
+        found = [await change.connection.scalar(each) for each in (records, days)]
+        if found == [None, None]:
             raise _no_user(identity)
         of_now = {"created_at": self.now(), "created_by": self.actor}
         await change.connection.execute(
@@ -501,7 +503,9 @@ class Administration:
     async def _key(self, connection: AsyncConnection, id: str) -> KeyRecord:
         row = (await connection.execute(sa.select(api_keys).where(api_keys.c.id == id))).first()
         if row is None:
-            raise ChangeRefused("key", f'there is no key "{id[:40]}" in the database; keys of the file are in the file')
+            raise ChangeRefused(
+                "key", f'there is no key "{id[:40]}" in the database; keys of the file are in the file'
+            )
         return _key_record(row)
 
     def _key_row(self, new: NewKey, user: UserRecord, limits: KeyLimits) -> dict[str, Any]:
@@ -567,7 +571,7 @@ class Administration:
         _checked(name, values.outside_id, id)
 
     def _groups(self, names: Iterable[str]) -> list[str]:
-        """These groups, each once, in the policy's order. Raises ChangeRefused for one that the policy does not have."""
+        """These groups, each once, in the policy's order. Raises ChangeRefused for one that is not in the policy."""
         wanted = set(names)
         for name in sorted(wanted):
             if name in (EVERYONE, DEFAULT):
@@ -675,4 +679,4 @@ def _no_user(identity: UserId) -> ChangeRefused:
 
 
 def _of_file(identity: UserId) -> ChangeRefused:
-    return ChangeRefused("user", f"{identity.id} is a user of the file, which is read-only here: change it in the file")
+    return ChangeRefused("user", f"{identity.id} is a user of the file: change the file")

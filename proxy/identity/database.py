@@ -7,7 +7,7 @@ anything of that user.
 """
 
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from ipaddress import ip_network
 from typing import Any
 
@@ -16,13 +16,14 @@ import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from proxy.identity.directory import Cuts, OwnedKey, User, UserId
-from proxy.ledger.schema import api_keys, directory, identities, users
+from proxy.ledger.schema import api_keys, calls, counters, directory, identities, users
 from proxy.ledger.store import Store, StoreUnavailable
 from proxy.policy.key import Key
 from proxy.policy.quota import Globs
 
 # How many keys one transaction notes as used. It has SQLite's one write lock, for which calls wait.
 _KEYS_AT_ONCE = 500
+_FORGOTTEN_AT_ONCE = 100
 
 
 def _find_user() -> sa.Select[Any]:
@@ -91,7 +92,7 @@ class DirectoryDatabase:
             async with self._store.transaction(writes=writes) as connection:
                 if writes:
                     await _lock(connection)  # one process at a time counts and adds
-                row = (await connection.execute(sa.select(users).where(*_is(users, identity)))).first()
+                row = (await connection.execute(sa.select(users).where(*is_row_of(users, identity)))).first()
                 if row is not None:
                     return user_of(row)
                 if (await connection.execute(of_source)).scalar_one() >= users_max:
@@ -127,6 +128,37 @@ class DirectoryDatabase:
                     statement.where(later).values(used_at=sa.bindparam("used")), rows[first : first + _KEYS_AT_ONCE]
                 )
 
+    def read(self) -> AbstractAsyncContextManager[AsyncConnection]:
+        """A transaction that only reads."""
+        return self._store.transaction()
+
+    def write(self) -> AbstractAsyncContextManager[AsyncConnection]:
+        """A transaction that writes what no process remembers, such as records."""
+        return self._store.transaction(writes=True)
+
+    async def free_forgotten(self) -> None:
+        """Free the names of forgotten users whose windows have ended, with the counters of those windows.
+
+        Records that were written after a user was forgotten are made anonymous first.
+        """
+        gone = sa.select(users).where(users.c.forgotten_at.is_not(None)).limit(_FORGOTTEN_AT_ONCE)
+        async with self._store.transaction() as connection:
+            rows = (await connection.execute(gone)).all()
+        for row in rows:
+            identity = UserId(row.source, row.id)
+            async with self._store.transaction(writes=True) as connection:
+                await _lock(connection)
+                records = calls.c.user_name == identity.subject
+                ended = sa.update(calls).where(records, calls.c.state != "open")
+                await connection.execute(ended.values(user_name=row.pseudonym))
+                own = counters.c.subject == f"user:{identity.subject}"
+                is_open = sa.select(counters.c.subject).where(own, counters.c.resets_at > self._now()).limit(1)
+                in_flight = sa.select(calls.c.id).where(records).limit(1)
+                still = [await connection.execute(each) for each in (is_open, in_flight)]
+                if all(each.first() is None for each in still):
+                    await connection.execute(sa.delete(counters).where(own))
+                    await connection.execute(sa.delete(users).where(*is_row_of(users, identity)))
+
     @asynccontextmanager
     async def change(self) -> AsyncIterator[tuple[AsyncConnection, int]]:
         """A transaction that changes the directory, and the version that it makes."""
@@ -140,7 +172,8 @@ async def _lock(connection: AsyncConnection) -> None:
     await connection.execute(sa.select(directory.c.version).with_for_update())
 
 
-def _is(table: sa.Table, identity: UserId) -> tuple[sa.ColumnElement[bool], sa.ColumnElement[bool]]:
+def is_row_of(table: sa.Table, identity: UserId) -> tuple[sa.ColumnElement[bool], sa.ColumnElement[bool]]:
+    """The conditions for the row of a user in a table with a source and an id."""
     return (table.c.source == identity.source, table.c.id == identity.id)
 
 

@@ -32,6 +32,7 @@ def upgrade() -> None:
         sa.Column("created_at", sa.BigInteger, nullable=False),
         sa.Column("created_by", sa.Text, nullable=False),
         *_instants("disabled_at", "cut_version", "forgotten_at"),
+        *_texts("pseudonym"),
         sqlite_with_rowid=False,
     )
     _index_cuts("users")

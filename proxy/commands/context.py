@@ -1,0 +1,182 @@
+"""What the commands share: the config and the database that it names, and the forms of their output."""
+
+import csv
+import getpass
+import json
+import os
+import re
+import sys
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, NoReturn, TypeVar
+from zoneinfo import ZoneInfo
+
+import click
+import uvloop
+
+from proxy.config import values
+from proxy.config.loader import BadConfig, Config, ConfigFile
+from proxy.identity.administration import Administration, ChangeRefused
+from proxy.identity.authentication import Snapshot
+from proxy.identity.database import DirectoryDatabase
+from proxy.identity.directory import Directory, FileDirectory
+from proxy.ledger.schema import NewerSchema
+from proxy.ledger.store import Store, StoreRefused, StoreUnavailable
+from proxy.policy.windows import Duration, parse_per
+from proxy.server import store_of, wall_clock_ms
+
+NO, WRONG = 1, 2
+
+T = TypeVar("T")
+Command = Callable[..., Any]
+
+# A cell that begins with one of these is a formula for a spreadsheet.
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")
+
+
+@dataclass(frozen=True)
+class Context:
+    """The config, the database, and what the commands do with them."""
+
+    config: Config
+    store: Store
+    administration: Administration
+    snapshot: Snapshot
+
+
+def command_options(command: Command) -> Command:
+    """The options that every one of these commands has."""
+    command = click.option("--json", "as_json", is_flag=True, help="Print JSON.")(command)
+    return click.option(
+        "--config", "path", default="quotas.yaml", show_default=True, help="The file that names the database."
+    )(command)
+
+
+def run(path: str, work: Callable[[Context], Coroutine[Any, Any, T]]) -> T:
+    """Run a command on the database of the config at `path`. Errors that a person can mend have no traceback."""
+    try:
+        config = ConfigFile(path, os.environ).load()
+    except BadConfig as error:
+        give_up(str(error), WRONG)
+    try:
+        return uvloop.run(_with_context(config, work))
+    except ChangeRefused as error:
+        give_up(str(error), NO)
+    except (StoreUnavailable, StoreRefused, NewerSchema, OSError) as error:
+        give_up(str(error), WRONG)
+
+
+async def _with_context(config: Config, work: Callable[[Context], Coroutine[Any, Any, T]]) -> T:
+    async with _opened(config) as context:
+        return await work(context)
+
+
+@asynccontextmanager
+async def _opened(config: Config) -> AsyncIterator[Context]:
+    store = store_of(config.settings.database)
+    try:
+        await store.attach()
+        database = DirectoryDatabase(store, now=wall_clock_ms)
+        administration = Administration(
+            database,
+            FileDirectory(config.users),
+            group_names=tuple(config.policy.groups),
+            actor=f"cli:{_os_user()}",
+            now=wall_clock_ms,
+            source_names=tuple(source.name for source in config.header_sources),
+        )
+        directory = Directory(database, clock=lambda: 0.0, now=wall_clock_ms)
+        yield Context(config, store, administration, Snapshot.of(config, directory, wall_clock_ms))
+    finally:
+        await store.close()
+
+
+def _os_user() -> str:
+    try:
+        name = getpass.getuser()
+    except (KeyError, OSError):  # a user id without a name, as in a container
+        name = str(os.getuid())
+    return name if name.isprintable() else str(os.getuid())
+
+
+# ------------------------------------------------------------------------------------------------------------- output
+
+
+def show_json(value: object) -> None:
+    """Print a value as JSON."""
+    show(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def show(text: str) -> None:
+    """Print a text. A closed pipe, as that of `head`, is no error."""
+    try:
+        click.echo(text)
+    except BrokenPipeError:
+        # Python would complain once more when it flushes standard output at its end.
+        with suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(0) from None
+
+
+def show_table(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Print rows below their heads, in columns."""
+    texts = [tuple(heads), *(tuple("" if cell is None else str(cell) for cell in row) for row in rows)]
+    widths = [max(len(row[index]) for row in texts) for index in range(len(heads))]
+    for row in texts:
+        show("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def show_csv(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Print rows as CSV. A text that a spreadsheet would take for a formula gets a quote in front."""
+    writer = csv.writer(sys.stdout, lineterminator="\n")
+    writer.writerow(heads)
+    for row in rows:
+        writer.writerow([f"'{cell}" if isinstance(cell, str) and cell.startswith(_FORMULA) else cell for cell in row])
+
+
+def give_up(message: str, code: int) -> NoReturn:
+    """Print the message on standard error and exit."""
+    click.secho(message, fg="red", err=True)
+    raise SystemExit(code)
+
+
+def time_text(config: Config, at: int | None) -> str:
+    """An instant (ms) in the policy's time zone, to the minute; empty for None."""
+    return "" if at is None else datetime.fromtimestamp(at / 1000, config.policy.zone).strftime("%Y-%m-%d %H:%M %Z")
+
+
+# -------------------------------------------------------------------------------------------------------------- input
+
+
+def duration_ms(text: str) -> int:
+    """A duration such as 24h or 90d, in ms. Raises click.BadParameter."""
+    try:
+        found = parse_per(text, ZoneInfo("UTC")) if not text.isalpha() else None
+    except ValueError:
+        found = None
+    if not isinstance(found, Duration):
+        raise click.BadParameter(f'"{text}" is not a duration; write one such as 24h or 90d')
+    return found.length_ms
+
+
+def until_ms(config: Config, text: str | None) -> int | None:
+    """When a key expires (ms): after a duration such as 90d, at the beginning of a day, or at an instant."""
+    if text is None:
+        return None
+    if re.fullmatch(r"[0-9]+[smhd]", text):
+        return wall_clock_ms() + duration_ms(text)
+    try:
+        found = values.expiry(text)
+    except ValueError as error:
+        raise click.BadParameter(f"{error}; or a duration such as 90d") from None
+    return values.expiry_ms(found, config.policy.zone)
+
+
+def read_input() -> str:
+    """What comes on standard input. A person at a terminal is asked for a key, which is not shown."""
+    if sys.stdin.isatty():
+        answer: str = click.prompt("Key", hide_input=True)
+        return answer
+    return sys.stdin.buffer.read().decode("utf-8", "replace")
