@@ -19,8 +19,9 @@ import pytest
 from structlog.testing import capture_logs
 
 from proxy.config.loader import Address, load_text
+from proxy.identity.database import DirectoryDatabase
 from proxy.ledger.sqlite import SqliteStore
-from proxy.server import InheritedResources
+from proxy.server import InheritedResources, store_of
 from proxy.simulator.server import Simulator
 from proxy.simulator.server import serve as serve_simulator
 from proxy.workers import (
@@ -36,6 +37,8 @@ from proxy.workers import (
 )
 from tests.audit import audit, rows
 from tests.bare_upstream import bare_upstream, stream_head
+from tests.builders import NOON
+from tests.directory import add_key, add_user, set_key
 from tests.postgres import shared
 from tests.stage import UPSTREAM_KEY, key_of, sqlite_in, until
 
@@ -341,6 +344,35 @@ def event(text: str, finish: str | None = None) -> bytes:
     choice = {"index": 0, "delta": {"content": text}, "finish_reason": finish}
     chunk = {"id": "c", "object": "chat.completion.chunk", "created": 1, "model": "slow", "choices": [choice]}
     return b"data: " + orjson.dumps(chunk) + b"\n\n"
+
+
+@pytest.mark.journey
+async def test_a_change_of_keys_reaches_every_worker(tmp_path: Path) -> None:
+    """T6: each polls for itself. A key that another process has made is known, and is refused when it is revoked."""
+
+    async def answers(status: int) -> None:
+        headers = {"authorization": f"Bearer {key.text}"}
+        found = None
+        while found != status:
+            async with http.get(f"{on.url}/v1/models", headers=headers) as response:
+                found = response.status
+
+    async with running(tmp_path, 2) as on, client() as http:
+        store = store_of(sqlite_in(tmp_path))
+        await store.attach()
+        users = DirectoryDatabase(store, now=lambda: NOON)
+        key = await add_key(users, await add_user(users, "dora"))
+        for pid in on.pids:
+            with on.only(pid):
+                await answers(200)
+        await set_key(users, key, revoked_at=NOON)
+        for pid in on.pids:
+            with on.only(pid):
+                await answers(401)
+        await store.close()
+        on.process.terminate()
+        assert on.process.stderr
+        await on.process.stderr.read()  # a line for each request; the process waits until they are read
 
 
 @pytest.mark.journey
