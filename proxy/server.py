@@ -69,6 +69,8 @@ _ROLLUP_EVERY_S = 10.0
 _DIRECTORY_POLL_EVERY_S = 1.0
 # Keys show the minute in which they were last used.
 _USED_KEYS_EVERY_S = 30.0
+# How late the name of a forgotten user can be free after its last window has ended.
+_FORGOTTEN_EVERY_S = 60.0
 # Descriptors that are no connections: the database, the listeners, the log, uploads.
 _OTHER_DESCRIPTORS = 64
 # How often the garbage collector looks at everything. Bodies and answers are freed without it, so this is for small
@@ -164,8 +166,8 @@ class Server:
         store = store_of(
             self._inherited.database, self._inherited.lock, may_be_new=config.settings.may_be_new_database
         )
-        users = DirectoryDatabase(store, now=now)
-        self.directory = Directory(users, clock=clock, now=now, on_cut=self._end_calls_of)
+        self._users = DirectoryDatabase(store, now=now)
+        self.directory = Directory(self._users, clock=clock, now=now, on_cut=self._end_calls_of)
         self.policies = Policies(
             config,
             load=self._load_with_tokenizers,
@@ -255,6 +257,7 @@ class Server:
         self._jobs.start("roll up", repeat(self.rollup.run, every_s=_ROLLUP_EVERY_S))
         self._jobs.start("collect garbage", repeat(_collect_garbage, every_s=_COLLECT_EVERY_S))
         self._jobs.start("read directory", repeat(self._poll_directory, every_s=_DIRECTORY_POLL_EVERY_S))
+        self._jobs.start("free forgotten", repeat(self._users.free_forgotten, every_s=_FORGOTTEN_EVERY_S))
         self._jobs.start("note used keys", repeat(self.directory.write_used, every_s=_USED_KEYS_EVERY_S))
         self._jobs.start("reload", repeat(self.policies.reload_if_changed, every_s=_RELOAD_CHECK_EVERY_S))
 

@@ -21,6 +21,7 @@ from proxy.commands.context import (
 )
 from proxy.identity.administration import UserRecord
 from proxy.identity.authentication import Caller
+from proxy.identity.directory import DATABASE, FILE
 from proxy.ledger.queries import DIMENSIONS, Dimension, Used, oldest_call
 from proxy.ledger.queries import usage as usage_of
 from proxy.policy.admission import NotAdmitted, decide
@@ -180,9 +181,12 @@ def _show_explained_json(context: Context, found: _Explained) -> None:
 def _show_explained(context: Context, found: _Explained, model: str) -> None:
     config = context.config
     subject = found.user.identity.subject
-    source = "the file" if found.user.identity.source == "file" else "the database"
-    groups = f"{', '.join(found.user.groups)} (by {source})" if found.user.groups else "no group"
+    source = {FILE: "the file", DATABASE: "the database"}.get(found.user.identity.source, "a header source")
+    given = "an administrator" if source == "a header source" else source
+    groups = f"{', '.join(found.user.groups)} (by {given})" if found.user.groups else "no group"
     show(f"{subject} is in {groups}.")
+    if source == "a header source":
+        show("The groups that its source sends come with each request, and are not known here.")
     if found.reason is not None:
         give_up(f"A call to {model} is refused: {found.reason}.", NO)
     heads = ("QUOTA", "MEASURE", "LIMIT", "USED", "HELD", "LEFT", "RESETS")

@@ -137,7 +137,7 @@ class DirectoryDatabase:
         return self._store.transaction(writes=True)
 
     async def free_forgotten(self) -> None:
-        """Free the names of forgotten users whose windows have ended, with the counters of those windows.
+        """Free the names of forgotten users whose windows have ended, and delete their counters and keys.
 
         Records that were written after a user was forgotten are made anonymous first.
         """
@@ -157,6 +157,8 @@ class DirectoryDatabase:
                 still = [await connection.execute(each) for each in (is_open, in_flight)]
                 if all(each.first() is None for each in still):
                     await connection.execute(sa.delete(counters).where(own))
+                    of_user = (api_keys.c.user_source == identity.source, api_keys.c.user_id == identity.id)
+                    await connection.execute(sa.delete(api_keys).where(*of_user))
                     await connection.execute(sa.delete(users).where(*is_row_of(users, identity)))
 
     @asynccontextmanager
