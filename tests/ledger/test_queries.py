@@ -1,0 +1,114 @@
+"""Reports are the sums of the calls, whatever of them the roll-up has counted, on both engines."""
+
+import random
+from dataclasses import astuple
+
+import pytest
+
+from proxy.ledger.book import Expire, Release, Reserve, Settle
+from proxy.ledger.entry import CallLabels, call_id_prefix
+from proxy.ledger.postgres import PostgresStore
+from proxy.ledger.queries import DIMENSIONS, Used, oldest_call, usage
+from proxy.ledger.schema import calls
+from proxy.ledger.sqlite import SqliteStore
+from proxy.policy.amounts import AtLeast, Exactly, Tokens, Unspent
+from tests.builders import DAY, NOON, binding, call, quota
+from tests.postgres import shared
+from tests.sqlite import write_migrated
+
+LARGE = quota("staff/daily", tokens=10**9)
+MIDNIGHT = NOON - DAY // 2
+SUMS = "requests input_tokens output_tokens cached_tokens reasoning_tokens".split()
+COLUMNS = {"user": "user_name", "group": "through", "model": "model", "key": "key_id", "tag": "tag"}
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+async def store(request, tmp_path):
+    if request.param == "sqlite":
+        write_migrated(tmp_path / "quotas.db")
+        store = SqliteStore(tmp_path / "quotas.db")
+    else:
+        store = PostgresStore(await shared().migrated())
+    await store.open()
+    yield store
+    await store.close()
+
+
+def reserve(number: int, at: int, *, user="ann", model="small", key="", tag="") -> Reserve:
+    """A call of this user that arrives at this instant."""
+    labels, who = CallLabels(user, model, "chat", "openai", key, tag), binding([LARGE], user=user)
+    return Reserve(f"{call_id_prefix(at)}{number:020x}", "process-1", labels, who, call(100, 400))
+
+
+async def ended_calls(store) -> list[dict]:
+    """The rows of all calls that have ended."""
+    async with store.transaction() as connection:
+        rows = (await connection.execute(calls.select().where(calls.c.state != "open"))).mappings().all()
+    return [dict(row) for row in rows]
+
+
+def expected(rows, by, where) -> dict:
+    """The sums, call by call."""
+    sums: dict = {}
+    for row in rows:
+        of = {name: row[column] or "" for name, column in COLUMNS.items()}
+        of["day"] = row["reserved_at"] // DAY * DAY
+        if all(of[name] == value for name, value in where.items()):
+            one = Used(1, *(row[name] or 0 for name in SUMS), int(row["provenance"] == "at_least"))
+            sums[of[by]] = sums.get(of[by], Used()) + one
+    return sums
+
+
+async def report(store, by, where=None, since=0) -> dict:
+    async with store.transaction() as connection:
+        return await usage(connection, since, by, where or {})
+
+
+@pytest.mark.parametrize("seed", range(3))
+async def test_every_report_is_the_sum_of_its_calls(store, seed):
+    """Calls that are counted, not counted yet, and counted with their hold before they were settled."""
+    rng = random.Random(seed)
+    for round_number in range(6):
+        at = NOON - rng.randrange(3) * DAY
+        reserved = []
+        for number in range(12):
+            names = {"user": rng.choice("ab"), "model": rng.choice("xyz"), "key": rng.choice(["", "k1", "k2"])}
+            one = reserve(100 * round_number + number, at, tag=rng.choice(["", "ci"]), **names)
+            reserved.append(one)
+        await store.apply(reserved, at)
+        tokens = Tokens(rng.randrange(90), rng.randrange(60), 3, 2)
+        ends = [Settle(each.id, Exactly(tokens), "complete") for each in reserved[:4]]
+        ends += [Settle(each.id, AtLeast(tokens), "client_left") for each in reserved[4:6]]
+        ends += [Settle(reserved[6].id, Unspent(1), "rejected"), Release(reserved[7].id)]
+        await store.apply([*ends, *(Expire(each.id) for each in reserved[8:11])], at)
+        if rng.random() < 0.7:
+            await store.roll_up(rng.choice([5, 1000]), None)
+        await store.apply([Settle(reserved[8].id, Exactly(tokens), "complete")], at)
+    rows = await ended_calls(store)
+    for by in DIMENSIONS:
+        for where in ({}, {"user": "a"}, {"model": "x", "group": "staff"}, {"key": "k1"}, {"tag": ""}):
+            found = {value: used for value, used in (await report(store, by, where)).items() if any(astuple(used))}
+            assert found == expected(rows, by, where), (by, where)
+
+
+# PostgreSQL goes by its own clock, so these two set the time of SQLite.
+@pytest.mark.parametrize("store", ["sqlite"], indirect=True)
+async def test_a_report_begins_with_a_day(store):
+    """Sums of days can't be divided, so the day in which the period begins is in it as a whole."""
+    for number, at in enumerate((MIDNIGHT - 1, MIDNIGHT, NOON)):
+        one = reserve(number, at, key="k1")
+        await store.apply([one, Settle(one.id, Exactly(Tokens(1, 1)), "complete")], at)
+    for by in ("model", "key"):
+        assert [used.calls for used in (await report(store, by, since=NOON)).values()] == [2]
+    await store.roll_up(1000, None)
+    assert [used.calls for used in (await report(store, "model", since=NOON)).values()] == [2]
+
+
+@pytest.mark.parametrize("store", ["sqlite"], indirect=True)
+async def test_the_oldest_call_says_how_far_back_keys_can_be_asked_for(store):
+    """None without calls."""
+    async with store.transaction() as connection:
+        assert await oldest_call(connection) is None
+    await store.apply([reserve(2, NOON), reserve(1, MIDNIGHT)], NOON)
+    async with store.transaction() as connection:
+        assert await oldest_call(connection) == NOON
