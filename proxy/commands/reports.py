@@ -170,7 +170,7 @@ def _show_explained_json(context: Context, found: _Explained) -> None:
             "user": found.user.identity.subject,
             "groups": list(found.user.groups),
             "admitted": found.reason is None and refusal is None,
-            "reason": found.reason or (None if refusal is None else refusal.verdict.value),
+            "reason": found.reason or (None if refusal is None else refusal.verdict.name.lower()),
             "admitted_at": None if refusal is None else refusal.admissible_at,
             "alternatives": [list(each) for each in found.alternatives],
             "quotas": [status.as_json(context.config.policy.zone) for status in found.statuses],
@@ -207,4 +207,4 @@ def _show_explained(context: Context, found: _Explained, model: str) -> None:
     at = found.refusal.admissible_at
     when = "no reset helps" if at is None else f"admitted again at {time_text(config, at)}"
     blocks = ", ".join(dict.fromkeys(block.quota.id for block in found.refusal.blocks))
-    give_up(f"A call to {model} is refused by {blocks} ({found.refusal.verdict.value}): {when}.", NO)
+    give_up(f"A call to {model} is refused by {blocks} ({found.refusal.verdict.name.lower()}): {when}.", NO)
