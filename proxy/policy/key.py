@@ -41,7 +41,8 @@ class Key:
 
     def why_invalid(self, now: int, address: IPv4Address | IPv6Address | None) -> Invalid | None:
         """Why it is not valid now from this address; None if it is. An unknown address is in no network."""
-        if self.revoked_at is not None and self.revoked_at <= now:
+        # Whenever that was: the clock of the machine that revoked it may be ahead of this one's.
+        if self.revoked_at is not None:
             return "revoked"
         if self.expires_at is not None and self.expires_at <= now:
             return "expired"

@@ -17,7 +17,9 @@ INSIDE, OUTSIDE = ip_address("10.0.0.7"), ip_address("192.0.2.7")
     ("key", "reason"),
     [
         (Key("k"), None),
-        (Key("k", expires_at=NOON + 1, revoked_at=NOON + 1, networks=(TEN,)), None),
+        (Key("k", expires_at=NOON + 1, networks=(TEN,)), None),
+        # By a machine whose clock is ahead.
+        (Key("k", revoked_at=NOON + 1), "revoked"),
         (Key("k", expires_at=NOON), "expired"),
         (Key("k", expires_at=NOON - 1), "expired"),
         (Key("k", revoked_at=NOON), "revoked"),
