@@ -561,7 +561,8 @@ class Administration:
         while True:
             async with self.database.write() as connection:
                 some_days = sa.select(usage_by_day).where(usage_by_day.c.user_name == subject).limit(_ROWS_AT_ONCE)
-                rows = (await connection.execute(some_days)).mappings().all()
+                # Locked, because a roll-up may add to them in the meantime.
+                rows = (await connection.execute(some_days.with_for_update())).mappings().all()
                 for row in rows:
                     await _rename_day(connection, row, pseudonym)
             if len(rows) < _ROWS_AT_ONCE:

@@ -1,8 +1,8 @@
 """Reports over the records of calls: what was used, by day, user, group, model, key or tag.
 
-The sums of days are written every few seconds, so a report adds the calls that are not in them yet. Both are read in
-one transaction, and each call is in exactly one of them. Keys and tags are not in the sums of days: reports about
-them read the records of calls, which are kept for a shorter time.
+The sums of days are written every few seconds, so a report adds the calls that are not in them yet. Both are read by
+one statement, which sees one moment: each call is in exactly one of them, also while a roll-up runs. Keys and tags
+are not in the sums of days: reports about them read the records of calls, which are kept for a shorter time.
 """
 
 from collections.abc import Mapping
@@ -49,10 +49,8 @@ async def usage(
     first = since // DAY_MS * DAY_MS
     if by in _OF_CALLS or any(name in _OF_CALLS for name in where):
         return await _sums(connection, _of_calls(first, by, where, is_uncounted=False))
-    counted = await _sums(connection, _of_days(first, by, where))
-    for value, used in (await _sums(connection, _of_calls(first, by, where, is_uncounted=True))).items():
-        counted[value] = counted.get(value, Used()) + used
-    return counted
+    uncounted = _of_calls(first, by, where, is_uncounted=True)
+    return await _sums(connection, sa.union_all(_of_days(first, by, where), uncounted))
 
 
 async def oldest_call(connection: AsyncConnection) -> int | None:
@@ -62,9 +60,14 @@ async def oldest_call(connection: AsyncConnection) -> int | None:
     return found
 
 
-async def _sums(connection: AsyncConnection, statement: sa.Select[Any]) -> dict[str | int, Used]:
-    # The databases give sums other types (decimal), which are made whole numbers again.
-    return {row[0]: Used(*map(int, row[1:])) for row in await connection.execute(statement)}
+async def _sums(
+    connection: AsyncConnection, statement: sa.Select[Any] | sa.CompoundSelect[Any]
+) -> dict[str | int, Used]:
+    sums: dict[str | int, Used] = {}
+    for value, *numbers in await connection.execute(statement):
+        # The databases give sums other types (decimal), which are made whole numbers again.
+        sums[value] = sums.get(value, Used()) + Used(*map(int, numbers))
+    return sums
 
 
 def _of_days(first: int, by: Dimension, where: Mapping[Dimension, str]) -> sa.Select[Any]:
