@@ -7,7 +7,7 @@ replicas each call goes to one that is up, as behind a load balancer.
 
 import asyncio
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import aiohttp
@@ -39,17 +39,24 @@ class Address:
 
 @dataclass(frozen=True, slots=True)
 class ProxyUnderTest:
-    """The proxy that is called: its addresses, a key for each user, and a model; None: one named for each call.
+    """The proxy that is called: its addresses, the headers by which it knows each user, and a model.
+
+    Without a model, one is named for each call.
 
     `database_epoch` is to the replicas' database what `Address.epoch` is to a proxy. `free_tokens` returns how many
     tokens a user has left, for refusals that don't say it.
     """
 
     addresses: Sequence[Address]
-    keys: tuple[str, ...]
+    credentials: Sequence[Mapping[str, str]]
     model: str | None = None
     database_epoch: Callable[[], int] = lambda: 0
     free_tokens: Callable[[int], int | None] = lambda user: None
+
+
+def bearer(key: str) -> dict[str, str]:
+    """The header of a request with this key."""
+    return {"authorization": f"Bearer {key}"}
 
 
 class Clients:
@@ -136,7 +143,7 @@ class Clients:
     ) -> None:
         loop = asyncio.get_running_loop()
         started = loop.time()
-        headers = {"authorization": f"Bearer {self._proxy.keys[call.user]}", "content-type": "application/json"}
+        headers = {**self._proxy.credentials[call.user], "content-type": "application/json"}
         body = orjson.dumps(call.body())
         async with http.post(url + call.path, data=body, headers=headers) as response:
             record.status, record.request_id = response.status, response.headers.get("x-request-id")

@@ -4,9 +4,11 @@ Each start changes `on_disconnect` from `drain` to `stop` or back, so one run te
 """
 
 import asyncio
+import json
 import random
 import signal
 import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -20,9 +22,15 @@ upstreams:
   simulated: {{base_url: "{upstream}", api_key: "{upstream_key}", kind: simulator, on_disconnect: {on_disconnect}}}
 groups:
   clients: {{quotas: {{tokens: {{tokens: {tokens}, per: {per}, shared: {shared}}}}}}}
+identity:
+  headers: [{{name: front, key: "{front_key}", from: [127.0.0.1], user: {user_header}, unmapped: clients}}]
 users:
 {users}
 """
+# A user interface in front has this key, and says in this header who the user is. Only the test's own clients can
+# reach the proxy's port, and the upstream is a fake.
+FRONT_KEY = "key-of-the-user-interface-in-front"
+USER_HEADER = "X-Torture-User"
 _START_S = 30.0
 _STOP_S = 45.0
 _READY_ANSWER_S = 1.0
@@ -40,7 +48,7 @@ class NotStarted(Exception):
 class ProxyProcess:
     """The process. `epoch` increases when it goes down or is paused, and when it is up again; odd is down.
 
-    `database` is a URL; without one it has an SQLite file in its folder.
+    `keys` are those of the users of its file. `database` is a URL; without one it has an SQLite file in its folder.
     """
 
     def __init__(
@@ -83,6 +91,19 @@ class ProxyProcess:
                     await asyncio.sleep(_READY_EVERY_S)
         except TimeoutError:
             raise NotStarted(f"It was not ready after {_START_S:.0f} s. {self._log_tail()}") from None
+
+    async def add_users(self, number: int) -> tuple[str, ...]:
+        """Make this many users in its database, as an operator does, and return their keys. Raises NotStarted."""
+        file = self._config.with_name("users.csv")
+        file.write_text("id,groups\n" + "".join(f"user-{each},clients\n" for each in range(number)))
+        command = [sys.executable, "-m", "proxy", "users", "import", str(file), "--keys", "--json"]
+        process = await asyncio.create_subprocess_exec(
+            *(*command, "--config", str(self._config)), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        out, err = await process.communicate()
+        if process.returncode != 0:
+            raise NotStarted(f"It could not make users. {err.decode(errors='replace')}")
+        return tuple(each["key"] for each in json.loads(out)["keys"])
 
     async def kill_and_restart(self) -> None:
         """Send SIGKILL, and start it again at once with the same database and port."""
@@ -139,6 +160,8 @@ class ProxyProcess:
             tokens=plan.tokens,
             per=plan.per,
             shared=str(plan.shared).lower(),
+            front_key=FRONT_KEY,
+            user_header=USER_HEADER,
             users="\n".join(
                 f'  user-{number}: {{groups: [clients], keys: ["{key}"]}}' for number, key in enumerate(self.keys)
             ),

@@ -19,11 +19,11 @@ from functools import partial
 from math import ceil
 from pathlib import Path
 
-from proxy.torture.clients import Address, Clients, ProxyUnderTest
+from proxy.torture.clients import Address, Clients, ProxyUnderTest, bearer
 from proxy.torture.database import count_open_calls, drop_schema, read_snapshot, require_empty
 from proxy.torture.evidence import Evidence
 from proxy.torture.plan import Plan
-from proxy.torture.process import ProxyProcess
+from proxy.torture.process import FRONT_KEY, USER_HEADER, ProxyProcess
 from proxy.torture.replicas import Replicas
 from proxy.torture.report import Report
 from proxy.torture.upstream import RecordingUpstream
@@ -33,6 +33,8 @@ from proxy.torture.verdict import judge, judge_external
 _IDLE_S = 40.0
 _LOOK_EVERY_S = 0.1
 _COUNTER_S = 30.0
+# Users are of the file, of a user interface in front, or of the database.
+_SOURCES = 3
 
 Print = Callable[[str], object]
 
@@ -75,8 +77,7 @@ async def run(plan: Plan, *, now: Callable[[], int], say: Print, shared: SharedD
     upstream = RecordingUpstream(_key(), plan.seed, tokens_per_s=plan.tokens_per_s)
     await upstream.start()
     folder = Path(tempfile.mkdtemp(prefix="llm-quota-proxy-torture-"))
-    keys = tuple(_key() for _ in range(plan.users))
-    proxies = _proxies(plan, folder, shared, upstream=upstream, keys=keys)
+    proxies = _proxies(plan, folder, shared, upstream=upstream)
     replicas = Replicas(proxies, plan, restart=shared.restart if shared else None)
     try:
         report = judge(await _collect_evidence(plan, replicas, upstream, now=now, say=say))
@@ -95,18 +96,37 @@ async def run(plan: Plan, *, now: Callable[[], int], say: Print, shared: SharedD
 
 
 def _proxies(
-    plan: Plan, folder: Path, shared: SharedDatabase | None, *, upstream: RecordingUpstream, keys: tuple[str, ...]
+    plan: Plan, folder: Path, shared: SharedDatabase | None, *, upstream: RecordingUpstream
 ) -> list[ProxyProcess]:
     """Return as many proxies as the plan says, each with a folder of its own."""
     proxies = []
+    keys = tuple(_key() for user in range(plan.users) if user % _SOURCES == 0)
     for number in range(plan.replicas):
         home = folder / f"replica-{number}"
         home.mkdir()
-        database = shared.url if shared else None
         proxies.append(
-            ProxyProcess(home, plan, upstream=upstream.url, upstream_key=upstream.key, keys=keys, database=database)
+            ProxyProcess(
+                *(home, plan),
+                upstream=upstream.url,
+                upstream_key=upstream.key,
+                keys=keys,
+                database=shared.url if shared else None,
+            )
         )
     return proxies
+
+
+async def _credentials(plan: Plan, proxy: ProxyProcess) -> list[dict[str, str]]:
+    """The headers of each user: in turn one of the file, of a user interface in front, and of the database."""
+    made = await proxy.add_users(len(range(2, plan.users, _SOURCES)))
+
+    def headers_of(user: int) -> dict[str, str]:
+        number, source = divmod(user, _SOURCES)
+        if source == 1:
+            return {**bearer(FRONT_KEY), USER_HEADER: f"user-{number}"}
+        return bearer((proxy.keys if source == 0 else made)[number])
+
+    return [headers_of(user) for user in range(plan.users)]
 
 
 async def _collect_evidence(
@@ -118,7 +138,8 @@ async def _collect_evidence(
     faults = f"{len(plan.kills_at_s)} kills, {len(plan.pauses_at_s)} pauses"
     say(f"{_summary(plan)}, {faults}, {len(proxies)} replicas")
     addresses = [Address(f"http://127.0.0.1:{proxy.port}/v1", partial(_epoch, proxy)) for proxy in proxies]
-    under_test = ProxyUnderTest(addresses, proxies[0].keys, database_epoch=lambda: replicas.database_epoch)
+    credentials = await _credentials(plan, proxies[0])
+    under_test = ProxyUnderTest(addresses, credentials, database_epoch=lambda: replicas.database_epoch)
     records, _ = await asyncio.gather(Clients(under_test, plan, now=now).run(), replicas.inject_faults())
     await upstream.wait_until_idle(_IDLE_S)
     await _wait_until_settled(database)
@@ -166,7 +187,9 @@ async def run_external(plan: Plan, external: ExternalProxy, *, now: Callable[[],
         before = await _read_counter(external.counter)
         started = loop.time()
         address = Address(external.url.rstrip("/"))
-        under_test = ProxyUnderTest([address], external.keys, external.model, free_tokens=free_tokens)
+        under_test = ProxyUnderTest(
+            *([address], [bearer(key) for key in external.keys], external.model), free_tokens=free_tokens
+        )
         records = await Clients(under_test, plan, now=now).run()
         await upstream.wait_until_idle(_IDLE_S)
         lasted_s = loop.time() - started

@@ -11,7 +11,7 @@ import pytest
 from aiohttp import web
 
 from proxy.torture.answers import Refusal
-from proxy.torture.clients import Address, Clients, ProxyUnderTest
+from proxy.torture.clients import Address, Clients, ProxyUnderTest, bearer
 from proxy.torture.evidence import ClientRecord
 from proxy.torture.plan import Plan
 from proxy.torture.upstream import RecordingUpstream
@@ -19,6 +19,7 @@ from proxy.torture.upstream import RecordingUpstream
 NOW = 1_800_000_000_000
 PLAN = Plan(clients=2, users=2, seconds=0.3, disconnects=0, limit=5000)
 KEYS = ("key-of-0", "key-of-1")
+USERS = [bearer(key) for key in KEYS]
 
 Answer = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -37,7 +38,7 @@ async def server(answer: Answer) -> AsyncIterator[str]:
 
 async def run(url: str, plan: Plan = PLAN, **more: Any) -> list[ClientRecord]:
     """The records of the plan's clients at this base URL."""
-    return await Clients(ProxyUnderTest([Address(url)], KEYS, **more), plan, now=lambda: NOW).run()
+    return await Clients(ProxyUnderTest([Address(url)], USERS, **more), plan, now=lambda: NOW).run()
 
 
 def always(status: int, body: object) -> Answer:
@@ -159,7 +160,7 @@ async def test_clients_try_again_after_a_moment_if_they_cannot_connect() -> None
     records = await run(url)
     assert 2 <= len(records) < 20
     assert {(each.result, each.disturbed) for each in records} == {("unreachable", False)}
-    down = ProxyUnderTest([Address(url, epoch=lambda: 1)], KEYS)
+    down = ProxyUnderTest([Address(url, epoch=lambda: 1)], USERS)
     assert {each.disturbed for each in await Clients(down, PLAN, now=lambda: NOW).run()} == {True}
 
 
@@ -167,7 +168,7 @@ async def test_a_call_during_a_kill_is_disturbed() -> None:
     """The epoch is higher after the call than before."""
     epochs = iter(range(0, 10_000, 2))
     async with server(always(500, {})) as url:
-        target = ProxyUnderTest([Address(url, epoch=lambda: next(epochs))], KEYS)
+        target = ProxyUnderTest([Address(url, epoch=lambda: next(epochs))], USERS)
         records = await Clients(target, Plan(clients=1, users=1, seconds=0.05), now=lambda: NOW).run()
     assert {each.disturbed for each in records} == {True}
 
@@ -194,6 +195,6 @@ async def test_calls_go_to_every_address_that_is_up() -> None:
         addresses = [
             Address(f"{there}/{name}/v1", epoch=partial(int, epoch)) for name, epoch in (("a", 0), ("b", 1), ("c", 2))
         ]
-        records = await Clients(ProxyUnderTest(addresses, KEYS), replace(PLAN, seconds=0.1), now=lambda: NOW).run()
+        records = await Clients(ProxyUnderTest(addresses, USERS), replace(PLAN, seconds=0.1), now=lambda: NOW).run()
     assert len(records) == len(received)
     assert set(received) == {"a", "c"}
