@@ -24,8 +24,6 @@ from proxy.policy.key import Key, Network
 from proxy.policy.policy import DEFAULT, EVERYONE
 from proxy.policy.quota import Globs
 
-# How many rows of a table one transaction changes while a user's records are made anonymous.
-_ROWS_AT_ONCE = 1000
 LISTED_MAX = 1000
 # As a source of forgotten users. No source of the configuration can have this name, because of the colon behind it.
 _FORGOTTEN = "forgotten"
@@ -304,7 +302,7 @@ class Administration:
             )
             await self._revoke_all(change, identity, pseudonym)
             change.target = pseudonym
-        await self._make_anonymous(identity.subject, pseudonym)
+        await self.database.make_anonymous(identity.subject, pseudonym)
         return pseudonym
 
     # Keys
@@ -547,26 +545,6 @@ class Administration:
             of_keys = sa.update(audit).where(audit.c.target.in_(ids[first : first + 500]))
             await change.connection.execute(of_keys.values(before=None, after=None))
 
-    async def _make_anonymous(self, subject: str, pseudonym: str) -> None:
-        """Give the records of a user another name, in small transactions: there may be a million of them."""
-        while True:
-            async with self.database.write() as connection:
-                some = sa.select(calls.c.id).where(calls.c.user_name == subject, calls.c.state != "open")
-                ids = list((await connection.execute(some.limit(_ROWS_AT_ONCE))).scalars())
-                for first in range(0, len(ids), 500):
-                    renamed = sa.update(calls).where(calls.c.id.in_(ids[first : first + 500]))
-                    await connection.execute(renamed.values(user_name=pseudonym))
-            if len(ids) < _ROWS_AT_ONCE:
-                break
-        while True:
-            async with self.database.write() as connection:
-                some_days = sa.select(usage_by_day).where(usage_by_day.c.user_name == subject).limit(_ROWS_AT_ONCE)
-                rows = (await connection.execute(some_days)).mappings().all()
-                for row in rows:
-                    await _rename_day(connection, row, pseudonym)
-            if len(rows) < _ROWS_AT_ONCE:
-                break
-
     def _check_id(self, name: str, id: str) -> None:
         _checked(name, values.outside_id, id)
 
@@ -604,19 +582,6 @@ class _Change:
     async def update(self, table: sa.Table, identity: UserId, **changed: object) -> None:
         """Change the row of a user."""
         await self.connection.execute(sa.update(table).where(*is_row_of(table, identity)).values(**changed))
-
-
-async def _rename_day(connection: AsyncConnection, row: Mapping[Any, Any], pseudonym: str) -> None:
-    """Give a sum of a day another name, or add it to the one that has this name already."""
-    key = ("day", "user_name", "through", "model")
-    old = [usage_by_day.c[name] == row[name] for name in key]
-    new = [usage_by_day.c[name] == (pseudonym if name == "user_name" else row[name]) for name in key]
-    sums = {name: usage_by_day.c[name] + row[name] for name in row if name not in key}
-    merged = await connection.execute(sa.update(usage_by_day).where(*new).values(**sums))
-    if merged.rowcount:
-        await connection.execute(sa.delete(usage_by_day).where(*old))
-    else:
-        await connection.execute(sa.update(usage_by_day).where(*old).values(user_name=pseudonym))
 
 
 def _user_record(row: sa.Row[Any]) -> UserRecord:
