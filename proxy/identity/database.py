@@ -13,6 +13,7 @@ from typing import Any
 
 import orjson
 import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from proxy.identity.directory import Cuts, OwnedKey, User, UserId
@@ -152,7 +153,8 @@ class DirectoryDatabase:
         while True:
             async with self.write() as connection:
                 some_days = sa.select(usage_by_day).where(usage_by_day.c.user_name == subject).limit(_ROWS_AT_ONCE)
-                rows = (await connection.execute(some_days)).mappings().all()
+                # Locked, because a roll-up of another process may add to them.
+                rows = (await connection.execute(some_days.with_for_update())).mappings().all()
                 for row in rows:
                     await _rename_day(connection, row, pseudonym)
             if len(rows) < _ROWS_AT_ONCE:
@@ -191,16 +193,16 @@ class DirectoryDatabase:
 
 
 async def _rename_day(connection: AsyncConnection, row: Mapping[Any, Any], pseudonym: str) -> None:
-    """Give a sum of a day another name, or add it to the one that has this name already."""
+    """Give a sum of a day another name, or add it to the one that has this name already.
+
+    A roll-up of another process can make the row with this name at the same moment.
+    """
     key = ("day", "user_name", "through", "model")
-    old = [usage_by_day.c[name] == row[name] for name in key]
-    new = [usage_by_day.c[name] == (pseudonym if name == "user_name" else row[name]) for name in key]
-    sums = {name: usage_by_day.c[name] + row[name] for name in row if name not in key}
-    merged = await connection.execute(sa.update(usage_by_day).where(*new).values(**sums))
-    if merged.rowcount:
-        await connection.execute(sa.delete(usage_by_day).where(*old))
-    else:
-        await connection.execute(sa.update(usage_by_day).where(*old).values(user_name=pseudonym))
+    of_dialect = sqlite.insert if connection.dialect.name == "sqlite" else postgresql.insert
+    renamed = of_dialect(usage_by_day).values({**row, "user_name": pseudonym})
+    sums = {name: usage_by_day.c[name] + renamed.excluded[name] for name in row if name not in key}
+    await connection.execute(renamed.on_conflict_do_update(index_elements=key, set_=sums))
+    await connection.execute(sa.delete(usage_by_day).where(*(usage_by_day.c[name] == row[name] for name in key)))
 
 
 async def _lock(connection: AsyncConnection) -> None:

@@ -343,6 +343,31 @@ async def test_many_records_are_made_anonymous_in_steps(admin, store, monkeypatc
     assert {row["user_name"] for row in await all_of(admin, calls)} == {pseudonym}
 
 
+async def test_what_is_rolled_up_while_a_user_is_forgotten_is_in_the_sums(admin, store):
+    """Another process adds to the same sum of a day, and commits only after it was to be renamed."""
+    if isinstance(store, SqliteStore):
+        pytest.skip("one transaction at a time writes")
+    row = {"day": 0, "user_name": "carl", "through": "staff", "model": "fast"} | dict.fromkeys(sums(), 5)
+    async with admin.database.write() as connection:
+        await connection.execute(sa.insert(usage_by_day), [row, row | {"user_name": "forgotten:x"}])
+    async with admin.database.write() as connection:
+        await connection.execute(sa.update(usage_by_day).where(usage_by_day.c.user_name == "carl").values(calls=6))
+        forgetting = asyncio.create_task(admin.database.make_anonymous("carl", "forgotten:x"))
+        waiting = sa.text("SELECT count(*) FROM pg_locks WHERE NOT granted")
+        async with admin.database.read() as other:
+            while not await other.scalar(waiting):
+                pass
+    await forgetting
+    assert await all_of(admin, usage_by_day) == [
+        row | {"user_name": "forgotten:x", "calls": 11} | dict.fromkeys(sums()[1:], 10)
+    ]
+
+
+def sums() -> list[str]:
+    """The names of the sums of a day."""
+    return [column.name for column in usage_by_day.c if not column.primary_key]
+
+
 async def test_changes_at_the_same_time_are_made_one_after_another(admin):
     """No two of them have one version, and none is lost."""
     await admin.add_user("bob")
