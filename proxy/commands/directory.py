@@ -98,7 +98,8 @@ def keys_find(text: str | None, path: str, as_json: bool) -> None:
 
     async def work(context: Context) -> tuple[Config, list[KeyRecord]]:
         if text is not None:
-            return context.config, await context.administration.keys(text=text, limit=LISTED_MAX)
+            found = await context.administration.keys(text=text, limit=LISTED_MAX)
+            return context.config, found or await context.administration.find_keys(text)
         return context.config, await context.administration.find_keys(read_input())
 
     config, found = run(path, work)

@@ -4,7 +4,8 @@ The commands and the administration API call these functions and nothing else. T
 the file are read-only here: the error says where to change them.
 """
 
-from collections.abc import AsyncIterator, Collection, Iterable, Mapping, Sequence
+import re
+from collections.abc import AsyncIterator, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from secrets import choice
@@ -25,6 +26,14 @@ from proxy.policy.policy import DEFAULT, EVERYONE
 from proxy.policy.quota import Globs
 
 LISTED_MAX = 1000
+# What can be a key in a text: what stands between spaces, also between quotes or brackets, or signs of assignment.
+_WORDS = tuple(
+    re.compile(rf"[^\s{signs}]{{{values.KEY_CHARACTERS_MIN},}}")
+    for signs in ("", r"\"'`,;<>()\[\]{}\\", r"\"'`,;<>()\[\]{}\\=")
+)
+# The usual characters of keys, between any others, as in an address. Those that are escaped count as others.
+_USUAL_WORD = re.compile(rf"[A-Za-z0-9_~+-]{{{values.KEY_CHARACTERS_MIN},}}")
+_ESCAPE = re.compile(r"%[0-9A-Fa-f]{2}|\\[nrt]")
 # As a source of forgotten users. No source of the configuration can have this name, because of the colon behind it.
 _FORGOTTEN = "forgotten"
 
@@ -328,13 +337,15 @@ class Administration:
     async def find_keys(self, text: str) -> list[KeyRecord]:
         """The keys in a text, such as a log or a diff; of the file also those that the text has as a whole word.
 
-        Nothing of the text is stored or sent. A key that is not known here is not in the result.
+        Nothing of the text is stored or sent. A key that is not known here is not in the result, also if it has the
+        id of one that is: whoever reads ids could have the keys of others revoked.
         """
-        ids = list(dict.fromkeys(KEY_PATTERN.findall(text)))
+        digests = [values.digest(key) for key in dict.fromkeys(match[0] for match in KEY_PATTERN.finditer(text))]
         found: list[KeyRecord] = []
         async with self.database.read() as connection:
-            for first in range(0, len(ids), 500):
-                some = sa.select(api_keys).where(api_keys.c.id.in_(ids[first : first + 500])).order_by(api_keys.c.id)
+            for first in range(0, len(digests), 500):
+                is_one = api_keys.c.digest.in_(digests[first : first + 500])
+                some = sa.select(api_keys).where(is_one).order_by(api_keys.c.id)
                 found += [_key_record(row) for row in await connection.execute(some)]
         for word in dict.fromkeys(_words(text)):
             owned = self.file.key(values.digest(word))
@@ -501,8 +512,11 @@ class Administration:
     async def _key(self, connection: AsyncConnection, id: str) -> KeyRecord:
         row = (await connection.execute(sa.select(api_keys).where(api_keys.c.id == id))).first()
         if row is None:
+            # It is not repeated, because it may be the whole key.
             raise ChangeRefused(
-                "key", f'there is no key "{id[:40]}" in the database; keys of the file are in the file'
+                "key",
+                "the database has no key with this id; write the ID of lqp_ID_… alone, as `keys list` shows it "
+                "(keys of the file are in the file)",
             )
         return _key_record(row)
 
@@ -628,11 +642,11 @@ def _contains(column: sa.ColumnElement[Any], text: str) -> sa.ColumnElement[bool
     return column.icontains(text, autoescape=True)
 
 
-def _words(text: str) -> list[str]:
-    """What can be a key in a text: what stands between spaces, quotes, and signs of assignment."""
-    for sign in "\"'`,;=<>()[]{}":
-        text = text.replace(sign, " ")
-    return [word for word in text.split() if len(word) >= values.KEY_CHARACTERS_MIN]
+def _words(text: str) -> Iterator[str]:
+    """What can be a key in a text. The characters of a key are not known, so the text is divided in several ways."""
+    for word in _WORDS:
+        yield from word.findall(text)
+    yield from _USUAL_WORD.findall(_ESCAPE.sub(" ", text))
 
 
 def _as_json(value: object) -> str | None:

@@ -90,6 +90,12 @@ def test_a_key_can_expire_at_a_day_an_instant_or_after_a_while(run: Run, expires
     assert as_json(run("keys", "list", "--json"))[0]["expires_at"] > 1_790_000_000_000
 
 
+def test_a_key_is_also_found_as_an_argument(run: Run) -> None:
+    """It should not be there, but "no such key" would be a wrong answer."""
+    for key in (made(run, "--label", "leaked"), FILE_KEY):
+        assert run("keys", "find", key).exit_code == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "text"),
     [

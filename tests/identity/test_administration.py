@@ -271,6 +271,39 @@ async def test_keys_are_found_in_a_log_and_in_a_diff(admin):
     assert [each.key.id for each in await admin.keys(after=min(first.id, second.id))] == [max(first.id, second.id)]
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "GET /v1/models?key={}&a=1 HTTP/1.1",
+        "https://user:{}@host/",
+        "key:{}",
+        "Bearer%20{}%0A",
+        r'"one\n{}\ntwo"',
+        "My key is {}.",
+        "key: {}\r\n",
+        "https://host/{}/x",
+    ],
+)
+async def test_a_key_of_the_file_is_found_in_addresses_and_escaped_texts(admin, text):
+    """Whatever stands around it."""
+    assert [each.key.label for each in await admin.find_keys(text.format(FILE_KEY))] == ["laptop"]
+
+
+async def test_only_the_whole_key_is_found_and_not_its_id(admin):
+    """An id is no secret: whoever reads it in a list could have the key of another revoked as leaked."""
+    new = await admin.create_key(ALICE, KeyLimits())
+    assert await admin.find_keys(f"lqp_{new.id}_{'A' * 38}") == []
+
+
+async def test_a_key_in_place_of_an_id_is_not_repeated(admin):
+    """The errors of commands end up in the logs of others."""
+    new = await admin.create_key(ALICE, KeyLimits())
+    with pytest.raises(ChangeRefused) as caught:
+        await admin.revoke_key(new.text)
+    assert new.text[15:20] not in str(caught.value)
+    assert "lqp_ID_" in str(caught.value)
+
+
 # ------------------------------------------------------------------------------------------------------------- forget
 
 
