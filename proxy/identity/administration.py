@@ -124,11 +124,14 @@ class KeyLimits:
 
 @dataclass(frozen=True, slots=True)
 class ImportedUser:
-    """One line of an import. `line` is its number in the file."""
+    """One line of an import. `line` is its number in the file.
+
+    None leaves the groups or the e-mail address of a user who is there as they are, and an empty one removes them.
+    """
 
     line: int
     id: str
-    groups: tuple[str, ...] = ()
+    groups: tuple[str, ...] | None = None
     email: str | None = None
 
 
@@ -234,7 +237,8 @@ class Administration:
             raise ChangeRefused("identity", f'"{identity.source}" is no header source of the configuration')
         self._check_id("identity", identity.id)
         async with self._change("user.link", user.subject) as change:
-            await self._user(change.connection, user)
+            if (await self._user(change.connection, user)).forgotten_at is not None:
+                raise ChangeRefused("user", f"{user.subject} was forgotten")
             taken = await change.connection.execute(sa.select(identities).where(*is_row_of(identities, identity)))
             if (row := taken.first()) is not None:
                 owner = UserId(row.user_source, row.user_id).subject
@@ -439,9 +443,19 @@ class Administration:
         return replace(record, linked=tuple(UserId(*row) for row in found))
 
     async def _changeable(self, connection: AsyncConnection, identity: UserId) -> UserRecord:
-        """A user who can be changed here. Raises ChangeRefused for one of the file, and for a forgotten one."""
+        """A user who can be changed here.
+
+        Raises ChangeRefused for one of the file, a forgotten one, and one that is another user by a link: a change of
+        it would have no effect.
+        """
         if identity.source == FILE:
             raise _of_file(identity)
+        link = await connection.execute(sa.select(identities).where(*is_row_of(identities, identity)))
+        owner = None if (row := link.first()) is None else UserId(row.user_source, row.user_id)
+        if (of_file := self.file.linked(identity)) is not None:
+            owner = of_file.identity
+        if owner is not None:
+            raise ChangeRefused("user", f"{identity.subject} is the user {owner.subject} by a link: change that one")
         record = await self._user(connection, identity)
         if record.forgotten_at is not None:
             raise ChangeRefused("user", f"{identity.subject} was forgotten; its name is free when its windows end")
@@ -503,10 +517,10 @@ class Administration:
         identity = UserId(DATABASE, line.id)
         row = (await change.connection.execute(sa.select(users).where(*is_row_of(users, identity)))).first()
         if row is None:
-            await self._add_user(change, line.id, groups=line.groups, email=line.email, is_service=False)
+            await self._add_user(change, line.id, groups=line.groups or (), email=line.email, is_service=False)
             return "added"
         before = await self._changeable(change.connection, identity)
-        differs = await self._set_user(change, before, groups=line.groups, email=line.email or "")
+        differs = await self._set_user(change, before, groups=line.groups, email=line.email)
         return "changed" if differs else "unchanged"
 
     async def _key(self, connection: AsyncConnection, id: str) -> KeyRecord:

@@ -136,6 +136,16 @@ def test_users_are_added_changed_and_forgotten(run: Run) -> None:
     assert "forgotten" in run("users", "list").stdout
 
 
+def test_a_file_without_a_column_leaves_it_as_it_is(run: Run, tmp_path: Path) -> None:
+    """A list of addresses takes nobody's groups away; an empty cell does."""
+    run("users", "add", "bob", "--group", "staff")
+    for text, groups in (("id,email\r\nbob,bob@example.org\r\n", ["staff"]), ("id,groups\nbob,\n", [])):
+        (tmp_path / "users.csv").write_bytes(text.encode())
+        assert run("users", "import", str(tmp_path / "users.csv")).exit_code == 0
+        [shown] = as_json(run("users", "show", "bob", "--json"))
+        assert (shown["groups"], shown["email"]) == (groups, "bob@example.org")
+
+
 def test_a_file_of_users_is_imported_with_keys(run: Run, tmp_path: Path) -> None:
     """A dry run changes nothing, and a second import nothing more."""
     file = tmp_path / "users.csv"
@@ -160,6 +170,11 @@ def test_a_file_of_users_is_imported_with_keys(run: Run, tmp_path: Path) -> None
         ("id,groups\nann,stuff\n", 1),
         ("id\nann\nann\n", 1),
         (b"id\n\xff\xfe\n", 2),
+        ('id\n"an\nna"\n', 1),
+        ('id\n"ann\nbob\n', 2),
+        ("id,groups,groups\nann,staff,none\n", 2),
+        (f"id\n{'a' * 200_000}\n", 2),
+        ("id\na\0b\n", 1),
     ],
 )
 def test_a_file_with_a_mistake_is_not_imported(run: Run, tmp_path: Path, text: str | bytes, code: int) -> None:

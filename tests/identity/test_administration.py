@@ -2,6 +2,7 @@
 
 import asyncio
 from dataclasses import replace
+from functools import partial
 
 import orjson
 import pytest
@@ -185,6 +186,40 @@ async def test_a_user_of_a_header_source_can_be_another_user(admin):
     await admin.unlink(UserId("webui", "7"))
     assert (await admin.link(UserId("webui", "7"), ALICE)).identity == ALICE
     assert [action for action, *_ in await audited(admin)] == ["user.add", "user.link", "user.unlink", "user.link"]
+
+
+async def test_a_linked_identity_is_changed_where_it_leads_to(admin):
+    """`users disable` of the identity alone would say "disabled", and its person could go on."""
+    await admin.add_user("bob", groups=["staff"])
+    seen = UserId("webui", "7")
+    await admin.database.add_seen_user(seen, None, users_max=9)
+    await admin.link(seen, BOB)
+    for change in (admin.disable_user, admin.enable_user, partial(admin.set_user, groups=["lab"])):
+        with pytest.raises(ChangeRefused, match="database:bob") as caught:
+            await change(seen)
+        assert caught.value.field == "user"
+    await admin.unlink(seen)
+    assert (await admin.disable_user(seen)).disabled_at == NOON
+
+
+async def test_nobody_is_linked_to_a_forgotten_user(admin):
+    """The link would lead to whoever gets the name next."""
+    await admin.add_user("bob")
+    await admin.forget(BOB)
+    with pytest.raises(ChangeRefused, match="forgotten"):
+        await admin.link(UserId("webui", "7"), BOB)
+
+
+async def test_an_import_leaves_what_its_lines_do_not_say(admin):
+    """A list of addresses takes nobody's groups away."""
+    await admin.add_user("bob", groups=["staff"], email="bob@example.org")
+    assert (await admin.import_users([ImportedUser(2, "bob", email="b@example.org")])).changed == ("bob",)
+    assert (await admin.user(BOB)).groups == ("staff",)
+    assert (await admin.import_users([ImportedUser(2, "bob", groups=("lab",))])).changed == ("bob",)
+    assert (await admin.user(BOB)).email == "b@example.org"
+    assert (await admin.import_users([ImportedUser(2, "bob")])).unchanged == ("bob",)
+    assert (await admin.import_users([ImportedUser(2, "bob", groups=(), email="")])).changed == ("bob",)
+    assert ((await admin.user(BOB)).groups, (await admin.user(BOB)).email) == ((), None)
 
 
 async def test_an_import_is_made_as_a_whole_or_not_at_all(admin):
