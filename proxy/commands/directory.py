@@ -29,7 +29,7 @@ from proxy.errors import InvalidKey, ProxyError
 from proxy.identity.administration import LISTED_MAX, ImportedUser, KeyLimits, KeyRecord, UserRecord
 from proxy.identity.authentication import Caller
 from proxy.identity.directory import UserId
-from proxy.identity.keys import NewKey
+from proxy.identity.keys import KEY_HEADERS, NewKey
 
 _IMPORT_COLUMNS = ("id", "email", "groups")
 _IMPORT_BYTES_MAX = 10_000_000
@@ -430,9 +430,9 @@ def whoami(peer: str, path: str, as_json: bool) -> None:
 
 
 def _headers(text: str) -> list[tuple[str, str]]:
-    """The headers in a text; a text without a colon is a key."""
+    """The headers in a text; one line that is no header of a key is a key, which may have a colon."""
     lines = [line for line in text.splitlines() if line.strip()]
-    if len(lines) == 1 and ":" not in lines[0]:
+    if len(lines) == 1 and lines[0].partition(":")[0].strip().lower() not in KEY_HEADERS:
         return [("Authorization", f"Bearer {lines[0].strip()}")]
     pairs = [line.partition(":") for line in lines]
     return [(name.strip(), value.strip()) for name, colon, value in pairs if colon]

@@ -171,11 +171,7 @@ class Administration:
     def resolve(self, name: str) -> UserId:
         """The user whom a name means: a user of the file, else of the database, unless it is `SOURCE:ID`."""
         if ":" in name:
-            identity = UserId.of_subject(name)
-            if identity.source not in (FILE, DATABASE, *self.source_names):
-                known = ", ".join((FILE, DATABASE, *self.source_names))
-                raise ChangeRefused("user", f'there is no source "{identity.source}"; write one of {known}, or an id')
-            return identity
+            return UserId.of_subject(name)
         return UserId(FILE if self.file.user(name) is not None else DATABASE, name)
 
     async def user(self, identity: UserId) -> UserRecord:
@@ -300,7 +296,7 @@ class Administration:
                 await self._ensure_row(change, identity)
             row = (await change.connection.execute(sa.select(users).where(*is_row_of(users, identity)))).first()
             if row is None:
-                raise _no_user(identity)
+                raise self._no_user(identity)
             pseudonym: str = row.pseudonym or f"{_FORGOTTEN}:{''.join(choice(letters) for _ in range(10))}"
             now = self.now()
             await change.update(
@@ -432,7 +428,7 @@ class Administration:
             return await self._with_links(connection, UserRecord(identity, of_file.groups))
         row = (await connection.execute(sa.select(users).where(*is_row_of(users, identity)))).first()
         if row is None:
-            raise _no_user(identity)
+            raise self._no_user(identity)
         return await self._with_links(connection, _user_record(row))
 
     async def _with_links(self, connection: AsyncConnection, record: UserRecord) -> UserRecord:
@@ -495,7 +491,7 @@ class Administration:
         days = sa.select(usage_by_day.c.model).where(usage_by_day.c.user_name == identity.subject).limit(1)
         found = [await change.connection.scalar(each) for each in (records, days)]
         if found == [None, None]:
-            raise _no_user(identity)
+            raise self._no_user(identity)
         of_now = {"created_at": self.now(), "created_by": self.actor}
         await change.connection.execute(
             sa.insert(users).values(source=FILE, id=identity.id, groups="[]", is_service=False, **of_now)
@@ -572,6 +568,13 @@ class Administration:
         for first in range(0, len(ids), 500):
             of_keys = sa.update(audit).where(audit.c.target.in_(ids[first : first + 500]))
             await change.connection.execute(of_keys.values(before=None, after=None))
+
+    def _no_user(self, identity: UserId) -> ChangeRefused:
+        # A source that was removed from the configuration can still have users.
+        if identity.source not in (FILE, DATABASE, *self.source_names):
+            known = ", ".join((FILE, DATABASE, *self.source_names))
+            return ChangeRefused("user", f'there is no source "{identity.source}"; write one of {known}, or an id')
+        return ChangeRefused("user", f"there is no user {identity.subject}; `users list` lists them")
 
     def _check_id(self, name: str, id: str) -> None:
         _checked(name, values.outside_id, id)
@@ -665,10 +668,6 @@ def _words(text: str) -> Iterator[str]:
 
 def _as_json(value: object) -> str | None:
     return None if value is None else orjson.dumps(value).decode()
-
-
-def _no_user(identity: UserId) -> ChangeRefused:
-    return ChangeRefused("user", f"there is no user {identity.subject}; `users list` lists them")
 
 
 def _of_file(identity: UserId) -> ChangeRefused:

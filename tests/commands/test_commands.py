@@ -12,6 +12,7 @@ from proxy.cli import main
 from tests.sqlite import write_migrated
 
 FILE_KEY = "sk-alice-0123456789abcdefghijklmnop"
+COLON_KEY = "sk:carl-0123456789abcdefghijklmnop"
 POLICY = f"""
 server: {{admin: null}}
 database: sqlite:///{{folder}}/quotas.db
@@ -21,7 +22,7 @@ models: {{fast: {{upstream: up}}, slow: {{upstream: up}}}}
 groups:
   staff: {{quotas: {{daily: {{tokens: 2k, per: day, models: [fast]}}}}}}
   none: {{quotas: {{closed: {{tokens: 0, per: day}}}}}}
-users: {{alice: {{groups: [staff], keys: [{FILE_KEY}]}}}}
+users: {{alice: {{groups: [staff], keys: [{FILE_KEY}]}}, carl: {{keys: ["{COLON_KEY}"]}}}}
 identity:
   headers:
     - {{name: webui, key: key-of-the-webui-0123456789, from: [127.0.0.1], user: X-User, groups: X-Groups,
@@ -199,6 +200,10 @@ def test_whoami_says_who_it_is_and_why_not(run: Run) -> None:
     found = as_json(run("whoami", "--json", input=headers))
     assert (found["user"], found["source"], found["groups"]) == ("webui:7", "webui", ["staff"])
     assert run("whoami", "--json", input="Authorization: Bearer key-of-the-webui-0123456789\n").exit_code == 1
+    assert "webui:7" not in run("users", "list").stdout  # the question makes nobody
+    assert "carl" in run("whoami", input=COLON_KEY).stdout
+    assert "carl" in run("whoami", input=f"api-key: {COLON_KEY}").stdout
+    assert "carl" in run("whoami", input=f"api-key:{COLON_KEY}").stdout
 
 
 def test_explain_says_what_binds_and_when_it_is_admitted(run: Run) -> None:

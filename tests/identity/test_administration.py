@@ -160,7 +160,15 @@ async def test_a_name_means_a_user_of_the_file_before_one_of_the_database(admin)
     assert admin.resolve("database:alice") == UserId("database", "alice")
     assert admin.resolve("webui:a:b") == UserId("webui", "a:b")
     with pytest.raises(ChangeRefused, match="no source"):
-        admin.resolve("web:1")
+        await admin.user(admin.resolve("web:1"))
+
+
+async def test_users_of_a_source_that_was_removed_can_be_forgotten(admin):
+    """Or disabled before the source comes back. The configuration does not name it any more."""
+    seen = admin.resolve("old:7")
+    await admin.database.add_seen_user(seen, "7@example.org", users_max=9)
+    assert (await admin.disable_user(seen)).disabled_at == NOON
+    assert (await admin.forget(seen)).startswith("forgotten:")
 
 
 async def test_users_are_listed_in_pages_and_found_by_a_text(admin):
