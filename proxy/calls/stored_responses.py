@@ -30,6 +30,7 @@ from proxy.errors import PreviousNotFound, ProxyError, ResponseNotFound, Upstrea
 from proxy.formats.endpoints import RESPONSE_ID, StoredResponsePath
 from proxy.formats.kinds import kind_of
 from proxy.formats.mask import Mask, PieceMask
+from proxy.identity.authentication import Caller
 from proxy.ledger.entry import Entry
 from proxy.ledger.ledger import Ledger
 from proxy.policy.catalog import Catalog, Model, Upstream
@@ -64,7 +65,7 @@ class StoredResponseQuery:
     route: StoredResponsePath
     response_id: str
     parameters: Sequence[tuple[str, str]]
-    user: str
+    caller: Caller
     catalog: Catalog
     zone: ZoneInfo  # of the instants in errors
 
@@ -104,7 +105,7 @@ class StoredResponses:
         response_id = call.request.previous_response_id
         if response_id is None:
             return call
-        entry = await self._own_entry(response_id, call.caller.user)
+        entry = await self._own_entry(response_id, call.caller)
         targets = [target for target in call.model.targets if entry and target.upstream.name == entry.labels.upstream]
         if not targets:
             raise _previous_not_found(response_id, call.model)
@@ -117,7 +118,7 @@ class StoredResponses:
         The answer is passed on in pieces. Raises TooManyReads, ResponseNotFound, LedgerUnavailable, UpstreamError. It
         may be cancelled at any time, because nothing is reserved.
         """
-        with self._reads.read(query.user, zone=query.zone):
+        with self._reads.read(query.caller.user, zone=query.zone):
             await self._forward(query, client)
 
     def delete_unless_complete(self, call: Call, reservation: Reservation) -> None:
@@ -145,7 +146,7 @@ class StoredResponses:
             log.warning("responses were not deleted", responses=given_up, reason="the proxy was stopped")
 
     async def _forward(self, query: StoredResponseQuery, client: Responder) -> None:
-        entry = await self._own_entry(query.response_id, query.user)
+        entry = await self._own_entry(query.response_id, query.caller)
         upstream = query.catalog.upstreams.get(entry.labels.upstream) if entry else None
         if upstream is None:
             raise _not_found(query.response_id)
@@ -162,17 +163,19 @@ class StoredResponses:
             else:
                 await _forward_body(answer, client, mask_of(upstream))
 
-    async def _own_entry(self, response_id: str, user: str) -> Entry | None:
+    async def _own_entry(self, response_id: str, caller: Caller) -> Entry | None:
         """The ledger entry of the call that produced the response.
 
-        None unless that call was this user's and its answer passed to its end. If several calls had this id, the
-        newest decides, because its response is the one that the upstream stores.
+        None unless that call was this user's, of a model that the key may call, and its answer passed to its end. If
+        several calls had this id, the newest decides, because its response is the one that the upstream stores.
         """
         if not RESPONSE_ID.fullmatch(response_id):
             return None
         entry = await self.ledger.response_entry(response_id)
-        is_readable = entry is not None and entry.labels.user == user and entry.outcome == "complete"
-        return entry if is_readable else None
+        if entry is None or entry.labels.user != caller.user or entry.outcome != "complete":
+            return None
+        models = caller.key.models
+        return entry if models is None or models.match(entry.labels.model) else None
 
     async def _delete(self, upstream: Upstream, address: str, *, call_id: str) -> None:
         """Delete the response at this address, in several attempts if need be. A failure is only logged."""

@@ -21,7 +21,7 @@ from proxy.config.loader import BadConfig, Config, ConfigFile
 from proxy.identity.administration import Administration, ChangeRefused
 from proxy.identity.authentication import Snapshot
 from proxy.identity.database import DirectoryDatabase
-from proxy.identity.directory import Directory, FileDirectory
+from proxy.identity.directory import Directory, FileDirectory, User, UserId
 from proxy.ledger.schema import NewerSchema
 from proxy.ledger.store import Store, StoreRefused, StoreUnavailable
 from proxy.policy.windows import Duration, parse_per
@@ -87,10 +87,18 @@ async def _opened(config: Config) -> AsyncIterator[Context]:
             now=wall_clock_ms,
             source_names=tuple(source.name for source in config.header_sources),
         )
-        directory = Directory(database, clock=lambda: 0.0, now=wall_clock_ms)
+        directory = Directory(_Unchanged(store, now=wall_clock_ms), clock=lambda: 0.0, now=wall_clock_ms)
         yield Context(config, store, administration, Snapshot.of(config, directory, wall_clock_ms))
     finally:
         await store.close()
+
+
+class _Unchanged(DirectoryDatabase):
+    """A directory to ask who somebody is: it adds nobody whom a header source names."""
+
+    async def add_seen_user(self, identity: UserId, email: str | None, *, users_max: int) -> User | None:
+        """The user who would be added."""
+        return User(identity, email=email)
 
 
 def _os_user() -> str:

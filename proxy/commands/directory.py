@@ -1,6 +1,7 @@
 """The commands `keys`, `users` and `whoami`."""
 
 import csv
+import io
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -28,7 +29,7 @@ from proxy.errors import InvalidKey, ProxyError
 from proxy.identity.administration import LISTED_MAX, ImportedUser, KeyLimits, KeyRecord, UserRecord
 from proxy.identity.authentication import Caller
 from proxy.identity.directory import UserId
-from proxy.identity.keys import NewKey
+from proxy.identity.keys import KEY_HEADERS, NewKey
 
 _IMPORT_COLUMNS = ("id", "email", "groups")
 _IMPORT_BYTES_MAX = 10_000_000
@@ -98,7 +99,8 @@ def keys_find(text: str | None, path: str, as_json: bool) -> None:
 
     async def work(context: Context) -> tuple[Config, list[KeyRecord]]:
         if text is not None:
-            return context.config, await context.administration.keys(text=text, limit=LISTED_MAX)
+            found = await context.administration.keys(text=text, limit=LISTED_MAX)
+            return context.config, found or await context.administration.find_keys(text)
         return context.config, await context.administration.find_keys(read_input())
 
     config, found = run(path, work)
@@ -330,7 +332,10 @@ def users_forget(user: str, path: str, as_json: bool) -> None:
 @click.option("--keys", "makes_keys", is_flag=True, help="Make a key for each added user, and print them as CSV.")
 @command_options
 def users_import(file: Path, dry_run: bool, makes_keys: bool, path: str, as_json: bool) -> None:
-    """Add or change the users of a CSV file with the columns id, email and groups (separated by spaces)."""
+    """Add or change the users of a CSV file with the columns id, email and groups (separated by spaces).
+
+    A column that the file does not have stays as it is; an empty cell removes what was there.
+    """
     lines = list(_imported(file))
 
     async def work(context: Context) -> tuple[dict[str, list[str]], list[tuple[str, str, str]]]:
@@ -362,16 +367,20 @@ def _imported(file: Path) -> Iterable[ImportedUser]:
         text = file.read_text("utf-8-sig")  # spreadsheets begin UTF-8 with a mark
     except (OSError, UnicodeError) as error:
         give_up(f"{file} can't be read as UTF-8 ({error}): save it as CSV in UTF-8", WRONG)
-    reader = csv.DictReader(text.splitlines())
-    unknown = [name for name in reader.fieldnames or () if name not in _IMPORT_COLUMNS]
-    if "id" not in (reader.fieldnames or ()) or unknown:
-        give_up(f"{file}:1: the first line must name the columns: id, and if wanted email and groups", WRONG)
-    for row in reader:
-        if None in row or None in row.values():
-            give_up(f"{file}:{reader.line_num}: this line has not as many cells as the first one", WRONG)
-        groups = (row.get("groups") or "").replace(";", " ").split()
-        email = (row.get("email") or "").strip() or None
-        yield ImportedUser(reader.line_num, row["id"].strip(), tuple(groups), email)
+    # As a file and not as lines: a line end within quotes belongs to its cell, where it is refused.
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    try:
+        names = list(reader.fieldnames or ())
+        if "id" not in names or len(names) > len(set(names)) or not set(names) <= set(_IMPORT_COLUMNS):
+            give_up(f"{file}:1: the first line must name the columns: id, and if wanted email and groups", WRONG)
+        for row in reader:
+            if None in row or None in row.values():
+                give_up(f"{file}:{reader.line_num}: this line has not as many cells as the first one", WRONG)
+            groups = tuple(row["groups"].replace(";", " ").split()) if "groups" in row else None
+            email = row["email"].strip() if "email" in row else None
+            yield ImportedUser(reader.line_num, row["id"].strip(), groups, email)
+    except csv.Error as error:
+        give_up(f"{file}:{reader.line_num + 1}: this is no CSV ({error}): save it again from the spreadsheet", WRONG)
 
 
 def _show_users(config: Config, records: Iterable[UserRecord], as_json: bool) -> None:
@@ -421,9 +430,9 @@ def whoami(peer: str, path: str, as_json: bool) -> None:
 
 
 def _headers(text: str) -> list[tuple[str, str]]:
-    """The headers in a text; a text without a colon is a key."""
+    """The headers in a text; one line that is no header of a key is a key, which may have a colon."""
     lines = [line for line in text.splitlines() if line.strip()]
-    if len(lines) == 1 and ":" not in lines[0]:
+    if len(lines) == 1 and lines[0].partition(":")[0].strip().lower() not in KEY_HEADERS:
         return [("Authorization", f"Bearer {lines[0].strip()}")]
     pairs = [line.partition(":") for line in lines]
     return [(name.strip(), value.strip()) for name, colon, value in pairs if colon]

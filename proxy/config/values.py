@@ -306,7 +306,8 @@ def label(text: str) -> str:
 
 def source_name(text: str) -> str:
     """The name of a source of users, other than the two that always exist."""
-    if text.lower() in ("file", "database"):
+    # "forgotten" is the source of pseudonyms, which records get for users who were forgotten.
+    if text.lower() in ("file", "database", "forgotten"):
         raise ValueError(f'"{text}" is the name of another source of users; write another name')
     return name(text)
 

@@ -4,7 +4,8 @@ The commands and the administration API call these functions and nothing else. T
 the file are read-only here: the error says where to change them.
 """
 
-from collections.abc import AsyncIterator, Collection, Iterable, Mapping, Sequence
+import re
+from collections.abc import AsyncIterator, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from secrets import choice
@@ -24,10 +25,16 @@ from proxy.policy.key import Key, Network
 from proxy.policy.policy import DEFAULT, EVERYONE
 from proxy.policy.quota import Globs
 
-# How many rows of a table one transaction changes while a user's records are made anonymous.
-_ROWS_AT_ONCE = 1000
 LISTED_MAX = 1000
-# As a source of forgotten users. No source of the configuration can have this name, because of the colon behind it.
+# What can be a key in a text: what stands between spaces, also between quotes or brackets, or signs of assignment.
+_WORDS = tuple(
+    re.compile(rf"[^\s{signs}]{{{values.KEY_CHARACTERS_MIN},}}")
+    for signs in ("", r"\"'`,;<>()\[\]{}\\", r"\"'`,;<>()\[\]{}\\=")
+)
+# The usual characters of keys, between any others, as in an address. Those that are escaped count as others.
+_USUAL_WORD = re.compile(rf"[A-Za-z0-9_~+-]{{{values.KEY_CHARACTERS_MIN},}}")
+_ESCAPE = re.compile(r"%[0-9A-Fa-f]{2}|\\[nrt]")
+# The source of pseudonyms. `values.source_name` refuses this name for a source of the configuration.
 _FORGOTTEN = "forgotten"
 
 
@@ -117,11 +124,14 @@ class KeyLimits:
 
 @dataclass(frozen=True, slots=True)
 class ImportedUser:
-    """One line of an import. `line` is its number in the file."""
+    """One line of an import. `line` is its number in the file.
+
+    None leaves the groups or the e-mail address of a user who is there as they are, and an empty one removes them.
+    """
 
     line: int
     id: str
-    groups: tuple[str, ...] = ()
+    groups: tuple[str, ...] | None = None
     email: str | None = None
 
 
@@ -161,11 +171,7 @@ class Administration:
     def resolve(self, name: str) -> UserId:
         """The user whom a name means: a user of the file, else of the database, unless it is `SOURCE:ID`."""
         if ":" in name:
-            identity = UserId.of_subject(name)
-            if identity.source not in (FILE, DATABASE, *self.source_names):
-                known = ", ".join((FILE, DATABASE, *self.source_names))
-                raise ChangeRefused("user", f'there is no source "{identity.source}"; write one of {known}, or an id')
-            return identity
+            return UserId.of_subject(name)
         return UserId(FILE if self.file.user(name) is not None else DATABASE, name)
 
     async def user(self, identity: UserId) -> UserRecord:
@@ -227,7 +233,8 @@ class Administration:
             raise ChangeRefused("identity", f'"{identity.source}" is no header source of the configuration')
         self._check_id("identity", identity.id)
         async with self._change("user.link", user.subject) as change:
-            await self._user(change.connection, user)
+            if (await self._user(change.connection, user)).forgotten_at is not None:
+                raise ChangeRefused("user", f"{user.subject} was forgotten")
             taken = await change.connection.execute(sa.select(identities).where(*is_row_of(identities, identity)))
             if (row := taken.first()) is not None:
                 owner = UserId(row.user_source, row.user_id).subject
@@ -289,7 +296,7 @@ class Administration:
                 await self._ensure_row(change, identity)
             row = (await change.connection.execute(sa.select(users).where(*is_row_of(users, identity)))).first()
             if row is None:
-                raise _no_user(identity)
+                raise self._no_user(identity)
             pseudonym: str = row.pseudonym or f"{_FORGOTTEN}:{''.join(choice(letters) for _ in range(10))}"
             now = self.now()
             await change.update(
@@ -304,7 +311,7 @@ class Administration:
             )
             await self._revoke_all(change, identity, pseudonym)
             change.target = pseudonym
-        await self._make_anonymous(identity.subject, pseudonym)
+        await self.database.make_anonymous(identity.subject, pseudonym)
         return pseudonym
 
     # Keys
@@ -330,13 +337,15 @@ class Administration:
     async def find_keys(self, text: str) -> list[KeyRecord]:
         """The keys in a text, such as a log or a diff; of the file also those that the text has as a whole word.
 
-        Nothing of the text is stored or sent. A key that is not known here is not in the result.
+        Nothing of the text is stored or sent. A key that is not known here is not in the result, also if it has the
+        id of one that is: whoever reads ids could have the keys of others revoked.
         """
-        ids = list(dict.fromkeys(KEY_PATTERN.findall(text)))
+        digests = [values.digest(key) for key in dict.fromkeys(match[0] for match in KEY_PATTERN.finditer(text))]
         found: list[KeyRecord] = []
         async with self.database.read() as connection:
-            for first in range(0, len(ids), 500):
-                some = sa.select(api_keys).where(api_keys.c.id.in_(ids[first : first + 500])).order_by(api_keys.c.id)
+            for first in range(0, len(digests), 500):
+                is_one = api_keys.c.digest.in_(digests[first : first + 500])
+                some = sa.select(api_keys).where(is_one).order_by(api_keys.c.id)
                 found += [_key_record(row) for row in await connection.execute(some)]
         for word in dict.fromkeys(_words(text)):
             owned = self.file.key(values.digest(word))
@@ -419,7 +428,7 @@ class Administration:
             return await self._with_links(connection, UserRecord(identity, of_file.groups))
         row = (await connection.execute(sa.select(users).where(*is_row_of(users, identity)))).first()
         if row is None:
-            raise _no_user(identity)
+            raise self._no_user(identity)
         return await self._with_links(connection, _user_record(row))
 
     async def _with_links(self, connection: AsyncConnection, record: UserRecord) -> UserRecord:
@@ -430,9 +439,19 @@ class Administration:
         return replace(record, linked=tuple(UserId(*row) for row in found))
 
     async def _changeable(self, connection: AsyncConnection, identity: UserId) -> UserRecord:
-        """A user who can be changed here. Raises ChangeRefused for one of the file, and for a forgotten one."""
+        """A user who can be changed here.
+
+        Raises ChangeRefused for one of the file, a forgotten one, and one that is another user by a link: a change of
+        it would have no effect.
+        """
         if identity.source == FILE:
             raise _of_file(identity)
+        link = await connection.execute(sa.select(identities).where(*is_row_of(identities, identity)))
+        owner = None if (row := link.first()) is None else UserId(row.user_source, row.user_id)
+        if (of_file := self.file.linked(identity)) is not None:
+            owner = of_file.identity
+        if owner is not None:
+            raise ChangeRefused("user", f"{identity.subject} is the user {owner.subject} by a link: change that one")
         record = await self._user(connection, identity)
         if record.forgotten_at is not None:
             raise ChangeRefused("user", f"{identity.subject} was forgotten; its name is free when its windows end")
@@ -472,7 +491,7 @@ class Administration:
         days = sa.select(usage_by_day.c.model).where(usage_by_day.c.user_name == identity.subject).limit(1)
         found = [await change.connection.scalar(each) for each in (records, days)]
         if found == [None, None]:
-            raise _no_user(identity)
+            raise self._no_user(identity)
         of_now = {"created_at": self.now(), "created_by": self.actor}
         await change.connection.execute(
             sa.insert(users).values(source=FILE, id=identity.id, groups="[]", is_service=False, **of_now)
@@ -494,17 +513,20 @@ class Administration:
         identity = UserId(DATABASE, line.id)
         row = (await change.connection.execute(sa.select(users).where(*is_row_of(users, identity)))).first()
         if row is None:
-            await self._add_user(change, line.id, groups=line.groups, email=line.email, is_service=False)
+            await self._add_user(change, line.id, groups=line.groups or (), email=line.email, is_service=False)
             return "added"
         before = await self._changeable(change.connection, identity)
-        differs = await self._set_user(change, before, groups=line.groups, email=line.email or "")
+        differs = await self._set_user(change, before, groups=line.groups, email=line.email)
         return "changed" if differs else "unchanged"
 
     async def _key(self, connection: AsyncConnection, id: str) -> KeyRecord:
         row = (await connection.execute(sa.select(api_keys).where(api_keys.c.id == id))).first()
         if row is None:
+            # It is not repeated, because it may be the whole key.
             raise ChangeRefused(
-                "key", f'there is no key "{id[:40]}" in the database; keys of the file are in the file'
+                "key",
+                "the database has no key with this id; write the ID of lqp_ID_… alone, as `keys list` shows it "
+                "(keys of the file are in the file)",
             )
         return _key_record(row)
 
@@ -547,26 +569,12 @@ class Administration:
             of_keys = sa.update(audit).where(audit.c.target.in_(ids[first : first + 500]))
             await change.connection.execute(of_keys.values(before=None, after=None))
 
-    async def _make_anonymous(self, subject: str, pseudonym: str) -> None:
-        """Give the records of a user another name, in small transactions: there may be a million of them."""
-        while True:
-            async with self.database.write() as connection:
-                some = sa.select(calls.c.id).where(calls.c.user_name == subject, calls.c.state != "open")
-                ids = list((await connection.execute(some.limit(_ROWS_AT_ONCE))).scalars())
-                for first in range(0, len(ids), 500):
-                    renamed = sa.update(calls).where(calls.c.id.in_(ids[first : first + 500]))
-                    await connection.execute(renamed.values(user_name=pseudonym))
-            if len(ids) < _ROWS_AT_ONCE:
-                break
-        while True:
-            async with self.database.write() as connection:
-                some_days = sa.select(usage_by_day).where(usage_by_day.c.user_name == subject).limit(_ROWS_AT_ONCE)
-                # Locked, because a roll-up may add to them in the meantime.
-                rows = (await connection.execute(some_days.with_for_update())).mappings().all()
-                for row in rows:
-                    await _rename_day(connection, row, pseudonym)
-            if len(rows) < _ROWS_AT_ONCE:
-                break
+    def _no_user(self, identity: UserId) -> ChangeRefused:
+        # A source that was removed from the configuration can still have users.
+        if identity.source not in (FILE, DATABASE, *self.source_names):
+            known = ", ".join((FILE, DATABASE, *self.source_names))
+            return ChangeRefused("user", f'there is no source "{identity.source}"; write one of {known}, or an id')
+        return ChangeRefused("user", f"there is no user {identity.subject}; `users list` lists them")
 
     def _check_id(self, name: str, id: str) -> None:
         _checked(name, values.outside_id, id)
@@ -605,19 +613,6 @@ class _Change:
     async def update(self, table: sa.Table, identity: UserId, **changed: object) -> None:
         """Change the row of a user."""
         await self.connection.execute(sa.update(table).where(*is_row_of(table, identity)).values(**changed))
-
-
-async def _rename_day(connection: AsyncConnection, row: Mapping[Any, Any], pseudonym: str) -> None:
-    """Give a sum of a day another name, or add it to the one that has this name already."""
-    key = ("day", "user_name", "through", "model")
-    old = [usage_by_day.c[name] == row[name] for name in key]
-    new = [usage_by_day.c[name] == (pseudonym if name == "user_name" else row[name]) for name in key]
-    sums = {name: usage_by_day.c[name] + row[name] for name in row if name not in key}
-    merged = await connection.execute(sa.update(usage_by_day).where(*new).values(**sums))
-    if merged.rowcount:
-        await connection.execute(sa.delete(usage_by_day).where(*old))
-    else:
-        await connection.execute(sa.update(usage_by_day).where(*old).values(user_name=pseudonym))
 
 
 def _user_record(row: sa.Row[Any]) -> UserRecord:
@@ -664,19 +659,15 @@ def _contains(column: sa.ColumnElement[Any], text: str) -> sa.ColumnElement[bool
     return column.icontains(text, autoescape=True)
 
 
-def _words(text: str) -> list[str]:
-    """What can be a key in a text: what stands between spaces, quotes, and signs of assignment."""
-    for sign in "\"'`,;=<>()[]{}":
-        text = text.replace(sign, " ")
-    return [word for word in text.split() if len(word) >= values.KEY_CHARACTERS_MIN]
+def _words(text: str) -> Iterator[str]:
+    """What can be a key in a text. The characters of a key are not known, so the text is divided in several ways."""
+    for word in _WORDS:
+        yield from word.findall(text)
+    yield from _USUAL_WORD.findall(_ESCAPE.sub(" ", text))
 
 
 def _as_json(value: object) -> str | None:
     return None if value is None else orjson.dumps(value).decode()
-
-
-def _no_user(identity: UserId) -> ChangeRefused:
-    return ChangeRefused("user", f"there is no user {identity.subject}; `users list` lists them")
 
 
 def _of_file(identity: UserId) -> ChangeRefused:

@@ -117,10 +117,18 @@ class Authentication:
         return self._caller(user, source.key, headers)
 
     def _linked_in_file(self, source: HeaderSource, sent: SentUser) -> User | None:
-        by_id = self._file.linked(UserId(source.name, sent.id))
-        if by_id is None and source.emails_verified and sent.email is not None and is_email(sent.email):
+        """The user of the file that is this one of the source: by an address if it has that form, else by its id.
+
+        An id in the form of an address is none where the source also sends addresses: users may choose their ids.
+        """
+        sends_email = source.email if source.signed is None else source.signed.email
+        if not is_email(sent.id) or sends_email is None:
+            by_id = self._file.linked(UserId(source.name, sent.id))
+            if by_id is not None:
+                return by_id
+        if source.emails_verified and sent.email is not None and is_email(sent.email):
             return self._file.linked(UserId(source.name, sent.email))
-        return by_id
+        return None
 
     async def _user_of(self, source: HeaderSource, identity: UserId, sent: SentUser) -> User:
         """The user of the database: of the source itself, or the one to whom an administrator linked it."""

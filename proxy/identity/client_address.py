@@ -1,11 +1,14 @@
 """The IP address of a client, also behind proxies that are trusted to say it. Pure."""
 
+import re
 from collections.abc import Iterable, Sequence
 from ipaddress import IPv4Address, IPv6Address, ip_address
 
 from proxy.policy.key import Network, is_in
 
 IpAddress = IPv4Address | IPv6Address
+
+_WITH_PORT = re.compile(r"([0-9.]+)(?::[0-9]{1,5})|\[([0-9A-Fa-f:.]+)\](?::[0-9]{1,5})?")
 
 
 def client_address(peer: str | None, headers: Iterable[tuple[str, str]], trusted: Sequence[Network]) -> str:
@@ -16,14 +19,15 @@ def client_address(peer: str | None, headers: Iterable[tuple[str, str]], trusted
 
         peer 10.0.0.1, trusted 10.0.0.0/8, "X-Forwarded-For: 1.2.3.4, 192.0.2.7, 10.0.0.2"  →  192.0.2.7
 
-    The search stops at the first entry that is no address (a name, `unknown`, an address with a port), because nobody
-    can say whether it stands for a trusted proxy. An empty text if the peer has no address (a Unix socket).
+    An entry may have a port, as Azure's gateways write it. The search stops at the first entry that is no address (a
+    name, `unknown`), because nobody can say whether it stands for a trusted proxy. An empty text if the peer has no
+    address (a Unix socket).
     """
     if not is_in(parse_address(peer), trusted):
         return _shown(peer)
     values = [value for name, value in headers if name.lower() == "x-forwarded-for"]
     for entry in reversed(",".join(values).split(",")):
-        text = entry.strip(" \t")
+        text = _without_port(entry.strip(" \t"))
         address = None if "%" in text else parse_address(text)
         if address is None:
             break
@@ -38,6 +42,12 @@ def parse_address(text: str | None) -> IpAddress | None:
         return None if text is None else ip_address(text.partition("%")[0])
     except ValueError:
         return None
+
+
+def _without_port(text: str) -> str:
+    """The address of an entry such as 192.0.2.7:4711 or [2001:db8::1]:4711."""
+    match = _WITH_PORT.fullmatch(text)
+    return text if match is None else match[1] or match[2]
 
 
 def _shown(text: str | None) -> str:

@@ -13,10 +13,11 @@ from typing import Any
 
 import orjson
 import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from proxy.identity.directory import Cuts, OwnedKey, User, UserId
-from proxy.ledger.schema import api_keys, calls, counters, directory, identities, users
+from proxy.ledger.schema import api_keys, calls, counters, directory, identities, usage_by_day, users
 from proxy.ledger.store import Store, StoreUnavailable
 from proxy.policy.key import Key
 from proxy.policy.quota import Globs
@@ -24,6 +25,8 @@ from proxy.policy.quota import Globs
 # How many keys one transaction notes as used. It has SQLite's one write lock, for which calls wait.
 _KEYS_AT_ONCE = 500
 _FORGOTTEN_AT_ONCE = 100
+# How many rows of a table one transaction changes while a user's records are made anonymous.
+_ROWS_AT_ONCE = 1000
 
 
 def _find_user() -> sa.Select[Any]:
@@ -136,6 +139,27 @@ class DirectoryDatabase:
         """A transaction that writes what no process remembers, such as records."""
         return self._store.transaction(writes=True)
 
+    async def make_anonymous(self, subject: str, pseudonym: str) -> None:
+        """Give the records of a user another name, in small transactions: there may be a million of them."""
+        while True:
+            async with self.write() as connection:
+                some = sa.select(calls.c.id).where(calls.c.user_name == subject, calls.c.state != "open")
+                ids = list((await connection.execute(some.limit(_ROWS_AT_ONCE))).scalars())
+                for first in range(0, len(ids), 500):
+                    renamed = sa.update(calls).where(calls.c.id.in_(ids[first : first + 500]))
+                    await connection.execute(renamed.values(user_name=pseudonym))
+            if len(ids) < _ROWS_AT_ONCE:
+                break
+        while True:
+            async with self.write() as connection:
+                some_days = sa.select(usage_by_day).where(usage_by_day.c.user_name == subject).limit(_ROWS_AT_ONCE)
+                # Locked, because a roll-up of another process may add to them.
+                rows = (await connection.execute(some_days.with_for_update())).mappings().all()
+                for row in rows:
+                    await _rename_day(connection, row, pseudonym)
+            if len(rows) < _ROWS_AT_ONCE:
+                break
+
     async def free_forgotten(self) -> None:
         """Free the names of forgotten users whose windows have ended, and delete their counters and keys.
 
@@ -146,15 +170,14 @@ class DirectoryDatabase:
             rows = (await connection.execute(gone)).all()
         for row in rows:
             identity = UserId(row.source, row.id)
+            await self.make_anonymous(identity.subject, row.pseudonym)
             async with self._store.transaction(writes=True) as connection:
                 await _lock(connection)
-                records = calls.c.user_name == identity.subject
-                ended = sa.update(calls).where(records, calls.c.state != "open")
-                await connection.execute(ended.values(user_name=row.pseudonym))
                 own = counters.c.subject == f"user:{identity.subject}"
                 is_open = sa.select(counters.c.subject).where(own, counters.c.resets_at > self._now()).limit(1)
-                in_flight = sa.select(calls.c.id).where(records).limit(1)
-                still = [await connection.execute(each) for each in (is_open, in_flight)]
+                records = sa.select(calls.c.id).where(calls.c.user_name == identity.subject).limit(1)
+                days = sa.select(usage_by_day.c.day).where(usage_by_day.c.user_name == identity.subject).limit(1)
+                still = [await connection.execute(each) for each in (is_open, records, days)]
                 if all(each.first() is None for each in still):
                     await connection.execute(sa.delete(counters).where(own))
                     of_user = (api_keys.c.user_source == identity.source, api_keys.c.user_id == identity.id)
@@ -167,6 +190,19 @@ class DirectoryDatabase:
         async with self._store.transaction(writes=True) as connection:
             raised = sa.update(directory).values(version=directory.c.version + 1).returning(directory.c.version)
             yield connection, (await connection.execute(raised)).scalar_one()
+
+
+async def _rename_day(connection: AsyncConnection, row: Mapping[Any, Any], pseudonym: str) -> None:
+    """Give a sum of a day another name, or add it to the one that has this name already.
+
+    A roll-up of another process can make the row with this name at the same moment.
+    """
+    key = ("day", "user_name", "through", "model")
+    of_dialect = sqlite.insert if connection.dialect.name == "sqlite" else postgresql.insert
+    renamed = of_dialect(usage_by_day).values({**row, "user_name": pseudonym})
+    sums = {name: usage_by_day.c[name] + renamed.excluded[name] for name in row if name not in key}
+    await connection.execute(renamed.on_conflict_do_update(index_elements=key, set_=sums))
+    await connection.execute(sa.delete(usage_by_day).where(*(usage_by_day.c[name] == row[name] for name in key)))
 
 
 async def _lock(connection: AsyncConnection) -> None:

@@ -20,7 +20,8 @@ from dataclasses import dataclass, field
 from proxy.config.values import digest
 from proxy.errors import InvalidKey
 
-_HEADERS = ("authorization", "api-key", "x-api-key")
+# In lower case.
+KEY_HEADERS = ("authorization", "api-key", "x-api-key")
 # Longer keys are refused unread. A key of this proxy has about 50 characters, a JSON Web Token up to a few thousand.
 _KEY_CHARACTERS_MAX = 16_384
 # The whitespace that may surround a header's value (RFC 9110 §5.5). `str.strip()` would also remove characters such
@@ -83,7 +84,7 @@ def presented_key(headers: Iterable[tuple[str, str]]) -> str:
     The key can be in `Authorization: Bearer`, `api-key` or `x-api-key`, also in several of them if it is the same
     key.
     """
-    sent = [(name.lower(), value.strip(_WHITESPACE)) for name, value in headers if name.lower() in _HEADERS]
+    sent = [(name.lower(), value.strip(_WHITESPACE)) for name, value in headers if name.lower() in KEY_HEADERS]
     keys = {key for name, value in sent if (key := _key_in(name, value))}
     if not keys:
         raise InvalidKey(

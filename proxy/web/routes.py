@@ -261,7 +261,7 @@ class Api:
             path,
             response_id=request.match_info["id"],
             parameters=list(request.query.items()),
-            user=caller.user,
+            caller=caller,
             catalog=snapshot.catalog,
             zone=snapshot.policy.zone,
         )

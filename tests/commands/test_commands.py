@@ -12,6 +12,7 @@ from proxy.cli import main
 from tests.sqlite import write_migrated
 
 FILE_KEY = "sk-alice-0123456789abcdefghijklmnop"
+COLON_KEY = "sk:carl-0123456789abcdefghijklmnop"
 POLICY = f"""
 server: {{admin: null}}
 database: sqlite:///{{folder}}/quotas.db
@@ -21,7 +22,7 @@ models: {{fast: {{upstream: up}}, slow: {{upstream: up}}}}
 groups:
   staff: {{quotas: {{daily: {{tokens: 2k, per: day, models: [fast]}}}}}}
   none: {{quotas: {{closed: {{tokens: 0, per: day}}}}}}
-users: {{alice: {{groups: [staff], keys: [{FILE_KEY}]}}}}
+users: {{alice: {{groups: [staff], keys: [{FILE_KEY}]}}, carl: {{keys: ["{COLON_KEY}"]}}}}
 identity:
   headers:
     - {{name: webui, key: key-of-the-webui-0123456789, from: [127.0.0.1], user: X-User, groups: X-Groups,
@@ -90,6 +91,12 @@ def test_a_key_can_expire_at_a_day_an_instant_or_after_a_while(run: Run, expires
     assert as_json(run("keys", "list", "--json"))[0]["expires_at"] > 1_790_000_000_000
 
 
+def test_a_key_is_also_found_as_an_argument(run: Run) -> None:
+    """It should not be there, but "no such key" would be a wrong answer."""
+    for key in (made(run, "--label", "leaked"), FILE_KEY):
+        assert run("keys", "find", key).exit_code == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "text"),
     [
@@ -130,6 +137,16 @@ def test_users_are_added_changed_and_forgotten(run: Run) -> None:
     assert "forgotten" in run("users", "list").stdout
 
 
+def test_a_file_without_a_column_leaves_it_as_it_is(run: Run, tmp_path: Path) -> None:
+    """A list of addresses takes nobody's groups away; an empty cell does."""
+    run("users", "add", "bob", "--group", "staff")
+    for text, groups in (("id,email\r\nbob,bob@example.org\r\n", ["staff"]), ("id,groups\nbob,\n", [])):
+        (tmp_path / "users.csv").write_bytes(text.encode())
+        assert run("users", "import", str(tmp_path / "users.csv")).exit_code == 0
+        [shown] = as_json(run("users", "show", "bob", "--json"))
+        assert (shown["groups"], shown["email"]) == (groups, "bob@example.org")
+
+
 def test_a_file_of_users_is_imported_with_keys(run: Run, tmp_path: Path) -> None:
     """A dry run changes nothing, and a second import nothing more."""
     file = tmp_path / "users.csv"
@@ -154,6 +171,11 @@ def test_a_file_of_users_is_imported_with_keys(run: Run, tmp_path: Path) -> None
         ("id,groups\nann,stuff\n", 1),
         ("id\nann\nann\n", 1),
         (b"id\n\xff\xfe\n", 2),
+        ('id\n"an\nna"\n', 1),
+        ('id\n"ann\nbob\n', 2),
+        ("id,groups,groups\nann,staff,none\n", 2),
+        (f"id\n{'a' * 200_000}\n", 2),
+        ("id\na\0b\n", 1),
     ],
 )
 def test_a_file_with_a_mistake_is_not_imported(run: Run, tmp_path: Path, text: str | bytes, code: int) -> None:
@@ -178,6 +200,10 @@ def test_whoami_says_who_it_is_and_why_not(run: Run) -> None:
     found = as_json(run("whoami", "--json", input=headers))
     assert (found["user"], found["source"], found["groups"]) == ("webui:7", "webui", ["staff"])
     assert run("whoami", "--json", input="Authorization: Bearer key-of-the-webui-0123456789\n").exit_code == 1
+    assert "webui:7" not in run("users", "list").stdout  # the question makes nobody
+    assert "carl" in run("whoami", input=COLON_KEY).stdout
+    assert "carl" in run("whoami", input=f"api-key: {COLON_KEY}").stdout
+    assert "carl" in run("whoami", input=f"api-key:{COLON_KEY}").stdout
 
 
 def test_explain_says_what_binds_and_when_it_is_admitted(run: Run) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 from dataclasses import replace
+from functools import partial
 
 import orjson
 import pytest
@@ -159,7 +160,15 @@ async def test_a_name_means_a_user_of_the_file_before_one_of_the_database(admin)
     assert admin.resolve("database:alice") == UserId("database", "alice")
     assert admin.resolve("webui:a:b") == UserId("webui", "a:b")
     with pytest.raises(ChangeRefused, match="no source"):
-        admin.resolve("web:1")
+        await admin.user(admin.resolve("web:1"))
+
+
+async def test_users_of_a_source_that_was_removed_can_be_forgotten(admin):
+    """Or disabled before the source comes back. The configuration does not name it any more."""
+    seen = admin.resolve("old:7")
+    await admin.database.add_seen_user(seen, "7@example.org", users_max=9)
+    assert (await admin.disable_user(seen)).disabled_at == NOON
+    assert (await admin.forget(seen)).startswith("forgotten:")
 
 
 async def test_users_are_listed_in_pages_and_found_by_a_text(admin):
@@ -185,6 +194,40 @@ async def test_a_user_of_a_header_source_can_be_another_user(admin):
     await admin.unlink(UserId("webui", "7"))
     assert (await admin.link(UserId("webui", "7"), ALICE)).identity == ALICE
     assert [action for action, *_ in await audited(admin)] == ["user.add", "user.link", "user.unlink", "user.link"]
+
+
+async def test_a_linked_identity_is_changed_where_it_leads_to(admin):
+    """`users disable` of the identity alone would say "disabled", and its person could go on."""
+    await admin.add_user("bob", groups=["staff"])
+    seen = UserId("webui", "7")
+    await admin.database.add_seen_user(seen, None, users_max=9)
+    await admin.link(seen, BOB)
+    for change in (admin.disable_user, admin.enable_user, partial(admin.set_user, groups=["lab"])):
+        with pytest.raises(ChangeRefused, match="database:bob") as caught:
+            await change(seen)
+        assert caught.value.field == "user"
+    await admin.unlink(seen)
+    assert (await admin.disable_user(seen)).disabled_at == NOON
+
+
+async def test_nobody_is_linked_to_a_forgotten_user(admin):
+    """The link would lead to whoever gets the name next."""
+    await admin.add_user("bob")
+    await admin.forget(BOB)
+    with pytest.raises(ChangeRefused, match="forgotten"):
+        await admin.link(UserId("webui", "7"), BOB)
+
+
+async def test_an_import_leaves_what_its_lines_do_not_say(admin):
+    """A list of addresses takes nobody's groups away."""
+    await admin.add_user("bob", groups=["staff"], email="bob@example.org")
+    assert (await admin.import_users([ImportedUser(2, "bob", email="b@example.org")])).changed == ("bob",)
+    assert (await admin.user(BOB)).groups == ("staff",)
+    assert (await admin.import_users([ImportedUser(2, "bob", groups=("lab",))])).changed == ("bob",)
+    assert (await admin.user(BOB)).email == "b@example.org"
+    assert (await admin.import_users([ImportedUser(2, "bob")])).unchanged == ("bob",)
+    assert (await admin.import_users([ImportedUser(2, "bob", groups=(), email="")])).changed == ("bob",)
+    assert ((await admin.user(BOB)).groups, (await admin.user(BOB)).email) == ((), None)
 
 
 async def test_an_import_is_made_as_a_whole_or_not_at_all(admin):
@@ -271,6 +314,39 @@ async def test_keys_are_found_in_a_log_and_in_a_diff(admin):
     assert [each.key.id for each in await admin.keys(after=min(first.id, second.id))] == [max(first.id, second.id)]
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "GET /v1/models?key={}&a=1 HTTP/1.1",
+        "https://user:{}@host/",
+        "key:{}",
+        "Bearer%20{}%0A",
+        r'"one\n{}\ntwo"',
+        "My key is {}.",
+        "key: {}\r\n",
+        "https://host/{}/x",
+    ],
+)
+async def test_a_key_of_the_file_is_found_in_addresses_and_escaped_texts(admin, text):
+    """Whatever stands around it."""
+    assert [each.key.label for each in await admin.find_keys(text.format(FILE_KEY))] == ["laptop"]
+
+
+async def test_only_the_whole_key_is_found_and_not_its_id(admin):
+    """An id is no secret: whoever reads it in a list could have the key of another revoked as leaked."""
+    new = await admin.create_key(ALICE, KeyLimits())
+    assert await admin.find_keys(f"lqp_{new.id}_{'A' * 38}") == []
+
+
+async def test_a_key_in_place_of_an_id_is_not_repeated(admin):
+    """The errors of commands end up in the logs of others."""
+    new = await admin.create_key(ALICE, KeyLimits())
+    with pytest.raises(ChangeRefused) as caught:
+        await admin.revoke_key(new.text)
+    assert new.text[15:20] not in str(caught.value)
+    assert "lqp_ID_" in str(caught.value)
+
+
 # ------------------------------------------------------------------------------------------------------------- forget
 
 
@@ -318,8 +394,8 @@ async def test_a_forgotten_user_is_in_no_record_and_gets_no_fresh_quota(admin, s
     await store.roll_up(1000, None)  # before the record is anonymous: its sum has the name
     await admin.database.free_forgotten()
     assert (await admin.user(BOB)).forgotten_at is not None
+    assert {row["user_name"] for table in (calls, usage_by_day) for row in await all_of(admin, table)} == {pseudonym}
     assert await admin.forget(BOB) == pseudonym
-    assert {row["user_name"] for row in await all_of(admin, usage_by_day)} == {pseudonym}
     assert sum(row["calls"] for row in await all_of(admin, usage_by_day)) == 5
     clock.now = max(row["resets_at"] for row in await all_of(admin, counters)) + 1
     await admin.database.free_forgotten()
@@ -336,11 +412,36 @@ async def test_a_user_who_was_taken_out_of_the_file_can_be_forgotten(admin, stor
 
 async def test_many_records_are_made_anonymous_in_steps(admin, store, monkeypatch):
     """No transaction changes more rows than a step has."""
-    monkeypatch.setattr("proxy.identity.administration._ROWS_AT_ONCE", 2)
+    monkeypatch.setattr("proxy.identity.database._ROWS_AT_ONCE", 2)
     for number in range(5):
         await used(store, user="carl", number=number)
     pseudonym = await admin.forget(UserId("file", "carl"))
     assert {row["user_name"] for row in await all_of(admin, calls)} == {pseudonym}
+
+
+async def test_what_is_rolled_up_while_a_user_is_forgotten_is_in_the_sums(admin, store):
+    """Another process adds to the same sum of a day, and commits only after it was to be renamed."""
+    if isinstance(store, SqliteStore):
+        pytest.skip("one transaction at a time writes")
+    row = {"day": 0, "user_name": "carl", "through": "staff", "model": "fast"} | dict.fromkeys(sums(), 5)
+    async with admin.database.write() as connection:
+        await connection.execute(sa.insert(usage_by_day), [row, row | {"user_name": "forgotten:x"}])
+    async with admin.database.write() as connection:
+        await connection.execute(sa.update(usage_by_day).where(usage_by_day.c.user_name == "carl").values(calls=6))
+        forgetting = asyncio.create_task(admin.database.make_anonymous("carl", "forgotten:x"))
+        waiting = sa.text("SELECT count(*) FROM pg_locks WHERE NOT granted")
+        async with admin.database.read() as other:
+            while not await other.scalar(waiting):
+                pass
+    await forgetting
+    assert await all_of(admin, usage_by_day) == [
+        row | {"user_name": "forgotten:x", "calls": 11} | dict.fromkeys(sums()[1:], 10)
+    ]
+
+
+def sums() -> list[str]:
+    """The names of the sums of a day."""
+    return [column.name for column in usage_by_day.c if not column.primary_key]
 
 
 async def test_changes_at_the_same_time_are_made_one_after_another(admin):

@@ -328,6 +328,16 @@ def test_a_link_by_address_needs_verified_addresses():
         assert door.caller(("x-user", "u3")).user == "webui:u3"
 
 
+def test_an_id_in_the_form_of_an_address_is_no_link_by_address():
+    """T136: users of many sources choose their own ids, and one of them could choose alice's address."""
+    alice = replace(ALICE, identities=(("webui", "alice@x.example"),))
+    sent = (("x-user", "alice@x.example"), ("x-email", "eve@x.example"))
+    for email, user in (("x-email", "webui:alice@x.example"), (None, "alice")):  # None: its ids are the addresses
+        door = Door(replace(SOURCE, emails_verified=True, email=email))
+        door.authentication._file = FileDirectory([alice])
+        assert door.caller(*sent).user == user
+
+
 def test_an_administrator_can_link_users_in_the_database():
     """To a user of the database, of the file, or another of the source. The groups are those of the linked user."""
     ann, bob = User(UserId("database", "ann"), ("lab",)), User(UserId("webui", "bob"), ("admins",))
