@@ -143,7 +143,7 @@ class Clients:
     ) -> None:
         loop = asyncio.get_running_loop()
         started = loop.time()
-        headers = {**self._proxy.credentials[call.user], "content-type": "application/json"}
+        headers = {**self._proxy.credentials[call.user], "x-quota-tag": call.tag, "content-type": "application/json"}
         body = orjson.dumps(call.body())
         async with http.post(url + call.path, data=body, headers=headers) as response:
             record.status, record.request_id = response.status, response.headers.get("x-request-id")

@@ -10,9 +10,9 @@ from contextlib import asynccontextmanager, closing
 from typing import Any
 
 from proxy.torture.evidence import CallRow, CounterRow, HeldAmount, Snapshot
-from proxy.torture.plan import MODEL_PREFIX
 
-_CALLS = "SELECT id, model, state, outcome, input_tokens, output_tokens, requests, lines FROM calls"
+# Calls are known by their tag and not by their model's name, of which the proxy records 100 for each user and day.
+_CALLS = "SELECT id, tag, state, outcome, input_tokens, output_tokens, requests, lines FROM calls"
 _COUNTERS = (
     "SELECT subject, quota_id, opened_at, used_input, used_output, used_requests, held_input, held_output, "
     "held_requests FROM counters"
@@ -33,13 +33,13 @@ async def read_snapshot(url: str) -> Snapshot:
         [
             CallRow(
                 id,
-                model.removeprefix(MODEL_PREFIX),
+                tag or "",
                 state,
                 outcome,
                 (input_tokens or 0, output_tokens or 0, requests or 0),
                 _held_amounts(lines),
             )
-            for id, model, state, outcome, input_tokens, output_tokens, requests, lines in calls
+            for id, tag, state, outcome, input_tokens, output_tokens, requests, lines in calls
         ],
         [
             CounterRow(

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from proxy.torture.plan import Plan
 
@@ -23,7 +24,8 @@ upstreams:
 groups:
   clients: {{quotas: {{tokens: {{tokens: {tokens}, per: {per}, shared: {shared}}}}}}}
 identity:
-  headers: [{{name: front, key: "{front_key}", from: [127.0.0.1], user: {user_header}, unmapped: clients}}]
+  headers: [{{name: front, key: "{front_key}", from: [127.0.0.1], user: {user_header}, unmapped: clients,
+    tag_header: true}}]
 users:
 {users}
 """
@@ -95,15 +97,22 @@ class ProxyProcess:
     async def add_users(self, number: int) -> tuple[str, ...]:
         """Make this many users in its database, as an operator does, and return their keys. Raises NotStarted."""
         file = self._config.with_name("users.csv")
+        names = [f"database:user-{each}" for each in range(number)]
         file.write_text("id,groups\n" + "".join(f"user-{each},clients\n" for each in range(number)))
-        command = [sys.executable, "-m", "proxy", "users", "import", str(file), "--keys", "--json"]
+        await self._command("users", "import", str(file))
+        return tuple([(await self._command("keys", "create", name, "--tag-header"))["key"] for name in names])
+
+    async def _command(self, *arguments: str) -> Any:
+        """What a command of the proxy prints as JSON. Raises NotStarted."""
         process = await asyncio.create_subprocess_exec(
-            *(*command, "--config", str(self._config)), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+            *(sys.executable, "-m", "proxy", *arguments, "--config", str(self._config), "--json"),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
         )
         out, err = await process.communicate()
         if process.returncode != 0:
-            raise NotStarted(f"It could not make users. {err.decode(errors='replace')}")
-        return tuple(each["key"] for each in json.loads(out)["keys"])
+            raise NotStarted(f"`{' '.join(arguments[:2])}` failed. {err.decode(errors='replace')}")
+        return json.loads(out)
 
     async def kill_and_restart(self) -> None:
         """Send SIGKILL, and start it again at once with the same database and port."""
@@ -163,7 +172,8 @@ class ProxyProcess:
             front_key=FRONT_KEY,
             user_header=USER_HEADER,
             users="\n".join(
-                f'  user-{number}: {{groups: [clients], keys: ["{key}"]}}' for number, key in enumerate(self.keys)
+                f'  user-{number}: {{groups: [clients], keys: [{{key: "{key}", tag_header: true}}]}}'
+                for number, key in enumerate(self.keys)
             ),
         )
 

@@ -3,6 +3,7 @@
 import asyncio
 import sys
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -31,7 +32,8 @@ async def opened(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterato
         url = await shared().fresh()
         store = PostgresStore(url)
     await store.open()
-    await store.apply([reserve(id, WHO, call(10, 20)) for id in ("a", "b", "c", "d")], NOON)
+    reserves = [reserve(id, WHO, call(10, 20)) for id in ("a", "b", "c", "d")]
+    await store.apply([replace(one, labels=replace(one.labels, tag=f"call-0-{one.id}")) for one in reserves], NOON)
     await store.apply([Settle("a", exactly(7, 9), "complete"), Release("b"), Expire("c")], NOON + 1)
     yield store, url
     await store.close()
@@ -49,7 +51,7 @@ async def test_calls_and_counters_are_read_as_they_are_committed(opened: tuple[S
     }
     assert (rows["a"].charge, rows["b"].charge, rows["d"].charge) == ((7, 9, 1), (0, 0, 0), (0, 0, 0))
     assert rows["c"].charge[0] == 10
-    assert rows["a"].tag == "mini"
+    assert rows["a"].tag == "call-0-a"
     windows: set[WindowKey] = {held.window for held in rows["a"].held}
     assert {window[:2] for window in windows} == WINDOWS
     assert {held.amount for held in rows["d"].held} == {(10, 20, 1)}
