@@ -11,11 +11,16 @@ A property is tried with 100 examples in `policy` and `ledger`, which the promis
 import os
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import structlog
 from hypothesis import settings
+
+if TYPE_CHECKING:
+    from proxy.ledger.store import Store
 
 # It asserts for several tests, and should show what it found as they do.
 pytest.register_assert_rewrite("tests.clients.sessions")
@@ -63,3 +68,23 @@ def _log_as_before() -> Iterator[None]:
     yield
     sys.unraisablehook, threading.excepthook = hooks  # pytest's own, which make a test fail
     structlog.reset_defaults()
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+async def store(request: pytest.FixtureRequest, tmp_path: Path) -> "AsyncIterator[Store]":
+    """An open store of a new database, which has the schema and no rows, on each engine."""
+    # Imported here, because coverage is measured from after this module on.
+    from proxy.ledger.postgres import PostgresStore
+    from proxy.ledger.sqlite import SqliteStore
+    from tests.postgres import shared
+    from tests.sqlite import write_migrated
+
+    store: Store
+    if request.param == "sqlite":
+        write_migrated(tmp_path / "quotas.db")
+        store = SqliteStore(tmp_path / "quotas.db")
+    else:
+        store = PostgresStore(await shared().migrated())
+    await store.open()
+    yield store
+    await store.close()

@@ -16,14 +16,11 @@ from proxy.identity.directory import FileDirectory, UserId
 from proxy.identity.keys import id_of
 from proxy.ledger.book import Reserve, Settle
 from proxy.ledger.entry import CallLabels, call_id_prefix
-from proxy.ledger.postgres import PostgresStore
 from proxy.ledger.schema import api_keys, audit, calls, counters, usage_by_day, users
 from proxy.ledger.sqlite import SqliteStore
 from proxy.policy.amounts import Exactly, Tokens
 from proxy.policy.key import Key
 from tests.builders import DAY, HOUR, NOON, binding, call, quota
-from tests.postgres import shared
-from tests.sqlite import write_migrated
 
 FILE_KEY = "sk-alice-0123456789abcdefghijklmnop"
 ALICE, BOB = UserId("file", "alice"), UserId("database", "bob")
@@ -37,18 +34,6 @@ class Clock:
 
     def __call__(self) -> int:
         return self.now
-
-
-@pytest.fixture(params=["sqlite", "postgresql"])
-async def store(request, tmp_path):
-    if request.param == "sqlite":
-        write_migrated(tmp_path / "quotas.db")
-        store = SqliteStore(tmp_path / "quotas.db")
-    else:
-        store = PostgresStore(await shared().migrated())
-    await store.open()
-    yield store
-    await store.close()
 
 
 @pytest.fixture
@@ -424,9 +409,9 @@ async def test_what_is_rolled_up_while_a_user_is_forgotten_is_in_the_sums(admin,
     if isinstance(store, SqliteStore):
         pytest.skip("one transaction at a time writes")
     row = {"day": 0, "user_name": "carl", "through": "staff", "model": "fast"} | dict.fromkeys(sums(), 5)
-    async with admin.database.write() as connection:
+    async with store.transaction(writes=True) as connection:
         await connection.execute(sa.insert(usage_by_day), [row, row | {"user_name": "forgotten:x"}])
-    async with admin.database.write() as connection:
+    async with store.transaction(writes=True) as connection:
         await connection.execute(sa.update(usage_by_day).where(usage_by_day.c.user_name == "carl").values(calls=6))
         forgetting = asyncio.create_task(admin.database.make_anonymous("carl", "forgotten:x"))
         waiting = sa.text("SELECT count(*) FROM pg_locks WHERE NOT granted")

@@ -9,7 +9,6 @@ import sqlalchemy as sa
 
 from proxy.identity.database import DirectoryDatabase
 from proxy.identity.directory import Cuts, OwnedKey, User, UserId
-from proxy.ledger.postgres import PostgresStore
 from proxy.ledger.schema import SCHEMA, api_keys, identities, users
 from proxy.ledger.sqlite import SqliteStore
 from proxy.ledger.store import StoreUnavailable
@@ -17,24 +16,10 @@ from proxy.policy.key import Key
 from proxy.policy.quota import Globs
 from tests.builders import NOON
 from tests.directory import insert, key_row, user_row
-from tests.postgres import shared
-from tests.sqlite import write_migrated
 
 MINUTE = 60_000
 ANN = UserId("database", "ann")
 WEBUI_ANN = UserId("webui", "ann")
-
-
-@pytest.fixture(params=["sqlite", "postgresql"])
-async def store(request, tmp_path):
-    if request.param == "sqlite":
-        write_migrated(tmp_path / "quotas.db")
-        store = SqliteStore(tmp_path / "quotas.db")
-    else:
-        store = PostgresStore(await shared().migrated())
-    await store.attach()
-    yield store
-    await store.close()
 
 
 @pytest.fixture

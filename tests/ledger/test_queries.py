@@ -7,31 +7,15 @@ import pytest
 
 from proxy.ledger.book import Expire, Release, Reserve, Settle
 from proxy.ledger.entry import CallLabels, call_id_prefix
-from proxy.ledger.postgres import PostgresStore
 from proxy.ledger.queries import DIMENSIONS, Used, oldest_call, usage
 from proxy.ledger.schema import calls
-from proxy.ledger.sqlite import SqliteStore
 from proxy.policy.amounts import AtLeast, Exactly, Tokens, Unspent
 from tests.builders import DAY, NOON, binding, call, quota
-from tests.postgres import shared
-from tests.sqlite import write_migrated
 
 LARGE = quota("staff/daily", tokens=10**9)
 MIDNIGHT = NOON - DAY // 2
 SUMS = "requests input_tokens output_tokens cached_tokens reasoning_tokens".split()
 COLUMNS = {"user": "user_name", "group": "through", "model": "model", "key": "key_id", "tag": "tag"}
-
-
-@pytest.fixture(params=["sqlite", "postgresql"])
-async def store(request, tmp_path):
-    if request.param == "sqlite":
-        write_migrated(tmp_path / "quotas.db")
-        store = SqliteStore(tmp_path / "quotas.db")
-    else:
-        store = PostgresStore(await shared().migrated())
-    await store.open()
-    yield store
-    await store.close()
 
 
 def reserve(number: int, at: int, *, user="ann", model="small", key="", tag="") -> Reserve:
