@@ -6,8 +6,8 @@ import json
 import os
 import re
 import sys
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Callable, Coroutine, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, NoReturn, TypeVar
@@ -69,12 +69,6 @@ def run(path: str, work: Callable[[Context], Coroutine[Any, Any, T]]) -> T:
 
 
 async def _with_context(config: Config, work: Callable[[Context], Coroutine[Any, Any, T]]) -> T:
-    async with _opened(config) as context:
-        return await work(context)
-
-
-@asynccontextmanager
-async def _opened(config: Config) -> AsyncIterator[Context]:
     store = store_of(config.settings.database)
     try:
         await store.attach()
@@ -88,7 +82,7 @@ async def _opened(config: Config) -> AsyncIterator[Context]:
             source_names=tuple(source.name for source in config.header_sources),
         )
         directory = Directory(_Unchanged(store, now=wall_clock_ms), clock=lambda: 0.0, now=wall_clock_ms)
-        yield Context(config, store, administration, Snapshot.of(config, directory, wall_clock_ms))
+        return await work(Context(config, store, administration, Snapshot.of(config, directory, wall_clock_ms)))
     finally:
         await store.close()
 

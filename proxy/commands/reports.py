@@ -22,15 +22,13 @@ from proxy.commands.context import (
 from proxy.identity.administration import UserRecord
 from proxy.identity.authentication import Caller
 from proxy.identity.directory import DATABASE, FILE
-from proxy.ledger.queries import DIMENSIONS, Dimension, Used, oldest_call
+from proxy.ledger.queries import DAY_MS, DIMENSIONS, Dimension, Used, oldest_call
 from proxy.ledger.queries import usage as usage_of
 from proxy.policy.admission import NotAdmitted, decide
 from proxy.policy.key import Key
-from proxy.policy.quota import Binding, Demand
+from proxy.policy.quota import Demand
 from proxy.policy.status import QuotaStatus, quota_statuses
 from proxy.server import wall_clock_ms
-
-_BY_DEFAULT = "user"
 
 
 @click.command("usage")
@@ -40,7 +38,7 @@ _BY_DEFAULT = "user"
 @click.option("--key", help="Only calls with the key of this id.")
 @click.option("--tag", help="Only calls with this tag.")
 @click.option("--since", default="7d", show_default=True, help="From the UTC day on that began this long ago.")
-@click.option("--by", type=click.Choice(DIMENSIONS), default=_BY_DEFAULT, show_default=True)
+@click.option("--by", type=click.Choice(DIMENSIONS), default="user", show_default=True)
 @click.option("--csv", "as_csv", is_flag=True, help="Print CSV.")
 @command_options
 def usage(
@@ -66,7 +64,7 @@ def usage(
             return await usage_of(connection, since_ms, by, where), await oldest_call(connection)
 
     found, oldest = run(path, work)
-    rows = [(_value(value), used) for value, used in sorted(found.items(), key=_largest if by != "day" else _first)]
+    rows = [(_value(value), used) for value, used in sorted(found.items(), key=_order)]
     if as_json:
         show_json([{by: value, **asdict(used)} for value, used in rows])
         return
@@ -76,7 +74,7 @@ def usage(
         show_csv(heads, cells)
         return
     show_table([head.upper().replace("_", " ") for head in heads], cells)
-    if (by in ("key", "tag") or key or tag) and oldest is not None and oldest > since_ms + 86_400_000:
+    if (by in ("key", "tag") or key or tag) and oldest is not None and oldest > since_ms + DAY_MS:
         click.echo(f"The oldest recorded call is of {_day(oldest)}: older ones are not in this report.", err=True)
 
 
@@ -88,14 +86,10 @@ def _day(at: int) -> str:
     return datetime.fromtimestamp(at / 1000, UTC).strftime("%Y-%m-%d")
 
 
-def _largest(item: tuple[str | int, Used]) -> tuple[int, str]:
-    """Those that used most come first."""
+def _order(item: tuple[str | int, Used]) -> tuple[int, str]:
+    """Days come in their order, and of all others those that used most come first."""
     value, used = item
-    return (-used.input_tokens - used.output_tokens, str(value))
-
-
-def _first(item: tuple[str | int, Used]) -> tuple[int, str]:
-    return (0, str(item[0]).zfill(20))
+    return (value, "") if isinstance(value, int) else (-used.input_tokens - used.output_tokens, value)
 
 
 # ------------------------------------------------------------------------------------------------------------ explain
@@ -154,13 +148,9 @@ async def _explain(context: Context, name: str, model: str) -> _Explained:
         record,
         None,
         tuple(quota_statuses(binding, counters, now).values()),
-        _alternatives(binding),
+        tuple(tuple(quota.id for quota in each.quotas) for each in binding.alternatives()),
         decision if isinstance(decision, NotAdmitted) else None,
     )
-
-
-def _alternatives(binding: Binding) -> tuple[tuple[str, ...], ...]:
-    return tuple(tuple(quota.id for quota in each.quotas) for each in binding.alternatives())
 
 
 def _show_explained_json(context: Context, found: _Explained) -> None:
