@@ -1,15 +1,14 @@
 """Changes of users and keys at run time. Each is one transaction with its row in the audit log.
 
-The commands and the administration API call these functions and nothing else. They know neither. Users and keys of
-the file are read-only here: the error says where to change them.
+The commands and the administration API call these functions and nothing else, and these functions know no command and
+no HTTP. Users and keys of the file are read-only here: the error says where to change them.
 """
 
 import re
-from collections.abc import AsyncIterator, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field, replace
-from secrets import choice
-from typing import Any, Protocol
+from dataclasses import dataclass, replace
+from typing import Any
 
 import orjson
 import sqlalchemy as sa
@@ -17,9 +16,17 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from proxy.config import values
 from proxy.config.messages import did_you_mean
-from proxy.identity.database import DirectoryDatabase, is_row_of, key_of, user_of
-from proxy.identity.directory import DATABASE, FILE, FileDirectory, UserId
-from proxy.identity.keys import KEY_PATTERN, NewKey, make_key
+from proxy.identity.database import (
+    DirectoryDatabase,
+    find_row,
+    insert_user,
+    is_of_user,
+    is_row_of,
+    key_of,
+    user_of,
+)
+from proxy.identity.directory import DATABASE, FILE, FileDirectory, User, UserId
+from proxy.identity.keys import KEY_PATTERN, NewKey, make_key, random_id
 from proxy.ledger.schema import api_keys, audit, calls, identities, usage_by_day, users
 from proxy.policy.key import Key, Network
 from proxy.policy.policy import DEFAULT, EVERYONE
@@ -144,27 +151,20 @@ class Imported:
     unchanged: tuple[str, ...] = ()
 
 
-class Clock(Protocol):
-    """A function that gives the time in ms since 1970."""
-
-    def __call__(self) -> int:
-        """Now."""
-
-
 @dataclass(frozen=True)
 class Administration:
     """The changes and lists. `actor` is who makes the changes, such as `cli:ann`.
 
-    `file` has the users of the configuration, and `group_names` the groups of its policy. Methods raise
-    ChangeRefused, and StoreUnavailable.
+    `file` has the users of the configuration, `group_names` the groups of its policy, and `source_names` its header
+    sources. `now` gives ms since 1970. Methods raise ChangeRefused and StoreUnavailable.
     """
 
     database: DirectoryDatabase
     file: FileDirectory
     group_names: Collection[str]
     actor: str
-    now: Clock
-    source_names: Collection[str] = field(default=())
+    now: Callable[[], int]
+    source_names: Collection[str] = ()
 
     # Users
 
@@ -189,8 +189,7 @@ class Administration:
         if text:
             found = found.where(_contains(users.c.id, text) | _contains(users.c.email, text))
         async with self.database.read() as connection:
-            rows = (await connection.execute(found)).all()
-            return [await self._with_links(connection, _user_record(row)) for row in rows]
+            return await _with_links(connection, [_user_record(row) for row in await connection.execute(found)])
 
     async def add_user(
         self, id: str, *, groups: Sequence[str] = (), email: str | None = None, is_service: bool = False
@@ -215,7 +214,7 @@ class Administration:
             before = await self._changeable(change.connection, identity)
             at = before.disabled_at or self.now()
             cut_now = {"cut_version": change.version} if cut else {}
-            await change.update(users, identity, disabled_at=at, **cut_now)
+            await change.update(identity, disabled_at=at, **cut_now)
             change.note({"disabled_at": before.disabled_at}, {"disabled_at": at, **({"cut": True} if cut else {})})
             return await self._user(change.connection, identity)
 
@@ -223,7 +222,7 @@ class Administration:
         """Let a disabled user call again."""
         async with self._change("user.enable", identity.subject) as change:
             before = await self._changeable(change.connection, identity)
-            await change.update(users, identity, disabled_at=None)
+            await change.update(identity, disabled_at=None)
             change.note({"disabled_at": before.disabled_at}, {"disabled_at": None})
             return await self._user(change.connection, identity)
 
@@ -231,14 +230,14 @@ class Administration:
         """Let the user whom a header source knows as `identity` be another user, whose counters it then uses."""
         if identity.source not in self.source_names:
             raise ChangeRefused("identity", f'"{identity.source}" is no header source of the configuration')
-        self._check_id("identity", identity.id)
+        _checked("identity", values.outside_id, identity.id)
         async with self._change("user.link", user.subject) as change:
             if (await self._user(change.connection, user)).forgotten_at is not None:
                 raise ChangeRefused("user", f"{user.subject} was forgotten")
-            taken = await change.connection.execute(sa.select(identities).where(*is_row_of(identities, identity)))
-            if (row := taken.first()) is not None:
-                owner = UserId(row.user_source, row.user_id).subject
-                raise ChangeRefused("identity", f"{identity.subject} is linked to {owner} already; unlink it first")
+            owner = await _linked_user(change.connection, identity)
+            if owner is not None:
+                text = f"{identity.subject} is linked to {owner.subject} already; unlink it first"
+                raise ChangeRefused("identity", text)
             await change.connection.execute(
                 sa.insert(identities).values(
                     source=identity.source, id=identity.id, user_source=user.source, user_id=user.id
@@ -287,20 +286,18 @@ class Administration:
         forgotten; `DirectoryDatabase.free_forgotten` frees it then. The audit log keeps what happened, without the
         name. Doing it again makes records anonymous that were written meanwhile.
         """
-        letters = "23456789abcdefghjkmnpqrstuvwxyz"
         async with self._change("user.forget", "") as change:
             if identity.source == FILE:
                 # A user who was taken out of the file may still have records.
                 if self.file.user(identity.id) is not None:
                     raise _of_file(identity)
                 await self._ensure_row(change, identity)
-            row = (await change.connection.execute(sa.select(users).where(*is_row_of(users, identity)))).first()
+            row = await find_row(change.connection, users, identity)
             if row is None:
                 raise self._no_user(identity)
-            pseudonym: str = row.pseudonym or f"{_FORGOTTEN}:{''.join(choice(letters) for _ in range(10))}"
+            pseudonym: str = row.pseudonym or f"{_FORGOTTEN}:{random_id()}"
             now = self.now()
             await change.update(
-                users,
                 identity,
                 groups="[]",
                 email=None,
@@ -322,7 +319,7 @@ class Administration:
         """The keys of the database: of one user, or whose id, label or user has this text, in the order of ids."""
         found = sa.select(api_keys).where(api_keys.c.id > after).order_by(api_keys.c.id).limit(min(limit, LISTED_MAX))
         if owner is not None:
-            found = found.where(api_keys.c.user_source == owner.source, api_keys.c.user_id == owner.id)
+            found = found.where(*is_of_user(api_keys, owner))
         if text:
             columns = (api_keys.c.id, api_keys.c.label, api_keys.c.user_id)
             found = found.where(sa.or_(*(_contains(column, text) for column in columns)))
@@ -425,18 +422,13 @@ class Administration:
 
     async def _user(self, connection: AsyncConnection, identity: UserId) -> UserRecord:
         if identity.source == FILE and (of_file := self.file.user(identity.id)) is not None:
-            return await self._with_links(connection, UserRecord(identity, of_file.groups))
-        row = (await connection.execute(sa.select(users).where(*is_row_of(users, identity)))).first()
+            [record] = await _with_links(connection, [UserRecord(identity, of_file.groups)])
+            return record
+        row = await find_row(connection, users, identity)
         if row is None:
             raise self._no_user(identity)
-        return await self._with_links(connection, _user_record(row))
-
-    async def _with_links(self, connection: AsyncConnection, record: UserRecord) -> UserRecord:
-        own = (identities.c.user_source == record.identity.source, identities.c.user_id == record.identity.id)
-        found = await connection.execute(
-            sa.select(identities.c.source, identities.c.id).where(*own).order_by(identities.c.source, identities.c.id)
-        )
-        return replace(record, linked=tuple(UserId(*row) for row in found))
+        [record] = await _with_links(connection, [_user_record(row)])
+        return record
 
     async def _changeable(self, connection: AsyncConnection, identity: UserId) -> UserRecord:
         """A user who can be changed here.
@@ -446,10 +438,8 @@ class Administration:
         """
         if identity.source == FILE:
             raise _of_file(identity)
-        link = await connection.execute(sa.select(identities).where(*is_row_of(identities, identity)))
-        owner = None if (row := link.first()) is None else UserId(row.user_source, row.user_id)
-        if (of_file := self.file.linked(identity)) is not None:
-            owner = of_file.identity
+        of_file = self.file.linked(identity)
+        owner = await _linked_user(connection, identity) if of_file is None else of_file.identity
         if owner is not None:
             raise ChangeRefused("user", f"{identity.subject} is the user {owner.subject} by a link: change that one")
         record = await self._user(connection, identity)
@@ -461,41 +451,28 @@ class Administration:
         self, change: "_Change", id: str, *, groups: Sequence[str], email: str | None, is_service: bool
     ) -> None:
         identity = UserId(DATABASE, id)
-        self._check_id("id", id)
-        row = (await change.connection.execute(sa.select(users).where(*is_row_of(users, identity)))).first()
+        _checked("id", values.outside_id, id)
+        row = await find_row(change.connection, users, identity)
         if row is not None:
             text = f"there is a user {identity.subject} already; change it with `users set`"
             if row.forgotten_at is not None:
                 text = f"{identity.subject} was forgotten, and its name is free only when its windows have ended"
             raise ChangeRefused("id", text)
         checked = self._groups(groups)
-        await change.connection.execute(
-            sa.insert(users).values(
-                source=DATABASE,
-                id=id,
-                groups=_as_json(checked),
-                email=_email(email),
-                is_service=is_service,
-                created_at=self.now(),
-                created_by=self.actor,
-            )
-        )
+        user = User(identity, tuple(checked), _email(email))
+        await insert_user(change.connection, user, self.now(), by=self.actor, is_service=is_service)
         change.note(None, {"groups": checked, "is_service": is_service})
 
     async def _ensure_row(self, change: "_Change", identity: UserId) -> None:
         """A row for a user who is in no file any more and has records, so that the name stays taken."""
-        row = (await change.connection.execute(sa.select(users).where(*is_row_of(users, identity)))).first()
-        if row is not None:
+        if await find_row(change.connection, users, identity) is not None:
             return
         records = sa.select(calls.c.id).where(calls.c.user_name == identity.subject).limit(1)
         days = sa.select(usage_by_day.c.model).where(usage_by_day.c.user_name == identity.subject).limit(1)
         found = [await change.connection.scalar(each) for each in (records, days)]
         if found == [None, None]:
             raise self._no_user(identity)
-        of_now = {"created_at": self.now(), "created_by": self.actor}
-        await change.connection.execute(
-            sa.insert(users).values(source=FILE, id=identity.id, groups="[]", is_service=False, **of_now)
-        )
+        await insert_user(change.connection, User(identity), self.now(), by=self.actor)
 
     async def _set_user(
         self, change: "_Change", before: UserRecord, *, groups: Sequence[str] | None, email: str | None
@@ -503,7 +480,7 @@ class Administration:
         """Whether anything differed. The audit log does not keep e-mail addresses."""
         checked = list(before.groups) if groups is None else self._groups(groups)
         address = before.email if email is None else _email(email)
-        await change.update(users, before.identity, groups=_as_json(checked), email=address)
+        await change.update(before.identity, groups=_as_json(checked), email=address)
         differs = (tuple(checked), address) != (before.groups, before.email)
         is_changed = {"email": "changed"} if address != before.email else {}
         change.note({"groups": list(before.groups)}, {"groups": checked, **is_changed})
@@ -511,8 +488,7 @@ class Administration:
 
     async def _import_user(self, change: "_Change", line: ImportedUser) -> str:
         identity = UserId(DATABASE, line.id)
-        row = (await change.connection.execute(sa.select(users).where(*is_row_of(users, identity)))).first()
-        if row is None:
+        if await find_row(change.connection, users, identity) is None:
             await self._add_user(change, line.id, groups=line.groups or (), email=line.email, is_service=False)
             return "added"
         before = await self._changeable(change.connection, identity)
@@ -556,12 +532,11 @@ class Administration:
 
     async def _revoke_all(self, change: "_Change", identity: UserId, pseudonym: str) -> None:
         """Revoke the keys of a user who is forgotten, and take its name out of links and of the audit log."""
-        own = (api_keys.c.user_source == identity.source, api_keys.c.user_id == identity.id)
+        own = is_of_user(api_keys, identity)
         ids = list((await change.connection.execute(sa.select(api_keys.c.id).where(*own))).scalars())
         at = sa.func.coalesce(api_keys.c.revoked_at, self.now())
         await change.connection.execute(sa.update(api_keys).where(*own).values(revoked_at=at, label=""))
-        linked = (identities.c.user_source == identity.source, identities.c.user_id == identity.id)
-        await change.connection.execute(sa.delete(identities).where(sa.and_(*linked)))
+        await change.connection.execute(sa.delete(identities).where(*is_of_user(identities, identity)))
         await change.connection.execute(sa.delete(identities).where(*is_row_of(identities, identity)))
         of_user = sa.update(audit).where(audit.c.target == identity.subject)
         await change.connection.execute(of_user.values(target=pseudonym, before=None, after=None))
@@ -575,9 +550,6 @@ class Administration:
             known = ", ".join((FILE, DATABASE, *self.source_names))
             return ChangeRefused("user", f'there is no source "{identity.source}"; write one of {known}, or an id')
         return ChangeRefused("user", f"there is no user {identity.subject}; `users list` lists them")
-
-    def _check_id(self, name: str, id: str) -> None:
-        _checked(name, values.outside_id, id)
 
     def _groups(self, names: Iterable[str]) -> list[str]:
         """These groups, each once, in the policy's order. Raises ChangeRefused for one that is not in the policy."""
@@ -610,9 +582,26 @@ class _Change:
         """Note the members that differ."""
         self.before, self.after = before, after
 
-    async def update(self, table: sa.Table, identity: UserId, **changed: object) -> None:
+    async def update(self, identity: UserId, **changed: object) -> None:
         """Change the row of a user."""
-        await self.connection.execute(sa.update(table).where(*is_row_of(table, identity)).values(**changed))
+        await self.connection.execute(sa.update(users).where(*is_row_of(users, identity)).values(**changed))
+
+
+async def _linked_user(connection: AsyncConnection, identity: UserId) -> UserId | None:
+    """The user whom an administrator linked this one of a header source to; None if there is none."""
+    row = await find_row(connection, identities, identity)
+    return None if row is None else UserId(row.user_source, row.user_id)
+
+
+async def _with_links(connection: AsyncConnection, records: Sequence[UserRecord]) -> list[UserRecord]:
+    """The same records with the identities that are linked to them."""
+    owner = (identities.c.user_source, identities.c.user_id)
+    is_asked = sa.tuple_(*owner).in_([(record.identity.source, record.identity.id) for record in records])
+    links = sa.select(identities).where(is_asked).order_by(identities.c.source, identities.c.id)
+    linked: dict[UserId, list[UserId]] = {}
+    for row in await connection.execute(links):
+        linked.setdefault(UserId(row.user_source, row.user_id), []).append(UserId(row.source, row.id))
+    return [replace(record, linked=tuple(linked.get(record.identity, ()))) for record in records]
 
 
 def _user_record(row: sa.Row[Any]) -> UserRecord:

@@ -1,4 +1,6 @@
-"""The users and keys that are made at run time, in the database of the ledger. All of their SQL is here.
+"""The users and keys that are made at run time, in the database of the ledger.
+
+The SQL of lookups is here, and that of changes in `administration`.
 
 A user of a header source has a row from the first request on, so that it can be listed, disabled and counted. Every
 change raises the version of the directory first (`change`), which makes changes wait for each other and tells every
@@ -89,25 +91,21 @@ class DirectoryDatabase:
 
     async def add_seen_user(self, identity: UserId, email: str | None, *, users_max: int) -> User | None:
         """The user of a header source who is seen for the first time; None if the source has `users_max` already."""
+        added = User(identity, email=email)
         of_source = sa.select(sa.func.count()).select_from(users).where(users.c.source == identity.source)
         # Without the lock at first: a source that sends ever new ids must not hold up the calls of others.
         for writes in (False, True):
             async with self._store.transaction(writes=writes) as connection:
                 if writes:
                     await _lock(connection)  # one process at a time counts and adds
-                row = (await connection.execute(sa.select(users).where(*is_row_of(users, identity)))).first()
+                row = await find_row(connection, users, identity)
                 if row is not None:
                     return user_of(row)
                 if (await connection.execute(of_source)).scalar_one() >= users_max:
                     return None
                 if writes:
-                    await self._add(connection, identity, email)
-        return User(identity, email=email)
-
-    async def _add(self, connection: AsyncConnection, identity: UserId, email: str | None) -> None:
-        added = {"source": identity.source, "id": identity.id, "groups": "[]", "email": email, "is_service": False}
-        of_now = {"created_at": self._now(), "created_by": identity.source}
-        await connection.execute(sa.insert(users).values(**added, **of_now))
+                    await insert_user(connection, added, self._now(), by=identity.source)
+        return added
 
     async def cuts_since(self, version: int) -> Cuts:
         """Whose calls were to be ended at once by the changes after this version."""
@@ -135,14 +133,10 @@ class DirectoryDatabase:
         """A transaction that only reads."""
         return self._store.transaction()
 
-    def write(self) -> AbstractAsyncContextManager[AsyncConnection]:
-        """A transaction that writes what no process remembers, such as records."""
-        return self._store.transaction(writes=True)
-
     async def make_anonymous(self, subject: str, pseudonym: str) -> None:
         """Give the records of a user another name, in small transactions: there may be a million of them."""
         while True:
-            async with self.write() as connection:
+            async with self._store.transaction(writes=True) as connection:
                 some = sa.select(calls.c.id).where(calls.c.user_name == subject, calls.c.state != "open")
                 ids = list((await connection.execute(some.limit(_ROWS_AT_ONCE))).scalars())
                 for first in range(0, len(ids), 500):
@@ -151,7 +145,7 @@ class DirectoryDatabase:
             if len(ids) < _ROWS_AT_ONCE:
                 break
         while True:
-            async with self.write() as connection:
+            async with self._store.transaction(writes=True) as connection:
                 some_days = sa.select(usage_by_day).where(usage_by_day.c.user_name == subject).limit(_ROWS_AT_ONCE)
                 # Locked, because a roll-up of another process may add to them.
                 rows = (await connection.execute(some_days.with_for_update())).mappings().all()
@@ -165,7 +159,9 @@ class DirectoryDatabase:
 
         Records that were written after a user was forgotten are made anonymous first.
         """
-        gone = sa.select(users).where(users.c.forgotten_at.is_not(None)).limit(_FORGOTTEN_AT_ONCE)
+        # Who is forgotten is cut off too: by the index of those, this does not read the whole table.
+        is_gone = (users.c.cut_version.is_not(None), users.c.forgotten_at.is_not(None))
+        gone = sa.select(users).where(*is_gone).limit(_FORGOTTEN_AT_ONCE)
         async with self._store.transaction() as connection:
             rows = (await connection.execute(gone)).all()
         for row in rows:
@@ -180,8 +176,7 @@ class DirectoryDatabase:
                 still = [await connection.execute(each) for each in (is_open, records, days)]
                 if all(each.first() is None for each in still):
                     await connection.execute(sa.delete(counters).where(own))
-                    of_user = (api_keys.c.user_source == identity.source, api_keys.c.user_id == identity.id)
-                    await connection.execute(sa.delete(api_keys).where(*of_user))
+                    await connection.execute(sa.delete(api_keys).where(*is_of_user(api_keys, identity)))
                     await connection.execute(sa.delete(users).where(*is_row_of(users, identity)))
 
     @asynccontextmanager
@@ -213,6 +208,31 @@ async def _lock(connection: AsyncConnection) -> None:
 def is_row_of(table: sa.Table, identity: UserId) -> tuple[sa.ColumnElement[bool], sa.ColumnElement[bool]]:
     """The conditions for the row of a user in a table with a source and an id."""
     return (table.c.source == identity.source, table.c.id == identity.id)
+
+
+def is_of_user(table: sa.Table, owner: UserId) -> tuple[sa.ColumnElement[bool], sa.ColumnElement[bool]]:
+    """The conditions for the rows that belong to a user in a table with a user's source and id."""
+    return (table.c.user_source == owner.source, table.c.user_id == owner.id)
+
+
+async def find_row(connection: AsyncConnection, table: sa.Table, identity: UserId) -> sa.Row[Any] | None:
+    """The row of a user in a table with a source and an id; None if there is none."""
+    return (await connection.execute(sa.select(table).where(*is_row_of(table, identity)))).first()
+
+
+async def insert_user(connection: AsyncConnection, user: User, at: int, *, by: str, is_service: bool = False) -> None:
+    """Insert the row of a user who is made at this instant (ms). `by` is who makes it."""
+    await connection.execute(
+        sa.insert(users).values(
+            source=user.identity.source,
+            id=user.identity.id,
+            groups=orjson.dumps(user.groups).decode(),
+            email=user.email,
+            is_service=is_service,
+            created_at=at,
+            created_by=by,
+        )
+    )
 
 
 def user_of(row: sa.Row[Any]) -> User:

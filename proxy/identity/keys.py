@@ -53,9 +53,14 @@ class NewKey:
         return digest(self.text)
 
 
+def random_id() -> str:
+    """A random id of ten characters, which people can read out."""
+    return "".join(secrets.choice(_ID_CHARACTERS) for _ in range(_ID_LENGTH))
+
+
 def make_key() -> NewKey:
     """A new key with a random id and a random secret."""
-    id = "".join(secrets.choice(_ID_CHARACTERS) for _ in range(_ID_LENGTH))
+    id = random_id()
     secret = "".join(secrets.choice(_SECRET_CHARACTERS) for _ in range(_SECRET_LENGTH))
     start = f"{PREFIX}{id}_{secret}"
     return NewKey(id, start + _checksum(start))
