@@ -143,6 +143,7 @@ class Call:
                 self.model.upstream.name,
                 key_id=self.caller.key.id,
                 tag=self.caller.tag,
+                address=self.client.line.address,
             ),
             binding=self.binding,
             demand=demand,

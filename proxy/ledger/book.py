@@ -316,10 +316,20 @@ class Book:
         for held, before, after in zip(entry.held_amounts, charged, charge, strict=True):
             self._change_counter(held, used=after - before, held=NO_AMOUNT - held.amount if is_open else NO_AMOUNT)
         freed = frozenset(_keys(entry)) if is_open else frozenset()
-        if not isinstance(operation, Expire) and operation.upstream is not None:
-            entry = replace(entry, labels=replace(entry.labels, upstream=operation.upstream))
+        upstream = (
+            entry.labels.upstream if isinstance(operation, Expire) else operation.upstream or entry.labels.upstream
+        )
+        labels = replace(entry.labels, upstream=upstream, address="")
         response_id = operation.response_id if isinstance(operation, Settle) else None
-        entry = replace(entry, state=state, ended_at=self._now, usage=usage, outcome=outcome, response_id=response_id)
+        entry = replace(
+            entry,
+            labels=labels,
+            state=state,
+            ended_at=self._now,
+            usage=usage,
+            outcome=outcome,
+            response_id=response_id,
+        )
         self._put_entry(entry)
         return self._accepted(entry, _keys(entry), freed=freed)
 

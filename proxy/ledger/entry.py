@@ -59,7 +59,8 @@ class HeldAmount:
 class CallLabels:
     """Who calls which model, at which endpoint and upstream: the part of an entry that is known before admission.
 
-    `key_id` is the id of the key that the call carried, and `tag` a text for reports. Each may be empty.
+    `key_id` is the id of the key that the call carried, and `tag` a text for reports. `address` is where the call
+    comes from; it is forgotten at its end. Each of these may be empty.
 
     Raises ValueError for a text of more than 512 characters, or with characters that are not printable. Such a text
     would make the database refuse the whole batch, for example because PostgreSQL stores no zero byte.
@@ -71,9 +72,10 @@ class CallLabels:
     upstream: str
     key_id: str = ""
     tag: str = ""
+    address: str = ""
 
     def __post_init__(self) -> None:
-        for text in (self.user, self.model, self.endpoint, self.upstream, self.key_id, self.tag):
+        for text in (self.user, self.model, self.endpoint, self.upstream, self.key_id, self.tag, self.address):
             if not is_recordable(text):
                 raise ValueError(f"not fit for the ledger: {text[:80]!r}")
 

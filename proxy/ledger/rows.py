@@ -30,7 +30,7 @@ from proxy.policy.windows import Window
 # The columns of a call that change after its admission, in the order of the table.
 CHANGING = (
     "state upstream ended_at hold_input hold_output lines "
-    "input_tokens output_tokens cached_tokens reasoning_tokens requests provenance outcome response_id"
+    "input_tokens output_tokens cached_tokens reasoning_tokens requests provenance outcome response_id address"
 ).split()
 
 Row = Sequence[Any]
@@ -89,11 +89,11 @@ def entry_of(row: Row) -> Entry:
     """The entry in a row of `calls`."""
     entry_id, owner, state, user, model, endpoint, upstream, admitted_via, reserved_at, ended_at, *rest = row
     hold_input, hold_output, maximum, held_amounts, capped_by, would_refuse, *usage_and_end = rest
-    *usage, outcome, _, response_id, key_id, tag = usage_and_end
+    *usage, outcome, _, response_id, key_id, tag, address = usage_and_end
     return Entry(
         id=entry_id,
         owner=owner,
-        labels=CallLabels(user, model, endpoint, upstream, key_id or "", tag or ""),
+        labels=CallLabels(user, model, endpoint, upstream, key_id or "", tag or "", address or ""),
         admitted_via=admitted_via,
         reserved_at=reserved_at,
         hold=call_amount(hold_input, hold_output),
@@ -123,16 +123,15 @@ def _amount_of(numbers: Sequence[int]) -> Amount:
 
 def _call_row(entry: Entry) -> Row:
     labels = entry.labels
-    state, upstream, ended_at, hold_input, hold_output, held_amounts, *usage_outcome, response_id = _changing_columns(
-        entry
-    )
+    state, upstream, ended_at, hold_input, hold_output, held_amounts, *rest = _changing_columns(entry)
+    *usage_outcome, response_id, address = rest
     return (
         *(entry.id, entry.owner, state, labels.user, labels.model, labels.endpoint, upstream, entry.admitted_via),
         *(entry.reserved_at, ended_at, hold_input, hold_output, entry.maximum),
         *(held_amounts, entry.capped_by, orjson.dumps(entry.would_refuse).decode()),
         *usage_outcome,
         *(None, response_id),  # `counted_as` is NULL: the roll-up has not counted it yet
-        *(labels.key_id or None, labels.tag or None),
+        *(labels.key_id or None, labels.tag or None, address),
     )
 
 
@@ -141,7 +140,7 @@ def _changing_columns(entry: Entry) -> Row:
     return (
         *(entry.state, entry.labels.upstream, entry.ended_at),
         *(entry.hold.input, entry.hold.output, orjson.dumps(held_amounts).decode()),
-        *(*_usage_columns(entry.usage), entry.outcome, entry.response_id),
+        *(*_usage_columns(entry.usage), entry.outcome, entry.response_id, entry.labels.address or None),
     )
 
 

@@ -37,7 +37,18 @@ one row of `directory` has a version that each change raises, in the same transa
 changes are serialized, and a process sees by one number that what it remembers may be old. `cut_version` is the
 version of the change that was to end the calls in flight of this user or key at once; processes that see a newer
 version than before end those of rows with a version in between. Rows of `audit` say who changed what; `before` and
-`after` are JSON objects with the members that differ.
+`after` are JSON objects with the members that differ. `idempotency_key` and `fingerprint` are those of the request
+that created something, so that a repeated request finds what it made.
+
+`groups`, `quotas` and `grants` are what administrators make beside the file (`administration`); `document` of a quota
+has its fields as the file would have them. A change of these raises `policy_version` of `directory` too. `user_name`
+of a grant is NULL if it is for each member, or for the pot, of its quota. `admin_sessions` are logins of the page.
+
+Other tables are for display. A row of `refusals` is the first refusal of a user by a quota in one second, and `count`
+how many there were. A row of `crossings` is written when a counter reaches 80 % or 100 % of a limit in its window.
+`replicas` has the last status of each process, and until when it shows events to somebody. While one does, the others
+write theirs to `feed`, whose rows stay for some seconds. A row of `call_cuts` asks for the end of one call in flight,
+by the `version` of the directory.
 """
 
 from importlib.resources import files
@@ -51,7 +62,7 @@ from proxy.policy.amounts import QUANTITIES
 metadata = MetaData()
 
 # The newest revision in `migrations`.
-HEAD = "0005"
+HEAD = "0006"
 # The PostgreSQL schema that contains our tables, so that they can share a database with others.
 SCHEMA = "llm_quota_proxy"
 
@@ -100,6 +111,7 @@ counters = Table(
         for side in ("used", "held")
         for quantity in QUANTITIES
     ),
+    Index("counters_by_quota", "quota_id", "subject"),
     sqlite_with_rowid=False,
 )
 
@@ -133,6 +145,7 @@ calls = Table(
     Column("response_id", Text),
     Column("key_id", Text),
     Column("tag", Text),
+    Column("address", Text),
     Index("calls_open", "owner", sqlite_where=sa.text("state = 'open'"), postgresql_where=sa.text("state = 'open'")),
     Index("calls_by_user", "user_name", "reserved_at"),
     Index("calls_uncounted", "id", sqlite_where=sa.text(UNCOUNTED), postgresql_where=sa.text(UNCOUNTED)),
@@ -234,6 +247,17 @@ audit = Table(
     Column("target", Text, nullable=False),
     Column("before", Text),
     Column("after", Text),
+    Column("address", Text),
+    Column("request_id", Text),
+    Column("idempotency_key", Text),
+    Column("fingerprint", Text),
+    Index(
+        *("audit_by_idempotency_key", "actor", "idempotency_key"),
+        unique=True,
+        sqlite_where=sa.text("idempotency_key IS NOT NULL"),
+        postgresql_where=sa.text("idempotency_key IS NOT NULL"),
+    ),
+    Index("audit_of_target", "target", "id"),
     sqlite_with_rowid=False,
 )
 
@@ -242,6 +266,141 @@ directory = Table(
     metadata,
     Column("id", Integer, primary_key=True, autoincrement=False),
     Column("version", BigInteger, nullable=False),
+    Column("policy_version", BigInteger, nullable=False, server_default="0"),
+)
+
+
+groups = Table(
+    "groups",
+    metadata,
+    Column("name", Text, primary_key=True),
+    Column("position", BigInteger, nullable=False),
+    Column("models", Text),
+    Column("unlimited", Boolean, nullable=False),
+    Column("created_at", BigInteger, nullable=False),
+    Column("created_by", Text, nullable=False),
+    sqlite_with_rowid=False,
+)
+
+quotas = Table(
+    "quotas",
+    metadata,
+    Column("group_name", Text, primary_key=True),
+    Column("name", Text, primary_key=True),
+    Column("position", BigInteger, nullable=False),
+    Column("document", Text, nullable=False),
+    Column("created_at", BigInteger, nullable=False),
+    Column("created_by", Text, nullable=False),
+    sqlite_with_rowid=False,
+)
+
+grants = Table(
+    "grants",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("quota_id", Text, nullable=False),
+    Column("user_name", Text),
+    Column("measure", Text, nullable=False),
+    Column("amount", BigInteger, nullable=False),
+    Column("until", BigInteger, nullable=False),
+    Column("reason", Text, nullable=False),
+    Column("created_at", BigInteger, nullable=False),
+    Column("created_by", Text, nullable=False),
+    Column("ended_at", BigInteger),
+    sqlite_with_rowid=False,
+)
+
+admin_keys = Table(
+    "admin_keys",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("digest", Text, nullable=False, unique=True),
+    Column("name", Text, nullable=False),
+    Column("role", Text, nullable=False),
+    Column("groups", Text),
+    Column("grant_up_to", BigInteger),
+    Column("created_at", BigInteger, nullable=False),
+    Column("created_by", Text, nullable=False),
+    Column("expires_at", BigInteger),
+    Column("revoked_at", BigInteger),
+    sqlite_with_rowid=False,
+)
+
+admin_sessions = Table(
+    "admin_sessions",
+    metadata,
+    Column("digest", Text, primary_key=True),
+    Column("key_digest", Text, nullable=False),
+    Column("created_at", BigInteger, nullable=False),
+    Column("expires_at", BigInteger, nullable=False),
+    sqlite_with_rowid=False,
+)
+
+refusals = Table(
+    "refusals",
+    metadata,
+    Column("request_id", Text, primary_key=True),
+    Column("at", BigInteger, nullable=False),
+    Column("user_name", Text, nullable=False),
+    Column("quota_id", Text, nullable=False),
+    Column("model", Text, nullable=False),
+    Column("endpoint", Text, nullable=False),
+    Column("verdict", Text, nullable=False),
+    Column("measure", Text, nullable=False),
+    Column("maximum", BigInteger, nullable=False),
+    Column("used", BigInteger, nullable=False),
+    Column("held", BigInteger, nullable=False),
+    Column("needed", BigInteger, nullable=False),
+    Column("resets_at", BigInteger),
+    Column("admissible_at", BigInteger),
+    Column("key_id", Text),
+    Column("count", BigInteger, nullable=False),
+    Column("details", Text),
+    Index("refusals_at", "at"),
+    Index("refusals_of_user", "user_name", "at"),
+    sqlite_with_rowid=False,
+)
+
+crossings = Table(
+    "crossings",
+    metadata,
+    Column("subject", Text, primary_key=True),
+    Column("quota_id", Text, primary_key=True),
+    Column("opened_at", BigInteger, nullable=False),
+    Column("resets_at", BigInteger, nullable=False),
+    Column("level", BigInteger, nullable=False),
+    Column("crossed_at", BigInteger, nullable=False),
+    Index("crossings_open", "resets_at"),
+    sqlite_with_rowid=False,
+)
+
+replicas = Table(
+    "replicas",
+    metadata,
+    Column("owner", Text, primary_key=True),
+    Column("at", BigInteger, nullable=False),
+    Column("status", Text, nullable=False),
+    Column("watching_until", BigInteger, nullable=False),
+    sqlite_with_rowid=False,
+)
+
+feed = Table(
+    "feed",
+    metadata,
+    Column("owner", Text, primary_key=True),
+    Column("seq", BigInteger, primary_key=True, autoincrement=False),
+    Column("at", BigInteger, nullable=False),
+    Column("body", Text, nullable=False),
+    sqlite_with_rowid=False,
+)
+
+call_cuts = Table(
+    "call_cuts",
+    metadata,
+    Column("call_id", Text, primary_key=True),
+    Column("version", BigInteger, nullable=False),
+    Column("at", BigInteger, nullable=False),
+    sqlite_with_rowid=False,
 )
 
 

@@ -68,7 +68,7 @@ def test_a_call_is_reserved_under_its_labels(tmp_path: Path) -> None:
     call = _call(_snapshot(tmp_path))
     entry = _admit(call).entry
     assert (entry.id, entry.owner) == ("req_1", "me")
-    assert entry.labels == CallLabels("alice", "fast", "chat", "simulated", "0123abcd")
+    assert entry.labels == CallLabels("alice", "fast", "chat", "simulated", "0123abcd", address="192.0.2.1")
 
 
 @pytest.mark.parametrize("stream", ["false", "true"])

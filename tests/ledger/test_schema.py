@@ -115,7 +115,14 @@ def test_the_calls_of_the_first_release_are_kept(engine, path):
     run_migrations(engine)
     assert rows(path, "counters") == before["counters"]
     for was, now in zip(before["calls"], rows(path, "calls"), strict=True):
-        added = {"maximum": 400, "counted_as": None, "response_id": None, "key_id": None, "tag": None}
+        added = {
+            "maximum": 400,
+            "counted_as": None,
+            "response_id": None,
+            "key_id": None,
+            "tag": None,
+            "address": None,
+        }
         assert now == added | {name: was[name] for name in was.keys() - {"lost_input", "lost_output"}}
     audit(path)
 
@@ -163,7 +170,7 @@ async def test_the_calls_of_a_release_without_a_directory_are_kept_and_settled(e
         connection.executescript(f"INSERT INTO counters VALUES {COUNTER}; {FOURTH_CALL} {FOURTH_OPEN_CALL}")
     before = rows(path, "calls")
     run_migrations(engine)
-    assert rows(path, "calls") == [row | {"key_id": None, "tag": None} for row in before]
+    assert rows(path, "calls") == [row | {"key_id": None, "tag": None, "address": None} for row in before]
     assert rows(path, "directory") == [{"id": 1, "version": 1}]
     assert [rows(path, table) for table in ("users", "identities", "api_keys", "audit")] == [[], [], [], []]
     store = SqliteStore(path)
@@ -233,7 +240,7 @@ def test_instants_and_amounts_have_64_bits():
     """Milliseconds since 1970 do not fit into the 32 bits of PostgreSQL's INTEGER. SQLite would not show that."""
     columns = [column for table in metadata.tables.values() for column in table.columns]
     narrow = {str(column) for column in columns if type(column.type) not in (sa.BigInteger, sa.Text)}
-    assert narrow == {"users.is_service", "api_keys.takes_tag_header", "directory.id"}
+    assert narrow == {"users.is_service", "api_keys.takes_tag_header", "directory.id", "groups.unlimited"}
 
 
 def test_head_is_the_newest_revision():
