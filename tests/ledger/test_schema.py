@@ -171,7 +171,7 @@ async def test_the_calls_of_a_release_without_a_directory_are_kept_and_settled(e
     before = rows(path, "calls")
     run_migrations(engine)
     assert rows(path, "calls") == [row | {"key_id": None, "tag": None, "address": None} for row in before]
-    assert rows(path, "directory") == [{"id": 1, "version": 1}]
+    assert rows(path, "directory") == [{"id": 1, "version": 1, "policy_version": 0}]
     assert [rows(path, table) for table in ("users", "identities", "api_keys", "audit")] == [[], [], [], []]
     store = SqliteStore(path)
     await store.open()
