@@ -16,9 +16,10 @@ from zoneinfo import ZoneInfo
 import click
 import uvloop
 
+from proxy.administration.change import Author, ChangeRefused, Changes
+from proxy.administration.directory import DirectoryAdministration
 from proxy.config import values
 from proxy.config.loader import BadConfig, Config, ConfigFile
-from proxy.identity.administration import Administration, ChangeRefused
 from proxy.identity.authentication import Snapshot
 from proxy.identity.database import DirectoryDatabase
 from proxy.identity.directory import Directory, FileDirectory, User, UserId
@@ -42,7 +43,7 @@ class Context:
 
     config: Config
     store: Store
-    administration: Administration
+    administration: DirectoryAdministration
     snapshot: Snapshot
 
 
@@ -73,12 +74,10 @@ async def _with_context(config: Config, work: Callable[[Context], Coroutine[Any,
     try:
         await store.attach()
         database = DirectoryDatabase(store, now=wall_clock_ms)
-        administration = Administration(
-            database,
+        administration = DirectoryAdministration(
+            Changes(database, Author(f"cli:{_os_user()}"), wall_clock_ms),
             FileDirectory(config.users),
             group_names=tuple(config.policy.groups),
-            actor=f"cli:{_os_user()}",
-            now=wall_clock_ms,
             source_names=tuple(source.name for source in config.header_sources),
         )
         directory = Directory(_Unchanged(store, now=wall_clock_ms), clock=lambda: 0.0, now=wall_clock_ms)

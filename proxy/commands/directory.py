@@ -3,10 +3,12 @@
 import csv
 import io
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import click
 
+from proxy.administration.directory import LISTED_MAX, ImportedUser, KeyLimits, KeyRecord, UserRecord
 from proxy.commands.context import (
     NO,
     WRONG,
@@ -26,7 +28,6 @@ from proxy.commands.context import (
 from proxy.config.loader import Config
 from proxy.config.values import KEY_CHARACTERS_MIN, digest
 from proxy.errors import InvalidKey, ProxyError
-from proxy.identity.administration import LISTED_MAX, ImportedUser, KeyLimits, KeyRecord, UserRecord
 from proxy.identity.authentication import Caller
 from proxy.identity.directory import UserId
 from proxy.identity.keys import KEY_HEADERS, NewKey
@@ -340,7 +341,8 @@ def users_import(file: Path, dry_run: bool, makes_keys: bool, path: str, as_json
 
     async def work(context: Context) -> tuple[dict[str, list[str]], list[tuple[str, str, str]]]:
         administration = context.administration
-        done = await administration.import_users(lines, is_trial=dry_run)
+        importing = replace(administration, changes=administration.changes.as_trial()) if dry_run else administration
+        done = await importing.import_users(lines)
         made = []
         for id in done.added if makes_keys and not dry_run else ():
             new = await administration.create_key(UserId("database", id), KeyLimits(label="import"))

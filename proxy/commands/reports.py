@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from proxy.administration.directory import UserRecord
 from proxy.commands.context import (
     NO,
     Context,
@@ -19,7 +20,6 @@ from proxy.commands.context import (
     show_table,
     time_text,
 )
-from proxy.identity.administration import UserRecord
 from proxy.identity.authentication import Caller
 from proxy.identity.directory import DATABASE, FILE
 from proxy.ledger.queries import DAY_MS, DIMENSIONS, Dimension, Used, oldest_call

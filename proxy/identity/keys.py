@@ -42,7 +42,7 @@ KEY_PATTERN = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class NewKey:
-    """A key that was just made. `text` is shown once and never stored."""
+    """A key that was just made. `text` is shown once and never stored; it is empty if the key is not new."""
 
     id: str
     text: str = field(repr=False)

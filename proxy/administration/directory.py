@@ -1,23 +1,20 @@
 """Changes of users and keys at run time. Each is one transaction with its row in the audit log.
 
-The commands and the administration API call these functions and nothing else, and these functions know no command and
-no HTTP. Users and keys of the file are read-only here: the error says where to change them.
+Users and keys of the file are read-only here: the error says where to change them.
 """
 
 import re
-from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import orjson
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from proxy.administration.change import Change, ChangeRefused, Changes, Conflict, NotFound, as_json, etag_of
 from proxy.config import values
 from proxy.config.messages import did_you_mean
 from proxy.identity.database import (
-    DirectoryDatabase,
     find_row,
     insert_user,
     is_of_user,
@@ -45,14 +42,6 @@ _ESCAPE = re.compile(r"%[0-9A-Fa-f]{2}|\\[nrt]")
 _FORGOTTEN = "forgotten"
 
 
-class ChangeRefused(Exception):
-    """The change is not possible. `field` is what was wrong: user, group, label, key and so on."""
-
-    def __init__(self, field: str, message: str) -> None:
-        super().__init__(message)
-        self.field = field
-
-
 @dataclass(frozen=True, slots=True)
 class UserRecord:
     """A user as administrators see it. `linked` are the identities of other sources that are this user."""
@@ -66,6 +55,11 @@ class UserRecord:
     disabled_at: int | None = None
     forgotten_at: int | None = None
     linked: tuple[UserId, ...] = ()
+
+    @property
+    def etag(self) -> str:
+        """Changes whenever an administrator changes the user."""
+        return etag_of(self.as_json())
 
     def as_json(self) -> dict[str, Any]:
         """The members, for output. Instants are in ms since 1970."""
@@ -94,6 +88,11 @@ class KeyRecord:
     created_by: str | None = None
     used_at: int | None = None
     replaced_by: str | None = None
+
+    @property
+    def etag(self) -> str:
+        """Changes whenever an administrator changes the key, and not when it is used."""
+        return etag_of({**self.as_json(), "used_at": None})
 
     def as_json(self) -> dict[str, Any]:
         """The members, for output. Instants are in ms since 1970."""
@@ -152,18 +151,17 @@ class Imported:
 
 
 @dataclass(frozen=True)
-class Administration:
-    """The changes and lists. `actor` is who makes the changes, such as `cli:ann`.
+class DirectoryAdministration:
+    """The changes and lists of users and keys.
 
-    `file` has the users of the configuration, `group_names` the groups of its policy, and `source_names` its header
-    sources. `now` gives ms since 1970. Methods raise ChangeRefused and StoreUnavailable.
+    `file` has the users of the configuration, `group_names` the groups of the policy, and `source_names` the header
+    sources. Methods raise ChangeRefused and StoreUnavailable. With `Conditions.is_trial` they do nothing and return
+    what they would.
     """
 
-    database: DirectoryDatabase
+    changes: Changes
     file: FileDirectory
     group_names: Collection[str]
-    actor: str
-    now: Callable[[], int]
     source_names: Collection[str] = ()
 
     # Users
@@ -176,7 +174,7 @@ class Administration:
 
     async def user(self, identity: UserId) -> UserRecord:
         """One user."""
-        async with self.database.read() as connection:
+        async with self.changes.database.read() as connection:
             return await self._user(connection, identity)
 
     async def users(self, *, text: str = "", after: str = "", limit: int = 100) -> list[UserRecord]:
@@ -188,14 +186,16 @@ class Administration:
         found = sa.select(users).where(name > after).order_by(name).limit(min(limit, LISTED_MAX))
         if text:
             found = found.where(_contains(users.c.id, text) | _contains(users.c.email, text))
-        async with self.database.read() as connection:
+        async with self.changes.database.read() as connection:
             return await _with_links(connection, [_user_record(row) for row in await connection.execute(found)])
 
     async def add_user(
         self, id: str, *, groups: Sequence[str] = (), email: str | None = None, is_service: bool = False
     ) -> UserRecord:
         """Add a user of the source `database`."""
-        async with self._change("user.add", UserId(DATABASE, id).subject) as change:
+        async with self.changes.begin("user.add", UserId(DATABASE, id).subject) as change:
+            if change.repeated is not None:
+                return await self._user(change.connection, UserId(DATABASE, id))
             await self._add_user(change, id, groups=groups, email=email, is_service=is_service)
             return await self._user(change.connection, UserId(DATABASE, id))
 
@@ -203,26 +203,26 @@ class Administration:
         self, identity: UserId, *, groups: Sequence[str] | None = None, email: str | None = None
     ) -> UserRecord:
         """Set the groups or the e-mail address of a user; None leaves them as they are. An empty text removes it."""
-        async with self._change("user.set", identity.subject) as change:
-            before = await self._changeable(change.connection, identity)
+        async with self.changes.begin("user.set", identity.subject) as change:
+            before = await self._changeable(change, identity)
             await self._set_user(change, before, groups=groups, email=email)
             return await self._user(change.connection, identity)
 
     async def disable_user(self, identity: UserId, *, cut: bool = False) -> UserRecord:
         """Refuse further calls of a user. With `cut`, running calls end at once."""
-        async with self._change("user.disable", identity.subject) as change:
-            before = await self._changeable(change.connection, identity)
-            at = before.disabled_at or self.now()
+        async with self.changes.begin("user.disable", identity.subject) as change:
+            before = await self._changeable(change, identity)
+            at = before.disabled_at or self.changes.now()
             cut_now = {"cut_version": change.version} if cut else {}
-            await change.update(identity, disabled_at=at, **cut_now)
+            await _update(change, identity, disabled_at=at, **cut_now)
             change.note({"disabled_at": before.disabled_at}, {"disabled_at": at, **({"cut": True} if cut else {})})
             return await self._user(change.connection, identity)
 
     async def enable_user(self, identity: UserId) -> UserRecord:
         """Let a disabled user call again."""
-        async with self._change("user.enable", identity.subject) as change:
-            before = await self._changeable(change.connection, identity)
-            await change.update(identity, disabled_at=None)
+        async with self.changes.begin("user.enable", identity.subject) as change:
+            before = await self._changeable(change, identity)
+            await _update(change, identity, disabled_at=None)
             change.note({"disabled_at": before.disabled_at}, {"disabled_at": None})
             return await self._user(change.connection, identity)
 
@@ -231,13 +231,15 @@ class Administration:
         if identity.source not in self.source_names:
             raise ChangeRefused("identity", f'"{identity.source}" is no header source of the configuration')
         _checked("identity", values.outside_id, identity.id)
-        async with self._change("user.link", user.subject) as change:
-            if (await self._user(change.connection, user)).forgotten_at is not None:
-                raise ChangeRefused("user", f"{user.subject} was forgotten")
+        async with self.changes.begin("user.link", user.subject) as change:
+            record = await self._user(change.connection, user)
+            change.check_match(record.etag)
+            if record.forgotten_at is not None:
+                raise Conflict("user", f"{user.subject} was forgotten")
             owner = await _linked_user(change.connection, identity)
             if owner is not None:
                 text = f"{identity.subject} is linked to {owner.subject} already; unlink it first"
-                raise ChangeRefused("identity", text)
+                raise Conflict("identity", text)
             await change.connection.execute(
                 sa.insert(identities).values(
                     source=identity.source, id=identity.id, user_source=user.source, user_id=user.id
@@ -248,35 +250,30 @@ class Administration:
 
     async def unlink(self, identity: UserId) -> None:
         """Let the user whom a header source knows as `identity` be one of its own again."""
-        async with self._change("user.unlink", identity.subject) as change:
+        async with self.changes.begin("user.unlink", identity.subject) as change:
             gone = await change.connection.execute(sa.delete(identities).where(*is_row_of(identities, identity)))
             if not gone.rowcount:
-                raise ChangeRefused("identity", f"{identity.subject} is not linked to a user")
+                raise NotFound("identity", f"{identity.subject} is not linked to a user")
             change.note({"identity": identity.subject}, None)
 
-    async def import_users(self, lines: Iterable[ImportedUser], *, is_trial: bool = False) -> Imported:
+    async def import_users(self, lines: Iterable[ImportedUser]) -> Imported:
         """Add these users of the source `database`, or set the groups and e-mail addresses of those that are there.
 
-        All or none, and nothing with `is_trial`. Doing it again changes nothing.
+        All or none. Doing it again changes nothing.
         """
         lists: dict[str, list[str]] = {"added": [], "changed": [], "unchanged": []}
         seen: set[str] = set()
-        try:
-            async with self._change("user.import", DATABASE) as change:
-                for line in lines:
-                    try:
-                        if line.id in seen:
-                            raise ChangeRefused("id", f"{line.id} is in the file twice")
-                        seen.add(line.id)
-                        done = await self._import_user(change, line)
-                    except ChangeRefused as error:
-                        raise ChangeRefused(error.field, f"line {line.line}: {error}") from None
-                    lists[done].append(line.id)
-                change.note(None, {"added": lists["added"], "changed": lists["changed"]})
-                if is_trial:
-                    raise _Trial
-        except _Trial:
-            pass
+        async with self.changes.begin("user.import", DATABASE) as change:
+            for line in lines:
+                try:
+                    if line.id in seen:
+                        raise ChangeRefused("id", f"{line.id} is in the file twice")
+                    seen.add(line.id)
+                    done = await self._import_user(change, line)
+                except ChangeRefused as error:
+                    raise ChangeRefused(error.field, f"line {line.line}: {error}") from None
+                lists[done].append(line.id)
+            change.note(None, {"added": lists["added"], "changed": lists["changed"]})
         return Imported(**{name: tuple(ids) for name, ids in lists.items()})
 
     async def forget(self, identity: UserId) -> str:
@@ -286,7 +283,7 @@ class Administration:
         forgotten; `DirectoryDatabase.free_forgotten` frees it then. The audit log keeps what happened, without the
         name. Doing it again makes records anonymous that were written meanwhile.
         """
-        async with self._change("user.forget", "") as change:
+        async with self.changes.begin("user.forget", "") as change:
             if identity.source == FILE:
                 # A user who was taken out of the file may still have records.
                 if self.file.user(identity.id) is not None:
@@ -295,9 +292,11 @@ class Administration:
             row = await find_row(change.connection, users, identity)
             if row is None:
                 raise self._no_user(identity)
+            change.check_match((await self._user(change.connection, identity)).etag)
             pseudonym: str = row.pseudonym or f"{_FORGOTTEN}:{random_id()}"
-            now = self.now()
-            await change.update(
+            now = self.changes.now()
+            await _update(
+                change,
                 identity,
                 groups="[]",
                 email=None,
@@ -308,7 +307,8 @@ class Administration:
             )
             await self._revoke_all(change, identity, pseudonym)
             change.target = pseudonym
-        await self.database.make_anonymous(identity.subject, pseudonym)
+        if not self.changes.conditions.is_trial:
+            await self.changes.database.make_anonymous(identity.subject, pseudonym)
         return pseudonym
 
     # Keys
@@ -323,12 +323,12 @@ class Administration:
         if text:
             columns = (api_keys.c.id, api_keys.c.label, api_keys.c.user_id)
             found = found.where(sa.or_(*(_contains(column, text) for column in columns)))
-        async with self.database.read() as connection:
+        async with self.changes.database.read() as connection:
             return [_key_record(row) for row in await connection.execute(found)]
 
     async def key(self, id: str) -> KeyRecord:
         """One key, by its id."""
-        async with self.database.read() as connection:
+        async with self.changes.database.read() as connection:
             return await self._key(connection, id)
 
     async def find_keys(self, text: str) -> list[KeyRecord]:
@@ -339,7 +339,7 @@ class Administration:
         """
         digests = [values.digest(key) for key in dict.fromkeys(match[0] for match in KEY_PATTERN.finditer(text))]
         found: list[KeyRecord] = []
-        async with self.database.read() as connection:
+        async with self.changes.database.read() as connection:
             for first in range(0, len(digests), 500):
                 is_one = api_keys.c.digest.in_(digests[first : first + 500])
                 some = sa.select(api_keys).where(is_one).order_by(api_keys.c.id)
@@ -351,11 +351,13 @@ class Administration:
         return found
 
     async def create_key(self, owner: UserId, limits: KeyLimits) -> NewKey:
-        """Make a key. Its text is in the result and nowhere else."""
-        async with self._change("key.create", owner.subject) as change:
+        """Make a key. Its text is in the result and nowhere else; it is empty if this repeats an earlier creation."""
+        async with self.changes.begin("key.create", owner.subject) as change:
+            if change.repeated is not None:
+                return NewKey(change.repeated, "")
             user = await self._user(change.connection, owner)
             if user.forgotten_at is not None:
-                raise ChangeRefused("user", f"{owner.subject} was forgotten")
+                raise Conflict("user", f"{owner.subject} was forgotten")
             new = make_key()
             row = self._key_row(new, user, limits)
             await change.connection.execute(sa.insert(api_keys).values(**row))
@@ -364,11 +366,33 @@ class Administration:
             change.note(None, _audited(record))
         return new
 
+    async def set_key(
+        self, id: str, *, label: str | None = None, expires_at: int | None = None, never_expires: bool = False
+    ) -> KeyRecord:
+        """Set the label of a key, or when it expires (ms); None leaves them. With `never_expires` it does not."""
+        async with self.changes.begin("key.set", id) as change:
+            before = await self._key(change.connection, id)
+            change.check_match(before.etag)
+            if before.key.revoked_at is not None:
+                raise Conflict("key", f"the key {id} is revoked; make a new one")
+            changed: dict[str, Any] = {}
+            if label is not None:
+                changed["label"] = _checked("label", values.label, label) if label else ""
+            if expires_at is not None or never_expires:
+                changed["expires_at"] = expires_at
+            if changed:
+                of_id = sa.update(api_keys).where(api_keys.c.id == id)
+                await change.connection.execute(of_id.values(**changed))
+            was = before.as_json()
+            change.note({name: was[name] for name in changed}, changed)
+            return await self._key(change.connection, id)
+
     async def revoke_key(self, id: str, *, cut: bool = False) -> KeyRecord:
         """Refuse a key from now on. With `cut`, running calls with it end at once."""
-        async with self._change("key.revoke", id) as change:
+        async with self.changes.begin("key.revoke", id) as change:
             before = await self._key(change.connection, id)
-            at = before.key.revoked_at or self.now()
+            change.check_match(before.etag)
+            at = before.key.revoked_at or self.changes.now()
             cut_now = {"cut_version": change.version} if cut else {}
             of_id = sa.update(api_keys).where(api_keys.c.id == id)
             await change.connection.execute(of_id.values(revoked_at=at, **cut_now))
@@ -377,17 +401,20 @@ class Administration:
 
     async def rotate_key(self, id: str, *, overlap_ms: int) -> NewKey:
         """Make a key with the same limits. The old one stays valid for `overlap_ms`, unless it expires before."""
-        async with self._change("key.rotate", id) as change:
+        async with self.changes.begin("key.rotate", id) as change:
+            if change.repeated is not None:
+                return NewKey((await self._key(change.connection, id)).replaced_by or "", "")
             before = await self._key(change.connection, id)
-            now = self.now()
+            change.check_match(before.etag)
+            now = self.changes.now()
             if before.key.revoked_at is not None or (before.key.expires_at or now + 1) <= now:
-                raise ChangeRefused("key", f"the key {id} is not valid any more; make a new one with `keys create`")
+                raise Conflict("key", f"the key {id} is not valid any more; make a new one with `keys create`")
             if before.replaced_by is not None:
-                raise ChangeRefused("key", f"the key {id} was replaced by {before.replaced_by}; rotate that one")
+                raise Conflict("key", f"the key {id} was replaced by {before.replaced_by}; rotate that one")
             new = make_key()
             copied = sa.select(api_keys).where(api_keys.c.id == id)
             row = dict((await change.connection.execute(copied)).mappings().one())
-            made = {"id": new.id, "digest": new.digest, "created_at": now, "created_by": self.actor}
+            made = {"id": new.id, "digest": new.digest, "created_at": now, "created_by": self.changes.author.actor}
             unused = {"used_at": None, "cut_version": None, "replaced_by": None}
             await change.connection.execute(sa.insert(api_keys).values(**{**row, **made, **unused}))
             ends = min(now + overlap_ms, before.key.expires_at or now + overlap_ms)
@@ -401,25 +428,6 @@ class Administration:
 
     # Parts
 
-    @asynccontextmanager
-    async def _change(self, action: str, target: str) -> "AsyncIterator[_Change]":
-        """A change and its row in the audit log, in one transaction."""
-        async with self.database.change() as (connection, version):
-            change = _Change(connection, version, target)
-            yield change
-            at = self.now()
-            await connection.execute(
-                sa.insert(audit).values(
-                    id=f"aud_{version:016x}",  # so rows sort in the order of the changes
-                    at=at,
-                    actor=self.actor,
-                    action=action,
-                    target=change.target,
-                    before=_as_json(change.before),
-                    after=_as_json(change.after),
-                )
-            )
-
     async def _user(self, connection: AsyncConnection, identity: UserId) -> UserRecord:
         if identity.source == FILE and (of_file := self.file.user(identity.id)) is not None:
             [record] = await _with_links(connection, [UserRecord(identity, of_file.groups)])
@@ -430,8 +438,8 @@ class Administration:
         [record] = await _with_links(connection, [_user_record(row)])
         return record
 
-    async def _changeable(self, connection: AsyncConnection, identity: UserId) -> UserRecord:
-        """A user who can be changed here.
+    async def _changeable(self, change: Change, identity: UserId) -> UserRecord:
+        """A user who can be changed here, as the client read it (`If-Match`).
 
         Raises ChangeRefused for one of the file, a forgotten one, and one that is another user by a link: a change of
         it would have no effect.
@@ -439,16 +447,17 @@ class Administration:
         if identity.source == FILE:
             raise _of_file(identity)
         of_file = self.file.linked(identity)
-        owner = await _linked_user(connection, identity) if of_file is None else of_file.identity
+        owner = await _linked_user(change.connection, identity) if of_file is None else of_file.identity
         if owner is not None:
             raise ChangeRefused("user", f"{identity.subject} is the user {owner.subject} by a link: change that one")
-        record = await self._user(connection, identity)
+        record = await self._user(change.connection, identity)
+        change.check_match(record.etag)
         if record.forgotten_at is not None:
-            raise ChangeRefused("user", f"{identity.subject} was forgotten; its name is free when its windows end")
+            raise Conflict("user", f"{identity.subject} was forgotten; its name is free when its windows end")
         return record
 
     async def _add_user(
-        self, change: "_Change", id: str, *, groups: Sequence[str], email: str | None, is_service: bool
+        self, change: Change, id: str, *, groups: Sequence[str], email: str | None, is_service: bool
     ) -> None:
         identity = UserId(DATABASE, id)
         _checked("id", values.outside_id, id)
@@ -457,13 +466,15 @@ class Administration:
             text = f"there is a user {identity.subject} already; change it with `users set`"
             if row.forgotten_at is not None:
                 text = f"{identity.subject} was forgotten, and its name is free only when its windows have ended"
-            raise ChangeRefused("id", text)
+            raise Conflict("id", text)
         checked = self._groups(groups)
         user = User(identity, tuple(checked), _email(email))
-        await insert_user(change.connection, user, self.now(), by=self.actor, is_service=is_service)
+        await insert_user(
+            change.connection, user, self.changes.now(), by=self.changes.author.actor, is_service=is_service
+        )
         change.note(None, {"groups": checked, "is_service": is_service})
 
-    async def _ensure_row(self, change: "_Change", identity: UserId) -> None:
+    async def _ensure_row(self, change: Change, identity: UserId) -> None:
         """A row for a user who is in no file any more and has records, so that the name stays taken."""
         if await find_row(change.connection, users, identity) is not None:
             return
@@ -472,26 +483,26 @@ class Administration:
         found = [await change.connection.scalar(each) for each in (records, days)]
         if found == [None, None]:
             raise self._no_user(identity)
-        await insert_user(change.connection, User(identity), self.now(), by=self.actor)
+        await insert_user(change.connection, User(identity), self.changes.now(), by=self.changes.author.actor)
 
     async def _set_user(
-        self, change: "_Change", before: UserRecord, *, groups: Sequence[str] | None, email: str | None
+        self, change: Change, before: UserRecord, *, groups: Sequence[str] | None, email: str | None
     ) -> bool:
         """Whether anything differed. The audit log does not keep e-mail addresses."""
         checked = list(before.groups) if groups is None else self._groups(groups)
         address = before.email if email is None else _email(email)
-        await change.update(before.identity, groups=_as_json(checked), email=address)
+        await _update(change, before.identity, groups=as_json(checked), email=address)
         differs = (tuple(checked), address) != (before.groups, before.email)
         is_changed = {"email": "changed"} if address != before.email else {}
         change.note({"groups": list(before.groups)}, {"groups": checked, **is_changed})
         return differs
 
-    async def _import_user(self, change: "_Change", line: ImportedUser) -> str:
+    async def _import_user(self, change: Change, line: ImportedUser) -> str:
         identity = UserId(DATABASE, line.id)
         if await find_row(change.connection, users, identity) is None:
             await self._add_user(change, line.id, groups=line.groups or (), email=line.email, is_service=False)
             return "added"
-        before = await self._changeable(change.connection, identity)
+        before = await self._changeable(change, identity)
         differs = await self._set_user(change, before, groups=line.groups, email=line.email)
         return "changed" if differs else "unchanged"
 
@@ -499,7 +510,7 @@ class Administration:
         row = (await connection.execute(sa.select(api_keys).where(api_keys.c.id == id))).first()
         if row is None:
             # It is not repeated, because it may be the whole key.
-            raise ChangeRefused(
+            raise NotFound(
                 "key",
                 "the database has no key with this id; write the ID of lqp_ID_… alone, as `keys list` shows it "
                 "(keys of the file are in the file)",
@@ -520,21 +531,21 @@ class Administration:
             "user_source": user.identity.source,
             "user_id": user.identity.id,
             "label": _checked("label", values.label, limits.label) if limits.label else "",
-            "groups": _as_json(groups) if groups else None,
-            "networks": _as_json([str(network) for network in networks]) if networks else None,
-            "models": _as_json(list(Globs(models).texts)) if models else None,
+            "groups": as_json(groups) if groups else None,
+            "networks": as_json([str(network) for network in networks]) if networks else None,
+            "models": as_json(list(Globs(models).texts)) if models else None,
             "tag": _checked("tag", values.tag, limits.tag) if limits.tag else None,
             "takes_tag_header": limits.takes_tag_header,
-            "created_at": self.now(),
-            "created_by": self.actor,
+            "created_at": self.changes.now(),
+            "created_by": self.changes.author.actor,
             "expires_at": limits.expires_at,
         }
 
-    async def _revoke_all(self, change: "_Change", identity: UserId, pseudonym: str) -> None:
+    async def _revoke_all(self, change: Change, identity: UserId, pseudonym: str) -> None:
         """Revoke the keys of a user who is forgotten, and take its name out of links and of the audit log."""
         own = is_of_user(api_keys, identity)
         ids = list((await change.connection.execute(sa.select(api_keys.c.id).where(*own))).scalars())
-        at = sa.func.coalesce(api_keys.c.revoked_at, self.now())
+        at = sa.func.coalesce(api_keys.c.revoked_at, self.changes.now())
         await change.connection.execute(sa.update(api_keys).where(*own).values(revoked_at=at, label=""))
         await change.connection.execute(sa.delete(identities).where(*is_of_user(identities, identity)))
         await change.connection.execute(sa.delete(identities).where(*is_row_of(identities, identity)))
@@ -544,12 +555,12 @@ class Administration:
             of_keys = sa.update(audit).where(audit.c.target.in_(ids[first : first + 500]))
             await change.connection.execute(of_keys.values(before=None, after=None))
 
-    def _no_user(self, identity: UserId) -> ChangeRefused:
+    def _no_user(self, identity: UserId) -> NotFound:
         # A source that was removed from the configuration can still have users.
         if identity.source not in (FILE, DATABASE, *self.source_names):
             known = ", ".join((FILE, DATABASE, *self.source_names))
-            return ChangeRefused("user", f'there is no source "{identity.source}"; write one of {known}, or an id')
-        return ChangeRefused("user", f"there is no user {identity.subject}; `users list` lists them")
+            return NotFound("user", f'there is no source "{identity.source}"; write one of {known}, or an id')
+        return NotFound("user", f"there is no user {identity.subject}; `users list` lists them")
 
     def _groups(self, names: Iterable[str]) -> list[str]:
         """These groups, each once, in the policy's order. Raises ChangeRefused for one that is not in the policy."""
@@ -564,27 +575,9 @@ class Administration:
         return [name for name in self.group_names if name in wanted]
 
 
-class _Trial(Exception):
-    """Ends the transaction of a trial, so that nothing of it stays."""
-
-
-@dataclass
-class _Change:
-    """One change: its transaction, the version that it makes, and what its row in the audit log says."""
-
-    connection: AsyncConnection
-    version: int
-    target: str
-    before: Mapping[str, object] | None = None
-    after: Mapping[str, object] | None = None
-
-    def note(self, before: Mapping[str, object] | None, after: Mapping[str, object] | None) -> None:
-        """Note the members that differ."""
-        self.before, self.after = before, after
-
-    async def update(self, identity: UserId, **changed: object) -> None:
-        """Change the row of a user."""
-        await self.connection.execute(sa.update(users).where(*is_row_of(users, identity)).values(**changed))
+async def _update(change: Change, identity: UserId, **changed: object) -> None:
+    """Change the row of a user."""
+    await change.connection.execute(sa.update(users).where(*is_row_of(users, identity)).values(**changed))
 
 
 async def _linked_user(connection: AsyncConnection, identity: UserId) -> UserId | None:
@@ -653,10 +646,6 @@ def _words(text: str) -> Iterator[str]:
     for word in _WORDS:
         yield from word.findall(text)
     yield from _USUAL_WORD.findall(_ESCAPE.sub(" ", text))
-
-
-def _as_json(value: object) -> str | None:
-    return None if value is None else orjson.dumps(value).decode()
 
 
 def _of_file(identity: UserId) -> ChangeRefused:

@@ -8,9 +8,10 @@ import orjson
 import pytest
 import sqlalchemy as sa
 
+from proxy.administration.change import Author, ChangeRefused, Changes
+from proxy.administration.directory import DirectoryAdministration, ImportedUser, KeyLimits
 from proxy.config.loader import FileUser
 from proxy.config.values import digest
-from proxy.identity.administration import Administration, ChangeRefused, ImportedUser, KeyLimits
 from proxy.identity.database import DirectoryDatabase
 from proxy.identity.directory import FileDirectory, UserId
 from proxy.identity.keys import id_of
@@ -45,11 +46,12 @@ def clock():
 def admin(store, clock):
     file = FileDirectory([FileUser("alice", ("staff",), {digest(FILE_KEY): Key("0123abcd", label="laptop")})])
     database = DirectoryDatabase(store, now=clock)
-    return Administration(database, file, GROUPS, "cli:ops", clock, source_names=("webui",))
+    changes = Changes(database, Author("cli:ops"), clock)
+    return DirectoryAdministration(changes, file, GROUPS, source_names=("webui",))
 
 
 async def all_of(admin, table) -> list[dict]:
-    async with admin.database.read() as connection:
+    async with admin.changes.database.read() as connection:
         return [dict(row) for row in (await connection.execute(sa.select(table))).mappings()]
 
 
@@ -62,7 +64,7 @@ async def audited(admin) -> list[tuple]:
 
 
 async def version(admin) -> int:
-    return await admin.database.version()
+    return await admin.changes.database.version()
 
 
 # -------------------------------------------------------------------------------------------------------------- users
@@ -151,7 +153,7 @@ async def test_a_name_means_a_user_of_the_file_before_one_of_the_database(admin)
 async def test_users_of_a_source_that_was_removed_can_be_forgotten(admin):
     """Or disabled before the source comes back. The configuration does not name it any more."""
     seen = admin.resolve("old:7")
-    await admin.database.add_seen_user(seen, "7@example.org", users_max=9)
+    await admin.changes.database.add_seen_user(seen, "7@example.org", users_max=9)
     assert (await admin.disable_user(seen)).disabled_at == NOON
     assert (await admin.forget(seen)).startswith("forgotten:")
 
@@ -160,7 +162,7 @@ async def test_users_are_listed_in_pages_and_found_by_a_text(admin):
     """A `%` or `_` of the text is no pattern."""
     for name in ("Ann", "a%b", "a_b", "zoë"):
         await admin.add_user(name, email=f"{len(name)}@example.org" if name == "Ann" else None)
-    await admin.database.add_seen_user(UserId("webui", "1"), None, users_max=5)
+    await admin.changes.database.add_seen_user(UserId("webui", "1"), None, users_max=5)
     listed = [each.identity.subject for each in await admin.users()]
     assert listed == sorted(listed)
     assert [each.identity.subject for each in await admin.users(after=listed[1], limit=2)] == listed[2:4]
@@ -173,7 +175,7 @@ async def test_a_user_of_a_header_source_can_be_another_user(admin):
     await admin.add_user("bob")
     linked = await admin.link(UserId("webui", "7"), BOB)
     assert linked.linked == (UserId("webui", "7"),)
-    assert (await admin.database.find_user(UserId("webui", "7"))).identity == BOB
+    assert (await admin.changes.database.find_user(UserId("webui", "7"))).identity == BOB
     with pytest.raises(ChangeRefused, match=r"linked to database:bob"):
         await admin.link(UserId("webui", "7"), ALICE)
     await admin.unlink(UserId("webui", "7"))
@@ -185,7 +187,7 @@ async def test_a_linked_identity_is_changed_where_it_leads_to(admin):
     """`users disable` of the identity alone would say "disabled", and its person could go on."""
     await admin.add_user("bob", groups=["staff"])
     seen = UserId("webui", "7")
-    await admin.database.add_seen_user(seen, None, users_max=9)
+    await admin.changes.database.add_seen_user(seen, None, users_max=9)
     await admin.link(seen, BOB)
     for change in (admin.disable_user, admin.enable_user, partial(admin.set_user, groups=["lab"])):
         with pytest.raises(ChangeRefused, match="database:bob") as caught:
@@ -218,7 +220,7 @@ async def test_an_import_leaves_what_its_lines_do_not_say(admin):
 async def test_an_import_is_made_as_a_whole_or_not_at_all(admin):
     """A trial changes nothing, a mistake names its line, and the same file again changes nothing."""
     lines = [ImportedUser(2, "ann", ("staff",), "ann@example.org"), ImportedUser(3, "bob")]
-    trial = await admin.import_users(lines, is_trial=True)
+    trial = await replace(admin, changes=admin.changes.as_trial()).import_users(lines)
     assert (trial.added, await all_of(admin, users)) == (("ann", "bob"), [])
     for wrong in (ImportedUser(4, "eve", ("stuff",)), ImportedUser(4, "ann"), ImportedUser(4, "")):
         with pytest.raises(ChangeRefused, match="line 4"):
@@ -245,7 +247,7 @@ async def test_a_key_is_made_once_and_narrows_what_was_asked(admin):
         "networks": ["10.0.0.0/8", "fd00::/8"], "tag": "nightly", "takes_tag_header": True, "expires_at": NOON + DAY,
         "revoked_at": None, "used_at": None, "created_at": NOON, "created_by": "cli:ops", "replaced_by": None,
     }  # fmt: skip
-    assert (await admin.database.find_key(digest(new.text))).owner == BOB
+    assert (await admin.changes.database.find_key(digest(new.text))).owner == BOB
     stored = repr([*await all_of(admin, api_keys), *await all_of(admin, audit)])
     assert new.text not in stored
     assert new.text.rpartition("_")[2] not in stored
@@ -276,7 +278,7 @@ async def test_a_rotated_key_ends_after_the_overlap(admin, clock):
     ended, begun = await admin.key(old.id), await admin.key(new.id)
     assert (ended.key.expires_at, ended.replaced_by) == (NOON + HOUR, new.id)
     assert replace(begun.key, id=old.id, expires_at=NOON + HOUR) == ended.key
-    assert (await admin.database.find_key(digest(new.text))).key.id == new.id
+    assert (await admin.changes.database.find_key(digest(new.text))).key.id == new.id
     with pytest.raises(ChangeRefused, match=new.id):
         await admin.rotate_key(old.id, overlap_ms=HOUR)
     await admin.rotate_key(new.id, overlap_ms=DAY)
@@ -377,13 +379,13 @@ async def test_a_forgotten_user_is_in_no_record_and_gets_no_fresh_quota(admin, s
     id = f"{call_id_prefix(NOON)}{4:020x}"
     await store.apply([Settle(id, Exactly(Tokens(9, 6)), "complete")], NOON)
     await store.roll_up(1000, None)  # before the record is anonymous: its sum has the name
-    await admin.database.free_forgotten()
+    await admin.changes.database.free_forgotten()
     assert (await admin.user(BOB)).forgotten_at is not None
     assert {row["user_name"] for table in (calls, usage_by_day) for row in await all_of(admin, table)} == {pseudonym}
     assert await admin.forget(BOB) == pseudonym
     assert sum(row["calls"] for row in await all_of(admin, usage_by_day)) == 5
     clock.now = max(row["resets_at"] for row in await all_of(admin, counters)) + 1
-    await admin.database.free_forgotten()
+    await admin.changes.database.free_forgotten()
     assert (await all_of(admin, users), await all_of(admin, counters), await all_of(admin, api_keys)) == ([], [], [])
     assert (await admin.add_user("bob")).forgotten_at is None
 
@@ -413,9 +415,9 @@ async def test_what_is_rolled_up_while_a_user_is_forgotten_is_in_the_sums(admin,
         await connection.execute(sa.insert(usage_by_day), [row, row | {"user_name": "forgotten:x"}])
     async with store.transaction(writes=True) as connection:
         await connection.execute(sa.update(usage_by_day).where(usage_by_day.c.user_name == "carl").values(calls=6))
-        forgetting = asyncio.create_task(admin.database.make_anonymous("carl", "forgotten:x"))
+        forgetting = asyncio.create_task(admin.changes.database.make_anonymous("carl", "forgotten:x"))
         waiting = sa.text("SELECT count(*) FROM pg_locks WHERE NOT granted")
-        async with admin.database.read() as other:
+        async with admin.changes.database.read() as other:
             while not await other.scalar(waiting):
                 pass
     await forgetting
