@@ -37,6 +37,7 @@ import structlog
 from aiohttp import web
 
 from proxy import logs
+from proxy.administration.refresh import Refresh
 from proxy.calls.body_threads import BodyThreads
 from proxy.calls.disconnect import Disconnects
 from proxy.calls.dispatch import Dispatcher
@@ -176,6 +177,7 @@ class Server:
             metrics=self.metrics,
             now=now,
         )
+        self.refresh = Refresh(self.directory, self._users, self.policies, now=now)
         self.ledger = Ledger(
             store,
             owner=self._inherited.owner,
@@ -190,16 +192,12 @@ class Server:
         self.queue = AdmissionQueue(self.ledger)
         self._stored_responses = StoredResponses(self.ledger, self.upstreams, now=now)
         self._threads = BodyThreads()
+        self._dispatcher = Dispatcher(
+            self.upstreams, tokenizers=tokenizers, threads=self._threads, metrics=self.metrics, now=now, draw=draw
+        )
         self._relay = Relay(
             self.queue,
-            Dispatcher(
-                self.upstreams,
-                tokenizers=tokenizers,
-                threads=self._threads,
-                metrics=self.metrics,
-                now=now,
-                draw=draw,
-            ),
+            self._dispatcher,
             stored_responses=self._stored_responses,
             metrics=self.metrics,
             disconnects=disconnects or Disconnects(),
@@ -301,7 +299,7 @@ class Server:
         self._api.end_calls_of(cuts)
 
     async def _poll_directory(self) -> None:
-        await self.directory.poll()
+        await self.refresh.run()
         self.metrics.directory_polled(self.directory.entries, age_s=self._clock() - self.directory.confirmed_s)
 
     async def _stop_accepting(self) -> None:

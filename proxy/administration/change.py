@@ -47,13 +47,14 @@ class Author:
 class Conditions:
     """What a request says of its change.
 
-    - `if_match`: the ETag that the resource must have; None: any.
+    - `if_match`: the ETag that the resource must have; None: any. `is_creation`: there must be none.
     - `idempotency_key`: a repeated creation with the same one finds what the first made. `fingerprint` identifies the
       content of the request, so that another request with the same key is noticed.
     - `is_trial`: nothing is kept.
     """
 
     if_match: str | None = None
+    is_creation: bool = False
     idempotency_key: str | None = None
     fingerprint: str = ""
     is_trial: bool = False
@@ -81,6 +82,8 @@ class Change:
     def check_match(self, etag: str | None) -> None:
         """Raise PreconditionFailed unless the resource is what the client read. None: there is none now."""
         wanted = self.conditions.if_match
+        if self.conditions.is_creation and etag is not None:
+            raise PreconditionFailed("if-none-match", "there is one already: read it, and change it with If-Match")
         if wanted is None or (wanted == "*" and etag is not None):
             return
         if etag is None or etag not in [each.strip() for each in wanted.split(",")]:

@@ -389,3 +389,9 @@ def _plain_scalar(text: str) -> Scalar:
     if text in _BOOLEANS:
         return _BOOLEANS[text]
     return int(text) if _INTEGER.fullmatch(text) else text
+
+
+def to_yaml(value: object) -> str:
+    """A value as YAML, as a person would write it. Texts that could be read as something else are in quotes."""
+    text: str = yaml.safe_dump(value, sort_keys=False, allow_unicode=True, default_flow_style=None, width=100)
+    return text

@@ -61,22 +61,29 @@ def warnings(config: Config, now: int) -> tuple[Diagnostic, ...]:
         *_expired_keys(config, now),
         *_header_sources(config),
         *_secrets_in_plain_text(config),
-    ]
-    # The users of header sources are in its groups too, so what is said of all members must be true of them.
-    config = replace(config, users=(*config.users, *_users_of_sources(config)))
-    findings += [
-        *_groups_without_effect(config),
-        *_users_without_quota(config),
-        *_limits_too_small(config),
-        *_quotas_that_never_refuse(config),
-        *_aliases_without_quota(config),
-        *_quotas_on_names_of_an_open_list(config),
-        *_models_without_maximum(config),
-        *_models_without_tokens(config),
+        *_of_policy(config),
         *_link_local_upstreams(config.catalog),
     ]
     located = (config.document.locate(finding) for finding in findings)
     return tuple(sorted([*config.document.warnings, *located]))
+
+
+def policy_warnings(config: Config) -> tuple[str, ...]:
+    """The warnings about the groups and quotas of a policy, as sentences without lines."""
+    return tuple(dict.fromkeys(finding.text for finding in _of_policy(config)))
+
+
+def _of_policy(config: Config) -> Warnings:
+    # The users of header sources are in its groups too, so what is said of all members must be true of them.
+    config = replace(config, users=(*config.users, *_users_of_sources(config)))
+    yield from _groups_without_effect(config)
+    yield from _users_without_quota(config)
+    yield from _limits_too_small(config)
+    yield from _quotas_that_never_refuse(config)
+    yield from _aliases_without_quota(config)
+    yield from _quotas_on_names_of_an_open_list(config)
+    yield from _models_without_maximum(config)
+    yield from _models_without_tokens(config)
 
 
 # ------------------------------------------------------------------------------------------------- groups and users

@@ -27,6 +27,7 @@ from proxy.config.schema import File, MappedGroup, UserKey
 from proxy.config.schema import Group as GroupSection
 from proxy.config.schema import HeaderSource as HeaderSourceSection
 from proxy.config.schema import Model as ModelSection
+from proxy.config.schema import Quota as QuotaSection
 from proxy.config.schema import SignedHeader as SignedHeaderSection
 from proxy.config.schema import User as UserSection
 from proxy.formats.kinds import kind_of
@@ -184,7 +185,7 @@ class HeaderSource:
 class Config:
     """A valid file: what each of its sections says, and the document, which knows the line of each value.
 
-    `admin_keys` are the names of the admins by the digests of their keys.
+    `admin_keys` are the names of the admins by the digests of their keys. Weeks start on `week_starts` (0 is Monday).
     """
 
     settings: Settings
@@ -195,6 +196,7 @@ class Config:
     document: Document
     log: LogSettings = LogSettings()
     header_sources: tuple[HeaderSource, ...] = ()
+    week_starts: int = 0
 
     @property
     def restart_only(self) -> Mapping[str, object]:
@@ -300,6 +302,7 @@ def _load(source: bytes, name: str, interpolator: Interpolator) -> Config:
         document=document,
         log=LogSettings(file.log.format, file.log.calls),
         header_sources=tuple(_header_source(section) for section in file.identity.headers),
+        week_starts=WEEKDAYS.index(file.week_starts),
     )
 
 
@@ -655,19 +658,24 @@ def _allow(section: AllowSection) -> Allow:
 
 def _group(name: str, section: GroupSection, zone: ZoneInfo, week_starts: int) -> Group:
     quotas = tuple(
-        Quota(
-            group=name,
-            name=quota_name,
-            limits=quota.limits(),
-            per=parse_per(quota.per, zone, week_starts),
-            models=Globs(quota.models),
-            shared=quota.shared,
-            enforce=quota.enforce,
-            overdraft=quota.overdraft,
-        )
+        quota_of(name, quota_name, quota, zone=zone, week_starts=week_starts)
         for quota_name, quota in section.quotas.items()
     )
     return Group(name, quotas, Globs(section.models) if section.models else None, section.unlimited)
+
+
+def quota_of(group: str, name: str, section: QuotaSection, *, zone: ZoneInfo, week_starts: int) -> Quota:
+    """The quota of a valid section. Weeks start on `week_starts` (0 is Monday)."""
+    return Quota(
+        group=group,
+        name=name,
+        limits=section.limits(),
+        per=parse_per(section.per, zone, week_starts),
+        models=Globs(section.models),
+        shared=section.shared,
+        enforce=section.enforce,
+        overdraft=section.overdraft,
+    )
 
 
 def _hash(data: Mapping[str, object]) -> str:

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from proxy.config.document import Finding, KeyPath
-from proxy.config.schema import EMPTY, IS_MAPPING, IS_TEXT, File, section_at
+from proxy.config.schema import EMPTY, IS_MAPPING, IS_TEXT, File, Quota, section_at
 
 # A report shows 100 mistakes; this only bounds the work for a file with a hundred thousand.
 _FINDINGS_MAX = 1000
@@ -35,6 +35,27 @@ def read_file(data: Mapping[str, object]) -> tuple[File | None, tuple[Finding, .
         return File.model_validate(data), ()
     except ValidationError as error:
         return None, tuple(_finding(detail) for detail in error.errors(include_url=False)[:_FINDINGS_MAX])
+
+
+def read_quota(document: Mapping[str, object]) -> tuple[Quota | None, tuple[Finding, ...]]:
+    """The quota of these fields, as the file would have them, or None and a finding for each mistake.
+
+    The path of a finding is that of the field. Its text does not begin with it.
+    """
+    try:
+        return Quota.model_validate(document), ()
+    except ValidationError as error:
+        details = error.errors(include_url=False)[:_FINDINGS_MAX]
+        return None, tuple(_in_quota(detail) for detail in details)
+
+
+def _in_quota(detail: ErrorDetails) -> Finding:
+    """A finding in a quota, with the text that it would have in the file."""
+    above: KeyPath = ("groups", "", "quotas", "")
+    found = _finding({**detail, "loc": (*above, *detail["loc"])})
+    prefixes = (f"{with_path(path, '')}" for path in (found.path, found.path[:-1]))
+    text = next((found.text.removeprefix(each) for each in prefixes if found.text.startswith(each)), found.text)
+    return Finding(found.path[len(above) :], text)
 
 
 def with_path(path: KeyPath, text: str) -> str:

@@ -1,4 +1,6 @@
-"""Holds the policy in force and reloads it when quotas.yaml changes, or a file that a `${file:…}` in it names.
+"""Holds the policy in force. It is replaced when quotas.yaml changes, or a file that a `${file:…}` in it names.
+
+It is also replaced when administrators have changed something at run time.
 
 A reload takes the whole file or nothing: an invalid file is rejected and reported in the log, and the running policy
 stays in force. A call reads `current` once and keeps that policy to its end, so a reload does not change it.
@@ -6,11 +8,13 @@ stays in force. A call reads `current` once and keeps that policy to its end, so
 
 import asyncio
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
 import structlog
 
 from proxy.config.loader import MISTAKES_SHOWN, BadConfig, Config, Fingerprint
+from proxy.config.overlay import MadePolicy, Overlaid, WithoutEffect, overlaid
 from proxy.metrics import Metrics
 from proxy.policy.policy import Policy
 
@@ -20,12 +24,31 @@ Changes = Mapping[str, Fingerprint]
 InForce = TypeVar("InForce")
 
 
+@dataclass(frozen=True, slots=True)
+class Reload:
+    """What the last load of the file did, at `at` (ms). `mistakes` are those of a file that was not taken.
+
+    `ignored` are sections that change only with a restart. `without_effect` is what was made at run time and does not
+    count with this file, with the reasons.
+    """
+
+    at: int
+    mistakes: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = ()
+    quotas_gone: tuple[str, ...] = ()
+    counters_start_at_0: tuple[str, ...] = ()
+    without_effect: tuple[WithoutEffect, ...] = ()
+
+
 class Policies(Generic[InForce]):
-    """The policy in force.
+    """The policy in force: the file, and what administrators have made at run time.
 
     `load` reads the file and raises BadConfig if it is invalid, and `build` makes of a config what requests use.
     `changes` returns the files that have changed since the last load, with their fingerprints. `now` returns the time
     in milliseconds since the epoch.
+
+    `file` is the file alone, `config` with what was made at run time, and `current` what `build` made of that. `last`
+    is what the last load did.
     """
 
     def __init__(
@@ -38,21 +61,18 @@ class Policies(Generic[InForce]):
         metrics: Metrics,
         now: Callable[[], int],
     ) -> None:
-        self._config, self._current = config, build(config)
+        self.file, self.config, self.current = config, config, build(config)
+        self.last = Reload(now())
+        self._made = MadePolicy()
         self._load = load
         self._build = build
         self._changes = changes
         self._checked: Changes = {}  # what the last check found
-        # SIGHUP and a changed file can start two reloads at once. The one that reads the file last has to win.
+        # SIGHUP, a changed file and a change at run time can start at once. The one that reads last has to win.
         self._lock = asyncio.Lock()
         self._metrics = metrics
         self._now = now
         metrics.reloaded_at.set(now() / 1000)
-
-    @property
-    def current(self) -> InForce:
-        """What `build` made of the config in force now."""
-        return self._current
 
     async def reload_if_changed(self) -> None:
         """Reload if a file has changed, and none has changed any more since the previous check.
@@ -73,37 +93,51 @@ class Policies(Generic[InForce]):
         async with self._lock:
             try:
                 # In a thread: a file with 20,000 users takes about two seconds, which would stall every stream.
-                new, current = await asyncio.to_thread(self._load_and_build)
+                new = await asyncio.to_thread(self._load)
             except BadConfig as error:
                 self._metrics.reload_failed.set(1)
+                self.last = Reload(self._now(), mistakes=tuple(map(str, error.mistakes[:MISTAKES_SHOWN])))
                 log_mistakes(error)
                 log.error(
                     "the policy file can't be taken, the old policy stays in force", mistakes=len(error.mistakes)
                 )
                 return False
-            old, self._config, self._current = self._config, new, current
-            self._log_changes(old, new)
+            await self._replace(new, self._made)
         self._metrics.reload_failed.set(0)
         self._metrics.reloaded_at.set(self._now() / 1000)
         return True
 
-    def _load_and_build(self) -> tuple[Config, InForce]:
-        config = self._load()
-        return config, self._build(config)
+    async def set_made(self, made: MadePolicy) -> None:
+        """Take what administrators have made at run time, in place of what was taken before."""
+        async with self._lock:
+            if made != self._made:
+                await self._replace(self.file, made)
 
-    @staticmethod
-    def _log_changes(old: Config, new: Config) -> None:
-        before, after = _quota_ids(old.policy), _quota_ids(new.policy)
-        ignored = [name for name, value in new.restart_only.items() if value != old.restart_only[name]]
+    async def _replace(self, file: Config, made: MadePolicy) -> None:
+        found, current = await asyncio.to_thread(self._overlaid_and_built, file, made)
+        was_file, was = self.file, self.config
+        self.file, self._made, self.config, self.current = file, made, found.config, current
+        before, after = _quota_ids(was.policy), _quota_ids(found.config.policy)
+        ignored = [name for name, value in file.restart_only.items() if value != was_file.restart_only[name]]
         if ignored:
             log.warning("these sections change only with a restart", sections=ignored)
         # A counter belongs to a quota's id. A renamed quota is a new one, whose counters start at 0.
+        starting, gone = sorted(after - before), sorted(before - after)
+        if file is was_file:
+            self.last = replace(self.last, without_effect=found.without_effect)
+        else:
+            self.last = Reload(self._now(), (), tuple(ignored), tuple(gone), tuple(starting), found.without_effect)
         log.info(
-            "policy reloaded",
-            hash=new.policy.hash,
-            counters_start_at_0=sorted(after - before),
-            quotas_gone=sorted(before - after),
+            "policy reloaded" if file is not was_file else "policy changed at run time",
+            hash=found.config.policy.hash,
+            counters_start_at_0=starting,
+            quotas_gone=gone,
+            without_effect={each.id: each.reason for each in found.without_effect},
         )
+
+    def _overlaid_and_built(self, file: Config, made: MadePolicy) -> tuple[Overlaid, InForce]:
+        found = overlaid(file, made)
+        return found, self._build(found.config)
 
 
 def log_mistakes(error: BadConfig) -> None:

@@ -66,6 +66,11 @@ def name(text: str) -> str:
     return text
 
 
+def derived_name(text: str) -> str:
+    """A valid name that resembles a text, such as a model's name: `meta/llama-3` gives `meta-llama-3`."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-")[:100] or "model"
+
+
 def user_name(text: str) -> str:
     """The name of a user, which may be an e-mail address."""
     if not _USER_NAME.fullmatch(text):

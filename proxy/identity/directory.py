@@ -183,6 +183,11 @@ class Directory:
         return {"keys": len(self._keys.known), "users": len(self._users.known)}
 
     @property
+    def version(self) -> int | None:
+        """The version that `poll` read last; None: it has read none yet."""
+        return self._version
+
+    @property
     def confirmed_s(self) -> float:
         """When `poll` last read the version, by `clock`."""
         return self._confirmed_s

@@ -11,7 +11,7 @@ from zoneinfo import ZoneInfo
 
 from proxy.policy.amounts import Uses
 from proxy.policy.catalog import Catalog, MatchedName
-from proxy.policy.quota import ALL_MODELS, BoundQuotas, Combine, Globs, GroupQuotas, Quota
+from proxy.policy.quota import ALL_MODELS, BoundQuotas, Combine, Globs, Grant, GroupQuotas, Quota
 
 EVERYONE = "everyone"
 DEFAULT = "default"
@@ -70,6 +70,7 @@ class Policy:
     zone: ZoneInfo = field(default_factory=lambda: ZoneInfo("UTC"))
     help: str = ""
     hash: str = ""
+    grants: Mapping[str, Mapping[str | None, tuple[Grant, ...]]] = field(default_factory=dict)
 
     # A cache that lives as long as the policy, so a reload cannot leave a stale result behind. It does not know the
     # names of users: if ann is in `staff` today and in `lab` tomorrow, another entry is found for her.

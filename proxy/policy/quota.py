@@ -66,6 +66,18 @@ class Limit:
 
 
 @dataclass(frozen=True, slots=True)
+class Grant:
+    """So much more of one measure of a quota until an instant (ms). `user` None: for each member, or for the pot."""
+
+    id: str
+    quota_id: str
+    user: str | None
+    measure: Measure
+    amount: int
+    until: int
+
+
+@dataclass(frozen=True, slots=True)
 class Quota:
     """One named rule of a group. Its counters belong to its id, `group/name`, so a new limit keeps their usage."""
 

@@ -1,0 +1,634 @@
+"""Groups and quotas that are made at run time, beside those of the file.
+
+All changes have one form: `MadePolicy` is read in the transaction, a pure function makes another one of it, and the
+difference is written. A quota has the same fields and checks as in the file, by the same code.
+
+A counter belongs to the id of its quota. So a quota that is changed keeps its usage, and one that is deleted and made
+again within its window goes on counting.
+"""
+
+import asyncio
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import orjson
+import sqlalchemy as sa
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from proxy.administration.change import (
+    Change,
+    ChangeRefused,
+    Changes,
+    Conflict,
+    NotFound,
+    as_json,
+    etag_of,
+)
+from proxy.administration.effects import Effects, effects_of
+from proxy.config import values
+from proxy.config.document import to_yaml
+from proxy.config.loader import Config
+from proxy.config.messages import did_you_mean, read_quota
+from proxy.config.overlay import MadeGroup, MadePolicy, MadeQuota, Overlaid, overlaid
+from proxy.config.schema import Quota as QuotaSection
+from proxy.identity.directory import FILE
+from proxy.ledger.schema import directory, grants, groups, quotas, users
+from proxy.policy.amounts import Measure
+from proxy.policy.quota import Grant, Quota
+
+Origin = Literal["file", "database"]
+Fields = Mapping[str, object]
+_MEASURES = {measure.value: measure for measure in Measure}
+# Users whose groups one statement changes when a group is deleted.
+_USERS_AT_ONCE = 500
+
+
+@dataclass(frozen=True, slots=True)
+class QuotaRecord:
+    """A quota as administrators see it.
+
+    `fields` are those of the file. `without_effect` says why a quota that was made at run time does not count now;
+    None: it counts. `yaml` is what the file would have. `etag` changes with the fields. `created_at` is in ms; None:
+    it is the file's.
+    """
+
+    id: str
+    group: str
+    name: str
+    origin: Origin
+    fields: QuotaSection
+    yaml: str
+    etag: str
+    without_effect: str | None = None
+    created_at: int | None = None
+    created_by: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class GroupRecord:
+    """A group as administrators see it, at its place in the order in which groups admit calls.
+
+    `models` are those that its members may use; None: it has no list. `quotas` are the ids of its quotas in order.
+    """
+
+    name: str
+    position: int
+    origin: Origin
+    models: tuple[str, ...] | None
+    unlimited: bool
+    quotas: tuple[str, ...]
+    etag: str
+    without_effect: str | None = None
+    created_at: int | None = None
+    created_by: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class QuotaSet:
+    """Quotas that are changed together: all of a group, or all for one model. `etag` changes with any of them."""
+
+    data: tuple[QuotaRecord, ...]
+    etag: str
+
+
+@dataclass(frozen=True, slots=True)
+class ModelQuota:
+    """The quota of a group for one model, to be set. `name` None: one is derived from the model's name."""
+
+    group: str
+    fields: Fields
+    name: str | None = None
+
+
+async def read_version(connection: AsyncConnection) -> int:
+    """The version of the directory at which what was made at run time changed last."""
+    version: int = (await connection.execute(sa.select(directory.c.policy_version))).scalar_one()
+    return version
+
+
+async def read_made(connection: AsyncConnection, now: int) -> MadePolicy:
+    """What was made at run time. Grants that have ended at `now` (ms) are left out."""
+    of_groups = await connection.execute(sa.select(groups).order_by(groups.c.position, groups.c.name))
+    of_quotas = await connection.execute(sa.select(quotas).order_by(quotas.c.position, quotas.c.group_name))
+    running = sa.select(grants).where(grants.c.ended_at.is_(None), grants.c.until > now).order_by(grants.c.id)
+    of_grants = await connection.execute(running)
+    is_member = (users.c.source == FILE, users.c.groups != "[]", users.c.forgotten_at.is_(None))
+    members = await connection.execute(sa.select(users.c.id, users.c.groups).where(*is_member))
+    return MadePolicy(
+        groups=tuple(
+            MadeGroup(row.name, _tuple(row.models), row.unlimited, row.created_at, row.created_by)
+            for row in of_groups
+        ),
+        quotas=tuple(
+            MadeQuota(row.group_name, row.name, orjson.loads(row.document), row.created_at, row.created_by)
+            for row in of_quotas
+        ),
+        grants=tuple(
+            Grant(row.id, row.quota_id, row.user_name, _MEASURES[row.measure], row.amount, row.until)
+            for row in of_grants
+        ),
+        groups_of={row.id: tuple(orjson.loads(row.groups)) for row in members},
+    )
+
+
+@dataclass(frozen=True)
+class PolicyAdministration:
+    """The changes and lists of groups and quotas. `file` is the file in force, without what was made at run time.
+
+    Methods raise ChangeRefused and StoreUnavailable.
+    """
+
+    changes: Changes
+    file: Config
+
+    # Reading
+
+    async def made(self) -> MadePolicy:
+        """What was made at run time."""
+        async with self.changes.database.read() as connection:
+            return await read_made(connection, self.changes.now())
+
+    async def quotas(self, *, group: str | None = None, model: str | None = None) -> QuotaSet:
+        """The quotas in the order of the policy: of one group, or whose `models` are this name alone."""
+        return _quota_set(self.file, await self.made(), group=group, model=model)
+
+    async def quota(self, group: str, name: str) -> QuotaRecord:
+        """One quota."""
+        return _quota_record(self.file, await self.made(), group, name)
+
+    async def groups(self) -> tuple[GroupRecord, ...]:
+        """The groups in the order of the policy."""
+        return tuple(_group_records(self.file, await self.made()))
+
+    async def group(self, name: str) -> GroupRecord:
+        """One group."""
+        return _group_record(self.file, await self.made(), name)
+
+    # Quotas
+
+    async def set_quota(self, group: str, name: str, fields: Fields) -> tuple[QuotaRecord, Effects]:
+        """Make a quota, or change its fields: all that are not given have their defaults. A limit of None is none."""
+        quota = self._checked_quota(group, name, fields)
+        async with self._policy_change("quota.set", quota.id) as change:
+            before = await self._read(change)
+            after = _with_quotas(before, [quota])
+            await self._write_quotas(change, before, after, [quota.id])
+        return _quota_record(self.file, after, group, name), await self._effects(before, after)
+
+    async def delete_quota(self, group: str, name: str) -> Effects:
+        """Delete a quota. Calls in flight go on, and its counters stay until their windows end."""
+        id = f"{group}/{name}"
+        async with self._policy_change("quota.delete", id) as change:
+            before = await self._read(change)
+            _quota_record(self.file, before, group, name)  # raises NotFound
+            after = _without_quotas(before, {id})
+            await self._write_quotas(change, before, after, [id])
+        return await self._effects(before, after)
+
+    async def set_quotas(self, group: str, wanted: Mapping[str, Fields]) -> tuple[QuotaSet, Effects]:
+        """Replace all quotas of a group that were made at run time, in this order."""
+        made = [self._checked_quota(group, name, fields) for name, fields in wanted.items()]
+        return await self._replace("quotas.set", group, made, lambda quota: quota.group == group, group=group)
+
+    async def set_model_quotas(self, model: str, wanted: Iterable[ModelQuota]) -> tuple[QuotaSet, Effects]:
+        """Replace the quotas of all groups that were made at run time for this model name alone."""
+        _checked("model", values.glob, model)
+        derived = values.derived_name(model)
+        made = [
+            self._checked_quota(each.group, each.name or derived, {**each.fields, "models": [model]})
+            for each in wanted
+        ]
+        return await self._replace(
+            "quotas.set_for_model", model, made, lambda quota: _is_for(quota, model), model=model
+        )
+
+    async def _replace(
+        self,
+        action: str,
+        target: str,
+        made: Sequence[MadeQuota],
+        is_replaced: Callable[[MadeQuota], bool],
+        **listed: str,
+    ) -> tuple[QuotaSet, Effects]:
+        ids = [quota.id for quota in made]
+        for id in ids:
+            if ids.count(id) > 1:
+                raise ChangeRefused("name", f"{id} is given twice; give each quota of a group its own name")
+        async with self._policy_change(action, target) as change:
+            before = await self._read(change)
+            change.check_match(_quota_set(self.file, before, **listed).etag)
+            gone = {quota.id for quota in before.quotas if is_replaced(quota)} - set(ids)
+            taken = [quota.id for quota in before.quotas if quota.id in ids and not is_replaced(quota)]
+            if taken:
+                raise Conflict("name", f"{taken[0]} is a quota for other models; give this one another name")
+            after = _with_quotas(_without_quotas(before, gone), made)
+            changed = [*gone, *ids]
+            self._check(before, after, changed)
+            change.note(_documents(before, changed), _documents(after, changed))
+            await _write(change.connection, before, after)
+        return _quota_set(self.file, after, **listed), await self._effects(before, after)
+
+    # Groups
+
+    async def create_group(
+        self, name: str, *, models: Sequence[str] | None = None, unlimited: bool = False
+    ) -> tuple[GroupRecord, Effects]:
+        """Make a group, behind all others."""
+        _checked("name", values.group_name, name)
+        group = self._made_group(name, models, unlimited=unlimited)
+        async with self._policy_change("group.create", name) as change:
+            before = await self._read(change)
+            if change.repeated is not None:
+                return _group_record(self.file, before, name), Effects()
+            if name in self.file.policy.groups or any(each.name == name for each in before.groups):
+                raise Conflict("name", f'there is a group "{name}" already; change it, or choose another name')
+            after = replace(before, groups=(*before.groups, group))
+            self._check(before, after, [name])
+            change.note(None, _group_document(group))
+            await _write(change.connection, before, after)
+        return _group_record(self.file, after, name), await self._effects(before, after)
+
+    async def set_group(
+        self, name: str, *, models: Sequence[str] | None = None, unlimited: bool = False
+    ) -> tuple[GroupRecord, Effects]:
+        """Change the models of a group (None: no list), and whether it is unlimited."""
+        group = self._made_group(name, models, unlimited=unlimited)
+        async with self._policy_change("group.set", name) as change:
+            before = await self._read(change)
+            was = self._changeable_group(change, before, name)
+            changed = replace(group, created_at=was.created_at, created_by=was.created_by)
+            after = replace(before, groups=tuple(changed if each is was else each for each in before.groups))
+            self._check(before, after, [name, *(quota.id for quota in before.quotas if quota.group == name)])
+            change.note(_group_document(was), _group_document(changed))
+            await _write(change.connection, before, after)
+        return _group_record(self.file, after, name), await self._effects(before, after)
+
+    async def delete_group(self, name: str) -> Effects:
+        """Delete a group with its quotas. Its members are then not in it, also if it is made again."""
+        async with self._policy_change("group.delete", name) as change:
+            before = await self._read(change)
+            was = self._changeable_group(change, before, name)
+            kept = tuple(quota for quota in before.quotas if quota.group != name)
+            after = replace(before, groups=tuple(each for each in before.groups if each is not was), quotas=kept)
+            documents = {quota.name: quota.document for quota in before.quotas if quota.group == name}
+            change.note({**_group_document(was), "quotas": documents}, None)
+            await _write(change.connection, before, after)
+            await _remove_members(change.connection, name)
+        return await self._effects(before, after)
+
+    async def order_groups(self, names: Sequence[str]) -> tuple[tuple[GroupRecord, ...], Effects]:
+        """Put the groups that were made at run time into this order. It must name each of them once."""
+        async with self._policy_change("group.order", "groups") as change:
+            before = await self._read(change)
+            current = [group.name for group in before.groups]
+            change.check_match(etag_of(current))
+            if sorted(names) != sorted(current):
+                own = ", ".join(current) or "none"
+                raise ChangeRefused("names", f"name each group that was made at run time once: {own}")
+            by_name = {group.name: group for group in before.groups}
+            after = replace(before, groups=tuple(by_name[name] for name in names))
+            change.note({"order": current}, {"order": list(names)})
+            await _write(change.connection, before, after)
+        return tuple(_group_records(self.file, after)), await self._effects(before, after)
+
+    async def import_file(self, imported: Config) -> tuple[tuple[str, ...], Effects]:
+        """Take over the groups, their quotas and the groups of users of a file. Returns the ids of the quotas.
+
+        Usage is kept, because counters belong to the ids. What the file in force has under the same name wins until
+        it is removed there. Doing it again sets everything to what the file says.
+        """
+        now, by = self.changes.now(), self.changes.author.actor
+        made = [
+            MadeGroup(group.name, None if group.models is None else group.models.texts, group.unlimited, now, by)
+            for group in imported.policy.groups.values()
+        ]
+        quotas = [
+            MadeQuota(quota.group, quota.name, document_of(quota), now, by)
+            for group in imported.policy.groups.values()
+            for quota in group.quotas
+        ]
+        members = {user.name: user.groups for user in imported.users if user.groups}
+        async with self._policy_change("policy.import", "groups") as change:
+            before = await self._read(change)
+            names = {group.name for group in made}
+            others = tuple(group for group in before.groups if group.name not in names)
+            after = _with_quotas(before, quotas)
+            after = replace(after, groups=(*made, *others), groups_of={**before.groups_of, **members})
+            change.note(None, {"groups": sorted(names), "quotas": sorted(quota.id for quota in quotas)})
+            await _write(change.connection, before, after)
+            await self._write_members(change.connection, before.groups_of, after.groups_of)
+        return tuple(quota.id for quota in quotas), await self._effects(before, after)
+
+    # Parts
+
+    def _policy_change(self, action: str, target: str) -> Any:
+        return self.changes.begin(action, target, is_of_policy=True)
+
+    async def _read(self, change: Change) -> MadePolicy:
+        return await read_made(change.connection, self.changes.now())
+
+    async def _effects(self, before: MadePolicy, after: MadePolicy) -> Effects:
+        """What a change does to members, read after it, so that nobody waits for it."""
+        was, now = await asyncio.to_thread(lambda: (overlaid(self.file, before), overlaid(self.file, after)))
+        async with self.changes.database.read() as connection:
+            return await effects_of(connection, was.config, now.config, now=self.changes.now())
+
+    async def _write_quotas(self, change: Change, before: MadePolicy, after: MadePolicy, ids: Sequence[str]) -> None:
+        [id] = ids
+        was = next((quota for quota in before.quotas if quota.id == id), None)
+        is_new = was is None
+        change.check_match(None if was is None else _etag(was.document))
+        self._check(before, after, ids)
+        change.note(None if is_new else _documents(before, ids)[id], _documents(after, ids).get(id))
+        await _write(change.connection, before, after)
+
+    def _check(self, before: MadePolicy, after: MadePolicy, ids: Collection[str]) -> None:
+        """Raise ChangeRefused if something that is changed would have no effect."""
+        already = {each.id for each in overlaid(self.file, before).without_effect}
+        for problem in overlaid(self.file, after).without_effect:
+            if problem.id in ids and problem.id not in already:
+                raise Conflict("id", f"{problem.id} would have no effect: {problem.reason}")
+
+    def _checked_quota(self, group: str, name: str, fields: Fields) -> MadeQuota:
+        """The quota of these fields. Raises ChangeRefused with the name of the field."""
+        _checked("name", values.name, name)
+        in_file = self.file.policy.groups.get(group)
+        if in_file is not None and any(quota.name == name for quota in in_file.quotas):
+            raise Conflict("id", f"{group}/{name} is a quota of the file: change the file, or use another name")
+        given = {field: value for field, value in fields.items() if value is not None}
+        section, findings = read_quota(given)
+        if section is None:
+            field = findings[0].path[0] if findings[0].path else next(iter(Measure)).value
+            raise ChangeRefused(str(field), findings[0].text)
+        document = section.model_dump(exclude_defaults=True)
+        return MadeQuota(group, name, document, self.changes.now(), self.changes.author.actor)
+
+    def _made_group(self, name: str, models: Sequence[str] | None, *, unlimited: bool) -> MadeGroup:
+        if models is not None and not models:
+            raise ChangeRefused("models", "this has no entries; add at least one, or leave it out for every model")
+        for model in models or ():
+            _checked("models", values.glob, model)
+        listed = None if models is None else tuple(models)
+        return MadeGroup(name, listed, unlimited, self.changes.now(), self.changes.author.actor)
+
+    def _changeable_group(self, change: Change, made: MadePolicy, name: str) -> MadeGroup:
+        found = next((group for group in made.groups if group.name == name), None)
+        if found is None:
+            record = _group_record(self.file, made, name)  # raises NotFound
+            raise Conflict("name", f'"{record.name}" is a group of the file: change the file')
+        change.check_match(_group_etag(found))
+        return found
+
+    async def _write_members(
+        self, connection: AsyncConnection, before: Mapping[str, Sequence[str]], after: Mapping[str, Sequence[str]]
+    ) -> None:
+        for user, names in after.items():
+            if tuple(before.get(user, ())) != tuple(names):
+                await set_groups_of_file_user(
+                    connection, user, names, at=self.changes.now(), by=self.changes.author.actor
+                )
+
+
+async def set_groups_of_file_user(
+    connection: AsyncConnection, name: str, names: Sequence[str], *, at: int, by: str
+) -> None:
+    """Set the groups that a user of the file is in besides those of the file."""
+    is_user = (users.c.source == FILE, users.c.id == name)
+    done = await connection.execute(sa.update(users).where(*is_user).values(groups=as_json(list(names))))
+    if not done.rowcount:
+        row = {"source": FILE, "id": name, "groups": as_json(list(names)), "is_service": False}
+        await connection.execute(sa.insert(users).values(**row, created_at=at, created_by=by))
+
+
+def document_of(quota: Quota) -> dict[str, object]:
+    """The fields of a quota as the file would have them, without those that have their defaults."""
+    fields: dict[str, object] = {
+        "models": list(quota.models.texts),
+        **{limit.measure.value: limit.maximum for limit in quota.limits},
+        "per": quota.per.text,
+        "shared": quota.shared,
+        "enforce": quota.enforce,
+        "overdraft": quota.overdraft,
+    }
+    return QuotaSection.model_validate(fields).model_dump(exclude_defaults=True)
+
+
+# ----------------------------------------------------------------------------------------------------- pure functions
+
+
+def _with_quotas(made: MadePolicy, changed: Sequence[MadeQuota]) -> MadePolicy:
+    """The same with these quotas, each at the place of the one with its id, or behind the others."""
+    new = {quota.id: quota for quota in changed}
+    kept = [
+        replace(new.pop(was.id), created_at=was.created_at, created_by=was.created_by) if was.id in new else was
+        for was in made.quotas
+    ]
+    return replace(made, quotas=(*kept, *new.values()))
+
+
+def _without_quotas(made: MadePolicy, ids: Collection[str]) -> MadePolicy:
+    return replace(made, quotas=tuple(quota for quota in made.quotas if quota.id not in ids))
+
+
+def _documents(made: MadePolicy, ids: Collection[str]) -> dict[str, Any]:
+    return {quota.id: dict(quota.document) for quota in made.quotas if quota.id in ids}
+
+
+def _group_document(group: MadeGroup) -> dict[str, object]:
+    return {"models": None if group.models is None else list(group.models), "unlimited": group.unlimited}
+
+
+def _group_etag(group: MadeGroup) -> str:
+    return etag_of([group.name, _group_document(group)])
+
+
+def _etag(document: Mapping[str, object]) -> str:
+    return etag_of(dict(document))
+
+
+def _is_for(quota: MadeQuota, model: str) -> bool:
+    return quota.document.get("models") == [model]
+
+
+def _quota_set(file: Config, made: MadePolicy, *, group: str | None = None, model: str | None = None) -> QuotaSet:
+    found = overlaid(file, made)
+    if group is not None:
+        _group_record(file, made, group)  # raises NotFound
+    records = [
+        record
+        for record in _quota_records(file, made, found)
+        if (group is None or record.group == group) and (model is None or record.fields.models == [model])
+    ]
+    etag = etag_of([[record.id, record.etag] for record in records if record.origin == "database"])
+    return QuotaSet(tuple(records), etag)
+
+
+def _quota_records(file: Config, made: MadePolicy, found: Overlaid) -> list[QuotaRecord]:
+    problems = {each.id: each.reason for each in found.without_effect}
+    order = {name: index for index, name in enumerate(found.config.policy.groups)}
+    records = [
+        _record(quota.group, quota.name, document_of(quota), "file")
+        for group in file.policy.groups.values()
+        for quota in group.quotas
+    ]
+    for quota in made.quotas:
+        record = _record(quota.group, quota.name, quota.document, "database")
+        reason = problems.get(quota.id)
+        records.append(
+            replace(record, without_effect=reason, created_at=quota.created_at, created_by=quota.created_by)
+        )
+    return sorted(records, key=lambda record: order.get(record.group, len(order)))
+
+
+def _record(group: str, name: str, document: Mapping[str, object], origin: Origin) -> QuotaRecord:
+    # A release with other fields may have written it; then it has no effect, and what this release knows is shown.
+    section, _ = read_quota(document)
+    known: dict[str, Any] = {field: document[field] for field in QuotaSection.named_fields() if field in document}
+    shown = section or QuotaSection.model_construct(**known)
+    yaml = to_yaml({"groups": {group: {"quotas": {name: dict(document)}}}})
+    return QuotaRecord(f"{group}/{name}", group, name, origin, shown, yaml, _etag(document))
+
+
+def _quota_record(file: Config, made: MadePolicy, group: str, name: str) -> QuotaRecord:
+    records = _quota_records(file, made, overlaid(file, made))
+    found = next((record for record in records if (record.group, record.name) == (group, name)), None)
+    if found is None:
+        hint = did_you_mean(f"{group}/{name}", [record.id for record in records])
+        raise NotFound("id", f"there is no quota {group}/{name}; {hint or 'list them to see their ids'}")
+    return found
+
+
+def _group_records(file: Config, made: MadePolicy) -> list[GroupRecord]:
+    found = overlaid(file, made)
+    problems = {each.id: each.reason for each in found.without_effect}
+    by_name = {group.name: group for group in made.groups}
+    records = []
+    for position, group in enumerate(found.config.policy.groups.values()):
+        of_database = None if group.name in file.policy.groups else by_name[group.name]
+        models = None if group.models is None else group.models.texts
+        shown = of_database or MadeGroup(group.name, models, group.unlimited)
+        records.append(
+            GroupRecord(
+                group.name,
+                position,
+                origin="file" if of_database is None else "database",
+                models=models,
+                unlimited=group.unlimited,
+                quotas=tuple(quota.id for quota in group.quotas),
+                etag=_group_etag(shown),
+                created_at=None if of_database is None else of_database.created_at,
+                created_by=None if of_database is None else of_database.created_by,
+            )
+        )
+    hidden = [group for group in made.groups if group.name in problems]
+    return records + [
+        GroupRecord(
+            group.name,
+            len(records),
+            origin="database",
+            models=group.models,
+            unlimited=group.unlimited,
+            quotas=(),
+            etag=_group_etag(group),
+            without_effect=problems[group.name],
+            created_at=group.created_at,
+            created_by=group.created_by,
+        )
+        for group in hidden
+    ]
+
+
+def _group_record(file: Config, made: MadePolicy, name: str) -> GroupRecord:
+    records = _group_records(file, made)
+    found = next((record for record in records if record.name == name), None)
+    if found is None:
+        hint = did_you_mean(name, [record.name for record in records])
+        raise NotFound("group", f'there is no group "{name}"; {hint or "list them to see their names"}')
+    return found
+
+
+def _tuple(text: str | None) -> tuple[str, ...] | None:
+    return None if text is None else tuple(orjson.loads(text))
+
+
+def _checked(field: str, check: Callable[[str], object], text: str) -> None:
+    try:
+        check(text)
+    except ValueError as error:
+        raise ChangeRefused(field, f'"{text[:60]}": {error}') from None
+
+
+# ------------------------------------------------------------------------------------------------------------ writing
+
+
+async def _write(connection: AsyncConnection, before: MadePolicy, after: MadePolicy) -> None:
+    """Write the groups and quotas that differ."""
+    await _write_rows(connection, groups, ("name",), _group_rows(before), _group_rows(after))
+    await _write_rows(connection, quotas, ("group_name", "name"), _quota_rows(before), _quota_rows(after))
+
+
+def _group_rows(made: MadePolicy) -> list[dict[str, Any]]:
+    return [
+        {
+            "name": group.name,
+            "position": position,
+            "models": None if group.models is None else as_json(group.models),
+            "unlimited": group.unlimited,
+            "created_at": group.created_at,
+            "created_by": group.created_by,
+        }
+        for position, group in enumerate(made.groups)
+    ]
+
+
+def _quota_rows(made: MadePolicy) -> list[dict[str, Any]]:
+    return [
+        {
+            "group_name": quota.group,
+            "name": quota.name,
+            "position": position,
+            "document": as_json(dict(quota.document)),
+            "created_at": quota.created_at,
+            "created_by": quota.created_by,
+        }
+        for position, quota in enumerate(made.quotas)
+    ]
+
+
+async def _write_rows(
+    connection: AsyncConnection,
+    table: sa.Table,
+    key: Sequence[str],
+    before: Iterable[Mapping[str, Any]],
+    after: Iterable[Mapping[str, Any]],
+) -> None:
+    was, now = ({tuple(row[name] for name in key): row for row in rows} for rows in (before, after))
+    for id in was.keys() - now.keys():
+        await connection.execute(sa.delete(table).where(*_is(table, key, id)))
+    for id, row in now.items():
+        if id not in was:
+            await connection.execute(sa.insert(table).values(**row))
+        elif row != was[id]:
+            await connection.execute(sa.update(table).where(*_is(table, key, id)).values(**row))
+
+
+def _is(table: sa.Table, key: Sequence[str], id: Sequence[str]) -> list[sa.ColumnElement[bool]]:
+    return [table.c[name] == value for name, value in zip(key, id, strict=True)]
+
+
+async def _remove_members(connection: AsyncConnection, group: str) -> None:
+    """Take all users out of a group, in the order of their keys."""
+    in_it = users.c.groups.contains(as_json(group), autoescape=True)
+    rows = (await connection.execute(sa.select(users.c.source, users.c.id, users.c.groups).where(in_it))).all()
+    update = sa.update(users).where(users.c.source == sa.bindparam("of_source"), users.c.id == sa.bindparam("of_id"))
+    changed = [
+        {
+            "of_source": row.source,
+            "of_id": row.id,
+            "left": as_json([name for name in orjson.loads(row.groups) if name != group]),
+        }
+        for row in rows
+    ]
+    for first in range(0, len(changed), _USERS_AT_ONCE):
+        await connection.execute(update.values(groups=sa.bindparam("left")), changed[first : first + _USERS_AT_ONCE])
