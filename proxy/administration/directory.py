@@ -154,15 +154,16 @@ class Imported:
 class DirectoryAdministration:
     """The changes and lists of users and keys.
 
-    `file` has the users of the configuration, `group_names` the groups of the policy, and `source_names` the header
-    sources. Methods raise ChangeRefused and StoreUnavailable. With `Conditions.is_trial` they do nothing and return
-    what they would.
+    `file` has the users of the configuration, `group_names` the groups of the policy, of which `file_group_names` are
+    the file's, and `source_names` the header sources. Methods raise ChangeRefused and StoreUnavailable. With
+    `Conditions.is_trial` they do nothing and return what they would.
     """
 
     changes: Changes
     file: FileDirectory
     group_names: Collection[str]
     source_names: Collection[str] = ()
+    file_group_names: Collection[str] = ()
 
     # Users
 
@@ -207,6 +208,37 @@ class DirectoryAdministration:
             before = await self._changeable(change, identity)
             await self._set_user(change, before, groups=groups, email=email)
             return await self._user(change.connection, identity)
+
+    async def set_member(self, group: str, identity: UserId, *, is_member: bool) -> UserRecord:
+        """Put a user into a group, or take it out. Doing it again changes nothing.
+
+        A user of the file can be put into groups that were made at run time, and into no others.
+        """
+        [name] = self._groups([group])
+        action = "member.add" if is_member else "member.remove"
+        is_of_file = identity.source == FILE
+        async with self.changes.begin(action, identity.subject, is_of_policy=is_of_file) as change:
+            if is_of_file:
+                before = await self._user(change.connection, identity)
+                if name in self.file_group_names:
+                    raise ChangeRefused(
+                        "group", f"{name} is a group of the file, and so are its users: change the file"
+                    )
+            else:
+                before = await self._changeable(change, identity)
+            wanted = {*before.groups, name} if is_member else {*before.groups} - {name}
+            # Groups that the policy does not have now are kept: the file may have them again.
+            known = [each for each in self.group_names if each in wanted]
+            after = [*known, *(each for each in before.groups if each in wanted and each not in known)]
+            if is_of_file:
+                made = [each for each in after if each not in self.file_group_names]
+                at, by = self.changes.now(), self.changes.author.actor
+                await set_groups_of_file_user(change.connection, identity.id, made, at=at, by=by)
+            else:
+                await _update(change, identity, groups=as_json(after))
+            change.note({"groups": list(before.groups)}, {"groups": after})
+            record = await self._user(change.connection, identity)
+            return replace(record, groups=tuple(after)) if is_of_file else record
 
     async def disable_user(self, identity: UserId, *, cut: bool = False) -> UserRecord:
         """Refuse further calls of a user. With `cut`, running calls end at once."""
@@ -578,6 +610,16 @@ class DirectoryAdministration:
 async def _update(change: Change, identity: UserId, **changed: object) -> None:
     """Change the row of a user."""
     await change.connection.execute(sa.update(users).where(*is_row_of(users, identity)).values(**changed))
+
+
+async def set_groups_of_file_user(
+    connection: AsyncConnection, name: str, names: Sequence[str], *, at: int, by: str
+) -> None:
+    """Set the groups that a user of the file is in besides those of the file."""
+    identity = UserId(FILE, name)
+    changed = sa.update(users).where(*is_row_of(users, identity)).values(groups=as_json(list(names)))
+    if not (await connection.execute(changed)).rowcount:
+        await insert_user(connection, User(identity, tuple(names)), at, by=by)
 
 
 async def _linked_user(connection: AsyncConnection, identity: UserId) -> UserId | None:

@@ -25,6 +25,7 @@ from proxy.administration.change import (
     as_json,
     etag_of,
 )
+from proxy.administration.directory import set_groups_of_file_user
 from proxy.administration.effects import Effects, effects_of
 from proxy.config import values
 from proxy.config.document import to_yaml
@@ -388,17 +389,6 @@ class PolicyAdministration:
                 await set_groups_of_file_user(
                     connection, user, names, at=self.changes.now(), by=self.changes.author.actor
                 )
-
-
-async def set_groups_of_file_user(
-    connection: AsyncConnection, name: str, names: Sequence[str], *, at: int, by: str
-) -> None:
-    """Set the groups that a user of the file is in besides those of the file."""
-    is_user = (users.c.source == FILE, users.c.id == name)
-    done = await connection.execute(sa.update(users).where(*is_user).values(groups=as_json(list(names))))
-    if not done.rowcount:
-        row = {"source": FILE, "id": name, "groups": as_json(list(names)), "is_service": False}
-        await connection.execute(sa.insert(users).values(**row, created_at=at, created_by=by))
 
 
 def document_of(quota: Quota) -> dict[str, object]:
