@@ -15,7 +15,7 @@ from proxy.errors import InvalidRequest, ModelNotFound, ProxyError
 from proxy.formats.allowance import check_allowance
 from proxy.formats.endpoints import Endpoint
 from proxy.formats.kinds import kind_of
-from proxy.formats.limit_headers import anthropic_limit_headers, rate_limit_headers
+from proxy.formats.limit_headers import anthropic_limit_headers, rate_limit_headers, warning_headers
 from proxy.formats.pieces import certain_uses_of
 from proxy.formats.refusal import refusal
 from proxy.formats.request import Request, forwarded_body, forwarded_model
@@ -219,7 +219,8 @@ class Call:
         return {**self._limit_headers(statuses, now), **capped}
 
     def _limit_headers(self, statuses: Mapping[str, QuotaStatus], now: int) -> dict[str, str]:
-        return _limit_headers(self.request.endpoint, self.binding, statuses, now, id=self.client.id)
+        headers = _limit_headers(self.request.endpoint, self.binding, statuses, now, id=self.client.id)
+        return {**headers, **warning_headers(statuses, now)} if self.policy.self_service else headers
 
 
 def closed_refusal(

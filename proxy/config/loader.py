@@ -547,6 +547,7 @@ def _policy(file: File, hash: str) -> Policy:
         keep=Keep(calls_ms=file.keep.calls, days_ms=file.keep.days),
         zone=zone,
         help=file.help,
+        self_service=file.self_service,
         hash=hash,
     )
 

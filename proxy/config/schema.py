@@ -646,6 +646,11 @@ class File(Section):
     )
     keep: Keep = Field(default=Keep(), description="How long usage records are kept.")
     help: Text = Field("", max_length=1000, description="A link or a sentence at the end of every refusal.")
+    self_service: Flag = Field(
+        True,
+        description="Whether users can read their own quotas and usage with their keys (/v1/quota, /usage), and get "
+        "the header x-quota-warning from 80 % of a limit on.",
+    )
     upstreams: Annotated[dict[Name, Upstream], Field(min_length=1)] = Field(
         description="The servers that calls are forwarded to, by name.",
         examples=[{"openai": {"base_url": "https://api.openai.com/v1", "api_key": "${OPENAI_API_KEY}"}}],

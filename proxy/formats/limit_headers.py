@@ -68,6 +68,29 @@ def anthropic_limit_headers(binding: Binding, statuses: Mapping[str, QuotaStatus
     return headers
 
 
+def warning_headers(statuses: Mapping[str, QuotaStatus], now: int) -> dict[str, str]:
+    """`x-quota-warning` from 80 % of a limit on: a list with an item for each such limit (RFC 9651).
+
+    Example: `"staff/daily";u="tokens";p=83;r=34000;t=18720`: 83 % of the tokens are used, 34,000 are left, and more
+    in 18,720 s. Shadow quotas refuse nothing, so they are left out. `now` is in milliseconds since 1970.
+    """
+    items = [
+        _warning_item(status, limit, now)
+        for status in statuses.values()
+        if status.quota.enforce != "shadow"
+        for limit in status.quota.window_limits
+        if status.is_near(limit)
+    ]
+    return {"x-quota-warning": ", ".join(items)} if items else {}
+
+
+def _warning_item(status: QuotaStatus, limit: Limit, now: int) -> str:
+    percent = 100 * status.counter.used.of(limit.measure) // limit.maximum
+    resets_in_s = max(0, seconds_up(status.counter.window.resets_at - now))
+    left = status.remaining(limit)
+    return f'"{status.quota.id}";u="{limit.measure.value}";p={percent};r={left};t={resets_in_s}'
+
+
 def go_duration(length_ms: int) -> str:
     """A duration as Go's `time.ParseDuration` reads it: `6m0s`, `1h0m30s`, `0s`. Rounded up to whole seconds.
 

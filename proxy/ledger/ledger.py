@@ -22,10 +22,12 @@ An operation that cannot be applied fails alone: the batch is repeated with one 
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 import structlog
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 from proxy.errors import LedgerUnavailable
 from proxy.ledger.book import Accepted, Expire, Extend, Operation, Refused, Release, Reply, Reserve, Settle
@@ -225,6 +227,15 @@ class Ledger:
         """The entry of the call that made this response. Raises LedgerUnavailable."""
         try:
             return await self._store.find_response_entry(response_id)
+        except StoreUnavailable as error:
+            raise LedgerUnavailable from error
+
+    @asynccontextmanager
+    async def read(self) -> AsyncIterator[AsyncConnection]:
+        """A transaction for reports, which only reads. Raises LedgerUnavailable."""
+        try:
+            async with self._store.transaction() as connection:
+                yield connection
         except StoreUnavailable as error:
             raise LedgerUnavailable from error
 

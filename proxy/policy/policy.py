@@ -69,6 +69,7 @@ class Policy:
     keep: Keep = Keep()
     zone: ZoneInfo = field(default_factory=lambda: ZoneInfo("UTC"))
     help: str = ""
+    self_service: bool = True  # whether users can see their own quotas and usage
     hash: str = ""
     grants: Mapping[str, Mapping[str | None, tuple[Grant, ...]]] = field(default_factory=dict)
 

@@ -15,6 +15,9 @@ from proxy.policy.amounts import Amount, Family, Measure
 from proxy.policy.quota import Binding, Counter, CounterKey, Limit, Quota, counter_at
 from proxy.policy.windows import rfc3339
 
+# From this part of a limit on a user is near it, in percent.
+NEAR_PERCENT = 80
+
 
 @dataclass(frozen=True, slots=True)
 class QuotaStatus:
@@ -40,6 +43,10 @@ class QuotaStatus:
         remaining = self.remaining(limit)
         return remaining * 1_000_000 // max(1, limit.maximum), remaining
 
+    def is_near(self, limit: Limit) -> bool:
+        """Whether 80 % or more of a limit is used. A limit of 0 is a switch that is off, and nobody is near it."""
+        return limit.maximum > 0 and 100 * self.counter.used.of(limit.measure) >= NEAR_PERCENT * limit.maximum
+
     def tightest(self) -> Limit | None:
         """The limit of which the smallest part remains in the window; None if no limit depends on the window."""
         limits = self.quota.window_limits
@@ -56,6 +63,7 @@ class QuotaStatus:
             "enforce": self.quota.enforce,
             "window": self._window(zone),
             **{measure.value: self._level(limits.get(measure)) for measure in Measure},
+            "near": any(map(self.is_near, self.quota.limits)),
         }
 
     def _window(self, zone: ZoneInfo) -> dict[str, object]:

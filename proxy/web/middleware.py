@@ -110,6 +110,12 @@ def error_response(error: ProxyError, request: web.BaseRequest) -> web.Response:
     return web.Response(status=error.status, headers=headers, body=dump(body))
 
 
+def json_response(value: object, request: web.Request) -> web.Response:
+    """A JSON body with status 200."""
+    headers = {**JSON_HEADERS, "x-request-id": request[REQUEST_ID], "server": SERVER_NAME}
+    return web.Response(headers=headers, body=dump(value))
+
+
 def _not_served(request: web.Request) -> NotServed:
     # The path as the client sent it: decoded, `/v1%2fmodels` would look like `/v1/models`, which is served.
     return NotServed(f"Invalid URL ({request.method} {request.rel_url.raw_path[:200]})")

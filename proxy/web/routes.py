@@ -49,13 +49,11 @@ from proxy.formats.endpoints import (
 )
 from proxy.formats.request import parse_form_request, parse_request
 from proxy.formats.restrictions import check_model_name, check_name_form
-from proxy.formats.strict_json import dump, reading_cost
+from proxy.formats.strict_json import reading_cost
 from proxy.identity.authentication import Caller, Snapshot
 from proxy.identity.client_address import client_address
 from proxy.identity.directory import Cuts
-from proxy.policy.status import quota_statuses
 from proxy.tasks import Tasks
-from proxy.upstreams.headers import JSON_HEADERS, SERVER_NAME
 from proxy.upstreams.models import shows_account
 from proxy.upstreams.spool import Spool
 from proxy.web.body import defer_continue, read_body, read_form
@@ -63,9 +61,18 @@ from proxy.web.body_memory import BodyMemory, BodyShare
 from proxy.web.cors import Cors
 from proxy.web.health import HEALTH_PATHS, Health
 from proxy.web.listener import note_valid_key
-from proxy.web.middleware import LOG_LINE, REQUEST_ID, Handler, answer_errors, not_served, validate_request
+from proxy.web.middleware import (
+    LOG_LINE,
+    REQUEST_ID,
+    Handler,
+    answer_errors,
+    json_response,
+    not_served,
+    validate_request,
+)
 from proxy.web.request_log import RequestLog
 from proxy.web.response import WebResponder
+from proxy.web.self_service import SelfService
 
 log = structlog.get_logger("routes")
 
@@ -106,7 +113,7 @@ class Api:
         self._trusted_proxies = settings.trusted_proxies
         self._limits = settings.connection_limits
         self._memory = BodyMemory(settings.connection_limits.body_memory_bytes)
-        self._now = now
+        self._self_service = SelfService(self._identify, self._ledger, now=now)
         self._request_log = request_log
 
     def end_calls_of(self, cuts: Cuts) -> None:
@@ -163,7 +170,7 @@ class Api:
                 )
             application.router.add_get(prefix + "/models", self._models)
             application.router.add_get(prefix + "/models/{model:.+}", self._model)
-            application.router.add_get(prefix + "/quota", self._quota)
+            application.router.add_routes(self._self_service.routes(prefix))
         # Every other path is a 404 of ours. The library's own would answer `Expect: 100-continue` with 100.
         application.router.add_route("*", "/{anything:.*}", _other_path, expect_handler=defer_continue)
         return application
@@ -323,22 +330,14 @@ class Api:
         names = [name for name in dict.fromkeys((*configured, *listed)) if _serves(snapshot, caller, name)]
         ends = {"has_more": False, "first_id": names[0] if names else None, "last_id": names[-1] if names else None}
         data = [_model(name, request) for name in names]
-        return _json({"object": "list", "data": data, **(ends if _is_anthropic(request) else {})}, request)
+        return json_response({"object": "list", "data": data, **(ends if _is_anthropic(request) else {})}, request)
 
     async def _model(self, request: web.Request) -> web.Response:
         snapshot, caller = await self._identify(request)
         name = request.match_info["model"]
         if not _serves(snapshot, caller, name):
             raise no_such_model(name[:200])
-        return _json(_model(name, request), request)
-
-    async def _quota(self, request: web.Request) -> web.Response:
-        snapshot, caller = await self._identify(request)
-        binding = snapshot.policy.all_quotas(caller.groups).for_user(caller.user)
-        counters = await self._ledger.counters(binding.keys())
-        statuses = quota_statuses(binding, counters, self._now())
-        zone = snapshot.policy.zone
-        return _json({"object": "list", "data": [each.as_json(zone) for each in statuses.values()]}, request)
+        return json_response(_model(name, request), request)
 
 
 def _cut_connection(request: web.Request, _: object = None) -> None:
@@ -393,8 +392,3 @@ def _model(name: str, request: web.Request) -> dict[str, object]:
     model = {"id": name, "object": "model", "created": 0, "owned_by": "llm-quota-proxy"}
     anthropic = {"type": "model", "display_name": name, "created_at": "1970-01-01T00:00:00Z"}
     return {**model, **(anthropic if _is_anthropic(request) else {})}
-
-
-def _json(value: object, request: web.Request) -> web.Response:
-    headers = {**JSON_HEADERS, "x-request-id": request[REQUEST_ID], "server": SERVER_NAME}
-    return web.Response(headers=headers, body=dump(value))

@@ -1,0 +1,96 @@
+"""What users can see of themselves with their own keys: their quotas, and what they have used.
+
+`self_service: false` turns it off: its paths are then not served.
+"""
+
+import re
+from collections.abc import Awaitable, Callable
+from dataclasses import asdict
+from datetime import UTC, date, datetime
+
+from aiohttp import web
+
+from proxy.errors import InvalidRequest
+from proxy.identity.authentication import Caller, Snapshot
+from proxy.ledger.ledger import Ledger
+from proxy.ledger.queries import DAY_MS, Dimension, Used, usage
+from proxy.policy.status import quota_statuses
+from proxy.web.middleware import json_response, not_served
+
+_DAYS = re.compile(r"([1-9][0-9]{0,3})d")
+_DAYS_MAX = 3660
+_DIMENSIONS: dict[str, Dimension] = {"day": "day", "model": "model"}
+
+Identify = Callable[[web.Request], Awaitable[tuple[Snapshot, Caller]]]
+
+
+class SelfService:
+    """The handlers of `/quota` and `/quota/usage`. `now` gives ms since 1970, by the ledger's clock."""
+
+    def __init__(self, identify: Identify, ledger: Ledger, *, now: Callable[[], int]) -> None:
+        self._identify = identify
+        self._ledger = ledger
+        self._now = now
+
+    def routes(self, prefix: str) -> list[web.RouteDef]:
+        """The routes below a prefix such as `/v1`."""
+        return [web.get(f"{prefix}/quota", self._quota), web.get(f"{prefix}/quota/usage", self._usage)]
+
+    async def _quota(self, request: web.Request) -> web.StreamResponse:
+        snapshot, caller = await self._identify(request)
+        if not snapshot.policy.self_service:
+            return await not_served(request)
+        policy = snapshot.policy
+        binding = policy.all_quotas(caller.groups).for_user(caller.user)
+        counters = await self._ledger.counters(binding.keys())
+        statuses = quota_statuses(binding, counters, self._now())
+        return json_response(
+            {
+                "object": "list",
+                "user": caller.user,
+                "groups": list(caller.groups),
+                "models": [name for name in snapshot.catalog.names if snapshot.serves(caller, name)],
+                "unlimited": any(policy.groups[name].unlimited for name in caller.groups),
+                "data": [each.as_json(policy.zone) for each in statuses.values()],
+            },
+            request,
+        )
+
+    async def _usage(self, request: web.Request) -> web.StreamResponse:
+        snapshot, caller = await self._identify(request)
+        if not snapshot.policy.self_service:
+            return await not_served(request)
+        by, since = request.query.get("by", "day"), _since(request.query.get("since", "30d"), self._now())
+        if by not in _DIMENSIONS:
+            raise InvalidRequest("`by` must be day or model.", param="by")
+        async with self._ledger.read() as connection:
+            found = await usage(connection, since, _DIMENSIONS[by], {"user": caller.user})
+        data = [{by: _value(value), **asdict(used)} for value, used in sorted(found.items(), key=_order)]
+        return json_response({"object": "list", "by": by, "since": _day(since), "data": data}, request)
+
+
+def _since(text: str, now: int) -> int:
+    """The instant (ms) from whose UTC day on usage is shown: so many days ago, or a day."""
+    if (match := _DAYS.fullmatch(text)) and int(match[1]) <= _DAYS_MAX:
+        return max(0, now - int(match[1]) * DAY_MS)
+    try:
+        day = date.fromisoformat(text)
+        return max(0, round(datetime(day.year, day.month, day.day, tzinfo=UTC).timestamp()) * 1000)
+    except (ValueError, OverflowError):
+        raise InvalidRequest(
+            "`since` must be a number of days such as 30d, or a day such as 2026-11-01.", param="since"
+        ) from None
+
+
+def _order(item: tuple[str | int, Used]) -> tuple[int, str]:
+    """Days in their order; models with the most tokens first."""
+    value, used = item
+    return (value, "") if isinstance(value, int) else (-used.input_tokens - used.output_tokens, value)
+
+
+def _value(value: str | int) -> str:
+    return _day(value) if isinstance(value, int) else value
+
+
+def _day(at: int) -> str:
+    return datetime.fromtimestamp(at / 1000, UTC).strftime("%Y-%m-%d")
