@@ -1,7 +1,8 @@
 """Holds the policy in force and reloads it when quotas.yaml changes, or a file that a `${file:…}` in it names.
 
 A reload takes the whole file or nothing: an invalid file is rejected and reported in the log, and the running policy
-stays in force. A call reads `current` once and keeps that policy to its end, so a reload does not change it.
+stays in force. A call that was admitted keeps its policy to its end, so a reload does not change it. One that waits
+for admission is decided on by the policy that is `current` when it asks again.
 """
 
 import asyncio
