@@ -32,9 +32,12 @@ from proxy.policy.quota import (
     Demand,
     Enforce,
     Globs,
+    Grant,
     GroupQuotas,
     Limit,
     Quota,
+    grants_by_quota,
+    grants_of_user,
 )
 from proxy.policy.windows import parse_per
 
@@ -144,6 +147,12 @@ def quota(
     )
 
 
+def grant(quota_id: str, *, until: int, user: str | None = None, id: str = "g1", **amount: int) -> Grant:
+    """`grant("staff/daily", tokens=500, until=NOON)`, for one user or for all; the amount is that of one measure."""
+    [(measure, number)] = amount.items()
+    return Grant(id, quota_id, user, Measure(measure), number, until)
+
+
 def group_quotas(group: str, *quotas: Quota) -> GroupQuotas:
     """One group's quotas for a model; without quotas the group is unlimited."""
     return GroupQuotas(group, quotas)
@@ -155,10 +164,12 @@ def binding(
     shadows: Iterable[Quota] = (),
     combine: Combine = "any_group",
     user: str = "ann",
+    grants: Iterable[Grant] = (),
 ) -> Binding:
     """A binding of a user of these groups: each is a list of its quotas, or `group_quotas(name)` for one without."""
     listed = [each if isinstance(each, GroupQuotas) else _group_of(each) for each in groups]
-    return Binding(tuple(always), tuple(listed), tuple(shadows), combine, user=user)
+    mine = grants_of_user(grants_by_quota(grants), user)
+    return Binding(tuple(always), tuple(listed), tuple(shadows), combine, user=user, grants=mine)
 
 
 def _group_of(quotas: Iterable[Quota]) -> GroupQuotas:

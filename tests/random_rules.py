@@ -1,9 +1,11 @@
 """Random quotas, bindings, counters and calls for hypothesis. The numbers are small, so limits are often met."""
 
+from dataclasses import replace
+
 from hypothesis import strategies as st
 
 from proxy.policy.amounts import TOKENS_MAX, Amount, Measure, Uses
-from proxy.policy.quota import Binding, Counter, CounterKey, Demand, GroupQuotas, Quota
+from proxy.policy.quota import Binding, Counter, CounterKey, Demand, Grant, GroupQuotas, Quota
 from proxy.policy.windows import Window
 from tests.builders import DAY, HOUR, MINUTE, NOON, quota
 
@@ -41,19 +43,32 @@ def quota_lists(
 
 
 @st.composite
-def bindings(draw: st.DrawFn) -> Binding:
-    """Quotas of everyone, up to three groups of which some are unlimited, and a few quotas in shadow."""
+def bindings(draw: st.DrawFn, *, grants: bool = False) -> Binding:
+    """Quotas of everyone, up to three groups of which some are unlimited, and a few quotas in shadow.
+
+    With `grants` some quotas have grants, of which some have ended and some end soon.
+    """
     groups = [
         GroupQuotas(group, () if draw(st.sampled_from([False] * 5 + [True])) else draw(quota_lists(group, least=1)))
         for group in ("a", "b", "c")[: draw(st.integers(0, 3))]
     ]
-    return Binding(
+    who = Binding(
         user="ann",
         always=draw(quota_lists("everyone")),
         groups=tuple(groups),
         shadows=draw(quota_lists("watch", enforce=("shadow",))),
         combine=draw(st.sampled_from(["any_group", "every_group"])),
     )
+    given = [draw(grants_on(each)) for each in who.quotas if grants and draw(st.booleans())]
+    return replace(who, grants={each.quota_id: (each,) for each in given})
+
+
+@st.composite
+def grants_on(draw: st.DrawFn, on: Quota) -> Grant:
+    """A grant on this quota, mostly on one of its limits."""
+    measure = draw(st.sampled_from([limit.measure for limit in on.limits] * 3 + [*Measure]))
+    until = NOON + draw(st.sampled_from([-1, 0, 1, 10_000, MINUTE, HOUR, DAY, 40 * DAY]))
+    return Grant("g", on.id, None, measure, draw(st.integers(1, 50)), until)
 
 
 amounts = st.builds(Amount, st.integers(0, 30), st.integers(0, 30), st.integers(0, 5))

@@ -1,7 +1,8 @@
 """One call: its request, its user, and the part of the policy that decides about it.
 
-Its user, policy and quotas are fixed when the call begins. A reload of the policy changes calls that begin later, and
-no call in flight.
+Its user, policy and quotas are those in force when it is admitted. If the policy, or a user or key, changes while it
+waits for admission, it is prepared anew (`relay.Renew`), and refused if a new call would be. A call in flight keeps
+what admitted it. Its grants end by the clock.
 """
 
 import re

@@ -9,7 +9,7 @@ in the next moment.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from functools import partial
 
@@ -29,12 +29,12 @@ from proxy.formats.stream import Stream
 from proxy.formats.strict_json import reading_cost
 from proxy.formats.surfaces import error_event
 from proxy.identity.authentication import Caller, Snapshot
-from proxy.ledger.book import Accepted, Refused
+from proxy.ledger.book import Accepted, Refused, Reserve
 from proxy.ledger.entry import Outcome
 from proxy.ledger.queue import AdmissionQueue, DurationEstimate
 from proxy.metrics import Metrics
 from proxy.policy.admission import Verdict
-from proxy.policy.quota import BoundQuotas
+from proxy.policy.quota import BoundQuotas, Demand
 from proxy.upstreams import headers
 from proxy.upstreams.client import Answer
 from proxy.upstreams.failures import Rejected, failure_of, mask_of
@@ -42,6 +42,10 @@ from proxy.upstreams.models import ModelLists
 
 # How long to wait for the end of the body after the last event of a stream, to reuse the connection.
 _READ_TO_END_S = 1.0
+
+# Returns a call as it is by the policy in force: itself if nothing has changed since it was prepared. Raises what the
+# preparation raises.
+Renew = Callable[[Call], Awaitable[Call]]
 
 log = structlog.get_logger("relay")
 
@@ -79,25 +83,26 @@ class Relay:
         """The models that the upstreams list."""
         return self._dispatcher.model_lists
 
-    async def carry(self, call: Call) -> None:
+    async def carry(self, call: Call, renew: Renew) -> None:
         """Take one call to an upstream, and its answer to the client.
 
         Nothing is sent that is not reserved, and every reservation ends exactly once. The blocks, from the outside
         in:
 
-        - `_reserve` waits until the quotas admit the call, and settles or releases it if nothing below did;
+        - `_reserve` waits until the quotas admit the call, and settles or releases it if nothing below did. Until
+          then `renew` replaces the call when the policy changes; from then on it stays as it is;
         - `watch` ends the call if its client disconnects and the answer is not to be awaited;
         - `_end_on_upstream_error` settles or releases the call if the upstream fails, and tells the client;
         - `answer` sends the call, to several upstreams if need be, and hands out the answer.
 
-        Raises Refusal if a quota refuses the call, ClientLeft, LedgerUnavailable, and UpstreamError as long as
-        nothing of an answer has been sent. After that an upstream's error is sent as an event of the stream.
+        Raises Refusal if a quota refuses the call, what `renew` raises, ClientLeft, LedgerUnavailable, and
+        UpstreamError as long as nothing of an answer has been sent. After that an upstream's error is sent as an
+        event of the stream.
         """
-        candidates = await self._dispatcher.candidates(call)
         # The order matters. `watch` cancels everything inside it, so `_reserve`, which must end the reservation in
         # any case, is outside. An upstream's error is handled inside `watch`: a client may leave meanwhile.
         async with (
-            self._reserve(call, candidates) as reservation,
+            self._reserve(call, renew) as (call, candidates, reservation),
             self._disconnects.watch(call, reservation),
             self._end_on_upstream_error(call, reservation),
             self._dispatcher.answer(candidates, reservation) as (sent, answer),
@@ -113,19 +118,31 @@ class Relay:
         self, endpoint: Endpoint, caller: Caller, snapshot: Snapshot, client: Responder
     ) -> None:
         """Raise the Refusal of a user whom limits of 0 admit to no model, whatever the request is."""
-        closing = snapshot.policy.closing(caller.groups, snapshot.catalog, endpoint.uses, by_piece=endpoint.by_piece)
+        policy, now = snapshot.policy, self._ledger.now()
+        closing = policy.closing(
+            caller.groups,
+            snapshot.catalog,
+            endpoint.uses,
+            user=caller.user,
+            now=now,
+            by_piece=endpoint.by_piece,
+        )
         if not closing:
             return
-        binding = BoundQuotas(closing).for_user(caller.user)
+        binding = BoundQuotas(closing, grants=policy.grants_on(closing)).for_user(caller.user)
         counters = await self._ledger.counters(binding.keys())
         for quota in closing:
             self.metrics.refused(quota.id, Verdict.EXHAUSTED.name.lower())
-        raise closed_refusal(binding, counters, snapshot.policy, endpoint=endpoint, id=client.id, now=self._now())
+        raise closed_refusal(binding, counters, policy, endpoint=endpoint, id=client.id, now=now)
 
     @asynccontextmanager
-    async def _reserve(self, call: Call, candidates: Candidates) -> AsyncIterator[Reservation]:
-        """Reserve what the call may use, and make sure that the reservation ends. Raises Refusal."""
-        reply, line = await self._admit(call, candidates), call.client.line
+    async def _reserve(self, call: Call, renew: Renew) -> AsyncIterator[tuple[Call, Candidates, Reservation]]:
+        """Reserve what the call may use, and make sure that the reservation ends. Raises Refusal.
+
+        Hands out the call as it was admitted.
+        """
+        reply, call, candidates = await self._admit(call, renew)
+        line = call.client.line
         if isinstance(reply, Refused):
             line.refused_by = [block.quota.id for block in reply.decision.blocks]
             line.verdict = reply.decision.verdict.name.lower()
@@ -140,7 +157,7 @@ class Relay:
         try:
             with self.metrics.in_flight.track_inprogress():
                 async with reservation:
-                    yield reservation
+                    yield call, candidates, reservation
         finally:
             self._durations.ended(reply.entry.id, self._now())
             self._count_end(call, reservation)
@@ -164,25 +181,43 @@ class Relay:
                 hidden=usage.tokens.beyond(entry.hold),
             )
 
-    async def _admit(self, call: Call, candidates: Candidates) -> Accepted | Refused:
+    async def _admit(self, call: Call, renew: Renew) -> tuple[Accepted | Refused, Call, Candidates]:
         """Ask the ledger, and if only calls in flight prevent it, wait for them. Raises ClientLeft.
 
-        Nothing is sent and nothing is held while the call waits, so a disconnect simply cancels it.
+        Returns the reply, and the call and its candidates by the policy that decided. Nothing is sent and nothing is
+        held while the call waits, so a disconnect simply cancels it.
         """
         task = asyncio.current_task()
         assert task is not None, "a call runs in a task"
-        call.client.on_disconnected(task.cancel)
+        client = call.client
+        client.on_disconnected(task.cancel)
         try:
-            recorded_model = self._recorded_names.name_of(call, self._now())
-            operation = call.reserve(candidates.demand, owner=self._ledger.owner, recorded_model=recorded_model)
-            return await self._queue.reserve(operation, wait_s=call.wait_s, recount=candidates.exact_demand)
+            candidates = await self._dispatcher.candidates(call)
+
+            def operation() -> Reserve:
+                recorded_model = self._recorded_names.name_of(call, self._now())
+                return call.reserve(candidates.demand, owner=self._ledger.owner, recorded_model=recorded_model)
+
+            async def recount() -> Demand:
+                return await candidates.exact_demand()
+
+            async def renewed() -> Reserve | None:
+                nonlocal call, candidates
+                latest = await renew(call)
+                if latest is call:
+                    return None
+                call, candidates = latest, await self._dispatcher.candidates(latest)
+                return operation()
+
+            reply = await self._queue.reserve(operation(), wait_s=call.wait_s, recount=recount, renew=renewed)
+            return reply, call, candidates
         except asyncio.CancelledError:
-            if not call.client.is_disconnected:
+            if not client.is_disconnected:
                 raise  # the server stops
             task.uncancel()
             raise ClientLeft from None
         finally:
-            call.client.on_disconnected(None)
+            client.on_disconnected(None)
 
     @asynccontextmanager
     async def _end_on_upstream_error(self, call: Call, reservation: Reservation) -> AsyncIterator[None]:

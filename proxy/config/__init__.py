@@ -4,8 +4,8 @@ What the package promises:
 
 - A file with any mistake gives no policy. `BadConfig` carries one report with every mistake, each with its line and
   what to write instead.
-- A reload replaces the whole policy at once, or leaves the running one in force. A call keeps the policy with which
-  it began.
+- A reload replaces the whole policy at once, or leaves the running one in force. A call keeps the policy that
+  admitted it.
 - No secret appears in a report: what came through `${…}` is redacted, and keys in plain text are never quoted.
 
 What it never does: it does not read the environment by itself (the caller passes it in), decides nothing about a call

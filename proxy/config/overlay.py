@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from proxy.config.loader import Config, FileUser, quota_of
 from proxy.config.messages import read_quota
 from proxy.policy.policy import DEFAULT, EVERYONE, Group
-from proxy.policy.quota import Globs, Grant, Quota
+from proxy.policy.quota import Globs, Grant, Quota, grants_by_quota
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,15 +98,6 @@ def overlaid(file: Config, made: MadePolicy) -> Overlaid:
     )
     users = tuple(_users(file.users, made, groups)) if made.groups_of else file.users
     return Overlaid(replace(file, policy=policy, users=users), tuple(problems))
-
-
-def grants_by_quota(grants: Iterable[Grant]) -> dict[str, dict[str | None, tuple[Grant, ...]]]:
-    """Grants by the ids of their quotas, and by user (None: each member, or the pot), as a policy has them."""
-    found: dict[str, dict[str | None, tuple[Grant, ...]]] = {}
-    for grant in grants:
-        of_quota = found.setdefault(grant.quota_id, {})
-        of_quota[grant.user] = (*of_quota.get(grant.user, ()), grant)
-    return found
 
 
 def _quota(made: MadeQuota, file: Config, groups: Mapping[str, Group]) -> Quota | WithoutEffect:

@@ -3,7 +3,8 @@
 It is also replaced when administrators have changed something at run time.
 
 A reload takes the whole file or nothing: an invalid file is rejected and reported in the log, and the running policy
-stays in force. A call reads `current` once and keeps that policy to its end, so a reload does not change it.
+stays in force. A call that was admitted keeps its policy to its end, so a reload does not change it. One that waits
+for admission is decided on by the policy that is `current` when it asks again.
 """
 
 import asyncio

@@ -45,7 +45,8 @@ def refusal(
     admissible_at = refused.admissible_at
     long_wait_type = "usage_limit_reached" if endpoint == "responses" else "insufficient_quota"
     if refused.verdict is Verdict.EXHAUSTED and admissible_at is None:
-        # The limit is 0, and it is 0 after the reset too. So no reset and no retry time is stated.
+        # The limit is 0, and it is 0 after the reset too; or a grant has raised it, and ends before the reset. So no
+        # reset and no retry time is stated.
         return Refusal(
             _with_help(f"{_reason(block)}.", help),
             type=long_wait_type,

@@ -217,9 +217,9 @@ def _invalid_key(reason: str) -> InvalidKey:
 class Snapshot:
     """Everything from one version of the file that a request needs.
 
-    A reload replaces it as a whole. A request reads it once, so it never has a user of the old file and the policy of
-    the new one. Example: one edit moves bob from `staff` to `lab` and removes `staff`. The new policy does not have
-    the group of the old bob.
+    A reload replaces it as a whole, and a request takes everything from one, so it never has a user of the old file
+    and the policy of the new one. Example: one edit moves bob from `staff` to `lab` and removes `staff`. The new
+    policy does not have the group of the old bob. A call that waits for admission is prepared anew from the new one.
     """
 
     policy: Policy

@@ -63,9 +63,9 @@ class Extend:
     """Raise the hold of a call in flight to `output` tokens in total, or to as many as there is room for.
 
     With less than `least` tokens in total the call cannot continue, and the reply's verdict says why. `input` lowers
-    the hold for an input that turned out to be smaller. `binding` is the one with which the call was reserved. All
-    numbers are totals, so repeating an Extend changes nothing. Example at a hold of 200 tokens: "extend to 400"
-    applied twice gives 400; "extend by 200" applied twice would give 600.
+    the hold for an input that turned out to be smaller. `binding` is the one with which the call was reserved; its
+    grants count as long as they run. All numbers are totals, so repeating an Extend changes nothing. Example at a
+    hold of 200 tokens: "extend to 400" applied twice gives 400; "extend by 200" applied twice would give 600.
 
     Raises ValueError for a number that is negative or above `TOKENS_MAX`, and for a `least` above `output`.
     """
@@ -235,13 +235,12 @@ class Book:
             return self._accepted(before, _keys(before))
         # The input is lowered first: what it frees is room for the output of the same call.
         entry = self._lower_input(before, max(0, before.hold.input - operation.input))
-        at = {
-            quota.id: self._counter_now(key, quota) for key, quota in _held_quotas(entry, operation.binding).items()
-        }
+        binding = operation.binding.at(self._now)
+        at = {quota.id: self._counter_now(key, quota) for key, quota in _held_quotas(entry, binding).items()}
         increase = increase_hold(
             max(0, operation.output - entry.hold.output),
             max(0, operation.least - entry.hold.output),
-            operation.binding,
+            binding,
             admitted_via=entry.admitted_via,
             own={quota_id: _held_in_window(entry, quota_id, counter) for quota_id, counter in at.items()},
             current=at,
@@ -251,8 +250,8 @@ class Book:
             for held, held_before in zip(entry.held_amounts, before.held_amounts, strict=True)
             if held != held_before
         }
-        freed.update(quota.key_for(operation.binding.user) for quota in increase.not_increased)
-        entry = self._raise_output(self._free_not_increased(entry, increase), operation.binding.user, increase)
+        freed.update(quota.key_for(binding.user) for quota in increase.not_increased)
+        entry = self._raise_output(self._free_not_increased(entry, increase), binding.user, increase)
         self._put_entry(entry)
         return self._accepted(entry, _keys(entry), verdict=increase.verdict, freed=frozenset(freed))
 
@@ -337,14 +336,17 @@ class Book:
         """Add to what the counter of a held amount has used and holds."""
         counter = self.counters.get(of.key)
         if counter is None:
-            return  # an operator has reset the counter: only the entry has the usage
+            return  # an operator has deleted the counter: only the entry has the usage
         if counter.window.opened_at != of.opened_at:
             # The next window has opened, so only the entry has the usage. What the call holds of concurrent
             # quantities was carried into that window.
             used, held = NO_AMOUNT, held.concurrent_part()
             if not held:
                 return
-        self._put_counter(of.key, Counter(counter.window, counter.used + used, counter.held + held))
+        # What is subtracted from a counter may be more than it has used. Example: a call expired and was charged 500.
+        # The counter was reset, and other calls used 200. Then the call is settled with 90, which is 410 less.
+        used = (counter.used + used).at_least_0() if min(used) < 0 else counter.used + used
+        self._put_counter(of.key, Counter(counter.window, used, counter.held + held))
 
     def _counter_now(self, key: CounterKey, quota: Quota) -> Counter:
         return counter_at(self._now, quota, self.counters.get(key))
@@ -369,6 +371,14 @@ class Book:
     def _put_counter(self, key: CounterKey, counter: Counter) -> None:
         self.counters[key] = counter
         self.counters_changed.add(key)
+
+
+def reset(counter: Counter) -> Counter:
+    """The counter with nothing used. What calls in flight hold of it, and its window, stay as they are.
+
+    These calls are charged to it when they end. A window of which nothing is held is then not open any more.
+    """
+    return replace(counter, used=NO_AMOUNT)
 
 
 def split_charge(held_amounts: tuple[HeldAmount, ...], charge: Amount) -> list[Amount]:

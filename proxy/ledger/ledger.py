@@ -27,12 +27,11 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 import structlog
-from sqlalchemy.ext.asyncio import AsyncConnection
 
 from proxy.errors import LedgerUnavailable
 from proxy.ledger.book import Accepted, Expire, Extend, Operation, Refused, Release, Reply, Reserve, Settle
 from proxy.ledger.entry import Entry
-from proxy.ledger.store import Store, StoreUnavailable
+from proxy.ledger.store import Connection, Store, StoreUnavailable
 from proxy.policy.admission import NeedsCount
 from proxy.policy.quota import Counter, CounterKey
 from proxy.tasks import Tasks
@@ -231,7 +230,7 @@ class Ledger:
             raise LedgerUnavailable from error
 
     @asynccontextmanager
-    async def read(self) -> AsyncIterator[AsyncConnection]:
+    async def read(self) -> AsyncIterator[Connection]:
         """A transaction for reports, which only reads. Raises LedgerUnavailable."""
         try:
             async with self._store.transaction() as connection:

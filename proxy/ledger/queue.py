@@ -12,6 +12,11 @@ queues of their own: a moderation does not wait for tokens, and a call that uses
 The first call of a queue asks again whenever the ledger reports that holds were lowered on one of its counters, and
 once a second, because other processes lower holds too. A call that has waited `wait_s` asks once more, from any place
 in its queue, and gets the ledger's current answer.
+
+A new call is renewed before each time that it asks, so the policy that is in force then decides on it, not the one
+with which it began to wait. Example: a call begins to wait at 12:00:00 for a part of 1,000 tokens. At 12:00:05 the
+limit is lowered to 500, or a grant raises it to 2,000. From 12:00:06 on, the call asks by the new limit. A stream
+that waits keeps the quotas that admitted it.
 """
 
 import asyncio
@@ -34,6 +39,8 @@ WAITING_MAX = 1024
 # How often a call that waits asks the ledger without having been woken, in seconds.
 _ASK_EVERY_S = 1.0
 
+_Recount = Callable[[], Awaitable[Demand]]
+_Renew = Callable[[], Awaitable[Reserve | None]]
 _QueueKey = tuple[str, frozenset[CounterKey], frozenset[Family]]
 
 # ------------------------------------------------------------------------------------------------------ waiting calls
@@ -50,9 +57,12 @@ class _Waiter:
 
 
 class _Admission:
-    """A call that asks for admission. Its input is counted once, if the ledger needs the count."""
+    """A call that asks for admission. Its input is counted once, if the ledger needs the count.
 
-    def __init__(self, ledger: Ledger, operation: Reserve, recount: Callable[[], Awaitable[Demand]]) -> None:
+    It keeps its queue, also if it is renewed with other quotas.
+    """
+
+    def __init__(self, ledger: Ledger, operation: Reserve, *, recount: _Recount, renew: _Renew) -> None:
         self.operation = operation
         self.queue_key: _QueueKey = (
             operation.labels.user,
@@ -61,8 +71,15 @@ class _Admission:
         )
         self._ledger = ledger
         self._recount = recount
+        self._renew = renew
+
+    @property
+    def keys(self) -> frozenset[CounterKey]:
+        """The counters of the quotas that it asked for last."""
+        return frozenset(self.operation.binding.keys())
 
     async def ask(self) -> Accepted | Refused:
+        self.operation = await self._renew() or self.operation
         reply = await self._ledger.reserve(self.operation)
         if isinstance(reply, NeedsCount):
             self.operation = replace(self.operation, demand=await self._recount())
@@ -85,14 +102,16 @@ class AdmissionQueue:
         return self._waiting
 
     async def reserve(
-        self, operation: Reserve, *, wait_s: float, recount: Callable[[], Awaitable[Demand]]
+        self, operation: Reserve, *, wait_s: float, recount: _Recount, renew: _Renew
     ) -> Accepted | Refused:
         """Admit a call, or say why not. A busy call is refused only after `wait_s`.
 
         `recount` returns the demand with its input counted. It is called if the number of bytes is too rough a bound.
-        Cancelling removes the call from its queue. Raises LedgerUnavailable.
+        `renew` is called before the call asks. It returns the operation by the policy in force, or None if that has
+        not changed since the last one. Cancelling removes the call from its queue. Raises LedgerUnavailable, and what
+        `renew` raises for a call that is not possible any more.
         """
-        admission = _Admission(self.ledger, operation, recount)
+        admission = _Admission(self.ledger, operation, recount=recount, renew=renew)
         if not self._queues.get(admission.queue_key):
             reply = await admission.ask()
             if not _is_busy(reply) or wait_s <= 0:
@@ -130,7 +149,7 @@ class AdmissionQueue:
             raise LedgerUnavailable from None
 
     async def _wait(self, admission: _Admission, until: float) -> Accepted | Refused:
-        waiter, queue = _Waiter(admission.queue_key[1]), self._queues.setdefault(admission.queue_key, deque())
+        waiter, queue = _Waiter(admission.keys), self._queues.setdefault(admission.queue_key, deque())
         queue.append(waiter)
         self._waiting += 1
         try:
@@ -140,6 +159,7 @@ class AdmissionQueue:
                     reply = await admission.ask()
                     if not _is_busy(reply) or left <= 0:
                         return reply
+                    waiter.keys = admission.keys
                 await _wait_for(waiter.wake, min(left, _ASK_EVERY_S))
         finally:
             self._waiting -= 1

@@ -15,6 +15,9 @@ from proxy.ledger.book import Operation, Reply
 from proxy.ledger.entry import Entry
 from proxy.policy.quota import Counter, CounterKey
 
+# What `Store.transaction` gives.
+Connection = AsyncConnection
+
 
 class StoreInUse(Exception):
     """Another process, which is not one of our workers, has this database open for writing."""
@@ -105,7 +108,7 @@ class Store(Protocol):
         Raises StoreUnavailable if there is no database with this release's schema.
         """
 
-    def transaction(self, *, writes: bool = False) -> AbstractAsyncContextManager[AsyncConnection]:
+    def transaction(self, *, writes: bool = False) -> AbstractAsyncContextManager[Connection]:
         """A transaction of SQLAlchemy, for the directory and for reports. It is committed unless the block raises.
 
         On SQLite, one that `writes` has the database's one lock from its beginning. Entering, every statement and

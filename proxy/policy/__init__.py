@@ -12,8 +12,8 @@ What the package promises:
 What it never does: it does not read YAML (see `config`), know a wire format (see `formats`), store a counter (see
 `ledger`) or write a response.
 
-Begin with `quota`: what a quota, a counter and a call's demand are. `windows` says when a window opens and resets,
-`amounts` what is counted and how sure a count is. `admission` decides about one call. `policy` has the groups, and
-finds the quotas that bind their members on a model. `catalog` has the models and their upstreams. `status` shows a
-quota to its user.
+Begin with `quota`: what a quota, a grant, a counter and a call's demand are. `windows` says when a window opens and
+resets, `amounts` what is counted and how sure a count is. `admission` decides about one call. `policy` has the
+groups, and finds the quotas that bind their members on a model. `catalog` has the models and their upstreams.
+`status` shows a quota to its user.
 """

@@ -87,10 +87,14 @@ class Admitted:
 
 @dataclass(frozen=True, slots=True)
 class NotAdmitted:
-    """The call may not be sent. `blocks` are the limits that caused this, all with this `verdict`."""
+    """The call may not be sent. `blocks` are the limits that caused this, all with this `verdict`.
+
+    `then` is why the call would not be admitted at their reset either, if grants end before that.
+    """
 
     verdict: Verdict
     blocks: tuple[Block, ...]
+    then: "NotAdmitted | None" = None
 
     @property
     def admissible_at(self) -> int | None:
@@ -99,6 +103,8 @@ class NotAdmitted:
         The latest reset of the blocks counts: with an hourly quota used up until 13:00 and a daily one until
         midnight, the call is admitted at midnight.
         """
+        if self.then is not None:
+            return self.then.admissible_at
         if self.verdict is not Verdict.EXHAUSTED or any(block.limit.maximum == 0 for block in self.blocks):
             return None
         return max(block.counter.window.resets_at for block in self.blocks)
@@ -115,18 +121,28 @@ Counters = Mapping[CounterKey, Counter]
 def decide(demand: Demand, binding: Binding, counters: Counters, now: int) -> Admitted | NotAdmitted | NeedsCount:
     """Admit a call and say what it holds of which counter, or refuse it and say why.
 
+    The limits are those of `binding` at `now`, with the grants that run then. The quotas of the decision have them.
+
     The first alternative (see `Binding.alternatives`) that has room for all that the call asks for is taken. If none
     has, the one whose free tokens allow the longest answer is taken, also if the call has to wait for it.
     """
-    current = {
-        quota.id: counter_at(now, quota, counters.get(quota.key_for(binding.user))) for quota in binding.quotas
-    }
-    best = _best_assessment(demand, binding, current)
-    if demand.is_estimated and _could_count_help(best, demand, binding, current):
+    raised = binding.at(now)
+    current = {quota.id: counter_at(now, quota, counters.get(quota.key_for(binding.user))) for quota in raised.quotas}
+    best = _best_assessment(demand, raised, current)
+    if demand.is_estimated and _could_count_help(best, demand, raised, current):
         return NeedsCount()
-    if best.verdict is not Verdict.ALLOW:
-        return NotAdmitted(best.verdict, best.worst_blocks())
-    return _admit(best, demand, binding, current)
+    if best.verdict is Verdict.ALLOW:
+        return _admit(best, demand, raised, current)
+    refused = NotAdmitted(best.verdict, best.worst_blocks())
+    if not binding.grants or refused.admissible_at is None:
+        return refused
+    # A grant can end before the reset, and a limit of which something was left is then lower. So the reset is true
+    # only if the call would be admitted at it, or would wait for calls in flight. Each later decision is at a later
+    # reset, until all grants have ended.
+    then = decide(demand, binding, counters, refused.admissible_at)
+    if isinstance(then, NotAdmitted) and then.verdict is not Verdict.BUSY:
+        return replace(refused, then=then)
+    return refused
 
 
 def hold_of(quota: Quota, whole: Amount) -> Amount:

@@ -1,23 +1,37 @@
 """The groups and their quotas, and which of them bind the members of groups on a model.
 
-A policy is told a user's groups and never looks a user up (see `identity`). It is built from a whole file and never
-changed. A reload replaces it as a whole; a call keeps the policy with which it began.
+A policy is told a user's groups and never looks a user up (see `identity`). It is built as a whole and never changed.
+A reload, or a change by an administrator, replaces it as a whole; a call that was admitted keeps the policy that
+admitted it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 from zoneinfo import ZoneInfo
 
 from proxy.policy.amounts import Uses
 from proxy.policy.catalog import Catalog, MatchedName
-from proxy.policy.quota import ALL_MODELS, BoundQuotas, Combine, Globs, Grant, GroupQuotas, Quota
+from proxy.policy.quota import (
+    ALL_MODELS,
+    BoundQuotas,
+    Combine,
+    Globs,
+    Grants,
+    GroupQuotas,
+    Quota,
+    grants_of_user,
+)
 
 EVERYONE = "everyone"
 DEFAULT = "default"
 
 # Model names come from clients. An open list of models accepts any name, so the cache of bindings is bounded.
 _BINDINGS_MAX = 4096
+
+
+# Whether a quota refuses every call of a kind.
+_IsClosed = Callable[[Quota], bool]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,9 +49,9 @@ class Group:
             return ()
         return tuple(quota for quota in self.quotas if quota.models.match(model))
 
-    def closing(self, uses: Uses) -> tuple[Quota, ...]:
-        """Its quotas that refuse every call that uses this to every one of its models, because of limits of 0."""
-        return tuple(quota for quota in self.quotas if quota.is_closed_for(uses) and quota.models == ALL_MODELS)
+    def closing(self, is_closed: _IsClosed) -> tuple[Quota, ...]:
+        """Its quotas that refuse every call of a kind to every one of its models, because of limits of 0."""
+        return tuple(quota for quota in self.quotas if quota.models == ALL_MODELS and is_closed(quota))
 
     def is_unlimited_for(self, model: MatchedName) -> bool:
         """Whether it admits any number of calls to this model."""
@@ -57,7 +71,7 @@ class Policy:
     """Everything that decides whether a call is admitted.
 
     Methods take the `groups` of a user: names of groups of this policy, in its order, without `everyone` and
-    `default`.
+    `default`. `grants` may have some that have ended: each counts by the clock.
     """
 
     groups: Mapping[str, Group]
@@ -67,11 +81,11 @@ class Policy:
     ledger_wait_s: float = 10.0
     retry_for_ms: int = 30_000
     keep: Keep = Keep()
+    grants: Grants = field(default_factory=dict)
     zone: ZoneInfo = field(default_factory=lambda: ZoneInfo("UTC"))
     help: str = ""
     self_service: bool = True  # whether users can see their own quotas and usage
     hash: str = ""
-    grants: Mapping[str, Mapping[str | None, tuple[Grant, ...]]] = field(default_factory=dict)
 
     # A cache that lives as long as the policy, so a reload cannot leave a stale result behind. It does not know the
     # names of users: if ann is in `staff` today and in `lab` tomorrow, another entry is found for her.
@@ -108,24 +122,37 @@ class Policy:
         return self.binding(groups, found.matched_name) is not None
 
     def closing(
-        self, groups: tuple[str, ...], catalog: Catalog, uses: Uses, *, by_piece: bool = False
+        self,
+        groups: tuple[str, ...],
+        catalog: Catalog,
+        uses: Uses,
+        *,
+        user: str,
+        now: int,
+        by_piece: bool = False,
     ) -> tuple[Quota, ...]:
-        """The quotas whose limits of 0 admit calls that use this to no model at all; none if one may be admitted.
+        """The quotas whose limits of 0 admit calls of this user that use this to no model at all, at `now` (ms).
 
-        The body of such a user need not be read to refuse the call. If the list of models is open, this is decided
-        only where it is certain for every name: by quotas for all models, in groups without a list of models.
+        None if one may be admitted, because no limit is 0 or a grant raises it. The body of a user whom they refuse
+        need not be read. If the list of models is open, this is decided only where it is certain for every name: by
+        quotas for all models, in groups without a list of models.
 
         A call that is billed `by_piece` may use no tokens. Then a limit of 0 tokens does not refuse it, unless
         nothing covers such calls of this user.
         """
         if by_piece and self._may_cover_pieces(groups):
             uses = Uses.REQUEST
+        grants = grants_of_user(self.grants, user)
+
+        def is_closed(quota: Quota) -> bool:
+            return quota.raised(grants.get(quota.id, ()), now).is_closed_for(uses)
+
         if catalog.models is None or "*" in catalog.models:
-            found = [self._closing_on_any_model(groups, uses)]
+            found = [self._closing_on_any_model(groups, is_closed)]
         else:
             names = [name for name in catalog.names if self.may_use(groups, name)]
             bound = [self.binding(groups, name) for name in names]
-            found = [each.closing(uses) for each in bound if each is not None]
+            found = [each.closing(is_closed) for each in bound if each is not None]
         return tuple(dict.fromkeys(quota for quotas in found for quota in quotas)) if all(found) else ()
 
     def _may_cover_pieces(self, groups: tuple[str, ...]) -> bool:
@@ -137,18 +164,19 @@ class Policy:
             for group in covering
         )
 
-    def _closing_on_any_model(self, groups: tuple[str, ...], uses: Uses) -> tuple[Quota, ...]:
+    def _closing_on_any_model(self, groups: tuple[str, ...], is_closed: _IsClosed) -> tuple[Quota, ...]:
         everyone = self.groups.get(EVERYONE, Group(EVERYONE))
-        if everyone.models is None and (closing := everyone.closing(uses)):
+        if everyone.models is None and (closing := everyone.closing(is_closed)):
             return closing
         own = [group for group in map(self.groups.__getitem__, groups) if group.unlimited or enforced(group.quotas)]
         if not own and DEFAULT in self.groups:  # `default` is for users none of whose groups has a say
             own = [self.groups[DEFAULT]]
         # One that applies to every model, so that `default` or `unmatched` never decides.
-        if not any(group.models is None and group.closing(uses) for group in own):
+        if not any(group.models is None and group.closing(is_closed) for group in own):
             return ()
-        is_closed = self.combine == "every_group" or all(group.closing(uses) for group in own)
-        return tuple(quota for group in own for quota in group.closing(uses)) if is_closed else ()
+        if self.combine == "any_group" and not all(group.closing(is_closed) for group in own):
+            return ()
+        return tuple(quota for group in own for quota in group.closing(is_closed))
 
     def model_names(self, groups: tuple[str, ...]) -> tuple[str, ...]:
         """The plain names in the quotas and lists of models of these groups, `everyone` and `default`.
@@ -170,7 +198,16 @@ class Policy:
         if default is not None and _default_may_apply(default, own, stated):
             own.append(default)
         everyone = self.groups.get(EVERYONE, Group(EVERYONE))
-        return BoundQuotas(everyone.quotas, tuple(GroupQuotas(group.name, group.quotas) for group in own))
+        bound = tuple(GroupQuotas(group.name, group.quotas) for group in own)
+        return BoundQuotas(
+            everyone.quotas,
+            bound,
+            grants=self.grants_on(quota for group in (everyone, *own) for quota in group.quotas),
+        )
+
+    def grants_on(self, quotas: Iterable[Quota]) -> Grants:
+        """The grants on these quotas."""
+        return {quota.id: found for quota in quotas if (found := self.grants.get(quota.id))} if self.grants else {}
 
     def _groups_of(self, groups: tuple[str, ...]) -> list[Group]:
         """The groups whose lists of models count: `everyone` and the user's own, or `default` without own ones."""
@@ -200,6 +237,7 @@ class Policy:
             groups=tuple(GroupQuotas(group.name, enforced(group.quotas_for(model))) for group in applying),
             shadows=tuple(quota for quota in everything if quota.enforce == "shadow"),
             combine=self.combine,
+            grants=self.grants_on(everything),
         )
 
     def _applying_groups(self, own: list[Group], model: MatchedName, certain: Uses) -> list[Group]:

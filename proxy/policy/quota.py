@@ -1,14 +1,14 @@
-"""The values that decisions are made of: a quota, its counter at an instant, a call's demand, a user's binding.
+"""The values that decisions are made of: a quota, its grants, its counter at an instant, a call's demand, a binding.
 
 `admission` decides with them whether a call is admitted. Pure: no clock, no SQL. Everything here is a value; nothing
 is changed in place.
 """
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import translate
-from typing import Literal
+from typing import Literal, Self
 
 from proxy.policy.amounts import NO_AMOUNT, TOKENS_MAX, Amount, Measure, Uses, call_amount
 from proxy.policy.catalog import MatchedName
@@ -67,7 +67,11 @@ class Limit:
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """So much more of one measure of a quota until an instant (ms). `user` None: for each member, or for the pot."""
+    """So much on top of a quota: it raises the limit on `measure` by `amount` in every window, before `until` (ms).
+
+    `user` is whose calls it is for. None: it is for each member of the quota's group, or for all of them together if
+    the quota is shared. If the quota has no limit on the measure, the grant has no effect.
+    """
 
     id: str
     quota_id: str
@@ -75,6 +79,25 @@ class Grant:
     measure: Measure
     amount: int
     until: int
+
+
+# The grants of a policy: by the id of their quota, then by `Grant.user`.
+Grants = Mapping[str, Mapping[str | None, tuple[Grant, ...]]]
+
+
+def grants_by_quota(grants: Iterable[Grant]) -> Grants:
+    """The grants in the form in which a policy has them."""
+    found: dict[str, dict[str | None, tuple[Grant, ...]]] = {}
+    for grant in grants:
+        of_quota = found.setdefault(grant.quota_id, {})
+        of_quota[grant.user] = (*of_quota.get(grant.user, ()), grant)
+    return found
+
+
+def grants_of_user(grants: Grants, user: str) -> dict[str, tuple[Grant, ...]]:
+    """The grants that count for the calls of one user, by quota id: those for all, then the user's own."""
+    found = ((quota_id, of_quota.get(None, ()) + of_quota.get(user, ())) for quota_id, of_quota in grants.items())
+    return {quota_id: mine for quota_id, mine in found if mine}
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +132,25 @@ class Quota:
         return self.enforce != "shadow" and any(
             limit.maximum == 0 and limit.measure in uses.measures for limit in self.limits
         )
+
+    def running(self, grants: Iterable[Grant], now: int) -> tuple[Grant, ...]:
+        """Those of its grants that raise one of its limits at `now` (ms)."""
+        measures = {limit.measure for limit in self.limits}
+        return tuple(grant for grant in grants if now < grant.until and grant.measure in measures)
+
+    def raised(self, grants: Iterable[Grant], now: int) -> "Quota":
+        """The same quota with its limits at `now` (ms), raised by those of its grants that run then."""
+        running = self.running(grants, now)
+        if not running:
+            return self
+        limits = (
+            replace(
+                limit,
+                maximum=limit.maximum + sum(grant.amount for grant in running if grant.measure is limit.measure),
+            )
+            for limit in self.limits
+        )
+        return replace(self, limits=tuple(limits))
 
     def ceiling(self, limit: Limit) -> int:
         """How far admitted calls may take a limit.
@@ -227,8 +269,8 @@ class GroupQuotas:
 
 
 @dataclass(frozen=True, slots=True)
-class BoundQuotas:
-    """Which quotas bind the users who are in the same groups, on one model.
+class CombinedQuotas:
+    """Quotas that bind on one model, and how they are combined.
 
     `always` are the quotas of everyone. `groups` are the users' groups that have an enforced quota for the model or
     are unlimited for it, in the policy's order. `shadows` are the quotas in shadow: they only count, and never
@@ -240,11 +282,7 @@ class BoundQuotas:
     shadows: tuple[Quota, ...] = ()
     combine: Combine = "any_group"
 
-    def for_user(self, name: str) -> "Binding":
-        """The binding of one of these users."""
-        return Binding(self.always, self.groups, self.shadows, self.combine, user=name)
-
-    def narrowed(self, groups: Collection[str]) -> "BoundQuotas | None":
+    def narrowed(self, groups: Collection[str]) -> Self | None:
         """The same with these groups alone: what a key binds that is limited to them. None if none of them applies.
 
         With `every_group` all groups still bind, because a group that is left out would take a limit away.
@@ -258,14 +296,6 @@ class BoundQuotas:
     def quotas(self) -> tuple[Quota, ...]:
         """All of its quotas, each once."""
         return self.always + tuple(quota for group in self.groups for quota in group.quotas) + self.shadows
-
-    def closing(self, uses: Uses) -> tuple[Quota, ...]:
-        """The quotas that refuse every call that uses this, because of limits of 0.
-
-        None if an alternative may admit one.
-        """
-        closed = [[quota for quota in each.quotas if quota.is_closed_for(uses)] for each in self.alternatives()]
-        return tuple(quota for quotas in closed for quota in quotas) if all(closed) else ()
 
     def alternatives(self) -> list[GroupQuotas]:
         """The sets of quotas of which one must have room as a whole.
@@ -286,15 +316,59 @@ class BoundQuotas:
 
 
 @dataclass(frozen=True, slots=True)
-class Binding(BoundQuotas):
+class BoundQuotas(CombinedQuotas):
+    """Which quotas bind the users who are in the same groups, on one model.
+
+    `grants` has the grants on these quotas for any user. A policy has none for most quotas, and then it is empty.
+    """
+
+    grants: Grants = field(default_factory=dict, hash=False)
+
+    def for_user(self, name: str) -> "Binding":
+        """The binding of one of these users."""
+        grants = grants_of_user(self.grants, name) if self.grants else {}
+        return Binding(self.always, self.groups, self.shadows, self.combine, user=name, grants=grants)
+
+    def closing(self, is_closed: Callable[[Quota], bool]) -> tuple[Quota, ...]:
+        """The quotas of which `is_closed` says that they refuse every call of a kind, because of limits of 0.
+
+        None if an alternative may admit one.
+        """
+        closed = [[quota for quota in each.quotas if is_closed(quota)] for each in self.alternatives()]
+        return tuple(quota for quotas in closed for quota in quotas) if all(closed) else ()
+
+
+@dataclass(frozen=True, slots=True)
+class Binding(CombinedQuotas):
     """Which quotas bind one user on one model: the quotas of the user's groups, and whose counters they are.
 
-    All users of the same groups share the tuples of quotas. Only the name is each user's own, because a quota counts
-    each member separately unless it is shared.
+    All users of the same groups share the tuples of quotas. Only the name and the grants are each user's own, because
+    a quota counts each member separately unless it is shared. `grants` are by the id of their quota.
+
+    The quotas have the limits of the policy. Decisions and displays go by `at`, which adds the grants.
     """
 
     user: str = field(kw_only=True)
+    grants: Mapping[str, tuple[Grant, ...]] = field(default_factory=dict, hash=False, kw_only=True)
 
     def keys(self) -> list[CounterKey]:
         """The keys of the counters that a decision reads."""
         return [quota.key_for(self.user) for quota in self.quotas]
+
+    def at(self, now: int) -> "Binding":
+        """The binding with the limits that are in force at `now` (ms): raised by the grants that run then.
+
+        It has no grants any more, so `at` of it is itself. That of a binding without grants is itself too.
+        """
+        if not self.grants:
+            return self
+        return Binding(
+            self._raised(self.always, now),
+            tuple(GroupQuotas(group.group, self._raised(group.quotas, now)) for group in self.groups),
+            self._raised(self.shadows, now),
+            self.combine,
+            user=self.user,
+        )
+
+    def _raised(self, quotas: tuple[Quota, ...], now: int) -> tuple[Quota, ...]:
+        return tuple(quota.raised(self.grants.get(quota.id, ()), now) for quota in quotas)

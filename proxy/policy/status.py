@@ -2,7 +2,8 @@
 
 Instants are shown in two forms: `reset_at` is RFC 3339 in the policy's time zone, for people; `opened_at` and
 `resets_at` are whole seconds since 1970, for programs. Resets are rounded up: a window that ends at 12:00:00.400 is
-shown as 12:00:01, because a client that came back at 12:00:00 would still be refused. Openings are rounded down.
+shown as 12:00:01, because a client that came back at 12:00:00 would still be refused. Openings, and the ends of
+grants, are rounded down.
 
 Pure. The texts of refusals are in `formats.refusal`, the headers in `formats.limit_headers`.
 """
@@ -12,7 +13,7 @@ from dataclasses import dataclass, replace
 from zoneinfo import ZoneInfo
 
 from proxy.policy.amounts import Amount, Family, Measure
-from proxy.policy.quota import Binding, Counter, CounterKey, Limit, Quota, counter_at
+from proxy.policy.quota import Binding, Counter, CounterKey, Grant, Limit, Quota, counter_at
 from proxy.policy.windows import rfc3339
 
 # From this part of a limit on a user is near it, in percent.
@@ -21,10 +22,14 @@ NEAR_PERCENT = 80
 
 @dataclass(frozen=True, slots=True)
 class QuotaStatus:
-    """One quota, and its counter for one user at one instant."""
+    """One quota, and its counter for one user at one instant.
+
+    `grants` are those that run at this instant. The limits of `quota` are raised by them already.
+    """
 
     quota: Quota
     counter: Counter
+    grants: tuple[Grant, ...] = ()
 
     def remaining(self, limit: Limit) -> int:
         """What is neither used nor held of a limit; never below 0.
@@ -64,6 +69,7 @@ class QuotaStatus:
             "window": self._window(zone),
             **{measure.value: self._level(limits.get(measure)) for measure in Measure},
             "near": any(map(self.is_near, self.quota.limits)),
+            "grants": [_grant(grant, zone) for grant in self.grants],
         }
 
     def _window(self, zone: ZoneInfo) -> dict[str, object]:
@@ -98,7 +104,7 @@ def quota_statuses(
     *,
     without: Mapping[tuple[CounterKey, int], Amount] | None = None,
 ) -> dict[str, QuotaStatus]:
-    """The status of each quota of a binding, by quota id.
+    """The status of each quota of a binding, by quota id, with the limits and grants at `now` (ms).
 
     `without` is subtracted from what is held, by counter and by the instant at which its window opened. It is what
     one call in flight holds itself, so that its own headers say what remains for other calls. The instant is compared
@@ -107,13 +113,25 @@ def quota_statuses(
     """
     own = without or {}
     statuses: dict[str, QuotaStatus] = {}
-    for quota in binding.quotas:
+    for quota in binding.at(now).quotas:
         key = quota.key_for(binding.user)
         counter = counter_at(now, quota, counters.get(key))
         if mine := own.get((key, counter.window.opened_at)):
             counter = replace(counter, held=counter.held - mine)
-        statuses[quota.id] = QuotaStatus(quota, counter)
+        grants = quota.running(binding.grants.get(quota.id, ()), now) if binding.grants else ()
+        statuses[quota.id] = QuotaStatus(quota, counter, grants)
     return statuses
+
+
+def _grant(grant: Grant, zone: ZoneInfo) -> dict[str, object]:
+    until = grant.until // 1000
+    return {
+        "id": grant.id,
+        "measure": grant.measure.value,
+        "amount": grant.amount,
+        "until": until,
+        "until_at": rfc3339(until * 1000, zone),
+    }
 
 
 def seconds_up(instant: int) -> int:
@@ -135,7 +153,8 @@ def first_to_refuse(
 ) -> tuple[QuotaStatus, Limit] | None:
     """The limit of a family that will refuse this user first, with its quota; None if none ever will.
 
-    Limits on concurrent measures are left out, because no reset changes what remains of them.
+    Limits on concurrent measures are left out, because no reset changes what remains of them. All limits are those of
+    `statuses`, which grants have raised.
 
     Within an alternative the limit with the least remaining refuses first. A call is refused only when every
     alternative refuses it, so among them the one with the most remaining counts. With `combine: any_group`, 100
@@ -146,7 +165,7 @@ def first_to_refuse(
         limits = [
             (statuses[quota.id].remaining(limit), statuses[quota.id], limit)
             for quota in alternative.quotas
-            for limit in quota.window_limits
+            for limit in statuses[quota.id].quota.window_limits
             if limit.measure.family == family
         ]
         if not limits:

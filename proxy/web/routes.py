@@ -23,7 +23,7 @@ from aiohttp import hdrs, web
 from proxy.calls.call import Call, no_such_model, prepare_call
 from proxy.calls.log_line import LogLine
 from proxy.calls.recorded_names import OTHER, logged_name
-from proxy.calls.relay import Relay
+from proxy.calls.relay import Relay, Renew
 from proxy.calls.stored_responses import StoredResponseQuery, StoredResponses
 from proxy.config.loader import Settings
 from proxy.config.reload import Policies
@@ -201,7 +201,7 @@ class Api:
     async def _identify(self, request: web.Request) -> tuple[Snapshot, Caller]:
         """What is in force, and who is calling. Raises InvalidKey.
 
-        The snapshot is read once, because a reload must not change a request that has begun.
+        The snapshot is read once, so that the user is one of the same version of the policy.
         """
         snapshot, line = self._policies.current, request[LOG_LINE]
         authentication, changes = snapshot.authentication, None
@@ -216,14 +216,36 @@ class Api:
             raise
         line.caller = caller
         note_valid_key(request)
-        self._running[request[REQUEST_ID]] = _Running(caller, request)
+        self._running.setdefault(request[REQUEST_ID], _Running(caller, request)).caller = caller
         return snapshot, caller
+
+    def _renewal(self, snapshot: Snapshot, request: web.Request, client: WebResponder) -> Renew:
+        """Prepares the call of this request anew if the policy, or a user or key, has changed.
+
+        `snapshot` is the one by which its caller was just identified. A call that is not admitted yet is then
+        identified and checked like one that comes now.
+        """
+        seen, changes = snapshot, snapshot.authentication.changes
+
+        async def renew(call: Call) -> Call:
+            nonlocal seen, changes
+            current = self._policies.current
+            if current is seen and current.authentication.changes == changes:
+                return call
+            seen, caller = await self._identify(request)
+            changes = seen.authentication.changes
+            prepare = partial(prepare_call, call.request, caller, seen, client, spool=call.spool)
+            call = await self._relay.threads.run(prepare, cost=call.request.body.cost)
+            return await self._stored_responses.with_previous(call)
+
+        return renew
 
     async def _metered_call(self, endpoint: Endpoint, request: web.Request) -> web.StreamResponse:
         snapshot, caller = await self._identify(request)
         line = request[LOG_LINE]
         line.endpoint = endpoint.name
         client = WebResponder(request, line, heartbeat_s=self._limits.heartbeat_s)
+        renew = self._renewal(snapshot, request, client)
         deployment = request.match_info.get("deployment")
         shown = partial(logged_name, caller=caller, snapshot=snapshot, lists=self._model_lists)
         check_large = partial(self._relay.refuse_if_closed, endpoint, caller, snapshot, client)
@@ -240,7 +262,7 @@ class Api:
             except BaseException:
                 spool.close()
                 raise
-            return await self._answer(call, client)
+            return await self._answer(call, client, renew)
         # The same holds for the share of the memory for bodies. The call gives it back when its body is freed.
         try:
             body = await read_body(request, self._limits, share)
@@ -258,7 +280,7 @@ class Api:
         except BaseException:
             share.free()
             raise
-        return await self._answer(call, client)
+        return await self._answer(call, client, renew)
 
     async def _stored_response(self, path: StoredResponsePath, request: web.Request) -> web.StreamResponse:
         # Not in a task of its own: it reserves nothing, so there is nothing to settle if it is cancelled.
@@ -276,10 +298,10 @@ class Api:
         assert client.response is not None, "forward() answers or raises"
         return client.response
 
-    async def _answer(self, call: Call, client: WebResponder) -> web.StreamResponse:
+    async def _answer(self, call: Call, client: WebResponder, renew: Renew) -> web.StreamResponse:
         """Run the call in a task of its own and return its response. Raises the ProxyError with which it ended."""
         client.line.is_call = True
-        task = self.calls.start("call", self._run_call(call, client))
+        task = self.calls.start("call", self._run_call(call, client, renew))
         try:
             error = await asyncio.shield(task)
         except asyncio.CancelledError:  # the client has disconnected; the call goes on
@@ -290,7 +312,7 @@ class Api:
         assert client.response is not None, "a call without an error has been answered"
         return client.response
 
-    async def _run_call(self, call: Call, client: WebResponder) -> ProxyError | None:
+    async def _run_call(self, call: Call, client: WebResponder, renew: Renew) -> ProxyError | None:
         """Run the call to its settlement, and log it. Returns the error that its client is to get.
 
         The error is returned and not raised: if the client has disconnected, nobody awaits the task, and an exception
@@ -299,7 +321,7 @@ class Api:
         line = client.line
         self._running[client.id].call = asyncio.current_task()
         try:
-            await self._relay.carry(call)
+            await self._relay.carry(call, renew)
         except ProxyError as error:
             drop_frames(error)
             line.error = error

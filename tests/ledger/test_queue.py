@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.errors import LedgerUnavailable
+from proxy.errors import LedgerUnavailable, ModelNotFound, ProxyError
 from proxy.ledger.book import Accepted, Extend, Refused, Release, Reserve, Settle
 from proxy.ledger.ledger import Ledger
 from proxy.ledger.queue import RETRY_S_MAX, RETRY_S_MIN, WAITING_OF_A_USER_MAX, AdmissionQueue, DurationEstimate
@@ -19,7 +19,7 @@ from proxy.policy.admission import Verdict
 from proxy.policy.amounts import Amount, Uses
 from proxy.policy.quota import CounterKey, Demand
 from tests.audit import connected
-from tests.builders import NOON, binding, call, estimated, exactly, extend, quota, reserve
+from tests.builders import NOON, binding, call, estimated, exactly, extend, grant, quota, reserve
 from tests.stage import until
 
 SHARED = quota("staff/pot", tokens=1000, shared=True)
@@ -54,7 +54,11 @@ async def _reserve(queue: AdmissionQueue, operation: Reserve, *, wait_s: float) 
     async def recount() -> Demand:
         return replace(operation.demand, input=operation.demand.input // 4, is_estimated=False)
 
-    return await queue.reserve(operation, wait_s=wait_s, recount=recount)
+    return await queue.reserve(operation, wait_s=wait_s, recount=recount, renew=_unchanged)
+
+
+async def _unchanged() -> None:
+    """The policy has not changed."""
 
 
 def _call(call_id: str, tokens: int, user: str = "ann") -> Reserve:
@@ -225,7 +229,9 @@ async def test_the_input_of_a_call_that_waits_is_counted_once(path: Path) -> Non
             return counts[-1]
 
         operation = reserve("2", ANN, estimated(call(2000, 9)))
-        waiting = asyncio.get_running_loop().create_task(queue.reserve(operation, wait_s=50, recount=recount))
+        waiting = asyncio.get_running_loop().create_task(
+            queue.reserve(operation, wait_s=50, recount=recount, renew=_unchanged)
+        )
         await until(lambda: len(queue) == 1)
         assert isinstance(await _reserve(queue, _call("3", 10, "bob"), wait_s=0), Accepted)
         await ledger.end(Release("3"))
@@ -240,6 +246,128 @@ async def test_a_call_that_does_not_fit_with_its_counted_input_is_refused(path: 
         reply = await _reserve(queue, reserve("1", ANN, estimated(call(8000, 1))), wait_s=50)
         assert isinstance(reply, Refused)
         assert (reply.decision.verdict, reply.decision.blocks[0].needed) == (Verdict.NEVER, 2001)
+
+
+# ------------------------------------------------------------------------------------------- changes of the policy
+
+
+class _Renewed:
+    """A call that waits, and is another operation from the next time on that it asks.
+
+    `error` is raised then instead. `asked` is how often the call was renewed.
+    """
+
+    def __init__(self) -> None:
+        self.operation: Reserve | None = None
+        self.error: ProxyError | None = None
+        self.asked = 0
+
+    async def __call__(self) -> Reserve | None:
+        self.asked += 1
+        if self.error is not None:
+            raise self.error
+        operation, self.operation = self.operation, None
+        return operation
+
+
+async def _renewing(
+    queue: AdmissionQueue, operation: Reserve, renewed: _Renewed
+) -> "asyncio.Task[Accepted | Refused]":
+    """A call that waits in the queue by now, and is renewed before it asks again. Its input is 475 tokens."""
+
+    async def recount() -> Demand:
+        return replace(operation.demand, input=475)
+
+    reserving = queue.reserve(operation, wait_s=50, recount=recount, renew=renewed)
+    task = asyncio.get_running_loop().create_task(reserving)
+    await until(lambda: len(queue) > 0 or task.done())
+    for _ in range(2):  # after the first, the ledger has answered; after the second, the task has read the answer
+        await queue.ledger.end(Settle("unknown", exactly(0), "complete"))
+    return task
+
+
+async def test_a_grant_lets_a_waiting_call_in(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is freed. The call asks by itself within a second."""
+    monkeypatch.setattr("proxy.ledger.queue._ASK_EVERY_S", 0.01)
+    async with _opened(path) as (_, queue):
+        await _reserve(queue, _call("1", 900), wait_s=50)
+        renewed = _Renewed()
+        waiting = await _renewing(queue, _call("2", 500), renewed)
+        more = binding([SHARED], grants=[grant(SHARED.id, tokens=400, until=NOON + 1)])
+        renewed.operation = reserve("2", more, call(0, 500, 1))
+        assert isinstance(await waiting, Accepted)
+        assert len(queue) == 0
+
+
+async def test_a_lowered_limit_is_that_of_a_call_that_began_to_wait_before(path: Path) -> None:
+    """Room for it is freed by the old limit and not by the new one."""
+    async with _opened(path) as (ledger, queue):
+        await _reserve(queue, _call("1", 900), wait_s=50)
+        renewed = _Renewed()
+        waiting = await _renewing(queue, _call("2", 500), renewed)
+        lowered = binding([quota(SHARED.id, tokens=300, shared=True)])
+        renewed.operation = reserve("2", lowered, call(0, 500, 400))
+        await ledger.end(Settle("1", exactly(0, 100), "complete"))
+        reply = await waiting
+        assert isinstance(reply, Refused)
+        [block] = reply.decision.blocks
+        assert (reply.decision.verdict, block.limit.maximum) == (Verdict.NEVER, 300)
+
+
+async def test_a_call_is_decided_on_by_the_policy_at_the_time_at_which_it_asks_first(path: Path) -> None:
+    """Its body may have taken long to arrive."""
+    async with _opened(path) as (_, queue):
+        renewed = _Renewed()
+        renewed.operation = reserve("1", binding([quota(SHARED.id, tokens=300, shared=True)]), call(0, 500, 400))
+        reply = await (await _renewing(queue, _call("1", 500), renewed))
+        assert isinstance(reply, Refused)
+        assert renewed.asked == 1
+
+
+async def test_a_waiting_call_that_is_not_possible_any_more_gets_the_error_of_a_new_one(path: Path) -> None:
+    """It leaves the queue, and the next call is the first."""
+    async with _opened(path) as (ledger, queue):
+        await _reserve(queue, _call("1", 900), wait_s=50)
+        renewed = _Renewed()
+        waiting = await _renewing(queue, _call("2", 500), renewed)
+        small = await _reserving(queue, _call("3", 10))
+        renewed.error = ModelNotFound("no quota covers the model", param="model")
+        await ledger.end(Settle("1", exactly(0, 0), "complete"))
+        with pytest.raises(ModelNotFound):
+            await waiting
+        assert isinstance(await small, Accepted)
+
+
+async def test_a_renewed_call_is_woken_by_its_new_quotas(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its user was put into another group while it waited, and tokens of that group's quota are freed."""
+    monkeypatch.setattr("proxy.ledger.queue._ASK_EVERY_S", 10_000)
+    lab = binding([quota("lab/pot", tokens=1000, shared=True)])
+    async with _opened(path) as (ledger, queue):
+        for call_id, tokens in (("0", 10), ("1", 890)):
+            await _reserve(queue, _call(call_id, tokens), wait_s=50)
+        await _reserve(queue, reserve("2", lab, call(0, 900, 1)), wait_s=50)
+        renewed = _Renewed()
+        waiting = await _renewing(queue, _call("3", 500), renewed)
+        renewed.operation = reserve("3", lab, call(0, 500, 1))
+        await ledger.end(Release("0"))
+        for _ in range(2):  # after the first, the ledger has answered; after the second, the call waits again
+            await ledger.end(Settle("unknown", exactly(0), "complete"))
+        assert not waiting.done()
+        await ledger.end(Release("2"))
+        assert isinstance(await waiting, Accepted)
+
+
+async def test_the_input_of_a_renewed_call_is_counted_again_if_it_is_estimated(path: Path) -> None:
+    """The renewed call has another candidate, which may count in another way."""
+    async with _opened(path) as (ledger, queue):
+        await _reserve(queue, _call("1", 900), wait_s=50)
+        renewed = _Renewed()
+        waiting = await _renewing(queue, _call("2", 500), renewed)
+        renewed.operation = reserve("2", ANN, estimated(call(950, 500, 10)))
+        await ledger.end(Release("1"))
+        reply = await waiting
+        assert isinstance(reply, Accepted)
+        assert reply.entry.hold == Amount(475, 500, 1)
 
 
 # ------------------------------------------------------------------------------------------------------------ streams

@@ -10,7 +10,7 @@ from proxy.policy.admission import Admitted, decide
 from proxy.policy.amounts import Uses
 from proxy.policy.catalog import Catalog, Model, Naming, Upstream
 from proxy.policy.policy import _BINDINGS_MAX, Group, Policy
-from proxy.policy.quota import BoundQuotas, Globs, GroupQuotas
+from proxy.policy.quota import BoundQuotas, Globs, GroupQuotas, Quota
 from tests.builders import NOON, call, group, policy, quota
 from tests.random_rules import quota_lists
 
@@ -653,6 +653,13 @@ NEVER = quota("everyone/zero", requests=0)
 NO_FALLBACK = quota("default/zero", requests=0)
 
 
+def closing_of(
+    rules: Policy, member_of: tuple[str, ...], catalog: Catalog, uses: Uses, *, by_piece: bool = False
+) -> tuple[Quota, ...]:
+    """The quotas that refuse every such call of ann at noon."""
+    return rules.closing(member_of, catalog, uses, user="ann", now=NOON, by_piece=by_piece)
+
+
 @pytest.mark.parametrize("combine", ["any_group", "every_group"])
 @pytest.mark.parametrize("unmatched", ["refuse", "allow"])
 @pytest.mark.parametrize(
@@ -685,9 +692,9 @@ def test_limits_of_0_close_all_models(
 ) -> None:
     """With a closed list each of its models is looked at, with an open one only quotas for all models."""
     rules = replace(policy(*groups), combine=combine, unmatched=unmatched)
-    assert rules.closing(tuple(member_of), CLOSED_LIST, Uses.INPUT) == tuple(closed)
+    assert closing_of(rules, tuple(member_of), CLOSED_LIST, Uses.INPUT) == tuple(closed)
     for catalog in (OPEN_LIST, NO_LIST):
-        assert rules.closing(tuple(member_of), catalog, Uses.INPUT) == tuple(opened)
+        assert closing_of(rules, tuple(member_of), catalog, Uses.INPUT) == tuple(opened)
 
 
 def test_a_group_that_may_admit_a_call_keeps_all_models_open() -> None:
@@ -696,31 +703,31 @@ def test_a_group_that_may_admit_a_call_keeps_all_models_open() -> None:
         rules = policy(group("staff", ZERO), other)
         member_of = ("staff", other.name)
         for catalog in (CLOSED_LIST, OPEN_LIST, NO_LIST):
-            assert rules.closing(member_of, catalog, Uses.INPUT) == ()
-            assert replace(rules, combine="every_group").closing(member_of, catalog, Uses.INPUT) == (ZERO,)
+            assert closing_of(rules, member_of, catalog, Uses.INPUT) == ()
+            assert closing_of(replace(rules, combine="every_group"), member_of, catalog, Uses.INPUT) == (ZERO,)
 
 
 def test_a_closed_group_for_some_models_leaves_the_others_open() -> None:
     """A name that the group does not list may be admitted through `everyone`, or because `unmatched` allows it."""
     some = group("staff", ZERO, models=["gpt-4o"])
-    assert policy(some).closing(("staff",), OPEN_LIST, Uses.INPUT) == ()
-    assert policy(some).closing(("staff",), ONE_MODEL, Uses.INPUT) == (ZERO,)
+    assert closing_of(policy(some), ("staff",), OPEN_LIST, Uses.INPUT) == ()
+    assert closing_of(policy(some), ("staff",), ONE_MODEL, Uses.INPUT) == (ZERO,)
     # The members of a group with a list of models may use no others.
-    assert policy(some).closing(("staff",), CLOSED_LIST, Uses.INPUT) == (ZERO,)
+    assert closing_of(policy(some), ("staff",), CLOSED_LIST, Uses.INPUT) == (ZERO,)
     everyone = group("everyone", NEVER, models=["gpt-4o"])
-    assert policy(everyone, STAFF).closing(("staff",), OPEN_LIST, Uses.INPUT) == ()
+    assert closing_of(policy(everyone, STAFF), ("staff",), OPEN_LIST, Uses.INPUT) == ()
 
 
 def test_a_limit_of_0_closes_only_for_what_it_counts() -> None:
     """A limit on output does not bind embeddings, one on tokens no moderations, and nothing binds a token count."""
     rules = policy(group("staff", ZERO_OUTPUT, quota("staff/tokens", tokens=0)))
     [everything, *_] = [
-        rules.closing(("staff",), catalog, Uses.INPUT_AND_OUTPUT) for catalog in (CLOSED_LIST, NO_LIST)
+        closing_of(rules, ("staff",), catalog, Uses.INPUT_AND_OUTPUT) for catalog in (CLOSED_LIST, NO_LIST)
     ]
     assert [each.id for each in everything] == ["staff/output", "staff/tokens"]
-    assert [each.id for each in rules.closing(("staff",), NO_LIST, Uses.INPUT)] == ["staff/tokens"]
-    assert rules.closing(("staff",), CLOSED_LIST, Uses.REQUEST) == ()
-    assert policy(group("staff", ZERO)).closing(("staff",), NO_LIST, Uses.NOTHING) == ()
+    assert [each.id for each in closing_of(rules, ("staff",), NO_LIST, Uses.INPUT)] == ["staff/tokens"]
+    assert closing_of(rules, ("staff",), CLOSED_LIST, Uses.REQUEST) == ()
+    assert closing_of(policy(group("staff", ZERO)), ("staff",), NO_LIST, Uses.NOTHING) == ()
 
 
 @pytest.mark.parametrize("catalog", [CLOSED_LIST, NO_LIST])
@@ -729,7 +736,7 @@ def test_limits_of_0_tokens_close_images_only_if_nothing_covers_them(catalog: Ca
     tokens = group("staff", quota("staff/tokens", tokens=0))
 
     def closing(rules: Policy, *groups: str) -> list[str]:
-        return [each.id for each in rules.closing(groups, catalog, Uses.INPUT_AND_OUTPUT, by_piece=True)]
+        return [each.id for each in closing_of(rules, groups, catalog, Uses.INPUT_AND_OUTPUT, by_piece=True)]
 
     assert closing(policy(tokens), "staff") == ["staff/tokens"]
     assert closing(replace(policy(tokens), unmatched="allow"), "staff") == []
@@ -742,9 +749,9 @@ def test_limits_of_0_tokens_close_images_only_if_nothing_covers_them(catalog: Ca
 
 def test_a_user_without_a_model_is_not_refused_because_of_a_limit() -> None:
     """Such a user gets a 404 that says what would help."""
-    assert policy().closing((), CLOSED_LIST, Uses.INPUT) == ()
-    assert policy().closing((), OPEN_LIST, Uses.INPUT) == ()
-    assert policy(MINI_TEAM).closing(("team",), ONE_MODEL, Uses.INPUT) == ()
+    assert closing_of(policy(), (), CLOSED_LIST, Uses.INPUT) == ()
+    assert closing_of(policy(), (), OPEN_LIST, Uses.INPUT) == ()
+    assert closing_of(policy(MINI_TEAM), ("team",), ONE_MODEL, Uses.INPUT) == ()
 
 
 LIMITS = st.sampled_from([ZERO, ZERO_4O, ZERO_OUTPUT, ZERO_SHADOW, DAILY, FRONTIER])
@@ -774,7 +781,7 @@ def test_a_user_who_is_closed_is_admitted_to_no_model(
         group("everyone", *everyone),
     )
     rules = replace(policy(*groups), combine=combine, unmatched=unmatched)
-    if not rules.closing(member_of, catalog, uses):
+    if not closing_of(rules, member_of, catalog, uses):
         return
     for name in ("gpt-4o", "fast", "o3", "new"):
         if rules.serves(member_of, name, catalog):

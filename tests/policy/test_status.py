@@ -63,6 +63,7 @@ def test_an_item_has_all_members_of_the_contract():
         "output_tokens": None,
         "requests": {"limit": 100, "used": 7, "held": 1, "remaining": 92, "percent": 7.0},
         "near": False,
+        "grants": [],
     }
 
 
