@@ -90,6 +90,7 @@ def upgrade() -> None:
         *_texts("body"),
     )
     _create("call_cuts", *_key("call_id"), *_numbers("version", "at"))
+    op.add_column("counters", sa.Column("reset_at", sa.BigInteger, nullable=False, server_default="0"))
     op.create_index("counters_by_quota", "counters", ["quota_id", "subject"])
     op.add_column("directory", sa.Column("policy_version", sa.BigInteger, nullable=False, server_default="0"))
     op.add_column("calls", sa.Column("address", sa.Text))
