@@ -1,6 +1,5 @@
 """What the commands share: the config and the database that it names, and the forms of their output."""
 
-import csv
 import getpass
 import json
 import os
@@ -17,6 +16,7 @@ import click
 import uvloop
 
 from proxy.administration.change import Author, ChangeRefused, Changes
+from proxy.administration.csv import write_csv
 from proxy.administration.directory import DirectoryAdministration
 from proxy.config import values
 from proxy.config.loader import BadConfig, Config, ConfigFile
@@ -32,9 +32,6 @@ NO, WRONG = 1, 2
 
 T = TypeVar("T")
 Command = Callable[..., Any]
-
-# A cell that begins with one of these is a formula for a spreadsheet.
-_FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 
 @dataclass(frozen=True)
@@ -130,11 +127,8 @@ def show_table(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
 
 
 def show_csv(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Print rows as CSV. A text that a spreadsheet would take for a formula gets a quote in front."""
-    writer = csv.writer(sys.stdout, lineterminator="\n")
-    writer.writerow(heads)
-    for row in rows:
-        writer.writerow([f"'{cell}" if isinstance(cell, str) and cell.startswith(_FORMULA) else cell for cell in row])
+    """Print rows as CSV, in which no text is a formula for a spreadsheet."""
+    write_csv(sys.stdout, heads, rows)
 
 
 def give_up(message: str, code: int) -> NoReturn:

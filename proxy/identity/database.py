@@ -19,7 +19,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from proxy.identity.directory import Cuts, OwnedKey, User, UserId
-from proxy.ledger.schema import api_keys, calls, counters, directory, identities, usage_by_day, users
+from proxy.ledger.schema import api_keys, call_cuts, calls, counters, directory, identities, usage_by_day, users
 from proxy.ledger.store import Store, StoreUnavailable
 from proxy.policy.key import Key
 from proxy.policy.quota import Globs
@@ -108,13 +108,16 @@ class DirectoryDatabase:
         return added
 
     async def cuts_since(self, version: int) -> Cuts:
-        """Whose calls were to be ended at once by the changes after this version."""
+        """Which calls were to be ended at once by the changes after this version."""
         async with self._store.transaction() as connection:
             keys = await connection.execute(sa.select(api_keys.c.id).where(api_keys.c.cut_version > version))
             people = await connection.execute(
                 sa.select(users.c.source, users.c.id).where(users.c.cut_version > version)
             )
-            return Cuts(frozenset(keys.scalars()), frozenset(UserId(*row) for row in people))
+            ended = await connection.execute(sa.select(call_cuts.c.call_id).where(call_cuts.c.version > version))
+            return Cuts(
+                frozenset(keys.scalars()), frozenset(UserId(*row) for row in people), frozenset(ended.scalars())
+            )
 
     async def note_used(self, used: Mapping[str, int]) -> None:
         """Record when keys were last used (ms), by their ids."""

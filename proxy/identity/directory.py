@@ -80,13 +80,14 @@ class OwnedKey:
 
 @dataclass(frozen=True, slots=True)
 class Cuts:
-    """Whose calls in flight are to be ended at once: those of these keys and of these users."""
+    """Which calls in flight are to be ended at once: those of these keys, of these users, and with these ids."""
 
     key_ids: frozenset[str] = frozenset()
     users: frozenset[UserId] = frozenset()
+    call_ids: frozenset[str] = frozenset()
 
     def __bool__(self) -> bool:
-        return bool(self.key_ids or self.users)
+        return bool(self.key_ids or self.users or self.call_ids)
 
 
 class FileDirectory:
@@ -131,7 +132,7 @@ class DirectoryStore(Protocol):
         """The user of a header source who is seen for the first time; None if the source has `users_max` already."""
 
     async def cuts_since(self, version: int) -> Cuts:
-        """Whose calls were to be ended at once by the changes after this version."""
+        """Which calls were to be ended at once by the changes after this version."""
 
     async def note_used(self, used: Mapping[str, int]) -> None:
         """Record when keys were last used (ms), by their ids."""

@@ -313,7 +313,8 @@ class Book:
             split_charge(entry.held_amounts, charge_of(used) if used else NO_AMOUNT) for used in (entry.usage, usage)
         )
         for held, before, after in zip(entry.held_amounts, charged, charge, strict=True):
-            self._change_counter(held, used=after - before, held=NO_AMOUNT - held.amount if is_open else NO_AMOUNT)
+            change = NO_AMOUNT if self._was_reset_since_end(entry, held) else after - before
+            self._change_counter(held, used=change, held=NO_AMOUNT - held.amount if is_open else NO_AMOUNT)
         freed = frozenset(_keys(entry)) if is_open else frozenset()
         upstream = (
             entry.labels.upstream if isinstance(operation, Expire) else operation.upstream or entry.labels.upstream
@@ -332,6 +333,16 @@ class Book:
         self._put_entry(entry)
         return self._accepted(entry, _keys(entry), freed=freed)
 
+    def _was_reset_since_end(self, entry: Entry, held: HeldAmount) -> bool:
+        """Whether the counter was reset after the call had expired.
+
+        It does not contain the charge any more, so there is nothing to correct. Example: a call expired and was
+        charged 500 tokens, and the counter was reset. When the call settles with 150, the counter must not become
+        -350.
+        """
+        counter = self.counters.get(held.key)
+        return entry.ended_at is not None and counter is not None and counter.was_reset_since(entry.ended_at)
+
     def _change_counter(self, of: HeldAmount, *, used: Amount, held: Amount) -> None:
         """Add to what the counter of a held amount has used and holds."""
         counter = self.counters.get(of.key)
@@ -343,10 +354,10 @@ class Book:
             used, held = NO_AMOUNT, held.concurrent_part()
             if not held:
                 return
-        # What is subtracted from a counter may be more than it has used. Example: a call expired and was charged 500.
-        # The counter was reset, and other calls used 200. Then the call is settled with 90, which is 410 less.
+        # More can be subtracted than is used if the clock was set back between the end of a call and the reset of its
+        # counter: then the charge of an expired call seems to be in the counter still.
         used = (counter.used + used).at_least_0() if min(used) < 0 else counter.used + used
-        self._put_counter(of.key, Counter(counter.window, used, counter.held + held))
+        self._put_counter(of.key, Counter(counter.window, used, counter.held + held, counter.reset_at))
 
     def _counter_now(self, key: CounterKey, quota: Quota) -> Counter:
         return counter_at(self._now, quota, self.counters.get(key))
@@ -371,14 +382,6 @@ class Book:
     def _put_counter(self, key: CounterKey, counter: Counter) -> None:
         self.counters[key] = counter
         self.counters_changed.add(key)
-
-
-def reset(counter: Counter) -> Counter:
-    """The counter with nothing used. What calls in flight hold of it, and its window, stay as they are.
-
-    These calls are charged to it when they end. A window of which nothing is held is then not open any more.
-    """
-    return replace(counter, used=NO_AMOUNT)
 
 
 def split_charge(held_amounts: tuple[HeldAmount, ...], charge: Amount) -> list[Amount]:
@@ -421,7 +424,8 @@ def _new_entry(operation: Reserve, admitted: Admitted, now: int) -> Entry:
 
 def _with_hold(hold: Hold) -> Counter:
     """The counter of a hold, with the hold added."""
-    return Counter(hold.counter.window, hold.counter.used, hold.counter.held + hold.amount)
+    counter = hold.counter
+    return Counter(counter.window, counter.used, counter.held + hold.amount, counter.reset_at)
 
 
 def _keys(entry: Entry) -> list[CounterKey]:

@@ -75,14 +75,16 @@ def counters_of(rows: Iterable[Row]) -> dict[CounterKey, Counter]:
     A row whose `resets_at` is 0 was only made so that it could be locked; it is not a counter yet.
     """
     return {
-        (subject, quota_id): Counter(Window(opened_at, resets_at), Amount(*levels[:_WIDTH]), Amount(*levels[_WIDTH:]))
-        for subject, quota_id, opened_at, resets_at, *levels in rows
+        (subject, quota_id): Counter(
+            Window(opened_at, resets_at), Amount(*levels[:_WIDTH]), Amount(*levels[_WIDTH:]), reset_at
+        )
+        for subject, quota_id, opened_at, resets_at, *levels, reset_at in rows
         if resets_at
     }
 
 
 def _counter_row(key: CounterKey, counter: Counter) -> Row:
-    return (*key, counter.window.opened_at, counter.window.resets_at, *counter.used, *counter.held)
+    return (*key, counter.window.opened_at, counter.window.resets_at, *counter.used, *counter.held, counter.reset_at)
 
 
 def entry_of(row: Row) -> Entry:

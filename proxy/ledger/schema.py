@@ -1,8 +1,9 @@
 """The tables of the ledger, and the migration of a database to them.
 
 A row of `calls` is a reservation while its state is "open", and the usage record of the call afterwards. Counters
-have no foreign keys, so the call of a user who was deleted meanwhile can still be settled. Instants are milliseconds
-since 1970 (UTC), amounts are tokens and requests, and all of them are 64-bit integers.
+have no foreign keys, so the call of a user who was deleted meanwhile can still be settled. `reset_at` is when an
+administrator last set what a counter has used to 0; 0: never. Instants are milliseconds since 1970 (UTC), amounts are
+tokens and requests, and all of them are 64-bit integers.
 
 From the first release on, migrations only add, and a release has at most one migration. So a release also runs on the
 schema of the next one: replicas can be replaced one by one, and an old one that dies meanwhile can start again.
@@ -111,6 +112,7 @@ counters = Table(
         for side in ("used", "held")
         for quantity in QUANTITIES
     ),
+    Column("reset_at", BigInteger, nullable=False, server_default="0"),
     Index("counters_by_quota", "quota_id", "subject"),
     sqlite_with_rowid=False,
 )

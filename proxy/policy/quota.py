@@ -175,19 +175,30 @@ class Quota:
 
 @dataclass(frozen=True, slots=True)
 class Counter:
-    """What one subject (a user, or a group with a shared quota) has used and holds of one quota in its window."""
+    """What one subject (a user, or a group with a shared quota) has used and holds of one quota in its window.
+
+    `reset_at` is when an administrator last set what is used to 0 (ms); 0: never.
+    """
 
     window: Window
     used: Amount = NO_AMOUNT
     held: Amount = NO_AMOUNT
+    reset_at: int = 0
 
     @property
     def is_open(self) -> bool:
         """Whether anything was used or is held in this window. Otherwise it has not been opened by a call.
 
-        What is held of concurrent quantities does not count, because a call of an earlier window may hold it.
+        What is held of concurrent quantities does not count, because a call of an earlier window may hold it. A
+        window that was reset stays open until its end, although nothing is used in it.
         """
-        return bool(self.used or self.held - self.held.concurrent_part())
+        return bool(
+            self.used or self.held - self.held.concurrent_part() or self.was_reset_since(self.window.opened_at)
+        )
+
+    def was_reset_since(self, instant: int) -> bool:
+        """Whether an administrator has reset it at this instant (ms) or later."""
+        return bool(self.reset_at) and self.reset_at >= instant
 
 
 def counter_at(now: int, quota: Quota, counter: Counter | None) -> Counter:

@@ -14,7 +14,7 @@ from zoneinfo import ZoneInfo
 
 from proxy.policy.amounts import Amount, Family, Measure
 from proxy.policy.quota import Binding, Counter, CounterKey, Grant, Limit, Quota, counter_at
-from proxy.policy.windows import rfc3339
+from proxy.policy.windows import Window, rfc3339
 
 # From this part of a limit on a user is near it, in percent.
 NEAR_PERCENT = 80
@@ -52,6 +52,19 @@ class QuotaStatus:
         """Whether 80 % or more of a limit is used. A limit of 0 is a switch that is off, and nobody is near it."""
         return limit.maximum > 0 and 100 * self.counter.used.of(limit.measure) >= NEAR_PERCENT * limit.maximum
 
+    def percent(self, limit: Limit) -> float:
+        """How much of a limit is used, in percent with one decimal place. A limit of 0 is used up."""
+        used = self.counter.used.of(limit.measure)
+        return round(100 * used / limit.maximum, 1) if limit.maximum else 100.0
+
+    @property
+    def window(self) -> Window | None:
+        """The window; None for one of the first-call kind before a call opens it.
+
+        Its end would be later at each request.
+        """
+        return self.counter.window if self.quota.per.kind == "calendar" or self.counter.is_open else None
+
     def tightest(self) -> Limit | None:
         """The limit of which the smallest part remains in the window; None if no limit depends on the window."""
         limits = self.quota.window_limits
@@ -66,34 +79,31 @@ class QuotaStatus:
             "models": list(self.quota.models.texts),
             "shared": self.quota.shared,
             "enforce": self.quota.enforce,
-            "window": self._window(zone),
+            "window": self._window_json(zone),
             **{measure.value: self._level(limits.get(measure)) for measure in Measure},
             "near": any(map(self.is_near, self.quota.limits)),
             "grants": [_grant(grant, zone) for grant in self.grants],
         }
 
-    def _window(self, zone: ZoneInfo) -> dict[str, object]:
-        per, window = self.quota.per, self.counter.window
-        # A window of the first-call kind has no times before a call opens it: its end would be later at each request.
-        shown = per.kind == "calendar" or self.counter.is_open
+    def _window_json(self, zone: ZoneInfo) -> dict[str, object]:
+        per, window = self.quota.per, self.window
         return {
             "kind": per.kind,
             "per": per.text,
-            "opened_at": window.opened_at // 1000 if shown else None,
-            "resets_at": seconds_up(window.resets_at) if shown else None,
-            "reset_at": rfc3339(window.resets_at, zone) if shown else None,
+            "opened_at": None if window is None else window.opened_at // 1000,
+            "resets_at": None if window is None else seconds_up(window.resets_at),
+            "reset_at": None if window is None else rfc3339(window.resets_at, zone),
         }
 
     def _level(self, limit: Limit | None) -> dict[str, object] | None:
         if limit is None:
             return None
-        used = self.counter.used.of(limit.measure)
         return {
             "limit": limit.maximum,
-            "used": used,
+            "used": self.counter.used.of(limit.measure),
             "held": self.counter.held.of(limit.measure),
             "remaining": self.remaining(limit),
-            "percent": round(100 * used / limit.maximum, 1) if limit.maximum else 100.0,
+            "percent": self.percent(limit),
         }
 
 

@@ -117,7 +117,7 @@ class Api:
         self._request_log = request_log
 
     def end_calls_of(self, cuts: Cuts) -> None:
-        """End at once what these keys and users have running here.
+        """End at once what these keys and users have running here, and the calls with these ids.
 
         A call is settled and charged what it has used, as at a stop; also one whose client has left and whose answer
         is only read to its end. Uploads, and requests for lists and stored responses, have nothing to settle. Then
@@ -127,8 +127,8 @@ class Api:
         users = {user.subject for user in cuts.users}
         chosen = [
             running
-            for running in self._running.values()
-            if running.caller.key.id in cuts.key_ids or running.caller.user in users
+            for id, running in self._running.items()
+            if running.caller.key.id in cuts.key_ids or running.caller.user in users or id in cuts.call_ids
         ]
         for running in chosen:
             if running.call is None:
@@ -138,7 +138,7 @@ class Api:
                 running.call.add_done_callback(partial(_cut_connection, running.request))
                 running.call.cancel()
         if chosen:
-            log.warning("calls of keys or users that were cut off were ended", requests=len(chosen))
+            log.warning("calls were ended by an administrator", requests=len(chosen))
 
     def application(self, health: Health) -> web.Application:
         """The application, with the paths of `health`. It has to be served with `handler_cancellation`."""

@@ -13,7 +13,7 @@ from aiohttp import web
 from proxy.errors import InvalidRequest
 from proxy.identity.authentication import Caller, Snapshot
 from proxy.ledger.ledger import Ledger
-from proxy.ledger.queries import DAY_MS, Dimension, Used, usage
+from proxy.ledger.queries import DAY_MS, Asked, Dimension, Used, usage
 from proxy.policy.status import quota_statuses
 from proxy.web.middleware import json_response, not_served
 
@@ -64,7 +64,7 @@ class SelfService:
         if by not in _DIMENSIONS:
             raise InvalidRequest("`by` must be day or model.", param="by")
         async with self._ledger.read() as connection:
-            found = await usage(connection, since, _DIMENSIONS[by], {"user": caller.user})
+            found = await usage(connection, _DIMENSIONS[by], Asked(since, where={"user": caller.user}))
         data = [{by: _value(value), **asdict(used)} for value, used in sorted(found.items(), key=_order)]
         return json_response({"object": "list", "by": by, "since": _day(since), "data": data}, request)
 

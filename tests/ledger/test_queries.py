@@ -7,10 +7,10 @@ import pytest
 
 from proxy.ledger.book import Expire, Release, Reserve, Settle
 from proxy.ledger.entry import CallLabels, call_id_prefix
-from proxy.ledger.queries import DIMENSIONS, Used, oldest_call, usage
+from proxy.ledger.queries import DIMENSIONS, Asked, Used, ledger_now, oldest_call, read_counters, usage
 from proxy.ledger.schema import calls
 from proxy.policy.amounts import AtLeast, Exactly, Tokens, Unspent
-from tests.builders import DAY, NOON, binding, call, quota
+from tests.builders import DAY, HOUR, NOON, binding, call, counters, group_quotas, quota
 
 LARGE = quota("staff/daily", tokens=10**9)
 MIDNIGHT = NOON - DAY // 2
@@ -36,16 +36,16 @@ def expected(rows, by, where) -> dict:
     sums: dict = {}
     for row in rows:
         of = {name: row[column] or "" for name, column in COLUMNS.items()}
-        of["day"] = row["reserved_at"] // DAY * DAY
+        of |= {"day": row["reserved_at"] // DAY * DAY, "hour": row["reserved_at"] // HOUR * HOUR}
         if all(of[name] == value for name, value in where.items()):
             one = Used(1, *(row[name] or 0 for name in SUMS), int(row["provenance"] == "at_least"))
             sums[of[by]] = sums.get(of[by], Used()) + one
     return sums
 
 
-async def report(store, by, where=None, since=0) -> dict:
+async def report(store, by, where=None, since=0, **more) -> dict:
     async with store.transaction() as connection:
-        return await usage(connection, since, by, where or {})
+        return await usage(connection, by, Asked(since, where=where or {}, **more))
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -86,6 +86,57 @@ async def test_a_report_begins_with_a_day(store):
         assert [used.calls for used in (await report(store, by, since=NOON)).values()] == [2]
     await store.roll_up(1000, None)
     assert [used.calls for used in (await report(store, "model", since=NOON)).values()] == [2]
+
+
+@pytest.mark.parametrize("store", ["sqlite"], indirect=True)
+async def test_a_report_ends_with_a_day_and_by_hour_with_an_hour(store):
+    """Sums of days and calls that are not counted yet end at the same instant."""
+    for number, at in enumerate((NOON, NOON + HOUR - 1, NOON + HOUR, MIDNIGHT + DAY - 1, MIDNIGHT + DAY)):
+        one = reserve(number, at)
+        await store.apply([one, Settle(one.id, Exactly(Tokens(1, 1)), "complete")], at)
+    for _ in range(2):
+        assert [used.calls for used in (await report(store, "user", until=NOON)).values()] == [4]
+        assert [used.calls for used in (await report(store, "user", until=MIDNIGHT)).values()] == []
+        by_hour = await report(store, "hour", since=NOON + 1, until=NOON + HOUR + 1)
+        assert {hour: used.calls for hour, used in by_hour.items()} == {NOON: 2, NOON + HOUR: 1}
+        await store.roll_up(1000, None)
+
+
+async def test_a_report_of_some_groups_has_what_they_admitted_alone_or_together(store):
+    """With `every_group` a call is admitted by several; one whose name contains another is not meant."""
+    lab = quota("lab/daily", tokens=10**9)
+    staff2, many = (group_quotas(name, quota(f"{name}/daily", tokens=10**9)) for name in ("staff2", "my_staff"))
+    for number, who in enumerate(
+        [binding([LARGE]), binding([lab], [LARGE], combine="every_group"), binding([lab]), binding(staff2, many)]
+    ):
+        labels = CallLabels("ann", "small", "chat", "openai")
+        one = Reserve(f"{call_id_prefix(NOON)}{number:020x}", "process-1", labels, who, call(100, 400))
+        await store.apply([one, Settle(one.id, Exactly(Tokens(1, 1)), "complete")], NOON)
+    for groups, expected_calls in ((["staff"], 2), (["staff", "lab"], 3), ([], 0), (None, 4), (["st_ff"], 0)):
+        found = await report(store, "model", groups=groups)
+        assert sum(used.calls for used in found.values()) == expected_calls, groups
+        await store.roll_up(1, None)
+
+
+async def test_the_clock_of_the_ledger_is_that_of_the_database(store):
+    """On SQLite it is that of the process."""
+    async with store.transaction() as connection:
+        now = await ledger_now(connection, lambda: NOON)
+        is_sqlite = connection.dialect.name == "sqlite"
+    assert (now == NOON) is is_sqlite
+    if not is_sqlite:
+        assert now == pytest.approx(await store.renew("process-1", 0, lease_ms=1), abs=5000)
+
+
+async def test_counters_are_read_by_their_keys(store):
+    """Those that are not there are not in the result."""
+    one, other = reserve(1, NOON), reserve(2, NOON, user="bob")
+    await store.apply([one, other], NOON)
+    async with store.transaction() as connection:
+        found = await read_counters(connection, [LARGE.key_for("ann"), LARGE.key_for("zoe")])
+        assert await read_counters(connection, []) == {}
+    assert found == await store.read_counters([LARGE.key_for("ann")])
+    assert found.keys() == counters(binding([LARGE]), used={LARGE.id: 1}).keys()
 
 
 @pytest.mark.parametrize("store", ["sqlite"], indirect=True)
