@@ -51,9 +51,10 @@ NAMED_ONLY_IN: dict[str, tuple[tuple[str, ...], str]] = {
     "sqlalchemy": (
         (
             *("ledger.schema", "ledger.store", "ledger.sqlite", "ledger.postgres", "ledger.migrations"),
-            *("ledger.queries", "identity.database", "identity.administration"),
+            *("ledger.queries", "ledger.notices", "ledger.replicas"),
+            *("identity.database", "identity.administration"),
         ),
-        "SQL stays in the engines of the ledger, in ledger.queries, and in the database of the directory",
+        "SQL stays in the engines of the ledger, in its modules of queries, and in the database of the directory",
     ),
     "alembic": (("ledger.schema", "ledger.migrations"), "migrations stay in ledger.schema"),
     "aiosqlite": ((), "SQLAlchemy loads it, by the database's URL"),

@@ -6,6 +6,7 @@ stays in force. A call reads `current` once and keeps that policy to its end, so
 
 import asyncio
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 import structlog
@@ -20,8 +21,16 @@ Changes = Mapping[str, Fingerprint]
 InForce = TypeVar("InForce")
 
 
+@dataclass(frozen=True, slots=True)
+class Reload:
+    """A reload: when it ended (ms), and how many mistakes the file had. With mistakes the old policy stayed."""
+
+    at: int
+    mistakes: int = 0
+
+
 class Policies(Generic[InForce]):
-    """The policy in force.
+    """The policy in force, and the last reload of it. The start counts as one.
 
     `load` reads the file and raises BadConfig if it is invalid, and `build` makes of a config what requests use.
     `changes` returns the files that have changed since the last load, with their fingerprints. `now` returns the time
@@ -47,6 +56,7 @@ class Policies(Generic[InForce]):
         self._lock = asyncio.Lock()
         self._metrics = metrics
         self._now = now
+        self.last_reload = Reload(now())
         metrics.reloaded_at.set(now() / 1000)
 
     @property
@@ -76,6 +86,7 @@ class Policies(Generic[InForce]):
                 new, current = await asyncio.to_thread(self._load_and_build)
             except BadConfig as error:
                 self._metrics.reload_failed.set(1)
+                self.last_reload = Reload(self._now(), len(error.mistakes))
                 log_mistakes(error)
                 log.error(
                     "the policy file can't be taken, the old policy stays in force", mistakes=len(error.mistakes)
@@ -84,6 +95,7 @@ class Policies(Generic[InForce]):
             old, self._config, self._current = self._config, new, current
             self._log_changes(old, new)
         self._metrics.reload_failed.set(0)
+        self.last_reload = Reload(self._now())
         self._metrics.reloaded_at.set(self._now() / 1000)
         return True
 
