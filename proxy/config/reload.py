@@ -48,8 +48,8 @@ class Policies(Generic[InForce]):
     `changes` returns the files that have changed since the last load, with their fingerprints. `now` returns the time
     in milliseconds since the epoch.
 
-    `file` is the file alone, `config` with what was made at run time, and `current` what `build` made of that. `last`
-    is what the last load did.
+    `file` is the file alone, `config` with what was made at run time, and `current` what `build` made of that.
+    `last_reload` is what the last load did.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class Policies(Generic[InForce]):
         now: Callable[[], int],
     ) -> None:
         self.file, self.config, self.current = config, config, build(config)
-        self.last = Reload(now())
+        self.last_reload = Reload(now())
         self._made = MadePolicy()
         self._load = load
         self._build = build
@@ -97,7 +97,7 @@ class Policies(Generic[InForce]):
                 new = await asyncio.to_thread(self._load)
             except BadConfig as error:
                 self._metrics.reload_failed.set(1)
-                self.last = Reload(self._now(), mistakes=tuple(map(str, error.mistakes[:MISTAKES_SHOWN])))
+                self.last_reload = Reload(self._now(), mistakes=tuple(map(str, error.mistakes[:MISTAKES_SHOWN])))
                 log_mistakes(error)
                 log.error(
                     "the policy file can't be taken, the old policy stays in force", mistakes=len(error.mistakes)
@@ -125,9 +125,11 @@ class Policies(Generic[InForce]):
         # A counter belongs to a quota's id. A renamed quota is a new one, whose counters start at 0.
         starting, gone = sorted(after - before), sorted(before - after)
         if file is was_file:
-            self.last = replace(self.last, without_effect=found.without_effect)
+            self.last_reload = replace(self.last_reload, without_effect=found.without_effect)
         else:
-            self.last = Reload(self._now(), (), tuple(ignored), tuple(gone), tuple(starting), found.without_effect)
+            self.last_reload = Reload(
+                self._now(), (), tuple(ignored), tuple(gone), tuple(starting), found.without_effect
+            )
         log.info(
             "policy reloaded" if file is not was_file else "policy changed at run time",
             hash=found.config.policy.hash,

@@ -32,7 +32,7 @@ _EXPOSED_HEADERS = (
     "x-request-id x-upstream-request-id retry-after retry-after-ms x-should-retry "
     "x-ratelimit-limit-requests x-ratelimit-limit-tokens x-ratelimit-remaining-requests "
     "x-ratelimit-remaining-tokens x-ratelimit-reset-requests x-ratelimit-reset-tokens "
-    "ratelimit ratelimit-policy x-quota-capped openai-processing-ms openai-version request-id "
+    "ratelimit ratelimit-policy x-quota-capped x-quota-warning openai-processing-ms openai-version request-id "
     "anthropic-ratelimit-requests-limit anthropic-ratelimit-requests-remaining anthropic-ratelimit-requests-reset "
     "anthropic-ratelimit-tokens-limit anthropic-ratelimit-tokens-remaining anthropic-ratelimit-tokens-reset"
 ).split()
