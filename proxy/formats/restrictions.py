@@ -571,7 +571,8 @@ PARAMETERS = CHECKED_FIELDS.union(
     _USUAL_FIELDS,
     (row.field for row in ROWS if row.field is not None),
     (row.param for row in ROWS if row.param is not None),
-    "audio.voice file_id previous_response_id stream_options.include_usage X-Quota-Max-Wait X-Quota-Tag by since".split(),
+    "audio.voice file_id previous_response_id stream_options.include_usage".split(),
+    "X-Quota-Max-Wait X-Quota-Tag by since".split(),
 )
 _CHECKED_BY_PLAIN_NAME = {plain_name(field): field for field in CHECKED_FIELDS}
 
