@@ -51,7 +51,7 @@ NAMED_ONLY_IN: dict[str, tuple[tuple[str, ...], str]] = {
     "sqlalchemy": (
         (
             *("ledger.schema", "ledger.store", "ledger.sqlite", "ledger.postgres", "ledger.migrations"),
-            *("ledger.queries", "identity.database", "administration"),
+            *("ledger.queries", "identity.admins", "identity.database", "administration"),
         ),
         "SQL stays in the engines of the ledger, in ledger.queries, identity.database and administration",
     ),

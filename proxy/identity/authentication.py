@@ -216,7 +216,10 @@ class Snapshot:
     catalog: Catalog
     authentication: Authentication
     logged_calls: LoggedCalls = "all"
-    admin_keys: Mapping[str, Admin] = field(default_factory=dict, repr=False)  # by their digests
+    # Admins by the digests of their keys, the users of the file, and the names of the header sources.
+    admin_keys: Mapping[str, Admin] = field(default_factory=dict, repr=False)
+    file: FileDirectory = field(default_factory=lambda: FileDirectory(()), repr=False)
+    source_names: tuple[str, ...] = ()
 
     @classmethod
     def of(
@@ -227,14 +230,23 @@ class Snapshot:
         on_ignored_headers: Callable[[str], object] = lambda _: None,
     ) -> "Snapshot":
         """The snapshot of a valid file. `on_ignored_headers` is that of `HeaderSources`."""
+        file = FileDirectory(config.users)
         authentication = Authentication(
-            FileDirectory(config.users),
+            file,
             directory,
             group_names=config.policy.groups,
             now=now,
             sources=HeaderSources(config.header_sources, on_ignored=on_ignored_headers),
         )
-        return cls(config.policy, config.catalog, authentication, config.log.calls, config.admin_keys)
+        return cls(
+            config.policy,
+            config.catalog,
+            authentication,
+            config.log.calls,
+            admin_keys=config.admin_keys,
+            file=file,
+            source_names=tuple(source.name for source in config.header_sources),
+        )
 
     def may_use(self, caller: Caller, model: MatchedName) -> bool:
         """Whether the caller may use this model: the user may, and the key does not exclude it."""
