@@ -60,7 +60,9 @@ from proxy.policy.catalog import Catalog
 from proxy.tasks import Tasks
 from proxy.upstreams.client import Upstreams
 from proxy.web.admin.access import Access
+from proxy.web.admin.admin_keys import AdminKeys
 from proxy.web.admin.application import Admin
+from proxy.web.admin.directory import Users
 from proxy.web.admin.session import Sessions
 from proxy.web.health import Health
 from proxy.web.listener import Listener
@@ -311,6 +313,8 @@ class Server:
         # The rows of the admin API: a line for each resource.
         operations = [
             *Sessions(access).operations(),
+            *Users(self.policies, self._users, now=self.ledger.now).operations(),
+            *AdminKeys(self.policies, self._users, now=self.ledger.now).operations(),
         ]
         admin = Admin(
             self.metrics,

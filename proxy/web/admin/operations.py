@@ -22,15 +22,17 @@ import re
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Generic, Literal, TypeVar
+from typing import Annotated, Any, Generic, Literal, TypeVar
 
 import orjson
 from aiohttp import hdrs, web
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from proxy.administration.change import Author, Conditions
+from proxy.administration.change import Author, Changes, Conditions
 from proxy.config.loader import ConnectionLimits
 from proxy.formats.strict_json import parse_object
+from proxy.identity.database import DirectoryDatabase
+from proxy.identity.keys import NewKey
 from proxy.policy.admin import Admin, Role
 from proxy.web.admin.access import Access, Login
 from proxy.web.admin.problems import Problem, invalid, method_not_allowed
@@ -53,6 +55,9 @@ _PARAMETER = re.compile(r"\{([a-z_]+)\}")
 _IDEMPOTENCY_KEY = re.compile(r"[!-~]{1,255}")
 _ETAG = r'(?:W/)?"[!#-~]*"'
 _ETAGS = re.compile(rf"\*|{_ETAG}(?:[ \t]*,[ \t]*{_ETAG})*")
+
+# Ms since 1970, up to the year 9999.
+Instant = Annotated[int, Field(ge=0, le=253_402_300_799_999)]
 
 Q = TypeVar("Q")
 B = TypeVar("B")
@@ -98,10 +103,27 @@ class AdminRequest(Generic[Q, B]):
     raw: web.Request
     login: Login
 
+    def changes(self, database: DirectoryDatabase, now: Callable[[], int]) -> Changes:
+        """What makes the changes of this request. `now` gives ms since 1970."""
+        return Changes(database, self.author, now, self.conditions)
+
     @property
     def groups(self) -> Collection[str] | None:
         """The groups to which the answer is to be restricted; None: all."""
         return self.admin.restricted_to
+
+
+@dataclass(frozen=True, slots=True)
+class NewKeyAnswer:
+    """A key that was made. `key` is null if the request repeats an earlier one, or is only a trial."""
+
+    id: str
+    key: str | None
+
+    @classmethod
+    def of(cls, new: NewKey, request: AdminRequest[Any, Any]) -> "NewKeyAnswer":
+        """The answer to a request that has made this key."""
+        return cls(new.id, None if request.conditions.is_trial else new.text or None)
 
 
 @dataclass(frozen=True, slots=True)
