@@ -6,6 +6,7 @@ async with stage(f"{STAFF}{ADMINS}", folder=tmp_path) as on:
     reply = await ask(on, "DELETE", "/session", headers=cookie | SAME_ORIGIN)
 """
 
+import io
 import json as jsons
 from collections.abc import Mapping
 from typing import Any
@@ -34,7 +35,7 @@ async def ask(
     admin: str | None = None,
     headers: Mapping[str, str] | None = None,
     json: Any = None,
-    data: bytes | None = None,
+    data: bytes | io.IOBase | None = None,
 ) -> Reply:
     """A request to a path below `/admin/api`. It has the key of ops unless it has another one, or headers."""
     if admin is None and headers is None:

@@ -136,14 +136,14 @@ class UserAnswer:
     user: str
     source: str
     id: str
-    groups: tuple[str, ...]
+    groups: list[str]
     email: str | None
     is_service: bool
     created_at: int | None
     created_by: str | None
     disabled_at: int | None
     forgotten_at: int | None
-    linked: tuple[str, ...]
+    linked: list[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,9 +156,9 @@ class KeyAnswer:
     id: str
     user: str
     label: str
-    groups: tuple[str, ...] | None
-    models: tuple[str, ...] | None
-    networks: tuple[str, ...]
+    groups: list[str] | None
+    models: list[str] | None
+    networks: list[str]
     tag: str
     takes_tag_header: bool
     expires_at: int | None

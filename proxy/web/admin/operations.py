@@ -223,10 +223,11 @@ class Operations:
 
     def routes(self) -> list[web.RouteDef]:
         """The routes, for an application's router. The last ones take every other path below `/admin/api`."""
-        rows = [
-            web.route(each.method, API + each.path, partial(self._run, each), expect_handler=defer_continue)
-            for each in self._operations
-        ]
+        rows = []
+        for each in self._operations:
+            more = {"allow_head": False} if each.method == hdrs.METH_GET else {}
+            handler = partial(self._run, each)
+            rows.append(web.route(each.method, API + each.path, handler, expect_handler=defer_continue, **more))
         others = [
             web.route("*", path, self._other, expect_handler=defer_continue) for path in (API, API + "/{path:.*}")
         ]
@@ -293,7 +294,9 @@ class Operations:
         try:
             return operation.body.model_validate_json(bytes(data))
         except ValidationError as error:
-            raise invalid("validation", error) from None
+            # Its parser refuses what the other one takes: a half of a pair of surrogates.
+            is_json = error.errors(include_input=False)[0]["type"] != "json_invalid"
+            raise invalid("validation" if is_json else "bad-request", error) from None
 
     def _response(self, operation: Operation, result: Any) -> web.StreamResponse:
         if isinstance(result, web.StreamResponse):
