@@ -219,7 +219,7 @@ async def test_the_document_is_whole(tmp_path: Path) -> None:
             assert ("requestBody" in made) == (each.body is not None)
             names = {found["name"] for found in made["parameters"]}
             assert ("dry_run" in names) == each.is_change
-            assert ("Idempotency-Key" in names) == each.is_creation
+            assert ("Idempotency-Key" in names) == each.is_repeatable
         assert len(ids) == len(set(ids)) == sum(len(methods) for methods in document["paths"].values())
         for reference in references(document):
             found: Any = document

@@ -69,7 +69,7 @@ class AdminKeys:
                 NewKeyAnswer,
                 body=NewAdminKey,
                 status=201,
-                is_creation=True,
+                is_repeatable=True,
             ),
             reads(one, self._show, "Show an admin key.", AdminKeyRecord),
             changes("POST", f"{one}/revoke", self._revoke, "Revoke an admin key.", AdminKeyRecord, needs_match=True),

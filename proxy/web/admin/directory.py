@@ -197,7 +197,7 @@ class Users:
 
     def _user_operations(self) -> list[Operation]:
         one = "/users/{user}"
-        created: dict[str, Any] = {"status": 201, "is_creation": True}
+        created: dict[str, Any] = {"status": 201, "is_repeatable": True}
         edited: dict[str, Any] = {"needs_match": True}
         return [
             reads("/users", self._list, "List the users of the database.", Page[UserAnswer], query=UserQuery),
@@ -244,7 +244,7 @@ class Users:
                 *("POST", of_user, self._create_key, "Make a key. It is shown once.", made),
                 body=NewKeyFields,
                 status=201,
-                is_creation=True,
+                is_repeatable=True,
             ),
             reads(one, self._key, "Show a key.", KeyAnswer),
             changes(
@@ -256,7 +256,7 @@ class Users:
                 *("POST", f"{one}/rotate", self._rotate, "Replace a key. The new one is shown once.", made),
                 body=Rotation,
                 status=201,
-                is_creation=True,
+                is_repeatable=True,
                 needs_match=True,
             ),
             changes(

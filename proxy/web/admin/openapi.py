@@ -98,8 +98,15 @@ def _query_parameters(query: type[Fields]) -> Iterable[dict[str, Any]]:
 def _headers(operation: Operation) -> Iterable[dict[str, Any]]:
     if operation.needs_match:
         text = "The ETag of the resource as it was read. `*` stands for any version."
-        yield _header("If-Match", text, required=True, pattern=r'^(\*|(W/)?"[!#-~]*"([ \t]*,[ \t]*(W/)?"[!#-~]*")*)$')
-    if operation.is_creation:
+        yield _header(
+            "If-Match",
+            text,
+            required=not operation.may_create,
+            pattern=r'^(\*|(W/)?"[!#-~]*"([ \t]*,[ \t]*(W/)?"[!#-~]*")*)$',
+        )
+    if operation.may_create:
+        yield _header("If-None-Match", "There must be no such resource yet.", required=False, pattern=r"^\*$")
+    if operation.is_repeatable:
         text = "Makes a repeated request with the same value do nothing again."
         yield _header("Idempotency-Key", text, required=False, pattern="^[!-~]{1,255}$")
 

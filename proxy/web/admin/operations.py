@@ -20,7 +20,7 @@ a response that it has written itself. It raises what `administration` raises, a
 import hashlib
 import re
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
@@ -53,6 +53,7 @@ MANAGERS: frozenset[Role] = ADMINISTRATORS | {"manager"}
 
 _PARAMETER = re.compile(r"\{([a-z_]+)\}")
 _IDEMPOTENCY_KEY = re.compile(r"[!-~]{1,255}")
+_ANY = re.compile(r"\*")
 _ETAG = r'(?:W/)?"[!#-~]*"'
 _ETAGS = re.compile(rf"\*|{_ETAG}(?:[ \t]*,[ \t]*{_ETAG})*")
 
@@ -146,8 +147,9 @@ class Operation:
     - `answer` is the type of the answer's value, of which pydantic makes the JSON; None: the answer has no body.
     - `query` and `body` are what validates them. The query of a change includes `dry_run`, see `ChangeQuery`.
     - `is_change`: something may be different afterwards. By default, all but GET.
-    - `needs_match`: it changes a resource that is there, so `If-Match` is required.
-    - `is_creation`: a repeated request with the same `Idempotency-Key` does nothing again.
+    - `needs_match`: it changes a resource that is there, so `If-Match` is required. If it `may_create` the resource
+      too, `If-None-Match: *` says that there must be none yet.
+    - `is_repeatable`: a repeated request with the same `Idempotency-Key` does nothing again.
     - `content_type` is that of the answer if it is not JSON.
     """
 
@@ -162,7 +164,8 @@ class Operation:
     status: int = 200
     is_change: bool = False
     needs_match: bool = False
-    is_creation: bool = False
+    may_create: bool = False
+    is_repeatable: bool = False
     body_bytes_max: int = BODY_BYTES_MAX
     content_type: str = JSON
 
@@ -335,16 +338,21 @@ def _conditions(operation: Operation, request: web.Request, query: Fields) -> Co
     if not operation.is_change:
         return Conditions()
     match = _one_header(request, hdrs.IF_MATCH, _ETAGS, "an entity tag, as the answer's ETag has it")
-    if match is None and operation.needs_match:
+    is_creation = False
+    if operation.may_create:
+        is_creation = _one_header(request, hdrs.IF_NONE_MATCH, _ANY, "*") is not None
+    if match is None and operation.needs_match and not is_creation:
+        creates = " Send If-None-Match: * if there is none yet." if operation.may_create else ""
         raise Problem(
             "precondition-required",
-            "Read the resource first and send its ETag as If-Match, so that you change what you have seen.",
+            f"Read the resource first and send its ETag as If-Match, so that you change what you have seen.{creates}",
             field="If-Match",
         )
     key = None
-    if operation.is_creation:
+    if operation.is_repeatable:
         key = _one_header(request, "Idempotency-Key", _IDEMPOTENCY_KEY, "1 to 255 visible ASCII characters")
-    return Conditions(if_match=match, idempotency_key=key, is_trial=isinstance(query, ChangeQuery) and query.dry_run)
+    is_trial = isinstance(query, ChangeQuery) and query.dry_run
+    return Conditions(if_match=match, is_creation=is_creation, idempotency_key=key, is_trial=is_trial)
 
 
 def _one_header(request: web.Request, name: str, form: re.Pattern[str], what: str) -> str | None:
@@ -361,9 +369,4 @@ def _with_fingerprint(conditions: Conditions, request: web.Request, body: Fields
     """The conditions with what identifies the content of the request."""
     content = (request.path, sorted(request.query.items()), None if body is None else body.model_dump_json())
     fingerprint = hashlib.sha256(orjson.dumps(content)).hexdigest()
-    return Conditions(
-        if_match=conditions.if_match,
-        idempotency_key=conditions.idempotency_key,
-        fingerprint=fingerprint,
-        is_trial=conditions.is_trial,
-    )
+    return replace(conditions, fingerprint=fingerprint)
