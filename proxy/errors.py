@@ -48,7 +48,7 @@ class ProxyError(Exception):
     `headers` are added to the response, and `members` to the four usual members of `error`.
     """
 
-    status: ClassVar[int] = 500
+    status: int = 500
     # Whether the connection is closed after the response, because the rest of the request cannot or will not be read.
     closes: ClassVar[bool] = False
     type: str = "api_error"

@@ -46,6 +46,7 @@ from proxy.calls.stored_responses import StoredResponses
 from proxy.calls.tokenizer import Tokenizers
 from proxy.config.loader import Address, Config, ConnectionLimits
 from proxy.config.reload import Changes, Policies
+from proxy.identity.admins import AdminDatabase
 from proxy.identity.authentication import Snapshot
 from proxy.identity.database import DirectoryDatabase
 from proxy.identity.directory import Cuts, Directory
@@ -58,7 +59,11 @@ from proxy.metrics import Metrics
 from proxy.policy.catalog import Catalog
 from proxy.tasks import Tasks
 from proxy.upstreams.client import Upstreams
-from proxy.web.admin import Admin
+from proxy.web.admin.access import Access
+from proxy.web.admin.admin_keys import AdminKeys
+from proxy.web.admin.application import Admin
+from proxy.web.admin.directory import Users
+from proxy.web.admin.session import Sessions
 from proxy.web.health import Health
 from proxy.web.listener import Listener
 from proxy.web.live import Live
@@ -210,8 +215,8 @@ class Server:
             now=self.ledger.now,
         )
         self._clock = clock
-        self._admin = Admin(self.metrics, self.health)
         self._settings = config.settings
+        self._access, self._admin = self._admin_listener(store)
         self._jobs = Tasks()
         self._runners: list[web.AppRunner] = []
         self._is_retiring = False
@@ -259,7 +264,8 @@ class Server:
         # A worker uses only inherited sockets. If its parent has no admin listener, it must not open one by itself.
         admin = inherited.admin or (None if inherited.api else settings.admin)
         if admin is not None:
-            self.admin = await self._listen(self._admin.application(), admin, limits=limits)
+            application = self._admin.application(after_change=self._poll_directory)
+            self.admin = await self._listen(application, admin, limits=limits)
         self._start_jobs()
 
     def _start_jobs(self) -> None:
@@ -314,6 +320,31 @@ class Server:
         cut_off = await self._api.calls.finish(0)
         if cut_off:
             log.warning("calls were cut off and settled", calls=cut_off)
+
+    def _admin_listener(self, store: Store) -> tuple[Access, Admin]:
+        access = Access(
+            self.policies,
+            AdminDatabase(store, now=self.ledger.now),
+            settings=self._settings,
+            metrics=self.metrics,
+            now=self.ledger.now,
+            clock=self._clock,
+        )
+        # The rows of the admin API: a line for each resource.
+        operations = [
+            *Sessions(access).operations(),
+            *Users(self.policies, self._users, now=self.ledger.now).operations(),
+            *AdminKeys(self.policies, self._users, now=self.ledger.now).operations(),
+        ]
+        admin = Admin(
+            self.metrics,
+            self.health,
+            access=access,
+            operations=operations,
+            settings=self._settings,
+            request_log=self._request_log,
+        )
+        return access, admin
 
     def _end_calls_of(self, cuts: Cuts) -> None:
         self._api.end_calls_of(cuts)

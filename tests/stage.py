@@ -233,6 +233,8 @@ async def stage(
     connection_limits: ConnectionLimits | None = None,
     cors: tuple[str, ...] = (),
     trusted_proxies: tuple[Network, ...] = (),
+    admin_url: str | None = None,
+    admin_hosts: tuple[str, ...] = (),
     kind: str = "simulator",
     more: str = "",
 ) -> AsyncIterator[Stage]:
@@ -266,6 +268,8 @@ async def stage(
             cors=cors,
             connection_limits=connection_limits or ConnectionLimits(),
             trusted_proxies=trusted_proxies,
+            admin_url=admin_url,
+            admin_hosts=admin_hosts,
         ),
     )
     server = Server(

@@ -51,7 +51,8 @@ NAMED_ONLY_IN: dict[str, tuple[tuple[str, ...], str]] = {
     "sqlalchemy": (
         (
             *("ledger.schema", "ledger.store", "ledger.sqlite", "ledger.postgres", "ledger.migrations"),
-            *("ledger.queries", "ledger.notices", "ledger.replicas", "identity.database", "administration"),
+            *("ledger.queries", "ledger.notices", "ledger.replicas"),
+            *("identity.admins", "identity.database", "administration"),
         ),
         "SQL stays in the ledger's engines and modules of queries, in identity.database and in administration",
     ),

@@ -184,7 +184,7 @@ class DirectoryAdministration:
         `after` is the subject behind which the list begins. Users of the file are in the file.
         """
         name = users.c.source + ":" + users.c.id
-        found = sa.select(users).where(name > after).order_by(name).limit(min(limit, LISTED_MAX))
+        found = sa.select(users).where(name > after).order_by(name).limit(min(limit, LISTED_MAX + 1))
         if text:
             found = found.where(_contains(users.c.id, text) | _contains(users.c.email, text))
         async with self.changes.database.read() as connection:
@@ -349,7 +349,9 @@ class DirectoryAdministration:
         self, *, owner: UserId | None = None, text: str = "", after: str = "", limit: int = 100
     ) -> list[KeyRecord]:
         """The keys of the database: of one user, or whose id, label or user has this text, in the order of ids."""
-        found = sa.select(api_keys).where(api_keys.c.id > after).order_by(api_keys.c.id).limit(min(limit, LISTED_MAX))
+        found = (
+            sa.select(api_keys).where(api_keys.c.id > after).order_by(api_keys.c.id).limit(min(limit, LISTED_MAX + 1))
+        )
         if owner is not None:
             found = found.where(*is_of_user(api_keys, owner))
         if text:

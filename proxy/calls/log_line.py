@@ -22,6 +22,7 @@ class LogLine:
 
     - `endpoint` is the name of the endpoint, else the method and the path as `formats.endpoints` lists it.
     - `model` is the name that `recorded_names.logged_name` gives.
+    - `admin` is the name of the admin whose key or login the request had.
     - `is_call`: the request has a task of its own, which writes the line when the call is settled.
     - `admitted_s`: the quotas admitted the call. `sent_s`: it was sent to an upstream for the first time.
     - `answered_s`: the last byte of the upstream's answer came.
@@ -35,6 +36,7 @@ class LogLine:
     began_s: float
     is_call: bool = False
     caller: Caller | None = None
+    admin: str | None = None
     model: str | None = None
     group: str | None = None
     upstream: str | None = None
@@ -49,6 +51,11 @@ class LogLine:
     answered_s: float | None = None
     first_byte_s: float | None = None
     sent_status: int | None = None
+
+    @property
+    def is_identified(self) -> bool:
+        """Whether it is known whose request this is."""
+        return self.caller is not None or self.admin is not None
 
     def mark_admitted(self, group: str) -> None:
         """Note that the quotas of this group admitted the call."""
@@ -82,6 +89,7 @@ class LogLine:
             "request": self.request_id,
             "endpoint": self.endpoint,
             "status": status,
+            "admin": self.admin,
             "user": self.caller and self.caller.user,
             "key": self.caller and (self.caller.key.label or self.caller.key.id),
             "source": self.caller and self.caller.source,

@@ -17,7 +17,7 @@ from urllib.parse import parse_qsl, urlsplit
 
 from proxy.config.document import Diagnostic, Finding, KeyPath
 from proxy.config.loader import Config, FileUser, HeaderSource
-from proxy.config.messages import finding_at
+from proxy.config.messages import did_you_mean, finding_at
 from proxy.config.sentences import limit_text, matches_all, members_of, shown
 from proxy.formats.estimate import SMALLEST_ANSWER
 from proxy.formats.kinds import kind_of
@@ -59,6 +59,7 @@ def warnings(config: Config, now: int) -> tuple[Diagnostic, ...]:
     """All warnings about a valid file, sorted by line. `now` is in ms since 1970."""
     findings = [
         *_expired_keys(config, now),
+        *_managers_of_other_groups(config),
         *_header_sources(config),
         *_secrets_in_plain_text(config),
         *_of_policy(config),
@@ -106,6 +107,15 @@ def _groups_without_effect(config: Config) -> Warnings:
     if default and config.users and not any(_default_may_apply(policy, default, user) for user in config.users):
         text = "default applies to no user: each user has a group with a quota for every model"
         yield Finding(("groups", DEFAULT), text)
+
+
+def _managers_of_other_groups(config: Config) -> Warnings:
+    """Managers of groups that the file does not have. Such a group may have been made at run time."""
+    for path, node in config.document.walk():
+        match path:
+            case ("admin_keys", str(), "groups", int()) if str(node.value) not in config.policy.groups:
+                hint = did_you_mean(str(node.value), config.policy.groups) or "it must have been made at run time"
+                yield finding_at(path, f'the file has no group "{node.value}"; {hint}')
 
 
 def _default_may_apply(policy: Policy, default: Group, user: FileUser) -> bool:
@@ -540,9 +550,9 @@ def _secrets_in_plain_text(config: Config) -> Warnings:
 
 def _is_plain_secret(path: KeyPath, value: object) -> bool:
     match path:
-        case ("admin_keys", _) | ("users", _, "keys", _) | ("users", _, "keys", _, "key"):
+        case ("admin_keys", _) | ("users", _, "keys", _):
             return not isinstance(value, dict) and not str(value).startswith("sha256:")
-        case ("identity", "headers", _, "key"):
+        case ("admin_keys", _, "key") | ("users", _, "keys", _, "key") | ("identity", "headers", _, "key"):
             return not str(value).startswith("sha256:")
         case ("upstreams", _, "api_key") | ("identity", "headers", _, "signed", "secret"):
             return True

@@ -22,6 +22,7 @@ from proxy.config import values
 from proxy.config.document import BYTES_MAX, Diagnostic, Document, Finding, KeyPath, Node, read_document
 from proxy.config.interpolation import Interpolator, ReadFile
 from proxy.config.messages import did_you_mean, finding_at, read_file
+from proxy.config.schema import AdminKey as AdminKeySection
 from proxy.config.schema import Allow as AllowSection
 from proxy.config.schema import File, MappedGroup, UserKey
 from proxy.config.schema import Group as GroupSection
@@ -32,6 +33,7 @@ from proxy.config.schema import SignedHeader as SignedHeaderSection
 from proxy.config.schema import User as UserSection
 from proxy.formats.kinds import kind_of
 from proxy.logs import LogFormat, LoggedCalls
+from proxy.policy.admin import GRANT_UP_TO, Admin
 from proxy.policy.catalog import Allow, Catalog, Model, Secret, Upstream
 from proxy.policy.key import Key, Network
 from proxy.policy.policy import DEFAULT, EVERYONE, Group, Keep, Policy
@@ -93,6 +95,8 @@ class ConnectionLimits:
 class Settings:
     """What takes effect only at a restart. `admin` is None if that listener is off; `cors` has origins, or "*".
 
+    `admin_url` is the origin at which browsers reach the admin listener, and `admin_hosts` are further names of it.
+
     Two are not in the file. The hidden option `--lease` of `serve` sets `lease_ms`; None means the ledger's default.
     Its option `--new-database` sets `may_be_new_database`: a database that is gone is made anew.
     """
@@ -103,6 +107,8 @@ class Settings:
     cors: tuple[str, ...] = ()
     connection_limits: ConnectionLimits = ConnectionLimits()
     trusted_proxies: tuple[Network, ...] = ()
+    admin_url: str | None = None
+    admin_hosts: tuple[str, ...] = ()
     lease_ms: int | None = None
     may_be_new_database: bool = False
 
@@ -185,14 +191,14 @@ class HeaderSource:
 class Config:
     """A valid file: what each of its sections says, and the document, which knows the line of each value.
 
-    `admin_keys` are the names of the admins by the digests of their keys. Weeks start on `week_starts` (0 is Monday).
+    `admin_keys` are the admins by the digests of their keys. Weeks start on `week_starts` (0 is Monday).
     """
 
     settings: Settings
     policy: Policy
     catalog: Catalog
     users: tuple[FileUser, ...]
-    admin_keys: Mapping[str, str] = field(repr=False)
+    admin_keys: Mapping[str, Admin] = field(repr=False)
     document: Document
     log: LogSettings = LogSettings()
     header_sources: tuple[HeaderSource, ...] = ()
@@ -202,7 +208,7 @@ class Config:
     def restart_only(self) -> Mapping[str, object]:
         """The sections that a reload does not change, by name, for comparison with those in force."""
         settings = self.settings
-        server = (settings.api, settings.admin, settings.cors, settings.connection_limits, settings.trusted_proxies)
+        server = replace(settings, database="", lease_ms=None, may_be_new_database=False)
         return {"server": server, "database": settings.database}
 
 
@@ -298,7 +304,7 @@ def _load(source: bytes, name: str, interpolator: Interpolator) -> Config:
         policy=_policy(file, _hash(document.data)),
         catalog=_catalog(file),
         users=tuple(_user(name, section, file) for name, section in file.users.items()),
-        admin_keys={digest: name for name, digest in file.admin_keys.items()},
+        admin_keys=dict(_admin(name, section) for name, section in file.admin_keys.items()),
         document=document,
         log=LogSettings(file.log.format, file.log.calls),
         header_sources=tuple(_header_source(section) for section in file.identity.headers),
@@ -380,7 +386,7 @@ def _duplicate_keys(nodes: Iterable[tuple[KeyPath, Node]]) -> Iterator[Finding]:
     keys: list[tuple[str, KeyPath, str]] = []
     for path, node in nodes:
         match path:
-            case ("admin_keys", str()):
+            case ("admin_keys", str()) | ("admin_keys", str(), "key"):
                 keys.append(("an admin", path, _name_or_key(node.value)))
             case ("users", str() as user, "keys", int()) | ("users", str() as user, "keys", int(), "key"):
                 keys.append((f"user {user}", path, _name_or_key(node.value)))
@@ -531,6 +537,8 @@ def _settings(file: File) -> Settings:
             body_memory_bytes=file.server.body_memory,
         ),
         trusted_proxies=tuple(file.server.trusted_proxies),
+        admin_url=file.server.admin_url,
+        admin_hosts=tuple(file.server.admin_hosts),
     )
 
 
@@ -544,12 +552,20 @@ def _policy(file: File, hash: str) -> Policy:
         wait_s=file.wait / 1000,
         ledger_wait_s=file.ledger_wait / 1000,
         retry_for_ms=file.retry_for,
-        keep=Keep(calls_ms=file.keep.calls, days_ms=file.keep.days),
+        keep=Keep(calls_ms=file.keep.calls, days_ms=file.keep.days, audit_ms=file.keep.audit),
         zone=zone,
         help=file.help,
         self_service=file.self_service,
         hash=hash,
     )
+
+
+def _admin(name: str, section: str | AdminKeySection) -> tuple[str, Admin]:
+    """The digest of an admin key, and whose it is."""
+    if isinstance(section, str):
+        return section, Admin(name)
+    share = GRANT_UP_TO if section.grant_up_to is None else section.grant_up_to
+    return section.key, Admin(name, section.role, tuple(section.groups or ()), share)
 
 
 def _user(name: str, section: UserSection, file: File) -> FileUser:

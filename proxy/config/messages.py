@@ -63,7 +63,7 @@ def with_path(path: KeyPath, text: str) -> str:
 
     Names of admin keys are left out. An operator who writes `{key: name}` instead of `{name: key}` has a key there.
     """
-    shown = path[:1] if path[:1] == ("admin_keys",) else path
+    shown = (*path[:1], *path[2:]) if path[:1] == ("admin_keys",) else path
     prefix = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in shown).removeprefix(".")
     return f"{prefix}: {text}" if prefix else text
 

@@ -33,6 +33,7 @@ from pydantic.fields import FieldInfo
 from proxy.config import values
 from proxy.formats.kinds import KINDS, kind_of
 from proxy.logs import LogFormat, LoggedCalls
+from proxy.policy.admin import Role
 from proxy.policy.amounts import Measure
 from proxy.policy.catalog import OnDisconnect, Secret
 from proxy.policy.key import Network
@@ -98,6 +99,8 @@ KeepFor = Annotated[int, BeforeValidator(values.keep_ms), _string_schema()]
 Per = Annotated[str, _IntToText, AfterValidator(values.per)]
 Address = Annotated[str, _IntToText, AfterValidator(values.address)]
 Origin = Annotated[str, AfterValidator(values.origin)]
+AdminUrl = Annotated[str, AfterValidator(values.admin_url)]
+HostName = Annotated[str, AfterValidator(values.host_name)]
 Zone = Annotated[str, AfterValidator(values.zone)]
 UsageField = Annotated[str, AfterValidator(values.usage_field), _string_schema(minLength=1)]
 ApiVersion = Annotated[str, AfterValidator(values.api_version)]
@@ -113,6 +116,7 @@ Expiry = Annotated[date | datetime, BeforeValidator(values.expiry), _string_sche
 Networks = Annotated[list[Annotated[Network, BeforeValidator(values.network), _string_schema()]], Field(min_length=1)]
 SourceName = Annotated[str, _IntToText, AfterValidator(values.source_name), _NAME_SCHEMA]
 HeaderName = Annotated[str, AfterValidator(values.header_name), _string_schema(minLength=1)]
+Percentage = Annotated[int, BeforeValidator(values.percentage), _string_schema(pattern="^[0-9]+%$")]
 OutsideId = Annotated[str, _IntToText, AfterValidator(values.outside_id), _string_schema(minLength=1, maxLength=256)]
 SigningSecret = Annotated[Secret, BeforeValidator(values.signing_secret), _string_schema(minLength=32)]
 
@@ -157,7 +161,19 @@ class Server(Section):
     api: Address = Field("127.0.0.1:8080", description="host:port of the API that users call, and of health checks.")
     admin: Address | None = Field(
         "127.0.0.1:8081",
-        description="host:port of /metrics and health checks; null turns this listener off.",
+        description="host:port of the admin API, /metrics and health checks; null turns this listener off.",
+    )
+    admin_url: AdminUrl | None = Field(
+        None,
+        description="The address at which browsers reach the admin listener, if a proxy is in front of it. With "
+        "https:// the cookie of a login is sent over TLS only.",
+        examples=["https://quotas.example"],
+    )
+    admin_hosts: list[HostName] = Field(
+        default=[],
+        description="Further names by which the admin listener is addressed. Requests with another name in Host are "
+        "refused, except for health checks; IP addresses, localhost and the name in admin_url are always allowed.",
+        examples=[["quota-proxy"]],
     )
     cors: list[Origin] = Field(
         default=[],
@@ -206,13 +222,16 @@ class Keep(Section):
     """How long usage records are kept. The counters of quotas are separate and not affected."""
 
     display_name = "keep"
-    nullable = frozenset({"calls", "days"})
+    nullable = frozenset({"audit", "calls", "days"})
 
     calls: KeepFor | None = Field(
         90 * 86_400_000, description="The records of single calls, as in 90d; null keeps them forever."
     )
     days: KeepFor | None = Field(
         1100 * 86_400_000, description="The daily sums by user, group and model; null keeps them forever."
+    )
+    audit: KeepFor | None = Field(
+        1100 * 86_400_000, description="What administrators did, in the audit log; null keeps it forever."
     )
 
     @model_validator(mode="after")
@@ -508,6 +527,41 @@ class User(Section):
     )
 
 
+class AdminKey(Section):
+    """A key of the admin API, and what it may do."""
+
+    display_name = "an admin key"
+
+    key: KeyDigest = Field(
+        repr=False,
+        description="sha256: and the digest in hex, or a key as in ${ADMIN_KEY}, with 24 characters or more.",
+        examples=["${ADMIN_KEY}"],
+    )
+    role: Role = Field(
+        "administrator",
+        description="administrator: sees and changes everything. viewer: sees everything. manager: sees the quotas, "
+        "counters and calls of its groups, resets counters and gives grants there.",
+    )
+    groups: Annotated[list[GroupName], Field(min_length=1)] | None = Field(
+        None, description="For a manager: the groups that it is for, in this file or made at run time."
+    )
+    grant_up_to: Percentage | None = Field(
+        None,
+        description="For a manager: how much all grants that run at a time may add to a limit, in percent of it. "
+        "Default: 100%.",
+        examples=["50%"],
+    )
+
+    @model_validator(mode="after")
+    def _has_groups_only_for_a_manager(self) -> "AdminKey":
+        if self.role == "manager" and self.groups is None:
+            raise ValueError("a manager needs groups; write the groups that it is for, as in groups: [staff]")
+        for name in ("groups", "grant_up_to"):
+            if self.role != "manager" and getattr(self, name) is not None:
+                raise ValueError(f"{name} is only for role: manager; remove it, or write that role")
+        return self
+
+
 class SignedHeader(Section):
     """A header with a signed token (JSON Web Token, HS256) that says who the user is."""
 
@@ -609,10 +663,13 @@ class File(Section):
     display_name = "the file"
 
     server: Server = Field(default=Server(), description="The two listeners.")
-    admin_keys: dict[Name, KeyDigest] = Field(
+    admin_keys: dict[
+        Name, Annotated[Annotated[KeyDigest, Tag(IS_TEXT)] | Annotated[AdminKey, Tag(IS_MAPPING)], _text_or_mapping]
+    ] = Field(
         default={},
         repr=False,
-        description="Keys of the admin API by name. There is no admin API yet, so they give access to nothing.",
+        description="Keys of the admin API by name: the key of an administrator, or a mapping with key and what it "
+        "may do. Without any, and none made at run time, the admin API is closed.",
     )
     database: Database = Field(
         "sqlite:///quotas.db",
@@ -679,6 +736,7 @@ _SECTIONS: dict[tuple[str | None, ...], type[Section]] = {
     ("server",): Server,
     ("log",): Log,
     ("keep",): Keep,
+    ("admin_keys", None): AdminKey,
     ("upstreams", None): Upstream,
     ("upstreams", None, "allow"): Allow,
     ("models", None): Model,
@@ -712,8 +770,8 @@ def section_at(path: tuple[str | int, ...]) -> type[Section]:
 def json_schema() -> str:
     """The JSON Schema of the whole file (draft 2020-12), indented, with a line end after it."""
     schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **_tidy(File.model_json_schema())}
-    # `_tidy` removes null everywhere; these three keys do take it.
-    for section, name in (("Server", "admin"), ("Keep", "calls"), ("Keep", "days")):
+    # `_tidy` removes null everywhere; these keys do take it.
+    for section, name in (("Server", "admin"), ("Keep", "audit"), ("Keep", "calls"), ("Keep", "days")):
         schema["$defs"][section]["properties"][name]["type"] = ["string", "null"]
     return json.dumps(schema, indent=2, ensure_ascii=False) + "\n"
 

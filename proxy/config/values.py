@@ -42,6 +42,7 @@ _TIMES = {"": 1, "k": 1_000, "M": 1_000_000}
 # [IPv6]:port or host:port
 _ADDRESS = re.compile(r"(?:\[([0-9A-Fa-f:.]{2,45})\]|([A-Za-z0-9]([A-Za-z0-9.-]{0,252})?)):([0-9]{1,5})")
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://(?:\[[0-9a-f:.]{2,45}\]|[a-z0-9._-]{1,253})(?::[1-9][0-9]{0,4})?")
+_HOST_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,251}[A-Za-z0-9])?")
 _VISIBLE_ASCII = re.compile(r"[!-~]+")
 # An HTTP header's name (RFC 9110 §5.6.2), in the characters that servers and proxies let through.
 _HEADER = re.compile(r"[A-Za-z][A-Za-z0-9-]{0,99}")
@@ -55,6 +56,8 @@ _INSTANT = re.compile(
     r"2[0-9]{3}-[0-9]{2}-[0-9]{2}[T ][0-9]{2}:[0-9]{2}(:[0-9]{2})?(Z|[+-][0-9]{2}:[0-9]{2})", re.IGNORECASE
 )
 _EMAIL = re.compile(r"[^@\s]+@[^@\s]+")
+_PERCENTAGE = re.compile(r"([0-9]{1,6})%")
+_PERCENT_MAX = 1000
 _SHA256 = re.compile(r"sha256:([0-9a-fA-F]{64})")
 _UTC = ZoneInfo("UTC")
 
@@ -254,6 +257,25 @@ def origin(text: str) -> str:
     return origin
 
 
+def admin_url(text: str) -> str:
+    """The address of the admin listener as browsers see it: an origin, without the port that its scheme implies."""
+    found = text.lower().rstrip("/")
+    scheme, _, host = found.partition("://")
+    if scheme not in ("http", "https") or not _ORIGIN.fullmatch(found):
+        raise ValueError(
+            "this is not the address of a server; write https://host[:port] without a path, as in "
+            "https://quotas.example"
+        )
+    return f"{scheme}://{host.removesuffix({'http': ':80', 'https': ':443'}[scheme])}"
+
+
+def host_name(text: str) -> str:
+    """The name of a host, in lower case, without a port."""
+    if not _HOST_NAME.fullmatch(text):
+        raise ValueError("this is not the name of a host; write it without scheme and port, as in quotas.example")
+    return text.lower()
+
+
 def network(value: object) -> Network:
     """A network such as 10.0.0.0/8, or one address. One in IPv4 is written as IPv4."""
     try:
@@ -362,6 +384,14 @@ def signing_secret(value: object) -> Secret:
             "both programs"
         )
     return found
+
+
+def percentage(value: object) -> int:
+    """A whole percentage such as 50%, at most 1000%."""
+    match = _PERCENTAGE.fullmatch(value) if isinstance(value, str) else None
+    if not match or int(match[1]) > _PERCENT_MAX:
+        raise ValueError(f"this is not a percentage; write a whole one from 0% to {_PERCENT_MAX}%, as in 50%")
+    return int(match[1])
 
 
 def api_version(text: str) -> str:

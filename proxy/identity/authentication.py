@@ -1,4 +1,4 @@
-"""Identifies who sent a request: a user, or an admin.
+"""Identifies the user who sent a request; `admins` does so for admins.
 
 Keys are known by their SHA-256 only. The digest is looked up as a whole, so the time that this takes says nothing
 about the key. All keys that are not valid get the same answer, so a client that tries keys does not learn that one
@@ -6,7 +6,7 @@ was right once, or is right elsewhere. The log says which of these it was.
 """
 
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from proxy.config.loader import Config, HeaderSource
 from proxy.config.values import digest, is_email
@@ -16,6 +16,7 @@ from proxy.identity.directory import FILE, Directory, FileDirectory, OwnedKey, U
 from proxy.identity.header_sources import SentUser, is_from, refused, sent_user
 from proxy.identity.keys import PREFIX, id_of, presented_key
 from proxy.logs import LoggedCalls
+from proxy.policy.admin import Admin
 from proxy.policy.amounts import Uses
 from proxy.policy.catalog import Catalog, MatchedName
 from proxy.policy.key import TAG_CHARACTERS_MAX, Key
@@ -41,11 +42,10 @@ class Caller:
 
 
 class Authentication:
-    """Finds the user, or the admin, that a request comes from.
+    """Finds the user that a request comes from.
 
     `file` has the users of the configuration, and `directory` those of the database. `group_names` are the policy's,
-    in its order. `admin_keys` are the names of the admins by the digests of their keys. `sources` say in headers who
-    the user is. `now` gives ms since 1970.
+    in its order. `sources` say in headers who the user is. `now` gives ms since 1970.
     """
 
     def __init__(
@@ -54,7 +54,6 @@ class Authentication:
         directory: Directory,
         *,
         group_names: Iterable[str],
-        admin_keys: Mapping[str, str],
         now: Callable[[], int],
         sources: "HeaderSources | None" = None,
     ) -> None:
@@ -62,7 +61,6 @@ class Authentication:
         self._directory = directory
         # Nobody is put into the reserved groups, also by the database: they apply to all.
         self._group_names = tuple(name for name in group_names if name not in (EVERYONE, DEFAULT))
-        self._admin_keys = admin_keys
         self._now = now
         self._sources = sources or HeaderSources()
 
@@ -95,14 +93,6 @@ class Authentication:
         if owned.owner.source != FILE or self._file.key(hashed) is None:
             self._directory.note_used(owned.key)
         return caller
-
-    async def identify_admin(self, headers: Headers, peer: str | None) -> str:
-        """The name of the admin whose key is in these headers. Raises InvalidKey."""
-        name = self._admin_keys.get(digest(presented_key(headers)))
-        if name is None:
-            text = "This is not an admin key of this proxy. Use a key that is listed under `admin_keys`."
-            raise InvalidKey(text, reason="no admin key")
-        return name
 
     async def _identify_at(self, source: HeaderSource, headers: Headers) -> Caller:
         """The user whom a header source names: a linked user, or one of its own with the groups that it gives."""
@@ -226,6 +216,10 @@ class Snapshot:
     catalog: Catalog
     authentication: Authentication
     logged_calls: LoggedCalls = "all"
+    # Admins by the digests of their keys, the users of the file, and the names of the header sources.
+    admin_keys: Mapping[str, Admin] = field(default_factory=dict, repr=False)
+    file: FileDirectory = field(default_factory=lambda: FileDirectory(()), repr=False)
+    source_names: tuple[str, ...] = ()
 
     @classmethod
     def of(
@@ -236,15 +230,23 @@ class Snapshot:
         on_ignored_headers: Callable[[str], object] = lambda _: None,
     ) -> "Snapshot":
         """The snapshot of a valid file. `on_ignored_headers` is that of `HeaderSources`."""
+        file = FileDirectory(config.users)
         authentication = Authentication(
-            FileDirectory(config.users),
+            file,
             directory,
             group_names=config.policy.groups,
-            admin_keys=config.admin_keys,
             now=now,
             sources=HeaderSources(config.header_sources, on_ignored=on_ignored_headers),
         )
-        return cls(config.policy, config.catalog, authentication, config.log.calls)
+        return cls(
+            config.policy,
+            config.catalog,
+            authentication,
+            config.log.calls,
+            admin_keys=config.admin_keys,
+            file=file,
+            source_names=tuple(source.name for source in config.header_sources),
+        )
 
     def may_use(self, caller: Caller, model: MatchedName) -> bool:
         """Whether the caller may use this model: the user may, and the key does not exclude it."""

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable, Sequence
-from ipaddress import IPv4Address, IPv6Address, ip_address
+from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address
 
 from proxy.policy.key import Network, is_in
 
@@ -42,6 +42,18 @@ def parse_address(text: str | None) -> IpAddress | None:
         return None if text is None else ip_address(text.partition("%")[0])
     except ValueError:
         return None
+
+
+def shared_address(text: str) -> str:
+    """What counts as one client: an IPv4 address, or an IPv6 network of 64 bits. Any other text is left as it is.
+
+    A user of IPv6 usually has a whole /64 network, and could connect from another address of it each time.
+    """
+    address = parse_address(text)
+    if isinstance(address, IPv6Address):
+        # An IPv4 client of a dual-stack socket: ::ffff:192.0.2.1.
+        return str(address.ipv4_mapped or IPv6Network((int(address), 64), strict=False))
+    return text if address is None else str(address)
 
 
 def _without_port(text: str) -> str:

@@ -60,10 +60,11 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class Keep:
-    """How long usage records are kept, in ms (None: for ever): those of calls, and the sums of each day."""
+    """How long records are kept, in ms (None: for ever): those of calls, the sums of each day, and the audit log."""
 
     calls_ms: int | None = 90 * 86_400_000
     days_ms: int | None = 1100 * 86_400_000
+    audit_ms: int | None = 1100 * 86_400_000
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,6 @@ FORM_BYTES_MAX = 512 * 2**20
 # How long a body may pause. A client that stops in the middle would otherwise hold memory for as long as what it has
 # sent allows: half of 32 MiB is worth five minutes.
 _PAUSE_S = 30.0
-_TOO_LARGE = f"The request's body is larger than {REQUEST_BYTES_MAX} bytes."
 
 
 async def defer_continue(request: web.Request) -> None:
@@ -37,8 +36,12 @@ async def defer_continue(request: web.Request) -> None:
     """
 
 
-async def read_body(request: web.Request, limits: ConnectionLimits, share: BodyShare) -> bytearray:
+async def read_body(
+    request: web.Request, limits: ConnectionLimits, share: BodyShare, *, bytes_max: int = REQUEST_BYTES_MAX
+) -> bytearray:
     """The whole body, decompressed, in the memory of `share`. Call it only when the client's key has been checked.
+
+    It has at most `bytes_max` bytes, before and after decompression.
 
     It is not copied into `bytes`, because that blocks the event loop for 10 ms if the body is large.
 
@@ -47,12 +50,12 @@ async def read_body(request: web.Request, limits: ConnectionLimits, share: BodyS
     if request.content_type.startswith("multipart/"):
         raise UnsupportedEncoding("This endpoint takes JSON: send `Content-Type: application/json`.")
     decoder = _decoder_for(request)
-    if request.content_length is not None and request.content_length > REQUEST_BYTES_MAX:
-        raise BodyTooLarge(_TOO_LARGE)
+    if request.content_length is not None and request.content_length > bytes_max:
+        raise _too_large(bytes_max)
     await share.hold(request.content_length or 0)
     try:
         async with _receiving(request, limits) as on_received:
-            body = await _read_decoded(request, decoder, share, on_received)
+            body = await _read_decoded(request, decoder, share, bytes_max=bytes_max, on_received=on_received)
         if decoder is not None:
             decoder.end()
     except NotDecodable as error:
@@ -125,7 +128,12 @@ async def _send_continue(request: web.Request) -> None:
 
 
 async def _read_decoded(
-    request: web.Request, decoder: BodyDecoder | None, share: BodyShare, on_received: Callable[[int], None]
+    request: web.Request,
+    decoder: BodyDecoder | None,
+    share: BodyShare,
+    *,
+    bytes_max: int,
+    on_received: Callable[[int], None],
 ) -> bytearray:
     """Receive and decompress the body. Raises BodyTooLarge if it exceeds the limit before or after decompression."""
     received, body = 0, bytearray()
@@ -133,17 +141,21 @@ async def _read_decoded(
     async for chunk in request.content.iter_any():
         received += len(chunk)
         on_received(received)
-        if received > REQUEST_BYTES_MAX:
-            raise BodyTooLarge(_TOO_LARGE)
+        if received > bytes_max:
+            raise _too_large(bytes_max)
         for piece in (chunk,) if decoder is None else decoder.feed(chunk):
-            if len(body) + len(piece) > REQUEST_BYTES_MAX:
-                raise BodyTooLarge(_TOO_LARGE)
+            if len(body) + len(piece) > bytes_max:
+                raise _too_large(bytes_max)
             await share.hold(len(body) + len(piece))
             body += piece
             if len(piece) == PIECE_BYTES:
                 # One packet can decompress to 32 MiB. Other tasks get their turn after every 256 KiB.
                 await asyncio.sleep(0)
     return body
+
+
+def _too_large(bytes_max: int) -> BodyTooLarge:
+    return BodyTooLarge(f"The request's body is larger than {bytes_max} bytes.")
 
 
 def _decoder_for(request: web.Request) -> BodyDecoder | None:

@@ -31,7 +31,6 @@ version.
 
 import asyncio
 from http import HTTPStatus
-from ipaddress import IPv6Address, IPv6Network, ip_address
 from itertools import islice
 from typing import Any
 from weakref import WeakValueDictionary
@@ -43,6 +42,7 @@ from proxy.calls.log_line import LogLine
 from proxy.config.loader import ConnectionLimits
 from proxy.errors import BadFraming, ClientLeft, InternalError, ProxyError, TooManyConnections, TooSlow
 from proxy.formats.strict_json import dump
+from proxy.identity.client_address import shared_address
 from proxy.upstreams.headers import SERVER_NAME
 from proxy.web.middleware import LOG_LINE, REQUEST_ID, error_response
 from proxy.web.request_log import RequestLog
@@ -201,17 +201,8 @@ class _Connections(web.Server):
 
 
 def _address_of(peername: Any) -> str | None:
-    """What counts as one client address: an IPv4 address, or an IPv6 network of 64 bits. None for a Unix socket.
-
-    A user of IPv6 usually has a whole /64 network, and could connect from another address of it each time.
-    """
-    if not isinstance(peername, tuple):
-        return None
-    address = ip_address(peername[0].partition("%")[0])  # without the zone of a link-local address
-    if isinstance(address, IPv6Address):
-        # An IPv4 client of a dual-stack socket: ::ffff:192.0.2.1.
-        return str(address.ipv4_mapped or IPv6Network((int(address), 64), strict=False))
-    return str(address)
+    """What counts as one client address; None for a Unix socket."""
+    return shared_address(peername[0]) if isinstance(peername, tuple) else None
 
 
 class Connection(web.RequestHandler):
@@ -327,7 +318,7 @@ class Connection(web.RequestHandler):
         finished = await super().finish_response(request, resp, start_time)
         self._has_answered = True
         line = request.get(LOG_LINE)
-        if (line is None or line.caller is None) and not self.has_unread_answer:
+        if (line is None or not line.is_identified) and not self.has_unread_answer:
             self.has_key = False
         if self._messages:
             self._note_busy()

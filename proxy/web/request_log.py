@@ -75,7 +75,7 @@ class RequestLog:
         setting = self._logged_calls()
         if setting == "none" or (setting == "refusals" and line.error is None):
             return
-        if line.caller is not None:
+        if line.is_identified:
             log.info("request", **line.fields(status))
             return
         skipped = self._skipped_before(line)

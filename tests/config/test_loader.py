@@ -21,6 +21,7 @@ from proxy.config.loader import (
     read_capped,
 )
 from proxy.config.values import digest
+from proxy.policy.admin import Admin
 from proxy.policy.catalog import Allow, Model, Secret, Upstream
 from proxy.policy.key import Key
 from proxy.policy.policy import Group, Keep
@@ -120,7 +121,7 @@ def test_the_config_has_every_section():
         "*": Model("*", box, "*"),
     }
     assert {key: user.name for user in config.users for key in user.keys} == {digest(KEY): "alice"}
-    assert config.admin_keys == {digest("an-admins-key-of-some-length"): "ops"}
+    assert config.admin_keys == {digest("an-admins-key-of-some-length"): Admin("ops")}
     assert (policy.wait_s, policy.ledger_wait_s) == (30, 5)
     assert policy.keep == Keep(calls_ms=30 * 86_400_000, days_ms=None)
     assert load_text(SMALL).policy.keep == Keep()
@@ -369,6 +370,7 @@ def test_a_report_shows_the_first_hundred_mistakes():
         "server: {{api: {}}}",
         "default_upstream: {}",
         "admin_keys: {{{}: ops}}",
+        "admin_keys: {{{}: {{role: {}, groups: {}}}}}",
         "users: {{a: {{groups: [{}]}}}}",
         "users: {{a: {{keys: [{}, {}]}}}}",
         "users: {{a: {{keys: {}}}}}",
@@ -444,6 +446,8 @@ def test_the_example_shows_every_key():
         schema.Target,
         schema.Group,
         schema.Quota,
+        schema.Keep,
+        schema.AdminKey,
         schema.User,
         schema.UserKey,
         schema.Identity,

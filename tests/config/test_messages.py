@@ -36,8 +36,8 @@ QUOTA = "groups.staff.quotas.daily"
         (
             lambda: texts(server={"port": 1}),
             [
-                'server: "port" is not a key of server; write one of api, admin, cors, connections, '
-                "connections_per_address, trusted_proxies, body_memory"
+                'server: "port" is not a key of server; write one of api, admin, admin_url, admin_hosts, cors, '
+                "connections, connections_per_address, trusted_proxies, body_memory"
             ],
         ),
         (lambda: quota(tokns=1, per="day"), [f'{QUOTA}: "tokns" is not a key of a quota; did you mean "tokens"?']),

@@ -8,6 +8,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from proxy.config import values
 from proxy.config.schema import (
+    AdminKey,
     Allow,
     Count,
     File,
@@ -42,7 +43,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SMALLEST = {"upstreams": {"box": {"base_url": "http://box/v1"}}}
 SECTIONS = (
     *(File, Server, Log, Keep, Allow, Upstream, Target, Model, Group, Quota),
-    *(User, UserKey, Identity, IdentitySources, HeaderSource, MappedGroup, SignedHeader),
+    *(AdminKey, User, UserKey, Identity, IdentitySources, HeaderSource, MappedGroup, SignedHeader),
 )
 
 
@@ -205,6 +206,7 @@ def test_secrets_are_not_in_the_repr():
         (("groups", "g", "a"), Group),
         (("groups", "g", "quotas", "q", "a"), Quota),
         (("users", "u", "a"), User),
+        (("admin_keys", "ops", "a"), AdminKey),
     ],
 )
 def test_each_key_belongs_to_a_section(path, section):
@@ -273,7 +275,7 @@ def test_the_json_schema_rejects_what_the_file_rejects():
     assert all(part["additionalProperties"] is False for part in (whole, *whole["$defs"].values()))
     assert whole["properties"]["groups"]["additionalProperties"] is False
     assert list(whole["properties"]["groups"]["patternProperties"]) == [values.NAME.pattern]
-    assert json_schema().count('"null"') == 3
+    assert json_schema().count('"null"') == 4
     assert [whole["$defs"]["Keep"]["properties"][name]["type"] for name in ("calls", "days")] == [
         ["string", "null"]
     ] * 2

@@ -1,7 +1,6 @@
 """A user is identified by one exact key in one of three headers. Anything else is a 401 (T1 to T4, T8)."""
 
 import asyncio
-from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -28,17 +27,14 @@ ALICE = Caller("alice", ("staff",), ALICE_KEY, source="file")
 ALICE_OF_FILE = FileUser("alice", ("staff",), {digest(KEY): ALICE_KEY})
 
 
-def authentication(*users: FileUser, admin_keys: Mapping[str, str], directory: Directory) -> Authentication:
-    return Authentication(
-        FileDirectory(users), directory, group_names=["staff"], admin_keys=admin_keys, now=lambda: NOON
-    )
+def authentication(*users: FileUser, directory: Directory) -> Authentication:
+    return Authentication(FileDirectory(users), directory, group_names=["staff"], now=lambda: NOON)
 
 
 DELETED = NewKey("testtest22", "lqp_testtest22_abcdefghabcdefghabcdefghabcdefghb7Fzdc")
 DELETED_KEY = DELETED.text
 AUTHENTICATION = authentication(
     ALICE_OF_FILE,
-    admin_keys={digest(ADMIN_KEY): "ops"},
     directory=directory_of(keys={DELETED.digest: OwnedKey(Key(DELETED.id), UserId("database", "bob"))}),
 )
 
@@ -49,14 +45,10 @@ def identify(headers: Headers, authentication: Authentication = AUTHENTICATION) 
     return asyncio.run(authentication.identify(headers, PEER, PEER))
 
 
-def identify_admin(headers: Headers, authentication: Authentication = AUTHENTICATION) -> str:
-    return asyncio.run(authentication.identify_admin(headers, PEER))
-
-
-def refused(headers: Headers, check=identify) -> InvalidKey:
+def refused(headers: Headers) -> InvalidKey:
     """The 401 that these headers get."""
     with pytest.raises(InvalidKey) as caught:
-        check(headers)
+        identify(headers)
     return caught.value
 
 
@@ -260,41 +252,6 @@ def test_any_combination_of_headers_is_alice_or_a_401(headers):
     assert caller == ALICE
     assert KEY in sent
     assert not any(value.endswith(OTHER_KEY) and name in ("api-key", "X-Api-Key") for name, value in headers)
-
-
-# ------------------------------------------------------------------------------------------------------------- admins
-
-
-@pytest.mark.parametrize("headers", [[("Authorization", f"Bearer {ADMIN_KEY}")], [("x-api-key", ADMIN_KEY)]])
-def test_an_admin_is_known_by_name(headers):
-    """The log can then say who it was."""
-    assert identify_admin(headers) == "ops"
-
-
-@pytest.mark.parametrize(
-    "headers",
-    [
-        [],
-        [("Authorization", "Bearer ")],
-        [("Authorization", f"Bearer {KEY}")],
-        [("Authorization", f"Bearer {ADMIN_KEY}x")],
-        [("Authorization", f"Bearer {ADMIN_KEY}"), ("api-key", KEY)],
-        [("Authorization", f"Bearer {digest(ADMIN_KEY)}")],
-        [("Authorization", "Bearer ops")],
-    ],
-)
-def test_no_other_key_is_an_admins(headers):
-    """A user's key does not identify an admin (T84), and an admin's key does not identify a user."""
-    assert refused(headers, identify_admin).status == 401
-    refused([("x-api-key", ADMIN_KEY)], identify)
-
-
-def test_without_admin_keys_nobody_is_an_admin():
-    """Not even with an empty key, so an unset secret gives no access (T7)."""
-    without_admins = authentication(admin_keys={}, directory=directory_of())
-    for value in ("", " ", "Bearer ", "Bearer x"):
-        with pytest.raises(InvalidKey):
-            identify_admin([("Authorization", value)], without_admins)
 
 
 def test_the_text_of_what_identifies_has_no_digests():

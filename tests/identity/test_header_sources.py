@@ -59,7 +59,6 @@ class Door:
             FileDirectory([ALICE]),
             Directory(self.store, clock=lambda: 0.0, now=lambda: NOON),
             group_names=["everyone", "admins", "staff", "default", "lab", "guests"],
-            admin_keys={},
             now=lambda: NOON,
             sources=HeaderSources([source], on_ignored=self.ignored.append),
         )
@@ -398,7 +397,7 @@ def test_without_the_database_only_who_is_in_memory_is_known():
 def tags(key: Key) -> Callable[..., str]:
     file = FileDirectory([FileUser("bob", ("staff",), {digest(ALICE_KEY): key})])
     store = Directory(DirectoryStoreOf(), clock=lambda: 0.0, now=lambda: NOON)
-    authentication = Authentication(file, store, group_names=["staff"], admin_keys={}, now=lambda: NOON)
+    authentication = Authentication(file, store, group_names=["staff"], now=lambda: NOON)
 
     def sent(*values: str) -> str:
         headers = [("api-key", ALICE_KEY), *(("X-Quota-Tag", value) for value in values)]
@@ -571,7 +570,6 @@ def test_another_source_is_another_user():
         FileDirectory([]),
         store,
         group_names=["guests"],
-        admin_keys={},
         now=lambda: NOON,
         sources=HeaderSources([SOURCE, other]),
     )

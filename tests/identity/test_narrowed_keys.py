@@ -84,9 +84,7 @@ def test_the_models_of_a_key_are_an_own_list(tmp_path: Path):
 
 def identify(key: Key, groups: tuple[str, ...] = ("staff", "lab"), address: str | None = "10.0.0.7") -> Caller:
     file = FileDirectory([FileUser("alice", groups, {digest(KEY): key})])
-    authentication = Authentication(
-        file, directory_of(), group_names=["staff", "lab"], admin_keys={}, now=lambda: NOON
-    )
+    authentication = Authentication(file, directory_of(), group_names=["staff", "lab"], now=lambda: NOON)
     return asyncio.run(authentication.identify([("api-key", KEY)], "192.0.2.1", address))
 
 
@@ -106,9 +104,9 @@ def test_a_key_that_is_not_valid_here_and_now_is_a_401(key, reason):
         identify(key)
     with pytest.raises(InvalidKey) as unknown:
         asyncio.run(
-            Authentication(
-                FileDirectory([]), directory_of(), group_names=[], admin_keys={}, now=lambda: NOON
-            ).identify([("api-key", KEY)], "192.0.2.1", "192.0.2.1")
+            Authentication(FileDirectory([]), directory_of(), group_names=[], now=lambda: NOON).identify(
+                [("api-key", KEY)], "192.0.2.1", "192.0.2.1"
+            )
         )
     assert refused.value.reason == reason
     assert refused.value.body() == unknown.value.body()

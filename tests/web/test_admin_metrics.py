@@ -28,4 +28,5 @@ async def test_the_admin_listener_does_not_serve_the_api(tmp_path: Path) -> None
         headers = {"authorization": f"Bearer {key_of('alice')}"}
         async with on.http.get(f"{on.admin_url}/v1/models", headers=headers) as response:
             assert response.status == 404
-            assert (await response.json())["error"]["message"] == "Invalid URL (GET /v1/models)"
+            assert response.content_type == "application/problem+json"
+            assert (await response.json())["type"] == "/admin/api/problems/not-found"
