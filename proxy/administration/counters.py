@@ -289,10 +289,7 @@ async def reset(
     run = _reset_on_sqlite if change.connection.dialect.name == "sqlite" else _reset_on_postgres
     sums = await run(change.connection, chosen, emptied)
     done = Reset(
-        tuple(
-            ResetQuota(id, count, dict(zip(QUANTITIES, map(int, numbers), strict=True)))
-            for id, count, *numbers in map(tuple, sums)
-        )
+        tuple(ResetQuota(row[0], row[1], dict(zip(QUANTITIES, map(int, row[2:]), strict=True))) for row in sums)
     )
     change.note(
         {"used": {each.quota: each.used for each in done.quotas}},
