@@ -3,7 +3,7 @@
 A counter is shown as `policy.status` computes it, with the limits that grants have raised.
 """
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -134,17 +134,17 @@ async def counters(
 
 async def _of_user(
     connection: AsyncConnection, policy: Policy, asked: CounterFilter, quotas: Mapping[str, Quota], now: int
-) -> Iterator[CounterRecord]:
-    assert asked.user is not None
-    own = sa.select(table).where(table.c.subject == f"{_OF_USER}{asked.user}")
+) -> list[CounterRecord]:
+    user = asked.user or ""
+    own = sa.select(table).where(table.c.subject == f"{_OF_USER}{user}")
     found = counters_of((await connection.execute(own)).all())
     # Those that the user was counted in, and those that bind the user now: groups may have changed.
     bound = policy.all_quotas(tuple(name for name in policy.groups if name in asked.user_groups)).quotas
-    ids = {id for _, id in found} | {quota.id for quota in bound}
+    ids = {id for _, id in found if id in quotas and not quotas[id].shared} | {quota.id for quota in bound}
     chosen = [quotas[id] for id in sorted(ids) if id in quotas]
-    found |= await read_counters(connection, [quota.key_for(asked.user) for quota in chosen if quota.shared])
-    records = records_of(policy, ((quota, asked.user) for quota in chosen), found, now)
-    return (record for record in records if record.percent >= (asked.near or 0))
+    found |= await read_counters(connection, [quota.key_for(user) for quota in chosen if quota.shared])
+    records = (record_of(status_of(policy, quota, user, found, now), user) for quota in chosen)
+    return [record for record in records if record.percent >= (asked.near or 0)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +169,9 @@ async def _of_quotas(
                 break
             after = (row.quota_id, row.subject)
             quota, user = quotas[row.quota_id], row.subject.removeprefix(_OF_USER)
-            [record] = records_of(policy, [(quota, user)], counters_of([row]), page.now)
+            if quota.key_for(user)[0] != row.subject:
+                continue  # of each member from before the quota was shared, or the reverse
+            record = record_of(status_of(policy, quota, user, counters_of([row]), page.now), user)
             if record.percent >= (asked.near or 0):
                 found.append(record)
         is_last = len(rows) <= size and (not rows or after == (rows[-1].quota_id, rows[-1].subject))
@@ -190,14 +192,6 @@ def _open_counters(quota_ids: Sequence[str], now: int, *, is_near: bool) -> sa.S
 def _after(chosen: sa.Select[Any], after: tuple[str, str] | None) -> sa.Select[Any]:
     key = (table.c.quota_id, table.c.subject)
     return chosen.order_by(*key) if after is None else chosen.where(sa.tuple_(*key) > after).order_by(*key)
-
-
-def records_of(
-    policy: Policy, asked: Iterable[tuple[Quota, str]], found: Mapping[CounterKey, Counter], now: int
-) -> Iterator[CounterRecord]:
-    """Where users stand in quotas: a record for each pair of a quota and the name of a user."""
-    for quota, user in asked:
-        yield record_of(status_of(policy, quota, user, found, now), user)
 
 
 def status_of(policy: Policy, quota: Quota, user: str, found: Mapping[CounterKey, Counter], now: int) -> QuotaStatus:
@@ -289,7 +283,10 @@ async def reset(
     run = _reset_on_sqlite if change.connection.dialect.name == "sqlite" else _reset_on_postgres
     sums = await run(change.connection, chosen, emptied)
     done = Reset(
-        tuple(ResetQuota(row[0], row[1], dict(zip(QUANTITIES, map(int, row[2:]), strict=True))) for row in sums)
+        tuple(
+            ResetQuota(quota, number, dict(zip(QUANTITIES, map(int, numbers), strict=True)))
+            for quota, number, *numbers in map(tuple, sums)
+        )
     )
     change.note(
         {"used": {each.quota: each.used for each in done.quotas}},
