@@ -12,7 +12,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from proxy.administration.change import Change, ChangeRefused, NotFound
 from proxy.administration.pages import Page, Paging, cursor_of
-from proxy.ledger.queries import ledger_now, read_counters
+from proxy.ledger.queries import POSTGRES_NOW, ledger_now, read_counters
 from proxy.ledger.rows import counters_of
 from proxy.ledger.schema import counters as table
 from proxy.ledger.schema import crossings
@@ -20,10 +20,8 @@ from proxy.policy.amounts import QUANTITIES
 from proxy.policy.catalog import MatchedName
 from proxy.policy.policy import Policy
 from proxy.policy.quota import BoundQuotas, Counter, CounterKey, Quota
-from proxy.policy.status import QuotaStatus, quota_statuses
+from proxy.policy.status import NEAR_PERCENT, QuotaStatus, quota_statuses
 
-# Counters are noted from this percentage of a limit on.
-NEAR_MIN = 80
 _OF_USER = "user:"
 
 
@@ -43,8 +41,8 @@ class Level:
 class CounterRecord:
     """Where a user stands in a quota, or all members of its group together (`user` is None, a *pot*).
 
-    `limits` has what grants have added. The window has no instants before a call has opened it, unless it is one of
-    the calendar.
+    `limits` has what the running `grants` (their ids) have added. The window has no instants before a call has opened
+    it, unless it is one of the calendar.
     """
 
     user: str | None
@@ -57,6 +55,7 @@ class CounterRecord:
     opened_at: int | None
     resets_at: int | None
     limits: tuple[Level, ...]
+    grants: tuple[str, ...] = ()
 
     @property
     def percent(self) -> float:
@@ -124,8 +123,8 @@ async def counters(
     Those of one user come at once, and quotas that the user has not used are among them. Raises NotFound, and
     ChangeRefused for a cursor or a number that is not possible.
     """
-    if asked.near is not None and asked.near < NEAR_MIN:
-        raise ChangeRefused("near", f"counters are noted from {NEAR_MIN} % on: ask for {NEAR_MIN} or more")
+    if asked.near is not None and asked.near < NEAR_PERCENT:
+        raise ChangeRefused("near", f"counters are noted from {NEAR_PERCENT} % on: ask for {NEAR_PERCENT} or more")
     quotas = asked.quotas(policy)
     if asked.user is not None:
         return Page(tuple(await _of_user(connection, policy, asked, quotas, now)))
@@ -196,7 +195,8 @@ def _after(chosen: sa.Select[Any], after: tuple[str, str] | None) -> sa.Select[A
 
 def status_of(policy: Policy, quota: Quota, user: str, found: Mapping[CounterKey, Counter], now: int) -> QuotaStatus:
     """The status of a quota of the policy for a user, in the limits in force."""
-    return quota_statuses(BoundQuotas((quota,)).for_user(user), found, now)[quota.id]
+    bound = BoundQuotas((quota,), grants=policy.grants_on((quota,)))
+    return quota_statuses(bound.for_user(user), found, now)[quota.id]
 
 
 def record_of(status: QuotaStatus, user: str) -> CounterRecord:
@@ -223,6 +223,7 @@ def record_of(status: QuotaStatus, user: str) -> CounterRecord:
             )
             for limit in quota.limits
         ),
+        grants=tuple(grant.id for grant in status.grants),
     )
 
 
@@ -279,9 +280,12 @@ async def reset(
     at = await ledger_now(change.connection, now)
     used = [table.c[f"used_{quantity}"] for quantity in QUANTITIES]
     chosen = (*_conditions(policy, target, groups), table.c.resets_at > at, sa.or_(*(each > 0 for each in used)))
-    emptied = {each.name: 0 for each in used} | {"reset_at": at}
-    run = _reset_on_sqlite if change.connection.dialect.name == "sqlite" else _reset_on_postgres
-    sums = await run(change.connection, chosen, emptied)
+    emptied = {each.name: 0 for each in used}
+    if change.connection.dialect.name == "sqlite":
+        sums = await _reset_on_sqlite(change.connection, chosen, {**emptied, "reset_at": at})
+    else:
+        # After the lock was taken, for which this may have to wait: calls can expire until then.
+        sums = await _reset_on_postgres(change.connection, chosen, {**emptied, "reset_at": POSTGRES_NOW})
     done = Reset(
         tuple(
             ResetQuota(quota, number, dict(zip(QUANTITIES, map(int, numbers), strict=True)))
@@ -316,7 +320,7 @@ def _sums(of: Any) -> list[Any]:
 
 
 async def _reset_on_sqlite(
-    connection: AsyncConnection, chosen: Sequence[sa.ColumnElement[bool]], emptied: Mapping[str, int]
+    connection: AsyncConnection, chosen: Sequence[sa.ColumnElement[bool]], emptied: Mapping[str, object]
 ) -> Sequence[sa.Row[Any]]:
     """Both statements see the same rows, because the transaction has the database's one lock."""
     sums = sa.select(*_sums(table.c)).where(*chosen).group_by(table.c.quota_id).order_by(table.c.quota_id)
@@ -326,7 +330,7 @@ async def _reset_on_sqlite(
 
 
 async def _reset_on_postgres(
-    connection: AsyncConnection, chosen: Sequence[sa.ColumnElement[bool]], emptied: Mapping[str, int]
+    connection: AsyncConnection, chosen: Sequence[sa.ColumnElement[bool]], emptied: Mapping[str, object]
 ) -> Sequence[sa.Row[Any]]:
     """Rows are locked in the order in which batches of calls lock them (see `ledger.postgres`), so none deadlocks.
 

@@ -382,6 +382,15 @@ class Book:
         self.counters_changed.add(key)
 
 
+def reset(counter: Counter, at: int) -> Counter:
+    """The counter after an administrator has reset it at this instant (ms): nothing is used.
+
+    What is held, and the window, stay: calls in flight are charged to it when they end. `administration.counters`
+    does the same in the database, to many at once.
+    """
+    return replace(counter, used=NO_AMOUNT, reset_at=at)
+
+
 def split_charge(held_amounts: tuple[HeldAmount, ...], charge: Amount) -> list[Amount]:
     """What each held amount is charged. Every counter is charged the whole of `charge` once.
 

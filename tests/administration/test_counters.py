@@ -14,6 +14,8 @@ from proxy.ledger.book import Expire, Reserve, Settle
 from proxy.ledger.entry import CallLabels
 from proxy.ledger.schema import audit, crossings
 from proxy.ledger.schema import counters as table
+from proxy.policy.amounts import Measure
+from proxy.policy.quota import Grant, grants_by_quota
 from tests.builders import HOUR, NOON, binding, call, exactly, group, policy, quota
 
 STAFF = quota("staff/6h", tokens=1000, requests=50, per="6h", models=["small", "gpt-*"])
@@ -98,6 +100,27 @@ async def test_what_is_not_there_or_not_noted_is_refused(rows, asked, kind, fiel
     with pytest.raises(kind) as caught:
         await listed(rows, CounterFilter(**asked))
     assert caught.value.field == field
+
+
+async def test_what_grants_add_is_in_the_limit(filled):
+    """One for each member, one for bob alone, and one that has ended."""
+    given = [
+        Grant("grt_1", STAFF.id, None, Measure.TOKENS, 100, filled.now + 1),
+        Grant("grt_2", STAFF.id, "bob", Measure.TOKENS, 900, filled.now + 1),
+        Grant("grt_3", STAFF.id, None, Measure.TOKENS, 7, filled.now),
+        Grant("grt_4", POT.id, None, Measure.TOKENS, 5000, filled.now + 1),
+    ]
+    granted = replace(POLICY, grants=grants_by_quota(given))
+    ann, bob, pot = (await listed(filled, of=granted)).data
+    assert [(each.limits[0].limit, each.percent) for each in (ann, bob, pot)] == [
+        (1100, 9.1),
+        (2000, 45.0),
+        (10000, 50.0),
+    ]
+    assert (ann.grants, bob.grants, pot.grants) == (("grt_1",), ("grt_1", "grt_2"), ("grt_4",))
+    assert (await listed(filled, CounterFilter(near=80), of=granted)).data == ()
+    [of_bob] = (await listed(filled, CounterFilter(user="bob", quota=STAFF.id), of=granted)).data
+    assert of_bob == bob
 
 
 async def test_near_follows_the_limits_in_force_and_the_open_window(filled):
