@@ -9,12 +9,13 @@ from dataclasses import dataclass
 
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from proxy.administration.counters import NEAR_MIN, CounterFilter, CounterRecord, counters, quotas_of, status_of
+from proxy.administration.counters import CounterFilter, CounterRecord, counters, quotas_of, status_of
 from proxy.administration.pages import Page, Paging
 from proxy.administration.refusals import RefusalFilter, RefusalRecord, last_refusals
 from proxy.ledger.queries import HOUR_MS, read_counters
 from proxy.policy.policy import Policy
 from proxy.policy.quota import Counter, CounterKey, Quota
+from proxy.policy.status import NEAR_PERCENT
 
 # How many users of each kind are shown.
 _SHOWN = 100
@@ -57,7 +58,9 @@ async def attention(
 ) -> Attention:
     """What needs attention at `now` (ms, by the ledger's clock), in quotas of these groups (None: of all)."""
     refused = await last_refusals(connection, RefusalFilter(since=now - HOUR_MS, groups=groups), limit=_SHOWN)
-    near = await counters(connection, policy, CounterFilter(near=NEAR_MIN, groups=groups), Paging(limit=_SHOWN), now)
+    near = await counters(
+        connection, policy, CounterFilter(near=NEAR_PERCENT, groups=groups), Paging(limit=_SHOWN), now
+    )
     pots = [quota for quota in quotas_of(policy, groups).values() if quota.shared and quota.enforce != "shadow"]
     found = await read_counters(connection, [quota.key_for("") for quota in pots])
     forecasts = [each for quota in pots for each in _forecasts(policy, quota, found, now)]

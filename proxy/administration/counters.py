@@ -3,7 +3,7 @@
 A counter is shown as `policy.status` computes it, with the limits that grants have raised.
 """
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from proxy.administration.change import Change, ChangeRefused, NotFound
 from proxy.administration.pages import Page, Paging, cursor_of
-from proxy.ledger.queries import ledger_now, read_counters
+from proxy.ledger.queries import POSTGRES_NOW, ledger_now, read_counters
 from proxy.ledger.rows import counters_of
 from proxy.ledger.schema import counters as table
 from proxy.ledger.schema import crossings
@@ -20,10 +20,8 @@ from proxy.policy.amounts import QUANTITIES
 from proxy.policy.catalog import MatchedName
 from proxy.policy.policy import Policy
 from proxy.policy.quota import BoundQuotas, Counter, CounterKey, Quota
-from proxy.policy.status import QuotaStatus, quota_statuses
+from proxy.policy.status import NEAR_PERCENT, QuotaStatus, quota_statuses
 
-# Counters are noted from this percentage of a limit on.
-NEAR_MIN = 80
 _OF_USER = "user:"
 
 
@@ -43,8 +41,8 @@ class Level:
 class CounterRecord:
     """Where a user stands in a quota, or all members of its group together (`user` is None, a *pot*).
 
-    `limits` has what grants have added. The window has no instants before a call has opened it, unless it is one of
-    the calendar.
+    `limits` has what the running `grants` (their ids) have added. The window has no instants before a call has opened
+    it, unless it is one of the calendar.
     """
 
     user: str | None
@@ -57,6 +55,7 @@ class CounterRecord:
     opened_at: int | None
     resets_at: int | None
     limits: tuple[Level, ...]
+    grants: tuple[str, ...] = ()
 
     @property
     def percent(self) -> float:
@@ -124,8 +123,8 @@ async def counters(
     Those of one user come at once, and quotas that the user has not used are among them. Raises NotFound, and
     ChangeRefused for a cursor or a number that is not possible.
     """
-    if asked.near is not None and asked.near < NEAR_MIN:
-        raise ChangeRefused("near", f"counters are noted from {NEAR_MIN} % on: ask for {NEAR_MIN} or more")
+    if asked.near is not None and asked.near < NEAR_PERCENT:
+        raise ChangeRefused("near", f"counters are noted from {NEAR_PERCENT} % on: ask for {NEAR_PERCENT} or more")
     quotas = asked.quotas(policy)
     if asked.user is not None:
         return Page(tuple(await _of_user(connection, policy, asked, quotas, now)))
@@ -134,17 +133,17 @@ async def counters(
 
 async def _of_user(
     connection: AsyncConnection, policy: Policy, asked: CounterFilter, quotas: Mapping[str, Quota], now: int
-) -> Iterator[CounterRecord]:
-    assert asked.user is not None
-    own = sa.select(table).where(table.c.subject == f"{_OF_USER}{asked.user}")
+) -> list[CounterRecord]:
+    user = asked.user or ""
+    own = sa.select(table).where(table.c.subject == f"{_OF_USER}{user}")
     found = counters_of((await connection.execute(own)).all())
     # Those that the user was counted in, and those that bind the user now: groups may have changed.
     bound = policy.all_quotas(tuple(name for name in policy.groups if name in asked.user_groups)).quotas
-    ids = {id for _, id in found} | {quota.id for quota in bound}
+    ids = {id for _, id in found if id in quotas and not quotas[id].shared} | {quota.id for quota in bound}
     chosen = [quotas[id] for id in sorted(ids) if id in quotas]
-    found |= await read_counters(connection, [quota.key_for(asked.user) for quota in chosen if quota.shared])
-    records = records_of(policy, ((quota, asked.user) for quota in chosen), found, now)
-    return (record for record in records if record.percent >= (asked.near or 0))
+    found |= await read_counters(connection, [quota.key_for(user) for quota in chosen if quota.shared])
+    records = (record_of(status_of(policy, quota, user, found, now), user) for quota in chosen)
+    return [record for record in records if record.percent >= (asked.near or 0)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +168,9 @@ async def _of_quotas(
                 break
             after = (row.quota_id, row.subject)
             quota, user = quotas[row.quota_id], row.subject.removeprefix(_OF_USER)
-            [record] = records_of(policy, [(quota, user)], counters_of([row]), page.now)
+            if quota.key_for(user)[0] != row.subject:
+                continue  # of each member from before the quota was shared, or the reverse
+            record = record_of(status_of(policy, quota, user, counters_of([row]), page.now), user)
             if record.percent >= (asked.near or 0):
                 found.append(record)
         is_last = len(rows) <= size and (not rows or after == (rows[-1].quota_id, rows[-1].subject))
@@ -192,17 +193,10 @@ def _after(chosen: sa.Select[Any], after: tuple[str, str] | None) -> sa.Select[A
     return chosen.order_by(*key) if after is None else chosen.where(sa.tuple_(*key) > after).order_by(*key)
 
 
-def records_of(
-    policy: Policy, asked: Iterable[tuple[Quota, str]], found: Mapping[CounterKey, Counter], now: int
-) -> Iterator[CounterRecord]:
-    """Where users stand in quotas: a record for each pair of a quota and the name of a user."""
-    for quota, user in asked:
-        yield record_of(status_of(policy, quota, user, found, now), user)
-
-
 def status_of(policy: Policy, quota: Quota, user: str, found: Mapping[CounterKey, Counter], now: int) -> QuotaStatus:
     """The status of a quota of the policy for a user, in the limits in force."""
-    return quota_statuses(BoundQuotas((quota,)).for_user(user), found, now)[quota.id]
+    bound = BoundQuotas((quota,), grants=policy.grants_on((quota,)))
+    return quota_statuses(bound.for_user(user), found, now)[quota.id]
 
 
 def record_of(status: QuotaStatus, user: str) -> CounterRecord:
@@ -229,6 +223,7 @@ def record_of(status: QuotaStatus, user: str) -> CounterRecord:
             )
             for limit in quota.limits
         ),
+        grants=tuple(grant.id for grant in status.grants),
     )
 
 
@@ -285,13 +280,16 @@ async def reset(
     at = await ledger_now(change.connection, now)
     used = [table.c[f"used_{quantity}"] for quantity in QUANTITIES]
     chosen = (*_conditions(policy, target, groups), table.c.resets_at > at, sa.or_(*(each > 0 for each in used)))
-    emptied = {each.name: 0 for each in used} | {"reset_at": at}
-    run = _reset_on_sqlite if change.connection.dialect.name == "sqlite" else _reset_on_postgres
-    sums = await run(change.connection, chosen, emptied)
+    emptied = {each.name: 0 for each in used}
+    if change.connection.dialect.name == "sqlite":
+        sums = await _reset_on_sqlite(change.connection, chosen, {**emptied, "reset_at": at})
+    else:
+        # After the lock was taken, for which this may have to wait: calls can expire until then.
+        sums = await _reset_on_postgres(change.connection, chosen, {**emptied, "reset_at": POSTGRES_NOW})
     done = Reset(
         tuple(
-            ResetQuota(id, count, dict(zip(QUANTITIES, map(int, numbers), strict=True)))
-            for id, count, *numbers in map(tuple, sums)
+            ResetQuota(quota, number, dict(zip(QUANTITIES, map(int, numbers), strict=True)))
+            for quota, number, *numbers in map(tuple, sums)
         )
     )
     change.note(
@@ -322,7 +320,7 @@ def _sums(of: Any) -> list[Any]:
 
 
 async def _reset_on_sqlite(
-    connection: AsyncConnection, chosen: Sequence[sa.ColumnElement[bool]], emptied: Mapping[str, int]
+    connection: AsyncConnection, chosen: Sequence[sa.ColumnElement[bool]], emptied: Mapping[str, object]
 ) -> Sequence[sa.Row[Any]]:
     """Both statements see the same rows, because the transaction has the database's one lock."""
     sums = sa.select(*_sums(table.c)).where(*chosen).group_by(table.c.quota_id).order_by(table.c.quota_id)
@@ -332,7 +330,7 @@ async def _reset_on_sqlite(
 
 
 async def _reset_on_postgres(
-    connection: AsyncConnection, chosen: Sequence[sa.ColumnElement[bool]], emptied: Mapping[str, int]
+    connection: AsyncConnection, chosen: Sequence[sa.ColumnElement[bool]], emptied: Mapping[str, object]
 ) -> Sequence[sa.Row[Any]]:
     """Rows are locked in the order in which batches of calls lock them (see `ledger.postgres`), so none deadlocks.
 

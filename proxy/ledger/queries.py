@@ -22,6 +22,8 @@ DIMENSIONS: tuple[Dimension, ...] = get_args(Dimension)
 # The dimensions that the sums of days do not have.
 _OF_CALLS = ("hour", "key", "tag")
 HOUR_MS, DAY_MS = 3_600_000, 86_400_000
+# The time by the clock of a PostgreSQL database (ms), whenever it is computed.
+POSTGRES_NOW = sa.cast(sa.extract("epoch", sa.func.clock_timestamp()) * 1000, sa.BigInteger)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,8 +85,7 @@ async def ledger_now(connection: AsyncConnection, now: Callable[[], int]) -> int
     """The time by the clock that decides windows (ms): that of the database if processes share it, else `now`."""
     if connection.dialect.name == "sqlite":
         return now()
-    epoch = sa.extract("epoch", sa.func.clock_timestamp())
-    found: int = (await connection.execute(sa.select(sa.cast(epoch * 1000, sa.BigInteger)))).scalar_one()
+    found: int = (await connection.execute(sa.select(POSTGRES_NOW))).scalar_one()
     return found
 
 

@@ -19,6 +19,7 @@ from proxy.ledger.book import (
     Reply,
     Settle,
     Unknown,
+    reset,
     split_charge,
 )
 from proxy.ledger.entry import CallLabels, Entry, HeldAmount
@@ -1069,3 +1070,65 @@ def test_an_extend_that_needs_more_than_it_asks_for_is_rejected():
     """`least` is at most `output`."""
     with pytest.raises(ValueError, match="401 tokens at the least are more than the 400 asked for"):
         extend("1", ANN, 400, least=401)
+
+
+# ------------------------------------------------------------------------------------------------------------- resets
+
+
+def _reset(ledger: InMemoryLedger, each: Quota) -> None:
+    """An administrator resets ann's counter of a quota."""
+    ledger.counters[each.key_for("ann")] = reset(ledger.counters[each.key_for("ann")], ledger.now)
+
+
+def test_calls_in_flight_are_charged_to_a_counter_that_was_reset():
+    """They are extended in it too."""
+    ledger = InMemoryLedger(ANN, used={DAILY.id: 500})
+    ledger.apply(reserve("1", ANN, STREAM))
+    _reset(ledger, DAILY)
+    ledger.apply(extend("1", ANN, 900))
+    assert ledger.levels(DAILY) == (NO_AMOUNT, Amount(100, 900, 1))
+    ledger.apply(SETTLE)
+    assert ledger.levels(DAILY) == (Amount(90, 60, 1), NO_AMOUNT)
+
+
+def test_a_window_that_was_reset_keeps_its_start_and_its_end():
+    """They were announced. The window after it begins as ever."""
+    who = binding([SIX_HOURS])
+    ledger = InMemoryLedger(who, used={SIX_HOURS.id: 600})
+    ledger.now += HOUR
+    _reset(ledger, SIX_HOURS)
+    ledger.apply(reserve("1", who, CALL), SETTLE)
+    counter = ledger.counters[SIX_HOURS.key_for("ann")]
+    assert (counter.window, counter.used) == (Window(NOON, NOON + 6 * HOUR), Amount(90, 60, 1))
+    ledger.now = NOON + 7 * HOUR
+    ledger.apply(reserve("2", who, CALL), Release("2"))
+    assert not ledger.counters[SIX_HOURS.key_for("ann")].is_open
+
+
+@pytest.mark.parametrize(
+    ("reset_first", "used"),
+    [
+        pytest.param(True, Amount(90 + 9, 60, 2), id="reset, then expired: the charge is corrected"),
+        pytest.param(False, Amount(9, 0, 1), id="expired, then reset: there is nothing to correct"),
+    ],
+)
+def test_a_late_settle_corrects_only_a_charge_that_is_still_counted(reset_first, used):
+    """The call was charged its hold of 100 + 400 when it expired, and it used 90 + 60."""
+    ledger = InMemoryLedger(ANN)
+    ledger.apply(reserve("1", ANN, CALL))
+    for step in [_reset, None] if reset_first else [None, _reset]:
+        ledger.now += 1
+        if step is None:
+            ledger.apply(EXPIRE)
+        else:
+            step(ledger, DAILY)
+    ledger.apply(reserve("2", ANN, call(9)), Settle("2", exactly(9), "complete"), SETTLE)
+    assert ledger.levels(DAILY) == (used, NO_AMOUNT)
+
+
+def test_a_late_settle_of_a_call_whose_counter_was_deleted_writes_the_entry_only():
+    ledger = InMemoryLedger(ANN)
+    ledger.apply(reserve("1", ANN, CALL), EXPIRE)
+    ledger.counters.clear()
+    ledger.apply(SETTLE)
+    assert (ledger.counters, ledger.entries["1"].state) == ({}, "settled")
