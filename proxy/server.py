@@ -63,7 +63,10 @@ from proxy.web.admin.access import Access
 from proxy.web.admin.admin_keys import AdminKeys
 from proxy.web.admin.application import Admin
 from proxy.web.admin.directory import Users
+from proxy.web.admin.quotas import Quotas
+from proxy.web.admin.reports import Reports
 from proxy.web.admin.session import Sessions
+from proxy.web.admin.standing import Standing
 from proxy.web.health import Health
 from proxy.web.listener import Listener
 from proxy.web.live import Live
@@ -232,7 +235,7 @@ class Server:
             now=now,
             draw=draw,
         )
-        self.live.show_cooldowns(dispatcher.cooldowns.until)
+        self.live.show_cooldowns(dispatcher.cooldowns)
         return Relay(
             self.queue,
             dispatcher,
@@ -335,6 +338,16 @@ class Server:
             *Sessions(access).operations(),
             *Users(self.policies, self._users, now=self.ledger.now).operations(),
             *AdminKeys(self.policies, self._users, now=self.ledger.now).operations(),
+            *Quotas(self.policies, self._users, now=self.ledger.now).operations(),
+            *Standing(self.policies, self._users, now=self.ledger.now).operations(),
+            *Reports(
+                self.policies,
+                self._users,
+                access=access,
+                events=self.live.events,
+                made_version=lambda: self.refresh.policy_version,
+                now=self.ledger.now,
+            ).operations(),
         ]
         admin = Admin(
             self.metrics,

@@ -6,12 +6,14 @@ Users and keys of the file are read-only here: the error says where to change th
 import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from proxy.administration.change import Change, ChangeRefused, Changes, Conflict, NotFound, as_json, etag_of
+from proxy.administration.pages import Page, Paging
 from proxy.config import values
 from proxy.config.messages import did_you_mean
 from proxy.identity.database import (
@@ -178,17 +180,33 @@ class DirectoryAdministration:
         async with self.changes.database.read() as connection:
             return await self._user(connection, identity)
 
-    async def users(self, *, text: str = "", after: str = "", limit: int = 100) -> list[UserRecord]:
-        """The users of the database whose id or e-mail address has this text, in the order of their subjects.
+    async def users(self, paging: Paging, *, text: str = "", group: str | None = None) -> Page[UserRecord]:
+        """The users of the file by name, then those of the database by source and id.
 
-        `after` is the subject behind which the list begins. Users of the file are in the file.
+        Only those whose id or e-mail address has this text, and who are in this group. Groups that a header source
+        sends come with each request, and are not known here.
         """
-        name = users.c.source + ":" + users.c.id
-        found = sa.select(users).where(name > after).order_by(name).limit(min(limit, LISTED_MAX + 1))
-        if text:
-            found = found.where(_contains(users.c.id, text) | _contains(users.c.email, text))
+        after = paging.key(int, str, str)
+        found: list[UserRecord] = []
+        if after is None or not after[0]:
+            name = "" if after is None else after[2]
+            wanted = (user for user in self.file.users_after(name) if _matches(user, text, group))
+            found = [UserRecord(user.identity, user.groups) for user in islice(wanted, paging.size + 1)]
         async with self.changes.database.read() as connection:
-            return await _with_links(connection, [_user_record(row) for row in await connection.execute(found)])
+            if len(found) <= paging.size:
+                key = after[1:] if after is not None and after[0] else None
+                rows = await connection.execute(_listed_users(key, text, group).limit(paging.size + 1))
+                found += [_user_record(row) for row in rows if not self._is_in_file(row)]
+            records = await _with_links(connection, found[: paging.size + 1])
+        return paging.page(records, lambda record: self.place(record.identity), lambda record: record)
+
+    def _is_in_file(self, row: sa.Row[Any]) -> bool:
+        return row.source == FILE and self.file.user(row.id) is not None
+
+    def place(self, identity: UserId) -> tuple[int, str, str]:
+        """The place of a user in the list, as a cursor has it."""
+        is_of_file = identity.source == FILE and self.file.user(identity.id) is not None
+        return (0 if is_of_file else 1, identity.source, identity.id)
 
     async def add_user(
         self, id: str, *, groups: Sequence[str] = (), email: str | None = None, is_service: bool = False
@@ -607,6 +625,23 @@ class DirectoryAdministration:
                 hint = did_you_mean(name, known) or f"the file has {', '.join(known) or 'none'}"
                 raise ChangeRefused("group", f'there is no group "{name}"; {hint}')
         return [name for name in self.group_names if name in wanted]
+
+
+def _matches(user: User, text: str, group: str | None) -> bool:
+    """Whether a user of the file has this text in its name, and is in this group."""
+    return text.lower() in user.identity.id.lower() and (group is None or group in user.groups)
+
+
+def _listed_users(after: tuple[str, str] | None, text: str, group: str | None) -> sa.Select[Any]:
+    key = (users.c.source, users.c.id)
+    found = sa.select(users).where(sa.or_(users.c.source != FILE, users.c.forgotten_at.is_not(None))).order_by(*key)
+    if after is not None:
+        found = found.where(sa.tuple_(*key) > after)
+    if text:
+        found = found.where(_contains(users.c.id, text) | _contains(users.c.email, text))
+    if group is not None:
+        found = found.where(users.c.groups.contains(as_json(group), autoescape=True))
+    return found
 
 
 async def _update(change: Change, identity: UserId, **changed: object) -> None:

@@ -162,6 +162,11 @@ class PolicyAdministration:
         """The groups in the order of the policy."""
         return tuple(_group_records(self.file, await self.made()))
 
+    @staticmethod
+    def order_etag(records: Iterable[GroupRecord]) -> str:
+        """Changes with the order of the groups that were made at run time."""
+        return etag_of([record.name for record in records if record.origin == "database"])
+
     async def group(self, name: str) -> GroupRecord:
         """One group."""
         return _group_record(self.file, await self.made(), name)
@@ -283,7 +288,7 @@ class PolicyAdministration:
         async with self._policy_change("group.order", "groups") as change:
             before = await self._read(change)
             current = [group.name for group in before.groups]
-            change.check_match(etag_of(current))
+            change.check_match(self.order_etag(_group_records(self.file, before)))
             if sorted(names) != sorted(current):
                 own = ", ".join(current) or "none"
                 raise ChangeRefused("names", f"name each group that was made at run time once: {own}")

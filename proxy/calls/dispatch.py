@@ -43,12 +43,22 @@ from proxy.policy.catalog import Model, Upstream
 from proxy.policy.quota import Demand
 from proxy.upstreams.client import Answer, Upstreams
 from proxy.upstreams.models import ModelLists
-from proxy.upstreams.routing import UNREACHED_PAUSE_MS, Cooldowns, RoutingState, may_try_another_target, seconds_of
+from proxy.upstreams.routing import (
+    UNREACHED_PAUSE_MS,
+    Cooldowns,
+    LastFailure,
+    RoutingState,
+    may_try_another_target,
+    seconds_of,
+)
 from proxy.upstreams.spool import Spliced
 from proxy.upstreams.usage_option import UsageOptionCache, is_about_usage_option
 
 # The result of one attempt, as a label of the metric `llm_quota_tries`.
 AttemptOutcome = Literal["answered", "rejected", "limited", "failed", "unreachable", "timed_out", "broke_off"]
+
+# How much of the reason of an upstream's last failure is kept, in characters.
+_REASON_MAX = 300
 
 log = structlog.get_logger("tries")
 
@@ -298,6 +308,7 @@ class Dispatcher:
         self.metrics.attempts.labels(name, outcome).inc()
         log.debug("attempt", upstream=name, outcome=outcome, request=id)
         if outcome not in ("answered", "rejected"):
+            self.cooldowns.last[name] = LastFailure(self._now(), outcome, reason[:_REASON_MAX])
             log.warning("a try failed", upstream=name, outcome=outcome, request=id, reason=reason)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 
 from proxy.administration.directory import LISTED_MAX, ImportedUser, KeyLimits, KeyRecord, UserRecord
+from proxy.administration.pages import Paging, cursor_of
 from proxy.commands.context import (
     NO,
     WRONG,
@@ -206,10 +207,12 @@ def users() -> None:
 @click.option("--limit", type=click.IntRange(1, LISTED_MAX), default=100, show_default=True)
 @command_options
 def users_list(text: str, after: str, limit: int, path: str, as_json: bool) -> None:
-    """List the users of the database: those made here, and those whom header sources have named."""
+    """List the users: of the file, made here, and named by header sources."""
 
     async def work(context: Context) -> tuple[Config, list[UserRecord]]:
-        return context.config, await context.administration.users(text=text, after=after, limit=limit)
+        administration = context.administration
+        cursor = cursor_of(administration.place(UserId.of_subject(after))) if after else None
+        return context.config, list((await administration.users(Paging(cursor, limit), text=text)).data)
 
     _show_users(*run(path, work), as_json)
 

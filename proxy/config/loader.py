@@ -294,14 +294,24 @@ def _load(source: bytes, name: str, interpolator: Interpolator) -> Config:
     document = read_document(source, name, interpolator)
     if document.data is None:
         raise BadConfig(document.mistakes)
-    file, findings = read_file(document.data)
-    findings = (*findings, *_cross_section_findings(document, document.data))
+    file, findings = checked(document, document.data)
     mistakes = [document.locate(finding) for finding in findings if not document.is_bad(finding.path)]
     if file is None or mistakes or document.mistakes:
         raise BadConfig([*document.mistakes, *mistakes])
+    return config_of(file, document, document.data)
+
+
+def checked(document: Document, data: Mapping[str, object]) -> tuple[File | None, tuple[Finding, ...]]:
+    """The validated file, None if its shape has mistakes, and the mistakes of this data of a document."""
+    file, findings = read_file(data)
+    return file, (*findings, *_cross_section_findings(document, data))
+
+
+def config_of(file: File, document: Document, data: Mapping[str, object]) -> Config:
+    """The config of a file without mistakes."""
     return Config(
         settings=_settings(file),
-        policy=_policy(file, _hash(document.data)),
+        policy=_policy(file, _hash(data)),
         catalog=_catalog(file),
         users=tuple(_user(name, section, file) for name, section in file.users.items()),
         admin_keys=dict(_admin(name, section) for name, section in file.admin_keys.items()),

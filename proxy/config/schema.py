@@ -793,3 +793,9 @@ def _tidy(schema: dict[str, Any]) -> dict[str, Any]:
     if "patternProperties" in tidy:
         tidy["additionalProperties"] = False
     return tidy
+
+
+def field_schemas(section: type[Section]) -> dict[str, dict[str, Any]]:
+    """The JSON Schema of each field of a section, by its key."""
+    properties: dict[str, dict[str, Any]] = _tidy(section.model_json_schema())["properties"]
+    return properties

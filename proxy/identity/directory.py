@@ -5,8 +5,9 @@ Ids of two sources never mean the same user, so nobody becomes somebody else by 
 """
 
 import asyncio
+from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Hashable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
@@ -102,6 +103,14 @@ class FileDirectory:
             self._users[user.name] = User(owner, user.groups)
             self._linked.update({UserId(*identity): self._users[user.name] for identity in user.identities})
             self._keys.update({digest: OwnedKey(key, owner) for digest, key in user.keys.items()})
+        self._names: list[str] | None = None  # sorted; only administrators ask for it
+
+    def users_after(self, name: str) -> Iterator[User]:
+        """The users in the order of their names, beginning behind this one."""
+        if self._names is None:
+            self._names = sorted(self._users)
+        for index in range(bisect_right(self._names, name), len(self._names)):
+            yield self._users[self._names[index]]
 
     def user(self, name: str) -> User | None:
         """The user of this name; None if there is none."""

@@ -52,6 +52,15 @@ class _Failures:
 
 
 @dataclass(frozen=True, slots=True)
+class LastFailure:
+    """The last failure of an upstream: when (ms), what kind of outcome, and the reason that the log has."""
+
+    at: int
+    outcome: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class RoutingState:
     """The targets that one call may still be sent to, until the time `deadline` (ms).
 
@@ -85,6 +94,7 @@ class Cooldowns:
     """Which upstreams are in cooldown, as one process has seen it."""
 
     _failures: dict[Upstream, _Failures] = field(default_factory=dict)
+    last: dict[str, LastFailure] = field(default_factory=dict)  # by the names of upstreams
 
     def choose(self, targets: Sequence[Model], now: int, *, draw: int) -> Model:
         """One of these targets. `draw` is a random number ≥ 0 from a range far larger than any sum of weights.

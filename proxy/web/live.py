@@ -6,7 +6,7 @@ ledger ─┘    │          └────▶ Exchange ◀─▶ the other pr
 """
 
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
 from proxy import __version__
@@ -19,6 +19,7 @@ from proxy.ledger.replicas import Replicas
 from proxy.ledger.store import Store
 from proxy.policy.policy import Policy
 from proxy.policy.quota import BoundQuotas, CounterKey, Quota
+from proxy.upstreams.routing import Cooldowns
 from proxy.web.events import TICK_S, Events
 from proxy.web.exchange import EXCHANGE_S, Exchange
 
@@ -36,7 +37,7 @@ class Job(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Live:
-    """What happens in one process. `cooldowns` is set to what gives the ends of cooldowns (ms) by upstream."""
+    """What happens in one process."""
 
     activity: Activity
     events: Events
@@ -60,8 +61,8 @@ class Live:
             status,
         )
 
-    def show_cooldowns(self, cooldowns: Callable[[int], dict[str, int]]) -> None:
-        """Show these in the status: the ends of cooldowns (ms) by upstream, at an instant (ms)."""
+    def show_cooldowns(self, cooldowns: Cooldowns) -> None:
+        """Show these in the status, with the last failure of each upstream."""
         self._status.cooldowns = cooldowns
 
     def jobs(self) -> tuple[Job, ...]:
@@ -92,7 +93,7 @@ class _Status:
     """What a process tells of itself."""
 
     def __init__(self, ledger: Ledger, policies: Policies[Snapshot], activity: Activity) -> None:
-        self.cooldowns: Callable[[int], dict[str, int]] = lambda now: {}
+        self.cooldowns = Cooldowns()
         self._ledger = ledger
         self._policies = policies
         self._activity = activity
@@ -112,7 +113,7 @@ class _Status:
     def whole(self) -> dict[str, object]:
         """What the process writes every few seconds."""
         now, snapshot = self._ledger.now(), self._policies.current
-        cooldowns = self.cooldowns(now)
+        cooldowns, last = self.cooldowns.until(now), self.cooldowns.last
         return {
             **self.health(),
             "version": __version__,
@@ -120,7 +121,12 @@ class _Status:
             "commit_ms": self._ledger.commit_ms,
             "calls_in_flight": len(self._activity.calls),
             "upstreams": [
-                {"name": name, "cooldown_until_at": cooldowns.get(name)} for name in snapshot.catalog.upstreams
+                {
+                    "name": name,
+                    "cooldown_until_at": cooldowns.get(name),
+                    "last_failure": None if name not in last else asdict(last[name]),
+                }
+                for name in snapshot.catalog.upstreams
             ],
         }
 

@@ -10,6 +10,7 @@ import sqlalchemy as sa
 
 from proxy.administration.change import Author, ChangeRefused, Changes
 from proxy.administration.directory import DirectoryAdministration, ImportedUser, KeyLimits
+from proxy.administration.pages import Paging
 from proxy.config.loader import FileUser
 from proxy.config.values import digest
 from proxy.identity.database import DirectoryDatabase
@@ -163,11 +164,12 @@ async def test_users_are_listed_in_pages_and_found_by_a_text(admin):
     for name in ("Ann", "a%b", "a_b", "zoë"):
         await admin.add_user(name, email=f"{len(name)}@example.org" if name == "Ann" else None)
     await admin.changes.database.add_seen_user(UserId("webui", "1"), None, users_max=5)
-    listed = [each.identity.subject for each in await admin.users()]
+    listed = [each.identity.subject for each in (await admin.users(Paging())).data]
     assert listed == sorted(listed)
-    assert [each.identity.subject for each in await admin.users(after=listed[1], limit=2)] == listed[2:4]
+    second = Paging((await admin.users(Paging(limit=2))).next, 2)
+    assert [each.identity.subject for each in (await admin.users(second)).data] == listed[2:4]
     for text, found in (("ann", ["Ann"]), ("%", ["a%b"]), ("_", ["a_b"]), ("ZO", ["zoë"]), ("3@EX", ["Ann"])):
-        assert [each.identity.id for each in await admin.users(text=text)] == found
+        assert [each.identity.id for each in (await admin.users(Paging(), text=text)).data] == found
 
 
 async def test_a_user_of_a_header_source_can_be_another_user(admin):

@@ -41,6 +41,7 @@ class UserQuery(PageQuery):
     """Which users are asked for."""
 
     text: str = Field("", max_length=300, description="Only users whose id or e-mail address contains this.")
+    group: str | None = Field(None, max_length=100, description="Only users in this group.")
 
 
 class NewUser(Fields):
@@ -200,7 +201,13 @@ class Users:
         created: dict[str, Any] = {"status": 201, "is_repeatable": True}
         edited: dict[str, Any] = {"needs_match": True}
         return [
-            reads("/users", self._list, "List the users of the database.", Page[UserAnswer], query=UserQuery),
+            reads(
+                "/users",
+                self._list,
+                "List the users.",
+                Page[UserAnswer],
+                query=UserQuery,
+            ),
             changes("POST", "/users", self._add, "Add a user.", UserAnswer, body=NewUser, **created),
             changes("POST", "/users/import", self._import, "Add or set many users.", Imported, body=ImportFields),
             reads(one, self._show, "Show a user, by its name in records.", UserAnswer),
@@ -267,20 +274,13 @@ class Users:
         ]
 
     def _administration(self, request: AdminRequest[Any, Any]) -> DirectoryAdministration:
-        snapshot = self._policies.current
-        return DirectoryAdministration(
-            request.changes(self._database, self._now),
-            snapshot.file,
-            group_names=tuple(snapshot.policy.groups),
-            source_names=snapshot.source_names,
-        )
+        return administration_of(request, self._policies, self._database, self._now)
 
     async def _list(self, request: AdminRequest[UserQuery, None]) -> Page[UserAnswer]:
         query = request.query
         paging = Paging(query.after, query.limit)
-        [after] = paging.key(str) or [""]
-        records = await self._administration(request).users(text=query.text, after=after, limit=paging.size + 1)
-        return paging.page(records, lambda record: (record.identity.subject,), _user)
+        page = await self._administration(request).users(paging, text=query.text, group=query.group)
+        return Page(tuple(map(_user, page.data)), page.next)
 
     async def _add(self, request: AdminRequest[ChangeQuery, NewUser]) -> Answer:
         body = request.body
@@ -364,6 +364,23 @@ class Users:
     async def _revoke(self, request: AdminRequest[ChangeQuery, Cut]) -> Answer:
         record = await self._administration(request).revoke_key(request.path["id"], cut=request.body.cut)
         return _key_answer(record)
+
+
+def administration_of(
+    request: AdminRequest[Any, Any],
+    policies: Policies[Snapshot],
+    database: DirectoryDatabase,
+    now: Callable[[], int],
+) -> DirectoryAdministration:
+    """What makes the changes of users and keys of a request. `now` gives ms since 1970."""
+    snapshot = policies.current
+    return DirectoryAdministration(
+        request.changes(database, now),
+        snapshot.file,
+        group_names=tuple(snapshot.policy.groups),
+        source_names=snapshot.source_names,
+        file_group_names=tuple(policies.file.policy.groups),
+    )
 
 
 def _user(record: UserRecord) -> UserAnswer:

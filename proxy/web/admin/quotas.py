@@ -1,0 +1,410 @@
+"""Groups, their quotas and members, and grants: `/admin/api/groups`, `/quotas` and `/grants`.
+
+The fields of a quota are made from the model of the file, so a new kind of limit appears here by itself. They are
+checked by the code that checks the file.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from pydantic import Field, WithJsonSchema, create_model
+
+from proxy.administration.change import ChangeRefused, NotFound
+from proxy.administration.directory import DirectoryAdministration
+from proxy.administration.effects import Effects
+from proxy.administration.grants import GrantAdministration, GrantRecord, NewGrant
+from proxy.administration.pages import Page, Paging
+from proxy.administration.policy import GroupRecord, ModelQuota, PolicyAdministration, QuotaRecord, QuotaSet
+from proxy.config.reload import Policies
+from proxy.config.schema import Quota as QuotaSection
+from proxy.config.schema import field_schemas
+from proxy.identity.authentication import Snapshot
+from proxy.identity.database import DirectoryDatabase
+from proxy.web.admin.directory import UserAnswer, administration_of
+from proxy.web.admin.operations import (
+    ALL_ROLES,
+    MANAGERS,
+    AdminRequest,
+    Answer,
+    ChangeQuery,
+    Fields,
+    Instant,
+    NoQuery,
+    Operation,
+    PageQuery,
+    changes,
+    reads,
+)
+
+
+def _quota_fields() -> dict[str, Any]:
+    """A field for each of the file's, which takes what the file takes, and null for none."""
+    made: dict[str, Any] = {}
+    for name, schema in field_schemas(QuotaSection).items():
+        taken = {"anyOf": [{key: value for key, value in schema.items() if key != "description"}, {"type": "null"}]}
+        made[name] = (Annotated[Any, WithJsonSchema(taken)], Field(None, description=schema.get("description")))
+    return made
+
+
+QuotaFields: type[Fields] = create_model("QuotaFields", __base__=Fields, **_quota_fields())
+QuotaFields.__doc__ = "The fields of a quota, as in the file. One that is not there, or null, has its default."
+
+_SetQuota: type[Fields] = create_model(
+    "SetQuota", __base__=Fields, name=(str, Field(max_length=100)), **_quota_fields()
+)
+_SetModelQuota: type[Fields] = create_model(
+    "SetModelQuota",
+    __base__=Fields,
+    group=(str, Field(max_length=100)),
+    name=(str | None, Field(None, max_length=100, description="Default: derived from the model's name.")),
+    **{name: field for name, field in _quota_fields().items() if name != "models"},
+)
+QuotaSetFields: type[Fields] = create_model(
+    "QuotaSetFields", __base__=Fields, quotas=(tuple[_SetQuota, ...], Field(max_length=1000))
+)
+ModelQuotaFields: type[Fields] = create_model(
+    "ModelQuotaFields",
+    __base__=Fields,
+    model=(str, Field(max_length=200)),
+    quotas=(tuple[_SetModelQuota, ...], Field(max_length=1000)),
+)
+
+
+class QuotaQuery(Fields):
+    """Which quotas are asked for."""
+
+    group: str | None = Field(None, max_length=100, description="Only quotas of this group.")
+    model: str | None = Field(None, max_length=200, description="Only quotas whose models are this name alone.")
+
+
+class GroupFields(Fields):
+    """What can be set of a group."""
+
+    models: tuple[str, ...] | None = Field(
+        None, max_length=1000, description="The models that its members may use, by name or pattern. Null: no list."
+    )
+    unlimited: bool = Field(False, description="Whether its members have no limits, except those of everyone.")
+
+
+class NewGroup(GroupFields):
+    """A group that is to be made."""
+
+    name: str = Field(max_length=100)
+
+
+class GroupOrder(Fields):
+    """The groups that were made at run time, each once, in the order in which they admit calls."""
+
+    names: tuple[str, ...] = Field(max_length=1000)
+
+
+class GrantQuery(PageQuery):
+    """Which grants are asked for."""
+
+    quota: str | None = Field(None, max_length=201, description="Only grants on the quota of this id.")
+    user: str | None = Field(None, max_length=400, description="Only grants for this user.")
+    ended: bool = Field(False, description="Whether grants that have ended are listed too.")
+
+
+class NewGrantFields(Fields):
+    """So much more of a quota, until an instant."""
+
+    quota: str = Field(max_length=201, description="The quota's id, such as staff/daily.")
+    user: str | None = Field(
+        None, max_length=400, description="Whose limit it raises. Null: that of each member, or of the pot."
+    )
+    measure: str = Field(max_length=100, description="What it is of: a measure that the quota limits.")
+    amount: int = Field(ge=1, le=2**53)
+    until: Instant = Field(description="When it ends (ms).")
+    reason: str = Field(min_length=1, max_length=500)
+
+
+@dataclass(frozen=True, slots=True)
+class QuotaAnswer:
+    """A quota after a change, and what the change does."""
+
+    quota: QuotaRecord
+    effects: Effects
+
+
+@dataclass(frozen=True, slots=True)
+class QuotaSetAnswer:
+    """Quotas after a change of all of them, and what the change does."""
+
+    data: tuple[QuotaRecord, ...]
+    effects: Effects
+
+
+@dataclass(frozen=True, slots=True)
+class GroupAnswer:
+    """A group after a change, and what the change does."""
+
+    group: GroupRecord
+    effects: Effects
+
+
+@dataclass(frozen=True, slots=True)
+class GroupListAnswer:
+    """The groups after a change of their order, and what the change does."""
+
+    data: tuple[GroupRecord, ...]
+    effects: Effects
+
+
+@dataclass(frozen=True, slots=True)
+class GroupList:
+    """The groups, in the order in which they admit calls."""
+
+    data: tuple[GroupRecord, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class QuotaList:
+    """Quotas, in the order of the policy."""
+
+    data: tuple[QuotaRecord, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class EffectsAnswer:
+    """What a change does."""
+
+    effects: Effects
+
+
+class Quotas:
+    """The groups, quotas and grants. `now` gives ms since 1970."""
+
+    def __init__(self, policies: Policies[Snapshot], database: DirectoryDatabase, *, now: Callable[[], int]) -> None:
+        self._policies = policies
+        self._database = database
+        self._now = now
+
+    def operations(self) -> list[Operation]:
+        """The rows."""
+        return [*self._group_operations(), *self._quota_operations(), *self._grant_operations()]
+
+    def _group_operations(self) -> list[Operation]:
+        one, member = "/groups/{group}", "/groups/{group}/members/{user}"
+        edited: dict[str, Any] = {"needs_match": True}
+        return [
+            reads("/groups", self._groups, "List the groups in their order.", GroupList, roles=ALL_ROLES),
+            changes(
+                *("POST", "/groups", self._create_group, "Make a group, behind the others.", GroupAnswer),
+                body=NewGroup,
+                status=201,
+                is_repeatable=True,
+            ),
+            changes("PUT", "/groups", self._order, "Order the groups.", GroupListAnswer, body=GroupOrder, **edited),
+            reads(one, self._group, "Show a group.", GroupRecord, roles=ALL_ROLES),
+            changes("PUT", one, self._set_group, "Change a group.", GroupAnswer, body=GroupFields, **edited),
+            changes("DELETE", one, self._delete_group, "Delete a group with its quotas.", EffectsAnswer, **edited),
+            reads(
+                *(f"{one}/members", self._members, "List the members of a group.", Page[UserAnswer]),
+                query=PageQuery,
+                roles=ALL_ROLES,
+            ),
+            changes("PUT", member, self._add_member, "Put a user into a group.", UserAnswer),
+            changes("DELETE", member, self._remove_member, "Take a user out of a group.", UserAnswer),
+        ]
+
+    def _quota_operations(self) -> list[Operation]:
+        of_group, one = "/groups/{group}/quotas", "/groups/{group}/quotas/{name}"
+        edited: dict[str, Any] = {"needs_match": True}
+        return [
+            reads("/quotas", self._quotas, "List the quotas.", QuotaList, query=QuotaQuery, roles=ALL_ROLES),
+            changes(
+                *("PUT", "/quotas", self._set_model, "Replace all quotas for one model, of all groups."),
+                QuotaSetAnswer,
+                body=ModelQuotaFields,
+                **edited,
+            ),
+            reads(of_group, self._of_group, "List the quotas of a group.", QuotaList, roles=ALL_ROLES),
+            changes(
+                *("PUT", of_group, self._set_all, "Replace all quotas of a group.", QuotaSetAnswer),
+                body=QuotaSetFields,
+                **edited,
+            ),
+            reads(one, self._quota, "Show a quota.", QuotaRecord, roles=ALL_ROLES),
+            changes(
+                *("PUT", one, self._set, "Make a quota, or change it; its usage stays.", QuotaAnswer),
+                body=QuotaFields,
+                may_create=True,
+                **edited,
+            ),
+            changes("DELETE", one, self._delete, "Delete a quota.", EffectsAnswer, **edited),
+        ]
+
+    def _grant_operations(self) -> list[Operation]:
+        return [
+            reads("/grants", self._grants, "List grants.", Page[GrantRecord], query=GrantQuery, roles=ALL_ROLES),
+            changes(
+                *("POST", "/grants", self._create_grant, "Raise a limit until an instant.", GrantRecord),
+                body=NewGrantFields,
+                status=201,
+                is_repeatable=True,
+                roles=MANAGERS,
+            ),
+            reads("/grants/{id}", self._grant, "Show a grant.", GrantRecord, roles=ALL_ROLES),
+            changes("DELETE", "/grants/{id}", self._end_grant, "End a grant now.", GrantRecord, roles=MANAGERS),
+        ]
+
+    def _policy(self, request: AdminRequest[Any, Any]) -> PolicyAdministration:
+        return PolicyAdministration(request.changes(self._database, self._now), self._policies.file)
+
+    def _directory(self, request: AdminRequest[Any, Any]) -> DirectoryAdministration:
+        return administration_of(request, self._policies, self._database, self._now)
+
+    def _granting(self, request: AdminRequest[Any, Any]) -> GrantAdministration:
+        admin = request.admin
+        up_to = admin.grant_up_to if admin.role == "manager" else None
+        return GrantAdministration(request.changes(self._database, self._now), self._policies.config, up_to)
+
+    # Groups
+
+    async def _groups(self, request: AdminRequest[NoQuery, None]) -> Answer:
+        records = await self._policy(request).groups()
+        shown = tuple(each for each in records if _sees(request, each.name))
+        return Answer(GroupList(shown), etag=PolicyAdministration.order_etag(records))
+
+    async def _group(self, request: AdminRequest[NoQuery, None]) -> Answer:
+        record = await self._policy(request).group(_group_of(request))
+        return Answer(record, etag=record.etag)
+
+    async def _create_group(self, request: AdminRequest[ChangeQuery, NewGroup]) -> Answer:
+        body = request.body
+        record, effects = await self._policy(request).create_group(
+            body.name, models=body.models, unlimited=body.unlimited
+        )
+        return Answer(GroupAnswer(record, effects), etag=record.etag)
+
+    async def _set_group(self, request: AdminRequest[ChangeQuery, GroupFields]) -> Answer:
+        body = request.body
+        record, effects = await self._policy(request).set_group(
+            _group_of(request), models=body.models, unlimited=body.unlimited
+        )
+        return Answer(GroupAnswer(record, effects), etag=record.etag)
+
+    async def _delete_group(self, request: AdminRequest[ChangeQuery, None]) -> EffectsAnswer:
+        return EffectsAnswer(await self._policy(request).delete_group(_group_of(request)))
+
+    async def _order(self, request: AdminRequest[ChangeQuery, GroupOrder]) -> Answer:
+        records, effects = await self._policy(request).order_groups(request.body.names)
+        return Answer(GroupListAnswer(records, effects), etag=PolicyAdministration.order_etag(records))
+
+    async def _members(self, request: AdminRequest[PageQuery, None]) -> Page[UserAnswer]:
+        paging = Paging(request.query.after, request.query.limit)
+        page = await self._directory(request).users(paging, group=_group_of(request))
+        return Page(tuple(UserAnswer(**record.as_json()) for record in page.data), page.next)
+
+    async def _add_member(self, request: AdminRequest[ChangeQuery, None]) -> UserAnswer:
+        return await self._set_member(request, is_member=True)
+
+    async def _remove_member(self, request: AdminRequest[ChangeQuery, None]) -> UserAnswer:
+        return await self._set_member(request, is_member=False)
+
+    async def _set_member(self, request: AdminRequest[ChangeQuery, None], *, is_member: bool) -> UserAnswer:
+        directory = self._directory(request)
+        user = directory.resolve(request.path["user"])
+        record = await directory.set_member(request.path["group"], user, is_member=is_member)
+        return UserAnswer(**record.as_json())
+
+    # Quotas
+
+    async def _quotas(self, request: AdminRequest[QuotaQuery, None]) -> Answer:
+        query = request.query
+        return _list(request, await self._policy(request).quotas(group=query.group, model=query.model))
+
+    async def _of_group(self, request: AdminRequest[NoQuery, None]) -> Answer:
+        return _list(request, await self._policy(request).quotas(group=_group_of(request)))
+
+    async def _quota(self, request: AdminRequest[NoQuery, None]) -> Answer:
+        record = await self._policy(request).quota(_group_of(request), request.path["name"])
+        return Answer(record, etag=record.etag)
+
+    async def _set(self, request: AdminRequest[ChangeQuery, Any]) -> Answer:
+        record, effects = await self._policy(request).set_quota(
+            request.path["group"], request.path["name"], _given(request.body)
+        )
+        return Answer(QuotaAnswer(record, effects), etag=record.etag)
+
+    async def _delete(self, request: AdminRequest[ChangeQuery, None]) -> EffectsAnswer:
+        return EffectsAnswer(await self._policy(request).delete_quota(request.path["group"], request.path["name"]))
+
+    async def _set_all(self, request: AdminRequest[ChangeQuery, Any]) -> Answer:
+        wanted: dict[str, Mapping[str, object]] = {}
+        for each in request.body.quotas:
+            if each.name in wanted:
+                raise ChangeRefused("quotas.name", f"{each.name} is there twice; give each quota its own name")
+            wanted[each.name] = _given(each, "name")
+        found, effects = await self._policy(request).set_quotas(request.path["group"], wanted)
+        return Answer(QuotaSetAnswer(found.data, effects), etag=found.etag)
+
+    async def _set_model(self, request: AdminRequest[ChangeQuery, Any]) -> Answer:
+        body = request.body
+        wanted = [ModelQuota(each.group, _given(each, "group", "name"), each.name) for each in body.quotas]
+        found, effects = await self._policy(request).set_model_quotas(body.model, wanted)
+        return Answer(QuotaSetAnswer(found.data, effects), etag=found.etag)
+
+    # Grants
+
+    async def _grants(self, request: AdminRequest[GrantQuery, None]) -> Page[GrantRecord]:
+        query = request.query
+        return await self._granting(request).grants(
+            quota=query.quota,
+            user=query.user,
+            groups=request.groups,
+            ended=query.ended,
+            paging=Paging(query.after, query.limit),
+        )
+
+    async def _grant(self, request: AdminRequest[NoQuery, None]) -> GrantRecord:
+        return await self._visible_grant(request)
+
+    async def _create_grant(self, request: AdminRequest[ChangeQuery, NewGrantFields]) -> GrantRecord:
+        body = request.body
+        user = body.user
+        _check_sees_quota(request, body.quota)
+        if user is not None:
+            directory = self._directory(request)
+            user = (await directory.user(directory.resolve(user))).identity.subject
+        return await self._granting(request).create(
+            NewGrant(body.quota, user, body.measure, body.amount, body.until, body.reason)
+        )
+
+    async def _end_grant(self, request: AdminRequest[ChangeQuery, None]) -> GrantRecord:
+        return await self._granting(request).end((await self._visible_grant(request)).id)
+
+    async def _visible_grant(self, request: AdminRequest[Any, Any]) -> GrantRecord:
+        record = await self._granting(request).grant(request.path["id"])
+        if not _sees(request, record.quota.partition("/")[0]):
+            raise NotFound("grant", "there is no grant with this id; list them to see their ids")
+        return record
+
+
+def _sees(request: AdminRequest[Any, Any], group: str) -> bool:
+    return request.groups is None or group in request.groups
+
+
+def _group_of(request: AdminRequest[Any, Any]) -> str:
+    """The group in the path. Raises NotFound if the admin sees nothing of it."""
+    name = request.path["group"]
+    if not _sees(request, name):
+        raise NotFound("group", f'there is no group "{name}"; list them to see their names')
+    return name
+
+
+def _check_sees_quota(request: AdminRequest[Any, Any], id: str) -> None:
+    if not _sees(request, id.partition("/")[0]):
+        raise NotFound("quota", f"there is no quota {id}; list them to see their ids")
+
+
+def _list(request: AdminRequest[Any, Any], found: QuotaSet) -> Answer:
+    shown = tuple(each for each in found.data if _sees(request, each.group))
+    return Answer(QuotaList(shown), etag=found.etag)
+
+
+def _given(body: Fields, *without: str) -> dict[str, object]:
+    """The fields of a quota that are there."""
+    return {name: value for name, value in body.model_dump(exclude_unset=True).items() if name not in without}

@@ -1,0 +1,394 @@
+"""What is in force and what happened: usage, models, upstreams, policy, replicas, the audit log, events."""
+
+import io
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import asdict, dataclass, fields
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+from aiohttp import web
+from pydantic import Field
+
+from proxy.administration.audit import AuditFilter, AuditRecord, audit
+from proxy.administration.csv import write_csv
+from proxy.administration.pages import Page, Paging
+from proxy.administration.replicas import ReplicaRecord, replicas
+from proxy.config.reload import Policies, Reload
+from proxy.config.sentences import sentences
+from proxy.errors import InvalidKey
+from proxy.identity.authentication import Snapshot
+from proxy.identity.database import DirectoryDatabase
+from proxy.ledger.queries import DAY_MS, Asked, Dimension, Used, usage
+from proxy.ledger.store import Connection, StoreUnavailable
+from proxy.policy.catalog import Model
+from proxy.web.admin.access import Access
+from proxy.web.admin.operations import (
+    ADMINISTRATORS,
+    ALL_ROLES,
+    AdminRequest,
+    Fields,
+    Instant,
+    NoQuery,
+    Operation,
+    PageQuery,
+    changes,
+    reads,
+)
+from proxy.web.admin.policy_check import PolicyCheck, check_policy
+from proxy.web.admin.problems import Problem
+from proxy.web.events import Events, Filter
+
+_CSV = "text/csv; charset=utf-8"
+_EVENTS = "text/event-stream"
+_USED = tuple(each.name for each in fields(Used))
+_AUDIT = tuple(each.name for each in fields(AuditRecord))
+# How many rows of the audit log are read at a time for an export.
+_EXPORTED_AT_ONCE = 1000
+
+
+class UsageQuery(Fields):
+    """Which usage is asked for, and by what it is summed up."""
+
+    by: Dimension = Field("day", description="Days and hours are those of UTC.")
+    since: Instant | None = Field(None, description="From this instant's day on (ms). Default: 30 days ago.")
+    until: Instant | None = Field(None, description="Before this instant (ms). Default: now.")
+    user: str | None = Field(None, max_length=400)
+    group: str | None = Field(None, max_length=100, description="Only calls that this group admitted.")
+    model: str | None = Field(None, max_length=512)
+    key: str | None = Field(None, max_length=100, description="Only calls with the key of this id.")
+    tag: str | None = Field(None, max_length=64)
+    format: Literal["json", "csv"] = "json"
+
+
+class AuditQuery(PageQuery):
+    """Which changes are asked for."""
+
+    since: Instant | None = Field(None, description="From this instant on (ms).")
+    until: Instant | None = Field(None, description="Before this instant (ms).")
+    actor: str | None = Field(None, max_length=300, description="Who made them, such as admin:ops or cli:root.")
+    target: str | None = Field(None, max_length=400)
+    action: str | None = Field(None, max_length=100)
+    format: Literal["json", "csv"] = Field("json", description="csv: all of them, and no page.")
+
+
+class PolicyText(Fields):
+    """A file as it would be. References such as ${NAME} stay text: no secret is read."""
+
+    yaml: str = Field(max_length=900_000)
+
+
+@dataclass(frozen=True, slots=True)
+class UsageRow:
+    """What the calls of one day (YYYY-MM-DD), hour, user, group, model, key or tag have used."""
+
+    value: str
+    calls: int
+    requests: int
+    input_tokens: int
+    output_tokens: int
+    cached_tokens: int
+    reasoning_tokens: int
+    estimated: int
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What was used, by `by`: days and hours in their order, others with the most tokens first."""
+
+    by: Dimension
+    since: int
+    data: tuple[UsageRow, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TargetRecord:
+    """Where a model is served."""
+
+    upstream: str
+    model: str
+    weight: int
+
+
+@dataclass(frozen=True, slots=True)
+class ModelRecord:
+    """A model that the file lists. `*` stands for all others."""
+
+    name: str
+    targets: tuple[TargetRecord, ...]
+    max_output_tokens: int | None
+    context: int | None
+    tokens_per_request: int | None
+    tokens_per_image: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelList:
+    """The models of the file."""
+
+    data: tuple[ModelRecord, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class UpstreamState:
+    """An upstream as one process sees it. Its last failure has its instant (ms), an outcome and a reason."""
+
+    replica: str
+    cooldown_until_at: int | None
+    last_failure: dict[str, Any] | None
+
+
+@dataclass(frozen=True, slots=True)
+class UpstreamRecord:
+    """An upstream of the file, without its key."""
+
+    name: str
+    kind: str
+    base_url: str
+    has_api_key: bool
+    on_disconnect: str
+    states: tuple[UpstreamState, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class UpstreamList:
+    """The upstreams of the file."""
+
+    data: tuple[UpstreamRecord, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaList:
+    """The processes that share the database."""
+
+    data: tuple[ReplicaRecord, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyRecord:
+    """What is in force in this process, without secrets.
+
+    `file_hash` is that of the file alone, `made_version` the version of what was made at run time. `hashes` are those
+    in force in each process, by its name: they are equal once all have the same file and the same additions.
+    `sentences` say what each group may use.
+    """
+
+    hash: str
+    file_hash: str
+    made_version: int
+    hashes: dict[str, str | None]
+    combine: str
+    unmatched: str
+    timezone: str
+    wait_s: float
+    help: str
+    self_service: bool
+    groups: tuple[str, ...]
+    sentences: tuple[str, ...]
+    last_reload: Reload
+
+
+class Reports:
+    """The reports. `made_version` gives that of what is in force here, and `now` ms since 1970, by the ledger."""
+
+    def __init__(
+        self,
+        policies: Policies[Snapshot],
+        database: DirectoryDatabase,
+        *,
+        access: Access,
+        events: Events,
+        made_version: Callable[[], int],
+        now: Callable[[], int],
+    ) -> None:
+        self._policies = policies
+        self._database = database
+        self._access = access
+        self._events = events
+        self._made_version = made_version
+        self._now = now
+
+    def operations(self) -> list[Operation]:
+        """The rows."""
+        seen: dict[str, Any] = {"roles": ALL_ROLES}
+        return [
+            reads("/usage", self._usage, "What was used; as CSV if asked.", Usage, query=UsageQuery, **seen),
+            reads("/models", self._models, "The models of the file.", ModelList),
+            reads("/upstreams", self._upstreams, "The upstreams, their cooldowns and last failures.", UpstreamList),
+            reads("/replicas", self._replicas, "The processes that share the database.", ReplicaList),
+            reads("/policy", self._policy, "What is in force, without secrets.", PolicyRecord),
+            changes(
+                *("POST", "/policy/check", self._check, "Say what a file would change. Nothing is changed."),
+                PolicyCheck,
+                body=PolicyText,
+                roles=ADMINISTRATORS,
+                query=NoQuery,
+                is_change=False,
+            ),
+            reads(
+                *("/audit", self._audit, "Who changed what, the newest first; as CSV if asked.", Page[AuditRecord]),
+                query=AuditQuery,
+                **seen,
+            ),
+            reads(
+                *("/events", self._stream, "What happens, as server-sent events; resumed by Last-Event-ID.", str),
+                content_type=_EVENTS,
+                **seen,
+            ),
+        ]
+
+    @asynccontextmanager
+    async def _read(self) -> AsyncIterator[Connection]:
+        async with self._database.read() as connection:
+            yield connection
+
+    async def _usage(self, request: AdminRequest[UsageQuery, None]) -> Usage | web.Response:
+        query = request.query
+        asked = {name: getattr(query, name) for name in ("user", "group", "model", "key", "tag")}
+        where: dict[Any, str] = {name: value for name, value in asked.items() if value is not None}
+        since = max(0, self._now() - 30 * DAY_MS) if query.since is None else query.since
+        async with self._read() as connection:
+            found = await usage(connection, query.by, Asked(since, query.until, where, request.groups))
+        rows = [
+            UsageRow(_shown(value, query.by), **asdict(used)) for value, used in sorted(found.items(), key=_order)
+        ]
+        if query.format == "csv":
+            return _csv((query.by, *_USED), [list(asdict(row).values()) for row in rows])
+        return Usage(query.by, since, tuple(rows))
+
+    async def _models(self, request: AdminRequest[NoQuery, None]) -> ModelList:
+        models = self._policies.config.catalog.models or {}
+        return ModelList(tuple(_model(name, model) for name, model in models.items()))
+
+    async def _upstreams(self, request: AdminRequest[NoQuery, None]) -> UpstreamList:
+        async with self._read() as connection:
+            processes = await replicas(connection, self._now())
+        return UpstreamList(
+            tuple(
+                UpstreamRecord(
+                    name,
+                    upstream.kind,
+                    upstream.base_url,
+                    has_api_key=upstream.api_key is not None,
+                    on_disconnect=upstream.on_disconnect,
+                    states=tuple(_states(name, processes)),
+                )
+                for name, upstream in self._policies.config.catalog.upstreams.items()
+            )
+        )
+
+    async def _replicas(self, request: AdminRequest[NoQuery, None]) -> ReplicaList:
+        async with self._read() as connection:
+            return ReplicaList(await replicas(connection, self._now()))
+
+    async def _policy(self, request: AdminRequest[NoQuery, None]) -> PolicyRecord:
+        config, file = self._policies.config, self._policies.file
+        policy = config.policy
+        async with self._read() as connection:
+            processes = await replicas(connection, self._now())
+        return PolicyRecord(
+            hash=policy.hash,
+            file_hash=file.policy.hash,
+            made_version=self._made_version(),
+            hashes={each.owner: each.status.get("policy") for each in processes},
+            combine=policy.combine,
+            unmatched=policy.unmatched,
+            timezone=policy.zone.key,
+            wait_s=policy.wait_s,
+            help=policy.help,
+            self_service=policy.self_service,
+            groups=tuple(policy.groups),
+            sentences=sentences(config),
+            last_reload=self._policies.last_reload,
+        )
+
+    async def _check(self, request: AdminRequest[NoQuery, PolicyText]) -> PolicyCheck:
+        return await check_policy(request.body.yaml, self._policies.file, self._database, now=self._now())
+
+    async def _audit(self, request: AdminRequest[AuditQuery, None]) -> Page[AuditRecord] | web.StreamResponse:
+        query = request.query
+        asked = AuditFilter(query.since, query.until, query.actor, query.target, query.action, request.groups)
+        if query.format == "csv":
+            return await self._exported(request.raw, asked)
+        async with self._read() as connection:
+            return await audit(connection, asked, Paging(query.after, query.limit))
+
+    async def _exported(self, request: web.Request, asked: AuditFilter) -> web.StreamResponse:
+        """All changes as CSV, page by page, so that no long transaction is needed."""
+        response = web.StreamResponse(headers={"content-type": _CSV})
+        await response.prepare(request)
+        after, heads = None, _AUDIT
+        while True:
+            async with self._read() as connection:
+                page = await audit(connection, asked, Paging(after, _EXPORTED_AT_ONCE))
+            await response.write(_csv_text(heads, [_cells(record) for record in page.data]))
+            if page.next is None:
+                await response.write_eof()
+                return response
+            after, heads = page.next, ()
+
+    async def _stream(self, request: AdminRequest[NoQuery, None]) -> web.StreamResponse:
+        async def sees() -> Filter | None:
+            """What the admin sees now; None if its key or login has ended."""
+            try:
+                login = await self._access.identify(request.raw)
+            except (InvalidKey, Problem):
+                return None
+            except StoreUnavailable:
+                return _filter(request.groups)
+            return _filter(login.admin.restricted_to)
+
+        return await self._events.stream(request.raw, _filter(request.groups), check=sees)
+
+
+def _filter(groups: Any) -> Filter:
+    return Filter() if groups is None else Filter.of_groups(groups)
+
+
+def _model(name: str, model: Model) -> ModelRecord:
+    targets = tuple(
+        TargetRecord(target.upstream.name, target.upstream_model, target.weight) for target in model.targets
+    )
+    return ModelRecord(
+        name,
+        targets,
+        model.max_output_tokens,
+        model.context,
+        tokens_per_request=model.tokens_per_request,
+        tokens_per_image=model.tokens_per_image,
+    )
+
+
+def _states(upstream: str, processes: tuple[ReplicaRecord, ...]) -> list[UpstreamState]:
+    return [
+        UpstreamState(process.owner, found.get("cooldown_until_at"), found.get("last_failure"))
+        for process in processes
+        for found in process.status.get("upstreams", [])
+        if found.get("name") == upstream
+    ]
+
+
+def _order(item: tuple[str | int, Used]) -> tuple[int, str]:
+    value, used = item
+    return (value, "") if isinstance(value, int) else (-used.input_tokens - used.output_tokens, value)
+
+
+def _shown(value: str | int, by: Dimension) -> str:
+    if isinstance(value, str):
+        return value
+    form = "%Y-%m-%dT%H:00Z" if by == "hour" else "%Y-%m-%d"
+    return datetime.fromtimestamp(value / 1000, UTC).strftime(form)
+
+
+def _cells(record: AuditRecord) -> list[object]:
+    return [str(value) if isinstance(value, Mapping) else value for value in asdict(record).values()]
+
+
+def _csv(heads: tuple[str, ...], rows: list[list[object]]) -> web.Response:
+    return web.Response(headers={"content-type": _CSV}, body=_csv_text(heads, rows))
+
+
+def _csv_text(heads: tuple[str, ...], rows: list[list[object]]) -> bytes:
+    buffer = io.StringIO()
+    write_csv(buffer, heads, rows)
+    return buffer.getvalue().encode()

@@ -1,0 +1,215 @@
+"""Who stands where: counters, attention, refusals, calls in flight, explanations: what an administrator acts on."""
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import Field
+
+from proxy.administration.attention import Attention, attention
+from proxy.administration.change import NotFound
+from proxy.administration.counters import CounterFilter, CounterRecord, Reset, ResetTarget, counters, reset
+from proxy.administration.directory import UserRecord
+from proxy.administration.explain import Explanation, explain
+from proxy.administration.in_flight import CallFilter, CallInFlight, calls_in_flight, end_call
+from proxy.administration.pages import Page, Paging
+from proxy.administration.refusals import RefusalCount, RefusalFilter, RefusalRecord, refusal, refusals
+from proxy.config.reload import Policies
+from proxy.identity.authentication import Snapshot
+from proxy.identity.database import DirectoryDatabase
+from proxy.identity.directory import UserId
+from proxy.ledger.store import Connection
+from proxy.policy.policy import DEFAULT, EVERYONE
+from proxy.web.admin.directory import administration_of
+from proxy.web.admin.operations import (
+    ALL_ROLES,
+    MANAGERS,
+    AdminRequest,
+    ChangeQuery,
+    Fields,
+    Instant,
+    NoQuery,
+    Operation,
+    PageQuery,
+    changes,
+    reads,
+)
+
+
+class CounterQuery(PageQuery):
+    """Which counters are asked for."""
+
+    quota: str | None = Field(None, max_length=201, description="Only counters of the quota of this id.")
+    user: str | None = Field(None, max_length=400, description="Only those of this user, also unused ones, and pots.")
+    group: str | None = Field(None, max_length=100, description="Only counters of quotas of this group.")
+    model: str | None = Field(None, max_length=200, description="Only counters of quotas that count this model.")
+    near: int | None = Field(None, ge=80, le=1000, description="Only those with so many percent used, from 80 on.")
+
+
+class ResetFields(Fields):
+    """Whose counters are reset: a user's, those of a group's quotas, or those of one quota."""
+
+    user: str | None = Field(None, max_length=400)
+    group: str | None = Field(None, max_length=100)
+    quota: str | None = Field(None, max_length=201)
+
+
+class RefusalQuery(PageQuery):
+    """Which refusals are asked for."""
+
+    user: str | None = Field(None, max_length=400, description="Only refusals of this user.")
+    quota: str | None = Field(None, max_length=201, description="Only refusals by the quota of this id.")
+    since: Instant | None = Field(None, description="From this instant on (ms).")
+    until: Instant | None = Field(None, description="Before this instant (ms).")
+
+
+class CallQuery(PageQuery):
+    """Which calls are asked for."""
+
+    user: str | None = Field(None, max_length=400, description="Only calls of this user.")
+    group: str | None = Field(None, max_length=100, description="Only calls that this group admitted.")
+    model: str | None = Field(None, max_length=200, description="Only calls of this model.")
+
+
+class ExplainQuery(Fields):
+    """Whose call is explained: one of a user to a model."""
+
+    user: str = Field(max_length=400)
+    model: str = Field(min_length=1, max_length=200)
+
+
+@dataclass(frozen=True, slots=True)
+class ExplainedRefusal:
+    """A refusal that was stored, and what would be decided about the smallest call of that user now.
+
+    `now` is null if there is no such user or model any more.
+    """
+
+    refusal: RefusalRecord
+    now: Explanation | None
+
+
+class Standing:
+    """The counters and what happens to them. `now` gives ms since 1970, by the ledger's clock."""
+
+    def __init__(self, policies: Policies[Snapshot], database: DirectoryDatabase, *, now: Callable[[], int]) -> None:
+        self._policies = policies
+        self._database = database
+        self._now = now
+
+    def operations(self) -> list[Operation]:
+        """The rows."""
+        seen: dict[str, Any] = {"roles": ALL_ROLES}
+        return [
+            reads("/attention", self._attention, "Who needs attention.", Attention, **seen),
+            reads("/counters", self._counters, "Who stands where.", Page[CounterRecord], query=CounterQuery, **seen),
+            changes(
+                *("POST", "/counters/reset", self._reset, "Set what is used to 0; windows and holds stay.", Reset),
+                body=ResetFields,
+                roles=MANAGERS,
+            ),
+            reads("/refusals", self._refusals, "Refusals by minute.", Page[RefusalCount], query=RefusalQuery, **seen),
+            reads("/refusals/{request}", self._refusal, "Explain a refused request.", ExplainedRefusal, **seen),
+            reads("/calls", self._calls, "Calls in flight.", Page[CallInFlight], query=CallQuery, **seen),
+            changes(
+                *("POST", "/calls/{id}/end", self._end_call, "End a call; it is charged what has passed."),
+                CallInFlight,
+            ),
+            reads(
+                *("/explain", self._explain, "Say whether a user's call to a model is admitted, and why."),
+                Explanation,
+                query=ExplainQuery,
+                **seen,
+            ),
+        ]
+
+    @asynccontextmanager
+    async def _read(self) -> AsyncIterator[Connection]:
+        async with self._database.read() as connection:
+            yield connection
+
+    async def _attention(self, request: AdminRequest[NoQuery, None]) -> Attention:
+        policy = self._policies.current.policy
+        async with self._read() as connection:
+            return await attention(connection, policy, groups=request.groups, now=self._now())
+
+    async def _counters(self, request: AdminRequest[CounterQuery, None]) -> Page[CounterRecord]:
+        query, snapshot = request.query, self._policies.current
+        user = None if query.user is None else await self._user(request, query.user)
+        model = None if query.model is None else snapshot.catalog.model(query.model)
+        asked = CounterFilter(
+            quota=query.quota,
+            group=query.group,
+            model=query.model if model is None else model.matched_name,
+            near=query.near,
+            groups=request.groups,
+            user=None if user is None else user.identity.subject,
+            user_groups=() if user is None else user.groups,
+        )
+        async with self._read() as connection:
+            paging = Paging(query.after, query.limit)
+            return await counters(connection, snapshot.policy, asked, paging, self._now())
+
+    async def _reset(self, request: AdminRequest[ChangeQuery, ResetFields]) -> Reset:
+        body = request.body
+        user = None if body.user is None else (await self._user(request, body.user)).identity.subject
+        target = ResetTarget(user, body.group, body.quota)
+        shown = user or body.group or body.quota or ""
+        policy = self._policies.current.policy
+        async with request.changes(self._database, self._now).begin("counters.reset", shown) as change:
+            return await reset(change, policy, target, groups=request.groups, now=self._now)
+
+    async def _refusals(self, request: AdminRequest[RefusalQuery, None]) -> Page[RefusalCount]:
+        query = request.query
+        user = None if query.user is None else self._subject(request, query.user)
+        asked = RefusalFilter(user, query.quota, query.since, query.until, request.groups)
+        async with self._read() as connection:
+            return await refusals(connection, asked, Paging(query.after, query.limit))
+
+    async def _refusal(self, request: AdminRequest[NoQuery, None]) -> ExplainedRefusal:
+        async with self._read() as connection:
+            found = await refusal(connection, request.path["request"], groups=request.groups)
+        try:
+            user = await self._visible_user(request, UserId.of_subject(found.user))
+        except NotFound:
+            return ExplainedRefusal(found, None)
+        return ExplainedRefusal(found, await self._explained(user, found.model))
+
+    async def _calls(self, request: AdminRequest[CallQuery, None]) -> Page[CallInFlight]:
+        query = request.query
+        user = None if query.user is None else self._subject(request, query.user)
+        asked = CallFilter(user, query.group, query.model, request.groups)
+        async with self._read() as connection:
+            return await calls_in_flight(connection, asked, Paging(query.after, query.limit))
+
+    async def _end_call(self, request: AdminRequest[ChangeQuery, None]) -> CallInFlight:
+        id = request.path["id"]
+        async with request.changes(self._database, self._now).begin("call.end", id) as change:
+            return await end_call(change, id, groups=request.groups, now=self._now)
+
+    async def _explain(self, request: AdminRequest[ExplainQuery, None]) -> Explanation:
+        user = await self._user(request, request.query.user)
+        return await self._explained(user, request.query.model)
+
+    async def _explained(self, user: UserRecord, model: str) -> Explanation:
+        async with self._read() as connection:
+            return await explain(connection, self._policies.current, user, model, now=self._now)
+
+    def _subject(self, request: AdminRequest[Any, Any], name: str) -> str:
+        administration = administration_of(request, self._policies, self._database, self._now)
+        return administration.resolve(name).subject
+
+    async def _user(self, request: AdminRequest[Any, Any], name: str) -> UserRecord:
+        """The user of this name. Raises NotFound."""
+        administration = administration_of(request, self._policies, self._database, self._now)
+        return await self._visible_user(request, administration.resolve(name))
+
+    async def _visible_user(self, request: AdminRequest[Any, Any], identity: UserId) -> UserRecord:
+        """This user. Raises NotFound, also if a manager asks for a user of none of its groups."""
+        administration = administration_of(request, self._policies, self._database, self._now)
+        user = await administration.user(identity)
+        # Whoever manages everyone or default may see all, because they apply without being listed.
+        if request.groups is not None and {*user.groups, EVERYONE, DEFAULT}.isdisjoint(request.groups):
+            raise NotFound("user", f"there is no user {user.identity.subject} in your groups")
+        return user
