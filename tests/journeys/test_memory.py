@@ -9,16 +9,19 @@ import json
 import tracemalloc
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from proxy.config.loader import ConnectionLimits
+from proxy.policy.quota import grants_by_quota
 from tests.bare_client import GOOD, KEY, bare_client, post
 from tests.bare_upstream import bare_upstream
 from tests.breakage import read_only, writers
-from tests.stage import Stage, fast_timers, stage, until
+from tests.builders import HOUR, NOON, grant
+from tests.stage import Clock, Stage, fast_timers, stage, until
 
 CHAT = "/v1/chat/completions"
 POLICY = """
@@ -208,6 +211,23 @@ async def test_a_user_with_limits_of_0_is_refused_before_a_large_body_is_read(
         small = await on.post(CHAT, {"model": "any", "messages": []})
         if path == CHAT:
             assert {**reply.json()["error"], "quotas": []} == {**small.error, "quotas": []}
+
+
+@pytest.mark.every_engine
+async def test_a_large_body_is_read_for_a_limit_of_0_while_a_grant_runs(tmp_path: Path) -> None:
+    """By the ledger's clock, which is PostgreSQL's there. After the end of the grant it is refused unread again."""
+    clock = Clock(database_ahead_ms=HOUR)
+    async with stage(CLOSED, folder=tmp_path, clock=clock) as on:
+        ahead = on.server.ledger.now() - clock.ms
+        assert ahead == (0 if on.database.startswith("sqlite") else HOUR)
+        given = grant("staff/none", tokens=10**9, until=NOON + ahead + 1000, user="alice")
+        on.config = replace(on.config, policy=replace(on.config.policy, grants=grants_by_quota([given])))
+        assert await on.server.policies.reload()
+        for until_end_ms, status in ((1000, 100), (1, 100), (0, 429)):
+            clock.ms = NOON + 1000 - until_end_ms
+            async with bare_client(on.url) as client:
+                client.send(post(CHAT, KEY, "Expect: 100-continue", LARGE, body=b"", length=False))
+                assert (await client.reply()).status == status
 
 
 async def test_a_large_body_waits_for_its_100_continue_until_there_is_memory(tmp_path: Path) -> None:

@@ -38,6 +38,7 @@ from tests.builders import (
     estimated,
     exactly,
     extend,
+    grant,
     group_quotas,
     instant,
     make_requests_concurrent,
@@ -453,8 +454,8 @@ def test_a_settle_is_charged_to_a_window_that_has_ended_if_no_other_has_opened()
     assert isinstance(reply, Accepted)
 
 
-def test_a_settle_whose_counter_was_reset_writes_the_entry_only():
-    """An operator may have deleted the counter."""
+def test_a_settle_whose_counter_was_deleted_writes_the_entry_only():
+    """An operator may have done that."""
     ledger = InMemoryLedger(ANN)
     ledger.apply(reserve("1", ANN, CALL))
     ledger.counters.clear()
@@ -1005,7 +1006,7 @@ def test_after_the_clock_went_ahead_a_call_is_extended_in_the_window_that_was_op
     assert ledger.levels(DAILY) == (Amount(output=300), Amount(50, 0, 1))
 
 
-def test_a_call_whose_counter_was_reset_is_extended_in_a_new_window():
+def test_a_call_whose_counter_was_deleted_is_extended_in_a_new_window():
     """What it held before stays in its entry. Of the new window it holds only the increase."""
     who = binding([SIX_HOURS])
     ledger = InMemoryLedger(who)
@@ -1016,6 +1017,85 @@ def test_a_call_whose_counter_was_reset_is_extended_in_a_new_window():
     assert ledger.levels(SIX_HOURS) == (NO_AMOUNT, Amount(output=200))
     ledger.apply(Settle("1", exactly(100, 250), "complete"))
     assert ledger.levels(SIX_HOURS) == (Amount(output=150), NO_AMOUNT)
+
+
+# ------------------------------------------------------------------------------------------------------------- resets
+
+
+def _reset(ledger: InMemoryLedger, each: Quota) -> None:
+    """An administrator resets ann's counter of a quota."""
+    ledger.counters[each.key_for("ann")] = reset(ledger.counters[each.key_for("ann")])
+
+
+def test_after_a_reset_nothing_is_used_and_the_rest_stays():
+    """What calls in flight hold, and the window. A call that was refused before is admitted."""
+    who = binding([SIX_HOURS])
+    ledger = InMemoryLedger(who, used={SIX_HOURS.id: 600})
+    ledger.apply(reserve("1", who, call(300)))
+    before = ledger.counters[SIX_HOURS.key_for("ann")]
+    assert isinstance(ledger.apply(reserve("2", who, call(700)))[0], Refused)
+    ledger.now += HOUR
+    _reset(ledger, SIX_HOURS)
+    assert ledger.levels(SIX_HOURS) == (NO_AMOUNT, Amount(300, 0, 1))
+    assert isinstance(ledger.apply(reserve("2", who, call(700)))[0], Accepted)
+    assert ledger.counters[SIX_HOURS.key_for("ann")].window == before.window
+
+
+def test_calls_in_flight_are_settled_into_a_counter_that_was_reset():
+    """And extended in it."""
+    ledger = InMemoryLedger(ANN, used={DAILY.id: 500})
+    ledger.apply(reserve("1", ANN, STREAM))
+    _reset(ledger, DAILY)
+    ledger.apply(extend("1", ANN, 900))
+    assert ledger.levels(DAILY) == (NO_AMOUNT, Amount(100, 900, 1))
+    ledger.apply(SETTLE)
+    assert ledger.levels(DAILY) == (Amount(90, 60, 1), NO_AMOUNT)
+
+
+@pytest.mark.parametrize(
+    ("others", "used"),
+    [
+        pytest.param(exactly(0, 0), Amount(0, 0, 1), id="nothing else was used"),
+        pytest.param(exactly(50, 200), Amount(40, 0, 1), id="less was used of one quantity than is corrected"),
+        pytest.param(exactly(50, 400), Amount(40, 60, 1), id="more was used"),
+    ],
+)
+def test_a_late_settle_after_a_reset_takes_nothing_below_0(others, used):
+    """The call had expired and was charged 100 + 400. It was 90 + 60, which would be -10 and -340."""
+    ledger = InMemoryLedger(ANN)
+    ledger.apply(reserve("1", ANN, CALL), EXPIRE)
+    _reset(ledger, DAILY)
+    ledger.apply(reserve("2", ANN, call(50, 400)), Settle("2", others, "complete"), SETTLE)
+    assert ledger.levels(DAILY) == (used, NO_AMOUNT)
+
+
+# ------------------------------------------------------------------------------------------------------------- grants
+
+
+def test_calls_are_admitted_by_a_grant_until_it_ends():
+    """At 12:30 the limit is 1,000 again, of which 1,200 are used: the next call is refused until midnight."""
+    who = binding([DAILY], grants=[grant(DAILY.id, tokens=500, until=NOON + HOUR // 2)])
+    ledger = InMemoryLedger(who, used={DAILY.id: 900})
+    assert isinstance(ledger.apply(reserve("1", who, call(300)), Settle("1", exactly(300), "complete"))[0], Accepted)
+    ledger.now += HOUR // 2
+    [refused] = ledger.apply(reserve("2", who, call(1)))
+    assert isinstance(refused, Refused)
+    assert refused.decision.blocks[0].limit.maximum == 1000
+    assert refused.decision.admissible_at == instant("2026-11-25 00:00")
+
+
+def test_a_stream_grows_into_a_grant_while_it_runs():
+    """It was admitted with the grant. When that has ended, the stream keeps what it holds and gets no more."""
+    who = binding([DAILY], grants=[grant(DAILY.id, tokens=500, until=NOON + HOUR // 2)])
+    ledger = InMemoryLedger(who, used={DAILY.id: 800})
+    ledger.apply(reserve("1", who, call(100, 900, 100, initial_hold=100)))
+    [extended] = ledger.apply(extend("1", who, 300, least=300))
+    assert (extended.verdict, extended.entry.hold.output) == (Verdict.ALLOW, 300)
+    ledger.now += HOUR // 2
+    [ended] = ledger.apply(extend("1", who, 400, least=400))
+    assert (ended.verdict, ended.entry.hold.output) == (Verdict.EXHAUSTED, 300)
+    ledger.apply(Settle("1", exactly(100, 300), "complete"))
+    assert ledger.levels(DAILY) == (Amount(900, 300, 2), NO_AMOUNT)
 
 
 # ------------------------------------------------------------------------------------------------- invalid operations

@@ -1,7 +1,8 @@
 """Random histories: after each step, the ledger agrees with a model that computes its state in another way.
 
-In a history two users make calls, quotas change while calls are in flight, the clock goes forward and back, processes
-die, and batches are applied twice. Each runs in memory, on SQLite and on PostgreSQL.
+In a history two users make calls, quotas change while calls are in flight, grants are given and end, counters are
+reset, the clock goes forward and back, processes die, and batches are applied twice. Each runs in memory, on SQLite
+and on PostgreSQL.
 
 The model (`Model`) has an object for each window that was opened, and records which call holds how much in which of
 them. So it cannot take one window for another. It adds up all sums anew each time. It does not decide: it takes from
@@ -12,7 +13,7 @@ To test another database, write one more class like `OnSqlite` and add three lin
 
 import asyncio
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import count
@@ -38,13 +39,25 @@ from proxy.ledger.book import (
     Reserve,
     Settle,
     Unknown,
+    reset,
 )
 from proxy.ledger.entry import Entry
 from proxy.ledger.postgres import PostgresStore
 from proxy.ledger.sqlite import SqliteStore
 from proxy.policy.admission import Verdict
 from proxy.policy.amounts import NO_AMOUNT, Amount, AtLeast, Exactly, Measure, Tokens, Unspent, charge_of
-from proxy.policy.quota import Binding, Combine, Counter, CounterKey, Enforce, GroupQuotas, Quota
+from proxy.policy.quota import (
+    Binding,
+    Combine,
+    Counter,
+    CounterKey,
+    Enforce,
+    Grant,
+    GroupQuotas,
+    Quota,
+    grants_by_quota,
+    grants_of_user,
+)
 from proxy.policy.windows import Window
 from tests.audit import audit, balance, connected, rows
 from tests.breakage import writers
@@ -91,8 +104,8 @@ class LedgerUnderTest(Protocol):
     def crash(self) -> None:
         """Kill the process, and open the ledger in another one."""
 
-    def close(self) -> None:
-        """Close it and delete its data."""
+    def close(self, *, reset: Collection[CounterKey]) -> None:
+        """Close it and delete its data, after an audit. The counters in `reset` were reset."""
 
 
 class InMemory:
@@ -131,7 +144,7 @@ class InMemory:
     def crash(self) -> None:
         pass
 
-    def close(self) -> None:
+    def close(self, *, reset: Collection[CounterKey]) -> None:
         pass
 
 
@@ -173,10 +186,10 @@ class OnSqlite:
         self._path = path
         self._store = self._opened()
 
-    def close(self) -> None:
+    def close(self, *, reset: Collection[CounterKey]) -> None:
         self._runner.run(self._store.close())
         self._runner.close()
-        audit(self._path)
+        audit(self._path, reset=reset)
         self._folder.cleanup()
 
     def _next_path(self) -> Path:
@@ -251,9 +264,9 @@ class OnPostgres:
         self._run(self._store.close())
         self._store = PostgresStore(self.database.url)
 
-    def close(self) -> None:
+    def close(self, *, reset: Collection[CounterKey]) -> None:
         self._run(self._store.close())
-        balance(self._rows("calls"), self._rows("counters"))
+        balance(self._rows("calls"), self._rows("counters"), reset=reset)
 
     def _rows(self, table: str) -> list[dict[str, Any]]:
         found = self._run(self._auditor.fetch(f"SELECT * FROM llm_quota_proxy.{table} ORDER BY 1, 2"))
@@ -295,10 +308,15 @@ def _amount(row: Mapping[str, int], prefix: str) -> Amount:
 
 @dataclass(eq=False)
 class OpenedWindow:
-    """One window of a counter. `ceilings` are the highest limits (with overdraft) up to which it was held."""
+    """One window of a counter. `ceilings` are the highest limits (with overdraft) up to which it was held.
+
+    `forgiven` is what its calls were charged and it has not used any more, because it was reset.
+    """
 
     resets_at: int
+    opened_at: int
     ceilings: dict[Measure, int] = field(default_factory=dict)
+    forgiven: Amount = NO_AMOUNT
 
 
 @dataclass(eq=False)
@@ -365,12 +383,24 @@ class Model:
             self._extend(operation, known, reply, now)
         elif isinstance(operation, Settle | Release | Expire):
             _end(operation, known)
+            self._end_at_0()
         assert isinstance(reply, Accepted | Refused)
         assert isinstance(reply, Accepted) is (known is not None)
         if isinstance(reply, Accepted) and known is not None:
             assert (reply.entry.state, reply.entry.hold) == (known.state, known.hold)
         for key, counter in reply.counters.items():
             self.last[key].resets_at = counter.window.resets_at
+
+    def reset(self, key: CounterKey) -> None:
+        """Forgive what is used."""
+        window, (used, _) = self.last[key], self.levels(key)
+        window.forgiven += used
+
+    def _end_at_0(self) -> None:
+        """Forgive no more than was charged: a late settle may have lowered what was charged before a reset."""
+        for key, window in self.last.items():
+            used, _ = self.levels(key)
+            window.forgiven += Amount(*(min(0, number) for number in used))
 
     def _extend(self, operation: Extend, call: Call, reply: Reply, now: int) -> None:
         assert isinstance(reply, Accepted)
@@ -386,7 +416,7 @@ class Model:
         amounts = {(held.key, held.opened_at): held.amount for held in reply.entry.held_amounts}
         assert len(amounts) == len(reply.entry.held_amounts)
         new = [window for window in amounts if window not in call.held]
-        opened = {key: self._window(key, now, reply.counters[key].window.resets_at) for key, _ in new}
+        opened = {key: self._window(key, now, reply.counters[key].window) for key, _ in new}
         call.held = {
             (key, opened_at): Held(
                 key,
@@ -395,7 +425,7 @@ class Model:
             )
             for (key, opened_at), amount in amounts.items()
         }
-        quotas = {each.key_for(call.who.user): each for each in call.who.quotas if each.enforce == "exact"}
+        quotas = {each.key_for(call.who.user): each for each in call.who.at(now).quotas if each.enforce == "exact"}
         for key, opened_at in new:
             if key in quotas:
                 self._check_limits(quotas[key], reply.counters[key], opened[key], added=amounts[key, opened_at])
@@ -408,11 +438,14 @@ class Model:
             assert taken <= ceiling or not added.of(limit.measure)
             window.ceilings[limit.measure] = max(ceiling, window.ceilings.get(limit.measure, 0))
 
-    def _window(self, key: CounterKey, now: int, resets_at: int) -> OpenedWindow:
+    def _window(self, key: CounterKey, now: int, window: Window) -> OpenedWindow:
         """The last window if it has not ended and anything is used or held in it, else a new one."""
         last = self.last.get(key)
-        if last is None or last.resets_at <= now or not any(map(bool, self.levels(key))):
-            self.last[key] = OpenedWindow(resets_at)
+        if last is not None and last.forgiven and last.opened_at == window.opened_at:
+            # It was reset and is still the same day, to which a call that had expired before may be settled late.
+            last.resets_at = window.resets_at
+        elif last is None or last.resets_at <= now or not any(map(bool, self.levels(key))):
+            self.last[key] = OpenedWindow(window.resets_at, window.opened_at)
         return self.last[key]
 
     def levels(self, key: CounterKey) -> tuple[Amount, Amount]:
@@ -422,7 +455,7 @@ class Model:
             for each, part in call.parts():
                 if each.window is self.last[key]:
                     used, held = used + part, held + (each.amount if call.state == "open" else NO_AMOUNT)
-        return used, held
+        return used - self.last[key].forgiven, held
 
     def hidden(self, key: CounterKey, measure: Measure) -> int:
         """What calls used in the last window of a counter beyond what they held in it."""
@@ -489,6 +522,8 @@ class Histories(RuleBasedStateMachine):
         self.ledger, self.model = self.ledger_type(), Model()
         self.now = instant("2026-12-01 00:00") + 5000
         self.ids, self.crashes = count(), 0
+        self.grants: list[Grant] = []
+        self.reset_keys: set[CounterKey] = set()
         self.done: list[Operation] = []  # the operations of the last batch that did all they can
         some = [name for name in NAMES if name in ALWAYS or data.draw(st.booleans())]
         self.quotas = {each.id: each for name in some for each in [data.draw(st.sampled_from(_quotas_named(name)))]}
@@ -500,7 +535,8 @@ class Histories(RuleBasedStateMachine):
             return tuple(each for each in self.quotas.values() if each.group == group)
 
         routes = tuple(GroupQuotas(group, of(group)) for group in USERS[user])
-        return Binding(of("everyone"), routes, of("watch"), self.combine, user=user)
+        grants = grants_of_user(grants_by_quota(self.grants), user)
+        return Binding(of("everyone"), routes, of("watch"), self.combine, user=user, grants=grants)
 
     # Operations. Each may be repeated or come late, and must then change nothing.
 
@@ -618,15 +654,43 @@ class Histories(RuleBasedStateMachine):
         changed = replace(each, per=quota("x/y", per=per).per)
         self.quotas[each.id] = data.draw(st.sampled_from([limited, changed]))
 
+    @rule(
+        data=st.data(),
+        user=st.sampled_from([None, *USERS]),
+        amount=st.integers(1, 40),
+        lasts=st.sampled_from([1, HOUR, HOUR + 1, 2 * DAY]),
+    )
+    def grant(self, data: st.DataObject, user: str | None, amount: int, lasts: int) -> None:
+        """A limit is raised for a user or for all. Calls that are admitted from now on have it, until it ends."""
+        each = self.quotas[data.draw(st.sampled_from(sorted(self.quotas)))]
+        measure = data.draw(st.sampled_from([limit.measure for limit in each.limits]))
+        self.grants.append(Grant(f"{len(self.grants)}", each.id, user, measure, amount, self.now + lasts))
+
+    @precondition(lambda self: self.grants)
+    @rule(data=st.data())
+    def end_a_grant(self, data: st.DataObject) -> None:
+        """An administrator ends a grant before its time."""
+        self.grants.remove(data.draw(st.sampled_from(self.grants)))
+
     @precondition(lambda self: self.model.last)
     @rule(data=st.data())
     def reset(self, data: st.DataObject) -> None:
-        """An operator resets a counter, with a new window. Calls in flight belong to the old window."""
+        """An administrator resets a counter. Calls in flight are settled into it."""
+        key = data.draw(st.sampled_from(sorted(self.model.last)))
+        self.ledger.put(key, reset(self.ledger.counters()[key]))
+        self.model.reset(key)
+        self.reset_keys.add(key)
+        self.done = []
+
+    @precondition(lambda self: self.model.last)
+    @rule(data=st.data())
+    def replace_counter(self, data: st.DataObject) -> None:
+        """An operator writes a counter with a new window. Calls in flight belong to the old window."""
         key = data.draw(st.sampled_from(sorted(self.model.last)))
         last = self.ledger.counters()[key].window
         window = Window(max(self.now, last.opened_at + 1), last.resets_at)
         self.ledger.put(key, Counter(window))
-        self.model.last[key] = OpenedWindow(window.resets_at)
+        self.model.last[key] = OpenedWindow(window.resets_at, window.opened_at)
         self.done = []
 
     @precondition(_may_crash)
@@ -662,7 +726,7 @@ class Histories(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         if hasattr(self, "ledger"):
-            self.ledger.close()
+            self.ledger.close(reset=self.reset_keys)
 
 
 def _is_done(operation: Operation, reply: Reply) -> bool:
