@@ -354,8 +354,10 @@ class Book:
             used, held = NO_AMOUNT, held.concurrent_part()
             if not held:
                 return
-        changed = Counter(counter.window, counter.used + used, counter.held + held, counter.reset_at)
-        self._put_counter(of.key, changed)
+        # More can be subtracted than is used if the clock was set back between the end of a call and the reset of its
+        # counter: then the charge of an expired call seems to be in the counter still.
+        used = (counter.used + used).at_least_0() if min(used) < 0 else counter.used + used
+        self._put_counter(of.key, Counter(counter.window, used, counter.held + held, counter.reset_at))
 
     def _counter_now(self, key: CounterKey, quota: Quota) -> Counter:
         return counter_at(self._now, quota, self.counters.get(key))
@@ -380,15 +382,6 @@ class Book:
     def _put_counter(self, key: CounterKey, counter: Counter) -> None:
         self.counters[key] = counter
         self.counters_changed.add(key)
-
-
-def reset(counter: Counter, at: int) -> Counter:
-    """The counter after an administrator has reset it at this instant (ms): nothing is used.
-
-    What is held, and the window, stay: calls in flight are charged to it when they end. `administration.counters`
-    does the same in the database, to many at once.
-    """
-    return replace(counter, used=NO_AMOUNT, reset_at=at)
 
 
 def split_charge(held_amounts: tuple[HeldAmount, ...], charge: Amount) -> list[Amount]:

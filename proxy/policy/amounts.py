@@ -57,6 +57,10 @@ class Amount(NamedTuple):
         """The smaller number of each quantity."""
         return tuple.__new__(Amount, map(min, self, other))
 
+    def at_least_0(self) -> "Amount":
+        """The same amount with 0 for each quantity that is negative."""
+        return tuple.__new__(Amount, (max(0, number) for number in self))
+
     def of(self, measure: "Measure") -> int:
         """The number of this measure, which a limit on it is compared with."""
         return measure.total(self)

@@ -19,7 +19,6 @@ from proxy.ledger.book import (
     Reply,
     Settle,
     Unknown,
-    reset,
     split_charge,
 )
 from proxy.ledger.entry import CallLabels, Entry, HeldAmount
@@ -30,6 +29,7 @@ from proxy.policy.windows import Window
 from tests.builders import (
     DAY,
     HOUR,
+    MINUTE,
     NOON,
     amount,
     binding,
@@ -1157,7 +1157,8 @@ def test_an_extend_that_needs_more_than_it_asks_for_is_rejected():
 
 def _reset(ledger: InMemoryLedger, each: Quota) -> None:
     """An administrator resets ann's counter of a quota."""
-    ledger.counters[each.key_for("ann")] = reset(ledger.counters[each.key_for("ann")], ledger.now)
+    counter = ledger.counters[each.key_for("ann")]
+    ledger.counters[each.key_for("ann")] = replace(counter, used=NO_AMOUNT, reset_at=ledger.now)
 
 
 def test_calls_in_flight_are_charged_to_a_counter_that_was_reset():
@@ -1203,6 +1204,23 @@ def test_a_late_settle_corrects_only_a_charge_that_is_still_counted(reset_first,
         else:
             step(ledger, DAILY)
     ledger.apply(reserve("2", ANN, call(9)), Settle("2", exactly(9), "complete"), SETTLE)
+    assert ledger.levels(DAILY) == (used, NO_AMOUNT)
+
+
+@pytest.mark.parametrize(
+    ("others", "used"),
+    [
+        pytest.param(0, Amount(0, 0, 1), id="nothing else was used"),
+        pytest.param(400, Amount(390, 0, 1), id="more was used of the input"),
+    ],
+)
+def test_a_late_settle_takes_nothing_below_0_if_the_clock_was_set_back_before_the_reset(others, used):
+    """The call expired at 12:00. At 11:59 the counter is reset, which seems to be before that."""
+    ledger = InMemoryLedger(ANN)
+    ledger.apply(reserve("1", ANN, CALL), EXPIRE)
+    ledger.now -= MINUTE
+    _reset(ledger, DAILY)
+    ledger.apply(reserve("2", ANN, call(others)), Settle("2", exactly(others), "complete"), SETTLE)
     assert ledger.levels(DAILY) == (used, NO_AMOUNT)
 
 
