@@ -48,8 +48,8 @@ _KEY_PARAMETERS = frozenset(
     f"session {COOKIE}".split()
 )
 _CLOSED = (
-    "There is no admin key yet, so this API is closed. Write one to the file of the policy, as in "
-    'admin_keys: {ops: "${ADMIN_KEY}"}.'
+    "There is no admin key yet, so this API is closed. Write one to quotas.yaml, as in "
+    'admin_keys: {ops: "${ADMIN_KEY}"}, or make one with: llm-quota-proxy admin-keys create NAME'
 )
 _SITE_HEADER = "Sec-Fetch-Site"
 
