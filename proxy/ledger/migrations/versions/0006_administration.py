@@ -108,18 +108,3 @@ def _create_what_is_shown() -> None:
         *_numbers("at"),
         *_texts("body"),
     )
-    _create("call_cuts", *_key("call_id"), *_numbers("version", "at"))
-    op.add_column("counters", sa.Column("reset_at", sa.BigInteger, nullable=False, server_default="0"))
-    op.create_index("counters_by_quota", "counters", ["quota_id", "subject"])
-    op.add_column("directory", sa.Column("policy_version", sa.BigInteger, nullable=False, server_default="0"))
-    op.add_column("calls", sa.Column("address", sa.Text))
-    for name in ("address", "request_id", "idempotency_key", "fingerprint"):
-        op.add_column("audit", sa.Column(name, sa.Text))
-    given = sa.text("idempotency_key IS NOT NULL")
-    op.create_index(
-        *("audit_by_idempotency_key", "audit", ["actor", "idempotency_key"]),
-        unique=True,
-        sqlite_where=given,
-        postgresql_where=given,
-    )
-    op.create_index("audit_of_target", "audit", ["target", "id"])
