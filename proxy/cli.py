@@ -47,6 +47,7 @@ _config_option = click.option(
 # The commands of other modules, which are imported only when `--help` or a command line names them. `torture` brings
 # its own clients and upstream, which a server that starts does not need.
 _ELSEWHERE = {
+    "admin-keys": ("proxy.commands.admin_keys", "admin_keys"),
     "explain": ("proxy.commands.reports", "explain"),
     "keys": ("proxy.commands.directory", "keys"),
     "torture": ("proxy.torture.cli", "command"),

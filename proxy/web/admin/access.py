@@ -17,7 +17,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from ipaddress import ip_address
-from urllib.parse import unquote_plus, urlsplit
+from urllib.parse import urlsplit
 
 from aiohttp import hdrs, web
 
@@ -48,8 +48,8 @@ _KEY_PARAMETERS = frozenset(
     f"session {COOKIE}".split()
 )
 _CLOSED = (
-    "There is no admin key yet, so this API is closed. Write one to the file of the policy, as in "
-    'admin_keys: {ops: "${ADMIN_KEY}"}.'
+    "There is no admin key yet, so this API is closed. Write one to quotas.yaml, as in "
+    'admin_keys: {ops: "${ADMIN_KEY}"}, or make one with: llm-quota-proxy admin-keys create NAME'
 )
 _SITE_HEADER = "Sec-Fetch-Site"
 
@@ -134,10 +134,13 @@ class Access:
 
         Before the client `is_known`, only names and forms count: else the answer would tell whether a key is valid.
         """
-        names = [unquote_plus(name) for name in request.query]
-        texts = [*names, *request.query.values(), *request.path.split("/")]
-        is_key = any(name.lower() in _KEY_PARAMETERS for name in names)
-        is_key = is_key or any(KEY_PATTERN.search(text) or _TOKEN.search(text) for text in texts)
+        query = request.query
+        texts = [*query, *query.values(), *request.path.split("/")]
+        is_key = any(KEY_PATTERN.search(text) or _TOKEN.search(text) for text in texts)
+        # An id, as in `key=7k2mq9xw4b`, is shorter than a key.
+        is_key = is_key or any(
+            name.lower() in _KEY_PARAMETERS and len(value) >= KEY_CHARACTERS_MIN for name, value in query.items()
+        )
         if is_key or (is_known and any(map(self._is_key_of_file, texts))):
             raise Problem(
                 "key-in-url",

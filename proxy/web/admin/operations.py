@@ -230,7 +230,9 @@ class Operations:
         for each in self._operations:
             more = {"allow_head": False} if each.method == hdrs.METH_GET else {}
             handler = partial(self._run, each)
-            rows.append(web.route(each.method, API + each.path, handler, expect_handler=defer_continue, **more))
+            # By default a parameter has no braces, which a name of a user may have.
+            path = API + _PARAMETER.sub(r"{\1:[^/]+}", each.path)
+            rows.append(web.route(each.method, path, handler, expect_handler=defer_continue, **more))
         others = [
             web.route("*", path, self._other, expect_handler=defer_continue) for path in (API, API + "/{path:.*}")
         ]

@@ -111,6 +111,9 @@ async def answer_problems(request: web.Request, handler: Handler) -> web.StreamR
     try:
         return await handler(request)
     except Exception as error:
+        if request.writer.output_size > 0:  # a stream has begun, so there can't be another answer: it is cut off
+            log.error("an answer was cut off", exc_info=error, request=request.get(REQUEST_ID))
+            raise
         problem = problem_of(error)
         if problem.code == "internal":
             log.error("a request failed", exc_info=error, request=request.get(REQUEST_ID))
