@@ -389,6 +389,7 @@ class Events:
         if self._is_collecting:
             return
         self._is_collecting = self._activity.is_watched = True
+        self._lingers_until = self._now() + LINGER_MS
         self._floor = self._number  # nothing was collected before
         self._shown_health = orjson.dumps(self._health())
         self.on_watching()

@@ -19,7 +19,7 @@ from typing import Any
 import orjson
 import structlog
 
-from proxy.calls.activity import COUNTERS_AT_ONCE, Batch, CounterState, Details
+from proxy.calls.activity import Batch, CounterState, Details
 from proxy.ledger.replicas import Replicas
 from proxy.ledger.store import StoreUnavailable
 from proxy.policy.quota import CounterKey
@@ -31,6 +31,8 @@ _LOOK_EVERY_MS = 1_000
 _WRITE_EVERY_MS = 500
 # A process that dies while somebody watches there is told of for so long.
 _WATCHING_MS = 15_000
+# How many counters are told at a time: some 300 kB.
+_COUNTERS_AT_ONCE = 1_000
 # How many changed counters wait to be told. If there are more, who watches is told to read all again.
 _WAITING_MAX = 20_000
 _OWNERS_MAX = 256
@@ -163,7 +165,7 @@ def _add(batch: Batch, later: Batch) -> None:
 def _split(batch: Batch) -> tuple[Batch, Batch]:
     """What is told now, and the counters that are told later."""
     counters = iter(batch.counters.items())
-    batch.counters = dict(islice(counters, COUNTERS_AT_ONCE))
+    batch.counters = dict(islice(counters, _COUNTERS_AT_ONCE))
     return batch, Batch(counters=dict(counters))
 
 

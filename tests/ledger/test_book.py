@@ -1024,7 +1024,8 @@ def test_a_call_whose_counter_was_deleted_is_extended_in_a_new_window():
 
 def _reset(ledger: InMemoryLedger, each: Quota) -> None:
     """An administrator resets ann's counter of a quota."""
-    ledger.counters[each.key_for("ann")] = reset(ledger.counters[each.key_for("ann")])
+    key = each.key_for("ann")
+    ledger.counters[key] = replace(ledger.counters[key], used=NO_AMOUNT, reset_at=ledger.now)
 
 
 def test_after_a_reset_nothing_is_used_and_the_rest_stays():
