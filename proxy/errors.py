@@ -26,6 +26,7 @@
     ├── InternalError         500  a fault of the proxy itself; only the log says which
     └── Unavailable           the proxy cannot take the call now; `Retry-After` says when to try again
         ├── TooManyConnections    503  the listener has as many connections as it may have
+        ├── TooManyStreams        503  as many streams of events are open as may be
         ├── NoSpace               503  the disk has no space for a large body
         ├── BodyMemoryFull        503  the memory for large bodies is taken by others
         ├── BodiesWaitTooLong     503  too many large bodies are being read at the same time
@@ -299,6 +300,13 @@ class TooManyConnections(Unavailable):
     closes = True
     code = "too_many_connections"
     default_message = "There are too many connections. Try again in a few seconds."
+
+
+class TooManyStreams(Unavailable):
+    """As many streams of events are open as this process may have."""
+
+    code = "too_many_streams"
+    default_message = "There are too many open streams of events. Try again in a few seconds."
 
 
 class NoSpace(Unavailable):

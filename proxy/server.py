@@ -11,7 +11,7 @@ A part is started when everything that it uses has been started:
 They are stopped so that no call is cut off while it can still end by itself:
 
 1. `/readyz` becomes 503, so a load balancer sends no more calls here.
-2. The listeners accept no new connections, and idle connections are closed.
+2. The listeners accept no new connections, and idle connections and streams of events are closed.
 3. Calls in flight get `grace_s` seconds to end. Then they are cancelled, and charged what they have used.
 4. Responses whose answers were cut are deleted at the upstreams, for a few seconds at most.
 5. Maintenance jobs, listeners and the HTTP client are stopped. The ledger is last, because it settles every call.
@@ -61,6 +61,7 @@ from proxy.upstreams.client import Upstreams
 from proxy.web.admin import Admin
 from proxy.web.health import Health
 from proxy.web.listener import Listener
+from proxy.web.live import Live
 from proxy.web.request_log import RequestLog
 from proxy.web.routes import Api
 
@@ -168,7 +169,9 @@ class Server:
             self._inherited.database, self._inherited.lock, may_be_new=config.settings.may_be_new_database
         )
         self._users = DirectoryDatabase(store, now=now)
-        self.directory = Directory(self._users, clock=clock, now=now, on_cut=self._end_calls_of)
+        self.directory = Directory(
+            self._users, clock=clock, now=now, on_cut=self._end_calls_of, on_change=self._note_change
+        )
         self.policies = Policies(
             config,
             load=self._load_with_tokenizers,
@@ -188,6 +191,7 @@ class Server:
         self.ledger.on_clock_offset(self.metrics.ledger_clock_differs)
         # Records are as old as the ledger's clock says, which stamped them, and ids sort by that clock too.
         self.rollup = Rollup(store, now=self.ledger.now, keep=lambda: self.policies.current.policy.keep)
+        self.live = Live.of(store, self.ledger, self.policies, lambda at: self._dispatcher.cooldowns.until(at))
         self.upstreams = upstreams or Upstreams()
         self.queue = AdmissionQueue(self.ledger)
         self._stored_responses = StoredResponses(self.ledger, self.upstreams, now=now)
@@ -199,7 +203,7 @@ class Server:
             self.queue,
             self._dispatcher,
             stored_responses=self._stored_responses,
-            metrics=self.metrics,
+            activity=self.live.activity,
             disconnects=disconnects or Disconnects(),
             now=now,
         )
@@ -247,6 +251,9 @@ class Server:
         admin = inherited.admin or (None if inherited.api else settings.admin)
         if admin is not None:
             self.admin = await self._listen(self._admin.application(), admin, limits=limits)
+        self._start_jobs()
+
+    def _start_jobs(self) -> None:
         # With a lease of 60 s, renewed at 12:00:00 and due to lapse at 12:01:00, there are three more renewals in
         # time: at :15, :30 and :45. A sweep every 30 s finds the calls of a crashed process within 90 s.
         lease_s = self.ledger.lease_ms / 1000
@@ -258,13 +265,17 @@ class Server:
         self._jobs.start("free forgotten", repeat(self._users.free_forgotten, every_s=_FORGOTTEN_EVERY_S))
         self._jobs.start("note used keys", repeat(self.directory.write_used, every_s=_USED_KEYS_EVERY_S))
         self._jobs.start("reload", repeat(self.policies.reload_if_changed, every_s=_RELOAD_CHECK_EVERY_S))
+        for job in self.live.jobs():
+            self._jobs.start(job.name, repeat(job.run, every_s=job.every_s))
 
     async def retire(self) -> None:
         """Leave new connections to other workers on the same sockets; close each connection after its next answer.
 
+        Streams of events end: their clients resume at another worker.
         Idle connections are not closed now: a client could send a request at the same moment and would get no answer.
         """
         self._is_retiring = True
+        self.live.events.close()
         await self._stop_accepting()
 
     async def stop(self, grace_s: float = GRACE_S) -> None:
@@ -272,6 +283,7 @@ class Server:
         self.health.is_stopping = True
         log.info("stopping", calls_in_flight=self.calls_in_flight)
         await self._stop_accepting()
+        self.live.events.close()
         for runner in self._runners:
             if runner.server is not None:
                 runner.server.pre_shutdown()  # closes idle connections now, the others after their answer
@@ -280,6 +292,7 @@ class Server:
             log.warning("calls were cut off and settled", calls=cut_off)
         await self._stored_responses.close()
         await self._jobs.finish(0)
+        await self.live.close()
         await self.directory.close()
         for runner in self._runners:
             await runner.cleanup()
@@ -297,6 +310,9 @@ class Server:
 
     def _end_calls_of(self, cuts: Cuts) -> None:
         self._api.end_calls_of(cuts)
+
+    def _note_change(self, old: int, new: int) -> None:
+        self.live.exchange.note_change(old, new)
 
     async def _poll_directory(self) -> None:
         await self.refresh.run()

@@ -51,9 +51,9 @@ NAMED_ONLY_IN: dict[str, tuple[tuple[str, ...], str]] = {
     "sqlalchemy": (
         (
             *("ledger.schema", "ledger.store", "ledger.sqlite", "ledger.postgres", "ledger.migrations"),
-            *("ledger.queries", "identity.database", "administration"),
+            *("ledger.queries", "ledger.notices", "ledger.replicas", "identity.database", "administration"),
         ),
-        "SQL stays in the engines of the ledger, in ledger.queries, identity.database and administration",
+        "SQL stays in the engines of the ledger, in its modules of queries, identity.database and administration",
     ),
     "alembic": (("ledger.schema", "ledger.migrations"), "migrations stay in ledger.schema"),
     "aiosqlite": ((), "SQLAlchemy loads it, by the database's URL"),

@@ -160,10 +160,10 @@ class Dispatcher:
         self._upstreams = upstreams
         self._tokenizers = tokenizers
         self.threads = threads
-        self._metrics = metrics
+        self.metrics = metrics
         self._now = now
         self._draw = draw
-        self._cooldowns = Cooldowns()
+        self.cooldowns = Cooldowns()
         self._usage_options = UsageOptionCache()
 
     async def candidates(self, call: Call) -> Candidates:
@@ -186,7 +186,7 @@ class Dispatcher:
         while routing is not None:
             if routing.pause_ms:
                 await asyncio.sleep(routing.pause_ms / 1000)
-            target = self._cooldowns.choose(routing.remaining, self._now(), draw=self._draw())
+            target = self.cooldowns.choose(routing.remaining, self._now(), draw=self._draw())
             candidate = candidates.for_target(target)
             # The connection of a failed attempt is closed before the next attempt begins.
             async with AsyncExitStack() as connection:
@@ -259,7 +259,7 @@ class Dispatcher:
 
     def _after_error(self, error: UpstreamError, routing: RoutingState, candidate: Candidate) -> RoutingState | None:
         """Note a failure without an answer. Returns where the call may go now; None if it ends."""
-        self._cooldowns.failed(candidate.upstream, self._now())
+        self.cooldowns.failed(candidate.upstream, self._now())
         if error.was_sent:
             self._count_attempt(
                 candidate, "timed_out" if isinstance(error, UpstreamTimeout) else "broke_off", error.reason
@@ -276,10 +276,10 @@ class Dispatcher:
         outcome = _outcome(answer.status)
         self._count_attempt(candidate, outcome, answer.status_reason)
         if outcome in ("answered", "rejected"):
-            self._cooldowns.answered(candidate.upstream)
+            self.cooldowns.answered(candidate.upstream)
             return None
         retry_after_s = seconds_of(answer.retry_after)
-        self._cooldowns.failed(candidate.upstream, self._now(), retry_after_s=retry_after_s)
+        self.cooldowns.failed(candidate.upstream, self._now(), retry_after_s=retry_after_s)
         if not may_try_another_target(answer.status):
             return None
         return self._next_attempt(
@@ -295,7 +295,7 @@ class Dispatcher:
 
     def _count_attempt(self, candidate: Candidate, outcome: AttemptOutcome, reason: str) -> None:
         name, id = candidate.upstream.name, candidate.call.client.id
-        self._metrics.attempts.labels(name, outcome).inc()
+        self.metrics.attempts.labels(name, outcome).inc()
         log.debug("attempt", upstream=name, outcome=outcome, request=id)
         if outcome not in ("answered", "rejected"):
             log.warning("a try failed", upstream=name, outcome=outcome, request=id, reason=reason)

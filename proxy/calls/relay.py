@@ -15,7 +15,8 @@ from functools import partial
 
 import structlog
 
-from proxy.calls.call import Call, Responder, closed_refusal
+from proxy.calls.activity import Activity
+from proxy.calls.call import Call, Responder, closed_decision, closed_refusal
 from proxy.calls.disconnect import Disconnects
 from proxy.calls.dispatch import Candidates, Dispatcher
 from proxy.calls.recorded_names import RecordedNames
@@ -32,7 +33,6 @@ from proxy.identity.authentication import Caller, Snapshot
 from proxy.ledger.book import Accepted, Refused, Reserve
 from proxy.ledger.entry import Outcome
 from proxy.ledger.queue import AdmissionQueue, DurationEstimate
-from proxy.metrics import Metrics
 from proxy.policy.admission import Verdict
 from proxy.policy.quota import BoundQuotas, Demand
 from proxy.upstreams import headers
@@ -53,6 +53,7 @@ log = structlog.get_logger("relay")
 class Relay:
     """Takes calls to an upstream and back. `threads` are those of the dispatcher, which read large bodies.
 
+    `activity` is told what the calls do, for whoever watches, and `metrics` are those of the dispatcher.
     `now` gives milliseconds since 1970. Only durations are taken from it: what a client is told goes by the ledger's
     clock.
     """
@@ -63,7 +64,7 @@ class Relay:
         dispatcher: Dispatcher,
         *,
         stored_responses: StoredResponses,
-        metrics: Metrics,
+        activity: Activity,
         disconnects: Disconnects,
         now: Callable[[], int],
     ) -> None:
@@ -72,7 +73,8 @@ class Relay:
         self._ledger = queue.ledger
         self._dispatcher = dispatcher
         self._stored_responses = stored_responses
-        self.metrics = metrics
+        self.metrics = dispatcher.metrics
+        self._activity = activity
         self._disconnects = disconnects
         self._now = now
         self._durations = DurationEstimate()
@@ -133,7 +135,9 @@ class Relay:
         counters = await self._ledger.counters(binding.keys())
         for quota in closing:
             self.metrics.refused(quota.id, Verdict.EXHAUSTED.name.lower())
-        raise closed_refusal(binding, counters, policy, endpoint=endpoint, id=client.id, now=now)
+        refused = closed_decision(binding, counters, now)
+        self._activity.refused(client.line, refused, binding)
+        raise closed_refusal(refused, binding, policy, endpoint=endpoint, id=client.id)
 
     @asynccontextmanager
     async def _reserve(self, call: Call, renew: Renew) -> AsyncIterator[tuple[Call, Candidates, Reservation]]:
@@ -148,12 +152,14 @@ class Relay:
             line.verdict = reply.decision.verdict.name.lower()
             for quota_id in line.refused_by:
                 self.metrics.refused(quota_id, line.verdict)
+            self._activity.refused(line, reply, call.binding)
             raise call.refusal(reply, busy_s=self._durations.busy_s(self._now()))
         line.mark_admitted(reply.entry.admitted_via)
         # Until the first attempt the reservation has the meter and count of the first target.
         first = candidates.first
         reservation = Reservation(self._ledger, reply, first.meter(), binding=call.binding, count=first.count)
         self._durations.began(reply.entry.id, self._now())
+        self._activity.began(line, reply.entry)
         try:
             with self.metrics.in_flight.track_inprogress():
                 async with reservation:
@@ -168,6 +174,7 @@ class Relay:
         line = call.client.line
         line.outcome, line.usage, line.capped_by = reservation.outcome, usage, entry.capped_by or None
         line.upstream = None if reservation.target is None else reservation.target.upstream.name
+        self._activity.ended(entry.id, reservation.outcome, usage)
         self.metrics.ended(
             endpoint=entry.labels.endpoint, model=model, outcome=reservation.outcome, would_refuse=entry.would_refuse
         )

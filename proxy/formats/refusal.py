@@ -38,7 +38,7 @@ def refusal(
     in flight are expected to hold what this call needs, in seconds.
     """
     zone, help = policy.zone, policy.help
-    block = _longest(refused.blocks)
+    block = named_block(refused.blocks)
     no_retry = {"x-should-retry": "false", **(_codex_header(block, help) if endpoint == "responses" else {})}
     if refused.verdict is Verdict.NEVER:
         return NeverFits(_with_help(_never_sentence(block), help))
@@ -84,7 +84,7 @@ def _members(
     }
 
 
-def _longest(blocks: Iterable[Block]) -> Block:
+def named_block(blocks: Iterable[Block]) -> Block:
     """The block that the message names: the one that lasts longest. A limit of 0 lasts forever."""
     return max(blocks, key=lambda block: (block.limit.maximum == 0, block.counter.window.resets_at))
 

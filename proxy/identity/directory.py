@@ -151,7 +151,8 @@ class Directory:
     remembered, and requests that come later do not wait for it but begin one of their own.
 
     `clock` gives seconds that only grow, and `now` ms since 1970. `on_cut` is called with whose calls are to be
-    ended. `changes` is how often everything was forgotten.
+    ended, and `on_change` with the version before some changes and the one after them. `changes` is how often
+    everything was forgotten.
     """
 
     def __init__(
@@ -161,12 +162,14 @@ class Directory:
         clock: Callable[[], float],
         now: Callable[[], int],
         on_cut: Callable[[Cuts], object] = lambda _: None,
+        on_change: Callable[[int, int], object] = lambda old, new: None,
         entries_max: int = _ENTRIES_MAX,
     ) -> None:
         self._store = store
         self._clock = clock
         self._now = now
         self._on_cut = on_cut
+        self._on_change = on_change
         self.changes = 0
         self._version: int | None = None
         self._confirmed_s = clock()
@@ -209,7 +212,9 @@ class Directory:
         except (StoreUnavailable, TimeoutError) as error:
             self._note_outage(error)
             return
-        self._version, self._confirmed_s = version, began_s
+        before, self._version, self._confirmed_s = self._version, version, began_s
+        if before is not None and before != version:
+            self._on_change(before, version)
         if self._is_away:
             self._is_away = False
             log.info("the directory of users can be read again")

@@ -90,15 +90,25 @@ class Ledger:
         self._loop: asyncio.Task[None] | None = None
         self._is_closing = False
         self._on_freed: Callable[[set[CounterKey]], object] = lambda keys: None
+        self._on_replies: Callable[[Sequence[Reply]], object] = lambda replies: None
         self._on_clock_offset: Callable[[int], object] = lambda offset_ms: None
         self._clock_offset_ms = 0
         self._logged_offset_ms = 0
         self._committed_at = 0.0  # by the event loop's clock
         self.is_healthy = True
+        self.commit_ms: float | None = None  # how long the last batch took, with its commit
 
     def on_freed(self, callback: Callable[[set[CounterKey]], object]) -> None:
         """Call `callback` after each batch that lowered holds, with the keys of the counters they were lowered on."""
         self._on_freed = callback
+
+    def on_replies(self, callback: Callable[[Sequence[Reply]], object]) -> None:
+        """Call `callback` with the replies of each batch, in the order in which they were decided.
+
+        A caller may take its reply later than another caller a newer one. So only here the states of a counter come
+        in their order.
+        """
+        self._on_replies = callback
 
     def on_clock_offset(self, callback: Callable[[int], object]) -> None:
         """Call `callback` with the offset of the ledger's clock, in ms, whenever another one was measured.
@@ -285,6 +295,7 @@ class Ledger:
 
     async def _process(self, batch: list[_Queued]) -> None:
         """Have the store apply a batch, and answer its callers."""
+        began_s = asyncio.get_running_loop().time()
         try:
             answers = await self._apply(batch)
         except StoreUnavailable as error:
@@ -293,6 +304,7 @@ class Ledger:
             await self._process_one_by_one(batch, error)
         else:
             self._committed_at = asyncio.get_running_loop().time()
+            self.commit_ms = round(1000 * (self._committed_at - began_s), 1)
             self.is_healthy = True
             freed: set[CounterKey] = set()
             for queued, answer in zip(batch, answers, strict=True):
@@ -301,6 +313,7 @@ class Ledger:
                     freed |= answer.freed
             if freed:
                 self._on_freed(freed)
+            self._on_replies(answers)
 
     async def _process_one_by_one(self, batch: list[_Queued], error: Exception) -> None:
         """Repeat a batch that failed with one operation at a time. Nothing of it was committed."""

@@ -118,6 +118,11 @@ class Cooldowns:
             cooldown_until = max(cooldown_until, now + COOLDOWN_MS)
         self._failures[upstream] = _Failures(count, cooldown_until)
 
+    def until(self, now: int) -> dict[str, int]:
+        """The upstreams that are in cooldown, by their names, and when it ends (ms)."""
+        ends = {upstream.name: failures.cooldown_until for upstream, failures in self._failures.items()}
+        return {name: end for name, end in ends.items() if now < end <= now + COOLDOWN_MS_MAX}
+
     def _cooldown_until(self, target: Model) -> int:
         failures = self._failures.get(target.upstream)
         return failures.cooldown_until if failures is not None else 0

@@ -216,6 +216,18 @@ async def test_on_freed_is_called_with_the_counters_on_which_a_hold_was_lowered(
     assert freed == [set(ANN.keys())] * 2
 
 
+async def test_on_replies_is_called_with_the_replies_of_each_batch_in_their_order(ledger):
+    """Whenever the callers take theirs. So the last state of a counter is the newest."""
+    found = []
+    ledger.on_replies(found.extend)
+    assert ledger.commit_ms is None
+    first = await ledger.reserve(reserve("1", ANN, CALL))
+    refused = await ledger.reserve(reserve("2", ANN, call(10**9)))
+    later = await apply_together(ledger, Settle("1", exactly(90, 60), "complete"), Release("unknown"))
+    assert found == [first, refused, *later]
+    assert ledger.commit_ms is not None
+
+
 async def test_a_repeated_operation_changes_nothing(ledger, path):
     """So it may be repeated if its outcome is unknown."""
     first = await ledger.reserve(reserve("1", ANN, CALL))

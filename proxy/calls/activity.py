@@ -1,0 +1,456 @@
+"""What the calls of this process do right now, for whoever watches, and what has to be noted for attention.
+
+Calls tell it that they began, ended or were refused, and the ledger tells it the states of the counters. That takes
+some microseconds, because nothing is written and no text is made here: `take` does that, five times a second. If
+nobody watches, only the calls in flight, the changed counters and the refusals for the database are kept.
+
+All of it is bounded. Of what calls did since the last `take`, `DETAILS_MAX` of each kind are kept and the others
+counted. Of a counter only the newest state is kept. If more counters than `_CHANGED_MAX` wait, the oldest are left
+out, and the batch says that it `is_incomplete`: who watches then has to read the counters again.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from typing import Generic, NamedTuple, TypeVar
+
+import orjson
+
+from proxy.calls.log_line import LogLine
+from proxy.formats.refusal import named_block
+from proxy.ledger.book import Accepted, Refused, Reply
+from proxy.ledger.entry import Entry, Outcome
+from proxy.ledger.notices import Crossing, RefusalRow
+from proxy.policy.amounts import Amount, Usage
+from proxy.policy.quota import Binding, Counter, CounterKey, Quota, counter_at
+from proxy.policy.status import QuotaStatus, quota_statuses
+
+# How many calls that began, ended or were refused one batch has in full.
+DETAILS_MAX = 100
+# How many counters wait to be taken, and how many are taken at a time. While somebody watches, each takes 15 µs.
+_CHANGED_MAX = 50_000
+COUNTERS_AT_ONCE = 500
+# How many refusals of different users, quotas and seconds wait to be noted. Each takes about 2 kB.
+_REFUSALS_MAX = 5_000
+REFUSALS_AT_ONCE = 500
+# Of how many counters it is remembered which level was noted.
+_LEVELS_MAX = 50_000
+# The parts of a limit at which a counter is noted, in percent, highest first.
+LEVELS = (100, 80)
+# How many quotas the details of one refusal have. Those that refused it come first.
+_QUOTAS_MAX = 40
+
+T = TypeVar("T")
+
+
+@dataclass(slots=True)
+class Details(Generic[T]):
+    """Some of what happened, each with the group that admitted the call or whose quota refused it.
+
+    `more` is how many others there were, by group.
+    """
+
+    items: list[tuple[str, T]] = field(default_factory=list)
+    more: dict[str, int] = field(default_factory=dict)
+
+    def add(self, group: str, item: T) -> None:
+        """Keep one more, or count it."""
+        if len(self.items) < DETAILS_MAX:
+            self.items.append((group, item))
+        else:
+            self.more[group] = self.more.get(group, 0) + 1
+
+    def extend(self, later: "Details[T]") -> None:
+        """Add what happened later."""
+        for group, item in later.items:
+            self.add(group, item)
+        for group, count in later.more.items():
+            self.more[group] = self.more.get(group, 0) + count
+
+    def __bool__(self) -> bool:
+        return bool(self.items or self.more)
+
+
+class CounterState(NamedTuple):
+    """The state of a counter at an instant (ms, by the ledger's clock), as JSON."""
+
+    at: int
+    data: bytes
+
+
+@dataclass(slots=True)
+class Batch:
+    """What happened in some time, as JSON: calls that began, ended or were refused, and the newest counters.
+
+    `is_incomplete`: there were other counters, whose states are lost.
+    """
+
+    begun: Details[bytes] = field(default_factory=Details)
+    ended: Details[bytes] = field(default_factory=Details)
+    refused: Details[bytes] = field(default_factory=Details)
+    counters: dict[CounterKey, CounterState] = field(default_factory=dict)
+    is_incomplete: bool = False
+
+    def __bool__(self) -> bool:
+        return bool(self.begun or self.ended or self.refused or self.counters or self.is_incomplete)
+
+
+@dataclass(slots=True)
+class CallInFlight:
+    """An admitted call. `began_at` is when it was admitted (ms), and `hold` what it holds."""
+
+    id: str
+    user: str
+    key_id: str
+    key: str
+    group: str
+    model: str
+    endpoint: str
+    address: str
+    began_at: int
+    hold: Amount
+
+    def as_json(self) -> dict[str, object]:
+        """The call as it is shown."""
+        return {
+            **self._names(),
+            "key_id": self.key_id,
+            "key": self.key,
+            "endpoint": self.endpoint,
+            "address": self.address,
+            "began_at": self.began_at,
+            "held_input": self.hold.input,
+            "held_output": self.hold.output,
+        }
+
+    def ended_json(self, outcome: Outcome | None, usage: Usage | None, ended_at: int) -> dict[str, object]:
+        """Its end as it is shown. Without a usage nothing was charged."""
+        return {
+            **self._names(),
+            "outcome": outcome,
+            "input_tokens": usage.tokens.input if usage else 0,
+            "output_tokens": usage.tokens.output if usage else 0,
+            "provenance": usage.provenance if usage else None,
+            "ended_at": ended_at,
+        }
+
+    def _names(self) -> dict[str, object]:
+        return {"id": self.id, "user": self.user, "group": self.group, "model": self.model}
+
+
+class _End(NamedTuple):
+    """The end of a call."""
+
+    call: CallInFlight
+    outcome: Outcome | None
+    usage: Usage | None
+    at: int
+
+
+@dataclass(slots=True)
+class _RefusedCall:
+    """A refused call, and how many more the same quota refused of the same user in that second.
+
+    The binding and the counters are those of the decision. What is written of them is made from them later.
+    """
+
+    id: str
+    user: str
+    key_id: str
+    model: str
+    endpoint: str
+    refused: Refused
+    binding: Binding
+    count: int = 1
+
+    def as_json(self) -> dict[str, object]:
+        """The refusal as it is shown: a row without its details."""
+        shown = asdict(self._row(""))
+        renamed = {"user": shown.pop("user_name"), "quota": shown.pop("quota_id"), "limit": shown.pop("maximum")}
+        return {name: value for name, value in {**shown, **renamed}.items() if name not in ("count", "details")}
+
+    def row(self) -> RefusalRow:
+        """The row for the database."""
+        return self._row(orjson.dumps(self._details()).decode())
+
+    def _row(self, details: str) -> RefusalRow:
+        decision = self.refused.decision
+        block = named_block(decision.blocks)
+        measure = block.limit.measure
+        return RefusalRow(
+            request_id=self.id,
+            at=self.refused.decided_at,
+            user_name=self.user,
+            quota_id=block.quota.id,
+            model=self.model,
+            endpoint=self.endpoint,
+            verdict=decision.verdict.name.lower(),
+            measure=measure.value,
+            maximum=block.limit.maximum,
+            used=block.counter.used.of(measure),
+            held=block.counter.held.of(measure),
+            needed=block.needed,
+            resets_at=block.counter.window.resets_at,
+            admissible_at=decision.admissible_at,
+            key_id=self.key_id or None,
+            count=self.count,
+            details=details,
+        )
+
+    def _details(self) -> dict[str, object]:
+        """The quotas that the decision read, how they stood, and which of their limits refused the call.
+
+        Enough must be left of all quotas of one of the `alternatives`.
+        """
+        decision, binding = self.refused.decision, self.binding
+        statuses = quota_statuses(binding, self.refused.counters, self.refused.decided_at)
+        refused_by = list(dict.fromkeys(block.quota.id for block in decision.blocks))
+        shown = list(dict.fromkeys((*refused_by, *statuses)))[:_QUOTAS_MAX]
+        return {
+            "refused_by": refused_by[:_QUOTAS_MAX],
+            "blocks": [
+                {"quota": block.quota.id, "measure": block.limit.measure.value, "needed": block.needed}
+                for block in decision.blocks[:_QUOTAS_MAX]
+            ],
+            "alternatives": [
+                [quota.id for quota in each.quotas if quota.id in shown]
+                for each in binding.alternatives()[:_QUOTAS_MAX]
+            ],
+            "quotas": [_quota_shown(statuses[quota_id], binding.user) for quota_id in shown],
+        }
+
+
+class _Changed(NamedTuple):
+    """A counter as the ledger last reported it, and when it decided that (ms)."""
+
+    counter: Counter
+    at: int
+
+
+class Activity:
+    """What the calls of this process do. `now` gives ms since 1970, by the ledger's clock.
+
+    `quota_of` gives the quota of a counter at an instant (ms), with the limits that are in force then; None if the
+    policy has none with this id. `is_watched` is set while somebody watches. `not_noted` counts refusals and
+    crossings that there was no room for.
+    """
+
+    def __init__(
+        self,
+        *,
+        now: Callable[[], int],
+        quota_of: Callable[[CounterKey, int], Quota | None],
+        changed_max: int = _CHANGED_MAX,
+        levels_max: int = _LEVELS_MAX,
+    ) -> None:
+        self.is_watched = False
+        self.calls: dict[str, CallInFlight] = {}
+        self.not_noted = 0
+        self._now = now
+        self._quota_of = quota_of
+        self._changed_max = changed_max
+        self._levels_max = levels_max
+        self._begun: Details[CallInFlight] = Details()
+        self._ended: Details[_End] = Details()
+        self._refused: Details[_RefusedCall] = Details()
+        # In the order in which they first changed since they were taken, so each is taken in its turn.
+        self._changed: OrderedDict[CounterKey, _Changed] = OrderedDict()
+        self._is_incomplete = False
+        # The highest level of each counter, and the window in which it reached that.
+        self._levels: OrderedDict[CounterKey, tuple[int, int]] = OrderedDict()
+        self._crossings: list[Crossing] = []
+        self._refusals: dict[tuple[str, str, int], _RefusedCall] = {}
+
+    # What happens
+
+    def began(self, line: LogLine, entry: Entry) -> None:
+        """The call of this line was admitted."""
+        assert line.caller is not None, "only the call of a known caller is admitted"
+        key = line.caller.key
+        call = self.calls[entry.id] = CallInFlight(
+            entry.id,
+            entry.labels.user,
+            key.id,
+            key.label,
+            entry.admitted_via,
+            line.model or entry.labels.model,
+            entry.labels.endpoint,
+            line.address,
+            entry.reserved_at,
+            entry.hold,
+        )
+        if self.is_watched:
+            self._begun.add(call.group, call)
+
+    def ended(self, call_id: str, outcome: Outcome | None, usage: Usage | None) -> None:
+        """A call that began has ended, with the usage that it is charged."""
+        call = self.calls.pop(call_id)
+        if self.is_watched:
+            self._ended.add(call.group, _End(call, outcome, usage, self._now()))
+
+    def refused(self, line: LogLine, refused: Refused, binding: Binding) -> None:
+        """The call of this line was refused. `binding` are the quotas that were asked."""
+        assert line.caller is not None, "only the call of a known caller is refused by quotas"
+        quota = named_block(refused.decision.blocks).quota
+        second = (line.caller.user, quota.id, refused.decided_at // 1000)
+        noted = self._refusals.get(second)
+        if noted is not None and not self.is_watched:
+            noted.count += 1
+            return
+        call = _RefusedCall(
+            line.request_id,
+            line.caller.user,
+            line.caller.key.id,
+            line.model or "other",
+            line.endpoint,
+            refused,
+            binding,
+        )
+        if noted is not None:
+            noted.count += 1
+        elif len(self._refusals) < _REFUSALS_MAX:
+            self._refusals[second] = call
+        else:
+            self.not_noted += 1
+        if self.is_watched:
+            self._refused.add(quota.group, call)
+
+    def replied(self, replies: Sequence[Reply]) -> None:
+        """The ledger has decided this, in this order."""
+        for reply in replies:
+            if isinstance(reply, Accepted):
+                call = self.calls.get(reply.entry.id)
+                if call is not None:
+                    call.hold = reply.entry.hold
+            elif not isinstance(reply, Refused):
+                continue
+            for key, counter in reply.counters.items():
+                self.counter_changed(key, counter, reply.decided_at)
+
+    def counter_changed(self, key: CounterKey, counter: Counter, at: int) -> None:
+        """This is the state of a counter now."""
+        self._changed[key] = _Changed(counter, at)
+        if len(self._changed) > self._changed_max:
+            self._changed.popitem(last=False)
+            self._is_incomplete = True
+
+    # What is made of it
+
+    def take(self) -> Batch:
+        """What happened since the last call of this: at most DETAILS_MAX details of each kind, the others as counts.
+
+        It has the newest states of up to COUNTERS_AT_ONCE counters; the next batch has the others. Crossings are
+        found here too. If nobody watches, the batch is empty.
+        """
+        batch = Batch(is_incomplete=self._is_incomplete and self.is_watched)
+        self._is_incomplete = False
+        for _ in range(min(COUNTERS_AT_ONCE, len(self._changed))):
+            key, (counter, at) = self._changed.popitem(last=False)
+            quota = self._quota_of(key, at)
+            if quota is None:
+                continue
+            if not counter.window.opened_at <= at < counter.window.resets_at:
+                counter = counter_at(at, quota, counter)
+            status = QuotaStatus(quota, counter)
+            self._note_level(key, status, at)
+            if self.is_watched:
+                batch.counters[key] = CounterState(at, orjson.dumps({"at": at, **_counter_shown(key, status)}))
+        if self._begun:
+            begun, self._begun = self._begun, Details()
+            batch.begun = _encoded(begun, (each.as_json() for _, each in begun.items))
+        if self._ended:
+            ended, self._ended = self._ended, Details()
+            batch.ended = _encoded(
+                ended, (end.call.ended_json(end.outcome, end.usage, end.at) for _, end in ended.items)
+            )
+        if self._refused:
+            refused, self._refused = self._refused, Details()
+            batch.refused = _encoded(refused, (each.as_json() for _, each in refused.items))
+        return batch
+
+    def take_notices(self, *, is_last: bool = False) -> tuple[list[RefusalRow], list[Crossing]]:
+        """What has to be noted in the database: refusals of seconds that are over, and crossings.
+
+        A second is over one second after its end, because calls are told of their refusals a little later. If this
+        `is_last`, the refusals of the running second are returned too.
+        """
+        until = self._now() // 1000 - 1
+        over = (second for second in self._refusals if is_last or second[2] < until)
+        rows = [self._refusals.pop(second).row() for second in list(islice(over, REFUSALS_AT_ONCE))]
+        crossings, self._crossings = self._crossings, []
+        return rows, crossings
+
+    def calls_in_flight(self, is_shown: Callable[[str], bool]) -> Iterator[bytes]:
+        """The calls in flight whose groups are shown, as JSON, in the order in which they were admitted."""
+        return (orjson.dumps(call.as_json()) for call in self.calls.values() if is_shown(call.group))
+
+    def _note_level(self, key: CounterKey, status: QuotaStatus, at: int) -> None:
+        level, window = _level(status), status.counter.window
+        opened_at, noted = self._levels.get(key, (window.opened_at, 0))
+        if opened_at != window.opened_at:
+            noted = 0
+        if level > noted:
+            if len(self._crossings) < _REFUSALS_MAX:
+                self._crossings.append(Crossing(*key, window.opened_at, window.resets_at, level, at))
+            else:
+                self.not_noted += 1
+                return
+        if level:
+            self._levels[key] = (window.opened_at, level)
+            self._levels.move_to_end(key)
+            if len(self._levels) > self._levels_max:
+                self._levels.popitem(last=False)
+        else:
+            # Reset, or a new window: when it reaches a level again, that is noted again.
+            self._levels.pop(key, None)
+
+
+def _level(status: QuotaStatus) -> int:
+    """The highest of LEVELS that a limit of the quota has reached; 0: none. A limit of 0 is a switch."""
+    used = status.counter.used
+    percents = (100 * used.of(each.measure) // each.maximum for each in status.quota.window_limits if each.maximum)
+    percent = max(percents, default=0)
+    return next((level for level in LEVELS if percent >= level), 0)
+
+
+def _counter_shown(key: CounterKey, status: QuotaStatus) -> dict[str, object]:
+    """A counter as it is shown. Without a `user` it is that of all members of the group."""
+    quota, counter = status.quota, status.counter
+    # A window of the first-call kind has no times before a call opens it.
+    has_times = quota.per.kind == "calendar" or counter.is_open
+    return {
+        "user": None if quota.shared else key[0].removeprefix("user:"),
+        "group": quota.group,
+        "quota": quota.id,
+        "shared": quota.shared,
+        "opened_at": counter.window.opened_at if has_times else None,
+        "resets_at": counter.window.resets_at if has_times else None,
+        "limits": [
+            {
+                "measure": limit.measure.value,
+                "limit": limit.maximum,
+                "used": (used := counter.used.of(limit.measure)),
+                "held": counter.held.of(limit.measure),
+                "remaining": status.remaining(limit),
+                "percent": round(100 * used / limit.maximum, 1) if limit.maximum else 100.0,
+            }
+            for limit in quota.limits
+        ],
+    }
+
+
+def _quota_shown(status: QuotaStatus, user: str) -> dict[str, object]:
+    """A quota and its counter for a user."""
+    quota = status.quota
+    return {
+        **_counter_shown(quota.key_for(user), status),
+        "models": list(quota.models.texts),
+        "enforce": quota.enforce,
+        "per": quota.per.text,
+    }
+
+
+def _encoded(raw: Details[T], shown: Iterable[Mapping[str, object]]) -> Details[bytes]:
+    groups = (group for group, _ in raw.items)
+    return Details(list(zip(groups, map(orjson.dumps, shown), strict=True)), raw.more)

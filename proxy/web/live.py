@@ -1,0 +1,145 @@
+"""The parts of a process that show what happens live and note what needs attention, made and connected.
+
+calls ─▶ Activity ─▶ Events ─▶ streams of this process
+ledger ─┘    │          └────▶ Exchange ◀─▶ the other processes
+             └─▶ Notices ─▶ refusals and crossings in the database
+"""
+
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from proxy import __version__
+from proxy.calls.activity import Activity
+from proxy.config.reload import Policies
+from proxy.identity.authentication import Snapshot
+from proxy.ledger.ledger import Ledger
+from proxy.ledger.notices import Notices
+from proxy.ledger.replicas import Replicas
+from proxy.ledger.store import Store
+from proxy.policy.policy import Policy
+from proxy.policy.quota import CounterKey, Quota, grants_of_user
+from proxy.web.events import TICK_S, Events
+from proxy.web.exchange import EXCHANGE_S, Exchange
+
+_NOTICES_EVERY_S = 1.0
+_CLEAN_EVERY_S = 60.0
+
+
+class Job(NamedTuple):
+    """Something that has to be run again and again, with a pause of `every_s` seconds."""
+
+    name: str
+    run: Callable[[], Awaitable[object]]
+    every_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Live:
+    """What happens in one process."""
+
+    activity: Activity
+    events: Events
+    exchange: Exchange
+    notices: Notices
+
+    @classmethod
+    def of(
+        cls,
+        store: Store,
+        ledger: Ledger,
+        policies: Policies[Snapshot],
+        cooldowns: Callable[[int], Mapping[str, int]],
+    ) -> "Live":
+        """The parts of the process to which this ledger belongs.
+
+        `cooldowns` gives the upstreams that are in cooldown at an instant (ms), and when it ends.
+        """
+        activity = Activity(now=ledger.now, quota_of=lambda key, at: quota_in(policies.current.policy, key, at))
+        ledger.on_replies(activity.replied)
+        status = _Status(ledger, policies, activity, cooldowns)
+        events = Events(activity, owner=ledger.owner, now=ledger.now, health=status.health)
+        replicas = Replicas(store, owner=ledger.owner, now=ledger.now)
+        return cls(
+            activity,
+            events,
+            Exchange(events, replicas, now=ledger.now, status=status.whole),
+            Notices(store, now=ledger.now),
+        )
+
+    def jobs(self) -> tuple[Job, ...]:
+        """What has to be run again and again."""
+        return (
+            Job("events", self._tick, TICK_S),
+            Job("exchange events", self.exchange.run, EXCHANGE_S),
+            Job("note refusals", self._write_notices, _NOTICES_EVERY_S),
+            Job("delete old notices", self.notices.clean, _CLEAN_EVERY_S),
+        )
+
+    async def close(self) -> None:
+        """Note what is left. The jobs must have ended."""
+        self.events.tick()
+        refused, crossed = self.activity.take_notices(is_last=True)
+        self.notices.add(refused, crossed)
+        await self.notices.write()
+
+    async def _tick(self) -> None:
+        self.events.tick()
+
+    async def _write_notices(self) -> None:
+        self.notices.add(*self.activity.take_notices())
+        await self.notices.write()
+
+
+class _Status:
+    """What a process tells of itself."""
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        policies: Policies[Snapshot],
+        activity: Activity,
+        cooldowns: Callable[[int], Mapping[str, int]],
+    ) -> None:
+        self._cooldowns = cooldowns
+        self._ledger = ledger
+        self._policies = policies
+        self._activity = activity
+        self._started_at = ledger.now()
+
+    def health(self) -> dict[str, object]:
+        """What somebody who watches is told at once when it changes."""
+        reload = self._policies.last
+        return {
+            "replica": self._ledger.owner,
+            "ledger": "ok" if self._ledger.is_healthy else "unavailable",
+            "policy": self._policies.current.policy.hash,
+            "reloaded_at": reload.at,
+            "reload_mistakes": len(reload.mistakes),
+        }
+
+    def whole(self) -> dict[str, object]:
+        """What the process writes every few seconds."""
+        now, snapshot = self._ledger.now(), self._policies.current
+        cooldowns = self._cooldowns(now)
+        return {
+            **self.health(),
+            "version": __version__,
+            "started_at": self._started_at,
+            "commit_ms": self._ledger.commit_ms,
+            "calls_in_flight": len(self._activity.calls),
+            "upstreams": [
+                {"name": name, "cooldown_until_at": cooldowns.get(name)} for name in snapshot.catalog.upstreams
+            ],
+        }
+
+
+def quota_in(policy: Policy, key: CounterKey, at: int) -> Quota | None:
+    """The quota to which a counter belongs, with the limits that are in force for it at this instant (ms)."""
+    subject, quota_id = key
+    group = policy.groups.get(quota_id.partition("/")[0])
+    found = None if group is None else next((each for each in group.quotas if each.id == quota_id), None)
+    grants = policy.grants.get(quota_id)
+    if found is None or grants is None:
+        return found
+    return found.raised(grants_of_user({quota_id: grants}, subject.removeprefix("user:")).get(quota_id, ()), at)
