@@ -289,9 +289,11 @@ class Server:
     async def retire(self) -> None:
         """Leave new connections to other workers on the same sockets; close each connection after its next answer.
 
+        Streams of events end: their clients resume at another worker.
         Idle connections are not closed now: a client could send a request at the same moment and would get no answer.
         """
         self._is_retiring = True
+        self.live.events.close()
         await self._stop_accepting()
 
     async def stop(self, grace_s: float = GRACE_S) -> None:

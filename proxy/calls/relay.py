@@ -136,7 +136,7 @@ class Relay:
         for quota in closing:
             self.metrics.refused(quota.id, Verdict.EXHAUSTED.name.lower())
         refused = closed_decision(binding, counters, now)
-        self._activity.refused(client.line, refused, binding, policy.zone)
+        self._activity.refused(client.line, refused, binding)
         raise closed_refusal(refused, binding, policy, endpoint=endpoint, id=client.id)
 
     @asynccontextmanager
@@ -152,7 +152,7 @@ class Relay:
             line.verdict = reply.decision.verdict.name.lower()
             for quota_id in line.refused_by:
                 self.metrics.refused(quota_id, line.verdict)
-            self._activity.refused(line, reply, call.binding, call.policy.zone)
+            self._activity.refused(line, reply, call.binding)
             raise call.refusal(reply, busy_s=self._durations.busy_s(self._now()))
         line.mark_admitted(reply.entry.admitted_via)
         # Until the first attempt the reservation has the meter and count of the first target.

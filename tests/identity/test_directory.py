@@ -109,6 +109,18 @@ async def test_a_change_is_in_force_after_the_next_poll(directory: Directory, st
     assert store.asked == ["ann", "ann"]
 
 
+async def test_who_shows_changes_is_told_between_which_versions_they_are(
+    make: Callable[..., Directory], store: Store
+) -> None:
+    """Not at the first poll, and not if nothing has changed."""
+    told: list[tuple[int, int]] = []
+    directory = make(on_change=lambda old, new: told.append((old, new)))
+    for number in (1, 1, 3, 3, 4):
+        store.number = number
+        await directory.poll()
+    assert told == [(1, 3), (3, 4)]
+
+
 async def test_a_lookup_that_began_before_a_change_is_not_remembered(directory: Directory, store: Store) -> None:
     """T150: it has read the key as it was before. Requests that come after the change do not wait for it either."""
     answers = store.hold()

@@ -73,6 +73,16 @@ def test_an_upstream_that_keeps_failing_is_in_cooldown() -> None:
     assert _shares(cooldowns, targets, now=NOON + COOLDOWN_MS - 1) == {"1": 1}
 
 
+def test_the_upstreams_in_cooldown_are_listed_with_its_end() -> None:
+    """Neither one that has failed less often, nor one whose end was set by a clock that was ahead."""
+    cooldowns, targets = Cooldowns(), _targets(1, 1, 1)
+    _fail(cooldowns, targets[0])
+    _fail(cooldowns, targets[1], 1)
+    _fail(cooldowns, targets[2], at=NOON + 86_400_000)
+    assert cooldowns.until(NOON) == {"0": NOON + COOLDOWN_MS}
+    assert cooldowns.until(NOON + COOLDOWN_MS) == {}
+
+
 def test_an_answer_clears_all_failures() -> None:
     """Only failures in a row count."""
     cooldowns, targets = Cooldowns(), _targets(1, 0)

@@ -32,7 +32,10 @@ async def test_a_process_writes_its_status(tmp_path: Path) -> None:
         assert (status["reloaded_at"], status["reload_mistakes"], status["started_at"]) == (NOON, 0, NOON)
         assert status["commit_ms"] >= 0
         assert status["calls_in_flight"] == 0
-        assert status["upstreams"] == [{"name": "simulated", "cooldown_until_at": NOON + 1000}]
+        failure = {"at": NOON, "outcome": "limited", "reason": "status 429"}
+        assert status["upstreams"] == [
+            {"name": "simulated", "cooldown_until_at": NOON + 1000, "last_failure": failure}
+        ]
 
 
 async def test_a_failed_reload_is_shown_as_the_health_of_the_process(tmp_path: Path) -> None:
