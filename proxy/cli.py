@@ -23,10 +23,10 @@ import uvloop
 
 from proxy import __version__, logs
 from proxy.calls.tokenizer import Tokenizers, table_folders
+from proxy.config.json_schema import json_schema
 from proxy.config.lint import warnings
 from proxy.config.loader import BadConfig, Config, ConfigFile
 from proxy.config.reload import log_mistakes
-from proxy.config.schema import json_schema
 from proxy.config.sentences import sentences
 from proxy.ledger.schema import NewerSchema
 from proxy.ledger.store import StoreInUse, StoreUnavailable

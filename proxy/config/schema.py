@@ -1,7 +1,7 @@
 """The shape of quotas.yaml: every key with its type, its default and its description.
 
 `File` is the whole file, and each other `Section` is one of its mappings. The types of single values come first: each
-combines a rule of `values` with what the JSON Schema says about it. `json_schema()` renders the JSON Schema, in which
+combines a rule of `values` with what the JSON Schema says about it. `json_schema` renders the JSON Schema, in which
 the descriptions below are what an editor shows.
 
 An unknown key is a mistake. So is a key without a value: YAML reads `tokens:` as null, which would be a limit that
@@ -10,10 +10,9 @@ silently does not exist.
 Other modules hold the texts of mistakes (`messages`) and the check that a name refers to something (`loader`).
 """
 
-import json
 from collections.abc import Mapping
 from datetime import date, datetime
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import (
     AfterValidator,
@@ -762,40 +761,3 @@ def section_at(path: tuple[str | int, ...]) -> type[Section]:
         ):
             return section
     return File
-
-
-# -------------------------------------------------------------------------------------------------- the JSON Schema
-
-
-def json_schema() -> str:
-    """The JSON Schema of the whole file (draft 2020-12), indented, with a line end after it."""
-    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **_tidy(File.model_json_schema())}
-    # `_tidy` removes null everywhere; these keys do take it.
-    for section, name in (("Server", "admin"), ("Keep", "audit"), ("Keep", "calls"), ("Keep", "days")):
-        schema["$defs"][section]["properties"][name]["type"] = ["string", "null"]
-    return json.dumps(schema, indent=2, ensure_ascii=False) + "\n"
-
-
-def _tidy(schema: dict[str, Any]) -> dict[str, Any]:
-    """pydantic's schema, made as strict as the file and easier to read.
-
-    Removed: titles, which only repeat the keys, and null for optional keys, since an empty key is a mistake. Added:
-    `additionalProperties: false` for mappings whose keys are names, so a name that breaks the rule is an error.
-    """
-    tidy: dict[str, Any] = {key: _tidy(value) if isinstance(value, dict) else value for key, value in schema.items()}
-    if isinstance(tidy.get("title"), str):
-        del tidy["title"]
-    if "anyOf" in tidy:
-        options = [_tidy(option) for option in tidy.pop("anyOf") if option != {"type": "null"}]
-        tidy |= options[0] if len(options) == 1 else {"anyOf": options}
-    if "default" in tidy and tidy["default"] is None:
-        del tidy["default"]
-    if "patternProperties" in tidy:
-        tidy["additionalProperties"] = False
-    return tidy
-
-
-def field_schemas(section: type[Section]) -> dict[str, dict[str, Any]]:
-    """The JSON Schema of each field of a section, by its key."""
-    properties: dict[str, dict[str, Any]] = _tidy(section.model_json_schema())["properties"]
-    return properties

@@ -7,6 +7,7 @@ import pytest
 from pydantic import TypeAdapter, ValidationError
 
 from proxy.config import values
+from proxy.config.json_schema import json_schema
 from proxy.config.schema import (
     AdminKey,
     Allow,
@@ -33,7 +34,6 @@ from proxy.config.schema import (
     User,
     UserKey,
     Wait,
-    json_schema,
     section_at,
 )
 from proxy.policy.catalog import Secret

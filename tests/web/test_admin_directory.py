@@ -93,16 +93,17 @@ async def test_users_are_listed_in_pages(tmp_path: Path) -> None:
         users = [{"id": f"u{number}", "email": f"{number}@lab.example"} for number in range(5)]
         reply = await ask(on, "POST", "/users/import?dry_run=true", json={"users": users})
         assert reply.json()["added"] == [f"u{number}" for number in range(5)]
-        assert (await ask(on, "GET", "/users")).json() == {"data": [], "next": None}
+        page = (await ask(on, "GET", "/users")).json()
+        assert ([user["user"] for user in page["data"]], page["next"]) == (["alice", "bob"], None)
         await ask(on, "POST", "/users/import", json={"users": users})
         found, next = [], ""
-        for count in (2, 2, 1):
+        for count in (2, 2, 2, 1):
             page = (await ask(on, "GET", f"/users?limit=2{next}")).json()
             assert len(page["data"]) == count
-            found += [user["id"] for user in page["data"]]
+            found += [user["user"] for user in page["data"]]
             next = f"&after={page['next']}"
         assert page["next"] is None
-        assert found == [f"u{number}" for number in range(5)]
+        assert found == ["alice", "bob", *(f"database:u{number}" for number in range(5))]
         page = (await ask(on, "GET", "/users?text=3@LAB")).json()
         assert [user["id"] for user in page["data"]] == ["u3"]
 

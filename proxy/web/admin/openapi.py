@@ -121,6 +121,8 @@ def _responses(operation: Operation, schemas: Mapping[tuple[str, str], Any]) -> 
     if operation.answer is not None:
         schema = schemas[operation.id, "serialization"]
         done["content"] = {operation.content_type: {"schema": schema}}
+        if operation.has_csv:
+            done["content"]["text/csv"] = {"schema": {"type": "string"}}
     made: dict[str, Any] = {str(operation.status): done}
     by_status: dict[int, list[str]] = {}
     for code in _problems_of(operation):
@@ -133,8 +135,8 @@ def _responses(operation: Operation, schemas: Mapping[tuple[str, str], Any]) -> 
 def _problems_of(operation: Operation) -> Iterable[str]:
     yield from _ALWAYS
     yield from _WITH_KEY if operation.roles else ("unauthenticated", "closed", "cross-site", "too-many-failures")
-    if operation.parameters:
-        yield "not-found"
+    if operation.parameters or operation.body is not None or operation.query.model_fields:
+        yield "not-found"  # what a parameter or a field names
     if operation.body is not None:
         yield from ("timeout", "too-large", "unsupported-type")
     # A wrong cursor, or a value that the database can't store, is found by the handler.

@@ -150,7 +150,7 @@ class Operation:
     - `needs_match`: it changes a resource that is there, so `If-Match` is required. If it `may_create` the resource
       too, `If-None-Match: *` says that there must be none yet.
     - `is_repeatable`: a repeated request with the same `Idempotency-Key` does nothing again.
-    - `content_type` is that of the answer if it is not JSON.
+    - `content_type` is that of the answer if it is not JSON. `has_csv`: the query can ask for CSV instead.
     """
 
     method: Literal["GET", "POST", "PUT", "PATCH", "DELETE"]
@@ -168,6 +168,7 @@ class Operation:
     is_repeatable: bool = False
     body_bytes_max: int = BODY_BYTES_MAX
     content_type: str = JSON
+    has_csv: bool = False
 
     @property
     def parameters(self) -> Sequence[str]:

@@ -16,9 +16,9 @@ from proxy.administration.effects import Effects
 from proxy.administration.grants import GrantAdministration, GrantRecord, NewGrant
 from proxy.administration.pages import Page, Paging
 from proxy.administration.policy import GroupRecord, ModelQuota, PolicyAdministration, QuotaRecord, QuotaSet
+from proxy.config.json_schema import field_schemas
 from proxy.config.reload import Policies
 from proxy.config.schema import Quota as QuotaSection
-from proxy.config.schema import field_schemas
 from proxy.identity.authentication import Snapshot
 from proxy.identity.database import DirectoryDatabase
 from proxy.web.admin.directory import UserAnswer, administration_of

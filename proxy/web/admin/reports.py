@@ -212,7 +212,7 @@ class Reports:
         """The rows."""
         seen: dict[str, Any] = {"roles": ALL_ROLES}
         return [
-            reads("/usage", self._usage, "What was used; as CSV if asked.", Usage, query=UsageQuery, **seen),
+            reads("/usage", self._usage, "What was used.", Usage, query=UsageQuery, has_csv=True, **seen),
             reads("/models", self._models, "The models of the file.", ModelList),
             reads("/upstreams", self._upstreams, "The upstreams, their cooldowns and last failures.", UpstreamList),
             reads("/replicas", self._replicas, "The processes that share the database.", ReplicaList),
@@ -226,8 +226,9 @@ class Reports:
                 is_change=False,
             ),
             reads(
-                *("/audit", self._audit, "Who changed what, the newest first; as CSV if asked.", Page[AuditRecord]),
+                *("/audit", self._audit, "Who changed what, the newest first.", Page[AuditRecord]),
                 query=AuditQuery,
+                has_csv=True,
                 **seen,
             ),
             reads(
