@@ -220,7 +220,7 @@ def test_help_lists_every_command() -> None:
     result = _run("--help")
     listed = result.output.partition("Commands:\n")[2].splitlines()
     assert [line.split()[0] for line in listed] == (
-        "check demo explain keys migrate schema serve torture usage users whoami".split()
+        "admin-keys check demo explain keys migrate schema serve torture usage users whoami".split()
     )
     assert "Use up a quota from many clients" in next(line for line in listed if "torture" in line)
 
