@@ -1057,17 +1057,29 @@ def test_calls_in_flight_are_settled_into_a_counter_that_was_reset():
     ("others", "used"),
     [
         pytest.param(exactly(0, 0), Amount(0, 0, 1), id="nothing else was used"),
-        pytest.param(exactly(50, 200), Amount(40, 0, 1), id="less was used of one quantity than is corrected"),
-        pytest.param(exactly(50, 400), Amount(40, 60, 1), id="more was used"),
+        pytest.param(exactly(50, 200), Amount(50, 200, 1), id="less was used than would be corrected"),
+        pytest.param(exactly(50, 400), Amount(50, 400, 1), id="more was used"),
     ],
 )
-def test_a_late_settle_after_a_reset_takes_nothing_below_0(others, used):
-    """The call had expired and was charged 100 + 400. It was 90 + 60, which would be -10 and -340."""
+def test_a_late_settle_after_a_reset_corrects_nothing(others, used):
+    """The call had expired and was charged 100 + 400, which the reset took away. It was 90 + 60."""
     ledger = InMemoryLedger(ANN)
     ledger.apply(reserve("1", ANN, CALL), EXPIRE)
     _reset(ledger, DAILY)
     ledger.apply(reserve("2", ANN, call(50, 400)), Settle("2", others, "complete"), SETTLE)
     assert ledger.levels(DAILY) == (used, NO_AMOUNT)
+
+
+def test_a_late_settle_takes_no_counter_below_0_after_a_clock_was_set_back():
+    """The call expired at 13:00 by a clock that was ahead; at 12:00 the counter was reset."""
+    ledger = InMemoryLedger(ANN)
+    ledger.apply(reserve("1", ANN, CALL))
+    ledger.now += HOUR
+    ledger.apply(EXPIRE)
+    ledger.now -= HOUR
+    _reset(ledger, DAILY)
+    ledger.apply(SETTLE)
+    assert ledger.levels(DAILY) == (NO_AMOUNT, NO_AMOUNT)
 
 
 # ------------------------------------------------------------------------------------------------------------- grants
