@@ -17,6 +17,7 @@ _TOKENS_PER_S = 40.0
 _POLICY = """
 server: {{api: "127.0.0.1:{port}", admin: "127.0.0.1:{admin_port}"}}
 database: "sqlite:///{database}"
+admin_keys: {{ops: "{ops}"}}
 help: "This is the demo: restart it for fresh quotas."
 upstreams:
   simulated: {{base_url: "http://127.0.0.1:{upstream_port}/v1", api_key: "{upstream_key}", kind: simulator}}
@@ -56,13 +57,20 @@ _GUIDE = """
   A user without limits has the key {root}.
   Metrics:             {admin}/metrics
 
+  An administrator adds a quota while everything runs, and sees who was refused and who changed what:
+
+    curl -X PUT {admin}/admin/api/groups/staff/quotas/fast -H "Authorization: Bearer {ops}" \
+      -H "If-None-Match: *" -H "Content-Type: application/json" -d '{{"requests": 3, "per": "1m"}}'
+    curl {admin}/admin/api/attention -H "Authorization: Bearer {ops}"
+    curl {admin}/admin/api/audit -H "Authorization: Bearer {ops}"
+
   Stop with Ctrl-C. The demo's data is deleted then.
 """
 
 
 async def run(port: int, admin_port: int, print_guide: Callable[[str], None], tokenizers: Tokenizers) -> None:
     """Serve the demo until it is stopped. When it serves, `print_guide` gets the text that says what to paste."""
-    alice, root, upstream_key = _key(), _key(), _key()
+    alice, root, ops, upstream_key = _key(), _key(), _key(), _key()
     simulator, upstream_port = await serve_simulator(Simulator(upstream_key, tokens_per_s=_TOKENS_PER_S))
     with tempfile.TemporaryDirectory(prefix="llm-quota-proxy-demo-") as folder:
         config = load_text(
@@ -74,6 +82,7 @@ async def run(port: int, admin_port: int, print_guide: Callable[[str], None], to
                 upstream_key=upstream_key,
                 alice=alice,
                 root=root,
+                ops=ops,
             ),
             "demo",
         )
@@ -82,7 +91,7 @@ async def run(port: int, admin_port: int, print_guide: Callable[[str], None], to
             url, admin = (
                 f"http://{address.host}:{address.port}" for address in (server.api, server.admin) if address
             )
-            print_guide(_GUIDE.format(url=f"{url}/v1", admin=admin, alice=alice, root=root))
+            print_guide(_GUIDE.format(url=f"{url}/v1", admin=admin, alice=alice, root=root, ops=ops))
 
         try:
             await serve(Server(config, load=lambda: config, tokenizers=tokenizers), on_started)

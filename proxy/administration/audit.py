@@ -12,6 +12,8 @@ from proxy.administration.pages import Page, Paging
 from proxy.ledger.schema import audit as table
 from proxy.ledger.store import Store
 
+# What the names of changes of groups, of all their quotas, and of their counters begin with.
+_OF_GROUPS = ("group.", "quotas.set", "counters.")
 # How many rows one transaction deletes. It has SQLite's one write lock, for which calls wait.
 _DELETED_AT_ONCE = 500
 
@@ -55,7 +57,9 @@ class AuditFilter:
             chosen.append(table.c.at < self.until)
         if self.groups is not None:
             of_quotas = (table.c.target.startswith(f"{group}/", autoescape=True) for group in self.groups)
-            chosen.append(sa.or_(table.c.target.in_(self.groups), *of_quotas))
+            # A user can have the name of a group.
+            of_group = sa.and_(table.c.target.in_(self.groups), sa.or_(*map(table.c.action.startswith, _OF_GROUPS)))
+            chosen.append(sa.or_(of_group, *of_quotas))
         return chosen
 
 
