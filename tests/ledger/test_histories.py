@@ -394,8 +394,10 @@ class Model:
         elif isinstance(operation, Extend) and known.state == "open":
             self._extend(operation, known, reply, now)
         elif isinstance(operation, Settle | Release | Expire):
+            was_expired = known.state == "expired"
             _end(operation, known, now)
-            self._forgive_no_more_than_charged()
+            if was_expired:
+                self._forgive_no_more_than_charged()
         assert isinstance(reply, Accepted | Refused)
         assert isinstance(reply, Accepted) is (known is not None)
         if isinstance(reply, Accepted) and known is not None:
