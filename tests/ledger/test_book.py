@@ -1019,69 +1019,6 @@ def test_a_call_whose_counter_was_deleted_is_extended_in_a_new_window():
     assert ledger.levels(SIX_HOURS) == (Amount(output=150), NO_AMOUNT)
 
 
-# ------------------------------------------------------------------------------------------------------------- resets
-
-
-def _reset(ledger: InMemoryLedger, each: Quota) -> None:
-    """An administrator resets ann's counter of a quota."""
-    key = each.key_for("ann")
-    ledger.counters[key] = replace(ledger.counters[key], used=NO_AMOUNT, reset_at=ledger.now)
-
-
-def test_after_a_reset_nothing_is_used_and_the_rest_stays():
-    """What calls in flight hold, and the window. A call that was refused before is admitted."""
-    who = binding([SIX_HOURS])
-    ledger = InMemoryLedger(who, used={SIX_HOURS.id: 600})
-    ledger.apply(reserve("1", who, call(300)))
-    before = ledger.counters[SIX_HOURS.key_for("ann")]
-    assert isinstance(ledger.apply(reserve("2", who, call(700)))[0], Refused)
-    ledger.now += HOUR
-    _reset(ledger, SIX_HOURS)
-    assert ledger.levels(SIX_HOURS) == (NO_AMOUNT, Amount(300, 0, 1))
-    assert isinstance(ledger.apply(reserve("2", who, call(700)))[0], Accepted)
-    assert ledger.counters[SIX_HOURS.key_for("ann")].window == before.window
-
-
-def test_calls_in_flight_are_settled_into_a_counter_that_was_reset():
-    """And extended in it."""
-    ledger = InMemoryLedger(ANN, used={DAILY.id: 500})
-    ledger.apply(reserve("1", ANN, STREAM))
-    _reset(ledger, DAILY)
-    ledger.apply(extend("1", ANN, 900))
-    assert ledger.levels(DAILY) == (NO_AMOUNT, Amount(100, 900, 1))
-    ledger.apply(SETTLE)
-    assert ledger.levels(DAILY) == (Amount(90, 60, 1), NO_AMOUNT)
-
-
-@pytest.mark.parametrize(
-    ("others", "used"),
-    [
-        pytest.param(exactly(0, 0), Amount(0, 0, 1), id="nothing else was used"),
-        pytest.param(exactly(50, 200), Amount(50, 200, 1), id="less was used than would be corrected"),
-        pytest.param(exactly(50, 400), Amount(50, 400, 1), id="more was used"),
-    ],
-)
-def test_a_late_settle_after_a_reset_corrects_nothing(others, used):
-    """The call had expired and was charged 100 + 400, which the reset took away. It was 90 + 60."""
-    ledger = InMemoryLedger(ANN)
-    ledger.apply(reserve("1", ANN, CALL), EXPIRE)
-    _reset(ledger, DAILY)
-    ledger.apply(reserve("2", ANN, call(50, 400)), Settle("2", others, "complete"), SETTLE)
-    assert ledger.levels(DAILY) == (used, NO_AMOUNT)
-
-
-def test_a_late_settle_takes_no_counter_below_0_after_a_clock_was_set_back():
-    """The call expired at 13:00 by a clock that was ahead; at 12:00 the counter was reset."""
-    ledger = InMemoryLedger(ANN)
-    ledger.apply(reserve("1", ANN, CALL))
-    ledger.now += HOUR
-    ledger.apply(EXPIRE)
-    ledger.now -= HOUR
-    _reset(ledger, DAILY)
-    ledger.apply(SETTLE)
-    assert ledger.levels(DAILY) == (NO_AMOUNT, NO_AMOUNT)
-
-
 # ------------------------------------------------------------------------------------------------------------- grants
 
 

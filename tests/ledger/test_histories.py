@@ -39,7 +39,6 @@ from proxy.ledger.book import (
     Reserve,
     Settle,
     Unknown,
-    reset,
 )
 from proxy.ledger.entry import Entry
 from proxy.ledger.postgres import PostgresStore
@@ -176,7 +175,7 @@ class OnSqlite:
 
     def put(self, key: CounterKey, counter: Counter) -> None:
         with connected(self._path) as connection:
-            connection.execute("REPLACE INTO counters VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", _row(key, counter))
+            connection.execute("REPLACE INTO counters VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", _row(key, counter))
 
     def crash(self) -> None:
         path = self._next_path()
@@ -254,7 +253,7 @@ class OnPostgres:
         return self._run(self._store.orphans(owner, 0, limit=1000))
 
     def put(self, key: CounterKey, counter: Counter) -> None:
-        columns = ", ".join(f"${number}" for number in range(1, 11))
+        columns = ", ".join(f"${number}" for number in range(1, 12))
         insert = f"INSERT INTO llm_quota_proxy.counters VALUES ({columns})"
         delete = "DELETE FROM llm_quota_proxy.counters WHERE subject = $1 AND quota_id = $2"
         self._run(self._auditor.execute(delete, *key))
@@ -276,13 +275,15 @@ class OnPostgres:
 def _row(key: CounterKey, counter: Counter) -> list[Any]:
     window, levels = counter.window, (counter.used, counter.held)
     numbers = [number for each in levels for number in (each.input, each.output, each.requests)]
-    return [*key, window.opened_at, window.resets_at, *numbers]
+    return [*key, window.opened_at, window.resets_at, *numbers, counter.reset_at]
 
 
 def _counters(found: Iterable[Mapping[str, Any]]) -> dict[CounterKey, Counter]:
     return {
         (row["subject"], row["quota_id"]): Counter(
-            Window(row["opened_at"], row["resets_at"]), *(_amount(row, f"{side}_") for side in ("used", "held"))
+            Window(row["opened_at"], row["resets_at"]),
+            *(_amount(row, f"{side}_") for side in ("used", "held")),
+            row["reset_at"],
         )
         for row in found
     }
@@ -310,22 +311,24 @@ def _amount(row: Mapping[str, int], prefix: str) -> Amount:
 class OpenedWindow:
     """One window of a counter. `ceilings` are the highest limits (with overdraft) up to which it was held.
 
-    `forgiven` is what its calls were charged and it has not used any more, because it was reset.
+    `reset_at` is when it was last reset, 0 if never. `forgiven` is what that would have made negative.
     """
 
     resets_at: int
     opened_at: int
     ceilings: dict[Measure, int] = field(default_factory=dict)
+    reset_at: int = 0
     forgiven: Amount = NO_AMOUNT
 
 
 @dataclass(eq=False)
 class Held:
-    """What a call holds in one window."""
+    """What a call holds in one window. `forgiven` is what of its charge was reset there."""
 
     key: CounterKey
     window: OpenedWindow
     amount: Amount
+    forgiven: Amount = NO_AMOUNT
 
 
 @dataclass(eq=False)
@@ -336,6 +339,7 @@ class Call:
     hold: Amount
     state: str = "open"
     charge: Amount = NO_AMOUNT
+    ended_at: int = 0
     held: dict[tuple[CounterKey, int], Held] = field(default_factory=dict)
 
     def parts(self) -> list[tuple[Held, Amount]]:
@@ -351,15 +355,23 @@ class Call:
         return parts
 
 
-def _end(operation: Settle | Release | Expire, call: Call) -> None:
+def _end(operation: Settle | Release | Expire, call: Call, now: int) -> None:
     """A call ends once. Only a call that has expired may still be settled, once."""
+    if call.state != "open" and not (call.state == "expired" and isinstance(operation, Settle)):
+        return
+    before = call.parts()
     match operation:
-        case Settle() if call.state in ("open", "expired"):
-            call.state, call.charge = "settled", charge_of(operation.usage)
-        case Release() if call.state == "open":
-            call.state = "released"
-        case Expire() if call.state == "open":
-            call.state, call.charge = "expired", call.hold
+        case Settle():
+            state, call.charge = "settled", charge_of(operation.usage)
+        case Release():
+            state = "released"
+        case _:
+            state, call.charge = "expired", call.hold
+    if call.state == "expired":
+        for (held, part), (_, corrected) in zip(before, call.parts(), strict=True):
+            if held.window.reset_at >= call.ended_at:  # the reset has forgiven the whole charge
+                held.forgiven += corrected - part
+    call.state, call.ended_at = state, now
 
 
 class Model:
@@ -382,8 +394,10 @@ class Model:
         elif isinstance(operation, Extend) and known.state == "open":
             self._extend(operation, known, reply, now)
         elif isinstance(operation, Settle | Release | Expire):
-            _end(operation, known)
-            self._end_at_0()
+            was_expired = known.state == "expired"
+            _end(operation, known, now)
+            if was_expired:
+                self._forgive_no_more_than_charged()
         assert isinstance(reply, Accepted | Refused)
         assert isinstance(reply, Accepted) is (known is not None)
         if isinstance(reply, Accepted) and known is not None:
@@ -391,13 +405,17 @@ class Model:
         for key, counter in reply.counters.items():
             self.last[key].resets_at = counter.window.resets_at
 
-    def reset(self, key: CounterKey) -> None:
+    def reset(self, key: CounterKey, now: int) -> None:
         """Forgive what is used."""
-        window, (used, _) = self.last[key], self.levels(key)
-        window.forgiven += used
+        window = self.last[key]
+        window.reset_at, window.forgiven = now, NO_AMOUNT
+        for call in self.calls.values():
+            for held, part in call.parts():
+                if held.window is window:
+                    held.forgiven = part
 
-    def _end_at_0(self) -> None:
-        """Forgive no more than was charged: a late settle may have lowered what was charged before a reset."""
+    def _forgive_no_more_than_charged(self) -> None:
+        """If a clock that went back dates a reset before an expiry, a late settle may correct what was forgiven."""
         for key, window in self.last.items():
             used, _ = self.levels(key)
             window.forgiven += Amount(*(min(0, number) for number in used))
@@ -439,13 +457,19 @@ class Model:
             window.ceilings[limit.measure] = max(ceiling, window.ceilings.get(limit.measure, 0))
 
     def _window(self, key: CounterKey, now: int, window: Window) -> OpenedWindow:
-        """The last window if it has not ended and anything is used or held in it, else a new one."""
+        """The last window if it has not ended and anything is used or held in it, or it was reset; else a new one."""
         last = self.last.get(key)
-        if last is not None and last.forgiven and last.opened_at == window.opened_at:
-            # It was reset and is still the same day, to which a call that had expired before may be settled late.
-            last.resets_at = window.resets_at
-        elif last is None or last.resets_at <= now or not any(map(bool, self.levels(key))):
+        if last is None:
             self.last[key] = OpenedWindow(window.resets_at, window.opened_at)
+            return self.last[key]
+        is_used = any(map(bool, self.levels(key))) or last.reset_at >= last.opened_at
+        if last.resets_at <= now or not is_used:
+            if last.reset_at and last.opened_at == window.opened_at:
+                # By its clock it was reset before it had opened. It is still the same day, to which a call that had
+                # expired before may be settled late.
+                last.resets_at, last.reset_at = window.resets_at, 0
+            else:
+                self.last[key] = OpenedWindow(window.resets_at, window.opened_at)
         return self.last[key]
 
     def levels(self, key: CounterKey) -> tuple[Amount, Amount]:
@@ -454,7 +478,10 @@ class Model:
         for call in self.calls.values():
             for each, part in call.parts():
                 if each.window is self.last[key]:
-                    used, held = used + part, held + (each.amount if call.state == "open" else NO_AMOUNT)
+                    used, held = (
+                        used + part - each.forgiven,
+                        held + (each.amount if call.state == "open" else NO_AMOUNT),
+                    )
         return used - self.last[key].forgiven, held
 
     def hidden(self, key: CounterKey, measure: Measure) -> int:
@@ -677,8 +704,8 @@ class Histories(RuleBasedStateMachine):
     def reset(self, data: st.DataObject) -> None:
         """An administrator resets a counter. Calls in flight are settled into it."""
         key = data.draw(st.sampled_from(sorted(self.model.last)))
-        self.ledger.put(key, reset(self.ledger.counters()[key]))
-        self.model.reset(key)
+        self.ledger.put(key, replace(self.ledger.counters()[key], used=NO_AMOUNT, reset_at=self.now))
+        self.model.reset(key, self.now)
         self.reset_keys.add(key)
         self.done = []
 
