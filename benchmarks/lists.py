@@ -21,10 +21,14 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from benchmarks.ledgers import _postgres
 from proxy.administration.attention import attention
 from proxy.administration.audit import AuditFilter, audit
+from proxy.administration.change import Author, Changes
 from proxy.administration.counters import CounterFilter, counters
+from proxy.administration.directory import DirectoryAdministration
 from proxy.administration.in_flight import CallFilter, calls_in_flight
-from proxy.administration.pages import Page, Paging, cursor_of
+from proxy.administration.pages import Paging, cursor_of
 from proxy.administration.refusals import RefusalFilter, refusals
+from proxy.identity.database import DirectoryDatabase
+from proxy.identity.directory import FileDirectory, UserId
 from proxy.ledger import schema
 from proxy.ledger.queries import Asked, usage
 from proxy.ledger.store import Store
@@ -73,8 +77,9 @@ async def _measure(engine: str, url: str, many: int) -> None:
     store = store_of(url)
     await store.open()
     await _fill(store, many)
+    administration = _administration(store)
     async with store.transaction() as connection:
-        for each in _lists(many):
+        for each in (*_directory_lists(administration, many), *_lists(many)):
             times = [await _median_ms(connection, read) for read in (each.first, each.deep) if read is not None]
             shown = "".join(f"{ms:>13.1f} ms" for ms in times).ljust(32)
             print(f"{engine + ', ' + each.name:<44}{shown}{'yes' if max(times) < _AIM_MS else 'NO':>6}", flush=True)
@@ -91,6 +96,26 @@ async def _median_ms(connection: AsyncConnection, read: Read) -> float:
 
 
 # --------------------------------------------------------------------------------------------------------- the lists
+
+
+def _administration(store: Store) -> DirectoryAdministration:
+    changes = Changes(DirectoryDatabase(store, now=lambda: _NOW), Author("cli:root"), lambda: _NOW)
+    return DirectoryAdministration(changes, FileDirectory([]), _GROUPS)
+
+
+def _directory_lists(administration: DirectoryAdministration, many: int) -> list[_List]:
+    name = _user(many // 2)
+    middle, rare = Paging(cursor_of((1, "database", name))), name[:7]
+    return [
+        _List("users", lambda _: administration.users(Paging()), lambda _: administration.users(middle)),
+        _List("users of a group", lambda _: administration.users(Paging(), group="guests")),
+        _List("users, search for many", lambda _: administration.users(Paging(), text="leo")),
+        _List("users, search for one", lambda _: administration.users(Paging(), text=rare)),
+        _List("users, search for none", lambda _: administration.users(Paging(), text="nobody")),
+        _List("keys", lambda _: administration.keys(), lambda _: administration.keys(after=f"key{many // 2:013x}")),
+        _List("keys of a user", lambda _: administration.keys(owner=UserId("database", name))),
+        _List("keys, search for one", lambda _: administration.keys(text=rare)),
+    ]
 
 
 def _lists(many: int) -> list[_List]:

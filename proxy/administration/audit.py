@@ -9,6 +9,7 @@ import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from proxy.administration.pages import Page, Paging
+from proxy.administration.refusals import is_of_groups
 from proxy.ledger.schema import audit as table
 from proxy.ledger.store import Store
 
@@ -54,8 +55,7 @@ class AuditFilter:
         if self.until is not None:
             chosen.append(table.c.at < self.until)
         if self.groups is not None:
-            of_quotas = (table.c.target.startswith(f"{group}/", autoescape=True) for group in self.groups)
-            chosen.append(sa.or_(table.c.target.in_(self.groups), *of_quotas))
+            chosen.append(sa.or_(table.c.target.in_(self.groups), is_of_groups(table.c.target, self.groups)))
         return chosen
 
 

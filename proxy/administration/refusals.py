@@ -88,7 +88,9 @@ class RefusalFilter:
 
 def is_of_groups(quota_id: sa.ColumnElement[str], groups: Collection[str]) -> sa.ColumnElement[bool]:
     """The condition that a quota is one of these groups. An id is `group/name`, and groups have no slash."""
-    return sa.or_(sa.false(), *(quota_id.startswith(f"{group}/", autoescape=True) for group in groups))
+    # Not with LIKE, which takes SQLite several times as long.
+    is_one = (sa.func.substr(quota_id, 1, len(group) + 1) == f"{group}/" for group in groups)
+    return sa.or_(sa.false(), *is_one)
 
 
 async def refusals(connection: AsyncConnection, asked: RefusalFilter, paging: Paging) -> Page[RefusalCount]:
@@ -155,7 +157,8 @@ async def last_refusals(connection: AsyncConnection, asked: RefusalFilter, *, li
     sums = (
         sa.select(sa.func.max(table.c.request_id).label("id"), sa.func.sum(table.c["count"]).label("total"))
         .where(*asked.conditions())
-        .group_by(table.c.user_name, table.c.quota_id)
+        # Not the bare columns: SQLite would read the whole table in the order of an index on them.
+        .group_by(table.c.user_name + "", table.c.quota_id + "")
         .order_by(sa.func.max(table.c.at).desc(), sa.func.max(table.c.request_id).desc())
         .limit(limit)
         .subquery()
