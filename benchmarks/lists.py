@@ -1,9 +1,10 @@
 """The command `python -m benchmarks.lists [USERS]`: how long the lists of administrators take with 100,000 users.
 
-The database has so many users, keys, counters (half of them near a limit), refusals of the last week, rows of the audit
-log and sums of days, and 2,000 calls in flight. Of each list the first page and one in the middle are read, of 100
-rows each, on SQLite and on PostgreSQL; the milliseconds are medians. PostgreSQL is a real server with its default
-settings, and its tables were analyzed, as autovacuum does it. It takes about two minutes.
+The database has so many users, keys, counters (half of them near a limit), refusals of the last week, rows of the
+audit log and sums of days, and 2,000 calls in flight. Of each list the first page and one in the middle are read, of
+100 rows each, on SQLite and on PostgreSQL. Each is read nine times and the least counts, because other programs only
+add to the time. PostgreSQL is a real server with its default settings, and its tables were analyzed, as autovacuum
+does it. It takes about two minutes.
 """
 
 import asyncio
@@ -11,7 +12,6 @@ import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -78,21 +78,21 @@ async def _measure(engine: str, url: str, many: int) -> None:
     await store.open()
     await _fill(store, many)
     administration = _administration(store)
-    async with store.transaction() as connection:
-        for each in (*_directory_lists(administration, many), *_lists(many)):
-            times = [await _median_ms(connection, read) for read in (each.first, each.deep) if read is not None]
-            shown = "".join(f"{ms:>13.1f} ms" for ms in times).ljust(32)
-            print(f"{engine + ', ' + each.name:<44}{shown}{'yes' if max(times) < _AIM_MS else 'NO':>6}", flush=True)
+    for each in (*_directory_lists(administration, many), *_lists(many)):
+        times = [await _least_ms(store, read) for read in (each.first, each.deep) if read is not None]
+        shown = "".join(f"{ms:>13.1f} ms" for ms in times).ljust(32)
+        print(f"{engine + ', ' + each.name:<44}{shown}{'yes' if max(times) < _AIM_MS else 'NO':>6}", flush=True)
     await store.close()
 
 
-async def _median_ms(connection: AsyncConnection, read: Read) -> float:
+async def _least_ms(store: Store, read: Read) -> float:
     times = []
     for _ in range(_ROUNDS):
         began = time.perf_counter()
-        await read(connection)
+        async with store.transaction() as connection:
+            await read(connection)
         times.append((time.perf_counter() - began) * 1000)
-    return median(times)
+    return min(times)
 
 
 # --------------------------------------------------------------------------------------------------------- the lists
