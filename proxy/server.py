@@ -37,9 +37,8 @@ import structlog
 from aiohttp import web
 
 from proxy import logs
-from proxy.administration.audit import delete_old_audit
-from proxy.administration.in_flight import delete_ended_cuts
 from proxy.administration.refresh import Refresh
+from proxy.administration.upkeep import delete_old
 from proxy.calls.body_threads import BodyThreads
 from proxy.calls.disconnect import Disconnects
 from proxy.calls.dispatch import Dispatcher
@@ -83,7 +82,7 @@ _DIRECTORY_POLL_EVERY_S = 1.0
 _USED_KEYS_EVERY_S = 30.0
 # How late the name of a forgotten user can be free after its last window has ended.
 _FORGOTTEN_EVERY_S = 60.0
-_OLD_CHANGES_EVERY_S = 60.0
+_DELETE_OLD_EVERY_S = 60.0
 # Descriptors that are no connections: the database, the listeners, the log, uploads.
 _OTHER_DESCRIPTORS = 64
 # How often the garbage collector looks at everything. Bodies and answers are freed without it, so this is for small
@@ -176,7 +175,7 @@ class Server:
         self.metrics = Metrics(self._inherited.metrics)
         self._tokenizers = tokenizers
         self._load = load
-        store = self._store = store_of(
+        store = store_of(
             self._inherited.database, self._inherited.lock, may_be_new=config.settings.may_be_new_database
         )
         self._users = DirectoryDatabase(store, now=now)
@@ -191,6 +190,7 @@ class Server:
             metrics=self.metrics,
             now=now,
         )
+        self._delete_old = lambda: delete_old(store, self.policies.current.policy.keep, now=now())
         self.refresh = Refresh(self.directory, self._users, self.policies, now=now)
         self.ledger = Ledger(
             store,
@@ -283,19 +283,12 @@ class Server:
         self._jobs.start("roll up", repeat(self.rollup.run, every_s=_ROLLUP_EVERY_S))
         self._jobs.start("collect garbage", repeat(_collect_garbage, every_s=_COLLECT_EVERY_S))
         self._jobs.start("read directory", repeat(self._poll_directory, every_s=_DIRECTORY_POLL_EVERY_S))
+        self._jobs.start("delete old", repeat(self._delete_old, every_s=_DELETE_OLD_EVERY_S))
         self._jobs.start("free forgotten", repeat(self._users.free_forgotten, every_s=_FORGOTTEN_EVERY_S))
         self._jobs.start("note used keys", repeat(self.directory.write_used, every_s=_USED_KEYS_EVERY_S))
         self._jobs.start("reload", repeat(self.policies.reload_if_changed, every_s=_RELOAD_CHECK_EVERY_S))
-        self._jobs.start("delete old changes", repeat(self._delete_old_changes, every_s=_OLD_CHANGES_EVERY_S))
         for job in self.live.jobs():
             self._jobs.start(job.name, repeat(job.run, every_s=job.every_s))
-
-    async def _delete_old_changes(self) -> None:
-        """Delete what administrators did long ago, and what asked for the end of calls that have ended."""
-        kept_ms = self.policies.current.policy.keep.audit_ms
-        if kept_ms is not None:
-            await delete_old_audit(self._store, before=self.ledger.now() - kept_ms)
-        await delete_ended_cuts(self._store)
 
     async def retire(self) -> None:
         """Leave new connections to other workers on the same sockets; close each connection after its next answer.

@@ -162,7 +162,7 @@ async def _of_quotas(
     statement = _open_counters(list(quotas), page.now, is_near=asked.near is not None)
     while True:
         # More than once only if many that were near a limit are not any more, such as after a grant.
-        rows = (await connection.execute(_after(statement, after).limit(size + 1))).all()
+        rows = await _read_after(connection, statement, after, size + 1)
         for position, row in enumerate(rows):
             if position == size or len(found) == size:
                 break
@@ -188,9 +188,27 @@ def _open_counters(quota_ids: Sequence[str], now: int, *, is_near: bool) -> sa.S
     return chosen
 
 
-def _after(chosen: sa.Select[Any], after: tuple[str, str] | None) -> sa.Select[Any]:
-    key = (table.c.quota_id, table.c.subject)
-    return chosen.order_by(*key) if after is None else chosen.where(sa.tuple_(*key) > after).order_by(*key)
+async def _read_after(
+    connection: AsyncConnection, chosen: sa.Select[Any], after: tuple[str, str] | None, number: int
+) -> list[sa.Row[Any]]:
+    """So many rows behind a key, in the order of the index `counters_by_quota`.
+
+    First those of the quota in the key, then those of other quotas: of a condition on both columns SQLite uses only
+    the first one.
+    """
+    ordered = chosen.order_by(table.c.quota_id, table.c.subject)
+    parts = [ordered]
+    if after is not None:
+        quota_id, subject = after
+        parts = [
+            ordered.where(table.c.quota_id == quota_id, table.c.subject > subject),
+            ordered.where(table.c.quota_id > quota_id),
+        ]
+    rows: list[sa.Row[Any]] = []
+    for part in parts:
+        if len(rows) < number:
+            rows += (await connection.execute(part.limit(number - len(rows)))).all()
+    return rows
 
 
 def status_of(policy: Policy, quota: Quota, user: str, found: Mapping[CounterKey, Counter], now: int) -> QuotaStatus:

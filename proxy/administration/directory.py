@@ -14,6 +14,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from proxy.administration.change import Change, ChangeRefused, Changes, Conflict, NotFound, as_json, etag_of
 from proxy.administration.pages import Page, Paging
+from proxy.administration.search import contains
 from proxy.config import values
 from proxy.config.messages import did_you_mean
 from proxy.identity.database import (
@@ -195,7 +196,10 @@ class DirectoryAdministration:
         async with self.changes.database.read() as connection:
             if len(found) <= paging.size:
                 key = after[1:] if after is not None and after[0] else None
-                rows = await connection.execute(_listed_users(key, text, group).limit(paging.size + 1))
+                listed = _listed_users(key, group).limit(paging.size + 1)
+                if text:
+                    listed = listed.where(contains(connection, (users.c.id, users.c.email), text))
+                rows = await connection.execute(listed)
                 found += [_user_record(row) for row in rows if not self._is_in_file(row)]
             records = await _with_links(connection, found[: paging.size + 1])
         return paging.page(records, lambda record: self.place(record.identity), lambda record: record)
@@ -372,10 +376,9 @@ class DirectoryAdministration:
         )
         if owner is not None:
             found = found.where(*is_of_user(api_keys, owner))
-        if text:
-            columns = (api_keys.c.id, api_keys.c.label, api_keys.c.user_id)
-            found = found.where(sa.or_(*(_contains(column, text) for column in columns)))
         async with self.changes.database.read() as connection:
+            if text:
+                found = found.where(contains(connection, (api_keys.c.id, api_keys.c.label, api_keys.c.user_id), text))
             return [_key_record(row) for row in await connection.execute(found)]
 
     async def key(self, id: str) -> KeyRecord:
@@ -632,13 +635,11 @@ def _matches(user: User, text: str, group: str | None) -> bool:
     return text.lower() in user.identity.id.lower() and (group is None or group in user.groups)
 
 
-def _listed_users(after: tuple[str, str] | None, text: str, group: str | None) -> sa.Select[Any]:
+def _listed_users(after: tuple[str, str] | None, group: str | None) -> sa.Select[Any]:
     key = (users.c.source, users.c.id)
     found = sa.select(users).where(sa.or_(users.c.source != FILE, users.c.forgotten_at.is_not(None))).order_by(*key)
     if after is not None:
         found = found.where(sa.tuple_(*key) > after)
-    if text:
-        found = found.where(_contains(users.c.id, text) | _contains(users.c.email, text))
     if group is not None:
         found = found.where(users.c.groups.contains(as_json(group), autoescape=True))
     return found
@@ -714,10 +715,6 @@ def _email(text: str | None) -> str | None:
     if values.why_no_id(text) is not None or not values.is_email(text):
         raise ChangeRefused("email", "this is not an e-mail address; write one such as ann@example.org")
     return text
-
-
-def _contains(column: sa.ColumnElement[Any], text: str) -> sa.ColumnElement[bool]:
-    return column.icontains(text, autoescape=True)
 
 
 def _words(text: str) -> Iterator[str]:

@@ -5,7 +5,7 @@ right, and the log has the requests that are not stored.
 """
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import orjson
@@ -88,27 +88,47 @@ class RefusalFilter:
 
 def is_of_groups(quota_id: sa.ColumnElement[str], groups: Collection[str]) -> sa.ColumnElement[bool]:
     """The condition that a quota is one of these groups. An id is `group/name`, and groups have no slash."""
-    return sa.or_(sa.false(), *(quota_id.startswith(f"{group}/", autoescape=True) for group in groups))
+    # Not with LIKE, which takes SQLite several times as long.
+    is_one = (sa.func.substr(quota_id, 1, len(group) + 1) == f"{group}/" for group in groups)
+    return sa.or_(sa.false(), *is_one)
 
 
 async def refusals(connection: AsyncConnection, asked: RefusalFilter, paging: Paging) -> Page[RefusalCount]:
     """Refusals by user, quota and minute, the newest minute first. Raises ChangeRefused for a wrong cursor."""
     after = paging.key(int, str, str)
+    chosen = replace(asked, groups=None).conditions()
+    if asked.groups is not None:
+        chosen.append(table.c.quota_id.in_(await _quotas_of(connection, asked.groups)))
     # Only as many of the newest rows are summed up as a page can need. Few are enough, unless users were refused many
     # times in a minute.
     for rows in (2 * (paging.size + 1), _ROWS_OF_A_MINUTE * (paging.size + 1)):
-        first = await _minute_of_row(connection, asked, after, rows)
-        found = (await connection.execute(_counted(asked, after, first).limit(paging.size + 1))).all()
+        first = await _minute_of_row(connection, chosen, after, rows)
+        found = (await connection.execute(_counted(chosen, after, first).limit(paging.size + 1))).all()
         if len(found) > paging.size or first is None:
             break
     return paging.page(found, lambda row: (row.minute, row.user_name, row.quota_id), lambda row: RefusalCount(*row))
 
 
+async def _quotas_of(connection: AsyncConnection, groups: Collection[str]) -> list[str]:
+    """The ids of these groups' quotas by which refusals are stored, also of those that are gone.
+
+    Each is found by the one before it in the index, so this does not read all rows.
+    """
+    found = sa.select(sa.func.min(table.c.quota_id).label("id")).cte("found", recursive=True)
+    following = sa.select(sa.func.min(table.c.quota_id)).where(table.c.quota_id > found.c.id).scalar_subquery()
+    found = found.union_all(sa.select(following).where(found.c.id.is_not(None)))
+    ids = (await connection.execute(sa.select(found.c.id).where(found.c.id.is_not(None)))).scalars()
+    return [id for id in ids if id.partition("/")[0] in groups]
+
+
 async def _minute_of_row(
-    connection: AsyncConnection, asked: RefusalFilter, after: tuple[int, str, str] | None, number: int
+    connection: AsyncConnection,
+    asked: Sequence[sa.ColumnElement[bool]],
+    after: tuple[int, str, str] | None,
+    number: int,
 ) -> int | None:
     """The minute of this row of those that come after a key, the newest first; None if there are not so many."""
-    chosen = asked.conditions()
+    chosen = [*asked]
     if after is not None:
         # Of the minute in the key all rows are read: up to 60 for each user and quota before it.
         chosen.append(table.c.at < after[0] + MINUTE_MS)
@@ -118,9 +138,11 @@ async def _minute_of_row(
     return None if found is None else found // MINUTE_MS * MINUTE_MS
 
 
-def _counted(asked: RefusalFilter, after: tuple[int, str, str] | None, first: int | None) -> sa.Select[Any]:
+def _counted(
+    asked: Sequence[sa.ColumnElement[bool]], after: tuple[int, str, str] | None, first: int | None
+) -> sa.Select[Any]:
     minute = (table.c.at // MINUTE_MS * MINUTE_MS).label("minute")
-    chosen = asked.conditions()
+    chosen = [*asked]
     if first is not None:
         chosen.append(table.c.at >= first)
     if after is not None:
@@ -155,7 +177,8 @@ async def last_refusals(connection: AsyncConnection, asked: RefusalFilter, *, li
     sums = (
         sa.select(sa.func.max(table.c.request_id).label("id"), sa.func.sum(table.c["count"]).label("total"))
         .where(*asked.conditions())
-        .group_by(table.c.user_name, table.c.quota_id)
+        # Not the bare columns: SQLite would read the whole table in the order of an index on them.
+        .group_by(table.c.user_name + "", table.c.quota_id + "")
         .order_by(sa.func.max(table.c.at).desc(), sa.func.max(table.c.request_id).desc())
         .limit(limit)
         .subquery()

@@ -121,7 +121,9 @@ def _of_days(by: Dimension, asked: Asked) -> sa.Select[Any]:
     }
     sums = [sa.func.sum(table[each.name]) for each in fields(Used)]
     chosen = [table.day >= asked.since, *_conditions(asked, columns, table.through, table.day)]
-    return sa.select(columns[by], *sums).where(*chosen).group_by(columns[by])
+    # Not the bare column: SQLite would read all days in the order of its index, and look each row up.
+    value = (columns[by] + ("" if by != "day" else 0)).label("value")
+    return sa.select(value, *sums).where(*chosen).group_by(value)
 
 
 def _conditions(

@@ -259,7 +259,8 @@ audit = Table(
         sqlite_where=sa.text("idempotency_key IS NOT NULL"),
         postgresql_where=sa.text("idempotency_key IS NOT NULL"),
     ),
-    Index("audit_of_target", "target", "id"),
+    Index("audit_at", "at", "id", "target"),
+    *(Index(f"audit_of_{name}", name, "at") for name in ("target", "actor", "action")),
     sqlite_with_rowid=False,
 )
 
@@ -358,7 +359,8 @@ refusals = Table(
     Column("key_id", Text),
     Column("count", BigInteger, nullable=False),
     Column("details", Text),
-    Index("refusals_at", "at"),
+    Index("refusals_at", "at", "quota_id"),
+    Index("refusals_of_quota", "quota_id", "at"),
     Index("refusals_of_user", "user_name", "at"),
     sqlite_with_rowid=False,
 )

@@ -9,8 +9,10 @@ from proxy.administration.audit import AuditFilter, audit, delete_old_audit
 from proxy.administration.change import Author, Changes
 from proxy.administration.pages import Paging
 from proxy.administration.replicas import ReplicaRecord, replicas
+from proxy.administration.upkeep import delete_old
 from proxy.ledger.schema import owners
 from proxy.ledger.schema import replicas as replicas_table
+from proxy.policy.policy import Keep
 from tests.builders import HOUR, NOON
 
 
@@ -82,6 +84,13 @@ async def test_old_changes_are_deleted_in_steps(filled, monkeypatch):
     assert [(each.at - NOON) // HOUR for each in (await listed(filled)).data] == [3, 2]
     await delete_old_audit(filled.store, before=NOON + 2 * HOUR)
     assert len((await listed(filled)).data) == 2
+
+
+@pytest.mark.parametrize(("audit_ms", "hours"), [(HOUR, [3, 2]), (None, [3, 2, 1, 0])])
+async def test_the_audit_log_is_kept_as_long_as_the_policy_says(filled, audit_ms, hours):
+    """None: for ever."""
+    await delete_old(filled.store, Keep(audit_ms=audit_ms), now=NOON + 3 * HOUR)
+    assert [(each.at - NOON) // HOUR for each in (await listed(filled)).data] == hours
 
 
 async def test_replicas_are_those_that_have_written_their_status_lately(rows):

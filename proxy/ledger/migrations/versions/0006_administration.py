@@ -81,7 +81,9 @@ def upgrade() -> None:
         sqlite_where=given,
         postgresql_where=given,
     )
-    op.create_index("audit_of_target", "audit", ["target", "id"])
+    op.create_index("audit_at", "audit", ["at", "id", "target"])
+    for name in ("target", "actor", "action"):
+        op.create_index(f"audit_of_{name}", "audit", [name, "at"])
 
 
 def _create_what_is_shown() -> None:
@@ -96,7 +98,8 @@ def _create_what_is_shown() -> None:
         *_numbers("count"),
         *_texts("details", nullable=True),
     )
-    op.create_index("refusals_at", "refusals", ["at"])
+    op.create_index("refusals_at", "refusals", ["at", "quota_id"])
+    op.create_index("refusals_of_quota", "refusals", ["quota_id", "at"])
     op.create_index("refusals_of_user", "refusals", ["user_name", "at"])
     _create("crossings", *_key("subject", "quota_id"), *_numbers("opened_at", "resets_at", "level", "crossed_at"))
     op.create_index("crossings_open", "crossings", ["resets_at"])
