@@ -101,6 +101,7 @@ def test_the_whole_refusal_of_a_used_up_quota():
                     "input_tokens": None,
                     "output_tokens": None,
                     "requests": None,
+                    "near": True,
                     "grants": [],
                 }
             ],
