@@ -58,6 +58,11 @@ class UsageQuery(Fields):
     model: str | None = Field(None, max_length=512)
     key: str | None = Field(None, max_length=100, description="Only calls with the key of this id.")
     tag: str | None = Field(None, max_length=64)
+    sort: Literal["value", "tokens", "requests", "calls"] | None = Field(
+        None,
+        description="By value ascending, or by a number descending. Default: days and hours by value, others by tokens.",
+    )
+    limit: int = Field(10_000, ge=1, le=100_000, description="How many rows the answer has at most.")
     format: Literal["json", "csv"] = "json"
 
 
@@ -92,9 +97,18 @@ class UsageRow:
     estimated: int
 
 
+# Equal rows are in the order of their values. Days and hours are texts that sort by time.
+_SORTED_BY: dict[str, Callable[[UsageRow], tuple[int, str]]] = {
+    "value": lambda row: (0, row.value),
+    "tokens": lambda row: (-row.input_tokens - row.output_tokens, row.value),
+    "requests": lambda row: (-row.requests, row.value),
+    "calls": lambda row: (-row.calls, row.value),
+}
+
+
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What was used, by `by`: days and hours in their order, others with the most tokens first."""
+    """What was used, by `by`."""
 
     by: Dimension
     since: int
@@ -250,9 +264,9 @@ class Reports:
         since = max(0, self._now() - 30 * DAY_MS) if query.since is None else query.since
         async with self._read() as connection:
             found = await usage(connection, query.by, Asked(since, query.until, where, request.groups))
-        rows = [
-            UsageRow(_shown(value, query.by), **asdict(used)) for value, used in sorted(found.items(), key=_order)
-        ]
+        rows = [UsageRow(_shown(value, query.by), **asdict(used)) for value, used in found.items()]
+        rows.sort(key=_SORTED_BY[query.sort or ("value" if query.by in ("day", "hour") else "tokens")])
+        del rows[query.limit :]
         if query.format == "csv":
             return _csv((query.by, *_USED), [list(asdict(row).values()) for row in rows])
         return Usage(query.by, since, tuple(rows))
@@ -367,11 +381,6 @@ def _states(upstream: str, processes: tuple[ReplicaRecord, ...]) -> list[Upstrea
         for found in process.status.get("upstreams", [])
         if found.get("name") == upstream
     ]
-
-
-def _order(item: tuple[str | int, Used]) -> tuple[int, str]:
-    value, used = item
-    return (value, "") if isinstance(value, int) else (-used.input_tokens - used.output_tokens, value)
 
 
 def _shown(value: str | int, by: Dimension) -> str:
