@@ -13,8 +13,6 @@ from proxy.administration.refusals import is_of_groups
 from proxy.ledger.schema import audit as table
 from proxy.ledger.store import Store
 
-# What the names of changes of groups, of all their quotas, and of their counters begin with.
-_OF_GROUPS = ("group.", "quotas.set", "counters.")
 # How many rows one transaction deletes. It has SQLite's one write lock, for which calls wait.
 _DELETED_AT_ONCE = 500
 
@@ -57,9 +55,7 @@ class AuditFilter:
         if self.until is not None:
             chosen.append(table.c.at < self.until)
         if self.groups is not None:
-            # A user can have the name of a group.
-            of_group = sa.and_(table.c.target.in_(self.groups), sa.or_(*map(table.c.action.startswith, _OF_GROUPS)))
-            chosen.append(sa.or_(of_group, is_of_groups(table.c.target, self.groups)))
+            chosen.append(sa.or_(table.c.target.in_(self.groups), is_of_groups(table.c.target, self.groups)))
         return chosen
 
 

@@ -27,7 +27,7 @@ from proxy.identity.database import (
 )
 from proxy.identity.directory import DATABASE, FILE, FileDirectory, User, UserId
 from proxy.identity.keys import KEY_PATTERN, NewKey, make_key, random_id
-from proxy.ledger.schema import api_keys, audit, calls, identities, usage_by_day, users
+from proxy.ledger.schema import api_keys, audit, calls, grants, identities, usage_by_day, users
 from proxy.policy.key import Key, Network
 from proxy.policy.policy import DEFAULT, EVERYONE
 from proxy.policy.quota import Globs
@@ -239,7 +239,7 @@ class DirectoryAdministration:
         [name] = self._groups([group])
         action = "member.add" if is_member else "member.remove"
         is_of_file = identity.source == FILE
-        async with self.changes.begin(action, identity.subject, is_of_policy=is_of_file) as change:
+        async with self.changes.begin(action, audit_name(identity), is_of_policy=is_of_file) as change:
             if is_of_file:
                 before = await self._user(change.connection, identity)
                 if name in self.file_group_names:
@@ -285,7 +285,7 @@ class DirectoryAdministration:
         if identity.source not in self.source_names:
             raise ChangeRefused("identity", f'"{identity.source}" is no header source of the configuration')
         _checked("identity", values.outside_id, identity.id)
-        async with self.changes.begin("user.link", user.subject) as change:
+        async with self.changes.begin("user.link", audit_name(user)) as change:
             record = await self._user(change.connection, user)
             change.check_match(record.etag)
             if record.forgotten_at is not None:
@@ -317,7 +317,7 @@ class DirectoryAdministration:
         """
         lists: dict[str, list[str]] = {"added": [], "changed": [], "unchanged": []}
         seen: set[str] = set()
-        async with self.changes.begin("user.import", DATABASE) as change:
+        async with self.changes.begin("user.import", f"{DATABASE}:") as change:
             for line in lines:
                 try:
                     if line.id in seen:
@@ -337,7 +337,8 @@ class DirectoryAdministration:
         forgotten; `DirectoryDatabase.free_forgotten` frees it then. The audit log keeps what happened, without the
         name. Doing it again makes records anonymous that were written meanwhile.
         """
-        async with self.changes.begin("user.forget", "") as change:
+        # The grants of the user end, which are part of the policy.
+        async with self.changes.begin("user.forget", "", is_of_policy=True) as change:
             if identity.source == FILE:
                 # A user who was taken out of the file may still have records.
                 if self.file.user(identity.id) is not None:
@@ -604,11 +605,14 @@ class DirectoryAdministration:
         await change.connection.execute(sa.update(api_keys).where(*own).values(revoked_at=at, label=""))
         await change.connection.execute(sa.delete(identities).where(*is_of_user(identities, identity)))
         await change.connection.execute(sa.delete(identities).where(*is_row_of(identities, identity)))
-        of_user = sa.update(audit).where(audit.c.target == identity.subject)
+        of_user = sa.update(audit).where(audit.c.target == audit_name(identity))
         await change.connection.execute(of_user.values(target=pseudonym, before=None, after=None))
+        is_granted = grants.c.user_name == identity.subject
+        ids += (await change.connection.execute(sa.select(grants.c.id).where(is_granted))).scalars()
+        await change.connection.execute(sa.update(grants).where(is_granted).values(user_name=pseudonym, reason=""))
         for first in range(0, len(ids), 500):
-            of_keys = sa.update(audit).where(audit.c.target.in_(ids[first : first + 500]))
-            await change.connection.execute(of_keys.values(before=None, after=None))
+            of_made = sa.update(audit).where(audit.c.target.in_(ids[first : first + 500]))
+            await change.connection.execute(of_made.values(before=None, after=None))
 
     def _no_user(self, identity: UserId) -> NotFound:
         # A source that was removed from the configuration can still have users.
@@ -643,6 +647,11 @@ def _listed_users(after: tuple[str, str] | None, group: str | None) -> sa.Select
     if group is not None:
         found = found.where(users.c.groups.contains(as_json(group), autoescape=True))
     return found
+
+
+def audit_name(identity: UserId) -> str:
+    """The name of a user in the audit log: always with the source, because a group can have the name of a user."""
+    return f"{identity.source}:{identity.id}"
 
 
 async def _update(change: Change, identity: UserId, **changed: object) -> None:

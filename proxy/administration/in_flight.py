@@ -85,7 +85,8 @@ async def end_call(
     await change.connection.execute(sa.delete(call_cuts).where(call_cuts.c.call_id == id))
     await change.connection.execute(sa.insert(call_cuts).values(call_id=id, version=change.version, at=now()))
     found = _call(row)
-    change.note({"user": found.user, "model": found.model, "began_at": found.began_at}, None)
+    # Without the user, whom the record of the call has: it may be made anonymous.
+    change.note({"model": found.model, "began_at": found.began_at}, None)
     return found
 
 

@@ -19,7 +19,18 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from proxy.identity.directory import Cuts, OwnedKey, User, UserId
-from proxy.ledger.schema import api_keys, call_cuts, calls, counters, directory, identities, usage_by_day, users
+from proxy.ledger.schema import (
+    api_keys,
+    call_cuts,
+    calls,
+    counters,
+    crossings,
+    directory,
+    identities,
+    refusals,
+    usage_by_day,
+    users,
+)
 from proxy.ledger.store import Store, StoreUnavailable
 from proxy.policy.key import Key
 from proxy.policy.quota import Globs
@@ -138,15 +149,13 @@ class DirectoryDatabase:
 
     async def make_anonymous(self, subject: str, pseudonym: str) -> None:
         """Give the records of a user another name, in small transactions: there may be a million of them."""
-        while True:
-            async with self._store.transaction(writes=True) as connection:
-                some = sa.select(calls.c.id).where(calls.c.user_name == subject, calls.c.state != "open")
-                ids = list((await connection.execute(some.limit(_ROWS_AT_ONCE))).scalars())
-                for first in range(0, len(ids), 500):
-                    renamed = sa.update(calls).where(calls.c.id.in_(ids[first : first + 500]))
-                    await connection.execute(renamed.values(user_name=pseudonym))
-            if len(ids) < _ROWS_AT_ONCE:
-                break
+        of_calls = sa.select(calls.c.id).where(calls.c.user_name == subject, calls.c.state != "open")
+        await self._change_in_steps(of_calls, sa.update(calls).values(user_name=pseudonym), calls.c.id)
+        of_refusals = sa.select(refusals.c.request_id).where(refusals.c.user_name == subject)
+        renamed = sa.update(refusals).values(user_name=pseudonym, details=None)
+        await self._change_in_steps(of_refusals, renamed, refusals.c.request_id)
+        async with self._store.transaction(writes=True) as connection:
+            await connection.execute(sa.delete(crossings).where(crossings.c.subject == f"user:{subject}"))
         while True:
             async with self._store.transaction(writes=True) as connection:
                 some_days = sa.select(usage_by_day).where(usage_by_day.c.user_name == subject).limit(_ROWS_AT_ONCE)
@@ -156,6 +165,16 @@ class DirectoryDatabase:
                     await _rename_day(connection, row, pseudonym)
             if len(rows) < _ROWS_AT_ONCE:
                 break
+
+    async def _change_in_steps(self, found: sa.Select[Any], change: sa.Update, id: sa.Column[str]) -> None:
+        """Change the rows whose ids are found, until none is."""
+        while True:
+            async with self._store.transaction(writes=True) as connection:
+                ids = list((await connection.execute(found.limit(_ROWS_AT_ONCE))).scalars())
+                for first in range(0, len(ids), 500):
+                    await connection.execute(change.where(id.in_(ids[first : first + 500])))
+            if len(ids) < _ROWS_AT_ONCE:
+                return
 
     async def free_forgotten(self) -> None:
         """Free the names of forgotten users whose windows have ended, and delete their counters and keys.

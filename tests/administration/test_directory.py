@@ -10,15 +10,16 @@ import sqlalchemy as sa
 
 from proxy.administration.change import Author, ChangeRefused, Changes
 from proxy.administration.directory import DirectoryAdministration, ImportedUser, KeyLimits
+from proxy.administration.grants import GrantAdministration, NewGrant
 from proxy.administration.pages import Paging
-from proxy.config.loader import FileUser
+from proxy.config.loader import FileUser, load_text
 from proxy.config.values import digest
 from proxy.identity.database import DirectoryDatabase
 from proxy.identity.directory import FileDirectory, UserId
 from proxy.identity.keys import id_of
 from proxy.ledger.book import Reserve, Settle
 from proxy.ledger.entry import CallLabels, call_id_prefix
-from proxy.ledger.schema import api_keys, audit, calls, counters, usage_by_day, users
+from proxy.ledger.schema import api_keys, audit, calls, counters, grants, refusals, usage_by_day, users
 from proxy.ledger.sqlite import SqliteStore
 from proxy.policy.amounts import Exactly, Tokens
 from proxy.policy.key import Key
@@ -27,6 +28,10 @@ from tests.builders import DAY, HOUR, NOON, binding, call, quota
 FILE_KEY = "sk-alice-0123456789abcdefghijklmnop"
 ALICE, BOB = UserId("file", "alice"), UserId("database", "bob")
 GROUPS = ("everyone", "default", "staff", "lab")
+GRANTING = load_text("""
+upstreams: {simulated: {base_url: "http://127.0.0.1:9"}}
+groups: {staff: {quotas: {daily: {tokens: 200k, per: day}}}}
+""")
 
 
 class Clock:
@@ -351,7 +356,7 @@ async def used(store, *, user: str, number: int, is_open: bool = False) -> None:
         await store.apply([Settle(id, Exactly(Tokens(9, 6)), "complete")], NOON)
 
 
-async def test_a_forgotten_user_is_in_no_record_and_gets_no_fresh_quota(admin, store, clock):
+async def test_a_forgotten_user_is_in_no_record_and_gets_no_fresh_quota(admin, store, clock, rows):
     """The sums stay the same under a pseudonym. The name is free when its windows have ended."""
     await admin.add_user("bob", groups=["staff"], email="bob@example.org")
     new = await admin.create_key(BOB, KeyLimits("bob's laptop"))
@@ -361,6 +366,9 @@ async def test_a_forgotten_user_is_in_no_record_and_gets_no_fresh_quota(admin, s
     await store.roll_up(1000, None)
     await used(store, user=BOB.subject, number=3)
     await used(store, user=BOB.subject, number=4, is_open=True)
+    granting = GrantAdministration(admin.changes, GRANTING)
+    await granting.create(NewGrant("staff/daily", BOB.subject, "tokens", 5, NOON + DAY, "bob asked"))
+    await rows.refusal(1, BOB.subject, "staff/daily", NOON, details='{"user": "bob"}')
     pseudonym = await admin.forget(BOB)
     assert pseudonym.startswith("forgotten:")
     names = {row["user_name"] for table in (calls, usage_by_day) for row in await all_of(admin, table)}
@@ -370,7 +378,7 @@ async def test_a_forgotten_user_is_in_no_record_and_gets_no_fresh_quota(admin, s
     assert (await admin.key(new.id)).key.revoked_at == NOON
     shown = repr([await all_of(admin, table) for table in (audit, users)])
     assert "example.org" not in shown
-    assert "database:bob" not in repr(await all_of(admin, audit))
+    assert "bob" not in repr([await all_of(admin, table) for table in (audit, grants, refusals)])
     with pytest.raises(ChangeRefused, match="forgotten"):
         await admin.add_user("bob")
     with pytest.raises(ChangeRefused, match="forgotten"):

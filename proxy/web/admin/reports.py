@@ -60,7 +60,7 @@ class UsageQuery(Fields):
     tag: str | None = Field(None, max_length=64)
     sort: Literal["value", "tokens", "requests", "calls"] | None = Field(
         None,
-        description="By value ascending, or by a number descending. Default: days and hours by value, others by tokens.",
+        description="By value, or by a number, the largest first. Default: time by value, others by tokens.",
     )
     limit: int = Field(10_000, ge=1, le=100_000, description="How many rows the answer has at most.")
     format: Literal["json", "csv"] = "json"

@@ -10,7 +10,7 @@ from pydantic import Field
 from proxy.administration.attention import Attention, attention
 from proxy.administration.change import NotFound
 from proxy.administration.counters import CounterFilter, CounterRecord, Reset, ResetTarget, counters, reset
-from proxy.administration.directory import UserRecord
+from proxy.administration.directory import UserRecord, audit_name
 from proxy.administration.explain import Explanation, explain
 from proxy.administration.in_flight import CallFilter, CallInFlight, calls_in_flight, end_call
 from proxy.administration.pages import Page, Paging
@@ -153,9 +153,9 @@ class Standing:
 
     async def _reset(self, request: AdminRequest[ChangeQuery, ResetFields]) -> Reset:
         body = request.body
-        user = None if body.user is None else (await self._user(request, body.user)).identity.subject
-        target = ResetTarget(user, body.group, body.quota)
-        shown = user or body.group or body.quota or ""
+        user = None if body.user is None else (await self._user(request, body.user)).identity
+        target = ResetTarget(None if user is None else user.subject, body.group, body.quota)
+        shown = (body.group or body.quota or "") if user is None else audit_name(user)
         policy = self._policies.current.policy
         async with request.changes(self._database, self._now).begin("counters.reset", shown) as change:
             return await reset(change, policy, target, groups=request.groups, now=self._now)
