@@ -259,7 +259,7 @@ audit = Table(
         sqlite_where=sa.text("idempotency_key IS NOT NULL"),
         postgresql_where=sa.text("idempotency_key IS NOT NULL"),
     ),
-    Index("audit_at", "at", "id", "target"),
+    Index("audit_at", "at", "id", "target", "action"),
     *(Index(f"audit_of_{name}", name, "at") for name in ("target", "actor", "action")),
     sqlite_with_rowid=False,
 )

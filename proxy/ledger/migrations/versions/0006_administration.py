@@ -81,7 +81,7 @@ def upgrade() -> None:
         sqlite_where=given,
         postgresql_where=given,
     )
-    op.create_index("audit_at", "audit", ["at", "id", "target"])
+    op.create_index("audit_at", "audit", ["at", "id", "target", "action"])
     for name in ("target", "actor", "action"):
         op.create_index(f"audit_of_{name}", "audit", [name, "at"])
 
