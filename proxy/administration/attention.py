@@ -9,13 +9,11 @@ from dataclasses import dataclass
 
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from proxy.administration.counters import CounterFilter, CounterRecord, counters, quotas_of, status_of
-from proxy.administration.pages import Page, Paging
+from proxy.administration.counters import CounterRecord, most_urgent, quotas_of, status_of
 from proxy.administration.refusals import RefusalFilter, RefusalRecord, last_refusals
 from proxy.ledger.queries import HOUR_MS, read_counters
 from proxy.policy.policy import Policy
 from proxy.policy.quota import Counter, CounterKey, Quota
-from proxy.policy.status import NEAR_PERCENT
 
 # How many users of each kind are shown.
 _SHOWN = 100
@@ -44,12 +42,12 @@ class Attention:
 
     - `refused`: the last refusal of each user by each quota in the last hour, the latest first. `count` is how many
       there were.
-    - `near`: the counters that have used 80 % of a limit, or more.
+    - `near`: counters that have used 80 % of a limit or more, the largest part first, up to 100.
     - `pots`: those that will run out before their reset, the first one first.
     """
 
     refused: tuple[RefusalRecord, ...]
-    near: Page[CounterRecord]
+    near: tuple[CounterRecord, ...]
     pots: tuple[PotForecast, ...]
 
 
@@ -58,9 +56,7 @@ async def attention(
 ) -> Attention:
     """What needs attention at `now` (ms, by the ledger's clock), in quotas of these groups (None: of all)."""
     refused = await last_refusals(connection, RefusalFilter(since=now - HOUR_MS, groups=groups), limit=_SHOWN)
-    near = await counters(
-        connection, policy, CounterFilter(near=NEAR_PERCENT, groups=groups), Paging(limit=_SHOWN), now
-    )
+    near = await most_urgent(connection, policy, groups, limit=_SHOWN, now=now)
     pots = [quota for quota in quotas_of(policy, groups).values() if quota.shared and quota.enforce != "shadow"]
     found = await read_counters(connection, [quota.key_for("") for quota in pots])
     forecasts = [each for quota in pots for each in _forecasts(policy, quota, found, now)]

@@ -146,6 +146,23 @@ async def _of_user(
     return [record for record in records if record.percent >= (asked.near or 0)]
 
 
+async def most_urgent(
+    connection: AsyncConnection, policy: Policy, groups: Collection[str] | None, *, limit: int, now: int
+) -> tuple[CounterRecord, ...]:
+    """The counters that are nearest to a limit, or over it, in quotas of these groups (None: of all)."""
+    quotas = quotas_of(policy, groups)
+    chosen = _open_counters(list(quotas), now, is_near=True)
+    # Some of them may not be near any more, such as after a grant.
+    latest = chosen.order_by(crossings.c.level.desc(), crossings.c.crossed_at.desc()).limit(2 * limit)
+    found = [
+        record_of(status_of(policy, quotas[row.quota_id], user, counters_of([row]), now), user)
+        for row in (await connection.execute(latest)).all()
+        if quotas[row.quota_id].key_for(user := row.subject.removeprefix(_OF_USER))[0] == row.subject
+    ]
+    near = sorted((each for each in found if each.percent >= NEAR_PERCENT), key=lambda each: -each.percent)
+    return tuple(near[:limit])
+
+
 @dataclass(frozen=True, slots=True)
 class _Asked:
     """A page of counters at an instant."""

@@ -375,6 +375,7 @@ crossings = Table(
     Column("level", BigInteger, nullable=False),
     Column("crossed_at", BigInteger, nullable=False),
     Index("crossings_open", "resets_at"),
+    Index("crossings_latest", "level", "crossed_at"),
     sqlite_with_rowid=False,
 )
 

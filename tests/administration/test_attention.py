@@ -144,8 +144,8 @@ async def test_who_is_near_a_limit_needs_attention(rows):
     await rows.counter("user:ann", STAFF.id, 800, level=80)
     await rows.counter("user:bob", STAFF.id, 799, level=80)
     await rows.counter("~staff", POT.id, 5100, level=100)
-    assert [(each.user, each.percent) for each in (await of(rows)).near.data] == [("ann", 80.0), (None, 102.0)]
-    assert (await of(rows, groups=["lab"])).near.data == ()
+    assert [(each.user, each.percent) for each in (await of(rows)).near] == [(None, 102.0), ("ann", 80.0)]
+    assert (await of(rows, groups=["lab"])).near == ()
 
 
 @pytest.mark.parametrize(

@@ -103,6 +103,7 @@ def _create_what_is_shown() -> None:
     op.create_index("refusals_of_user", "refusals", ["user_name", "at"])
     _create("crossings", *_key("subject", "quota_id"), *_numbers("opened_at", "resets_at", "level", "crossed_at"))
     op.create_index("crossings_open", "crossings", ["resets_at"])
+    op.create_index("crossings_latest", "crossings", ["level", "crossed_at"])
     _create("replicas", *_key("owner"), *_numbers("at"), *_texts("status"), *_numbers("watching_until"))
     _create(
         "feed",
