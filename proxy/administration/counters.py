@@ -10,7 +10,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from proxy.administration.change import Change, ChangeRefused, NotFound
+from proxy.administration.change import Change, ChangeRefused, Changes, NotFound
 from proxy.administration.pages import Page, Paging, cursor_of
 from proxy.ledger.queries import POSTGRES_NOW, ledger_now, read_counters
 from proxy.ledger.rows import counters_of
@@ -279,6 +279,14 @@ class Reset:
     def counters(self) -> int:
         """How many counters were reset."""
         return sum(each.counters for each in self.quotas)
+
+
+async def reset_counters(
+    changes: Changes, policy: Policy, target: ResetTarget, *, groups: Collection[str] | None = None
+) -> Reset:
+    """`reset` as a change of its own, with its row in the audit log. Also raises StoreUnavailable."""
+    async with changes.begin("counters.reset", target.user or target.group or target.quota or "") as change:
+        return await reset(change, policy, target, groups=groups, now=changes.now)
 
 
 async def reset(
