@@ -81,7 +81,11 @@ def _quota_options(command: Command) -> Command:
 def quotas_set(quota: str, dry_run: bool, path: str, as_json: bool, **options: Any) -> None:
     """Make a quota, or change the fields that are given. Its usage stays. An empty value removes a field."""
     group, name = _parts(quota)
-    given = {field: value for field, value in options.items() if value not in (None, ())}
+    given = {
+        field: list(value) if isinstance(value, tuple) else value
+        for field, value in options.items()
+        if value not in (None, ())
+    }
     if not given:
         raise click.UsageError("say what to set, such as --tokens 200k --per day")
 
@@ -96,7 +100,7 @@ def quotas_set(quota: str, dry_run: bool, path: str, as_json: bool, **options: A
             # The fields that are not given are those that were read. If they have changed meanwhile, it is refused.
             kept = was.fields.model_dump(exclude_defaults=True)
             conditions = replace(changes.conditions, if_match=was.etag)
-        fields = {field: value for field, value in {**kept, **given}.items() if value not in ("", ("",))}
+        fields = {field: value for field, value in {**kept, **given}.items() if value not in ("", [""])}
         changing = replace(administration, changes=replace(changes, conditions=conditions))
         try:
             return await changing.set_quota(group, name, fields)
@@ -157,10 +161,8 @@ def quotas_import(file: Path, dry_run: bool, path: str, as_json: bool) -> None:
         show_json({"quotas": ids, "effects": effects_shown, "remove": left.as_json()})
         return
     members = sum(bool(user.groups) for user in imported.users)
-    verb = "would be" if dry_run else "are"
-    show(
-        f"{len(imported.policy.groups)} groups, {len(ids)} quotas and {members} users with groups {verb} taken over."
-    )
+    verb = "Would be taken over" if dry_run else "Taken over"
+    show(f"{verb}: {len(imported.policy.groups)} groups, {len(ids)} quotas, the groups of {members} users.")
     for line in left.sentences(file):
         show(line)
     _show_effects(effects, is_trial=dry_run)
@@ -256,7 +258,6 @@ def _show_effects(effects: Effects, *, is_trial: bool) -> None:
     """What a change does, on standard error."""
     if is_trial:
         click.echo("Nothing is changed. This is what the change would do:", err=True)
-    over = f", and {effects.members_over} users or pots are at or above a limit" if effects.members_over else ""
-    click.echo(f"{effects.members} users are touched{over}.", err=True)
+    click.echo(f"Users of the groups: {effects.members}. At or above a limit now: {effects.members_over}.", err=True)
     for warning in effects.warnings:
         click.secho(f"warning: {warning}", fg="yellow", err=True)
