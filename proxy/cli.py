@@ -48,8 +48,14 @@ _config_option = click.option(
 # its own clients and upstream, which a server that starts does not need.
 _ELSEWHERE = {
     "admin-keys": ("proxy.commands.admin_keys", "admin_keys"),
+    "audit": ("proxy.commands.reports", "audit"),
+    "events": ("proxy.commands.events", "events"),
     "explain": ("proxy.commands.reports", "explain"),
+    "grant": ("proxy.commands.counters", "grant"),
+    "grants": ("proxy.commands.counters", "grants"),
     "keys": ("proxy.commands.directory", "keys"),
+    "quotas": ("proxy.commands.quotas", "quotas"),
+    "reset": ("proxy.commands.counters", "reset"),
     "torture": ("proxy.torture.cli", "command"),
     "usage": ("proxy.commands.reports", "usage"),
     "users": ("proxy.commands.directory", "users"),
@@ -78,9 +84,24 @@ class _Commands(click.Group):
 @click.option("--verbose", is_flag=True, help="Also log each attempt at an upstream and each change of a hold.")
 def main(verbose: bool) -> None:
     """An OpenAI-compatible reverse proxy that enforces group quotas on LLM use."""
+    _open_closed_streams()
     stream = logs.LogStream(sys.stderr)
     click.get_current_context().call_on_close(stream.close)
     logs.set_up(stream, level=logging.DEBUG if verbose else logging.INFO)
+
+
+def _open_closed_streams() -> None:
+    """Open the standard streams that the shell has closed (`>&-`), on nothing.
+
+    Otherwise the next file or socket would get the number of one, and libuv aborts when it closes such a file.
+    """
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number, which is this one
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, mode, encoding="utf-8", closefd=False))
 
 
 @main.command("serve")

@@ -1,7 +1,7 @@
 """The audit log: who changed what, when, from where. Rows are only added, and deleted when they are old."""
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, fields
 from typing import Any
 
 import orjson
@@ -30,6 +30,15 @@ class AuditRecord:
     after: dict[str, Any] | None
     address: str | None
     request_id: str | None
+
+
+# The heads of a table of the audit log.
+COLUMNS = tuple(field.name for field in fields(AuditRecord))
+
+
+def cells(record: AuditRecord) -> list[object]:
+    """A change as a row below COLUMNS. What was before and after is JSON text."""
+    return [orjson.dumps(cell).decode() if isinstance(cell, dict) else cell for cell in astuple(record)]
 
 
 @dataclass(frozen=True, slots=True)

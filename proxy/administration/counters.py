@@ -10,8 +10,10 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from proxy.administration.change import Change, ChangeRefused, NotFound
+from proxy.administration.change import Change, ChangeRefused, Changes, NotFound
+from proxy.administration.directory import audit_name
 from proxy.administration.pages import Page, Paging, cursor_of
+from proxy.identity.directory import UserId
 from proxy.ledger.queries import POSTGRES_NOW, ledger_now, read_counters
 from proxy.ledger.rows import counters_of
 from proxy.ledger.schema import counters as table
@@ -296,6 +298,15 @@ class Reset:
     def counters(self) -> int:
         """How many counters were reset."""
         return sum(each.counters for each in self.quotas)
+
+
+async def make_reset(
+    changes: Changes, policy: Policy, target: ResetTarget, *, groups: Collection[str] | None = None
+) -> Reset:
+    """`reset` as a change of its own, with its row in the audit log. Also raises StoreUnavailable."""
+    user = None if target.user is None else audit_name(UserId.of_subject(target.user))
+    async with changes.begin("counters.reset", user or target.group or target.quota or "") as change:
+        return await reset(change, policy, target, groups=groups, now=changes.now)
 
 
 async def reset(

@@ -10,6 +10,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from proxy.administration.counters import CounterRecord, record_of
 from proxy.administration.directory import UserRecord
+from proxy.administration.refusals import RefusalRecord
 from proxy.identity.authentication import Caller, Snapshot
 from proxy.ledger.queries import ledger_now, read_counters
 from proxy.policy.admission import NotAdmitted, decide
@@ -42,6 +43,17 @@ class Explanation:
     admissible_at: int | None = None
     alternatives: tuple[tuple[str, ...], ...] = ()
     quotas: tuple[CounterRecord, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ExplainedRefusal:
+    """A refusal that was stored, and what would be decided about the smallest call of that user now.
+
+    `now` is null if there is no such user or model any more.
+    """
+
+    refusal: RefusalRecord
+    now: Explanation | None
 
 
 async def explain(

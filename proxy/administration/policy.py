@@ -302,7 +302,8 @@ class PolicyAdministration:
         """Take over the groups, their quotas and the groups of users of a file. Returns the ids of the quotas.
 
         Usage is kept, because counters belong to the ids. What the file in force has under the same name wins until
-        it is removed there. Doing it again sets everything to what the file says.
+        it is removed there. Doing it again sets everything to what the file says. Other groups, and who is in them,
+        stay.
         """
         now, by = self.changes.now(), self.changes.author.actor
         made = [
@@ -314,11 +315,12 @@ class PolicyAdministration:
             for group in imported.policy.groups.values()
             for quota in group.quotas
         ]
-        members = {user.name: user.groups for user in imported.users if user.groups}
         async with self._policy_change("policy.import", "groups") as change:
             before = await self._read(change)
             names = {group.name for group in made}
             others = tuple(group for group in before.groups if group.name not in names)
+            kept = {user: [name for name in of if name not in names] for user, of in before.groups_of.items()}
+            members = {user.name: (*user.groups, *kept.get(user.name, ())) for user in imported.users if user.groups}
             after = _with_quotas(before, quotas)
             after = replace(after, groups=(*made, *others), groups_of={**before.groups_of, **members})
             change.note(None, {"groups": sorted(names), "quotas": sorted(quota.id for quota in quotas)})

@@ -93,8 +93,7 @@ def admin_keys_revoke(id: str, path: str, as_json: bool) -> None:
 
 
 def _administration(context: Context) -> AdminKeyAdministration:
-    changes = context.administration.changes
-    return AdminKeyAdministration(changes, context.config.admin_keys, context.administration.group_names)
+    return AdminKeyAdministration(context.changes, context.config.admin_keys, context.administration.group_names)
 
 
 def _show(config: Config, records: Sequence[AdminKeyRecord], as_json: bool) -> None:

@@ -1,4 +1,4 @@
-"""What the commands share: the config and the database that it names, and the forms of their output."""
+"""What the commands share: the policy in force, the database, and the forms of their output."""
 
 import getpass
 import json
@@ -17,9 +17,11 @@ import uvloop
 
 from proxy.administration.change import Author, ChangeRefused, Changes
 from proxy.administration.csv import write_csv
-from proxy.administration.directory import DirectoryAdministration
+from proxy.administration.directory import DirectoryAdministration, UserRecord
+from proxy.administration.policy import read_made
 from proxy.config import values
 from proxy.config.loader import BadConfig, Config, ConfigFile
+from proxy.config.overlay import overlaid
 from proxy.identity.authentication import Snapshot
 from proxy.identity.database import DirectoryDatabase
 from proxy.identity.directory import Directory, FileDirectory, User, UserId
@@ -36,12 +38,25 @@ Command = Callable[..., Any]
 
 @dataclass(frozen=True)
 class Context:
-    """The config, the database, and what the commands do with them."""
+    """The policy in force, the database, and what the commands do with them.
+
+    `config` is the file with what was made at run time, `file` is the file alone.
+    """
 
     config: Config
+    file: Config
     store: Store
     administration: DirectoryAdministration
     snapshot: Snapshot
+
+    @property
+    def changes(self) -> Changes:
+        """Makes changes in the name of the user who runs the command."""
+        return self.administration.changes
+
+    async def user(self, name: str) -> UserRecord:
+        """The user whom a name means. Raises NotFound."""
+        return await self.administration.user(self.administration.resolve(name))
 
 
 def command_options(command: Command) -> Command:
@@ -52,33 +67,47 @@ def command_options(command: Command) -> Command:
     )(command)
 
 
+def dry_run_option(command: Command) -> Command:
+    """The option of a change that only says what it would do."""
+    return click.option("--dry-run", is_flag=True, help="Only say what would change.")(command)
+
+
 def run(path: str, work: Callable[[Context], Coroutine[Any, Any, T]]) -> T:
     """Run a command on the database of the config at `path`. Errors that a person can mend have no traceback."""
+    file = load(path)
     try:
-        config = ConfigFile(path, os.environ).load()
-    except BadConfig as error:
-        give_up(str(error), WRONG)
-    try:
-        return uvloop.run(_with_context(config, work))
+        return uvloop.run(_with_context(file, work))
     except ChangeRefused as error:
         give_up(str(error), NO)
     except (StoreUnavailable, StoreRefused, NewerSchema, OSError) as error:
         give_up(str(error), WRONG)
 
 
-async def _with_context(config: Config, work: Callable[[Context], Coroutine[Any, Any, T]]) -> T:
-    store = store_of(config.settings.database)
+def load(path: str) -> Config:
+    """The config in the file at `path`. Exits with its mistakes."""
+    try:
+        return ConfigFile(path, os.environ).load()
+    except BadConfig as error:
+        give_up(str(error), WRONG)
+
+
+async def _with_context(file: Config, work: Callable[[Context], Coroutine[Any, Any, T]]) -> T:
+    store = store_of(file.settings.database)
     try:
         await store.attach()
         database = DirectoryDatabase(store, now=wall_clock_ms)
+        async with database.read() as connection:
+            config = overlaid(file, await read_made(connection, wall_clock_ms())).config
         administration = DirectoryAdministration(
             Changes(database, Author(f"cli:{_os_user()}"), wall_clock_ms),
             FileDirectory(config.users),
             group_names=tuple(config.policy.groups),
             source_names=tuple(source.name for source in config.header_sources),
+            file_group_names=tuple(file.policy.groups),
         )
         directory = Directory(_Unchanged(store, now=wall_clock_ms), clock=lambda: 0.0, now=wall_clock_ms)
-        return await work(Context(config, store, administration, Snapshot.of(config, directory, wall_clock_ms)))
+        snapshot = Snapshot.of(config, directory, wall_clock_ms)
+        return await work(Context(config, file, store, administration, snapshot))
     finally:
         await store.close()
 
@@ -175,3 +204,11 @@ def read_input() -> str:
         answer: str = click.prompt("Key", hide_input=True)
         return answer
     return sys.stdin.buffer.read().decode("utf-8", "replace")
+
+
+def admin_key() -> str:
+    """The admin key, from the environment or from standard input. Arguments are no place for it: others see them."""
+    key = (os.environ.get("LLM_QUOTA_ADMIN_KEY") or read_input()).strip()
+    if not key or not key.isascii() or not key.isprintable():
+        give_up("there is no admin key in LLM_QUOTA_ADMIN_KEY or on standard input", WRONG)
+    return key

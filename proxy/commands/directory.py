@@ -15,6 +15,7 @@ from proxy.commands.context import (
     WRONG,
     Context,
     command_options,
+    dry_run_option,
     duration_ms,
     give_up,
     read_input,
@@ -332,7 +333,7 @@ def users_forget(user: str, path: str, as_json: bool) -> None:
 
 @users.command("import")
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option("--dry-run", is_flag=True, help="Only say what would change.")
+@dry_run_option
 @click.option("--keys", "makes_keys", is_flag=True, help="Make a key for each added user, and print them as CSV.")
 @command_options
 def users_import(file: Path, dry_run: bool, makes_keys: bool, path: str, as_json: bool) -> None:

@@ -304,7 +304,7 @@ def expiry(value: object) -> date | datetime:
     except ValueError:  # 2027-02-30
         pass
     raise ValueError(
-        "this is not a day or an instant; write one such as 2027-01-01 (the key is valid until that day begins), "
+        "this is not a day or an instant; write one such as 2027-01-01 (it ends when that day begins), "
         "2027-01-01T12:00Z or 2027-01-01T12:00+01:00"
     )
 

@@ -1,7 +1,7 @@
 """What is in force and what happened: usage, models, upstreams, policy, replicas, the audit log, events."""
 
 import io
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
@@ -10,7 +10,7 @@ from typing import Any, Literal
 from aiohttp import web
 from pydantic import Field
 
-from proxy.administration.audit import AuditFilter, AuditRecord, audit
+from proxy.administration.audit import COLUMNS, AuditFilter, AuditRecord, audit, cells
 from proxy.administration.csv import write_csv
 from proxy.administration.pages import Page, Paging
 from proxy.administration.replicas import ReplicaRecord, replicas
@@ -42,7 +42,6 @@ from proxy.web.events import Events, Filter
 _CSV = "text/csv; charset=utf-8"
 _EVENTS = "text/event-stream"
 _USED = tuple(each.name for each in fields(Used))
-_AUDIT = tuple(each.name for each in fields(AuditRecord))
 # How many rows of the audit log are read at a time for an export.
 _EXPORTED_AT_ONCE = 1000
 
@@ -332,11 +331,11 @@ class Reports:
         """All changes as CSV, page by page, so that no long transaction is needed."""
         response = web.StreamResponse(headers={"content-type": _CSV})
         await response.prepare(request)
-        after, heads = None, _AUDIT
+        after, heads = None, COLUMNS
         while True:
             async with self._read() as connection:
                 page = await audit(connection, asked, Paging(after, _EXPORTED_AT_ONCE))
-            await response.write(_csv_text(heads, [_cells(record) for record in page.data]))
+            await response.write(_csv_text(heads, [cells(record) for record in page.data]))
             if page.next is None:
                 await response.write_eof()
                 return response
@@ -388,10 +387,6 @@ def _shown(value: str | int, by: Dimension) -> str:
         return value
     form = "%Y-%m-%dT%H:00Z" if by == "hour" else "%Y-%m-%d"
     return datetime.fromtimestamp(value / 1000, UTC).strftime(form)
-
-
-def _cells(record: AuditRecord) -> list[object]:
-    return [str(value) if isinstance(value, Mapping) else value for value in asdict(record).values()]
 
 
 def _csv(heads: tuple[str, ...], rows: list[list[object]]) -> web.Response:

@@ -2,19 +2,18 @@
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from typing import Any
 
 from pydantic import Field
 
 from proxy.administration.attention import Attention, attention
 from proxy.administration.change import NotFound
-from proxy.administration.counters import CounterFilter, CounterRecord, Reset, ResetTarget, counters, reset
-from proxy.administration.directory import UserRecord, audit_name
-from proxy.administration.explain import Explanation, explain
+from proxy.administration.counters import CounterFilter, CounterRecord, Reset, ResetTarget, counters, make_reset
+from proxy.administration.directory import UserRecord
+from proxy.administration.explain import ExplainedRefusal, Explanation, explain
 from proxy.administration.in_flight import CallFilter, CallInFlight, calls_in_flight, end_call
 from proxy.administration.pages import Page, Paging
-from proxy.administration.refusals import RefusalCount, RefusalFilter, RefusalRecord, refusal, refusals
+from proxy.administration.refusals import RefusalCount, RefusalFilter, refusal, refusals
 from proxy.config.reload import Policies
 from proxy.identity.authentication import Snapshot
 from proxy.identity.database import DirectoryDatabase
@@ -77,17 +76,6 @@ class ExplainQuery(Fields):
 
     user: str = Field(max_length=400)
     model: str = Field(min_length=1, max_length=200)
-
-
-@dataclass(frozen=True, slots=True)
-class ExplainedRefusal:
-    """A refusal that was stored, and what would be decided about the smallest call of that user now.
-
-    `now` is null if there is no such user or model any more.
-    """
-
-    refusal: RefusalRecord
-    now: Explanation | None
 
 
 class Standing:
@@ -153,12 +141,10 @@ class Standing:
 
     async def _reset(self, request: AdminRequest[ChangeQuery, ResetFields]) -> Reset:
         body = request.body
-        user = None if body.user is None else (await self._user(request, body.user)).identity
-        target = ResetTarget(None if user is None else user.subject, body.group, body.quota)
-        shown = (body.group or body.quota or "") if user is None else audit_name(user)
-        policy = self._policies.current.policy
-        async with request.changes(self._database, self._now).begin("counters.reset", shown) as change:
-            return await reset(change, policy, target, groups=request.groups, now=self._now)
+        user = None if body.user is None else (await self._user(request, body.user)).identity.subject
+        target = ResetTarget(user, body.group, body.quota)
+        changes = request.changes(self._database, self._now)
+        return await make_reset(changes, self._policies.current.policy, target, groups=request.groups)
 
     async def _refusals(self, request: AdminRequest[RefusalQuery, None]) -> Page[RefusalCount]:
         query = request.query
