@@ -109,6 +109,7 @@ class Stage:
         self.clock = clock
         self.http = http
         self.sdks: list[AsyncOpenAI] = []
+        self.streams: list[aiohttp.ClientResponse] = []
 
     @property
     def url(self) -> str:
@@ -288,6 +289,8 @@ async def stage(
                 try:
                     yield on
                 finally:
+                    for stream in on.streams:
+                        stream.close()
                     for sdk in on.sdks:
                         await sdk.close()
         finally:

@@ -1,6 +1,6 @@
 """Who stands where: counters, attention, refusals, calls in flight, explanations: what an administrator acts on."""
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -9,17 +9,28 @@ from pydantic import Field
 
 from proxy.administration.attention import Attention, attention
 from proxy.administration.change import NotFound
-from proxy.administration.counters import CounterFilter, CounterRecord, Reset, ResetTarget, counters, reset
+from proxy.administration.counters import (
+    RESETS_SHOWN_MAX,
+    CounterFilter,
+    CounterRecord,
+    Reset,
+    ResetTarget,
+    counters,
+    reset,
+    reset_counters,
+)
 from proxy.administration.directory import UserRecord, audit_name
 from proxy.administration.explain import Explanation, explain
 from proxy.administration.in_flight import CallFilter, CallInFlight, calls_in_flight, end_call
 from proxy.administration.pages import Page, Paging
 from proxy.administration.refusals import RefusalCount, RefusalFilter, RefusalRecord, refusal, refusals
+from proxy.calls.activity import Activity
 from proxy.config.reload import Policies
 from proxy.identity.authentication import Snapshot
 from proxy.identity.database import DirectoryDatabase
 from proxy.identity.directory import UserId
-from proxy.ledger.store import Connection
+from proxy.ledger.queries import ledger_now
+from proxy.ledger.store import Connection, StoreUnavailable
 from proxy.policy.policy import DEFAULT, EVERYONE
 from proxy.web.admin.directory import administration_of
 from proxy.web.admin.operations import (
@@ -93,9 +104,17 @@ class ExplainedRefusal:
 class Standing:
     """The counters and what happens to them. `now` gives ms since 1970, by the ledger's clock."""
 
-    def __init__(self, policies: Policies[Snapshot], database: DirectoryDatabase, *, now: Callable[[], int]) -> None:
+    def __init__(
+        self,
+        policies: Policies[Snapshot],
+        database: DirectoryDatabase,
+        *,
+        activity: Activity,
+        now: Callable[[], int],
+    ) -> None:
         self._policies = policies
         self._database = database
+        self._activity = activity
         self._now = now
 
     def operations(self) -> list[Operation]:
@@ -158,7 +177,24 @@ class Standing:
         shown = (body.group or body.quota or "") if user is None else audit_name(user)
         policy = self._policies.current.policy
         async with request.changes(self._database, self._now).begin("counters.reset", shown) as change:
-            return await reset(change, policy, target, groups=request.groups, now=self._now)
+            since = await ledger_now(change.connection, self._now)
+            done = await reset(change, policy, target, groups=request.groups, now=self._now)
+        if done.quotas and not request.conditions.is_trial:
+            await self._show_reset(target, request.groups, since)
+        return done
+
+    async def _show_reset(self, target: ResetTarget, groups: Collection[str] | None, since: int) -> None:
+        """Tell the streams of events, which else would show a counter only with its next call."""
+        policy, at = self._policies.current.policy, self._now()
+        try:
+            async with self._read() as connection:
+                found = await reset_counters(connection, policy, target, groups=groups, since=since)
+        except StoreUnavailable:
+            return  # the reset is made, and its answer has to say so
+        for key, counter in found.items():
+            self._activity.counter_changed(key, counter, at)
+        if len(found) == RESETS_SHOWN_MAX:
+            self._activity.note_incomplete()
 
     async def _refusals(self, request: AdminRequest[RefusalQuery, None]) -> Page[RefusalCount]:
         query = request.query
