@@ -132,7 +132,7 @@ class Stage:
 
     def sdk(self, user: str = "alice", **more: Any) -> AsyncOpenAI:
         """The official SDK with this user's key, without retries unless asked for."""
-        sdk = AsyncOpenAI(base_url=f"{self.url}/v1", api_key=key_of(user), **{"max_retries": 0, **more})
+        sdk = AsyncOpenAI(**{"base_url": f"{self.url}/v1", "api_key": key_of(user), "max_retries": 0, **more})
         self.sdks.append(sdk)
         return sdk
 
