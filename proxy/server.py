@@ -265,7 +265,7 @@ class Server:
         self.upstreams.open()
         inherited, settings = self._inherited, self._settings
         limits = _within_file_limit(settings.connection_limits)
-        api = self._api.application(self.health)
+        api = self._api.application(self.health, self.live.events)
         self.api = await self._listen(api, inherited.api or settings.api, limits=limits)
         # A worker uses only inherited sockets. If its parent has no admin listener, it must not open one by itself.
         admin = inherited.admin or (None if inherited.api else settings.admin)
@@ -345,7 +345,7 @@ class Server:
             *Users(self.policies, self._users, now=self.ledger.now).operations(),
             *AdminKeys(self.policies, self._users, now=self.ledger.now).operations(),
             *Quotas(self.policies, self._users, now=self.ledger.now).operations(),
-            *Standing(self.policies, self._users, now=self.ledger.now).operations(),
+            *Standing(self.policies, self._users, activity=self.live.activity, now=self.ledger.now).operations(),
             *Reports(
                 self.policies,
                 self._users,

@@ -109,6 +109,7 @@ class Stage:
         self.clock = clock
         self.http = http
         self.sdks: list[AsyncOpenAI] = []
+        self.streams: list[aiohttp.ClientResponse] = []
 
     @property
     def url(self) -> str:
@@ -131,7 +132,7 @@ class Stage:
 
     def sdk(self, user: str = "alice", **more: Any) -> AsyncOpenAI:
         """The official SDK with this user's key, without retries unless asked for."""
-        sdk = AsyncOpenAI(base_url=f"{self.url}/v1", api_key=key_of(user), **{"max_retries": 0, **more})
+        sdk = AsyncOpenAI(**{"base_url": f"{self.url}/v1", "api_key": key_of(user), "max_retries": 0, **more})
         self.sdks.append(sdk)
         return sdk
 
@@ -288,6 +289,8 @@ async def stage(
                 try:
                     yield on
                 finally:
+                    for stream in on.streams:
+                        stream.close()
                     for sdk in on.sdks:
                         await sdk.close()
         finally:

@@ -25,6 +25,8 @@ from proxy.policy.quota import BoundQuotas, Counter, CounterKey, Quota
 from proxy.policy.status import NEAR_PERCENT, QuotaStatus, quota_statuses
 
 _OF_USER = "user:"
+# Of how many counters the streams of events are told at most after a reset.
+RESETS_SHOWN_MAX = 5_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -343,6 +345,17 @@ async def reset(
         {"used": {each.quota: dict.fromkeys(each.used, 0) for each in done.quotas}, "counters": done.counters},
     )
     return done
+
+
+async def reset_since(
+    connection: AsyncConnection, policy: Policy, target: ResetTarget, *, groups: Collection[str] | None, since: int
+) -> dict[CounterKey, Counter]:
+    """The counters of a target that were reset since an instant (ms, by the ledger's clock), as they are now.
+
+    If there are more than RESETS_SHOWN_MAX, only so many of them.
+    """
+    chosen = sa.select(table).where(*_conditions(policy, target, groups), table.c.reset_at >= since)
+    return counters_of((await connection.execute(chosen.limit(RESETS_SHOWN_MAX))).all())
 
 
 def _conditions(

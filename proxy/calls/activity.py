@@ -329,11 +329,18 @@ class Activity:
                 self.counter_changed(key, counter, reply.decided_at)
 
     def counter_changed(self, key: CounterKey, counter: Counter, at: int) -> None:
-        """This is the state of a counter now."""
+        """This is the state of a counter at this instant (ms), unless a later one is known already."""
+        known = self._changed.get(key)
+        if known is not None and known.at > at:
+            return
         self._changed[key] = _Changed(counter, at)
         if len(self._changed) > self._changed_max:
             self._changed.popitem(last=False)
             self._is_incomplete = True
+
+    def note_incomplete(self) -> None:
+        """More counters have changed than are told of: who watches has to read them again."""
+        self._is_incomplete = True
 
     # What is made of it
 

@@ -21,8 +21,8 @@ What happens in other processes comes by `web.exchange`.
 
 import asyncio
 from bisect import bisect_right
-from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections import Counter, OrderedDict
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Any, NamedTuple
@@ -36,14 +36,17 @@ from proxy.ledger.replicas import Change
 from proxy.policy.policy import EVERYONE
 from proxy.policy.quota import CounterKey
 from proxy.upstreams.headers import SERVER_NAME
+from proxy.web.middleware import REQUEST_ID
 from proxy.web.response import HEARTBEAT
 
 TICK_S = 0.2
 # The ring: 200 s of five batches a second, but no more than 8 MiB.
 ENTRIES_MAX = 1_000
 BYTES_MAX = 8 * 1024 * 1024
-# How many streams may be open in one process.
+# How many streams of administrators may be open in one process, how many of users, and how many of one user.
 STREAMS_MAX = 100
+OWN_STREAMS_MAX = 200
+STREAMS_OF_USER_MAX = 4
 # Events are collected for so long after the last stream has ended, so that it can be resumed.
 LINGER_MS = 30_000
 # Of how many counters the newest state is remembered, while somebody watches. One takes about 500 bytes.
@@ -75,6 +78,7 @@ _HEADERS = {
 class Bounds:
     """How large the ring may become, how many streams may be open, and how long a client may take.
 
+    `streams` may show more than one user's counters, `own_streams` show only these, `streams_of_user` those of one.
     A client that takes no data for `write_s` seconds is disconnected. One that gets none for `heartbeat_s` seconds
     gets a comment.
     """
@@ -82,6 +86,8 @@ class Bounds:
     entries: int = ENTRIES_MAX
     bytes: int = BYTES_MAX
     streams: int = STREAMS_MAX
+    own_streams: int = OWN_STREAMS_MAX
+    streams_of_user: int = STREAMS_OF_USER_MAX
     write_s: float = _WRITE_S
     heartbeat_s: float = _HEARTBEAT_S
 
@@ -114,6 +120,11 @@ class Filter:
         """Whether nothing is left out."""
         return self.groups is None
 
+    @property
+    def subjects(self) -> tuple[str, ...]:
+        """With a user, the subjects of the counters that are shown."""
+        return (f"user:{self.user}", *(f"~{group}" for group in sorted(self.groups or ())))
+
     def shows_group(self, group: str) -> bool:
         """Whether calls that this group admitted, or that its quotas refused, are shown.
 
@@ -127,8 +138,7 @@ class Filter:
             return True
         if self.user is None:
             return _group_of(key[1]) in self.groups
-        subject = key[0]
-        return subject == f"user:{self.user}" or (subject.startswith("~") and subject[1:] in self.groups)
+        return key[0] in self.subjects
 
     def shows_change(self, target: str) -> bool:
         """Whether a change of this is shown. A manager sees those of the groups' quotas (`staff/daily`)."""
@@ -205,12 +215,15 @@ class Events:
         self._bytes = 0
         # The number of the newest batch that is no longer in the ring: who has seen it has missed nothing.
         self._floor = 0
-        self._streams = 0
+        # How many are open, by the user whose counters they show; None: those of administrators.
+        self._streams: Counter[str | None] = Counter()
         self._lingers_until = 0
         self._is_collecting = False
         self._is_closing = False
         self._published = asyncio.Event()
         self._known: OrderedDict[CounterKey, CounterState] = OrderedDict()
+        # The ids of the quotas of each subject in `_known`: many users may watch, and each sees only few counters.
+        self._known_of: dict[str, set[str]] = {}
         self._incoming: list[Part] = []
         self._changes: list[Change] = []
         self._shown_health = b""
@@ -223,7 +236,7 @@ class Events:
     @property
     def streams(self) -> int:
         """How many streams are open."""
-        return self._streams
+        return self._streams.total()
 
     @property
     def size(self) -> tuple[int, int]:
@@ -235,7 +248,7 @@ class Events:
     def tick(self) -> None:
         """Make one batch of what happened since the last call. To be called every TICK_S."""
         self._number += 1
-        if self._is_collecting and not self._streams and self._now() >= self._lingers_until:
+        if self._is_collecting and not self.streams and self._now() >= self._lingers_until:
             self._stop_collecting()
         self._activity.is_watched = self._is_collecting or self.is_watched_elsewhere
         batch = self._activity.take()
@@ -292,9 +305,23 @@ class Events:
             return False
         self._known[key] = state
         self._known.move_to_end(key)
+        self._known_of.setdefault(key[0], set()).add(key[1])
         if len(self._known) > KNOWN_MAX:
-            self._known.popitem(last=False)
+            (subject, quota_id), _ = self._known.popitem(last=False)
+            self._known_of[subject].discard(quota_id)
+            if not self._known_of[subject]:
+                del self._known_of[subject]
         return True
+
+    def _known_to(self, sees: Filter) -> Iterator[bytes]:
+        """The newest states of counters that are shown."""
+        if sees.user is None:
+            return (state.data for key, state in reversed(self._known.items()) if sees.shows_counter(key))
+        return (
+            self._known[subject, quota_id].data
+            for subject in sees.subjects
+            for quota_id in sorted(self._known_of.get(subject, ()))
+        )
 
     # Who watches
 
@@ -310,10 +337,11 @@ class Events:
         `check` is asked every few seconds what the client may see now; None ends the stream. Returns when the client
         has left or no longer reads, or when the server stops. Raises TooManyStreams.
         """
-        if self._streams >= self._bounds.streams or self._is_closing:
+        if self._is_closing or not self._has_room_for(sees.user):
             raise TooManyStreams
-        response = web.StreamResponse(headers=_HEADERS)
-        self._streams += 1
+        id = {"x-request-id": request[REQUEST_ID]} if REQUEST_ID in request else {}
+        response = web.StreamResponse(headers={**_HEADERS, **id})
+        self._streams[sees.user] += 1
         self._begin_collecting()
         try:
             await self._in_time(response.prepare(request))
@@ -322,9 +350,16 @@ class Events:
             if request.transport is not None:
                 request.transport.abort()
         finally:
-            self._streams -= 1
+            self._streams -= Counter([sees.user])  # which forgets who has none
             self._lingers_until = self._now() + LINGER_MS
         return response
+
+    def _has_room_for(self, user: str | None) -> bool:
+        """Whether one more stream may be open. Users, however many watch, do not shut out administrators."""
+        if user is None:
+            return self._streams[None] < self._bounds.streams
+        own = self.streams - self._streams[None]
+        return own < self._bounds.own_streams and self._streams[user] < self._bounds.streams_of_user
 
     async def _follow(
         self,
@@ -377,8 +412,8 @@ class Events:
 
     def _snapshot(self, sees: Filter) -> bytes:
         """How things stand: the calls in flight of this process, the newest counters, and its health."""
-        newest = (state.data for key, state in reversed(self._known.items()) if sees.shows_counter(key))
-        content: dict[str, object] = {"counters": _fragments(islice(newest, SNAPSHOT_COUNTERS_MAX))}
+        newest = islice(self._known_to(sees), SNAPSHOT_COUNTERS_MAX)
+        content: dict[str, object] = {"counters": _fragments(newest)}
         if sees.user is None:
             calls = _fragments(islice(self._activity.calls_in_flight(sees.shows_group), SNAPSHOT_CALLS_MAX))
             health = orjson.Fragment(orjson.dumps(self._health()))
@@ -398,6 +433,7 @@ class Events:
         self._is_collecting = False
         self._empty_ring()
         self._known.clear()
+        self._known_of.clear()
         self._incoming, self._changes = [], []
 
     def _empty_ring(self) -> None:
@@ -410,8 +446,7 @@ class Events:
 def _events(entry: _Entry, sees: Filter) -> list[bytes]:
     """The events of a batch, as far as they are shown, without an id."""
     if sees.user is not None:
-        subjects = (f"user:{sees.user}", *(f"~{group}" for group in sorted(sees.groups or ())))
-        counters = entry.counters_of(subjects)
+        counters = entry.counters_of(sees.subjects)
         return [_event("counters", orjson.dumps({"counters": _fragments(counters)}))] if counters else []
     return [
         *chain.from_iterable(_events_of(part, sees) for part in entry.parts),

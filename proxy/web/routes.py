@@ -59,6 +59,7 @@ from proxy.upstreams.spool import Spool
 from proxy.web.body import defer_continue, read_body, read_form
 from proxy.web.body_memory import BodyMemory, BodyShare
 from proxy.web.cors import Cors
+from proxy.web.events import Events
 from proxy.web.health import HEALTH_PATHS, Health
 from proxy.web.listener import note_valid_key
 from proxy.web.middleware import (
@@ -113,7 +114,7 @@ class Api:
         self._trusted_proxies = settings.trusted_proxies
         self._limits = settings.connection_limits
         self._memory = BodyMemory(settings.connection_limits.body_memory_bytes)
-        self._self_service = SelfService(self._identify, self._ledger, now=now)
+        self._now = now
         self._request_log = request_log
 
     def end_calls_of(self, cuts: Cuts) -> None:
@@ -140,8 +141,9 @@ class Api:
         if chosen:
             log.warning("calls were ended by an administrator", requests=len(chosen))
 
-    def application(self, health: Health) -> web.Application:
+    def application(self, health: Health, events: Events) -> web.Application:
         """The application, with the paths of `health`. It has to be served with `handler_cancellation`."""
+        self_service = SelfService(self._identify, self._ledger, events=events, now=self._now)
         application = web.Application(
             middlewares=[
                 self._assign_id,  # the outermost, because every answer has the id
@@ -170,7 +172,7 @@ class Api:
                 )
             application.router.add_get(prefix + "/models", self._models)
             application.router.add_get(prefix + "/models/{model:.+}", self._model)
-            application.router.add_routes(self._self_service.routes(prefix))
+            application.router.add_routes(self_service.routes(prefix))
         # Every other path is a 404 of ours. The library's own would answer `Expect: 100-continue` with 100.
         application.router.add_route("*", "/{anything:.*}", _other_path, expect_handler=defer_continue)
         return application

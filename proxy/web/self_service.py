@@ -1,4 +1,4 @@
-"""What users can see of themselves with their own keys: their quotas, and what they have used.
+"""What users can see of themselves with their own keys: their quotas, also live, and what they have used.
 
 `self_service: false` turns it off: its paths are then not served.
 """
@@ -10,11 +10,12 @@ from datetime import UTC, date, datetime
 
 from aiohttp import web
 
-from proxy.errors import InvalidRequest
+from proxy.errors import DirectoryUnavailable, InvalidKey, InvalidRequest
 from proxy.identity.authentication import Caller, Snapshot
 from proxy.ledger.ledger import Ledger
 from proxy.ledger.queries import DAY_MS, Asked, Dimension, Used, usage
 from proxy.policy.status import quota_statuses
+from proxy.web.events import Events, Filter
 from proxy.web.middleware import json_response, not_served
 
 _DAYS = re.compile(r"([1-9][0-9]{0,3})d")
@@ -25,16 +26,22 @@ Identify = Callable[[web.Request], Awaitable[tuple[Snapshot, Caller]]]
 
 
 class SelfService:
-    """The handlers of `/quota` and `/quota/usage`. `now` gives ms since 1970, by the ledger's clock."""
+    """The handlers of `/quota` and of what is below it. `now` gives ms since 1970, by the ledger's clock."""
 
-    def __init__(self, identify: Identify, ledger: Ledger, *, now: Callable[[], int]) -> None:
+    def __init__(self, identify: Identify, ledger: Ledger, *, events: Events, now: Callable[[], int]) -> None:
         self._identify = identify
         self._ledger = ledger
+        self._events = events
         self._now = now
 
     def routes(self, prefix: str) -> list[web.RouteDef]:
         """The routes below a prefix such as `/v1`."""
-        return [web.get(f"{prefix}/quota", self._quota), web.get(f"{prefix}/quota/usage", self._usage)]
+        return [
+            web.get(f"{prefix}/quota", self._quota),
+            web.get(f"{prefix}/quota/usage", self._usage),
+            # A stream has no end that HEAD could tell of.
+            web.get(f"{prefix}/quota/events", self._stream, allow_head=False),
+        ]
 
     async def _quota(self, request: web.Request) -> web.StreamResponse:
         snapshot, caller = await self._identify(request)
@@ -67,6 +74,32 @@ class SelfService:
             found = await usage(connection, _DIMENSIONS[by], Asked(since, where={"user": caller.user}))
         data = [{by: _value(value), **asdict(used)} for value, used in sorted(found.items(), key=_order)]
         return json_response({"object": "list", "by": by, "since": _day(since), "data": data}, request)
+
+    async def _stream(self, request: web.Request) -> web.StreamResponse:
+        """The states of the caller's own counters, and of those that its groups share, as they change."""
+        snapshot, caller = await self._identify(request)
+        if not snapshot.policy.self_service:
+            return await not_served(request)
+        sees = _own(snapshot, caller)
+
+        async def sees_now() -> Filter | None:
+            """What the caller may see now; None if the key has ended, or is another user's now."""
+            try:
+                snapshot, caller = await self._identify(request)
+            except InvalidKey:
+                return None
+            except DirectoryUnavailable:
+                return sees
+            found = _own(snapshot, caller)
+            return found if snapshot.policy.self_service and found.user == sees.user else None
+
+        return await self._events.stream(request, sees, check=sees_now)
+
+
+def _own(snapshot: Snapshot, caller: Caller) -> Filter:
+    """The counters that bind the caller."""
+    quotas = snapshot.policy.all_quotas(caller.groups).quotas
+    return Filter.of_user(caller.user, {quota.group for quota in quotas})
 
 
 def _since(text: str, now: int) -> int:

@@ -25,6 +25,7 @@ from proxy.web.events import LINGER_MS, Bounds, Events, Filter
 from proxy.web.exchange import Exchange
 from tests.builders import HOUR, NOON, amount, binding, quota
 from tests.calls.test_activity import Process, refuse
+from tests.events import Reader
 from tests.stage import stage
 
 EVERYTHING = Filter()
@@ -65,38 +66,6 @@ class Proxy:
     def use(self, user: str, tokens: int, *, at: Any = DAILY) -> None:
         """A counter of this user has another state."""
         self.process.activity.counter_changed(at.key_for(user), Counter(window(), amount(tokens)), self.process.now)
-
-
-class Reader:
-    """A client that reads a stream with `fetch`."""
-
-    def __init__(self, response: aiohttp.ClientResponse) -> None:
-        self.response = response
-        self.last_id = ""
-
-    async def next(self) -> tuple[str, Any]:
-        """The name and the data of the next event. Comments are left out."""
-        name, data = "", ""
-        while True:
-            line = (await self.response.content.readline()).decode()
-            if not line:
-                raise EOFError
-            field, _, value = line.rstrip("\n").partition(": ")
-            if field == "event":
-                name = value
-            elif field == "data":
-                data = value
-            elif field == "id":
-                self.last_id = value
-            elif not field and name:
-                return name, json.loads(data)
-
-    async def until(self, wanted: str) -> Any:
-        """The data of the next event with this name."""
-        while True:
-            name, data = await self.next()
-            if name == wanted:
-                return data
 
 
 @asynccontextmanager

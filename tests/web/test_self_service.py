@@ -1,10 +1,19 @@
-"""What users see of themselves: their quotas, a warning near a limit, and what they have used."""
+"""What users see of themselves: their quotas, also live, a warning near a limit, and what they have used."""
 
+import asyncio
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import aiohttp
 import pytest
 
-from tests.stage import STAFF, stage
+from proxy.config.loader import ConnectionLimits
+from proxy.web import events
+from proxy.web.events import Bounds
+from tests.admin import ADMINS, ask, problem
+from tests.events import watch, watch_own
+from tests.stage import STAFF, stage, until
 
 CHAT = "/v1/chat/completions"
 GOOD = {"model": "fast", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 20}
@@ -64,6 +73,136 @@ async def test_a_bad_parameter_is_a_400_that_names_it(tmp_path: Path, query: str
 async def test_it_can_be_turned_off(tmp_path: Path) -> None:
     async with stage(f"self_service: false\n{SMALL}", folder=tmp_path) as on:
         replies = [await on.post(CHAT, GOOD) for _ in range(5)]
-        gone = [await on.get(path) for path in ("/v1/quota", "/quota/usage")]
+        gone = [await on.get(path) for path in ("/v1/quota", "/quota/usage", "/v1/quota/events")]
     assert [reply.headers.get("x-quota-warning") for reply in replies] == [None] * 5
-    assert [reply.status for reply in gone] == [404, 404]
+    assert [reply.status for reply in gone] == [404, 404, 404]
+
+
+# ------------------------------------------------------------------------------------------------------------- events
+
+
+EVENTS = "/v1/quota/events"
+POT = STAFF.replace("quotas: {daily", "quotas: {pot: {shared: true, tokens: 1M, per: day}, daily")
+
+
+@pytest.mark.every_engine
+@pytest.mark.parametrize("path", [EVENTS, "/quota/events"])
+async def test_the_own_counters_are_shown_as_they_change(tmp_path: Path, path: str) -> None:
+    """And those that the group shares. Nothing else: no calls, and nothing of what others use alone."""
+    async with stage(POT, folder=tmp_path) as on:
+        reader = await watch_own(on, path=path)
+        headers = reader.response.headers
+        assert headers["content-type"] == "text/event-stream; charset=utf-8"
+        assert headers["x-request-id"].startswith("req_")
+        assert await reader.next() == ("snapshot", {"counters": []})
+        await on.post(CHAT, GOOD, user="bob")
+        name, found = await reader.next()
+        assert (name, found.keys()) == ("counters", {"counters"})
+        assert {(each["user"], each["quota"]) for each in found["counters"]} == {(None, "staff/pot")}
+        tokens = (await on.post(CHAT, GOOD)).json()["usage"]["total_tokens"]
+        shown: dict[str, Any] = {}
+        while shown.get("staff/daily", {}).get("limits", [{}])[0].get("used") != tokens:
+            _, found = await reader.next()
+            shown |= {each["quota"]: each for each in found["counters"]}
+        assert {each["user"] for each in shown.values()} == {None, "alice"}
+        again = await watch_own(on, path=path)
+        _, found = await again.next()
+        assert {(each["user"], each["quota"]) for each in found["counters"]} == {
+            ("alice", "staff/daily"),
+            (None, "staff/pot"),
+        }
+
+
+async def test_the_stream_is_resumed_after_the_last_event(tmp_path: Path) -> None:
+    async with stage(folder=tmp_path) as on:
+        reader = await watch_own(on)
+        await reader.next()
+        last_id = reader.last_id
+        reader.response.close()
+        await on.post(CHAT, GOOD)
+        await on.all_settled()
+        resumed = await watch_own(on, headers={"last-event-id": last_id})
+        assert (await resumed.next())[0] == "counters"
+
+
+@pytest.mark.every_engine
+async def test_a_counter_that_an_administrator_resets_is_shown_at_once(tmp_path: Path) -> None:
+    """Without a further call of the user."""
+    async with stage(STAFF + ADMINS, folder=tmp_path) as on:
+        await on.post(CHAT, GOOD)
+        reader = await watch_own(on)
+        await reader.next()
+        assert (await ask(on, "POST", "/counters/reset?dry_run=true", json={"user": "alice"})).status == 200
+        assert (await ask(on, "POST", "/counters/reset", json={"user": "alice"})).status == 200
+        found = await reader.until("counters")
+        [counter] = found["counters"]
+        assert [(each["measure"], each["used"]) for each in counter["limits"]] == [("tokens", 0), ("requests", 0)]
+
+
+@pytest.mark.every_engine
+async def test_the_stream_ends_when_its_key_is_revoked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Within the time of a check, and at once if the calls of the key are cut."""
+    monkeypatch.setattr(events, "_CHECK_S", 0.0)
+    async with stage(STAFF + ADMINS, folder=tmp_path) as on:
+        for body in ({}, {"cut": True}):
+            made = (await ask(on, "POST", "/users/alice/keys", json={})).json()
+            reader = await watch_own(on, key=made["key"])
+            await reader.next()
+            match = {"if-match": (await ask(on, "GET", f"/keys/{made['id']}")).headers["etag"]}
+            reply = await ask(on, "POST", f"/keys/{made['id']}/revoke", admin="ops", headers=match, json=body)
+            assert reply.status == 200
+            await reader.to_end()
+
+
+async def test_the_stream_ends_when_self_service_is_turned_off(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(events, "_CHECK_S", 0.0)
+    async with stage(folder=tmp_path) as on:
+        reader = await watch_own(on)
+        await reader.next()
+        off = replace(on.config.policy, self_service=False)
+        on.config = replace(on.config, policy=off)
+        await on.server.policies.reload()
+        await reader.to_end()
+
+
+async def test_one_user_has_only_so_many_streams(tmp_path: Path) -> None:
+    """Others, and administrators, still get theirs."""
+    async with stage(STAFF + ADMINS, folder=tmp_path) as on:
+        readers = [await watch_own(on) for _ in range(events.STREAMS_OF_USER_MAX)]
+        refused = await on.get(EVENTS)
+        assert (refused.status, refused.error["code"]) == (503, "too_many_streams")
+        await watch_own(on, "bob")
+        for reader in readers:
+            reader.response.close()
+        await until(lambda: on.server.live.events.streams == 1)
+        await watch_own(on)
+
+
+async def test_without_a_key_there_is_no_stream(tmp_path: Path) -> None:
+    async with stage(folder=tmp_path) as on:
+        assert (await on.get(EVENTS, user=None)).status == 401
+
+
+async def test_a_stream_that_nothing_happens_on_outlives_the_limits_of_answers(tmp_path: Path) -> None:
+    """What was sent is read, so the time for unread answers does not end it; and it keeps its place."""
+    limits = ConnectionLimits(unread_s=0.05, idle_s=0.05, head_s=0.05, connections=2)
+    async with stage(folder=tmp_path, connection_limits=limits) as on:
+        reader = await watch_own(on)
+        await reader.next()
+        for _ in range(5):  # each on a connection of its own, so that one has to be closed
+            async with aiohttp.ClientSession() as http, http.get(f"{on.url}/healthz") as response:
+                assert response.status == 200
+            await asyncio.sleep(0.05)
+        await on.post(CHAT, GOOD)
+        assert (await reader.next())[0] == "counters"
+
+
+async def test_users_do_not_take_the_streams_of_administrators(tmp_path: Path) -> None:
+    async with stage(STAFF + ADMINS, folder=tmp_path) as on:
+        on.server.live.events._bounds = Bounds(streams=1, own_streams=1)
+        await watch_own(on)
+        assert (await on.get(EVENTS, user="bob")).status == 503
+        await watch(on)
+        assert problem(await ask(on, "GET", "/events")) == (503, "too-many-streams")

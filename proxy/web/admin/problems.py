@@ -44,6 +44,7 @@ PROBLEMS: Mapping[str, tuple[int, str]] = {
     "too-many-failures": (429, "Too many wrong keys came from this address"),
     "internal": (500, "Internal error"),
     "unavailable": (503, "The database can't be reached"),
+    "too-many-streams": (503, "Too many streams of events are open"),
 }
 # How other errors of the proxy, which know only their status, are called.
 _BY_STATUS = {400: "bad-request", 404: "not-found", 408: "timeout", 413: "too-large", 415: "unsupported-type"}

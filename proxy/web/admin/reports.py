@@ -16,7 +16,7 @@ from proxy.administration.pages import Page, Paging
 from proxy.administration.replicas import ReplicaRecord, replicas
 from proxy.config.reload import Policies, Reload
 from proxy.config.sentences import sentences
-from proxy.errors import InvalidKey
+from proxy.errors import InvalidKey, TooManyStreams
 from proxy.identity.authentication import Snapshot
 from proxy.identity.database import DirectoryDatabase
 from proxy.ledger.queries import DAY_MS, Asked, Dimension, Used, usage
@@ -352,7 +352,10 @@ class Reports:
                 return _filter(request.groups)
             return _filter(login.admin.restricted_to)
 
-        return await self._events.stream(request.raw, _filter(request.groups), check=sees)
+        try:
+            return await self._events.stream(request.raw, _filter(request.groups), check=sees)
+        except TooManyStreams as error:
+            raise Problem("too-many-streams", error.message, headers=error.headers) from None
 
 
 def _filter(groups: Any) -> Filter:

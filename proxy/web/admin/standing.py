@@ -1,6 +1,6 @@
 """Who stands where: counters, attention, refusals, calls in flight, explanations: what an administrator acts on."""
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -8,17 +8,27 @@ from pydantic import Field
 
 from proxy.administration.attention import Attention, attention
 from proxy.administration.change import NotFound
-from proxy.administration.counters import CounterFilter, CounterRecord, Reset, ResetTarget, counters, make_reset
+from proxy.administration.counters import (
+    RESETS_SHOWN_MAX,
+    CounterFilter,
+    CounterRecord,
+    Reset,
+    ResetTarget,
+    counters,
+    make_reset,
+    reset_since,
+)
 from proxy.administration.directory import UserRecord
 from proxy.administration.explain import ExplainedRefusal, Explanation, explain
 from proxy.administration.in_flight import CallFilter, CallInFlight, calls_in_flight, end_call
 from proxy.administration.pages import Page, Paging
 from proxy.administration.refusals import RefusalCount, RefusalFilter, refusal, refusals
+from proxy.calls.activity import Activity
 from proxy.config.reload import Policies
 from proxy.identity.authentication import Snapshot
 from proxy.identity.database import DirectoryDatabase
 from proxy.identity.directory import UserId
-from proxy.ledger.store import Connection
+from proxy.ledger.store import Connection, StoreUnavailable
 from proxy.policy.policy import DEFAULT, EVERYONE
 from proxy.web.admin.directory import administration_of
 from proxy.web.admin.operations import (
@@ -34,6 +44,8 @@ from proxy.web.admin.operations import (
     changes,
     reads,
 )
+
+_CLOCK_TOLERANCE_MS = 1_000
 
 
 class CounterQuery(PageQuery):
@@ -81,9 +93,17 @@ class ExplainQuery(Fields):
 class Standing:
     """The counters and what happens to them. `now` gives ms since 1970, by the ledger's clock."""
 
-    def __init__(self, policies: Policies[Snapshot], database: DirectoryDatabase, *, now: Callable[[], int]) -> None:
+    def __init__(
+        self,
+        policies: Policies[Snapshot],
+        database: DirectoryDatabase,
+        *,
+        activity: Activity,
+        now: Callable[[], int],
+    ) -> None:
         self._policies = policies
         self._database = database
+        self._activity = activity
         self._now = now
 
     def operations(self) -> list[Operation]:
@@ -143,8 +163,25 @@ class Standing:
         body = request.body
         user = None if body.user is None else (await self._user(request, body.user)).identity.subject
         target = ResetTarget(user, body.group, body.quota)
-        changes = request.changes(self._database, self._now)
-        return await make_reset(changes, self._policies.current.policy, target, groups=request.groups)
+        changes, began_at = request.changes(self._database, self._now), self._now()
+        done = await make_reset(changes, self._policies.current.policy, target, groups=request.groups)
+        if done.quotas and not request.conditions.is_trial:
+            # This process's measure of the database's clock can be wrong by some milliseconds.
+            await self._show_reset(target, request.groups, began_at - _CLOCK_TOLERANCE_MS)
+        return done
+
+    async def _show_reset(self, target: ResetTarget, groups: Collection[str] | None, since: int) -> None:
+        """Tell the streams of events, which else would show a counter only with its next call."""
+        policy, at = self._policies.current.policy, self._now()
+        try:
+            async with self._read() as connection:
+                found = await reset_since(connection, policy, target, groups=groups, since=since)
+        except StoreUnavailable:
+            return  # the reset is made, and its answer has to say so
+        for key, counter in found.items():
+            self._activity.counter_changed(key, counter, at)
+        if len(found) == RESETS_SHOWN_MAX:
+            self._activity.note_incomplete()
 
     async def _refusals(self, request: AdminRequest[RefusalQuery, None]) -> Page[RefusalCount]:
         query = request.query
