@@ -87,6 +87,7 @@ class Notices:
         self._pause_s = pause_s
         self._refusals: deque[RefusalRow] = deque()
         self._crossings: dict[CounterKey, Crossing] = {}
+        self._writing = asyncio.Lock()  # each row is written once
         self._is_away = False
 
     def add(self, refused: Iterable[RefusalRow] = (), crossed: Iterable[Crossing] = ()) -> None:
@@ -105,6 +106,10 @@ class Notices:
 
     async def write(self) -> None:
         """Write what was added, in small transactions. If the database is away, the next run tries again."""
+        async with self._writing:
+            await self._write_all()
+
+    async def _write_all(self) -> None:
         try:
             while self._refusals:
                 rows = list(islice(self._refusals, _ROWS_AT_ONCE))
