@@ -152,6 +152,12 @@ def _detail(body: bytes) -> str:
     return _printable(str(found.get("detail", ""))) if isinstance(found, dict) else ""
 
 
+def _reason(error: Exception) -> str:
+    if isinstance(error, aiohttp.ClientPayloadError):  # its text is about the coding of the transfer
+        return "the stream was cut off"
+    return _printable(str(error)) or type(error).__name__
+
+
 async def watch(
     stream: Stream,
     printer: "Printer",
@@ -184,7 +190,7 @@ async def watch(
                 if not is_followed:
                     return
         except _BREAKS as error:
-            reason = _printable(str(error)) or type(error).__name__
+            reason = _reason(error)
         was_open = was_open or is_open
         if not was_open:
             raise NotWatchable(f"{stream.url} can't be read: {reason}", WRONG)
