@@ -66,3 +66,26 @@ async def log_in(on: Stage, admin: str = "ops") -> dict[str, str]:
     reply = await ask(on, "POST", "/session", headers=SAME_ORIGIN, json={"key": admin_key(admin)})
     assert reply.status == 201
     return {"cookie": reply.headers["set-cookie"].partition(";")[0]}
+
+
+async def change(on: Stage, method: str, path: str, json: Any = None, *, admin: str = "ops", of: str = "") -> Reply:
+    """A change of a resource on its version of now. `of` is the path at which it is read, if that is another one."""
+    etag = (await ask(on, "GET", of or path, admin=admin)).headers["etag"]
+    return await ask(on, method, path, admin=admin, headers={"if-match": etag}, json=json)
+
+
+async def make_quota(on: Stage, id: str, **fields: Any) -> Reply:
+    """Make a quota that is not there yet."""
+    group, name = id.split("/")
+    path = f"/groups/{group}/quotas/{name}"
+    reply = await ask(on, "PUT", path, admin="ops", headers={"if-none-match": "*"}, json=fields)
+    assert reply.status == 200, reply.body
+    return reply
+
+
+async def write_notices(on: Stage) -> None:
+    """Write the refusals and crossings of now, which the process would write in a moment."""
+    live = on.server.live
+    live.events.tick()  # which finds the crossings
+    live.notices.add(*live.activity.take_notices(is_last=True))
+    await live.notices.write()

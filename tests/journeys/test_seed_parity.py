@@ -11,7 +11,7 @@ from typing import Any
 import openai
 import pytest
 
-from tests.admin import ADMINS, ask, problem
+from tests.admin import ADMINS, ask, change, make_quota, problem, write_notices
 from tests.builders import DAY, HOUR, NOON
 from tests.stage import Reply, Stage, key_of, stage
 
@@ -52,25 +52,9 @@ async def refusal(on: Stage, user: str = "alice", *, model: str = "fast", tokens
     return caught.value
 
 
-async def make(on: Stage, id: str, **fields: Any) -> Reply:
-    """Make a quota."""
-    group, name = id.split("/")
-    reply = await ask(on, "PUT", f"/groups/{group}/quotas/{name}", admin="ops", headers=NEW, json=fields)
-    assert reply.status == 200, reply.body
-    return reply
-
-
-async def change(on: Stage, method: str, path: str, body: Any = None, *, admin: str = "ops") -> Reply:
-    """A change of what is there, on its version of now."""
-    etag = (await ask(on, "GET", path)).headers["etag"]
-    return await ask(on, method, path, admin=admin, headers={"if-match": etag}, json=body)
-
-
 async def explained(on: Stage, error: openai.RateLimitError) -> dict[str, Any]:
     """The refusal as administrators find it by the id of its request."""
-    live = on.server.live  # which writes it a moment after the second in which it was
-    live.notices.add(*live.activity.take_notices(is_last=True))
-    await live.notices.write()
+    await write_notices(on)
     reply = await ask(on, "GET", f"/refusals/{error.response.headers['x-request-id']}")
     assert reply.status == 200, reply.body
     found: dict[str, Any] = reply.json()["refusal"]
@@ -90,14 +74,14 @@ async def test_a_group_has_a_quota_of_tokens_of_uses_or_of_both_for_a_model(
     async with stage(POLICY, folder=tmp_path) as on:
         with pytest.raises(openai.NotFoundError):  # no quota covers it yet
             await call(on)
-        await make(on, "staff/fast", models=["fast"], per="6h", **limits)
+        await make_quota(on, "staff/fast", models=["fast"], per="6h", **limits)
         for _ in range(calls):
             assert await call(on) == 14
         error = await refusal(on, tokens=10)
         assert error.code == "insufficient_quota"
         with pytest.raises(openai.NotFoundError):
             await call(on, model="gpt-4o-mini")
-        await make(on, "staff/mini", models=["gpt-4o-mini"], per="6h", **limits)
+        await make_quota(on, "staff/mini", models=["gpt-4o-mini"], per="6h", **limits)
         await call(on, model="gpt-4o-mini")
 
 
@@ -117,7 +101,7 @@ async def test_at_least_one_limit_is_required(fields: dict[str, None], tmp_path:
 async def test_windows_are_the_presets_or_custom(per: str, length: int, tmp_path: Path) -> None:
     """1 h, 6 h, 24 h, 7 d or any other: as `per`. A window begins with the first call in it."""
     async with stage(POLICY, folder=tmp_path) as on:
-        reply = await make(on, "staff/fast", requests=1, per=per)
+        reply = await make_quota(on, "staff/fast", requests=1, per=per)
         assert reply.json()["quota"]["fields"]["per"] == per
         assert f"per: {per}" in reply.json()["quota"]["yaml"]
         assert (await on.quota("staff/fast"))["window"]["resets_at"] is None
@@ -135,7 +119,7 @@ async def test_windows_are_the_presets_or_custom(per: str, length: int, tmp_path
 async def test_remaining_and_percent_are_shown(tmp_path: Path) -> None:
     """To the user and to administrators the same; also of what nobody has used yet."""
     async with stage(POLICY, folder=tmp_path) as on:
-        await make(on, "staff/fast", tokens=56, requests=8, per="6h")
+        await make_quota(on, "staff/fast", tokens=56, requests=8, per="6h")
         before = (await ask(on, "GET", "/counters?user=alice")).json()["data"]
         assert [[level["remaining"], level["percent"]] for level in before[0]["limits"]] == [[56, 0.0], [8, 0.0]]
         await call(on)
@@ -155,8 +139,8 @@ def _levels(reply: Reply) -> dict[str, Any]:
 async def test_of_several_groups_the_most_generous_counts(tmp_path: Path) -> None:
     """Bob is in both groups, and has the larger quota of them and not the sum. The reset is the earlier one."""
     async with stage(POLICY, folder=tmp_path) as on:
-        await make(on, "staff/fast", requests=1, per="6h")
-        await make(on, "lab/fast", requests=3, per="1h")
+        await make_quota(on, "staff/fast", requests=1, per="6h")
+        await make_quota(on, "lab/fast", requests=3, per="1h")
         for _ in range(3):
             await call(on, "bob")
         error = await refusal(on, "bob")
@@ -171,7 +155,7 @@ async def test_of_several_groups_the_most_generous_counts(tmp_path: Path) -> Non
 async def test_an_edit_keeps_the_usage(tmp_path: Path) -> None:
     """And acts with the next call: raised, and lowered below what is used, when nothing remains until the reset."""
     async with stage(POLICY, folder=tmp_path) as on:
-        await make(on, "staff/fast", requests=1, per="6h")
+        await make_quota(on, "staff/fast", requests=1, per="6h")
         await call(on)
         await refusal(on)
         path = "/groups/staff/quotas/fast"
@@ -187,7 +171,7 @@ async def test_an_edit_keeps_the_usage(tmp_path: Path) -> None:
 async def test_a_blank_limit_is_cleared(tmp_path: Path) -> None:
     """The first version kept the old limit. Null and a missing field mean the same."""
     async with stage(POLICY, folder=tmp_path) as on:
-        await make(on, "staff/fast", requests=1, tokens=1000, per="6h")
+        await make_quota(on, "staff/fast", requests=1, tokens=1000, per="6h")
         await call(on)
         await refusal(on)
         path = "/groups/staff/quotas/fast"
@@ -203,7 +187,7 @@ async def test_a_blank_limit_is_cleared(tmp_path: Path) -> None:
 async def test_a_deleted_quota_lets_calls_pass_as_unmatched_says(unmatched: str, tmp_path: Path) -> None:
     """If nothing else covers the model. What is in flight ends as it began."""
     async with stage(f"unmatched: {unmatched}\n{POLICY}", folder=tmp_path) as on:
-        await make(on, "staff/fast", requests=2, per="6h")
+        await make_quota(on, "staff/fast", requests=2, per="6h")
         await call(on)
         body = {"model": "fast", "messages": HELLO, "metadata": {"simulate": "tokens=20 speed=100"}}
         in_flight = on.begin("/v1/chat/completions", body)
@@ -225,10 +209,10 @@ async def test_a_deleted_quota_lets_calls_pass_as_unmatched_says(unmatched: str,
 async def test_a_quota_that_is_made_again_within_its_window_goes_on_counting(tmp_path: Path) -> None:
     """Only a reset empties it. So nobody gets a fresh quota by accident."""
     async with stage(POLICY, folder=tmp_path) as on:
-        await make(on, "staff/fast", requests=1, per="6h")
+        await make_quota(on, "staff/fast", requests=1, per="6h")
         await call(on)
         assert (await change(on, "DELETE", "/groups/staff/quotas/fast")).status == 200
-        await make(on, "staff/fast", requests=1, per="6h")
+        await make_quota(on, "staff/fast", requests=1, per="6h")
         await refusal(on)
         reply = await ask(on, "POST", "/counters/reset", json={"quota": "staff/fast", "user": "alice"})
         assert reply.json()["quotas"][0]["used"]["requests"] == 1
@@ -237,7 +221,7 @@ async def test_a_quota_that_is_made_again_within_its_window_goes_on_counting(tmp
         assert counter["resets_at"] == NOON + 6 * HOUR
         assert (await change(on, "DELETE", "/groups/staff/quotas/fast")).status == 200
         on.clock.ms += 6 * HOUR
-        await make(on, "staff/fast", requests=1, per="6h")
+        await make_quota(on, "staff/fast", requests=1, per="6h")
         await call(on)
 
 
@@ -246,7 +230,7 @@ async def test_the_whole_set_of_a_group_is_saved_at_once(order: list[str], tmp_p
     """One changed, one dropped, one added and one kept: one transaction and one entry in the audit log."""
     async with stage(POLICY, folder=tmp_path) as on:
         for name in (*order, "dropped"):
-            await make(on, f"staff/{name}", requests=5, per="6h", models=[f"{name}-*"])
+            await make_quota(on, f"staff/{name}", requests=5, per="6h", models=[f"{name}-*"])
         before = len(await on.rows("audit"))
         wanted = [
             {"name": "changed", "requests": 6, "per": "1h"},
@@ -302,8 +286,7 @@ async def test_the_quotas_of_a_model_over_all_groups_are_saved_at_once(tmp_path:
 
 
 async def _put_model(on: Stage, body: dict[str, Any]) -> Reply:
-    etag = (await ask(on, "GET", f"/quotas?model={body['model']}")).headers["etag"]
-    return await ask(on, "PUT", "/quotas", admin="ops", headers={"if-match": etag}, json=body)
+    return await change(on, "PUT", "/quotas", body, of=f"/quotas?model={body['model']}")
 
 
 # ------------------------------------------------------------------------------------------ the refusal and its time
@@ -312,7 +295,7 @@ async def _put_model(on: Stage, body: dict[str, Any]) -> Reply:
 async def test_a_refusal_says_when(tmp_path: Path) -> None:
     """In words, as an instant, and as Retry-After; and administrators find it by the id of the request."""
     async with stage(POLICY, folder=tmp_path) as on:
-        await make(on, "staff/fast", requests=1, per="6h")
+        await make_quota(on, "staff/fast", requests=1, per="6h")
         await call(on)
         on.clock.ms += HOUR
         error = await refusal(on)
@@ -352,7 +335,7 @@ async def test_the_reset_told_is_the_earliest_instant_at_which_the_call_is_admit
     """A millisecond before it the call is refused."""
     async with stage(POLICY, folder=tmp_path) as on:
         for id, fields in quotas.items():
-            await make(on, id, **fields)
+            await make_quota(on, id, **fields)
         on.clock.ms += opened
         await call(on, "bob")
         on.clock.ms += 1000
@@ -379,7 +362,7 @@ async def test_the_reset_told_is_the_earliest_instant_at_which_the_call_is_admit
 async def test_each_action_is_in_the_log_of_the_staff(tmp_path: Path) -> None:
     """Who did what when, before and after, from which address, with which request."""
     async with stage(POLICY, folder=tmp_path) as on:
-        replies = [await make(on, "staff/fast", requests=1, per="6h")]
+        replies = [await make_quota(on, "staff/fast", requests=1, per="6h")]
         on.clock.ms += 5
         path = "/groups/staff/quotas/fast"
         replies.append(await change(on, "PUT", path, {"requests": 2, "per": "1h"}))
@@ -404,7 +387,7 @@ async def test_each_action_is_in_the_log_of_the_staff(tmp_path: Path) -> None:
 async def test_at_the_limit_is_out(measure: str, tmp_path: Path) -> None:
     """The first version let one more call in when exactly the limit was used."""
     async with stage(POLICY, folder=tmp_path) as on:
-        await make(on, "staff/fast", per="6h", **{measure: 1000})
+        await make_quota(on, "staff/fast", per="6h", **{measure: 1000})
         used = [await call(on) for _ in range(2)]
         limit = len(used) if measure == "requests" else sum(used)
         reply = await change(on, "PUT", "/groups/staff/quotas/fast", {measure: limit, "per": "6h"})
@@ -417,7 +400,7 @@ async def test_at_the_limit_is_out(measure: str, tmp_path: Path) -> None:
 async def test_parallel_calls_are_exact(tmp_path: Path) -> None:
     """40 at once of which 10 fit: exactly 10, and neither more nor fewer tokens than were used."""
     async with stage(f"wait: 0s\n{POLICY}", folder=tmp_path) as on:
-        await make(on, "staff/fast", requests=10, per="6h")
+        await make_quota(on, "staff/fast", requests=10, per="6h")
         sdk = on.sdk()
         found = await asyncio.gather(
             *(sdk.chat.completions.create(model="fast", messages=HELLO, max_tokens=5) for _ in range(40)),
@@ -434,7 +417,7 @@ async def test_a_deleted_group_leaves_nothing_broken(tmp_path: Path) -> None:
     """A call in flight ends and is charged; usage, refusals, counters, lists and the log still answer."""
     async with stage(POLICY, folder=tmp_path) as on:
         assert (await ask(on, "POST", "/groups", json={"name": "art"})).status == 201
-        await make(on, "art/fast", requests=2, per="6h")
+        await make_quota(on, "art/fast", requests=2, per="6h")
         assert (await ask(on, "PUT", "/groups/art/members/alice")).status == 200
         grant = {"quota": "art/fast", "measure": "requests", "amount": 1, "until": NOON + DAY, "reason": "exam"}
         assert (await ask(on, "POST", "/grants", json=grant)).status == 201
@@ -465,7 +448,7 @@ async def test_a_deleted_group_leaves_nothing_broken(tmp_path: Path) -> None:
 async def test_a_deleted_user_leaves_nothing_broken(tmp_path: Path) -> None:
     """A call in flight ends, and what was used stays in the sums, under another name."""
     async with stage(POLICY, folder=tmp_path) as on:
-        await make(on, "staff/fast", requests=2, per="6h")
+        await make_quota(on, "staff/fast", requests=2, per="6h")
         assert (await ask(on, "POST", "/users", json={"id": "dora", "groups": ["staff"]})).status == 201
         key = (await ask(on, "POST", "/users/dora/keys", json={})).json()["key"]
         sdk = on.sdk(api_key=key)
@@ -492,8 +475,7 @@ async def test_a_deleted_user_leaves_nothing_broken(tmp_path: Path) -> None:
 
 
 async def _forget(on: Stage, user: str) -> Reply:
-    etag = (await ask(on, "GET", f"/users/{user}")).headers["etag"]
-    return await ask(on, "POST", f"/users/{user}/forget", admin="ops", headers={"if-match": etag})
+    return await change(on, "POST", f"/users/{user}/forget", of=f"/users/{user}")
 
 
 async def _nothing_is_broken(on: Stage, group: str) -> None:
