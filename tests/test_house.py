@@ -64,7 +64,7 @@ NAMED_ONLY_IN: dict[str, tuple[tuple[str, ...], str]] = {
         "ask the ledger; only torture reads the database directly, to judge the ledger",
     ),
     "aiohttp": (
-        ("upstreams.client", "torture.clients"),
+        ("upstreams.client", "torture.clients", "torture.administrator"),
         "the HTTP client stays in upstreams.client; for the server write `from aiohttp import web`",
     ),
     "aiohttp.web": (SERVER, "HTTP stays in web; pass plain values to other packages"),
