@@ -191,7 +191,8 @@ class Server:
             now=now,
         )
         self._delete_old = lambda: delete_old(store, self.policies.current.policy.keep, now=now())
-        self.refresh = Refresh(self.directory, self._users, self.policies, now=now)
+        self.refresh = Refresh(self.directory, self._users, self.policies, clock=clock, now=now)
+        self.policies.confirm_with(self.refresh.ensure_recent)
         self.ledger = Ledger(
             store,
             owner=self._inherited.owner,
@@ -315,6 +316,7 @@ class Server:
         await self._stored_responses.close()
         await self._jobs.finish(0)
         await self.live.close()
+        await self.refresh.close()
         await self.directory.close()
         for runner in self._runners:
             await runner.cleanup()

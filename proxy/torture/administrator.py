@@ -36,7 +36,7 @@ _PAUSE_S = (0.02, 0.25)
 _ANSWER_S = 60.0  # longer than a replica is paused
 # In tokens. Each is more than one call needs, so none is refused for being too long.
 _LIMITS = {CHANGING: (8_000, 40_000), POT: (20_000, 100_000), PASSING: (8_000, 10**9)}
-_GRANT_TOKENS, _GRANT_MS = (1000, 20_000), (500, 6000)
+_GRANT_TOKENS, _GRANT_MS = (1000, 20_000), (5000, 12_000)
 # Longer than a change takes to be in force, so that it is seen that no call passes after that.
 _DISABLED_S = (0.5, 4.0)
 
