@@ -32,7 +32,7 @@ from proxy.torture.changes import (
 from proxy.torture.clients import Address, bearer, was_down
 from proxy.torture.process import ADMIN_KEY
 
-_PAUSE_S = (0.02, 0.25)
+_PAUSE_S, _AFTER_FAILURE_S = (0.02, 0.25), 0.5
 _ANSWER_S = 60.0  # longer than a replica is paused
 # In tokens. Each is more than one call needs, so none is refused for being too long.
 _LIMITS = {CHANGING: (8_000, 40_000), POT: (20_000, 100_000), PASSING: (8_000, 10**9)}
@@ -84,7 +84,9 @@ class Administrator:
                 await self._set_limit(quota)
             while loop.time() < until:
                 await self._change(loop.time())
-                await asyncio.sleep(self._rng.uniform(*_PAUSE_S))
+                # Without an answer the proxy is down.
+                was_lost = self.changes[-1].status is None
+                await asyncio.sleep(_AFTER_FAILURE_S if was_lost else self._rng.uniform(*_PAUSE_S))
             for user in list(self._disabled):
                 await self._enable(user)
 
