@@ -176,7 +176,7 @@ class Server:
         self._tokenizers = tokenizers
         self._load = load
         store = store_of(
-            self._inherited.database, self._inherited.lock, may_be_new=config.settings.may_be_new_database
+            self._inherited.database, self._inherited.lock, may_be_new=config.settings.may_be_new_database, now=now
         )
         self._users = DirectoryDatabase(store, now=now)
         self.directory = Directory(
@@ -191,7 +191,8 @@ class Server:
             now=now,
         )
         self._delete_old = lambda: delete_old(store, self.policies.current.policy.keep, now=now())
-        self.refresh = Refresh(self.directory, self._users, self.policies, now=now)
+        self.refresh = Refresh(self.directory, self._users, self.policies, clock=clock, now=now)
+        self.policies.confirm_with(self.refresh.ensure_recent)
         self.ledger = Ledger(
             store,
             owner=self._inherited.owner,
@@ -315,6 +316,7 @@ class Server:
         await self._stored_responses.close()
         await self._jobs.finish(0)
         await self.live.close()
+        await self.refresh.close()
         await self.directory.close()
         for runner in self._runners:
             await runner.cleanup()
@@ -488,15 +490,18 @@ def _within_file_limit(limits: ConnectionLimits) -> ConnectionLimits:
     return replace(limits, connections=connections)
 
 
-def store_of(database: str, lock: int | None = None, *, may_be_new: bool = False) -> Store:
+def store_of(
+    database: str, lock: int | None = None, *, may_be_new: bool = False, now: Callable[[], int] | None = None
+) -> Store:
     """The store for a database URL. `lock` is the inherited descriptor of the lock on a SQLite file.
 
-    `may_be_new` allows a SQLite file to be made anew where there was one.
+    `may_be_new` allows a SQLite file to be made anew where there was one. `now` (ms since 1970) is the clock of a
+    SQLite file, which has none of its own.
 
     Raises StoreUnavailable if the driver for PostgreSQL is not installed.
     """
     if database.startswith("sqlite:"):
-        return SqliteStore(sqlite_path(database), lock=lock, may_be_new=may_be_new)
+        return SqliteStore(sqlite_path(database), lock=lock, may_be_new=may_be_new, now=now)
     try:
         # Imported here, because its driver is an extra and takes 10 MB of memory that SQLite does not need.
         from proxy.ledger.postgres import PostgresStore

@@ -64,7 +64,7 @@ NAMED_ONLY_IN: dict[str, tuple[tuple[str, ...], str]] = {
         "ask the ledger; only torture reads the database directly, to judge the ledger",
     ),
     "aiohttp": (
-        ("upstreams.client", "commands.events", "torture.clients"),
+        ("upstreams.client", "commands.events", "torture.clients", "torture.administrator"),
         "HTTP clients stay in these modules; for the server write `from aiohttp import web`",
     ),
     "aiohttp.web": (SERVER, "HTTP stays in web; pass plain values to other packages"),

@@ -8,7 +8,7 @@ for admission is decided on by the policy that is `current` when it asks again.
 """
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
@@ -73,7 +73,17 @@ class Policies(Generic[InForce]):
         self._lock = asyncio.Lock()
         self._metrics = metrics
         self._now = now
+        self._confirm: Callable[[], Awaitable[object]] = _nothing
         metrics.reloaded_at.set(now() / 1000)
+
+    def confirm_with(self, confirm: Callable[[], Awaitable[object]]) -> None:
+        """Await `confirm` whenever a call asks for admission; it may bring what was changed into force."""
+        self._confirm = confirm
+
+    async def confirmed(self) -> InForce:
+        """What is in force for a call that asks for admission now."""
+        await self._confirm()
+        return self.current
 
     async def reload_if_changed(self) -> None:
         """Reload if a file has changed, and none has changed any more since the previous check.
@@ -151,3 +161,7 @@ def log_mistakes(error: BadConfig) -> None:
 
 def _quota_ids(policy: Policy) -> set[str]:
     return {quota.id for group in policy.groups.values() for quota in group.quotas}
+
+
+async def _nothing() -> None:
+    pass

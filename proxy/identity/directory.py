@@ -205,8 +205,11 @@ class Directory:
         """When `poll` last read the version, by `clock`."""
         return self._confirmed_s
 
-    async def poll(self) -> None:
-        """Ask the database whether anything has changed. Raises nothing: an outage is logged once."""
+    async def poll(self) -> bool:
+        """Ask the database whether anything has changed. Raises nothing: an outage is logged once.
+
+        Returns whether the database answered.
+        """
         began_s = self._clock()
         try:
             # Not one of the lookups, for which it would have to wait if there are many of them.
@@ -220,13 +223,14 @@ class Directory:
                         self._on_cut(cuts)
         except (StoreUnavailable, TimeoutError) as error:
             self._note_outage(error)
-            return
+            return False
         before, self._version, self._confirmed_s = self._version, version, began_s
         if before is not None and before != version:
             self._on_change(before, version)
         if self._is_away:
             self._is_away = False
             log.info("the directory of users can be read again")
+        return True
 
     def forget_all(self) -> None:
         """Forget what is remembered, after a change."""
@@ -289,17 +293,26 @@ class Directory:
         # All who ask for one name at the same time wait for one query.
         lookup = memory.lookups.get(name)
         if lookup is None:
-            lookup = memory.lookups[name] = self._lookups.start("look up", self._look_up(memory, name, find))
+            work = self._look_up(memory, memory.lookups, name=name, find=find)
+            lookup = memory.lookups[name] = self._lookups.start("look up", work)
         found = await asyncio.shield(lookup)  # one of them may be cancelled
         if found is None:
             raise DirectoryUnavailable
         return found.value
 
     async def _look_up(
-        self, memory: "_Memory[T]", name: Hashable, find: Callable[[], Awaitable[T | None]]
+        self,
+        memory: "_Memory[T]",
+        lookups: "dict[Hashable, asyncio.Task[_Found[T] | None]]",
+        *,
+        name: Hashable,
+        find: Callable[[], Awaitable[T | None]],
     ) -> "_Found[T] | None":
-        """What the database has, which is remembered; None if it can't be reached."""
-        lookups = memory.lookups
+        """What the database has, which is remembered; None if it can't be reached.
+
+        `lookups` is where this one was entered. `poll` may forget everything before this begins to run, and then the
+        memory has others.
+        """
         try:
             value = await self._ask(find)
         except DirectoryUnavailable:

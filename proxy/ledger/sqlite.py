@@ -127,7 +127,8 @@ class SqliteStore:
     `busy_timeout_s` is how long a transaction waits for a lock that another program has on the file. `lock` is the
     file descriptor of the lock that a parent holds for all its workers, as `hand_over` returned it. Without it, this
     process is the only one on the file. `may_be_new` allows it to make a database anew where there was one; a worker
-    must not do that.
+    must not do that. A batch is decided at the time of `now` (ms since 1970) when it has the lock; without `now` at
+    the time that `apply` is given.
     """
 
     def __init__(
@@ -137,7 +138,9 @@ class SqliteStore:
         busy_timeout_s: float = _BUSY_TIMEOUT_S,
         lock: int | None = None,
         may_be_new: bool = False,
+        now: Callable[[], int] | None = None,
     ) -> None:
+        self._now = now
         self._path = path.resolve()  # a file has one lock, whether it is opened by a link or by a relative path
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="ledger")
         arguments = {"timeout": busy_timeout_s}
@@ -346,6 +349,10 @@ class SqliteStore:
 
     def _load(self, connection: Connection, operations: Sequence[Operation], now: int) -> Book:
         rows = connection.exec_driver_sql(self._sql.read_calls, _as_json([operation.id for operation in operations]))
+        if self._now is not None:
+            # The first statement has waited for the lock, perhaps for a reset of these counters. What this batch does
+            # must not seem to be older than that.
+            now = self._now()
         entries = {entry.id: entry for entry in map(entry_of, rows.all())}
         keys = keys_of(operations).union(held.key for entry in entries.values() for held in entry.held_amounts)
         found = connection.exec_driver_sql(self._sql.read_counters, _as_json(sorted(keys)))

@@ -29,14 +29,17 @@ class ReceivedAnswer:
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """A 429 as its client reads it. `free_tokens` and `window_opened_at` are of the quota that has the least left.
+    """A 429 as its client reads it. `free_tokens`, `quota` and `window_opened_at` are of the one with the least left.
 
-    Both times are seconds since 1970. `window_opened_at` is None if that quota's window is not open yet.
+    Both times are seconds since 1970. `window_opened_at` is None if that quota's window is not open yet. `limits` has
+    the tokens that each quota allows, by its id.
     """
 
     free_tokens: int | None = None
     window_opened_at: int | None = None
     resets_at: int | None = None
+    quota: str | None = None
+    limits: tuple[tuple[str, int], ...] = ()
 
 
 def read_whole(body: bytes) -> ReceivedAnswer:
@@ -85,7 +88,13 @@ def read_refusal(body: bytes) -> Refusal:
     if not quotas:
         return Refusal(resets_at=resets_at)
     tightest = min(quotas, key=_free_tokens)
-    return Refusal(_free_tokens(tightest), tightest["window"]["opened_at"], resets_at)
+    return Refusal(
+        _free_tokens(tightest),
+        tightest["window"]["opened_at"],
+        resets_at,
+        quota=tightest.get("id"),
+        limits=tuple((quota.get("id", ""), quota["tokens"]["limit"]) for quota in quotas),
+    )
 
 
 def _free_tokens(quota: Mapping[str, Any]) -> int:

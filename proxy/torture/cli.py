@@ -67,6 +67,11 @@ _NO, _WRONG = 1, 2
     "restart",
     help="A command that restarts the database; it runs once, in the middle of the run.",
 )
+@click.option(
+    "--administrator",
+    is_flag=True,
+    help="Change quotas, grants, counters, users and keys through the admin API all the time.",
+)
 @click.option("--seed", type=int, default=0, show_default=True, help="The same seed makes the same calls.")
 @click.option("--target", help="Test another proxy, at this address with /v1. It is not started or killed.")
 @click.option("--key", "keys", multiple=True, help="With --target: a user's API key. May be repeated.")
@@ -92,6 +97,8 @@ def _torture(options: dict[str, Any]) -> Report:
     external = {name: options.pop(name) for name in "keys model upstream_port upstream_key counter".split()}
     target = options.pop("target")
     shared = _shared_database(options["replicas"], options.pop("database"), options.pop("restart"))
+    if target is not None and options["administrator"]:
+        _give_up("--administrator tests only this proxy: leave out --target.", _WRONG)
     try:
         if target is None:
             return uvloop.run(run(Plan(**options), now=_wall_clock_ms, say=say, shared=shared))

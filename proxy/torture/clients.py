@@ -1,7 +1,7 @@
 """The clients of a torture run: each makes one call after the other, reads the answer, and disconnects as planned.
 
 A client that is refused either waits until the reset that the refusal named and repeats the same call at that
-instant, or makes another call after a moment. A client that can't connect tries again after a moment. With several
+instant, or makes another call after a moment. A client whose call fails tries again after a moment. With several
 replicas each call goes to one that is up, as behind a load balancer.
 """
 
@@ -19,7 +19,7 @@ from proxy.torture.plan import CallGenerator, Plan, PlannedCall
 
 # A call that takes longer than this, plus the time that it may wait for other calls, counts as broken.
 _CALL_S = 60.0
-_AFTER_UNREACHABLE_S = 0.1
+_AFTER_FAILURE_S = 0.1
 _AFTER_REFUSAL_S = (0.1, 0.5)
 _BYTES_PER_CHUNK = 200  # about one event of a chat stream
 
@@ -91,8 +91,8 @@ class Clients:
                 await self._call(http, generator.repeat(call), retry_of=record.refusal)
             elif record.refusal is not None:
                 await self._pause(generator.rng.uniform(*_AFTER_REFUSAL_S))
-            elif record.result == "unreachable":
-                await self._pause(_AFTER_UNREACHABLE_S)
+            elif record.result in ("unreachable", "failed"):
+                await self._pause(_AFTER_FAILURE_S)
 
     async def _pause(self, seconds: float) -> None:
         await asyncio.sleep(max(0.0, min(seconds, self._left_s())))
@@ -111,7 +111,7 @@ class Clients:
         self, http: aiohttp.ClientSession, call: PlannedCall, *, retry_of: Refusal | None = None
     ) -> ClientRecord:
         """Make one call and record what the client saw."""
-        record = ClientRecord(call.tag, call.user, call.tokens_needed, retry_of=retry_of)
+        record = ClientRecord(call.tag, call.user, call.tokens_needed, retry_of=retry_of, began_at=self._now())
         self._records.append(record)
         address, disconnect, received = self._address(), call.spec.disconnect, bytearray()
         epoch, database_epoch = address.epoch(), self._proxy.database_epoch()
@@ -125,10 +125,11 @@ class Clients:
             record.result = "broken"
         except TimeoutError:
             record.result = "disconnected" if disconnecting.expired() else "broken"
-        record.disturbed = _was_down(epoch, address.epoch())
+        record.ended_at = self._now()
+        record.disturbed = was_down(epoch, address.epoch())
         if record.status == 503:
             # Only a 503 is excused by the database being down: any other failure is the proxy's own.
-            record.disturbed |= _was_down(database_epoch, self._proxy.database_epoch())
+            record.disturbed |= was_down(database_epoch, self._proxy.database_epoch())
         if record.status == 200:
             self._read(call, record, bytes(received))
         return record
@@ -180,7 +181,7 @@ class Clients:
             record.result = "broken"
 
 
-def _was_down(epoch_before: int, epoch_after: int) -> bool:
+def was_down(epoch_before: int, epoch_after: int) -> bool:
     """Whether the proxy was down when the call began (odd), or went down since: 2 and 4 is one restart between."""
     return epoch_before % 2 == 1 or epoch_before != epoch_after
 

@@ -9,14 +9,19 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, closing
 from typing import Any
 
+from proxy.torture.changes import AuditRow
 from proxy.torture.evidence import CallRow, CounterRow, HeldAmount, Snapshot
 
 # Calls are known by their tag and not by their model's name, of which the proxy records 100 for each user and day.
-_CALLS = "SELECT id, tag, state, outcome, input_tokens, output_tokens, requests, lines FROM calls"
+_CALLS = (
+    "SELECT id, tag, state, outcome, input_tokens, output_tokens, requests, lines, user_name, reserved_at, ended_at "
+    "FROM calls"
+)
 _COUNTERS = (
     "SELECT subject, quota_id, opened_at, used_input, used_output, used_requests, held_input, held_output, "
-    "held_requests FROM counters"
+    "held_requests, reset_at FROM counters"
 )
+_AUDIT = "SELECT actor, action, request_id, at FROM audit"
 _OPEN_CALLS = "SELECT count(*) FROM calls WHERE state = 'open'"
 _SCHEMA = "llm_quota_proxy"
 _TIMEOUT_S = 5.0
@@ -38,18 +43,26 @@ async def read_snapshot(url: str) -> Snapshot:
                 outcome,
                 (input_tokens or 0, output_tokens or 0, requests or 0),
                 _held_amounts(lines),
+                *labels,
             )
-            for id, tag, state, outcome, input_tokens, output_tokens, requests, lines in calls
+            for id, tag, state, outcome, input_tokens, output_tokens, requests, lines, *labels in calls
         ],
         [
             CounterRow(
                 (subject, quota, opened_at),
                 used=(amounts[0], amounts[1], amounts[2]),
                 held=(amounts[3], amounts[4], amounts[5]),
+                reset_at=reset_at,
             )
-            for subject, quota, opened_at, *amounts in counters
+            for subject, quota, opened_at, *amounts, reset_at in counters
         ],
     )
+
+
+async def read_audit(url: str, actor: str) -> list[AuditRow]:
+    """Return the rows of the audit log that this administrator has caused."""
+    [rows] = await _select(url, _AUDIT)
+    return [AuditRow(action, request_id, at) for by, action, request_id, at in rows if by == actor]
 
 
 async def count_open_calls(url: str) -> int:

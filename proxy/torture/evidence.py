@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from proxy.torture.answers import Refusal, Tokens
+from proxy.torture.changes import Administration
 
 Amounts = tuple[int, int, int]
 CounterKey = tuple[str, str]  # subject, quota
@@ -32,6 +33,7 @@ class ClientRecord:
     `disturbed`: during the call the proxy was killed, paused or down, or it answered 503 while its database was down.
     `retry_of`: the refusal whose reset this call waited for.
     `answered_s`: seconds until the refusal, or until the first byte of a stream.
+    `began_at`, `ended_at`: when it was sent, and when its answer had ended (ms since 1970).
     """
 
     tag: str
@@ -46,6 +48,8 @@ class ClientRecord:
     refusal: Refusal | None = None
     retry_of: Refusal | None = None
     answered_s: float | None = None
+    began_at: int = 0
+    ended_at: int = 0
 
     @property
     def is_falsely_refused(self) -> bool:
@@ -83,7 +87,7 @@ class HeldAmount:
 
 @dataclass(frozen=True, slots=True)
 class CallRow:
-    """One call as it is in the database."""
+    """One call as it is in the database. `user` is the user's name in records; instants are in ms since 1970."""
 
     request_id: str
     tag: str
@@ -91,15 +95,19 @@ class CallRow:
     outcome: str | None
     charge: Amounts
     held: tuple[HeldAmount, ...]
+    user: str = ""
+    reserved_at: int = 0
+    ended_at: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class CounterRow:
-    """One counter as it is in the database."""
+    """One counter as it is in the database. `reset_at`: when an administrator last emptied it (ms), 0 for never."""
 
     window: WindowKey
     used: Amounts
     held: Amounts
+    reset_at: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +123,8 @@ class Evidence:
     """All records of a run. `limit` is in tokens.
 
     `idle` is the database after the last call had ended, before the proxy was stopped; `stopped` is after that.
+    `administration` is what the administrator changed, if there was one.
+    `users` has the names of the users in records.
     """
 
     limit: int
@@ -126,3 +136,5 @@ class Evidence:
     pauses: int = 0
     restarts: int = 0
     crashes: int = 0
+    administration: Administration | None = None
+    users: Sequence[str] = ()

@@ -67,7 +67,8 @@ class Plan:
 
     `limit` is the tokens of one quota: each user's own, or, if `shared`, of all users together; None is computed.
     `disconnects` is the share of calls whose client disconnects. `tokens_per_s` is the upstream's speed. Of several
-    replicas at most one is killed and one paused at a time.
+    replicas at most one is killed and one paused at a time. With an `administrator` quotas, grants, counters, users
+    and keys change all the time.
     """
 
     clients: int = 64
@@ -80,6 +81,7 @@ class Plan:
     kill_every_s: float = 10.0
     replicas: int = 1
     pause_every_s: float = 20.0
+    administrator: bool = False
     seed: int = 0
     tokens_per_s: float = 400.0
 

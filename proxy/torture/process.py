@@ -16,8 +16,9 @@ from typing import Any
 from proxy.torture.plan import Plan
 
 _POLICY = """
-server: {{api: "127.0.0.1:{port}", admin: null}}
+server: {{api: "127.0.0.1:{port}", admin: {admin}}}
 database: "{database}"
+admin_keys: {{torture: "{admin_key}"}}
 wait: {wait_s}s
 upstreams:
   simulated: {{base_url: "{upstream}", api_key: "{upstream_key}", kind: simulator, on_disconnect: {on_disconnect}}}
@@ -33,6 +34,7 @@ users:
 # reach the proxy's port, and the upstream is a fake.
 FRONT_KEY = "key-of-the-user-interface-in-front"
 USER_HEADER = "X-Torture-User"
+ADMIN_NAME, ADMIN_KEY = "torture", "key-of-the-administrator-of-torture"
 _START_S = 30.0
 _STOP_S = 45.0
 _READY_ANSWER_S = 1.0
@@ -70,6 +72,7 @@ class ProxyProcess:
         self.pauses = 0
         self.crashes = 0
         self.port = _free_port(random.Random())
+        self.admin_port = _free_port(random.Random()) if plan.administrator else None
         self._config = folder / "quotas.yaml"
         self._log = folder / "proxy.log"
         self._process: asyncio.subprocess.Process | None = None
@@ -161,6 +164,8 @@ class ProxyProcess:
         plan, (upstream, upstream_key) = self._plan, self._upstream
         return _POLICY.format(
             port=self.port,
+            admin=f'"127.0.0.1:{self.admin_port}"' if self.admin_port else "null",
+            admin_key=ADMIN_KEY,
             database=self.database,
             wait_s=plan.wait_s,
             upstream=upstream,

@@ -6,7 +6,8 @@ operator would not do that either. But a replica may be killed, and the database
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 from proxy.torture.plan import Plan
 from proxy.torture.process import ProxyProcess
@@ -19,11 +20,24 @@ class NotRestarted(Exception):
 
 
 class Replicas:
-    """Several proxies with one database, or a single proxy. `database_epoch` is odd while the database restarts."""
+    """Several proxies with one database, or a single proxy. `database_epoch` is odd while the database restarts.
 
-    def __init__(self, proxies: Sequence[ProxyProcess], plan: Plan, *, restart: str | None = None) -> None:
+    `outages` has the beginning and the end of each pause and of the restart (ms since 1970, by `now`): in them a
+    replica can't hear of a change.
+    """
+
+    def __init__(
+        self,
+        proxies: Sequence[ProxyProcess],
+        plan: Plan,
+        *,
+        restart: str | None = None,
+        now: Callable[[], int] = lambda: 0,
+    ) -> None:
         self.proxies = proxies
         self.database_epoch = 0
+        self.outages: list[tuple[int, int]] = []
+        self._now = now
         self._plan = plan
         self._restart_command = restart
         self._rng = random.Random(f"{plan.seed}/replicas")
@@ -58,7 +72,8 @@ class Replicas:
 
     async def _pause_replicas(self) -> None:
         async for _ in _at(self._plan.pauses_at_s):
-            await self._running_replica().pause(self._plan.pause_s)
+            with self._outage():
+                await self._running_replica().pause(self._plan.pause_s)
 
     def _running_replica(self) -> ProxyProcess:
         """Return a random replica that is up.
@@ -74,8 +89,15 @@ class Replicas:
         await asyncio.sleep(self._plan.restart_at_s)
         async with self._database_up:
             self.database_epoch += 1
-            await _run(self._restart_command)
+            with self._outage():
+                await _run(self._restart_command)
             self.database_epoch += 1
+
+    @contextmanager
+    def _outage(self) -> Iterator[None]:
+        began_at = self._now()
+        yield
+        self.outages.append((began_at, self._now()))
 
 
 async def _run(command: str) -> None:

@@ -13,17 +13,20 @@ import resource
 import secrets
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from math import ceil
 from pathlib import Path
 
+from proxy.torture.administration import judge_administration
+from proxy.torture.administrator import Administrator
+from proxy.torture.changes import Administration
 from proxy.torture.clients import Address, Clients, ProxyUnderTest, bearer
-from proxy.torture.database import count_open_calls, drop_schema, read_snapshot, require_empty
+from proxy.torture.database import count_open_calls, drop_schema, read_audit, read_snapshot, require_empty
 from proxy.torture.evidence import Evidence
 from proxy.torture.plan import Plan
-from proxy.torture.process import FRONT_KEY, USER_HEADER, ProxyProcess
+from proxy.torture.process import ADMIN_NAME, FRONT_KEY, USER_HEADER, ProxyProcess
 from proxy.torture.replicas import Replicas
 from proxy.torture.report import Report
 from proxy.torture.upstream import RecordingUpstream
@@ -78,9 +81,10 @@ async def run(plan: Plan, *, now: Callable[[], int], say: Print, shared: SharedD
     await upstream.start()
     folder = Path(tempfile.mkdtemp(prefix="llm-quota-proxy-torture-"))
     proxies = _proxies(plan, folder, shared, upstream=upstream)
-    replicas = Replicas(proxies, plan, restart=shared.restart if shared else None)
+    replicas = Replicas(proxies, plan, restart=shared.restart if shared else None, now=now)
     try:
-        report = judge(await _collect_evidence(plan, replicas, upstream, now=now, say=say))
+        evidence = await _collect_evidence(plan, replicas, upstream, now=now, say=say)
+        report = Report((*judge(evidence).figures, *judge_administration(evidence)))
     finally:
         await replicas.kill()
         await upstream.stop()
@@ -116,7 +120,7 @@ def _proxies(
     return proxies
 
 
-async def _credentials(plan: Plan, proxy: ProxyProcess) -> list[dict[str, str]]:
+async def _credentials(plan: Plan, proxy: ProxyProcess) -> list[Mapping[str, str]]:
     """The headers of each user: in turn one of the file, of a user interface in front, and of the database."""
     made = await proxy.add_users(len(range(2, plan.users, _SOURCES)))
 
@@ -127,6 +131,17 @@ async def _credentials(plan: Plan, proxy: ProxyProcess) -> list[dict[str, str]]:
         return bearer((proxy.keys if source == 0 else made)[number])
 
     return [headers_of(user) for user in range(plan.users)]
+
+
+def _user_names(plan: Plan) -> list[str]:
+    """The name of each user in records."""
+    prefixes = ("", "front:", "database:")
+    return [f"{prefixes[user % _SOURCES]}user-{user // _SOURCES}" for user in range(plan.users)]
+
+
+async def _administer(administrator: Administrator | None, plan: Plan) -> None:
+    if administrator is not None:
+        await administrator.run(plan.seconds)
 
 
 async def _collect_evidence(
@@ -140,7 +155,15 @@ async def _collect_evidence(
     addresses = [Address(f"http://127.0.0.1:{proxy.port}/v1", partial(_epoch, proxy)) for proxy in proxies]
     credentials = await _credentials(plan, proxies[0])
     under_test = ProxyUnderTest(addresses, credentials, database_epoch=lambda: replicas.database_epoch)
-    records, _ = await asyncio.gather(Clients(under_test, plan, now=now).run(), replicas.inject_faults())
+    users, administrator = _user_names(plan), None
+    if plan.administrator:
+        apis = [
+            Address(f"http://127.0.0.1:{proxy.admin_port}/admin/api", partial(_epoch, proxy)) for proxy in proxies
+        ]
+        administrator = Administrator(apis, credentials, users, seed=plan.seed, now=now)
+    records, _, _ = await asyncio.gather(
+        Clients(under_test, plan, now=now).run(), replicas.inject_faults(), _administer(administrator, plan)
+    )
     await upstream.wait_until_idle(_IDLE_S)
     await _wait_until_settled(database)
     # Read twice: a call that is still open or held now is leaked. The stop of the proxy must not hide that by
@@ -157,6 +180,12 @@ async def _collect_evidence(
         pauses=sum(proxy.pauses for proxy in proxies),
         restarts=replicas.database_epoch // 2,
         crashes=sum(proxy.crashes for proxy in proxies),
+        administration=None
+        if administrator is None
+        else Administration(
+            administrator.changes, await read_audit(database, f"admin:{ADMIN_NAME}"), replicas.outages
+        ),
+        users=users,
     )
 
 

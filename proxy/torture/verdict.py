@@ -23,6 +23,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from proxy.torture.answers import Tokens
+from proxy.torture.changes import DIGITS, Timeline
 from proxy.torture.evidence import (
     Amounts,
     CallRow,
@@ -44,20 +45,20 @@ _ZERO: Amounts = (0, 0, 0)
 def judge(evidence: Evidence) -> Report:
     """Judge this proxy, whose database was read."""
     matched = _Matched(evidence)
-    counters = len(evidence.stopped.counters)
+    counters = len(matched.counters)
     return Report(
         (
             *_totals(evidence),
             Figure("wasted tokens", matched.wasted_tokens(), "generated for answers that were cut, and not charged"),
-            _promise("overshoot", matched.overshoot(), f"tokens beyond {evidence.limit:,}; {matched.windows_note()}"),
-            _promise("upstream overshoot", matched.upstream_overshoot(), "the same by the upstream's own count"),
-            _promise("lost", len(matched.lost()), "answers that a client received in full, not charged in full"),
-            _promise("lost in part", len(matched.lost_in_part()), "answers charged less than their client received"),
-            _promise("overcharged", len(matched.overcharged()), "answers charged more than reported, or twice"),
+            promise("overshoot", matched.overshoot(), f"tokens beyond {evidence.limit:,}; {matched.windows_note()}"),
+            promise("upstream overshoot", matched.upstream_overshoot(), "the same by the upstream's own count"),
+            promise("lost", len(matched.lost()), "answers that a client received in full, not charged in full"),
+            promise("lost in part", len(matched.lost_in_part()), "answers charged less than their client received"),
+            promise("overcharged", len(matched.overcharged()), "answers charged more than reported, or twice"),
             _leaked(evidence),
-            _promise("unbalanced", matched.unbalanced(), f"of {counters} counters: not the sum of their calls"),
-            _promise("unexplained failures", *_unexplained_failures(evidence)),
-            _promise("crashes", evidence.crashes, "the proxy exited by itself, or did not stop"),
+            promise("unbalanced", matched.unbalanced(), f"of {counters} counters: not the sum of their calls"),
+            promise("unexplained failures", *_unexplained_failures(evidence)),
+            promise("crashes", evidence.crashes, "the proxy exited by itself, or did not stop"),
             *_refusals(evidence),
             *_times(evidence),
         )
@@ -82,14 +83,14 @@ def judge_external(evidence: Evidence, *, windows: int, counters: int, counted: 
     foreign = sum(record.result == "complete" and record.tag not in known for record in evidence.clients)
     figures = [
         *_totals(evidence),
-        _promise("foreign answers", foreign, "complete answers that this upstream did not give, so can't be judged"),
-        _promise("upstream overshoot", overshoot, note),
+        promise("foreign answers", foreign, "complete answers that this upstream did not give, so can't be judged"),
+        promise("upstream overshoot", overshoot, note),
     ]
     if counted is not None:
         received = sum(sum(record.usage or ()) for record in evidence.clients if record.result == "complete")
         given = sum(by_counter.values())
         note = f"of {received:,} tokens reported in complete answers; {counted:,} counted, {given:,} by the upstream"
-        figures.append(_promise("lost", max(0, received - counted), note))
+        figures.append(promise("lost", max(0, received - counted), note))
     # Not a promise: an external proxy may fail for reasons that its operator knows and this test does not.
     figures += [Figure("unexplained failures", *_unexplained_failures(evidence))]
     figures += [*_refusals(evidence), *_times(evidence)]
@@ -129,7 +130,9 @@ class _Matched:
         for row in calls:
             self._rows[row.tag].append(row)
         ended = [row for row in calls if row.state != "open"]
-        self._used = _sum(share for row in ended for share in charges_by_window(row.held, row.charge))
+        shares = _sum(share for row in ended for share in charges_by_window(row.held, row.charge))
+        self._used = {window: amounts for window, amounts in shares.items() if self._is_fixed(window)}
+        self.counters = [row for row in evidence.stopped.counters if self._is_fixed(row.window)]
         self._held = _sum((each.window, each.amount) for row in calls if row.state == "open" for each in row.held)
 
     def overshoot(self) -> int:
@@ -175,11 +178,16 @@ class _Matched:
         """Return the number of counters that differ from the sum of their window's calls."""
         return sum(
             row.used != self._used.get(row.window, _ZERO) or row.held != self._held.get(row.window, _ZERO)
-            for row in self._evidence.stopped.counters
+            for row in self.counters
         )
 
+    def _is_fixed(self, window: WindowKey) -> bool:
+        """Whether it is of the quota that nobody changes. `administration` judges the others."""
+        return self._evidence.administration is None or window[1] not in DIGITS
+
     def _beyond_limit(self, used: Mapping[WindowKey, Amounts]) -> int:
-        return sum(max(0, tokens[0] + tokens[1] - self._evidence.limit) for tokens in used.values())
+        fixed = (tokens for window, tokens in used.items() if self._is_fixed(window))
+        return sum(max(0, tokens[0] + tokens[1] - self._evidence.limit) for tokens in fixed)
 
     def _is_lost(self, record: ClientRecord) -> bool:
         rows = self._rows.get(record.tag, ())
@@ -240,7 +248,7 @@ def _sum(shares: Iterable[tuple[WindowKey, Amounts]]) -> dict[WindowKey, Amounts
     return sums
 
 
-def _promise(name: str, value: int, note: str) -> Figure:
+def promise(name: str, value: int, note: str) -> Figure:
     """Return a figure that must be 0."""
     return Figure(name, value, note, value == 0)
 
@@ -273,7 +281,7 @@ def _leaked(evidence: Evidence) -> Figure:
     snapshots = (evidence.idle, evidence.stopped)
     open_calls = sum(row.state == "open" for snapshot in snapshots for row in snapshot.calls)
     held = sum(sum(row.held) for snapshot in snapshots for row in snapshot.counters)
-    return _promise("leaked", open_calls + held, f"{open_calls} calls in flight and {held} held after the last call")
+    return promise("leaked", open_calls + held, f"{open_calls} calls in flight and {held} held after the last call")
 
 
 def _unexplained_failures(evidence: Evidence) -> tuple[int, str]:
@@ -283,10 +291,22 @@ def _unexplained_failures(evidence: Evidence) -> tuple[int, str]:
         for record in evidence.clients
         if record.result in ("broken", "failed", "unreachable") and not record.disturbed
     ]
+    if evidence.administration is not None:
+        timeline = Timeline(evidence.administration)
+        failed = [record for record in failed if not _is_administered(record, evidence.users[record.user], timeline)]
     kinds = Counter(f"{record.result} ({record.status})" for record in failed)
     return len(failed), "calls that failed although no fault was injected" + "".join(
         f", {count} {kind}" for kind, count in kinds.items()
     )
+
+
+def _is_administered(record: ClientRecord, user: str, timeline: Timeline) -> bool:
+    """Whether the administrator is the reason of a failure: the user was disabled, or the key or the call was cut."""
+    if record.result == "failed" and record.status == 401:
+        return timeline.may_be_refused(user, record.began_at, record.ended_at)
+    if record.result == "unreachable" or (record.status or 0) >= 500:
+        return False
+    return timeline.may_be_cut(user, record.request_id, record.began_at, record.ended_at)
 
 
 def _refusals(evidence: Evidence) -> list[Figure]:
@@ -318,7 +338,8 @@ def _is_same_window(record: ClientRecord) -> bool:
     refusal, before = record.refusal, record.retry_of
     if refusal is None or before is None or record.is_falsely_refused:
         return False
-    return refusal.window_opened_at is not None and refusal.window_opened_at == before.window_opened_at
+    is_same = (refusal.quota, refusal.window_opened_at) == (before.quota, before.window_opened_at)
+    return refusal.window_opened_at is not None and is_same
 
 
 def _times(evidence: Evidence) -> list[Figure]:
@@ -328,11 +349,12 @@ def _times(evidence: Evidence) -> list[Figure]:
     return [
         figure
         for name, records in (("refusal", refused), ("first byte", streams))
-        for figure in _percentiles(name, [each.answered_s for each in records if each.answered_s is not None])
+        for figure in percentiles(name, [each.answered_s for each in records if each.answered_s is not None])
     ]
 
 
-def _percentiles(name: str, seconds: list[float]) -> list[Figure]:
+def percentiles(name: str, seconds: list[float]) -> list[Figure]:
+    """Return the median of these times and their 99th percentile, in ms."""
     ordered = sorted(seconds)
     return [
         Figure(

@@ -231,7 +231,7 @@ class Api:
 
         async def renew(call: Call) -> Call:
             nonlocal seen, changes
-            current = self._policies.current
+            current = await self._policies.confirmed()
             if current is seen and current.authentication.changes == changes:
                 return call
             seen, caller = await self._identify(request)

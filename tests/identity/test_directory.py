@@ -137,6 +137,16 @@ async def test_a_lookup_that_began_before_a_change_is_not_remembered(directory: 
     assert await directory.key("ann") == REVOKED
 
 
+async def test_a_change_between_the_question_and_the_start_of_its_lookup(directory: Directory) -> None:
+    """Everything is forgotten when the lookup was entered and has not begun to run: it still answers, and ends."""
+    before = asyncio.ensure_future(directory.key("ann"))
+    await asyncio.sleep(0)  # it has entered its lookup, which is to run next
+    directory.forget_all()
+    after = asyncio.ensure_future(directory.key("ann"))
+    assert [await before, await after] == [ANN_KEY, ANN_KEY]
+    assert directory.entries["keys"] == 1
+
+
 async def test_a_lookup_between_the_change_and_the_poll_is_forgotten(directory: Directory, store: Store) -> None:
     """The poll reads the version, the change is made, a lookup reads its result, and the poll ends: in any order."""
     store.hold()

@@ -10,6 +10,7 @@ import fcntl
 import os
 import resource
 import signal
+import sqlite3
 import stat
 import subprocess
 import sys
@@ -408,6 +409,23 @@ async def test_a_batch_takes_the_write_lock_before_it_decides(faulty, path):
     store, writer = faulty
     with locked(path, writer), pytest.raises(StoreUnavailable):
         await store.apply([unchecked(reserve("1", ANN, CALL), binding=BrokenBinding())], NOON)
+
+
+async def test_a_batch_is_decided_at_the_time_at_which_it_has_the_lock(path):
+    """A reset that it waited for is then older than what it charges."""
+    locked = []
+
+    def now():
+        with connected(path) as other, pytest.raises(sqlite3.OperationalError, match="locked"):
+            other.execute("BEGIN IMMEDIATE")
+        locked.append(True)
+        return NOON + 7
+
+    store = SqliteStore(path, now=now)
+    await store.open()
+    [reply] = await store.apply([reserve("1", ANN, call(10, 40))], NOON)
+    await store.close()
+    assert (reply.decided_at, reply.entry.reserved_at, locked) == (NOON + 7, NOON + 7, [True])
 
 
 async def test_a_read_does_not_wait_for_a_write(store, path):
