@@ -1,6 +1,7 @@
 """What the commands share: the policy in force, the database, and the forms of their output."""
 
 import getpass
+import io
 import json
 import os
 import re
@@ -136,15 +137,17 @@ def show_json(value: object) -> None:
     show(json.dumps(value, indent=2, ensure_ascii=False))
 
 
-def show(text: str) -> None:
+def show(text: str, *, ends_line: bool = True) -> None:
     """Print a text. A closed pipe, as that of `head`, is no error."""
     try:
-        click.echo(text)
+        click.echo(text, nl=ends_line)
     except BrokenPipeError:
         # Python would complain once more when it flushes standard output at its end.
         with suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(0) from None
+    except OSError as error:  # the disk is full
+        give_up(f"the output can't be written: {error}", WRONG)
 
 
 def show_table(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
@@ -157,7 +160,9 @@ def show_table(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
 
 def show_csv(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """Print rows as CSV, in which no text is a formula for a spreadsheet."""
-    write_csv(sys.stdout, heads, rows)
+    buffer = io.StringIO()
+    write_csv(buffer, heads, rows)
+    show(buffer.getvalue(), ends_line=False)
 
 
 def give_up(message: str, code: int) -> NoReturn:

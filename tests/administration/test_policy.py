@@ -16,7 +16,7 @@ from proxy.administration.change import (
     NotFound,
     PreconditionFailed,
 )
-from proxy.administration.directory import DirectoryAdministration
+from proxy.administration.directory import DirectoryAdministration, set_groups_of_file_user
 from proxy.administration.effects import Effects
 from proxy.administration.policy import ModelQuota, PolicyAdministration, read_version
 from proxy.config.loader import load_text
@@ -347,6 +347,16 @@ async def test_a_file_is_taken_over_with_its_order_and_members(admin):
     assert [user.groups for user in left.config.users] == [("staff",), ("staff",)]
     again, effects = await admin.import_file(imported)
     assert (again, effects) == (ids, Effects())
+
+
+async def test_an_import_leaves_other_groups_and_their_members(admin, database):
+    """Of the groups in the file, members are those whom the file names."""
+    await admin.create_group("lab")
+    async with database.change() as (connection, _):
+        await set_groups_of_file_user(connection, "alice", ["lab", "admins"], at=NOON, by="x")
+    await admin.import_file(load_text(FILE))
+    assert (await admin.made()).groups_of["alice"] == ("staff", "lab")
+    assert [group.name for group in (await admin.made()).groups] == ["staff", "admins", "lab"]
 
 
 async def test_users_of_a_deleted_row_leave_nothing_broken(admin, database):

@@ -294,3 +294,12 @@ def test_a_closed_standard_output_aborts_no_command(run: Run, tmp_path: Path) ->
     line = ["sh", "-c", 'exec "$@" >&- 2>&- <&-', "sh", sys.executable, "-m", "proxy", *arguments]
     assert subprocess.run(line, check=False).returncode == 0
     assert "database:bob" in run("users", "list").stdout
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has a disk that is always full")
+def test_a_full_disk_has_no_traceback(run: Run, tmp_path: Path) -> None:  # noqa: F811
+    """The command could not say what it found."""
+    line = [sys.executable, "-m", "proxy", "users", "list", "--config", str(tmp_path / "quotas.yaml")]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(line, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr) == (2, "the output can't be written: [Errno 28] No space left on device\n")
