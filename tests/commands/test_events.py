@@ -16,7 +16,7 @@ from click.testing import CliRunner, Result
 
 from proxy.cli import main
 from proxy.commands.events import NotWatchable, Printer, Stream, watch
-from tests.stage import STAFF, stage
+from tests.stage import STAFF, stage, until
 
 KEY = "admin-key-of-ops-0123456789abcdef"
 HELLO: Any = {"model": "fast", "messages": [{"role": "user", "content": "Hello"}]}
@@ -203,15 +203,19 @@ def _run(*arguments: str, key: str = KEY, input: str | None = None) -> Result:
         (("--url", "http://[::1"), "write a URL"),
         (("--url", "http://127.0.0.1:1"), "can't be read"),
         (("--url", "http://127.0.0.1:1", "--since-id", "é"), "no id of an event"),
-        (("--config", "{folder}/none.yaml"), "--url"),
+        (("--config", "{folder}/null.yaml"), "--url"),
+        (("--config", "{folder}/127.0.0.1:0.yaml"), "--url"),
+        (("--config", "{folder}/0.0.0.0:1.yaml"), "http://127.0.0.1:1/admin/api/events can't be read"),
+        (("--config", "{folder}/[::]:1.yaml"), "http://[::1]:1/admin/api/events can't be read"),
     ],
 )
 def test_a_wrong_address_says_what_to_do(arguments: tuple[str, ...], text: str, tmp_path: Path) -> None:
     """With exit code 2."""
-    (tmp_path / "none.yaml").write_text(
-        "server: {admin: null}\nupstreams: {up: {base_url: 'http://127.0.0.1:1/v1', kind: simulator}}\n"
-        "models: {fast: {upstream: up}}\n"
-    )
+    for address in ("null", "127.0.0.1:0", "0.0.0.0:1", "[::]:1"):
+        (tmp_path / f"{address}.yaml").write_text(
+            f"server: {{admin: {'null' if address == 'null' else json.dumps(address)}}}\n"
+            "upstreams: {up: {base_url: 'http://127.0.0.1:1/v1', kind: simulator}}\nmodels: {fast: {upstream: up}}\n"
+        )
     result = _run(*(each.replace("{folder}", str(tmp_path)) for each in arguments))
     assert (result.exit_code, text in result.stderr, result.stdout) == (2, True, ""), result.stderr
 
@@ -249,6 +253,33 @@ async def test_it_follows_a_running_proxy_until_it_is_interrupted(tmp_path: Path
         finally:
             if process.returncode is None:
                 process.kill()
+
+
+async def test_events_of_a_running_proxy_are_printed_for_people(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A call, its counter, a refusal and a change: each in words, and not as JSON."""
+    policy = STAFF.replace("requests: 100k", "requests: 1")
+    async with stage(f"{policy}admin_keys: {{ops: {KEY}}}\n", folder=tmp_path) as on:
+        stream = Stream(f"{on.admin_url}/admin/api/events", KEY)
+        watching = asyncio.get_running_loop().create_task(
+            watch(stream, Printer(as_json=False), since_id=None, is_followed=True)
+        )
+        await until(lambda: on.server.live.events.streams == 1)
+        for status in (200, 429):
+            assert (await on.post("/v1/chat/completions", HELLO)).status == status
+        headers = {"authorization": f"Bearer {KEY}"}
+        async with on.http.post(f"{on.admin_url}/admin/api/users", json={"id": "bob"}, headers=headers) as made:
+            assert made.status == 201
+        printed = ""
+        while "user.add" not in printed:
+            await asyncio.sleep(0)
+            printed += capsys.readouterr().out
+        watching.cancel()
+        await asyncio.wait([watching])
+    for text in ("begun ", "ended ", "staff/daily alice: ", "1 of 1 requests", "refused req_", "admin:ops: user.add"):
+        assert text in printed, printed
+    assert "{" not in printed
 
 
 async def test_a_closed_pipe_ends_it(tmp_path: Path) -> None:
