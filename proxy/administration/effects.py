@@ -49,7 +49,7 @@ async def effects_of(connection: AsyncConnection, before: Config, after: Config,
     }
     combinations = await _combinations(connection)
     warnings = await asyncio.to_thread(_new_warnings, before, after, combinations)
-    touched = sum(count for groups, count in _counted(after.users, combinations) if _is_touched(groups, names))
+    touched = sum(count for groups, count in _counted(before, after, combinations) if _is_touched(groups, names))
     over = sum([await _over(connection, quota, now) for quota in changed])
     return Effects(touched, over, warnings)
 
@@ -79,9 +79,13 @@ async def _combinations(connection: AsyncConnection) -> list[_Combination]:
 
 
 def _counted(
-    of_file: Iterable[FileUser], of_database: Iterable[_Combination]
+    before: Config, after: Config, of_database: Iterable[_Combination]
 ) -> Iterable[tuple[tuple[str, ...], int]]:
-    yield from ((user.groups, 1) for user in of_file)
+    """Groups, and how many users are in them. Users of the file count in those of before and of after."""
+    of_file: dict[str, tuple[str, ...]] = {}
+    for user in (*before.users, *after.users):
+        of_file[user.name] = (*of_file.get(user.name, ()), *user.groups)
+    yield from ((groups, 1) for groups in of_file.values())
     yield from ((each.groups, each.count) for each in of_database)
 
 

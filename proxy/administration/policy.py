@@ -188,6 +188,8 @@ class PolicyAdministration:
         async with self._policy_change("quota.delete", id) as change:
             before = await self._read(change)
             _quota_record(self.file, before, group, name)  # raises NotFound
+            if not any(quota.id == id for quota in before.quotas):
+                raise Conflict("id", f"{id} is a quota of the file: change the file")
             after = _without_quotas(before, {id})
             await self._write_quotas(change, before, after, [id])
         return await self._effects(before, after)
@@ -272,16 +274,17 @@ class PolicyAdministration:
 
     async def delete_group(self, name: str) -> Effects:
         """Delete a group with its quotas. Its members are then not in it, also if it is made again."""
+        was_made = await self.made()
+        effects = await self._effects(was_made, _without_group(was_made, name))  # while it has its members
         async with self._policy_change("group.delete", name) as change:
             before = await self._read(change)
             was = self._changeable_group(change, before, name)
-            kept = tuple(quota for quota in before.quotas if quota.group != name)
-            after = replace(before, groups=tuple(each for each in before.groups if each is not was), quotas=kept)
+            after = _without_group(before, name)
             documents = {quota.name: quota.document for quota in before.quotas if quota.group == name}
             change.note({**_group_document(was), "quotas": documents}, None)
             await _write(change.connection, before, after)
             await _remove_members(change.connection, name)
-        return await self._effects(before, after)
+        return effects
 
     async def order_groups(self, names: Sequence[str]) -> tuple[tuple[GroupRecord, ...], Effects]:
         """Put the groups that were made at run time into this order. It must name each of them once."""
@@ -426,6 +429,11 @@ def _with_quotas(made: MadePolicy, changed: Sequence[MadeQuota]) -> MadePolicy:
 
 def _without_quotas(made: MadePolicy, ids: Collection[str]) -> MadePolicy:
     return replace(made, quotas=tuple(quota for quota in made.quotas if quota.id not in ids))
+
+
+def _without_group(made: MadePolicy, name: str) -> MadePolicy:
+    groups = tuple(group for group in made.groups if group.name != name)
+    return replace(made, groups=groups, quotas=tuple(quota for quota in made.quotas if quota.group != name))
 
 
 def _documents(made: MadePolicy, ids: Collection[str]) -> dict[str, Any]:

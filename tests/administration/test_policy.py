@@ -366,3 +366,27 @@ async def test_users_of_a_deleted_row_leave_nothing_broken(admin, database):
         row = {"source": "file", "id": "gone", "groups": '["lab"]', "is_service": False}
         await connection.execute(sa.insert(users).values(**row, created_at=NOON, created_by="x"))
     assert [user.name for user in overlaid(admin.file, await admin.made()).config.users] == ["alice", "bob"]
+
+
+async def test_a_quota_of_the_file_is_not_deleted_here(admin):
+    """Nor does the audit log say that it was."""
+    with pytest.raises(Conflict, match="is a quota of the file"):
+        await admin.delete_quota("staff", "daily")
+    assert await audited(admin) == []
+
+
+async def test_the_effects_of_deleting_a_group_count_its_members(admin, database):
+    """Those of the file and of the database, as they were before; a trial says the same."""
+    await admin.create_group("art")
+    await admin.set_quota("art", "daily", DAILY)
+    directory = DirectoryAdministration(
+        admin.changes,
+        FileDirectory(admin.file.users),
+        ("staff", "admins", "art"),
+        file_group_names=("staff", "admins"),
+    )
+    await add_user(database, "dora", groups=["art"])
+    await directory.set_member("art", UserId("file", "alice"), is_member=True)
+    trial = await under(admin, is_trial=True).delete_group("art")
+    assert trial == await admin.delete_group("art")
+    assert trial.members == 2
