@@ -51,7 +51,7 @@ def test_ten_seconds_of_torture_break_no_promise() -> None:
 
 def test_an_administrator_who_changes_things_all_the_time_breaks_no_promise() -> None:
     """Quotas, grants, counters, users and keys change while the quotas are used up and the proxy is killed."""
-    result = _torture(*"--seconds 12 --clients 32 --users 6 --kill-every 7 --administrator --json".split())
+    result = _torture(*"--seconds 10 --clients 32 --users 6 --kill-every 6 --administrator --json".split())
     report = json.loads(result.stdout)
     assert report["broken"] == []
     assert result.exit_code == 0
