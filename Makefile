@@ -4,7 +4,7 @@
 #   make quick   the part of it to run at every step, in less than two minutes
 #   make lint    lint and types only          make bench   the figures of docs/figures.md
 #   make nightly the property tests with 1,000 examples each, but for those that state a number
-#   make torture four minutes of 64 clients, disconnects and kills: checks that every promise holds
+#   make torture six minutes of 64 clients, disconnects and kills: checks that every promise holds
 #   make lock    update the versions in the lock files
 #   make clean   remove everything that was made here
 #
@@ -60,7 +60,10 @@ torture: .venv/all
 	$(BIN)/python -m proxy torture --seconds 60
 	$(BIN)/python -m proxy torture --seconds 60 --per 5s
 	$(BIN)/python -m proxy torture --seconds 60 --shared --users 20
+	$(BIN)/python -m proxy torture --seconds 60 --administrator
 	$(BIN)/python -m tests.postgres $(BIN)/python -m proxy torture --seconds 60 --replicas 3 \
+		--database {database} --restart-database {restart}
+	$(BIN)/python -m tests.postgres $(BIN)/python -m proxy torture --seconds 60 --replicas 3 --administrator \
 		--database {database} --restart-database {restart}
 
 .venv/all: requirements.lock

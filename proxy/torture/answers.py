@@ -93,7 +93,7 @@ def read_refusal(body: bytes) -> Refusal:
         tightest["window"]["opened_at"],
         resets_at,
         quota=tightest.get("id"),
-        limits=tuple((quota.get("id", ""), quota["tokens"]["limit"]) for quota in quotas),
+        limits=tuple((quota["id"], quota["tokens"]["limit"]) for quota in quotas if "id" in quota),
     )
 
 

@@ -1,8 +1,8 @@
 """The clients of a torture run: each makes one call after the other, reads the answer, and disconnects as planned.
 
 A client that is refused either waits until the reset that the refusal named and repeats the same call at that
-instant, or makes another call after a moment. A client whose call fails tries again after a moment. With several
-replicas each call goes to one that is up, as behind a load balancer.
+instant, or makes another call after a moment. A client that can't connect, or whose key is refused, tries again after
+a moment. With several replicas each call goes to one that is up, as behind a load balancer.
 """
 
 import asyncio
@@ -91,7 +91,7 @@ class Clients:
                 await self._call(http, generator.repeat(call), retry_of=record.refusal)
             elif record.refusal is not None:
                 await self._pause(generator.rng.uniform(*_AFTER_REFUSAL_S))
-            elif record.result in ("unreachable", "failed"):
+            elif record.result == "unreachable" or record.status == 401:
                 await self._pause(_AFTER_FAILURE_S)
 
     async def _pause(self, seconds: float) -> None:

@@ -292,21 +292,31 @@ def _unexplained_failures(evidence: Evidence) -> tuple[int, str]:
         if record.result in ("broken", "failed", "unreachable") and not record.disturbed
     ]
     if evidence.administration is not None:
-        timeline = Timeline(evidence.administration)
-        failed = [record for record in failed if not _is_administered(record, evidence.users[record.user], timeline)]
+        administered = _Administered(evidence, Timeline(evidence.administration))
+        failed = [record for record in failed if not administered.explains(record)]
     kinds = Counter(f"{record.result} ({record.status})" for record in failed)
     return len(failed), "calls that failed although no fault was injected" + "".join(
         f", {count} {kind}" for kind, count in kinds.items()
     )
 
 
-def _is_administered(record: ClientRecord, user: str, timeline: Timeline) -> bool:
-    """Whether the administrator is the reason of a failure: the user was disabled, or the key or the call was cut."""
-    if record.result == "failed" and record.status == 401:
-        return timeline.may_be_refused(user, record.began_at, record.ended_at)
-    if record.result == "unreachable" or (record.status or 0) >= 500:
-        return False
-    return timeline.may_be_cut(user, record.request_id, record.began_at, record.ended_at)
+class _Administered:
+    """Which failures the administrator is the reason of: the user was disabled, or the key or the call was cut."""
+
+    def __init__(self, evidence: Evidence, timeline: Timeline) -> None:
+        self._users = evidence.users
+        self._timeline = timeline
+        # A client whose connection is closed before the headers never learns the id of its request.
+        self._ids = {row.tag: row.request_id for row in evidence.stopped.calls}
+
+    def explains(self, record: ClientRecord) -> bool:
+        user, began_at, ended_at = self._users[record.user], record.began_at, record.ended_at
+        if record.result == "failed" and record.status == 401:
+            return self._timeline.may_be_refused(user, began_at, ended_at)
+        if record.result == "unreachable" or (record.status or 0) >= 500:
+            return False
+        request_id = record.request_id or self._ids.get(record.tag)
+        return self._timeline.may_be_cut(user, request_id, began_at, ended_at)
 
 
 def _refusals(evidence: Evidence) -> list[Figure]:

@@ -49,6 +49,16 @@ def test_ten_seconds_of_torture_break_no_promise() -> None:
         assert kind in report["figures"]["calls"]["note"]
 
 
+def test_an_administrator_who_changes_things_all_the_time_breaks_no_promise() -> None:
+    """Quotas, grants, counters, users and keys change while the quotas are used up and the proxy is killed."""
+    result = _torture(*"--seconds 10 --clients 32 --users 6 --kill-every 6 --administrator --json".split())
+    report = json.loads(result.stdout)
+    assert report["broken"] == []
+    assert result.exit_code == 0
+    assert "quota.set" in report["figures"]["changes"]["note"]
+    assert report["figures"]["changes"]["value"] > 5
+
+
 REPLICAS = "--seconds 6.5 --clients 16 --users 2 --replicas 3 --kill-every 2.5 --pause-every 3 --limit 20000 --json"
 DELETE_CALLS = """
 import asyncio, asyncpg, sys
@@ -111,6 +121,7 @@ def test_a_database_that_loses_commits_is_found_out(tmp_path: Path, monkeypatch:
         (["--clients", "2", "--users", "3"], "3 users need as many clients or more"),
         (["--per", "1M"], '"1M" could be minutes or months'),
         (["--target", "http://127.0.0.1:9/v1"], "--target needs --key"),
+        (["--target", "http://127.0.0.1:9/v1", "--administrator"], "--administrator tests only this proxy"),
     ],
 )
 def test_options_that_do_not_fit_are_an_error(arguments: list[str], message: str) -> None:

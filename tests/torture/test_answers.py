@@ -108,6 +108,10 @@ def refusal(resets_at: int, *free: int) -> bytes:
         (refusal(90, 30, 10), Refusal(10, 10, 90)),
         (refusal(70), Refusal(resets_at=70)),
         (refusal(70, 10).replace(b'"opened_at":10', b'"opened_at":null'), Refusal(10, None, 70)),
+        (
+            refusal(70, 30, 10).replace(b'{"tokens":{', b'{"id":"g/q","tokens":{'),
+            Refusal(10, 10, 70, quota="g/q", limits=(("g/q", 100), ("g/q", 100))),
+        ),
         (b'{"error": {"message": "slow down", "type": "requests"}}', Refusal()),
         (b'{"error": "slow down"}', Refusal()),
         (b"slow down", Refusal()),
