@@ -20,7 +20,7 @@ from proxy.administration.directory import DirectoryAdministration
 from proxy.administration.effects import Effects
 from proxy.administration.policy import ModelQuota, PolicyAdministration, read_version
 from proxy.config.loader import load_text
-from proxy.config.overlay import overlaid
+from proxy.config.overlay import _parsed, overlaid
 from proxy.identity.database import DirectoryDatabase
 from proxy.identity.directory import FileDirectory, UserId
 from proxy.ledger.book import Reserve, Settle
@@ -356,3 +356,27 @@ async def test_users_of_a_deleted_row_leave_nothing_broken(admin, database):
         row = {"source": "file", "id": "gone", "groups": '["lab"]', "is_service": False}
         await connection.execute(sa.insert(users).values(**row, created_at=NOON, created_by="x"))
     assert [user.name for user in overlaid(admin.file, await admin.made()).config.users] == ["alice", "bob"]
+
+
+async def test_a_quota_of_the_file_is_not_deleted(admin):
+    """Not even by who names no version: nothing would change, and the audit log would say that it did."""
+    with pytest.raises(Conflict, match="of the file"):
+        await admin.delete_quota("staff", "daily")
+
+
+async def test_a_change_reads_no_other_quota_again(admin):
+    """All quotas are looked at whenever one changes. With 10,000 of them, reading each anew took seconds."""
+    _parsed.cache_clear()
+    for number in range(5):
+        await admin.set_quota("staff", f"q{number}", DAILY)
+    assert _parsed.cache_info().misses == 5
+
+
+async def test_a_wrong_name_is_answered_with_names_of_the_same_group_only(admin):
+    """A manager may ask, who does not see the quotas of other groups."""
+    await admin.create_group("lab")
+    await admin.set_quota("lab", "dailys", DAILY)
+    with pytest.raises(NotFound) as caught:
+        await admin.quota("staff", "dailyz")
+    assert "daily" in str(caught.value)
+    assert "lab" not in str(caught.value)
