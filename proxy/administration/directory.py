@@ -3,18 +3,20 @@
 Users and keys of the file are read-only here: the error says where to change them.
 """
 
-import re
-from collections.abc import Collection, Iterable, Iterator, Sequence
+import asyncio
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
+import orjson
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from proxy.administration.change import Change, ChangeRefused, Changes, Conflict, NotFound, as_json, etag_of
 from proxy.administration.pages import Page, Paging
 from proxy.administration.search import contains
+from proxy.administration.words import words
 from proxy.config import values
 from proxy.config.messages import did_you_mean
 from proxy.identity.database import (
@@ -23,6 +25,7 @@ from proxy.identity.database import (
     is_of_user,
     is_row_of,
     key_of,
+    row_of_new,
     user_of,
 )
 from proxy.identity.directory import DATABASE, FILE, FileDirectory, User, UserId
@@ -33,14 +36,14 @@ from proxy.policy.policy import DEFAULT, EVERYONE
 from proxy.policy.quota import Globs
 
 LISTED_MAX = 1000
-# What can be a key in a text: what stands between spaces, also between quotes or brackets, or signs of assignment.
-_WORDS = tuple(
-    re.compile(rf"[^\s{signs}]{{{values.KEY_CHARACTERS_MIN},}}")
-    for signs in ("", r"\"'`,;<>()\[\]{}\\", r"\"'`,;<>()\[\]{}\\=")
+# How many ids one statement names.
+_IDS_AT_ONCE = 500
+# Sets the groups and the address of users of the source `database`.
+_SET_IMPORTED = (
+    sa.update(users)
+    .where(users.c.source == DATABASE, users.c.id == sa.bindparam("of_id"))
+    .values(groups=sa.bindparam("new_groups"), email=sa.bindparam("new_email"))
 )
-# The usual characters of keys, between any others, as in an address. Those that are escaped count as others.
-_USUAL_WORD = re.compile(rf"[A-Za-z0-9_~+-]{{{values.KEY_CHARACTERS_MIN},}}")
-_ESCAPE = re.compile(r"%[0-9A-Fa-f]{2}|\\[nrt]")
 # The source of pseudonyms. `values.source_name` refuses this name for a source of the configuration.
 _FORGOTTEN = "forgotten"
 
@@ -316,19 +319,58 @@ class DirectoryAdministration:
         All or none. Doing it again changes nothing.
         """
         lists: dict[str, list[str]] = {"added": [], "changed": [], "unchanged": []}
-        seen: set[str] = set()
+        # Checked before, and written with few statements, because calls wait for SQLite's write lock.
+        checked = await asyncio.to_thread(self._checked_lines, lines)
         async with self.changes.begin("user.import", f"{DATABASE}:") as change:
-            for line in lines:
-                try:
-                    if line.id in seen:
-                        raise ChangeRefused("id", f"{line.id} is in the file twice")
-                    seen.add(line.id)
-                    done = await self._import_user(change, line)
-                except ChangeRefused as error:
-                    raise ChangeRefused(error.field, f"line {line.line}: {error}") from None
-                lists[done].append(line.id)
+            before = await _rows_of(change.connection, [line.id for line in checked])
+            new, changed = [], []
+            at, by = self.changes.now(), self.changes.author.actor
+            for line in checked:
+                row = before.get(line.id)
+                if row is None:
+                    user = User(UserId(DATABASE, line.id), line.groups or (), line.email or None)
+                    new.append(row_of_new(user, at, by=by))
+                    lists["added"].append(line.id)
+                    continue
+                groups, email = self._imported(line, row)
+                if (list(groups), email) == (orjson.loads(row.groups), row.email):
+                    lists["unchanged"].append(line.id)
+                    continue
+                changed.append({"of_id": line.id, "new_groups": as_json(groups), "new_email": email})
+                lists["changed"].append(line.id)
+            if new:
+                await change.connection.execute(sa.insert(users), new)
+            if changed:
+                await change.connection.execute(_SET_IMPORTED, changed)
             change.note(None, {"added": lists["added"], "changed": lists["changed"]})
         return Imported(**{name: tuple(ids) for name, ids in lists.items()})
+
+    def _checked_lines(self, lines: Iterable[ImportedUser]) -> list[ImportedUser]:
+        """The lines with their groups in the policy's order. Raises ChangeRefused with the number of the line."""
+        checked: dict[str, ImportedUser] = {}
+        for line in lines:
+            try:
+                if line.id in checked:
+                    raise ChangeRefused("id", f"{line.id} is in the file twice")
+                _checked("id", values.outside_id, line.id)
+                groups = None if line.groups is None else tuple(self._groups(line.groups))
+                email = line.email if line.email is None else _email(line.email) or ""
+            except ChangeRefused as error:
+                raise _in_line(line, error) from None
+            checked[line.id] = replace(line, groups=groups, email=email)
+        return list(checked.values())
+
+    def _imported(self, line: ImportedUser, row: sa.Row[Any]) -> tuple[Sequence[str], str | None]:
+        """The groups and the address of a user who is there, after the import. Raises ChangeRefused."""
+        identity = UserId(DATABASE, line.id)
+        of_file = self.file.linked(identity)
+        if of_file is not None:
+            text = f"{identity.subject} is the user {of_file.identity.subject} by a link: change that one"
+            raise _in_line(line, ChangeRefused("user", text))
+        if row.forgotten_at is not None:
+            raise _in_line(line, _forgotten(identity))
+        groups = orjson.loads(row.groups) if line.groups is None else line.groups
+        return groups, row.email if line.email is None else line.email or None
 
     async def forget(self, identity: UserId) -> str:
         """Make the records of a user anonymous, end its calls and revoke its keys. Returns the pseudonym.
@@ -400,7 +442,7 @@ class DirectoryAdministration:
                 is_one = api_keys.c.digest.in_(digests[first : first + 500])
                 some = sa.select(api_keys).where(is_one).order_by(api_keys.c.id)
                 found += [_key_record(row) for row in await connection.execute(some)]
-        for word in dict.fromkeys(_words(text)):
+        for word in dict.fromkeys(words(text)):
             owned = self.file.key(values.digest(word))
             if owned is not None:
                 found.append(KeyRecord(owned.key, owned.owner))
@@ -509,7 +551,7 @@ class DirectoryAdministration:
         record = await self._user(change.connection, identity)
         change.check_match(record.etag)
         if record.forgotten_at is not None:
-            raise Conflict("user", f"{identity.subject} was forgotten; its name is free when its windows end")
+            raise _forgotten(identity)
         return record
 
     async def _add_user(
@@ -543,24 +585,13 @@ class DirectoryAdministration:
 
     async def _set_user(
         self, change: Change, before: UserRecord, *, groups: Sequence[str] | None, email: str | None
-    ) -> bool:
-        """Whether anything differed. The audit log does not keep e-mail addresses."""
+    ) -> None:
+        """Set what is not None. The audit log does not keep e-mail addresses."""
         checked = list(before.groups) if groups is None else self._groups(groups)
         address = before.email if email is None else _email(email)
         await _update(change, before.identity, groups=as_json(checked), email=address)
-        differs = (tuple(checked), address) != (before.groups, before.email)
         is_changed = {"email": "changed"} if address != before.email else {}
         change.note({"groups": list(before.groups)}, {"groups": checked, **is_changed})
-        return differs
-
-    async def _import_user(self, change: Change, line: ImportedUser) -> str:
-        identity = UserId(DATABASE, line.id)
-        if await find_row(change.connection, users, identity) is None:
-            await self._add_user(change, line.id, groups=line.groups or (), email=line.email, is_service=False)
-            return "added"
-        before = await self._changeable(change, identity)
-        differs = await self._set_user(change, before, groups=line.groups, email=line.email)
-        return "changed" if differs else "unchanged"
 
     async def _key(self, connection: AsyncConnection, id: str) -> KeyRecord:
         row = (await connection.execute(sa.select(api_keys).where(api_keys.c.id == id))).first()
@@ -607,6 +638,8 @@ class DirectoryAdministration:
         await change.connection.execute(sa.delete(identities).where(*is_row_of(identities, identity)))
         of_user = sa.update(audit).where(audit.c.target == audit_name(identity))
         await change.connection.execute(of_user.values(target=pseudonym, before=None, after=None))
+        if identity.source == DATABASE:
+            await _rename_in_imports(change.connection, identity.id, pseudonym)
         is_granted = grants.c.user_name == identity.subject
         ids += (await change.connection.execute(sa.select(grants.c.id).where(is_granted))).scalars()
         await change.connection.execute(sa.update(grants).where(is_granted).values(user_name=pseudonym, reason=""))
@@ -700,6 +733,16 @@ def _user_record(row: sa.Row[Any]) -> UserRecord:
     )
 
 
+async def _rename_in_imports(connection: AsyncConnection, id: str, pseudonym: str) -> None:
+    """Give a user another name in the lists of imports, which the audit log keeps."""
+    has_it = (audit.c.action == "user.import", audit.c.after.contains(as_json(id), autoescape=True))
+    for row in (await connection.execute(sa.select(audit.c.id, audit.c.after).where(*has_it))).all():
+        lists = {
+            name: [pseudonym if each == id else each for each in ids] for name, ids in orjson.loads(row.after).items()
+        }
+        await connection.execute(sa.update(audit).where(audit.c.id == row.id).values(after=as_json(lists)))
+
+
 def _key_record(row: sa.Row[Any]) -> KeyRecord:
     owner = UserId(row.user_source, row.user_id)
     return KeyRecord(key_of(row), owner, row.created_at, row.created_by, row.used_at, row.replaced_by)
@@ -718,19 +761,30 @@ def _checked(name: str, check: Any, text: str) -> Any:
         raise ChangeRefused(name, f'"{text[:60]}": {error}') from None
 
 
+def _forgotten(identity: UserId) -> Conflict:
+    return Conflict("user", f"{identity.subject} was forgotten; its name is free when its windows end")
+
+
+def _in_line(line: ImportedUser, error: ChangeRefused) -> ChangeRefused:
+    """The error with the number of the line that it is about."""
+    return type(error)(error.field, f"line {line.line}: {error}")
+
+
+async def _rows_of(connection: AsyncConnection, ids: Sequence[str]) -> dict[str, sa.Row[Any]]:
+    """The rows of users of the source `database`, by their ids."""
+    found: dict[str, sa.Row[Any]] = {}
+    for first in range(0, len(ids), _IDS_AT_ONCE):
+        some = sa.select(users).where(users.c.source == DATABASE, users.c.id.in_(ids[first : first + _IDS_AT_ONCE]))
+        found |= {row.id: row for row in await connection.execute(some)}
+    return found
+
+
 def _email(text: str | None) -> str | None:
     if not text:
         return None
     if values.why_no_id(text) is not None or not values.is_email(text):
         raise ChangeRefused("email", "this is not an e-mail address; write one such as ann@example.org")
     return text
-
-
-def _words(text: str) -> Iterator[str]:
-    """What can be a key in a text. The characters of a key are not known, so the text is divided in several ways."""
-    for word in _WORDS:
-        yield from word.findall(text)
-    yield from _USUAL_WORD.findall(_ESCAPE.sub(" ", text))
 
 
 def _of_file(identity: UserId) -> ChangeRefused:

@@ -152,15 +152,15 @@ class PolicyAdministration:
 
     async def quotas(self, *, group: str | None = None, model: str | None = None) -> QuotaSet:
         """The quotas in the order of the policy: of one group, or whose `models` are this name alone."""
-        return _quota_set(self.file, await self.made(), group=group, model=model)
+        return await asyncio.to_thread(_quota_set, self.file, await self.made(), group=group, model=model)
 
     async def quota(self, group: str, name: str) -> QuotaRecord:
         """One quota."""
-        return _quota_record(self.file, await self.made(), group, name)
+        return await asyncio.to_thread(_quota_record, self.file, await self.made(), group, name)
 
     async def groups(self) -> tuple[GroupRecord, ...]:
         """The groups in the order of the policy."""
-        return tuple(_group_records(self.file, await self.made()))
+        return tuple(await asyncio.to_thread(_group_records, self.file, await self.made()))
 
     @staticmethod
     def order_etag(records: Iterable[GroupRecord]) -> str:
@@ -187,8 +187,8 @@ class PolicyAdministration:
         id = f"{group}/{name}"
         async with self._policy_change("quota.delete", id) as change:
             before = await self._read(change)
-            _quota_record(self.file, before, group, name)  # raises NotFound
-            if not any(quota.id == id for quota in before.quotas):
+            _find_quota(self.file, before, group, name)  # raises NotFound
+            if all(quota.id != id for quota in before.quotas):
                 raise Conflict("id", f"{id} is a quota of the file: change the file")
             after = _without_quotas(before, {id})
             await self._write_quotas(change, before, after, [id])
@@ -225,17 +225,18 @@ class PolicyAdministration:
                 raise ChangeRefused("name", f"{id} is given twice; give each quota of a group its own name")
         async with self._policy_change(action, target) as change:
             before = await self._read(change)
-            change.check_match(_quota_set(self.file, before, **listed).etag)
+            change.check_match(_set_etag(_listed(before, **listed)))
             gone = {quota.id for quota in before.quotas if is_replaced(quota)} - set(ids)
             taken = [quota.id for quota in before.quotas if quota.id in ids and not is_replaced(quota)]
             if taken:
                 raise Conflict("name", f"{taken[0]} is a quota for other models; give this one another name")
             after = _with_quotas(_without_quotas(before, gone), made)
             changed = [*gone, *ids]
-            self._check(before, after, changed)
+            await self._check(before, after, changed)
             change.note(_documents(before, changed), _documents(after, changed))
             await _write(change.connection, before, after)
-        return _quota_set(self.file, after, **listed), await self._effects(before, after)
+        shown = await asyncio.to_thread(_quota_set, self.file, after, **listed)
+        return shown, await self._effects(before, after)
 
     # Groups
 
@@ -252,7 +253,7 @@ class PolicyAdministration:
             if name in self.file.policy.groups or any(each.name == name for each in before.groups):
                 raise Conflict("name", f'there is a group "{name}" already; change it, or choose another name')
             after = replace(before, groups=(*before.groups, group))
-            self._check(before, after, [name])
+            await self._check(before, after, [name])
             change.note(None, _group_document(group))
             await _write(change.connection, before, after)
         return _group_record(self.file, after, name), await self._effects(before, after)
@@ -267,7 +268,7 @@ class PolicyAdministration:
             was = self._changeable_group(change, before, name)
             changed = replace(group, created_at=was.created_at, created_by=was.created_by)
             after = replace(before, groups=tuple(changed if each is was else each for each in before.groups))
-            self._check(before, after, [name, *(quota.id for quota in before.quotas if quota.group == name)])
+            await self._check(before, after, [name, *(quota.id for quota in before.quotas if quota.group == name)])
             change.note(_group_document(was), _group_document(changed))
             await _write(change.connection, before, after)
         return _group_record(self.file, after, name), await self._effects(before, after)
@@ -350,15 +351,21 @@ class PolicyAdministration:
         was = next((quota for quota in before.quotas if quota.id == id), None)
         is_new = was is None
         change.check_match(None if was is None else _etag(was.document))
-        self._check(before, after, ids)
+        await self._check(before, after, ids)
         change.note(None if is_new else _documents(before, ids)[id], _documents(after, ids).get(id))
         await _write(change.connection, before, after)
 
-    def _check(self, before: MadePolicy, after: MadePolicy, ids: Collection[str]) -> None:
+    async def _check(self, before: MadePolicy, after: MadePolicy, ids: Collection[str]) -> None:
         """Raise ChangeRefused if something that is changed would have no effect."""
-        already = {each.id for each in overlaid(self.file, before).without_effect}
-        for problem in overlaid(self.file, after).without_effect:
-            if problem.id in ids and problem.id not in already:
+        wanted = set(ids)
+        found = await asyncio.to_thread(overlaid, self.file, after)
+        problems = [each for each in found.without_effect if each.id in wanted]
+        if not problems:
+            return
+        was = await asyncio.to_thread(overlaid, self.file, before)
+        already = {each.id for each in was.without_effect}
+        for problem in problems:
+            if problem.id not in already:
                 raise Conflict("id", f"{problem.id} would have no effect: {problem.reason}")
 
     def _checked_quota(self, group: str, name: str, fields: Fields) -> MadeQuota:
@@ -456,28 +463,37 @@ def _is_for(quota: MadeQuota, model: str) -> bool:
     return quota.document.get("models") == [model]
 
 
+def _listed(made: MadePolicy, *, group: str | None = None, model: str | None = None) -> list[MadeQuota]:
+    """The quotas that were made at run time: of one group, or whose models are this name alone."""
+    return [
+        quota
+        for quota in made.quotas
+        if (group is None or quota.group == group) and (model is None or _is_for(quota, model))
+    ]
+
+
+def _set_etag(listed: Iterable[MadeQuota]) -> str:
+    return etag_of([[quota.id, dict(quota.document)] for quota in listed])
+
+
 def _quota_set(file: Config, made: MadePolicy, *, group: str | None = None, model: str | None = None) -> QuotaSet:
-    found = overlaid(file, made)
     if group is not None:
         _group_record(file, made, group)  # raises NotFound
-    records = [
-        record
-        for record in _quota_records(file, made, found)
-        if (group is None or record.group == group) and (model is None or record.fields.models == [model])
+    listed = _listed(made, group=group, model=model)
+    of_file = [
+        quota
+        for name, each in file.policy.groups.items()
+        for quota in each.quotas
+        if (group is None or name == group) and (model is None or quota.models.texts == (model,))
     ]
-    etag = etag_of([[record.id, record.etag] for record in records if record.origin == "database"])
-    return QuotaSet(tuple(records), etag)
+    return QuotaSet(tuple(_quota_records(overlaid(file, made), of_file, listed)), _set_etag(listed))
 
 
-def _quota_records(file: Config, made: MadePolicy, found: Overlaid) -> list[QuotaRecord]:
+def _quota_records(found: Overlaid, of_file: Iterable[Quota], listed: Iterable[MadeQuota]) -> list[QuotaRecord]:
     problems = {each.id: each.reason for each in found.without_effect}
     order = {name: index for index, name in enumerate(found.config.policy.groups)}
-    records = [
-        _record(quota.group, quota.name, document_of(quota), "file")
-        for group in file.policy.groups.values()
-        for quota in group.quotas
-    ]
-    for quota in made.quotas:
+    records = [_record(quota.group, quota.name, document_of(quota), "file") for quota in of_file]
+    for quota in listed:
         record = _record(quota.group, quota.name, quota.document, "database")
         reason = problems.get(quota.id)
         records.append(
@@ -496,12 +512,22 @@ def _record(group: str, name: str, document: Mapping[str, object], origin: Origi
 
 
 def _quota_record(file: Config, made: MadePolicy, group: str, name: str) -> QuotaRecord:
-    records = _quota_records(file, made, overlaid(file, made))
-    found = next((record for record in records if (record.group, record.name) == (group, name)), None)
-    if found is None:
-        hint = did_you_mean(f"{group}/{name}", [record.id for record in records])
+    found = _find_quota(file, made, group, name)
+    of_file, listed = ([found], []) if isinstance(found, Quota) else ([], [found])
+    [record] = _quota_records(overlaid(file, made), of_file, listed)
+    return record
+
+
+def _find_quota(file: Config, made: MadePolicy, group: str, name: str) -> Quota | MadeQuota:
+    """The quota of this name; of two, that of the file, which wins. Raises NotFound."""
+    in_file = file.policy.groups.get(group)
+    known: dict[str, Quota | MadeQuota] = {quota.name: quota for quota in made.quotas if quota.group == group}
+    known |= {quota.name: quota for quota in (() if in_file is None else in_file.quotas)}
+    if name not in known:
+        # Only names of the same group, because whoever asks may see no other.
+        hint = did_you_mean(name, known)
         raise NotFound("id", f"there is no quota {group}/{name}; {hint or 'list them to see their ids'}")
-    return found
+    return known[name]
 
 
 def _group_records(file: Config, made: MadePolicy) -> list[GroupRecord]:

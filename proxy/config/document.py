@@ -49,6 +49,7 @@ _TAG_MISTAKE = "YAML tags (!…) are not supported; remove the tag"
 
 # The C parser, if PyYAML was built with it. It emits the same events with the same lines, ten times as fast.
 _PARSER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_WRITER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 
 
 @dataclass(frozen=True, slots=True)
@@ -393,5 +394,7 @@ def _plain_scalar(text: str) -> Scalar:
 
 def to_yaml(value: object) -> str:
     """A value as YAML, as a person would write it. Texts that could be read as something else are in quotes."""
-    text: str = yaml.safe_dump(value, sort_keys=False, allow_unicode=True, default_flow_style=None, width=100)
+    text: str = yaml.dump_all(
+        [value], Dumper=_WRITER, sort_keys=False, allow_unicode=True, default_flow_style=None, width=100
+    )
     return text

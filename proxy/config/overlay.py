@@ -12,6 +12,10 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from zoneinfo import ZoneInfo
+
+import orjson
 
 from proxy.config.loader import Config, FileUser, quota_of
 from proxy.config.messages import read_quota
@@ -86,13 +90,17 @@ def overlaid(file: Config, made: MadePolicy) -> Overlaid:
             problems.append(WithoutEffect(each.name, "the file has a group of this name, which wins"))
         else:
             groups[each.name] = Group(each.name, (), Globs(each.models) if each.models else None, each.unlimited)
+    added: dict[str, dict[str, Quota]] = {}
     for quota in made.quotas:
+        of_group = added.setdefault(quota.group, {})
         found = _quota(quota, file, groups)
         if isinstance(found, WithoutEffect):
             problems.append(found)
         else:
-            group = groups[quota.group]
-            groups[quota.group] = replace(group, quotas=(*group.quotas, found))
+            of_group[quota.name] = found
+    for name, quotas in added.items():
+        if quotas:
+            groups[name] = replace(groups[name], quotas=(*groups[name].quotas, *quotas.values()))
     policy = replace(
         file.policy, groups=groups, grants=grants_by_quota(made.grants), hash=_hash(file.policy.hash, made)
     )
@@ -108,10 +116,19 @@ def _quota(made: MadeQuota, file: Config, groups: Mapping[str, Group]) -> Quota 
         return WithoutEffect(made.id, f'the group "{made.group}" is unlimited')
     if any(quota.name == made.name for quota in group.quotas):
         return WithoutEffect(made.id, "the file has a quota of this id, which wins")
-    section, findings = read_quota(made.document)
+    document = orjson.dumps(dict(made.document), option=orjson.OPT_SORT_KEYS)
+    found = _parsed(made.group, made.name, document, file.policy.zone, file.week_starts)
+    return found if isinstance(found, Quota) else WithoutEffect(made.id, f"this release does not accept it: {found}")
+
+
+# All quotas are looked at again whenever one has changed, so those of before are remembered. One takes about 2 kB.
+@lru_cache(maxsize=20_000)
+def _parsed(group: str, name: str, document: bytes, zone: ZoneInfo, week_starts: int) -> Quota | str:
+    """The quota of a document, or why it is none."""
+    section, findings = read_quota(orjson.loads(document))
     if section is None:
-        return WithoutEffect(made.id, f"this release does not accept it: {findings[0].text}")
-    return quota_of(made.group, made.name, section, zone=file.policy.zone, week_starts=file.week_starts)
+        return findings[0].text
+    return quota_of(group, name, section, zone=zone, week_starts=week_starts)
 
 
 def _users(users: Iterable[FileUser], made: MadePolicy, groups: Mapping[str, Group]) -> Iterator[FileUser]:

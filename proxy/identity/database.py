@@ -244,17 +244,20 @@ async def find_row(connection: AsyncConnection, table: sa.Table, identity: UserI
 
 async def insert_user(connection: AsyncConnection, user: User, at: int, *, by: str, is_service: bool = False) -> None:
     """Insert the row of a user who is made at this instant (ms). `by` is who makes it."""
-    await connection.execute(
-        sa.insert(users).values(
-            source=user.identity.source,
-            id=user.identity.id,
-            groups=orjson.dumps(user.groups).decode(),
-            email=user.email,
-            is_service=is_service,
-            created_at=at,
-            created_by=by,
-        )
-    )
+    await connection.execute(sa.insert(users).values(**row_of_new(user, at, by=by, is_service=is_service)))
+
+
+def row_of_new(user: User, at: int, *, by: str, is_service: bool = False) -> dict[str, Any]:
+    """The row of a user who is made at this instant (ms). `by` is who makes it."""
+    return {
+        "source": user.identity.source,
+        "id": user.identity.id,
+        "groups": orjson.dumps(user.groups).decode(),
+        "email": user.email,
+        "is_service": is_service,
+        "created_at": at,
+        "created_by": by,
+    }
 
 
 def user_of(row: sa.Row[Any]) -> User:

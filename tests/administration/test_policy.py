@@ -20,7 +20,7 @@ from proxy.administration.directory import DirectoryAdministration, set_groups_o
 from proxy.administration.effects import Effects
 from proxy.administration.policy import ModelQuota, PolicyAdministration, read_version
 from proxy.config.loader import load_text
-from proxy.config.overlay import overlaid
+from proxy.config.overlay import _parsed, overlaid
 from proxy.identity.database import DirectoryDatabase
 from proxy.identity.directory import FileDirectory, UserId
 from proxy.ledger.book import Reserve, Settle
@@ -390,3 +390,21 @@ async def test_the_effects_of_deleting_a_group_count_its_members(admin, database
     trial = await under(admin, is_trial=True).delete_group("art")
     assert trial == await admin.delete_group("art")
     assert trial.members == 2
+
+
+async def test_a_change_reads_no_other_quota_again(admin):
+    """All quotas are looked at whenever one changes. With 10,000 of them, reading each anew took seconds."""
+    _parsed.cache_clear()
+    for number in range(5):
+        await admin.set_quota("staff", f"q{number}", DAILY)
+    assert _parsed.cache_info().misses == 5
+
+
+async def test_a_wrong_name_is_answered_with_names_of_the_same_group_only(admin):
+    """A manager may ask, who does not see the quotas of other groups."""
+    await admin.create_group("lab")
+    await admin.set_quota("lab", "dailys", DAILY)
+    with pytest.raises(NotFound) as caught:
+        await admin.quota("staff", "dailyz")
+    assert "daily" in str(caught.value)
+    assert "lab" not in str(caught.value)

@@ -60,7 +60,7 @@ async def check_policy(text: str, file: Config, database: DirectoryDatabase, *, 
     found = await asyncio.to_thread(warnings, new, now)
     async with database.read() as connection:
         made = await read_made(connection, now)
-        was, will = overlaid(file, made), overlaid(new, made)
+        was, will = await asyncio.to_thread(lambda: (overlaid(file, made), overlaid(new, made)))
         effects = await effects_of(connection, was.config, will.config, now=now)
     before, after = was.config.policy.groups, will.config.policy.groups
     quotas = [{quota.id: quota for group in groups.values() for quota in group.quotas} for groups in (before, after)]
