@@ -12,7 +12,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from proxy.administration.change import Change, ChangeRefused, Changes, Conflict, NotFound, as_json, etag_of
+from proxy.administration.change import Change, ChangeRefused, Changes, Conflict, NotFound, as_json, etag_of, valid
 from proxy.administration.pages import Page, Paging
 from proxy.administration.search import contains
 from proxy.config import values
@@ -284,7 +284,7 @@ class DirectoryAdministration:
         """Let the user whom a header source knows as `identity` be another user, whose counters it then uses."""
         if identity.source not in self.source_names:
             raise ChangeRefused("identity", f'"{identity.source}" is no header source of the configuration')
-        _checked("identity", values.outside_id, identity.id)
+        valid("identity", values.outside_id, identity.id)
         async with self.changes.begin("user.link", audit_name(user)) as change:
             record = await self._user(change.connection, user)
             change.check_match(record.etag)
@@ -433,7 +433,7 @@ class DirectoryAdministration:
                 raise Conflict("key", f"the key {id} is revoked; make a new one")
             changed: dict[str, Any] = {}
             if label is not None:
-                changed["label"] = _checked("label", values.label, label) if label else ""
+                changed["label"] = valid("label", values.label, label) if label else ""
             if expires_at is not None or never_expires:
                 changed["expires_at"] = expires_at
             if changed:
@@ -516,7 +516,7 @@ class DirectoryAdministration:
         self, change: Change, id: str, *, groups: Sequence[str], email: str | None, is_service: bool
     ) -> None:
         identity = UserId(DATABASE, id)
-        _checked("id", values.outside_id, id)
+        valid("id", values.outside_id, id)
         row = await find_row(change.connection, users, identity)
         if row is not None:
             text = f"there is a user {identity.subject} already; change it with `users set`"
@@ -579,18 +579,18 @@ class DirectoryAdministration:
         if missing:
             own = ", ".join(user.groups) or "no group"
             raise ChangeRefused("group", f"{user.identity.subject} is not in {missing[0]}, but in {own}")
-        networks: list[Network] = [_checked("from", values.network, text) for text in limits.networks]
-        models = [_checked("model", values.glob, text) for text in limits.models]
+        networks: list[Network] = [valid("from", values.network, text) for text in limits.networks]
+        models = [valid("model", values.glob, text) for text in limits.models]
         return {
             "id": new.id,
             "digest": new.digest,
             "user_source": user.identity.source,
             "user_id": user.identity.id,
-            "label": _checked("label", values.label, limits.label) if limits.label else "",
+            "label": valid("label", values.label, limits.label) if limits.label else "",
             "groups": as_json(groups) if groups else None,
             "networks": as_json([str(network) for network in networks]) if networks else None,
             "models": as_json(list(Globs(models).texts)) if models else None,
-            "tag": _checked("tag", values.tag, limits.tag) if limits.tag else None,
+            "tag": valid("tag", values.tag, limits.tag) if limits.tag else None,
             "takes_tag_header": limits.takes_tag_header,
             "created_at": self.changes.now(),
             "created_by": self.changes.author.actor,
@@ -709,13 +709,6 @@ def _audited(record: KeyRecord) -> dict[str, Any]:
     """What the audit log keeps of a new key."""
     kept = ("user", "label", "groups", "models", "networks", "tag", "expires_at")
     return {name: value for name, value in record.as_json().items() if name in kept and value}
-
-
-def _checked(name: str, check: Any, text: str) -> Any:
-    try:
-        return check(text)
-    except ValueError as error:
-        raise ChangeRefused(name, f'"{text[:60]}": {error}') from None
 
 
 def _email(text: str | None) -> str | None:

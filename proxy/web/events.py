@@ -34,7 +34,7 @@ from proxy.calls.activity import Activity, Batch, CounterState, Details
 from proxy.errors import TooManyStreams
 from proxy.ledger.replicas import Change
 from proxy.policy.policy import EVERYONE
-from proxy.policy.quota import CounterKey
+from proxy.policy.quota import CounterKey, group_of, shared_subject, user_subject
 from proxy.upstreams.headers import SERVER_NAME
 from proxy.web.middleware import REQUEST_ID
 from proxy.web.response import HEARTBEAT
@@ -123,7 +123,7 @@ class Filter:
     @property
     def subjects(self) -> tuple[str, ...]:
         """With a user, the subjects of the counters that are shown."""
-        return (f"user:{self.user}", *(f"~{group}" for group in sorted(self.groups or ())))
+        return (user_subject(self.user or ""), *map(shared_subject, sorted(self.groups or ())))
 
     def shows_group(self, group: str) -> bool:
         """Whether calls that this group admitted, or that its quotas refused, are shown.
@@ -137,12 +137,12 @@ class Filter:
         if self.groups is None:
             return True
         if self.user is None:
-            return _group_of(key[1]) in self.groups
+            return group_of(key[1]) in self.groups
         return key[0] in self.subjects
 
     def shows_change(self, target: str) -> bool:
         """Whether a change of this is shown. A manager sees those of the groups' quotas (`staff/daily`)."""
-        return self.groups is None or (self.user is None and "/" in target and _group_of(target) in self.groups)
+        return self.groups is None or (self.user is None and "/" in target and group_of(target) in self.groups)
 
 
 class Part(NamedTuple):
@@ -493,10 +493,6 @@ def _event(name: str, data: bytes) -> bytes:
 def _with_id(events: list[bytes], id: str) -> list[bytes]:
     """The same events; the last one has the id."""
     return [*events[:-1], *(b"id: %b\n%b" % (id.encode(), event) for event in events[-1:])]
-
-
-def _group_of(quota_id: str) -> str:
-    return quota_id.partition("/")[0]
 
 
 async def _is_set_in(event: asyncio.Event, timeout_s: float) -> bool:

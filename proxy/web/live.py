@@ -18,7 +18,7 @@ from proxy.ledger.notices import Notices
 from proxy.ledger.replicas import Replicas
 from proxy.ledger.store import Store
 from proxy.policy.policy import Policy
-from proxy.policy.quota import BoundQuotas, CounterKey, Quota
+from proxy.policy.quota import CounterKey, Quota, user_of
 from proxy.upstreams.routing import Cooldowns
 from proxy.web.events import TICK_S, Events
 from proxy.web.exchange import EXCHANGE_S, Exchange
@@ -134,9 +134,7 @@ class _Status:
 def quota_in(policy: Policy, key: CounterKey, at: int) -> Quota | None:
     """The quota to which a counter belongs, with the limits that are in force for it at this instant (ms)."""
     subject, quota_id = key
-    group = policy.groups.get(quota_id.partition("/")[0])
-    found = None if group is None else next((each for each in group.quotas if each.id == quota_id), None)
+    found = policy.quotas.get(quota_id)
     if found is None or not policy.grants:
         return found
-    bound = BoundQuotas((found,), grants=policy.grants_on((found,)))
-    return bound.for_user(subject.removeprefix("user:")).at(at).quotas[0]
+    return policy.bound(found).for_user(user_of(subject)).at(at).quotas[0]

@@ -18,7 +18,8 @@ from proxy.administration.change import (
 )
 from proxy.administration.directory import DirectoryAdministration
 from proxy.administration.effects import Effects
-from proxy.administration.policy import ModelQuota, PolicyAdministration, read_version
+from proxy.administration.policy import ModelQuota, PolicyAdministration
+from proxy.administration.policy_rows import read_version
 from proxy.config.loader import load_text
 from proxy.config.overlay import overlaid
 from proxy.identity.database import DirectoryDatabase

@@ -259,7 +259,8 @@ class Quotas:
     def _granting(self, request: AdminRequest[Any, Any]) -> GrantAdministration:
         admin = request.admin
         up_to = admin.grant_up_to if admin.role == "manager" else None
-        return GrantAdministration(request.changes(self._database, self._now), self._policies.config, up_to)
+        changes = request.changes(self._database, self._now)
+        return GrantAdministration(changes, self._policies.config, up_to, request.groups)
 
     # Groups
 
@@ -354,18 +355,16 @@ class Quotas:
         return await self._granting(request).grants(
             quota=query.quota,
             user=query.user,
-            groups=request.groups,
             ended=query.ended,
             paging=Paging(query.after, query.limit),
         )
 
     async def _grant(self, request: AdminRequest[NoQuery, None]) -> GrantRecord:
-        return await self._visible_grant(request)
+        return await self._granting(request).grant(request.path["id"])
 
     async def _create_grant(self, request: AdminRequest[ChangeQuery, NewGrantFields]) -> GrantRecord:
         body = request.body
         user = body.user
-        _check_sees_quota(request, body.quota)
         if user is not None:
             directory = self._directory(request)
             user = (await directory.user(directory.resolve(user))).identity.subject
@@ -374,13 +373,7 @@ class Quotas:
         )
 
     async def _end_grant(self, request: AdminRequest[ChangeQuery, None]) -> GrantRecord:
-        return await self._granting(request).end((await self._visible_grant(request)).id)
-
-    async def _visible_grant(self, request: AdminRequest[Any, Any]) -> GrantRecord:
-        record = await self._granting(request).grant(request.path["id"])
-        if not _sees(request, record.quota.partition("/")[0]):
-            raise NotFound("grant", "there is no grant with this id; list them to see their ids")
-        return record
+        return await self._granting(request).end(request.path["id"])
 
 
 def _sees(request: AdminRequest[Any, Any], group: str) -> bool:
@@ -393,11 +386,6 @@ def _group_of(request: AdminRequest[Any, Any]) -> str:
     if not _sees(request, name):
         raise NotFound("group", f'there is no group "{name}"; list them to see their names')
     return name
-
-
-def _check_sees_quota(request: AdminRequest[Any, Any], id: str) -> None:
-    if not _sees(request, id.partition("/")[0]):
-        raise NotFound("quota", f"there is no quota {id}; list them to see their ids")
 
 
 def _list(request: AdminRequest[Any, Any], found: QuotaSet) -> Answer:

@@ -1,7 +1,6 @@
 """Who stands where: counters, attention, refusals, calls in flight, explanations: what an administrator acts on."""
 
-from collections.abc import AsyncIterator, Callable, Collection
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Collection
 from typing import Any
 
 from pydantic import Field
@@ -28,7 +27,7 @@ from proxy.config.reload import Policies
 from proxy.identity.authentication import Snapshot
 from proxy.identity.database import DirectoryDatabase
 from proxy.identity.directory import UserId
-from proxy.ledger.store import Connection, StoreUnavailable
+from proxy.ledger.store import StoreUnavailable
 from proxy.policy.policy import DEFAULT, EVERYONE
 from proxy.web.admin.directory import administration_of
 from proxy.web.admin.operations import (
@@ -132,14 +131,9 @@ class Standing:
             ),
         ]
 
-    @asynccontextmanager
-    async def _read(self) -> AsyncIterator[Connection]:
-        async with self._database.read() as connection:
-            yield connection
-
     async def _attention(self, request: AdminRequest[NoQuery, None]) -> Attention:
         policy = self._policies.current.policy
-        async with self._read() as connection:
+        async with self._database.read() as connection:
             return await attention(connection, policy, groups=request.groups, now=self._now())
 
     async def _counters(self, request: AdminRequest[CounterQuery, None]) -> Page[CounterRecord]:
@@ -155,7 +149,7 @@ class Standing:
             user=None if user is None else user.identity.subject,
             user_groups=() if user is None else user.groups,
         )
-        async with self._read() as connection:
+        async with self._database.read() as connection:
             paging = Paging(query.after, query.limit)
             return await counters(connection, snapshot.policy, asked, paging, self._now())
 
@@ -174,7 +168,7 @@ class Standing:
         """Tell the streams of events, which else would show a counter only with its next call."""
         policy, at = self._policies.current.policy, self._now()
         try:
-            async with self._read() as connection:
+            async with self._database.read() as connection:
                 found = await reset_since(connection, policy, target, groups=groups, since=since)
         except StoreUnavailable:
             return  # the reset is made, and its answer has to say so
@@ -187,11 +181,11 @@ class Standing:
         query = request.query
         user = None if query.user is None else self._subject(request, query.user)
         asked = RefusalFilter(user, query.quota, query.since, query.until, request.groups)
-        async with self._read() as connection:
+        async with self._database.read() as connection:
             return await refusals(connection, asked, Paging(query.after, query.limit))
 
     async def _refusal(self, request: AdminRequest[NoQuery, None]) -> ExplainedRefusal:
-        async with self._read() as connection:
+        async with self._database.read() as connection:
             found = await refusal(connection, request.path["request"], groups=request.groups)
         try:
             user = await self._visible_user(request, UserId.of_subject(found.user))
@@ -203,7 +197,7 @@ class Standing:
         query = request.query
         user = None if query.user is None else self._subject(request, query.user)
         asked = CallFilter(user, query.group, query.model, request.groups)
-        async with self._read() as connection:
+        async with self._database.read() as connection:
             return await calls_in_flight(connection, asked, Paging(query.after, query.limit))
 
     async def _end_call(self, request: AdminRequest[ChangeQuery, None]) -> CallInFlight:
@@ -216,7 +210,7 @@ class Standing:
         return await self._explained(user, request.query.model)
 
     async def _explained(self, user: UserRecord, model: str) -> Explanation:
-        async with self._read() as connection:
+        async with self._database.read() as connection:
             return await explain(connection, self._policies.current, user, model, now=self._now)
 
     def _subject(self, request: AdminRequest[Any, Any], name: str) -> str:
