@@ -14,7 +14,8 @@ here is part of the policy, by which `policy` decides.
 
 Begin with `change`, which every change passes. `directory` has users and keys, `admin_keys` the keys of
 administrators, `policy` groups and quotas, `grants` what is added to quotas, and `counters` their reset; `effects`
-says what a change of the policy does. The lists are in these modules too, and in `attention`, `refusals`, `in_flight`,
-`audit` and `replicas`; `pages`, `search` and `csv` are what lists have in common. `explain` says why a user is admitted
-or not. `refresh` brings changes into force in a process: it reads what `policy_rows` keeps. `upkeep` deletes old rows.
+says what a change of the policy does. The lists are in these modules too, and in `attention`, `refusals`,
+`in_flight`, `audit` and `replicas`; `pages`, `search` and `csv` are what lists have in common. `explain` says why a
+user is admitted or not. `refresh` brings changes into force in a process: it reads what `policy_rows` keeps. `upkeep`
+deletes old rows.
 """

@@ -24,7 +24,7 @@ from proxy.policy.policy import Policy
 from proxy.policy.quota import Counter, CounterKey, Quota, user_of, user_subject
 from proxy.policy.status import NEAR_PERCENT, QuotaStatus, quota_statuses
 
-# Of how many counters the streams of events are told at most after a reset.
+# The newest states of how many counters the streams of events get at most after a reset.
 RESETS_SHOWN_MAX = 5_000
 
 

@@ -32,7 +32,7 @@ from aiohttp import web
 
 from proxy.calls.activity import Activity, Batch, CounterState, Details
 from proxy.errors import TooManyStreams
-from proxy.ledger.replicas import Change
+from proxy.ledger.replicas import AuditedChange
 from proxy.policy.policy import EVERYONE
 from proxy.policy.quota import CounterKey, group_of, shared_subject, user_subject
 from proxy.upstreams.headers import SERVER_NAME
@@ -158,7 +158,7 @@ class _Entry:
 
     number: int
     parts: list[Part]
-    changes: list[Change]
+    changes: list[AuditedChange]
     health: bytes | None
     whole: bytes = b""
     size: int = 0
@@ -225,7 +225,7 @@ class Events:
         # The ids of the quotas of each subject in `_known`: many users may watch, and each sees only few counters.
         self._known_of: dict[str, set[str]] = {}
         self._incoming: list[Part] = []
-        self._changes: list[Change] = []
+        self._changes: list[AuditedChange] = []
         self._shown_health = b""
 
     @property
@@ -268,7 +268,7 @@ class Events:
         else:
             self._incoming[-1].batch.is_incomplete = True
 
-    def changed(self, changes: Iterable[Change]) -> None:
+    def changed(self, changes: Iterable[AuditedChange]) -> None:
         """Administrators have changed this. It is in the next batch."""
         self._changes = [*self._changes, *changes][-WAITING_MAX:]
 
@@ -277,7 +277,7 @@ class Events:
         self._is_closing = True
         self._published.set()
 
-    def _publish(self, parts: list[Part], changes: list[Change], health: bytes | None) -> None:
+    def _publish(self, parts: list[Part], changes: list[AuditedChange], health: bytes | None) -> None:
         is_incomplete = False
         for part in parts:
             is_incomplete |= part.batch.is_incomplete

@@ -1,4 +1,4 @@
-"""The parts of a process that show what happens live and note what needs attention, made and connected.
+"""Makes and connects the parts of a process that show what happens live, and note what needs attention.
 
 calls ─▶ Activity ─▶ Events ─▶ streams of this process
 ledger ─┘    │          └────▶ Exchange ◀─▶ the other processes
@@ -90,7 +90,7 @@ class Live:
 
 
 class _Status:
-    """What a process tells of itself."""
+    """The status of a process, as JSON values."""
 
     def __init__(self, ledger: Ledger, policies: Policies[Snapshot], activity: Activity) -> None:
         self.cooldowns = Cooldowns()
@@ -100,7 +100,7 @@ class _Status:
         self._started_at = ledger.now()
 
     def health(self) -> dict[str, object]:
-        """What somebody who watches is told at once when it changes."""
+        """The part of which each change is an event."""
         reload = self._policies.last_reload
         return {
             "replica": self._ledger.owner,

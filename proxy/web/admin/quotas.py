@@ -189,14 +189,28 @@ class Quotas:
         one, member = "/groups/{group}", "/groups/{group}/members/{user}"
         edited: dict[str, Any] = {"needs_match": True}
         return [
-            reads("/groups", self._groups, "List the groups in their order.", GroupList, roles=ALL_ROLES),
+            reads(
+                "/groups",
+                self._groups,
+                "List the groups, in the order in which they admit calls.",
+                GroupList,
+                roles=ALL_ROLES,
+            ),
             changes(
                 *("POST", "/groups", self._create_group, "Make a group, behind the others.", GroupAnswer),
                 body=NewGroup,
                 status=201,
                 is_repeatable=True,
             ),
-            changes("PUT", "/groups", self._order, "Order the groups.", GroupListAnswer, body=GroupOrder, **edited),
+            changes(
+                "PUT",
+                "/groups",
+                self._order,
+                "Set the order of the groups that were made at run time.",
+                GroupListAnswer,
+                body=GroupOrder,
+                **edited,
+            ),
             reads(one, self._group, "Show a group.", GroupRecord, roles=ALL_ROLES),
             changes("PUT", one, self._set_group, "Change a group.", GroupAnswer, body=GroupFields, **edited),
             changes("DELETE", one, self._delete_group, "Delete a group with its quotas.", EffectsAnswer, **edited),
@@ -215,7 +229,7 @@ class Quotas:
         return [
             reads("/quotas", self._quotas, "List the quotas.", QuotaList, query=QuotaQuery, roles=ALL_ROLES),
             changes(
-                *("PUT", "/quotas", self._set_model, "Replace all quotas for one model, of all groups."),
+                *("PUT", "/quotas", self._set_model, "Replace the quotas for one model, in all groups."),
                 QuotaSetAnswer,
                 body=ModelQuotaFields,
                 **edited,
@@ -228,7 +242,7 @@ class Quotas:
             ),
             reads(one, self._quota, "Show a quota.", QuotaRecord, roles=ALL_ROLES),
             changes(
-                *("PUT", one, self._set, "Make a quota, or change it; its usage stays.", QuotaAnswer),
+                *("PUT", one, self._set, "Make or change a quota. Its usage stays.", QuotaAnswer),
                 body=QuotaFields,
                 may_create=True,
                 **edited,
@@ -240,7 +254,7 @@ class Quotas:
         return [
             reads("/grants", self._grants, "List grants.", Page[GrantRecord], query=GrantQuery, roles=ALL_ROLES),
             changes(
-                *("POST", "/grants", self._create_grant, "Raise a limit until an instant.", GrantRecord),
+                *("POST", "/grants", self._create_grant, "Grant more of a quota, until an instant.", GrantRecord),
                 body=NewGrantFields,
                 status=201,
                 is_repeatable=True,

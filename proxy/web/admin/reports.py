@@ -137,7 +137,7 @@ class ModelRecord:
 
 @dataclass(frozen=True, slots=True)
 class ModelList:
-    """The models of the file."""
+    """List the models of the file."""
 
     data: tuple[ModelRecord, ...]
 
@@ -172,7 +172,7 @@ class UpstreamList:
 
 @dataclass(frozen=True, slots=True)
 class ReplicaList:
-    """The processes that share the database."""
+    """List the processes that share the database."""
 
     data: tuple[ReplicaRecord, ...]
 
@@ -225,13 +225,15 @@ class Reports:
         """The rows."""
         seen: dict[str, Any] = {"roles": ALL_ROLES}
         return [
-            reads("/usage", self._usage, "What was used.", Usage, query=UsageQuery, has_csv=True, **seen),
-            reads("/models", self._models, "The models of the file.", ModelList),
-            reads("/upstreams", self._upstreams, "The upstreams, their cooldowns and last failures.", UpstreamList),
-            reads("/replicas", self._replicas, "The processes that share the database.", ReplicaList),
-            reads("/policy", self._policy, "What is in force, without secrets.", PolicyRecord),
+            reads("/usage", self._usage, "Show what was used.", Usage, query=UsageQuery, has_csv=True, **seen),
+            reads("/models", self._models, "List the models of the file.", ModelList),
+            reads(
+                "/upstreams", self._upstreams, "List the upstreams, with cooldowns and last failures.", UpstreamList
+            ),
+            reads("/replicas", self._replicas, "List the processes that share the database.", ReplicaList),
+            reads("/policy", self._policy, "Show the policy in force, without secrets.", PolicyRecord),
             changes(
-                *("POST", "/policy/check", self._check, "Say what a file would change. Nothing is changed."),
+                *("POST", "/policy/check", self._check, "Show what a file would change. Nothing is changed."),
                 PolicyCheck,
                 body=PolicyText,
                 roles=ADMINISTRATORS,
@@ -239,13 +241,13 @@ class Reports:
                 is_change=False,
             ),
             reads(
-                *("/audit", self._audit, "Who changed what, the newest first.", Page[AuditRecord]),
+                *("/audit", self._audit, "List changes by administrators, the newest first.", Page[AuditRecord]),
                 query=AuditQuery,
                 has_csv=True,
                 **seen,
             ),
             reads(
-                *("/events", self._stream, "What happens, as server-sent events; resumed by Last-Event-ID.", str),
+                *("/events", self._stream, "Follow what happens, as server-sent events; Last-Event-ID resumes.", str),
                 content_type=_EVENTS,
                 **seen,
             ),

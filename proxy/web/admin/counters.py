@@ -1,4 +1,4 @@
-"""Who stands where: counters, attention, refusals, calls in flight, explanations: what an administrator acts on."""
+"""Counters and what concerns them: attention, refusals, calls in flight, explanations."""
 
 from collections.abc import Callable, Collection
 from typing import Any
@@ -89,8 +89,11 @@ class ExplainQuery(Fields):
     model: str = Field(min_length=1, max_length=200)
 
 
-class Standing:
-    """The counters and what happens to them. `now` gives ms since 1970, by the ledger's clock."""
+class Counters:
+    """Shows counters, refusals and calls in flight, resets counters, and ends calls.
+
+    `now` gives ms since 1970, by the ledger's clock.
+    """
 
     def __init__(
         self,
@@ -109,22 +112,42 @@ class Standing:
         """The rows."""
         seen: dict[str, Any] = {"roles": ALL_ROLES}
         return [
-            reads("/attention", self._attention, "Who needs attention.", Attention, **seen),
-            reads("/counters", self._counters, "Who stands where.", Page[CounterRecord], query=CounterQuery, **seen),
+            reads(
+                "/attention",
+                self._attention,
+                "Show who was refused, who is near a limit, and which pots run out.",
+                Attention,
+                **seen,
+            ),
+            reads(
+                "/counters",
+                self._counters,
+                "List counters: what is used and left.",
+                Page[CounterRecord],
+                query=CounterQuery,
+                **seen,
+            ),
             changes(
-                *("POST", "/counters/reset", self._reset, "Set what is used to 0; windows and holds stay.", Reset),
+                *("POST", "/counters/reset", self._reset, "Reset counters: what is used becomes 0.", Reset),
                 body=ResetFields,
                 roles=MANAGERS,
             ),
-            reads("/refusals", self._refusals, "Refusals by minute.", Page[RefusalCount], query=RefusalQuery, **seen),
-            reads("/refusals/{request}", self._refusal, "Explain a refused request.", ExplainedRefusal, **seen),
-            reads("/calls", self._calls, "Calls in flight.", Page[CallInFlight], query=CallQuery, **seen),
+            reads(
+                "/refusals",
+                self._refusals,
+                "List refusals by user, quota and minute.",
+                Page[RefusalCount],
+                query=RefusalQuery,
+                **seen,
+            ),
+            reads("/refusals/{request}", self._refusal, "Show why a request was refused.", ExplainedRefusal, **seen),
+            reads("/calls", self._calls, "List the calls in flight.", Page[CallInFlight], query=CallQuery, **seen),
             changes(
-                *("POST", "/calls/{id}/end", self._end_call, "End a call; it is charged what has passed."),
+                *("POST", "/calls/{id}/end", self._end_call, "End a call in flight. It is charged what has passed."),
                 CallInFlight,
             ),
             reads(
-                *("/explain", self._explain, "Say whether a user's call to a model is admitted, and why."),
+                *("/explain", self._explain, "Show whether a call of a user to a model is admitted, and why."),
                 Explanation,
                 query=ExplainQuery,
                 **seen,
