@@ -1,4 +1,4 @@
-"""Who stands where: the counters of users and pots, in the limits that are in force, and their reset.
+"""The counters of users and pots: what is used and left of the limits in force, and their reset.
 
 A counter is shown as `policy.status` computes it, with the limits that grants have raised.
 """
@@ -42,7 +42,7 @@ class Level:
 
 @dataclass(frozen=True, slots=True)
 class CounterRecord:
-    """Where a user stands in a quota, or all members of its group together (`user` is None, a *pot*).
+    """What a user has used of a quota, or all members of its group together (`user` is None, a *pot*).
 
     `limits` has what the running `grants` (their ids) have added. The window has no instants before a call has opened
     it, unless it is one of the calendar.
@@ -72,7 +72,7 @@ class CounterFilter:
 
     - `quota` is the id of a quota, `group` a group whose quotas are meant, `model` a model that they count.
     - `near`: at least so many percent of a limit are used, from 80 on.
-    - `groups`: only quotas of these groups, which whoever asks may see.
+    - `groups`: only quotas of these groups, which the admin who asks may see.
     - `user` is the name of a user in counters. `user_groups` are the user's groups: their quotas are shown also if no
       call has opened their windows, and their pots.
     """
@@ -229,7 +229,7 @@ def status_of(policy: Policy, quota: Quota, user: str, found: Mapping[CounterKey
 
 
 def record_of(status: QuotaStatus, user: str) -> CounterRecord:
-    """Where this user stands in a quota."""
+    """What this user has used of a quota, and has left."""
     quota, window = status.quota, status.window
     return CounterRecord(
         user=None if quota.shared else user,
@@ -302,8 +302,8 @@ async def reset(
     """Set what counters with an open window have used to 0, and note it in the audit log.
 
     What is held, and the window's start and end, stay: calls in flight settle into it. `groups` are the groups whose
-    quotas whoever asks may reset (None: all). `now` gives ms since 1970. Raises NotFound, and ChangeRefused for a
-    target that has no counters of its own.
+    quotas the admin who asks may reset (None: all). `now` gives ms since 1970. Raises NotFound, and ChangeRefused
+    for a target that has no counters of its own.
     """
     at = await ledger_now(change.connection, now)
     used = [table.c[f"used_{quantity}"] for quantity in QUANTITIES]

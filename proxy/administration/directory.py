@@ -216,7 +216,7 @@ class DirectoryAdministration:
         self, id: str, *, groups: Sequence[str] = (), email: str | None = None, is_service: bool = False
     ) -> UserRecord:
         """Add a user of the source `database`."""
-        async with self.changes.begin("user.add", UserId(DATABASE, id).subject) as change:
+        async with self.changes.begin("user.add", audit_name(UserId(DATABASE, id))) as change:
             if change.repeated is not None:
                 return await self._user(change.connection, UserId(DATABASE, id))
             await self._add_user(change, id, groups=groups, email=email, is_service=is_service)
@@ -226,7 +226,7 @@ class DirectoryAdministration:
         self, identity: UserId, *, groups: Sequence[str] | None = None, email: str | None = None
     ) -> UserRecord:
         """Set the groups or the e-mail address of a user; None leaves them as they are. An empty text removes it."""
-        async with self.changes.begin("user.set", identity.subject) as change:
+        async with self.changes.begin("user.set", audit_name(identity)) as change:
             before = await self._changeable(change, identity)
             await self._set_user(change, before, groups=groups, email=email)
             return await self._user(change.connection, identity)
@@ -264,7 +264,7 @@ class DirectoryAdministration:
 
     async def disable_user(self, identity: UserId, *, cut: bool = False) -> UserRecord:
         """Refuse further calls of a user. With `cut`, running calls end at once."""
-        async with self.changes.begin("user.disable", identity.subject) as change:
+        async with self.changes.begin("user.disable", audit_name(identity)) as change:
             before = await self._changeable(change, identity)
             at = before.disabled_at or self.changes.now()
             cut_now = {"cut_version": change.version} if cut else {}
@@ -274,7 +274,7 @@ class DirectoryAdministration:
 
     async def enable_user(self, identity: UserId) -> UserRecord:
         """Let a disabled user call again."""
-        async with self.changes.begin("user.enable", identity.subject) as change:
+        async with self.changes.begin("user.enable", audit_name(identity)) as change:
             before = await self._changeable(change, identity)
             await _update(change, identity, disabled_at=None)
             change.note({"disabled_at": before.disabled_at}, {"disabled_at": None})
@@ -304,7 +304,7 @@ class DirectoryAdministration:
 
     async def unlink(self, identity: UserId) -> None:
         """Let the user whom a header source knows as `identity` be one of its own again."""
-        async with self.changes.begin("user.unlink", identity.subject) as change:
+        async with self.changes.begin("user.unlink", audit_name(identity)) as change:
             gone = await change.connection.execute(sa.delete(identities).where(*is_row_of(identities, identity)))
             if not gone.rowcount:
                 raise NotFound("identity", f"{identity.subject} is not linked to a user")
@@ -391,7 +391,7 @@ class DirectoryAdministration:
         """The keys in a text, such as a log or a diff; of the file also those that the text has as a whole word.
 
         Nothing of the text is stored or sent. A key that is not known here is not in the result, also if it has the
-        id of one that is: whoever reads ids could have the keys of others revoked.
+        id of one that is: a person who reads ids could have the keys of others revoked.
         """
         digests = [values.digest(key) for key in dict.fromkeys(match[0] for match in KEY_PATTERN.finditer(text))]
         found: list[KeyRecord] = []
@@ -408,7 +408,7 @@ class DirectoryAdministration:
 
     async def create_key(self, owner: UserId, limits: KeyLimits) -> NewKey:
         """Make a key. Its text is in the result and nowhere else; it is empty if this repeats an earlier creation."""
-        async with self.changes.begin("key.create", owner.subject) as change:
+        async with self.changes.begin("key.create", audit_name(owner)) as change:
             if change.repeated is not None:
                 return NewKey(change.repeated, "")
             user = await self._user(change.connection, owner)

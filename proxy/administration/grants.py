@@ -63,7 +63,7 @@ class GrantAdministration:
     """The changes and lists of grants. `config` is what is in force, with what was made at run time.
 
     `up_to_percent` bounds what one subject can be granted of a quota by all running grants together, in percent of
-    its limit; None: no bound. `groups` are those on whose quotas whoever asks sees and makes grants; None: on all.
+    its limit; None: no bound. `groups` are those on whose quotas the admin sees and makes grants; None: on all.
     Methods raise ChangeRefused and StoreUnavailable.
     """
 

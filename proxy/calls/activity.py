@@ -185,7 +185,7 @@ class _RefusedCall:
             quota_id=block.quota.id,
             model=self.model,
             endpoint=self.endpoint,
-            verdict=decision.verdict.name.lower(),
+            verdict=decision.verdict.word,
             measure=measure.value,
             maximum=block.limit.maximum,
             used=block.counter.used.of(measure),
@@ -199,16 +199,15 @@ class _RefusedCall:
         )
 
     def _details(self) -> dict[str, object]:
-        """The quotas that the decision read, how they stood, and which of their limits refused the call.
+        """The quotas that the decision read, what was used of them, and which of their limits refused the call.
 
         Enough must be left of all quotas of one of the `alternatives`.
         """
         decision, binding = self.refused.decision, self.binding
         statuses = quota_statuses(binding, self.refused.counters, self.refused.decided_at)
-        refused_by = list(dict.fromkeys(block.quota.id for block in decision.blocks))
-        shown = list(dict.fromkeys((*refused_by, *statuses)))[:_QUOTAS_MAX]
+        shown = list(dict.fromkeys((*decision.refused_by, *statuses)))[:_QUOTAS_MAX]
         return {
-            "refused_by": refused_by[:_QUOTAS_MAX],
+            "refused_by": decision.refused_by[:_QUOTAS_MAX],
             "blocks": [
                 {"quota": block.quota.id, "measure": block.limit.measure.value, "needed": block.needed}
                 for block in decision.blocks[:_QUOTAS_MAX]

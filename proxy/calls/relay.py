@@ -134,7 +134,7 @@ class Relay:
         binding = policy.bound(*closing).for_user(caller.user)
         counters = await self._ledger.counters(binding.keys())
         for quota in closing:
-            self.metrics.refused(quota.id, Verdict.EXHAUSTED.name.lower())
+            self.metrics.refused(quota.id, Verdict.EXHAUSTED.word)
         refused = closed_decision(binding, counters, now)
         self._activity.refused(client.line, refused, binding)
         raise closed_refusal(refused, binding, policy, endpoint=endpoint, id=client.id)
@@ -149,7 +149,7 @@ class Relay:
         line = call.client.line
         if isinstance(reply, Refused):
             line.refused_by = [block.quota.id for block in reply.decision.blocks]
-            line.verdict = reply.decision.verdict.name.lower()
+            line.verdict = reply.decision.verdict.word
             for quota_id in line.refused_by:
                 self.metrics.refused(quota_id, line.verdict)
             self._activity.refused(line, reply, call.binding)

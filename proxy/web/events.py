@@ -2,7 +2,7 @@
 
 Five times a second `tick` makes one batch of what happened and puts it into a ring, which all streams share. A stream
 has only a position in the ring. If it reads too slowly and its position has left the ring, it gets one `snapshot` and
-goes on from there: it loses what happened meanwhile, but not how things stand. So a reader that does not read holds
+goes on from there: it loses what happened meanwhile, but not the state after it. So a reader that does not read holds
 no memory, and after a while it is disconnected.
 
     calls      calls that began and ended, of one process, and how many more did
@@ -10,7 +10,7 @@ no memory, and after a while it is disconnected.
     refusals   calls that a quota refused, and how many more were
     change     an administrator has changed something
     health     the state of this process has changed
-    snapshot   this is how things stand; read again what was read before it
+    snapshot   the state now; read again what was read before it
 
 The id of a batch is `owner:number`. The number counts the ticks, so it says nothing about how much others do. A batch
 may have several events. Only the last one has the id, so that a client that was cut off within a batch and resumes by
@@ -411,7 +411,7 @@ class Events:
         return b"", position
 
     def _snapshot(self, sees: Filter) -> bytes:
-        """How things stand: the calls in flight of this process, the newest counters, and its health."""
+        """The state now: the calls in flight of this process, the newest counters, and its health."""
         newest = islice(self._known_to(sees), SNAPSHOT_COUNTERS_MAX)
         content: dict[str, object] = {"counters": _fragments(newest)}
         if sees.user is None:

@@ -661,7 +661,8 @@ users:
             begun: list[Any] = []
             ended: list[Any] = []
             states: list[Any] = []
-            while not ended or not states:
+            # The counter may change twice: with the admission, and with the end.
+            while not ended or not states or not states[-1]["limits"][0]["used"]:
                 name, data = await reader.next()
                 if name == "calls":
                     begun, ended = begun + data["begun"], ended + data["ended"]

@@ -20,7 +20,7 @@ from proxy.administration.counters import (
 from proxy.administration.directory import UserRecord
 from proxy.administration.explain import ExplainedRefusal, Explanation, explain
 from proxy.administration.in_flight import CallFilter, CallInFlight, calls_in_flight, end_call
-from proxy.administration.pages import Page, Paging
+from proxy.administration.pages import Page
 from proxy.administration.refusals import RefusalCount, RefusalFilter, refusal, refusals
 from proxy.calls.activity import Activity
 from proxy.config.reload import Policies
@@ -173,8 +173,7 @@ class Counters:
             user_groups=() if user is None else user.groups,
         )
         async with self._database.read() as connection:
-            paging = Paging(query.after, query.limit)
-            return await counters(connection, snapshot.policy, asked, paging, self._now())
+            return await counters(connection, snapshot.policy, asked, query.paging, self._now())
 
     async def _reset(self, request: AdminRequest[ChangeQuery, ResetFields]) -> Reset:
         body = request.body
@@ -205,7 +204,7 @@ class Counters:
         user = None if query.user is None else self._subject(request, query.user)
         asked = RefusalFilter(user, query.quota, query.since, query.until, request.groups)
         async with self._database.read() as connection:
-            return await refusals(connection, asked, Paging(query.after, query.limit))
+            return await refusals(connection, asked, query.paging)
 
     async def _refusal(self, request: AdminRequest[NoQuery, None]) -> ExplainedRefusal:
         async with self._database.read() as connection:
@@ -221,7 +220,7 @@ class Counters:
         user = None if query.user is None else self._subject(request, query.user)
         asked = CallFilter(user, query.group, query.model, request.groups)
         async with self._database.read() as connection:
-            return await calls_in_flight(connection, asked, Paging(query.after, query.limit))
+            return await calls_in_flight(connection, asked, query.paging)
 
     async def _end_call(self, request: AdminRequest[ChangeQuery, None]) -> CallInFlight:
         id = request.path["id"]

@@ -14,7 +14,7 @@ from proxy.administration.directory import (
     KeyRecord,
     UserRecord,
 )
-from proxy.administration.pages import Page, Paging
+from proxy.administration.pages import Page
 from proxy.config.reload import Policies
 from proxy.identity.authentication import Snapshot
 from proxy.identity.database import DirectoryDatabase
@@ -301,8 +301,7 @@ class Users:
 
     async def _list(self, request: AdminRequest[UserQuery, None]) -> Page[UserAnswer]:
         query = request.query
-        paging = Paging(query.after, query.limit)
-        page = await self._administration(request).users(paging, text=query.text, group=query.group)
+        page = await self._administration(request).users(query.paging, text=query.text, group=query.group)
         return Page(tuple(map(_user, page.data)), page.next)
 
     async def _add(self, request: AdminRequest[ChangeQuery, NewUser]) -> Answer:
@@ -351,7 +350,7 @@ class Users:
 
     async def _keys(self, request: AdminRequest[KeyQuery, None]) -> Page[KeyAnswer]:
         query, administration = request.query, self._administration(request)
-        paging = Paging(query.after, query.limit)
+        paging = query.paging
         [after] = paging.key(str) or [""]
         owner = None if query.user is None else administration.resolve(query.user)
         records = await administration.keys(owner=owner, text=query.text, after=after, limit=paging.size + 1)

@@ -1,6 +1,6 @@
 """What a file would change, without changing anything and without reading a secret.
 
-References such as `${NAME}` are not resolved, because whoever asks could read the environment and the files of the
+References such as `${NAME}` are not resolved, because a client could read the environment and the files of the
 server through them. Where a value with a reference must be of some kind, such as a number, a value of that kind
 stands for it, and `not_checked` names its place.
 """

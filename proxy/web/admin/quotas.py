@@ -14,7 +14,7 @@ from proxy.administration.change import ChangeRefused, NotFound
 from proxy.administration.directory import DirectoryAdministration
 from proxy.administration.effects import Effects
 from proxy.administration.grants import GrantAdministration, GrantRecord, NewGrant
-from proxy.administration.pages import Page, Paging
+from proxy.administration.pages import Page
 from proxy.administration.policy import GroupRecord, ModelQuota, PolicyAdministration, QuotaRecord, QuotaSet
 from proxy.config.json_schema import field_schemas
 from proxy.config.reload import Policies
@@ -309,8 +309,7 @@ class Quotas:
         return Answer(GroupListAnswer(records, effects), etag=PolicyAdministration.order_etag(records))
 
     async def _members(self, request: AdminRequest[PageQuery, None]) -> Page[UserAnswer]:
-        paging = Paging(request.query.after, request.query.limit)
-        page = await self._directory(request).users(paging, group=_group_of(request))
+        page = await self._directory(request).users(request.query.paging, group=_group_of(request))
         return Page(tuple(UserAnswer(**record.as_json()) for record in page.data), page.next)
 
     async def _add_member(self, request: AdminRequest[ChangeQuery, None]) -> UserAnswer:
@@ -370,7 +369,7 @@ class Quotas:
             quota=query.quota,
             user=query.user,
             ended=query.ended,
-            paging=Paging(query.after, query.limit),
+            paging=query.paging,
         )
 
     async def _grant(self, request: AdminRequest[NoQuery, None]) -> GrantRecord:

@@ -300,7 +300,7 @@ class Reports:
             hash=policy.hash,
             file_hash=file.policy.hash,
             made_version=self._made_version(),
-            hashes={each.owner: each.status.get("policy") for each in processes},
+            hashes={each.replica: each.status.get("policy") for each in processes},
             combine=policy.combine,
             unmatched=policy.unmatched,
             timezone=policy.zone.key,
@@ -321,7 +321,7 @@ class Reports:
         if query.format == "csv":
             return await self._exported(request.raw, asked)
         async with self._database.read() as connection:
-            return await audit(connection, asked, Paging(query.after, query.limit))
+            return await audit(connection, asked, query.paging)
 
     async def _exported(self, request: web.Request, asked: AuditFilter) -> web.StreamResponse:
         """All changes as CSV, page by page, so that no long transaction is needed."""
@@ -374,7 +374,7 @@ def _model(name: str, model: Model) -> ModelRecord:
 
 def _states(upstream: str, processes: tuple[ReplicaRecord, ...]) -> list[UpstreamState]:
     return [
-        UpstreamState(process.owner, found.get("cooldown_until_at"), found.get("last_failure"))
+        UpstreamState(process.replica, found.get("cooldown_until_at"), found.get("last_failure"))
         for process in processes
         for found in process.status.get("upstreams", [])
         if found.get("name") == upstream
