@@ -63,11 +63,11 @@ from proxy.upstreams.client import Upstreams
 from proxy.web.admin.access import Access
 from proxy.web.admin.admin_keys import AdminKeys
 from proxy.web.admin.application import Admin
+from proxy.web.admin.counters import Counters
 from proxy.web.admin.directory import Users
 from proxy.web.admin.quotas import Quotas
 from proxy.web.admin.reports import Reports
 from proxy.web.admin.session import Sessions
-from proxy.web.admin.standing import Standing
 from proxy.web.health import Health
 from proxy.web.listener import Listener
 from proxy.web.live import Live
@@ -223,7 +223,7 @@ class Server:
         )
         self._clock = clock
         self._settings = config.settings
-        self._access, self._admin = self._admin_listener(store)
+        self._admin = self._admin_listener(store)
         self._jobs = Tasks()
         self._runners: list[web.AppRunner] = []
         self._is_retiring = False
@@ -332,7 +332,7 @@ class Server:
         if cut_off:
             log.warning("calls were cut off and settled", calls=cut_off)
 
-    def _admin_listener(self, store: Store) -> tuple[Access, Admin]:
+    def _admin_listener(self, store: Store) -> Admin:
         access = Access(
             self.policies,
             AdminDatabase(store, now=self.ledger.now),
@@ -347,7 +347,7 @@ class Server:
             *Users(self.policies, self._users, now=self.ledger.now).operations(),
             *AdminKeys(self.policies, self._users, now=self.ledger.now).operations(),
             *Quotas(self.policies, self._users, now=self.ledger.now).operations(),
-            *Standing(self.policies, self._users, activity=self.live.activity, now=self.ledger.now).operations(),
+            *Counters(self.policies, self._users, activity=self.live.activity, now=self.ledger.now).operations(),
             *Reports(
                 self.policies,
                 self._users,
@@ -357,7 +357,7 @@ class Server:
                 now=self.ledger.now,
             ).operations(),
         ]
-        admin = Admin(
+        return Admin(
             self.metrics,
             self.health,
             access=access,
@@ -365,7 +365,6 @@ class Server:
             settings=self._settings,
             request_log=self._request_log,
         )
-        return access, admin
 
     def _end_calls_of(self, cuts: Cuts) -> None:
         self._api.end_calls_of(cuts)

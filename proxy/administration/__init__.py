@@ -12,5 +12,10 @@ What the package promises:
 What it never does: it knows no HTTP and no command line, and decides about no call. A grant or a quota that is made
 here is part of the policy, by which `policy` decides.
 
-Begin with `change`, which every change passes. `directory` has users and keys, `policy` groups, quotas and grants.
+Begin with `change`, which every change passes. `directory` has users and keys, `admin_keys` the keys of
+administrators, `policy` groups and quotas, `grants` what is added to quotas, and `counters` their reset; `effects`
+says what a change of the policy does. The lists are in these modules too, and in `attention`, `refusals`,
+`in_flight`, `audit` and `replicas`; `pages`, `search` and `csv` are what lists have in common. `explain` says why a
+user is admitted or not. `refresh` brings changes into force in a process: it reads what `policy_rows` keeps. `upkeep`
+deletes old rows.
 """

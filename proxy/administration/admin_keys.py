@@ -4,15 +4,15 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import orjson
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from proxy.administration.change import ChangeRefused, Changes, Conflict, NotFound, as_json, etag_of
+from proxy.administration.change import ChangeRefused, Changes, Conflict, NotFound, as_json, etag_of, valid
 from proxy.administration.pages import Page, Paging
 from proxy.config import values
 from proxy.config.messages import did_you_mean
 from proxy.identity.keys import NewKey, make_key
+from proxy.ledger.rows import names_of
 from proxy.ledger.schema import admin_keys
 from proxy.policy.admin import GRANT_UP_TO, Admin, Role
 
@@ -110,10 +110,7 @@ class AdminKeyAdministration:
             return await self._key(change.connection, id)
 
     def _check(self, admin: Admin) -> None:
-        try:
-            values.name(admin.name)
-        except ValueError as error:
-            raise ChangeRefused("name", str(error)) from None
+        valid("name", values.name, admin.name)
         if (admin.role == "manager") != bool(admin.groups):
             text = "a manager needs the groups that it is for" if not admin.groups else "only a manager has groups"
             raise ChangeRefused("groups", text)
@@ -147,7 +144,7 @@ def _record(row: sa.Row[Any]) -> AdminKeyRecord:
         id=row.id,
         name=row.name,
         role=row.role,
-        groups=None if row.groups is None else tuple(orjson.loads(row.groups)),
+        groups=names_of(row.groups),
         grant_up_to=row.grant_up_to,
         created_at=row.created_at,
         created_by=row.created_by,

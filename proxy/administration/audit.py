@@ -9,7 +9,7 @@ import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from proxy.administration.pages import Page, Paging
-from proxy.administration.refusals import is_of_groups
+from proxy.administration.search import is_of_groups
 from proxy.ledger.schema import audit as table
 from proxy.ledger.store import Store
 

@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import orjson
 import sqlalchemy as sa
@@ -12,6 +12,8 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from proxy.identity.database import DirectoryDatabase
 from proxy.ledger.schema import audit, directory
+
+T = TypeVar("T")
 
 
 class ChangeRefused(Exception):
@@ -157,6 +159,14 @@ class Changes:
 
 class _RollBack(Exception):
     """Ends a transaction of which nothing is to be kept."""
+
+
+def valid(field: str, check: Callable[[str], T], text: str) -> T:
+    """The value of a text, by a rule of `config.values`. Raises ChangeRefused with the name of the field."""
+    try:
+        return check(text)
+    except ValueError as error:
+        raise ChangeRefused(field, f'"{text[:60]}": {error}') from None
 
 
 def etag_of(value: object) -> str:

@@ -1,4 +1,4 @@
-"""Who stands where: the counters of users and pots, in the limits that are in force, and their reset.
+"""The counters of users and pots: what is used and left of the limits in force, and their reset.
 
 A counter is shown as `policy.status` computes it, with the limits that grants have raised.
 """
@@ -21,11 +21,10 @@ from proxy.ledger.schema import crossings
 from proxy.policy.amounts import QUANTITIES
 from proxy.policy.catalog import MatchedName
 from proxy.policy.policy import Policy
-from proxy.policy.quota import BoundQuotas, Counter, CounterKey, Quota
+from proxy.policy.quota import Counter, CounterKey, Quota, user_of, user_subject
 from proxy.policy.status import NEAR_PERCENT, QuotaStatus, quota_statuses
 
-_OF_USER = "user:"
-# Of how many counters the streams of events are told at most after a reset.
+# The newest states of how many counters the streams of events get at most after a reset.
 RESETS_SHOWN_MAX = 5_000
 
 
@@ -43,7 +42,7 @@ class Level:
 
 @dataclass(frozen=True, slots=True)
 class CounterRecord:
-    """Where a user stands in a quota, or all members of its group together (`user` is None, a *pot*).
+    """What a user has used of a quota, or all members of its group together (`user` is None, a *pot*).
 
     `limits` has what the running `grants` (their ids) have added. The window has no instants before a call has opened
     it, unless it is one of the calendar.
@@ -73,7 +72,7 @@ class CounterFilter:
 
     - `quota` is the id of a quota, `group` a group whose quotas are meant, `model` a model that they count.
     - `near`: at least so many percent of a limit are used, from 80 on.
-    - `groups`: only quotas of these groups, which whoever asks may see.
+    - `groups`: only quotas of these groups, which the admin who asks may see.
     - `user` is the name of a user in counters. `user_groups` are the user's groups: their quotas are shown also if no
       call has opened their windows, and their pots.
     """
@@ -104,12 +103,7 @@ class CounterFilter:
 
 def quotas_of(policy: Policy, groups: Collection[str] | None = None) -> dict[str, Quota]:
     """The quotas of these groups of the policy, by their ids; None: of all groups."""
-    return {
-        quota.id: quota
-        for group in policy.groups.values()
-        if groups is None or group.name in groups
-        for quota in group.quotas
-    }
+    return {id: quota for id, quota in policy.quotas.items() if groups is None or quota.group in groups}
 
 
 def _is_visible(group: str, policy: Policy, groups: Collection[str] | None) -> bool:
@@ -132,14 +126,14 @@ async def counters(
     quotas = asked.quotas(policy)
     if asked.user is not None:
         return Page(tuple(await _of_user(connection, policy, asked, quotas, now)))
-    return await _of_quotas(connection, policy, asked, quotas, _Asked(paging, now))
+    return await _of_quotas(connection, policy, asked, quotas, paging, now)
 
 
 async def _of_user(
     connection: AsyncConnection, policy: Policy, asked: CounterFilter, quotas: Mapping[str, Quota], now: int
 ) -> list[CounterRecord]:
     user = asked.user or ""
-    own = sa.select(table).where(table.c.subject == f"{_OF_USER}{user}")
+    own = sa.select(table).where(table.c.subject == user_subject(user))
     found = counters_of((await connection.execute(own)).all())
     # Those that the user was counted in, and those that bind the user now: groups may have changed.
     bound = policy.all_quotas(tuple(name for name in policy.groups if name in asked.user_groups)).quotas
@@ -161,26 +155,23 @@ async def most_urgent(
     found = [
         record_of(status_of(policy, quotas[row.quota_id], user, counters_of([row]), now), user)
         for row in (await connection.execute(latest)).all()
-        if quotas[row.quota_id].key_for(user := row.subject.removeprefix(_OF_USER))[0] == row.subject
+        if quotas[row.quota_id].key_for(user := user_of(row.subject))[0] == row.subject
     ]
     near = sorted((each for each in found if each.percent >= NEAR_PERCENT), key=lambda each: -each.percent)
     return tuple(near[:limit])
 
 
-@dataclass(frozen=True, slots=True)
-class _Asked:
-    """A page of counters at an instant."""
-
-    paging: Paging
-    now: int
-
-
 async def _of_quotas(
-    connection: AsyncConnection, policy: Policy, asked: CounterFilter, quotas: Mapping[str, Quota], page: "_Asked"
+    connection: AsyncConnection,
+    policy: Policy,
+    asked: CounterFilter,
+    quotas: Mapping[str, Quota],
+    paging: Paging,
+    now: int,
 ) -> Page[CounterRecord]:
-    size, after = page.paging.size, page.paging.key(str, str)
+    size, after = paging.size, paging.key(str, str)
     found: list[CounterRecord] = []
-    statement = _open_counters(list(quotas), page.now, is_near=asked.near is not None)
+    statement = _open_counters(list(quotas), now, is_near=asked.near is not None)
     while True:
         # More than once only if many that were near a limit are not any more, such as after a grant.
         rows = await _read_after(connection, statement, after, size + 1)
@@ -188,10 +179,10 @@ async def _of_quotas(
             if position == size or len(found) == size:
                 break
             after = (row.quota_id, row.subject)
-            quota, user = quotas[row.quota_id], row.subject.removeprefix(_OF_USER)
+            quota, user = quotas[row.quota_id], user_of(row.subject)
             if quota.key_for(user)[0] != row.subject:
                 continue  # of each member from before the quota was shared, or the reverse
-            record = record_of(status_of(policy, quota, user, counters_of([row]), page.now), user)
+            record = record_of(status_of(policy, quota, user, counters_of([row]), now), user)
             if record.percent >= (asked.near or 0):
                 found.append(record)
         is_last = len(rows) <= size and (not rows or after == (rows[-1].quota_id, rows[-1].subject))
@@ -234,13 +225,12 @@ async def _read_after(
 
 def status_of(policy: Policy, quota: Quota, user: str, found: Mapping[CounterKey, Counter], now: int) -> QuotaStatus:
     """The status of a quota of the policy for a user, in the limits in force."""
-    bound = BoundQuotas((quota,), grants=policy.grants_on((quota,)))
-    return quota_statuses(bound.for_user(user), found, now)[quota.id]
+    return quota_statuses(policy.bound(quota).for_user(user), found, now)[quota.id]
 
 
 def record_of(status: QuotaStatus, user: str) -> CounterRecord:
-    """Where this user stands in a quota."""
-    quota, counter, window = status.quota, status.counter, status.window
+    """What this user has used of a quota, and has left."""
+    quota, window = status.quota, status.window
     return CounterRecord(
         user=None if quota.shared else user,
         group=quota.group,
@@ -251,17 +241,7 @@ def record_of(status: QuotaStatus, user: str) -> CounterRecord:
         per=quota.per.text,
         opened_at=None if window is None else window.opened_at,
         resets_at=None if window is None else window.resets_at,
-        limits=tuple(
-            Level(
-                measure=limit.measure.value,
-                limit=limit.maximum,
-                used=counter.used.of(limit.measure),
-                held=counter.held.of(limit.measure),
-                remaining=status.remaining(limit),
-                percent=status.percent(limit),
-            )
-            for limit in quota.limits
-        ),
+        limits=tuple(Level(limit.measure.value, **status.use_of(limit)) for limit in quota.limits),
         grants=tuple(grant.id for grant in status.grants),
     )
 
@@ -322,8 +302,8 @@ async def reset(
     """Set what counters with an open window have used to 0, and note it in the audit log.
 
     What is held, and the window's start and end, stay: calls in flight settle into it. `groups` are the groups whose
-    quotas whoever asks may reset (None: all). `now` gives ms since 1970. Raises NotFound, and ChangeRefused for a
-    target that has no counters of its own.
+    quotas the admin who asks may reset (None: all). `now` gives ms since 1970. Raises NotFound, and ChangeRefused
+    for a target that has no counters of its own.
     """
     at = await ledger_now(change.connection, now)
     used = [table.c[f"used_{quantity}"] for quantity in QUANTITIES]
@@ -371,7 +351,7 @@ def _conditions(
         raise ChangeRefused(
             "quota", f"all members of {quotas[target.quota].group} share {target.quota}: leave out the user"
         )
-    return (table.c.subject == f"{_OF_USER}{target.user}", table.c.quota_id.in_(list(quotas)))
+    return (table.c.subject == user_subject(target.user), table.c.quota_id.in_(list(quotas)))
 
 
 def _sums(of: Any) -> list[Any]:

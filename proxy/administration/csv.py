@@ -16,11 +16,12 @@ class Writable(Protocol):
 
 
 def write_csv(file: Writable, heads: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Write rows as CSV, below their heads.
+    """Write rows as CSV, below their heads. Without heads they go on from rows that were written before.
 
     A text that a spreadsheet would take for a formula gets a quote in front.
     """
     writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(heads)
+    if heads:
+        writer.writerow(heads)
     for row in rows:
         writer.writerow([f"'{cell}" if isinstance(cell, str) and cell.startswith(_FORMULA) else cell for cell in row])

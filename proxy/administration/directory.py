@@ -13,7 +13,7 @@ import orjson
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from proxy.administration.change import Change, ChangeRefused, Changes, Conflict, NotFound, as_json, etag_of
+from proxy.administration.change import Change, ChangeRefused, Changes, Conflict, NotFound, as_json, etag_of, valid
 from proxy.administration.pages import Page, Paging
 from proxy.administration.search import contains
 from proxy.administration.words import words
@@ -219,7 +219,7 @@ class DirectoryAdministration:
         self, id: str, *, groups: Sequence[str] = (), email: str | None = None, is_service: bool = False
     ) -> UserRecord:
         """Add a user of the source `database`."""
-        async with self.changes.begin("user.add", UserId(DATABASE, id).subject) as change:
+        async with self.changes.begin("user.add", audit_name(UserId(DATABASE, id))) as change:
             if change.repeated is not None:
                 return await self._user(change.connection, UserId(DATABASE, id))
             await self._add_user(change, id, groups=groups, email=email, is_service=is_service)
@@ -229,7 +229,7 @@ class DirectoryAdministration:
         self, identity: UserId, *, groups: Sequence[str] | None = None, email: str | None = None
     ) -> UserRecord:
         """Set the groups or the e-mail address of a user; None leaves them as they are. An empty text removes it."""
-        async with self.changes.begin("user.set", identity.subject) as change:
+        async with self.changes.begin("user.set", audit_name(identity)) as change:
             before = await self._changeable(change, identity)
             await self._set_user(change, before, groups=groups, email=email)
             return await self._user(change.connection, identity)
@@ -267,7 +267,7 @@ class DirectoryAdministration:
 
     async def disable_user(self, identity: UserId, *, cut: bool = False) -> UserRecord:
         """Refuse further calls of a user. With `cut`, running calls end at once."""
-        async with self.changes.begin("user.disable", identity.subject) as change:
+        async with self.changes.begin("user.disable", audit_name(identity)) as change:
             before = await self._changeable(change, identity)
             at = before.disabled_at or self.changes.now()
             cut_now = {"cut_version": change.version} if cut else {}
@@ -277,7 +277,7 @@ class DirectoryAdministration:
 
     async def enable_user(self, identity: UserId) -> UserRecord:
         """Let a disabled user call again."""
-        async with self.changes.begin("user.enable", identity.subject) as change:
+        async with self.changes.begin("user.enable", audit_name(identity)) as change:
             before = await self._changeable(change, identity)
             await _update(change, identity, disabled_at=None)
             change.note({"disabled_at": before.disabled_at}, {"disabled_at": None})
@@ -287,7 +287,7 @@ class DirectoryAdministration:
         """Let the user whom a header source knows as `identity` be another user, whose counters it then uses."""
         if identity.source not in self.source_names:
             raise ChangeRefused("identity", f'"{identity.source}" is no header source of the configuration')
-        _checked("identity", values.outside_id, identity.id)
+        valid("identity", values.outside_id, identity.id)
         async with self.changes.begin("user.link", audit_name(user)) as change:
             record = await self._user(change.connection, user)
             change.check_match(record.etag)
@@ -307,7 +307,7 @@ class DirectoryAdministration:
 
     async def unlink(self, identity: UserId) -> None:
         """Let the user whom a header source knows as `identity` be one of its own again."""
-        async with self.changes.begin("user.unlink", identity.subject) as change:
+        async with self.changes.begin("user.unlink", audit_name(identity)) as change:
             gone = await change.connection.execute(sa.delete(identities).where(*is_row_of(identities, identity)))
             if not gone.rowcount:
                 raise NotFound("identity", f"{identity.subject} is not linked to a user")
@@ -352,7 +352,7 @@ class DirectoryAdministration:
             try:
                 if line.id in checked:
                     raise ChangeRefused("id", f"{line.id} is in the file twice")
-                _checked("id", values.outside_id, line.id)
+                valid("id", values.outside_id, line.id)
                 groups = None if line.groups is None else tuple(self._groups(line.groups))
                 email = line.email if line.email is None else _email(line.email) or ""
             except ChangeRefused as error:
@@ -433,7 +433,7 @@ class DirectoryAdministration:
         """The keys in a text, such as a log or a diff; of the file also those that the text has as a whole word.
 
         Nothing of the text is stored or sent. A key that is not known here is not in the result, also if it has the
-        id of one that is: whoever reads ids could have the keys of others revoked.
+        id of one that is: a person who reads ids could have the keys of others revoked.
         """
         digests = [values.digest(key) for key in dict.fromkeys(match[0] for match in KEY_PATTERN.finditer(text))]
         found: list[KeyRecord] = []
@@ -450,7 +450,7 @@ class DirectoryAdministration:
 
     async def create_key(self, owner: UserId, limits: KeyLimits) -> NewKey:
         """Make a key. Its text is in the result and nowhere else; it is empty if this repeats an earlier creation."""
-        async with self.changes.begin("key.create", owner.subject) as change:
+        async with self.changes.begin("key.create", audit_name(owner)) as change:
             if change.repeated is not None:
                 return NewKey(change.repeated, "")
             user = await self._user(change.connection, owner)
@@ -475,7 +475,7 @@ class DirectoryAdministration:
                 raise Conflict("key", f"the key {id} is revoked; make a new one")
             changed: dict[str, Any] = {}
             if label is not None:
-                changed["label"] = _checked("label", values.label, label) if label else ""
+                changed["label"] = valid("label", values.label, label) if label else ""
             if expires_at is not None or never_expires:
                 changed["expires_at"] = expires_at
             if changed:
@@ -558,7 +558,7 @@ class DirectoryAdministration:
         self, change: Change, id: str, *, groups: Sequence[str], email: str | None, is_service: bool
     ) -> None:
         identity = UserId(DATABASE, id)
-        _checked("id", values.outside_id, id)
+        valid("id", values.outside_id, id)
         row = await find_row(change.connection, users, identity)
         if row is not None:
             text = f"there is a user {identity.subject} already; change it with `users set`"
@@ -610,18 +610,18 @@ class DirectoryAdministration:
         if missing:
             own = ", ".join(user.groups) or "no group"
             raise ChangeRefused("group", f"{user.identity.subject} is not in {missing[0]}, but in {own}")
-        networks: list[Network] = [_checked("from", values.network, text) for text in limits.networks]
-        models = [_checked("model", values.glob, text) for text in limits.models]
+        networks: list[Network] = [valid("from", values.network, text) for text in limits.networks]
+        models = [valid("model", values.glob, text) for text in limits.models]
         return {
             "id": new.id,
             "digest": new.digest,
             "user_source": user.identity.source,
             "user_id": user.identity.id,
-            "label": _checked("label", values.label, limits.label) if limits.label else "",
+            "label": valid("label", values.label, limits.label) if limits.label else "",
             "groups": as_json(groups) if groups else None,
             "networks": as_json([str(network) for network in networks]) if networks else None,
             "models": as_json(list(Globs(models).texts)) if models else None,
-            "tag": _checked("tag", values.tag, limits.tag) if limits.tag else None,
+            "tag": valid("tag", values.tag, limits.tag) if limits.tag else None,
             "takes_tag_header": limits.takes_tag_header,
             "created_at": self.changes.now(),
             "created_by": self.changes.author.actor,
@@ -752,13 +752,6 @@ def _audited(record: KeyRecord) -> dict[str, Any]:
     """What the audit log keeps of a new key."""
     kept = ("user", "label", "groups", "models", "networks", "tag", "expires_at")
     return {name: value for name, value in record.as_json().items() if name in kept and value}
-
-
-def _checked(name: str, check: Any, text: str) -> Any:
-    try:
-        return check(text)
-    except ValueError as error:
-        raise ChangeRefused(name, f'"{text[:60]}": {error}') from None
 
 
 def _forgotten(identity: UserId) -> Conflict:

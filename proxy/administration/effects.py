@@ -38,7 +38,7 @@ class Effects:
 
 async def effects_of(connection: AsyncConnection, before: Config, after: Config, *, now: int) -> Effects:
     """The effects of a change from one policy in force to another. `now` is in ms."""
-    was, will = _quotas(before), _quotas(after)
+    was, will = before.policy.quotas, after.policy.quotas
     changed = [quota for id, quota in will.items() if was.get(id) != quota]
     gone = [quota for id, quota in was.items() if id not in will]
     names = {quota.group for quota in (*changed, *gone)}
@@ -52,10 +52,6 @@ async def effects_of(connection: AsyncConnection, before: Config, after: Config,
     touched = sum(count for groups, count in _counted(before, after, combinations) if _is_touched(groups, names))
     over = sum([await _over(connection, quota, now) for quota in changed])
     return Effects(touched, over, warnings)
-
-
-def _quotas(config: Config) -> dict[str, Quota]:
-    return {quota.id: quota for group in config.policy.groups.values() for quota in group.quotas}
 
 
 def _shape(config: Config, name: str) -> object:

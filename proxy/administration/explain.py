@@ -90,7 +90,7 @@ async def explain(
         return replace(explained, admitted=True)
     return replace(
         explained,
-        reason=decision.verdict.name.lower(),
-        refused_by=tuple(dict.fromkeys(block.quota.id for block in decision.blocks)),
+        reason=decision.verdict.word,
+        refused_by=decision.refused_by,
         admissible_at=decision.admissible_at,
     )

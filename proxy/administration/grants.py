@@ -13,12 +13,13 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from proxy.administration.change import ChangeRefused, Changes, NotFound
 from proxy.administration.pages import Page, Paging
+from proxy.administration.search import is_of_groups
 from proxy.config.loader import Config
 from proxy.config.messages import did_you_mean
 from proxy.identity.keys import random_id
 from proxy.ledger.schema import grants
-from proxy.policy.amounts import TOKENS_MAX, Measure
-from proxy.policy.quota import Quota
+from proxy.policy.amounts import MEASURES, TOKENS_MAX, Measure
+from proxy.policy.quota import Quota, group_of
 from proxy.policy.status import duration_text
 
 REASON_CHARACTERS_MAX = 500
@@ -62,23 +63,24 @@ class GrantAdministration:
     """The changes and lists of grants. `config` is what is in force, with what was made at run time.
 
     `up_to_percent` bounds what one subject can be granted of a quota by all running grants together, in percent of
-    its limit; None: no bound. Methods raise ChangeRefused and StoreUnavailable.
+    its limit; None: no bound. `groups` are those on whose quotas the admin sees and makes grants; None: on all.
+    Methods raise ChangeRefused and StoreUnavailable.
     """
 
     changes: Changes
     config: Config
     up_to_percent: int | None = None
+    groups: Collection[str] | None = None
 
     async def grants(
         self,
         *,
         quota: str | None = None,
         user: str | None = None,
-        groups: Collection[str] | None = None,
         ended: bool = False,
         paging: Paging,
     ) -> Page[GrantRecord]:
-        """The running grants by id, or all with `ended`: of one quota, of one user, or of quotas of some groups."""
+        """The running grants by id, or all with `ended`: of one quota, or of one user."""
         found = sa.select(grants).order_by(grants.c.id)
         if (key := paging.key(str)) is not None:
             found = found.where(grants.c.id > key[0])
@@ -86,11 +88,10 @@ class GrantAdministration:
             found = found.where(grants.c.quota_id == quota)
         if user is not None:
             found = found.where(grants.c.user_name == user)
-        if groups is not None:
-            of_group = (grants.c.quota_id.startswith(f"{name}/", autoescape=True) for name in sorted(groups))
-            found = found.where(sa.or_(sa.false(), *of_group))
+        if self.groups is not None:
+            found = found.where(is_of_groups(grants.c.quota_id, self.groups))
         if not ended:
-            found = found.where(grants.c.ended_at.is_(None), grants.c.until > self.changes.now())
+            found = found.where(*runs(self.changes.now()))
         async with self.changes.database.read() as connection:
             rows = (await connection.execute(found.limit(paging.size + 1))).all()
         return paging.page(rows, lambda row: (row.id,), _record)
@@ -141,7 +142,7 @@ class GrantAdministration:
             return await self._grant(change.connection, id)
 
     def _quota(self, id: str) -> Quota:
-        known = {quota.id: quota for group in self.config.policy.groups.values() for quota in group.quotas}
+        known = {id: quota for id, quota in self.config.policy.quotas.items() if self._sees(id)}
         if id not in known:
             raise NotFound(
                 "quota", f"there is no quota {id}; {did_you_mean(id, known) or 'list them to see their ids'}"
@@ -149,15 +150,15 @@ class GrantAdministration:
         return known[id]
 
     def _measure(self, new: NewGrant) -> Measure:
-        for measure in Measure:
-            if measure.value == new.measure:
-                return measure
-        raise ChangeRefused("measure", f"write one of {', '.join(measure.value for measure in Measure)}")
+        try:
+            return MEASURES[new.measure]
+        except KeyError:
+            raise ChangeRefused("measure", f"write one of {', '.join(MEASURES)}") from None
 
     async def _check_bound(self, connection: AsyncConnection, new: NewGrant, quota: Quota, measure: Measure) -> None:
         if self.up_to_percent is None:
             return
-        running = (grants.c.ended_at.is_(None), grants.c.until > self.changes.now())
+        running = runs(self.changes.now())
         same: tuple[Any, ...] = (grants.c.quota_id == quota.id, grants.c.measure == measure.value)
         # Those of the whole group count for each of its users too. For one to the group, the user with most decides.
         per_user = sa.select(grants.c.user_name, sa.func.sum(grants.c.amount)).where(*same, *running)
@@ -174,9 +175,17 @@ class GrantAdministration:
 
     async def _grant(self, connection: AsyncConnection, id: str) -> GrantRecord:
         row = (await connection.execute(sa.select(grants).where(grants.c.id == id))).first()
-        if row is None:
+        if row is None or not self._sees(row.quota_id):
             raise NotFound("grant", "there is no grant with this id; list them to see their ids")
         return _record(row)
+
+    def _sees(self, quota_id: str) -> bool:
+        return self.groups is None or group_of(quota_id) in self.groups
+
+
+def runs(now: int) -> tuple[sa.ColumnElement[bool], ...]:
+    """The conditions that a grant runs at this instant (ms)."""
+    return (grants.c.ended_at.is_(None), grants.c.until > now)
 
 
 def _check_values(new: NewGrant, now: int) -> None:

@@ -22,7 +22,7 @@ _ID: sa.ColumnElement[str] = calls.c.id + ""
 class CallInFlight:
     """A call that has not ended: who calls what since when, from which address, and what it holds (tokens).
 
-    `group` is the group that admitted it, `owner` the process that runs it.
+    `group` is the group that admitted it, `replica` the process that runs it.
     """
 
     id: str
@@ -36,7 +36,7 @@ class CallInFlight:
     held_output: int
     began_at: int
     address: str | None
-    owner: str
+    replica: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +76,7 @@ async def end_call(
 ) -> CallInFlight:
     """Have a call ended by the process that runs it, within 2 s. It is charged what has passed.
 
-    `groups` are the groups whose calls whoever asks may end (None: all). Raises NotFound if it is not in flight.
+    `groups` are the groups whose calls the admin may end (None: all). Raises NotFound if it is not in flight.
     """
     asked = CallFilter(groups=groups).conditions()
     row = (await change.connection.execute(sa.select(calls).where(calls.c.id == id, *asked))).first()
@@ -110,5 +110,5 @@ def _call(row: sa.Row[Any]) -> CallInFlight:
         held_output=row.hold_output,
         began_at=row.reserved_at,
         address=row.address,
-        owner=row.owner,
+        replica=row.owner,
     )

@@ -1,7 +1,7 @@
 """Groups and quotas that are made at run time, beside those of the file.
 
 All changes have one form: `MadePolicy` is read in the transaction, a pure function makes another one of it, and the
-difference is written. A quota has the same fields and checks as in the file, by the same code.
+difference is written (`policy_rows`). A quota has the same fields and checks as in the file, by the same code.
 
 A counter belongs to the id of its quota. So a quota that is changed keeps its usage, and one that is deleted and made
 again within its window goes on counting.
@@ -9,40 +9,27 @@ again within its window goes on counting.
 
 import asyncio
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-import orjson
-import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from proxy.administration.change import (
-    Change,
-    ChangeRefused,
-    Changes,
-    Conflict,
-    NotFound,
-    as_json,
-    etag_of,
-)
+from proxy.administration.change import Change, ChangeRefused, Changes, Conflict, NotFound, etag_of, valid
 from proxy.administration.directory import set_groups_of_file_user
 from proxy.administration.effects import Effects, effects_of
+from proxy.administration.policy_rows import read_made, remove_members, write_made
 from proxy.config import values
 from proxy.config.document import to_yaml
 from proxy.config.loader import Config
 from proxy.config.messages import did_you_mean, read_quota
 from proxy.config.overlay import MadeGroup, MadePolicy, MadeQuota, Overlaid, overlaid
 from proxy.config.schema import Quota as QuotaSection
-from proxy.identity.directory import FILE
-from proxy.ledger.schema import directory, grants, groups, quotas, users
 from proxy.policy.amounts import Measure
-from proxy.policy.quota import Grant, Quota
+from proxy.policy.quota import Quota
 
 Origin = Literal["file", "database"]
 Fields = Mapping[str, object]
-_MEASURES = {measure.value: measure for measure in Measure}
-# Users whose groups one statement changes when a group is deleted.
-_USERS_AT_ONCE = 500
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,37 +87,6 @@ class ModelQuota:
     group: str
     fields: Fields
     name: str | None = None
-
-
-async def read_version(connection: AsyncConnection) -> int:
-    """The version of the directory at which what was made at run time changed last."""
-    version: int = (await connection.execute(sa.select(directory.c.policy_version))).scalar_one()
-    return version
-
-
-async def read_made(connection: AsyncConnection, now: int) -> MadePolicy:
-    """What was made at run time. Grants that have ended at `now` (ms) are left out."""
-    of_groups = await connection.execute(sa.select(groups).order_by(groups.c.position, groups.c.name))
-    of_quotas = await connection.execute(sa.select(quotas).order_by(quotas.c.position, quotas.c.group_name))
-    running = sa.select(grants).where(grants.c.ended_at.is_(None), grants.c.until > now).order_by(grants.c.id)
-    of_grants = await connection.execute(running)
-    is_member = (users.c.source == FILE, users.c.groups != "[]", users.c.forgotten_at.is_(None))
-    members = await connection.execute(sa.select(users.c.id, users.c.groups).where(*is_member))
-    return MadePolicy(
-        groups=tuple(
-            MadeGroup(row.name, _tuple(row.models), row.unlimited, row.created_at, row.created_by)
-            for row in of_groups
-        ),
-        quotas=tuple(
-            MadeQuota(row.group_name, row.name, orjson.loads(row.document), row.created_at, row.created_by)
-            for row in of_quotas
-        ),
-        grants=tuple(
-            Grant(row.id, row.quota_id, row.user_name, _MEASURES[row.measure], row.amount, row.until)
-            for row in of_grants
-        ),
-        groups_of={row.id: tuple(orjson.loads(row.groups)) for row in members},
-    )
 
 
 @dataclass(frozen=True)
@@ -201,7 +157,7 @@ class PolicyAdministration:
 
     async def set_model_quotas(self, model: str, wanted: Iterable[ModelQuota]) -> tuple[QuotaSet, Effects]:
         """Replace the quotas of all groups that were made at run time for this model name alone."""
-        _checked("model", values.glob, model)
+        valid("model", values.glob, model)
         derived = values.derived_name(model)
         made = [
             self._checked_quota(each.group, each.name or derived, {**each.fields, "models": [model]})
@@ -234,7 +190,7 @@ class PolicyAdministration:
             changed = [*gone, *ids]
             await self._check(before, after, changed)
             change.note(_documents(before, changed), _documents(after, changed))
-            await _write(change.connection, before, after)
+            await write_made(change.connection, before, after)
         shown = await asyncio.to_thread(_quota_set, self.file, after, **listed)
         return shown, await self._effects(before, after)
 
@@ -244,7 +200,7 @@ class PolicyAdministration:
         self, name: str, *, models: Sequence[str] | None = None, unlimited: bool = False
     ) -> tuple[GroupRecord, Effects]:
         """Make a group, behind all others."""
-        _checked("name", values.group_name, name)
+        valid("name", values.group_name, name)
         group = self._made_group(name, models, unlimited=unlimited)
         async with self._policy_change("group.create", name) as change:
             before = await self._read(change)
@@ -255,7 +211,7 @@ class PolicyAdministration:
             after = replace(before, groups=(*before.groups, group))
             await self._check(before, after, [name])
             change.note(None, _group_document(group))
-            await _write(change.connection, before, after)
+            await write_made(change.connection, before, after)
         return _group_record(self.file, after, name), await self._effects(before, after)
 
     async def set_group(
@@ -270,7 +226,7 @@ class PolicyAdministration:
             after = replace(before, groups=tuple(changed if each is was else each for each in before.groups))
             await self._check(before, after, [name, *(quota.id for quota in before.quotas if quota.group == name)])
             change.note(_group_document(was), _group_document(changed))
-            await _write(change.connection, before, after)
+            await write_made(change.connection, before, after)
         return _group_record(self.file, after, name), await self._effects(before, after)
 
     async def delete_group(self, name: str) -> Effects:
@@ -283,8 +239,8 @@ class PolicyAdministration:
             after = _without_group(before, name)
             documents = {quota.name: quota.document for quota in before.quotas if quota.group == name}
             change.note({**_group_document(was), "quotas": documents}, None)
-            await _write(change.connection, before, after)
-            await _remove_members(change.connection, name)
+            await write_made(change.connection, before, after)
+            await remove_members(change.connection, name)
         return effects
 
     async def order_groups(self, names: Sequence[str]) -> tuple[tuple[GroupRecord, ...], Effects]:
@@ -299,7 +255,7 @@ class PolicyAdministration:
             by_name = {group.name: group for group in before.groups}
             after = replace(before, groups=tuple(by_name[name] for name in names))
             change.note({"order": current}, {"order": list(names)})
-            await _write(change.connection, before, after)
+            await write_made(change.connection, before, after)
         return tuple(_group_records(self.file, after)), await self._effects(before, after)
 
     async def import_file(self, imported: Config) -> tuple[tuple[str, ...], Effects]:
@@ -328,13 +284,13 @@ class PolicyAdministration:
             after = _with_quotas(before, quotas)
             after = replace(after, groups=(*made, *others), groups_of={**before.groups_of, **members})
             change.note(None, {"groups": sorted(names), "quotas": sorted(quota.id for quota in quotas)})
-            await _write(change.connection, before, after)
+            await write_made(change.connection, before, after)
             await self._write_members(change.connection, before.groups_of, after.groups_of)
         return tuple(quota.id for quota in quotas), await self._effects(before, after)
 
     # Parts
 
-    def _policy_change(self, action: str, target: str) -> Any:
+    def _policy_change(self, action: str, target: str) -> AbstractAsyncContextManager[Change]:
         return self.changes.begin(action, target, is_of_policy=True)
 
     async def _read(self, change: Change) -> MadePolicy:
@@ -353,7 +309,7 @@ class PolicyAdministration:
         change.check_match(None if was is None else _etag(was.document))
         await self._check(before, after, ids)
         change.note(None if is_new else _documents(before, ids)[id], _documents(after, ids).get(id))
-        await _write(change.connection, before, after)
+        await write_made(change.connection, before, after)
 
     async def _check(self, before: MadePolicy, after: MadePolicy, ids: Collection[str]) -> None:
         """Raise ChangeRefused if something that is changed would have no effect."""
@@ -370,7 +326,7 @@ class PolicyAdministration:
 
     def _checked_quota(self, group: str, name: str, fields: Fields) -> MadeQuota:
         """The quota of these fields. Raises ChangeRefused with the name of the field."""
-        _checked("name", values.name, name)
+        valid("name", values.name, name)
         in_file = self.file.policy.groups.get(group)
         if in_file is not None and any(quota.name == name for quota in in_file.quotas):
             raise Conflict("id", f"{group}/{name} is a quota of the file: change the file, or use another name")
@@ -386,7 +342,7 @@ class PolicyAdministration:
         if models is not None and not models:
             raise ChangeRefused("models", "this has no entries; add at least one, or leave it out for every model")
         for model in models or ():
-            _checked("models", values.glob, model)
+            valid("models", values.glob, model)
         listed = None if models is None else tuple(models)
         return MadeGroup(name, listed, unlimited, self.changes.now(), self.changes.author.actor)
 
@@ -577,89 +533,3 @@ def _group_record(file: Config, made: MadePolicy, name: str) -> GroupRecord:
         hint = did_you_mean(name, [record.name for record in records])
         raise NotFound("group", f'there is no group "{name}"; {hint or "list them to see their names"}')
     return found
-
-
-def _tuple(text: str | None) -> tuple[str, ...] | None:
-    return None if text is None else tuple(orjson.loads(text))
-
-
-def _checked(field: str, check: Callable[[str], object], text: str) -> None:
-    try:
-        check(text)
-    except ValueError as error:
-        raise ChangeRefused(field, f'"{text[:60]}": {error}') from None
-
-
-# ------------------------------------------------------------------------------------------------------------ writing
-
-
-async def _write(connection: AsyncConnection, before: MadePolicy, after: MadePolicy) -> None:
-    """Write the groups and quotas that differ."""
-    await _write_rows(connection, groups, ("name",), _group_rows(before), _group_rows(after))
-    await _write_rows(connection, quotas, ("group_name", "name"), _quota_rows(before), _quota_rows(after))
-
-
-def _group_rows(made: MadePolicy) -> list[dict[str, Any]]:
-    return [
-        {
-            "name": group.name,
-            "position": position,
-            "models": None if group.models is None else as_json(group.models),
-            "unlimited": group.unlimited,
-            "created_at": group.created_at,
-            "created_by": group.created_by,
-        }
-        for position, group in enumerate(made.groups)
-    ]
-
-
-def _quota_rows(made: MadePolicy) -> list[dict[str, Any]]:
-    return [
-        {
-            "group_name": quota.group,
-            "name": quota.name,
-            "position": position,
-            "document": as_json(dict(quota.document)),
-            "created_at": quota.created_at,
-            "created_by": quota.created_by,
-        }
-        for position, quota in enumerate(made.quotas)
-    ]
-
-
-async def _write_rows(
-    connection: AsyncConnection,
-    table: sa.Table,
-    key: Sequence[str],
-    before: Iterable[Mapping[str, Any]],
-    after: Iterable[Mapping[str, Any]],
-) -> None:
-    was, now = ({tuple(row[name] for name in key): row for row in rows} for rows in (before, after))
-    for id in was.keys() - now.keys():
-        await connection.execute(sa.delete(table).where(*_is(table, key, id)))
-    for id, row in now.items():
-        if id not in was:
-            await connection.execute(sa.insert(table).values(**row))
-        elif row != was[id]:
-            await connection.execute(sa.update(table).where(*_is(table, key, id)).values(**row))
-
-
-def _is(table: sa.Table, key: Sequence[str], id: Sequence[str]) -> list[sa.ColumnElement[bool]]:
-    return [table.c[name] == value for name, value in zip(key, id, strict=True)]
-
-
-async def _remove_members(connection: AsyncConnection, group: str) -> None:
-    """Take all users out of a group, in the order of their keys."""
-    in_it = users.c.groups.contains(as_json(group), autoescape=True)
-    rows = (await connection.execute(sa.select(users.c.source, users.c.id, users.c.groups).where(in_it))).all()
-    update = sa.update(users).where(users.c.source == sa.bindparam("of_source"), users.c.id == sa.bindparam("of_id"))
-    changed = [
-        {
-            "of_source": row.source,
-            "of_id": row.id,
-            "left": as_json([name for name in orjson.loads(row.groups) if name != group]),
-        }
-        for row in rows
-    ]
-    for first in range(0, len(changed), _USERS_AT_ONCE):
-        await connection.execute(update.values(groups=sa.bindparam("left")), changed[first : first + _USERS_AT_ONCE])

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import structlog
 
-from proxy.administration.policy import read_made, read_version
+from proxy.administration.policy_rows import read_made, read_version
 from proxy.config.reload import Policies
 from proxy.identity.authentication import Snapshot
 from proxy.identity.database import DirectoryDatabase

@@ -14,7 +14,9 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from proxy.administration.change import NotFound
 from proxy.administration.pages import Page, Paging
+from proxy.administration.search import is_of_groups
 from proxy.ledger.schema import refusals as table
+from proxy.policy.quota import group_of
 
 MINUTE_MS = 60_000
 # A user is refused by a quota at most in 60 rows of a minute.
@@ -86,13 +88,6 @@ class RefusalFilter:
         return chosen
 
 
-def is_of_groups(quota_id: sa.ColumnElement[str], groups: Collection[str]) -> sa.ColumnElement[bool]:
-    """The condition that a quota is one of these groups. An id is `group/name`, and groups have no slash."""
-    # Not with LIKE, which takes SQLite several times as long.
-    is_one = (sa.func.substr(quota_id, 1, len(group) + 1) == f"{group}/" for group in groups)
-    return sa.or_(sa.false(), *is_one)
-
-
 async def refusals(connection: AsyncConnection, asked: RefusalFilter, paging: Paging) -> Page[RefusalCount]:
     """Refusals by user, quota and minute, the newest minute first. Raises ChangeRefused for a wrong cursor."""
     after = paging.key(int, str, str)
@@ -118,7 +113,7 @@ async def _quotas_of(connection: AsyncConnection, groups: Collection[str]) -> li
     following = sa.select(sa.func.min(table.c.quota_id)).where(table.c.quota_id > found.c.id).scalar_subquery()
     found = found.union_all(sa.select(following).where(found.c.id.is_not(None)))
     ids = (await connection.execute(sa.select(found.c.id).where(found.c.id.is_not(None)))).scalars()
-    return [id for id in ids if id.partition("/")[0] in groups]
+    return [id for id in ids if group_of(id) in groups]
 
 
 async def _minute_of_row(
@@ -169,7 +164,7 @@ async def refusal(
             "no refusal of this request is stored: they are kept for 7 days, one of a user and quota each second; "
             "the log has them all",
         )
-    return refusal_of(found)
+    return _record(found)
 
 
 async def last_refusals(connection: AsyncConnection, asked: RefusalFilter, *, limit: int) -> Sequence[RefusalRecord]:
@@ -189,11 +184,10 @@ async def last_refusals(connection: AsyncConnection, asked: RefusalFilter, *, li
     )
     found = last.select_from(sums.join(table, table.c.request_id == sums.c.id))
     ordered = found.order_by(table.c.at.desc(), table.c.request_id.desc())
-    return [refusal_of(row) for row in (await connection.execute(ordered)).all()]
+    return [_record(row) for row in (await connection.execute(ordered)).all()]
 
 
-def refusal_of(row: sa.Row[Any]) -> RefusalRecord:
-    """The refusal in a row of `refusals`."""
+def _record(row: sa.Row[Any]) -> RefusalRecord:
     return RefusalRecord(
         request_id=row.request_id,
         at=row.at,

@@ -18,10 +18,10 @@ _ALIVE_MS = 30_000
 class ReplicaRecord:
     """One process: when it last wrote its status, and until when its calls are taken for running (`leased_until_at`).
 
-    `status` is what it says of itself; see `calls.activity`.
+    `status` is what `web.live` writes: its health, version, policy hash, commit time (ms), calls and upstreams.
     """
 
-    owner: str
+    replica: str
     at: int
     leased_until_at: int | None
     status: dict[str, Any]

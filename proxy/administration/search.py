@@ -1,10 +1,11 @@
-"""The search for a text in columns of a table, in any case of ASCII letters, on both engines.
+"""Conditions of lists, in the form that each engine compares fastest.
 
-It reads the whole table, so it is what each engine compares fastest. With 100,000 users the expression that both
-understand (`icontains` of each column) takes SQLite five times and PostgreSQL four times as long.
+The search for a text in columns, in any case of ASCII letters, reads the whole table. With 100,000 users the
+expression that both understand (`icontains` of each column) takes SQLite five times and PostgreSQL four times as
+long.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import sqlalchemy as sa
@@ -26,6 +27,13 @@ def contains(
         whole = whole + _SEPARATOR + sa.func.coalesce(column, "")
     # By bytes: with the rules of a language PostgreSQL takes several times as long.
     return sa.func.lower(sa.collate(whole, "C")).contains(_lower(text), autoescape=True)
+
+
+def is_of_groups(quota_id: sa.ColumnElement[str], groups: Collection[str]) -> sa.ColumnElement[bool]:
+    """The condition that a quota is one of these groups. An id is `group/name`, and groups have no slash."""
+    # Not with LIKE, which takes SQLite several times as long.
+    is_one = (sa.func.substr(quota_id, 1, len(group) + 1) == f"{group}/" for group in groups)
+    return sa.or_(sa.false(), *is_one)
 
 
 def _lower(text: str) -> str:

@@ -16,5 +16,5 @@ Begin with `relay`: `Relay.carry` is the whole path of a call in one function. T
 holds, and how it ends), `disconnect` (what happens if the client leaves), `dispatch` (to which upstream it is sent,
 and which attempts are retried). `token_count` and `tokenizer` count tokens that no upstream reports.
 `stored_responses` serves responses that an upstream stores, and `read_limit` bounds how many requests for them a user
-sends.
+sends. `activity` collects what calls do, for administrators who watch, and no call waits for it.
 """

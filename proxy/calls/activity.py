@@ -23,8 +23,8 @@ from proxy.ledger.book import Accepted, Refused, Reply
 from proxy.ledger.entry import Entry, Outcome
 from proxy.ledger.notices import Crossing, RefusalRow
 from proxy.policy.amounts import Amount, Usage
-from proxy.policy.quota import Binding, Counter, CounterKey, Quota, counter_at
-from proxy.policy.status import QuotaStatus, quota_statuses
+from proxy.policy.quota import Binding, Counter, CounterKey, Quota, counter_at, user_of
+from proxy.policy.status import NEAR_PERCENT, QuotaStatus, quota_statuses
 
 # How many calls that began, ended or were refused one batch has in full.
 DETAILS_MAX = 100
@@ -37,7 +37,7 @@ REFUSALS_AT_ONCE = 500
 # Of how many counters it is remembered which level was noted.
 _LEVELS_MAX = 50_000
 # The parts of a limit at which a counter is noted, in percent, highest first.
-LEVELS = (100, 80)
+LEVELS = (100, NEAR_PERCENT)
 # How many quotas the details of one refusal have. Those that refused it come first.
 _QUOTAS_MAX = 40
 
@@ -185,7 +185,7 @@ class _RefusedCall:
             quota_id=block.quota.id,
             model=self.model,
             endpoint=self.endpoint,
-            verdict=decision.verdict.name.lower(),
+            verdict=decision.verdict.word,
             measure=measure.value,
             maximum=block.limit.maximum,
             used=block.counter.used.of(measure),
@@ -199,16 +199,15 @@ class _RefusedCall:
         )
 
     def _details(self) -> dict[str, object]:
-        """The quotas that the decision read, how they stood, and which of their limits refused the call.
+        """The quotas that the decision read, what was used of them, and which of their limits refused the call.
 
         Enough must be left of all quotas of one of the `alternatives`.
         """
         decision, binding = self.refused.decision, self.binding
         statuses = quota_statuses(binding, self.refused.counters, self.refused.decided_at)
-        refused_by = list(dict.fromkeys(block.quota.id for block in decision.blocks))
-        shown = list(dict.fromkeys((*refused_by, *statuses)))[:_QUOTAS_MAX]
+        shown = list(dict.fromkeys((*decision.refused_by, *statuses)))[:_QUOTAS_MAX]
         return {
-            "refused_by": refused_by[:_QUOTAS_MAX],
+            "refused_by": decision.refused_by[:_QUOTAS_MAX],
             "blocks": [
                 {"quota": block.quota.id, "measure": block.limit.measure.value, "needed": block.needed}
                 for block in decision.blocks[:_QUOTAS_MAX]
@@ -423,27 +422,15 @@ def _level(status: QuotaStatus) -> int:
 
 def _counter_shown(key: CounterKey, status: QuotaStatus) -> dict[str, object]:
     """A counter as it is shown. Without a `user` it is that of all members of the group."""
-    quota, counter = status.quota, status.counter
-    # A window of the first-call kind has no times before a call opens it.
-    has_times = quota.per.kind == "calendar" or counter.is_open
+    quota, window = status.quota, status.window
     return {
-        "user": None if quota.shared else key[0].removeprefix("user:"),
+        "user": None if quota.shared else user_of(key[0]),
         "group": quota.group,
         "quota": quota.id,
         "shared": quota.shared,
-        "opened_at": counter.window.opened_at if has_times else None,
-        "resets_at": counter.window.resets_at if has_times else None,
-        "limits": [
-            {
-                "measure": limit.measure.value,
-                "limit": limit.maximum,
-                "used": (used := counter.used.of(limit.measure)),
-                "held": counter.held.of(limit.measure),
-                "remaining": status.remaining(limit),
-                "percent": round(100 * used / limit.maximum, 1) if limit.maximum else 100.0,
-            }
-            for limit in quota.limits
-        ],
+        "opened_at": None if window is None else window.opened_at,
+        "resets_at": None if window is None else window.resets_at,
+        "limits": [{"measure": limit.measure.value, **status.use_of(limit)} for limit in quota.limits],
     }
 
 

@@ -34,7 +34,7 @@ from proxy.ledger.book import Accepted, Refused, Reserve
 from proxy.ledger.entry import Outcome
 from proxy.ledger.queue import AdmissionQueue, DurationEstimate
 from proxy.policy.admission import Verdict
-from proxy.policy.quota import BoundQuotas, Demand
+from proxy.policy.quota import Demand
 from proxy.upstreams import headers
 from proxy.upstreams.client import Answer
 from proxy.upstreams.failures import Rejected, failure_of, mask_of
@@ -131,10 +131,10 @@ class Relay:
         )
         if not closing:
             return
-        binding = BoundQuotas(closing, grants=policy.grants_on(closing)).for_user(caller.user)
+        binding = policy.bound(*closing).for_user(caller.user)
         counters = await self._ledger.counters(binding.keys())
         for quota in closing:
-            self.metrics.refused(quota.id, Verdict.EXHAUSTED.name.lower())
+            self.metrics.refused(quota.id, Verdict.EXHAUSTED.word)
         refused = closed_decision(binding, counters, now)
         self._activity.refused(client.line, refused, binding)
         raise closed_refusal(refused, binding, policy, endpoint=endpoint, id=client.id)
@@ -149,7 +149,7 @@ class Relay:
         line = call.client.line
         if isinstance(reply, Refused):
             line.refused_by = [block.quota.id for block in reply.decision.blocks]
-            line.verdict = reply.decision.verdict.name.lower()
+            line.verdict = reply.decision.verdict.word
             for quota_id in line.refused_by:
                 self.metrics.refused(quota_id, line.verdict)
             self._activity.refused(line, reply, call.binding)
@@ -205,8 +205,8 @@ class Relay:
                 recorded_model = self._recorded_names.name_of(call, self._now())
                 return call.reserve(candidates.demand, owner=self._ledger.owner, recorded_model=recorded_model)
 
-            async def recount() -> Demand:
-                return await candidates.exact_demand()
+            def recount() -> Awaitable[Demand]:
+                return candidates.exact_demand()  # of those that `renewed` has found, if it has found others
 
             async def renewed() -> Reserve | None:
                 nonlocal call, candidates

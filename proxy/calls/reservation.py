@@ -176,9 +176,7 @@ class Reservation:
         accepted = await queue.extend(operation, wait_s=wait_s, ask_s=COMMIT_WAIT_S, is_disconnected=is_disconnected)
         self.entry, self.counters, self._lapses = accepted.entry, {**self.counters, **accepted.counters}, lapses
         self._widen_output_bound()
-        log.debug(
-            "hold extended", request=self.entry.id, hold=self.entry.hold.output, verdict=accepted.verdict.name.lower()
-        )
+        log.debug("hold extended", request=self.entry.id, hold=self.entry.hold.output, verdict=accepted.verdict.word)
         return accepted.verdict is Verdict.ALLOW and accepted.entry.state == "open"
 
     def _widen_output_bound(self) -> None:

@@ -17,7 +17,6 @@ import structlog
 from proxy.config.loader import MISTAKES_SHOWN, BadConfig, Config, Fingerprint
 from proxy.config.overlay import MadePolicy, Overlaid, WithoutEffect, overlaid
 from proxy.metrics import Metrics
-from proxy.policy.policy import Policy
 
 log = structlog.get_logger("reload")
 
@@ -128,7 +127,7 @@ class Policies(Generic[InForce]):
         found, current = await asyncio.to_thread(self._overlaid_and_built, file, made)
         was_file, was = self.file, self.config
         self.file, self._made, self.config, self.current = file, made, found.config, current
-        before, after = _quota_ids(was.policy), _quota_ids(found.config.policy)
+        before, after = was.policy.quotas.keys(), found.config.policy.quotas.keys()
         ignored = [name for name, value in file.restart_only.items() if value != was_file.restart_only[name]]
         if ignored:
             log.warning("these sections change only with a restart", sections=ignored)
@@ -157,10 +156,6 @@ def log_mistakes(error: BadConfig) -> None:
     """Log a line for each mistake of a file, up to 100."""
     for mistake in error.mistakes[:MISTAKES_SHOWN]:
         log.error("a mistake in the policy file", path=mistake.file, line=mistake.line, message=mistake.text)
-
-
-def _quota_ids(policy: Policy) -> set[str]:
-    return {quota.id for group in policy.groups.values() for quota in group.quotas}
 
 
 async def _nothing() -> None:

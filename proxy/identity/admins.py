@@ -8,9 +8,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import orjson
 import sqlalchemy as sa
 
+from proxy.ledger.rows import names_of
 from proxy.ledger.schema import admin_keys, admin_sessions
 from proxy.ledger.store import Store
 from proxy.policy.admin import GRANT_UP_TO, Admin
@@ -90,5 +90,5 @@ class AdminDatabase:
 
 def admin_of(row: sa.Row[Any]) -> Admin:
     """The admin in a row of `admin_keys`."""
-    groups = () if row.groups is None else tuple(orjson.loads(row.groups))
-    return Admin(row.name, row.role, groups, GRANT_UP_TO if row.grant_up_to is None else row.grant_up_to)
+    share = GRANT_UP_TO if row.grant_up_to is None else row.grant_up_to
+    return Admin(row.name, row.role, names_of(row.groups) or (), share)

@@ -8,7 +8,7 @@ process that what it remembers may be old. Adding a user who was never seen is n
 anything of that user.
 """
 
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from ipaddress import ip_network
 from typing import Any
@@ -19,6 +19,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from proxy.identity.directory import Cuts, OwnedKey, User, UserId
+from proxy.ledger.rows import names_of
 from proxy.ledger.schema import (
     api_keys,
     call_cuts,
@@ -33,7 +34,7 @@ from proxy.ledger.schema import (
 )
 from proxy.ledger.store import Store, StoreUnavailable
 from proxy.policy.key import Key
-from proxy.policy.quota import Globs
+from proxy.policy.quota import Globs, user_subject
 
 # How many keys one transaction notes as used. It has SQLite's one write lock, for which calls wait.
 _KEYS_AT_ONCE = 500
@@ -155,7 +156,7 @@ class DirectoryDatabase:
         renamed = sa.update(refusals).values(user_name=pseudonym, details=None)
         await self._change_in_steps(of_refusals, renamed, refusals.c.request_id)
         async with self._store.transaction(writes=True) as connection:
-            await connection.execute(sa.delete(crossings).where(crossings.c.subject == f"user:{subject}"))
+            await connection.execute(sa.delete(crossings).where(crossings.c.subject == user_subject(subject)))
         while True:
             async with self._store.transaction(writes=True) as connection:
                 some_days = sa.select(usage_by_day).where(usage_by_day.c.user_name == subject).limit(_ROWS_AT_ONCE)
@@ -191,7 +192,7 @@ class DirectoryDatabase:
             await self.make_anonymous(identity.subject, row.pseudonym)
             async with self._store.transaction(writes=True) as connection:
                 await _lock(connection)
-                own = counters.c.subject == f"user:{identity.subject}"
+                own = counters.c.subject == user_subject(identity.subject)
                 is_open = sa.select(counters.c.subject).where(own, counters.c.resets_at > self._now()).limit(1)
                 records = sa.select(calls.c.id).where(calls.c.user_name == identity.subject).limit(1)
                 days = sa.select(usage_by_day.c.day).where(usage_by_day.c.user_name == identity.subject).limit(1)
@@ -263,12 +264,12 @@ def row_of_new(user: User, at: int, *, by: str, is_service: bool = False) -> dic
 def user_of(row: sa.Row[Any]) -> User:
     """The user in a row of `users`."""
     is_disabled = row.disabled_at is not None or row.forgotten_at is not None
-    return User(UserId(row.source, row.id), tuple(orjson.loads(row.groups)), row.email, is_disabled)
+    return User(UserId(row.source, row.id), names_of(row.groups) or (), row.email, is_disabled)
 
 
 def key_of(row: sa.Row[Any]) -> Key:
     """The key in a row of `api_keys`."""
-    groups, networks, models = (_list(text) for text in (row.groups, row.networks, row.models))
+    groups, networks, models = (names_of(text) for text in (row.groups, row.networks, row.models))
     return Key(
         id=row.id,
         label=row.label,
@@ -280,7 +281,3 @@ def key_of(row: sa.Row[Any]) -> Key:
         tag=row.tag or "",
         takes_tag_header=row.takes_tag_header,
     )
-
-
-def _list(text: str | None) -> Sequence[str] | None:
-    return None if text is None else orjson.loads(text)

@@ -11,10 +11,12 @@ What the package promises:
 - An operation with a mistake never fails the others of its batch.
 
 What it never does: it has no rules of its own (they are in `policy`), knows no HTTP and no wire format, and reads no
-clock but PostgreSQL's. Every change of a counter belongs to a call and is recorded in the call's entry.
+clock but PostgreSQL's. Every change of a counter belongs to a call and is recorded in the call's entry, except that
+an administrator can set what is used to 0 (`administration.counters`).
 
 Begin with `entry`, the life of one call. `book` applies the operations to counters and entries, as pure functions.
 `ledger` is the loop that commits them in batches, `store` the interface to a database, `sqlite` and `postgres` its
 two engines. Beside them: `queue` lets busy calls wait, `rollup` adds up usage by day, `schema` has the tables, `rows`
-converts rows, and `migrations` updates the tables of older releases.
+converts rows, and `migrations` updates the tables of older releases. `queries` has the reports. `notices` and
+`replicas` write what is only for display: refusals, counters near a limit, and what processes tell each other.
 """

@@ -38,6 +38,11 @@ class Used:
     reasoning_tokens: int = 0
     estimated: int = 0
 
+    @property
+    def tokens(self) -> int:
+        """Input and output together."""
+        return self.input_tokens + self.output_tokens
+
     def __add__(self, other: "Used") -> "Used":
         return Used(*(getattr(self, each.name) + getattr(other, each.name) for each in fields(Used)))
 
@@ -72,6 +77,12 @@ async def usage(connection: AsyncConnection, by: Dimension, asked: Asked) -> dic
     if by in _OF_CALLS or any(name in _OF_CALLS for name in asked.where):
         return await _sums(connection, _of_calls(by, asked, is_uncounted=False))
     return await _sums(connection, sa.union_all(_of_days(by, asked), _of_calls(by, asked, is_uncounted=True)))
+
+
+def by_time_or_tokens(row: tuple[str | int, Used]) -> tuple[int, str]:
+    """A key for sorting a report: times in their order, and of all others those with the most tokens first."""
+    value, used = row
+    return (value, "") if isinstance(value, int) else (-used.tokens, value)
 
 
 async def oldest_call(connection: AsyncConnection) -> int | None:

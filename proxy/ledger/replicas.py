@@ -1,4 +1,4 @@
-"""What the processes of one database tell each other: their status, and what happens in them while somebody watches.
+"""What the processes of one database exchange: their status, and what happens in them while somebody watches.
 
 A process whose events somebody reads says so in `replicas`, until when. Only then do the others write what happens
 in them to `feed`, and it reads their rows. Rows of `feed` are deleted by their process after a few seconds, in the
@@ -18,7 +18,7 @@ from proxy.ledger.store import Store
 
 # How long a process's own rows stay in the feed: others read it several times a second.
 _FEED_KEPT_MS = 10_000
-# How many changes are told at a time.
+# How many changes are read at a time.
 _CHANGES_MAX = 50
 
 
@@ -30,7 +30,7 @@ class FeedRow(NamedTuple):
     body: str
 
 
-class Change(NamedTuple):
+class AuditedChange(NamedTuple):
     """A change by an administrator, from the audit log."""
 
     at: int
@@ -89,7 +89,7 @@ class Replicas:
         async with self._store.transaction() as connection:
             return [FeedRow(*row) for row in await connection.execute(rows.order_by(feed.c.owner, feed.c.seq))]
 
-    async def changes(self, after: int, until: int) -> list[Change]:
+    async def changes(self, after: int, until: int) -> list[AuditedChange]:
         """The changes after the version `after` of the directory, up to and with `until`; of many the newest."""
         first, last = (f"aud_{version:016x}" for version in (after, until))
         rows = sa.select(audit.c.at, audit.c.actor, audit.c.action, audit.c.target).where(
@@ -97,4 +97,4 @@ class Replicas:
         )
         async with self._store.transaction() as connection:
             found = await connection.execute(rows.order_by(audit.c.id.desc()).limit(_CHANGES_MAX))
-            return [Change(*row) for row in reversed(found.all())]
+            return [AuditedChange(*row) for row in reversed(found.all())]

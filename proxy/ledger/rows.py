@@ -83,6 +83,11 @@ def counters_of(rows: Iterable[Row]) -> dict[CounterKey, Counter]:
     }
 
 
+def names_of(text: str | None) -> tuple[str, ...] | None:
+    """The names in a column that has a list of them as JSON; None if it is NULL."""
+    return None if text is None else tuple(orjson.loads(text))
+
+
 def _counter_row(key: CounterKey, counter: Counter) -> Row:
     return (*key, counter.window.opened_at, counter.window.resets_at, *counter.used, *counter.held, counter.reset_at)
 

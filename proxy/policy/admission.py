@@ -46,6 +46,11 @@ class Verdict(IntEnum):
     EXHAUSTED = 2
     NEVER = 3
 
+    @property
+    def word(self) -> str:
+        """Its name in logs, metrics and answers: allow, busy, exhausted or never."""
+        return self.name.lower()
+
 
 @dataclass(frozen=True, slots=True)
 class Block:
@@ -95,6 +100,11 @@ class NotAdmitted:
     verdict: Verdict
     blocks: tuple[Block, ...]
     then: "NotAdmitted | None" = None
+
+    @property
+    def refused_by(self) -> tuple[str, ...]:
+        """The ids of the quotas of these blocks, each once."""
+        return tuple(dict.fromkeys(block.quota.id for block in self.blocks))
 
     @property
     def admissible_at(self) -> int | None:

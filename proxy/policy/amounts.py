@@ -16,7 +16,7 @@ The usage of a call is never a bare number, but says how it is known: `Exactly` 
 that broke cannot be mistaken for a call that was free.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, StrEnum
 from operator import add, itemgetter, sub
@@ -125,6 +125,10 @@ class Measure(StrEnum):
         self.is_concurrent = not CONCURRENT.isdisjoint(quantities)
         self.total = _total([QUANTITIES.index(quantity) for quantity in quantities])
         return self
+
+
+# The measures by their names.
+MEASURES: Mapping[str, Measure] = {measure.value: measure for measure in Measure}
 
 
 class Uses(Enum):

@@ -7,6 +7,7 @@ admitted it.
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 from zoneinfo import ZoneInfo
 
@@ -203,11 +204,19 @@ class Policy:
         return BoundQuotas(
             everyone.quotas,
             bound,
-            grants=self.grants_on(quota for group in (everyone, *own) for quota in group.quotas),
+            grants=self._grants_on(quota for group in (everyone, *own) for quota in group.quotas),
         )
 
-    def grants_on(self, quotas: Iterable[Quota]) -> Grants:
-        """The grants on these quotas."""
+    @cached_property
+    def quotas(self) -> Mapping[str, Quota]:
+        """The quotas of all groups by their ids, in the order of the groups."""
+        return {quota.id: quota for group in self.groups.values() for quota in group.quotas}
+
+    def bound(self, *quotas: Quota) -> BoundQuotas:
+        """These quotas alone, all of which must have room, with their grants."""
+        return BoundQuotas(quotas, grants=self._grants_on(quotas))
+
+    def _grants_on(self, quotas: Iterable[Quota]) -> Grants:
         return {quota.id: found for quota in quotas if (found := self.grants.get(quota.id))} if self.grants else {}
 
     def _groups_of(self, groups: tuple[str, ...]) -> list[Group]:
@@ -238,7 +247,7 @@ class Policy:
             groups=tuple(GroupQuotas(group.name, enforced(group.quotas_for(model))) for group in applying),
             shadows=tuple(quota for quota in everything if quota.enforce == "shadow"),
             combine=self.combine,
-            grants=self.grants_on(everything),
+            grants=self._grants_on(everything),
         )
 
     def _applying_groups(self, own: list[Group], model: MatchedName, certain: Uses) -> list[Group]:

@@ -17,6 +17,8 @@ from proxy.policy.windows import Per, Window
 Enforce = Literal["exact", "after", "shadow"]
 Combine = Literal["any_group", "every_group"]
 CounterKey = tuple[str, str]
+# What the subject of a user's own counters begins with.
+_USER = "user:"
 
 
 class Globs:
@@ -100,6 +102,26 @@ def grants_of_user(grants: Grants, user: str) -> dict[str, tuple[Grant, ...]]:
     return {quota_id: mine for quota_id, mine in found if mine}
 
 
+def user_subject(user: str) -> str:
+    """The subject of the counters that a user has alone."""
+    return f"{_USER}{user}"
+
+
+def shared_subject(group: str) -> str:
+    """The subject of the counters that all members of a group share."""
+    return f"~{group}"
+
+
+def user_of(subject: str) -> str:
+    """The user whose counters these are. The subject must be that of a user."""
+    return subject.removeprefix(_USER)
+
+
+def group_of(quota_id: str) -> str:
+    """The group of a quota, by its id `group/name`. The names of groups have no slash."""
+    return quota_id.partition("/")[0]
+
+
 @dataclass(frozen=True, slots=True)
 class Quota:
     """One named rule of a group. Its counters belong to its id, `group/name`, so a new limit keeps their usage."""
@@ -170,7 +192,7 @@ class Quota:
 
         The prefixes also keep subjects apart: a user called "~art" is "user:~art".
         """
-        return (f"~{self.group}" if self.shared else f"user:{user}", self.id)
+        return (shared_subject(self.group) if self.shared else user_subject(user), self.id)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ Pure. The texts of refusals are in `formats.refusal`, the headers in `formats.li
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import TypedDict
 from zoneinfo import ZoneInfo
 
 from proxy.policy.amounts import Amount, Family, Measure
@@ -18,6 +19,16 @@ from proxy.policy.windows import Window, rfc3339
 
 # From this part of a limit on a user is near it, in percent.
 NEAR_PERCENT = 80
+
+
+class LimitUse(TypedDict):
+    """What is used, held and left of one limit, for output. `percent` is the used part of the limit."""
+
+    limit: int
+    used: int
+    held: int
+    remaining: int
+    percent: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +68,16 @@ class QuotaStatus:
         used = self.counter.used.of(limit.measure)
         return round(100 * used / limit.maximum, 1) if limit.maximum else 100.0
 
+    def use_of(self, limit: Limit) -> LimitUse:
+        """What is used, held and left of a limit."""
+        return {
+            "limit": limit.maximum,
+            "used": self.counter.used.of(limit.measure),
+            "held": self.counter.held.of(limit.measure),
+            "remaining": self.remaining(limit),
+            "percent": self.percent(limit),
+        }
+
     @property
     def window(self) -> Window | None:
         """The window; None for one of the first-call kind before a call opens it.
@@ -72,7 +93,7 @@ class QuotaStatus:
 
     def as_json(self, zone: ZoneInfo) -> dict[str, object]:
         """This quota as an item of `/v1/quota`; times in RFC 3339 are those of `zone`."""
-        limits = {limit.measure: limit for limit in self.quota.limits}
+        uses = {limit.measure: self.use_of(limit) for limit in self.quota.limits}
         return {
             "id": self.quota.id,
             "group": self.quota.group,
@@ -80,7 +101,7 @@ class QuotaStatus:
             "shared": self.quota.shared,
             "enforce": self.quota.enforce,
             "window": self._window_json(zone),
-            **{measure.value: self._level(limits.get(measure)) for measure in Measure},
+            **{measure.value: uses.get(measure) for measure in Measure},
             "near": any(map(self.is_near, self.quota.limits)),
             "grants": [_grant(grant, zone) for grant in self.grants],
         }
@@ -93,17 +114,6 @@ class QuotaStatus:
             "opened_at": None if window is None else window.opened_at // 1000,
             "resets_at": None if window is None else seconds_up(window.resets_at),
             "reset_at": None if window is None else rfc3339(window.resets_at, zone),
-        }
-
-    def _level(self, limit: Limit | None) -> dict[str, object] | None:
-        if limit is None:
-            return None
-        return {
-            "limit": limit.maximum,
-            "used": self.counter.used.of(limit.measure),
-            "held": self.counter.held.of(limit.measure),
-            "remaining": self.remaining(limit),
-            "percent": self.percent(limit),
         }
 
 

@@ -15,5 +15,7 @@ What it never does: it decides nothing about quotas (see `policy` and `ledger`),
 
 Begin with `routes`, which has the paths of the API listener and the handlers. In the order in which a request passes
 them: `listener` (connections and heads), `middleware` (validation, errors), `cors`, `routes`, `body` (reads what the
-client sends), `response` (writes what the client gets). `admin` and `health` are the remaining paths.
+client sends), `response` (writes what the client gets). `self_service` and `health` are the remaining paths of that
+listener, and `admin` is the other listener. `live` connects what happens in calls with those who watch: `events` has
+their streams, and `exchange` what happens in other processes.
 """

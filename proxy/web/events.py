@@ -2,7 +2,7 @@
 
 Five times a second `tick` makes one batch of what happened and puts it into a ring, which all streams share. A stream
 has only a position in the ring. If it reads too slowly and its position has left the ring, it gets one `snapshot` and
-goes on from there: it loses what happened meanwhile, but not how things stand. So a reader that does not read holds
+goes on from there: it loses what happened meanwhile, but not the state after it. So a reader that does not read holds
 no memory, and after a while it is disconnected.
 
     calls      calls that began and ended, of one process, and how many more did
@@ -10,7 +10,7 @@ no memory, and after a while it is disconnected.
     refusals   calls that a quota refused, and how many more were
     change     an administrator has changed something
     health     the state of this process has changed
-    snapshot   this is how things stand; read again what was read before it
+    snapshot   the state now; read again what was read before it
 
 The id of a batch is `owner:number`. The number counts the ticks, so it says nothing about how much others do. A batch
 may have several events. Only the last one has the id, so that a client that was cut off within a batch and resumes by
@@ -32,9 +32,9 @@ from aiohttp import web
 
 from proxy.calls.activity import Activity, Batch, CounterState, Details
 from proxy.errors import TooManyStreams
-from proxy.ledger.replicas import Change
+from proxy.ledger.replicas import AuditedChange
 from proxy.policy.policy import EVERYONE
-from proxy.policy.quota import CounterKey
+from proxy.policy.quota import CounterKey, group_of, shared_subject, user_subject
 from proxy.upstreams.headers import SERVER_NAME
 from proxy.web.middleware import REQUEST_ID
 from proxy.web.response import HEARTBEAT
@@ -123,7 +123,7 @@ class Filter:
     @property
     def subjects(self) -> tuple[str, ...]:
         """With a user, the subjects of the counters that are shown."""
-        return (f"user:{self.user}", *(f"~{group}" for group in sorted(self.groups or ())))
+        return (user_subject(self.user or ""), *map(shared_subject, sorted(self.groups or ())))
 
     def shows_group(self, group: str) -> bool:
         """Whether calls that this group admitted, or that its quotas refused, are shown.
@@ -137,12 +137,12 @@ class Filter:
         if self.groups is None:
             return True
         if self.user is None:
-            return _group_of(key[1]) in self.groups
+            return group_of(key[1]) in self.groups
         return key[0] in self.subjects
 
     def shows_change(self, target: str) -> bool:
         """Whether a change of this is shown. A manager sees those of the groups' quotas (`staff/daily`)."""
-        return self.groups is None or (self.user is None and "/" in target and _group_of(target) in self.groups)
+        return self.groups is None or (self.user is None and "/" in target and group_of(target) in self.groups)
 
 
 class Part(NamedTuple):
@@ -158,7 +158,7 @@ class _Entry:
 
     number: int
     parts: list[Part]
-    changes: list[Change]
+    changes: list[AuditedChange]
     health: bytes | None
     whole: bytes = b""
     size: int = 0
@@ -225,7 +225,7 @@ class Events:
         # The ids of the quotas of each subject in `_known`: many users may watch, and each sees only few counters.
         self._known_of: dict[str, set[str]] = {}
         self._incoming: list[Part] = []
-        self._changes: list[Change] = []
+        self._changes: list[AuditedChange] = []
         self._shown_health = b""
 
     @property
@@ -268,7 +268,7 @@ class Events:
         else:
             self._incoming[-1].batch.is_incomplete = True
 
-    def changed(self, changes: Iterable[Change]) -> None:
+    def changed(self, changes: Iterable[AuditedChange]) -> None:
         """Administrators have changed this. It is in the next batch."""
         self._changes = [*self._changes, *changes][-WAITING_MAX:]
 
@@ -277,7 +277,7 @@ class Events:
         self._is_closing = True
         self._published.set()
 
-    def _publish(self, parts: list[Part], changes: list[Change], health: bytes | None) -> None:
+    def _publish(self, parts: list[Part], changes: list[AuditedChange], health: bytes | None) -> None:
         is_incomplete = False
         for part in parts:
             is_incomplete |= part.batch.is_incomplete
@@ -411,7 +411,7 @@ class Events:
         return b"", position
 
     def _snapshot(self, sees: Filter) -> bytes:
-        """How things stand: the calls in flight of this process, the newest counters, and its health."""
+        """The state now: the calls in flight of this process, the newest counters, and its health."""
         newest = islice(self._known_to(sees), SNAPSHOT_COUNTERS_MAX)
         content: dict[str, object] = {"counters": _fragments(newest)}
         if sees.user is None:
@@ -493,10 +493,6 @@ def _event(name: str, data: bytes) -> bytes:
 def _with_id(events: list[bytes], id: str) -> list[bytes]:
     """The same events; the last one has the id."""
     return [*events[:-1], *(b"id: %b\n%b" % (id.encode(), event) for event in events[-1:])]
-
-
-def _group_of(quota_id: str) -> str:
-    return quota_id.partition("/")[0]
 
 
 async def _is_set_in(event: asyncio.Event, timeout_s: float) -> bool:

@@ -1,4 +1,4 @@
-"""What happens in other processes of the same database: it is read while somebody watches here, and told to them.
+"""Exchanges what happens with the other processes of the database, through tables, while somebody watches.
 
 `run` is called every EXCHANGE_S seconds, and each run does what is due:
 
@@ -29,11 +29,11 @@ EXCHANGE_S = 0.25
 _STATUS_EVERY_MS = 5_000
 _LOOK_EVERY_MS = 1_000
 _WRITE_EVERY_MS = 500
-# A process that dies while somebody watches there is told of for so long.
+# For how long the others go on writing for a process that died while somebody watched there.
 _WATCHING_MS = 15_000
-# How many counters are told at a time: some 300 kB.
+# How many counters are written at a time: about 300 kB.
 _COUNTERS_AT_ONCE = 1_000
-# How many changed counters wait to be told. If there are more, who watches is told to read all again.
+# How many changed counters wait to be written. If there are more, streams get a snapshot.
 _WAITING_MAX = 20_000
 _OWNERS_MAX = 256
 _KINDS = ("begun", "ended", "refused")
@@ -44,7 +44,7 @@ log = structlog.get_logger("exchange")
 class Exchange:
     """Connects the events of this process with those of the others.
 
-    `now` gives ms since 1970 by the ledger's clock, and `status` what is told of this process, as JSON values.
+    `now` gives ms since 1970 by the ledger's clock, and `status` the status of this process, as JSON values.
     """
 
     def __init__(
@@ -59,13 +59,13 @@ class Exchange:
         self._replicas = replicas
         self._now = now
         self._status = status
-        self._status_at = self._looked_at = self._told_at = 0
+        self._status_at = self._looked_at = self._wrote_at = 0
         self._was_watched = False
         self._positions: OrderedDict[str, int] | None = None
         self._outgoing = Batch()
         self._versions: tuple[int, int] | None = None
         self._is_away = False
-        events.on_batch = self._tell
+        events.on_batch = self._collect
         events.on_watching = self._look_again
 
     def note_change(self, old: int, new: int) -> None:
@@ -104,10 +104,10 @@ class Exchange:
             self._outgoing = Batch()
 
     async def _write_feed(self) -> None:
-        if not self._outgoing or self._now() - self._told_at < _WRITE_EVERY_MS:
+        if not self._outgoing or self._now() - self._wrote_at < _WRITE_EVERY_MS:
             return
         batch, rest = _split(self._outgoing)
-        self._outgoing, self._told_at = rest, self._now()
+        self._outgoing, self._wrote_at = rest, self._now()
         try:
             await self._replicas.publish(_body_of(batch))
         except StoreUnavailable:
@@ -143,7 +143,7 @@ class Exchange:
                 return
         self._versions = None
 
-    def _tell(self, batch: Batch) -> None:
+    def _collect(self, batch: Batch) -> None:
         _add(self._outgoing, batch)
 
     def _look_again(self) -> None:
@@ -163,7 +163,7 @@ def _add(batch: Batch, later: Batch) -> None:
 
 
 def _split(batch: Batch) -> tuple[Batch, Batch]:
-    """What is told now, and the counters that are told later."""
+    """What is written now, and the counters that are written later."""
     counters = iter(batch.counters.items())
     batch.counters = dict(islice(counters, _COUNTERS_AT_ONCE))
     return batch, Batch(counters=dict(counters))

@@ -1,4 +1,4 @@
-"""The parts of a process that show what happens live and note what needs attention, made and connected.
+"""Makes and connects the parts of a process that show what happens live, and note what needs attention.
 
 calls ─▶ Activity ─▶ Events ─▶ streams of this process
 ledger ─┘    │          └────▶ Exchange ◀─▶ the other processes
@@ -18,7 +18,7 @@ from proxy.ledger.notices import Notices
 from proxy.ledger.replicas import Replicas
 from proxy.ledger.store import Store
 from proxy.policy.policy import Policy
-from proxy.policy.quota import BoundQuotas, CounterKey, Quota
+from proxy.policy.quota import CounterKey, Quota, user_of
 from proxy.upstreams.routing import Cooldowns
 from proxy.web.events import TICK_S, Events
 from proxy.web.exchange import EXCHANGE_S, Exchange
@@ -90,7 +90,7 @@ class Live:
 
 
 class _Status:
-    """What a process tells of itself."""
+    """The status of a process, as JSON values."""
 
     def __init__(self, ledger: Ledger, policies: Policies[Snapshot], activity: Activity) -> None:
         self.cooldowns = Cooldowns()
@@ -100,7 +100,7 @@ class _Status:
         self._started_at = ledger.now()
 
     def health(self) -> dict[str, object]:
-        """What somebody who watches is told at once when it changes."""
+        """The part of which each change is an event."""
         reload = self._policies.last_reload
         return {
             "replica": self._ledger.owner,
@@ -134,9 +134,7 @@ class _Status:
 def quota_in(policy: Policy, key: CounterKey, at: int) -> Quota | None:
     """The quota to which a counter belongs, with the limits that are in force for it at this instant (ms)."""
     subject, quota_id = key
-    group = policy.groups.get(quota_id.partition("/")[0])
-    found = None if group is None else next((each for each in group.quotas if each.id == quota_id), None)
+    found = policy.quotas.get(quota_id)
     if found is None or not policy.grants:
         return found
-    bound = BoundQuotas((found,), grants=policy.grants_on((found,)))
-    return bound.for_user(subject.removeprefix("user:")).at(at).quotas[0]
+    return policy.bound(found).for_user(user_of(subject)).at(at).quotas[0]

@@ -13,7 +13,7 @@ from aiohttp import web
 from proxy.errors import DirectoryUnavailable, InvalidKey, InvalidRequest
 from proxy.identity.authentication import Caller, Snapshot
 from proxy.ledger.ledger import Ledger
-from proxy.ledger.queries import DAY_MS, Asked, Dimension, Used, usage
+from proxy.ledger.queries import DAY_MS, Asked, Dimension, by_time_or_tokens, usage
 from proxy.policy.status import quota_statuses
 from proxy.web.events import Events, Filter
 from proxy.web.middleware import json_response, not_served
@@ -72,7 +72,7 @@ class SelfService:
             raise InvalidRequest("`by` must be day or model.", param="by")
         async with self._ledger.read() as connection:
             found = await usage(connection, _DIMENSIONS[by], Asked(since, where={"user": caller.user}))
-        data = [{by: _value(value), **asdict(used)} for value, used in sorted(found.items(), key=_order)]
+        data = [{by: _value(value), **asdict(used)} for value, used in sorted(found.items(), key=by_time_or_tokens)]
         return json_response({"object": "list", "by": by, "since": _day(since), "data": data}, request)
 
     async def _stream(self, request: web.Request) -> web.StreamResponse:
@@ -113,12 +113,6 @@ def _since(text: str, now: int) -> int:
         raise InvalidRequest(
             "`since` must be a number of days such as 30d, or a day such as 2026-11-01.", param="since"
         ) from None
-
-
-def _order(item: tuple[str | int, Used]) -> tuple[int, str]:
-    """Days in their order; models with the most tokens first."""
-    value, used = item
-    return (value, "") if isinstance(value, int) else (-used.input_tokens - used.output_tokens, value)
 
 
 def _value(value: str | int) -> str:

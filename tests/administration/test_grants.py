@@ -117,7 +117,7 @@ async def test_the_list_is_filtered_and_paged(admin):
     await admin.create(new(quota="team/pot", user=None))
     found, cursor = [], None
     while True:
-        page = await admin.grants(groups=["staff"], paging=Paging(cursor, 2))
+        page = await replace(admin, groups=["staff"]).grants(paging=Paging(cursor, 2))
         found += page.data
         cursor = page.next
         if cursor is None:
@@ -125,6 +125,16 @@ async def test_the_list_is_filtered_and_paged(admin):
     assert sorted(each.id for each in found) == sorted(each.id for each in made)
     assert [each.user for each in (await admin.grants(user="bob", paging=Paging())).data] == ["bob"]
     assert [each.quota for each in (await admin.grants(quota="team/pot", paging=Paging())).data] == ["team/pot"]
-    assert (await admin.grants(groups=[], paging=Paging())).data == ()
+    assert (await replace(admin, groups=[]).grants(paging=Paging())).data == ()
     with pytest.raises(NotFound):
         await admin.grant("grt_nope")
+
+
+async def test_grants_on_quotas_of_other_groups_are_not_found(admin):
+    """A manager neither sees nor ends them, and makes none."""
+    other = await admin.create(new(quota="team/pot", user=None))
+    manager = replace(admin, groups=["staff"])
+    for refused in (manager.grant(other.id), manager.end(other.id), manager.create(new(quota="team/pot", user=None))):
+        with pytest.raises(NotFound):
+            await refused
+    assert (await admin.grant(other.id)).ended_at is None

@@ -35,7 +35,7 @@ async def test_calls_in_flight_say_who_calls_what_from_where(filled):
         "small",
         "192.0.2.7",
     )
-    assert (first.endpoint, first.upstream, first.group, first.owner) == ("chat", "openai", "staff", "process-1")
+    assert (first.endpoint, first.upstream, first.group, first.replica) == ("chat", "openai", "staff", "process-1")
     assert (first.held_input, first.held_output, first.began_at) == (100, 400, NOON)
     assert (second.id, second.key_id, second.address, third.id) == ("req_2", None, None, "req_3")
 

@@ -18,7 +18,8 @@ from proxy.administration.change import (
 )
 from proxy.administration.directory import DirectoryAdministration, set_groups_of_file_user
 from proxy.administration.effects import Effects
-from proxy.administration.policy import ModelQuota, PolicyAdministration, read_version
+from proxy.administration.policy import ModelQuota, PolicyAdministration
+from proxy.administration.policy_rows import read_version
 from proxy.config.loader import load_text
 from proxy.config.overlay import _parsed, overlaid
 from proxy.identity.database import DirectoryDatabase

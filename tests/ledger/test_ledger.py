@@ -35,6 +35,7 @@ from proxy.ledger.book import (
     Unknown,
 )
 from proxy.ledger.ledger import BATCH_MAX, LEASE_MS, Ledger
+from proxy.ledger.queries import oldest_call
 from proxy.ledger.schema import NewerSchema
 from proxy.ledger.sqlite import SqliteStore
 from proxy.ledger.store import StoreInUse, StoreUnavailable
@@ -1160,3 +1161,16 @@ def _binding_of(operation, book):
 
 def _is_orphan(entry):
     return entry.state == "open" and entry.owner == "process-0"
+
+
+# ------------------------------------------------------------------------------------------------------------- reports
+
+
+async def test_reports_are_read_beside_the_batches(ledger, path):
+    """Whoever asks for a report gets a 503 while the database is away."""
+    await ledger.reserve(reserve("1", ANN, CALL))
+    async with ledger.read() as connection:
+        assert await oldest_call(connection) == NOON
+    with connected(path) as writer, moved(path, writer), pytest.raises(LedgerUnavailable):
+        async with ledger.read():
+            pass

@@ -7,7 +7,16 @@ import pytest
 
 from proxy.ledger.book import Expire, Release, Reserve, Settle
 from proxy.ledger.entry import CallLabels, call_id_prefix
-from proxy.ledger.queries import DIMENSIONS, Asked, Used, ledger_now, oldest_call, read_counters, usage
+from proxy.ledger.queries import (
+    DIMENSIONS,
+    Asked,
+    Used,
+    by_time_or_tokens,
+    ledger_now,
+    oldest_call,
+    read_counters,
+    usage,
+)
 from proxy.ledger.schema import calls
 from proxy.policy.amounts import AtLeast, Exactly, Tokens, Unspent
 from tests.builders import DAY, HOUR, NOON, binding, call, counters, group_quotas, quota
@@ -147,3 +156,11 @@ async def test_the_oldest_call_says_how_far_back_keys_can_be_asked_for(store):
     await store.apply([reserve(2, NOON), reserve(1, MIDNIGHT)], NOON)
     async with store.transaction() as connection:
         assert await oldest_call(connection) == NOON
+
+
+def test_reports_are_sorted_by_time_or_by_tokens():
+    """Days come in their order whatever was used; of users with equal tokens the names decide."""
+    days = [(NOON + DAY, Used(input_tokens=5)), (NOON, Used())]
+    users = [("zoe", Used(input_tokens=2)), ("bob", Used(output_tokens=3)), ("ann", Used(1, 1, 1, 1))]
+    assert [value for value, _ in sorted(days, key=by_time_or_tokens)] == [NOON, NOON + DAY]
+    assert [value for value, _ in sorted(users, key=by_time_or_tokens)] == ["bob", "ann", "zoe"]

@@ -3,7 +3,7 @@
 import sqlalchemy as sa
 
 from proxy.ledger import replicas as module
-from proxy.ledger.replicas import Change, FeedRow, Replicas
+from proxy.ledger.replicas import AuditedChange, FeedRow, Replicas
 from proxy.ledger.schema import audit, feed, replicas
 from tests.builders import NOON
 
@@ -87,8 +87,8 @@ async def test_changes_are_read_by_the_versions_that_they_made(store, monkeypatc
             )
     one = of(store, "one")
     assert await one.changes(14, 16) == [
-        Change(NOON + 15, "eve", "change", "staff/15"),
-        Change(NOON + 16, "eve", "change", "staff/16"),
+        AuditedChange(NOON + 15, "eve", "change", "staff/15"),
+        AuditedChange(NOON + 16, "eve", "change", "staff/16"),
     ]
     assert await one.changes(19, 20) == []
     monkeypatch.setattr(module, "_CHANGES_MAX", 3)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.ledger.book import Book, Expire, Operation, Release, Settle
-from proxy.ledger.rows import CHANGING, Changes, changes_of, counters_of, entry_of, keys_of
+from proxy.ledger.rows import CHANGING, Changes, changes_of, counters_of, entry_of, keys_of, names_of
 from proxy.ledger.schema import calls
 from proxy.policy.amounts import Amount, AtLeast, Exactly, Tokens, Unspent
 from tests.builders import DAY, NOON, binding, call, extend, quota, reserve
@@ -115,3 +115,10 @@ def test_the_keys_of_operations_are_those_of_their_bindings():
         *WHO.keys(),
         DAILY.key_for("bob"),
     }
+
+
+def test_names_of_a_column():
+    """NULL is not an empty list: it means that there is no list."""
+    assert names_of(None) is None
+    assert names_of("[]") == ()
+    assert names_of('["staff","lab"]') == ("staff", "lab")

@@ -1488,3 +1488,12 @@ def test_increases_are_those_that_brute_force_finds(situation, wanted, least):
     for hold in result.holds:
         assert hold.counter == current[hold.quota.id]
         assert hold.amount == (NO_AMOUNT if hold.quota.enforce == "after" else Amount(output=result.output))
+
+
+def test_a_refusal_names_each_quota_once():
+    """Also if two of its limits refuse the call."""
+    who = binding([quota("staff/daily", tokens=5, requests=1)])
+    refused = decide(call(1, 1), who, counters(who, used={"staff/daily": Amount(5, 0, 1)}), NOON)
+    assert isinstance(refused, NotAdmitted)
+    assert len(refused.blocks) == 2
+    assert (refused.verdict.word, refused.refused_by) == ("exhausted", ("staff/daily",))

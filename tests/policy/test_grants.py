@@ -44,6 +44,16 @@ def test_a_grant_raises_the_limit_until_its_end():
     assert [_maximum(who, now) for now in (NOON, MORE.until - 1, MORE.until)] == [1500, 1500, 1000]
 
 
+def test_quotas_of_a_policy_are_bound_with_their_grants():
+    """And without those on other quotas."""
+    hourly = quota("staff/hourly", per="1h", tokens=100)
+    grants = grants_by_quota([MORE, grant(hourly.id, tokens=50, until=NOON + HOUR)])
+    of = policy(group("staff", DAILY, hourly), grants=grants)
+    assert of.quotas == {DAILY.id: DAILY, hourly.id: hourly}
+    assert _maximum(of.bound(DAILY).for_user("ann")) == 1500
+    assert [each.limits[0].maximum for each in of.bound(DAILY, hourly).for_user("ann").at(NOON).quotas] == [1500, 150]
+
+
 def test_grants_are_summed():
     """Those for all and those for the user, until each of them ends."""
     who = binding([DAILY], grants=[MORE, grant(DAILY.id, tokens=20, until=NOON + 2 * HOUR, user="ann")])

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from proxy.policy.admission import Admitted, decide
 from proxy.policy.amounts import Amount, Measure, Uses
-from proxy.policy.quota import Counter, Globs, Limit, counter_at
+from proxy.policy.quota import Counter, Globs, Limit, counter_at, group_of, shared_subject, user_of, user_subject
 from proxy.policy.windows import Window
 from tests.builders import (
     DAY,
@@ -388,3 +388,12 @@ def test_a_narrowed_key_admits_only_what_its_owner_may(data, who, demand):
     used = data.draw(counters_of(who))
     if isinstance(decide(demand, narrowed, used, NOON), Admitted):
         assert isinstance(decide(demand, who, used, NOON), Admitted)
+
+
+def test_subjects_and_ids_say_whose_counter_it_is():
+    """A subject gives the user's name back, whatever that is, and the id of a quota gives its group."""
+    own, shared = quota("team/daily", tokens=1), quota("team/pot", tokens=1, shared=True)
+    assert own.key_for("user:ann") == (user_subject("user:ann"), "team/daily")
+    assert user_of(user_subject("user:ann")) == "user:ann"
+    assert shared.key_for("ann") == (shared_subject("team"), "team/pot")
+    assert group_of(shared.id) == "team"

@@ -1,6 +1,9 @@
 """Users, keys and admin keys over the admin API, in force at once, on real sockets and both engines."""
 
 import asyncio
+import csv
+import io
+import json
 from pathlib import Path
 
 import pytest
@@ -268,3 +271,12 @@ async def test_a_name_is_free_again_when_its_key_has_ended(tmp_path: Path) -> No
         on.clock.ms += HOUR
         assert (await ask(on, "POST", "/admin-keys", json={"name": "ann"})).status == 201
         assert problem(await ask(on, "GET", "/admin-keys/nothing")) == (404, "not-found")
+
+
+async def test_the_audit_log_is_exported_as_csv(tmp_path: Path) -> None:
+    """A cell with several members is JSON, so a program can read it."""
+    async with stage(POLICY, folder=tmp_path) as on:
+        await ask(on, "POST", "/users", json={"id": "dora", "groups": ["staff"]})
+        [row] = csv.DictReader(io.StringIO((await ask(on, "GET", "/audit?format=csv")).body.decode()))
+        assert (row["action"], row["target"], row["before"]) == ("user.add", "database:dora", "")
+        assert json.loads(row["after"]) == {"groups": ["staff"], "is_service": False}

@@ -7,7 +7,6 @@ from typing import Any
 from pydantic import Field
 
 from proxy.administration.admin_keys import AdminKeyAdministration, AdminKeyRecord
-from proxy.administration.pages import Paging
 from proxy.config.reload import Policies
 from proxy.identity.authentication import Snapshot
 from proxy.identity.database import DirectoryDatabase
@@ -81,7 +80,7 @@ class AdminKeys:
         return AdminKeyAdministration(made, snapshot.admin_keys, tuple(snapshot.policy.groups))
 
     async def _list(self, request: AdminRequest[PageQuery, None]) -> AdminKeyList:
-        page = await self._administration(request).keys(Paging(request.query.after, request.query.limit))
+        page = await self._administration(request).keys(request.query.paging)
         return AdminKeyList(page.data, page.next, tuple(self._policies.current.admin_keys.values()))
 
     async def _create(self, request: AdminRequest[ChangeQuery, NewAdminKey]) -> NewKeyAnswer:

@@ -42,7 +42,7 @@ class Admin:
         self._request_log = request_log
         self._rows = [
             *operations,
-            reads("/openapi.json", self._document, "This document.", dict[str, object], roles=ALL_ROLES),
+            reads("/openapi.json", self._document, "Show this OpenAPI document.", dict[str, object], roles=ALL_ROLES),
         ]
         self._document_bytes = b""
 

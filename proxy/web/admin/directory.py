@@ -14,7 +14,7 @@ from proxy.administration.directory import (
     KeyRecord,
     UserRecord,
 )
-from proxy.administration.pages import Page, Paging
+from proxy.administration.pages import Page
 from proxy.config.reload import Policies
 from proxy.identity.authentication import Snapshot
 from proxy.identity.database import DirectoryDatabase
@@ -211,10 +211,33 @@ class Users:
             changes("POST", "/users", self._add, "Add a user.", UserAnswer, body=NewUser, **created),
             changes("POST", "/users/import", self._import, "Add or set many users.", Imported, body=ImportFields),
             reads(one, self._show, "Show a user, by its name in records.", UserAnswer),
-            changes("PATCH", one, self._set, "Set groups or e-mail.", UserAnswer, body=UserChange, **edited),
-            changes("POST", f"{one}/disable", self._disable, "Refuse calls.", UserAnswer, body=Cut, **edited),
+            changes(
+                "PATCH",
+                one,
+                self._set,
+                "Set the groups or the e-mail address of a user.",
+                UserAnswer,
+                body=UserChange,
+                **edited,
+            ),
+            changes(
+                "POST",
+                f"{one}/disable",
+                self._disable,
+                "Refuse further calls of a user.",
+                UserAnswer,
+                body=Cut,
+                **edited,
+            ),
             changes("POST", f"{one}/enable", self._enable, "Let a user call again.", UserAnswer, **edited),
-            changes("POST", f"{one}/forget", self._forget, "Make a user anonymous.", ForgottenUser, **edited),
+            changes(
+                "POST",
+                f"{one}/forget",
+                self._forget,
+                "Make the records of a user anonymous.",
+                ForgottenUser,
+                **edited,
+            ),
             changes(
                 "POST",
                 f"{one}/identities",
@@ -241,7 +264,7 @@ class Users:
         return [
             reads("/keys", self._keys, "List the keys of the database.", Page[KeyAnswer], query=KeyQuery),
             changes(
-                *("POST", "/keys/find", self._find, "Find the keys in a text.", FoundKeys),
+                *("POST", "/keys/find", self._find, "Find keys of this proxy in a text.", FoundKeys),
                 body=PastedText,
                 roles=READERS,
                 query=NoQuery,
@@ -255,7 +278,7 @@ class Users:
             ),
             reads(one, self._key, "Show a key.", KeyAnswer),
             changes(
-                *("PATCH", one, self._set_key, "Set the label or the end of a key.", KeyAnswer),
+                *("PATCH", one, self._set_key, "Set the label or the expiry of a key.", KeyAnswer),
                 body=KeyChange,
                 needs_match=True,
             ),
@@ -267,7 +290,7 @@ class Users:
                 needs_match=True,
             ),
             changes(
-                *("POST", f"{one}/revoke", self._revoke, "Refuse a key.", KeyAnswer),
+                *("POST", f"{one}/revoke", self._revoke, "Revoke a key.", KeyAnswer),
                 body=Cut,
                 needs_match=True,
             ),
@@ -278,8 +301,7 @@ class Users:
 
     async def _list(self, request: AdminRequest[UserQuery, None]) -> Page[UserAnswer]:
         query = request.query
-        paging = Paging(query.after, query.limit)
-        page = await self._administration(request).users(paging, text=query.text, group=query.group)
+        page = await self._administration(request).users(query.paging, text=query.text, group=query.group)
         return Page(tuple(map(_user, page.data)), page.next)
 
     async def _add(self, request: AdminRequest[ChangeQuery, NewUser]) -> Answer:
@@ -328,7 +350,7 @@ class Users:
 
     async def _keys(self, request: AdminRequest[KeyQuery, None]) -> Page[KeyAnswer]:
         query, administration = request.query, self._administration(request)
-        paging = Paging(query.after, query.limit)
+        paging = query.paging
         [after] = paging.key(str) or [""]
         owner = None if query.user is None else administration.resolve(query.user)
         records = await administration.keys(owner=owner, text=query.text, after=after, limit=paging.size + 1)

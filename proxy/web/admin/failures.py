@@ -1,4 +1,4 @@
-"""Slows down whoever tries admin keys: five wrong ones a minute from one address."""
+"""Slows down clients that guess admin keys: five wrong ones a minute from one address."""
 
 from collections import OrderedDict, deque
 from collections.abc import Callable
@@ -8,15 +8,15 @@ from proxy.identity.client_address import shared_address
 
 FAILURES_MAX = 5
 WITHIN_S = 60.0
-# The one that failed longest ago is forgotten first. Who has more addresses than that has five attempts with each.
+# The one that failed longest ago is forgotten first. A client with more addresses has five attempts with each.
 _ADDRESSES_MAX = 1024
 
 
 class Failures:
     """When wrong keys came from which address, of the last minute. `clock` gives seconds that only grow.
 
-    A right key that comes from the same address is refused too while the address has to wait. Otherwise it could go
-    on trying. Who is logged in already is not affected.
+    A right key from the same address is refused too while the address has to wait. Otherwise the client could go on
+    guessing. Logins that have begun are not affected.
     """
 
     def __init__(self, clock: Callable[[], float]) -> None:

@@ -29,6 +29,7 @@ from aiohttp import hdrs, web
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from proxy.administration.change import Author, Changes, Conditions
+from proxy.administration.pages import LIMIT, LIMIT_MAX, Paging
 from proxy.config.loader import ConnectionLimits
 from proxy.formats.strict_json import parse_object
 from proxy.identity.database import DirectoryDatabase
@@ -78,7 +79,12 @@ class PageQuery(Fields):
     """Which page of a list is asked for."""
 
     after: str | None = Field(None, max_length=1000, description="The `next` of the page before.")
-    limit: int = Field(100, ge=1, le=1000, description="How many entries the page has at most.")
+    limit: int = Field(LIMIT, ge=1, le=LIMIT_MAX, description="How many entries the page has at most.")
+
+    @property
+    def paging(self) -> Paging:
+        """The page that is asked for."""
+        return Paging(self.after, self.limit)
 
 
 class ChangeQuery(Fields):

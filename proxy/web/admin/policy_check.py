@@ -1,6 +1,6 @@
 """What a file would change, without changing anything and without reading a secret.
 
-References such as `${NAME}` are not resolved, because whoever asks could read the environment and the files of the
+References such as `${NAME}` are not resolved, because a client could read the environment and the files of the
 server through them. Where a value with a reference must be of some kind, such as a number, a value of that kind
 stands for it, and `not_checked` names its place.
 """
@@ -9,7 +9,7 @@ import asyncio
 from dataclasses import dataclass
 
 from proxy.administration.effects import Effects, effects_of
-from proxy.administration.policy import read_made
+from proxy.administration.policy_rows import read_made
 from proxy.config.lint import warnings
 from proxy.config.loader import BadConfig, Config
 from proxy.config.overlay import overlaid
@@ -63,7 +63,7 @@ async def check_policy(text: str, file: Config, database: DirectoryDatabase, *, 
         was, will = await asyncio.to_thread(lambda: (overlaid(file, made), overlaid(new, made)))
         effects = await effects_of(connection, was.config, will.config, now=now)
     before, after = was.config.policy.groups, will.config.policy.groups
-    quotas = [{quota.id: quota for group in groups.values() for quota in group.quotas} for groups in (before, after)]
+    quotas = (was.config.policy.quotas, will.config.policy.quotas)
     users = [{user.name for user in config.users} for config in (file, new)]
     return PolicyCheck(
         warnings=tuple(Mistake(each.line, each.text) for each in found),

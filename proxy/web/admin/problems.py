@@ -1,4 +1,4 @@
-"""The errors of the admin listener: problem details (RFC 9457), whoever raised them.
+"""The errors of the admin listener as problem details (RFC 9457), also those that other packages raise.
 
 A problem has a `type`, which stays the same from release to release and is for programs, and a `detail` for people.
 If a field of the request is wrong, `field` is its name, with dots between the names of nested fields. `errors` has
@@ -46,7 +46,7 @@ PROBLEMS: Mapping[str, tuple[int, str]] = {
     "unavailable": (503, "The database can't be reached"),
     "too-many-streams": (503, "Too many streams of events are open"),
 }
-# How other errors of the proxy, which know only their status, are called.
+# The problems for other errors of the proxy, which know only their status.
 _BY_STATUS = {400: "bad-request", 404: "not-found", 408: "timeout", 413: "too-large", 415: "unsupported-type"}
 _ERRORS_MAX = 20
 _NAME_MAX = 100

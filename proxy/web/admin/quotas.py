@@ -14,7 +14,7 @@ from proxy.administration.change import ChangeRefused, NotFound
 from proxy.administration.directory import DirectoryAdministration
 from proxy.administration.effects import Effects
 from proxy.administration.grants import GrantAdministration, GrantRecord, NewGrant
-from proxy.administration.pages import Page, Paging
+from proxy.administration.pages import Page
 from proxy.administration.policy import GroupRecord, ModelQuota, PolicyAdministration, QuotaRecord, QuotaSet
 from proxy.config.json_schema import field_schemas
 from proxy.config.reload import Policies
@@ -189,14 +189,28 @@ class Quotas:
         one, member = "/groups/{group}", "/groups/{group}/members/{user}"
         edited: dict[str, Any] = {"needs_match": True}
         return [
-            reads("/groups", self._groups, "List the groups in their order.", GroupList, roles=ALL_ROLES),
+            reads(
+                "/groups",
+                self._groups,
+                "List the groups, in the order in which they admit calls.",
+                GroupList,
+                roles=ALL_ROLES,
+            ),
             changes(
                 *("POST", "/groups", self._create_group, "Make a group, behind the others.", GroupAnswer),
                 body=NewGroup,
                 status=201,
                 is_repeatable=True,
             ),
-            changes("PUT", "/groups", self._order, "Order the groups.", GroupListAnswer, body=GroupOrder, **edited),
+            changes(
+                "PUT",
+                "/groups",
+                self._order,
+                "Set the order of the groups that were made at run time.",
+                GroupListAnswer,
+                body=GroupOrder,
+                **edited,
+            ),
             reads(one, self._group, "Show a group.", GroupRecord, roles=ALL_ROLES),
             changes("PUT", one, self._set_group, "Change a group.", GroupAnswer, body=GroupFields, **edited),
             changes("DELETE", one, self._delete_group, "Delete a group with its quotas.", EffectsAnswer, **edited),
@@ -215,7 +229,7 @@ class Quotas:
         return [
             reads("/quotas", self._quotas, "List the quotas.", QuotaList, query=QuotaQuery, roles=ALL_ROLES),
             changes(
-                *("PUT", "/quotas", self._set_model, "Replace all quotas for one model, of all groups."),
+                *("PUT", "/quotas", self._set_model, "Replace the quotas for one model, in all groups."),
                 QuotaSetAnswer,
                 body=ModelQuotaFields,
                 **edited,
@@ -228,7 +242,7 @@ class Quotas:
             ),
             reads(one, self._quota, "Show a quota.", QuotaRecord, roles=ALL_ROLES),
             changes(
-                *("PUT", one, self._set, "Make a quota, or change it; its usage stays.", QuotaAnswer),
+                *("PUT", one, self._set, "Make or change a quota. Its usage stays.", QuotaAnswer),
                 body=QuotaFields,
                 may_create=True,
                 **edited,
@@ -240,7 +254,7 @@ class Quotas:
         return [
             reads("/grants", self._grants, "List grants.", Page[GrantRecord], query=GrantQuery, roles=ALL_ROLES),
             changes(
-                *("POST", "/grants", self._create_grant, "Raise a limit until an instant.", GrantRecord),
+                *("POST", "/grants", self._create_grant, "Grant more of a quota, until an instant.", GrantRecord),
                 body=NewGrantFields,
                 status=201,
                 is_repeatable=True,
@@ -259,7 +273,8 @@ class Quotas:
     def _granting(self, request: AdminRequest[Any, Any]) -> GrantAdministration:
         admin = request.admin
         up_to = admin.grant_up_to if admin.role == "manager" else None
-        return GrantAdministration(request.changes(self._database, self._now), self._policies.config, up_to)
+        changes = request.changes(self._database, self._now)
+        return GrantAdministration(changes, self._policies.config, up_to, request.groups)
 
     # Groups
 
@@ -294,8 +309,7 @@ class Quotas:
         return Answer(GroupListAnswer(records, effects), etag=PolicyAdministration.order_etag(records))
 
     async def _members(self, request: AdminRequest[PageQuery, None]) -> Page[UserAnswer]:
-        paging = Paging(request.query.after, request.query.limit)
-        page = await self._directory(request).users(paging, group=_group_of(request))
+        page = await self._directory(request).users(request.query.paging, group=_group_of(request))
         return Page(tuple(UserAnswer(**record.as_json()) for record in page.data), page.next)
 
     async def _add_member(self, request: AdminRequest[ChangeQuery, None]) -> UserAnswer:
@@ -354,18 +368,16 @@ class Quotas:
         return await self._granting(request).grants(
             quota=query.quota,
             user=query.user,
-            groups=request.groups,
             ended=query.ended,
-            paging=Paging(query.after, query.limit),
+            paging=query.paging,
         )
 
     async def _grant(self, request: AdminRequest[NoQuery, None]) -> GrantRecord:
-        return await self._visible_grant(request)
+        return await self._granting(request).grant(request.path["id"])
 
     async def _create_grant(self, request: AdminRequest[ChangeQuery, NewGrantFields]) -> GrantRecord:
         body = request.body
         user = body.user
-        _check_sees_quota(request, body.quota)
         if user is not None:
             directory = self._directory(request)
             user = (await directory.user(directory.resolve(user))).identity.subject
@@ -374,13 +386,7 @@ class Quotas:
         )
 
     async def _end_grant(self, request: AdminRequest[ChangeQuery, None]) -> GrantRecord:
-        return await self._granting(request).end((await self._visible_grant(request)).id)
-
-    async def _visible_grant(self, request: AdminRequest[Any, Any]) -> GrantRecord:
-        record = await self._granting(request).grant(request.path["id"])
-        if not _sees(request, record.quota.partition("/")[0]):
-            raise NotFound("grant", "there is no grant with this id; list them to see their ids")
-        return record
+        return await self._granting(request).end(request.path["id"])
 
 
 def _sees(request: AdminRequest[Any, Any], group: str) -> bool:
@@ -393,11 +399,6 @@ def _group_of(request: AdminRequest[Any, Any]) -> str:
     if not _sees(request, name):
         raise NotFound("group", f'there is no group "{name}"; list them to see their names')
     return name
-
-
-def _check_sees_quota(request: AdminRequest[Any, Any], id: str) -> None:
-    if not _sees(request, id.partition("/")[0]):
-        raise NotFound("quota", f"there is no quota {id}; list them to see their ids")
 
 
 def _list(request: AdminRequest[Any, Any], found: QuotaSet) -> Answer:

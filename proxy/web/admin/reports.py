@@ -1,8 +1,7 @@
 """What is in force and what happened: usage, models, upstreams, policy, replicas, the audit log, events."""
 
 import io
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from typing import Any, Literal
@@ -19,8 +18,8 @@ from proxy.config.sentences import sentences
 from proxy.errors import InvalidKey, TooManyStreams
 from proxy.identity.authentication import Snapshot
 from proxy.identity.database import DirectoryDatabase
-from proxy.ledger.queries import DAY_MS, Asked, Dimension, Used, usage
-from proxy.ledger.store import Connection, StoreUnavailable
+from proxy.ledger.queries import DAY_MS, Asked, Dimension, Used, by_time_or_tokens, usage
+from proxy.ledger.store import StoreUnavailable
 from proxy.policy.catalog import Model
 from proxy.web.admin.access import Access
 from proxy.web.admin.operations import (
@@ -96,12 +95,13 @@ class UsageRow:
     estimated: int
 
 
-# Equal rows are in the order of their values. Days and hours are texts that sort by time.
-_SORTED_BY: dict[str, Callable[[UsageRow], tuple[int, str]]] = {
-    "value": lambda row: (0, row.value),
-    "tokens": lambda row: (-row.input_tokens - row.output_tokens, row.value),
-    "requests": lambda row: (-row.requests, row.value),
-    "calls": lambda row: (-row.calls, row.value),
+# Equal rows are in the order of their values.
+_SORTED_BY: dict[str | None, Callable[[tuple[str | int, Used]], Any]] = {
+    None: by_time_or_tokens,
+    "value": lambda row: row[0],
+    "tokens": lambda row: (-row[1].tokens, row[0]),
+    "requests": lambda row: (-row[1].requests, row[0]),
+    "calls": lambda row: (-row[1].calls, row[0]),
 }
 
 
@@ -137,7 +137,7 @@ class ModelRecord:
 
 @dataclass(frozen=True, slots=True)
 class ModelList:
-    """The models of the file."""
+    """List the models of the file."""
 
     data: tuple[ModelRecord, ...]
 
@@ -172,7 +172,7 @@ class UpstreamList:
 
 @dataclass(frozen=True, slots=True)
 class ReplicaList:
-    """The processes that share the database."""
+    """List the processes that share the database."""
 
     data: tuple[ReplicaRecord, ...]
 
@@ -225,13 +225,15 @@ class Reports:
         """The rows."""
         seen: dict[str, Any] = {"roles": ALL_ROLES}
         return [
-            reads("/usage", self._usage, "What was used.", Usage, query=UsageQuery, has_csv=True, **seen),
-            reads("/models", self._models, "The models of the file.", ModelList),
-            reads("/upstreams", self._upstreams, "The upstreams, their cooldowns and last failures.", UpstreamList),
-            reads("/replicas", self._replicas, "The processes that share the database.", ReplicaList),
-            reads("/policy", self._policy, "What is in force, without secrets.", PolicyRecord),
+            reads("/usage", self._usage, "Show what was used.", Usage, query=UsageQuery, has_csv=True, **seen),
+            reads("/models", self._models, "List the models of the file.", ModelList),
+            reads(
+                "/upstreams", self._upstreams, "List the upstreams, with cooldowns and last failures.", UpstreamList
+            ),
+            reads("/replicas", self._replicas, "List the processes that share the database.", ReplicaList),
+            reads("/policy", self._policy, "Show the policy in force, without secrets.", PolicyRecord),
             changes(
-                *("POST", "/policy/check", self._check, "Say what a file would change. Nothing is changed."),
+                *("POST", "/policy/check", self._check, "Show what a file would change. Nothing is changed."),
                 PolicyCheck,
                 body=PolicyText,
                 roles=ADMINISTRATORS,
@@ -239,33 +241,27 @@ class Reports:
                 is_change=False,
             ),
             reads(
-                *("/audit", self._audit, "Who changed what, the newest first.", Page[AuditRecord]),
+                *("/audit", self._audit, "List changes by administrators, the newest first.", Page[AuditRecord]),
                 query=AuditQuery,
                 has_csv=True,
                 **seen,
             ),
             reads(
-                *("/events", self._stream, "What happens, as server-sent events; resumed by Last-Event-ID.", str),
+                *("/events", self._stream, "Follow what happens, as server-sent events; Last-Event-ID resumes.", str),
                 content_type=_EVENTS,
                 **seen,
             ),
         ]
-
-    @asynccontextmanager
-    async def _read(self) -> AsyncIterator[Connection]:
-        async with self._database.read() as connection:
-            yield connection
 
     async def _usage(self, request: AdminRequest[UsageQuery, None]) -> Usage | web.Response:
         query = request.query
         asked = {name: getattr(query, name) for name in ("user", "group", "model", "key", "tag")}
         where: dict[Any, str] = {name: value for name, value in asked.items() if value is not None}
         since = max(0, self._now() - 30 * DAY_MS) if query.since is None else query.since
-        async with self._read() as connection:
+        async with self._database.read() as connection:
             found = await usage(connection, query.by, Asked(since, query.until, where, request.groups))
-        rows = [UsageRow(_shown(value, query.by), **asdict(used)) for value, used in found.items()]
-        rows.sort(key=_SORTED_BY[query.sort or ("value" if query.by in ("day", "hour") else "tokens")])
-        del rows[query.limit :]
+        chosen = sorted(found.items(), key=_SORTED_BY[query.sort])[: query.limit]
+        rows = [UsageRow(_shown(value, query.by), **asdict(used)) for value, used in chosen]
         if query.format == "csv":
             return _csv((query.by, *_USED), [list(asdict(row).values()) for row in rows])
         return Usage(query.by, since, tuple(rows))
@@ -275,7 +271,7 @@ class Reports:
         return ModelList(tuple(_model(name, model) for name, model in models.items()))
 
     async def _upstreams(self, request: AdminRequest[NoQuery, None]) -> UpstreamList:
-        async with self._read() as connection:
+        async with self._database.read() as connection:
             processes = await replicas(connection, self._now())
         return UpstreamList(
             tuple(
@@ -292,19 +288,19 @@ class Reports:
         )
 
     async def _replicas(self, request: AdminRequest[NoQuery, None]) -> ReplicaList:
-        async with self._read() as connection:
+        async with self._database.read() as connection:
             return ReplicaList(await replicas(connection, self._now()))
 
     async def _policy(self, request: AdminRequest[NoQuery, None]) -> PolicyRecord:
         config, file = self._policies.config, self._policies.file
         policy = config.policy
-        async with self._read() as connection:
+        async with self._database.read() as connection:
             processes = await replicas(connection, self._now())
         return PolicyRecord(
             hash=policy.hash,
             file_hash=file.policy.hash,
             made_version=self._made_version(),
-            hashes={each.owner: each.status.get("policy") for each in processes},
+            hashes={each.replica: each.status.get("policy") for each in processes},
             combine=policy.combine,
             unmatched=policy.unmatched,
             timezone=policy.zone.key,
@@ -324,8 +320,8 @@ class Reports:
         asked = AuditFilter(query.since, query.until, query.actor, query.target, query.action, request.groups)
         if query.format == "csv":
             return await self._exported(request.raw, asked)
-        async with self._read() as connection:
-            return await audit(connection, asked, Paging(query.after, query.limit))
+        async with self._database.read() as connection:
+            return await audit(connection, asked, query.paging)
 
     async def _exported(self, request: web.Request, asked: AuditFilter) -> web.StreamResponse:
         """All changes as CSV, page by page, so that no long transaction is needed."""
@@ -333,7 +329,7 @@ class Reports:
         await response.prepare(request)
         after, heads = None, COLUMNS
         while True:
-            async with self._read() as connection:
+            async with self._database.read() as connection:
                 page = await audit(connection, asked, Paging(after, _EXPORTED_AT_ONCE))
             await response.write(_csv_text(heads, [cells(record) for record in page.data]))
             if page.next is None:
@@ -378,7 +374,7 @@ def _model(name: str, model: Model) -> ModelRecord:
 
 def _states(upstream: str, processes: tuple[ReplicaRecord, ...]) -> list[UpstreamState]:
     return [
-        UpstreamState(process.owner, found.get("cooldown_until_at"), found.get("last_failure"))
+        UpstreamState(process.replica, found.get("cooldown_until_at"), found.get("last_failure"))
         for process in processes
         for found in process.status.get("upstreams", [])
         if found.get("name") == upstream

@@ -53,12 +53,12 @@ class Sessions:
         """The rows."""
         path = "/session"
         return [
-            reads(path, self._show, "Say who is asking.", SessionAnswer, roles=ALL_ROLES),
+            reads(path, self._show, "Show who is asking.", SessionAnswer, roles=ALL_ROLES),
             changes(
                 "POST",
                 path,
                 self._begin,
-                "Log in with an admin key: the answer sets the cookie.",
+                "Log in with an admin key. The answer sets a cookie.",
                 SessionAnswer,
                 roles=ANYBODY,
                 query=NoQuery,

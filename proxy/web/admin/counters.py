@@ -1,7 +1,6 @@
-"""Who stands where: counters, attention, refusals, calls in flight, explanations: what an administrator acts on."""
+"""Counters and what concerns them: attention, refusals, calls in flight, explanations."""
 
-from collections.abc import AsyncIterator, Callable, Collection
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Collection
 from typing import Any
 
 from pydantic import Field
@@ -21,14 +20,14 @@ from proxy.administration.counters import (
 from proxy.administration.directory import UserRecord
 from proxy.administration.explain import ExplainedRefusal, Explanation, explain
 from proxy.administration.in_flight import CallFilter, CallInFlight, calls_in_flight, end_call
-from proxy.administration.pages import Page, Paging
+from proxy.administration.pages import Page
 from proxy.administration.refusals import RefusalCount, RefusalFilter, refusal, refusals
 from proxy.calls.activity import Activity
 from proxy.config.reload import Policies
 from proxy.identity.authentication import Snapshot
 from proxy.identity.database import DirectoryDatabase
 from proxy.identity.directory import UserId
-from proxy.ledger.store import Connection, StoreUnavailable
+from proxy.ledger.store import StoreUnavailable
 from proxy.policy.policy import DEFAULT, EVERYONE
 from proxy.web.admin.directory import administration_of
 from proxy.web.admin.operations import (
@@ -90,8 +89,11 @@ class ExplainQuery(Fields):
     model: str = Field(min_length=1, max_length=200)
 
 
-class Standing:
-    """The counters and what happens to them. `now` gives ms since 1970, by the ledger's clock."""
+class Counters:
+    """Shows counters, refusals and calls in flight, resets counters, and ends calls.
+
+    `now` gives ms since 1970, by the ledger's clock.
+    """
 
     def __init__(
         self,
@@ -110,36 +112,51 @@ class Standing:
         """The rows."""
         seen: dict[str, Any] = {"roles": ALL_ROLES}
         return [
-            reads("/attention", self._attention, "Who needs attention.", Attention, **seen),
-            reads("/counters", self._counters, "Who stands where.", Page[CounterRecord], query=CounterQuery, **seen),
+            reads(
+                "/attention",
+                self._attention,
+                "Show who was refused, who is near a limit, and which pots run out.",
+                Attention,
+                **seen,
+            ),
+            reads(
+                "/counters",
+                self._counters,
+                "List counters: what is used and left.",
+                Page[CounterRecord],
+                query=CounterQuery,
+                **seen,
+            ),
             changes(
-                *("POST", "/counters/reset", self._reset, "Set what is used to 0; windows and holds stay.", Reset),
+                *("POST", "/counters/reset", self._reset, "Reset counters: what is used becomes 0.", Reset),
                 body=ResetFields,
                 roles=MANAGERS,
             ),
-            reads("/refusals", self._refusals, "Refusals by minute.", Page[RefusalCount], query=RefusalQuery, **seen),
-            reads("/refusals/{request}", self._refusal, "Explain a refused request.", ExplainedRefusal, **seen),
-            reads("/calls", self._calls, "Calls in flight.", Page[CallInFlight], query=CallQuery, **seen),
+            reads(
+                "/refusals",
+                self._refusals,
+                "List refusals by user, quota and minute.",
+                Page[RefusalCount],
+                query=RefusalQuery,
+                **seen,
+            ),
+            reads("/refusals/{request}", self._refusal, "Show why a request was refused.", ExplainedRefusal, **seen),
+            reads("/calls", self._calls, "List the calls in flight.", Page[CallInFlight], query=CallQuery, **seen),
             changes(
-                *("POST", "/calls/{id}/end", self._end_call, "End a call; it is charged what has passed."),
+                *("POST", "/calls/{id}/end", self._end_call, "End a call in flight. It is charged what has passed."),
                 CallInFlight,
             ),
             reads(
-                *("/explain", self._explain, "Say whether a user's call to a model is admitted, and why."),
+                *("/explain", self._explain, "Show whether a call of a user to a model is admitted, and why."),
                 Explanation,
                 query=ExplainQuery,
                 **seen,
             ),
         ]
 
-    @asynccontextmanager
-    async def _read(self) -> AsyncIterator[Connection]:
-        async with self._database.read() as connection:
-            yield connection
-
     async def _attention(self, request: AdminRequest[NoQuery, None]) -> Attention:
         policy = self._policies.current.policy
-        async with self._read() as connection:
+        async with self._database.read() as connection:
             return await attention(connection, policy, groups=request.groups, now=self._now())
 
     async def _counters(self, request: AdminRequest[CounterQuery, None]) -> Page[CounterRecord]:
@@ -155,9 +172,8 @@ class Standing:
             user=None if user is None else user.identity.subject,
             user_groups=() if user is None else user.groups,
         )
-        async with self._read() as connection:
-            paging = Paging(query.after, query.limit)
-            return await counters(connection, snapshot.policy, asked, paging, self._now())
+        async with self._database.read() as connection:
+            return await counters(connection, snapshot.policy, asked, query.paging, self._now())
 
     async def _reset(self, request: AdminRequest[ChangeQuery, ResetFields]) -> Reset:
         body = request.body
@@ -174,7 +190,7 @@ class Standing:
         """Tell the streams of events, which else would show a counter only with its next call."""
         policy, at = self._policies.current.policy, self._now()
         try:
-            async with self._read() as connection:
+            async with self._database.read() as connection:
                 found = await reset_since(connection, policy, target, groups=groups, since=since)
         except StoreUnavailable:
             return  # the reset is made, and its answer has to say so
@@ -187,11 +203,11 @@ class Standing:
         query = request.query
         user = None if query.user is None else self._subject(request, query.user)
         asked = RefusalFilter(user, query.quota, query.since, query.until, request.groups)
-        async with self._read() as connection:
-            return await refusals(connection, asked, Paging(query.after, query.limit))
+        async with self._database.read() as connection:
+            return await refusals(connection, asked, query.paging)
 
     async def _refusal(self, request: AdminRequest[NoQuery, None]) -> ExplainedRefusal:
-        async with self._read() as connection:
+        async with self._database.read() as connection:
             found = await refusal(connection, request.path["request"], groups=request.groups)
         try:
             user = await self._visible_user(request, UserId.of_subject(found.user))
@@ -203,8 +219,8 @@ class Standing:
         query = request.query
         user = None if query.user is None else self._subject(request, query.user)
         asked = CallFilter(user, query.group, query.model, request.groups)
-        async with self._read() as connection:
-            return await calls_in_flight(connection, asked, Paging(query.after, query.limit))
+        async with self._database.read() as connection:
+            return await calls_in_flight(connection, asked, query.paging)
 
     async def _end_call(self, request: AdminRequest[ChangeQuery, None]) -> CallInFlight:
         id = request.path["id"]
@@ -216,7 +232,7 @@ class Standing:
         return await self._explained(user, request.query.model)
 
     async def _explained(self, user: UserRecord, model: str) -> Explanation:
-        async with self._read() as connection:
+        async with self._database.read() as connection:
             return await explain(connection, self._policies.current, user, model, now=self._now)
 
     def _subject(self, request: AdminRequest[Any, Any], name: str) -> str:
