@@ -1163,7 +1163,7 @@ def _is_orphan(entry):
     return entry.state == "open" and entry.owner == "process-0"
 
 
-# ------------------------------------------------------------------------------------------------------------- reports
+# ------------------------------------------------------------------------------------------------------------ reports
 
 
 async def test_reports_are_read_beside_the_batches(ledger, path):
