@@ -228,6 +228,23 @@ def test_too_many_counters_are_left_out_and_the_batch_says_so():
     assert not process.activity.take().is_incomplete
 
 
+def test_a_state_that_was_read_before_the_last_reply_is_older():
+    """A reset is read from the database, and a call can end meanwhile."""
+    process = watched(DAILY)
+    key, window = ("user:ann", "staff/daily"), Window(NOON, NOON + HOUR)
+    process.activity.counter_changed(key, Counter(window, amount(7)), NOON + 2)
+    process.activity.counter_changed(key, Counter(window, amount(0)), NOON + 1)
+    [state] = states(process.activity.take()).values()
+    assert state["limits"][0]["used"] == 7
+
+
+def test_counters_that_are_not_told_of_make_the_batch_incomplete():
+    process = watched(DAILY)
+    process.activity.note_incomplete()
+    assert process.activity.take().is_incomplete
+    assert not process.activity.take().is_incomplete
+
+
 # ----------------------------------------------------------------------------------------------------------- refusals
 
 

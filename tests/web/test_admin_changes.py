@@ -4,8 +4,7 @@
 """
 
 import asyncio
-import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,6 +111,29 @@ async def filled(tmp_path: Path) -> AsyncIterator[tuple[Stage, dict[str, str]]]:
         await asyncio.wait([in_flight])
 
 
+def all_reads(on: Stage, ids: Mapping[str, str]) -> Iterator[tuple[Operation, str]]:
+    """Each GET but the stream of events, and a path at which it finds something."""
+    named = {"user": "alice", "group": "staff", "name": "daily", "request": ids["refusal"]}
+    of_resource = {"keys": ids["key"], "admin-keys": ids["admin"], "grants": ids["grant"]}
+    queries = {"/explain": "?user=alice&model=fast", "/usage": "?by=key"}
+    for each in on.server._admin._rows:
+        if each.method == "GET" and "event-stream" not in each.content_type:
+            known = {**named, "id": of_resource.get(each.path.split("/")[1], "")}
+            path = each.path
+            for name in each.parameters:
+                path = path.replace(f"{{{name}}}", known[name])
+            yield each, path + queries.get(each.path, "")
+
+
+async def refuse(on: Stage) -> str:
+    """Have a call refused and noted. Returns the id of its request."""
+    await make_quota(on, "staff/none", requests=0, per="day", models=["gpt-4o-mini"])
+    refused = await on.post("/v1/chat/completions", {**GOOD, "model": "gpt-4o-mini"})
+    assert refused.status == 429
+    await write_notices(on)
+    return refused.headers["x-request-id"]
+
+
 async def send(
     on: Stage, asked: Asked, ids: dict[str, str], *, query: str = "", admin: str = "ops", headers: Any = None
 ) -> Reply:
@@ -216,23 +238,12 @@ async def test_no_answer_has_a_secret(tmp_path: Path, monkeypatch: pytest.Monkey
             ids["admin" if "name" in body else "key"] = reply.json()["id"]
         secrets.append((await log_in(on, "ops"))["cookie"].partition("=")[2])
         ids["grant"] = (await ask(on, "POST", "/grants", json=GRANT)).json()["id"]
-        await make_quota(on, "staff/none", requests=0, per="day", models=["gpt-4o-mini"])
-        refused = await on.post("/v1/chat/completions", {**GOOD, "model": "gpt-4o-mini"})
-        assert refused.status == 429
-        ids["refusal"] = refused.headers["x-request-id"]
-        await write_notices(on)
+        ids["refusal"] = await refuse(on)
         secrets += [*map(digest, secrets), "canary-of-the-environment", on.database]
         secrets += [each.rpartition("_")[2] for each in secrets if each.startswith("lqp_")]
-        named = {"user": "alice", "group": "staff", "name": "daily", "request": ids["refusal"]}
-        of_resource = {"keys": ids["key"], "admin-keys": ids["admin"], "grants": ids["grant"]}
-        queries = {"/explain": "?user=alice&model=fast", "/usage": "?by=key"}
         seen = 0
-        for each in on.server._admin._rows:
-            if each.method != "GET" or "event-stream" in each.content_type:
-                continue
-            known = {**named, "id": of_resource.get(each.path.split("/")[1], "")}
-            path = re.sub(r"\{(\w+)\}", lambda found: known[found[1]], each.path)  # noqa: B023 - used at once
-            reply = await ask(on, "GET", path + queries.get(each.path, ""))
+        for _, path in all_reads(on, ids):
+            reply = await ask(on, "GET", path)
             assert reply.status == 200, path
             seen += 1
             for secret in secrets:

@@ -10,9 +10,11 @@ import orjson
 import pytest
 from yarl import URL
 
-from tests.admin import ADMINS, admin_key, ask
+from proxy.web.admin.operations import Operation
+from tests.admin import ADMINS, SAME_ORIGIN, admin_key, ask
 from tests.openapi import Document
-from tests.stage import STAFF, Stage, stage
+from tests.stage import STAFF, Reply, Stage, key_of, stage
+from tests.web.test_admin_changes import CHANGES, Asked, all_reads, filled, finish, operation_of, refuse, send
 
 POLICY = STAFF + ADMINS
 JSON = "application/json"
@@ -58,6 +60,48 @@ async def test_no_answer_is_outside_of_the_document(tmp_path: Path, monkeypatch:
                 succeeded.add(operation["operationId"])
         # Else the requests would be refused before they reach anything.
         assert len(succeeded) >= len({each[2]["operationId"] for each in todo}) // 2
+
+
+async def test_every_operation_succeeds_as_the_document_says(tmp_path: Path) -> None:
+    """A valid request to each: its body, its status and each member of its answer are those of the document."""
+    async with filled(tmp_path) as (on, ids):
+        document = Document((await ask(on, "GET", "/openapi.json")).json(), words=[])
+        operations = {each["operationId"]: each for _, _, each in document.operations()}
+        done = set()
+
+        def check(operation: Operation, reply: Reply, body: Any = None) -> None:
+            said = operations[operation.id]
+            assert reply.status == operation.status, (operation.id, reply.body)
+            if body is not None:
+                schema = said["requestBody"]["content"][JSON]["schema"]
+                assert not document.mistakes(body, schema), operation.id
+            content = document.resolve(said["responses"][str(reply.status)]).get("content")
+            if content is None:
+                assert reply.body == b"", operation.id
+            else:
+                assert reply.headers["content-type"] == JSON
+                assert not document.mistakes(reply.json(), content[JSON]["schema"]), operation.id
+            done.add(operation.id)
+
+        ids["refusal"] = await refuse(on)
+        for asked in CHANGES:
+            for query in ("?dry_run=true", ""):
+                reply = await send(on, asked, ids, query=query)
+                check(operation_of(on, asked), reply, asked.body)
+            await finish(on, asked, reply, ids)
+        for operation, path in all_reads(on, ids):
+            check(operation, await ask(on, "GET", path))
+        for method, path, body in (
+            ("POST", "/session", {"key": admin_key("eve")}),
+            ("DELETE", "/session", None),
+            ("POST", "/keys/find", {"text": f"{key_of('alice')} and nothing"}),
+            ("POST", "/policy/check", {"yaml": "upstreams: {}"}),
+        ):
+            headers = {} if body is None else SAME_ORIGIN
+            admin = None if path == "/session" and method == "POST" else "ops"
+            reply = await ask(on, method, path, admin=admin, headers=headers, json=body)
+            check(operation_of(on, Asked(method, path)), reply, body)
+        assert operations.keys() - done == {"get_events"}
 
 
 def _request(document: Document, path: str, operation: Any, draw: random.Random) -> dict[str, Any]:
