@@ -147,7 +147,7 @@ async def test_a_call_is_ended_through_another_process(tmp_path: Path) -> None:
         begun = await reader.until("calls")
         assert begun["replica"] == two.server.ledger.owner
         [call] = (await ask(one, "GET", "/calls")).json()["data"]
-        assert (call["owner"], call["user"]) == (two.server.ledger.owner, "alice")
+        assert (call["replica"], call["user"]) == (two.server.ledger.owner, "alice")
         assert (await ask(one, "POST", f"/calls/{call['id']}/end")).status == 200
         async with asyncio.timeout(IN_FORCE_S):
             await asyncio.wait([in_flight])
