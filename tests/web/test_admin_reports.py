@@ -125,7 +125,7 @@ async def test_the_policy_says_what_is_in_force_and_what_the_last_reload_did(tmp
         assert after["hash"] != after["file_hash"] == before["file_hash"]
         assert after["hashes"] == {on.server.ledger.owner: after["hash"]}
         [replica] = (await ask(on, "GET", "/replicas", admin="eve")).json()["data"]
-        assert (replica["owner"], replica["status"]["policy"]) == (on.server.ledger.owner, after["hash"])
+        assert (replica["replica"], replica["status"]["policy"]) == (on.server.ledger.owner, after["hash"])
 
         def fail() -> Any:
             raise BadConfig([Diagnostic("quotas.yaml", 3, "wrong")])
