@@ -12,10 +12,10 @@ What the package promises:
 What it never does: it knows no HTTP and no command line, and decides about no call. A grant or a quota that is made
 here is part of the policy, by which `policy` decides.
 
-Begin with `change`, which every change passes. `directory` has users and keys, `admin_keys` the keys of
-administrators, `policy` groups and quotas, `grants` what is added to quotas, and `counters` their reset; `effects`
-says what a change of the policy does. The lists are in these modules too, and in `attention`, `refusals`,
-`in_flight`, `audit` and `replicas`; `pages`, `search` and `csv` are what lists have in common. `explain` says why a
-user is admitted or not. `refresh` brings changes into force in a process: it reads what `policy_rows` keeps. `upkeep`
-deletes old rows.
+Begin with `change`, which every change passes. `directory` has users and keys (`records` is how they are shown,
+`words` finds keys in a text), `admin_keys` the keys of administrators, `policy` groups and quotas (`policy_rows` is
+how they are stored), `grants` what is added to quotas, and `counters` their reset; `effects` says what a change of
+the policy does. The lists are in these modules too, and in `attention`, `refusals`, `in_flight`, `audit` and
+`replicas`; `pages`, `search` and `csv` are what lists have in common. `explain` says why a user is admitted or not.
+`refresh` brings changes into force in a process, and `upkeep` deletes old rows.
 """

@@ -11,8 +11,8 @@ import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from proxy.administration.change import Change, ChangeRefused, Changes, NotFound
-from proxy.administration.directory import audit_name
 from proxy.administration.pages import Page, Paging, cursor_of
+from proxy.administration.records import audit_name
 from proxy.identity.directory import UserId
 from proxy.ledger.queries import POSTGRES_NOW, ledger_now, read_counters
 from proxy.ledger.rows import counters_of

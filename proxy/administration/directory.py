@@ -13,8 +13,19 @@ import orjson
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from proxy.administration.change import Change, ChangeRefused, Changes, Conflict, NotFound, as_json, etag_of, valid
+from proxy.administration.change import Change, ChangeRefused, Changes, Conflict, NotFound, as_json, valid
 from proxy.administration.pages import Page, Paging
+from proxy.administration.policy_rows import set_groups_of_file_user
+from proxy.administration.records import (
+    Imported,
+    ImportedUser,
+    KeyLimits,
+    KeyRecord,
+    UserRecord,
+    audit_name,
+    key_record,
+    user_record,
+)
 from proxy.administration.search import contains
 from proxy.administration.words import words
 from proxy.config import values
@@ -24,14 +35,12 @@ from proxy.identity.database import (
     insert_user,
     is_of_user,
     is_row_of,
-    key_of,
     row_of_new,
-    user_of,
 )
 from proxy.identity.directory import DATABASE, FILE, FileDirectory, User, UserId
 from proxy.identity.keys import KEY_PATTERN, NewKey, make_key, random_id
 from proxy.ledger.schema import api_keys, audit, calls, grants, identities, usage_by_day, users
-from proxy.policy.key import Key, Network
+from proxy.policy.key import Network
 from proxy.policy.policy import DEFAULT, EVERYONE
 from proxy.policy.quota import Globs
 
@@ -46,114 +55,6 @@ _SET_IMPORTED = (
 )
 # The source of pseudonyms. `values.source_name` refuses this name for a source of the configuration.
 _FORGOTTEN = "forgotten"
-
-
-@dataclass(frozen=True, slots=True)
-class UserRecord:
-    """A user as administrators see it. `linked` are the identities of other sources that are this user."""
-
-    identity: UserId
-    groups: tuple[str, ...]
-    email: str | None = None
-    is_service: bool = False
-    created_at: int | None = None
-    created_by: str | None = None
-    disabled_at: int | None = None
-    forgotten_at: int | None = None
-    linked: tuple[UserId, ...] = ()
-
-    @property
-    def etag(self) -> str:
-        """Changes whenever an administrator changes the user."""
-        return etag_of(self.as_json())
-
-    def as_json(self) -> dict[str, Any]:
-        """The members, for output. Instants are in ms since 1970."""
-        return {
-            "user": self.identity.subject,
-            "source": self.identity.source,
-            "id": self.identity.id,
-            "groups": list(self.groups),
-            "email": self.email,
-            "is_service": self.is_service,
-            "created_at": self.created_at,
-            "created_by": self.created_by,
-            "disabled_at": self.disabled_at,
-            "forgotten_at": self.forgotten_at,
-            "linked": [identity.subject for identity in self.linked],
-        }
-
-
-@dataclass(frozen=True, slots=True)
-class KeyRecord:
-    """A key as administrators see it. `used_at` is when it was last used, to the minute; None: never, or unknown."""
-
-    key: Key
-    owner: UserId
-    created_at: int | None = None
-    created_by: str | None = None
-    used_at: int | None = None
-    replaced_by: str | None = None
-
-    @property
-    def etag(self) -> str:
-        """Changes whenever an administrator changes the key, and not when it is used."""
-        return etag_of({**self.as_json(), "used_at": None})
-
-    def as_json(self) -> dict[str, Any]:
-        """The members, for output. Instants are in ms since 1970."""
-        key = self.key
-        return {
-            "id": key.id,
-            "user": self.owner.subject,
-            "label": key.label,
-            "groups": None if key.groups is None else list(key.groups),
-            "models": None if key.models is None else list(key.models.texts),
-            "networks": [str(network) for network in key.networks],
-            "tag": key.tag,
-            "takes_tag_header": key.takes_tag_header,
-            "expires_at": key.expires_at,
-            "revoked_at": key.revoked_at,
-            "used_at": self.used_at,
-            "created_at": self.created_at,
-            "created_by": self.created_by,
-            "replaced_by": self.replaced_by,
-        }
-
-
-@dataclass(frozen=True, slots=True)
-class KeyLimits:
-    """What a new key is to narrow, as a person writes it; see `policy.key.Key`."""
-
-    label: str = ""
-    groups: Sequence[str] = ()
-    models: Sequence[str] = ()
-    networks: Sequence[str] = ()
-    expires_at: int | None = None
-    tag: str = ""
-    takes_tag_header: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class ImportedUser:
-    """One line of an import. `line` is its number in the file.
-
-    None leaves the groups or the e-mail address of a user who is there as they are, and an empty one removes them.
-    """
-
-    line: int
-    id: str
-    groups: tuple[str, ...] | None = None
-    email: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Imported:
-    """What an import did, or would do: the ids of users who were added, changed, and already as they should be."""
-
-    added: tuple[str, ...] = ()
-    changed: tuple[str, ...] = ()
-    unchanged: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -203,7 +104,7 @@ class DirectoryAdministration:
                 if text:
                     listed = listed.where(contains(connection, (users.c.id, users.c.email), text))
                 rows = await connection.execute(listed)
-                found += [_user_record(row) for row in rows if not self._is_in_file(row)]
+                found += [user_record(row) for row in rows if not self._is_in_file(row)]
             records = await _with_links(connection, found[: paging.size + 1])
         return paging.page(records, lambda record: self.place(record.identity), lambda record: record)
 
@@ -422,7 +323,7 @@ class DirectoryAdministration:
         async with self.changes.database.read() as connection:
             if text:
                 found = found.where(contains(connection, (api_keys.c.id, api_keys.c.label, api_keys.c.user_id), text))
-            return [_key_record(row) for row in await connection.execute(found)]
+            return [key_record(row) for row in await connection.execute(found)]
 
     async def key(self, id: str) -> KeyRecord:
         """One key, by its id."""
@@ -441,7 +342,7 @@ class DirectoryAdministration:
             for first in range(0, len(digests), 500):
                 is_one = api_keys.c.digest.in_(digests[first : first + 500])
                 some = sa.select(api_keys).where(is_one).order_by(api_keys.c.id)
-                found += [_key_record(row) for row in await connection.execute(some)]
+                found += [key_record(row) for row in await connection.execute(some)]
         for word in dict.fromkeys(words(text)):
             owned = self.file.key(values.digest(word))
             if owned is not None:
@@ -533,7 +434,7 @@ class DirectoryAdministration:
         row = await find_row(connection, users, identity)
         if row is None:
             raise self._no_user(identity)
-        [record] = await _with_links(connection, [_user_record(row)])
+        [record] = await _with_links(connection, [user_record(row)])
         return record
 
     async def _changeable(self, change: Change, identity: UserId) -> UserRecord:
@@ -602,7 +503,7 @@ class DirectoryAdministration:
                 "the database has no key with this id; write the ID of lqp_ID_… alone, as `keys list` shows it "
                 "(keys of the file are in the file)",
             )
-        return _key_record(row)
+        return key_record(row)
 
     def _key_row(self, new: NewKey, user: UserRecord, limits: KeyLimits) -> dict[str, Any]:
         groups = self._groups(limits.groups)
@@ -682,24 +583,9 @@ def _listed_users(after: tuple[str, str] | None, group: str | None) -> sa.Select
     return found
 
 
-def audit_name(identity: UserId) -> str:
-    """The name of a user in the audit log: always with the source, because a group can have the name of a user."""
-    return f"{identity.source}:{identity.id}"
-
-
 async def _update(change: Change, identity: UserId, **changed: object) -> None:
     """Change the row of a user."""
     await change.connection.execute(sa.update(users).where(*is_row_of(users, identity)).values(**changed))
-
-
-async def set_groups_of_file_user(
-    connection: AsyncConnection, name: str, names: Sequence[str], *, at: int, by: str
-) -> None:
-    """Set the groups that a user of the file is in besides those of the file."""
-    identity = UserId(FILE, name)
-    changed = sa.update(users).where(*is_row_of(users, identity)).values(groups=as_json(list(names)))
-    if not (await connection.execute(changed)).rowcount:
-        await insert_user(connection, User(identity, tuple(names)), at, by=by)
 
 
 async def _linked_user(connection: AsyncConnection, identity: UserId) -> UserId | None:
@@ -719,20 +605,6 @@ async def _with_links(connection: AsyncConnection, records: Sequence[UserRecord]
     return [replace(record, linked=tuple(linked.get(record.identity, ()))) for record in records]
 
 
-def _user_record(row: sa.Row[Any]) -> UserRecord:
-    user = user_of(row)
-    return UserRecord(
-        identity=user.identity,
-        groups=user.groups,
-        email=row.email,
-        is_service=row.is_service,
-        created_at=row.created_at,
-        created_by=row.created_by,
-        disabled_at=row.disabled_at,
-        forgotten_at=row.forgotten_at,
-    )
-
-
 async def _rename_in_imports(connection: AsyncConnection, id: str, pseudonym: str) -> None:
     """Give a user another name in the lists of imports, which the audit log keeps."""
     has_it = (audit.c.action == "user.import", audit.c.after.contains(as_json(id), autoescape=True))
@@ -741,11 +613,6 @@ async def _rename_in_imports(connection: AsyncConnection, id: str, pseudonym: st
             name: [pseudonym if each == id else each for each in ids] for name, ids in orjson.loads(row.after).items()
         }
         await connection.execute(sa.update(audit).where(audit.c.id == row.id).values(after=as_json(lists)))
-
-
-def _key_record(row: sa.Row[Any]) -> KeyRecord:
-    owner = UserId(row.user_source, row.user_id)
-    return KeyRecord(key_of(row), owner, row.created_at, row.created_by, row.used_at, row.replaced_by)
 
 
 def _audited(record: KeyRecord) -> dict[str, Any]:

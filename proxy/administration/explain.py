@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from proxy.administration.counters import CounterRecord, record_of
-from proxy.administration.directory import UserRecord
+from proxy.administration.records import UserRecord
 from proxy.administration.refusals import RefusalRecord
 from proxy.identity.authentication import Caller, Snapshot
 from proxy.ledger.queries import ledger_now, read_counters

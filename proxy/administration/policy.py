@@ -16,9 +16,8 @@ from typing import Any, Literal
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from proxy.administration.change import Change, ChangeRefused, Changes, Conflict, NotFound, etag_of, valid
-from proxy.administration.directory import set_groups_of_file_user
 from proxy.administration.effects import Effects, effects_of
-from proxy.administration.policy_rows import read_made, remove_members, write_made
+from proxy.administration.policy_rows import read_made, remove_members, set_groups_of_file_user, write_made
 from proxy.config import values
 from proxy.config.document import to_yaml
 from proxy.config.loader import Config

@@ -10,7 +10,8 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from proxy.administration.change import as_json
 from proxy.administration.grants import runs
 from proxy.config.overlay import MadeGroup, MadePolicy, MadeQuota
-from proxy.identity.directory import FILE
+from proxy.identity.database import insert_user, is_row_of
+from proxy.identity.directory import FILE, User, UserId
 from proxy.ledger.rows import names_of
 from proxy.ledger.schema import directory, grants, groups, quotas, users
 from proxy.policy.amounts import MEASURES
@@ -121,3 +122,13 @@ async def remove_members(connection: AsyncConnection, group: str) -> None:
     ]
     for first in range(0, len(changed), _USERS_AT_ONCE):
         await connection.execute(update.values(groups=sa.bindparam("left")), changed[first : first + _USERS_AT_ONCE])
+
+
+async def set_groups_of_file_user(
+    connection: AsyncConnection, name: str, names: Sequence[str], *, at: int, by: str
+) -> None:
+    """Set the groups that a user of the file is in besides those of the file."""
+    identity = UserId(FILE, name)
+    changed = sa.update(users).where(*is_row_of(users, identity)).values(groups=as_json(list(names)))
+    if not (await connection.execute(changed)).rowcount:
+        await insert_user(connection, User(identity, tuple(names)), at, by=by)

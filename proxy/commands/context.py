@@ -18,8 +18,9 @@ import uvloop
 
 from proxy.administration.change import Author, ChangeRefused, Changes
 from proxy.administration.csv import write_csv
-from proxy.administration.directory import DirectoryAdministration, UserRecord
+from proxy.administration.directory import DirectoryAdministration
 from proxy.administration.policy_rows import read_made
+from proxy.administration.records import UserRecord
 from proxy.config import values
 from proxy.config.loader import BadConfig, Config, ConfigFile
 from proxy.config.overlay import overlaid

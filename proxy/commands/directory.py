@@ -8,8 +8,9 @@ from pathlib import Path
 
 import click
 
-from proxy.administration.directory import LISTED_MAX, ImportedUser, KeyLimits, KeyRecord, UserRecord
+from proxy.administration.directory import LISTED_MAX
 from proxy.administration.pages import Paging, cursor_of
+from proxy.administration.records import ImportedUser, KeyLimits, KeyRecord, UserRecord
 from proxy.commands.context import (
     NO,
     WRONG,

@@ -10,9 +10,10 @@ import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from proxy.administration.change import Author, ChangeRefused, Changes
-from proxy.administration.directory import DirectoryAdministration, ImportedUser, KeyLimits
+from proxy.administration.directory import DirectoryAdministration
 from proxy.administration.grants import GrantAdministration, NewGrant
 from proxy.administration.pages import Paging
+from proxy.administration.records import ImportedUser, KeyLimits
 from proxy.config.loader import FileUser, load_text
 from proxy.config.values import digest
 from proxy.identity.database import DirectoryDatabase

@@ -2,8 +2,8 @@
 
 import pytest
 
-from proxy.administration.directory import UserRecord
 from proxy.administration.explain import explain
+from proxy.administration.records import UserRecord
 from proxy.config.loader import load
 from proxy.identity.directory import UserId
 from proxy.ledger.schema import counters

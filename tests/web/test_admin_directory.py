@@ -280,3 +280,14 @@ async def test_the_audit_log_is_exported_as_csv(tmp_path: Path) -> None:
         [row] = csv.DictReader(io.StringIO((await ask(on, "GET", "/audit?format=csv")).body.decode()))
         assert (row["action"], row["target"], row["before"]) == ("user.add", "database:dora", "")
         assert json.loads(row["after"]) == {"groups": ["staff"], "is_service": False}
+
+
+@pytest.mark.every_engine
+async def test_an_export_that_is_not_possible_is_a_problem(tmp_path: Path) -> None:
+    """PostgreSQL refuses a zero byte. The answer must not have begun then, because it would be cut off."""
+    async with stage(POLICY, folder=tmp_path) as on:
+        reply = await ask(on, "GET", "/audit?format=csv&actor=%00")
+        assert (reply.status, reply.headers["content-type"].partition(";")[0]) in (
+            (422, "application/problem+json"),
+            (200, "text/csv"),
+        )

@@ -17,10 +17,10 @@ from proxy.administration.counters import (
     make_reset,
     reset_since,
 )
-from proxy.administration.directory import UserRecord
 from proxy.administration.explain import ExplainedRefusal, Explanation, explain
 from proxy.administration.in_flight import CallFilter, CallInFlight, calls_in_flight, end_call
 from proxy.administration.pages import Page
+from proxy.administration.records import UserRecord
 from proxy.administration.refusals import RefusalCount, RefusalFilter, refusal, refusals
 from proxy.calls.activity import Activity
 from proxy.config.reload import Policies

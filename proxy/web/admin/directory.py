@@ -6,15 +6,9 @@ from typing import Any
 
 from pydantic import Field
 
-from proxy.administration.directory import (
-    DirectoryAdministration,
-    Imported,
-    ImportedUser,
-    KeyLimits,
-    KeyRecord,
-    UserRecord,
-)
+from proxy.administration.directory import DirectoryAdministration
 from proxy.administration.pages import Page
+from proxy.administration.records import Imported, ImportedUser, KeyLimits, KeyRecord, UserRecord
 from proxy.config.reload import Policies
 from proxy.identity.authentication import Snapshot
 from proxy.identity.database import DirectoryDatabase

@@ -1,7 +1,7 @@
 """What is in force and what happened: usage, models, upstreams, policy, replicas, the audit log, events."""
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from typing import Any, Literal
@@ -325,17 +325,20 @@ class Reports:
 
     async def _exported(self, request: web.Request, asked: AuditFilter) -> web.StreamResponse:
         """All changes as CSV, page by page, so that no long transaction is needed."""
+        # The first page is read before the answer begins, because what is wrong with the request shows there.
+        page = await self._changes(asked, None)
         response = web.StreamResponse(headers={"content-type": _CSV})
         await response.prepare(request)
-        after, heads = None, COLUMNS
-        while True:
-            async with self._database.read() as connection:
-                page = await audit(connection, asked, Paging(after, _EXPORTED_AT_ONCE))
-            await response.write(_csv_text(heads, [cells(record) for record in page.data]))
-            if page.next is None:
-                await response.write_eof()
-                return response
-            after, heads = page.next, ()
+        await response.write(_csv_text(COLUMNS, map(cells, page.data)))
+        while page.next is not None:
+            page = await self._changes(asked, page.next)
+            await response.write(_csv_text((), map(cells, page.data)))
+        await response.write_eof()
+        return response
+
+    async def _changes(self, asked: AuditFilter, after: str | None) -> Page[AuditRecord]:
+        async with self._database.read() as connection:
+            return await audit(connection, asked, Paging(after, _EXPORTED_AT_ONCE))
 
     async def _stream(self, request: AdminRequest[NoQuery, None]) -> web.StreamResponse:
         async def sees() -> Filter | None:
@@ -392,7 +395,7 @@ def _csv(heads: tuple[str, ...], rows: list[list[object]]) -> web.Response:
     return web.Response(headers={"content-type": _CSV}, body=_csv_text(heads, rows))
 
 
-def _csv_text(heads: tuple[str, ...], rows: list[list[object]]) -> bytes:
+def _csv_text(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> bytes:
     buffer = io.StringIO()
     write_csv(buffer, heads, rows)
     return buffer.getvalue().encode()
