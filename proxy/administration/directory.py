@@ -510,9 +510,9 @@ class DirectoryAdministration:
         missing = [name for name in groups if name not in user.groups]
         if missing:
             own = ", ".join(user.groups) or "no group"
-            raise ChangeRefused("group", f"{user.identity.subject} is not in {missing[0]}, but in {own}")
-        networks: list[Network] = [valid("from", values.network, text) for text in limits.networks]
-        models = [valid("model", values.glob, text) for text in limits.models]
+            raise ChangeRefused("groups", f"{user.identity.subject} is not in {missing[0]}, but in {own}")
+        networks: list[Network] = [valid("networks", values.network, text) for text in limits.networks]
+        models = [valid("models", values.glob, text) for text in limits.models]
         return {
             "id": new.id,
             "digest": new.digest,
@@ -560,11 +560,11 @@ class DirectoryAdministration:
         wanted = set(names)
         for name in sorted(wanted):
             if name in (EVERYONE, DEFAULT):
-                raise ChangeRefused("group", f'"{name}" applies to users without being listed; leave it out')
+                raise ChangeRefused("groups", f'"{name}" applies to users without being listed; leave it out')
             if name not in self.group_names:
                 known = [group for group in self.group_names if group not in (EVERYONE, DEFAULT)]
                 hint = did_you_mean(name, known) or f"the file has {', '.join(known) or 'none'}"
-                raise ChangeRefused("group", f'there is no group "{name}"; {hint}')
+                raise ChangeRefused("groups", f'there is no group "{name}"; {hint}')
         return [name for name in self.group_names if name in wanted]
 
 

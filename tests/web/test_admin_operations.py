@@ -79,7 +79,7 @@ async def test_a_problem_names_the_wrong_fields(tmp_path: Path) -> None:
         assert reply.json()["errors"][2]["detail"] == "there is no such field"
         assert b"secret-value" not in reply.body
         reply = await ask(on, "POST", "/users", json={"id": "a", "groups": ["stuff"]})
-        assert (reply.json()["field"], reply.json()["errors"]) == ("group", [])
+        assert (reply.json()["field"], reply.json()["errors"]) == ("groups", [])
         assert reply.json()["detail"] == 'There is no group "stuff"; did you mean "staff"?'
         reply = await ask(on, "GET", "/users?limit=0")
         assert reply.json()["field"] == "limit"
