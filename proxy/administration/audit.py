@@ -13,6 +13,10 @@ from proxy.administration.search import is_of_groups
 from proxy.ledger.schema import audit as table
 from proxy.ledger.store import Store
 
+# The changes whose target is a group or a quota. Other targets can look the same: a model can be called `staff/fast`.
+ACTIONS_ON_GROUPS = frozenset(
+    "group.create group.set group.delete quota.set quota.delete quotas.set counters.reset".split()
+)
 # How many rows one transaction deletes. It has SQLite's one write lock, for which calls wait.
 _DELETED_AT_ONCE = 500
 
@@ -64,6 +68,7 @@ class AuditFilter:
         if self.until is not None:
             chosen.append(table.c.at < self.until)
         if self.groups is not None:
+            chosen.append(table.c.action.in_(ACTIONS_ON_GROUPS))
             chosen.append(sa.or_(table.c.target.in_(self.groups), is_of_groups(table.c.target, self.groups)))
         return chosen
 

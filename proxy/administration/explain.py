@@ -3,7 +3,7 @@
 It decides about the smallest call with the functions that decide about calls. Nothing is reserved.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace
 
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -43,6 +43,20 @@ class Explanation:
     admissible_at: int | None = None
     alternatives: tuple[tuple[str, ...], ...] = ()
     quotas: tuple[CounterRecord, ...] = ()
+
+    def shown_to(self, groups: Collection[str]) -> "Explanation":
+        """What a manager of these groups sees of it: the verdict, and nothing of other groups and their quotas."""
+
+        def shown(ids: Iterable[str]) -> tuple[str, ...]:
+            return tuple(id for id in ids if id.partition("/")[0] in groups)
+
+        return replace(
+            self,
+            groups=tuple(name for name in self.groups if name in groups),
+            refused_by=shown(self.refused_by),
+            alternatives=tuple(ids for each in self.alternatives if (ids := shown(each))),
+            quotas=tuple(quota for quota in self.quotas if quota.group in groups),
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -144,9 +144,8 @@ class GrantAdministration:
     def _quota(self, id: str) -> Quota:
         known = {id: quota for id, quota in self.config.policy.quotas.items() if self._sees(id)}
         if id not in known:
-            raise NotFound(
-                "quota", f"there is no quota {id}; {did_you_mean(id, known) or 'list them to see their ids'}"
-            )
+            hint = did_you_mean(id, known) or "list them to see their ids"
+            raise NotFound("quota", f"there is no quota {id}; {hint}")
         return known[id]
 
     def _measure(self, new: NewGrant) -> Measure:

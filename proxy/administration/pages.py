@@ -14,6 +14,7 @@ import orjson
 from proxy.administration.change import ChangeRefused
 
 LIMIT, LIMIT_MAX = 100, 1000
+_NUMBER_MAX = 2**53
 
 T = TypeVar("T")
 Row = TypeVar("Row")
@@ -51,7 +52,9 @@ class Paging:
             found = orjson.loads(base64.urlsafe_b64decode(f"{self.after}=="))
         except (binascii.Error, ValueError):  # also orjson's error, and one of a text that is not ASCII
             found = None
-        if not isinstance(found, list) or [type(each) for each in found] != list(types):
+        is_key = isinstance(found, list) and [type(each) for each in found] == list(types)
+        # Larger numbers are no instants, and SQLite can't compare them.
+        if not is_key or any(type(each) is int and abs(each) > _NUMBER_MAX for each in found):
             raise ChangeRefused("after", "this is no cursor of this list; use the `next` of a page as it is")
         return tuple(found)
 

@@ -24,11 +24,13 @@ from proxy.config.loader import Config
 from proxy.config.messages import did_you_mean, read_quota
 from proxy.config.overlay import MadeGroup, MadePolicy, MadeQuota, Overlaid, overlaid
 from proxy.config.schema import Quota as QuotaSection
+from proxy.ledger.store import StoreUnavailable
 from proxy.policy.amounts import Measure
 from proxy.policy.quota import Quota
 
 Origin = Literal["file", "database"]
 Fields = Mapping[str, object]
+_NOT_READ = "The change is made. Whom it touches is not known, because the database can't be reached right now."
 
 
 @dataclass(frozen=True, slots=True)
@@ -298,8 +300,13 @@ class PolicyAdministration:
     async def _effects(self, before: MadePolicy, after: MadePolicy) -> Effects:
         """What a change does to members, read after it, so that nobody waits for it."""
         was, now = await asyncio.to_thread(lambda: (overlaid(self.file, before), overlaid(self.file, after)))
-        async with self.changes.database.read() as connection:
-            return await effects_of(connection, was.config, now.config, now=self.changes.now())
+        try:
+            async with self.changes.database.read() as connection:
+                return await effects_of(connection, was.config, now.config, now=self.changes.now())
+        except StoreUnavailable:
+            if self.changes.conditions.is_trial:
+                raise
+            return Effects(warnings=(_NOT_READ,))  # the change is made, so it must not be answered as if it failed
 
     async def _write_quotas(self, change: Change, before: MadePolicy, after: MadePolicy, ids: Sequence[str]) -> None:
         [id] = ids

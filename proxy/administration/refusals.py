@@ -164,7 +164,26 @@ async def refusal(
             "no refusal of this request is stored: they are kept for 7 days, one of a user and quota each second; "
             "the log has them all",
         )
-    return _record(found)
+    return _record(found) if groups is None else _shown_to(_record(found), groups)
+
+
+def _shown_to(record: RefusalRecord, groups: Collection[str]) -> RefusalRecord:
+    """What a manager of these groups sees of a refusal: nothing of the quotas of other groups."""
+    if record.details is None:
+        return record
+
+    def is_shown(id: str) -> bool:
+        return id.partition("/")[0] in groups
+
+    details = {
+        "refused_by": [id for id in record.details["refused_by"] if is_shown(id)],
+        "blocks": [each for each in record.details["blocks"] if is_shown(each["quota"])],
+        "alternatives": [
+            ids for each in record.details["alternatives"] if (ids := [id for id in each if is_shown(id)])
+        ],
+        "quotas": [each for each in record.details["quotas"] if is_shown(each["quota"])],
+    }
+    return replace(record, details=details)
 
 
 async def last_refusals(connection: AsyncConnection, asked: RefusalFilter, *, limit: int) -> Sequence[RefusalRecord]:

@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 import orjson
 from aiohttp import web
 
+from proxy.administration.audit import ACTIONS_ON_GROUPS
 from proxy.calls.activity import Activity, Batch, CounterState, Details
 from proxy.errors import TooManyStreams
 from proxy.ledger.replicas import AuditedChange
@@ -140,9 +141,12 @@ class Filter:
             return group_of(key[1]) in self.groups
         return key[0] in self.subjects
 
-    def shows_change(self, target: str) -> bool:
-        """Whether a change of this is shown. A manager sees those of the groups' quotas (`staff/daily`)."""
-        return self.groups is None or (self.user is None and "/" in target and group_of(target) in self.groups)
+    def shows_change(self, change: AuditedChange) -> bool:
+        """Whether this change is shown. A manager sees those of the groups' quotas (`staff/daily`)."""
+        if self.groups is None:
+            return True
+        is_of_quota = change.action in ACTIONS_ON_GROUPS and "/" in change.target
+        return self.user is None and is_of_quota and group_of(change.target) in self.groups
 
 
 class Part(NamedTuple):
@@ -450,11 +454,7 @@ def _events(entry: _Entry, sees: Filter) -> list[bytes]:
         return [_event("counters", orjson.dumps({"counters": _fragments(counters)}))] if counters else []
     return [
         *chain.from_iterable(_events_of(part, sees) for part in entry.parts),
-        *(
-            _event("change", orjson.dumps(change._asdict()))
-            for change in entry.changes
-            if sees.shows_change(change.target)
-        ),
+        *(_event("change", orjson.dumps(change._asdict())) for change in entry.changes if sees.shows_change(change)),
         *([] if entry.health is None else [_event("health", entry.health)]),
     ]
 

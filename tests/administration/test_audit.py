@@ -107,3 +107,18 @@ async def test_replicas_are_those_that_have_written_their_status_lately(rows):
             ReplicaRecord("c", NOON, None, {}),
         )
         assert (await connection.execute(sa.select(sa.func.count()).select_from(replicas_table))).scalar_one() == 3
+
+
+@pytest.mark.parametrize(
+    ("action", "target"),
+    [
+        ("quotas.set_for_model", "staff/fast"),
+        ("quotas.set_for_model", "staff"),
+        ("call.end", "staff"),
+        ("key.set", "staff"),
+    ],
+)
+async def test_a_manager_sees_no_change_of_what_is_only_called_like_the_group(changes, rows, action, target):
+    async with changes.begin(action, target) as change:
+        change.note(None, {"lab/daily": 5})
+    assert (await listed(rows, AuditFilter(groups=["staff"]))).data == ()

@@ -32,3 +32,10 @@ def test_a_text_that_is_no_cursor_of_the_list_is_refused(after):
     with pytest.raises(ChangeRefused) as caught:
         Paging(after).key(str, int)
     assert caught.value.field == "after"
+
+
+@pytest.mark.parametrize("number", [2**63, 2**64 - 1, -(2**63), 2**53 + 1])
+def test_a_number_that_no_database_compares_is_no_cursor(number):
+    """SQLite's driver raises an error for it, which was answered as one of the proxy."""
+    with pytest.raises(ChangeRefused, match="no cursor"):
+        Paging(cursor_of((number, "a"))).key(int, str)

@@ -351,7 +351,7 @@ async def all_events(sees: Filter) -> list[tuple[str, Any]]:
             refuse(proxy.process, f"{request_id}_refused", who, 2_000_000)
         proxy.process.activity._ended.more["lab"] = 7
         targets = ("staff/daily", "lab/daily", "zoe", "lab", "proxy-header:lab/x")
-        proxy.events.changed(AuditedChange(NOON, "eve", "set", target) for target in targets)
+        proxy.events.changed(AuditedChange(NOON, "eve", "quota.set", target) for target in targets)
         proxy.health["ledger"] = "unavailable"
         proxy.events.tick()
         await again.until("health")

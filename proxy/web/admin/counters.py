@@ -28,8 +28,7 @@ from proxy.identity.authentication import Snapshot
 from proxy.identity.database import DirectoryDatabase
 from proxy.identity.directory import UserId
 from proxy.ledger.store import StoreUnavailable
-from proxy.policy.policy import DEFAULT, EVERYONE
-from proxy.web.admin.directory import administration_of
+from proxy.web.admin.directory import administration_of, visible_user
 from proxy.web.admin.operations import (
     ALL_ROLES,
     MANAGERS,
@@ -210,10 +209,11 @@ class Counters:
         async with self._database.read() as connection:
             found = await refusal(connection, request.path["request"], groups=request.groups)
         try:
-            user = await self._visible_user(request, UserId.of_subject(found.user))
+            administration = administration_of(request, self._policies, self._database, self._now)
+            user = await visible_user(request, administration, UserId.of_subject(found.user))
         except NotFound:
             return ExplainedRefusal(found, None)
-        return ExplainedRefusal(found, await self._explained(user, found.model))
+        return ExplainedRefusal(found, await self._explained(request, user, found.model))
 
     async def _calls(self, request: AdminRequest[CallQuery, None]) -> Page[CallInFlight]:
         query = request.query
@@ -229,11 +229,12 @@ class Counters:
 
     async def _explain(self, request: AdminRequest[ExplainQuery, None]) -> Explanation:
         user = await self._user(request, request.query.user)
-        return await self._explained(user, request.query.model)
+        return await self._explained(request, user, request.query.model)
 
-    async def _explained(self, user: UserRecord, model: str) -> Explanation:
+    async def _explained(self, request: AdminRequest[Any, Any], user: UserRecord, model: str) -> Explanation:
         async with self._database.read() as connection:
-            return await explain(connection, self._policies.current, user, model, now=self._now)
+            found = await explain(connection, self._policies.current, user, model, now=self._now)
+        return found if request.groups is None else found.shown_to(request.groups)
 
     def _subject(self, request: AdminRequest[Any, Any], name: str) -> str:
         administration = administration_of(request, self._policies, self._database, self._now)
@@ -242,13 +243,4 @@ class Counters:
     async def _user(self, request: AdminRequest[Any, Any], name: str) -> UserRecord:
         """The user of this name. Raises NotFound."""
         administration = administration_of(request, self._policies, self._database, self._now)
-        return await self._visible_user(request, administration.resolve(name))
-
-    async def _visible_user(self, request: AdminRequest[Any, Any], identity: UserId) -> UserRecord:
-        """This user. Raises NotFound, also if a manager asks for a user of none of its groups."""
-        administration = administration_of(request, self._policies, self._database, self._now)
-        user = await administration.user(identity)
-        # Whoever manages everyone or default may see all, because they apply without being listed.
-        if request.groups is not None and {*user.groups, EVERYONE, DEFAULT}.isdisjoint(request.groups):
-            raise NotFound("user", f"there is no user {user.identity.subject} in your groups")
-        return user
+        return await visible_user(request, administration, administration.resolve(name))

@@ -6,6 +6,7 @@ from typing import Any
 
 from pydantic import Field
 
+from proxy.administration.change import NotFound
 from proxy.administration.directory import DirectoryAdministration
 from proxy.administration.pages import Page
 from proxy.administration.records import Imported, ImportedUser, KeyLimits, KeyRecord, UserRecord
@@ -13,6 +14,7 @@ from proxy.config.reload import Policies
 from proxy.identity.authentication import Snapshot
 from proxy.identity.database import DirectoryDatabase
 from proxy.identity.directory import UserId
+from proxy.policy.policy import DEFAULT, EVERYONE
 from proxy.web.admin.operations import (
     READERS,
     AdminRequest,
@@ -397,6 +399,22 @@ def administration_of(
         source_names=snapshot.source_names,
         file_group_names=tuple(policies.file.policy.groups),
     )
+
+
+async def visible_user(
+    request: AdminRequest[Any, Any], administration: DirectoryAdministration, identity: UserId
+) -> UserRecord:
+    """This user. Raises NotFound, also if a manager asks for a user of none of its groups, with the same text."""
+    if request.groups is None:
+        return await administration.user(identity)
+    try:
+        user = await administration.user(identity)
+    except NotFound:
+        user = None
+    # Whoever manages everyone or default may see all, because they apply without being listed.
+    if user is None or {*user.groups, EVERYONE, DEFAULT}.isdisjoint(request.groups):
+        raise NotFound("user", f"there is no user {identity.subject} in your groups")
+    return user
 
 
 def _user(record: UserRecord) -> UserAnswer:

@@ -21,7 +21,8 @@ from proxy.config.reload import Policies
 from proxy.config.schema import Quota as QuotaSection
 from proxy.identity.authentication import Snapshot
 from proxy.identity.database import DirectoryDatabase
-from proxy.web.admin.directory import UserAnswer, administration_of
+from proxy.identity.directory import DATABASE, FILE
+from proxy.web.admin.directory import UserAnswer, administration_of, visible_user
 from proxy.web.admin.operations import (
     ALL_ROLES,
     MANAGERS,
@@ -380,7 +381,13 @@ class Quotas:
         user = body.user
         if user is not None:
             directory = self._directory(request)
-            user = (await directory.user(directory.resolve(user))).identity.subject
+            identity = directory.resolve(user)
+            if identity.source in (FILE, DATABASE):
+                identity = (await visible_user(request, directory, identity)).identity
+            else:
+                # The groups that a header source sends come with each request, so anyone may be a member.
+                identity = (await directory.user(identity)).identity
+            user = identity.subject
         return await self._granting(request).create(
             NewGrant(body.quota, user, body.measure, body.amount, body.until, body.reason)
         )
