@@ -26,7 +26,8 @@ from proxy.identity.database import DirectoryDatabase
 from proxy.identity.directory import FileDirectory, UserId
 from proxy.ledger.book import Reserve, Settle
 from proxy.ledger.entry import CallLabels
-from proxy.ledger.schema import audit, users
+from proxy.ledger.schema import audit, grants, users
+from proxy.ledger.store import StoreUnavailable
 from tests.builders import NOON, binding, call, exactly, quota
 from tests.directory import add_user
 
@@ -409,3 +410,31 @@ async def test_a_wrong_name_is_answered_with_names_of_the_same_group_only(admin)
         await admin.quota("staff", "dailyz")
     assert "daily" in str(caught.value)
     assert "lab" not in str(caught.value)
+
+
+class Away(DirectoryDatabase):
+    """A database that can't be read any more once a change is made."""
+
+    def read(self):
+        raise StoreUnavailable("it is away")
+
+
+async def test_a_change_that_is_made_is_not_answered_as_if_it_had_failed(admin, store):
+    """Its effects are read afterwards. A trial has nothing else to say, so it fails."""
+    away = replace(admin, changes=replace(admin.changes, database=Away(store, now=lambda: NOON)))
+    record, effects = await away.set_quota("staff", "hours", DAILY)
+    assert record.id == "staff/hours"
+    assert "The change is made" in effects.warnings[0]
+    assert (await admin.quota("staff", "hours")).fields.tokens == 1000
+    with pytest.raises(StoreUnavailable):
+        await replace(away, changes=away.changes.as_trial()).set_quota("staff", "more", DAILY)
+
+
+async def test_a_grant_of_a_later_release_is_left_out(admin, store):
+    """It may have measures that this release does not know. All else is read."""
+    await admin.set_quota("staff", "hours", DAILY)
+    row = {"id": "grt_1", "quota_id": "staff/hours", "measure": "images", "amount": 5, "until": NOON + 1000}
+    async with store.transaction(writes=True) as connection:
+        await connection.execute(sa.insert(grants).values(**row, reason="x", created_at=NOON, created_by="cli:ops"))
+    made = await admin.made()
+    assert ([quota.id for quota in made.quotas], made.grants) == (["staff/hours"], ())
