@@ -5,6 +5,7 @@ one statement, which sees one moment: each call is in exactly one of them, also 
 tags are not in the sums of days: reports about them read the records of calls, which are kept for a shorter time.
 """
 
+import asyncio
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, get_args
@@ -22,6 +23,8 @@ DIMENSIONS: tuple[Dimension, ...] = get_args(Dimension)
 # The dimensions that the sums of days do not have.
 _OF_CALLS = ("hour", "key", "tag")
 HOUR_MS, DAY_MS = 3_600_000, 86_400_000
+# How many rows are looked at before calls get their turn.
+_ROWS_AT_ONCE = 1000
 # The time by the clock of a PostgreSQL database (ms), whenever it is computed.
 POSTGRES_NOW = sa.cast(sa.extract("epoch", sa.func.clock_timestamp()) * 1000, sa.BigInteger)
 
@@ -116,9 +119,11 @@ async def _sums(
     connection: AsyncConnection, statement: sa.Select[Any] | sa.CompoundSelect[Any]
 ) -> dict[str | int, Used]:
     sums: dict[str | int, Used] = {}
-    for value, *numbers in await connection.execute(statement):
-        # The databases give sums other types (decimal), which are made whole numbers again.
-        sums[value] = sums.get(value, Used()) + Used(*map(int, numbers))
+    for rows in (await connection.execute(statement)).partitions(_ROWS_AT_ONCE):
+        for value, *numbers in rows:
+            # The databases give sums other types (decimal), which are made whole numbers again.
+            sums[value] = sums.get(value, Used()) + Used(*map(int, numbers))
+        await asyncio.sleep(0)  # there may be 100,000 users, and calls go on meanwhile
     return sums
 
 

@@ -438,3 +438,24 @@ async def test_a_grant_of_a_later_release_is_left_out(admin, store):
         await connection.execute(sa.insert(grants).values(**row, reason="x", created_at=NOON, created_by="cli:ops"))
     made = await admin.made()
     assert ([quota.id for quota in made.quotas], made.grants) == (["staff/hours"], ())
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (["lab"], []),
+        (["lab", "staff"], ["staff"]),
+        (["staff", "lab"], ["staff"]),
+        (["staff", "lab", "xlab"], ["staff", "xlab"]),
+        (["xlab", "labx", "lab.x"], ["xlab", "labx", "lab.x"]),
+    ],
+)
+async def test_a_deleted_group_leaves_the_other_groups_of_its_members(admin, store, before, after):
+    """Their lists are changed as texts, with one statement for 100,000 members."""
+    await admin.create_group("lab")
+    async with store.transaction(writes=True) as connection:
+        row = {"source": "database", "id": "ann", "groups": orjson.dumps(before).decode(), "is_service": False}
+        await connection.execute(sa.insert(users).values(**row, created_at=NOON, created_by="cli:ops"))
+    await admin.delete_group("lab")
+    async with store.transaction() as connection:
+        assert await connection.scalar(sa.select(users.c.groups)) == orjson.dumps(after).decode()
