@@ -357,7 +357,7 @@ class PolicyAdministration:
         if found is None:
             record = _group_record(self.file, made, name)  # raises NotFound
             raise Conflict("name", f'"{record.name}" is a group of the file: change the file')
-        change.check_match(_group_etag(found))
+        change.check_match(_group_etag(found, _quota_names(made).get(name, ())))
         return found
 
     async def _write_members(
@@ -413,8 +413,17 @@ def _group_document(group: MadeGroup) -> dict[str, object]:
     return {"models": None if group.models is None else list(group.models), "unlimited": group.unlimited}
 
 
-def _group_etag(group: MadeGroup) -> str:
-    return etag_of([group.name, _group_document(group)])
+def _group_etag(group: MadeGroup, quota_names: Sequence[str]) -> str:
+    """Also changes with the names of its quotas, because a group is deleted with them."""
+    return etag_of([group.name, _group_document(group), list(quota_names)])
+
+
+def _quota_names(made: MadePolicy) -> dict[str, list[str]]:
+    """The names of the quotas that were made at run time, by their groups."""
+    names: dict[str, list[str]] = {}
+    for quota in made.quotas:
+        names.setdefault(quota.group, []).append(quota.name)
+    return names
 
 
 def _etag(document: Mapping[str, object]) -> str:
@@ -496,6 +505,7 @@ def _group_records(file: Config, made: MadePolicy) -> list[GroupRecord]:
     found = overlaid(file, made)
     problems = {each.id: each.reason for each in found.without_effect}
     by_name = {group.name: group for group in made.groups}
+    names = _quota_names(made)
     records = []
     for position, group in enumerate(found.config.policy.groups.values()):
         of_database = None if group.name in file.policy.groups else by_name[group.name]
@@ -509,7 +519,7 @@ def _group_records(file: Config, made: MadePolicy) -> list[GroupRecord]:
                 models=models,
                 unlimited=group.unlimited,
                 quotas=tuple(quota.id for quota in group.quotas),
-                etag=_group_etag(shown),
+                etag=_group_etag(shown, names.get(group.name, ())),
                 created_at=None if of_database is None else of_database.created_at,
                 created_by=None if of_database is None else of_database.created_by,
             )
@@ -523,7 +533,7 @@ def _group_records(file: Config, made: MadePolicy) -> list[GroupRecord]:
             models=group.models,
             unlimited=group.unlimited,
             quotas=(),
-            etag=_group_etag(group),
+            etag=_group_etag(group, names.get(group.name, ())),
             without_effect=problems[group.name],
             created_at=group.created_at,
             created_by=group.created_by,

@@ -459,3 +459,12 @@ async def test_a_deleted_group_leaves_the_other_groups_of_its_members(admin, sto
     await admin.delete_group("lab")
     async with store.transaction() as connection:
         assert await connection.scalar(sa.select(users.c.groups)) == orjson.dumps(after).decode()
+
+
+async def test_a_group_is_not_deleted_with_a_quota_that_nobody_has_seen(admin):
+    """Another administrator has made it meanwhile."""
+    record, _ = await admin.create_group("lab")
+    await admin.set_quota("lab", "daily", DAILY)
+    with pytest.raises(PreconditionFailed):
+        await under(admin, if_match=record.etag).delete_group("lab")
+    await under(admin, if_match=(await admin.group("lab")).etag).delete_group("lab")
