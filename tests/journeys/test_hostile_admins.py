@@ -1,7 +1,10 @@
 """Managers see nothing of other groups, however they ask."""
 
+import asyncio
 import json
+from typing import Any
 
+from proxy.web.admin import reports
 from tests.admin import ADMINS, ask
 from tests.stage import stage
 
@@ -85,3 +88,24 @@ async def test_a_cursor_with_an_impossible_number_is_a_mistake_of_the_client(tmp
     async with stage(POLICY, folder=tmp_path) as on:
         for path, cursor in (("audit", "WzkyMjMzNzIwMzY4NTQ3NzU4MDgsICJhIl0"),):
             assert (await ask(on, "GET", f"/{path}?after={cursor}")).status == 422
+
+
+async def test_files_are_checked_one_at_a_time(tmp_path, monkeypatch):
+    """A check of 900 kB takes a thread for seconds, and calls need the same threads for large bodies."""
+    running, most = 0, 0
+    check = reports.check_policy
+
+    async def counted(*args: Any, **more: Any) -> Any:
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        try:
+            return await check(*args, **more)
+        finally:
+            running -= 1
+
+    monkeypatch.setattr(reports, "check_policy", counted)
+    async with stage(POLICY, folder=tmp_path) as on:
+        asked = [ask(on, "POST", "/policy/check", json={"yaml": "help: x"}) for _ in range(5)]
+        assert {each.status for each in await asyncio.gather(*asked)} == {200}
+    assert most == 1

@@ -225,6 +225,7 @@ class Reports:
         self._events = events
         self._made_version = made_version
         self._now = now
+        self._checking = asyncio.Lock()
 
     def operations(self) -> list[Operation]:
         """The rows."""
@@ -315,7 +316,9 @@ class Reports:
         )
 
     async def _check(self, request: AdminRequest[NoQuery, PolicyText]) -> PolicyCheck:
-        return await check_policy(request.body.yaml, self._policies.file, self._database, now=self._now())
+        # One at a time: it can take seconds in a thread, and bodies of calls are written to disk by the same threads.
+        async with self._checking:
+            return await check_policy(request.body.yaml, self._policies.file, self._database, now=self._now())
 
     async def _audit(self, request: AdminRequest[AuditQuery, None]) -> Page[AuditRecord] | web.StreamResponse:
         query = request.query
