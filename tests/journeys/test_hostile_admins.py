@@ -45,6 +45,15 @@ async def test_an_explanation_has_nothing_of_groups_that_its_reader_does_not_man
         assert "lab" not in json.dumps(shown)
 
 
+async def test_a_manager_ends_only_grants_of_its_own(tmp_path):
+    async with stage(POLICY, folder=tmp_path) as on:
+        grant = {**GRANT, "until": on.clock.ms + 60_000, "user": "ann"}
+        made = {name: await ask(on, "POST", "/grants", admin=name, json=grant) for name in ("max", "ops")}
+        assert [reply.status for reply in made.values()] == [201, 201]
+        ended = {name: await ask(on, "DELETE", f"/grants/{made[name].json()['id']}", admin="max") for name in made}
+        assert {name: reply.status for name, reply in ended.items()} == {"ops": 403, "max": 200}
+
+
 async def test_a_manager_does_not_learn_who_there_is(tmp_path):
     """A user of another group and a name that nobody has are answered in the same words."""
     async with stage(POLICY, folder=tmp_path) as on:

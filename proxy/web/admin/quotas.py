@@ -37,6 +37,7 @@ from proxy.web.admin.operations import (
     changes,
     reads,
 )
+from proxy.web.admin.problems import Problem
 
 
 def _quota_fields() -> dict[str, Any]:
@@ -393,7 +394,10 @@ class Quotas:
         )
 
     async def _end_grant(self, request: AdminRequest[ChangeQuery, None]) -> GrantRecord:
-        return await self._granting(request).end(request.path["id"])
+        granting, id = self._granting(request), request.path["id"]
+        if request.groups is not None and (await granting.grant(id)).created_by != request.author.actor:
+            raise Problem("forbidden", "A manager may end only grants of its own: ask an administrator.")
+        return await granting.end(id)
 
 
 def _sees(request: AdminRequest[Any, Any], group: str) -> bool:
