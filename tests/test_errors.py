@@ -92,8 +92,8 @@ def raised(cls: type[ProxyError]) -> ProxyError:
 
 
 def test_the_table_contains_every_error():
-    """A new class must be added here, with what clients see of it."""
-    assert all_below(ProxyError) == ROOTS | TABLE.keys()
+    """A new class must be added here, with what clients see of it. The admin API has a table of its own."""
+    assert {cls for cls in all_below(ProxyError) if cls.__module__ == "proxy.errors"} == ROOTS | TABLE.keys()
 
 
 @pytest.mark.parametrize("cls", TABLE, ids=lambda cls: cls.__name__)

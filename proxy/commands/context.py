@@ -142,13 +142,13 @@ def show(text: str, *, ends_line: bool = True) -> None:
     """Print a text. A closed pipe, as that of `head`, is no error."""
     try:
         click.echo(text, nl=ends_line)
-    except BrokenPipeError:
+    except OSError as error:
         # Python would complain once more when it flushes standard output at its end.
         with suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(0) from None
-    except OSError as error:  # the disk is full
-        give_up(f"the output can't be written: {error}", WRONG)
+        if isinstance(error, BrokenPipeError):
+            raise SystemExit(0) from None
+        give_up(f"the output can't be written: {error}", WRONG)  # the disk is full
 
 
 def show_table(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> None:

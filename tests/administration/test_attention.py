@@ -1,5 +1,6 @@
 """Refusals that were stored, and what needs attention, on both engines."""
 
+import orjson
 import pytest
 
 from proxy.administration.attention import attention
@@ -95,7 +96,8 @@ async def test_a_cursor_of_another_list_is_refused(rows):
 
 async def test_a_refusal_is_found_by_its_request(rows):
     """With what it needed, and what was explained of it."""
-    id = await rows.refusal(1, "ann", STAFF.id, NOON, count=3, key_id="k1", details='{"reason": "exhausted"}')
+    noted = {"refused_by": [STAFF.id], "blocks": [], "alternatives": [[STAFF.id]], "quotas": [{"quota": STAFF.id}]}
+    id = await rows.refusal(1, "ann", STAFF.id, NOON, count=3, key_id="k1", details=orjson.dumps(noted).decode())
     async with rows.store.transaction() as connection:
         found = await refusal(connection, id, groups=["staff"])
         assert (found.request_id, found.at, found.user, found.quota, found.model) == (
@@ -112,7 +114,7 @@ async def test_a_refusal_is_found_by_its_request(rows):
             "k1",
             3,
         )
-        assert found.details == {"reason": "exhausted"}
+        assert found.details == noted
         for asked, groups in ((id, ["lab"]), ("req_0", None)):
             with pytest.raises(NotFound):
                 await refusal(connection, asked, groups=groups)

@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from proxy.config.schema import json_schema
+from proxy.config.json_schema import json_schema
 from proxy.formats.body import RequestBody
 from proxy.formats.content import read_prompt
 from proxy.formats.endpoints import CHAT, METERED, Endpoint

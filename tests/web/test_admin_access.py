@@ -222,7 +222,7 @@ async def test_a_thousand_wrong_keys_at_once_cost_few_queries(tmp_path: Path) ->
     """Those with the form of our keys too: most of them are refused before they are looked up."""
     async with stage(POLICY, folder=tmp_path) as on:
         wrong = [bearer(make_key().text) for _ in range(1000)]
-        database, asked = on.server._access._database, []
+        database, asked = on.server._admin._access._database, []
         find_key = database.find_key
 
         async def counting(digest: str) -> Any:
@@ -233,7 +233,7 @@ async def test_a_thousand_wrong_keys_at_once_cost_few_queries(tmp_path: Path) ->
         replies = await asyncio.gather(*(ask(on, "GET", "/session", headers=each) for each in wrong))
         assert {reply.status for reply in replies} == {401, 429}
         assert len(asked) <= FAILURES_MAX + 1
-        assert len(on.server._access._failures) == 1
+        assert len(on.server._admin._access._failures) == 1
 
 
 def test_failures_are_forgotten_after_a_minute_and_their_number_is_bounded() -> None:
