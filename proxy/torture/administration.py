@@ -36,7 +36,6 @@ from proxy.torture.evidence import Amounts, CallRow, CounterKey, CounterRow, Evi
 from proxy.torture.report import Figure
 from proxy.torture.verdict import charges_by_window, percentiles, promise
 
-_SMALLEST_ANSWER = 1024
 # An id of a call can be read and the call be gone when its end is asked for.
 _MAY_BE_MISSING = "call.end"
 
@@ -131,7 +130,7 @@ class _Share:
     @property
     def held_tokens(self) -> int:
         """The tokens that it held from its admission on, at the least."""
-        return self.held[0] + min(self.held[1], _SMALLEST_ANSWER)
+        return self.held[0] + self.row.admitted_output(self.held[1])
 
 
 class _History:
@@ -244,7 +243,7 @@ class _Judged:
                     yield f"{row.tag} at {at}: not counted by {quota}"
                 continue
             limit = max((each for each in possible if each is not None), default=-1)
-            own = held[quota].amount[0] + min(held[quota].amount[1], _SMALLEST_ANSWER)
+            own = held[quota].amount[0] + row.admitted_output(held[quota].amount[1])
             before = self._before(held[quota].counter, at)
             if before + own > limit:
                 yield f"{row.tag} at {at}: {before:,} + {own:,} of {limit:,} of {quota}"

@@ -14,8 +14,8 @@ from proxy.torture.evidence import CallRow, CounterRow, HeldAmount, Snapshot
 
 # Calls are known by their tag and not by their model's name, of which the proxy records 100 for each user and day.
 _CALLS = (
-    "SELECT id, tag, state, outcome, input_tokens, output_tokens, requests, lines, user_name, reserved_at, ended_at "
-    "FROM calls"
+    "SELECT id, tag, state, outcome, input_tokens, output_tokens, requests, lines, user_name, reserved_at, ended_at, "
+    "maximum FROM calls"
 )
 _COUNTERS = (
     "SELECT subject, quota_id, opened_at, used_input, used_output, used_requests, held_input, held_output, "

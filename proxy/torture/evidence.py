@@ -10,6 +10,7 @@ from typing import Literal
 
 from proxy.torture.answers import Refusal, Tokens
 from proxy.torture.changes import Administration
+from proxy.torture.plan import SMALLEST_ANSWER
 
 Amounts = tuple[int, int, int]
 CounterKey = tuple[str, str]  # subject, quota
@@ -87,7 +88,10 @@ class HeldAmount:
 
 @dataclass(frozen=True, slots=True)
 class CallRow:
-    """One call as it is in the database. `user` is the user's name in records; instants are in ms since 1970."""
+    """One call as it is in the database. `user` is the user's name in records; instants are in ms since 1970.
+
+    `maximum` is how many tokens of output its admission allowed; None: no maximum was known.
+    """
 
     request_id: str
     tag: str
@@ -98,6 +102,15 @@ class CallRow:
     user: str = ""
     reserved_at: int = 0
     ended_at: int | None = None
+    maximum: int | None = None
+
+    def admitted_output(self, held: int) -> int:
+        """How much output it held at its admission at the least, if it holds so much at the end (tokens).
+
+        A stream that is longer by the proxy's own count than its maximum may hold more than that later.
+        """
+        least = min(held, SMALLEST_ANSWER)
+        return least if self.maximum is None else min(least, self.maximum)
 
 
 @dataclass(frozen=True, slots=True)

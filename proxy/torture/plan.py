@@ -36,7 +36,7 @@ _MAXIMUM_FIELDS: Mapping[Kind, tuple[str, ...]] = {
 }
 # As the proxy documents it: a call is refused only if not even its smallest answer fits, which is 1024 tokens for
 # each choice, or the output maximum if that is smaller. A call that states no maximum gets 4096.
-_SMALLEST_ANSWER, _DEFAULT_MAXIMUM = 1024, 4096
+SMALLEST_ANSWER, _DEFAULT_MAXIMUM = 1024, 4096
 MODEL_PREFIX = "gpt-4o-"  # the proxy finds the tokenizer by it
 _INSTRUCTIONS = "You answer in plain words"
 # Input tokens by OpenAI's published rules that the simulator does not count. Chat: 3 that begin the answer, and 1 for
@@ -217,7 +217,7 @@ class PlannedCall:
         if spec.kind == "embeddings":
             return 0
         default = COMPLETIONS_MAXIMUM if spec.kind == "completions" else _DEFAULT_MAXIMUM
-        return spec.choices * min(spec.maximum or default, _SMALLEST_ANSWER)
+        return spec.choices * min(spec.maximum or default, SMALLEST_ANSWER)
 
     def body(self) -> dict[str, Any]:
         """The JSON of the request."""

@@ -118,6 +118,8 @@ def test_a_run_in_which_nothing_was_changed_shows_nothing() -> None:
         pytest.param(with_row("call-5-0", 40_500, 43_000, 50), True, id="400 used, 1,000 held, 1,000 needed"),
         pytest.param(with_row("call-5-0", 40_000, 43_000, 50), False, id="of two in one ms either was the first"),
         pytest.param(with_row("call-5-0", 32_100, 32_200, 50), False, id="2 s after the answer"),
+        pytest.param(with_row("call-5-0", 42_000, 43_000, 50, maximum=400), False, id="more was held than at first"),
+        pytest.param(with_row("call-5-0", 42_000, 43_000, 50, maximum=401), True, id="1 more than there is room for"),
         pytest.param(with_row("call-5-0", 42_000, 43_000, 50, held=()), True, id="not counted by the quota"),
         pytest.param(with_row("call-5-8", 42_000, 43_000, 50, held=()), False, id="no call of this quota"),
     ],
