@@ -59,7 +59,7 @@ _GUIDE = """
 
   An administrator adds a quota while everything runs, and sees who was refused and who changed what:
 
-    curl -X PUT {admin}/admin/api/groups/staff/quotas/fast -H "Authorization: Bearer {ops}" \
+    curl -X PUT {admin}/admin/api/groups/staff/quotas/fast -H "Authorization: Bearer {ops}" \\
       -H "If-None-Match: *" -H "Content-Type: application/json" -d '{{"requests": 3, "per": "1m"}}'
     curl {admin}/admin/api/attention -H "Authorization: Bearer {ops}"
     curl {admin}/admin/api/audit -H "Authorization: Bearer {ops}"
