@@ -29,7 +29,7 @@ from proxy.commands.context import (
 )
 from proxy.config.loader import Config
 from proxy.identity.directory import DATABASE, FILE, UserId
-from proxy.ledger.queries import DAY_MS, DIMENSIONS, Asked, Dimension, Used, oldest_call
+from proxy.ledger.queries import DAY_MS, DIMENSIONS, Asked, Dimension, Used, by_time_or_tokens, oldest_call
 from proxy.ledger.queries import usage as usage_of
 from proxy.server import wall_clock_ms
 
@@ -69,7 +69,7 @@ def usage(
             return await usage_of(connection, by, Asked(since_ms, where=where)), await oldest_call(connection)
 
     found, oldest = run(path, work)
-    rows = [(_value(by, value), used) for value, used in sorted(found.items(), key=_order)]
+    rows = [(_value(by, value), used) for value, used in sorted(found.items(), key=by_time_or_tokens)]
     if as_json:
         show_json([{by: value, **asdict(used)} for value, used in rows])
         return
@@ -95,12 +95,6 @@ def _day(at: int) -> str:
 
 def _utc(at: int) -> datetime:
     return datetime.fromtimestamp(at / 1000, UTC)
-
-
-def _order(item: tuple[str | int, Used]) -> tuple[int, str]:
-    """Days come in their order, and of all others those that used most come first."""
-    value, used = item
-    return (value, "") if isinstance(value, int) else (-used.input_tokens - used.output_tokens, value)
 
 
 # ------------------------------------------------------------------------------------------------------------ explain
