@@ -136,7 +136,7 @@ class PolicyAdministration:
         async with self._policy_change("quota.set", quota.id) as change:
             before = await self._read(change)
             after = _with_quotas(before, [quota])
-            await self._write_quotas(change, before, after, [quota.id])
+            await self._write_quota(change, before, after, quota.id)
         return _quota_record(self.file, after, group, name), await self._effects(before, after)
 
     async def delete_quota(self, group: str, name: str) -> Effects:
@@ -148,7 +148,7 @@ class PolicyAdministration:
             if all(quota.id != id for quota in before.quotas):
                 raise Conflict("id", f"{id} is a quota of the file: change the file")
             after = _without_quotas(before, {id})
-            await self._write_quotas(change, before, after, [id])
+            await self._write_quota(change, before, after, id)
         return await self._effects(before, after)
 
     async def set_quotas(self, group: str, wanted: Mapping[str, Fields]) -> tuple[QuotaSet, Effects]:
@@ -308,13 +308,11 @@ class PolicyAdministration:
                 raise
             return Effects(warnings=(_NOT_READ,))  # the change is made, so it must not be answered as if it failed
 
-    async def _write_quotas(self, change: Change, before: MadePolicy, after: MadePolicy, ids: Sequence[str]) -> None:
-        [id] = ids
+    async def _write_quota(self, change: Change, before: MadePolicy, after: MadePolicy, id: str) -> None:
         was = next((quota for quota in before.quotas if quota.id == id), None)
-        is_new = was is None
         change.check_match(None if was is None else _etag(was.document))
-        await self._check(before, after, ids)
-        change.note(None if is_new else _documents(before, ids)[id], _documents(after, ids).get(id))
+        await self._check(before, after, [id])
+        change.note(_documents(before, [id]).get(id), _documents(after, [id]).get(id))
         await write_made(change.connection, before, after)
 
     async def _check(self, before: MadePolicy, after: MadePolicy, ids: Collection[str]) -> None:
