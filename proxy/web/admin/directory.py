@@ -14,6 +14,7 @@ from proxy.config.reload import Policies
 from proxy.identity.authentication import Snapshot
 from proxy.identity.database import DirectoryDatabase
 from proxy.identity.directory import UserId
+from proxy.ledger.queries import DAY_MS
 from proxy.policy.policy import DEFAULT, EVERYONE
 from proxy.web.admin.operations import (
     READERS,
@@ -29,8 +30,6 @@ from proxy.web.admin.operations import (
     changes,
     reads,
 )
-
-_DAY_MS = 86_400_000
 
 
 class UserQuery(PageQuery):
@@ -114,7 +113,7 @@ class KeyChange(Fields):
 class Rotation(Fields):
     """How long the old key stays valid beside the new one."""
 
-    overlap_ms: int = Field(_DAY_MS, ge=0, le=366 * _DAY_MS)
+    overlap_ms: int = Field(DAY_MS, ge=0, le=366 * DAY_MS)
 
 
 class PastedText(Fields):

@@ -139,7 +139,7 @@ class ModelRecord:
 
 @dataclass(frozen=True, slots=True)
 class ModelList:
-    """List the models of the file."""
+    """The models of the file."""
 
     data: tuple[ModelRecord, ...]
 
@@ -174,7 +174,7 @@ class UpstreamList:
 
 @dataclass(frozen=True, slots=True)
 class ReplicaList:
-    """List the processes that share the database."""
+    """The processes that share the database."""
 
     data: tuple[ReplicaRecord, ...]
 
