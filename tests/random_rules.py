@@ -81,9 +81,11 @@ def counters_of(draw: st.DrawFn, who: Binding, *, held: bool = True) -> dict[Cou
     for each in who.quotas:
         if draw(st.sampled_from([True, True, True, False])):
             opened_at = NOON - draw(st.integers(0, 90_000))
-            # Some windows have another length than `per` gives: `per` may have changed while a window was open.
+            # Some windows have another length than `per` gives: `per` may have changed while a window was open. They
+            # end as the first transaction after that has stored.
             mine = each.per.opening(opened_at)
-            other = Window(opened_at, opened_at + draw(st.sampled_from([10_000, MINUTE, HOUR, 31 * DAY])))
+            ends_at = opened_at + draw(st.sampled_from([10_000, MINUTE, HOUR, 31 * DAY]))
+            other = Window(opened_at, min(ends_at, each.per.opening(NOON).resets_at))
             window = draw(st.sampled_from([mine, mine, other]))
             holding = draw(amounts) if held and draw(st.booleans()) else Amount()
             found[each.key_for(who.user)] = Counter(window, draw(amounts), holding)
@@ -91,11 +93,12 @@ def counters_of(draw: st.DrawFn, who: Binding, *, held: bool = True) -> dict[Cou
 
 
 @st.composite
-def demands(draw: st.DrawFn, most: int = 60, *, hidden_input: bool = True) -> Demand:
+def demands(draw: st.DrawFn, most: int = 60, *, hidden_input: bool = True, lowered: bool = True) -> Demand:
     """Calls from an empty one to one that is larger than any limit.
 
     Some generate nothing, some cost only a request or nothing at all, and some are streams that begin with a part of
-    their answer. Some read input that they do not show, unless `hidden_input=False`.
+    their answer. Some read input that they do not show, unless `hidden_input=False`. The smallest answer of some is
+    lowered in small quotas, unless `lowered=False`.
     """
     uses = draw(st.sampled_from([Uses.INPUT_AND_OUTPUT] * 5 + list(Uses)))
     has_input, has_output = (quantity in uses.value for quantity in ("input", "output"))
@@ -109,4 +112,7 @@ def demands(draw: st.DrawFn, most: int = 60, *, hidden_input: bool = True) -> De
         is_unbounded=draw(st.booleans()),
         hidden_input=draw(st.sampled_from([0, 0, 0, most // 3, 2 * most])) if hidden_input and has_input else 0,
         uses=uses,
+        grows=draw(st.booleans()),
+        fixed=draw(st.sampled_from([TOKENS_MAX, 0, smallest // 2])) if lowered else TOKENS_MAX,
+        floor=draw(st.integers(0, 3)),
     )

@@ -1,14 +1,14 @@
 """The wire formats of OpenAI's and Anthropic's APIs: read a request, meter an answer, end a stream.
 
-A request is parsed and checked (`request`, `body`, `restrictions`, `allowance`), and what it may use at most is
-estimated from what the model reads of it (`content`, `images`, `estimate`); `pieces` says which calls are billed by
-the piece and not in tokens. Its answer is metered event by event, and a stream that reaches a limit is ended as its
-own API would end it, so that every SDK accepts the answer. `meter` defines the interface of meters and endings. Each
-format of answers (a *surface*) has a module with its meter, its ending and its error event: `chat`, `responses`,
-`messages`, `media` (`surfaces` lists them). `texts` finds the model's texts in an answer, `usage` reads the usage
-objects of vendors, `reported_error` finds errors in answers of status 200, and `mask` hides our key in whatever
-passes. A call that no quota admits gets the error and the headers of its API (`refusal`, `limit_headers`). What
-differs between kinds of upstream (OpenAI, Azure, vLLM, …) is in `kinds`.
+A request is parsed and checked (`request`, `body`, `restrictions`, `model_names`, `allowance`), and what it may use
+at most is estimated from what the model reads of it (`content`, `images`, `estimate`); `pieces` says which calls are
+billed by the piece and not in tokens. Its answer is metered event by event, and a stream that reaches a limit is
+ended as its own API would end it, so that every SDK accepts the answer. `meter` defines the interface of meters and
+endings. Each format of answers (a *surface*) has a module with its meter, its ending and its error event: `chat`,
+`responses`, `messages`, `media`, `rerank` (`surfaces` lists them). `texts` finds the model's texts in an answer,
+`usage` reads the usage objects of vendors, `reported_error` finds errors in answers of status 200, and `mask` hides
+our key in whatever passes. A call that no quota admits gets the error and the headers of its API (`refusal`,
+`limit_headers`). What differs between kinds of upstream (OpenAI, Azure, vLLM, …) is in `kinds`.
 
 The package promises:
 

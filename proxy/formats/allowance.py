@@ -57,6 +57,16 @@ def check_allowance(endpoint: Endpoint, body: RequestBody, allow: Allow) -> None
         raise _not_allowed('"store"', "store: true", param="store")
 
 
+def has_effects(endpoint: Endpoint, body: RequestBody) -> bool:
+    """Whether a call does more at its upstream than to generate an answer: it has tools run there, or stores it."""
+    document = body.document
+    return (
+        any(not _runs_at_client(tool, endpoint) or any(_tools_inside(tool)) for tool in offered_tools(body))
+        or is_used(document.get("web_search_options"))
+        or is_used(document.get("store"))
+    )
+
+
 def _runs_at_client(tool: object, endpoint: Endpoint) -> bool:
     """Whether the client runs this tool. A tool without a type is one only on /messages, where it means `custom`."""
     has_type = isinstance(tool, dict) and tool.get("type") is not None

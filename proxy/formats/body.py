@@ -13,7 +13,9 @@ from typing import Any
 # Fields whose values are messages or items, and on some endpoints texts or lists of token numbers.
 _TURN_FIELDS = ("messages", "input")
 # Other fields in which content may be: texts, parts, and images.
-_CONTENT_FIELDS = ("system", "instructions", "prompt", "image", "images", "mask")
+_CONTENT_FIELDS = tuple(
+    "system instructions prompt image images mask attachments documents file files image_url reference_images".split()
+)
 # Members of turns and parts below which nothing is content: see `content_objects`.
 _NO_CONTENT = frozenset(
     "arguments input parameters input_schema tools annotations citations results outputs action logprobs".split()

@@ -28,7 +28,7 @@ from proxy.formats.request import Request
 from proxy.formats.sse import Event
 from proxy.formats.strict_json import dump
 from proxy.formats.texts import read_object, texts_in
-from proxy.formats.usage import Stated, read_timings, usages_in_choices, without_usages
+from proxy.formats.usage import Stated, read_timings, without_usages
 from proxy.policy.amounts import Tokens
 
 # Members that any chunk may have. A chunk without choices that has no others was sent only because usage was
@@ -74,7 +74,8 @@ class ChatMeter(Meter):
         self._has_several_prompts = request.has_several_prompts
         # The finish chunk, kept for one event because it may get the timings: its bytes, and its JSON without usage.
         self._finish_chunk: tuple[bytes, JSON] | None = None
-        self._usage_chunks: Stated | None = None  # the sum of the usage chunks
+        self._usage_chunks: Stated | None = None  # the sum of the usage chunks behind finish chunks
+        self._has_finish = False  # one of several choices has finished since the last of these usage chunks
         self._usage_of_choices: dict[int, Stated] = {}  # the usages inside choices, by the index of the choice
 
     def stop_stripping(self) -> None:
@@ -117,12 +118,9 @@ class ChatMeter(Meter):
         return ChatEnding(is_chat=request.endpoint.name == "chat", choices=request.choices)
 
     def _see_answer(self, answer: JSON) -> object:
-        choices = answer.get("choices")
-        self._record(self._read(answer.get("usage")))
-        self._record_beside(answer)
-        if usages := usages_in_choices(choices):
-            self._see_usages_of_choices(usages)
-            choices = without_usages(choices)
+        choices = without_usages(answer.get("choices"))
+        self._see_usage(answer.get("usage"))
+        self._see_usages_elsewhere(answer)
         if self._states_first_choice_only:
             self._keep_other_choices(choices)
         # A gateway may answer in the shape of /responses. Its text is delivered, so it counts.
@@ -139,17 +137,17 @@ class ChatMeter(Meter):
     def _see_object(self, chunk: JSON, event: Event) -> bytes:
         self._see_error(chunk)
         choices = chunk.get("choices")
+        # The bytes are searched, because this is the path of every chunk and hardly any has such members.
+        has_usage = event.raw.count(b'"usage"') > ("usage" in chunk)
         if choices:
             self.is_at_end = self.is_over  # text follows, so a usage chunk before it was not the end
-            # The bytes are searched first, because this is the path of every chunk and hardly any has such members.
-            has_usage = event.raw.count(b'"usage"') > ("usage" in chunk)
+            if self._choices > 1:
+                self._has_finish = self._has_finish or _has_finish(choices)
             self._count_texts(without_usages(choices) if has_usage else choices)
-            if has_usage:
-                self._see_usages_of_choices(usages_in_choices(choices))
         elif not isinstance(chunk.get("usage"), dict):
             self._count_other_shape(chunk, chunk.get("type") or event.name)
-        if b'"x_' in event.raw:
-            self._record_beside(chunk)
+        if has_usage or b'"x_' in event.raw:
+            self._see_usages_elsewhere(chunk)
         if "usage" not in chunk:
             self._see_running_usage(read_timings(chunk.get("timings")))
             return self._without_running_timings(chunk, event)
@@ -167,14 +165,15 @@ class ChatMeter(Meter):
 
     def _see_usage_chunk(self, chunk: JSON, event: Event) -> bytes:
         """Return the usage chunk as it would have come unasked: not at all, unless it has other members too."""
-        # With several choices llama.cpp sends a usage chunk for each as soon as it is finished. So only [DONE] is the
+        # With several choices llama.cpp sends a usage chunk for each, behind its finish chunk. So only [DONE] is the
         # end, and the outputs are added; the input is that of the one prompt each time:
         #     {"prompt_tokens":11,"completion_tokens":5} + {"prompt_tokens":11,"completion_tokens":7}  →  11 and 12
+        # A usage chunk that follows no finish chunk states all choices, perhaps once more.
         self.is_at_end = self.is_at_end or self._choices == 1
         stated, before = self._read(chunk["usage"]), self._usage_chunks
-        if stated and before and self._choices > 1:
-            stated = self._added([before, stated])
-        self._usage_chunks = stated or before
+        if stated and self._has_finish:
+            stated = self._usage_chunks = self._added([before, stated]) if before else stated
+            self._has_finish = False
         self._record(stated)
         if not self._strips_usage:
             return event.raw
@@ -189,15 +188,18 @@ class ChatMeter(Meter):
             self._record(stated)
 
     def _see_usages_of_choices(self, usages: Iterable[tuple[int, object]]) -> None:
-        """Record the usages that are stated inside choices (Kimi), each with the index of its choice.
+        """Record the usages that are stated inside choices, each with the index of its choice.
 
         Those of several choices are added, as soon as each has stated one. Until then the texts are counted.
         """
         for index, usage in usages:
             stated = self._read(usage)
-            place = index if self._choices > 1 else 0
-            if stated is not None and 0 <= place < self._choices:
-                self._usage_of_choices[place] = stated.largest(self._usage_of_choices.get(place, stated))
+            if self._choices == 1:
+                self._record(stated)
+            elif stated is not None and 0 <= index < self._choices:
+                before = self._usage_of_choices.get(index, stated)
+                self._is_contradicted = self._is_contradicted or stated.contradicts(before)
+                self._usage_of_choices[index] = stated.largest(before)
                 if len(self._usage_of_choices) == self._choices:
                     self._record(self._added([*self._usage_of_choices.values()]))
 
@@ -208,7 +210,9 @@ class ChatMeter(Meter):
         unless one of them alone is larger.
         """
         total = reduce(lambda sum, stated: sum.plus(stated, adds_input=False), usages)
-        return total.with_output_at_most(max(self.output_bound, *(stated.known_output or 0 for stated in usages)))
+        return total.with_output_at_most(
+            max(self.output_bound, *(stated.output_without_extra or 0 for stated in usages))
+        )
 
     def _without_running_timings(self, chunk: JSON, event: Event) -> bytes:
         """Return the chunk without the timings so far. The timings of the finish chunk stay: they come unasked.
@@ -303,6 +307,11 @@ def is_finish_chunk(chunk: JSON) -> bool:
         case [{"finish_reason": str()}]:
             return True
     return False
+
+
+def _has_finish(choices: object) -> bool:
+    found = choices if isinstance(choices, list) else []
+    return any(isinstance(choice, dict) and choice.get("finish_reason") for choice in found)
 
 
 def with_timings(raw: bytes, chunk: JSON, usage_event: Event, usage_chunk: JSON) -> bytes:

@@ -18,6 +18,7 @@ from proxy.formats.body import RequestBody, Turns, is_run_by_client, offered_too
 from proxy.formats.images import base64_start, image_price, image_size, price_by_area
 from proxy.formats.kinds import CHOICE_COUNT_FIELDS, MAXIMUM_FIELDS
 from proxy.formats.strict_json import dump, plain_name, walk
+from proxy.policy.amounts import TOKENS_MAX
 
 # The cookbook's tokens around a chat: for each message, for each name, and once for the beginning of the answer.
 # One user message "Hi" is 3 + role (1) + text (1) + 3 = 8 tokens.
@@ -39,15 +40,23 @@ _ANTHROPIC_TOOLS_PROMPT_TOKENS = 804
 
 # Fields whose values are texts, messages or lists of token numbers.
 _TEXT_FIELDS = ("system", "messages", "input", "prompt", "suffix", "instructions")
-# Fields that the model does not read, and those above. Every other field is counted as JSON, because a chat template
-# may print it: tools, schemas, documents, and fields that the proxy does not know.
-_NOT_PRINTED = frozenset(
+# Fields that the model does not read.
+_OPTIONS = frozenset(
     "model stream stream_options best_of "
     "temperature top_p top_k min_p frequency_penalty presence_penalty repetition_penalty stop seed user metadata "
     "store safety_identifier logprobs top_logprobs logit_bias parallel_tool_calls tool_choice service_tier audio "
     "modalities encoding_format dimensions echo truncation include reasoning reasoning_effort thinking verbosity "
     "prediction prompt_cache_key background stop_sequences cache_control previous_response_id".split()
-).union(_TEXT_FIELDS, MAXIMUM_FIELDS, CHOICE_COUNT_FIELDS)
+).union(MAXIMUM_FIELDS, CHOICE_COUNT_FIELDS)
+# Those, and the fields above. Every other field is counted as JSON, because a chat template may print it: tools,
+# schemas, documents, and fields that the proxy does not know.
+_NOT_PRINTED = _OPTIONS.union(_TEXT_FIELDS)
+# Texts and lists of /rerank and /score that the model does not read. Numbers and flags are never read.
+_OPTIONS_OF_PAIRS = _OPTIONS.union(("rank_fields", "truncate", "truncation_direction", "truncation_side"))
+# Names of queries. Several parts of one are read with each document.
+_QUERIES = ("query", "queries", "data1", "text1")
+# Around each pair of a query and a document: `<s> query </s></s> document </s>`.
+_PER_PAIR = 4
 # A key that is longer than any name in the vendors' APIs is counted as text: a prompt can also be written into keys.
 _KEY_CHARACTERS_MAX = 40
 # Fields that stand for input which is not in the request. A client's own `chat_template` can print any number of
@@ -103,7 +112,8 @@ class Prompt:
     for tools, the previous response. `opaque_bytes` is how many bytes of the JSON are base64 of these images and
     audio. If `has_hidden_input`, the model reads something that the request does not show, so nothing bounds the
     input. `images` are those whose price depends on the model and is not in `overhead` yet: their width and height if
-    known, and whether `detail` is low.
+    known, and whether `detail` is low. `repeated` are those of the texts that the model reads `repeats` more times: a
+    query, which it reads with each of the documents.
     """
 
     texts: tuple[str, ...] = ()
@@ -112,6 +122,13 @@ class Prompt:
     media_tokens: int = 0
     has_hidden_input: bool = False
     images: tuple[tuple[tuple[int, int] | None, bool], ...] = ()
+    repeated: tuple[str, ...] = ()
+    repeats: int = 0
+
+    def text_bytes(self, body_bytes: int) -> int:
+        """How many bytes the model reads as text, at most, of a body of `body_bytes` bytes."""
+        repeated = sum(len(text.encode("utf-8", "surrogatepass")) for text in self.repeated) if self.repeats else 0
+        return body_bytes - self.opaque_bytes + self.repeats * repeated
 
     def bound(self, body_bytes: int) -> int:
         """The most tokens that the visible input can have, in a body of `body_bytes` bytes.
@@ -120,7 +137,7 @@ class Prompt:
         bytes) is longer than what chat templates add to it. Base64 is exchanged for the price of its image: a body of
         1,000,300 bytes, of which 1,000,000 are an image of 1024 × 1024 for gpt-4o, has at most 300 + 765 tokens.
         """
-        return body_bytes - self.opaque_bytes + self.media_tokens
+        return min(self.text_bytes(body_bytes) + self.media_tokens, TOKENS_MAX)
 
 
 def read_prompt(body: RequestBody, *, is_chat: bool) -> Prompt:
@@ -149,6 +166,46 @@ def read_prompt(body: RequestBody, *, is_chat: bool) -> Prompt:
         media_tokens=reader.media_tokens,
         has_hidden_input=reader.has_hidden_input or _has_hidden_input(body),
         images=tuple(reader.images),
+    )
+
+
+def read_pairs(body: RequestBody) -> Prompt:
+    """Find what a model reads of a request to rerank or to score: each document together with the query.
+
+    Vendors have many names for both (`documents`, `texts`, `text_2`, `items`; `query`, `text_1`, `queries`), and more
+    come. So a list of several values is taken for documents, whatever its name, and every other text for one that is
+    read with each of them. Two lists of the same length are pairs, of which each value is read once:
+
+        {"query": "a b", "documents": ["c", "d", "e"]}      "a b" three times, c, d and e
+        {"text_1": ["a", "b"], "text_2": ["c", "d"]}        a, b, c and d
+    """
+    once, again, pairs = _PromptReader(), _PromptReader(), 1
+    for name, value in body.document.items():
+        if name in _OPTIONS_OF_PAIRS:
+            continue
+        if plain_name(name) not in _QUERIES and isinstance(value, dict) and isinstance(value.get("content"), list):
+            value = value["content"]  # vLLM: `documents` as one message, each part of which may be a document
+        values = _as_list(value)
+        pairs = max(pairs, len(values))
+        reader = again if len(values) == 1 else once
+        if len(name) > _KEY_CHARACTERS_MAX:
+            again.add_texts(name)
+        for each in values:
+            reader.read_document(each)
+    tokens = _PER_PAIR * pairs
+    return Prompt(
+        texts=(*again.texts, *once.texts),
+        overhead=once.overhead + pairs * again.overhead + tokens,
+        opaque_bytes=once.opaque_bytes + again.opaque_bytes,
+        media_tokens=once.media_tokens + pairs * again.media_tokens + tokens,
+        # A picture in a query is read with each document. It is priced once, so the rest is hidden.
+        has_hidden_input=once.has_hidden_input
+        or again.has_hidden_input
+        or bool(again.images and pairs > 1)
+        or _has_hidden_input(body),
+        images=(*again.images, *once.images),
+        repeated=tuple(again.texts),
+        repeats=pairs - 1,
     )
 
 
@@ -248,6 +305,16 @@ class _PromptReader:
                 # Lenient servers may find messages in a list within the list. Numbers are tokens of embeddings.
                 self.add_texts(value)
                 self.has_hidden_input |= any(isinstance(inner, dict | list) for inner in value)
+
+    def read_document(self, value: object) -> None:
+        """Read a document or a query: a text, or an object with texts, with parts, or with an image."""
+        if not isinstance(value, dict):
+            self.add_texts(value)
+        elif "content" in value:
+            self._read_message(value)
+        else:
+            self._read_part(value)
+            self.has_hidden_input |= "image" in value  # Jina: a link or base64, of any size
 
     def add_json(self, value: object) -> None:
         """Add a value that the model sees as JSON."""

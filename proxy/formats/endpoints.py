@@ -20,6 +20,8 @@ EndpointName = Literal[
     "chat",
     "completions",
     "embeddings",
+    "rerank",
+    "score",
     "responses",
     "compact",
     "input_tokens",
@@ -38,7 +40,8 @@ EndpointName = Literal[
 #   responses   the events and objects of /responses
 #   messages    Anthropic's events, objects and errors
 #   media       images, speech, transcripts: their output is known only at the end, and may be no JSON
-SurfaceName = Literal["chat", "responses", "messages", "media"]
+#   rerank      the scores of documents, as an object or as a list
+SurfaceName = Literal["chat", "responses", "messages", "media", "rerank"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +59,8 @@ class Endpoint:
     `maxima` are the fields that bound an answer; the first is the one to write. If there are none, the output can't
     be counted while it streams, and `answer_tokens` are reserved for each answer. `default_model` is what the
     upstream uses if a request names no model. `form` says what the files are if the request is a form
-    (`multipart/form-data`) and not JSON. Which fields it refuses is in `restrictions`.
+    (`multipart/form-data`) and not JSON. Which fields it refuses is in `restrictions`. `aliases` are whole paths at
+    which it is served too; at the upstream the call goes to `path`.
     """
 
     name: EndpointName
@@ -68,6 +72,7 @@ class Endpoint:
     answer_tokens: int = 0
     default_model: str | None = None
     form: Literal["audio", "images"] | None = None
+    aliases: tuple[str, ...] = ()
 
     @property
     def generates(self) -> bool:
@@ -127,6 +132,10 @@ CHAT = Endpoint(
 )
 COMPLETIONS = Endpoint("completions", "/completions", "chat", Uses.INPUT_AND_OUTPUT, maxima=("max_tokens",))
 EMBEDDINGS = Endpoint("embeddings", "/embeddings", "chat", Uses.INPUT)
+# Jina, vLLM, llama.cpp, TEI and others serve /rerank, with or without /v1; Cohere with /v1 and /v2. The `base_url` of
+# the upstream says which version it is.
+RERANK = Endpoint("rerank", "/rerank", "rerank", Uses.INPUT, aliases=("/v2/rerank",))
+SCORE = Endpoint("score", "/score", "rerank", Uses.INPUT)  # vLLM's
 RESPONSES = Endpoint("responses", "/responses", "responses", Uses.INPUT_AND_OUTPUT, maxima=("max_output_tokens",))
 # The model summarises a conversation; no field bounds the length of the summary.
 COMPACT = Endpoint("compact", "/responses/compact", "responses", Uses.INPUT_AND_OUTPUT, answer_tokens=8192)
@@ -164,6 +173,7 @@ IMAGE_VARIATIONS = Endpoint(
     default_model="dall-e-2",
     form="images",
 )
+IMAGE_ENDPOINTS = (IMAGES, IMAGE_EDITS, IMAGE_VARIATIONS)
 # The longest input, 4,096 characters, is five minutes of speech. At 20 tokens a second that is 6,000 tokens. Only a
 # stream with `stream_format: "sse"` reports its tokens.
 SPEECH = Endpoint("speech", "/audio/speech", "media", Uses.INPUT_AND_OUTPUT, by_piece=True, answer_tokens=6144)
@@ -195,6 +205,8 @@ METERED = (
     CHAT,
     COMPLETIONS,
     EMBEDDINGS,
+    RERANK,
+    SCORE,
     RESPONSES,
     COMPACT,
     INPUT_TOKENS,
@@ -317,7 +329,7 @@ _WORDS = frozenset(
     word
     for path in (
         *PREFIXES,
-        *(endpoint.path for endpoint in METERED),
+        *(path for endpoint in METERED for path in (endpoint.path, *endpoint.aliases)),
         *(stored.path("{}") for stored in STORED_RESPONSE_PATHS),
         *(row.pattern for row in CLOSED),
         "/openai/deployments",
@@ -328,13 +340,65 @@ _WORDS = frozenset(
 ) - {"{}", "**"}
 
 
+# What is served, relative to the base URL, for `served_instead`.
+_SERVED = (
+    *(("POST", endpoint.path) for endpoint in METERED),
+    *((stored.method, stored.path("{}")) for stored in STORED_RESPONSE_PATHS),
+    *(("GET", path) for path in ("/models", "/quota", "/quota/usage", "/quota/events")),
+)
+# None of them has more segments.
+_SEGMENTS_MAX = 3
+# A path to something that is stored has no more words, with the empty one before its first slash. A client may send
+# thousands of slashes.
+_KNOWN_WORDS_MAX = 6
+# How much of an unknown path an answer repeats.
+_SHOWN_CHARACTERS = 80
+_BASE_OF_DEPLOYMENT = re.compile(r"/openai/deployments/[^/]+")
+
+
+def served_instead(method: str, path: str) -> str | None:
+    """What a client probably means by a request for an unknown path, and what to change; None if nothing is like it.
+
+    POST /v1//chat/completions     "POST /v1/chat/completions: remove the slash at the end of the client's base_url"
+    POST /v1/Embeddings            "POST /v1/embeddings, in lower case"
+    GET /v1/embeddings             "POST /v1/embeddings"
+    """
+    segments = [segment for segment in path.split("/") if segment]
+    for start in range(max(0, len(segments) - _SEGMENTS_MAX), len(segments)):
+        base, tail = ("".join(f"/{segment}" for segment in part) for part in (segments[:start], segments[start:]))
+        served = [row for row in _SERVED if _matches(row[1], tail.lower())]
+        if served:
+            right_method, pattern = next((row for row in served if row[0] == method), served[0])
+            right_base, change = _correction(path, base, is_lower_case=_matches(pattern, tail))
+            is_served = not change and right_method == method
+            shown = f"{right_method} {right_base}{pattern.replace('{}', '{id}')}{change}"
+            return None if is_served else shown
+    return None
+
+
+def _correction(path: str, base: str, *, is_lower_case: bool) -> tuple[str, str]:
+    """The base of the path to use instead of this one, which ends in a served one, and what to change."""
+    lowered = base.lower()
+    is_base = lowered in PREFIXES or _BASE_OF_DEPLOYMENT.fullmatch(base) is not None
+    right = (lowered if lowered in PREFIXES else base) if is_base else "/v1"
+    if not is_base and lowered.endswith("/v1"):
+        return right, f": remove {base[:-3][:_SHOWN_CHARACTERS]} from the client's base_url"
+    if not is_base:
+        return right, f": write /v1 instead of {base[:_SHOWN_CHARACTERS]} in the client's base_url"
+    if "//" in path:
+        return right, ": remove the slash at the end of the client's base_url"
+    if path.endswith("/"):
+        return right, ", without the slash at the end"
+    return right, "" if is_lower_case and base == right else ", in lower case"
+
+
 def known_beginning(path: str) -> str:
     """An unknown path as far as its words are known, for the log: `/v1/files/…` of `/v1/files/file-123`.
 
     The rest may be an id, or by mistake a key.
     """
     words = path.split("/")
-    known = list(takewhile(_WORDS.__contains__, words))
+    known = list(takewhile(_WORDS.__contains__, words[:_KNOWN_WORDS_MAX]))
     return "/".join(known if len(known) == len(words) else [*known, "…"])
 
 

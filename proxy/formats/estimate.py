@@ -18,6 +18,7 @@ from proxy.formats.content import Prompt
 from proxy.formats.kinds import Kind, kind_of
 from proxy.formats.pieces import price_of, uses_of
 from proxy.formats.request import Request
+from proxy.formats.strict_json import plain_name, walk
 from proxy.policy.amounts import TOKENS_MAX, Uses
 from proxy.policy.catalog import Model
 from proxy.policy.quota import Demand
@@ -25,24 +26,44 @@ from proxy.policy.quota import Demand
 # The output reserved for an answer if neither the request nor the model's configuration states a maximum.
 DEFAULT_ANSWER_TOKENS = 4096
 # The least that must be available for an answer before a call is sent, unless the request itself asks for less. With
-# 800 tokens left, a call with max_tokens: 5000 waits or is refused, because an answer cut at 800 tokens is of little
-# use and its input is charged all the same. A call with max_tokens: 500 is sent.
+# 800 of 1M tokens left, a call with max_tokens: 5000 waits or is refused, because an answer cut at 800 tokens is of
+# little use and its input is charged all the same. A call with max_tokens: 500 is sent. In a quota of less than
+# 10,240 tokens it is a tenth of the limit (`Demand.smallest_within`).
 SMALLEST_ANSWER = 1024
 
 # Fields that choose which tokens are generated, by their ids or by a program. With each of them an answer can consist
 # of tokens that have no text, such as <|im_start|>, which servers leave out of the answer and bill. The last lines
 # are grammars, which may name tokens: `<[151644]>*` in llama.cpp's and llguidance's.
 _TOKEN_CHOICES = frozenset(
-    "logit_bias ignore_eos "  # OpenAI; vLLM, SGLang, llama.cpp
-    "allowed_token_ids bad_words logits_processors vllm_xargs "  # vLLM
-    "custom_logit_processor custom_params "  # SGLang
-    "bad bad_token_ids embedding_bias end_id "  # TensorRT-LLM
-    "ban_eos_token bypass_eos_token banned_tokens custom_token_bans "  # Aphrodite, KoboldCpp, TabbyAPI
-    "suppress_tokens begin_suppress_tokens bad_words_ids force_words_ids forced_decoder_ids "  # transformers
-    "grammar guided_grammar structural_tag ebnf".split()
+    plain_name(name)
+    for name in (
+        "logit_bias ignore_eos "  # OpenAI; vLLM, SGLang, llama.cpp
+        "allowed_token_ids bad_words logits_processors vllm_xargs "  # vLLM
+        "custom_logit_processor custom_params "  # SGLang
+        "bad bad_token_ids embedding_bias end_id "  # TensorRT-LLM
+        "ban_eos_token bypass_eos_token banned_tokens custom_token_bans "  # Aphrodite, KoboldCpp, TabbyAPI
+        "suppress_tokens begin_suppress_tokens bad_words_ids force_words_ids forced_decoder_ids "  # transformers
+        "grammar grammar_string guided_grammar structural_tag ebnf"
+    ).split()
 )
-# Objects of a request that may hold the same fields: NVIDIA's `nvext`, vLLM's and SGLang's.
-_TOKEN_CHOICE_SECTIONS = ("nvext", "sampling_params", "structured_outputs")
+_MINIMA = frozenset(map(plain_name, ("min_tokens", "min_new_tokens", "min_completion_tokens", "min_length")))
+_STOPS = frozenset(map(plain_name, ("stop_token_ids", "stop_tokens", "eos_token_id")))
+# Objects of a request that may hold the same fields, at any depth: NVIDIA's `nvext`, Venice's, vLLM's and SGLang's,
+# and options that gateways pass on.
+_SECTIONS = frozenset(
+    plain_name(name)
+    for name in (
+        "additionalModelRequestFields generationConfig model_kwargs nvext options parameters sampling_params "
+        "structured_outputs venice_parameters"
+    ).split()
+)
+# Fields that most requests have, which are none of these: they need no closer look.
+_USUAL_FIELDS = frozenset(
+    "model messages input stream stream_options temperature top_p n user tools tool_choice metadata store stop seed "
+    "system max_tokens max_completion_tokens max_output_tokens parallel_tool_calls prompt".split()
+)
+# Where a request states a budget for reasoning: in a member of a field.
+REASONING_BUDGETS = (("thinking", "budget_tokens"), ("reasoning", "max_tokens"))
 # Formats of `response_format` that are grammars. A JSON Schema produces text only.
 _GRAMMAR_FORMATS = ("grammar", "gbnf", "ebnf", "lark_grammar", "structural_tag")
 
@@ -75,22 +96,33 @@ def estimate_demand(request: Request, model: Model, prompt: Prompt, *, body_byte
             uses=uses,
         )
     kind = kind_of(model.upstream.kind)
-    stated = _stated_maximum(request, kind)
+    stated = stated_maximum(request, kind)
     known = stated if stated is not None else model.max_output_tokens or _upstream_default(request, kind)
+    if known is None and model.context is not None and kind.ends_at_context and not prompt.has_hidden_input:
+        # An input has at least one token. With hosted tools a model runs several times, each time in a context of its
+        # own, so the context bounds nothing if input is hidden.
+        known = model.context - 1 if model.context <= DEFAULT_ANSWER_TOKENS else None
     each = DEFAULT_ANSWER_TOKENS if known is None else known
     output_maximum = min(each * request.choices, TOKENS_MAX)
     # The reasoning budget comes on top, because a short answer would otherwise be all reasoning and no text.
-    least = _reasoning_budget(request.document) + (model.smallest_answer or SMALLEST_ANSWER)
+    budget = reasoning_budget(request.document)
+    least = budget + (model.smallest_answer or SMALLEST_ANSWER)
+    # If 0 may mean no maximum, the least that can be sent instead is 1.
+    least = 1 if _asks_for_0(request, kind) else least
     smallest = min(min(each, least) * request.choices, output_maximum)
+    grows = streams_all_output(request, model)
     return Demand(
         input=bound,
         output_maximum=output_maximum,
         smallest=smallest,
-        initial_hold=smallest if streams_all_output(request, model) else output_maximum,
+        initial_hold=smallest if grows else output_maximum,
         is_unbounded=known is None,
         is_estimated=True,
         hidden_input=hidden_input,
         uses=uses,
+        grows=grows,
+        fixed=min(budget * request.choices, TOKENS_MAX) if model.smallest_answer is None else TOKENS_MAX,
+        floor=min(kind.least_written(request.endpoint) * request.choices, TOKENS_MAX),
     )
 
 
@@ -109,6 +141,9 @@ def largest_demand(demands: Sequence[Demand]) -> Demand:
         is_estimated=any(demand.is_estimated for demand in demands),
         hidden_input=max(demand.hidden_input for demand in demands),
         uses=reduce(or_, (demand.uses for demand in demands)),
+        grows=all(demand.grows for demand in demands),
+        fixed=max(demand.fixed for demand in demands),
+        floor=max(demand.floor for demand in demands),
     )
 
 
@@ -143,12 +178,10 @@ def _hidden_input(prompt: Prompt, model: Model, input_tokens: int) -> int:
 
 def streams_all_output(request: Request, model: Model) -> bool:
     """Whether all tokens of an answer can be counted while it streams, so that its hold may grow with it."""
-    has_hidden_output = (
-        _hides_reasoning(model)
-        or _asks_for_hidden_output(request.document)
-        or (request.endpoint.is_of_messages and _asks_for_thinking(request.document))
-    )
-    return request.stream and request.endpoint.shows_output and not has_hidden_output
+    if not (request.stream and request.endpoint.shows_output) or _hides_reasoning(model):
+        return False
+    asks_for_thinking = request.endpoint.is_of_messages and _asks_for_thinking(request.document)
+    return not (asks_for_thinking or _asks_for_hidden_output(request.document))
 
 
 def _unbounded_answer(request: Request, model: Model) -> int:
@@ -167,49 +200,69 @@ def _hides_reasoning(model: Model) -> bool:
 def _asks_for_hidden_output(document: Mapping[str, Any]) -> bool:
     """Whether a request asks for output that is billed but can't be counted as streamed text.
 
-    That is: audio; a prediction, whose rejected tokens are billed; reasoning with a budget; reasoning that is left
-    out of the answer (`include_reasoning`, `reasoning.exclude`, `reasoning_format`, `stream_reasoning`: fields of
-    vLLM, OpenRouter, Groq and SGLang); tokens without text.
+    That is: audio and images; a prediction, whose rejected tokens are billed; reasoning with a budget; reasoning that
+    is left out of the answer; tokens without text. Some servers accept the names in any case, or in camel case.
     """
-    modalities, reasoning = document.get("modalities"), document.get("reasoning")
-    asks_for_audio = isinstance(modalities, list) and "audio" in modalities
-    leaves_out = (
-        document.get("include_reasoning") not in (None, True)
-        or (isinstance(reasoning, dict) and bool(reasoning.get("exclude")))
-        or document.get("reasoning_format") == "hidden"
-        or document.get("stream_reasoning") not in (None, True)
-    )
-    has_budget = _reasoning_budget(document) > 0
-    return (
-        asks_for_audio
-        or leaves_out
-        or bool(document.get("prediction"))
-        or has_budget
-        or _may_lack_text(document)
-        or any(_may_lack_text(section) for section in map(document.get, _TOKEN_CHOICE_SECTIONS))
-    )
+    fields = _plain_fields(document)
+    sections = [
+        _plain_fields(inner)
+        for name, value in fields
+        if name in _SECTIONS
+        for inner in walk(value)
+        if isinstance(inner, dict)
+    ]
+    return reasoning_budget(document) > 0 or any(map(_hides_output, [fields, *sections]))
 
 
-def _may_lack_text(fields: object) -> bool:
+def _plain_fields(document: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """The unusual fields by their plain names. A name may be there twice, in two spellings."""
+    return [(plain_name(name), value) for name, value in document.items() if name not in _USUAL_FIELDS]
+
+
+def _hides_output(fields: Sequence[tuple[str, Any]]) -> bool:
+    return any(_asks_for_no_text(name, value) for name, value in fields) or _may_lack_text(fields)
+
+
+def _asks_for_no_text(name: str, value: object) -> bool:
+    """Whether this field asks for something else than text, or leaves reasoning out of the answer.
+
+    The fields that leave it out are those of vLLM, OpenRouter, Groq, SGLang and Venice.
+    """
+    match name:
+        case "modalities" | "responsemodalities":
+            return isinstance(value, list) and any(
+                isinstance(each, str) and each.casefold() != "text" for each in value
+            )
+        case "includereasoning" | "streamreasoning":
+            return value not in (None, True)
+        case "reasoning":
+            return isinstance(value, dict) and any(name == "exclude" and on for name, on in _plain_fields(value))
+        case "reasoningformat":
+            return isinstance(value, str) and value.casefold() == "hidden"
+        case "prediction" | "stripthinkingresponse":
+            return bool(value)
+    return False
+
+
+def _may_lack_text(fields: Sequence[tuple[str, Any]]) -> bool:
     """Whether these fields of a request can make a model generate any number of tokens that have no text.
 
     `min_tokens` does so together with `stop_token_ids`: until the minimum is reached, tokens that would stop the
     answer are not generated. If these are all that have text, only the others are left. Either of the two alone
     cannot choose the tokens. `detokenize: false` leaves the text out.
     """
-    if not isinstance(fields, Mapping):
-        return False
-    # Servers written in Go or with aliases accept names in any case.
-    used = {name.casefold() for name, value in fields.items() if value}
-    has_minimum = not used.isdisjoint(("min_tokens", "min_new_tokens", "min_completion_tokens"))
-    has_stops = not used.isdisjoint(("stop_token_ids", "stop_tokens", "eos_token_id"))
-    format_ = fields.get("response_format")
+    used = {name for name, value in fields if value}
     return (
         not used.isdisjoint(_TOKEN_CHOICES)
-        or (has_minimum and has_stops)
-        or fields.get("detokenize") not in (None, True)
-        or (isinstance(format_, dict) and format_.get("type") in _GRAMMAR_FORMATS)
+        or not (used.isdisjoint(_MINIMA) or used.isdisjoint(_STOPS))
+        or any(name == "detokenize" and value not in (None, True) for name, value in fields)
+        or any(name == "responseformat" and _is_grammar(value) for name, value in fields)
     )
+
+
+def _is_grammar(format_: object) -> bool:
+    types = (value for name, value in _plain_fields(format_) if name == "type") if isinstance(format_, dict) else ()
+    return any(isinstance(type_, str) and type_.casefold() in _GRAMMAR_FORMATS for type_ in types)
 
 
 def _asks_for_thinking(document: Mapping[str, Any]) -> bool:
@@ -221,9 +274,9 @@ def _asks_for_thinking(document: Mapping[str, Any]) -> bool:
     return isinstance(section, dict) and section.get("type") != "disabled"
 
 
-def _reasoning_budget(document: Mapping[str, Any]) -> int:
+def reasoning_budget(document: Mapping[str, Any]) -> int:
     """The tokens that a request sets aside for reasoning: in Anthropic's field or in OpenRouter's; 0 if in none."""
-    for name, member in (("thinking", "budget_tokens"), ("reasoning", "max_tokens")):
+    for name, member in REASONING_BUDGETS:
         section = document.get(name)
         budget = section.get(member) if isinstance(section, dict) else None
         if isinstance(budget, int) and not isinstance(budget, bool) and budget > 0:
@@ -231,17 +284,27 @@ def _reasoning_budget(document: Mapping[str, Any]) -> int:
     return 0
 
 
-def _stated_maximum(request: Request, kind: Kind) -> int | None:
+def stated_maximum(request: Request, kind: Kind) -> int | None:
     """The maximum that the request states in the fields which this kind of upstream reads; None for no maximum.
 
     Of several fields the largest counts: which one wins differs by the upstream's version. -1 in one of them is no
     maximum, whatever the others say.
     """
-    values = [request.document.get(name) for name in kind.maximum_fields(request.endpoint)]
-    numbers = [number for number in values if number is not None]
-    if any(kind.is_endless(number) for number in numbers):
+    numbers = _stated_numbers(request, kind)
+    if any(kind.is_endless(number, request.endpoint) for number in numbers):
         return None
     return max(numbers, default=None)
+
+
+def _asks_for_0(request: Request, kind: Kind) -> bool:
+    numbers = _stated_numbers(request, kind)
+    return bool(numbers) and not any(numbers)
+
+
+def _stated_numbers(request: Request, kind: Kind) -> list[int]:
+    """The numbers in the fields of the request that bound an answer at this kind of upstream."""
+    values = map(request.document.get, kind.maximum_fields(request.endpoint))
+    return [number for number in values if number is not None]
 
 
 def _upstream_default(request: Request, kind: Kind) -> int | None:

@@ -47,6 +47,7 @@ _USUAL_BETAS = frozenset(
         "thinking-token-count-2026-05-13",
     )
 )
+_BEARER = ("authorization", "Bearer ")
 # OpenAI's default for `max_tokens` on /completions.
 _COMPLETIONS_DEFAULT = 16
 # OpenAI's models without hidden reasoning, by the beginning of their names. All other models of OpenAI, also future
@@ -61,7 +62,7 @@ class Kind:
     default of that setting: hosted APIs bill an answer whose client has left, so it is read to its usage.
     """
 
-    surfaces: ClassVar[frozenset[SurfaceName]] = frozenset(("chat", "responses", "media"))
+    surfaces: ClassVar[frozenset[SurfaceName]] = frozenset(("chat", "responses", "media", "rerank"))
     on_disconnect: ClassVar[OnDisconnect] = "drain"
     # Whether the configuration of an upstream may name an `api_version`.
     has_api_version: ClassVar[bool] = False
@@ -69,7 +70,7 @@ class Kind:
     naming: ClassVar[Naming] = Naming()
 
     # The header that carries its key, and what comes before the key.
-    key_header: ClassVar[tuple[str, str]] = ("authorization", "Bearer ")
+    key_header: ClassVar[tuple[str, str]] = _BEARER
     # Headers that are sent if the client sends none of that name.
     default_headers: ClassVar[Mapping[str, str]] = MappingProxyType({})
     # Headers that are sent with each request for a stream.
@@ -81,14 +82,20 @@ class Kind:
     # The fields that bound an answer, for the endpoints on which it reads other ones than OpenAI. The first is the
     # one to write.
     own_maximum_fields: ClassVar[Mapping[EndpointName, tuple[str, ...]]] = MappingProxyType({})
-    # The smallest number in a field of its own in which a negative number means "no maximum"; 0 in all others.
+    # The smallest number in a field in which a negative number means "no maximum"; 0 in all others.
     least_maximum: ClassVar[Mapping[str, int]] = MappingProxyType({})
-    # Numbers below this one mean "no maximum".
-    smallest_bound: ClassVar[int] = 0
+    # Numbers below this one mean "no maximum", by endpoint; elsewhere numbers below 0. OpenAI refuses 0 on chat and
+    # /responses. Gateways written in Go leave a 0 out (`omitempty`), so that nothing bounds the answer.
+    smallest_bounds: ClassVar[Mapping[EndpointName, int]] = MappingProxyType({"chat": 1, "responses": 1})
+    # The least maximum that it accepts, by endpoint; elsewhere 1.
+    least_accepted: ClassVar[Mapping[EndpointName, int]] = MappingProxyType({"responses": 16})
     # Its own names for `n`, the number of answers.
     own_choice_count_fields: ClassVar[tuple[str, ...]] = ()
     # The maximum that it applies on /completions if a request states none; None for no maximum.
     completions_default: ClassVar[int | None] = _COMPLETIONS_DEFAULT
+    # Whether an answer ends at the latest where the model's context ends. Ollama and llama.cpp can drop the beginning
+    # of the context and go on.
+    ends_at_context: ClassVar[bool] = True
     # Whether each of its answers has a maximum that does not depend on the model's configuration.
     bounds_answers: ClassVar[bool] = False
 
@@ -121,9 +128,13 @@ class Kind:
         """The fields that bound an answer on this endpoint; the first is the one to write."""
         return self.own_maximum_fields.get(endpoint.name, endpoint.maxima)
 
-    def is_endless(self, number: int) -> bool:
-        """Whether it reads a number in a field that bounds an answer as "no maximum"."""
-        return number < self.smallest_bound
+    def is_endless(self, number: int, endpoint: Endpoint) -> bool:
+        """Whether it may read a number in a field that bounds an answer as "no maximum"."""
+        return number < self.smallest_bounds.get(endpoint.name, 0)
+
+    def least_written(self, endpoint: Endpoint) -> int:
+        """The least maximum that can be written into a request: for less it answers 400, or reads no maximum."""
+        return max(1, self.smallest_bounds.get(endpoint.name, 1), self.least_accepted.get(endpoint.name, 1))
 
     def hides_reasoning(self, upstream_model: str) -> bool:
         """Whether a model reasons in tokens that the answer does not show, judged by its name.
@@ -140,9 +151,12 @@ class Kind:
     def add_running_usage(self, document: dict[str, Any]) -> None:
         """Write the option for `running_usage` into the document that is forwarded."""
 
-    def key_headers(self, api_key: Secret | None) -> dict[str, str]:
-        """The header that carries its key; none if it has no key."""
-        name, before = self.key_header
+    def key_headers(self, api_key: Secret | None, *, is_access_token: bool = False) -> dict[str, str]:
+        """The header that carries its key; none if it has no key.
+
+        An access token of OAuth 2.0 is always sent as a bearer token (RFC 6750), also to Azure and Anthropic.
+        """
+        name, before = _BEARER if is_access_token else self.key_header
         return {} if api_key is None else {name: before + api_key.reveal()}
 
 
@@ -157,6 +171,8 @@ class _OwnServer(_WithVisibleReasoning):
     """A server of the operator's own. It stops when its client disconnects, and does not bill."""
 
     on_disconnect = "stop"
+    smallest_bounds = MappingProxyType({})
+    least_accepted = MappingProxyType({})
 
 
 class Azure(Kind):
@@ -218,13 +234,17 @@ class Ollama(_OwnServer):
         any_case=True, default_tag=":latest", default_namespace="library/", default_host="registry.ollama.ai/"
     )
     own_maximum_fields = MappingProxyType({"chat": ("max_tokens",)})
+    ends_at_context = False
     stores_responses = False
-    smallest_bound = 1  # 0 means "no maximum" too
+    smallest_bounds = MappingProxyType(dict.fromkeys(("chat", "completions", "responses"), 1))
     completions_default = None
 
 
 class LlamaCpp(_OwnServer):
-    """llama.cpp's server. `n_predict` overrides all other maxima, on each of its endpoints; -1 is no maximum."""
+    """llama.cpp's server. `n_predict` overrides all other maxima, on each of its endpoints; -1 is no maximum.
+
+    It copies the other fields to `n_predict`, so -1 means the same in them.
+    """
 
     own_maximum_fields = MappingProxyType(
         {
@@ -233,7 +253,10 @@ class LlamaCpp(_OwnServer):
             "responses": ("max_output_tokens", "n_predict", "max_completion_tokens", "max_tokens"),
         }
     )
-    least_maximum = MappingProxyType({"n_predict": -1})
+    least_maximum = MappingProxyType(
+        dict.fromkeys(("n_predict", "max_completion_tokens", "max_tokens", "max_output_tokens"), -1)
+    )
+    ends_at_context = False
     own_choice_count_fields = ("n_cmpl",)  # overrides `n`
     stores_responses = False
     ignores_model_names = True
@@ -255,8 +278,10 @@ class LlamaCpp(_OwnServer):
 class Simulator(_WithVisibleReasoning):
     """The simulator of this project. It serves both APIs, and its answers have a maximum of their own."""
 
-    surfaces = frozenset(("chat", "responses", "messages", "media"))
+    surfaces = frozenset(("chat", "responses", "messages", "media", "rerank"))
     bounds_answers = True
+    smallest_bounds = MappingProxyType({})
+    least_accepted = MappingProxyType({})
 
 
 # In the order in which the configuration's JSON Schema and its error messages list them.
@@ -286,7 +311,7 @@ def _unique(*names: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(names))
 
 
-# Every field that bounds an answer on some endpoint or at some kind of upstream, and the least number in it.
+# Every field that bounds an answer on some endpoint or at some kind of upstream, and the least number in it at any.
 MAXIMUM_FIELDS = _unique(
     *(name for endpoint in METERED for name in endpoint.maxima),
     *(name for kind in KINDS.values() for names in kind.own_maximum_fields.values() for name in names),

@@ -16,7 +16,7 @@ from proxy.formats.endpoints import TRANSCRIPTIONS, TRANSLATIONS
 from proxy.formats.meter import JSON, Ending, Meter
 from proxy.formats.request import Request
 from proxy.formats.sse import Event
-from proxy.formats.usage import Stated
+from proxy.formats.usage import Stated, usages_beside
 from proxy.policy.amounts import TOKENS_MAX, AtLeast, Exactly, Tokens, Unspent, Usage, Uses
 
 # The last event of a stream of images, speech or a transcript.
@@ -62,7 +62,9 @@ class MediaMeter(Meter):
 
     def _add_usage(self, answer: JSON) -> None:
         """Add the usage that an answer states. An SVG image also states, in `svg_usage`, that of its text model."""
-        usages = [self._stated_by(answer, name) for name in ("usage", "svg_usage")]
+        usages = [self._stated_by(answer, answer.get(name)) for name in ("usage", "svg_usage")]
+        if not any(usages):
+            usages = [self._stated_by(answer, usage) for usage in usages_beside(answer)]
         is_repeated = self._completed > self._choices  # more ends than were asked for: not another image
         self._unstated += not is_repeated and not self.has_error and not any(usages)
         for stated in usages:
@@ -72,13 +74,13 @@ class MediaMeter(Meter):
             else:
                 self._stated = before.largest(stated) if is_repeated else before.plus(stated, adds_input=True)
 
-    def _stated_by(self, answer: JSON, name: str) -> Stated | None:
-        """The usage in this member; None for zeros, which gateways such as LiteLLM write if the vendor states none.
+    def _stated_by(self, answer: JSON, usage: object) -> Stated | None:
+        """What this usage states; None for zeros, which gateways such as LiteLLM write if the vendor states none.
 
         Nor does an output of 0 state the output, because every image and all speech has some. A transcript may have
         none. If it has text, that is counted.
         """
-        stated = self._read(answer.get(name))
+        stated = self._read(usage)
         if stated is None or not any(stated.parts):
             return None
         text = answer.get("text") if self._is_transcript else None

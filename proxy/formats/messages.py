@@ -90,12 +90,13 @@ class MessagesMeter(Meter):
     def __init__(self, request: Request, *, count: Callable[[str], int], kind: str) -> None:
         super().__init__(request, count=count, kind=kind)
         self._input_parts: JSON = {}  # the parts of the input, merged from the events
+        self._early_output = 0  # the output that `message_start` states
 
     def _new_ending(self, request: Request) -> Ending:
         return MessagesEnding()
 
     def _see_answer(self, answer: JSON) -> object:
-        self._see_usage(answer.get("usage"))
+        self._see_usages(answer)
         return answer.get("content")
 
     def _see_object(self, chunk: JSON, event: Event) -> bytes:
@@ -115,19 +116,34 @@ class MessagesMeter(Meter):
             self.is_at_end = False
             self._count_texts(delta)
         elif kind in ("message_delta", "message_stop"):
-            for usage in (chunk.get("usage"), delta.get("usage") if isinstance(delta, dict) else None):
-                self._see_usage(usage)
-            self._see_usage(_usage_of_bedrock(chunk.get(_BEDROCK_METRICS)))
+            for part in (chunk, delta):
+                self._see_usages(part)
             self.is_at_end = True
             self.is_over = self.is_over or kind == "message_stop"
+            self._see_early_output()
         elif kind == "error":
             self.is_at_end = self.is_over = True
         elif kind not in _EVENTS:
-            response = chunk.get("response")
             self._count_other_shape(chunk, kind)
-            for part in (chunk, response if isinstance(response, dict) else {}):
-                self._see_usage(part.get("usage"))
+            for part in (chunk, chunk.get("response")):
+                self._see_usages(part)
         return event.raw
+
+    def _see_usages(self, part: object) -> None:
+        """Record the usages in an answer, an event, or a part of one, wherever they are."""
+        if isinstance(part, dict):
+            self._see_usage(part.get("usage"))
+            self._see_usage(_usage_of_bedrock(part.get(_BEDROCK_METRICS)))
+            self._see_usages_elsewhere(part)
+
+    def _see_early_output(self) -> None:
+        """Record, at the end of a message, the output that its beginning stated if nothing later is larger.
+
+        It is usually a guess at the first tokens, such as 1. A server that knows the whole message before it streams
+        it may state all of its output there, and zeros at the end.
+        """
+        if self.is_over and max(self._output_stated, self._counted) < self._early_output <= self.output_bound:
+            self._record(Stated(output=self._early_output))
 
     def _see_usage(self, usage: object, *, is_early: bool = False) -> None:
         """Record a usage of a message. Parts of the input that it lacks, or that are 0 in it, keep an earlier value.
@@ -150,9 +166,12 @@ class MessagesMeter(Meter):
         parts = {name: usage.get(name) for name in INPUT_PARTS if usage.get(name) or not is_early}
         parts |= {name: earlier for name, earlier in self._input_parts.items() if not parts.get(name)}
         self._input_parts = {name: value for name, value in parts.items() if value and self._read({name: value})}
-        # The early output is a guess at the first tokens. They are counted when they come, so it is left out.
         stated = self._read({**{name: value for name, value in usage.items() if name not in INPUT_PARTS}, **parts})
-        self._record(Stated(stated.input, cached=stated.cached) if stated and is_early else stated)
+        if stated and is_early:
+            # The early output is a guess at the first tokens. They are counted when they come, so it is left out.
+            self._early_output = stated.known_output or 0
+            stated = Stated(stated.input, cached=stated.cached)
+        self._record(stated)
 
 
 def _usage_of_bedrock(metrics: object) -> JSON | None:

@@ -36,9 +36,8 @@ from proxy.formats.texts import (
     texts_in,
     texts_in_other_shape,
     texts_of_body,
-    texts_of_broken_json,
 )
-from proxy.formats.usage import Stated, read_usage, usages_beside
+from proxy.formats.usage import Stated, read_usage, usages_beside, usages_in_choices
 from proxy.policy.amounts import AtLeast, Exactly, Tokens, Unspent, Usage, Uses
 
 JSON = dict[str, Any]
@@ -166,6 +165,17 @@ class Meter(ABC):
             return None
         return self._stated.known_input or (0 if self._stated.is_only_total and self._stated.total else None)
 
+    @property
+    def counted_and_stated(self) -> tuple[int, int] | None:
+        """The tokens of output by our own count and by the upstream's; None unless both are known of the same text.
+
+        Reasoning may be stated that was not shown, so an answer with reasoning cannot be compared.
+        """
+        stated = self._stated
+        if stated is None or not stated.output or not self._counted or stated.reasoning or self._is_partial:
+            return None
+        return self._counted, stated.output
+
     def see_event(self, event: Event, *, is_cut: bool = False) -> bytes:
         """Measure one event and return the bytes for the client.
 
@@ -187,10 +197,7 @@ class Meter(ABC):
             # that broke off in the middle.
             if is_cut:
                 return event.raw
-            if data.lstrip()[:1] in (b"{", b"["):
-                self._count_texts([*texts_of_broken_json(data)])
-            else:
-                self._count_bytes(data)
+            self._count_texts([*texts_of_body(data)])
             return event.raw
         return self._see_object(self.chunk, event)
 
@@ -275,13 +282,13 @@ class Meter(ABC):
 
     @property
     def _output_stated(self) -> int:
-        """The output that the upstream has stated so far; 0 if none."""
-        return 0 if self._stated is None else self._stated.known_output or 0
+        """The output that the upstream has stated so far, without the additional one; 0 if none."""
+        return 0 if self._stated is None else self._stated.output_without_extra or 0
 
     @property
     def _extra_output(self) -> int:
-        """Output that the upstream states in addition to an output that it does not state."""
-        return self._stated.extra if self._stated is not None and self._stated.known_output is None else 0
+        """Output that the upstream states in addition."""
+        return 0 if self._stated is None else self._stated.extra
 
     @property
     def _is_doubtful(self) -> bool:
@@ -313,18 +320,30 @@ class Meter(ABC):
         if self._uses is Uses.INPUT:
             # Some servers state only the total of an embedding, which a limit on input must count.
             stated = Stated((stated.known_input or 0) + (stated.known_output or 0), 0, stated.cached)
-        before, output = self._output_stated, stated.known_output or 0
-        if self._stated is not None:
-            self._is_contradicted = self._is_contradicted or 0 < (stated.output or 0) < (self._stated.output or 0)
+        before, output = self._output_stated, stated.output_without_extra or 0
+        if self._stated is not None and not any(stated.parts):
+            return  # zeros count only if they are the only usage
+        if self._stated is not None and any(self._stated.parts):
+            self._is_contradicted = self._is_contradicted or stated.contradicts(self._stated)
             stated = self._stated.largest(stated)
         self._stated = stated
         if output > before or output >= self._counted:
             self._counted_since_stated = 0
 
-    def _record_beside(self, document: JSON) -> None:
-        """Record the usages that a vendor states in members of its own."""
+    def _see_usage(self, usage: object) -> None:
+        """Record a usage object, if it is one."""
+        self._record(self._read(usage))
+
+    def _see_usages_elsewhere(self, document: JSON) -> None:
+        """Record the usages that a vendor states in members of its own, or in the choices."""
         for usage in usages_beside(document):
-            self._record(self._read(usage))
+            self._see_usage(usage)
+        self._see_usages_of_choices(usages_in_choices(document.get("choices")))
+
+    def _see_usages_of_choices(self, usages: Iterable[tuple[int, object]]) -> None:
+        """Record the usages that are stated inside choices (Kimi), each with the index of its choice."""
+        for _, usage in usages:
+            self._see_usage(usage)
 
     def _count_texts(self, part: object) -> None:
         """Count the texts in a piece of the answer, as at least one token if there is any text."""
@@ -374,7 +393,7 @@ class Meter(ABC):
             self._count_texts([*texts_in_other_shape(event)])
 
     def _count_bytes(self, data: bytes) -> None:
-        """Count data that can't be parsed by its length, at four bytes for a token, rounded up."""
+        """Count data that is too large to parse by its length, at four bytes for a token, rounded up."""
         self._add_to_count(-(-len(data) // _BYTES_PER_TOKEN))
 
     def _add_to_count(self, tokens: int) -> None:

@@ -7,6 +7,7 @@ Sources: RFC 7578; RFC 2046 §5.1 for the delimiters. Pure.
 """
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from proxy.errors import InvalidRequest, UnsupportedEncoding
@@ -15,23 +16,43 @@ from proxy.errors import InvalidRequest, UnsupportedEncoding
 _FIELDS_BYTES_MAX = 2**20
 _PARTS_MAX = 256
 _HEADER_BYTES_MAX = 4096
-# The characters of a boundary are those of RFC 2046 §5.1.1, except blanks. A second parameter is refused, because
-# parsers choose differently between two boundaries.
+# The charset of a form or of a part. Java's clients write one beside the boundary.
+_CHARSET = r'charset="?([A-Za-z0-9_.:-]{1,40})"?'
+# The characters of a boundary are those of RFC 2046 §5.1.1, except blanks. A second boundary is refused, because
+# parsers choose differently between two.
 _CONTENT_TYPE = re.compile(
-    r'multipart/form-data[ \t]*;[ \t]*boundary=(?:"([0-9A-Za-z\'()+_,./:=?-]{1,70})"|([0-9A-Za-z\'+_.-]{1,70}))',
+    rf"multipart/form-data(?:[ \t]*;[ \t]*{_CHARSET})?"
+    r'[ \t]*;[ \t]*boundary=(?:"([0-9A-Za-z\'()+_,./:=?-]{1,70})"|([0-9A-Za-z\'+_.-]{1,70}))'
+    rf"(?:[ \t]*;[ \t]*{_CHARSET})?",
     re.IGNORECASE,
 )
-# After the name of the field comes only the file's name, in one or both notations (`filename`, `filename*`). A second
-# `name` is refused, because some parsers take the last.
+_PART_CHARSET = re.compile(rf"(?:^|;)[ \t]*{_CHARSET}[ \t]*(?=;|$)", re.IGNORECASE)
+# Charsets in which ASCII is what it is in UTF-8. Java's clients write them because they are its defaults. Parsers
+# that obey them and parsers that ignore them read the same text only if it is ASCII.
+_LIKE_ASCII = ("us-ascii", "ascii", "iso-8859-1", "iso-8859-15", "latin1", "windows-1252")
+_UTF_8 = ("utf-8", "utf8")
+# A second `name` is refused, because some parsers take the last. The name may lack quotes, as .NET writes it. It is
+# printable ASCII: parsers decode other bytes in different ways, or leave them out, so that `model` and a byte more
+# would be a second `model`. For parsers that know no quotes it has no `;` and `=` either.
+_NAME = r'name=(?:"(?P<quoted{0}>[ !#-:<>-\[\]-~]{{1,200}})"|(?P<plain{0}>[\w.\[\]-]{{1,200}}))'
+# The file's name, in one or both notations (`filename`, `filename*`).
 _FILENAME = r' *; *filename\*?=(?:"(?:[^"\\]|\\.)*"|[^";\s]*)'
-# The name may lack quotes, as .NET writes it.
+# Before the name of the field, as Jersey writes it, the file's name must be one that no parser can take for more: a
+# parser that knows no escapes ends `"a\"; name=\"b"` in its middle. So must the parameters of RFC 2183 be.
+_CLEAR_PARAMETER = (
+    r' *(?:filename\*?=(?:"[^"\\;=]*"|[^"\\;=\s]*)'
+    r'|(?:creation-date|modification-date|read-date)="[A-Za-z0-9 ,:+-]*"|size=[0-9]{1,20}) *;'
+)
 _DISPOSITION = re.compile(
-    rf'form-data; *name=(?:"([^"\\\r\n]{{1,200}})"|([\w.\[\]-]{{1,200}}))((?:{_FILENAME}){{1,2}})?',
+    rf"form-data;(?: *{_NAME.format(1)}(?P<file>(?:{_FILENAME}){{1,2}})?"
+    rf"|(?P<clear>(?:{_CLEAR_PARAMETER}){{1,6}}) *{_NAME.format(2)})",
     re.IGNORECASE | re.ASCII,
 )
+_NAME_GROUPS = ("quoted1", "plain1", "quoted2", "plain2")
 # In the headers of a part: many parsers end a line here as well.
 _BARE_LINE_END = re.compile(rb"\r(?!\n)|(?<!\r)\n|\0")
-_HEADERS = ("content-disposition", "content-type", "content-length", "content-transfer-encoding")
+# CXF writes `Content-ID`. RFC 7578 §4.8: parsers ignore all but the first three.
+_HEADERS = ("content-disposition", "content-type", "content-transfer-encoding", "content-length", "content-id")
 # The other transfer encodings, base64 and quoted-printable, are decoded by some parsers and not by others.
 _IDENTITY_ENCODINGS = ("binary", "8bit", "7bit")
 
@@ -56,12 +77,16 @@ class File:
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """A complete form. `content_type` is the header that it came with and is forwarded with."""
+    """A complete form. `content_type` is the header that it came with and is forwarded with.
+
+    `start` is where its first boundary is: 2 if there is an empty line before it.
+    """
 
     content_type: str
     boundary: str
     fields: tuple[Field, ...]
     files: tuple[File, ...]
+    start: int = 0
 
     def field(self, name: str) -> Field | None:
         """The field of this name, or None."""
@@ -82,8 +107,10 @@ class FormReader:
             raise UnsupportedEncoding(
                 "This endpoint takes a form: send `Content-Type: multipart/form-data` with one boundary."
             )
+        charsets = [charset for charset in (match[1], match[4]) if charset]
+        self._is_ascii = _must_be_ascii(charsets)
         self._content_type = content_type.strip()
-        self._boundary = match[1] or match[2]
+        self._boundary = match[2] or match[3]
         self._dashed = b"--" + self._boundary.encode()
         self._delimiter = b"\r\n" + self._dashed
         # The first delimiter has no line end before it. With one added here, it is like all others.
@@ -94,8 +121,8 @@ class FormReader:
         self._files: list[File] = []
         self._value = bytearray()
         self._name = ""
-        self._is_file = False
-        self._start = 0
+        self._is_file = self._is_ascii_part = False
+        self._start = self._first = 0
 
     def feed(self, chunk: bytes) -> None:
         """Parse the next bytes. Raises InvalidRequest if they make the form invalid or ambiguous."""
@@ -107,16 +134,18 @@ class FormReader:
         """Return the form after its last bytes. Raises InvalidRequest if it is incomplete."""
         if self._step != self._end:
             raise _unreadable("it ends before its last boundary")
-        return Form(self._content_type, self._boundary, tuple(self._fields), tuple(self._files))
+        return Form(self._content_type, self._boundary, tuple(self._fields), tuple(self._files), self._first)
 
     # Each step returns whether the next step may be able to go on with the bytes in the buffer.
 
     def _begin(self) -> bool:
-        if len(self._buffer) < len(self._delimiter):
+        if len(self._buffer) < len(b"\r\n" + self._delimiter):
             return False
-        if not self._buffer.startswith(self._delimiter):
+        # Programs that write their forms by hand begin each part with a line end, also the first.
+        self._first = 2 if self._buffer.startswith(b"\r\n" * 2) else 0
+        if not self._buffer.startswith(self._delimiter, self._first):
             raise _unreadable("there are bytes before its first part")
-        self._drop(len(self._delimiter))
+        self._drop(self._first + len(self._delimiter))
         self._step = self._after_delimiter
         return True
 
@@ -138,7 +167,8 @@ class FormReader:
             return False
         if len(self._fields) + len(self._files) >= _PARTS_MAX:
             raise _unreadable(f"it has more than {_PARTS_MAX} parts")
-        self._name, self._is_file = _read_headers(bytes(self._buffer[:length]))
+        self._name, self._is_file, is_ascii = _read_headers(bytes(self._buffer[:length]))
+        self._is_ascii_part = is_ascii or self._is_ascii
         self._drop(length + 4)
         self._start = self._offset
         self._value.clear()
@@ -183,6 +213,15 @@ class FormReader:
             value = self._value.decode()
         except UnicodeDecodeError:
             raise InvalidRequest(f'The field "{self._name}" is not valid UTF-8.', param=self._name) from None
+        # RFC 7578 §4.6: the charset of all fields, for parsers that know this rule.
+        if self._name == "_charset_" and value.lower() not in _UTF_8:
+            raise _unreadable("a field is not in UTF-8")
+        if self._is_ascii_part and not value.isascii():
+            raise InvalidRequest(
+                f'The field "{self._name}" has other characters than ASCII, and a charset other than UTF-8. '
+                "Send it in UTF-8, with `charset=UTF-8` or without a charset.",
+                param=self._name,
+            )
         self._fields.append(Field(self._name, value, self._start, self._offset))
 
     def _drop(self, length: int) -> None:
@@ -190,8 +229,16 @@ class FormReader:
         self._offset += length
 
 
-def _read_headers(headers: bytes) -> tuple[str, bool]:
-    """The name in the headers of a part, and whether the part is a file."""
+def _must_be_ascii(charsets: Iterable[str]) -> bool:
+    """Whether text in these charsets must be ASCII to be clear. Raises UnsupportedEncoding for charsets unlike it."""
+    others = [charset.lower() for charset in charsets if charset.lower() not in _UTF_8]
+    if not all(charset in _LIKE_ASCII for charset in others):
+        raise UnsupportedEncoding(f"The form's charset {others[0]!r} is not supported: send the form in UTF-8.")
+    return bool(others)
+
+
+def _read_headers(headers: bytes) -> tuple[str, bool, bool]:
+    """The name in the headers of a part, whether the part is a file, and whether its text must be ASCII."""
     if _BARE_LINE_END.search(headers):
         raise _unreadable("a part has headers that are not accepted here")
     fields: dict[str, str] = {}
@@ -205,10 +252,14 @@ def _read_headers(headers: bytes) -> tuple[str, bool]:
         raise _unreadable("a part has no name, or one that is not clear")
     if fields.get("content-transfer-encoding", "binary").lower() not in _IDENTITY_ENCODINGS:
         raise _unreadable("a part has a transfer encoding")
-    is_file, kind = disposition[3] is not None, fields.get("content-type", "").lower()
-    if "charset" in kind and "utf-8" not in kind and not is_file:
+    name = next(name for group in _NAME_GROUPS if (name := disposition[group]))
+    kind = fields.get("content-type", "").lower()
+    if disposition["file"] is not None or "filename" in (disposition["clear"] or "").lower():
+        return name, True, False
+    charsets = _PART_CHARSET.findall(kind)
+    if kind.count("charset") != len(charsets) or not {*charsets} <= {*_UTF_8, *_LIKE_ASCII}:
         raise _unreadable("a field is not in UTF-8")
-    return disposition[1] or disposition[2], is_file
+    return name, False, _must_be_ascii(charsets)
 
 
 def _unreadable(reason: str) -> InvalidRequest:

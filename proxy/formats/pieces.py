@@ -17,6 +17,7 @@ Sources: OpenAI's published API description; docs/wire.md, section 1.6. Pure.
 
 from proxy.formats.endpoints import (
     IMAGE_EDITS,
+    IMAGE_ENDPOINTS,
     IMAGE_VARIATIONS,
     IMAGES,
     SPEECH,
@@ -44,7 +45,6 @@ _NEVER_STATING = (
     (Globs(("tts-*",)), SPEECH),
     (Globs(("whisper*",)), TRANSCRIPTIONS),
 )
-_IMAGE_ENDPOINTS = (IMAGES, IMAGE_EDITS, IMAGE_VARIATIONS)
 
 
 def endpoint_by_piece(upstream_model: str) -> Endpoint | None:
@@ -73,7 +73,7 @@ def price_of(request: Request, target: Model) -> int:
     """What an answer that states no tokens costs, in tokens of output, as the configuration says; 0 for no price."""
     if not request.endpoint.by_piece:
         return 0
-    each = target.tokens_per_image or 0 if request.endpoint in _IMAGE_ENDPOINTS else 0
+    each = target.tokens_per_image or 0 if request.endpoint in IMAGE_ENDPOINTS else 0
     return min((target.tokens_per_request or 0) + each * request.choices, TOKENS_MAX)
 
 

@@ -8,16 +8,22 @@ situation has its own sentence:
     busy         Quota "staff/daily" is busy: calls in flight hold 416 tokens, … Try again in 2 s.
     disabled     Quota "staff/daily" is switched off: it allows 0 tokens.
     never fits   This call can never fit: it needs at least 1300 tokens, and quota "staff/daily" allows 1000 per day.
-    …
+                 Shorten the input.
 
 Clients act on the status, `type`, `code` and the headers; people read the sentence. Pure.
 """
 
+import re
 from collections.abc import Iterable, Mapping
 from zoneinfo import ZoneInfo
 
-from proxy.errors import NeverFits, ProxyError, Refusal
+from proxy.errors import ExceedsQuota, NeverFits, ProxyError, Refusal
+from proxy.formats.endpoints import IMAGE_ENDPOINTS
+from proxy.formats.estimate import REASONING_BUDGETS, reasoning_budget
+from proxy.formats.kinds import CHOICE_COUNT_FIELDS, kind_of
+from proxy.formats.request import Request
 from proxy.policy.admission import Block, NotAdmitted, Verdict
+from proxy.policy.catalog import Model
 from proxy.policy.policy import Policy
 from proxy.policy.status import QuotaStatus, duration_text, seconds_up
 from proxy.policy.windows import rfc3339
@@ -26,12 +32,14 @@ from proxy.policy.windows import rfc3339
 # `x-should-retry: false`. That header is the only one that every SDK release obeys for long waits: with a Retry-After
 # of five hours alone, some retry after half a second and others sleep for five hours (docs/wire.md, section 3.2).
 _RATE_LIMIT_WAIT_MAX_S = 60
+# A link in the help text: up to a space, without the signs that end a sentence or close a bracket.
+_LINK = re.compile(r"https?://[^\s<>\"]*[^\s<>\".,;:!?)\]}'·]", re.IGNORECASE)
 
 
 def refusal(
     refused: NotAdmitted, statuses: Mapping[str, QuotaStatus], *, policy: Policy, endpoint: str, now: int, busy_s: int
-) -> ProxyError:
-    """The error for a call that is not admitted: `Refusal` (429), or `NeverFits` (400) if no reset would help.
+) -> Refusal:
+    """The error for a call that is not admitted now; for one that can never fit it is that of `never_fits`.
 
     `endpoint` is the name of the endpoint. On /v1/responses a long wait has the type `usage_limit_reached`, because
     that is the only one that Codex shows to its user. `now` is in milliseconds since 1970. `busy_s` is how long calls
@@ -40,8 +48,6 @@ def refusal(
     zone, help = policy.zone, policy.help
     block = named_block(refused.blocks)
     no_retry = {"x-should-retry": "false", **(_codex_header(block, help) if endpoint == "responses" else {})}
-    if refused.verdict is Verdict.NEVER:
-        return NeverFits(_with_help(_never_sentence(block), help))
     admissible_at = refused.admissible_at
     long_wait_type = "usage_limit_reached" if endpoint == "responses" else "insufficient_quota"
     if refused.verdict is Verdict.EXHAUSTED and admissible_at is None:
@@ -52,7 +58,7 @@ def refusal(
             type=long_wait_type,
             code="insufficient_quota",
             headers=no_retry,
-            members=_members(statuses, policy, reset_at=None, wait_s=None),
+            members=_members(block, statuses, policy, reset_at=None, wait_s=None),
         )
     # Rounded up, and at least 1: if the reset is 18.642 s away, a client that came back after 18 s would be refused
     # again. And at `Retry-After: 0` SDKs retry at once, or after half a second.
@@ -67,19 +73,25 @@ def refusal(
         type=block.limit.measure.family if is_rate_limit else long_wait_type,
         code="rate_limit_exceeded" if is_rate_limit else "insufficient_quota",
         headers={"retry-after": str(wait_s), **({} if is_rate_limit else no_retry)},
-        members=_members(statuses, policy, reset_at=reset_at, wait_s=wait_s),
+        members=_members(block, statuses, policy, reset_at=reset_at, wait_s=wait_s),
     )
 
 
+def _cause(block: Block, help: str) -> dict[str, object]:
+    """The quota that refused the call, the help text, and the link in it."""
+    link = _LINK.search(help)
+    return {"quota": block.quota.id, "help": help or None, "help_url": None if link is None else link[0]}
+
+
 def _members(
-    statuses: Mapping[str, QuotaStatus], policy: Policy, *, reset_at: int | None, wait_s: int | None
+    block: Block, statuses: Mapping[str, QuotaStatus], policy: Policy, *, reset_at: int | None, wait_s: int | None
 ) -> dict[str, object]:
-    """The members of a refusal for programs, in addition to OpenAI's four."""
+    """The members of a refusal for programs, in addition to OpenAI's four. `block` is the one that is named."""
     return {
+        **_cause(block, policy.help),
         "reset_at": None if reset_at is None else rfc3339(reset_at, policy.zone),
         "resets_at": None if reset_at is None else seconds_up(reset_at),
         "retry_after": wait_s,
-        "help_url": policy.help or None,
         "quotas": [each.as_json(policy.zone) for each in statuses.values() if each.quota.enforce != "shadow"],
     }
 
@@ -121,12 +133,45 @@ def _busy_sentence(block: Block, wait_s: int) -> str:
     )
 
 
-def _never_sentence(block: Block) -> str:
-    unit = block.limit.measure.unit
-    return (
-        f'This call can never fit: it needs at least {block.needed} {unit}, and quota "{block.quota.id}" allows '
-        f"{block.limit.maximum} per {block.quota.per.text}. Shorten the input or ask for a shorter answer."
-    )
+def never_fits(refused: NotAdmitted, request: Request, model: Model, *, help: str) -> ProxyError:
+    """The error for a call that no reset would admit: `NeverFits` if its input is too large, else `ExceedsQuota`.
+
+    Agents shorten their input at the code of the first, which would be in vain if the answer is too long. `model` is
+    the target whose fields are named.
+    """
+    # If the answer alone is too long, the input was not counted, and seems larger than it is.
+    block = named_block([block for block in refused.blocks if not block.is_input_too_large] or refused.blocks)
+    allowed = f'quota "{block.quota.id}" allows {block.limit.maximum} per {block.quota.per.text}'
+    needed, unit = f"it needs at least {block.needed}", block.limit.measure.unit
+    if block.is_input_too_large:
+        text = f"This call can never fit: {needed} {unit}, and {allowed}. Shorten the input."
+        return NeverFits(_with_help(text, help), members=_cause(block, help))
+    answer = block.needed - block.input
+    is_image = request.endpoint in IMAGE_ENDPOINTS
+    if not request.endpoint.shows_output:
+        each = "an image" if is_image else "its answer"
+        needed = f"{f'{request.choices} images' if request.choices > 1 else each} may take {answer}"
+    param, remedy = _remedy(request, model, answer, room=block.limit.maximum - block.input)
+    text = f"This call can never fit: {needed} {unit}, and {allowed}. {remedy}"
+    return ExceedsQuota(_with_help(text, help), param=param, members=_cause(block, help))
+
+
+def _remedy(request: Request, model: Model, answer: int, *, room: int) -> tuple[str, str]:
+    """The field that makes an answer of `answer` tokens too long for `room`, and the sentence with what to do."""
+    document, endpoint = request.document, request.endpoint
+    if request.choices > 1 and answer // request.choices <= room:
+        counts = {name: document.get(name) for name in (*CHOICE_COUNT_FIELDS, "best_of")}
+        stated = {name: count for name, count in counts.items() if isinstance(count, int) and count > 1}
+        field = max(stated, key=stated.__getitem__, default="prompt")
+        return field, f"Ask for fewer {'images' if endpoint in IMAGE_ENDPOINTS else 'answers'} with {field}."
+    if not endpoint.shows_output:
+        return "model", "No field of the request makes it smaller. Use another model."
+    for name, member in REASONING_BUDGETS:
+        if reasoning_budget({name: document.get(name)}):
+            return f"{name}.{member}", f"Lower {name}.{member}."
+    fields = kind_of(model.upstream.kind).maximum_fields(endpoint)
+    field = next((name for name in fields if document.get(name) is not None), fields[0])
+    return field, f"Set {field} to a smaller number."
 
 
 def _with_help(message: str, help: str) -> str:

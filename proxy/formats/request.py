@@ -134,8 +134,8 @@ def forwarded_model(request: Request, model: Model) -> tuple[int, int, bytes]:
     field = request.form.field("model")
     if field is not None:
         return field.start, field.end, name
-    boundary = request.form.boundary.encode()
-    return 0, 0, b'--%b\r\nContent-Disposition: form-data; name="model"\r\n\r\n%b\r\n' % (boundary, name)
+    boundary, start = request.form.boundary.encode(), request.form.start
+    return start, start, b'--%b\r\nContent-Disposition: form-data; name="model"\r\n\r\n%b\r\n' % (boundary, name)
 
 
 def _field_value(name: str, value: str) -> object:
@@ -173,7 +173,9 @@ def forwarded_body(request: Request, model: Model, *, maximum: int | None = None
         # Lower the fields that the client stated. If it stated none, write the first.
         for name in [name for name in names if document.get(name) is not None] or names[:1]:
             asked = document.get(name)
-            document[name] = maximum if asked is None or kind.is_endless(asked) else min(asked, maximum)
+            document[name] = (
+                maximum if asked is None or kind.is_endless(asked, request.endpoint) else min(asked, maximum)
+            )
     return dump(document)
 
 

@@ -16,10 +16,12 @@ from proxy.formats.endpoints import RESPONSE_ID
 from proxy.formats.meter import JSON, RESPONSE_ENDS, Ending, Meter, write_events
 from proxy.formats.request import Request
 from proxy.formats.sse import Event
+from proxy.formats.usage import without_usages
 from proxy.policy.amounts import Tokens
 
-# The states of a whole response that is not what it was asked for: the rest could be read later, or never comes.
-_NOT_FINISHED = ("queued", "in_progress", "failed")
+# The states of a response that is all there is; None: it states none. Of one in any other state (`queued`,
+# `in_progress`, `failed`, `cancelled`, or one that we don't know) the rest could be read later, or never comes.
+_FINISHED = (None, "completed", "incomplete")
 # Used if a stream is stopped before any event of it passed. The id is not random, because this module is pure, and an
 # id that looks real would mislead: no answer can be found by it.
 _UNKNOWN_RESPONSE: JSON = {
@@ -65,9 +67,9 @@ class ResponsesMeter(Meter):
 
     def _see_answer(self, answer: JSON) -> object:
         self._see_response(answer)
-        self.has_error = self.has_error or answer.get("status") in _NOT_FINISHED
+        self.has_error = self.has_error or answer.get("status") not in _FINISHED
         # A gateway may answer in chat's shape. Its text is delivered, so it counts.
-        return [answer.get("choices"), answer.get("output")]
+        return [without_usages(answer.get("choices")), answer.get("output")]
 
     def _see_object(self, chunk: JSON, event: Event) -> bytes:
         self._see_error(chunk)
@@ -79,11 +81,12 @@ class ResponsesMeter(Meter):
         if kind is None:
             self._count_other_shape(chunk, None)
         # Some gateways state the usage beside the response, or in members of their own.
-        self._record(self._read(chunk.get("usage")))
-        self._record_beside(chunk)
+        self._see_usage(chunk.get("usage"))
+        self._see_usages_elsewhere(chunk)
         if kind in RESPONSE_ENDS:
             self.is_at_end = self.is_over = self._has_ended = True
-            self.has_error = self.has_error or kind in ("error", "response.failed")
+            is_finished = not isinstance(response, dict) or response.get("status") in _FINISHED
+            self.has_error = self.has_error or kind in ("error", "response.failed") or not is_finished
         if kind is not None:
             self._count_response_event(kind, chunk)
         return event.raw
@@ -100,7 +103,7 @@ class ResponsesMeter(Meter):
         if stated and drawn:
             stated = stated.plus(drawn, adds_input=True)
         self._record(stated)
-        self._record_beside(response)
+        self._see_usages_elsewhere(response)
 
 
 # ------------------------------------------------------------------------------------------------- the end at a limit

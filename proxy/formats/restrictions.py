@@ -5,16 +5,14 @@ servers read in different ways, a reference to something stored in the upstream 
 are checked when a request is parsed (`check_body`). A refused field is refused on every endpoint on which it has no
 other meaning: a gateway may read it anywhere, whichever API it belongs to. It is refused in every spelling.
 
-`check_model_name` refuses the same things in the name of a model that the operator has not listed: at OpenRouter
-`gpt-4o:online` is `gpt-4o` with `plugins`. `check_refused_fields` refuses what the operator adds with `refuse`.
-
-What only the policy may allow is in `allowance`.
+`check_refused_fields` refuses what the operator adds with `refuse`. Names of models are in `model_names`, and what
+only the policy may allow is in `allowance`.
 
 Bytes that are no unambiguous JSON are refused before, in `strict_json` and `multipart`. Pure.
 """
 
 import re
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from operator import attrgetter
@@ -22,31 +20,18 @@ from typing import Any
 
 from proxy.errors import InvalidRequest
 from proxy.formats.body import RequestBody, content_objects, offered_tools, unusual_turns
-from proxy.formats.endpoints import CHAT, METERED, Endpoint
-from proxy.formats.kinds import CHOICE_COUNT_FIELDS, LEAST_MAXIMUM, MAXIMUM_FIELDS
+from proxy.formats.endpoints import CHAT, IMAGES, METERED, SPEECH, Endpoint
+from proxy.formats.kinds import CHOICE_COUNT_FIELDS, LEAST_MAXIMUM, MAXIMUM_FIELDS, Kind
+from proxy.formats.model_names import BAD_NAME, is_bad_name
 from proxy.formats.strict_json import DEPTH_MAX, is_within_depth, plain_name, walk
 
-_MODEL_CHARACTERS_MAX = 256
-# A segment "." or ".." in a model's name. In Azure's path /deployments/{model}/… it would lead to another deployment,
-# even if its slashes are percent-encoded.
-_DOT_SEGMENT = re.compile(r"(?:^|[/\\])\.\.?(?:$|[/\\])")
 # OpenAI's limit for `n` on /chat/completions; used for every number of answers.
 _CHOICES_MAX = 128
 # More than any answer has, and small enough that products stay far inside 64 bits: 10^9 tokens × 128 answers are less
 # than 2^37.
 _NUMBER_MAX = 10**9
-# What a server with OpenAI's API refuses to an unlisted name because it refuses the same as a field. OpenRouter:
-# `@preset/x` and `gpt-4o@preset/x` (preset), `gpt-4o:online` (plugins). AiHubMix: `gpt-4o:surfing` (plugins). Routers
-# choose other models themselves, and `openrouter/fusion` asks up to eight (models): `openrouter/auto` and the others
-# of OpenRouter, `auto` of several gateways. `~openai/gpt-latest` is whichever model is the newest. LiteLLM reads
-# `gpt-4o,o3` as several models (models). Fireworks: `model#deployment` (deployment_id). An address (api_base). No
-# model has a `|` in its name. SGLang's `base:adapter` passes: ":" also begins a tag (`llama3:70b`) and a variant
-# (`:free`), so it does not tell an adapter from another model.
-_NAME_WITH_ANOTHER_MEANING = re.compile(
-    r"@preset(?:/|$)|:(?:online|surfing)(?:$|[:@/])|(?:^|/)auto(?:$|[:@])|(?:^|/)~"
-    r"|(?:^|/)openrouter/(?:auto|bodybuilder|free|fusion|pareto)|[,#|]|://",
-    re.IGNORECASE,
-)
+# The maximum that no other API has. -1 in it passes to every kind of upstream, as unknown fields do.
+_ONLY_OF_LLAMA_CPP = "n_predict"
 # Messages repeat at most this many characters of the client's values.
 SHOWN_CHARACTERS = 40
 # Members of a turn or part that name a stored file.
@@ -74,6 +59,8 @@ _SEARCHES = "the upstream would search with it, and no setting of this proxy all
 _ARISES_LATER = "its cost would arise after the answer. Leave it out, and stream the answer if it is long"
 _REPORTS = "the upstream would send prompts and answers elsewhere with it, or hide the call from its operator"
 _PRICES = "it would change what the upstream records as the cost of the call"
+_COSTS_MORE = "it changes the price of the call. Leave it out"
+_RUNS_TOOLS = "the upstream would run a tool with it, and the operator can allow only what is in `tools`"
 _SEVERAL = 'it asks for several answers. Use "n" where the endpoint has it, else send one request for each answer'
 _CUSTOM_VOICE = '"voice" must name a built-in voice: a custom one is stored in an account that all users share.'
 
@@ -107,9 +94,13 @@ class Checked:
 
 # Which endpoints a row applies to.
 _RESPONSES = attrgetter("is_of_responses")
-_MESSAGES = attrgetter("is_of_messages")
 _GENERATES = attrgetter("generates")
 _HAS_USAGE_OPTION = attrgetter("has_usage_option")
+
+
+def _on(*names: str) -> Callable[[Endpoint], bool]:
+    """These endpoints alone."""
+    return lambda endpoint: endpoint.name in names
 
 
 def _not_on(*names: str) -> Callable[[Endpoint], bool]:
@@ -155,9 +146,11 @@ def _is_custom_voice(voice: object) -> bool:
     return isinstance(voice, dict | list) and voice != []
 
 
-def _has_refused_members(value: object) -> bool:
-    """Whether a field that is refused is inside an object of options, at any depth."""
-    return any(_is_refused_member(name, inner) for part in walk(value) for name, inner in _members(part))
+def _has_refused_members(of: Endpoint) -> Callable[[object], bool]:
+    """Whether a field that this endpoint refuses is inside an object of options, at any depth."""
+    return lambda value: any(
+        _is_refused_member(of, name, inner) for part in walk(value) for name, inner in _members(part)
+    )
 
 
 def _redirects_reports(checked: Checked) -> bool:
@@ -212,12 +205,14 @@ def _has_files_in_text(checked: Checked) -> bool:
     """Whether the text of a system message names stored files, as DashScope reads it."""
     turns = checked.body.turns.get("messages")
     plain = turns.reading if turns is not None else ()
-    unusual = (turn for turn in unusual_turns(checked.body, ["messages"]) if turn.get("role") in _SYSTEM_ROLES)
+    unusual = (turn for turn in unusual_turns(checked.body, ["messages"]) if _is_system_role(turn.get("role")))
     return any(
-        role in _SYSTEM_ROLES and isinstance(text, str) and _FILE_ID_TEXT in text
-        for role, text in pairwise(plain)
-        if isinstance(role, str)
+        isinstance(text, str) and _FILE_ID_TEXT in text and _is_system_role(role) for role, text in pairwise(plain)
     ) or any(isinstance(text, str) and _FILE_ID_TEXT in text for turn in unusual for text in walk(turn))
+
+
+def _is_system_role(role: object) -> bool:
+    return isinstance(role, str) and role.casefold() in _SYSTEM_ROLES
 
 
 def _has_other_spelling(checked: Checked) -> bool:
@@ -262,16 +257,6 @@ def _has_unclear_usage_option(options: dict[str, Any]) -> bool:
     )
 
 
-def _is_bad_name(checked: Checked) -> bool:
-    value = checked.model
-    return (
-        not isinstance(value, str)
-        or not 0 < len(value.strip()) == len(value) <= _MODEL_CHARACTERS_MAX
-        or not value.isprintable()
-        or _DOT_SEGMENT.search(value) is not None
-    )
-
-
 def _is_not(type_: type) -> Callable[[object], bool]:
     return lambda value: not isinstance(value, type_)
 
@@ -304,9 +289,11 @@ def _refused_field(
     return Row(name, is_refused, f'"{name}" can\'t be used here: {reason}.', where=where, is_field_refused=True)
 
 
-def _number(name: str, least: int, where: Callable[[Endpoint], bool] = _GENERATES) -> tuple[Row, ...]:
-    """The rows for a field that must be a whole number from `least` to 10^9."""
-    text = f'"{name}" must be between {least} and {_NUMBER_MAX}.'
+def _number(
+    name: str, least: int, where: Callable[[Endpoint], bool] = _GENERATES, *, shown: int | None = None
+) -> tuple[Row, ...]:
+    """The rows for a field that must be a whole number from `least` to 10^9. The error shows `shown` instead."""
+    text = f'"{name}" must be between {least if shown is None else shown} and {_NUMBER_MAX}.'
     return (
         Row(name, _is_no_integer, f'"{name}" must be a whole number.', code="invalid_type", where=where),
         Row(name, lambda number: not least <= number <= _NUMBER_MAX, text, code=None, where=where),
@@ -327,18 +314,19 @@ ROWS: tuple[Row, ...] = (
     # the cache of another call. Adapters (lora…) are other models under the name of their base. LiteLLM takes the
     # credentials of each vendor from the body: those with a prefix are in `_REFUSED_PREFIX`. Its `proxy…` and `ssl_…`
     # open the connection to others, its routers choose the model, and `backend_instance_id` and its like are Dynamo's
-    # servers. OpenRouter's `route: "fallback"` also without `models` may take another model.
+    # servers. OpenRouter's `route: "fallback"` also without `models` may take another model. Amazon's `model_id`, in
+    # LiteLLM, and `engine`, the older name of `deployment`, are the model that is called.
     *_refused_fields(
         "adapter_id adapter_source agent_id allowed_model_region api_base api_key api_token api_type api_version "
         "azure backend_instance_id base_model base_url chatgpt_auth_file client_id client_secret compound_custom "
         "configurable_clientside_auth_params content_policy_fallbacks context_window_fallback_dict "
         "context_window_fallbacks custom_host custom_llm_provider data_parallel_rank decode_worker_id "
-        "default_headers deployment_id deployment_url disagg_prefill_dp_rank dp_rank ec_transfer_params "
-        "extra_body extra_headers extra_query fallback_depth fallback_model fallback_models fallbacks "
+        "default_headers deployment deployment_id deployment_url disagg_prefill_dp_rank dp_rank ec_transfer_params "
+        "engine extra_body extra_headers extra_query fallback_depth fallback_model fallback_models fallbacks "
         "fastest_response headers hf_model_name kv_transfer_params litellm_credential_name "
         "litellm_embedding_config litellm_params lora lora_id lora_name lora_path lora_request max_fallbacks "
-        "model_alias_map model_group_alias model_info model_list models organization prefill_worker_id preset "
-        "project_id provider_specific_header proxies proxy region_name route routed_dp_rank "
+        "model_alias_map model_group_alias model_id model_info model_list model_name models organization "
+        "prefill_worker_id preset project_id provider_specific_header proxies proxy region_name route routed_dp_rank "
         "router_config_override router_settings_override routing_strategy session_control silent_model space_id "
         "specific_deployment ssl_verify switchyard_router_config tenant_id use_litellm_proxy use_xai_oauth "
         "user_config",
@@ -357,6 +345,12 @@ ROWS: tuple[Row, ...] = (
         "enable_web_scraping enable_web_search enable_x_search", _SEARCHES, is_refused=_is_used_unless("off")
     ),
     *_refused_fields("max_agentic_loops", "the upstream would call models and tools by itself"),
+    # Alibaba's `enable_code_interpreter`, and what other vendors have as tools.
+    *_refused_fields(
+        "code_execution code_interpreter computer_use enable_code_interpreter file_search google_maps mcp retrieval "
+        "url_context web_browser web_fetch x_search",
+        _RUNS_TOOLS,
+    ),
     *_refused_fields("search_parameters", _SEARCHES, is_refused=_is_used_unless({"mode": "off"})),
     # `background` of an image is its background. xAI keeps a deferred answer until it is fetched.
     *_refused_fields("background", _ARISES_LATER, _not_on("images", "image_edits")),
@@ -414,35 +408,55 @@ ROWS: tuple[Row, ...] = (
         is_refused=_is_more_than_one,
     ),
     *_refused_fields(
-        "batch_size candidate_count image_count n_images n_samples num_choices num_completions num_generations "
-        "num_images num_outputs num_return_sequences num_samples number_of_images sample_count",
+        "batch_count batch_size candidate_count image_count images_per_prompt max_images n_images n_iter n_samples "
+        "num_choices num_completions num_generations num_images num_images_per_prompt num_outputs "
+        "num_return_sequences num_samples number_of_images sample_count",
         _SEVERAL,
         _GENERATES,
         is_refused=_is_more_than_one,
     ),
+    # Volcengine's makes up to 15 images.
+    *_refused_fields("sequential_image_generation", _SEVERAL, is_refused=_is_used_unless("disabled")),
     # LiteLLM removes the fields that it names, such as the maximum that the proxy has lowered.
     *_refused_fields(
         "additional_drop_params", "it can remove the fields that bound the answer. Leave it out, and those fields too"
     ),
     # SGLang unpickles it and runs it.
     *_refused_fields("custom_logit_processor", "the upstream would run its code. Leave it out"),
-    # Anthropic's betas that need no field are controlled by `allow: {betas: […]}`, through the header
-    # `anthropic-beta`. These are fields of betas.
-    *_refused_fields("inference_geo", "it changes the price of the call. Leave it out"),
+    # Anthropic's betas are controlled by `allow: {betas: […]}`, through the header `anthropic-beta`. Amazon's and
+    # Google's servers of its models, and gateways, read them in the body too.
+    *_refused_fields("anthropic_beta betas", "betas are named in the header `anthropic-beta`. Leave it out"),
+    # Fields of betas, and Amazon's. Gateways add the header of the beta by themselves.
+    *_refused_fields("inference_geo", _COSTS_MORE),
+    *_refused_fields("speed", _COSTS_MORE, _not_on("speech"), is_refused=_is_used_unless("standard")),
+    *_refused_fields("performanceConfig", _COSTS_MORE, is_refused=_is_used_unless({"latency": "standard"})),
     *_refused_fields(
         "mcp_servers",
         "the upstream would call these servers, and their results are input that the body does not show",
     ),
-    # Options that are passed on: vLLM's to its connectors, Vercel's and Gemini's to a vendor. Those of Dynamo and
-    # Venice have fields of their own.
+    # Options that are passed on: vLLM's to its connectors, Vercel's, Gemini's and Amazon's to a vendor, others to the
+    # model. Those of Dynamo and Venice have fields of their own. The previous response of a member belongs to nobody,
+    # so it is refused on /responses too.
     *(
-        Row(name, _has_refused_members, f'"{name}" has a member that can\'t be used here: {_ROUTES}.')
+        Row(name, _has_refused_members(of), f'"{name}" has a member that is refused as a field too.', where=where)
+        for of, where in (
+            (CHAT, _not_on("images", "image_edits", "speech")),
+            (IMAGES, _on("images", "image_edits")),
+            (SPEECH, _on("speech")),
+        )
         for name in (
+            "additionalModelRequestFields",
             "custom_params",
             "gateway",
+            "generationConfig",
             "google",
+            "model_kwargs",
             "nvext",
+            "options",
+            "parameters",
             "providerOptions",
+            "sampling_params",
+            "sequential_image_generation_options",
             "venice_parameters",
             "vllm_xargs",
         )
@@ -498,15 +512,19 @@ ROWS: tuple[Row, ...] = (
     ),
     Row(
         None,
-        _is_bad_name,
-        f'"model" must be a name of 1 to {_MODEL_CHARACTERS_MAX} printable characters, without blanks around it '
-        'and without "." or ".." between slashes.',
+        lambda checked: is_bad_name(checked.model),
+        BAD_NAME,
         param="model",
         code=None,
     ),
     # Some servers read the text "true" as true, and others refuse it.
     Row("stream", _is_not(bool), '"stream" must be true or false.', code="invalid_type"),
-    *(row for name in MAXIMUM_FIELDS for row in _number(name, LEAST_MAXIMUM[name])),
+    # Which kinds of upstream take -1 is checked with the model, by `check_negative_maxima`.
+    *(
+        row
+        for name in MAXIMUM_FIELDS
+        for row in _number(name, LEAST_MAXIMUM[name], shown=-1 if name == _ONLY_OF_LLAMA_CPP else 0)
+    ),
     *(row for name in CHOICE_COUNT_FIELDS for row in _choice_count(name)),
     # llama.cpp reads `n` on /responses too, but its stream reports the usage of one answer only.
     *(
@@ -539,6 +557,8 @@ _REPORT_PREFIX = re.compile(
 _REPORT_TARGET = re.compile(r"(?:host|port|url|endpoint|site|key|secret)$", re.IGNORECASE)
 # LiteLLM's prices: `input_cost_per_token`, `cache_read_input_token_cost` and many more.
 _PRICE = re.compile(r"(?i:cost_per_|(?:token|image)_cost)|[cC]ostPer[A-Z]")
+# The ends of the plain names of addresses and credentials, whichever vendor's they are: `xai_api_key`.
+_ADDRESSES_AND_KEYS = ("apikey", "apibase", "apitoken", "baseurl", "accesstoken", "secretkey", "endpointurl")
 
 # The refused fields of each endpoint by their plain names, and its other rows.
 _REFUSED_OF = {
@@ -547,15 +567,10 @@ _REFUSED_OF = {
     }
     for endpoint in METERED
 }
-_REFUSED_EVERYWHERE = {
-    name: row for name, row in _REFUSED_OF["chat"].items() if all(name in rows for rows in _REFUSED_OF.values())
-}
 _ROWS_OF = {
     endpoint.name: tuple(row for row in ROWS if not row.is_field_refused and row.where(endpoint))
     for endpoint in METERED
 }
-# The rows about the name of the model.
-_MODEL_ROWS = tuple(row for row in ROWS if row.field is None and row.param == "model")
 
 # Fields whose values the proxy decides on. Another spelling of one of them is refused.
 CHECKED_FIELDS = frozenset(row.field for row in ROWS if row.field is not None and not row.is_field_refused).union(
@@ -589,7 +604,7 @@ def _refusing_row(endpoint: Endpoint, name: str) -> Row | None:
 
 def _row_of_pattern(name: str) -> Row | None:
     """The row that refuses a field because of how its name begins, or what is in it."""
-    if _REFUSED_PREFIX.match(name):
+    if _REFUSED_PREFIX.match(name) or plain_name(name).endswith(_ADDRESSES_AND_KEYS):
         return _refused_field(name[:SHOWN_CHARACTERS], _ROUTES)
     if _REPORT_PREFIX.match(name):
         return _refused_field(name[:SHOWN_CHARACTERS], _REPORTS)
@@ -598,18 +613,10 @@ def _row_of_pattern(name: str) -> Row | None:
     return None
 
 
-def _is_refused_member(name: str, value: object) -> bool:
-    """Whether an object of options has a member that is refused as a field on every endpoint."""
-    row = _REFUSED_EVERYWHERE.get(plain_name(name)) or _row_of_pattern(name)
-    return row is not None and row.is_refused(value)
-
-
-def check_name_form(name: str) -> None:
-    """Raise InvalidRequest if no call can name a model so, whatever its endpoint."""
-    checked = Checked(CHAT, RequestBody({}), name)
-    for row in _MODEL_ROWS:
-        if row.is_refused(checked):
-            raise InvalidRequest(row.message, param=row.param, code=row.code)
+def _is_refused_member(endpoint: Endpoint, name: str, value: object) -> bool:
+    """Whether a member of an object of options is refused as a field on this endpoint, or asks for more answers."""
+    row = _refusing_row(endpoint, name)
+    return row.is_refused(value) if row is not None else name in CHOICE_COUNT_FIELDS and _is_more_than_one(value)
 
 
 def check_body(endpoint: Endpoint, body: RequestBody, *, model: object) -> None:
@@ -652,17 +659,25 @@ def form_field_base(name: str) -> str:
     return name.partition("[")[0].strip()
 
 
-def check_model_name(name: str) -> None:
-    """Raise InvalidRequest if the name of an unlisted model asks for what is refused as a field."""
-    found = _NAME_WITH_ANOTHER_MEANING.search(name)
-    if found is not None:
-        raise InvalidRequest(
-            f'"{found[0]}" can\'t be used in the name of a model here: the upstream would read it as an option that '
-            "this proxy refuses as a field. The operator of this proxy can list a model with such a name at its "
-            "upstream.",
-            param="model",
-            code="unsupported_parameter",
-        )
+def negative_maxima(endpoint: Endpoint, document: Mapping[str, Any]) -> list[str]:
+    """The fields of a checked request that bound its answer by a negative number. Few requests have one."""
+    if not endpoint.generates:
+        return []
+    return [name for name in MAXIMUM_FIELDS if type(number := document.get(name)) is int and number < 0]
+
+
+def check_negative_maxima(names: Iterable[str], kind: Kind, *, model: str) -> None:
+    """Raise InvalidRequest for a negative maximum that is not "no maximum" at this kind of upstream.
+
+    `names` are those of `negative_maxima`.
+    """
+    for name in names:
+        if name != _ONLY_OF_LLAMA_CPP and name not in kind.least_maximum:
+            raise InvalidRequest(
+                f'"{name}" must be between 0 and {_NUMBER_MAX} for the model "{model}". For an answer without a '
+                "maximum, leave it out.",
+                param=name,
+            )
 
 
 def check_refused_fields(names: Iterable[str], refused: Collection[str], *, model: str) -> None:

@@ -8,6 +8,7 @@ beyond the range of a double, bytes that are not UTF-8.
 How deep a body may be nested is checked with its meaning (`restrictions`), by `is_within_depth`.
 """
 
+import codecs
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -29,6 +30,14 @@ _QUOTES_MAX = 4 * VALUES_MAX
 _BYTES_OF_A_VALUE = 32
 _COUNTED_BYTES_MIN = 16_384
 _BRACES_TO_BRACKETS = bytes.maketrans(b"{}", b"[]")
+# The mark of UTF-32 begins with that of UTF-16.
+_BYTE_ORDER_MARKS = (
+    (codecs.BOM_UTF8, "UTF-8"),
+    (codecs.BOM_UTF32_LE, "UTF-32"),
+    (codecs.BOM_UTF32_BE, "UTF-32"),
+    (codecs.BOM_UTF16_LE, "UTF-16"),
+    (codecs.BOM_UTF16_BE, "UTF-16"),
+)
 _TOO_DEEP = f"it is nested more than {DEPTH_MAX} levels deep"
 # int() takes time quadratic in the number of digits. 40 characters hold any 128-bit integer with its sign.
 DIGITS_MAX = 40
@@ -72,6 +81,7 @@ def _parse_canonical(body: bytes | bytearray) -> object:
 
 
 def _parse_strictly(body: bytes | bytearray) -> object:
+    _refuse_other_encoding(body)
     try:
         text = body.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -82,6 +92,22 @@ def _parse_strictly(body: bytes | bytearray) -> object:
         return _DECODER.decode(text)
     except (ValueError, RecursionError) as error:
         raise InvalidRequest(f"The body is not valid JSON: {_reason(error)}.", code="invalid_json") from None
+
+
+def _refuse_other_encoding(body: bytes | bytearray) -> None:
+    """Raise InvalidRequest for a byte order mark, and for the beginning of JSON in UTF-16 or UTF-32 without one.
+
+    RFC 8259 §8.1 forbids the mark. Some servers ignore it, and others refuse the body or read it as a character.
+    """
+    found = next((name for mark, name in _BYTE_ORDER_MARKS if body.startswith(mark)), None)
+    if found == "UTF-8":
+        raise InvalidRequest(
+            "The body begins with a byte order mark (the bytes EF BB BF). Send the JSON without it.",
+            code="invalid_json",
+        )
+    if found is not None or 0 in body[:2]:
+        shown = found or "UTF-16 or UTF-32"
+        raise InvalidRequest(f"The body is in {shown}. Send the JSON in UTF-8.", code="invalid_json")
 
 
 def reading_cost(body: bytes | bytearray) -> int:

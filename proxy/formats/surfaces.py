@@ -16,6 +16,7 @@ from proxy.formats.media import MediaMeter
 from proxy.formats.messages import MessagesMeter
 from proxy.formats.meter import Meter
 from proxy.formats.request import Request
+from proxy.formats.rerank import RerankMeter
 from proxy.formats.responses import ResponsesMeter
 
 
@@ -33,6 +34,7 @@ SURFACES: dict[SurfaceName, Surface] = {
     "responses": Surface(ResponsesMeter, responses.error_event),
     "messages": Surface(MessagesMeter, messages.error_event, messages.error_body),
     "media": Surface(MediaMeter, chat.error_event),
+    "rerank": Surface(RerankMeter, chat.error_event),
 }
 
 

@@ -18,7 +18,7 @@ from proxy.formats.strict_json import DIGITS_MAX, VALUES_MAX, separators_in, wal
 # text again as single tokens (logprobs), and audio as base64 (data). Counting them would charge a broken stream
 # several times too much.
 _NOT_TEXT = frozenset(
-    "role type id call_id status finish_reason native_finish_reason stop_reason logprobs prompt_logprobs "
+    "role type id index call_id status finish_reason native_finish_reason stop_reason logprobs prompt_logprobs "
     "content_filter_results data signature".split()
 )
 # The same in an answer in the shape of another API, where all members are looked at: what the answer is and whose,
@@ -42,7 +42,7 @@ _IDS = ("_id", "Id", "_ids", "_type", "_key", "_tier")
 # of, so only names that have no other meaning are in this list.
 _TEXT = frozenset(
     "content text reasoning reasoning_content reasoning_text refusal arguments thinking partial_json transcript "
-    "delta output_text".split()
+    "delta output_text response completion generated_text".split()
 )
 # A string, whether it is closed, and whether a colon follows, which makes it a name. Possessive repeats never go
 # back, so a search takes time proportional to the length of the text, even if its last string is never closed.
@@ -58,6 +58,12 @@ def read_object(data: bytes) -> dict[str, Any] | None:
     """
     value = _parse(data)
     return value if isinstance(value, dict) else None
+
+
+def read_list(data: bytes) -> list[Any] | None:
+    """The same for a JSON list."""
+    value = _parse(data)
+    return value if isinstance(value, list) else None
 
 
 def _parse(data: bytes) -> object:
@@ -120,7 +126,10 @@ def is_error(answer: dict[str, Any]) -> bool:
 
 
 def texts_of_body(body: bytes) -> Iterator[str]:
-    """The texts in a whole answer that is no JSON object: all of it, unless it is JSON or was to be."""
+    """The texts in a whole answer or an event that is no JSON object: all of it, unless it is JSON or was to be.
+
+    A number and other JSON without texts have none. `null` counts as text, because it is short anyway.
+    """
     beginning = body.lstrip(b"\xef\xbb\xbf \t\r\n")[:1]  # servers write blank lines while they are busy
     if beginning in (b"{", b"["):
         return texts_of_broken_json(body)

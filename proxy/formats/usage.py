@@ -28,6 +28,8 @@ _INPUT_DETAILS = ("prompt_tokens_details", "input_tokens_details", "input_token_
 _OUTPUT_DETAILS = ("completion_tokens_details", "output_tokens_details", "output_token_details")
 # Other names for the tokens that were read from the cache: DeepSeek's and Kimi's.
 _CACHE_HITS = ("cached_tokens", "prompt_cache_hit_tokens")
+# The names in the details of the input for tokens that were written to the cache: OpenRouter's and LiteLLM's.
+_CACHE_WRITES = ("cache_write_tokens", "cache_creation_tokens", _CACHE_WRITE)
 # Anthropic calls its reasoning thinking.
 _REASONING = ("reasoning_tokens", "thinking_tokens")
 # The members that the proxy reads anyway, so that they can't be counted again as additional output.
@@ -40,7 +42,7 @@ class Stated:
 
     `cached` is a part of `input` and `reasoning` a part of `output`. `total` is what an object states that states
     nothing else; beside parts from another object it only fills in a missing output. `extra` is output in
-    addition to an output that is not stated.
+    addition to `output`, or to the total.
     """
 
     input: int | None = None
@@ -52,8 +54,8 @@ class Stated:
 
     @property
     def is_only_total(self) -> bool:
-        """Whether a total is all that is stated. It is charged as output, and includes the input."""
-        return self.input is None and self.output is None and self.total is not None
+        """Whether a total is all that is stated, beside zeros. It is charged as output, and includes the input."""
+        return not self.input and not self.output and self.total is not None
 
     @property
     def known_input(self) -> int | None:
@@ -62,15 +64,24 @@ class Stated:
 
     @property
     def known_output(self) -> int | None:
-        """The output, or else what the total leaves beside the input: a total of 16 beside an input of 11 is 5."""
-        if self.output is not None or self.total is None:
+        """The output with the additional one; None if only the latter is stated."""
+        output = self.output_without_extra
+        return None if output is None else output + self.extra
+
+    @property
+    def output_without_extra(self) -> int | None:
+        """The output, or else what the total leaves beside the input: a total of 16 beside an input of 11 is 5.
+
+        Zeros take nothing away from a total that another object states.
+        """
+        if self.output or self.total is None:
             return self.output
         return max(0, self.total - (self.input or 0))
 
     @property
-    def parts(self) -> tuple[int | None, int | None, int | None]:
-        """Input, output and total."""
-        return self.input, self.output, self.total
+    def parts(self) -> tuple[int | None, int | None, int | None, int]:
+        """Input, output with the additional one, total, and additional output."""
+        return self.input, self.known_output, self.total, self.extra
 
     def tokens(self) -> Tokens:
         """The tokens; 0 for a part that is unknown. Cached and reasoning tokens are never more than their whole."""
@@ -93,6 +104,10 @@ class Stated:
             extra=max(self.extra, other.extra),
         )
 
+    def contradicts(self, earlier: "Stated") -> bool:
+        """Whether the output or the total is smaller than the one stated earlier. Zeros contradict nothing."""
+        return 0 < (self.output or 0) < (earlier.output or 0) or 0 < (self.total or 0) < (earlier.total or 0)
+
     def plus(self, other: "Stated", *, adds_input: bool) -> "Stated":
         """The sum of two usages, such as those of two choices. They have the same input unless `adds_input`.
 
@@ -101,18 +116,18 @@ class Stated:
         inputs = (self.known_input, other.known_input)
         return Stated(
             _sum(*inputs) if adds_input else _largest(*inputs),
-            _sum(self.known_output, other.known_output),
+            _sum(self.output_without_extra, other.output_without_extra),
             cached=self.cached + other.cached if adds_input else max(self.cached, other.cached),
             reasoning=self.reasoning + other.reasoning,
             extra=self.extra + other.extra,
         )
 
     def with_output_at_most(self, bound: int) -> "Stated":
-        """The same with at most so much output."""
-        output = self.known_output
+        """The same with at most so much output, and the additional output beside it."""
+        output = self.output_without_extra
         if output is None or output <= bound:
             return self
-        return Stated(self.known_input, bound, self.cached, min(self.reasoning, bound))
+        return Stated(self.known_input, bound, self.cached, min(self.reasoning, bound), extra=self.extra)
 
 
 def read_usage(
@@ -138,10 +153,9 @@ def read_usage(
       more than `total_bound` (None: no bound) is ignored.
     - An input of 0 is not believed by the caller. So a surplus beside it may be the input, and is no output. If the
       output is 0 or missing too, the total is all that is stated.
-    - Reasoning tokens that are more than the output can't be a part of it. Without a total, which would say what they
-      are, they are output in addition, if the output with them is at most `output_bound`.
-    - `extra` are members that count as output in addition (Perplexity), if the endpoint generates. If the output is
-      missing, they are `Stated.extra`.
+    - Reasoning tokens that are more than the output can't be a part of it. Unless the total is exactly input and
+      output, they are output in addition, if the output with them is at most `output_bound`.
+    - `extra` are members that count as output in addition (Perplexity), if the endpoint generates.
     - `has_separate_cache`: the input is the sum of `input_tokens`, `cache_creation_input_tokens` and
       `cache_read_input_tokens` (Anthropic).
     - Text and floats with a whole value are accepted (`"11"`, `11.0`), because some servers write them.
@@ -155,9 +169,9 @@ def read_usage(
         # The total says what the output is, and it does not include the additional members.
         stated = _with_surplus(stated, usage, output_bound)
     if stated is not None and output_bound is not None:
-        stated = _with_reasoning(stated, usage, output_bound, extra)
-        stated = _with_extra(stated, sum(_count(usage.get(name)) or 0 for name in extra))
+        stated = replace(stated, extra=sum(_count(usage.get(name)) or 0 for name in extra))
         stated = _with_surplus(stated, usage, output_bound)
+        stated = _with_reasoning(stated, usage, output_bound, extra)
     if stated is None or any(part is not None and part > REPORTED_MAX for part in stated.parts):
         return None
     is_too_much = stated.is_only_total and total_bound is not None and (stated.total or 0) > total_bound
@@ -197,8 +211,9 @@ def usages_in_choices(choices: object) -> list[tuple[int, object]]:
     for place, choice in enumerate(choices):
         if isinstance(choice, dict):
             parts = [part for part in (choice, choice.get("delta"), choice.get("message")) if isinstance(part, dict)]
-            index = choice.get("index", place)
-            found += [(index, part["usage"]) for part in parts if "usage" in part and isinstance(index, int)]
+            index = choice.get("index")
+            index = index if isinstance(index, int) else place
+            found += [(index, part["usage"]) for part in parts if "usage" in part]
     return found
 
 
@@ -233,22 +248,15 @@ def _parts_of(usage: dict[str, Any], *, has_separate_cache: bool) -> Stated | No
 
 
 def _with_reasoning(stated: Stated, usage: dict[str, Any], output_bound: int, extra: Sequence[str]) -> Stated:
-    """The same with the reasoning tokens in the output, if they can't be a part of it and there is no total.
+    """The same with the reasoning tokens in the output, if they can't be a part of it and no total says they are.
 
-    If one of their names is in `extra`, they are added there.
+    A total that contradicts its parts says nothing. If one of their names is in `extra`, they are added there.
     """
-    if stated.output is None or stated.output >= stated.reasoning or _count(usage.get(_TOTAL)) is not None:
+    if stated.output is None or stated.output >= stated.reasoning or any(name in extra for name in _REASONING):
         return stated
+    surplus = (_count(usage.get(_TOTAL)) or 0) - (stated.input or 0) - stated.output
     output = stated.output + stated.reasoning
-    is_added = output <= output_bound and not any(name in extra for name in _REASONING)
-    return replace(stated, output=output) if is_added else stated
-
-
-def _with_extra(stated: Stated, more: int) -> Stated:
-    """The same with additional output."""
-    if stated.output is not None:
-        return replace(stated, output=stated.output + more)
-    return replace(stated, extra=more) if stated.total is None else replace(stated, total=stated.total + more)
+    return stated if surplus in (0, stated.extra) or output > output_bound else replace(stated, output=output)
 
 
 def _with_surplus(stated: Stated, usage: dict[str, Any], output_bound: int | None) -> Stated:
@@ -259,7 +267,7 @@ def _with_surplus(stated: Stated, usage: dict[str, Any], output_bound: int | Non
     total, stated_output = _count(usage.get(_TOTAL)), stated.output or 0
     if stated.input is None or total is None:
         return stated
-    surplus, caches = total - stated.input - stated_output, _caches_in(usage)
+    surplus, caches = total - stated.input - stated_output - stated.extra, _caches_in(usage)
     if surplus == 0:
         return replace(stated, output=stated_output)
     if surplus < 0 or output_bound is None:
@@ -291,7 +299,8 @@ def _reasoning_in(usage: dict[str, Any]) -> int:
 
 def _caches_in(usage: dict[str, Any]) -> Collection[int]:
     """The numbers of cached tokens that a surplus may be: those read, those written, and both."""
-    read, written = _cached_in(usage), _count(usage.get(_CACHE_WRITE)) or 0
+    counts = [_detail(usage, _INPUT_DETAILS, _CACHE_WRITES), _count(usage.get(_CACHE_WRITE))]
+    read, written = _cached_in(usage), max(count or 0 for count in counts)
     return {read, written, read + written} - {0}
 
 

@@ -9,6 +9,9 @@ nothing is always admitted, and holds nothing. Each other limit is checked separ
     EXHAUSTED   not even the smallest answer fits into what is free: it helps to wait for the reset
     NEVER       the smallest answer is larger than the limit: only a smaller call helps
 
+The smallest answer is shorter where limits are small: at most a tenth of the smallest limit on tokens or output among
+the quotas that must all have room (`Demand.smallest_within`).
+
 `decide` combines the quotas. Inside one group the worst verdict counts. Across a user's groups the best one counts
 (`combine: any_group`) or all groups must have room (`every_group`). The quotas of `everyone` always count.
 
@@ -30,7 +33,17 @@ from dataclasses import dataclass, replace
 from enum import IntEnum
 
 from proxy.policy.amounts import TOKENS_MAX, Amount, call_amount
-from proxy.policy.quota import Binding, Counter, CounterKey, Demand, GroupQuotas, Limit, Quota, counter_at
+from proxy.policy.quota import (
+    SMALLEST_PART,
+    Binding,
+    Counter,
+    CounterKey,
+    Demand,
+    GroupQuotas,
+    Limit,
+    Quota,
+    counter_at,
+)
 
 # An estimated input is the number of its bytes, about four times its tokens in prose. Far from a limit that is good
 # enough, and no text is tokenized. It is counted if the estimate is more than a sixteenth of what is available: with
@@ -54,13 +67,27 @@ class Verdict(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Why one limit of one quota does not admit a call. `needed` is the least that the call takes of the limit."""
+    """Why one limit of one quota does not admit a call.
+
+    `needed` is the least that the call takes of the limit, and `input` the part of it that is input.
+    """
 
     quota: Quota
     counter: Counter
     limit: Limit
     verdict: Verdict
     needed: int
+    input: int = 0
+
+    @property
+    def is_input_too_large(self) -> bool:
+        """Whether a call that can never fit would fit with a shorter input: it takes over nine tenths of the limit.
+
+        If not, the answer that the call asks for is too long, for example because it is 128 answers. A tenth is the
+        most that an answer needs by itself in a small quota (`Demand.smallest_within`).
+        """
+        maximum = self.limit.maximum
+        return self.needed - self.input <= maximum < self.input + max(1, maximum // SMALLEST_PART)
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +176,8 @@ def decide(demand: Demand, binding: Binding, counters: Counters, now: int) -> Ad
     # A grant can end before the reset, and a limit of which something was left is then lower. So the reset is true
     # only if the call would be admitted at it, or would wait for calls in flight. Each later decision is at a later
     # reset, until all grants have ended.
-    then = decide(demand, binding, counters, refused.admissible_at)
+    at_present = {quota.key_for(binding.user): current[quota.id] for quota in raised.quotas}
+    then = decide(demand, binding, at_present, refused.admissible_at)
     if isinstance(then, NotAdmitted) and then.verdict is not Verdict.BUSY:
         return replace(refused, then=then)
     return refused
@@ -216,6 +244,12 @@ def _assess(alternative: GroupQuotas, demand: Demand, current: Mapping[str, Coun
     # them. Example: the daily quota has 200 tokens free and the hourly one 300, of which other calls hold 101. A call
     # with 50 tokens of input can have 150 of output, holds 200, and waits for the hourly quota, which has 199
     # available.
+    smallest = demand.smallest_within(min((quota.answer_limit for quota in alternative.quotas), default=TOKENS_MAX))
+    if smallest < demand.smallest:
+        # A stream that asks for no more than the usual smallest answer holds all of it at once, as elsewhere.
+        begins_small = demand.grows and demand.smallest < demand.output_maximum
+        initial_hold = min(demand.initial_hold, smallest) if begins_small else demand.initial_hold
+        demand = replace(demand, smallest=smallest, initial_hold=initial_hold)
     output, capped_by = demand.output_maximum, None
     for quota in alternative.quotas:
         longest = _longest_output(quota, current[quota.id], demand)
@@ -284,7 +318,8 @@ def _blocks(quota: Quota, counter: Counter, demand: Demand, hold: Amount) -> lis
             needed = least.of(limit.measure)
             verdict = _verdict(quota, limit, counter, needed, hold.of(limit.measure))
             if verdict is not Verdict.ALLOW:
-                blocks.append(Block(quota, counter, limit, verdict, needed))
+                input_tokens = demand.input if limit.measure.counts_input else 0
+                blocks.append(Block(quota, counter, limit, verdict, needed, input_tokens))
     return blocks
 
 

@@ -4,7 +4,7 @@ Quotas do not depend on it: they match the name of a model that a client asks fo
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 OnDisconnect = Literal["drain", "stop"]
@@ -71,6 +71,36 @@ class Secret:
 
 
 @dataclass(frozen=True, slots=True)
+class KeyCommand:
+    """A program that prints the key of an upstream, with its arguments, which may contain secrets.
+
+    It runs every `every_s` seconds.
+    """
+
+    words: tuple[str, ...] = field(repr=False)
+    every_s: int
+
+    @property
+    def program(self) -> str:
+        """The program, as the configuration names it."""
+        return self.words[0]
+
+
+@dataclass(frozen=True, slots=True)
+class OAuthClient:
+    """How to get an access token for an upstream by the client credentials grant (RFC 6749 §4.4)."""
+
+    token_url: str
+    client_id: str
+    client_secret: Secret
+    scope: str | None = None
+
+
+# A key that has to be fetched, again and again. As a tuple for `isinstance`, which takes longer for a union.
+FETCHED_KEYS = (KeyCommand, OAuthClient)
+
+
+@dataclass(frozen=True, slots=True)
 class Allow:
     """Features that requests may use although they cost, or reach, more than quotas can count.
 
@@ -87,18 +117,42 @@ class Allow:
 
 
 @dataclass(frozen=True, slots=True)
+class Transport:
+    """How requests get to an upstream, and how long it may take.
+
+    - `connect_timeout_ms`: for the name, the connection, the proxy and TLS together.
+    - `idle_timeout_ms`: how long it may take for the head of its answer, and be silent in the middle of it.
+    - `first_byte_timeout_ms`: how long it may send nothing of its answer after it has the request. None: no limit.
+    - `headers`: sent with each request; names in lower case, each once.
+    - `proxy`: the http:// URL of the proxy that connections are made through, with its user and password.
+    - `ca`: certificates in PEM that are trusted in addition to those of the system.
+    """
+
+    connect_timeout_ms: int = 5_000
+    # SDKs wait ten minutes for an answer, and a retry is billed again. Giving up earlier would only cost more.
+    idle_timeout_ms: int = 600_000
+    first_byte_timeout_ms: int | None = None
+    headers: tuple[tuple[str, Secret], ...] = ()
+    proxy: Secret | None = None
+    ca: str | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True, slots=True)
 class Upstream:
     """A server that calls are forwarded to.
 
     `base_url` includes `/v1` and does not end with a slash. `api_version` is Azure's, for calls that name none.
+    `api_key` is the key itself, or where it is fetched.
     `kind` is plain text here: `config` checks that it names one of the kinds in `formats.kinds`, and takes `naming`
     from there. `extra_usage` are the members of its usage that it writes in addition to the output. `refuse` are
-    fields that no request for one of its models may use.
+    fields that no request for one of its models may use. Each process sends it at most `max_in_flight` calls at a
+    time (None: any number). While it is silent, the client of a stream gets a comment every `heartbeat_s` seconds
+    (None: none).
     """
 
     name: str
     base_url: str
-    api_key: Secret | None
+    api_key: Secret | KeyCommand | OAuthClient | None
     kind: str = "openai"
     on_disconnect: OnDisconnect = "drain"
     api_version: str | None = None
@@ -106,6 +160,9 @@ class Upstream:
     extra_usage: tuple[str, ...] = ()
     refuse: frozenset[str] = frozenset()
     naming: Naming = Naming()
+    transport: Transport = Transport()
+    max_in_flight: int | None = None
+    heartbeat_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +170,7 @@ class Model:
     """A model as clients name it, where it is served, and what is known about it (in tokens).
 
     - `reasoning`: whether it generates reasoning tokens that its answer does not show. None: its name decides.
-    - `smallest_answer`: the shortest answer that is worth starting. None: 1,024.
+    - `smallest_answer`: the shortest answer that is worth starting. None: 1,024, and less where quotas are small.
     - `tokens_per_request`, `tokens_per_image`: the price of an answer that states no tokens, on the endpoints that
       are billed by the piece (see `formats.pieces`). Both add up. None: it has no such price.
     - `allow`: what its requests may use. None: what its upstream allows.
@@ -155,7 +212,8 @@ class Model:
     def named(self, name: str) -> "Model":
         """This model under another name, at the same upstreams: what the entry "*" gives for an unlisted name."""
         others = tuple(other.named(name) for other in self.others)
-        return Model(name, self.upstream, name, weight=self.weight, others=others)
+        smallest = self.smallest_answer
+        return Model(name, self.upstream, name, smallest_answer=smallest, weight=self.weight, others=others)
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,11 +221,13 @@ class Catalog:
     """All upstreams and models.
 
     `models` is a closed list, unless it is None (any name goes to `default_upstream`) or has an entry "*".
+    `smallest_answer` is that of names which go to `default_upstream`; each of `models` has its own.
     """
 
     upstreams: Mapping[str, Upstream]
     models: Mapping[str, Model] | None = None
     default_upstream: Upstream | None = None
+    smallest_answer: int | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -192,7 +252,9 @@ class Catalog:
         if anything is not None:
             return self._in_one_spelling(anything.named(name))
         upstream = self.default_upstream if self.models is None else None
-        return self._in_one_spelling(Model(name, upstream, name)) if upstream else None
+        if upstream is None:
+            return None
+        return self._in_one_spelling(Model(name, upstream, name, smallest_answer=self.smallest_answer))
 
     def lists(self, name: str) -> bool:
         """Whether a model is listed by this very name."""

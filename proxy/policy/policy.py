@@ -185,10 +185,17 @@ class Policy:
 
         Whether the users may call them is not checked.
         """
+        return tuple(dict.fromkeys(name for globs in self._globs_of(groups) for name in globs.names))
+
+    def model_patterns(self, groups: tuple[str, ...]) -> tuple[str, ...]:
+        """The patterns there that are no plain names, with `*` before all others. Nothing is checked either."""
+        patterns = (text for globs in self._globs_of(groups) for text in globs.patterns)
+        return tuple(dict.fromkeys(("*", *patterns)))
+
+    def _globs_of(self, groups: tuple[str, ...]) -> list[Globs]:
         found = [self.groups[name] for name in (EVERYONE, *groups, DEFAULT) if name in self.groups]
         lists = [group.models for group in found if group.models is not None]
-        lists += [quota.models for group in found for quota in group.quotas]
-        return tuple(dict.fromkeys(name for globs in lists for name in globs.names))
+        return lists + [quota.models for group in found for quota in group.quotas]
 
     def all_quotas(self, groups: tuple[str, ...]) -> BoundQuotas:
         """Every quota that can bind on some model, for `/v1/quota`, which is asked without a model."""

@@ -17,6 +17,9 @@ from proxy.policy.windows import Per, Window
 Enforce = Literal["exact", "after", "shadow"]
 Combine = Literal["any_group", "every_group"]
 CounterKey = tuple[str, str]
+# The smallest answer is at most the smallest limit divided by this. Otherwise a quota of 1,000 tokens would refuse
+# every call that states no maximum.
+SMALLEST_PART = 10
 # What the subject of a user's own counters begins with.
 _USER = "user:"
 
@@ -46,6 +49,11 @@ class Globs:
         """Those of the patterns that are plain names."""
         return tuple(text for text in self.texts if not any(character in text for character in "*?["))
 
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        """The others."""
+        return tuple(text for text in self.texts if text not in self.names)
+
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Globs) and self.texts == other.texts
 
@@ -57,6 +65,12 @@ class Globs:
 
 
 ALL_MODELS = Globs()
+
+
+def sample_name(pattern: str) -> str:
+    """A name that the pattern matches, and that patterns for other names do not: `gpt-~other~` of `gpt-*`."""
+    without_sets = re.sub(r"\[(!?)(.)[^\]]*\]", lambda found: "~" if found[1] else found[2], pattern)
+    return without_sets.replace("*", "~other~").replace("?", "~")
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,11 +153,17 @@ class Quota:
     id: str = field(init=False, repr=False, compare=False)
     # The limits of which more remains after a reset. Those on concurrent measures are not among them.
     window_limits: tuple[Limit, ...] = field(init=False, repr=False, compare=False)
+    # The smallest of its limits that an answer must fit into; TOKENS_MAX if it bounds no answer. Grants do not raise
+    # it: a call that is refused while a grant runs would otherwise be admitted when the grant ends.
+    answer_limit: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "id", f"{self.group}/{self.name}")
         window_limits = tuple(limit for limit in self.limits if not limit.measure.is_concurrent)
         object.__setattr__(self, "window_limits", window_limits)
+        of_answers = [limit.maximum for limit in self.limits if limit.measure.counts_output]
+        bounds_answers = self.enforce != "after" and bool(of_answers)
+        object.__setattr__(self, "answer_limit", min(of_answers) if bounds_answers else TOKENS_MAX)
 
     def counts(self, uses: Uses) -> bool:
         """Whether one of its limits counts something of a call that uses this."""
@@ -172,7 +192,9 @@ class Quota:
             )
             for limit in self.limits
         )
-        return replace(self, limits=tuple(limits))
+        raised = replace(self, limits=tuple(limits))
+        object.__setattr__(raised, "answer_limit", self.answer_limit)
+        return raised
 
     def ceiling(self, limit: Limit) -> int:
         """How far admitted calls may take a limit.
@@ -224,7 +246,15 @@ class Counter:
 
 
 def counter_at(now: int, quota: Quota, counter: Counter | None) -> Counter:
-    """The counter at `now`: `counter` itself while its window is open, else a new one at 0.
+    """The counter at `now`: `counter` while its window is open, shortened if need be, else a new one at 0.
+
+    An open window ends no later than one that opens now. Of the same rule it never does, so this shortens only
+    - a window of an earlier `per`, time zone or first day of the week. With `per: year`, a window runs until January.
+      When `per` becomes `minute`, it ends with the minute of the first access after that, and its usage counts until
+      then. If the new window is longer, the end stays: headers and refusals have announced it;
+    - a window that a clock opened which was ahead. With `per: 6h`, a clock that was a day ahead opened a window from
+      12:00 to 18:00 tomorrow. At 12:00 today that window ends at 18:00 today.
+    `Book` stores the new end. Later accesses would compute later ends, so the stored one stays.
 
     A window is identified by the instant at which it opened. So a new window never opens before, or at the same
     instant as, an earlier one that calls in flight may still belong to.
@@ -236,15 +266,10 @@ def counter_at(now: int, quota: Quota, counter: Counter | None) -> Counter:
     if counter is None:
         return Counter(opening)
     last = counter.window
-    if last.is_open(now) and now < last.opened_at:
-        # The clock has jumped back to before the window opened. Its usage still counts, but no longer than in a
-        # window that opens now. With `per: 6h`, a clock that was a day ahead opened a window from 12:00 to 18:00
-        # tomorrow. At 12:00 today that window ends at 18:00 today.
-        return replace(counter, window=Window(last.opened_at, min(last.resets_at, opening.resets_at)))
-    if last.is_open(now) and counter.is_open:
-        # An open window keeps its end when `per` changes, because headers and refusals have announced that end. If
-        # `per: day` becomes `minute` at 12:00, the day still ends at midnight, and the first minute opens then.
-        return counter
+    if last.is_open(now) and (counter.is_open or now < last.opened_at):
+        if last.resets_at <= opening.resets_at:
+            return counter
+        return replace(counter, window=Window(last.opened_at, opening.resets_at))
     # A new window opens, but not before
     # - the opening of the last window, if that has not ended but nothing is used or held in it;
     # - the end of the last window, if that has passed. Example: `per: hour` becomes `day` at 12:00, and the hour from
@@ -260,13 +285,17 @@ def counter_at(now: int, quota: Quota, counter: Counter | None) -> Counter:
 class Demand:
     """What a call asks for, in tokens: an upper bound of its input, its longest answer, and the least worth starting.
 
-    `output_maximum`, `smallest` and `initial_hold` are totals over all choices.
+    `output_maximum`, `smallest`, `initial_hold`, `fixed` and `floor` are totals over all choices.
 
     - `uses`: what the call can use at all. It decides which limits bind the call, not the numbers: a chat with
       `max_tokens: 0` is bound by a limit on output, because its upstream may generate all the same. An embedding is
       not.
     - `initial_hold`: at most this much of the answer is held at first. A stream whose tokens can be counted as they
       pass begins with a part, and increases it as the answer grows.
+    - `grows`: that is the case, so `initial_hold` is lowered together with the smallest answer if more is asked for.
+    - `fixed`: the part of `smallest` that is needed in every quota: the reasoning budget, or all of it if the
+      configuration says how long the smallest answer is. The rest is at most a tenth of a small limit, but not less
+      than `floor`, which is the least maximum that can be sent. See `smallest_within`.
     - `is_unbounded`: neither the request nor the configuration says how long the answer can become, so
       `output_maximum` is only what is usual.
     - `is_estimated`: `input` is the number of bytes of the input, of which about four make a token in prose.
@@ -282,6 +311,17 @@ class Demand:
     is_estimated: bool = False
     hidden_input: int = 0
     uses: Uses = Uses.INPUT_AND_OUTPUT
+    grows: bool = False
+    fixed: int = TOKENS_MAX
+    floor: int = 0
+
+    def smallest_within(self, limit: int) -> int:
+        """The smallest answer if an answer must fit into `limit` tokens at most.
+
+        Example: a call that states no maximum needs 1,024 tokens for its answer if the limit is 1M, and 50 if it is
+        500.
+        """
+        return min(self.smallest, self.fixed + max(self.floor, limit // SMALLEST_PART))
 
     def bounds(self, limit: Limit) -> bool:
         """Whether this limit binds this call: whether it counts something that the call can use."""

@@ -11,7 +11,7 @@ and every calendar window starts where the window before it ends.
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, time, timedelta
 from functools import lru_cache
 from typing import Literal
@@ -69,9 +69,18 @@ class Calendar:
     zone: ZoneInfo
     week_starts: int = 0
     kind: Literal["calendar"] = "calendar"
+    # The interval that was computed last: nearly every instant that is asked for is in it.
+    _last: Window = field(default=Window(0, 0), init=False, repr=False, compare=False)
 
     def opening(self, now: int) -> Window:
         """The calendar interval that contains `now`."""
+        window = self._last
+        if not window.opened_at <= now < window.resets_at:
+            window = self._interval(now)
+            object.__setattr__(self, "_last", window)
+        return window
+
+    def _interval(self, now: int) -> Window:
         if self.text in ("minute", "hour"):
             return self._part_of_a_day(now, _MINUTE_MS if self.text == "minute" else _HOUR_MS)
         # The window ends at a local midnight, not 24 hours after it opened. In Berlin, 29 March 2026 lasts from

@@ -3,7 +3,7 @@
 import pytest
 
 from proxy.errors import InvalidRequest
-from proxy.formats.allowance import check_allowance
+from proxy.formats.allowance import check_allowance, has_effects
 from proxy.formats.endpoints import CHAT, COMPLETIONS, COUNT_TOKENS, MESSAGES, RESPONSES, Endpoint
 from proxy.policy.catalog import Allow
 from tests.formats.test_request import parse
@@ -220,3 +220,24 @@ def test_a_tool_may_have_a_member_of_its_own_type() -> None:
     both = {**tool, "code_execution": {}}
     assert "[code_execution]" in not_allowed(CHAT, Allow(frozenset(["web_search"])), tools=[both]).message
     assert not_allowed(MESSAGES, tools=[{"google_search": {}}]).param == "tools"
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "fields", "expected"),
+    [
+        (CHAT, {}, False),
+        (CHAT, {"tools": [{"type": "function", "function": {"name": "f"}}], "store": False}, False),
+        (MESSAGES, {"tools": [{"name": "f", "input_schema": {}}]}, False),
+        (RESPONSES, {"tools": [{"type": "custom", "name": "f"}]}, False),
+        (RESPONSES, {"tools": [{"type": "web_search"}]}, True),
+        (RESPONSES, {"tools": [{"type": "mcp", "server_label": "a"}]}, True),
+        (CHAT, {"tools": [{"type": "function", "google_search": {}}]}, True),
+        (CHAT, {"web_search_options": {}}, True),
+        (CHAT, {"store": True}, True),
+    ],
+)
+def test_a_call_has_effects_if_tools_run_at_the_upstream_or_it_is_stored(
+    endpoint: Endpoint, fields: dict[str, object], expected: bool
+) -> None:
+    """Only a call without any may be given to a second upstream while the first may still run it."""
+    assert has_effects(endpoint, parse(endpoint, **fields).body) is expected

@@ -125,13 +125,23 @@ def test_with_several_choices_a_usage_chunk_is_not_yet_the_end() -> None:
 
 
 def test_the_usage_chunks_of_several_choices_add_up() -> None:
-    """llama.cpp sends one for each choice, with the same input each time; others send one for all."""
+    """llama.cpp sends one behind the end of each choice, with the same input each time; others send one for all."""
     several = request(n=3)
-    longer = {**HONEST, "completion_tokens": 7, "completion_tokens_details": {"reasoning_tokens": 2}}
-    each = event(usage_chunk()) + TEXT + event(usage_chunk(longer)) + event(usage_chunk(longer))
-    assert usage_of(TEXT + each + DONE, several) == Exactly(Tokens(11, 5 + 7 + 7, reasoning=4))
-    assert usage_of(TEXT + event(usage_chunk()) + DONE, several) == REPORTED
-    assert usage_of(event(usage_chunk({"total_tokens": -1})) + event(usage_chunk()) + DONE, several) == REPORTED
+    first, longer = event(usage_chunk()), {**HONEST, "completion_tokens": 7}
+    second = event(usage_chunk({**longer, "completion_tokens_details": {"reasoning_tokens": 2}}))
+    each = TEXT + FINISH + first + TEXT + FINISH + second + FINISH + second
+    assert usage_of(each + DONE, several) == Exactly(Tokens(11, 5 + 7 + 7, reasoning=4))
+    assert usage_of(TEXT + first + DONE, several) == REPORTED
+    assert usage_of(event(usage_chunk({"total_tokens": -1})) + FINISH + first + DONE, several) == REPORTED
+
+
+def test_a_usage_chunk_of_several_choices_that_is_repeated_counts_once() -> None:
+    """Only a usage chunk behind the end of a choice may be that of the choice. Others state all choices again."""
+    several, end = request(n=2), FINISH + FINISH + event(usage_chunk()) + event(usage_chunk())
+    assert usage_of(TEXT + end + DONE, several) == REPORTED
+    running = event(usage_chunk({**HONEST, "completion_tokens": 2, "total_tokens": 13}))
+    assert usage_of(running + TEXT + running + end + DONE, several) == REPORTED
+    assert usage_of(TEXT + end + running + DONE, several) == AtLeast(Tokens(11, 12))
 
 
 def test_running_usage_of_one_of_several_choices_is_ignored() -> None:
@@ -174,6 +184,14 @@ def test_a_stream_without_done_is_forwarded_as_it_is() -> None:
         (event(usage_chunk(ZEROS)) + TEXT + event(usage_chunk(LARGE)) + DONE, Exactly(Tokens(20, 30))),
         (TEXT + event(usage_chunk({"prompt_tokens": 11})) + event(usage_chunk({"completion_tokens": 5})), REPORTED),
         (TEXT + event(usage_chunk({"total_tokens": 16})) + event(usage_chunk()) + DONE, REPORTED),
+        (TEXT + event(usage_chunk({"total_tokens": 16})) + event(usage_chunk(ZEROS)) + DONE, Exactly(Tokens(0, 16))),
+        (TEXT + event(usage_chunk({"completion_tokens": 5})) + event(usage_chunk(ZEROS)) + DONE, COUNTED),
+        (event(usage_chunk(ZEROS)) + TEXT + event(usage_chunk({"completion_tokens": 5})) + DONE, COUNTED),
+        (event(usage_chunk(ZEROS)) + TEXT + event(usage_chunk({"total_tokens": 16})) + DONE, Exactly(Tokens(0, 16))),
+        (
+            TEXT + event(usage_chunk({"total_tokens": 9})) + event(usage_chunk({"total_tokens": 8})) + DONE,
+            AtLeast(Tokens(0, 12)),
+        ),
         (TEXT + event(usage_chunk(ZEROS)) + DONE, COUNTED),
         (event(usage_chunk(ZEROS)) + TEXT + DONE, COUNTED),
         (event(chunk("")) + FINISH + event(usage_chunk(ZEROS)) + DONE, AtLeast(Tokens(0, 0))),
@@ -264,12 +282,12 @@ def test_a_usage_chunk_that_came_early_is_not_the_end() -> None:
 
 
 @pytest.mark.parametrize(
-    "choices", [None, {}, "text", 5, [None], ["text", 5], [[]], [{"delta": None}], [{"delta": []}]]
+    "choices", [None, {}, {"a": 1}, "text", 5, [None], ["text", 5], [[]], [{"delta": None}], [{"delta": []}]]
 )
 def test_choices_of_any_type_are_forwarded(choices: object) -> None:
     """Wrong types raise nothing."""
     raw = event({"id": "c", "choices": choices})
-    assert watch(raw)[1] == raw
+    assert watch(raw)[1] == watch(raw, request(n=2))[1] == raw
 
 
 def test_all_choices_are_counted() -> None:
@@ -1107,3 +1125,18 @@ def test_additional_tokens_count_beside_an_output_that_is_not_stated() -> None:
     for each in Splitter().feed(TEXT + event(usage_chunk(usage)) + DONE):
         meter.see_event(each)
     assert (meter.usage(), meter.output_seen) == (AtLeast(Tokens(11, 112)), 112)
+
+
+@pytest.mark.parametrize("later", [{"prompt_tokens": 11, "completion_tokens": 7}, {"prompt_tokens": 11}, ZEROS, None])
+def test_additional_tokens_of_an_earlier_usage_count(later: dict | None) -> None:
+    """A usage without them takes nothing away, and they never stand for text: that is counted beside them."""
+    meter = meter_of(UNASKED, count=count, extra_usage=["citation_tokens"])
+    running = {"prompt_tokens": 11, "completion_tokens": 2, "citation_tokens": 20}
+    stream = event(chunk("Hi", usage=running)) + (b"" if later is None else event(usage_chunk(later))) + DONE
+    for each in Splitter().feed(stream):
+        meter.see_event(each)
+    assert meter.usage() == Exactly(Tokens(11, 27 if later and later.get("completion_tokens") else 22))
+    meter = meter_of(UNASKED, count=count, extra_usage=["citation_tokens"])
+    for each in Splitter().feed(TEXT + event(usage_chunk({**ZEROS, "prompt_tokens": 11, "citation_tokens": 20}))):
+        meter.see_event(each)
+    assert meter.usage() == AtLeast(Tokens(11, 32))

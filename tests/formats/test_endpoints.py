@@ -21,6 +21,7 @@ from proxy.formats.endpoints import (
     StoredResponsePath,
     closed,
     is_messages_path,
+    served_instead,
 )
 from proxy.policy.amounts import Uses
 
@@ -139,6 +140,7 @@ def test_a_metered_path_is_not_refused(endpoint: Endpoint) -> None:
     assert closed("POST", endpoint.path) is None
     assert [each.name for each in METERED].count(endpoint.name) == 1
     assert [each.path for each in METERED].count(endpoint.path) == 1
+    assert all(closed("POST", path) is None for path in endpoint.aliases)
 
 
 def test_the_properties_of_all_endpoints() -> None:
@@ -150,6 +152,8 @@ def test_the_properties_of_all_endpoints() -> None:
         "chat": (Uses.INPUT_AND_OUTPUT, False, True, True, False),
         "completions": (Uses.INPUT_AND_OUTPUT, False, True, True, False),
         "embeddings": (Uses.INPUT, False, False, False, False),
+        "rerank": (Uses.INPUT, False, False, False, False),
+        "score": (Uses.INPUT, False, False, False, False),
         "responses": (Uses.INPUT_AND_OUTPUT, False, True, False, True),
         "compact": (Uses.INPUT_AND_OUTPUT, False, False, False, True),
         "input_tokens": (Uses.NOTHING, False, False, False, True),
@@ -203,3 +207,57 @@ def test_no_path_is_refused_twice() -> None:
 def test_anthropic_s_api_is_recognised_by_the_path(prefix: str, path: str, is_anthropic: bool) -> None:
     """Behind every prefix, and before the body is read: an invalid key is answered with Anthropic's error too."""
     assert is_messages_path(prefix + path) == is_anthropic
+
+
+_NO_SLASH = "remove the slash at the end of the client's base_url"
+
+
+@pytest.mark.parametrize(
+    ("request_line", "instead"),
+    [
+        ("POST /v1//chat/completions", f"POST /v1/chat/completions: {_NO_SLASH}"),
+        ("POST //v1/embeddings", f"POST /v1/embeddings: {_NO_SLASH}"),
+        ("POST /openai/v1//responses", f"POST /openai/v1/responses: {_NO_SLASH}"),
+        ("POST /v1/v1/chat/completions", "POST /v1/chat/completions: remove /v1 from the client's base_url"),
+        ("POST /v1/v1/messages", "POST /v1/messages: remove /v1 from the client's base_url"),
+        ("POST /api/v1//responses", "POST /v1/responses: remove /api from the client's base_url"),
+        ("POST /v2/chat/completions", "POST /v1/chat/completions: write /v1 instead of /v2 in the client's base_url"),
+        ("POST /v1/chat/completions/", "POST /v1/chat/completions, without the slash at the end"),
+        ("POST /chat/completions/", "POST /chat/completions, without the slash at the end"),
+        ("GET /v1/models/", "GET /v1/models, without the slash at the end"),
+        ("POST /V1/chat/Completions", "POST /v1/chat/completions, in lower case"),
+        ("GET /v1/responses/resp_A/Input_items", "GET /v1/responses/{id}/input_items, in lower case"),
+        ("GET /v1/responses//resp_A", f"GET /v1/responses/{{id}}: {_NO_SLASH}"),
+        (
+            "POST /openai/deployments/GPT/chat/completions/",
+            "POST /openai/deployments/GPT/chat/completions, without the slash at the end",
+        ),
+        ("GET /v1/embeddings", "POST /v1/embeddings"),
+        ("POST /v1/quota", "GET /v1/quota"),
+        ("POST /v1/embeddings", None),
+        ("GET /v1/quota", None),
+        ("POST /v1/embedding", None),
+        ("POST /v1%2fembeddings", None),
+        ("POST /", None),
+        ("POST /v1/", None),
+        ("GET /" + "/" * 60_000, None),
+    ],
+)
+def test_an_unknown_path_that_is_like_a_served_one_is_answered_with_that_one(
+    request_line: str, instead: str | None
+) -> None:
+    """What a base_url with one part too much, or a client of another spelling, leads to."""
+    method, path = request_line.split(" ")
+    assert served_instead(method, path) == instead
+
+
+def test_every_path_that_is_served_is_found_behind_a_wrong_base() -> None:
+    """Also those of stored responses, and of the proxy's own."""
+    metered = [("POST", each.path) for each in METERED]
+    stored = [(each.method, each.path("{id}")) for each in STORED_RESPONSE_PATHS]
+    own = [("GET", path) for path in ("/models", "/quota", "/quota/usage", "/quota/events")]
+    for method, path in [*metered, *stored, *own]:
+        found = served_instead(method, f"/{'x' * 200}/v1{path}")
+        assert found is not None
+        assert found.startswith(f"{method} /v1{path}: remove /xxx")
+        assert len(found) < 200

@@ -34,9 +34,11 @@ from proxy.formats.estimate import (
     with_context,
 )
 from proxy.formats.request import Request, forwarded_body
+from proxy.policy.admission import Admitted, decide
 from proxy.policy.amounts import TOKENS_MAX, Uses
 from proxy.policy.catalog import Model, Upstream
 from proxy.policy.quota import Demand
+from tests.builders import NOON, binding, quota
 from tests.formats.test_request import GENERATING, HUGE, KINDS, MAXIMA, READS, ids, parse, targets
 
 
@@ -98,22 +100,35 @@ def test_null_is_no_maximum(kind: str, endpoint: Endpoint) -> None:
     [
         ("llamacpp", {"n_predict": -1}),
         ("llamacpp", {"n_predict": -1, "max_tokens": 1}),
+        ("llamacpp", {"max_tokens": -1}),
+        ("llamacpp", {"max_completion_tokens": -1, "max_tokens": 7}),
         ("ollama", {"max_tokens": 0}),
+        ("openai", {"max_tokens": 0}),
+        ("openai", {"max_completion_tokens": 0, "max_tokens": 5}),
+        ("azure", {"max_completion_tokens": 0}),
     ],
 )
 def test_a_number_that_means_no_maximum_bounds_nothing(kind: str, endless: dict) -> None:
-    """In llama.cpp n_predict overrides all others, and -1 means no maximum; at Ollama 0 does too."""
+    """In llama.cpp n_predict overrides all others, and -1 means no maximum; at Ollama 0 does too.
+
+    OpenAI refuses 0, and gateways written in Go leave it out: then many whole answers at once would hold nothing.
+    """
     found = demand(parse(**endless), kind)
     assert (found.output_maximum, found.is_unbounded) == (4096, True)
+    assert found.smallest == (1024 if any(endless.values()) else 1)
+    assert demand(parse(**endless, n=3), kind).smallest == 3 * found.smallest
     known = demand(parse(**endless), kind, max_output_tokens=900)
     assert (known.output_maximum, known.is_unbounded) == (900, False)
 
 
-def test_a_maximum_of_0_is_a_maximum() -> None:
-    """At upstreams other than Ollama it asks for no output. Limits on output bind the call all the same."""
+@pytest.mark.parametrize("kind", ["openai", "vllm", "llamacpp"])
+def test_a_maximum_of_0_is_a_maximum(kind: str) -> None:
+    """Where a server reads it so, it asks for no output. Limits on output bind the call all the same."""
+    assert demand(parse(COMPLETIONS, max_tokens=0), kind).output_maximum == 0
     request = parse(COMPLETIONS, max_tokens=0)
     length = len(forwarded_body(request, model()))
-    assert demand(request) == Demand(input=length, output_maximum=0, smallest=0, initial_hold=0, is_estimated=True)
+    expected = Demand(input=length, output_maximum=0, smallest=0, initial_hold=0, is_estimated=True, fixed=0, floor=1)
+    assert demand(request) == expected
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -180,6 +195,28 @@ def test_no_hold_exceeds_64_bits() -> None:
     assert found.smallest == found.output_maximum == TOKENS_MAX
 
 
+@pytest.mark.parametrize(
+    ("fields", "kind", "known", "expected"),
+    [
+        ({}, "vllm", {"context": 2048}, (2047, False)),
+        ({}, "vllm", {"context": 4096}, (4095, False)),
+        ({}, "vllm", {"context": 4097}, (4096, True)),
+        ({"n": 2}, "vllm", {"context": 2048}, (4094, False)),
+        ({}, "vllm", {"context": 2048, "max_output_tokens": 100}, (100, False)),
+        ({"max_tokens": 3000}, "vllm", {"context": 2048}, (3000, False)),
+        ({}, "ollama", {"context": 2048}, (4096, True)),
+        ({}, "llamacpp", {"context": 2048}, (4096, True)),
+        ({"chat_template": "{{ '…' * 1000 }}"}, "vllm", {"context": 2048}, (4096, True)),
+    ],
+)
+def test_a_small_context_bounds_an_answer_that_states_no_maximum(
+    fields: dict, kind: str, known: dict, expected: tuple[int, bool]
+) -> None:
+    """At servers that do not go on after it, and if the request shows all of the input."""
+    found = demand(parse(CHAT, messages=says("hi"), **fields), kind, **known)
+    assert (found.output_maximum, found.is_unbounded) == expected
+
+
 # ------------------------------------------------------------------------------------------------ the smallest answer
 
 
@@ -208,9 +245,62 @@ def test_the_smallest_answer_is_1024_tokens_or_the_stated_maximum(
     ("fields", "smallest"), [({}, 2000), ({"n": 2}, 4000), ({"max_tokens": 100}, 100), ({"max_tokens": 2001}, 2000)]
 )
 def test_the_smallest_answer_of_a_model_can_be_configured(fields: dict, smallest: int) -> None:
-    """A smaller maximum in the request goes first."""
-    assert demand(parse(CHAT, **fields), smallest_answer=2000).smallest == smallest
+    """A smaller maximum in the request goes first. It is then the same in every quota."""
+    found = demand(parse(CHAT, **fields), smallest_answer=2000)
+    assert found.smallest == found.smallest_within(100) == smallest
     assert demand(parse(CHAT), smallest_answer=5).smallest == 5
+
+
+@pytest.mark.parametrize(
+    ("sent", "kind", "within"),
+    [
+        (parse(CHAT), "vllm", 50),
+        (parse(CHAT, max_tokens=20), "vllm", 20),
+        (parse(CHAT, n=2), "vllm", 50),
+        (parse(CHAT, n=60), "vllm", 60),
+        (parse(CHAT, thinking={"budget_tokens": 2000}, max_tokens=9000), "vllm", 2050),
+        (parse(CHAT, thinking={"budget_tokens": 2000}, n=60), "vllm", 60 * 2000 + 60),
+        (parse(CHAT, max_tokens=0), "ollama", 1),
+        (parse(RESPONSES), "openai", 50),
+        (parse(IMAGES, prompt="x"), "openai", 8192),
+        (parse(EMBEDDINGS, input="x"), "openai", 0),
+    ],
+)
+def test_the_smallest_answer_is_smaller_in_a_small_quota(sent: Request, kind: str, within: int) -> None:
+    """With a limit of 500 a tenth of it for all choices, besides a reasoning budget; not that of an image."""
+    found = demand(sent, kind)
+    assert found.smallest_within(500) == within
+    assert found.smallest_within(10**9) == found.smallest
+
+
+def test_no_smaller_maximum_is_asked_for_than_the_upstream_accepts() -> None:
+    """OpenAI's /responses answers 400 to less than 16."""
+    assert demand(parse(RESPONSES), "openai").smallest_within(10) == 16
+    assert demand(parse(RESPONSES), "vllm").smallest_within(10) == 1
+    assert demand(parse(RESPONSES, max_output_tokens=5), "openai").smallest_within(10) == 5
+
+
+@given(
+    endpoint=st.sampled_from(GENERATING),
+    kind=st.sampled_from(list(KINDS)),
+    stream=st.booleans(),
+    measure=st.sampled_from(["tokens", "output_tokens"]),
+    limit=st.integers(2, 100) | st.integers(2, 10**8),
+    data=st.data(),
+)
+def test_a_call_without_a_maximum_is_admitted_by_an_unused_quota_of_any_size(
+    endpoint: Endpoint, kind: str, stream: bool, measure: str, limit: int, data: st.DataObject
+) -> None:
+    """If its input leaves a tenth of the limit, and at least as many tokens as the upstream accepts as a maximum."""
+    found = demand(parse(endpoint, stream=stream), kind)
+    least = max(found.floor, min(limit // 10, SMALLEST_ANSWER))
+    if least >= limit:
+        return
+    shown = data.draw(st.integers(1, max(1, limit - least)))
+    who = binding([quota("staff/daily", **{measure: limit})])
+    decision = decide(replace(found, input=shown, is_estimated=False), who, {}, NOON)
+    assert isinstance(decision, Admitted)
+    assert decision.maximum is None or decision.maximum >= min(least, found.output_maximum)
 
 
 @pytest.mark.parametrize(
@@ -316,6 +406,10 @@ def test_a_message_with_thinking_reserves_its_whole_maximum(
     [
         ({"modalities": ["text", "audio"]}, True),
         ({"modalities": ["text"]}, False),
+        ({"modalities": ["text", "image"]}, True),
+        ({"modalities": ["IMAGE"]}, True),
+        ({"Modalities": ["audio"]}, True),
+        ({"modalities": [None]}, False),
         ({"modalities": "audio"}, False),
         ({"modalities": None}, False),
         ({"prediction": {"type": "content", "content": "x"}}, True),
@@ -331,6 +425,12 @@ def test_a_message_with_thinking_reserves_its_whole_maximum(
         ({"include_reasoning": 0}, True),
         ({"include_reasoning": True}, False),
         ({"include_reasoning": None}, False),
+        ({"IncludeReasoning": False}, True),
+        ({"include_reasoning": True, "includeReasoning": False}, True),
+        ({"Reasoning": {"Exclude": True}}, True),
+        ({"reasoningFormat": "Hidden"}, True),
+        ({"venice_parameters": {"strip_thinking_response": True}}, True),
+        ({"venice_parameters": {"strip_thinking_response": False}}, False),
         ({"reasoning_format": "hidden"}, True),
         ({"reasoning_format": "parsed"}, False),
         ({"stream_reasoning": False}, True),
@@ -344,6 +444,11 @@ def test_a_message_with_thinking_reserves_its_whole_maximum(
         ({"allowed_token_ids": [151644]}, True),
         ({"allowed_token_ids": []}, False),
         ({"Allowed_Token_Ids": [151644]}, True),
+        ({"allowedTokenIds": [151644]}, True),
+        ({"logitBias": {"151644": 100}}, True),
+        ({"logit_bias": {}, "logitBias": {"151644": 100}}, True),
+        ({"minTokens": 8000, "STOP_TOKEN_IDS": [1, 2, 3]}, True),
+        ({"min_length": 8000, "stop_token_ids": [1, 2, 3]}, True),
         ({"min_tokens": 8000, "stop_token_ids": [1, 2, 3]}, True),
         ({"min_tokens": 8000, "stop_token_ids": []}, False),
         ({"min_tokens": 0, "stop_token_ids": [1]}, False),
@@ -361,10 +466,14 @@ def test_a_message_with_thinking_reserves_its_whole_maximum(
         ({"skip_special_tokens": False}, False),
         ({"include_stop_str_in_output": False}, False),
         # SGLang
-        ({"sampling_params": {"custom_logit_processor": "…"}}, True),
+        ({"sampling_params": {"logit_bias": {"1": 100}}}, True),
         ({"ebnf": "root ::= x"}, True),
         ({"sampling_params": {"min_new_tokens": 9, "stop_token_ids": [1]}}, True),
         ({"sampling_params": "none"}, False),
+        ({"structuredOutputs": {"Grammar": "root ::= x"}}, True),
+        ({"sampling_params": [{"structured_outputs": {"grammar": "root ::= x"}}]}, True),
+        ({"options": {"logit_bias": {"1": 100}}, "parameters": {}}, True),
+        ({"parameters": {"min_new_tokens": 9, "stop_token_ids": [1]}}, True),
         # llama.cpp
         ({"grammar": "root ::= <[151644]>*"}, True),
         ({"grammar": ""}, False),
@@ -374,12 +483,14 @@ def test_a_message_with_thinking_reserves_its_whole_maximum(
         ({"detokenize": False}, True),
         ({"detokenize": True}, False),
         ({"custom_token_bans": [1]}, True),
+        ({"grammar_string": "root ::= x"}, True),
         ({"ban_eos_token": True}, True),
         # Formats: a schema produces text only
         ({"response_format": {"type": "json_schema", "json_schema": {}}}, False),
         ({"response_format": {"type": "json_object"}}, False),
         ({"response_format": {"type": "grammar", "grammar": "root ::= x"}}, True),
         ({"response_format": "grammar"}, False),
+        ({"responseFormat": {"Type": "GBNF"}}, True),
         # Fields that change the sampling, not which tokens there are
         ({"temperature": 2, "top_k": 1, "min_p": 0.1, "repetition_penalty": 9, "frequency_penalty": 2}, False),
         ({"dry_multiplier": 1, "xtc_probability": 1, "seed": 1, "n_probs": 5, "return_token_ids": True}, False),
@@ -472,7 +583,17 @@ def test_hidden_input_is_what_the_model_s_context_leaves_beside_the_visible_inpu
     """It is 0 if the context is not configured, or smaller than the bound of the visible input."""
     request = parse(CHAT, **fields)
     length = len(forwarded_body(request, model()))
-    expected = Demand(length, 4096, 1024, 4096, is_unbounded=True, is_estimated=True, hidden_input=128_000 - length)
+    expected = Demand(
+        length,
+        4096,
+        1024,
+        4096,
+        is_unbounded=True,
+        is_estimated=True,
+        hidden_input=128_000 - length,
+        fixed=0,
+        floor=1,
+    )
     assert demand(request, context=128_000) == expected
     assert (demand(request).input, demand(request).hidden_input) == (length, 0)
     assert (demand(request, context=length - 1).input, demand(request, context=length - 1).hidden_input) == (
@@ -541,10 +662,12 @@ def test_a_count_replaces_the_bound_by_bytes(
 
 def test_the_largest_demand_covers_each_demand() -> None:
     """It has the largest of each number, because the call may go to any of the upstreams."""
-    one = Demand(10, 500, 400, initial_hold=400, hidden_input=3, is_estimated=True)
-    other = Demand(20, 300, 200, initial_hold=300, is_unbounded=True, is_estimated=True)
+    one = Demand(10, 500, 400, initial_hold=400, hidden_input=3, is_estimated=True, grows=True, fixed=100, floor=1)
+    other = Demand(20, 300, 200, initial_hold=300, is_unbounded=True, is_estimated=True, fixed=0, floor=16)
     assert largest_demand([one]) == one
-    both = Demand(20, 500, 400, initial_hold=400, is_unbounded=True, is_estimated=True, hidden_input=3)
+    both = Demand(
+        20, 500, 400, initial_hold=400, is_unbounded=True, is_estimated=True, hidden_input=3, fixed=100, floor=16
+    )
     assert largest_demand([one, other]) == largest_demand([other, one]) == both
 
 

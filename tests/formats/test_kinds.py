@@ -13,7 +13,7 @@ from proxy.formats.content import read_prompt
 from proxy.formats.endpoints import CHAT, METERED, Endpoint
 from proxy.formats.kinds import CHOICE_COUNT_FIELDS, KINDS, LEAST_MAXIMUM, MAXIMUM_FIELDS, kind_of
 from proxy.formats.restrictions import CHECKED_FIELDS
-from tests.formats.test_request import READS, WRITES, targets
+from tests.formats.test_request import GENERATING, READS, WRITES, targets
 
 kinds = pytest.mark.parametrize("kind", KINDS)
 
@@ -27,11 +27,15 @@ def test_maximum_fields_are_those_that_the_upstream_reads(kind: str, endpoint: E
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_minus_one_means_no_maximum_and_so_does_0_at_ollama(kind: str) -> None:
-    """At other upstreams 0 is the smallest maximum."""
-    assert kind_of(kind).is_endless(-1)
-    assert kind_of(kind).is_endless(0) == (kind == "ollama")
-    assert not kind_of(kind).is_endless(1)
+def test_minus_one_means_no_maximum_and_so_may_0(kind: str) -> None:
+    """0 does at Ollama, and at gateways in front of OpenAI's API that leave it out. OpenAI itself refuses it."""
+    for endpoint in GENERATING:
+        if endpoint.surface not in kind_of(kind).surfaces:
+            continue
+        may_be_left_out = kind in ("openai", "azure") and endpoint.name in ("chat", "responses")
+        assert kind_of(kind).is_endless(-1, endpoint)
+        assert kind_of(kind).is_endless(0, endpoint) == (kind == "ollama" or may_be_left_out)
+        assert not kind_of(kind).is_endless(1, endpoint)
 
 
 def test_a_kind_is_configured_by_its_name() -> None:

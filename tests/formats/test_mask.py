@@ -1,7 +1,7 @@
 """Our key is masked in everything that passes to a client, and our account in errors (T9)."""
 
 import json
-from itertools import pairwise
+from itertools import pairwise, permutations
 
 import pytest
 from hypothesis import given
@@ -35,6 +35,9 @@ SPELLINGS = {
     "backslash by its number": KEY.replace(b"-", b"\\u005cu002d"),
     "all of it": b"".join(b"\\u%04x" % byte for byte in KEY),
     "all of it, nested": b"".join(b"\\\\u%04X" % byte for byte in KEY),
+    "in a URL": KEY.replace(b"-", b"%2D").replace(b"_", b"%5f"),
+    "in HTML": KEY.replace(b"-", b"&#45;").replace(b"_", b"&#x5F;"),
+    "in HTML, with zeros": KEY.replace(b"-", b"&#045;").replace(b"_", b"&#X005f;"),
 }
 
 
@@ -71,7 +74,8 @@ def test_a_masked_string_of_json_stays_one() -> None:
 def test_a_key_with_slashes_is_masked() -> None:
     """PHP and others escape a slash."""
     mask = Mask("ab/cd/0123456789")
-    for spelled in (b"ab/cd/0123456789", b"ab\\/cd\\/0123456789", b"ab\\\\/cd\\u002f0123456789"):
+    urls = b"ab%2Fcd%2f0123456789", b"ab&#x2F;cd&#47;0123456789"
+    for spelled in (b"ab/cd/0123456789", b"ab\\/cd\\/0123456789", b"ab\\\\/cd\\u002f0123456789", *urls):
         assert mask.anywhere(b"x" + spelled) == b"x***"
 
 
@@ -108,6 +112,50 @@ def test_the_account_is_masked_only_in_errors() -> None:
     assert MASK.anywhere(b"of " + ACCOUNT) == b"of " + ACCOUNT
 
 
+UUID = b"12345678-90ab-cdef-1234-567890abcdef"
+ACCOUNTS = [
+    b"org-AbCdEf0123456789",
+    b"proj_AbCdEf0123456789",
+    b"org_01jabcdefghijklmnopqrstuv",  # Groq
+    b"user_2abcDEFghiJKLmnoPQRstuVWXyz",  # OpenRouter
+    b"ak-f8abcdefghijklmnopqr",  # Moonshot
+    b"arn:aws:bedrock:us-east-1:123456789012:inference-profile/us.x-v1:0",
+    b"arn:aws-us-gov:iam::123456789012:user/x",
+    b"projects/my-project-123456",  # Google
+    b"projects/123456789012",
+    b"wrkspc_01abcdefgh",
+    b"acct_1AbCdEfGhIjKlMnO",
+    b"team " + UUID,  # xAI
+    b"organization (" + UUID,
+    b"account id: " + UUID,
+    b"Subscription " + UUID,
+    b"tenant '" + UUID,
+]
+
+
+@pytest.mark.parametrize("account", ACCOUNTS, ids=lambda account: account[:12].decode())
+def test_accounts_of_other_vendors_are_masked(account: bytes) -> None:
+    """As their errors name them."""
+    assert MASK.in_error(b'{"error": "of ' + account + b'"}') == b'{"error": "of ***"}'
+
+
+@pytest.mark.parametrize("quote", ['"', '\\"'], ids=["json", "json-in-json"])
+@pytest.mark.parametrize("separator", [":", ": "])
+def test_an_account_in_a_member_of_its_own_is_masked(quote: str, separator: str) -> None:
+    """The name of the member stays: without it the error would be no JSON."""
+    member = f"{quote}organization_id{quote}{separator}{quote}%b{quote}".encode()
+    body = b'{"error": {"message": "{%b}", "code": null}}' if quote != '"' else b'{"error": {%b, "code": null}}'
+    shown = MASK.in_error(body % (member % UUID))
+    assert shown == body % (member % b"***")
+    assert json.loads(shown)
+
+
+@pytest.mark.parametrize("text", [b"user_name", b"user_id", b"projects/", b"team 12", b"speak-abcdefghijklmno", UUID])
+def test_what_only_looks_like_an_account_is_shown(text: bytes) -> None:
+    """Names of fields, and ids of requests."""
+    assert MASK.in_error(b"of " + text + b".") == b"of " + text + b"."
+
+
 @pytest.mark.parametrize("spelling", SPELLINGS)
 def test_a_key_that_breaks_off_is_masked(spelling: str) -> None:
     """Its beginning is a secret too, if it is long enough to be one."""
@@ -117,6 +165,14 @@ def test_a_key_that_breaks_off_is_masked(spelling: str) -> None:
         for mask in (MASK.anywhere, MASK.in_error):
             assert mask(b"x " + spelled[:end], is_cut=True) == b"x ***"
     assert MASK.anywhere(KEY[:-1]) == KEY[:-1]
+
+
+def test_a_secret_that_is_a_part_of_another_is_masked() -> None:
+    """If the shorter one were masked first, the rest of the longer one would be shown."""
+    short = "tenant-secret-0123456789"
+    mask = Mask(f"sk-{short}-of-ours", short, f"{short}-admin-9f8e7d")
+    for masked in (mask.anywhere, mask.in_error):
+        assert masked(f"a {short}-admin-9f8e7d b {short} c sk-{short}-of-ours".encode()) == b"a *** b *** c ***"
 
 
 def test_a_header_is_masked() -> None:
@@ -135,7 +191,9 @@ def test_all_events_are_masked(endpoint: Endpoint) -> None:
     for line in (b'data: {"k": "%b"}', b"data: %b", b": %b", b"error: {%b}", b"<p>%b</p>", b"event: %b\ndata: {}"):
         assert stream.feed(line % KEY + b"\n\n", covered=ALL) == line % b"***" + b"\n\n"
     assert stream.feed(b'data: {"error": "%b"}\n\n' % ACCOUNT, covered=ALL) == b'data: {"error": "***"}\n\n'
-    text = b'data: {"k": "%b"}\n\n' % ACCOUNT
+    for text in (b'data: {"k": "%b"}\n\n', b'data: {"choices": null, "base_resp": {"status_msg": "%b"}}\n\n'):
+        assert stream.feed(text % ACCOUNT, covered=ALL) == text % b"***"
+    text = b'data: {"type": "k", "k": "%b"}\n\n' % ACCOUNT
     assert stream.feed(text, covered=ALL) == text
 
 
@@ -203,6 +261,28 @@ def test_what_cannot_be_the_key_passes_at_once() -> None:
     assert pieces.feed(b"data: 1\n\n") == b"data: 1\n\n"
     assert pieces.feed(b"as") == b"a"
     assert pieces.feed(b"k me\n\n") == b"sk me\n\n"
+
+
+KEYS = ("sk-first-0123456789", "sk-second-0123456789", "eyJ0eXAi." + "abc_123-" * 300)
+
+
+@given(st.permutations(KEYS), st.lists(st.integers(0, 3000), max_size=10), st.booleans())
+def test_several_keys_are_masked_wherever_a_body_is_cut(keys: list[str], cuts: list[int], is_escaped: bool) -> None:
+    """Also if one has thousands of characters, as an access token does."""
+    shown = [key.replace("-", "\\u002d") if is_escaped else key for key in keys]
+    body = " \n ".join(shown).encode()
+    mask = Mask(*KEYS)
+    assert mask.anywhere(body) == mask.in_error(body) == b"*** \n *** \n ***"
+    offsets = [0, *sorted(min(cut, len(body)) for cut in cuts), len(body)]
+    pieces = PieceMask(mask)
+    passed = b"".join(pieces.feed(body[start:end]) for start, end in pairwise(offsets)) + pieces.end()
+    assert passed == b"*** \n *** \n ***"
+
+
+def test_a_key_that_is_a_part_of_another_is_masked_with_it() -> None:
+    """The longer one is looked for first."""
+    for keys in permutations(("sk-0123456789", "sk-0123456789-and-more", "x-sk-0123456789")):
+        assert Mask(*keys).anywhere(b"sk-0123456789-and-more x-sk-0123456789 sk-0123456789") == b"*** *** ***"
 
 
 def test_an_account_that_is_cut_in_two_is_masked() -> None:

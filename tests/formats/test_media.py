@@ -42,6 +42,14 @@ def test_images_and_audio_are_charged_the_tokens_that_they_report(endpoint: Endp
     assert whole({"error": {"message": "no"}}, endpoint).usage() == AtLeast(Tokens(0, 0))
 
 
+@pytest.mark.parametrize("endpoint", [IMAGES, TRANSCRIPTIONS])
+def test_a_usage_in_a_member_of_a_vendor_is_read(endpoint: Endpoint) -> None:
+    """Unless the answer states one at the usual place: both are of the same tokens."""
+    beside = {"x_groq": {"id": "req_1", "usage": RESPONSE_USAGE}}
+    assert whole(beside, endpoint).usage() == Exactly(Tokens(11, 5))
+    assert whole({"usage": RESPONSE_USAGE, **beside}, endpoint).usage() == Exactly(Tokens(11, 5))
+
+
 def test_the_separate_usage_of_an_svg_image_is_added() -> None:
     """Both usages are billed."""
     drawing = {

@@ -27,6 +27,7 @@ from tests.formats.streams import (
     request,
     usage_of,
     watch,
+    whole,
 )
 
 
@@ -379,3 +380,33 @@ def test_the_usage_of_an_answer_in_another_shape_is_read() -> None:
     )
     end = {"type": "response.completed", "response": {"usage": {"input_tokens": 11, "output_tokens": 5}}}
     assert usage_of(text + b"data: %b\n\n" % json.dumps(end).encode(), MESSAGE) == Exactly(Tokens(11, 5))
+
+
+ELSEWHERE = {
+    "x_vendor": {"x_vendor": {"id": "1", "usage": {"input_tokens": 31, "output_tokens": 12}}},
+    "choice": {"choices": [{"index": None, "usage": {"prompt_tokens": 31, "completion_tokens": 12}}]},
+    "bedrock": {"amazon-bedrock-invocationMetrics": {"inputTokenCount": 31, "outputTokenCount": 12}},
+}
+
+
+@pytest.mark.parametrize("place", ELSEWHERE)
+def test_a_usage_in_a_place_of_a_vendor_is_read(place: str) -> None:
+    """In a whole message, in its last event, and in an event of another shape."""
+    assert whole({"content": [{"type": "text", "text": "hello"}], **ELSEWHERE[place]}, MESSAGES).usage() == Exactly(
+        Tokens(31, 12)
+    )
+    text = BLOCK + delta("text_delta", text="hello")
+    assert usage_of(text + message_event("message_delta", **ELSEWHERE[place]), MESSAGE) == Exactly(Tokens(31, 12))
+    other = b"data: %b\n\n" % json.dumps(ELSEWHERE[place]).encode()
+    assert usage_of(text + other, MESSAGE) == Exactly(Tokens(31, 12))
+
+
+@pytest.mark.parametrize("last", [{}, {"usage": {"output_tokens": 0}}, {"usage": {"output_tokens": 3}}])
+def test_the_output_that_the_beginning_states_is_not_taken_away(last: dict) -> None:
+    """By zeros at the end, or by no usage there. A guess at the first tokens never counts against the text."""
+    end = message_event("message_delta", **last) + message_event("message_stop")
+    for early, expected in ((30, Exactly(Tokens(20, 30))), (1, None), (10_000, None)):
+        usage = {"input_tokens": 20, "output_tokens": early}
+        start = message_event("message_start", message={"usage": usage})
+        honest = Exactly(Tokens(20, 3)) if last.get("usage", {}).get("output_tokens") else AtLeast(Tokens(20, 5))
+        assert usage_of(start + BLOCK + delta("text_delta", text="hello") + end, MESSAGE) == (expected or honest)

@@ -118,10 +118,13 @@ def test_data_that_cannot_be_parsed_is_forwarded(pieces: list[bytes]) -> None:
         (b'data: {"choices":[{"delta":{"content":"\n\n', 0),
         (b'data: {"choices":[{"delta":{"content":"abc\n\n', 3),
         (b'data: {"choices":[{"delta":{"content":"\xff"}}]}\n\n', 3),
-        (b"data: null\n\n", 1),
+        (b"data: null\n\n", 4),
+        (b"data: " + b"9" * 200_000 + b"\n\n", 0),
+        (b"data: -1.5\n\n", 0),
+        (b'data: "Hello"\n\n', 5),
         (b'data: ["Hello"]\n\n', 5),
         (b"data: [1, 2, 3, 4, 5]\n\n", 0),
-        (b"data: <html>\n\n", 2),
+        (b"data: <html>\n\n", 6),
         (b'data: {"a":' + b"[" * 2000 + b"]" * 2000 + b"}\n\n", 0),
         (b'data: {"choices":[{"delta":{"content":"abc"},"logprobs":' + b"[" * 2000 + b"]" * 2000 + b"}]}\n\n", 3),
         (b"data: \n\n", 0),
@@ -134,9 +137,9 @@ def test_data_that_cannot_be_parsed_is_forwarded(pieces: list[bytes]) -> None:
     ],
 )
 def test_events_that_are_no_chunk_are_forwarded(raw: bytes, tokens: int) -> None:
-    """In the middle of a stream (T41). A client may understand data that can't be parsed here, so its bytes count.
+    """In the middle of a stream (T41). A client may understand data that can't be parsed here, so its text counts.
 
-    Of data that begins like an object or an array only the texts count, of comments and events without data nothing.
+    Of data that is JSON or was to be only the texts count, of comments and events without data nothing.
     """
     meter, shown = watch(TEXT + raw + event(usage_chunk()) + DONE)
     assert shown == TEXT + raw + DONE
@@ -363,6 +366,9 @@ BROKEN = '{"id":"c-1","object":"chat.completion","model":"m","choices":[{"index"
         ('{"choices":[{"message":{"content":["a","b"]},{"role":"assistant"', ["a", "b"]),
         ('{"choices":[{"message":{"content":null,"reasoning_content":"a"', ["a"]),
         ('{"output":[{"type":"message","content":[{"type":"output_text","text":"a","annotations":[', ["a"]),
+        ('{"response":"a","done":false}\n{"response":"b","done":true}\n', ["a", "b"]),
+        ('[{"generated_text":"a"', ["a"]),
+        ('{"type":"completion","completion":"a"', ["a"]),
         ('{"error":{"message":"It broke."', []),
         ('{"data":[{"b64_json":"' + "A" * 400, []),
         ("{" * 400, []),
@@ -650,3 +656,18 @@ async def _final(endpoint: Simulated, body: bytes) -> None:
         else:
             async with sdk.responses.stream(model="m", input="x") as response:
                 await response.get_final_response()
+
+
+@pytest.mark.parametrize(
+    ("stream", "both"),
+    [
+        (TEXT + event(usage_chunk()), (12, 5)),
+        (TEXT, None),
+        (event(usage_chunk()), None),
+        (TEXT + event(usage_chunk({**HONEST, "completion_tokens_details": {"reasoning_tokens": 2}})), None),
+    ],
+    ids=["both", "only counted", "only stated", "reasoning"],
+)
+def test_the_two_counts_of_an_output_can_be_compared(stream: bytes, both: tuple[int, int] | None) -> None:
+    """If both are known, and of the same text: reasoning may be stated that was not shown."""
+    assert watch(stream, ASKED)[0].counted_and_stated == both

@@ -83,6 +83,9 @@ def test_parts_with_any_bytes_are_found(parts: list[tuple[str, bytes, bool]], st
         f"  {PLAIN}  ",
         "Multipart/Form-Data;boundary=xYz",
         'multipart/form-data; Boundary="xYz"',
+        "multipart/form-data; charset=ISO-8859-1; boundary=xYz",
+        "multipart/form-data; boundary=xYz; charset=UTF-8",
+        'multipart/form-data;charset="utf-8";boundary=xYz',
     ],
 )
 def test_a_boundary_may_be_quoted(content_type: str) -> None:
@@ -102,6 +105,9 @@ def test_a_boundary_may_be_quoted(content_type: str) -> None:
         "multipart/form-data; boundary=x y",
         "multipart/form-data; boundary=a; boundary=b",
         "multipart/form-data; charset=utf-16; boundary=xYz",
+        "multipart/form-data; boundary=xYz; charset=utf-7",
+        "multipart/form-data; charset=utf-8; boundary=a; boundary=b",
+        "multipart/form-data; boundary=xYz; type=x",
         "multipart/form-data; boundary=" + "-" * 71,
         "multipart/form-data; boundary=x\r\ny",
     ],
@@ -120,6 +126,8 @@ def test_a_content_type_other_than_a_form_with_one_boundary_is_a_415(content_typ
         (part("a"), "ends before its last boundary"),
         (part("a") + b"--xYz-", "ends before its last boundary"),
         (b"Hello\r\n" + form(part("a")), "before its first part"),
+        (b"\r\n\r\n" + form(part("a")), "before its first part"),
+        (b"\n" + form(part("a")), "before its first part"),
         (form(part("a")) + b"more", "after its last part"),
         (part("a") + b"--xYzz\r\n", "boundary appears where no part ends"),
         (form(part("a", b"1"), part("a", b"2")), '"a" appears twice'),
@@ -142,6 +150,11 @@ def test_a_content_type_other_than_a_form_with_one_boundary_is_a_415(content_typ
         (form(part("a", more="\u2028")), "has no name, or one that is not clear"),
         (form(part("a", more="\r\nContent-Transfer-Encoding: base64")), "transfer encoding"),
         (form(part("a", more="\r\nContent-Type: text/plain; charset=utf-7")), "not in UTF-8"),
+        (form(part("a", more="\r\nContent-Type: text/plain; charset=utf-7; x=utf-8")), "not in UTF-8"),
+        (form(part("a", more="\r\nContent-Type: text/plain; charset=utf-8; charset=utf-16")), "not in UTF-8"),
+        (form(part("a", more="\r\nContent-Type: text/plain; x-charset=utf-8")), "not in UTF-8"),
+        (form(part("a", b"\xc3\xa4", more="\r\nContent-Type: text/plain; charset=latin1")), "other characters than"),
+        (form(part("_charset_", b"utf-16")), "not in UTF-8"),
         (form(part("a", more="\r\nX-Other: 1")), "headers that are not accepted"),
         (form(part("a", more="\r\n folded")), "headers that are not accepted"),
         (form(part("a", more="\r\nContent-Type: " + "x" * 5000)), "too long"),
@@ -222,6 +235,146 @@ def test_a_boundary_of_dashes_is_parsed_in_linear_time() -> None:
 def test_the_file_names_of_all_clients_are_accepted(filename: str) -> None:
     """With quotes and semicolons, and in both notations."""
     assert read(form(part("f", more=filename))).files == (File("f", 1),)
+
+
+# What Java's clients write, except for the boundary: the content type, and a form with the model and a file of three
+# bytes.
+_SPRING = (
+    "multipart/form-data;charset=UTF-8;boundary=xYz",
+    b'--xYz\r\nContent-Disposition: form-data; name="model"\r\nContent-Type: text/plain;charset=UTF-8\r\n'
+    b"Content-Length: 9\r\n\r\nwhisper-1\r\n"
+    b'--xYz\r\nContent-Disposition: form-data; name="file"; filename="a.mp3"\r\nContent-Type: audio/mpeg\r\n'
+    b"Content-Length: 3\r\n\r\nabc\r\n--xYz--\r\n",
+)
+OF_JAVA: dict[str, tuple[str, bytes]] = {
+    "Apache HttpClient 4, strict, with a charset": (
+        "multipart/form-data; boundary=xYz; charset=UTF-8",
+        b'--xYz\r\nContent-Disposition: form-data; name="model"\r\n'
+        b"Content-Type: text/plain; charset=ISO-8859-1\r\nContent-Transfer-Encoding: 8bit\r\n\r\nwhisper-1\r\n"
+        b'--xYz\r\nContent-Disposition: form-data; name="file"; filename="a.mp3"\r\n'
+        b"Content-Type: application/octet-stream\r\nContent-Transfer-Encoding: binary\r\n\r\nabc\r\n--xYz--\r\n",
+    ),
+    "Apache HttpClient 4, compatible with browsers": (
+        "multipart/form-data; boundary=xYz",
+        b'--xYz\r\nContent-Disposition: form-data; name="model"\r\n\r\nwhisper-1\r\n'
+        b'--xYz\r\nContent-Disposition: form-data; name="file"; filename="a.mp3"\r\n'
+        b"Content-Type: audio/mpeg\r\n\r\nabc\r\n--xYz--\r\n",
+    ),
+    "Apache HttpClient 5": (
+        "multipart/form-data; charset=ISO-8859-1; boundary=xYz",
+        b'--xYz\r\nContent-Disposition: form-data; name="model"\r\n'
+        b"Content-Type: text/plain; charset=ISO-8859-1\r\n\r\nwhisper-1\r\n"
+        b'--xYz\r\nContent-Disposition: form-data; name="file"; filename="a.mp3"; filename*=UTF-8\'\'a.mp3\r\n'
+        b"Content-Type: audio/mpeg\r\n\r\nabc\r\n--xYz--\r\n",
+    ),
+    "OkHttp": (
+        "multipart/form-data; boundary=xYz",
+        b'--xYz\r\nContent-Disposition: form-data; name="model"\r\nContent-Length: 9\r\n\r\nwhisper-1\r\n'
+        b'--xYz\r\nContent-Disposition: form-data; name="file"; filename="a.mp3"\r\nContent-Type: audio/mpeg\r\n'
+        b"Content-Length: 3\r\n\r\nabc\r\n--xYz--\r\n",
+    ),
+    "Retrofit": (
+        "multipart/form-data; boundary=xYz",
+        b'--xYz\r\nContent-Disposition: form-data; name="model"\r\nContent-Transfer-Encoding: binary\r\n'
+        b"Content-Type: text/plain; charset=UTF-8\r\nContent-Length: 9\r\n\r\nwhisper-1\r\n"
+        b'--xYz\r\nContent-Disposition: form-data; name="file"; filename="a.mp3"\r\n'
+        b"Content-Transfer-Encoding: binary\r\nContent-Type: audio/mpeg\r\nContent-Length: 3\r\n\r\nabc\r\n"
+        b"--xYz--\r\n",
+    ),
+    "Spring RestTemplate": _SPRING,
+    "Spring 4 RestTemplate": (
+        "multipart/form-data;boundary=xYz",
+        _SPRING[1].replace(b"text/plain;charset=UTF-8", b"text/plain;charset=ISO-8859-1"),
+    ),
+    "Spring WebClient": (
+        "multipart/form-data;boundary=xYz",
+        b"--xYz\r\nContent-Type: text/plain;charset=UTF-8\r\n"
+        b'Content-Disposition: form-data; name="model"\r\nContent-Length: 9\r\n\r\nwhisper-1\r\n'
+        b'--xYz\r\nContent-Type: audio/mpeg\r\nContent-Disposition: form-data; name="file"; filename="a.mp3"\r\n'
+        b"Content-Length: 3\r\n\r\nabc\r\n--xYz--\r\n",
+    ),
+    "Netty, Vert.x": (
+        "multipart/form-data; boundary=xYz",
+        b'--xYz\r\ncontent-disposition: form-data; name="model"\r\ncontent-length: 9\r\n'
+        b"content-type: text/plain; charset=UTF-8\r\n\r\nwhisper-1\r\n"
+        b'--xYz\r\ncontent-disposition: form-data; name="file"; filename="a.mp3"\r\ncontent-length: 3\r\n'
+        b"content-type: audio/mpeg\r\ncontent-transfer-encoding: binary\r\n\r\nabc\r\n--xYz--\r\n",
+    ),
+    "Jersey": (
+        "multipart/form-data;boundary=xYz",
+        b'--xYz\r\nContent-Type: text/plain\r\nContent-Disposition: form-data; name="model"\r\n\r\nwhisper-1\r\n'
+        b'--xYz\r\nContent-Type: audio/mpeg\r\nContent-Disposition: form-data; filename="a.mp3"; '
+        b'modification-date="Thu, 01 Jan 2026 00:00:00 GMT"; size=3; name="file"\r\n\r\nabc\r\n--xYz--\r\n',
+    ),
+    "CXF": (
+        'multipart/form-data; boundary="xYz"',
+        b"--xYz\r\nContent-Type: text/plain\r\nContent-Transfer-Encoding: binary\r\nContent-ID: <model>\r\n"
+        b'Content-Disposition: form-data; name="model"\r\n\r\nwhisper-1\r\n'
+        b"--xYz\r\nContent-Type: audio/mpeg\r\nContent-Transfer-Encoding: binary\r\nContent-ID: <file>\r\n"
+        b"Content-Disposition: form-data;name=file;filename=a.mp3\r\n\r\nabc\r\n--xYz--",
+    ),
+    "java.net.http, with a publisher by hand": (
+        "multipart/form-data; boundary=xYz",
+        b'\r\n--xYz\r\nContent-Disposition: form-data; name="model"\r\n\r\nwhisper-1\r\n'
+        b'--xYz\r\nContent-Disposition: form-data; name="file"; filename="a.mp3"\r\n'
+        b"Content-Type: audio/mpeg\r\n\r\nabc\r\n--xYz--",
+    ),
+}
+
+
+@pytest.mark.parametrize("client", OF_JAVA)
+@pytest.mark.parametrize("step", [1, 2, 7, 1000])
+def test_the_forms_of_java_s_clients_are_read(client: str, step: int) -> None:
+    """A charset beside the boundary and in the parts, parameters in another order, and an empty line at the start."""
+    content_type, body = OF_JAVA[client]
+    found = read(body, content_type, step=step)
+    assert found.files == (File("file", 3),)
+    (field,) = found.fields
+    assert (field.name, field.value, body[field.start : field.end]) == ("model", "whisper-1", b"whisper-1")
+    assert found.content_type == content_type
+    assert body[found.start :].startswith(b"--xYz\r\n")
+
+
+def test_text_in_a_charset_other_than_utf_8_must_be_ascii() -> None:
+    """Some parsers obey the charset of the form or of the part, and others read UTF-8."""
+    latin = "\r\nContent-Type: text/plain; charset=ISO-8859-1"
+    content_type = "multipart/form-data; charset=ISO-8859-1; boundary=xYz"
+    assert read(form(part("a", b"ok", latin))).fields[0].value == "ok"
+    assert read(form(part("a", b"ok")), content_type).fields[0].value == "ok"
+    assert read(form(part("a", "Gr\u00fc\u00dfe".encode()))).fields[0].value == "Gr\u00fc\u00dfe"
+    for body, header in ((form(part("a", b"\xc3\xa4", latin)), PLAIN), (form(part("a", b"\xc3\xa4")), content_type)):
+        assert "other characters than ASCII" in refused(body, header)
+    assert read(form(part("f", b"\xff", latin, is_file=True)), content_type).files == (File("f", 1),)
+
+
+@pytest.mark.parametrize(
+    "disposition",
+    [
+        'filename="a\\"; name=\\"x"; name="file"',
+        'filename="a; name=x"; name="file"',
+        'name="x"; filename="a"; name="file"',
+        'filename="a"; other="b"; name="file"',
+        'size=1; size="; name=x"; name="file"',
+        'filename="a"',
+    ],
+)
+def test_a_file_name_before_the_name_must_be_clear(disposition: str) -> None:
+    """A parser that knows no escapes, or that looks for `name=` anywhere, would find another name."""
+    body = f"--xYz\r\nContent-Disposition: form-data; {disposition}\r\n\r\nv\r\n".encode()
+    assert "has no name, or one that is not clear" in refused(form(body))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [b"model\xff", b"mod\xe9l", b"model\xe2\x80\x8b", b"\xef\xbb\xbfmodel", b"model\x01", b"x;name=model", b"a=b"],
+)
+def test_a_name_that_parsers_read_differently_is_refused(name: bytes) -> None:
+    """One parser leaves out what is not UTF-8 or can't be seen, another splits at semicolons: both find `model`."""
+    body = form(part("model"), b'--xYz\r\nContent-Disposition: form-data; name="%b"\r\n\r\nv\r\n' % name)
+    assert "has no name, or one that is not clear" in refused(body)
+    in_latin_1 = FormReader("multipart/form-data; boundary=xYz; charset=ISO-8859-1")
+    with pytest.raises(InvalidRequest, match="not clear"):
+        in_latin_1.feed(body)
 
 
 @pytest.mark.parametrize("filename", ["", "; filename=a.mp3; filename*=utf-8''a.mp3"])

@@ -8,10 +8,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.errors import NeverFits, ProxyError, Refusal
-from proxy.formats.refusal import refusal
-from proxy.policy.admission import Admitted, NotAdmitted, decide
+from proxy.errors import ExceedsQuota, NeverFits, ProxyError, Refusal
+from proxy.formats.endpoints import (
+    CHAT,
+    COMPACT,
+    COMPLETIONS,
+    IMAGES,
+    MESSAGES,
+    RESPONSES,
+    SPEECH,
+    Endpoint,
+)
+from proxy.formats.refusal import never_fits, refusal
+from proxy.formats.request import parse_request
+from proxy.policy.admission import Admitted, NotAdmitted, Verdict, decide
 from proxy.policy.amounts import Amount
+from proxy.policy.catalog import Model, Upstream
 from proxy.policy.quota import Binding, Counter, CounterKey, Demand
 from proxy.policy.status import quota_statuses, seconds_up
 from proxy.policy.windows import Window
@@ -30,6 +42,7 @@ from tests.random_rules import bindings, counters_of, demands
 
 BERLIN = ZoneInfo("Europe/Berlin")
 HELP = "https://llm.example/usage"
+MODEL = Model("m", Upstream("up", "http://upstream.example/v1", None), "m")
 
 # Five hours and twelve minutes before midnight in Berlin.
 AFTERNOON = round(datetime.fromisoformat("2026-11-23T18:48:00+01:00").timestamp() * 1000)
@@ -48,6 +61,8 @@ def refused(
     """The error that this call gets."""
     decision = decide(demand, who, found, now)
     assert isinstance(decision, NotAdmitted)
+    if decision.verdict is Verdict.NEVER:
+        return never_fits(decision, parse_request(CHAT, b'{"model": "m", "messages": []}'), MODEL, help=help)
     statuses = quota_statuses(who, found, now)
     return refusal(decision, statuses, policy=policy(zone=BERLIN, help=help), endpoint=endpoint, now=now, busy_s=2)
 
@@ -79,10 +94,12 @@ def test_the_whole_refusal_of_a_used_up_quota():
             "type": "insufficient_quota",
             "param": None,
             "code": "insufficient_quota",
+            "quota": "staff/daily",
+            "help": "https://llm.example/usage",
+            "help_url": "https://llm.example/usage",
             "reset_at": "2026-11-24T00:00:00+01:00",
             "resets_at": 1795474800,
             "retry_after": 18720,
-            "help_url": "https://llm.example/usage",
             "quotas": [
                 {
                     "id": "staff/daily",
@@ -194,18 +211,13 @@ def test_each_kind_of_refusal_has_its_own_sentence(limits, used, held, demand, s
     [
         (
             {"tokens": 1000},
-            call(900, 400),
-            'it needs at least 1300 tokens, and quota "staff/daily" allows 1000 per 6h.',
+            call(901, 400),
+            'it needs at least 1301 tokens, and quota "staff/daily" allows 1000 per 6h.',
         ),
         (
             {"input_tokens": 1000},
             call(1001, 1),
             'it needs at least 1001 input tokens, and quota "staff/daily" allows 1000 per 6h.',
-        ),
-        (
-            {"output_tokens": 1000},
-            call(1, 4096),
-            'it needs at least 1024 output tokens, and quota "staff/daily" allows 1000 per 6h.',
         ),
     ],
 )
@@ -218,12 +230,109 @@ def test_a_call_that_never_fits_is_a_400_that_makes_agents_compact(limits, deman
     assert error.headers == {}
     assert error.body() == {
         "error": {
-            "message": f"This call can never fit: {sentence} Shorten the input or ask for a shorter answer. {HELP}",
+            "message": f"This call can never fit: {sentence} Shorten the input. {HELP}",
             "type": "invalid_request_error",
             "param": None,
             "code": "context_length_exceeded",
+            "quota": "staff/daily",
+            "help": HELP,
+            "help_url": HELP,
         }
     }
+
+
+NEEDS = 'it needs at least {} tokens, and quota "staff/daily" allows 1000 per 6h.'
+MAY_TAKE = '{} may take {} tokens, and quota "staff/daily" allows 1000 per 6h.'
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "fields", "answer", "param", "sentence"),
+    [
+        (CHAT, {}, 2000, "max_completion_tokens", f"{NEEDS} Set max_completion_tokens to a smaller number."),
+        (CHAT, {"max_tokens": 2000}, 2000, "max_tokens", f"{NEEDS} Set max_tokens to a smaller number."),
+        (COMPLETIONS, {"max_tokens": 2000}, 2000, "max_tokens", f"{NEEDS} Set max_tokens to a smaller number."),
+        (RESPONSES, {}, 2000, "max_output_tokens", f"{NEEDS} Set max_output_tokens to a smaller number."),
+        (MESSAGES, {"max_tokens": 2000}, 2000, "max_tokens", f"{NEEDS} Set max_tokens to a smaller number."),
+        (CHAT, {"n": 4}, 2000, "n", f"{NEEDS} Ask for fewer answers with n."),
+        (CHAT, {"n": 2}, 2000, "max_completion_tokens", f"{NEEDS} Set max_completion_tokens to a smaller number."),
+        (COMPLETIONS, {"n": 2, "best_of": 4}, 2000, "best_of", f"{NEEDS} Ask for fewer answers with best_of."),
+        (COMPLETIONS, {"prompt": ["a"] * 9}, 1800, "prompt", f"{NEEDS} Ask for fewer answers with prompt."),
+        (
+            MESSAGES,
+            {"max_tokens": 3000, "thinking": {"type": "enabled", "budget_tokens": 2000}},
+            2100,
+            "thinking.budget_tokens",
+            f"{NEEDS} Lower thinking.budget_tokens.",
+        ),
+        (
+            CHAT,
+            {"reasoning": {"max_tokens": 2000}},
+            2100,
+            "reasoning.max_tokens",
+            f"{NEEDS} Lower reasoning.max_tokens.",
+        ),
+        (IMAGES, {"n": 3}, 2100, "n", MAY_TAKE.replace("{}", "3 images", 1) + " Ask for fewer images with n."),
+        (
+            IMAGES,
+            {"n": 3},
+            24_576,
+            "model",
+            MAY_TAKE.replace("{}", "3 images", 1) + " No field of the request makes it smaller. Use another model.",
+        ),
+        (
+            IMAGES,
+            {},
+            8192,
+            "model",
+            MAY_TAKE.replace("{}", "an image", 1) + " No field of the request makes it smaller. Use another model.",
+        ),
+        (
+            SPEECH,
+            {"voice": "alloy"},
+            6144,
+            "model",
+            MAY_TAKE.replace("{}", "its answer", 1) + " No field of the request makes it smaller. Use another model.",
+        ),
+        (
+            COMPACT,
+            {},
+            8192,
+            "model",
+            MAY_TAKE.replace("{}", "its answer", 1) + " No field of the request makes it smaller. Use another model.",
+        ),
+    ],
+)
+def test_a_call_whose_answer_never_fits_is_a_400_that_names_the_field(
+    endpoint: Endpoint, fields: dict[str, object], answer: int, param: str, sentence: str
+) -> None:
+    """The code is `exceeds_quota`, at which agents do not shorten their input, because that would be in vain."""
+    content = {"messages": [], "input": "x"} | ({} if endpoint.is_of_responses else {"prompt": "x"})
+    request = parse_request(endpoint, json.dumps({"model": "m", **content, **fields}).encode())
+    decision = decide(call(10, answer, answer), binding([quota("staff/daily", per="6h", tokens=1000)]), {}, NOON)
+    assert isinstance(decision, NotAdmitted)
+    error = never_fits(decision, request, MODEL, help=HELP)
+    needed = answer + 10 if sentence.startswith("it needs") else answer
+    assert isinstance(error, ExceedsQuota)
+    assert (error.status, error.headers) == (400, {})
+    assert error.body() == {
+        "error": {
+            "message": f"This call can never fit: {sentence.format(needed)} {HELP}",
+            "type": "invalid_request_error",
+            "param": param,
+            "code": "exceeds_quota",
+            "quota": "staff/daily",
+            "help": HELP,
+            "help_url": HELP,
+        }
+    }
+
+
+def test_an_answer_that_is_too_long_goes_before_an_input_that_was_not_counted() -> None:
+    """The bytes of the input are more than a limit, but they are only counted if that could make a difference."""
+    who = binding([quota("staff/daily", tokens=1000, output_tokens=500)])
+    error = refused(who, call(960, 600, 600), {}, NOON)
+    assert isinstance(error, ExceedsQuota)
+    assert error.message.startswith("This call can never fit: it needs at least 600 output tokens")
 
 
 def test_a_quota_that_is_switched_off_promises_no_reset():
@@ -239,11 +348,34 @@ def test_a_quota_that_is_switched_off_promises_no_reset():
 
 
 def test_without_help_nothing_is_appended():
-    """The message ends with the sentence, and `help_url` is null."""
+    """The message ends with the sentence, and `help` and `help_url` are null."""
     who, found = used_up("6h", HOUR, tokens=100)
     error = refused(who, call(1, 1), found, NOON)
     assert error.message.endswith("(in 1h).")
-    assert error.members["help_url"] is None
+    assert (error.members["help"], error.members["help_url"]) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("help", "link"),
+    [
+        ("https://llm.example/usage", "https://llm.example/usage"),
+        ("https://llm.example/usage · #llm-help", "https://llm.example/usage"),
+        ("See HTTPS://llm.example/a?b=c#d.", "HTTPS://llm.example/a?b=c#d"),
+        ("Ask here (http://wiki/llm), or call 12345!", "http://wiki/llm"),
+        ('<a href="https://llm.example/">help</a>', "https://llm.example/"),
+        ("This is the demo: restart it for fresh quotas.", None),
+        ("Ask #llm-help, or ftp://old.example/x", None),
+        ("https://", None),
+    ],
+)
+@pytest.mark.parametrize("tokens", [1000, 2000])
+def test_help_is_the_text_and_help_url_the_link_in_it(help, link, tokens):
+    """For a quota that is used up (429), and for a call that can never fit (400)."""
+    who = binding([quota("staff/daily", tokens=tokens)])
+    error = refused(who, call(1500, 1), counters(who, used={"staff/daily": 1000}), NOON, help=help)
+    assert error.status == (400 if tokens == 1000 else 429)
+    assert error.message.endswith(f" {help}")
+    assert (error.members["quota"], error.members["help"], error.members["help_url"]) == ("staff/daily", help, link)
 
 
 def test_the_quota_that_lasts_longest_is_named():
@@ -253,6 +385,7 @@ def test_the_quota_that_lasts_longest_is_named():
         who = binding(quotas)
         error = refused(who, call(1, 1), counters(who, used={each.id: 10 for each in quotas}), NOON)
         assert error.message.startswith('Quota "staff/weekly" is used up')
+        assert error.members["quota"] == "staff/weekly"
         assert error.members["reset_at"] == "2026-11-30T01:00:00+01:00"
         assert [each["id"] for each in error.members["quotas"]] == [each.id for each in quotas]
 

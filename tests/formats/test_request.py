@@ -235,8 +235,12 @@ def test_a_number_that_means_no_maximum_is_replaced_by_one() -> None:
     """-1 at llama.cpp and 0 at Ollama are the smaller numbers, but they ask for more."""
     lowered = sent(parse(n_predict=-1, max_tokens=1), "llamacpp", maximum=300)
     assert (lowered["n_predict"], lowered["max_tokens"]) == (300, 1)
+    assert sent(parse(max_tokens=-1), "llamacpp", maximum=300)["max_tokens"] == 300
+    assert sent(parse(max_tokens=-1), "llamacpp")["max_tokens"] == -1
     assert sent(parse(max_tokens=0), "ollama", maximum=300)["max_tokens"] == 300
-    assert sent(parse(max_tokens=0), "openai", maximum=300)["max_tokens"] == 0
+    assert sent(parse(max_tokens=0), "openai", maximum=300)["max_tokens"] == 300
+    assert sent(parse(max_tokens=0), "vllm", maximum=300)["max_tokens"] == 0
+    assert sent(parse(COMPLETIONS, max_tokens=0), "openai", maximum=300)["max_tokens"] == 0
 
 
 def test_no_maximum_is_written_for_embeddings() -> None:
@@ -532,3 +536,17 @@ def test_a_user_s_own_tool_is_accepted_on_messages() -> None:
     tools = [{"name": "f", "input_schema": {}}, {"type": "custom", "name": "g", "input_schema": {}}]
     request = parse(MESSAGES, tools=tools, max_tokens=5, thinking={"type": "adaptive"}, what_comes_next=1)
     assert sent(request, "anthropic") == {**request.document, "model": "real-m"}
+
+
+def test_the_model_is_inserted_behind_an_empty_line_at_the_start() -> None:
+    """The empty line stays before the first boundary. Before it, it would become a part of the model's name."""
+    _, body = form_and_body(("prompt=p",), ("image",))
+    body = b"\r\n" + body
+    reader = FormReader("multipart/form-data; boundary=b")
+    reader.feed(body)
+    start, end, part = forwarded_model(parse_form_request(IMAGE_EDITS, reader.end()), model())
+    written = FormReader("multipart/form-data; boundary=b")
+    written.feed(body[:start] + part + body[end:])
+    found = written.end()
+    assert [(field.name, field.value) for field in found.fields] == [("model", "real-m"), ("prompt", "p")]
+    assert [file.name for file in found.files] == ["image"]

@@ -141,8 +141,10 @@ def test_a_response_that_the_upstream_has_not_finished_has_an_error() -> None:
     assert not meter.has_error
     meter.end()
     assert meter.has_error
-    for status in ("queued", "in_progress", "failed"):
+    for status in ("queued", "in_progress", "failed", "cancelled", "pending", "QUEUED", "", 1, ["completed"]):
         assert whole({"id": "resp_1", "status": status}, RESPONSES).has_error
+        last = response_event("response.completed", response={"id": "resp_1", "status": status})
+        assert watch(begun + last, request(RESPONSES))[0].has_error
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """What is refused whatever the policy says, and what the operator adds. Messages say what to change."""
 
 import json
+from itertools import product
 
 import pytest
 
@@ -13,6 +14,7 @@ from proxy.formats.endpoints import (
     COUNT_TOKENS,
     EMBEDDINGS,
     IMAGE_EDITS,
+    IMAGES,
     INPUT_TOKENS,
     MESSAGES,
     METERED,
@@ -21,11 +23,13 @@ from proxy.formats.endpoints import (
     TRANSCRIPTIONS,
     Endpoint,
 )
+from proxy.formats.kinds import KINDS, MAXIMUM_FIELDS, kind_of
+from proxy.formats.model_names import check_model_name, check_name_form
 from proxy.formats.request import parse_form_request, parse_request
 from proxy.formats.restrictions import (
-    check_model_name,
-    check_name_form,
+    check_negative_maxima,
     check_refused_fields,
+    negative_maxima,
     refused_fields,
     used_fields,
 )
@@ -186,13 +190,15 @@ ROUTING = (
     "lora_path lora_request lora adapter_id bootstrap_host bootstrap_port bootstrap_room routed_dp_rank agent_id "
     "aws_bedrock_runtime_endpoint aws_access_key_id aws_sts_endpoint azure_ad_token azure_username vertex_project "
     "vertex_ai_location vertex_credentials watsonx_region_name s3_endpoint_url gcs_bucket_name route models "
-    "mock_testing_fallbacks fallback_models fastest_response compound_custom".split()
+    "mock_testing_fallbacks fallback_models fastest_response compound_custom model_id model_name engine deployment "
+    "openai_api_key xai_api_base endpoint_url secret_key vertex_access_token hf_api_token".split()
 )
 COSTS = (
     "conversation mcp_servers request_id rid vector_store_ids deferred prompt_id data_sources plugins "
     "enable_search connectors web_search search_options file_ids container conversation_id cached_content thread_id "
     "session_params webhook svg draft_model safety_model inference_geo additional_drop_params "
-    "custom_logit_processor".split()
+    "custom_logit_processor anthropic_beta betas performanceConfig enable_code_interpreter code_interpreter "
+    "file_search x_search url_context mcp retrieval".split()
 )
 
 
@@ -231,6 +237,9 @@ def test_fields_that_cost_more_than_the_request_shows_are_refused_everywhere(end
         "vectorStoreIds",
         "dataSources",
         "conver\u017fation",
+        "openaiApiKey",
+        "AnthropicBeta",
+        "enableCodeInterpreter",
     ],
 )
 def test_a_refused_field_has_no_other_spelling(name: str) -> None:
@@ -245,6 +254,11 @@ def test_fields_with_another_meaning_are_refused_only_elsewhere(endpoint: Endpoi
         parse(endpoint, prompt="x", background="transparent")
     else:
         assert refused(endpoint, background=True).param == "background"
+    if endpoint.name == "speech":
+        parse(endpoint, speed=1.25)
+    else:
+        assert refused(endpoint, speed="fast").param == "speed"
+        parse(endpoint, speed="standard")
     if endpoint in OF_RESPONSES:
         assert refused(endpoint, prompt="pmpt_1").param == "prompt"
     else:
@@ -299,6 +313,15 @@ def test_two_objects_are_no_use_of_their_field(endpoint: Endpoint) -> None:
         {"venice_parameters": {"enable_web_search": "auto"}},
         {"venice_parameters": {"enable_web_scraping": True}},
         {"venice_parameters": {"character_slug": "alan-watts"}},
+        {"google": {"candidate_count": 8}},
+        {"google": {"thinking_config": {"CandidateCount": 8}}},
+        {"providerOptions": {"openai": {"previousResponseId": "resp_1"}}},
+        {"generationConfig": {"candidateCount": 8}},
+        {"additionalModelRequestFields": {"anthropic_beta": ["context-1m-2025-08-07"]}},
+        {"model_kwargs": {"lora_path": "x"}},
+        {"parameters": {"num_return_sequences": 8}},
+        {"sampling_params": {"best_of": 8}},
+        {"options": [{"api_base": "x"}]},
     ],
 )
 def test_options_that_are_passed_on_have_no_refused_members(options: dict) -> None:
@@ -491,7 +514,18 @@ def test_stored_files_are_found_in_the_text_of_a_system_message() -> None:
         turn = {"role": "system", "content": content}
         for turns in ([{"role": "user", "content": "hi"}, turn], turn, [{**turn, "name": "n"}]):
             assert refused(CHAT, messages=turns).param == "messages"
+        for role in ("System", "DEVELOPER"):
+            assert refused(CHAT, messages=[{"role": role, "content": content}]).param == "messages"
         parse(CHAT, messages=[{"role": "user", "content": content}, {"role": "user", "content": "system"}])
+
+
+@pytest.mark.parametrize("endpoint", METERED, ids=ids)
+def test_stored_files_are_found_in_fields_beside_the_messages(endpoint: Endpoint) -> None:
+    """A gateway may read them there, as the vendors' other APIs do."""
+    for name in ("attachments", "documents", "file", "files", "image", "image_url", "reference_images"):
+        for value in ({"file_id": "file_1"}, [{"fileId": "file_1"}], [{"source": {"FILE_ID": "file_1"}}]):
+            assert refused(endpoint, **{name: value}).param == "file_id"
+    parse(endpoint, documents=[{"title": "t", "text": "x"}], files=[{"type": "file", "id": "f"}])
 
 
 @pytest.mark.parametrize("kind", ["bash_code_execution_output", "code_execution_output"])
@@ -518,11 +552,27 @@ def test_files_that_an_offered_tool_has_made_may_be_repeated(kind: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens", "max_output_tokens", "n", "n_cmpl"])
-@pytest.mark.parametrize("value", [-1, -(2**31), 2**31, 2**63, 10**30, 1.5, 1.0, True, False, "10", [], {}, HUGE + 1])
+@pytest.mark.parametrize("value", [-2, -(2**31), 2**31, 2**63, 10**30, 1.5, 1.0, True, False, "10", [], {}, HUGE + 1])
 @pytest.mark.parametrize("endpoint", GENERATING, ids=ids)
 def test_a_number_that_makes_no_sense_is_refused(endpoint: Endpoint, name: str, value: object) -> None:
     """T31: no hold is negative, and none exceeds 64 bits."""
     assert refused(endpoint, **{name: value}).param == name
+
+
+def test_a_negative_maximum_is_none_only_at_llama_cpp() -> None:
+    """Elsewhere the error says what to do instead. `n_predict` is an unknown field there, which passes."""
+    for endpoint, name in product((CHAT, COMPLETIONS, RESPONSES), MAXIMUM_FIELDS):
+        negative = negative_maxima(endpoint, parse(endpoint, **{name: -1}).document)
+        assert negative == [name]
+        check_negative_maxima(negative, kind_of("llamacpp"), model="m")
+        for kind in KINDS.keys() - {"llamacpp"} if name != "n_predict" else ():
+            with pytest.raises(InvalidRequest, match=f'"{name}" must be between 0 and .* leave it out') as caught:
+                check_negative_maxima(negative, kind_of(kind), model="m")
+            assert caught.value.param == name
+    assert negative_maxima(CHAT, parse(max_tokens=0, max_completion_tokens=None).document) == []
+    assert negative_maxima(EMBEDDINGS, parse(EMBEDDINGS, input="x", max_tokens="any").document) == []
+    assert "between 0 and" in refused(max_tokens=-5).message
+    assert "between -1 and" in refused(n_predict=-5).message
 
 
 @pytest.mark.parametrize("name", ["n", "n_cmpl"])
@@ -549,14 +599,27 @@ def test_best_of_is_bounded_on_completions() -> None:
 
 
 @pytest.mark.parametrize("endpoint", [CHAT, RESPONSES, MESSAGES, COMPLETIONS, IMAGE_EDITS], ids=ids)
-@pytest.mark.parametrize("name", "best_of num_return_sequences candidate_count candidateCount n_samples".split())
+@pytest.mark.parametrize(
+    "name",
+    "best_of num_return_sequences candidate_count candidateCount n_samples num_images_per_prompt max_images".split(),
+)
 def test_other_names_for_a_number_of_answers_are_refused_above_one(endpoint: Endpoint, name: str) -> None:
     """Older vLLM read `best_of` on chat: 20 answers are generated, and the usage of one is stated."""
     if (endpoint, name) != (COMPLETIONS, "best_of"):
         for value in (2, 20, 1.5, "20", [1], {}):
-            assert refused(endpoint, **{name: value}).param in ("best_of", name, "candidate_count")
+            assert refused(endpoint, **{name: value}).param in (name, "candidate_count")
         for value in (0, 1, "1", None, "", False):
             parse(endpoint, **{name: value})
+
+
+def test_a_series_of_images_is_refused() -> None:
+    """Volcengine's field makes up to 15 images of one request."""
+    for used in ("auto", "AUTO", {}, True):
+        assert refused(IMAGES, sequential_image_generation=used).param == "sequential_image_generation"
+    for unused in ("disabled", None, ""):
+        parse(IMAGES, sequential_image_generation=unused)
+    assert refused(IMAGES, sequential_image_generation_options={"max_images": 15}).code == "unsupported_parameter"
+    parse(IMAGES, sequential_image_generation_options={"max_images": 1})
 
 
 def test_best_of_of_whisper_is_no_number_of_answers() -> None:
@@ -689,7 +752,8 @@ def test_the_fields_that_a_request_uses() -> None:
     "@preset/x openai/gpt-4o@preset/x @PRESET/x gpt-4o:online gpt-4o:ONLINE gpt-4o:free:online gpt-4o:online:free "
     "openrouter/auto OpenRouter/Auto openrouter/auto:nitro openrouter/fusion openrouter/fusion-flash "
     "openrouter/openrouter/free openrouter/pareto-code auto kilo/auto auto:fast ~openai/gpt-4o openrouter/~x/y a|b "
-    "gpt-4o:surfing gpt-4o,o3 model#deployment http://evil.example/m".split(),
+    "gpt-4o:surfing gpt-4o,o3 model#deployment http://evil.example/m @openai-backup/gpt-4o @OpenAI/o3 dynamic/route "
+    "Dynamic/x".split(),
 )
 def test_a_name_asks_for_nothing_that_is_refused_as_a_field(name: str) -> None:
     """Presets, searches, other models, deployments and addresses."""
@@ -703,7 +767,8 @@ def test_a_name_asks_for_nothing_that_is_refused_as_a_field(name: str) -> None:
     "name",
     "gpt-4o gpt-4o-2024-08-06 ft:gpt-4o:acme::x openai/gpt-4o:free llama3:latest @cf/meta/llama-3 sonar-small-online "
     "hf.co/a/b:Q4_K_M openai/gpt-4o:nitro onlinemodel:onlinex x@presets autocoder "
-    "org/auto-1 openrouter/sonoma-sky-alpha x~y claude-3-5-sonnet@20240620".split(),
+    "org/auto-1 openrouter/sonoma-sky-alpha x~y claude-3-5-sonnet@20240620 @hf/x/y @CF/meta/llama-3 org/dynamic/x "
+    "dynamic-1".split(),
 )
 def test_other_names_are_names(name: str) -> None:
     """Tags, snapshots, variants and namespaces."""

@@ -83,9 +83,9 @@ def test_an_unfinished_event_is_sent_last() -> None:
 def test_an_event_without_its_blank_line_is_counted(last: bytes, seen: int, line_end: bytes) -> None:
     """It is sent with the end, and clients that read line by line understand it, so its text is charged.
 
-    Data that can't be parsed is counted by its bytes only if the event is complete.
+    Data that can't be parsed is counted only if the event is complete.
     """
-    seen += last == b"data: half" and line_end == b"\n\n"
+    seen += 4 * (last == b"data: half" and line_end == b"\n\n")
     meter = meter_of(parse_request(CHAT, ASKED), count=len)
     stream = Stream(meter, mask=Mask(None))
     passed = stream.feed(WORD + last.rstrip() + line_end, covered=ALL)

@@ -3,6 +3,7 @@
 Threats T26 (bodies that are not a JSON object), T27 (duplicate keys), T37 (unknown fields), T120 (too many values).
 """
 
+import codecs
 import json
 
 import orjson
@@ -61,10 +62,14 @@ def refusal(body: bytes) -> str:
         (b'{"model":"\\x"}', "Invalid \\escape"),
         (b"model=m&stream=true", "not valid JSON"),
         (b"\x1f\x8b\x08\x00", "not valid UTF-8 (byte 1)"),
-        (b"\xef\xbb\xbf{}", "not valid JSON"),
-        ('{"model":"m"}'.encode("utf-16"), "not valid UTF-8 (byte 0)"),
-        ('{"model":"m"}'.encode("utf-16-le"), "not valid JSON"),
-        ('{"model":"m"}'.encode("utf-32-be"), "not valid JSON"),
+        (b"\xef\xbb\xbf{}", "begins with a byte order mark (the bytes EF BB BF)"),
+        (b"\xef\xbb\xbf" + b'{"model":"m"}' * 2, "begins with a byte order mark"),
+        ('{"model":"m"}'.encode("utf-16"), "is in UTF-16. Send the JSON in UTF-8."),
+        (codecs.BOM_UTF16_BE + '{"model":"m"}'.encode("utf-16-be"), "is in UTF-16."),
+        ('{"model":"m"}'.encode("utf-16-le"), "is in UTF-16 or UTF-32."),
+        ('{"model":"m"}'.encode("utf-16-be"), "is in UTF-16 or UTF-32."),
+        ('{"model":"m"}'.encode("utf-32"), "is in UTF-32."),
+        ('{"model":"m"}'.encode("utf-32-be"), "is in UTF-16 or UTF-32."),
         (b'{"model":"\xff"}', "not valid UTF-8 (byte 10)"),
         (b'{"model":"\xed\xa0\x80"}', "not valid UTF-8"),
         (b'{"model":"\xc0\xaf"}', "not valid UTF-8"),

@@ -171,7 +171,8 @@ def test_output_that_only_the_total_includes_is_not_free(usage):
     """The total is 16 and the input 11, so 5 were generated: the result has 16 tokens or is None, never 11."""
     assert read_tokens(usage) == Tokens(11, 5)
     assert read_usage(usage) == Stated(11, None)  # nothing is generated
-    assert read_usage({**usage, "citation_tokens": 4}, output_bound=10, extra=["citation_tokens"]) == Stated(11, 9)
+    extra = ["citation_tokens"]
+    assert read_usage({**usage, "citation_tokens": 4}, output_bound=10, extra=extra) == Stated(11, 5, extra=4)
     assert read_usage(usage, output_bound=4) == Stated(11, None)
 
 
@@ -258,6 +259,16 @@ CACHED = {"prompt_tokens_details": {"cached_tokens": 200}}
             chat(7, 5, total_tokens=112, cache_creation_input_tokens=100), Tokens(107, 5), id="cache written"
         ),
         pytest.param(
+            chat(7, 5, total_tokens=112, prompt_tokens_details={"cache_write_tokens": 100}),
+            Tokens(107, 5),
+            id="cache written, OpenRouter",
+        ),
+        pytest.param(
+            chat(7, 5, total_tokens=132, prompt_tokens_details={"cached_tokens": 20, "cache_creation_tokens": 100}),
+            Tokens(127, 5, cached=20),
+            id="cache read and written, LiteLLM",
+        ),
+        pytest.param(
             chat(10, 5, total_tokens=15, reasoning_tokens=3),
             Tokens(10, 5, reasoning=3),
             id="SGLang: a part",
@@ -283,10 +294,14 @@ def test_additional_members_of_an_upstream_are_output():
     assert read_usage(usage, output_bound=4096) == Stated(33, 700, reasoning=1000)
     for total in (733, 1933, 1733):
         read = read_usage({**usage, "total_tokens": total}, output_bound=1, extra=extra)
-        assert read == Stated(33, 1900, reasoning=1000)
+        assert (read, read.known_output) == (Stated(33, 700, reasoning=1000, extra=1200), 1900)
     assert read_usage(usage, extra=extra) == Stated(33, 700, reasoning=1000)  # nothing is generated
-    assert read_usage({**usage, "citation_tokens": "many"}, output_bound=1, extra=extra) == Stated(33, 1700, 0, 1000)
-    assert read_usage({"total_tokens": 16, "citation_tokens": 4}, output_bound=1, extra=extra) == Stated(total=20)
+    assert read_usage({**usage, "citation_tokens": "many"}, output_bound=1, extra=extra) == Stated(
+        33, 700, reasoning=1000, extra=1000
+    )
+    assert read_usage({"total_tokens": 16, "citation_tokens": 4}, output_bound=1, extra=extra) == Stated(
+        total=16, extra=4
+    )
     assert read_usage({"prompt_tokens": 16, "citation_tokens": 4}, output_bound=1, extra=extra) == Stated(
         16, None, extra=4
     )
@@ -350,12 +365,34 @@ def test_the_input_is_the_sum_of_its_parts(parts):
         (Stated(11, None), Stated(total=16), Tokens(11, 5)),
         (Stated(11, 5), Stated(total=16), Tokens(11, 5)),
         (Stated(total=16), Stated(total=20), Tokens(0, 20)),
+        (Stated(total=16), Stated(0, 0), Tokens(0, 16)),
+        (Stated(total=16), Stated(11, 0), Tokens(11, 5)),
+        (Stated(total=16), Stated(0, 5), Tokens(0, 5)),
         (Stated(11, 5, cached=3), Stated(11, 5, reasoning=2), Tokens(11, 5, cached=3, reasoning=2)),
+        (Stated(33, 1, extra=20), Stated(33, 700), Tokens(33, 720)),
+        (Stated(33, extra=20), Stated(33, 700, extra=9), Tokens(33, 720)),
     ],
 )
 def test_of_two_usages_each_part_is_the_largest(first, second, largest):
     """In either order. So a later usage never takes away what an earlier one stated."""
     assert first.largest(second).tokens() == second.largest(first).tokens() == largest
+
+
+@pytest.mark.parametrize(
+    ("later", "earlier", "contradicts"),
+    [
+        (Stated(11, 5), Stated(11, 7), True),
+        (Stated(11, 7), Stated(11, 5), False),
+        (Stated(11, 0), Stated(11, 7), False),
+        (Stated(11), Stated(11, 7), False),
+        (Stated(total=16), Stated(total=18), True),
+        (Stated(total=0), Stated(total=18), False),
+        (Stated(11, 5), Stated(total=18), False),  # the total includes the input
+    ],
+)
+def test_a_usage_that_falls_contradicts_the_earlier_one(later, earlier, contradicts):
+    """The output or the total; each is compared with its own kind."""
+    assert later.contradicts(earlier) is contradicts
 
 
 def test_usages_of_several_choices_or_images_are_added():
@@ -367,6 +404,8 @@ def test_usages_of_several_choices_or_images_are_added():
     assert first.plus(Stated(11), adds_input=True) == Stated(22, None, cached=3, reasoning=1)
     assert first.with_output_at_most(4) == Stated(11, 4, cached=3, reasoning=1)
     assert first.with_output_at_most(5) is first
+    assert Stated(33, 5, extra=20).plus(Stated(33, 7, extra=9), adds_input=False) == Stated(33, 12, extra=29)
+    assert Stated(33, 5, extra=20).with_output_at_most(4) == Stated(33, 4, extra=20)
 
 
 def test_a_usage_is_found_beside_the_usual_place():
@@ -377,7 +416,9 @@ def test_a_usage_is_found_beside_the_usual_place():
     choices: list = [{"usage": usage}, {"index": 5, "delta": {"usage": "x", "a": 1}}, 7, {"message": {"usage": None}}]
     assert usages_in_choices(choices) == [(0, usage), (5, "x"), (3, None)]
     assert without_usages(choices) == [{}, {"index": 5, "delta": {"a": 1}}, 7, {"message": {}}]
-    for other in (None, "usage", {"usage": usage}, [{"index": "0", "usage": usage}], [{"delta": "usage"}]):
+    for index in ("0", None, 0.0):  # then its place decides
+        assert usages_in_choices([{"index": index, "usage": usage}]) == [(0, usage)]
+    for other in (None, "usage", {"usage": usage}, [{"delta": "usage"}]):
         assert usages_in_choices(other) == []
     assert without_usages("text") == "text"
 
@@ -439,10 +480,14 @@ def test_complete_timings_of_llama_cpp_are_a_usage(timings, tokens):
         (chat(11, 9, total_tokens=None, reasoning_tokens=9), Stated(11, 9, reasoning=9)),
         (chat(11, 9, total_tokens=None, reasoning_tokens=4088), Stated(11, 9, reasoning=4088)),
         (chat(11, 5, total_tokens=16, reasoning_tokens=4000), Stated(11, 5, reasoning=4000)),
+        (chat(32, 9, total_tokens=0, reasoning_tokens=94), Stated(32, 103, reasoning=94)),
+        (chat(32, 9, total_tokens=40, reasoning_tokens=94), Stated(32, 103, reasoning=94)),
+        (chat(32, 9, total_tokens=9999, reasoning_tokens=94), Stated(32, 103, reasoning=94)),
+        (chat(32, 9, total_tokens=91, reasoning_tokens=94), Stated(32, 59, reasoning=94)),
     ],
 )
 def test_reasoning_that_is_more_than_the_output_is_no_part_of_it(usage, stated):
-    """Unless a total says so, or it is more than the call could have used."""
+    """Unless a total says so, or it is more than the call could have used. A total that is wrong says nothing."""
     assert read_usage(usage, output_bound=4096) == stated
 
 

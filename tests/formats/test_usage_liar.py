@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from proxy.formats.endpoints import CHAT, MESSAGES, RESPONSES, Endpoint
@@ -198,6 +198,8 @@ def falls(stated: list[Plain]) -> bool:
 
 
 @pytest.mark.parametrize("endpoint", EVENTS, ids=lambda endpoint: endpoint.name)
+@settings(max_examples=max(200, settings().max_examples))
+@example(steps=["abc", (2, {"prompt_tokens": 9, "output_tokens": 2}), (2, {"prompt_tokens": 9, "output_tokens": 1})])
 @given(steps=steps)
 def test_a_stream_that_lies_is_charged_within_bounds(endpoint: Endpoint, steps: list) -> None:
     """Whatever it states, at every moment. Its text is counted as it passes."""
@@ -225,7 +227,31 @@ def test_a_stream_that_lies_is_charged_within_bounds(endpoint: Endpoint, steps: 
         meter.see_event(each)
 
 
+def charge(endpoint: Endpoint, steps: list) -> tuple[int, int]:
+    """The input and output that a stream of these steps is charged."""
+    meter = meter_of(request(endpoint), count=count, output_bound=BOUND)
+    for step in steps:
+        for each in Splitter().feed(event(EVENTS[endpoint](step))):
+            meter.see_event(each)
+    tokens = meter.usage().tokens
+    return tokens.input, tokens.output
+
+
 @pytest.mark.parametrize("endpoint", EVENTS, ids=lambda endpoint: endpoint.name)
+@example(steps=["x", (0, {"total_tokens": 9})], at=2, place=0)
+@example(steps=["xxx", (0, {"completion_tokens": 2})], at=0, place=0)
+@given(steps=steps, at=st.integers(0, 6), place=st.integers(0, 3))
+def test_zeros_and_repeats_change_no_charge(endpoint: Endpoint, steps: list, at: int, place: int) -> None:
+    """Zeros anywhere among the others, and each usage twice in a row."""
+    charged = charge(endpoint, steps)
+    zeros = dict.fromkeys(("prompt_tokens", "completion_tokens", "total_tokens"), 0)
+    assert charge(endpoint, [*steps[:at], (place, zeros), *steps[at:]]) == charged
+    twice = [again for step in steps for again in ([step] if isinstance(step, str) else [step, step])]
+    assert charge(endpoint, twice) == charged
+
+
+@pytest.mark.parametrize("endpoint", EVENTS, ids=lambda endpoint: endpoint.name)
+@settings(max_examples=max(200, settings().max_examples))
 @given(text=st.just("") | texts, first=usages, second=usages)
 def test_a_whole_answer_that_lies_is_charged_within_bounds(
     endpoint: Endpoint, text: str, first: object, second: object

@@ -330,7 +330,6 @@ def test_the_usage_of_a_vendor_is_charged_exactly(vendor: Vendor, asks: bool) ->
     whole.see_whole(json.dumps(vendor.whole()).encode())
     for each in Splitter().feed(vendor.stream()):
         streamed.see_event(each)
-    assert vendor.source
     assert (whole.usage(), whole.uncounted_texts) == (Exactly(vendor.charged), [])
     assert (streamed.usage(), streamed.output_seen) == (Exactly(vendor.charged), vendor.charged.output)
 
@@ -374,6 +373,19 @@ def test_a_choice_that_states_its_usage_twice_is_counted_once() -> None:
     assert meter.usage() == Exactly(Tokens(11, 9))
 
 
+@pytest.mark.parametrize("choices", [1, 2])
+def test_a_usage_in_a_choice_that_falls_is_charged_at_least_the_text(choices: int) -> None:
+    """As everywhere else: an upstream that contradicts itself is not believed against our own count."""
+    meter = meter_of(request(n=choices), count=count)
+    for output in (2, 1):
+        for index in range(choices):
+            piece = chunk("xxx")
+            piece["choices"][0] |= {"index": index, "usage": _usage(11, output)}
+            for each in Splitter().feed(event(piece)):
+                meter.see_event(each)
+    assert meter.usage() == AtLeast(Tokens(11, 6 * choices))
+
+
 def test_until_each_choice_has_stated_its_usage_the_texts_are_counted() -> None:
     """A stream that breaks off after the usage of the first choice is not charged that choice alone."""
     meter = meter_of(request(n=2), count=count)
@@ -393,7 +405,14 @@ def test_the_usage_in_a_choice_is_no_text() -> None:
     assert meter.uncounted_texts == ["a"]
 
 
-@pytest.mark.parametrize("event_of", [{"usage": _usage(11, 5)}, {"x_vendor": {"usage": _usage(11, 5)}}])
+@pytest.mark.parametrize(
+    "event_of",
+    [
+        {"usage": _usage(11, 5)},
+        {"x_vendor": {"usage": _usage(11, 5)}},
+        {"choices": [{"index": 0, "delta": {}, "usage": _usage(11, 5)}]},
+    ],
+)
 def test_a_usage_beside_a_response_is_charged(event_of: JSON) -> None:
     """A gateway may write it on the event instead of in the response."""
     meter = meter_of(request(RESPONSES), count=count)
@@ -401,3 +420,16 @@ def test_a_usage_beside_a_response_is_charged(event_of: JSON) -> None:
         for each in Splitter().feed(event(raw)):
             meter.see_event(each)
     assert meter.usage() == Exactly(Tokens(11, 5))
+    meter = meter_of(request(RESPONSES, stream=False), count=count)
+    meter.see_whole(json.dumps({"output": [{"content": [{"text": "a"}]}], **event_of}).encode())
+    assert (meter.usage(), meter.uncounted_texts) == (Exactly(Tokens(11, 5)), [])
+
+
+def test_the_table_names_every_vendor() -> None:
+    """Each with the source of what it states."""
+    named = {name.split(",")[0].split()[0] for name in VENDORS}
+    assert named >= {
+        *("OpenAI", "Azure", "Anthropic", "Gemini", "xAI", "Mistral", "DeepSeek", "Groq", "Kimi", "Perplexity"),
+        *("OpenRouter", "Cohere", "vLLM", "SGLang", "Ollama", "llama.cpp", "LM"),
+    }
+    assert all(vendor.source for vendor in VENDORS.values())

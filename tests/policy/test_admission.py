@@ -22,10 +22,10 @@ from proxy.policy.admission import (
     hold_of,
     increase_hold,
 )
-from proxy.policy.amounts import NO_AMOUNT, Amount, Uses
-from proxy.policy.quota import Binding, Counter, Demand, GroupQuotas, Limit, Quota, counter_at
+from proxy.policy.amounts import NO_AMOUNT, TOKENS_MAX, Amount, Measure, Uses
+from proxy.policy.quota import Binding, Counter, Demand, Grant, GroupQuotas, Limit, Quota, counter_at
 from proxy.policy.windows import Window
-from tests.builders import DAY, NOON, amount, binding, call, counters, estimated, group_quotas, instant, quota
+from tests.builders import DAY, HOUR, NOON, amount, binding, call, counters, estimated, group_quotas, instant, quota
 from tests.random_rules import bindings, counters_of, demands
 
 ONE_OCLOCK = instant("2026-11-24 13:00")
@@ -1244,6 +1244,22 @@ def held_for(quotas: tuple[Quota, ...], current: Mapping[str, Counter], demand: 
     return Amount(input_tokens, min(output, demand.initial_hold), 1)
 
 
+def lowered(demand: Demand, quotas: tuple[Quota, ...]) -> Demand:
+    """The call as these quotas together take it: its smallest answer is at most a tenth of their smallest limit."""
+    limits = [
+        limit.maximum
+        for each in quotas
+        for limit in each.limits
+        if each.enforce != "after" and limit.measure in ("tokens", "output_tokens")
+    ]
+    if not limits:
+        return demand
+    smallest = min(demand.smallest, demand.fixed + max(demand.floor, min(limits) // 10))
+    begins_small = demand.grows and smallest < demand.smallest < demand.output_maximum
+    hold = min(demand.initial_hold, smallest) if begins_small else demand.initial_hold
+    return replace(demand, smallest=smallest, initial_hold=hold)
+
+
 def by_brute_force(demand: Demand, who: Binding, current: Mapping[str, Counter]) -> tuple[str, str, int]:
     """The rules in their simplest form: every length of answer is tried with every group."""
     alternatives = [(one.group, one.quotas) for one in who.groups] or [("everyone", ())]
@@ -1254,19 +1270,21 @@ def by_brute_force(demand: Demand, who: Binding, current: Mapping[str, Counter])
     alternatives = [(name, (*who.always, *quotas)) for name, quotas in alternatives]
 
     def has_free(quotas: tuple[Quota, ...], output: int) -> bool:
-        return all(is_free(each, current[each.id], demand, output) for each in quotas)
+        return all(is_free(each, current[each.id], lowered(demand, quotas), output) for each in quotas)
 
     def has_room(quotas: tuple[Quota, ...], output: int) -> bool:
-        hold = held_for(quotas, current, demand, output)
+        hold = held_for(quotas, current, lowered(demand, quotas), output)
         return has_free(quotas, output) and all(is_available(each, current[each.id], demand, hold) for each in quotas)
 
-    for output in range(demand.output_maximum, demand.smallest - 1, -1):
+    for output in range(demand.output_maximum, -1, -1):
         for name, quotas in alternatives:
             if has_room(quotas, output):
                 return ("admitted", name, output)
         if any(has_free(quotas, output) for _, quotas in alternatives):
             return ("busy", "", 0)
-    possible = any(all(could_ever_fit(each, demand) for each in quotas) for _, quotas in alternatives)
+    possible = any(
+        all(could_ever_fit(each, lowered(demand, quotas)) for each in quotas) for _, quotas in alternatives
+    )
     return ("exhausted" if possible else "never", "", 0)
 
 
@@ -1287,11 +1305,12 @@ def longest_output(decision: Admitted, demand: Demand) -> int:
 
 @st.composite
 def situations(
-    draw: st.DrawFn, *, held: bool = True, hidden_input: bool = True
+    draw: st.DrawFn, *, held: bool = True, hidden_input: bool = True, is_lowered: bool = True
 ) -> tuple[Demand, Binding, dict[tuple[str, str], Counter]]:
     """A call, the quotas that bind it, and their counters."""
     who = draw(bindings())
-    return draw(demands(hidden_input=hidden_input)), who, draw(counters_of(who, held=held))
+    demand = draw(demands(hidden_input=hidden_input, lowered=is_lowered))
+    return demand, who, draw(counters_of(who, held=held))
 
 
 @given(situations())
@@ -1304,7 +1323,8 @@ def test_decisions_are_those_that_brute_force_finds(situation):
     if isinstance(decision, Admitted):
         alternative = next(each for each in who.alternatives() if each.group == admitted_via)
         assert (decision.admitted_via, longest_output(decision, demand)) == (admitted_via, output)
-        assert decision.hold == held_for(alternative.quotas, current, demand, output)
+        asked = lowered(demand, alternative.quotas)
+        assert decision.hold == held_for(alternative.quotas, current, asked, output)
         assert (decision.maximum is None) is (demand.is_unbounded and output == demand.output_maximum)
 
 
@@ -1315,8 +1335,10 @@ def test_an_admitted_call_never_exceeds_a_quota_that_it_is_charged_to(situation)
     decision = decide(demand, who, found, NOON)
     if isinstance(decision, NotAdmitted):
         return
-    assert demand.smallest <= longest_output(decision, demand) <= demand.output_maximum
-    assert decision.hold.output == min(demand.initial_hold, longest_output(decision, demand))
+    [alternative] = [each for each in who.alternatives() if each.group == decision.admitted_via]
+    asked = lowered(demand, alternative.quotas)
+    assert asked.smallest <= longest_output(decision, demand) <= demand.output_maximum
+    assert decision.hold.output == min(asked.initial_hold, longest_output(decision, demand))
     assert (decision.capped_by is None) is (longest_output(decision, demand) == demand.output_maximum)
     for hold in decision.holds:
         counter = hold.counter
@@ -1383,9 +1405,13 @@ def test_with_no_call_in_flight_none_waits_and_the_reset_admits(situation):
         assert isinstance(decide(demand, who, found, decision.admissible_at), Admitted)
 
 
-@given(situations(hidden_input=False), st.data())
+@given(situations(hidden_input=False, is_lowered=False), st.data())
 def test_with_more_free_no_call_is_refused_that_was_admitted(situation, data):
-    """With less used, less held or larger limits, the worst for an admitted call is to wait for a longer answer."""
+    """With less used, less held or larger limits, the worst for an admitted call is to wait for a longer answer.
+
+    This does not apply to a smallest answer that is lowered: if the smallest limit becomes larger, a call needs more
+    of the other quotas too.
+    """
     demand, who, found = situation
     before = decide(demand, who, found, NOON)
     freer = {key: replace(counter, used=data.draw(less(counter.used))) for key, counter in found.items()}
@@ -1497,3 +1523,111 @@ def test_a_refusal_names_each_quota_once():
     assert isinstance(refused, NotAdmitted)
     assert len(refused.blocks) == 2
     assert (refused.verdict.word, refused.refused_by) == ("exhausted", ("staff/daily",))
+
+
+# ----------------------------------------------------------------------------------- smallest answers in small quotas
+
+# Calls that state no maximum.
+USUAL = call(10, 4096, 1024)
+USUAL = replace(USUAL, fixed=0, floor=1)
+STREAM = replace(USUAL, initial_hold=1024, grows=True)
+
+
+@pytest.mark.parametrize(
+    ("limits", "demand", "used", "expected"),
+    [
+        ({"tokens": 1000}, USUAL, 0, ("admitted", 990)),
+        ({"tokens": 1000}, USUAL, 890, ("admitted", 100)),
+        ({"tokens": 1000}, USUAL, 891, ("exhausted", 110)),
+        ({"tokens": 10_240}, USUAL, 9207, ("exhausted", 1034)),
+        ({"tokens": 10_230}, USUAL, 9197, ("admitted", 1023)),
+        ({"tokens": 12}, USUAL, 0, ("admitted", 2)),
+        ({"tokens": 11}, USUAL, 0, ("admitted", 1)),
+        ({"tokens": 10}, USUAL, 0, ("never", 11)),
+        ({"output_tokens": 9}, USUAL, 0, ("admitted", 9)),
+        ({"tokens": 100_000, "output_tokens": 500}, USUAL, 99_940, ("admitted", 50)),
+        ({"tokens": 100_000, "output_tokens": 500}, USUAL, 99_941, ("exhausted", 60)),
+        ({"input_tokens": 500, "tokens": 100_000}, USUAL, 0, ("admitted", 4096)),
+        ({"tokens": 100}, replace(USUAL, smallest=1024 * 20, floor=20), 0, ("admitted", 90)),
+        ({"tokens": 100}, replace(USUAL, smallest=1024 * 91, floor=91), 0, ("never", 101)),
+        ({"tokens": 3000}, replace(USUAL, smallest=3024, fixed=2000), 0, ("admitted", 2990)),
+        ({"tokens": 3000}, replace(USUAL, smallest=3024, fixed=2000), 691, ("exhausted", 2310)),
+        ({"tokens": 1000}, replace(USUAL, fixed=TOKENS_MAX), 0, ("never", 1034)),
+        ({"tokens": 1000}, call(10, 40, 40), 951, ("exhausted", 50)),
+    ],
+)
+def test_the_smallest_answer_is_at_most_a_tenth_of_the_smallest_limit(limits, demand, used, expected):
+    """But one token of each choice or more, besides a reasoning budget. A configured smallest answer is the same."""
+    who = binding([quota("staff/daily", **limits)])
+    decision = decide(demand, who, counters(who, used={"staff/daily": used}), NOON)
+    if isinstance(decision, Admitted):
+        assert ("admitted", decision.maximum) == expected
+    else:
+        assert (decision.verdict.word, decision.blocks[0].needed) == expected
+
+
+def test_all_quotas_of_the_alternative_lower_it_and_no_other():
+    """Those of everyone count too; one with `enforce: after`, one in shadow and one of another group do not."""
+    small = {"tokens": 200}
+    large, always = quota("staff/daily", tokens=100_000), quota("everyone/day", **small)
+    found = {large.id: 99_950}
+    lowering = [binding([large], always=[always]), binding([large, quota("staff/hourly", **small)])]
+    not_lowering = [
+        binding([large]),
+        binding([large, quota("staff/after", enforce="after", **small)]),
+        binding([large], shadows=[quota("staff/new", enforce="shadow", **small)]),
+        binding([large], [quota("lab/used", tokens=200)]),
+    ]
+    for who in lowering:
+        assert isinstance(decide(USUAL, who, counters(who, used=found), NOON), Admitted)
+    for who in not_lowering:
+        decision = decide(USUAL, who, counters(who, used={**found, "lab/used": 200}), NOON)
+        assert isinstance(decision, NotAdmitted)
+        assert decision.refused_by in (("staff/daily",), ("lab/used",))
+
+
+def test_a_stream_begins_with_the_lowered_answer_and_a_whole_answer_holds_all():
+    """So ten streams can begin in a small quota. A whole answer cannot grow, so it holds its maximum."""
+    who = binding([quota("staff/daily", tokens=1000)])
+    assert decide(STREAM, who, {}, NOON).hold == Amount(10, 100, 1)
+    assert decide(USUAL, who, {}, NOON).hold == Amount(10, 990, 1)
+    short = replace(USUAL, output_maximum=300, smallest=300, initial_hold=300)
+    assert decide(short, who, {}, NOON).hold == Amount(10, 300, 1)
+    assert decide(replace(short, grows=True), who, {}, NOON).hold == Amount(10, 300, 1)
+
+
+def test_a_grant_does_not_raise_the_smallest_answer():
+    """Otherwise the end of a grant could admit a call that was refused while it ran."""
+    who = replace(
+        binding([quota("staff/daily", tokens=100_000), quota("staff/hourly", tokens=200)]),
+        grants={"staff/hourly": (Grant("g", "staff/hourly", None, Measure.TOKENS, 5000, NOON + HOUR),)},
+    )
+    decision = decide(USUAL, who, counters(who, used={"staff/daily": 99_970}), NOON)
+    assert isinstance(decision, Admitted)
+    assert decision.maximum == 20
+
+
+@pytest.mark.parametrize(
+    ("limits", "demand", "is_input"),
+    [
+        ({"tokens": 1000}, call(901, 400), True),
+        ({"tokens": 1000}, call(900, 400), False),
+        ({"tokens": 1000}, call(901, 100), True),
+        ({"tokens": 1000}, call(950, 60), True),
+        ({"tokens": 1000}, call(600, 401), False),
+        ({"tokens": 1000}, call(900, 101), False),
+        ({"tokens": 1000}, call(999, 1001), False),  # a shorter input would not be enough
+        ({"tokens": 5}, call(5, 1), True),
+        ({"input_tokens": 1000}, call(1001, 1), True),
+        ({"output_tokens": 1000}, call(999, 1001), False),
+        ({"tokens": 1000}, call(1001, uses=Uses.INPUT), True),
+    ],
+)
+def test_a_call_that_can_never_fit_is_too_large_in_its_input_or_in_its_answer(limits, demand, is_input):
+    """An input is too large if it takes more than nine tenths of the limit and the answer alone would fit."""
+    who = binding([quota("staff/daily", **limits)])
+    decision = decide(demand, who, {}, NOON)
+    assert isinstance(decision, NotAdmitted)
+    assert decision.verdict is Verdict.NEVER
+    [block] = decision.blocks
+    assert block.is_input_too_large is is_input

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from proxy.policy.catalog import Allow, Catalog, Model, Naming, Secret, Upstream
+from proxy.policy.catalog import Allow, Catalog, KeyCommand, Model, Naming, Secret, Upstream
 
 OPENAI = Upstream("openai", "https://api.openai.example/v1", Secret("sk-upstream"))
 LOCAL = Upstream("local", "http://localhost:8000/v1", None, kind="vllm", on_disconnect="stop")
@@ -181,3 +181,10 @@ def test_secrets_are_compared_by_their_values():
     assert Secret("a") == Secret("a") != Secret("b")
     assert Secret("a") != "a"
     assert len({Secret("a"), Secret("a"), Secret("b")}) == 2
+
+
+def test_the_arguments_of_a_command_are_not_shown() -> None:
+    """One of them may be a secret. The program is named in the log."""
+    command = KeyCommand(("issue-token", "--secret", "s3cret"), every_s=60)
+    assert command.program == "issue-token"
+    assert "s3cret" not in repr(command)

@@ -241,14 +241,16 @@ def test_decisions_are_by_the_limits_of_their_instant(data, demand):
 
 
 def _by_hand(each: Quota, who: Binding, now: int) -> Quota:
-    """The quota with its limits at an instant."""
+    """The quota with its limits at an instant. How long the smallest answer is goes by the limits without grants."""
     limits = []
     for limit in each.limits:
         granted = [one.amount for one in who.grants.get(each.id, ()) if one.measure == limit.measure]
         ends = [one.until for one in who.grants.get(each.id, ()) if one.measure == limit.measure]
         more = sum(amount for amount, until in zip(granted, ends, strict=True) if until > now)
         limits.append(Limit(limit.measure, limit.maximum + more))
-    return replace(each, limits=tuple(limits))
+    quota = replace(each, limits=tuple(limits))
+    object.__setattr__(quota, "answer_limit", each.answer_limit)
+    return quota
 
 
 @given(st.data(), demands())

@@ -602,6 +602,8 @@ def test_the_names_of_models_in_quotas_and_lists_can_be_listed(member_of, names)
     assert sorted(found) == sorted(names)
     assert len(found) == len(names)
     assert policy(STAFF).model_names(("staff",)) == ("gpt-4o",)
+    patterns = policy(*groups).model_patterns(tuple(member_of))
+    assert patterns == ("*", *(["x*"] if "team" in member_of else []), *(["o*"] if "staff" in member_of else []))
 
 
 def test_groups_and_globs_are_values():

@@ -4,6 +4,7 @@ In all scenarios the user is ann and the time is noon UTC on Tuesday, 24 Novembe
 """
 
 from dataclasses import replace
+from zoneinfo import ZoneInfo
 
 import pytest
 from hypothesis import given
@@ -11,8 +12,18 @@ from hypothesis import strategies as st
 
 from proxy.policy.admission import Admitted, decide
 from proxy.policy.amounts import Amount, Measure, Uses
-from proxy.policy.quota import Counter, Globs, Limit, counter_at, group_of, shared_subject, user_of, user_subject
-from proxy.policy.windows import Window
+from proxy.policy.quota import (
+    Counter,
+    Globs,
+    Limit,
+    counter_at,
+    group_of,
+    sample_name,
+    shared_subject,
+    user_of,
+    user_subject,
+)
+from proxy.policy.windows import WEEKDAYS, Calendar, Window
 from tests.builders import (
     DAY,
     HOUR,
@@ -129,6 +140,7 @@ def test_sorted_keys_have_shared_counters_last():
 
 DAILY = quota("staff/daily", tokens=1000)
 SIX_HOURS = quota("staff/6h", tokens=1000, per="6h")
+SUNDAY_WEEKLY = replace(DAILY, per=Calendar("week", ZoneInfo("UTC"), WEEKDAYS.index("sunday")))
 SOME = Amount(1, 0, 1)
 
 
@@ -183,8 +195,50 @@ SOME = Amount(1, 0, 1)
             quota("staff/daily", tokens=1000, per="minute"),
             Counter(Window(MIDNIGHT - DAY, MIDNIGHT), used=SOME),
             NOON,
+            Counter(Window(MIDNIGHT - DAY, NOON + MINUTE), used=SOME),
+            id="day became minute: the open window ends with this minute",
+        ),
+        pytest.param(
+            quota("staff/daily", tokens=1000, per="6h"),
+            Counter(Window(NOON - DAY, NOON + DAY), held=SOME),
+            NOON,
+            Counter(Window(NOON - DAY, SIX_OCLOCK), held=SOME),
+            id="48h became 6h: the open window ends in six hours",
+        ),
+        pytest.param(
+            quota("staff/daily", tokens=1000, per="6h"),
+            Counter(Window(NOON - DAY, SIX_OCLOCK), used=SOME),
+            NOON + HOUR,
+            Counter(Window(NOON - DAY, SIX_OCLOCK), used=SOME),
+            id="48h became 6h: the end that was stored stays",
+        ),
+        pytest.param(
+            quota("staff/daily", tokens=1000, zone="Europe/Berlin"),
             Counter(Window(MIDNIGHT - DAY, MIDNIGHT), used=SOME),
-            id="day became minute: the open window keeps its end",
+            NOON,
+            Counter(Window(MIDNIGHT - DAY, MIDNIGHT - HOUR), used=SOME),
+            id="UTC became Berlin: the day ends an hour earlier",
+        ),
+        pytest.param(
+            quota("staff/daily", tokens=1000, zone="America/New_York"),
+            Counter(Window(MIDNIGHT - DAY, MIDNIGHT), used=SOME),
+            NOON,
+            Counter(Window(MIDNIGHT - DAY, MIDNIGHT), used=SOME),
+            id="UTC became New York: the day keeps its end",
+        ),
+        pytest.param(
+            SUNDAY_WEEKLY,
+            Counter(Window(MIDNIGHT - 2 * DAY, MIDNIGHT + 5 * DAY), used=SOME),
+            NOON,
+            Counter(Window(MIDNIGHT - 2 * DAY, MIDNIGHT + 4 * DAY), used=SOME),
+            id="weeks start on Sunday now: the week ends on Sunday",
+        ),
+        pytest.param(
+            quota("staff/daily", tokens=1000, per="minute"),
+            Counter(Window(MIDNIGHT - DAY, MIDNIGHT)),
+            NOON,
+            Counter(Window(NOON, NOON + MINUTE)),
+            id="day became minute: a window in which nothing was used is replaced",
         ),
         pytest.param(
             quota("staff/daily", tokens=1000, per="minute"),
@@ -397,3 +451,14 @@ def test_subjects_and_ids_say_whose_counter_it_is():
     assert user_of(user_subject("user:ann")) == "user:ann"
     assert shared.key_for("ann") == (shared_subject("team"), "team/pot")
     assert group_of(shared.id) == "team"
+
+
+@pytest.mark.parametrize(
+    ("pattern", "others"),
+    [("gpt-4o", []), ("gpt-*", ["gpt-4*", "o*"]), ("o?", ["o[0-9]"]), ("[op]1", ["1*"]), ("[!a]1", ["a1", "1"])],
+)
+def test_a_sample_of_a_pattern_is_of_no_other_one(pattern, others):
+    """It stands for the names that only this pattern matches."""
+    name = sample_name(pattern)
+    assert Globs((pattern,)).match(name)
+    assert not Globs(others).match(name)

@@ -154,11 +154,18 @@ def test_resets_are_rounded_up_and_openings_down():
     assert window["resets_at"] == (NOON + 6 * HOUR) // 1000 + 1
 
 
-def test_a_running_window_keeps_its_end_when_per_changes():
-    """The open window is shown, with the quota's new `per`."""
-    shown = item(quota("staff/daily", tokens=1000, per="7d"), RUNNING)
-    assert shown["window"]["per"] == "7d"
-    assert shown["window"]["resets_at"] == (NOON + 5 * HOUR) // 1000
+@pytest.mark.parametrize(
+    ("per", "resets_at"), [("7d", NOON + 5 * HOUR), ("1h", NOON + HOUR), ("minute", NOON + MINUTE)]
+)
+def test_a_running_window_is_shown_with_the_end_that_a_call_would_find(per, resets_at):
+    """After `per` was changed, also before a call has stored that end. The new `per` is shown."""
+    who = binding([quota("staff/daily", tokens=100, per=per)])
+    shown = item(quota("staff/daily", tokens=100, per=per), RUNNING)
+    assert shown["window"]["per"] == per
+    assert shown["window"]["resets_at"] == resets_at // 1000
+    refused = decide(call(1), who, {("user:ann", "staff/daily"): RUNNING}, NOON)
+    assert isinstance(refused, NotAdmitted)
+    assert refused.admissible_at == resets_at
 
 
 # -------------------------------------------------------------------------------------- a call's own hold is left out

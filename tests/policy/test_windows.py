@@ -4,6 +4,7 @@ Times are written as a wall clock in the zone shows them, with the offset, so th
 The rows are those of threats T73 and T74.
 """
 
+from dataclasses import replace
 from datetime import UTC, date, datetime, timedelta
 from functools import cache
 from zoneinfo import ZoneInfo, available_timezones
@@ -226,13 +227,18 @@ def places(draw: st.DrawFn) -> tuple[str, int]:
 
 def assert_contiguous(per: Calendar, now: int) -> Window:
     """The window contains `now`, both its ends give the same window, and the next one opens where it resets."""
-    window = per.opening(now)
+    window = computed(per, now)
     assert window.opened_at <= now < window.resets_at
-    assert per.opening(window.opened_at) == window
-    assert per.opening(window.resets_at - 1) == window
-    assert per.opening(window.resets_at).opened_at == window.resets_at
-    assert per.opening(window.opened_at - 1).resets_at == window.opened_at
+    assert computed(per, window.opened_at) == window
+    assert computed(per, window.resets_at - 1) == window
+    assert computed(per, window.resets_at).opened_at == window.resets_at
+    assert computed(per, window.opened_at - 1).resets_at == window.opened_at
     return window
+
+
+def computed(per: Calendar, now: int) -> Window:
+    """The window at `now`, by a value that remembers none."""
+    return replace(per).opening(now)
 
 
 @settings(max_examples=400)
@@ -243,7 +249,17 @@ def test_windows_partition_time_in_every_zone(place, unit, week_starts, part):
     per = Calendar(unit, ZoneInfo(zone), week_starts)
     window = assert_contiguous(per, now)
     inside = window.opened_at + int(part * (window.resets_at - window.opened_at - 1))
-    assert per.opening(inside) == window
+    assert computed(per, inside) == window
+
+
+@given(place=places(), unit=st.sampled_from(UNITS), steps=st.lists(st.integers(-2 * DAY, 2 * DAY)))
+def test_a_window_that_is_remembered_is_the_one_that_is_computed(place, unit, steps):
+    """Instants come in any order."""
+    zone, now = place
+    per = Calendar(unit, ZoneInfo(zone))
+    for step in [0, *steps]:
+        now += step
+        assert per.opening(now) == computed(per, now)
 
 
 def test_days_are_contiguous_at_every_shift_until_2037():
