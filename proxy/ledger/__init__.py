@@ -17,6 +17,7 @@ an administrator can set what is used to 0 (`administration.counters`).
 Begin with `entry`, the life of one call. `book` applies the operations to counters and entries, as pure functions.
 `ledger` is the loop that commits them in batches, `store` the interface to a database, `sqlite` and `postgres` its
 two engines. Beside them: `queue` lets busy calls wait, `rollup` adds up usage by day, `schema` has the tables, `rows`
-converts rows, and `migrations` updates the tables of older releases. `queries` has the reports. `notices` and
-`replicas` write what is only for display: refusals, counters near a limit, and what processes tell each other.
+converts rows, and `migrations` updates the tables of older releases. `queries` has the reports. `backup` copies a
+SQLite file while it is used and puts one back, `copy` moves everything to another database. `notices` and `replicas`
+write what is only for display: refusals, counters near a limit, and what processes tell each other.
 """

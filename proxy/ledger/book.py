@@ -119,7 +119,24 @@ class Expire:
     id: str
 
 
-Operation = Reserve | Extend | Settle | Release | Expire
+@dataclass(frozen=True, slots=True)
+class Restore:
+    """Put back an open entry that the database has lost, with what it holds. If the entry is there, nothing changes.
+
+    After a failover with asynchronous replication the reservation of a call in flight may be missing. `counters` are
+    those of the call when it was reserved or extended last. A window that is missing too begins with nothing used.
+    """
+
+    entry: Entry
+    counters: Mapping[CounterKey, Counter]
+
+    @property
+    def id(self) -> str:
+        """The id of the entry."""
+        return self.entry.id
+
+
+Operation = Reserve | Extend | Settle | Release | Expire | Restore
 
 # ------------------------------------------------------------------------------------------------------------ replies
 
@@ -189,6 +206,8 @@ class Book:
                 return self._end(operation, "settled", operation.usage, operation.outcome)
             case Release():
                 return self._end(operation, "released", None, operation.outcome)
+            case Restore():
+                return self._restore(operation)
             case _:
                 return self._end(operation, "expired", None, "lost")
 
@@ -209,22 +228,20 @@ class Book:
         return self._accepted(entry, keys)
 
     def _correct_windows(self, binding: Binding) -> None:
-        """Shorten and store windows that were opened by a clock that was ahead.
+        """Shorten and store open windows that end later than one that opens now (see `counter_at`).
 
-        Such a window keeps its usage, but ends when a window that opens now would end. That end is stored also if the
-        call is refused. Otherwise it would be computed anew for each call, and would be later each time. Example with
-        a window of six hours: the clock was a day ahead and opened a window on the 25th at 12:00. The clock is
-        corrected on the 24th at 12:00, and the window now ends on the 24th at 18:00. Without the stored end, a call
-        that is refused at 13:00 would get the reset time 19:00, and one that is refused at 14:00 would get 20:00.
+        The end is stored also if the call is refused. Otherwise it would be computed anew for each call, and would be
+        later each time. Example: `per: year` becomes `6h`. The first call after that is refused at 12:00 until 18:00.
+        Without the stored end, a call that is refused at 13:00 would get the reset time 19:00, and one that is
+        refused at 14:00 would get 20:00.
         """
         for quota in binding.quotas:
             key = quota.key_for(binding.user)
             counter = self.counters.get(key)
-            if counter is not None and self._now < counter.window.opened_at:
+            if counter is not None:
                 current = self._counter_now(key, quota)
-                # A corrected window that has ended by now is not stored: `current` is then a fresh window, and a call
-                # that is refused must not open one.
-                if current.is_open:
+                # A window that has ended is not replaced: a call that is refused must not open the next one.
+                if current is not counter and current.is_open:
                     self._put_counter(key, current)
 
     def _extend(self, operation: Extend) -> Reply:
@@ -236,7 +253,7 @@ class Book:
         # The input is lowered first: what it frees is room for the output of the same call.
         entry = self._lower_input(before, max(0, before.hold.input - operation.input))
         binding = operation.binding.at(self._now)
-        at = {quota.id: self._counter_now(key, quota) for key, quota in _held_quotas(entry, binding).items()}
+        at = {quota.id: self._counter_of_call(key, quota) for key, quota in _held_quotas(entry, binding).items()}
         increase = increase_hold(
             max(0, operation.output - entry.hold.output),
             max(0, operation.least - entry.hold.output),
@@ -333,6 +350,19 @@ class Book:
         self._put_entry(entry)
         return self._accepted(entry, _keys(entry), freed=freed)
 
+    def _restore(self, operation: Restore) -> Reply:
+        entry = operation.entry
+        if kept := self.entries.get(entry.id):
+            return self._accepted(kept, _keys(kept))
+        for held in entry.held_amounts:
+            current, lost = self.counters.get(held.key), operation.counters.get(held.key)
+            is_open = current is not None and current.is_open and current.window.is_open(self._now)
+            if not is_open and lost is not None and lost.window.is_open(self._now):
+                self._put_counter(held.key, Counter(lost.window))
+            self._change_counter(held, used=NO_AMOUNT, held=held.amount)
+        self._put_entry(entry)
+        return self._accepted(entry, _keys(entry))
+
     def _was_reset_since_end(self, entry: Entry, held: HeldAmount) -> bool:
         """Whether the counter was reset after the call had expired.
 
@@ -361,6 +391,18 @@ class Book:
 
     def _counter_now(self, key: CounterKey, quota: Quota) -> Counter:
         return counter_at(self._now, quota, self.counters.get(key))
+
+    def _counter_of_call(self, key: CounterKey, quota: Quota) -> Counter:
+        """The counter for a call in flight, whose rule may be older than the window.
+
+        So it does not shorten an open one. Example: a call of `per: minute` is in flight when that becomes `year`.
+        The next minute another call opens the year. If the answer of the first call grows, the year must not end with
+        the minute.
+        """
+        counter = self.counters.get(key)
+        if counter is not None and counter.is_open and counter.window.is_open(self._now):
+            return counter
+        return self._counter_now(key, quota)
 
     def _accepted(
         self,

@@ -18,6 +18,11 @@ While the database is unavailable:
 - A settle or a release stays queued until it is committed. There is at most one for each call in flight.
 
 An operation that cannot be applied fails alone: the batch is repeated with one operation at a time.
+
+After a failover with asynchronous replication the database may have lost what was committed last:
+
+- A reservation is put back as soon as its call is extended or settled.
+- The end of a call: the call is open again, though it has ended here. It is charged its hold by the next `sweep`.
 """
 
 import asyncio
@@ -29,9 +34,22 @@ from dataclasses import dataclass
 import structlog
 
 from proxy.errors import LedgerUnavailable
-from proxy.ledger.book import Accepted, Expire, Extend, Operation, Refused, Release, Reply, Reserve, Settle
+from proxy.ledger.book import (
+    Accepted,
+    Expire,
+    Extend,
+    Operation,
+    Refused,
+    Release,
+    Reply,
+    Reserve,
+    Restore,
+    Settle,
+    Unknown,
+)
 from proxy.ledger.entry import Entry
 from proxy.ledger.store import Connection, Store, StoreUnavailable
+from proxy.metrics import LedgerFailure, Metrics
 from proxy.policy.admission import NeedsCount
 from proxy.policy.quota import Counter, CounterKey
 from proxy.tasks import Tasks
@@ -85,13 +103,16 @@ class Ledger:
         self._alive_until = 0
         self._lapses = 0
         self._queue: deque[_Queued] = deque()
+        self._batch: list[_Queued] = []  # the operations that are being applied
+        self._open: dict[str, Accepted] = {}  # calls that this process has begun and not ended
         self._wake = asyncio.Event()
         self._tasks = Tasks()
         self._loop: asyncio.Task[None] | None = None
         self._is_closing = False
+        self._uncommitted_ends = 0
         self._on_freed: Callable[[set[CounterKey]], object] = lambda keys: None
         self._on_replies: Callable[[Sequence[Reply]], object] = lambda replies: None
-        self._on_clock_offset: Callable[[int], object] = lambda offset_ms: None
+        self._metrics: Metrics | None = None
         self._clock_offset_ms = 0
         self._logged_offset_ms = 0
         self._committed_at = 0.0  # by the event loop's clock
@@ -110,12 +131,9 @@ class Ledger:
         """
         self._on_replies = callback
 
-    def on_clock_offset(self, callback: Callable[[int], object]) -> None:
-        """Call `callback` with the offset of the ledger's clock, in ms, whenever another one was measured.
-
-        It is positive if the clock that decides is ahead of the process's clock, and 0 on SQLite.
-        """
-        self._on_clock_offset = callback
+    def measure_in(self, metrics: Metrics) -> None:
+        """Count batches, failures and expired calls in these metrics, and state the offset of the ledger's clock."""
+        self._metrics = metrics
 
     def now(self) -> int:
         """The time by the clock that decides in which window a call is. Whatever a client is told goes by it.
@@ -197,15 +215,35 @@ class Ledger:
             await asyncio.gather(*(self._enqueue(Expire(call_id)).answer for call_id in ids))
             found += len(ids)
         if found:
+            if self._metrics is not None:
+                self._metrics.expired.inc(found)
             log.warning("calls of a dead process were charged from their reservations", calls=found)
         return found
 
     async def sweep(self) -> None:
-        """Expire the open calls of processes that died since the last sweep. To be called twice in each lease."""
+        """Expire the open calls of processes that died since the last sweep. To be called twice in each lease.
+
+        Also those of this process that it has ended: the database has lost their ends.
+        """
         try:
             await self.expire_orphans()
+            await self._expire_ended()
         except (StoreUnavailable, LedgerUnavailable) as error:
+            self._count_failure("sweep")
             log.warning("calls of dead processes could not be looked for", reason=str(error))
+
+    async def _expire_ended(self) -> None:
+        ids = await self._store.open_calls(self.owner)
+        # What was read is compared with what is known after it. A call whose reserve was committed by then is in the
+        # batch or has been answered, and one that has ended since is not changed by an expire.
+        known = {*self._open, *(queued.operation.id for queued in (*self._batch, *self._queue))}
+        expires = [self._enqueue(Expire(call_id)).answer for call_id in ids if call_id not in known]
+        replies = await asyncio.gather(*expires)
+        lost = sum(isinstance(reply, Accepted) and reply.entry.state == "expired" for reply in replies)
+        if lost:
+            log.warning(
+                "the database has lost the ends of calls, which were charged from their reservations", calls=lost
+            )
 
     async def renew_lease(self) -> None:
         """Extend the lease of this process by `lease_ms` from now. To be called four times in each lease."""
@@ -213,6 +251,7 @@ class Ledger:
             await self._renew()
         except StoreUnavailable as error:
             self.is_healthy = False
+            self._count_failure("lease")
             log.warning("the lease could not be renewed", reason=str(error))
         else:
             # A process that is not ready gets no calls, so no batch of calls would show that the database is back.
@@ -248,13 +287,34 @@ class Ledger:
         except StoreUnavailable as error:
             raise LedgerUnavailable from error
 
-    async def close(self) -> None:
-        """Commit what is queued, unless the database is unavailable, and close the store."""
+    async def close(self, within_s: float | None = None) -> int:
+        """Commit what is queued, unless the database is unavailable, and close the store.
+
+        A commit that takes longer than `within_s` seconds is given up, because the database hangs. Returns how many
+        calls have ended without their charge being committed. They will be charged what they hold.
+        """
         self._is_closing = True
         if self._loop is not None:
             self._wake.set()
-            await self._loop
+            _, unended = await asyncio.wait([self._loop], timeout=within_s)
+            if unended:
+                self._loop.cancel()
+                await asyncio.wait([self._loop])
+                self._give_up({*self._batch, *self._queue})  # a batch that has failed before is in both
         await self._store.close()
+        return self._uncommitted_ends
+
+    def _give_up(self, operations: Iterable[_Queued]) -> None:
+        """Fail those of these operations that are not answered, because the ledger closes.
+
+        The reservations of these calls are committed. The next start expires the calls and charges their holds.
+        """
+        uncommitted = [queued for queued in operations if queued.answer.cancelled() or not queued.answer.done()]
+        self._queue.clear()
+        self._uncommitted_ends += sum(_is_end(queued) for queued in uncommitted)
+        log.error("closing with ends that could not be booked", calls=self._uncommitted_ends)
+        for queued in uncommitted:
+            self._fail(queued)
 
     def _enqueue(self, operation: Operation) -> _Queued:
         queued = _Queued(operation, asyncio.get_running_loop().create_future())
@@ -271,7 +331,9 @@ class Ledger:
             self._wake.clear()
             while self._queue:
                 if batch := self._next_batch():
+                    self._batch = batch
                     await self._process(batch)
+                    self._batch = []
 
     def _next_batch(self) -> list[_Queued]:
         """The next operations, in the order in which they are applied: ends, then extends, then reserves.
@@ -306,9 +368,13 @@ class Ledger:
             self._committed_at = asyncio.get_running_loop().time()
             self.commit_ms = round(1000 * (self._committed_at - began_s), 1)
             self.is_healthy = True
+            if self._metrics is not None:
+                self._metrics.ledger_batch.observe(len(batch))
+                self._metrics.ledger_commit_s.observe(self._committed_at - began_s)
             freed: set[CounterKey] = set()
             for queued, answer in zip(batch, answers, strict=True):
-                self._answer(queued, answer)
+                if not self._restore(queued, answer):
+                    self._answer(queued, answer)
                 if isinstance(answer, Accepted):
                     freed |= answer.freed
             if freed:
@@ -322,12 +388,15 @@ class Ledger:
                 await self._process([queued])
             return
         for queued in batch:
+            self._count_failure("operation")
             log.error(
                 "an act could not be booked",
                 act=type(queued.operation).__name__,
                 call=queued.operation.id,
                 exc_info=error,
             )
+            if _is_end(queued):
+                self._open.pop(queued.operation.id, None)  # then the sweep charges it from its reservation
             self._fail(queued)
 
     async def _requeue(self, batch: list[_Queued], error: StoreUnavailable) -> None:
@@ -340,22 +409,36 @@ class Ledger:
         end of its call frees what it holds.
         """
         self.is_healthy = False
-        log.warning("the ledger's database can't be used", reason=str(error), acts=len(batch))
+        self._count_failure("batch")
+        log.warning("the ledger's database can't be used", reason=str(error), operations=len(batch))
         if error.is_uncertain:
             for queued in batch:
                 queued.may_be_committed |= _is_reserve(queued)
         self._queue.extendleft(reversed(batch))
         if self._is_closing:
-            # The reservations of these calls are committed. The next start expires the calls and charges their holds.
-            ends = sum(_is_end(queued) for queued in self._queue)
-            log.error("closing with ends that could not be booked", acts=ends)
-            while self._queue:
-                self._fail(self._queue.popleft())
+            self._give_up(self._queue)
             return
         await asyncio.sleep(self._retry_s)
 
+    def _restore(self, queued: _Queued, answer: Reply) -> bool:
+        """If the database has lost the reservation of a call in flight, queue it again, and then the operation."""
+        if not isinstance(answer, Unknown) or not isinstance(queued.operation, Extend | Settle):
+            return False
+        lost = self._open.pop(answer.id, None)
+        if lost is None:
+            return False
+        log.warning("the database has lost a reservation, which is put back", call=answer.id)
+        # In front: the caller may have given up this operation, and have queued the end of the call meanwhile.
+        self._queue.appendleft(queued)
+        self._queue.appendleft(_Queued(Restore(lost.entry, lost.counters), queued.answer.get_loop().create_future()))
+        return True
+
     def _answer(self, queued: _Queued, answer: Reply) -> None:
         """Answer a caller. If it has given up and its call was admitted, release the call."""
+        if isinstance(answer, Accepted) and answer.entry.state == "open":
+            self._open[answer.entry.id] = answer
+        elif _is_end(queued):
+            self._open.pop(queued.operation.id, None)
         if not queued.answer.done():
             queued.answer.set_result(answer)
         elif _is_reserve(queued) and isinstance(answer, Accepted):
@@ -370,7 +453,12 @@ class Ledger:
         """
         if asyncio.get_running_loop().time() - self._committed_at >= self._wait_s() / 2:
             self.is_healthy = False
+        self._count_failure("wait")
         self._fail(queued)
+
+    def _count_failure(self, kind: LedgerFailure) -> None:
+        if self._metrics is not None:
+            self._metrics.ledger_failed(kind)
 
     @staticmethod
     def _fail(queued: _Queued) -> None:
@@ -413,7 +501,8 @@ class Ledger:
         if offset_ms == self._clock_offset_ms:
             return
         self._clock_offset_ms = offset_ms
-        self._on_clock_offset(offset_ms)
+        if self._metrics is not None:
+            self._metrics.ledger_clock_differs(offset_ms)
         self._log_offset()
 
     def _log_offset(self) -> None:

@@ -179,14 +179,17 @@ def _insert_refusals(connection: AsyncConnection) -> sa.Insert:
 
 
 def _put_crossings(connection: AsyncConnection) -> sa.Insert:
-    """Inserts crossings. Of each counter the newest window stays, with its highest level and when it was reached."""
+    """Inserts crossings. Of each counter the newest window stays, with its highest level and when it was reached.
+
+    The end of a window is moved forward if the window was shortened.
+    """
     put = of_dialect(connection)(crossings)
     new, old = put.excluded, crossings.c
-    is_higher = sa.and_(new.opened_at == old.opened_at, new.level > old.level)
+    is_further = sa.or_(new.level > old.level, new.resets_at < old.resets_at)
     upsert: sa.Insert = put.on_conflict_do_update(
         index_elements=[*crossings.primary_key],
         set_={column.name: new[column.name] for column in old if not column.primary_key},
-        where=sa.or_(new.opened_at > old.opened_at, is_higher),
+        where=sa.or_(new.opened_at > old.opened_at, sa.and_(new.opened_at == old.opened_at, is_further)),
     )
     return upsert
 

@@ -22,22 +22,24 @@ and with it its locks, after a few seconds.
 import asyncio
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
-from urllib.parse import parse_qsl, urlsplit
 
 import asyncpg
 import sqlalchemy as sa
 import structlog
-from asyncpg.exceptions import DataError, IntegrityConstraintViolationError, PostgresError
+from asyncpg.exceptions import (
+    DataError,
+    IntegrityConstraintViolationError,
+)
 from sqlalchemy import Connection, Table
-from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 from sqlalchemy.pool import NullPool
 
 from proxy.ledger.book import Book, Operation, Reply
 from proxy.ledger.entry import Entry, call_id_prefix
+from proxy.ledger.primary import FAILURES, WAL_FILE, Primary, Server, Timeouts, reason_of, state_of
 from proxy.ledger.rows import CHANGING, Row, changes_of, counters_of, entry_of, keys_of
 from proxy.ledger.schema import (
     ADDED_TO_DAYS,
@@ -50,9 +52,14 @@ from proxy.ledger.schema import (
     check_schema,
     counters,
     has_schema,
+    metadata,
     migrate,
 )
-from proxy.ledger.store import JobResult, StoreRefused, StoreUnavailable
+from proxy.ledger.store import (
+    JobResult,
+    StoreInUse,
+    StoreRefused,
+)
 from proxy.policy.quota import Counter, CounterKey
 
 log = structlog.get_logger("ledger")
@@ -76,29 +83,6 @@ _COLLISIONS = (
     asyncpg.exceptions.SerializationError,
     asyncpg.exceptions.LockNotAvailableError,
 )
-# asyncpg raises InternalClientError if a connection is used in the moment in which it breaks.
-_FAILURES = (
-    *(PostgresError, asyncpg.InterfaceError, asyncpg.exceptions.InternalClientError),
-    *(DBAPIError, OSError, TimeoutError),
-)
-
-
-@dataclass(frozen=True, slots=True)
-class Timeouts:
-    """How long to wait, in milliseconds.
-
-    A process that has stopped must lose its locks before others give up waiting for them. Example with the defaults:
-    process A stops in the middle of its batch, and B begins to wait for its locks at once. After 3 s the server ends
-    A's transaction, and B continues, one second before its lock timeout.
-    """
-
-    connect_ms: int = 4000  # to connect
-    probe_ms: int = 2000  # for the reply to BEGIN, ROLLBACK or a close; after it the connection counts as broken
-    idle_ms: int = 3000  # until the server ends a transaction whose client sends nothing
-    lock_ms: int = 4000  # for one lock
-    statement_ms: int = 6000  # for one statement
-    batch_ms: int = 7000  # for a whole transaction, enforced by the server (PostgreSQL 17 or newer)
-    whole_ms: int = 9000  # for a whole transaction, enforced by us
 
 
 # --------------------------------------------------------------------------------------------------------- statements
@@ -152,6 +136,9 @@ def _update(table: Table, names: Sequence[str]) -> str:
     return f"UPDATE {SCHEMA}.{table.name} AS kept SET {sets} FROM {given} WHERE {same}"
 
 
+# A server may have limits for all sessions, which a migration or a copy may exceed.
+_UNLIMITED = {"statement_timeout": 0, "idle_in_transaction_session_timeout": 0, "lock_timeout": "10s"}
+_LOCK_TABLES = f"LOCK TABLE {', '.join(f'{SCHEMA}.{name}' for name in metadata.tables)} IN {{}} MODE"
 _NOW = "(extract(epoch FROM clock_timestamp()) * 1000)::bigint"
 _COUNTER, _CALL = (", ".join(column.name for column in table.c) for table in (counters, calls))
 _GIVEN_KEYS = "unnest($1::text[], $2::text[]) AS given(subject, quota_id)"
@@ -190,11 +177,12 @@ _LOCK_CALLS = f"""
 _PUT_COUNTERS = _update(counters, [column.name for column in counters.c])
 _OPEN_CALLS = f"INSERT INTO {SCHEMA}.calls ({_CALL}) SELECT * FROM unnest({_arrays([*calls.c])})"
 _CHANGE_CALLS = _update(calls, [*CHANGING, "id"])
+# Behind a pooler the server may be replaced while our connection stays, so the renewal asks for the timeline too.
 _RENEW_LEASE = f"""
     WITH forgotten AS (DELETE FROM {SCHEMA}.owners WHERE alive_until < {_NOW} - $3::bigint)
     INSERT INTO {SCHEMA}.owners (id, alive_until) VALUES ($1::text, {_NOW} + $2::bigint)
     ON CONFLICT (id) DO UPDATE SET alive_until = excluded.alive_until
-    RETURNING alive_until - $2::bigint
+    RETURNING alive_until - $2::bigint, {WAL_FILE}
 """
 # By the fields of `_Writer`.
 WRITER_STATEMENTS = {
@@ -207,6 +195,7 @@ WRITER_STATEMENTS = {
     "renew_lease": _RENEW_LEASE,
 }
 
+READ_OPEN_CALLS = f"SELECT id FROM {SCHEMA}.calls WHERE state = 'open' AND owner = $1"
 # OFFSET 0 keeps the planner from merging the lookups into one join, which could scan the whole table.
 READ_COUNTERS = f"""
     SELECT kept.* FROM {_GIVEN_KEYS} CROSS JOIN LATERAL (
@@ -262,12 +251,16 @@ T = TypeVar("T")
 
 
 class PostgresStore:
-    """One PostgreSQL database, by its URL; see `store.Store`. One connection writes, and at most two read."""
+    """One PostgreSQL database, by its URL; see `store.Store`. One connection writes, and at most two read.
 
-    def __init__(self, url: str, *, timeouts: Timeouts | None = None) -> None:
-        self._url = url
-        self._name = _name_of(url)
+    Without `migrates`, `open` only checks the schema.
+    """
+
+    def __init__(self, url: str, *, timeouts: Timeouts | None = None, migrates: bool = True) -> None:
+        self._migrates = migrates
         self._timeouts = timeouts or Timeouts()
+        self._primary = Primary(url, self._timeouts)
+        self._primary.on_failover(self._forget_readers)
         self._begin = begin(self._timeouts)
         # For a change: a process that stops in the middle of it must not keep others from changing anything.
         self._set_timeouts = sa.select(
@@ -278,13 +271,16 @@ class PostgresStore:
         self._idle_readers: list[Any] = []
         self._change_engine = create_async_engine(
             "postgresql+asyncpg://",
-            async_creator=self._connect,
+            async_creator=self._primary.connect,
             pool_size=_CHANGERS,
             max_overflow=0,
             pool_pre_ping=True,
             execution_options={"schema_translate_map": {None: SCHEMA}},
         )
         self._reading = asyncio.Semaphore(_READERS)
+        # Connections to the server before the last failover are not used again.
+        sa.event.listen(self._change_engine.sync_engine, "connect", self._mark_connection)
+        sa.event.listen(self._change_engine.sync_engine, "checkout", self._check_connection)
 
     # Opening and closing
 
@@ -293,42 +289,46 @@ class PostgresStore:
 
         Raises StoreUnavailable or schema.NewerSchema.
         """
-        engine = create_async_engine("postgresql+asyncpg://", async_creator=self._connect, poolclass=NullPool)
-        try:
-            async with engine.begin() as connection:
-                is_new = await connection.run_sync(_migrate, self._name)
-        except _FAILURES as error:
-            raise self._unavailable(error) from error
-        finally:
-            await engine.dispose()
+        if not self._migrates:
+            await self.attach()
+            return
+        async with self._unlimited() as connection:
+            is_new = await connection.run_sync(_migrate, self._primary.name)
         if is_new:
-            log.warning("a new database was made, in which all quotas are unused", database=self._name)
+            log.warning("a new database was made, in which all quotas are unused", database=self._primary.name)
 
     async def close(self) -> None:
-        """Close the connections."""
+        """Close the connections, all at the same time. If the server does not answer, they are cut off."""
         connections = [*self._idle_readers, *([self._writer.connection] if self._writer else [])]
         self._idle_readers, self._writer = [], None
-        await self._change_engine.dispose()
-        for connection in connections:
-            try:
-                await connection.close(timeout=self._timeouts.probe_ms / 1000)
-            except _FAILURES:
-                connection.terminate()
+        await asyncio.gather(self._close_pool(), *map(self._close_connection, connections))
 
-    def _unavailable(self, error: BaseException, *, is_uncertain: bool = False) -> StoreUnavailable:
-        """The error to raise for this one: with the server and the database, without the password."""
-        text = f"PostgreSQL can't be used at {self._name}: {_reason(error)}{_remedy(error)}"
-        return StoreUnavailable(text, is_uncertain=is_uncertain)
+    async def _close_pool(self) -> None:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._timeouts.probe_ms / 1000):
+                await self._change_engine.dispose()
 
-    async def _connect(self) -> Any:
+    async def _close_connection(self, connection: Any) -> None:
         try:
-            # With a cache of 0 statements asyncpg gives statements no names.
-            return await asyncpg.connect(self._url, timeout=self._timeouts.connect_ms / 1000, statement_cache_size=0)
-        except ValueError:
-            # `from None`, because the text of the ValueError may contain parts of the URL, and with it the password.
-            raise StoreUnavailable(
-                f"the driver can't read the database's URL (host and name: {self._name}): correct `database`"
-            ) from None
+            await connection.close(timeout=self._timeouts.probe_ms / 1000)
+        except FAILURES:
+            connection.terminate()
+
+    def on_failover(self, callback: Callable[[], object]) -> None:
+        """Call `callback` whenever another server has the database than before."""
+        self._primary.on_failover(callback)
+
+    def _forget_readers(self) -> None:
+        idle, self._idle_readers = self._idle_readers, []
+        for reader in idle:
+            reader.terminate()
+
+    def _mark_connection(self, _: Any, record: Any) -> None:
+        record.info["server"] = self._primary.server
+
+    def _check_connection(self, _: Any, record: Any, __: Any) -> None:
+        if record.info["server"] != self._primary.server:
+            raise sa.exc.DisconnectionError  # then the pool makes a new one
 
     # Writing
 
@@ -338,7 +338,9 @@ class PostgresStore:
 
     async def renew(self, owner: str, now: int, *, lease_ms: int) -> int:
         """Let the lease of the process `owner` end `lease_ms` from now, by the database's clock. Returns its time."""
-        return await self._transaction(lambda writer: writer.renew(owner, lease_ms))
+        now, wal_file = await self._transaction(lambda writer: writer.renew(owner, lease_ms))
+        self._primary.note_timeline(wal_file)
+        return now
 
     async def _transaction(self, work: "Callable[[_Writer], Awaitable[T]]") -> T:
         """Run `work` in a transaction of its own, and again if it collided with another process."""
@@ -350,7 +352,7 @@ class PostgresStore:
                     collision = error
                 # A random pause, so that two processes that collided do not collide again.
                 await asyncio.sleep(random.uniform(0, 0.01 * 2**run))
-        raise self._unavailable(collision) from collision
+        raise self._primary.unavailable(collision) from collision
 
     async def _run_transaction(self, work: "Callable[[_Writer], Awaitable[T]]") -> T:
         is_committing = False
@@ -364,13 +366,13 @@ class PostgresStore:
         except (*_REFUSALS, *_COLLISIONS) as error:
             await self._roll_back()
             if isinstance(error, _REFUSALS):
-                raise StoreRefused(_reason(error)) from error
+                raise StoreRefused(reason_of(error)) from error
             raise
-        except _FAILURES as error:
+        except FAILURES as error:
             # The connection is dropped even if it still works: after a failover it may lead to a server that is now
             # read-only, and a new connection to the new primary.
             self._drop_writer()
-            raise self._unavailable(error, is_uncertain=is_committing) from error
+            raise self._primary.unavailable(error, is_uncertain=is_committing) from error
         except Exception:  # a rule raised it: the connection is fine
             await self._roll_back()
             raise
@@ -380,13 +382,15 @@ class PostgresStore:
 
     async def _begin_transaction(self) -> "_Writer":
         """The writing connection, in a new transaction. A connection that has broken meanwhile is replaced."""
+        if self._writer is not None and self._writer.server != self._primary.server:
+            self._drop_writer()
         if self._writer is not None:
             try:
                 await self._writer.connection.execute(self._begin, timeout=self._timeouts.probe_ms / 1000)
                 return self._writer
-            except _FAILURES:
+            except FAILURES:
                 self._drop_writer()
-        self._writer = await _Writer.on(await self._connect())
+        self._writer = await _Writer.on(await self._primary.connect(), self._primary.server)
         await self._writer.connection.execute(self._begin)
         return self._writer
 
@@ -396,7 +400,7 @@ class PostgresStore:
             return
         try:
             await self._writer.connection.execute("ROLLBACK", timeout=self._timeouts.probe_ms / 1000)
-        except _FAILURES:
+        except FAILURES:
             self._drop_writer()
 
     def _drop_writer(self) -> None:
@@ -409,6 +413,10 @@ class PostgresStore:
     async def orphans(self, owner: str, now: int, *, limit: int) -> list[str]:
         """The ids of open calls of other processes whose lease has run out, by the database's clock."""
         return [row[0] for row in await self._read(READ_ORPHANS, owner, limit)]
+
+    async def open_calls(self, owner: str) -> list[str]:
+        """The ids of the open calls of the process `owner`."""
+        return [row[0] for row in await self._read(READ_OPEN_CALLS, owner)]
 
     async def read_counters(self, keys: Sequence[CounterKey]) -> dict[CounterKey, Counter]:
         """The committed counters with these keys."""
@@ -438,7 +446,7 @@ class PostgresStore:
         """Make ready for `transaction` beside the processes that serve."""
         async with self.transaction() as connection:
             await connection.execute(sa.text(f"SET LOCAL search_path TO {SCHEMA}"))
-            await connection.run_sync(check_schema, f"The database {self._name}")
+            await connection.run_sync(check_schema, f"The database {self._primary.name}")
 
     @asynccontextmanager
     async def transaction(self, *, writes: bool = False) -> AsyncIterator[AsyncConnection]:
@@ -448,10 +456,56 @@ class PostgresStore:
                 if writes:
                     await connection.execute(self._set_timeouts)
                 yield connection
-        except _FAILURES as error:
-            if _state(error).startswith(_REFUSED_STATES):
-                raise StoreRefused(_reason(error)) from error
-            raise self._unavailable(error) from error
+        except FAILURES as error:
+            if state_of(error).startswith(_REFUSED_STATES):
+                raise StoreRefused(reason_of(error)) from error
+            raise self._primary.unavailable(error) from error
+
+    # Copying the database as a whole
+
+    @asynccontextmanager
+    async def frozen(self) -> AsyncIterator[AsyncConnection]:
+        """A transaction that reads everything while nobody can write, neither a proxy nor a command."""
+        async with self._unlimited() as connection:
+            await connection.execute(sa.text(f"SET LOCAL search_path TO {SCHEMA}"))
+            await connection.run_sync(check_schema, f"The database {self._primary.name}", exactly=True)
+            await self._refuse_live_processes(connection)
+            await connection.execute(sa.text(_LOCK_TABLES.format("SHARE")))
+            # One may have started while the locks were waited for.
+            await self._refuse_live_processes(connection)
+            yield connection
+
+    async def _refuse_live_processes(self, connection: AsyncConnection) -> None:
+        """Raise StoreInUse if the lease of any process has not run out."""
+        if await connection.scalar(sa.text(f"SELECT count(*) FROM owners WHERE alive_until > {_NOW}")):
+            raise StoreInUse(
+                f"A proxy uses the database {self._primary.name}, or did so less than a minute ago. Stop all "
+                "replicas, and try again a minute later."
+            )
+
+    @asynccontextmanager
+    async def filling(self) -> AsyncIterator[AsyncConnection]:
+        """A transaction that makes the tables where they are missing, and fills them."""
+        async with self._unlimited() as connection:
+            await connection.run_sync(_migrate, self._primary.name)
+            await connection.execute(sa.text(_LOCK_TABLES.format("EXCLUSIVE")))
+            yield connection
+
+    @asynccontextmanager
+    async def _unlimited(self) -> AsyncIterator[AsyncConnection]:
+        """A transaction on a connection of its own. It may take as long as it needs, but waits 10 s for a lock."""
+        engine = create_async_engine("postgresql+asyncpg://", async_creator=self._primary.connect, poolclass=NullPool)
+        try:
+            async with engine.begin() as connection:
+                for name, limit in _UNLIMITED.items():
+                    await connection.execute(sa.text(f"SET LOCAL {name} = '{limit}'"))
+                yield connection
+        except FAILURES as error:
+            if state_of(error).startswith(_REFUSED_STATES):
+                raise StoreRefused(reason_of(error)) from error
+            raise self._primary.unavailable(error) from error
+        finally:
+            await engine.dispose()
 
     async def _run_job(self, statement: str, *parameters: object) -> JobResult:
         """Run one step of a maintenance job on a reading connection, with the timeouts and settings of a batch."""
@@ -461,8 +515,8 @@ class PostgresStore:
                 rows, last = await connection.fetchrow(statement, *parameters)
                 await connection.execute("COMMIT")
                 return JobResult(rows, last)
-        except _FAILURES as error:
-            raise self._unavailable(error) from error
+        except FAILURES as error:
+            raise self._primary.unavailable(error) from error
 
     async def _read(self, statement: str, *parameters: object) -> list[Row]:
         try:
@@ -471,21 +525,25 @@ class PostgresStore:
                     statement, *parameters, timeout=self._timeouts.statement_ms / 1000
                 )
                 return rows
-        except _FAILURES as error:
-            raise self._unavailable(error) from error
+        except FAILURES as error:
+            raise self._primary.unavailable(error) from error
 
     @asynccontextmanager
     async def _reader(self) -> AsyncIterator[Any]:
         """A connection for one read or job. It is kept for the next one, unless anything failed on it."""
         async with self._reading:
             self._idle_readers = [reader for reader in self._idle_readers if not reader.is_closed()]
-            connection = self._idle_readers.pop() if self._idle_readers else await self._connect()
+            connection = self._idle_readers.pop() if self._idle_readers else await self._primary.connect()
+            server = self._primary.server
             try:
                 yield connection
             except BaseException:
                 connection.terminate()
                 raise
-            self._idle_readers.append(connection)
+            if server == self._primary.server:
+                self._idle_readers.append(connection)
+            else:
+                connection.terminate()
 
 
 @dataclass(frozen=True, slots=True)
@@ -496,6 +554,7 @@ class _Writer:
     """
 
     connection: Any
+    server: Server | None
     make_counters: Any
     lock_counters: Any
     lock_calls: Any
@@ -505,17 +564,21 @@ class _Writer:
     renew_lease: Any
 
     @classmethod
-    async def on(cls, connection: Any) -> "_Writer":
+    async def on(cls, connection: Any, server: Server | None) -> "_Writer":
+        statements = WRITER_STATEMENTS
+        if server is None:  # it does not let us ask
+            statements = {**statements, "renew_lease": _RENEW_LEASE.replace(WAL_FILE, "NULL")}
         try:
-            prepared = {name: await connection.prepare(text) for name, text in WRITER_STATEMENTS.items()}
-            return cls(connection, **prepared)
+            prepared = {name: await connection.prepare(text) for name, text in statements.items()}
+            return cls(connection, server, **prepared)
         except BaseException:
             connection.terminate()
             raise
 
-    async def renew(self, owner: str, lease_ms: int) -> int:
-        now: int = await self.renew_lease.fetchval(owner, lease_ms, _FORGET_OWNER_MS)
-        return now
+    async def renew(self, owner: str, lease_ms: int) -> tuple[int, str | None]:
+        """The database's time, and the name of a file of its write-ahead log if it says that."""
+        now, wal_file = await self.renew_lease.fetchrow(owner, lease_ms, _FORGET_OWNER_MS)
+        return now, wal_file
 
 
 async def _apply(writer: _Writer, operations: Sequence[Operation]) -> list[Reply]:
@@ -551,50 +614,6 @@ async def _load(writer: _Writer, operations: Sequence[Operation]) -> Book:
 
 def _columns(rows: Sequence[Sequence[Any]], width: int) -> list[list[Any]]:
     return [[row[index] for row in rows] for index in range(width)]
-
-
-def _name_of(url: str) -> str:
-    """Host, port and name of the database in a URL, without the user and the password."""
-    parts = urlsplit(url)
-    # From the last @ on, wherever it is: a password with a / ends the host for a parser.
-    name = f"{parts.netloc}{parts.path}".rpartition("@")[2]
-    return name if parts.hostname else f"{dict(parse_qsl(parts.query)).get('host', '')}{name}"
-
-
-def _state(error: BaseException) -> str:
-    """The SQLSTATE of an error of the server, also if SQLAlchemy has wrapped it. Empty for other errors."""
-    return getattr(getattr(error, "orig", error), "sqlstate", None) or ""
-
-
-def _remedy(error: BaseException) -> str:
-    """What to do about an error, by its SQLSTATE (PostgreSQL, appendix A). Empty if the error says it."""
-    if not (state := _state(error)):
-        return _UNREACHABLE if isinstance(error, OSError | TimeoutError) else ""
-    return next((f"; {remedy}" for prefix, remedy in _REMEDIES.items() if state.startswith(prefix)), "")
-
-
-_UNREACHABLE = "; check that the server runs, and the host, the port and sslmode in `database`"
-_REMEDIES = {
-    "28": "check both in `database`, where a ${…} is taken literally and not decoded, and pg_hba.conf of the server",
-    "3D000": "create the database, or correct its name in `database`",
-    "42501": "give the user this right, for example with GRANT CREATE ON DATABASE",
-    "25006": "this server is a replica: write the host of the primary in `database`",
-    "53100": "free space on the server's disk",
-    "53300": "raise max_connections of the server, or run fewer processes",
-    "57P": "the server is starting or stopping; it may accept connections in a moment",
-}
-
-
-def _reason(error: BaseException) -> str:
-    """The text of an error for logs, without the parameters of its statement, which contain names of users."""
-    if _state(error).startswith("28"):
-        # The server's text has the user's name, which has the password in it if `database` has a colon too few.
-        return "the server does not accept this user with this password"
-    if isinstance(error, DBAPIError):
-        return str(error.orig)
-    if isinstance(error, TimeoutError):
-        return "the database did not answer in time"
-    return str(error) or type(error).__name__
 
 
 def _migrate(connection: Connection, name: str) -> bool:

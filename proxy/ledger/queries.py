@@ -8,6 +8,8 @@ tags are not in the sums of days: reports about them read the records of calls, 
 import asyncio
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import reduce
+from operator import add
 from typing import Any, Literal, get_args
 
 import sqlalchemy as sa
@@ -16,7 +18,8 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from proxy.ledger.entry import call_id_prefix
 from proxy.ledger.rows import counters_of
 from proxy.ledger.schema import calls, counters, usage_by_day
-from proxy.policy.quota import Counter, CounterKey
+from proxy.policy.amounts import Measure
+from proxy.policy.quota import Counter, CounterKey, user_subject
 
 Dimension = Literal["day", "hour", "user", "group", "model", "key", "tag"]
 DIMENSIONS: tuple[Dimension, ...] = get_args(Dimension)
@@ -27,6 +30,8 @@ HOUR_MS, DAY_MS = 3_600_000, 86_400_000
 _ROWS_AT_ONCE = 1000
 # The time by the clock of a PostgreSQL database (ms), whenever it is computed.
 POSTGRES_NOW = sa.cast(sa.extract("epoch", sa.func.clock_timestamp()) * 1000, sa.BigInteger)
+# Whether a counter is that of a member and not of a group. A quota whose `shared` was switched has left both.
+IS_OF_MEMBER = sa.func.substr(counters.c.subject, 1, len(user_subject(""))) == user_subject("")
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +112,11 @@ async def read_counters(connection: AsyncConnection, keys: Sequence[CounterKey])
     """The committed counters with these keys."""
     is_given = sa.tuple_(counters.c.subject, counters.c.quota_id).in_(keys)
     return counters_of((await connection.execute(sa.select(counters).where(is_given))).all())
+
+
+def used_of(measure: Measure) -> sa.ColumnElement[Any]:
+    """What a counter has used of this measure."""
+    return reduce(add, (counters.c[f"used_{quantity}"] for quantity in measure.quantities))
 
 
 def admitted_by(column: sa.ColumnElement[Any], groups: Collection[str]) -> sa.ColumnElement[bool]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import orjson
 
-from proxy.ledger.book import Book, Extend, Operation, Reserve
+from proxy.ledger.book import Book, Extend, Operation, Reserve, Restore
 from proxy.ledger.entry import CallLabels, Entry, HeldAmount
 from proxy.policy.amounts import (
     QUANTITIES,
@@ -62,11 +62,17 @@ def changes_of(book: Book, known: Iterable[str]) -> Changes:
 
 def keys_of(operations: Iterable[Operation]) -> set[CounterKey]:
     """The counters that operations name. The counters that their calls hold already are found in the entries."""
-    return set(
-        chain.from_iterable(
-            operation.binding.keys() for operation in operations if isinstance(operation, Reserve | Extend)
-        )
-    )
+    return set(chain.from_iterable(map(_keys_of, operations)))
+
+
+def _keys_of(operation: Operation) -> Iterable[CounterKey]:
+    match operation:
+        case Reserve() | Extend():
+            return operation.binding.keys()
+        case Restore():
+            return (held.key for held in operation.entry.held_amounts)
+        case _:
+            return ()
 
 
 def counters_of(rows: Iterable[Row]) -> dict[CounterKey, Counter]:

@@ -63,7 +63,9 @@ from proxy.policy.amounts import QUANTITIES
 metadata = MetaData()
 
 # The newest revision in `migrations`.
-HEAD = "0006"
+HEAD = "0007"
+# That of the next release, on whose schema this one runs too.
+NEXT = f"{int(HEAD) + 1:04}"
 # The PostgreSQL schema that contains our tables, so that they can share a database with others.
 SCHEMA = "llm_quota_proxy"
 
@@ -233,6 +235,7 @@ api_keys = Table(
     Column("revoked_at", BigInteger),
     Column("cut_version", BigInteger),
     Column("used_at", BigInteger),
+    Column("used_from", Text),
     Column("replaced_by", Text),
     Index("api_keys_of_user", "user_source", "user_id"),
     Index("api_keys_cut", "cut_version", sqlite_where=sa.text(CUT), postgresql_where=sa.text(CUT)),
@@ -409,6 +412,9 @@ call_cuts = Table(
 )
 
 
+_UNKNOWN = "which this release does not know: use the release that wrote it, or a newer one"
+
+
 class NewerSchema(Exception):
     """A newer release has migrated this database. This release could lose data that the newer one stores."""
 
@@ -419,7 +425,7 @@ def migrate(connection: Connection, name: str = "The database") -> None:
     Raises NewerSchema for the schema of any later release, before anything is changed. Its text begins with `name`.
     """
     revision = _revision(connection)
-    if revision in (HEAD, f"{int(HEAD) + 1:04}"):
+    if revision in (HEAD, NEXT):
         return
     # Imported only if there is a migration to run: alembic takes 10 MB that nothing else needs.
     from alembic import command
@@ -431,10 +437,7 @@ def migrate(connection: Connection, name: str = "The database") -> None:
     config.attributes["connection"] = connection
     known = {script.revision for script in ScriptDirectory.from_config(config).walk_revisions()}
     if revision is not None and revision not in known:
-        raise NewerSchema(
-            f"{name} has schema {revision}, which this release does not know: "
-            "use the release that wrote it, or a newer one."
-        )
+        raise NewerSchema(f"{name} has schema {revision}, {_UNKNOWN}.")
     command.upgrade(config, "head")
 
 
@@ -443,12 +446,22 @@ def has_schema(connection: Connection) -> bool:
     return _revision(connection) is not None
 
 
-def check_schema(connection: Connection, name: str) -> None:
-    """Raise StoreUnavailable unless the database has this release's schema, or that of the next release."""
+def check_schema(connection: Connection, name: str, *, exactly: bool = False) -> None:
+    """Raise StoreUnavailable unless the database has this release's schema, or that of the next release.
+
+    With `exactly` the latter is an error too: a copy would lose what this release does not know.
+    """
     revision = _revision(connection)
-    if revision not in (HEAD, f"{int(HEAD) + 1:04}"):
-        found = "no schema of ours" if revision is None else f"schema {revision}"
-        raise StoreUnavailable(f"{name} has {found}, and this release needs {HEAD}: run `llm-quota-proxy migrate`")
+    if revision == HEAD or (revision == NEXT and not exactly):
+        return
+    if revision == NEXT:
+        raise StoreUnavailable(
+            f"{name} has schema {revision} of a newer release, and this release has {HEAD}: use the newer release"
+        )
+    if revision is not None and revision > HEAD:  # four digits
+        raise StoreUnavailable(f"{name} has schema {revision}, {_UNKNOWN}")
+    found = "no schema of ours" if revision is None else f"schema {revision}"
+    raise StoreUnavailable(f"{name} has {found}, and this release needs {HEAD}: run `llm-quota-proxy migrate`")
 
 
 def _revision(connection: Connection) -> str | None:

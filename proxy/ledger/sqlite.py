@@ -16,7 +16,6 @@ Two advisory locks (flock) on files beside the database coordinate processes:
 """
 
 import asyncio
-import errno
 import fcntl
 import os
 import stat
@@ -53,19 +52,26 @@ from proxy.ledger.schema import (
     migrate,
     owners,
 )
-from proxy.ledger.store import JobResult, StoreInUse, StoreRefused, StoreUnavailable
+from proxy.ledger.sqlite_files import (
+    MAKING,
+    SUFFIXES,
+    has_content,
+    lock_file,
+    open_file,
+    refuse_foreign_log,
+    refuse_hard_links,
+    remedy_of,
+    stat_of,
+)
+from proxy.ledger.store import JobResult, StoreRefused, StoreUnavailable
 from proxy.policy.quota import Counter, CounterKey
 
 log = structlog.get_logger("ledger")
 
-# All files that belong to a database, by what their names have after its own.
-_SUFFIXES = ("", "-wal", "-shm", "-journal", ".lock", ".turn")
 # Those that must stay what they are while the database is in use, and what to do if one does not.
 _PUT_BACK = "put it back, or restart the proxy to use the file that is there now"
 _STOP = "stop the proxy with SIGTERM, with which it writes all it has to the database, and start it again"
 _IN_USE = {"": _PUT_BACK, "-wal": _STOP, "-shm": _STOP, ".lock": _STOP}
-# What the lock file contains until its first database has been made. If that fails, the next start may try again.
-_MAKING = b"the database is being made\n"
 # How long a transaction waits for a lock that another program has on the file, in seconds.
 _BUSY_TIMEOUT_S = 5.0
 # Connections that read beside the batches: two for the directory's lookups, one for its polls, one for displays.
@@ -127,8 +133,8 @@ class SqliteStore:
     `busy_timeout_s` is how long a transaction waits for a lock that another program has on the file. `lock` is the
     file descriptor of the lock that a parent holds for all its workers, as `hand_over` returned it. Without it, this
     process is the only one on the file. `may_be_new` allows it to make a database anew where there was one; a worker
-    must not do that. A batch is decided at the time of `now` (ms since 1970) when it has the lock; without `now` at
-    the time that `apply` is given.
+    must not do that. Without `migrates`, the schema is only checked. A batch is decided at the time of `now` (ms
+    since 1970) when it has the lock; without `now` at the time that `apply` is given.
     """
 
     def __init__(
@@ -138,6 +144,7 @@ class SqliteStore:
         busy_timeout_s: float = _BUSY_TIMEOUT_S,
         lock: int | None = None,
         may_be_new: bool = False,
+        migrates: bool = True,
         now: Callable[[], int] | None = None,
     ) -> None:
         self._now = now
@@ -153,6 +160,7 @@ class SqliteStore:
             pool_timeout=busy_timeout_s,
         )
         self._may_be_new = may_be_new and lock is None
+        self._migrates = migrates
         self._sql = _Statements(self._engine.dialect)
         self._opened_files: dict[str, tuple[int, int]] = {}
         self._is_only_process = lock is None
@@ -171,6 +179,7 @@ class SqliteStore:
     async def open(self) -> None:
         """Lock the file, unless the parent has locked it, and migrate its schema.
 
+        If the caller is cancelled, the thread still ends the migration, and `close` waits for it.
         Raises StoreInUse, StoreUnavailable (also if there was a database and it is gone) or schema.NewerSchema.
         """
         await self._in_thread(self._open)
@@ -199,34 +208,37 @@ class SqliteStore:
             raise StoreUnavailable(f"{self._path} is a folder: write the path of a file in `database`")
         lock = f"{self._path}.lock"
         if self._is_only_process:
-            self._lock_file = _lock(lock, self._path)
-            had_database = os.pread(self._lock_file, len(_MAKING), 0) != _MAKING
-            self._refuse_hard_links()
+            self._lock_file = lock_file(lock, self._path)
+            had_database = os.pread(self._lock_file, len(MAKING), 0) != MAKING
+            refuse_hard_links(self._path)
         else:
-            self._turn_file = _open_file(f"{self._path}.turn", os.O_CREAT)
+            self._turn_file = open_file(f"{self._path}.turn", os.O_CREAT)
             had_database = os.path.exists(lock)
         self._in_turn(self._migrate, had_database)
         if self._is_only_process:
             os.ftruncate(self._lock_file, 0)
         # The connection that has migrated stays open, so SQLite does not delete the log and its index meanwhile.
         for suffix in _IN_USE:
-            found = _stat(f"{self._path}{suffix}")
+            found = stat_of(f"{self._path}{suffix}")
             if found is not None:
                 self._opened_files[suffix] = (found.st_dev, found.st_ino)
 
     def _migrate(self, had_database: bool) -> None:
-        has_content, has_log = (_has_content(f"{self._path}{suffix}") for suffix in ("", "-wal"))
+        has_database, has_log = (has_content(f"{self._path}{suffix}") for suffix in ("", "-wal"))
         # Checked before SQLite opens the file, because it deletes the log of a database that is gone or empty.
-        if not has_content and (had_database or has_log):
+        if not has_database and (had_database or has_log):
             self._refuse_new()
-        if not has_content:
-            os.close(_open_file(str(self._path), os.O_CREAT))
+        refuse_foreign_log(self._path)
+        if not has_database:
+            if not self._migrates:
+                raise StoreUnavailable(f"{self._path} is not a database yet: run `llm-quota-proxy migrate`")
+            os.close(open_file(str(self._path), os.O_CREAT))
         self._restrict_files()
         with self._translated_errors(), self._engine.begin() as connection:
             is_new = not has_schema(connection)
             if is_new and had_database:
                 self._refuse_new()
-            migrate(connection, f"The database {self._path}")
+            (migrate if self._migrates else check_schema)(connection, f"The database {self._path}")
         if is_new:
             log.warning("a new database was made, in which all quotas are unused", database=str(self._path))
 
@@ -239,25 +251,12 @@ class SqliteStore:
                 "`llm-quota-proxy migrate`, or `serve --new-database` once."
             )
 
-    def _refuse_hard_links(self) -> None:
-        """Raise StoreUnavailable if the file has several names.
-
-        SQLite's log and our lock are files beside the name that was given. Two processes that use two names would
-        know nothing of each other, and damage the file: https://sqlite.org/howtocorrupt.html, section 2.4.
-        """
-        found = _stat(str(self._path))
-        if found is not None and found.st_nlink > 1:
-            raise StoreUnavailable(
-                f"{self._path} has {found.st_nlink} names (hard links), and a process that uses another one would "
-                f"damage it: delete the others, which `find -inum {found.st_ino}` shows, or use a copy of the file"
-            )
-
     def _restrict_files(self) -> None:
         """Let only the owner read and write the files: they have the names of users, and what they use.
 
         Files that SQLite makes later get the mode of the database's own.
         """
-        for suffix in _SUFFIXES:
+        for suffix in SUFFIXES:
             file = f"{self._path}{suffix}"
             try:
                 mode = stat.S_IMODE(os.stat(file).st_mode)
@@ -278,7 +277,7 @@ class SqliteStore:
         """
         for suffix, opened in self._opened_files.items():
             file = f"{self._path}{suffix}"
-            found = _stat(file)
+            found = stat_of(file)
             if found is None or (found.st_dev, found.st_ino) != opened:
                 raise StoreUnavailable(f"{file} was moved, deleted or replaced while in use: {_IN_USE[suffix]}")
             if not suffix and not found.st_size:
@@ -303,6 +302,13 @@ class SqliteStore:
         If this is the only process on the file, all others are dead. Workers go by the leases.
         """
         return await self._in_thread(self._orphans, owner, now, limit)
+
+    async def open_calls(self, owner: str) -> list[str]:
+        """The ids of the open calls of the process `owner`."""
+        return await self._in_thread(self._open_calls, owner)
+
+    def on_failover(self, callback: Callable[[], object]) -> None:
+        """Do nothing: a file has no server that could be replaced."""
 
     async def roll_up(self, limit: int, after: str | None) -> JobResult:
         """Add ended calls to the sums of their days."""
@@ -379,6 +385,12 @@ class SqliteStore:
                 row,
             )
 
+    def _open_calls(self, owner: str) -> list[str]:
+        self._check_files()
+        statement = select(calls.c.id).where(calls.c.state == "open", calls.c.owner == owner)
+        with self._translated_errors(), self._engine.connect() as connection:
+            return list(connection.execute(statement).scalars())
+
     def _orphans(self, owner: str, now: int, limit: int) -> list[str]:
         self._check_files()
         statement = select(calls.c.id).where(calls.c.state == "open", calls.c.owner != owner).limit(limit)
@@ -420,10 +432,11 @@ class SqliteStore:
 
     async def attach(self) -> None:
         """Make ready for `transaction` beside the processes that serve."""
-        if not _has_content(str(self._path)):
+        if not has_content(str(self._path)):
             raise StoreUnavailable(
                 f"{self._path} is not a database: correct `database`, or start the proxy, which makes it"
             )
+        refuse_foreign_log(self._path)
         # Of the other files SQLite makes and deletes some while this process has no connection.
         found = self._path.stat()
         self._opened_files = {"": (found.st_dev, found.st_ino)}
@@ -438,6 +451,37 @@ class SqliteStore:
         with self._translated_errors():
             async with engine.begin() as connection:
                 yield connection
+
+    # Copying the database as a whole
+
+    @asynccontextmanager
+    async def frozen(self) -> AsyncIterator[AsyncConnection]:
+        """A transaction that reads everything while nobody can write, neither a proxy nor a command."""
+        lock = f"{self._path}.lock"
+        had_lock = stat_of(lock) is not None
+        if not has_content(str(self._path)):
+            raise StoreUnavailable(f"{self._path} is not a database: correct the URL")
+        descriptor = lock_file(lock, self._path)
+        try:
+            refuse_hard_links(self._path)
+            await self.attach()
+            # Not through `_change_engine`, which would change the journal mode of a backup.
+            with self._translated_errors():
+                async with self._read_engine.connect() as connection:
+                    await connection.exec_driver_sql("BEGIN IMMEDIATE")
+                    await connection.run_sync(check_schema, f"The database {self._path}", exactly=True)
+                    yield connection
+        finally:
+            os.close(descriptor)
+            if not had_lock:
+                os.unlink(lock)
+
+    @asynccontextmanager
+    async def filling(self) -> AsyncIterator[AsyncConnection]:
+        """A transaction that makes the tables in an empty file and fills them."""
+        async with self.transaction(writes=True) as connection:
+            await connection.run_sync(migrate, f"The database {self._path}")
+            yield connection
 
     def _translated_errors(self, *, is_uncertain: bool = False) -> "_TranslatedErrors":
         return _TranslatedErrors(self._path, is_uncertain=is_uncertain)
@@ -457,7 +501,7 @@ class _TranslatedErrors:
         if isinstance(error, _REFUSALS):
             raise StoreRefused(str(error.orig)) from error
         if isinstance(error, DBAPIError):
-            text = f"{self._path} can't be used ({error.orig}): {_remedy(error.orig)}"
+            text = f"{self._path} can't be used ({error.orig}): {remedy_of(error.orig)}"
             raise StoreUnavailable(text, is_uncertain=self._is_uncertain) from error
         if isinstance(error, PoolTimeout):
             raise StoreUnavailable(f"{self._path} is not read fast enough: check its disk") from error
@@ -466,102 +510,6 @@ class _TranslatedErrors:
 def _url(driver: str, path: Path) -> URL:
     """The URL of a file that exists. SQLite makes no file, and so none with an empty ledger or with a wide mode."""
     return URL.create(driver, database=f"file:{quote(str(path))}", query={"mode": "rw", "uri": "true"})
-
-
-# ------------------------------------------------------------------------------------------------ files and remedies
-
-
-def _lock(file: str, path: Path) -> int:
-    """Lock the lock file of the database at `path`, and return its descriptor."""
-    try:
-        descriptor = _open_file(file, os.O_CREAT | os.O_EXCL)
-    except FileExistsError:
-        descriptor = _open_file(file)
-    else:
-        _write_mark(descriptor, file)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise StoreInUse(
-            f"Another process is using {path}. Stop it first; to run several, use --workers, or PostgreSQL. If the "
-            "parent of --workers was killed, its workers are ending now: try again in a few seconds."
-        ) from None
-    except OSError as error:
-        os.close(descriptor)
-        raise StoreUnavailable(
-            f"{file} can't be locked ({error.strerror}): use a local disk, not a network file system, or PostgreSQL"
-        ) from error
-    return descriptor
-
-
-def _write_mark(descriptor: int, file: str) -> None:
-    try:
-        os.write(descriptor, _MAKING)
-    except OSError as error:
-        os.close(descriptor)
-        os.unlink(file)  # an empty one would show that there was a database
-        raise StoreUnavailable(f"{file} can't be written ({error.strerror}): {_os_remedy(error)}") from error
-
-
-def _open_file(file: str, flags: int = 0) -> int:
-    """Open a file for reading and writing; one that is made can be used only by its owner.
-
-    Raises StoreUnavailable, and FileExistsError with O_EXCL.
-    """
-    try:
-        return os.open(file, os.O_RDWR | flags, 0o600)
-    except FileExistsError:
-        raise
-    except OSError as error:
-        raise StoreUnavailable(f"{file} can't be opened ({error.strerror}): {_os_remedy(error)}") from error
-
-
-def _stat(file: str) -> os.stat_result | None:
-    try:
-        return os.stat(file)
-    except OSError:  # there is none, or SQLite will say why it can't be used
-        return None
-
-
-def _has_content(file: str) -> bool:
-    found = _stat(file)
-    return found is not None and found.st_size > 0
-
-
-def _os_remedy(error: OSError) -> str:
-    """What to do about an error of the operating system."""
-    if error.errno in (errno.ENOENT, errno.ENOTDIR):
-        return "make its folder, or correct `database`"
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return _FREE_SPACE
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return _permissions()
-    return "check its folder and its disk"
-
-
-def _remedy(error: BaseException | None) -> str:
-    """What to do about an error of SQLite, by the name of its code, such as SQLITE_IOERR_WRITE."""
-    name = getattr(error, "sqlite_errorname", None) or ""
-    if name.startswith(("SQLITE_READONLY", "SQLITE_CANTOPEN", "SQLITE_PERM", "SQLITE_AUTH")):
-        return _permissions()
-    return next((remedy for prefix, remedy in _REMEDIES.items() if name.startswith(prefix)), _CHANGED)
-
-
-def _permissions() -> str:
-    return f"let the user {os.geteuid()} write it and its folder, on a file system that can be written"
-
-
-_FREE_SPACE = "free space on its disk"
-_REMEDIES = {
-    "SQLITE_BUSY": "another program has locked it, such as a backup or a SQLite shell; end its transaction",
-    "SQLITE_LOCKED": "another program has locked it; end its transaction",
-    "SQLITE_FULL": _FREE_SPACE,
-    "SQLITE_IOERR": "check its disk, the space on it, and its mount",
-    "SQLITE_NOTADB": "restore a backup, or correct `database`",
-    "SQLITE_CORRUPT": "restore a backup, or copy what can still be read with `sqlite3 FILE .recover`",
-}
-_CHANGED = "another program may have changed its tables; restore a backup, or use a file of its own for the proxy"
 
 
 def _configure(connection: Any, _: object) -> None:

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from proxy.ledger.book import (
     Accepted,
@@ -17,12 +19,13 @@ from proxy.ledger.book import (
     Refused,
     Release,
     Reply,
+    Restore,
     Settle,
     Unknown,
     split_charge,
 )
 from proxy.ledger.entry import CallLabels, Entry, HeldAmount
-from proxy.policy.admission import NeedsCount, Verdict
+from proxy.policy.admission import NeedsCount, NotAdmitted, Verdict, decide
 from proxy.policy.amounts import NO_AMOUNT, TOKENS_MAX, Amount, AtLeast, Tokens, Unspent
 from proxy.policy.quota import Binding, Quota
 from proxy.policy.windows import Window
@@ -486,16 +489,118 @@ def test_a_window_in_which_nothing_was_used_is_not_open(end, opened_at):
     assert counter.window == Window(opened_at, opened_at + 6 * HOUR)
 
 
-def test_after_a_change_of_per_the_open_window_keeps_its_end():
-    """From day to hour: what was used today counts until midnight."""
-    ledger = InMemoryLedger(ANN, used={DAILY.id: 950})
-    hourly = binding([replace(DAILY, per=quota("x/y", per="hour").per)])
-    [refused] = ledger.apply(reserve("1", hourly, CALL))
+def of_rule(per: str, *, zone: str = "UTC") -> Binding:
+    """Ann with DAILY in windows of another rule."""
+    return binding([replace(DAILY, per=quota("x/y", per=per, zone=zone).per)])
+
+
+def end_of(ledger: InMemoryLedger) -> int:
+    """When the stored window of DAILY ends."""
+    return ledger.counters[DAILY.key_for("ann")].window.resets_at
+
+
+@pytest.mark.parametrize("used", [1000, 0], ids=["refused", "admitted"])
+def test_after_a_change_of_per_the_open_window_ends_no_later_than_one_that_opens_at_the_first_call(used):
+    """A year became six hours. The first call stores the end, also if it is refused, and the end stays."""
+    ledger = InMemoryLedger(of_rule("year"), used={DAILY.id: used or 1})
+    for hours in (1, 2, 5):
+        ledger.now = NOON + hours * HOUR
+        [reply] = ledger.apply(reserve(str(hours), of_rule("6h"), call(1)))
+        assert isinstance(reply, Refused) is bool(used)
+        assert not isinstance(reply, Refused) or reply.decision.admissible_at == NOON + 7 * HOUR
+        assert end_of(ledger) == NOON + 7 * HOUR
+    ledger.now = NOON + 7 * HOUR
+    [reply] = ledger.apply(reserve("7", of_rule("6h"), call(1)))
+    assert isinstance(reply, Accepted)
+    assert ledger.levels(DAILY) == (NO_AMOUNT, Amount(1, 0, 1))
+
+
+def test_a_longer_per_changes_nothing_for_the_open_window():
+    """Its end was announced. The next window has the new length."""
+    ledger = InMemoryLedger(of_rule("hour"), used={DAILY.id: 1000})
+    [refused] = ledger.apply(reserve("1", of_rule("year"), call(1)))
     assert isinstance(refused, Refused)
-    assert refused.decision.admissible_at == instant("2026-11-25 00:00")
-    ledger.now = instant("2026-11-25 00:00")
-    ledger.apply(reserve("1", hourly, CALL))
-    assert ledger.counters[DAILY.key_for("ann")].window.resets_at == instant("2026-11-25 01:00")
+    assert refused.decision.admissible_at == end_of(ledger) == NOON + HOUR
+    ledger.now = NOON + HOUR
+    ledger.apply(reserve("2", of_rule("year"), call(1)))
+    assert end_of(ledger) == instant("2027-01-01 00:00")
+
+
+def test_a_window_that_a_later_rule_opened_is_not_shortened_by_a_call_of_an_earlier_one():
+    """A minute became a year. A stream of the minute grows after another call has opened the year."""
+    minute, year = of_rule("minute"), of_rule("year")
+    ledger = InMemoryLedger(minute)
+    ledger.apply(reserve("1", minute, STREAM))
+    ledger.now += 2 * MINUTE
+    ledger.apply(reserve("2", year, call(100)))
+    ledger.apply(extend("1", minute, 300))
+    assert end_of(ledger) == instant("2027-01-01 00:00")
+    assert ledger.levels(DAILY) == (NO_AMOUNT, Amount(100, 200, 1))
+
+
+def test_a_call_of_an_earlier_rule_keeps_what_it_holds_when_its_window_is_shortened():
+    """A day became a minute while a stream is in flight. It is settled into the window in which it was reserved."""
+    ledger = InMemoryLedger(ANN)
+    ledger.apply(reserve("1", ANN, CALL))
+    ledger.now += HOUR
+    ledger.apply(reserve("2", of_rule("minute"), call(500)))
+    assert end_of(ledger) == NOON + HOUR + MINUTE
+    ledger.apply(SETTLE)
+    assert ledger.levels(DAILY) == (Amount(90, 60, 1), Amount(500, 0, 1))
+    ledger.now += MINUTE
+    ledger.apply(reserve("3", of_rule("minute"), call(1000)), Settle("2", exactly(500), "complete"))
+    assert ledger.levels(DAILY) == (NO_AMOUNT, Amount(1000, 0, 1))
+
+
+def test_a_grant_that_ends_before_the_shortened_end_does_not_delay_the_reset():
+    """The reset that is told is the stored one, and the call is admitted at it."""
+    quota_of_minute = of_rule("minute")
+    raised = replace(quota_of_minute, grants={DAILY.id: (grant(DAILY.id, tokens=5, until=NOON + 1),)})
+    ledger = InMemoryLedger(of_rule("year"), used={DAILY.id: 1005})
+    refused = decide(call(1), raised, ledger.counters, NOON)
+    assert isinstance(refused, NotAdmitted)
+    assert refused.admissible_at == NOON + MINUTE
+
+
+RULES = st.sampled_from(
+    [
+        *((per, "UTC") for per in ("90s", "6h", "48h", "minute", "hour", "day", "week", "month", "year")),
+        *((per, zone) for per in ("hour", "day") for zone in ("Asia/Kathmandu", "America/New_York", "Pacific/Apia")),
+    ]
+)
+# How long until the next call, and whether the rule is changed before it.
+STEPS = st.lists(
+    st.tuples(st.sampled_from([0, 1, MINUTE, HOUR, 7 * HOUR, DAY]), st.none() | RULES), min_size=1, max_size=12
+)
+
+
+@given(rule=RULES, steps=STEPS, maximum=st.sampled_from([1000, 0]))
+def test_an_end_is_computed_once_for_each_rule_and_told_truly(rule, steps, maximum):
+    """The window's end, kept beside the ledger: computed at its opening, and once at the first call of each new rule.
+
+    With a limit of 0 all calls are refused, and the window is that of a call that was admitted before.
+    """
+
+    def of(rule: tuple[str, str]) -> Binding:
+        per, zone = rule
+        return binding([replace(quota("staff/daily", tokens=maximum), per=quota("x/y", per=per, zone=zone).per)])
+
+    def end(rule: tuple[str, str]) -> int:
+        return of(rule).quotas[0].per.opening(ledger.now).resets_at
+
+    ledger = InMemoryLedger(of(rule), used={DAILY.id: 1})
+    expected = end(rule)
+    for number, (step, changed) in enumerate(steps):
+        ledger.now += step
+        is_new_rule, rule = changed is not None and changed != rule, changed or rule
+        if ledger.now >= expected:
+            if not maximum:
+                return
+            expected = end(rule)
+        elif is_new_rule:
+            expected = min(expected, end(rule))
+        ledger.apply(reserve(str(number), of(rule), call(1)))
+        assert end_of(ledger) == expected
 
 
 def test_a_changed_limit_keeps_the_usage():
@@ -1180,3 +1285,56 @@ def test_a_late_settle_of_a_call_whose_counter_was_deleted_writes_the_entry_only
     ledger.counters.clear()
     ledger.apply(SETTLE)
     assert (ledger.counters, ledger.entries["1"].state) == ({}, "settled")
+
+
+# ---------------------------------------------------------------------------------- reservations that were lost
+
+
+def restored(before: InMemoryLedger, after: InMemoryLedger) -> Reply:
+    """Put the call `1` of one ledger back into another one, which has lost it."""
+    [reply] = after.apply(Restore(before.entries["1"], before.counters))
+    return reply
+
+
+def test_a_lost_reservation_is_put_back_with_what_it_holds() -> None:
+    """It ends as if nothing had happened. To repeat it changes nothing, also after the end."""
+    before, after = InMemoryLedger(ANN, used={"staff/daily": 300}), InMemoryLedger(ANN, used={"staff/daily": 200})
+    before.apply(reserve("1", ANN, CALL))
+    for _ in range(2):
+        reply = restored(before, after)
+        assert isinstance(reply, Accepted)
+        assert reply.entry == before.entries["1"]
+        assert after.levels(DAILY) == (amount(200), HELD)
+    after.apply(SETTLE)
+    assert after.levels(DAILY) == (Amount(290, 60, 2), NO_AMOUNT)
+    reply = restored(before, after)
+    assert isinstance(reply, Accepted)
+    assert reply.entry.state == "settled"
+    assert after.levels(DAILY) == (Amount(290, 60, 2), NO_AMOUNT)
+
+
+@pytest.mark.parametrize("is_row_lost", [True, False])
+def test_a_window_that_was_lost_with_the_reservation_is_opened_again(is_row_lost: bool) -> None:
+    """When it was open before, with nothing used: the other calls in it were lost too. An old one is replaced."""
+    who = binding([SIX_HOURS])
+    before, after = InMemoryLedger(who, NOON + DAY), InMemoryLedger(who, used={} if is_row_lost else {"staff/6h": 10})
+    before.apply(reserve("1", who, CALL))
+    after.now = NOON + DAY + MINUTE
+    restored(before, after)
+    [counter] = after.counters.values()
+    assert (counter.window.opened_at, counter.used, counter.held) == (NOON + DAY, NO_AMOUNT, HELD)
+
+
+@pytest.mark.parametrize("is_known", [True, False])
+def test_a_lost_reservation_of_a_window_that_has_ended_is_only_in_the_entry(is_known: bool) -> None:
+    """As for every call whose window has ended; and if its window is not known."""
+    who = binding([SIX_HOURS])
+    before, after = InMemoryLedger(who), InMemoryLedger(who)
+    before.apply(reserve("1", who, CALL))
+    after.now = NOON + DAY
+    if not is_known:
+        before.counters = {}
+    restored(before, after)
+    after.apply(SETTLE)
+    assert after.entries["1"].state == "settled"
+    assert after.counters == {}

@@ -374,6 +374,14 @@ def _end(operation: Settle | Release | Expire, call: Call, now: int) -> None:
     call.state, call.ended_at = state, now
 
 
+def _end_of_window(per: str, now: int) -> int:
+    """When a window ends that opens now; those of the calendar are in UTC."""
+    if per == "6h":
+        return now + 6 * HOUR
+    length = HOUR if per == "hour" else DAY
+    return (now // length + 1) * length
+
+
 class Model:
     """All calls with what they hold in which window, and the last window of each counter."""
 
@@ -385,6 +393,7 @@ class Model:
         """Record what an operation did, by its reply, and check that the reply is possible."""
         known = self.calls.get(operation.id)
         if isinstance(operation, Reserve) and known is None:
+            self._shorten(operation.binding, now)
             if isinstance(reply, Accepted):
                 known = self.calls[operation.id] = Call(operation.binding, reply.entry.hold)
                 self._hold(known, reply, now)
@@ -403,7 +412,19 @@ class Model:
         if isinstance(reply, Accepted) and known is not None:
             assert (reply.entry.state, reply.entry.hold) == (known.state, known.hold)
         for key, counter in reply.counters.items():
-            self.last[key].resets_at = counter.window.resets_at
+            assert self.last[key].resets_at == counter.window.resets_at
+
+    def _shorten(self, who: Binding, now: int) -> None:
+        """A new call, also one that is refused, ends open windows when one would end that opens now."""
+        for each in who.quotas:
+            key = each.key_for(who.user)
+            if key in self.last and now < self.last[key].resets_at and self._is_used(key):
+                self.last[key].resets_at = min(self.last[key].resets_at, _end_of_window(each.per.text, now))
+
+    def _is_used(self, key: CounterKey) -> bool:
+        """Whether anything is used or held in the last window of a counter, or it was reset."""
+        last = self.last[key]
+        return any(map(bool, self.levels(key))) or last.reset_at >= last.opened_at
 
     def reset(self, key: CounterKey, now: int) -> None:
         """Forgive what is used."""
@@ -462,8 +483,7 @@ class Model:
         if last is None:
             self.last[key] = OpenedWindow(window.resets_at, window.opened_at)
             return self.last[key]
-        is_used = any(map(bool, self.levels(key))) or last.reset_at >= last.opened_at
-        if last.resets_at <= now or not is_used:
+        if last.resets_at <= now or not self._is_used(key):
             if last.reset_at and last.opened_at == window.opened_at:
                 # By its clock it was reset before it had opened. It is still the same day, to which a call that had
                 # expired before may be settled late.

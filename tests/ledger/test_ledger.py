@@ -39,8 +39,10 @@ from proxy.ledger.queries import oldest_call
 from proxy.ledger.schema import NewerSchema
 from proxy.ledger.sqlite import SqliteStore
 from proxy.ledger.store import StoreInUse, StoreUnavailable
+from proxy.metrics import Metrics
 from proxy.policy.admission import NeedsCount, Verdict
 from proxy.policy.amounts import TOKENS_MAX, Amount, AtLeast, Exactly, Tokens, Unspent
+from tests import exposition
 from tests.audit import audit, connected, contents, rows, states
 from tests.breakage import BrokenBinding, commits, failing_writes, full, locked, moved, read_only, unchecked, writers
 from tests.builders import DAY, HOUR, MINUTE, NOON, binding, call, estimated, exactly, extend, quota, reserve
@@ -573,6 +575,34 @@ async def test_while_the_database_is_unavailable_no_call_is_admitted_and_nothing
     audit(path)
 
 
+async def test_a_lost_reservation_is_put_back_before_the_end_that_was_queued_meanwhile(path):
+    """A failover has lost it, and the database is slow: the extend is given up, and its answer ends."""
+    is_slow, goes_on = asyncio.Event(), asyncio.Event()
+
+    class Slow(SqliteStore):
+        async def apply(self, operations, now):
+            replies = await super().apply(operations, now)
+            if isinstance(operations[0], Extend) and not goes_on.is_set():
+                is_slow.set()
+                await goes_on.wait()
+            return replies
+
+    async with running(Slow(path, busy_timeout_s=0)) as ledger:
+        await ledger.reserve(reserve("1", ANN, STREAM))
+        with connected(path) as other:
+            other.execute("DELETE FROM calls")
+            other.execute("UPDATE counters SET held_input = 0, held_output = 0, held_requests = 0")
+        extending = asyncio.create_task(ledger.extend(extend("1", ANN, 300, least=200)))
+        await is_slow.wait()
+        extending.cancel()
+        await asyncio.gather(extending, return_exceptions=True)
+        ended = ledger.end(Settle("1", exactly(100, 150), "complete"))
+        goes_on.set()
+        assert (await ended).entry.state == "settled"
+        assert await levels(ledger) == (Amount(100, 150, 1), NO_AMOUNT)
+    audit(path)
+
+
 async def test_a_new_call_waits_for_an_unavailable_database(ledger, path):
     """A failover is only a pause: no call is refused for it."""
     with connected(path) as other, capture_logs() as logs:
@@ -710,14 +740,14 @@ async def test_the_time_of_the_ledger_is_that_of_the_clock_that_decides(path, cl
     store = ClockOfItsOwn(path, clock)
     store.ahead_ms = 300_000
     async with running(store, clock=clock) as ledger:
-        seen: list[int] = []
-        ledger.on_clock_offset(seen.append)
+        metrics = measured(ledger)
         assert ledger.now() == NOON + 300_000
         clock.now += 1000
         assert ledger.now() == NOON + 301_000
         store.ahead_ms = -300_000
         refused = await ledger.reserve(reserve("1", ANN, call(5000)))
         assert refused.decided_at == ledger.now() == NOON - 299_000
+        assert read(metrics).value("llm_quota_ledger_clock_offset_seconds") == -300
         store.ahead_ms = 7
         await ledger.renew_lease()
         assert ledger.now() == NOON + 1007
@@ -725,7 +755,7 @@ async def test_the_time_of_the_ledger_is_that_of_the_clock_that_decides(path, cl
         await ledger.reserve(reserve("2", ANN, call(100)))
         assert ledger.now() == NOON + 1009
         await ledger.end(Release("unknown"))  # its reply has no instant
-        assert seen == [-300_000, 7, 9]
+        assert read(metrics).value("llm_quota_ledger_clock_offset_seconds") == 0.009
 
 
 @pytest.mark.parametrize(
@@ -872,12 +902,41 @@ async def test_closing_ends_also_while_the_database_is_unavailable(path):
             ends = [ledger.end(Settle(str(number), exactly(1), "complete")) for number in range(3)]
             new_call = asyncio.ensure_future(ledger.reserve(reserve("9", ROOMY, CALL)))
             await asyncio.sleep(0)
-            await asyncio.wait_for(ledger.close(), 10)
+            assert await asyncio.wait_for(ledger.close(), 10) == 3
             other.execute("ROLLBACK")
-    assert [(line["event"], line["acts"]) for line in logs][-1] == ("closing with ends that could not be booked", 3)
+    assert (logs[-1]["event"], logs[-1]["calls"]) == ("closing with ends that could not be booked", 3)
     for unanswered in (new_call, *ends):
         with pytest.raises(LedgerUnavailable):
             await unanswered
+    async with running(path, "process-2") as ledger:
+        assert await levels(ledger) == (Amount(300, 1200, 3), NO_AMOUNT)
+    audit(path)
+
+
+class HangingStore(SqliteStore):
+    """Does not answer once it `hangs`, like a server whose process is stopped."""
+
+    hangs = False
+
+    async def apply(self, operations, now):
+        if self.hangs:
+            await asyncio.Event().wait()
+        return await super().apply(operations, now)
+
+
+async def test_closing_gives_up_a_commit_that_takes_too_long(path):
+    """Neither the batch nor what waits behind it is committed. The next start charges these calls their holds."""
+    store = HangingStore(path)
+    async with running(store) as ledger:
+        await apply_together(ledger, *(reserve(str(number), ROOMY, CALL) for number in range(3)))
+        store.hangs = True
+        ends = [ledger.end(Settle("0", exactly(1), "complete"))]
+        await asyncio.sleep(0)
+        ends += [ledger.end(Settle(str(number), exactly(1), "complete")) for number in (1, 2)]
+        assert await ledger.close(within_s=0.01) == 3
+    for end in ends:
+        with pytest.raises(LedgerUnavailable):
+            await end
     async with running(path, "process-2") as ledger:
         assert await levels(ledger) == (Amount(300, 1200, 3), NO_AMOUNT)
     audit(path)
@@ -1174,3 +1233,61 @@ async def test_reports_are_read_beside_the_batches(ledger, path):
     with connected(path) as writer, moved(path, writer), pytest.raises(LedgerUnavailable):
         async with ledger.read():
             pass
+
+
+# ------------------------------------------------------------------------------------------------------------ metrics
+
+
+def measured(ledger: Ledger) -> Metrics:
+    """New metrics, in which this ledger counts from now on."""
+    metrics = Metrics()
+    ledger.measure_in(metrics)
+    return metrics
+
+
+def read(metrics: Metrics) -> exposition.Metrics:
+    return exposition.Metrics.of(metrics.exposition().decode())
+
+
+async def test_batches_are_measured(ledger):
+    """How many operations each had, and how long it took."""
+    metrics = measured(ledger)
+    for size in (4, 1):
+        await apply_together(ledger, *(reserve(f"{size}-{number}", ROOMY, CALL) for number in range(size)))
+    found = read(metrics)
+    assert found.value("llm_quota_ledger_batch_operations_sum") == 5
+    assert found.value("llm_quota_ledger_batch_operations_count") == 2
+    assert found.value("llm_quota_ledger_commit_seconds_count") == 2
+    assert found.value("llm_quota_ledger_commit_seconds_sum") > 0
+
+
+async def test_failures_are_counted_by_what_failed(path):
+    """Of the database, of one operation, of the lease, of the sweep, and of calls that have waited too long."""
+    async with running(path, wait_s=0.01) as ledger:
+        metrics = measured(ledger)
+        with connected(path) as other:
+            other.execute("BEGIN IMMEDIATE")
+            await ledger.renew_lease()
+            with pytest.raises(LedgerUnavailable):
+                await ledger.reserve(reserve("1", ANN, CALL))
+            other.execute("ROLLBACK")
+            other.execute("ALTER TABLE calls RENAME TO aside")
+            await ledger.sweep()
+            other.execute("ALTER TABLE aside RENAME TO calls")
+        await ledger.end(reserve("2", ANN, CALL))
+        with pytest.raises(LedgerUnavailable):
+            await ledger.end(next(iter(INVALID.values()))())
+        counted = read(metrics).by("llm_quota_ledger_failures_total", "kind")
+    assert counted.pop("batch") >= 1
+    assert counted == {"operation": 1, "wait": 1, "lease": 1, "sweep": 1}
+
+
+async def test_calls_of_dead_processes_are_counted(path, clock):
+    """Those that this process has charged from their reservations."""
+    async with running(path, clock=clock) as dead:
+        await apply_together(dead, *(reserve(str(number), ROOMY, CALL) for number in range(3)))
+    ledger = Ledger(SqliteStore(path), owner="process-2", now=clock)
+    metrics = measured(ledger)
+    await ledger.start()
+    await ledger.close()
+    assert read(metrics).value("llm_quota_reservations_expired_total") == 3

@@ -83,6 +83,9 @@ async def test_many_are_written_in_small_transactions(store, monkeypatch):
         (replace(CROSSING, crossed_at=NOON + HOUR), True),
         (replace(CROSSING, opened_at=NOON - 1, level=100), True),
         (replace(CROSSING, opened_at=NOON + 1, level=80), False),
+        (replace(CROSSING, resets_at=CROSSING.resets_at - 1), False),
+        (replace(CROSSING, resets_at=CROSSING.resets_at + 1), True),
+        (replace(CROSSING, opened_at=NOON - 1, resets_at=CROSSING.resets_at - 1), True),
     ],
 )
 async def test_of_a_counter_the_newest_window_and_its_highest_level_stay(store, later, stays):

@@ -30,9 +30,9 @@ from proxy.ledger.postgres import (
     READ_RESPONSE_CALL,
     WRITER_STATEMENTS,
     PostgresStore,
-    Timeouts,
     begin,
 )
+from proxy.ledger.primary import Timeouts
 from proxy.ledger.schema import HEAD, NewerSchema, metadata
 from proxy.ledger.store import JobResult, StoreRefused, StoreUnavailable
 from proxy.policy.admission import NeedsCount, Verdict
@@ -310,15 +310,18 @@ async def test_a_new_window_replaces_the_one_that_ended(store, database):
     assert await levels(store) == (Amount(), amount(7))
 
 
-async def test_a_batch_may_touch_any_number_of_counters(store):
+async def test_a_batch_may_touch_any_number_of_counters(url):
     """More than a statement may have parameters, so none is missed and taken for unused."""
     many = [quota(f"staff/q{number}", requests=1, per=LONG) for number in range(11_000)]
     who = binding(many)
-    await apply(store, reserve("1", who, call(1)), SETTLED)
-    [refused] = await apply(store, reserve("2", who, call(1)))
-    assert isinstance(refused, Refused)
-    assert len(refused.decision.blocks) == len(many)
-    assert len(await store.read_counters(who.keys())) == len(many)
+    minute = 60_000  # on a busy machine the rules alone take seconds, for which the server waits
+    long = Timeouts(idle_ms=minute, lock_ms=minute, statement_ms=minute, batch_ms=minute, whole_ms=minute)
+    async with opened(url, long) as store:
+        await apply(store, reserve("1", who, call(1)), SETTLED)
+        [refused] = await apply(store, reserve("2", who, call(1)))
+        assert isinstance(refused, Refused)
+        assert len(refused.decision.blocks) == len(many)
+        assert len(await store.read_counters(who.keys())) == len(many)
 
 
 async def test_no_batch_scans_a_table(url, database):
@@ -663,7 +666,8 @@ async def test_a_batch_that_is_cancelled_leaves_no_lock(store, url, database):
 
 STOPPED = """
 import asyncio, os, signal, sys
-from proxy.ledger.postgres import PostgresStore, Timeouts
+from proxy.ledger.postgres import PostgresStore
+from proxy.ledger.primary import Timeouts
 from tests.ledger.test_postgres import ANN, CALL, NO_CLOCK
 from tests.builders import reserve
 
@@ -905,6 +909,9 @@ async def test_an_error_at_the_start_names_the_database_and_what_to_do(server, e
     unreachable = await error_of("postgresql://u:sesame@127.0.0.1:1/db?user=x&password=sesame")
     assert unreachable.startswith("PostgreSQL can't be used at 127.0.0.1:1/db: ")
     assert unreachable.endswith("check that the server runs, and the host, the port and sslmode in `database`")
+    assert "127.0.0.1:1: Connection refused; " in unreachable
+    of_ipv6 = await error_of("postgresql://u:sesame@[::1]:1/db")
+    assert re.match(r"PostgreSQL can't be used at \[::1\]:1/db: \[::1\]:1: [A-Z][a-z ]+; check", of_ipv6)
     unreadable = await error_of("postgresql://u:sesame@h/db?sslmode=sesame")
     assert unreadable == "the driver can't read the database's URL (host and name: h/db): correct `database`"
     cut = await error_of("postgresql://u:1/sesame@127.0.0.1:1/db?sslmode=wrong")
@@ -1004,6 +1011,17 @@ async def test_a_newer_schema_is_refused_and_left_alone(store, url, database):
     with pytest.raises(NewerSchema):
         await PostgresStore(url).open()
     assert await versions(database) == ["9999"]
+
+
+async def test_a_store_that_may_not_migrate_makes_no_schema(empty_url, server):
+    """It says what to run. After that it opens."""
+    store = PostgresStore(empty_url, migrates=False)
+    with pytest.raises(StoreUnavailable, match=f"has no schema of ours, and this release needs {HEAD}: run"):
+        await store.open()
+    assert await server.run("SELECT to_regnamespace('llm_quota_proxy')::oid", url=empty_url) == [(None,)]
+    async with opened(empty_url):
+        await store.open()
+    await store.close()
 
 
 async def versions(database):

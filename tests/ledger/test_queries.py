@@ -4,7 +4,9 @@ import random
 from dataclasses import astuple
 
 import pytest
+import sqlalchemy as sa
 
+from proxy.ledger import schema
 from proxy.ledger.book import Expire, Release, Reserve, Settle
 from proxy.ledger.entry import CallLabels, call_id_prefix
 from proxy.ledger.queries import (
@@ -16,9 +18,10 @@ from proxy.ledger.queries import (
     oldest_call,
     read_counters,
     usage,
+    used_of,
 )
 from proxy.ledger.schema import calls
-from proxy.policy.amounts import AtLeast, Exactly, Tokens, Unspent
+from proxy.policy.amounts import AtLeast, Exactly, Measure, Tokens, Unspent
 from tests.builders import DAY, HOUR, NOON, binding, call, counters, group_quotas, quota
 
 LARGE = quota("staff/daily", tokens=10**9)
@@ -164,3 +167,19 @@ def test_reports_are_sorted_by_time_or_by_tokens():
     users = [("zoe", Used(input_tokens=2)), ("bob", Used(output_tokens=3)), ("ann", Used(1, 1, 1, 1))]
     assert [value for value, _ in sorted(days, key=by_time_or_tokens)] == [NOON, NOON + DAY]
     assert [value for value, _ in sorted(users, key=by_time_or_tokens)] == ["bob", "ann", "zoe"]
+
+
+async def test_what_a_counter_has_used_is_read_by_measure(store):
+    """Tokens are the sum of input and output."""
+    used = {"used_input": 100, "used_output": 20, "used_requests": 3}
+    held = dict.fromkeys(("held_input", "held_output", "held_requests"), 7)
+    row = {"subject": "user:ann", "quota_id": "staff/daily", "opened_at": NOON, "resets_at": NOON + DAY}
+    async with store.transaction() as connection:
+        await connection.execute(schema.counters.insert().values(**row, **used, **held))
+        found = (await connection.execute(sa.select(*map(used_of, Measure)))).one()
+    assert dict(zip(Measure, found, strict=True)) == {
+        Measure.TOKENS: 120,
+        Measure.INPUT_TOKENS: 100,
+        Measure.OUTPUT_TOKENS: 20,
+        Measure.REQUESTS: 3,
+    }

@@ -319,7 +319,7 @@ async def test_a_roll_up_whose_connection_breaks_counts_nothing(tmp_path):
         await database.count()
         await database.reserve_and_settle(*range(3, 6))
         waiting = "FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
-        connection = await database.store._connect()
+        connection = await database.store._primary.connect()
         await connection.execute("BEGIN; SELECT FROM llm_quota_proxy.usage_by_day FOR UPDATE")
         counting = asyncio.create_task(database.count())
         while not await connection.fetchval(f"SELECT count(*) {waiting}"):

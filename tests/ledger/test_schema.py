@@ -200,6 +200,27 @@ async def test_the_release_before_works_on_the_tables_of_the_directory(engine, p
     await store.close()
 
 
+KEY_COLUMNS = "id, digest, user_source, user_id, label, takes_tag_header, created_at, created_by, used_at"
+
+
+def test_the_keys_of_the_release_before_are_kept_and_it_works_on(engine, path):
+    """It neither writes nor reads from where they were used."""
+    migrate_to(engine, "0006")
+    with connected(path) as connection:
+        connection.execute(
+            f"INSERT INTO api_keys ({KEY_COLUMNS}) VALUES ('one', 'd1', 'file', 'ann', '', 0, 1, 'x', 2)"
+        )
+    [before] = rows(path, "api_keys")
+    run_migrations(engine)
+    assert rows(path, "api_keys") == [before | {"used_from": None}]
+    with connected(path) as connection:
+        connection.execute(
+            f"INSERT INTO api_keys ({KEY_COLUMNS}) VALUES ('two', 'd2', 'file', 'ann', '', 0, 1, 'x', 2)"
+        )
+        connection.execute("UPDATE api_keys SET used_at = 3 WHERE id = 'one'")
+    assert [(row["used_at"], row["used_from"]) for row in rows(path, "api_keys")] == [(3, None), (2, None)]
+
+
 def test_a_newer_schema_is_refused_and_left_alone(engine, path):
     """The proxy went back to an older release, which would lose what the newer one stores."""
     run_migrations(engine)

@@ -24,7 +24,7 @@ from structlog.testing import capture_logs
 
 from proxy.ledger.book import Accepted, Expire, Refused, Release, Settle, Unknown
 from proxy.ledger.entry import CallLabels
-from proxy.ledger.schema import NewerSchema
+from proxy.ledger.schema import HEAD, NewerSchema
 from proxy.ledger.sqlite import SqliteStore
 from proxy.ledger.store import JobResult, StoreInUse, StoreRefused, StoreUnavailable
 from proxy.policy.admission import NeedsCount, Verdict
@@ -48,6 +48,7 @@ from tests.breakage import (
     writers,
 )
 from tests.builders import DAY, HOUR, NOON, amount, binding, call, estimated, exactly, extend, quota, reserve
+from tests.sqlite import write_migrated
 
 DAILY = quota("staff/daily", tokens=1000)
 ANN = binding([DAILY])
@@ -687,6 +688,38 @@ async def test_a_newer_schema_is_refused_and_left_alone(path):
         await older.open()
     await older.close()
     assert contents(path) == before
+
+
+async def test_a_store_that_may_not_migrate_changes_no_schema(new_path):
+    """It neither makes a file nor migrates one, and says what to run. This release's schema and the next are used."""
+
+    async def open_and_close():
+        store = SqliteStore(new_path, migrates=False)
+        try:
+            await store.open()
+            await store.apply([reserve("1", ANN, call(100, 400))], NOON)
+        finally:
+            await store.close()
+
+    with pytest.raises(StoreUnavailable, match="is not a database yet: run `llm-quota-proxy migrate`"):
+        await open_and_close()
+    assert not new_path.exists()
+    write_migrated(new_path)
+    for revision, text in (
+        ("0001", f"has schema 0001, and this release needs {HEAD}: run `llm-quota-proxy migrate`"),
+        ("9999", "has schema 9999, which this release does not know: use the release that wrote it, or a newer one"),
+    ):
+        with connected(new_path) as connection:
+            connection.execute("UPDATE alembic_version SET version_num = ?", [revision])
+        before = contents(new_path)
+        with pytest.raises(StoreUnavailable, match=text):
+            await open_and_close()
+        assert contents(new_path) == before
+    for revision in (HEAD, f"{int(HEAD) + 1:04}"):
+        with connected(new_path) as connection:
+            connection.execute("UPDATE alembic_version SET version_num = ?", [revision])
+        await open_and_close()
+    assert states(new_path) == {"1": "open"}
 
 
 async def test_a_migration_that_fails_leaves_the_file_as_it_was(new_path):

@@ -6,7 +6,8 @@ from contextlib import asynccontextmanager
 import pytest
 import sqlalchemy as sa
 
-from proxy.ledger.postgres import PostgresStore, Timeouts
+from proxy.ledger.postgres import PostgresStore
+from proxy.ledger.primary import Timeouts
 from proxy.ledger.schema import HEAD, SCHEMA, calls, directory, owners
 from proxy.ledger.sqlite import SqliteStore
 from proxy.ledger.store import StoreRefused, StoreUnavailable
@@ -17,6 +18,7 @@ from tests.sqlite import write_migrated
 
 SHORT = Timeouts(connect_ms=600, probe_ms=200, idle_ms=300, lock_ms=100, statement_ms=700, whole_ms=1000)
 ANN = binding([quota("staff/daily", tokens=1000, per="365d")])
+NEEDS_MIGRATION = f"and this release needs {HEAD}: run .*migrate"
 RAISED = sa.update(directory).values(version=directory.c.version + 1)
 VERSION = sa.select(directory.c.version)
 
@@ -144,18 +146,23 @@ async def test_a_value_that_the_database_rejects_raises_store_refused(engine):
 @pytest.mark.parametrize(
     ("change", "found"),
     [
-        (f"UPDATE {SCHEMA}.alembic_version SET version_num = '0004'", "has schema 0004"),
-        (f"UPDATE {SCHEMA}.alembic_version SET version_num = '9999'", "has schema 9999"),
-        (f"DROP TABLE {SCHEMA}.alembic_version", "has no schema of ours"),
+        (f"UPDATE {SCHEMA}.alembic_version SET version_num = '0004'", f"has schema 0004, {NEEDS_MIGRATION}"),
+        (
+            f"UPDATE {SCHEMA}.alembic_version SET version_num = '9999'",
+            "has schema 9999, which this release does not know: use the release that wrote it",
+        ),
+        (f"DROP TABLE {SCHEMA}.alembic_version", f"has no schema of ours, {NEEDS_MIGRATION}"),
     ],
 )
 async def test_a_command_needs_the_schema_of_its_release(engine, change, found):
     """It does not migrate: the server of an older release may be running on this database."""
     await engine.run(change)
     store = engine.store()
-    with pytest.raises(StoreUnavailable, match=rf"{found}, and this release needs {HEAD}: run .*migrate"):
-        await store.attach()
-    await store.close()
+    try:
+        with pytest.raises(StoreUnavailable, match=found):
+            await store.attach()
+    finally:
+        await store.close()
 
 
 async def test_a_command_works_on_the_schema_of_the_next_release(engine):
