@@ -6,7 +6,7 @@ What the package promises:
   client, the upstream or a bug of ours does.
 - The end of an answer is sent only when its charge is committed, or after two seconds.
 - The bytes of an answer pass at once and unchanged, as far as the reservation covers them.
-- A call that may have run is never sent to an upstream again.
+- A call that may have run is never sent to an upstream again, unless the operator has set `first_byte_timeout`.
 
 What it never does: it knows no HTTP server (`call.Responder` is its view of the client, implemented by `web`), it
 does not decide about quotas (the ledger does) and it does not read wire formats (`formats` does).

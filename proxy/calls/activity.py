@@ -22,9 +22,10 @@ from proxy.formats.refusal import named_block
 from proxy.ledger.book import Accepted, Refused, Reply
 from proxy.ledger.entry import Entry, Outcome
 from proxy.ledger.notices import Crossing, RefusalRow
-from proxy.policy.amounts import Amount, Usage
+from proxy.policy.amounts import NO_AMOUNT, Amount, Usage
 from proxy.policy.quota import Binding, Counter, CounterKey, Quota, counter_at, user_of
 from proxy.policy.status import NEAR_PERCENT, QuotaStatus, quota_statuses
+from proxy.policy.windows import Window
 
 # How many calls that began, ended or were refused one batch has in full.
 DETAILS_MAX = 100
@@ -83,12 +84,14 @@ class CounterState(NamedTuple):
 class Batch:
     """What happened in some time, as JSON: calls that began, ended or were refused, and the newest counters.
 
+    `tokens` is what all calls that ended used, by group; None: not known, because an older release wrote the rest.
     `is_incomplete`: there were other counters, whose states are lost.
     """
 
     begun: Details[bytes] = field(default_factory=Details)
     ended: Details[bytes] = field(default_factory=Details)
     refused: Details[bytes] = field(default_factory=Details)
+    tokens: dict[str, Amount] | None = field(default_factory=dict)
     counters: dict[CounterKey, CounterState] = field(default_factory=dict)
     is_incomplete: bool = False
 
@@ -253,11 +256,12 @@ class Activity:
         self._begun: Details[CallInFlight] = Details()
         self._ended: Details[_End] = Details()
         self._refused: Details[_RefusedCall] = Details()
+        self._tokens: dict[str, Amount] = {}
         # In the order in which they first changed since they were taken, so each is taken in its turn.
         self._changed: OrderedDict[CounterKey, _Changed] = OrderedDict()
         self._is_incomplete = False
         # The highest level of each counter, and the window in which it reached that.
-        self._levels: OrderedDict[CounterKey, tuple[int, int]] = OrderedDict()
+        self._levels: OrderedDict[CounterKey, tuple[Window, int]] = OrderedDict()
         self._crossings: list[Crossing] = []
         self._refusals: dict[tuple[str, str, int], _RefusedCall] = {}
 
@@ -287,6 +291,9 @@ class Activity:
         call = self.calls.pop(call_id)
         if self.is_watched:
             self._ended.add(call.group, _End(call, outcome, usage, self._now()))
+            if usage is not None:
+                used = Amount(usage.tokens.input, usage.tokens.output)
+                self._tokens[call.group] = self._tokens.get(call.group, NO_AMOUNT) + used
 
     def refused(self, line: LogLine, refused: Refused, binding: Binding) -> None:
         """The call of this line was refused. `binding` are the quotas that were asked."""
@@ -358,15 +365,17 @@ class Activity:
                 continue
             if not counter.window.opened_at <= at < counter.window.resets_at:
                 counter = counter_at(at, quota, counter)
-            status = QuotaStatus(quota, counter)
-            self._note_level(key, status, at)
+            self._note_level(key, QuotaStatus(quota, counter), at)
             if self.is_watched:
+                # With the end that the next call finds, which is earlier than the stored one after a change of `per`.
+                status = QuotaStatus(quota, counter_at(at, quota, counter))
                 batch.counters[key] = CounterState(at, orjson.dumps({"at": at, **_counter_shown(key, status)}))
         if self._begun:
             begun, self._begun = self._begun, Details()
             batch.begun = _encoded(begun, (each.as_json() for _, each in begun.items))
         if self._ended:
             ended, self._ended = self._ended, Details()
+            batch.tokens, self._tokens = self._tokens, {}
             batch.ended = _encoded(
                 ended, (end.call.ended_json(end.outcome, end.usage, end.at) for _, end in ended.items)
             )
@@ -393,17 +402,18 @@ class Activity:
 
     def _note_level(self, key: CounterKey, status: QuotaStatus, at: int) -> None:
         level, window = _level(status), status.counter.window
-        opened_at, noted = self._levels.get(key, (window.opened_at, 0))
-        if opened_at != window.opened_at:
+        last, noted = self._levels.get(key, (window, 0))
+        if last.opened_at != window.opened_at:
             noted = 0
-        if level > noted:
+        # Also noted anew is a window that was shortened: otherwise it would be shown until its old end.
+        if level > noted or (level and window.resets_at < last.resets_at):
             if len(self._crossings) < _REFUSALS_MAX:
                 self._crossings.append(Crossing(*key, window.opened_at, window.resets_at, level, at))
             else:
                 self.not_noted += 1
                 return
         if level:
-            self._levels[key] = (window.opened_at, level)
+            self._levels[key] = (window, level)
             self._levels.move_to_end(key)
             if len(self._levels) > self._levels_max:
                 self._levels.popitem(last=False)

@@ -6,25 +6,28 @@ what admitted it. Its grants end by the clock.
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 from proxy.calls.log_line import LogLine
 from proxy.errors import InvalidRequest, ModelNotFound, ProxyError
-from proxy.formats.allowance import check_allowance
+from proxy.formats.allowance import check_allowance, has_effects
 from proxy.formats.endpoints import Endpoint
 from proxy.formats.kinds import kind_of
 from proxy.formats.limit_headers import anthropic_limit_headers, rate_limit_headers, warning_headers
+from proxy.formats.maximum import allowed_maximum, is_about_maximum, written_maximum
+from proxy.formats.model_names import check_model_name
 from proxy.formats.pieces import certain_uses_of
-from proxy.formats.refusal import refusal
+from proxy.formats.refusal import never_fits, refusal
 from proxy.formats.request import Request, forwarded_body, forwarded_model
-from proxy.formats.restrictions import check_model_name, check_refused_fields
+from proxy.formats.restrictions import check_negative_maxima, check_refused_fields, negative_maxima
 from proxy.identity.authentication import Caller, Snapshot
 from proxy.ledger.book import Refused, Reserve
 from proxy.ledger.entry import CallLabels, Entry
 from proxy.policy.admission import Block, NotAdmitted, Verdict
+from proxy.policy.amounts import Measure
 from proxy.policy.catalog import Catalog, Model, OnDisconnect
 from proxy.policy.policy import Policy
 from proxy.policy.quota import Binding, Counter, CounterKey, Demand
@@ -71,6 +74,14 @@ class Responder(Protocol):
     def heartbeat(self, is_between_events: Callable[[], bool]) -> AbstractContextManager[None]:
         """Within the block, send an SSE comment when nothing was sent for a while and `is_between_events()`."""
 
+    def heartbeat_before_answer(
+        self, every_s: float, start: Callable[[], Awaitable[None]]
+    ) -> AbstractAsyncContextManager[None]:
+        """Within the block, which waits for an upstream, send an SSE comment when nothing was sent for `every_s`.
+
+        `start` sends the head of the stream before the first comment, unless it is sent already.
+        """
+
     async def end(self) -> None:
         """End a streamed answer."""
 
@@ -92,6 +103,9 @@ class Call:
     wait_s: float
     spool: Spool | None = None  # the body, if it is a form
     previous: Entry | None = None  # the call that produced the request's `previous_response_id`
+    maximum: int | None = None  # the output tokens of each choice that we write, because a quota caps the answer
+    is_maximum_lowered: bool = False  # the upstream rejected a larger one that we had written
+    has_new_key: bool = False  # it is sent once more, because the upstream rejected the key that was fetched before
 
     @property
     def model_label(self) -> str:
@@ -129,6 +143,20 @@ class Call:
         """What to do when the client disconnects. Whole answers are always drained: they are billed in any case."""
         return self.model.upstream.on_disconnect if self.request.stream else "drain"
 
+    @property
+    def may_be_stored(self) -> bool:
+        """Whether its upstream may store the response under its id."""
+        stores = self.model.allows.store and kind_of(self.model.upstream.kind).stores_responses
+        return self.request.is_stored and stores
+
+    @property
+    def may_run_twice(self) -> bool:
+        """Whether it does no harm if two upstreams run it: it stores nothing and uses no tools there.
+
+        A response that was stored by the first one could neither be found nor deleted by its user.
+        """
+        return not self.may_be_stored and not has_effects(self.request.endpoint, self.request.body)
+
     def reserve(self, demand: Demand, *, owner: str, recorded_model: str) -> Reserve:
         """The ledger operation that reserves `demand` for this call and so admits it.
 
@@ -151,36 +179,60 @@ class Call:
         )
 
     def body(self) -> bytes | Spliced:
-        """The body to send if nothing is capped."""
+        """The body to send."""
         if self.spool is None:
-            return forwarded_body(self.request, self.model)
+            return forwarded_body(self.request, self.model, maximum=self.maximum)
         start, end, name = forwarded_model(self.request, self.model)
         return Spliced(self.spool, start=start, end=end, patch=name)
 
-    def body_for(self, entry: Entry) -> bytes | Spliced:
-        """The body to send. If a quota capped the answer, its maximum is lowered to what the quota has free.
+    def capped(self, entry: Entry, *, context: int | None) -> "Call":
+        """The same call, with the maximum that has to be written if a quota caps its answer.
 
         Example: 1,500 tokens are free for the answer, and the request asks for `n: 3` and `max_tokens: 2000`. Each of
-        the three choices may have 500 tokens, so `max_tokens: 500` is sent.
+        the three choices may have 500 tokens, so `max_tokens: 500` is written. `context` is as in `written_maximum`.
         """
-        if not entry.capped_by:
-            return self.body()
         assert entry.maximum is not None, "a capped call has a maximum"
-        return forwarded_body(self.request, self.model, maximum=entry.maximum // self.request.choices)
+        maximum = written_maximum(
+            self.request,
+            self.model,
+            longest=entry.maximum,
+            held_input=entry.hold.input,
+            context=context,
+            is_output_limited=any(
+                quota.enforce == "exact" and limit.measure is Measure.OUTPUT_TOKENS
+                for quota in self.binding.quotas
+                for limit in quota.limits
+            ),
+        )
+        return self if maximum is None else replace(self, maximum=maximum)
+
+    def with_smaller_maximum(self, status: int, body: bytes, *, held_input: int) -> "Call | None":
+        """The same call with the maximum that the upstream accepts, by its answer to the one that we wrote.
+
+        None if the answer is not about that, states no smaller maximum, or is about one that was lowered already.
+        """
+        if not self.is_about_maximum(status, body) or self.is_maximum_lowered:
+            return None
+        assert self.maximum is not None, "the answer is about it"
+        maximum = allowed_maximum(body, maximum=self.maximum, held_input=held_input)
+        return None if maximum is None else replace(self, maximum=maximum, is_maximum_lowered=True)
+
+    def is_about_maximum(self, status: int, body: bytes) -> bool:
+        """Whether an error answer is about the maximum that we wrote."""
+        return self.maximum is not None and is_about_maximum(status, body, maximum=self.maximum)
 
     def without_usage_option(self) -> "Call":
         """The same call without the option that asks for the usage of its stream."""
         return replace(self, request=replace(self.request, is_option_withheld=True))
 
     def headers(self) -> dict[str, str]:
-        """The headers to send."""
-        kind, api_key = self.model.upstream.kind, self.model.upstream.api_key
+        """The headers to send, without our key."""
+        upstream = self.model.upstream
         content_type = "application/json" if self.request.form is None else self.request.form.content_type
-        idempotency = idempotency_header(self.client.headers, user=self.caller.user, api_key=api_key)
+        idempotency = idempotency_header(self.client.headers, user=self.caller.user, api_key=upstream.api_key)
         return idempotency | to_upstream(
             self.client.headers,
-            kind=kind,
-            api_key=api_key,
+            kind=upstream.kind,
             content_type=content_type,
             betas=self.model.allows.betas,
             is_stream=self.request.form is None and self.request.stream,
@@ -196,14 +248,17 @@ class Call:
         # empty one.
         now = refused.decided_at
         statuses = quota_statuses(self.binding, refused.counters, now)
-        error = refusal(
-            refused.decision,
-            statuses,
-            policy=self.policy,
-            endpoint=self.request.endpoint.name,
-            now=now,
-            busy_s=busy_s,
-        )
+        if refused.decision.verdict is Verdict.NEVER:
+            error: ProxyError = never_fits(refused.decision, self.request, self.model, help=self.policy.help)
+        else:
+            error = refusal(
+                refused.decision,
+                statuses,
+                policy=self.policy,
+                endpoint=self.request.endpoint.name,
+                now=now,
+                busy_s=busy_s,
+            )
         error.headers.update(self._limit_headers(statuses, now))
         return error
 
@@ -216,8 +271,10 @@ class Call:
         a limit of 4,000 that has used nothing reads 4,000 remaining, not 4,000 minus the hold of the call itself.
         """
         statuses = quota_statuses(self.binding, counters, now, without=entry.open_amounts if is_held else None)
-        capped = {"x-quota-capped": f'{entry.maximum}; quota="{entry.capped_by}"'} if entry.capped_by else {}
-        return {**self._limit_headers(statuses, now), **capped}
+        headers = self._limit_headers(statuses, now)
+        if self.maximum is not None:
+            headers["x-quota-capped"] = f'{self.maximum * self.request.choices}; quota="{entry.capped_by}"'
+        return headers
 
     def _limit_headers(self, statuses: Mapping[str, QuotaStatus], now: int) -> dict[str, str]:
         headers = _limit_headers(self.request.endpoint, self.binding, statuses, now, id=self.client.id)
@@ -276,7 +333,10 @@ def prepare_call(
     if not catalog.lists(model.name):
         check_model_name(request.model)
     _check_surface(request, model)
+    negative = negative_maxima(request.endpoint, request.document)
     for target in model.targets:
+        if negative:
+            check_negative_maxima(negative, kind_of(target.upstream.kind), model=request.model)
         check_allowance(request.endpoint, request.body, target.allows)
         if target.upstream.refuse:
             check_refused_fields(request.used_fields, target.upstream.refuse, model=request.model)

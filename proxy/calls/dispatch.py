@@ -7,21 +7,35 @@ A call that may have run is never sent again:
 
     could not connect                              sent again
     429, 401, 402, 5xx except 504 and 524          sent again: the status says that the call did not run
+    401, and our key was fetched                   first sent once more with a new key, if there is another one
     2xx in an unknown compression                  sent to another upstream: nobody can read the answer
     connection closed without an answer            not sent again: it may have run
     no answer in time, 408, 504, 524               not sent again: it may still run
+    nothing of an answer in `first_byte_timeout`   sent to another upstream, if the operator has set it: see below
+    an error whose body is about our key, account  as with 401 and 402, whatever its status (LiteLLM: 400, 422)
     other 4xx                                      not sent again: every upstream would reject the request
     3xx                                            not sent again: redirects are not followed
+    2xx, but its whole body is an error            as the status says that the error states
     any other 2xx                                  the answer, even if its body breaks off later
 
 An example with two upstreams: `box` answers 503, so the call goes to `openai` at once. If `openai` cannot be reached
 either, the client gets the 503 of `box`, because an error answer is more informative than a failed
 connection.
+
+`first_byte_timeout` is the one exception: a call that may still run is sent to another upstream. The attempt is
+closed and costs the user nothing, and the metric counts it as `abandoned`, because its upstream may bill it. The
+answer has not begun until the first byte of its body is there, since many servers send the head of a stream at once.
+A call that stores something at the upstream, or has tools run there, is not moved: both upstreams would do it.
+
+Each attempt has a slot of its upstream (`max_in_flight`) until its connection is closed. An upstream without a free
+slot is not asked while another can be. If none can, the call waits for a slot, for as long as it may wait for calls
+in flight, then it is a 503.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Literal
 
@@ -32,16 +46,19 @@ from proxy.calls.call import Call
 from proxy.calls.reservation import Reservation
 from proxy.calls.token_count import TokenCount, prompt_of
 from proxy.calls.tokenizer import Tokenizers
-from proxy.errors import UpstreamError, UpstreamTimeout, UpstreamUnreadable
+from proxy.errors import UpstreamError, UpstreamFull, UpstreamTimeout, UpstreamUnreadable, UpstreamWithoutKey
 from proxy.formats.content import Prompt
-from proxy.formats.estimate import largest_demand
+from proxy.formats.estimate import largest_demand, stated_maximum
+from proxy.formats.kinds import kind_of
 from proxy.formats.meter import Meter
+from proxy.formats.reported_error import status_of_error
 from proxy.formats.surfaces import meter_of
-from proxy.ledger.entry import Entry
+from proxy.ledger.queue import DurationEstimate
 from proxy.metrics import Metrics
-from proxy.policy.catalog import Model, Upstream
+from proxy.policy.catalog import FETCHED_KEYS, Catalog, Model, Upstream
 from proxy.policy.quota import Demand
 from proxy.upstreams.client import Answer, Upstreams
+from proxy.upstreams.failures import status_for_routing
 from proxy.upstreams.models import ModelLists
 from proxy.upstreams.routing import (
     UNREACHED_PAUSE_MS,
@@ -51,14 +68,20 @@ from proxy.upstreams.routing import (
     may_try_another_target,
     seconds_of,
 )
+from proxy.upstreams.slots import Slots
 from proxy.upstreams.spool import Spliced
 from proxy.upstreams.usage_option import UsageOptionCache, is_about_usage_option
 
 # The result of one attempt, as a label of the metric `llm_quota_tries`.
-AttemptOutcome = Literal["answered", "rejected", "limited", "failed", "unreachable", "timed_out", "broke_off"]
+AttemptOutcome = Literal[
+    "answered", "rejected", "limited", "failed", "unreachable", "timed_out", "broke_off", "abandoned"
+]
 
 # How much of the reason of an upstream's last failure is kept, in characters.
 _REASON_MAX = 300
+
+# Sends the head of a stream to the client.
+Start = Callable[[Call, Reservation], Awaitable[None]]
 
 log = structlog.get_logger("tries")
 
@@ -91,14 +114,9 @@ class Candidate:
             extra_usage=self.upstream.extra_usage,
         )
 
-    def body(self, call: Call, entry: Entry) -> bytes | Spliced:
-        """The body to send for `call`, which is this candidate's or the same without the usage option.
-
-        The maximum in it is lowered if less is left of the quota than the call asks for.
-        """
-        if self._body is None or entry.capped_by or call is not self.call:
-            return call.body_for(entry)
-        return self._body
+    def body(self, call: Call) -> bytes | Spliced:
+        """The body to send for `call`: this candidate's, or the same without the usage option or with a maximum."""
+        return call.body() if self._body is None or call is not self.call else self._body
 
     def free_body(self) -> None:
         """Drop the body that was written in advance."""
@@ -106,9 +124,13 @@ class Candidate:
 
 
 class Candidates:
-    """A call in the form in which each target of its model gets it. `demand` is enough for any of them."""
+    """A call in the form in which each target of its model gets it. `demand` is enough for any of them.
+
+    `wait_s` is how long it may still wait for calls in flight, in seconds.
+    """
 
     def __init__(self, call: Call, tokenizers: Tokenizers) -> None:
+        self.wait_s = call.wait_s
         self.targets = call.model.targets
         # With several targets the body is written again when it is sent. Otherwise one of 10 MB would be kept once
         # for each target.
@@ -153,7 +175,7 @@ class Dispatcher:
     """Sends calls, and remembers which upstreams are in cooldown and which accept the usage option.
 
     `now` gives milliseconds since 1970, `draw` random numbers from a range far larger than any sum of weights.
-    `threads` read and write large bodies.
+    `threads` read and write large bodies. `durations` is told by the relay how long calls take.
     """
 
     def __init__(
@@ -174,7 +196,13 @@ class Dispatcher:
         self._now = now
         self._draw = draw
         self.cooldowns = Cooldowns()
+        self.slots = Slots()
+        self.durations = DurationEstimate()
         self._usage_options = UsageOptionCache()
+
+    def set_catalog(self, catalog: Catalog) -> None:
+        """Take the numbers of slots from this catalog, also for calls that wait for one."""
+        self.slots.set_limits({upstream.name: upstream.max_in_flight for upstream in catalog.upstreams.values()})
 
     async def candidates(self, call: Call) -> Candidates:
         """The call in the form in which each target gets it. Raises BodiesWaitTooLong if its body is large."""
@@ -183,93 +211,211 @@ class Dispatcher:
         return candidates
 
     @asynccontextmanager
-    async def answer(self, candidates: Candidates, reservation: Reservation) -> AsyncIterator[tuple[Call, Answer]]:
-        """Hand out the answer, and the call with the target that gave it.
+    async def answer(
+        self, candidates: Candidates, reservation: Reservation, *, start: Start
+    ) -> AsyncIterator[tuple[Call, Answer]]:
+        """Hand out the answer, and the call as it was sent to the target that gave it.
 
         This is the first answer that is not to be retried, else the last error answer. Raises UpstreamError if no
-        upstream answered, or if the call may have run and gave no answer.
+        upstream answered, or if the call may have run and gave no answer, and UpstreamFull if it got no slot in time.
+
+        `start` sends the head of the stream, if the upstream has a `heartbeat` and is silent for so long.
         """
         routing: RoutingState | None = RoutingState(
             candidates.targets, deadline=self._now() + candidates.first.call.policy.retry_for_ms
         )
         last_failure: tuple[Call, Answer] | None = None
         while routing is not None:
-            if routing.pause_ms:
-                await asyncio.sleep(routing.pause_ms / 1000)
-            target = self.cooldowns.choose(routing.remaining, self._now(), draw=self._draw())
+            target, routing = await self._next_target(candidates, routing)
+            if target is None:
+                break
             candidate = candidates.for_target(target)
-            # The connection of a failed attempt is closed before the next attempt begins.
+            # The connection of a failed attempt is closed, and its slot given back, before the next attempt begins.
             async with AsyncExitStack() as connection:
+                connection.callback(self.slots.give_back, target.upstream.name, candidate.call.caller.user)
                 try:
-                    answer = await connection.enter_async_context(self._attempt(candidate, reservation))
+                    call, answer = await connection.enter_async_context(self._attempt(candidate, reservation, start))
+                    status = answer.status
+                    if len(routing.remaining) > 1 or status // 100 != 2:
+                        status = await _status_from_body(answer, heartbeat_of(call, reservation, start))
                 except UpstreamError as error:
                     routing = self._after_error(error, routing, candidate)
                     if routing is None and (error.was_sent or last_failure is None):
                         raise
-                    reservation.is_sent = False  # nothing reached the upstream, or nobody can read its answer
+                    # Nothing reached the upstream, nobody can read its answer, or the attempt was abandoned.
+                    reservation.is_sent = False
                 else:
-                    routing = self._after_answer(answer, routing, candidate)
+                    routing = self._after_answer(answer, status, routing, candidate)
                     if routing is None:
                         candidates.free_body()
-                        yield candidate.call, answer
+                        yield call, answer
                         return
                     # The call did not run. If the client leaves before the next attempt, nothing is charged.
                     reservation.is_sent = False
-                    await answer.error_body()  # kept by `answer`, because its connection is closed here
-                    last_failure = candidate.call, answer
-        assert last_failure is not None, "otherwise the last error was raised"
+                    if answer.status // 100 != 2:  # otherwise its whole body has been read
+                        await answer.error_body()  # kept by `answer`, because its connection is closed here
+                    last_failure = call, answer
+        if last_failure is None:
+            raise self._full()
         reservation.target = last_failure[0].model
         candidates.free_body()
         yield last_failure
 
-    @asynccontextmanager
-    async def _attempt(self, candidate: Candidate, reservation: Reservation) -> AsyncIterator[Answer]:
-        """Send the call to one target, and once more if the target rejects the usage option that we added.
+    async def _next_target(self, candidates: Candidates, routing: RoutingState) -> tuple[Model | None, RoutingState]:
+        """The target of the next attempt, with a slot of its upstream, and the state from then on.
 
-        The second time counts as the same attempt: the client did not write the option, so a rejection of it is no
-        failure of the client's request. Example: the client sends `stream: true`, and we add `stream_options`. An old
-        server answers `400 Unknown parameter: 'stream_options'`. Without the option it answers the call, and we count
-        its tokens.
+        Waits for the pause before the attempt, and for a slot. There is no target if the call got no slot in time.
+        """
+        if routing.pause_ms:
+            await asyncio.sleep(routing.pause_ms / 1000)
+        began = self._now()
+        target = await self._take_slot(candidates, routing.remaining)
+        # `retry_for` is the time since the first attempt, without that in which the call waited for slots.
+        waited_ms = max(0, self._now() - began)
+        return target, replace(routing, deadline=routing.deadline + waited_ms) if waited_ms else routing
+
+    async def _take_slot(self, candidates: Candidates, targets: Sequence[Model]) -> Model | None:
+        """One of these targets, with a slot of its upstream. None if the call got none while it could wait.
+
+        A full upstream is not asked, like one in cooldown. If no other can be asked, the call waits for those that
+        are only full. When it can't wait any longer, an upstream in cooldown is better than none.
+        """
+        free = self._free(targets)
+        if len(free) < len(targets):
+            available = self.cooldowns.available(targets, self._now())
+            ready = self._free(available)
+            if not ready and (available or not free):
+                name = await self._wait_for_slot(candidates, available or targets)
+                if name is not None:
+                    there = [target for target in targets if target.upstream.name == name]
+                    return self.cooldowns.choose(there, self._now(), draw=self._draw())
+            free = ready or self._free(targets)
+        if not free:
+            return None
+        target = self.cooldowns.choose(free, self._now(), draw=self._draw())
+        self.slots.take(target.upstream.name, candidates.first.call.caller.user)
+        return target
+
+    def _free(self, targets: Sequence[Model]) -> list[Model]:
+        return [target for target in targets if not self.slots.is_full(target.upstream.name)]
+
+    async def _wait_for_slot(self, candidates: Candidates, targets: Sequence[Model]) -> str | None:
+        """The upstream of one of these targets, with a slot of it; None if there is none while the call may wait."""
+        if candidates.wait_s <= 0:
+            return None
+        call, time = candidates.first.call, asyncio.get_running_loop().time
+        began_s = time()
+        # The head of the stream may have been sent during an earlier attempt.
+        with call.client.heartbeat(lambda: True) if call.client.has_begun else nullcontext():
+            name = await self.slots.wait(
+                [target.upstream.name for target in targets], call.caller.user, wait_s=candidates.wait_s
+            )
+        candidates.wait_s -= time() - began_s
+        return name
+
+    @asynccontextmanager
+    async def _attempt(
+        self, candidate: Candidate, reservation: Reservation, start: Start
+    ) -> AsyncIterator[tuple[Call, Answer]]:
+        """Send the call to one target, and once more if the target rejects something that we wrote into it.
+
+        Hands out the call as it was sent last, and the answer to that. The second time counts as the same attempt:
+        the client did not write what was rejected, so this is no failure of the client's request. See `_amended`.
         """
         await candidate.count.count_large_input()
+        # Before the attempt begins, so that a client that leaves while it waits is charged nothing.
+        if isinstance(candidate.upstream.api_key, FETCHED_KEYS):
+            await self._upstreams.credentials.keys(candidate.upstream)
         call, meter = candidate.call, candidate.meter()
         if call.adds_usage and not self._usage_options.should_send(call.address, call.model):
             call = call.without_usage_option()
-            meter.stop_stripping()
+        if reservation.entry.capped_by:
+            call = call.capped(reservation.entry, context=await self._context(candidate))
         reservation.begin_attempt(call.model, meter, count=candidate.count)
-        call.client.line.mark_sent()
-        body = await self._written(partial(candidate.body, call, reservation.entry), call)
-        async with self._send(call, body) as answer:
-            del body  # a long answer must not keep it in memory
-            if not await _is_option_rejected(answer, call):
-                if call.adds_usage and answer.status // 100 == 2:
-                    self._usage_options.note(call.address, call.model, is_accepted=True)
-                yield answer
-                return
-        call = call.without_usage_option()
-        meter.stop_stripping()
-        body = await self._written(partial(call.body_for, reservation.entry), call)
-        async with self._send(call, body) as answer:
-            del body
-            if answer.status // 100 == 2:
-                log.info(
-                    "upstream takes no stream_options",
-                    upstream=call.model.upstream.name,
-                    model=call.model_label,
-                )
-                self._usage_options.note(call.address, call.model, is_accepted=False)
-            yield answer
+        line = call.client.line
+        line.mark_sent()
+        line.capped_by = None if call.maximum is None else reservation.entry.capped_by
+        asked = call
+        amended: Call | None = call
+        while amended is not None:
+            call = amended
+            if call.request.is_option_withheld:
+                meter.stop_stripping()
+            body = await self.threads.run(partial(candidate.body, call), cost=call.request.body.cost)
+            async with self._send(call, body, reservation, start) as answer:
+                del body  # a long answer must not keep it in memory
+                amended = await self._amended(call, answer, held_input=reservation.entry.hold.input)
+                if amended is None:
+                    self._note_usage_option(asked, call, answer)
+                    yield call, answer
 
-    async def _written(self, write: Callable[[], bytes | Spliced], call: Call) -> bytes | Spliced:
-        """The body that `write` returns, written in a thread if it is large."""
-        return await self.threads.run(write, cost=call.request.body.cost)
+    async def _amended(self, call: Call, answer: Answer, *, held_input: int) -> Call | None:
+        """The call as it is sent once more; None if the answer is final, or if nobody would read the next one.
 
-    def _send(self, call: Call, body: bytes | Spliced) -> AbstractAsyncContextManager[Answer]:
-        return self._upstreams.send(call.model.upstream, call.address, body, call.headers())
+        Example: the client sends `stream: true`, and we add `stream_options`. An old server answers `400 Unknown
+        parameter: 'stream_options'`. Without the option it answers the call, and we count its tokens.
+        """
+        if call.client.is_disconnected:
+            return None
+        if await _is_option_rejected(answer, call):
+            return call.without_usage_option()
+        if call.maximum is not None and answer.status // 100 == 4:
+            smaller = call.with_smaller_maximum(answer.status, await answer.error_body(), held_input=held_input)
+            if smaller is not None:
+                return smaller
+        if await self._has_new_key(call, answer):
+            return replace(call, has_new_key=True)
+        return None
+
+    async def _has_new_key(self, call: Call, answer: Answer) -> bool:
+        """Whether the key that the target has rejected was replaced. Waits for the fetch that the 401 has begun."""
+        key = answer.fetched_key
+        if answer.status != 401 or key is None or call.has_new_key:
+            return False
+        return await self._upstreams.credentials.is_replaced(call.model.upstream, key)
+
+    async def _context(self, candidate: Candidate) -> int | None:
+        """The context by which an answer ends at this target, in tokens; None if unknown, or if it is not needed."""
+        request, model = candidate.call.request, candidate.call.model
+        kind = kind_of(model.upstream.kind)
+        if not kind.ends_at_context or candidate.count.has_hidden_input or stated_maximum(request, kind) is not None:
+            return None
+        return model.context or await self.model_lists.context(model)
+
+    def _note_usage_option(self, asked: Call, sent: Call, answer: Answer) -> None:
+        """Remember whether the target has accepted the usage option, or answered only without it."""
+        if answer.status // 100 != 2:
+            return
+        if sent.adds_usage:
+            self._usage_options.note(sent.address, sent.model, is_accepted=True)
+        elif asked.adds_usage:
+            log.info("upstream takes no stream_options", upstream=sent.model.upstream.name, model=sent.model_label)
+            self._usage_options.note(sent.address, sent.model, is_accepted=False)
+
+    def _send(
+        self, call: Call, body: bytes | Spliced, reservation: Reservation, start: Start
+    ) -> AbstractAsyncContextManager[Answer]:
+        sending = self._upstreams.send(call.model.upstream, call.address, body, call.headers())
+        heartbeat = heartbeat_of(call, reservation, start)
+        return sending if heartbeat is None else _sent_in(heartbeat, sending)
+
+    def _full(self) -> UpstreamFull:
+        retry_s = self.durations.busy_s(self._now())
+        return UpstreamFull(
+            "The model has as many calls in flight as it can work on, and none of them ended while this call waited. "
+            f"Try again in {retry_s} s.",
+            was_sent=False,
+            headers={"retry-after": str(retry_s)},
+        )
 
     def _after_error(self, error: UpstreamError, routing: RoutingState, candidate: Candidate) -> RoutingState | None:
         """Note a failure without an answer. Returns where the call may go now; None if it ends."""
         self.cooldowns.failed(candidate.upstream, self._now())
+        if isinstance(error, UpstreamTimeout) and error.may_be_moved and candidate.call.may_run_twice:
+            elsewhere = self._next_attempt(routing, candidate, pause_ms=None)
+            if elsewhere is not None:
+                self._count_attempt(candidate, "abandoned", error.reason)
+                return elsewhere
         if error.was_sent:
             self._count_attempt(
                 candidate, "timed_out" if isinstance(error, UpstreamTimeout) else "broke_off", error.reason
@@ -279,18 +425,28 @@ class Dispatcher:
             self._count_attempt(candidate, "failed", error.reason)
             return self._next_attempt(routing, candidate, pause_ms=None)
         self._count_attempt(candidate, "unreachable", error.reason)
-        return self._next_attempt(routing, candidate, pause_ms=UNREACHED_PAUSE_MS)
+        # A key was already waited for.
+        pause_ms = None if isinstance(error, UpstreamWithoutKey) else UNREACHED_PAUSE_MS
+        return self._next_attempt(routing, candidate, pause_ms=pause_ms)
 
-    def _after_answer(self, answer: Answer, routing: RoutingState, candidate: Candidate) -> RoutingState | None:
-        """Note an answer. Returns where the call may go now; None if this answer is final."""
-        outcome = _outcome(answer.status)
-        self._count_attempt(candidate, outcome, answer.status_reason)
+    def _after_answer(
+        self, answer: Answer, status: int, routing: RoutingState, candidate: Candidate
+    ) -> RoutingState | None:
+        """Note an answer. Returns where the call may go now; None if this answer is final.
+
+        `status` is that of the answer, or what its body states instead (see `_status_from_body`).
+        """
+        outcome = _outcome(status)
+        reason = answer.status_reason
+        if status != answer.status:
+            reason = f"status {status} in the body of an answer with {reason}"
+        self._count_attempt(candidate, outcome, reason)
         if outcome in ("answered", "rejected"):
             self.cooldowns.answered(candidate.upstream)
             return None
         retry_after_s = seconds_of(answer.retry_after)
         self.cooldowns.failed(candidate.upstream, self._now(), retry_after_s=retry_after_s)
-        if not may_try_another_target(answer.status):
+        if not may_try_another_target(status):
             return None
         return self._next_attempt(
             routing, candidate, pause_ms=None if retry_after_s is None else retry_after_s * 1000
@@ -308,8 +464,50 @@ class Dispatcher:
         self.metrics.attempts.labels(name, outcome).inc()
         log.debug("attempt", upstream=name, outcome=outcome, request=id)
         if outcome not in ("answered", "rejected"):
+            candidate.call.client.line.mark_failed(name)
             self.cooldowns.last[name] = LastFailure(self._now(), outcome, reason[:_REASON_MAX])
             log.warning("a try failed", upstream=name, outcome=outcome, request=id, reason=reason)
+
+
+async def _status_from_body(answer: Answer, heartbeat: AbstractAsyncContextManager[None] | None) -> int:
+    """The status that decides whether another upstream is asked: the answer's, or what an error in its body means.
+
+    Waits for the first byte of an answer that must begin in time. The body of a successful answer is looked at unless
+    it is a stream of events: those pass on as they arrive. Raises what `Answer.wait_for_body` raises.
+    """
+    status, body = answer.status, None
+    if status // 100 == 2:
+        async with heartbeat or nullcontext():
+            if answer.must_begin_in_time:
+                await answer.wait_for_body()
+            if not answer.is_event_stream:
+                body = await answer.error_in_body()
+        stated = None if body is None else status_of_error(body)
+        if stated is None:
+            return status
+        status = stated
+    if may_try_another_target(status):
+        return status
+    return status_for_routing(status, await answer.error_body() if body is None else body)
+
+
+def heartbeat_of(call: Call, reservation: Reservation, start: Start) -> AbstractAsyncContextManager[None] | None:
+    """The block in which the client gets heartbeats while the upstream is silent; None if it gets none."""
+    every_s = call.model.upstream.heartbeat_s
+    if every_s is None or not call.request.stream:
+        return None
+    return call.client.heartbeat_before_answer(every_s, partial(start, call, reservation))
+
+
+@asynccontextmanager
+async def _sent_in(
+    block: AbstractAsyncContextManager[None], sending: AbstractAsyncContextManager[Answer]
+) -> AsyncIterator[Answer]:
+    """Send a call, and stay in this block until the upstream's head has come."""
+    async with AsyncExitStack() as connection:
+        async with block:
+            answer = await connection.enter_async_context(sending)
+        yield answer
 
 
 async def _is_option_rejected(answer: Answer, call: Call) -> bool:

@@ -9,8 +9,10 @@ in the next moment.
 """
 
 import asyncio
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 
 import structlog
@@ -18,30 +20,35 @@ import structlog
 from proxy.calls.activity import Activity
 from proxy.calls.call import Call, Responder, closed_decision, closed_refusal
 from proxy.calls.disconnect import Disconnects
-from proxy.calls.dispatch import Candidates, Dispatcher
-from proxy.calls.recorded_names import RecordedNames
+from proxy.calls.dispatch import Candidates, Dispatcher, heartbeat_of
+from proxy.calls.recorded_names import OTHER, RecordedNames
 from proxy.calls.reservation import Reservation
 from proxy.calls.stored_responses import StoredResponses
 from proxy.errors import ClientLeft, ProxyError, UpstreamError
 from proxy.formats.endpoints import Endpoint
+from proxy.formats.mask import Mask
+from proxy.formats.maximum import with_note
 from proxy.formats.meter import Meter
-from proxy.formats.reported_error import reports_error
+from proxy.formats.reported_error import is_only_error, reports_error, status_of_error
 from proxy.formats.stream import Stream
 from proxy.formats.strict_json import reading_cost
 from proxy.formats.surfaces import error_event
 from proxy.identity.authentication import Caller, Snapshot
 from proxy.ledger.book import Accepted, Refused, Reserve
 from proxy.ledger.entry import Outcome
-from proxy.ledger.queue import AdmissionQueue, DurationEstimate
+from proxy.ledger.queue import AdmissionQueue
 from proxy.policy.admission import Verdict
 from proxy.policy.quota import Demand
 from proxy.upstreams import headers
 from proxy.upstreams.client import Answer
-from proxy.upstreams.failures import Rejected, failure_of, mask_of
+from proxy.upstreams.failures import Failed, Rejected, failure_of
 from proxy.upstreams.models import ModelLists
 
 # How long to wait for the end of the body after the last event of a stream, to reuse the connection.
 _READ_TO_END_S = 1.0
+
+# The ids of requests at all vendors. A longer or other text may be an error's.
+_UPSTREAM_REQUEST = re.compile(r"[A-Za-z0-9._-]{8,80}")
 
 # Returns a call as it is by the policy in force: itself if nothing has changed since it was prepared. Raises what the
 # preparation raises.
@@ -77,7 +84,7 @@ class Relay:
         self._activity = activity
         self._disconnects = disconnects
         self._now = now
-        self._durations = DurationEstimate()
+        self._durations = dispatcher.durations
         self._recorded_names = RecordedNames()
 
     @property
@@ -94,21 +101,22 @@ class Relay:
         - `_reserve` waits until the quotas admit the call, and settles or releases it if nothing below did. Until
           then `renew` replaces the call when the policy changes; from then on it stays as it is;
         - `watch` ends the call if its client disconnects and the answer is not to be awaited;
-        - `_end_on_upstream_error` settles or releases the call if the upstream fails, and tells the client;
+        - `_end_on_error` settles or releases the call if the upstream fails, and tells the client;
         - `answer` sends the call, to several upstreams if need be, and hands out the answer.
 
         Raises Refusal if a quota refuses the call, what `renew` raises, ClientLeft, LedgerUnavailable, and
-        UpstreamError as long as nothing of an answer has been sent. After that an upstream's error is sent as an
-        event of the stream.
+        UpstreamError as long as nothing of an answer has been sent. After that an error is sent as an event of the
+        stream, also if only the head was sent, because the upstream was silent for longer than its `heartbeat`.
         """
         # The order matters. `watch` cancels everything inside it, so `_reserve`, which must end the reservation in
         # any case, is outside. An upstream's error is handled inside `watch`: a client may leave meanwhile.
         async with (
             self._reserve(call, renew) as (call, candidates, reservation),
             self._disconnects.watch(call, reservation),
-            self._end_on_upstream_error(call, reservation),
-            self._dispatcher.answer(candidates, reservation) as (sent, answer),
+            self._end_on_error(call, reservation),
+            self._dispatcher.answer(candidates, reservation, start=self._start_stream) as (sent, answer),
         ):
+            call.client.line.upstream_request = _logged_id(answer)
             if answer.status // 100 != 2:
                 await self._forward_error(answer, sent, reservation)
             elif await self._begins_stream(answer, sent, reservation):
@@ -134,7 +142,7 @@ class Relay:
         binding = policy.bound(*closing).for_user(caller.user)
         counters = await self._ledger.counters(binding.keys())
         for quota in closing:
-            self.metrics.refused(quota.id, Verdict.EXHAUSTED.word)
+            self.metrics.refused(quota.id, Verdict.EXHAUSTED.word, model=OTHER)  # the body was not read
         refused = closed_decision(binding, counters, now)
         self._activity.refused(client.line, refused, binding)
         raise closed_refusal(refused, binding, policy, endpoint=endpoint, id=client.id)
@@ -151,7 +159,7 @@ class Relay:
             line.refused_by = [block.quota.id for block in reply.decision.blocks]
             line.verdict = reply.decision.verdict.word
             for quota_id in line.refused_by:
-                self.metrics.refused(quota_id, line.verdict)
+                self.metrics.refused(quota_id, line.verdict, model=call.model_label)
             self._activity.refused(line, reply, call.binding)
             raise call.refusal(reply, busy_s=self._durations.busy_s(self._now()))
         line.mark_admitted(reply.entry.admitted_via)
@@ -172,14 +180,30 @@ class Relay:
     def _count_end(self, call: Call, reservation: Reservation) -> None:
         entry, usage, model = reservation.entry, reservation.charged, call.model_label
         line = call.client.line
-        line.outcome, line.usage, line.capped_by = reservation.outcome, usage, entry.capped_by or None
+        line.outcome, line.usage = reservation.outcome, usage
         line.upstream = None if reservation.target is None else reservation.target.upstream.name
+        line.held_tokens, line.would_refuse = entry.hold.tokens, entry.would_refuse
+        # Of an unlisted model the name at the upstream is what the client wrote.
+        if reservation.target is not None and call.catalog.lists(call.model.name):
+            line.upstream_model = reservation.target.upstream_model
         self._activity.ended(entry.id, reservation.outcome, usage)
         self.metrics.ended(
-            endpoint=entry.labels.endpoint, model=model, outcome=reservation.outcome, would_refuse=entry.would_refuse
+            endpoint=entry.labels.endpoint,
+            group=entry.admitted_via,
+            model=model,
+            outcome=reservation.outcome,
+            would_refuse=entry.would_refuse,
         )
         if usage is not None:
+            if line.upstream is not None and reservation.outcome == "complete" and usage.provenance != "unspent":
+                self.metrics.answered(
+                    line.upstream,
+                    model,
+                    is_stated=usage.provenance == "exactly",
+                    counted=reservation.meter.counted_and_stated,
+                )
             self.metrics.charged(
+                group=entry.admitted_via,
                 model=model,
                 input_tokens=usage.tokens.input,
                 output_tokens=usage.tokens.output,
@@ -216,7 +240,12 @@ class Relay:
                 call, candidates = latest, await self._dispatcher.candidates(latest)
                 return operation()
 
+            client.line.mark_asked()
+            time = asyncio.get_running_loop().time
+            began_s = time()
             reply = await self._queue.reserve(operation(), wait_s=call.wait_s, recount=recount, renew=renewed)
+            candidates.wait_s -= time() - began_s  # the rest is for a slot of an upstream
+            client.line.mark_decided()
             return reply, call, candidates
         except asyncio.CancelledError:
             if not client.is_disconnected:
@@ -227,16 +256,17 @@ class Relay:
             client.on_disconnected(None)
 
     @asynccontextmanager
-    async def _end_on_upstream_error(self, call: Call, reservation: Reservation) -> AsyncIterator[None]:
+    async def _end_on_error(self, call: Call, reservation: Reservation) -> AsyncIterator[None]:
         """End a call whose upstream fails, and tell the client: by an HTTP status, or by an event of the stream."""
         try:
             yield
-        except UpstreamError as error:
-            # An error answer has ended the call already (its status says what is charged), and the first end counts.
-            await reservation.end("upstream_broke" if error.was_sent else "upstream_failed")
+        except ProxyError as error:
             call.client.line.error = error
-            upstream = (reservation.target or call.model).upstream
-            log.warning("upstream failed", upstream=upstream.name, request=call.client.id, reason=error.reason)
+            if isinstance(error, UpstreamError):
+                # An error answer has ended the call already (its status says what is charged): the first end counts.
+                await reservation.end("upstream_broke" if error.was_sent else "upstream_failed")
+                upstream = (reservation.target or call.model).upstream
+                log.warning("upstream failed", upstream=upstream.name, request=call.client.id, reason=error.reason)
             if not call.client.has_begun:
                 raise
             # The status 200 is sent already. A stream that just stopped would look complete to an SDK.
@@ -253,16 +283,18 @@ class Relay:
         is_json = call.request.endpoint.surface != "media"
         if not (call.request.stream or answer.is_event_stream or is_json):
             return False
-        if not (call.request.stream and answer.is_event_stream):
-            return await answer.carries_events()
-        await self._start_stream(answer, call, reservation)
+        if not (call.client.has_begun or (call.request.stream and answer.is_event_stream)):
+            async with heartbeat_of(call, reservation, self._start_stream) or nullcontext():
+                return await answer.carries_events()
+        await self._start_stream(call, reservation, answer)
         with call.client.heartbeat(lambda: True):
             return await answer.carries_events()
 
-    async def _start_stream(self, answer: Answer, call: Call, reservation: Reservation) -> None:
-        """Send the head of a stream, unless it was sent already."""
+    async def _start_stream(self, call: Call, reservation: Reservation, answer: Answer | None = None) -> None:
+        """Send the head of a stream, unless it was sent already. Without an `answer` it has only our own headers."""
         if not call.client.has_begun:
-            await call.client.start(answer.status, self._answer_headers(answer, call, reservation, is_stream=True))
+            status = 200 if answer is None else answer.status
+            await call.client.start(status, self._answer_headers(answer, call, reservation, is_stream=True))
 
     async def _forward_stream(self, answer: Answer, call: Call, reservation: Reservation) -> None:
         """Forward each event at once if the hold covers it, and the end when it is settled.
@@ -270,8 +302,8 @@ class Relay:
         An event that is not covered waits until the hold has grown. If it cannot grow, the stream is ended before it.
         """
         client = call.client
-        stream = Stream(reservation.meter, mask=mask_of(call.model.upstream))
-        await self._start_stream(answer, call, reservation)
+        stream = Stream(reservation.meter, mask=answer.mask)
+        await self._start_stream(call, reservation, answer)
         try:
             with client.heartbeat(lambda: stream.is_between_events):
                 async for chunk in answer.chunks():
@@ -310,7 +342,9 @@ class Relay:
     async def _forward_whole(self, answer: Answer, call: Call, reservation: Reservation) -> None:
         """Forward an answer that is not a stream, after it is settled.
 
-        Its header may have promised a stream, whose head is sent already: then the body follows as it is.
+        The head of a stream may be sent already: its header has promised one, or the upstream was silent for longer
+        than its `heartbeat`. Then the body follows as it is, but an error as an event, because SDKs ignore JSON that
+        is in no event, and would take the stream for an empty answer.
         """
         body, meter = await answer.read(), reservation.meter
         call.client.line.mark_answered()
@@ -322,11 +356,13 @@ class Relay:
                 "Send the request without `stream`, or with a smaller maximum."
             )
         await reservation.end(_outcome(call, meter))
-        mask = mask_of(call.model.upstream)
+        mask = answer.mask
         # Without `has_error`, a body that is no JSON is audio or subtitles.
         is_error = meter.has_error or reports_error(body, meter.chunk or {})
         body = (mask.in_error if is_error else mask.anywhere)(body, is_cut=meter.chunk is None)
         if call.client.has_begun:
+            if is_error and meter.chunk is not None and is_only_error(meter.chunk):
+                raise Failed(status_of_error(body) or UpstreamError.status, body).error()
             await call.client.write(body)
             await call.client.end()
         else:
@@ -335,25 +371,44 @@ class Relay:
 
     async def _forward_error(self, answer: Answer, call: Call, reservation: Reservation) -> None:
         """Forward an error answer. Its meaning decides what is charged and what the client sees."""
-        failure = failure_of(answer.status, await answer.error_body(), answer.retry_after, call.model.upstream)
+        upstream, body = call.model.upstream, await answer.error_body()
+        failure = failure_of(answer.status, body, answer.retry_after, upstream, answer.mask)
         if isinstance(failure, UpstreamError):
             failure.reason = answer.status_reason
         await reservation.end("rejected" if isinstance(failure, Rejected) else "upstream_failed")
         if isinstance(failure, ProxyError):
             raise failure
-        call.client.send(
-            failure.status, {**self._quota_headers(call, reservation), **headers.JSON_HEADERS}, failure.body
-        )
+        shown = failure.body
+        if call.is_about_maximum(answer.status, body):
+            shown = with_note(
+                shown,
+                f" The maximum of {call.maximum} tokens was written by this proxy, because quota "
+                f'"{reservation.entry.capped_by}" has no more left for this answer.',
+            )
+        if call.client.has_begun:
+            raise replace(failure, body=shown).error()
+        call.client.send(failure.status, {**self._quota_headers(call, reservation), **headers.JSON_HEADERS}, shown)
 
     def _answer_headers(
-        self, answer: Answer, call: Call, reservation: Reservation, *, is_stream: bool
+        self, answer: Answer | None, call: Call, reservation: Reservation, *, is_stream: bool
     ) -> dict[str, str]:
-        passed = headers.to_client(answer.headers, is_stream=is_stream, mask=mask_of(call.model.upstream))
+        if answer is None:  # the head of a stream that the upstream has not begun yet
+            passed = headers.to_client((), is_stream=is_stream, mask=Mask())
+        else:
+            passed = headers.to_client(answer.headers, is_stream=is_stream, mask=answer.mask)
         return {**passed, **self._quota_headers(call, reservation)}
 
     def _quota_headers(self, call: Call, reservation: Reservation) -> dict[str, str]:
         is_held = reservation.outcome is None
         return call.quota_headers(reservation.entry, reservation.counters, self._ledger.now(), is_held=is_held)
+
+
+def _logged_id(answer: Answer) -> str | None:
+    """The upstream's id of the request, for the log. A text that may be something else is left out."""
+    id = answer.request_id
+    if id is None or not _UPSTREAM_REQUEST.fullmatch(id):
+        return None
+    return id if answer.mask.in_header(id) == id else None
 
 
 def _outcome(call: Call, meter: Meter) -> Outcome:

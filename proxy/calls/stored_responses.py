@@ -28,8 +28,7 @@ from proxy.calls.read_limit import ReadLimit
 from proxy.calls.reservation import Reservation
 from proxy.errors import PreviousNotFound, ProxyError, ResponseNotFound, UpstreamError
 from proxy.formats.endpoints import RESPONSE_ID, StoredResponsePath
-from proxy.formats.kinds import kind_of
-from proxy.formats.mask import Mask, PieceMask
+from proxy.formats.mask import PieceMask
 from proxy.identity.authentication import Caller
 from proxy.ledger.entry import Entry
 from proxy.ledger.ledger import Ledger
@@ -37,7 +36,7 @@ from proxy.policy.catalog import Catalog, Model, Upstream
 from proxy.tasks import Tasks
 from proxy.upstreams.addresses import address_at
 from proxy.upstreams.client import Answer, Upstreams
-from proxy.upstreams.failures import failure_of, mask_of
+from proxy.upstreams.failures import failure_of
 from proxy.upstreams.headers import JSON_HEADERS, to_client, to_upstream
 
 # How much of an id is repeated in an error. Ids come from clients and may have any length.
@@ -127,9 +126,7 @@ class StoredResponses:
         This is best effort: `_own_entry` keeps such a response from being read whether or not it was deleted.
         """
         response_id, model = reservation.meter.response_id, reservation.target or call.model
-        may_be_stored = (
-            call.request.is_stored and model.allows.store and kind_of(model.upstream.kind).stores_responses
-        )
+        may_be_stored = call.with_target(model).may_be_stored
         if response_id is None or reservation.outcome == "complete" or not may_be_stored:
             return
         if len(self._deletions) >= _DELETIONS_MAX:
@@ -150,7 +147,7 @@ class StoredResponses:
         upstream = query.catalog.upstreams.get(entry.labels.upstream) if entry else None
         if upstream is None:
             raise _not_found(query.response_id)
-        headers = to_upstream(client.headers, kind=upstream.kind, api_key=upstream.api_key)
+        headers = to_upstream(client.headers, kind=upstream.kind)
         address = query.address(upstream, api_version=client.api_version)
         client.line.upstream = upstream.name
         client.line.mark_sent()
@@ -161,7 +158,7 @@ class StoredResponses:
             if answer.status // 100 != 2:
                 await _forward_error(answer, upstream, client)
             else:
-                await _forward_body(answer, client, mask_of(upstream))
+                await _forward_body(answer, client)
 
     async def _own_entry(self, response_id: str, caller: Caller) -> Entry | None:
         """The ledger entry of the call that produced the response.
@@ -195,7 +192,7 @@ class StoredResponses:
         Returns the status of the answer (None: there was none), and why the response may still exist (None: it is
         gone).
         """
-        headers = to_upstream((), kind=upstream.kind, api_key=upstream.api_key)
+        headers = to_upstream((), kind=upstream.kind)
         try:
             async with (
                 asyncio.timeout(_DELETE_S),
@@ -221,11 +218,11 @@ def _previous_not_found(response_id: str, model: Model) -> PreviousNotFound:
     return PreviousNotFound(text, param="previous_response_id")
 
 
-async def _forward_body(answer: Answer, client: Responder, mask: Mask) -> None:
+async def _forward_body(answer: Answer, client: Responder) -> None:
     """Pass on a stream or a whole response in pieces. A stored response may be megabytes of images."""
-    headers = to_client(answer.headers, is_stream=await answer.carries_events(), mask=mask)
+    headers = to_client(answer.headers, is_stream=await answer.carries_events(), mask=answer.mask)
     await client.start(answer.status, headers)
-    pieces = PieceMask(mask)
+    pieces = PieceMask(answer.mask)
     try:
         async for chunk in answer.chunks():
             await client.write(pieces.feed(chunk))
@@ -243,7 +240,7 @@ async def _forward_body(answer: Answer, client: Responder, mask: Mask) -> None:
 
 
 async def _forward_error(answer: Answer, upstream: Upstream, client: Responder) -> None:
-    failure = failure_of(answer.status, await answer.error_body(), answer.retry_after, upstream)
+    failure = failure_of(answer.status, await answer.error_body(), answer.retry_after, upstream, answer.mask)
     client.line.mark_answered()
     if isinstance(failure, ProxyError):
         raise failure

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from proxy.calls.tokenizer import BYTES_PER_TOKEN, Tokenizers
-from proxy.formats.content import Prompt, read_prompt, with_files, with_images, with_previous
+from proxy.formats.content import Prompt, read_pairs, read_prompt, with_files, with_images, with_previous
 from proxy.formats.estimate import counted, estimate_demand, with_context
 from proxy.formats.pieces import price_of, states_tokens
 from proxy.formats.request import Request
@@ -62,12 +62,17 @@ class TokenCount:
         self._prompt = prompt
         self._texts: Sequence[str] | None = prompt.texts  # None once they are counted
         self._text_tokens: int | None = None
-        self._text_bytes = body_bytes - prompt.opaque_bytes
+        self._text_bytes = prompt.text_bytes(body_bytes)
 
     @property
     def output_counter(self) -> Callable[[str], int]:
         """The function that counts the pieces of an answer while they pass."""
         return self._tokenizers.count_by(self._encoding.name)
+
+    @property
+    def has_hidden_input(self) -> bool:
+        """Whether the model reads input that the request does not show."""
+        return self._prompt.has_hidden_input
 
     @property
     def lacks_context(self) -> bool:
@@ -115,11 +120,17 @@ class TokenCount:
         if self._texts is not None:
             texts, self._texts = self._texts, None
             self._text_tokens = await self._tokenizers.count_all(texts, self._encoding.name)
+            if self._prompt.repeats and self._text_tokens is not None:
+                again = await self._tokenizers.count_all(self._prompt.repeated, self._encoding.name)
+                repeated = None if again is None else self._prompt.repeats * again
+                self._text_tokens = None if repeated is None else self._text_tokens + repeated
         return self._text_tokens
 
 
 def prompt_of(request: Request) -> Prompt:
     """What a model reads of a request. It is the same for all targets, so it is read once for each call."""
+    if request.endpoint.surface == "rerank":
+        return read_pairs(request.body)
     is_chat = request.endpoint.name in ("chat", "messages") or request.endpoint.is_of_responses
     return read_prompt(request.body, is_chat=is_chat)
 

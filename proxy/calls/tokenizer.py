@@ -123,7 +123,7 @@ class Tokenizers:
                 log.warning(
                     "no table for this tokenizer: its tokens are estimated by bytes",
                     encoding=name,
-                    remedy="pip install 'llm-quota-proxy[offline]' (o200k_base, cl100k_base), or TIKTOKEN_CACHE_DIR",
+                    remedy="pip install '.[offline]' in a clone (o200k_base, cl100k_base), or TIKTOKEN_CACHE_DIR",
                 )
 
     def is_loaded(self, encoding: str) -> bool:

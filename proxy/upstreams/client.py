@@ -2,24 +2,21 @@
 
 Errors are distinguished by whether the upstream can have received the call. `UpstreamError` with `was_sent=False` is
 provably free; every other failure may have cost something. Where a default of the HTTP library is wrong for a proxy,
-it is set here with the reason.
+it is set here, or in `sending`, with the reason.
 """
 
 import asyncio
-import io
-import os
 import re
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 import aiohttp
-from aiohttp.abc import AbstractStreamWriter
 from aiohttp.client_proto import ResponseHandler
 from aiohttp.connector import Connection
 from yarl import URL
 
-from proxy.errors import UpstreamError, UpstreamTimeout, UpstreamUnreadable, drop_frames
+from proxy.errors import UpstreamError, UpstreamTimeout, UpstreamUnreadable
 from proxy.formats.content_encoding import (
     CONTENT_ENCODINGS,
     PIECE_BYTES,
@@ -27,28 +24,35 @@ from proxy.formats.content_encoding import (
     NotDecodable,
     encoding_of,
 )
+from proxy.formats.kinds import kind_of
 from proxy.formats.sse import begins_with_event, is_cut_off_event
-from proxy.policy.catalog import Upstream
+from proxy.policy.catalog import FETCHED_KEYS, Upstream
+from proxy.upstreams.credentials import Credentials, Keys
+from proxy.upstreams.failures import mask_of
+from proxy.upstreams.headers import SERVER_NAME
+from proxy.upstreams.network import tls_context, upstream_socket
+from proxy.upstreams.sending import Sending, Settings, head_of, no_first_byte, payload_of, settings_of
 from proxy.upstreams.spool import Spliced
 
 if TYPE_CHECKING:
     from aiohttp.client_reqrep import ConnectionKey
     from aiohttp.tracing import Trace
 
-# SDKs wait ten minutes for an answer, and a retry is billed again. Giving up earlier would only cost more.
-_SILENCE_S = 600
-_CONNECT_S = 5
 # Scheme, host and port of an address, without a user.
 _SERVER = re.compile(r"(https?://)(?:[^/?#@]{0,200}@)?([A-Za-z0-9._:\[\]-]{1,200})(?:[/?#]|$)")
-# A large body may take longer to send: with 64 KiB/s, one of 512 MB has two hours and a quarter more.
-_SENT_BYTES_PER_S = 64 * 1024
 # The largest answer that is read as a whole. A stream may have any length.
 ANSWER_BYTES_MAX = 64 * 2**20
-# The largest body that is sent with one write. The HTTP library warns of larger ones.
-_ONE_WRITE_BYTES_MAX = 2**20
 # How much of the body of an error is read, and for how long. The status alone decides almost everything.
 _ERROR_BYTES_MAX = 2**20
 _ERROR_S = 5.0
+# An error in the place of an answer is not longer. A longer body is not read before it is passed on.
+_SHORT_ERROR_BYTES_MAX = 2**16
+_NO_OBJECT = re.compile(rb"\s*[^\s{]")
+_FORM_HEADERS = {
+    "content-type": "application/x-www-form-urlencoded",
+    "accept": "application/json",
+    "accept-encoding": "identity",
+}
 # We ask for `identity`, but servers in front of a model compress without being asked. Every encoding that the proxy
 # can decompress is accepted: the decoders work on pieces as they arrive, within bounds. An answer may consist of one
 # member for each event, and has no limit of its length.
@@ -67,18 +71,34 @@ _BEGINNING_BYTES_MAX = 2**14
 class Answer:
     """An upstream's answer: the status and headers are there, the body is still arriving.
 
-    `is_event_stream` is what its header says; `carries_events` is the truth.
+    `is_event_stream` is what its header says; `carries_events` is the truth. `must_begin_in_time` says that
+    its body has a limit for its first byte (`first_byte_timeout`). `mask` masks our key in it, and `fetched_key` is
+    the key with which it was asked for, if that is not a fixed one.
     """
 
-    def __init__(self, response: aiohttp.ClientResponse, watch: "_Watch") -> None:
+    def __init__(
+        self,
+        response: aiohttp.ClientResponse,
+        watch: "_Watch",
+        upstream: Upstream,
+        keys: Keys | None,
+        *,
+        first_byte_until: float | None = None,
+    ) -> None:
+        self.mask = mask_of(upstream, () if keys is None else keys.all)
+        self.fetched_key = None if keys is None else keys.current
         self.status = response.status
         self.headers = list(response.headers.items())
         self.retry_after = response.headers.get("retry-after")
+        self.request_id = response.headers.get("x-request-id") or response.headers.get("request-id")
         self.is_event_stream = response.content_type == "text/event-stream"
         encoding = _answer_encoding(response)
         self.is_readable = encoding in ("", *CONTENT_ENCODINGS)
         self._is_compressed = encoding != ""
         self._body = _body(response.content, watch)
+        self.must_begin_in_time = first_byte_until is not None and self.status // 100 == 2
+        if first_byte_until is not None:
+            self._body = _begun_until(first_byte_until, self._body)
         if self._is_compressed and self.is_readable:
             self._body = _decompressed(self._body, BodyDecoder(encoding, members_max=_MEMBERS_MAX))
         self._beginning: list[bytes] = []  # chunks that were looked at and not handed out yet
@@ -104,11 +124,16 @@ class Answer:
         if not self.is_readable or not self._is_compressed:
             return self.is_readable
         try:
-            first = await anext(self._body, None)
+            await self.wait_for_body()
         except UpstreamUnreadable:
             return False
-        self._beginning = [first] if first is not None else []
         return True
+
+    async def wait_for_body(self) -> None:
+        """Wait for the first bytes of the body. Raises like `chunks`, which hands them out after this as well."""
+        if not self._beginning:
+            first = await anext(self._body, None)
+            self._beginning = [first] if first is not None else []
 
     async def carries_events(self) -> bool:
         """Whether the body is a stream of events, whatever the header says. Waits for its first bytes.
@@ -128,11 +153,29 @@ class Answer:
             return self.is_event_stream and is_cut_off_event(beginning)
         return answer
 
+    async def error_in_body(self) -> bytes | None:
+        """The body of a successful answer, if it may be an error instead: a short JSON object that is complete.
+
+        It waits for the body as far as that may be so. Never raises: `chunks` hands out the whole body, and raises
+        what the upstream did, after this as well.
+        """
+        body = bytearray().join(self._beginning)
+        try:
+            while len(body) <= _SHORT_ERROR_BYTES_MAX and not _NO_OBJECT.match(body):
+                chunk = await anext(self._body, None)
+                if chunk is None:
+                    return bytes(body) if b'"error"' in body else None
+                self._beginning.append(chunk)
+                body += chunk
+        except UpstreamError as error:
+            self._body = _raising(error)
+        return None
+
     async def chunks(self) -> AsyncIterator[bytes]:
         """The body's bytes as they arrive, decompressed.
 
-        Raises UpstreamError if the body breaks off or can't be decompressed, UpstreamTimeout if it stalls, and
-        UpstreamUnreadable if it does not begin in the encoding that its header names.
+        Raises UpstreamError if the body breaks off or can't be decompressed, UpstreamTimeout if it stalls or does not
+        begin in time, and UpstreamUnreadable if it does not begin in the encoding that its header names.
         """
         beginning, self._beginning = self._beginning, []
         for chunk in beginning:
@@ -173,32 +216,32 @@ class Answer:
 
 
 class Upstreams:
-    """The connections to all upstreams, kept open and reused. Call `open()` before use and `close()` after.
+    """The connections to all upstreams, kept open and reused. Call `open()` before use and `close()` after."""
 
-    An upstream may take `silence_s` seconds for its head, and be silent for as long in the middle of its body.
-    """
-
-    def __init__(self, *, silence_s: float = _SILENCE_S) -> None:
-        self._silence_s = silence_s
+    def __init__(self) -> None:
+        self.credentials = Credentials(self._post_form, clock=lambda: asyncio.get_running_loop().time())
         self._session: aiohttp.ClientSession | None = None
+        self._settings: dict[str, Settings] = {}  # by the names of upstreams
+        self._making_settings = asyncio.Lock()
 
     def open(self) -> None:
         """Create the session. Must be called while the event loop runs."""
         self._session = aiohttp.ClientSession(
-            # No total time limit, because a long answer is no failure. The library's limit of a silence does not
-            # notice every one, so `send` and `_Watch` have their own. No limit on connections: quotas bound the
-            # calls, and calls that queued here would show up nowhere.
-            timeout=aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S, sock_read=None),
-            connector=_Connector(limit=0, ttl_dns_cache=60),
+            # No limit on connections: quotas bound the calls, and calls that queued here would show up nowhere.
+            # Connections with another proxy or other certificates are kept apart by the library.
+            connector=_Connector(limit=0, ttl_dns_cache=60, socket_factory=upstream_socket),
             # A shared cookie jar would send one user's Cloudflare cookie with the calls of another.
             cookie_jar=aiohttp.DummyCookieJar(),
+            # For clients without one. The library would name itself and Python, with their versions.
+            headers={"user-agent": SERVER_NAME},
             # The library would decompress as much as arrives at once, and one megabyte can become 400 MB. We ask for
             # `identity`, and `Answer` decompresses what comes nevertheless, in pieces.
             auto_decompress=False,
         )
 
     async def close(self) -> None:
-        """Close all connections."""
+        """Close all connections, and end the fetches of keys."""
+        await self.credentials.close()
         if self._session is not None:
             await self._session.close()
             self._session = None
@@ -213,49 +256,51 @@ class Upstreams:
         *,
         method: str = "POST",
     ) -> AsyncIterator[Answer]:
-        """Send `body` and hand out the answer. Leaving the block closes the connection, or keeps it for another call.
+        """Send `body` with our key and hand out the answer.
+
+        Leaving the block closes the connection, or keeps it for another call. A key that has to be fetched and is not
+        there yet is waited for. If the upstream rejects it (401), another one is fetched in the background.
+
+        The upstream's own `headers` replace those of the same name.
 
         Raises UpstreamError if no answer came, UpstreamTimeout if it did not come in time, and UpstreamUnreadable for
         a successful answer in an unknown encoding, or in another one than its header names. The status of an error
-        says enough without its body.
+        says enough without its body. Raises UpstreamWithoutKey if the key could not be fetched.
         """
         assert self._session is not None, "open() first"
-        payload = _payload(body)
+        keys = await self.credentials.keys(upstream) if isinstance(upstream.api_key, FETCHED_KEYS) else None
+        settings = self._settings.get(upstream.name)
+        if settings is None or not settings.fit(upstream):
+            settings = await self._make_settings(upstream)
+        if settings.proxy_headers is not None and upstream.base_url.startswith("http:"):
+            headers = {**headers, **settings.proxy_headers}  # the proxy reads the request itself
+        sending = Sending(settings, body_bytes=len(body))
         request = self._session.request(
             method,
             URL(upstream.base_url + path, encoded=True),
-            data=payload,
+            data=payload_of(body, sending),
             # With a length the library does not send chunks. Some servers read no forms from chunked bodies.
-            headers={**headers, "content-length": str(len(body))},
+            headers={
+                **headers,
+                **_key_headers(upstream, keys),
+                **settings.headers,
+                "content-length": str(len(body)),
+            },
             # The library would send the `api-key` header to whatever address a redirect names.
             allow_redirects=False,
+            timeout=settings.timeout,
+            ssl=settings.tls,
+            proxy=settings.proxy,
+            proxy_headers=settings.proxy_headers,
         )
-        head_s = self._silence_s + len(body) / _SENT_BYTES_PER_S
-        try:
-            # For the whole head: an upstream may send one line of it every minute, or 103 again and again.
-            async with asyncio.timeout(head_s):
-                response = await request
-        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
-            drop_frames(error)  # the library's frames have the body
-            raise UpstreamError(
-                f'The upstream "{upstream.name}" can\'t be reached.',
-                was_sent=False,
-                headers={"retry-after": "2"},
-                reason=why_unreachable(error),
-            ) from None
-        except TimeoutError as error:
-            drop_frames(error)
-            raise UpstreamTimeout("The upstream did not answer in time.") from None
-        except (aiohttp.ClientError, OSError) as error:
-            drop_frames(error)
-            was_sent = not isinstance(payload, _OneWritePayload) or payload.was_written
-            raise UpstreamError("The upstream closed the connection without an answer.", was_sent=was_sent) from None
-        finally:
-            del body, payload  # a long answer must not keep them in memory
-        async with response:
-            watch = _Watch(response, self._silence_s)
+        del body  # a long answer must not keep it in memory
+        async with await head_of(request, upstream, settings, sending) as response:
+            del request
+            watch = _Watch(response, settings.idle_s)
             try:
-                answer = Answer(response, watch)
+                answer = Answer(response, watch, upstream, keys, first_byte_until=sending.first_byte_until)
+                if answer.status == 401 and keys is not None:
+                    self.credentials.note_rejected(upstream, keys.current)
                 if answer.status // 100 == 2 and not await answer.is_decodable():
                     raise UpstreamUnreadable(
                         f'The upstream "{upstream.name}" compressed its answer in a way that this proxy can\'t read, '
@@ -267,23 +312,29 @@ class Upstreams:
             finally:
                 watch.stop()
 
+    async def _post_form(self, server: Upstream, form: bytes) -> tuple[int, bytes]:
+        """Send a form to a server that issues access tokens, and return the status and body of its answer."""
+        async with self.send(server, "", form, _FORM_HEADERS) as answer:
+            return answer.status, await answer.error_body()  # within the bounds for errors
 
-def why_unreachable(error: aiohttp.ClientError) -> str:
-    """Why no connection was made, for the log: the address, and what is wrong with it or with its certificate."""
-    match error:
-        case aiohttp.ClientConnectorCertificateError():
-            certificate = error.certificate_error
-            why = f"its certificate is not valid: {getattr(certificate, 'verify_message', None) or certificate}"
-        case aiohttp.ClientConnectorSSLError():
-            why = f"no TLS connection: {error.os_error.strerror or error.os_error}"
-        case aiohttp.ClientConnectorDNSError():
-            why = "the name of its host can't be resolved"
-        case aiohttp.ClientConnectorError():
-            # The library's own text does not say "refused". There is no number if several addresses were tried.
-            why = os.strerror(error.os_error.errno) if error.os_error.errno else str(error.os_error)
-        case _:
-            return f"no connection within {_CONNECT_S} s"
-    return f"{error.host}:{error.port}: {why}"
+    async def _make_settings(self, upstream: Upstream) -> Settings:
+        """The settings for an upstream that is new, or whose configuration has changed."""
+        async with self._making_settings:  # many calls may come at once, and one context for TLS is enough
+            settings = self._settings.get(upstream.name)
+            if settings is None or not settings.fit(upstream):
+                ca = upstream.transport.ca
+                tls = True if ca is None else await asyncio.to_thread(tls_context, ca)
+                settings = self._settings[upstream.name] = settings_of(upstream.transport, tls)
+            return settings
+
+
+def _key_headers(upstream: Upstream, keys: Keys | None) -> dict[str, str]:
+    """The header with the key of an upstream: a fixed one, or the current one of `keys`."""
+    kind, fixed = kind_of(upstream.kind), upstream.api_key
+    if keys is not None:
+        return kind.key_headers(keys.current, is_access_token=keys.is_access_token)
+    assert not isinstance(fixed, FETCHED_KEYS), "keys has it"
+    return kind.key_headers(fixed)
 
 
 def _answer_encoding(response: aiohttp.ClientResponse) -> str:
@@ -391,6 +442,25 @@ async def _body(content: aiohttp.StreamReader, watch: _Watch) -> AsyncIterator[b
         raise UpstreamError("The upstream broke off in the middle of its answer.") from None
 
 
+async def _begun_until(time: float, body: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """The bytes of a body. Raises like `_body`, also if none has come at this time of the event loop."""
+    try:
+        async with asyncio.timeout_at(time):
+            first = await anext(body, None)
+    except TimeoutError:
+        raise no_first_byte() from None
+    if first is not None:
+        yield first
+    async for chunk in body:
+        yield chunk
+
+
+async def _raising(error: UpstreamError) -> AsyncIterator[bytes]:
+    """The rest of a body of which no more came."""
+    raise error
+    yield b""  # so that this is an iterator
+
+
 async def _decompressed(body: AsyncIterator[bytes], decoder: BodyDecoder) -> AsyncIterator[bytes]:
     """The bytes of a compressed body. Raises like `_body`, and UpstreamUnreadable if nothing can be decompressed."""
     has_begun = False
@@ -412,26 +482,3 @@ async def _decompressed(body: AsyncIterator[bytes], decoder: BodyDecoder) -> Asy
             "The upstream's answer can't be decompressed: it is not in the format that its Content-Encoding names, "
             "or its end is missing."
         ) from None
-
-
-class _OneWritePayload(aiohttp.BytesPayload):
-    """A body that is written together with the head, in one write, and that records whether this write happened.
-
-    An upstream may close a kept connection at the moment at which we use it again. If nothing was written, the call
-    was not sent and may go elsewhere. If head and body were written separately, the upstream could have the head
-    alone.
-    """
-
-    was_written = False
-
-    async def write_with_length(self, writer: AbstractStreamWriter, content_length: int | None) -> None:
-        await super().write_with_length(writer, content_length)
-        self.was_written = True
-
-
-def _payload(body: bytes | Spliced) -> object:
-    """The body in the form in which the HTTP library is to send it."""
-    if isinstance(body, Spliced):
-        return body.chunks()
-    # The library sends a file in chunks, but bytes in one write.
-    return io.BytesIO(body) if len(body) > _ONE_WRITE_BYTES_MAX else _OneWritePayload(body)

@@ -10,7 +10,7 @@
 
 A body is forwarded unchanged if it is an error in OpenAI's shape, or from a kind of upstream with errors of its own
 shape (Anthropic). An error in another shape (Ollama, older vLLM, FastAPI) is put into OpenAI's shape, because SDKs
-show nothing else. Our key and account are masked in all of them.
+show nothing else. Our key, our account and the secrets in our headers are masked in all of them.
 """
 
 import re
@@ -25,7 +25,8 @@ from proxy.formats.endpoints import SurfaceName
 from proxy.formats.kinds import kind_of
 from proxy.formats.mask import Mask
 from proxy.formats.surfaces import SURFACES
-from proxy.policy.catalog import Upstream
+from proxy.policy.catalog import Secret, Upstream
+from proxy.upstreams.network import proxy_authorization
 
 # The codes of an account that is used up. Waiting does not help, and the account is not the user's.
 _ACCOUNT_CODES = frozenset(
@@ -37,42 +38,65 @@ _ACCOUNT_CODES = frozenset(
         "organization_usage_limit_exceeded",
         "project_spend_limit_exceeded",
         "billing_error",  # Anthropic's type
+        "budget_exceeded",  # LiteLLM's type, with 422: the budget of our key there, which its message states
     )
 )
-# Anthropic has no code for it and answers 400 `invalid_request_error` with a message that begins with this text.
-_NO_CREDIT = "Your credit balance is too low"
+# Anthropic has no code for it and answers 400 `invalid_request_error` with this message. Nothing may follow it: a
+# message that quotes the request may begin with a text of the user ("…: Extra inputs are not permitted").
+_NO_CREDIT = re.compile(
+    r"Your credit balance is too low(?: to access the \w+ API)?\.?"
+    r"(?: Please go to Plans & Billing to upgrade or purchase credits\.)?"
+)
+# LiteLLM's messages of budgets that the request itself names, in `user` or with its tags.
+_REQUEST_BUDGETS = ("ExceededBudget: End User=", "LiteLLM End User:", "Budget has been exceeded! Tag=")
+# LiteLLM's type, with 400, if it has no database in which it could look for a key that is not its master key.
+_UNKNOWN_KEY = "no_db_connection"
 # How deep a message may be nested. Mistral sends {"message": {"detail": [{"msg": "…"}]}}, which has three levels.
 _NESTING_MAX = 4
+# What may be a secret in the value of a header: a long word. In `Bearer sk-…` that is the key, in `id=…; lang=en` the
+# id. Shorter ones are words such as `production`, which answers have for other reasons.
+_SECRET = re.compile(r"[^\s;,=\"]{16,}")
 # Which values of `Retry-After` are forwarded: whole seconds, but not 0, at which some SDKs retry without a pause.
 _SECONDS = re.compile(r"[1-9][0-9]{0,5}")
 
 
 @dataclass(frozen=True, slots=True)
-class Rejected:
+class _Forwarded:
+    """An error answer that is forwarded."""
+
+    status: int
+    body: bytes
+
+    def error(self) -> ProxyError:
+        """The same error, for an event of a stream whose head has been sent."""
+        error = _read_error(self.body)[0] or {}
+        message = _message_text(error.get("message")) or f"The upstream failed with status {self.status}."
+        found = ProxyError(message, param=_text(error.get("param")))
+        found.status, found.code = self.status, _text(error.get("code"))
+        found.type = _text(error.get("type")) or found.type
+        return found
+
+
+class Rejected(_Forwarded):
     """The request was at fault: the upstream's answer is forwarded, and the call is charged one request."""
 
-    status: int
-    body: bytes
 
-
-@dataclass(frozen=True, slots=True)
-class Failed:
+class Failed(_Forwarded):
     """The upstream failed with an error that is forwarded; nothing is charged."""
-
-    status: int
-    body: bytes
 
 
 def failure_of(
-    status: int, body: bytes, retry_after: str | None, upstream: Upstream
+    status: int, body: bytes, retry_after: str | None, upstream: Upstream, mask: Mask
 ) -> Rejected | Failed | ProxyError:
-    """What an error answer with this status means. `body` may be incomplete.
+    """What an error answer with this status means. `body` may be incomplete. `mask` is that of the answer.
 
     A ProxyError is to be raised, and nothing is charged for it.
     """
+    if not 100 <= status <= 599:
+        return UpstreamError(f"The upstream sent an answer that can't be forwarded (status {status}).")
     error, is_openai_shape = _read_error(body)
-    masked = mask_of(upstream).in_error
-    if status in (401, 403):
+    masked = mask.in_error
+    if status in (401, 403) or _is_key_unknown(error):
         # Not a 401: a user who saw one would replace the key that works.
         return UpstreamError("The upstream did not accept the proxy's key. The operator of this proxy has to fix it.")
     if status == 402 or _is_account_used_up(error):
@@ -80,7 +104,7 @@ def failure_of(
             "The proxy's account at the upstream is used up. The operator of this proxy has to fix it."
         )
     if status == 429:
-        return _rate_limited(error, retry_after, upstream)
+        return _rate_limited(error, retry_after, mask)
     if status == 408 or status >= 500:
         if error is not None and status != 408:
             return Failed(status, masked(body if is_openai_shape else _in_openai_shape(status, error)))
@@ -93,19 +117,43 @@ def failure_of(
     return UpstreamError(f"The upstream sent an answer that can't be forwarded (status {status}).")
 
 
-def mask_of(upstream: Upstream) -> Mask:
-    """What masks our key and account in the answers of this upstream."""
-    return _mask_of(upstream.api_key.reveal() if upstream.api_key else "")
+def status_for_routing(status: int, body: bytes) -> int:
+    """The status by which another upstream is asked: 401 or 402 if the body says that our key or account is at fault.
+
+    Otherwise it is `status`. A 403 stays one: filters answer it for prompts that they block (OpenRouter, Cloudflare).
+    A budget that the request names stays that request's error, because other users' calls do not have it.
+    """
+    error, _ = _read_error(body)
+    if _is_key_unknown(error):
+        return 401
+    if error is None or not _is_account_used_up(error):
+        return status
+    return status if _message_text(error.get("message")).startswith(_REQUEST_BUDGETS) else 402
+
+
+def mask_of(upstream: Upstream, fetched: tuple[Secret, ...] = ()) -> Mask:
+    """What masks our key, our account and the secrets in our headers in the answers of this upstream.
+
+    `fetched` are its keys if it has no fixed one.
+    """
+    keys = (upstream.api_key,) if isinstance(upstream.api_key, Secret) else fetched
+    transport = upstream.transport
+    # Only a request to http:// has the credentials for the proxy in its own head; with https they are in CONNECT.
+    proxy = transport.proxy if upstream.base_url.startswith("http:") else None
+    return _mask_of(keys, transport.headers, proxy)
 
 
 @lru_cache(maxsize=256)
-def _mask_of(key: str) -> Mask:
-    return Mask(key)
+def _mask_of(keys: tuple[Secret, ...], headers: tuple[tuple[str, Secret], ...], proxy: Secret | None) -> Mask:
+    words = (word for _, value in headers for word in _SECRET.findall(value.reveal()))
+    authorization = None if proxy is None else proxy_authorization(proxy.reveal())
+    credentials = None if authorization is None else authorization.removeprefix("Basic ")
+    return Mask(*(key.reveal() for key in keys), *words, credentials)
 
 
-def _rate_limited(error: dict[str, Any] | None, retry_after: str | None, upstream: Upstream) -> ProxyError:
+def _rate_limited(error: dict[str, Any] | None, retry_after: str | None, mask: Mask) -> ProxyError:
     headers = {"retry-after": retry_after} if retry_after and _SECONDS.fullmatch(retry_after) else None
-    message = mask_of(upstream).in_error((_message_text(error.get("message")) if error else "").encode()).decode()
+    message = mask.in_error((_message_text(error.get("message")) if error else "").encode()).decode()
     return UpstreamBusy(
         # Masked before it is cut: a key that crossed the edge would leave its first half.
         f"The upstream itself is limiting requests; this is not a quota of this proxy. {message[:500]}".strip(),
@@ -113,11 +161,17 @@ def _rate_limited(error: dict[str, Any] | None, retry_after: str | None, upstrea
     )
 
 
+def _is_key_unknown(error: dict[str, Any] | None) -> bool:
+    return error is not None and error.get("type") == _UNKNOWN_KEY
+
+
 def _is_account_used_up(error: dict[str, Any] | None) -> bool:
+    """Whether an error has one of the codes, or is Anthropic's message. Other messages may quote the request."""
     if error is None:
         return False
-    texts = [value for value in map(error.get, ("code", "type", "message")) if isinstance(value, str)]
-    return any(text in _ACCOUNT_CODES or text.startswith(_NO_CREDIT) for text in texts)
+    if any(isinstance(code := error.get(name), str) and code in _ACCOUNT_CODES for name in ("code", "type")):
+        return True
+    return _NO_CREDIT.fullmatch(_message_text(error.get("message"))) is not None
 
 
 def _read_error(body: bytes) -> tuple[dict[str, Any] | None, bool]:
@@ -137,6 +191,10 @@ def _read_error(body: bytes) -> tuple[dict[str, Any] | None, bool]:
     if not _message_text(message):
         return None, False
     return {"message": message, **{name: answer.get(name) for name in ("type", "param", "code")}}, False
+
+
+def _text(value: object) -> str | None:
+    return value if isinstance(value, str) else None
 
 
 def _message_text(message: object) -> str:

@@ -9,11 +9,12 @@ an answer it would name the operator's account to every user.
 """
 
 import hashlib
+import re
 from collections.abc import Collection, Sequence
 
 from proxy.formats.kinds import kind_of
 from proxy.formats.mask import Mask
-from proxy.policy.catalog import Secret
+from proxy.policy.catalog import KeyCommand, OAuthClient, Secret
 
 Headers = Sequence[tuple[str, str]]
 
@@ -28,11 +29,20 @@ _TO_UPSTREAM = frozenset(
         "anthropic-version",
         "http-referer",
         "openai-beta",
+        "traceparent",
+        "tracestate",
         "user-agent",
         "x-title",
     )
 )
 _TO_CLIENT = frozenset(("content-type", "content-language", "openai-processing-ms", "openai-version"))
+# W3C Trace Context §3.2: version 00, the id of the trace, that of the caller's span, and flags. Ids of zeros are not
+# valid. A later version may have another form, so it is not passed on.
+_TRACEPARENT = re.compile(r"00-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
+# §3.3: a list of `key=value`. A value has printable characters except commas and equals signs.
+_TRACESTATE_ITEM = re.compile(r"[a-z0-9][a-z0-9_*/@-]{0,255}=[ -+\--<>-~]{0,255}[!-+\--<>-~]")
+# A list has at most 32 members (§3.3.1.1), and every server takes 512 characters (§3.3.1.5).
+_TRACESTATE_ITEMS_MAX, _TRACESTATE_CHARACTERS_MAX = 32, 512
 # Without these, nginx and other proxies in front of us would buffer a stream.
 _EVENT_STREAM = {"cache-control": "no-cache, no-transform", "x-accel-buffering": "no"}
 
@@ -41,14 +51,13 @@ def to_upstream(
     headers: Headers,
     *,
     kind: str,
-    api_key: Secret | None,
     content_type: str = "application/json",
     betas: Collection[str] = (),
     is_stream: bool = False,
 ) -> dict[str, str]:
-    """The headers of the forwarded request: a few of the client's, our key, and those of the upstream's kind.
+    """The headers of the forwarded request: a few of the client's, and those of the upstream's kind.
 
-    No compression is asked for.
+    No compression is asked for. `Upstreams.send` adds our key.
 
     `betas` are the beta features that the operator allows in addition to the usual ones. Others are
     removed from the header. Clients name a handful in each request, whether or not they use them; a request that does
@@ -56,6 +65,9 @@ def to_upstream(
     """
     allowed = _TO_UPSTREAM - _hop_by_hop(headers)
     sent = {name.lower(): value for name, value in headers if name.lower() in allowed}
+    if "traceparent" in sent or "tracestate" in sent:
+        sent = {name: value for name, value in sent.items() if not name.startswith("trace")}
+        sent |= _trace_context([header for header in headers if header[0].lower() in allowed])
     sent["content-type"] = content_type
     sent["accept-encoding"] = "identity"
     of = kind_of(kind)
@@ -63,23 +75,67 @@ def to_upstream(
         requested = _list_items(headers, of.beta_header)
         if allowed_betas := [beta for beta in requested if beta in of.usual_betas or beta in betas]:
             sent[of.beta_header] = ",".join(allowed_betas)
-    return {**of.default_headers, **sent, **(of.stream_headers if is_stream else {}), **of.key_headers(api_key)}
+    return {**of.default_headers, **sent, **(of.stream_headers if is_stream else {})}
 
 
-def idempotency_header(headers: Headers, *, user: str, api_key: Secret | None) -> dict[str, str]:
+def idempotency_header(
+    headers: Headers, *, user: str, api_key: Secret | KeyCommand | OAuthClient | None
+) -> dict[str, str]:
     """The client's `Idempotency-Key`, hashed with the user's name; empty if the client sent none.
 
     The upstream sees all users as one account, and an upstream with idempotency answers a repeated key from memory.
     If alice and bob both send the key "1", bob would get alice's answer. Hashed, alice's key is the same each time
     she sends it and different from bob's. Our API key is part of the hash, so an upstream cannot find the user by
-    hashing likely names.
+    hashing likely names. If the key is fetched, what it is fetched with takes its place: the hash must stay the same
+    when the key changes.
     """
     client_key = next((value for name, value in headers if name.lower() == "idempotency-key"), "")
     if not client_key or "idempotency-key" in _hop_by_hop(headers):
         return {}
-    secret = api_key.reveal() if api_key else ""
-    digest = hashlib.sha256("\0".join((secret, user, client_key)).encode("utf-8", "surrogatepass")).hexdigest()
-    return {"idempotency-key": digest}
+    text = "\0".join((_lasting_secret(api_key), user, client_key))
+    return {"idempotency-key": hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()}
+
+
+def _lasting_secret(api_key: Secret | KeyCommand | OAuthClient | None) -> str:
+    match api_key:
+        case None:
+            return ""
+        case Secret():
+            return api_key.reveal()
+        case KeyCommand():
+            return "\0".join(api_key.words)
+        case OAuthClient():
+            return f"{api_key.client_id}\0{api_key.client_secret.reveal()}"
+
+
+def trace_id(headers: Headers) -> str | None:
+    """The id of the trace that the client takes part in; None without a valid `traceparent`."""
+    parent = _traceparent(headers)
+    return None if parent is None else parent[1]
+
+
+def _traceparent(headers: Headers) -> re.Match[str] | None:
+    """The client's `traceparent`; None if it is not valid or not the only one."""
+    parents = [value.strip(" \t") for name, value in headers if name.lower() == "traceparent"]
+    return _TRACEPARENT.fullmatch(parents[0]) if len(parents) == 1 else None
+
+
+def _trace_context(headers: Headers) -> dict[str, str]:
+    """The client's `traceparent` and `tracestate` as far as they are valid, unchanged.
+
+    The proxy has no spans of its own, so the upstream's span is a child of the client's (W3C Trace Context §3.4, a
+    proxy that passes on). Without a valid `traceparent` there is no `tracestate` either.
+    """
+    parent = _traceparent(headers)
+    if parent is None:
+        return {}
+    context = {"traceparent": parent[0]}
+    items = [item for item in _list_items(headers, "tracestate") if item]
+    state = ",".join(items)
+    is_bounded = len(items) <= _TRACESTATE_ITEMS_MAX and len(state) <= _TRACESTATE_CHARACTERS_MAX
+    if items and is_bounded and all(map(_TRACESTATE_ITEM.fullmatch, items)):
+        context["tracestate"] = state
+    return context
 
 
 def to_client(headers: Headers, *, is_stream: bool, mask: Mask) -> dict[str, str]:

@@ -18,7 +18,7 @@ import structlog
 
 from proxy.errors import InvalidRequest, UpstreamError
 from proxy.formats.kinds import kind_of
-from proxy.formats.restrictions import check_model_name, check_name_form
+from proxy.formats.model_names import check_model_name, check_name_form
 from proxy.policy.catalog import Model, Upstream
 from proxy.tasks import Tasks
 from proxy.upstreams.addresses import address_at
@@ -74,6 +74,14 @@ class _List:
     due_at: int = 0
     waits_until: float = 0.0
     fetch: "asyncio.Task[None] | None" = None
+
+
+class NotListed(ValueError):
+    """The upstream answered with another status than 200."""
+
+    def __init__(self, status: int, reason: str) -> None:
+        super().__init__(f"the upstream answered with {reason}")
+        self.status = status
 
 
 class ModelLists:
@@ -134,7 +142,7 @@ class ModelLists:
         pause_ms = RETRY_MS  # also after an error that nobody expects, which the caller's task logs
         try:
             async with asyncio.timeout(_FETCH_S):
-                known.models = read_list(await self._read(known.upstream, path))
+                known.models = read_list(await self.read(known.upstream, path))
         except (UpstreamError, TimeoutError, ValueError) as error:
             reason = str(error) or "the upstream did not answer in time"
             log.warning("the models of an upstream could not be listed", upstream=known.upstream.name, reason=reason)
@@ -145,13 +153,13 @@ class ModelLists:
             known.fetch = None
             known.due_at = self._now() + pause_ms
 
-    async def _read(self, upstream: Upstream, path: str) -> bytes:
-        """The body of the list. Raises UpstreamError, and ValueError if it is no list of a usual size."""
-        headers = to_upstream((), kind=upstream.kind, api_key=upstream.api_key)
+    async def read(self, upstream: Upstream, path: str) -> bytes:
+        """The body of the list. Raises UpstreamError, NotListed, and ValueError if it is no list of a usual size."""
+        headers = to_upstream((), kind=upstream.kind)
         address = address_at(upstream, path, api_version=None)
         async with self._upstreams.send(upstream, address, b"", headers, method="GET") as answer:
             if answer.status != 200:
-                raise ValueError(f"the upstream answered with status {answer.status}")
+                raise NotListed(answer.status, answer.status_reason)
             body = bytearray()
             async for chunk in answer.chunks():
                 body += chunk

@@ -101,8 +101,7 @@ class Cooldowns:
 
         Choosing an upstream whose cooldown is over makes this call the one that tries it.
         """
-        # A cooldown that ends later than any cooldown can was written while the clock was ahead; it is ignored.
-        available = [target for target in targets if not now < self._cooldown_until(target) <= now + COOLDOWN_MS_MAX]
+        available = self.available(targets, now)
         if not available:
             return min(targets, key=self._cooldown_until)
         chosen = _by_weight(available, draw)
@@ -112,6 +111,11 @@ class Cooldowns:
             # because its client left, another call tries the upstream then.
             self._failures[chosen.upstream] = replace(failures, cooldown_until=now + COOLDOWN_MS)
         return chosen
+
+    def available(self, targets: Sequence[Model], now: int) -> list[Model]:
+        """Those of these targets that are not in cooldown."""
+        # A cooldown that ends later than any cooldown can was written while the clock was ahead; it is ignored.
+        return [target for target in targets if not now < self._cooldown_until(target) <= now + COOLDOWN_MS_MAX]
 
     def answered(self, upstream: Upstream) -> None:
         """Note that it answered: its failures are forgotten."""

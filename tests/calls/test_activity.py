@@ -10,6 +10,7 @@ from proxy.calls.log_line import LogLine
 from proxy.identity.authentication import Caller
 from proxy.ledger.book import Accepted, Book, Refused, Release, Settle, Unknown
 from proxy.ledger.notices import Crossing
+from proxy.policy.amounts import Amount
 from proxy.policy.key import Key
 from proxy.policy.quota import Binding, Counter, CounterKey, Quota
 from proxy.policy.windows import Window
@@ -119,6 +120,31 @@ def test_a_call_that_was_charged_nothing_is_shown_without_usage():
     process.activity.ended("req_1", "upstream_failed", None)
     [ended] = shown(process.activity.take().ended.items)
     assert (ended["outcome"], ended["input_tokens"], ended["provenance"]) == ("upstream_failed", 0, None)
+
+
+def test_the_tokens_of_all_calls_that_ended_are_added_up_by_group():
+    """Also of those without details. A call that was charged nothing adds none."""
+    process = watched(quota("staff/daily", tokens=10**9), quota("lab/daily", tokens=10**9))
+    for group, calls in (("staff", DETAILS_MAX + 20), ("lab", 3)):
+        who = binding([quota(f"{group}/daily", tokens=10**9)])
+        for number in range(calls):
+            process.begin(f"{group}-{number}", who, 10, 10)
+            process.end(f"{group}-{number}", 7)
+    process.begin("failed", who)
+    process.apply(Release("failed"))
+    process.activity.ended("failed", "upstream_failed", None)
+    batch = process.activity.take()
+    assert (len(batch.ended.items), batch.ended.more) == (DETAILS_MAX, {"staff": 20, "lab": 4})
+    assert batch.tokens == {"staff": Amount(7 * (DETAILS_MAX + 20)), "lab": Amount(21)}
+    assert not process.activity.take().tokens
+
+
+def test_all_refusals_are_counted():
+    process = watched(DAILY, POT)
+    for number in range(DETAILS_MAX + 20):
+        refuse(process, f"req_{number}")
+    refused = process.activity.take().refused
+    assert (len(refused.items), refused.more) == (DETAILS_MAX, {"staff": 20})
 
 
 def test_what_a_call_holds_is_the_newest():
@@ -376,6 +402,18 @@ def test_a_level_is_noted_again_after_a_reset_and_in_the_next_window():
     assert change(today, 800) == [("staff/daily", 80)]
     assert change(tomorrow, 800) == [("staff/daily", 80)]
     assert change(tomorrow, 800) == []
+
+
+def test_a_level_is_noted_again_when_its_window_is_shortened():
+    """`per` was changed. Until the first call after that is admitted or refused, the window is stored as it was."""
+    process, key = Process(quota("staff/daily", tokens=1000, per="minute")), ("user:ann", "staff/daily")
+    day, minute = (Window(NOON, NOON + length) for length in (24 * HOUR, 60_000))
+    noted = []
+    for window, seconds in ((day, 1), (minute, 2), (minute, 3)):
+        process.activity.counter_changed(key, Counter(window, amount(900)), NOON + seconds * 1000)
+        process.activity.take()
+        noted.append([(each.level, each.resets_at) for each in process.activity.take_notices()[1]])
+    assert noted == [[(80, day.resets_at)], [(80, minute.resets_at)], []]
 
 
 def test_a_limit_of_zero_is_no_level():

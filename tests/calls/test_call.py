@@ -82,12 +82,13 @@ def test_a_lowered_maximum_is_shared_by_the_choices(stream: str, tmp_path: Path)
     accepted = _admit(call)
     free = 4000 - accepted.entry.hold.input
     assert (accepted.entry.maximum, accepted.entry.capped_by) == (free, "staff/daily")
-    assert accepted.entry.hold.output == (3 * 1024 if stream == "true" else free)
-    assert json.loads(call.body_for(accepted.entry))["max_tokens"] == free // 3
-    headers = call.quota_headers(accepted.entry, accepted.counters, NOON, is_held=True)
-    assert headers["x-quota-capped"] == f'{free}; quota="staff/daily"'
+    assert accepted.entry.hold.output == (400 if stream == "true" else free)  # a tenth of the quota
+    capped = call.capped(accepted.entry, context=None)
+    assert json.loads(capped.body())["max_tokens"] == free // 3
+    headers = capped.quota_headers(accepted.entry, accepted.counters, NOON, is_held=True)
+    assert headers["x-quota-capped"] == f'{free // 3 * 3}; quota="staff/daily"'
     assert headers["x-ratelimit-remaining-tokens"] == "4000"
-    with_own_hold = call.quota_headers(accepted.entry, accepted.counters, NOON, is_held=False)
+    with_own_hold = capped.quota_headers(accepted.entry, accepted.counters, NOON, is_held=False)
     assert with_own_hold["x-ratelimit-remaining-tokens"] == str(4000 - accepted.entry.hold.tokens)
 
 

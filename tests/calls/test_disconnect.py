@@ -19,7 +19,7 @@ from proxy.config.loader import load_text
 from proxy.policy.amounts import AtLeast, Exactly, Tokens, Usage
 from proxy.simulator.server import Simulator
 from proxy.web.response import WebResponder
-from tests.bare_upstream import connections
+from tests.bare_upstream import bare_upstream, connections
 from tests.stage import STAFF, UPSTREAM_KEY, Stage, key_of, sqlite_in, stage, text_of, until
 
 pytestmark = [pytest.mark.every_engine, pytest.mark.journey]
@@ -76,6 +76,33 @@ async def test_drain_reads_to_the_end_and_charges_the_reported_usage(
         await on.all_settled()
         assert await on.used() == (simulator.reported_usage.input_tokens + simulator.reported_usage.output_tokens, 0)
         assert simulator.reported_usage.output_tokens == 60
+
+
+async def test_a_drained_call_is_not_sent_once_more(tmp_path: Path) -> None:
+    """The upstream rejects the option that we added. Nobody would read the answer to a call without it."""
+    begun, go_on, requests = asyncio.Event(), asyncio.Event(), 0
+    body = b'{"error": {"message": "Unknown parameter", "code": "unknown_parameter", "param": "stream_options"}}'
+
+    async def serve(metadata: Any, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal requests
+        requests += 1
+        begun.set()
+        await go_on.wait()
+        writer.write(b"HTTP/1.1 400 X\r\nContent-Length: %d\r\nConnection: close\r\n\r\n" % len(body) + body)
+        await writer.drain()
+
+    async with (
+        bare_upstream(serve) as upstream,
+        stage(folder=tmp_path, upstream=upstream.url, on_disconnect="drain") as on,
+    ):
+        call = on.begin(CHAT, _ask("", stream=True))
+        await begun.wait()
+        await on.hang_up(call)
+        await until(lambda: on.connections == 0)
+        go_on.set()
+        await on.all_settled()
+        assert requests == 1
+        assert await on.used() == (0, 0)
 
 
 async def test_a_drain_that_has_ended_makes_room_for_the_next(tmp_path: Path) -> None:

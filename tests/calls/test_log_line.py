@@ -1,5 +1,6 @@
 """What the log says of a request: never a key, and nothing that a client may have written at length."""
 
+import inspect
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,11 +37,16 @@ def _call() -> tuple[LogLine, Clock]:
 def test_a_call_has_its_tokens_and_its_times() -> None:
     """The time in which an upstream had the call is not the proxy's own."""
     line, clock = _call()
+    clock.now_s = 100.004
+    line.mark_asked()
     clock.now_s = 100.010
-    line.admitted_s = clock()
+    line.mark_decided()
+    line.mark_admitted("staff")
     line.mark_sent()
+    line.mark_failed("azure")
     clock.now_s = 100.300
-    line.mark_sent()  # a second attempt: the first one counts
+    line.mark_sent()  # a second attempt: the time of the first one counts
+    line.mark_failed("box")
     clock.now_s = 100.400
     line.mark_first_byte(200)
     clock.now_s = 100.500
@@ -48,8 +54,8 @@ def test_a_call_has_its_tokens_and_its_times() -> None:
     clock.now_s = 101.000
     line.mark_answered()
     clock.now_s = 101.005
-    line.group, line.upstream, line.outcome = "staff", "openai", "complete"
-    line.usage = Exactly(Tokens(11, 5))
+    line.upstream, line.outcome, line.held_tokens, line.stream = "openai", "complete", 40, True
+    line.usage = Exactly(Tokens(11, 5, cached=8, reasoning=2))
     assert line.fields(200) == {
         "request": "req_7",
         "endpoint": "chat",
@@ -59,13 +65,20 @@ def test_a_call_has_its_tokens_and_its_times() -> None:
         "source": "file",
         "group": "staff",
         "model": "fast",
+        "stream": True,
         "upstream": "openai",
+        "attempts": 2,
+        "failed_first": "azure",
         "outcome": "complete",
         "input_tokens": 11,
         "output_tokens": 5,
+        "cached_tokens": 8,
+        "reasoning_tokens": 2,
         "provenance": "exactly",
+        "held_tokens": 40,
         "total_ms": 1005.0,
         "admitted_ms": 10.0,
+        "waited_ms": 6.0,
         "first_byte_ms": 400.0,
         "own_ms": 15.0,
     }
@@ -90,6 +103,41 @@ def test_a_refusal_names_the_quotas_and_says_when_to_come_back() -> None:
     fields = line.fields(429)
     assert (fields["refused_by"], fields["verdict"]) == (["staff/daily"], "exhausted")
     assert (fields["code"], fields["retry_after"]) == ("rate_limit_exceeded", "7")
+
+
+def test_a_client_that_left_has_the_time_and_how_long_its_call_had_waited() -> None:
+    """A call that was never decided has waited until it ended."""
+    line, clock = _call()
+    clock.now_s = 100.5
+    line.mark_asked()
+    clock.now_s = 102.0
+    line.mark_left()
+    clock.now_s = 102.25
+    line.mark_left()  # what is done about it comes later
+    fields = line.fields(499)
+    assert (fields["left_ms"], fields["waited_ms"], fields["total_ms"]) == (2000.0, 1750.0, 2250.0)
+    assert not {"attempts", "admitted_ms", "upstream", "held_tokens"} & fields.keys()
+
+
+def test_the_model_s_name_at_the_upstream_is_there_if_it_is_another() -> None:
+    """Most are the same."""
+    line, _ = _call()
+    line.upstream_model = "fast"
+    assert "upstream_model" not in line.fields(200)
+    line.upstream_model, line.would_refuse = "gpt-4o-mini", ("staff/trial",)
+    fields = line.fields(200)
+    assert (fields["upstream_model"], fields["would_refuse"]) == ("gpt-4o-mini", ["staff/trial"])
+
+
+def test_the_documentation_describes_each_member() -> None:
+    """And none that no line has."""
+    (members,) = re.findall(r"members = \{(.*?)\n        \}", inspect.getsource(LogLine.fields), re.DOTALL)
+    written = set(re.findall(r'^ +"(\w+)":', members, re.MULTILINE))
+    assert {"request", "address", "own_ms", "trace"} <= written
+    _, _, logs = (ROOT / "docs" / "running.md").read_text(encoding="utf-8").partition("\n## Logs\n")
+    table = [line for line in logs.partition("\n## ")[0].splitlines() if line.startswith("| `")]
+    described = [name for line in table for name in re.findall(r"`(\w+)`", line.split("|")[1])]
+    assert sorted(described) == sorted({*written, "not_logged"})
 
 
 def test_a_request_without_a_user_has_its_address() -> None:

@@ -8,8 +8,9 @@ import pytest
 
 from proxy.calls.token_count import TokenCount, prompt_of
 from proxy.calls.tokenizer import Tokenizers
-from proxy.formats.endpoints import CHAT, COMPLETIONS, EMBEDDINGS, RESPONSES, Endpoint
+from proxy.formats.endpoints import CHAT, COMPLETIONS, EMBEDDINGS, RERANK, RESPONSES, Endpoint
 from proxy.formats.request import forwarded_body
+from proxy.formats.strict_json import dump
 from proxy.ledger.book import Settle
 from proxy.policy.amounts import AtLeast, Tokens
 from proxy.policy.catalog import Model, Upstream
@@ -69,6 +70,7 @@ def counted(tokenizer: Tokenizers, model: Model = GPT_4O, endpoint: Endpoint = C
         (COMPLETIONS, {"prompt": PROSE}, 1001),
         (COMPLETIONS, {"prompt": [1, 2, 3]}, 3),
         (EMBEDDINGS, {"input": ["Hello world!", "Hello world!"]}, 6),
+        (RERANK, {"query": "Hello world!", "documents": ["Hello world!", "Hello world!"]}, 2 * (3 + 3 + 4)),
     ],
 )
 async def test_an_input_is_counted_as_the_model_reads_it(endpoint: Endpoint, fields: dict, tokens: int) -> None:
@@ -132,6 +134,16 @@ async def test_the_configured_encoding_is_used() -> None:
     assert await count.input_tokens() == demands["cl100k_base"].input
     assert await count.output_tokens([text]) == demands["cl100k_base"].input
     assert count.output_counter(text) == demands["cl100k_base"].input
+
+
+async def test_without_a_table_a_query_is_estimated_with_each_document() -> None:
+    """Its bytes count once for each of them, and the four tokens around each pair are added."""
+    count = counted(RecordingTokenizers(), GPT_4O, RERANK, query=PROSE, documents=["x"] * 3)
+    assert count.demand.input == len(dump({"model": "gpt-4o", "query": PROSE, "documents": ["x"] * 3})) + (
+        2 * len(PROSE) + 3 * 4
+    )
+    assert await count.exact_demand() == replace(count.demand, is_estimated=False)
+    assert await count.input_tokens() == -(-(count.demand.input - 12) // 4) + 12
 
 
 async def test_without_a_table_the_input_is_bounded_by_its_bytes() -> None:

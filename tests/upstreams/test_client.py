@@ -15,8 +15,9 @@ import pytest
 
 from proxy.errors import UpstreamError, UpstreamTimeout, UpstreamUnreadable
 from proxy.formats.content_encoding import PIECE_BYTES
-from proxy.policy.catalog import Upstream
-from proxy.upstreams.client import ANSWER_BYTES_MAX, Upstreams, why_unreachable
+from proxy.policy.catalog import Transport, Upstream
+from proxy.upstreams.client import ANSWER_BYTES_MAX, Upstreams
+from proxy.upstreams.sending import settings_of, why_unreachable
 from tests.bare_upstream import connections
 from tests.stage import until
 
@@ -87,14 +88,19 @@ async def test_the_reason_for_the_log_says_why_an_upstream_cannot_be_reached() -
 
 def test_the_reason_names_what_is_wrong_with_a_certificate() -> None:
     """So that the operator need not try with another program."""
-    key = SimpleNamespace(host="llm.example", port=443, ssl=True, is_ssl=True)
+    key, settings = (
+        SimpleNamespace(host="llm.example", port=443, ssl=True, is_ssl=True),
+        settings_of(Transport(), True),
+    )
     invalid = ssl.SSLCertVerificationError(1, "certificate verify failed")
     invalid.verify_message = "self-signed certificate"
     error = aiohttp.ClientConnectorCertificateError(key, invalid)  # type: ignore[arg-type]
-    assert why_unreachable(error) == "llm.example:443: its certificate is not valid: self-signed certificate"
+    assert (
+        why_unreachable(error, settings) == "llm.example:443: its certificate is not valid: self-signed certificate"
+    )
     no_tls = aiohttp.ClientConnectorSSLError(key, OSError(1, "wrong version number"))  # type: ignore[arg-type]
-    assert why_unreachable(no_tls) == "llm.example:443: no TLS connection: wrong version number"
-    assert why_unreachable(aiohttp.ConnectionTimeoutError()) == "no connection within 5 s"
+    assert why_unreachable(no_tls, settings) == "llm.example:443: no TLS connection: wrong version number"
+    assert why_unreachable(aiohttp.ConnectionTimeoutError(), settings) == "no connection within 5 s"
 
 
 async def test_the_reason_of_a_redirect_says_where_it_leads() -> None:
@@ -369,10 +375,10 @@ async def test_a_head_that_never_ends_is_a_timeout(line: bytes) -> None:
             await writer.drain()
             await asyncio.sleep(0.05)
 
-    upstreams = Upstreams(silence_s=0.2)
+    upstreams = Upstreams()
     upstreams.open()
     async with connections(serve) as port:
-        up = Upstream("up", f"http://127.0.0.1:{port}/v1", None)
+        up = Upstream("up", f"http://127.0.0.1:{port}/v1", None, transport=Transport(idle_timeout_ms=200))
         with pytest.raises(UpstreamTimeout, match="did not answer in time"):
             async with upstreams.send(up, "/x", b"{}", {}):
                 raise AssertionError
@@ -390,10 +396,10 @@ async def test_an_answer_may_take_longer_than_a_silence() -> None:
             await asyncio.sleep(0.1)
         await reader.read()  # silent from now on
 
-    upstreams = Upstreams(silence_s=0.4)
+    upstreams = Upstreams()
     upstreams.open()
     async with connections(serve) as port:
-        up = Upstream("up", f"http://127.0.0.1:{port}/v1", None)
+        up = Upstream("up", f"http://127.0.0.1:{port}/v1", None, transport=Transport(idle_timeout_ms=400))
         async with upstreams.send(up, "/x", b"{}", {}) as answer:
             received = 0
             with pytest.raises(UpstreamTimeout, match="stopped sending"):
@@ -401,3 +407,25 @@ async def test_an_answer_may_take_longer_than_a_silence() -> None:
                     received += len(chunk)
             assert received == 8
         await upstreams.close()
+
+
+@pytest.mark.parametrize("status", [b"42", b"1000", b"0", b"-200", b"2OO", b""])
+async def test_a_status_that_is_no_number_of_three_digits_is_no_answer(status: bytes) -> None:
+    """Its call may have run, so it is not sent again."""
+    answer = b"HTTP/1.1 %b X\r\nContent-Length: 2\r\n\r\n{}" % status
+    async with _upstream(answer) as (up, _), _open() as upstreams:
+        with pytest.raises(UpstreamError) as caught:
+            async with upstreams.send(up, "/chat/completions", b"{}", {}):
+                pass
+        assert (caught.value.status, caught.value.was_sent) == (502, True)
+
+
+async def test_an_upstream_does_not_learn_which_library_asks() -> None:
+    """A client's own name is sent, and ours if it has none."""
+    async with _upstream(HEAD + b"Content-Length: 2\r\n\r\n{}") as (up, seen), _open() as upstreams:
+        for headers in ({}, {"user-agent": "curl/8"}):
+            async with upstreams.send(up, "/models", b"", headers, method="GET") as answer:
+                assert answer.status == 200
+        assert b"User-Agent: llm-quota-proxy\r\n" in seen[0].replace(b"user-agent", b"User-Agent")
+        assert b"curl/8" in seen[1]
+        assert not [head for head in seen if b"python" in head.lower() or b"aiohttp" in head.lower()]

@@ -4,6 +4,7 @@ The table of the module's docstring; contract "A refusal"; threats T9, T10, T38,
 """
 
 import json
+from base64 import b64encode
 from dataclasses import replace
 
 import pytest
@@ -11,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.errors import ProxyError, UpstreamBusy, UpstreamError, UpstreamExhausted, UpstreamTimeout
-from proxy.policy.catalog import Secret, Upstream
+from proxy.formats.mask import PieceMask
+from proxy.policy.catalog import KeyCommand, Secret, Transport, Upstream
 from proxy.upstreams.failures import Failed, Rejected, failure_of, mask_of
 
 KEY = "sk-of-the-operator-0123456789"
@@ -27,9 +29,14 @@ def error(message: object = "It can't be done.", **more: object) -> bytes:
     ).encode()
 
 
+def meaning(status: int, body: bytes, retry_after: str | None, upstream: Upstream) -> Rejected | Failed | ProxyError:
+    """What an error answer of this upstream means."""
+    return failure_of(status, body, retry_after, upstream, mask_of(upstream))
+
+
 def failure(status: int, body: bytes = HTML, retry_after: str | None = None) -> Rejected | Failed | ProxyError:
     """What an error answer of an upstream with a key means."""
-    return failure_of(status, body, retry_after, UPSTREAM)
+    return meaning(status, body, retry_after, UPSTREAM)
 
 
 # ------------------------------------------------------------------------------------------------ the request's fault
@@ -92,6 +99,13 @@ def test_our_key_is_not_the_user_s_fault(status: int, body: bytes) -> None:
     assert "key" in failed.message and "sk-" not in failed.message
 
 
+def test_a_gateway_that_does_not_know_our_key_is_not_the_user_s_fault() -> None:
+    """LiteLLM without a database answers 400."""
+    failed = failure(400, error("No connected db.", type="no_db_connection", code="400"))
+    assert (type(failed), failed.status, failed.code) == (UpstreamError, 502, "upstream_error")
+    assert "key" in failed.message
+
+
 @pytest.mark.parametrize(
     "code",
     [
@@ -101,9 +115,10 @@ def test_our_key_is_not_the_user_s_fault(status: int, body: bytes) -> None:
         "organization_spend_limit_exceeded",
         "organization_usage_limit_exceeded",
         "project_spend_limit_exceeded",
+        "budget_exceeded",
     ],
 )
-@pytest.mark.parametrize("status", [400, 429, 500])
+@pytest.mark.parametrize("status", [400, 422, 429, 500])
 def test_a_used_up_account_is_a_503(code: str, status: int) -> None:
     """Whatever status and member say it. A user who saw `insufficient_quota` would look at the wrong quota."""
     for body in (error("You, org-123, exceeded it.", code=code), error("You, org-123, exceeded it.", type=code)):
@@ -252,7 +267,7 @@ def test_a_timeout_of_the_upstream_is_a_504(status: int, body: bytes) -> None:
     assert failed.status == 504
 
 
-@pytest.mark.parametrize("status", [100, 101, 199, 300, 301, 302, 304, 307, 308])
+@pytest.mark.parametrize("status", [99, 100, 101, 199, 300, 301, 302, 304, 307, 308, 600, 999])
 def test_a_status_that_cannot_be_forwarded_is_a_502(status: int) -> None:
     """Redirects are neither followed nor forwarded, because they name hosts (T44)."""
     failed = failure(status, error())
@@ -313,10 +328,59 @@ def test_our_key_is_masked_however_json_spells_it(spelled: str) -> None:
     assert KEY not in json.loads(rejected.body)["error"]["message"]
 
 
+def test_both_keys_are_masked_if_they_are_fetched() -> None:
+    """The one that is sent now, and the one before it."""
+    upstream = replace(UPSTREAM, api_key=KeyCommand(("print-key",), 2700))
+    mask = mask_of(upstream, (Secret("ya29.second-0123456789"), Secret("ya29.first-0123456789")))
+    assert mask.in_error(b"ya29.first-0123456789, ya29.second-0123456789") == b"***, ***"
+    assert mask.anywhere(b"ya29.first-0123456789, ya29.second-0123456789") == b"***, ***"
+    with_header = replace(upstream, transport=Transport(headers=(("x-one", Secret("Bearer tenant-0123456789")),)))
+    mask = mask_of(with_header, (Secret("ya29.second-0123456789"), Secret("ya29.first-0123456789")))
+    assert mask.anywhere(b"ya29.first-0123456789, tenant-0123456789, ya29.second-0123456789") == b"***, ***, ***"
+
+
 def test_a_key_with_a_slash_is_masked() -> None:
     """PHP and others escape a slash."""
     upstream = replace(UPSTREAM, api_key=Secret("ab/cd/0123456789"))
     assert mask_of(upstream).in_error(b'{"error": "ab\\/cd\\/0123456789"}') == b'{"error": "***"}'
+
+
+@pytest.mark.parametrize(
+    ("value", "secret"),
+    [
+        ("tenant-secret-0123456789", "tenant-secret-0123456789"),
+        ("Bearer eyJhbGciOi.0123456789", "eyJhbGciOi.0123456789"),
+        ("lang=en; session=0123456789abcdef==", "0123456789abcdef"),
+        ("a-word-of-15-ch", None),
+        ("a sentence of several words", None),
+    ],
+)
+def test_secrets_in_our_headers_are_masked_too(value: str, secret: str | None) -> None:
+    """Words of 16 characters or more, in ordinary answers as well. Shorter ones are words such as `production`."""
+    masked = replace(UPSTREAM, transport=Transport(headers=(("x-one", Secret("abc")), ("x-two", Secret(value)))))
+    mask, body = mask_of(masked), f"you sent {value} and {KEY}".encode()
+    shown = body.replace(KEY.encode(), b"***").replace(
+        (secret or value).encode(), b"***" if secret else value.encode()
+    )
+    assert mask.anywhere(body) == mask.in_error(body) == mask.in_header(body.decode()).encode() == shown
+    for cut in range(len(value)):
+        pieces = PieceMask(mask)
+        middle = len(b"you sent ") + cut
+        assert pieces.feed(body[:middle]) + pieces.feed(body[middle:]) + pieces.end() == shown
+    if secret is not None:
+        assert mask.anywhere(f"x {secret[:-1]}".encode(), is_cut=True) == b"x ***"
+        assert mask.in_error(f"x {secret[:-1]}".encode(), is_cut=True) == b"x ***"
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_the_credentials_for_a_proxy_are_masked(scheme: str) -> None:
+    """A request to http:// has them in its head, which a proxy or an upstream may repeat."""
+    transport = Transport(proxy=Secret("http://user:pass%2Fword@proxy.example:3128"))
+    upstream = replace(UPSTREAM, base_url=f"{scheme}://upstream.example/v1", transport=transport)
+    sent = b64encode(b"user:pass/word")
+    body = error(f"You sent Proxy-Authorization: Basic {sent.decode()}.")
+    shown = body.replace(sent, b"***") if scheme == "http" else body
+    assert mask_of(upstream).in_error(body) == mask_of(upstream).anywhere(body) == shown
 
 
 def test_a_body_that_needs_no_mask_is_unchanged() -> None:
@@ -343,7 +407,7 @@ def test_without_a_key_nothing_is_masked() -> None:
     empty = Upstream("up", "http://upstream.example/v1", Secret(""))
     for upstream in (OPEN, empty):
         assert mask_of(upstream).in_error(b"abc") == b"abc"
-        assert failure_of(400, error(), None, upstream) == Rejected(400, error())
+        assert meaning(400, error(), None, upstream) == Rejected(400, error())
 
 
 bodies = st.binary(max_size=60) | st.recursive(
@@ -382,8 +446,8 @@ def anthropic_error(type: str, message: str = "It can't be done.") -> bytes:
 def test_a_request_rejected_by_anthropic_is_forwarded(status: int) -> None:
     """With Anthropic's message, or if there is none, with ours in Anthropic's shape."""
     body = anthropic_error("invalid_request_error")
-    assert failure_of(status, body, None, CLAUDE) == Rejected(status, body)
-    wrapped = failure_of(status, HTML, None, CLAUDE)
+    assert meaning(status, body, None, CLAUDE) == Rejected(status, body)
+    wrapped = meaning(status, HTML, None, CLAUDE)
     assert isinstance(wrapped, Rejected)
     result = json.loads(wrapped.body)
     assert (result["type"], result["error"]["type"]) == ("error", "invalid_request_error")
@@ -393,7 +457,7 @@ def test_a_request_rejected_by_anthropic_is_forwarded(status: int) -> None:
 def test_an_overload_of_anthropic_is_forwarded() -> None:
     """With the status that its SDK knows. Nothing is charged."""
     body = anthropic_error("overloaded_error", f"Overloaded, {KEY}")
-    assert failure_of(529, body, None, CLAUDE) == Failed(529, body.replace(KEY.encode(), b"***"))
+    assert meaning(529, body, None, CLAUDE) == Failed(529, body.replace(KEY.encode(), b"***"))
 
 
 @pytest.mark.parametrize(
@@ -409,6 +473,6 @@ def test_an_overload_of_anthropic_is_forwarded() -> None:
 )
 def test_a_used_up_account_at_anthropic_is_not_the_user_s_fault(status: int, body: bytes) -> None:
     """Anthropic has no code for it and may answer 400. The user is charged nothing."""
-    failed = failure_of(status, body, None, CLAUDE)
+    failed = meaning(status, body, None, CLAUDE)
     assert isinstance(failed, UpstreamError)
     assert isinstance(failed, UpstreamExhausted) == (status != 403)

@@ -3,14 +3,16 @@
 wire §6.2; threats T9 to T11, T14, T44.
 """
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.formats.kinds import KINDS, kind_of
 from proxy.formats.mask import Mask
-from proxy.policy.catalog import Secret
-from proxy.upstreams.headers import idempotency_header, to_client, to_upstream
+from proxy.policy.catalog import KeyCommand, OAuthClient, Secret
+from proxy.upstreams.headers import idempotency_header, to_client, to_upstream, trace_id
 
 KEY = Secret("sk-of-the-operator")
 OURS = {"content-type": "application/json", "accept-encoding": "identity"}
@@ -30,9 +32,9 @@ def ours(kind: str) -> dict[str, str]:
     return {**OURS, "anthropic-version": "2023-06-01"} if kind == "anthropic" else OURS
 
 
-def up(*headers: tuple[str, str], kind: str = "openai", api_key: Secret | None = KEY) -> dict[str, str]:
-    """The headers that an upstream gets if the client sends these."""
-    return to_upstream(headers, kind=kind, api_key=api_key)
+def up(*headers: tuple[str, str], kind: str = "openai") -> dict[str, str]:
+    """The headers that an upstream gets if the client sends these, without our key."""
+    return to_upstream(headers, kind=kind)
 
 
 def down(*headers: tuple[str, str], is_stream: bool = False) -> dict[str, str]:
@@ -41,6 +43,63 @@ def down(*headers: tuple[str, str], is_stream: bool = False) -> dict[str, str]:
 
 
 # ---------------------------------------------------------------------------------------------------- to the upstream
+
+TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
+PARENT = f"00-{TRACE}-00f067aa0ba902b7-01"
+
+
+@pytest.mark.parametrize("parent", [PARENT, f"00-{TRACE}-00f067aa0ba902b7-00", f"00-{'0' * 31}1-{'0' * 15}1-ff"])
+def test_a_trace_is_passed_on_unchanged(parent: str) -> None:
+    """W3C Trace Context: a server without spans of its own passes both headers on."""
+    state = "congo=t61rcWkgMzE,a0@b-c_d*/e=00f067aa0ba902b7 x:y"
+    expected = {**ours("openai"), "traceparent": parent}
+    assert up(("Traceparent", parent)) == expected
+    assert up(("Traceparent", parent), ("TraceState", state)) == {**expected, "tracestate": state}
+    several = [("tracestate", part) for part in ("", *state.split(","), " ")]
+    assert up(("traceparent", parent), *several) == {**expected, "tracestate": state}
+    assert trace_id([("TraceParent", f" {parent} ")]) == parent[3:35]
+
+
+@pytest.mark.parametrize(
+    "parent",
+    [
+        "",
+        TRACE,
+        PARENT.upper(),
+        PARENT[:-1],
+        f"{PARENT}-more",
+        f"01{PARENT[2:]}",
+        f"ff{PARENT[2:]}",
+        f"00-{'0' * 32}-00f067aa0ba902b7-01",
+        f"00-{TRACE}-{'0' * 16}-01",
+        f"{PARENT}, {PARENT}",
+        f"{PARENT}\n",
+        PARENT.replace("4", "\u0664"),
+    ],
+)
+def test_a_trace_that_is_not_valid_is_dropped_with_its_state(parent: str) -> None:
+    """So is one of a version that may have another form."""
+    assert up(("traceparent", parent), ("tracestate", "a=b")) == up()
+    assert trace_id([("traceparent", parent)]) is None
+
+
+def test_two_traces_are_none() -> None:
+    """Nobody knows which of them it is."""
+    assert up(("traceparent", PARENT), ("Traceparent", PARENT)) == up()
+    assert trace_id([("traceparent", PARENT)] * 2) is None
+    assert up(("tracestate", "a=b")) == up()
+    assert up(("traceparent", PARENT), ("connection", "traceparent"), ("tracestate", "a=b")) == up()
+
+
+_33_ITEMS = ",".join(f"k{number}=1" for number in range(33))
+
+
+@pytest.mark.parametrize(
+    "state", ["a", "=b", "A=b", "a=b=c", "a=b;\u00e4", "a=\x01", "a=", f"a={'b' * 511}", _33_ITEMS]
+)
+def test_a_state_that_is_not_valid_is_dropped_alone(state: str) -> None:
+    """It may be too long, have other characters, or not be a list of pairs."""
+    assert up(("traceparent", PARENT), ("tracestate", state)) == up(("traceparent", PARENT))
 
 
 @pytest.mark.parametrize(
@@ -55,7 +114,7 @@ def down(*headers: tuple[str, str], is_stream: bool = False) -> dict[str, str]:
 def test_each_kind_of_upstream_gets_its_key_in_its_own_header(kind: str, expected: dict[str, str]) -> None:
     """And in no other header: a second one would be rejected or logged."""
     assert kind_of(kind).key_headers(KEY) == expected
-    assert up(kind=kind) == {**ours(kind), **expected}
+    assert up(kind=kind) == ours(kind)
 
 
 @pytest.mark.parametrize("kind", tuple(KINDS))
@@ -63,7 +122,7 @@ def test_an_upstream_without_a_key_gets_none(kind: str) -> None:
     """A server of your own may need no key. The client's key is not sent to it either."""
     client = (("authorization", "Bearer sk-user"), ("api-key", "sk-user"), ("x-api-key", "sk-user"))
     assert kind_of(kind).key_headers(None) == {}
-    assert up(*client, kind=kind, api_key=None) == ours(kind)
+    assert up(*client, kind=kind) == ours(kind)
 
 
 @pytest.mark.parametrize("kind", tuple(KINDS))
@@ -107,14 +166,14 @@ def test_an_upstream_without_a_key_gets_none(kind: str) -> None:
 def test_a_client_s_header_that_is_not_on_the_list_is_not_forwarded(kind: str, name: str) -> None:
     """No user's key, address or account, and nothing about the client's connection (T11, T14)."""
     for spelled in (name, name.lower(), name.upper()):
-        assert up((spelled, "sk-user"), kind=kind) == {**ours(kind), **kind_of(kind).key_headers(KEY)}
+        assert up((spelled, "sk-user"), kind=kind) == ours(kind)
 
 
 @pytest.mark.parametrize("name", PASSED_UP)
 def test_a_few_of_the_client_s_headers_are_forwarded(name: str) -> None:
     """Whatever their case, they are sent once and in lower case."""
     for spelled in (name, name.lower(), name.upper()):
-        assert up((spelled, "value")) == {**OURS, **kind_of("openai").key_headers(KEY), name.lower(): "value"}
+        assert up((spelled, "value")) == {**OURS, name.lower(): "value"}
 
 
 @pytest.mark.parametrize("api_key", [KEY, None])
@@ -122,13 +181,37 @@ def test_an_idempotency_key_is_different_for_each_user(api_key: Secret | None) -
     """All users share one account upstream. If two send the same key, neither must get the other's answer."""
 
     def sent(user: str, said: str, *more: tuple[str, str]) -> dict[str, str]:
-        assert up(("Idempotency-Key", said), *more, api_key=api_key) == up(api_key=api_key)
+        assert up(("Idempotency-Key", said), *more) == up()
         return idempotency_header([("Idempotency-Key", said), *more], user=user, api_key=api_key)
 
     assert sent("alice", "1") == sent("alice", "1")
     owners = [("alice", "1"), ("bob", "1"), ("alice", "2"), ("alice", "\udce4")]
     assert len({"1", *(sent(*owner)["idempotency-key"] for owner in owners)}) == 5
     assert sent("alice", "") == sent("alice", "1", ("Connection", "idempotency-key")) == {}
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        KeyCommand(("print-key", "--for", "me"), 2700),
+        OAuthClient("https://issuer.example", "me", Secret("s3cret")),
+    ],
+)
+def test_an_idempotency_key_stays_the_same_when_a_key_is_fetched(source: KeyCommand | OAuthClient) -> None:
+    """The hash of a repeated request must not change with the token, and it has the secret in it."""
+    headers = [("Idempotency-Key", "1")]
+    sent = idempotency_header(headers, user="alice", api_key=source)
+    assert sent == idempotency_header(headers, user="alice", api_key=replace(source))
+    assert sent != idempotency_header(headers, user="alice", api_key=None)
+    if isinstance(source, OAuthClient):
+        other = replace(source, client_secret=Secret("other"))
+        assert sent != idempotency_header(headers, user="alice", api_key=other)
+
+
+@pytest.mark.parametrize("kind", tuple(KINDS))
+def test_an_access_token_is_a_bearer_token_at_every_kind(kind: str) -> None:
+    """Azure and Anthropic have headers of their own, which are for keys."""
+    assert kind_of(kind).key_headers(KEY, is_access_token=True) == {"authorization": "Bearer sk-of-the-operator"}
 
 
 def test_the_version_of_anthropic_s_api_is_the_client_s_if_it_names_one() -> None:
@@ -149,7 +232,7 @@ def test_the_version_of_anthropic_s_api_is_the_client_s_if_it_names_one() -> Non
 def test_a_beta_is_forwarded_if_the_operator_allows_it(kind: str, allowed: list[str], sent: str | None) -> None:
     """All others are removed, from every header that lists betas."""
     headers = [("anthropic-beta", "a, b"), ("Anthropic-Beta", "c")]
-    passed = to_upstream(headers, kind=kind, api_key=KEY, betas=allowed)
+    passed = to_upstream(headers, kind=kind, betas=allowed)
     assert passed.get("anthropic-beta") == sent
 
 
@@ -157,23 +240,23 @@ def test_a_beta_that_changes_neither_price_nor_access_is_always_forwarded() -> N
     """Whatever else the operator allows. Betas that cost more or give access to more are not among them."""
     asked = ("claude-code-20250219", "context-1m-2025-08-07", "context-management-2025-06-27", "fast-mode-2026-02-01")
     headers = [("anthropic-beta", ",".join(asked))]
-    sent = to_upstream(headers, kind="anthropic", api_key=KEY)["anthropic-beta"]
+    sent = to_upstream(headers, kind="anthropic")["anthropic-beta"]
     assert sent == "claude-code-20250219,context-management-2025-06-27"
-    sent = to_upstream(headers, kind="anthropic", api_key=KEY, betas=["context-1m-2025-08-07"])["anthropic-beta"]
+    sent = to_upstream(headers, kind="anthropic", betas=["context-1m-2025-08-07"])["anthropic-beta"]
     assert sent == "claude-code-20250219,context-1m-2025-08-07,context-management-2025-06-27"
 
 
 def test_content_type_and_accept_encoding_are_ours() -> None:
     """We write the body again, and we cannot meter a compressed answer."""
     sent = up(("Content-Type", "application/json; charset=latin-1"), ("Accept-Encoding", "gzip, br"))
-    assert sent == {**OURS, **kind_of("openai").key_headers(KEY)}
+    assert sent == OURS
 
 
 def test_a_header_that_connection_lists_is_not_forwarded() -> None:
     """Even if it is on our list (RFC 9110 §7.6.1, T14)."""
     passing = (("Accept", "a"), ("X-Title", "t"), ("OpenAI-Beta", "b"))
     sent = up(("Connection", "keep-alive, X-Title"), *passing, ("connection", " ACCEPT ,"))
-    assert sent == {**OURS, **kind_of("openai").key_headers(KEY), "openai-beta": "b"}
+    assert sent == {**OURS, "openai-beta": "b"}
 
 
 # ------------------------------------------------------------------------------------------------------ to the client
@@ -261,7 +344,7 @@ def test_a_value_with_control_characters_is_dropped(value: str) -> None:
 @pytest.mark.parametrize("kind", tuple(KINDS))
 def test_llama_cpp_is_asked_to_close_the_connection_after_a_stream(kind: str) -> None:
     """It closes it in any case but announces `keep-alive`. Connections to other kinds are kept."""
-    sent = to_upstream((), kind=kind, api_key=None, is_stream=True)
+    sent = to_upstream((), kind=kind, is_stream=True)
     assert sent == {**ours(kind), **({"connection": "close"} if kind == "llamacpp" else {})}
 
 
@@ -278,12 +361,10 @@ headers = st.lists(st.tuples(names | st.text(min_size=1, max_size=12), st.text(m
 
 @given(headers=headers, kind=st.sampled_from(tuple(KINDS)), is_stream=st.booleans())
 def test_no_input_gets_another_header_through(headers: list[tuple[str, str]], kind: str, is_stream: bool) -> None:
-    """Whatever is received, only names on the lists are sent, and the key is ours."""
+    """Whatever is received, only names on the lists are sent."""
     sent = up(*headers, kind=kind)
-    assert sent.keys() - kind_of(kind).key_headers(KEY).keys() - ours(kind).keys() <= {
-        name.lower() for name in PASSED_UP
-    }
-    assert {**sent, **OURS, **kind_of(kind).key_headers(KEY)} == sent
+    assert sent.keys() - ours(kind).keys() <= {name.lower() for name in PASSED_UP}
+    assert {**sent, **OURS} == sent
     passed = to_client(headers, is_stream=is_stream, mask=Mask(None))
     added = {"x-upstream-request-id", "cache-control", "x-accel-buffering"}
     assert passed.keys() <= added | {name.lower() for name in PASSED_DOWN}
